@@ -13,10 +13,12 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
+
+from typing_extensions import override
 
 from distplat.platform.background_writer import BackgroundWriter
-from distplat.platform.errors import Problem, SpecError, hint
+from distplat.platform.errors import Interrupted, Problem, SpecError, hint
 from distplat.platform.evaluations import EarlyStop, EarlyStopping
 from distplat.platform.progress import (
     EvalSummary,
@@ -211,43 +213,78 @@ class Callbacks:
 
 
 _CLOSE_S = 60.0
-"""How long the end of a run waits for a tracker."""
+"""How long the end of a run waits for its trackers, all together."""
+_CLOSE_STOPPED_S = 10.0
+"""The same where somebody asked for the end, who may be about to kill the process."""
+_SAY_AFTER_S = 2.0
+"""After so long it is said what is waited for."""
 
 
 class Tracking(Callback):
     """
-    One tracker of a run.
+    The trackers of a run.
 
     Args:
-        spec: which one.
+        specs: which ones.
         before: directory of the run that this one goes on from; None: it begins anew.
     """
 
-    def __init__(self, spec: TrackerSpec, before: Path | None) -> None:
-        self._spec, self._before = spec, before
+    def __init__(self, specs: Sequence[TrackerSpec], before: Path | None) -> None:
+        self._specs, self._before = specs, before
+
+    @override
+    def on_start(self, job: Job, run: str, path: Path) -> None:
+        self._writers = {spec.name: self._writer(spec, job, path) for spec in self._specs}
+
+    def _writer(self, spec: TrackerSpec, job: Job, path: Path) -> BackgroundWriter[_Told]:
+        """Begin: the library is imported in the thread, for that takes seconds."""
+        shown = _Shown(partial(open_tracker, spec, job, path, self._before))
+        return BackgroundWriter(shown, partial(logger.warning, "%s: %s", spec.name))
+
+    @override
+    def on_step(self, step: StepSummary) -> None:
+        self._tell(step)
+
+    @override
+    def on_evaluation(self, evaluation: EvalSummary) -> None:
+        self._tell(evaluation)
+
+    @override
+    def on_end(self, result: Result, error: BaseException | None) -> None:
+        """Show that the run is over, and wait within reason."""
+        self._tell(error is not None)
+        stopped = isinstance(error, Interrupted | KeyboardInterrupt)
+        limit_s = _CLOSE_STOPPED_S if stopped else _CLOSE_S
+        until = time.monotonic() + limit_s
+        if late := [name for name, one in self._writers.items() if not one.wait(_SAY_AFTER_S)]:
+            text = "the run is over; its last figures are on their way to %s, %.0f s at most"
+            logger.warning(text, ", ".join(late), max(0.0, until - time.monotonic()))
+        for one in self._writers.values():
+            one.close(max(0.0, until - time.monotonic()))
+
+    def _tell(self, what: _Told) -> None:
+        for one in self._writers.values():
+            one.put(what)
+
+
+_Told: TypeAlias = StepSummary | EvalSummary | bool
+"""A flag says that the run is over, and whether it failed."""
+
+
+class _Shown:
+    """
+    Shows in one tracker what it is called with.
+
+    Args:
+        begin: opens the tracker, at the first call.
+    """
+
+    def __init__(self, begin: Callable[[], Tracker]) -> None:
+        self._open = begin
         self._tracker: Tracker | None = None
         self._error: Exception | None = None  #: why it could not be opened
 
-    def on_start(self, job: Job, run: str, path: Path) -> None:
-        """Begin: the library is imported in the thread, for that takes seconds."""
-        self._open = partial(open_tracker, self._spec, job, path, self._before)
-        self._writer = BackgroundWriter(self._write, self._warn)
-
-    def on_step(self, step: StepSummary) -> None:
-        """Show a step."""
-        self._writer.put(step)
-
-    def on_evaluation(self, evaluation: EvalSummary) -> None:
-        """Show an evaluation."""
-        self._writer.put(evaluation)
-
-    def on_end(self, result: Result, error: BaseException | None) -> None:
-        """Show that the run is over, and wait within reason."""
-        self._writer.put(error is not None)
-        self._writer.close(_CLOSE_S)
-
-    def _write(self, what: StepSummary | EvalSummary | bool) -> None:
-        """Show something; a flag says that the run is over, and whether it failed."""
+    def __call__(self, what: _Told) -> None:
         if self._error is not None:
             raise self._error
         if self._tracker is None:
@@ -260,6 +297,3 @@ class Tracking(Callback):
             self._tracker.close(what)
         else:
             self._tracker.write(what.step, points_of(what))
-
-    def _warn(self, text: str) -> None:
-        logger.warning("%s: %s", self._spec.name, text)

@@ -158,7 +158,7 @@ class Trainer:
             logger.warning("%s", line)
         directory = RunDirectory(self.job, new_run_name(self.job.name), self._storage_dir)
         result = Result(directory.path, None, reported=self.job.own_loop)
-        trackers = [Tracking(one, self._run_before()) for one in self.job.trackers]
+        trackers = [Tracking(self.job.trackers, self._run_before())] if self.job.trackers else []
         view = View() if self._progress else view_here() if self._progress is None else None
         views = [] if view is None else [view]
         told, job = (*views, *trackers, *self._callbacks), self.job

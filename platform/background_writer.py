@@ -46,13 +46,18 @@ class BackgroundWriter(Generic[Record]):
         except queue.Full:
             self._lose("the disk does not answer")
 
+    def wait(self, limit_s: float) -> bool:
+        """Wait for what is to be written; say whether all of it is."""
+        until = time.monotonic() + limit_s
+        while self._waiting.unfinished_tasks and time.monotonic() < until:
+            time.sleep(0.01)
+        return not self._waiting.unfinished_tasks
+
     def close(self, limit_s: float = CLOSE_S) -> None:
         """Wait for what is to be written, within reason; say what was lost. Twice does nothing."""
         if self._closed:
             return
-        until = time.monotonic() + limit_s
-        while self._waiting.unfinished_tasks and time.monotonic() < until:
-            time.sleep(0.01)
+        self.wait(limit_s)
         self._closed = True
         lost = self._lost + self._waiting.unfinished_tasks
         if lost:

@@ -97,6 +97,10 @@ class DistplatError(Exception):
         """Rebuild from `args`: a constructor of our own would otherwise break unpickling."""
         return type(self), self.args
 
+    def _render_traceback_(self) -> list[str]:
+        """Give what IPython shows in place of a traceback, whose frames would be all ours."""
+        return [f"{type(self).__name__}: {self}"]
+
 
 class SpecError(DistplatError):
     """The job file, an override or an option is wrong. Holds every problem found, not the first."""

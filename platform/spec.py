@@ -301,7 +301,8 @@ class Job(Spec):
     it makes all its steps. It makes one at least."""
     failure: Failure = Failure()
     trackers: tuple[TrackerSpec, ...] = ()
-    """Experiment trackers beside TensorBoard: `mlflow`, `wandb`, or mappings with their `name`."""
+    """Experiment trackers beside TensorBoard: `mlflow`, `trackio`, `wandb`, or mappings with their
+    `name`."""
     storage_path: Folder = "runs"
     """Where run directories are made; relative to the directory `submit` was called in. Or a URL,
     such as s3://bucket/prefix: they are made in `runs`, and a copy of each is kept at the URL."""

@@ -7,8 +7,10 @@ own environment variables: none of them is in a job file.
 
 import json
 import math
+import sys
 import time
 from collections.abc import Mapping
+from contextlib import redirect_stdout
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -27,10 +29,10 @@ Points = dict[str, float]
 class TrackerSpec(Spec):
     """A tracker of experiments; in a job file a name will do."""
 
-    name: Literal["mlflow", "wandb"]
-    """Which library; `pip install 'distplat[mlflow]'` or `'distplat[wandb]'`."""
+    name: Literal["mlflow", "trackio", "wandb"]
+    """Which library; `pip install 'distplat[mlflow]'`, and so on."""
     project: str | None = Field(None, min_length=1)
-    """Project of Weights & Biases, experiment of MLflow; None: the job's name."""
+    """Project of Trackio and Weights & Biases, experiment of MLflow; None: the job's name."""
 
     @model_validator(mode="before")
     @classmethod
@@ -102,8 +104,9 @@ def open_tracker(spec: TrackerSpec, job: Any, folder: Path, before: Path | None)
     known = None
     if before is not None and (file := id_file(before, spec.name)).is_file():
         known = str(json.loads(file.read_text())["id"])
-    kind: type[MLflow] | type[WandB] = MLflow if spec.name == "mlflow" else WandB
-    found = kind(spec.project or job.name, job, folder, known)
+    kinds: dict[str, type[MLflow | Trackio | WandB]]
+    kinds = {"mlflow": MLflow, "trackio": Trackio, "wandb": WandB}
+    found = kinds[spec.name](spec.project or job.name, job, folder, known)
     write_whole(id_file(folder, spec.name), json.dumps({"id": found.id}).encode())
     return found
 
@@ -155,6 +158,43 @@ class MLflow(Tracker):
     @override
     def close(self, failed: bool) -> None:
         self._client.set_terminated(self.id, "FAILED" if failed else "FINISHED")
+
+
+class Trackio(Tracker):
+    """
+    See `Tracker`. It writes on this machine, or to what `TRACKIO_SPACE_ID` or `TRACKIO_SERVER_URL`
+    names. It knows a run by its name, and not whether it failed.
+
+    Args:
+        project: its name.
+        job: of the run.
+        folder: the run directory.
+        known: name of the run to go on with; None: there is none.
+    """
+
+    def __init__(self, project: str, job: Any, folder: Path, known: str | None) -> None:
+        import trackio
+
+        self.id = known or folder.name
+        with redirect_stdout(sys.stderr):  # stdout is for the result
+            self._run = trackio.init(
+                project,
+                name=self.id,
+                resume="allow",
+                config=job.model_dump(mode="json"),
+                embed=False,
+                auto_log_cpu=False,
+                auto_log_gpu=False,
+            )
+
+    @override
+    def write(self, step: int, points: Points) -> None:
+        self._run.log(dict(points), step=step)
+
+    @override
+    def close(self, failed: bool) -> None:
+        with redirect_stdout(sys.stderr):
+            self._run.finish()
 
 
 class WandB(Tracker):

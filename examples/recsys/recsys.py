@@ -1,14 +1,20 @@
 """
-Recommendation: who clicks on what, among a million ids, with the ids' rows on servers.
+Recommendation: who clicks on what, among a million ids. A DLRM, its tables on servers.
 
-The clicks are made up, and how is known: every user and every item has a hidden vector, and a click
-depends on their product, on the item, and on four visible features. So it is known too how well
-the best model without ids could do, and the best of all: both are printed beside the model's.
+    python recsys.py runs/RUN auc.png       draw how well a run tells clicks, by how rare items are
+
+The clicks are made up, and how is known: every user and every item has a hidden vector, items of a
+category are alike, and a click depends on their product, on the item, and on four visible features.
+So it is known too how well the best model without ids could do, and the best of all: both are
+printed beside the model's.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
+from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,28 +22,31 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from distplat import Task
-from distplat.nn import ShardedEmbedding
+from distplat.nn import ShardedEmbedding, connect
 
-USERS, ITEMS = 900_000, 100_000
+TABLES = {"user": 900_000, "item": 100_000, "category": 1_000}
 HIDDEN, FEATURES = 4, 4
 HEAD = 8.0  # popularity: half of the samples fall on 0.5 ** HEAD = 0.4 % of the ids
+ALIKE = 0.8  # what of an item is its category's
 
 
 class Clicks(Task):
     """
-    Predict clicks from a user, an item and four features.
+    Predict clicks from a user, an item, its category and four features.
 
     Args:
         samples: for training.
-        width: of a user's and an item's row.
+        width: of a row of a table.
         ids: whether the model sees the ids; without them its job needs no `embeddings`.
     """
 
     def __init__(self, samples: int = 1_000_000, width: int = 16, ids: bool = True) -> None:
         self.samples, self.width, self.ids = samples, width, ids
+        names = ("auc", "auc_best_without_ids", "auc_best_of_all")
+        self.curves = {name: AreaUnderCurve() for name in names}
 
     def model(self) -> nn.Module:
-        return TwoTowers(self.width) if self.ids else FeaturesAlone()
+        return DLRM(self.width, TABLES if self.ids else {})
 
     def train_data(self) -> Dataset[Any]:
         return Samples(*make_clicks(self.samples, seed=1))
@@ -48,46 +57,46 @@ class Clicks(Task):
     def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
         return nn.functional.binary_cross_entropy_with_logits(outputs, targets[:, 0])
 
-    def metrics(self, outputs: Tensor, targets: Tensor) -> Mapping[str, float]:
+    def metrics(self, outputs: Tensor, targets: Tensor) -> Mapping[str, Any]:
         """Give the area under the ROC curve: of this model and of the two that know the truth."""
         clicks, without_ids, with_all = targets.unbind(1)
-        return {
-            "auc": area_under_curve(outputs, clicks),
-            "auc_best_without_ids": area_under_curve(without_ids, clicks),
-            "auc_best_of_all": area_under_curve(with_all, clicks),
-        }
+        scores = outputs, without_ids, with_all
+        for curve, given in zip(self.curves.values(), scores, strict=True):
+            curve.update(given, clicks)
+        return self.curves
 
 
-class TwoTowers(nn.Module):
-    """Rows of user and item, their product, and a small network over all of it."""
+class DLRM(nn.Module):
+    """
+    Naumov et al. 2019: products of all pairs of vectors, between two small networks.
 
-    def __init__(self, width: int) -> None:
+    Args:
+        width: of a row, and of what the bottom network makes of the features.
+        tables: number of ids, by name, in the order of the ids' columns.
+    """
+
+    pairs: Tensor
+
+    def __init__(self, width: int, tables: Mapping[str, int]) -> None:
         super().__init__()
-        self.users = ShardedEmbedding(USERS, width, init_std=0.1)
-        self.items = ShardedEmbedding(ITEMS, width, init_std=0.1)
-        self.network = nn.Sequential(
-            nn.Linear(FEATURES + 2 * width, 32), nn.ReLU(), nn.Linear(32, 1)
+        self.tables = nn.ModuleDict(
+            {name: ShardedEmbedding(ids, width, init_std=0.1) for name, ids in tables.items()}
         )
+        self.bottom = nn.Sequential(nn.Linear(FEATURES, 32), nn.ReLU(), nn.Linear(32, width))
+        vectors = 1 + len(tables)
+        self.top = nn.Sequential(
+            nn.Linear(width + vectors * (vectors - 1) // 2, 32), nn.ReLU(), nn.Linear(32, 1)
+        )
+        self.register_buffer("pairs", torch.tril_indices(vectors, vectors, -1), persistent=False)
 
     def forward(self, inputs: tuple[Tensor, Tensor]) -> Tensor:
-        """Give a logit per sample: (ids [n, 2], features [n, 4]) -> [n]."""
+        """Give a logit per sample: (ids [n, tables], features [n, 4]) -> [n]."""
         ids, features = inputs
-        user, item = self.users(ids[:, 0]), self.items(ids[:, 1])
-        rest: Tensor = self.network(torch.cat([features, user, item], 1))
-        product: Tensor = (user * item).sum(1)
-        return rest.squeeze(1) + product
-
-
-class FeaturesAlone(nn.Module):
-    """What is left of it without ids."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.network = nn.Sequential(nn.Linear(FEATURES, 32), nn.ReLU(), nn.Linear(32, 1))
-
-    def forward(self, inputs: tuple[Tensor, Tensor]) -> Tensor:
-        """Give a logit per sample, as `TwoTowers` does."""
-        logits: Tensor = self.network(inputs[1])
+        dense: Tensor = self.bottom(features)
+        rows = [table(ids[:, place]) for place, table in enumerate(self.tables.values())]
+        vectors = torch.stack([dense, *rows], 1)
+        products = (vectors @ vectors.transpose(1, 2))[:, self.pairs[0], self.pairs[1]]
+        logits: Tensor = self.top(torch.cat([dense, products], 1))
         return logits.squeeze(1)
 
 
@@ -104,28 +113,53 @@ class Samples(Dataset[tuple[tuple[Tensor, Tensor], Tensor]]):
         return (self.ids[index], self.features[index]), self.targets[index]
 
 
+class AreaUnderCurve:
+    """The area under the ROC curve of all samples, whichever workers had them."""
+
+    def __init__(self) -> None:
+        self.reset()
+
+    def reset(self) -> None:
+        self.scores: list[Tensor] = []
+        self.clicks: list[Tensor] = []
+
+    def update(self, scores: Tensor, clicks: Tensor) -> None:
+        self.scores.append(scores.detach())
+        self.clicks.append(clicks)
+
+    def merge(self, other: AreaUnderCurve) -> None:
+        self.scores += other.scores
+        self.clicks += other.clicks
+
+    def compute(self) -> float:
+        return area_under_curve(torch.cat(self.scores), torch.cat(self.clicks))
+
+
 def make_clicks(count: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
     """
     Make samples up.
 
     Returns:
-        Ids of user and item, shape [count, 2]; features, [count, 4]; and [count, 3]: whether it
-        was clicked, its true logit as far as features tell, and its true logit.
+        Ids of user, item and category, shape [count, 3]; features, [count, 4]; and [count, 3]:
+        whether it was clicked, its true logit as far as features tell, and its true logit.
     """
     nature = torch.Generator().manual_seed(0)
-    users = torch.randn(USERS, HIDDEN, generator=nature)
-    items = torch.randn(ITEMS, HIDDEN, generator=nature)
-    appeal = torch.randn(ITEMS, generator=nature)
+    users = torch.randn(TABLES["user"], HIDDEN, generator=nature)
+    of_item = torch.randint(TABLES["category"], (TABLES["item"],), generator=nature)
+    shared = torch.randn(TABLES["category"], HIDDEN + 1, generator=nature)
+    own = torch.randn(TABLES["item"], HIDDEN + 1, generator=nature)
+    items = ALIKE * shared[of_item] + (1 - ALIKE**2) ** 0.5 * own  # the last one is its appeal
     slope = torch.tensor([0.5, -0.4, 0.3, 0.2])
 
     chance = torch.Generator().manual_seed(seed)
     popular = torch.rand(count, 2, generator=chance, dtype=torch.float64) ** HEAD
-    ids = (popular * torch.tensor([USERS, ITEMS])).long()
+    user, item = (popular * torch.tensor([TABLES["user"], TABLES["item"]])).long().unbind(1)
     features = torch.randn(count, FEATURES, generator=chance)
     from_features = features @ slope
-    match = (users[ids[:, 0]] * items[ids[:, 1]]).sum(1)
-    logits = from_features + appeal[ids[:, 1]] + match - 0.5
+    match = (users[user] * items[item, :HIDDEN]).sum(1)
+    logits = from_features + items[item, HIDDEN] + match - 0.5
     clicks = torch.rand(count, generator=chance) < torch.sigmoid(logits)
+    ids = torch.stack([user, item, of_item[item]], 1)
     return ids, features, torch.stack([clicks.float(), from_features, logits], 1)
 
 
@@ -136,7 +170,39 @@ def area_under_curve(scores: Tensor, clicks: Tensor) -> float:
     negative = len(clicks) - positive
     if positive == 0 or negative == 0:
         return 0.5
-    ranks = torch.empty(len(scores), dtype=torch.float64)
-    ranks[scores.argsort()] = torch.arange(1, len(scores) + 1, dtype=torch.float64)
+    _, which, equal = torch.unique(scores, return_inverse=True, return_counts=True)
+    ranks = (equal.cumsum(0) - (equal - 1) / 2)[which].double()  # equal scores share their ranks
     above = float(ranks[clicked].sum()) - positive * (positive + 1) / 2
     return above / (positive * negative)
+
+
+def draw(run: Path, picture: Path) -> None:
+    """Draw the area under the curve by how often an item comes in a run's training data."""
+    import matplotlib.pyplot as plt
+    from safetensors.torch import load_file
+
+    task = Clicks()
+    model = task.model()
+    model.load_state_dict(load_file(run / "model.safetensors"))
+    connect(model.eval(), run)  # reads the tables into this process
+    ids, features, targets = make_clicks(100_000, seed=3)
+    with torch.no_grad():
+        scores = model((ids, features))
+    seen = make_clicks(task.samples, seed=1)[0][:, 1].bincount(minlength=TABLES["item"])
+    often, bounds = seen[ids[:, 1]], (0, 3, 10, 30, 100, 1000, 10**9)
+    names = [f"{low} to {high - 1}" for low, high in pairwise(bounds)]
+    names[-1] = f"{bounds[-2]} or more"
+    figure, axis = plt.subplots(figsize=(8, 3.2), layout="constrained")
+    lines = {"best of all": targets[:, 2], "this run": scores, "best without ids": targets[:, 1]}
+    for (name, given), color in zip(lines.items(), ("0.6", "tab:blue", "0.8"), strict=True):
+        inside = [(often >= low) & (often < high) for low, high in pairwise(bounds)]
+        areas = [area_under_curve(given[one], targets[one, 0]) for one in inside]
+        axis.plot(names, areas, "o-", color=color, label=name)
+    axis.set(xlabel="times an item comes in training", ylabel="area under the curve")
+    axis.set_ylim(0.5, 1.0)
+    axis.legend(loc="upper left", ncols=3)
+    figure.savefig(picture, dpi=110)
+
+
+if __name__ == "__main__":
+    draw(Path(sys.argv[1]), Path(sys.argv[2]))

@@ -21,7 +21,7 @@ from distplat.actors.local_actors import ELSEWHERE, HERE, Servers, TableServers
 from distplat.actors.local_transport import opened
 from distplat.platform.checkpoints import CheckpointAssembly, Delivery
 from distplat.platform.errors import Abandoned
-from distplat.platform.progress import AnyReport
+from distplat.platform.progress import AnyReport, EvalReport, EvalSummary, ReportAggregator
 from distplat.platform.resume import state_of
 from distplat.platform.spec import Job
 from distplat.platform.stop_order import StopOrder
@@ -298,6 +298,18 @@ def train(
     Attempt(run, saved=saved, apart=apart).make()
     run.close()
     return run
+
+
+def evaluations(run: LocalRun) -> list[EvalSummary]:
+    """Join the reports as the controller does."""
+    found: dict[int, ReportAggregator] = {}
+    summaries = []
+    for rank in run.reports:
+        for one in rank:
+            if isinstance(one, EvalReport):
+                joined = found.setdefault(one.step, ReportAggregator(len(run.reports)))
+                summaries += [s for s in joined.add(one) if isinstance(s, EvalSummary)]
+    return summaries
 
 
 def impatient(job: Job, limit_s: float) -> Job:

@@ -77,6 +77,12 @@ def test_exit_codes(name: str, code: int) -> None:
     assert example(getattr(errors, name)).exit_code == code
 
 
+@pytest.mark.parametrize("kind", TREE)
+def test_ipython_shows_the_message_in_place_of_our_frames(kind: type[DistplatError]) -> None:
+    """By the method's name, which is IPython's."""
+    assert example(kind)._render_traceback_() == [f"{kind.__name__}: {example(kind)}"]
+
+
 def test_ctrl_c_has_the_shells_exit_code() -> None:
     assert errors.Interrupted(2).exit_code == 130
 

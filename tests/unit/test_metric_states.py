@@ -6,12 +6,11 @@ import pytest
 import torch
 from hybrid_models import grid_of, hybrid_job
 from jobs import job_of
-from local_run import LocalRun, train
+from local_run import LocalRun, evaluations, train
 from torch import Tensor, nn
 from torch.utils.data import Dataset, TensorDataset
 
 from distplat import Task
-from distplat.platform.progress import EvalReport, EvalSummary, ReportAggregator
 
 SAMPLES = 23
 
@@ -93,18 +92,6 @@ class Scored(Task):
         self.several["sums"].update(outputs[:, 0])
         right = ((outputs > 0) == (targets > 0.5)).float().mean()
         return {"auc": self.auc, "score": self.several["sums"], "accuracy": right}
-
-
-def evaluations(run: LocalRun) -> list[EvalSummary]:
-    """Join the reports as the controller does."""
-    found: dict[int, ReportAggregator] = {}
-    summaries = []
-    for rank in run.reports:
-        for one in rank:
-            if isinstance(one, EvalReport):
-                joined = found.setdefault(one.step, ReportAggregator(len(run.reports)))
-                summaries += [s for s in joined.add(one) if isinstance(s, EvalSummary)]
-    return summaries
 
 
 def trained(run: LocalRun) -> nn.Module:

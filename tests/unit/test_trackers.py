@@ -1,7 +1,9 @@
 """Trackers of experiments: one run there for one run here; what fails there costs no step."""
 
+import importlib
 import json
 import logging
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +13,11 @@ from jobs import fields_of
 from torch import Tensor, nn
 from torch.utils.data import Dataset, TensorDataset
 
-from distplat import Job, Task, Trainer
+from distplat import Job, Result, Task, Trainer
+from distplat.actors import callbacks
 from distplat.platform import trackers
-from distplat.platform.errors import SpecError, UserCodeError
+from distplat.platform.background_writer import BackgroundWriter
+from distplat.platform.errors import Interrupted, SpecError, UserCodeError
 from distplat.platform.progress import EvalSummary, StepSummary
 from distplat.platform.trackers import points_of
 
@@ -117,6 +121,39 @@ def test_a_tracker_that_fails_costs_no_step(
     assert "mlflow: 6 records" in caplog.text
 
 
+@pytest.mark.parametrize("stopped", [True, False])
+def test_trackers_that_hang_are_waited_for_together_and_it_is_said(
+    stopped: bool,
+    book: type[Book],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """An interrupted run waits less: who sent the signal may be about to kill the process."""
+    hang, waits = threading.Event(), list[float]()
+
+    class Hanging(Book):
+        def close(self, failed: bool) -> None:
+            hang.wait(30)
+
+    def close(writer: object, limit_s: float) -> None:
+        waits.append(limit_s)
+
+    monkeypatch.setattr(trackers, "MLflow", Hanging)
+    monkeypatch.setattr(trackers, "WandB", Hanging)
+    monkeypatch.setattr(callbacks, "_SAY_AFTER_S", 0.05)
+    monkeypatch.setattr(BackgroundWriter, "close", close)
+    job = Job.model_validate({**fields_of("ring", 0), "trackers": ["mlflow", "wandb"]})
+    tracking = callbacks.Tracking(job.trackers, None)
+    tracking.on_start(job, "run", tmp_path)
+    with caplog.at_level(logging.WARNING):
+        tracking.on_end(Result(tmp_path, None), Interrupted(2) if stopped else None)
+    hang.set()
+    limit_s = 10.0 if stopped else 60.0
+    assert len(waits) == 2 and all(limit_s - 5 < one < limit_s for one in waits)
+    assert f"on their way to mlflow, wandb, {limit_s:.0f} s at most" in caplog.text
+
+
 @pytest.mark.parametrize(
     "given, told",
     [
@@ -164,3 +201,20 @@ def test_weights_and_biases_writes_offline(tmp_path: Path, monkeypatch: pytest.M
     (written,) = result.path.glob("wandb/offline-run-*/*.wandb")
     run = json.loads((result.path / "tracker_wandb.json").read_text())["id"]
     assert run in written.name and b"train/loss" in written.read_bytes()
+
+
+def test_trackio_has_one_run_of_two_halves(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
+    trackio = pytest.importorskip("trackio")
+    first = Trainer(spec(tmp_path, "trackio"), Lin).fit()
+    Trainer(spec(tmp_path, "trackio", steps=5), Lin, resume=first.path).fit()
+    (run,) = trackio.Api().runs("test")
+    assert run.name == first.path.name and run.config["optimizer"]["lr"] == 0.1
+    logs = importlib.import_module("trackio.sqlite_storage").SQLiteStorage.get_logs(
+        "test", run.name
+    )
+    assert [one["step"] for one in logs if "train/loss" in one] == [1, 2, 3, 4, 5]
+    assert any("eval/loss" in one for one in logs)
+    assert capsys.readouterr().out == "", "stdout is for the result"
