@@ -192,29 +192,6 @@ class OfRayData(Blobs):
         return None
 
 
-class OfTerms(Misbehaving):
-    """With a loss of two terms, each a mean of its own, and optimizers of its own."""
-
-    def weights(self, batch: Any) -> dict[str, Any]:
-        first = batch[1] == 0
-        return {"first": first.sum(), "others": (~first).sum()}
-
-    def loss(self, outputs: Tensor, targets: Tensor) -> Any:
-        super().loss(outputs, targets)  # counts, and may misbehave
-        each = nn.functional.cross_entropy(outputs, targets, reduction="none")
-        return {"first": each[targets == 0].sum(), "others": each[targets != 0].sum()}
-
-    def optimizer(
-        self, named_parameters: list[tuple[str, nn.Parameter]]
-    ) -> list[torch.optim.Optimizer]:
-        matrices = [one for _, one in named_parameters if one.ndim == 2]
-        rest = [one for _, one in named_parameters if one.ndim < 2]
-        return [
-            torch.optim.Adafactor(matrices, lr=0.05),
-            torch.optim.SGD(rest, lr=0.1, momentum=0.9),
-        ]
-
-
 def _doubled(rows: dict[str, Any]) -> dict[str, Any]:
     return {**rows, "inputs": rows["inputs"] * 2}
 
