@@ -68,7 +68,7 @@ def run_called(name: str) -> Path | None:
         path = find_run(Path(name))
     except SpecError:
         return None
-    return path if (path / "job.yaml").is_file() else None
+    return path if (path / "job.yaml").is_file() or (path / "logs").is_dir() else None
 
 
 def print_logs(path: Path, write: Callable[[str], None], *, follow: bool) -> int:

@@ -78,6 +78,8 @@ def test_logs_prints_each_role(tmp_path: Path, capsys: pytest.CaptureFixture[str
     ]
     assert not any("\x1b" in line for line in lines)
     assert run(["logs", str(path), "--follow"]) == 4, "it has failed"
+    (path / "job.yaml").unlink()
+    assert run(["logs", str(path)]) == 0, "what was printed is there, whatever else is gone"
 
 
 def test_a_run_is_followed_to_its_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
