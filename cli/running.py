@@ -243,7 +243,8 @@ def _way(target: Target, name: str, submission: str | None) -> AbstractContextMa
 
     if target.kind == "driver" and target.address != "auto":
         return connected_to(target.address)
-    rays = rays_here()
+    # Who gives a URL means one cluster: others may want another token, which costs 20 s to find out.
+    rays = [] if target.kind == "jobs" else rays_here()
     if len(rays) < 2:
         return connected_here()
     return connected_to(_ray_of(rays, name, submission), own=True)

@@ -65,7 +65,7 @@ ONE, TWO, THREE = RunName("lin-1", "lin"), RunName("lin-2", "lin"), RunName("mlp
 
 
 @pytest.mark.parametrize("rays", [{A: [ONE], B: None, C: [TWO, THREE]}], indirect=True)
-@pytest.mark.parametrize("address", [None, "auto", "http://127.0.0.1:8265"])
+@pytest.mark.parametrize("address", [None, "auto"])
 @pytest.mark.parametrize(("name", "at"), [("lin-1", A), ("lin-2", C), ("mlp", C)])
 def test_the_ray_of_the_run_is_joined(rays: Rays, address: str | None, name: str, at: str) -> None:
     with joined(address, name) as run:
@@ -104,6 +104,13 @@ def test_a_single_ray_is_asked_once(rays: Rays) -> None:
     with joined(None, "lin"):
         pass
     assert rays.asked == [A]
+
+
+@pytest.mark.parametrize("rays", [{A: [ONE], B: None}], indirect=True)
+def test_who_names_a_cluster_has_no_other_asked(rays: Rays) -> None:
+    with joined("http://127.0.0.1:8265", "lin"), joined("http://127.0.0.1:8265", "", "lin-1"):
+        pass
+    assert rays.asked == [A, A]
 
 
 def test_rays_of_strangers_are_not_asked(monkeypatch: pytest.MonkeyPatch) -> None:
