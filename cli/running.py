@@ -243,7 +243,7 @@ def _way(target: Target, name: str, submission: str | None) -> AbstractContextMa
 
     if target.kind == "driver" and target.address != "auto":
         return connected_to(target.address)
-    # Who gives a URL means one cluster: others may want another token, which costs 20 s to find out.
+    # A URL means one cluster: another may want another token, and 20 s until that is known.
     rays = [] if target.kind == "jobs" else rays_here()
     if len(rays) < 2:
         return connected_here()
