@@ -58,7 +58,7 @@ class Connection:
 
     def __init__(self, transport: Transport, attempt: int) -> None:
         self._transport, self.attempt = transport, attempt
-        self.told = StopOrder.NONE  #: what the worker does about it between two steps
+        self._told = StopOrder.NONE
         self._abandoned = threading.Event()
         self._group: CollectiveGroup | None = None
         self._servers: RemoteShards | None = None
@@ -164,10 +164,15 @@ class Connection:
         if self._leases is not None:
             self._leases.count(report)
 
+    @property
+    def told(self) -> StopOrder:
+        """What the worker is to do about the attempt between two steps."""
+        return StopOrder.ABANDON if self._abandoned.is_set() else self._told
+
     def stop(self, how: StopOrder) -> None:
         """Note what the worker is told; an attempt that is abandoned ends all waits for others."""
-        self.told = max(self.told, how)
         if how is not StopOrder.ABANDON:
+            self._told = max(self._told, how)
             return
         self._abandoned.set()
         group = self._group

@@ -18,6 +18,15 @@ DETAILS = {
     "metadata": {"distplat_version": "0"},
 }
 
+JOB = """\
+name: lin
+task: lin:Lin
+strategy: ring
+optimizer: {name: SGD, lr: 0.1}
+steps: 10
+global_batch_size: 16
+"""
+
 
 @dataclass
 class FakeJobApi:

@@ -19,6 +19,7 @@ HYBRID = {"name": "hybrid", "pipeline": 2, "micro_batches": 2}
 STRATEGIES: list[Any] = [
     "ring",
     {"name": "ring", "shard_optimizer": True},
+    {"name": "ring", "compression": "topk", "topk_density": 0.5},
     "ps-sync",
     {"name": "ps-sync", "num_servers": 2, "replication": 2},
     HYBRID,

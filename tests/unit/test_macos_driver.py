@@ -6,16 +6,7 @@ import sys
 from pathlib import Path
 
 import without_linux
-from fake_job_api import fake_job_api
-
-JOB = """\
-name: lin
-task: lin:Lin
-strategy: ring
-optimizer: {name: SGD, lr: 0.1}
-steps: 10
-global_batch_size: 16
-"""
+from fake_job_api import JOB, fake_job_api
 
 
 def test_commands_for_a_remote_cluster_need_no_linux(tmp_path: Path) -> None:

@@ -379,40 +379,36 @@ def test_a_sampler_beside_a_stream_is_refused() -> None:
         train(job(), task)
 
 
-def test_ranks_that_read_other_streams_are_told() -> None:
+def parting(first: int) -> type[Task]:
+    """Each rank's data differs from this sample on."""
+
     class Each(Numbered):
         made = 0
 
         def __init__(self) -> None:
             Each.made += 1
-            self._first = Each.made
+            self._number = Each.made
 
         def train_data(self) -> Any:
-            return iterable(tensors()[0] + self._first, tensors()[1])
+            inputs, targets = tensors()
+            inputs[first:] += self._number
+            return iterable(inputs, targets)
 
+    return Each
+
+
+def test_ranks_that_read_other_streams_are_told() -> None:
     with pytest.raises(Exception, match="has other training samples than worker-"):
-        train(job("ring", 2), Each)
+        train(job("ring", 2), parting(0))
 
 
 @pytest.mark.parametrize("strategy", ["ring", "ps-sync", "hybrid"])
 def test_ranks_whose_streams_part_later_are_told(strategy: str) -> None:
     """The first 16 samples are the same, and the fourth batch begins with another one."""
-
-    class Each(Numbered):
-        made = 0
-
-        def __init__(self) -> None:
-            Each.made += 1
-            self._first = Each.made
-
-        def train_data(self) -> Any:
-            inputs, targets = tensors()
-            inputs[3 * BATCH :] += self._first
-            return iterable(inputs, targets)
-
     options = {"pipeline": 1, "data": 2} if strategy == "hybrid" else {}
+    plan = job({"name": strategy, **options}, 2, gradient_accumulation=2)
     with pytest.raises(ValueError, match=r"in step 4 worker-. read another batch of a stream"):
-        train(job({"name": strategy, **options}, 2, gradient_accumulation=2), Each)
+        train(plan, parting(3 * BATCH))
 
 
 class OneIsSlow(Attempt):

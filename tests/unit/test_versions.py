@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import ray
-from fake_job_api import FakeJobApi, fake_job_api
+from fake_job_api import JOB, FakeJobApi, fake_job_api
 from ray._private.utils import check_version_info
 
 from distplat.cli.cluster import OURS
@@ -25,14 +25,6 @@ from distplat.platform.errors import ClusterUnreachable
 
 ROOT = Path(__file__).parents[2]
 HERE = Versions("2.60.0", "3.11.9")
-JOB = """\
-name: lin
-task: lin:Lin
-strategy: ring
-optimizer: {name: SGD, lr: 0.1}
-steps: 10
-global_batch_size: 16
-"""
 
 
 @pytest.fixture
