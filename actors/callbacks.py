@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, TypeAlias
 
 from typing_extensions import override
 
-from distplat.platform.background_writer import BackgroundWriter
+from distplat.platform.disk import BackgroundWriter
 from distplat.platform.errors import Interrupted, Problem, SpecError, hint
 from distplat.platform.evaluations import EarlyStop, EarlyStopping
 from distplat.platform.progress import (

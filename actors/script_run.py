@@ -13,17 +13,36 @@ after a while SIGKILL. Then all begin anew, with a fresh port, up to `max_restar
 
 from __future__ import annotations
 
+import json
 import time
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Protocol
+from pathlib import Path
+from typing import Any, Protocol, TextIO
 
+import ray
+from typing_extensions import override
+
+from distplat.actors.head_watch import HeadWatch
+from distplat.actors.launch import failures_of_ray, local_ray
+from distplat.actors.ray_transport import RayTransport
 from distplat.actors.retrying_calls import ask
 from distplat.actors.script_process import Output
+from distplat.actors.spawn import spawn_script
+from distplat.actors.stopping import Stopping
 from distplat.actors.transport import ActorDied, Transport, TransportError, Unanswered
-from distplat.platform.errors import ActorLost, InfrastructureError, ScriptFailed
+from distplat.platform.disk import write_whole
+from distplat.platform.errors import (
+    ActorLost,
+    InfrastructureError,
+    Interrupted,
+    ScriptFailed,
+    StorageError,
+)
+from distplat.platform.run_directory import new_run_name
+from distplat.platform.spec import Scaling
 from distplat.platform.torchrun import ProcessPlace, TorchrunLaunch, environments, ranks_of
 
 _OUTPUT_S = 1.0
@@ -227,3 +246,137 @@ def run_script(
                 raise
             restarts += 1
             terminal.news(f"{error}; starting anew, {restarts} of {script.max_restarts}")
+
+
+@dataclass(frozen=True)
+class ScriptJob:
+    """What `distplat submit -- COMMAND` was asked for."""
+
+    name: str
+    command: tuple[str, ...]
+    working_dir: Path
+    storage_path: Path
+    """Where run directories are made."""
+    scaling: Scaling = field(default_factory=Scaling)
+    max_restarts: int = 0
+
+
+@dataclass(frozen=True)
+class ScriptResult:
+    """How it ended."""
+
+    path: Path
+    """The run directory, with `rank-<n>.log` for each process."""
+    restarts: int
+    seconds: float
+
+
+class _Logs(Terminal):
+    """
+    Writes what ranks print to a file each, and hands it on.
+
+    Args:
+        path: the run directory.
+        terminal: sees everything, too.
+    """
+
+    def __init__(self, path: Path, terminal: Terminal) -> None:
+        self._path, self._terminal = path, terminal
+        self._files: dict[int, TextIO] = {}
+        self._full = False
+        self._stack = ExitStack()
+
+    @override
+    def line(self, rank: int, text: str) -> None:
+        """A full disk ends the logs, and not the run."""
+        self._terminal.line(rank, text)
+        if self._full:
+            return
+        try:
+            if rank not in self._files:
+                file = (self._path / f"rank-{rank}.log").open("a", encoding="utf-8", buffering=1)
+                self._files[rank] = self._stack.enter_context(file)
+            self._files[rank].write(text + "\n")
+        except OSError as error:
+            self._full = True
+            self.news(f"logs are no longer written: {error}")
+
+    @override
+    def news(self, text: str) -> None:
+        self._terminal.news(text)
+
+    def close(self) -> None:
+        """Close the files."""
+        with suppress(OSError):
+            self._stack.close()
+
+
+def train_script(job: ScriptJob, terminal: Terminal) -> ScriptResult:
+    """
+    Run a script's processes to their end.
+
+    Raises:
+        ScriptFailed: one of them ended with an error.
+        SpecError: the cluster cannot hold them.
+        InfrastructureError: one was lost, or the cluster fails.
+        StorageError: the run directory cannot be made.
+        Interrupted: SIGINT or SIGTERM.
+    """
+    run, began = new_run_name(job.name), time.monotonic()
+    path = job.storage_path.resolve() / run
+    try:
+        path.mkdir(parents=True, mode=0o700)
+    except OSError as error:
+        raise StorageError(f"cannot make the run directory {path}: {error}") from error
+    logs = _Logs(path, terminal)
+    try:
+        restarts = _run(job, run, logs)
+    except BaseException as error:
+        status = "STOPPED" if isinstance(error, Interrupted) else "FAILED"
+        _finish(path, job, status, {"error": str(error)})
+        raise
+    finally:
+        logs.close()
+    seconds = time.monotonic() - began
+    _finish(path, job, "SUCCEEDED", {"restarts": restarts, "seconds": seconds})
+    return ScriptResult(path, restarts, seconds)
+
+
+def _run(job: ScriptJob, run: str, logs: _Logs) -> int:
+    with (
+        Stopping() as stopping,
+        local_ray(job.scaling, logs=False),
+        failures_of_ray(),
+        HeadWatch(ray.get_runtime_context().gcs_address) as head,
+    ):
+        stopping.arm()
+        stopping.check()
+        shipped = ray.get_runtime_context().runtime_env.get("working_dir")
+        folder = None if shipped else str(job.working_dir)
+        script = Script(job.command, run, folder, job.max_restarts)
+
+        @contextmanager
+        def spawn(attempt: int) -> Iterator[Sequence[Any]]:
+            actors = spawn_script(job.scaling, run, attempt)
+            try:
+                yield actors.processes
+            finally:
+                if not head.gone:
+                    actors.end()
+
+        def check() -> None:
+            stopping.check()
+            head.check()
+
+        try:
+            return run_script(script, RayTransport(), spawn, logs, check)
+        except KeyboardInterrupt:  # the second signal: an end like after the first, but at once
+            stopping.check()
+            raise
+
+
+def _finish(path: Path, job: ScriptJob, status: str, facts: dict[str, object]) -> None:
+    """Write down how it ended; where the disk is full, the exit code says it."""
+    known = {"status": status, "name": job.name, "command": list(job.command)}
+    with suppress(OSError):
+        write_whole(path / "result.json", json.dumps({**known, **facts}, indent=2).encode())

@@ -24,8 +24,8 @@ from torch import nn
 
 from distplat.actors.messages import TablePart, WorkOrder
 from distplat.actors.servers.node import ServerNode
+from distplat.platform.shard_map import TableSpec
 from distplat.platform.spec import Job
-from distplat.platform.table_plan import TableSpec
 
 ROWS, WIDTH, ASKED = 1_000_000, 64, 100_000
 GOAL, LOCAL_GOAL = 0.1, 1.0

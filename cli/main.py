@@ -182,7 +182,7 @@ def validate(
 @app.command()
 def strategies(output: Output = "text") -> None:
     """List the strategies and their options."""
-    from distplat.cli.describe import print_strategies
+    from distplat.cli.render import print_strategies
 
     print_strategies(as_json=is_json(output))
 

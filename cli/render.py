@@ -1,5 +1,5 @@
 """
-What a run looks like when it is over: a table, or JSON. Nothing here knows where it ran.
+What commands print: how a run ended, the strategies that there are; tables, or JSON.
 
 Tables are rich's: bold and coloured on a terminal, aligned text elsewhere. rich hears NO_COLOR and
 TERM. What is piped has no ANSI codes, whatever FORCE_COLOR says, and no line of it is wrapped: a
@@ -12,9 +12,11 @@ import json
 import math
 import sys
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from pydantic import ConfigDict, TypeAdapter, ValidationError, with_config
+from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError, with_config
+from pydantic.fields import FieldInfo
+from pydantic_core import to_jsonable_python
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -29,6 +31,7 @@ from distplat.platform.checkpoints import FOLDER
 from distplat.platform.errors import printable
 from distplat.platform.progress import number_text, resize_text
 from distplat.platform.spec import Job
+from distplat.strategies.catalog import strategies
 
 if TYPE_CHECKING:
     from distplat.actors.result import Result
@@ -203,3 +206,72 @@ def _rows(facts: Facts) -> list[tuple[str, str]]:
     if facts["model"]:
         rows.append(("model", facts["model"]))
     return rows
+
+
+_NO_LIMIT = 2**40  # what a field says that means: any number that makes sense
+_SIGNS = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
+
+
+def print_strategies(*, as_json: bool) -> None:
+    """Print names, one line each, and the options with type, default and meaning."""
+    found = [_described(name) for name in strategies.names()]
+    if as_json:
+        print(to_json(found))
+        return
+    for number, strategy in enumerate(found):
+        print(printable(f"{chr(10) if number else ''}{strategy['name']}  {strategy['summary']}"))
+        for option in strategy["options"]:
+            print(printable(f"    {option['name']}: {option['type']}, default {option['default']}"))
+            print(printable(f"        {option['description']}"))
+
+
+def _described(name: str) -> dict[str, Any]:
+    kind = strategies.get(name)
+    return {"name": name, "summary": kind.summary, "options": field_rows(kind.options_type)}
+
+
+def field_rows(model: type[BaseModel]) -> list[dict[str, Any]]:
+    """Give name, type, default and description of a model's fields, in words."""
+    schema = model.model_json_schema()
+    return [
+        {
+            "name": name,
+            "type": " ".join([_type(schema["properties"][name]), *_bounds(field)]),
+            "default": "required"
+            if field.is_required()
+            else to_jsonable_python(field.get_default(call_default_factory=True)),
+            "description": " ".join((field.description or "").split()),
+        }
+        for name, field in model.model_fields.items()
+    ]
+
+
+def _bounds(field: FieldInfo) -> list[str]:
+    """Give `1 to 256`, `> 0`; a schema lacks them where a validator of ours stands before."""
+    found = {sign: getattr(m, sign) for m in field.metadata for sign in _SIGNS if hasattr(m, sign)}
+    if tops := [m.le for m in field.metadata if hasattr(m, "le")]:
+        found["le"] = min(tops)
+    if found.get("le", 0) >= _NO_LIMIT:
+        del found["le"]
+    if {"ge", "le"} <= found.keys():
+        return [f"{_shown(found['ge'])} to {_shown(found['le'])}"]
+    return [", ".join(f"{_SIGNS[sign]} {_shown(at)}" for sign, at in found.items())] * bool(found)
+
+
+def _shown(bound: float) -> str:
+    return str(bound) if isinstance(bound, int) else f"{bound:g}"
+
+
+def _type(schema: dict[str, Any]) -> str:
+    """Put a JSON schema into words a user reads: `integer`, `'gloo' or 'nccl'`."""
+    if "anyOf" in schema:
+        return " or ".join(_type(part) for part in schema["anyOf"])
+    if "const" in schema:
+        return repr(schema["const"])
+    if "enum" in schema:
+        return " or ".join(map(repr, schema["enum"]))
+    if isinstance(inner := schema.get("additionalProperties"), dict):
+        return f"mapping of text to {_type(inner)}"
+    if "items" in schema:
+        return f"list of {_type(schema['items'])}"
+    return str(schema.get("type", "any"))

@@ -27,7 +27,7 @@ from distplat.platform.remote_storage import is_url
 from distplat.platform.spec import Scaling
 
 if TYPE_CHECKING:
-    from distplat.actors.script_launch import ScriptJob, ScriptResult
+    from distplat.actors.script_run import ScriptJob, ScriptResult
 
 COMMAND = "submit-script"
 """Name of the command to which `submit ... -- COMMAND` goes."""
@@ -107,7 +107,7 @@ def submit_script(
     It goes to a Ray cluster or to a local Ray. `python` is the Python of the workers. What ranks
     print is shown, and kept in `rank-<n>.log` of the run directory.
     """
-    from distplat.actors.script_launch import ScriptJob, train_script
+    from distplat.actors.script_run import ScriptJob, train_script
 
     as_json, folder = is_json(output), _folder(working_dir, command)
     resources = {"CPU": cpus_per_worker, "GPU": gpus_per_worker}

@@ -6,9 +6,8 @@ from typing import get_args
 
 from pydantic import BaseModel
 
-from distplat.cli.describe import field_rows
+from distplat.cli.render import field_rows
 from distplat.platform import (
-    embeddings,
     evaluations,
     lr_schedules,
     model_options,
@@ -53,7 +52,7 @@ SECTIONS: list[tuple[str, str, type[BaseModel]]] = [
     ("Top level", "", spec.Job),
     ("scaling", "scaling.", spec.Scaling),
     ("lr_schedule", "lr_schedule.", lr_schedules.Schedule),
-    ("embeddings", "embeddings.", embeddings.Embeddings),
+    ("embeddings", "embeddings.", model_options.Embeddings),
     ("initial_weights", "initial_weights.", model_options.InitialWeights),
     ("data", "data.", spec.Data),
     ("compile", "compile.", model_options.Compile),
@@ -178,7 +177,7 @@ def page() -> str:
         parts.append(f"| {kind.__name__} | {names} |\n")
     parts.append(GROUPS)
     parts.append(ROWS + "\n| name | arguments |\n|---|---|\n")
-    for rows in embeddings.RowOptimizer.__subclasses__():
+    for rows in model_options.RowOptimizer.__subclasses__():
         names = ", ".join(f"`{name}`" for name in rows.model_fields if name != "name")
         parts.append(f"| {get_args(rows.model_fields['name'].annotation)[0]} | {names} |\n")
     return "".join(parts)

@@ -12,8 +12,7 @@ from typing import Any
 
 from distplat.platform.checkpoints import STATE, StoredCheckpoint, find
 from distplat.platform.errors import Problem, SpecError, StorageError, nearest
-from distplat.platform.remote_checkpoints import fetch
-from distplat.platform.remote_storage import is_url, missing_library
+from distplat.platform.remote_storage import fetch, is_url, missing_library
 from distplat.platform.spec import Job
 from distplat.platform.trackers import missing_trackers
 
@@ -105,7 +104,7 @@ def start_from_url(
 
     Args:
         job: the job.
-        url: see `remote_checkpoints.fetch`.
+        url: see `remote_storage.fetch`.
         folder: an empty one; the checkpoint is put into it.
         warn: is told of each that is damaged.
 

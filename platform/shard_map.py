@@ -6,6 +6,9 @@ vector, not the list of tensors, balances the shards by bytes whatever the sizes
 huge embedding does not make one server the slow one. Where servers differ they are cut by measured
 speed, on request: everybody waits for the slowest shard. An optimizer that looks at whole tensors
 has it cut where parameters end.
+
+Of embedding tables there are a plan, which their servers are told, and the names that the calls of
+their clients carry.
 """
 
 from collections.abc import Sequence
@@ -181,3 +184,74 @@ class ShardPlan:
     def worker(self, place: int) -> str:
         """Name one of the workers, by its number among them."""
         return f"worker-{self.workers[place] if self.workers else place}"
+
+
+@dataclass(frozen=True)
+class TableSpec:
+    """One embedding table. Equal on all ranks that train one model."""
+
+    name: str
+    """Path of its module in the model."""
+    rows: int | None
+    """Ids go from 0 to `rows` - 1; None: any id that is not negative."""
+    width: int
+    """Elements of a row, float32."""
+    std: float
+    """Standard deviation of a row's first values; 0: zeros."""
+    whole: bool = False
+    """Whether all rows are there from the start; else a row comes with its first gradient."""
+
+
+@dataclass(frozen=True)
+class TablePlan:
+    """What a server must know to serve one attempt."""
+
+    job: Job
+    run: str
+    """Name of the run; pushes of another are refused."""
+    attempt: int
+    world: int
+    """Workers whose pushes make up a step."""
+    total_steps: int
+    servers: int
+    tables: tuple[TableSpec, ...]
+    rewinds: bool = False
+    """Keep what the last step has changed: a restart may have to make that step again."""
+    checkpoint_every: int = 0
+    """Steps between two checkpoints; 0: there are none."""
+
+
+def file_of(server: int) -> str:
+    """Give the name of a server's file in a checkpoint, without its ending."""
+    return f"embeddings-{server}"
+
+
+def plan_of(
+    job: Job,
+    run: str,
+    attempt: int,
+    tables: tuple[TableSpec, ...],
+    total_steps: int,
+    *,
+    rewinds: bool,
+    checkpoint_every: int = 0,
+) -> TablePlan:
+    """
+    Make the plan of one attempt.
+
+    Args:
+        job: has the field `embeddings`.
+        run: its name.
+        attempt: its number.
+        tables: the same on all ranks.
+        total_steps: of the run.
+        rewinds: whether a step may have to be made again; asynchronous tables keep nothing for
+            that, their book knows what is in them.
+        checkpoint_every: steps between two checkpoints; 0: there are none.
+    """
+    assert job.embeddings is not None, "only such jobs have servers of tables"
+    servers, world = job.embeddings.servers, job.scaling.world
+    rewinds = rewinds and not job.embeddings.asynchronous
+    return TablePlan(
+        job, run, attempt, world, total_steps, servers, tables, rewinds, checkpoint_every
+    )

@@ -15,7 +15,6 @@ from pydantic import BeforeValidator, Field, StringConstraints, model_validator
 from pydantic_core import PydanticCustomError
 
 from distplat.platform import own_loop
-from distplat.platform.embeddings import Embeddings
 from distplat.platform.errors import Problem
 from distplat.platform.evaluations import EarlyStop, KeepBest, evaluation_problems
 from distplat.platform.fields import (
@@ -32,6 +31,7 @@ from distplat.platform.lr_schedules import NamedSchedule, OneCycleLR, Schedule, 
 from distplat.platform.model_options import (
     EMA,
     Compile,
+    Embeddings,
     InitialWeights,
     compile_of,
     initial_weights_of,

@@ -16,8 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from distplat.platform.load import ShardLoad
-from distplat.platform.shard_map import OwnLoop
-from distplat.platform.table_plan import TablePlan, TableSpec
+from distplat.platform.shard_map import OwnLoop, TablePlan, TableSpec
 from distplat.platform.task_scheduler import Lease, TaskPlan
 from distplat.platform.tensor_slices import TensorEntry
 from distplat.platform.vector_layout import Layout

@@ -1,24 +1,101 @@
-"""Health checks of servers that have no backup: the first loss ends the attempt."""
+"""
+Health checks of servers: a question open to each, and who has not answered in time.
+
+    server-0   where? ──▶ here     0.5 s later   where? ──▶ here      it is well
+    server-1   where? ──▶ ActorDied                                   lost: it is gone
+    server-2   where? ──▶ ...                    heartbeat_timeout_s  lost: frozen, or cut off
+    server-3   where? ──▶ Unanswered             asked again          an answer is lost, no server
+"""
 
 from __future__ import annotations
 
 import logging
 import threading
 import time
+from collections.abc import Collection, Mapping
 from typing import Any
 
-from distplat.actors.transport import ActorDied, NotHere, Transport, Unanswered
+from distplat.actors.transport import ActorDied, Transport, Unanswered
 from distplat.platform.errors import ActorLost, DistplatError
 
 logger = logging.getLogger(__name__)
 
-WATCH_S = 0.5
-"""Period of the look at the server nodes."""
+TICK_S = 0.1
+"""Period of a look at the answers."""
+_ASK_EVERY_S = 0.5
+"""Period of the question to a server that answers."""
+
+
+class Heartbeats:
+    """
+    What servers answer, for one thread.
+
+    Args:
+        transport: the manager's.
+        limit_s: how long one may not answer.
+    """
+
+    def __init__(self, transport: Transport, limit_s: float) -> None:
+        self._transport, self._limit_s = transport, limit_s
+        self._open: dict[Any, tuple[str, float]] = {}  #: question -> (server, when it was asked)
+        self._heard: dict[str, float] = {}  #: server -> when it last answered
+        self._silent_since: dict[str, float] = {}  #: server -> from when on its silence counts
+
+    def has_heard(self, server: str) -> bool:
+        """Whether a server has answered once."""
+        return server in self._heard
+
+    def look(self, servers: Mapping[str, Any], starting: Collection[str]) -> dict[str, str]:
+        """
+        Ask every server that has not been asked for a while, and take the answers.
+
+        Args:
+            servers: handles, by name; who is not among them any more is asked no more.
+            starting: those that may be silent for any time.
+
+        Returns:
+            Who is lost, and why.
+        """
+        now = time.monotonic()
+        self._ask(servers, now)
+        lost = {name: cause for name, cause in self._answers(now).items() if name in servers}
+        for name in starting:
+            self._silent_since[name] = now
+        for question, (name, asked_at) in list(self._open.items()):
+            if now - max(asked_at, self._silent_since[name]) > self._limit_s:
+                del self._open[question]
+                if name in servers:
+                    lost[name] = f"it has not answered for {self._limit_s:g} s (frozen or cut off)"
+        return lost
+
+    def _ask(self, servers: Mapping[str, Any], now: float) -> None:
+        asked = {name for name, _ in self._open.values()}
+        for name, handle in servers.items():
+            if name not in asked and now - self._heard.get(name, 0.0) > _ASK_EVERY_S:
+                self._silent_since.setdefault(name, now)
+                self._open[self._transport.call(handle, "where")] = name, now
+
+    def _answers(self, now: float) -> dict[str, str]:
+        """Take the answers that are here; give who is lost by them."""
+        questions, lost = list(self._open), {}
+        here = self._transport.wait(questions, 0.0, everything=True) if questions else []
+        for question in here:
+            name, _ = self._open.pop(question)
+            try:
+                self._transport.get(question, 0.0)
+            except Unanswered as error:  # one lost answer is no lost server
+                if now - self._silent_since[name] > self._limit_s:
+                    lost[name] = str(error)
+            except ActorDied as error:
+                lost[name] = str(error)
+            else:
+                self._heard[name] = self._silent_since[name] = now
+        return lost
 
 
 class HealthCheck:
     """
-    Notes the first server that dies, or does not answer.
+    Notes the first server that dies, or does not answer, where none has a backup.
 
     One that is given its shard loads torch, and may be silent for longer than a heartbeat; whoever
     gives it out has a deadline of its own. So silence counts from `begin` on, a death at any time.
@@ -33,15 +110,16 @@ class HealthCheck:
     def __init__(
         self, transport: Transport, servers: list[Any], limit_s: float, losing: threading.Event
     ) -> None:
-        self._transport, self._servers, self._limit_s = transport, servers, limit_s
+        self._servers = {f"server-{index}": handle for index, handle in enumerate(servers)}
+        self._heartbeats = Heartbeats(transport, limit_s)
         self.lost: DistplatError | None = None
         self._losing, self._closed = losing, threading.Event()
-        self._begun_at: float | None = None
+        self._begun = False
         threading.Thread(target=self._watch, name="watch", daemon=True).start()
 
     def begin(self) -> None:
         """All servers have their shards."""
-        self._begun_at = time.monotonic()
+        self._begun = True
 
     def close(self) -> None:
         """Look no more."""
@@ -50,45 +128,12 @@ class HealthCheck:
     def _watch(self) -> None:
         """Look until somebody is lost, or this manager is of no use."""
         try:
-            self._watch_all()
-        except DistplatError as error:
-            self.lost = error
+            while self.lost is None and not self._closed.wait(TICK_S):
+                starting = () if self._begun else self._servers
+                for name, cause in self._heartbeats.look(self._servers, starting).items():
+                    self.lost = self.lost or ActorLost(name, None, cause)
         except BaseException as error:
             logger.exception("the health checks ended")
             self.lost = ActorLost("server-manager", None, f"its health checks ended: {error!r}")
         if self.lost is not None:
             self._losing.set()
-
-    def _watch_all(self) -> None:
-        heard = dict.fromkeys(range(len(self._servers)), time.monotonic())
-        while self.lost is None and not self._closed.is_set():
-            for index in heard:
-                self.lost = self.lost or self._look(index, heard)
-            if self.lost is not None:
-                return
-            self._closed.wait(WATCH_S)
-
-    def _look(self, index: int, heard: dict[int, float]) -> DistplatError | None:
-        """Ask one server whether it lives; `heard`: when each last said so."""
-        name, asked = f"server-{index}", time.monotonic()
-        question = self._transport.call(self._servers[index], "where")
-        while True:
-            try:
-                self._transport.get(question, min(WATCH_S, self._limit_s))
-            except Unanswered as error:
-                if self._is_late(heard[index]):  # one lost answer is no lost server
-                    return ActorLost(name, None, str(error))
-                return None
-            except ActorDied as error:
-                return ActorLost(name, None, str(error))
-            except NotHere:
-                if self._is_late(asked):
-                    cause = f"it has not answered for {self._limit_s:g} s (frozen or cut off)"
-                    return ActorLost(name, None, cause)
-                continue
-            heard[index] = time.monotonic()
-            return None
-
-    def _is_late(self, since: float) -> bool:
-        begun = self._begun_at
-        return begun is not None and time.monotonic() - max(since, begun) > self._limit_s

@@ -11,6 +11,12 @@ The class is plain; `spawn.py` makes an actor of it. Where every shard, or every
 the tables, is kept twice, a replication manager replaces lost servers (`replication_manager.py`);
 else the first loss of a shard's server ends the attempt, and of a table's the controller hears.
 
+An actor ends with the process that made it. So the controller makes servers, not the manager: a
+manager that is lost takes none with it.
+
+    replication manager ── make ──▶ provisioning ── make_server ──▶ controller ── spawn ──▶ server-4
+        ◀────── handle ──────┘ ◀───────── handle ───────┘
+
 A manager that follows a lost one asks the servers what they have: nothing
 that it must know is anywhere else.
 """
@@ -19,6 +25,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -26,12 +33,17 @@ from typing import TYPE_CHECKING, Any
 
 from distplat.actors.messages import Address, Membership, ModelFacts, TableMap
 from distplat.actors.ray_transport import alone
-from distplat.actors.retrying_calls import Call, ask
+from distplat.actors.retrying_calls import AGAIN_S, Call, ask
 from distplat.actors.servers.health_check import HealthCheck
 from distplat.actors.servers.replication_manager import ReplicationManager
-from distplat.actors.servers.server_provisioning import ServerProvisioning
 from distplat.actors.transport import Transport, TransportError
-from distplat.platform.errors import ActorLost, DistplatError, ProtocolError
+from distplat.platform.errors import (
+    ActorLost,
+    DeadlineExceeded,
+    DistplatError,
+    NotReadyError,
+    ProtocolError,
+)
 from distplat.platform.server_group import Held, Role, ServerGroup, ServersSeen, ShardAssignment
 from distplat.platform.shard_map import ShardMap, ShardPlan, cut_shards, within
 from distplat.platform.spec import Job
@@ -411,3 +423,58 @@ class ServerManager:
         for group in (self._replication, self._tables):
             if group is not None:
                 group.close()
+
+
+_SETTING = "start_timeout_s"
+
+
+class ServerProvisioning:
+    """
+    The manager's way to new servers.
+
+    Args:
+        transport: the manager's.
+        attempt: for which the manager was made; the controller refuses those before.
+        limit_s: how long a server may take to come.
+    """
+
+    def __init__(self, transport: Transport, attempt: int, limit_s: float) -> None:
+        self._transport, self._attempt, self._limit_s = transport, attempt, limit_s
+        self._controller: Any = None
+        self._begun = threading.Event()
+        self._asking = threading.Lock()  # many questions at once would take all its threads
+
+    def begin(self, controller: Any) -> None:
+        """Take the controller, who is made after the first manager; twice does nothing."""
+        self._controller = controller
+        self._begun.set()
+
+    def make(self, server: str, beside: str) -> Any:
+        """
+        Have a server made; give its handle.
+
+        Args:
+            server: its name.
+            beside: the node on which it should rather not be.
+
+        Raises:
+            DeadlineExceeded: nobody made it.
+            ActorLost: the controller is gone.
+            FencedError: there is a later manager.
+            NotReadyError: the controller has not begun.
+        """
+        if not self._begun.wait(self._limit_s):
+            setting = f"failure.{_SETTING}"
+            raise DeadlineExceeded("a new server", ("controller",), self._limit_s, setting)
+        who = self._attempt, server, beside
+        call = partial(self._transport.call, self._controller, "make_server", *who)
+        until = time.monotonic() + self._limit_s
+        given = self._transport, "a new server", [call], ["controller"]
+        while True:
+            try:
+                with self._asking:
+                    return ask(*given, self._limit_s, _SETTING)[0]
+            except NotReadyError:  # its process has just started
+                if time.monotonic() > until:
+                    raise
+                time.sleep(AGAIN_S)

@@ -1,5 +1,5 @@
 """
-Health checks and replication of a server group: carries out what `ServerGroup` decides.
+Replication of a server group: carries out what `ServerGroup` decides.
 
     watch thread    a question open to every server; news ──▶ ServerGroup ──▶ orders
     order threads   make, fill, promote, go alone; each ends with news of its own
@@ -20,7 +20,8 @@ from typing import Any
 
 from distplat.actors.messages import Address
 from distplat.actors.retrying_calls import Call, ask
-from distplat.actors.transport import ActorDied, Transport, TransportError, Unanswered
+from distplat.actors.servers.health_check import TICK_S, Heartbeats
+from distplat.actors.transport import Transport, TransportError
 from distplat.platform.errors import ActorLost, DistplatError, NotReadyError
 from distplat.platform.server_group import (
     Fill,
@@ -35,9 +36,6 @@ from distplat.platform.spec import Failure
 
 logger = logging.getLogger(__name__)
 
-_TICK_S = 0.1
-_ASK_EVERY_S = 0.5
-"""Period of the question to a server that answers."""
 _FOR_GOOD = "no other server has what it kept: its backup was not there yet"
 _ANSWER_GRACE_S = 10.0
 """A primary times out by itself and knows more; only a frozen one needs ours on top."""
@@ -75,10 +73,9 @@ class ReplicationManager:
         self._transport, self._limits, self._losing = transport, limits, losing
         self._make, self._assign = make, assign
         self._group, self.handles = group, dict(handles)
+        self._heartbeats = Heartbeats(transport, limits.heartbeat_timeout_s)
         self._addresses: dict[str, Address | None] = {}  #: of promoted servers' parameters
         self._news: queue.SimpleQueue[Callable[[], list[Order]]] = queue.SimpleQueue()
-        self._open: dict[Any, tuple[str, float]] = {}  #: question -> (server, when it was asked)
-        self._heard: dict[str, float] = {}  #: server -> when it last answered
         self._promotions: dict[str, threading.Event] = {}  #: of servers: set when they are over
         self._map = group.version, [seat.primary for seat in group.seats]
         self._changed = threading.Condition()
@@ -134,7 +131,7 @@ class ReplicationManager:
         self._start(self._group.begin())
         while self._group.broken is None and not self._closed:
             try:
-                news = self._news.get(timeout=_TICK_S)
+                news = self._news.get(timeout=TICK_S)
             except queue.Empty:
                 self._watch()
             else:
@@ -206,7 +203,7 @@ class ReplicationManager:
             except NotReadyError:  # no worker has brought parameters yet
                 if time.monotonic() > until:
                     raise
-                time.sleep(_TICK_S)
+                time.sleep(TICK_S)
 
         def ready() -> list[Order]:
             self._group.filled(order.backup, order.term)
@@ -241,36 +238,12 @@ class ReplicationManager:
         return ask(self._transport, what, [call], [server], limit, "step_timeout_s")[0]
 
     def _watch(self) -> None:
-        """Ask every server that has not been asked for a while; take the answers."""
-        now = time.monotonic()
-        asked = {name for name, _ in self._open.values()}
-        for name in self._group.servers:
-            due = now - self._heard.get(name, 0.0) > _ASK_EVERY_S
-            if name in self.handles and name not in asked and due:
-                self._open[self._transport.call(self.handles[name], "where")] = name, now
-        questions = list(self._open)
-        answered = self._transport.wait(questions, 0.0, everything=True) if questions else []
-        for question in answered:
-            name, _ = self._open.pop(question)
-            if self._answers(name, question):
-                self._heard[name] = now
-            else:
-                self._start(self._lose(name))
-        limit = self._limits.heartbeat_timeout_s
-        for question, (name, since) in list(self._open.items()):
-            if name in self._heard and now - since > limit:  # frozen; who starts is given time
-                del self._open[question]
-                self._start(self._lose(name))
-
-    def _answers(self, name: str, question: Any) -> bool:
-        try:
-            self._transport.get(question, 0.0)
-        except Unanswered:  # one lost answer is no lost server
-            silent_s = time.monotonic() - self._heard.get(name, time.monotonic())
-            return silent_s < self._limits.heartbeat_timeout_s
-        except ActorDied:
-            return False
-        return True
+        """See who is lost; who has not answered once is starting, and given time."""
+        handles = {name: self.handles[name] for name in self._group.servers if name in self.handles}
+        starting = [name for name in handles if not self._heartbeats.has_heard(name)]
+        for name, cause in self._heartbeats.look(handles, starting).items():
+            logger.warning("%s: %s", name, cause)
+            self._start(self._lose(name))
 
     def _lose(self, name: str) -> list[Order]:
         if self._closed:  # the run is over: its servers end

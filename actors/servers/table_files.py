@@ -7,8 +7,8 @@ from distplat.actors.actor_group import ActorGroup
 from distplat.actors.messages import TableMap
 from distplat.actors.ray_transport import RayTransport
 from distplat.actors.retrying_calls import ask
+from distplat.platform.shard_map import TableSpec
 from distplat.platform.spec import Job
-from distplat.platform.table_plan import TableSpec
 from distplat.strategies.sparse.files import PartSource
 
 

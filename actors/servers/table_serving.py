@@ -21,7 +21,7 @@ from distplat.actors.servers.serving import Serving
 from distplat.actors.transport import Transport
 from distplat.platform.ledger import PullId, PushId
 from distplat.platform.server_group import Held, Role
-from distplat.platform.table_plan import TablePlan, TableSpec
+from distplat.platform.shard_map import TablePlan, TableSpec
 from distplat.strategies.ports import TablesCopy
 from distplat.strategies.server.answers import tables_copy
 from distplat.strategies.server.table_store import TableServer

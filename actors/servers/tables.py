@@ -18,7 +18,7 @@ from distplat.actors.servers.map_watcher import MapChanged, MapWatcher, Result, 
 from distplat.actors.transport import Transport
 from distplat.platform.errors import ActorLost, FencedError
 from distplat.platform.ledger import PullId, PushId
-from distplat.platform.table_plan import TablePlan, TableSpec, plan_of
+from distplat.platform.shard_map import TablePlan, TableSpec, plan_of
 from distplat.strategies.checkpoint.checkpoint_reader import SavedState
 from distplat.strategies.ports import Sending, Tables, TablesCopy
 from distplat.strategies.server.answers import fetch_copies

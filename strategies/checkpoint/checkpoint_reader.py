@@ -18,7 +18,7 @@ from torch import Tensor
 from distplat.platform.errors import Problem, SpecError
 from distplat.platform.resume import names_differ
 from distplat.platform.sampler import ENDLESS
-from distplat.platform.table_plan import TableSpec, file_of
+from distplat.platform.shard_map import TableSpec, file_of
 from distplat.platform.tensor_slices import RawTensor, TensorSlice, take_out
 from distplat.strategies.checkpoint.frozen_base import FROZEN, Sums, check_base
 from distplat.strategies.model.ema import AVERAGE, AVERAGED

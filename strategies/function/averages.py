@@ -8,10 +8,10 @@ from typing_extensions import override
 
 from distplat.strategies.function.gradient_average import (
     BucketAverage,
+    Exchange,
     GradientAverage,
     Surroundings,
 )
-from distplat.strategies.function.gradient_exchange import Exchange
 from distplat.strategies.function.server_sum import ServerAverage, ServerSum
 from distplat.strategies.ports import LoopShards
 from distplat.strategies.ring import RingOptions

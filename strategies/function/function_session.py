@@ -29,10 +29,9 @@ from distplat.strategies.checkpoint.checkpoint_reader import SavedState
 from distplat.strategies.checkpoint.checkpoint_types import CheckpointPart, Take
 from distplat.strategies.collective import Collective
 from distplat.strategies.function.averages import GroupAverages, ServerAverages
-from distplat.strategies.function.gradient_average import Surroundings, take_over
-from distplat.strategies.function.gradient_exchange import Exchange
+from distplat.strategies.function.gradient_average import Exchange, Surroundings, take_over
 from distplat.strategies.function.metric_gathering import gather_for_metrics
-from distplat.strategies.function.oversight import OptimizerWatch
+from distplat.strategies.function.oversight import OptimizerWatch, Watched
 from distplat.strategies.function.server_updates import ServerUpdates
 from distplat.strategies.function.sharded_loader import (
     Cut,
@@ -41,7 +40,6 @@ from distplat.strategies.function.sharded_loader import (
     ShardedLoader,
 )
 from distplat.strategies.function.stream_loader import StreamLoader
-from distplat.strategies.function.watched import Watched
 from distplat.strategies.loop.loop import Progress
 from distplat.strategies.loop.seeding import seed_step
 from distplat.strategies.loop.streams import is_stream

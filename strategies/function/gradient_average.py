@@ -8,6 +8,8 @@ Averages a model's gradients over the ranks in each backward, as DistributedData
 So what stands in `.grad` when `backward()` has returned is the mean over the ranks, and whatever
 the loop does with it afterwards is as in one process: clipping, a scaler, any optimizer of torch.
 
+Which of them a strategy does, and with which optimizer, is its `Exchange`.
+
 A parameter has a gradient if `.grad` is not None, as torch has it. One that some rank has and
 another has not counts there as zero; one that no rank has stays None, and its optimizer leaves it.
 """
@@ -25,6 +27,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.optim.optimizer import Optimizer
 from typing_extensions import override
 
 from distplat.platform.errors import NonFiniteError, Problem, SpecError
@@ -38,6 +41,76 @@ from distplat.strategies.model.sync_batch_norm import SyncNorms
 from distplat.strategies.reduction.bucket_reducer import BucketReducer
 from distplat.strategies.ring import RingOptions
 from distplat.strategies.torch_compat import after_backward
+
+
+class Exchange(ABC):
+    """How the models of a session are trained over all ranks."""
+
+    together = True
+    """Whether all ranks make the same steps."""
+
+    @property
+    @abstractmethod
+    def models(self) -> list[nn.Module]:
+        """Those that are trained, in the order of `prepare`."""
+
+    @abstractmethod
+    def add(self, model: nn.Module, *, alone: bool) -> None:
+        """
+        Train a model; it is on its device.
+
+        Args:
+            model: has parameters to train.
+            alone: whether no other one comes with it.
+        """
+
+    def take(self, optimizer: Optimizer) -> None:
+        """Be told of an optimizer that was prepared; its updates are those of each rank."""
+        return
+
+    def check(self, optimizer: Optimizer) -> None:
+        """
+        Look at an optimizer of prepared models that is about to step for the first time.
+
+        Raises:
+            SpecError: its updates would be lost.
+        """
+        return
+
+    def before_step(self, optimizer: Optimizer) -> None:
+        """
+        Be told that an optimizer is about to step.
+
+        Raises:
+            NonFiniteError: it would apply gradients that are not finite.
+        """
+        return
+
+    @abstractmethod
+    def enable(self, on: bool) -> None:
+        """See `no_sync`."""
+
+    def leave(self) -> None:
+        """Be told that this rank's function has returned."""
+        return
+
+    @abstractmethod
+    def settle(self) -> None:
+        """
+        Have the models be what was trained; every rank has left.
+
+        Raises:
+            ValueError: ranks have trained other models.
+        """
+
+    def figures(self) -> dict[str, float]:
+        """Give figures for the next report."""
+        return {}
+
+    @abstractmethod
+    def close(self) -> None:
+        """Let go of the models."""
+
 
 _COMPARED = (3, 30)
 """Backwards after which ranks compare their parameters; so they do at the end."""

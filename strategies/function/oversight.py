@@ -3,6 +3,8 @@ What a train function could get wrong without a word, found: ranks that do not t
 
     optimizer.step()    of a parameter that prepare() never saw? Its gradients are this rank's own
     now and then        the same parameters on all ranks? Only backward() averages
+
+And reports that lack what the job goes by: `checkpoint.keep_best`, `early_stop`.
 """
 
 from __future__ import annotations
@@ -10,14 +12,15 @@ from __future__ import annotations
 import json
 import threading
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 
-from distplat.platform.errors import Problem, SpecError
+from distplat.platform.errors import Problem, SpecError, hint
+from distplat.platform.spec import Job
 from distplat.strategies.collective import Collective, gather_bytes
 
 _APART = 1e-3
@@ -122,3 +125,46 @@ def check_alike(model: nn.Module, group: Collective, when: str) -> None:
                     "rank's alone, and so is what is written into a parameter otherwise, and a "
                     "step() that not all ranks make"
                 )
+
+
+class Watched:
+    """
+    Looks at one rank's reports.
+
+    Args:
+        job: the run.
+    """
+
+    def __init__(self, job: Job) -> None:
+        self._best, self._stop = job.checkpoint.keep_best, job.early_stop
+        self._names: dict[str, None] = {}  #: of all figures so far
+
+    def reported(self, figures: Mapping[str, float], *, kept: bool) -> None:
+        """
+        Look at a report.
+
+        Args:
+            figures: by name.
+            kept: whether it has a checkpoint.
+
+        Raises:
+            SpecError: nobody could say how good that is.
+        """
+        self._names.update(dict.fromkeys(figures))
+        if kept and self._best is not None and self._best.metric not in figures:
+            name = self._best.metric
+            text = f"report() has a checkpoint, and no {name!r} to say how good it is"
+            where = ("checkpoint", "keep_best", "metric")
+            raise SpecError(Problem(where, text, hint(name, figures)))
+
+    def over(self) -> None:
+        """
+        Be told that the function has returned.
+
+        Raises:
+            SpecError: it reported, and never what `early_stop` goes by.
+        """
+        if self._stop is not None and self._names and self._stop.metric not in self._names:
+            text = f"no report() had a {self._stop.metric!r}"
+            name = hint(self._stop.metric, self._names)
+            raise SpecError(Problem(("early_stop", "metric"), text, name))

@@ -22,7 +22,7 @@ from distplat.strategies.loop.collate import collated, sent
 from distplat.strategies.loop.loaders import ByValue, LoaderContext, importable
 from distplat.strategies.loop.seeding import generators_kept, seed_quickly, seed_sample
 from distplat.strategies.loop.streams import Marked, StreamSamples
-from distplat.strategies.loop.task_order import TaskOrder
+from distplat.strategies.loop.task_settings import TaskOrder
 from distplat.strategies.task import Task
 
 

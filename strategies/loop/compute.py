@@ -41,7 +41,7 @@ from distplat.strategies.loop.losses import (
 from distplat.strategies.loop.metric_states import MetricState, TaskMetrics
 from distplat.strategies.loop.prepared import Prepared
 from distplat.strategies.loop.seeding import seed_evaluation, seed_step
-from distplat.strategies.loop.task_contents import task_modules
+from distplat.strategies.loop.task_settings import task_modules
 from distplat.strategies.model.flat import FlatModel
 
 

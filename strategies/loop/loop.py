@@ -20,7 +20,7 @@ from distplat.strategies.collective import Collective, gather_bytes
 from distplat.strategies.loop.compute import Compute, Share, Stopwatch, Sums, TaskModel
 from distplat.strategies.loop.control import NonFiniteSteps, StepControl
 from distplat.strategies.loop.gathering import Gathering
-from distplat.strategies.loop.loss_scale import LossScale
+from distplat.strategies.loop.losses import LossScale
 from distplat.strategies.loop.metric_states import TaskMetrics
 from distplat.strategies.loop.prepared import Prepared
 from distplat.strategies.model.flat import FlatModel

@@ -20,7 +20,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from distplat.strategies.loop.collate import with_fields
 from distplat.strategies.loop.losses import Made
-from distplat.strategies.loop.task_contents import task_modules
+from distplat.strategies.loop.task_settings import task_modules
 from distplat.strategies.task import Task, has_step
 
 logger = logging.getLogger(__name__)

@@ -14,8 +14,7 @@ from distplat.platform.spec import Job
 from distplat.strategies.checkpoint.checkpoint_types import Holding
 from distplat.strategies.checkpoint.frozen_base import FrozenBase
 from distplat.strategies.loop.agreement import RankFacts
-from distplat.strategies.loop.loss_scale import LossScale
-from distplat.strategies.loop.losses import TermWeights
+from distplat.strategies.loop.losses import LossScale, TermWeights
 from distplat.strategies.model.flat import FlatModel
 from distplat.strategies.model.model_state import ModelState
 from distplat.strategies.model.task_optimizer import Made

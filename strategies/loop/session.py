@@ -46,15 +46,18 @@ from distplat.strategies.loop.compute import TaskModel
 from distplat.strategies.loop.gathering import Gathering, looks_gathering
 from distplat.strategies.loop.loaders import ready_loaders, warning_of
 from distplat.strategies.loop.loop import LeasedLoop, Loop, Progress, course_of
-from distplat.strategies.loop.loss_scale import LOSS_SCALE, LossScale
-from distplat.strategies.loop.losses import TermWeights
+from distplat.strategies.loop.losses import LOSS_SCALE, LossScale, TermWeights
 from distplat.strategies.loop.metric_states import TaskMetrics
 from distplat.strategies.loop.prepared import Prepared
 from distplat.strategies.loop.seeding import seed_all
 from distplat.strategies.loop.streams import Mark, StreamSamples
-from distplat.strategies.loop.task_contents import task_parameters
-from distplat.strategies.loop.task_order import digest_of, order_of
-from distplat.strategies.loop.task_schedule import schedule_digest, with_task_schedule
+from distplat.strategies.loop.task_settings import (
+    digest_of,
+    order_of,
+    schedule_digest,
+    task_parameters,
+    with_task_schedule,
+)
 from distplat.strategies.model.flat import FlatModel
 from distplat.strategies.model.model_state import ModelState, Shares
 from distplat.strategies.model.module_options import apply_module_options

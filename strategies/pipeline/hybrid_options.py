@@ -10,8 +10,8 @@ from pydantic import Field
 
 from distplat.platform.errors import Problem, hint
 from distplat.platform.fields import Count, Flag, Positive, Resources, Seconds
-from distplat.platform.grid import Grid
 from distplat.platform.spec import Job
+from distplat.platform.topology import Grid
 from distplat.strategies.strategy_spec import Options
 from distplat.strategies.tensor.parallel_plan import check_styles
 

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from distplat.platform.errors import Problem, SpecError, hint
 from distplat.platform.even_split import split_evenly
-from distplat.platform.grid import Position
 from distplat.platform.spec import Job
+from distplat.platform.topology import Position
 from distplat.strategies.algorithms.partition import bounds, partition
 from distplat.strategies.collective import Collective, broadcast_bytes, gather_bytes
 from distplat.strategies.loop.batches import batches_by, one_batch

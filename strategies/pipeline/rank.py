@@ -23,8 +23,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from distplat.platform.grid import Grid, Position
 from distplat.platform.pipeline_trace import TraceEvent, TraceReport
+from distplat.platform.topology import Grid, Position
 from distplat.strategies.algorithms.pipeline_schedule import Plan
 from distplat.strategies.algorithms.simulate import simulate
 from distplat.strategies.checkpoint.checkpoint_types import CheckpointPart, Holding

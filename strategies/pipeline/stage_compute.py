@@ -18,7 +18,7 @@ from torch.utils.data import Dataset
 from typing_extensions import override
 
 from distplat.platform.even_split import split_evenly
-from distplat.platform.grid import Position
+from distplat.platform.topology import Position
 from distplat.strategies.algorithms.seeds import mixed
 from distplat.strategies.loop.batches import EvalLoader, batches_by, micro_batches
 from distplat.strategies.loop.collate import moved

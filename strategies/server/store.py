@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from distplat.platform.ledger import Ledger, PushId, Verdict
-from distplat.platform.table_plan import TablePlan
+from distplat.platform.shard_map import TablePlan
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from typing_extensions import override
 
 from distplat.platform.errors import FencedError, ProtocolError, StateLost
 from distplat.platform.ledger import Answer, Ledger, PullId, PushId, StepLedger, TaskLedger, Verdict
-from distplat.platform.table_plan import TablePlan, TableSpec
+from distplat.platform.shard_map import TablePlan, TableSpec
 from distplat.platform.tensor_slices import Bundle, RawTensor
 from distplat.strategies.server.checkpoint_copies import CheckpointCopies
 from distplat.strategies.server.server import Limits, Server
@@ -40,9 +40,8 @@ from distplat.strategies.server.store import (
 )
 from distplat.strategies.sparse.files import PartSource, packed_part
 from distplat.strategies.sparse.routing import server_of
-from distplat.strategies.sparse.rules import make_rule
 from distplat.strategies.sparse.saved import copies_of, fill
-from distplat.strategies.sparse.table import RowGradients, Table
+from distplat.strategies.sparse.table import RowGradients, Table, make_rule
 
 _CREATED_AT_ONCE = 1 << 16
 

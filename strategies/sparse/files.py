@@ -22,7 +22,7 @@ import numpy as np
 from safetensors.numpy import load_file, save
 
 from distplat.platform.errors import StorageError
-from distplat.platform.table_plan import TableSpec
+from distplat.platform.shard_map import TableSpec
 from distplat.strategies.sparse.table import Table
 
 LIST_NAME = "embeddings.json"

@@ -21,8 +21,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from typing_extensions import override
 
+from distplat.platform.shard_map import TablePlan, TableSpec
 from distplat.platform.spec import Job
-from distplat.platform.table_plan import TablePlan, TableSpec
 from distplat.strategies.checkpoint.checkpoint_reader import SavedState
 from distplat.strategies.checkpoint.checkpoint_types import Boxes
 from distplat.strategies.loop.control import NonFiniteSteps, StepControl

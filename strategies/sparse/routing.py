@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from distplat.platform.table_plan import TablePlan, TableSpec
+from distplat.platform.shard_map import TablePlan, TableSpec
 from distplat.strategies.algorithms.seeds import GOLDEN, mix
 
 

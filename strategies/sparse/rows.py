@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 from typing_extensions import override
 
-from distplat.platform.table_plan import TableSpec
+from distplat.platform.shard_map import TableSpec
 from distplat.strategies.algorithms.seeds import GOLDEN, mix
 
 _BLOCK = 1 << 15

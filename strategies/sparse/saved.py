@@ -22,15 +22,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from distplat.platform.embeddings import RowSGD
 from distplat.platform.errors import ProtocolError, StorageError, hint
-from distplat.platform.table_plan import TablePlan, TableSpec, file_of
+from distplat.platform.model_options import RowSGD
+from distplat.platform.shard_map import TablePlan, TableSpec, file_of
 from distplat.platform.tensor_slices import Bundle, Bytes, RawTensor, TensorEntry, TensorSlice
 from distplat.strategies.sparse.files import read_list, read_part
 from distplat.strategies.sparse.modules import Sharded, tables_of
 from distplat.strategies.sparse.routing import server_of
-from distplat.strategies.sparse.rules import make_rule
-from distplat.strategies.sparse.table import Table
+from distplat.strategies.sparse.table import Table, make_rule
 
 _AT_ONCE = 1 << 18
 """Rows that are copied at a time when a table is filled."""

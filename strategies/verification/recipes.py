@@ -21,12 +21,12 @@ from torch import Tensor, nn
 from torch.utils.data import Subset
 from typing_extensions import override
 
-from distplat.platform.embeddings import Embeddings
 from distplat.platform.errors import Problem, SpecError
+from distplat.platform.model_options import Embeddings
 from distplat.platform.optimizers import Optimizer, TaskOptimizer
 from distplat.platform.sampler import Sampler
+from distplat.platform.shard_map import TableSpec
 from distplat.platform.spec import Job
-from distplat.platform.table_plan import TableSpec
 from distplat.strategies.algorithms.seeds import (
     collate_seed,
     epoch_seed,
@@ -39,7 +39,7 @@ from distplat.strategies.hybrid import Hybrid
 from distplat.strategies.loop.batches import Run, runs
 from distplat.strategies.loop.seeding import generators_kept
 from distplat.strategies.loop.streams import is_stream, rows_of
-from distplat.strategies.loop.task_order import TaskOrder
+from distplat.strategies.loop.task_settings import TaskOrder
 from distplat.strategies.sparse.modules import RowSource, Sharded, tables_of
 from distplat.strategies.sparse.rows import initial_rows
 from distplat.strategies.task import Task, has_lr, has_weights

@@ -23,7 +23,7 @@ from distplat.strategies.catalog import make_strategy
 from distplat.strategies.hybrid import Hybrid
 from distplat.strategies.loop.gathering import calls
 from distplat.strategies.loop.streams import is_stream, length_of
-from distplat.strategies.loop.task_order import order_of
+from distplat.strategies.loop.task_settings import order_of
 from distplat.strategies.task import Task
 from distplat.strategies.verification.compare import compare, is_finite
 from distplat.strategies.verification.recipes import (

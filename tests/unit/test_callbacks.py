@@ -23,7 +23,7 @@ from distplat import Callback, Job, Result, Task, Trainer
 from distplat.actors.callbacks import Callbacks
 from distplat.actors.controller_client import RunHandlers
 from distplat.actors.view import View
-from distplat.platform.background_writer import BackgroundWriter
+from distplat.platform.disk import BackgroundWriter
 from distplat.platform.errors import SpecError, StorageError, UserCodeError
 from distplat.platform.progress import (
     EvalSummary,

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 import distplat
-from distplat.cli import describe
+from distplat.cli import render
 from distplat.cli.main import run
 from distplat.platform.errors import (
     ActorLost,
@@ -260,7 +260,7 @@ def test_every_error_has_its_exit_code_and_no_traceback_of_ours(
     def fail(**options: bool) -> None:
         raise error
 
-    monkeypatch.setattr(describe, "print_strategies", fail)
+    monkeypatch.setattr(render, "print_strategies", fail)
     assert run(["strategies"]) == code
     printed = capsys.readouterr().err
     assert printed.startswith(shown)
@@ -273,7 +273,7 @@ def test_debug_shows_where_an_error_came_from(
     def fail(**options: bool) -> None:
         raise ZeroDivisionError("ours")
 
-    monkeypatch.setattr(describe, "print_strategies", fail)
+    monkeypatch.setattr(render, "print_strategies", fail)
     assert run(["--debug", "strategies"]) == 70
     assert __file__ in capsys.readouterr().err
 

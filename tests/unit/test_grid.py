@@ -3,8 +3,8 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from distplat.platform.grid import Grid, Position
 from distplat.platform.recovery import Policy
+from distplat.platform.topology import Grid, Position
 
 grids = st.builds(Grid, st.integers(1, 5), st.integers(1, 4), st.integers(1, 5))
 

@@ -6,7 +6,7 @@ import time
 import pytest
 
 from distplat.actors.local_transport import Actor, Fault, LocalCluster
-from distplat.actors.servers.health_check import HealthCheck
+from distplat.actors.servers.health_check import HealthCheck, Heartbeats
 from distplat.actors.servers.replication_manager import ReplicationManager
 from distplat.platform.errors import ActorLost
 from distplat.platform.server_group import Order, ServerGroup
@@ -64,7 +64,11 @@ def test_a_lost_answer_is_no_lost_server() -> None:
 
 def test_a_watch_that_ends_by_a_fault_of_its_own_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     """Else nobody would hear of a server that dies afterwards."""
-    monkeypatch.setattr(HealthCheck, "_look", lambda *args: {}[args[1]])
+
+    def fail(*args: object) -> dict[str, str]:
+        raise KeyError(0)
+
+    monkeypatch.setattr(Heartbeats, "look", fail)
     cluster, actors = servers(1)
     losing = threading.Event()
     watch = HealthCheck(cluster.transport(), actors, 60.0, losing)

@@ -16,9 +16,9 @@ from distplat.platform.even_split import split_evenly
 from distplat.platform.progress import StepReport
 from distplat.platform.sampler import Sampler
 from distplat.strategies.fakes import Fabric
-from distplat.strategies.loop import loss_scale
+from distplat.strategies.loop import losses
 from distplat.strategies.loop.control import StepControl
-from distplat.strategies.loop.loss_scale import LossScale
+from distplat.strategies.loop.losses import LossScale
 
 SAMPLES, BATCH, STEPS, LR, CLIP = 40, 12, 12, 0.05, 0.7
 GROWTH = 3
@@ -61,7 +61,7 @@ def job(strategy: Any = "ring", world: int = 1, **more: Any) -> Any:
 
 @pytest.fixture(autouse=True)
 def quick_growth(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loss_scale, "GROWTH_INTERVAL", GROWTH)
+    monkeypatch.setattr(losses, "GROWTH_INTERVAL", GROWTH)
 
 
 def plain(kind: type[Steep], parts: int) -> tuple[dict[str, Tensor], list[float]]:
@@ -109,7 +109,7 @@ WAYS: list[tuple[Any, int, int]] = [
 @pytest.mark.parametrize(("strategy", "world", "parts"), WAYS)
 def test_a_run_is_a_loop_with_torchs_scaler(strategy: Any, world: int, parts: int) -> None:
     expected, steps = plain(Steep, world * parts)
-    assert steps[0] < loss_scale.FIRST_SCALE and len({*steps}) > 2, "or there is nothing to see"
+    assert steps[0] < losses.FIRST_SCALE and len({*steps}) > 2, "or there is nothing to see"
     run = train(job(strategy, world, gradient_accumulation=parts), Steep)
     for rank in range(world):
         assert scales(run, rank) == scales(run), "alike on all ranks"
@@ -149,7 +149,7 @@ def test_an_overflow_on_one_rank_leaves_the_step_out_on_all(rank: int) -> None:
             return super().loss(outputs, targets) * (1e30 if there else 1.0)
 
     run = train(job("ring", 3, clip_norm=None), Once)
-    first = loss_scale.FIRST_SCALE
+    first = losses.FIRST_SCALE
     at = next(n for n, one in enumerate(scales(run)) if one < first)
     assert all(scales(run, one) == scales(run) for one in range(3))
     assert scales(run)[at] == first / 2

@@ -5,8 +5,7 @@ from pathlib import Path
 import pytest
 
 from distplat.cli.join import ignores
-from distplat.cli.own_imports import left_out
-from distplat.cli.shipping import EXCLUDES, check_imports, measure
+from distplat.cli.shipping import EXCLUDES, check_imports, left_out, measure
 from distplat.platform.errors import SpecError
 
 

@@ -12,7 +12,7 @@ from distplat.actors.local_transport import LocalCluster
 from distplat.actors.messages import TablePart, WorkOrder
 from distplat.actors.servers.node import ServerNode
 from distplat.actors.servers.tables import RemoteTables
-from distplat.platform.table_plan import TablePlan, TableSpec
+from distplat.platform.shard_map import TablePlan, TableSpec
 from distplat.strategies.sparse.routing import Routed, route
 from distplat.strategies.sparse.table import RowGradients
 

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from jobs import job_of
 
-from distplat.platform.table_plan import TablePlan, TableSpec, plan_of
+from distplat.platform.shard_map import TablePlan, TableSpec, plan_of
 from distplat.strategies.algorithms.seeds import mix
 from distplat.strategies.sparse.routing import route, server_of
 from distplat.strategies.sparse.rows import (

@@ -17,11 +17,11 @@ from distplat.actors.trainer import Trainer
 from distplat.cli.main import run as command
 from distplat.platform.checkpoints import MANIFEST, STATE, Catalogue
 from distplat.platform.errors import SpecError, StorageError
-from distplat.platform.remote_checkpoints import fetch
 from distplat.platform.remote_storage import (
     PART_BYTES,
     NoAnswer,
     RemoteStorage,
+    fetch,
     is_url,
     missing_library,
     url_problem,

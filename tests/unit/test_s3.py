@@ -11,8 +11,7 @@ from moto.server import ThreadedMotoServer
 
 from distplat.platform.checkpoints import MANIFEST, Catalogue
 from distplat.platform.errors import SpecError, StorageError
-from distplat.platform.remote_checkpoints import fetch
-from distplat.platform.remote_storage import PART_BYTES, NoAnswer, RemoteStorage
+from distplat.platform.remote_storage import PART_BYTES, NoAnswer, RemoteStorage, fetch
 from distplat.platform.run_upload import RunUpload
 
 LIMIT_S = 120.0

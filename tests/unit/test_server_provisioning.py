@@ -5,7 +5,7 @@ import threading
 import pytest
 
 from distplat.actors.local_transport import Actor, Fault, LocalCluster
-from distplat.actors.servers.server_provisioning import ServerProvisioning
+from distplat.actors.servers.manager import ServerProvisioning
 from distplat.platform.errors import ActorLost, DeadlineExceeded, FencedError, NotReadyError
 
 

@@ -9,12 +9,11 @@ import torch
 from pydantic import TypeAdapter
 from torch import nn
 
-from distplat.platform.embeddings import AnyRowOptimizer
-from distplat.platform.table_plan import TableSpec
+from distplat.platform.model_options import AnyRowOptimizer
+from distplat.platform.shard_map import TableSpec
 from distplat.strategies.sparse.files import keep_tables, packed_part, read_list, read_part
 from distplat.strategies.sparse.rows import initial_rows
-from distplat.strategies.sparse.rules import make_rule
-from distplat.strategies.sparse.table import RowGradients, Table
+from distplat.strategies.sparse.table import RowGradients, Table, make_rule
 
 SPEC = TableSpec("t", 60, 5, 1.0)
 OPTIMIZERS: list[dict[str, Any]] = [

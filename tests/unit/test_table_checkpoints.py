@@ -17,7 +17,7 @@ from distplat.nn import ShardedEmbedding, ShardedEmbeddingBag
 from distplat.platform.checkpoints import Catalogue
 from distplat.platform.errors import ProtocolError, SpecError
 from distplat.platform.ledger import PushId
-from distplat.platform.table_plan import TablePlan, TableSpec, plan_of
+from distplat.platform.shard_map import TablePlan, TableSpec, plan_of
 from distplat.platform.tensor_slices import Bundle, put_together
 from distplat.strategies.checkpoint.checkpoint_types import Boxes, CheckpointPart
 from distplat.strategies.server.table_store import TableServer

@@ -22,9 +22,9 @@ from distplat.actors.local_transport import Call, Fault
 from distplat.actors.servers.tables import RemoteTables
 from distplat.platform.errors import ActorLost, ProtocolError
 from distplat.platform.ledger import PushId
+from distplat.platform.shard_map import TablePlan, TableSpec, plan_of
 from distplat.platform.spec import Job
 from distplat.platform.stop_order import StopOrder
-from distplat.platform.table_plan import TablePlan, TableSpec, plan_of
 from distplat.strategies.server.table_store import TableServer
 from distplat.strategies.sparse.routing import route
 from distplat.strategies.sparse.table import RowGradients
@@ -364,8 +364,8 @@ def test_a_frozen_server_is_replaced(make: Callable[..., TableServers]) -> None:
 
     def freeze(rank: int) -> None:
         assert servers.manager is not None
-        heard, until = servers.manager.body._tables._heard, time.monotonic() + 10
-        while "embedding-server-0" not in heard:  # who starts is given time
+        heartbeats, until = servers.manager.body._tables._heartbeats, time.monotonic() + 10
+        while not heartbeats.has_heard("embedding-server-0"):  # who starts is given time
             assert time.monotonic() < until
             time.sleep(0.01)
         for method in ("where", "pull", "push"):

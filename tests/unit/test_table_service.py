@@ -19,8 +19,8 @@ from distplat.platform.errors import (
     StaleError,
 )
 from distplat.platform.ledger import PullId, PushId
+from distplat.platform.shard_map import TablePlan, TableSpec, plan_of
 from distplat.platform.spec import Job
-from distplat.platform.table_plan import TablePlan, TableSpec, plan_of
 from distplat.strategies.server.table_store import TableServer
 from distplat.strategies.sparse.routing import route
 from distplat.strategies.sparse.table import RowGradients

@@ -10,7 +10,7 @@ from jobs import job_of
 
 from distplat.platform.errors import FencedError, GapError, ProtocolError, StaleError, StateLost
 from distplat.platform.ledger import PushId, Verdict
-from distplat.platform.table_plan import TablePlan, plan_of
+from distplat.platform.shard_map import TablePlan, plan_of
 from distplat.strategies.server.table_store import TableStore
 
 MOST = 3

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from distplat.strategies.loop.task_contents import task_modules, task_parameters
+from distplat.strategies.loop.task_settings import task_modules, task_parameters
 from distplat.strategies.task import Task
 
 

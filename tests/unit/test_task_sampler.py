@@ -22,7 +22,7 @@ from distplat.platform.errors import SpecError
 from distplat.platform.spec import Job
 from distplat.strategies.loop.batches import make_sampler
 from distplat.strategies.loop.seeding import state_of_generators
-from distplat.strategies.loop.task_order import TaskOrder
+from distplat.strategies.loop.task_settings import TaskOrder
 from distplat.strategies.task import Task
 from distplat.strategies.task_methods import unheard
 from distplat.strategies.verification.references import references

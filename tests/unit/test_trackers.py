@@ -16,7 +16,7 @@ from torch.utils.data import Dataset, TensorDataset
 from distplat import Job, Result, Task, Trainer
 from distplat.actors import callbacks
 from distplat.platform import trackers
-from distplat.platform.background_writer import BackgroundWriter
+from distplat.platform.disk import BackgroundWriter
 from distplat.platform.errors import Interrupted, SpecError, UserCodeError
 from distplat.platform.progress import EvalSummary, StepSummary
 from distplat.platform.trackers import points_of

@@ -1,21 +1,32 @@
-"""The order of samples that a task gives itself: a function of the epoch, looked at before use."""
+"""
+What a task says itself, looked at before the first step.
+
+The order of samples is a function of the epoch, and a learning rate is a factor for each step. In
+a task's attributes there may be modules, and what is trained beside the model.
+"""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+import math
+from array import array
+from collections.abc import Iterable, Iterator, Mapping
+from numbers import Real
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from distplat.platform.lr_schedules import TaskSchedule
 from distplat.platform.sampler import Sampler
+from distplat.platform.spec import Job
 from distplat.strategies.algorithms.seeds import order_seed
 from distplat.strategies.loop.checks import place
-from distplat.strategies.loop.seeding import generators_kept, seed_quickly
-from distplat.strategies.task import Task, overrides
+from distplat.strategies.loop.seeding import generators_kept, seed_all, seed_quickly
+from distplat.strategies.task import Task, has_lr, method_of, overrides
 
 _EPOCHS = 2
 """That are kept: loaders read ahead into the next one."""
@@ -125,3 +136,96 @@ def order_of(task: Task, data: Dataset[Any], seed: int) -> TaskOrder | None:
 def digest_of(sampler: Sampler) -> str:
     """Fingerprint what a task says of the order; empty: nothing."""
     return sampler.order.digest() if isinstance(sampler.order, TaskOrder) else ""
+
+
+def task_parameters(task: Task, model: nn.Module) -> dict[str, Tensor]:
+    """
+    Find the trainable parameters in a task's attributes that are not the model's.
+
+    Looked at are parameters, leaf tensors that require a gradient, and modules, alone or in lists,
+    tuples and dicts.
+
+    Args:
+        task: after its model() was called.
+        model: what that gave.
+
+    Returns:
+        By path of attributes, such as `log_var` or `heads.0.weight`; each tensor once.
+    """
+    seen = {id(parameter) for parameter in model.parameters()}
+    found: dict[str, Tensor] = {}
+    for name, tensor in _tensors(vars(task)):
+        if id(tensor) not in seen:
+            seen.add(id(tensor))
+            found[name] = tensor
+    return found
+
+
+def task_modules(task: Task, model: nn.Module) -> list[nn.Module]:
+    """Give the modules in a task's attributes that are not the model's own, outermost ones."""
+    own = {id(module) for module in model.modules()}
+    return [module for _, module in _modules(vars(task)) if id(module) not in own]
+
+
+def _items(value: object) -> Iterator[tuple[str, object]]:
+    if isinstance(value, Mapping):
+        yield from ((str(key), item) for key, item in value.items())
+    elif isinstance(value, list | tuple):
+        yield from ((str(number), item) for number, item in enumerate(value))
+
+
+def _modules(value: object) -> Iterator[tuple[str, nn.Module]]:
+    for name, item in _items(value):
+        if isinstance(item, nn.Module):
+            yield name, item
+        else:
+            yield from ((f"{name}.{rest}", module) for rest, module in _modules(item))
+
+
+def _tensors(value: object) -> Iterator[tuple[str, Tensor]]:
+    for name, item in _items(value):
+        if isinstance(item, Tensor):
+            if item.requires_grad and item.is_leaf:
+                yield name, item
+        elif isinstance(item, nn.Module):
+            named = item.named_parameters()
+            yield from ((f"{name}.{path}", p) for path, p in named if p.requires_grad)
+        else:
+            yield from ((f"{name}.{rest}", tensor) for rest, tensor in _tensors(item))
+
+
+def with_task_schedule(job: Job, task: Task, steps: int) -> Job:
+    """
+    Give the job with the rates that its task says; the job as it is, where the task says none.
+
+    Args:
+        job: the run.
+        task: the user's.
+        steps: of the run.
+
+    Raises:
+        ValueError: a factor is no number, negative or not finite; names the step.
+    """
+    if not has_lr(type(task)):
+        return job
+    seed_all(job.seed)
+    own = method_of(task, "lr")
+    factors = array("d", (_factor(task, own(step, steps), step) for step in range(steps)))
+    return job.with_schedule(TaskSchedule(factors))
+
+
+def schedule_digest(job: Job) -> str:
+    """Fingerprint what a task says of the rates; empty: nothing."""
+    own = job.task_schedule
+    return "" if own is None else hashlib.sha256(own.factors.tobytes()).hexdigest()[:16]
+
+
+def _factor(task: Task, found: object, step: int) -> float:
+    wrong = f"{place(task, 'lr')}lr() must give a number, 0 or more"
+    if not isinstance(found, Real) or isinstance(found, bool):
+        hint = ": is there a `return`?" if found is None else ""
+        raise ValueError(f"{wrong}; got a {type(found).__name__} for step {step}{hint}")
+    factor = float(found)
+    if not (math.isfinite(factor) and factor >= 0):
+        raise ValueError(f"{wrong}; got {factor} for step {step}")
+    return factor
