@@ -286,5 +286,5 @@ def homes(model: nn.Module, parameters: Sequence[nn.Parameter]) -> list[Home]:
 
 def thaw_error(step: int, what: str) -> SpecError:
     """Say that a parameter takes part in training, or would, and cannot."""
-    hint = "build it in model() with requires_grad=True; freeze it in the first step"
+    hint = "build it with requires_grad=True, and freeze it in the first step"
     return SpecError(Problem(("task",), f"step {step + 1}: {what}", hint))
