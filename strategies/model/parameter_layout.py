@@ -89,6 +89,11 @@ def first_non_finite(
     return None
 
 
+def bits_of(tensor: Tensor) -> Tensor:
+    """Give a tensor's bytes, to compare values of which some may be NaN."""
+    return tensor.detach().contiguous().view(-1).view(torch.uint8)
+
+
 def is_finite(run: Tensor) -> bool:
     """Say whether all elements are finite."""
     if not run.numel():
