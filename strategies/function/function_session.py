@@ -132,13 +132,13 @@ class FunctionSession:
             lambda: self._batch.fingerprint,
         )
         self._exchange = exchange = _exchange_of(around, shards)
-        watched = exchange.check, exchange.before_step
+        watched = self._before_first_step, exchange.before_step
         alone = group.world == 1
         self._watch = OptimizerWatch(lambda: exchange.models, *watched, alone=alone)
         self._samples = self._epoch = 0
         self._batch = RankBatch(None, 0, 0)  #: the last one, without what it holds
         self._watched = Watched(job)
-        self._asks = self._warned = False
+        self._asks = self._warned = self._data_seen = False
         self._waited_s, self._last = 0.0, time.perf_counter()
         self._progress.step = saved.step if saved is not None else 0
         self._progress.begun = True
@@ -187,6 +187,18 @@ class FunctionSession:
             text = "a batch of %d samples on each of %d workers: %d in all"
             logger.info(text, size, world, size * world)
         return sharded
+
+    def _before_first_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Look at an optimizer, and where the gradients come from that it is to use."""
+        self._exchange.check(optimizer)
+        prepared = self._batch.samples > 0 or self.group.world == 1
+        if not prepared and not self._data_seen and self.place.is_main_process:
+            logger.warning(
+                "the first batch is of no loader that prepare() gave: all %d workers train on the "
+                "same samples, unless the loop reads a part by rank",
+                self.group.world,
+            )
+        self._data_seen = True
 
     def _read(self, batch: RankBatch, waited_s: float, epoch: int) -> None:
         self._epoch, self._batch = epoch, batch._replace(batch=None)

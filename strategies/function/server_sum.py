@@ -143,10 +143,12 @@ class ServerSum:
             self._shards.leave()
 
     def _connect(self) -> SummedVectors:
-        """Meet the servers, once; gradients that are there stay."""
+        """Meet the servers, once; gradients that are there stay, and what a loop has written."""
         if self._vectors is not None:
             return self._vectors
         flats = [one.flat for one in self.members]
+        for flat in flats:
+            flat.check_layout(self.around.step())
         self._vectors = vectors = SummedVectors(flats)
         self._shards.connect_loop(vectors, LoopOptimizer(OwnLoop()))
         for flat, start in zip(flats, vectors.starts, strict=True):

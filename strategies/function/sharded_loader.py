@@ -76,7 +76,7 @@ class ShardedLoader(ABC):
     def __init__(self, loader: DataLoader[Any], cut: Cut, device: torch.device, read: Read) -> None:
         self.dataset: Any = loader.dataset
         """The user's, whole."""
-        self.batch_size = loader.batch_size or 1
+        self.batch_size = batches_of(loader).batch_size
         """Samples of this rank's batch."""
         self._cut, self._device, self._read = cut, device, read
         self._epoch = self._first = 0  #: the next pass, and its batches that are passed over
@@ -167,9 +167,10 @@ class NumberedLoader(ShardedLoader):
         super().__init__(loader, cut, device, read)
         self.sampler: DistributedSampler[Any] = _sampler_of(loader, cut)
         self._order = _From(self.sampler)
-        kept = {name: getattr(loader, name) for name in (*KEPT, "collate_fn", "drop_last")}
+        kept = {name: getattr(loader, name) for name in (*KEPT, "collate_fn")}
+        kept["drop_last"] = batches_of(loader).drop_last
         self._loader: DataLoader[Any] = DataLoader(
-            loader.dataset, batch_size=loader.batch_size, sampler=self._order, **kept
+            loader.dataset, batch_size=self.batch_size, sampler=self._order, **kept
         )
         self._epoch = self._noted = self.sampler.epoch
 
@@ -214,20 +215,22 @@ class _From(Sampler[Any]):
         return itertools.islice(self._sampler, self.first, None)
 
 
-def check_batches(loader: DataLoader[Any]) -> None:
+def batches_of(loader: DataLoader[Any]) -> BatchSampler:
     """
-    See that a loader makes batches of a size of its own.
+    Give what makes a loader's batches: torch's own, made by the loader or by the user.
 
     Raises:
-        SpecError: it does not.
+        SpecError: batches are not all of one size, or there are none.
     """
-    if type(loader.batch_sampler) is not BatchSampler:
+    batches = loader.batch_sampler
+    if type(batches) is not BatchSampler:
         raise refused("has a batch_sampler of its own, or batch_size=None", "give batch_size")
+    return batches
 
 
 def _sampler_of(loader: DataLoader[Any], cut: Cut) -> DistributedSampler[Any]:
-    given = loader.sampler
-    check_batches(loader)
+    batches = batches_of(loader)
+    given: Any = batches.sampler
     if isinstance(given, DistributedSampler):
         return given
     plain = type(given) is SequentialSampler
@@ -235,7 +238,7 @@ def _sampler_of(loader: DataLoader[Any], cut: Cut) -> DistributedSampler[Any]:
         hint = "give shuffle=True or False, or a sampler that is a DistributedSampler"
         raise refused(f"has a {type(given).__name__}, of which ranks have no parts", hint)
     size = len(loader.dataset)  # type: ignore[arg-type]
-    if isinstance(given, RandomSampler) and given.num_samples != size:
+    if len(given) != size:
         raise refused("draws another number of samples than there are", "leave num_samples out")
     return DistributedSampler(
         loader.dataset,
@@ -243,7 +246,7 @@ def _sampler_of(loader: DataLoader[Any], cut: Cut) -> DistributedSampler[Any]:
         cut.rank,
         shuffle=not plain,
         seed=cut.seed,
-        drop_last=loader.drop_last,
+        drop_last=batches.drop_last,
     )
 
 

@@ -36,7 +36,7 @@ from distplat.strategies.function.sharded_loader import (
     RankBatch,
     Read,
     ShardedLoader,
-    check_batches,
+    batches_of,
     refused,
 )
 from distplat.strategies.loop.sample_hash import fingerprint_of, hash_of
@@ -99,7 +99,7 @@ class StreamLoader(ShardedLoader):
         stream = StreamSamples(loader.dataset, StreamSeeds(cut.seed), _WHERE)
         stream.survey(counts=False, limit_s=0.0)
         _compare(stream.hashes, group, device)
-        self._part = _Part(stream, cut, self.batch_size, drops=loader.drop_last)
+        self._part = _Part(stream, cut, self.batch_size, drops=batches_of(loader).drop_last)
         self._kept = {name: getattr(loader, name) for name in KEPT}
         if loader.worker_init_fn is not None:
             self._kept["worker_init_fn"] = _AsIfAlone(loader.worker_init_fn)
@@ -264,7 +264,7 @@ class _AsIfAlone:
 
 
 def _check(loader: DataLoader[Any]) -> None:
-    check_batches(loader)
+    batches_of(loader)
     kind = type(loader.dataset).__name__
     if not isinstance(loader.dataset, IterableDataset):
         if type(loader.sampler) is not SequentialSampler:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -184,6 +185,8 @@ class Loop:
     """The task's metrics with state; None: there are no evaluations."""
     loss_scale: LossScale | None = None
     """Of a run in float16."""
+    on_a_copy: Callable[[], AbstractContextManager[None]] = nullcontext
+    """See `ModelState.on_a_copy`."""
 
     def __post_init__(self) -> None:
         given = self.job, self.flat, self.strategy, self.lookups
@@ -253,7 +256,7 @@ class Loop:
     def _step(self, step: int, told: StopOrder) -> None:
         self.flat.begin_step()
         clock = Stopwatch()
-        with self.gathering.begin(step):
+        with self.gathering.begin(step), self.on_a_copy():
             share = self.compute.gradients(step, clock)
         self.gathering.finish(self.flat.params.device)
         self.flat.check_layout(step)
@@ -358,6 +361,8 @@ class LeasedLoop:
         given = self.prepared.job, self.flat, self.strategy, self.prepared.lookups
         self._exchange = StepExchange(*given)
         self._made = 0  #: tasks, in this attempt: the number of the next push
+        state = self.prepared.state
+        self._on_a_copy = nullcontext if state is None else state.on_a_copy
 
     def run(self) -> StopOrder:
         """Work until there is nothing more to do; the task scheduler says when that is."""
@@ -391,7 +396,7 @@ class LeasedLoop:
     def _make(self, task: int) -> None:
         self.flat.begin_step()
         clock = Stopwatch()
-        with self.gathering:
+        with self.gathering, self._on_a_copy():
             share = self.compute.gradients(task, clock)
         step, part = divmod(task, self.sampler.world)
         self.flat.check_layout(step)

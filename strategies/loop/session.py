@@ -310,7 +310,8 @@ def join(
     loop = Loop(*data, strategy, compute, rank, report, progress, start, checkpoint, p.lookups)
     assert p.state is not None, "_load() makes it"
     meet = (lambda: None) if p.job.scaling.world == 1 else _meeting(p, context)
-    loop = replace(loop, stop=stop, evaluated=p.state.discard, metrics=TaskMetrics(p.task, meet))
+    loop = replace(loop, stop=stop, metrics=TaskMetrics(p.task, meet))
+    loop = replace(loop, evaluated=p.state.discard, on_a_copy=p.state.on_a_copy)
     if p.loss_scale is not None:
         p.loss_scale.meet(start, meet(), p.flat.params.device)
     return replace(loop, group=group, gathering=gathering, loss_scale=p.loss_scale)

@@ -31,6 +31,7 @@ from distplat.strategies.model.parameter_layout import (
     TIE,
     GroupOf,
     Slot,
+    bits_of,
     by_type,
     check_memory,
     dtype_name,
@@ -164,6 +165,21 @@ class FlatModel:
         finally:
             for slot, parameter in zip(slots, self._housed, strict=True):
                 parameter.data = slot.view(self.params)
+
+    def written(self, params: Tensor, before: Tensor) -> str | None:
+        """
+        Name a parameter that was written while the model was `shown` with these; None: none was.
+
+        Args:
+            params: what the model computes with, shape [n].
+            before: a copy of them from the time before.
+        """
+        slots = [self.slots[place] for place in self._live()]
+        for slot, parameter in zip(slots, self._housed, strict=True):
+            view, old = slot.view(params), bits_of(slot.view(before))
+            if parameter.data_ptr() != view.data_ptr() or not torch.equal(bits_of(view), old):
+                return slot.name
+        return None
 
     def typed(self, vector: Tensor) -> list[Tensor]:
         """View what is trained of a vector of this model by segment, each in its own type."""

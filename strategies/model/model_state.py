@@ -15,7 +15,8 @@ is for users.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -82,7 +83,7 @@ class ModelState:
         choose: Callable[[str], str | None] = lambda name: None,
     ) -> None:
         self._flat, self.shares = flat, shares
-        self._watched = list(watch(flat.model, choose))
+        self._watched = list(watch(flat.model, choose, flat.extra))
         self._silent = [number for number, one in enumerate(self._watched) if one.silent]
         self._marks = Marks([one.slot for one in self._watched])
         self._known = {number for number, one in enumerate(self._watched) if one.capped}
@@ -139,7 +140,7 @@ class ModelState:
             one.refresh()
             if one.capped and one.trained and self._served:
                 if not one_memory:
-                    raise self._refused(one)
+                    raise self._refused(one.slot.name)
                 found, one.copied = True, False
                 self._known.discard(number)
         return CappedTables(self._flat.model) if found else None
@@ -270,6 +271,28 @@ class ModelState:
         for slot, value in zip(self._untrained(), snapshot, strict=True):
             slot.take(value)
 
+    @contextmanager
+    def on_a_copy(self) -> Iterator[None]:
+        """
+        Have forwards and backwards of the first steps compute on a copy of what servers change.
+
+        Elsewhere values that changed tell of a write. Where servers change them meanwhile they do
+        not, so forwards get parameters of their own.
+
+        Raises:
+            SpecError: they wrote a trained parameter.
+        """
+        if not self._shifting or self.version is None or self.version >= self._until:
+            yield
+            return
+        own = self._flat.params.clone()
+        before = own.clone()
+        with self._flat.shown(own):
+            yield
+            written = self._flat.written(own, before)
+        if written is not None:
+            raise self._refused(written)
+
     def end_forwards(self, step: int) -> None:
         """Be told that this rank has made its forwards and backwards; before gradients are met."""
         if self._norms is not None:
@@ -399,11 +422,12 @@ class ModelState:
     def _refuse(self, written: Sequence[Watched]) -> None:
         for one in written:
             if one.trained and self._served:
-                raise self._refused(one)
+                raise self._refused(one.slot.name)
 
-    def _refused(self, one: Watched) -> SpecError:
-        text = f"a forward writes the trained parameter {one.slot.name!r}, which servers keep"
-        return SpecError(Problem(("strategy",), text, self._served))
+    def _refused(self, name: str) -> SpecError:
+        text = f"a forward writes the trained parameter {name!r}, which servers keep"
+        way_out = f"{self._served}, or freeze what gradients do not train (requires_grad=False)"
+        return SpecError(Problem(("strategy",), text, way_out))
 
     @property
     def _device(self) -> torch.device:

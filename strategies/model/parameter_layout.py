@@ -89,6 +89,11 @@ def first_non_finite(
     return None
 
 
+def bits_of(tensor: Tensor) -> Tensor:
+    """Give a tensor's bytes, to compare values of which some may be NaN."""
+    return tensor.detach().contiguous().view(-1).view(torch.uint8)
+
+
 def is_finite(run: Tensor) -> bool:
     """Say whether all elements are finite."""
     if not run.numel():
@@ -286,5 +291,5 @@ def homes(model: nn.Module, parameters: Sequence[nn.Parameter]) -> list[Home]:
 
 def thaw_error(step: int, what: str) -> SpecError:
     """Say that a parameter takes part in training, or would, and cannot."""
-    hint = "build it in model() with requires_grad=True; freeze it in the first step"
+    hint = "build it with requires_grad=True, and freeze it in the first step"
     return SpecError(Problem(("task",), f"step {step + 1}: {what}", hint))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from functools import partial
 from typing import Any, Literal
 
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from distplat.strategies.checkpoint.state_sync import ModuleSlot, cat_bytes, slots_of
 from distplat.strategies.collective import Collective, ReduceOp
+from distplat.strategies.model.parameter_layout import bits_of
 from distplat.strategies.torch_compat import has_running_statistics
 
 
@@ -138,7 +139,8 @@ class Watched:
     def refresh(self) -> None:
         """See whether gradients train it now."""
         now = self.slot.tensor
-        self.trained = isinstance(now, nn.Parameter) and now.requires_grad
+        known = isinstance(now, nn.Parameter) or self._rule == "written"
+        self.trained = now is not None and now.requires_grad and known
 
     @property
     def thawed(self) -> bool:
@@ -157,7 +159,7 @@ class Watched:
             return self.has_copy and self.kept is not None
         if self.kept is not None:
             return not (
-                self.slot.same_kind(self.kept) and torch.equal(_bits(self.kept), _bits(now))
+                self.slot.same_kind(self.kept) and torch.equal(bits_of(self.kept), bits_of(now))
             )
         return True
 
@@ -269,8 +271,17 @@ class Marks:
         return [id(tensor) for tensor in tensors], versions, addresses
 
 
-def watch(model: nn.Module, choose: Callable[[str], str | None]) -> Iterator[Watched]:
-    """Give all tensors of the model once, in an order that is the same on all ranks."""
+def watch(
+    model: nn.Module, choose: Callable[[str], str | None], beside: MutableMapping[str, Tensor]
+) -> Iterator[Watched]:
+    """
+    Give all tensors of the model once, in an order that is the same on all ranks.
+
+    Args:
+        model: has buffers and parameters.
+        choose: the task's `buffers`.
+        beside: what is trained beside the model, by name.
+    """
     capped, running, averaged = set(), set(), set()
     for module in model.modules():
         if is_capped(module):
@@ -288,6 +299,8 @@ def watch(model: nn.Module, choose: Callable[[str], str | None]) -> Iterator[Wat
         small = rule != "written" and tensor is not None and tensor.nbytes <= _SMALL_BYTES
         copied, silent = not parameter or key in capped or small, key in running
         yield Watched(slot, rule, copied=copied, capped=key in capped, silent=silent)
+    for name in beside:
+        yield Watched(ModuleSlot(beside, name, name), "written", copied=False, capped=False)
 
 
 def _chosen(choose: Callable[[str], str | None], name: str, *, averaged: bool) -> Rule:
@@ -307,10 +320,6 @@ def copied_into(value: Tensor | None, spare: Tensor | None) -> Tensor | None:
     if spare is None or (spare.shape, spare.dtype) != (value.shape, value.dtype):
         return value.detach().clone(memory_format=torch.contiguous_format)
     return spare.copy_(value.detach())
-
-
-def _bits(tensor: Tensor) -> Tensor:
-    return tensor.detach().contiguous().view(-1).view(torch.uint8)
 
 
 def checksum(tensor: Tensor) -> tuple[int, ...]:

@@ -191,6 +191,28 @@ def test_a_rank_with_fewer_backwards_is_named() -> None:
         under(SYNC, train, 2)
 
 
+@pytest.mark.parametrize("strategy", [{"name": "ring"}, SYNC, ASYNC])
+def test_data_that_a_loop_replaces_before_its_first_backward_is_the_models(
+    strategy: dict[str, Any],
+) -> None:
+    def train(config: Mapping[str, Any]) -> None:
+        model = model_of()
+        optimizer = momentum(model.parameters())
+        model, optimizer = distplat.prepare(model, optimizer)
+        for one in model.parameters():
+            one.data = torch.full_like(one, 0.5)
+        backward(loss_of(model, data_of()[:12]))
+        optimizer.step()
+
+    model = model_of()
+    with torch.no_grad():
+        for one in model.parameters():
+            one.fill_(0.5)
+    backward(loss_of(model, data_of()[:12]))
+    momentum(model.parameters()).step()
+    assert_equal(under(strategy, train, 1).trained[0], model.state_dict())
+
+
 def test_a_gradient_that_is_not_finite_is_named() -> None:
     def train(config: Any) -> None:
         first, second = distplat.prepare(nn.Linear(4, 4).double(), model_of())

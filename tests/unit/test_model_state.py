@@ -169,14 +169,54 @@ def test_workers_that_share_the_servers_memory_scale_rows_once(world: int) -> No
     same(run, plain(Capped))
 
 
-@pytest.mark.parametrize("kind", [Capped, Clipped])
-@pytest.mark.parametrize("strategy", ["ps-sync", "ps-async"])
-def test_where_servers_keep_it_that_is_refused_by_name(strategy: str, kind: type[Task]) -> None:
-    if (strategy, kind) == ("ps-async", Clipped):
-        pytest.skip("servers change the values meanwhile, so that they do not tell")
-    name = "table.weight" if kind is Capped else "layer.weight"
-    with pytest.raises(SpecError, match=rf"'{name}', which servers keep(.|\n)*ring"):
+class Replaced(Data):
+    """A step gives a weight other data."""
+
+    def model(self) -> nn.Module:
+        return nn.Linear(6, 3, dtype=WIDE)
+
+    def step(self, model: nn.Module, batch: Any) -> Tensor:
+        weight = model.get_parameter("weight")
+        weight.data = weight.data.clamp(-0.2, 0.2)
+        return self.loss(model(batch[0]), batch[1])
+
+
+class Follower(Data):
+    """The task keeps a teacher of the model, and has not frozen it."""
+
+    def model(self) -> nn.Module:
+        self.teacher = nn.Linear(6, 3, dtype=WIDE)
+        return nn.Linear(6, 3, dtype=WIDE)
+
+    def step(self, model: nn.Module, batch: Any) -> Tensor:
+        pairs = zip(self.teacher.parameters(), model.parameters(), strict=True)
+        with torch.no_grad():
+            for slow, own in pairs:
+                slow.lerp_(own, 0.3)
+            wanted = self.teacher(batch[0])
+        return self.loss(model(batch[0]), batch[1]) + self.loss(model(batch[0]), wanted)
+
+
+NAMES: dict[type[Task], str] = {
+    Capped: "table.weight",
+    Clipped: "layer.weight",
+    Replaced: "weight",
+    Follower: "task:teacher.weight",
+}
+SERVED = ["ps-sync", {"name": "ps-sync", "backup_workers": 1}, "ps-async"]
+
+
+@pytest.mark.parametrize("kind", NAMES)
+@pytest.mark.parametrize("strategy", SERVED)
+def test_where_servers_keep_it_that_is_refused_by_name(strategy: Any, kind: type[Task]) -> None:
+    with pytest.raises(SpecError, match=rf"'{NAMES[kind]}', which servers keep(.|\n)*ring"):
         train(job(strategy, 2), kind, apart=True)
+
+
+@pytest.mark.parametrize("kind", [Replaced, Follower])
+def test_where_workers_keep_it_that_is_as_in_one_process(kind: type[Task]) -> None:
+    one, two = (train(job("ring", world), kind) for world in (1, 2))
+    same(two, one.parameters())
 
 
 class Unseeded(Data):

@@ -10,9 +10,11 @@ from function_ranks import call_on_ranks, function_job
 from torch import Tensor, nn
 from torch.autograd import backward
 from torch.utils.data import (
+    BatchSampler,
     DataLoader,
     Dataset,
     DistributedSampler,
+    SequentialSampler,
     TensorDataset,
     WeightedRandomSampler,
 )
@@ -643,3 +645,48 @@ def test_under_ps_async_each_rank_stops_by_itself() -> None:
     job = function_job(2, strategy="ps-async")
     call_on_ranks(train, job=job, ending=lambda rank: made[rank] > 3 * rank)
     assert made == [1, 4]
+
+
+def test_a_batch_sampler_of_torch_is_a_batch_size() -> None:
+    def train(config: Mapping[str, Any]) -> None:
+        model, data = model_of(), data_of()
+        optimizer = momentum(model.parameters())
+        batches = BatchSampler(SequentialSampler(data), GLOBAL // 2, drop_last=True)
+        loader = DataLoader(data, batch_sampler=batches)
+        model, optimizer, loader = distplat.prepare(model, optimizer, loader)
+        assert (len(loader), loader.batch_size) == (SAMPLES // GLOBAL, GLOBAL // 2)
+        for batch in loader:
+            backward(loss_of(model, batch))
+            optimizer.step()
+            optimizer.zero_grad()
+
+    assert_equal(call_on_ranks(train, 2).trained[1], plain(momentum, epochs=1))
+
+
+def test_a_sampler_of_some_of_the_data_is_refused() -> None:
+    def train(config: Mapping[str, Any]) -> None:
+        distplat.prepare(DataLoader(data_of(), GLOBAL, sampler=SequentialSampler(range(10))))
+
+    with pytest.raises(SpecError, match="another number of samples than there are"):
+        call_on_ranks(train, 2)
+
+
+@pytest.mark.parametrize(
+    ("world", "prepared", "warned"), [(2, False, 1), (2, True, 0), (1, False, 0)]
+)
+def test_workers_that_may_train_on_the_same_samples_are_warned(
+    world: int, prepared: bool, warned: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    def train(config: Mapping[str, Any]) -> None:
+        model, loader = model_of(), DataLoader(data_of(), GLOBAL)
+        first, *_, last = model.children()
+        optimizers = [momentum(first.parameters()), adam(last.parameters())]
+        model, *optimizers = distplat.prepare(model, *optimizers)
+        read = distplat.prepare(loader) if prepared else loader
+        for batch in read:
+            backward(loss_of(model, batch))
+            for optimizer in optimizers:
+                optimizer.step()
+
+    call_on_ranks(train, world)
+    assert caplog.text.count("workers train on the same samples") == warned
