@@ -36,7 +36,7 @@ _FIRST_STEPS = 3
 _COARSE = 3e-2
 _COPIED_ELEMENTS = 1 << 20
 """What the task keeps is copied up to this size, for `loss()` may write into it."""
-_GENERATORS = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
+_CONSUMED = (Iterator, torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
 _CONTAINERS = (list, dict, OrderedDict, set, deque)
 _ATOMS = (str, bytes, int, float, complex, type(None))
 
@@ -405,7 +405,7 @@ def _on_a_copy(task_loss: Callable[..., Any]) -> Callable[..., Any]:
         return task_loss
     twin = copy.copy(task)
     for name, value in vars(task).items():
-        if isinstance(value, _GENERATORS):
+        if isinstance(value, _CONSUMED):
             raise _CannotTell
         if isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
             if value.numel() > _COPIED_ELEMENTS:

@@ -300,8 +300,14 @@ def test_nothing_is_changed() -> None:
 
 @pytest.mark.parametrize(
     "kept",
-    [torch.Generator(), np.random.default_rng(0), random.Random(0), torch.zeros(2**20 + 1)],
-    ids=["torch", "numpy", "python", "queue"],
+    [
+        torch.Generator(),
+        np.random.default_rng(0),
+        random.Random(0),
+        torch.zeros(2**20 + 1),
+        iter([]),
+    ],
+    ids=["torch", "numpy", "python", "queue", "iterator"],
 )
 def test_a_task_that_keeps_what_cannot_be_copied_is_passed_over(kept: Any) -> None:
     task, calls = Keeping(), list[Tensor]()
@@ -402,6 +408,17 @@ class Kept(Figures):
         self.kept = {"auc": Counter()}
 
 
+class Given(Figures):
+    """Each call takes one more of what is there."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scores = iter([0.3, 0.2, 0.9, 0.1])
+
+    def metrics(self, outputs: Tensor, targets: Tensor) -> dict[str, Any]:
+        return {"score": next(self.scores)}
+
+
 class Counter:
     def update(self) -> None: ...
 
@@ -430,7 +447,7 @@ def test_metrics_that_are_no_means_are_named_once(
     assert task.counted == 3, "halves are shown to a copy of the task"
 
 
-@pytest.mark.parametrize("kind", [Means, Drawn, Kept])
+@pytest.mark.parametrize("kind", [Means, Drawn, Kept, Given])
 def test_other_metrics_are_left_alone(kind: type[Task], caplog: pytest.LogCaptureFixture) -> None:
     task = kind()
     doubts = MeanDoubts(task, task.model())
