@@ -28,7 +28,7 @@ from distplat.strategies.loop.batches import (
 from distplat.strategies.loop.collate import moved
 from distplat.strategies.loop.control import StepControl
 from distplat.strategies.loop.gathering import calls
-from distplat.strategies.loop.loss_check import LossDoubts
+from distplat.strategies.loop.loss_check import MeanDoubts
 from distplat.strategies.loop.losses import (
     Judged,
     LossTerm,
@@ -176,7 +176,7 @@ class WholeModel(Compute):
         self.flat, self.sampler = prepared.flat, prepared.sampler
         self.last_backward, self.rank, self.alive = last_backward, rank, alive
         self._modules = [self.flat.model, *task_modules(self.task, self.flat.model)]
-        self._doubts = LossDoubts(self.task, self.flat.model)
+        self._doubts = MeanDoubts(self.task, self.flat.model)
         self._evaluated = EvalLoader(self.job, self.task)
         self._scale = prepared.loss_scale
         self._weights, self.metrics = prepared.weights, TaskMetrics(prepared.task)
@@ -246,7 +246,9 @@ class WholeModel(Compute):
             with precision(self.job, self.flat.params.device):
                 own = None if self._weights is None else Terms(weights_of(self.task, given), size)
                 made = made_of(self.task, self.flat.model, given, size, own)
-                found.add(judged(self.task, made, size), size)
+                figures = judged(self.task, made, size)
+                found.add(figures, size)
+                self._doubts.look_at_metrics(made, figures, size)
             self.alive()
         found.states = self.metrics.states(found.kept)
         return found

@@ -1,4 +1,8 @@
-"""Whether a loss is a mean over the samples of a batch: told by the losses of its halves."""
+"""
+Whether losses and metrics are means over the samples of a batch: told by those of its halves.
+
+What is no mean depends on how a batch is cut: on the number of workers and micro-batches.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +15,7 @@ from collections import OrderedDict, UserDict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import MethodType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -19,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from distplat.strategies.loop.collate import with_fields
-from distplat.strategies.loop.losses import Made
+from distplat.strategies.loop.losses import Judged, Made
 from distplat.strategies.loop.task_settings import task_modules
 from distplat.strategies.task import Task, has_step
 
@@ -32,7 +36,7 @@ _FIRST_STEPS = 3
 _COARSE = 3e-2
 _COPIED_ELEMENTS = 1 << 20
 """What the task keeps is copied up to this size, for `loss()` may write into it."""
-_GENERATORS = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
+_CONSUMED = (Iterator, torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
 _CONTAINERS = (list, dict, OrderedDict, set, deque)
 _ATOMS = (str, bytes, int, float, complex, type(None))
 
@@ -45,19 +49,20 @@ class Value(NamedTuple):
     """None: it gave a scalar, which is taken for a mean."""
 
 
-class LossDoubts:
+class MeanDoubts:
     """
-    Looks at the losses of a run's first steps, and warns once.
+    Looks at the losses of a run's first steps, and its first metrics; warns once of each.
 
     Args:
-        task: the user's. One with a `step` of its own is not looked at: the model would have to run
-            once more, and what a forward changes is not all in reach.
+        task: the user's. Losses of one with a `step` of its own are not looked at: the model would
+            have to run once more, and what a forward changes is not all in reach.
         model: its own.
     """
 
     def __init__(self, task: Task, model: nn.Module) -> None:
         self._task, self._model = task, model
         self._looked: set[int] = set()  #: steps
+        self._evaluated = 0  #: batches whose metrics were looked at
 
     def look(self, step: int, made: Made, samples: int) -> None:
         """
@@ -78,6 +83,32 @@ class LossDoubts:
         if found is not None:
             self._looked.update(range(_FIRST_STEPS))
             logger.warning("%s", found)
+
+    def look_at_metrics(self, made: Made, found: Judged, samples: int) -> None:
+        """
+        Look at one of the first batches of evaluations.
+
+        Args:
+            made: what task and model made of it.
+            found: its figures.
+            samples: of the batch.
+        """
+        means = {n: total / weight for n, (total, weight) in found.figures.items() if n != "loss"}
+        if self._evaluated >= _FIRST_STEPS or not means or found.kept or _keeps_metrics(self._task):
+            return
+        self._evaluated += 1
+        given, states = (made.outputs, made.targets), states_of(self._task, self._model)
+        text = metrics_that_are_no_means(self._task, *given, means, samples=samples, states=states)
+        if text is not None:
+            self._evaluated = _FIRST_STEPS
+            logger.warning("%s", text)
+
+
+def _keeps_metrics(task: Task) -> bool:
+    """Whether a task keeps objects that count what they are shown, as torchmetrics has them."""
+    kept = [*vars(task).values(), *task_modules(task, nn.Module())]
+    kept += [one for items in map(_items, kept) for one in items or ()]
+    return any(hasattr(one, "update") and hasattr(one, "compute") for one in kept)
 
 
 def states_of(task: Task, model: nn.Module) -> list[Tensor]:
@@ -120,7 +151,7 @@ def is_mean_over_samples(
         if samples < 2 or whole is None or not _finite(whole):
             return None
         cuts = slice(0, samples // 2), slice(samples // 2, samples)
-        halves = _losses_of(task_loss, (outputs, targets), samples, cuts, states)
+        halves = _of_parts(task_loss, _value, (outputs, targets), samples, cuts, states)
         if halves is None:
             return None
         sizes = [cut.stop - cut.start for cut in cuts]
@@ -129,14 +160,69 @@ def is_mean_over_samples(
         return None
 
 
-def _losses_of(
-    task_loss: Callable[[Any, Any], Any],
+def metrics_that_are_no_means(
+    task: Task,
+    outputs: Any,
+    targets: Any,
+    whole: Mapping[str, float],
+    *,
+    samples: int,
+    states: Sequence[Tensor] = (),
+) -> str | None:
+    """
+    Compare the metrics of a batch with those of its halves; see `is_mean_over_samples`.
+
+    Args:
+        task: has `metrics`.
+        outputs: of the whole batch, batch first.
+        targets: in the same way.
+        whole: what `metrics` made of them, by name.
+        samples: size of the batch.
+        states: see `is_mean_over_samples`.
+
+    Returns:
+        A warning that names those that are no means; None: there are none, or nobody can tell.
+    """
+    cut = samples // 2
+    try:
+        if samples < 2:
+            return None
+        cuts = slice(0, cut), slice(cut, samples)
+        halves = _of_parts(task.metrics, _numbers, (outputs, targets), samples, cuts, states)
+        if halves is None:
+            return None
+        a, b = halves
+        tolerance = max(_tolerance(outputs), _TOLERANCES[torch.float32])
+        named = []
+        for name, value in whole.items():
+            ends = [a[name], b[name]]
+            mean = (cut * ends[0] + (samples - cut) * ends[1]) / samples
+            if all(map(math.isfinite, [value, *ends])) and not _close(mean, value, ends, tolerance):
+                named.append(f"{name!r} ({ends[0]:.6g} and {ends[1]:.6g}, the whole {value:.6g})")
+    except Exception:  # see above
+        return None
+    if not named:
+        return None
+    return (
+        f"metrics() gives what is no mean over the samples of a batch: of its halves "
+        f"{', '.join(named)}. What an evaluation tells depends on the number of workers and on the "
+        "size of batches. Give a mean, or a metric with state: an object with update(), merge() "
+        "and compute()"
+    )
+
+
+_T = TypeVar("_T")
+
+
+def _of_parts(
+    method: Callable[[Any, Any], Any],
+    read: Callable[[Any], _T | None],
     given: tuple[Any, Any],
     size: int,
     cuts: Iterable[slice],
     states: Sequence[Tensor],
-) -> list[Value] | None:
-    """Give the loss of each part; None: it is none, or hangs on random numbers."""
+) -> list[_T] | None:
+    """Give what a method of the task makes of each part; None: it hangs on random numbers."""
     found = []
     if sum(state.numel() for state in states) > _COPIED_ELEMENTS:
         raise _CannotTell
@@ -144,7 +230,7 @@ def _losses_of(
         before = _generators()
         for cut in cuts:
             outputs, targets = (_part(one, size, cut) for one in given)
-            value = _value(_on_a_copy(task_loss)(outputs, targets))
+            value = read(_on_a_copy(method)(outputs, targets))
             if value is None or not _same(before, _generators()):
                 return None
             found.append(value)
@@ -217,6 +303,10 @@ def _value(loss: Any) -> Value | None:
         weight = loss[1].item() if isinstance(loss[1], Tensor) else float(loss[1])
         return Value(loss[0].item(), weight)
     return None
+
+
+def _numbers(metrics: Any) -> dict[str, float] | None:
+    return {name: float(value) for name, value in metrics.items()}
 
 
 def _tolerance(tree: Any) -> float:
@@ -315,7 +405,7 @@ def _on_a_copy(task_loss: Callable[..., Any]) -> Callable[..., Any]:
         return task_loss
     twin = copy.copy(task)
     for name, value in vars(task).items():
-        if isinstance(value, _GENERATORS):
+        if isinstance(value, _CONSUMED):
             raise _CannotTell
         if isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
             if value.numel() > _COPIED_ELEMENTS:

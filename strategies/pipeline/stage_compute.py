@@ -23,7 +23,7 @@ from distplat.strategies.algorithms.seeds import mixed
 from distplat.strategies.loop.batches import EvalLoader, batches_by, micro_batches
 from distplat.strategies.loop.collate import moved
 from distplat.strategies.loop.compute import Compute, Share, Stopwatch, Sums, precision
-from distplat.strategies.loop.loss_check import LossDoubts
+from distplat.strategies.loop.loss_check import MeanDoubts
 from distplat.strategies.loop.losses import (
     Judged,
     LossTerm,
@@ -73,7 +73,7 @@ class Pipeline(Compute):
         self._begins = settings.at.stage == 0
         self._ends = settings.at.stage == settings.stages - 1
         self._batches: Iterator[Any] = iter(())
-        self._doubts = LossDoubts(prepared.task, prepared.flat.model)
+        self._doubts = MeanDoubts(prepared.task, prepared.flat.model)
         self._evaluated = EvalLoader(prepared.job, prepared.task)
         self._metrics = TaskMetrics(prepared.task)
         self.share = Share()  #: what this rank had of the last step
@@ -148,7 +148,11 @@ class Pipeline(Compute):
         """Give the figures of an evaluation micro-batch."""
         with precision(self._p.job, self._device):
             term = loss_term(self._p.task, outputs, targets, samples)
-            return judged(self._p.task, Made(outputs, targets, term), samples)
+            made = Made(outputs, targets, term)
+            found = judged(self._p.task, made, samples)
+            if self._settings.at.slice == 0:
+                self._doubts.look_at_metrics(made, found, samples)
+            return found
 
 
 class _Loaded(Source):

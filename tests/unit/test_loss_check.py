@@ -18,7 +18,8 @@ from torch.nn.utils.rnn import pack_sequence
 from torch.utils.data import default_collate
 
 from distplat.nn import connect
-from distplat.strategies.loop.loss_check import is_mean_over_samples, states_of
+from distplat.strategies.loop.loss_check import MeanDoubts, is_mean_over_samples, states_of
+from distplat.strategies.loop.losses import LossTerm, Made, judged
 from distplat.strategies.task import Task
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -299,8 +300,14 @@ def test_nothing_is_changed() -> None:
 
 @pytest.mark.parametrize(
     "kept",
-    [torch.Generator(), np.random.default_rng(0), random.Random(0), torch.zeros(2**20 + 1)],
-    ids=["torch", "numpy", "python", "queue"],
+    [
+        torch.Generator(),
+        np.random.default_rng(0),
+        random.Random(0),
+        torch.zeros(2**20 + 1),
+        iter([]),
+    ],
+    ids=["torch", "numpy", "python", "queue", "iterator"],
 )
 def test_a_task_that_keeps_what_cannot_be_copied_is_passed_over(kept: Any) -> None:
     task, calls = Keeping(), list[Tensor]()
@@ -354,3 +361,96 @@ def test_the_examples_pass(
         assert asked(task.loss, model(inputs), targets, samples=size) is None
         wrong = asked(lambda o, t: task.loss(o, t) * len(t), model(inputs), targets, samples=size)
         assert wrong is not None and "It is a sum" in wrong
+
+
+class Figures(Task):
+    """Metrics of which some are means over samples; `drawn` and `counted` change with each call."""
+
+    def __init__(self) -> None:
+        self.counted = 0
+
+    def model(self) -> nn.Module:
+        return nn.Linear(5, 5)
+
+    def train_data(self) -> Any:
+        return [(torch.zeros(5), 0)]
+
+    def metrics(self, outputs: Tensor, targets: Tensor) -> dict[str, Any]:
+        self.counted += 1
+        right = outputs.argmax(1) == targets
+        squared = (outputs[:, 0] - targets).square().mean()
+        return {
+            "accuracy": right.double().mean(),
+            "constant": 3,
+            "rmse": squared.sqrt(),
+            "correct": right.sum(),
+            "largest": float(outputs.max()),
+            "nothing": float("nan"),
+        }
+
+
+class Means(Figures):
+    def metrics(self, outputs: Tensor, targets: Tensor) -> dict[str, Any]:
+        found = super().metrics(outputs, targets)
+        return {name: found[name] for name in ("accuracy", "constant", "nothing")}
+
+
+class Drawn(Figures):
+    def metrics(self, outputs: Tensor, targets: Tensor) -> dict[str, Any]:
+        return {"rmse": torch.rand(())}
+
+
+class Kept(Figures):
+    """A metric with state is among what the task keeps, so calls would count."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kept = {"auc": Counter()}
+
+
+class Given(Figures):
+    """Each call takes one more of what is there."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scores = iter([0.3, 0.2, 0.9, 0.1])
+
+    def metrics(self, outputs: Tensor, targets: Tensor) -> dict[str, Any]:
+        return {"score": next(self.scores)}
+
+
+class Counter:
+    def update(self) -> None: ...
+
+    def compute(self) -> float:
+        return 1.0
+
+
+def judged_by(task: Task, doubts: MeanDoubts, size: int) -> None:
+    outputs, targets = classes(size, torch.float64)
+    outputs = outputs.detach()
+    made = Made(outputs, targets, LossTerm(torch.zeros(()), float(size), float(size)))
+    doubts.look_at_metrics(made, judged(task, made, size), size)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_metrics_that_are_no_means_are_named_once(
+    size: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    task = Figures()
+    doubts = MeanDoubts(task, task.model())
+    for _ in range(3):
+        judged_by(task, doubts, size)
+    (record,) = caplog.records
+    assert "'rmse'" in record.message and "metric with state" in record.message
+    assert not any(f"'{name}'" in record.message for name in ("accuracy", "constant", "nothing"))
+    assert task.counted == 3, "halves are shown to a copy of the task"
+
+
+@pytest.mark.parametrize("kind", [Means, Drawn, Kept, Given])
+def test_other_metrics_are_left_alone(kind: type[Task], caplog: pytest.LogCaptureFixture) -> None:
+    task = kind()
+    doubts = MeanDoubts(task, task.model())
+    for size in SIZES:
+        judged_by(task, doubts, size)
+    assert not caplog.records
