@@ -30,7 +30,6 @@ from distplat.platform.tensor_file import decode
 from distplat.strategies.checkpoint.checkpoint_reader import SavedState
 from distplat.strategies.fakes import Fabric
 from distplat.strategies.function.function_session import Outlets
-from distplat.strategies.loop.checks import remarks_on
 from distplat.strategies.loop.loop import Progress
 from distplat.strategies.loop.session import Around, Ports, join, make_task, prepare, trained_model
 from distplat.strategies.sparse.files import keep_tables
@@ -87,7 +86,7 @@ def _train(
     device = "cuda" if job.scaling.use_gpu else "cpu"
     prepared = prepare(job, task, device, strategy)
     job = prepared.job
-    for remark in remarks_on(job, prepared.sampler):
+    for remark in prepared.remarks:
         logger.warning("%s", remark)
     every = job.checkpoint.period(prepared.sampler.steps_per_epoch)
     copied = lambda arrays: [one.copy() for one in arrays]  # noqa: E731

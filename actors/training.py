@@ -45,7 +45,7 @@ from distplat.strategies.checkpoint.parts import model_part
 from distplat.strategies.collective import Collective, gather_bytes
 from distplat.strategies.function.function_session import FunctionSession, Outlets, Place
 from distplat.strategies.function.words import call, running
-from distplat.strategies.loop.checks import check_device, remarks_on
+from distplat.strategies.loop.checks import check_device
 from distplat.strategies.loop.loop import Progress
 from distplat.strategies.loop.prepared import Prepared
 from distplat.strategies.loop.seeding import seed_all
@@ -322,7 +322,7 @@ class Session:
             logger.info("rank %d goes on after step %d", order.rank, start)
             return
         world = order.job.scaling.world
-        for remark in remarks_on(prepared.job, prepared.sampler) if order.rank == 0 else ():
+        for remark in prepared.remarks if order.rank == 0 else ():
             logger.warning("%s", remark)
         logger.info(
             "rank %d %s: %s, %d parameters on %s, %d steps",

@@ -31,7 +31,7 @@ from distplat.platform.spec import Job
 from distplat.platform.tensor_slices import ITEM_BYTES
 from distplat.strategies.collective import SENDABLE
 from distplat.strategies.loop.streams import StreamSamples, StreamSeeds, is_ray_data, is_stream
-from distplat.strategies.model.module_hooks import unwrapped
+from distplat.strategies.model.module_hooks import tensor_hooks, unwrapped
 from distplat.strategies.task import Task, overrides
 
 logger = logging.getLogger(__name__)
@@ -224,6 +224,21 @@ def remark_on_factors(job: Job) -> str:
     return (
         f"lr() gives factors of the optimizer's lr, and the largest is {most:g}: no rate is above "
         f"{most:g} x {max(job.optimizer.rates()):g}"
+    )
+
+
+def remark_on_hooks(job: Job, model: nn.Module) -> str:
+    """Say that a parameter's hook sees parts of a batch; empty: none does."""
+    if job.scaling.world == 1 and job.gradient_accumulation == 1:
+        return ""
+    found = ((name, tensor_hooks(one)) for name, one in model.named_parameters())
+    name, hooks = next(((name, hooks) for name, hooks in found if hooks), ("", []))
+    if not hooks:
+        return ""
+    return (
+        f"{hooks[0]} on the parameter {name!r} is shown the gradient of each worker's part of the "
+        "batch, or of a micro-batch, before they are added up: as on the whole batch only where "
+        "it multiplies by a constant. `clip_norm` is of the whole"
     )
 
 

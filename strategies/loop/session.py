@@ -41,6 +41,8 @@ from distplat.strategies.loop.checks import (
     check_state,
     checked_data,
     checked_model,
+    remark_on_hooks,
+    remarks_on,
 )
 from distplat.strategies.loop.compute import TaskModel
 from distplat.strategies.loop.gathering import Gathering, looks_gathering
@@ -165,6 +167,7 @@ def prepare(
     seed_all(job.seed)
     roles = make_strategy(job).roles(job) if strategy is None else strategy.strategy.roles(job)
     model = checked_model(task, task.model() if strategy is None else strategy.build_model(task))
+    hooked = remark_on_hooks(job, model)
     check_state(model, sent=roles.collective is not None and job.scaling.world > 1)
     check_device(device)
     lookups = lookups_of(model, job)
@@ -190,7 +193,9 @@ def prepare(
     loaders_ready()
     found = Prepared(job, task, left, data, eval_data, sampler, steps, device, roles, part, lookups)
     found.initial = initial if any(one.is_meta for one in model.parameters()) else {}
-    return _with_own_updates(found)
+    found = _with_own_updates(found)
+    found.remarks = [*filter(None, [hooked]), *remarks_on(found.job, sampler)]
+    return found
 
 
 def _data(job: Job, task: Task, roles: Roles) -> tuple[Any, Any, Sampler]:

@@ -18,6 +18,7 @@ from distplat import Result, Task, Trainer
 from distplat.platform.errors import SpecError, UserCodeError
 from distplat.platform.progress import EvalReport, ReportAggregator
 from distplat.strategies.loop.checks import remark_on_size
+from distplat.strategies.loop.session import prepare
 
 FOLDER = Path(__file__).parents[2]
 FIELDS = fields_of("ring", 0, epochs=1)
@@ -474,3 +475,31 @@ def test_a_metric_is_a_mean_over_the_batches_that_gave_it() -> None:
         (summary,) = found[:1]
         assert getattr(summary, "metrics")["share"] == pytest.approx(wanted)  # noqa: B009
         assert getattr(summary, "samples") == 7  # noqa: B009
+
+
+def shrink(parameter: Tensor) -> None:
+    assert parameter.grad is not None
+    parameter.grad.mul_(0.1)
+
+
+HOOKS: dict[str, Callable[[Any], object]] = {
+    "a hook": lambda one: one.register_hook(lambda gradient: gradient.clamp(-0.1, 0.1)),
+    "a post-accumulate hook": lambda one: one.register_post_accumulate_grad_hook(shrink),
+}
+
+
+@pytest.mark.parametrize("kind", HOOKS)
+@pytest.mark.parametrize(("world", "micro", "said"), [(1, 1, False), (2, 1, True), (1, 2, True)])
+def test_a_hook_that_sees_parts_of_a_batch_is_remarked_on(
+    kind: str, world: int, micro: int, said: bool
+) -> None:
+    class Hooked(Good):
+        def model(self) -> nn.Module:
+            made = super().model()
+            HOOKS[kind](next(made.parameters()))
+            return made
+
+    found = prepare(job_of("ring", world, epochs=1, gradient_accumulation=micro), Hooked()).remarks
+    assert [one for one in found if one.startswith(f"{kind} on the parameter")] == found
+    assert bool(found) == said
+    assert not prepare(job_of("ring", 2, epochs=1), Good()).remarks
