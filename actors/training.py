@@ -35,7 +35,13 @@ from distplat.actors.transport import NotHere, TransportError
 from distplat.actors.user_errors import as_user_error, killed_loader
 from distplat.actors.weights import Reply
 from distplat.platform.checkpoints import Delivery
-from distplat.platform.errors import Abandoned, DeadlineExceeded, DistplatError, StateLost
+from distplat.platform.errors import (
+    Abandoned,
+    DeadlineExceeded,
+    DistplatError,
+    MismatchError,
+    StateLost,
+)
 from distplat.platform.progress import AnyReport, StepReport
 from distplat.platform.spec import Job
 from distplat.platform.stop_order import StopOrder
@@ -62,6 +68,11 @@ from distplat.strategies.loop.snapshot_publisher import SnapshotPublisher, part_
 from distplat.strategies.ports import LoopShards
 from distplat.strategies.task import Task
 from distplat.strategies.worker_strategy import WorkerStrategy, make_worker_strategy
+
+_PARTED = (
+    "the loops of these ranks have parted: every rank must call backward(), barrier(), "
+    "gather_for_metrics() and should_stop() as often, in the same order, before its function ends"
+)
 
 
 def run_function(
@@ -99,6 +110,9 @@ def run_function(
         session.leave()
         group.barrier()  # who leaves early takes its memory with it
         return {name: value.clone() for name, value in session.trained().items()}
+    except MismatchError as error:
+        at = error.group, error.operation, error.number, error.missing
+        raise MismatchError(*at, f"{error.cause}; {_PARTED}") from error
     finally:
         session.close()
 

@@ -33,6 +33,8 @@ KEPT = (
     "persistent_workers",
 )
 """What a prepared loader has of the user's, whatever its data."""
+_SHOWN = (*KEPT, "collate_fn", "drop_last")
+"""What it tells of the user's, as it would itself."""
 
 
 class Cut(NamedTuple):
@@ -78,9 +80,16 @@ class ShardedLoader(ABC):
         """The user's, whole."""
         self.batch_size = batches_of(loader).batch_size
         """Samples of this rank's batch."""
+        self._given = loader
         self._cut, self._device, self._read = cut, device, read
         self._epoch = self._first = 0  #: the next pass, and its batches that are passed over
         self._at: tuple[int, int] | None = None  #: epoch and batches of a pass under way
+
+    def __getattr__(self, name: str) -> Any:
+        """Give what the user's loader says of itself, such as `num_workers`."""
+        if name in _SHOWN:
+            return getattr(self._given, name)
+        raise AttributeError(f"a prepared DataLoader has no {name!r}", name=name, obj=self)
 
     @abstractmethod
     def __len__(self) -> int:

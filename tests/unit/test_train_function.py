@@ -20,7 +20,7 @@ from torch.utils.data import (
 )
 
 import distplat
-from distplat.platform.errors import NonFiniteError, SpecError
+from distplat.platform.errors import MismatchError, NonFiniteError, SpecError
 from distplat.platform.progress import StepReport
 
 GLOBAL = 12
@@ -661,6 +661,27 @@ def test_a_batch_sampler_of_torch_is_a_batch_size() -> None:
             optimizer.zero_grad()
 
     assert_equal(call_on_ranks(train, 2).trained[1], plain(momentum, epochs=1))
+
+
+def test_a_prepared_loader_tells_what_the_given_one_does() -> None:
+    def train(config: Mapping[str, Any]) -> None:
+        given = DataLoader(data_of(), GLOBAL, num_workers=2, drop_last=True, prefetch_factor=3)
+        loader = distplat.prepare(given)
+        for name in ("num_workers", "drop_last", "prefetch_factor", "collate_fn", "pin_memory"):
+            assert getattr(loader, name) == getattr(given, name)
+        with pytest.raises(AttributeError, match="has no 'batch_sampler'"):
+            _ = loader.batch_sampler  # it would be that of all ranks
+
+    call_on_ranks(train, 1)
+
+
+def test_loops_that_part_are_told_what_all_must_call() -> None:
+    def train(config: Mapping[str, Any]) -> None:
+        if distplat.get_context().rank == 0:
+            raise MismatchError("g", "all_reduce", 3, (1,), "rank 1 in barrier")
+
+    with pytest.raises(MismatchError, match=r"rank 1 in barrier; .* have parted: every rank must"):
+        call_on_ranks(train, 2)
 
 
 def test_a_sampler_of_some_of_the_data_is_refused() -> None:
