@@ -313,6 +313,10 @@ def _filled(layer: Layer, number: int, seed: int, device: torch.device) -> Layer
 
 def _cut(layers: Sequence[Layer], costs: Sequence[LayerCost], request: CutRequest) -> list[int]:
     trained = [any(p.requires_grad for p in layer.module.parameters()) for layer in layers]
+    if sum(trained) < request.places:
+        names = ", ".join(one.name for one, there in zip(layers, trained, strict=True) if there)
+        text = f"each of {request.places} stages needs something to train, and only {names} has it"
+        raise _problem("pipeline", text, "take fewer stages (1 cuts nothing), or freeze less")
 
     def fits(k: int, start: int, stop: int) -> bool:
         if not any(trained[start:stop]):
@@ -324,8 +328,7 @@ def _cut(layers: Sequence[Layer], costs: Sequence[LayerCost], request: CutReques
     try:
         return partition(seconds, request.places, fits)
     except ValueError as error:
-        hint = "raise `memory_limit_mb`, or name the cut" if request.memory else "name the cut"
-        raise _problem("cut", str(error), hint) from None
+        raise _problem("cut", str(error), "raise `memory_limit_mb`, or name the cut") from None
 
 
 def _problem(field: str, message: str, hint: str) -> SpecError:

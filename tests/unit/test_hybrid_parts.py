@@ -68,6 +68,19 @@ def test_what_cannot_be_cut_is_named(options: dict[str, Any], message: str, hint
     assert problem.field.startswith("strategy.")
 
 
+class OneTrained(Mlp):
+    def model(self) -> nn.Module:
+        model = super().model()
+        for layer in [*model.children()][1:]:
+            layer.requires_grad_(requires_grad=False)
+        return model
+
+
+def test_fewer_trained_layers_than_stages_are_named() -> None:
+    with pytest.raises(SpecError, match="each of 2 stages needs something to train, and only 0 h"):
+        train(hybrid_job({"pipeline": 2}, 2), OneTrained, timeout_s=2)
+
+
 class Tied(Gpt):
     def model(self) -> nn.Module:
         model = super().model()
