@@ -27,16 +27,21 @@ class BackgroundWriter(Generic[Record]):
         write: writes one record; what it raises costs that record.
         warn: is told of what is lost.
         most: records that may wait; those that come then are lost.
+        what: they are, in the plural.
     """
 
     def __init__(
-        self, write: Callable[[Record], object], warn: Callable[[str], object], most: int = MOST
+        self,
+        write: Callable[[Record], object],
+        warn: Callable[[str], object],
+        most: int = MOST,
+        what: str = "metrics",
     ) -> None:
-        self._write, self._warn = write, warn
+        self._write, self._warn, self._what = write, warn, what
         self._waiting: queue.Queue[Record] = queue.Queue(most)
         self._lost = 0
         self._closed = False
-        self._thread = threading.Thread(target=self._work, name="metrics", daemon=True)
+        self._thread = threading.Thread(target=self._work, name=what, daemon=True)
         self._thread.start()
 
     def put(self, record: Record) -> None:
@@ -53,19 +58,23 @@ class BackgroundWriter(Generic[Record]):
             time.sleep(0.01)
         return not self._waiting.unfinished_tasks
 
-    def close(self, limit_s: float = CLOSE_S) -> None:
-        """Wait for what is to be written, within reason; say what was lost. Twice does nothing."""
-        if self._closed:
-            return
-        self.wait(limit_s)
-        self._closed = True
+    def close(self, limit_s: float = CLOSE_S) -> bool:
+        """
+        Wait for what is to be written, within reason; warn of what was lost, once.
+
+        Returns:
+            Whether the disk answers: nothing waits for it any more.
+        """
+        idle = self.wait(limit_s)
         lost = self._lost + self._waiting.unfinished_tasks
-        if lost:
-            self._warn(f"{lost} records of metrics were not written")
+        if lost and not self._closed:
+            self._warn(f"{lost} records of {self._what} were not written")
+        self._closed = True
+        return idle
 
     def _lose(self, why: str) -> None:
         if not self._lost:
-            self._warn(f"metrics are lost, and the run goes on without them: {why}")
+            self._warn(f"{self._what} are lost, and the run goes on without them: {why}")
         self._lost += 1
 
     def _work(self) -> None:

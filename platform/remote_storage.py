@@ -21,6 +21,7 @@ from importlib.util import find_spec
 from queue import Empty, SimpleQueue
 from typing import IO, Any, TypeVar
 
+from distplat.platform.disk import SETTING
 from distplat.platform.errors import DeadlineExceeded, StorageError
 
 T = TypeVar("T")
@@ -34,8 +35,6 @@ _MOST_HANGING = 8
 _TRIES = 4
 """How often something is read that somebody waits for."""
 _USER = re.compile(r"//[^/@\s]+@")
-
-SETTING = "failure.storage_timeout_s"
 
 
 class NoAnswer(StorageError):

@@ -239,7 +239,8 @@ class Failure(Spec):
     storage_timeout_s: Seconds = 120.0
     """How long the end of a run goes on with uploads while the storage of a URL does not answer.
     One operation, of 8 MiB at most, has a quarter of it. So long, too, a run that goes back to its
-    last checkpoint waits for one that is being written, and for the disk to be read."""
+    last checkpoint waits for one that is being written, and for the disk to be read; and so long
+    the disk of the run directory may do nothing while the trained model is written to it."""
     non_finite: Literal["stop", "skip", "ignore"] = "stop"
     """A step with a loss or gradient that is NaN or infinite: `stop` ends the run before it is
     applied, `skip` leaves it out on all ranks, `ignore` applies it."""
