@@ -16,11 +16,9 @@ import math
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
-from concurrent.futures import Future, wait
+from collections.abc import Sequence
 from pathlib import Path
 from threading import Thread
-from typing import TypeVar
 
 from distplat.actors.actor_group import Launch
 from distplat.platform.checkpoints import (
@@ -32,6 +30,7 @@ from distplat.platform.checkpoints import (
     StoredCheckpoint,
     read,
 )
+from distplat.platform.disk import SETTING, with_deadline
 from distplat.platform.errors import StorageError
 from distplat.platform.evaluations import BestCheckpoint
 from distplat.platform.progress import (
@@ -47,15 +46,12 @@ from distplat.platform.spec import Job
 from distplat.platform.tensor_file import encode
 from distplat.platform.tensor_slices import by_file, put_together
 
-T = TypeVar("T")
-
 logger = logging.getLogger(__name__)
 
 PATIENCE = 3
 _DRAIN_S = 30.0
 _SILENT_S = 5.0
 """How long a rollback waits for a checkpoint that is being written before it says so."""
-_SETTING = "failure.storage_timeout_s"
 _ONE_CAUSE_S = 10.0
 """Checkpoints that fail within so long, though the disk takes them, count as one: where a worker
 dies all those that wait for its parts fail together, and the run recovers from that by itself."""
@@ -74,13 +70,6 @@ def newest_checkpoint(launch: Launch) -> StoredCheckpoint | None:
         StorageError: it is damaged now.
     """
     return None if launch.resumed is None else read(launch.resumed)
-
-
-def _settle(found: Future[T], find: Callable[[], T]) -> None:
-    try:
-        found.set_result(find())
-    except BaseException as error:
-        found.set_exception(error)
 
 
 class Checkpoints:
@@ -110,6 +99,7 @@ class Checkpoints:
         self._news: deque[Saved | Best] = deque()
         self._failures: dict[int, str] = {}  #: step -> why it has none, since the last one came
         self._failed_at = -math.inf
+        self._left_alone = False  #: the end of the run waits for the writer no more
         self._written = 0  #: step of the newest one that this run wrote
         self.step = 0  #: of the newest one; 0: there is none
 
@@ -183,16 +173,19 @@ class Checkpoints:
         """Be told that the run has ended well: all evaluations are known, all parts are written."""
         if self._job.checkpoint.keep_best is None or not self._written:
             return
+        limit, written = self._job.failure.storage_timeout_s, self._written
         try:
-            self._prune(self._written)
-        except OSError as error:
+            with_deadline(lambda moved: self._prune(written), self._catalogue.folder, limit)
+        except (OSError, StorageError) as error:
             logger.warning("checkpoints that are too many could not be deleted: %s", error)
 
-    def drain(self, limit_s: float = _DRAIN_S) -> None:
-        """Wait until all that is complete is on the disk, within reason."""
+    def drain(self) -> None:
+        """Wait until all that is complete is on the disk, within reason; in vain only once."""
+        limit_s = min(_DRAIN_S, self._job.failure.storage_timeout_s)
         with self._changed:
             idle = lambda: not self._waiting and not self._writing  # noqa: E731
-            if not self._changed.wait_for(idle, limit_s):
+            if not self._left_alone and not self._changed.wait_for(idle, limit_s):
+                self._left_alone = True
                 logger.warning("a checkpoint is still being written after %g s", limit_s)
 
     def newest(self) -> StoredCheckpoint | None:
@@ -207,15 +200,7 @@ class Checkpoints:
         """
         limit = self._job.failure.storage_timeout_s
         self._wait_for_writer(limit)
-        found = Future[StoredCheckpoint | None]()
-        # A thread: nothing else ends a call to a disk that hangs.
-        Thread(target=_settle, args=(found, self._roll_back), daemon=True).start()
-        wait([found], limit)
-        if not found.done():
-            text = f"no checkpoint could be read within {limit:g} s: its disk does not answer"
-            where = self._catalogue.folder
-            raise StorageError(f"{where}: {text}; `{_SETTING}` changes this deadline")
-        saved = found.result()
+        saved = with_deadline(lambda moved: self._roll_back(), self._catalogue.folder, limit)
         self.step = saved.step if saved is not None else 0
         return saved
 
@@ -227,10 +212,10 @@ class Checkpoints:
             if self._changed.wait_for(idle, soon_s):
                 return
             text = "going back waits for a checkpoint that is being written, %g s at most (`%s`)"
-            logger.warning(text, limit_s, _SETTING)
+            logger.warning(text, limit_s, SETTING)
             if not self._changed.wait_for(idle, limit_s - soon_s):
                 text = "it is still being written after %g s (`%s`): taking one from before"
-                logger.warning(text, limit_s, _SETTING)
+                logger.warning(text, limit_s, SETTING)
 
     def _roll_back(self) -> StoredCheckpoint | None:
         with self._pruning:

@@ -10,17 +10,16 @@ losses of all ranks but one. Here each line appears once for each role that prin
 
 from __future__ import annotations
 
-import logging
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from logging.handlers import RotatingFileHandler
 from pathlib import Path
 from typing import Any
 
 from distplat.actors import ray_compat
+from distplat.platform.disk import CLOSE_S, BackgroundWriter, Records
 
 FOLDER = "logs"
 RAYLET = "raylet"
@@ -30,67 +29,86 @@ _QUIET_S, _LONGEST_S, _TICK_S = 0.2, 1.0, 0.02
 """After the end: Ray looks for new lines ten times a second."""
 _LARGEST = 32 * 2**20
 """Bytes of a file; then it becomes the role's `.log.1`, and what that had goes."""
+_MOST = 1000
+"""Batches of lines that may wait for the disk."""
 
 
-class _RoleFile(RotatingFileHandler):
+class _RoleFile:
     """
-    The file of one role.
+    The file of one role, which is made with its first line.
 
     Args:
-        path: of the file, which is made with its first line.
-        failed: told of the first line that cannot be written.
+        path: of the file.
+        largest: see `_LARGEST`; None: it grows.
     """
 
-    def __init__(self, path: Path, failed: Callable[[OSError], None]) -> None:
-        super().__init__(path, maxBytes=_LARGEST, backupCount=1, encoding="utf-8", delay=True)
-        self._failed = failed
+    def __init__(self, path: Path, largest: int | None) -> None:
+        self._path, self._largest = path, largest
+        self._records: Records | None = None
 
-    def write(self, line: str) -> None:
-        """Append a line."""
-        self.emit(logging.makeLogRecord({"msg": line}))
+    def write(self, text: str) -> None:
+        """
+        Append lines.
 
-    def handleError(self, record: logging.LogRecord) -> None:
-        """Tell of the error that `emit` is in."""
-        error = sys.exc_info()[1]
-        if isinstance(error, OSError):
-            self._failed(error)
+        Raises:
+            OSError: the disk refuses.
+        """
+        record = text.encode(errors="replace")
+        records = self._records
+        if records is not None and self._largest and records.size + len(record) > self._largest:
+            records.close()
+            self._records = records = None
+            self._path.replace(self._path.with_suffix(".log.1"))
+        if records is None:
+            with suppress(FileExistsError):  # if that is no folder, the next line says so
+                self._path.parent.mkdir()
+            self._records = records = Records(self._path)
+        records.write(record)
+
+    def close(self) -> None:
+        """Close it."""
+        if self._records is not None:
+            self._records.close()
 
 
 class RoleFiles:
     """
-    Files of what each role printed; the first that cannot be written is the last.
+    Files of what each role printed, written by a thread: a disk that hangs holds nobody up.
 
     Args:
         folder: where they are made.
-        warn: told once, why there will be no more lines.
+        warn: told of lines that cannot be written.
+        largest: see `_RoleFile`.
+        most: calls of `write` that may wait for the disk.
     """
 
-    def __init__(self, folder: Path, warn: Callable[[str], object]) -> None:
-        self._folder, self._warn = folder, warn
+    def __init__(
+        self,
+        folder: Path,
+        warn: Callable[[str], object],
+        *,
+        largest: int | None = None,
+        most: int = _MOST,
+    ) -> None:
+        self._folder, self._largest = folder, largest
         self._files: dict[str, _RoleFile] = {}
-        self._failed = False
+        self._writer = BackgroundWriter(self._append, warn, most, "printed lines")
 
-    def write(self, role: str, lines: list[str]) -> None:
+    def write(self, role: str, lines: Sequence[str]) -> None:
         """Append what a role printed."""
-        if self._failed:
-            return
-        file = self._files.get(role)
-        if file is None:
-            with suppress(OSError):  # the first line will say
-                self._folder.mkdir(exist_ok=True)
-            file = self._files[role] = _RoleFile(self._folder / f"{role}.log", self._fail)
-        for line in lines:
-            file.write(line)
+        self._writer.put((role, "".join(f"{line}\n" for line in lines)))
 
-    def _fail(self, error: OSError) -> None:
-        if not self._failed:
-            self._failed = True
-            self._warn(f"what workers print is written to no file any more: {error}")
+    def _append(self, printed: tuple[str, str]) -> None:
+        role, text = printed
+        if role not in self._files:
+            self._files[role] = _RoleFile(self._folder / f"{role}.log", self._largest)
+        self._files[role].write(text)
 
-    def close(self) -> None:
-        """Close them."""
-        for file in self._files.values():
-            file.close()
+    def close(self, limit_s: float = CLOSE_S) -> None:
+        """Wait for what is to be written, within reason, and close them."""
+        if self._writer.close(limit_s):
+            for file in self._files.values():
+                file.close()
 
 
 @contextmanager
@@ -106,7 +124,7 @@ def role_output(
         warn: told of files that cannot be written.
         shown: whether it is printed here as well.
     """
-    files = RoleFiles(folder / FOLDER, warn)
+    files = RoleFiles(folder / FOLDER, warn, largest=_LARGEST)
     # Who asks for it has Ray's own way, with its summary of lines that are alike.
     alike = shown and os.environ.get("RAY_DEDUP_LOGS") == "1"
     last = 0.0
@@ -117,7 +135,7 @@ def role_output(
         if role is None:
             return False
         last = time.monotonic()
-        files.write(role, list(batch["lines"]))
+        files.write(role, batch["lines"])
         if shown and not alike and role != RAYLET:
             ray_compat.print_batch(batch, colored=_colored())
         return not alike

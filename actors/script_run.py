@@ -16,11 +16,11 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol, TextIO
+from typing import Any, Protocol
 
 import ray
 from typing_extensions import override
@@ -29,11 +29,12 @@ from distplat.actors.head_watch import HeadWatch
 from distplat.actors.launch import failures_of_ray, local_ray
 from distplat.actors.ray_transport import RayTransport
 from distplat.actors.retrying_calls import ask
+from distplat.actors.role_output import RoleFiles
 from distplat.actors.script_process import Output
 from distplat.actors.spawn import spawn_script
 from distplat.actors.stopping import Stopping
 from distplat.actors.transport import ActorDied, Transport, TransportError, Unanswered
-from distplat.platform.disk import write_whole
+from distplat.platform.disk import with_deadline, write_whole
 from distplat.platform.errors import (
     ActorLost,
     InfrastructureError,
@@ -248,6 +249,12 @@ def run_script(
             terminal.news(f"{error}; starting anew, {restarts} of {script.max_restarts}")
 
 
+_STORAGE_S = 120.0
+"""How long the disk of the run directory may give no answer."""
+_MOST_LINES = 100_000
+"""That may wait for it."""
+
+
 @dataclass(frozen=True)
 class ScriptJob:
     """What `distplat submit -- COMMAND` was asked for."""
@@ -281,25 +288,13 @@ class _Logs(Terminal):
     """
 
     def __init__(self, path: Path, terminal: Terminal) -> None:
-        self._path, self._terminal = path, terminal
-        self._files: dict[int, TextIO] = {}
-        self._full = False
-        self._stack = ExitStack()
+        self._terminal = terminal
+        self._files = RoleFiles(path, terminal.news, most=_MOST_LINES)
 
     @override
     def line(self, rank: int, text: str) -> None:
-        """A full disk ends the logs, and not the run."""
         self._terminal.line(rank, text)
-        if self._full:
-            return
-        try:
-            if rank not in self._files:
-                file = (self._path / f"rank-{rank}.log").open("a", encoding="utf-8", buffering=1)
-                self._files[rank] = self._stack.enter_context(file)
-            self._files[rank].write(text + "\n")
-        except OSError as error:
-            self._full = True
-            self.news(f"logs are no longer written: {error}")
+        self._files.write(f"rank-{rank}", [text])
 
     @override
     def news(self, text: str) -> None:
@@ -307,8 +302,7 @@ class _Logs(Terminal):
 
     def close(self) -> None:
         """Close the files."""
-        with suppress(OSError):
-            self._stack.close()
+        self._files.close()
 
 
 def train_script(job: ScriptJob, terminal: Terminal) -> ScriptResult:
@@ -323,9 +317,9 @@ def train_script(job: ScriptJob, terminal: Terminal) -> ScriptResult:
         Interrupted: SIGINT or SIGTERM.
     """
     run, began = new_run_name(job.name), time.monotonic()
-    path = job.storage_path.resolve() / run
+    path = job.storage_path.absolute() / run
     try:
-        path.mkdir(parents=True, mode=0o700)
+        with_deadline(lambda moved: path.mkdir(parents=True, mode=0o700), path, _STORAGE_S)
     except OSError as error:
         raise StorageError(f"cannot make the run directory {path}: {error}") from error
     logs = _Logs(path, terminal)
@@ -378,5 +372,6 @@ def _run(job: ScriptJob, run: str, logs: _Logs) -> int:
 def _finish(path: Path, job: ScriptJob, status: str, facts: dict[str, object]) -> None:
     """Write down how it ended; where the disk is full, the exit code says it."""
     known = {"status": status, "name": job.name, "command": list(job.command)}
-    with suppress(OSError):
-        write_whole(path / "result.json", json.dumps({**known, **facts}, indent=2).encode())
+    content = json.dumps({**known, **facts}, indent=2).encode()
+    with suppress(OSError, StorageError):
+        with_deadline(lambda moved: write_whole(path / "result.json", content), path, _STORAGE_S)

@@ -5,13 +5,14 @@ A run that `distplat submit` or `Trainer.fit` made here is known by its director
 ended. What the directory says is shown as the job API's jobs are.
 """
 
+import os
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from distplat.platform.errors import DistplatError, SpecError
-from distplat.platform.run_record import RunRecord, find_run, read_run
+from distplat.platform.run_record import MOST_LINE, RunRecord, find_run, opened, read_run
 from distplat.platform.run_report import status_of
 
 HOME = Path("runs")
@@ -109,15 +110,24 @@ class _Reader:
         self._read: dict[Path, int] = {}  #: bytes that were given out
 
     def fresh(self) -> Iterator[str]:
-        """Give whole lines that have come since."""
+        """
+        Give whole lines that have come since.
+
+        Raises:
+            StorageError: one of the files may not be read, or is a pipe or a device.
+        """
         for path in sorted(self._folder.glob("*.log")):
-            at = self._read.get(path, 0)
-            if path.stat().st_size < at:  # it became `.log.1`, and another one began
-                at = 0
-            with path.open("rb") as file:
+            with opened(path) as file:
+                if file is None:
+                    continue
+                at = self._read.get(path, 0)
+                if os.fstat(file.fileno()).st_size < at:  # it became `.log.1`, and another began
+                    at = 0
                 file.seek(at)
-                content = file.read()
-            whole = content[: content.rfind(b"\n") + 1]
-            self._read[path] = at + len(whole)
-            for line in whole.decode(errors="replace").splitlines():
-                yield f"({path.stem}) {line}"
+                while line := file.readline(MOST_LINE):
+                    if not line.endswith(b"\n") and len(line) < MOST_LINE:
+                        break  # it is being written
+                    at += len(line)
+                    self._read[path] = at
+                    for text in line.decode(errors="replace").splitlines():
+                        yield f"({path.stem}) {text}"

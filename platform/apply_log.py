@@ -15,6 +15,7 @@ memory, 24 bytes an update; at the end all shards' logs go into one safetensors 
 from array import array
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -22,6 +23,7 @@ from numpy.typing import NDArray
 from safetensors import safe_open
 from safetensors.numpy import save
 
+from distplat.platform.disk import check_regular
 from distplat.platform.errors import StorageError
 from distplat.platform.ledger import IntervalSet
 
@@ -121,6 +123,7 @@ def read_logs(path: str) -> tuple[list[ApplyLog], dict[str, str]]:
     Raises:
         StorageError: there is no such file, or it is not one of ours.
     """
+    check_regular(Path(path))
     try:
         with safe_open(path, "numpy") as file:
             facts = dict(file.metadata() or {})

@@ -16,13 +16,24 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterable
+from concurrent.futures import Future, wait
 from pathlib import Path
+from threading import Thread
 from typing import IO, Generic, Protocol, TypeVar
 
 from typing_extensions import override
 
+from distplat.platform.errors import StorageError
+
+T = TypeVar("T")
+
 Content = Iterable[bytes | memoryview]
 """A file, in parts."""
+Moved = Callable[[], object]
+"""Called by who works on a disk, whenever it has done something."""
+SETTING = "failure.storage_timeout_s"
+_PIECE_BYTES = 64 * 2**20
+"""What is written at a time, where somebody waits for a large file."""
 
 
 class Disk(Protocol):
@@ -80,6 +91,17 @@ class RealDisk(Disk):
         shutil.rmtree(path)
 
 
+def check_regular(path: Path) -> None:
+    """
+    Refuse what is there and no file: a pipe would block, a device never end.
+
+    Raises:
+        StorageError: it is one of them.
+    """
+    if path.exists() and not path.is_file():
+        raise StorageError(f"cannot read {path}: it is no regular file")
+
+
 class Records:
     """
     A file that grows by whole records: what does not fit on the disk leaves no part of it behind.
@@ -94,7 +116,7 @@ class Records:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
-        self._size = os.fstat(self._file).st_size
+        self.size = os.fstat(self._file).st_size
 
     def write(self, record: bytes) -> None:
         """
@@ -109,9 +131,9 @@ class Records:
                 left = left[os.write(self._file, left) :]
         except OSError:
             with contextlib.suppress(OSError):
-                os.ftruncate(self._file, self._size)
+                os.ftruncate(self._file, self.size)
             raise
-        self._size += len(record)
+        self.size += len(record)
 
     def flush(self) -> None:
         """Nothing is held back; here for those who write to any file."""
@@ -139,9 +161,49 @@ def reserve(folder: Path, size: int) -> IO[bytes]:
     return file
 
 
-def write_whole(path: Path, data: bytes) -> None:
+def with_deadline(work: Callable[[Moved], T], where: Path, limit_s: float) -> T:
+    """
+    Have a thread work on a disk, and wait for it: nothing else ends a call to a disk that hangs.
+
+    Args:
+        work: may tell that the disk has done something, and the deadline begins anew.
+        where: file or directory, for the error.
+        limit_s: `failure.storage_timeout_s`.
+
+    Raises:
+        StorageError: the disk has done nothing for so long. The thread is left to it.
+    """
+    done, moved_at = Future[T](), time.monotonic()
+
+    def moved() -> None:
+        nonlocal moved_at
+        moved_at = time.monotonic()
+
+    Thread(target=_settle, args=(done, lambda: work(moved)), name="disk", daemon=True).start()
+    while not done.done():
+        left_s = moved_at + limit_s - time.monotonic()
+        if left_s <= 0:
+            text = f"no answer within {limit_s:g} s: its disk does not answer"
+            raise StorageError(f"{where}: {text}; `{SETTING}` changes this deadline")
+        wait([done], left_s)
+    return done.result()
+
+
+def _settle(done: Future[T], work: Callable[[], T]) -> None:
+    try:
+        done.set_result(work())
+    except BaseException as error:
+        done.set_exception(error)
+
+
+def write_whole(path: Path, data: bytes, moved: Moved = lambda: None) -> None:
     """
     Write a file, flush it to the disk, then give it its name: a reader sees all of it or none.
+
+    Args:
+        path: of the file.
+        data: all of it.
+        moved: see `with_deadline`.
 
     Raises:
         OSError: the disk is full, or the directory is gone; what was there before stays.
@@ -149,9 +211,11 @@ def write_whole(path: Path, data: bytes) -> None:
     partial = path.with_suffix(path.suffix + ".partial")
     try:
         with partial.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
+            for start in range(0, len(data) or 1, _PIECE_BYTES):
+                file.write(memoryview(data)[start : start + _PIECE_BYTES])
+                file.flush()
+                os.fsync(file.fileno())
+                moved()
         partial.rename(path)
     except OSError:
         with contextlib.suppress(OSError):
@@ -183,16 +247,21 @@ class BackgroundWriter(Generic[Record]):
         write: writes one record; what it raises costs that record.
         warn: is told of what is lost.
         most: records that may wait; those that come then are lost.
+        what: they are, in the plural.
     """
 
     def __init__(
-        self, write: Callable[[Record], object], warn: Callable[[str], object], most: int = MOST
+        self,
+        write: Callable[[Record], object],
+        warn: Callable[[str], object],
+        most: int = MOST,
+        what: str = "metrics",
     ) -> None:
-        self._write, self._warn = write, warn
+        self._write, self._warn, self._what = write, warn, what
         self._waiting: queue.Queue[Record] = queue.Queue(most)
         self._lost = 0
         self._closed = False
-        self._thread = threading.Thread(target=self._work, name="metrics", daemon=True)
+        self._thread = threading.Thread(target=self._work, name=what, daemon=True)
         self._thread.start()
 
     def put(self, record: Record) -> None:
@@ -209,19 +278,23 @@ class BackgroundWriter(Generic[Record]):
             time.sleep(0.01)
         return not self._waiting.unfinished_tasks
 
-    def close(self, limit_s: float = CLOSE_S) -> None:
-        """Wait for what is to be written, within reason; say what was lost. Twice does nothing."""
-        if self._closed:
-            return
-        self.wait(limit_s)
-        self._closed = True
+    def close(self, limit_s: float = CLOSE_S) -> bool:
+        """
+        Wait for what is to be written, within reason; warn of what was lost, once.
+
+        Returns:
+            Whether the disk answers: nothing waits for it any more.
+        """
+        idle = self.wait(limit_s)
         lost = self._lost + self._waiting.unfinished_tasks
-        if lost:
-            self._warn(f"{lost} records of metrics were not written")
+        if lost and not self._closed:
+            self._warn(f"{lost} records of {self._what} were not written")
+        self._closed = True
+        return idle
 
     def _lose(self, why: str) -> None:
         if not self._lost:
-            self._warn(f"metrics are lost, and the run goes on without them: {why}")
+            self._warn(f"{self._what} are lost, and the run goes on without them: {why}")
         self._lost += 1
 
     def _work(self) -> None:

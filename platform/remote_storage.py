@@ -16,6 +16,7 @@ older checkpoint would cost work.
 
 from __future__ import annotations
 
+import logging
 import re
 import shutil
 import threading
@@ -28,7 +29,10 @@ from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import IO, Any, TypeVar
 
+from typing_extensions import override
+
 from distplat.platform.checkpoints import FOLDER, MANIFEST, StoredCheckpoint, listed, read, step_of
+from distplat.platform.disk import SETTING
 from distplat.platform.errors import DeadlineExceeded, Problem, SpecError, StorageError
 
 T = TypeVar("T")
@@ -41,9 +45,28 @@ _MOST_HANGING = 8
 """Operations that may hang at a time; beyond that none is begun."""
 _TRIES = 4
 """How often something is read that somebody waits for."""
+_MOST_TEXTS = 1000
+"""Of a library that are kept, to say each once."""
 _USER = re.compile(r"//[^/@\s]+@")
 
-SETTING = "failure.storage_timeout_s"
+
+class _Once(logging.Filter):
+    """Lets each text through once: gcsfs warns in every operation of what it may not ask for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._said: set[str] = set()
+
+    @override
+    def filter(self, record: logging.LogRecord) -> bool:
+        text = record.getMessage()
+        if text in self._said or len(self._said) >= _MOST_TEXTS:
+            return text not in self._said
+        self._said.add(text)
+        return True
+
+
+_ONCE = _Once()
 
 
 class NoAnswer(StorageError):
@@ -210,7 +233,8 @@ class RemoteStorage:
         """Import the scheme's library, which takes a second and is not the storage's fault."""
         from fsspec import get_filesystem_class
 
-        get_filesystem_class(self.url.partition("://")[0])
+        found = get_filesystem_class(self.url.partition("://")[0])
+        logging.getLogger(found.__module__.partition(".")[0]).addFilter(_ONCE)
 
     def _connected(self) -> tuple[Any, Callable[[str], str]]:
         """Give the file system, and what makes a path there of a name."""

@@ -14,7 +14,8 @@ The run directory: what a run leaves on disk.
         checkpoints/        step-000120/ and others: to resume from (platform/checkpoints.py)
         result.json         how it ended: status, last figures, or the error
 
-Metrics are flushed with every line: they are there when the run is not any more.
+Metrics are flushed with every line: they are there when the run is not any more. A disk that hangs
+costs a run `failure.storage_timeout_s`, once.
 """
 
 import contextlib
@@ -25,13 +26,13 @@ import os
 import secrets
 import socket
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from distplat.platform.disk import Records, reserve, write_whole
+from distplat.platform.disk import Moved, Records, reserve, with_deadline, write_whole
 from distplat.platform.errors import StorageError
 from distplat.platform.job_file import render_job
 from distplat.platform.pipeline_trace import TRACE_FILE, Trace
@@ -52,6 +53,8 @@ from distplat.platform.trackers import points_of
 
 _RESULT_BYTES = 64 * 2**10
 """Room on the disk that is kept for `result.json` from the start."""
+_ONCE_MORE_S = 2.0
+"""What a disk that was waited for in vain is given once more."""
 
 TASK_FILE = "task.safetensors"
 """Parameters that the task keeps itself."""
@@ -87,19 +90,32 @@ class RunDirectory:
         base: what `storage_path`, or `runs` where that is a URL, is relative to.
 
     Raises:
-        StorageError: it cannot be made.
+        StorageError: it cannot be made; of each method also: the disk does not answer.
     """
 
     def __init__(self, job: Job, run: str, base: Path) -> None:
-        self.path = (base / local_folder(job.storage_path) / run).resolve()
-        try:
-            self.path.mkdir(parents=True, mode=0o700)
-            write_whole(self.path / "job.yaml", render_job(job).encode())
-            self._metrics = Records(self.path / "metrics.jsonl")
-            self._reserve = reserve(self.path, _RESULT_BYTES)
-        except OSError as error:
-            raise _refused(f"make the run directory {self.path}", error) from error
+        self.path = base / local_folder(job.storage_path) / run
+        self._limit_s, self._silent = job.failure.storage_timeout_s, False
         self._board: _TensorBoard | None = None
+        self._patiently("make the run directory", self.path, lambda moved: self._make(job))
+
+    def _make(self, job: Job) -> None:
+        self.path = self.path.resolve()
+        self.path.mkdir(parents=True, mode=0o700)
+        write_whole(self.path / "job.yaml", render_job(job).encode())
+        self._metrics = Records(self.path / "metrics.jsonl")
+        self._reserve = reserve(self.path, _RESULT_BYTES)
+
+    def _patiently(self, what: str, path: Path, work: Callable[[Moved], object]) -> None:
+        """Do something with the disk; what it refuses is told with its path."""
+        limit_s = min(self._limit_s, _ONCE_MORE_S) if self._silent else self._limit_s
+        self._silent = True
+        try:
+            with_deadline(work, path, limit_s)
+        except OSError as error:
+            self._silent = False
+            raise _refused(f"{what} {path}", error) from error
+        self._silent = False
 
     def record(self, summary: Summary) -> None:
         """
@@ -156,10 +172,7 @@ class RunDirectory:
             StorageError: the disk is full, or the directory is gone.
         """
         path = self.path / name
-        try:
-            write_whole(path, data)
-        except OSError as error:
-            raise _refused(f"write {path}", error) from error
+        self._patiently("write", path, lambda moved: write_whole(path, data, moved))
         return path
 
     def finish(self, status: str, facts: Mapping[str, Any]) -> None:
@@ -169,12 +182,17 @@ class RunDirectory:
         Raises:
             StorageError: the disk is full, or the directory is gone.
         """
-        self._reserve.close()  # where the disk is full this makes room
         text = _to_json({"status": status, **facts}, indent=2) + "\n"
-        try:
-            self.keep("result.json", text.encode())
-        finally:
-            self._close()
+        path = self.path / "result.json"
+
+        def work(moved: Moved) -> None:
+            self._reserve.close()  # where the disk is full this makes room
+            try:
+                write_whole(path, text.encode())
+            finally:
+                self._close()
+
+        self._patiently("write", path, work)
 
     def _close(self) -> None:
         """Close metrics and curves; what they hold was written with every record."""

@@ -38,7 +38,8 @@ _MOST = 2**53
 """No step, count or size is larger; a float holds it exactly."""
 MOST_STEPS = 200_000
 """Steps that are held at a time, some 300 MB of them."""
-_MOST_LINE = 2**22
+MOST_LINE = 2**22
+"""Bytes of a line that are held at a time."""
 _MOST_BYTES = 2**26
 """Of a file that is no table of steps."""
 
@@ -114,7 +115,7 @@ def _names(path: Path) -> set[str]:
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[IO[bytes] | None]:
+def opened(path: Path) -> Iterator[IO[bytes] | None]:
     """
     Open a file; None: it is not there.
 
@@ -140,7 +141,7 @@ def _text(record: RunRecord, name: str) -> str | None:
         StorageError: it may not be read, is a pipe or a device, or much larger than we write it.
     """
     path = record.path / name
-    with _opened(path) as file:
+    with opened(path) as file:
         if file is None:
             return None
         size = os.fstat(file.fileno()).st_size
@@ -151,10 +152,10 @@ def _text(record: RunRecord, name: str) -> str | None:
 
 def _lines(file: IO[bytes]) -> Iterator[str]:
     """Give whole lines, one at a time; of one beyond all bounds its pieces, which are damaged."""
-    while line := file.readline(_MOST_LINE):
+    while line := file.readline(MOST_LINE):
         if line.endswith(b"\n"):
             yield line.decode("utf-8", errors="replace")
-        elif len(line) == _MOST_LINE:
+        elif len(line) == MOST_LINE:
             yield ""
         # else it is being written
 
@@ -173,7 +174,7 @@ def _part(record: RunRecord, name: str, parse: Callable[[str], T]) -> T | None:
 
 
 def _read_metrics(record: RunRecord) -> None:
-    with _opened(record.path / "metrics.jsonl") as file:
+    with opened(record.path / "metrics.jsonl") as file:
         if file is None:
             return
         record.last_sign_s = os.fstat(file.fileno()).st_mtime

@@ -24,8 +24,9 @@ from pathlib import Path
 from typing import IO
 
 from distplat.platform.checkpoints import FOLDER, MANIFEST, Catalogue
+from distplat.platform.disk import SETTING, with_deadline
 from distplat.platform.errors import StorageError
-from distplat.platform.remote_storage import SETTING, NoAnswer, RemoteStorage
+from distplat.platform.remote_storage import NoAnswer, RemoteStorage
 
 RESULT = "result.json"
 _POLL_S = 1.0
@@ -34,6 +35,8 @@ _GROWING_S = 10.0
 _SHARE = 20
 """Nor more often than takes one part in so many of the time."""
 _LONGEST_PAUSE_S = 30.0
+_LIST_S = 5.0
+"""How long the local disk may take to say what is there."""
 
 Signature = tuple[int, int, int]
 """What tells a file from the one that had its name before: inode, size, time of the last change."""
@@ -96,16 +99,25 @@ class RunUpload:
         self._given_up.set()
         if self._ended.is_set():
             return ""
-        names = [name for name, path in self._files() if self._changed(name, path)]
-        names += [f"{FOLDER}/{name}" for name in self._checkpoints.missing()]
         why = self._why or f"the storage does not answer (`{SETTING}`)"
-        return f"{', '.join(names)} not uploaded to {self._storage.url}: {why}"
+        try:
+            missing = with_deadline(lambda moved: self._missing(), self._folder, _LIST_S)
+        except (OSError, StorageError) as error:
+            missing, why = "the run directory", str(error)
+        return f"{missing} not uploaded to {self._storage.url}: {why}"
+
+    def _missing(self) -> str:
+        names = [name for name, path in self._files() if self._changed(name, path)]
+        return ", ".join([*names, *(f"{FOLDER}/{one}" for one in self._checkpoints.missing())])
 
     def _work(self) -> None:
         failures = 0
         while not self._given_up.is_set():
             closing = self._closing.is_set()
-            why = self._attempt(closing)
+            try:
+                why = self._attempt(closing)
+            except OSError as error:  # of the local disk, which may be there again
+                why = f"{self._folder}: {error}"
             if why and not failures:
                 text = "cannot upload: %s; the run goes on, and it is tried again"
                 self._warn(text % why)

@@ -110,8 +110,8 @@ class PsSyncWorker(WorkerStrategy[PsSyncOptions]):
         return self._shards.average()
 
     def trained(self, flat: FlatModel) -> dict[str, Tensor]:
-        """Give the model, and rank 0 the average of its weights, too."""
-        if self._context.job.ema is None or self._context.rank != 0:
+        """Give the model and the average of its weights; rank 0 may be lost before it is asked."""
+        if self._context.job.ema is None:
             return flat.state_dict()
         return with_average(flat, self.average())
 

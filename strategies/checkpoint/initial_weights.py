@@ -197,11 +197,13 @@ def _read(path: Path) -> dict[str, Tensor]:
 def _shards(index: Path) -> list[str]:
     try:
         return sorted({str(name) for name in json.loads(index.read_text())["weight_map"].values()})
-    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OSError, RecursionError) as error:
         raise _problem(f"{index} is no index of shards: {error!r}") from None
 
 
 def _read_file(path: Path) -> dict[str, Tensor]:
+    if not path.is_file():
+        raise _problem(f"{path} is no regular file")  # a pipe would block, a device never end
     try:
         if path.suffix == _SAFETENSORS:
             return load_file(path)

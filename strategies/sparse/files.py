@@ -21,6 +21,7 @@ from typing import Protocol
 import numpy as np
 from safetensors.numpy import load_file, save
 
+from distplat.platform.disk import check_regular
 from distplat.platform.errors import StorageError
 from distplat.platform.shard_map import TableSpec
 from distplat.strategies.sparse.table import Table
@@ -87,6 +88,7 @@ def read_list(run: Path) -> tuple[int, dict[str, tuple[TableSpec, list[Path]]]]:
         StorageError: there is no list, or it is not one of ours.
     """
     path = run / LIST_NAME
+    check_regular(path)
     try:
         facts = json.loads(path.read_text())
         tables = {}
@@ -94,7 +96,7 @@ def read_list(run: Path) -> tuple[int, dict[str, tuple[TableSpec, list[Path]]]]:
             files = [run / name for name in entry.pop("files")]
             tables[str(entry["name"])] = TableSpec(**entry), files
         return int(facts["seed"]), tables
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise StorageError(f"no embedding tables in {run}: {error}") from error
 
 
@@ -105,6 +107,7 @@ def read_part(path: Path, table: Table) -> None:
     Raises:
         StorageError: it cannot be read.
     """
+    check_regular(path)
     try:
         part = load_file(path)
         table.put(part["ids"], part["rows"])

@@ -10,6 +10,7 @@ import os
 import re
 import shutil
 import signal
+import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -120,12 +121,13 @@ class Disk:
     run: Callable[[list[str]], None]
     """Runs a command as root."""
     ballast: list[Path] = field(default_factory=list)
-    _covered: bool = False  #: by a mount that nobody may write to
+    _covered: bool = False  #: by a mount that nobody may write to, or that does not answer
+    _unserved: int = -1  #: descriptor of the latter
 
     def act(self, action: int | str) -> str:
-        """Do something to it (`fill`, `read-only`, `remove`); give a proof."""
-        actions = {"fill": self.fill, "read-only": self.read_only, "remove": self.remove}
-        return actions[str(action)]()
+        """Do something to it (`fill`, `read-only`, `remove`, `hang`); give a proof."""
+        actions = {"fill": self.fill, "read-only": self.read_only}
+        return (actions | {"remove": self.remove, "hang": self.hang})[str(action)]()
 
     def fill(self) -> str:
         """Leave no byte."""
@@ -154,6 +156,23 @@ class Disk:
             return f"EROFS: {error.strerror}"
         return ""
 
+    def hang(self) -> str:
+        """
+        Let whoever comes to it wait, by a file system (FUSE) above it that nobody serves.
+
+        Files that are open go on: they are below it.
+        """
+        self._unserved = file = os.open("/dev/fuse", os.O_RDWR)
+        options = f"fd={file},rootmode=40000,user_id=0,group_id=0"
+        mount = ["mount", "-i", "-t", "fuse", "-o", options, "unserved", str(self.path)]
+        subprocess.run(mount, check=True, capture_output=True, pass_fds=(file,))
+        self._covered = True
+        try:
+            subprocess.run(["stat", str(self.path / "probe")], capture_output=True, timeout=0.5)
+        except subprocess.TimeoutExpired:
+            return "no answer within 0.5 s"
+        return ""
+
     def remove(self) -> str:
         """Delete all run directories."""
         found = [path.parent for path in self.path.glob("*/job.yaml")]
@@ -167,6 +186,9 @@ class Disk:
         if self._covered:
             self._covered = False
             self.run(["umount", "-l", str(self.path)])
+        if self._unserved >= 0:
+            os.close(self._unserved)  # who still waits gets an error
+            self._unserved = -1
         for path in self.ballast:
             path.unlink(missing_ok=True)
         self.ballast.clear()

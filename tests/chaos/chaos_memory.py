@@ -206,6 +206,8 @@ class OneRun:
             return False
         if not raised:
             return False
+        with self.injector.ending:  # what was on the disk then is to be there
+            pass
         if TRAINED in str(raised[0]):
             self.trained = max(self.directories()[-1].glob("checkpoints/step-" + "[0-9]" * 6))
             return False
@@ -285,9 +287,11 @@ class OneRun:
         missing = {step for step in expected.losses if step >= self._first()} - losses.keys()
         if missing:
             self.problems.append(f"steps were not told: {sorted(missing)}")
+        if any(loss is None for loss in losses.values()):  # in strict JSON NaN is null
+            self.problems.append(f"a loss is not finite: {losses}")
         resized = any(deed.kind == "scale" for deed, _ in self.injector.fired)
-        loose = self.setting.fields.get("embeddings", {}).get("asynchronous", False)
-        if resized or loose:
+        lost_debt = self.setting.owes and (self.drivers > 1 or self._failures())
+        if resized or lost_debt or not self.setting.repeats:
             return
         wrong = [
             step
@@ -302,6 +306,10 @@ class OneRun:
             self.problems.append("the model has other bits than that of the run without a fault")
         if self.trained is None and self.tables_hash() != expected.tables:
             self.problems.append("a table or an average has other bits")
+
+    def _failures(self) -> list[dict[str, Any]]:
+        """Give what is told of failures after which the last run went on."""
+        return [line for line in _lines(self.directories()[-1]) if line["kind"] == "failure"]
 
     def _first(self) -> int:
         """Give the first step that must be told: those before, nobody may have told the driver."""
@@ -324,8 +332,7 @@ class OneRun:
         if self.problems or "embeddings" in self.setting.fields:
             return  # no log says in which order tables were updated
         code, said = quietly(["replay", str(directory), "--working-dir", str(HERE)])
-        lost = any(line["kind"] == "failure" for line in _lines(directory))
-        if code and not (code == 5 and lost):  # a task that was made by two workers
+        if code and not (code == 5 and self._failures()):  # a task that was made by two workers
             self.problems.append(f"`distplat replay`: exit code {code} {said}")
 
 

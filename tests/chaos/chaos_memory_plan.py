@@ -92,6 +92,18 @@ class Setting:
         """At the start."""
         return int(self.fields["scaling"]["num_workers"])
 
+    @property
+    def repeats(self) -> bool:
+        """Whether a run has the bits of another one, as long as nothing fails."""
+        strategy, tables = self.fields["strategy"], self.fields.get("embeddings", {})
+        free = strategy["name"] == "ps-async" or strategy.get("backup_workers", 0)
+        return not (free or tables.get("asynchronous", False))
+
+    @property
+    def owes(self) -> bool:
+        """Whether a worker has what no other has: gradients that it has not sent yet."""
+        return self.fields["strategy"].get("compression") in ("topk", "powersgd")
+
 
 def draw_setting(draw: Random) -> Setting:
     """Draw a job that the job file allows."""
@@ -142,9 +154,18 @@ def _some_setting(draw: Random) -> Setting:
         fields["gradient_accumulation"] = 2
     if draw.random() < 0.25:
         fields["ema"] = {"decay": 0.9}
-    return Setting(fields, draw.choice((1, 1, 2, 3)), "Rows" if with_tables else "Dense")
+    nodes = draw.choice((1, 1, 2, 3))
+    _vary(fields, draw)
+    return Setting(fields, nodes, "Rows" if with_tables else "Dense")
 
 
+TENSOR_PLAN = {"0": "colwise_gather", "2.0": "colwise", "2.2": "rowwise", "4": "rowwise"}
+COMPRESSIONS: tuple[dict[str, Any], ...] = (
+    {"compression": "fp16"},
+    {"compression": "bf16"},
+    {"compression": "topk", "topk_density": 0.1},
+    {"compression": "powersgd", "powersgd_rank": 1},
+)
 OPTIMIZERS: tuple[dict[str, Any], ...] = (
     {"name": "SGD", "lr": 0.1, "momentum": 0.9},
     {"name": "AdamW", "lr": 0.01},
@@ -177,6 +198,21 @@ def _some_strategy(draw: Random) -> tuple[dict[str, Any], int]:
             ({}, {"staleness": 2}, {"staleness": 0}, {"staleness_lr": True, "staleness": 3})
         )
     return {"name": name, **options}, draw.choice((2, 2, 3))
+
+
+def _vary(fields: dict[str, Any], draw: Random) -> None:
+    """Have some jobs slice layers, do without late gradients, or compress gradients."""
+    strategy, name = fields["strategy"], fields["strategy"]["name"]
+    if name == "hybrid" and draw.random() < 0.4:
+        pipeline, data = draw.choice(((1, 1), (2, 1), (1, 2)))
+        strategy |= {"pipeline": pipeline, "data": data, "tensor": 2, "tensor_plan": TENSOR_PLAN}
+        if pipeline == 1:
+            del strategy["cut"]
+        fields["scaling"]["num_workers"] = 2 * pipeline * data
+    elif name == "ps-sync" and draw.random() < 0.25:
+        strategy |= {"num_servers": 1, "replication": 1, "backup_workers": 1}
+    elif name == "ring" and draw.random() < 0.35:
+        strategy |= draw.choice(COMPRESSIONS)
 
 
 def draw_deeds(setting: Setting, draw: Random, seen: Moments) -> tuple[Deed, ...]:
@@ -259,6 +295,7 @@ class Injector:
     seen: Moments = field(default_factory=Counter)
 
     def __post_init__(self) -> None:
+        self.ending = threading.Lock()  #: held while driver or controller is killed
         self._left = list(self.deeds)
         self._changing = threading.Lock()
         self._bursts: list[list[Any]] = []
@@ -374,11 +411,12 @@ class Injector:
         return ""
 
     def _driver(self, deed: Deed, name: str) -> str:
-        if not self.ray.kill_process(deed.victim):
-            return ""
-        self._copies += 1
-        self.kept = snapshot(self.storage, self.storage.with_name(f"kept-{self._copies}"))
-        return f"{deed.victim} is gone"
+        with self.ending:
+            if self.ray.kill_process(deed.victim):
+                self._copies += 1
+                self.kept = snapshot(self.storage, self.storage.with_name(f"kept-{self._copies}"))
+                self.fired.append((deed, f"{deed.victim} is gone"))
+        return ""
 
     def on_disk(self, operation: str) -> Callable[..., Any]:
         """Give what does an operation of `RealDisk`, and tells of it before."""

@@ -42,7 +42,8 @@ class Dense(Task):
 
     def model(self) -> nn.Module:
         reach("model")
-        layers = [nn.Linear(5, 16), Block(self.stateful), nn.Linear(16, 16), Block(self.stateful)]
+        inner = nn.Sequential(nn.Linear(16, 24), nn.Tanh(), nn.Linear(24, 16))
+        layers = [nn.Linear(5, 16), Block(self.stateful), inner, Block(self.stateful)]
         return filled(nn.Sequential(*layers, nn.Linear(16, 3)))
 
     def train_data(self) -> Dataset[Any]:

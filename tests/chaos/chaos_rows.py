@@ -7,7 +7,7 @@ of faults in docs/faults.md.
 
 import signal
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from random import Random
 from typing import Any
 
@@ -17,6 +17,8 @@ STEPS, EVERY, BATCH = 24, 4, 12
 KILL, STOP = int(signal.SIGKILL), int(signal.SIGSTOP)
 HEARTBEAT_S, COLLECTIVE_S, STEP_S = 8.0, 5.0, 20.0
 """Deadlines of a trial: what froze is found by the first that applies."""
+STORAGE_S = 6.0
+"""That of a disk of its own."""
 WIDE = 768
 """Width of a model whose exchange takes milliseconds, and its checkpoints some more."""
 
@@ -349,8 +351,21 @@ def _(strategy: str, draw: Random) -> Plan:
     return _without_disk(strategy, "read-only", draw)
 
 
-def _without_disk(strategy: str, action: str, draw: Random) -> Plan:
-    deed = Deed(inside(draw), 0, some_step(draw), "disk", action, saved=draw.random() < 0.5)
+@row("F29-hangs", "a disk that gives no answer any more: exit code 5")
+def _(strategy: str, draw: Random) -> Plan:
+    return _without_disk(strategy, "hang", draw)
+
+
+@row("F29-hangs-2s", "a disk that gives no answer for 2 s, then an error: nothing is a failure")
+def _(strategy: str, draw: Random) -> Plan:
+    plan = _without_disk(strategy, "hang", draw, undo_s=2.0)
+    return replace(plan, codes=(0,), quiet=True)
+
+
+def _without_disk(strategy: str, action: str, draw: Random, **more: Any) -> Plan:
+    saved = draw.random() < 0.5
+    step = late_step(strategy, draw) if saved else some_step(draw)
+    deed = Deed(inside(draw), 0, step, "disk", action, saved=saved, **more)
     return Plan((deed,), small_disk=True, codes=(5,))
 
 

@@ -149,6 +149,14 @@ def test_it_is_that_of_a_plain_loop(
     assert losses_of(run, "loss") != pytest.approx(losses, rel=1e-3)
 
 
+@pytest.mark.parametrize("strategy", ["ring", THREE], ids=str)
+def test_every_rank_has_it_in_the_end(strategy: Any) -> None:
+    """Where rank 0 is lost after the last step another one is asked for what was trained."""
+    first, second = train(job(strategy, 2), Norms).trained
+    assert first.keys() == second.keys() and average_of(first)
+    assert all(torch.equal(second[name], value) for name, value in first.items())
+
+
 def test_a_worker_s_copy_is_no_less_right() -> None:
     """As if servers were on another node."""
     found = average_of(train(job(THREE, 2), Norms, apart=True).trained[0])

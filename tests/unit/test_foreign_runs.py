@@ -3,13 +3,19 @@
 import json
 import os
 import random
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 from made_runs import FAILURE, RECOVERY, RESIZED, SAVED, evaluation, made_run, made_trace, step
 
 from distplat.cli.main import run
+from distplat.platform.apply_log import read_logs
+from distplat.platform.errors import SpecError, StorageError
+from distplat.strategies.checkpoint.initial_weights import _read_file
+from distplat.strategies.sparse.files import LIST_NAME, read_list, read_part
 
 FIGURES = {"sent_bytes": 4e6, "waiting_s": 0.01, "working_s": 0.02, "exposed_s": 0.01}
 ODD: list[Any] = [
@@ -103,6 +109,39 @@ def test_a_pipe_or_a_device_is_not_read(
     (path / name).symlink_to("/dev/zero")
     assert run(["report", str(path)]) == 5
     assert capsys.readouterr().err.count(f"{name}: it is no regular file") == 2
+
+
+def test_logs_read_no_pipe_and_no_device(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("distplat.cli.jobs.DASHBOARD", "http://127.0.0.1:9")
+    path = made_run(tmp_path, [step(0)], result={})
+    (path / "logs").mkdir()
+    log = path / "logs" / "worker-0.log"
+    os.mkfifo(log)
+    assert run(["logs", str(path)]) == 5
+    log.unlink()
+    log.symlink_to("/dev/zero")
+    assert run(["logs", str(path)]) == 5
+    assert capsys.readouterr().err.count("worker-0.log: it is no regular file") == 2
+
+
+@pytest.mark.parametrize(
+    "read",
+    [
+        lambda path: read_logs(str(path)),
+        lambda path: read_part(path, mock.Mock()),
+        lambda path: read_list(path.parent),
+        lambda path: _read_file(path),
+    ],
+)
+def test_other_files_of_a_foreign_run_are_files(
+    read: Callable[[Path], Any], tmp_path: Path
+) -> None:
+    path = tmp_path / LIST_NAME
+    os.mkfifo(path)
+    with pytest.raises((StorageError, SpecError), match="is no regular file"):
+        read(path)
 
 
 def test_a_file_of_endless_size_is_not_read(

@@ -1,7 +1,9 @@
 """A run whose `storage_path` is a URL: what is there, what is not, and what goes on from it."""
 
+import errno
 import json
 import logging
+import os
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -125,6 +127,24 @@ def test_a_failure_is_told_once_and_tried_again(tmp_path: Path) -> None:
     assert "the run goes on" in warnings[0] and "user:secret" not in warnings[0]
     assert warnings[1] == f"odd://bucket/{tmp_path.name} answers again"
     assert [path.rpartition("/")[2] for path in Odd.done] == ["job.yaml", "result.json"]
+
+
+def test_a_local_disk_that_cannot_be_read_for_a_moment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint(Catalogue(tmp_path / "checkpoints"), 1)
+    warnings, real = list[str](), Catalogue.steps
+
+    def stale(self: Catalogue) -> list[int]:
+        if warnings:
+            return real(self)
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+
+    monkeypatch.setattr(Catalogue, "steps", stale)
+    upload = copy_of(tmp_path, warnings)
+    assert upload.close() == ""
+    assert "Stale file handle; the run goes on" in warnings[0]
+    assert warnings[1].endswith(" answers again")
 
 
 def test_manifest_last_and_removed_first(tmp_path: Path) -> None:

@@ -1,0 +1,162 @@
+"""A disk that gives no answer: runs go on, and end within `failure.storage_timeout_s`."""
+
+import os
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from jobs import fields_of
+from test_callbacks import Lin
+
+from distplat import Trainer
+from distplat.actors import role_output
+from distplat.actors.checkpointing import Checkpoints
+from distplat.platform import disk
+from distplat.platform.checkpoints import Catalogue
+from distplat.platform.disk import Moved, Records, with_deadline, write_whole
+from distplat.platform.errors import StorageError
+from distplat.platform.run_upload import upload_of
+
+LIMIT_S = 0.2
+
+
+class Hung:
+    """Operations of this process that wait until the test is over, once `at` is set."""
+
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        self.at, self._over, self._patch = threading.Event(), threading.Event(), patch
+
+    def patch(self, owner: Any, name: str) -> None:
+        real = getattr(owner, name)
+
+        def work(*args: Any, **more: Any) -> Any:
+            if self.at.is_set():
+                self._over.wait(30)
+                raise OSError("held until after the test")
+            return real(*args, **more)
+
+        self._patch.setattr(owner, name, work)
+
+    def end(self) -> None:
+        self._over.set()
+
+
+@pytest.fixture
+def hung(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hung]:
+    found = Hung(monkeypatch)
+    yield found
+    found.end()
+
+
+def test_who_moves_is_waited_for() -> None:
+    def work(moved: Moved) -> str:
+        for _ in range(6):
+            time.sleep(LIMIT_S / 3)
+            moved()
+        return "done"
+
+    assert with_deadline(work, Path("/there"), LIMIT_S) == "done"
+    with pytest.raises(StorageError, match=r"^/there: no answer within 0.2 s") as raised:
+        with_deadline(lambda moved: time.sleep(2 * LIMIT_S), Path("/there"), LIMIT_S)
+    assert "`failure.storage_timeout_s` changes this deadline" in str(raised.value)
+    with pytest.raises(KeyError, match="'a'"):
+        with_deadline(lambda moved: os.environ["a"], Path("/there"), LIMIT_S)
+
+
+def test_a_large_file_moves_piece_by_piece(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(disk, "_PIECE_BYTES", 10)
+    moves: list[int] = []
+    write_whole(tmp_path / "a", b"x" * 25, lambda: moves.append(1))
+    assert (tmp_path / "a").read_bytes() == b"x" * 25
+    assert len(moves) == 3
+
+
+def fields(folder: Path, **more: Any) -> dict[str, Any]:
+    failure = {"storage_timeout_s": LIMIT_S}
+    job = fields_of("ring", 0, epochs=None, steps=6, global_batch_size=16, failure=failure)
+    return {**job, "storage_path": str(folder), **more}
+
+
+@pytest.mark.parametrize("operation", ["fsync", "open"])
+def test_a_run_whose_disk_hangs_ends_with_its_cause(
+    operation: str, hung: Hung, tmp_path: Path
+) -> None:
+    """From the third step on: checkpoints, the model and `result.json` do not come to the disk."""
+    hung.patch(os, "fsync")
+    if operation == "open":
+        hung.patch(Path, "open")
+
+    class Third(Lin):
+        def loss(self, outputs: Any, targets: Any) -> Any:
+            self.made = getattr(self, "made", 0) + 1
+            if self.made == 3:
+                hung.at.set()
+            return super().loss(outputs, targets)
+
+    began = time.monotonic()
+    with pytest.raises(StorageError, match="its disk does not answer") as raised:
+        Trainer(fields(tmp_path, checkpoint={"every_steps": 2}), Third).fit()
+    assert raised.value.exit_code == 5 and "model.safetensors" in str(raised.value)
+    assert time.monotonic() - began < 5
+
+
+def test_a_run_directory_that_cannot_be_made_is_not_waited_for(hung: Hung, tmp_path: Path) -> None:
+    hung.patch(Path, "mkdir")
+    hung.at.set()
+    with pytest.raises(StorageError, match=r"no answer within 0\.2 s"):
+        Trainer(fields(tmp_path), Lin).fit()
+
+
+def test_old_checkpoints_that_cannot_be_deleted_are_not_waited_for(
+    hung: Hung, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    hung.patch(Catalogue, "prune")
+
+    class Settling(Checkpoints):
+        def settle(self) -> None:
+            hung.at.set()
+            super().settle()
+
+    evaluated = {"evaluation": {"every_steps": 2}}
+    best = {"every_steps": 2, "keep_best": {"metric": "loss", "mode": "min"}}
+
+    class Evaluated(Lin):
+        def eval_data(self) -> Any:
+            return self.train_data()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("distplat.actors.in_process.Checkpoints", Settling)
+        result = Trainer(fields(tmp_path, checkpoint=best, **evaluated), Evaluated).fit()
+    assert result.checkpoint is not None
+    assert "could not be deleted: " in caplog.text
+
+
+def test_lines_of_workers_hold_nobody_up(hung: Hung, tmp_path: Path) -> None:
+    """Ray waits for the thread that prints them when a driver ends."""
+    hung.patch(Records, "write")
+    hung.at.set()
+    said: list[str] = []
+    files = role_output.RoleFiles(tmp_path, said.append)
+    began = time.monotonic()
+    for number in range(3):
+        files.write("worker-0", [f"line {number}"])
+    files.close(LIMIT_S)
+    assert time.monotonic() - began < 5
+    assert said == ["3 records of printed lines were not written"]
+
+
+def test_an_upload_from_a_disk_that_hangs_is_given_up(
+    hung: Hung, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("distplat.platform.run_upload._LIST_S", LIMIT_S)
+    (tmp_path / "run").mkdir()
+    hung.patch(os, "walk")
+    hung.at.set()
+    said: list[str] = []
+    upload = upload_of(tmp_path / "run", f"file://{tmp_path}/there", LIMIT_S, said.append)
+    missing = upload.close()
+    assert missing.startswith("the run directory not uploaded to file://")
+    assert "its disk does not answer" in missing
