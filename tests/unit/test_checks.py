@@ -19,6 +19,8 @@ from distplat.platform.errors import SpecError, UserCodeError
 from distplat.platform.progress import EvalReport, ReportAggregator
 from distplat.strategies.loop.checks import remark_on_size
 
+pytestmark = pytest.mark.usefixtures("loader_server")
+
 FOLDER = Path(__file__).parents[2]
 FIELDS = fields_of("ring", 0, epochs=1)
 
