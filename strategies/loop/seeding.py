@@ -28,7 +28,11 @@ def seed_all(seed: int) -> None:
 
     A seed below 2^32 is given to each of them as it is, as most training scripts do.
     """
-    torch.manual_seed(seed)
+    if torch.accelerator.current_accelerator() is None:
+        # A build for CPUs alone: torch.manual_seed would format a stack for devices it has not.
+        torch.default_generator.manual_seed(seed)
+    else:
+        torch.manual_seed(seed)
     _seed_others(seed)
 
 

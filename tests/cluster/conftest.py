@@ -31,6 +31,11 @@ os.environ["PYTHONPATH"] = os.pathsep.join([str(_HERE), str(_HERE.parent / "supp
 os.environ["RAY_kill_worker_timeout_milliseconds"] = "500"
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put first the modules that share a Ray: one that has its own ends theirs."""
+    items.sort(key=lambda one: "local_ray" not in getattr(one, "fixturenames", ()))
+
+
 @pytest.fixture(scope="module")
 def local_ray(mark: None) -> None:
     """A local Ray with more CPUs than the machine has cores; modules in a row share it."""

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from leads import largest_lead
+from marks import slow
 from safetensors.numpy import load_file, save_file
 from small_runs import HERE, job, train
 from test_failures import Killer, misbehaving
@@ -35,7 +36,7 @@ def replay(path: Path) -> int:
 @pytest.mark.parametrize(
     ("strategy", "workers"),
     [
-        ({"name": "ps-async", "num_servers": 2}, 3),
+        slow({"name": "ps-async", "num_servers": 2}, 3),
         (
             {"name": "ps-async", "staleness": 1, "staleness_lr": True, "delay_compensation": 0.5},
             2,
@@ -93,6 +94,7 @@ def test_a_log_of_another_run_is_refused(
     assert "5 tasks are missing, the first is 5" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_killed_worker(tmp_path: Path) -> None:
     began = time.monotonic()
     with pytest.raises(ActorLost, match=r"worker-\d was lost"):

@@ -112,6 +112,7 @@ def test_loaders_end_with_their_worker(tmp_path: Path) -> None:
     assert lost == [(5, ("worker-1",)), (9, ("worker-0",))]
 
 
+@pytest.mark.slow
 def test_all_at_once_begin_anew(tmp_path: Path) -> None:
     result, watch = run(tmp_path, ["kill all at 11"], RING)
     same(result, tmp_path, RING)
@@ -126,6 +127,7 @@ def test_where_state_dies_with_a_worker_all_begin_anew(tmp_path: Path) -> None:
     assert [(s.step, len(s.replaced)) for s in watch.failures] == [(0, 3)]
 
 
+@pytest.mark.slow
 def test_a_crash_loop_ends_with_all_its_failures(tmp_path: Path) -> None:
     deeds = ["kill 1 at 7"] * 5
     with pytest.raises(RestartsExhausted) as caught:

@@ -44,7 +44,8 @@ def same_bits(lossy: Result, plain: Result) -> None:
     assert all(mine[name].tobytes() == expected[name].tobytes() for name in expected)
 
 
-@pytest.mark.parametrize("strategy", ["ring", slow("ps-sync")])
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ring", "ps-sync"])
 def test_a_replaced_worker_leaves_the_same_bits(
     plain: Result, strategy: str, tmp_path: Path
 ) -> None:

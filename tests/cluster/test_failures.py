@@ -98,6 +98,7 @@ def test_killed_worker(strategy: str, tmp_path: Path) -> None:
     assert time.monotonic() - began < 60
 
 
+@pytest.mark.slow
 def test_killed_server(tmp_path: Path) -> None:
     killer = Killer("ServerNode", signal.SIGKILL)
     spec = job({"name": "ps-sync", "num_servers": 2}, 2, **LONG)
@@ -241,9 +242,10 @@ def test_a_second_ctrl_c_does_not_wait(tmp_path: Path) -> None:
     assert "STOPPED" in next(tmp_path.rglob("result.json")).read_text()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("number", "code"),
-    [(signal.SIGINT, 130), slow(signal.SIGTERM, 143), slow(signal.SIGHUP, 129)],
+    [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)],
 )
 def test_signal_ends_the_run(number: int, code: int, tmp_path: Path) -> None:
     with pytest.raises(Interrupted) as caught:

@@ -9,10 +9,9 @@ from pathlib import Path
 
 import pytest
 from heads import BIN, distplat, script_environ, short_folder
-from marks import slow
 from pages import files_of
 
-pytestmark = pytest.mark.cluster
+pytestmark = [pytest.mark.cluster, pytest.mark.slow]
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +43,7 @@ def before(folder: Path, environ: dict[str, str]) -> float:
     return float(re.findall(r"final loss ([\d.]+)", done.stdout)[-1])
 
 
-@pytest.mark.parametrize("strategy", ["ring", slow("ps-sync")])
+@pytest.mark.parametrize("strategy", ["ring", "ps-sync"])
 def test_the_final_losses_are_equal(
     strategy: str, before: float, folder: Path, environ: dict[str, str]
 ) -> None:

@@ -70,7 +70,7 @@ def test_auto_chooses_by_where_the_ranks_are(nodes: str, choice: str, members: T
 
 
 @pytest.mark.parametrize(
-    ("backend", "nodes"), [("auto", "lrl"), ("hierarchical", "llrr"), ("hierarchical", "lrrr")]
+    ("backend", "nodes"), [("auto", "lrl"), ("hierarchical", "llrr"), slow("hierarchical", "lrrr")]
 )
 def test_contract(backend: str, nodes: str, members: Take) -> None:
     actors = members(nodes)

@@ -84,6 +84,7 @@ def test_a_remote_job_is_followed_to_its_result(
     assert ask("stop", job_id) == f"{job_id}: already SUCCEEDED\n"
 
 
+@pytest.mark.slow
 def test_a_failing_task_shows_its_own_traceback(open_head: Head, folder: Path) -> None:
     done = distplat(
         *("submit", "job.yaml", "--address", open_head.url, "--set", "task_args.fail=true"),
@@ -195,11 +196,14 @@ def test_a_wrong_address_is_told_within_seconds(
     assert "Traceback" not in done.stderr
 
 
-@pytest.mark.parametrize("given", [slow(True), False], ids=["by address", "found here"])
+@pytest.mark.parametrize(
+    ("head_name", "given"),
+    [slow("open_head", True, id="by address"), pytest.param("token_head", False, id="found here")],
+)
 def test_a_driver_joins_a_cluster(
-    open_head: Head, given: bool, folder: Path, tmp_path: Path
+    head_name: str, given: bool, folder: Path, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
-    head = open_head
+    head: Head = request.getfixturevalue(head_name)
     address = ["--address", head.gcs] if given else []
     done = distplat(
         *("submit", str(folder / "job.yaml"), *address), environ=head.environ, cwd=tmp_path

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import ray
 from local_run import train as train_in_memory
-from marks import slow
 from ray.cluster_utils import Cluster
 from small_runs import HERE, distance, job, train, weights
 from table_runs import tables, words
@@ -56,10 +55,11 @@ def scaling(workers: int, **resources: float) -> dict[str, Any]:
     return {"num_workers": workers, "resources_per_worker": {"CPU": 0.5, **resources}}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("strategy", "scale"),
     [
-        slow(
+        pytest.param(
             {"name": "ps-sync", "resources_per_server": {"slot": 1}},
             scaling(3, slot=1),
             id="one-worker-near-two-far",

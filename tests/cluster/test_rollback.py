@@ -67,6 +67,7 @@ def same(result: Result, tmp_path: Path, strategy: object) -> None:
     assert Catalogue(result.path / "checkpoints").steps() == [STEPS - EVERY, STEPS]
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_where_another_stopped(tmp_path: Path) -> None:
     bits, whole = unfailed(tmp_path, SERVERS)
     checkpoint = whole.path / "checkpoints" / f"step-{STEPS - EVERY:06d}"

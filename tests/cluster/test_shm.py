@@ -11,6 +11,7 @@ import pytest
 import ray
 import ray.util.collective as rayc
 import torch
+from marks import slow
 from ray.experimental.internal_kv import _internal_kv_list
 from ray.util.collective.types import ReduceOp
 
@@ -170,7 +171,7 @@ def test_more_ranks_than_cores(ranks: Ranks) -> None:
     [
         (0, signal.SIGKILL, 1000),
         (2, signal.SIGKILL, 4_000_000),
-        (2, signal.SIGSTOP, 1000),
+        slow(2, signal.SIGSTOP, 1000),
         (0, signal.SIGSTOP, 4_000_000),
     ],
 )

@@ -78,6 +78,7 @@ def private_ray(driver: int) -> str:
     raise AssertionError("it has started none")
 
 
+@pytest.mark.slow
 def test_stop_ends_a_run_that_no_job_api_knows(folder: Path, home: Path, tmp_path: Path) -> None:
     environ = clean_environ(home, "disabled")
     process = start(["submit", str(folder / "job.yaml"), *SLOW], environ, tmp_path)

@@ -44,13 +44,15 @@ def equals_one_process(strategy: object, alone: np.ndarray[Any, Any], folder: Pa
     return result
 
 
-def test_ring_equals_one_process_and_repeats(alone: np.ndarray[Any, Any], tmp_path: Path) -> None:
-    first, second = (equals_one_process("ring", alone, tmp_path) for _ in range(2))
+def test_ring_equals_one_process(alone: np.ndarray[Any, Any], tmp_path: Path) -> None:
+    equals_one_process("ring", alone, tmp_path)
+
+
+@pytest.mark.slow
+def test_servers_equal_one_process_and_repeat(alone: np.ndarray[Any, Any], tmp_path: Path) -> None:
+    strategy = {"name": "ps-sync", "num_servers": 2}
+    first, second = (equals_one_process(strategy, alone, tmp_path) for _ in range(2))
     assert weights(first).tobytes() == weights(second).tobytes()
-
-
-def test_servers_equal_one_process(alone: np.ndarray[Any, Any], tmp_path: Path) -> None:
-    equals_one_process({"name": "ps-sync", "num_servers": 2}, alone, tmp_path)
 
 
 def test_a_frozen_layer_from_a_file_float16_and_a_metric_with_state(tmp_path: Path) -> None:
@@ -92,6 +94,7 @@ def test_the_bits_do_not_depend_on_how_shards_are_cut(tmp_path: Path) -> None:
     assert weights(result).tobytes() == expected.tobytes()
 
 
+@pytest.mark.slow
 def test_loader_processes_change_nothing(tmp_path: Path) -> None:
     fields: dict[str, Any] = {"steps": 6, "epochs": None}
     plain = weights(train(job("ring", 0, **fields), tmp_path))

@@ -3,11 +3,15 @@
 import gc
 import os
 from collections.abc import Iterator
+from multiprocessing import forkserver
 
+import local_run
 import pytest
 import signal_defaults
 import torch
 from hypothesis import settings
+
+from distplat.strategies.loop.loaders import LoaderContext
 
 signal_defaults.reset()
 torch.set_num_threads(1)
@@ -28,3 +32,12 @@ def few_descriptors() -> Iterator[None]:
     if len(os.listdir("/proc/self/fd")) > _left + _MANY:
         gc.collect()
         _left = len(os.listdir("/proc/self/fd"))
+
+
+@pytest.fixture(scope="session")
+def loader_server() -> None:
+    """Fork loader processes from a server that has imported what test modules do, not each anew."""
+    LoaderContext().set_forkserver_preload(["torch.utils.data", "pytest", "local_run"])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.path.dirname(local_run.__file__))  # it is not told sys.path
+        forkserver.ensure_running()

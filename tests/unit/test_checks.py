@@ -20,6 +20,8 @@ from distplat.platform.progress import EvalReport, ReportAggregator
 from distplat.strategies.loop.checks import remark_on_size
 from distplat.strategies.loop.session import prepare
 
+pytestmark = pytest.mark.usefixtures("loader_server")
+
 FOLDER = Path(__file__).parents[2]
 FIELDS = fields_of("ring", 0, epochs=1)
 

@@ -18,6 +18,8 @@ from distplat import Task
 from distplat.platform.sampler import Sampler
 from distplat.strategies.loop.batches import EvalLoader, batches_by
 
+pytestmark = pytest.mark.usefixtures("loader_server")
+
 SAMPLES, BATCH, STEPS = 24, 6, 6
 
 

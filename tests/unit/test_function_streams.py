@@ -22,6 +22,8 @@ from distplat.strategies.function.sharded_loader import (
 )
 from distplat.strategies.function.stream_loader import StreamLoader
 
+pytestmark = pytest.mark.usefixtures("loader_server")
+
 COUNT = 23
 
 

@@ -20,6 +20,8 @@ from torch.utils.data import Dataset
 from distplat.strategies.loop.batches import EvalLoader, Loader, Run, make_sampler, micro_batches
 from distplat.strategies.loop.loaders import LoaderContext, ready_loaders
 
+pytestmark = pytest.mark.usefixtures("loader_server")
+
 HERE = Path(__file__).parent
 SCRIPT = """
 import sys

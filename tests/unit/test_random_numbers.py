@@ -28,6 +28,8 @@ from distplat.strategies.loop.seeding import generators_kept, seed_all, seed_ste
 from distplat.strategies.loop.session import make_task, prepare
 from distplat.strategies.task import Task
 
+pytestmark = pytest.mark.usefixtures("loader_server")
+
 Drawn = tuple[float, float, float, float]
 
 

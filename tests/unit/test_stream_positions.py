@@ -17,6 +17,8 @@ from distplat.platform.stop_order import StopOrder
 from distplat.strategies.loop.streams import Mark, StreamSamples
 from distplat.strategies.task import Task
 
+pytestmark = pytest.mark.usefixtures("loader_server")
+
 EVERY = {"checkpoint": {"every_steps": 4, "num_to_keep": 9}}
 
 

@@ -24,6 +24,8 @@ from distplat.strategies.loop.checks import checked_data
 from distplat.strategies.loop.streams import StreamSamples
 from distplat.strategies.task import Task
 
+pytestmark = pytest.mark.usefixtures("loader_server")
+
 SAMPLES, BATCH = 37, 9
 STATELESS = {"name": "SGD", "lr": 0.1, "momentum": 0.9}
 

@@ -20,6 +20,8 @@ from distplat.platform.errors import SpecError
 from distplat.platform.progress import EvalReport
 from distplat.platform.sampler import Sampler
 
+pytestmark = pytest.mark.usefixtures("loader_server")
+
 SAMPLES, BATCH, STEPS = 22, 6, 5
 
 
