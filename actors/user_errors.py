@@ -47,7 +47,21 @@ _MEMORY = (
     "the batch, or lower `global_batch_size`; `activation_checkpointing` and `precision: bf16` "
     "take less memory, too"
 )
+_GROUP = (
+    "torch.distributed has no group in a worker, and needs none. In a train function "
+    "`distplat.get_context()` has rank, world size and device, `distplat.prepare` stands for "
+    "DistributedDataParallel and DistributedSampler, `distplat.gather_for_metrics` for all_reduce: "
+    "docs/from/ddp.md. `distplat submit -- python train.py` runs a script as it is"
+)
+_COMMAND_LINE = (
+    "a worker has no command line of yours: take what it said from the job's `task_args`, which a "
+    "train function gets as `config` and a task as arguments; parse_args([]) gives the defaults"
+)
 _REMEDIES = (
+    ("Default process group has not been initialized", _GROUP),
+    ("using env:// rendezvous", _GROUP),
+    ("'LOCAL_RANK'", _GROUP),
+    ("'WORLD_SIZE'", _GROUP),
     (
         "Expected more than 1 value per channel",
         "a batch norm got one sample: `data.drop_last: true` leaves out a short last batch; or "
@@ -156,6 +170,8 @@ def _of_loader(text: str) -> str:
 
 def _remedy(error: BaseException) -> str:
     if isinstance(error, SystemExit):
+        if any(one.name == "parse_args" for one in traceback.extract_tb(error.__traceback__)):
+            return _COMMAND_LINE
         return "sys.exit() was called: code of a task returns, or raises what went wrong"
     text = str(error)
     if any(part in text for part in _SHARED_MEMORY):

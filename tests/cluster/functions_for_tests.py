@@ -3,13 +3,14 @@
 import os
 import signal
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from torch.autograd import backward
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 import distplat
 
@@ -54,6 +55,41 @@ def train(config: dict[str, Any]) -> None:
         state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
         figures = {"loss": loss, "began_with": first}
         distplat.report(figures, checkpoint={**state, "epoch": epoch + 1})
+
+
+class Rows(IterableDataset[Any]):
+    """The samples as a stream."""
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(data_of())
+
+
+def streamed(config: dict[str, Any]) -> None:
+    """Train two epochs on a stream, a checkpoint after each batch; before `kill_in` as above."""
+    model, made = model_of(), 0
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.05)
+    batch = config["batch_size"] // distplat.get_context().get_world_size()
+    loader = DataLoader(Rows(), batch_size=batch, num_workers=config.get("loaders", 0))
+    model, optimizer, loader = distplat.prepare(model, optimizer, loader)
+    first = 0
+    if (saved := distplat.get_checkpoint()) is not None:
+        model.load_state_dict(saved["model"])
+        optimizer.load_state_dict(saved["optimizer"])
+        loader.load_state_dict(saved["loader"])
+        first, made = saved["epoch"], saved["made"]
+    began = made
+    for epoch in range(first, 2):
+        for inputs, targets in loader:
+            if made == config.get("kill_in") and distplat.get_context().get_world_rank() == 1:
+                _die_once(Path(config["folder"]))
+            loss = (model(inputs) - targets).square().mean()
+            backward(loss)
+            optimizer.step()
+            optimizer.zero_grad()
+            made += 1
+            state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+            place = {"loader": loader.state_dict(), "epoch": epoch, "made": made}
+            distplat.report({"loss": loss, "began_with": began}, checkpoint={**state, **place})
 
 
 def _die_once(folder: Path) -> None:

@@ -115,18 +115,18 @@ class Misbehaving(Blobs):
     Does something at its call number `at` of `loss`, in the process that gets there first.
 
     Args:
-        deed: `raise`, `exit`, `kill`, `stop` or `hang`.
+        deed: `raise`, `exit`, `kill`, `stop` or `hang`; empty: none.
         marker: a file that the first process creates, so that only one rank misbehaves.
     """
 
-    def __init__(self, deed: str, marker: str, at: int = 5) -> None:
+    def __init__(self, deed: str = "", marker: str = "", at: int = 5) -> None:
         self.deed, self.marker, self.at = deed, marker, at
         self.calls = 0
 
     def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
         self.calls += 1
         time.sleep(0.05)  # so that the controller hears of some steps
-        if self.calls == self.at and first_to_come(self.marker):
+        if self.deed and self.calls == self.at and first_to_come(self.marker):
             self._misbehave()
         return super().loss(outputs, targets)
 
@@ -190,6 +190,33 @@ class OfRayData(Blobs):
 
     def eval_data(self) -> None:
         return None
+
+
+class OfTerms(Misbehaving):
+    """With a loss of two terms, each a mean of its own."""
+
+    def weights(self, batch: Any) -> dict[str, Any]:
+        first = batch[1] == 0
+        return {"first": first.sum(), "others": (~first).sum()}
+
+    def loss(self, outputs: Tensor, targets: Tensor) -> Any:
+        super().loss(outputs, targets)  # counts, and may misbehave
+        each = nn.functional.cross_entropy(outputs, targets, reduction="none")
+        return {"first": each[targets == 0].sum(), "others": each[targets != 0].sum()}
+
+
+class WithOptimizers(OfTerms):
+    """The same, with two optimizers of its own."""
+
+    def optimizer(
+        self, named_parameters: list[tuple[str, nn.Parameter]]
+    ) -> list[torch.optim.Optimizer]:
+        matrices = [one for _, one in named_parameters if one.ndim == 2]
+        rest = [one for _, one in named_parameters if one.ndim < 2]
+        return [
+            torch.optim.Adafactor(matrices, lr=0.05),
+            torch.optim.SGD(rest, lr=0.1, momentum=0.9),
+        ]
 
 
 def _doubled(rows: dict[str, Any]) -> dict[str, Any]:

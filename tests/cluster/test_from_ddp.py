@@ -1,4 +1,4 @@
-"""The two sides of docs/from/ddp.md train the same."""
+"""The sides of docs/from/ddp.md train the same."""
 
 import json
 import re
@@ -26,7 +26,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The page's files."""
     path = tmp_path_factory.mktemp("page")
     files = files_of("from/ddp.md")
-    assert [*files] == ["train.py", "digits.py", "job.yaml"]
+    assert [*files] == ["train.py", "loop.py", "loop.yaml", "digits.py", "job.yaml"]
     for name, text in files.items():
         (path / name).write_text(text)
     return path
@@ -51,3 +51,14 @@ def test_the_final_losses_are_equal(
     done = distplat(*given, environ=environ, cwd=folder)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["metrics"]["loss"] == pytest.approx(before, abs=2e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ring", "ps-sync"])
+def test_the_loop_ends_with_the_same_loss(
+    strategy: str, before: float, folder: Path, environ: dict[str, str]
+) -> None:
+    done = distplat("submit", "loop.yaml", "--strategy", strategy, environ=environ, cwd=folder)
+    assert done.returncode == 0, done.stderr
+    (printed,) = re.findall(r"final loss ([\d.]+)", done.stdout + done.stderr)
+    assert float(printed) == pytest.approx(before, abs=2e-4)

@@ -8,7 +8,7 @@ import pytest
 import ray
 import torch
 from function_ranks import call_on_ranks
-from functions_for_tests import data_of, model_of, train
+from functions_for_tests import data_of, model_of, streamed, train
 from marks import slow
 from safetensors.torch import load_file
 from small_runs import HERE
@@ -75,6 +75,19 @@ def test_a_lost_worker_costs_the_epochs_since_the_checkpoint_and_no_bit(
     for name, value in plain().items():
         assert torch.equal(found[name], undisturbed[name]), name
         torch.testing.assert_close(found[name], value, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ring", "ps-sync"])
+def test_a_stream_goes_on_in_the_middle_of_an_epoch(strategy: str, tmp_path: Path) -> None:
+    """Twelve steps of two epochs; a worker is lost in the eleventh, with its loader process."""
+    killed = fit(2, tmp_path, "streamed", strategy=strategy, batch_size=4, loaders=1, kill_in=10)
+    assert len(killed.failures) == 1
+    assert killed.metrics["began_with"] >= 1, "not from the start"
+    assert [one.step for one in killed.history] == [*range(1, 13)]
+    undisturbed = call_on_ranks(lambda config: streamed({"batch_size": 4}), 2).trained[0]
+    found = state_of(killed)
+    assert all(torch.equal(found[name], value) for name, value in undisturbed.items())
 
 
 @pytest.mark.slow

@@ -10,10 +10,12 @@ import ray
 from control_records import record_of
 from numpy.typing import NDArray
 from small_runs import HERE, job, train, weights
+from tasks_for_tests import Misbehaving, OfTerms, WithOptimizers
 from test_elastic import Watch
 from test_server_loss import undisturbed
 from torch import nn
 
+from distplat import Task
 from distplat.actors.messages import WorkOrder
 from distplat.actors.ray_transport import RayTransport
 from distplat.actors.servers.shards import RemoteShards
@@ -31,30 +33,36 @@ pytestmark = [pytest.mark.cluster, pytest.mark.usefixtures("local_ray"), pytest.
 STEPS = 40
 
 
-def losing(strategy: dict[str, Any], deed: str, tmp_path: Path, **more: Any) -> dict[str, Any]:
+def losing(strategy: Any, deed: str, tmp_path: Path, **more: Any) -> dict[str, Any]:
     """Make a job of two ranks, one of which does `deed` in its sixth step."""
     args = {"deed": deed, "marker": str(tmp_path / "done"), "at": 6}
-    return job(
-        strategy,
-        2,
-        task="tasks_for_tests:Misbehaving",
-        task_args=args,
-        epochs=None,
-        steps=STEPS,
-        evaluation={"every_epochs": 0},
-        **more,
-    )
+    fields = {"task": "tasks_for_tests:Misbehaving", "evaluation": {"every_epochs": 0}, **more}
+    return job(strategy, 2, task_args=args, epochs=None, steps=STEPS, **fields)
+
+
+SERVERS = {"name": "ps-sync", "num_servers": 2}
 
 
 @pytest.mark.slow
-def test_a_killed_worker_leaves_the_bits_as_they_are(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("strategy", "task", "more"),
+    [
+        ({**SERVERS, "replication": 2}, Misbehaving, {"clip_norm": 0.5}),
+        (SERVERS, Misbehaving, {"precision": "fp16"}),
+        (SERVERS, OfTerms, {"optimizer": {"name": "Adafactor", "lr": 0.05}}),
+        ("ring", WithOptimizers, {"optimizer": {"name": "task"}}),
+    ],
+    ids=["clipped", "fp16", "terms, Adafactor", "terms, optimizers of the task"],
+)
+def test_a_killed_worker_leaves_the_bits_as_they_are(
+    strategy: Any, task: type[Task], more: dict[str, Any], tmp_path: Path
+) -> None:
     watch = Watch()
-    strategy = {"name": "ps-sync", "num_servers": 2, "replication": 2}
-    spec = losing(strategy, "kill", tmp_path, clip_norm=0.5)
+    spec = losing(strategy, "kill", tmp_path, task=f"tasks_for_tests:{task.__name__}", **more)
     result = train(spec, tmp_path, callbacks=(watch,))
     assert [len(failure.replaced) for failure in watch.failures] == [1]
     assert [summary.step for summary in result.history] == list(range(1, STEPS + 1))
-    assert weights(result).tobytes() == undisturbed(spec)
+    assert weights(result).tobytes() == undisturbed(spec, task)
 
 
 @pytest.mark.slow

@@ -12,7 +12,7 @@ import ray
 from marks import slow
 from small_runs import HERE, job, train, weights
 
-from distplat import Callback
+from distplat import Callback, Task
 from distplat.cli.main import run as command
 from distplat.platform.apply_log import FILE_NAME, flaws, read_logs
 from distplat.platform.progress import StepSummary
@@ -93,13 +93,13 @@ def long_job(
     return job({"replication": 2, **strategy}, 2, **fields, **task, **more)
 
 
-def undisturbed(spec: dict[str, Any]) -> bytes:
+def undisturbed(spec: dict[str, Any], task: type[Task] | None = None) -> bytes:
     from local_run import train as train_in_memory
     from tasks_for_tests import Blobs
 
     from distplat.strategies.catalog import make_job
 
-    parameters = train_in_memory(make_job({**spec, "task_args": {}}), Blobs).parameters()
+    parameters = train_in_memory(make_job({**spec, "task_args": {}}), task or Blobs).parameters()
     return b"".join(parameters[name].numpy().tobytes() for name in sorted(parameters))
 
 

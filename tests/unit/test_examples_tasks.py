@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
 import math
+import re
+import sys
 import sysconfig
+import tomllib
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from importlib.metadata import packages_distributions
 from pathlib import Path
 from typing import Any
 
@@ -276,3 +281,22 @@ def test_charlm_learns_a_batch_by_heart(build: Build) -> None:
         optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < losses[0] - 1.5
+
+
+def imported(path: Path) -> Iterator[str]:
+    """Give the packages that a file imports, anywhere in it."""
+    for one in ast.walk(ast.parse(path.read_text())):
+        names = [alias.name for alias in one.names] if isinstance(one, ast.Import) else []
+        names += [one.module or ""] if isinstance(one, ast.ImportFrom) else []
+        yield from (name.partition(".")[0] for name in names)
+
+
+def test_what_examples_import_comes_with_their_extra() -> None:
+    project = tomllib.loads((EXAMPLES.parent / "pyproject.toml").read_text())["project"]
+    asked = [*project["dependencies"], *project["optional-dependencies"]["examples"]]
+    there = {re.split(r"[\[>=]", one)[0] for one in asked} | {"distplat"}
+    found = {name for path in EXAMPLES.rglob("*.py") for name in imported(path)}
+    own = {path.stem for path in EXAMPLES.rglob("*.py")} | sys.stdlib_module_names
+    makers = packages_distributions()
+    missing = [one for one in found - own if there.isdisjoint(makers.get(one, [one]))]
+    assert not missing, "name their packages in the extra `examples` of pyproject.toml"

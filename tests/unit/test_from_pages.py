@@ -1,4 +1,4 @@
-"""Both sides of docs/from/lightning.md and docs/from/accelerate.md print what the page says."""
+"""Both sides of the pages below docs/from with a train function print what the page says."""
 
 import difflib
 import re
@@ -14,7 +14,8 @@ from pages import DOCS, files_of
 from distplat import Trainer
 
 PAGES = ["lightning", "accelerate"]
-_CHANGED = {"lightning": 15, "accelerate": 10}
+_CHANGED = {"lightning": 15, "accelerate": 10, "ddp": 6, "ray_train": 4}
+_SIDES = {"ddp": ("train.py", "loop.py")}
 
 
 def folder_of(page: str, tmp_path: Path) -> Path:
@@ -64,9 +65,22 @@ def test_after(
     agree(capsys.readouterr().out, promised(page))
 
 
-@pytest.mark.parametrize("page", PAGES)
+@pytest.mark.parametrize("strategy", ["ring", "ps-sync", "ps-async"])
+def test_the_loop_of_a_ddp_script(
+    strategy: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One worker has the batch of two; two: tests/cluster/test_from_ddp.py."""
+    text, made = files_of("from/ddp.md")["loop.py"], dict[str, Any]()
+    exec(text.replace("batch_size=32", "batch_size=64"), made)
+    one = {"scaling": {"num_workers": 0}, "strategy": strategy, "storage_path": str(tmp_path)}
+    Trainer({"name": "digits", **one}, made["train"], progress=False).fit()
+    agree(capsys.readouterr().out, promised("ddp"))
+
+
+@pytest.mark.parametrize("page", _CHANGED)
 def test_few_lines_change(page: str) -> None:
-    files = files_of(f"from/{page}.md")
-    before, after = (files[name].splitlines() for name in ("before.py", "after.py"))
+    files, sides = files_of(f"from/{page}.md"), _SIDES.get(page, ("before.py", "after.py"))
+    loops = (files[name].partition("if __name__")[0] for name in sides)  # the job is not counted
+    before, after = (text.splitlines() for text in loops)
     new = [one for one in difflib.ndiff(before, after) if one.startswith("+ ") and one[2:].strip()]
     assert len(new) <= _CHANGED[page], "\n".join(new)

@@ -3,6 +3,7 @@
 import importlib
 import shutil
 import sys
+from argparse import ArgumentParser
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -220,3 +221,28 @@ def test_a_full_dev_shm_is_named_with_its_size(text: str) -> None:
     remedy = caught(fail).remedy
     assert f"in /dev/shm, which has {size} MiB here and is full" in remedy
     assert "--shm-size" in remedy and "data.num_workers: 0" in remedy
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "torch.distributed.get_rank()",
+        "torch.distributed.init_process_group('gloo')",
+        "torch.utils.data.DistributedSampler([1, 2])",
+        "os.environ['LOCAL_RANK']",
+    ],
+)
+def test_what_a_ddp_script_asks_for_is_told_what_stands_for_it(
+    line: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    remedy = caught(exec, "import os, torch\n" + line).remedy
+    assert "distplat.get_context()" in remedy and "distplat.prepare" in remedy
+
+
+def test_a_worker_has_no_command_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["default_worker.py", "--node-ip-address=10.0.0.7"])
+    with pytest.raises(SystemExit) as ended:
+        ArgumentParser().parse_args()
+    assert "`task_args`" in as_user_error(ended.value, 0, None).remedy
