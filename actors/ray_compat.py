@@ -24,6 +24,7 @@ from ray._private.runtime_env.packaging import get_excludes_from_ignore_files
 from ray._private.services import get_ray_address_from_environment
 from ray._private.state import available_resources_per_node
 from ray._private.worker import print_worker_logs
+from ray._raylet import InnerGcsClient  # type: ignore[attr-defined]
 from ray.experimental.internal_kv import (
     _internal_kv_del,
     _internal_kv_get,
@@ -168,6 +169,19 @@ def use_token_at_hand() -> None:
     """Have Ray send the user's token, as it does for `auto`, but for its warning that it does."""
     logging.getLogger(authentication_token_setup.__name__).setLevel(logging.ERROR)
     authentication_token_setup.maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
+
+
+def meet(address: str, limit_s: float) -> None:
+    """
+    See that a Ray answers at an address, and takes the token at hand.
+
+    `ray.init` tries for minutes, and does not say which of the two it was.
+
+    Raises:
+        ray.exceptions.AuthenticationError: it wants another token, or any at all.
+        ray.exceptions.RayError: nobody who speaks its language answers; after `limit_s` + 10 s.
+    """
+    InnerGcsClient.standalone(address, None, int(1000 * limit_s))
 
 
 def addresses_here() -> set[str]:

@@ -26,6 +26,7 @@ from distplat.platform.errors import (
 )
 
 if TYPE_CHECKING:
+    from distplat.actors.overview import Overview
     from distplat.cli.cluster import Jobs
 
 OUTPUT_VERSION = 2
@@ -111,16 +112,16 @@ def print_status(address: str | None, job_id: str, *, as_json: bool) -> None:
         ClusterUnreachable: nobody answers.
     """
     info, trouble = _look_up(address, job_id)
-    seen, silence = None, ""
+    seen: Overview | None = None
+    silence = ""
     if info is None or info["status"] == "RUNNING":
         try:
             name = job_id if info is None else (info["metadata"] or {}).get("job_name", job_id)
             seen = roles_of(address, name)
         except DistplatError as error:
+            if trouble is not None:
+                raise _truer(address, trouble, error) from None
             silence = " ".join(str(error).split())
-    if info is None and seen is None:
-        assert trouble is not None, "or there would be something to show"
-        raise trouble
     if as_json:
         facts = {} if info is None else _facts(info)
         roles = None if seen is None else role_facts(seen)
@@ -141,6 +142,12 @@ def _look_up(address: str | None, job_id: str) -> tuple[Info, None] | tuple[None
         return remote.find(open_jobs(address), job_id), None
     except (SpecError, ClusterUnreachable) as error:
         return None, error
+
+
+def _truer(address: str | None, of_jobs: DistplatError, of_ray: DistplatError) -> DistplatError:
+    """Choose what to say where neither knows a run: nobody may have meant the job API."""
+    named = target_of(address, os.environ).origin
+    return of_jobs if named or not isinstance(of_jobs, ClusterUnreachable) else of_ray
 
 
 def _pairs(info: Info) -> list[tuple[str, str]]:
@@ -254,8 +261,8 @@ def _stop_unsubmitted(address: str | None, name: str, wait_s: float, unknown: Di
     """
     try:
         status = stop_run(address, name, None, wait_s)
-    except (SpecError, ClusterUnreachable):
-        raise unknown from None
+    except (SpecError, ClusterUnreachable) as error:
+        raise _truer(address, unknown, error) from None
     if wait_s and status not in remote.ENDED:
         raise DeadlineExceeded(f"stopping {name}", (name,), wait_s, "--no-wait")
     return status

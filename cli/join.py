@@ -34,6 +34,7 @@ from distplat.platform.errors import ClusterUnreachable
 
 _REPLACEABLE = {"working_dir", "py_modules", "excludes", "env_vars"}
 """Parts of a runtime environment that come to the same thing on the driver's own node."""
+_MEET_S = 5.0
 
 
 @contextmanager
@@ -162,17 +163,13 @@ def connected_here() -> Iterator[None]:
     Raises:
         ClusterUnreachable: see `ours_here` and `connected`.
     """
-    host, _ = host_and_port(ours_here())
-    private = host in LOOPBACK
-    ray_compat.use_token_at_hand()
-    # Not by the address that was found: Ray takes the token at hand for `auto` alone.
-    with ray_compat.loopback() if private else nullcontext(), connected("auto", {}):
+    with connected_to(ours_here(), own=True):  # not `auto`: that may be another one by now
         yield
 
 
 @contextmanager
 def connected(
-    address: str | None,
+    address: str,
     runtime_env: Mapping[str, Any],
     shipping: Callable[[Package], None] = lambda package: None,
 ) -> Iterator[None]:
@@ -183,7 +180,7 @@ def connected(
     the driver has them, and start a second earlier than behind a runtime environment.
 
     Args:
-        address: HOST:PORT or `auto`; None: the one that `running_here` found.
+        address: HOST:PORT or `auto`.
         runtime_env: what workers on other machines need; empty: Ray has it from the job already.
         shipping: is told of the user's folder before it is shipped, and may refuse it.
 
@@ -191,19 +188,19 @@ def connected(
         SpecError: the folder in it cannot be shipped.
         ClusterUnreachable: it cannot be reached, is another version, or refuses our token.
     """
-    if address not in (None, "auto"):
-        reach(str(address))
+    if address != "auto":
+        reach(address)
     try:
         with unset("RAY_ADDRESS"):  # Ray would let it win over `auto`
+            _meet(address)
             if not (replaceable(runtime_env) and _joined_light(address)):
                 if runtime_env:
                     folder = Path(runtime_env["working_dir"])
                     shipping(measure(folder, runtime_env["excludes"], ignores))
                 _join(address, runtime_env)
     except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
-        where = address or "this machine"
-        text = driver_mismatch(where, str(error))
-        text = text or f"cannot join Ray at {where}: {one_line(error)}"
+        text = driver_mismatch(address, str(error))
+        text = text or f"cannot join Ray at {address}: {one_line(error)}"
         raise ClusterUnreachable(text) from error
     try:
         yield
@@ -211,7 +208,26 @@ def connected(
         ray.shutdown()
 
 
-def _joined_light(address: str | None) -> bool:
+def _meet(address: str) -> None:
+    """
+    See that Ray would be joined in a moment.
+
+    Raises:
+        ClusterUnreachable: it wants another token.
+        RayError, ConnectionError: nobody is there.
+    """
+    if address == "auto":
+        address = ray_compat.address_of_auto()
+        ray_compat.use_token_at_hand()  # as Ray does for it
+    try:
+        ray_compat.meet(address, _MEET_S)
+    except ray.exceptions.AuthenticationError:
+        text = f"cannot join Ray at {address}: it wants another token than the one at hand, or any"
+        hint = "set RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH; `submit --address local` needs none"
+        raise ClusterUnreachable(f"{text}; {hint}") from None
+
+
+def _joined_light(address: str) -> bool:
     """Connect and ship nothing, if the cluster is one node; False: not connected."""
     with without_job_environment() as hidden:
         if not hidden and ray_compat.JOB_CONFIG_VARIABLE in os.environ:
@@ -223,7 +239,7 @@ def _joined_light(address: str | None) -> bool:
     return False
 
 
-def _join(address: str | None, runtime_env: Mapping[str, Any]) -> None:
+def _join(address: str, runtime_env: Mapping[str, Any]) -> None:
     # The cluster's Python may know no distplat: workers look for it where the driver has it.
     home = str(Path(distplat.__file__).resolve().parent.parent)
     ray.init(

@@ -243,7 +243,7 @@ def _way(target: Target, name: str, submission: str | None) -> AbstractContextMa
 
     if target.kind == "driver" and target.address != "auto":
         return connected_to(target.address)
-    # A URL means one cluster: another may want another token, and 20 s until that is known.
+    # A URL means one cluster, and no other is asked.
     rays = [] if target.kind == "jobs" else rays_here()
     if len(rays) < 2:
         return connected_here()
@@ -263,7 +263,7 @@ def _ray_of(rays: Sequence[str], name: str, submission: str | None) -> str:
 
     found: list[tuple[str, str]] = []
     unknown: list[Problem] = []
-    silent: DistplatError | None = None
+    silent: list[DistplatError] = []
     for address in rays:
         try:
             with connected_to(address, own=True):
@@ -272,10 +272,12 @@ def _ray_of(rays: Sequence[str], name: str, submission: str | None) -> str:
         except SpecError as error:
             told = (replace(one, message=f"{one.message} at {address}") for one in error.problems)
             unknown += told
-        except (ClusterUnreachable, InfrastructureError) as error:  # it is just ending
-            silent = error
+        except (ClusterUnreachable, InfrastructureError) as error:  # or it is just ending
+            silent.append(error)
+    if not found and not unknown and silent:
+        raise silent[0]
     if not found:
-        raise SpecError(*unknown) if unknown or silent is None else silent
+        raise SpecError(*unknown, *(Problem((), str(error)) for error in silent))
     if len({address for address, _ in found}) > 1:
         named = ", ".join(f"{run} at {address}" for address, run in found)
         raise SpecError(Problem((), f"several runs of job {name!r} go on", f"name one: {named}"))

@@ -253,11 +253,13 @@ def connection(
         os.environ.setdefault("RAY_COLOR_PREFIX", "0")  # of the lines that workers print
     if target.kind == "local":
         return nullcontext()
+    from distplat.actors.ray_compat import use_token_at_hand
     from distplat.cli.join import connected
 
     user = shipping.read_runtime_env(runtime_env, runtime_env_json)
-    address = None if target.kind == "here" else target.address
-    return connected(address, shipping.with_folders(folder, user), told)
+    if target.kind == "here":
+        use_token_at_hand()
+    return connected(target.address, shipping.with_folders(folder, user), told)
 
 
 def _check_options(request: SubmitRequest, target: Target) -> None:

@@ -7,7 +7,7 @@ of faults in docs/faults.md.
 
 import signal
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from random import Random
 from typing import Any
 
@@ -356,16 +356,10 @@ def _(strategy: str, draw: Random) -> Plan:
     return _without_disk(strategy, "hang", draw)
 
 
-@row("F29-hangs-2s", "a disk that gives no answer for 2 s, then an error: nothing is a failure")
-def _(strategy: str, draw: Random) -> Plan:
-    plan = _without_disk(strategy, "hang", draw, undo_s=2.0)
-    return replace(plan, codes=(0,), quiet=True)
-
-
-def _without_disk(strategy: str, action: str, draw: Random, **more: Any) -> Plan:
+def _without_disk(strategy: str, action: str, draw: Random) -> Plan:
     saved = draw.random() < 0.5
     step = late_step(strategy, draw) if saved else some_step(draw)
-    deed = Deed(inside(draw), 0, step, "disk", action, saved=saved, **more)
+    deed = Deed(inside(draw), 0, step, "disk", action, saved=saved)
     return Plan((deed,), small_disk=True, codes=(5,))
 
 

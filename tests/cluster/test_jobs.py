@@ -155,6 +155,15 @@ def test_a_token_is_found_and_never_echoed(
     assert TOKEN not in done.stdout + done.stderr
 
 
+def test_a_driver_with_another_token_is_told_so_at_once(token_head: Head, folder: Path) -> None:
+    environ = {**token_head.environ, "RAY_AUTH_TOKEN": f"not-{TOKEN}"}
+    done = distplat("submit", "job.yaml", environ=environ, cwd=folder, timeout=15)
+    assert done.returncode == 3
+    assert f"cannot join Ray at {token_head.gcs}: it wants another token" in done.stderr
+    assert "`submit --address local` needs none" in done.stderr
+    assert TOKEN not in done.stderr
+
+
 def test_no_file_of_the_cluster_holds_the_token(token_head: Head) -> None:
     """After all jobs above: neither logs nor run directories."""
     files = [path for path in token_head.home.rglob("*") if path.is_file()]

@@ -279,12 +279,12 @@ def test_a_private_ray_is_joined_over_loopback(
 
     monkeypatch.setattr(join, "ours_here", lambda: address)
     monkeypatch.setattr(join, "connected", connected)
+    monkeypatch.setattr(services, "find_gcs_addresses", lambda: {address: None})
     with join.connected_here():
         pass
-    assert seen == [("auto", over_loopback)]
+    assert seen == [(address, over_loopback)]
     assert ray_constants.ENABLE_RAY_CLUSTER
     seen.clear()
-    monkeypatch.setattr(services, "find_gcs_addresses", lambda: {address: None})
     with join.connected_to(address):
         pass
     with join.connected_to("127.0.0.1:6379"):  # of a head that listens everywhere

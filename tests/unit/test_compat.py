@@ -144,6 +144,13 @@ def test_auto_is_what_ray_start_noted_or_any_rays_process(
     assert of_ray.address_of_auto() == "10.0.0.1:6379"
 
 
+def test_a_head_is_met_without_a_driver() -> None:
+    """What it raises shows `test_jobs.py`: alone it takes seconds to find that nobody is there."""
+    told = inspect.getdoc(ray._raylet.InnerGcsClient.standalone)
+    wanted = "standalone(unicode gcs_address: str, cluster_id: Optional[str], int timeout_ms: int)"
+    assert told is not None and wanted in told
+
+
 def test_ignore_files_are_read_as_ray_reads_them(tmp_path: Path) -> None:
     (tmp_path / ".rayignore").write_text("*.bin\n")
     tests = of_ray.ignore_tests(tmp_path, logging.getLogger("test"))

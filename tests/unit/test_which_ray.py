@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import pytest
+import ray
 from ray._private.authentication import authentication_token_setup as setup
 
 from distplat.actors import overview, ray_compat
@@ -91,6 +92,36 @@ def test_a_run_that_no_ray_has(rays: Rays) -> None:
         f"no run or job 'mlp' is running at {A}",
         f"no run or job 'mlp' is running at {B}",
     ]
+
+
+@pytest.mark.parametrize("rays", [{A: [ONE], B: None}], indirect=True)
+def test_a_ray_that_did_not_answer_is_named_beside_those_without_the_run(rays: Rays) -> None:
+    with pytest.raises(SpecError) as raised, joined(None, "mlp"):
+        pass
+    assert [one.message for one in raised.value.problems] == [
+        f"no run or job 'mlp' is running at {A}",
+        f"cannot join Ray at {B}",
+    ]
+
+
+@pytest.mark.parametrize("token", [True, False])
+def test_why_a_ray_cannot_be_joined_is_told_at_once(
+    token: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`ray.init` would try for minutes."""
+
+    def meet(address: str, limit_s: float) -> None:
+        if token:
+            raise ray.exceptions.AuthenticationError("InvalidAuthToken")
+        raise ray.exceptions.RpcError("Timed out while waiting for GCS to become available.")
+
+    monkeypatch.setattr(ray_compat, "meet", meet)
+    monkeypatch.setattr(ray, "init", lambda **more: pytest.fail("it would not be of use"))
+    monkeypatch.setattr(join, "reach", lambda address: None)
+    said = "wants another token.*RAY_AUTH_TOKEN" if token else "Timed out while waiting"
+    with pytest.raises(ClusterUnreachable, match=f"cannot join Ray at {A}: .*{said}"):
+        with join.connected(A, {}):
+            pass
 
 
 @pytest.mark.parametrize("rays", [{A: None, B: None}], indirect=True)
