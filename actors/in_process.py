@@ -19,7 +19,7 @@ from distplat.actors.servers.leases import RemoteLeases
 from distplat.actors.task_check import check_class, check_function, said_by_job
 from distplat.actors.task_loading import TrainFunction, load_task_class, load_train_function
 from distplat.actors.training import run_function, saved_model
-from distplat.actors.user_errors import as_user_error
+from distplat.actors.user_errors import as_user_error, killed_loader
 from distplat.platform.apply_log import FILE_NAME, pack
 from distplat.platform.checkpoints import StoredCheckpoint
 from distplat.platform.errors import DistplatError
@@ -67,7 +67,8 @@ def train_in_process(launch: Launch, handlers: RunHandlers) -> None:
         raise
     except (Exception, SystemExit) as error:  # sys.exit(0) in a task is no success
         at, evaluating = progress.at, progress.evaluating
-        raise as_user_error(error, 0, at, evaluating=evaluating) from error
+        found = killed_loader(error) or as_user_error(error, 0, at, evaluating=evaluating)
+        raise found from error
 
 
 def _train(

@@ -6,7 +6,7 @@ of a loader process comes as text inside another one; what is shown is the error
 """
 
 import os
-import re
+import signal
 import sys
 import traceback
 from collections.abc import Iterator
@@ -28,12 +28,9 @@ _PASSES_ON = (
 _LOADER = "Original Traceback (most recent call last):\n"
 """Where torch puts the error of a loader process into the text of another one."""
 
-_KILLED = re.compile(r"DataLoader worker \(pid[^)]*\) is killed by signal: Killed")
-"""SIGKILL comes from the system: no code of the user's sends it to its own process."""
-
 _SHARED_MEMORY = (
     *("unable to allocate shared memory", "unable to write to file </torch_"),
-    *("unable to open shared memory object", "is killed by signal: Bus error"),
+    "unable to open shared memory object",
 )
 """How torch says that a loader process found no room for a batch."""
 
@@ -119,11 +116,31 @@ def as_user_error(
 
 
 def killed_loader(error: BaseException) -> InfrastructureError | None:
-    """Give our error where the system has killed a loader process; else None."""
-    if not _KILLED.search(str(error)):
+    """
+    Give our error where the system has killed a loader process; else None.
+
+    SIGKILL comes from the system: no code of the user's sends it to its own process.
+    """
+    if not _ended_by(signal.SIGKILL, error):
         return None
     text = "a loader process was killed, most likely for want of memory: "
     return InfrastructureError(text + "fewer `data.num_workers` take less")
+
+
+def _ended_by(number: signal.Signals, error: BaseException) -> bool:
+    """
+    Say whether a loader process was ended by a signal, and the error is about that.
+
+    torch says so where it runs in a process's main thread, as workers on Ray do not.
+    """
+    text = str(error)
+    if not text.startswith("DataLoader worker (pid"):
+        return False
+    if f"is killed by signal: {signal.strsignal(number)}" in text:
+        return True
+    from distplat.strategies.torch_compat import loader_exit_codes  # torch: it is there by now
+
+    return -number in loader_exit_codes(error)
 
 
 def _with_causes(
@@ -174,7 +191,7 @@ def _remedy(error: BaseException) -> str:
             return _COMMAND_LINE
         return "sys.exit() was called: code of a task returns, or raises what went wrong"
     text = str(error)
-    if any(part in text for part in _SHARED_MEMORY):
+    if any(part in text for part in _SHARED_MEMORY) or _ended_by(signal.SIGBUS, error):
         return _more_shared_memory()
     return next((remedy for part, remedy in _REMEDIES if part in text), "")
 

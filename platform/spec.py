@@ -237,9 +237,9 @@ class Failure(Spec):
     heartbeat_timeout_s: Seconds = 30.0
     """Seconds without a heartbeat reply after which a live process counts as hung."""
     storage_timeout_s: Seconds = 120.0
-    """How long uploads go on at the end while the storage of a URL does not answer; one operation,
-    of 8 MiB at most, has a quarter of it. So long the run directory's disk may do nothing while a
-    rollback reads from it, or the trained model is written."""
+    """How long the end of a run goes on with uploads while the storage of a URL does not answer.
+    One operation, of 8 MiB at most, has a quarter of it. So long, too, a run that goes back waits
+    for a checkpoint to be written and read, and one that ends for the disk to take some bytes."""
     non_finite: Literal["stop", "skip", "ignore"] = "stop"
     """A step with a loss or gradient that is NaN or infinite: `stop` ends the run before it is
     applied, `skip` leaves it out on all ranks, `ignore` applies it."""

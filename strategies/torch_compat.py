@@ -25,6 +25,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.utils import _pytree
 from torch.utils.data._utils import worker as loader_worker
 from torch.utils.data._utils.collate import collate, default_collate_fn_map
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from distplat.strategies.collective import ReduceOp
 
@@ -236,3 +237,19 @@ def reduce_scatter(group: Any, output: Tensor, inputs: Sequence[Tensor], op: Red
 def when_done(work: Any, callback: Any) -> None:
     """Have a function called, on torch's thread, when the operation of a `Work` is over."""
     work.get_future().add_done_callback(lambda future: callback())
+
+
+def loader_exit_codes(error: BaseException) -> list[int]:
+    """
+    Give how the loader processes ended that an error of a `DataLoader` is about; -9: by SIGKILL.
+
+    The text has their numbers alone: torch adds the signal in a process's main thread only.
+    """
+    trace = error.__traceback__
+    while trace is not None:
+        code, names = trace.tb_frame.f_code, trace.tb_frame.f_locals
+        if code is _MultiProcessingDataLoaderIter._try_get_data.__code__:
+            codes = [process.exitcode for process in names["self"]._workers]
+            return [code for code in codes if code is not None]
+        trace = trace.tb_next
+    return []

@@ -1,23 +1,28 @@
 """What Ray sees of a worker: answers that are kept back, unless something must be told at once."""
 
+import os
+import signal
 import threading
 import time
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import pytest
 import ray
 import torch
 from safetensors.torch import load
+from torch.utils.data import DataLoader, Dataset
 
-from distplat.actors import spawn
+from distplat.actors import spawn, training
 from distplat.actors.connection import Connection
 from distplat.actors.ray_transport import RayTransport
 from distplat.actors.training import AttemptState, Session
+from distplat.actors.transport import ActorDied, NotHere
 from distplat.actors.weights import Reply
 from distplat.actors.worker import Worker
 from distplat.platform.checkpoints import Delivery
-from distplat.platform.errors import Abandoned
+from distplat.platform.errors import Abandoned, DeadlineExceeded, StateLost
 from distplat.platform.progress import StepReport
 from distplat.platform.stop_order import StopOrder
 from distplat.strategies.loop.loop import Progress
@@ -213,6 +218,50 @@ def test_whose_fault_an_attempt_ends_with(
     assert one.state.error is not None
     assert one.state.error.exit_code == exit_code
     assert text in str(one.state.error)
+
+
+class KillsItsLoader(Dataset[Any]):
+    def __len__(self) -> int:
+        return 1
+
+    def __getitem__(self, index: int) -> Any:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_loader_process_that_the_system_killed_is_no_fault_of_the_task(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """In a thread, as on Ray: there torch does not say what it says in the main thread."""
+
+    def read(*args: object) -> bytes:
+        batches: Any = iter(DataLoader(KillsItsLoader(), num_workers=1, timeout=0.01))
+        batches._workers[0].join(30)
+        return bytes(next(batches))
+
+    monkeypatch.setattr(Session, "_attempt", read)
+    one = Session(lambda report: None, lambda delivery: None)
+    failure = SimpleNamespace(step_timeout_s=1.0)
+    order: Any = SimpleNamespace(attempt=0, rank=0, job=SimpleNamespace(failure=failure))
+    thread = threading.Thread(target=one.work, args=(order,))
+    thread.start()
+    thread.join(30)
+    assert one.state.error is not None
+    assert one.state.error.exit_code == 4
+    assert "a loader process was killed, most likely for want of memory" in str(one.state.error)
+
+
+def test_tensors_of_a_checkpoint_that_do_not_come_are_no_fault_of_the_task(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    failure = SimpleNamespace(start_timeout_s=3.0)
+    saved = SimpleNamespace(state={"step": 3}, files={"model": ["reference"]})
+    order: Any = SimpleNamespace(saved=saved, job=SimpleNamespace(failure=failure))
+    state = training._saved(order)
+    assert state is not None
+    for raised, kind in ((NotHere(), DeadlineExceeded), (ActorDied("its owner"), StateLost)):
+        monkeypatch.setattr(RayTransport, "get", mock.Mock(side_effect=raised))
+        with pytest.raises(kind, match="the checkpoint's model"):
+            state._load("model")
 
 
 def test_a_version_is_packed_once_however_many_ask_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
