@@ -258,12 +258,22 @@ def run(loaders, broken=False):
 """
 
 
-@pytest.mark.parametrize("guard", ["if True:", 'if __name__ == "__main__":'])
-def test_a_script_trains_with_loaders_and_is_run_once(tmp_path: Path, guard: str) -> None:
-    script = tmp_path / "bare.py"
-    script.write_text(BARE.format(guard=guard))
+@pytest.mark.parametrize(
+    ("guard", "name"), [("if True:", "bare.py"), ('if __name__ == "__main__":', "-")]
+)
+def test_a_script_trains_with_loaders_and_is_run_once(
+    tmp_path: Path, guard: str, name: str
+) -> None:
+    """From a file, and as `python -` reads it, which leaves no file to run again."""
+    script = BARE.format(guard=guard)
+    (tmp_path / "bare.py").write_text(script)
     found = subprocess.run(
-        [sys.executable, str(script)], cwd=tmp_path, timeout=100, capture_output=True, text=True
+        [sys.executable, name],
+        cwd=tmp_path,
+        timeout=100,
+        capture_output=True,
+        text=True,
+        input=script if name == "-" else None,
     )
     lines = found.stdout.splitlines()
     assert lines[0] == "RAN", found.stderr
