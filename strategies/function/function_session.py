@@ -202,7 +202,8 @@ class FunctionSession:
 
     def _read(self, batch: RankBatch, waited_s: float, epoch: int) -> None:
         self._epoch, self._batch = epoch, batch._replace(batch=None)
-        self._samples += batch.samples
+        if torch.is_grad_enabled():  # an evaluation trains on none
+            self._samples += batch.samples
         self._waited_s += waited_s
         self._progress.beat()
 

@@ -20,7 +20,8 @@ from torch.utils.data import (
 from typing_extensions import override
 
 from distplat.platform.errors import Problem, SpecError
-from distplat.strategies.loop.collate import moved
+from distplat.strategies.loop.collate import moved, sent
+from distplat.strategies.loop.loaders import known_alike
 
 KEPT = (
     "num_workers",
@@ -176,10 +177,14 @@ class NumberedLoader(ShardedLoader):
         super().__init__(loader, cut, device, read)
         self.sampler: DistributedSampler[Any] = _sampler_of(loader, cut)
         self._order = _From(self.sampler)
-        kept = {name: getattr(loader, name) for name in (*KEPT, "collate_fn")}
-        kept["drop_last"] = batches_of(loader).drop_last
+        kept = {name: getattr(loader, name) for name in KEPT}
         self._loader: DataLoader[Any] = DataLoader(
-            loader.dataset, batch_size=self.batch_size, sampler=self._order, **kept
+            loader.dataset,
+            batch_size=self.batch_size,
+            sampler=self._order,
+            drop_last=batches_of(loader).drop_last,
+            collate_fn=Collate(loader),
+            **kept,
         )
         self._epoch = self._noted = self.sampler.epoch
 
@@ -209,6 +214,19 @@ class NumberedLoader(ShardedLoader):
         sampler = self.sampler
         size = len(self.dataset)
         return min(sampler.num_samples, -(-(size - sampler.rank) // sampler.num_replicas))
+
+
+class Collate:
+    """Makes a batch by the user's function, in a form that a loader process can send."""
+
+    def __init__(self, loader: DataLoader[Any]) -> None:
+        self._collate = loader.collate_fn
+        if loader.num_workers:
+            known_alike(type(loader.dataset), self._collate)
+
+    def __call__(self, samples: Any) -> Any:
+        """Make the batch of some samples."""
+        return sent(self._collate(samples))
 
 
 class _From(Sampler[Any]):

@@ -32,6 +32,7 @@ from distplat.platform.errors import Problem, SpecError
 from distplat.strategies.collective import Collective, gather_bytes
 from distplat.strategies.function.sharded_loader import (
     KEPT,
+    Collate,
     Cut,
     RankBatch,
     Read,
@@ -103,7 +104,7 @@ class StreamLoader(ShardedLoader):
         self._kept = {name: getattr(loader, name) for name in KEPT}
         if loader.worker_init_fn is not None:
             self._kept["worker_init_fn"] = _AsIfAlone(loader.worker_init_fn)
-        self._collate: Any = _Collate(loader.collate_fn)
+        self._collate: Any = _Collate(loader)
         self._loader = self._made()
         self._mark: Mark | None = None  #: before the last batch that was given
 
@@ -241,15 +242,13 @@ def _last_told(blocks: Iterator[_Block]) -> Iterator[_Block]:
         before = block
 
 
-class _Collate:
-    """Makes the batch of a rank's samples, by the user's function."""
+class _Collate(Collate):
+    """Makes the batch of a rank's samples."""
 
-    def __init__(self, collate: Callable[[list[Any]], Any]) -> None:
-        self._collate = collate
-
+    @override
     def __call__(self, found: tuple[list[Any], RankBatch, Mark]) -> tuple[RankBatch, Mark]:
         samples, told, mark = found
-        return told._replace(batch=self._collate(samples)), mark
+        return told._replace(batch=super().__call__(samples)), mark
 
 
 class _AsIfAlone:

@@ -11,7 +11,7 @@ import time
 import types
 from collections import ChainMap
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import fields, is_dataclass
 from importlib.machinery import ModuleSpec
 from multiprocessing import forkserver, parent_process, synchronize, util
@@ -227,6 +227,17 @@ class _ByValuePickler(cloudpickle.Pickler):  # type: ignore[misc]
 _OF_NUMPY = frozenset(
     (torch.float64, torch.float32, torch.int64, torch.int32, torch.int16, torch.uint8, torch.bool)
 )
+
+
+def known_alike(*things: Any) -> None:
+    """
+    Have the classes that things use, and no module has, be the same ones on their way back.
+
+    For processes that are forked from this one: a class that goes by value bears a number, which
+    both sides have to have from before.
+    """
+    with suppress(Exception):  # what does not go by value need not: it is there after a fork
+        pickle.dumps(ByValue(things))
 
 
 def importable(kind: type) -> bool:

@@ -7,16 +7,19 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from multiprocessing import active_children, synchronize
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from function_ranks import call_on_ranks
 from test_random_numbers import Dropping, Noise, job
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 
+import distplat
 from distplat.strategies.loop.batches import EvalLoader, Loader, Run, make_sampler, micro_batches
 from distplat.strategies.loop.loaders import LoaderContext, ready_loaders
 
@@ -260,12 +263,22 @@ def run(loaders, broken=False):
 """
 
 
-@pytest.mark.parametrize("guard", ["if True:", 'if __name__ == "__main__":'])
-def test_a_script_trains_with_loaders_and_is_run_once(tmp_path: Path, guard: str) -> None:
-    script = tmp_path / "bare.py"
-    script.write_text(BARE.format(guard=guard))
+@pytest.mark.parametrize(
+    ("guard", "name"), [("if True:", "bare.py"), ('if __name__ == "__main__":', "-")]
+)
+def test_a_script_trains_with_loaders_and_is_run_once(
+    tmp_path: Path, guard: str, name: str
+) -> None:
+    """From a file, and as `python -` reads it, which leaves no file to run again."""
+    script = BARE.format(guard=guard)
+    (tmp_path / "bare.py").write_text(script)
     found = subprocess.run(
-        [sys.executable, str(script)], cwd=tmp_path, timeout=100, capture_output=True, text=True
+        [sys.executable, name],
+        cwd=tmp_path,
+        timeout=100,
+        capture_output=True,
+        text=True,
+        input=script if name == "-" else None,
     )
     lines = found.stdout.splitlines()
     assert lines[0] == "RAN", found.stderr
@@ -277,3 +290,25 @@ def test_a_script_trains_with_loaders_and_is_run_once(tmp_path: Path, guard: str
     assert "Gone: sample 7" in lines[2]
     assert found.returncode == 0
     assert "Traceback" not in found.stderr
+
+
+class Stream(IterableDataset[Any]):
+    def __iter__(self) -> Iterator[Any]:
+        return iter(range(8))
+
+
+@pytest.mark.parametrize("data", [range(8), Stream()], ids=["numbered", "stream"])
+def test_a_train_functions_loader_gives_batches_of_classes_that_no_module_has(data: Any) -> None:
+    class Local:
+        def __init__(self, samples: list[int]) -> None:
+            self.samples = samples
+
+    found: list[Any] = []
+
+    def train(config: Any) -> None:
+        loader = DataLoader(data, batch_size=4, collate_fn=Local, num_workers=1, timeout=30)
+        found.extend(distplat.prepare(loader))
+
+    call_on_ranks(train)
+    assert [one.samples for one in found] == [[0, 1, 2, 3], [4, 5, 6, 7]]
+    assert {type(one) for one in found} == {Local}

@@ -381,7 +381,10 @@ def test_synchronized_batch_norm_is_over_all_ranks(world: int, momentum: float |
 def test_steps_are_what_rank_0_reports() -> None:
     def train(config: Mapping[str, Any]) -> None:
         loader = distplat.prepare(DataLoader(data_of(), batch_size=4))
+        every = distplat.prepare(DataLoader(data_of(), batch_size=4))
         for number, _ in enumerate(loader):
+            with torch.no_grad():  # an evaluation trains on no sample
+                assert len([*every]) == 6
             rank = distplat.get_context().rank
             figures = {"loss": number + 10 * rank, "accuracy": torch.tensor(0.5)}
             distplat.report(figures)
