@@ -1,5 +1,5 @@
 # demo: train the digits example under two strategies.   test: everything that CI runs.
-# test-all: the same, the slow cluster tests, minutes of drawn trainings, and more kills.
+# test-all: the same, the slow tests, minutes of drawn trainings, and more kills.
 # chaos: faults of every kind, on real processes, an hour.   soak: random ones, three quarters.
 # check: format, lint, types.   fmt: mend format and lint.   bench: compare with peers.
 # Each target does all the set-up it needs, on a fresh machine too.
@@ -9,8 +9,11 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip install --disable-pip-version-check -q -c constraints.txt
 
-DRAWN := $(addprefix tests/unit/test_,property_training.py leased_tables.py embedding_losses.py)
+DRAWN := $(addprefix tests/unit/test_,\
+	property_training.py leased_tables.py embedding_losses.py async_shard.py)
 
+# Three, for two cores: tests in memory wait for each other's threads a third of their time.
+IN_MEMORY := -n 3 --dist loadfile
 ON_RAY := -n 2 --dist loadfile --no-loadscope-reorder -ra
 
 .PHONY: demo test test-all chaos soak check fmt bench clean
@@ -20,10 +23,11 @@ demo: $(VENV)/.installed
 	$(BIN)/distplat submit examples/digits/job.yaml --strategy ring
 
 test: check
-	$(BIN)/python -m pytest -n 2 --dist loadfile tests/unit
+	$(BIN)/python -m pytest $(IN_MEMORY) -m "not slow" tests/unit
 	$(BIN)/python -m pytest $(ON_RAY) -m "not slow" tests/cluster tests/gpu
 
 test-all: test $(VENV)/.installed-bench
+	$(BIN)/python -m pytest $(IN_MEMORY) -m slow tests/unit
 	$(BIN)/python -m pytest $(ON_RAY) -m slow tests/cluster
 	$(BIN)/python -m pytest tests/unit/test_from_pages.py
 	DISTPLAT_DRAWN_RUNS=1000 $(BIN)/python -m pytest --timeout 3000 $(DRAWN)

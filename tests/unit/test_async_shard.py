@@ -1,5 +1,6 @@
 """An asynchronous shard: each gradient once, corrected for its age as the papers say."""
 
+import os
 from typing import Any
 
 import pytest
@@ -17,6 +18,8 @@ from distplat.platform.spec import Consistency
 from distplat.strategies.server.dense_store import DenseStore
 from distplat.strategies.server.staleness import Staleness
 
+RUNS = int(os.environ.get("DISTPLAT_DRAWN_RUNS", "200"))
+"""`make test-all` draws more."""
 SIZE, WORLD = 37, 3
 ASYNC = Consistency(asynchronous=True)
 MOMENTUM = {"name": "SGD", "lr": 0.1, "momentum": 0.9, "weight_decay": 0.01}
@@ -248,7 +251,7 @@ class Histories(RuleBasedStateMachine):
 
 
 TestHistories = Histories.TestCase
-TestHistories.settings = settings(max_examples=1000, stateful_step_count=20, deadline=None)
+TestHistories.settings = settings(max_examples=RUNS, stateful_step_count=20, deadline=None)
 
 
 # Where old gradients hurt, and what helps: eight workers in turn, so that every gradient but the

@@ -22,6 +22,7 @@ from hybrid_models import (
     whole,
 )
 from local_run import LocalRun, train
+from marks import slow
 
 from distplat.platform.progress import EvalReport, StepReport
 from distplat.strategies.loop.control import StepControl
@@ -57,8 +58,16 @@ GRIDS = {
 }
 
 
-@pytest.mark.parametrize("kind", [Mlp, Conv, Gpt])
-@pytest.mark.parametrize("name", GRIDS)
+KINDS: list[type[Task]] = [Mlp, Conv, Gpt]
+EACH_WITH_EACH = [
+    pytest.param(name, kind, marks=[pytest.mark.slow] if (place + number) % len(KINDS) else [])
+    for place, name in enumerate(GRIDS)
+    for number, kind in enumerate(KINDS)
+]
+"""Every grid with one of the models is quick, and every model with some of the grids."""
+
+
+@pytest.mark.parametrize(("name", "kind"), EACH_WITH_EACH)
 def test_every_grid_gives_what_one_process_gives(name: str, kind: type[Task]) -> None:
     options, workers = GRIDS[name]
     run = train(hybrid_job(options, workers), kind)
@@ -81,7 +90,7 @@ def test_every_grid_gives_what_one_process_gives(name: str, kind: type[Task]) ->
         (Inception, INCEPTION_PLAN, 2, 1),
     ],
 )
-@pytest.mark.parametrize("clip", [None, 0.3])
+@pytest.mark.parametrize("clip", [slow(None), 0.3])
 def test_slices_give_what_one_process_gives(
     kind: type[Task], plan: dict[str, str], pipeline: int, data: int, clip: float | None
 ) -> None:

@@ -19,6 +19,7 @@ from hybrid_models import (
     whole,
 )
 from local_run import train
+from marks import slow
 
 from distplat.platform.shard_map import Division, Shard, within
 from distplat.platform.vector_layout import Segment
@@ -41,7 +42,7 @@ GRIDS: dict[str, tuple[type[Task], tuple[dict[str, Any], int]]] = {
 
 
 @pytest.mark.parametrize("name", GRIDS)
-@pytest.mark.parametrize("clip", [None, 0.3])
+@pytest.mark.parametrize("clip", [slow(None), 0.3])
 def test_servers_of_each_part_give_what_one_process_gives(name: str, clip: float | None) -> None:
     kind, (options, workers) = GRIDS[name]
     run = train(hybrid_job({**options, "data_strategy": "ps-sync"}, workers, clip_norm=clip), kind)

@@ -9,6 +9,7 @@ import torch
 from hybrid_models import GPT_PLAN, Gpt, grid_of, hybrid_job, whole
 from jobs import job_of
 from local_run import LocalRun, train
+from marks import slow
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
@@ -162,7 +163,7 @@ GPT_OPTIMIZER = {"name": "SGD", "lr": 0.05, "momentum": 0.9, "groups": GPT_GROUP
 @pytest.mark.parametrize(
     ("pipeline", "tensor", "data"), [(2, 1, 1), (3, 1, 2), (1, 2, 1), (2, 2, 1)]
 )
-@pytest.mark.parametrize("clip_norm", [None, 0.5])
+@pytest.mark.parametrize("clip_norm", [slow(None), 0.5])
 def test_a_model_that_is_cut_has_the_groups_of_the_whole(
     pipeline: int, tensor: int, data: int, clip_norm: float | None
 ) -> None:

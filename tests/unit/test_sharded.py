@@ -7,6 +7,7 @@ import pytest
 import torch
 from control_records import record_of
 from local_run import LocalRun, train
+from marks import slow
 from test_equivalence import Classify, Conv, Mlp, distance, plain, recipe_job
 from torch import nn
 
@@ -60,7 +61,7 @@ def test_every_optimizer_is_here() -> None:
     assert {kind.__name__ for kind in kinds} == OPTIMIZERS.keys()
 
 
-@pytest.mark.parametrize("workers", [1, 2, 3, 4])
+@pytest.mark.parametrize("workers", [slow(1), slow(2), 3, slow(4)])
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_the_same_model_as_without(optimizer: str, workers: int) -> None:
     run = sharded(optimizer, workers, 0.3)
