@@ -84,7 +84,6 @@ def test_a_remote_job_is_followed_to_its_result(
     assert ask("stop", job_id) == f"{job_id}: already SUCCEEDED\n"
 
 
-@pytest.mark.slow
 def test_a_failing_task_shows_its_own_traceback(open_head: Head, folder: Path) -> None:
     done = distplat(
         *("submit", "job.yaml", "--address", open_head.url, "--set", "task_args.fail=true"),
