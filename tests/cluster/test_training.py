@@ -94,6 +94,13 @@ def test_the_bits_do_not_depend_on_how_shards_are_cut(tmp_path: Path) -> None:
     assert weights(result).tobytes() == expected.tobytes()
 
 
+def test_loader_processes_change_nothing(tmp_path: Path) -> None:
+    fields: dict[str, Any] = {"steps": 6, "epochs": None}
+    plain = weights(train(job("ring", 0, **fields), tmp_path))
+    loaded = weights(train(job("ring", 1, data={"num_workers": 2}, **fields), tmp_path))
+    assert plain.tobytes() == loaded.tobytes()
+
+
 @pytest.mark.slow
 def test_what_is_drawn_does_not_depend_on_workers_and_loaders(tmp_path: Path) -> None:
     spec = job("ring", 2, task="tasks_for_tests:Chance")
