@@ -117,6 +117,36 @@ def tree_leaves(tree: Any) -> list[Any]:
     return _pytree.tree_leaves(tree)
 
 
+def tree_flatten(tree: Any) -> tuple[list[Any], Any]:
+    """Take nested containers apart: give their leaves, in order, and the structure."""
+    return _pytree.tree_flatten(tree)
+
+
+def tree_places(tree: Any) -> list[str]:
+    """Give where the leaves are, in order: `[1]['mask']`."""
+    return [_pytree.keystr(path) for path, _ in _pytree.tree_flatten_with_path(tree)[0]]
+
+
+def tree_unflatten(leaves: Sequence[Any], structure: Any) -> Any:
+    """Put nested containers together from their leaves."""
+    return _pytree.tree_unflatten(leaves, structure)
+
+
+def structure_text(structure: Any) -> str:
+    """
+    Write the structure of nested containers as JSON.
+
+    Raises:
+        Exception: of several types; a container is of a type that has no name for this.
+    """
+    return _pytree.treespec_dumps(structure)
+
+
+def structure_from_text(text: str) -> Any:
+    """Read what `structure_text` has written."""
+    return _pytree.treespec_loads(text)
+
+
 dist: Any = torch.distributed  # torch's stubs leave out most of the process groups
 
 _OPS = {

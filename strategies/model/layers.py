@@ -96,15 +96,10 @@ class Stage(nn.Module):
             for name, part in layer.parts.items():
                 self._attach(name, part)
 
-    def forward(self, inputs: Tensor) -> Tensor:
-        """
-        Run all layers.
-
-        Raises:
-            SpecError: one gives something else than one tensor.
-        """
-        for name, module in zip(self.layer_names, self._run, strict=True):
-            inputs = one_tensor(name, module(inputs))
+    def forward(self, inputs: Any) -> Any:
+        """Run all layers; each is called with what the one before has given."""
+        for module in self._run:
+            inputs = module(inputs)
         return inputs
 
     def _attach(self, name: str, part: Part) -> None:
@@ -120,21 +115,6 @@ class Stage(nn.Module):
             home.register_parameter(last, part)
         else:
             home.register_buffer(last, part)
-
-
-def one_tensor(name: str, outputs: object) -> Tensor:
-    """
-    Check what a layer gives.
-
-    Raises:
-        SpecError: it is not one tensor.
-    """
-    if isinstance(outputs, Tensor):
-        return outputs
-    raise _problem(
-        f"layer {name} gives {type(outputs).__name__}, and layers hand on one tensor",
-        "put it and the layers that use what it gives into one module",
-    )
 
 
 def refuse_tied(layers: Sequence[Layer], points: Sequence[int]) -> None:

@@ -1,30 +1,30 @@
 """
 Messages between the stages of one replica: tensors whose shapes both ends know.
 
-What enters a place has the same shape for all micro-batches of one size. So shapes are agreed once
-per size, by a pass through the model that computes nothing else; from then on bare tensors travel,
-into buffers that are used again.
+What enters a place has the same form for all micro-batches of one size (`values.py`). So forms are
+agreed once per size, by a pass through the model that computes nothing else; from then on bare
+tensors travel, into buffers that are used again.
 
-    stage 0   first micro-batch of 4 ──▶ place 0 ──▶ "float32 [4, 64]" ─┐
-    stage 1                                 zeros [4, 64] ──▶ place 1 ◀─┘ ──▶ ...
+    stage 0   first micro-batch of 4 ──▶ place 0 ──▶ "float32 [4, 64]", values ─┐
+    stage 1                                                         place 1 ◀──┘ ──▶ ...
 """
 
 from collections import defaultdict, deque
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from distplat.platform.errors import CollectiveError, Problem, SpecError
+from distplat.platform.errors import CollectiveError
 from distplat.strategies.collective import Collective, Handle
+from distplat.strategies.pipeline.values import Form, Layout, Packing
 
 _ROOM = 2
 """Sends under way to one stage; who sends one more waits for the oldest."""
-_MOST_DIMS = 14
-_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 Kind = tuple[int, int]
-"""(Place that a tensor enters, samples of its micro-batch)."""
+"""(Place that a value enters, samples of its micro-batch)."""
 
 
 class Channel:
@@ -42,77 +42,85 @@ class Channel:
         self, group: Collective, peers: Sequence[int], names: Sequence[int], device: torch.device
     ) -> None:
         self._group, self._peers, self._names, self._device = group, peers, names, device
-        self._shapes: dict[Kind, tuple[torch.dtype, tuple[int, ...]]] = {}
-        self._free: defaultdict[Kind, list[Tensor]] = defaultdict(list)
+        self._layouts: dict[Kind, Layout] = {}
+        self._free: defaultdict[Form, list[Tensor]] = defaultdict(list)
         self._under_way: defaultdict[int, deque[tuple[Handle, Tensor]]] = defaultdict(deque)
 
-    def learn(self, kind: Kind, tensor: Tensor) -> None:
+    def learn(self, kind: Kind, value: Any) -> Layout:
         """
         Note what enters a place.
 
         Raises:
-            SpecError: no gradient can come back through it.
+            SpecError: it cannot be sent; see `Layout.of`.
         """
-        if tensor.dtype not in _DTYPES or tensor.ndim > _MOST_DIMS:
-            text = f"what enters place {kind[0]} of the pipeline is {tensor.dtype}, not a float"
-            raise SpecError(Problem(("strategy", "cut"), text, "cut elsewhere"))
-        self._shapes[kind] = tensor.dtype, tuple(tensor.shape)
+        layout = self._layouts[kind] = Layout.of(kind[0], value)
+        return layout
+
+    def layout(self, kind: Kind) -> Layout:
+        """Give the form of what enters a place, as it was learnt or heard."""
+        return self._layouts[kind]
 
     def tell(self, kind: Kind, to: int) -> None:
-        """Tell a stage what enters its place."""
-        dtype, shape = self._shapes[kind]
-        text = [_DTYPES.index(dtype), len(shape), *shape]
-        self.send(self._words(text), to)
+        """Tell a stage the form of what enters its place."""
+        text = torch.frombuffer(bytearray(self._layouts[kind].told()), dtype=torch.uint8)
+        self._send(torch.tensor([len(text)], device=self._device), to)
+        self._send(text.to(self._device), to)
 
-    def hear(self, kind: Kind, source: int) -> Tensor:
-        """Hear from a stage what enters a place of this one; give zeros like it."""
-        words = self._words([])
-        self._receive(words, source)
-        dtype, ndim, *shape = words.tolist()
-        self._shapes[kind] = _DTYPES[dtype], tuple(shape[:ndim])
-        return torch.zeros(shape[:ndim], dtype=_DTYPES[dtype], device=self._device)
+    def hear(self, kind: Kind, source: int) -> Layout:
+        """Hear from a stage the form of what enters a place of this one."""
+        length = torch.zeros(1, dtype=torch.int64, device=self._device)
+        self._receive(length, source)
+        text = torch.zeros(int(length), dtype=torch.uint8, device=self._device)
+        self._receive(text, source)
+        layout = self._layouts[kind] = Layout.heard(kind[0], bytes(text.cpu().numpy()))
+        return layout
 
-    def send(self, tensor: Tensor, to: int) -> None:
+    def send(self, packing: Packing, tensors: Sequence[Tensor], to: int) -> None:
         """
-        Hand a tensor to a stage; waits for room, not for the tensor to be taken.
+        Hand tensors to a stage, as one message; waits for room, not for it to be taken.
 
         Raises:
             CollectiveError: the stage is gone, or took nothing for too long.
         """
-        pending = self._under_way[to]
-        if len(pending) >= _ROOM:
-            self._guarded(pending.popleft()[0].wait, to)
-        travels = tensor.contiguous()
-        handle: list[Handle] = []
-        peer = self._peers[to]
-        self._guarded(lambda: handle.append(self._group.start_send(travels, peer)), to)
-        pending.append((handle[0], travels))
+        if packing.form is not None:
+            self._send(packing.pack(tensors), to)
 
-    def receive(self, kind: Kind, source: int) -> Tensor:
+    def receive(self, packing: Packing, source: int) -> Tensor | None:
         """
-        Take a stage's next tensor, in a buffer to be given back.
+        Take a stage's next message, in a buffer to be given back; None: there is nothing to send.
 
         Raises:
             CollectiveError: the stage is gone, or sent nothing for too long.
         """
-        free = self._free[kind]
+        if packing.form is None:
+            return None
+        free = self._free[packing.form]
         if free:
             buffer = free.pop()
         else:
-            dtype, shape = self._shapes[kind]
+            dtype, shape = packing.form
             buffer = torch.empty(shape, dtype=dtype, device=self._device)
         self._receive(buffer, source)
         return buffer
 
-    def give_back(self, kind: Kind, buffer: Tensor) -> None:
+    def give_back(self, buffer: Tensor) -> None:
         """Let a buffer be used again."""
-        self._free[kind].append(buffer)
+        self._free[buffer.dtype, tuple(buffer.shape)].append(buffer)
 
     def finish(self) -> None:
         """Wait for what is under way."""
         for to, pending in self._under_way.items():
             while pending:
                 self._guarded(pending.popleft()[0].wait, to)
+
+    def _send(self, message: Tensor, to: int) -> None:
+        pending = self._under_way[to]
+        if len(pending) >= _ROOM:
+            self._guarded(pending.popleft()[0].wait, to)
+        handle: list[Handle] = []
+        peer = self._peers[to]
+        self._guarded(lambda: handle.append(self._group.start_send(message, peer)), to)
+        pending.append((handle[0], message))
 
     def _receive(self, tensor: Tensor, source: int) -> None:
         peer = self._peers[source]
@@ -126,7 +134,3 @@ class Channel:
             missing = tuple(self._names[place] for place in error.missing)
             cause = f"{error.cause}; waiting for stage {stage}"
             raise type(error)(error.group, error.operation, error.number, missing, cause) from None
-
-    def _words(self, numbers: list[int]) -> Tensor:
-        padded = [*numbers, *[0] * (_MOST_DIMS + 2 - len(numbers))]
-        return torch.tensor(padded, device=self._device)

@@ -33,6 +33,7 @@ from distplat.strategies.pipeline.channel import Channel
 from distplat.strategies.pipeline.interfaces import Source, Tail, TraceSpan
 from distplat.strategies.pipeline.limits import Reached, untouched
 from distplat.strategies.pipeline.rank_model import Chunk
+from distplat.strategies.pipeline.values import Layout, Packing, copied, tensors_in
 
 
 @lru_cache(maxsize=16)  # an epoch's last batch may have fewer micro-batches than the others
@@ -114,12 +115,20 @@ class StageContext:
 class _Live(NamedTuple):
     """A micro-batch between forward and backward."""
 
-    inputs: Any
-    """A tensor; on the first place whatever the data gives."""
-    outputs: Tensor
-    """On the last place what is to be differentiated."""
+    inputs: list[Tensor]
+    """Those whose gradients go back to the place before."""
+    outputs: list[Tensor]
+    """Those whose gradients come from the place behind; on the last place the loss."""
     buffer: Tensor | None
-    """What `inputs` lies in, if it is to be given back."""
+    """What `inputs` lie in, if it is to be given back."""
+
+
+class _Held(NamedTuple):
+    """A message that is here, to be sent or used."""
+
+    tensors: list[Tensor]
+    buffer: Tensor | None = None
+    """What they lie in, if it is to be given back."""
 
 
 class ScheduleRun:
@@ -140,7 +149,7 @@ class ScheduleRun:
         plan: Plan,
         source: Source,
         tail: Tail | None,
-        look: Callable[[Tensor], None] = lambda outputs: None,
+        look: Callable[[Sequence[Tensor]], None] = lambda outputs: None,
     ) -> None:
         self._seat, self._plan, self._source, self._tail = seat, plan, source, tail
         self._look = look
@@ -148,9 +157,9 @@ class ScheduleRun:
         self._schedule = plan.schedule
         self._final = plan.schedule.micro_batches - 1
         self._splits = plan.schedule.splits_backward
-        self._have: dict[Message, tuple[Tensor, bool]] = {}  #: with whether it is a buffer
+        self._have: dict[Message, _Held] = {}
         self._live: dict[tuple[int, int], _Live] = {}
-        self._late: dict[tuple[int, int], tuple[_Live, Tensor | None, Tensor | None]] = {}
+        self._late: dict[tuple[int, int], tuple[_Live, _Held]] = {}
         self.spans: list[TraceSpan] = []
 
     def run(self) -> list[TraceSpan]:
@@ -165,14 +174,16 @@ class ScheduleRun:
             began = time.perf_counter()
             if isinstance(step, Send):
                 kind, chunk = "send", step.message.source // stages
-                tensor, _ = self._have.pop(step.message)
-                self._channel.send(tensor, step.to)
+                tensors = self._have.pop(step.message).tensors
+                self._channel.send(self._packing(step.message), tensors, step.to)
                 number = step.message.micro_batch
             elif isinstance(step, Recv):
                 kind, chunk = "recv", step.message.target // stages
                 number = step.message.micro_batch
-                buffer = self._channel.receive(self._kind(step.message), step.source)
-                self._have[step.message] = buffer, True
+                packing = self._packing(step.message)
+                buffer = self._channel.receive(packing, step.source)
+                tensors = [] if buffer is None else packing.unpack(buffer)
+                self._have[step.message] = _Held(tensors, buffer)
             else:
                 kind, chunk, number = step.kind.value, step.chunk, step.micro_batch
                 self._compute(step)
@@ -181,10 +192,13 @@ class ScheduleRun:
         self._channel.finish()
         return self.spans
 
-    def _kind(self, message: Message) -> tuple[int, int]:
-        """Give what buffers of a message are like: a gradient has the shape of its activation."""
-        entered = max(message.source, message.target)
-        return entered, self._source.sizes[message.micro_batch]
+    def _packing(self, message: Message) -> Packing:
+        """Give what a message is like: gradients have the shapes of what they are of."""
+        layout = self._layout(max(message.source, message.target), message.micro_batch)
+        return layout.values if message.content is Content.ACTIVATION else layout.gradients
+
+    def _layout(self, place: int, number: int) -> Layout:
+        return self._channel.layout((place, self._source.sizes[number]))
 
     def _compute(self, action: Action) -> None:
         place = self._schedule.place(self._seat.stage, action)
@@ -204,95 +218,117 @@ class ScheduleRun:
 
     def _forward(self, number: int, place: int) -> None:
         seat, source = self._seat, self._source
+        inputs: list[Tensor] = []
         buffer: Tensor | None = None
         if place == 0:
-            inputs = given = source.inputs(number)
+            given = source.inputs(number)
         else:
-            arrived, pooled = self._have.pop(_activation(number, place))
-            buffer = arrived if pooled else None
-            inputs = arrived.detach()
-            inputs.requires_grad_(self._tail is not None)
-            given = entered(inputs)
+            held = self._have.pop(_activation(number, place))
+            buffer = held.buffer
+            given, inputs = entered(
+                self._layout(place, number), held.tensors, differentiated=self._tail is not None
+            )
         with seat.context():
             outputs = seat.chunks[place].run(given, source.seed(number))
-        if buffer is not None and _one_memory(buffer, outputs):
+        if buffer is not None and _share_memory(buffer, tensors_in(outputs)):
             buffer = None  # a chunk that hands its input on: others still read it
-        if seat.is_last(place):
-            outputs = source.loss(number, outputs)
-        else:
-            self._have[_activation(number, place + 1)] = outputs.detach(), False
+        made = self._hand_on(number, place, outputs)
         if self._tail is not None:
-            self._look(outputs)
-            self._live[number, place] = _Live(inputs, outputs, buffer)
+            self._look(made)
+            self._live[number, place] = _Live(inputs, made, buffer)
         elif buffer is not None:
-            self._channel.give_back((place, source.sizes[number]), buffer)
+            self._channel.give_back(buffer)
+
+    def _hand_on(self, number: int, place: int, outputs: Any) -> list[Tensor]:
+        """Have a place's outputs sent, or judged; give what is to be differentiated."""
+        if self._seat.is_last(place):
+            return [self._source.loss(number, outputs)]
+        layout = self._layout(place + 1, number)
+        tensors = layout.tensors(outputs)
+        self._have[_activation(number, place + 1)] = _Held([one.detach() for one in tensors])
+        return [tensors[n] for n in layout.wanted]
 
     def _backward(self, number: int, place: int) -> None:
-        """Where backward is split, the gradient of the input alone."""
+        """Where backward is split, the gradients of the inputs alone."""
         live = self._live.pop((number, place))
-        gradient, pooled = self._gradient_for(number, place)
-        buffer = gradient if pooled else None
-        if self._splits:
-            if place > 0 and live.outputs.requires_grad:
-                self._differentiate(live.outputs, gradient, [live.inputs], retain_graph=True)
-        elif live.outputs.requires_grad:
-            self._differentiate(live.outputs, gradient)
+        last = self._seat.is_last(place)
+        held = _Held([]) if last else self._have.pop(_gradient(number, place))
+        if not self._splits:
+            self._differentiate(live.outputs, held.tensors)
+        elif live.inputs:
+            self._differentiate(live.outputs, held.tensors, live.inputs, retain_graph=True)
         if place > 0:
-            made = live.inputs.grad
-            live.inputs.grad = None
-            made = torch.zeros_like(live.inputs) if made is None else made
-            if buffer is not None and _one_memory(buffer, made):
-                buffer = None
-            self._have[_gradient(number, place - 1)] = made, False
+            made = [_taken_gradient(one) for one in live.inputs]
+            if held.buffer is not None and _share_memory(held.buffer, made):
+                held = _Held(held.tensors)
+            self._have[_gradient(number, place - 1)] = _Held(made)
         if self._splits:
-            self._late[number, place] = live, gradient, buffer
+            self._late[number, place] = live, held
         else:
-            self._give_back(number, place, live, buffer)
+            self._give_back(live, held)
 
     def _weights(self, number: int, place: int) -> None:
-        live, gradient, buffer = self._late.pop((number, place))
+        live, held = self._late.pop((number, place))
         own = [p for p in self._seat.chunks[place].parameters() if p.requires_grad]
-        if own and live.outputs.requires_grad:
-            self._differentiate(live.outputs, gradient, own)
-        self._give_back(number, place, live, buffer)
+        if own:
+            self._differentiate(live.outputs, held.tensors, own)
+        self._give_back(live, held)
 
     def _differentiate(
         self,
-        outputs: Tensor,
-        gradient: Tensor | None,
+        outputs: Sequence[Tensor],
+        gradients: Sequence[Tensor],
         inputs: Sequence[Tensor] | None = None,
         *,
         retain_graph: bool = False,
     ) -> None:
-        """Go backward once; all of a step's backwards are here."""
+        """
+        Go backward once; all of a step's backwards are here.
+
+        Args:
+            outputs: those that need no gradient are left out.
+            gradients: of the outputs; empty: these are the loss.
+            inputs: to which gradients are added; None: all.
+            retain_graph: another backward follows.
+        """
+        of: Sequence[Tensor | None] = gradients or [None] * len(outputs)
+        pairs = [(o, g) for o, g in zip(outputs, of, strict=True) if o.requires_grad]
+        if not pairs:
+            return
         self._seat.flat.before_backward()
-        torch.autograd.backward(outputs, gradient, retain_graph, inputs=inputs)
+        made, known = zip(*pairs, strict=True)
+        torch.autograd.backward(made, known, retain_graph, inputs=inputs)
         self._seat.flat.take_in()
 
-    def _gradient_for(self, number: int, place: int) -> tuple[Tensor | None, bool]:
-        if self._seat.is_last(place):
-            return None, False
-        return self._have.pop(_gradient(number, place))
-
-    def _give_back(self, number: int, place: int, live: _Live, gradient: Tensor | None) -> None:
-        size = self._source.sizes[number]
-        if live.buffer is not None:
-            self._channel.give_back((place, size), live.buffer)
-        if gradient is not None:
-            self._channel.give_back((place + 1, size), gradient)
+    def _give_back(self, *held: _Live | _Held) -> None:
+        for one in held:
+            if one.buffer is not None:
+                self._channel.give_back(one.buffer)
 
 
-def entered(inputs: Tensor) -> Tensor:
+def entered(
+    layout: Layout, tensors: Sequence[Tensor], *, differentiated: bool
+) -> tuple[Any, list[Tensor]]:
     """
     Give what a chunk is to be called with: the same memory, but no leaf of autograd.
 
-    So a chunk may begin with a layer that works in place, and its input's gradient is still the one
+    So a chunk may begin with a layer that works in place, and its inputs' gradients are still those
     before that layer. Nothing is copied.
+
+    Args:
+        layout: of what enters the place.
+        tensors: as they came.
+        differentiated: whether a backward follows.
+
+    Returns:
+        The value, and the leaves to which backward adds gradients, as `layout.wanted` says.
     """
-    if not inputs.requires_grad:
-        return inputs
-    outputs: Tensor = _Entered.apply(inputs)  # type: ignore[no-untyped-call]
-    return outputs
+    given = [tensor.data for tensor in tensors]  # no views: each has a version of its own
+    inputs: list[Tensor] = []
+    for n in layout.wanted if differentiated else ():
+        inputs.append(tensors[n].detach().requires_grad_())
+        given[n] = _Entered.apply(inputs[-1])  # type: ignore[no-untyped-call]
+    return layout.value(given), inputs
 
 
 class _Entered(Function):
@@ -305,8 +341,14 @@ class _Entered(Function):
         return gradients[0]
 
 
-def _one_memory(one: Tensor, other: Tensor) -> bool:
-    return one.untyped_storage().data_ptr() == other.untyped_storage().data_ptr()
+def _taken_gradient(inputs: Tensor) -> Tensor:
+    made, inputs.grad = inputs.grad, None
+    return torch.zeros_like(inputs) if made is None else made
+
+
+def _share_memory(buffer: Tensor, tensors: Sequence[Tensor]) -> bool:
+    address = buffer.untyped_storage().data_ptr()
+    return any(address == one.untyped_storage().data_ptr() for one in tensors)
 
 
 def _activation(number: int, place: int) -> Message:
@@ -361,7 +403,7 @@ class Executor:
         for chunk in self._seat.chunks.values():
             chunk.set_mode(training=training)
 
-    @torch.no_grad()
+    @torch.enable_grad()
     def _agree_on_shapes(self, source: Source) -> None:
         """Pass one micro-batch of each new size through the model, stage after stage."""
         if self._seat.depth == 1:
@@ -375,23 +417,35 @@ class Executor:
             self._sizes.add(size)
 
     def _pass_through(self, source: Source, size: int, number: int) -> None:
-        arrived: Tensor | None = None  # from a chunk of this rank
-        for place, chunk in self._seat.chunks.items():
+        """
+        Compute with gradients, to see to what they come back.
+
+        Values travel behind their forms, for a layer may compute with what it finds in an input,
+        such as lengths.
+        """
+        seat, channel = self._seat, self._seat.channel
+        arrived: list[Tensor] = []  # from a chunk of this rank
+        for place, chunk in seat.chunks.items():
+            before, to = (place - 1) % seat.stages, (place + 1) % seat.stages
             if place == 0:
-                inputs = source.peek(number).clone()  # a layer may work in place
-            elif arrived is not None:
-                inputs = arrived
+                inputs = copied(source.peek(number))  # a layer may work in place
             else:
-                inputs = self._seat.channel.hear((place, size), (place - 1) % self._seat.stages)
-            arrived = None
-            if place + 1 == self._seat.depth:
+                kind = (place, size)
+                if before == seat.stage:
+                    layout = channel.layout(kind)
+                else:
+                    layout = channel.hear(kind, before)
+                    buffer = channel.receive(layout.values, before)
+                    assert buffer is not None, "a value has tensors"
+                    arrived = layout.values.unpack(buffer)
+                inputs, _ = entered(layout, arrived, differentiated=True)
+            if place + 1 == seat.depth:
                 continue
-            with self._seat.context():
-                outputs = chunk.run(inputs, 0)
-            self._seat.channel.learn((place + 1, size), outputs)
-            to = (place + 1) % self._seat.stages
-            if to == self._seat.stage:
-                arrived = outputs
-            else:
-                self._seat.channel.tell((place + 1, size), to)
-        self._seat.channel.finish()
+            with seat.context():
+                outputs = chunk.seeded(inputs, 0)
+            layout = channel.learn((place + 1, size), outputs)
+            arrived = [one.detach() for one in layout.tensors(outputs)]
+            if to != seat.stage:
+                channel.tell((place + 1, size), to)
+                channel.send(layout.values, arrived, to)
+        channel.finish()

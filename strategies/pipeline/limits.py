@@ -17,9 +17,10 @@ from torch import Tensor, nn
 
 from distplat.platform.errors import Problem, SpecError
 from distplat.strategies.collective import Collective
-from distplat.strategies.model.layers import Layer, one_tensor
+from distplat.strategies.model.layers import Layer
+from distplat.strategies.pipeline.values import copied, is_value, on_device, tensors_in
 from distplat.strategies.task import Task, has_weights, kind_of, own_call
-from distplat.strategies.torch_compat import tree_leaves, tree_map
+from distplat.strategies.torch_compat import tree_map
 
 _DEPTH = 3
 """Containers within containers of a task in which parameters are looked for."""
@@ -39,17 +40,18 @@ def as_pair(batch: Any) -> tuple[Any, Any]:
     raise SpecError(Problem(("task",), text, hint))
 
 
-def entering(inputs: Any) -> Tensor:
+def entering(inputs: Any) -> Any:
     """
     Check what the data gives as inputs of a model that is cut.
 
     Raises:
-        SpecError: it is not one tensor.
+        SpecError: it is no tree of tensors and constants.
     """
-    if isinstance(inputs, Tensor):
+    if isinstance(inputs, Tensor) or is_value(inputs):
         return inputs
-    text = f"a pipeline takes one tensor as inputs, train_data gives {type(inputs).__name__}"
-    raise _refused(text, "put them into one tensor, or set `pipeline: 1`")
+    text = f"a pipeline takes tensors as inputs, train_data gives {kind_of(inputs)}"
+    hint = "give a tensor, or tensors in lists, tuples and dicts, or set `pipeline: 1`"
+    raise _refused(text, hint)
 
 
 def refuse_own_call(task: Task) -> None:
@@ -105,7 +107,7 @@ class Reached:
         self._task, self._names = task, names
         self._looks = True
 
-    def look(self, outputs: Tensor) -> None:
+    def look(self, outputs: Sequence[Tensor]) -> None:
         """
         Look at what a place gives, before it is differentiated; in the first step only.
 
@@ -178,12 +180,12 @@ _CLOSE = 1e-3
 """Outputs may differ by so much of their norm, in rounding: sums are of other parts."""
 
 
-def compare(model: nn.Module, layers: Sequence[Layer], inputs: Callable[[], Tensor]) -> None:
+def compare(model: nn.Module, layers: Sequence[Layer], inputs: Callable[[], Any]) -> None:
     """
     See whether layers one after the other give what the model gives, in evaluation mode.
 
     Outputs are compared, and which parameters a backward would reach. Models that draw random
-    numbers in evaluation, or take no single tensor, are not.
+    numbers in evaluation, or cannot be called with the inputs, are not.
 
     Args:
         model: with values.
@@ -194,22 +196,22 @@ def compare(model: nn.Module, layers: Sequence[Layer], inputs: Callable[[], Tens
         SpecError: they do not.
     """
     device = next(model.parameters()).device
-    given = inputs().to(device)
+    given = on_device(inputs(), device)
     with untouched(model, *(layer.module for layer in layers)), torch.enable_grad():
         try:
-            again, whole = (model(given.clone()) for _ in range(2))
+            again, whole = (model(copied(given)) for _ in range(2))
         except Exception:  # what is trained is what the layers say, if the model says nothing
             return
-        if not isinstance(whole, Tensor) or not _close(whole, again):
+        if not _alike(whole, again):
             return
-        behind = given.clone()
+        behind = copied(given)
         for layer in layers:
-            behind = one_tensor(layer.name, layer.module(behind))
+            behind = layer.module(behind)
     hint = "have the task's `stages` say all that `forward` does, or set `pipeline: 1`"
     what = f"the layers {', '.join(one.name for one in layers)} one after the other"
-    if not _close(behind, whole):
+    if not _alike(behind, whole):
         raise _otherwise(f"{what} compute otherwise than {type(model).__name__} does", hint)
-    mine, theirs = ({id(leaf) for leaf in leaves(one)} for one in (behind, whole))
+    mine, theirs = ({id(leaf) for leaf in leaves(tensors_in(one))} for one in (behind, whole))
     differ = [name for name, p in model.named_parameters() if (id(p) in mine) != (id(p) in theirs)]
     if differ:
         text = f"{what} give other parameters gradients than {type(model).__name__} does: "
@@ -256,9 +258,9 @@ def _held(module: nn.Module) -> list[Tensor]:
     return [t for t in (*module.buffers(), *frozen) if not t.is_meta]
 
 
-def leaves(outputs: Tensor) -> Iterator[Tensor]:
-    """Give the tensors to which a backward would add gradients."""
-    waiting, seen = [outputs.grad_fn], set()
+def leaves(outputs: Sequence[Tensor]) -> Iterator[Tensor]:
+    """Give the tensors to which a backward from all outputs would add gradients."""
+    waiting, seen = [one.grad_fn for one in outputs], set()
     while waiting:
         node = waiting.pop()
         if node is None or node in seen:
@@ -271,7 +273,7 @@ def leaves(outputs: Tensor) -> Iterator[Tensor]:
 
 
 @torch.no_grad()
-def inputs_of(layers: Sequence[Layer], starts: Mapping[int, int], inputs: Tensor) -> dict[int, Any]:
+def inputs_of(layers: Sequence[Layer], starts: Mapping[int, int], inputs: Any) -> dict[int, Any]:
     """
     Give what enters some places for a few samples, in evaluation mode.
 
@@ -282,13 +284,14 @@ def inputs_of(layers: Sequence[Layer], starts: Mapping[int, int], inputs: Tensor
     """
     found: dict[int, Any] = {}
     some = layers[: max(starts.values())]
-    values = inputs.to(next(iter(layers[0].module.parameters()), inputs).device)
+    device = tensors_in(inputs)[0].device
+    values = on_device(inputs, next((p.device for p in layers[0].module.parameters()), device))
     with untouched(*(layer.module for layer in some)):
         for number in range(len(some) + 1):
-            found |= {place: values.clone() for place, start in starts.items() if start == number}
+            found |= {place: copied(values) for place, start in starts.items() if start == number}
             if number < len(some):
-                values = one_tensor(some[number].name, some[number].module(values))
-    return {place: value.to(inputs.device) for place, value in found.items()}
+                values = some[number].module(values)
+    return {place: on_device(value, device) for place, value in found.items()}
 
 
 def shared(inputs: Any, slices: Collective) -> Any:
@@ -354,17 +357,13 @@ class BeforeSlicing:
         chunk: Any = self._chunks[place]
         with untouched(chunk):
             chunk.set_mode(training=False)
-            return chunk.run(tree_map(_copied, self._inputs[place]), seed)
+            return chunk.run(copied(self._inputs[place]), seed)
 
 
 def _alike(one: Any, other: Any) -> bool:
-    """Compare the tensors in two results of one form."""
-    pairs = zip(tree_leaves(one), tree_leaves(other), strict=True)
-    return all(_close(a, b) for a, b in pairs if isinstance(a, Tensor) and isinstance(b, Tensor))
-
-
-def _copied(value: Any) -> Any:
-    return value.clone() if isinstance(value, Tensor) else value
+    """Compare the tensors in two results."""
+    mine, theirs = tensors_in(one), tensors_in(other)
+    return len(mine) == len(theirs) and all(map(_close, mine, theirs))
 
 
 def _otherwise(message: str, hint: str) -> SpecError:

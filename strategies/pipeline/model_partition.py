@@ -23,7 +23,7 @@ from distplat.strategies.collective import Collective, broadcast_bytes, gather_b
 from distplat.strategies.loop.batches import batches_by, one_batch
 from distplat.strategies.loop.collate import moved
 from distplat.strategies.loop.prepared import Prepared
-from distplat.strategies.model.layers import Layer, one_tensor, tracing
+from distplat.strategies.model.layers import Layer, tracing
 from distplat.strategies.model.meta import materialise
 from distplat.strategies.pipeline.executor import training_plan
 from distplat.strategies.pipeline.hybrid_options import HybridOptions
@@ -39,8 +39,10 @@ from distplat.strategies.pipeline.limits import (
     shared,
 )
 from distplat.strategies.pipeline.rank_model import ModelPart, layers_for, take_part, take_whole
+from distplat.strategies.pipeline.values import copied, tensors_in
 from distplat.strategies.tensor.parallel_plan import resolve
 from distplat.strategies.tensor.parallelize import parallelize
+from distplat.strategies.torch_compat import tree_map
 
 
 @dataclass(frozen=True)
@@ -58,46 +60,52 @@ class LayerCost:
     """What crosses a cut behind this layer, in each direction."""
 
 
-def measured(layer: Layer, inputs: Tensor, repeats: int) -> tuple[LayerCost, Tensor]:
+def measured(layer: Layer, inputs: Any, repeats: int) -> tuple[LayerCost, Any]:
     """
     Measure a layer on one micro-batch; it and torch's generators stay as they were.
 
     Args:
         layer: with values (not on `meta`).
-        inputs: of a micro-batch's shape.
+        inputs: of a micro-batch's shapes; a tree of tensors, with one tensor at least.
         repeats: medians are of so many, >= 1, after one that does not count.
 
     Returns:
         Its cost, and its outputs for the next layer.
 
     Raises:
-        SpecError: it gives something else than one tensor.
+        SpecError: it cannot be copied.
     """
-    devices = [inputs.device] if inputs.is_cuda else []
+    devices = sorted({one.device.index for one in tensors_in(inputs) if one.is_cuda})
     with torch.random.fork_rng(devices=devices), torch.enable_grad():
-        return _measured(layer, inputs.detach(), repeats)
+        return _measured(layer, tree_map(_leaf, inputs), repeats)
 
 
-def _measured(layer: Layer, inputs: Tensor, repeats: int) -> tuple[LayerCost, Tensor]:
+def _leaf(value: Any) -> Any:
+    if not isinstance(value, Tensor):
+        return value
+    return value.detach().requires_grad_(value.is_floating_point())
+
+
+def _measured(layer: Layer, inputs: Any, repeats: int) -> tuple[LayerCost, Any]:
     module = _copy(layer)  # gradients and running statistics are not to change
     module.train()  # as in a step: a layer may have its own idea of it, such as a frozen batch norm
-    inputs.requires_grad_(inputs.is_floating_point())
     kept = _Kept(module)
-    given = inputs.clone()  # the layer may work in place; each time on the same values
+    given = copied(inputs)  # the layer may work in place; each time on the same values
     with torch.autograd.graph.saved_tensors_hooks(kept.pack, lambda saved: saved):
-        outputs = one_tensor(layer.name, module(given))
-    gradient = torch.ones_like(outputs)
+        outputs = module(given)
+    gradients = [torch.ones_like(one) for one in tensors_in(outputs) if one.requires_grad]
+    like = tensors_in(inputs)[0]
     forwards, backwards = [], []
     for _ in range(repeats + 1):
-        given = inputs.clone()
-        wait(inputs)
+        given = copied(inputs)
+        wait(like)
         start = time.perf_counter()
-        made = module(given)
-        wait(inputs)
+        made = [one for one in tensors_in(module(given)) if one.requires_grad]
+        wait(like)
         middle = time.perf_counter()
-        if made.requires_grad:
-            torch.autograd.backward(made, gradient)
-        wait(inputs)
+        if made:
+            torch.autograd.backward(made, gradients)
+        wait(like)
         forwards.append(middle - start)
         backwards.append(time.perf_counter() - middle)
     own = {id(t): t.nbytes for t in (*module.parameters(), *module.buffers())}
@@ -107,7 +115,7 @@ def _measured(layer: Layer, inputs: Tensor, repeats: int) -> tuple[LayerCost, Te
         median(backwards[1:]),
         sum(own.values()),
         kept.bytes,
-        outputs.nbytes,
+        sum(one.nbytes for one in tensors_in(outputs)),
     )
     return cost, outputs
 
@@ -234,7 +242,7 @@ def agree_on_points(
     layers: Sequence[Layer],
     request: CutRequest,
     known: list[int] | None,
-    inputs: Callable[[], Tensor],
+    inputs: Callable[[], Any],
     group: Collective,
     device: torch.device,
 ) -> list[int]:
@@ -286,7 +294,7 @@ def _by_name(layers: Sequence[Layer], names: Sequence[str]) -> list[int]:
 
 def _measure(
     layers: Sequence[Layer],
-    inputs: Callable[[], Tensor],
+    inputs: Callable[[], Any],
     meta_seed: int | None,
     group: Collective,
     device: torch.device,

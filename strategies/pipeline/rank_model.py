@@ -17,7 +17,6 @@ from distplat.strategies.model.layers import (
     Layer,
     Stage,
     layers_of,
-    one_tensor,
     recomputed,
     refuse_tied,
     traced_layers,
@@ -26,10 +25,11 @@ from distplat.strategies.model.meta import materialise
 from distplat.strategies.model.module_hooks import called_hooks, saved_hooks
 from distplat.strategies.model.parameter_layout import GroupOf
 from distplat.strategies.pipeline.limits import BeforeSlicing, Named
+from distplat.strategies.pipeline.values import copied
 from distplat.strategies.task import Task
 from distplat.strategies.tensor.parallel_layers import place_of
 from distplat.strategies.tensor.parallel_plan import ShardSpec
-from distplat.strategies.torch_compat import any_hook_for_all_modules, tree_map
+from distplat.strategies.torch_compat import any_hook_for_all_modules
 
 _WHERE = ("strategy", "pipeline")
 _KEPT = {"a forward pre-hook", "a forward hook"}
@@ -113,15 +113,18 @@ class _Before(nn.Module):
         super().__init__()
         self.module, self._hooks = module, tuple(hooks)
 
-    def forward(self, inputs: Tensor) -> Tensor:
+    def forward(self, inputs: Any) -> Any:
         for hook in self._hooks:
             given = hook(_Elsewhere(self), (inputs,))
-            if isinstance(given, tuple) and len(given) == 1:
-                given = given[0]
-            if given is not None:
-                inputs = one_tensor("a forward pre-hook of the model", given)
-        outputs: Tensor = self.module(inputs)
-        return outputs
+            if isinstance(given, tuple):  # of arguments, as torch takes it
+                if len(given) != 1:
+                    text = f"a forward pre-hook of the model gives {len(given)} arguments"
+                    hint = "have it give one, in a tuple if that is a tuple itself"
+                    raise SpecError(_problem(f"{text}, and layers take one", hint))
+                inputs = given[0]
+            elif given is not None:
+                inputs = given
+        return self.module(inputs)
 
 
 class _After(nn.Module):
@@ -131,12 +134,12 @@ class _After(nn.Module):
         super().__init__()
         self.module, self._hooks = module, tuple(hooks)
 
-    def forward(self, inputs: Tensor) -> Tensor:
-        outputs: Tensor = self.module(inputs)
+    def forward(self, inputs: Any) -> Any:
+        outputs = self.module(inputs)
         for hook in self._hooks:
             given = hook(_Elsewhere(self), _Elsewhere(), outputs)
             if given is not None:
-                outputs = one_tensor("a forward hook of the model", given)
+                outputs = given
         return outputs
 
 
@@ -186,10 +189,10 @@ class Chunk(Protocol):
         Args:
             inputs: of the place.
             seed: of the micro-batch; dropout and its like draw from generators seeded by it.
-
-        Raises:
-            SpecError: a layer gives something else than one tensor.
         """
+
+    def seeded(self, inputs: Any, seed: int) -> Any:
+        """Go forward as `run` does, whatever is kept for backward."""
 
     def set_mode(self, *, training: bool) -> None:
         """Switch between training and evaluation."""
@@ -213,19 +216,17 @@ class Layers(Stage, Chunk):
         self._first, self._recompute = first, recompute
 
     @override
-    def run(self, inputs: Tensor, seed: int) -> Tensor:
+    def run(self, inputs: Any, seed: int) -> Any:
         """Each layer draws from a generator of its own."""
         if self._recompute:
-            outputs: Tensor = recomputed(_Seeded(self, seed), inputs)
-            return outputs
+            return recomputed(_Seeded(self, seed), inputs)
         return self.seeded(inputs, seed)
 
-    def seeded(self, inputs: Tensor, seed: int) -> Tensor:
-        """Run all layers, whatever is kept for backward."""
-        names = zip(self.layer_names, self._run, strict=True)
-        for number, (name, module) in enumerate(names, start=self._first):
+    @override
+    def seeded(self, inputs: Any, seed: int) -> Any:
+        for number, module in enumerate(self._run, start=self._first):
             seed_quickly(mixed(seed, number))
-            inputs = one_tensor(name, module(inputs))
+            inputs = module(inputs)
         return inputs
 
     @override
@@ -255,8 +256,8 @@ class Uncut(nn.Module, Chunk):
             return recomputed(_Seeded(self, seed), inputs)
         return self.seeded(inputs, seed)
 
+    @override
     def seeded(self, inputs: Any, seed: int) -> Any:
-        """Call the model, whatever is kept for backward."""
         seed_quickly(mixed(seed, 0))
         return self.model(inputs)
 
@@ -274,11 +275,7 @@ class _Seeded(nn.Module):
 
     def forward(self, inputs: Any) -> Any:
         # Copies: a layer may work in place, and what is computed again begins with the same values.
-        return self.chunk.seeded(tree_map(_copied, inputs), self._seed)
-
-
-def _copied(value: Any) -> Any:
-    return value.clone() if isinstance(value, Tensor) else value
+        return self.chunk.seeded(copied(inputs), self._seed)
 
 
 @dataclass

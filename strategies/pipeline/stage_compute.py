@@ -173,7 +173,7 @@ class _Loaded(Source):
 
     @override
     def peek(self, micro_batch: int) -> Any:
-        """Of a model that is cut one tensor."""
+        """Of a model that is cut tensors and constants only."""
         self._read_up_to(micro_batch)
         inputs = self._pairs[micro_batch][0]
         return entering(inputs) if self._owner._settings.stages > 1 else inputs

@@ -320,6 +320,14 @@ def test_trees_are_gone_through_in_order() -> None:
     assert [leaf if not isinstance(leaf, Tensor) else "t" for leaf in leaves] == ["t", 2, None, 3]
     doubled = of_torch.tree_map(lambda leaf: leaf if leaf is None else leaf * 2, tree)
     assert doubled["b"][1] == (4, None) and doubled["a"] == 6
+    assert of_torch.tree_places(tree) == ["['b'][0]", "['b'][1][0]", "['b'][1][1]", "['a']"]
+
+
+def test_a_tree_is_put_together_from_its_written_structure() -> None:
+    leaves, structure = of_torch.tree_flatten({"b": [1, (2, None)], "a": 3})
+    again = of_torch.structure_from_text(of_torch.structure_text(structure))
+    assert again == structure != of_torch.tree_flatten([1, 2, None, 3])[1]
+    assert of_torch.tree_unflatten(leaves, again) == {"b": [1, (2, None)], "a": 3}
 
 
 def test_a_stream_does_not_see_that_a_loader_reads_it(monkeypatch: pytest.MonkeyPatch) -> None:

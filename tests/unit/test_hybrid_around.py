@@ -501,10 +501,6 @@ def test_any_inputs_and_outputs_where_nothing_is_cut(
         assert (found[name] - expected[name]).abs().max() < 1e-10, name
 
 
-def test_a_cut_model_takes_one_tensor() -> None:
-    refused(Mapped, "a pipeline takes one tensor")
-
-
 @pytest.mark.parametrize("data_strategy", ["ring", "ps-sync"])
 def test_a_stage_with_nothing_to_train(data_strategy: str) -> None:
     kind = task_of(lambda model: nn.Sequential(nn.Flatten(), nn.Tanh(), *model))

@@ -175,7 +175,7 @@ def one_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     """Ranks are threads here and share one generator: seeding and drawing must not be torn."""
     lock, seeded = threading.Lock(), rank_model.Layers.seeded
 
-    def locked(self: rank_model.Layers, inputs: Tensor, seed: int) -> Tensor:
+    def locked(self: rank_model.Layers, inputs: Any, seed: int) -> Any:
         with lock:
             return seeded(self, inputs, seed)
 

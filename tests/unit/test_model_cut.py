@@ -82,9 +82,9 @@ def test_profiling_changes_nothing() -> None:
     assert not inputs.requires_grad
 
 
-def test_a_layer_that_gives_no_tensor_is_named() -> None:
-    with pytest.raises(SpecError, match="layer 1 gives tuple"):
-        profile(layers_of(nn.Sequential(nn.Linear(4, 4), nn.LSTM(4, 4))), torch.ones(2, 4))
+def test_all_tensors_that_a_layer_gives_cross_a_cut() -> None:
+    _, lstm = profile(layers_of(nn.Sequential(nn.Linear(4, 4), nn.LSTM(4, 4))), torch.ones(2, 4))
+    assert lstm.output_bytes == 4 * (2 * 4 + 4 + 4), "outputs, and the two states"
 
 
 def cost(seconds: float, parameters: int = 0, activations: int = 0, outputs: int = 0) -> LayerCost:
