@@ -31,7 +31,7 @@ from distplat.strategies.collective import Collective
 from distplat.strategies.function.averages import GroupAverages, ServerAverages
 from distplat.strategies.function.gradient_average import Exchange, Surroundings, take_over
 from distplat.strategies.function.metric_gathering import gather_for_metrics
-from distplat.strategies.function.oversight import OptimizerWatch, Watched
+from distplat.strategies.function.oversight import OptimizerWatch, ReportWatch
 from distplat.strategies.function.server_updates import ServerUpdates
 from distplat.strategies.function.sharded_loader import (
     Cut,
@@ -137,8 +137,8 @@ class FunctionSession:
         self._watch = OptimizerWatch(lambda: exchange.models, *watched, alone=alone)
         self._samples = self._epoch = 0
         self._batch = RankBatch(None, 0, 0)  #: the last one, without what it holds
-        self._watched = Watched(job)
-        self._asks = self._warned = self._data_seen = False
+        self._watched = ReportWatch(job)
+        self._asks = self._warned = self._data_checked = False
         self._waited_s, self._last = 0.0, time.perf_counter()
         self._progress.step = saved.step if saved is not None else 0
         self._progress.begun = True
@@ -192,13 +192,13 @@ class FunctionSession:
         """Look at an optimizer, and where the gradients come from that it is to use."""
         self._exchange.check(optimizer)
         prepared = self._batch.samples > 0 or self.group.world == 1
-        if not prepared and not self._data_seen and self.place.is_main_process:
+        if not prepared and not self._data_checked and self.place.is_main_process:
             logger.warning(
                 "the first batch is of no loader that prepare() gave: all %d workers train on the "
                 "same samples, unless the loop reads a part by rank",
                 self.group.world,
             )
-        self._data_seen = True
+        self._data_checked = True
 
     def _read(self, batch: RankBatch, waited_s: float, epoch: int) -> None:
         self._epoch, self._batch = epoch, batch._replace(batch=None)

@@ -8,7 +8,7 @@ Averages a model's gradients over the ranks in each backward, as DistributedData
 So what stands in `.grad` when `backward()` has returned is the mean over the ranks, and whatever
 the loop does with it afterwards is as in one process: clipping, a scaler, any optimizer of torch.
 
-Which of them a strategy does, and with which optimizer, is its `Exchange`.
+How a strategy trains the models of a session is its `Exchange`.
 
 A parameter has a gradient if `.grad` is not None, as torch has it. One that some rank has and
 another has not counts there as zero; one that no rank has stays None, and its optimizer leaves it.

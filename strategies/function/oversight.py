@@ -127,7 +127,7 @@ def check_alike(model: nn.Module, group: Collective, when: str) -> None:
                 )
 
 
-class Watched:
+class ReportWatch:
     """
     Looks at one rank's reports.
 

@@ -213,6 +213,30 @@ def test_trees_give_what_one_process_gives(
     assert reports[-1].sums["loss"] / SAMPLES == pytest.approx(loss, rel=1e-10)
 
 
+class Wide(Block):
+    """A block with a pair of layers that slices share."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(WIDTH, 2 * WIDTH), nn.Linear(2 * WIDTH, WIDTH)
+
+    def forward(self, value: Any) -> Any:
+        hidden, around = super().forward(value)
+        return hidden + self.down(self.up(hidden).tanh()), around
+
+
+@pytest.mark.parametrize("data", [1, 2])
+def test_slices_hand_on_trees_too(data: int) -> None:
+    kind = type("Sliced", (Carrying,), {"block": Wide})
+    plan = {"*.up": "colwise", "*.down": "rowwise"}
+    chosen, workers = grid_of(2, 2, data, tensor_plan=plan)
+    job = hybrid_job(chosen, workers, steps=STEPS, data={"shuffle": False})
+    found, (expected, _) = whole(train(job, kind, timeout_s=30)), plain(kind)
+    assert found.keys() == expected.keys()
+    for name in expected:
+        assert (found[name] - expected[name]).abs().max() < 1e-10, name
+
+
 class Otherwise(Block):
     """Hands on another form in training."""
 
