@@ -24,8 +24,13 @@ from distplat.platform.errors import DistplatError
 
 logger = logging.getLogger(__name__)
 
-_ANSWER_S = 0.5
-"""How long a spare may take to say that it is there; a new process takes seconds."""
+_ANSWER_S = 10.0
+"""
+How long a spare may take to say that it is there.
+
+One that still imports torch answers once a shared library is loaded: the loader holds the GIL.
+A new process would only begin with that.
+"""
 
 
 @dataclass(frozen=True)
@@ -43,6 +48,7 @@ class Spares:
         transport: by which they are called.
         make: asks for one, given its node and its number in this run.
         order: gives what it is to import.
+        answer_s: seconds after which one that does not answer is taken to be frozen.
     """
 
     def __init__(
@@ -50,8 +56,10 @@ class Spares:
         transport: Transport,
         make: Callable[[str, int], Any],
         order: Callable[[], WorkOrder],
+        answer_s: float = _ANSWER_S,
     ) -> None:
         self._transport, self._make, self._order = transport, make, order
+        self._answer_s = answer_s
         self._there: dict[str, _Spare] = {}  #: by node
         self._without: set[str] = set()  #: nodes on which the imports have failed
         self._made = 0
@@ -71,8 +79,9 @@ class Spares:
         if spare is None:
             return None
         try:
-            self._transport.get(self._transport.call(spare.actor, "is_there"), _ANSWER_S)
-        except (TransportError, DistplatError):
+            self._transport.get(self._transport.call(spare.actor, "is_there"), self._answer_s)
+        except (TransportError, DistplatError) as error:
+            logger.warning("the spare worker on node %s is not used: %s", node[:8], error)
             self._transport.kill(spare.actor)
             return None
         return spare.actor
@@ -89,7 +98,7 @@ class Spares:
         for reply in come:
             node = replies[reply]
             try:
-                self._transport.get(reply, _ANSWER_S)
+                self._transport.get(reply, self._answer_s)
             except (Unanswered, NotHere):
                 pass  # nobody is sure; `take` asks
             except (TransportError, DistplatError) as error:

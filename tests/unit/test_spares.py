@@ -33,7 +33,13 @@ class _Run:
         self.made: list[Actor] = []
         self.ordered: list[Any] = []
         self.broken: set[str] = set()
-        self.spares = Spares(self.cluster.transport(), self._make, lambda: cast(Any, "the task"))
+        self._order = cast(Any, "the task")
+        self.spares = Spares(self.cluster.transport(), self._make, lambda: self._order)
+
+    def impatient(self) -> None:
+        """Have spares that are given up soon."""
+        order, transport = self._order, self.cluster.transport()
+        self.spares = Spares(transport, self._make, lambda: order, answer_s=0.3)
 
     def _make(self, node: str, number: int) -> Actor:
         body = _Process(self.ordered, self.broken, node)
@@ -83,12 +89,25 @@ def test_none_is_taken_from_another_node(run: _Run) -> None:
 
 
 @pytest.mark.parametrize("fault", [Fault(kill="before"), Fault(delay_s=60)], ids=["dead", "frozen"])
-def test_one_that_does_not_answer_is_ended(run: _Run, fault: Fault) -> None:
+def test_one_that_does_not_answer_is_ended(
+    run: _Run, fault: Fault, caplog: pytest.LogCaptureFixture
+) -> None:
     """It died with the worker, or is as frozen as the node is: a new process is made."""
+    run.impatient()
     run.spares.keep(["a"])
     run.cluster.inject("is_there", fault)
     assert run.spares.take("a") is None
     assert run.living == []
+    (said,) = (record.getMessage() for record in caplog.records)
+    assert said.startswith("the spare worker on node a is not used: ")
+
+
+def test_one_that_loads_a_library_is_taken_all_the_same(run: _Run) -> None:
+    """Its answer is late, as the loader holds the GIL; a new process has all of it to load."""
+    run.spares.keep(["a"])
+    run.cluster.inject("is_there", Fault(delay_s=0.6))
+    assert run.spares.take("a") is run.made[0]
+    run.cluster.transport().kill(run.made[0])
 
 
 def test_one_that_cannot_import_is_said_once_and_not_made_again(
