@@ -41,7 +41,9 @@ class RayBoard(Board):
 logger = logging.getLogger(__name__)
 
 if TYPE_CHECKING:
+    from distplat.actors.collectives.default_group import DefaultGroup
     from distplat.actors.collectives.group import CollectiveGroup
+    from distplat.actors.collectives.rendezvous import GroupSettings
     from distplat.actors.servers.leases import RemoteLeases
     from distplat.actors.servers.shards import RemoteShards
     from distplat.actors.servers.tables import RemoteTables
@@ -64,6 +66,7 @@ class Connection:
         self._servers: RemoteShards | None = None
         self._tables: RemoteTables | None = None
         self._leases: RemoteLeases | None = None
+        self._default_group: DefaultGroup | None = None
 
     def ports(self, order: WorkOrder, prepared: Prepared) -> Ports:
         """
@@ -92,6 +95,16 @@ class Connection:
         assert order.collective is not None, "only strategies with a group run train functions"
         return self._form(order, order.collective)
 
+    def default_group(self, order: WorkOrder) -> "DefaultGroup":
+        """Make a train function's way into torch's default process group; nobody is met yet."""
+        from distplat.actors.collectives.default_group import DefaultGroup
+
+        assert order.collective is not None, "see `group`"
+        settings = self._settings(order, order.collective)
+        name, world = f"{order.run}/{order.attempt}", order.job.scaling.world
+        self._default_group = DefaultGroup(name, order.rank, world, settings)
+        return self._default_group
+
     def shards(self, order: WorkOrder) -> "RemoteShards | None":
         """Make a train function's way to the servers; None where the strategy has none."""
         if order.manager is None:
@@ -118,21 +131,17 @@ class Connection:
 
     def _form(self, order: WorkOrder, spec: GroupSpec) -> "CollectiveGroup":
         from distplat.actors.collectives.ray_groups import create_group  # only who needs it
+
+        name, world = f"{order.run}/{order.attempt}", order.job.scaling.world
+        settings = self._settings(order, spec)
+        self._group = create_group(name, spec.backend, order.rank, world, settings)
+        return self._group
+
+    def _settings(self, order: WorkOrder, spec: GroupSpec) -> "GroupSettings":
         from distplat.actors.collectives.rendezvous import GroupSettings
 
-        self._group = create_group(
-            f"{order.run}/{order.attempt}",
-            spec.backend,
-            order.rank,
-            order.job.scaling.world,
-            GroupSettings(
-                spec.timeout_s,
-                order.job.failure.start_timeout_s,
-                spec.debug,
-                self._abandoned,
-            ),
-        )
-        return self._group
+        start_s = order.job.failure.start_timeout_s
+        return GroupSettings(spec.timeout_s, start_s, spec.debug, self._abandoned)
 
     def _reach_shards(self, order: WorkOrder, prepared: Prepared) -> "RemoteShards | None":
         """Make the way to the servers; None where the strategy has none."""
@@ -181,11 +190,12 @@ class Connection:
 
     def close(self) -> None:
         """
-        Leave the group, servers, tables and scheduler, as far as they were reached.
+        Leave the groups, servers, tables and scheduler, as far as they were reached.
 
         Raises nothing: who closes may be on his way out with the true reason.
         """
-        for port in (self._group, self._servers, self._tables, self._leases):
+        ports = self._group, self._servers, self._tables, self._leases, self._default_group
+        for port in ports:
             if port is None:
                 continue
             try:

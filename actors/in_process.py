@@ -34,6 +34,7 @@ from distplat.strategies.loop.loop import Progress
 from distplat.strategies.loop.session import Around, Ports, join, make_task, prepare, trained_model
 from distplat.strategies.sparse.files import keep_tables
 from distplat.strategies.task import Task
+from distplat.strategies.torch_compat import store_of_one
 from distplat.strategies.worker_strategy import make_worker_strategy
 
 logger = logging.getLogger(__name__)
@@ -176,7 +177,7 @@ def _train_function(
         if launch.task is not None and not isinstance(launch.task, type):
             return launch.task
         found = load_train_function(launch.job.task or "", launch.working_dir)
-        check_function(found)
+        check_function(found, launch.job.task_args)
         return found
 
     saved = _saved(checkpoints.newest())
@@ -187,7 +188,7 @@ def _train_function(
             servers = ending.enter_context(closing(Servers(launch.job, launch.roles, launch.run)))
             shards = servers.shards(0, 1)
         group = Fabric(1).collective(0)
-        trained = run_function(launch.job, load, group, "here", outlets, shards)
+        trained = run_function(launch.job, load, group, "here", outlets, shards, store_of_one)
     uploader.flush()
     handlers.on_model(saved_model(trained))
     checkpoints.drain()

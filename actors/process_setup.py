@@ -41,7 +41,13 @@ def quick_imports() -> Iterator[None]:
 
 
 def log_to_stderr() -> None:
-    """Show distplat's own records from INFO up in this process; other packages' are left alone."""
+    """
+    Show distplat's own records from INFO up in this process; other packages' are left alone.
+
+    Ray is told not to print the errors of calls that nobody waits for any more: after a loss
+    servers refuse those of the attempt before, as they should, and each would be a traceback.
+    """
+    os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")
     ours = logging.getLogger("distplat")
     if not ours.handlers:
         handler = logging.StreamHandler(sys.stderr)

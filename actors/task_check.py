@@ -18,13 +18,18 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import distplat
-from distplat.actors.task_loading import load_task_class, load_train_function
+from distplat.actors.task_loading import (
+    load_task_class,
+    load_train_function,
+    needed_arguments,
+    takes_names,
+)
 from distplat.platform.errors import Problem, SpecError, UserCodeError, hint
 from distplat.platform.lr_schedules import Schedule
 from distplat.platform.optimizers import TaskOptimizer
@@ -81,12 +86,16 @@ def check_class(kind: object, given: Iterable[str], said: Iterable[str] = ()) ->
     return unheard(kind)
 
 
-def check_function(function: object) -> list[str]:
+def check_function(function: object, given: Iterable[str]) -> list[str]:
     """
     Look at a train function; gives nothing to say, as `check_class` does where all is meant.
 
+    Args:
+        function: what should be one.
+        given: names in `task_args`.
+
     Raises:
-        SpecError: it is no function, or one that takes more than the job's `task_args`.
+        SpecError: it is no function, or one that does not take these arguments.
     """
     if isinstance(function, type) or not callable(function):
         text = f"must be a train function, got a {type(function).__name__}"
@@ -95,15 +104,13 @@ def check_function(function: object) -> list[str]:
     if inspect.iscoroutinefunction(function) or inspect.isgeneratorfunction(function):
         text = f"{name} is a coroutine or a generator: nothing in it would run"
         raise SpecError(Problem(("task",), text, "write a plain function"))
-    parameters = [*inspect.signature(function).parameters.values()]
-    needed = [p for p in parameters if p.default is p.empty and p.kind not in _OPEN]
-    if len(needed) > 1 or any(p.kind is p.KEYWORD_ONLY for p in needed):
-        text = f"{name} needs {', '.join(p.name for p in needed)}; it is given one argument"
-        raise SpecError(Problem(("task",), text, "write train(config): a dict of `task_args`"))
+    if takes_names(function):
+        if any(p.kind is p.POSITIONAL_ONLY for p in needed_arguments(function)):
+            text = f"{name} takes arguments by their place alone, and `task_args` has names"
+            raise SpecError(Problem(("task",), text, "remove the / from its parameters"))
+        if problems := _arguments(function, [*given]):
+            raise SpecError(*problems)
     return []
-
-
-_OPEN = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 
 
 def _missing(kind: type[Task]) -> list[Problem]:
@@ -121,26 +128,25 @@ def _missing(kind: type[Task]) -> list[Problem]:
     ]
 
 
-def _arguments(kind: type[Task], given: list[str]) -> list[Problem]:
-    """Compare `task_args` with the constructor."""
+def _arguments(kind: Callable[..., object], given: list[str]) -> list[Problem]:
+    """Compare `task_args` with a task's constructor, or with a train function."""
     try:
         parameters = inspect.signature(kind).parameters.values()
     except (TypeError, ValueError):
         return []  # written in C, or with a signature of its own
     named = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
     names = [p.name for p in named]
+    called = getattr(kind, "__name__", "the function")
     problems = []
     if not any(p.kind is p.VAR_KEYWORD for p in parameters):
         problems = [
-            Problem(
-                ("task_args", name), f"{kind.__name__} takes no such argument", hint(name, names)
-            )
+            Problem(("task_args", name), f"{called} takes no such argument", hint(name, names))
             for name in given
             if name not in names
         ]
     lacking = [p.name for p in named if p.default is p.empty and p.name not in given]
     problems += [
-        Problem(("task_args",), f"{kind.__name__} needs the argument {name!r}", "give it a value")
+        Problem(("task_args",), f"{called} needs the argument {name!r}", "give it a value")
         for name in lacking
     ]
     return problems
@@ -244,6 +250,9 @@ class TaskCheck:
             self._child.stdout.close()
 
 
+_TORCHRUN = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
+
+
 def answer() -> None:
     """Be the child: answer on stdout, and let the user's module print on stderr."""
     out = os.fdopen(os.dup(1), "w")
@@ -253,7 +262,8 @@ def answer() -> None:
     try:
         where = request["entry"], request["folder"]
         if request["function"]:
-            found["unheard"] = check_function(load_train_function(*where))
+            os.environ.update(_TORCHRUN)  # many a script reads them when it is imported
+            found["unheard"] = check_function(load_train_function(*where), request["given"])
         else:
             kind = load_task_class(*where)
             found["unheard"] = check_class(kind, request["given"], request["said"])

@@ -1,18 +1,19 @@
 """Find the user's task, or train function."""
 
 import importlib
+import inspect
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import FunctionType, ModuleType
-from typing import TypeAlias, cast
+from typing import Any, TypeAlias, cast
 
 from distplat.platform.errors import Problem, SpecError
 from distplat.platform.errors import hint as hint_of
 from distplat.strategies.task import Task
 
 TrainFunction: TypeAlias = Callable[..., object]
-"""A loop of the user's own; called with the job's `task_args`, or with nothing."""
+"""A loop of the user's own; see `call_train_function`."""
 
 
 def load_task_class(entry: str, search_path: str) -> type[Task]:
@@ -61,6 +62,34 @@ def load_train_function(entry: str, search_path: str) -> TrainFunction:
     what = "has no function" if found is None else "has no function called"
     message = f"module {module.__name__!r} {what} {name!r}"
     raise SpecError(Problem(("task",), message, hint_of(name, there)))
+
+
+def needed_arguments(function: TrainFunction) -> list[inspect.Parameter]:
+    """Give the parameters of a function that have no default."""
+    parameters = inspect.signature(function).parameters.values()
+    return [p for p in parameters if p.default is p.empty and p.kind not in _OPEN]
+
+
+def takes_names(function: TrainFunction) -> bool:
+    """Say whether a function takes `task_args` one by one, as it has no place for one dict."""
+    needed = needed_arguments(function)
+    parameters = inspect.signature(function).parameters.values()
+    by_name = [p for p in parameters if p.kind in (p.KEYWORD_ONLY, p.VAR_KEYWORD)]
+    only_names = bool(by_name) and len(by_name) == len(parameters)
+    return len(needed) > 1 or any(p.kind is p.KEYWORD_ONLY for p in needed) or only_names
+
+
+def call_train_function(function: TrainFunction, config: Mapping[str, Any]) -> None:
+    """Call a train function with `task_args`: as one dict, or by name, or not where it has none."""
+    if takes_names(function):
+        function(**config)
+    elif inspect.signature(function).parameters:
+        function(dict(config))
+    else:
+        function()
+
+
+_OPEN = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 
 
 def _imported(entry: str, search_path: str) -> tuple[ModuleType, str]:

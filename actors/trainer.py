@@ -43,7 +43,7 @@ logger = logging.getLogger(__name__)
 def _checked(task: object, job: Job) -> list[str]:
     """Look at what `Trainer` was handed; see `check_class`."""
     if job.own_loop:
-        return check_function(task)
+        return check_function(task, job.task_args)
     return check_class(task, job.task_args, said_by_job(job))
 
 

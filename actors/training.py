@@ -14,6 +14,7 @@ import pickle
 import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -24,15 +25,21 @@ from safetensors.torch import save
 from torch import Tensor
 
 from distplat.actors.checkpoint_uploader import CheckpointUploader
+from distplat.actors.collectives.default_group import as_torchrun
 from distplat.actors.connection import Connection
 from distplat.actors.messages import WorkOrder
 from distplat.actors.process_setup import log_to_stderr
 from distplat.actors.ray_errors import of_platform
 from distplat.actors.ray_transport import RayTransport, host_here
 from distplat.actors.task_check import check_class, check_function, said_by_job
-from distplat.actors.task_loading import TrainFunction, load_task_class, load_train_function
+from distplat.actors.task_loading import (
+    TrainFunction,
+    call_train_function,
+    load_task_class,
+    load_train_function,
+)
 from distplat.actors.transport import NotHere, TransportError
-from distplat.actors.user_errors import as_user_error, killed_loader
+from distplat.actors.user_errors import as_user_error, killed_loader, lost_peer
 from distplat.actors.weights import Reply
 from distplat.platform.checkpoints import Delivery
 from distplat.platform.errors import (
@@ -50,7 +57,7 @@ from distplat.strategies.checkpoint.checkpoint_reader import SavedState
 from distplat.strategies.checkpoint.parts import model_part
 from distplat.strategies.collective import Collective, gather_bytes
 from distplat.strategies.function.function_session import FunctionSession, Outlets, Place
-from distplat.strategies.function.words import call, running
+from distplat.strategies.function.words import running
 from distplat.strategies.loop.checks import check_device
 from distplat.strategies.loop.loop import Progress
 from distplat.strategies.loop.prepared import Prepared
@@ -82,6 +89,7 @@ def run_function(
     node: str,
     outlets: Outlets,
     shards: LoopShards | None = None,
+    rendezvous: Callable[[], Any] | None = None,
 ) -> dict[str, Tensor]:
     """
     Call a train function; give the state of what it has prepared.
@@ -93,6 +101,7 @@ def run_function(
         node: this rank's.
         outlets: to the worker.
         shards: the way to parameter servers; None: the strategy has none.
+        rendezvous: see `as_torchrun`; None: torch.distributed has no group, as ranks are threads.
 
     Raises:
         whatever the function raises.
@@ -100,13 +109,14 @@ def run_function(
     device = "cuda" if job.scaling.use_gpu else "cpu"
     check_device(device)
     place = _place(group, node, torch.device(device))
-    seed_all(job.seed)
-    function = load()
     session = FunctionSession(job, place, group, outlets, shards)
     try:
-        seed_all(job.seed)
-        with running(session):
-            call(function, job.task_args)
+        with as_torchrun(place, rendezvous) if rendezvous is not None else nullcontext():
+            seed_all(job.seed)
+            function = load()
+            seed_all(job.seed)
+            with running(session):
+                call_train_function(function, job.task_args)
         session.leave()
         group.barrier()  # who leaves early takes its memory with it
         return {name: value.clone() for name, value in session.trained().items()}
@@ -128,7 +138,7 @@ def loaded(order: WorkOrder, search_path: str) -> TrainFunction:
         found: TrainFunction = pickle.loads(order.task)  # noqa: S301  our own driver pickled it
     else:
         found = load_train_function(order.task, search_path)
-    check_function(found)
+    check_function(found, order.job.task_args)
     return found
 
 
@@ -325,6 +335,7 @@ class Session:
                 RayTransport().node,
                 Outlets(self._report, uploader.take, progress, _saved(order), ending),
                 connection.shards(order),
+                connection.default_group(order).rendezvous,
             )
             uploader.flush()
             return saved_model(trained)
@@ -382,7 +393,7 @@ class Session:
 
 def _of_platform(error: BaseException) -> DistplatError | None:
     """Give our error for what the user's code is not to blame for; else None."""
-    return of_platform(error) or killed_loader(error)
+    return of_platform(error) or killed_loader(error) or lost_peer(error)
 
 
 def _put(arrays: list[Bytes]) -> list[Any]:

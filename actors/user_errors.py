@@ -45,7 +45,8 @@ _MEMORY = (
     "take less memory, too"
 )
 _GROUP = (
-    "torch.distributed has no group in a worker, and needs none. In a train function "
+    "torch.distributed has no group in a worker, and needs none; a train function that wants one "
+    "calls `torch.distributed.init_process_group()`. In a train function "
     "`distplat.get_context()` has rank, world size and device, `distplat.prepare` stands for "
     "DistributedDataParallel and DistributedSampler, `distplat.gather_for_metrics` for all_reduce: "
     "docs/from/ddp.md. `distplat submit -- python train.py` runs a script as it is"
@@ -54,6 +55,11 @@ _COMMAND_LINE = (
     "a worker has no command line of yours: take what it said from the job's `task_args`, which a "
     "train function gets as `config` and a task as arguments; parse_args([]) gives the defaults"
 )
+_LOST_PEER = (
+    *("closed by peer", "remote peer", "reset by peer", "broken pipe", "connection refused"),
+    *("timed out waiting", "application timeout"),
+)
+"""How torch says, in an operation of a group, that another rank is gone or does not come."""
 _REMEDIES = (
     ("Default process group has not been initialized", _GROUP),
     ("using env:// rendezvous", _GROUP),
@@ -125,6 +131,16 @@ def killed_loader(error: BaseException) -> InfrastructureError | None:
         return None
     text = "a loader process was killed, most likely for want of memory: "
     return InfrastructureError(text + "fewer `data.num_workers` take less")
+
+
+def lost_peer(error: BaseException) -> InfrastructureError | None:
+    """Give our error where torch.distributed failed as another rank is gone; else None."""
+    shown = str(error)
+    of_torch = isinstance(error, RuntimeError) and ("gloo" in shown or "NCCL" in shown)
+    if not of_torch or not any(how in shown.lower() for how in _LOST_PEER):
+        return None
+    text = "torch.distributed, called by the function, lost another rank: "
+    return InfrastructureError(text + shown.splitlines()[0])
 
 
 def _ended_by(number: signal.Signals, error: BaseException) -> bool:

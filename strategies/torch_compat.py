@@ -21,6 +21,7 @@ from typing import Any, TypeGuard
 import torch
 import torch.distributed
 from torch import Tensor, nn
+from torch.distributed.rendezvous import _rendezvous_handlers
 from torch.nn.modules.batchnorm import _NormBase
 from torch.utils import _pytree
 from torch.utils.data._utils import worker as loader_worker
@@ -187,6 +188,47 @@ def connect_store(host: str, port: int, timeout_s: float, secret: str) -> Any:
     timeout = timedelta(seconds=timeout_s)
     client = dist.TCPStore(host, port, is_master=False, timeout=timeout, wait_for_workers=False)
     return dist.PrefixStore(secret, client)
+
+
+def within(store: Any, purpose: str) -> Any:
+    """Give a part of a store that no other purpose shares."""
+    return dist.PrefixStore(purpose, store)
+
+
+def store_of_one() -> Any:
+    """Give a store for a group of one rank."""
+    return dist.HashStore()
+
+
+@contextmanager
+def env_rendezvous(give: Callable[[], Any], rank: int, world: int) -> Iterator[None]:
+    """
+    Have `init_process_group()` without an address take a store of ours.
+
+    Public is only to add a scheme, and scripts name none.
+
+    Args:
+        give: the store of the group that is being made.
+        rank: this process's, whatever the call says.
+        world: ranks in the group.
+    """
+    before = _rendezvous_handlers["env"]
+    _rendezvous_handlers["env"] = lambda url, **more: iter([(give(), rank, world)])
+    try:
+        yield
+    finally:
+        _rendezvous_handlers["env"] = before
+
+
+def has_default_group() -> bool:
+    """Say whether `init_process_group()` was called."""
+    return bool(dist.is_available() and dist.is_initialized())
+
+
+def destroy_default_group() -> None:
+    """Destroy torch's default group and all that were made beside it, if there is one."""
+    if has_default_group():
+        dist.destroy_process_group()
 
 
 def gloo_group(

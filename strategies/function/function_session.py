@@ -43,9 +43,11 @@ from distplat.strategies.function.stream_loader import StreamLoader
 from distplat.strategies.loop.loop import Progress
 from distplat.strategies.loop.seeding import seed_step
 from distplat.strategies.loop.streams import is_stream
+from distplat.strategies.model.module_hooks import passing_on
 from distplat.strategies.model.parameter_layout import dtype_name
 from distplat.strategies.ports import LoopShards
 from distplat.strategies.state_tree import pack, unpack
+from distplat.strategies.torch_compat import has_default_group
 
 logger = logging.getLogger(__name__)
 
@@ -84,6 +86,16 @@ class Place:
     def is_main_process(self) -> bool:
         """Whether this is rank 0, whose reports are the run's metrics."""
         return self.rank == 0
+
+    @property
+    def variables(self) -> dict[str, str]:
+        """What scripts read of torchrun's environment variables."""
+        return {
+            "RANK": str(self.rank),
+            "WORLD_SIZE": str(self.world),
+            "LOCAL_RANK": str(self.local_rank),
+            "LOCAL_WORLD_SIZE": str(self.local_world),
+        }
 
 
 @dataclass(frozen=True)
@@ -153,15 +165,18 @@ class FunctionSession:
             seed_step(self.job.seed, self._progress.step, self.place.rank)
         return found[0] if len(found) == 1 else found
 
-    def _model(self, model: nn.Module, *, alone: bool) -> nn.Module:
+    def _model(self, given: nn.Module, *, alone: bool) -> nn.Module:
+        model = given
+        if isinstance(given, nn.parallel.DistributedDataParallel):
+            model = passing_on(given, self.no_sync)
         if any(one is model for one in self._exchange.models):
             raise _refused("a model that it got before", "prepare each model once")
         model.to(self.place.device)
         if not any(one.requires_grad for one in model.parameters()):  # a teacher, for example
             take_over([one for one in model.state_dict().values() if one.numel()], self.group)
-            return model
+            return given
         self._exchange.add(model, alone=alone)
-        return model
+        return given
 
     def _other(self, thing: Any) -> Any:
         if isinstance(thing, DataLoader):
@@ -192,7 +207,8 @@ class FunctionSession:
         """Look at an optimizer, and where the gradients come from that it is to use."""
         self._exchange.check(optimizer)
         prepared = self._batch.samples > 0 or self.group.world == 1
-        if not prepared and not self._data_checked and self.place.is_main_process:
+        divided = prepared or has_default_group()  # a DistributedSampler of its own, most likely
+        if not divided and not self._data_checked and self.place.is_main_process:
             logger.warning(
                 "the first batch is of no loader that prepare() gave: all %d workers train on the "
                 "same samples, unless the loop reads a part by rank",

@@ -6,9 +6,8 @@ The words of `distplat` inside a train function; each asks the session of its th
 
 from __future__ import annotations
 
-import inspect
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
@@ -117,14 +116,6 @@ def running(session: FunctionSession) -> Iterator[None]:
             yield
     finally:
         _of_thread.session = None
-
-
-def call(function: Callable[..., object], config: Mapping[str, Any]) -> None:
-    """Call a train function, with the job's `task_args` if it takes an argument."""
-    if inspect.signature(function).parameters:
-        function(dict(config))
-    else:
-        function()
 
 
 def _session() -> FunctionSession:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+
 from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.nn.utils import parametrize
@@ -64,6 +67,23 @@ def unwrapped(model: nn.Module) -> nn.Module:
                 module._modules[name] = plain
                 unwrapped(plain)
     return model
+
+
+def passing_on(
+    wrapper: DistributedDataParallel, no_sync: Callable[[], AbstractContextManager[None]]
+) -> nn.Module:
+    """
+    Have a wrapper call its model and average nothing, as somebody else does; give the model.
+
+    Args:
+        wrapper: on which code may go on to rely: `wrapper.module`, `wrapper.no_sync()`.
+        no_sync: of who averages instead.
+    """
+    wrapper.require_backward_grad_sync = wrapper.require_forward_param_sync = False
+    wrapper.static_graph = False  # it would average after the first backward all the same
+    object.__setattr__(wrapper, "no_sync", no_sync)
+    inner: nn.Module = wrapper.module
+    return inner
 
 
 def _inside(module: nn.Module) -> nn.Module | None:

@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.autograd import backward
-from torch.utils.data import DataLoader, IterableDataset, TensorDataset
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, TensorDataset
 
 import distplat
 
@@ -100,6 +102,44 @@ def _die_once(folder: Path) -> None:
     while not [*folder.glob("*/checkpoints/*/state.json")]:
         time.sleep(0.05)
     os.kill(os.getpid(), signal.SIGKILL)
+
+
+LOCAL_RANK = int(os.environ.get("LOCAL_RANK", -1))
+
+
+def script(batch_size: int, folder: str, *, kill_in: int = -1, raise_in: int = -1) -> None:
+    """Be a script of DDP's, two lines of it changed; rank 1 ends in an epoch, once."""
+    dist.init_process_group("gloo")
+    rank = int(os.environ["RANK"])
+    assert (rank, LOCAL_RANK) == (dist.get_rank(), int(os.environ["LOCAL_RANK"]))
+    inner = model_of()
+    optimizer = torch.optim.AdamW(inner.parameters(), lr=0.05)
+    model = DistributedDataParallel(inner)
+    distplat.prepare(model, optimizer)  # one; the import is the other
+    sampler: DistributedSampler[Any] = DistributedSampler(data_of(), seed=0)
+    loader = DataLoader(data_of(), batch_size // dist.get_world_size(), sampler=sampler)
+    for epoch in range(4):
+        if rank == 1 and epoch == raise_in:
+            raise KeyError("no such column")
+        if rank == 1 and epoch == kill_in and not (marker := Path(folder) / "killed").exists():
+            marker.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        sampler.set_epoch(epoch)
+        total = torch.zeros(2)
+        for inputs, targets in loader:
+            loss = (model(inputs) - targets).square().mean()
+            backward(loss)
+            optimizer.step()
+            optimizer.zero_grad()
+            total += torch.tensor([loss.item(), 1.0])
+        dist.all_reduce(total)
+        distplat.report({"loss": total[0] / total[1], "batches": total[1]})
+    found = [None] * dist.get_world_size()
+    dist.all_gather_object(found, {"rank": rank})
+    assert found == [{"rank": one} for one in range(len(found))]
+    if rank == 0:
+        torch.save(model.module.state_dict(), Path(folder) / "model.pt")
+    dist.destroy_process_group()
 
 
 def wrong(config: dict[str, Any]) -> None:

@@ -77,6 +77,24 @@ def test_a_lost_worker_costs_the_epochs_since_the_checkpoint_and_no_bit(
         torch.testing.assert_close(found[name], value, rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.parametrize("strategy", ["ring", slow({"name": "ps-sync", "num_servers": 2})])
+def test_a_script_of_ddp_calls_torch_distributed_as_it_did(strategy: Any, tmp_path: Path) -> None:
+    """Rank 1 ends while rank 0 waits for it in `dist.all_reduce`: all begin anew."""
+    result = fit(2, tmp_path, "script", strategy=strategy, kill_in=2)
+    assert len(result.failures) == 1
+    assert [one.step for one in result.history][-4:] == [1, 2, 3, 4]
+    assert result.metrics["batches"] == 4
+    saved = torch.load(tmp_path / "model.pt")
+    for name, value in plain().items():
+        torch.testing.assert_close(saved[name], value, rtol=1e-10, atol=1e-10)
+        assert torch.equal(saved[name], state_of(result)[name])
+
+
+def test_an_error_of_one_rank_is_told_not_what_it_does_to_the_others(tmp_path: Path) -> None:
+    with pytest.raises(UserCodeError, match="no such column"):
+        fit(2, tmp_path, "script", raise_in=1)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["ring", "ps-sync"])
 def test_a_stream_goes_on_in_the_middle_of_an_epoch(strategy: str, tmp_path: Path) -> None:

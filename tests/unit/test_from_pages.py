@@ -14,7 +14,7 @@ from pages import DOCS, files_of
 from distplat import Trainer
 
 PAGES = ["lightning", "accelerate"]
-_CHANGED = {"lightning": 15, "accelerate": 10, "ddp": 6, "ray_train": 4}
+_CHANGED = {"lightning": 15, "accelerate": 10, "ddp": 2, "ray_train": 4}
 _SIDES = {"ddp": ("train.py", "loop.py")}
 
 

@@ -1,15 +1,18 @@
 """The job of a train function: what it does without, what it refuses, how it is found and run."""
 
+import os
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch.distributed as dist
 from safetensors.torch import load_file
 
 from distplat import Trainer
 from distplat.actors.task_check import TaskCheck, check_function
+from distplat.actors.task_loading import call_train_function
 from distplat.actors.verifying import Wanted, _checked
 from distplat.platform.errors import SpecError, UserCodeError
 from distplat.platform.job_file import render_job
@@ -21,6 +24,25 @@ from distplat.strategies.task import Task
 EXAMPLE = Path(__file__).parents[2] / "examples" / "train_function"
 FIELDS: dict[str, Any] = {"name": "loop", "strategy": "ring", "task": "train:train"}
 LOOP = {"optimizer": {"name": "SGD", "lr": 0.1}, "global_batch_size": 4, "steps": 2}
+
+SCRIPT = """
+import os
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+import distplat
+
+LOCAL_RANK = int(os.environ["LOCAL_RANK"])
+
+def script(width, height):
+    dist.init_process_group("gloo", timeout=timedelta(seconds=20))
+    total = torch.tensor([float(os.environ["RANK"]), 1.0])
+    dist.all_reduce(total)
+    figures = {"loss": 0.0, "rank": total[0], "world": total[1], "area": width * height}
+    distplat.report({**figures, "local": LOCAL_RANK})
+"""
 
 MODULE = """
 import distplat
@@ -42,10 +64,12 @@ class Other(distplat.Task):
 @pytest.fixture
 def folder(tmp_path: Path) -> Iterator[Path]:
     (tmp_path / "own_loops.py").write_text(MODULE)
+    (tmp_path / "own_script.py").write_text(SCRIPT)
     before = [*sys.path]
     yield tmp_path
     sys.path[:] = before
-    sys.modules.pop("own_loops", None)
+    for module in ("own_loops", "own_script"):
+        sys.modules.pop(module, None)
 
 
 def test_a_job_without_the_fields_of_a_loop_is_one_of_a_train_function(tmp_path: Path) -> None:
@@ -107,19 +131,50 @@ def test_each_field_has_an_effect_on_a_train_function_or_is_refused() -> None:
 async def coroutine(config: Any) -> None: ...
 
 
-def two(config: Any, more: Any) -> None: ...
+def two(epochs: int, lr: float) -> None: ...
 
 
 def named(config: Any, *, more: Any) -> None: ...
 
 
+def placed(epochs: int, lr: float, /) -> None: ...
+
+
 @pytest.mark.parametrize(
-    ("function", "text"),
-    [(coroutine, "coroutine"), (two, "needs config, more"), (named, "needs"), (3, "got a int")],
+    ("function", "given", "text"),
+    [
+        (coroutine, [], "coroutine"),
+        (two, ["epochs"], "task_args: two needs the argument 'lr'"),
+        (two, ["epochs", "lr", "lrr"], "task_args.lrr: two takes no such argument"),
+        (named, ["config"], "named needs the argument 'more'"),
+        (placed, ["epochs", "lr"], "by their place alone"),
+        (3, [], "got a int"),
+    ],
 )
-def test_a_function_that_cannot_be_called_is_refused(function: Any, text: str) -> None:
+def test_a_function_that_cannot_be_called_is_refused(
+    function: Any, given: list[str], text: str
+) -> None:
     with pytest.raises(SpecError, match=text):
-        check_function(function)
+        check_function(function, given)
+
+
+def test_task_args_go_to_a_function_by_name_or_as_one() -> None:
+    heard: list[Any] = []
+
+    def many(epochs: int, lr: float, *, width: int = 3) -> None:
+        heard.append((epochs, lr, width))
+
+    def one(config: Any, width: int = 3) -> None:
+        heard.append((config, width))
+
+    def any_of(**more: Any) -> None:
+        heard.append(more)
+
+    call_train_function(many, {"lr": 0.1, "epochs": 2})
+    call_train_function(one, {"lr": 0.1})
+    call_train_function(lambda: heard.append("bare"), {"lr": 0.1})
+    call_train_function(any_of, {"lr": 0.1})
+    assert heard == [(2, 0.1, 3), ({"lr": 0.1}, 3), "bare", {"lr": 0.1}]
 
 
 @pytest.mark.parametrize(
@@ -152,6 +207,16 @@ def test_it_runs_in_the_calling_process(folder: Path) -> None:
     result = Trainer({**job, "scaling": {"num_workers": 0}}, working_dir=folder).fit()
     assert [one.step for one in result.history] == [1, 2, 3]
     assert result.metrics == {"loss": 2.0, "width": 3.0}
+
+
+def test_a_script_finds_what_torchrun_gives(folder: Path) -> None:
+    """At its import as well, and in the process that looks at the job before the run."""
+    job = {**FIELDS, "task": "own_script:script", "task_args": {"width": 3, "height": 2}}
+    before = dict(os.environ)
+    result = Trainer({**job, "scaling": {"num_workers": 0}}, working_dir=folder).fit()
+    assert result.metrics == {"loss": 0, "rank": 0, "world": 1, "area": 6, "local": 0}
+    assert not dist.is_initialized()
+    assert dict(os.environ) == before
 
 
 def test_an_error_is_the_users_with_his_frames_alone(folder: Path) -> None:

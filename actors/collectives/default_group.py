@@ -1,0 +1,105 @@
+"""
+torch's default process group, for what a train function calls of `torch.distributed` itself.
+
+    init_process_group()  ->  rendezvous "env://"  ->  the attempt's store  ->  torch's gloo or NCCL
+
+torch finds the ranks by torchrun's variables, and rank 0 would open a store that answers everybody.
+Here the store is one of ours (`torch_store.py`), of which nobody sees a key who does not know its
+secret, and it is made when a function first asks for it. In all else the group is torch's own, its
+deadlines included. What is left of it when the function ends is destroyed.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import socket
+import struct
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from typing import Any
+
+from distplat.actors.collectives.rendezvous import GroupSettings
+from distplat.actors.collectives.torch_store import Store
+from distplat.strategies import torch_compat
+from distplat.strategies.function.function_session import Place
+
+_INTERFACE = "GLOO_SOCKET_IFNAME"
+_SIOCGIFADDR = 0x8915  # of linux/sockios.h
+
+
+class DefaultGroup:
+    """
+    One rank's way to the others, for torch's default process group, in one attempt.
+
+    Args:
+        name: of the attempt.
+        rank: this worker's.
+        world: all workers.
+        settings: of the attempt's groups.
+    """
+
+    def __init__(self, name: str, rank: int, world: int, settings: GroupSettings) -> None:
+        self._name, self._rank, self._world = f"{name}/torch.distributed", rank, world
+        self._settings = settings
+        self._store: Store | None = None
+        self._made = 0
+
+    def rendezvous(self) -> Any:
+        """
+        Give the store of the next group, once all ranks are here.
+
+        Raises:
+            DistplatError: a rank did not come, or this one was told to give up.
+        """
+        if self._store is None:
+            self._store = Store(self._name, self._rank, self._world, self._settings)
+            if (interface := _interface_of(self._store.host)) is not None:
+                os.environ.setdefault(_INTERFACE, interface)
+        self._made += 1
+        return torch_compat.within(self._store.client, f"group-{self._made}")
+
+    def close(self) -> None:
+        """Serve the store no more."""
+        if self._store is not None:
+            self._store.close(troubled=False)
+
+
+@contextmanager
+def as_torchrun(place: Place, rendezvous: Callable[[], Any]) -> Iterator[None]:
+    """
+    Give the user's code what it has under torchrun: its variables and `init_process_group()`.
+
+    Args:
+        place: of this rank.
+        rendezvous: gives the store of each group that is made, once all ranks ask for it.
+    """
+    before = {name: os.environ.get(name) for name in (*place.variables, _INTERFACE)}
+    os.environ.update(place.variables)
+    ours = not torch_compat.has_default_group()
+    try:
+        with torch_compat.env_rendezvous(rendezvous, place.rank, place.world):
+            yield
+    finally:
+        if ours:
+            torch_compat.destroy_default_group()
+        for name, value in before.items():
+            os.environ.pop(name, None)
+            if value is not None:
+                os.environ[name] = value
+
+
+def _interface_of(address: str) -> str | None:
+    """
+    Give the network interface that has an address; None where there is none, or it is IPv6's.
+
+    By itself gloo takes the one that the host's name leads to, which is often loopback.
+    """
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as any_socket:
+        for _, name in socket.if_nameindex():
+            question = struct.pack("256s", name.encode()[:15])
+            with suppress(OSError):  # it has no address
+                answer = fcntl.ioctl(any_socket, _SIOCGIFADDR, question)
+                if socket.inet_ntoa(answer[20:24]) == address:
+                    return name
+    return None
