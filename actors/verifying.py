@@ -43,7 +43,7 @@ from distplat.platform.errors import (
 )
 from distplat.platform.run_directory import TASK_FILE
 from distplat.platform.shard_map import ShardPlan
-from distplat.platform.spec import Checkpoint, Evaluation, Job, Scaling, StrategySpec
+from distplat.platform.spec import CheckpointConfig, Evaluation, Job, Scaling, StrategySpec
 from distplat.platform.tensor_file import TASK_PREFIX
 from distplat.strategies.catalog import load_job, make_strategy
 from distplat.strategies.loop.prepared import Prepared
@@ -187,7 +187,7 @@ def job_for(wanted: Wanted, name: str) -> Job | SpecError:
             "storage_path": "runs",
             "steps": wanted.steps,
             "epochs": None,
-            "checkpoint": Checkpoint(every_steps=1, num_to_keep=wanted.steps + 1),
+            "checkpoint": CheckpointConfig(every_steps=1, num_to_keep=wanted.steps + 1),
             "evaluation": Evaluation(every_epochs=0),
             "failure": job.failure.model_copy(update={"max_failures": 0, "max_preemptions": 0}),
         }
@@ -195,7 +195,7 @@ def job_for(wanted: Wanted, name: str) -> Job | SpecError:
     try:
         if problems := short.problems():
             raise SpecError(*problems)
-        plain = short.model_copy(update={"checkpoint": Checkpoint()})
+        plain = short.model_copy(update={"checkpoint": CheckpointConfig()})
         strategy = make_strategy(plain)
     except SpecError as error:
         return error

@@ -13,6 +13,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "Callback": "distplat.actors.callbacks",
+    "Checkpoint": "distplat.strategies.directory_checkpoint",
     "Trainer": "distplat.actors.trainer",
     "Result": "distplat.actors.result",
     "weights": "distplat.actors.weights",
@@ -34,6 +35,7 @@ _HOMES = {
 
 __all__ = [
     "Callback",
+    "Checkpoint",
     "DistplatError",
     "Job",
     "Result",
@@ -62,6 +64,7 @@ if TYPE_CHECKING:
     from distplat.platform.errors import DistplatError
     from distplat.platform.spec import Job
     from distplat.strategies.catalog import load_job
+    from distplat.strategies.directory_checkpoint import Checkpoint
     from distplat.strategies.function.words import (
         barrier,
         gather_for_metrics,

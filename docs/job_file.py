@@ -58,7 +58,7 @@ SECTIONS: list[tuple[str, str, type[BaseModel]]] = [
     ("compile", "compile.", model_options.Compile),
     ("ema", "ema.", model_options.EMA),
     ("evaluation", "evaluation.", spec.Evaluation),
-    ("checkpoint", "checkpoint.", spec.Checkpoint),
+    ("checkpoint", "checkpoint.", spec.CheckpointConfig),
     ("checkpoint.keep_best", "checkpoint.keep_best.", evaluations.KeepBest),
     ("early_stop", "early_stop.", evaluations.EarlyStop),
     ("failure", "failure.", spec.Failure),

@@ -188,7 +188,7 @@ class Evaluation(Spec):
         return set() if self.every_steps is None else {"every_epochs"}
 
 
-class Checkpoint(Spec):
+class CheckpointConfig(Spec):
     """What is kept of the model, while it is trained and at the end (docs/checkpoints.md)."""
 
     every_steps: Count | None = None
@@ -293,7 +293,7 @@ class Job(Spec):
     """Seeds model, data, their order and dropout; the same seed gives the same bits."""
     data: Data = Data()
     evaluation: Evaluation = Evaluation()
-    checkpoint: Checkpoint = Checkpoint()
+    checkpoint: CheckpointConfig = CheckpointConfig()
     early_stop: EarlyStop | None = None
     """When evaluations get no better the run ends; None: it makes all its steps."""
     max_time_s: Positive | None = None
@@ -468,7 +468,7 @@ def _checkpoint_problems(job: Job) -> list[Problem]:
     chosen = job.checkpoint
     if chosen.every_steps is not None and chosen.every_epochs is not None:
         return [Problem(("checkpoint",), "give `every_steps` or `every_epochs`, got both")]
-    if chosen.num_to_keep != Checkpoint().num_to_keep and not chosen.wanted:
+    if chosen.num_to_keep != CheckpointConfig().num_to_keep and not chosen.wanted:
         text = "has no effect without `every_steps` or `every_epochs`"
         return [Problem(("checkpoint", "num_to_keep"), text, "remove it")]
     if chosen.trained_only and not chosen.wanted and not chosen.save_final:

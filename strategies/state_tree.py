@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from distplat.platform.errors import Problem, SpecError
+from distplat.strategies.directory_checkpoint import Checkpoint
 
 
 def pack(tree: Any, where: str = "checkpoint") -> tuple[Any, list[Tensor]]:
@@ -25,7 +26,7 @@ def pack(tree: Any, where: str = "checkpoint") -> tuple[Any, list[Tensor]]:
     Take nested dicts, lists and tuples apart.
 
     Args:
-        tree: of tensors, numbers, strings and None.
+        tree: of tensors, numbers, strings, None and directories (`Checkpoint`).
         where: what it is called in messages.
 
     Returns:
@@ -45,6 +46,8 @@ def unpack(tree: Any, tensors: Sequence[Tensor]) -> Any:
     ((kind, held),) = tree.items()
     if kind == "tensor":
         return tensors[held]
+    if kind == "files":
+        return Checkpoint({name: tensors[number] for name, number in held})
     if kind == "dict":
         return {key: unpack(value, tensors) for key, value in held}
     items = [unpack(one, tensors) for one in held]
@@ -57,6 +60,10 @@ def _packed(tree: Any, tensors: list[Tensor], where: str) -> Any:
         return {"tensor": len(tensors) - 1}
     if tree is None or type(tree) in (bool, int, float, str):
         return tree
+    if isinstance(tree, Checkpoint):
+        first = len(tensors)
+        tensors.extend(tree.files.values())
+        return {"files": [[name, first + n] for n, name in enumerate(tree.files)]}
     if isinstance(tree, Mapping):
         return {
             "dict": [

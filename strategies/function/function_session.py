@@ -28,6 +28,7 @@ from distplat.strategies.catalog import make_strategy
 from distplat.strategies.checkpoint.checkpoint_reader import SavedState
 from distplat.strategies.checkpoint.checkpoint_types import CheckpointPart, Take
 from distplat.strategies.collective import Collective
+from distplat.strategies.directory_checkpoint import Checkpoint
 from distplat.strategies.function.averages import GroupAverages, ServerAverages
 from distplat.strategies.function.gradient_average import Exchange, Surroundings, take_over
 from distplat.strategies.function.metric_gathering import gather_for_metrics
@@ -161,7 +162,7 @@ class FunctionSession:
         models = [one for one in things if isinstance(one, nn.Module)]
         ready = {id(one): self._model(one, alone=len(models) == 1) for one in models}
         found = tuple(ready[id(one)] if id(one) in ready else self._other(one) for one in things)
-        if self.group.world > 1:
+        if models and self.group.world > 1:  # a model that is made later begins as the loop seeds
             seed_step(self.job.seed, self._progress.step, self.place.rank)
         return found[0] if len(found) == 1 else found
 
@@ -235,6 +236,10 @@ class FunctionSession:
         samples, self._samples = self._samples * self.place.world, 0
         self._last, self._waited_s = now, 0.0
         if not self.place.is_main_process:
+            if isinstance(checkpoint, Checkpoint) and not self._warned:
+                self._warned = True
+                text = "rank %d reported files (%s, ...), which are not kept: rank 0's are"
+                logger.warning(text, self.place.rank, next(iter(checkpoint.files)))
             return
         if self._outlets.ending() and not self._asks and not self._warned:
             self._warned = True

@@ -10,7 +10,7 @@ from distplat.platform.errors import SpecError
 from distplat.platform.job_file import job_of, read_job
 from distplat.platform.lr_schedules import Schedule
 from distplat.platform.optimizers import SGD
-from distplat.platform.spec import Checkpoint, Data, Evaluation, Failure, Job, Scaling
+from distplat.platform.spec import CheckpointConfig, Data, Evaluation, Failure, Job, Scaling
 
 VALID = b"""\
 name: digits
@@ -83,7 +83,7 @@ def test_a_damaged_file_gives_a_job_or_says_what_is_wrong(seed: int, tmp_path: P
         ("scaling", Scaling),
         ("data", Data),
         ("evaluation", Evaluation),
-        ("checkpoint", Checkpoint),
+        ("checkpoint", CheckpointConfig),
         ("failure", Failure),
     ],
 )

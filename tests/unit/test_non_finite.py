@@ -15,7 +15,7 @@ from distplat.platform.errors import NonFiniteError
 from distplat.platform.progress import StepReport
 from distplat.platform.resume import NOT_FINITE
 from distplat.platform.sampler import Sampler
-from distplat.platform.spec import Checkpoint, Job
+from distplat.platform.spec import CheckpointConfig, Job
 from distplat.strategies.task import Task
 
 SAMPLES, BATCH, STEPS = 22, 6, 7
@@ -204,7 +204,7 @@ def skipped(run: LocalRun, rank: int = 0) -> float:
 @pytest.mark.parametrize("strategy", ["ring", "ps-sync", "ps-async"])
 def test_a_checkpoint_tells_that_its_parameters_are_not_finite(strategy: str) -> None:
     job = spoiled_job({"name": strategy}, 2, "ignore", bad=(14,), norm=False)
-    job = job.model_copy(update={"checkpoint": Checkpoint(every_steps=1)})
+    job = job.model_copy(update={"checkpoint": CheckpointConfig(every_steps=1)})
     run = train(job, Spoiled)
     told = {version: NOT_FINITE in saved.state for version, saved in run.checkpoints.items()}
     assert told.get(1, False) is False and told[STEPS] is True

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from distplat.platform.errors import SpecError
 from distplat.platform.even_split import cut_at
 from distplat.platform.sampler import Sampler
-from distplat.platform.spec import Checkpoint, Job
+from distplat.platform.spec import CheckpointConfig, Job
 from distplat.platform.vector_layout import Layout, Piece, Segment
 from distplat.strategies.fakes import Fabric
 from distplat.strategies.verification.verdicts import EQUAL
@@ -139,7 +139,7 @@ def test_the_average_goes_through_checkpoints_too(name: str) -> None:
 
 def test_it_is_verified_with_the_whole_batch() -> None:
     of = job(*WAYS["ps-sync-3-servers"], steps=8, task="a:A")
-    of = of.model_copy(update={"checkpoint": Checkpoint(every_steps=1, num_to_keep=9)})
+    of = of.model_copy(update={"checkpoint": CheckpointConfig(every_steps=1, num_to_keep=9)})
     assert {row.verdict for row in rows(Small, of).values()} == {EQUAL}
 
 

@@ -15,7 +15,7 @@ from distplat import Task
 from distplat.platform.errors import SpecError
 from distplat.platform.progress import EvalReport, StepReport
 from distplat.platform.sampler import Sampler
-from distplat.platform.spec import Checkpoint, Job
+from distplat.platform.spec import CheckpointConfig, Job
 from distplat.strategies.fakes import Fabric
 from distplat.strategies.verification.verdicts import EQUAL
 
@@ -181,7 +181,7 @@ def test_an_evaluation_is_of_its_batches() -> None:
 @pytest.mark.parametrize("strategy", ["ring", {"name": "ps-sync", "num_servers": 2}])
 def test_it_is_verified_with_the_whole_batch(strategy: Any) -> None:
     of = job(strategy, 2, steps=8, task="a:A", lr_schedule={})
-    of = of.model_copy(update={"checkpoint": Checkpoint(every_steps=1, num_to_keep=9)})
+    of = of.model_copy(update={"checkpoint": CheckpointConfig(every_steps=1, num_to_keep=9)})
     found = rows(Mixture, of)
     assert {row.check: row.verdict for row in found.values()} == dict.fromkeys(found, EQUAL)
     assert "whole batch" in found

@@ -22,6 +22,7 @@ from torch.utils.data import (
 import distplat
 from distplat.platform.errors import MismatchError, NonFiniteError, SpecError
 from distplat.platform.progress import StepReport
+from distplat.strategies.function import function_session
 
 GLOBAL = 12
 SAMPLES = 48
@@ -714,3 +715,21 @@ def test_workers_that_may_train_on_the_same_samples_are_warned(
 
     call_on_ranks(train, world)
     assert caplog.text.count("workers train on the same samples") == warned
+
+
+def test_a_model_that_is_made_after_the_loader_begins_as_the_loop_has_seeded(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As in scripts of Ray Train's. Ranks share a process here, and its generators."""
+    seeded: list[tuple[int, int]] = []
+    monkeypatch.setattr(function_session, "seed_step", lambda seed, *of: seeded.append(of))
+
+    def train(config: Mapping[str, Any]) -> None:
+        distplat.prepare(DataLoader(data_of(), batch_size=6))
+        distplat.barrier()
+        assert seeded == []
+        distplat.barrier()
+        distplat.prepare(nn.Linear(4, 1))
+
+    call_on_ranks(train, 2)
+    assert sorted(seeded) == [(0, 0), (0, 1)]
