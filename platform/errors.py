@@ -221,12 +221,22 @@ class InfrastructureError(DistplatError):
     exit_code = 4
 
 
+_DEAD_NODE = re.compile(r"node has died\. Node Id: (\w+)")
+"""Ray's words. Its errors have the number nowhere else."""
+
+
 class ActorLost(InfrastructureError):
     """A process of the job died or no longer answers."""
 
     def __init__(self, role: str, step: int | None, cause: str, remedy: str = "") -> None:
         super().__init__(role, step, cause, remedy)
         self.role, self.step, self.cause, self.remedy = role, step, cause, remedy
+
+    @property
+    def dead_node(self) -> str:
+        """Ray's number of the node that died, and this process with it; empty: it stands."""
+        found = _DEAD_NODE.search(self.cause)
+        return found[1] if found else ""
 
     def __str__(self) -> str:
         """Who, when, why, and what to do."""

@@ -425,9 +425,13 @@ class JobState:
         if self.error is None:
             self.restart = Restart(self.attempt + 1, (), False, 0.0, world=self._wanted)
             return
-        follows = isinstance(self.error, StateLost)
+        error = self.error
         answer = self._budget.spend(
-            self.furthest, str(self.error), self._preempted, consequence=follows
+            self.furthest,
+            str(error),
+            self._preempted,
+            consequence=isinstance(error, StateLost),
+            node=error.dead_node if isinstance(error, ActorLost) else "",
         )
         if isinstance(answer, str):
             self.error = RestartsExhausted(answer, tuple(self._budget.failures))

@@ -141,9 +141,16 @@ class Budget:
         self._last_step = -1
         self._at_same_step = 0
         self._counted = False  #: whether the last one was
+        self._dead_nodes = set[str]()
 
     def spend(
-        self, step: int, cause: str, preempted: bool, *, consequence: bool = False
+        self,
+        step: int,
+        cause: str,
+        preempted: bool,
+        *,
+        consequence: bool = False,
+        node: str = "",
     ) -> float | str:
         """
         Count one more failure.
@@ -154,12 +161,17 @@ class Budget:
             preempted: the machine was taken away.
             consequence: nothing more was lost: those that are left found out what went with those
                 that were. The failure before has paid for that, once.
+            node: that died, and the process with it. It dies once, though its processes are
+                missed one after the other: Ray starts new ones there until it knows.
 
         Returns:
             Seconds to wait before going on, or why the run must end.
         """
         self.failures.append(f"attempt {self._attempt}, after step {step}: {cause}")
         self._attempt += 1
+        if node in self._dead_nodes:
+            return 0.0
+        self._dead_nodes |= {node} - {""}
         paid, self._counted = consequence and self._counted, True
         if paid:
             self._counted = False

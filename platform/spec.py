@@ -219,8 +219,8 @@ class Failure(Spec):
     """What is done about failures, and deadlines; an error that one causes names its field."""
 
     max_failures: Index | None = None
-    """Restarts after lost workers or servers, of which one is given back for each 100 steps of
-    progress; None: 3 where survivors keep their state (not with a sharded optimizer, nor without
+    """Restarts after lost workers, servers or nodes, of which one is given back for each 100 steps
+    of progress; None: 3 where survivors keep their state (not with a sharded optimizer, nor without
     replicas) or there are checkpoints, else 0."""
     max_preemptions: Index | None = None
     """Restarts after machines were taken away, counted apart and given back alike; None: 100 where

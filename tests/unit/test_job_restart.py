@@ -148,6 +148,22 @@ def test_two_losses_at_one_step_that_take_the_state_end_no_run() -> None:
     assert state.restart.everything
 
 
+def test_a_node_whose_processes_are_missed_one_by_one_ends_no_run() -> None:
+    """Ray starts the new manager on the node before it knows that that is gone."""
+    state = play([])
+    died = "The actor died because its node has died. Node Id: 8dd1bf"
+    missed = ["server-manager", "server-0", "server-1", "server-manager"]
+    lose(state, 0, 12)
+    for now, role in enumerate(missed):
+        state.restarted(now + 0.1)
+        state.handle(Failed(role, ActorLost(role, 12, died), gone=True), now + 0.2)
+        for rank in range(3):
+            state.handle(stopped(rank), now + 0.3)
+        state.handle(Tick(), now + 0.4)
+        assert state.phase is not Phase.FAILED, state.error
+        assert state.restart is not None
+
+
 @pytest.mark.parametrize("lost", [dead(1), MANAGER_LOST])
 @pytest.mark.parametrize("resumed", [True, False])
 def test_until_all_are_at_work_a_loss_has_the_checkpoint_loaded_again(

@@ -4,6 +4,7 @@ from functools import partial
 
 import pytest
 
+from distplat.platform.errors import ActorLost
 from distplat.platform.recovery import (
     FIRST_WAIT_S,
     LONGEST_WAIT_S,
@@ -64,6 +65,29 @@ def test_what_follows_from_a_failure_is_paid_for_once() -> None:
     assert follow() == 0.0
     assert follow() == "`failure.max_failures` is 2", "or a fault of ours would go on for ever"
     assert len(budget.failures) == 4, "all are told"
+
+
+def test_a_node_dies_once_though_its_processes_are_missed_one_by_one() -> None:
+    budget = Budget(Policy(max_failures=2))
+    cause = "its node has died"
+    assert budget.spend(7, "worker-1 does not answer", False) == 0.0
+    assert budget.spend(7, f"server-manager: {cause}", False, node="a1") == FIRST_WAIT_S
+    for role in ("server-0", "server-1", "worker-1/attempt-1"):
+        assert budget.spend(7, f"{role}: {cause}", False, node="a1") == 0.0
+    assert len(budget.failures) == 5, "all are told"
+    ended = budget.spend(7, f"worker-0: {cause}", False, node="b2")
+    assert ended == "`failure.max_failures` is 2"
+
+
+@pytest.mark.parametrize(
+    ("cause", "node"),
+    [
+        ("The actor died because its node has died. Node Id: 8dd1bf53df", "8dd1bf53df"),
+        ("The actor died because its worker process has died.", ""),
+    ],
+)
+def test_the_node_that_died_is_in_rays_words(cause: str, node: str) -> None:
+    assert ActorLost("server-0", None, cause).dead_node == node
 
 
 @pytest.mark.parametrize(
