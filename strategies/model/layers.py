@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from distplat.platform.errors import Problem, SpecError
 from distplat.strategies.algorithms.partition import bounds
+from distplat.strategies.model.block_layers import block_modules, most_blocks
 from distplat.strategies.model.module_hooks import called_hooks
 from distplat.strategies.torch_compat import has_running_statistics
 
@@ -142,9 +143,16 @@ def refuse_tied(layers: Sequence[Layer], points: Sequence[int]) -> None:
 
 
 def _named(layer: Layer) -> Iterator[tuple[str, Tensor]]:
+    """Give parameters and state; a buffer that is not saved is computed, the same everywhere."""
     for name, part in layer.parts.items():
         if isinstance(part, nn.Module):
-            yield from ((f"{name}.{own}", tensor) for own, tensor in _tensors(part))
+            computed = {
+                f"{path}.{own}".lstrip(".")
+                for path, module in part.named_modules()
+                for own in module._non_persistent_buffers_set
+            }
+            kept = ((own, tensor) for own, tensor in _tensors(part) if own not in computed)
+            yield from ((f"{name}.{own}", tensor) for own, tensor in kept)
         else:
             yield name, part
 
@@ -218,6 +226,31 @@ def traced_layers(model: nn.Module) -> list[Layer]:
         layer if layer.parts else replace(layer, name=run[0].name)
         for layer, run in zip(layers, runs, strict=True)
     ]
+
+
+def found_layers(model: nn.Module) -> list[Layer]:
+    """
+    Find a model's layers: by a trace, or around its list of blocks where that gives more.
+
+    Raises:
+        SpecError: there is no such list, and the trace's reason.
+    """
+    try:
+        traced = traced_layers(model)
+    except SpecError:
+        blocks = block_modules(model)
+        if blocks is None:
+            raise
+        return _around_blocks(model, blocks)
+    blocks = block_modules(model) if len(traced) < most_blocks(model) else None
+    return traced if blocks is None else _around_blocks(model, blocks)
+
+
+def _around_blocks(model: nn.Module, blocks: Sequence[nn.Module]) -> list[Layer]:
+    """Give the layers of `block_modules`; the last is named by what the first has not."""
+    *layers, last = layers_of(model, blocks)
+    own = [name for name in last.parts if name not in layers[0].parts]
+    return [*layers, replace(last, name=own[0]) if own else last]
 
 
 def _modes() -> dict[str, object]:

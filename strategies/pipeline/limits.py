@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from distplat.platform.errors import Problem, SpecError
 from distplat.strategies.collective import Collective
+from distplat.strategies.model.block_layers import BeforeBlocks
 from distplat.strategies.model.layers import Layer
 from distplat.strategies.pipeline.values import copied, is_value, on_device, tensors_in
 from distplat.strategies.task import Task, has_weights, kind_of, own_call
@@ -185,7 +186,8 @@ def compare(model: nn.Module, layers: Sequence[Layer], inputs: Callable[[], Any]
     See whether layers one after the other give what the model gives, in evaluation mode.
 
     Outputs are compared, and which parameters a backward would reach. Models that draw random
-    numbers in evaluation, or cannot be called with the inputs, are not.
+    numbers in evaluation, or cannot be called with the inputs, are not; where nobody has said what
+    their layers are, that is an error.
 
     Args:
         model: with values.
@@ -200,9 +202,11 @@ def compare(model: nn.Module, layers: Sequence[Layer], inputs: Callable[[], Any]
     with untouched(model, *(layer.module for layer in layers)), torch.enable_grad():
         try:
             again, whole = (model(copied(given)) for _ in range(2))
-        except Exception:  # what is trained is what the layers say, if the model says nothing
+        except Exception as error:  # what is trained is what the layers say, if the model does not
+            _refuse_guess(layers, f"it cannot be called with the inputs: {error}")
             return
         if not _alike(whole, again):
+            _refuse_guess(layers, "it draws random numbers in evaluation")
             return
         behind = copied(given)
         for layer in layers:
@@ -216,6 +220,12 @@ def compare(model: nn.Module, layers: Sequence[Layer], inputs: Callable[[], Any]
     if differ:
         text = f"{what} give other parameters gradients than {type(model).__name__} does: "
         raise _otherwise(text + ", ".join(differ), hint)
+
+
+def _refuse_guess(layers: Sequence[Layer], why: str) -> None:
+    if any(isinstance(one, BeforeBlocks) for one in layers[0].module.modules()):
+        text = f"the model's layers cannot be compared with the model: {why}"
+        raise _otherwise(text, "give the task a `stages(model)`, or set `pipeline: 1`")
 
 
 @torch.no_grad()

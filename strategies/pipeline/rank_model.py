@@ -12,14 +12,15 @@ from distplat.strategies.algorithms.partition import bounds
 from distplat.strategies.algorithms.seeds import mixed
 from distplat.strategies.checkpoint.checkpoint_types import Holding
 from distplat.strategies.loop.seeding import seed_quickly
+from distplat.strategies.model.block_layers import BeforeBlocks
 from distplat.strategies.model.flat import FlatModel
 from distplat.strategies.model.layers import (
     Layer,
     Stage,
+    found_layers,
     layers_of,
     recomputed,
     refuse_tied,
-    traced_layers,
 )
 from distplat.strategies.model.meta import materialise
 from distplat.strategies.model.module_hooks import called_hooks, saved_hooks
@@ -45,7 +46,7 @@ def with_hooks(model: nn.Module, layers: Sequence[Layer]) -> list[Layer]:
         SpecError: the model, or a module between it and its layers, has something that a call of
             the layers alone would leave out; names each.
     """
-    problems = [*_of_the_whole(model), *_between(model, layers)]
+    problems = [*_of_the_whole(model, layers), *_between(model, layers)]
     if any_hook_for_all_modules():
         text = "there are hooks for all modules (`register_module_..._hook`)"
         problems.append(_problem(text, "register them on the layers that they are for"))
@@ -61,9 +62,9 @@ def with_hooks(model: nn.Module, layers: Sequence[Layer]) -> list[Layer]:
     return found
 
 
-def _of_the_whole(model: nn.Module) -> list[Problem]:
+def _of_the_whole(model: nn.Module, layers: Sequence[Layer]) -> list[Problem]:
     kinds = [kind for kind in called_hooks(model) if kind not in _KEPT]
-    kinds += [*saved_hooks(model), *_own_ways(model)]
+    kinds += [*saved_hooks(model), *_own_ways(model, layers)]
     others: Mapping[str, object] = {
         "a hook `with_kwargs`": model._forward_pre_hooks_with_kwargs
         or model._forward_hooks_with_kwargs,
@@ -76,9 +77,16 @@ def _of_the_whole(model: nn.Module) -> list[Problem]:
     return [_problem(text.format(type(model).__name__, kind), hint) for kind in kinds]
 
 
-def _own_ways(module: nn.Module) -> list[str]:
-    """Name what a module does for all its parts, where that is more than to do it for each."""
-    usual = {"train": nn.Module.train, "state_dict": nn.Module.state_dict}
+def _own_ways(module: nn.Module, layers: Sequence[Layer]) -> list[str]:
+    """
+    Name what a module does for all its parts, where that is more than to do it for each.
+
+    Layers around a list of blocks are copies of the model with some of its parts, and are told the
+    mode by their own `train`.
+    """
+    copies = isinstance(layers[0].module, BeforeBlocks)
+    usual: dict[str, object] = {"state_dict": nn.Module.state_dict}
+    usual |= {} if copies else {"train": nn.Module.train}
     return [
         f"a `{name}` of its own"
         for name, method in usual.items()
@@ -95,7 +103,7 @@ def _between(model: nn.Module, layers: Sequence[Layer]) -> list[Problem]:
             continue
         never_called = type(module).forward is nn.Module.forward
         kinds = [*([] if never_called else called_hooks(module)), *saved_hooks(module)]
-        kinds += _own_ways(module)
+        kinds += _own_ways(module, layers)
         text = f"{name} ({type(module).__name__}) has {{}}, and a pipeline calls its parts only"
         hint = f"have the task's `stages` name {name} itself, or set `pipeline: 1`"
         found += [_problem(text.format(kind), hint) for kind in kinds]
@@ -336,7 +344,7 @@ def layers_for(task: Task, model: nn.Module) -> list[Layer]:
     try:
         modules = task.stages(model)
     except NotImplementedError:
-        layers = traced_layers(model)
+        layers = found_layers(model)
     else:
         layers = layers_of(model, modules)
     inside = {id(t) for layer in layers for t in _tensors(layer.module)}

@@ -1,0 +1,373 @@
+"""
+A model that calls a list of blocks, as layers: its own forward runs up to them, and on from them.
+
+    forward     embed, mask, rotary | block 0 | block 1 | ... | norm, head
+    layers         BeforeBlocks         0         1             AfterBlocks
+
+No trace is needed: `forward` may be any Python, as that of Hugging Face's models is. `BeforeBlocks`
+runs it with stand-ins for the blocks, which note with what they are called: features first, then
+masks, rotary embeddings and settings, which may differ between blocks. All that is handed on, and
+each block is called so, with the features that the one before has given. `AfterBlocks` runs forward
+once more, with blocks that give what the last one gave, and stand-ins for what comes before them.
+
+    {"inputs": ..., "features": tensor, "shared": [mask, cos, sin], "calls": "[[[], {...}], ...]"}
+
+What of a model is called before its blocks is what is registered before them. Modules without
+parameters and state, such as dropout or rotary embeddings, are on both sides.
+
+Whether a model can be had so is seen by a trial, which `hybrid` makes in any case: layers must
+give what the model gives.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import lru_cache
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from distplat.platform.errors import Problem, SpecError
+from distplat.strategies.torch_compat import tree_leaves
+
+
+def block_modules(model: nn.Module) -> list[nn.Module] | None:
+    """
+    Give modules that make up a model, in order; None where it has no list of blocks.
+
+    The list is the model's largest `nn.ModuleList` of blocks of one class.
+
+    Args:
+        model: whose forward calls all blocks one after the other.
+
+    Raises:
+        SpecError: there is a list, and parameters that are neither before nor after it.
+    """
+    found = _list_of_blocks(model)
+    if found is None:
+        return None
+    path, blocks = found
+    before, after = _sides(model, path)
+    return [
+        BeforeBlocks(_without(model, path, after), len(blocks)),
+        *(BlockLayer(one, n, last=one is blocks[-1]) for n, one in enumerate(blocks)),
+        AfterBlocks(_without(model, path, before)),
+    ]
+
+
+def most_blocks(model: nn.Module) -> int:
+    """Give the number of blocks in a model's list; 0: it has none."""
+    found = _list_of_blocks(model)
+    return len(found[1]) if found is not None else 0
+
+
+def _list_of_blocks(model: nn.Module) -> tuple[str, list[nn.Module]] | None:
+    best, weight = None, 0
+    for path, module in model.named_modules():
+        if not isinstance(module, nn.ModuleList) or len(module) < 2:
+            continue
+        if len({type(block) for block in module}) > 1 or len({*map(id, module)}) < len(module):
+            continue
+        size = sum(parameter.numel() for parameter in module.parameters())
+        if size > weight:
+            best, weight = (path, list(module)), size
+    return best
+
+
+def _sides(model: nn.Module, path: str) -> tuple[set[int], set[int]]:
+    """Give the modules with parameters or state that are registered before and after the blocks."""
+    before, after = set[int](), set[int]()
+    home, steps = model, path.split(".")
+    for number, step in enumerate(steps):
+        own = [name for name, _ in home.named_parameters(recurse=False)]
+        if own or home.state_dict().keys() - _below(home):
+            where = ".".join(steps[:number]) or type(home).__name__
+            text = f"{where} has parameters of its own ({', '.join(own)}) beside its blocks, {path}"
+            hint = "give the task a `stages(model)` that lists the parts in order"
+            raise SpecError(Problem((), text, hint))
+        side = before
+        for name, child in home.named_children():
+            if name == step:
+                side = after
+            elif child.state_dict():
+                side.add(id(child))
+        home = home.get_submodule(step)
+    return before, after
+
+
+def _below(module: nn.Module) -> set[str]:
+    """Give the names in a module's state that are its children's."""
+    return {
+        f"{name}.{key}" for name, child in module.named_children() for key in child.state_dict()
+    }
+
+
+def _without(model: nn.Module, path: str, left_out: set[int]) -> nn.Module:
+    """Give a model around the same modules, but for those left out and the blocks."""
+    step, _, rest = path.partition(".")
+    found = copy.copy(model)
+    found._modules = {
+        name: _StandIn(child) if id(child) in left_out else child
+        for name, child in model._modules.items()
+        if child is not None
+    }
+    inner = model.get_submodule(step)
+    if rest:
+        found._modules[step] = _without(inner, rest, left_out)
+    else:
+        blocks = (_StandIn(block, block=True) for block in inner.children())
+        found._modules[step] = nn.ModuleList(blocks)
+    return found
+
+
+Call = tuple[Sequence[Any], Mapping[str, Any]]
+"""Arguments by place and by name."""
+
+
+class _Called(BaseException):
+    """All blocks are called; no `except Exception` of the model's is to catch it."""
+
+
+class _Between(BaseException):
+    """A block is called with something else than what the one before has given."""
+
+
+class _StandIn(nn.Module):
+    """
+    Stands for a module that is not called.
+
+    Args:
+        module: whose attributes may be asked for, such as a block's `attention_type` or the type of
+            an embedding's weight; kept without values.
+        block: whether it is a block.
+    """
+
+    def __init__(self, module: nn.Module, *, block: bool = False) -> None:
+        super().__init__()
+        self.is_block = block
+        self.answer: Callable[..., Any] = _not_called
+        tensors = (*module.parameters(), *module.buffers())
+        empty = {id(one): torch.empty_like(one, device="meta") for one in tensors}
+        # In a tuple, so that it is no module of this one, and has no name in it.
+        self._like = (copy.deepcopy(module, cast(dict[int, Any], empty)),)
+
+    def __getattr__(self, name: str) -> Any:
+        """Give an attribute of the module that it stands for."""
+        return getattr(self.__dict__["_like"][0], name)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.answer(*args, **kwargs)
+
+
+def _not_called(*args: Any, **kwargs: Any) -> Any:
+    text = "its forward goes on before all blocks are called, or its parts are in another order"
+    raise _unfit(text)
+
+
+@contextmanager
+def _answering(model: nn.Module, block: Callable[..., Any], other: Any) -> Iterator[None]:
+    """Have a model's stand-ins answer: those of blocks by a call, others with a value."""
+    stand_ins = [one for one in model.modules() if isinstance(one, _StandIn)]
+    try:
+        for one in stand_ins:
+            if one.is_block:
+                one.answer = block
+            elif other is not None:
+                one.answer = lambda *args, **kwargs: other
+        yield
+    finally:
+        for one in stand_ins:
+            one.answer = _not_called
+
+
+class BeforeBlocks(nn.Module):
+    """
+    A model up to its blocks.
+
+    Args:
+        model: with stand-ins for its blocks, and for what comes after them.
+        blocks: how many it has.
+    """
+
+    def __init__(self, model: nn.Module, blocks: int) -> None:
+        super().__init__()
+        self.model, self._blocks = model, blocks
+        self._tuples = False
+
+    def forward(self, inputs: Any) -> Any:
+        """
+        Give what the first block takes, and what all are called with.
+
+        Raises:
+            SpecError: it does not call each block, or with something that cannot be handed on.
+        """
+        calls = self._noted(inputs)
+        shared: list[Tensor] = []
+        told = [_told_call(*call, shared) for call in calls]
+        value = {"inputs": inputs, "features": _first(*calls[0]), "shared": shared}
+        return {**value, "calls": json.dumps(told)}
+
+    def _noted(self, inputs: Any) -> list[Call]:
+        """Give the calls; whether blocks give tensors or tuples is found out by the first ones."""
+        states = _generators(inputs)
+        try:
+            return self._run(inputs)
+        except SpecError:
+            raise
+        except (_Between, Exception) as error:
+            first = error
+        for generator, state in states:
+            generator.set_state(state)
+        self._tuples = not self._tuples
+        try:
+            return self._run(inputs)
+        except (_Between, Exception):
+            self._tuples = not self._tuples
+            raise _unfit(f"its forward {first}") from None
+
+    def _run(self, inputs: Any) -> list[Call]:
+        calls: list[Call] = []
+
+        def note(*args: Any, **kwargs: Any) -> Any:
+            calls.append((args, kwargs))
+            features = _first(*calls[0])
+            if _first(args, kwargs) is not features:
+                raise _Between(f"computes something between blocks {len(calls) - 2} and the next")
+            if len(calls) == self._blocks:
+                raise _Called
+            return (features,) if self._tuples else features
+
+        try:
+            with _answering(self.model, note, None):
+                self.model(inputs)
+        except _Called:
+            return calls
+        raise _unfit(f"its forward calls {len(calls)} of {self._blocks} blocks")
+
+
+class BlockLayer(nn.Module):
+    """
+    One block.
+
+    Args:
+        block: takes features as its first argument; gives them, or a tuple that begins with them.
+        number: of the block.
+        last: nothing of the calls is needed behind it.
+    """
+
+    def __init__(self, block: nn.Module, number: int, *, last: bool) -> None:
+        super().__init__()
+        self.block, self._number, self._last = block, number, last
+
+    def forward(self, value: Any) -> Any:
+        """Give what the next block takes, or what the last one gave."""
+        args, kwargs = _calls(value["calls"])[self._number]
+        features, shared = value["features"], value["shared"]
+        given = [_heard(one, features, shared) for one in args]
+        outputs = self.block(
+            *given, **{name: _heard(one, features, shared) for name, one in kwargs.items()}
+        )
+        if self._last:
+            return {"inputs": value["inputs"], "outputs": outputs}
+        return {**value, "features": _features(outputs)}
+
+
+class AfterBlocks(nn.Module):
+    """
+    A model from its last block on.
+
+    Args:
+        model: with stand-ins for its blocks, and for what comes before them.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, value: Any) -> Any:
+        """Give what the model gives."""
+        outputs = value["outputs"]
+        features = _features(outputs)
+        before = features.new_zeros(features.shape)  # whatever it is, blocks make nothing of it
+        with _answering(self.model, lambda *args, **kwargs: outputs, before):
+            return self.model(value["inputs"])
+
+
+def _generators(inputs: Any) -> list[tuple[torch.Generator, Tensor]]:
+    """Give torch's generators that a forward on these inputs may draw from, with their states."""
+    cuda = {one.device.index for one in tree_leaves(inputs) if getattr(one, "is_cuda", False)}
+    found = [torch.default_generator, *(torch.cuda.default_generators[n] for n in sorted(cuda))]
+    return [(generator, generator.get_state()) for generator in found]
+
+
+def _first(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor:
+    """Give the first argument of a block's call: its features."""
+    found = args[0] if args else next(iter(kwargs.values()), None)
+    return _features(found)
+
+
+def _features(outputs: Any) -> Tensor:
+    found = outputs[0] if isinstance(outputs, tuple | list) and outputs else outputs
+    if not isinstance(found, Tensor):
+        raise _unfit(f"its blocks take or give {type(found).__name__} for a tensor of features")
+    return found
+
+
+def _told_call(args: Sequence[Any], kwargs: Mapping[str, Any], shared: list[Tensor]) -> Any:
+    """Write down a call; `shared` takes the tensors, each once."""
+    features = _first(args, kwargs)
+    told = [_told(one, f"argument {n}", features, shared) for n, one in enumerate(args)]
+    return [told, {name: _told(one, name, features, shared) for name, one in kwargs.items()}]
+
+
+def _told(tree: Any, where: str, features: Tensor, shared: list[Tensor]) -> Any:
+    if tree is features:
+        return {"features": 0}
+    if isinstance(tree, Tensor):
+        numbers = [n for n, one in enumerate(shared) if one is tree]
+        if not numbers:
+            shared.append(tree)
+        return {"shared": numbers[0] if numbers else len(shared) - 1}
+    if isinstance(tree, tuple | list):
+        kind = "tuple" if isinstance(tree, tuple) else "list"
+        return {kind: [_told(one, where, features, shared) for one in tree]}
+    if isinstance(tree, dict) and all(isinstance(key, str) for key in tree):
+        return {"dict": {key: _told(one, where, features, shared) for key, one in tree.items()}}
+    if tree is None or type(tree) in (bool, int, float, str):
+        return tree
+    if type(tree).__name__.endswith("Cache"):  # of keys and values: Hugging Face's are made anew
+        return None  # in each forward, so there are none yet
+    raise _unfit(
+        f"its blocks are called with {where}, a {type(tree).__name__}, and stages hand on"
+        " tensors and constants"
+    )
+
+
+def _heard(told: Any, features: Tensor, shared: Sequence[Tensor]) -> Any:
+    if not isinstance(told, dict):
+        return told
+    ((kind, held),) = told.items()
+    if kind == "features":
+        return features
+    if kind == "shared":
+        return shared[held]
+    if kind == "dict":
+        return {key: _heard(one, features, shared) for key, one in held.items()}
+    items = [_heard(one, features, shared) for one in held]
+    return tuple(items) if kind == "tuple" else items
+
+
+@lru_cache(maxsize=64)
+def _calls(text: str) -> list[Any]:
+    """Read what `BeforeBlocks` has written; the same for all micro-batches of a size."""
+    found: list[Any] = json.loads(text)
+    return found
+
+
+def _unfit(text: str) -> SpecError:
+    hint = "give the task a `stages(model)` that lists the parts in order"
+    return SpecError(Problem(("strategy", "cut"), f"the model is not one of blocks: {text}", hint))
