@@ -10,10 +10,13 @@ masks, rotary embeddings and settings, which may differ between blocks. All that
 each block is called so, with the features that the one before has given. `AfterBlocks` runs forward
 once more, with blocks that give what the last one gave, and stand-ins for what comes before them.
 
-    {"inputs": ..., "features": tensor, "shared": [mask, cos, sin], "calls": "[[[], {...}], ...]"}
+    {"inputs": ..., "features": tensor, "shared": [mask, cos, sin], "calls": "[[[], {...}], ...]",
+     "tied": []}
 
 What of a model is called before its blocks is what is registered before them. Modules without
-parameters and state, such as dropout or rotary embeddings, are on both sides.
+parameters and state, such as dropout or rotary embeddings, are on both sides. A parameter of both
+sides, as a head has that is tied to the embedding, belongs to the first: it is handed on as
+`tied`, and its gradient comes back the same way.
 
 Whether a model can be had so is seen by a trial, which `hybrid` makes in any case: layers must
 give what the model gives.
@@ -52,10 +55,13 @@ def block_modules(model: nn.Module) -> list[nn.Module] | None:
         return None
     path, blocks = found
     before, after = _sides(model, path)
+    first = {id(p): p for one in before.values() for p in one.parameters()}
+    tied = {id(p): p for one in after.values() for p in one.parameters() if id(p) in first}
+    behind = _without(model, path, before, tied)
     return [
-        BeforeBlocks(_without(model, path, after), len(blocks)),
+        BeforeBlocks(_without(model, path, after, {}), len(blocks), list(tied.values())),
         *(BlockLayer(one, n, last=one is blocks[-1]) for n, one in enumerate(blocks)),
-        AfterBlocks(_without(model, path, before)),
+        AfterBlocks(behind, _places(model, behind, [*tied])),
     ]
 
 
@@ -78,9 +84,9 @@ def _list_of_blocks(model: nn.Module) -> tuple[str, list[nn.Module]] | None:
     return best
 
 
-def _sides(model: nn.Module, path: str) -> tuple[set[int], set[int]]:
+def _sides(model: nn.Module, path: str) -> tuple[dict[int, nn.Module], dict[int, nn.Module]]:
     """Give the modules with parameters or state that are registered before and after the blocks."""
-    before, after = set[int](), set[int]()
+    before, after = dict[int, nn.Module](), dict[int, nn.Module]()
     home, steps = model, path.split(".")
     for number, step in enumerate(steps):
         own = [name for name, _ in home.named_parameters(recurse=False)]
@@ -94,7 +100,7 @@ def _sides(model: nn.Module, path: str) -> tuple[set[int], set[int]]:
             if name == step:
                 side = after
             elif child.state_dict():
-                side.add(id(child))
+                side[id(child)] = child
         home = home.get_submodule(step)
     return before, after
 
@@ -106,24 +112,59 @@ def _below(module: nn.Module) -> set[str]:
     }
 
 
-def _without(model: nn.Module, path: str, left_out: set[int]) -> nn.Module:
-    """Give a model around the same modules, but for those left out and the blocks."""
+def _without(
+    model: nn.Module, path: str, left_out: Mapping[int, nn.Module], tied: Mapping[int, Tensor]
+) -> nn.Module:
+    """Give a model around the same modules, but for those left out, the blocks and what is tied."""
     step, _, rest = path.partition(".")
     found = copy.copy(model)
     found._modules = {
-        name: _StandIn(child) if id(child) in left_out else child
+        name: _StandIn(child) if id(child) in left_out else _lacking(child, tied)
         for name, child in model._modules.items()
-        if child is not None
+        if child is not None and name != step
     }
     inner = model.get_submodule(step)
     if rest:
-        found._modules[step] = _without(inner, rest, left_out)
+        found._modules[step] = _without(inner, rest, left_out, tied)
     else:
         blocks = (_StandIn(block, block=True) for block in inner.children())
         found._modules[step] = nn.ModuleList(blocks)
     return found
 
 
+def _lacking(module: nn.Module, tied: Mapping[int, Tensor]) -> nn.Module:
+    """Give a module without some parameters: itself where it has none of them, else a copy."""
+    if not any(id(one) in tied for one in module.parameters()):
+        return module
+    found = copy.copy(module)
+    found._parameters = {
+        name: None if id(one) in tied else one for name, one in module._parameters.items()
+    }
+    found._modules = {
+        name: None if child is None else _lacking(child, tied)
+        for name, child in module._modules.items()
+    }
+    return found
+
+
+def _places(model: nn.Module, copied: nn.Module, tied: Sequence[int]) -> list[Place]:
+    """Say where in a copy of the model parameters are missing, and which those are."""
+    numbers = {one: number for number, one in enumerate(tied)}
+    found = []
+    for path, parameter in model.named_parameters(remove_duplicate=False):
+        home, _, name = path.rpartition(".")
+        try:
+            module = copied.get_submodule(home)
+        except AttributeError:
+            continue  # inside of a stand-in
+        lacks = name in module._parameters and module._parameters[name] is None
+        if id(parameter) in numbers and lacks:
+            found.append((module, name, numbers[id(parameter)]))
+    return found
+
+
+Place = tuple[nn.Module, str, int]
+"""A module, a parameter that it lacks, and the number of that among the tied ones."""
 Call = tuple[Sequence[Any], Mapping[str, Any]]
 """Arguments by place and by name."""
 
@@ -191,11 +232,12 @@ class BeforeBlocks(nn.Module):
     Args:
         model: with stand-ins for its blocks, and for what comes after them.
         blocks: how many it has.
+        tied: parameters of it that what comes after the blocks has, too.
     """
 
-    def __init__(self, model: nn.Module, blocks: int) -> None:
+    def __init__(self, model: nn.Module, blocks: int, tied: Sequence[Tensor]) -> None:
         super().__init__()
-        self.model, self._blocks = model, blocks
+        self.model, self._blocks, self._tied = model, blocks, tuple(tied)
         self._tuples = False
 
     def forward(self, inputs: Any) -> Any:
@@ -209,7 +251,7 @@ class BeforeBlocks(nn.Module):
         shared: list[Tensor] = []
         told = [_told_call(*call, shared) for call in calls]
         value = {"inputs": inputs, "features": _first(*calls[0]), "shared": shared}
-        return {**value, "calls": json.dumps(told)}
+        return {**value, "calls": json.dumps(told), "tied": list(self._tied)}
 
     def _noted(self, inputs: Any) -> list[Call]:
         """Give the calls; whether blocks give tensors or tuples is found out by the first ones."""
@@ -272,7 +314,7 @@ class BlockLayer(nn.Module):
             *given, **{name: _heard(one, features, shared) for name, one in kwargs.items()}
         )
         if self._last:
-            return {"inputs": value["inputs"], "outputs": outputs}
+            return {"inputs": value["inputs"], "outputs": outputs, "tied": value["tied"]}
         return {**value, "features": _features(outputs)}
 
 
@@ -282,19 +324,29 @@ class AfterBlocks(nn.Module):
 
     Args:
         model: with stand-ins for its blocks, and for what comes before them.
+        places: where tied parameters are missing.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, places: Sequence[Place]) -> None:
         super().__init__()
-        self.model = model
+        self.model, self._places = model, tuple(places)
 
     def forward(self, value: Any) -> Any:
         """Give what the model gives."""
         outputs = value["outputs"]
         features = _features(outputs)
         before = features.new_zeros(features.shape)  # whatever it is, blocks make nothing of it
-        with _answering(self.model, lambda *args, **kwargs: outputs, before):
-            return self.model(value["inputs"])
+        parameters: list[tuple[dict[str, Any], str, int]] = [
+            (module._parameters, name, number) for module, name, number in self._places
+        ]
+        try:
+            for held, name, number in parameters:
+                held[name] = value["tied"][number]
+            with _answering(self.model, lambda *args, **kwargs: outputs, before):
+                return self.model(value["inputs"])
+        finally:
+            for held, name, _ in parameters:
+                held[name] = None
 
 
 def _generators(inputs: Any) -> list[tuple[torch.Generator, Tensor]]:

@@ -247,10 +247,24 @@ def found_layers(model: nn.Module) -> list[Layer]:
 
 
 def _around_blocks(model: nn.Module, blocks: Sequence[nn.Module]) -> list[Layer]:
-    """Give the layers of `block_modules`; the last is named by what the first has not."""
-    *layers, last = layers_of(model, blocks)
-    own = [name for name in last.parts if name not in layers[0].parts]
-    return [*layers, replace(last, name=own[0]) if own else last]
+    """
+    Give the layers of `block_modules`; the last is named by what the first has not.
+
+    What has several names has all of them, in the first layer that it is in.
+    """
+    layers = layers_of(model, blocks)
+    own = [name for name in layers[-1].parts if name not in layers[0].parts]
+    if own:
+        layers[-1] = replace(layers[-1], name=own[0])
+    homes: dict[int, int] = {}
+    for number, layer in enumerate(layers):
+        for _, tensor in _named(layer):
+            homes.setdefault(id(tensor), number)
+    named = {name for layer in layers for name, _ in _named(layer)}
+    for name, tensor in model.named_parameters(remove_duplicate=False):
+        if name not in named and (home := homes.get(id(tensor))) is not None:
+            layers[home] = replace(layers[home], parts={**layers[home].parts, name: tensor})
+    return layers
 
 
 def _modes() -> dict[str, object]:

@@ -105,6 +105,13 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "own": Lm,
     "tuples": Tupled,
     "gpt2": small("GPT2LMHeadModel", "GPT2Config", **GPT2, **DRY),
+    "tied": small("GPT2LMHeadModel", "GPT2Config", n_positions=LENGTH, **DRY),
+    "tied twice": small(
+        "BertForMaskedLM",
+        "BertConfig",
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+    ),
     "llama": small("LlamaForCausalLM", "LlamaConfig", **GROUPED),
     "gemma3": small("Gemma3ForCausalLM", "Gemma3TextConfig", **HALVES),
     "vit": small("ViTForImageClassification", "ViTConfig", **IMAGES),
@@ -141,7 +148,7 @@ def task_of(name: str, make: Callable[[], nn.Module] | None = None) -> type[Task
     return Words
 
 
-def plain(name: str) -> dict[str, Tensor]:
+def plain(name: str, clip: float | None = None) -> dict[str, Tensor]:
     task, data = task_of(name)(), data_of(name)
     torch.manual_seed(5)
     model = task.model()
@@ -151,6 +158,8 @@ def plain(name: str) -> dict[str, Tensor]:
         optimizer.zero_grad()
         inputs, targets = (one[step % 2 * BATCH :][:BATCH] for one in data.tensors)
         torch.autograd.backward(mean_loss(task, model(inputs), targets))
+        if clip is not None:
+            nn.utils.clip_grad_norm_(model.parameters(), clip)
         optimizer.step()
     return {key: value.detach() for key, value in model.state_dict().items()}
 
@@ -166,12 +175,49 @@ def test_they_train_as_in_one_process(name: str) -> None:
     stages = 4 if name in ("own", "llama") else 2
     cut = "even" if name == "tuples" else "auto"
     options = {"schedule": "zb-h1"} if name == "gemma3" else {"recompute": name == "gpt2"}
-    within = 1e-10 if name in ("own", "tuples", "gpt2") else 1e-7  # norms and softmax in float32
+    within = (
+        1e-10 if name in ("own", "tuples", "gpt2", "tied") else 1e-7
+    )  # norms and softmax in float32
     run = run_of(task_of(name), stages, cut=cut, **options)
     found, expected = whole(run), plain(name)
     assert found.keys() == expected.keys()
     for key in expected:
         assert (found[key] - expected[key]).abs().max() < within, key
+
+
+TIED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "clipped, two replicas": ({"data": 2}, {"clip_norm": 0.1}),
+    "on servers": ({"data": 2, "data_strategy": "ps-sync"}, {"clip_norm": 0.1}),
+    "four stages": ({"pipeline": 4, "schedule": "zb-h1"}, {}),
+    "interleaved": ({"schedule": "interleaved", "virtual": 2}, {}),
+    "computed again": ({"recompute": True}, {}),
+}
+
+
+@pytest.mark.parametrize("way", TIED)
+def test_a_tied_head_trains_its_embedding(way: str) -> None:
+    """Each micro-batch brings the weight to the last stage, and its gradient back."""
+    options, fields = TIED[way]
+    options = {"pipeline": 2, "data": 1, **options}
+    chosen, workers = grid_of(options.pop("pipeline"), 1, options.pop("data"), **options)
+    job = hybrid_job(chosen, workers, steps=STEPS, data={"shuffle": False}, **fields)
+    found = whole(train(job, task_of("tied"), timeout_s=60))
+    expected = plain("tied", fields.get("clip_norm"))
+    assert found.keys() == expected.keys()
+    for key in expected:
+        assert (found[key] - expected[key]).abs().max() < 1e-10, key
+
+
+def test_a_tied_model_goes_on_under_another_strategy() -> None:
+    chosen, workers = grid_of(2, 1, 1)
+    fields: dict[str, Any] = {"data": {"shuffle": False}, "checkpoint": {"every_steps": 1}}
+    first = train(hybrid_job(chosen, workers, steps=2, **fields), task_of("tied"), timeout_s=60)
+    saved = first.checkpoints[1]
+    for grid, count in ((chosen, workers), ({"name": "ring"}, 2)):
+        job = hybrid_job(grid, count, steps=STEPS, **fields)
+        found = whole(train(job, task_of("tied"), timeout_s=60, saved=saved))
+        for key, value in plain("tied").items():
+            assert (found[key] - value).abs().max() < 1e-10, key
 
 
 def test_layers_have_the_names_of_the_parts_in_them() -> None:
@@ -253,10 +299,6 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "residual": (Residual, "compute otherwise than Residual does"),
     "owning": (Owning, "has parameters of its own (place) beside its blocks, blocks"),
     "strange": (Strange, "called with scale, a Half, and stages hand on tensors"),
-    "tied": (
-        small("GPT2LMHeadModel", "GPT2Config", n_positions=LENGTH),
-        "lm_head.weight (stage 1) are one tensor",
-    ),
 }
 
 

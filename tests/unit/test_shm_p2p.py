@@ -6,7 +6,6 @@ import pytest
 import torch
 from shm_ranks import on_shm_ranks
 
-from distplat.actors.collectives.shm import p2p
 from distplat.actors.collectives.shm.shm_group import ShmGroup
 from distplat.platform.errors import CollectiveError, MismatchError
 
@@ -32,21 +31,20 @@ def test_lengths_and_dtypes_may_change_from_message_to_message() -> None:
     on_shm_ranks(2, body)
 
 
-def test_a_message_longer_than_the_slots(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(p2p, "LONGEST_SLOT", 64 * 1024)
-    monkeypatch.setattr(p2p, "PIECE_BYTES", 10_000)
-    long = torch.arange(100_003)  # 13 parts
+@pytest.mark.parametrize("length", [100_003, 9 * 2**20])
+def test_both_send_before_they_receive_whatever_the_length(length: int) -> None:
+    """As stages of a pipeline do: activations go one way while gradients come the other."""
 
     def body(group: ShmGroup) -> None:
-        for _ in range(2):
-            if group.rank == 1:
-                group.send(long, 0)
-                group.send(torch.ones(2), 0)
-            else:
-                arriving, after = torch.zeros_like(long), torch.zeros(2)
-                group.recv(arriving, 1)
-                group.recv(after, 1)
-                assert torch.equal(arriving, long) and after.eq(1).all()
+        other = 1 - group.rank
+        for number in range(2):
+            sent = torch.arange(length) + number + group.rank
+            group.send(sent, other)
+            group.send(torch.ones(2), other)
+            arriving, after = torch.zeros_like(sent), torch.zeros(2)
+            group.recv(arriving, other)
+            group.recv(after, other)
+            assert torch.equal(arriving, sent - group.rank + other) and after.eq(1).all()
 
     on_shm_ranks(2, body)
 

@@ -7,8 +7,8 @@ Messages from one rank to another through two slots that the sender makes when i
     copy piece 1, post                         ──▶  copy piece 0 out ...
     return: does not wait for the receiver          copy the last piece out, post `taken`
 
-A slot is a segment of its own, so it can grow between two of its messages. Messages longer than the
-longest slot go in parts, each as a message of its own.
+A slot is a segment of its own, so it can grow between two of its messages: it has room for any. A
+stage of a pipeline may therefore send before it receives, as its peer does.
 """
 
 import struct
@@ -28,8 +28,9 @@ from distplat.actors.messages import Address
 from distplat.platform.errors import CollectiveError
 
 PIECE_BYTES = 256 * 1024
-LONGEST_SLOT = 32 * 2**20
 _SHORTEST_SLOT = 64 * 1024
+_DOUBLED_TO = 32 * 2**20
+"""Bytes. Slots double up to here, so that they seldom grow; beyond they are as long as need be."""
 _WHERE = struct.Struct("<qqQ")  # descriptor, bytes and inode of the slot's segment
 _TAKEN, _SLOTS, _SLOT = 128, 192, _WHERE.size + SIZE
 """In a channel's control words: offset of `taken`, of the announcements, and their size."""
@@ -44,7 +45,7 @@ class _Channel:
         self.pieces = Word(segment.bytes, start)
         self.taken = Word(segment.bytes, start + _TAKEN)
         self._control = segment.bytes[start + _SLOTS : start + _SLOTS + 2 * _SLOT]
-        self.messages = 0  #: begun by this end, parts of long ones counted
+        self.messages = 0  #: begun by this end
         self.posted = 0  #: pieces sent or received by this end
         self.segments: list[MemorySegment | None] = [None, None]
 
@@ -83,17 +84,16 @@ class PointToPoint:
         channel = self._outgoing.get(to) or self._open(self._outgoing, to, self._segment.rank, to)
         op = RunningOp("send", channel.messages)
         self._liveness.check(op)
-        for part in _parts(flat):
-            number = channel.messages
-            self._liveness.wait_for(channel.taken, (number - 1) & _ALL, to, op)
-            segment = self._slot(channel, number, part.numel())
-            channel.announce(header("send", [flat], number=number), segment)
-            slot = segment.tensor
-            for start, piece in _pieces(part):
-                slot[start : start + piece.numel()].copy_(piece)
-                channel.posted += 1
-                channel.pieces.post()
-            channel.messages += 1
+        number, message = channel.messages, flat.view(torch.uint8)
+        self._liveness.wait_for(channel.taken, (number - 1) & _ALL, to, op)
+        segment = self._slot(channel, number, message.numel())
+        channel.announce(header("send", [flat], number=number), segment)
+        slot = segment.tensor
+        for start, piece in _pieces(message):
+            slot[start : start + piece.numel()].copy_(piece)
+            channel.posted += 1
+            channel.pieces.post()
+        channel.messages += 1
         return op
 
     def receive(self, flat: Tensor, source: int) -> RunningOp:
@@ -108,16 +108,15 @@ class PointToPoint:
         channel = channel or self._open(self._incoming, source, source, self._segment.rank)
         op = RunningOp("recv", channel.messages)
         self._liveness.check(op)
-        for part in _parts(flat):
-            slot: Tensor | None = None
-            for start, piece in _pieces(part):
-                channel.posted += 1
-                self._liveness.wait_for(channel.pieces, channel.posted & _ALL, source, op)
-                if slot is None:
-                    slot = self._arrived(channel, flat, source, op)
-                piece.copy_(slot[start : start + piece.numel()])
-            channel.messages += 1
-            channel.taken.post()
+        slot: Tensor | None = None
+        for start, piece in _pieces(flat.view(torch.uint8)):
+            channel.posted += 1
+            self._liveness.wait_for(channel.pieces, channel.posted & _ALL, source, op)
+            if slot is None:
+                slot = self._arrived(channel, flat, source, op)
+            piece.copy_(slot[start : start + piece.numel()])
+        channel.messages += 1
+        channel.taken.post()
         return op
 
     def drain(self) -> None:
@@ -149,7 +148,8 @@ class PointToPoint:
         if segment is None or segment.address.elements < size:
             if segment is not None:
                 segment.seal()
-            size = max(_SHORTEST_SLOT, 1 << (size - 1).bit_length())
+            if size <= _DOUBLED_TO:
+                size = max(_SHORTEST_SLOT, 1 << (size - 1).bit_length())
             segment = MemorySegment.create(self._segment.segment.address.node, size, "uint8")
             channel.segments[number % 2] = segment
         return segment
@@ -172,12 +172,7 @@ class PointToPoint:
         return segment.tensor
 
 
-def _parts(flat: Tensor) -> Iterator[Tensor]:
-    """Cut into parts that fit into a slot, as bytes; an empty message is one part."""
-    yield from in_pieces(flat.view(torch.uint8), LONGEST_SLOT)
-
-
-def _pieces(part: Tensor) -> Iterator[tuple[int, Tensor]]:
+def _pieces(message: Tensor) -> Iterator[tuple[int, Tensor]]:
     """Give (first byte, piece): the receiver copies one while the sender copies the next."""
-    for index, piece in enumerate(in_pieces(part, PIECE_BYTES)):
+    for index, piece in enumerate(in_pieces(message, PIECE_BYTES)):
         yield index * PIECE_BYTES, piece
