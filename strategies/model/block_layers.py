@@ -14,9 +14,9 @@ once more, with blocks that give what the last one gave, and stand-ins for what 
      "tied": []}
 
 What of a model is called before its blocks is what is registered before them. Modules without
-parameters and state, such as dropout or rotary embeddings, are on both sides. A parameter of both
-sides, as a head has that is tied to the embedding, belongs to the first: it is handed on as
-`tied`, and its gradient comes back the same way.
+parameters and state, such as dropout or rotary embeddings, are on both sides. A tensor that both
+sides have, as a head does that is tied to the embedding, or that forward may use anywhere, belongs
+to the first: it is handed on as `tied`, and its gradient comes back the same way.
 
 Whether a model can be had so is seen by a trial, which `hybrid` makes in any case: layers must
 give what the model gives.
@@ -26,6 +26,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
@@ -47,16 +48,15 @@ def block_modules(model: nn.Module) -> list[nn.Module] | None:
     Args:
         model: whose forward calls all blocks one after the other.
 
-    Raises:
-        SpecError: there is a list, and parameters that are neither before nor after it.
     """
     found = _list_of_blocks(model)
     if found is None:
         return None
     path, blocks = found
-    before, after = _sides(model, path)
-    first = {id(p): p for one in before.values() for p in one.parameters()}
-    tied = {id(p): p for one in after.values() for p in one.parameters() if id(p) in first}
+    before, after, both = _sides(model, path)
+    first = {id(p) for one in before.values() for p in one.parameters()}
+    of_both = [p for one in after.values() for p in one.parameters() if id(p) in first]
+    tied = {id(one): one for one in (*of_both, *both)}
     behind = _without(model, path, before, tied)
     return [
         BeforeBlocks(_without(model, path, after, {}), len(blocks), list(tied.values())),
@@ -84,17 +84,18 @@ def _list_of_blocks(model: nn.Module) -> tuple[str, list[nn.Module]] | None:
     return best
 
 
-def _sides(model: nn.Module, path: str) -> tuple[dict[int, nn.Module], dict[int, nn.Module]]:
-    """Give the modules with parameters or state that are registered before and after the blocks."""
-    before, after = dict[int, nn.Module](), dict[int, nn.Module]()
-    home, steps = model, path.split(".")
-    for number, step in enumerate(steps):
-        own = [name for name, _ in home.named_parameters(recurse=False)]
-        if own or home.state_dict().keys() - _below(home):
-            where = ".".join(steps[:number]) or type(home).__name__
-            text = f"{where} has parameters of its own ({', '.join(own)}) beside its blocks, {path}"
-            hint = "give the task a `stages(model)` that lists the parts in order"
-            raise SpecError(Problem((), text, hint))
+def _sides(
+    model: nn.Module, path: str
+) -> tuple[dict[int, nn.Module], dict[int, nn.Module], list[Tensor]]:
+    """
+    Give the modules with state that are registered before and after the blocks.
+
+    And the tensors of modules that have the blocks inside, which their forward may use anywhere.
+    """
+    before, after, both = dict[int, nn.Module](), dict[int, nn.Module](), list[Tensor]()
+    home = model
+    for step in path.split("."):
+        both += [*home.parameters(recurse=False), *home.buffers(recurse=False)]
         side = before
         for name, child in home.named_children():
             if name == step:
@@ -102,14 +103,7 @@ def _sides(model: nn.Module, path: str) -> tuple[dict[int, nn.Module], dict[int,
             elif child.state_dict():
                 side[id(child)] = child
         home = home.get_submodule(step)
-    return before, after
-
-
-def _below(module: nn.Module) -> set[str]:
-    """Give the names in a module's state that are its children's."""
-    return {
-        f"{name}.{key}" for name, child in module.named_children() for key in child.state_dict()
-    }
+    return before, after, both
 
 
 def _without(
@@ -117,12 +111,11 @@ def _without(
 ) -> nn.Module:
     """Give a model around the same modules, but for those left out, the blocks and what is tied."""
     step, _, rest = path.partition(".")
-    found = copy.copy(model)
-    found._modules = {
-        name: _StandIn(child) if id(child) in left_out else _lacking(child, tied)
-        for name, child in model._modules.items()
-        if child is not None and name != step
-    }
+    found = _copy_without(model, tied)
+    for name, child in model._modules.items():
+        if name != step and child is not None:
+            alike = _StandIn(child) if id(child) in left_out else _lacking(child, tied)
+            found._modules[name] = alike
     inner = model.get_submodule(step)
     if rest:
         found._modules[step] = _without(inner, rest, left_out, tied)
@@ -133,38 +126,48 @@ def _without(
 
 
 def _lacking(module: nn.Module, tied: Mapping[int, Tensor]) -> nn.Module:
-    """Give a module without some parameters: itself where it has none of them, else a copy."""
-    if not any(id(one) in tied for one in module.parameters()):
+    """Give a module without some tensors: itself where it has none of them, else a copy."""
+    if not any(id(one) in tied for one in (*module.parameters(), *module.buffers())):
         return module
+    found = _copy_without(module, tied)
+    for name, child in module._modules.items():
+        found._modules[name] = None if child is None else _lacking(child, tied)
+    return found
+
+
+def _copy_without(module: nn.Module, tied: Mapping[int, Tensor]) -> nn.Module:
+    """Give a copy of a module with the same children, and places for what is tied."""
     found = copy.copy(module)
-    found._parameters = {
-        name: None if id(one) in tied else one for name, one in module._parameters.items()
-    }
-    found._modules = {
-        name: None if child is None else _lacking(child, tied)
-        for name, child in module._modules.items()
-    }
+    found._modules = dict(module._modules)
+    for kind in ("_parameters", "_buffers"):
+        held: dict[str, Tensor | None] = getattr(module, kind)
+        kept = {name: None if id(one) in tied else one for name, one in held.items()}
+        setattr(found, kind, kept)
     return found
 
 
 def _places(model: nn.Module, copied: nn.Module, tied: Sequence[int]) -> list[Place]:
-    """Say where in a copy of the model parameters are missing, and which those are."""
+    """Say where in a copy of the model tensors are missing, and which those are."""
     numbers = {one: number for number, one in enumerate(tied)}
     found = []
-    for path, parameter in model.named_parameters(remove_duplicate=False):
+    tensors = (
+        *model.named_parameters(remove_duplicate=False),
+        *model.named_buffers(remove_duplicate=False),
+    )
+    for path, tensor in tensors:
         home, _, name = path.rpartition(".")
         try:
             module = copied.get_submodule(home)
         except AttributeError:
             continue  # inside of a stand-in
-        lacks = name in module._parameters and module._parameters[name] is None
-        if id(parameter) in numbers and lacks:
-            found.append((module, name, numbers[id(parameter)]))
+        for held in (module._parameters, module._buffers):
+            if id(tensor) in numbers and name in held and held[name] is None:
+                found.append((held, name, numbers[id(tensor)]))
     return found
 
 
-Place = tuple[nn.Module, str, int]
-"""A module, a parameter that it lacks, and the number of that among the tied ones."""
+Place = tuple[dict[str, Any], str, int]
+"""A module's parameters or buffers, the name of a missing one, and its number among the tied."""
 Call = tuple[Sequence[Any], Mapping[str, Any]]
 """Arguments by place and by name."""
 
@@ -335,17 +338,14 @@ class AfterBlocks(nn.Module):
         """Give what the model gives."""
         outputs = value["outputs"]
         features = _features(outputs)
-        before = features.new_zeros(features.shape)  # whatever it is, blocks make nothing of it
-        parameters: list[tuple[dict[str, Any], str, int]] = [
-            (module._parameters, name, number) for module, name, number in self._places
-        ]
+        before = features.new_full(features.shape, math.nan)  # whoever uses it is to notice
         try:
-            for held, name, number in parameters:
+            for held, name, number in self._places:
                 held[name] = value["tied"][number]
             with _answering(self.model, lambda *args, **kwargs: outputs, before):
                 return self.model(value["inputs"])
         finally:
-            for held, name, _ in parameters:
+            for held, name, _ in self._places:
                 held[name] = None
 
 

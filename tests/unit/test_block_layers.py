@@ -14,7 +14,7 @@ from plain_loss import mean_loss
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
-from distplat.platform.errors import SpecError
+from distplat.platform.errors import NonFiniteError, SpecError
 from distplat.strategies.model.layers import found_layers, refuse_tied
 from distplat.strategies.task import Task
 from distplat.strategies.torch_compat import tree_leaves
@@ -47,21 +47,21 @@ class Lm(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.embed = nn.Embedding(WORDS, WIDTH)
-        self.place = nn.Parameter(torch.randn(LENGTH, WIDTH)) if self.own else None
+        self.place = nn.Parameter(torch.randn(LENGTH, WIDTH))
+        self.scale = nn.Parameter(torch.ones(()))
+        self.register_buffer("factor", torch.tensor(0.5))
         self.drop = nn.Dropout(0.0)
         self.blocks = nn.ModuleList(self.block(n) for n in range(4))
         self.norm = nn.LayerNorm(WIDTH)
         self.head = nn.Linear(WIDTH, WORDS)
 
-    own = False
-
     def forward(self, ids: Tensor) -> Tensor:
-        x = self.drop(self.embed(ids))
+        x = self.drop(self.embed(ids) + self.place[: ids.shape[1]]) * self.factor
         odd, even = (ids % 2 == 1).unsqueeze(-1), (ids % 2 == 0).unsqueeze(-1)
         for block in self.blocks:
             mask = odd if getattr(block, "number") % 2 else even  # noqa: B009
             x = self.step(block, x, mask)
-        out: Tensor = self.head(self.norm(x)) * (1 + mask)
+        out: Tensor = self.scale * self.head(self.norm(x) * self.factor) * (1 + mask)
         return out
 
     def step(self, block: Any, x: Tensor, mask: Tensor) -> Tensor:
@@ -222,8 +222,8 @@ def test_a_tied_model_goes_on_under_another_strategy() -> None:
 
 def test_layers_have_the_names_of_the_parts_in_them() -> None:
     layers = found_layers(Lm())
-    assert [one.name for one in layers] == ["embed", *(f"blocks.{n}" for n in range(4)), "norm"]
-    assert [*layers[0].parts] == ["embed", "drop"]
+    assert [one.name for one in layers] == ["place", *(f"blocks.{n}" for n in range(4)), "norm"]
+    assert [*layers[0].parts] == ["place", "scale", "factor", "embed", "drop"]
     assert [*layers[-1].parts] == ["drop", "norm", "head"]
 
 
@@ -240,8 +240,9 @@ def test_nothing_of_a_batch_is_kept() -> None:
     made = []
     for layer in layers:
         value = layer.module(value)
-        made += [weakref.ref(one) for one in tree_leaves(value) if isinstance(one, Tensor)]
-    del value
+        found = [one for one in tree_leaves(value) if getattr(one, "grad_fn", None) is not None]
+        made += [weakref.ref(one) for one in found]
+    del value, found
     gc.collect()
     assert [one() for one in made if one() is not None] == []
 
@@ -275,10 +276,18 @@ class Residual(Lm):
         return out
 
 
-class Owning(Lm):
-    """The model itself has a parameter, used nobody knows where."""
+class Regularised(Lm):
+    """What was embedded is used again, in training alone."""
 
-    own = True
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.embed(ids)
+        out = super().forward(ids)
+        return out + x.square().mean() if self.training else out
+
+
+def test_what_was_before_the_blocks_is_not_a_number_behind_them() -> None:
+    with pytest.raises(NonFiniteError):
+        run_of(task_of("own", Regularised))
 
 
 class Half(float):
@@ -297,7 +306,6 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "between": (Between, "computes something between blocks 0 and the next"),
     "skipped": (Skipped, "goes on before all blocks are called"),
     "residual": (Residual, "compute otherwise than Residual does"),
-    "owning": (Owning, "has parameters of its own (place) beside its blocks, blocks"),
     "strange": (Strange, "called with scale, a Half, and stages hand on tensors"),
 }
 
