@@ -19,7 +19,7 @@ from distplat.strategies.model.flat import FlatModel
 from distplat.strategies.model.model_state import ModelState
 from distplat.strategies.model.optim import LocalOptimizer, norm_figures
 from distplat.strategies.model.parameter_layout import squared_norm_of
-from distplat.strategies.pipeline.interfaces import Exchange, Versions
+from distplat.strategies.pipeline.interfaces import GradSync, Versions
 from distplat.strategies.ports import Pushed, Shards
 from distplat.strategies.reduction.bucket_reducer import BucketReducer
 from distplat.strategies.worker_strategy import Context
@@ -35,9 +35,9 @@ class PartOptimizer(LocalOptimizer):
         return self.norm
 
 
-class AllReduceGradSync(Exchange):
+class AllReduceGradSync(GradSync):
     """
-    One rank's dealings with its peers, over all attempts (see `Exchange`).
+    One rank's dealings with its peers, over all attempts (see `GradSync`).
 
     Args:
         flat: the rank's part.
@@ -176,9 +176,9 @@ class AllReduceGradSync(Exchange):
         return {**found, "optimizer_state_bytes": float(self._optimizer.state_bytes)}
 
 
-class PsGradSync(Exchange):
+class PsGradSync(GradSync):
     """
-    One rank's dealings with the servers of its part, over all attempts (see `Exchange`).
+    One rank's dealings with the servers of its part, over all attempts (see `GradSync`).
 
     Args:
         flat: the rank's part.

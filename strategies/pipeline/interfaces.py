@@ -52,7 +52,7 @@ class Tail(Protocol):
         """It is over."""
 
 
-class Exchange(Tail, Protocol):
+class GradSync(Tail, Protocol):
     """How the gradients of one part of the model become an update, over all attempts of a run."""
 
     made: bool

@@ -42,7 +42,7 @@ from distplat.strategies.pipeline.executor import (
 )
 from distplat.strategies.pipeline.grad_sync import AllReduceGradSync, PsGradSync
 from distplat.strategies.pipeline.hybrid_options import HybridOptions
-from distplat.strategies.pipeline.interfaces import Exchange, TraceSpan
+from distplat.strategies.pipeline.interfaces import GradSync, TraceSpan
 from distplat.strategies.pipeline.limits import Reached
 from distplat.strategies.pipeline.model_partition import agreed_part
 from distplat.strategies.pipeline.rank_model import ModelPart
@@ -141,7 +141,7 @@ class PipelineRank:
         self._device = torch.device(prepared.device)
         self._part: ModelPart | None = None
         self._slices: ReconnectableGroup | None = None
-        self._exchange: Exchange | None = None
+        self._grad_sync: GradSync | None = None
         self.replayed: Share | None = None  #: see `WorkerStrategy.replayed`
         self._measures = PipelineMetrics(rank, self._at)
         self.pipeline: Pipeline  #: there once this rank is connected
@@ -185,16 +185,16 @@ class PipelineRank:
         """
         at, grid = self._at, self._grid
         everybody = self._everybody = context.collective
-        if self._exchange is None:
-            self._exchange = self._make_exchange()
+        if self._grad_sync is None:
+            self._grad_sync = self._make_grad_sync()
         members = grid.group(at.replica)
         self._replica = everybody.subgroup(f"replica-{at.replica}", members)
         dp_group = None
         if grid.replicas > 1:
             name = f"dp-{at.stage}-{at.slice}"
             dp_group = everybody.subgroup(name, grid.dp_ranks(at.stage, at.slice))
-        version = self._exchange.meet(dp_group, context, self._versions)
-        self.replayed = self.pipeline.share if self._exchange.made else None
+        version = self._grad_sync.meet(dp_group, context, self._versions)
+        self.replayed = self.pipeline.share if self._grad_sync.made else None
         self._measures.meet(self._replica)
         self.pipeline = self._make_pipeline(context, members)
         self._report = context.report
@@ -202,7 +202,7 @@ class PipelineRank:
             self._trace(version - 1)
         return version
 
-    def _make_exchange(self) -> Exchange:
+    def _make_grad_sync(self) -> GradSync:
         options, flat, holding = self._options, self._own.flat, self.holding
         if options.data_strategy == "ps-sync":
             return PsGradSync(flat, holding)
@@ -243,7 +243,7 @@ class PipelineRank:
             self._plan,
             lambda count: evaluation_plan(grid.stages, count, options.chunks),
         )
-        return Pipeline(self._prepared, settings, self._executor, self._exchanging)
+        return Pipeline(self._prepared, settings, self._executor, self._synced)
 
     def _plan(self, count: int) -> Plan:
         options = self._options
@@ -264,10 +264,10 @@ class PipelineRank:
             CollectiveError: a rank is missing.
         """
         began = time.perf_counter()
-        mine = self._exchanging.begin(step, local)
-        total = self._exchanging.sum_gradients(step, self._sum_of_all(mine))
+        mine = self._synced.begin(step, local)
+        total = self._synced.sum_gradients(step, self._sum_of_all(mine))
         clips = self._prepared.job.clip_norm is not None
-        self._exchanging.ready(self._whole_norm() if clips else None)
+        self._synced.ready(self._whole_norm() if clips else None)
         if self._grid.replicas > 1:
             self._everybody.barrier()
         self._measures.reduced(began)
@@ -282,19 +282,19 @@ class PipelineRank:
 
     def _whole_norm(self) -> float:
         """Give the 2-norm over all parts; what several slices hold is counted once."""
-        squares = self._exchanging.squares()
+        squares = self._synced.squares()
         whole = torch.tensor([squares], dtype=torch.float64, device=self._device)
         self._replica.all_reduce(whole)
         return math.sqrt(float(whole))
 
     def update(self, step: int, total: StepControl) -> None:
         """Update this rank's part, and report the trace of the step that the job names."""
-        self._exchanging.update(step, total)
+        self._synced.update(step, total)
         self._trace(step)
 
     def figures(self) -> dict[str, float]:
         """Give the figures of pipeline and exchange."""
-        found = self._exchanging.figures()
+        found = self._synced.figures()
         if self._options.pipeline > 1:
             found |= self._measures.figures(self._executor.spans, self._ideal)
         return found
@@ -327,7 +327,7 @@ class PipelineRank:
 
     def checkpoint(self, version: int) -> CheckpointPart:
         """Give this rank's part for a checkpoint: those of the first replica give theirs."""
-        return CheckpointPart() if self._at.replica > 0 else self._exchanging.part(version)
+        return CheckpointPart() if self._at.replica > 0 else self._synced.part(version)
 
     @property
     def holding(self) -> Holding:
@@ -335,9 +335,9 @@ class PipelineRank:
         return self._own.holding(self._at.slice)
 
     @property
-    def _exchanging(self) -> Exchange:
-        assert self._exchange is not None, "connect() comes first"
-        return self._exchange
+    def _synced(self) -> GradSync:
+        assert self._grad_sync is not None, "connect() comes first"
+        return self._grad_sync
 
     @property
     def _own(self) -> ModelPart:
