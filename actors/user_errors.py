@@ -66,6 +66,11 @@ _REMEDIES = (
     ("'LOCAL_RANK'", _GROUP),
     ("'WORLD_SIZE'", _GROUP),
     (
+        "object has no attribute 'module'",
+        "prepare() gives the model that it got, without a wrapper around it: for "
+        "`model.module.state_dict()` write `model.state_dict()`",
+    ),
+    (
         "Expected more than 1 value per channel",
         "a batch norm got one sample: `data.drop_last: true` leaves out a short last batch; or "
         "take a larger `global_batch_size`, fewer workers, or less `gradient_accumulation`",

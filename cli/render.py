@@ -184,7 +184,7 @@ def _rows(facts: Facts) -> list[tuple[str, str]]:
         ("workers", str(workers) if workers else "0 (in this process)"),
         ("steps", str(facts["steps"])),
         *([("stopped early", facts["stopped"])] if facts["stopped"] else []),
-        ("final loss", metrics.pop("loss", "")),
+        *([("final loss", metrics.pop("loss"))] if "loss" in metrics else []),
     ]
     if metrics:
         figures = [f"{name.removeprefix('eval_')} {shown}" for name, shown in metrics.items()]

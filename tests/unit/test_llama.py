@@ -1,0 +1,93 @@
+"""The example of a Llama: one model under every strategy, and the plain loop's."""
+
+import importlib
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from jobs import job_of
+from local_run import train
+from torch import Tensor, nn
+
+from distplat.platform.sampler import Sampler
+from distplat.platform.spec import Job
+from distplat.strategies.catalog import load_job
+from distplat.strategies.task import Task
+
+pytest.importorskip("transformers")
+FOLDER = Path(__file__).parents[2] / "examples" / "llama"
+SMALL = {"length": 12, "layers": 3, "width": 16, "heads": 2, "pieces": 60}
+BATCH, STEPS = 8, 5
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> type[Task]:
+    """The task with a small model in float64."""
+    monkeypatch.syspath_prepend(FOLDER)
+    kind: Any = importlib.import_module("llama").Llama
+
+    class Small(kind):  # type: ignore[misc]
+        def __init__(self) -> None:
+            super().__init__(**SMALL)
+
+        def model(self) -> nn.Module:
+            made: nn.Module = super().model()
+            return made.double()
+
+    return Small
+
+
+def plain(kind: type[Task]) -> dict[str, Tensor]:
+    torch.manual_seed(0)
+    task: Any = kind()
+    model, data = task.model(), task.train_data()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.3, momentum=0.9)
+    sampler = Sampler(len(data), BATCH, 1, 0, True, False)
+    for step in range(STEPS):
+        inputs, targets = (
+            torch.stack(one)
+            for one in zip(*(data[int(i)] for i in sampler.batch_ids(step)), strict=True)
+        )
+        optimizer.zero_grad()
+        torch.autograd.backward(task.loss(model(inputs), targets))
+        optimizer.step()
+    return {name: value.detach() for name, value in model.state_dict().items()}
+
+
+def job(strategy: Any, workers: int) -> Job:
+    return job_of(
+        strategy,
+        workers,
+        optimizer={"name": "SGD", "lr": 0.3, "momentum": 0.9},
+        global_batch_size=BATCH,
+        epochs=None,
+        steps=STEPS,
+        seed=0,
+        evaluation={"every_epochs": 0},
+    )
+
+
+@pytest.mark.parametrize(
+    ("strategy", "workers"),
+    [
+        ("ring", 2),
+        ("ps-sync", 2),
+        ("ps-async", 1),
+        ({"name": "hybrid", "pipeline": 2, "micro_batches": 2}, 2),
+        ({"name": "hybrid", "pipeline": 2, "data": 2, "micro_batches": 2}, 4),
+    ],
+    ids=str,
+)
+def test_it_trains_as_a_plain_loop_does(strategy: Any, workers: int, small: type[Task]) -> None:
+    run = train(job(strategy, workers), small, timeout_s=60)
+    found = {name: value for part in run.trained for name, value in part.items()}
+    expected = plain(small)
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-5, atol=1e-6)  # norms are float32
+
+
+def test_the_job_cuts_it_in_two() -> None:
+    made = load_job(FOLDER / "job.yaml")
+    assert (made.strategy.name, made.scaling.num_workers) == ("hybrid", 2)
