@@ -104,11 +104,12 @@ def check_function(function: object, given: Iterable[str]) -> list[str]:
     if inspect.iscoroutinefunction(function) or inspect.isgeneratorfunction(function):
         text = f"{name} is a coroutine or a generator: nothing in it would run"
         raise SpecError(Problem(("task",), text, "write a plain function"))
-    if takes_names(function):
+    given = [*given]
+    if takes_names(function, given):
         if any(p.kind is p.POSITIONAL_ONLY for p in needed_arguments(function)):
             text = f"{name} takes arguments by their place alone, and `task_args` has names"
             raise SpecError(Problem(("task",), text, "remove the / from its parameters"))
-        if problems := _arguments(function, [*given]):
+        if problems := _arguments(function, given):
             raise SpecError(*problems)
     return []
 

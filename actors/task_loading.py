@@ -3,7 +3,7 @@
 import importlib
 import inspect
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from types import FunctionType, ModuleType
 from typing import Any, TypeAlias, cast
@@ -70,18 +70,27 @@ def needed_arguments(function: TrainFunction) -> list[inspect.Parameter]:
     return [p for p in parameters if p.default is p.empty and p.kind not in _OPEN]
 
 
-def takes_names(function: TrainFunction) -> bool:
-    """Say whether a function takes `task_args` one by one, as it has no place for one dict."""
+def takes_names(function: TrainFunction, given: Collection[str]) -> bool:
+    """
+    Say whether a function takes `task_args` one by one.
+
+    It does if it has no place for one dict, or if these names are those of its arguments.
+
+    Args:
+        function: of the user's.
+        given: names in `task_args`.
+    """
     needed = needed_arguments(function)
     parameters = inspect.signature(function).parameters.values()
     by_name = [p for p in parameters if p.kind in (p.KEYWORD_ONLY, p.VAR_KEYWORD)]
     only_names = bool(by_name) and len(by_name) == len(parameters)
-    return len(needed) > 1 or any(p.kind is p.KEYWORD_ONLY for p in needed) or only_names
+    meant = bool(given) and {p.name for p in needed} <= {*given} <= {p.name for p in parameters}
+    return len(needed) > 1 or any(p.kind is p.KEYWORD_ONLY for p in needed) or only_names or meant
 
 
 def call_train_function(function: TrainFunction, config: Mapping[str, Any]) -> None:
     """Call a train function with `task_args`: as one dict, or by name, or not where it has none."""
-    if takes_names(function):
+    if takes_names(function, config):
         function(**config)
     elif inspect.signature(function).parameters:
         function(dict(config))

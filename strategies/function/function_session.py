@@ -167,9 +167,11 @@ class FunctionSession:
         return found[0] if len(found) == 1 else found
 
     def _model(self, given: nn.Module, *, alone: bool) -> nn.Module:
-        model = given
-        if isinstance(given, nn.parallel.DistributedDataParallel):
-            model = passing_on(given, self.no_sync)
+        for one in given.modules():
+            if isinstance(one, nn.parallel.DistributedDataParallel):
+                passing_on(one, self.no_sync)
+        wrapped = isinstance(given, nn.parallel.DistributedDataParallel)
+        model = given.get_submodule("module") if wrapped else given
         if any(one is model for one in self._exchange.models):
             raise _refused("a model that it got before", "prepare each model once")
         model.to(self.place.device)

@@ -71,9 +71,9 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 def passing_on(
     wrapper: DistributedDataParallel, no_sync: Callable[[], AbstractContextManager[None]]
-) -> nn.Module:
+) -> None:
     """
-    Have a wrapper call its model and average nothing, as somebody else does; give the model.
+    Have a wrapper call its model and average nothing, as somebody else does.
 
     Args:
         wrapper: on which code may go on to rely: `wrapper.module`, `wrapper.no_sync()`.
@@ -82,8 +82,6 @@ def passing_on(
     wrapper.require_backward_grad_sync = wrapper.require_forward_param_sync = False
     wrapper.static_graph = False  # it would average after the first backward all the same
     object.__setattr__(wrapper, "no_sync", no_sync)
-    inner: nn.Module = wrapper.module
-    return inner
 
 
 def _inside(module: nn.Module) -> nn.Module | None:

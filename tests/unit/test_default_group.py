@@ -90,6 +90,19 @@ def test_a_wrapped_model_is_averaged_by_the_strategy_alone(accumulated: int, sta
 
 
 @pytest.mark.usefixtures("_alone")
+def test_a_wrapper_inside_of_a_model_averages_nothing_either() -> None:
+    dist.init_process_group("gloo")
+    inner = DistributedDataParallel(model_of())
+
+    def train(config: Mapping[str, Any]) -> None:
+        distplat.prepare(nn.Sequential(inner, nn.Tanh()))
+
+    found = call_on_ranks(train).trained[0]
+    assert not inner.require_backward_grad_sync
+    assert [*found] == ["0.module.weight", "0.module.bias"]
+
+
+@pytest.mark.usefixtures("_alone")
 def test_a_group_is_made_again_and_others_beside_it() -> None:
     for _ in range(2):
         dist.init_process_group("gloo")

@@ -174,7 +174,8 @@ def test_task_args_go_to_a_function_by_name_or_as_one() -> None:
     call_train_function(one, {"lr": 0.1})
     call_train_function(lambda: heard.append("bare"), {"lr": 0.1})
     call_train_function(any_of, {"lr": 0.1})
-    assert heard == [(2, 0.1, 3), ({"lr": 0.1}, 3), "bare", {"lr": 0.1}]
+    call_train_function(one, {"config": "a.yaml", "width": 5})
+    assert heard == [(2, 0.1, 3), ({"lr": 0.1}, 3), "bare", {"lr": 0.1}, ("a.yaml", 5)]
 
 
 @pytest.mark.parametrize(
