@@ -47,7 +47,6 @@ def block_modules(model: nn.Module) -> list[nn.Module] | None:
 
     Args:
         model: whose forward calls all blocks one after the other.
-
     """
     found = _list_of_blocks(model)
     if found is None:
@@ -61,7 +60,7 @@ def block_modules(model: nn.Module) -> list[nn.Module] | None:
     return [
         BeforeBlocks(_without(model, path, after, {}), len(blocks), list(tied.values())),
         *(BlockLayer(one, n, last=one is blocks[-1]) for n, one in enumerate(blocks)),
-        AfterBlocks(behind, _places(model, behind, [*tied])),
+        AfterBlocks(behind, _missing(model, behind, [*tied])),
     ]
 
 
@@ -136,7 +135,7 @@ def _lacking(module: nn.Module, tied: Mapping[int, Tensor]) -> nn.Module:
 
 
 def _copy_without(module: nn.Module, tied: Mapping[int, Tensor]) -> nn.Module:
-    """Give a copy of a module with the same children, and places for what is tied."""
+    """Give a copy of a module with the same children, and without what is tied."""
     found = copy.copy(module)
     found._modules = dict(module._modules)
     for kind in ("_parameters", "_buffers"):
@@ -146,7 +145,7 @@ def _copy_without(module: nn.Module, tied: Mapping[int, Tensor]) -> nn.Module:
     return found
 
 
-def _places(model: nn.Module, copied: nn.Module, tied: Sequence[int]) -> list[Place]:
+def _missing(model: nn.Module, copied: nn.Module, tied: Sequence[int]) -> list[Missing]:
     """Say where in a copy of the model tensors are missing, and which those are."""
     numbers = {one: number for number, one in enumerate(tied)}
     found = []
@@ -166,7 +165,7 @@ def _places(model: nn.Module, copied: nn.Module, tied: Sequence[int]) -> list[Pl
     return found
 
 
-Place = tuple[dict[str, Any], str, int]
+Missing = tuple[dict[str, Any], str, int]
 """A module's parameters or buffers, the name of a missing one, and its number among the tied."""
 Call = tuple[Sequence[Any], Mapping[str, Any]]
 """Arguments by place and by name."""
@@ -193,6 +192,7 @@ class _StandIn(nn.Module):
     def __init__(self, module: nn.Module, *, block: bool = False) -> None:
         super().__init__()
         self.is_block = block
+        self.is_behind = False  #: it is a block, and has been called
         self.answer: Callable[..., Any] = _not_called
         tensors = (*module.parameters(), *module.buffers())
         empty = {id(one): torch.empty_like(one, device="meta") for one in tensors}
@@ -200,8 +200,16 @@ class _StandIn(nn.Module):
         self._like = (copy.deepcopy(module, cast(dict[int, Any], empty)),)
 
     def __getattr__(self, name: str) -> Any:
-        """Give an attribute of the module that it stands for."""
-        return getattr(self.__dict__["_like"][0], name)
+        """
+        Give an attribute of the module that it stands for.
+
+        Raises:
+            SpecError: it may be what the block's forward has left, such as `aux_loss`.
+        """
+        found = getattr(self.__dict__["_like"][0], name)
+        if self.__dict__["is_behind"] and (found is None or isinstance(found, float | Tensor)):
+            raise _unfit(f"behind its blocks its forward reads what they may have kept, `{name}`")
+        return found
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.answer(*args, **kwargs)
@@ -327,12 +335,15 @@ class AfterBlocks(nn.Module):
 
     Args:
         model: with stand-ins for its blocks, and for what comes before them.
-        places: where tied parameters are missing.
+        missing: where tied parameters are missing.
     """
 
-    def __init__(self, model: nn.Module, places: Sequence[Place]) -> None:
+    def __init__(self, model: nn.Module, missing: Sequence[Missing]) -> None:
         super().__init__()
-        self.model, self._places = model, tuple(places)
+        self.model, self._missing = model, tuple(missing)
+        for one in model.modules():
+            if isinstance(one, _StandIn):
+                one.is_behind = one.is_block
 
     def forward(self, value: Any) -> Any:
         """Give what the model gives."""
@@ -340,12 +351,12 @@ class AfterBlocks(nn.Module):
         features = _features(outputs)
         before = features.new_full(features.shape, math.nan)  # whoever uses it is to notice
         try:
-            for held, name, number in self._places:
+            for held, name, number in self._missing:
                 held[name] = value["tied"][number]
             with _answering(self.model, lambda *args, **kwargs: outputs, before):
                 return self.model(value["inputs"])
         finally:
-            for held, name, _ in self._places:
+            for held, name, _ in self._missing:
                 held[name] = None
 
 
@@ -384,6 +395,8 @@ def _told(tree: Any, where: str, features: Tensor, shared: list[Tensor]) -> Any:
         if not numbers:
             shared.append(tree)
         return {"shared": numbers[0] if numbers else len(shared) - 1}
+    if isinstance(tree, list | dict) and not tree:
+        raise _unfit(f"its blocks are called with {where}, an empty container, which they may fill")
     if isinstance(tree, tuple | list):
         kind = "tuple" if isinstance(tree, tuple) else "list"
         return {kind: [_told(one, where, features, shared) for one in tree]}

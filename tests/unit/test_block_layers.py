@@ -290,6 +290,47 @@ def test_what_was_before_the_blocks_is_not_a_number_behind_them() -> None:
         run_of(task_of("own", Regularised))
 
 
+class Keeping(Lm):
+    """Blocks keep what training alone reads, as experts do for the balance of their load."""
+
+    class Expert(Block):
+        def __init__(self, number: int) -> None:
+            super().__init__(number)
+            self.aux_loss: Any = 0.0
+
+        def forward(self, x: Tensor, mask: Tensor, *, scale: float) -> Any:
+            self.aux_loss = x.square().mean()
+            return super().forward(x, mask, scale=scale)
+
+    block = Expert
+
+    def forward(self, ids: Tensor) -> Tensor:
+        out = super().forward(ids)
+        if self.training:
+            out = out + sum(getattr(one, "aux_loss") for one in self.blocks)  # noqa: B009
+        return out
+
+
+class Filling(Lm):
+    """Blocks fill a list, of which training adds up what is in it."""
+
+    class Writer(Block):
+        def forward(self, x: Tensor, mask: Tensor, *, scale: float, kept: Any = None) -> Any:
+            kept.append(x.square().mean())
+            return super().forward(x, mask, scale=scale)
+
+    block = Writer
+
+    def forward(self, ids: Tensor) -> Tensor:
+        self.kept: list[Tensor] = []
+        out = super().forward(ids)
+        return out + sum(self.kept) if self.training else out
+
+    def step(self, block: Any, x: Tensor, mask: Tensor) -> Tensor:
+        out: Tensor = block(x, mask, scale=0.5, kept=self.kept)
+        return out
+
+
 class Half(float):
     """Of a type of its own."""
 
@@ -306,6 +347,8 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "between": (Between, "computes something between blocks 0 and the next"),
     "skipped": (Skipped, "goes on before all blocks are called"),
     "residual": (Residual, "compute otherwise than Residual does"),
+    "keeping": (Keeping, "reads what they may have kept, `aux_loss`"),
+    "filling": (Filling, "called with kept, an empty container, which they may fill"),
     "strange": (Strange, "called with scale, a Half, and stages hand on tensors"),
 }
 
