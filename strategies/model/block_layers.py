@@ -280,6 +280,8 @@ class BeforeBlocks(nn.Module):
             return self._run(inputs)
         except (_Between, Exception):
             self._tuples = not self._tuples
+            if isinstance(first, Exception):
+                raise first from None  # of the user's own: a sample that the embedding has not
             raise _unfit(f"its forward {first}") from None
 
     def _run(self, inputs: Any) -> list[Call]:

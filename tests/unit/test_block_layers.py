@@ -361,6 +361,13 @@ def test_what_they_leave_out_is_refused(name: str) -> None:
     assert text in str(caught.value)
 
 
+def test_an_error_of_the_models_own_comes_out_as_it_is() -> None:
+    first = found_layers(Lm())[0].module
+    with pytest.raises(IndexError, match="index out of range"):
+        first(torch.full((2, LENGTH), WORDS))
+    assert first(torch.zeros(2, LENGTH, dtype=torch.long))["features"].shape == (2, LENGTH, WIDTH)
+
+
 def test_a_guess_that_cannot_be_tried_is_refused() -> None:
     class Random(Lm):
         def forward(self, ids: Tensor) -> Tensor:
