@@ -45,9 +45,9 @@ from distplat.actors.worker import Worker
 from distplat.platform.errors import DistplatError
 from distplat.platform.stop_order import StopOrder
 
-LATE_S = 1.0
-"""How long threads may take to come out at the end."""
-BLOCKED = ("checkpoints", "metrics", "poll")
+LATE_S = 30.0
+"""How long threads may take to come out at the end; a busy machine has them wait for each other."""
+BLOCKED = ("checkpoints", "metrics", "printed lines", "poll")
 """Threads that wait without a deadline, and call nobody: for work, or for a loop that has ended."""
 _here = threading.local()
 
@@ -319,16 +319,21 @@ class InMemoryRay:
         for name in list(self._actors):
             self.kill_process(name)
         self.cluster.close()
-        self._wait_for_threads()
-        self._patches.close()
-        _ray = None
+        try:
+            self._wait_for_threads()
+        finally:
+            self._patches.close()
+            _ray = None
 
     def _wait_for_threads(self) -> None:
-        """Wait for threads to come out: one that is late must not call the real Ray."""
+        """Wait for threads to come out: one that is late would call the real Ray."""
         until = time.monotonic() + LATE_S
+        late = []
         for thread in self.threads:
             if thread.name not in BLOCKED and thread is not threading.current_thread():
                 thread.join(max(0.0, until - time.monotonic()))
+                late += [thread.name] * thread.is_alive()
+        assert not late, f"threads that did not end within {LATE_S:.0f} s: {late}"
 
     def as_driver(self, work: Callable[[], Any]) -> Any:
         """Call something in a process of its own, the driver; raises `Killed` if it is killed."""
