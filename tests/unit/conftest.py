@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from multiprocessing import forkserver
 
 import local_run
+import marks
 import pytest
 import signal_defaults
 import torch
@@ -24,6 +25,18 @@ _MANY = 400
 """Descriptors; by default a process may have 1024."""
 _left = 0
 """Of them, after the last look: what is held for long is not looked for after each test."""
+
+
+@pytest.hookimpl(tryfirst=True)  # before `-m` is looked at
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Know which cases of long sweeps `make test` has."""
+    marks.mark_sweeps(items)
+
+
+def pytest_collection_finish() -> None:
+    """Have collections look at what tests make alone: what is imported never goes."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

@@ -170,6 +170,7 @@ def run_of(task: type[Task], stages: int = 2, **options: Any) -> LocalRun:
     return train(job, task, timeout_s=60)  # a first run imports much
 
 
+@pytest.mark.sweep(3)
 @pytest.mark.parametrize("name", MODELS)
 def test_they_train_as_in_one_process(name: str) -> None:
     stages = 4 if name in ("own", "llama") else 2
@@ -194,6 +195,7 @@ TIED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 }
 
 
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize("way", TIED)
 def test_a_tied_head_trains_its_embedding(way: str) -> None:
     """Each micro-batch brings the weight to the last stage, and its gradient back."""

@@ -262,6 +262,7 @@ def test_a_view_whose_pipe_is_closed_draws_no_more() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), out.fileno())
 
 
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize("output", ["text", "json"])
 def test_submit_behind_head(output: str, tmp_path: Path) -> None:
     """Both streams end in a pipe whose reader leaves after the first line."""

@@ -71,6 +71,7 @@ def uncompressed() -> tuple[float, float]:
     return loss_and_accuracy(run("none"))
 
 
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize("method", ["topk", "powersgd"])
 def test_it_learns_nearly_as_well(method: str) -> None:
     loss, accuracy = loss_and_accuracy(run(method))

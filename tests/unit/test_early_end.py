@@ -62,6 +62,7 @@ def evaluated(run: LocalRun) -> list[int]:
     return sorted({one.step for one in reports})
 
 
+@pytest.mark.sweep(3)
 @pytest.mark.parametrize("told", [(0, 1), (0,), (1,)], ids=str)
 @pytest.mark.parametrize("strategy", STRATEGIES, ids=str)
 def test_the_model_is_that_of_a_run_of_so_many_steps(strategy: Any, told: tuple[int, ...]) -> None:

@@ -135,6 +135,7 @@ WORLDS = [
 ]
 
 
+@pytest.mark.sweep(3)
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize(("strategy", "workers", "more"), WORLDS)
 def test_it_is_that_of_a_plain_loop(
@@ -174,6 +175,7 @@ def test_weights_are_what_they_are_without_it() -> None:
     assert torch.equal(average["3.weight"], without.trained[0]["3.weight"])
 
 
+@pytest.mark.sweep(3)
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("to", ["ring", SHARDED, THREE], ids=str)
 @pytest.mark.parametrize("strategy", ["ring", SHARDED, THREE], ids=str)

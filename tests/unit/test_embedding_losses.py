@@ -16,7 +16,7 @@ from words import ROWS, Words
 from distplat.platform.spec import Job
 from distplat.strategies.catalog import make_job
 
-RUNS = int(os.environ.get("DISTPLAT_DRAWN_RUNS", "8"))
+RUNS = int(os.environ.get("DISTPLAT_DRAWN_RUNS", "4"))
 """`make test-all` draws many more."""
 STEPS = 15
 EPOCHS = 2
@@ -80,6 +80,7 @@ def test_synchronous_runs_keep_their_bits(
     same_bits(run, undisturbed[servers])
 
 
+@pytest.mark.sweep(3)
 @pytest.mark.parametrize(
     ("servers", "loss", "goes_on_from"),
     [
@@ -119,6 +120,7 @@ def test_more_and_fewer_ranks_train_the_same_model() -> None:
         np.testing.assert_allclose(mine, alone, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.sweep(3)
 @pytest.mark.parametrize("tables", [0, 1, 2])
 @pytest.mark.parametrize(
     ("strategy", "shards"),

@@ -92,6 +92,7 @@ def test_equals_one_process_with_local_tables(
         )
 
 
+@pytest.mark.sweep(3)
 @pytest.mark.parametrize("optimizer", ["Adagrad", "SparseAdam", "RowWiseAdagrad"])
 def test_repeats_bit_for_bit(optimizer: str) -> None:
     embeddings = {"servers": 2, "optimizer": {"name": optimizer, "lr": 0.1}}

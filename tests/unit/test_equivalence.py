@@ -156,6 +156,7 @@ def losses_of(run: LocalRun) -> list[float]:
     return [total / count for total, count in zip(sums, counts, strict=True)]
 
 
+@pytest.mark.sweep(3)
 @pytest.mark.parametrize("recipe", RECIPES)
 @pytest.mark.parametrize(("strategy", "workers", "servers"), WORLDS)
 def test_every_world_gives_what_one_process_gives(
@@ -198,6 +199,7 @@ def test_where_shards_are_cut_changes_a_norm_by_rounding_only() -> None:
     assert distance(uneven, plain(recipe)[0]) < 1e-5
 
 
+@pytest.mark.sweep(3)
 @pytest.mark.parametrize(("strategy", "workers", "servers"), WORLDS)
 def test_a_repeated_run_gives_the_same_bits(strategy: str, workers: int, servers: int) -> None:
     recipe = "conv-adamw-accumulated-clipped"

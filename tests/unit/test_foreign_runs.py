@@ -39,6 +39,7 @@ def spoil(value: Any, draw: random.Random) -> Any:
     return draw.choice(ODD) if draw.random() < 0.08 else value
 
 
+@pytest.mark.sweep(4)
 @pytest.mark.parametrize("seed", range(12))
 def test_no_damage_ends_a_report(
     seed: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -50,6 +50,7 @@ def test_before(page: str, tmp_path: Path) -> None:
     agree(done.stdout, promised(page))
 
 
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize("strategy", ["ring", "ps-sync", "ps-async"])
 @pytest.mark.parametrize("page", PAGES)
 def test_after(

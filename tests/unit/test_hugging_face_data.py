@@ -92,6 +92,7 @@ def test_a_stream_of_theirs_goes_on(buffer: int | None) -> None:
         )
 
 
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize("loaders", [0, 2])
 @pytest.mark.parametrize("buffer", [None, 4])
 def test_in_a_train_function_ranks_get_their_parts_and_go_on(

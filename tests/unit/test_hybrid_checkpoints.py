@@ -56,6 +56,7 @@ def model_of(run: LocalRun) -> dict[str, Tensor]:
     return {name: value.detach() for name, value in whole(run).items()}
 
 
+@pytest.mark.sweep(4)
 @pytest.mark.parametrize("to", GRIDS)
 @pytest.mark.parametrize("origin", ["1x2x2", "2x2x1", "1x2x2 ps-sync", "2x1x2 ps-sync"])
 def test_any_grid_goes_on_from_any_other(origin: str, to: str) -> None:

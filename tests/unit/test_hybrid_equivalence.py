@@ -67,6 +67,7 @@ EACH_WITH_EACH = [
 """Every grid with one of the models is quick, and every model with some of the grids."""
 
 
+@pytest.mark.sweep(3)
 @pytest.mark.parametrize(("name", "kind"), EACH_WITH_EACH)
 def test_every_grid_gives_what_one_process_gives(name: str, kind: type[Task]) -> None:
     options, workers = GRIDS[name]
@@ -76,6 +77,7 @@ def test_every_grid_gives_what_one_process_gives(name: str, kind: type[Task]) ->
     assert losses(run) == pytest.approx(plain_losses, rel=1e-4)
 
 
+@pytest.mark.sweep(3)
 @pytest.mark.parametrize(
     ("kind", "plan", "pipeline", "data"),
     [
@@ -117,6 +119,7 @@ def evaluation(run: LocalRun) -> dict[str, float]:
     return {name: sum(r.sums.get(name, 0.0) for r in reports) / SAMPLES for name in names}
 
 
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize(
     "more",
     [

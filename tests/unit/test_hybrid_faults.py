@@ -26,6 +26,7 @@ def unfailed() -> dict[str, Tensor]:
     return model
 
 
+@pytest.mark.sweep(3)
 @pytest.mark.parametrize("victim", [0, slow(1), slow(2), 3])  # of each stage, of each replica
 @pytest.mark.parametrize(
     ("group", "after"),
@@ -130,6 +131,7 @@ def unfailed_alone() -> dict[str, Tensor]:
     return model
 
 
+@pytest.mark.sweep(4)
 @pytest.mark.parametrize("number", range(5, 10))
 @pytest.mark.parametrize("stage", [0, 1])
 @pytest.mark.parametrize("moment", ["forward", "backward"])

@@ -131,6 +131,7 @@ def test_a_traced_model_is_cut_where_one_tensor_crosses() -> None:
     ]
 
 
+@pytest.mark.sweep(2)
 @pytest.mark.usefixtures("one_at_a_time")
 @pytest.mark.parametrize(("stages", "replicas"), [(3, 1), (2, 2)])
 def test_values_made_by_stages_do_not_depend_on_the_cut(stages: int, replicas: int) -> None:

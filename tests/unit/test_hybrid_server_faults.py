@@ -48,6 +48,7 @@ def goes_on(workers: Workers, lost: Set[int], clip: float | None, untold: int = 
     assert sum(told) >= 90 - untold, "each step is told of"
 
 
+@pytest.mark.sweep(4)
 @pytest.mark.parametrize("clip", [None, 0.5])
 @pytest.mark.parametrize("victim", [0, 3])
 @pytest.mark.parametrize(
@@ -109,6 +110,7 @@ def wait_until_made(workers: Workers, part: int) -> None:
         time.sleep(0.001)
 
 
+@pytest.mark.sweep(3)
 @pytest.mark.parametrize("servers", [1, 2])
 @pytest.mark.parametrize("victim", range(WORLD))
 def test_one_is_lost_before_its_push(victim: int, servers: int) -> None:
@@ -153,6 +155,7 @@ def test_running_statistics_without_a_holder_are_lost() -> None:
         workers.attempt(Fabric(WORLD))
 
 
+@pytest.mark.sweep(4)
 @pytest.mark.parametrize("group", ["world", "dp-"])
 @pytest.mark.parametrize("after", range(3))
 @pytest.mark.parametrize("stopped", [{0, 2}, {1}, {0, 1, 2, 3}])
@@ -213,6 +216,7 @@ def unheard(rank: int, shards: RemoteShards) -> RemoteShards:
     return shards
 
 
+@pytest.mark.sweep(3)
 @pytest.mark.parametrize("servers", [1, 2])
 @pytest.mark.parametrize("part", [0, 1])
 def test_a_lost_server_takes_all_back_to_the_checkpoint(part: int, servers: int) -> None:

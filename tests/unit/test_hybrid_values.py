@@ -186,6 +186,7 @@ def run_of(kind: type[Task], stages: int = 2, **options: Any) -> LocalRun:
     return train(job, kind, timeout_s=30)  # the first run imports much of torch
 
 
+@pytest.mark.sweep(3)
 @pytest.mark.parametrize("kind", [Carrying, Attending])
 @pytest.mark.parametrize(
     ("stages", "options"),

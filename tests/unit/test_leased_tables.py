@@ -245,6 +245,7 @@ def test_a_rank_that_was_not_heard_of_and_comes_back_counts_for_nothing() -> Non
         assert service.store.ledger.dropped == {1: 1}
 
 
+@pytest.mark.sweep(3)
 @pytest.mark.parametrize("with_scheduler", [False, True])
 @pytest.mark.parametrize("moment", MOMENTS)
 def test_all_are_lost(moment: str, with_scheduler: bool) -> None:

@@ -68,6 +68,7 @@ def job(strategy: Any, workers: int) -> Job:
     )
 
 
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize(
     ("strategy", "workers"),
     [

@@ -68,6 +68,7 @@ def options_job(strategy: str = "ring", **fields: Any) -> Job:
     return job_of(strategy, 1, optimizer=optimizer, steps=4, global_batch_size=6, seed=2, **fields)
 
 
+@pytest.mark.sweep(4)
 @pytest.mark.parametrize("strategy", ["ring", "ps-sync"])
 @pytest.mark.parametrize("patterns", ["1", "1,2", "*.inner", "1,*.inner"])
 @pytest.mark.parametrize("accumulation", [1, 2])
@@ -135,6 +136,7 @@ def test_a_pattern_that_matches_no_module_is_refused() -> None:
         apply_module_options(options_job(activation_checkpointing="2,1.iner"), Deep().model())
 
 
+@pytest.mark.sweep(3)
 @pytest.mark.parametrize("strategy", ["ring", "ps-sync", "ps-async"])
 def test_a_compiled_model_trains_as_the_plain_one(strategy: str) -> None:
     plain = train(options_job(strategy), Deep).parameters()

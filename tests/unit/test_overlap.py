@@ -137,6 +137,7 @@ def without_overlap(workers: int, branches: bool = False) -> LocalRun:
     return train(job(workers=workers, overlap=False, bucket_mb=1024), task)
 
 
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize("workers", [2, 3, 4])
 def test_the_same_bits_with_overlap(background: list[int], workers: int) -> None:
     """With accumulation, uneven parts of a batch, and batches of one sample."""
@@ -152,6 +153,7 @@ def test_the_same_bits_where_ranks_use_different_parameters(background: list[int
     assert len(set(background)) > 2
 
 
+@pytest.mark.sweep(2)
 @settings(
     max_examples=12,
     deadline=None,
@@ -166,6 +168,7 @@ def test_the_same_bits_whatever_the_buckets(
     assert same_bits(run, without_overlap(workers))
 
 
+@pytest.mark.sweep(3)
 @pytest.mark.parametrize(("name", "within"), [("fp16", 2e-3), ("bf16", 2e-2)])
 @pytest.mark.parametrize("overlap", [True, False])
 def test_halves_train_nearly_the_same(

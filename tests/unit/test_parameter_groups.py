@@ -160,6 +160,7 @@ GPT_GROUPS = [
 GPT_OPTIMIZER = {"name": "SGD", "lr": 0.05, "momentum": 0.9, "groups": GPT_GROUPS}
 
 
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize(
     ("pipeline", "tensor", "data"), [(2, 1, 1), (3, 1, 2), (1, 2, 1), (2, 2, 1)]
 )

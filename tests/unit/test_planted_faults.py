@@ -160,6 +160,7 @@ FAULTS: dict[str, tuple[Callable[[Patch], None], Drawn]] = {
 }
 
 
+@pytest.mark.sweep(3)
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_planted_fault_is_found(fault: str, monkeypatch: Patch) -> None:
     plant, drawn = FAULTS[fault]
@@ -168,6 +169,7 @@ def test_a_planted_fault_is_found(fault: str, monkeypatch: Patch) -> None:
     assert met(drawn).parts
 
 
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize(
     "fault",
     [

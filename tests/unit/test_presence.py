@@ -189,6 +189,7 @@ def compare(of: Job, kind: type[Task], limit: float = 1e-10) -> None:
         torch.testing.assert_close(ours[name], value, rtol=limit, atol=limit, msg=name)
 
 
+@pytest.mark.sweep(3)
 @pytest.mark.parametrize("clip_norm", [None, 0.1])
 @pytest.mark.parametrize("world", [1, 2])
 @pytest.mark.parametrize("strategy", STRATEGIES.values(), ids=STRATEGIES)

@@ -98,6 +98,7 @@ def test_the_same_from_two_workers_under_ring_and_ps_sync(recsys: Any) -> None:
     assert free[1] == pytest.approx(one[1], abs=0.1)
 
 
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize("ids", [True, False])
 def test_a_small_run(ids: bool, tmp_path: Path) -> None:
     overrides = ["scaling.num_workers=0", "task_args.samples=9000", f"storage_path={tmp_path}"]

@@ -54,6 +54,7 @@ def make(**more: Any) -> Job:
     return job_of(**fields)
 
 
+@pytest.mark.sweep(3)
 @pytest.mark.parametrize(
     ("strategy", "clip_norm"),
     [

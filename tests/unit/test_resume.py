@@ -81,6 +81,7 @@ def losses(run: LocalRun) -> dict[int, float]:
     return {r.step: r.loss for r in run.reports[0] if hasattr(r, "loss")}
 
 
+@pytest.mark.sweep(3)
 @pytest.mark.parametrize("optimizer", [SGD, ADAMW], ids=["sgd", "adamw"])
 @pytest.mark.parametrize("strategy", STRATEGIES, ids=named)
 @pytest.mark.parametrize("clip", [None, 0.3])
@@ -117,6 +118,7 @@ def test_a_longer_run_goes_on_from_the_end_of_a_shorter_one() -> None:
     assert equal(longer.parameters(), train(job("ring", **constant), Normed).parameters())
 
 
+@pytest.mark.sweep(3)
 @pytest.mark.parametrize("after", STRATEGIES, ids=named)
 @pytest.mark.parametrize("before", STRATEGIES, ids=named)
 def test_from_one_strategy_to_another(before: dict[str, Any], after: dict[str, Any]) -> None:

@@ -47,6 +47,7 @@ BREADTH_FIRST = by_hand(
 """Stage 1 could send eight messages back before stage 0 wants the first."""
 
 
+@pytest.mark.sweep(4)
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("stages", range(1, 9))
 def test_every_size_runs_with_little_room(name: str, stages: int) -> None:

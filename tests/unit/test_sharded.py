@@ -61,6 +61,7 @@ def test_every_optimizer_is_here() -> None:
     assert {kind.__name__ for kind in kinds} == OPTIMIZERS.keys()
 
 
+@pytest.mark.sweep(3)
 @pytest.mark.parametrize("workers", [slow(1), slow(2), 3, slow(4)])
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_the_same_model_as_without(optimizer: str, workers: int) -> None:
@@ -71,6 +72,7 @@ def test_the_same_model_as_without(optimizer: str, workers: int) -> None:
     assert distance(run.parameters(), expected) < 1e-6
 
 
+@pytest.mark.sweep(3)
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_without_clipping_the_same_bits(optimizer: str) -> None:
     """Norms are added up in another order; all else is the same sums at the same places."""
@@ -86,6 +88,7 @@ def test_clipping_is_by_the_norm_over_all_parts() -> None:
     assert distance(run.parameters(), plain("mlp-sgd-accumulated-clipped")[0]) < 1e-5
 
 
+@pytest.mark.sweep(3)
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_ranks_without_a_part_take_part(optimizer: str) -> None:
     run = train(job(optimizer, 3, 0.3, shard_optimizer=True), Tiny)

@@ -52,6 +52,7 @@ def lost_at(strategy: str | dict[str, Any], after: int, victim: int) -> LocalRun
     return run
 
 
+@pytest.mark.sweep(4)
 @pytest.mark.parametrize("victim", [0, 2])
 @pytest.mark.parametrize("after", range(11, 41, 5))
 @pytest.mark.parametrize("strategy", ["ring", "ps-sync"])

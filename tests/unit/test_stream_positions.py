@@ -55,6 +55,7 @@ class Stateless(Numbered):
         return iterable(*tensors())
 
 
+@pytest.mark.sweep(3)
 @pytest.mark.parametrize("length", [{"epochs": 3}, {"steps": 15}], ids=["epochs", "steps"])
 @pytest.mark.parametrize("kind", [Stateful, Stateless])
 @pytest.mark.parametrize("strategy", ["ring", "ps-sync"])

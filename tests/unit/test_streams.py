@@ -90,6 +90,7 @@ def job(strategy: Any = "ring", workers: int = 1, **fields: Any) -> Job:
 WORLDS = [("ring", 1), ("ring", 2), ("ring", 3), ("ps-sync", 1), ("ps-sync", 3), ("ps-async", 1)]
 
 
+@pytest.mark.sweep(3)
 @pytest.mark.parametrize("kind", [Streamed, Sized])
 @pytest.mark.parametrize(("strategy", "workers"), WORLDS)
 def test_a_stream_trains_to_the_bits_of_its_numbered_samples(

@@ -55,6 +55,7 @@ def bits(run: LocalRun) -> dict[str, Any]:
     return found
 
 
+@pytest.mark.sweep(3)
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("strategy", ["ring", "ps-sync"])
 def test_a_run_goes_on_with_the_same_bits(strategy: str, optimizer: str) -> None:
@@ -65,6 +66,7 @@ def test_a_run_goes_on_with_the_same_bits(strategy: str, optimizer: str) -> None
         assert bits(train(spec, Words, saved=whole.checkpoints[step])) == bits(whole)
 
 
+@pytest.mark.sweep(3)
 @pytest.mark.parametrize(
     "embeddings", [{"servers": 1}, {"servers": 3}, {"partition": "range"}], ids=str
 )

@@ -215,6 +215,7 @@ def make_steps(tables: RemoteTables, told: TablePlan, rank: int) -> list[bytes]:
     return seen
 
 
+@pytest.mark.sweep(4)
 @pytest.mark.parametrize("method", ["update", "pull", "push", "begin"])
 @pytest.mark.parametrize("moment", ["before", "after"])
 @pytest.mark.parametrize("asynchronous", [False, True])

@@ -159,6 +159,7 @@ def assert_equal(run: LocalRun, net: nn.Module) -> None:
         assert torch.equal(theirs[~there], first[~there])
 
 
+@pytest.mark.sweep(4)
 @pytest.mark.filterwarnings("ignore:Sparse invariant checks")
 @pytest.mark.parametrize("rule", OPTIMIZERS, ids=lambda rule: str(rule["name"]))
 @pytest.mark.parametrize("how", ["skips", "empty"])
@@ -185,6 +186,7 @@ def test_tables_that_rest_move_as_in_torch(
     assert counts == [[STEPS, rests, alone, 0]] * len(counts)
 
 
+@pytest.mark.sweep(4)
 @pytest.mark.filterwarnings("ignore:Sparse invariant checks")
 @pytest.mark.parametrize("strategy", ["ring", "ps-sync"])
 @pytest.mark.parametrize("how", FROZEN)
@@ -215,6 +217,7 @@ def updates(run: LossyRun) -> list[list[int]]:
     ]
 
 
+@pytest.mark.sweep(3)
 @pytest.mark.parametrize("tables", [0, 1, 2])
 @pytest.mark.parametrize("step", [5, 6, 7])  # `rests`, `alone` on one rank, and on the other
 def test_a_lost_rank_leaves_the_count_as_it_was(step: int, tables: int) -> None:

@@ -71,6 +71,7 @@ def validate(*settings: str, files: dict[str, str] | None = None) -> int:
     return run(["validate", "job.yaml", *(f"--set={one}" for one in settings)])
 
 
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize(
     ("settings", "shown"),
     [

@@ -102,6 +102,7 @@ class WideGpt(Gpt):
         return super().model().double()
 
 
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize("pipeline", [1, 2, 3])
 def test_stages_of_a_model(pipeline: int) -> None:
     """With an epsilon above the rounding noise that is all the gradient of some biases."""
@@ -115,6 +116,7 @@ def test_stages_of_a_model(pipeline: int) -> None:
 SAVES = ["ring-2", "sharded", "ps-sync-3-servers", "ps-sync-kept-twice", "hybrid-servers"]
 
 
+@pytest.mark.sweep(4)
 @pytest.mark.parametrize("to", SAVES)
 @pytest.mark.parametrize("name", SAVES)
 def test_it_goes_on_from_a_checkpoint_under_any_strategy(name: str, to: str) -> None:

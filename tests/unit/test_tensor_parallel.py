@@ -19,6 +19,7 @@ def same(found: Outcome, expected: Outcome) -> None:
     assert found.state.keys() == expected.state.keys()
 
 
+@pytest.mark.sweep(3)
 @pytest.mark.parametrize(
     ("name", "world"),
     [(name, world) for name in CASES for world in (1, 2, 3, 4) if name != "bypass" or world <= 2],

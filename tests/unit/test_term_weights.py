@@ -97,6 +97,7 @@ WAYS: list[tuple[str, int, int]] = [
 """Name, workers, micro-batches; the last batch of an epoch has four samples for five workers."""
 
 
+@pytest.mark.sweep(4)
 @pytest.mark.parametrize("kind", [Mixture, Stepped])
 @pytest.mark.parametrize(("name", "world", "parts"), WAYS)
 def test_a_run_is_a_plain_loop_on_whole_batches(

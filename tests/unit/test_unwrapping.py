@@ -68,6 +68,7 @@ def saved(result: Result) -> dict[str, Tensor]:
     return load_file(result.checkpoint)
 
 
+@pytest.mark.sweep(3)
 @pytest.mark.parametrize("strategy", ["ring", "ps-sync"])
 @pytest.mark.parametrize("wrapped", WRAPPED)
 def test_a_wrapped_model_is_kept_by_the_plain_ones_names(

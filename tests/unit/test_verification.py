@@ -79,6 +79,7 @@ def test_the_reference_is_short_and_owes_nothing_to_the_engine() -> None:
     assert ours == {"distplat.strategies.task", home, f"{home}.recipes"}
 
 
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize(
     ("strategy", "options"),
     [
@@ -126,6 +127,7 @@ class StreamedByEpoch(Streamed):
         return kind(*Classify.train_data(self).tensors)
 
 
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize("kind", [Streamed, StreamedByEpoch])
 @pytest.mark.parametrize(
     ("strategy", "options"), [("ring", {}), ("hybrid", {"pipeline": 2, "cut": "even"})]
@@ -222,6 +224,7 @@ class Centred(Classify):
         return nn.Sequential(Centre(), nn.Linear(5, 3))
 
 
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize(
     ("kind", "says"),
     [

@@ -131,6 +131,7 @@ def name_of(world: Any) -> str:
     return str(world)
 
 
+@pytest.mark.sweep(3)
 @pytest.mark.parametrize("clip", [None, 0.2])
 @pytest.mark.parametrize(("strategy", "workers", "parts"), WORLDS, ids=name_of)
 def test_every_world_gives_what_one_process_gives(
