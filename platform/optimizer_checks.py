@@ -61,7 +61,7 @@ def _argument_problems(rule: Optimizer, number: int) -> list[Problem]:
                 f"optimizer: what is remembered of a parameter is the same in all groups"
             )
             found.append(Problem((*where, name), text))
-    if not given:
+    if not given and not any(one.name for one in rule.groups[number + 1 :]):
         text = "changes nothing: give it an argument beside `match`"
         found.append(Problem(where, text))
     return found
@@ -137,7 +137,8 @@ def shape_problems(rule: Optimizer, shapes: Mapping[str, Sequence[int]]) -> list
                 f"{kind.__name__} takes matrices, and {wrong[0]!r} is {[*shapes[wrong[0]]]}{more}"
             )
             names = ",".join(wrong[:4]) + (",..." if len(wrong) > 4 else "")
-            own = f'{{match: "{names}", name: AdamW, lr: 3e-4}}'
+            own = f'match: "{names}"'  # in no other group they have the job's optimizer
+            own = f"{{{own}, name: AdamW, lr: 3e-4}}" if rule.matrices else f"{{{own}}}"
             found.append(Problem(where, text, f"put them into an earlier group: {own}"))
     return found
 

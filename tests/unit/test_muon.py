@@ -1,30 +1,36 @@
 """Muon for the matrices of hidden layers, another optimizer for the rest: by name, in groups."""
 
 from collections import Counter
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from control_records import record_of
 from hybrid_models import Gpt, grid_of, hybrid_job, whole
 from hybrid_workers import UntilOneIsLost
-from local_run import LocalRun, train
+from local_run import LocalRun, impatient, train
 from table_rows import table_rows
 from test_embedding_training import job as table_job
+from test_local_servers import wait_for_backups
 from test_parameter_groups import BATCH, SAMPLES, STEPS, STRATEGIES, Own, Small, close
 from test_parameter_groups import job as grouped_job
 from test_verification import rows
 from torch import Tensor, nn
 from words import ROWS, Words
 
+from distplat.actors.local_actors import Servers
 from distplat.platform.errors import SpecError
 from distplat.platform.job_file import read_job, render_job
 from distplat.platform.resume import mismatches
 from distplat.platform.resume import state_of as saved_of
 from distplat.platform.sampler import Sampler
 from distplat.platform.spec import CheckpointConfig, Job
+from distplat.strategies.catalog import make_strategy
 from distplat.strategies.fakes import Fabric
 from distplat.strategies.loop.session import prepare
+from distplat.strategies.model.flat import FlatModel
 from distplat.strategies.model.tensor_optimizer import class_of
 from distplat.strategies.verification.verdicts import EQUAL
 
@@ -172,6 +178,13 @@ def test_two_groups_may_name_the_same_rule() -> None:
     assert not torch.equal(found["norm.weight"], plain()["norm.weight"])
 
 
+def test_a_bare_group_keeps_parameters_from_a_later_one() -> None:
+    groups = [{"match": "*.bias"}, {"match": "body.*", **MUON}]
+    same(state_of(train(job(optimizer={**ADAMW, "groups": groups}), Deep)), plain())
+    with pytest.raises(SpecError, match=r"groups\.1: changes nothing"):
+        job(optimizer={**ADAMW, "groups": groups[::-1]})
+
+
 def test_rates_of_its_groups_are_reported() -> None:
     run = train(job(), Deep)
     figures = [one.figures for one in run.reports[0] if hasattr(one, "figures")]
@@ -186,7 +199,7 @@ class WideGpt(Gpt):
 
 
 def test_stages_of_a_model() -> None:
-    """Servers' kin: each stage has the rules of its own parameters."""
+    """Each has the optimizers of its own parameters."""
     names = [n for n, p in WideGpt().model().named_parameters() if p.ndim == 2]
     groups = [{"match": ",".join(names[1:-1]), **MUON}]
     fields = {"optimizer": {**ADAMW, "groups": groups}}
@@ -301,8 +314,9 @@ def test_a_parameter_that_is_no_matrix_is_refused_by_name() -> None:
         'norm.bias,...", name: AdamW, lr: 3e-4}'
     )
     in_group = {**ADAMW, "groups": [{"match": "body.*", **MUON}]}
-    assert refused(in_group).startswith(
+    assert refused(in_group) == (
         "optimizer.groups.0.name: Muon takes matrices, and 'body.0.bias' is [7] and 1 more\n"
+        '  hint: put them into an earlier group: {match: "body.0.bias,body.2.bias"}'
     )
     assert "'task:bend' is [3]\n" in refused(RECIPE, DeepOwn)
 
@@ -365,3 +379,35 @@ def test_a_job_file_says_it_in_two_lines(tmp_path: Path, monkeypatch: pytest.Mon
     assert read.optimizer.variants()[1].weight_decay == 0.01  # AdamW's own default
     Path("again.yaml").write_text(render_job(read))
     assert read_job(Path("again.yaml")) == read
+
+
+def test_a_promoted_backup_goes_on_with_what_each_rule_remembers() -> None:
+    """A primary dies between two steps; its backup has Muon's and AdamW's memory of its shard."""
+    strategy = {"name": "ps-sync", "num_servers": 2, "replication": 2}
+    rule = {**MUON, "groups": [{"match": "*.bias", **ADAMW}]}
+    of = job(strategy, optimizer=rule, lr_schedule={"name": "constant"})
+    servers = Servers(impatient(of, 10.0), make_strategy(of).roles(of))
+    torch.manual_seed(5)
+    model = nn.Sequential(nn.Linear(5, 4), nn.Linear(4, 3))
+    other = deepcopy(model)
+    flat = FlatModel(model, group_of=of.optimizer.group_of)
+    shards = servers.shards(0, STEPS)
+    shards.connect(flat)
+    wait_for_backups(servers)
+    weights = [one for one in other.parameters() if one.ndim == 2]
+    optimizers = [
+        torch.optim.Muon(weights, lr=0.05, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW([one for one in other.parameters() if one.ndim == 1], lr=0.01),
+    ]
+    for step in range(STEPS):
+        if step == 3:
+            servers.nodes["server-0"].die("a test")
+        for slot, one in zip(flat.slots, other.parameters(), strict=True):
+            one.grad = torch.randn(one.shape)
+            slot.view(flat.grads).copy_(one.grad)
+        shards.push(step, record_of(flat), task=step)
+        for made in optimizers:
+            made.step()
+    for one, its in zip(flat.parameters, other.parameters(), strict=True):
+        assert torch.equal(one, its)
+    servers.close()

@@ -71,7 +71,8 @@ def test_torch_takes_the_arguments(kind: type[Optimizer]) -> None:
 
 
 def test_a_group_has_every_argument_but_one_that_torch_ignores_there() -> None:
-    known = {*chain(*(kind.model_fields for kind in [*KINDS, Muon, LAMB]))} - {"groups"}
+    kinds: list[type[Optimizer]] = [*KINDS, Muon, LAMB]
+    known = {*chain(*(kind.model_fields for kind in kinds))} - {"groups"}
     assert Group.model_fields.keys() - {"match"} == known - {"initial_accumulator_value"}
 
 
