@@ -2,6 +2,7 @@
 
 from collections import Counter
 from copy import deepcopy
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ from distplat.strategies.catalog import make_strategy
 from distplat.strategies.fakes import Fabric
 from distplat.strategies.loop.session import prepare
 from distplat.strategies.model.flat import FlatModel
-from distplat.strategies.model.tensor_optimizer import class_of
+from distplat.strategies.model.tensor_optimizer import TensorOptimizer, class_of
 from distplat.strategies.verification.verdicts import EQUAL
 
 REST = "*.bias, *norm*, head.*"
@@ -61,8 +62,19 @@ def job(strategy: Any = "ring", world: int = 1, **more: Any) -> Job:
     return grouped_job(strategy, world, **fields)
 
 
+def beside(named: dict[str, Any], rest: dict[str, Any] = ADAMW) -> list[torch.optim.Optimizer]:
+    """Muon of torch, and another."""
+    hidden = [p for n, p in named.items() if n.startswith("body") and p.ndim == 2]
+    others = [p for p in named.values() if all(p is not one for one in hidden)]
+    arguments = {k: v for k, v in rest.items() if k != "name"}
+    return [
+        torch.optim.Muon(hidden, lr=0.05, adjust_lr_fn="match_rms_adamw"),
+        class_of(rest["name"])(others, **arguments),
+    ]
+
+
 def plain(
-    kind: type[Small] = Deep, clip_norm: float | None = None, rest: dict[str, Any] = ADAMW
+    kind: type[Small] = Deep, clip_norm: float | None = None, make: Any = beside
 ) -> dict[str, Tensor]:
     """The loop that a user would write."""
     task = kind()
@@ -70,13 +82,7 @@ def plain(
     model, data = task.model(), task.train_data()
     named: Any = dict(model.named_parameters())
     named |= {"task:bend": task.bend} if isinstance(task, Own) else {}
-    hidden = [p for n, p in named.items() if n.startswith("body") and p.ndim == 2]
-    others = [p for p in named.values() if all(p is not one for one in hidden)]
-    arguments = {k: v for k, v in rest.items() if k != "name"}
-    optimizers = [
-        torch.optim.Muon(hidden, lr=0.05, adjust_lr_fn="match_rms_adamw"),
-        class_of(rest["name"])(others, **arguments),
-    ]
+    optimizers = make(named)
     factor = lambda step: [*SCALES, 0.0][step]  # noqa: E731
     schedules = [torch.optim.lr_scheduler.LambdaLR(one, factor) for one in optimizers]
     sampler = Sampler(SAMPLES, BATCH, 1, seed=5)
@@ -162,12 +168,15 @@ def test_any_rule_may_stand_beside_it(rule: dict[str, Any]) -> None:
     groups = [{"match": REST, **rule}]
     strategy = {"name": "ps-sync", "num_servers": 2}
     run = train(job(optimizer={**MUON, "groups": groups}, checkpoint={"every_steps": 3}), Deep)
-    same(state_of(run), plain(rest=rule))
+    same(state_of(run), plain(make=partial(beside, rest=rule)))
     swapped = {**rule, "groups": [{"match": "body.?.weight", **MUON}]}
     of = job(strategy, optimizer=swapped, checkpoint={"every_steps": 3})
     other = train(of, Deep)
-    same(state_of(other), plain(rest=rule))
-    same(state_of(train(of, Deep, saved=other.checkpoints[3])), plain(rest=rule))
+    same(state_of(other), plain(make=partial(beside, rest=rule)))
+    same(
+        state_of(train(of, Deep, saved=other.checkpoints[3])),
+        plain(make=partial(beside, rest=rule)),
+    )
 
 
 def test_two_groups_may_name_the_same_rule() -> None:
@@ -176,6 +185,40 @@ def test_two_groups_may_name_the_same_rule() -> None:
     other = [two[0], {**two[1], "lr": 0.02, "weight_decay": 0.5}]
     found = state_of(train(job(optimizer={**MUON, "groups": other}), Deep))
     assert not torch.equal(found["norm.weight"], plain()["norm.weight"])
+
+
+@pytest.mark.parametrize("name", ["ring-2", "sharded", "ps-sync-3-servers", "ps-async"])
+def test_two_that_look_at_elements_may_stand_side_by_side(name: str) -> None:
+    """Where none looks at tensors, either."""
+    sgd = {"name": "SGD", "lr": 0.1, "momentum": 0.9}
+    groups = [{"match": "head*", **sgd}]
+
+    def two(named: dict[str, Any]) -> list[torch.optim.Optimizer]:
+        head = [p for n, p in named.items() if n.startswith("head")]
+        rest = [p for n, p in named.items() if not n.startswith("head")]
+        return [torch.optim.AdamW(rest, lr=0.01), torch.optim.SGD(head, lr=0.1, momentum=0.9)]
+
+    run = train(job(*STRATEGIES[name], optimizer={**ADAMW, "groups": groups}), Small)
+    close(state_of(run), plain(Small, make=two))
+
+
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule["name"])
+def test_what_has_loaded_nothing_is_as_new(rule: dict[str, Any]) -> None:
+    of = job(optimizer={**MUON, "groups": [{"match": "bias", **rule}]}).optimizer
+    model = nn.Linear(4, 3)
+    flat = FlatModel(model, group_of=of.group_of)
+    made = TensorOptimizer(of, flat.params, flat.grads, flat.layout)
+    before, found = flat.params.clone(), []
+    flat.grads.fill_(0.5)
+    for _ in range(2):
+        assert made.state() == {}
+        flat.params.copy_(before)
+        made.step(of.rates())
+        made.step(of.rates())
+        assert made.state_bytes > 0
+        found.append(flat.params.clone())
+        made.load({})
+    assert torch.equal(*found) and not torch.equal(found[0], before)
 
 
 def test_a_bare_group_keeps_parameters_from_a_later_one() -> None:
