@@ -257,8 +257,16 @@ def test_stages_of_a_model() -> None:
 SAVES = ["ring-2", "sharded", "ps-sync-3-servers", "ps-sync-kept-twice", "hybrid-servers"]
 
 
-@pytest.mark.parametrize("to", SAVES)
-@pytest.mark.parametrize("name", SAVES)
+MOVES = [
+    ("ring-2", "ps-sync-3-servers"),
+    ("ps-sync-3-servers", "ring-2"),
+    ("ps-sync-3-servers", "ps-sync-kept-twice"),
+    ("sharded", "hybrid-servers"),
+    ("hybrid-servers", "sharded"),
+]
+
+
+@pytest.mark.parametrize(("name", "to"), [*zip(SAVES, SAVES, strict=True), *MOVES])
 def test_it_goes_on_from_a_checkpoint_under_any_strategy(name: str, to: str) -> None:
     unfailed = train(job(*STRATEGIES[name], checkpoint={"every_steps": 2}), Deep)
     resumed = train(job(*STRATEGIES[to]), Deep, saved=unfailed.checkpoints[2])
