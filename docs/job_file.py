@@ -104,10 +104,13 @@ strategy: {name: ps-sync, num_servers: 2}
 
 `name` and the arguments of that class in `torch.optim`, with torch's defaults; `lr` must be given.
 `{name: task}`: the one that `optimizer(named_parameters)` of the [task](task.md#the-optimizer)
-makes, under `ring`. All but `Adafactor` update element by element. It looks at a parameter as a
-whole, so shards end where parameters do, and may be uneven; it is refused under `tensor` of
-`hybrid` and with `split: load`. `Muon` takes matrices alone, and stands beside another: a task
-makes both.
+makes, under `ring`. `LAMB` is not one of torch's; it is Algorithm 2 of
+[the paper](https://arxiv.org/abs/1904.00962).
+
+`Adafactor`, `Muon` and `LAMB` look at a parameter as a whole, the others at each element. For them,
+and where groups name several, shards end where parameters do, and may be uneven; they are refused
+under `tensor` of `hybrid` and with `split: load`. `Muon` takes matrices alone: the rest is put into
+[groups](#optimizergroups) with a `name` of their own.
 """
 GROUPS = """
 ## optimizer.groups
@@ -132,10 +135,27 @@ optimizer's arguments, and so has a group for what it does not give.
 A group takes every argument of its optimizer but `initial_accumulator_value`, which torch ignores
 in a group, and of `Adafactor` `beta2_decay`, `eps` and `d`. `amsgrad`, `centered` and whether
 `momentum` is 0 are the same in all groups.
+
+A group may have an optimizer of its own by `name`. It has nothing of the other's arguments, so `lr`
+must be given. As Muon is used, for the matrices of hidden layers:
+
+```yaml
+optimizer:
+  name: Muon
+  lr: 0.02
+  groups:
+    - {match: "*.bias,*norm*,embed*,head*", name: AdamW, lr: 3e-4}
+```
+
+Or the other way round: `name: AdamW`, and groups `{match: "*.bias,*norm*"}`, which stays AdamW's,
+and `{match: "blocks.*", name: Muon, lr: 0.02}`. Update and state are those of torch's classes side
+by side. A trained parameter that is no matrix and would be Muon's is refused by name before the
+first step. A frozen one is not, and then cannot be thawed.
+
 `lr_schedule` applies to the rate of each group, `clip_norm` to all parameters. A pattern that
 matches no parameter, or only those of earlier groups, ends the run before its first step. Embedding
 tables are updated as `embeddings.optimizer` says: a group that matches one is refused. Groups may
-change where a run goes on from a checkpoint.
+change where a run goes on from a checkpoint; where one has a `name`, only their arguments may.
 
 Where neighbours in the model are in different groups, the update is more operations:
 [flat vectors](decisions/flat_vectors.md).

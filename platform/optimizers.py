@@ -6,20 +6,21 @@ test holds every name and argument here against torch's signatures.
 
 Most act element by element: each element's update needs nothing but the element's own gradient and
 state, so a shard of the parameters can be updated alone and every strategy gives the same result.
-Others (`Optimizer.whole`) look at a parameter as a whole: for them shards end where parameters do.
+Others (`Optimizer.of_tensors`) look at a parameter as a whole: for them shards end where parameters
+do. A group of parameters may have another optimizer than the rest, as Muon needs it.
 `REFUSED_OPTIMIZERS` names those of torch that are neither.
 """
 
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 from pydantic_core import PydanticCustomError
 from typing_extensions import override
 
-from distplat.platform.errors import Problem, hint, nearest
 from distplat.platform.fields import (
+    Count,
     Flag,
     Fraction,
     NonNegative,
@@ -30,23 +31,45 @@ from distplat.platform.fields import (
 )
 
 REFUSED_OPTIMIZERS = {
-    "Muon": "it takes matrices alone: write optimizer(named_parameters) and `name: task`",
     "LBFGS": "it asks for the loss several times in a step",
     "SparseAdam": "it is for embedding tables: `embeddings.optimizer`",
 }
 """Optimizers of torch that a job may not name, and why."""
 
 
+Named = Literal[
+    "SGD",
+    "Adam",
+    "AdamW",
+    "RMSprop",
+    "Adagrad",
+    "Adadelta",
+    "Adamax",
+    "NAdam",
+    "RAdam",
+    "Adafactor",
+    "Muon",
+    "LAMB",
+]
+"""All that a group may name."""
+Coefficients = tuple[Number, Number, Number]
+NewtonSchulzSteps = Annotated[Count, Field(lt=100)]
+AdjustLr = Literal["original", "match_rms_adamw"]
+
+
 class Group(Spec):
     """
     Parameters that are updated with arguments of their own: a param group of torch.
 
-    What is not given is the optimizer's. Which arguments an optimizer has, `group_problems` of
-    `platform/optimizers.py` knows. Not here is what torch ignores in a group.
+    What is not given is the optimizer's. A group that names another one has nothing of the
+    optimizer's, but the defaults of its own. Which arguments an optimizer has,
+    `platform/optimizer_checks.py` knows. Not here is what torch ignores in a group.
     """
 
     match: str
     """Patterns of parameters' names, separated by commas: `*`, `?`, `[...]`."""
+    name: Named | None = None
+    """The optimizer of these parameters; None: the job's."""
     lr: Positive | None = None
     weight_decay: NonNegative | None = None
     maximize: Flag | None = None
@@ -62,6 +85,9 @@ class Group(Spec):
     rho: Fraction | None = None
     momentum_decay: NonNegative | None = None
     decoupled_weight_decay: Flag | None = None
+    ns_coefficients: Coefficients | None = None
+    ns_steps: NewtonSchulzSteps | None = None
+    adjust_lr_fn: AdjustLr | None = None
 
     @property
     def patterns(self) -> tuple[str, ...]:
@@ -74,7 +100,7 @@ class Group(Spec):
 
     def arguments(self) -> dict[str, Any]:
         """Give the arguments that are this group's own."""
-        return self.model_dump(exclude={"match"})
+        return self.model_dump(exclude={"match", "name"})
 
     @model_serializer(mode="wrap")
     def _given(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
@@ -84,8 +110,10 @@ class Group(Spec):
 class Optimizer(Spec):
     """What all optimizers have. `lr` is the rate that the schedule scales."""
 
-    whole: ClassVar[bool] = False
+    of_tensors: ClassVar[bool] = False
     """Whether the update of an element needs more of its parameter than that element."""
+    matrices: ClassVar[bool] = False
+    """Whether it takes parameters of two dimensions, and no others."""
     not_in_groups: ClassVar[frozenset[str]] = frozenset()
     """Arguments that are the same in all groups."""
 
@@ -95,8 +123,6 @@ class Optimizer(Spec):
     """Learning rate before the schedule's factor."""
     weight_decay: NonNegative = 0.0
     """L2 penalty; in AdamW decoupled from the gradient."""
-    maximize: Flag = False
-    """Climb instead of descend."""
     groups: tuple[Group, ...] = ()
     """Parameters with arguments of their own; each belongs to the first group that matches it."""
 
@@ -109,16 +135,33 @@ class Optimizer(Spec):
         found = (number for number, one in enumerate(self.groups, 1) if one.matches(name))
         return next(found, 0)
 
-    def variants(self) -> list[Self]:
+    def kinds(self) -> "list[type[Optimizer]]":
+        """Give the class of parameters that are in no group, then that of each group."""
+        own = type(self)
+        return [own, *(kind_of(one.name) if one.name else own for one in self.groups)]
+
+    @property
+    def whole(self) -> bool:
+        """Whether it needs whole tensors: one of its classes does, or there are several."""
+        return len({*self.kinds()}) > 1 or any(one.of_tensors for one in self.kinds())
+
+    def takes(self, name: str, shape: Sequence[int]) -> bool:
+        """Say whether a parameter has a shape that its optimizer can update."""
+        return len(shape) == 2 or not self.kinds()[self.group_of(name)].matrices
+
+    def variants(self) -> "list[Optimizer]":
         """
         Give the optimizer of parameters that are in no group, then that of each group.
 
         Raises:
-            ValidationError: a group has an argument that the optimizer has not.
+            ValidationError: a group has an argument that its optimizer has not.
         """
         own = {"name": self.name, **self.arguments()}
-        each = [{}, *(group.arguments() for group in self.groups)]
-        return [type(self).model_validate(own | given) for given in each]
+        given = [own]
+        for group in self.groups:
+            base = own if group.name is None else {"name": group.name}
+            given.append(base | group.arguments())
+        return [kind.model_validate(one) for kind, one in zip(self.kinds(), given, strict=True)]
 
     def rates(self) -> tuple[float, ...]:
         """Give `lr` of parameters that are in no group, then that of each group."""
@@ -134,6 +177,7 @@ class SGD(Optimizer):
     """Stochastic gradient descent, with momentum if asked."""
 
     name: Literal["SGD"]
+    maximize: Flag = False
     momentum: NonNegative = 0.0
     dampening: NonNegative = 0.0
     nesterov: Flag = False
@@ -143,6 +187,7 @@ class Adam(Optimizer):
     """Adam, Kingma & Ba 2015."""
 
     name: Literal["Adam"]
+    maximize: Flag = False
     betas: Pair = (0.9, 0.999)
     eps: NonNegative = 1e-8
     amsgrad: Flag = False
@@ -152,6 +197,7 @@ class AdamW(Optimizer):
     """Adam with decoupled weight decay, Loshchilov & Hutter 2019."""
 
     name: Literal["AdamW"]
+    maximize: Flag = False
     weight_decay: NonNegative = 0.01
     betas: Pair = (0.9, 0.999)
     eps: NonNegative = 1e-8
@@ -162,6 +208,7 @@ class RMSprop(Optimizer):
     """RMSprop, Hinton's lecture 6."""
 
     name: Literal["RMSprop"]
+    maximize: Flag = False
     alpha: Fraction = 0.99
     eps: NonNegative = 1e-8
     momentum: NonNegative = 0.0
@@ -172,6 +219,7 @@ class Adagrad(Optimizer):
     """Adagrad, Duchi et al. 2011."""
 
     name: Literal["Adagrad"]
+    maximize: Flag = False
     lr_decay: NonNegative = 0.0
     initial_accumulator_value: NonNegative = 0.0
     eps: NonNegative = 1e-10
@@ -181,6 +229,7 @@ class Adadelta(Optimizer):
     """Adadelta, Zeiler 2012."""
 
     name: Literal["Adadelta"]
+    maximize: Flag = False
     rho: Fraction = 0.9
     eps: NonNegative = 1e-6
 
@@ -189,6 +238,7 @@ class Adamax(Optimizer):
     """Adam with the infinity norm, Kingma & Ba 2015."""
 
     name: Literal["Adamax"]
+    maximize: Flag = False
     betas: Pair = (0.9, 0.999)
     eps: NonNegative = 1e-8
 
@@ -197,6 +247,7 @@ class NAdam(Optimizer):
     """Adam with Nesterov momentum, Dozat 2016."""
 
     name: Literal["NAdam"]
+    maximize: Flag = False
     betas: Pair = (0.9, 0.999)
     eps: NonNegative = 1e-8
     momentum_decay: NonNegative = 0.004
@@ -207,6 +258,7 @@ class RAdam(Optimizer):
     """Rectified Adam, Liu et al. 2020."""
 
     name: Literal["RAdam"]
+    maximize: Flag = False
     betas: Pair = (0.9, 0.999)
     eps: NonNegative = 1e-8
     decoupled_weight_decay: Flag = False
@@ -215,13 +267,41 @@ class RAdam(Optimizer):
 class Adafactor(Optimizer):
     """Adam's second moments by rows and columns, Shazeer & Stern 2018; torch's has no momentum."""
 
-    whole: ClassVar[bool] = True
+    of_tensors: ClassVar[bool] = True
     not_in_groups: ClassVar[frozenset[str]] = frozenset({"eps", "beta2_decay", "d"})
 
     name: Literal["Adafactor"]
+    maximize: Flag = False
     beta2_decay: Annotated[Number, Field(le=0)] = -0.8
     eps: tuple[NonNegative | None, NonNegative] = (None, 1e-3)
     d: Annotated[Number, Field(ge=1)] = 1.0
+
+
+class Muon(Optimizer):
+    """Momentum made orthogonal by Newton and Schulz, Jordan et al. 2024: for hidden matrices."""
+
+    of_tensors: ClassVar[bool] = True
+    matrices: ClassVar[bool] = True
+
+    name: Literal["Muon"]
+    weight_decay: NonNegative = 0.1
+    momentum: NonNegative = 0.95
+    nesterov: Flag = True
+    ns_coefficients: Coefficients = (3.4445, -4.7750, 2.0315)
+    eps: NonNegative = 1e-7
+    ns_steps: NewtonSchulzSteps = 5
+    adjust_lr_fn: AdjustLr | None = None
+
+
+class LAMB(Optimizer):
+    """Adam with a rate by the norms of each parameter, You et al. 2020; not one of torch's."""
+
+    of_tensors: ClassVar[bool] = True
+
+    name: Literal["LAMB"]
+    weight_decay: NonNegative = 0.01
+    betas: Pair = (0.9, 0.999)
+    eps: NonNegative = 1e-6
 
 
 class TaskOptimizer(Optimizer):
@@ -258,100 +338,11 @@ class TaskOptimizer(Optimizer):
 _Named = SGD | Adam | AdamW | RMSprop | Adagrad | Adadelta | Adamax | NAdam | RAdam
 AnyOptimizer = Annotated[_Named, Field(discriminator="name")]
 """Those that update element by element."""
-JobOptimizer = Annotated[_Named | Adafactor | TaskOptimizer, Field(discriminator="name")]
+_OfTensors = Adafactor | Muon | LAMB
+JobOptimizer = Annotated[_Named | _OfTensors | TaskOptimizer, Field(discriminator="name")]
 """As a job file has it."""
 
 
-_REMEMBERED = ("momentum", "amsgrad", "centered")
-"""Arguments that decide what an optimizer remembers: on for all parameters, or off for all."""
-
-
-def group_problems(rule: Optimizer) -> list[Problem]:
-    """Check the groups of an optimizer, without a model."""
-    found: list[Problem] = []
-    first: dict[str, int] = {}
-    for number, group in enumerate(rule.groups):
-        where = "optimizer", "groups", number
-        for pattern in group.patterns:
-            if not pattern:
-                text = f"has an empty pattern (got {group.match!r})"
-                found.append(Problem((*where, "match"), text, "write 'a.*,b.*'"))
-            elif pattern in first:
-                text = f"{pattern!r} stands in groups.{first[pattern]} already"
-                found.append(Problem((*where, "match"), text, "remove one of the two"))
-            else:
-                first[pattern] = number
-        found += _argument_problems(rule, number)
-    return found
-
-
-def _argument_problems(rule: Optimizer, number: int) -> list[Problem]:
-    where = "optimizer", "groups", number
-    given = rule.groups[number].arguments()
-    known = type(rule).model_fields.keys() - {"name", "groups"} - rule.not_in_groups
-    found = [
-        Problem((*where, name), f"is no argument of {rule.name}", hint(name, known))
-        for name in given
-        if name not in known
-    ]
-    for name in _REMEMBERED:
-        own = getattr(rule, name, None)
-        if own is not None and name in given and bool(given[name]) != bool(own):
-            text = (
-                f"is {'on' if given[name] else 'off'} here and {'on' if own else 'off'} in the "
-                f"optimizer: what is remembered of a parameter is the same in all groups"
-            )
-            found.append(Problem((*where, name), text))
-    if not given:
-        text = "changes nothing: give it an argument beside `match`"
-        found.append(Problem(where, text))
-    return found
-
-
-def match_problems(
-    rule: Optimizer,
-    names: Sequence[str],
-    tables: Mapping[str, Sequence[str]],
-    other_names: Mapping[str, str],
-) -> list[Problem]:
-    """
-    Compare the patterns of an optimizer's groups with the parameters of a model.
-
-    Args:
-        rule: the optimizer.
-        names: of all parameters, frozen ones too; each has one name.
-        tables: embedding tables by path, whose rows other servers update: how each may be called.
-        other_names: of parameters that have several names, those not in `names`, with the one that
-            is.
-    """
-    found: list[Problem] = []
-    left = [*names]
-    for number, group in enumerate(rule.groups):
-        where = "optimizer", "groups", number, "match"
-        for pattern in group.patterns:
-            if any(fnmatchcase(name, pattern) for name in left):
-                continue
-            if any(fnmatchcase(name, pattern) for name in names):
-                text = f"{pattern!r} matches parameters of earlier groups only"
-                found.append(Problem(where, text, "a parameter belongs to the first that matches"))
-            elif not any(fnmatchcase(one, pattern) for called in tables.values() for one in called):
-                text = f"{pattern!r} matches no parameter"
-                found.append(Problem(where, text, _advice(pattern, names, other_names)))
-        for path, called in tables.items():
-            if any(map(group.matches, called)):
-                text = f"{group.match!r} matches the embedding table {path!r}"
-                advice = "its rows are updated as `embeddings.optimizer` says: match less"
-                found.append(Problem(where, text, advice))
-        left = [name for name in left if not group.matches(name)]
-    return found
-
-
-def _advice(pattern: str, names: Sequence[str], other_names: Mapping[str, str]) -> str:
-    for other, name in other_names.items():
-        if fnmatchcase(other, pattern):
-            return f"{other!r} is the parameter {name!r}: match that name"
-    near = nearest(pattern, names)
-    if near is not None:
-        return f"did you mean {near!r}?"
-    shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
-    return f"names are those of model.named_parameters(): {shown}"
+def kind_of(name: str) -> type[Optimizer]:
+    """Give the class of an optimizer that a job may name."""
+    return next(kind for kind in Optimizer.__subclasses__() if kind.__name__ == name)

@@ -205,7 +205,9 @@ def _embeddings(state: Mapping[str, Any], job: Job) -> list[Problem]:
 def _memory(optimizer: Mapping[str, Any]) -> dict[str, Any]:
     """Give what decides which tensors an optimizer remembers."""
     fields = ("momentum", "amsgrad", "centered")
-    return {field: bool(optimizer[field]) for field in fields if field in optimizer}
+    found: dict[str, Any] = {f: bool(optimizer[f]) for f in fields if f in optimizer}
+    groups = [(one.get("match"), one.get("name")) for one in optimizer.get("groups", ())]
+    return found | {"groups": groups if any(name for _, name in groups) else []}
 
 
 def _differs(where: tuple[str, ...], had: Any, has: Any) -> Problem:

@@ -36,7 +36,8 @@ from distplat.platform.model_options import (
     compile_of,
     initial_weights_of,
 )
-from distplat.platform.optimizers import SGD, JobOptimizer, group_problems
+from distplat.platform.optimizer_checks import optimizer_problems
+from distplat.platform.optimizers import JobOptimizer
 from distplat.platform.remote_storage import is_url, url_problem
 from distplat.platform.trackers import TrackerSpec, tracker_problems
 
@@ -340,7 +341,7 @@ class Job(Spec):
             *_data_problems(self),
             *_gpu_problems(self),
             *_precision_problems(self),
-            *_optimizer_problems(self),
+            *optimizer_problems(self.optimizer),
             *_schedule_problems(self),
             *_evaluation_problems(self),
             *_checkpoint_problems(self),
@@ -391,20 +392,6 @@ def _precision_problems(job: Job) -> list[Problem]:
         text = "cannot be `ignore` with `precision: fp16`, whose loss scale goes by it"
         found.append(Problem(("failure", "non_finite"), text, "allowed: stop, skip"))
     return found
-
-
-def _optimizer_problems(job: Job) -> list[Problem]:
-    """What torch would refuse only in the workers."""
-    if found := group_problems(job.optimizer):
-        return found
-    for number, rule in enumerate(job.optimizer.variants()):
-        if isinstance(rule, SGD) and rule.nesterov and (rule.momentum == 0 or rule.dampening != 0):
-            where = ("groups", number - 1) if number else ()
-            message = (
-                f"needs momentum > 0 and dampening 0 (got {rule.momentum:g} and {rule.dampening:g})"
-            )
-            return [Problem(("optimizer", *where, "nesterov"), message)]
-    return []
 
 
 def _schedule_problems(job: Job) -> list[Problem]:

@@ -240,7 +240,7 @@ def _kind_problems(job: Job, kind: type[Strategy[Any]]) -> list[Problem]:
         found.append(Problem(("ema",), text, "use `strategy: ring` or `ps-sync`, or remove it"))
     if isinstance(job.optimizer, TaskOptimizer) and not kind.updates_whole:
         text = f"under {job.strategy.name!r} no worker updates whole parameters of the whole model"
-        hint = "use `strategy: ring`, or name one of torch.optim"
+        hint = "use `strategy: ring`, or name it in the job, if it is one of torch.optim"
         found.append(Problem(("optimizer", "name"), text, hint))
     return found
 

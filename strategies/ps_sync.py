@@ -101,7 +101,8 @@ class PsSync(Strategy[PsSyncOptions]):
             text = "fp16 does not go together with `backup_workers`, nor with a `wire`"
             return [Problem(("precision",), text, "remove it, or use bf16")]
         if self.options.split == "load" and job.optimizer.whole:
-            text = f"cannot measure a server's speed with {job.optimizer.name}"
+            names = " and ".join({one.__name__: 0 for one in job.optimizer.kinds()})
+            text = f"cannot measure a server's speed with {names}"
             return [Problem(("strategy", "split"), text, "remove it")]
         if self.options.split == "load" and self.options.num_servers == 1:
             return [Problem(("strategy", "split"), "has no effect with one server", "remove it")]

@@ -162,7 +162,7 @@ class Task(ABC):
         self, named_parameters: list[tuple[str, nn.Parameter]]
     ) -> torch.optim.Optimizer | list[torch.optim.Optimizer]:
         """
-        Make the optimizer; override it for a class that a job file cannot name, such as Muon.
+        Make the optimizer; override it for a class that a job file cannot name.
 
         Only under `ring`, and in a job with `optimizer: {name: task}`. Every worker makes the same
         and has it update the whole model from the gradient of the global batch, clipped. `lr` of

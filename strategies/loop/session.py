@@ -8,19 +8,19 @@ From a job and a task to a loop that is ready to run, in steps that can wait bet
 """
 
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cache, partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import Dataset
 
 from distplat.platform.checkpoints import is_due
 from distplat.platform.errors import Problem, SpecError
 from distplat.platform.even_split import split_evenly
-from distplat.platform.optimizers import Optimizer, TaskOptimizer, match_problems
+from distplat.platform.optimizers import TaskOptimizer
 from distplat.platform.progress import AnyReport
 from distplat.platform.resume import NOT_FINITE, STREAM
 from distplat.platform.sampler import Sampler
@@ -50,6 +50,7 @@ from distplat.strategies.loop.loaders import ready_loaders, warning_of
 from distplat.strategies.loop.loop import LeasedLoop, Loop, Progress, course_of
 from distplat.strategies.loop.losses import LOSS_SCALE, LossScale, TermWeights
 from distplat.strategies.loop.metric_states import TaskMetrics
+from distplat.strategies.loop.parameter_groups import check_groups
 from distplat.strategies.loop.prepared import Prepared
 from distplat.strategies.loop.seeding import seed_all
 from distplat.strategies.loop.streams import Mark, StreamSamples
@@ -67,35 +68,9 @@ from distplat.strategies.model.parameter_layout import first_non_finite
 from distplat.strategies.model.task_optimizer import make_optimizers, optimizers_digest
 from distplat.strategies.ports import Board, Leases, Shards, Tables
 from distplat.strategies.sparse.lookups import lookups_of
-from distplat.strategies.sparse.modules import dense_parameters, tables_of
 from distplat.strategies.strategy_spec import Roles
 from distplat.strategies.task import Task, has_weights
 from distplat.strategies.worker_strategy import Context, WorkerStrategy
-
-
-def check_groups(rule: Optimizer, model: nn.Module, extra: Iterable[str]) -> None:
-    """
-    See that each pattern of the groups has parameters, and none an embedding table.
-
-    Args:
-        rule: the job's optimizer.
-        model: the whole one.
-        extra: names of trained parameters outside of it.
-
-    Raises:
-        SpecError: names the groups.
-    """
-    if not rule.groups:
-        return
-    named = dict(dense_parameters(model))
-    first = {id(parameter): name for name, parameter in named.items()}
-    again = model.named_parameters(remove_duplicate=False)
-    others = {name: first[id(p)] for name, p in again if id(p) in first and name not in named}
-    tables = {path: (path, f"{path}.table", f"{path}.weight") for path in tables_of(model)}
-    problems = match_problems(rule, [*named, *extra], tables, others)
-    if problems:
-        raise SpecError(*problems)
-
 
 logger = logging.getLogger(__name__)
 
@@ -182,8 +157,9 @@ def prepare(
     part = None
     if whole:
         apply_module_options(job, model)
-        moved, group_of = _moved(extra, device), job.optimizer.group_of
-        part = FlatModel(model.to(device), moved, thaws=thaws, group_of=group_of)
+        rule, moved = job.optimizer, _moved(extra, device)
+        fits, group_of = rule.takes, rule.group_of
+        part = FlatModel(model.to(device), moved, thaws=thaws, takes=fits, group_of=group_of)
     data, eval_data, sampler = _data(job, task, roles)
     steps = total_steps(job, sampler)
     if problems := length_problems(job.lr_schedule, steps):  # `epochs` say it only now

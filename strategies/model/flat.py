@@ -15,7 +15,7 @@ docs/decisions/flat_vectors.md.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from operator import attrgetter
 
@@ -74,6 +74,8 @@ class FlatModel:
         extra: trainable parameters that lie outside of the model, by name; trained like its own.
         thaws: whether frozen parameters may take part in training later.
         group_of: gives the number of a parameter's group in the optimizer.
+        takes: says whether the optimizer can update a parameter, by name and shape; one that it
+            cannot stays frozen.
 
     Raises:
         ValueError: nothing to train, or trainable parameters of several devices.
@@ -87,6 +89,7 @@ class FlatModel:
         *,
         thaws: bool = False,
         group_of: GroupOf = lambda name: 0,
+        takes: Callable[[str, Sequence[int]], bool] = lambda name, shape: True,
     ) -> None:
         self.model = model
         named = by_type(trainable(model, extra or {}))
@@ -94,7 +97,8 @@ class FlatModel:
         self.extra = {name: p for name, p in (extra or {}).items() if name in trained}
         check_memory(model, named)
         frozen = [(n, p) for n, p in model.named_parameters() if not p.requires_grad]
-        tail = by_type(room_for(frozen, named, model)) if thaws else []
+        may_thaw = [(n, p) for n, p in frozen if thaws and takes(n, p.shape)]
+        tail = by_type(room_for(may_thaw, named, model))
         self.parameters = [p for _, p in named + tail]  #: in the order of `slots`
         self._trained = len(named)  #: how many of them are no tail
         behind = {id(p) for _, p in tail}

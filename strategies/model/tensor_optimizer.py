@@ -1,4 +1,4 @@
-"""Optimizers of torch that look at whole tensors, over the parameters in a run of the vector."""
+"""Optimizers that look at whole tensors, or are several, over the parameters in a run."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from distplat.platform.model_options import EMA
 from distplat.platform.optimizers import Optimizer
 from distplat.platform.vector_layout import Layout, plain_layout
 from distplat.strategies.model.ema import AVERAGE, AVERAGED, AveragedVector
+from distplat.strategies.model.lamb import LAMB
 from distplat.strategies.model.optimizer_state import UPDATES, WHOLE, Presence
 from distplat.strategies.model.parameter_layout import dtype_name, segments_of, typed
 from distplat.strategies.torch_compat import spare_the_compiler
@@ -21,7 +22,10 @@ from distplat.strategies.torch_compat import spare_the_compiler
 
 class TensorOptimizer:
     """
-    One of torch's optimizers, with each parameter of a run as a tensor of its own shape.
+    Torch's optimizers, with each parameter of a run as a tensor of its own shape.
+
+    There is one for each class that the groups name. Kernels are those that torch takes by itself,
+    so a run has the bits of a plain loop: beside Muon's matrix products AdamW's own cost little.
 
     Args:
         spec: name and arguments; `spec.whole`.
@@ -49,24 +53,42 @@ class TensorOptimizer:
         self._at_first = starts < self._layout.tail
         self._parameters = [nn.Parameter(one) for one in self._views(vector)]
         self.use(gradient)
-        kind: Any = getattr(torch.optim, spec.name)
-        placed = [(one.group, own) for one, own in zip(pieces, self._parameters, strict=True)]
-        groups = [
-            {"params": [own for group, own in placed if group == number], **variant.arguments()}
-            for number, variant in enumerate(spec.variants())
-        ]
-        self._torch: torch.optim.Optimizer = kind(groups, **spec.arguments())
+        self._make(spec)
         self._average = None if ema is None else AveragedVector(ema, vector, self._layout)
+
+    def _make(self, spec: Optimizer) -> None:
+        """Have an optimizer of each class that is named, all with param groups of their own."""
+        variants = spec.variants()
+        placed = zip(self._layout.pieces, self._parameters, strict=True)
+        params: list[list[nn.Parameter]] = [[] for _ in variants]
+        for piece, parameter in placed:
+            params[piece.group].append(parameter)
+        self._torch: list[torch.optim.Optimizer] = []
+        groups: dict[int, dict[str, Any]] = {}
+        state_of: dict[int, Any] = {}
+        for name in dict.fromkeys(one.name for one in variants):
+            mine = [number for number, one in enumerate(variants) if one.name == name]
+            some = [{"params": params[n], **variants[n].arguments()} for n in mine]
+            made: torch.optim.Optimizer = class_of(name)(some, **variants[mine[0]].arguments())
+            made.state.clear()  # Adagrad's, which it makes again with an update
+            self._torch.append(made)
+            groups |= dict(zip(mine, made.param_groups, strict=True))
+            state_of |= {id(p): made.state for number in mine for p in params[number]}
+        self._groups = [groups[number] for number in range(len(variants))]
+        """By number, see `Piece.group`."""
+        self._states = [state_of[id(one)] for one in self._parameters]
+        """What is remembered of a parameter stands there, by the parameter."""
 
     def step(self, rates: Sequence[float], present: Presence = None) -> None:
         """Update the parameters by torch's optimizer; `rates`: by parameter group."""
         mine = self._at_first if present is None else np.asarray(present, np.bool_)[self._slots]
         for parameter, own, has in zip(self._parameters, self._gradients, mine, strict=True):
             parameter.grad = own if has else None
-        for group, rate in zip(self._torch.param_groups, rates, strict=True):
+        for group, rate in zip(self._groups, rates, strict=True):
             group["lr"] = rate
         with torch.no_grad():
-            inspect.unwrap(type(self._torch).step)(self._torch)
+            for one in self._torch:
+                inspect.unwrap(type(one).step)(one)
             if self._average is not None and (present is None or np.any(present)):
                 self._average.update(tail=bool((mine & ~self._at_first).any()))
 
@@ -79,8 +101,10 @@ class TensorOptimizer:
         """Give what it remembers, see `WHOLE`; tensors are no copies."""
         found = {
             f"{WHOLE}{name}/{slot}": value
-            for slot, parameter in zip(self._slots.tolist(), self._parameters, strict=True)
-            for name, value in self._torch.state.get(parameter, {}).items()
+            for slot, state, parameter in zip(
+                self._slots.tolist(), self._states, self._parameters, strict=True
+            )
+            for name, value in state.get(parameter, {}).items()
             if isinstance(value, Tensor)
         }
         average = {} if self._average is None else self._average.state()
@@ -91,11 +115,13 @@ class TensorOptimizer:
     def load(self, state: Mapping[str, Tensor]) -> None:
         """Take over what `state` of an equal optimizer gave; copied. Nothing: as if it were new."""
         places = {slot: number for number, slot in enumerate(self._slots.tolist())}
-        self._torch.state.clear()
+        for one in self._torch:
+            one.state.clear()
         for key, value in state.items():
             name, _, slot = key.removeprefix(WHOLE).rpartition("/")
             if key.startswith(WHOLE) and int(slot) in places:
-                kept = self._torch.state[self._parameters[places[int(slot)]]]
+                place = places[int(slot)]
+                kept = self._states[place][self._parameters[place]]
                 kept[name] = value.to(self._vector.device if value.ndim else "cpu", copy=True)
         if self._average is not None:
             named = {AVERAGE: AVERAGE, AVERAGED: UPDATES}
@@ -109,7 +135,8 @@ class TensorOptimizer:
     @property
     def state_bytes(self) -> int:
         """Memory that the state takes."""
-        kept = [value for state in self._torch.state.values() for value in state.values()]
+        states = [state for one in self._torch for state in one.state.values()]
+        kept = [value for state in states for value in state.values()]
         average = 0 if self._average is None else self._average.state_bytes
         return average + sum(value.nbytes for value in kept if isinstance(value, Tensor))
 
@@ -120,3 +147,8 @@ class TensorOptimizer:
             assert piece.shape is not None, "the vector is cut at the bounds of parameters"
             views.append(typed(vector, piece.start, piece.stop, dtype).view(piece.shape))
         return views
+
+
+def class_of(name: str) -> Any:
+    """Give the class of an optimizer that a job names; all but one are torch's."""
+    return LAMB if name == LAMB.__name__ else getattr(torch.optim, name)

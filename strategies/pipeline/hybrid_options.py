@@ -176,7 +176,7 @@ def _micro_batches(chosen: HybridOptions, job: Job) -> list[Problem]:
 def _optimizer(chosen: HybridOptions, job: Job) -> list[Problem]:
     if chosen.tensor == 1 or not job.optimizer.whole:
         return []
-    text = f"looks at whole tensors, and `tensor: {chosen.tensor}` cuts them"
+    text = f"needs whole tensors, and `tensor: {chosen.tensor}` cuts them"
     return [Problem(("optimizer", "name"), text, "set it to 1, or use another optimizer")]
 
 

@@ -40,6 +40,7 @@ from distplat.strategies.loop.batches import Run, runs
 from distplat.strategies.loop.seeding import generators_kept
 from distplat.strategies.loop.streams import is_stream, rows_of
 from distplat.strategies.loop.task_settings import TaskOrder
+from distplat.strategies.model.tensor_optimizer import class_of
 from distplat.strategies.sparse.modules import RowSource, Sharded, tables_of
 from distplat.strategies.sparse.rows import initial_rows
 from distplat.strategies.task import Task, has_lr, has_weights
@@ -230,16 +231,21 @@ def _tasks(task: Task, named: Named) -> Sequence[torch.optim.Optimizer]:
 
 
 def _optimizer(spec: Optimizer, task: Task, named: Named) -> Sequence[torch.optim.Optimizer]:
-    """Make torch's optimizer, with a param group for each of the job's."""
-    kind: Any = getattr(torch.optim, spec.name)
+    """Make torch's optimizers, of each class one, with a param group for each of the job's."""
     patterns = [one.match.replace(" ", "").split(",") for one in spec.groups] + [["*"]]
     more: list[dict[str, Any]] = [*(one.arguments() for one in spec.groups), {}]
+    kinds = [one.name or spec.name for one in spec.groups] + [spec.name]
     sets: list[list[Tensor]] = [[] for _ in patterns]
     for name, tensor in named.items():
         places = [at for at, some in enumerate(patterns) for p in some if fnmatchcase(name, p)]
         sets[places[0]].append(tensor)
-    groups = [{"params": some, **own} for some, own in zip(sets, more, strict=True) if some]
-    return [kind(groups, **spec.arguments())]
+    made = []
+    for kind in dict.fromkeys(kinds):
+        every = zip(kinds, sets, more, strict=True)
+        groups = [{"params": some, **own} for one, some, own in every if some and one == kind]
+        own = spec.arguments() if kind == spec.name else {"lr": 0.0}
+        made += [class_of(kind)(groups, **own)] if groups else []
+    return made
 
 
 def parts(job: Job, samples: ReferenceSamples, *, merged: bool = False) -> Schedule:

@@ -1,6 +1,7 @@
 """The written-out optimizers against the signatures of torch.optim."""
 
 import inspect
+from itertools import chain
 from typing import Any, get_args
 
 import pytest
@@ -8,37 +9,47 @@ import torch
 from pydantic import BaseModel, ValidationError
 
 from distplat.platform.optimizers import (
+    LAMB,
     REFUSED_OPTIMIZERS,
     Adafactor,
     Adam,
     AnyOptimizer,
     Group,
+    Muon,
+    Named,
     Optimizer,
     TaskOptimizer,
 )
+from distplat.strategies.model.tensor_optimizer import class_of
 
 KINDS: list[type[Optimizer]] = list(get_args(get_args(AnyOptimizer)[0]))
-WHOLE: list[type[Optimizer]] = [Adafactor]
+WHOLE: list[type[Optimizer]] = [Adafactor, Muon]
+EVERY: list[type[Optimizer]] = [*KINDS, *WHOLE, LAMB]
 NOT_OURS = {"params", "foreach", "capturable", "differentiable", "fused"}
 """Arguments that say how torch computes, not what."""
 
 
 def signature(kind: type[Optimizer]) -> dict[str, Any]:
-    parameters = inspect.signature(getattr(torch.optim, kind.__name__)).parameters
+    parameters = inspect.signature(class_of(kind.__name__)).parameters
     return {name: one.default for name, one in parameters.items() if name not in NOT_OURS}
 
 
 def test_every_class_of_the_module_may_be_named() -> None:
-    assert {*KINDS, *WHOLE, TaskOptimizer} == set(Optimizer.__subclasses__())
-    assert [kind for kind in Optimizer.__subclasses__() if kind.whole] == WHOLE
+    assert {*EVERY, TaskOptimizer} == set(Optimizer.__subclasses__())
+    assert [kind for kind in Optimizer.__subclasses__() if kind.of_tensors] == [*WHOLE, LAMB]
+    assert get_args(Named) == tuple(kind.__name__ for kind in EVERY)
 
 
-@pytest.mark.parametrize("kind", [*KINDS, *WHOLE])
+def test_torch_has_no_lamb() -> None:
+    assert not hasattr(torch.optim, "LAMB")
+
+
+@pytest.mark.parametrize("kind", EVERY)
 def test_the_name_is_the_classs_own(kind: type[Optimizer]) -> None:
     assert get_args(kind.model_fields["name"].annotation) == (kind.__name__,)
 
 
-@pytest.mark.parametrize("kind", [*KINDS, *WHOLE])
+@pytest.mark.parametrize("kind", EVERY)
 def test_arguments_and_defaults_are_torchs(kind: type[Optimizer]) -> None:
     fields = kind.model_fields.items()
     ours = {name: one.default for name, one in fields if name not in ("name", "groups")}
@@ -51,16 +62,17 @@ def test_arguments_and_defaults_are_torchs(kind: type[Optimizer]) -> None:
     assert ours == theirs
 
 
-@pytest.mark.parametrize("kind", [*KINDS, *WHOLE])
+@pytest.mark.parametrize("kind", EVERY)
 def test_torch_takes_the_arguments(kind: type[Optimizer]) -> None:
     rule = kind.model_validate({"name": kind.__name__, "lr": 0.5})
-    parameter = torch.nn.Parameter(torch.ones(2))
-    made = getattr(torch.optim, rule.name)([parameter], **rule.arguments())
+    parameter = torch.nn.Parameter(torch.ones(2, 2))
+    made = class_of(rule.name)([parameter], **rule.arguments())
     assert made.defaults["lr"] == 0.5
 
 
 def test_a_group_has_every_argument_but_one_that_torch_ignores_there() -> None:
-    known = set().union(*(kind.model_fields for kind in KINDS)) - {"name", "groups"}
+    kinds: list[type[Optimizer]] = [*KINDS, Muon, LAMB]
+    known = {*chain(*(kind.model_fields for kind in kinds))} - {"groups"}
     assert Group.model_fields.keys() - {"match"} == known - {"initial_accumulator_value"}
 
 
@@ -72,10 +84,11 @@ def takes(kind: type[BaseModel], fields: dict[str, object]) -> bool:
     return True
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [*KINDS, Muon, LAMB])
 def test_a_group_takes_the_values_that_its_optimizer_takes(kind: type[Optimizer]) -> None:
-    for name in kind.model_fields.keys() & Group.model_fields.keys():
-        for value in (-1, 0, 0.5, 1, 7.5, True, "x", [0.9, 0.5], [1, 0.5], float("nan")):
+    values = (-1, 0, 0.5, 1, 7.5, 100, True, "x", "original", [0.9, 0.5], [1, 0.5], float("nan"))
+    for name in kind.model_fields.keys() & Group.model_fields.keys() - {"name"}:
+        for value in (*values, [1, -2, 0.5]):
             own = takes(kind, {"name": kind.__name__, "lr": 0.1, name: value})
             assert takes(Group, {"match": "*", name: value}) == own, (name, value)
 

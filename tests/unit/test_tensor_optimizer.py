@@ -190,7 +190,7 @@ REFUSED: list[tuple[Any, int, dict[str, Any], str]] = [
         {"name": "hybrid", "tensor": 2, "tensor_plan": GPT_PLAN},
         2,
         {},
-        "optimizer.name: looks at whole tensors, and `tensor: 2` cuts them",
+        "optimizer.name: needs whole tensors, and `tensor: 2` cuts them",
     ),
     (
         {"name": "ps-sync", "num_servers": 2, "split": "load"},
