@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +26,14 @@ from torch.utils.data import DataLoader, Dataset
 
 from distplat.platform.errors import Problem, SpecError
 from distplat.platform.evaluations import period_problems, watching
+from distplat.platform.optimizers import Optimizer, match_problems
 from distplat.platform.sampler import ENDLESS, Sampler
 from distplat.platform.spec import Job
 from distplat.platform.tensor_slices import ITEM_BYTES
 from distplat.strategies.collective import SENDABLE
 from distplat.strategies.loop.streams import StreamSamples, StreamSeeds, is_ray_data, is_stream
 from distplat.strategies.model.module_hooks import tensor_hooks, unwrapped
+from distplat.strategies.sparse.modules import dense_parameters, tables_of
 from distplat.strategies.task import Task, overrides
 
 logger = logging.getLogger(__name__)
@@ -54,6 +56,30 @@ def check_device(device: str) -> None:
         text = f"torch {torch.__version__} sees no card where this worker runs"
         hint = "set it to false, or run where a card and a torch built for it are"
         raise SpecError(Problem(("scaling", "use_gpu"), text, hint))
+
+
+def check_groups(rule: Optimizer, model: nn.Module, extra: Iterable[str]) -> None:
+    """
+    See that each pattern of the groups has parameters, and none an embedding table.
+
+    Args:
+        rule: the job's optimizer.
+        model: the whole one.
+        extra: names of trained parameters outside of it.
+
+    Raises:
+        SpecError: names the groups.
+    """
+    if not rule.groups:
+        return
+    named = dict(dense_parameters(model))
+    first = {id(parameter): name for name, parameter in named.items()}
+    again = model.named_parameters(remove_duplicate=False)
+    others = {name: first[id(p)] for name, p in again if id(p) in first and name not in named}
+    tables = {path: (path, f"{path}.table", f"{path}.weight") for path in tables_of(model)}
+    problems = match_problems(rule, [*named, *extra], tables, others)
+    if problems:
+        raise SpecError(*problems)
 
 
 def checked_model(task: Task, model: object) -> nn.Module:
@@ -201,6 +227,10 @@ def check_evaluations(job: Job, sampler: Sampler, eval_data: object) -> None:
             "the training data is a stream without a length, so there are no epochs after which "
             "it could be evaluated: it is after the last step, or give `evaluation.every_steps`"
         )
+        text = "needs evaluations while the run goes on, and there is one at its end only"
+        if watching(job):
+            advice = "give `evaluation.every_steps`"
+            raise SpecError(*(Problem(field, text, advice) for field, _ in watching(job)))
     fields = [field for field, _ in watching(job)]
     if job.data.persistent_workers:
         fields.append(("data", "persistent_workers"))
