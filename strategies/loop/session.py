@@ -297,7 +297,8 @@ def join(
     loop = replace(loop, evaluated=p.state.discard, on_a_copy=p.state.on_a_copy)
     if (plateau := p.job.plateau) is not None:
         group = meet() if group is None else group  # its ranks gather evaluations
-        meet_plateau(plateau, start, group, ports.shards, p.flat.params.device)
+        served = ports.shards if p.roles.servers else None
+        meet_plateau(plateau, start, group, served, p.flat.params.device)
     if p.loss_scale is not None:
         p.loss_scale.meet(start, meet(), p.flat.params.device)
     return replace(loop, group=group, gathering=gathering, loss_scale=p.loss_scale)
