@@ -161,6 +161,7 @@ class RemoteShards(Shards, LoopShards):
     ) -> None:
         self._transport, self._order = transport, order
         self._rank, self._total_steps = order.rank, total_steps
+        self._plateau = order.job.plateau
         self._checkpoint_every = checkpoint_every
         self._limits = order.job.failure
         self._pulls = self._roads = 0
@@ -325,9 +326,8 @@ class RemoteShards(Shards, LoopShards):
 
     @override
     def push(self, step: int, control: StepControl, task: int | None = None) -> Pushed:
-        plateau = self._order.job.plateau
-        if plateau is not None:
-            control = replace(control, settings=np.array(plateau.state, np.float64))
+        if self._plateau is not None:
+            control = replace(control, settings=np.array(self._plateau.state, np.float64))
         self._control = control
         return self._following(lambda: self._push(step, task))
 

@@ -100,6 +100,7 @@ class RemoteTables(Tables):
     ) -> None:
         self._transport, self._order = transport, order
         self._every, self._limits = every, order.job.failure
+        self._plateau = order.job.plateau
         self._watch = ServerWatch[TableMap](order.rank, abandoned)
         servers = list(order.embedding_servers)
         self._use(servers, [f"embedding-server-{k}" for k in range(len(servers))])
@@ -237,8 +238,7 @@ class RemoteTables(Tables):
         skip: bool = False,
     ) -> _Push:
         push = PushId(self._order.run, self._order.attempt, self._order.rank, step, task)
-        plateau = self._order.job.plateau
-        control = skip, () if plateau is None else tuple(plateau.state)
+        control = skip, () if self._plateau is None else tuple(self._plateau.state)
         return _Push(lambda: self._push(push, gradients, control), self._after_loss)
 
     def _push(

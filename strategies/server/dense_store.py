@@ -73,6 +73,7 @@ class DenseStore(ServerStore, ReplicatedStore):
     def __init__(self, plan: ShardPlan, params: Tensor) -> None:
         self._plan, self.params = plan, params
         self._job = plan.job.with_plateau()  #: with what evaluations make of its rates
+        self._plateau = self._job.plateau
         self.backup_link: BackupLink | None = None  #: the way to a backup
         self._layout = layout_of(plan, params)
         every, tail = self._layout.segments, self._layout.tail
@@ -320,12 +321,12 @@ class DenseStore(ServerStore, ReplicatedStore):
 
     def _rates(self, place: int) -> Sequence[float]:
         """Give the learning rates of an update, before they are scaled."""
-        plan, plateau = self._plan, self._job.plateau
+        plan = self._plan
         if plan.own_loop is not None and self.settings:
             assert isinstance(self.optimizer, FlatOptimizer), "others are refused"
             return self.optimizer.adjust(plan.own_loop.settings, np.array(self.settings))
-        if plateau is not None:
-            plateau.known = PlateauState.of(self.settings)
+        if self._plateau is not None:
+            self._plateau.known = PlateauState.of(self.settings)
         return rate_of(self._job, place, plan.total_steps)
 
     def _copy(self) -> VectorCopies:

@@ -272,8 +272,8 @@ class TableStore(ServerStore, ReplicatedStore):
         """
         assert self.plan is not None and self.plan.job.embeddings is not None, "it was opened"
         job, rule = self._job, self.plan.job.embeddings.optimizer
-        if job.plateau is not None:
-            job.plateau.known = PlateauState.of(self._settings)
+        if self._plateau is not None:
+            self._plateau.known = PlateauState.of(self._settings)
         rate = job.lr_schedule.rate(rule.lr, place, self.plan.total_steps)
         for table, parts in zip(self.tables, by_table, strict=True):
             if parts:
@@ -297,6 +297,7 @@ class TableStore(ServerStore, ReplicatedStore):
 
     def _take_plan(self, plan: TablePlan) -> None:
         self.plan, self._job = plan, plan.job.with_plateau()
+        self._plateau = self._job.plateau
         self._keeping = CheckpointCopies(plan.checkpoint_every, plan.total_steps)
 
     def _make_ledger(self, plan: TablePlan) -> Ledger:

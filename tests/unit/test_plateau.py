@@ -1,7 +1,7 @@
 """`ReduceLROnPlateau`: the rates of a plain loop with torch's own, through failures and resumes."""
 
 import math
-from collections.abc import Set
+from collections.abc import Iterator, Set
 from random import Random
 from typing import Any
 
@@ -13,9 +13,12 @@ from hypothesis import strategies as st
 from jobs import job_of
 from local_run import Attempt, LocalRun, evaluations, train
 from resized_run import train_resized
+from test_embedding_training import Local, table
+from test_embedding_training import job as table_job
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau as OfTorch
-from torch.utils.data import TensorDataset
+from torch.utils.data import IterableDataset, TensorDataset
+from words import Words
 
 from distplat import Task
 from distplat.platform.errors import Abandoned, SpecError, StateLost
@@ -37,6 +40,7 @@ RULE: dict[str, Any] = {
     "cooldown": 1,
     "min_lr": 0.06,
 }
+ROWS = {"servers": 2, "optimizer": {"name": "SGD", "lr": 0.5}}
 GRID = {"name": "hybrid", "pipeline": 2, "data": 2, "cut": "even", "micro_batches": 2}
 
 
@@ -309,6 +313,26 @@ def test_what_is_refused(strategy: Any, more: dict[str, Any], message: str) -> N
         job(strategy, 2, **more)
 
 
+def test_a_stream_without_a_length_is_not_evaluated_by_epochs() -> None:
+    class Endless(Steep):
+        def train_data(self) -> Any:
+            return Stream()
+
+        def eval_data(self) -> Any:
+            return Steep.train_data(self)
+
+    message = r"lr_schedule: needs evaluations while .*\n.*`evaluation.every_steps`"
+    with pytest.raises(SpecError, match=message):
+        train(job(evaluation={}), Endless)
+    assert len(rates(train(job(steps=4), Endless))) == 4
+
+
+class Stream(IterableDataset[Any]):
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        while True:
+            yield torch.ones(4), torch.ones(3)
+
+
 def test_a_job_with_it_reads_back(tmp_path: Any) -> None:
     (tmp_path / "job.yaml").write_text(render_job(job()))
     assert read_job(tmp_path / "job.yaml") == job()
@@ -357,3 +381,24 @@ def test_who_knows_a_version() -> None:
     assert plateau.meet(6, states) and plateau.state.at == 6
     assert plateau.meet(0, states) and plateau.state == first, "all begin anew"
     assert not plateau.meet(3, states[2:]), "of a run that was taken back"
+
+
+@pytest.mark.parametrize(
+    ("world", "more"),
+    [
+        (2, {}),
+        (2, {"strategy": "ps-sync"}),
+        (1, {"embeddings": {**ROWS, "asynchronous": True}}),
+        (2, {"embeddings": {**ROWS, "replication": 2}}),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_tables_have_the_rates_too(world: int, more: dict[str, Any]) -> None:
+    rule = {**RULE, "patience": 0, "threshold": 0.3, "cooldown": 0, "min_lr": 0.0}
+    both: dict[str, Any] = {"lr_schedule": rule, "evaluation": {"every_steps": 2}}
+    alone = train(table_job(Local, 1, **both), Local)
+    assert [one.figures["lr"] for one in alone.reports[0] if isinstance(one, StepReport)][-1] < 0.1
+    run = train(table_job(Words, world, **{**both, **more}), Words)
+    mine, theirs = torch.from_numpy(table(run, 0)), alone.parameters()["words.weight"]
+    there = ~mine[:, 0].isnan()
+    torch.testing.assert_close(mine[there], theirs[there], rtol=1e-5, atol=1e-6)
