@@ -157,7 +157,7 @@ class DenseStore(ServerStore, ReplicatedStore):
         """
         self.optimizer.load(state or {})
         self._ledger.restore(version)
-        self._before_version, self.settings = None, ()
+        self._before_version = None
         if self.staleness is not None:
             self.staleness.restore(self.version)
 

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator, Set
+from pathlib import Path
 from random import Random
 from typing import Any
 
@@ -21,9 +22,10 @@ from torch.utils.data import IterableDataset, TensorDataset
 from words import Words
 
 from distplat import Task
+from distplat.actors.verifying import Wanted, job_for
 from distplat.platform.errors import Abandoned, SpecError, StateLost
 from distplat.platform.job_file import read_job, render_job
-from distplat.platform.lr_schedules import ReduceLROnPlateau
+from distplat.platform.lr_schedules import ReduceLROnPlateau, Schedule
 from distplat.platform.plateau import Plateau, PlateauState, after_evaluation, first_state
 from distplat.platform.progress import StepReport, StepSummary
 from distplat.platform.sampler import Sampler
@@ -331,6 +333,13 @@ class Stream(IterableDataset[Any]):
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         while True:
             yield torch.ones(4), torch.ones(3)
+
+
+def test_verify_has_the_first_rate_in_its_runs_without_evaluations() -> None:
+    given = job(early_stop={"metric": "loss", "mode": "min"})
+    for name in ("ring", "ps-sync"):
+        short = job_for(Wanted(given, Path()), name)
+        assert isinstance(short, Job) and short.lr_schedule == Schedule(), "no SpecError"
 
 
 def test_a_job_with_it_reads_back(tmp_path: Any) -> None:
