@@ -18,6 +18,7 @@ from contextlib import contextmanager, nullcontext, redirect_stdout
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import torch
 from safetensors.torch import load, load_file
@@ -41,6 +42,7 @@ from distplat.platform.errors import (
     StorageError,
     UserCodeError,
 )
+from distplat.platform.lr_schedules import NamedSchedule, ReduceLROnPlateau, Schedule
 from distplat.platform.run_directory import TASK_FILE
 from distplat.platform.shard_map import ShardPlan
 from distplat.platform.spec import CheckpointConfig, Evaluation, Job, Scaling, StrategySpec
@@ -167,6 +169,18 @@ def _rows(
     return [Row(name, "run", NOT_COMPARED, reason=row.reason) for row in unasked] or rows
 
 
+def _without_evaluations(job: Job) -> dict[str, Any]:
+    """Give the fields of a job that is not evaluated, with nothing that goes by evaluations."""
+    schedule: NamedSchedule = job.lr_schedule
+    if isinstance(schedule, ReduceLROnPlateau):
+        schedule = Schedule()  # so its rates are, until evaluations come
+    return {
+        "evaluation": Evaluation(every_epochs=0),
+        "early_stop": None,
+        "lr_schedule": schedule,
+    }
+
+
 def job_for(wanted: Wanted, name: str) -> Job | SpecError:
     """Give the short job of a strategy, or why there is none."""
     job, own = wanted.job, wanted.job.strategy.name == name
@@ -188,7 +202,7 @@ def job_for(wanted: Wanted, name: str) -> Job | SpecError:
             "steps": wanted.steps,
             "epochs": None,
             "checkpoint": CheckpointConfig(every_steps=1, num_to_keep=wanted.steps + 1),
-            "evaluation": Evaluation(every_epochs=0),
+            **_without_evaluations(job),
             "failure": job.failure.model_copy(update={"max_failures": 0, "max_preemptions": 0}),
         }
     )

@@ -71,22 +71,43 @@ SCHEDULERS = """
 
 A class of `torch.optim.lr_scheduler` with its arguments and torch's defaults; it is stepped once
 after each step. `warmup_steps` may stand beside them: the scheduler begins when the warm-up is
-over.
+over. [`ReduceLROnPlateau`](#reducelronplateau) is stepped after evaluations instead, and stands
+alone.
 
 ```yaml
 lr_schedule: {name: CosineAnnealingLR, T_max: 1000, eta_min: 1e-5, warmup_steps: 100}
 lr_schedule: {name: OneCycleLR, cycle_momentum: false}     # lr is its max_lr, the run its length
 lr_schedule: {name: wsd, warmup_steps: 100, decay_steps: 200, decay: sqrt}     # a shape from above
+lr_schedule: {name: ReduceLROnPlateau, factor: 0.5, patience: 3}     # of the evaluations' loss
 ```
 
 `OneCycleLR` is over the run after the warm-up, and leaves momentum alone: `cycle_momentum: false`
-must stand there, for torch's default is true. Not here: `ReduceLROnPlateau`, which needs the
-results of evaluations, schedulers made of others, and `CyclicLR`, which replaces the learning rates
-of optimizer and groups. A function of the step, as for `LambdaLR`, is `lr(step, total)` of the
-[task](task.md#the-learning-rate), and stands in place of `lr_schedule`.
+must stand there, for torch's default is true. Not here: schedulers made of others, and `CyclicLR`,
+which replaces the learning rates of optimizer and groups. A function of the step, as for
+`LambdaLR`, is `lr(step, total)` of the [task](task.md#the-learning-rate), and stands in place of
+`lr_schedule`.
 
 | name | arguments |
 |---|---|
+"""
+PLATEAU = """
+### ReduceLROnPlateau
+
+The job's `evaluation` says when it is stepped: every so many epochs or steps, the next step already
+has the new rate. `metric` is the figure that it goes by, of all workers together: `loss`, unless it
+says another name that the task's `metrics()` gives; `mode: max` where larger is better. The rates
+are those of a plain loop with torch's class, to the bit. Each group's `lr` falls by itself, and so
+does that of `embeddings.optimizer`; `min_lr` is one number for all.
+
+- An evaluation counts once, also where it is made again after a failure. One that is there only
+  because the run ends does not count: a longer run would not have it.
+- What it has seen is in checkpoints. A run that goes on from one with another `metric` or `mode`
+  keeps the rate, and begins to look for the best figure anew.
+- Under `ring`, `hybrid` and `ps-sync`, whose servers are told with each push. Refused by name:
+  under `ps-async`, where workers train on while one evaluates, so that no step is the first with
+  the new rate; with `backup_workers`, which evaluate different parameters; with `warmup_steps`, for
+  torch's own schedulers do not take it in either; where nothing is evaluated before the run's end.
+- `distplat verify` makes runs without evaluations, and so has its first rate.
 """
 STRATEGY = """
 ## strategy
@@ -188,6 +209,7 @@ def page() -> str:
             known = [name for name in schedule.model_fields if name not in BESIDE]
             names = ", ".join(f"`{name}`" for name in known)
             parts.append(f"| {schedule.__name__} | {names} |\n")
+    parts.append(PLATEAU)
     parts.append(STRATEGY + "\n| name | arguments |\n|---|---|\n")
     for kind in optimizers.Optimizer.__subclasses__():
         if kind is optimizers.TaskOptimizer:

@@ -1,7 +1,8 @@
 """
 What a run makes of its evaluations: which checkpoint is the best, and whether to stop early.
 
-The classes read no clock, no disk and talk to nobody.
+The learning rate may go by them, too (`plateau.py`). The classes read no clock, no disk and talk to
+nobody.
 """
 
 import math
@@ -12,6 +13,7 @@ from pydantic import Field
 
 from distplat.platform.errors import Problem, SpecError, hint
 from distplat.platform.fields import Count, Spec
+from distplat.platform.lr_schedules import ReduceLROnPlateau
 
 _KEPT = 1000
 """Evaluations whose figure is remembered: of later ones than the newest checkpoint, or told again
@@ -146,13 +148,15 @@ class EarlyStopping:
         return f"{rule.metric} got no better {since}, in {self._worse} evaluations"
 
 
-def watching(job: Any) -> list[tuple[tuple[str, ...], MetricRule]]:
-    """Give what a job decides by evaluations: the fields, and what stands in them."""
-    found: list[tuple[tuple[str, ...], MetricRule | None]] = [
+def watching(job: Any) -> list[tuple[tuple[str, ...], str]]:
+    """Give what a job decides by evaluations: the fields, and the figure that each goes by."""
+    schedule = job.lr_schedule
+    found: list[tuple[tuple[str, ...], MetricRule | ReduceLROnPlateau | None]] = [
         (("checkpoint", "keep_best"), job.checkpoint.keep_best),
         (("early_stop",), job.early_stop),
+        (("lr_schedule",), schedule if isinstance(schedule, ReduceLROnPlateau) else None),
     ]
-    return [(field, rule) for field, rule in found if rule is not None]
+    return [(field, rule.metric) for field, rule in found if rule is not None]
 
 
 def evaluation_problems(job: Any) -> list[Problem]:
@@ -193,11 +197,11 @@ def check_metrics(job: Any, metrics: Mapping[str, float]) -> None:
     found = [
         Problem(
             (*field, "metric"),
-            f"the evaluation gives no {rule.metric!r}",
-            hint(rule.metric, metrics),
+            f"the evaluation gives no {metric!r}",
+            hint(metric, metrics),
         )
-        for field, rule in watching(job)
-        if rule.metric not in metrics
+        for field, metric in watching(job)
+        if metric not in metrics
     ]
     if found:
         raise SpecError(*found)

@@ -2,8 +2,9 @@
 The learning rate over the steps: shapes of our own, and schedulers of torch by name and arguments.
 
 Each is a function of the step alone, where torch's compute a rate from the one before: so servers,
-leased tasks and a run that goes on have a step's rate without its history, with the same bits. A
-unit test holds names, arguments and rates here against torch's.
+leased tasks and a run that goes on have a step's rate without its history, with the same bits. The
+one that goes by evaluations is a function of what they came to (`plateau.py`). A unit test holds
+names, arguments and rates here against torch's.
 """
 
 import math
@@ -16,15 +17,15 @@ from typing import Annotated, Literal
 from pydantic import BeforeValidator, Field
 from typing_extensions import override
 
+from distplat.platform.errors import Problem
 from distplat.platform.fields import Count, Flag, Index, NonNegative, Number, Positive, Spec
 
 Part = Annotated[Number, Field(ge=0, le=1)]
 """A number from 0 to 1."""
 
-WARMUP = "`warmup_steps` may stand beside every schedule"
+WARMUP = "`warmup_steps` may stand beside all but ReduceLROnPlateau"
 METHOD = "write lr(step, total) in the task"
 REFUSED_SCHEDULES = {
-    "ReduceLROnPlateau": "it needs the results of evaluations, which servers do not have",
     "LambdaLR": f"it needs a function, which a job file cannot hold; {METHOD}",
     "MultiplicativeLR": f"it needs a function, which a job file cannot hold; {METHOD}",
     "SequentialLR": f"it is made of others; {WARMUP}",
@@ -239,6 +240,48 @@ class OneCycleLR(LRSchedule):
         return _cosine(start_rate, end_rate, done)
 
 
+class ReduceLROnPlateau(LRSchedule):
+    """Times `factor` once evaluations get no better; stepped after each of them."""
+
+    name: Literal["ReduceLROnPlateau"]
+    metric: str = Field("loss", min_length=1)
+    """Figure of an evaluation: `loss`, or a name that the task's metrics() gives."""
+    mode: Literal["min", "max"] = "min"
+    factor: Annotated[Number, Field(ge=0, lt=1)] = 0.1
+    patience: Index = 10
+    threshold: NonNegative = 1e-4
+    threshold_mode: Literal["rel", "abs"] = "rel"
+    cooldown: Index = 0
+    min_lr: NonNegative = 0.0
+    eps: NonNegative = 1e-8
+
+    def better(self, figure: float, best: float) -> bool:
+        """Say whether a figure is better than the best so far; NaN is never."""
+        relative, by = self.threshold_mode == "rel", self.threshold
+        if self.mode == "min":
+            return figure < (best * (1.0 - by) if relative else best - by)
+        return figure > (best * (by + 1.0) if relative else best + by)
+
+    def reduced(self, base: float, times: int) -> float:
+        """
+        Give a rate that was reduced so many times.
+
+        Args:
+            base: `lr` of the optimizer, or of one of its groups.
+            times: from 0.
+        """
+        for _ in range(times):
+            lower = max(base * self.factor, self.min_lr)
+            if not base - lower > self.eps:
+                break  # nor will it be the next time
+            base = lower
+        return base
+
+    def _after(self, base: float, step: int, steps: int) -> float:
+        """Before any evaluation; see `Plateau` for later."""
+        return base
+
+
 AnySchedule = (
     Schedule
     | ConstantLR
@@ -250,6 +293,7 @@ AnySchedule = (
     | CosineAnnealingLR
     | CosineAnnealingWarmRestarts
     | OneCycleLR
+    | ReduceLROnPlateau
 )
 
 
@@ -274,6 +318,51 @@ class TaskSchedule:
 
 NamedSchedule = Annotated[AnySchedule, Field(discriminator="name"), BeforeValidator(_with_name)]
 """As a job file has it."""
+
+
+def schedule_problems(schedule: LRSchedule, steps: int | None) -> list[Problem]:
+    """
+    Name what is wrong with a job's schedule. An option that it does not use is an error.
+
+    Args:
+        schedule: the job's.
+        steps: of the run; None: not known yet.
+    """
+    if isinstance(schedule, OneCycleLR) and schedule.cycle_momentum:
+        text = "must be false, which is not torch's default: momentum stays as the optimizer has it"
+        return [Problem(("lr_schedule", "cycle_momentum"), text, "write cycle_momentum: false")]
+    if isinstance(schedule, ReduceLROnPlateau) and schedule.warmup_steps:
+        text = "cannot stand beside ReduceLROnPlateau, which torch chains with no other scheduler"
+        return [Problem(("lr_schedule", "warmup_steps"), text, "remove it")]
+    if not isinstance(schedule, Schedule):
+        return []
+    found = [
+        Problem(
+            ("lr_schedule", field), f"has no effect on the schedule {schedule.name!r}", "remove it"
+        )
+        for field in sorted(schedule.idle_fields() & schedule.model_fields_set)
+    ]
+    if schedule.name == "step" and not schedule.every_steps:
+        found.append(Problem(("lr_schedule", "every_steps"), "the schedule 'step' needs it, >= 1"))
+    if schedule.name == "wsd" and not schedule.decay_steps:
+        found.append(Problem(("lr_schedule", "decay_steps"), "the schedule 'wsd' needs it, >= 1"))
+    return found if steps is None else [*found, *length_problems(schedule, steps)]
+
+
+def length_problems(schedule: LRSchedule, steps: int) -> list[Problem]:
+    """
+    Compare a schedule with the length of the run.
+
+    Args:
+        schedule: the job's.
+        steps: of the run.
+    """
+    if not isinstance(schedule, Schedule) or schedule.name != "wsd":
+        return []
+    if schedule.warmup_steps + schedule.decay_steps <= steps:
+        return []
+    text = f"with `warmup_steps` more than all steps of the run, which are {steps}"
+    return [Problem(("lr_schedule", "decay_steps"), text)]
 
 
 def _cosine(start: float, end: float, done: float) -> float:

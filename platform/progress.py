@@ -7,6 +7,7 @@ numbers change here, where reports become summaries.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
@@ -251,7 +252,7 @@ class ReportAggregator:
             return [*self._partial(report.step), _join_steps(steps), *self._released()]
         # Ranks may report an evaluation for each other: it says nothing of who reported which step.
         if evaluations := self._evals.add(report):
-            self._held.append(_join_evals(evaluations))
+            self._held.append(join_evals(evaluations))
         return [*self._released()]
 
     def resize(self, world: int, step: int) -> None:
@@ -368,8 +369,12 @@ def _join_steps(reports: list[StepReport]) -> StepSummary:
     return StepSummary(first.step + 1, first.epoch, loss, samples, slowest, first.of, figures)
 
 
-def _join_evals(reports: list[EvalReport]) -> EvalSummary:
-    """A figure's mean is over the samples of the batches that gave it, on whatever rank."""
+def join_evals(reports: Sequence[EvalReport]) -> EvalSummary:
+    """
+    Put the parts of an evaluation together, which are in rank order.
+
+    A figure's mean is over the samples of the batches that gave it, on whatever rank.
+    """
     names = dict.fromkeys(name for r in reports for name in r.sums)
     means = {}
     for name in names:

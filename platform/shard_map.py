@@ -16,7 +16,9 @@ from dataclasses import dataclass
 from itertools import accumulate
 
 from distplat.platform.even_split import cut_at, split_evenly
+from distplat.platform.lr_schedules import ReduceLROnPlateau
 from distplat.platform.optimizers import AnyOptimizer
+from distplat.platform.plateau import PlateauState
 from distplat.platform.spec import SYNCHRONOUS, Consistency, Job
 from distplat.platform.vector_layout import Layout
 
@@ -147,6 +149,12 @@ class OwnLoop:
     """By group, from 1: the optimizer's numbers whose values come with each push."""
 
 
+def settings_of(job: Job) -> int:
+    """Give how many values come with each push of a task: what its rates go by, if anything."""
+    of_evaluations = isinstance(job.lr_schedule, ReduceLROnPlateau) or job.plateau is not None
+    return len(PlateauState._fields) if of_evaluations else 0
+
+
 @dataclass(frozen=True)
 class ShardPlan:
     """What a shard must know to work on its own."""
@@ -179,7 +187,11 @@ class ShardPlan:
     @property
     def settings(self) -> int:
         """Values that come with each push."""
-        return 0 if self.own_loop is None else sum(map(len, self.own_loop.settings))
+        return (
+            settings_of(self.job)
+            if self.own_loop is None
+            else sum(map(len, self.own_loop.settings))
+        )
 
     def worker(self, place: int) -> str:
         """Name one of the workers, by its number among them."""

@@ -27,7 +27,13 @@ from distplat.platform.fields import (
     Seconds,
     Spec,
 )
-from distplat.platform.lr_schedules import NamedSchedule, OneCycleLR, Schedule, TaskSchedule
+from distplat.platform.lr_schedules import (
+    NamedSchedule,
+    ReduceLROnPlateau,
+    Schedule,
+    TaskSchedule,
+    schedule_problems,
+)
 from distplat.platform.model_options import (
     EMA,
     Compile,
@@ -38,6 +44,7 @@ from distplat.platform.model_options import (
 )
 from distplat.platform.optimizer_checks import optimizer_problems
 from distplat.platform.optimizers import JobOptimizer
+from distplat.platform.plateau import Plateau
 from distplat.platform.remote_storage import is_url, url_problem
 from distplat.platform.trackers import TrackerSpec, tracker_problems
 
@@ -325,8 +332,20 @@ class Job(Spec):
         found: Any = self.lr_schedule
         return found if isinstance(found, TaskSchedule) else None
 
-    def with_schedule(self, schedule: TaskSchedule) -> "Job":
-        """Give the same job with a schedule that no job file can hold."""
+    @property
+    def plateau(self) -> Plateau | None:
+        """What evaluations have made of the rates, in a worker; None: nothing goes by them."""
+        found: Any = self.lr_schedule
+        return found if isinstance(found, Plateau) else None
+
+    def with_plateau(self) -> "Job":
+        """Give a process's own job, if its rates go by evaluations; else the job as it is."""
+        rule: Any = self.lr_schedule
+        rule = rule.rule if isinstance(rule, Plateau) else rule
+        return self.with_schedule(Plateau(rule)) if isinstance(rule, ReduceLROnPlateau) else self
+
+    def with_schedule(self, schedule: TaskSchedule | Plateau | ReduceLROnPlateau) -> "Job":
+        """Give the same job with another schedule, which may be one that no job file can hold."""
         return self.model_copy(update={"lr_schedule": schedule})
 
     def problems(self) -> list[Problem]:
@@ -342,7 +361,7 @@ class Job(Spec):
             *_gpu_problems(self),
             *_precision_problems(self),
             *optimizer_problems(self.optimizer),
-            *_schedule_problems(self),
+            *schedule_problems(self.lr_schedule, self.steps),
             *_evaluation_problems(self),
             *_checkpoint_problems(self),
             *_embedding_problems(self),
@@ -392,43 +411,6 @@ def _precision_problems(job: Job) -> list[Problem]:
         text = "cannot be `ignore` with `precision: fp16`, whose loss scale goes by it"
         found.append(Problem(("failure", "non_finite"), text, "allowed: stop, skip"))
     return found
-
-
-def _schedule_problems(job: Job) -> list[Problem]:
-    """A schedule option that its shape does not use is an error, not ignored."""
-    schedule = job.lr_schedule
-    if isinstance(schedule, OneCycleLR) and schedule.cycle_momentum:
-        text = "must be false, which is not torch's default: momentum stays as the optimizer has it"
-        return [Problem(("lr_schedule", "cycle_momentum"), text, "write cycle_momentum: false")]
-    if not isinstance(schedule, Schedule):
-        return []
-    found = [
-        Problem(
-            ("lr_schedule", field), f"has no effect on the schedule {schedule.name!r}", "remove it"
-        )
-        for field in sorted(schedule.idle_fields() & schedule.model_fields_set)
-    ]
-    if schedule.name == "step" and not schedule.every_steps:
-        found.append(Problem(("lr_schedule", "every_steps"), "the schedule 'step' needs it, >= 1"))
-    if schedule.name == "wsd" and not schedule.decay_steps:
-        found.append(Problem(("lr_schedule", "decay_steps"), "the schedule 'wsd' needs it, >= 1"))
-    return found if job.steps is None else [*found, *length_problems(schedule, job.steps)]
-
-
-def length_problems(schedule: NamedSchedule, steps: int) -> list[Problem]:
-    """
-    Compare a schedule with the length of the run.
-
-    Args:
-        schedule: the job's.
-        steps: of the run.
-    """
-    if not isinstance(schedule, Schedule) or schedule.name != "wsd":
-        return []
-    if schedule.warmup_steps + schedule.decay_steps <= steps:
-        return []
-    text = f"with `warmup_steps` more than all steps of the run, which are {steps}"
-    return [Problem(("lr_schedule", "decay_steps"), text)]
 
 
 def _data_problems(job: Job) -> list[Problem]:

@@ -18,6 +18,7 @@ from pydantic import ValidationError
 
 from distplat.platform.errors import Problem, SpecError, hint
 from distplat.platform.job_file import job_of, read_job
+from distplat.platform.lr_schedules import ReduceLROnPlateau
 from distplat.platform.optimizers import TaskOptimizer
 from distplat.platform.spec import Job
 from distplat.platform.spec_messages import problems_of
@@ -222,6 +223,7 @@ def _build(job: Job, found: list[Problem]) -> Strategy[Any] | None:
         found.append(Problem(("failure", "spare_workers"), text, "remove it"))
     found.extend(strategy.own_loop_problems(job) if job.own_loop else strategy.problems(job))
     found.extend(_embedding_problems(job, strategy.roles(job)))
+    found.extend(_plateau_problems(job, strategy.roles(job)))
     return None if found else strategy
 
 
@@ -257,6 +259,22 @@ def _embedding_problems(job: Job, roles: Roles) -> list[Problem]:
         text = f"must be true under {name}: its ranks make steps of their own"
         return [Problem(("embeddings", "asynchronous"), text)]
     return []
+
+
+def _plateau_problems(job: Job, roles: Roles) -> list[Problem]:
+    """Rates that go by evaluations need all ranks to evaluate the same parameters."""
+    steps, where = roles.consistency, ("lr_schedule",)
+    if not isinstance(job.lr_schedule, ReduceLROnPlateau) or not steps.private:
+        return []
+    if steps.backup_workers:
+        text = "ReduceLROnPlateau cannot be combined with `backup_workers`: workers that are not"
+        text += " in one step evaluate different parameters"
+        return [Problem(where, text, "remove one of the two")]
+    text = (
+        f"ReduceLROnPlateau is not there under {job.strategy.name!r}: while it is evaluated others"
+    )
+    text += " train on, so no step is the first with the new rate"
+    return [Problem(where, text, "use `strategy: ps-sync` or `ring`, or another schedule")]
 
 
 def complete(job: Job) -> Job:

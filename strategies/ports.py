@@ -193,6 +193,13 @@ class Shards(Protocol):
             By slot of the flat vector.
         """
 
+    def settings(self) -> tuple[float, ...]:
+        """
+        Give what came with the pushes of the last step that servers know of; empty: none did.
+
+        Only where the learning rate goes by evaluations, see `PlateauState`.
+        """
+
     def average(self) -> Tensor:
         """
         Fetch the average of the parameters after the last update, shape [n], on their device.

@@ -28,6 +28,7 @@ _OF_SHARDS = (
     "earlier",
     "commit",
     "seen",
+    "settings",
     "average",
     "listen",
     "leave",

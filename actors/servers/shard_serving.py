@@ -278,6 +278,12 @@ class ShardServing(Serving[ShardServer]):
         store = self._server.store
         return self._server.exclusively(lambda: store.seen)
 
+    def settings(self) -> tuple[float, ...]:
+        """Give what came with the pushes of the last step; see `Shards.settings`."""
+        self._replication.part.check_serves()
+        store = self._server.store
+        return self._server.exclusively(lambda: store.settings)
+
     def average(self) -> NDArray[np.uint8]:
         """Give the bytes of the parameters' average; see `Shards.average`."""
         self._replication.part.check_serves()

@@ -30,7 +30,7 @@ from distplat.actors.servers.vector_transport import (
 from distplat.actors.transport import Transport, TransportError
 from distplat.platform.errors import ActorLost, FencedError
 from distplat.platform.ledger import Answer, PullId, PushId
-from distplat.platform.shard_map import Shard
+from distplat.platform.shard_map import Shard, settings_of
 from distplat.strategies.checkpoint.checkpoint_reader import SavedState
 from distplat.strategies.checkpoint.checkpoint_types import ALL, Holding
 from distplat.strategies.loop.control import StepControl, control_size
@@ -161,6 +161,7 @@ class RemoteShards(Shards, LoopShards):
     ) -> None:
         self._transport, self._order = transport, order
         self._rank, self._total_steps = order.rank, total_steps
+        self._plateau = order.job.plateau
         self._checkpoint_every = checkpoint_every
         self._limits = order.job.failure
         self._pulls = self._roads = 0
@@ -169,7 +170,7 @@ class RemoteShards(Shards, LoopShards):
         self._versions: dict[int, int] = {}  #: shard -> version of its values that are here
         self._transfer = DirectTransfer()
         self._setting = "start_timeout_s"  #: deadline of a push; the first belongs to the start
-        self._settings = 0  #: see `OwnLoop`
+        self._settings = 0  #: values that come with each push
 
     @override
     def connect(
@@ -182,6 +183,7 @@ class RemoteShards(Shards, LoopShards):
         holding = holding or ALL
         uncounted, schedule = holding.uncounted(flat), self._order.job.task_schedule
         state = saved.optimizer(flat, places=holding.places) if saved is not None else {}
+        self._settings = settings_of(self._order.job)
         self._connect(flat, state, uncounted=uncounted, schedule=schedule)
 
     @override
@@ -324,6 +326,8 @@ class RemoteShards(Shards, LoopShards):
 
     @override
     def push(self, step: int, control: StepControl, task: int | None = None) -> Pushed:
+        if self._plateau is not None:
+            control = replace(control, settings=np.array(self._plateau.state, np.float64))
         self._control = control
         return self._following(lambda: self._push(step, task))
 
@@ -354,6 +358,18 @@ class RemoteShards(Shards, LoopShards):
             question = lambda server, cut: self._transport.call(server, "seen")  # noqa: E731
             first = self._lines.cuts[:1]
             found: NDArray[np.bool_] = self._lines.ask("seen", question, first)[0]
+            return found
+
+        return self._following(ask_first)
+
+    @override
+    def settings(self) -> tuple[float, ...]:
+
+        def ask_first() -> tuple[float, ...]:
+            question = lambda server, cut: self._transport.call(server, "settings")  # noqa: E731
+            found: tuple[float, ...] = self._lines.ask("settings", question, self._lines.cuts[:1])[
+                0
+            ]
             return found
 
         return self._following(ask_first)

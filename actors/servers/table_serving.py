@@ -97,7 +97,13 @@ class TableServing(Serving[TableServer], PartSource):
         self._server.read(pull, parcel.table, ids, rows, again=far)
         return rows if far else None
 
-    def push(self, push: PushId, parcels: Sequence[Parcel], skip: bool = False) -> int:
+    def push(
+        self,
+        push: PushId,
+        parcels: Sequence[Parcel],
+        skip: bool = False,
+        settings: tuple[float, ...] = (),
+    ) -> int:
         """Take gradients; return when the step is made. See `TableServer.add`."""
         self._replication.part.check_serves()
         gradients = []
@@ -105,7 +111,7 @@ class TableServing(Serving[TableServer], PartSource):
             values = self._values(push.rank, parcel)
             assert values is not None, "a push has gradients"
             gradients.append(RowGradients(parcel.table, self._ids(push.rank, parcel), values))
-        return self._server.add(push, gradients, skip).version
+        return self._server.add(push, gradients, skip, settings).version
 
     def kept(self, version: int, limit_s: float) -> TablesCopy:
         """Give what was kept of a version, as an object to be fetched. See `Server.kept`."""

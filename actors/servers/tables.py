@@ -100,6 +100,7 @@ class RemoteTables(Tables):
     ) -> None:
         self._transport, self._order = transport, order
         self._every, self._limits = every, order.job.failure
+        self._plateau = order.job.plateau
         self._watch = ServerWatch[TableMap](order.rank, abandoned)
         servers = list(order.embedding_servers)
         self._use(servers, [f"embedding-server-{k}" for k in range(len(servers))])
@@ -237,10 +238,14 @@ class RemoteTables(Tables):
         skip: bool = False,
     ) -> _Push:
         push = PushId(self._order.run, self._order.attempt, self._order.rank, step, task)
-        return _Push(lambda: self._push(push, gradients, skip), self._after_loss)
+        control = skip, () if self._plateau is None else tuple(self._plateau.state)
+        return _Push(lambda: self._push(push, gradients, control), self._after_loss)
 
     def _push(
-        self, push: PushId, gradients: Sequence[tuple[Routed, RowGradients]], skip: bool
+        self,
+        push: PushId,
+        gradients: Sequence[tuple[Routed, RowGradients]],
+        control: tuple[bool, tuple[float, ...]],
     ) -> PendingCall:
         self._kept = 0
         places = self._write(gradients)
@@ -250,7 +255,7 @@ class RemoteTables(Tables):
                 self._parcel(k, given.table, routed, given.values, place)
                 for (routed, given), place in zip(gradients, places, strict=True)
             ]
-            return self._transport.call(server, "push", push, parcels, skip)
+            return self._transport.call(server, "push", push, parcels, *control)
 
         return self._calls.start(f"push {push.seq} to tables", question)
 

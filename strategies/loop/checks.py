@@ -201,6 +201,10 @@ def check_evaluations(job: Job, sampler: Sampler, eval_data: object) -> None:
             "the training data is a stream without a length, so there are no epochs after which "
             "it could be evaluated: it is after the last step, or give `evaluation.every_steps`"
         )
+        text = "needs evaluations while the run goes on, and there is one at its end only"
+        if watching(job):
+            advice = "give `evaluation.every_steps`"
+            raise SpecError(*(Problem(field, text, advice) for field, _ in watching(job)))
     fields = [field for field, _ in watching(job)]
     if job.data.persistent_workers:
         fields.append(("data", "persistent_workers"))

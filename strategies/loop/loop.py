@@ -12,7 +12,7 @@ from typing import Any
 from torch.utils.data import Dataset
 
 from distplat.platform.errors import Abandoned
-from distplat.platform.progress import AnyReport, EvalReport, StepReport
+from distplat.platform.progress import AnyReport, EvalReport, StepReport, join_evals
 from distplat.platform.sampler import Sampler
 from distplat.platform.spec import Job
 from distplat.platform.stop_order import StopOrder
@@ -290,8 +290,12 @@ class Loop:
     def _evaluates_after(self, step: int) -> bool:
         if step + 1 == self.total_steps:
             return True
+        return self._is_period(step + 1)
+
+    def _is_period(self, steps: int) -> bool:
+        """Say whether it is the job that wants an evaluation after so many steps, not the end."""
         every = self.job.evaluation.period(self.sampler.steps_per_epoch)
-        return every > 0 and (step + 1) % every == 0
+        return every > 0 and steps % every == 0
 
     def _evaluate(self, data: Dataset[Any], step: int) -> None:
         """Run this rank's part of the evaluation data; the controller puts the parts together."""
@@ -305,12 +309,16 @@ class Loop:
         self._merge_states(found)
         self.progress.evaluating = False
         mine = EvalReport(self.rank, step, found.samples, found.sums, found.counts)
-        if self.group is None:
-            self.report(mine)
-            return
-        text = json.dumps(asdict(mine)).encode()
-        for one in gather_bytes(text, self.group, self.flat.params.device):
-            self.report(EvalReport(**json.loads(one)))
+        parts = [mine] if self.group is None else self._gathered(mine, self.group)
+        for one in parts:
+            self.report(one)
+        # One at the end alone is not there in a longer run, which this may become.
+        if self.job.plateau is not None and self._is_period(step):
+            self.job.plateau.evaluated(step, join_evals(parts).metrics)
+
+    def _gathered(self, mine: EvalReport, group: Collective) -> list[EvalReport]:
+        texts = gather_bytes(json.dumps(asdict(mine)).encode(), group, self.flat.params.device)
+        return [EvalReport(**json.loads(text)) for text in texts]
 
     def _merge_states(self, found: Sums) -> None:
         """Have rank 0's part hold the figures of metrics with state, of the data of all."""

@@ -229,6 +229,11 @@ class ReplayShards(Shards):
         return np.zeros(0, np.bool_)
 
     @override
+    def settings(self) -> tuple[float, ...]:
+        """No rate of asynchronous shards goes by evaluations."""
+        return ()
+
+    @override
     def average(self) -> Tensor:
         """Asynchronous shards have none."""
         raise NotImplementedError("asynchronous shards keep no average")

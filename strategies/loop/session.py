@@ -20,11 +20,13 @@ from torch.utils.data import Dataset
 from distplat.platform.checkpoints import is_due
 from distplat.platform.errors import Problem, SpecError
 from distplat.platform.even_split import split_evenly
+from distplat.platform.lr_schedules import length_problems
 from distplat.platform.optimizers import TaskOptimizer
+from distplat.platform.plateau import PLATEAU
 from distplat.platform.progress import AnyReport
 from distplat.platform.resume import NOT_FINITE, STREAM
 from distplat.platform.sampler import Sampler
-from distplat.platform.spec import Job, length_problems
+from distplat.platform.spec import Job
 from distplat.platform.stop_order import StopOrder
 from distplat.platform.tensor_file import EMA_PREFIX, TASK_PREFIX
 from distplat.strategies.catalog import make_strategy
@@ -45,6 +47,7 @@ from distplat.strategies.loop.checks import (
     remarks_on,
 )
 from distplat.strategies.loop.compute import TaskModel
+from distplat.strategies.loop.evaluated_rates import meet_plateau
 from distplat.strategies.loop.gathering import Gathering, looks_gathering
 from distplat.strategies.loop.loaders import ready_loaders, warning_of
 from distplat.strategies.loop.loop import LeasedLoop, Loop, Progress, course_of
@@ -190,7 +193,7 @@ def _data(job: Job, task: Task, roles: Roles) -> tuple[Any, Any, Sampler]:
 
 def _with_own_updates(p: Prepared) -> Prepared:
     """Ask the task for rates and optimizer, where it says them itself."""
-    p.job = with_task_schedule(p.job, p.task, p.total_steps)
+    p.job = with_task_schedule(p.job, p.task, p.total_steps).with_plateau()
     if p.part is not None and isinstance(p.job.optimizer, TaskOptimizer):
         p.made, p.job = make_optimizers(p.job, p.task, p.part)
     return p
@@ -293,6 +296,10 @@ def join(
     meet = (lambda: None) if p.job.scaling.world == 1 else _meeting(p, context)
     loop = replace(loop, stop=stop, metrics=TaskMetrics(p.task, meet))
     loop = replace(loop, evaluated=p.state.discard, on_a_copy=p.state.on_a_copy)
+    if (plateau := p.job.plateau) is not None:
+        group = meet() if group is None else group  # its ranks gather evaluations
+        served = ports.shards if p.roles.servers else None
+        meet_plateau(plateau, start, group, served, p.flat.params.device)
     if p.loss_scale is not None:
         p.loss_scale.meet(start, meet(), p.flat.params.device)
     return replace(loop, group=group, gathering=gathering, loss_scale=p.loss_scale)
@@ -424,6 +431,8 @@ def _load(p: Prepared, saved: SavedState | None) -> None:
     if p.loss_scale is not None and saved is not None and LOSS_SCALE in saved.state:
         scale, steps = saved.state[LOSS_SCALE]
         p.loss_scale.load(saved.step, (float(scale), int(steps)))
+    if p.job.plateau is not None and saved is not None:
+        p.job.plateau.load(saved.state.get(PLATEAU))
     if p.job.checkpoint.trained_only and p.frozen is None:
         p.frozen = begun(p.flat, None if saved is None else saved.left_out)
     if p.state is None:
@@ -463,6 +472,8 @@ def _checkpoints(
                 p.flat.unsaved = frozenset(facts[FROZEN])
             if p.loss_scale is not None:
                 facts[LOSS_SCALE] = p.loss_scale.saved(version)
+            if p.job.plateau is not None:
+                facts[PLATEAU] = p.job.plateau.saved()
             part = strategy.checkpoint(version)
             if p.lookups is not None:
                 facts["tables"] = [asdict(spec) for spec in p.lookups.specs]

@@ -16,7 +16,7 @@ the next step proves that all are past it:
 So there is always a version that every shard can give, whoever dies at whatever moment (I3).
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import replace
 
@@ -35,6 +35,7 @@ from distplat.platform.ledger import (
     TaskLedger,
     Verdict,
 )
+from distplat.platform.plateau import PlateauState
 from distplat.platform.shard_map import ShardPlan
 from distplat.platform.vector_layout import Layout, plain_layout
 from distplat.strategies.algorithms.reduce import clip_factor, sum_in_order
@@ -57,7 +58,7 @@ from distplat.strategies.server.store import (
     Update,
 )
 
-_BOOKS = ("_ledger", "staleness", "seen", "_before_version", "_segments", "_thawing")
+_BOOKS = ("_ledger", "staleness", "seen", "_before_version", "_segments", "_thawing", "settings")
 
 
 class DenseStore(ServerStore, ReplicatedStore):
@@ -71,6 +72,8 @@ class DenseStore(ServerStore, ReplicatedStore):
 
     def __init__(self, plan: ShardPlan, params: Tensor) -> None:
         self._plan, self.params = plan, params
+        self._job = plan.job.with_plateau()  #: with what evaluations make of its rates
+        self._plateau = self._job.plateau
         self.backup_link: BackupLink | None = None  #: the way to a backup
         self._layout = layout_of(plan, params)
         every, tail = self._layout.segments, self._layout.tail
@@ -86,7 +89,8 @@ class DenseStore(ServerStore, ReplicatedStore):
             self._ledger = LoopLedger(*who, plan.consistency.bound)
         #: the parameters are sums of gradients, and nothing is updated
         self._sums = own is not None and own.optimizer is None
-        self._settings: NDArray[np.float64] | None = None  #: of the staged push
+        self.settings: tuple[float, ...] = ()
+        """What came with the pushes of the staged update, or of the one that was applied last."""
         self._gradients: dict[int, Tensor] = {}  #: rank -> what it has pushed of this step
         self._controls: dict[int, StepControl] = {}  #: rank -> its control record of this step
         self._pushed: PushId | None = None  #: asynchronous: whose gradient is staged
@@ -236,7 +240,8 @@ class DenseStore(ServerStore, ReplicatedStore):
             self._gradients[push.rank] = gradient
             record = control or everything(self._layout)
             if record.settings is not None:
-                self._settings, record = record.settings, replace(record, settings=None)
+                self.settings = tuple(record.settings.tolist())
+                record = replace(record, settings=None)
             self._controls[push.rank] = record
             self._pushed = push
             if self._ledger.complete:
@@ -253,7 +258,7 @@ class DenseStore(ServerStore, ReplicatedStore):
             if limit is not None and norm is not None:
                 scale *= clip_factor(norm, limit)
             scale_in_place(self._typed(self._sum), scale)
-            update = Update(version, present=self._present)
+            update = Update(version, present=self._present, settings=self.settings)
         else:
             assert self._pushed is not None and self._present is not None, "a push was staged"
             update = self.staleness.update(self._pushed, version, self._present)
@@ -269,6 +274,7 @@ class DenseStore(ServerStore, ReplicatedStore):
         push, steps = change.push, self.steps
         if self.staleness is None:
             self._keep_present()
+            self.settings = change.settings
             self._look_for_thawed(change.present)
             self._sum.copy_(gradient)
             self._ledger.restore(change.version + 1)
@@ -303,19 +309,25 @@ class DenseStore(ServerStore, ReplicatedStore):
         """Make the update of `_sum`, and copy what a checkpoint of a step just made wants."""
         if self._sums:
             return
-        plan, place, scale = self._plan, update.version, 1.0
+        place, scale = update.version, 1.0
         if self.staleness is not None:
             scale = self.staleness.applied(update)
             place = update.version // self._ledger.world  # of each worker an update: one step
             self.optimizer.use(self._sum)  # may be the worker's own vector: it is only read
-        base = rate_of(plan.job, place, plan.total_steps)
-        if plan.own_loop is not None and self._settings is not None:
-            assert isinstance(self.optimizer, FlatOptimizer), "others are refused"
-            base = self.optimizer.adjust(plan.own_loop.settings, self._settings)
-        rates = [rate * scale for rate in base]
+        rates = [rate * scale for rate in self._rates(place)]
         self.optimizer.step(rates, from_flags(update.present))
         for steps in range(before + 1, self.steps + 1):  # several, after a slow rank
             self._keeping.reached(steps, self._copy)
+
+    def _rates(self, place: int) -> Sequence[float]:
+        """Give the learning rates of an update, before they are scaled."""
+        plan = self._plan
+        if plan.own_loop is not None and self.settings:
+            assert isinstance(self.optimizer, FlatOptimizer), "others are refused"
+            return self.optimizer.adjust(plan.own_loop.settings, np.array(self.settings))
+        if self._plateau is not None:
+            self._plateau.known = PlateauState.of(self.settings)
+        return rate_of(self._job, place, plan.total_steps)
 
     def _copy(self) -> VectorCopies:
         return VectorCopies.of(self.params, self.optimizer.state())

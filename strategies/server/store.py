@@ -39,6 +39,8 @@ class Update:
     """Asynchronous shards: the version at which the gradient was computed."""
     present: bytes | None = None
     """A byte for each parameter of the model, 1: it has a gradient; None: all have."""
+    settings: tuple[float, ...] = ()
+    """What came with the pushes that it is of."""
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ come as far (I3). Between them the ranks learn how far everybody is.
 from collections.abc import Iterable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import replace
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,6 +25,7 @@ from typing_extensions import override
 
 from distplat.platform.errors import FencedError, ProtocolError, StateLost
 from distplat.platform.ledger import Answer, Ledger, PullId, PushId, StepLedger, TaskLedger, Verdict
+from distplat.platform.plateau import PlateauState
 from distplat.platform.shard_map import TablePlan, TableSpec
 from distplat.platform.tensor_slices import Bundle, RawTensor
 from distplat.strategies.server.checkpoint_copies import CheckpointCopies
@@ -49,6 +51,16 @@ Rows = Sequence[Sequence[RowGradients]]
 """Gradients of an update, by table: several are added in order; none: the table was not used."""
 
 
+class RowControl(NamedTuple):
+    """What comes with a rank's gradients."""
+
+    skip: bool
+    """Leave the step out, whatever other ranks push: it is counted as made, and rows, their
+    optimizer's states and its count of updates stay as they are."""
+    settings: tuple[float, ...] = ()
+    """What the learning rate goes by, see `PlateauState`; empty: the job and the step say it."""
+
+
 class TableStore(ServerStore, ReplicatedStore):
     """
     The tables of one server. Empty until `open`, or until it becomes equal to another one.
@@ -70,6 +82,7 @@ class TableStore(ServerStore, ReplicatedStore):
         self._ledger: Ledger | None = None
         self._staged: dict[int, Sequence[RowGradients]] = {}
         self._skipped = False  #: whether some rank has the step under way left out
+        self._settings: tuple[float, ...] = ()  #: of the update that is staged
         self._pushed: PushId | None = None  #: the last one that was staged
         self._keeping = CheckpointCopies[Bundle](0, 0)
 
@@ -143,15 +156,14 @@ class TableStore(ServerStore, ReplicatedStore):
         if self.backup_link is not None:
             self.backup_link.send(StepBack(version))
 
-    def push(self, push: PushId, gradient: Sequence[RowGradients], control: bool) -> Verdict:
+    def push(self, push: PushId, gradient: Sequence[RowGradients], control: RowControl) -> Verdict:
         """
         Stage a rank's gradients.
 
         Args:
             push: its name.
             gradient: at most one of each table; they must not change until they are applied.
-            control: leave the step out, whatever other ranks push: it is counted as made, and rows,
-                their optimizer's states and its count of updates stay as they are.
+            control: what comes with them.
 
         Raises:
             ProtocolError: see `Ledger.offer`; nothing is changed.
@@ -163,7 +175,8 @@ class TableStore(ServerStore, ReplicatedStore):
         verdict = ledger.offer(push)
         if verdict is Verdict.NEW:
             self._staged[push.rank] = gradient
-            self._skipped |= control
+            self._skipped |= control.skip
+            self._settings = control.settings
             self._pushed = push
         return verdict
 
@@ -183,7 +196,7 @@ class TableStore(ServerStore, ReplicatedStore):
             pairs = zip(self.tables, by_table, strict=True)
             by_table = [[table.summed(some)] if some else [] for table, some in pairs]
             push = self._pushed if ledger.asynchronous else None
-            self.backup_link.send(Update(version, push), by_table)
+            self.backup_link.send(Update(version, push, settings=self._settings), by_table)
         self._update(by_table, place, before)
         return True
 
@@ -192,7 +205,7 @@ class TableStore(ServerStore, ReplicatedStore):
         return self.ledger.updates
 
     @override
-    def head(self, control: bool) -> tuple[float, ...]:
+    def head(self, control: RowControl) -> tuple[float, ...]:
         """The shards, or the ranks among themselves, decide on a step."""
         return ()
 
@@ -238,8 +251,8 @@ class TableStore(ServerStore, ReplicatedStore):
                 self.renew(plan.attempt, plan.world)
             case StepBack(version=version):
                 self._step_back(version)
-            case Update(version=version, push=push):
-                ledger = self.ledger
+            case Update(version=version, push=push, settings=settings):
+                ledger, self._settings = self.ledger, settings
                 place, before = ledger.place, ledger.steps
                 if push is None:
                     ledger.restore(version + 1)
@@ -258,9 +271,10 @@ class TableStore(ServerStore, ReplicatedStore):
             before: steps that were made before it.
         """
         assert self.plan is not None and self.plan.job.embeddings is not None, "it was opened"
-        job = self.plan.job
-        assert job.embeddings is not None, "no servers without the field"
-        rate = job.lr_schedule.rate(job.embeddings.optimizer.lr, place, self.plan.total_steps)
+        job, rule = self._job, self.plan.job.embeddings.optimizer
+        if self._plateau is not None:
+            self._plateau.known = PlateauState.of(self._settings)
+        rate = job.lr_schedule.rate(rule.lr, place, self.plan.total_steps)
         for table, parts in zip(self.tables, by_table, strict=True):
             if parts:
                 table.apply(parts, rate)
@@ -282,7 +296,8 @@ class TableStore(ServerStore, ReplicatedStore):
                 raise ValueError(f"gradients have shape {part.values.shape}, not {wanted}")
 
     def _take_plan(self, plan: TablePlan) -> None:
-        self.plan = plan
+        self.plan, self._job = plan, plan.job.with_plateau()
+        self._plateau = self._job.plateau
         self._keeping = CheckpointCopies(plan.checkpoint_every, plan.total_steps)
 
     def _make_ledger(self, plan: TablePlan) -> Ledger:
@@ -409,7 +424,13 @@ class TableServer(Server[TableStore], PartSource):
         """
         self.pull(pull, lambda tables, version: tables[table].read(ids, out), again=again)
 
-    def add(self, push: PushId, gradients: Sequence[RowGradients], skip: bool = False) -> Answer:
+    def add(
+        self,
+        push: PushId,
+        gradients: Sequence[RowGradients],
+        skip: bool = False,
+        settings: tuple[float, ...] = (),
+    ) -> Answer:
         """
         Take a rank's gradients; return when they are applied. See `TableStore.push`.
 
@@ -417,7 +438,8 @@ class TableServer(Server[TableStore], PartSource):
             ProtocolError: the push must not be applied.
             DeadlineExceeded: ranks did not come; names them.
         """
-        return self.push(push, gradients, skip, lambda tables, version: None)
+        control = RowControl(skip, settings)
+        return self.push(push, gradients, control, lambda tables, version: None)
 
     @override
     def sizes(self) -> list[tuple[TableSpec, int]]:

@@ -41,6 +41,8 @@ def losing(strategy: Any, deed: str, tmp_path: Path, **more: Any) -> dict[str, A
 
 
 SERVERS = {"name": "ps-sync", "num_servers": 2}
+PLATEAU = {"name": "ReduceLROnPlateau", "factor": 0.5, "patience": 0, "threshold": 0.5}
+BY_EVALUATIONS = {"lr_schedule": PLATEAU, "evaluation": {"every_steps": 3}}
 
 
 @pytest.mark.slow
@@ -49,10 +51,11 @@ SERVERS = {"name": "ps-sync", "num_servers": 2}
     [
         ({**SERVERS, "replication": 2}, Misbehaving, {"clip_norm": 0.5}),
         (SERVERS, Misbehaving, {"precision": "fp16"}),
+        (SERVERS, Misbehaving, BY_EVALUATIONS),
         (SERVERS, OfTerms, {"optimizer": {"name": "Adafactor", "lr": 0.05}}),
         ("ring", WithOptimizers, {"optimizer": {"name": "task"}}),
     ],
-    ids=["clipped", "fp16", "terms, Adafactor", "terms, optimizers of the task"],
+    ids=["clipped", "fp16", "plateau", "terms, Adafactor", "terms, optimizers of the task"],
 )
 def test_a_killed_worker_leaves_the_bits_as_they_are(
     strategy: Any, task: type[Task], more: dict[str, Any], tmp_path: Path

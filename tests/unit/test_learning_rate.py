@@ -24,6 +24,7 @@ from distplat.platform.lr_schedules import (
     AnySchedule,
     LRSchedule,
     NamedSchedule,
+    ReduceLROnPlateau,
     Schedule,
 )
 from distplat.platform.sampler import Sampler
@@ -32,6 +33,7 @@ from distplat.strategies.loop.session import prepare
 LR, STEPS = 0.8, 30
 KINDS: TypeAdapter[LRSchedule] = TypeAdapter(NamedSchedule)
 OF_TORCH: list[type[LRSchedule]] = [one for one in get_args(AnySchedule) if one is not Schedule]
+OF_STEPS = [kind for kind in OF_TORCH if kind is not ReduceLROnPlateau]
 NOT_OURS = {"optimizer", "last_epoch"}
 OF_THE_RUN = {"max_lr", "total_steps", "epochs", "steps_per_epoch", "base_momentum", "max_momentum"}
 """Of OneCycleLR: `lr`, the length of the run, and what belongs to momentum."""
@@ -159,14 +161,14 @@ def test_arguments_and_defaults_are_torchs(kind: type[LRSchedule]) -> None:
     ours = {
         name: (one.is_required(), None if one.is_required() else one.default)
         for name, one in kind.model_fields.items()
-        if name not in ("name", "warmup_steps")
+        if name not in ("name", "warmup_steps", "metric")
     }
     assert ours == theirs
 
 
 def drawn(random: Random) -> dict[str, Any]:
     """Draw a scheduler of torch with arguments."""
-    name = random.choice(OF_TORCH).__name__
+    name = random.choice(OF_STEPS).__name__
     some: dict[str, dict[str, Any]] = {
         "ConstantLR": {
             "factor": random.choice([0.01, 0.3, 1]),
@@ -231,8 +233,8 @@ def test_a_rate_that_grows_without_end_is_infinite() -> None:
 @pytest.mark.parametrize(
     ("schedule", "message"),
     [
-        ({"name": "ReduceLROnPlateau"}, "lr_schedule.name: unknown lr_schedule 'ReduceLROnPlateau'"
-         "\n  hint: it needs the results of evaluations, which servers do not have; allowed: "),
+        ({"name": "CyclicLR"}, "lr_schedule.name: unknown lr_schedule 'CyclicLR'\n  hint: it "
+         "replaces the learning rates of optimizer and groups"),
         ({"name": "LambdaLR"}, "lr_schedule.name: unknown lr_schedule 'LambdaLR'\n  hint: it needs "
          "a function, which a job file cannot hold"),
         ({"name": "cosin"}, "lr_schedule.name: unknown lr_schedule 'cosin'\n  hint: did you mean "

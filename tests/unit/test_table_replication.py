@@ -25,7 +25,7 @@ from distplat.platform.ledger import PushId
 from distplat.platform.shard_map import TablePlan, TableSpec, plan_of
 from distplat.platform.spec import Job
 from distplat.platform.stop_order import StopOrder
-from distplat.strategies.server.table_store import TableServer
+from distplat.strategies.server.table_store import RowControl, TableServer
 from distplat.strategies.sparse.routing import route
 from distplat.strategies.sparse.table import RowGradients
 
@@ -65,7 +65,7 @@ def push(to: TableServer, rank: int, step: int, attempt: int = 0) -> None:
     if to.store.ledger.asynchronous or rank == WORLD - 1:
         to.add(name, gradients(rank, step))
     else:
-        to.store.push(name, gradients(rank, step), False)
+        to.store.push(name, gradients(rank, step), RowControl(skip=False))
 
 
 def steps(of: TableServer, first: int, last: int, attempt: int = 0) -> None:

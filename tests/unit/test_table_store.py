@@ -11,7 +11,7 @@ from jobs import job_of
 from distplat.platform.errors import FencedError, GapError, ProtocolError, StaleError, StateLost
 from distplat.platform.ledger import PushId, Verdict
 from distplat.platform.shard_map import TablePlan, plan_of
-from distplat.strategies.server.table_store import TableStore
+from distplat.strategies.server.table_store import RowControl, TableStore
 
 MOST = 3
 """Ranks of a world."""
@@ -37,7 +37,7 @@ def leased(rank: int, seq: int, task: int, attempt: int = 0) -> PushId:
 
 def offer(book: TableStore, push: PushId) -> Verdict:
     """Have it take a push, and make its update, as a server does in one go."""
-    verdict = book.push(push, [], False)
+    verdict = book.push(push, [], RowControl(skip=False))
     assert book.commit(push.seq, None) is (verdict is Verdict.NEW)
     return verdict
 
@@ -76,11 +76,11 @@ class Tasks(RuleBasedStateMachine):
         if push.attempt != self.attempt:
             self._refused(FencedError, push)
         elif push.seq == expected - 1:
-            assert self.book.push(push, [], False) is Verdict.REPEAT_COMMITTED
+            assert self.book.push(push, [], RowControl(skip=False)) is Verdict.REPEAT_COMMITTED
         elif push.seq < expected:
             self._refused(StaleError, push)
         else:
-            assert self.book.push(push, [], False) is (
+            assert self.book.push(push, [], RowControl(skip=False)) is (
                 Verdict.LATE if task in self.made else Verdict.NEW
             )
             assert self.book.ledger.complete is (task not in self.made)
@@ -91,7 +91,7 @@ class Tasks(RuleBasedStateMachine):
 
     def _refused(self, error: type[ProtocolError], push: PushId) -> None:
         with pytest.raises(error):
-            self.book.push(push, [], False)
+            self.book.push(push, [], RowControl(skip=False))
 
     @rule(world=st.none() | st.integers(1, MOST))
     def attempt_begins(self, world: int | None) -> None:
@@ -158,14 +158,14 @@ class Steps(RuleBasedStateMachine):
         if push.attempt != self.attempt or push.rank >= self.world:
             self._refused(FencedError, push)
         elif push.seq == self.steps - 1:
-            assert self.book.push(push, [], False) is Verdict.REPEAT_COMMITTED
+            assert self.book.push(push, [], RowControl(skip=False)) is Verdict.REPEAT_COMMITTED
             assert self.book.ledger.passed(push)
         elif push.seq != self.steps:
             self._refused(GapError if push.seq > self.steps else StaleError, push)
         elif push.rank in self.pushed:
-            assert self.book.push(push, [], False) is Verdict.REPEAT_STAGED
+            assert self.book.push(push, [], RowControl(skip=False)) is Verdict.REPEAT_STAGED
         else:
-            assert self.book.push(push, [], False) is Verdict.NEW
+            assert self.book.push(push, [], RowControl(skip=False)) is Verdict.NEW
             assert not self.book.ledger.passed(push)
             self.pushed.add(push.rank)
             assert self.book.ledger.complete == (len(self.pushed) == self.world)
@@ -176,7 +176,7 @@ class Steps(RuleBasedStateMachine):
 
     def _refused(self, error: type[ProtocolError], push: PushId) -> None:
         with pytest.raises(error):
-            self.book.push(push, [], False)
+            self.book.push(push, [], RowControl(skip=False))
 
     @rule(world=st.integers(1, MOST))
     def attempt_begins(self, world: int) -> None:
