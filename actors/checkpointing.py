@@ -30,7 +30,7 @@ from distplat.platform.checkpoints import (
     StoredCheckpoint,
     read,
 )
-from distplat.platform.disk import SETTING, with_deadline
+from distplat.platform.disk import SETTING, Moved, with_deadline
 from distplat.platform.errors import StorageError
 from distplat.platform.evaluations import BestCheckpoint
 from distplat.platform.progress import (
@@ -67,9 +67,12 @@ def newest_checkpoint(launch: Launch) -> StoredCheckpoint | None:
     Read what a run begins from; None: it begins with the first step.
 
     Raises:
-        StorageError: it is damaged now.
+        StorageError: it is damaged now, or its disk does not answer.
     """
-    return None if launch.resumed is None else read(launch.resumed)
+    where, limit_s = launch.resumed, launch.job.failure.storage_timeout_s
+    if where is None:
+        return None
+    return with_deadline(lambda moved: read(where, moved), where, limit_s)
 
 
 class Checkpoints:
@@ -200,7 +203,7 @@ class Checkpoints:
         """
         limit = self._job.failure.storage_timeout_s
         self._wait_for_writer(limit)
-        saved = with_deadline(lambda moved: self._roll_back(), self._catalogue.folder, limit)
+        saved = with_deadline(self._roll_back, self._catalogue.folder, limit)
         self.step = saved.step if saved is not None else 0
         return saved
 
@@ -217,9 +220,9 @@ class Checkpoints:
                 text = "it is still being written after %g s (`%s`): taking one from before"
                 logger.warning(text, limit_s, SETTING)
 
-    def _roll_back(self) -> StoredCheckpoint | None:
+    def _roll_back(self, moved: Moved) -> StoredCheckpoint | None:
         with self._pruning:
-            found = self._read()
+            found = self._read(moved)
             if found is not None:
                 try:
                     self._catalogue.set_aside(found.step)
@@ -230,18 +233,18 @@ class Checkpoints:
                     self._tell_best()
         return found
 
-    def _read(self) -> StoredCheckpoint | None:
+    def _read(self, moved: Moved) -> StoredCheckpoint | None:
         """Read the newest whole one: of this run, else what it began from."""
         began_from = self._launch.resumed
         try:
-            found = self._catalogue.newest(logger.warning)
+            found = self._catalogue.newest(logger.warning, moved)
         except StorageError as error:
             if began_from is None:
                 raise
             logger.warning("%s; taking what the run was resumed from", error)
             found = None
         if found is None and began_from is not None:
-            return read(began_from)
+            return read(began_from, moved)
         if found is None and self._written:
             gone = self._catalogue.path(self._written)
             raise StorageError(f"{gone} is gone, and there is no other checkpoint")

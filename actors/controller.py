@@ -22,6 +22,7 @@ from distplat.actors.ray_errors import Meaning, as_ours, cause_of, meaning, take
 from distplat.actors.ray_transport import RayTransport
 from distplat.actors.resizing import Resizer, Scaler, check_scalable
 from distplat.actors.retrying_calls import ask
+from distplat.platform.awake_clock import AwakeClock
 from distplat.platform.errors import ActorLost, DistplatError, Problem, SpecError
 from distplat.platform.job import (
     End,
@@ -86,7 +87,8 @@ class Controller:
         self._requests = requests = ScaleRequests()
         self._scaling = Scaler(actor_group, requests) if actor_group.dynamic_tasks else None
         self._resizer = Resizer(actor_group, requests)  # where tasks are not leased
-        began, step = time.monotonic(), checkpoints.step
+        self._clock = AwakeClock()  #: of all deadlines
+        began, step = self._clock.now(), checkpoints.step
         self._state = JobState(actor_group.world, limits, began, policy, step=step)
         self._failed_at: float | None = None  #: when the present trouble was noticed
         self._told = -1, StopOrder.NONE  #: what workers were told last, and of which attempt
@@ -121,11 +123,11 @@ class Controller:
             self._listen()
             for role, error in self._actor_group.look():
                 self._actors.pop(role, None)
-                self._state.handle(Failed(role, error, gone=True), time.monotonic())
-            self._state.handle(Tick(), time.monotonic())
+                self._state.handle(Failed(role, error, gone=True), self._clock.now())
+            self._state.handle(Tick(), self._clock.now())
             self._repair()
             if self._state.phase is Phase.RUNNING and self._ending:
-                self._state.handle(End(), time.monotonic())
+                self._state.handle(End(), self._clock.now())
                 self._stop_workers(time.monotonic())
             elif self._state.phase is Phase.RUNNING:
                 self._scale()
@@ -218,11 +220,11 @@ class Controller:
         if self._scaling is None:
             wanted = self._resizer.look(self._checkpoints.step)
             if wanted is not None:
-                self._state.handle(Resize(wanted), time.monotonic())
+                self._state.handle(Resize(wanted), self._clock.now())
             return
         for rank in self._scaling.carry_out(self._checkpoints.step):
             self._actors[f"worker-{rank}"] = self._actor_group.workers[rank]
-            self._state.handle(Joined(rank), time.monotonic())
+            self._state.handle(Joined(rank), self._clock.now())
 
     def _go_on(self, restart: Restart) -> None:
         replaced = *(f"worker-{rank}" for rank in restart.replace), *restart.coordinators
@@ -251,7 +253,7 @@ class Controller:
         self._open = {call: asked for call, asked in self._open.items() if asked[0] not in renewed}
         self._checkpoints.begin(restart.attempt, self._actor_group.job)
         self._renumber(restart, step)
-        self._state.restarted(time.monotonic(), step)
+        self._state.restarted(self._clock.now(), step)
 
     def _renumber(self, restart: Restart, step: int) -> None:
         """Go on with as many workers as there are now."""
@@ -274,7 +276,7 @@ class Controller:
     def _ask_everybody(self) -> None:
         """Keep one question open to every actor."""
         asked = {role for role, _ in self._open.values()}
-        now = time.monotonic()
+        now = self._clock.now()
         at_work = self._state.phase is Phase.RUNNING and not self._ending
         hold_s = _HOLD_S if at_work else _TICK_S
         for role, actor in self._actors.items():
@@ -293,14 +295,14 @@ class Controller:
         for call in answered:
             role, _ = self._open.pop(call)
             for event in self._events(role, call):
-                self._state.handle(event, time.monotonic())
-        now = time.monotonic()
+                self._state.handle(event, self._clock.now())
+        now = self._clock.now()
         for call in silent:
             role, asked_at = self._open[call]
             if role in self._up:
                 self._state.handle(PollUnanswered(role, now - asked_at), now)
         if not silent:
-            time.sleep(max(0.0, tick_s - (now - began)))
+            time.sleep(max(0.0, tick_s - (time.monotonic() - began)))
 
     def _events(self, role: str, call: Any) -> list[Event]:
         try:
@@ -319,8 +321,8 @@ class Controller:
         """Tell why a question has no answer: one that was lost on its way is asked again."""
         found = meaning(error)
         if found in (Meaning.UNANSWERED, Meaning.LATE):
-            since = self._unreached.setdefault(role, time.monotonic())
-            return PollUnanswered(role, time.monotonic() - since)
+            now = self._clock.now()
+            return PollUnanswered(role, now - self._unreached.setdefault(role, now))
         del self._actors[role]
         lost: DistplatError = as_ours(error)
         if found is Meaning.LOST:

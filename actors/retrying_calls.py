@@ -30,6 +30,7 @@ from functools import partial
 from typing import Any, Generic, TypeVar
 
 from distplat.actors.transport import ActorDied, NotHere, Transport, Unanswered
+from distplat.platform.awake_clock import HALTED_S
 from distplat.platform.errors import ActorLost, DeadlineExceeded, DistplatError
 
 logger = logging.getLogger(__name__)
@@ -38,11 +39,6 @@ AGAIN_S = 0.05
 """Pause before a call is made again."""
 LOOK_S = 0.1
 """How often who waits looks round."""
-HALTED_S = 1.0
-"""
-Who comes back from a wait so much too late was stopped itself (Ctrl-Z, a laptop that sleeps), or
-had no share of the processor. That time does not count against the other side.
-"""
 Call = Callable[[], Any]
 """Makes a call to an actor; gives the reply."""
 
@@ -119,7 +115,7 @@ class PendingCall:
         due = time.monotonic()
         while missing:
             now = time.monotonic()
-            if now - due > HALTED_S:
+            if now - due > HALTED_S:  # stopped itself: that does not count against the others
                 self._until += now - due
             left = max(0.0, self._until - now)
             calls = [self._open[index] for index in missing]

@@ -24,7 +24,7 @@ from distplat.actors.result import Result
 from distplat.actors.task_check import check_class, check_function, said_by_job
 from distplat.actors.task_loading import TrainFunction
 from distplat.actors.view import View, view_here
-from distplat.platform.disk import BackgroundWriter
+from distplat.platform.disk import BackgroundWriter, Moved, with_deadline
 from distplat.platform.errors import Interrupted, Problem, SpecError, StorageError
 from distplat.platform.evaluations import check_metrics
 from distplat.platform.progress import EvalSummary, Summary
@@ -134,9 +134,13 @@ class Trainer:
     def _scratch(self) -> Path:
         """Make a directory that goes with this object."""
         parent = self._storage_dir / local_folder(self.job.storage_path)
-        try:
+
+        def make(moved: Moved) -> str:
             parent.mkdir(parents=True, exist_ok=True)
-            folder = tempfile.mkdtemp(prefix=".resumed-", dir=parent)
+            return tempfile.mkdtemp(prefix=".resumed-", dir=parent)
+
+        try:
+            folder = with_deadline(make, parent, self.job.failure.storage_timeout_s)
         except OSError as error:
             raise StorageError(f"cannot make a directory in {parent}: {error.strerror}") from error
         weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)

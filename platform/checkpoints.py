@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import io
 import json
 import os
 import re
@@ -29,7 +30,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from distplat.platform.disk import Content, Disk, RealDisk
+from distplat.platform.disk import Content, Disk, Moved, RealDisk
 from distplat.platform.errors import Problem, SpecError, StorageError
 from distplat.platform.tensor_slices import ITEM_BYTES, Bytes, TensorEntry
 
@@ -152,6 +153,8 @@ _STEP = re.compile(r"step-(\d{6,18})")
 _FILE = re.compile(r"[A-Za-z0-9_-]+\.(safetensors|json)")
 _MANIFEST_BYTES = 16 * 2**20
 """The largest manifest that is read: a foreign one may be of any size."""
+_PIECE_BYTES = 8 * 2**20
+"""What is read at a time, where somebody waits for a large file."""
 
 
 def is_due(version: int, every: int, total_steps: int) -> bool:
@@ -291,12 +294,15 @@ class Catalogue:
                     self._disk.remove(aside)
                 self._disk.rename(path, aside)
 
-    def newest(self, warn: Callable[[str], object]) -> StoredCheckpoint | None:
+    def newest(
+        self, warn: Callable[[str], object], moved: Moved = lambda: None
+    ) -> StoredCheckpoint | None:
         """
         Read the newest one that is whole; None: there is none, whole or damaged.
 
         Args:
             warn: is told of each that is damaged.
+            moved: see `with_deadline`.
 
         Raises:
             StorageError: there are some, and none can be read.
@@ -307,7 +313,7 @@ class Catalogue:
             raise StorageError(f"cannot read {self.folder}: {error.strerror}") from error
         for step in reversed(steps):
             try:
-                return read(self.path(step))
+                return read(self.path(step), moved)
             except StorageError as error:
                 warn(f"{error}; taking the one before")
         if steps:
@@ -341,15 +347,19 @@ class Catalogue:
                 self._disk.remove(path)
 
 
-def read(path: Path) -> StoredCheckpoint:
+def read(path: Path, moved: Moved = lambda: None) -> StoredCheckpoint:
     """
     Read one checkpoint, every byte against its manifest.
+
+    Args:
+        path: its directory.
+        moved: see `with_deadline`.
 
     Raises:
         StorageError: it is damaged; names what is wrong.
     """
     manifest = listed(path)
-    files = {name: _checked(path / name, facts) for name, facts in manifest.items()}
+    files = {name: _checked(path / name, facts, moved) for name, facts in manifest.items()}
     try:
         state = json.loads(files.pop(STATE))
         assert isinstance(state["step"], int)
@@ -378,13 +388,16 @@ def shortfall(path: Path) -> str:
     return ""
 
 
-def find(path: Path, warn: Callable[[str], object]) -> StoredCheckpoint:
+def find(
+    path: Path, warn: Callable[[str], object], moved: Moved = lambda: None
+) -> StoredCheckpoint:
     """
     Read what `--resume` names: a checkpoint, or the newest whole one of a run directory.
 
     Args:
         path: the directory.
         warn: is told of each that is damaged.
+        moved: see `with_deadline`.
 
     Raises:
         SpecError: there is no checkpoint.
@@ -393,9 +406,9 @@ def find(path: Path, warn: Callable[[str], object]) -> StoredCheckpoint:
     if (path / MANIFEST).is_file() or step_of(path.name) is not None:
         if not path.is_dir():
             raise SpecError(Problem(("--resume",), f"there is no {path}"))
-        return read(path)
+        return read(path, moved)
     catalogue = Catalogue(path if path.name == FOLDER else path / FOLDER)
-    found = catalogue.newest(warn)
+    found = catalogue.newest(warn, moved)
     if found is not None:
         return found
     what = f"no checkpoint in {path}" if path.is_dir() else f"there is no directory {path}"
@@ -410,7 +423,7 @@ def listed(path: Path) -> dict[str, dict[str, Any]]:
     Raises:
         StorageError: it is damaged, or of another format.
     """
-    text = _bytes_of(path / MANIFEST)
+    text, _ = _bytes_of(path / MANIFEST)
     try:
         manifest = json.loads(text)
         files = manifest["files"]
@@ -425,23 +438,26 @@ def listed(path: Path) -> dict[str, dict[str, Any]]:
     return dict(files)
 
 
-def _checked(path: Path, facts: Mapping[str, Any]) -> bytes:
-    content = _bytes_of(path, facts)
-    digest = hashlib.sha256(content).hexdigest()
+def _checked(path: Path, facts: Mapping[str, Any], moved: Moved) -> bytes:
+    content, digest = _bytes_of(path, facts, moved)
     if digest != facts.get("sha256"):
         expected = str(facts.get("sha256"))
         raise StorageError(f"{path}: SHA-256 is {digest[:8]}.., expected {expected[:8]}..")
     return content
 
 
-def _bytes_of(path: Path, facts: Mapping[str, Any] | None = None) -> bytes:
+def _bytes_of(
+    path: Path, facts: Mapping[str, Any] | None = None, moved: Moved = lambda: None
+) -> tuple[bytes, str]:
     """
-    Read a file whose size is known before a byte of it is read.
+    Read a file whose size is known before a byte of it is read; give its SHA-256, too.
 
     Args:
         path: of the file.
         facts: what the manifest says of it; None: it is the manifest.
+        moved: told of each piece.
     """
+    content, digest = io.BytesIO(), hashlib.sha256()
     try:
         # No links: they could lead out of the directory. Without waiting: a FIFO has no end.
         with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK), "rb") as file:
@@ -453,7 +469,11 @@ def _bytes_of(path: Path, facts: Mapping[str, Any] | None = None) -> bytes:
             if facts is not None and about.st_size != facts.get("bytes"):
                 expected = f"expected {facts.get('bytes')}"
                 raise StorageError(f"{path} has {about.st_size} bytes, {expected}")
-            return file.read(about.st_size)
+            while piece := file.read(min(_PIECE_BYTES, about.st_size - content.tell())):
+                content.write(piece)
+                digest.update(piece)
+                moved()
+            return content.getvalue(), digest.hexdigest()
     except OSError as error:
         raise StorageError(f"cannot read {path}: {error.strerror}") from None
     except MemoryError:

@@ -36,6 +36,10 @@ _PIECE_BYTES = 64 * 2**20
 """What is written at a time, where somebody waits for a large file."""
 
 
+class DiskHangs(StorageError):
+    """The disk gives no answer."""
+
+
 class Disk(Protocol):
     """The operations that a crash may come between; tests put one of their own in its place."""
 
@@ -171,7 +175,7 @@ def with_deadline(work: Callable[[Moved], T], where: Path, limit_s: float) -> T:
         limit_s: `failure.storage_timeout_s`.
 
     Raises:
-        StorageError: the disk has done nothing for so long. The thread is left to it.
+        DiskHangs: the disk has done nothing for so long. The thread is left to it.
     """
     done, moved_at = Future[T](), time.monotonic()
 
@@ -184,7 +188,7 @@ def with_deadline(work: Callable[[Moved], T], where: Path, limit_s: float) -> T:
         left_s = moved_at + limit_s - time.monotonic()
         if left_s <= 0:
             text = f"no answer within {limit_s:g} s: its disk does not answer"
-            raise StorageError(f"{where}: {text}; `{SETTING}` changes this deadline")
+            raise DiskHangs(f"{where}: {text}; `{SETTING}` changes this deadline")
         wait([done], left_s)
     return done.result()
 

@@ -32,7 +32,7 @@ from typing import IO, Any, TypeVar
 from typing_extensions import override
 
 from distplat.platform.checkpoints import FOLDER, MANIFEST, StoredCheckpoint, listed, read, step_of
-from distplat.platform.disk import SETTING
+from distplat.platform.disk import SETTING, DiskHangs, with_deadline
 from distplat.platform.errors import DeadlineExceeded, Problem, SpecError, StorageError
 
 T = TypeVar("T")
@@ -355,7 +355,8 @@ def fetch(
 
     Raises:
         SpecError: the URL is refused, its library is missing, or there is no checkpoint.
-        StorageError: all are damaged, the storage does not answer, or the local disk is full.
+        StorageError: all are damaged, the storage or the local disk does not answer, or that is
+            full.
     """
     for text, hint in (url_problem(url), missing_library(url)):
         if text:
@@ -411,10 +412,12 @@ def _brought(storage: RemoteStorage, name: str, target: Path) -> StoredCheckpoin
     if size > _MANIFEST_BYTES:
         raise _Damaged(f"its manifest has {size} bytes")
     try:
-        target.mkdir(mode=0o700)
+        _on_disk(storage, target, lambda: target.mkdir(mode=0o700))
         _copy(storage, f"{name}/{MANIFEST}", target / MANIFEST, size)
         try:
-            files = listed(target)
+            files = _on_disk(storage, target, lambda: listed(target))
+        except DiskHangs:
+            raise
         except StorageError as error:
             raise _Damaged(error) from None
         for file, facts in files.items():
@@ -422,9 +425,16 @@ def _brought(storage: RemoteStorage, name: str, target: Path) -> StoredCheckpoin
     except OSError as error:
         raise StorageError(f"cannot write {target}: {error.strerror or error}") from error
     try:
-        return read(target)
+        return with_deadline(lambda moved: read(target, moved), target, storage.limit_s)
+    except DiskHangs:
+        raise
     except StorageError as error:
         raise _Damaged(error) from None
+
+
+def _on_disk(storage: RemoteStorage, where: Path, work: Callable[[], T]) -> T:
+    """Have the local disk do something, which takes no longer than the storage may."""
+    return with_deadline(lambda moved: work(), where, storage.limit_s)
 
 
 def _copy(storage: RemoteStorage, name: str, target: Path, size: object) -> None:
@@ -435,7 +445,11 @@ def _copy(storage: RemoteStorage, name: str, target: Path, size: object) -> None
         raise _Damaged(f"there is no {name}") from None
     if found != size:
         raise _Damaged(f"{name} has {found} bytes, expected {size}")
-    with target.open("xb") as file:
+    file = _on_disk(storage, target, lambda: target.open("xb"))
+    try:
         for start in range(0, found, PART_BYTES):
             stop = min(start + PART_BYTES, found)
-            file.write(storage.patiently(partial(storage.read, name, start, stop)))
+            part = storage.patiently(partial(storage.read, name, start, stop))
+            _on_disk(storage, target, partial(file.write, part))
+    finally:
+        _on_disk(storage, target, file.close)

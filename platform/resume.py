@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from distplat.platform.checkpoints import STATE, StoredCheckpoint, find
+from distplat.platform.disk import with_deadline
 from distplat.platform.errors import Problem, SpecError, StorageError, nearest
 from distplat.platform.remote_storage import fetch, is_url, missing_library
 from distplat.platform.spec import Job
@@ -91,9 +92,10 @@ def start_from(job: Job, path: Path, warn: Callable[[str], object]) -> StoredChe
 
     Raises:
         SpecError: there is none, or the job does not go with it.
-        StorageError: all are damaged, or it was made by something else.
+        StorageError: all are damaged, it was made by something else, or the disk does not answer.
     """
-    return compared(job, find(path, warn))
+    limit_s = job.failure.storage_timeout_s
+    return compared(job, with_deadline(lambda moved: find(path, warn, moved), path, limit_s))
 
 
 def start_from_url(
@@ -110,7 +112,7 @@ def start_from_url(
 
     Raises:
         SpecError: there is none, or the job does not go with it.
-        StorageError: it cannot be brought, or all are damaged.
+        StorageError: it cannot be brought in time, or all are damaged.
     """
     return compared(job, fetch(url, folder, job.failure.storage_timeout_s, warn))
 

@@ -18,7 +18,11 @@ import torch
 from torch import Tensor
 
 from distplat.platform.errors import Problem, SpecError
+from distplat.platform.tensor_slices import ITEM_BYTES
 from distplat.strategies.directory_checkpoint import Checkpoint
+from distplat.strategies.model.parameter_layout import dtype_name
+
+_NO = "which no checkpoint can hold"
 
 
 def pack(tree: Any, where: str = "checkpoint") -> tuple[Any, list[Tensor]]:
@@ -56,6 +60,11 @@ def unpack(tree: Any, tensors: Sequence[Tensor]) -> Any:
 
 def _packed(tree: Any, tensors: list[Tensor], where: str) -> Any:
     if isinstance(tree, Tensor):
+        if dtype_name(tree) not in ITEM_BYTES or tree.layout is not torch.strided:
+            sparse = "" if tree.layout is torch.strided else f" and {tree.layout}"
+            kind = f"a tensor of {dtype_name(tree)}{sparse}"
+            hint = "torch.view_as_real() of complex numbers, to_dense() of sparse ones"
+            raise SpecError(Problem(("checkpoint",), f"{where} is {kind}, {_NO}", hint))
         tensors.append(tree.detach().contiguous())
         return {"tensor": len(tensors) - 1}
     if tree is None or type(tree) in (bool, int, float, str):
@@ -75,7 +84,7 @@ def _packed(tree: Any, tensors: list[Tensor], where: str) -> Any:
         return {"tuple" if isinstance(tree, tuple) else "list": items}
     if callable(getattr(tree, "item", None)) and getattr(tree, "shape", None) == ():
         return _packed(tree.item(), tensors, where)  # a number of numpy
-    text = f"{where} is a {type(tree).__name__}, which no checkpoint can hold"
+    text = f"{where} is a {type(tree).__name__}, {_NO}"
     hint = "tensors, numbers, strings and None, in dicts, lists and tuples: state_dict() of most"
     raise SpecError(Problem(("checkpoint",), text, hint))
 

@@ -11,7 +11,6 @@ all words of it back.
 
 import json
 import threading
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 
@@ -22,6 +21,7 @@ import torch.distributed
 from distplat.actors import ray_compat
 from distplat.actors.collectives.shm.segment import shared_memory_works
 from distplat.actors.messages import rendezvous_key
+from distplat.platform.awake_clock import AwakeClock
 from distplat.platform.errors import CollectiveError, DeadlineExceeded, DistplatError
 from distplat.platform.topology import RankLocation
 
@@ -79,8 +79,9 @@ def wait_for(
         DeadlineExceeded: nothing came in `rendezvous_s`; names the workers that are missing.
         CollectiveError: this rank was told to give up.
     """
-    began = time.monotonic()
-    while (waited := time.monotonic() - began) < settings.rendezvous_s:
+    clock = AwakeClock()
+    began = clock.now()
+    while (waited := clock.now() - began) < settings.rendezvous_s:
         found = look()
         if found is not None:
             return found

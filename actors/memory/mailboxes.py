@@ -17,7 +17,6 @@ import logging
 import os
 import struct
 import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -29,6 +28,7 @@ from distplat.actors.memory.futex import Word, has_ended
 from distplat.actors.memory.memfd import MemorySegment
 from distplat.actors.messages import Address
 from distplat.actors.transport import ActorDied, Transport, Unanswered
+from distplat.platform.awake_clock import AwakeClock
 from distplat.platform.errors import ActorLost, DeadlineExceeded
 from distplat.platform.ledger import Answer
 from distplat.strategies.loop.control import HEAD_SIZE
@@ -263,13 +263,14 @@ class Mailboxes:
             ActorLost, DeadlineExceeded: a server is gone, or frozen.
             DistplatError: what a server raised.
         """
-        until = time.monotonic() + limit_s
+        clock = AwakeClock()
+        until = clock.now() + limit_s
         for shard in notified:
             mailbox = self._mailboxes[shard]
             while not mailbox.answered(_SLICE_S):
                 self._look_after(shard)
                 self._look()
-                if time.monotonic() > until:
+                if clock.now() > until:
                     late = [one for one in notified if not self._mailboxes[one].answered(0.0)]
                     missing = tuple(self._names[s] for s in late)
                     raise DeadlineExceeded(what, missing, limit_s, f"failure.{setting}")

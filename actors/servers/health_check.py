@@ -11,11 +11,11 @@ from __future__ import annotations
 
 import logging
 import threading
-import time
 from collections.abc import Collection, Mapping
 from typing import Any
 
 from distplat.actors.transport import ActorDied, Transport, Unanswered
+from distplat.platform.awake_clock import AwakeClock
 from distplat.platform.errors import ActorLost, DistplatError
 
 logger = logging.getLogger(__name__)
@@ -37,6 +37,7 @@ class Heartbeats:
 
     def __init__(self, transport: Transport, limit_s: float) -> None:
         self._transport, self._limit_s = transport, limit_s
+        self._clock = AwakeClock()
         self._open: dict[Any, tuple[str, float]] = {}  #: question -> (server, when it was asked)
         self._heard: dict[str, float] = {}  #: server -> when it last answered
         self._silent_since: dict[str, float] = {}  #: server -> from when on its silence counts
@@ -56,7 +57,7 @@ class Heartbeats:
         Returns:
             Who is lost, and why.
         """
-        now = time.monotonic()
+        now = self._clock.now()
         self._ask(servers, now)
         lost = {name: cause for name, cause in self._answers(now).items() if name in servers}
         for name in starting:

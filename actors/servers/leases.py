@@ -20,6 +20,7 @@ from distplat.actors.retrying_calls import AGAIN_S, LOOK_S, ask
 from distplat.actors.servers.fan_out import ANSWER_GRACE_S
 from distplat.actors.servers.scheduler import HOLD_S
 from distplat.actors.transport import ActorDied, Transport, Unanswered
+from distplat.platform.awake_clock import AwakeClock
 from distplat.platform.errors import Abandoned, ActorLost, DeadlineExceeded
 from distplat.platform.progress import StepReport
 from distplat.platform.task_scheduler import Lease, TaskPlan
@@ -117,11 +118,12 @@ class RemoteLeases(Leases):
             ActorLost, DeadlineExceeded: the scheduler is gone, or frozen.
         """
         limit = self._order.job.failure.heartbeat_timeout_s + HOLD_S + ANSWER_GRACE_S
-        until = time.monotonic() + limit
+        clock = AwakeClock()
+        until = clock.now() + limit
         while not self._transport.wait([question], LOOK_S):
             self._check()
             alive()
-            if time.monotonic() > until:
+            if clock.now() > until:
                 setting = "failure.heartbeat_timeout_s"
                 raise DeadlineExceeded("the next task", (_NAME,), limit, setting)
         alive()

@@ -10,6 +10,7 @@ from typing import Any, Generic, TypeVar
 from distplat.actors.messages import Membership, TableMap
 from distplat.actors.retrying_calls import AGAIN_S, LOOK_S
 from distplat.actors.transport import ActorDied, Transport, Unanswered
+from distplat.platform.awake_clock import AwakeClock
 from distplat.platform.errors import Abandoned, ActorLost, FencedError
 from distplat.platform.spec import Failure
 
@@ -67,10 +68,11 @@ class MapWatcher(Generic[Map]):
             error: why it is wanted; raised if none comes.
             check: called ten times a second; what it raises ends the wait.
         """
-        until = time.monotonic() + self._limits.heartbeat_timeout_s + _GRACE_S
+        clock = AwakeClock()
+        until = clock.now() + self._limits.heartbeat_timeout_s + _GRACE_S
         while self._newer is None:
             check()
-            if time.monotonic() > until:
+            if clock.now() > until:
                 raise error
             if self._transport.wait([self._question], LOOK_S):
                 self._take_answer()

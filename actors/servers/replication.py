@@ -25,6 +25,7 @@ from distplat.actors.memory.memfd import MemorySegment
 from distplat.actors.messages import Address
 from distplat.actors.servers.vector_transport import from_bytes
 from distplat.actors.transport import ActorDied, Transport, Unanswered
+from distplat.platform.awake_clock import AwakeClock
 from distplat.platform.errors import DeadlineExceeded, FencedError, GapError, NotReadyError
 from distplat.platform.server_group import Held, Part, Role
 from distplat.platform.shard_map import Shard
@@ -98,12 +99,13 @@ class Replication(BackupLink):
 
     @override
     def confirm(self) -> None:
-        until = time.monotonic() + self._limit_s
+        clock = AwakeClock()
+        until = clock.now() + self._limit_s
         while self._sent is not None and self.part.role is Role.PRIMARY:
             call, answer = self._sent
             if self._made(call, answer):
                 break
-            if time.monotonic() > until:
+            if clock.now() > until:
                 missing = (self._backup.name,) if self._backup is not None else ()
                 what = f"an update of {self._name}"
                 raise DeadlineExceeded(what, missing, self._limit_s, "failure.step_timeout_s")
@@ -156,9 +158,10 @@ class Replication(BackupLink):
             inbox = MemorySegment.create(self._transport.node, like.numel(), str(like.dtype)[6:])
         address = inbox.address if inbox is not None else None
         call = self._transport.call(handle, "take_over", term, snapshot, address)
-        until = time.monotonic() + self._limit_s
+        clock = AwakeClock()
+        until = clock.now() + self._limit_s
         while not self._transport.wait([call], _SLICE_S):
-            if self.part.term >= term or time.monotonic() > until:
+            if self.part.term >= term or clock.now() > until:
                 raise FencedError(f"{name} was given up before it was filled")
         near = self._transport.get(call, self._limit_s)
         if inbox is not None:

@@ -15,6 +15,7 @@ import asyncio
 import time
 from dataclasses import dataclass
 
+from distplat.platform.awake_clock import AwakeClock
 from distplat.platform.errors import FencedError, ProtocolError
 from distplat.platform.spec import Consistency, Job
 from distplat.platform.task_scheduler import Lease, TaskPlan, TaskScheduler, lease_size
@@ -68,7 +69,7 @@ class Scheduler:
     def __init__(self, name: str, job: Job, consistency: Consistency) -> None:
         self._name, self._job, self._how = name, job, consistency
         self._attempt = 0
-        self._workers_table = WorkerTable()
+        self._workers_table, self._clock = WorkerTable(), AwakeClock()
         self._scheduler: TaskScheduler | None = None
         self._plan: TaskPlan | None = None
         self._leaving: set[int] = set()
@@ -80,6 +81,7 @@ class Scheduler:
 
     async def poll(self, number: int, hold_s: float) -> None:
         """Let the controller see that this process lives; see `Worker.poll`."""
+        self._clock.now()  # it stands still while nobody reads it
         await asyncio.sleep(hold_s)
 
     async def join(self, rank: int, attempt: int, plan: TaskPlan) -> None:
@@ -109,7 +111,7 @@ class Scheduler:
                 f"rank {rank} built another data set than the first rank to come: {plan} against "
                 f"{self._plan}; train_data() must not depend on the process"
             )
-        self._workers_table.begin(rank, time.monotonic())
+        self._workers_table.begin(rank, self._clock.now())
         self._wake()
 
     async def work(
@@ -160,7 +162,7 @@ class Scheduler:
         """Hear how a worker is doing, and what it has done."""
         if attempt < self._attempt:
             return  # it does not know yet
-        self._workers_table.heard(rank, beat, time.monotonic())
+        self._workers_table.heard(rank, beat, self._clock.now())
         if self._scheduler is not None:
             self._finish(rank, attempt, tasks, evaluations)
 
@@ -185,7 +187,7 @@ class Scheduler:
 
     async def status(self) -> SchedulerStatus:
         """Tell how all are doing."""
-        now, scheduler, plan = time.monotonic(), self._scheduler, self._plan
+        now, scheduler, plan = self._clock.now(), self._scheduler, self._plan
         entries = tuple(self._entry(stats) for stats in self._workers_table.stats(now))
         furthest = max((entry.stats.step for entry in entries), default=0)
         return SchedulerStatus(
@@ -225,7 +227,7 @@ class Scheduler:
     def _take_from_the_silent(self, scheduler: TaskScheduler) -> None:
         """Lease again what workers hold that do not answer, before the controller ends them."""
         limit = self._job.failure.heartbeat_timeout_s
-        for rank in self._workers_table.silent(time.monotonic(), limit):
+        for rank in self._workers_table.silent(self._clock.now(), limit):
             scheduler.lose(rank)
 
     def _wake(self) -> None:

@@ -41,6 +41,7 @@ from distplat.strategies.function.sharded_loader import (
     ShardedLoader,
 )
 from distplat.strategies.function.stream_loader import StreamLoader
+from distplat.strategies.loop.checks import check_state
 from distplat.strategies.loop.loop import Progress
 from distplat.strategies.loop.seeding import seed_step
 from distplat.strategies.loop.streams import is_stream
@@ -178,6 +179,7 @@ class FunctionSession:
         if not any(one.requires_grad for one in model.parameters()):  # a teacher, for example
             take_over([one for one in model.state_dict().values() if one.numel()], self.group)
             return given
+        check_state(model, sent=False, named="a model that prepare() got")
         self._exchange.add(model, alone=alone)
         return given
 

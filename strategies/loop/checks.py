@@ -96,13 +96,14 @@ def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     yield from model.named_buffers()
 
 
-def check_state(model: nn.Module, *, sent: bool) -> None:
+def check_state(model: nn.Module, *, sent: bool, named: str = "model()") -> None:
     """
     Find what could be trained and then neither be kept nor sent.
 
     Args:
         model: the user's.
         sent: whether ranks exchange its tensors in collective operations.
+        named: what it is called in messages.
 
     Raises:
         SpecError: names each tensor and its type.
@@ -112,7 +113,7 @@ def check_state(model: nn.Module, *, sent: bool) -> None:
     for name, value in model.state_dict().items():
         what = "parameter" if name in trained else "state"
         if not isinstance(value, Tensor):
-            text = f"model() has {name!r} in its state_dict(), a {type(value).__name__}"
+            text = f"{named} has {name!r} in its state_dict(), a {type(value).__name__}"
             hint = "get_extra_state() must return a tensor, or hold such state in the task"
             problems.append(Problem(("task",), f"{text}: only tensors are kept", hint))
             continue
@@ -120,10 +121,10 @@ def check_state(model: nn.Module, *, sent: bool) -> None:
         hint = _REAL if value.is_complex() else "use another type"
         if kind not in ITEM_BYTES or value.layout is not torch.strided:
             how = kind if value.layout is torch.strided else f"{kind}, {value.layout}"
-            text = f"model() has the {what} {name!r} of type {how}, which cannot be saved"
+            text = f"{named} has the {what} {name!r} of type {how}, which cannot be saved"
             problems.append(Problem(("task",), text, hint))
         elif sent and value.dtype not in SENDABLE:
-            text = f"model() has the {what} {name!r} of type {kind}, which workers cannot exchange"
+            text = f"{named} has the {what} {name!r} of type {kind}, which workers cannot exchange"
             if name not in trained:  # servers take real parameters only, and no buffers
                 hint += "; or take `strategy: ps-sync`"
             problems.append(Problem(("task",), text, hint))

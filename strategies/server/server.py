@@ -23,6 +23,7 @@ from typing import Any, Generic, TypeVar
 
 from torch import Tensor
 
+from distplat.platform.awake_clock import wait_awake
 from distplat.platform.errors import (
     DeadlineExceeded,
     DistplatError,
@@ -258,7 +259,8 @@ class Server(Generic[S]):
 
     def _wait_for_backup(self) -> None:
         backup_link, limit = self.store.backup_link, self._limits.start_s
-        if not self._changed.wait_for(lambda: backup_link is None or backup_link.settled, limit):
+        settled = lambda: backup_link is None or backup_link.settled  # noqa: E731
+        if not wait_awake(self._changed, settled, limit):
             late = (f"the backup of {self._name}",)
             raise DeadlineExceeded("the first copy", late, limit, "failure.start_timeout_s")
 
@@ -300,7 +302,7 @@ class Server(Generic[S]):
             gone = bool(ledger.left) and bool(ledger.left.intersection(missing()))
             return gone or self._deposed is not None or ledger.attempt != attempt
 
-        there = self._changed.wait_for(lambda: over() or arrived(), limit_s)
+        there = wait_awake(self._changed, lambda: over() or arrived(), limit_s)
         self._check_in_office()
         if ledger.attempt != attempt:
             raise FencedError(f"{what}: attempt {attempt} is over")

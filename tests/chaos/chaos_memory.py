@@ -35,6 +35,7 @@ from unittest import mock
 sys.path += [str(Path(__file__).parent), str(Path(__file__).parent.parent / "support")]
 
 import chaos_memory_task
+from chaos_memory_loops import setting_of
 from chaos_memory_plan import (
     ALL,
     KINDS,
@@ -45,7 +46,6 @@ from chaos_memory_plan import (
     Moments,
     Setting,
     draw_deeds,
-    draw_setting,
 )
 from chaos_trial import hash_of, quietly
 from rank_threads import stacks_of
@@ -120,7 +120,7 @@ class Soak:
     def trial(self, seed: int) -> Outcome:
         """Make the trial that a seed names."""
         began = time.monotonic()
-        setting = draw_setting(Random(f"job {seed // PER_JOB}"))
+        setting = setting_of(seed // PER_JOB)
         expected = self.undisturbed(setting)
         deeds = draw_deeds(setting, Random(f"deeds {seed}"), expected.seen)
         run = OneRun(setting, self.folder / f"seed-{seed}", deeds, seed)
@@ -263,7 +263,7 @@ class OneRun:
         for directory in self.directories():
             for line in _lines(directory):
                 if line["kind"] == "step":
-                    whole = line["samples"] == self.setting.fields["global_batch_size"]
+                    whole = line["samples"] == self.setting.samples
                     losses[line["step"]] = line["loss"] if whole else math.nan
                 elif line["kind"] == "evaluation":
                     metrics[line["step"]] = line["metrics"]
@@ -276,7 +276,7 @@ class OneRun:
             if steps != sorted(set(steps)):
                 self.problems.append(f"{directory.name}: steps were told as {steps}")
         losses, metrics = self.told()
-        if self.setting.strategy in SYNCHRONOUS:
+        if self.setting.strategy in SYNCHRONOUS or self.setting.own_loop:
             self._compare_all(expected, losses, metrics)
         else:
             self._audit()

@@ -93,9 +93,24 @@ class Setting:
         return int(self.fields["scaling"]["num_workers"])
 
     @property
+    def own_loop(self) -> bool:
+        """Whether it is a train function's."""
+        return self.task == "loop"
+
+    @property
+    def samples(self) -> int:
+        """Of a step, on all ranks."""
+        if self.own_loop:
+            args = self.fields["task_args"]
+            return int(args["batch"] * args["accumulate"] * self.workers)
+        return int(self.fields["global_batch_size"])
+
+    @property
     def repeats(self) -> bool:
         """Whether a run has the bits of another one, as long as nothing fails."""
         strategy, tables = self.fields["strategy"], self.fields.get("embeddings", {})
+        if self.own_loop:
+            return strategy["name"] != "ps-async" or self.workers == 1
         free = strategy["name"] == "ps-async" or strategy.get("backup_workers", 0)
         return not (free or tables.get("asynchronous", False))
 
@@ -229,7 +244,7 @@ def draw_deeds(setting: Setting, draw: Random, seen: Moments) -> tuple[Deed, ...
 
 
 def _some_deed(setting: Setting, draw: Random, seen: Moments, later: bool) -> Deed:
-    scales = setting.strategy in ("ps-sync", "ps-async")
+    scales = setting.strategy in ("ps-sync", "ps-async") and not setting.own_loop
     kinds = ["kill"] * 6 + ["kill-many", "freeze", "burst", "burst", "disk", "damage", "driver"]
     kind = draw.choice(kinds + (["scale", "scale"] if scales else []))
     moment, who, count = _some_moment(setting, draw, seen)
@@ -266,7 +281,8 @@ def _some_moment(setting: Setting, draw: Random, seen: Moments) -> tuple[str, st
         moment, who = draw.choice(calls)
         return moment, who, min(draw.choice((1, 2, 3, 5, 8, 13)), max(1, seen[moment, who] // 2))
     rank = f"worker-{draw.randrange(setting.workers)}"
-    moment = draw.choice(("model", "data", "evaluation", *["forward"] * 4, *["backward"] * 4))
+    once = "report" if setting.own_loop else "evaluation"
+    moment = draw.choice(("model", "data", once, *["forward"] * 4, *["backward"] * 4))
     if moment in ("model", "data"):
         return moment, rank, draw.choice((1, 2))  # the second is a replacement's
     most = max(1, seen[moment, rank])

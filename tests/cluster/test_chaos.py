@@ -25,8 +25,10 @@ def test_what_was_trained_has_the_bits_of_a_run_without_a_fault(tmp_path: Path) 
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_random_faults_in_memory(tmp_path: Path) -> None:
-    command = [sys.executable, str(CHAOS / "chaos_memory.py"), "--minutes", "0.3"]
+@pytest.mark.parametrize("seed", ["1", "12"], ids=["task", "train function"])
+def test_random_faults_in_memory(seed: str, tmp_path: Path) -> None:
+    script = str(CHAOS / "chaos_memory.py")
+    command = [sys.executable, script, "--minutes", "0.3", "--seed", seed]
     found = subprocess.run(
         [*command, "--folder", str(tmp_path)], capture_output=True, text=True, timeout=550
     )

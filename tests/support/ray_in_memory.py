@@ -18,7 +18,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -305,7 +305,11 @@ class InMemoryRay:
             # What a process sets for itself would be for all of this one.
             (
                 training,
-                {"log_to_stderr": lambda: None, "os": SimpleNamespace(chdir=lambda to: None)},
+                {
+                    "log_to_stderr": lambda: None,
+                    "os": SimpleNamespace(chdir=lambda to: None),
+                    "as_torchrun": lambda place, rendezvous: nullcontext(),
+                },
             ),
             (ray_transport, {"log_to_stderr": lambda: None}),
             (torch, {"set_num_threads": lambda count: None}),

@@ -50,6 +50,16 @@ class Odd(MemoryFileSystem):  # type: ignore[misc]
             Odd.written.set()
         return super()._open(path, mode, **more)
 
+    def ls(self, path: str, detail: bool = True, **more: Any) -> Any:
+        """List a directory."""
+        self._wait()
+        return super().ls(path, detail=detail, **more)
+
+    def info(self, path: str, **more: Any) -> Any:
+        """Describe a file."""
+        self._wait()
+        return super().info(path, **more)
+
     def cat_file(self, path: str, *args: Any, **more: Any) -> Any:
         """Read."""
         self._wait()

@@ -252,12 +252,12 @@ def test_a_rollback_waits_for_a_slow_writer_and_nothing_is_deleted_while_it_read
     monkeypatch.setattr(checkpoints, "_wait_for_writer", lambda limit_s: None)
     real = checkpoints._catalogue.newest
 
-    def newest(warn: Any) -> Any:
+    def newest(warn: Any, moved: Any) -> Any:
         reading.set()
         gate.set()
         time.sleep(0.3)  # the writer is done with step 2 meanwhile, but for deleting step 1
         assert checkpoints._catalogue.path(1).is_dir()
-        return real(warn)
+        return real(warn, moved)
 
     monkeypatch.setattr(checkpoints._catalogue, "newest", newest)
     for rank in range(2):
@@ -299,7 +299,7 @@ def test_a_disk_that_hangs_while_it_is_read_ends_the_run(
 ) -> None:
     gate = threading.Event()
     checkpoints = Checkpoints(hasty(launch, 0.2), 2, lambda box: box)
-    monkeypatch.setattr(checkpoints._catalogue, "newest", lambda warn: gate.wait(10))
+    monkeypatch.setattr(checkpoints._catalogue, "newest", lambda *_: gate.wait(10))
     with pytest.raises(StorageError, match=r"within 0\.2 s: its disk does") as raised:
         checkpoints.newest()
     gate.set()

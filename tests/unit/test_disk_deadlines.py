@@ -5,19 +5,24 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import yaml
 from jobs import fields_of
 from test_callbacks import Lin
+from test_run_upload import TASKS, brought
 
 from distplat import Trainer
 from distplat.actors import role_output
-from distplat.actors.checkpointing import Checkpoints
-from distplat.platform import disk
+from distplat.actors.checkpointing import Checkpoints, newest_checkpoint
+from distplat.cli.main import run as command
+from distplat.platform import checkpoints, disk
 from distplat.platform.checkpoints import Catalogue
 from distplat.platform.disk import Moved, Records, with_deadline, write_whole
 from distplat.platform.errors import StorageError
+from distplat.platform.remote_storage import fetch
 from distplat.platform.run_upload import upload_of
 
 LIMIT_S = 0.2
@@ -108,6 +113,62 @@ def test_a_run_directory_that_cannot_be_made_is_not_waited_for(hung: Hung, tmp_p
     hung.at.set()
     with pytest.raises(StorageError, match=r"no answer within 0\.2 s"):
         Trainer(fields(tmp_path), Lin).fit()
+
+
+@pytest.mark.parametrize("operation", ["iterdir", "_bytes_of"])
+def test_a_run_goes_on_from_no_disk_that_hangs(
+    operation: str, hung: Hung, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """It hangs when the command looks for checkpoints, or when it reads one."""
+    more = {"task": "tasks_for_tests:Blobs", "checkpoint": {"every_steps": 2}}
+    job = fields(tmp_path, **more)
+    whole = Trainer(job, working_dir=TASKS).fit()
+    file = tmp_path / "job.yaml"
+    file.write_text(yaml.safe_dump({**job, "steps": 8}))
+    hung.patch(Path if operation == "iterdir" else checkpoints, operation)
+    hung.at.set()
+    line = ["submit", str(file), "--working-dir", str(TASKS), "--resume", str(whole.path)]
+    for further in ([], ["--dry-run"]):
+        assert command([*line, *further]) == 5
+        told = capfd.readouterr().err
+        assert f"{whole.path}: no answer within {LIMIT_S:g} s: its disk does not answer" in told
+        assert "`failure.storage_timeout_s` changes this deadline" in told
+
+
+def test_who_begins_from_a_disk_that_hangs_later_is_told(hung: Hung, tmp_path: Path) -> None:
+    """It has been compared with the job, and is read once more when the cluster is there."""
+    more = {"checkpoint": {"every_steps": 2}}
+    whole = Trainer(fields(tmp_path, **more), Lin).fit()
+    trainer = Trainer(fields(tmp_path, **{**more, "steps": 8}), Lin, resume=whole.path)
+    launch: Any = SimpleNamespace(job=trainer.job, resumed=trainer._resumed)
+    hung.patch(checkpoints, "_bytes_of")
+    hung.at.set()
+    with pytest.raises(StorageError, match=r"no answer within 0\.2 s"):
+        newest_checkpoint(launch)
+
+
+def test_a_large_checkpoint_is_read_piece_by_piece(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A disk is given its time for each piece, not for all of a checkpoint."""
+    monkeypatch.setattr(checkpoints, "_PIECE_BYTES", 10)
+    path = Catalogue(tmp_path).write(1, {"a.safetensors": [b"x" * 95]}, {})
+    moves: list[int] = []
+    found = checkpoints.find(path, pytest.fail, lambda: moves.append(1))
+    assert found.files["a.safetensors"] == b"x" * 95
+    assert len(moves) > 10
+
+
+@pytest.mark.parametrize("operation", ["mkdir", "open"])
+def test_what_comes_from_a_url_waits_for_no_local_disk(
+    operation: str, hung: Hung, tmp_path: Path
+) -> None:
+    url, target = brought(tmp_path, (1,)), tmp_path / "here"
+    target.mkdir()
+    hung.patch(Path, operation)
+    hung.at.set()
+    with pytest.raises(StorageError, match=r"here/step-000001.*: no answer within 0\.2 s"):
+        fetch(url, target, LIMIT_S, pytest.fail)
 
 
 def test_old_checkpoints_that_cannot_be_deleted_are_not_waited_for(

@@ -14,8 +14,9 @@ from local_run import train
 from ray_in_memory import InMemoryRay, process_here
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from torch.utils.data import TensorDataset
+from torch.utils.data import DataLoader, TensorDataset
 
+import distplat
 from distplat import Task, Trainer
 from distplat.actors.result import Result
 from distplat.actors.retrying_calls import LOOK_S
@@ -111,3 +112,46 @@ def test_who_is_frozen_answers_once_it_goes_on(cluster: InMemoryRay) -> None:
         assert time.monotonic() - began >= 2 * LOOK_S
 
     cluster.as_driver(work)
+
+
+def own_loop(config: dict[str, int]) -> None:
+    """Train, and go on where the last checkpoint was."""
+    task = Told()
+    model = task.model()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
+    loader = DataLoader(task.train_data(), 3)
+    model, optimizer, loader = distplat.prepare(model, optimizer, loader)
+    step = 0
+    if (saved := distplat.get_checkpoint()) is not None:
+        model.load_state_dict(saved["model"])
+        optimizer.load_state_dict(saved["optimizer"])
+        step = saved["step"]
+    batches = [*loader]
+    while step < STEPS:
+        inputs, targets = batches[step % len(batches)]
+        loss = task.loss(model(inputs), targets)
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        optimizer.zero_grad()
+        step += 1
+        state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step}
+        distplat.report({"loss": loss.item()}, None if step % 2 else state)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES, ids=["ring", "ps-sync"])
+def test_a_train_function_that_lost_a_worker_has_the_same_bits(
+    cluster: InMemoryRay, tmp_path: Path, strategy: object
+) -> None:
+    def trained(killed: str) -> Result:
+        Told.killed = killed
+        fields = {"name": "test", "strategy": strategy, "scaling": {"num_workers": 2}}
+        job = {**fields, "storage_path": str(tmp_path)}
+        trainer = Trainer(job, own_loop, progress=False, log_to_driver=False)
+        result: Result = cluster.as_driver(trainer.fit)
+        assert [one.step for one in result.history] == [*range(1, STEPS + 1)]
+        assert bool(result.failures) == bool(killed)
+        return result
+
+    expected, result = trained(""), trained("worker-0")
+    assert expected.checkpoint is not None and result.checkpoint is not None
+    assert expected.checkpoint.read_bytes() == result.checkpoint.read_bytes()

@@ -331,4 +331,9 @@ def test_the_command_line(
     hangs = ["--set", "storage_path=odd://bucket/a", "--set", "failure.storage_timeout_s=0.4"]
     assert command([*line, *hangs]) == 5
     assert "not uploaded to odd://bucket/a/" in capfd.readouterr().err
+    for further in ([], ["--dry-run"]):
+        assert command([*line, *hangs, "--resume", "odd://bucket/a", *further]) == 5
+        told = capfd.readouterr().err
+        assert "odd://bucket/a/checkpoints" in told and "missing: its storage" in told
+        assert "`failure.storage_timeout_s` changes this deadline" in told
     assert command(["submit", "--storage-path", "s3://bucket", "--", "true"]) == 2

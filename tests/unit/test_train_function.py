@@ -509,10 +509,17 @@ def weighted() -> DataLoader[Any]:
     return DataLoader(data_of(), sampler=WeightedRandomSampler([1.0] * SAMPLES, SAMPLES))
 
 
+def with_phases() -> nn.Module:
+    model = model_of()
+    model.register_buffer("phases", torch.zeros(2, dtype=torch.complex128))
+    return model
+
+
 REFUSED: list[tuple[Callable[[], Any], str]] = [
     (weighted, "WeightedRandomSampler"),
     (lambda: DataLoader(data_of(), batch_size=None), "batch_size=None"),
     (lambda: 3, "prepare() got a int"),
+    (with_phases, "a model that prepare() got has the state 'phases' of type complex128"),
 ]
 
 
@@ -534,7 +541,16 @@ def test_ranks_with_other_models_are_named() -> None:
         call_on_ranks(train, 3)
 
 
-@pytest.mark.parametrize("bad", [{"a": object()}, {"a": [{1.5: 2}]}])
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"a": object()},
+        {"a": [{1.5: 2}]},
+        {"a": torch.zeros(1, dtype=torch.complex128)},
+        {"a": torch.eye(2).to_sparse()},
+    ],
+    ids=["object", "key", "complex", "sparse"],
+)
 def test_what_a_checkpoint_cannot_hold_is_named(bad: Any) -> None:
     def train(config: Mapping[str, Any]) -> None:
         distplat.report({"loss": 1.0}, checkpoint=bad)
