@@ -187,6 +187,16 @@ class NumberedLoader(ShardedLoader):
             **kept,
         )
         self._epoch = self._noted = self.sampler.epoch
+        size = len(self.dataset)
+        if size and not len(self._loader):
+            world = self.sampler.num_replicas
+            text = (
+                f"gives no batch: of {size} samples each of {world} workers has less than a batch "
+            )
+            text += f"of {self.batch_size}, and drop_last is set"
+            raise refused(
+                text, "take a smaller batch_size or fewer workers, or leave drop_last out"
+            )
 
     @override
     def __len__(self) -> int:

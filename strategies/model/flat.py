@@ -74,6 +74,8 @@ class FlatModel:
         extra: trainable parameters that lie outside of the model, by name; trained like its own.
         thaws: whether frozen parameters may take part in training later.
         group_of: gives the number of a parameter's group in the optimizer.
+        owned: whether `.grad` stays the tensor that autograd has made, see `Gradients`; `grads`
+            then has what `ready` was called for.
 
     Raises:
         ValueError: nothing to train, or trainable parameters of several devices.
@@ -87,8 +89,9 @@ class FlatModel:
         *,
         thaws: bool = False,
         group_of: GroupOf = lambda name: 0,
+        owned: bool = False,
     ) -> None:
-        self.model = model
+        self.model, self._owned = model, owned
         named = by_type(trainable(model, extra or {}))
         trained = {name for name, _ in named}
         self.extra = {name: p for name, p in (extra or {}).items() if name in trained}
@@ -266,6 +269,14 @@ class FlatModel:
     def ready(self, place: int) -> None:
         """Be told by a hook that the backward under way has finished a slot's gradient."""
         self._gradients.ready(place)
+
+    def is_copied(self, place: int) -> bool:
+        """See `Gradients.is_copied`."""
+        return self._gradients.is_copied(place)
+
+    def forget_copies(self) -> None:
+        """Be told that owned gradients are to be copied anew."""
+        self._gradients.copied.clear()
 
     def gradient(self, place: int) -> Tensor:
         """Give the place of a slot's gradient in the vector, as `ready` makes it its `.grad`."""
@@ -447,7 +458,7 @@ class FlatModel:
             parameter.data = slot.view(self.params)
         self._pointers = list(map(Tensor.data_ptr, self._housed))
         names = [slot.name for slot in slots]
-        self._gradients = Gradients(names, self._housed, self.present, live)
+        self._gradients = Gradients(names, self._housed, self.present, live, owned=self._owned)
         trained = enumerate(self.trained_slots if self._copies else ())
         copied = [n for n, slot in trained if slot.size * slot.dtype.itemsize >= _COPIED_BYTES]
         views = [slot.view(self.grads) for slot in slots]
