@@ -40,6 +40,7 @@ from distplat.strategies.function.sharded_loader import (
     NumberedLoader,
     RankBatch,
     ShardedLoader,
+    check_whole,
 )
 from distplat.strategies.function.stream_loader import StreamLoader
 from distplat.strategies.loop.checks import without_shape
@@ -204,6 +205,7 @@ class FunctionSession:
             sharded = StreamLoader(loader, cut, place.device, self._read, self.group)
         else:
             sharded = NumberedLoader(loader, cut, place.device, self._read)
+            check_whole(sharded)
             if sharded.sampler.num_replicas > 1:
                 check_same_data(loader.dataset, self.group, place.device)
         if place.is_main_process:

@@ -187,16 +187,6 @@ class NumberedLoader(ShardedLoader):
             **kept,
         )
         self._epoch = self._noted = self.sampler.epoch
-        size = len(self.dataset)
-        if size and not len(self._loader):
-            world = self.sampler.num_replicas
-            text = (
-                f"gives no batch: of {size} samples each of {world} workers has less than a batch "
-            )
-            text += f"of {self.batch_size}, and drop_last is set"
-            raise refused(
-                text, "take a smaller batch_size or fewer workers, or leave drop_last out"
-            )
 
     @override
     def __len__(self) -> int:
@@ -290,6 +280,20 @@ def _sampler_of(loader: DataLoader[Any], cut: Cut) -> DistributedSampler[Any]:
 def refused(what: str, hint: str) -> SpecError:
     """Say that a loader cannot be prepared, and what to do."""
     return SpecError(Problem(("task",), f"prepare() got a DataLoader that {what}", hint))
+
+
+def check_whole(loader: NumberedLoader) -> None:
+    """
+    See that a loader of some samples gives a batch at all.
+
+    Raises:
+        SpecError: it leaves all of them out; says what to do.
+    """
+    size, world = len(loader.dataset), loader.sampler.num_replicas
+    if size and not len(loader):
+        text = f"gives no batch: of {size} samples each of {world} workers has less than a batch "
+        text += f"of {loader.batch_size}, and drop_last is set"
+        raise refused(text, "take a smaller batch_size or fewer workers, or leave drop_last out")
 
 
 def _named(state: Any) -> str:
