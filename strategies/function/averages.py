@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from torch import nn
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer
 from typing_extensions import override
 
+from distplat.platform.errors import Problem, SpecError
 from distplat.strategies.function.gradient_average import (
     BucketAverage,
     Exchange,
@@ -28,12 +32,32 @@ class Averages(Exchange):
     def models(self) -> list[nn.Module]:
         return [one.model for one in self._averages]
 
+    @property
+    @override
+    def parameters(self) -> Iterator[Tensor]:
+        return (one for average in self._averages for one in average.flat.parameters)
+
+    @override
+    def check(self, optimizer: Optimizer) -> None:
+        several = any(one.around.group.world > 1 for one in self._averages)
+        if isinstance(optimizer, torch.optim.SparseAdam) and several:
+            text = (
+                "SparseAdam takes sparse gradients, and those of several workers are averaged dense"
+            )
+            hint = "use Adam or Adagrad; of large tables, a Task with distplat.nn.ShardedEmbedding"
+            raise SpecError(Problem(("task",), text, hint))
+
     @override
     def before_step(self, optimizer: Optimizer) -> None:
+        idle = [one for one in self._averages if not one.averaged]
+        moved = _moved(optimizer) if idle else set()
+        for one in idle:
+            if any(id(p) in moved for p in one.flat.parameters):
+                one.before_step()
         broken = [one for one in self._averages if one.broken is not None]
         if not broken or float(getattr(optimizer, "found_inf", 0.0)):
             return  # a GradScaler has a fused optimizer leave the step out itself
-        moved = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        moved = _moved(optimizer)
         for one in broken:
             if one.broken is not None and any(id(p) in moved for p in one.flat.parameters):
                 raise one.broken
@@ -53,6 +77,10 @@ class Averages(Exchange):
     def close(self) -> None:
         for one in self._averages:
             one.close()
+
+
+def _moved(optimizer: Optimizer) -> set[int]:
+    return {id(p) for group in optimizer.param_groups for p in group["params"]}
 
 
 class GroupAverages(Averages):

@@ -33,15 +33,17 @@ from distplat.strategies.function.averages import GroupAverages, ServerAverages
 from distplat.strategies.function.gradient_average import Exchange, Surroundings, take_over
 from distplat.strategies.function.metric_gathering import gather_for_metrics
 from distplat.strategies.function.oversight import OptimizerWatch, ReportWatch
+from distplat.strategies.function.same_data import check_same_data
 from distplat.strategies.function.server_updates import ServerUpdates
 from distplat.strategies.function.sharded_loader import (
     Cut,
     NumberedLoader,
     RankBatch,
     ShardedLoader,
+    check_whole,
 )
 from distplat.strategies.function.stream_loader import StreamLoader
-from distplat.strategies.loop.checks import check_state
+from distplat.strategies.loop.checks import check_state, without_shape
 from distplat.strategies.loop.loop import Progress
 from distplat.strategies.loop.seeding import seed_step
 from distplat.strategies.loop.streams import is_stream
@@ -148,7 +150,7 @@ class FunctionSession:
         self._exchange = exchange = _exchange_of(around, shards)
         watched = self._before_first_step, exchange.before_step
         alone = group.world == 1
-        self._watch = OptimizerWatch(lambda: exchange.models, *watched, alone=alone)
+        self._watch = OptimizerWatch(lambda: exchange.parameters, *watched, alone=alone)
         self._samples = self._epoch = 0
         self._batch = RankBatch(None, 0, 0)  #: the last one, without what it holds
         self._watched = ReportWatch(job)
@@ -175,6 +177,8 @@ class FunctionSession:
         model = given.get_submodule("module") if wrapped else given
         if any(one is model for one in self._exchange.models):
             raise _refused("a model that it got before", "prepare each model once")
+        if lazy := without_shape(model):
+            raise _refused(f"a model in which {lazy}", "run a batch through it before prepare()")
         model.to(self.place.device)
         if not any(one.requires_grad for one in model.parameters()):  # a teacher, for example
             take_over([one for one in model.state_dict().values() if one.numel()], self.group)
@@ -202,6 +206,9 @@ class FunctionSession:
             sharded = StreamLoader(loader, cut, place.device, self._read, self.group)
         else:
             sharded = NumberedLoader(loader, cut, place.device, self._read)
+            check_whole(sharded)
+            if sharded.sampler.num_replicas > 1:
+                check_same_data(loader.dataset, self.group, place.device)
         if place.is_main_process:
             size, world = sharded.batch_size, place.world
             text = "a batch of %d samples on each of %d workers: %d in all"

@@ -20,7 +20,7 @@ import hashlib
 import json
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -36,7 +36,7 @@ from distplat.strategies.collective import Collective, gather_bytes
 from distplat.strategies.function.oversight import check_alike
 from distplat.strategies.loop.control import NonFiniteSteps, StepControl
 from distplat.strategies.model.flat import FlatModel
-from distplat.strategies.model.parameter_layout import is_finite
+from distplat.strategies.model.parameter_layout import fill, is_finite
 from distplat.strategies.model.sync_batch_norm import SyncNorms
 from distplat.strategies.reduction.bucket_reducer import BucketReducer
 from distplat.strategies.ring import RingOptions
@@ -53,6 +53,11 @@ class Exchange(ABC):
     @abstractmethod
     def models(self) -> list[nn.Module]:
         """Those that are trained, in the order of `prepare`."""
+
+    @property
+    def parameters(self) -> Iterator[Tensor]:
+        """Those of the models that are trained together: of none that came to a model later."""
+        return (one for model in self.models for one in model.parameters())
 
     @abstractmethod
     def add(self, model: nn.Module, *, alone: bool) -> None:
@@ -112,7 +117,7 @@ class Exchange(ABC):
         """Let go of the models."""
 
 
-_COMPARED = (3, 30)
+_COMPARED = (3, 30, 300)
 """Backwards after which ranks compare their parameters; so they do at the end."""
 
 
@@ -157,14 +162,14 @@ class GradientAverage(ABC):
         self.broken: NonFiniteError | None = None
         """Why no optimizer may apply the gradients as they are; see `note`."""
         self._first_broken: NonFiniteError | None = None
-        self._backwards = 0
-        self.flat = flat = FlatModel(model)
+        self._backwards = self._steps = 0
+        self.flat = flat = FlatModel(model, owned=True)
         compare(model, flat.digest(), self._group, flat.params.device)
         flat.begin_step()
         self._house()
-        self._buffers = [one for one in model.buffers() if one.numel()]
+        self._holders = [one._buffers for one in model.modules()]
         frozen = [one.data for one in model.parameters() if not one.requires_grad and one.numel()]
-        take_over([*flat.typed(flat.params), *frozen, *self._buffers], self._group)
+        take_over([*flat.typed(flat.params), *frozen, *self._buffers()], self._group)
         every = (sys.maxsize,) * self._group.world  # forwards of a loop are those of all ranks
         name = f"sync-batch-norm-{number}"
         self._norms = SyncNorms.of(model, self._group, lambda _: every, name)
@@ -193,6 +198,10 @@ class GradientAverage(ABC):
         """Have the vectors where the ranks' gradients meet, if that is known already."""
         return
 
+    def _has_left(self, place: int) -> bool:
+        """Say whether a slot's gradient of this backward was sent already."""
+        return False
+
     def _came(self, _: Tensor) -> None:
         if self.enabled:
             self._begin()
@@ -201,29 +210,51 @@ class GradientAverage(ABC):
         """Have this rank's gradients in the vector, and zeros for the others; say which."""
         flat = self.flat
         present = np.fromiter((one.grad is not None for one in flat.parameters), np.bool_)
-        for place, has in enumerate(present.tolist()):
-            if has:
+        for place in range(len(flat.slots)):
+            if not flat.is_copied(place):  # by a hook
+                if self._has_left(place):
+                    raise _changed(flat.name(place))
                 flat.ready(place)
-            else:
-                flat.slots[place].view(flat.grads).zero_()
+        flat.forget_copies()
         flat.check_layout(self.around.step())
         return self.around.record(present)
 
-    def spread(self, before: NDArray[np.bool_], now: NDArray[np.bool_]) -> None:
+    @torch.no_grad()
+    def spread(self, now: NDArray[np.bool_], scale: float = 1.0) -> None:
         """
-        Be told that the vector has the mean over the ranks.
+        Have the mean over the ranks in `.grad`: in tensors that a loop may keep.
 
         Args:
-            before: by slot, whether this rank had a gradient.
-            now: whether some rank had one.
+            now: by slot, whether some rank had a gradient.
+            scale: by which the vector is multiplied.
         """
-        for place in np.flatnonzero(now & ~before).tolist():
-            self.flat.parameters[place].grad = self.flat.gradient(place)
-        take_over(self._buffers, self._group)
+        for place in np.flatnonzero(now).tolist() if self._group.world > 1 else ():
+            one, mean = self.flat.parameters[place], self.flat.gradient(place)
+            grad = one.grad
+            if grad is None or grad.requires_grad or grad.layout is not torch.strided:
+                one.grad = grad = torch.empty_like(mean)
+            torch.mul(mean, scale, out=grad)
+        take_over(self._buffers(), self._group)
         self._backwards += 1
         if self._backwards in _COMPARED:
             self.check_alike(f"at backward {self._backwards}")
         self.around.done()
+
+    def before_step(self) -> None:
+        """Be told that an optimizer of this model steps, and that no backward has averaged yet."""
+        self._steps += 1
+        if self._steps in _COMPARED:
+            self.check_alike(f"at step {self._steps}, and no backward() before it,")
+
+    @property
+    def averaged(self) -> bool:
+        """Whether there was a backward that averaged."""
+        return self._backwards > 0
+
+    def _buffers(self) -> list[Tensor]:
+        """Give the buffers that there are now: a forward may put others in their place."""
+        every = (one for held in self._holders for one in held.values())
+        return [one for one in every if one is not None and one.numel()]
 
     def note(self, broken: NonFiniteError | None) -> None:
         """
@@ -247,7 +278,7 @@ class GradientAverage(ABC):
 
     def check_alike(self, when: str) -> None:
         """See `oversight.check_alike`."""
-        check_alike(self.model, self._group, when)
+        check_alike(self.model, self._group, when, max(self._backwards, self._steps))
 
 
 class BucketAverage(GradientAverage):
@@ -299,8 +330,13 @@ class BucketAverage(GradientAverage):
     def _begin(self) -> None:
         if not self._under_way:
             self._under_way = True
+            self.flat.forget_copies()
             after_backward(self._average)
             self._reducer.last_backward()
+
+    @override
+    def _has_left(self, place: int) -> bool:
+        return self._reducer.has_left(place)
 
     def _average(self) -> None:
         """Be told that backward is over: gradients of all ranks are summed, then divided."""
@@ -313,8 +349,14 @@ class BucketAverage(GradientAverage):
             self.note(None)
         except NonFiniteError as error:
             self.note(error)
-        self.flat.scale_gradients(1.0 / self._group.world)
-        self.spread(local.present, total.present)
+        self.spread(total.present, 1.0 / self._group.world)
+
+
+def _changed(name: str) -> SpecError:
+    """Say that a gradient is another one than was sent."""
+    text = f"a hook changed the gradient of {name!r} in backward, after it was sent"
+    hint = "register the hook before prepare(), or set `overlap: false`"
+    return SpecError(Problem(("task",), text, hint))
 
 
 def compare(model: nn.Module, digest: str, group: Collective, device: torch.device) -> None:
@@ -330,9 +372,16 @@ def compare(model: nn.Module, digest: str, group: Collective, device: torch.devi
     Raises:
         SpecError: names the ranks that differ from rank 0.
     """
+    for name, buffer in model.named_buffers():
+        if buffer.layout is not torch.strided:
+            text = f"prepare() got a model with the buffer {name!r}, {buffer.layout}"
+            hint = (
+                "ranks take over rank 0's buffers: keep its indices and its values in two of them"
+            )
+            raise SpecError(Problem(("task",), text, hint))
     buffers = repr([(n, b.shape, b.dtype) for n, b in model.named_buffers()])
-    text = json.dumps([digest, hashlib.sha256(buffers.encode()).hexdigest()]).encode()
-    every = gather_bytes(text, group, device)
+    facts = json.dumps([digest, hashlib.sha256(buffers.encode()).hexdigest()]).encode()
+    every = gather_bytes(facts, group, device)
     if others := [str(rank) for rank, one in enumerate(every) if one != every[0]]:
         what = f"prepare() got another model on rank {', '.join(others)} than on rank 0"
         hint = "names, shapes, types and requires_grad must be the same on all ranks"
@@ -351,4 +400,4 @@ def take_over(tensors: Sequence[Tensor], group: Collective) -> None:
         if group.rank:
             parts = torch.split(whole, [one.numel() for one in some])
             for one, part in zip(some, parts, strict=True):
-                one.copy_(part.view(one.shape))
+                fill(one, part.view(one.shape))

@@ -24,7 +24,13 @@ from distplat.platform.spec import Job
 from distplat.strategies.collective import Collective, gather_bytes
 
 _APART = 1e-3
-"""Relative difference of two ranks' parameters. Processors of two kinds may round differently."""
+"""Relative difference of two ranks' parameters after a long run, or of coarse types."""
+_ROUNDINGS = 64
+"""
+Roundings by which two ranks may differ in the first steps. All have the same gradients, but
+processors of two kinds may round updates differently. Ranks that train their own differ by much of
+an update, which of a small learning rate is below a thousandth of a parameter.
+"""
 _SHOWN = 3
 
 
@@ -33,7 +39,7 @@ class OptimizerWatch:
     Looks at each optimizer that steps in this thread.
 
     Args:
-        trained: gives the models that ranks train together.
+        trained: gives the parameters that ranks train together.
         alone: whether there is one rank, to whom all parameters belong.
         check: is asked about one that moves something of them, before its first step.
         before_step: is told of each step.
@@ -41,7 +47,7 @@ class OptimizerWatch:
 
     def __init__(
         self,
-        trained: Callable[[], Iterable[nn.Module]],
+        trained: Callable[[], Iterable[Tensor]],
         check: Callable[[Optimizer], None],
         before_step: Callable[[Optimizer], None],
         *,
@@ -72,7 +78,7 @@ class OptimizerWatch:
         if self._seen.get(optimizer) == count:
             return
         given = [one for group in optimizer.param_groups for one in group["params"]]
-        known = {id(one) for model in self._trained() for one in model.parameters()}
+        known = {id(one) for one in self._trained()}
         strange = [one for one in given if one.requires_grad and id(one) not in known]
         if strange and not self._alone:
             raise not_prepared(optimizer, strange)
@@ -97,7 +103,7 @@ def not_prepared(optimizer: Optimizer, strange: Sequence[Tensor]) -> SpecError:
 
 
 @torch.no_grad()
-def check_alike(model: nn.Module, group: Collective, when: str) -> None:
+def check_alike(model: nn.Module, group: Collective, when: str, steps: int = 0) -> None:
     """
     See whether all ranks have the same trained parameters; every rank calls this.
 
@@ -105,6 +111,7 @@ def check_alike(model: nn.Module, group: Collective, when: str) -> None:
         model: whose gradients are averaged.
         group: all ranks.
         when: for the message.
+        steps: that were made; 0: nobody has counted them.
 
     Raises:
         ValueError: they are apart; names the first parameter, and a rank.
@@ -112,19 +119,33 @@ def check_alike(model: nn.Module, group: Collective, when: str) -> None:
     if group.world == 1:
         return
     named = [(name, one) for name, one in model.named_parameters() if one.requires_grad]
-    mine = [(float(one.double().sum()), float(one.double().norm())) for _, one in named]
+    mine = [_figures(one) for _, one in named]
     device = named[0][1].device if named else torch.device("cpu")
     every = [json.loads(one) for one in gather_bytes(json.dumps(mine).encode(), group, device)]
-    for place, (name, _) in enumerate(named):
-        (total, norm), *others = (found[place] for found in every)
-        for rank, (its_total, its_norm) in enumerate(others, 1):
-            if max(abs(its_total - total), abs(its_norm - norm)) > _APART * norm:
+    for place, (name, one) in enumerate(named):
+        first, *others = (found[place] for found in every)
+        allowed = _allowed(one.dtype, steps) * first[-1]
+        for rank, its in enumerate(others, 1):
+            if max(abs(a - b) for a, b in zip(first, its, strict=True)) > allowed:
                 raise ValueError(
                     f"{when} {name!r} of rank {rank} is not that of rank 0: each trains its own. "
                     "Gradients are averaged in backward(); what torch.autograd.grad gives is this "
                     "rank's alone, and so is what is written into a parameter otherwise, and a "
                     "step() that not all ranks make"
                 )
+
+
+def _figures(parameter: Tensor) -> tuple[float, float, float]:
+    """Give the sum, one with signs that alternate, and the norm: an update changes one of them."""
+    flat = parameter.detach().double().reshape(-1)
+    whole, second = float(flat.sum()), float(flat[1::2].sum())
+    return whole, whole - 2 * second, float(flat.norm())
+
+
+def _allowed(dtype: torch.dtype, steps: int) -> float:
+    """Give the relative difference that roundings may come to."""
+    rounding = _ROUNDINGS * torch.finfo(dtype).eps * max(1.0, steps / 30)
+    return min(_APART, rounding) if steps else _APART
 
 
 class ReportWatch:

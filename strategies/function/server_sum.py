@@ -152,11 +152,8 @@ class ServerSum:
         self._vectors = vectors = SummedVectors(flats)
         self._shards.connect_loop(vectors, LoopOptimizer(OwnLoop()))
         for flat, start in zip(flats, vectors.starts, strict=True):
-            grads = [one.grad for one in flat.parameters]
             length = flat.size * flat.grads.itemsize // vectors.grads.itemsize
             flat.move(flat.params, vectors.grads[start : start + length].view(flat.grads.dtype))
-            for one, grad in zip(flat.parameters, grads, strict=True):
-                one.grad = grad
         return vectors
 
     def _exchange(self) -> None:
@@ -185,8 +182,8 @@ class ServerSum:
             one.note(None if whole else broken)
         now: NDArray[np.bool_] = (vectors.flags > 0).cpu().numpy()
         ends = np.cumsum([len(one) for one in present])[:-1]
-        for member, had, has in zip(self.members, present, np.split(now, ends), strict=True):
-            member.spread(had, has)
+        for member, has in zip(self.members, np.split(now, ends), strict=True):
+            member.spread(has)
 
     def _first_non_finite(self) -> int | None:
         """Give the first slot of all models whose gradient is not finite; None: all are."""

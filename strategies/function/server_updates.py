@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -60,6 +61,7 @@ class ServerUpdates(Exchange):
         self._around, self._shards = around, shards
         self._models: list[nn.Module] = []
         self._optimizers: list[Optimizer] = []
+        self._trained: dict[int, bool] = {}  #: by parameter: whether it was when it was prepared
         self._hooks: list[RemovableHandle] = []
         self._flat: FlatModel | None = None
         self._policy = NonFiniteSteps.of(around.job)
@@ -82,6 +84,7 @@ class ServerUpdates(Exchange):
         tensors = [one.data for one in [*model.parameters(), *model.buffers()] if one.numel()]
         take_over(tensors, group)
         self._models.append(model)
+        self._trained |= {id(one): one.requires_grad for one in model.parameters()}
 
     @override
     def take(self, optimizer: Optimizer) -> None:
@@ -189,7 +192,8 @@ class ServerUpdates(Exchange):
         named = {name: facts.group_of(one) for name, one in whole.named_parameters()}
         self._check_all_known(whole)
         grads = [(one, one.grad) for one in whole.parameters()]
-        self._flat = flat = FlatModel(whole, group_of=lambda name: named[name])
+        with self._as_prepared(whole):
+            self._flat = flat = FlatModel(whole, group_of=lambda name: named[name])
         loop = LoopOptimizer(facts.own_loop, _state_of(flat, self._optimizers))
         self._shards.connect_loop(flat, loop)
         for one, grad in grads:
@@ -200,6 +204,18 @@ class ServerUpdates(Exchange):
         self._views = [slot.view(flat.grads) for slot in flat.slots]
         self._counts = [_count(one) for one in self._optimizers]
         return flat
+
+    @contextmanager
+    def _as_prepared(self, whole: nn.Module) -> Iterator[None]:
+        """Have those trained that were when prepared: the loop of a GAN freezes one by turns."""
+        every = [(one, one.requires_grad) for one in whole.parameters()]
+        for one, now in every:
+            one.requires_grad_(self._trained.get(id(one), now))
+        try:
+            yield
+        finally:
+            for one, now in every:
+                one.requires_grad_(now)
 
     def _check_all_known(self, whole: nn.Module) -> None:
         known = {id(one) for one in whole.parameters()}

@@ -282,6 +282,20 @@ def refused(what: str, hint: str) -> SpecError:
     return SpecError(Problem(("task",), f"prepare() got a DataLoader that {what}", hint))
 
 
+def check_whole(loader: NumberedLoader) -> None:
+    """
+    See that a loader of some samples gives a batch at all.
+
+    Raises:
+        SpecError: it leaves all of them out; says what to do.
+    """
+    size, world = len(loader.dataset), loader.sampler.num_replicas
+    if size and not len(loader):
+        text = f"gives no batch: of {size} samples each of {world} workers has less than a batch "
+        text += f"of {loader.batch_size}, and drop_last is set"
+        raise refused(text, "take a smaller batch_size or fewer workers, or leave drop_last out")
+
+
 def _named(state: Any) -> str:
     """Name what is no state."""
     if isinstance(state, Mapping):

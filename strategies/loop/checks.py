@@ -73,12 +73,10 @@ def checked_model(task: Task, model: object) -> nn.Module:
         raise ValueError(
             f"{where}model() must return a torch.nn.Module, got {_named(model)}{_no_return(model)}"
         )
-    lazy = [name for name, one in _tensors(model) if is_lazy(one)]
-    if lazy:
+    if lazy := without_shape(model):
         raise ValueError(
-            f"{where}{_listed(lazy)} of the model {'has' if len(lazy) == 1 else 'have'} no shape "
-            "yet, as lazy modules do before their first batch: run one through the model in "
-            "model(), for example model(torch.zeros(1, 8)), before you return it"
+            f"{where}{lazy}: run one through the model in model(), for example "
+            "model(torch.zeros(1, 8)), before you return it"
         )
     scripted = [name for name, one in model.named_modules() if isinstance(one, ScriptModule)]
     if scripted:
@@ -89,6 +87,16 @@ def checked_model(task: Task, model: object) -> nn.Module:
             "`compile: true`"
         )
     return unwrapped(model)
+
+
+def without_shape(model: nn.Module) -> str:
+    """Name what of a model has no shape yet; empty: all has one."""
+    lazy = [name for name, one in _tensors(model) if is_lazy(one)]
+    if not lazy:
+        return ""
+    has = "has" if len(lazy) == 1 else "have"
+    names = f"{_listed(lazy)} of the model {has}"
+    return f"{names} no shape yet, as lazy modules do before their first batch"
 
 
 def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -245,6 +253,30 @@ def remark_on_hooks(job: Job, model: nn.Module) -> str:
         "batch, or of a micro-batch, before they are added up: as on the whole batch only where "
         "it multiplies by a constant. `clip_norm` is of the whole"
     )
+
+
+def remark_on_modes(model: nn.Module) -> str:
+    """Say which parts of a model a step puts in training mode that had been taken out of it."""
+    still = [(name, one) for name, one in model.named_modules() if not one.training]
+    if not model.training:  # all of it, as Hugging Face's from_pretrained() gives a model
+        return ""
+    model.train()
+    changed = [name for name, one in still if one.training]
+    for _, one in still:
+        one.training = False
+    outer = [name for name in changed if name.rpartition(".")[0] not in changed]
+    if not outer:  # a train() of the model's own sees to it
+        return ""
+    return (
+        f"model() gives {_listed(outer)} in evaluation mode, and each step begins with "
+        "model.train(), which has dropout drop and batch norms take the batch's statistics: where "
+        "that is not meant, give the model a train(mode) that leaves this part in eval()"
+    )
+
+
+def remarks_on_model(job: Job, model: nn.Module) -> list[str]:
+    """Give what is no error in a model and probably not meant, as `remarks_on` does."""
+    return [*filter(None, [remark_on_hooks(job, model), remark_on_modes(model)])]
 
 
 def remarks_on(job: Job, sampler: Sampler) -> list[str]:

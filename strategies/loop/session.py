@@ -43,8 +43,8 @@ from distplat.strategies.loop.checks import (
     check_state,
     checked_data,
     checked_model,
-    remark_on_hooks,
     remarks_on,
+    remarks_on_model,
 )
 from distplat.strategies.loop.compute import TaskModel
 from distplat.strategies.loop.evaluated_rates import meet_plateau
@@ -145,7 +145,7 @@ def prepare(
     seed_all(job.seed)
     roles = make_strategy(job).roles(job) if strategy is None else strategy.strategy.roles(job)
     model = checked_model(task, task.model() if strategy is None else strategy.build_model(task))
-    hooked = remark_on_hooks(job, model)
+    said = remarks_on_model(job, model)
     check_state(model, sent=roles.collective is not None and job.scaling.world > 1)
     check_device(device)
     lookups = lookups_of(model, job)
@@ -173,7 +173,7 @@ def prepare(
     found = Prepared(job, task, left, data, eval_data, sampler, steps, device, roles, part, lookups)
     found.initial = initial if any(one.is_meta for one in model.parameters()) else {}
     found = _with_own_updates(found)
-    found.remarks = [*filter(None, [hooked]), *remarks_on(found.job, sampler)]
+    found.remarks = [*said, *remarks_on(found.job, sampler)]
     return found
 
 

@@ -76,6 +76,8 @@ class FlatModel:
         group_of: gives the number of a parameter's group in the optimizer.
         takes: says whether the optimizer can update a parameter, by name and shape; one that it
             cannot stays frozen.
+        owned: whether `.grad` stays the tensor that autograd has made, see `Gradients`; `grads`
+            then has what `ready` was called for.
 
     Raises:
         ValueError: nothing to train, or trainable parameters of several devices.
@@ -90,8 +92,9 @@ class FlatModel:
         thaws: bool = False,
         group_of: GroupOf = lambda name: 0,
         takes: Callable[[str, Sequence[int]], bool] = lambda name, shape: True,
+        owned: bool = False,
     ) -> None:
-        self.model = model
+        self.model, self._owned = model, owned
         named = by_type(trainable(model, extra or {}))
         trained = {name for name, _ in named}
         self.extra = {name: p for name, p in (extra or {}).items() if name in trained}
@@ -270,6 +273,14 @@ class FlatModel:
     def ready(self, place: int) -> None:
         """Be told by a hook that the backward under way has finished a slot's gradient."""
         self._gradients.ready(place)
+
+    def is_copied(self, place: int) -> bool:
+        """See `Gradients.is_copied`."""
+        return self._gradients.is_copied(place)
+
+    def forget_copies(self) -> None:
+        """Be told that owned gradients are to be copied anew."""
+        self._gradients.copied.clear()
 
     def gradient(self, place: int) -> Tensor:
         """Give the place of a slot's gradient in the vector, as `ready` makes it its `.grad`."""
@@ -451,7 +462,7 @@ class FlatModel:
             parameter.data = slot.view(self.params)
         self._pointers = list(map(Tensor.data_ptr, self._housed))
         names = [slot.name for slot in slots]
-        self._gradients = Gradients(names, self._housed, self.present, live)
+        self._gradients = Gradients(names, self._housed, self.present, live, owned=self._owned)
         trained = enumerate(self.trained_slots if self._copies else ())
         copied = [n for n, slot in trained if slot.size * slot.dtype.itemsize >= _COPIED_BYTES]
         views = [slot.view(self.grads) for slot in slots]

@@ -44,6 +44,7 @@ class Gradients:
         parameters: in the same order.
         present: written to: by slot, whether a backward of this step has given it a gradient.
         places: the parameters' slots; None: the first ones, in order.
+        owned: whether `.grad` is never put elsewhere, see the top of the file.
     """
 
     def __init__(
@@ -52,7 +53,12 @@ class Gradients:
         parameters: Sequence[nn.Parameter],
         present: NDArray[np.bool_],
         places: Sequence[int] | None = None,
+        *,
+        owned: bool = False,
     ) -> None:
+        self._owned = owned
+        self.copied: dict[int, tuple[Tensor | None, int]] = {}
+        """Of owned gradients: which one `ready` has copied, and its version then."""
         self._names, self._parameters, self._present = names, parameters, present
         self._places = np.arange(len(parameters)) if places is None else np.array(places)
         self._has = present[self._places]
@@ -79,9 +85,11 @@ class Gradients:
         for place in copied:
             self._first[place] = None
         self._stale = False  #: whether the views of `_copied` hold an earlier step's gradients
+        self._versions = self._read()
+        if self._owned:
+            return
         for parameter, view in zip(self._parameters, self._views, strict=True):
             parameter.grad = view
-        self._versions = self._read()
 
     def begin(self) -> None:
         """Begin a step; the views are zero, but those of parameters without `.grad`."""
@@ -153,11 +161,22 @@ class Gradients:
         Called in backward, for each parameter: `take_in` notes later who has a gradient.
         """
         grad, view = self._parameters[place].grad, self._views[place]
-        if grad is not view:
+        if grad is view:
+            return
+        if self._owned:
+            _copy(view, grad)
+            self.copied[place] = grad, -1 if grad is None else grad._version
+        else:
             self._collect(place, grad)
-            if self._looks and grad is not None and grad.layout is torch.strided:
-                if is_finite(grad.detach()):
-                    self._finite[place] = view._version
+        if self._looks and grad is not None and grad.layout is torch.strided:
+            if is_finite(grad.detach()):
+                self._finite[place] = view._version
+
+    def is_copied(self, place: int) -> bool:
+        """Say whether `ready` was called for an owned gradient and nobody has changed it since."""
+        grad = self._parameters[place].grad
+        copied, version = self.copied.get(place, (grad, None))
+        return version is not None and copied is grad and (grad is None or grad._version == version)
 
     def view(self, place: int) -> Tensor:
         """Give the n-th's place in the vector."""
@@ -197,8 +216,17 @@ class Gradients:
                 view.zero_()
                 self._versions[place] = view._version  # as torch: it has none
         else:
-            view.copy_(grad.to_dense() if grad.layout is not torch.strided else grad)
+            _copy(view, grad)
         self._parameters[place].grad = view
+
+
+@torch.no_grad()
+def _copy(view: Tensor, grad: Tensor | None) -> None:
+    """Have a gradient in its place; one that is not there is zero."""
+    if grad is None:
+        view.zero_()
+    else:
+        view.copy_(grad.to_dense() if grad.layout is not torch.strided else grad)
 
 
 def _any(tensor: Tensor) -> bool:

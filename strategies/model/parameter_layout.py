@@ -94,6 +94,14 @@ def bits_of(tensor: Tensor) -> Tensor:
     return tensor.detach().contiguous().view(-1).view(torch.uint8)
 
 
+def fill(tensor: Tensor, values: Tensor) -> None:
+    """Write values of its shape into a tensor, which may be expanded: each element once."""
+    for place, stride in enumerate(tensor.stride()):
+        if stride == 0 and tensor.shape[place] > 1:
+            tensor, values = tensor.narrow(place, 0, 1), values.narrow(place, 0, 1)
+    tensor.copy_(values)
+
+
 def is_finite(run: Tensor) -> bool:
     """Say whether all elements are finite."""
     if not run.numel():

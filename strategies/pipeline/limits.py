@@ -19,6 +19,7 @@ from distplat.platform.errors import Problem, SpecError
 from distplat.strategies.collective import Collective
 from distplat.strategies.model.block_layers import BeforeBlocks
 from distplat.strategies.model.layers import Layer
+from distplat.strategies.model.parameter_layout import fill
 from distplat.strategies.pipeline.values import copied, is_value, on_device, tensors_in
 from distplat.strategies.task import Task, has_weights, kind_of, own_call
 from distplat.strategies.torch_compat import tree_map
@@ -260,7 +261,7 @@ def untouched(*modules: nn.Module) -> Iterator[None]:
                 one.training = training
             with torch.no_grad():
                 for tensor, value in kept:
-                    tensor.copy_(value)
+                    fill(tensor, value)
 
 
 def _held(module: nn.Module) -> list[Tensor]:

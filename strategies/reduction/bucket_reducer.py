@@ -209,6 +209,10 @@ class BucketReducer(Reducer):
                 self._begin()
             self._listening = True
 
+    def has_left(self, place: int) -> bool:
+        """Say whether a slot's gradient of the backward under way was sent already."""
+        return self._begun and self._release.has_left(place)
+
     def pause(self) -> None:
         """Be told that the backward is over, and that another one which is not the last follows."""
         self._listening = False

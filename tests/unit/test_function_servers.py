@@ -352,9 +352,11 @@ def test_one_rank_of_ps_async_is_a_plain_loop(home: str) -> None:
     assert_equal(under(ASYNC, train, 1, home=home).trained[0], whole.state_dict())
 
 
-def test_two_optimizers_of_two_models_step_by_turns_on_servers() -> None:
+@pytest.mark.parametrize("freezes", [False, True])
+def test_two_optimizers_of_two_models_step_by_turns_on_servers(freezes: bool) -> None:
     def loop(first: nn.Module, second: nn.Module, one: Any, two: Any) -> None:
         for step in range(4):
+            second.requires_grad_(not freezes or step % 2 == 1)  # in the first step, too
             backward(second(first(data_of().tensors[0][:6])).square().mean())
             (two if step % 2 else one).step()
             one.zero_grad()

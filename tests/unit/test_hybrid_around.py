@@ -124,6 +124,11 @@ def parametrized(model: nn.Sequential) -> nn.Module:
     return model
 
 
+def expanded(model: nn.Sequential) -> nn.Module:
+    model[2].register_buffer("scale", torch.ones(1).double().expand(8))  # cannot be written
+    return model
+
+
 def in_place(model: nn.Sequential) -> nn.Module:
     return nn.Sequential(
         model[0], nn.ReLU(inplace=True), model[2], nn.Hardtanh(inplace=True), model[4]
@@ -150,6 +155,7 @@ KEPT = {
     "layers": on_layers,
     "weights": on_weights,
     "in place": in_place,
+    "an expanded buffer": expanded,
 }
 
 

@@ -1,0 +1,210 @@
+"""What ranks of a train function must have alike: data, buffers, and no parameters of their own."""
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import pytest
+import torch
+from function_ranks import call_on_ranks, function_job
+from torch import Tensor, nn
+from torch.autograd import backward
+from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset, TensorDataset, random_split
+
+import distplat
+from distplat.platform.errors import SpecError
+
+SAMPLES = 24
+
+
+def data(samples: int = SAMPLES) -> TensorDataset:
+    inputs = torch.randn(samples, 4, generator=torch.Generator().manual_seed(1))
+    return TensorDataset(inputs, inputs.sum(1, keepdim=True))
+
+
+def rank() -> int:
+    return distplat.get_context().get_world_rank()
+
+
+def model_of(*more: nn.Module) -> nn.Sequential:
+    model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 1), *more)
+    with torch.no_grad():
+        for number, one in enumerate(model.parameters()):
+            generator = torch.Generator().manual_seed(number)
+            one.copy_(torch.randn(one.shape, generator=generator))
+    return model
+
+
+def batches(size: int = 4) -> Iterator[tuple[Tensor, Tensor]]:
+    while True:
+        yield from distplat.prepare(DataLoader(data(), batch_size=size))
+
+
+def loss_of(model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
+    loss: Tensor = (model(inputs) - targets).square().mean()
+    return loss
+
+
+def cut_by_rank() -> Dataset[Any]:
+    return Subset(data(), range(rank(), SAMPLES, 2))
+
+
+def split_at_random() -> Dataset[Any]:
+    distplat.prepare(model_of())
+    generator = torch.Generator().manual_seed(rank())  # as prepare(model) seeds in a process
+    return random_split(data(), [12, 12], generator)[0]
+
+
+def longer_on_rank_1() -> Dataset[Any]:
+    return data(SAMPLES + rank())
+
+
+def joined_in_another_order() -> Dataset[Any]:
+    parts = [data(), Subset(data(), range(3))]
+    return ConcatDataset(parts[:: -1 if rank() else 1])
+
+
+@pytest.mark.parametrize(
+    ("make", "text"),
+    [
+        (cut_by_rank, "other samples on rank 1 than on rank 0"),
+        (split_at_random, "other samples on rank 1 than on rank 0"),
+        (longer_on_rank_1, "25 samples on rank 1, 24 on rank 0"),
+        (joined_in_another_order, "other samples on rank 1 than on rank 0"),
+    ],
+)
+def test_data_of_one_rank_alone_are_not_dealt_out(
+    make: Callable[[], Dataset[Any]], text: str
+) -> None:
+    def train(config: Mapping[str, Any]) -> None:
+        distplat.prepare(DataLoader(make(), batch_size=2))
+
+    with pytest.raises(SpecError, match=text):
+        call_on_ranks(train, 2)
+    call_on_ranks(train, 1)
+
+
+def test_the_same_part_of_the_data_on_all_ranks_is_dealt_out() -> None:
+    def train(config: Mapping[str, Any]) -> None:
+        part = random_split(data(), [12, 12], torch.Generator().manual_seed(5))[0]
+        assert len(distplat.prepare(DataLoader(part, batch_size=3))) == 2
+
+    call_on_ranks(train, 2)
+
+
+def test_a_loader_that_gives_no_batch_is_refused() -> None:
+    def train(config: Mapping[str, Any]) -> None:
+        distplat.prepare(DataLoader(data(5), batch_size=4, drop_last=True))
+
+    call_on_ranks(train, 1)
+    with pytest.raises(
+        SpecError, match="of 5 samples each of 2 workers has less than a batch of 4"
+    ):
+        call_on_ranks(train, 2)
+
+
+class Centred(nn.Module):
+    """Puts another tensor in the place of its buffer in each forward, which is None at first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.centre: Tensor | None
+        self.register_buffer("centre", None)
+
+    def forward(self, values: Tensor) -> Tensor:
+        mean = values.detach().mean(0)
+        self.centre = mean if self.centre is None else 0.9 * self.centre + 0.1 * mean
+        return values - self.centre
+
+
+@pytest.mark.parametrize("strategy", ["ring", "ps-sync"])
+def test_buffers_that_a_forward_replaces_are_rank_0s(strategy: str) -> None:
+    def train(config: Mapping[str, Any]) -> None:
+        model = distplat.prepare(model_of(Centred()))
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+        for _, (inputs, targets) in zip(range(3), batches(), strict=False):
+            optimizer.zero_grad()
+            backward(loss_of(model, inputs, targets))
+            optimizer.step()
+
+    run = call_on_ranks(train, job=function_job(2, strategy=strategy))
+    for name, value in run.trained[0].items():
+        assert torch.equal(run.trained[1][name], value), name
+
+
+@pytest.mark.parametrize("strategy", ["ring", "ps-sync", "ps-async"])
+def test_an_expanded_buffer_is_rank_0s(strategy: str) -> None:
+    def train(config: Mapping[str, Any]) -> None:
+        model = model_of()
+        model.register_buffer("scale", torch.full((2, 1), 1.0 + rank()).expand(2, 3))
+        distplat.prepare(model)
+        assert model.get_buffer("scale").tolist() == [[1.0] * 3] * 2
+
+    call_on_ranks(train, job=function_job(2, strategy=strategy))
+
+
+@pytest.mark.parametrize("strategy", ["ring", "ps-sync", "ps-async"])
+@pytest.mark.parametrize(
+    ("add", "text"),
+    [
+        (lambda m: m.register_buffer("graph", torch.eye(2).to_sparse()), "the buffer 'graph'"),
+        (lambda m: m.append(nn.LazyLinear(2)), "'3.weight', '3.bias' of the model have no shape"),
+    ],
+)
+def test_what_ranks_cannot_take_over_is_named(
+    add: Callable[[nn.Module], object], text: str, strategy: str
+) -> None:
+    def train(config: Mapping[str, Any]) -> None:
+        model = model_of()
+        add(model)
+        distplat.prepare(model)
+
+    with pytest.raises(SpecError, match=text):
+        call_on_ranks(train, job=function_job(2, strategy=strategy))
+
+
+@pytest.mark.parametrize("strategy", ["ring", "ps-sync"])
+def test_a_layer_that_came_after_prepare_is_refused_where_it_would_be_trained(
+    strategy: str,
+) -> None:
+    def train(config: Mapping[str, Any]) -> None:
+        model = distplat.prepare(model_of())
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
+        for step, (inputs, targets) in zip(range(8), batches(), strict=False):
+            if step == 5:
+                model.append(nn.Linear(1, 1))
+                optimizer.add_param_group({"params": model[3].parameters()})
+            optimizer.zero_grad()
+            backward(loss_of(model, inputs, targets))
+            optimizer.step()
+
+    with pytest.raises(SpecError, match="would move 2 parameters of no model that prepare"):
+        call_on_ranks(train, job=function_job(2, strategy=strategy))
+
+
+def by_autograd_grad(model: nn.Sequential, loss: Tensor) -> None:
+    every = list(model.parameters())
+    for one, grad in zip(every, torch.autograd.grad(loss, every), strict=True):
+        one.grad = grad
+
+
+def by_both(model: nn.Sequential, loss: Tensor) -> None:
+    own = torch.autograd.grad(loss, [model.get_parameter("0.weight")], retain_graph=True)[0]
+    backward(loss)
+    model[0].weight.grad = own
+
+
+@pytest.mark.parametrize("strategy", ["ring", "ps-sync"])
+@pytest.mark.parametrize("way", [by_autograd_grad, by_both])
+def test_gradients_of_one_rank_are_found_however_small_the_steps(
+    way: Callable[[nn.Sequential, Tensor], None], strategy: str
+) -> None:
+    def train(config: Mapping[str, Any]) -> None:
+        model = distplat.prepare(model_of())
+        optimizer = torch.optim.AdamW(model.parameters(), lr=2e-5)
+        for _, (inputs, targets) in zip(range(5), batches(), strict=False):
+            optimizer.zero_grad()
+            way(model, loss_of(model, inputs, targets))
+            optimizer.step()
+
+    with pytest.raises(ValueError, match=r"at (step|backward) 3.* each trains its own"):
+        call_on_ranks(train, job=function_job(2, strategy=strategy))
