@@ -1,7 +1,7 @@
 """
 What a pipeline cannot do, found and named: nothing that a stage leaves out goes unsaid.
 
-    before the run     SyncBatchNorm, tasks that call the model, batches and inputs of other forms;
+    before the run     SyncBatchNorm, losses with `weights`, batches and inputs of other forms;
                        what layers compute: `compare`
     in the first step  parameters that a backward reaches and no optimizer of this rank has
     in every step      parameters that were frozen when the model was cut, and no longer are
@@ -19,6 +19,7 @@ from distplat.platform.errors import Problem, SpecError
 from distplat.strategies.collective import Collective
 from distplat.strategies.model.block_layers import BeforeBlocks
 from distplat.strategies.model.layers import Layer
+from distplat.strategies.model.model_call import Batch, ModelCall
 from distplat.strategies.pipeline.values import copied, is_value, on_device, tensors_in
 from distplat.strategies.task import Task, has_weights, kind_of, own_call
 from distplat.strategies.torch_compat import tree_map
@@ -27,17 +28,26 @@ _DEPTH = 3
 """Containers within containers of a task in which parameters are looked for."""
 
 
-def as_pair(batch: Any) -> tuple[Any, Any]:
+def as_pair(task: Task, batch: Any) -> tuple[Any, Any]:
     """
     Take a batch apart: the first stage gets the inputs, the last one the targets.
 
+    A batch that is no pair, or that the task hands to the model itself, is both.
+
     Raises:
-        SpecError: it is no pair.
+        SpecError: nobody says how the model is called with it.
     """
+    if own_call(task) is not None:
+        return Batch(batch), batch
+    if isinstance(batch, Mapping):
+        return Batch(batch if type(batch) is dict else dict(batch)), batch
     if isinstance(batch, list | tuple) and len(batch) == 2:
         return batch[0], batch[1]
-    text = f"under `hybrid` a batch must be a pair (inputs, targets), it is {kind_of(batch)}"
-    hint = "give pairs, or use `strategy: ring` or `strategy: ps-sync`, which take any batch"
+    text = f"a batch is {kind_of(batch)}, and nobody says how the model is called with it"
+    hint = (
+        "give a pair (inputs, targets) or a dict of the model's arguments, or write "
+        "forward(model, batch)"
+    )
     raise SpecError(Problem(("task",), text, hint))
 
 
@@ -50,26 +60,19 @@ def entering(inputs: Any) -> Any:
     """
     if isinstance(inputs, Tensor) or is_value(inputs):
         return inputs
-    text = f"a pipeline takes tensors as inputs, train_data gives {kind_of(inputs)}"
+    given = inputs.batch if isinstance(inputs, Batch) else inputs
+    text = f"a pipeline takes tensors as inputs, train_data gives {kind_of(given)}"
     hint = "give a tensor, or tensors in lists, tuples and dicts, or set `pipeline: 1`"
     raise _refused(text, hint)
 
 
-def refuse_own_call(task: Task) -> None:
+def refuse_weights(task: Task) -> None:
     """
-    Refuse a task that needs a batch and the whole model: here no rank need have both.
+    Refuse a loss whose weights all ranks are to know before the first forward.
 
     Raises:
-        SpecError: names the method.
+        SpecError: the task has `weights`.
     """
-    own = own_call(task)
-    if own is not None:
-        text = f"{type(task).__name__}.{own}() calls the whole model, and `hybrid` cuts it"
-        hint = (
-            "give pairs (inputs, targets), a loss(outputs, targets) and what lies between in the "
-            "model's own forward(); or use `strategy: ring` or `strategy: ps-sync`"
-        )
-        raise SpecError(Problem(("task",), text, hint))
     if has_weights(type(task)):
         text = f"{type(task).__name__}.weights() gets whole batches, which no rank of `hybrid` has"
         raise SpecError(Problem(("task",), text, "use `strategy: ring` or `strategy: ps-sync`"))
@@ -181,7 +184,12 @@ _CLOSE = 1e-3
 """Outputs may differ by so much of their norm, in rounding: sums are of other parts."""
 
 
-def compare(model: nn.Module, layers: Sequence[Layer], inputs: Callable[[], Any]) -> None:
+def compare(
+    model: nn.Module,
+    layers: Sequence[Layer],
+    inputs: Callable[[], Any],
+    call: ModelCall | None = None,
+) -> None:
     """
     See whether layers one after the other give what the model gives, in evaluation mode.
 
@@ -193,15 +201,17 @@ def compare(model: nn.Module, layers: Sequence[Layer], inputs: Callable[[], Any]
         model: with values.
         layers: of it.
         inputs: gives a few samples.
+        call: how the model is called; None: with its inputs.
 
     Raises:
         SpecError: they do not.
     """
+    call = call or ModelCall()
     device = next(model.parameters()).device
     given = on_device(inputs(), device)
     with untouched(model, *(layer.module for layer in layers)), torch.enable_grad():
         try:
-            again, whole = (model(copied(given)) for _ in range(2))
+            again, whole = (call(model, copied(given)) for _ in range(2))
         except Exception as error:  # what is trained is what the layers say, if the model does not
             _refuse_guess(layers, f"it cannot be called with the inputs: {error}")
             return

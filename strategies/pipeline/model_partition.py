@@ -8,6 +8,7 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from statistics import median
 from typing import Any
 
@@ -25,6 +26,7 @@ from distplat.strategies.loop.collate import moved
 from distplat.strategies.loop.prepared import Prepared
 from distplat.strategies.model.layers import Layer, tracing
 from distplat.strategies.model.meta import materialise
+from distplat.strategies.model.model_call import ModelCall
 from distplat.strategies.pipeline.executor import training_plan
 from distplat.strategies.pipeline.hybrid_options import HybridOptions
 from distplat.strategies.pipeline.limits import (
@@ -427,7 +429,8 @@ def _taken(
     layers = layers_for(task, model)
     if everybody.rank == 0 and seed is None:
         with tracing:
-            compare(model, layers, lambda: entering(_samples(options, prepared)))
+            samples = partial(_samples, options, prepared)
+            compare(model, layers, lambda: entering(samples()), ModelCall(task))
     points = _agree(options, prepared, layers, None, everybody)
     mine = range(at.stage, options.places, options.pipeline)
     inputs = {}
@@ -475,4 +478,4 @@ def _samples(options: HybridOptions, prepared: Prepared, most: int | None = SAMP
     """Give inputs of the run's first samples, or with None of its first micro-batch."""
     ids = prepared.sampler.micro_batches(0, 0, options.micro(prepared.job))[0][:most]
     batch = one_batch(batches_by(prepared.task, prepared.data), ids.tolist())
-    return moved(as_pair(batch)[0], torch.device(prepared.device))
+    return as_pair(prepared.task, moved(batch, torch.device(prepared.device)))[0]

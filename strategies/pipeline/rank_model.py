@@ -1,5 +1,6 @@
 """From a model to what one rank holds of it: layers, cut points, the chunks of its stage."""
 
+import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NoReturn, Protocol
@@ -18,16 +19,18 @@ from distplat.strategies.model.layers import (
     Layer,
     Stage,
     found_layers,
+    layers_around_blocks,
     layers_of,
     recomputed,
     refuse_tied,
 )
 from distplat.strategies.model.meta import materialise
+from distplat.strategies.model.model_call import Batch, ModelCall
 from distplat.strategies.model.module_hooks import called_hooks, saved_hooks
 from distplat.strategies.model.parameter_layout import GroupOf
 from distplat.strategies.pipeline.limits import BeforeSlicing, Named
 from distplat.strategies.pipeline.values import copied
-from distplat.strategies.task import Task
+from distplat.strategies.task import Task, overrides, own_call
 from distplat.strategies.tensor.parallel_layers import place_of
 from distplat.strategies.tensor.parallel_plan import ShardSpec
 from distplat.strategies.torch_compat import any_hook_for_all_modules
@@ -122,6 +125,9 @@ class _Before(nn.Module):
         self.module, self._hooks = module, tuple(hooks)
 
     def forward(self, inputs: Any) -> Any:
+        if isinstance(inputs, Batch):
+            text = "the whole model has a forward pre-hook, and is called with a whole batch"
+            raise SpecError(_problem(text, "hang it on a layer, or set `pipeline: 1`"))
         for hook in self._hooks:
             given = hook(_Elsewhere(self), (inputs,))
             if isinstance(given, tuple):  # of arguments, as torch takes it
@@ -250,12 +256,13 @@ class Uncut(nn.Module, Chunk):
 
     Args:
         model: with values.
+        call: how it is called.
         recompute: keep the input only, and compute again in backward.
     """
 
-    def __init__(self, model: nn.Module, *, recompute: bool) -> None:
+    def __init__(self, model: nn.Module, call: ModelCall, *, recompute: bool) -> None:
         super().__init__()
-        self.model, self._recompute = model, recompute
+        self.model, self._call, self._recompute = model, call, recompute
 
     @override
     def run(self, inputs: Any, seed: int) -> Any:
@@ -267,7 +274,7 @@ class Uncut(nn.Module, Chunk):
     @override
     def seeded(self, inputs: Any, seed: int) -> Any:
         seed_quickly(mixed(seed, 0))
-        return self.model(inputs)
+        return self._call(self.model, inputs)
 
     @override
     def set_mode(self, *, training: bool) -> None:
@@ -341,12 +348,7 @@ def layers_for(task: Task, model: nn.Module) -> list[Layer]:
         SpecError: neither way works, a parameter of the model is in no layer, or the layers leave
             out what the model does around them.
     """
-    try:
-        modules = task.stages(model)
-    except NotImplementedError:
-        layers = found_layers(model)
-    else:
-        layers = layers_of(model, modules)
+    layers = _layers_of_own_call(task, model) if own_call(task) else _listed_or_found(task, model)
     inside = {id(t) for layer in layers for t in _tensors(layer.module)}
     inside |= {id(p) for layer in layers for p in layer.parts.values() if isinstance(p, Tensor)}
     outside = [name for name, tensor in model.named_parameters() if id(tensor) not in inside]
@@ -354,6 +356,66 @@ def layers_for(task: Task, model: nn.Module) -> list[Layer]:
         text = f"parameters of the model are in no stage: {', '.join(outside)}"
         raise SpecError(Problem((), text, "have the task's `stages` name all parts of the model"))
     return with_hooks(model, layers)
+
+
+def _listed_or_found(task: Task, model: nn.Module) -> list[Layer]:
+    """Give layers whose first takes the inputs, or a batch that is a mapping."""
+    try:
+        modules = task.stages(model)
+    except NotImplementedError:
+        layers = found_layers(model, ModelCall(task))
+    else:
+        layers = layers_of(model, modules)
+    if isinstance(layers[0].module, BeforeBlocks):
+        return layers
+    argument = None if overrides(type(task), "stages") else _argument(model)
+    first = replace(layers[0], module=_TakesBatch(layers[0].module, argument))
+    return [first, *layers[1:]]
+
+
+def _layers_of_own_call(task: Task, model: nn.Module) -> list[Layer]:
+    """Give layers that do all that the task's own `forward` or `step` does."""
+    layers = None
+    if not overrides(type(task), "stages") and not called_hooks(model):
+        layers = layers_around_blocks(model, ModelCall(task))
+    if layers is None:
+        name = f"{type(task).__name__}.{own_call(task)}()"
+        text = f"{name} calls the whole model, and only models of blocks without hooks are cut so"
+        hint = (
+            "leave it out: give pairs (inputs, targets), or dicts of the model's arguments, and a "
+            "loss(outputs, targets); or set `pipeline: 1`"
+        )
+        raise SpecError(Problem(("task",), text, hint))
+    return layers
+
+
+def _argument(model: nn.Module) -> str:
+    """Name the one argument of a model's forward."""
+    return next(iter(inspect.signature(model.forward).parameters), "")
+
+
+class _TakesBatch(nn.Module):
+    """
+    The model's first layer, which may be given a batch that is a mapping.
+
+    Args:
+        module: of the layer.
+        argument: the name of its one argument; None: it takes the mapping itself.
+    """
+
+    def __init__(self, module: nn.Module, argument: str | None) -> None:
+        super().__init__()
+        self.module, self._argument = module, argument
+
+    def forward(self, inputs: Any) -> Any:
+        if isinstance(inputs, Batch):
+            name, inputs = self._argument, inputs.batch
+            if name is not None and [*inputs] != [name]:
+                text = f"the model takes `{name}`, and a batch is a dict of {', '.join(inputs)}"
+                hint = "give pairs (inputs, targets), or a `stages(model)` whose first takes a dict"
+                raise SpecError(_problem(text, hint))
+            inputs = inputs if name is None else inputs[name]
+        return self.module(inputs)
 
 
 def _tensors(module: nn.Module) -> list[Tensor]:
@@ -411,7 +473,7 @@ def take_whole(
     """
     if seed is not None:
         materialise(layers_for(task, model), 0, seed, device)
-    whole = Uncut(model.to(device), recompute=recompute)
+    whole = Uncut(model.to(device), ModelCall(task), recompute=recompute)
     return ModelPart([], {0: whole}, model)
 
 
