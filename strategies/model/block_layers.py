@@ -16,10 +16,11 @@ once more, with blocks that give what the last one gave, and stand-ins for what 
 Where a batch is no pair (inputs, targets), it is the task's `forward` or `step` that runs up to the
 blocks, and on from them, on the whole batch (`model_call.py`).
 
-What of a model is called before its blocks is what is registered before them. Modules without
-parameters and state, such as dropout or rotary embeddings, are on both sides. A tensor that both
-sides have, as a head does that is tied to the embedding, or that forward may use anywhere, belongs
-to the first: it is handed on as `tied`, and its gradient comes back the same way.
+What of a model is called before its blocks is what is registered before them, unless a trial has
+shown another order (`pipeline/call_order.py`). Modules without parameters and state, such as
+dropout or rotary embeddings, are on both sides. A tensor that both sides have, as a head does that
+is tied to the embedding, or that forward may use anywhere, belongs to the first: it is handed on as
+`tied`, and its gradient comes back the same way.
 
 Whether a model can be had so is seen by a trial, which `hybrid` makes in any case: layers must
 give what the model gives.
@@ -43,8 +44,14 @@ from distplat.platform.errors import Problem, SpecError
 from distplat.strategies.model.model_call import Batch, ModelCall, changed_modes, torch_modes
 from distplat.strategies.torch_compat import tree_leaves
 
+Order = Mapping[str, bool]
+"""By the name of a part beside the blocks: whether it is called behind them, for parts that are
+registered elsewhere."""
 
-def block_modules(model: nn.Module, call: ModelCall) -> list[nn.Module] | None:
+
+def block_modules(
+    model: nn.Module, call: ModelCall, order: Order | None = None
+) -> list[nn.Module] | None:
     """
     Give modules that make up a model, in order; None where it has no list of blocks.
 
@@ -53,12 +60,13 @@ def block_modules(model: nn.Module, call: ModelCall) -> list[nn.Module] | None:
     Args:
         model: whose forward calls all blocks one after the other.
         call: how it is called.
+        order: of its parts, where it is not that of their registration.
     """
-    found = _list_of_blocks(model)
+    found = list_of_blocks(model)
     if found is None:
         return None
     path, blocks = found
-    before, after, both = _sides(model, path)
+    before, after, both = _sides(model, path, order or {})
     first = {id(p) for one in before.values() for p in one.parameters()}
     of_both = [p for one in after.values() for p in one.parameters() if id(p) in first]
     tied = {id(one): one for one in (*of_both, *both)}
@@ -75,11 +83,12 @@ def block_modules(model: nn.Module, call: ModelCall) -> list[nn.Module] | None:
 
 def most_blocks(model: nn.Module) -> int:
     """Give the number of blocks in a model's list; 0: it has none."""
-    found = _list_of_blocks(model)
+    found = list_of_blocks(model)
     return len(found[1]) if found is not None else 0
 
 
-def _list_of_blocks(model: nn.Module) -> tuple[str, list[nn.Module]] | None:
+def list_of_blocks(model: nn.Module) -> tuple[str, list[nn.Module]] | None:
+    """Give the name of a model's largest list of blocks, and the blocks."""
     best, weight = None, 0
     for path, module in model.named_modules():
         if not isinstance(module, nn.ModuleList) or len(module) < 2:
@@ -92,24 +101,34 @@ def _list_of_blocks(model: nn.Module) -> tuple[str, list[nn.Module]] | None:
     return best
 
 
+def beside_blocks(model: nn.Module, path: str) -> Iterator[tuple[str, nn.Module, bool]]:
+    """Give the parts beside a list: name, module, and whether it is registered behind the list."""
+    home, name = model, ""
+    for step in path.split("."):
+        behind = False
+        for own, child in home.named_children():
+            if own == step:
+                behind = True
+            else:
+                yield f"{name}{own}", child, behind
+        home, name = home.get_submodule(step), f"{name}{step}."
+
+
 def _sides(
-    model: nn.Module, path: str
+    model: nn.Module, path: str, order: Order
 ) -> tuple[dict[int, nn.Module], dict[int, nn.Module], list[Tensor]]:
     """
-    Give the modules with state that are registered before and after the blocks.
+    Give the modules with state that are called before and after the blocks.
 
     And the tensors of modules that have the blocks inside, which their forward may use anywhere.
     """
     before, after, both = dict[int, nn.Module](), dict[int, nn.Module](), list[Tensor]()
+    for name, child, behind in beside_blocks(model, path):
+        if child.state_dict():
+            (after if order.get(name, behind) else before)[id(child)] = child
     home = model
     for step in path.split("."):
         both += [*home.parameters(recurse=False), *home.buffers(recurse=False)]
-        side = before
-        for name, child in home.named_children():
-            if name == step:
-                side = after
-            elif child.state_dict():
-                side[id(child)] = child
         home = home.get_submodule(step)
     return before, after, both
 

@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from distplat.platform.errors import Problem, SpecError
 from distplat.strategies.algorithms.partition import bounds
-from distplat.strategies.model.block_layers import block_modules, most_blocks
+from distplat.strategies.model.block_layers import Order, block_modules, most_blocks
 from distplat.strategies.model.model_call import ModelCall, changed_modes, torch_modes
 from distplat.strategies.model.module_hooks import called_hooks
 from distplat.strategies.torch_compat import has_running_statistics
@@ -228,13 +228,16 @@ def traced_layers(model: nn.Module) -> list[Layer]:
     ]
 
 
-def found_layers(model: nn.Module, call: ModelCall | None = None) -> list[Layer]:
+def found_layers(
+    model: nn.Module, call: ModelCall | None = None, order: Order | None = None
+) -> list[Layer]:
     """
     Find a model's layers: by a trace, or around its list of blocks where that gives more.
 
     Args:
         model: any.
-        call: how it is called, where the layers are to do all of that; None: with its inputs.
+        call: how it is called; None: with its inputs.
+        order: see `block_modules`.
 
     Raises:
         SpecError: there is no such list, and the trace's reason.
@@ -242,22 +245,24 @@ def found_layers(model: nn.Module, call: ModelCall | None = None) -> list[Layer]
     try:
         traced = traced_layers(model)
     except SpecError:
-        layers = layers_around_blocks(model, call or ModelCall())
+        layers = layers_around_blocks(model, call or ModelCall(), order)
         if layers is None:
             raise
         return layers
     if len(traced) >= most_blocks(model):
         return traced
-    return layers_around_blocks(model, call or ModelCall()) or traced
+    return layers_around_blocks(model, call or ModelCall(), order) or traced
 
 
-def layers_around_blocks(model: nn.Module, call: ModelCall) -> list[Layer] | None:
+def layers_around_blocks(
+    model: nn.Module, call: ModelCall, order: Order | None
+) -> list[Layer] | None:
     """
     Give the layers of `block_modules`; the last is named by what the first has not.
 
     What has several names has all of them, in the first layer that it is in.
     """
-    blocks = block_modules(model, call)
+    blocks = block_modules(model, call, order)
     if blocks is None:
         return None
     layers = layers_of(model, blocks)

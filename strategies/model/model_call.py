@@ -8,15 +8,16 @@ are to compute the same.
 
 from __future__ import annotations
 
-import random
+import inspect
+from contextlib import ExitStack
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import nn
 
 from distplat.platform.errors import Problem, SpecError
 from distplat.strategies.task import Task, method_of, own_call
+from distplat.strategies.torch_compat import DrawWatch
 
 
 class Batch(NamedTuple):
@@ -53,42 +54,50 @@ class ModelCall:
         """
         if self._task is None or own_call(self._task) is None or not isinstance(inputs, Batch):
             return self(model, inputs)
-        before, waits = self._generators(), [True]
-
-        def look(*_: object) -> None:
-            if waits and waits.pop() and self._generators() != before:
-                raise self._drawn()
-
-        handle = model.register_forward_pre_hook(look)
+        watch = ExitStack()
+        watch.enter_context(DrawWatch(self._refuse_draws))
+        handle = model.register_forward_pre_hook(lambda *_: watch.close())
         try:
             return self(model, inputs)
         finally:
             handle.remove()
-            look()  # it may have called methods of the model alone
+            watch.close()
 
-    def _generators(self) -> list[object]:
-        """Give the states of generators, those that the task keeps among them."""
-        _, keys, *place = np.random.get_state()
-        found: list[object] = [random.getstate(), bytes(keys), place]  # type: ignore[arg-type]
-        devices = torch.cuda.default_generators if torch.cuda.is_initialized() else ()  # type: ignore[no-untyped-call]
-        for one in (torch.default_generator, *devices, *vars(self._task).values()):
-            if isinstance(one, torch.Generator):
-                found.append(bytes(one.get_state().numpy()))
-            elif isinstance(one, np.random.Generator):
-                found.append(repr(one.bit_generator.state))
-            elif isinstance(one, random.Random):
-                found.append(one.getstate())
-        return found
-
-    def _drawn(self) -> SpecError:
+    def _refuse_draws(self) -> None:
         name = f"{type(self._task).__name__}.{self._method}()"
         text = f"{name} draws random numbers before it calls the model, and runs on two stages"
         hint = "draw them in collate(), or in the model's parts, or set `pipeline: 1`"
-        return SpecError(Problem(("task",), text, hint))
+        raise SpecError(Problem(("task",), text, hint))
 
     def __deepcopy__(self, memo: object) -> ModelCall:
         """Give itself: layers are copied to be measured, and a task may hold its data."""
         return self
+
+
+class TakesBatch(nn.Module):
+    """
+    The model's first layer, which may be given a batch that is a mapping.
+
+    Args:
+        module: of the layer.
+        model: whose one argument it takes; None: it takes the mapping itself.
+    """
+
+    def __init__(self, module: nn.Module, model: nn.Module | None) -> None:
+        super().__init__()
+        self.module = module
+        names = [] if model is None else [*inspect.signature(model.forward).parameters]
+        self._argument = next(iter(names), None)
+
+    def forward(self, inputs: Any) -> Any:
+        if isinstance(inputs, Batch):
+            name, inputs = self._argument, inputs.batch
+            if name is not None and [*inputs] != [name]:
+                text = f"the model takes `{name}`, and a batch is a dict of {', '.join(inputs)}"
+                hint = "give pairs (inputs, targets), or a `stages(model)` whose first takes a dict"
+                raise SpecError(Problem(("strategy", "pipeline"), text, hint))
+            inputs = inputs if name is None else inputs[name]
+        return self.module(inputs)
 
 
 def torch_modes() -> dict[str, object]:

@@ -218,13 +218,22 @@ def compare(
         if not _alike(whole, again):
             _refuse_guess(layers, "it draws random numbers in evaluation")
             return
+        hint = "have the task's `stages` say all that `forward` does, or set `pipeline: 1`"
+        what = f"the layers {', '.join(one.name for one in layers)} one after the other"
         behind = copied(given)
-        for layer in layers:
-            behind = layer.module(behind)
-    hint = "have the task's `stages` say all that `forward` does, or set `pipeline: 1`"
-    what = f"the layers {', '.join(one.name for one in layers)} one after the other"
+        try:
+            for layer in layers:
+                behind = layer.module(behind)
+        except SpecError:
+            raise
+        except Exception as error:
+            text = f"{what} fail where {type(model).__name__} does not: {error}"
+            raise _otherwise(text, _to_write(layers) or hint) from error
+    if not tensors_in(whole):
+        _refuse_guess(layers, f"it gives {kind_of(whole)}, and no tensors that are seen")
     if not _alike(behind, whole):
-        raise _otherwise(f"{what} compute otherwise than {type(model).__name__} does", hint)
+        text = f"{what} compute otherwise than {type(model).__name__} does"
+        raise _otherwise(text, _to_write(layers) or hint)
     mine, theirs = ({id(leaf) for leaf in leaves(tensors_in(one))} for one in (behind, whole))
     differ = [name for name, p in model.named_parameters() if (id(p) in mine) != (id(p) in theirs)]
     if differ:
@@ -233,9 +242,20 @@ def compare(
 
 
 def _refuse_guess(layers: Sequence[Layer], why: str) -> None:
-    if any(isinstance(one, BeforeBlocks) for one in layers[0].module.modules()):
-        text = f"the model's layers cannot be compared with the model: {why}"
-        raise _otherwise(text, "give the task a `stages(model)`, or set `pipeline: 1`")
+    hint = _to_write(layers)
+    if hint:
+        raise _otherwise(f"the model's layers cannot be compared with the model: {why}", hint)
+
+
+def _to_write(layers: Sequence[Layer]) -> str:
+    """Say what `stages` would be, where layers are guessed; empty: they are not."""
+    if not any(isinstance(one, BeforeBlocks) for one in layers[0].module.modules()):
+        return ""
+    blocks = layers[1].name.rpartition(".")[0]
+    return (
+        f"give the task a `stages(model)`, such as [First(model), *map(Block, model.{blocks}), "
+        "Last(model)], whose modules each take what the one before gives; or set `pipeline: 1`"
+    )
 
 
 @torch.no_grad()

@@ -24,9 +24,11 @@ from distplat.strategies.collective import Collective, broadcast_bytes, gather_b
 from distplat.strategies.loop.batches import batches_by, one_batch
 from distplat.strategies.loop.collate import moved
 from distplat.strategies.loop.prepared import Prepared
+from distplat.strategies.model.block_layers import Order
 from distplat.strategies.model.layers import Layer, tracing
 from distplat.strategies.model.meta import materialise
 from distplat.strategies.model.model_call import ModelCall
+from distplat.strategies.pipeline.call_order import agreed_order
 from distplat.strategies.pipeline.executor import training_plan
 from distplat.strategies.pipeline.hybrid_options import HybridOptions
 from distplat.strategies.pipeline.limits import (
@@ -368,14 +370,19 @@ def agreed_part(
         SpecError: the model cannot be cut, or sliced, as the job says.
         CollectiveError: a rank is missing.
     """
+    order: Order = {}
+    if options.places > 1:
+        model, meta = prepared.model, options.init == "meta"
+        tried = None if model is None or meta else lambda: entering(_samples(options, prepared))
+        order = agreed_order(prepared.task, model, tried, known.order if known else None, everybody)
     new = known is None
     together = slices if slices is not None and _all_new(new, slices, prepared.device) else None
     part = known
     if part is None:
         assert prepared.model is not None, "a model that was built and not yet cut"
         names = names_of(prepared.model)
-        part, inputs = _taken(options, prepared, prepared.model, at, everybody, together)
-        part.names = names
+        part, inputs = _taken(options, prepared, prepared.model, order, at, everybody, together)
+        part.names, part.order = names, order
         prepared.model = None
         if slices is not None:
             if together is not None:
@@ -398,6 +405,7 @@ def _taken(
     options: HybridOptions,
     prepared: Prepared,
     model: nn.Module,
+    order: Order,
     at: Position,
     everybody: Collective,
     together: Collective | None,
@@ -409,6 +417,7 @@ def _taken(
         options: see `agreed_part`.
         prepared: the data.
         model: whole.
+        order: of its parts.
         at: this rank.
         everybody: all ranks.
         together: the slices, if they are to try it; else there are no samples.
@@ -426,7 +435,7 @@ def _taken(
     if options.places == 1:
         one = take_whole(task, model, **fields)
         return one, {} if tried is None else {0: shared(_samples(options, prepared), tried)}
-    layers = layers_for(task, model)
+    layers = layers_for(task, model, order)
     if everybody.rank == 0 and seed is None:
         with tracing:
             samples = partial(_samples, options, prepared)

@@ -1,6 +1,5 @@
 """From a model to what one rank holds of it: layers, cut points, the chunks of its stage."""
 
-import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NoReturn, Protocol
@@ -13,7 +12,7 @@ from distplat.strategies.algorithms.partition import bounds
 from distplat.strategies.algorithms.seeds import mixed
 from distplat.strategies.checkpoint.checkpoint_types import Holding
 from distplat.strategies.loop.seeding import seed_quickly
-from distplat.strategies.model.block_layers import BeforeBlocks
+from distplat.strategies.model.block_layers import BeforeBlocks, Order
 from distplat.strategies.model.flat import FlatModel
 from distplat.strategies.model.layers import (
     Layer,
@@ -25,12 +24,13 @@ from distplat.strategies.model.layers import (
     refuse_tied,
 )
 from distplat.strategies.model.meta import materialise
-from distplat.strategies.model.model_call import Batch, ModelCall
+from distplat.strategies.model.model_call import Batch, ModelCall, TakesBatch
 from distplat.strategies.model.module_hooks import called_hooks, saved_hooks
 from distplat.strategies.model.parameter_layout import GroupOf
 from distplat.strategies.pipeline.limits import BeforeSlicing, Named
 from distplat.strategies.pipeline.values import copied
 from distplat.strategies.task import Task, overrides, own_call
+from distplat.strategies.task_methods import names_in
 from distplat.strategies.tensor.parallel_layers import place_of
 from distplat.strategies.tensor.parallel_plan import ShardSpec
 from distplat.strategies.torch_compat import any_hook_for_all_modules
@@ -303,6 +303,8 @@ class ModelPart:
     """By place along the model."""
     module: nn.Module
     """All chunks' layers, with the names that they have in the model."""
+    order: Order = field(default_factory=dict)
+    """Of the whole model's parts; see `call_order.py`."""
     specs: dict[str, ShardSpec] = field(default_factory=dict)
     """Which slice of a tensor this rank has; what is not in it is whole."""
     names: dict[int, Named] = field(default_factory=dict)
@@ -340,15 +342,21 @@ class ModelPart:
         self.flat = FlatModel(self.module, group_of=group_of)
 
 
-def layers_for(task: Task, model: nn.Module) -> list[Layer]:
+def layers_for(task: Task, model: nn.Module, order: Order | None = None) -> list[Layer]:
     """
     Give a model's layers, as the task names them or as a trace finds them.
+
+    Args:
+        task: the user's.
+        model: whole.
+        order: of its parts; see `call_order.py`.
 
     Raises:
         SpecError: neither way works, a parameter of the model is in no layer, or the layers leave
             out what the model does around them.
     """
-    layers = _layers_of_own_call(task, model) if own_call(task) else _listed_or_found(task, model)
+    find = _layers_of_own_call if own_call(task) else _listed_or_found
+    layers = find(task, model, order)
     inside = {id(t) for layer in layers for t in _tensors(layer.module)}
     inside |= {id(p) for layer in layers for p in layer.parts.values() if isinstance(p, Tensor)}
     outside = [name for name, tensor in model.named_parameters() if id(tensor) not in inside]
@@ -358,26 +366,26 @@ def layers_for(task: Task, model: nn.Module) -> list[Layer]:
     return with_hooks(model, layers)
 
 
-def _listed_or_found(task: Task, model: nn.Module) -> list[Layer]:
+def _listed_or_found(task: Task, model: nn.Module, order: Order | None) -> list[Layer]:
     """Give layers whose first takes the inputs, or a batch that is a mapping."""
     try:
         modules = task.stages(model)
     except NotImplementedError:
-        layers = found_layers(model, ModelCall(task))
+        layers = found_layers(model, ModelCall(task), order)
     else:
         layers = layers_of(model, modules)
     if isinstance(layers[0].module, BeforeBlocks):
         return layers
-    argument = None if overrides(type(task), "stages") else _argument(model)
-    first = replace(layers[0], module=_TakesBatch(layers[0].module, argument))
-    return [first, *layers[1:]]
+    of_one = None if overrides(type(task), "stages") else model
+    return [replace(layers[0], module=TakesBatch(layers[0].module, of_one)), *layers[1:]]
 
 
-def _layers_of_own_call(task: Task, model: nn.Module) -> list[Layer]:
+def _layers_of_own_call(task: Task, model: nn.Module, order: Order | None) -> list[Layer]:
     """Give layers that do all that the task's own `forward` or `step` does."""
+    _refuse_other_draws(task)
     layers = None
     if not overrides(type(task), "stages") and not called_hooks(model):
-        layers = layers_around_blocks(model, ModelCall(task))
+        layers = layers_around_blocks(model, ModelCall(task), order)
     if layers is None:
         name = f"{type(task).__name__}.{own_call(task)}()"
         text = f"{name} calls the whole model, and only models of blocks without hooks are cut so"
@@ -389,33 +397,14 @@ def _layers_of_own_call(task: Task, model: nn.Module) -> list[Layer]:
     return layers
 
 
-def _argument(model: nn.Module) -> str:
-    """Name the one argument of a model's forward."""
-    return next(iter(inspect.signature(model.forward).parameters), "")
-
-
-class _TakesBatch(nn.Module):
-    """
-    The model's first layer, which may be given a batch that is a mapping.
-
-    Args:
-        module: of the layer.
-        argument: the name of its one argument; None: it takes the mapping itself.
-    """
-
-    def __init__(self, module: nn.Module, argument: str | None) -> None:
-        super().__init__()
-        self.module, self._argument = module, argument
-
-    def forward(self, inputs: Any) -> Any:
-        if isinstance(inputs, Batch):
-            name, inputs = self._argument, inputs.batch
-            if name is not None and [*inputs] != [name]:
-                text = f"the model takes `{name}`, and a batch is a dict of {', '.join(inputs)}"
-                hint = "give pairs (inputs, targets), or a `stages(model)` whose first takes a dict"
-                raise SpecError(_problem(text, hint))
-            inputs = inputs if name is None else inputs[name]
-        return self.module(inputs)
+def _refuse_other_draws(task: Task) -> None:
+    """Refuse numbers of python's or numpy's: what torch draws is seen when it is drawn."""
+    method = own_call(task) or ""
+    named = names_in(getattr(type(task), method)) & {"random", "default_rng"}
+    if named:
+        text = f"{type(task).__name__}.{method}() names `{min(named)}`, and runs on two stages"
+        hint = "draw numbers in collate(), or set `pipeline: 1`"
+        raise SpecError(Problem(("task",), text, hint))
 
 
 def _tensors(module: nn.Module) -> list[Tensor]:
