@@ -90,6 +90,12 @@ class TakesBatch(nn.Module):
         self._argument = next(iter(names), None)
 
     def forward(self, inputs: Any) -> Any:
+        """
+        Give what the layer gives.
+
+        Raises:
+            SpecError: the mapping has other keys than the model's one argument.
+        """
         if isinstance(inputs, Batch):
             name, inputs = self._argument, inputs.batch
             if name is not None and [*inputs] != [name]:

@@ -1,5 +1,6 @@
 """Batches of any form, and tasks that call the model themselves: equal to the plain loop."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -320,6 +321,24 @@ def test_a_mean_over_words_is_told(caplog: pytest.LogCaptureFixture) -> None:
     (told,) = [one.getMessage() for one in caplog.records if "no mean" in one.getMessage()]
     assert told.startswith("loss() is no mean over the samples of a batch: halves give ")
     assert "return (sum, weight) instead" in told
+
+
+class OwnLoss(Dicts):
+    """A mean over words, which the model makes itself."""
+
+    def loss(self, outputs: Any, targets: Any) -> Any:
+        return outputs["loss"]
+
+
+@pytest.mark.parametrize("kind", [OwnLoss, HuggingFace])
+@pytest.mark.parametrize("strategy", ["ring", HYBRID], ids=str)
+def test_a_mean_over_words_of_the_models_own_is_told(
+    kind: type[Task], strategy: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    trained(kind, strategy, 2)
+    (told, *_) = [one.getMessage() for one in caplog.records if "the model's own" in one.message]
+    assert re.search(r"have \d to \d+ labels that are not -100", told)
+    assert "Return (sum, weight) instead" in told
 
 
 @pytest.mark.parametrize("kind", [Dicts, Triples, Nested, Listed])
