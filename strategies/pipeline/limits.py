@@ -229,7 +229,9 @@ def compare(
         except Exception as error:
             text = f"{what} fail where {type(model).__name__} does not: {error}"
             raise _otherwise(text, _to_write(layers) or hint) from error
-    if not tensors_in(whole):
+    if not _to_write(layers):
+        behind, whole = _of_both(behind, whole)
+    elif not tensors_in(whole):
         _refuse_guess(layers, f"it gives {kind_of(whole)}, and no tensors that are seen")
     if not _alike(behind, whole):
         text = f"{what} compute otherwise than {type(model).__name__} does"
@@ -239,6 +241,13 @@ def compare(
     if differ:
         text = f"{what} give other parameters gradients than {type(model).__name__} does: "
         raise _otherwise(text + ", ".join(differ), hint)
+
+
+def _of_both(behind: Any, whole: Any) -> tuple[Any, Any]:
+    """Leave out entries that the task's own layers do not give: who asks for one has an error."""
+    if not (isinstance(behind, Mapping) and isinstance(whole, Mapping)):
+        return behind, whole
+    return {**behind}, {name: whole[name] for name in behind if name in whole}
 
 
 def _refuse_guess(layers: Sequence[Layer], why: str) -> None:

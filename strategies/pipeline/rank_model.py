@@ -85,7 +85,7 @@ def _own_ways(module: nn.Module, layers: Sequence[Layer]) -> list[str]:
     Name what a module does for all its parts, where that is more than to do it for each.
 
     Layers around a list of blocks are copies of the model with some of its parts, and are told the
-    mode by their own `train`.
+    mode by their own `train`. Hugging Face's models have one that does no more than torch's.
     """
     copies = isinstance(layers[0].module, BeforeBlocks)
     usual: dict[str, object] = {"state_dict": nn.Module.state_dict}
@@ -94,7 +94,28 @@ def _own_ways(module: nn.Module, layers: Sequence[Layer]) -> list[str]:
         f"a `{name}` of its own"
         for name, method in usual.items()
         if getattr(type(module), name) is not method or name in vars(module)
+        if name != "train" or not _sets_modes_only(module)
     ]
+
+
+def _sets_modes_only(module: nn.Module) -> bool:
+    """Whether `train` of a module sets the mode of all parts and changes no attribute beside."""
+    every = [*module.modules()]
+    modes = [one.training for one in every]
+    held = [{**vars(one), "training": None} for one in every]
+    trained = [one.requires_grad for one in module.parameters()]
+    as_usual = True
+    for mode in (True, False):
+        module.train(mode)
+        as_usual &= all(one.training is mode for one in every)
+        for one, before in zip(every, held, strict=True):
+            now = {**vars(one), "training": None}
+            as_usual &= now.keys() == before.keys()
+            as_usual &= all(now[name] is value for name, value in before.items() if name in now)
+    as_usual &= trained == [one.requires_grad for one in module.parameters()]
+    for one, mode in zip(every, modes, strict=True):
+        one.training = mode
+    return as_usual
 
 
 def _between(model: nn.Module, layers: Sequence[Layer]) -> list[Problem]:
