@@ -260,7 +260,7 @@ def layers_around_blocks(
     """
     Give the layers of `block_modules`; the last is named by what the first has not.
 
-    What has several names has all of them, in the first layer that it is in.
+    None: the model has no list of blocks.
     """
     blocks = block_modules(model, call, order)
     if blocks is None:
@@ -269,6 +269,12 @@ def layers_around_blocks(
     own = [name for name in layers[-1].parts if name not in layers[0].parts]
     if own:
         layers[-1] = replace(layers[-1], name=own[0])
+    return with_all_names(model, layers)
+
+
+def with_all_names(model: nn.Module, given: Sequence[Layer]) -> list[Layer]:
+    """Have parameters of several names have all of them, in the first layer that they are in."""
+    layers = list(given)
     homes: dict[int, int] = {}
     for number, layer in enumerate(layers):
         for _, tensor in _named(layer):

@@ -22,6 +22,7 @@ from distplat.strategies.model.layers import (
     layers_of,
     recomputed,
     refuse_tied,
+    with_all_names,
 )
 from distplat.strategies.model.meta import materialise
 from distplat.strategies.model.model_call import Batch, ModelCall, TakesBatch
@@ -394,7 +395,7 @@ def _listed_or_found(task: Task, model: nn.Module, order: Order | None) -> list[
     except NotImplementedError:
         layers = found_layers(model, ModelCall(task), order)
     else:
-        layers = layers_of(model, modules)
+        layers = with_all_names(model, layers_of(model, modules))
     if isinstance(layers[0].module, BeforeBlocks):
         return layers
     of_one = None if overrides(type(task), "stages") else model
