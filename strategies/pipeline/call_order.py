@@ -26,36 +26,39 @@ from distplat.strategies.pipeline.values import copied, on_device
 from distplat.strategies.task import Task, overrides
 
 
+def has_order(task: Task, model: nn.Module | None) -> bool:
+    """Whether the order of a model's parts is asked for: it has blocks, and nobody lists layers."""
+    if model is None or list_of_blocks(model) is None:
+        return False
+    listed = isinstance(model, nn.Sequential) and type(model).forward is nn.Sequential.forward
+    return not listed and not overrides(type(task), "stages")
+
+
 def agreed_order(
-    task: Task,
-    model: nn.Module | None,
-    inputs: Callable[[], Any] | None,
+    tried: Callable[[], Order] | None,
     known: Order | None,
     group: Collective,
+    device: torch.device,
 ) -> Order:
     """
     Give the order of a model's parts, the same on all ranks; each calls this.
 
     Args:
-        task: the user's.
-        model: whole; None: this rank has its part of it.
-        inputs: gives a few samples; None: it has no values.
+        tried: finds it; None: this rank has no model, or one without values.
         known: what this rank has found in an attempt before.
         group: all ranks.
+        device: of the model.
 
     Raises:
         CollectiveError: a rank is missing.
     """
-    cpu = torch.device("cpu")
-    every = map(json.loads, gather_bytes(json.dumps(known).encode(), group, cpu))
+    every = map(json.loads, gather_bytes(json.dumps(known).encode(), group, device))
     told = next((one for one in every if one is not None), None)
     if told is not None:
         found: Order = told
         return found
-    mine: Order = {}
-    if group.rank == 0 and model is not None and inputs is not None:
-        mine = {} if overrides(type(task), "stages") else order_of(model, ModelCall(task), inputs)
-    agreed: Order = json.loads(broadcast_bytes(json.dumps(mine).encode(), 0, group, cpu))
+    mine = tried() if group.rank == 0 and tried is not None else {}
+    agreed: Order = json.loads(broadcast_bytes(json.dumps(mine).encode(), 0, group, device))
     return agreed
 
 

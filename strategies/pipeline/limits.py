@@ -218,29 +218,36 @@ def compare(
         if not _alike(whole, again):
             _refuse_guess(layers, "it draws random numbers in evaluation")
             return
-        hint = "have the task's `stages` say all that `forward` does, or set `pipeline: 1`"
-        what = f"the layers {', '.join(one.name for one in layers)} one after the other"
-        behind = copied(given)
-        try:
-            for layer in layers:
-                behind = layer.module(behind)
-        except SpecError:
-            raise
-        except Exception as error:
-            text = f"{what} fail where {type(model).__name__} does not: {error}"
-            raise _otherwise(text, _to_write(layers) or hint) from error
+        behind = _one_after_the_other(model, layers, copied(given))
     if not _to_write(layers):
         behind, whole = _of_both(behind, whole)
     elif not tensors_in(whole):
         _refuse_guess(layers, f"it gives {kind_of(whole)}, and no tensors that are seen")
     if not _alike(behind, whole):
-        text = f"{what} compute otherwise than {type(model).__name__} does"
-        raise _otherwise(text, _to_write(layers) or hint)
+        raise _layers_do(layers, f"compute otherwise than {type(model).__name__} does")
     mine, theirs = ({id(leaf) for leaf in leaves(tensors_in(one))} for one in (behind, whole))
     differ = [name for name, p in model.named_parameters() if (id(p) in mine) != (id(p) in theirs)]
     if differ:
-        text = f"{what} give other parameters gradients than {type(model).__name__} does: "
-        raise _otherwise(text + ", ".join(differ), hint)
+        text = f"give other parameters gradients than {type(model).__name__} does: "
+        raise _layers_do(layers, text + ", ".join(differ))
+
+
+def _one_after_the_other(model: nn.Module, layers: Sequence[Layer], value: Any) -> Any:
+    try:
+        for layer in layers:
+            value = layer.module(value)
+    except SpecError:
+        raise
+    except Exception as error:
+        text = f"fail where {type(model).__name__} does not: {error}"
+        raise _layers_do(layers, text) from error
+    return value
+
+
+def _layers_do(layers: Sequence[Layer], what: str) -> SpecError:
+    hint = "have the task's `stages` say all that `forward` does, or set `pipeline: 1`"
+    text = f"the layers {', '.join(one.name for one in layers)} one after the other {what}"
+    return _otherwise(text, _to_write(layers) or hint)
 
 
 def _of_both(behind: Any, whole: Any) -> tuple[Any, Any]:

@@ -28,7 +28,7 @@ from distplat.strategies.model.block_layers import Order
 from distplat.strategies.model.layers import Layer, tracing
 from distplat.strategies.model.meta import materialise
 from distplat.strategies.model.model_call import ModelCall
-from distplat.strategies.pipeline.call_order import agreed_order
+from distplat.strategies.pipeline.call_order import agreed_order, has_order, order_of
 from distplat.strategies.pipeline.executor import training_plan
 from distplat.strategies.pipeline.hybrid_options import HybridOptions
 from distplat.strategies.pipeline.limits import (
@@ -370,11 +370,18 @@ def agreed_part(
         SpecError: the model cannot be cut, or sliced, as the job says.
         CollectiveError: a rank is missing.
     """
-    order: Order = {}
-    if options.places > 1:
-        model, meta = prepared.model, options.init == "meta"
-        tried = None if model is None or meta else lambda: entering(_samples(options, prepared))
-        order = agreed_order(prepared.task, model, tried, known.order if known else None, everybody)
+    order: Order | None = None
+    model = prepared.model
+    if options.places > 1 and (
+        known.order is not None if known else has_order(prepared.task, model)
+    ):
+        tried = None
+        if model is not None and options.init == "build":
+            tried = partial(
+                order_of, model, ModelCall(prepared.task), partial(_samples, options, prepared)
+            )
+        device = torch.device(prepared.device)
+        order = agreed_order(tried, known.order if known else None, everybody, device)
     new = known is None
     together = slices if slices is not None and _all_new(new, slices, prepared.device) else None
     part = known
@@ -405,7 +412,7 @@ def _taken(
     options: HybridOptions,
     prepared: Prepared,
     model: nn.Module,
-    order: Order,
+    order: Order | None,
     at: Position,
     everybody: Collective,
     together: Collective | None,
@@ -417,7 +424,7 @@ def _taken(
         options: see `agreed_part`.
         prepared: the data.
         model: whole.
-        order: of its parts.
+        order: of its parts; None: nobody has asked.
         at: this rank.
         everybody: all ranks.
         together: the slices, if they are to try it; else there are no samples.

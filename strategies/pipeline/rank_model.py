@@ -325,8 +325,8 @@ class ModelPart:
     """By place along the model."""
     module: nn.Module
     """All chunks' layers, with the names that they have in the model."""
-    order: Order = field(default_factory=dict)
-    """Of the whole model's parts; see `call_order.py`."""
+    order: Order | None = None
+    """Of the whole model's parts; see `call_order.py`. None: nobody has asked."""
     specs: dict[str, ShardSpec] = field(default_factory=dict)
     """Which slice of a tensor this rank has; what is not in it is whole."""
     names: dict[int, Named] = field(default_factory=dict)
