@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from hybrid_models import grid_of, hybrid_job, whole
+from hybrid_workers import WORLD, Workers, same
 from jobs import job_of
 from local_run import LocalRun, train
 from sentences import WORDS, Sentences
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from distplat import Task
 from distplat.platform.errors import SpecError
 from distplat.platform.sampler import Sampler
+from distplat.strategies.fakes import Fabric
 
 SAMPLES, BATCH, STEPS, WIDTH = 22, 16, 5, 8
 
@@ -280,3 +282,16 @@ def test_hooks_of_the_whole_model_are_called_once_or_refused() -> None:
 
     with pytest.raises(SpecError, match="has a forward pre-hook, and is called with a whole batch"):
         run_of(Before)
+
+
+@pytest.mark.parametrize("victim", [0, 3])
+def test_a_lost_rank_learns_the_order_of_parts_and_the_forms(victim: int) -> None:
+    """Forms are told anew in each attempt; a norm that is called last is where the others know."""
+    unfailed = Workers(of_blocks(Own)).attempt(Fabric(WORLD))
+    workers, fabric = Workers(of_blocks(Own)), Fabric(WORLD)
+    fabric.kill(victim, after=12, group="world")
+    assert workers.attempt(fabric) is None
+    workers.renew(victim)
+    model = workers.attempt(Fabric(WORLD))
+    assert model is not None and unfailed is not None and same(model, unfailed)
+    assert min(workers.starts) == max(workers.starts) > 0, "survivors keep what they have"
