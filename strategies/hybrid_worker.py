@@ -13,7 +13,7 @@ from distplat.strategies.model.flat import FlatModel
 from distplat.strategies.model.meta import on_meta
 from distplat.strategies.model.sync_batch_norm import refuse_sync_batch_norm
 from distplat.strategies.pipeline.hybrid_options import HybridOptions
-from distplat.strategies.pipeline.limits import refuse_own_call
+from distplat.strategies.pipeline.limits import refuse_weights
 from distplat.strategies.pipeline.rank import PipelineRank
 from distplat.strategies.task import Task
 from distplat.strategies.worker_strategy import Context, WorkerStrategy
@@ -27,7 +27,7 @@ class HybridWorker(WorkerStrategy[HybridOptions]):
 
     def build_model(self, task: Task) -> nn.Module:
         """Build the model, without values if the job says so."""
-        refuse_own_call(task)
+        refuse_weights(task)
         return task.model() if self.options.init == "build" else on_meta(task.model)
 
     def cut_model(

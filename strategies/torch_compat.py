@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.distributed.rendezvous import _rendezvous_handlers
 from torch.nn.modules.batchnorm import _NormBase
 from torch.utils import _pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data._utils import worker as loader_worker
 from torch.utils.data._utils.collate import collate, default_collate_fn_map
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
@@ -106,6 +107,26 @@ def after_backward(call: Callable[[], None]) -> None:
     DistributedDataParallel ends its reduction so. What it raises comes out of `backward()`.
     """
     torch.autograd.Variable._execution_engine.queue_callback(call)
+
+
+class DrawWatch(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """
+    Has a function called before each operation of this thread that draws random numbers.
+
+    torch tags these operations; the state of a generator would also tell of other threads.
+
+    Args:
+        drawn: is called; what it raises comes out of the operation.
+    """
+
+    def __init__(self, drawn: Callable[[], None]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._drawn = drawn
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if torch.Tag.nondeterministic_seeded in func.tags:
+            self._drawn()
+        return func(*args, **(kwargs or {}))
 
 
 def tree_map(function: Callable[[Any], Any], tree: Any) -> Any:

@@ -65,10 +65,9 @@ class CausalLM(Task):
         labels = pad_sequence(samples, batch_first=True, padding_value=IGNORED)
         return {"input_ids": ids, "attention_mask": (labels != IGNORED).long(), "labels": labels}
 
-    def step(self, model: nn.Module, batch: dict[str, Tensor]) -> Any:
-        outputs = model(**batch)
+    def loss(self, outputs: Any, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         predicted = (batch["labels"][:, 1:] != IGNORED).sum()  # the first of a line is only read
-        return {**outputs, "loss": (outputs["loss"] * predicted, predicted)}
+        return outputs["loss"] * predicted, predicted
 
     def metrics(self, outputs: Any, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         guessed, labels = outputs["logits"][:, :-1].argmax(-1), batch["labels"][:, 1:]
@@ -105,10 +104,13 @@ class GPT(nn.Module):
     def __init__(self, longest: int, layers: int, width: int, heads: int) -> None:
         super().__init__()
         self.token, self.place = nn.Embedding(VOCABULARY, width), nn.Embedding(longest, width)
-        layer = nn.TransformerEncoderLayer(
-            width, heads, 4 * width, dropout=0.0, batch_first=True, norm_first=True
+        self.blocks = nn.ModuleList(
+            nn.TransformerEncoderLayer(
+                width, heads, 4 * width, dropout=0.0, batch_first=True, norm_first=True
+            )
+            for _ in range(layers)
         )
-        self.blocks = nn.TransformerEncoder(layer, layers, nn.LayerNorm(width), False)
+        self.norm = nn.LayerNorm(width)
         self.head = nn.Linear(width, VOCABULARY, bias=False)
         self.head.weight = self.token.weight  # tied, as GPT-2's are
         nn.init.normal_(self.token.weight, std=0.02)
@@ -119,9 +121,11 @@ class GPT(nn.Module):
         """[batch, length] each -> logits of shape [batch, length, VOCABULARY], and the loss."""
         length = input_ids.shape[1]
         later = torch.ones(length, length, dtype=torch.bool, device=input_ids.device).triu(1)
-        features = self.token(input_ids) + self.place.weight[:length]
-        features = self.blocks(features, mask=later, src_key_padding_mask=attention_mask == 0)
-        logits = self.head(features)
+        places = torch.arange(length, device=input_ids.device)
+        features = self.token(input_ids) + self.place(places)
+        for block in self.blocks:
+            features = block(features, src_mask=later, src_key_padding_mask=attention_mask == 0)
+        logits = self.head(self.norm(features))
         if labels is None:
             return {"logits": logits}
         told, meant = logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()

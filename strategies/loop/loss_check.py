@@ -34,6 +34,8 @@ _TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-4}
 _FIRST_STEPS = 3
 """Steps whose losses are looked at."""
 _COARSE = 3e-2
+_LEFT_OUT = -100
+"""A label that is none: of torch's cross entropy, and Hugging Face's models."""
 _COPIED_ELEMENTS = 1 << 20
 """What the task keeps is copied up to this size, for `loss()` may write into it."""
 _CONSUMED = (Iterator, torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
@@ -54,8 +56,8 @@ class MeanDoubts:
     Looks at the losses of a run's first steps, and its first metrics; warns once of each.
 
     Args:
-        task: the user's. Losses of one with a `step` of its own are not looked at: the model would
-            have to run once more, and what a forward changes is not all in reach.
+        task: the user's. Halves of a batch are not looked at with a `step` of its own: the model
+            would have to run once more, and what a forward changes is not all in reach.
         model: its own.
     """
 
@@ -73,9 +75,15 @@ class MeanDoubts:
             made: what task and model made of it.
             samples: of the micro-batch.
         """
-        if has_step(self._task) or step >= _FIRST_STEPS or step in self._looked:
+        if step >= _FIRST_STEPS or step in self._looked:
             return
         self._looked.add(step)
+        text = models_mean_over_labels(made, samples)
+        if text is not None:
+            self._looked.update(range(_FIRST_STEPS))
+            logger.warning("%s", text)
+        if text is not None or has_step(self._task):
+            return
         term = made.term
         loss = (term.value, term.weight) if term.weighted else term.value
         given, states = (made.outputs, made.targets, loss), states_of(self._task, self._model)
@@ -102,6 +110,37 @@ class MeanDoubts:
         if text is not None:
             self._evaluated = _FIRST_STEPS
             logger.warning("%s", text)
+
+
+def models_mean_over_labels(made: Made, samples: int) -> str | None:
+    """
+    See whether a loss is the model's own where samples have labels to leave out.
+
+    Those of Hugging Face's models are means over the labels that are not -100.
+
+    Args:
+        made: what task and model made of a batch.
+        samples: of it.
+
+    Returns:
+        A warning, if samples have different numbers of labels; None: they have not, or who knows.
+    """
+    labels = made.targets.get("labels") if isinstance(made.targets, Mapping) else None
+    own = made.outputs.get("loss") if isinstance(made.outputs, Mapping) else None
+    if made.term.weighted or not isinstance(own, Tensor) or own is not made.term.value:
+        return None
+    if not isinstance(labels, Tensor) or labels.ndim < 2 or len(labels) != samples:
+        return None
+    counts = (labels != _LEFT_OUT).flatten(1).sum(1)
+    least, most = int(counts.min()), int(counts.max())
+    if least == most:
+        return None
+    return (
+        f"the loss is the model's own, and samples of a batch have {least} to {most} labels that "
+        "are not -100: a mean over labels depends on the number of workers and micro-batches. "
+        "Return (sum, weight) instead: the loss times the number of labels that it is a mean over, "
+        "and that number"
+    )
 
 
 def _keeps_metrics(task: Task) -> bool:

@@ -163,11 +163,7 @@ def made_of(
     Raises:
         ValueError: the task's `forward` does not take such a batch, or the loss is none.
     """
-    if has_step(task):
-        outputs = task.step(model, batch)
-        value = checked_step(task, outputs)
-        return Made(outputs, batch, _term(task, "step", value, outputs, samples, terms))
-    outputs = task.forward(model, batch)
+    outputs = task.step(model, batch) if has_step(task) else task.forward(model, batch)
     targets = targets_of(task, batch)
     return Made(outputs, targets, loss_term(task, outputs, targets, samples, terms))
 
@@ -176,18 +172,21 @@ def loss_term(
     task: Task, outputs: Any, targets: Any, samples: int, terms: Terms | None = None
 ) -> LossTerm:
     """
-    Give the task's loss of one micro-batch, by its `loss`.
+    Give the task's loss of one micro-batch, by its `loss`, or as its `step` has given it.
 
     Args:
         task: the user's.
-        outputs: what the model gave.
+        outputs: what the model gave, or `step`.
         targets: as loaded.
         samples: of the micro-batch.
         terms: see `made_of`.
 
     Raises:
-        ValueError: loss() gave neither a scalar nor (sum, weight).
+        ValueError: it is neither a scalar nor (sum, weight).
     """
+    if has_step(task):
+        value = checked_step(task, outputs)
+        return _term(task, "step", value, outputs, samples, terms)
     return _term(task, "loss", task.loss(outputs, targets), outputs, samples, terms)
 
 

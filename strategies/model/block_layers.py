@@ -10,13 +10,17 @@ masks, rotary embeddings and settings, which may differ between blocks. All that
 each block is called so, with the features that the one before has given. `AfterBlocks` runs forward
 once more, with blocks that give what the last one gave, and stand-ins for what comes before them.
 
-    {"inputs": ..., "features": tensor, "shared": [mask, cos, sin], "calls": "[[[], {...}], ...]",
-     "tied": []}
+    {"inputs": ..., "whole": false, "features": tensor, "shared": [mask, cos, sin],
+     "calls": "[[[], {...}], ...]", "tied": []}
 
-What of a model is called before its blocks is what is registered before them. Modules without
-parameters and state, such as dropout or rotary embeddings, are on both sides. A tensor that both
-sides have, as a head does that is tied to the embedding, or that forward may use anywhere, belongs
-to the first: it is handed on as `tied`, and its gradient comes back the same way.
+Where a batch is no pair (inputs, targets), it is the task's `forward` or `step` that runs up to the
+blocks, and on from them, on the whole batch (`model_call.py`).
+
+What of a model is called before its blocks is what is registered before them, unless a trial has
+shown another order (`pipeline/call_order.py`). Modules without parameters and state, such as
+dropout or rotary embeddings, are on both sides. A tensor that both sides have, as a head does that
+is tied to the embedding, or that forward may use anywhere, belongs to the first: it is handed on as
+`tied`, and its gradient comes back the same way.
 
 Whether a model can be had so is seen by a trial, which `hybrid` makes in any case: layers must
 give what the model gives.
@@ -27,19 +31,27 @@ from __future__ import annotations
 import copy
 import json
 import math
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from distplat.platform.errors import Problem, SpecError
+from distplat.strategies.model.model_call import Batch, ModelCall, changed_modes, torch_modes
 from distplat.strategies.torch_compat import tree_leaves
 
+Order = Mapping[str, bool]
+"""By the name of a part beside the blocks: whether it is called behind them, for parts that are
+registered elsewhere."""
 
-def block_modules(model: nn.Module) -> list[nn.Module] | None:
+
+def block_modules(
+    model: nn.Module, call: ModelCall, order: Order | None = None
+) -> list[nn.Module] | None:
     """
     Give modules that make up a model, in order; None where it has no list of blocks.
 
@@ -47,30 +59,36 @@ def block_modules(model: nn.Module) -> list[nn.Module] | None:
 
     Args:
         model: whose forward calls all blocks one after the other.
+        call: how it is called.
+        order: of its parts, where it is not that of their registration.
     """
-    found = _list_of_blocks(model)
+    found = list_of_blocks(model)
     if found is None:
         return None
     path, blocks = found
-    before, after, both = _sides(model, path)
+    before, after, both = _sides(model, path, order or {})
     first = {id(p) for one in before.values() for p in one.parameters()}
     of_both = [p for one in after.values() for p in one.parameters() if id(p) in first]
     tied = {id(one): one for one in (*of_both, *both)}
     behind = _without(model, path, before, tied)
+    begin = _without(model, path, after, {})
+    for one in (begin, behind):  # hooks of the whole model are called around its layers
+        one._forward_pre_hooks, one._forward_hooks = OrderedDict(), OrderedDict()
     return [
-        BeforeBlocks(_without(model, path, after, {}), len(blocks), list(tied.values())),
+        BeforeBlocks(begin, len(blocks), list(tied.values()), call),
         *(BlockLayer(one, n, last=one is blocks[-1]) for n, one in enumerate(blocks)),
-        AfterBlocks(behind, _missing(model, behind, [*tied])),
+        AfterBlocks(behind, _missing(model, behind, [*tied]), call),
     ]
 
 
 def most_blocks(model: nn.Module) -> int:
     """Give the number of blocks in a model's list; 0: it has none."""
-    found = _list_of_blocks(model)
+    found = list_of_blocks(model)
     return len(found[1]) if found is not None else 0
 
 
-def _list_of_blocks(model: nn.Module) -> tuple[str, list[nn.Module]] | None:
+def list_of_blocks(model: nn.Module) -> tuple[str, list[nn.Module]] | None:
+    """Give the name of a model's largest list of blocks, and the blocks."""
     best, weight = None, 0
     for path, module in model.named_modules():
         if not isinstance(module, nn.ModuleList) or len(module) < 2:
@@ -83,24 +101,34 @@ def _list_of_blocks(model: nn.Module) -> tuple[str, list[nn.Module]] | None:
     return best
 
 
+def beside_blocks(model: nn.Module, path: str) -> Iterator[tuple[str, nn.Module, bool]]:
+    """Give the parts beside a list: name, module, and whether it is registered behind the list."""
+    home, name = model, ""
+    for step in path.split("."):
+        behind = False
+        for own, child in home.named_children():
+            if own == step:
+                behind = True
+            else:
+                yield f"{name}{own}", child, behind
+        home, name = home.get_submodule(step), f"{name}{step}."
+
+
 def _sides(
-    model: nn.Module, path: str
+    model: nn.Module, path: str, order: Order
 ) -> tuple[dict[int, nn.Module], dict[int, nn.Module], list[Tensor]]:
     """
-    Give the modules with state that are registered before and after the blocks.
+    Give the modules with state that are called before and after the blocks.
 
     And the tensors of modules that have the blocks inside, which their forward may use anywhere.
     """
     before, after, both = dict[int, nn.Module](), dict[int, nn.Module](), list[Tensor]()
+    for name, child, behind in beside_blocks(model, path):
+        if child.state_dict():
+            (after if order.get(name, behind) else before)[id(child)] = child
     home = model
     for step in path.split("."):
         both += [*home.parameters(recurse=False), *home.buffers(recurse=False)]
-        side = before
-        for name, child in home.named_children():
-            if name == step:
-                side = after
-            elif child.state_dict():
-                side[id(child)] = child
         home = home.get_submodule(step)
     return before, after, both
 
@@ -119,7 +147,7 @@ def _without(
     if rest:
         found._modules[step] = _without(inner, rest, left_out, tied)
     else:
-        blocks = (_StandIn(block, block=True) for block in inner.children())
+        blocks = (_StandIn(block, number=n) for n, block in enumerate(inner.children()))
         found._modules[step] = nn.ModuleList(blocks)
     return found
 
@@ -186,12 +214,12 @@ class _StandIn(nn.Module):
     Args:
         module: whose attributes may be asked for, such as a block's `attention_type` or the type of
             an embedding's weight; kept without values.
-        block: whether it is a block.
+        number: of the block that it is; None: it is something else.
     """
 
-    def __init__(self, module: nn.Module, *, block: bool = False) -> None:
+    def __init__(self, module: nn.Module, *, number: int | None = None) -> None:
         super().__init__()
-        self.is_block = block
+        self.number = number
         self.is_behind = False  #: it is a block, and has been called
         self.answer: Callable[..., Any] = _not_called
         tensors = (*module.parameters(), *module.buffers())
@@ -222,12 +250,26 @@ def _not_called(*args: Any, **kwargs: Any) -> Any:
 
 @contextmanager
 def _answering(model: nn.Module, block: Callable[..., Any], other: Any) -> Iterator[None]:
-    """Have a model's stand-ins answer: those of blocks by a call, others with a value."""
+    """
+    Have a model's stand-ins answer: those of blocks by a call, others with a value.
+
+    Raises:
+        SpecError: blocks are called in another order than they are listed in, or once more.
+    """
     stand_ins = [one for one in model.modules() if isinstance(one, _StandIn)]
+    called: list[int] = []
+
+    def in_turn(number: int, *args: Any, **kwargs: Any) -> Any:
+        if number != len(called):
+            text = "its forward calls blocks in another order than they are listed in, or again"
+            raise _unfit(text)
+        called.append(number)
+        return block(*args, **kwargs)
+
     try:
         for one in stand_ins:
-            if one.is_block:
-                one.answer = block
+            if one.number is not None:
+                one.answer = partial(in_turn, one.number)
             elif other is not None:
                 one.answer = lambda *args, **kwargs: other
         yield
@@ -244,11 +286,14 @@ class BeforeBlocks(nn.Module):
         model: with stand-ins for its blocks, and for what comes after them.
         blocks: how many it has.
         tied: parameters of it that what comes after the blocks has, too.
+        call: how it is called.
     """
 
-    def __init__(self, model: nn.Module, blocks: int, tied: Sequence[Tensor]) -> None:
+    def __init__(
+        self, model: nn.Module, blocks: int, tied: Sequence[Tensor], call: ModelCall
+    ) -> None:
         super().__init__()
-        self.model, self._blocks, self._tied = model, blocks, tuple(tied)
+        self.model, self._blocks, self._tied, self._call = model, blocks, tuple(tied), call
         self._tuples = False
 
     def forward(self, inputs: Any) -> Any:
@@ -261,8 +306,15 @@ class BeforeBlocks(nn.Module):
         calls = self._noted(inputs)
         shared: list[Tensor] = []
         told = [_told_call(*call, shared) for call in calls]
-        value = {"inputs": inputs, "features": _first(*calls[0]), "shared": shared}
-        return {**value, "calls": json.dumps(told), "tied": list(self._tied)}
+        whole = isinstance(inputs, Batch)
+        return {
+            "inputs": inputs.batch if whole else inputs,
+            "whole": whole,
+            "features": _first(*calls[0]),
+            "shared": shared,
+            "calls": json.dumps(told),
+            "tied": list(self._tied),
+        }
 
     def _noted(self, inputs: Any) -> list[Call]:
         """Give the calls; whether blocks give tensors or tuples is found out by the first ones."""
@@ -286,8 +338,11 @@ class BeforeBlocks(nn.Module):
 
     def _run(self, inputs: Any) -> list[Call]:
         calls: list[Call] = []
+        modes = torch_modes()
 
         def note(*args: Any, **kwargs: Any) -> Any:
+            if not calls and (changed := changed_modes(modes)):
+                raise _unfit(f"its blocks run inside of {changed}")
             calls.append((args, kwargs))
             features = _first(*calls[0])
             if _first(args, kwargs) is not features:
@@ -298,7 +353,7 @@ class BeforeBlocks(nn.Module):
 
         try:
             with _answering(self.model, note, None):
-                self.model(inputs)
+                self._call.of_part(self.model, inputs)
         except _Called:
             return calls
         raise _unfit(f"its forward calls {len(calls)} of {self._blocks} blocks")
@@ -327,7 +382,8 @@ class BlockLayer(nn.Module):
             *given, **{name: _heard(one, features, shared) for name, one in kwargs.items()}
         )
         if self._last:
-            return {"inputs": value["inputs"], "outputs": outputs, "tied": value["tied"]}
+            kept = {name: value[name] for name in ("inputs", "whole", "tied")}
+            return {**kept, "outputs": outputs}
         return {**value, "features": _features(outputs)}
 
 
@@ -338,14 +394,15 @@ class AfterBlocks(nn.Module):
     Args:
         model: with stand-ins for its blocks, and for what comes before them.
         missing: where tied parameters are missing.
+        call: how it is called.
     """
 
-    def __init__(self, model: nn.Module, missing: Sequence[Missing]) -> None:
+    def __init__(self, model: nn.Module, missing: Sequence[Missing], call: ModelCall) -> None:
         super().__init__()
-        self.model, self._missing = model, tuple(missing)
+        self.model, self._missing, self._call = model, tuple(missing), call
         for one in model.modules():
             if isinstance(one, _StandIn):
-                one.is_behind = one.is_block
+                one.is_behind = one.number is not None
 
     def forward(self, value: Any) -> Any:
         """Give what the model gives."""
@@ -355,8 +412,9 @@ class AfterBlocks(nn.Module):
         try:
             for held, name, number in self._missing:
                 held[name] = value["tied"][number]
+            inputs = Batch(value["inputs"]) if value["whole"] else value["inputs"]
             with _answering(self.model, lambda *args, **kwargs: outputs, before):
-                return self.model(value["inputs"])
+                return self._call.of_part(self.model, inputs)
         finally:
             for held, name, _ in self._missing:
                 held[name] = None

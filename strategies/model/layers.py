@@ -13,7 +13,8 @@ from torch.utils.checkpoint import checkpoint
 
 from distplat.platform.errors import Problem, SpecError
 from distplat.strategies.algorithms.partition import bounds
-from distplat.strategies.model.block_layers import block_modules, most_blocks
+from distplat.strategies.model.block_layers import Order, block_modules, most_blocks
+from distplat.strategies.model.model_call import ModelCall, changed_modes, torch_modes
 from distplat.strategies.model.module_hooks import called_hooks
 from distplat.strategies.torch_compat import has_running_statistics
 
@@ -173,7 +174,7 @@ tracing = threading.Lock()
 class _Tracer(fx.Tracer):
     def __init__(self) -> None:
         super().__init__()
-        self._modes = _modes()
+        self._modes = torch_modes()
 
     def create_node(self, kind: str, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
         """
@@ -182,10 +183,9 @@ class _Tracer(fx.Tracer):
         Raises:
             ValueError: it runs without gradients, or in another precision: a trace has no contexts.
         """
-        changed = [what for what, mode in _modes().items() if mode != self._modes[what]]
+        changed = changed_modes(self._modes)
         if changed:
-            text = f"it runs {target} inside of {' and '.join(changed)}, which a trace leaves out"
-            raise ValueError(text)
+            raise ValueError(f"it runs {target} inside of {changed}, which a trace leaves out")
         return super().create_node(kind, target, *args, **kwargs)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
@@ -228,9 +228,16 @@ def traced_layers(model: nn.Module) -> list[Layer]:
     ]
 
 
-def found_layers(model: nn.Module) -> list[Layer]:
+def found_layers(
+    model: nn.Module, call: ModelCall | None = None, order: Order | None = None
+) -> list[Layer]:
     """
     Find a model's layers: by a trace, or around its list of blocks where that gives more.
+
+    Args:
+        model: any.
+        call: how it is called; None: with its inputs.
+        order: see `block_modules`.
 
     Raises:
         SpecError: there is no such list, and the trace's reason.
@@ -238,24 +245,36 @@ def found_layers(model: nn.Module) -> list[Layer]:
     try:
         traced = traced_layers(model)
     except SpecError:
-        blocks = block_modules(model)
-        if blocks is None:
+        layers = layers_around_blocks(model, call or ModelCall(), order)
+        if layers is None:
             raise
-        return _around_blocks(model, blocks)
-    blocks = block_modules(model) if len(traced) < most_blocks(model) else None
-    return traced if blocks is None else _around_blocks(model, blocks)
+        return layers
+    if len(traced) >= most_blocks(model):
+        return traced
+    return layers_around_blocks(model, call or ModelCall(), order) or traced
 
 
-def _around_blocks(model: nn.Module, blocks: Sequence[nn.Module]) -> list[Layer]:
+def layers_around_blocks(
+    model: nn.Module, call: ModelCall, order: Order | None
+) -> list[Layer] | None:
     """
     Give the layers of `block_modules`; the last is named by what the first has not.
 
-    What has several names has all of them, in the first layer that it is in.
+    None: the model has no list of blocks.
     """
+    blocks = block_modules(model, call, order)
+    if blocks is None:
+        return None
     layers = layers_of(model, blocks)
     own = [name for name in layers[-1].parts if name not in layers[0].parts]
     if own:
         layers[-1] = replace(layers[-1], name=own[0])
+    return with_all_names(model, layers)
+
+
+def with_all_names(model: nn.Module, given: Sequence[Layer]) -> list[Layer]:
+    """Have parameters of several names have all of them, in the first layer that they are in."""
+    layers = list(given)
     homes: dict[int, int] = {}
     for number, layer in enumerate(layers):
         for _, tensor in _named(layer):
@@ -265,18 +284,6 @@ def _around_blocks(model: nn.Module, blocks: Sequence[nn.Module]) -> list[Layer]
         if name not in named and (home := homes.get(id(tensor))) is not None:
             layers[home] = replace(layers[home], parts={**layers[home].parts, name: tensor})
     return layers
-
-
-def _modes() -> dict[str, object]:
-    """Give what contexts of torch change."""
-    return {
-        "torch.no_grad or its like": torch.is_grad_enabled(),
-        "torch.inference_mode": torch.is_inference_mode_enabled(),
-        "torch.autocast": [
-            (torch.is_autocast_enabled(device), torch.get_autocast_dtype(device))
-            for device in ("cpu", "cuda")
-        ],
-    }
 
 
 def _trace(model: nn.Module) -> fx.Graph:

@@ -7,6 +7,11 @@ tensors travel, into buffers that are used again.
 
     stage 0   first micro-batch of 4 ──▶ place 0 ──▶ "float32 [4, 64]", values ─┐
     stage 1                                                         place 1 ◀──┘ ──▶ ...
+
+Where whole batches enter the model, micro-batches of one size may differ: they are padded to their
+own longest sample, and those without padding may need no mask. There the number of its form goes
+before each value, in a message of its own, and a form that is new to the other end in front of it.
+Neither message waits for the other to be taken, so for the schedule they are one.
 """
 
 from collections import defaultdict, deque
@@ -45,6 +50,9 @@ class Channel:
         self._layouts: dict[Kind, Layout] = {}
         self._free: defaultdict[Form, list[Tensor]] = defaultdict(list)
         self._under_way: defaultdict[int, deque[tuple[Handle, Tensor]]] = defaultdict(deque)
+        self.varies = False  #: what enters a place may have another form each time
+        self._told: defaultdict[int, dict[Any, int]] = defaultdict(dict)  #: forms, by place
+        self._heard: defaultdict[int, list[Layout]] = defaultdict(list)  #: by place
 
     def learn(self, kind: Kind, value: Any) -> Layout:
         """
@@ -63,14 +71,16 @@ class Channel:
     def tell(self, kind: Kind, to: int) -> None:
         """Tell a stage the form of what enters its place."""
         text = torch.frombuffer(bytearray(self._layouts[kind].told()), dtype=torch.uint8)
-        self._send(torch.tensor([len(text)], device=self._device), to)
+        self._send(torch.tensor([len(text), self.varies], device=self._device), to)
         self._send(text.to(self._device), to)
 
     def hear(self, kind: Kind, source: int) -> Layout:
         """Hear from a stage the form of what enters a place of this one."""
-        length = torch.zeros(1, dtype=torch.int64, device=self._device)
-        self._receive(length, source)
-        text = torch.zeros(int(length), dtype=torch.uint8, device=self._device)
+        head = torch.zeros(2, dtype=torch.int64, device=self._device)
+        self._receive(head, source)
+        length, varies = head.tolist()
+        self.varies = self.varies or bool(varies)
+        text = torch.zeros(length, dtype=torch.uint8, device=self._device)
         self._receive(text, source)
         layout = self._layouts[kind] = Layout.heard(kind[0], bytes(text.cpu().numpy()))
         return layout
@@ -84,6 +94,43 @@ class Channel:
         """
         if packing.form is not None:
             self._send(packing.pack(tensors), to)
+
+    def send_told(self, place: int, layout: Layout, tensors: Sequence[Tensor], to: int) -> None:
+        """
+        Hand a stage what enters its place, with its form; see `send`.
+
+        Raises:
+            SpecError: the form cannot be told.
+        """
+        known, key = self._told[place], layout.key
+        packing, told = layout.values, b""
+        if key not in known:
+            layout.check_that_it_can_be_told()
+            told = layout.told()
+            text = torch.frombuffer(bytearray(told), dtype=torch.uint8).to(self._device)
+            packing, tensors = packing.behind(len(told)), [text, *tensors]
+        message = packing.pack(tensors)
+        number = known.setdefault(key, len(known))
+        head = [number, len(told), message.nbytes]
+        self._send(torch.tensor(head, device=self._device), to)
+        self._send(message, to)
+
+    def receive_told(self, place: int, source: int) -> tuple[Layout, list[Tensor]]:
+        """Take what enters a place of this stage, with its form; see `receive`."""
+        head = torch.zeros(3, dtype=torch.int64, device=self._device)
+        self._receive(head, source)
+        number, length, size = head.tolist()
+        known = self._heard[place]
+        if not length:
+            layout = known[number]
+            buffer = self.receive(layout.values, source)
+            assert buffer is not None, "a value has tensors"
+            return layout, layout.values.unpack(buffer)
+        message = torch.empty(size, dtype=torch.uint8, device=self._device)
+        self._receive(message, source)
+        layout = Layout.heard(place, bytes(message[:length].cpu().numpy()))
+        known.append(layout)
+        return layout, layout.values.behind(length).unpack(message)[1:]
 
     def receive(self, packing: Packing, source: int) -> Tensor | None:
         """
@@ -104,8 +151,9 @@ class Channel:
         return buffer
 
     def give_back(self, buffer: Tensor) -> None:
-        """Let a buffer be used again."""
-        self._free[buffer.dtype, tuple(buffer.shape)].append(buffer)
+        """Let a buffer be used again, where there will be more of its form."""
+        if not self.varies:
+            self._free[buffer.dtype, tuple(buffer.shape)].append(buffer)
 
     def finish(self) -> None:
         """Wait for what is under way."""

@@ -29,6 +29,7 @@ from distplat.strategies.algorithms.pipeline_schedule import (
     with_communication,
 )
 from distplat.strategies.model.flat import FlatModel
+from distplat.strategies.model.model_call import Batch
 from distplat.strategies.pipeline.channel import Channel
 from distplat.strategies.pipeline.interfaces import Source, Tail, TraceSpan
 from distplat.strategies.pipeline.limits import Reached, untouched
@@ -158,6 +159,7 @@ class ScheduleRun:
         self._final = plan.schedule.micro_batches - 1
         self._splits = plan.schedule.splits_backward
         self._have: dict[Message, _Held] = {}
+        self._layouts: dict[tuple[int, int], Layout] = {}  #: by place and micro-batch, if they vary
         self._live: dict[tuple[int, int], _Live] = {}
         self._late: dict[tuple[int, int], tuple[_Live, _Held]] = {}
         self.spans: list[TraceSpan] = []
@@ -174,16 +176,12 @@ class ScheduleRun:
             began = time.perf_counter()
             if isinstance(step, Send):
                 kind, chunk = "send", step.message.source // stages
-                tensors = self._have.pop(step.message).tensors
-                self._channel.send(self._packing(step.message), tensors, step.to)
+                self._send(step)
                 number = step.message.micro_batch
             elif isinstance(step, Recv):
                 kind, chunk = "recv", step.message.target // stages
                 number = step.message.micro_batch
-                packing = self._packing(step.message)
-                buffer = self._channel.receive(packing, step.source)
-                tensors = [] if buffer is None else packing.unpack(buffer)
-                self._have[step.message] = _Held(tensors, buffer)
+                self._have[step.message] = self._received(step)
             else:
                 kind, chunk, number = step.kind.value, step.chunk, step.micro_batch
                 self._compute(step)
@@ -192,12 +190,36 @@ class ScheduleRun:
         self._channel.finish()
         return self.spans
 
+    def _send(self, step: Send) -> None:
+        message, tensors = step.message, self._have.pop(step.message).tensors
+        if self._told_along(message):
+            layout = self._layout(message.target, message.micro_batch)
+            self._channel.send_told(message.target, layout, tensors, step.to)
+        else:
+            self._channel.send(self._packing(message), tensors, step.to)
+
+    def _received(self, step: Recv) -> _Held:
+        message = step.message
+        if self._told_along(message):
+            layout, tensors = self._channel.receive_told(message.target, step.source)
+            self._layouts[message.target, message.micro_batch] = layout
+            return _Held(tensors)
+        packing = self._packing(message)
+        buffer = self._channel.receive(packing, step.source)
+        return _Held([] if buffer is None else packing.unpack(buffer), buffer)
+
+    def _told_along(self, message: Message) -> bool:
+        """Whether a message says itself what it is like; both ends of a gradient know it."""
+        return self._channel.varies and message.content is Content.ACTIVATION
+
     def _packing(self, message: Message) -> Packing:
         """Give what a message is like: gradients have the shapes of what they are of."""
         layout = self._layout(max(message.source, message.target), message.micro_batch)
         return layout.values if message.content is Content.ACTIVATION else layout.gradients
 
     def _layout(self, place: int, number: int) -> Layout:
+        if self._channel.varies:
+            return self._layouts[place, number]
         return self._channel.layout((place, self._source.sizes[number]))
 
     def _compute(self, action: Action) -> None:
@@ -243,6 +265,8 @@ class ScheduleRun:
         """Have a place's outputs sent, or judged; give what is to be differentiated."""
         if self._seat.is_last(place):
             return [self._source.loss(number, outputs)]
+        if self._channel.varies:
+            self._layouts[place + 1, number] = Layout.read(place + 1, outputs)
         layout = self._layout(place + 1, number)
         tensors = layout.tensors(outputs)
         self._have[_activation(number, place + 1)] = _Held([one.detach() for one in tensors])
@@ -410,6 +434,8 @@ class Executor:
             return
         first = {size: number for number, size in reversed([*enumerate(source.sizes)])}
         for size in sorted(first.keys() - self._sizes):
+            if self._seat.channel.varies:
+                return
             self._mode(training=False)
             chunks: Any = self._seat.chunks.values()
             with untouched(*chunks):
@@ -429,6 +455,7 @@ class Executor:
             before, to = (place - 1) % seat.stages, (place + 1) % seat.stages
             if place == 0:
                 inputs = copied(source.peek(number))  # a layer may work in place
+                channel.varies = isinstance(inputs, Batch)
             else:
                 kind = (place, size)
                 if before == seat.stage:

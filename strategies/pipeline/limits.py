@@ -1,7 +1,7 @@
 """
 What a pipeline cannot do, found and named: nothing that a stage leaves out goes unsaid.
 
-    before the run     SyncBatchNorm, tasks that call the model, batches and inputs of other forms;
+    before the run     SyncBatchNorm, losses with `weights`, batches and inputs of other forms;
                        what layers compute: `compare`
     in the first step  parameters that a backward reaches and no optimizer of this rank has
     in every step      parameters that were frozen when the model was cut, and no longer are
@@ -19,6 +19,7 @@ from distplat.platform.errors import Problem, SpecError
 from distplat.strategies.collective import Collective
 from distplat.strategies.model.block_layers import BeforeBlocks
 from distplat.strategies.model.layers import Layer
+from distplat.strategies.model.model_call import Batch, ModelCall
 from distplat.strategies.model.parameter_layout import fill
 from distplat.strategies.pipeline.values import copied, is_value, on_device, tensors_in
 from distplat.strategies.task import Task, has_weights, kind_of, own_call
@@ -28,17 +29,26 @@ _DEPTH = 3
 """Containers within containers of a task in which parameters are looked for."""
 
 
-def as_pair(batch: Any) -> tuple[Any, Any]:
+def as_pair(task: Task, batch: Any) -> tuple[Any, Any]:
     """
     Take a batch apart: the first stage gets the inputs, the last one the targets.
 
+    A batch that is no pair, or that the task hands to the model itself, is both.
+
     Raises:
-        SpecError: it is no pair.
+        SpecError: nobody says how the model is called with it.
     """
+    if own_call(task) is not None:
+        return Batch(batch), batch
+    if isinstance(batch, Mapping):
+        return Batch(batch if type(batch) is dict else dict(batch)), batch
     if isinstance(batch, list | tuple) and len(batch) == 2:
         return batch[0], batch[1]
-    text = f"under `hybrid` a batch must be a pair (inputs, targets), it is {kind_of(batch)}"
-    hint = "give pairs, or use `strategy: ring` or `strategy: ps-sync`, which take any batch"
+    text = f"a batch is {kind_of(batch)}, and nobody says how the model is called with it"
+    hint = (
+        "give a pair (inputs, targets) or a dict of the model's arguments, or write "
+        "forward(model, batch)"
+    )
     raise SpecError(Problem(("task",), text, hint))
 
 
@@ -51,26 +61,19 @@ def entering(inputs: Any) -> Any:
     """
     if isinstance(inputs, Tensor) or is_value(inputs):
         return inputs
-    text = f"a pipeline takes tensors as inputs, train_data gives {kind_of(inputs)}"
+    given = inputs.batch if isinstance(inputs, Batch) else inputs
+    text = f"a pipeline takes tensors as inputs, train_data gives {kind_of(given)}"
     hint = "give a tensor, or tensors in lists, tuples and dicts, or set `pipeline: 1`"
     raise _refused(text, hint)
 
 
-def refuse_own_call(task: Task) -> None:
+def refuse_weights(task: Task) -> None:
     """
-    Refuse a task that needs a batch and the whole model: here no rank need have both.
+    Refuse a loss whose weights all ranks are to know before the first forward.
 
     Raises:
-        SpecError: names the method.
+        SpecError: the task has `weights`.
     """
-    own = own_call(task)
-    if own is not None:
-        text = f"{type(task).__name__}.{own}() calls the whole model, and `hybrid` cuts it"
-        hint = (
-            "give pairs (inputs, targets), a loss(outputs, targets) and what lies between in the "
-            "model's own forward(); or use `strategy: ring` or `strategy: ps-sync`"
-        )
-        raise SpecError(Problem(("task",), text, hint))
     if has_weights(type(task)):
         text = f"{type(task).__name__}.weights() gets whole batches, which no rank of `hybrid` has"
         raise SpecError(Problem(("task",), text, "use `strategy: ring` or `strategy: ps-sync`"))
@@ -182,7 +185,12 @@ _CLOSE = 1e-3
 """Outputs may differ by so much of their norm, in rounding: sums are of other parts."""
 
 
-def compare(model: nn.Module, layers: Sequence[Layer], inputs: Callable[[], Any]) -> None:
+def compare(
+    model: nn.Module,
+    layers: Sequence[Layer],
+    inputs: Callable[[], Any],
+    call: ModelCall | None = None,
+) -> None:
     """
     See whether layers one after the other give what the model gives, in evaluation mode.
 
@@ -194,39 +202,77 @@ def compare(model: nn.Module, layers: Sequence[Layer], inputs: Callable[[], Any]
         model: with values.
         layers: of it.
         inputs: gives a few samples.
+        call: how the model is called; None: with its inputs.
 
     Raises:
         SpecError: they do not.
     """
+    call = call or ModelCall()
     device = next(model.parameters()).device
     given = on_device(inputs(), device)
     with untouched(model, *(layer.module for layer in layers)), torch.enable_grad():
         try:
-            again, whole = (model(copied(given)) for _ in range(2))
+            again, whole = (call(model, copied(given)) for _ in range(2))
         except Exception as error:  # what is trained is what the layers say, if the model does not
             _refuse_guess(layers, f"it cannot be called with the inputs: {error}")
             return
         if not _alike(whole, again):
             _refuse_guess(layers, "it draws random numbers in evaluation")
             return
-        behind = copied(given)
-        for layer in layers:
-            behind = layer.module(behind)
-    hint = "have the task's `stages` say all that `forward` does, or set `pipeline: 1`"
-    what = f"the layers {', '.join(one.name for one in layers)} one after the other"
+        behind = _one_after_the_other(model, layers, copied(given))
+    if not _to_write(layers):
+        behind, whole = _of_both(behind, whole)
+    elif not tensors_in(whole):
+        _refuse_guess(layers, f"it gives {kind_of(whole)}, and no tensors that are seen")
     if not _alike(behind, whole):
-        raise _otherwise(f"{what} compute otherwise than {type(model).__name__} does", hint)
+        raise _layers_do(layers, f"compute otherwise than {type(model).__name__} does")
     mine, theirs = ({id(leaf) for leaf in leaves(tensors_in(one))} for one in (behind, whole))
     differ = [name for name, p in model.named_parameters() if (id(p) in mine) != (id(p) in theirs)]
     if differ:
-        text = f"{what} give other parameters gradients than {type(model).__name__} does: "
-        raise _otherwise(text + ", ".join(differ), hint)
+        text = f"give other parameters gradients than {type(model).__name__} does: "
+        raise _layers_do(layers, text + ", ".join(differ))
+
+
+def _one_after_the_other(model: nn.Module, layers: Sequence[Layer], value: Any) -> Any:
+    try:
+        for layer in layers:
+            value = layer.module(value)
+    except SpecError:
+        raise
+    except Exception as error:
+        text = f"fail where {type(model).__name__} does not: {error}"
+        raise _layers_do(layers, text) from error
+    return value
+
+
+def _layers_do(layers: Sequence[Layer], what: str) -> SpecError:
+    hint = "have the task's `stages` say all that `forward` does, or set `pipeline: 1`"
+    text = f"the layers {', '.join(one.name for one in layers)} one after the other {what}"
+    return _otherwise(text, _to_write(layers) or hint)
+
+
+def _of_both(behind: Any, whole: Any) -> tuple[Any, Any]:
+    """Leave out entries that the task's own layers do not give: who asks for one has an error."""
+    if not (isinstance(behind, Mapping) and isinstance(whole, Mapping)):
+        return behind, whole
+    return {**behind}, {name: whole[name] for name in behind if name in whole}
 
 
 def _refuse_guess(layers: Sequence[Layer], why: str) -> None:
-    if any(isinstance(one, BeforeBlocks) for one in layers[0].module.modules()):
-        text = f"the model's layers cannot be compared with the model: {why}"
-        raise _otherwise(text, "give the task a `stages(model)`, or set `pipeline: 1`")
+    hint = _to_write(layers)
+    if hint:
+        raise _otherwise(f"the model's layers cannot be compared with the model: {why}", hint)
+
+
+def _to_write(layers: Sequence[Layer]) -> str:
+    """Say what `stages` would be, where layers are guessed; empty: they are not."""
+    if not any(isinstance(one, BeforeBlocks) for one in layers[0].module.modules()):
+        return ""
+    blocks = layers[1].name.rpartition(".")[0]
+    return (
+        f"give the task a `stages(model)`, such as [First(model), *map(Block, model.{blocks}), "
+        "Last(model)], whose modules each take what the one before gives; or set `pipeline: 1`"
+    )
 
 
 @torch.no_grad()

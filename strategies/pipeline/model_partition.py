@@ -8,6 +8,7 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from statistics import median
 from typing import Any
 
@@ -23,8 +24,11 @@ from distplat.strategies.collective import Collective, broadcast_bytes, gather_b
 from distplat.strategies.loop.batches import batches_by, one_batch
 from distplat.strategies.loop.collate import moved
 from distplat.strategies.loop.prepared import Prepared
+from distplat.strategies.model.block_layers import Order
 from distplat.strategies.model.layers import Layer, tracing
 from distplat.strategies.model.meta import materialise
+from distplat.strategies.model.model_call import ModelCall
+from distplat.strategies.pipeline.call_order import agreed_order, has_order, order_of
 from distplat.strategies.pipeline.executor import training_plan
 from distplat.strategies.pipeline.hybrid_options import HybridOptions
 from distplat.strategies.pipeline.limits import (
@@ -366,14 +370,26 @@ def agreed_part(
         SpecError: the model cannot be cut, or sliced, as the job says.
         CollectiveError: a rank is missing.
     """
+    order: Order | None = None
+    model = prepared.model
+    if options.places > 1 and (
+        known.order is not None if known else has_order(prepared.task, model)
+    ):
+        tried = None
+        if model is not None and options.init == "build":
+            tried = partial(
+                order_of, model, ModelCall(prepared.task), partial(_samples, options, prepared)
+            )
+        device = torch.device(prepared.device)
+        order = agreed_order(tried, known.order if known else None, everybody, device)
     new = known is None
     together = slices if slices is not None and _all_new(new, slices, prepared.device) else None
     part = known
     if part is None:
         assert prepared.model is not None, "a model that was built and not yet cut"
         names = names_of(prepared.model)
-        part, inputs = _taken(options, prepared, prepared.model, at, everybody, together)
-        part.names = names
+        part, inputs = _taken(options, prepared, prepared.model, order, at, everybody, together)
+        part.names, part.order = names, order
         prepared.model = None
         if slices is not None:
             if together is not None:
@@ -396,6 +412,7 @@ def _taken(
     options: HybridOptions,
     prepared: Prepared,
     model: nn.Module,
+    order: Order | None,
     at: Position,
     everybody: Collective,
     together: Collective | None,
@@ -407,6 +424,7 @@ def _taken(
         options: see `agreed_part`.
         prepared: the data.
         model: whole.
+        order: of its parts; None: nobody has asked.
         at: this rank.
         everybody: all ranks.
         together: the slices, if they are to try it; else there are no samples.
@@ -424,10 +442,11 @@ def _taken(
     if options.places == 1:
         one = take_whole(task, model, **fields)
         return one, {} if tried is None else {0: shared(_samples(options, prepared), tried)}
-    layers = layers_for(task, model)
+    layers = layers_for(task, model, order)
     if everybody.rank == 0 and seed is None:
         with tracing:
-            compare(model, layers, lambda: entering(_samples(options, prepared)))
+            samples = partial(_samples, options, prepared)
+            compare(model, layers, lambda: entering(samples()), ModelCall(task))
     points = _agree(options, prepared, layers, None, everybody)
     mine = range(at.stage, options.places, options.pipeline)
     inputs = {}
@@ -475,4 +494,4 @@ def _samples(options: HybridOptions, prepared: Prepared, most: int | None = SAMP
     """Give inputs of the run's first samples, or with None of its first micro-batch."""
     ids = prepared.sampler.micro_batches(0, 0, options.micro(prepared.job))[0][:most]
     batch = one_batch(batches_by(prepared.task, prepared.data), ids.tolist())
-    return moved(as_pair(batch)[0], torch.device(prepared.device))
+    return as_pair(prepared.task, moved(batch, torch.device(prepared.device)))[0]

@@ -12,22 +12,26 @@ from distplat.strategies.algorithms.partition import bounds
 from distplat.strategies.algorithms.seeds import mixed
 from distplat.strategies.checkpoint.checkpoint_types import Holding
 from distplat.strategies.loop.seeding import seed_quickly
-from distplat.strategies.model.block_layers import BeforeBlocks
+from distplat.strategies.model.block_layers import BeforeBlocks, Order
 from distplat.strategies.model.flat import FlatModel
 from distplat.strategies.model.layers import (
     Layer,
     Stage,
     found_layers,
+    layers_around_blocks,
     layers_of,
     recomputed,
     refuse_tied,
+    with_all_names,
 )
 from distplat.strategies.model.meta import materialise
+from distplat.strategies.model.model_call import Batch, ModelCall, TakesBatch
 from distplat.strategies.model.module_hooks import called_hooks, saved_hooks
 from distplat.strategies.model.parameter_layout import GroupOf
 from distplat.strategies.pipeline.limits import BeforeSlicing, Named
 from distplat.strategies.pipeline.values import copied
-from distplat.strategies.task import Task
+from distplat.strategies.task import Task, overrides, own_call
+from distplat.strategies.task_methods import names_in
 from distplat.strategies.tensor.parallel_layers import place_of
 from distplat.strategies.tensor.parallel_plan import ShardSpec
 from distplat.strategies.torch_compat import any_hook_for_all_modules
@@ -82,7 +86,7 @@ def _own_ways(module: nn.Module, layers: Sequence[Layer]) -> list[str]:
     Name what a module does for all its parts, where that is more than to do it for each.
 
     Layers around a list of blocks are copies of the model with some of its parts, and are told the
-    mode by their own `train`.
+    mode by their own `train`. Hugging Face's models have one that does no more than torch's.
     """
     copies = isinstance(layers[0].module, BeforeBlocks)
     usual: dict[str, object] = {"state_dict": nn.Module.state_dict}
@@ -91,7 +95,28 @@ def _own_ways(module: nn.Module, layers: Sequence[Layer]) -> list[str]:
         f"a `{name}` of its own"
         for name, method in usual.items()
         if getattr(type(module), name) is not method or name in vars(module)
+        if name != "train" or not _sets_modes_only(module)
     ]
+
+
+def _sets_modes_only(module: nn.Module) -> bool:
+    """Whether `train` of a module sets the mode of all parts and changes no attribute beside."""
+    every = [*module.modules()]
+    modes = [one.training for one in every]
+    held = [{**vars(one), "training": None} for one in every]
+    trained = [one.requires_grad for one in module.parameters()]
+    as_usual = True
+    for mode in (True, False):
+        module.train(mode)
+        as_usual &= all(one.training is mode for one in every)
+        for one, before in zip(every, held, strict=True):
+            now = {**vars(one), "training": None}
+            as_usual &= now.keys() == before.keys()
+            as_usual &= all(now[name] is value for name, value in before.items() if name in now)
+    as_usual &= trained == [one.requires_grad for one in module.parameters()]
+    for one, mode in zip(every, modes, strict=True):
+        one.training = mode
+    return as_usual
 
 
 def _between(model: nn.Module, layers: Sequence[Layer]) -> list[Problem]:
@@ -122,6 +147,9 @@ class _Before(nn.Module):
         self.module, self._hooks = module, tuple(hooks)
 
     def forward(self, inputs: Any) -> Any:
+        if isinstance(inputs, Batch):
+            text = "the whole model has a forward pre-hook, and is called with a whole batch"
+            raise SpecError(_problem(text, "hang it on a layer, or set `pipeline: 1`"))
         for hook in self._hooks:
             given = hook(_Elsewhere(self), (inputs,))
             if isinstance(given, tuple):  # of arguments, as torch takes it
@@ -250,12 +278,13 @@ class Uncut(nn.Module, Chunk):
 
     Args:
         model: with values.
+        call: how it is called.
         recompute: keep the input only, and compute again in backward.
     """
 
-    def __init__(self, model: nn.Module, *, recompute: bool) -> None:
+    def __init__(self, model: nn.Module, call: ModelCall, *, recompute: bool) -> None:
         super().__init__()
-        self.model, self._recompute = model, recompute
+        self.model, self._call, self._recompute = model, call, recompute
 
     @override
     def run(self, inputs: Any, seed: int) -> Any:
@@ -267,7 +296,7 @@ class Uncut(nn.Module, Chunk):
     @override
     def seeded(self, inputs: Any, seed: int) -> Any:
         seed_quickly(mixed(seed, 0))
-        return self.model(inputs)
+        return self._call(self.model, inputs)
 
     @override
     def set_mode(self, *, training: bool) -> None:
@@ -296,6 +325,8 @@ class ModelPart:
     """By place along the model."""
     module: nn.Module
     """All chunks' layers, with the names that they have in the model."""
+    order: Order | None = None
+    """Of the whole model's parts; see `call_order.py`. None: nobody has asked."""
     specs: dict[str, ShardSpec] = field(default_factory=dict)
     """Which slice of a tensor this rank has; what is not in it is whole."""
     names: dict[int, Named] = field(default_factory=dict)
@@ -333,20 +364,21 @@ class ModelPart:
         self.flat = FlatModel(self.module, group_of=group_of)
 
 
-def layers_for(task: Task, model: nn.Module) -> list[Layer]:
+def layers_for(task: Task, model: nn.Module, order: Order | None = None) -> list[Layer]:
     """
     Give a model's layers, as the task names them or as a trace finds them.
+
+    Args:
+        task: the user's.
+        model: whole.
+        order: of its parts; see `call_order.py`.
 
     Raises:
         SpecError: neither way works, a parameter of the model is in no layer, or the layers leave
             out what the model does around them.
     """
-    try:
-        modules = task.stages(model)
-    except NotImplementedError:
-        layers = found_layers(model)
-    else:
-        layers = layers_of(model, modules)
+    find = _layers_of_own_call if own_call(task) else _listed_or_found
+    layers = find(task, model, order)
     inside = {id(t) for layer in layers for t in _tensors(layer.module)}
     inside |= {id(p) for layer in layers for p in layer.parts.values() if isinstance(p, Tensor)}
     outside = [name for name, tensor in model.named_parameters() if id(tensor) not in inside]
@@ -354,6 +386,47 @@ def layers_for(task: Task, model: nn.Module) -> list[Layer]:
         text = f"parameters of the model are in no stage: {', '.join(outside)}"
         raise SpecError(Problem((), text, "have the task's `stages` name all parts of the model"))
     return with_hooks(model, layers)
+
+
+def _listed_or_found(task: Task, model: nn.Module, order: Order | None) -> list[Layer]:
+    """Give layers whose first takes the inputs, or a batch that is a mapping."""
+    try:
+        modules = task.stages(model)
+    except NotImplementedError:
+        layers = found_layers(model, ModelCall(task), order)
+    else:
+        layers = with_all_names(model, layers_of(model, modules))
+    if isinstance(layers[0].module, BeforeBlocks):
+        return layers
+    of_one = None if overrides(type(task), "stages") else model
+    return [replace(layers[0], module=TakesBatch(layers[0].module, of_one)), *layers[1:]]
+
+
+def _layers_of_own_call(task: Task, model: nn.Module, order: Order | None) -> list[Layer]:
+    """Give layers that do all that the task's own `forward` or `step` does."""
+    _refuse_other_draws(task)
+    layers = None
+    if not overrides(type(task), "stages") and not called_hooks(model):
+        layers = layers_around_blocks(model, ModelCall(task), order)
+    if layers is None:
+        name = f"{type(task).__name__}.{own_call(task)}()"
+        text = f"{name} calls the whole model, and only models of blocks without hooks are cut so"
+        hint = (
+            "leave it out: give pairs (inputs, targets), or dicts of the model's arguments, and a "
+            "loss(outputs, targets); or set `pipeline: 1`"
+        )
+        raise SpecError(Problem(("task",), text, hint))
+    return layers
+
+
+def _refuse_other_draws(task: Task) -> None:
+    """Refuse numbers of python's or numpy's: what torch draws is seen when it is drawn."""
+    method = own_call(task) or ""
+    named = names_in(getattr(type(task), method)) & {"random", "default_rng"}
+    if named:
+        text = f"{type(task).__name__}.{method}() names `{min(named)}`, and runs on two stages"
+        hint = "draw numbers in collate(), or set `pipeline: 1`"
+        raise SpecError(Problem(("task",), text, hint))
 
 
 def _tensors(module: nn.Module) -> list[Tensor]:
@@ -411,7 +484,7 @@ def take_whole(
     """
     if seed is not None:
         materialise(layers_for(task, model), 0, seed, device)
-    whole = Uncut(model.to(device), recompute=recompute)
+    whole = Uncut(model.to(device), ModelCall(task), recompute=recompute)
     return ModelPart([], {0: whole}, model)
 
 

@@ -134,7 +134,7 @@ class Pipeline(Compute):
 
     def pair(self, batch: Any) -> tuple[Any, Any]:
         """Take a batch apart, on this rank's device."""
-        return as_pair(moved(batch, self._device))
+        return as_pair(self._p.task, moved(batch, self._device))
 
     def differentiated(self, step: int, outputs: Any, targets: Any, samples: int) -> LossTerm:
         """Give the loss of a micro-batch."""

@@ -49,7 +49,7 @@ class Packing:
     """
 
     def __init__(self, forms: Sequence[Form]) -> None:
-        self._forms = tuple(forms)
+        self.forms = tuple(forms)
         self._offsets: list[int] = []
         end = 0
         for dtype, shape in forms:
@@ -57,8 +57,12 @@ class Packing:
             self._offsets.append(start)
             end = start + prod(shape) * dtype.itemsize
         self.form: Form | None = (torch.uint8, (end,)) if forms else None  #: of the message
-        if len(self._forms) == 1:
-            self.form = self._forms[0]
+        if len(self.forms) == 1:
+            self.form = self.forms[0]
+
+    def behind(self, length: int) -> "Packing":
+        """Give how the tensors travel behind a text of so many bytes."""
+        return Packing([(torch.uint8, (length,)), *self.forms])
 
     def pack(self, tensors: Sequence[Tensor]) -> Tensor:
         """Give the message; of one tensor that is contiguous, the tensor itself."""
@@ -72,10 +76,10 @@ class Packing:
 
     def unpack(self, message: Tensor) -> list[Tensor]:
         """Give the tensors; they lie in the message."""
-        if len(self._forms) == 1:
+        if len(self.forms) == 1:
             return [message]
         found = []
-        for start, (dtype, shape) in zip(self._offsets, self._forms, strict=True):
+        for start, (dtype, shape) in zip(self._offsets, self.forms, strict=True):
             stop = start + prod(shape) * dtype.itemsize
             found.append(message[start:stop].view(dtype).view(shape))
         return found
@@ -129,7 +133,19 @@ class Layout:
     @classmethod
     def of(cls, place: int, value: Any) -> "Layout":
         """
-        Read the form off a value that was computed with gradients.
+        Read the form off a value that was computed with gradients; see `read`.
+
+        Raises:
+            SpecError: it cannot be told to another process.
+        """
+        layout = cls.read(place, value)
+        layout.check_that_it_can_be_told()
+        return layout
+
+    @classmethod
+    def read(cls, place: int, value: Any) -> "Layout":
+        """
+        Read the form off a value.
 
         Gradients come back to the tensors that need one. Where none does, they come back to all
         floats: another micro-batch may take a way through layers that are trained.
@@ -156,17 +172,27 @@ class Layout:
             else _Constant(where, leaf)
             for where, leaf in zip(paths, leaves, strict=True)
         ]
-        layout = cls(place, structure, found)
-        layout._check_that_it_can_be_told(type(value).__name__)
-        return layout
+        return cls(place, structure, found)
 
-    def _check_that_it_can_be_told(self, kind: str) -> None:
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """The same for the same form, and for no other."""
+        return (self._structure, *map(repr, self._leaves))
+
+    def check_that_it_can_be_told(self) -> None:
+        """
+        See that `heard` gives the same form for what `told` gives.
+
+        Raises:
+            SpecError: it does not.
+        """
         try:
             same = structure_from_text(structure_text(self._structure)) == self._structure
         except Exception:  # of torch: it tells by errors of several types what it cannot write
             same = False
         if not same:
-            text = f"is of containers that cannot be told to another process ({kind})"
+            what = _shown(self._structure)
+            text = f"is of containers that cannot be told to another process, {what}"
             raise _problem(self._place, text, "hand on lists, tuples, or dicts by strings")
 
     def told(self) -> bytes:
@@ -238,7 +264,10 @@ class Layout:
 
     def _other(self, text: str) -> SpecError:
         text = f"is not as it was for the first micro-batch of its size: {text}"
-        hint = "have layers hand on the same form in training and evaluation, or cut elsewhere"
+        hint = (
+            "have layers hand on the same form in training and evaluation, or cut elsewhere; "
+            "forms may differ where batches are dicts of the model's arguments"
+        )
         return _problem(self._place, text, hint)
 
 

@@ -315,7 +315,8 @@ def _plain(name: str, module: nn.Module, kind: type[nn.Module], style: str) -> n
     what = type(module).__name__
     if not isinstance(module, kind):
         text = f"{name} is a {what}, and `{style}` splits {kind.__name__}"
-        raise SpecError(Problem((), text, "name the layer itself"))
+        inner = [*module.children()]
+        raise SpecError(Problem((), text, "name the layer itself" if inner else "leave it whole"))
     if type(module).forward is not kind.forward or "weight" not in module._parameters:
         text = f"{name} ({what}) computes otherwise than {kind.__name__}, so it cannot be split"
         raise SpecError(Problem((), text, "leave it out of the plan"))

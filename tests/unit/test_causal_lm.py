@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from hybrid_models import whole
 from jobs import job_of
 from local_run import train
 from torch import Tensor, nn
@@ -45,10 +46,10 @@ def small(kind: Any) -> type[Task]:
 def plain(kind: type[Task]) -> dict[str, Tensor]:
     """Train as a script would that knows one process: the model's own loss, a mean over words."""
     torch.manual_seed(0)
-    task = kind()
+    task: Any = kind()
     model, data = task.model(), task.train_data()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.3, momentum=0.9)
-    sampler = Sampler(len(data), BATCH, 1, 0, True, False)  # type: ignore[arg-type]
+    sampler = Sampler(len(data), BATCH, 1, 0, True, False)
     for step in range(STEPS):
         batch = task.collate([data[int(i)] for i in sampler.batch_ids(step)])
         optimizer.zero_grad()
@@ -65,15 +66,24 @@ def assert_equal(
         torch.testing.assert_close(found[name], value, rtol=tolerance, atol=tolerance)
 
 
-@pytest.mark.parametrize("strategy", ["ring", "ps-sync"])
-@pytest.mark.parametrize("parts", [1, 2])
+@pytest.mark.parametrize(
+    ("strategy", "parts"),
+    [
+        ("ring", 1),
+        ("ring", 2),
+        ("ps-sync", 1),
+        ("ps-sync", 2),
+        ({"name": "hybrid", "pipeline": 2, "micro_batches": 4}, 1),
+    ],
+    ids=str,
+)
 def test_dicts_train_as_in_a_plain_loop(
-    example: Any, strategy: str, parts: int, caplog: pytest.LogCaptureFixture
+    example: Any, strategy: Any, parts: int, caplog: pytest.LogCaptureFixture
 ) -> None:
     kind = small(example.CausalLM)
     fields = {"optimizer": SGD, "steps": STEPS, "gradient_accumulation": parts}
     job = job_of(strategy, 2, global_batch_size=BATCH, **fields)
-    assert_equal(train(job, kind, timeout_s=20.0).trained[0], plain(kind))
+    assert_equal(whole(train(job, kind, timeout_s=20.0)), plain(kind))
     assert not [one for one in caplog.records if "no mean" in one.getMessage()]
 
 
@@ -89,9 +99,10 @@ def test_a_model_of_transformers_is_trained_so(example: Any) -> None:
             made: nn.Module = transformers.GPT2LMHeadModel(config)
             return made.double()
 
-    job = job_of("ring", 2, optimizer=SGD, steps=STEPS, global_batch_size=BATCH)
-    # Its loss is computed in float32, whatever the model's type.
-    assert_equal(train(job, GPT2, timeout_s=20.0).trained[0], plain(GPT2), 1e-6)
+    for strategy in ("ring", {"name": "hybrid", "pipeline": 2, "micro_batches": 4}):
+        job = job_of(strategy, 2, optimizer=SGD, steps=STEPS, global_batch_size=BATCH)
+        # Its loss is computed in float32, whatever the model's type.
+        assert_equal(whole(train(job, GPT2, timeout_s=60.0)), plain(GPT2), 1e-6)
 
 
 def test_the_job_names_what_the_example_has(example: Any) -> None:

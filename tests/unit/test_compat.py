@@ -353,3 +353,15 @@ def test_nothing_private_of_ray_or_torch_is_imported_elsewhere() -> None:
         if any(word in line and "torch.__" not in line for line in path.read_text().splitlines())
     ]
     assert not wrong
+
+
+def test_operations_that_draw_are_seen() -> None:
+    seen: list[str] = []
+    with of_torch.DrawWatch(lambda: seen.append("drawn")):
+        torch.ones(3) + 1
+        assert seen == []
+        torch.rand(2)
+        nn.functional.dropout(torch.ones(2), 0.5, training=True)
+        torch.randperm(3)
+    torch.rand(2)
+    assert len(seen) == 3

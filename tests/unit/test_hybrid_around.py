@@ -326,6 +326,24 @@ class Switching(nn.Sequential):
         return self
 
 
+class Logging(nn.Sequential):
+    def train(self, mode: bool = True) -> "Logging":
+        self.switched = mode
+        return super().train(mode)
+
+
+class Alike(nn.Sequential):
+    """As Hugging Face's models."""
+
+    def train(self, mode: bool = True) -> "Alike":
+        return super().train(mode)
+
+
+def test_a_train_that_does_as_torchs_is_none_of_its_own() -> None:
+    same(task_of(lambda model: Alike(*model)))
+    refused(task_of(lambda model: Logging(*model)), "a `train` of its own")
+
+
 def test_a_way_of_its_own_to_switch_the_mode() -> None:
     def made(model: Any) -> nn.Module:
         return Switching(model[0], nn.Dropout(0.5), *model[1:])

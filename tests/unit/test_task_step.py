@@ -1,5 +1,6 @@
 """Batches of any form, and tasks that call the model themselves: equal to the plain loop."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -23,6 +24,7 @@ from distplat.platform.sampler import Sampler
 pytestmark = pytest.mark.usefixtures("loader_server")
 
 SAMPLES, BATCH, STEPS = 22, 6, 5
+HYBRID = {"name": "hybrid", "pipeline": 1, "tensor": 1, "data": 2}
 
 
 class Tagger(nn.Module):
@@ -190,7 +192,9 @@ def trained(kind: type[Task], strategy: Any, workers: int, **fields: Any) -> Loc
         ("ring", 2, {"data": {"num_workers": 1}}),
         ("ps-sync", 3, {}),
         ("ps-async", 1, {}),
+        (HYBRID, 2, {}),
     ],
+    ids=str,
 )
 def test_any_batch_trains_as_a_plain_loop(
     kind: type[Task], strategy: str, workers: int, fields: dict[str, Any]
@@ -301,6 +305,8 @@ def test_a_batch_that_nobody_says_how_to_take_is_refused() -> None:
     told = r"it is a tuple of 3\. For any other batch Unsaid needs forward\(model, batch\) or step"
     with pytest.raises(ValueError, match=told):
         trained(Unsaid, "ring", 1)
+    with pytest.raises(SpecError, match="a batch is a tuple of 3, and nobody says how the model"):
+        trained(Unsaid, HYBRID, 2)
 
 
 class Ragged(Dicts):
@@ -315,6 +321,24 @@ def test_a_mean_over_words_is_told(caplog: pytest.LogCaptureFixture) -> None:
     (told,) = [one.getMessage() for one in caplog.records if "no mean" in one.getMessage()]
     assert told.startswith("loss() is no mean over the samples of a batch: halves give ")
     assert "return (sum, weight) instead" in told
+
+
+class OwnLoss(Dicts):
+    """A mean over words, which the model makes itself."""
+
+    def loss(self, outputs: Any, targets: Any) -> Any:
+        return outputs["loss"]
+
+
+@pytest.mark.parametrize("kind", [OwnLoss, HuggingFace])
+@pytest.mark.parametrize("strategy", ["ring", HYBRID], ids=str)
+def test_a_mean_over_words_of_the_models_own_is_told(
+    kind: type[Task], strategy: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    trained(kind, strategy, 2)
+    (told, *_) = [one.getMessage() for one in caplog.records if "the model's own" in one.message]
+    assert re.search(r"have \d to \d+ labels that are not -100", told)
+    assert "Return (sum, weight) instead" in told
 
 
 @pytest.mark.parametrize("kind", [Dicts, Triples, Nested, Listed])
@@ -364,17 +388,14 @@ def test_looking_at_a_loss_leaves_the_task_as_it_is() -> None:
     assert task.norm.num_batches_tracked == 3
 
 
-HYBRID = {"name": "hybrid", "pipeline": 1, "tensor": 1, "data": 2}
-
-
 @pytest.mark.parametrize(
     ("kind", "told"),
     [
-        (Triples, r"Triples\.forward\(\) calls the whole model, and `hybrid` cuts it"),
-        (Nested, r"Nested\.step\(\) calls the whole model, and `hybrid` cuts it"),
-        (Dicts, r"under `hybrid` a batch must be a pair .*, it is a dict"),
+        (Triples, r"Triples\.forward\(\) calls the whole model, and only models of blocks"),
+        (Nested, r"Nested\.step\(\) calls the whole model, and only models of blocks"),
+        (Dicts, r"Tagger\.forward takes 3 inputs"),
     ],
 )
-def test_a_model_that_is_cut_is_not_called_by_its_task(kind: type[Task], told: str) -> None:
+def test_a_model_without_blocks_is_not_cut_around_a_call(kind: type[Task], told: str) -> None:
     with pytest.raises(SpecError, match=told):
-        trained(kind, HYBRID, 2)
+        trained(kind, {**HYBRID, "pipeline": 2, "data": 1}, 2)

@@ -1,0 +1,123 @@
+"""
+How a model is called with what the data gives: `model(inputs)` of a pair, else as the task says.
+
+The task's `forward`, or its `step`, gets the model and a whole batch. Where the model is cut, two
+parts that stand for it are each called so, in processes of their own: up to the model's call both
+are to compute the same.
+"""
+
+from __future__ import annotations
+
+import inspect
+from contextlib import ExitStack
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from distplat.platform.errors import Problem, SpecError
+from distplat.strategies.task import Task, method_of, own_call
+from distplat.strategies.torch_compat import DrawWatch
+
+
+class Batch(NamedTuple):
+    """What enters a model where that is a whole batch, and not the first of a pair."""
+
+    batch: Any
+
+
+class ModelCall:
+    """
+    Calls a model, or what stands for it.
+
+    Args:
+        task: says how a batch is handed over; None: there are inputs only.
+    """
+
+    def __init__(self, task: Task | None = None) -> None:
+        self._task = task
+        self._method = "forward" if task is None else own_call(task) or "forward"
+
+    def __call__(self, model: nn.Module, inputs: Any) -> Any:
+        """Call a model with what enters it."""
+        if not isinstance(inputs, Batch):
+            return model(inputs)
+        assert self._task is not None, "batches come of a task's data"
+        return method_of(self._task, self._method)(model, inputs.batch)
+
+    def of_part(self, model: nn.Module, inputs: Any) -> Any:
+        """
+        Call what stands for a part of the model, and has hooks of its own.
+
+        Raises:
+            SpecError: the task draws random numbers before: another part would draw others.
+        """
+        if self._task is None or own_call(self._task) is None or not isinstance(inputs, Batch):
+            return self(model, inputs)
+        watch = ExitStack()
+        watch.enter_context(DrawWatch(self._refuse_draws))
+        handle = model.register_forward_pre_hook(lambda *_: watch.close())
+        try:
+            return self(model, inputs)
+        finally:
+            handle.remove()
+            watch.close()
+
+    def _refuse_draws(self) -> None:
+        name = f"{type(self._task).__name__}.{self._method}()"
+        text = f"{name} draws random numbers before it calls the model, and runs on two stages"
+        hint = "draw them in collate(), or in the model's parts, or set `pipeline: 1`"
+        raise SpecError(Problem(("task",), text, hint))
+
+    def __deepcopy__(self, memo: object) -> ModelCall:
+        """Give itself: layers are copied to be measured, and a task may hold its data."""
+        return self
+
+
+class TakesBatch(nn.Module):
+    """
+    The model's first layer, which may be given a batch that is a mapping.
+
+    Args:
+        module: of the layer.
+        model: whose one argument it takes; None: it takes the mapping itself.
+    """
+
+    def __init__(self, module: nn.Module, model: nn.Module | None) -> None:
+        super().__init__()
+        self.module = module
+        names = [] if model is None else [*inspect.signature(model.forward).parameters]
+        self._argument = next(iter(names), None)
+
+    def forward(self, inputs: Any) -> Any:
+        """
+        Give what the layer gives.
+
+        Raises:
+            SpecError: the mapping has other keys than the model's one argument.
+        """
+        if isinstance(inputs, Batch):
+            name, inputs = self._argument, inputs.batch
+            if name is not None and [*inputs] != [name]:
+                text = f"the model takes `{name}`, and a batch is a dict of {', '.join(inputs)}"
+                hint = "give pairs (inputs, targets), or a `stages(model)` whose first takes a dict"
+                raise SpecError(Problem(("strategy", "pipeline"), text, hint))
+            inputs = inputs if name is None else inputs[name]
+        return self.module(inputs)
+
+
+def torch_modes() -> dict[str, object]:
+    """Give what contexts of torch change."""
+    return {
+        "torch.no_grad or its like": torch.is_grad_enabled(),
+        "torch.inference_mode": torch.is_inference_mode_enabled(),
+        "torch.autocast": [
+            (torch.is_autocast_enabled(device), torch.get_autocast_dtype(device))
+            for device in ("cpu", "cuda")
+        ],
+    }
+
+
+def changed_modes(before: dict[str, object]) -> str:
+    """Say which contexts have been entered since; empty: none."""
+    return " and ".join(what for what, mode in torch_modes().items() if mode != before[what])
