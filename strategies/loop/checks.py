@@ -127,9 +127,10 @@ def check_state(model: nn.Module, *, sent: bool, named: str = "model()") -> None
             continue
         kind = str(value.dtype).removeprefix("torch.")
         hint = _REAL if value.is_complex() else "use another type"
-        if kind not in ITEM_BYTES or value.layout is not torch.strided:
-            how = kind if value.layout is torch.strided else f"{kind}, {value.layout}"
-            text = f"{named} has the {what} {name!r} of type {how}, which cannot be saved"
+        if value.layout is not torch.strided:
+            kind, hint = f"{kind}, {value.layout}", "keep its indices and its values in two of them"
+        if kind not in ITEM_BYTES:
+            text = f"{named} has the {what} {name!r} of type {kind}, which cannot be saved"
             problems.append(Problem(("task",), text, hint))
         elif sent and value.dtype not in SENDABLE:
             text = f"{named} has the {what} {name!r} of type {kind}, which workers cannot exchange"

@@ -11,13 +11,11 @@ import pytest
 import signal_defaults
 import torch
 from hypothesis import settings
-from ray._private import auto_init_hook
 
 from distplat.strategies.loop.loaders import LoaderContext
 
 signal_defaults.reset()
 torch.set_num_threads(1)
-auto_init_hook.enable_auto_connect = False  # a thread that outlives its test must not start a Ray
 settings.register_profile("any machine", deadline=None)  # a busy one makes an example slow
 settings.load_profile("any machine")
 

@@ -18,7 +18,7 @@ def order() -> Any:
         run="run",
         manager=None,
         scheduler=None,
-        job=SimpleNamespace(failure=None),
+        job=SimpleNamespace(failure=None, plateau=None),
     )
 
 

@@ -146,7 +146,7 @@ def test_an_expanded_buffer_is_rank_0s(strategy: str) -> None:
 @pytest.mark.parametrize(
     ("add", "text"),
     [
-        (lambda m: m.register_buffer("graph", torch.eye(2).to_sparse()), "the buffer 'graph'"),
+        (lambda m: m.register_buffer("graph", torch.eye(2).to_sparse()), "the state 'graph'"),
         (lambda m: m.append(nn.LazyLinear(2)), "'3.weight', '3.bias' of the model have no shape"),
     ],
 )
