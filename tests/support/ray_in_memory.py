@@ -330,7 +330,7 @@ class InMemoryRay:
         _ray = None
 
     def _wait_for_threads(self) -> None:
-        """Wait for threads to come out: one that is late finds the real Ray, which is not running."""
+        """Wait for threads to come out: one that is late finds Ray itself, not running."""
         until = time.monotonic() + LATE_S
         for thread in self.threads:
             if thread.name not in BLOCKED and thread is not threading.current_thread():
