@@ -20,7 +20,7 @@ import hashlib
 import json
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -220,20 +220,25 @@ class GradientAverage(ABC):
         return self.around.record(present)
 
     @torch.no_grad()
-    def spread(self, now: NDArray[np.bool_], scale: float = 1.0) -> None:
+    def hand_out(self, places: Iterable[int], scale: float = 1.0) -> None:
         """
         Have the mean over the ranks in `.grad`: in tensors that a loop may keep.
 
+        One rank's own are the mean already.
+
         Args:
-            now: by slot, whether some rank had a gradient.
+            places: slots of which some rank had a gradient.
             scale: by which the vector is multiplied.
         """
-        for place in np.flatnonzero(now).tolist() if self._group.world > 1 else ():
+        for place in places if self._group.world > 1 else ():
             one, mean = self.flat.parameters[place], self.flat.gradient(place)
             grad = one.grad
             if grad is None or grad.requires_grad or grad.layout is not torch.strided:
                 one.grad = grad = torch.empty_like(mean)
             torch.mul(mean, scale, out=grad)
+
+    def finish(self) -> None:
+        """Be told that all gradients are handed out; the buffers follow."""
         take_over(self._buffers(), self._group)
         self._backwards += 1
         if self._backwards in _COMPARED:
@@ -341,15 +346,21 @@ class BucketAverage(GradientAverage):
     def _average(self) -> None:
         """Be told that backward is over: gradients of all ranks are summed, then divided."""
         self._under_way = False
-        local = self.gather()
-        total = self._reducer.finish(local)
+        local, scale = self.gather(), 1.0 / self._group.world
+        mine = local.present
+
+        def landed(slots: range) -> None:  # it is in the processor's cache
+            self.hand_out((place for place in slots if mine[place]), scale)
+
+        total = self._reducer.finish(local, landed)
         total.check_batch(local, self.around.step())
         try:
             self._policy.decide(total, self.around.step(), self.flat.name)
             self.note(None)
         except NonFiniteError as error:
             self.note(error)
-        self.spread(total.present, 1.0 / self._group.world)
+        self.hand_out(np.flatnonzero(total.present & ~mine).tolist(), scale)
+        self.finish()
 
 
 def _changed(name: str) -> SpecError:

@@ -183,7 +183,8 @@ class ServerSum:
         now: NDArray[np.bool_] = (vectors.flags > 0).cpu().numpy()
         ends = np.cumsum([len(one) for one in present])[:-1]
         for member, has in zip(self.members, np.split(now, ends), strict=True):
-            member.spread(has)
+            member.hand_out(np.flatnonzero(has).tolist())
+            member.finish()
 
     def _first_non_finite(self) -> int | None:
         """Give the first slot of all models whose gradient is not finite; None: all are."""

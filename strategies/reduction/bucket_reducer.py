@@ -218,8 +218,16 @@ class BucketReducer(Reducer):
         self._listening = False
 
     @override
-    def finish(self, local: StepControl) -> StepControl:
-        """The control record leaves behind the last bucket."""
+    def finish(
+        self, local: StepControl, landed: Callable[[range], None] = lambda parameters: None
+    ) -> StepControl:
+        """
+        The control record leaves behind the last bucket.
+
+        Args:
+            local: see `Reducer`.
+            landed: told of the slots of each bucket whose sum is there, while others are under way.
+        """
         if self._alone:
             self.local = local.looked_at(self._flat) if self._look else local
             return self.local
@@ -238,6 +246,7 @@ class BucketReducer(Reducer):
             self._handles.pop(number).wait()
             if self._wire is not None:
                 self._wire.unpack(self._cuts[number].start, self._cuts[number].stop)
+            landed(self._cuts[number].parameters)
         total = self._control.wait()
         self._overlap.end(self._wire.seconds - cast_before if self._wire else 0.0)
         if not self._agreed:
