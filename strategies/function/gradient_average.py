@@ -220,7 +220,7 @@ class GradientAverage(ABC):
         return self.around.record(present)
 
     @torch.no_grad()
-    def hand_out(self, places: Iterable[int], scale: float = 1.0) -> None:
+    def hand_out(self, places: Iterable[int], scale: float, sums: Tensor) -> None:
         """
         Have the mean over the ranks in `.grad`: in tensors that a loop may keep.
 
@@ -228,14 +228,15 @@ class GradientAverage(ABC):
 
         Args:
             places: slots of which some rank had a gradient.
-            scale: by which the vector is multiplied.
+            scale: by which the sums are multiplied.
+            sums: over the ranks, laid out as the model's vectors.
         """
         for place in places if self._group.world > 1 else ():
-            one, mean = self.flat.parameters[place], self.flat.gradient(place)
+            one, total = self.flat.parameters[place], self.flat.slots[place].view(sums)
             grad = one.grad
             if grad is None or grad.requires_grad or grad.layout is not torch.strided:
-                one.grad = grad = torch.empty_like(mean)
-            torch.mul(mean, scale, out=grad)
+                one.grad = grad = torch.empty_like(total)
+            torch.mul(total, scale, out=grad)
 
     def finish(self) -> None:
         """Be told that all gradients are handed out; the buffers follow."""
@@ -346,11 +347,11 @@ class BucketAverage(GradientAverage):
     def _average(self) -> None:
         """Be told that backward is over: gradients of all ranks are summed, then divided."""
         self._under_way = False
-        local, scale = self.gather(), 1.0 / self._group.world
-        mine = local.present
+        local = self.gather()
+        mine, given = local.present, (1.0 / self._group.world, self.flat.grads)
 
         def landed(slots: range) -> None:  # it is in the processor's cache
-            self.hand_out((place for place in slots if mine[place]), scale)
+            self.hand_out((place for place in slots if mine[place]), *given)
 
         total = self._reducer.finish(local, landed)
         total.check_batch(local, self.around.step())
@@ -359,7 +360,7 @@ class BucketAverage(GradientAverage):
             self.note(None)
         except NonFiniteError as error:
             self.note(error)
-        self.hand_out(np.flatnonzero(total.present & ~mine).tolist(), scale)
+        self.hand_out(np.flatnonzero(total.present & ~mine).tolist(), *given)
         self.finish()
 
 

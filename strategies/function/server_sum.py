@@ -84,9 +84,21 @@ class SummedVectors:
 
     @property
     def flags(self) -> Tensor:
-        """By slot of all models, how many ranks have a gradient; of this rank before the sum."""
+        """By slot of all models, whether this rank has a gradient."""
         (found,) = typed_views(self.grads, [self._flags])
         return found
+
+    @property
+    def summed_flags(self) -> Tensor:
+        """By slot of all models, how many ranks have a gradient."""
+        (found,) = typed_views(self.params, [self._flags])
+        return found
+
+    def of_model(self, vector: Tensor, number: int, flat: FlatModel) -> Tensor:
+        """Give a model's part of a vector, with the elements of the model's own."""
+        start = self.starts[number]
+        length = flat.size * flat.grads.itemsize // vector.itemsize
+        return vector[start : start + length].view(flat.grads.dtype)
 
     def take_mean(self, world: int) -> None:
         """Have the sum over so many ranks that came, divided, where the gradients are."""
@@ -96,8 +108,8 @@ class SummedVectors:
             torch.mul(total, 1.0 / world, out=mine)
 
     def finite(self) -> bool:
-        """Say whether all gradients are finite, by their views in the vector."""
-        return all(map(is_finite, typed_views(self.grads, self.layout.segments)))
+        """Say whether all sums are finite, by their views in the vector."""
+        return all(map(is_finite, typed_views(self.params, self.layout.segments)))
 
 
 class ServerSum:
@@ -151,9 +163,8 @@ class ServerSum:
             flat.check_layout(self.around.step())
         self._vectors = vectors = SummedVectors(flats)
         self._shards.connect_loop(vectors, LoopOptimizer(OwnLoop()))
-        for flat, start in zip(flats, vectors.starts, strict=True):
-            length = flat.size * flat.grads.itemsize // vectors.grads.itemsize
-            flat.move(flat.params, vectors.grads[start : start + length].view(flat.grads.dtype))
+        for number, flat in enumerate(flats):
+            flat.move(flat.params, vectors.of_model(vectors.grads, number, flat))
         return vectors
 
     def _exchange(self) -> None:
@@ -169,7 +180,6 @@ class ServerSum:
         self._pushes += 1
         total = (pushed.total or local).named(local)
         total.check_batch(local, around.step())
-        vectors.take_mean(around.group.world)
         if self._policy.looks and vectors.grads.dtype is torch.float16 and not vectors.finite():
             total = total.broken(ELSEWHERE)
         broken: NonFiniteError | None = None
@@ -177,13 +187,16 @@ class ServerSum:
             self._policy.decide(total, around.step(), self._name)
         except NonFiniteError as error:
             broken = error
+            vectors.take_mean(around.group.world)
         for one in self.members:
             whole = broken is None or one.flat.first_non_finite() is None
             one.note(None if whole else broken)
-        now: NDArray[np.bool_] = (vectors.flags > 0).cpu().numpy()
-        ends = np.cumsum([len(one) for one in present])[:-1]
-        for member, has in zip(self.members, np.split(now, ends), strict=True):
-            member.hand_out(np.flatnonzero(has).tolist())
+        now: NDArray[np.bool_] = (vectors.summed_flags > 0).cpu().numpy()
+        ends, scale = np.cumsum([len(one) for one in present])[:-1], 1.0 / around.group.world
+        for number, has in enumerate(np.split(now, ends)):
+            member = self.members[number]
+            sums = vectors.of_model(vectors.params, number, member.flat)
+            member.hand_out(np.flatnonzero(has).tolist(), scale, sums)
             member.finish()
 
     def _first_non_finite(self) -> int | None:
