@@ -154,6 +154,11 @@ class FunctionSession:
         self._samples = self._epoch = 0
         self._batch = RankBatch(None, 0, 0)  #: the last one, without what it holds
         self._watched = ReportWatch(job)
+        self._outlived: list[Any] = []
+        """
+        Groups of wrappers. A wrapper that is the last to let go of its group waits for the group's
+        threads with the GIL held, and one that frees a tensor waits for the GIL: torch's own hangs.
+        """
         self._asks = self._warned = self._data_checked = False
         self._waited_s, self._last = 0.0, time.perf_counter()
         self._progress.step = saved.step if saved is not None else 0
@@ -173,6 +178,7 @@ class FunctionSession:
         for one in given.modules():
             if isinstance(one, nn.parallel.DistributedDataParallel):
                 passing_on(one, self.no_sync)
+                self._outlived.append(one.process_group)
         wrapped = isinstance(given, nn.parallel.DistributedDataParallel)
         model = given.get_submodule("module") if wrapped else given
         if any(one is model for one in self._exchange.models):

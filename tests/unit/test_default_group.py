@@ -1,6 +1,8 @@
 """What scripts of DistributedDataParallel's find in a train function; the rest is on Ray."""
 
+import gc
 import socket
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -100,6 +102,25 @@ def test_a_wrapper_inside_of_a_model_averages_nothing_either() -> None:
     found = call_on_ranks(train).trained[0]
     assert not inner.require_backward_grad_sync
     assert [*found] == ["0.module.weight", "0.module.bias"]
+
+
+@pytest.mark.usefixtures("_alone")
+def test_a_group_outlives_the_wrapper() -> None:
+    """Or the wrapper waits for the group's threads with the GIL held, and they may for the GIL."""
+    lived: list[bool] = []
+
+    def train(config: Mapping[str, Any]) -> None:
+        dist.init_process_group("gloo")
+        wrapped = DistributedDataParallel(model_of())
+        group = weakref.ref(wrapped.process_group)
+        weakref.finalize(wrapped, lambda: lived.append(group() is not None))
+        distplat.prepare(wrapped)
+        dist.destroy_process_group()
+        del wrapped.process_group  # as the wrapper itself is taken apart in no certain order
+
+    call_on_ranks(train)
+    gc.collect()
+    assert lived == [True]
 
 
 @pytest.mark.usefixtures("_alone")
