@@ -296,13 +296,25 @@ def join(
     meet = (lambda: None) if p.job.scaling.world == 1 else _meeting(p, context)
     loop = replace(loop, stop=stop, metrics=TaskMetrics(p.task, meet))
     loop = replace(loop, evaluated=p.state.discard, on_a_copy=p.state.on_a_copy)
+    group = _meet_others(p, ports, start, group, meet)
+    return replace(loop, group=group, gathering=gathering, loss_scale=p.loss_scale)
+
+
+def _meet_others(
+    p: Prepared,
+    ports: Ports,
+    start: int,
+    group: Collective | None,
+    meet: Callable[[], Collective | None],
+) -> Collective | None:
+    """Have the others' rate and loss scale as an attempt begins; give the group."""
+    device = p.flat.params.device
     if (plateau := p.job.plateau) is not None:
         group = meet() if group is None else group  # its ranks gather evaluations
-        served = ports.shards if p.roles.servers else None
-        meet_plateau(plateau, start, group, served, p.flat.params.device)
+        meet_plateau(plateau, start, group, ports.shards if p.roles.servers else None, device)
     if p.loss_scale is not None:
-        p.loss_scale.meet(start, meet(), p.flat.params.device)
-    return replace(loop, group=group, gathering=gathering, loss_scale=p.loss_scale)
+        p.loss_scale.meet(start, meet(), device)
+    return group
 
 
 def _meeting(p: Prepared, context: Context) -> Callable[[], Collective | None]:

@@ -370,21 +370,9 @@ def agreed_part(
         SpecError: the model cannot be cut, or sliced, as the job says.
         CollectiveError: a rank is missing.
     """
-    order: Order | None = None
-    model = prepared.model
-    if options.places > 1 and (
-        known.order is not None if known else has_order(prepared.task, model)
-    ):
-        tried = None
-        if model is not None and options.init == "build":
-            tried = partial(
-                order_of, model, ModelCall(prepared.task), partial(_samples, options, prepared)
-            )
-        device = torch.device(prepared.device)
-        order = agreed_order(tried, known.order if known else None, everybody, device)
-    new = known is None
-    together = slices if slices is not None and _all_new(new, slices, prepared.device) else None
-    part = known
+    order = _agreed_order(options, prepared, known, everybody)
+    tries = slices is not None and _all_new(known is None, slices, prepared.device)
+    together, part = slices if tries else None, known
     if part is None:
         assert prepared.model is not None, "a model that was built and not yet cut"
         names = names_of(prepared.model)
@@ -399,6 +387,21 @@ def agreed_part(
     elif options.places > 1:
         _agree(options, prepared, [], part.points, everybody)
     return part
+
+
+def _agreed_order(
+    options: HybridOptions, prepared: Prepared, known: ModelPart | None, everybody: Collective
+) -> Order | None:
+    """Have the order in which a model with blocks calls its parts; None: it is known without."""
+    model, tried = prepared.model, None
+    there = known.order is not None if known else has_order(prepared.task, model)
+    if options.places == 1 or not there:
+        return None
+    if model is not None and options.init == "build":
+        samples = partial(_samples, options, prepared)
+        tried = partial(order_of, model, ModelCall(prepared.task), samples)
+    device = torch.device(prepared.device)
+    return agreed_order(tried, known.order if known else None, everybody, device)
 
 
 def _all_new(new: bool, slices: Collective, device: str) -> bool:
