@@ -26,7 +26,7 @@ from distplat.platform.vector_layout import Layout, Piece, Segment
 from distplat.strategies.function.gradient_average import GradientAverage, Surroundings
 from distplat.strategies.loop.control import ELSEWHERE, NonFiniteSteps
 from distplat.strategies.model.flat import FlatModel
-from distplat.strategies.model.parameter_layout import is_finite, typed_views
+from distplat.strategies.model.parameter_layout import first_non_finite, is_finite, typed_views
 from distplat.strategies.ports import LoopOptimizer, LoopShards
 from distplat.strategies.torch_compat import after_backward
 
@@ -99,13 +99,6 @@ class SummedVectors:
         start = self.starts[number]
         length = flat.size * flat.grads.itemsize // vector.itemsize
         return vector[start : start + length].view(flat.grads.dtype)
-
-    def take_mean(self, world: int) -> None:
-        """Have the sum over so many ranks that came, divided, where the gradients are."""
-        segments = self.layout.segments
-        pairs = zip(*(typed_views(one, segments) for one in (self.params, self.grads)), strict=True)
-        for total, mine in pairs:
-            torch.mul(total, 1.0 / world, out=mine)
 
     def finite(self) -> bool:
         """Say whether all sums are finite, by their views in the vector."""
@@ -187,15 +180,15 @@ class ServerSum:
             self._policy.decide(total, around.step(), self._name)
         except NonFiniteError as error:
             broken = error
-            vectors.take_mean(around.group.world)
-        for one in self.members:
-            whole = broken is None or one.flat.first_non_finite() is None
-            one.note(None if whole else broken)
         now: NDArray[np.bool_] = (vectors.summed_flags > 0).cpu().numpy()
         ends, scale = np.cumsum([len(one) for one in present])[:-1], 1.0 / around.group.world
         for number, has in enumerate(np.split(now, ends)):
             member = self.members[number]
-            sums = vectors.of_model(vectors.params, number, member.flat)
+            flat = member.flat
+            sums = vectors.of_model(vectors.params, number, flat)
+            looked = sums, flat.segments, flat.layout.pieces
+            whole = broken is None or first_non_finite(*looked) is None
+            member.note(None if whole else broken)
             member.hand_out(np.flatnonzero(has).tolist(), scale, sums)
             member.finish()
 
