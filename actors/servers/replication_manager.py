@@ -242,6 +242,8 @@ class ReplicationManager:
         handles = {name: self.handles[name] for name in self._group.servers if name in self.handles}
         starting = [name for name in handles if not self._heartbeats.has_heard(name)]
         for name, cause in self._heartbeats.look(handles, starting).items():
+            if self._closed:  # the run is over: its servers end
+                return
             logger.warning("%s: %s", name, cause)
             self._start(self._lose(name))
 

@@ -2,6 +2,7 @@
 
 import gc
 import os
+import threading
 from collections.abc import Iterator
 from multiprocessing import forkserver
 
@@ -45,6 +46,17 @@ def few_descriptors() -> Iterator[None]:
     if len(os.listdir("/proc/self/fd")) > _left + _MANY:
         gc.collect()
         _left = len(os.listdir("/proc/self/fd"))
+
+
+@pytest.fixture
+def caplog(caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
+    """Keep out what threads say that an earlier test has left."""
+    me = threading.current_thread()
+    earlier = [thread for thread in threading.enumerate() if thread is not me]
+    caplog.handler.addFilter(
+        lambda record: all(record.thread != one.ident for one in earlier if one.is_alive())
+    )
+    return caplog
 
 
 @pytest.fixture(scope="session")
