@@ -192,25 +192,6 @@ def nccl_works() -> bool:
     return bool(dist.is_nccl_available() and torch.cuda.is_available())
 
 
-def serve_store(listener: int, host: str, port: int) -> Any:
-    """Serve a store on a socket that listens already; the store ends with the object."""
-    return dist.TCPStore(
-        host, port, is_master=True, wait_for_workers=False, master_listen_fd=listener
-    )
-
-
-def connect_store(host: str, port: int, timeout_s: float, secret: str) -> Any:
-    """
-    Connect to a store; who does not know the secret, by which all keys begin, sees none of them.
-
-    Raises:
-        RuntimeError: nobody serves it in time.
-    """
-    timeout = timedelta(seconds=timeout_s)
-    client = dist.TCPStore(host, port, is_master=False, timeout=timeout, wait_for_workers=False)
-    return dist.PrefixStore(secret, client)
-
-
 def within(store: Any, purpose: str) -> Any:
     """Give a part of a store that no other purpose shares."""
     return dist.PrefixStore(purpose, store)

@@ -7,15 +7,18 @@ The store of a torch group: rank 0 serves it, all connect to it, and through it 
 """
 
 import secrets
-import socket
 import threading
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from typing import Any, NamedTuple, TypeVar
 
 import ray
 
+from distplat.actors.collectives.key_value_store import (
+    KeyValueStore,
+    StoreConnection,
+    StoreServer,
+)
 from distplat.actors.collectives.rendezvous import (
     GIVEN_UP,
     GroupSettings,
@@ -25,7 +28,6 @@ from distplat.actors.collectives.rendezvous import (
     wait_for,
 )
 from distplat.platform.errors import CollectiveError, DeadlineExceeded
-from distplat.strategies import torch_compat
 
 INTERVAL_S = 0.5
 SILENT_S = 4 * INTERVAL_S
@@ -50,7 +52,7 @@ class Heartbeat:
     Publishes that this rank lives and how far it is; finds the ranks that do not.
 
     Args:
-        store: a client of the group's store, used by this object alone.
+        store: a client of the group's store.
         rank: place in the group.
         world: ranks in the group.
         number: gives the operations that this rank has begun.
@@ -67,7 +69,6 @@ class Heartbeat:
     ) -> None:
         self._store, self._rank, self._world = store, rank, world
         self._number, self._on_beat = number, on_beat
-        self._lock = threading.Lock()  # one store connection answers one question at a time
         self._stopped = threading.Event()
         self._beats = 0
         self._publish(str(self._beats))
@@ -121,15 +122,13 @@ class Heartbeat:
 
     def _found(self) -> tuple[int, ...] | None:
         """Give what another rank found out."""
-        with self._lock:
-            if not self._store.check([_FOUND]):
-                return None
-            return tuple(int(rank) for rank in self._store.get(_FOUND).decode().split())
+        if not self._store.check([_FOUND]):
+            return None
+        return tuple(int(rank) for rank in self._store.get(_FOUND).decode().split())
 
     def _leave(self, found: tuple[int, ...]) -> None:
         if found:
-            with self._lock:
-                self._store.set(_FOUND, " ".join(map(str, found)))
+            self._store.set(_FOUND, " ".join(map(str, found)))
 
     def _compare(self, number: int, partner: int | None) -> tuple[int, ...]:
         before = self._read()
@@ -155,8 +154,7 @@ class Heartbeat:
 
     def _publish(self, beats: str) -> bool:
         try:
-            with self._lock:
-                self._store.set(f"heartbeat/{self._rank}", f"{beats} {self._number()}")
+            self._store.set(f"heartbeat/{self._rank}", f"{beats} {self._number()}")
         except RuntimeError:
             return False
         return True
@@ -164,19 +162,17 @@ class Heartbeat:
     def _read(self) -> list[_Heartbeat]:
         """Give every rank's heartbeat; no beats and no operations for one that never came."""
         beats_of = []
-        with self._lock:
-            for rank in range(self._world):
-                key = f"heartbeat/{rank}"
-                value = self._store.get(key).decode() if self._store.check([key]) else "0 0"
-                beats, number = value.split()
-                beats_of.append(_Heartbeat(beats, int(number)))
+        for rank in range(self._world):
+            key = f"heartbeat/{rank}"
+            value = self._store.get(key).decode() if self._store.check([key]) else "0 0"
+            beats, number = value.split()
+            beats_of.append(_Heartbeat(beats, int(number)))
         return beats_of
 
 
 T = TypeVar("T")
 
 _LINGER_S = 2 * SILENT_S
-_PROBE_S = 1.0
 
 
 class Store:
@@ -197,12 +193,14 @@ class Store:
     def __init__(self, group_name: str, rank: int, world: int, settings: GroupSettings) -> None:
         self._name, self._rank, self._world = group_name, rank, world
         self._settings = settings
-        self._server: Any = None
+        self._server: StoreServer | None = None
         self.host = _address()
         """Address that this rank listens on."""
         try:
             host, port, secret = self._serve() if rank == 0 else self._find()
-            self.client = torch_compat.connect_store(host, port, settings.rendezvous_s, secret)
+            # Nobody is waited for longer in here: who is late makes the others' operations fail.
+            limit = settings.rendezvous_s + settings.operation_s
+            self.client = KeyValueStore(StoreConnection(host, port, secret, limit))
             self._wait_for_all()
         except (RuntimeError, OSError) as error:
             cause = f"no answer from rank 0: {str(error).splitlines()[0]}"
@@ -211,6 +209,9 @@ class Store:
             if rank == 0:
                 take_back_word(group_name)
 
+    def __del__(self) -> None:
+        self.close(troubled=True)  # the group came to nothing
+
     def close(self, *, troubled: bool) -> None:
         """
         Serve no more.
@@ -218,26 +219,18 @@ class Store:
         Args:
             troubled: the group broke; the others may still be asking whose fault it is.
         """
-        if troubled and self._server is not None:
-            later = threading.Timer(_LINGER_S, lambda server: None, [self._server])
-            later.daemon = True
-            later.start()
+        if self._server is not None:
+            self._server.close(after_s=_LINGER_S if troubled else 0.0)
         self._server = None
 
     def _serve(self) -> tuple[str, int, str]:
-        listener = socket.create_server((self.host, 0))
-        host, port = listener.getsockname()[:2]
-        self._server = torch_compat.serve_store(listener.detach(), host, port)
         secret = secrets.token_hex(16)  # goes through Ray's store alone, which asks for a token
-        leave_word(self._name, f"{host} {port} {secret}".encode())
-        return host, port, secret
+        self._server = StoreServer(self.host, secret, self._world)
+        leave_word(self._name, f"{self.host} {self._server.port} {secret}".encode())
+        return self.host, self._server.port, secret
 
     def _find(self) -> tuple[str, int, str]:
         host, port, secret = find_word(self._name, self._settings).decode().split()
-        # Rank 0 listens before it says so: who is refused comes too late. The store's own client
-        # would try again and again.
-        with suppress(TimeoutError):
-            socket.create_connection((host, int(port)), timeout=_PROBE_S).close()
         return host, int(port), secret
 
     def _wait_for_all(self) -> None:
