@@ -59,6 +59,7 @@ Exit codes:
        run has ended, and its copy at a URL is not complete
    70  an error inside distplat
   130  Ctrl-C        143  SIGTERM        129  SIGHUP
+  141  nobody reads what is printed any more; a run goes on, and ends with its own code
 
 Settings, strongest first: flags, --set, DISTPLAT_* variables, the job file, defaults.
 """
