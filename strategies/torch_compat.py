@@ -13,6 +13,7 @@ own needs the classes below them. They are right for torch 2.11 to 2.13
 
 import inspect
 import os
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -268,6 +269,12 @@ def nccl_group(store: Any, purpose: str, rank: int, world: int, operation_s: flo
         del os.environ[_ERROR_HANDLING]
         if before is not None:
             os.environ[_ERROR_HANDLING] = before
+
+
+def reason_of(error: BaseException) -> str:
+    """Give the reason in what gloo says, without its source file and its guess at who did it."""
+    first = (str(error).splitlines() or [type(error).__name__])[0]
+    return re.sub(r"^\[[^]]*\.(?:cc|h):\d+\] ", "", first).partition(" This is typically")[0]
 
 
 def all_reduce(group: Any, tensor: Tensor, op: ReduceOp) -> Any:

@@ -6,6 +6,7 @@ The store of a torch group: rank 0 serves it, all connect to it, and through it 
     all:    "here/r" in the store -> wait until everybody is here -> gloo connects all to all
 """
 
+import math
 import secrets
 import threading
 import time
@@ -71,6 +72,8 @@ class Heartbeat:
         self._number, self._on_beat = number, on_beat
         self._stopped = threading.Event()
         self._beats = 0
+        self._waits_since: float | None = None
+        self._absence = (-math.inf, 0.0)  #: when it ended, and how long it was
         self._publish(str(self._beats))
         self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
         self._thread.start()
@@ -83,13 +86,22 @@ class Heartbeat:
         # They lead back to the group: without the circle its sockets close as soon as it goes.
         self._on_beat, self._number = lambda: None, lambda: 0
 
+    def stood_still_s(self) -> float:
+        """Say how long this process was stopped, or had no processor, just now; 0: it was not."""
+        now, since = time.monotonic(), self._waits_since
+        if since is not None and now - since > SILENT_S:
+            return now - since
+        ended, length = self._absence
+        return length if now - ended < 2 * SILENT_S else 0.0
+
     def missing(
         self, number: int, partner: int | None, gave_up: Callable[[], bool]
     ) -> tuple[int, ...]:
         """
         Find out because of whom an operation failed; takes about two seconds if nobody else has.
 
-        Rank 0 keeps the store: if that does not answer, rank 0 is missing.
+        Rank 0 keeps the store: if that does not answer, rank 0 is missing. If this process stood
+        still, deadlines of its peers are over because of itself: only who is silent is missing.
 
         Args:
             number: the operation that failed, if all ranks take part in it.
@@ -97,9 +109,10 @@ class Heartbeat:
             gave_up: whether nobody wants the answer any more.
         """
         found: list[tuple[int, ...]] = []
+        here = self.stood_still_s() == 0
         # In a thread of its own: a frozen rank 0 leaves a question to its store open for ever.
         look = threading.Thread(
-            target=lambda: found.append(self._look(number, partner)), daemon=True
+            target=lambda: found.append(self._look(number, partner, here)), daemon=True
         )
         look.start()
         deadline = time.monotonic() + 2 * SILENT_S
@@ -109,11 +122,11 @@ class Heartbeat:
             look.join(0.05)
         return found[0] if found else (0,)
 
-    def _look(self, number: int, partner: int | None) -> tuple[int, ...]:
+    def _look(self, number: int, partner: int | None, here: bool) -> tuple[int, ...]:
         try:
             found = self._found()
             if found is None:
-                found = self._compare(number, partner)
+                found = self._compare(number, partner, here)
                 self._leave(found)
         except (RuntimeError, ValueError):
             return (0,)
@@ -130,7 +143,7 @@ class Heartbeat:
         if found:
             self._store.set(_FOUND, " ".join(map(str, found)))
 
-    def _compare(self, number: int, partner: int | None) -> tuple[int, ...]:
+    def _compare(self, number: int, partner: int | None, here: bool) -> tuple[int, ...]:
         before = self._read()
         deadline = time.monotonic() + SILENT_S
         while (left := deadline - time.monotonic()) > 0:
@@ -140,17 +153,28 @@ class Heartbeat:
         after = self._read()
         others = [rank for rank in range(self._world) if rank != self._rank]
         silent = [r for r in others if before[r] == after[r] and not after[r].left]
+        if not here:
+            return tuple(silent)
         late = [r for r in others if after[r].number < number and not after[r].left]
         left_us = [r for r in others if after[r].left]
         return tuple(silent or ([partner] if partner is not None else late) or left_us)
 
     def _run(self) -> None:
-        while not self._stopped.wait(INTERVAL_S):
+        while not self._waited():
             self._on_beat()
             self._beats += 1
             if not self._publish(str(self._beats)):
                 return  # rank 0 has closed the store: the group is over
         self._publish("left")
+
+    def _waited(self) -> bool:
+        """Wait until the next beat; say whether there is to be none."""
+        began = self._waits_since = time.monotonic()
+        over = self._stopped.wait(INTERVAL_S)
+        self._waits_since, now = None, time.monotonic()
+        if now - began > SILENT_S:
+            self._absence = now, now - began
+        return over
 
     def _publish(self, beats: str) -> bool:
         try:
