@@ -392,7 +392,7 @@ def _renamed(problem: Problem, names: Mapping[str, str]) -> Problem:
 
 def _print(facts: Facts, request: SubmitRequest, job_id: str | None = None) -> None:
     """Say what a run came to; it has ended well, whether somebody reads it or not."""
-    with suppress(BrokenPipeError):
+    with suppress(OSError):
         if request.as_json:
             print(to_json(facts if job_id is None else {**facts, "id": job_id}))
         else:

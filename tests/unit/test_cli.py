@@ -291,6 +291,62 @@ def test_a_reader_that_leaves_is_no_error() -> None:
     assert (done.returncode, done.stderr) == (141, b"")
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device of Linux")
+@pytest.mark.parametrize("args", [["strategies"], ["strategies", "-o", "json"], ["--help"]])
+def test_a_log_on_a_full_disk_is_told(args: list[str]) -> None:
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([*COMMAND, *args], stdout=full, stderr=subprocess.PIPE, timeout=60)
+    assert done.returncode == 5
+    assert done.stderr == b"error: what is printed cannot be written: No space left on device\n"
+
+
+def test_streams_that_the_caller_has_closed_are_no_error() -> None:
+    closed = 'exec "$@" <&- >&- 2>&-'
+    done = subprocess.run(["sh", "-c", closed, "sh", *COMMAND, "strategies"], timeout=60)
+    assert done.returncode == 0
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device of Linux")
+@pytest.mark.parametrize("as_json", [True, False])
+@pytest.mark.parametrize("printed", ["job", "script"])
+def test_a_run_that_ended_well_has_its_exit_code_though_nobody_can_read_it(
+    printed: str, as_json: bool, tmp_path: Path
+) -> None:
+    """The table of the result is the last that a command prints."""
+    script = PRINTS.replace("PRINTED", printed).replace("AS_JSON", str(as_json))
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-c", script, str(tmp_path)],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            timeout=60,
+        )
+    assert (done.returncode, done.stderr) == (0, b"")
+
+
+PRINTS = """
+import sys
+from contextlib import nullcontext
+from pathlib import Path
+from unittest import mock
+from distplat.actors import script_run
+from distplat.cli import main, script, submit
+
+if "PRINTED" == "job":
+    facts = {"job": "too long for a buffer" * 1000}
+    with mock.patch.object(submit, "print_result", lambda facts: print(facts)):
+        submit._print(facts, mock.Mock(as_json=AS_JSON))
+else:
+    result = mock.Mock(restarts=0, seconds=1.0, path=Path(sys.argv[1]))
+    with (
+        mock.patch.object(script, "_ray", lambda *args, **options: nullcontext()),
+        mock.patch.object(script_run, "train_script", lambda job, lines: result),
+    ):
+        args = ["submit", "-o", "json"] if AS_JSON else ["submit"]
+        assert main.run([*args, "--", "python", "train.py"]) == 0
+"""
+
+
 LONG = "x" * 300
 """No file system has such a name."""
 
