@@ -229,7 +229,8 @@ def status(job_id: JobId, address: Address = None, output: Output = "text") -> N
 
     Roles are shown on a machine of the cluster, while the job runs.
 
-    ID is a submission id, or the name of a run or job that was not submitted through a job API.
+    ID is a submission id, or the name of a run or job that was not submitted through a job API; or
+    the name or directory of a run below `runs/` that has ended.
     """
     from distplat.cli import jobs
 

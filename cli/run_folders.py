@@ -89,6 +89,15 @@ def run_called(name: str) -> Path | None:
         return path if (path / "job.yaml").is_file() or (path / "logs").is_dir() else None
 
 
+def ended_run(name: str) -> dict[str, Any] | None:
+    """Give the facts of a run that has ended, by its directory or its name; None: no such run."""
+    path = run_called(name)
+    if path is None:
+        return None
+    record = read_run(path)
+    return None if record.result is None else _facts(record, _written(path / "job.yaml") or 0.0)
+
+
 def print_logs(path: Path, write: Callable[[str], None], *, follow: bool) -> int:
     """
     Print what the roles of a run have printed, each line after its role's name.
