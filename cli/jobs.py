@@ -13,7 +13,7 @@ import typer
 from distplat.cli import remote, run_folders
 from distplat.cli.address import VERSION_KEY, Info, target_of
 from distplat.cli.render import print_pairs, print_result, print_table, to_json
-from distplat.cli.run_folders import local_runs, run_called
+from distplat.cli.run_folders import ended_run, local_runs, run_called
 from distplat.cli.running import role_facts, role_lines, roles_of, stop_run
 from distplat.platform.errors import (
     ClusterUnreachable,
@@ -119,6 +119,10 @@ def print_status(address: str | None, job_id: str, *, as_json: bool) -> None:
             name = job_id if info is None else (info["metadata"] or {}).get("job_name", job_id)
             seen = roles_of(address, name)
         except DistplatError as error:
+            ended = ended_run(job_id) if address is None else None
+            if ended is not None:
+                _print_ended(ended, as_json=as_json)
+                return
             if trouble is not None:
                 raise _truer(address, trouble, error) from None
             silence = " ".join(str(error).split())
@@ -134,6 +138,16 @@ def print_status(address: str | None, job_id: str, *, as_json: bool) -> None:
     if seen is not None:
         lines = role_lines(seen) if info is None else ["", *role_lines(seen)]
         print(printable("\n".join(lines)))
+
+
+def _print_ended(facts: Mapping[str, Any], *, as_json: bool) -> None:
+    """Print how a run stands that no job API knows, and that has ended."""
+    if as_json:
+        print(to_json({"version": OUTPUT_VERSION, **facts, "roles": None}))
+        return
+    row = _row(facts)
+    pairs = [(name, row[name]) for name in _COLUMNS]
+    print_pairs([*pairs, ("message", _cell(facts["message"]))] if facts["message"] else pairs)
 
 
 def _look_up(address: str | None, job_id: str) -> tuple[Info, None] | tuple[None, DistplatError]:
@@ -224,7 +238,9 @@ def stop_job(address: str | None, job_id: str, *, wait: bool) -> None:
         jobs = open_jobs(address)
         before = remote.find(jobs, job_id)["status"]
     except (SpecError, ClusterUnreachable) as error:
-        status = _stop_unsubmitted(address, job_id, wait_s, error)
+        ended = ended_run(job_id) if address is None else None
+        before = status = "" if ended is None else ended["status"]
+        status = status or _stop_unsubmitted(address, job_id, wait_s, error)
     else:
         call = partial(_stop_submitted, address, job_id, wait_s)
         status = remote.stop(jobs, job_id, wait=wait, call=call)

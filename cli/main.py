@@ -5,6 +5,7 @@ Ray and torch are imported by what a command does, never by this module: help is
 """
 
 import errno
+import os
 import sys
 import traceback
 from contextlib import suppress
@@ -44,8 +45,16 @@ from distplat.cli.running import scale
 from distplat.cli.schedule import schedule
 from distplat.cli.script import COMMAND, routed, submit_script
 from distplat.cli.verify import replay, verify
-from distplat.platform.errors import DistplatError, SpecError, UserCodeError, printable
+from distplat.platform.errors import (
+    DistplatError,
+    SpecError,
+    StorageError,
+    UserCodeError,
+    printable,
+)
 
+_STDERR = 2
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 _EPILOG = """
 \b
 Exit codes:
@@ -55,10 +64,11 @@ Exit codes:
     3  the cluster cannot be reached, refused our token, has a Ray or Python that does not
        fit, or its Python lacks a package
     4  a part of the platform was lost, or the job was stopped
-    5  the run directory cannot be written, or all its checkpoints are damaged; or the
-       run has ended, and its copy at a URL is not complete
+    5  the run directory, or what is printed, cannot be written, or all its checkpoints are
+       damaged; or the run has ended, and its copy at a URL is not complete
    70  an error inside distplat
   130  Ctrl-C        143  SIGTERM        129  SIGHUP
+  141  nobody reads what is printed any more; a run goes on, and ends with its own code
 
 Settings, strongest first: flags, --set, DISTPLAT_* variables, the job file, defaults.
 """
@@ -219,7 +229,8 @@ def status(job_id: JobId, address: Address = None, output: Output = "text") -> N
 
     Roles are shown on a machine of the cluster, while the job runs.
 
-    ID is a submission id, or the name of a run or job that was not submitted through a job API.
+    ID is a submission id, or the name of a run or job that was not submitted through a job API; or
+    the name or directory of a run below `runs/` that has ended.
     """
     from distplat.cli import jobs
 
@@ -272,10 +283,21 @@ def drive() -> None:
 
 def main() -> None:
     """Run the command line and end the process with its exit code."""
+    _open_streams()
     code = run(sys.argv[1:])
     for stream in (sys.stdout, sys.stderr):
         let_go(stream)  # Python would fail at its end for a pipe that nobody reads
     sys.exit(code)
+
+
+def _open_streams() -> None:
+    """Open what the caller has closed (`>&-`): else the next file opened is taken for it."""
+    while (number := os.open(os.devnull, os.O_RDWR)) <= _STDERR:
+        pass
+    os.close(number)
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode))
 
 
 def run(args: list[str]) -> int:
@@ -316,6 +338,9 @@ def _report(error: Exception) -> int:
         return error.exit_code
     if isinstance(error, OSError) and error.errno == errno.EPIPE:
         return 141  # nobody reads any more, for example `distplat list | head -1`; no word about it
+    if isinstance(error, OSError) and error.errno in _DISK_FULL and error.filename is None:
+        _complain(f"error: what is printed cannot be written: {error.strerror}")
+        return StorageError.exit_code
     show = getattr(error, "show", None)
     if show is not None:  # click's own, wherever this version of typer keeps its click
         show()

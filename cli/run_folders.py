@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from distplat.platform.errors import DistplatError, SpecError
+from distplat.platform.errors import DistplatError, SpecError, told_of
 from distplat.platform.run_record import MOST_LINE, RunRecord, find_run, opened, read_run
 from distplat.platform.run_report import status_of
 
@@ -29,15 +29,13 @@ def local_runs(limit: int, status: str | None = None) -> list[dict[str, Any]]:
         limit: at most so many.
         status: only those; None: all.
     """
-    if not HOME.is_dir():
-        return []
     found: list[dict[str, Any]] = []
-    folders = [path for path in HOME.iterdir() if (path / "job.yaml").is_file()]
-    for path in sorted(folders, key=lambda one: (one / "job.yaml").stat().st_mtime, reverse=True):
+    begun = {path: at for path in _folders() if (at := _written(path / "job.yaml")) is not None}
+    for path in sorted(begun, key=begun.__getitem__, reverse=True):
         if len(found) == limit:
             break
         try:
-            facts = _facts(read_run(path))
+            facts = _facts(read_run(path), begun[path])
         except DistplatError:  # another program's, or it may not be read
             continue
         if status in (None, facts["status"]):
@@ -45,11 +43,29 @@ def local_runs(limit: int, status: str | None = None) -> list[dict[str, Any]]:
     return found
 
 
-def _facts(record: RunRecord) -> dict[str, Any]:
+def _folders() -> list[Path]:
+    """
+    Give what lies in `runs/`.
+
+    Raises:
+        SpecError: it may not be read.
+    """
+    with told_of(HOME):
+        return [*HOME.iterdir()] if HOME.is_dir() else []
+
+
+def _written(path: Path) -> float | None:
+    """Say when a file was written last; None: it is not there, or nobody may know."""
+    try:
+        return path.stat().st_mtime
+    except OSError:
+        return None
+
+
+def _facts(record: RunRecord, begun: float) -> dict[str, Any]:
     job, state = record.job, status_of(record, time.time())
     strategy, scaling = job.get("strategy"), job.get("scaling")
-    begun = (record.path / "job.yaml").stat().st_mtime
-    ended = record.path / "result.json"
+    ended = _written(record.path / "result.json")
     return {
         "id": record.path.name,
         "name": job.get("name"),
@@ -59,7 +75,7 @@ def _facts(record: RunRecord) -> dict[str, Any]:
         "exit_code": None,
         "message": state.error or state.detail,
         "start_time": int(begun * 1000),
-        "end_time": int(ended.stat().st_mtime * 1000) if ended.is_file() else None,
+        "end_time": None if ended is None else int(ended * 1000),
     }
 
 
@@ -69,7 +85,17 @@ def run_called(name: str) -> Path | None:
         path = find_run(Path(name))
     except SpecError:
         return None
-    return path if (path / "job.yaml").is_file() or (path / "logs").is_dir() else None
+    with told_of(path):
+        return path if (path / "job.yaml").is_file() or (path / "logs").is_dir() else None
+
+
+def ended_run(name: str) -> dict[str, Any] | None:
+    """Give the facts of a run that has ended, by its directory or its name; None: no such run."""
+    path = run_called(name)
+    if path is None:
+        return None
+    record = read_run(path)
+    return None if record.result is None else _facts(record, _written(path / "job.yaml") or 0.0)
 
 
 def print_logs(path: Path, write: Callable[[str], None], *, follow: bool) -> int:

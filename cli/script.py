@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, TextIO
 
@@ -21,8 +21,9 @@ from distplat.cli.common_options import (
     RuntimeEnvJson,
     is_json,
 )
+from distplat.cli.drive import let_go
 from distplat.cli.render import print_pairs, to_json
-from distplat.platform.errors import Problem, SpecError, printable
+from distplat.platform.errors import Problem, SpecError, printable, told_of
 from distplat.platform.remote_storage import is_url
 from distplat.platform.spec import Scaling
 
@@ -117,15 +118,17 @@ def submit_script(
     lines = Lines(sys.stderr if as_json else sys.stdout, num_workers, quiet=quiet)
     with _ray(address, folder, (runtime_env, runtime_env_json), quiet=quiet):
         result = train_script(job, lines)
-    if not as_json:
-        _print(job, result)
+    with suppress(OSError):  # it has ended well, whether somebody reads it or not
+        _print(job, result, as_json=as_json)
+    let_go(sys.stdout)
+
+
+def _print(job: ScriptJob, result: ScriptResult, *, as_json: bool) -> None:
+    if as_json:
+        facts = {"status": "SUCCEEDED", "name": job.name, "num_workers": job.scaling.num_workers}
+        more = {"restarts": result.restarts, "seconds": result.seconds}
+        print(to_json({**facts, **more, "run_directory": str(result.path)}))
         return
-    facts = {"status": "SUCCEEDED", "name": job.name, "num_workers": num_workers}
-    more = {"restarts": result.restarts, "seconds": result.seconds}
-    print(to_json({**facts, **more, "run_directory": str(result.path)}))
-
-
-def _print(job: ScriptJob, result: ScriptResult) -> None:
     rows = [("processes", str(job.scaling.num_workers)), ("time", f"{result.seconds:.1f} s")]
     if result.restarts:
         rows.append(("restarts", str(result.restarts)))
@@ -142,8 +145,10 @@ def _folder(working_dir: Path | None, command: list[str]) -> Path:
     if Path(command[0]).suffix in (".yaml", ".yml"):
         hint = f"leave the -- out: distplat submit {command[0]}"
         raise SpecError(Problem(("--",), f"{command[0]} is a job file and no command", hint))
-    folder = (working_dir or Path.cwd()).resolve()
-    if not folder.is_dir():
+    with told_of(working_dir or "the current directory", "--working-dir"):
+        folder = (working_dir or Path.cwd()).resolve()
+        found = folder.is_dir()
+    if not found:
         raise SpecError(Problem(("--working-dir",), f"{folder} is no directory"))
     return folder
 

@@ -20,7 +20,7 @@ from distplat.cli.address import Target, bring_token, target_of
 from distplat.cli.drive import STORAGE, let_go, train
 from distplat.cli.render import Facts, print_result, to_json
 from distplat.cli.versions import check_cluster
-from distplat.platform.errors import ClusterUnreachable, Problem, SpecError, printable
+from distplat.platform.errors import ClusterUnreachable, Problem, SpecError, printable, told_of
 from distplat.platform.job_file import render_job
 from distplat.platform.remote_storage import is_url, local_folder
 from distplat.platform.resume import check_libraries, start_from, start_from_url
@@ -283,7 +283,11 @@ def _check_options(request: SubmitRequest, target: Target) -> None:
         raise SpecError(
             *(Problem((option,), "has effect on a cluster only", hint) for option in idle)
         )
-    if not request.folder.is_dir():
+    with told_of("the current directory"):
+        Path.cwd()
+    with told_of(request.folder, "--working-dir"):
+        found = request.folder.is_dir()
+    if not found:
         raise SpecError(Problem(("--working-dir",), f"{request.folder} is no directory"))
 
 
@@ -388,7 +392,7 @@ def _renamed(problem: Problem, names: Mapping[str, str]) -> Problem:
 
 def _print(facts: Facts, request: SubmitRequest, job_id: str | None = None) -> None:
     """Say what a run came to; it has ended well, whether somebody reads it or not."""
-    with suppress(BrokenPipeError):
+    with suppress(OSError):
         if request.as_json:
             print(to_json(facts if job_id is None else {**facts, "id": job_id}))
         else:

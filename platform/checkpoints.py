@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import Any
 
 from distplat.platform.disk import Content, Disk, Moved, RealDisk
-from distplat.platform.errors import Problem, SpecError, StorageError
+from distplat.platform.errors import Problem, SpecError, StorageError, told_of
 from distplat.platform.tensor_slices import ITEM_BYTES, Bytes, TensorEntry
 
 
@@ -403,15 +403,17 @@ def find(
         SpecError: there is no checkpoint.
         StorageError: there are some, and all are damaged.
     """
-    if (path / MANIFEST).is_file() or step_of(path.name) is not None:
-        if not path.is_dir():
+    with told_of(path, "--resume"):
+        is_one, there = (path / MANIFEST).is_file(), path.is_dir()
+    if is_one or step_of(path.name) is not None:
+        if not there:
             raise SpecError(Problem(("--resume",), f"there is no {path}"))
         return read(path, moved)
     catalogue = Catalogue(path if path.name == FOLDER else path / FOLDER)
     found = catalogue.newest(warn, moved)
     if found is not None:
         return found
-    what = f"no checkpoint in {path}" if path.is_dir() else f"there is no directory {path}"
+    what = f"no checkpoint in {path}" if there else f"there is no directory {path}"
     hint = "give a run directory, or a directory step-... of its checkpoints"
     raise SpecError(Problem(("--resume",), what, hint))
 

@@ -29,7 +29,8 @@ Errors cross processes by pickle: every constructor hands all its arguments to `
 
 import re
 import signal
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Self
@@ -114,6 +115,24 @@ class SpecError(DistplatError):
     def __str__(self) -> str:
         """One line per problem, hints below."""
         return "\n".join(str(problem) for problem in self.problems)
+
+
+@contextmanager
+def told_of(path: object, *where: str) -> Iterator[None]:
+    """
+    Tell what the system says of a path that the user gave, for example that it is too long.
+
+    Args:
+        path: as it is to be called.
+        where: what gave it, for example `--resume`.
+
+    Raises:
+        SpecError: the block raised `OSError`.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise SpecError(Problem(where, f"{path}: {error.strerror or error}")) from None
 
 
 class ClusterUnreachable(DistplatError):

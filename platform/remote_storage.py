@@ -124,8 +124,8 @@ class RemoteStorage:
         except NoAnswer:
             raise
         except BaseException:
-            with suppress(StorageError):
-                self._do(name, partial(self._discard, name, out))
+            with suppress(StorageError):  # of what was never begun the storage hears nothing
+                self._do(name, partial(self._discard, name, out), asked=False)
             raise
         if (found := self.size(name)) != size:
             raise StorageError(f"{self.url}/{name} has {found} bytes, {size} were written")

@@ -7,6 +7,7 @@ damaged is noted and left out; only a directory that holds no run at all is an e
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -17,7 +18,7 @@ from pathlib import Path
 from stat import S_ISREG
 from typing import IO, Any, Generic, TypeVar
 
-from distplat.platform.errors import Problem, SpecError, StorageError, nearest
+from distplat.platform.errors import Problem, SpecError, StorageError, nearest, told_of
 from distplat.platform.pipeline_trace import TRACE_FILE, Trace, TraceEvent
 from distplat.platform.progress import (
     EvalSummary,
@@ -77,11 +78,12 @@ def find_run(given: Path) -> Path:
     Raises:
         SpecError: there is none; names the nearest.
     """
-    for path in (given, Path("runs") / given):
-        if path.is_dir():
-            return path.resolve()
-    home = given.parent if given.parent.is_dir() and given.parent != Path() else Path("runs")
-    there = [path.name for path in home.iterdir() if path.is_dir()] if home.is_dir() else []
+    with told_of(given):
+        for path in (given, Path("runs") / given):
+            if path.is_dir():
+                return path.resolve()
+        home = given.parent if given.parent.is_dir() and given.parent != Path() else Path("runs")
+        there = [path.name for path in home.iterdir() if path.is_dir()] if home.is_dir() else []
     near = nearest(given.name, there)
     hint = f"did you mean '{home / near}'?" if near else "give the directory that `submit` printed"
     raise SpecError(Problem((), f"{given}: there is no such run directory", hint))
@@ -95,7 +97,9 @@ def read_run(path: Path) -> RunRecord:
         SpecError: it holds no run.
         StorageError: it may not be read.
     """
-    if not any((path / name).is_file() for name in ("job.yaml", "metrics.jsonl", "result.json")):
+    with told_of(path):
+        names = {file.name for file in path.iterdir()}
+    if names.isdisjoint(("job.yaml", "metrics.jsonl", "result.json")):
         text = f"{path} holds no run: there is no job.yaml, metrics.jsonl or result.json in it"
         raise SpecError(Problem((), text, "give the directory that `submit` printed"))
     record = RunRecord(path)
@@ -103,15 +107,11 @@ def read_run(path: Path) -> RunRecord:
     _read_metrics(record)
     record.result = _part(record, "result.json", lambda text: _mapping(json.loads(text)))
     record.trace = _part(record, TRACE_FILE, _trace)
-    if "metrics.jsonl" not in _names(path):
+    if "metrics.jsonl" not in names:
         record.notes.append("metrics.jsonl is missing: no losses and no times")
-    if not record.job and "job.yaml" not in _names(path):
+    if not record.job and "job.yaml" not in names:
         record.notes.append("job.yaml is missing")
     return record
-
-
-def _names(path: Path) -> set[str]:
-    return {file.name for file in path.iterdir()}
 
 
 @contextmanager
@@ -120,17 +120,20 @@ def opened(path: Path) -> Iterator[IO[bytes] | None]:
     Open a file; None: it is not there.
 
     Raises:
-        StorageError: it may not be read, or is a pipe or a device.
+        StorageError: it may not be read, or is a link, a pipe or a device.
     """
     try:
-        with os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
+        # No links: a page is written beside what it shows, and theirs could lead to a file of ours.
+        flags = os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW
+        with os.fdopen(os.open(path, flags), "rb") as file:
             if not S_ISREG(os.fstat(file.fileno()).st_mode):  # a pipe would block, a device not end
                 raise StorageError(f"cannot read {path}: it is no regular file")
             yield file
     except FileNotFoundError:
         yield None
     except OSError as error:
-        raise StorageError(f"cannot read {path}: {error.strerror}") from error
+        why = "it is a link" if error.errno == errno.ELOOP else error.strerror
+        raise StorageError(f"cannot read {path}: {why}") from error
 
 
 def _text(record: RunRecord, name: str) -> str | None:

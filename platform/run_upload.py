@@ -7,7 +7,7 @@ Keeps a copy of a run directory at a URL while the run goes on, in a thread.
         result.json                 last: with it all of the run is there
 
 Nobody waits for it before the run's end. What fails is warned of once and tried again; the end
-waits as long as the storage answers now and then.
+waits as long as the storage answers now and then, and takes something.
 """
 
 from __future__ import annotations
@@ -35,6 +35,10 @@ _GROWING_S = 10.0
 _SHARE = 20
 """Nor more often than takes one part in so many of the time."""
 _LONGEST_PAUSE_S = 30.0
+_VAIN = 4
+"""So many attempts in a row that bring nothing are enough at the end, where the storage answers."""
+_SAID_S = 5.0
+"""After which the end says what it waits for."""
 _LIST_S = 5.0
 """How long the local disk may take to say what is there."""
 
@@ -74,6 +78,7 @@ class RunUpload:
         self._sent: dict[str, _Sent] = {}
         self._checkpoints = _Checkpoints(folder / FOLDER, storage)
         self._why = ""  #: of the last failure; empty: the last attempt brought all that was due
+        self._vain, self._brought_at = 0, time.monotonic()  #: attempts at the end since then
         self._closing, self._ended = threading.Event(), threading.Event()
         self._given_up = threading.Event()
         self._thread = threading.Thread(target=self._work, name="upload", daemon=True)
@@ -86,15 +91,23 @@ class RunUpload:
 
     def close(self) -> str:
         """
-        Bring what is not there yet; give up once the storage has not answered for `limit_s`.
+        Bring what is not there yet.
+
+        Gives up once the storage has not answered for `limit_s`, or has taken nothing in that time.
 
         Returns:
             What is not there, and why; empty: all is.
         """
         self._closing.set()
-        began, limit_s = time.monotonic(), self._storage.limit_s
+        began, limit_s, said = time.monotonic(), self._storage.limit_s, False
         while not self._ended.wait(0.05):
-            if time.monotonic() - max(began, self._storage.answered_at) > limit_s:
+            now = time.monotonic()
+            if not said and now - began > _SAID_S:
+                said = True
+                text = "the end of the run waits for its copy at %s; `%s` says for how long in vain"
+                self._warn(text % (self._storage.url, SETTING))
+            in_vain = self._vain >= _VAIN and now - max(began, self._brought_at) > limit_s
+            if in_vain or now - max(began, self._storage.answered_at) > limit_s:
                 break
         self._given_up.set()
         if self._ended.is_set():
@@ -127,6 +140,7 @@ class RunUpload:
             if closing and not why:
                 self._ended.set()
                 return
+            self._vain += closing
             pause_s = self._poll_s
             if why:
                 longest_s = min(_LONGEST_PAUSE_S, self._storage.limit_s / 8)
@@ -141,6 +155,8 @@ class RunUpload:
                 return why
             try:
                 bring()
+                if bring != self._checkpoints.retire:
+                    self._vain, self._brought_at = 0, time.monotonic()
             except NoAnswer as error:
                 return str(error)  # the others would hang as well
             except Exception as error:

@@ -13,6 +13,7 @@ own needs the classes below them. They are right for torch 2.11 to 2.13
 
 import inspect
 import os
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -192,25 +193,6 @@ def nccl_works() -> bool:
     return bool(dist.is_nccl_available() and torch.cuda.is_available())
 
 
-def serve_store(listener: int, host: str, port: int) -> Any:
-    """Serve a store on a socket that listens already; the store ends with the object."""
-    return dist.TCPStore(
-        host, port, is_master=True, wait_for_workers=False, master_listen_fd=listener
-    )
-
-
-def connect_store(host: str, port: int, timeout_s: float, secret: str) -> Any:
-    """
-    Connect to a store; who does not know the secret, by which all keys begin, sees none of them.
-
-    Raises:
-        RuntimeError: nobody serves it in time.
-    """
-    timeout = timedelta(seconds=timeout_s)
-    client = dist.TCPStore(host, port, is_master=False, timeout=timeout, wait_for_workers=False)
-    return dist.PrefixStore(secret, client)
-
-
 def within(store: Any, purpose: str) -> Any:
     """Give a part of a store that no other purpose shares."""
     return dist.PrefixStore(purpose, store)
@@ -287,6 +269,12 @@ def nccl_group(store: Any, purpose: str, rank: int, world: int, operation_s: flo
         del os.environ[_ERROR_HANDLING]
         if before is not None:
             os.environ[_ERROR_HANDLING] = before
+
+
+def reason_of(error: BaseException) -> str:
+    """Give the reason in what gloo says, without its source file and its guess at who did it."""
+    first = (str(error).splitlines() or [type(error).__name__])[0]
+    return re.sub(r"^\[[^]]*\.(?:cc|h):\d+\] ", "", first).partition(" This is typically")[0]
 
 
 def all_reduce(group: Any, tensor: Tensor, op: ReduceOp) -> Any:

@@ -4,8 +4,8 @@ torch's default process group, for what a train function calls of `torch.distrib
     init_process_group()  ->  rendezvous "env://"  ->  the attempt's store  ->  torch's gloo or NCCL
 
 torch finds the ranks by torchrun's variables, and rank 0 would open a store that answers everybody.
-Here the store is one of ours (`torch_store.py`), whose keys begin with a secret, and it is made
-when a function first asks for it. In all else the group is torch's own, its
+Here the store is one of ours (`torch_store.py`), which answers ranks alone, and it is made when a
+function first asks for it. In all else the group is torch's own, its
 deadlines included. What is left of it when the function ends is destroyed.
 """
 

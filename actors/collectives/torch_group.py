@@ -220,7 +220,7 @@ class TorchGroup(CollectiveGroup):
         try:
             group = torch_compat.gloo_group(store.client, purpose, place, places, limit, store.host)
         except RuntimeError as error:
-            cause = f"gloo says: {str(error).splitlines()[0]}"
+            cause = f"gloo says: {torch_compat.reason_of(error)}"
             raise CollectiveError(self.name, "rendezvous", 0, (), cause) from None
         return group, place, places
 
@@ -341,11 +341,15 @@ class TorchGroup(CollectiveGroup):
         with self._looking:
             if self._failure is None:
                 self._cut()  # nobody shall wait for this rank
+                still_s = self._heartbeat.stood_still_s()
                 missing = self._heartbeat.missing(number, partner, lambda: self._given_up)
-                why = f"torch says: {str(error).splitlines()[0]}"
+                why = f"torch says: {torch_compat.reason_of(error)}"
                 if isinstance(error, CollectiveError):  # of a group inside this one
                     why = error.cause
                 cause = f"deadline {self.settings.operation_s:g} s; {why}"
+                if still_s:
+                    was = f"this process stood still for {still_s:.0f} s"
+                    cause = f"{was} (stopped, or without a processor); {cause}"
                 self._failure = ((), GIVEN_UP) if self._given_up else (missing, cause)
         missing, cause = self._failure
         return CollectiveError(self.name, operation, number, missing, cause)

@@ -6,16 +6,20 @@ The store of a torch group: rank 0 serves it, all connect to it, and through it 
     all:    "here/r" in the store -> wait until everybody is here -> gloo connects all to all
 """
 
+import math
 import secrets
-import socket
 import threading
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from typing import Any, NamedTuple, TypeVar
 
 import ray
 
+from distplat.actors.collectives.key_value_store import (
+    KeyValueStore,
+    StoreConnection,
+    StoreServer,
+)
 from distplat.actors.collectives.rendezvous import (
     GIVEN_UP,
     GroupSettings,
@@ -25,7 +29,6 @@ from distplat.actors.collectives.rendezvous import (
     wait_for,
 )
 from distplat.platform.errors import CollectiveError, DeadlineExceeded
-from distplat.strategies import torch_compat
 
 INTERVAL_S = 0.5
 SILENT_S = 4 * INTERVAL_S
@@ -50,7 +53,7 @@ class Heartbeat:
     Publishes that this rank lives and how far it is; finds the ranks that do not.
 
     Args:
-        store: a client of the group's store, used by this object alone.
+        store: a client of the group's store.
         rank: place in the group.
         world: ranks in the group.
         number: gives the operations that this rank has begun.
@@ -67,9 +70,10 @@ class Heartbeat:
     ) -> None:
         self._store, self._rank, self._world = store, rank, world
         self._number, self._on_beat = number, on_beat
-        self._lock = threading.Lock()  # one store connection answers one question at a time
         self._stopped = threading.Event()
         self._beats = 0
+        self._waits_since: float | None = None
+        self._absence = (-math.inf, 0.0)  #: when it ended, and how long it was
         self._publish(str(self._beats))
         self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
         self._thread.start()
@@ -82,13 +86,22 @@ class Heartbeat:
         # They lead back to the group: without the circle its sockets close as soon as it goes.
         self._on_beat, self._number = lambda: None, lambda: 0
 
+    def stood_still_s(self) -> float:
+        """Say how long this process was stopped, or had no processor, just now; 0: it was not."""
+        now, since = time.monotonic(), self._waits_since
+        if since is not None and now - since > SILENT_S:
+            return now - since
+        ended, length = self._absence
+        return length if now - ended < 2 * SILENT_S else 0.0
+
     def missing(
         self, number: int, partner: int | None, gave_up: Callable[[], bool]
     ) -> tuple[int, ...]:
         """
         Find out because of whom an operation failed; takes about two seconds if nobody else has.
 
-        Rank 0 keeps the store: if that does not answer, rank 0 is missing.
+        Rank 0 keeps the store: if that does not answer, rank 0 is missing. If this process stood
+        still, deadlines of its peers are over because of itself: only who is silent is missing.
 
         Args:
             number: the operation that failed, if all ranks take part in it.
@@ -96,9 +109,10 @@ class Heartbeat:
             gave_up: whether nobody wants the answer any more.
         """
         found: list[tuple[int, ...]] = []
+        here = self.stood_still_s() == 0
         # In a thread of its own: a frozen rank 0 leaves a question to its store open for ever.
         look = threading.Thread(
-            target=lambda: found.append(self._look(number, partner)), daemon=True
+            target=lambda: found.append(self._look(number, partner, here)), daemon=True
         )
         look.start()
         deadline = time.monotonic() + 2 * SILENT_S
@@ -108,11 +122,11 @@ class Heartbeat:
             look.join(0.05)
         return found[0] if found else (0,)
 
-    def _look(self, number: int, partner: int | None) -> tuple[int, ...]:
+    def _look(self, number: int, partner: int | None, here: bool) -> tuple[int, ...]:
         try:
             found = self._found()
             if found is None:
-                found = self._compare(number, partner)
+                found = self._compare(number, partner, here)
                 self._leave(found)
         except (RuntimeError, ValueError):
             return (0,)
@@ -121,17 +135,15 @@ class Heartbeat:
 
     def _found(self) -> tuple[int, ...] | None:
         """Give what another rank found out."""
-        with self._lock:
-            if not self._store.check([_FOUND]):
-                return None
-            return tuple(int(rank) for rank in self._store.get(_FOUND).decode().split())
+        if not self._store.check([_FOUND]):
+            return None
+        return tuple(int(rank) for rank in self._store.get(_FOUND).decode().split())
 
     def _leave(self, found: tuple[int, ...]) -> None:
         if found:
-            with self._lock:
-                self._store.set(_FOUND, " ".join(map(str, found)))
+            self._store.set(_FOUND, " ".join(map(str, found)))
 
-    def _compare(self, number: int, partner: int | None) -> tuple[int, ...]:
+    def _compare(self, number: int, partner: int | None, here: bool) -> tuple[int, ...]:
         before = self._read()
         deadline = time.monotonic() + SILENT_S
         while (left := deadline - time.monotonic()) > 0:
@@ -141,22 +153,32 @@ class Heartbeat:
         after = self._read()
         others = [rank for rank in range(self._world) if rank != self._rank]
         silent = [r for r in others if before[r] == after[r] and not after[r].left]
+        if not here:
+            return tuple(silent)
         late = [r for r in others if after[r].number < number and not after[r].left]
         left_us = [r for r in others if after[r].left]
         return tuple(silent or ([partner] if partner is not None else late) or left_us)
 
     def _run(self) -> None:
-        while not self._stopped.wait(INTERVAL_S):
+        while not self._waited():
             self._on_beat()
             self._beats += 1
             if not self._publish(str(self._beats)):
                 return  # rank 0 has closed the store: the group is over
         self._publish("left")
 
+    def _waited(self) -> bool:
+        """Wait until the next beat; say whether there is to be none."""
+        began = self._waits_since = time.monotonic()
+        over = self._stopped.wait(INTERVAL_S)
+        self._waits_since, now = None, time.monotonic()
+        if now - began > SILENT_S:
+            self._absence = now, now - began
+        return over
+
     def _publish(self, beats: str) -> bool:
         try:
-            with self._lock:
-                self._store.set(f"heartbeat/{self._rank}", f"{beats} {self._number()}")
+            self._store.set(f"heartbeat/{self._rank}", f"{beats} {self._number()}")
         except RuntimeError:
             return False
         return True
@@ -164,19 +186,17 @@ class Heartbeat:
     def _read(self) -> list[_Heartbeat]:
         """Give every rank's heartbeat; no beats and no operations for one that never came."""
         beats_of = []
-        with self._lock:
-            for rank in range(self._world):
-                key = f"heartbeat/{rank}"
-                value = self._store.get(key).decode() if self._store.check([key]) else "0 0"
-                beats, number = value.split()
-                beats_of.append(_Heartbeat(beats, int(number)))
+        for rank in range(self._world):
+            key = f"heartbeat/{rank}"
+            value = self._store.get(key).decode() if self._store.check([key]) else "0 0"
+            beats, number = value.split()
+            beats_of.append(_Heartbeat(beats, int(number)))
         return beats_of
 
 
 T = TypeVar("T")
 
 _LINGER_S = 2 * SILENT_S
-_PROBE_S = 1.0
 
 
 class Store:
@@ -197,12 +217,14 @@ class Store:
     def __init__(self, group_name: str, rank: int, world: int, settings: GroupSettings) -> None:
         self._name, self._rank, self._world = group_name, rank, world
         self._settings = settings
-        self._server: Any = None
+        self._server: StoreServer | None = None
         self.host = _address()
         """Address that this rank listens on."""
         try:
             host, port, secret = self._serve() if rank == 0 else self._find()
-            self.client = torch_compat.connect_store(host, port, settings.rendezvous_s, secret)
+            # Nobody is waited for longer in here: who is late makes the others' operations fail.
+            limit = settings.rendezvous_s + settings.operation_s
+            self.client = KeyValueStore(StoreConnection(host, port, secret, limit))
             self._wait_for_all()
         except (RuntimeError, OSError) as error:
             cause = f"no answer from rank 0: {str(error).splitlines()[0]}"
@@ -211,6 +233,9 @@ class Store:
             if rank == 0:
                 take_back_word(group_name)
 
+    def __del__(self) -> None:
+        self.close(troubled=True)  # the group came to nothing
+
     def close(self, *, troubled: bool) -> None:
         """
         Serve no more.
@@ -218,26 +243,18 @@ class Store:
         Args:
             troubled: the group broke; the others may still be asking whose fault it is.
         """
-        if troubled and self._server is not None:
-            later = threading.Timer(_LINGER_S, lambda server: None, [self._server])
-            later.daemon = True
-            later.start()
+        if self._server is not None:
+            self._server.close(after_s=_LINGER_S if troubled else 0.0)
         self._server = None
 
     def _serve(self) -> tuple[str, int, str]:
-        listener = socket.create_server((self.host, 0))
-        host, port = listener.getsockname()[:2]
-        self._server = torch_compat.serve_store(listener.detach(), host, port)
         secret = secrets.token_hex(16)  # goes through Ray's store alone, which asks for a token
-        leave_word(self._name, f"{host} {port} {secret}".encode())
-        return host, port, secret
+        self._server = StoreServer(self.host, secret, self._world)
+        leave_word(self._name, f"{self.host} {self._server.port} {secret}".encode())
+        return self.host, self._server.port, secret
 
     def _find(self) -> tuple[str, int, str]:
         host, port, secret = find_word(self._name, self._settings).decode().split()
-        # Rank 0 listens before it says so: who is refused comes too late. The store's own client
-        # would try again and again.
-        with suppress(TimeoutError):
-            socket.create_connection((host, int(port)), timeout=_PROBE_S).close()
         return host, int(port), secret
 
     def _wait_for_all(self) -> None:

@@ -16,9 +16,11 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
+from numpy.typing import NDArray
+from safetensors import SafetensorError
 from safetensors.numpy import load_file, save
 
 from distplat.platform.disk import check_regular
@@ -93,10 +95,13 @@ def read_list(run: Path) -> tuple[int, dict[str, tuple[TableSpec, list[Path]]]]:
         facts = json.loads(path.read_text())
         tables = {}
         for entry in facts["tables"]:
-            files = [run / name for name in entry.pop("files")]
+            names = entry.pop("files")
+            if outside := [name for name in names if Path(name).name != name]:
+                raise ValueError(f"{outside[0]!r} is no file of it")
+            files = [run / name for name in names]
             tables[str(entry["name"])] = TableSpec(**entry), files
         return int(facts["seed"]), tables
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise StorageError(f"no embedding tables in {run}: {error}") from error
 
 
@@ -110,6 +115,19 @@ def read_part(path: Path, table: Table) -> None:
     check_regular(path)
     try:
         part = load_file(path)
-        table.put(part["ids"], part["rows"])
-    except (OSError, ValueError, KeyError) as error:
+        ids, rows = part["ids"], part["rows"]
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise StorageError(f"{path} is no part of an embedding table: {error}") from error
+    if said := _unlike(table.spec, ids, rows):
+        raise StorageError(f"{path} is no part of table {table.spec.name!r}: it has {said}")
+    table.put(ids, rows)
+
+
+def _unlike(spec: TableSpec, ids: NDArray[Any], rows: NDArray[Any]) -> str:
+    """Say what a part has that the table cannot have; empty: nothing."""
+    kinds = ids.dtype == np.int64 and rows.dtype == np.float32
+    if not kinds or ids.ndim != 1 or rows.shape != (len(ids), spec.width):
+        return f"{ids.dtype} of shape {ids.shape}, {rows.dtype} of shape {rows.shape}"
+    if len(ids) and not 0 <= ids.min() <= ids.max() < (spec.rows or np.inf):
+        return f"ids from {ids.min()} to {ids.max()}"
+    return ""

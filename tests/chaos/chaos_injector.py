@@ -33,9 +33,12 @@ TITLES = {
 }
 """Roles, and the classes of their actors as Ray writes them into the title of a process."""
 
-ASKED = ("data", "model", "renewed", "forward", "backward", "evaluation")
-"""Moments that a worker gets to. The others are seen from outside: `partial`, a checkpoint is being
-written; `checkpoint`, one is whole."""
+ASKED = ("data", "model", "renewed", "forward", "between", "backward", "evaluation")
+"""
+Moments that a worker gets to; `between` a forward and its backward, where a step is the number of a
+forward. The others are seen from outside: `partial`, a checkpoint is being written; `checkpoint`,
+one is whole.
+"""
 
 
 @dataclass(frozen=True)

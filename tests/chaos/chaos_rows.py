@@ -19,6 +19,7 @@ HEARTBEAT_S, COLLECTIVE_S, STEP_S = 8.0, 5.0, 20.0
 """Deadlines of a trial: what froze is found by the first that applies."""
 STORAGE_S = 6.0
 """That of a disk of its own."""
+MICRO_BATCHES = 2
 WIDE = 768
 """Width of a model whose exchange takes milliseconds, and its checkpoints some more."""
 
@@ -30,7 +31,7 @@ STRATEGIES: dict[str, dict[str, Any]] = {
         "name": "hybrid",
         "pipeline": 2,
         "data": 2,
-        "micro_batches": 2,
+        "micro_batches": MICRO_BATCHES,
         "cut": ["2"],
         "timeout_s": COLLECTIVE_S,
     },
@@ -143,6 +144,19 @@ def _(strategy: str, draw: Random) -> Plan:
     return _in_exchange(strategy, rank_of(strategy, draw), draw)
 
 
+@row(
+    "F3",
+    "SIGKILL a worker that has pushed to all servers, and waits for what they make of it",
+    ("ps-sync", "hybrid"),
+)
+def _(strategy: str, draw: Random) -> Plan:
+    """A rank holds still before its own push; one of another replica waits for it, and is hit."""
+    rank = draw.choice((0, WORLD[strategy] - 1))
+    other = WORLD[strategy] - 1 - rank
+    deed = Deed("backward", rank, some_step(draw), f"worker-{other}", delay_s=0.5)
+    return Plan((deed,), STORES_AT.get(strategy, {}))
+
+
 @row("F4", "SIGKILL another rank than 0 in an all-reduce", ("ring", "hybrid"))
 def _(strategy: str, draw: Random) -> Plan:
     return _in_exchange(strategy, draw.randrange(1, WORLD[strategy]), draw, served=False)
@@ -159,6 +173,16 @@ def _in_exchange(strategy: str, rank: int, draw: Random, served: bool = True) ->
     options = STORES_AT.get(strategy, {}) if served else {}
     deed = Deed("backward", rank, some_step(draw), hold=False, delay_s=delay)
     return Plan((deed,), options, WIDE)
+
+
+@row(
+    "F6",
+    "SIGKILL a rank between the forward of a micro-batch and its backward",
+    ("hybrid",),
+)
+def _(strategy: str, draw: Random) -> Plan:
+    forwards = MICRO_BATCHES * some_step(draw) + draw.randrange(MICRO_BATCHES)
+    return Plan((Deed("between", rank_of(strategy, draw), forwards),))
 
 
 @row("F7-worker", "SIGKILL a worker while a checkpoint is written")

@@ -111,11 +111,13 @@ class Block(nn.Module):
         if not self.training:
             self.task.reach("evaluation")
             return outputs
-        step = int(self.forwards) // self.task.per_step
+        forwards = int(self.forwards)
+        step = forwards // self.task.per_step
         self.forwards.add_(1)
         self.task.count()
         self.task.reach("forward", step)
         time.sleep(self.task.pause)
+        self.task.reach("between", forwards)
         if outputs.requires_grad:
             outputs.register_hook(  # type: ignore[no-untyped-call]
                 lambda _: self.task.reach("backward", step)

@@ -5,41 +5,80 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(180)]
 
 DRIVER = """
-import json, os, sys
+import json, os, socket, sys
 import psutil, ray
 from jobs import job_of
+from members import Member
 from distplat.actors.launch import local_ray
 
-def listeners():
+def listeners(mine):
+    return [c.laddr for c in psutil.net_connections("tcp")
+            if c.status == psutil.CONN_LISTEN and c.pid in mine]
+
+def said_to_a_stranger(port):
+    found = set()
+    for words in (b"", bytes(80), b"GET /metrics HTTP/1.1\\r\\nHost: x\\r\\n\\r\\n"):
+        with socket.create_connection(("127.0.0.1", port), timeout=5) as stranger:
+            stranger.sendall(words)
+            stranger.settimeout(0.3)
+            try:
+                found.add(stranger.recv(1000).hex())
+            except OSError:
+                found.add("")
+    return found
+
+with local_ray(job_of("ring", 2).scaling):
+    kind = ray.remote(Member).options(num_cpus=0.1)
+    members = [kind.remote() for _ in range(2)]
+    ray.get([m.join.remote("g", r, 2) for r, m in enumerate(members)], timeout=60)
+    pids = {*ray.get([m.pid.remote() for m in members], timeout=60)}
     mine = {p.pid for p in psutil.Process().children(recursive=True)} | {os.getpid()}
-    return sorted({c.laddr.ip.removeprefix("::ffff:") for c in psutil.net_connections("tcp")
-                   if c.status == psutil.CONN_LISTEN and c.pid in mine})
-
-with local_ray(job_of("ring", 1).scaling):
-    ray.get(ray.remote(lambda: None).remote(), timeout=60)  # workers listen, too
-    print(json.dumps({"listeners": listeners(), "mode": os.environ["RAY_AUTH_MODE"]}))
+    said = [said_to_a_stranger(one.port) for one in listeners(pids)]
+    print(json.dumps({
+        "listeners": sorted({one.ip.removeprefix("::ffff:") for one in listeners(mine)}),
+        "mode": os.environ["RAY_AUTH_MODE"],
+        "said": sorted({one for each in said for one in each}),
+        "ports": len(said),
+    }))
+    ray.get([m.leave.remote() for m in members], timeout=60)
 """
+SUPPORT = Path(__file__).parents[1] / "support"
 
 
-def test_it_listens_on_loopback_alone_and_asks_for_a_token(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def told(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """In a process of its own: Ray reads the token of a home once in a process's life."""
+    home = tmp_path_factory.mktemp("home")
     hidden = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
     kept = {name: value for name, value in os.environ.items() if name not in hidden}
+    path = os.pathsep.join([str(SUPPORT), str(Path(__file__).parent)])
     driver = subprocess.run(
         [sys.executable, "-c", DRIVER],
-        env={**kept, "HOME": str(tmp_path)},
+        env={**kept, "HOME": str(home), "PYTHONPATH": path},
         capture_output=True,
         text=True,
         timeout=150,
         check=False,
     )
     assert driver.returncode == 0, driver.stderr
-    told = json.loads(driver.stdout.splitlines()[-1])
-    assert told == {"listeners": ["127.0.0.1"], "mode": "token"}
-    assert (tmp_path / ".ray" / "auth_token").stat().st_mode & 0o777 == 0o600
+    found: dict[str, Any] = json.loads(driver.stdout.splitlines()[-1])
+    return {**found, "token mode": (home / ".ray" / "auth_token").stat().st_mode & 0o777}
+
+
+def test_it_listens_on_loopback_alone_and_asks_for_a_token(told: dict[str, Any]) -> None:
+    assert (told["listeners"], told["mode"]) == (["127.0.0.1"], "token")
+    assert told["token mode"] == 0o600
+
+
+def test_no_port_of_a_rank_answers_a_stranger(told: dict[str, Any]) -> None:
+    """Ray's own begin with the settings of gRPC, whoever comes. The others say nothing."""
+    assert told["ports"] >= 4
+    greeting = bytes.fromhex("0000180400000000000004")  # a frame of settings
+    assert all(not one or bytes.fromhex(one).startswith(greeting) for one in told["said"])

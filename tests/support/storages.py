@@ -15,6 +15,10 @@ class Odd(MemoryFileSystem):  # type: ignore[misc]
     """Where there is one, operations wait for it."""
     failures = 0
     """So many writes to come fail."""
+    refuses = False
+    """What is written is refused at its end, as an object store does that wants other keys."""
+    shortens = False
+    """What is written has another size there."""
     done: list[str] = []  # noqa: RUF012
     """Writes and removals in their order, by the names below the run's URL."""
     written = threading.Event()
@@ -24,6 +28,7 @@ class Odd(MemoryFileSystem):  # type: ignore[misc]
     def reset(cls) -> None:
         """Be empty and well; what is held fails."""
         hold, cls.hold, cls.failures = cls.hold, None, 0
+        cls.refuses = cls.shortens = False
         if hold is not None:
             hold.set()
         cls.done.clear()
@@ -48,7 +53,10 @@ class Odd(MemoryFileSystem):  # type: ignore[misc]
                 raise PermissionError("no entry with key=hush//user:secret@host/")
             Odd.done.append(path)
             Odd.written.set()
-        return super()._open(path, mode, **more)
+        file = super()._open(path, mode, **more)
+        if Odd.refuses and "w" in mode:
+            file.commit = _refuse
+        return file
 
     def ls(self, path: str, detail: bool = True, **more: Any) -> Any:
         """List a directory."""
@@ -58,7 +66,8 @@ class Odd(MemoryFileSystem):  # type: ignore[misc]
     def info(self, path: str, **more: Any) -> Any:
         """Describe a file."""
         self._wait()
-        return super().info(path, **more)
+        found = super().info(path, **more)
+        return {**found, "size": found["size"] - 1} if Odd.shortens else found
 
     def cat_file(self, path: str, *args: Any, **more: Any) -> Any:
         """Read."""
@@ -70,6 +79,10 @@ class Odd(MemoryFileSystem):  # type: ignore[misc]
         self._wait()
         super().rm(path, **more)
         Odd.done.append(f"rm {self._strip_protocol(path)}")
+
+
+def _refuse() -> None:
+    raise PermissionError("Unable to locate credentials")
 
 
 register_implementation("odd", Odd, clobber=True)

@@ -1,5 +1,6 @@
 """The command line as a user meets it: help, messages, precedence, exit codes."""
 
+import errno
 import json
 import os
 import subprocess
@@ -56,6 +57,7 @@ def test_help_documents_the_exit_codes(capsys: pytest.CaptureFixture[str]) -> No
     shown = capsys.readouterr().out
     for code in ("0  succeeded", "1  the task", "2  wrong", "3  the cluster", "70  an error"):
         assert code in shown
+    assert {"129", "130", "141", "143"} <= set(shown.split())
     assert "drive" not in shown  # for the cluster's use only
 
 
@@ -245,6 +247,7 @@ USER = UserCodeError(1, 3, "ValueError: no", 'Traceback:\n  File "m.py"\nValueEr
         (StorageError("disk full"), 5, "error: disk full\n"),
         (Interrupted(2), 130, "error: interrupted by SIGINT\n"),
         (Interrupted(15), 143, "error: interrupted by SIGTERM\n"),
+        (Interrupted(1), 129, "error: interrupted by SIGHUP\n"),
         (KeyboardInterrupt(), 130, ""),
         (ZeroDivisionError("ours"), 70, "error inside distplat: ZeroDivisionError: ours\n"),
     ],
@@ -286,3 +289,116 @@ def test_a_reader_that_leaves_is_no_error() -> None:
     )
     os.close(writer)
     assert (done.returncode, done.stderr) == (141, b"")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device of Linux")
+@pytest.mark.parametrize("args", [["strategies"], ["strategies", "-o", "json"], ["--help"]])
+def test_a_log_on_a_full_disk_is_told(args: list[str]) -> None:
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([*COMMAND, *args], stdout=full, stderr=subprocess.PIPE, timeout=60)
+    assert done.returncode == 5
+    assert done.stderr == b"error: what is printed cannot be written: No space left on device\n"
+
+
+def test_streams_that_the_caller_has_closed_are_no_error() -> None:
+    closed = 'exec "$@" <&- >&- 2>&-'
+    done = subprocess.run(["sh", "-c", closed, "sh", *COMMAND, "strategies"], timeout=60)
+    assert done.returncode == 0
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device of Linux")
+@pytest.mark.parametrize("as_json", [True, False])
+@pytest.mark.parametrize("printed", ["job", "script"])
+def test_a_run_that_ended_well_has_its_exit_code_though_nobody_can_read_it(
+    printed: str, as_json: bool, tmp_path: Path
+) -> None:
+    """The table of the result is the last that a command prints."""
+    script = PRINTS.replace("PRINTED", printed).replace("AS_JSON", str(as_json))
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-c", script, str(tmp_path)],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            timeout=60,
+        )
+    assert (done.returncode, done.stderr) == (0, b"")
+
+
+PRINTS = """
+import sys
+from contextlib import nullcontext
+from pathlib import Path
+from unittest import mock
+from distplat.actors import script_run
+from distplat.cli import main, script, submit
+
+if "PRINTED" == "job":
+    facts = {"job": "too long for a buffer" * 1000}
+    with mock.patch.object(submit, "print_result", lambda facts: print(facts)):
+        submit._print(facts, mock.Mock(as_json=AS_JSON))
+else:
+    result = mock.Mock(restarts=0, seconds=1.0, path=Path(sys.argv[1]))
+    with (
+        mock.patch.object(script, "_ray", lambda *args, **options: nullcontext()),
+        mock.patch.object(script_run, "train_script", lambda job, lines: result),
+    ):
+        args = ["submit", "-o", "json"] if AS_JSON else ["submit"]
+        assert main.run([*args, "--", "python", "train.py"]) == 0
+"""
+
+
+LONG = "x" * 300
+"""No file system has such a name."""
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        ["report", LONG],
+        ["report", f"{LONG}/run"],
+        ["submit", LONG],
+        ["submit", "job.yaml", "--working-dir", LONG],
+        ["submit", "job.yaml", "--strategy-file", f"{LONG}.py"],
+        ["submit", "--working-dir", LONG, "--", "python", "train.py"],
+        ["verify", LONG],
+        ["replay", LONG],
+    ],
+)
+def test_what_the_system_says_of_a_path_is_told_as_it_is(
+    args: list[str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "job.yaml").write_text(JOB)
+    assert run(args) == 2
+    assert "File name too long" in capsys.readouterr().err
+
+
+def test_runs_that_may_not_be_read_are_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(path: Path) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("distplat.cli.jobs.DASHBOARD", "http://127.0.0.1:9")
+    (tmp_path / "runs" / "r").mkdir(parents=True)
+    monkeypatch.setattr(Path, "iterdir", refused)
+    for args in (["list"], ["report", "x"], ["report", "r"]):
+        assert run(args) == 2
+        assert "Permission denied" in capsys.readouterr().err
+
+
+def test_a_current_directory_that_is_gone_is_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "job.yaml"
+    path.write_text(JOB)
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    for args in (["submit", str(path)], ["submit", "--", "python", "train.py"]):
+        assert run(args) == 2
+        assert "the current directory: No such file or directory" in capsys.readouterr().err

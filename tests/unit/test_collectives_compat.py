@@ -1,7 +1,6 @@
 """Each private name of torch that groups use is there, and does what they need it for."""
 
 import inspect
-import socket
 import threading
 import time
 from collections.abc import Callable
@@ -31,31 +30,6 @@ def on_gloo_ranks(
         body(groups[rank], rank)
 
     on_ranks(world, run)
-
-
-def test_a_store_on_a_socket_that_listens_already() -> None:
-    listener = socket.create_server(("127.0.0.1", 0))
-    host, port = listener.getsockname()[:2]
-    server = torch_compat.serve_store(listener.detach(), host, port)
-    clients = [torch_compat.connect_store(host, port, OPERATION_S, "secret") for _ in range(2)]
-    clients[0].set("key", "value")
-    assert clients[1].get("key") == b"value"  # waits until the server has it
-    assert clients[1].check(["key"])
-    assert not clients[1].check(["other"])
-    stranger = torch_compat.connect_store(host, port, OPERATION_S, "a guess")
-    assert not stranger.check(["key"])
-    stranger.set("key", "another")
-    assert clients[0].get("key") == b"value"
-    del server
-
-
-def test_nobody_serves_the_store() -> None:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        host, port = listener.getsockname()[:2]
-    began = time.monotonic()
-    with pytest.raises(RuntimeError):
-        torch_compat.connect_store(host, port, 0.2, "secret")
-    assert time.monotonic() - began < 5.0
 
 
 @pytest.mark.parametrize("op", [op for op in ReduceOp if op is not ReduceOp.AVG])

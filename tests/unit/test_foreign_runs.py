@@ -14,6 +14,7 @@ from made_runs import FAILURE, RECOVERY, RESIZED, SAVED, evaluation, made_run, m
 from distplat.cli.main import run
 from distplat.platform.apply_log import read_logs
 from distplat.platform.errors import SpecError, StorageError
+from distplat.platform.pipeline_trace import TRACE_FILE
 from distplat.strategies.checkpoint.initial_weights import _read_file
 from distplat.strategies.sparse.files import LIST_NAME, read_list, read_part
 
@@ -109,7 +110,23 @@ def test_a_pipe_or_a_device_is_not_read(
     (path / name).unlink()
     (path / name).symlink_to("/dev/zero")
     assert run(["report", str(path)]) == 5
-    assert capsys.readouterr().err.count(f"{name}: it is no regular file") == 2
+    said = capsys.readouterr().err
+    assert f"{name}: it is no regular file" in said and f"{name}: it is a link" in said
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "job.yaml", "result.json", TRACE_FILE])
+def test_what_a_link_leads_to_is_not_shown(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The page is written into their directory, where they can read it."""
+    path = made_run(tmp_path, [step(0)], result={}, trace=made_trace())
+    mine = tmp_path / "mine"
+    mine.write_text("name: precious\n")
+    (path / name).unlink()
+    (path / name).symlink_to(mine)
+    assert run(["report", str(path)]) == 5
+    assert f"{name}: it is a link" in capsys.readouterr().err
+    assert not (path / "report.html").exists()
 
 
 def test_logs_read_no_pipe_and_no_device(
@@ -124,7 +141,8 @@ def test_logs_read_no_pipe_and_no_device(
     log.unlink()
     log.symlink_to("/dev/zero")
     assert run(["logs", str(path)]) == 5
-    assert capsys.readouterr().err.count("worker-0.log: it is no regular file") == 2
+    said = capsys.readouterr().err
+    assert "worker-0.log: it is no regular file" in said and "worker-0.log: it is a link" in said
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,9 @@
 """`initial_weights`: a run begins as plain torch does after `load_state_dict`."""
 
+import io
 import json
 import os
+import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ from torch.utils.data import TensorDataset
 from distplat import Task
 from distplat.platform.errors import SpecError
 from distplat.platform.spec import Job
+from distplat.strategies.checkpoint.initial_weights import _read_file
 
 
 class Small(Task):
@@ -179,6 +182,25 @@ def test_a_file_that_is_none_is_told(tmp_path: Path) -> None:
     (tmp_path / "bad" / "model.safetensors.index.json").write_text(json.dumps(index))
     assert "names '../base.pt', which is not there" in refused(tmp_path / "bad")
     assert "there is no file" in refused(f"file://{tmp_path}/gone.pt")
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_a_damaged_file_is_told(zipped: bool, tmp_path: Path) -> None:
+    """torch's readers raise whatever they stumble at; its older format they read byte by byte."""
+    stream = io.BytesIO()
+    torch.save(base(), stream, _use_new_zipfile_serialization=zipped)
+    draw, path, refusals = random.Random(5), tmp_path / "base.pt", 0
+    for _ in range(150):
+        whole = bytearray(stream.getvalue())
+        for _ in range(draw.choice((1, 3))):
+            at = draw.randrange(len(whole) // 2 if zipped else 900)
+            whole[at : at + draw.choice((0, 1, 2))] = draw.randbytes(draw.choice((0, 1, 2)))
+        path.write_bytes(whole)
+        try:
+            _read_file(path)
+        except SpecError as error:
+            refusals += "base.pt" in str(error)
+    assert refusals > 50
 
 
 def test_another_model_is_told_by_name(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from made_runs import made_run, step
 from distplat.cli import run_folders
 from distplat.cli.main import run
 from distplat.cli.run_folders import local_runs, print_logs
+from distplat.platform.errors import ClusterUnreachable
 
 
 @pytest.fixture(autouse=True)
@@ -106,3 +107,27 @@ def test_a_run_is_followed_to_its_end(tmp_path: Path, monkeypatch: pytest.Monkey
     (path / "result.json").write_text(json.dumps({"status": "SUCCEEDED"}))
     reader.join(30.0)
     assert code == [0] and lines == ["(worker-0) first", "(worker-0) half"]
+
+
+def test_status_and_stop_know_a_run_that_has_ended(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def nobody(*args: object) -> None:
+        raise ClusterUnreachable("no Ray is running here")
+
+    monkeypatch.setattr("distplat.cli.jobs.roles_of", nobody)
+    monkeypatch.setattr("distplat.cli.jobs.stop_run", nobody)
+    path = named(tmp_path, "old-1", 7200, "SUCCEEDED")
+    named(tmp_path, "cut-2", 60, None)
+    for name in ("old-1", str(path)):
+        assert run(["status", name]) == 0
+        assert "SUCCEEDED" in capsys.readouterr().out
+        assert run(["stop", name]) == 0
+        assert capsys.readouterr().out == f"{name}: already SUCCEEDED\n"
+    assert run(["status", "old-1", "-o", "json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["id"], found["status"], found["roles"]) == ("old-1", "SUCCEEDED", None)
+    for command in ("status", "stop"):
+        assert run([command, "cut-2"]) == 3, "nobody knows whether it has ended"
+        assert run([command, "old-1", "--address", "http://127.0.0.1:9"]) == 3
+    assert "no Ray is running here" in capsys.readouterr().err

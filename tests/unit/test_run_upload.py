@@ -116,6 +116,35 @@ def test_a_storage_that_hangs_costs_the_copy_and_not_the_run(
     assert len(list((model.parent / "checkpoints").glob("step-*"))) == 2
 
 
+def closed(upload: RunUpload, within_s: float = 30.0) -> str:
+    """Give what `close` gives; it must come back."""
+    found: list[str] = []
+    thread = threading.Thread(target=lambda: found.append(upload.close()), daemon=True)
+    thread.start()
+    thread.join(within_s)
+    assert found, "the end waits for ever"
+    return found[0]
+
+
+@pytest.mark.parametrize(
+    ("flag", "why"),
+    [("refuses", "Unable to locate credentials"), ("shortens", "has 6 bytes, 7 were written")],
+)
+def test_a_storage_that_takes_nothing_is_given_up_at_the_end(
+    flag: str, why: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A library forgets what it was to write without asking the storage: that is no answer."""
+    monkeypatch.setattr(Odd, flag, True)
+    (tmp_path / "job.yaml").write_text("name: a")
+    warnings: list[str] = []
+    monkeypatch.setattr("distplat.platform.run_upload._SAID_S", 0.2)
+    missing = closed(copy_of(tmp_path, warnings, limit_s=0.8))
+    assert missing.startswith("job.yaml not uploaded to odd://bucket/")
+    assert missing.endswith(why)
+    assert len(warnings) == 2 and "the run goes on" in warnings[0]
+    assert "the end of the run waits for its copy at odd://bucket/" in warnings[1]
+
+
 def test_a_failure_is_told_once_and_tried_again(tmp_path: Path) -> None:
     (tmp_path / "job.yaml").write_text("name: a")
     Odd.failures, warnings = 2, list[str]()

@@ -119,3 +119,18 @@ def test_a_server_that_accepts_and_never_answers(
         )  # in the words of the last try, if one ended
         with pytest.raises(NoAnswer):
             RemoteStorage("s3://runs/run", 0.4).size("a")
+
+
+@pytest.mark.parametrize("gone", [False, True])
+def test_a_server_that_is_gone_for_good_or_has_no_such_bucket(
+    gone: bool, bucket: tuple[ThreadedMotoServer, int], tmp_path: Path
+) -> None:
+    (tmp_path / "model.safetensors").write_text("model")
+    if gone:
+        bucket[0].stop()
+    found: list[str] = []
+    upload = RunUpload(tmp_path, RemoteStorage("s3://nobody/run", 1.5), lambda line: None)
+    end = threading.Thread(target=lambda: found.append(upload.close()), daemon=True)
+    end.start()
+    end.join(60)
+    assert found and found[0].startswith("model.safetensors not uploaded to s3://nobody/run: ")

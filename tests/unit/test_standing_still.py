@@ -6,6 +6,7 @@ import asyncio
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, ClassVar
@@ -19,8 +20,10 @@ from torch import Tensor
 
 from distplat import Trainer
 from distplat.actors import controller, retrying_calls
+from distplat.actors.collectives import torch_store
 from distplat.actors.collectives.rendezvous import GroupSettings, wait_for
 from distplat.actors.collectives.shm import liveness
+from distplat.actors.collectives.torch_store import Heartbeat
 from distplat.actors.local_transport import Fault
 from distplat.actors.servers.health_check import Heartbeats
 from distplat.actors.servers.scheduler import Scheduler
@@ -30,6 +33,7 @@ from distplat.platform.errors import CollectiveError, DeadlineExceeded
 from distplat.platform.spec import Consistency
 from distplat.platform.task_scheduler import TaskPlan
 from distplat.platform.worker_stats import WorkerHeartbeat
+from distplat.strategies import torch_compat
 
 LONG_S = 3600.0
 
@@ -198,3 +202,44 @@ def test_a_scheduler_that_stood_still_leases_nothing_again(clock: Time) -> None:
         assert not {*held[1].tasks} & {*more.tasks}
 
     asyncio.run(story())
+
+
+@pytest.mark.parametrize(
+    ("stop_s", "frozen", "expected"),
+    [(0.0, False, (1,)), (LONG_S, False, ()), (LONG_S, True, (1,))],
+)
+def test_who_was_stopped_itself_calls_no_rank_of_gloos_late(
+    stop_s: float, frozen: bool, expected: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """gloo's deadlines run on meanwhile. A rank without heartbeats afterwards is missing."""
+    later = SimpleNamespace(offset=0.0)
+    here = SimpleNamespace(sleep=time.sleep, monotonic=lambda: time.monotonic() + later.offset)
+    monkeypatch.setattr(torch_store, "time", here)
+    monkeypatch.setattr(torch_store, "SILENT_S", 0.3)
+    monkeypatch.setattr(torch_store, "INTERVAL_S", 0.1)
+    store = torch_compat.store_of_one()
+    store.set("heartbeat/1", "7 3")
+    numbers = {0: 5, 2: 5} if frozen else {0: 5, 1: 3, 2: 5}
+    beats = [
+        Heartbeat(store, rank, 3, partial(int, number), lambda: None)
+        for rank, number in numbers.items()
+    ]
+    time.sleep(0.15)
+    later.offset += stop_s
+    assert beats[0].missing(5, None, lambda: False) == expected
+    assert (beats[0].stood_still_s() > 0) == (stop_s > 0)
+    time.sleep(0.7)
+    assert beats[0].stood_still_s() == 0, "later operations are judged as ever"
+    for beat in beats:
+        beat.stop()
+
+
+def test_a_reason_of_gloo_blames_nobody() -> None:
+    said = (
+        "[/__w/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:553] Connection closed by peer "
+        "[127.0.0.1]:27795. This is typically caused by a remote worker crashing. Check the logs"
+    )
+    assert torch_compat.reason_of(RuntimeError(said)) == (
+        "Connection closed by peer [127.0.0.1]:27795."
+    )
+    assert torch_compat.reason_of(RuntimeError()) == "RuntimeError"

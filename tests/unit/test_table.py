@@ -1,17 +1,27 @@
 """A table against torch: `nn.Embedding(sparse=True)` under torch's own optimizers."""
 
+import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 from pydantic import TypeAdapter
+from safetensors.numpy import save
 from torch import nn
 
+from distplat.platform.errors import StorageError
 from distplat.platform.model_options import AnyRowOptimizer
 from distplat.platform.shard_map import TableSpec
-from distplat.strategies.sparse.files import keep_tables, packed_part, read_list, read_part
+from distplat.strategies.sparse.files import (
+    LIST_NAME,
+    keep_tables,
+    packed_part,
+    read_list,
+    read_part,
+)
 from distplat.strategies.sparse.rows import initial_rows
 from distplat.strategies.sparse.table import RowGradients, Table, make_rule
 
@@ -156,3 +166,58 @@ def test_tables_of_any_name_are_written_and_read(tmp_path: Path) -> None:
         for file in files:
             read_part(file, again)
         assert (read(again, range(3)) == number).all()
+
+
+LISTED = {"name": "t", "files": ["part"], "rows": 60, "width": 5, "std": 1.0}
+
+
+@pytest.mark.parametrize(
+    "tables",
+    [
+        ["t"],
+        [[]],
+        [{**LISTED, "files": ["../part"]}],
+        [{**LISTED, "files": ["/etc/part"]}],
+        [{**LISTED, "files": [None]}],
+        [{**LISTED, "more": 1}],
+        {"t": LISTED},
+    ],
+)
+def test_a_list_of_tables_that_is_none_of_ours(tables: object, tmp_path: Path) -> None:
+    (tmp_path / LIST_NAME).write_text(json.dumps({"seed": 1, "tables": tables}))
+    with pytest.raises(StorageError, match="no embedding tables in"):
+        read_list(tmp_path)
+
+
+IDS, ROWS = np.arange(6), np.ones((6, 5), np.float32)
+
+
+@pytest.mark.parametrize(
+    ("ids", "rows", "said"),
+    [
+        (IDS, np.ones((15, 2), np.float32), r"it has int64 of shape \(6,\), float32 of shape"),
+        (IDS, ROWS[:1], r"float32 of shape \(1, 5\)"),
+        (IDS, ROWS.astype(np.float64), "float64"),
+        (IDS.astype(np.int32), ROWS, "int32"),
+        (IDS.reshape(6, 1), ROWS, r"int64 of shape \(6, 1\)"),
+        (np.array(3), ROWS, r"int64 of shape \(\)"),
+        (IDS + 55, ROWS, "it has ids from 55 to 60"),
+        (IDS - 1, ROWS, "it has ids from -1 to 4"),
+    ],
+)
+def test_a_part_of_another_table(
+    ids: NDArray[Any], rows: NDArray[Any], said: str, tmp_path: Path
+) -> None:
+    mine = table(OPTIMIZERS[0], spec=TableSpec("t", 60, 5, 1.0))
+    (tmp_path / "part").write_bytes(save({"ids": ids, "rows": rows}))
+    with pytest.raises(StorageError, match=f"is no part of table 't': .*{said}"):
+        read_part(tmp_path / "part", mine)
+    assert len(mine.ids()) == 0
+
+
+def test_a_damaged_part_of_a_table_is_told(tmp_path: Path) -> None:
+    whole = save({"ids": IDS, "rows": ROWS})
+    for damaged in (b"", whole[:-1], whole.replace(b"I64", b"I6?"), b"x" * 100):
+        (tmp_path / "part").write_bytes(damaged)
+        with pytest.raises(StorageError, match="is no part of an embedding table"):
+            read_part(tmp_path / "part", table(OPTIMIZERS[0], spec=TableSpec("t", 60, 5, 1.0)))
