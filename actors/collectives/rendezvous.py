@@ -80,8 +80,7 @@ def wait_for(
         CollectiveError: this rank was told to give up.
     """
     clock = AwakeClock()
-    began = clock.now()
-    while (waited := clock.now() - began) < settings.rendezvous_s:
+    while (waited := clock.now()) < settings.rendezvous_s:
         found = look()
         if found is not None:
             return found

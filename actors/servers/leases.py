@@ -119,11 +119,10 @@ class RemoteLeases(Leases):
         """
         limit = self._order.job.failure.heartbeat_timeout_s + HOLD_S + ANSWER_GRACE_S
         clock = AwakeClock()
-        until = clock.now() + limit
         while not self._transport.wait([question], LOOK_S):
             self._check()
             alive()
-            if clock.now() > until:
+            if clock.now() > limit:
                 setting = "failure.heartbeat_timeout_s"
                 raise DeadlineExceeded("the next task", (_NAME,), limit, setting)
         alive()

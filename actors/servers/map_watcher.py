@@ -68,11 +68,10 @@ class MapWatcher(Generic[Map]):
             error: why it is wanted; raised if none comes.
             check: called ten times a second; what it raises ends the wait.
         """
-        clock = AwakeClock()
-        until = clock.now() + self._limits.heartbeat_timeout_s + _GRACE_S
+        clock, limit_s = AwakeClock(), self._limits.heartbeat_timeout_s + _GRACE_S
         while self._newer is None:
             check()
-            if clock.now() > until:
+            if clock.now() > limit_s:
                 raise error
             if self._transport.wait([self._question], LOOK_S):
                 self._take_answer()

@@ -10,6 +10,7 @@ import pytest
 from distplat.actors import retrying_calls
 from distplat.actors.local_transport import Fault, LocalCluster
 from distplat.actors.retrying_calls import PendingCall
+from distplat.platform import awake_clock
 from distplat.platform.errors import ActorLost, DeadlineExceeded, InfrastructureError, StaleError
 
 FROZEN = Fault(delay_s=1e6)
@@ -106,7 +107,7 @@ def test_who_was_stopped_itself_blames_nobody(monkeypatch: pytest.MonkeyPatch) -
     servers, clock = Servers(1, 2), [0.0]
     call = servers.ask(limit_s=5.0)
     fake = SimpleNamespace(monotonic=lambda: clock[0], sleep=time.sleep)
-    monkeypatch.setattr(retrying_calls, "time", fake)
+    monkeypatch.setattr(awake_clock, "time", fake)
     call.start_again()
     transport, waits = call._transport, 0
     wait = transport.wait
