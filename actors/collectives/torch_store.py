@@ -11,6 +11,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import wait
 from contextlib import suppress
 from typing import Any, NamedTuple, TypeVar
 
@@ -24,6 +25,8 @@ from distplat.actors.collectives.rendezvous import (
     take_back_word,
     wait_for,
 )
+from distplat.platform.awake_clock import AwakeClock
+from distplat.platform.disk import in_thread
 from distplat.platform.errors import CollectiveError, DeadlineExceeded
 from distplat.strategies import torch_compat
 
@@ -265,36 +268,18 @@ def run_unless_given_up(make: Callable[[], T], group_name: str, settings: GroupS
         DeadlineExceeded: rank 0, which serves the store, does not answer.
         Exception: what `make` raised.
     """
-    made: list[T] = []
-    raised: list[BaseException] = []
-
-    def run() -> None:
-        try:
-            made.append(make())
-        except BaseException as error:  # to be raised where it is waited for
-            raised.append(error)
-
-    thread = threading.Thread(target=run, name="rendezvous", daemon=True)
-    thread.start()
+    made = in_thread("rendezvous", make)
     limit = settings.rendezvous_s + settings.operation_s
-    if not _join(thread, limit, settings.abandoned):
-        if settings.abandoned.is_set():
-            raise CollectiveError(group_name, "rendezvous", 0, (), GIVEN_UP)
-        what = f"rendezvous of group {group_name!r}"
-        raise DeadlineExceeded(what, ("worker-0",), limit, "failure.start_timeout_s")
-    if raised:
-        raise raised.pop()
-    return made.pop()
-
-
-def _join(thread: threading.Thread, limit_s: float, gave_up: threading.Event) -> bool:
-    """Say whether the thread ended in time."""
-    rest = limit_s
-    while thread.is_alive() and rest > 0 and not gave_up.is_set():
-        thread.join(0.1)
-        rest -= 0.1
-    thread.join(0.1)  # it looks at the event itself, and has the better error
-    return not thread.is_alive()
+    clock = AwakeClock()
+    while clock.now() < limit and not settings.abandoned.is_set():
+        if wait([made], 0.1).done:
+            break
+    if wait([made], 0.1).done:  # it looks at the event itself, and has the better error
+        return made.result()
+    if settings.abandoned.is_set():
+        raise CollectiveError(group_name, "rendezvous", 0, (), GIVEN_UP)
+    what = f"rendezvous of group {group_name!r}"
+    raise DeadlineExceeded(what, ("worker-0",), limit, "failure.start_timeout_s")
 
 
 def _address() -> str:

@@ -54,7 +54,7 @@ from ray_in_memory import InMemoryRay, Killed
 from distplat import Trainer
 from distplat.actors import retrying_calls
 from distplat.platform.apply_log import FILE_NAME, flaws, read_logs
-from distplat.platform.disk import RealDisk
+from distplat.platform.disk import Disk
 from distplat.platform.errors import InfrastructureError
 
 HERE = Path(__file__).parent
@@ -181,7 +181,7 @@ class OneRun:
             around.enter_context(mock.patch.object(chaos_memory_task, "heard", self.injector.reach))
             for name in ("make", "write", "sync", "rename", "remove"):
                 on_disk = self.injector.on_disk(name)
-                around.enter_context(mock.patch.object(RealDisk, name, on_disk))
+                around.enter_context(mock.patch.object(Disk, name, on_disk))
             while self._drive():
                 pass
 
