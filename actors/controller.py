@@ -21,7 +21,7 @@ from distplat.actors.messages import PollResult
 from distplat.actors.ray_errors import Meaning, as_ours, cause_of, meaning, taken_away
 from distplat.actors.ray_transport import RayTransport
 from distplat.actors.resizing import Resizer, Scaler, check_scalable
-from distplat.actors.retrying_calls import ask
+from distplat.actors.retrying_calls import ask_one
 from distplat.platform.awake_clock import AwakeClock
 from distplat.platform.errors import ActorLost, DistplatError, Problem, SpecError
 from distplat.platform.job import (
@@ -367,12 +367,12 @@ class Controller:
                 continue  # it has left
             try:
                 limit, setting = self._limits.start_timeout_s, "start_timeout_s"
-                what, who = "the trained model", [f"worker-{rank}"]
-                call = [worker.result.remote]
-                model: bytes = ask(RayTransport(), what, call, who, limit, setting)[0]
+                who, call = f"worker-{rank}", worker.result.remote
+                model: bytes = ask_one(
+                    RayTransport(), "the trained model", who, call, limit, setting
+                )
+                return model
             except DistplatError as error:
                 lost = error
-            else:
-                return model
         assert lost is not None, "a part has at least one holder"
         raise lost

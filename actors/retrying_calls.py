@@ -167,6 +167,19 @@ def ask(
     return PendingCall(transport, what, calls, names, limit_s, setting, look).answers()
 
 
+def ask_one(
+    transport: Transport,
+    what: str,
+    name: str,
+    call: Call,
+    limit_s: float,
+    setting: str,
+    look: Callable[[], object] | None = None,
+) -> Any:
+    """Make one call, and wait for its answer; see `PendingCall`."""
+    return ask(transport, what, [call], [name], limit_s, setting, look)[0]
+
+
 Item = TypeVar("Item")
 
 

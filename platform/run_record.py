@@ -13,6 +13,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from stat import S_ISREG
 from typing import IO, Any, Generic, TypeVar
@@ -38,17 +39,16 @@ _DAMAGE = (ValueError, TypeError, KeyError, ArithmeticError, RecursionError)
 """What reading a damaged line raises; the last two by numbers beyond all bounds and deep JSON."""
 _MOST = 2**53
 """No step, count or size is larger; a float holds it exactly."""
-_READERS: dict[str, TypeAdapter[Any]] = {
-    "step": TypeAdapter(StepSummary),
-    "evaluation": TypeAdapter(EvalSummary),
-    "failure": TypeAdapter(FailureEvent),
-    "setback": TypeAdapter(FailureEvent),  # its name before 0.1.0 was released
-    "recovery": TypeAdapter(Recovery),
-    "resized": TypeAdapter(Resized),
-    "checkpoint": TypeAdapter(Saved),
+_KINDS = {
+    "step": StepSummary,
+    "evaluation": EvalSummary,
+    "failure": FailureEvent,
+    "setback": FailureEvent,  # its name before 0.1.0 was released
+    "recovery": Recovery,
+    "resized": Resized,
+    "checkpoint": Saved,
 }
-"""By the kind of a line of metrics.jsonl."""
-_TRACE = TypeAdapter(Trace)
+"""By `kind` of a line of metrics.jsonl; others are passed over."""
 MOST_STEPS = 200_000
 """Steps that are held at a time, some 300 MB of them."""
 MOST_LINE = 2**22
@@ -253,8 +253,13 @@ def _keep(record: RunRecord, found: object) -> None:
 def _summary(line: Any) -> object:
     """Read one line; None for a kind that is not known here."""
     fields = _mapping(line)
-    reader = _READERS.get(fields["kind"])
-    return None if reader is None else reader.validate_python(_plain(fields))
+    kind = _KINDS.get(fields["kind"])
+    return None if kind is None else _reader(kind).validate_python(_plain(fields))
+
+
+@cache
+def _reader(kind: type) -> TypeAdapter[Any]:
+    return TypeAdapter(kind)
 
 
 def _job(text: str) -> Mapping[str, Any]:
@@ -263,7 +268,8 @@ def _job(text: str) -> Mapping[str, Any]:
 
 
 def _trace(text: str) -> Trace:
-    found = _TRACE.validate_python(_plain(_mapping(json.loads(text)), least=-1))  # -1: none
+    fields = _plain(_mapping(json.loads(text)), least=-1)  # -1: none
+    found: Trace = _reader(Trace).validate_python(fields)
     for one in found.events:
         if not -math.inf < one.start_s <= one.end_s < math.inf:
             raise ValueError(f"an event from {one.start_s} to {one.end_s}")

@@ -11,12 +11,13 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 from typing_extensions import override
 
 from distplat.actors.messages import WorkOrder
-from distplat.actors.retrying_calls import AGAIN_S, LOOK_S, ask
+from distplat.actors.retrying_calls import AGAIN_S, LOOK_S, ask_one
 from distplat.actors.servers.fan_out import ANSWER_GRACE_S
 from distplat.actors.servers.scheduler import HOLD_S
 from distplat.actors.transport import ActorDied, Transport, Unanswered
@@ -65,11 +66,9 @@ class RemoteLeases(Leases):
         self._beat = WorkerHeartbeat(plan.first, 0, 0.0)
         limit = self._order.job.failure.start_timeout_s
 
-        def join() -> Any:
-            who = self._rank, self._attempt
-            return self._transport.call(self._scheduler, "join", *who, plan)
-
-        ask(self._transport, "join", [join], [_NAME], limit, "start_timeout_s", self._check)
+        who = self._rank, self._attempt
+        join = partial(self._transport.call, self._scheduler, "join", *who, plan)
+        ask_one(self._transport, "join", _NAME, join, limit, "start_timeout_s", self._check)
         threading.Thread(target=self._pulse, name="pulse", daemon=True).start()
 
     def close(self) -> None:

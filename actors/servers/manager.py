@@ -33,7 +33,7 @@ from typing import TYPE_CHECKING, Any
 
 from distplat.actors.messages import Address, Membership, ModelFacts, TableMap
 from distplat.actors.ray_transport import alone
-from distplat.actors.retrying_calls import AGAIN_S, Call, ask
+from distplat.actors.retrying_calls import AGAIN_S, Call, ask, ask_one
 from distplat.actors.servers.health_check import HealthCheck
 from distplat.actors.servers.replication_manager import ReplicationManager
 from distplat.actors.transport import Transport, TransportError
@@ -102,6 +102,7 @@ def _ask_held(transport: Transport, servers: Mapping[str, Any], limit_s: float) 
 
 
 logger = logging.getLogger(__name__)
+_SETTING = "start_timeout_s"
 
 
 class ServerManager:
@@ -395,9 +396,8 @@ class ServerManager:
         self._assigned[part].wait()  # where nobody comes, `start_timeout_s` ends the run and this
         call = self._assignment(server, self._facts[part], shard, None, Role.BACKUP)
         limit = self._job.failure.start_timeout_s
-        names = [f"a backup of shard {shard}"]
-        what, setting = "assigning a backup", "start_timeout_s"
-        address: Address = ask(self._transport, what, [call], names, limit, setting)[0]
+        who, what = f"a backup of shard {shard}", "assigning a backup"
+        address: Address = ask_one(self._transport, what, who, call, limit, _SETTING)
         return address
 
     def _call(self, server: Any, method: str, *args: Any) -> Call:
@@ -406,7 +406,7 @@ class ServerManager:
     def _ask(self, indices: list[int], calls: Sequence[Call]) -> list[Any]:
         names = [f"server-{index}" for index in indices]
         limit = self._job.failure.start_timeout_s
-        return ask(self._transport, "assigning shards", calls, names, limit, "start_timeout_s")
+        return ask(self._transport, "assigning shards", calls, names, limit, _SETTING)
 
     def logs(self) -> list[NDArray[np.int64]]:
         """Give the shards' orders of updates, where they are kept; none from a lost server."""
@@ -423,9 +423,6 @@ class ServerManager:
         for group in (self._replication, self._tables):
             if group is not None:
                 group.close()
-
-
-_SETTING = "start_timeout_s"
 
 
 class ServerProvisioning:
@@ -469,11 +466,11 @@ class ServerProvisioning:
         who = self._attempt, server, beside
         call = partial(self._transport.call, self._controller, "make_server", *who)
         until = time.monotonic() + self._limit_s
-        given = self._transport, "a new server", [call], ["controller"]
+        given = self._transport, "a new server", "controller", call
         while True:
             try:
                 with self._asking:
-                    return ask(*given, self._limit_s, _SETTING)[0]
+                    return ask_one(*given, self._limit_s, _SETTING)
             except NotReadyError:  # its process has just started
                 if time.monotonic() > until:
                     raise

@@ -19,7 +19,7 @@ from functools import partial
 from typing import Any
 
 from distplat.actors.messages import Address
-from distplat.actors.retrying_calls import Call, ask
+from distplat.actors.retrying_calls import Call, ask_one
 from distplat.actors.servers.health_check import TICK_S, Heartbeats
 from distplat.actors.transport import Transport, TransportError
 from distplat.platform.errors import ActorLost, DistplatError, NotReadyError
@@ -235,7 +235,7 @@ class ReplicationManager:
 
     def _ask(self, server: str, what: str, call: Call) -> Any:
         limit = self._limits.step_timeout_s + _ANSWER_GRACE_S
-        return ask(self._transport, what, [call], [server], limit, "step_timeout_s")[0]
+        return ask_one(self._transport, what, server, call, limit, "step_timeout_s")
 
     def _watch(self) -> None:
         """See who is lost; who has not answered once is starting, and given time."""
