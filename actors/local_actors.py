@@ -2,7 +2,7 @@
 The actors of a run in the calling process: servers, their manager, the task scheduler. No Ray.
 
 They are those of a run on Ray, over `LocalTransport`. `num_workers: 0` trains with them, and so do
-tests, which make ranks of threads and have faults injected. Nodes are names: a worker on the
+tests, which make ranks of threads and disturb their calls. Nodes are names: a worker on the
 servers' node computes on their memory and writes into their mailboxes, one on another node sends
 bytes in calls.
 """

@@ -35,6 +35,7 @@ from unittest import mock
 sys.path += [str(Path(__file__).parent), str(Path(__file__).parent.parent / "support")]
 
 import chaos_memory_task
+from call_faults import add_rule
 from chaos_memory_loops import setting_of
 from chaos_memory_plan import (
     ALL,
@@ -177,7 +178,7 @@ class OneRun:
         """Run it to its end; where driver or controller is lost, be the user who resumes it."""
         with ExitStack() as around, _LogFile(self.folder / "log.txt"):
             around.enter_context(self.ray)
-            self.ray.cluster.add_rule(self.injector.rule)
+            add_rule(self.ray.cluster, self.injector.rule)
             around.enter_context(mock.patch.object(chaos_memory_task, "heard", self.injector.reach))
             for name in ("make", "write", "sync", "rename", "remove"):
                 on_disk = self.injector.on_disk(name)

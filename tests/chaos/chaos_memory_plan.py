@@ -15,9 +15,9 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
+from call_faults import Call, Fault
 from ray_in_memory import InMemoryRay
 
-from distplat.actors.local_transport import Call, Fault
 from distplat.actors.transport import TransportError
 from distplat.platform.disk import Disk
 from distplat.platform.errors import DistplatError, SpecError

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import pytest
+from call_faults import Fault, inject
 from jobs import fields_of, job_of
 from ray_in_memory import InMemoryRay, process_here
 from test_health_check import servers
@@ -21,7 +22,6 @@ from distplat import Trainer
 from distplat.actors import controller
 from distplat.actors.collectives.rendezvous import GroupSettings, wait_for
 from distplat.actors.collectives.shm import liveness
-from distplat.actors.local_transport import Fault
 from distplat.actors.servers.health_check import Heartbeats
 from distplat.actors.servers.scheduler import Scheduler
 from distplat.platform import awake_clock
@@ -132,7 +132,7 @@ def test_a_controller_that_stood_still_waits_for_the_answers(
 
 def test_who_watches_servers_and_stood_still_waits_for_them(clock: Time) -> None:
     cluster, actors = servers(2)
-    cluster.inject("where", Fault(delay_s=0.2), times=2)
+    inject(cluster, "where", Fault(delay_s=0.2), times=2)
     named = {f"server-{number}": one for number, one in enumerate(actors)}
     beats = Heartbeats(cluster.transport(), 5.0)
     assert beats.look(named, ()) == {}
