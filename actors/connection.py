@@ -98,11 +98,12 @@ class Connection:
     def default_group(self, order: WorkOrder) -> "DefaultGroup":
         """Make a train function's way into torch's default process group; nobody is met yet."""
         from distplat.actors.collectives.default_group import DefaultGroup
+        from distplat.actors.collectives.rendezvous import GroupMember
 
         assert order.collective is not None, "see `group`"
         settings = self._settings(order, order.collective)
-        name, world = f"{order.run}/{order.attempt}", order.job.scaling.world
-        self._default_group = DefaultGroup(name, order.rank, world, settings)
+        name, world = f"{order.run}/{order.attempt}/torch.distributed", order.job.scaling.world
+        self._default_group = DefaultGroup(GroupMember(name, order.rank, world, settings))
         return self._default_group
 
     def shards(self, order: WorkOrder) -> "RemoteShards | None":

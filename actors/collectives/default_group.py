@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
-from distplat.actors.collectives.rendezvous import GroupSettings
+from distplat.actors.collectives.rendezvous import GroupMember
 from distplat.actors.collectives.torch_store import Store
 from distplat.strategies import torch_compat
 from distplat.strategies.function.function_session import Place
@@ -33,15 +33,11 @@ class DefaultGroup:
     One rank's way to the others, for torch's default process group, in one attempt.
 
     Args:
-        name: of the attempt.
-        rank: this worker's.
-        world: all workers.
-        settings: of the attempt's groups.
+        member: this worker's rank, among all; the name is the group's alone.
     """
 
-    def __init__(self, name: str, rank: int, world: int, settings: GroupSettings) -> None:
-        self._name, self._rank, self._world = f"{name}/torch.distributed", rank, world
-        self._settings = settings
+    def __init__(self, member: GroupMember) -> None:
+        self._member = member
         self._store: Store | None = None
         self._made = 0
 
@@ -53,7 +49,7 @@ class DefaultGroup:
             DistplatError: a rank did not come, or this one was told to give up.
         """
         if self._store is None:
-            self._store = Store(self._name, self._rank, self._world, self._settings)
+            self._store = Store(self._member)
             if (interface := _interface_of(self._store.host)) is not None:
                 os.environ.setdefault(_INTERFACE, interface)
         self._made += 1

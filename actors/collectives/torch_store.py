@@ -19,6 +19,7 @@ import ray
 
 from distplat.actors.collectives.rendezvous import (
     GIVEN_UP,
+    GroupMember,
     GroupSettings,
     find_word,
     leave_word,
@@ -187,32 +188,30 @@ class Store:
     One rank's connection to the store of its group; rank 0 serves it.
 
     Args:
-        group_name: of the group.
-        rank: place in it.
-        world: ranks in it.
-        settings: the group's.
+        member: which rank, of which group.
 
     Raises:
         DeadlineExceeded: somebody did not come in `rendezvous_s`.
         CollectiveError: this rank was told to give up, or rank 0 is gone.
     """
 
-    def __init__(self, group_name: str, rank: int, world: int, settings: GroupSettings) -> None:
-        self._name, self._rank, self._world = group_name, rank, world
-        self._settings = settings
+    def __init__(self, member: GroupMember) -> None:
+        self._name, self._rank, self._world = member.name, member.rank, member.world
+        self._settings = member.settings
         self._server: Any = None
         self.host = _address()
         """Address that this rank listens on."""
         try:
-            host, port, secret = self._serve() if rank == 0 else self._find()
-            self.client = torch_compat.connect_store(host, port, settings.rendezvous_s, secret)
+            host, port, secret = self._serve() if self._rank == 0 else self._find()
+            limit_s = self._settings.rendezvous_s
+            self.client = torch_compat.connect_store(host, port, limit_s, secret)
             self._wait_for_all()
         except (RuntimeError, OSError) as error:
             cause = f"no answer from rank 0: {str(error).splitlines()[0]}"
-            raise CollectiveError(group_name, "rendezvous", 0, (0,), cause) from None
+            raise CollectiveError(self._name, "rendezvous", 0, (0,), cause) from None
         finally:
-            if rank == 0:
-                take_back_word(group_name)
+            if self._rank == 0:
+                take_back_word(self._name)
 
     def close(self, *, troubled: bool) -> None:
         """

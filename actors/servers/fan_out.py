@@ -72,6 +72,10 @@ class ServerCalls:
         names, limit_s = [self.names[n] for n in numbers], self.limit_s(setting)
         return PendingCall(self.transport, what, calls, names, limit_s, setting, look or self.look)
 
+    def each(self, method: str, *args: Any) -> Callable[[Any, Any], Any]:
+        """Give a question that is the same for all servers: a call of this method."""
+        return lambda server, _: self.transport.call(server, method, *args)
+
     def limit_s(self, setting: str) -> float:
         """Give the deadline of an answer; `setting` is the field of `failure` that changes it."""
         seconds: float = getattr(self._limits, setting)
