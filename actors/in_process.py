@@ -7,6 +7,7 @@ Servers are those of a run on Ray, as objects here (`local_actors.py`).
 import logging
 from collections.abc import Callable
 from contextlib import ExitStack, closing
+from dataclasses import replace
 from functools import partial
 
 from distplat.actors.actor_group import Launch
@@ -91,8 +92,7 @@ def _train(
     for remark in prepared.remarks:
         logger.warning("%s", remark)
     every = job.checkpoint.period(prepared.sampler.steps_per_epoch)
-    copied = lambda arrays: [one.copy() for one in arrays]  # noqa: E731
-    uploader = CheckpointUploader(0, 0, copied, checkpoints.take, _LEAVE_S)
+    uploader = _uploader(checkpoints)
     saved = _saved(checkpoints.newest())
     with ExitStack() as ending:
         others = _OtherRoles(job, launch, every, ending)
@@ -103,10 +103,7 @@ def _train(
         meets(report=told, stop=lambda step: _stop_order(handlers)).run()
         uploader.flush()
         handlers.on_model(saved_model(trained_model(prepared, strategy)))
-    checkpoints.drain()
-    checkpoints.settle()
-    for written in checkpoints.news():
-        handlers.on_summary(written)
+    _settle(checkpoints, handlers)
     others.keep_files(handlers, resumed=saved is not None)
 
 
@@ -129,7 +126,7 @@ class _OtherRoles:
         self._desk: TaskDesk | None = None
         self._leases: RemoteLeases | None = None
         if roles.servers:
-            self._servers = ending.enter_context(closing(Servers(job, roles, launch.run)))
+            self._servers = ending.enter_context(closing(_servers(job, launch)))
         if roles.consistency.dynamic_tasks:
             self._desk = ending.enter_context(closing(TaskDesk(job, roles, launch.run)))
             self._leases = self._desk.leases(0)
@@ -170,8 +167,7 @@ def _train_function(
     checkpoints: Checkpoints,
 ) -> None:
     """Call a train function here."""
-    copied = lambda arrays: [one.copy() for one in arrays]  # noqa: E731
-    uploader = CheckpointUploader(0, 0, copied, checkpoints.take, _LEAVE_S)
+    uploader = _uploader(checkpoints)
 
     def load() -> TrainFunction:
         if launch.task is not None and not isinstance(launch.task, type):
@@ -185,13 +181,28 @@ def _train_function(
     with ExitStack() as ending:
         shards = None
         if launch.roles.servers:
-            servers = ending.enter_context(closing(Servers(launch.job, launch.roles, launch.run)))
-            shards = servers.shards(0, 1)
+            shards = ending.enter_context(closing(_servers(launch.job, launch))).shards(0, 1)
         group = Fabric(1).collective(0)
         trained = run_function(launch.job, load, group, "here", outlets, shards, store_of_one)
     uploader.flush()
     handlers.on_model(saved_model(trained))
+    _settle(checkpoints, handlers)
+
+
+def _uploader(checkpoints: Checkpoints) -> CheckpointUploader:
+    copied = lambda arrays: [one.copy() for one in arrays]  # noqa: E731
+    return CheckpointUploader(0, 0, copied, checkpoints.take, _LEAVE_S)
+
+
+def _servers(job: Job, launch: Launch) -> Servers:
+    """Make the parameter servers, which share this process: none is quicker than the others."""
+    return Servers(job, replace(launch.roles, split_by_load=False), launch.run)
+
+
+def _settle(checkpoints: Checkpoints, handlers: RunHandlers) -> None:
+    """After the end of a run that ended well, wait for checkpoints, and tell of them."""
     checkpoints.drain()
+    checkpoints.settle()
     for written in checkpoints.news():
         handlers.on_summary(written)
 

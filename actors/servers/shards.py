@@ -67,8 +67,8 @@ class RemoteShards(Shards, LoopShards):
         transport: Transport,
         order: WorkOrder,
         total_steps: int,
-        checkpoint_every: int = 0,
-        abandoned: threading.Event | None = None,
+        checkpoint_every: int,
+        abandoned: threading.Event,
     ) -> None:
         self._transport, self._order = transport, order
         self._rank, self._total_steps = order.rank, total_steps
@@ -77,7 +77,6 @@ class RemoteShards(Shards, LoopShards):
         self._limits = order.job.failure
         self._pulls = self._roads = 0
         self._open_lines: FanOut | None = None  #: None: not connected yet
-        abandoned = abandoned or threading.Event()
         self._watch = ServerWatch[Membership](transport, order.rank, self._limits, abandoned)
         self._versions: dict[int, int] = {}  #: shard -> version of its values that are here
         self._transfer = DirectTransfer()

@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 from call_faults import Call, Fault, add_rule
 from local_run import Attempt, LocalRun
+from local_servers import ELSEWHERE
 from numpy.typing import NDArray
 from table_rows import table_rows
 
-from distplat.actors.local_actors import ELSEWHERE
 from distplat.actors.servers.shards import RemoteShards
 from distplat.actors.servers.tables import RemoteTables
 from distplat.platform.errors import Abandoned, CollectiveError, FencedError

@@ -16,11 +16,12 @@ from call_faults import Call, Fault, add_rule, drain, inject
 from control_records import full_record
 from jobs import job_of
 from local_run import impatient
+from local_servers import ELSEWHERE, Servers
 from rank_threads import on_ranks
 from torch import nn
 
 from distplat.actors import retrying_calls
-from distplat.actors.local_actors import ELSEWHERE, HERE, Servers
+from distplat.actors.local_actors import HERE
 from distplat.actors.servers import fan_out
 from distplat.actors.servers.shards import RemoteShards
 from distplat.platform.errors import Abandoned, ActorLost, DeadlineExceeded, ProtocolError

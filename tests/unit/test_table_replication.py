@@ -13,12 +13,13 @@ from call_faults import Call, Fault, add_rule, inject
 from dying_backup import MOMENTS, InMemoryBackup
 from jobs import job_of
 from local_run import Attempt, LocalRun, impatient, train
+from local_servers import ELSEWHERE, TableServers
 from rank_threads import on_ranks
 from table_rows import table_rows
 from words import Words
 
 from distplat.actors import retrying_calls
-from distplat.actors.local_actors import ELSEWHERE, HERE, TableServers
+from distplat.actors.local_actors import HERE
 from distplat.actors.servers.tables import RemoteTables
 from distplat.platform.errors import ActorLost, ProtocolError
 from distplat.platform.ledger import PushId
@@ -391,7 +392,7 @@ def test_a_manager_that_follows_a_lost_one_knows_who_keeps_what(
     servers.manager.die("killed by the test")
     with pytest.raises(ActorLost, match="server-manager was lost"):
         make_steps(tables, told, 0)
-    servers.make_manager()
+    servers.make_manager(adopts=True)
     wait_for_backups(servers)
     assert servers.manager.body.table_servers(0, 0.0).names == before.names
     again = servers.tables(0, attempt=1)
