@@ -17,10 +17,10 @@ import ray
 from distplat.actors.messages import SavedHandle, WorkOrder
 from distplat.actors.ray_transport import RayTransport
 from distplat.actors.retrying_calls import Orders
-from distplat.actors.servers.scheduler import ROOM
 from distplat.actors.spares import Spares
 from distplat.actors.spawn import (
     actor_name,
+    room,
     spawn,
     spawn_manager,
     spawn_scheduler,
@@ -80,7 +80,7 @@ class ActorGroup:
         if launch.task is not None:
             self._task = ray.cloudpickle.dumps(launch.task)
         # The controller gets this object, and is not to import the user's code.
-        self._launch, self._attempt = replace(launch, task=None), 0
+        self.launch, self._attempt = replace(launch, task=None), 0
         self.job = launch.job  #: what is run, with the number of workers that there are
         self._made_for = launch.job  #: the same when servers and scheduler were made
         self._manager_attempt = 0  #: for which the manager was made
@@ -110,21 +110,15 @@ class ActorGroup:
         return actors
 
     @property
-    def launch(self) -> Launch:
-        """What the run started from, without the task's class."""
-        return self._launch
-
-    @property
     def most_workers(self) -> int:
         """Workers that the servers have threads for; 0: the number does not change in a run."""
-        roles = self._launch.roles
-        changes = roles.consistency.dynamic_tasks or roles.resizes
-        return self._made_for.scaling.world + ROOM if changes else 0
+        more = room(self.launch.roles)
+        return self._made_for.scaling.world + more if more else 0
 
     @property
     def dynamic_tasks(self) -> bool:
         """Whether tasks are leased."""
-        return self._launch.roles.consistency.dynamic_tasks
+        return self.launch.roles.consistency.dynamic_tasks
 
     @property
     def scheduler(self) -> Any:
@@ -151,7 +145,7 @@ class ActorGroup:
         if not self.job.failure.spare_workers:
             return
         if self._spares is None:
-            make = partial(spawn_spare, self.job, self._launch.run)
+            make = partial(spawn_spare, self.job, self.launch.run)
             self._spares = Spares(RayTransport(), make, partial(self._order, 0, -1, None, 0))
         self._spares.keep(self._nodes[rank] for rank in self._cast.workers if rank in self._nodes)
 
@@ -179,7 +173,7 @@ class ActorGroup:
             saved: the checkpoint to begin from, where everything is made anew.
             base: steps of the newest checkpoint.
         """
-        launch = self._launch
+        launch = self.launch
         self._attempt = restart.attempt
         if restart.world is not None:
             self.job = self.job.with_workers(restart.world)
@@ -205,7 +199,7 @@ class ActorGroup:
         if spare is not None:
             return spare
         seat = self._cast.seat_anew(rank)
-        return spawn_worker(self.job, self._launch.run, attempt, rank, seat)
+        return spawn_worker(self.job, self.launch.run, attempt, rank, seat)
 
     def _resize(self, world: int) -> None:
         """End who is not to go on, and take those in who have made themselves ready."""
@@ -227,7 +221,7 @@ class ActorGroup:
         """
         self._enlisted += 1
         name = f"{self._attempt + 1}.{self._enlisted}"
-        worker = spawn_worker(self.job, self._launch.run, name, rank)
+        worker = spawn_worker(self.job, self.launch.run, name, rank)
         self._cast.newcomers[rank] = worker
         return partial(worker.prepare.remote, self._order(self._attempt + 1, rank, None, base))
 
@@ -236,7 +230,7 @@ class ActorGroup:
         ray.kill(self._cast.newcomers.pop(rank))
 
     def _replace_coordinators(self, restart: Restart) -> None:
-        launch, cast = self._launch, self._cast
+        launch, cast = self.launch, self._cast
         given = self._made_for, launch.roles, launch.run, restart.attempt
         if "server-manager" in restart.coordinators:
             ray.kill(cast.manager)  # it may only be frozen
@@ -271,7 +265,7 @@ class ActorGroup:
         """
         if attempt != self._manager_attempt:
             raise FencedError(f"{server} is for the server manager of attempt {attempt}")
-        launch, cast = self._launch, self._cast
+        launch, cast = self.launch, self._cast
         tables = server.startswith("embedding-")
         servers = cast.embedding_servers if tables else cast.servers
         if server not in servers:
@@ -287,7 +281,7 @@ class ActorGroup:
             count: how many.
             base: steps of the newest checkpoint.
         """
-        launch, ranks = self._launch, [self._ranks + number for number in range(count)]
+        launch, ranks = self.launch, [self._ranks + number for number in range(count)]
         self._ranks += count
         for rank in ranks:
             self._cast.workers[rank] = spawn_worker(launch.job, launch.run, self._attempt, rank)
@@ -314,7 +308,7 @@ class ActorGroup:
             self._orders.give(f"worker-{order.rank}", worker, "start", order)
 
     def _order(self, attempt: int, rank: int, saved: SavedHandle | None, base: int) -> WorkOrder:
-        launch = self._launch
+        launch = self.launch
         return WorkOrder(
             job=self.job,
             run=launch.run,

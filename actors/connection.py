@@ -77,7 +77,7 @@ class Connection:
         """
         order = replace(order, job=prepared.job)  # its rates may be the task's
         return Ports(
-            self._meet(order),
+            None if order.collective is None else self._form(order, order.collective),
             self._reach_shards(order, prepared),
             self._reach_tables(order, prepared),
             self._reach_scheduler(order, prepared),
@@ -117,10 +117,6 @@ class Connection:
 
         self._servers = RemoteShards(self._transport, order, steps, every, self._abandoned)
         return self._servers
-
-    def _meet(self, order: WorkOrder) -> "CollectiveGroup | None":
-        """Meet the other ranks; None where the strategy has no group."""
-        return None if order.collective is None else self._form(order, order.collective)
 
     def _meet_peers(self, order: WorkOrder) -> "CollectiveGroup":
         """

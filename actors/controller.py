@@ -21,7 +21,7 @@ from distplat.actors.messages import PollResult
 from distplat.actors.ray_errors import Meaning, as_ours, cause_of, meaning, taken_away
 from distplat.actors.ray_transport import RayTransport
 from distplat.actors.resizing import Resizer, Scaler, check_scalable
-from distplat.actors.retrying_calls import ask_one
+from distplat.actors.retrying_calls import ask
 from distplat.platform.awake_clock import AwakeClock
 from distplat.platform.errors import ActorLost, DistplatError, Problem, SpecError
 from distplat.platform.job import (
@@ -367,10 +367,8 @@ class Controller:
                 continue  # it has left
             try:
                 limit, setting = self._limits.start_timeout_s, "start_timeout_s"
-                who, call = f"worker-{rank}", worker.result.remote
-                model: bytes = ask_one(
-                    RayTransport(), "the trained model", who, call, limit, setting
-                )
+                calls = {f"worker-{rank}": worker.result.remote}
+                model: bytes = ask(RayTransport(), "the trained model", calls, limit, setting)[0]
                 return model
             except DistplatError as error:
                 lost = error

@@ -34,7 +34,7 @@ from distplat.actors.controller import Controller
 from distplat.actors.messages import TableMap
 from distplat.actors.ray_errors import as_ours
 from distplat.actors.ray_transport import RayTransport
-from distplat.actors.retrying_calls import Outbox, ask_one
+from distplat.actors.retrying_calls import Outbox, ask
 from distplat.actors.stopping import end_each
 from distplat.actors.transport import NotHere
 from distplat.platform.apply_log import FILE_NAME, pack
@@ -311,7 +311,8 @@ def _keep_log(actor_group: ActorGroup, keep: Callable[[str, bytes], None]) -> No
     manager, launch = actor_group.roles["server-manager"], actor_group.launch
     limit, setting = launch.job.failure.step_timeout_s, "step_timeout_s"
     try:
-        logs = ask_one(RayTransport(), "log", "server-manager", manager.logs.remote, limit, setting)
+        calls = {"server-manager": manager.logs.remote}
+        logs = ask(RayTransport(), "log", calls, limit, setting)[0]
     except InfrastructureError as error:
         logger.warning("no %s: %s", FILE_NAME, error)
     else:
@@ -351,4 +352,4 @@ class _TableServer(PartSource):
         """Call a method, and wait for its answer."""
         call = partial(RayTransport().call, self._handle, method, *args)
         what, setting = "saving tables", "step_timeout_s"
-        return ask_one(RayTransport(), what, self._name, call, self._limit_s, setting)
+        return ask(RayTransport(), what, {self._name: call}, self._limit_s, setting)[0]

@@ -17,7 +17,7 @@ from typing import Any
 
 from distplat.actors.actor_group import ActorGroup
 from distplat.actors.controller_actor import FileToKeep, ModelReady, RunNews
-from distplat.actors.retrying_calls import ask_one
+from distplat.actors.retrying_calls import ask
 from distplat.actors.transport import Transport
 from distplat.platform.errors import ActorLost, DeadlineExceeded, DistplatError
 from distplat.platform.progress import StepSummary, Summary
@@ -105,7 +105,7 @@ class ControllerClient:
         if method == "poll":
             limit, setting = self._limits.heartbeat_timeout_s, "heartbeat_timeout_s"
         try:
-            answer = ask_one(self._transport, "an answer", _NAME, call, limit, setting, check)
+            answer = ask(self._transport, "an answer", {_NAME: call}, limit, setting, check)[0]
         except ActorLost as error:
             self._up = False
             if error.role != _NAME:  # that is what `check` has found
@@ -138,4 +138,4 @@ class ControllerClient:
         if self._up:
             stop = partial(self._transport.call, self._controller, "stop", _END_S)
             with suppress(DistplatError):
-                ask_one(self._transport, "the end", _NAME, stop, _END_S, "")
+                ask(self._transport, "the end", {_NAME: stop}, _END_S, "")

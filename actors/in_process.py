@@ -100,7 +100,8 @@ def _train(
         around = Around(saved, take=uploader.take)
         meets = partial(join, prepared, strategy, 0, ports, progress=progress, around=around)
         told = others.counted(report, handlers)
-        meets(report=told, stop=lambda step: _stop_order(handlers)).run()
+        ending_by = lambda step: StopOrder.END if handlers.ending() else StopOrder.NONE  # noqa: E731
+        meets(report=told, stop=ending_by).run()
         uploader.flush()
         handlers.on_model(saved_model(trained_model(prepared, strategy)))
     _settle(checkpoints, handlers)
@@ -145,9 +146,18 @@ class _OtherRoles:
         self, report: Callable[[AnyReport], None], handlers: RunHandlers
     ) -> Callable[[AnyReport], None]:
         """Have the task scheduler, where there is one, hear of each report."""
-        if self._desk is None or self._leases is None:
+        desk, leases = self._desk, self._leases
+        if desk is None or leases is None:
             return report
-        return partial(_count, self._desk, self._leases, report, handlers)
+
+        def told(part: AnyReport) -> None:
+            if isinstance(part, StepReport):
+                leases.count(part)
+            report(part)
+            if handlers.ending():
+                desk.call("end_early")
+
+        return told
 
     def keep_files(self, handlers: RunHandlers, *, resumed: bool) -> None:
         """Hand over the log of updates and the embedding tables, of runs that have them."""
@@ -207,10 +217,6 @@ def _settle(checkpoints: Checkpoints, handlers: RunHandlers) -> None:
         handlers.on_summary(written)
 
 
-def _stop_order(handlers: RunHandlers) -> StopOrder:
-    return StopOrder.END if handlers.ending() else StopOrder.NONE
-
-
 def _task_class(launch: Launch) -> type[Task]:
     """Give the task's class, looked at; say what is no error, unless that was done."""
     given = launch.task if isinstance(launch.task, type) else None
@@ -219,21 +225,6 @@ def _task_class(launch: Launch) -> type[Task]:
     for line in () if launch.checked else said:
         logger.warning("%s", line)
     return found
-
-
-def _count(
-    desk: TaskDesk,
-    leases: RemoteLeases,
-    report: Callable[[AnyReport], None],
-    handlers: RunHandlers,
-    part: AnyReport,
-) -> None:
-    """Have the task scheduler know how fast this worker is, too, and whether the run is to end."""
-    if isinstance(part, StepReport):
-        leases.count(part)
-    report(part)
-    if handlers.ending():
-        desk.call("end_early")
 
 
 def _saved(stored: StoredCheckpoint | None) -> SavedState | None:

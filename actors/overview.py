@@ -15,7 +15,7 @@ from typing import Any
 import ray
 
 from distplat.actors.ray_transport import RayTransport
-from distplat.actors.retrying_calls import ask_one
+from distplat.actors.retrying_calls import ask
 from distplat.actors.servers.scheduler import SchedulerStatus
 from distplat.platform.errors import (
     ActorLost,
@@ -247,6 +247,6 @@ def _ask(run: RunName, role: str, method: str, *args: Any, takes_s: float = 0.0)
         return None
     call = partial(RayTransport().call, actor, method, *args)
     try:
-        return ask_one(RayTransport(), "an answer", role, call, takes_s + ANSWER_S, "")
+        return ask(RayTransport(), "an answer", {role: call}, takes_s + ANSWER_S, "")[0]
     except ActorLost:
         raise ActorLost(role, None, f"run {run.run} is over") from None

@@ -24,7 +24,7 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Generic, TypeVar
@@ -50,8 +50,7 @@ class PendingCall:
     Args:
         transport: by which they are made.
         what: is asked, for messages.
-        calls: to be made now.
-        names: of who is asked, one for each call.
+        calls: to be made now, by the name of who is asked.
         limit_s: deadline of all of them, from now.
         setting: the field of `failure` that changes it; empty: none does.
         look: called ten times a second while an answer is missing; what it raises ends the wait.
@@ -62,8 +61,7 @@ class PendingCall:
         self,
         transport: Transport,
         what: str,
-        calls: Sequence[Call],
-        names: Sequence[str],
+        calls: Mapping[str, Call],
         limit_s: float,
         setting: str,
         look: Callable[[], object] | None = None,
@@ -75,11 +73,11 @@ class PendingCall:
         self._calls: list[Call] = []
         self._names: list[str] = []
         self._open: list[Any] = []
-        for call, name in zip(calls, names, strict=True):
-            self.add(call, name)
+        for name, call in calls.items():
+            self.add(name, call)
         self.start_again()
 
-    def add(self, call: Call, name: str) -> None:
+    def add(self, name: str, call: Call) -> None:
         """Make one more call."""
         self._calls.append(call)
         self._names.append(name)
@@ -157,27 +155,13 @@ class PendingCall:
 def ask(
     transport: Transport,
     what: str,
-    calls: Sequence[Call],
-    names: Sequence[str],
+    calls: Mapping[str, Call],
     limit_s: float,
     setting: str,
     look: Callable[[], object] | None = None,
 ) -> list[Any]:
     """Make calls side by side, and wait for their answers; see `PendingCall`."""
-    return PendingCall(transport, what, calls, names, limit_s, setting, look).answers()
-
-
-def ask_one(
-    transport: Transport,
-    what: str,
-    name: str,
-    call: Call,
-    limit_s: float,
-    setting: str,
-    look: Callable[[], object] | None = None,
-) -> Any:
-    """Make one call, and wait for its answer; see `PendingCall`."""
-    return ask(transport, what, [call], [name], limit_s, setting, look)[0]
+    return PendingCall(transport, what, calls, limit_s, setting, look).answers()
 
 
 Item = TypeVar("Item")

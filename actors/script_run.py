@@ -159,16 +159,13 @@ class Attempt:
     ) -> list[Any]:
         """Ask all actors, or one; with the command where there are environments."""
         script, call = self._script, self._transport.call
-        numbers = range(len(self._actors)) if only is None else [only]
-        calls = []
-        for number in numbers:
+        calls = {}
+        for number in range(len(self._actors)) if only is None else [only]:
             more: tuple[Any, ...] = ()
             if environments is not None:
                 more = script.command, environments[number], script.folder
-            calls.append(partial(call, self._actors[number], method, *more))
-        names = [f"process {number}" for number in numbers]
-        limit_s = script.start_timeout_s
-        return ask(self._transport, what, calls, names, limit_s, _SETTING, self._check)
+            calls[f"process {number}"] = partial(call, self._actors[number], method, *more)
+        return ask(self._transport, what, calls, script.start_timeout_s, _SETTING, self._check)
 
     def _take(self) -> None:
         """Take what was printed, and how processes have ended."""

@@ -222,8 +222,12 @@ def _server_needs(job: Job, roles: Roles, role: str) -> tuple[dict[str, float], 
 
 def _threads(job: Job, roles: Roles) -> int:
     """Count two threads for each worker that there may be at a time, and some for others."""
-    more = ROOM if roles.consistency.dynamic_tasks or roles.resizes else 0
-    return 2 * (job.scaling.world + more) + _SERVER_THREADS
+    return 2 * (job.scaling.world + room(roles)) + _SERVER_THREADS
+
+
+def room(roles: Roles) -> int:
+    """Count the workers that may come while a run goes on; 0: their number does not change."""
+    return ROOM if roles.consistency.dynamic_tasks or roles.resizes else 0
 
 
 def spawn_scheduler(job: Job, roles: Roles, run: str, attempt: int) -> Any:

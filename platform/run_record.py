@@ -23,6 +23,7 @@ from pydantic import TypeAdapter
 from distplat.platform.errors import Problem, SpecError, StorageError, nearest
 from distplat.platform.pipeline_trace import TRACE_FILE, Trace
 from distplat.platform.progress import (
+    KINDS,
     EvalSummary,
     FailureEvent,
     Recovery,
@@ -39,16 +40,8 @@ _DAMAGE = (ValueError, TypeError, KeyError, ArithmeticError, RecursionError)
 """What reading a damaged line raises; the last two by numbers beyond all bounds and deep JSON."""
 _MOST = 2**53
 """No step, count or size is larger; a float holds it exactly."""
-_KINDS = {
-    "step": StepSummary,
-    "evaluation": EvalSummary,
-    "failure": FailureEvent,
-    "setback": FailureEvent,  # its name before 0.1.0 was released
-    "recovery": Recovery,
-    "resized": Resized,
-    "checkpoint": Saved,
-}
-"""By `kind` of a line of metrics.jsonl; others are passed over."""
+_SETBACK = "setback"
+"""What a failure was called before 0.1.0 was released."""
 MOST_STEPS = 200_000
 """Steps that are held at a time, some 300 MB of them."""
 MOST_LINE = 2**22
@@ -253,7 +246,8 @@ def _keep(record: RunRecord, found: object) -> None:
 def _summary(line: Any) -> object:
     """Read one line; None for a kind that is not known here."""
     fields = _mapping(line)
-    kind = _KINDS.get(fields["kind"])
+    name = fields["kind"]
+    kind = KINDS.get("failure" if name == _SETBACK else name)
     return None if kind is None else _reader(kind).validate_python(_plain(fields))
 
 

@@ -21,6 +21,7 @@ from typing import Any
 
 from distplat.actors.collectives.rendezvous import GroupMember
 from distplat.actors.collectives.torch_store import Store
+from distplat.actors.process_setup import variables
 from distplat.strategies import torch_compat
 from distplat.strategies.function.function_session import Place
 
@@ -70,19 +71,14 @@ def as_torchrun(place: Place, rendezvous: Callable[[], Any]) -> Iterator[None]:
         place: of this rank.
         rendezvous: gives the store of each group that is made, once all ranks ask for it.
     """
-    before = {name: os.environ.get(name) for name in (*place.variables, _INTERFACE)}
-    os.environ.update(place.variables)
     ours = not torch_compat.has_default_group()
-    try:
-        with torch_compat.env_rendezvous(rendezvous, place.rank, place.world):
-            yield
-    finally:
-        if ours:
-            torch_compat.destroy_default_group()
-        for name, value in before.items():
-            os.environ.pop(name, None)
-            if value is not None:
-                os.environ[name] = value
+    with variables(place.variables, _INTERFACE):
+        try:
+            with torch_compat.env_rendezvous(rendezvous, place.rank, place.world):
+                yield
+        finally:
+            if ours:
+                torch_compat.destroy_default_group()
 
 
 def _interface_of(address: str) -> str | None:

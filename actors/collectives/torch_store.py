@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import wait
 from contextlib import suppress
+from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
 import ray
@@ -99,18 +100,13 @@ class Heartbeat:
             partner: the other rank, if only two do.
             gave_up: whether nobody wants the answer any more.
         """
-        found: list[tuple[int, ...]] = []
         # In a thread of its own: a frozen rank 0 leaves a question to its store open for ever.
-        look = threading.Thread(
-            target=lambda: found.append(self._look(number, partner)), daemon=True
-        )
-        look.start()
+        look = in_thread("missing ranks", partial(self._look, number, partner))
         deadline = time.monotonic() + 2 * SILENT_S
-        while look.is_alive() and time.monotonic() < deadline:
+        while not wait([look], 0.05).done and time.monotonic() < deadline:
             if gave_up():
                 return ()
-            look.join(0.05)
-        return found[0] if found else (0,)
+        return look.result() if look.done() else (0,)
 
     def _look(self, number: int, partner: int | None) -> tuple[int, ...]:
         try:

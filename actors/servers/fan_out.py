@@ -11,7 +11,7 @@ from typing import Any
 
 from distplat.actors.memory.mailboxes import Mailboxes, MailboxRequest
 from distplat.actors.messages import Address, Membership, WorkOrder
-from distplat.actors.retrying_calls import Call, PendingCall
+from distplat.actors.retrying_calls import PendingCall
 from distplat.actors.transport import Transport
 from distplat.platform.ledger import Answer
 from distplat.platform.shard_map import Shard
@@ -68,9 +68,9 @@ class ServerCalls:
             look: called in this wait instead.
         """
         numbers = range(len(self.servers)) if asked is None else asked
-        calls: list[Call] = [partial(question, self.servers[n], n) for n in numbers]
-        names, limit_s = [self.names[n] for n in numbers], self.limit_s(setting)
-        return PendingCall(self.transport, what, calls, names, limit_s, setting, look or self.look)
+        calls = {self.names[n]: partial(question, self.servers[n], n) for n in numbers}
+        limit_s, look = self.limit_s(setting), look or self.look
+        return PendingCall(self.transport, what, calls, limit_s, setting, look)
 
     def each(self, method: str, *args: Any) -> Callable[[Any, Any], Any]:
         """Give a question that is the same for all servers: a call of this method."""
@@ -174,7 +174,7 @@ class FanOutCall:
         self._mailboxes = lines.mailboxes if request is not None else None
         limit_s = lines.limit_s(setting)
         self._asked = PendingCall(
-            lines.transport, what, [], [], limit_s, setting, lines.look, self._call_made
+            lines.transport, what, {}, limit_s, setting, lines.look, self._call_made
         )
         self._called: list[Shard] = []
         self._notified: list[int] = []
@@ -189,7 +189,7 @@ class FanOutCall:
             else:
                 self._called.append(cut)
                 call = partial(self._question, self._lines.servers[cut.index], cut)
-                self._asked.add(call, self._lines.names[cut.index])
+                self._asked.add(self._lines.names[cut.index], call)
 
     def answers(self) -> list[Answer]:
         """

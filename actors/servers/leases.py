@@ -17,7 +17,7 @@ from typing import Any
 from typing_extensions import override
 
 from distplat.actors.messages import WorkOrder
-from distplat.actors.retrying_calls import AGAIN_S, LOOK_S, ask_one
+from distplat.actors.retrying_calls import AGAIN_S, LOOK_S, ask
 from distplat.actors.servers.fan_out import ANSWER_GRACE_S
 from distplat.actors.servers.scheduler import HOLD_S
 from distplat.actors.transport import ActorDied, Transport, Unanswered
@@ -68,7 +68,7 @@ class RemoteLeases(Leases):
 
         who = self._rank, self._attempt
         join = partial(self._transport.call, self._scheduler, "join", *who, plan)
-        ask_one(self._transport, "join", _NAME, join, limit, "start_timeout_s", self._check)
+        ask(self._transport, "join", {_NAME: join}, limit, "start_timeout_s", self._check)
         threading.Thread(target=self._pulse, name="pulse", daemon=True).start()
 
     def close(self) -> None:

@@ -33,7 +33,7 @@ from typing import TYPE_CHECKING, Any
 
 from distplat.actors.messages import Address, Membership, ModelFacts, TableMap
 from distplat.actors.ray_transport import alone
-from distplat.actors.retrying_calls import AGAIN_S, Call, ask, ask_one
+from distplat.actors.retrying_calls import AGAIN_S, Call, ask
 from distplat.actors.servers.health_check import HealthCheck
 from distplat.actors.servers.replication_manager import ReplicationManager
 from distplat.actors.transport import Transport, TransportError
@@ -396,17 +396,17 @@ class ServerManager:
         self._assigned[part].wait()  # where nobody comes, `start_timeout_s` ends the run and this
         call = self._assignment(server, self._facts[part], shard, None, Role.BACKUP)
         limit = self._job.failure.start_timeout_s
-        who, what = f"a backup of shard {shard}", "assigning a backup"
-        address: Address = ask_one(self._transport, what, who, call, limit, _SETTING)
+        calls, what = {f"a backup of shard {shard}": call}, "assigning a backup"
+        address: Address = ask(self._transport, what, calls, limit, _SETTING)[0]
         return address
 
     def _call(self, server: Any, method: str, *args: Any) -> Call:
         return partial(self._transport.call, server, method, *args)
 
     def _ask(self, indices: list[int], calls: Sequence[Call]) -> list[Any]:
-        names = [f"server-{index}" for index in indices]
+        named = {f"server-{index}": call for index, call in zip(indices, calls, strict=True)}
         limit = self._job.failure.start_timeout_s
-        return ask(self._transport, "assigning shards", calls, names, limit, _SETTING)
+        return ask(self._transport, "assigning shards", named, limit, _SETTING)
 
     def logs(self) -> list[NDArray[np.int64]]:
         """Give the shards' orders of updates, where they are kept; none from a lost server."""
@@ -464,13 +464,12 @@ class ServerProvisioning:
             setting = f"failure.{_SETTING}"
             raise DeadlineExceeded("a new server", ("controller",), self._limit_s, setting)
         who = self._attempt, server, beside
-        call = partial(self._transport.call, self._controller, "make_server", *who)
+        calls = {"controller": partial(self._transport.call, self._controller, "make_server", *who)}
         until = time.monotonic() + self._limit_s
-        given = self._transport, "a new server", "controller", call
         while True:
             try:
                 with self._asking:
-                    return ask_one(*given, self._limit_s, _SETTING)
+                    return ask(self._transport, "a new server", calls, self._limit_s, _SETTING)[0]
             except NotReadyError:  # its process has just started
                 if time.monotonic() > until:
                     raise

@@ -44,12 +44,11 @@ class Servers:
                 raise InfrastructureError("told to give up")
 
         transport = self.cluster.transport()
-        calls = [
-            partial(transport.call, actor, "push", answer)
+        calls = {
+            actor.name: partial(transport.call, actor, "push", answer)
             for actor, answer in zip(self.actors, self.answers, strict=True)
-        ]
-        names = [actor.name for actor in self.actors]
-        return PendingCall(transport, "push 3", calls, names, limit_s, "step_timeout_s", look)
+        }
+        return PendingCall(transport, "push 3", calls, limit_s, "step_timeout_s", look)
 
 
 def test_answers_come_in_the_order_of_the_calls() -> None:

@@ -9,6 +9,7 @@ memory itself, signalled by futexes: no server, no sockets, no copies through th
 import json
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from functools import partial
 
 import ray
@@ -238,23 +239,18 @@ class ShmGroup(CollectiveGroup):
         layout = SegmentLayout.of(self.world)
         if self.rank == 0:
             made = GroupSegment.create(node, layout)
-            where = made.segment.address
-            word = {"node": node, "pid": where.pid, "fd": where.fd, "world": self.world}
-            word["inode"] = where.inode
+            word = asdict(made.segment.address) | {"world": self.world}
             leave_word(self.name, json.dumps(word).encode())
             return made
         word = json.loads(find_word(self.name, self.settings))
-        if word["world"] != self.world:
+        if (world := word.pop("world")) != self.world:
+            raise self._no_segment(f"rank 0 says {world} ranks, rank {self.rank} says {self.world}")
+        address = Address(**word)
+        if address.node != node:
             raise self._no_segment(
-                f"rank 0 says {word['world']} ranks, rank {self.rank} says {self.world}"
-            )
-        if word["node"] != node:
-            raise self._no_segment(
-                f"rank 0 is on node {word['node']}, rank {self.rank} on node {node}: "
+                f"rank 0 is on node {address.node}, rank {self.rank} on node {node}: "
                 "shared memory works inside a node; choose `backend: hierarchical` or `gloo`"
             )
-        theirs = word["pid"], word["fd"], layout.size, "uint8", word["inode"]
-        address = Address(node, *theirs)
         try:
             return GroupSegment.open(address, layout, self.rank)
         except OSError as error:
