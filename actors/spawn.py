@@ -111,29 +111,29 @@ def spawn(job: Job, roles: Roles, run: str, attempt: int) -> ActorHandles:
         SpecError: the cluster will never have what the job asks for.
     """
     _check_feasible(job, roles)
-    cast = ActorHandles()
+    handles = ActorHandles()
     try:
-        _spawn_all(cast, job, roles, run, attempt)
+        _spawn_all(handles, job, roles, run, attempt)
     except BaseException:
-        cast.end()
+        handles.end()
         raise
-    return cast
+    return handles
 
 
-def _spawn_all(cast: ActorHandles, job: Job, roles: Roles, run: str, attempt: int) -> None:
-    cast.seats = _seats(job, roles.group_size)
+def _spawn_all(handles: ActorHandles, job: Job, roles: Roles, run: str, attempt: int) -> None:
+    handles.seats = _seats(job, roles.group_size)
     for rank in range(job.scaling.num_workers):
-        cast.workers[rank] = spawn_worker(job, run, attempt, rank, cast.seat(rank))
+        handles.workers[rank] = spawn_worker(job, run, attempt, rank, handles.seat(rank))
     for index in range(roles.servers):
         name = f"server-{index}"
-        cast.servers[name] = spawn_server(job, roles, run, attempt, name)
+        handles.servers[name] = spawn_server(job, roles, run, attempt, name)
     for index in range(job.embeddings.servers if job.embeddings is not None else 0):
         part = f"embedding-server-{index}"
-        cast.embedding_servers[part] = spawn_server(job, roles, run, attempt, part)
+        handles.embedding_servers[part] = spawn_server(job, roles, run, attempt, part)
     if roles.servers and not job.own_loop:
-        cast.scheduler = spawn_scheduler(job, roles, run, attempt)
-    if roles.servers or cast.replicated_tables(job):
-        cast.manager = spawn_manager(job, roles, run, attempt, cast)
+        handles.scheduler = spawn_scheduler(job, roles, run, attempt)
+    if roles.servers or handles.replicated_tables(job):
+        handles.manager = spawn_manager(job, roles, run, attempt, handles)
 
 
 @dataclass
@@ -170,16 +170,16 @@ def spawn_script(scaling: Scaling, run: str, attempt: int) -> ScriptActors:
 
 
 def spawn_manager(
-    job: Job, roles: Roles, run: str, attempt: int, cast: ActorHandles, *, adopts: bool = False
+    job: Job, roles: Roles, run: str, attempt: int, handles: ActorHandles, *, adopts: bool = False
 ) -> Any:
     """Ask Ray for the server manager; `adopts`: the servers have had another one before."""
     name = actor_name(job, "server-manager", attempt)
     # Two per worker wait for newer maps, of shards and of tables; some are for anything else.
     options = _options(run, name, _NOTHING, _threads(job, roles))
     manager = ray.remote(ServerManager).options(**options)
-    tables = cast.replicated_tables(job)
+    tables = handles.replicated_tables(job)
     return manager.remote(
-        name, job, run, attempt, cast.servers, roles, tables=tables, adopts=adopts
+        name, job, run, attempt, handles.servers, roles, tables=tables, adopts=adopts
     )
 
 
