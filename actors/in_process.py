@@ -122,7 +122,9 @@ class _OtherRoles:
     def __init__(self, job: Job, launch: Launch, every: int, ending: ExitStack) -> None:
         self._job, self._launch, self._every = job, launch, every
         roles = launch.roles
-        self._tables = ending.enter_context(closing(TableServers(job, launch.run, every=every)))
+        self._tables = ending.enter_context(
+            closing(TableServers(_kept_once(job), launch.run, every=every))
+        )
         self._servers: Servers | None = None
         self._desk: TaskDesk | None = None
         self._leases: RemoteLeases | None = None
@@ -205,8 +207,16 @@ def _uploader(checkpoints: Checkpoints) -> CheckpointUploader:
 
 
 def _servers(job: Job, launch: Launch) -> Servers:
-    """Make the parameter servers, which share this process: none is quicker than the others."""
-    return Servers(job, replace(launch.roles, split_by_load=False), launch.run)
+    """Make the parameter servers, which share this process: none is quicker, nor outlives it."""
+    return Servers(job, replace(launch.roles, split_by_load=False, replication=1), launch.run)
+
+
+def _kept_once(job: Job) -> Job:
+    """Give the job without backups of its tables: see `_servers`."""
+    if job.embeddings is None:
+        return job
+    tables = job.embeddings.model_copy(update={"replication": 1})
+    return job.model_copy(update={"embeddings": tables})
 
 
 def _settle(checkpoints: Checkpoints, handlers: RunHandlers) -> None:

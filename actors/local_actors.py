@@ -1,15 +1,14 @@
 """
 The actors of a run in the calling process: servers, their manager, the task scheduler. No Ray.
 
-They are those of a run on Ray, over `LocalTransport`. `num_workers: 0` trains with them, and so do
-tests, which make ranks of threads (`tests/support/local_servers.py`).
+They are those of a run on Ray, over `LocalTransport`, without backups: one in the same process
+would be lost with what it backs. `num_workers: 0` trains with them, and so do tests, which make
+ranks of threads, and backups (`tests/support/local_servers.py`).
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from typing import Any, TypeVar
@@ -26,7 +25,6 @@ from distplat.actors.servers.node import ServerNode
 from distplat.actors.servers.scheduler import Scheduler
 from distplat.actors.servers.shards import RemoteShards
 from distplat.actors.servers.tables import RemoteTables
-from distplat.platform.errors import DistplatError
 from distplat.platform.spec import Job
 from distplat.strategies.checkpoint.checkpoint_reader import SavedState
 from distplat.strategies.server.server import ShardServer
@@ -114,43 +112,18 @@ class TableServers(_Actors):
 
     def __init__(self, job: Job, run: str = "run", *, every: int = 0) -> None:
         super().__init__(job, run)
-        self._every, tables = every, job.embeddings
-        self.replicated = tables is not None and tables.replication > 1
-        self._made: dict[str, Actor] = {}  #: every server that ever was
-        numbers = range(tables.servers if tables is not None else 0)
+        self._every = every
+        numbers = range(job.embeddings.servers if job.embeddings is not None else 0)
         self.nodes = tuple(self._make_node(f"embedding-server-{number}") for number in numbers)
-        self._keeping = self.nodes
-        self.manager: Actor | None = None
-        if self.replicated:
-            self.make_manager(adopts=False)
-
-    def make_manager(self, *, adopts: bool) -> None:
-        """Make a manager; `adopts`: the servers have had another one before."""
-
-        def make(transport: LocalTransport) -> ServerManager:
-            who = "table-manager", self.job, self.run, int(adopts), dict[str, Any](), Roles()
-            tables = dict(self._made)
-            return ServerManager(*who, tables=tables, adopts=adopts, transport=transport)
-
-        self.manager = self.cluster.spawn("table-manager", HERE, make)
-        _give_controller(self.cluster, self.manager, self._make_node)
 
     def _make_node(self, name: str) -> Actor:
-        index, limit_s = int(name.rpartition("-")[2]), self.job.failure.step_timeout_s
-        part = TablePart(name, index, self.replicated, limit_s)
-        node = self.cluster.spawn(name, HERE, partial(ServerNode, name, tables=part))
-        self._made[name] = node
-        return node
+        part = TablePart(name, int(name.rpartition("-")[2]))
+        return self.cluster.spawn(name, HERE, partial(ServerNode, name, tables=part))
 
     @property
     def table_servers(self) -> list[TableServer]:
         """The servers that keep the tables, without their nodes: now, or at the end."""
-        self._look_who_keeps()
-        return [node.body.serving.server for node in self._keeping]
-
-    def _look_who_keeps(self) -> None:
-        if self.manager is not None and not self.manager.died:
-            self._keeping = tuple(self.manager.body.table_servers(0, 0.0).servers)
+        return [node.body.serving.server for node in self.nodes]
 
     def tables(self, rank: int, *, saved: SavedState | None = None) -> RemoteTables:
         """Give a worker's way to the servers; `saved`: what the run began from."""
@@ -159,20 +132,10 @@ class TableServers(_Actors):
             self.job,
             self.run,
             rank,
-            manager=self.manager,
             embedding_servers=self.nodes,
             saved=handle_of(saved, transport),
         )
         return self._keep(RemoteTables(transport, order, self._every, threading.Event()))
-
-    @override
-    def close(self) -> None:
-        self.end_attempt()
-        if self.manager is not None:
-            with suppress(DistplatError):  # one was lost for good
-                self._look_who_keeps()
-            self.manager.die("the run is over")  # before it sees its servers go
-        super().close()
 
 
 class Servers(_Actors):
@@ -191,21 +154,16 @@ class Servers(_Actors):
         self.division = self.roles.division(job.scaling.world)
         self.nodes: dict[str, Actor] = {}
         for number in range(self.roles.servers):
-            self._make_node(f"server-{number}", HERE)
+            self._make_node(f"server-{number}")
         self.manager = self.cluster.spawn("server-manager", HERE, self._make_manager)
-        if self.roles.replication > 1:
-            _give_controller(self.cluster, self.manager, self._make_backup)
 
     def _make_manager(self, transport: LocalTransport) -> ServerManager:
         who = "server-manager", self.job, self.run, 0, dict(self.nodes)
         return ServerManager(*who, self.roles, transport=transport)
 
-    def _make_node(self, name: str, node: str) -> Actor:
+    def _make_node(self, name: str, node: str = HERE) -> Actor:
         self.nodes[name] = self.cluster.spawn(name, node, partial(ServerNode, name))
         return self.nodes[name]
-
-    def _make_backup(self, name: str) -> Actor:
-        return self._make_node(name, HERE)
 
     def shards(self, rank: int, total_steps: int, *, every: int = 0) -> RemoteShards:
         """
@@ -251,24 +209,3 @@ def handle_of(saved: SavedState | None, transport: LocalTransport) -> SavedHandl
     names = zip(saved.table_files, saved.tables(), strict=True)
     files = {name: [transport.put(dict(tables))] for name, tables in names}
     return SavedHandle(dict(saved.state), files)
-
-
-class _ServerMaker:
-    """Makes the servers that a manager asks for, as the controller of a run on Ray does."""
-
-    def __init__(self, make: Callable[[str], Actor]) -> None:
-        self._make, self._made = make, dict[str, Actor]()
-        self._making = threading.Lock()
-
-    def make_server(self, attempt: int, server: str, beside: str) -> Actor:
-        """Make a server node, once for each name; `ActorGroup` makes one on a cluster."""
-        with self._making:
-            if server not in self._made:
-                self._made[server] = self._make(server)
-            return self._made[server]
-
-
-def _give_controller(cluster: LocalCluster, manager: Actor, make: Callable[[str], Actor]) -> None:
-    """Have a manager's new servers made by `make`."""
-    controller = cluster.spawn("controller", HERE, lambda _: _ServerMaker(make))
-    manager.body.begin(controller)

@@ -50,7 +50,7 @@ Fail = Callable[[Exception], CollectiveError]
 
 
 def nothing() -> None:
-    """Do it."""
+    """What is left to be done after most operations."""
 
 
 class TorchGroup(CollectiveGroup):

@@ -9,22 +9,29 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 from typing_extensions import override
 
 from distplat.actors import local_actors
 from distplat.actors.local_actors import HERE, handle_of, order_of
-from distplat.actors.local_transport import Actor, LocalTransport
+from distplat.actors.local_transport import Actor, LocalCluster, LocalTransport
+from distplat.actors.messages import TablePart
 from distplat.actors.servers.leases import RemoteLeases
+from distplat.actors.servers.manager import ServerManager
+from distplat.actors.servers.node import ServerNode
 from distplat.actors.servers.scheduler import Scheduler
 from distplat.actors.servers.shards import RemoteShards
 from distplat.actors.servers.tables import RemoteTables
+from distplat.platform.errors import DistplatError
 from distplat.platform.shard_map import Shard
 from distplat.platform.spec import Consistency, Job
 from distplat.strategies.checkpoint.checkpoint_reader import SavedState
 from distplat.strategies.server.server import ShardServer
+from distplat.strategies.server.table_store import TableServer
 from distplat.strategies.strategy_spec import Roles
 
 ELSEWHERE = "node-1"
@@ -65,7 +72,7 @@ class TaskDesk(local_actors.TaskDesk):
 
 class TableServers(local_actors.TableServers):
     """
-    See `local_actors.TableServers`.
+    See `local_actors.TableServers`; with backups, where the job has some.
 
     Args:
         job: the run's job.
@@ -75,7 +82,51 @@ class TableServers(local_actors.TableServers):
 
     def __init__(self, job: Job, *, rewinds: bool = False, every: int = 0) -> None:
         self._rewinds = rewinds
+        self.replicated = job.embeddings is not None and job.embeddings.replication > 1
+        self._made: dict[str, Actor] = {}  #: every server that ever was
         super().__init__(job, every=every)
+        self._keeping = self.nodes
+        self.manager: Actor | None = None
+        if self.replicated:
+            self.make_manager(adopts=False)
+
+    def make_manager(self, *, adopts: bool) -> None:
+        """Make a manager; `adopts`: the servers have had another one before."""
+
+        def make(transport: LocalTransport) -> ServerManager:
+            who = "table-manager", self.job, self.run, int(adopts), dict[str, Any](), Roles()
+            tables = dict(self._made)
+            return ServerManager(*who, tables=tables, adopts=adopts, transport=transport)
+
+        self.manager = self.cluster.spawn("table-manager", HERE, make)
+        _give_controller(self.cluster, self.manager, self._make_node)
+
+    @override
+    def _make_node(self, name: str) -> Actor:
+        index, limit_s = int(name.rpartition("-")[2]), self.job.failure.step_timeout_s
+        part = TablePart(name, index, self.replicated, limit_s)
+        node = self.cluster.spawn(name, HERE, partial(ServerNode, name, tables=part))
+        self._made[name] = node
+        return node
+
+    @property
+    @override
+    def table_servers(self) -> list[TableServer]:
+        self._look_who_keeps()
+        return [node.body.serving.server for node in self._keeping]
+
+    def _look_who_keeps(self) -> None:
+        if self.manager is not None and not self.manager.died:
+            self._keeping = tuple(self.manager.body.table_servers(0, 0.0).servers)
+
+    @override
+    def close(self) -> None:
+        self.end_attempt()
+        if self.manager is not None:
+            with suppress(DistplatError):  # one was lost for good
+                self._look_who_keeps()
+            self.manager.die("the run is over")  # before it sees its servers go
+        super().close()
 
     @override
     def tables(
@@ -128,14 +179,12 @@ class Servers(local_actors.Servers):
     def __init__(
         self, job: Job, roles: Roles, *, speeds: Sequence[float] = (), backups: str = HERE
     ) -> None:
-        self._backups = backups
         super().__init__(job, replace(roles, split_by_load=bool(speeds)))
         for node, speed in zip(self.nodes.values(), speeds, strict=False):
             node.body.speed = partial(_speed, speed)
-
-    @override
-    def _make_backup(self, name: str) -> Actor:
-        return self._make_node(name, self._backups)
+        if self.roles.replication > 1:
+            make = partial(self._make_node, node=backups)
+            _give_controller(self.cluster, self.manager, make)
 
     @override
     def shards(
@@ -185,3 +234,24 @@ class Servers(local_actors.Servers):
 
 def _speed(speed: float, job: Job, world: int, dtype: str) -> float:
     return speed
+
+
+class _ServerMaker:
+    """Makes the servers that a manager asks for, as the controller of a run on Ray does."""
+
+    def __init__(self, make: Callable[[str], Actor]) -> None:
+        self._make, self._made = make, dict[str, Actor]()
+        self._making = threading.Lock()
+
+    def make_server(self, attempt: int, server: str, beside: str) -> Actor:
+        """Make a server node, once for each name; `ActorGroup` makes one on a cluster."""
+        with self._making:
+            if server not in self._made:
+                self._made[server] = self._make(server)
+            return self._made[server]
+
+
+def _give_controller(cluster: LocalCluster, manager: Actor, make: Callable[[str], Actor]) -> None:
+    """Have a manager's new servers made by `make`."""
+    controller = cluster.spawn("controller", HERE, lambda _: _ServerMaker(make))
+    manager.body.begin(controller)
