@@ -28,8 +28,6 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
-from typing_extensions import override
-
 from distplat.platform.checkpoints import FOLDER, MANIFEST, StoredCheckpoint, listed, read, step_of
 from distplat.platform.disk import SETTING, DiskHangs, in_thread, with_deadline
 from distplat.platform.errors import DeadlineExceeded, Problem, SpecError, StorageError
@@ -49,23 +47,16 @@ _MOST_TEXTS = 1000
 _USER = re.compile(r"//[^/@\s]+@")
 
 
-class _Once(logging.Filter):
-    """Lets each text through once: gcsfs warns in every operation of what it may not ask for."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._said: set[str] = set()
-
-    @override
-    def filter(self, record: logging.LogRecord) -> bool:
-        text = record.getMessage()
-        if text in self._said or len(self._said) >= _MOST_TEXTS:
-            return text not in self._said
-        self._said.add(text)
-        return True
+_said: set[str] = set()
 
 
-_ONCE = _Once()
+def _is_new(record: logging.LogRecord) -> bool:
+    """Let each text through once: gcsfs warns in every operation of what it may not ask for."""
+    text = record.getMessage()
+    new = text not in _said
+    if new and len(_said) < _MOST_TEXTS:
+        _said.add(text)
+    return new
 
 
 class NoAnswer(StorageError):
@@ -221,7 +212,7 @@ class RemoteStorage:
         from fsspec import get_filesystem_class
 
         found = get_filesystem_class(self.url.partition("://")[0])
-        logging.getLogger(found.__module__.partition(".")[0]).addFilter(_ONCE)
+        logging.getLogger(found.__module__.partition(".")[0]).addFilter(_is_new)
 
     def _connected(self) -> tuple[Any, Callable[[str], str]]:
         """Give the file system, and what makes a path there of a name."""

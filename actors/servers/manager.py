@@ -72,33 +72,20 @@ def adopt(
         limit_s: how long a server may take to answer.
 
     Returns:
-        What the servers say.
+        What the servers say; those that are gone, or do not answer in time, are left out.
     """
-    held = _ask_held(transport, servers, limit_s)
+    calls = {transport.call(server, "held"): name for name, server in servers.items()}
+    held = []
+    for call in transport.wait(list(calls), limit_s, everything=True):
+        try:
+            held.append(replace(transport.get(call, limit_s), server=calls[call]))
+        except TransportError as error:
+            logger.warning("%s: %s", calls[call], error)
+    held.sort(key=lambda one: one.server)
     for useless in group.adopt(held, servers, generation):
         logger.info("%s is not needed any more", useless)
         transport.kill(servers[useless])
     return held
-
-
-def _ask_held(transport: Transport, servers: Mapping[str, Any], limit_s: float) -> list[Held]:
-    """
-    Ask all servers what they keep; those that are gone, or do not answer in time, are left out.
-
-    Args:
-        transport: the manager's.
-        servers: handles, by name.
-        limit_s: how long an answer may take.
-    """
-    calls = {transport.call(server, "held"): name for name, server in servers.items()}
-    answered = transport.wait(list(calls), limit_s, everything=True)
-    found = []
-    for call in answered:
-        try:
-            found.append(replace(transport.get(call, limit_s), server=calls[call]))
-        except TransportError as error:
-            logger.warning("%s: %s", calls[call], error)
-    return sorted(found, key=lambda held: held.server)
 
 
 logger = logging.getLogger(__name__)
