@@ -47,7 +47,7 @@ _MOST_TEXTS = 1000
 _USER = re.compile(r"//[^/@\s]+@")
 
 
-_said: set[str] = set()
+_said: set[str] = set()  #: texts that were let through
 
 
 def _is_new(record: logging.LogRecord) -> bool:

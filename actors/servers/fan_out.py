@@ -119,13 +119,7 @@ class FanOut(ServerCalls):
         if self.mailboxes is not None:
             self.mailboxes.close()
 
-    def ask(
-        self,
-        what: str,
-        question: Question,
-        cuts: Sequence[Shard] | None = None,
-        setting: str = "step_timeout_s",
-    ) -> list[Any]:
+    def ask(self, what: str, question: Question, cuts: Sequence[Shard] | None = None) -> list[Any]:
         """
         Ask the servers of some shards, by default of all; answers come in the shards' order.
 
@@ -135,7 +129,7 @@ class FanOut(ServerCalls):
         """
         asked = [cut.index for cut in (self.cuts if cuts is None else cuts)]
         call = lambda server, index: question(server, self.cuts[index])  # noqa: E731
-        return self.start(what, call, asked, setting).answers()
+        return self.start(what, call, asked).answers()
 
     def _listen(self, shard: int, mailboxes: Address, slot: int) -> Any:
         order, server = self._order, self.servers[shard]
