@@ -17,10 +17,10 @@ import ray
 from distplat.actors.messages import SavedHandle, WorkOrder
 from distplat.actors.ray_transport import RayTransport
 from distplat.actors.retrying_calls import Orders
-from distplat.actors.servers.scheduler import ROOM
 from distplat.actors.spares import Spares
 from distplat.actors.spawn import (
     actor_name,
+    room,
     spawn,
     spawn_manager,
     spawn_scheduler,
@@ -80,7 +80,7 @@ class ActorGroup:
         if launch.task is not None:
             self._task = ray.cloudpickle.dumps(launch.task)
         # The controller gets this object, and is not to import the user's code.
-        self._launch, self._attempt = replace(launch, task=None), 0
+        self.launch, self._attempt = replace(launch, task=None), 0
         self.job = launch.job  #: what is run, with the number of workers that there are
         self._made_for = launch.job  #: the same when servers and scheduler were made
         self._manager_attempt = 0  #: for which the manager was made
@@ -90,7 +90,7 @@ class ActorGroup:
         self._ranks = launch.job.scaling.num_workers  # that were ever given
         self._nodes: dict[int, str] = {}  #: of workers by rank
         self._spares: Spares | None = None
-        self._cast = spawn(launch.job, launch.roles, launch.run, 0)
+        self._handles = spawn(launch.job, launch.roles, launch.run, 0)
         try:
             self._give_orders(0, saved, saved.step if saved is not None else 0)
         except BaseException:
@@ -100,41 +100,35 @@ class ActorGroup:
     @property
     def roles(self) -> dict[str, Any]:
         """The actors that answer `poll`, by role."""
-        actors = {f"worker-{rank}": worker for rank, worker in self._cast.workers.items()}
-        if self._cast.manager is not None:
-            actors["server-manager"] = self._cast.manager
-        if self._cast.scheduler is not None:
-            actors["task-scheduler"] = self._cast.scheduler
-        if not self._cast.replicated_tables(self.job):  # else their manager looks after them
-            actors |= self._cast.embedding_servers
+        actors = {f"worker-{rank}": worker for rank, worker in self._handles.workers.items()}
+        if self._handles.manager is not None:
+            actors["server-manager"] = self._handles.manager
+        if self._handles.scheduler is not None:
+            actors["task-scheduler"] = self._handles.scheduler
+        if not self._handles.replicated_tables(self.job):  # else their manager looks after them
+            actors |= self._handles.embedding_servers
         return actors
-
-    @property
-    def launch(self) -> Launch:
-        """What the run started from, without the task's class."""
-        return self._launch
 
     @property
     def most_workers(self) -> int:
         """Workers that the servers have threads for; 0: the number does not change in a run."""
-        roles = self._launch.roles
-        changes = roles.consistency.dynamic_tasks or roles.resizes
-        return self._made_for.scaling.world + ROOM if changes else 0
+        more = room(self.launch.roles)
+        return self._made_for.scaling.world + more if more else 0
 
     @property
     def dynamic_tasks(self) -> bool:
         """Whether tasks are leased."""
-        return self._launch.roles.consistency.dynamic_tasks
+        return self.launch.roles.consistency.dynamic_tasks
 
     @property
     def scheduler(self) -> Any:
         """The task scheduler; None: the strategy has none."""
-        return self._cast.scheduler
+        return self._handles.scheduler
 
     @property
     def workers(self) -> dict[int, Any]:
         """The workers by rank."""
-        return self._cast.workers
+        return self._handles.workers
 
     @property
     def world(self) -> int:
@@ -151,18 +145,20 @@ class ActorGroup:
         if not self.job.failure.spare_workers:
             return
         if self._spares is None:
-            make = partial(spawn_spare, self.job, self._launch.run)
+            make = partial(spawn_spare, self.job, self.launch.run)
             self._spares = Spares(RayTransport(), make, partial(self._order, 0, -1, None, 0))
-        self._spares.keep(self._nodes[rank] for rank in self._cast.workers if rank in self._nodes)
+        self._spares.keep(
+            self._nodes[rank] for rank in self._handles.workers if rank in self._nodes
+        )
 
     def stop(self, attempt: int, how: StopOrder) -> None:
         """Tell all workers to stop in an attempt; the dead are passed over."""
-        for rank, worker in self._cast.workers.items():
+        for rank, worker in self._handles.workers.items():
             self._orders.give(f"worker-{rank}", worker, "stop", attempt, how)
 
     def tell_scheduler(self, method: str, *args: Any) -> None:
         """Give the task scheduler an order."""
-        self._orders.give("task-scheduler", self._cast.scheduler, method, *args)
+        self._orders.give("task-scheduler", self._handles.scheduler, method, *args)
 
     def look(self) -> list[tuple[str, DistplatError]]:
         """Give lost orders again; give the roles that could not carry one out, and why."""
@@ -179,19 +175,19 @@ class ActorGroup:
             saved: the checkpoint to begin from, where everything is made anew.
             base: steps of the newest checkpoint.
         """
-        launch = self._launch
+        launch = self.launch
         self._attempt = restart.attempt
         if restart.world is not None:
             self.job = self.job.with_workers(restart.world)
         if restart.everything:
-            self._cast.end()
+            self._handles.end()
             self._made_for = self.job
-            self._cast = spawn(self.job, launch.roles, launch.run, restart.attempt)
+            self._handles = spawn(self.job, launch.roles, launch.run, restart.attempt)
             self._manager_attempt = restart.attempt
         else:
             for rank in restart.replace:
-                ray.kill(self._cast.workers[rank])
-                self._cast.workers[rank] = self._replacement(restart.attempt, rank)
+                ray.kill(self._handles.workers[rank])
+                self._handles.workers[rank] = self._replacement(restart.attempt, rank)
             if restart.world is not None:
                 self._resize(restart.world)
             self._replace_coordinators(restart)
@@ -204,16 +200,16 @@ class ActorGroup:
         spare = self._spares.take(node) if self._spares is not None and node is not None else None
         if spare is not None:
             return spare
-        seat = self._cast.seat_anew(rank)
-        return spawn_worker(self.job, self._launch.run, attempt, rank, seat)
+        seat = self._handles.seat_anew(rank)
+        return spawn_worker(self.job, self.launch.run, attempt, rank, seat)
 
     def _resize(self, world: int) -> None:
         """End who is not to go on, and take those in who have made themselves ready."""
-        for rank in [one for one in self._cast.workers if one >= world]:
+        for rank in [one for one in self._handles.workers if one >= world]:
             self.part_with(rank)
         for rank in range(world):
-            if rank not in self._cast.workers:
-                self._cast.workers[rank] = self._cast.newcomers.pop(rank)
+            if rank not in self._handles.workers:
+                self._handles.workers[rank] = self._handles.newcomers.pop(rank)
 
     def enlist(self, rank: int, base: int) -> Callable[[], Any]:
         """
@@ -227,24 +223,24 @@ class ActorGroup:
         """
         self._enlisted += 1
         name = f"{self._attempt + 1}.{self._enlisted}"
-        worker = spawn_worker(self.job, self._launch.run, name, rank)
-        self._cast.newcomers[rank] = worker
+        worker = spawn_worker(self.job, self.launch.run, name, rank)
+        self._handles.newcomers[rank] = worker
         return partial(worker.prepare.remote, self._order(self._attempt + 1, rank, None, base))
 
     def let_go(self, rank: int) -> None:
         """End a worker that was to join."""
-        ray.kill(self._cast.newcomers.pop(rank))
+        ray.kill(self._handles.newcomers.pop(rank))
 
     def _replace_coordinators(self, restart: Restart) -> None:
-        launch, cast = self._launch, self._cast
+        launch, handles = self.launch, self._handles
         given = self._made_for, launch.roles, launch.run, restart.attempt
         if "server-manager" in restart.coordinators:
-            ray.kill(cast.manager)  # it may only be frozen
-            cast.manager = spawn_manager(*given, cast, adopts=True)
+            ray.kill(handles.manager)  # it may only be frozen
+            handles.manager = spawn_manager(*given, handles, adopts=True)
             self._manager_attempt = restart.attempt
         if "task-scheduler" in restart.coordinators:
-            ray.kill(cast.scheduler)
-            cast.scheduler = spawn_scheduler(*given)
+            ray.kill(handles.scheduler)
+            handles.scheduler = spawn_scheduler(*given)
 
     def begin(self, controller: Any) -> None:
         """Take the controller: the manager asks it for new servers."""
@@ -253,8 +249,8 @@ class ActorGroup:
 
     def _introduce(self) -> None:
         """Tell the manager who the controller is: this one, or a new one, has not been told."""
-        if self._cast.manager is not None:
-            manager = self._cast.manager
+        if self._handles.manager is not None:
+            manager = self._handles.manager
             self._orders.give("server-manager", manager, "begin", self._controller)
 
     def make_server(self, attempt: int, server: str, beside: str) -> Any:
@@ -271,9 +267,9 @@ class ActorGroup:
         """
         if attempt != self._manager_attempt:
             raise FencedError(f"{server} is for the server manager of attempt {attempt}")
-        launch, cast = self._launch, self._cast
+        launch, handles = self.launch, self._handles
         tables = server.startswith("embedding-")
-        servers = cast.embedding_servers if tables else cast.servers
+        servers = handles.embedding_servers if tables else handles.servers
         if server not in servers:
             given = self._made_for, launch.roles, launch.run, self._attempt
             servers[server] = spawn_server(*given, server, beside)
@@ -287,34 +283,34 @@ class ActorGroup:
             count: how many.
             base: steps of the newest checkpoint.
         """
-        launch, ranks = self._launch, [self._ranks + number for number in range(count)]
+        launch, ranks = self.launch, [self._ranks + number for number in range(count)]
         self._ranks += count
         for rank in ranks:
-            self._cast.workers[rank] = spawn_worker(launch.job, launch.run, self._attempt, rank)
+            self._handles.workers[rank] = spawn_worker(launch.job, launch.run, self._attempt, rank)
         self._start_workers([self._order(self._attempt, rank, None, base) for rank in ranks])
         return ranks
 
     def part_with(self, rank: int) -> None:
         """End a worker that has left."""
-        ray.kill(self._cast.workers.pop(rank))
+        ray.kill(self._handles.workers.pop(rank))
 
     def end(self) -> None:
         """End all actors."""
-        end_each([*([self._spares.end] if self._spares is not None else []), self._cast.end])
+        end_each([*([self._spares.end] if self._spares is not None else []), self._handles.end])
 
     def _give_orders(self, attempt: int, saved: StoredCheckpoint | None, base: int) -> None:
         handle = _in_store(saved) if saved is not None else None
         self._start_workers(
-            [self._order(attempt, rank, handle, base) for rank in self._cast.workers]
+            [self._order(attempt, rank, handle, base) for rank in self._handles.workers]
         )
 
     def _start_workers(self, orders: list[WorkOrder]) -> None:
         for order in orders:
-            worker = self._cast.workers[order.rank]
+            worker = self._handles.workers[order.rank]
             self._orders.give(f"worker-{order.rank}", worker, "start", order)
 
     def _order(self, attempt: int, rank: int, saved: SavedHandle | None, base: int) -> WorkOrder:
-        launch = self._launch
+        launch = self.launch
         return WorkOrder(
             job=self.job,
             run=launch.run,
@@ -323,12 +319,12 @@ class ActorGroup:
             task=self._task,
             search_path=launch.working_dir,
             strategy_file=launch.strategy_file,
-            manager=self._cast.manager,
-            scheduler=self._cast.scheduler,
+            manager=self._handles.manager,
+            scheduler=self._handles.scheduler,
             collective=launch.roles.collective,
             saved=saved,
             base=base,
-            embedding_servers=tuple(self._cast.embedding_servers.values()),
+            embedding_servers=tuple(self._handles.embedding_servers.values()),
             rewinds=launch.policy.survivors_go_on,
             checked=launch.checked,
             node=self._node,

@@ -100,13 +100,12 @@ class Callback:
 _EVENTS = {name for name in vars(Callback) if name.startswith("on_")}
 
 
-def check_callbacks(callbacks: Sequence[object], job: Job) -> None:
+def check_callbacks(callbacks: Sequence[object]) -> None:
     """
     Look at what `Trainer` was handed.
 
     Args:
         callbacks: as they were given.
-        job: of the run.
 
     Raises:
         SpecError: one is no `Callback`, or has a method that would never be called.

@@ -186,10 +186,12 @@ class Checkpoints:
         """Wait until all that is complete is on the disk, within reason; in vain only once."""
         limit_s = min(_DRAIN_S, self._job.failure.storage_timeout_s)
         with self._changed:
-            idle = lambda: not self._waiting and not self._writing  # noqa: E731
-            if not self._left_alone and not self._changed.wait_for(idle, limit_s):
+            if not self._left_alone and not self._changed.wait_for(self._idle, limit_s):
                 self._left_alone = True
                 logger.warning("a checkpoint is still being written after %g s", limit_s)
+
+    def _idle(self) -> bool:
+        return not self._waiting and not self._writing
 
     def newest(self) -> StoredCheckpoint | None:
         """
@@ -209,14 +211,13 @@ class Checkpoints:
 
     def _wait_for_writer(self, limit_s: float) -> None:
         """Wait for what is being written, and say so where it takes long."""
-        idle = lambda: not self._waiting and not self._writing  # noqa: E731
         soon_s = min(_SILENT_S, limit_s)
         with self._changed:
-            if self._changed.wait_for(idle, soon_s):
+            if self._changed.wait_for(self._idle, soon_s):
                 return
             text = "going back waits for a checkpoint that is being written, %g s at most (`%s`)"
             logger.warning(text, limit_s, SETTING)
-            if not self._changed.wait_for(idle, limit_s - soon_s):
+            if not self._changed.wait_for(self._idle, limit_s - soon_s):
                 text = "it is still being written after %g s (`%s`): taking one from before"
                 logger.warning(text, limit_s, SETTING)
 

@@ -77,7 +77,7 @@ class Connection:
         """
         order = replace(order, job=prepared.job)  # its rates may be the task's
         return Ports(
-            self._meet(order),
+            None if order.collective is None else self._form(order, order.collective),
             self._reach_shards(order, prepared),
             self._reach_tables(order, prepared),
             self._reach_scheduler(order, prepared),
@@ -98,11 +98,12 @@ class Connection:
     def default_group(self, order: WorkOrder) -> "DefaultGroup":
         """Make a train function's way into torch's default process group; nobody is met yet."""
         from distplat.actors.collectives.default_group import DefaultGroup
+        from distplat.actors.collectives.rendezvous import GroupMember
 
         assert order.collective is not None, "see `group`"
         settings = self._settings(order, order.collective)
-        name, world = f"{order.run}/{order.attempt}", order.job.scaling.world
-        self._default_group = DefaultGroup(name, order.rank, world, settings)
+        name, world = f"{order.run}/{order.attempt}/torch.distributed", order.job.scaling.world
+        self._default_group = DefaultGroup(GroupMember(name, order.rank, world, settings))
         return self._default_group
 
     def shards(self, order: WorkOrder) -> "RemoteShards | None":
@@ -116,10 +117,6 @@ class Connection:
 
         self._servers = RemoteShards(self._transport, order, steps, every, self._abandoned)
         return self._servers
-
-    def _meet(self, order: WorkOrder) -> "CollectiveGroup | None":
-        """Meet the other ranks; None where the strategy has no group."""
-        return None if order.collective is None else self._form(order, order.collective)
 
     def _meet_peers(self, order: WorkOrder) -> "CollectiveGroup":
         """

@@ -367,12 +367,10 @@ class Controller:
                 continue  # it has left
             try:
                 limit, setting = self._limits.start_timeout_s, "start_timeout_s"
-                what, who = "the trained model", [f"worker-{rank}"]
-                call = [worker.result.remote]
-                model: bytes = ask(RayTransport(), what, call, who, limit, setting)[0]
+                calls = {f"worker-{rank}": worker.result.remote}
+                model: bytes = ask(RayTransport(), "the trained model", calls, limit, setting)[0]
+                return model
             except DistplatError as error:
                 lost = error
-            else:
-                return model
         assert lost is not None, "a part has at least one holder"
         raise lost

@@ -21,18 +21,20 @@ import queue
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from logging.handlers import QueueHandler
 from typing import Any
 
 import ray
+from typing_extensions import override
 
 from distplat.actors.actor_group import ActorGroup
 from distplat.actors.checkpointing import Checkpoints
 from distplat.actors.controller import Controller
+from distplat.actors.messages import TableMap
 from distplat.actors.ray_errors import as_ours
 from distplat.actors.ray_transport import RayTransport
 from distplat.actors.retrying_calls import Outbox, ask
-from distplat.actors.servers.table_files import sources_of
 from distplat.actors.stopping import end_each
 from distplat.actors.transport import NotHere
 from distplat.platform.apply_log import FILE_NAME, pack
@@ -45,8 +47,10 @@ from distplat.platform.errors import (
 )
 from distplat.platform.progress import StepSummary, Summary
 from distplat.platform.scaling import NOBODY_ASKED, ScaleRequest, ScaleStatus
+from distplat.platform.shard_map import TableSpec
+from distplat.platform.spec import Job
 from distplat.platform.tensor_slices import Bytes
-from distplat.strategies.sparse.files import keep_tables
+from distplat.strategies.sparse.files import PartSource, keep_tables
 
 logger = logging.getLogger(__name__)
 
@@ -267,7 +271,7 @@ class ControllerActor:
         if launch.roles.consistency.dynamic_tasks and self._controller.base == 0:
             _keep_log(actor_group, keep)
         if launch.job.embeddings is not None and launch.job.checkpoint.save_final:
-            keep_tables(sources_of(actor_group, launch.job), launch.job.seed, keep)
+            keep_tables(_table_servers(actor_group, launch.job), launch.job.seed, keep)
 
 
 def _spare(event: RunEvent) -> bool:
@@ -306,10 +310,46 @@ def _keep_log(actor_group: ActorGroup, keep: Callable[[str, bytes], None]) -> No
     """Fetch the shards' logs; a run that has its model does not fail for want of them."""
     manager, launch = actor_group.roles["server-manager"], actor_group.launch
     limit, setting = launch.job.failure.step_timeout_s, "step_timeout_s"
-    calls = [manager.logs.remote]
     try:
-        logs = ask(RayTransport(), "log", calls, ["server-manager"], limit, setting)[0]
+        calls = {"server-manager": manager.logs.remote}
+        logs = ask(RayTransport(), "log", calls, limit, setting)[0]
     except InfrastructureError as error:
         logger.warning("no %s: %s", FILE_NAME, error)
     else:
         keep(FILE_NAME, pack(logs, {"run": launch.run}))
+
+
+def _table_servers(actor_group: ActorGroup, job: Job) -> list[PartSource]:
+    """Give the embedding servers of a run that has ended well, in order."""
+    assert job.embeddings is not None, "only such jobs have servers of tables"
+    limit_s = job.failure.step_timeout_s
+    if job.embeddings.replication == 1:
+        names = [f"embedding-server-{index}" for index in range(job.embeddings.servers)]
+        return [_TableServer(actor_group.roles[name], name, limit_s) for name in names]
+    manager = _TableServer(actor_group.roles["server-manager"], "server-manager", limit_s)
+    found: TableMap = manager.ask("table_servers", 0, 0.0)
+    pairs = zip(found.servers, found.names, strict=True)
+    return [_TableServer(handle, name, limit_s) for handle, name in pairs]
+
+
+class _TableServer(PartSource):
+    """An embedding server as a source of a file: asked for one part at a time, none held longer."""
+
+    def __init__(self, handle: Any, name: str, limit_s: float) -> None:
+        self._handle, self._name, self._limit_s = handle, name, limit_s
+
+    @override
+    def sizes(self) -> list[tuple[TableSpec, int]]:
+        found: list[tuple[TableSpec, int]] = self.ask("sizes")
+        return found
+
+    @override
+    def part(self, table: int, first: int, count: int) -> bytes:
+        found: bytes = self.ask("part", table, first, count)
+        return found
+
+    def ask(self, method: str, *args: Any) -> Any:
+        """Call a method, and wait for its answer."""
+        call = partial(RayTransport().call, self._handle, method, *args)
+        what, setting = "saving tables", "step_timeout_s"
+        return ask(RayTransport(), what, {self._name: call}, self._limit_s, setting)[0]

@@ -105,7 +105,7 @@ class ControllerClient:
         if method == "poll":
             limit, setting = self._limits.heartbeat_timeout_s, "heartbeat_timeout_s"
         try:
-            answer = ask(self._transport, "an answer", [call], [_NAME], limit, setting, check)[0]
+            answer = ask(self._transport, "an answer", {_NAME: call}, limit, setting, check)[0]
         except ActorLost as error:
             self._up = False
             if error.role != _NAME:  # that is what `check` has found
@@ -138,4 +138,4 @@ class ControllerClient:
         if self._up:
             stop = partial(self._transport.call, self._controller, "stop", _END_S)
             with suppress(DistplatError):
-                ask(self._transport, "the end", [stop], [_NAME], _END_S, "")
+                ask(self._transport, "the end", {_NAME: stop}, _END_S, "")

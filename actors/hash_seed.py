@@ -6,13 +6,13 @@ starts has ours at no cost; on another Ray a worker asks for it, which takes it 
 """
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from typing import Any
 
 import ray
 
 from distplat.actors import ray_compat
+from distplat.actors.process_setup import variables
 
 NAME = "PYTHONHASHSEED"
 
@@ -23,18 +23,9 @@ def chosen() -> str:
     return given if given.isdigit() else "0"
 
 
-@contextmanager
-def inherited() -> Iterator[None]:
+def inherited() -> AbstractContextManager[None]:
     """Have processes that start in this block hash alike."""
-    before = os.environ.get(NAME)
-    os.environ[NAME] = chosen()
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ[NAME]
-        else:
-            os.environ[NAME] = before
+    return variables({NAME: chosen()})
 
 
 def options() -> dict[str, Any]:

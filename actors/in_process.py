@@ -7,6 +7,7 @@ Servers are those of a run on Ray, as objects here (`local_actors.py`).
 import logging
 from collections.abc import Callable
 from contextlib import ExitStack, closing
+from dataclasses import replace
 from functools import partial
 
 from distplat.actors.actor_group import Launch
@@ -91,8 +92,7 @@ def _train(
     for remark in prepared.remarks:
         logger.warning("%s", remark)
     every = job.checkpoint.period(prepared.sampler.steps_per_epoch)
-    copied = lambda arrays: [one.copy() for one in arrays]  # noqa: E731
-    uploader = CheckpointUploader(0, 0, copied, checkpoints.take, _LEAVE_S)
+    uploader = _uploader(checkpoints)
     saved = _saved(checkpoints.newest())
     with ExitStack() as ending:
         others = _OtherRoles(job, launch, every, ending)
@@ -100,13 +100,11 @@ def _train(
         around = Around(saved, take=uploader.take)
         meets = partial(join, prepared, strategy, 0, ports, progress=progress, around=around)
         told = others.counted(report, handlers)
-        meets(report=told, stop=lambda step: _stop_order(handlers)).run()
+        ending_by = lambda step: StopOrder.END if handlers.ending() else StopOrder.NONE  # noqa: E731
+        meets(report=told, stop=ending_by).run()
         uploader.flush()
         handlers.on_model(saved_model(trained_model(prepared, strategy)))
-    checkpoints.drain()
-    checkpoints.settle()
-    for written in checkpoints.news():
-        handlers.on_summary(written)
+    _settle(checkpoints, handlers)
     others.keep_files(handlers, resumed=saved is not None)
 
 
@@ -124,12 +122,14 @@ class _OtherRoles:
     def __init__(self, job: Job, launch: Launch, every: int, ending: ExitStack) -> None:
         self._job, self._launch, self._every = job, launch, every
         roles = launch.roles
-        self._tables = ending.enter_context(closing(TableServers(job, launch.run, every=every)))
+        self._tables = ending.enter_context(
+            closing(TableServers(_kept_once(job), launch.run, every=every))
+        )
         self._servers: Servers | None = None
         self._desk: TaskDesk | None = None
         self._leases: RemoteLeases | None = None
         if roles.servers:
-            self._servers = ending.enter_context(closing(Servers(job, roles, launch.run)))
+            self._servers = ending.enter_context(closing(_servers(job, launch)))
         if roles.consistency.dynamic_tasks:
             self._desk = ending.enter_context(closing(TaskDesk(job, roles, launch.run)))
             self._leases = self._desk.leases(0)
@@ -148,9 +148,18 @@ class _OtherRoles:
         self, report: Callable[[AnyReport], None], handlers: RunHandlers
     ) -> Callable[[AnyReport], None]:
         """Have the task scheduler, where there is one, hear of each report."""
-        if self._desk is None or self._leases is None:
+        desk, leases = self._desk, self._leases
+        if desk is None or leases is None:
             return report
-        return partial(_count, self._desk, self._leases, report, handlers)
+
+        def told(part: AnyReport) -> None:
+            if isinstance(part, StepReport):
+                leases.count(part)
+            report(part)
+            if handlers.ending():
+                desk.call("end_early")
+
+        return told
 
     def keep_files(self, handlers: RunHandlers, *, resumed: bool) -> None:
         """Hand over the log of updates and the embedding tables, of runs that have them."""
@@ -170,8 +179,7 @@ def _train_function(
     checkpoints: Checkpoints,
 ) -> None:
     """Call a train function here."""
-    copied = lambda arrays: [one.copy() for one in arrays]  # noqa: E731
-    uploader = CheckpointUploader(0, 0, copied, checkpoints.take, _LEAVE_S)
+    uploader = _uploader(checkpoints)
 
     def load() -> TrainFunction:
         if launch.task is not None and not isinstance(launch.task, type):
@@ -185,19 +193,38 @@ def _train_function(
     with ExitStack() as ending:
         shards = None
         if launch.roles.servers:
-            servers = ending.enter_context(closing(Servers(launch.job, launch.roles, launch.run)))
-            shards = servers.shards(0, 1)
+            shards = ending.enter_context(closing(_servers(launch.job, launch))).shards(0, 1)
         group = Fabric(1).collective(0)
         trained = run_function(launch.job, load, group, "here", outlets, shards, store_of_one)
     uploader.flush()
     handlers.on_model(saved_model(trained))
+    _settle(checkpoints, handlers)
+
+
+def _uploader(checkpoints: Checkpoints) -> CheckpointUploader:
+    copied = lambda arrays: [one.copy() for one in arrays]  # noqa: E731
+    return CheckpointUploader(0, 0, copied, checkpoints.take, _LEAVE_S)
+
+
+def _servers(job: Job, launch: Launch) -> Servers:
+    """Make the parameter servers, which share this process: none is quicker, nor outlives it."""
+    return Servers(job, replace(launch.roles, split_by_load=False, replication=1), launch.run)
+
+
+def _kept_once(job: Job) -> Job:
+    """Give the job without backups of its tables: see `_servers`."""
+    if job.embeddings is None:
+        return job
+    tables = job.embeddings.model_copy(update={"replication": 1})
+    return job.model_copy(update={"embeddings": tables})
+
+
+def _settle(checkpoints: Checkpoints, handlers: RunHandlers) -> None:
+    """After the end of a run that ended well, wait for checkpoints, and tell of them."""
     checkpoints.drain()
+    checkpoints.settle()
     for written in checkpoints.news():
         handlers.on_summary(written)
-
-
-def _stop_order(handlers: RunHandlers) -> StopOrder:
-    return StopOrder.END if handlers.ending() else StopOrder.NONE
 
 
 def _task_class(launch: Launch) -> type[Task]:
@@ -208,21 +235,6 @@ def _task_class(launch: Launch) -> type[Task]:
     for line in () if launch.checked else said:
         logger.warning("%s", line)
     return found
-
-
-def _count(
-    desk: TaskDesk,
-    leases: RemoteLeases,
-    report: Callable[[AnyReport], None],
-    handlers: RunHandlers,
-    part: AnyReport,
-) -> None:
-    """Have the task scheduler know how fast this worker is, too, and whether the run is to end."""
-    if isinstance(part, StepReport):
-        leases.count(part)
-    report(part)
-    if handlers.ending():
-        desk.call("end_early")
 
 
 def _saved(stored: StoredCheckpoint | None) -> SavedState | None:

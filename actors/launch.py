@@ -124,13 +124,9 @@ def train_on_ray(launch: Launch, handlers: RunHandlers) -> None:
     with (
         Stopping() as stopping,
         _task_check(launch) as task_check,
-        local_ray(launch.job.scaling),
-        failures_of_ray(),
+        ray_for_run(stopping, launch.job.scaling) as head,
         role_output(launch.job.name, launch.folder, logger.warning, shown=launch.log_to_driver),
-        HeadWatch(ray.get_runtime_context().gcs_address) as head,
     ):
-        stopping.arm()
-        stopping.check()
         launch = replace(launch, checked=launch.checked or task_check is not None)
 
         def check() -> None:
@@ -139,8 +135,32 @@ def train_on_ray(launch: Launch, handlers: RunHandlers) -> None:
             for line in task_check.poll() if task_check is not None else ():
                 logger.warning("%s", line)
 
+        _follow(launch, check, handlers, head)
+
+
+@contextmanager
+def ray_for_run(stopping: Stopping, scaling: Scaling, *, logs: bool = True) -> Iterator[HeadWatch]:
+    """
+    Be connected to Ray for a run, and know whether its head is there; see `local_ray`.
+
+    Args:
+        stopping: entered before: a signal is noted while Ray starts, too.
+        scaling: has so many workers at most.
+        logs: see `local_ray`.
+
+    Raises:
+        Interrupted: a signal came before the run began, or the second one, which does not wait.
+        DistplatError: see `local_ray`, `failures_of_ray`.
+    """
+    with (
+        local_ray(scaling, logs=logs),
+        failures_of_ray(),
+        HeadWatch(ray.get_runtime_context().gcs_address) as head,
+    ):
+        stopping.arm()
+        stopping.check()
         try:
-            _follow(launch, check, handlers, head)
+            yield head
         except KeyboardInterrupt:  # the second signal: an end like after the first, but at once
             stopping.check()
             raise

@@ -1,11 +1,10 @@
 """
-The transport between threads of one process, with faults on request: no Ray.
+The transport between threads of one process: no Ray.
 
     cluster = LocalCluster()
     server = cluster.spawn("server-0", "node-0", partial(ServerNode, "server-0"))
-    cluster.inject("push", Fault(lose="reply"), actor="server-0")
     worker = cluster.transport("node-0", "worker-0")
-    worker.get(worker.call(server, "push", ...), 5.0)   # Unanswered: the push was made
+    worker.get(worker.call(server, "push", ...), 5.0)
 
 Clients and servers are the real ones. What travels is pickled, so that nothing is shared that two
 processes would not share. Memory is: threads of two processes on one node map the same segments.
@@ -19,49 +18,14 @@ import inspect
 import io
 import pickle
 import threading
-import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from typing_extensions import override
 
-from distplat.actors.transport import ActorDied, NotHere, Transport, TransportError, Unanswered
+from distplat.actors.transport import ActorDied, NotHere, Transport, TransportError
 from distplat.platform.errors import DistplatError, InfrastructureError
-
-
-@dataclass(frozen=True)
-class Call:
-    """A call on its way."""
-
-    process: str
-    """Who calls."""
-    actor: str
-    """Name of who is called."""
-    method: str
-    args: tuple[Any, ...]
-
-
-@dataclass(frozen=True)
-class Fault:
-    """What becomes of a call."""
-
-    delay_s: float = 0.0
-    """It reaches the actor so much later; later than any deadline: the actor is frozen."""
-    reply_delay_s: float = 0.0
-    """So much later its answer comes."""
-    lose: Literal["", "request", "reply"] = ""
-    """Who called is told that no answer came: the call was not carried out, or it was."""
-    twice: bool = False
-    """It is carried out twice, one after the other; the first answer counts."""
-    kill: Literal["", "before", "after"] = ""
-    """The actor dies before it is carried out, or before it is answered."""
-
-
-NO_FAULT = Fault()
-Rule = Callable[[Call], Fault | None]
-"""Says what becomes of a call; what it raises, the call raises: as if the caller had died."""
 
 
 class Actor:
@@ -104,7 +68,7 @@ class Actor:
                 return
         reply.set_exception(ActorDied(self.died))
 
-    def open_replies(self) -> list[Future[Any]]:
+    def open_calls(self) -> list[Future[Any]]:
         """Give the calls that are not answered yet."""
         with self._changing:
             return list(self._open)
@@ -141,7 +105,7 @@ class StoredObject:
     """An object that was put."""
 
     def __init__(self, value: Any) -> None:
-        self.packed = _Packed(value)
+        self.packed = Packed(value)
 
 
 class LocalCluster:
@@ -149,7 +113,7 @@ class LocalCluster:
 
     def __init__(self) -> None:
         self._actors: list[Actor] = []
-        self._rules: list[Rule] = []
+        self.deliver = self._deliver  #: carries calls out; a test puts faults in between
 
     def transport(self, node: str = "node-0", process: str = "driver") -> LocalTransport:
         """Give a process its way to the actors."""
@@ -162,69 +126,32 @@ class LocalCluster:
         actor.body = make(self.transport(node, name))
         return actor
 
-    def add_rule(self, rule: Rule) -> None:
-        """Have a rule decide on calls; of several, the first that gives a fault."""
-        self._rules.append(rule)
-
-    def inject(
-        self,
-        method: str,
-        fault: Fault,
-        *,
-        actor: str = "",
-        process: str = "",
-        after: int = 0,
-        times: int = 1,
-    ) -> None:
-        """
-        Inject a fault into some calls.
-
-        Args:
-            method: of the calls.
-            fault: what becomes of them.
-            actor: who is called; empty: anybody.
-            process: who calls; the same.
-            after: so many of these calls pass before.
-            times: so many are hit.
-        """
-        count = 0
-        counting = threading.Lock()
-
-        def rule(call: Call) -> Fault | None:
-            nonlocal count
-            if call.method != method or call.actor not in (actor or call.actor,):
-                return None
-            if call.process != (process or call.process):
-                return None
-            with counting:
-                count += 1
-                return fault if after < count <= after + times else None
-
-        self.add_rule(rule)
-
-    def fault(self, call: Call) -> Fault:
-        """Say what becomes of a call."""
-        for rule in self._rules:
-            found = rule(call)
-            if found is not None:
-                return found
-        return NO_FAULT
+    def _deliver(
+        self, process: str, actor: Actor, method: str, args: tuple[Any, ...]
+    ) -> Future[Any]:
+        """Every call has a thread of its own."""
+        reply: Future[Any] = Future()
+        if death := self.death_of(process):
+            reply.set_exception(ActorDied(death))  # its threads go on here, and reach nobody
+            return reply
+        actor.expect(reply)
+        work = (actor, method, Packed(args), reply)
+        threading.Thread(target=_serve, args=work, daemon=True, name=method).start()
+        return reply
 
     def death_of(self, process: str) -> str:
         """Say how an actor's process died; empty: it lives, or is no actor's."""
         return next((one.died for one in reversed(self._actors) if one.name == process), "")
 
-    def drain(self, limit_s: float) -> bool:
-        """Wait until every call is answered that was made so far; False: some are not in time."""
-        open_calls = [reply for actor in self._actors for reply in actor.open_replies()]
-        return not concurrent.futures.wait(open_calls, limit_s).not_done
+    def open_calls(self) -> list[Future[Any]]:
+        """Give the calls that are not answered yet."""
+        return [reply for actor in self._actors for reply in actor.open_calls()]
 
     def close(self) -> None:
         """End all actors."""
         for actor in self._actors:
             actor.die("the run is over")
         self._actors.clear()
-        self._rules.clear()
 
 
 class LocalTransport(Transport):
@@ -240,16 +167,7 @@ class LocalTransport(Transport):
 
     @override
     def call(self, actor: Any, method: str, *args: Any) -> Any:
-        """Every call has a thread of its own."""
-        fault = self._cluster.fault(Call(self._process, actor.name, method, args))
-        reply: Future[Any] = Future()
-        if death := self._cluster.death_of(self._process):
-            reply.set_exception(ActorDied(death))  # its threads go on here, and reach nobody
-            return reply
-        actor.expect(reply)
-        work = (actor, method, _Packed(args), reply, fault)
-        threading.Thread(target=_serve, args=work, daemon=True, name=method).start()
-        return reply
+        return self._cluster.deliver(self._process, actor, method, args)
 
     @override
     def wait(
@@ -285,34 +203,23 @@ def opened(box: list[Any]) -> Any:
     return box[0].packed.open() if isinstance(box[0], StoredObject) else box
 
 
-def _serve(actor: Actor, method: str, args: _Packed, reply: Future[Any], fault: Fault) -> None:
-    """Carry out a call as its fault says, and answer it."""
-    time.sleep(fault.delay_s)
-    if fault.lose == "request":
-        actor.settle(reply, None, Unanswered("its request got lost"))
-        return
-    if fault.kill == "before":
-        actor.die(f"before {method}")
-    answer, error = None, None  # type: Any, Exception | None
+def _serve(actor: Actor, method: str, args: Packed, reply: Future[Any]) -> None:
+    actor.settle(reply, *outcome(actor, method, args))
+
+
+def outcome(actor: Actor, method: str, args: Packed) -> tuple[Any, Exception | None]:
+    """Have an actor carry out a call; give its answer, or what comes in the place of one."""
     try:
-        answer = _Packed(actor.carry_out(method, args.open())).open()
-        if fault.twice:
-            actor.carry_out(method, args.open())
-    except (DistplatError, TransportError) as raised:
-        error = raised
-    except BaseException as raised:
-        text = f"error inside {actor.name}: {type(raised).__name__}: {raised}"
-        error = InfrastructureError(text)
-        error.__cause__ = raised
-    time.sleep(fault.reply_delay_s)
-    if fault.kill == "after":
-        actor.die(f"after {method}")
-    if fault.lose == "reply":
-        error = Unanswered("its answer got lost")
-    actor.settle(reply, answer, error)
+        return Packed(actor.carry_out(method, args.open())).open(), None
+    except (DistplatError, TransportError) as error:
+        return None, error
+    except BaseException as error:
+        found = InfrastructureError(f"error inside {actor.name}: {type(error).__name__}: {error}")
+        found.__cause__ = error
+        return None, found
 
 
-class _Packed:
+class Packed:
     """A copy of a value as it travels; handles, replies and references in it are not copied."""
 
     def __init__(self, value: Any) -> None:

@@ -8,7 +8,6 @@ the same Ray finds them, and nothing has to be told where they are.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -134,9 +133,9 @@ def overview(run: RunName) -> Overview:
     Raises:
         ActorLost, DeadlineExceeded: they are gone, or do not answer.
     """
-    seen = _ask(run, "server-manager", lambda actor: actor.seen.remote())
-    scheduler = _ask(run, "task-scheduler", lambda actor: actor.status.remote())
-    status = _ask(run, "controller", lambda actor: actor.scale_status.remote())
+    seen = _ask(run, "server-manager", "seen")
+    scheduler = _ask(run, "task-scheduler", "status")
+    status = _ask(run, "controller", "scale_status")
     return Overview(run.run, run.job, seen, scheduler, status or NOBODY_ASKED)
 
 
@@ -154,15 +153,13 @@ def scale(run: RunName, workers: int, wait_s: float) -> Overview:
         DeadlineExceeded: it is not so yet; the request stands.
         ActorLost: the run is over.
     """
-    request: ScaleRequest | None = _ask(
-        run, "controller", lambda actor: actor.scale.remote(workers)
-    )
+    request: ScaleRequest | None = _ask(run, "controller", "scale", workers)
     if request is None:
         raise ActorLost("controller", None, f"run {run.run} is over")
     until = time.monotonic() + wait_s
     while True:
-        status = _ask(run, "controller", lambda actor: actor.scale_status.remote())
-        scheduler = _ask(run, "task-scheduler", lambda actor: actor.status.remote())
+        status = _ask(run, "controller", "scale_status")
+        scheduler = _ask(run, "task-scheduler", "status")
         if status is None or scheduler is None:
             raise ActorLost("controller", None, f"run {run.run} is over")
         _check_stands(request, status)
@@ -187,7 +184,7 @@ def submitted_run(submission: str, job: str) -> RunName:
     """
     for run in find_runs(job):
         try:
-            theirs = _ask(run, "controller", lambda actor: actor.submission.remote())
+            theirs = _ask(run, "controller", "submission")
         except InfrastructureError:  # another that is just over, or hangs
             continue
         if theirs == submission:
@@ -209,7 +206,7 @@ def stop(run: RunName, wait_s: float) -> str:
     Raises:
         ActorLost, DeadlineExceeded: it has no controller, or that does not answer.
     """
-    status: str | None = _ask(run, "controller", lambda actor: actor.stop.remote(wait_s), wait_s)
+    status: str | None = _ask(run, "controller", "stop", wait_s, takes_s=wait_s)
     if status is None:
         raise ActorLost("controller", None, f"run {run.run} has none")
     return status
@@ -230,14 +227,15 @@ def _check_stands(request: ScaleRequest, status: ScaleStatus) -> None:
         raise SpecError(Problem(("--workers",), status.refused))
 
 
-def _ask(run: RunName, role: str, question: Callable[[Any], Any], takes_s: float = 0.0) -> Any:
+def _ask(run: RunName, role: str, method: str, *args: Any, takes_s: float = 0.0) -> Any:
     """
     Ask an actor of a run; None: there is none of that role.
 
     Args:
         run: whose.
         role: which.
-        question: makes the call.
+        method: is called.
+        args: of the call.
         takes_s: how long it may take to be carried out.
 
     Raises:
@@ -247,8 +245,8 @@ def _ask(run: RunName, role: str, question: Callable[[Any], Any], takes_s: float
         actor = run.actor(role)
     except ValueError:
         return None
-    call = partial(question, actor)
+    call = partial(RayTransport().call, actor, method, *args)
     try:
-        return ask(RayTransport(), "an answer", [call], [role], takes_s + ANSWER_S, "")[0]
+        return ask(RayTransport(), "an answer", {role: call}, takes_s + ANSWER_S, "")[0]
     except ActorLost:
         raise ActorLost(role, None, f"run {run.run} is over") from None

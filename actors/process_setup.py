@@ -16,7 +16,7 @@ import gc
 import logging
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 
@@ -38,6 +38,20 @@ def quick_imports() -> Iterator[None]:
     finally:
         gc.freeze()
         gc.enable()
+
+
+@contextmanager
+def variables(values: Mapping[str, str], *also: str) -> Iterator[None]:
+    """Have these variables in this process's environment in a block; `also`: that it may set."""
+    before = {name: os.environ.get(name) for name in (*values, *also)}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name, None)
+            if value is not None:
+                os.environ[name] = value
 
 
 def log_to_stderr() -> None:

@@ -33,6 +33,8 @@ from ray.experimental.internal_kv import (
 )
 from ray.job_config import JobConfig
 
+from distplat.actors.process_setup import variables
+
 JOB_CONFIG_VARIABLE: str = RAY_JOB_CONFIG_JSON_ENV_VAR
 """Has what the job API gave its driver; nothing public tells of it."""
 _COLORS = "RAY_COLOR_PREFIX"
@@ -112,13 +114,8 @@ def printed_by_actors(take: Callable[[Mapping[str, Any]], bool]) -> Iterator[Non
 def print_batch(batch: Mapping[str, Any], *, colored: bool) -> None:
     """Print lines of an actor as Ray does, but those too that another actor has printed alike."""
     plain = not colored and _COLORS not in os.environ
-    if plain:
-        os.environ[_COLORS] = "0"
-    try:
+    with variables({_COLORS: "0"} if plain else {}):  # what the user's own print is none of ours
         print_worker_logs(dict(batch), sys.stderr if batch["is_err"] else sys.stdout)
-    finally:
-        if plain:  # what the user's own actors print is none of ours
-            del os.environ[_COLORS]
 
 
 def free_resources() -> dict[str, dict[str, float]]:

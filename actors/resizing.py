@@ -76,7 +76,10 @@ class Resizer:
     def refusal(self, workers: int) -> str:
         """Say why there cannot be so many workers; empty: there can."""
         more = workers - self._resizing.world - len(self._resizing.newcomers)
-        return _refusal(self._actors, workers, more)
+        job = self._actors.job.with_workers(workers)
+        for problem in [*job.problems(), *strategy_problems(job)]:
+            return f"{problem.field}: {problem.message}"
+        return lacks(job, more) if more > 0 else ""
 
     def begin_anew(self) -> None:
         """All actors were made anew; a request that is under way stands."""
@@ -165,14 +168,6 @@ class Resizer:
         self._calls.pop(rank, None)
         self._resizing.dropped(rank)
         self._actors.let_go(rank)
-
-
-def _refusal(actor_group: ActorGroup, workers: int, more: int) -> str:
-    """Say why there cannot be so many workers; empty: there can."""
-    job = actor_group.job.with_workers(workers)
-    for problem in [*job.problems(), *strategy_problems(job)]:
-        return f"{problem.field}: {problem.message}"
-    return lacks(job, more) if more > 0 else ""
 
 
 def check_scalable(actor_group: ActorGroup, workers: int) -> None:

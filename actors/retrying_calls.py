@@ -24,13 +24,13 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Generic, TypeVar
 
 from distplat.actors.transport import ActorDied, NotHere, Transport, Unanswered
-from distplat.platform.awake_clock import HALTED_S
+from distplat.platform.awake_clock import AwakeClock
 from distplat.platform.errors import ActorLost, DeadlineExceeded, DistplatError
 
 logger = logging.getLogger(__name__)
@@ -50,8 +50,7 @@ class PendingCall:
     Args:
         transport: by which they are made.
         what: is asked, for messages.
-        calls: to be made now.
-        names: of who is asked, one for each call.
+        calls: to be made now, by the name of who is asked.
         limit_s: deadline of all of them, from now.
         setting: the field of `failure` that changes it; empty: none does.
         look: called ten times a second while an answer is missing; what it raises ends the wait.
@@ -62,8 +61,7 @@ class PendingCall:
         self,
         transport: Transport,
         what: str,
-        calls: Sequence[Call],
-        names: Sequence[str],
+        calls: Mapping[str, Call],
         limit_s: float,
         setting: str,
         look: Callable[[], object] | None = None,
@@ -75,11 +73,11 @@ class PendingCall:
         self._calls: list[Call] = []
         self._names: list[str] = []
         self._open: list[Any] = []
-        for call, name in zip(calls, names, strict=True):
-            self.add(call, name)
+        for name, call in calls.items():
+            self.add(name, call)
         self.start_again()
 
-    def add(self, call: Call, name: str) -> None:
+    def add(self, name: str, call: Call) -> None:
         """Make one more call."""
         self._calls.append(call)
         self._names.append(name)
@@ -87,7 +85,7 @@ class PendingCall:
 
     def start_again(self) -> None:
         """Have the deadline count from now: only now somebody waits."""
-        self._until = time.monotonic() + self._limit_s
+        self._clock = AwakeClock()
 
     def wait(self) -> None:
         """Return when all have answered; see `answers`."""
@@ -112,27 +110,20 @@ class PendingCall:
             ActorLost, DeadlineExceeded, DistplatError: see `answers`.
         """
         missing = list(range(len(self._calls)))
-        due = time.monotonic()
         while missing:
-            now = time.monotonic()
-            if now - due > HALTED_S:  # stopped itself: that does not count against the others
-                self._until += now - due
-            left = max(0.0, self._until - now)
+            left = max(0.0, self._limit_s - self._clock.now())
             calls = [self._open[index] for index in missing]
-            asked = min(left, LOOK_S) if self._look else left
-            due = now + asked
-            come = self._transport.wait(calls, asked)
+            come = self._transport.wait(calls, min(left, LOOK_S))
             if not come:
-                if time.monotonic() - due <= HALTED_S:
-                    self._check(missing[0])
+                self._check(missing[0], left)
                 continue
             index = missing[calls.index(come[0])]
             try:
                 answer = self._transport.get(come[0], left)
             except NotHere:  # it is large, and still on its way
-                self._check(index)
+                self._check(index, left)
             except Unanswered:
-                self._check(index)
+                self._check(index, left)
                 logger.warning(
                     "%s: no answer from %s, asking again", self._what, self._names[index]
                 )
@@ -149,11 +140,11 @@ class PendingCall:
         self._made(index, reply)
         return reply
 
-    def _check(self, index: int) -> None:
-        """Give up where nobody wants the answers any more, or it is too late."""
+    def _check(self, index: int, left: float) -> None:
+        """Give up where nobody wants the answers any more, or no time was left to wait for them."""
         if self._look is not None:
             self._look()
-        if time.monotonic() >= self._until:
+        if not left:
             here = self._transport.wait(self._open, 0.0, everything=True)
             late = [number for number, call in enumerate(self._open) if call not in here]
             missing = tuple(self._names[number] for number in late or [index])
@@ -164,14 +155,13 @@ class PendingCall:
 def ask(
     transport: Transport,
     what: str,
-    calls: Sequence[Call],
-    names: Sequence[str],
+    calls: Mapping[str, Call],
     limit_s: float,
     setting: str,
     look: Callable[[], object] | None = None,
 ) -> list[Any]:
     """Make calls side by side, and wait for their answers; see `PendingCall`."""
-    return PendingCall(transport, what, calls, names, limit_s, setting, look).answers()
+    return PendingCall(transport, what, calls, limit_s, setting, look).answers()
 
 
 Item = TypeVar("Item")

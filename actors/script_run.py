@@ -25,8 +25,7 @@ from typing import Any, Protocol
 import ray
 from typing_extensions import override
 
-from distplat.actors.head_watch import HeadWatch
-from distplat.actors.launch import failures_of_ray, local_ray
+from distplat.actors.launch import ray_for_run
 from distplat.actors.ray_transport import RayTransport
 from distplat.actors.retrying_calls import ask
 from distplat.actors.role_output import RoleFiles
@@ -160,16 +159,13 @@ class Attempt:
     ) -> list[Any]:
         """Ask all actors, or one; with the command where there are environments."""
         script, call = self._script, self._transport.call
-        numbers = range(len(self._actors)) if only is None else [only]
-        calls = []
-        for number in numbers:
+        calls = {}
+        for number in range(len(self._actors)) if only is None else [only]:
             more: tuple[Any, ...] = ()
             if environments is not None:
                 more = script.command, environments[number], script.folder
-            calls.append(partial(call, self._actors[number], method, *more))
-        names = [f"process {number}" for number in numbers]
-        limit_s = script.start_timeout_s
-        return ask(self._transport, what, calls, names, limit_s, _SETTING, self._check)
+            calls[f"process {number}"] = partial(call, self._actors[number], method, *more)
+        return ask(self._transport, what, calls, script.start_timeout_s, _SETTING, self._check)
 
     def _take(self) -> None:
         """Take what was printed, and how processes have ended."""
@@ -337,14 +333,7 @@ def train_script(job: ScriptJob, terminal: Terminal) -> ScriptResult:
 
 
 def _run(job: ScriptJob, run: str, logs: _Logs) -> int:
-    with (
-        Stopping() as stopping,
-        local_ray(job.scaling, logs=False),
-        failures_of_ray(),
-        HeadWatch(ray.get_runtime_context().gcs_address) as head,
-    ):
-        stopping.arm()
-        stopping.check()
+    with Stopping() as stopping, ray_for_run(stopping, job.scaling, logs=False) as head:
         shipped = ray.get_runtime_context().runtime_env.get("working_dir")
         folder = None if shipped else str(job.working_dir)
         script = Script(job.command, run, folder, job.max_restarts)
@@ -362,11 +351,7 @@ def _run(job: ScriptJob, run: str, logs: _Logs) -> int:
             stopping.check()
             head.check()
 
-        try:
-            return run_script(script, RayTransport(), spawn, logs, check)
-        except KeyboardInterrupt:  # the second signal: an end like after the first, but at once
-            stopping.check()
-            raise
+        return run_script(script, RayTransport(), spawn, logs, check)
 
 
 def _finish(path: Path, job: ScriptJob, status: str, facts: dict[str, object]) -> None:

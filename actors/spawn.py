@@ -48,6 +48,10 @@ _SERVER_THREADS = 8
 """Threads of a server node beside two per worker: for the manager's and the controller's calls."""
 
 
+_NOTHING = {"CPU": 0.0}
+"""Resources of an actor that works while others wait."""
+
+
 @dataclass
 class ActorHandles:
     """The actors of a run."""
@@ -107,29 +111,29 @@ def spawn(job: Job, roles: Roles, run: str, attempt: int) -> ActorHandles:
         SpecError: the cluster will never have what the job asks for.
     """
     _check_feasible(job, roles)
-    cast = ActorHandles()
+    handles = ActorHandles()
     try:
-        _spawn_all(cast, job, roles, run, attempt)
+        _spawn_all(handles, job, roles, run, attempt)
     except BaseException:
-        cast.end()
+        handles.end()
         raise
-    return cast
+    return handles
 
 
-def _spawn_all(cast: ActorHandles, job: Job, roles: Roles, run: str, attempt: int) -> None:
-    cast.seats = _seats(job, roles.group_size)
+def _spawn_all(handles: ActorHandles, job: Job, roles: Roles, run: str, attempt: int) -> None:
+    handles.seats = _seats(job, roles.group_size)
     for rank in range(job.scaling.num_workers):
-        cast.workers[rank] = spawn_worker(job, run, attempt, rank, cast.seat(rank))
+        handles.workers[rank] = spawn_worker(job, run, attempt, rank, handles.seat(rank))
     for index in range(roles.servers):
         name = f"server-{index}"
-        cast.servers[name] = spawn_server(job, roles, run, attempt, name)
+        handles.servers[name] = spawn_server(job, roles, run, attempt, name)
     for index in range(job.embeddings.servers if job.embeddings is not None else 0):
         part = f"embedding-server-{index}"
-        cast.embedding_servers[part] = spawn_server(job, roles, run, attempt, part)
+        handles.embedding_servers[part] = spawn_server(job, roles, run, attempt, part)
     if roles.servers and not job.own_loop:
-        cast.scheduler = spawn_scheduler(job, roles, run, attempt)
-    if roles.servers or cast.replicated_tables(job):
-        cast.manager = spawn_manager(job, roles, run, attempt, cast)
+        handles.scheduler = spawn_scheduler(job, roles, run, attempt)
+    if roles.servers or handles.replicated_tables(job):
+        handles.manager = spawn_manager(job, roles, run, attempt, handles)
 
 
 @dataclass
@@ -158,24 +162,24 @@ def spawn_script(scaling: Scaling, run: str, attempt: int) -> ScriptActors:
     seats = placement_group(bundles, strategy="PACK")
     made = []
     for index in range(scaling.num_workers):
-        options = {**_common(run), **_resources(needs), "max_concurrency": _SCRIPT_THREADS}
+        name = f"process-{index}" + (f"/attempt-{attempt}" if attempt else "")
+        options = _options(run, name, needs, _SCRIPT_THREADS)
         options["scheduling_strategy"] = PlacementGroupSchedulingStrategy(seats, index)
-        options["name"] = f"process-{index}" + (f"/attempt-{attempt}" if attempt else "")
         made.append(ray.remote(ScriptProcess).options(**options).remote(place_here))
     return ScriptActors(made, seats)
 
 
 def spawn_manager(
-    job: Job, roles: Roles, run: str, attempt: int, cast: ActorHandles, *, adopts: bool = False
+    job: Job, roles: Roles, run: str, attempt: int, handles: ActorHandles, *, adopts: bool = False
 ) -> Any:
     """Ask Ray for the server manager; `adopts`: the servers have had another one before."""
     name = actor_name(job, "server-manager", attempt)
     # Two per worker wait for newer maps, of shards and of tables; some are for anything else.
-    options = {**_common(run), **_resources({"CPU": 0.0}), **_threads(job, roles), "name": name}
+    options = _options(run, name, _NOTHING, _threads(job, roles))
     manager = ray.remote(ServerManager).options(**options)
-    tables = cast.replicated_tables(job)
+    tables = handles.replicated_tables(job)
     return manager.remote(
-        name, job, run, attempt, cast.servers, roles, tables=tables, adopts=adopts
+        name, job, run, attempt, handles.servers, roles, tables=tables, adopts=adopts
     )
 
 
@@ -196,19 +200,19 @@ def spawn_server(
     name = actor_name(job, role, attempt)
     # Two per worker: one answers its mailbox, one its calls.
     needs, part = _server_needs(job, roles, role)
-    options = {**_common(run), **_resources(needs), **_threads(job, roles)}
+    options = _options(run, name, needs, _threads(job, roles))
     others = _nodes_but(beside, needs) if beside is not None else []
     if others:
         turn = int(role.rpartition("-")[2]) % len(others)
         # A soft affinity would read better, but Ray 2.60 often does not follow it for actors.
         options["scheduling_strategy"] = NodeAffinitySchedulingStrategy(others[turn], soft=False)
-    return ray.remote(ServerNode).options(**options, name=name).remote(name, tables=part)
+    return ray.remote(ServerNode).options(**options).remote(name, tables=part)
 
 
 def _server_needs(job: Job, roles: Roles, role: str) -> tuple[dict[str, float], TablePart | None]:
     """Give a server node's resources, and where it is one of embedding tables, its part."""
     if not role.startswith("embedding-"):
-        return roles.server_resources or {"CPU": 0.0}, None
+        return roles.server_resources or _NOTHING, None
     assert job.embeddings is not None, "only such jobs have servers of tables"
     tables, limit_s = job.embeddings, job.failure.step_timeout_s
     index = int(role.rpartition("-")[2])  # a backup's is that of its primary, which tells it
@@ -216,21 +220,20 @@ def _server_needs(job: Job, roles: Roles, role: str) -> tuple[dict[str, float], 
     return tables.resources_per_server, part
 
 
-def _threads(job: Job, roles: Roles) -> dict[str, int]:
-    """Give two threads for each worker that there may be, and some for others."""
-    return {"max_concurrency": 2 * _most_workers(job, roles) + _SERVER_THREADS}
+def _threads(job: Job, roles: Roles) -> int:
+    """Count two threads for each worker that there may be at a time, and some for others."""
+    return 2 * (job.scaling.world + room(roles)) + _SERVER_THREADS
 
 
-def _most_workers(job: Job, roles: Roles) -> int:
-    """Count the workers that there may be at a time."""
-    return job.scaling.world + (ROOM if roles.consistency.dynamic_tasks or roles.resizes else 0)
+def room(roles: Roles) -> int:
+    """Count the workers that may come while a run goes on; 0: their number does not change."""
+    return ROOM if roles.consistency.dynamic_tasks or roles.resizes else 0
 
 
 def spawn_scheduler(job: Job, roles: Roles, run: str, attempt: int) -> Any:
     """Ask Ray for the task scheduler."""
     name = actor_name(job, "task-scheduler", attempt)
-    options = {**_common(run), **_resources({"CPU": 0.0}), "name": name}
-    scheduler = ray.remote(Scheduler).options(**options)
+    scheduler = ray.remote(Scheduler).options(**_options(run, name, _NOTHING))
     return scheduler.remote(name, job, roles.consistency)
 
 
@@ -238,10 +241,8 @@ def spawn_controller(controller: type, job: Job, run: str) -> Any:
     """Ask Ray for the controller, on this process's own node: no other node's end takes it."""
     name = actor_name(job, "controller", 0)
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    options = {**_common(run), **_resources({"CPU": 0.0}), "scheduling_strategy": here}
-    threads = {"max_concurrency": _CONTROLLER_THREADS}
-    made = ray.remote(controller).options(**options, **threads, name=name)
-    return made.remote(name, ray_compat.submission_id())
+    options = _options(run, name, _NOTHING, _CONTROLLER_THREADS) | {"scheduling_strategy": here}
+    return ray.remote(controller).options(**options).remote(name, ray_compat.submission_id())
 
 
 def _nodes_but(node: str, needs: dict[str, float]) -> list[str]:
@@ -263,21 +264,19 @@ def spawn_worker(
 ) -> Any:
     """Ask Ray for one worker, in its seat; returns before it is up."""
     name = actor_name(job, f"worker-{rank}", attempt)
-    threads = {"max_concurrency": _WORKER_THREADS}
-    options = {**_common(run), **_resources(job.scaling.resources()), **threads, "name": name}
-    options |= hash_seed.options()
-    if seat is not None:
-        options["scheduling_strategy"] = seat
-    return ray.remote(concurrency_groups={_READERS: 1})(Worker).options(**options).remote(name)
+    return _worker(run, name, job.scaling.resources(), seat)
 
 
 def spawn_spare(job: Job, run: str, node: str, number: int) -> Any:
     """Ask Ray for a process on a node that may become a worker; returns before it is up."""
-    name = actor_name(job, f"spare-{number}", 0)
-    threads = {"max_concurrency": _WORKER_THREADS}
-    options = {**_common(run), **_resources({"CPU": 0.0}), **threads, "name": name}
-    options |= hash_seed.options()
-    options["scheduling_strategy"] = NodeAffinitySchedulingStrategy(node, soft=False)
+    there = NodeAffinitySchedulingStrategy(node, soft=False)
+    return _worker(run, actor_name(job, f"spare-{number}", 0), _NOTHING, there)
+
+
+def _worker(run: str, name: str, needs: dict[str, float], where: object | None) -> Any:
+    options = _options(run, name, needs, _WORKER_THREADS) | hash_seed.options()
+    if where is not None:
+        options["scheduling_strategy"] = where
     return ray.remote(concurrency_groups={_READERS: 1})(Worker).options(**options).remote(name)
 
 
@@ -297,10 +296,6 @@ def actor_name(job: Job, role: str, attempt: int | str) -> str:
     return f"{job.name}/{role}" + (f"/attempt-{attempt}" if attempt else "")
 
 
-def _common(run: str) -> dict[str, Any]:
-    return {"namespace": run, "max_restarts": 0, "max_task_retries": 0}
-
-
 def _seats(job: Job, group_size: int) -> list[Any]:
     """
     Reserve room for each worker group: on one node if one has it, for they talk most.
@@ -313,6 +308,15 @@ def _seats(job: Job, group_size: int) -> list[Any]:
     bundles = [needs] * group_size
     groups = job.scaling.num_workers // group_size
     return [placement_group(bundles, strategy="PACK") for _ in range(groups)]
+
+
+def _options(
+    run: str, name: str, needs: dict[str, float], threads: int | None = None
+) -> dict[str, Any]:
+    """Give the arguments of `options` for an actor; `threads`: calls that run at once."""
+    found = {"namespace": run, "name": name, "max_restarts": 0, "max_task_retries": 0}
+    found |= _resources(needs)
+    return found if threads is None else found | {"max_concurrency": threads}
 
 
 def _resources(needs: dict[str, float]) -> dict[str, Any]:

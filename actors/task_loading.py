@@ -33,10 +33,8 @@ def load_task_class(entry: str, search_path: str) -> type[Task]:
         hint = "remove optimizer, global_batch_size, epochs and steps: a train function has its own"
         raise SpecError(Problem(("task",), text, hint))
     tasks = [n for n, v in vars(module).items() if isinstance(v, type) and issubclass(v, Task)]
-    names = [one for one in tasks if one != "Task"]
     what = "has no class" if found is None else "has no subclass of distplat.Task called"
-    message = f"module {module.__name__!r} {what} {name!r}"
-    raise SpecError(Problem(("task",), message, hint_of(name, names)))
+    raise _nothing(module, what, name, [one for one in tasks if one != "Task"])
 
 
 def load_train_function(entry: str, search_path: str) -> TrainFunction:
@@ -60,8 +58,7 @@ def load_train_function(entry: str, search_path: str) -> TrainFunction:
         return cast(TrainFunction, found)
     there = [n for n, v in vars(module).items() if isinstance(v, FunctionType)]
     what = "has no function" if found is None else "has no function called"
-    message = f"module {module.__name__!r} {what} {name!r}"
-    raise SpecError(Problem(("task",), message, hint_of(name, there)))
+    raise _nothing(module, what, name, there)
 
 
 def needed_arguments(function: TrainFunction) -> list[inspect.Parameter]:
@@ -99,6 +96,11 @@ def call_train_function(function: TrainFunction, config: Mapping[str, Any]) -> N
 
 
 _OPEN = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+
+
+def _nothing(module: ModuleType, what: str, name: str, there: list[str]) -> SpecError:
+    message = f"module {module.__name__!r} {what} {name!r}"
+    return SpecError(Problem(("task",), message, hint_of(name, there)))
 
 
 def _imported(entry: str, search_path: str) -> tuple[ModuleType, str]:

@@ -106,7 +106,7 @@ class Trainer:
         self._unheard = [] if task is None else _checked(task, self.job)
         self._dir = Path(working_dir or ".").resolve()
         self._storage_dir = Path(storage_dir or self._dir).resolve()
-        check_callbacks(callbacks, self.job)
+        check_callbacks(callbacks)
         self._callbacks = tuple(callbacks)
         self._progress = progress
         self._log_to_driver = log_to_driver

@@ -127,17 +127,14 @@ def run_function(
         session.close()
 
 
-def loaded(order: WorkOrder, search_path: str) -> TrainFunction:
+def loaded(order: WorkOrder) -> TrainFunction:
     """
     Give the function that an order names, looked at.
 
     Raises:
         SpecError: see `load_train_function`, `check_function`.
     """
-    if isinstance(order.task, bytes):
-        found: TrainFunction = pickle.loads(order.task)  # noqa: S301  our own driver pickled it
-    else:
-        found = load_train_function(order.task, search_path)
+    found: TrainFunction = _given(order, load_train_function)
     check_function(found, order.job.task_args)
     return found
 
@@ -330,7 +327,7 @@ class Session:
         try:
             trained = run_function(
                 order.job,
-                lambda: loaded(order, search_path(order)),
+                lambda: loaded(order),
                 connection.group(order),
                 RayTransport().node,
                 Outlets(self._report, uploader.take, progress, _saved(order), ending),
@@ -434,6 +431,12 @@ def search_path(order: WorkOrder) -> str:
     return str(_BEGAN_IN)
 
 
+def _given(order: WorkOrder, load: Callable[[str, str], Any]) -> Any:
+    if isinstance(order.task, bytes):
+        return pickle.loads(order.task)  # noqa: S301  our own driver pickled it
+    return load(order.task, search_path(order))
+
+
 def _task_class(order: WorkOrder) -> type[Task]:
     """
     Give the task's class, looked at; rank 0 says what is no error.
@@ -441,10 +444,7 @@ def _task_class(order: WorkOrder) -> type[Task]:
     Raises:
         SpecError: see `load_task_class`, `check_class`.
     """
-    if isinstance(order.task, bytes):
-        found: type[Task] = pickle.loads(order.task)  # noqa: S301  our own driver pickled it
-    else:
-        found = load_task_class(order.task, search_path(order))
+    found: type[Task] = _given(order, load_task_class)
     said = check_class(found, order.job.task_args, said_by_job(order.job))
     for line in said if order.rank == 0 and not order.checked else ():
         logger.warning("%s", line)

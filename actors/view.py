@@ -71,7 +71,7 @@ class View(Callback):
         """Begin to draw; say what is about to run."""
         if self._progress is not None:
             self._progress.start()
-        self._say(f"run {run}: {_cast(job)}, starting")
+        self._say(f"run {run}: {_what_runs(job)}, starting")
 
     def on_step(self, step: StepSummary) -> None:
         """Show a step; those that come too fast to read are passed over."""
@@ -181,7 +181,7 @@ def _figures(metrics: dict[str, float]) -> str:
     return "  ".join(f"{name} {number_text(value)}" for name, value in metrics.items())
 
 
-def _cast(job: Job) -> str:
+def _what_runs(job: Job) -> str:
     count = job.scaling.num_workers
     workers = "1 worker" if count == 1 else f"{count} workers"
     detail = make_strategy(job).detail()

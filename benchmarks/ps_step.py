@@ -11,6 +11,7 @@ many bytes between the same workers, without any update.
 import argparse
 import statistics
 import tempfile
+import threading
 import time
 from collections.abc import Callable
 from datetime import timedelta
@@ -50,7 +51,7 @@ class OurWorker:
 
         torch.set_num_threads(1)
         self.flat = FlatModel(layers(megabytes))
-        self.shards = RemoteShards(RayTransport(), order, total_steps=1 << 20)
+        self.shards = RemoteShards(RayTransport(), order, 1 << 20, 0, threading.Event())
         self.shards.connect(self.flat)
         self.flat.grads.fill_(1.0)
         self.control = StepControl(1.0, 1.0, present=self.flat.present)

@@ -211,7 +211,7 @@ def page() -> str:
             parts.append(f"| {schedule.__name__} | {names} |\n")
     parts.append(PLATEAU)
     parts.append(STRATEGY + "\n| name | arguments |\n|---|---|\n")
-    for kind in optimizers.Optimizer.__subclasses__():
+    for kind in optimizers.OPTIMIZERS:
         if kind is optimizers.TaskOptimizer:
             continue
         known = [name for name in kind.model_fields if name not in ("name", "groups")]

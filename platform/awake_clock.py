@@ -18,10 +18,10 @@ _LOOK_S = 0.5
 
 
 class AwakeClock:
-    """Seconds, of which none go by while nobody reads them; for one thread."""
+    """Seconds since it was made, of which none go by while nobody reads it; for one thread."""
 
     def __init__(self) -> None:
-        self._now = self._read = time.monotonic()
+        self._now, self._read = 0.0, time.monotonic()
 
     def now(self) -> float:
         """Read the clock; goes on by no more than `HALTED_S` since the last time."""
@@ -46,8 +46,7 @@ def wait_awake(changed: Condition, over: Callable[[], bool], limit_s: float) -> 
     if over():
         return True
     clock = AwakeClock()
-    until = clock.now() + limit_s
-    while not changed.wait_for(over, min(_LOOK_S, left := until - clock.now())):
-        if left <= _LOOK_S and clock.now() >= until:
+    while not changed.wait_for(over, min(_LOOK_S, left := limit_s - clock.now())):
+        if left <= _LOOK_S and clock.now() >= limit_s:
             return over()
     return True

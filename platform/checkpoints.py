@@ -30,7 +30,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from distplat.platform.disk import Content, Disk, Moved, RealDisk
+from distplat.platform.disk import Content, Disk, Moved
 from distplat.platform.errors import Problem, SpecError, StorageError, told_of
 from distplat.platform.tensor_slices import ITEM_BYTES, Bytes, TensorEntry
 
@@ -210,7 +210,7 @@ class Catalogue:
 
     def __init__(self, folder: Path, disk: Disk | None = None) -> None:
         self.folder = folder
-        self._disk: Disk = disk or RealDisk()
+        self._disk = disk or Disk()
 
     def steps(self) -> list[int]:
         """Give the steps that have a checkpoint, whole or damaged, oldest first."""

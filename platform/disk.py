@@ -19,9 +19,7 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import Future, wait
 from pathlib import Path
 from threading import Thread
-from typing import IO, Generic, Protocol, TypeVar
-
-from typing_extensions import override
+from typing import IO, Generic, TypeVar
 
 from distplat.platform.errors import StorageError
 
@@ -40,34 +38,15 @@ class DiskHangs(StorageError):
     """The disk gives no answer."""
 
 
-class Disk(Protocol):
-    """The operations that a crash may come between; tests put one of their own in its place."""
+class Disk:
+    """The operations that a crash may come between, one method each: tests make them fail."""
 
     def make(self, path: Path) -> None:
         """Make a directory, for its owner alone."""
+        path.mkdir(mode=0o700)
 
     def write(self, path: Path, content: Content) -> tuple[int, str]:
         """Write a file and sync it; give its size and SHA-256."""
-
-    def sync(self, path: Path) -> None:
-        """Sync a directory: the names in it."""
-
-    def rename(self, old: Path, new: Path) -> None:
-        """Give a directory another name, at once or not at all."""
-
-    def remove(self, path: Path) -> None:
-        """Remove a directory with all in it."""
-
-
-class RealDisk(Disk):
-    """The machine's own disk."""
-
-    @override
-    def make(self, path: Path) -> None:
-        path.mkdir(mode=0o700)
-
-    @override
-    def write(self, path: Path, content: Content) -> tuple[int, str]:
         size, digest = 0, hashlib.sha256()
         with path.open("xb") as file:
             for part in content:
@@ -78,21 +57,25 @@ class RealDisk(Disk):
             os.fsync(file.fileno())
         return size, digest.hexdigest()
 
-    @override
     def sync(self, path: Path) -> None:
-        directory = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(directory)
-        finally:
-            os.close(directory)
+        """Sync a directory: the names in it."""
+        _sync(path)
 
-    @override
     def rename(self, old: Path, new: Path) -> None:
+        """Give a directory another name, at once or not at all."""
         old.rename(new)
 
-    @override
     def remove(self, path: Path) -> None:
+        """Remove a directory with all in it."""
         shutil.rmtree(path)
+
+
+def _sync(folder: Path) -> None:
+    directory = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(directory)
+    finally:
+        os.close(directory)
 
 
 def check_regular(path: Path) -> None:
@@ -177,13 +160,13 @@ def with_deadline(work: Callable[[Moved], T], where: Path, limit_s: float) -> T:
     Raises:
         DiskHangs: the disk has done nothing for so long. The thread is left to it.
     """
-    done, moved_at = Future[T](), time.monotonic()
+    moved_at = time.monotonic()
 
     def moved() -> None:
         nonlocal moved_at
         moved_at = time.monotonic()
 
-    Thread(target=_settle, args=(done, lambda: work(moved)), name="disk", daemon=True).start()
+    done = in_thread("disk", lambda: work(moved))
     while not done.done():
         left_s = moved_at + limit_s - time.monotonic()
         if left_s <= 0:
@@ -193,11 +176,18 @@ def with_deadline(work: Callable[[Moved], T], where: Path, limit_s: float) -> T:
     return done.result()
 
 
-def _settle(done: Future[T], work: Callable[[], T]) -> None:
-    try:
-        done.set_result(work())
-    except BaseException as error:
-        done.set_exception(error)
+def in_thread(name: str, work: Callable[[], T]) -> Future[T]:
+    """Have a thread of its own do something that may never end; nobody need wait for it."""
+    done = Future[T]()
+
+    def run() -> None:
+        try:
+            done.set_result(work())
+        except BaseException as error:
+            done.set_exception(error)
+
+    Thread(target=run, name=name, daemon=True).start()
+    return done
 
 
 def write_whole(path: Path, data: bytes, moved: Moved = lambda: None) -> None:
@@ -225,11 +215,7 @@ def write_whole(path: Path, data: bytes, moved: Moved = lambda: None) -> None:
         with contextlib.suppress(OSError):
             partial.unlink()  # a disk that is full must not stay so
         raise
-    directory = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)
+    _sync(path.parent)
 
 
 MOST = 10_000

@@ -29,7 +29,7 @@ Errors cross processes by pickle: every constructor hands all its arguments to `
 
 import re
 import signal
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -376,6 +376,11 @@ class Interrupted(DistplatError):
         """`interrupted by SIGINT`."""
         names = {1: "SIGHUP", 2: "SIGINT", 15: "SIGTERM"}
         return f"interrupted by {names.get(self.signal_number, self.signal_number)}"
+
+
+def ranks_text(ranks: Collection[int]) -> str:
+    """`rank 1`, or `ranks 1, 3`."""
+    return f"{'rank' if len(ranks) == 1 else 'ranks'} {', '.join(map(str, ranks))}"
 
 
 def nearest(name: str, known: Iterable[str]) -> str | None:

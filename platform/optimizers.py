@@ -13,7 +13,7 @@ do. A group of parameters may have another optimizer than the rest, as Muon need
 
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, get_args
 
 from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 from pydantic_core import PydanticCustomError
@@ -173,105 +173,98 @@ class Optimizer(Spec):
         return "lr", *("" if one.lr is None else f"lr_group_{n}" for n, one in own)
 
 
-class SGD(Optimizer):
+class _Signed(Optimizer):
+    """Those that can go up, too."""
+
+    maximize: Flag = False
+
+
+class _Adams(_Signed):
+    """Those with two moments of the gradient."""
+
+    betas: Pair = (0.9, 0.999)
+    eps: NonNegative = 1e-8
+
+
+class SGD(_Signed):
     """Stochastic gradient descent, with momentum if asked."""
 
     name: Literal["SGD"]
-    maximize: Flag = False
     momentum: NonNegative = 0.0
     dampening: NonNegative = 0.0
     nesterov: Flag = False
 
 
-class Adam(Optimizer):
+class Adam(_Adams):
     """Adam, Kingma & Ba 2015."""
 
     name: Literal["Adam"]
-    maximize: Flag = False
-    betas: Pair = (0.9, 0.999)
-    eps: NonNegative = 1e-8
     amsgrad: Flag = False
 
 
-class AdamW(Optimizer):
+class AdamW(_Adams):
     """Adam with decoupled weight decay, Loshchilov & Hutter 2019."""
 
     name: Literal["AdamW"]
-    maximize: Flag = False
     weight_decay: NonNegative = 0.01
-    betas: Pair = (0.9, 0.999)
-    eps: NonNegative = 1e-8
     amsgrad: Flag = False
 
 
-class RMSprop(Optimizer):
+class RMSprop(_Signed):
     """RMSprop, Hinton's lecture 6."""
 
     name: Literal["RMSprop"]
-    maximize: Flag = False
     alpha: Fraction = 0.99
     eps: NonNegative = 1e-8
     momentum: NonNegative = 0.0
     centered: Flag = False
 
 
-class Adagrad(Optimizer):
+class Adagrad(_Signed):
     """Adagrad, Duchi et al. 2011."""
 
     name: Literal["Adagrad"]
-    maximize: Flag = False
     lr_decay: NonNegative = 0.0
     initial_accumulator_value: NonNegative = 0.0
     eps: NonNegative = 1e-10
 
 
-class Adadelta(Optimizer):
+class Adadelta(_Signed):
     """Adadelta, Zeiler 2012."""
 
     name: Literal["Adadelta"]
-    maximize: Flag = False
     rho: Fraction = 0.9
     eps: NonNegative = 1e-6
 
 
-class Adamax(Optimizer):
+class Adamax(_Adams):
     """Adam with the infinity norm, Kingma & Ba 2015."""
 
     name: Literal["Adamax"]
-    maximize: Flag = False
-    betas: Pair = (0.9, 0.999)
-    eps: NonNegative = 1e-8
 
 
-class NAdam(Optimizer):
+class NAdam(_Adams):
     """Adam with Nesterov momentum, Dozat 2016."""
 
     name: Literal["NAdam"]
-    maximize: Flag = False
-    betas: Pair = (0.9, 0.999)
-    eps: NonNegative = 1e-8
     momentum_decay: NonNegative = 0.004
     decoupled_weight_decay: Flag = False
 
 
-class RAdam(Optimizer):
+class RAdam(_Adams):
     """Rectified Adam, Liu et al. 2020."""
 
     name: Literal["RAdam"]
-    maximize: Flag = False
-    betas: Pair = (0.9, 0.999)
-    eps: NonNegative = 1e-8
     decoupled_weight_decay: Flag = False
 
 
-class Adafactor(Optimizer):
+class Adafactor(_Signed):
     """Adam's second moments by rows and columns, Shazeer & Stern 2018; torch's has no momentum."""
 
     of_tensors: ClassVar[bool] = True
     not_in_groups: ClassVar[frozenset[str]] = frozenset({"eps", "beta2_decay", "d"})
 
     name: Literal["Adafactor"]
-    maximize: Flag = False
     beta2_decay: Annotated[Number, Field(le=0)] = -0.8
     eps: tuple[NonNegative | None, NonNegative] = (None, 1e-3)
     d: Annotated[Number, Field(ge=1)] = 1.0
@@ -339,10 +332,12 @@ _Named = SGD | Adam | AdamW | RMSprop | Adagrad | Adadelta | Adamax | NAdam | RA
 AnyOptimizer = Annotated[_Named, Field(discriminator="name")]
 """Those that update element by element."""
 _OfTensors = Adafactor | Muon | LAMB
-JobOptimizer = Annotated[_Named | _OfTensors | TaskOptimizer, Field(discriminator="name")]
+_Any = _Named | _OfTensors | TaskOptimizer
+JobOptimizer = Annotated[_Any, Field(discriminator="name")]
 """As a job file has it."""
+OPTIMIZERS: tuple[type[Optimizer], ...] = get_args(_Any)
 
 
 def kind_of(name: str) -> type[Optimizer]:
     """Give the class of an optimizer that a job may name."""
-    return next(kind for kind in Optimizer.__subclasses__() if kind.__name__ == name)
+    return next(kind for kind in OPTIMIZERS if kind.__name__ == name)

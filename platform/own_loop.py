@@ -26,7 +26,6 @@ OF_TASKS = (
     "precision",
     "compile",
     "activation_checkpointing",
-    "ema",
     "data",
     "evaluation",
 )

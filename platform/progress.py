@@ -191,6 +191,16 @@ AnyReport = StepReport | EvalReport | TraceReport
 
 Summary = StepSummary | EvalSummary | Trace | FailureEvent | Recovery | Resized | Saved | Best
 """What is told of a run while it goes on."""
+KINDS = {
+    "step": StepSummary,
+    "evaluation": EvalSummary,
+    "failure": FailureEvent,
+    "recovery": Recovery,
+    "resized": Resized,
+    "checkpoint": Saved,
+    "best checkpoint": Best,
+}
+"""By `kind` of a line of metrics.jsonl."""
 
 Report = TypeVar("Report", StepReport, EvalReport, TraceReport)
 

@@ -19,20 +19,17 @@ from __future__ import annotations
 import logging
 import re
 import shutil
-import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import Future, wait
 from contextlib import suppress
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from queue import Empty, SimpleQueue
 from typing import IO, Any, TypeVar
 
-from typing_extensions import override
-
 from distplat.platform.checkpoints import FOLDER, MANIFEST, StoredCheckpoint, listed, read, step_of
-from distplat.platform.disk import SETTING, DiskHangs, with_deadline
+from distplat.platform.disk import SETTING, DiskHangs, in_thread, with_deadline
 from distplat.platform.errors import DeadlineExceeded, Problem, SpecError, StorageError
 
 T = TypeVar("T")
@@ -50,23 +47,16 @@ _MOST_TEXTS = 1000
 _USER = re.compile(r"//[^/@\s]+@")
 
 
-class _Once(logging.Filter):
-    """Lets each text through once: gcsfs warns in every operation of what it may not ask for."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._said: set[str] = set()
-
-    @override
-    def filter(self, record: logging.LogRecord) -> bool:
-        text = record.getMessage()
-        if text in self._said or len(self._said) >= _MOST_TEXTS:
-            return text not in self._said
-        self._said.add(text)
-        return True
+_said: set[str] = set()  #: texts that were let through
 
 
-_ONCE = _Once()
+def _is_new(record: logging.LogRecord) -> bool:
+    """Let each text through once: gcsfs warns in every operation of what it may not ask for."""
+    text = record.getMessage()
+    new = text not in _said
+    if new and len(_said) < _MOST_TEXTS:
+        _said.add(text)
+    return new
 
 
 class NoAnswer(StorageError):
@@ -90,7 +80,7 @@ class RemoteStorage:
         self.url = url.rstrip("/")
         self.limit_s = limit_s
         self.answered_at = time.monotonic()  #: when it last did what it was asked
-        self._hanging: list[threading.Thread] = []
+        self._hanging: list[Future[Any]] = []
         self._opened: tuple[Any, str] | None = None  #: fsspec's file system, and our place in it
 
     @property
@@ -201,40 +191,28 @@ class RemoteStorage:
             asked: whether that asks the storage itself, and no buffer alone.
         """
         limit_s = self.limit_s / 4
-        self._hanging = [one for one in self._hanging if one.is_alive()]
+        self._hanging = [one for one in self._hanging if not one.done()]
         if len(self._hanging) >= _MOST_HANGING:
             raise NoAnswer(f"{self.url}/{name}: {_MOST_HANGING} operations before it still hang")
-        answers: SimpleQueue[tuple[Any, BaseException | None]] = SimpleQueue()
-
-        def answer() -> None:
-            try:
-                answers.put((work(*self._connected()), None))
-            except BaseException as error:
-                answers.put((None, error))
-
-        thread = threading.Thread(target=answer, name="remote storage", daemon=True)
         self._load()
-        thread.start()
-        try:
-            value, error = answers.get(timeout=limit_s)
-        except Empty:
-            self._hanging.append(thread)
+        done = in_thread("remote storage", lambda: work(*self._connected()))
+        if not wait([done], limit_s).done:
+            self._hanging.append(done)
             self._opened = None
             late = DeadlineExceeded(f"{self.url}/{name}", ("its storage",), limit_s, SETTING)
-            raise NoAnswer(str(late)) from None
-        if error is not None:
+            raise NoAnswer(str(late))
+        if (error := done.exception()) is not None:
             raise self._as_ours(name, error) from error
         if asked:
             self.answered_at = time.monotonic()
-        result: T = value
-        return result
+        return done.result()
 
     def _load(self) -> None:
         """Import the scheme's library, which takes a second and is not the storage's fault."""
         from fsspec import get_filesystem_class
 
         found = get_filesystem_class(self.url.partition("://")[0])
-        logging.getLogger(found.__module__.partition(".")[0]).addFilter(_ONCE)
+        logging.getLogger(found.__module__.partition(".")[0]).addFilter(_is_new)
 
     def _connected(self) -> tuple[Any, Callable[[str], str]]:
         """Give the file system, and what makes a path there of a name."""

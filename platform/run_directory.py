@@ -36,16 +36,7 @@ from distplat.platform.disk import Moved, Records, reserve, with_deadline, write
 from distplat.platform.errors import StorageError
 from distplat.platform.job_file import render_job
 from distplat.platform.pipeline_trace import TRACE_FILE, Trace
-from distplat.platform.progress import (
-    Best,
-    EvalSummary,
-    FailureEvent,
-    Recovery,
-    Resized,
-    Saved,
-    StepSummary,
-    Summary,
-)
+from distplat.platform.progress import KINDS, EvalSummary, StepSummary, Summary
 from distplat.platform.remote_storage import local_folder
 from distplat.platform.spec import Job
 from distplat.platform.tensor_file import EMA_PREFIX, split
@@ -62,16 +53,7 @@ TASK_FILE = "task.safetensors"
 EMA_FILE = "model_ema.safetensors"
 """The average of the trained weights."""
 
-_KINDS = {
-    StepSummary: "step",
-    EvalSummary: "evaluation",
-    FailureEvent: "failure",
-    Recovery: "recovery",
-    Resized: "resized",
-    Saved: "checkpoint",
-    Best: "best checkpoint",
-}
-"""Value of `kind` in a line of metrics.jsonl."""
+_KIND_OF = {kind: name for name, kind in KINDS.items()}
 
 
 def new_run_name(name: str) -> str:
@@ -127,7 +109,7 @@ class RunDirectory:
         if isinstance(summary, Trace):
             self.keep(TRACE_FILE, summary.to_json())
             return
-        line = _to_json({"kind": _KINDS[type(summary)], **asdict(summary)}) + "\n"
+        line = _to_json({"kind": _KIND_OF[type(summary)], **asdict(summary)}) + "\n"
         target = self._metrics.path
         try:
             self._metrics.write(line.encode())

@@ -14,13 +14,17 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from stat import S_ISREG
 from typing import IO, Any, Generic, TypeVar
 
+from pydantic import TypeAdapter
+
 from distplat.platform.errors import Problem, SpecError, StorageError, nearest, told_of
-from distplat.platform.pipeline_trace import TRACE_FILE, Trace, TraceEvent
+from distplat.platform.pipeline_trace import TRACE_FILE, Trace
 from distplat.platform.progress import (
+    KINDS,
     EvalSummary,
     FailureEvent,
     Recovery,
@@ -37,6 +41,8 @@ _DAMAGE = (ValueError, TypeError, KeyError, ArithmeticError, RecursionError)
 """What reading a damaged line raises; the last two by numbers beyond all bounds and deep JSON."""
 _MOST = 2**53
 """No step, count or size is larger; a float holds it exactly."""
+_SETBACK = "setback"
+"""What a failure was called before 0.1.0 was released."""
 MOST_STEPS = 200_000
 """Steps that are held at a time, some 300 MB of them."""
 MOST_LINE = 2**22
@@ -240,43 +246,17 @@ def _keep(record: RunRecord, found: object) -> None:
             record.saved.append(found)
 
 
-def _summary(
-    line: Any,
-) -> StepSummary | EvalSummary | FailureEvent | Recovery | Resized | Saved | None:
+def _summary(line: Any) -> object:
     """Read one line; None for a kind that is not known here."""
     fields = _mapping(line)
-    match fields["kind"]:
-        case "step":
-            return StepSummary(
-                _whole(fields["step"]),
-                _whole(fields["epoch"]),
-                _number(fields["loss"]),
-                _whole(fields["samples"]),
-                _numbers(fields["seconds"]),
-                _whole(fields.get("of", 0)),
-                _numbers(fields.get("figures", {})),
-            )
-        case "evaluation":
-            metrics = _numbers(fields["metrics"])
-            return EvalSummary(_whole(fields["step"]), _whole(fields["samples"]), metrics)
-        case "failure" | "setback":  # its name before 0.1.0 was released
-            return FailureEvent(
-                _whole(fields["attempt"]),
-                _whole(fields["step"]),
-                str(fields["cause"]),
-                tuple(map(str, fields["replaced"])),
-                _number(fields["wait_s"]),
-            )
-        case "recovery":
-            return Recovery(_whole(fields["attempt"]), _number(fields["seconds"]))
-        case "resized":
-            names = "attempt", "step", "before", "workers"
-            attempt, step, before, workers = (_whole(fields[name]) for name in names)
-            return Resized(attempt, step, before, workers, _number(fields["seconds"]))
-        case "checkpoint":
-            path, size = str(fields["path"]), _whole(fields["size"])
-            return Saved(_whole(fields["step"]), path, size, _number(fields["seconds"]))
-    return None
+    name = fields["kind"]
+    kind = KINDS.get("failure" if name == _SETBACK else name)
+    return None if kind is None else _reader(kind).validate_python(_plain(fields))
+
+
+@cache
+def _reader(kind: type) -> TypeAdapter[Any]:
+    return TypeAdapter(kind)
 
 
 def _job(text: str) -> Mapping[str, Any]:
@@ -285,26 +265,12 @@ def _job(text: str) -> Mapping[str, Any]:
 
 
 def _trace(text: str) -> Trace:
-    fields = _mapping(json.loads(text))
-    events = tuple(_event(_mapping(event)) for event in fields["events"])
-    return Trace(
-        _whole(fields["step"]),
-        _whole(fields["stages"]),
-        str(fields["schedule"]),
-        _whole(fields["micro_batches"]),
-        events,
-    )
-
-
-def _event(fields: Mapping[str, Any]) -> TraceEvent:
-    names = ("rank", "replica", "stage", "tensor")
-    rank, replica, stage, tensor = (_whole(fields[name]) for name in names)
-    start, end = _number(fields["start_s"]), _number(fields["end_s"])
-    if not (math.isfinite(start) and math.isfinite(end) and start <= end):
-        raise ValueError(f"an event from {start} to {end}")
-    chunk, micro_batch = (_whole(fields[name], -1) for name in ("chunk", "micro_batch"))  # -1: none
-    kind = str(fields["kind"])
-    return TraceEvent(rank, replica, stage, tensor, kind, chunk, micro_batch, start, end)
+    fields = _plain(_mapping(json.loads(text)), least=-1)  # -1: none
+    found: Trace = _reader(Trace).validate_python(fields)
+    for one in found.events:
+        if not -math.inf < one.start_s <= one.end_s < math.inf:
+            raise ValueError(f"an event from {one.start_s} to {one.end_s}")
+    return found
 
 
 def _mapping(value: Any) -> Mapping[str, Any]:
@@ -313,17 +279,12 @@ def _mapping(value: Any) -> Mapping[str, Any]:
     return value
 
 
-def _whole(value: Any, least: int = 0) -> int:
-    found = int(value)
-    if not least <= found < _MOST:
-        raise ValueError(f"{found:.3g} where a count belongs")
-    return found
-
-
-def _number(value: Any) -> float:
-    """Read a number; null stands for one that was not finite."""
-    return math.nan if value is None else float(value)
-
-
-def _numbers(value: Any) -> dict[str, float]:
-    return {str(name): _number(one) for name, one in _mapping(value).items()}
+def _plain(value: Any, least: int = 0) -> Any:
+    """Refuse counts beyond all bounds; null stands for a number that was not finite."""
+    if isinstance(value, dict):
+        return {name: _plain(one, least) for name, one in value.items()}
+    if isinstance(value, list):
+        return [_plain(one, least) for one in value]
+    if isinstance(value, int) and not least <= value < _MOST:
+        raise ValueError(f"{value:.3g} where a count belongs")
+    return math.nan if value is None else value

@@ -9,7 +9,7 @@ is no matter of a node, and is told as one error.
 from collections.abc import Collection, Iterable
 from dataclasses import replace
 
-from distplat.platform.errors import DistplatError, Problem, SpecError, UserCodeError
+from distplat.platform.errors import DistplatError, Problem, SpecError, UserCodeError, ranks_text
 
 
 class SetupErrors:
@@ -63,8 +63,8 @@ class SetupErrors:
         """`rank 1`, or `ranks 1, 3 (node gpu-2, 10.0.0.7)` where there are several nodes."""
         nodes = self._nodes_of(ranks)
         if len(set(self._nodes.values())) > 1 and nodes:
-            return f"{_listed(ranks)} (node {'; node '.join(nodes)})"
-        return _listed(ranks)
+            return f"{ranks_text(ranks)} (node {'; node '.join(nodes)})"
+        return ranks_text(ranks)
 
     def _remedy(self, failed: Collection[int]) -> str:
         """Name who has no such error; empty: nobody, or ranks of the same node."""
@@ -74,7 +74,7 @@ class SetupErrors:
             return ""
         others = "another node" if len(there) == 1 else "other nodes"
         return (
-            f"{_listed(sorted(self._made))} made model and data on {others}: put what the task "
+            f"{ranks_text(sorted(self._made))} made model and data on {others}: put what the task "
             f"reads on {' and '.join(nodes)} too, under the same path, or on storage that all "
             "nodes share"
         )
@@ -87,11 +87,6 @@ def _alike(one: DistplatError, other: DistplatError) -> bool:
     if isinstance(one, UserCodeError) and isinstance(other, UserCodeError):
         return one.summary == other.summary
     return type(one) is type(other) and str(one) == str(other)
-
-
-def _listed(ranks: Collection[int]) -> str:
-    word = "rank" if len(ranks) == 1 else "ranks"
-    return f"{word} {', '.join(map(str, ranks))}"
 
 
 def _placed(error: DistplatError, places: str, remedy: str) -> DistplatError:

@@ -57,7 +57,6 @@ def cut_shards(
     total: int,
     servers: int,
     *,
-    version: int = 1,
     speeds: Sequence[float] = (),
     tail: int = 0,
     places: Sequence[int] = (),
@@ -68,7 +67,6 @@ def cut_shards(
     Args:
         total: elements.
         servers: how many.
-        version: of the map.
         speeds: elements that each server updates in a second; empty: as if all were alike.
         tail: how many of the last elements are frozen; the last shard has them on top.
         places: where alone it may be cut; they rise. Empty: anywhere.
@@ -83,7 +81,7 @@ def cut_shards(
         bounds = cut_at(bounds, [at for at in places if at < total])
     bounds[-1] = bounds[-1][0], whole
     shards = tuple(Shard(i, start, stop) for i, (start, stop) in enumerate(bounds))
-    return ShardMap(version, whole, shards)
+    return ShardMap(1, whole, shards)
 
 
 def _bounds_by_speed(total: int, speeds: Sequence[float], align: int) -> list[tuple[int, int]]:

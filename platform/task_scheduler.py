@@ -255,14 +255,11 @@ class TaskScheduler:
     def _lease(self, most: int) -> range:
         """Take the lowest run of tasks that nobody holds, as long as it may be."""
         if self._again:
-            first = self._again[0]
-            stop = first + 1
-            while stop - first < most and stop - first < len(self._again):
-                if self._again[stop - first] != stop:
-                    break
-                stop += 1
-            del self._again[: stop - first]
-            return range(first, stop)
+            first, count = self._again[0], 1
+            while count < min(most, len(self._again)) and self._again[count] == first + count:
+                count += 1
+            del self._again[:count]
+            return range(first, first + count)
         end = self.plan.tasks
         if self._bound is not None:
             oldest = self.done.low // self.plan.parts

@@ -19,8 +19,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
-from distplat.actors.collectives.rendezvous import GroupSettings
+from distplat.actors.collectives.rendezvous import GroupMember
 from distplat.actors.collectives.torch_store import Store
+from distplat.actors.process_setup import variables
 from distplat.strategies import torch_compat
 from distplat.strategies.function.function_session import Place
 
@@ -33,15 +34,11 @@ class DefaultGroup:
     One rank's way to the others, for torch's default process group, in one attempt.
 
     Args:
-        name: of the attempt.
-        rank: this worker's.
-        world: all workers.
-        settings: of the attempt's groups.
+        member: this worker's rank, among all; the name is the group's alone.
     """
 
-    def __init__(self, name: str, rank: int, world: int, settings: GroupSettings) -> None:
-        self._name, self._rank, self._world = f"{name}/torch.distributed", rank, world
-        self._settings = settings
+    def __init__(self, member: GroupMember) -> None:
+        self._member = member
         self._store: Store | None = None
         self._made = 0
 
@@ -53,7 +50,7 @@ class DefaultGroup:
             DistplatError: a rank did not come, or this one was told to give up.
         """
         if self._store is None:
-            self._store = Store(self._name, self._rank, self._world, self._settings)
+            self._store = Store(self._member)
             if (interface := _interface_of(self._store.host)) is not None:
                 os.environ.setdefault(_INTERFACE, interface)
         self._made += 1
@@ -74,19 +71,14 @@ def as_torchrun(place: Place, rendezvous: Callable[[], Any]) -> Iterator[None]:
         place: of this rank.
         rendezvous: gives the store of each group that is made, once all ranks ask for it.
     """
-    before = {name: os.environ.get(name) for name in (*place.variables, _INTERFACE)}
-    os.environ.update(place.variables)
     ours = not torch_compat.has_default_group()
-    try:
-        with torch_compat.env_rendezvous(rendezvous, place.rank, place.world):
-            yield
-    finally:
-        if ours:
-            torch_compat.destroy_default_group()
-        for name, value in before.items():
-            os.environ.pop(name, None)
-            if value is not None:
-                os.environ[name] = value
+    with variables(place.variables, _INTERFACE):
+        try:
+            with torch_compat.env_rendezvous(rendezvous, place.rank, place.world):
+                yield
+        finally:
+            if ours:
+                torch_compat.destroy_default_group()
 
 
 def _interface_of(address: str) -> str | None:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from distplat.actors.collectives.rendezvous import GroupSettings
+from distplat.actors.collectives.rendezvous import GroupMember
 from distplat.actors.collectives.work import TrafficMeter, Work
 from distplat.platform.topology import Choice
 from distplat.strategies.collective import ReduceOp, Traffic
@@ -17,17 +17,15 @@ class CollectiveGroup(ABC):
     One rank of a group (see `Collective`); `reduce`, `abort` and `close` are beside the port.
 
     Args:
-        name: unique on the cluster.
-        rank: place in the group.
-        world: ranks in the group.
-        settings: deadlines, and how the group is given up.
+        member: which rank, of which group.
     """
 
     choice = Choice("", "it was made without `create_group`")
     """Backend of the group, and why it is the one."""
 
-    def __init__(self, name: str, rank: int, world: int, settings: GroupSettings) -> None:
-        self.name, self.rank, self.world, self.settings = name, rank, world, settings
+    def __init__(self, member: GroupMember) -> None:
+        self.name, self.rank, self.world = member.name, member.rank, member.world
+        self.settings = member.settings
         self.traffic = Traffic()
         self._meter = TrafficMeter(self.traffic)
         self._subgroups: list[CollectiveGroup] = []

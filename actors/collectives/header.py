@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from distplat.platform.errors import MismatchError
+from distplat.platform.errors import MismatchError, ranks_text
 from distplat.strategies.collective import SENDABLE, ReduceOp
 
 _OPERATIONS = (
@@ -163,8 +163,7 @@ def check_headers(group: str, rank: int, headers: Sequence[Header]) -> None:
     show_numbers = len({one.number for one in headers}) > 1
     parts = []
     for kind in counts:
-        ranks = [str(place) for place, one in enumerate(headers) if one == kind]
-        who = f"{'ranks' if len(ranks) > 1 else 'rank'} {', '.join(ranks)}"
+        who = ranks_text([place for place, one in enumerate(headers) if one == kind])
         parts.append(f"{who} in {kind}" + (f" (#{kind.number})" if show_numbers else ""))
     if len({one.operation for one in counts}) == 1 and len({one.digest for one in counts}) > 1:
         parts.append("the sizes of the ranks' parts differ, or their places")

@@ -26,16 +26,16 @@ from torch import Tensor
 from distplat.actors.collectives.group import summed
 from distplat.actors.collectives.header import Header, header
 from distplat.actors.collectives.rendezvous import (
-    GroupSettings,
+    GroupMember,
     delete_places,
     exchange_places,
 )
 from distplat.actors.collectives.shm.shm_group import ShmGroup
-from distplat.actors.collectives.torch_group import Fail, TorchGroup
+from distplat.actors.collectives.torch_group import Fail, TorchGroup, nothing
 from distplat.actors.collectives.torch_store import run_unless_given_up
 from distplat.actors.collectives.work import OpQueue, Work
 from distplat.platform.errors import CollectiveError, DeadlineExceeded, MismatchError
-from distplat.platform.topology import RankLocation, by_node
+from distplat.platform.topology import by_node
 from distplat.strategies import torch_compat
 from distplat.strategies.algorithms.reduce import traffic_elements
 from distplat.strategies.collective import ReduceOp, Traffic
@@ -49,43 +49,30 @@ class HierarchicalGroup(TorchGroup):
     One rank of a group over several nodes.
 
     Args:
-        name: unique on the cluster.
-        rank: place in the group.
-        world: ranks in the group.
-        settings: deadlines, and how the group is given up.
-        places: where the ranks are; None: they tell each other.
+        member: which rank, of which group.
 
     Raises:
         DeadlineExceeded: somebody did not come in `settings.rendezvous_s`.
         CollectiveError: the group broke while it formed, or this rank was told to give up.
     """
 
-    def __init__(
-        self,
-        name: str,
-        rank: int,
-        world: int,
-        settings: GroupSettings,
-        places: tuple[RankLocation, ...] | None = None,
-    ) -> None:
-        super().__init__(name, rank, world, settings, places)
+    def __init__(self, member: GroupMember) -> None:
+        super().__init__(member)
         self._near: ShmGroup | None = None  #: this node's ranks, if there are several
         self._ring: Any = None  #: the leaders, if this rank is one of several
-        self._queue = OpQueue(f"hierarchical {name}")
+        self._queue = OpQueue(f"hierarchical {self.name}")
         self._counted = Traffic()
         self._once = threading.Lock()
         self._in_node = True
         try:
-            self._find_neighbours(places)
+            self._find_neighbours(member)
         except BaseException:
             self.close()
             raise
 
-    def _find_neighbours(self, places: tuple[RankLocation, ...] | None) -> None:
-        asks = places is None  # made by Ray's own call
-        if places is None:
-            places = exchange_places(self.name, self.rank, self.world, self.settings)
-        self._nodes = by_node(places)
+    def _find_neighbours(self, member: GroupMember) -> None:
+        asks = member.places is None  # made by Ray's own call
+        self._nodes = by_node(member.places or exchange_places(member))
         self._node = next(n for n, ranks in enumerate(self._nodes) if self.rank in ranks)
         self._local = self._nodes[self._node]
         if len(self._local) > 1:
@@ -99,7 +86,7 @@ class HierarchicalGroup(TorchGroup):
     def _join_node(self, name: str) -> ShmGroup:
         try:
             place = self._local.index(self.rank)
-            return ShmGroup(name, place, len(self._local), self.settings)
+            return ShmGroup(GroupMember(name, place, len(self._local), self.settings))
         except DeadlineExceeded as error:
             named = {f"worker-{n}": f"worker-{rank}" for n, rank in enumerate(self._local)}
             missing = tuple(named.get(who, who) for who in error.missing)
@@ -132,23 +119,19 @@ class HierarchicalGroup(TorchGroup):
         """Copy the source's tensor to all."""
         self._queue.run(partial(self._broadcast, tensor, source))
 
-    def barrier(self) -> None:
-        """Return when every rank has come here."""
-        self._queue.run(super().barrier)
-
-    def reduce(self, tensor: Tensor, op: ReduceOp, root: int) -> None:
-        """Combine into the root's tensor."""
-        self._queue.run(partial(super().reduce, tensor, op, root))
-
-    def all_gather(self, outputs: Sequence[Tensor], tensor: Tensor) -> None:
-        """Copy every rank's tensor to all."""
-        self._queue.run(partial(super().all_gather, outputs, tensor))
-
-    def reduce_scatter(
-        self, output: Tensor, inputs: Sequence[Tensor], op: ReduceOp = ReduceOp.SUM
-    ) -> None:
-        """Combine everybody's r-th input into the output of rank r."""
-        self._queue.run(partial(super().reduce_scatter, output, inputs, op))
+    def _start(
+        self,
+        head: Header,
+        begin: Callable[[], Sequence[Any]],
+        moved: tuple[int, int] = (0, 0),
+        after: Callable[[], None] = nothing,
+        *,
+        overlaps: bool = False,
+    ) -> Work:
+        """What goes over gloo alone has its turn among the others, and is over then."""
+        start = partial(super()._start, head, begin, moved, after)
+        self._queue.run(lambda: start().wait())
+        return Work()
 
     def start_send(self, tensor: Tensor, to: int) -> Work:
         """Begin to send to one rank, by memory if it is near; then it is done at once."""

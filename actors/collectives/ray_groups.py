@@ -21,7 +21,12 @@ from ray.util.collective.collective_group.base_collective_group import BaseGroup
 from torch import Tensor
 
 from distplat.actors.collectives.group import CollectiveGroup
-from distplat.actors.collectives.rendezvous import GroupSettings, delete_places, exchange_places
+from distplat.actors.collectives.rendezvous import (
+    GroupMember,
+    GroupSettings,
+    delete_places,
+    exchange_places,
+)
 from distplat.platform.topology import RankLocation, choose, chosen_by_user
 from distplat.strategies.collective import ReduceOp
 
@@ -72,14 +77,14 @@ def create_group(
     """
     asks = places is None and backend != "gloo"  # gloo works anywhere
     if asks:
-        places = exchange_places(name, rank, world, settings)
+        places = exchange_places(GroupMember(name, rank, world, settings))
     if backend == "auto" and places is not None:
         choice = choose(places)
     else:
         choice = chosen_by_user(backend, places or ())
     if rank == 0:
         logger.info("collective %s: %s (%s)", name, choice.backend, choice.why)
-    group: CollectiveGroup = _kind(choice.backend)(name, rank, world, settings, places)
+    group: CollectiveGroup = _kind(choice.backend)(GroupMember(name, rank, world, settings, places))
     group.choice = choice
     group.make_subgroup = partial(_subgroup, group, backend, places)
     _register_with_ray(group)
@@ -117,7 +122,7 @@ class RayGroup(BaseGroup):  # type: ignore[misc]  # Ray is not typed
         formed = _formed.pop(group_name, None)
         if formed is None:  # Ray's own function makes the group
             settings = _settings.pop(group_name, GroupSettings())
-            formed = _kind(self.kind)(group_name, rank, world_size, settings, None)
+            formed = _kind(self.kind)(GroupMember(group_name, rank, world_size, settings))
         self.group: CollectiveGroup = formed
 
     @classmethod
@@ -175,7 +180,7 @@ class RayGroup(BaseGroup):  # type: ignore[misc]  # Ray is not typed
 
 
 def _kind(backend: str) -> Any:
-    """Give the class of a backend's groups; called with (name, rank, world, settings, places)."""
+    """Give the class of a backend's groups; called with a `GroupMember`."""
     module, kind = _KINDS[backend]
     return getattr(import_module(module), kind)
 

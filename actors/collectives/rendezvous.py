@@ -43,6 +43,20 @@ class GroupSettings:
     """Once set, whoever waits in one of the groups, or for one to form, gives up."""
 
 
+@dataclass(frozen=True)
+class GroupMember:
+    """A rank of a group, as it comes to meet the others."""
+
+    name: str
+    """Of the group: unique on the cluster."""
+    rank: int
+    world: int
+    """Ranks in the group."""
+    settings: GroupSettings = field(default_factory=GroupSettings)
+    places: tuple[RankLocation, ...] | None = None
+    """Where the ranks are; None: they tell each other where that matters."""
+
+
 def leave_word(group_name: str, value: bytes) -> None:
     """Leave what the other ranks need to find this group."""
     ray_compat.put(rendezvous_key(group_name), value)
@@ -80,8 +94,7 @@ def wait_for(
         CollectiveError: this rank was told to give up.
     """
     clock = AwakeClock()
-    began = clock.now()
-    while (waited := clock.now() - began) < settings.rendezvous_s:
+    while (waited := clock.now()) < settings.rendezvous_s:
         found = look()
         if found is not None:
             return found
@@ -103,9 +116,7 @@ def wait_for_all(
     wait_for(lambda: None if absent() else b"", group_name, absent, settings)
 
 
-def exchange_places(
-    group_name: str, rank: int, world: int, settings: GroupSettings
-) -> tuple[RankLocation, ...]:
+def exchange_places(member: GroupMember) -> tuple[RankLocation, ...]:
     """
     Tell the others where this rank is; give every rank's place.
 
@@ -113,19 +124,19 @@ def exchange_places(
         DeadlineExceeded: somebody did not come in `rendezvous_s`; names the workers.
         CollectiveError: this rank was told to give up.
     """
-    if world == 1:
+    if member.world == 1:
         return (place_of_this_process(),)
-    word = _word(group_name, rank)
+    word = _word(member.name, member.rank)
     mine = json.dumps(asdict(place_of_this_process())).encode()
     ray_compat.put(word, mine)
     try:
-        if rank == 0:
-            _publish(group_name, world, settings)
+        if member.rank == 0:
+            _publish(member)
         table = wait_for(
-            lambda: ray_compat.get(_table(group_name)),
-            group_name,
-            lambda: _absent(group_name, world) or (0,),
-            settings,
+            lambda: ray_compat.get(_table(member.name)),
+            member.name,
+            lambda: _absent(member) or (0,),
+            member.settings,
         )
     except DistplatError:
         ray_compat.delete(word)
@@ -146,26 +157,27 @@ def place_of_this_process() -> RankLocation:
     return RankLocation(context.get_node_id(), nccl, shared_memory_works())
 
 
-def _publish(group_name: str, world: int, settings: GroupSettings) -> None:
+def _publish(member: GroupMember) -> None:
     """Wait for all words, then write them as one table; who gives up takes its word back."""
+    words = [_word(member.name, rank) for rank in range(member.world)]
 
     def table() -> bytes | None:
-        if _absent(group_name, world):
+        if _absent(member):
             return None
-        found = (ray_compat.get(_word(group_name, rank)) for rank in range(world))
-        words = [word for word in found if word is not None]
-        return b"[%s]" % b",".join(words) if len(words) == world else None
+        found = [ray_compat.get(word) for word in words]
+        here = [word for word in found if word is not None]
+        return b"[%s]" % b",".join(here) if len(here) == len(words) else None
 
-    whole = wait_for(table, group_name, lambda: _absent(group_name, world), settings)
-    ray_compat.put(_table(group_name), whole)
-    for rank in range(world):
-        ray_compat.delete(_word(group_name, rank))
+    whole = wait_for(table, member.name, lambda: _absent(member), member.settings)
+    ray_compat.put(_table(member.name), whole)
+    for word in words:
+        ray_compat.delete(word)
 
 
-def _absent(group_name: str, world: int) -> tuple[int, ...]:
+def _absent(member: GroupMember) -> tuple[int, ...]:
     """Give the ranks that have not said where they are."""
-    come = set(ray_compat.keys(rendezvous_key(f"{group_name}#place/")))
-    return tuple(rank for rank in range(world) if _word(group_name, rank) not in come)
+    come = set(ray_compat.keys(rendezvous_key(f"{member.name}#place/")))
+    return tuple(rank for rank in range(member.world) if _word(member.name, rank) not in come)
 
 
 def _word(group_name: str, rank: int) -> bytes:

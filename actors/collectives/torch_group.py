@@ -31,11 +31,10 @@ from distplat.actors.collectives.header import (
     check_message,
     header,
 )
-from distplat.actors.collectives.rendezvous import GIVEN_UP, GroupSettings
+from distplat.actors.collectives.rendezvous import GIVEN_UP, GroupMember
 from distplat.actors.collectives.torch_store import Heartbeat, Store, run_unless_given_up
 from distplat.actors.collectives.work import Work
 from distplat.platform.errors import CollectiveError, MismatchError
-from distplat.platform.topology import RankLocation
 from distplat.strategies import torch_compat
 from distplat.strategies.algorithms.reduce import traffic_elements
 from distplat.strategies.collective import ReduceOp
@@ -50,8 +49,8 @@ Fail = Callable[[Exception], CollectiveError]
 """Makes the error to raise out of torch's."""
 
 
-def _nothing() -> None:
-    pass
+def nothing() -> None:
+    """What is left to be done after most operations."""
 
 
 class TorchGroup(CollectiveGroup):
@@ -59,26 +58,15 @@ class TorchGroup(CollectiveGroup):
     One rank of a gloo group.
 
     Args:
-        name: unique on the cluster.
-        rank: place in the group.
-        world: ranks in the group.
-        settings: deadlines, and how the group is given up.
-        places: not needed: gloo works anywhere.
+        member: which rank, of which group.
 
     Raises:
         DeadlineExceeded: somebody did not come in `settings.rendezvous_s`.
         CollectiveError: the group broke while it formed, or this rank was told to give up.
     """
 
-    def __init__(
-        self,
-        name: str,
-        rank: int,
-        world: int,
-        settings: GroupSettings,
-        places: tuple[RankLocation, ...] | None = None,
-    ) -> None:
-        super().__init__(name, rank, world, settings)
+    def __init__(self, member: GroupMember) -> None:
+        super().__init__(member)
         self._begun = 0  #: operations of all ranks
         self._message_count: dict[tuple[str, int], int] = {}
         self._failure: tuple[tuple[int, ...], str] | None = None
@@ -86,9 +74,10 @@ class TorchGroup(CollectiveGroup):
         # Gloo matches operations by their order: a thread must count and begin in one go.
         self._order, self._looking = threading.RLock(), threading.Lock()
         self._connections: list[tuple[Any, int, int]] = []
-        self._store = run_unless_given_up(self._form, name, settings)
+        form = partial(self._form, member)
+        self._store = run_unless_given_up(form, member.name, member.settings)
         self._heartbeat = Heartbeat(
-            self._store.client, rank, world, lambda: self._begun, self._on_beat
+            self._store.client, self.rank, self.world, lambda: self._begun, self._on_beat
         )
 
     @classmethod
@@ -101,14 +90,11 @@ class TorchGroup(CollectiveGroup):
         sent, received = traffic_elements(tensor.numel(), self.rank, self.world)
         return self._start(
             header("all_reduce", [tensor], op),
-            lambda: [self._begin_all_reduce(tensor, op)] if tensor.numel() else [],
+            self._moving(torch_compat.all_reduce, tensor, summed(op)),
             (sent * tensor.itemsize, received * tensor.itemsize),
             partial(self._average, tensor, op),
             overlaps=True,
         )
-
-    def _begin_all_reduce(self, tensor: Tensor, op: ReduceOp) -> Any:
-        return torch_compat.all_reduce(self._carrier(tensor), tensor, summed(op))
 
     def reduce(self, tensor: Tensor, op: ReduceOp, root: int) -> None:
         """Combine into the root's tensor; the others' hold parts of sums then."""
@@ -116,24 +102,18 @@ class TorchGroup(CollectiveGroup):
         others = tensor.nbytes * (self.world - 1)
         self._start(
             header("reduce", [tensor], op, root=root),
-            lambda: [self._begin_reduce(tensor, op, root)] if tensor.numel() else [],
+            self._moving(torch_compat.reduce, tensor, summed(op), root),
             (0, others) if here else (tensor.nbytes, 0),
         ).wait()
-
-    def _begin_reduce(self, tensor: Tensor, op: ReduceOp, root: int) -> Any:
-        return torch_compat.reduce(self._carrier(tensor), tensor, summed(op), root)
 
     def broadcast(self, tensor: Tensor, source: int = 0) -> None:
         """Copy the source's tensor to all."""
         others = tensor.nbytes * (self.world - 1)
         self._start(
             header("broadcast", [tensor], root=source),
-            lambda: [self._begin_broadcast(tensor, source)] if tensor.numel() else [],
+            self._moving(torch_compat.broadcast, tensor, source),
             (others, 0) if self.rank == source else (0, tensor.nbytes),
         ).wait()
-
-    def _begin_broadcast(self, tensor: Tensor, source: int) -> Any:
-        return torch_compat.broadcast(self._carrier(tensor), tensor, source)
 
     def all_gather(self, outputs: Sequence[Tensor], tensor: Tensor) -> None:
         """Copy every rank's tensor to all; sizes may be uneven."""
@@ -167,7 +147,8 @@ class TorchGroup(CollectiveGroup):
         copies = [part.clone() for part in inputs]
 
         def begin() -> Sequence[Any]:
-            return [self._begin_reduce(c, op, n) for n, c in enumerate(copies) if c.numel()]
+            reduce, how = torch_compat.reduce, summed(op)
+            return [w for n, c in enumerate(copies) for w in self._moving(reduce, c, how, n)()]
 
         def keep() -> None:
             output.copy_(copies[self.rank])
@@ -209,8 +190,8 @@ class TorchGroup(CollectiveGroup):
         """Return when every rank has come here."""
         self._start(header("barrier"), lambda: [self._gloo.barrier()]).wait()
 
-    def _form(self) -> Store:
-        store = Store(self.name, self.rank, self.world, self.settings)
+    def _form(self, member: GroupMember) -> Store:
+        store = Store(member)
         self._connections.append(self._connect(store, "all", self.rank, self.world))
         return store
 
@@ -232,12 +213,18 @@ class TorchGroup(CollectiveGroup):
         """Give the process group that moves such a tensor."""
         return self._gloo
 
+    def _moving(
+        self, operation: Callable[..., Any], tensor: Tensor, *args: Any
+    ) -> Callable[[], list[Any]]:
+        """Give what begins one of torch's operations on a tensor; an empty one needs none."""
+        return lambda: [operation(self._carrier(tensor), tensor, *args)] if tensor.numel() else []
+
     def _start(
         self,
         head: Header,
         begin: Callable[[], Sequence[Any]],
         moved: tuple[int, int] = (0, 0),
-        after: Callable[[], None] = _nothing,
+        after: Callable[[], None] = nothing,
         *,
         overlaps: bool = False,
     ) -> Work:
@@ -268,7 +255,7 @@ class TorchGroup(CollectiveGroup):
         works: Sequence[Any],
         fail: Fail,
         moved: tuple[int, int],
-        after: Callable[[], None] = _nothing,
+        after: Callable[[], None] = nothing,
         *,
         overlaps: bool = False,
     ) -> Work:
@@ -422,18 +409,6 @@ class NcclGroup(TorchGroup):
 
     _nccl: Any = None
 
-    def __init__(
-        self,
-        name: str,
-        rank: int,
-        world: int,
-        settings: GroupSettings,
-        places: tuple[RankLocation, ...] | None = None,
-    ) -> None:
-        super().__init__(name, rank, world, settings, places)
-        limit = settings.operation_s
-        self._nccl = torch_compat.nccl_group(self._store.client, "nccl", rank, world, limit)
-
     @classmethod
     def works_here(cls) -> bool:
         """Whether there is a GPU, and a torch that was built with NCCL."""
@@ -460,6 +435,12 @@ class NcclGroup(TorchGroup):
         begin = partial(torch_compat.reduce_scatter, self._nccl, output.view(-1), flat, summed(op))
         after = partial(self._average, output, op)
         self._start(head, lambda: [begin()], self._scattered(inputs), after).wait()
+
+    def _form(self, member: GroupMember) -> Store:
+        store, limit_s = super()._form(member), self.settings.operation_s
+        client, rank, world = store.client, self.rank, self.world
+        self._nccl = torch_compat.nccl_group(client, "nccl", rank, world, limit_s)
+        return store
 
     def _carrier(self, tensor: Tensor) -> Any:
         return self._nccl if tensor.is_cuda else self._gloo

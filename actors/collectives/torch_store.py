@@ -11,6 +11,8 @@ import secrets
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import wait
+from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
 import ray
@@ -22,12 +24,15 @@ from distplat.actors.collectives.key_value_store import (
 )
 from distplat.actors.collectives.rendezvous import (
     GIVEN_UP,
+    GroupMember,
     GroupSettings,
     find_word,
     leave_word,
     take_back_word,
     wait_for,
 )
+from distplat.platform.awake_clock import AwakeClock
+from distplat.platform.disk import in_thread
 from distplat.platform.errors import CollectiveError, DeadlineExceeded
 
 INTERVAL_S = 0.5
@@ -108,19 +113,14 @@ class Heartbeat:
             partner: the other rank, if only two do.
             gave_up: whether nobody wants the answer any more.
         """
-        found: list[tuple[int, ...]] = []
         here = self.stood_still_s() == 0
         # In a thread of its own: a frozen rank 0 leaves a question to its store open for ever.
-        look = threading.Thread(
-            target=lambda: found.append(self._look(number, partner, here)), daemon=True
-        )
-        look.start()
+        look = in_thread("missing ranks", partial(self._look, number, partner, here))
         deadline = time.monotonic() + 2 * SILENT_S
-        while look.is_alive() and time.monotonic() < deadline:
+        while not wait([look], 0.05).done and time.monotonic() < deadline:
             if gave_up():
                 return ()
-            look.join(0.05)
-        return found[0] if found else (0,)
+        return look.result() if look.done() else (0,)
 
     def _look(self, number: int, partner: int | None, here: bool) -> tuple[int, ...]:
         try:
@@ -204,34 +204,31 @@ class Store:
     One rank's connection to the store of its group; rank 0 serves it.
 
     Args:
-        group_name: of the group.
-        rank: place in it.
-        world: ranks in it.
-        settings: the group's.
+        member: which rank, of which group.
 
     Raises:
         DeadlineExceeded: somebody did not come in `rendezvous_s`.
         CollectiveError: this rank was told to give up, or rank 0 is gone.
     """
 
-    def __init__(self, group_name: str, rank: int, world: int, settings: GroupSettings) -> None:
-        self._name, self._rank, self._world = group_name, rank, world
-        self._settings = settings
+    def __init__(self, member: GroupMember) -> None:
+        self._name, self._rank, self._world = member.name, member.rank, member.world
+        self._settings = member.settings
         self._server: StoreServer | None = None
         self.host = _address()
         """Address that this rank listens on."""
         try:
-            host, port, secret = self._serve() if rank == 0 else self._find()
+            host, port, secret = self._serve() if self._rank == 0 else self._find()
             # Nobody is waited for longer in here: who is late makes the others' operations fail.
-            limit = settings.rendezvous_s + settings.operation_s
-            self.client = KeyValueStore(StoreConnection(host, port, secret, limit))
+            limit_s = self._settings.rendezvous_s + self._settings.operation_s
+            self.client = KeyValueStore(StoreConnection(host, port, secret, limit_s))
             self._wait_for_all()
         except (RuntimeError, OSError) as error:
             cause = f"no answer from rank 0: {str(error).splitlines()[0]}"
-            raise CollectiveError(group_name, "rendezvous", 0, (0,), cause) from None
+            raise CollectiveError(self._name, "rendezvous", 0, (0,), cause) from None
         finally:
-            if rank == 0:
-                take_back_word(group_name)
+            if self._rank == 0:
+                take_back_word(self._name)
 
     def __del__(self) -> None:
         self.close(troubled=True)  # the group came to nothing
@@ -282,36 +279,18 @@ def run_unless_given_up(make: Callable[[], T], group_name: str, settings: GroupS
         DeadlineExceeded: rank 0, which serves the store, does not answer.
         Exception: what `make` raised.
     """
-    made: list[T] = []
-    raised: list[BaseException] = []
-
-    def run() -> None:
-        try:
-            made.append(make())
-        except BaseException as error:  # to be raised where it is waited for
-            raised.append(error)
-
-    thread = threading.Thread(target=run, name="rendezvous", daemon=True)
-    thread.start()
+    made = in_thread("rendezvous", make)
     limit = settings.rendezvous_s + settings.operation_s
-    if not _join(thread, limit, settings.abandoned):
-        if settings.abandoned.is_set():
-            raise CollectiveError(group_name, "rendezvous", 0, (), GIVEN_UP)
-        what = f"rendezvous of group {group_name!r}"
-        raise DeadlineExceeded(what, ("worker-0",), limit, "failure.start_timeout_s")
-    if raised:
-        raise raised.pop()
-    return made.pop()
-
-
-def _join(thread: threading.Thread, limit_s: float, gave_up: threading.Event) -> bool:
-    """Say whether the thread ended in time."""
-    rest = limit_s
-    while thread.is_alive() and rest > 0 and not gave_up.is_set():
-        thread.join(0.1)
-        rest -= 0.1
-    thread.join(0.1)  # it looks at the event itself, and has the better error
-    return not thread.is_alive()
+    clock = AwakeClock()
+    while clock.now() < limit and not settings.abandoned.is_set():
+        if wait([made], 0.1).done:
+            break
+    if wait([made], 0.1).done:  # it looks at the event itself, and has the better error
+        return made.result()
+    if settings.abandoned.is_set():
+        raise CollectiveError(group_name, "rendezvous", 0, (), GIVEN_UP)
+    what = f"rendezvous of group {group_name!r}"
+    raise DeadlineExceeded(what, ("worker-0",), limit, "failure.start_timeout_s")
 
 
 def _address() -> str:

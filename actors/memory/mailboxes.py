@@ -264,13 +264,12 @@ class Mailboxes:
             DistplatError: what a server raised.
         """
         clock = AwakeClock()
-        until = clock.now() + limit_s
         for shard in notified:
             mailbox = self._mailboxes[shard]
             while not mailbox.answered(_SLICE_S):
                 self._look_after(shard)
                 self._look()
-                if clock.now() > until:
+                if clock.now() > limit_s:
                     late = [one for one in notified if not self._mailboxes[one].answered(0.0)]
                     missing = tuple(self._names[s] for s in late)
                     raise DeadlineExceeded(what, missing, limit_s, f"failure.{setting}")

@@ -1,5 +1,5 @@
 """
-Lines from one worker to the servers of all shards: a mailbox where memory is shared, else calls.
+One worker's calls to the servers of all shards, by a mailbox where memory is shared.
 
 A step of a server on this node is asked for through a mailbox (`memory/mailboxes.py`),
 everything else by a call.
@@ -11,7 +11,7 @@ from typing import Any
 
 from distplat.actors.memory.mailboxes import Mailboxes, MailboxRequest
 from distplat.actors.messages import Address, Membership, WorkOrder
-from distplat.actors.retrying_calls import Call, PendingCall
+from distplat.actors.retrying_calls import PendingCall
 from distplat.actors.transport import Transport
 from distplat.platform.ledger import Answer
 from distplat.platform.shard_map import Shard
@@ -68,9 +68,13 @@ class ServerCalls:
             look: called in this wait instead.
         """
         numbers = range(len(self.servers)) if asked is None else asked
-        calls: list[Call] = [partial(question, self.servers[n], n) for n in numbers]
-        names, limit_s = [self.names[n] for n in numbers], self.limit_s(setting)
-        return PendingCall(self.transport, what, calls, names, limit_s, setting, look or self.look)
+        calls = {self.names[n]: partial(question, self.servers[n], n) for n in numbers}
+        limit_s, look = self.limit_s(setting), look or self.look
+        return PendingCall(self.transport, what, calls, limit_s, setting, look)
+
+    def each(self, method: str, *args: Any) -> Callable[[Any, Any], Any]:
+        """Give a question that is the same for all servers: a call of this method."""
+        return lambda server, _: self.transport.call(server, method, *args)
 
     def limit_s(self, setting: str) -> float:
         """Give the deadline of an answer; `setting` is the field of `failure` that changes it."""
@@ -115,13 +119,7 @@ class FanOut(ServerCalls):
         if self.mailboxes is not None:
             self.mailboxes.close()
 
-    def ask(
-        self,
-        what: str,
-        question: Question,
-        cuts: Sequence[Shard] | None = None,
-        setting: str = "step_timeout_s",
-    ) -> list[Any]:
+    def ask(self, what: str, question: Question, cuts: Sequence[Shard] | None = None) -> list[Any]:
         """
         Ask the servers of some shards, by default of all; answers come in the shards' order.
 
@@ -131,7 +129,7 @@ class FanOut(ServerCalls):
         """
         asked = [cut.index for cut in (self.cuts if cuts is None else cuts)]
         call = lambda server, index: question(server, self.cuts[index])  # noqa: E731
-        return self.start(what, call, asked, setting).answers()
+        return self.start(what, call, asked).answers()
 
     def _listen(self, shard: int, mailboxes: Address, slot: int) -> Any:
         order, server = self._order, self.servers[shard]
@@ -148,7 +146,7 @@ class FanOutCall:
                            ├── 1 updates ── its values travel ──▶ taken at once
 
     Args:
-        lines: to the servers.
+        fan_out: to the servers.
         what: is asked, for messages.
         question: as a call.
         take: called with each answer when it comes.
@@ -158,19 +156,19 @@ class FanOutCall:
 
     def __init__(
         self,
-        lines: FanOut,
+        fan_out: FanOut,
         what: str,
         question: Question,
         take: Take,
         request: MailboxRequest | None = None,
         setting: str = "step_timeout_s",
     ) -> None:
-        self._lines, self._what, self._question, self._take = lines, what, question, take
+        self._fan_out, self._what, self._question, self._take = fan_out, what, question, take
         self._request, self._setting = request, setting
-        self._mailboxes = lines.mailboxes if request is not None else None
-        limit_s = lines.limit_s(setting)
+        self._mailboxes = fan_out.mailboxes if request is not None else None
+        limit_s = fan_out.limit_s(setting)
         self._asked = PendingCall(
-            lines.transport, what, [], [], limit_s, setting, lines.look, self._call_made
+            fan_out.transport, what, {}, limit_s, setting, fan_out.look, self._call_made
         )
         self._called: list[Shard] = []
         self._notified: list[int] = []
@@ -184,8 +182,8 @@ class FanOutCall:
                 self._mailboxes.notify(cut.index, self._request)
             else:
                 self._called.append(cut)
-                call = partial(self._question, self._lines.servers[cut.index], cut)
-                self._asked.add(call, self._lines.names[cut.index])
+                call = partial(self._question, self._fan_out.servers[cut.index], cut)
+                self._asked.add(self._fan_out.names[cut.index], call)
 
     def answers(self) -> list[Answer]:
         """
@@ -198,17 +196,17 @@ class FanOutCall:
         self._asked.start_again()
         found: dict[int, Answer] = {}
         if self._mailboxes is not None:
-            limit_s = self._lines.limit_s(self._setting)
+            limit_s = self._fan_out.limit_s(self._setting)
             arrived = self._mailboxes.answers(self._notified, self._what, limit_s, self._setting)
             for index, answer in arrived:
-                self._take(self._lines.cuts[index], answer)
+                self._take(self._fan_out.cuts[index], answer)
                 found[index] = answer
         for number, answer in self._asked.arrivals():
             cut = self._called[number]
             self._take(cut, answer)
             found[cut.index] = answer
-        return [found[cut.index] for cut in self._lines.cuts]
+        return [found[cut.index] for cut in self._fan_out.cuts]
 
     def _call_made(self, number: int, reply: Any) -> None:
         """Have an answer's values come to this node when it is here, whoever is waited for."""
-        self._lines.transport.prefetch(reply, lambda answer: answer.payload and answer.payload[0])
+        self._fan_out.transport.prefetch(reply, lambda answer: answer.payload and answer.payload[0])

@@ -10,6 +10,7 @@ Health checks of servers: a question open to each, and who has not answered in t
 from __future__ import annotations
 
 import logging
+import math
 import threading
 from collections.abc import Collection, Mapping
 from typing import Any
@@ -72,7 +73,7 @@ class Heartbeats:
     def _ask(self, servers: Mapping[str, Any], now: float) -> None:
         asked = {name for name, _ in self._open.values()}
         for name, handle in servers.items():
-            if name not in asked and now - self._heard.get(name, 0.0) > _ASK_EVERY_S:
+            if name not in asked and now - self._heard.get(name, -math.inf) > _ASK_EVERY_S:
                 self._silent_since.setdefault(name, now)
                 self._open[self._transport.call(handle, "where")] = name, now
 

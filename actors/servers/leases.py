@@ -11,6 +11,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 from typing_extensions import override
@@ -65,11 +66,9 @@ class RemoteLeases(Leases):
         self._beat = WorkerHeartbeat(plan.first, 0, 0.0)
         limit = self._order.job.failure.start_timeout_s
 
-        def join() -> Any:
-            who = self._rank, self._attempt
-            return self._transport.call(self._scheduler, "join", *who, plan)
-
-        ask(self._transport, "join", [join], [_NAME], limit, "start_timeout_s", self._check)
+        who = self._rank, self._attempt
+        join = partial(self._transport.call, self._scheduler, "join", *who, plan)
+        ask(self._transport, "join", {_NAME: join}, limit, "start_timeout_s", self._check)
         threading.Thread(target=self._pulse, name="pulse", daemon=True).start()
 
     def close(self) -> None:
@@ -119,11 +118,10 @@ class RemoteLeases(Leases):
         """
         limit = self._order.job.failure.heartbeat_timeout_s + HOLD_S + ANSWER_GRACE_S
         clock = AwakeClock()
-        until = clock.now() + limit
         while not self._transport.wait([question], LOOK_S):
             self._check()
             alive()
-            if clock.now() > until:
+            if clock.now() > limit:
                 setting = "failure.heartbeat_timeout_s"
                 raise DeadlineExceeded("the next task", (_NAME,), limit, setting)
         alive()

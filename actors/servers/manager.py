@@ -72,36 +72,24 @@ def adopt(
         limit_s: how long a server may take to answer.
 
     Returns:
-        What the servers say.
+        What the servers say; those that are gone, or do not answer in time, are left out.
     """
-    held = _ask_held(transport, servers, limit_s)
+    calls = {transport.call(server, "held"): name for name, server in servers.items()}
+    held = []
+    for call in transport.wait(list(calls), limit_s, everything=True):
+        try:
+            held.append(replace(transport.get(call, limit_s), server=calls[call]))
+        except TransportError as error:
+            logger.warning("%s: %s", calls[call], error)
+    held.sort(key=lambda one: one.server)
     for useless in group.adopt(held, servers, generation):
         logger.info("%s is not needed any more", useless)
         transport.kill(servers[useless])
     return held
 
 
-def _ask_held(transport: Transport, servers: Mapping[str, Any], limit_s: float) -> list[Held]:
-    """
-    Ask all servers what they keep; those that are gone, or do not answer in time, are left out.
-
-    Args:
-        transport: the manager's.
-        servers: handles, by name.
-        limit_s: how long an answer may take.
-    """
-    calls = {transport.call(server, "held"): name for name, server in servers.items()}
-    answered = transport.wait(list(calls), limit_s, everything=True)
-    found = []
-    for call in answered:
-        try:
-            found.append(replace(transport.get(call, limit_s), server=calls[call]))
-        except TransportError as error:
-            logger.warning("%s: %s", calls[call], error)
-    return sorted(found, key=lambda held: held.server)
-
-
 logger = logging.getLogger(__name__)
+_SETTING = "start_timeout_s"
 
 
 class ServerManager:
@@ -395,18 +383,17 @@ class ServerManager:
         self._assigned[part].wait()  # where nobody comes, `start_timeout_s` ends the run and this
         call = self._assignment(server, self._facts[part], shard, None, Role.BACKUP)
         limit = self._job.failure.start_timeout_s
-        names = [f"a backup of shard {shard}"]
-        what, setting = "assigning a backup", "start_timeout_s"
-        address: Address = ask(self._transport, what, [call], names, limit, setting)[0]
+        calls, what = {f"a backup of shard {shard}": call}, "assigning a backup"
+        address: Address = ask(self._transport, what, calls, limit, _SETTING)[0]
         return address
 
     def _call(self, server: Any, method: str, *args: Any) -> Call:
         return partial(self._transport.call, server, method, *args)
 
     def _ask(self, indices: list[int], calls: Sequence[Call]) -> list[Any]:
-        names = [f"server-{index}" for index in indices]
+        named = {f"server-{index}": call for index, call in zip(indices, calls, strict=True)}
         limit = self._job.failure.start_timeout_s
-        return ask(self._transport, "assigning shards", calls, names, limit, "start_timeout_s")
+        return ask(self._transport, "assigning shards", named, limit, _SETTING)
 
     def logs(self) -> list[NDArray[np.int64]]:
         """Give the shards' orders of updates, where they are kept; none from a lost server."""
@@ -423,9 +410,6 @@ class ServerManager:
         for group in (self._replication, self._tables):
             if group is not None:
                 group.close()
-
-
-_SETTING = "start_timeout_s"
 
 
 class ServerProvisioning:
@@ -467,13 +451,12 @@ class ServerProvisioning:
             setting = f"failure.{_SETTING}"
             raise DeadlineExceeded("a new server", ("controller",), self._limit_s, setting)
         who = self._attempt, server, beside
-        call = partial(self._transport.call, self._controller, "make_server", *who)
+        calls = {"controller": partial(self._transport.call, self._controller, "make_server", *who)}
         until = time.monotonic() + self._limit_s
-        given = self._transport, "a new server", [call], ["controller"]
         while True:
             try:
                 with self._asking:
-                    return ask(*given, self._limit_s, _SETTING)[0]
+                    return ask(self._transport, "a new server", calls, self._limit_s, _SETTING)[0]
             except NotReadyError:  # its process has just started
                 if time.monotonic() > until:
                     raise

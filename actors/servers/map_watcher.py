@@ -30,80 +30,40 @@ class MapChanged(Exception):
     """A newer map of the servers is there."""
 
 
-class MapWatcher(Generic[Map]):
-    """
-    Keeps a worker's map of the servers up to date.
-
-    Args:
-        transport: the worker's.
-        ask: see `Ask`.
-        version: of the map that the worker has.
-        limits: the job's deadlines.
-    """
-
-    def __init__(self, transport: Transport, ask: Ask, version: int, limits: Failure) -> None:
-        self._transport, self._ask, self._limits = transport, ask, limits
-        self._version = version
-        self._newer: Map | None = None
-        self._question = self._ask(version, _ASK_S)
-
-    def look(self) -> None:
-        """
-        See whether there is news; called now and then by who waits for a server.
-
-        Raises:
-            MapChanged: there is a newer map.
-            ActorLost: a server was lost with all that it kept, or the manager.
-        """
-        if self._transport.wait([self._question], 0.0):
-            self._take_answer()
-        if self._newer is not None:
-            raise MapChanged
-
-    def follow(self, error: Exception, check: Callable[[], object]) -> Map:
-        """
-        Give the newer map, once it is there.
-
-        Args:
-            error: why it is wanted; raised if none comes.
-            check: called ten times a second; what it raises ends the wait.
-        """
-        clock = AwakeClock()
-        until = clock.now() + self._limits.heartbeat_timeout_s + _GRACE_S
-        while self._newer is None:
-            check()
-            if clock.now() > until:
-                raise error
-            if self._transport.wait([self._question], LOOK_S):
-                self._take_answer()
-        found, self._newer = self._newer, None
-        self._version = found.version
-        return found
-
-    def _take_answer(self) -> None:
-        try:
-            self._newer = self._transport.get(self._question, _GRACE_S)
-        except Unanswered:
-            time.sleep(AGAIN_S)  # the answer got lost; ask again
-        except ActorDied as error:
-            raise ActorLost("server-manager", None, str(error)) from None
-        if self._newer is not None:
-            self._version = self._newer.version
-        self._question = self._ask(self._version, _ASK_S)
+_LOSSES = (ActorLost, FencedError, MapChanged)
+"""What is raised where somebody else may serve by now."""
 
 
 class ServerWatch(Generic[Map]):
     """
-    Whether a worker's waits for servers are still of use.
+    Whether a worker's waits for servers are still of use, and who serves after a loss.
 
     Args:
+        transport: the worker's.
         rank: the worker's.
+        limits: the job's deadlines.
         abandoned: once set, waits come to their end.
     """
 
-    def __init__(self, rank: int, abandoned: threading.Event) -> None:
-        self._rank, self._abandoned = rank, abandoned
-        self.watcher: MapWatcher[Map] | None = None  #: None: no server has a backup
+    def __init__(
+        self, transport: Transport, rank: int, limits: Failure, abandoned: threading.Event
+    ) -> None:
+        self._transport, self._rank, self._limits = transport, rank, limits
+        self._abandoned = abandoned
+        self._ask: Ask | None = None
+        self._question: Any = None
+        self._version = 0  #: of the map that the worker has, or is about to take
+        self._newer: Map | None = None
+
+    def begin(self, ask: Ask, version: int) -> None:
+        """Hear of newer maps than of this version: servers have backups."""
+        self._ask, self._version = ask, version
+        self._question = ask(version, _ASK_S)
+
+    @property
+    def begun(self) -> bool:
+        """Whether a lost server is followed by another one."""
+        return self._ask is not None
 
     def check(self) -> None:
         """
@@ -117,35 +77,65 @@ class ServerWatch(Generic[Map]):
 
     def look(self) -> None:
         """
-        See whether a wait is still of use.
+        See whether a wait is still of use; called now and then by who waits for a server.
 
         Raises:
-            Abandoned, MapChanged, ActorLost: it is not.
+            Abandoned: the attempt is not on any more.
+            MapChanged: there is a newer map.
+            ActorLost: a server was lost with all that it kept, or the manager.
         """
         self.check()
-        if self.watcher is not None:
-            self.watcher.look()
+        if self._question is not None and self._transport.wait([self._question], 0.0):
+            self._take_answer()
+        if self._newer is not None:
+            raise MapChanged
 
-    def next_map(self, error: Exception) -> Map:
-        """Give the map that follows a loss, once it is there; see `MapWatcher.follow`."""
-        assert self.watcher is not None, "a loss is raised where no server has a backup"
-        return self.watcher.follow(error, self.check)
-
-    def following(
-        self, action: Callable[[], Result], follow: Callable[[Exception], object]
-    ) -> Result:
+    def following(self, action: Callable[[], Result], go_over: Callable[[Map], object]) -> Result:
         """
         Do something with servers; once more where a lost one has a backup.
 
         Args:
             action: what to do.
-            follow: goes over to the servers that there are now; is told why.
+            go_over: goes over to the servers of a newer map.
         """
         while True:
             try:
                 self.look()
                 return action()
-            except (ActorLost, FencedError, MapChanged) as error:
-                if self.watcher is None:
+            except _LOSSES as error:
+                if self._ask is None:
                     raise
-                follow(error)
+                self._follow(error, go_over)
+
+    def _follow(self, error: Exception, go_over: Callable[[Map], object]) -> None:
+        while True:
+            newest = self._next_map(error)
+            try:
+                go_over(newest)
+                return
+            except _LOSSES as again:
+                error = again
+
+    def _next_map(self, error: Exception) -> Map:
+        """Give the newer map, once it is there; where none comes, raise why it is wanted."""
+        clock, limit_s = AwakeClock(), self._limits.heartbeat_timeout_s + _GRACE_S
+        while self._newer is None:
+            self.check()
+            if clock.now() > limit_s:
+                raise error
+            if self._transport.wait([self._question], LOOK_S):
+                self._take_answer()
+        found, self._newer = self._newer, None
+        return found
+
+    def _take_answer(self) -> None:
+        assert self._ask is not None, "there is a question"
+        try:
+            self._newer = self._transport.get(self._question, _GRACE_S)
+        except Unanswered:
+            time.sleep(AGAIN_S)  # the answer got lost; ask again
+        except ActorDied as error:
+            raise ActorLost("server-manager", None, str(error)) from None
+        if self._newer is not None:
+            self._version = self._newer.version
+        self._question = self._ask(self._version, _ASK_S)

@@ -100,12 +100,11 @@ class Replication(BackupLink):
     @override
     def confirm(self) -> None:
         clock = AwakeClock()
-        until = clock.now() + self._limit_s
         while self._sent is not None and self.part.role is Role.PRIMARY:
             call, answer = self._sent
             if self._made(call, answer):
                 break
-            if clock.now() > until:
+            if clock.now() > self._limit_s:
                 missing = (self._backup.name,) if self._backup is not None else ()
                 what = f"an update of {self._name}"
                 raise DeadlineExceeded(what, missing, self._limit_s, "failure.step_timeout_s")
@@ -159,9 +158,8 @@ class Replication(BackupLink):
         address = inbox.address if inbox is not None else None
         call = self._transport.call(handle, "take_over", term, snapshot, address)
         clock = AwakeClock()
-        until = clock.now() + self._limit_s
         while not self._transport.wait([call], _SLICE_S):
-            if self.part.term >= term or clock.now() > until:
+            if self.part.term >= term or clock.now() > self._limit_s:
                 raise FencedError(f"{name} was given up before it was filled")
         near = self._transport.get(call, self._limit_s)
         if inbox is not None:

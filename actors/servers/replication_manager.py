@@ -142,38 +142,19 @@ class ReplicationManager:
             logger.info("%s", order)
             if isinstance(order, Promote):
                 self._promotions[order.server] = threading.Event()
-            threading.Thread(target=self._in_turn, args=(order,), daemon=True).start()
-
-    def _in_turn(self, order: Order) -> None:
-        """Carry an order out, but what a promoted server is to do after that not before it."""
-        match order:
-            case Promote():
-                try:
-                    self._carry_out(order)
-                finally:
-                    self._promotions[order.server].set()
-                return
-            case Fill():
-                promotion = self._promotions.get(order.primary)
-            case GoAlone():
-                promotion = self._promotions.get(order.server)
-            case MakeBackup():
-                promotion = None
-        if promotion is not None:
-            promotion.wait()  # it ends at its deadline
-        self._carry_out(order)
+            threading.Thread(target=self._carry_out, args=(order,), daemon=True).start()
 
     def _carry_out(self, order: Order) -> None:
+        work: Callable[[], Callable[[], list[Order]]]
         match order:
-            case MakeBackup():
-                work: Callable[[], Callable[[], list[Order]]] = partial(self._make_one, order)
-                suspect = order.server
-            case Fill():
-                work, suspect = partial(self._fill, order), order.backup
-            case Promote():
-                work, suspect = partial(self._promote, order), order.server
-            case GoAlone():
-                work, suspect = partial(self._leave_alone, order), order.server
+            case MakeBackup(server=suspect):
+                work = partial(self._make_one, order)
+            case Fill(backup=suspect):
+                work = partial(self._fill, order)
+            case Promote(server=suspect):
+                work = partial(self._promote, order)
+            case GoAlone(server=suspect):
+                work = partial(self._leave_alone, order)
         try:
             self._news.put(work())
         except Exception as error:  # of ours, or a fault of ours: the order has failed either way
@@ -182,6 +163,15 @@ class ReplicationManager:
             foreseen = isinstance(error, DistplatError | TransportError)
             logger.warning("%s failed: %s", order, error, exc_info=not foreseen)
             self._news.put(partial(self._lose, suspect))
+        finally:
+            if isinstance(order, Promote):
+                self._promotions[order.server].set()
+
+    def _after_promotion(self, server: str) -> Any:
+        """Give a server's handle: what is asked of a promoted one is not asked before."""
+        if (promotion := self._promotions.get(server)) is not None:
+            promotion.wait()  # it ends at its deadline
+        return self.handles[server]
 
     def _make_one(self, order: MakeBackup) -> Callable[[], list[Order]]:
         where = partial(self._transport.call, self.handles[order.beside], "where")
@@ -192,7 +182,7 @@ class ReplicationManager:
         return partial(self._group.made, order.server)
 
     def _fill(self, order: Fill) -> Callable[[], list[Order]]:
-        primary, backup = self.handles[order.primary], self.handles[order.backup]
+        primary, backup = self._after_promotion(order.primary), self.handles[order.backup]
         who = order.term, order.backup, backup
         call = partial(self._transport.call, primary, "replicate_to", *who)
         until = time.monotonic() + self._limits.start_timeout_s
@@ -228,14 +218,14 @@ class ReplicationManager:
         return announce
 
     def _leave_alone(self, order: GoAlone) -> Callable[[], list[Order]]:
-        server = self.handles[order.server]
+        server = self._after_promotion(order.server)
         call = partial(self._transport.call, server, "alone", order.term)
         self._ask(order.server, "going on alone", call)
         return list
 
     def _ask(self, server: str, what: str, call: Call) -> Any:
         limit = self._limits.step_timeout_s + _ANSWER_GRACE_S
-        return ask(self._transport, what, [call], [server], limit, "step_timeout_s")[0]
+        return ask(self._transport, what, {server: call}, limit, "step_timeout_s")[0]
 
     def _watch(self) -> None:
         """See who is lost; who has not answered once is starting, and given time."""

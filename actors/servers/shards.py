@@ -17,18 +17,17 @@ from distplat.actors.memory.device_copy import DirectTransfer, cuda_transfer
 from distplat.actors.memory.mailboxes import MailboxRequest
 from distplat.actors.messages import Attached, Membership, ModelFacts, WorkOrder
 from distplat.actors.servers.fan_out import FanOut, FanOutCall, ServerCalls
-from distplat.actors.servers.map_watcher import MapChanged, MapWatcher, ServerWatch
+from distplat.actors.servers.map_watcher import ServerWatch
 from distplat.actors.servers.vector_transport import (
     CopyTransport,
     SharedMemoryTransport,
-    VectorTransport,
     as_bytes,
     joined_state,
     part,
     run_of,
 )
 from distplat.actors.transport import Transport, TransportError
-from distplat.platform.errors import ActorLost, FencedError
+from distplat.platform.errors import ActorLost
 from distplat.platform.ledger import Answer, PullId, PushId
 from distplat.platform.shard_map import Shard, settings_of
 from distplat.strategies.checkpoint.checkpoint_reader import SavedState
@@ -45,94 +44,6 @@ from distplat.strategies.ports import (
 )
 from distplat.strategies.reduction.base import several_types
 from distplat.strategies.server.answers import fetch_copies, pushed
-
-
-class Pushes:
-    """
-    Asks all servers for values, and has them taken as they come.
-
-    Args:
-        order: the worker's orders.
-        lines: to the servers.
-        road: where the worker's vectors lie.
-        transfer: to the device.
-        versions: by shard, that of the values which are here; kept up to date.
-    """
-
-    def __init__(
-        self,
-        order: WorkOrder,
-        lines: FanOut,
-        road: VectorTransport,
-        transfer: DirectTransfer,
-        versions: dict[int, int],
-    ) -> None:
-        self._order, self._lines, self._road, self._transfer = order, lines, road, transfer
-        self._versions = versions
-        self._limit_s = order.job.failure.step_timeout_s
-
-    def push(self, step: int, control: StepControl, task: int | None, setting: str) -> Pushed:
-        """Push a step's gradients; the field `setting` of `failure` changes the deadline."""
-        record = control.pack()
-        if self._lines.mailboxes is not None:
-            self._lines.mailboxes.control[:] = record
-        road, order, call = self._road, self._order, self._lines.transport.call
-        push = PushId(order.run, order.attempt, order.rank, step, task)
-        asked = FanOutCall(
-            self._lines,
-            f"push {step}",
-            lambda server, cut: call(
-                server, "push", push, road.payload(cut, road.gradients), record
-            ),
-            self._take,
-            MailboxRequest(step, task=task),
-            setting,
-        )
-        for cut in self._lines.cuts:
-            send = partial(asked.send, [cut])
-            self._transfer.to_host(part(road.gradients, cut), cut.start, send)
-        self._transfer.wait(self._limit_s)
-        return self._made(asked)
-
-    def commit(self, step: int, norm: float) -> Pushed:
-        """Have the step applied that was pushed, with the norm of the whole gradient."""
-        rank, call = self._order.rank, self._lines.transport.call
-        question = lambda server, cut: call(server, "commit", rank, step, norm)  # noqa: E731
-        request = MailboxRequest(step, norm)
-        asked = FanOutCall(self._lines, f"commit {step}", question, self._take, request)
-        asked.send(self._lines.cuts)
-        return self._made(asked)
-
-    def pull(self, pull: PullId, setting: str) -> list[Answer]:
-        """Bring the newest parameters."""
-        call = self._lines.transport.call
-        question = lambda server, cut: call(server, "pull", pull)  # noqa: E731
-        what = f"pull {pull.number}"
-        asked = FanOutCall(self._lines, what, question, self._take, setting=setting)
-        asked.send(self._lines.cuts)
-        return self._answers(asked)
-
-    def _made(self, asked: FanOutCall) -> Pushed:
-        answers = self._answers(asked)
-        return pushed(answers, [self._road.traffic(cut) for cut in self._lines.cuts])
-
-    def _answers(self, asked: FanOutCall) -> list[Answer]:
-        answers = asked.answers()
-        self._transfer.join()
-        return answers
-
-    def _take(self, cut: Shard, answer: Answer) -> None:
-        """Bring a shard's values here, as far as they are not here already."""
-        if not answer.committed:
-            return
-        self._versions[cut.index] = answer.version
-        try:
-            self._road.take(cut, answer, self._limit_s)
-        except TransportError as error:  # with its owner an object is lost, too
-            cause = f"its answer could not be fetched: {error}"
-            raise ActorLost(self._lines.names[cut.index], None, cause) from None
-        self._transfer.to_device(part(self._road.parameters, cut), cut.start)
-
 
 logger = logging.getLogger(__name__)
 
@@ -156,17 +67,16 @@ class RemoteShards(Shards, LoopShards):
         transport: Transport,
         order: WorkOrder,
         total_steps: int,
-        checkpoint_every: int = 0,
-        abandoned: threading.Event | None = None,
+        checkpoint_every: int,
+        abandoned: threading.Event,
     ) -> None:
         self._transport, self._order = transport, order
-        self._rank, self._total_steps = order.rank, total_steps
-        self._plateau = order.job.plateau
+        self._total_steps, self._plateau = total_steps, order.job.plateau
         self._checkpoint_every = checkpoint_every
         self._limits = order.job.failure
-        self._pulls = self._roads = 0
-        self._open_lines: FanOut | None = None  #: None: not connected yet
-        self._watch = ServerWatch[Membership](order.rank, abandoned or threading.Event())
+        self._pulls = self._attachments = 0
+        self._reached: FanOut | None = None  #: None: not connected yet
+        self._watch = ServerWatch[Membership](transport, order.rank, self._limits, abandoned)
         self._versions: dict[int, int] = {}  #: shard -> version of its values that are here
         self._transfer = DirectTransfer()
         self._setting = "start_timeout_s"  #: deadline of a push; the first belongs to the start
@@ -206,58 +116,56 @@ class RemoteShards(Shards, LoopShards):
         who = self._order.rank, self._facts
         manager = [self._order.manager], ["server-manager"]
         calls = ServerCalls(self._transport, self._limits, *manager, self._watch.look)
-        join = lambda manager, _: self._transport.call(manager, "join", *who)  # noqa: E731
-        joined: Membership = calls.start("join", join, setting="start_timeout_s").answers()[0]
+        join = calls.start("join", calls.each("join", *who), setting="start_timeout_s")
+        joined: Membership = join.answers()[0]
         if joined.wire is not None and flat.mixed:
             raise several_types(flat.layout, "wire")
         self._order = replace(self._order, rank=joined.place)  # as its servers count
         if joined.replicated:
             known = joined.part, joined.place
             ask_map = partial(self._transport.call, self._order.manager, "follow", *known)
-            watcher = MapWatcher[Membership](self._transport, ask_map, joined.version, self._limits)
-            self._watch.watcher = watcher
-        self._take_over(self._open_road(joined), joined.private, state)
+            self._watch.begin(ask_map, joined.version)
+        self._take_over(self._attach(joined), joined.private, state)
 
     def close(self) -> None:
         """Give up what this attempt needs and the next one does not."""
-        if self._open_lines is not None:
-            self._open_lines.close()
+        if self._reached is not None:
+            self._reached.close()
         self._transfer.close()
 
     @property
-    def _lines(self) -> FanOut:
-        assert self._open_lines is not None, "connect() comes first"
-        return self._open_lines
+    def _fan_out(self) -> FanOut:
+        assert self._reached is not None, "connect() comes first"
+        return self._reached
 
-    def _open_road(self, joined: Membership) -> list[int | None]:
+    def _attach(self, joined: Membership) -> list[int | None]:
         """Lay out memory, attach it at all servers; give their versions, None of who has none."""
-        self._open_lines = lines = FanOut(self._transport, self._order, joined, self._watch.look)
+        self._reached = fan_out = FanOut(self._transport, self._order, joined, self._watch.look)
         kind = CopyTransport if joined.private else SharedMemoryTransport
-        self._road = road = kind(self._transport, self._facts, joined)
+        self._vectors = vectors = kind(self._transport, self._facts, joined)
         world = joined.twins or self._order.job.scaling.world
-        who = self._order.rank, (self._order.attempt, self._roads), world
-        self._roads += 1
-        candidates = road.candidates()
+        who = self._order.rank, (self._order.attempt, self._attachments), world
+        self._attachments += 1
+        candidates = vectors.candidates()
 
         def attach(server: Any, cut: Shard) -> Any:
-            gradients = road.gradient_address if cut.index in candidates else None
+            gradients = vectors.gradient_address if cut.index in candidates else None
             held = None
             if joined.private and cut.index in self._versions:  # it has changed servers
                 values = part(self._flat.params, cut).cpu()
                 held = self._versions[cut.index], as_bytes(values.clone())
-            segments = gradients, road.parameter_address
+            segments = gradients, vectors.parameter_address
             return self._transport.call(server, "attach", *who, *segments, held)
 
-        attached: list[Attached] = lines.ask("attach", attach)
-        road.open({index for index, answer in enumerate(attached) if answer.near})
+        attached: list[Attached] = fan_out.ask("attach", attach)
+        vectors.open({index for index, answer in enumerate(attached) if answer.near})
         parameters = self._flat.layout.parameters
-        lines.open_mailboxes(road.near, control_size(parameters, self._settings))
+        fan_out.open_mailboxes(vectors.near, control_size(parameters, self._settings))
         if self._on_device:
-            shared = road.gradients, road.parameters
+            shared = vectors.gradients, vectors.parameters
             self._transfer = cuda_transfer(self._flat.grads, self._flat.params, shared)
-        self._pushes = Pushes(self._order, lines, road, self._transfer, self._versions)
-        near = sorted(road.near)
-        far = [cut.index for cut in lines.cuts if cut.index not in road.near]
+        near = sorted(vectors.near)
+        far = [cut.index for cut in fan_out.cuts if cut.index not in vectors.near]
         logger.info("servers reached by shared memory: %s, in calls: %s", near, far)
         return [answer.version for answer in attached]
 
@@ -272,20 +180,20 @@ class RemoteShards(Shards, LoopShards):
             private: whether shards need not be of one version.
             state: what the optimizer remembers, with which rank 0 began; empty: nothing.
         """
-        road = self._road
-        empty = [cut for cut in self._lines.cuts if versions[cut.index] is None]
+        vectors = self._vectors
+        empty = [cut for cut in self._fan_out.cuts if versions[cut.index] is None]
         if self._order.rank == 0 and empty:
             initial = self._flat.params.cpu()
             for cut in empty:
-                if cut.index in road.near:
-                    road.put(cut, initial)
-            self._lines.ask(
+                if cut.index in vectors.near:
+                    vectors.put(cut, initial)
+            self._fan_out.ask(
                 "restore",
                 lambda server, cut: self._transport.call(
                     server,
                     "restore",
                     self._flat.version,
-                    road.payload(cut, initial, exact=True),
+                    vectors.payload(cut, initial, exact=True),
                     run_of(state, cut),
                 ),
                 empty,
@@ -300,29 +208,27 @@ class RemoteShards(Shards, LoopShards):
     def step_back(self, version: int) -> None:
         """Also where a loss has left some of this part's shards one ahead."""
         self._flat.version = version
-        ahead = [cut for cut in self._lines.cuts if self._versions[cut.index] > version]
+        ahead = [cut for cut in self._fan_out.cuts if self._versions[cut.index] > version]
         if not ahead:
             return
-        self._road.part_ways()
-        call = self._transport.call
-        question = lambda server, cut: call(server, "earlier", version)  # noqa: E731
-        for cut, values in zip(
-            ahead, self._lines.ask("an earlier version", question, ahead), strict=True
-        ):
-            as_bytes(part(self._road.parameters, cut))[:] = values
+        self._vectors.part_ways()
+        question = self._fan_out.each("earlier", version)
+        earlier = self._fan_out.ask("an earlier version", question, ahead)
+        for cut, values in zip(ahead, earlier, strict=True):
+            as_bytes(part(self._vectors.parameters, cut))[:] = values
         if self._on_device:
-            self._flat.params.copy_(self._road.parameters)
+            self._flat.params.copy_(self._vectors.parameters)
         self._move_in()
 
     def _move_in(self) -> None:
-        """Have the model live where the road's vectors are."""
+        """Have the model live where these vectors are."""
         if not self._on_device:
-            self._flat.move(self._road.parameters, self._road.gradients)
+            self._flat.move(self._vectors.parameters, self._vectors.gradients)
 
     @override
     def one_memory(self) -> bool:
         """A backup would not have what a worker writes."""
-        return self._road.one_copy and not self._on_device and self._watch.watcher is None
+        return self._vectors.one_copy and not self._on_device and not self._watch.begun
 
     @override
     def push(self, step: int, control: StepControl, task: int | None = None) -> Pushed:
@@ -332,20 +238,61 @@ class RemoteShards(Shards, LoopShards):
         return self._following(lambda: self._push(step, task))
 
     def _push(self, step: int, task: int | None = None) -> Pushed:
-        result = self._pushes.push(step, self._control, task, self._setting)
+        fan_out, vectors, order = self._fan_out, self._vectors, self._order
+        record = self._control.pack()
+        if fan_out.mailboxes is not None:
+            fan_out.mailboxes.control[:] = record
+        push = PushId(order.run, order.attempt, order.rank, step, task)
+
+        def question(server: Any, cut: Shard) -> Any:
+            gradient = vectors.payload(cut, vectors.gradients)
+            return self._transport.call(server, "push", push, gradient, record)
+
+        request = MailboxRequest(step, task=task)
+        asked = FanOutCall(fan_out, f"push {step}", question, self._take, request, self._setting)
+        for cut in fan_out.cuts:
+            send = partial(asked.send, [cut])
+            self._transfer.to_host(part(vectors.gradients, cut), cut.start, send)
+        self._transfer.wait(self._limits.step_timeout_s)
+        result = self._pushed(asked)
         self._setting = "step_timeout_s"
         return result
 
     @override
     def commit(self, step: int, norm: float) -> Pushed:
-        roads = self._roads
+        before = self._attachments
 
         def commit() -> Pushed:
-            if self._roads > roads:  # what was staged on a lost server is staged nowhere
+            if self._attachments > before:  # what was staged on a lost server is staged nowhere
                 self._push(step)
-            return self._pushes.commit(step, norm)
+            question = self._fan_out.each("commit", self._order.rank, step, norm)
+            what, request = f"commit {step}", MailboxRequest(step, norm)
+            asked = FanOutCall(self._fan_out, what, question, self._take, request)
+            asked.send(self._fan_out.cuts)
+            return self._pushed(asked)
 
         return self._following(commit)
+
+    def _pushed(self, asked: FanOutCall) -> Pushed:
+        answers = self._answers(asked)
+        return pushed(answers, [self._vectors.traffic(cut) for cut in self._fan_out.cuts])
+
+    def _answers(self, asked: FanOutCall) -> list[Answer]:
+        answers = asked.answers()
+        self._transfer.join()
+        return answers
+
+    def _take(self, cut: Shard, answer: Answer) -> None:
+        """Bring a shard's values here, as far as they are not here already."""
+        if not answer.committed:
+            return
+        self._versions[cut.index] = answer.version
+        try:
+            self._vectors.take(cut, answer, self._limits.step_timeout_s)
+        except TransportError as error:  # with its owner an object is lost, too
+            cause = f"its answer could not be fetched: {error}"
+            raise ActorLost(self._fan_out.names[cut.index], None, cause) from None
+        self._transfer.to_device(part(self._vectors.parameters, cut), cut.start)
 
     @override
     def refresh(self) -> None:
@@ -353,85 +300,64 @@ class RemoteShards(Shards, LoopShards):
 
     @override
     def seen(self) -> NDArray[np.bool_]:
-
-        def ask_first() -> NDArray[np.bool_]:
-            question = lambda server, cut: self._transport.call(server, "seen")  # noqa: E731
-            first = self._lines.cuts[:1]
-            found: NDArray[np.bool_] = self._lines.ask("seen", question, first)[0]
-            return found
-
-        return self._following(ask_first)
+        found: NDArray[np.bool_] = self._following(partial(self._ask_first, "seen"))
+        return found
 
     @override
     def settings(self) -> tuple[float, ...]:
+        found: tuple[float, ...] = self._following(partial(self._ask_first, "settings"))
+        return found
 
-        def ask_first() -> tuple[float, ...]:
-            question = lambda server, cut: self._transport.call(server, "settings")  # noqa: E731
-            found: tuple[float, ...] = self._lines.ask("settings", question, self._lines.cuts[:1])[
-                0
-            ]
-            return found
-
-        return self._following(ask_first)
+    def _ask_first(self, what: str) -> Any:
+        return self._fan_out.ask(what, self._fan_out.each(what), self._fan_out.cuts[:1])[0]
 
     @override
     def average(self) -> Tensor:
-
-        def ask_all() -> list[NDArray[np.uint8]]:
-            question = lambda server, cut: self._transport.call(server, "average")  # noqa: E731
-            return self._lines.ask("average", question)
-
-        found = self._following(ask_all)
+        found = self._following(lambda: self._fan_out.ask("average", self._fan_out.each("average")))
         whole = torch.zeros_like(self._flat.params, device="cpu")
-        for cut, values in zip(self._lines.cuts, found, strict=True):
+        for cut, values in zip(self._fan_out.cuts, found, strict=True):
             as_bytes(part(whole, cut))[:] = values
         return whole.to(self._flat.params.device)
 
     @override
     def leave(self) -> int:
-        call, rank = self._transport.call, self._order.rank
-        left: list[int] = self._lines.ask("leave", lambda server, cut: call(server, "leave", rank))
+        left: list[int] = self._fan_out.ask("leave", self._fan_out.each("leave", self._order.rank))
         return max(left)
 
     @override
     def optimizer_state(self) -> dict[str, Tensor]:
-        question = lambda server, cut: self._transport.call(server, "optimizer_state")  # noqa: E731
-        found = self._lines.ask("the optimizer's state", question)
-        return joined_state(found, self._lines.cuts, self._flat.layout)
+        found = self._fan_out.ask("the optimizer's state", self._fan_out.each("optimizer_state"))
+        return joined_state(found, self._fan_out.cuts, self._flat.layout)
 
     @override
     def copies(self, version: int) -> list[ShardCopy] | None:
-        call = self._transport.call
-
         def ask_one(cut: Shard, limit_s: float) -> ShardCopy:
             what = f"what {version} steps have come to"
-            question = lambda server, cut: call(server, "kept", version, limit_s)  # noqa: E731
-            answer: ShardCopy = self._lines.ask(what, question, [cut])[0]
+            question = self._fan_out.each("kept", version, limit_s)
+            answer: ShardCopy = self._fan_out.ask(what, question, [cut])[0]
             return answer
 
-        asks = [partial(ask_one, cut) for cut in self._lines.cuts]
+        asks = [partial(ask_one, cut) for cut in self._fan_out.cuts]
         return fetch_copies(asks, version, self._limits.step_timeout_s)
 
     def _following(self, action: Callable[[], Result]) -> Result:
         """Do something with the servers that there are; see `ServerWatch`."""
-        return self._watch.following(action, self._follow)
+        return self._watch.following(action, self._go_over)
 
-    def _follow(self, error: Exception) -> None:
+    def _go_over(self, joined: Membership) -> None:
         """Go over to the servers that keep the shards now; the step's gradient comes along."""
         self.close()
-        while True:
-            joined = self._watch.next_map(error)
-            try:
-                # New memory: a server that was frozen and wakes up writes where nobody looks.
-                self._open_road(joined)
-                break
-            except (ActorLost, FencedError, MapChanged) as again:
-                error = again
+        # New memory: a server that was frozen and wakes up writes where nobody looks.
+        self._attach(joined)
         if not self._on_device:
-            self._road.gradients.copy_(self._flat.grads)
+            self._vectors.gradients.copy_(self._flat.grads)
         self._move_in()
 
     def _pull(self, setting: str) -> list[Answer]:
+        """Bring the newest parameters."""
         pull = PullId(self._order.attempt, self._order.rank, self._pulls)
         self._pulls += 1  # also where it fails: the next one is not this one again
-        return self._pushes.pull(pull, setting)
+        what, question = f"pull {pull.number}", self._fan_out.each("pull", pull)
+        asked = FanOutCall(self._fan_out, what, question, self._take, setting=setting)
+        asked.send(self._fan_out.cuts)
+        return self._answers(asked)

@@ -14,9 +14,9 @@ from distplat.actors.memory.memfd import MemorySegment
 from distplat.actors.messages import Opened, Parcel, TableMap, WorkOrder
 from distplat.actors.retrying_calls import PendingCall
 from distplat.actors.servers.fan_out import ServerCalls
-from distplat.actors.servers.map_watcher import MapChanged, MapWatcher, Result, ServerWatch
+from distplat.actors.servers.map_watcher import Result, ServerWatch
 from distplat.actors.transport import Transport
-from distplat.platform.errors import ActorLost, FencedError
+from distplat.platform.errors import ActorLost
 from distplat.platform.ledger import PullId, PushId
 from distplat.platform.shard_map import TablePlan, TableSpec, plan_of
 from distplat.strategies.checkpoint.checkpoint_reader import SavedState
@@ -101,7 +101,7 @@ class RemoteTables(Tables):
         self._transport, self._order = transport, order
         self._every, self._limits = every, order.job.failure
         self._plateau = order.job.plateau
-        self._watch = ServerWatch[TableMap](order.rank, abandoned)
+        self._watch = ServerWatch[TableMap](transport, order.rank, self._limits, abandoned)
         servers = list(order.embedding_servers)
         self._use(servers, [f"embedding-server-{k}" for k in range(len(servers))])
         self._saved: tuple[int, list[Any]] = 0, []
@@ -142,12 +142,10 @@ class RemoteTables(Tables):
         calls = ServerCalls(
             transport, self._limits, [manager], ["server-manager"], self._watch.look
         )
-        ask = lambda server, _: transport.call(server, "table_servers", 0, 0.0)  # noqa: E731
+        ask = calls.each("table_servers", 0, 0.0)
         found: TableMap = calls.start("map of tables", ask, setting=_START).answers()[0]
         self._use(found.servers, found.names)
-        again = partial(transport.call, manager, "table_servers")
-        watcher = MapWatcher[TableMap](transport, again, found.version, self._limits)
-        self._watch.watcher = watcher
+        self._watch.begin(partial(transport.call, manager, "table_servers"), found.version)
 
     def _new_memory(self) -> None:
         node = self._transport.node
@@ -156,9 +154,8 @@ class RemoteTables(Tables):
 
     def _open(self) -> int:
         """Join the attempt at all servers; give the steps that each of them has at least."""
-        memory, call = self._ids.address, self._transport.call
-        who = self._plan, self._order.rank, memory, *self._saved
-        question = lambda server, _: call(server, "open", *who)  # noqa: E731
+        who = self._plan, self._order.rank, self._ids.address, *self._saved
+        question = self._calls.each("open", *who)
         asked = self._calls.start("connecting to tables", question, setting=_START)
         opened: list[Opened] = asked.answers()
         self._near = [answer.near for answer in opened]
@@ -170,38 +167,33 @@ class RemoteTables(Tables):
 
     def _following(self, action: Callable[[], Result]) -> Result:
         """Do something with the servers that there are; see `ServerWatch`."""
-        return self._watch.following(action, self._follow)
+        return self._watch.following(action, self._go_over)
 
-    def _follow(self, error: Exception) -> None:
+    def _go_over(self, newest: TableMap) -> None:
         """Go over to the servers that keep the tables now."""
-        while True:
-            found = self._watch.next_map(error)
-            self._use(found.servers, found.names)
-            # A server that was frozen and wakes up writes where nobody looks.
-            self.close()
-            self._new_memory()
-            try:
-                self._open()
-                return
-            except (ActorLost, FencedError, MapChanged) as again:
-                error = again
+        self._use(newest.servers, newest.names)
+        # A server that was frozen and wakes up writes where nobody looks.
+        self.close()
+        self._new_memory()
+        self._open()
 
     def _after_loss(self, first: Callable[[], None], again: Callable[[], None]) -> None:
         """Do something with the servers, and something else after each time that one is lost."""
         turn = [first]
 
-        def follow(error: Exception) -> None:
+        def go_over(newest: TableMap) -> None:
             turn[0] = again
-            self._follow(error)
+            self._go_over(newest)
 
-        self._watch.following(lambda: turn[0](), follow)
+        self._watch.following(lambda: turn[0](), go_over)
 
     @override
     def begin(self, version: int) -> None:
-        attempt, call = self._plan.attempt, self._transport.call
-        question = lambda server, _: call(server, "begin", attempt, version)  # noqa: E731
-        what = f"going on after step {version}"
-        begin = lambda: self._calls.start(what, question, setting=_START).answers()  # noqa: E731
+        def begin() -> None:
+            question = self._calls.each("begin", self._plan.attempt, version)
+            what = f"going on after step {version}"
+            self._calls.start(what, question, setting=_START).wait()
+
         self._following(begin)
 
     @override
@@ -261,11 +253,9 @@ class RemoteTables(Tables):
 
     @override
     def copies(self, version: int) -> list[TablesCopy] | None:
-        call = self._transport.call
-
         def ask_one(k: int, limit_s: float) -> TablesCopy:
             what, look = f"tables after {version} steps", self._watch.check
-            question = lambda server, _: call(server, "kept", version, limit_s)  # noqa: E731
+            question = self._calls.each("kept", version, limit_s)
             asked = self._calls.start(what, question, [k], look=look)
             answer: TablesCopy = asked.answers()[0]
             return answer
@@ -274,7 +264,7 @@ class RemoteTables(Tables):
         try:
             return fetch_copies(asks, version, self._limits.step_timeout_s)
         except ActorLost:
-            if self._watch.watcher is None:
+            if not self._watch.begun:
                 raise
             return None  # its backup need not have kept them
 

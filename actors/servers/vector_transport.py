@@ -43,7 +43,7 @@ class VectorTransport(ABC):
     """
 
     parameters: Tensor
-    """Shape [n], on the CPU; there once the road is `open`."""
+    """Shape [n], on the CPU; there after `open`."""
     one_copy = False
     """Whether the worker computes on the servers' own memory."""
     parameter_address: Address | None = None

@@ -35,6 +35,7 @@ from unittest import mock
 sys.path += [str(Path(__file__).parent), str(Path(__file__).parent.parent / "support")]
 
 import chaos_memory_task
+from call_faults import add_rule
 from chaos_memory_loops import setting_of
 from chaos_memory_plan import (
     ALL,
@@ -54,7 +55,7 @@ from ray_in_memory import InMemoryRay, Killed
 from distplat import Trainer
 from distplat.actors import retrying_calls
 from distplat.platform.apply_log import FILE_NAME, flaws, read_logs
-from distplat.platform.disk import RealDisk
+from distplat.platform.disk import Disk
 from distplat.platform.errors import InfrastructureError
 
 HERE = Path(__file__).parent
@@ -177,11 +178,11 @@ class OneRun:
         """Run it to its end; where driver or controller is lost, be the user who resumes it."""
         with ExitStack() as around, _LogFile(self.folder / "log.txt"):
             around.enter_context(self.ray)
-            self.ray.cluster.add_rule(self.injector.rule)
+            add_rule(self.ray.cluster, self.injector.rule)
             around.enter_context(mock.patch.object(chaos_memory_task, "heard", self.injector.reach))
             for name in ("make", "write", "sync", "rename", "remove"):
                 on_disk = self.injector.on_disk(name)
-                around.enter_context(mock.patch.object(RealDisk, name, on_disk))
+                around.enter_context(mock.patch.object(Disk, name, on_disk))
             while self._drive():
                 pass
 

@@ -15,11 +15,11 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
+from call_faults import Call, Fault
 from ray_in_memory import InMemoryRay
 
-from distplat.actors.local_transport import Call, Fault
 from distplat.actors.transport import TransportError
-from distplat.platform.disk import RealDisk
+from distplat.platform.disk import Disk
 from distplat.platform.errors import DistplatError, SpecError
 from distplat.strategies.catalog import make_job
 
@@ -435,10 +435,10 @@ class Injector:
         return ""
 
     def on_disk(self, operation: str) -> Callable[..., Any]:
-        """Give what does an operation of `RealDisk`, and tells of it before."""
-        real = getattr(RealDisk, operation)
+        """Give what does an operation of `Disk`, and tells of it before."""
+        real = getattr(Disk, operation)
 
-        def work(disk: RealDisk, path: Path, *more: Any) -> Any:
+        def work(disk: Disk, path: Path, *more: Any) -> Any:
             try:
                 self.reach(f"disk {operation}", "")
             except OSError:

@@ -13,13 +13,13 @@ from collections import Counter
 from typing import Any
 
 import torch
+from call_faults import Call, Fault, add_rule
 from chaos_task import Watched
 from jobs import job_of
 from local_run import Attempt, LocalRun
 from torch import nn
 
 from distplat.actors import retrying_calls
-from distplat.actors.local_transport import Call, Fault
 from distplat.platform.apply_log import ApplyLog, flaws
 
 SHARE = 0.25
@@ -80,7 +80,7 @@ def run(strategy: str, seed: int | None) -> tuple[str, list[str], Counter[str]]:
     rule = Lossy(seed or 0)
     if seed is not None:
         for cluster in (made.servers.cluster, made.desk.cluster):
-            cluster.add_rule(rule)
+            add_rule(cluster, rule)
     Attempt(made).make()
     stores = [service.store for service in made.servers.shard_servers()]
     problems = [f"a shard made {one.version} updates" for one in stores if one.version != STEPS]

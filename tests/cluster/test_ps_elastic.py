@@ -94,7 +94,7 @@ class Rank:
 
     def connect(self, order: WorkOrder) -> int:
         self.abandoned = threading.Event()
-        self.shards = RemoteShards(RayTransport(), order, 100, abandoned=self.abandoned)
+        self.shards = RemoteShards(RayTransport(), order, 100, 0, self.abandoned)
         self.shards.connect(self.flat)
         self.flat.grads.fill_(1.0 + order.rank)
         return self.flat.version

@@ -2,7 +2,8 @@
 
 from functools import partial
 
-from distplat.actors.local_actors import TaskDesk
+from local_servers import TaskDesk
+
 from distplat.actors.servers.scheduler import Scheduler
 from distplat.platform.spec import Consistency, Job
 from distplat.platform.task_scheduler import TaskScheduler

@@ -6,11 +6,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from local_run import as_read, impatient
+from local_servers import Servers
 from rank_threads import on_ranks
 from torch import Tensor
 
 from distplat.actors.checkpoint_uploader import CheckpointUploader
-from distplat.actors.local_actors import HERE, Servers
+from distplat.actors.local_actors import HERE
 from distplat.actors.training import run_function
 from distplat.platform.checkpoints import Delivery
 from distplat.platform.progress import AnyReport

@@ -13,11 +13,12 @@ from functools import partial
 from typing import Any
 
 from dealing import desk_of
+from local_servers import ELSEWHERE, Servers, TableServers
 from rank_threads import on_ranks
 from torch import Tensor
 
 from distplat.actors.checkpoint_uploader import CheckpointUploader
-from distplat.actors.local_actors import ELSEWHERE, HERE, Servers, TableServers
+from distplat.actors.local_actors import HERE
 from distplat.actors.local_transport import opened
 from distplat.platform.checkpoints import CheckpointAssembly, Delivery
 from distplat.platform.errors import Abandoned

@@ -11,12 +11,12 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
+from call_faults import Call, Fault, add_rule
 from local_run import Attempt, LocalRun
+from local_servers import ELSEWHERE
 from numpy.typing import NDArray
 from table_rows import table_rows
 
-from distplat.actors.local_actors import ELSEWHERE
-from distplat.actors.local_transport import Call, Fault
 from distplat.actors.servers.shards import RemoteShards
 from distplat.actors.servers.tables import RemoteTables
 from distplat.platform.errors import Abandoned, CollectiveError, FencedError
@@ -190,7 +190,7 @@ class _WithALoss(_Undisturbed):
                 raise Lost
             return pushed
 
-        self.run.servers.cluster.add_rule(lost)
+        add_rule(self.run.servers.cluster, lost)
         way.push = push_all  # type: ignore[method-assign]
         return way
 
@@ -214,7 +214,7 @@ class _WithALoss(_Undisturbed):
                 return sent
             return _LastPush(sent if complete else None, lost=not self.event.shards_follow)
 
-        self.run.tables.cluster.add_rule(lost)
+        add_rule(self.run.tables.cluster, lost)
         way.push = push_some  # type: ignore[assignment,method-assign]
         return way
 

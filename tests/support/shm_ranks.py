@@ -6,7 +6,7 @@ from typing import TypeVar
 
 from rank_threads import on_ranks
 
-from distplat.actors.collectives.rendezvous import GroupSettings
+from distplat.actors.collectives.rendezvous import GroupMember, GroupSettings
 from distplat.actors.collectives.shm.segment import GroupSegment, SegmentLayout
 from distplat.actors.collectives.shm.shm_group import ShmGroup
 
@@ -25,7 +25,7 @@ class Board:
     def group(self, name: str, rank: int, world: int) -> ShmGroup:
         settings = GroupSettings(self.operation_s, DEADLINE_S)
         segment = self._segment(name, rank, world)
-        group = ShmGroup(name, rank, world, settings, segment=segment)
+        group = ShmGroup(GroupMember(name, rank, world, settings), segment=segment)
 
         def subgroup(part: str, ranks: Sequence[int]) -> ShmGroup:
             return self.group(f"{name}/{part}", list(ranks).index(rank), len(ranks))

@@ -1,9 +1,8 @@
 """What the servers of a table in memory have, put together."""
 
 import numpy as np
+from local_servers import TableServers
 from numpy.typing import NDArray
-
-from distplat.actors.local_actors import TableServers
 
 
 def table_rows(group: TableServers, number: int, count: int) -> NDArray[np.float32]:

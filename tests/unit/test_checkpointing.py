@@ -21,7 +21,7 @@ from distplat.actors.checkpoint_uploader import CheckpointUploader
 from distplat.actors.checkpointing import PATIENCE, Checkpoints
 from distplat.cli.main import run as command
 from distplat.platform.checkpoints import Catalogue, CheckpointAssembly, Delivery
-from distplat.platform.disk import RealDisk
+from distplat.platform.disk import Disk
 from distplat.platform.errors import DeadlineExceeded, SpecError, StorageError
 from distplat.platform.recovery import Policy
 from distplat.platform.resume import NOT_FINITE
@@ -86,7 +86,7 @@ def test_parts_become_files(launch: Launch) -> None:
     assert Catalogue(launch.folder / "checkpoints").steps() == [2, 3]
 
 
-class Full(RealDisk):
+class Full(Disk):
     full = True
 
     def write(self, path: Path, content: Any) -> tuple[int, str]:

@@ -24,7 +24,7 @@ from distplat.platform.checkpoints import (
     read,
     surplus,
 )
-from distplat.platform.disk import Content, RealDisk
+from distplat.platform.disk import Content, Disk
 from distplat.platform.errors import SpecError, StorageError
 
 
@@ -32,7 +32,7 @@ class Crash(BaseException):
     """The process is no more."""
 
 
-class BadDisk(RealDisk):
+class BadDisk(Disk):
     """Crashes, or fails with an error, at operation number `at`, before, in the middle or after."""
 
     def __init__(self, at: int, how: str) -> None:

@@ -1,5 +1,6 @@
 """Whatever a worker has reached of its ports, it can leave them, and the true reason comes out."""
 
+import threading
 from types import SimpleNamespace
 from typing import Any
 
@@ -27,14 +28,12 @@ def nowhere() -> LocalTransport:
 
 
 def test_servers_that_were_never_reached_are_left() -> None:
-    shards = RemoteShards(nowhere(), order(), 1)
+    shards = RemoteShards(nowhere(), order(), 1, 0, threading.Event())
     shards.close()
     shards.close()
 
 
 def test_a_scheduler_that_was_never_reached_is_left() -> None:
-    import threading
-
     leases = RemoteLeases(nowhere(), order(), eager=False, abandoned=threading.Event())
     leases.close()
     leases.close()

@@ -8,12 +8,13 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
+from call_faults import Call, Fault, add_rule, inject
 from jobs import job_of
 
 from distplat.actors import controller_actor, retrying_calls
 from distplat.actors.controller_actor import ControllerActor, FileToKeep, ModelReady
 from distplat.actors.controller_client import ControllerClient, RunHandlers
-from distplat.actors.local_transport import Actor, Call, Fault, LocalCluster
+from distplat.actors.local_transport import Actor, LocalCluster
 from distplat.actors.retrying_calls import Outbox
 from distplat.platform.errors import ActorLost, DeadlineExceeded, Interrupted, StorageError
 from distplat.platform.progress import StepSummary
@@ -98,7 +99,7 @@ def lossy(seed: int) -> Any:
 @pytest.mark.parametrize("seed", range(8))
 def test_each_event_is_told_once_and_in_order(seed: int) -> None:
     driver = Driver()
-    driver.cluster.add_rule(lossy(seed))
+    add_rule(driver.cluster, lossy(seed))
     driver.follow()
     assert driver.heard == ALL
     assert driver.actor.body.begun == 1
@@ -108,7 +109,7 @@ def test_each_event_is_told_once_and_in_order(seed: int) -> None:
 @pytest.mark.parametrize("lost", ["request", "reply"])
 def test_a_question_of_each_kind_that_is_lost(method: str, lost: Any) -> None:
     driver = Driver()
-    driver.cluster.inject(method, Fault(lose=lost), times=3)
+    inject(driver.cluster, method, Fault(lose=lost), times=3)
     driver.follow()
     driver.client.end()
     assert driver.heard == ALL
@@ -141,7 +142,7 @@ def test_a_controller_that_dies_is_named_with_the_last_step() -> None:
 
 def test_before_the_first_step_there_is_nothing_to_go_on_from() -> None:
     driver = Driver()
-    driver.cluster.inject("begin", Fault(kill="before"))
+    inject(driver.cluster, "begin", Fault(kill="before"))
     with pytest.raises(ActorLost, match="controller was lost") as caught:
         driver.follow()
     assert "--resume" not in str(caught.value)
@@ -164,14 +165,14 @@ def test_what_the_driver_finds_out_by_itself_is_told_as_it_is() -> None:
 def test_a_controller_that_does_not_answer_is_late(method: str, setting: str) -> None:
     driver = Driver()
     driver.client._limits = driver.client._limits.model_copy(update={setting: 0.3})
-    driver.cluster.inject(method, Fault(delay_s=1e6), times=100)
+    inject(driver.cluster, method, Fault(delay_s=1e6), times=100)
     with pytest.raises(DeadlineExceeded, match=rf"missing: controller; `failure.{setting}`"):
         driver.follow()
 
 
 def test_a_signal_is_seen_while_an_answer_is_missing() -> None:
     driver = Driver()
-    driver.cluster.inject("poll", Fault(delay_s=1e6), times=100)
+    inject(driver.cluster, "poll", Fault(delay_s=1e6), times=100)
     until = time.monotonic() + 0.3
 
     def check() -> None:

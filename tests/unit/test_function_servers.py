@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from function_ranks import FunctionRun, call_on_ranks, function_job
+from local_servers import ELSEWHERE
 from test_train_function import (
     Branches,
     Make,
@@ -28,7 +29,7 @@ from torch.autograd import backward
 from torch.utils.data import DataLoader
 
 import distplat
-from distplat.actors.local_actors import ELSEWHERE, HERE
+from distplat.actors.local_actors import HERE
 from distplat.platform.errors import NonFiniteError, ProtocolError, SpecError
 from distplat.platform.progress import StepReport
 

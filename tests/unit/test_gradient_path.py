@@ -110,11 +110,11 @@ def test_a_gradient_under_ps_sync() -> None:
         "actors/servers/map_watcher.py",
         "actors/servers/fan_out.py",
         "actors/retrying_calls.py",
+        "platform/awake_clock.py",
         "actors/servers/vector_transport.py",
         "actors/memory/device_copy.py",
         "actors/memory/mailboxes.py",
         "actors/memory/futex.py",
-        "platform/awake_clock.py",
         "platform/shard_map.py",
         "strategies/server/answers.py",
     ]

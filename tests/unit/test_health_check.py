@@ -4,8 +4,9 @@ import threading
 import time
 
 import pytest
+from call_faults import Fault, inject
 
-from distplat.actors.local_transport import Actor, Fault, LocalCluster
+from distplat.actors.local_transport import Actor, LocalCluster
 from distplat.actors.servers.health_check import HealthCheck, Heartbeats
 from distplat.actors.servers.replication_manager import ReplicationManager
 from distplat.platform.errors import ActorLost
@@ -41,7 +42,7 @@ def test_a_dead_server_is_noted_at_once() -> None:
 
 def test_silence_counts_when_servers_have_their_shards() -> None:
     cluster, actors = servers(1)
-    cluster.inject("where", FROZEN, times=1000)
+    inject(cluster, "where", FROZEN, times=1000)
     losing = threading.Event()
     watch = HealthCheck(cluster.transport(), actors, 0.1, losing)
     assert not losing.wait(0.5), "it is starting"
@@ -52,7 +53,7 @@ def test_silence_counts_when_servers_have_their_shards() -> None:
 
 def test_a_lost_answer_is_no_lost_server() -> None:
     cluster, actors = servers(1)
-    cluster.inject("where", Fault(lose="reply"))
+    inject(cluster, "where", Fault(lose="reply"))
     losing = threading.Event()
     watch = HealthCheck(cluster.transport(), actors, 0.8, losing)
     watch.begin()

@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from call_faults import Call, add_rule, drain
+from call_faults import Fault as LocalFault
 from counting import BATCH, PARTS, SAMPLES, WIDTH, Counting, counting
 from dealing import desk_of
 from hypothesis import example, given, settings
@@ -18,8 +20,6 @@ from rank_threads import UNSHRUNK, on_ranks
 from safetensors.numpy import load_file
 
 from distplat import Trainer
-from distplat.actors.local_transport import Call
-from distplat.actors.local_transport import Fault as LocalFault
 from distplat.actors.servers.leases import RemoteLeases
 from distplat.actors.servers.tables import RemoteTables
 from distplat.platform.errors import DistplatError
@@ -76,7 +76,7 @@ class Counted(LocalRun):
         self.faults: dict[str, Fault] = {}  #: by worker
         self.lost: set[int] = set()  #: ranks that are made anew in the next attempt
         for cluster in (self.servers.cluster, self.tables.cluster):
-            cluster.add_rule(self._twice_or_never)
+            add_rule(cluster, self._twice_or_never)
         self.attempt = BrokenOff(self)
 
     def _twice_or_never(self, call: Call) -> LocalFault | None:
@@ -112,7 +112,7 @@ class Counted(LocalRun):
                 self.lost.add(order[place])
 
         on_ranks(len(order), body)
-        assert self.servers.cluster.drain(10.0) and self.tables.cluster.drain(10.0)
+        assert drain(self.servers.cluster, 10.0) and drain(self.tables.cluster, 10.0)
         self.servers.end_attempt()
 
     def next_attempt(self, *, with_scheduler: bool) -> None:

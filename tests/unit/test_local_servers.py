@@ -12,15 +12,16 @@ from typing import Any
 
 import pytest
 import torch
+from call_faults import Call, Fault, add_rule, drain, inject
 from control_records import full_record
 from jobs import job_of
 from local_run import impatient
+from local_servers import ELSEWHERE, Servers
 from rank_threads import on_ranks
 from torch import nn
 
 from distplat.actors import retrying_calls
-from distplat.actors.local_actors import ELSEWHERE, HERE, Servers
-from distplat.actors.local_transport import Call, Fault
+from distplat.actors.local_actors import HERE
 from distplat.actors.servers import fan_out
 from distplat.actors.servers.shards import RemoteShards
 from distplat.platform.errors import Abandoned, ActorLost, DeadlineExceeded, ProtocolError
@@ -190,7 +191,7 @@ def test_every_gradient_counts_once(
     """Whatever is lost, late or doubled; three of each call are hit."""
     monkeypatch.setattr(retrying_calls, "AGAIN_S", 0.0)
     servers = make(1, 2, strategy=strategy)
-    servers.cluster.inject(method, fault, times=3)
+    inject(servers.cluster, method, fault, times=3)
     shards, flat = connected(servers, 0, ELSEWHERE)
     steps_of((shards, flat), 0)
     torch.testing.assert_close(flat.params, expected(1))
@@ -199,7 +200,7 @@ def test_every_gradient_counts_once(
 
 def test_a_lost_standing_call_is_made_again(make: Made) -> None:
     servers = make(1, 2)
-    servers.cluster.inject("listen", Fault(lose="request"), times=2)
+    inject(servers.cluster, "listen", Fault(lose="request"), times=2)
     ends = all_connected(servers, 1)
     steps_of(ends[0], 0)
     torch.testing.assert_close(ends[0][1].params, expected(1))
@@ -211,7 +212,7 @@ def test_a_frozen_server_is_named_with_the_setting(
     monkeypatch.setattr(fan_out, "ANSWER_GRACE_S", 0.0)
     servers = make(1, 2, SOON)
     shards, flat = connected(servers, 0, ELSEWHERE)
-    servers.cluster.inject("push", Fault(delay_s=1e6), actor="server-1")
+    inject(servers.cluster, "push", Fault(delay_s=1e6), actor="server-1")
     with pytest.raises(DeadlineExceeded) as caught:
         steps_of((shards, flat), 0)
     assert (caught.value.what, caught.value.missing) == ("push 0", ("server-1",))
@@ -240,7 +241,7 @@ def test_a_lost_server_is_named(make: Made, call: str, node: str) -> None:
 def test_a_server_that_dies_in_a_push_is_named(make: Made, moment: Any) -> None:
     servers = make(1, 2)
     shards, _ = connected(servers, 0, ELSEWHERE)
-    servers.cluster.inject("push", Fault(kill=moment), actor="server-0")
+    inject(servers.cluster, "push", Fault(kill=moment), actor="server-0")
     with pytest.raises(ActorLost, match=f"server-0 was lost.*{moment} push"):
         shards.push(0, full_record())
 
@@ -268,7 +269,7 @@ def test_listening_ends_when_the_worker_leaves(make: Made) -> None:
     shards, flat = connected(servers, 0)
     steps_of((shards, flat), 0)
     shards.close()
-    assert servers.cluster.drain(5.0)
+    assert drain(servers.cluster, 5.0)
 
 
 def test_nobody_waits_for_news_of_servers_that_have_ended(make: Made) -> None:
@@ -310,7 +311,7 @@ def test_a_promoted_backup_has_every_update_once(
         threading.Timer(0.05, primary.die, [moment]).start()
         return Fault(reply_delay_s=0.2)
 
-    servers.cluster.add_rule(dies)
+    add_rule(servers.cluster, dies)
     steps_of((shards, flat), 0)
     assert len(counted) >= 2 and primary.died
     torch.testing.assert_close(flat.params, expected(1))

@@ -12,6 +12,7 @@ from control_records import record_of
 from hybrid_models import Gpt, grid_of, hybrid_job, whole
 from hybrid_workers import UntilOneIsLost
 from local_run import LocalRun, impatient, train
+from local_servers import Servers
 from table_rows import table_rows
 from test_embedding_training import job as table_job
 from test_local_servers import wait_for_backups
@@ -21,7 +22,6 @@ from test_verification import rows
 from torch import Tensor, nn
 from words import ROWS, Words
 
-from distplat.actors.local_actors import Servers
 from distplat.platform.errors import SpecError
 from distplat.platform.job_file import read_job, render_job
 from distplat.platform.resume import mismatches

@@ -3,8 +3,9 @@
 from typing import Any
 
 import pytest
+from call_faults import Fault, drain, inject
 
-from distplat.actors.local_transport import Actor, Fault, LocalCluster
+from distplat.actors.local_transport import Actor, LocalCluster
 from distplat.actors.retrying_calls import Orders
 from distplat.platform.errors import InfrastructureError, StaleError
 
@@ -29,10 +30,10 @@ def one() -> tuple[LocalCluster, Actor, Orders]:
 @pytest.mark.parametrize("lost", ["request", "reply"])
 def test_a_lost_order_is_given_again(lost: Any) -> None:
     cluster, actor, orders = one()
-    cluster.inject("rest", Fault(lose=lost), times=3)
+    inject(cluster, "rest", Fault(lose=lost), times=3)
     orders.give("worker-0", actor, "rest", 7)
     for _ in range(5):
-        cluster.drain(5)
+        drain(cluster, 5)
         assert orders.look() == []
     assert actor.body.done == {7}
     assert orders._open == []
@@ -42,7 +43,7 @@ def test_what_cannot_be_carried_out_is_told_once() -> None:
     cluster, actor, orders = one()
     orders.give("worker-0", actor, "start", StaleError("an old one"))
     orders.give("worker-0", actor, "start", KeyError("a module"))
-    cluster.drain(5)
+    drain(cluster, 5)
     (_, stale), (role, error) = orders.look()
     assert (role, type(stale), type(error)) == ("worker-0", StaleError, InfrastructureError)
     assert "error inside worker-0: KeyError: 'a module'" in str(error)
@@ -51,7 +52,7 @@ def test_what_cannot_be_carried_out_is_told_once() -> None:
 
 def test_who_is_gone_needs_no_orders() -> None:
     cluster, actor, orders = one()
-    cluster.inject("rest", Fault(delay_s=1e6))
+    inject(cluster, "rest", Fault(delay_s=1e6))
     orders.give("worker-0", actor, "rest", 1)
     assert orders.look() == []
     actor.die("for a test")

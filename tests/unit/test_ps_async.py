@@ -12,10 +12,10 @@ from dealing import desk_of
 from jobs import job_of
 from leads import largest_lead
 from local_run import LocalRun, train
+from local_servers import Servers
 from rank_threads import on_ranks
 from test_equivalence import STEPS, Classify, Conv, Dropout, Mlp, distance, plain, same_bits
 
-from distplat.actors.local_actors import Servers
 from distplat.platform.apply_log import Applied, ApplyLog, flaws, staleness_counts
 from distplat.platform.errors import SpecError, StorageError
 from distplat.platform.progress import AnyReport, EvalReport, StepReport

@@ -6,7 +6,7 @@ import pytest
 
 from distplat.actors import ray_compat
 from distplat.actors.collectives import rendezvous
-from distplat.actors.collectives.rendezvous import GroupSettings
+from distplat.actors.collectives.rendezvous import GroupMember, GroupSettings
 from distplat.platform.errors import DeadlineExceeded
 
 
@@ -37,7 +37,7 @@ def store(monkeypatch: pytest.MonkeyPatch) -> Iterator[Store]:
 def test_a_table_has_the_words_of_all(store: Store) -> None:
     for rank in range(3):
         store[rendezvous._word("g", rank)] = b'"%d"' % rank
-    rendezvous._publish("g", 3, GroupSettings(rendezvous_s=5.0))
+    rendezvous._publish(GroupMember("g", 0, 3, GroupSettings(rendezvous_s=5.0)))
     assert store == {rendezvous._table("g"): b'["0","1","2"]'}
 
 
@@ -47,5 +47,5 @@ def test_a_word_that_is_taken_back_meanwhile_is_waited_for(store: Store) -> None
         store[rendezvous._word("g", rank)] = b'"%d"' % rank
     store.fickle = rendezvous._word("g", 2)
     with pytest.raises(DeadlineExceeded, match="missing: worker-2"):
-        rendezvous._publish("g", 3, GroupSettings(rendezvous_s=0.2))
+        rendezvous._publish(GroupMember("g", 0, 3, GroupSettings(rendezvous_s=0.2)))
     assert rendezvous._table("g") not in store

@@ -6,10 +6,12 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from call_faults import Fault, inject
 
 from distplat.actors import retrying_calls
-from distplat.actors.local_transport import Fault, LocalCluster
+from distplat.actors.local_transport import LocalCluster
 from distplat.actors.retrying_calls import PendingCall
+from distplat.platform import awake_clock
 from distplat.platform.errors import ActorLost, DeadlineExceeded, InfrastructureError, StaleError
 
 FROZEN = Fault(delay_s=1e6)
@@ -42,17 +44,16 @@ class Servers:
                 raise InfrastructureError("told to give up")
 
         transport = self.cluster.transport()
-        calls = [
-            partial(transport.call, actor, "push", answer)
+        calls = {
+            actor.name: partial(transport.call, actor, "push", answer)
             for actor, answer in zip(self.actors, self.answers, strict=True)
-        ]
-        names = [actor.name for actor in self.actors]
-        return PendingCall(transport, "push 3", calls, names, limit_s, "step_timeout_s", look)
+        }
+        return PendingCall(transport, "push 3", calls, limit_s, "step_timeout_s", look)
 
 
 def test_answers_come_in_the_order_of_the_calls() -> None:
     servers = Servers(1, 2, None)
-    servers.cluster.inject("push", Fault(delay_s=0.05), actor="server-0")
+    inject(servers.cluster, "push", Fault(delay_s=0.05), actor="server-0")
     assert servers.ask().answers() == [1, 2, None]
 
 
@@ -62,7 +63,7 @@ def test_a_lost_answer_is_asked_for_again(
 ) -> None:
     monkeypatch.setattr(retrying_calls, "AGAIN_S", 0.0)
     servers = Servers(1, 2)
-    servers.cluster.inject("push", Fault(lose=lost), actor="server-1", times=2)
+    inject(servers.cluster, "push", Fault(lose=lost), actor="server-1", times=2)
     assert servers.ask().answers() == [1, 2]
     assert servers.actors[1].body.calls == calls
 
@@ -70,7 +71,7 @@ def test_a_lost_answer_is_asked_for_again(
 def test_the_late_are_named() -> None:
     servers = Servers(1, 2, 3)
     for late in ("server-1", "server-2"):
-        servers.cluster.inject("push", FROZEN, actor=late)
+        inject(servers.cluster, "push", FROZEN, actor=late)
     with pytest.raises(DeadlineExceeded) as caught:
         servers.ask(limit_s=0.1).wait()
     assert caught.value.missing == ("server-1", "server-2")
@@ -79,14 +80,14 @@ def test_the_late_are_named() -> None:
 
 def test_who_cannot_be_reached_for_long_is_late() -> None:
     servers = Servers(1)
-    servers.cluster.inject("push", Fault(lose="reply"), times=1000)
+    inject(servers.cluster, "push", Fault(lose="reply"), times=1000)
     with pytest.raises(DeadlineExceeded, match=r"push 3: waited 0\.2 s, missing: server-0"):
         servers.ask(limit_s=0.2).wait()
 
 
 def test_a_wait_is_given_up() -> None:
     servers = Servers(1)
-    servers.cluster.inject("push", FROZEN)
+    inject(servers.cluster, "push", FROZEN)
     with pytest.raises(InfrastructureError, match="told to give up"):
         servers.ask(given_up=True).wait()
 
@@ -94,7 +95,7 @@ def test_a_wait_is_given_up() -> None:
 @pytest.mark.parametrize("moment", ["before", "after"])
 def test_the_dead_are_named(moment: Any) -> None:
     servers = Servers(1, 2)
-    servers.cluster.inject("push", Fault(kill=moment), actor="server-1")
+    inject(servers.cluster, "push", Fault(kill=moment), actor="server-1")
     with pytest.raises(ActorLost, match=f"server-1 was lost: server-1 died: {moment} push"):
         servers.ask().wait()
     with pytest.raises(ActorLost, match="server-1 was lost"):
@@ -106,7 +107,7 @@ def test_who_was_stopped_itself_blames_nobody(monkeypatch: pytest.MonkeyPatch) -
     servers, clock = Servers(1, 2), [0.0]
     call = servers.ask(limit_s=5.0)
     fake = SimpleNamespace(monotonic=lambda: clock[0], sleep=time.sleep)
-    monkeypatch.setattr(retrying_calls, "time", fake)
+    monkeypatch.setattr(awake_clock, "time", fake)
     call.start_again()
     transport, waits = call._transport, 0
     wait = transport.wait

@@ -4,7 +4,9 @@ from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any, cast
 
-from distplat.actors.local_transport import Fault, LocalCluster
+from call_faults import Fault, inject
+
+from distplat.actors.local_transport import LocalCluster
 from distplat.actors.memory.mailboxes import MailboxRequest
 from distplat.actors.servers.fan_out import FanOut, FanOutCall
 from distplat.platform.ledger import Answer
@@ -47,7 +49,7 @@ class Cluster:
         )
 
     def slow(self, shard: int, seconds: float) -> None:
-        self.cluster.inject("push", Fault(delay_s=seconds), actor=f"server-{shard}")
+        inject(self.cluster, "push", Fault(delay_s=seconds), actor=f"server-{shard}")
 
     def called(self) -> list[int]:
         return [number for number, server in enumerate(self.servers) if server.body.calls]

@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from call_faults import Call, Fault, add_rule
 
 from distplat.actors import script_run
-from distplat.actors.local_transport import Actor, Call, Fault, LocalCluster
+from distplat.actors.local_transport import Actor, LocalCluster
 from distplat.actors.script_process import ScriptProcess, with_python
 from distplat.actors.script_run import Script, run_script
 from distplat.platform.errors import ActorLost, Interrupted, ScriptFailed
@@ -98,7 +99,7 @@ def test_lost_messages_lose_and_double_no_line(lost: Any) -> None:
     def rule(call: Call) -> Fault | None:
         return Fault(lose=lost) if draw.random() < 0.3 else None
 
-    run.cluster.add_rule(rule)
+    add_rule(run.cluster, rule)
     run.go()
     for rank in range(3):
         assert run.heard.of(rank) == [str(n) for n in range(300)]

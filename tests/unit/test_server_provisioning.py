@@ -3,8 +3,9 @@
 import threading
 
 import pytest
+from call_faults import Fault, inject
 
-from distplat.actors.local_transport import Actor, Fault, LocalCluster
+from distplat.actors.local_transport import Actor, LocalCluster
 from distplat.actors.servers.manager import ServerProvisioning
 from distplat.platform.errors import ActorLost, DeadlineExceeded, FencedError, NotReadyError
 
@@ -44,7 +45,7 @@ def controlled(body: Controller) -> tuple[LocalCluster, Actor]:
 def test_a_server_is_made_once_whatever_is_lost(fault: Fault, times: int, asked: int) -> None:
     body = Controller()
     cluster, controller = controlled(body)
-    cluster.inject("make_server", fault, times=times)
+    inject(cluster, "make_server", fault, times=times)
     servers = provisioning(cluster)
     servers.begin(controller)
     servers.begin(controller)

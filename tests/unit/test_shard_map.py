@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from distplat.platform.shard_map import ALIKE, Shard, cut_shards
+from distplat.platform.shard_map import ALIKE, Shard, ShardMap, cut_shards
 
 
 @given(st.integers(0, 100_000), st.integers(1, 64))
@@ -76,7 +76,5 @@ def test_a_server_of_half_the_speed_gets_half_as_much() -> None:
     assert sizes == [12_000, 6_000, 12_000]
 
 
-def test_the_version_is_kept() -> None:
-    assert cut_shards(3, 1).version == 1
-    assert cut_shards(3, 1, version=4).version == 4
-    assert cut_shards(3, 1).shards == (Shard(0, 0, 3),)
+def test_one_server_keeps_all() -> None:
+    assert cut_shards(3, 1) == ShardMap(1, 3, (Shard(0, 0, 3),))

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from distplat.actors.collectives.rendezvous import GroupSettings
+from distplat.actors.collectives.rendezvous import GroupMember, GroupSettings
 from distplat.actors.collectives.shm.segment import GroupSegment, SegmentLayout
 from distplat.actors.collectives.shm.shm_group import ShmGroup
 from distplat.platform.errors import CollectiveError
@@ -20,14 +20,14 @@ from distplat.platform.errors import CollectiveError
 PEER = """
 import sys, time
 import torch
-from distplat.actors.collectives.rendezvous import GroupSettings
+from distplat.actors.collectives.rendezvous import GroupMember, GroupSettings
 from distplat.actors.collectives.shm.shm_group import ShmGroup
 from distplat.actors.collectives.shm.segment import GroupSegment, SegmentLayout
 from distplat.actors.messages import Address
 layout = SegmentLayout.of(2)
 address = Address("", int(sys.argv[1]), int(sys.argv[2]), layout.size, "uint8")
 segment = GroupSegment.open(address, layout, 1)
-group = ShmGroup("death", 1, 2, GroupSettings(60.0, 60.0), segment=segment)
+group = ShmGroup(GroupMember("death", 1, 2, GroupSettings(60.0, 60.0)), segment=segment)
 for _ in range(3):
     group.all_reduce(torch.ones(1000))
 time.sleep(60)
@@ -43,7 +43,8 @@ def group_of_two() -> Iterator[tuple[ShmGroup, "subprocess.Popen[bytes]"]]:
     command = [sys.executable, "-c", PEER, str(where.pid), str(where.fd)]
     with subprocess.Popen(command) as process:
         try:
-            group = ShmGroup("death", 0, 2, GroupSettings(LIMIT_S, 60.0), segment=segment)
+            member = GroupMember("death", 0, 2, GroupSettings(LIMIT_S, 60.0))
+            group = ShmGroup(member, segment=segment)
             try:
                 for _ in range(3):
                     tensor = torch.ones(1000)

@@ -4,9 +4,10 @@ from collections.abc import Iterator
 from typing import Any, cast
 
 import pytest
+from call_faults import Fault, drain, inject
 from jobs import fields_of, job_of
 
-from distplat.actors.local_transport import Actor, Fault, LocalCluster
+from distplat.actors.local_transport import Actor, LocalCluster
 from distplat.actors.spares import Spares
 from distplat.platform.errors import Problem, SpecError
 from distplat.strategies.catalog import make_job
@@ -57,7 +58,7 @@ def run() -> Iterator[_Run]:
     made = _Run()
     yield made
     made.spares.end()
-    assert made.cluster.drain(10)
+    assert drain(made.cluster, 10)
     assert made.living == []
     made.cluster.close()
 
@@ -65,7 +66,7 @@ def run() -> Iterator[_Run]:
 def test_there_is_one_on_each_node(run: _Run) -> None:
     for _ in range(3):
         run.spares.keep(["b", "a", "b"])
-    assert run.cluster.drain(10)
+    assert drain(run.cluster, 10)
     assert run.living == ["spare-0 on a", "spare-1 on b"]
     assert run.ordered == ["the task", "the task"]
 
@@ -95,7 +96,7 @@ def test_one_that_does_not_answer_is_ended(
     """It died with the worker, or is as frozen as the node is: a new process is made."""
     run.impatient()
     run.spares.keep(["a"])
-    run.cluster.inject("is_there", fault)
+    inject(run.cluster, "is_there", fault)
     assert run.spares.take("a") is None
     assert run.living == []
     (said,) = (record.getMessage() for record in caplog.records)
@@ -105,7 +106,7 @@ def test_one_that_does_not_answer_is_ended(
 def test_one_that_loads_a_library_is_taken_all_the_same(run: _Run) -> None:
     """Its answer is late, as the loader holds the GIL; a new process has all of it to load."""
     run.spares.keep(["a"])
-    run.cluster.inject("is_there", Fault(delay_s=0.6))
+    inject(run.cluster, "is_there", Fault(delay_s=0.6))
     assert run.spares.take("a") is run.made[0]
     run.cluster.transport().kill(run.made[0])
 
@@ -115,7 +116,7 @@ def test_one_that_cannot_import_is_said_once_and_not_made_again(
 ) -> None:
     run.broken = {"a"}
     run.spares.keep(["a", "b"])
-    assert run.cluster.drain(10)
+    assert drain(run.cluster, 10)
     for _ in range(3):
         run.spares.keep(["a", "b"])
     assert run.living == ["spare-1 on b"]
@@ -124,9 +125,9 @@ def test_one_that_cannot_import_is_said_once_and_not_made_again(
 
 
 def test_one_whose_answer_was_lost_may_be_there(run: _Run) -> None:
-    run.cluster.inject("import_task", Fault(lose="reply"))
+    inject(run.cluster, "import_task", Fault(lose="reply"))
     run.spares.keep(["a"])
-    assert run.cluster.drain(10)
+    assert drain(run.cluster, 10)
     run.spares.keep(["a"])
     assert run.spares.take("a") is run.made[0]
     run.cluster.transport().kill(run.made[0])

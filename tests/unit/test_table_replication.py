@@ -9,16 +9,17 @@ from typing import Any
 
 import numpy as np
 import pytest
+from call_faults import Call, Fault, add_rule, inject
 from dying_backup import MOMENTS, InMemoryBackup
 from jobs import job_of
 from local_run import Attempt, LocalRun, impatient, train
+from local_servers import ELSEWHERE, TableServers
 from rank_threads import on_ranks
 from table_rows import table_rows
 from words import Words
 
 from distplat.actors import retrying_calls
-from distplat.actors.local_actors import ELSEWHERE, HERE, TableServers
-from distplat.actors.local_transport import Call, Fault
+from distplat.actors.local_actors import HERE
 from distplat.actors.servers.tables import RemoteTables
 from distplat.platform.errors import ActorLost, ProtocolError
 from distplat.platform.ledger import PushId
@@ -233,11 +234,11 @@ def test_workers_follow_a_promoted_backup(
     world = 1 if asynchronous else WORLD
     servers = make(world=world, servers=2, asynchronous=asynchronous)
     if method == "begin":
-        servers.cluster.inject(method, Fault(kill=moment), actor="embedding-server-0")
+        inject(servers.cluster, method, Fault(kill=moment), actor="embedding-server-0")
 
     def before(rank: int) -> None:
         if method != "begin" and rank == 0:
-            servers.cluster.add_rule(dying(servers, method, moment))
+            add_rule(servers.cluster, dying(servers, method, moment))
 
     assert run(servers, world, node, before) == undisturbed(world, asynchronous)
     assert servers.nodes[0].died
@@ -249,11 +250,11 @@ def test_no_order_overtakes_a_promotion(
     """The next backup is there, and to be filled, while the promotion is still on its way."""
     monkeypatch.setattr(retrying_calls, "AGAIN_S", 0.0)
     servers = make(world=WORLD, servers=2)
-    servers.cluster.inject("promote", Fault(delay_s=1.0))
+    inject(servers.cluster, "promote", Fault(delay_s=1.0))
 
     def before(rank: int) -> None:
         if rank == 0:
-            servers.cluster.add_rule(dying(servers, "push", "before"))
+            add_rule(servers.cluster, dying(servers, "push", "before"))
 
     assert run(servers, WORLD, HERE, before) == undisturbed(WORLD, False)
     wait_for_backups(servers)
@@ -370,7 +371,7 @@ def test_a_frozen_server_is_replaced(make: Callable[..., TableServers]) -> None:
             assert time.monotonic() < until
             time.sleep(0.01)
         for method in ("where", "pull", "push"):
-            servers.cluster.inject(method, Fault(delay_s=1e6), actor="embedding-server-0")
+            inject(servers.cluster, method, Fault(delay_s=1e6), actor="embedding-server-0")
 
     assert run(servers, 1, HERE, freeze) == undisturbed(1, False)
     assert servers.nodes[0].died, "it may wake up"
@@ -391,7 +392,7 @@ def test_a_manager_that_follows_a_lost_one_knows_who_keeps_what(
     servers.manager.die("killed by the test")
     with pytest.raises(ActorLost, match="server-manager was lost"):
         make_steps(tables, told, 0)
-    servers.make_manager()
+    servers.make_manager(adopts=True)
     wait_for_backups(servers)
     assert servers.manager.body.table_servers(0, 0.0).names == before.names
     again = servers.tables(0, attempt=1)

@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 import pytest
 from jobs import job_of
+from local_servers import TableServers
 from rank_threads import on_ranks
 
-from distplat.actors.local_actors import TableServers
 from distplat.platform.errors import (
     ActorLost,
     DeadlineExceeded,

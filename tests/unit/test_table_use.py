@@ -9,6 +9,7 @@ import pytest
 import torch
 from jobs import job_of
 from local_run import LocalRun, train
+from local_servers import TableServers
 from lost_ranks import Loss, LossyRun, train_lossy
 from rank_threads import on_ranks
 from table_rows import table_rows
@@ -16,7 +17,6 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, TensorDataset, default_collate
 
 from distplat import Task
-from distplat.actors.local_actors import TableServers
 from distplat.nn import ShardedEmbedding
 from distplat.strategies.model.flat import FlatModel
 from distplat.strategies.sparse.lookups import Lookups

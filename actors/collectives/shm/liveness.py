@@ -9,7 +9,7 @@ from contextlib import suppress
 from distplat.actors.collectives.rendezvous import GIVEN_UP
 from distplat.actors.collectives.shm.segment import GroupSegment
 from distplat.actors.memory.futex import Word, has_ended, reached
-from distplat.platform.awake_clock import HALTED_S
+from distplat.platform.awake_clock import AwakeClock
 from distplat.platform.errors import CollectiveError
 
 SLICE_S = 0.1
@@ -19,12 +19,12 @@ SLICE_S = 0.1
 class RunningOp:
     """One operation of this rank, for errors and accounts."""
 
-    __slots__ = ("began", "halted", "name", "number", "waited")
+    __slots__ = ("began", "clock", "name", "number", "waited")
 
     def __init__(self, name: str, number: int) -> None:
         self.name, self.number = name, number
         self.began, self.waited = time.perf_counter(), 0.0
-        self.halted = 0.0  #: seconds in which this process stood still, which count against nobody
+        self.clock = AwakeClock()  #: for its deadline
 
 
 class LivenessMonitor:
@@ -106,23 +106,18 @@ class LivenessMonitor:
     def _wait(
         self, wait: Callable[[float], bool], behind: Callable[[], list[int]], op: RunningOp
     ) -> None:
-        began = asked = time.perf_counter()
+        began = time.perf_counter()
         try:
-            while not wait(min(SLICE_S, max(0.0, self._left(op, asked)))):
-                op.halted += max(0.0, time.perf_counter() - asked - HALTED_S)
+            while not wait(min(SLICE_S, max(0.0, self._operation_s - op.clock.now()))):
                 self._check_peers(behind(), op, wait)
-                asked = time.perf_counter()
         finally:
             op.waited += time.perf_counter() - began
-
-    def _left(self, op: RunningOp, now: float) -> float:
-        return op.began + op.halted + self._operation_s - now
 
     def _check_peers(self, behind: list[int], op: RunningOp, wait: Callable[[float], bool]) -> None:
         self.check(op)
         dead = tuple(rank for rank in behind if self._is_dead(rank))
         left = tuple(rank for rank in behind if self._segment.has_left(rank))
-        late = self._left(op, time.perf_counter()) <= 0
+        late = op.clock.now() >= self._operation_s
         # Who died or left may have posted before: look at the word once more.
         if not (dead or left or late) or wait(0.0):
             return

@@ -9,6 +9,7 @@ memory itself, signalled by futexes: no server, no sockets, no copies through th
 import json
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from functools import partial
 
 import ray
@@ -20,7 +21,7 @@ from distplat.actors.collectives.group import CollectiveGroup, summed
 from distplat.actors.collectives.header import STAGED, Header, header, supported
 from distplat.actors.collectives.rendezvous import (
     GIVEN_UP,
-    GroupSettings,
+    GroupMember,
     find_word,
     leave_word,
     take_back_word,
@@ -38,7 +39,6 @@ from distplat.actors.collectives.shm.segment import (
 from distplat.actors.collectives.work import OpQueue, Work
 from distplat.actors.messages import Address
 from distplat.platform.errors import CollectiveError
-from distplat.platform.topology import RankLocation
 from distplat.strategies.collective import ReduceOp
 
 _CLOSE_S = 2.0
@@ -51,11 +51,7 @@ class ShmGroup(CollectiveGroup):
     After an operation failed, all later ones fail, and the other ranks are told.
 
     Args:
-        name: unique on the cluster.
-        rank: place in the group.
-        world: ranks in the group.
-        settings: deadlines, and how the group is given up.
-        places: where the ranks are; all on one node.
+        member: which rank, of which group; all are on one node.
         segment: the memory, where the ranks found each other without Ray.
 
     Raises:
@@ -63,18 +59,9 @@ class ShmGroup(CollectiveGroup):
         CollectiveError: the memory cannot be reached, or `settings.abandoned` was set.
     """
 
-    def __init__(
-        self,
-        name: str,
-        rank: int,
-        world: int,
-        settings: GroupSettings,
-        places: tuple[RankLocation, ...] | None = None,
-        *,
-        segment: GroupSegment | None = None,
-    ) -> None:
-        super().__init__(name, rank, world, settings)
-        by_ray = segment is None
+    def __init__(self, member: GroupMember, *, segment: GroupSegment | None = None) -> None:
+        super().__init__(member)
+        name, settings, by_ray = member.name, member.settings, segment is None
         self._segment = segment or self._find_segment()
         self._liveness = LivenessMonitor(
             name, self._segment, settings.operation_s, settings.abandoned
@@ -91,7 +78,7 @@ class ShmGroup(CollectiveGroup):
             self.close()
             raise
         finally:
-            if by_ray and rank == 0:
+            if by_ray and self.rank == 0:
                 take_back_word(name)
         self._segment.segment.seal()  # nobody else comes in
         self._liveness.start()
@@ -252,23 +239,18 @@ class ShmGroup(CollectiveGroup):
         layout = SegmentLayout.of(self.world)
         if self.rank == 0:
             made = GroupSegment.create(node, layout)
-            where = made.segment.address
-            word = {"node": node, "pid": where.pid, "fd": where.fd, "world": self.world}
-            word["inode"] = where.inode
+            word = asdict(made.segment.address) | {"world": self.world}
             leave_word(self.name, json.dumps(word).encode())
             return made
         word = json.loads(find_word(self.name, self.settings))
-        if word["world"] != self.world:
+        if (world := word.pop("world")) != self.world:
+            raise self._no_segment(f"rank 0 says {world} ranks, rank {self.rank} says {self.world}")
+        address = Address(**word)
+        if address.node != node:
             raise self._no_segment(
-                f"rank 0 says {word['world']} ranks, rank {self.rank} says {self.world}"
-            )
-        if word["node"] != node:
-            raise self._no_segment(
-                f"rank 0 is on node {word['node']}, rank {self.rank} on node {node}: "
+                f"rank 0 is on node {address.node}, rank {self.rank} on node {node}: "
                 "shared memory works inside a node; choose `backend: hierarchical` or `gloo`"
             )
-        theirs = word["pid"], word["fd"], layout.size, "uint8", word["inode"]
-        address = Address(node, *theirs)
         try:
             return GroupSegment.open(address, layout, self.rank)
         except OSError as error:
