@@ -11,6 +11,7 @@ from call_faults import Fault, inject
 from distplat.actors import retrying_calls
 from distplat.actors.local_transport import LocalCluster
 from distplat.actors.retrying_calls import PendingCall
+from distplat.actors.transport import NotHere
 from distplat.platform import awake_clock
 from distplat.platform.errors import ActorLost, DeadlineExceeded, InfrastructureError, StaleError
 
@@ -123,6 +124,23 @@ def test_who_was_stopped_itself_blames_nobody(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(transport, "wait", stopped)
     assert call.answers() == [1, 2]
     assert waits > 1
+
+
+def test_a_large_answer_that_does_not_come_is_waited_for_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Ray's `get` waits by itself: for the whole deadline, and for no second one."""
+    servers, waits = Servers(1), []
+    call = servers.ask(limit_s=5.0)
+
+    def get(reply: Any, timeout_s: float) -> Any:
+        waits.append(timeout_s)
+        raise NotHere
+
+    monkeypatch.setattr(call._transport, "get", get)
+    with pytest.raises(DeadlineExceeded, match="missing: server-0"):
+        call.wait()
+    assert waits == [pytest.approx(5.0, abs=1.0)]
 
 
 def test_errors_come_as_what_they_are() -> None:
