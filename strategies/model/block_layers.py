@@ -35,6 +35,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import lru_cache, partial
+from types import SimpleNamespace
 from typing import Any, cast
 
 import torch
@@ -294,7 +295,8 @@ class BeforeBlocks(nn.Module):
     ) -> None:
         super().__init__()
         self.model, self._blocks, self._tied, self._call = model, blocks, tuple(tied), call
-        self._tuples = False
+        # An object, so that what a trial has found out is not put back.
+        self._form = SimpleNamespace(tuples=False)
 
     def forward(self, inputs: Any) -> Any:
         """
@@ -327,11 +329,11 @@ class BeforeBlocks(nn.Module):
             first = error
         for generator, state in states:
             generator.set_state(state)
-        self._tuples = not self._tuples
+        self._form.tuples = not self._form.tuples
         try:
             return self._run(inputs)
         except (_Between, Exception):
-            self._tuples = not self._tuples
+            self._form.tuples = not self._form.tuples
             if isinstance(first, Exception):
                 raise first from None  # of the user's own: a sample that the embedding has not
             raise _unfit(f"its forward {first}") from None
@@ -349,7 +351,7 @@ class BeforeBlocks(nn.Module):
                 raise _Between(f"computes something between blocks {len(calls) - 2} and the next")
             if len(calls) == self._blocks:
                 raise _Called
-            return (features,) if self._tuples else features
+            return (features,) if self._form.tuples else features
 
         try:
             with _answering(self.model, note, None):

@@ -16,7 +16,9 @@ from distplat.strategies.algorithms.partition import bounds
 from distplat.strategies.model.block_layers import Order, block_modules, most_blocks
 from distplat.strategies.model.model_call import ModelCall, changed_modes, torch_modes
 from distplat.strategies.model.module_hooks import called_hooks
-from distplat.strategies.torch_compat import has_running_statistics
+from distplat.strategies.model.trials import Held
+from distplat.strategies.task_methods import names_in
+from distplat.strategies.torch_compat import DrawWatch, has_running_statistics
 
 Part = nn.Module | Tensor
 
@@ -288,23 +290,54 @@ def with_all_names(model: nn.Module, given: Sequence[Layer]) -> list[Layer]:
 
 def _trace(model: nn.Module) -> fx.Graph:
     modes = [(module, module.training) for module in model.modules()]
-    graphs = []
+    held, graphs = Held(model, trained=True), []
     try:
         for mode in (True, False):
             model.train(mode)
             # Once inside of autocast, so that one that is switched off is seen, too.
-            with tracing, torch.autocast("cpu", enabled=mode):
+            with tracing, torch.autocast("cpu", enabled=mode), DrawWatch(_refuse_draws):
                 graphs.append(_Tracer().trace(model))
     except Exception as error:
-        raise _problem(
-            f"{type(model).__name__} cannot be traced: {error}",
-            "give the task a `stages(model)` that lists the parts in order",
-        ) from error
+        raise _problem(f"{type(model).__name__} cannot be traced: {error}", _LIST) from error
     finally:
         for module, was_training in modes:
             module.training = was_training
+        changed = held.changed()
+        held.put_back()
+    _refuse_side_effects(model, changed)
     _check(model, *graphs)
     return graphs[0]
+
+
+_LIST = "give the task a `stages(model)` that lists the parts in order"
+
+
+def _refuse_draws() -> None:
+    raise ValueError("it draws random numbers, which a trace does once for all")
+
+
+def _refuse_side_effects(model: nn.Module, changed: Sequence[str]) -> None:
+    """
+    Refuse what forward does beside computing its outputs: layers would never do it again.
+
+    Raises:
+        SpecError: it writes something, draws numbers, or makes tensors that its inputs do not give.
+    """
+    name = f"{type(model).__name__}.forward"
+    written = [one for one in changed if not one.startswith(_CONSTANT)]
+    if written:
+        text = f"{name} writes {', '.join(written)}, which a trace does once for all"
+        raise _problem(text, f"write it in a part of the model that has a forward, or {_LIST}")
+    if named := names_in(type(model).forward) & {"random", "default_rng"}:
+        text = f"{name} names `{min(named)}`, and a trace draws random numbers once for all"
+        raise _problem(text, f"draw them in a part of the model that has a forward, or {_LIST}")
+    if changed:
+        text = f"{name} makes a tensor without its inputs, which a trace would keep for all steps"
+        raise _problem(text, f"make it in a part of the model that has a forward, or {_LIST}")
+
+
+_CONSTANT = "_tensor_constant"
+"""How attributes begin in which torch.fx keeps such a tensor."""
 
 
 def _check(model: nn.Module, training: fx.Graph, evaluating: fx.Graph) -> None:

@@ -1,7 +1,9 @@
 """Models as layers and stages: names, the same result, what cannot be cut, values from nowhere."""
 
+import random
 from collections.abc import Callable, Sequence
 from itertools import combinations
+from typing import Any
 
 import pytest
 import torch
@@ -129,6 +131,54 @@ def nothing(module: nn.Module, x: Tensor) -> object:
     return None
 
 
+class Drops(Odd):
+    def forward(self, x: Tensor) -> object:
+        return x if random.random() < 0 else self.part(x)
+
+
+class Remembers(Odd):
+    """Has what a forward may write beside its outputs."""
+
+    def __init__(self, write: Callable[[Any], object]) -> None:
+        super().__init__(nothing)
+        self.write, self.calls, self.losses = write, 0, list[float]()
+        self.teacher = nn.Linear(4, 4).requires_grad_(False)
+        self.register_buffer("center", torch.ones(4))
+
+    def forward(self, x: Tensor) -> object:
+        if self.training:
+            self.write(self)
+        return self.part(x)
+
+
+@pytest.mark.parametrize(
+    ("write", "name"),
+    [
+        (lambda m: setattr(m, "calls", m.calls + 1), "calls"),
+        (lambda m: m.losses.append(0.5), "losses"),
+        (lambda m: setattr(m, "last", 1.0), "last"),
+        (lambda m: m.center.mul_(0.9), "center"),
+        (lambda m: setattr(m, "center", m.center * 0.9), "center"),
+        (lambda m: [p.data.mul_(0.5) for p in m.teacher.parameters()], "teacher.weight"),
+        (lambda m: [p.data.clamp_(0, 0.1) for p in m.part.parameters()], "part.weight"),
+        (lambda m: [p.requires_grad_(False) for p in m.part.parameters()], "part.weight"),
+    ],
+)
+def test_what_a_forward_writes_beside_its_outputs_is_no_part_of_a_trace(
+    write: Callable[[Any], object], name: str
+) -> None:
+    """It would be done when the model is traced, and never again."""
+    model = Remembers(write)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    with pytest.raises(SpecError, match=rf"Remembers\.forward writes .*{name}") as caught:
+        traced_layers(model)
+    assert "stages(model)" in str(caught.value)
+    assert (model.calls, model.losses, hasattr(model, "last")) == (0, [], False)
+    assert all(p.requires_grad for p in model.part.parameters())
+    for key in before.keys() - {"part.weight", "part.bias"}:
+        assert torch.equal(model.state_dict()[key], before[key])
+
+
 @pytest.mark.parametrize(
     ("model", "message"),
     [
@@ -137,6 +187,9 @@ def nothing(module: nn.Module, x: Tensor) -> object:
         (Odd(lambda m, x: (m.part(x), x)), "gives something else than one tensor"),
         (Odd(lambda m, x: x), "gives something else than one tensor"),
         (Two(nothing), r"takes 2 inputs \(x, y\)"),
+        (Odd(lambda m, x: m.part(x) + torch.ones(4)), "makes a tensor without its inputs"),
+        (Odd(lambda m, x: m.part(x) * (0 if torch.rand(()) < 0 else 1)), "draws random numbers"),
+        (Drops(nothing), "Drops.forward names `random`"),
     ],
 )
 def test_what_cannot_be_traced_says_why(model: nn.Module, message: str) -> None:
