@@ -16,7 +16,7 @@ from distplat.strategies.algorithms.partition import bounds
 from distplat.strategies.model.block_layers import Order, block_modules, most_blocks
 from distplat.strategies.model.model_call import ModelCall, changed_modes, torch_modes
 from distplat.strategies.model.module_hooks import called_hooks
-from distplat.strategies.model.trials import Held
+from distplat.strategies.model.trials import Held, ReadAgain
 from distplat.strategies.task_methods import names_in
 from distplat.strategies.torch_compat import DrawWatch, has_running_statistics
 
@@ -404,19 +404,20 @@ def recomputed(stage: nn.Module, inputs: Any) -> Any:
     Run a stage so that its activations are computed again in backward.
 
     Raises:
-        SpecError: forward writes into buffers or frozen parameters, and would do so twice.
+        SpecError: forward writes into tensors that are not trained, and would do so twice.
     """
     if not torch.is_grad_enabled():
         return stage(inputs)
 
     def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-        return nullcontext(), _StatisticsStay(stage)
+        return nullcontext(), _RunAgain(stage)
 
-    before = _state(stage)
+    before, kept = _state(stage), [*_kept_in_attributes(stage)]
     outputs = checkpoint(
         stage, inputs, use_reentrant=False, preserve_rng_state=True, context_fn=contexts
     )
     written = [name for name, known in _state(stage).items() if before.get(name) != known]
+    written += [name for name, tensor, version in kept if tensor._version != version]
     if written:
         text = f"forward writes into {', '.join(written)}, and `recompute` runs it twice"
         raise SpecError(Problem(("strategy", "recompute"), text, "leave `recompute` out"))
@@ -428,24 +429,36 @@ def _state(stage: nn.Module) -> dict[str, tuple[int, int]]:
     found = {}
     for path, module in stage.named_modules():
         own = dict(module._parameters)
-        if not has_running_statistics(module):  # of norms, `_StatisticsStay` takes care
+        if not has_running_statistics(module):  # of norms, `_RunAgain` takes care
             own |= module._buffers
         for name, tensor in own.items():
             if tensor is not None and not tensor.requires_grad:
-                where = f"{path}.{name}".removeprefix("chunk.").removeprefix("model.")
-                found[where] = id(tensor), tensor._version
+                found[_name_in_model(path, name)] = id(tensor), tensor._version
     return found
 
 
-class _StatisticsStay:
+def _kept_in_attributes(stage: nn.Module) -> Iterator[tuple[str, Tensor, int]]:
+    """Give tensors in attributes, with their names and versions: `_RunAgain` puts them back."""
+    for path, module in stage.named_modules():
+        for name, value in vars(module).items():
+            if isinstance(value, Tensor) and not value.requires_grad:
+                yield _name_in_model(path, name), value, value._version
+
+
+def _name_in_model(path: str, name: str) -> str:
+    return f"{path}.{name}".removeprefix("chunk.").removeprefix("model.").removeprefix(".")
+
+
+class _RunAgain:
     """
     Has norms update copies of their running statistics, which are then thrown away.
 
-    Entered once per recomputation: twice where a schedule splits backward.
+    Attributes are those that the first forward found. Entered once per recomputation: twice where a
+    schedule splits backward.
     """
 
     def __init__(self, stage: nn.Module) -> None:
-        self._stage = stage
+        self._stage, self._attributes = stage, ReadAgain(stage)
         self._kept: list[tuple[nn.Module, dict[str, Tensor | None]]] = []
 
     def __enter__(self) -> None:
@@ -457,7 +470,9 @@ class _StatisticsStay:
         for module, buffers in self._kept:
             for name, buffer in buffers.items():
                 module._buffers[name] = None if buffer is None else buffer.clone()
+        self._attributes.__enter__()
 
     def __exit__(self, *error: object) -> None:
+        self._attributes.__exit__()
         for module, buffers in self._kept:
             module._buffers.update(buffers)

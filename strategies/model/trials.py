@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict, defaultdict, deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -24,6 +24,8 @@ from distplat.strategies.model.parameter_layout import bits_of, fill
 
 _CONTAINERS = (list, dict, set, deque, OrderedDict, defaultdict)
 _PLAIN = (bool, int, float, str)
+_TORCHS = frozenset(vars(nn.Module()))
+"""Attributes that every module has."""
 _OWN = ("_parameters", "_buffers", "_modules")
 """Attributes of `nn.Module` whose keys are the names that users know."""
 
@@ -73,10 +75,7 @@ class Held:
             now = vars(module)
             for name in now.keys() - held.keys() - {"training"}:
                 del now[name]
-            for name, (value, content) in held.items():
-                now[name] = value
-                if content is not None and not _alike(content, value):
-                    _refill(value, content)
+            _have(module, held)
         for tensor, wanted in self._wanted.values():
             if _switched(tensor, wanted):
                 tensor.requires_grad_(wanted)
@@ -91,11 +90,11 @@ class Held:
                 yield from (one for one in every if isinstance(one, Tensor))
 
 
-def _attributes(module: nn.Module) -> Attributes:
+def _attributes(module: nn.Module, left_out: Container[str] = ("training",)) -> Attributes:
     return {
         name: (value, copy.copy(value) if type(value) in _CONTAINERS else None)
         for name, value in vars(module).items()
-        if name != "training"
+        if name not in left_out
     }
 
 
@@ -133,6 +132,14 @@ def _same(one: Any, other: Any) -> bool:
     return type(one) is type(other) and type(one) in _PLAIN and bool(one == other)
 
 
+def _have(module: nn.Module, held: Attributes) -> None:
+    """Have a module's attributes be these; it may have others, too."""
+    for name, (value, content) in held.items():
+        vars(module)[name] = value
+        if content is not None and not _alike(content, value):
+            _refill(value, content)
+
+
 def _refill(container: Any, content: Any) -> None:
     """Have a container, which others may hold as well, contain this."""
     container.clear()
@@ -157,6 +164,36 @@ def _equal(tensor: Tensor, copied: Tensor) -> bool:
     if (tensor.shape, tensor.dtype) != (copied.shape, copied.dtype):
         return False
     return torch.equal(bits_of(tensor), bits_of(copied))
+
+
+class ReadAgain:
+    """
+    Has a second forward find the attributes that the first one found, and leave no trace in them.
+
+    A counter would be a step ahead, and count twice. A context, to be entered once for each time
+    that activations are computed again.
+
+    Args:
+        module: before the first forward.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self._modules = [*module.modules()]
+        self._found = self._values()
+
+    def __enter__(self) -> None:
+        self._after = self._values()
+        self._have(self._found)
+
+    def __exit__(self, *error: object) -> None:
+        self._have(self._after)
+
+    def _values(self) -> list[Attributes]:
+        return [_attributes(one, _TORCHS) for one in self._modules]
+
+    def _have(self, values: list[Attributes]) -> None:
+        for module, held in zip(self._modules, values, strict=True):
+            _have(module, held)
 
 
 @contextmanager

@@ -324,11 +324,33 @@ def test_modules_that_do_not_say_how_they_begin_are_named() -> None:
         materialise(traced_layers(on_meta(Net)), 0, 0)
 
 
+class Warming(nn.Module):
+    """Keeps in attributes how often it was called, and on what."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls, self.means, self.last = 0, list[float](), torch.zeros(8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        self.means.append(float(x.detach().mean()))
+        self.last = 0.9 * self.last + x.detach().mean(0)
+        return torch.tanh(x * self.calls) + sum(self.means) * x + self.last
+
+
 def noisy() -> nn.Sequential:
     torch.manual_seed(0)
     return nn.Sequential(
-        nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Dropout(0.5), nn.Linear(8, 4), nn.Dropout(0.2)
+        *(nn.Linear(4, 8), Warming(), nn.BatchNorm1d(8), nn.Dropout(0.5)),
+        *(nn.Linear(8, 4), nn.Dropout(0.2)),
     )
+
+
+def test_a_tensor_in_an_attribute_is_not_written_twice() -> None:
+    model = Remembers(lambda m: m.level.mul_(0.9))
+    model.level = torch.ones(4)
+    with pytest.raises(SpecError, match=r"writes into level, and `recompute` runs it twice"):
+        recomputed(model, torch.ones(2, 4))
 
 
 def trained(run_stage: Callable[[nn.Module, Tensor], Tensor]) -> tuple[Tensor, ...]:
@@ -336,8 +358,10 @@ def trained(run_stage: Callable[[nn.Module, Tensor], Tensor]) -> tuple[Tensor, .
     inputs = torch.randn(6, 4, requires_grad=True)
     torch.manual_seed(5)
     outputs = [run_stage(model, inputs), run_stage(model, inputs * 2)]  # two live micro-batches
-    for one in outputs:
+    for one in reversed(outputs):
         torch.autograd.backward(one.square().sum())
+    warming: Any = model[1]
+    assert (warming.calls, len(warming.means)) == (2, 2)
     gradients = [torch.as_tensor(p.grad) for p in model.parameters()]
     return (*outputs, *gradients, torch.as_tensor(inputs.grad), *model.buffers())
 
