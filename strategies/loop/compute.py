@@ -201,6 +201,7 @@ class WholeModel(Compute):
             batch = moved(next(batches), self.flat.params.device)
             clock.lap("data")
             asked = calls()
+            self._doubts.begin(step)
             with precision(self.job, self.flat.params.device):
                 made = made_of(self.task, self.flat.model, batch, size, terms)
                 if (

@@ -13,7 +13,7 @@ import math
 import random
 from collections import OrderedDict, UserDict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from types import MethodType
 from typing import Any, NamedTuple, TypeVar
 
@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from distplat.strategies.loop.collate import with_fields
+from distplat.strategies.loop.loss_state import LossState, generators, remark_on_state, same
 from distplat.strategies.loop.losses import Judged, Made
 from distplat.strategies.loop.task_settings import task_modules
 from distplat.strategies.task import Task, has_step
@@ -64,7 +65,14 @@ class MeanDoubts:
     def __init__(self, task: Task, model: nn.Module) -> None:
         self._task, self._model = task, model
         self._looked: set[int] = set()  #: steps
+        self._state: LossState | None = None  #: before the micro-batch that is looked at
+        self._told = False  #: the first one's state was compared
         self._evaluated = 0  #: batches whose metrics were looked at
+
+    def begin(self, step: int) -> None:
+        """Be told that a micro-batch of a step begins: `look` may come."""
+        if (step < _FIRST_STEPS and step not in self._looked) or not self._told:
+            self._state = LossState(self._task, self._model)
 
     def look(self, step: int, made: Made, samples: int) -> None:
         """
@@ -75,6 +83,11 @@ class MeanDoubts:
             made: what task and model made of it.
             samples: of the micro-batch.
         """
+        state, self._state = self._state, None
+        if state is not None and not self._told:
+            self._told = True
+            if (remark := remark_on_state(state)) is not None:
+                logger.warning("%s", remark)
         if step >= _FIRST_STEPS or step in self._looked:
             return
         self._looked.add(step)
@@ -87,7 +100,9 @@ class MeanDoubts:
         term = made.term
         loss = (term.value, term.weight) if term.weighted else term.value
         given, states = (made.outputs, made.targets, loss), states_of(self._task, self._model)
-        found = is_mean_over_samples(self._task.loss, *given, samples=samples, states=states)
+        found = is_mean_over_samples(
+            self._task.loss, *given, samples=samples, states=states, begun=state
+        )
         if found is not None:
             self._looked.update(range(_FIRST_STEPS))
             logger.warning("%s", found)
@@ -165,6 +180,7 @@ def is_mean_over_samples(
     *,
     samples: int,
     states: Sequence[Tensor] = (),
+    begun: LossState | None = None,
 ) -> str | None:
     """
     Compare the loss of a batch with those of its halves.
@@ -181,6 +197,7 @@ def is_mean_over_samples(
         loss: what `task_loss` made of them: a scalar, or (sum, weight).
         samples: size of the batch.
         states: what `task_loss` may reach beside the task's attributes, see `states_of`.
+        begun: what it began with; None: that has not changed since.
 
     Returns:
         A warning, if parts of the batch cannot be put together; None: they can, or nobody can tell.
@@ -190,7 +207,8 @@ def is_mean_over_samples(
         if samples < 2 or whole is None or not _finite(whole):
             return None
         cuts = slice(0, samples // 2), slice(samples // 2, samples)
-        halves = _of_parts(task_loss, _value, (outputs, targets), samples, cuts, states)
+        with nullcontext() if begun is None else begun.kept():
+            halves = _of_parts(task_loss, _value, (outputs, targets), samples, cuts, states, begun)
         if halves is None:
             return None
         sizes = [cut.stop - cut.start for cut in cuts]
@@ -260,17 +278,18 @@ def _of_parts(
     size: int,
     cuts: Iterable[slice],
     states: Sequence[Tensor],
+    begun: LossState | None = None,
 ) -> list[_T] | None:
     """Give what a method of the task makes of each part; None: it hangs on random numbers."""
     found = []
     if sum(state.numel() for state in states) > _COPIED_ELEMENTS:
         raise _CannotTell
     with torch.no_grad(), _kept(states):
-        before = _generators()
+        before = generators()
         for cut in cuts:
             outputs, targets = (_part(one, size, cut) for one in given)
-            value = read(_on_a_copy(method)(outputs, targets))
-            if value is None or not _same(before, _generators()):
+            value = read(_on_a_copy(method, begun)(outputs, targets))
+            if value is None or not same(before, generators()):
                 return None
             found.append(value)
     return found
@@ -437,8 +456,8 @@ def _rebuilt(tree: Any, items: list[Any]) -> Any:
     return with_fields(tree, dict(zip(names, items, strict=True)))
 
 
-def _on_a_copy(task_loss: Callable[..., Any]) -> Callable[..., Any]:
-    """Give the same method of a copy of its task, for it may keep figures there."""
+def _on_a_copy(task_loss: Callable[..., Any], begun: LossState | None) -> Callable[..., Any]:
+    """Give the same method of a copy of its task as it was, for it may keep figures there."""
     task, function = getattr(task_loss, "__self__", None), getattr(task_loss, "__func__", None)
     if function is None or not hasattr(task, "__dict__"):
         return task_loss
@@ -452,6 +471,8 @@ def _on_a_copy(task_loss: Callable[..., Any]) -> Callable[..., Any]:
             vars(twin)[name] = value.detach().clone()
         elif type(value) in _CONTAINERS:
             vars(twin)[name] = copy.copy(value)
+    if begun is not None:
+        begun.begin_again(vars(twin))
     return MethodType(function, twin)
 
 
@@ -459,7 +480,7 @@ def _on_a_copy(task_loss: Callable[..., Any]) -> Callable[..., Any]:
 def _kept(states: Sequence[Tensor]) -> Iterator[None]:
     """Put generators and states back at the end."""
     copies = [(state, state.detach().clone()) for state in states]
-    before = _generators()
+    before = generators()
     try:
         yield
     finally:
@@ -470,25 +491,3 @@ def _kept(states: Sequence[Tensor]) -> Iterator[None]:
             torch.cuda.set_rng_state(state, device)
         for state, values in copies:
             state.data.copy_(values)  # not by autograd's count: backward may have it saved
-
-
-def _generators() -> tuple[Any, Any, Tensor, list[Tensor]]:
-    """Give the states of python's, numpy's and torch's generators, and those of the cards."""
-    cards = _card_states()
-    return random.getstate(), np.random.get_state(), torch.get_rng_state(), cards
-
-
-def _card_states() -> list[Tensor]:
-    started = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
-    return torch.cuda.get_rng_state_all() if started else []
-
-
-def _same(one: Any, other: Any) -> bool:
-    """Compare states of generators."""
-    if isinstance(one, Tensor):
-        return torch.equal(one, other)
-    if isinstance(one, np.ndarray):
-        return bool(np.array_equal(one, other))
-    if isinstance(one, list | tuple):
-        return len(one) == len(other) and all(map(_same, one, other))
-    return bool(one == other)

@@ -163,8 +163,13 @@ def task_parameters(task: Task, model: nn.Module) -> dict[str, Tensor]:
 
 def task_modules(task: Task, model: nn.Module) -> list[nn.Module]:
     """Give the modules in a task's attributes that are not the model's own, outermost ones."""
+    return [module for _, module in named_task_modules(task, model)]
+
+
+def named_task_modules(task: Task, model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """Give them with the paths of attributes at which they are."""
     own = {id(module) for module in model.modules()}
-    return [module for _, module in _modules(vars(task)) if id(module) not in own]
+    return [(name, module) for name, module in _modules(vars(task)) if id(module) not in own]
 
 
 def _items(value: object) -> Iterator[tuple[str, object]]:

@@ -32,16 +32,28 @@ import copy
 import json
 import math
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from functools import lru_cache, partial
-from typing import Any, cast
+from collections.abc import Iterator, Mapping, Sequence
+from functools import lru_cache
+from types import SimpleNamespace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from distplat.platform.errors import Problem, SpecError
+from distplat.platform.errors import SpecError
 from distplat.strategies.model.model_call import Batch, ModelCall, changed_modes, torch_modes
+from distplat.strategies.model.stand_ins import (
+    Between,
+    Called,
+    Homes,
+    StandIn,
+    answering,
+    homes_of,
+    lost,
+    refuse_lost,
+    unfit,
+    unwritten,
+)
 from distplat.strategies.torch_compat import tree_leaves
 
 Order = Mapping[str, bool]
@@ -75,9 +87,9 @@ def block_modules(
     for one in (begin, behind):  # hooks of the whole model are called around its layers
         one._forward_pre_hooks, one._forward_hooks = OrderedDict(), OrderedDict()
     return [
-        BeforeBlocks(begin, len(blocks), list(tied.values()), call),
+        BeforeBlocks(begin, homes_of(begin, path), len(blocks), list(tied.values()), call),
         *(BlockLayer(one, n, last=one is blocks[-1]) for n, one in enumerate(blocks)),
-        AfterBlocks(behind, _missing(model, behind, [*tied]), call),
+        AfterBlocks(behind, homes_of(behind, path), _missing(model, behind, [*tied]), call),
     ]
 
 
@@ -141,13 +153,13 @@ def _without(
     found = _copy_without(model, tied)
     for name, child in model._modules.items():
         if name != step and child is not None:
-            alike = _StandIn(child) if id(child) in left_out else _lacking(child, tied)
+            alike = StandIn(child) if id(child) in left_out else _lacking(child, tied)
             found._modules[name] = alike
     inner = model.get_submodule(step)
     if rest:
         found._modules[step] = _without(inner, rest, left_out, tied)
     else:
-        blocks = (_StandIn(block, number=n) for n, block in enumerate(inner.children()))
+        blocks = (StandIn(block, number=n) for n, block in enumerate(inner.children()))
         found._modules[step] = nn.ModuleList(blocks)
     return found
 
@@ -199,102 +211,31 @@ Call = tuple[Sequence[Any], Mapping[str, Any]]
 """Arguments by place and by name."""
 
 
-class _Called(BaseException):
-    """All blocks are called; no `except Exception` of the model's is to catch it."""
-
-
-class _Between(BaseException):
-    """A block is called with something else than what the one before has given."""
-
-
-class _StandIn(nn.Module):
-    """
-    Stands for a module that is not called.
-
-    Args:
-        module: whose attributes may be asked for, such as a block's `attention_type` or the type of
-            an embedding's weight; kept without values.
-        number: of the block that it is; None: it is something else.
-    """
-
-    def __init__(self, module: nn.Module, *, number: int | None = None) -> None:
-        super().__init__()
-        self.number = number
-        self.is_behind = False  #: it is a block, and has been called
-        self.answer: Callable[..., Any] = _not_called
-        tensors = (*module.parameters(), *module.buffers())
-        empty = {id(one): torch.empty_like(one, device="meta") for one in tensors}
-        # In a tuple, so that it is no module of this one, and has no name in it.
-        self._like = (copy.deepcopy(module, cast(dict[int, Any], empty)),)
-
-    def __getattr__(self, name: str) -> Any:
-        """
-        Give an attribute of the module that it stands for.
-
-        Raises:
-            SpecError: it may be what the block's forward has left, such as `aux_loss`.
-        """
-        found = getattr(self.__dict__["_like"][0], name)
-        if self.__dict__["is_behind"] and (found is None or isinstance(found, float | Tensor)):
-            raise _unfit(f"behind its blocks its forward reads what they may have kept, `{name}`")
-        return found
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.answer(*args, **kwargs)
-
-
-def _not_called(*args: Any, **kwargs: Any) -> Any:
-    text = "its forward goes on before all blocks are called, or its parts are in another order"
-    raise _unfit(text)
-
-
-@contextmanager
-def _answering(model: nn.Module, block: Callable[..., Any], other: Any) -> Iterator[None]:
-    """
-    Have a model's stand-ins answer: those of blocks by a call, others with a value.
-
-    Raises:
-        SpecError: blocks are called in another order than they are listed in, or once more.
-    """
-    stand_ins = [one for one in model.modules() if isinstance(one, _StandIn)]
-    called: list[int] = []
-
-    def in_turn(number: int, *args: Any, **kwargs: Any) -> Any:
-        if number != len(called):
-            text = "its forward calls blocks in another order than they are listed in, or again"
-            raise _unfit(text)
-        called.append(number)
-        return block(*args, **kwargs)
-
-    try:
-        for one in stand_ins:
-            if one.number is not None:
-                one.answer = partial(in_turn, one.number)
-            elif other is not None:
-                one.answer = lambda *args, **kwargs: other
-        yield
-    finally:
-        for one in stand_ins:
-            one.answer = _not_called
-
-
 class BeforeBlocks(nn.Module):
     """
     A model up to its blocks.
 
     Args:
         model: with stand-ins for its blocks, and for what comes after them.
+        homes: see `homes_of`.
         blocks: how many it has.
         tied: parameters of it that what comes after the blocks has, too.
         call: how it is called.
     """
 
     def __init__(
-        self, model: nn.Module, blocks: int, tied: Sequence[Tensor], call: ModelCall
+        self,
+        model: nn.Module,
+        homes: Homes,
+        blocks: int,
+        tied: Sequence[Tensor],
+        call: ModelCall,
     ) -> None:
         super().__init__()
         self.model, self._blocks, self._tied, self._call = model, blocks, tuple(tied), call
-        self._tuples = False
+        self._homes = tuple(homes)
+        # An object, so that what a trial has found out is not put back.
+        self._form = SimpleNamespace(tuples=False)
 
     def forward(self, inputs: Any) -> Any:
         """
@@ -323,40 +264,41 @@ class BeforeBlocks(nn.Module):
             return self._run(inputs)
         except SpecError:
             raise
-        except (_Between, Exception) as error:
+        except (Between, Exception) as error:
             first = error
         for generator, state in states:
             generator.set_state(state)
-        self._tuples = not self._tuples
+        self._form.tuples = not self._form.tuples
         try:
             return self._run(inputs)
-        except (_Between, Exception):
-            self._tuples = not self._tuples
+        except (Between, Exception):
+            self._form.tuples = not self._form.tuples
             if isinstance(first, Exception):
                 raise first from None  # of the user's own: a sample that the embedding has not
-            raise _unfit(f"its forward {first}") from None
+            raise unfit(f"its forward {first}") from None
 
     def _run(self, inputs: Any) -> list[Call]:
         calls: list[Call] = []
         modes = torch_modes()
 
-        def note(*args: Any, **kwargs: Any) -> Any:
+        def note(_: int, *args: Any, **kwargs: Any) -> Any:
             if not calls and (changed := changed_modes(modes)):
-                raise _unfit(f"its blocks run inside of {changed}")
+                raise unfit(f"its blocks run inside of {changed}")
             calls.append((args, kwargs))
             features = _first(*calls[0])
             if _first(args, kwargs) is not features:
-                raise _Between(f"computes something between blocks {len(calls) - 2} and the next")
+                raise Between(f"computes something between blocks {len(calls) - 2} and the next")
             if len(calls) == self._blocks:
-                raise _Called
-            return (features,) if self._tuples else features
+                raise Called
+            return (features,) if self._form.tuples else features
 
-        try:
-            with _answering(self.model, note, None):
-                self._call.of_part(self.model, inputs)
-        except _Called:
-            return calls
-        raise _unfit(f"its forward calls {len(calls)} of {self._blocks} blocks")
+        with unwritten(self._homes):
+            try:
+                with answering(self.model, note, None):
+                    self._call.of_part(self.model, inputs)
+            except Called:
+                return calls
+        raise unfit(f"its forward calls {len(calls)} of {self._blocks} blocks")
 
 
 class BlockLayer(nn.Module):
@@ -393,31 +335,44 @@ class AfterBlocks(nn.Module):
 
     Args:
         model: with stand-ins for its blocks, and for what comes before them.
+        homes: see `homes_of`.
         missing: where tied parameters are missing.
         call: how it is called.
     """
 
-    def __init__(self, model: nn.Module, missing: Sequence[Missing], call: ModelCall) -> None:
+    def __init__(
+        self, model: nn.Module, homes: Homes, missing: Sequence[Missing], call: ModelCall
+    ) -> None:
         super().__init__()
         self.model, self._missing, self._call = model, tuple(missing), call
+        self._homes, self._last = tuple(homes), 0
+        self._looks = True  #: in the first micro-batch
         for one in model.modules():
-            if isinstance(one, _StandIn):
-                one.is_behind = one.number is not None
+            if isinstance(one, StandIn) and one.number is not None:
+                one.is_behind, self._last = True, max(self._last, one.number)
 
     def forward(self, value: Any) -> Any:
         """Give what the model gives."""
         outputs = value["outputs"]
         features = _features(outputs)
-        before = features.new_full(features.shape, math.nan)  # whoever uses it is to notice
+        before, others = features.new_full(features.shape, math.nan), lost(outputs)
+
+        def given(number: int, *args: Any, **kwargs: Any) -> Any:
+            return outputs if number == self._last else others
+
         try:
             for held, name, number in self._missing:
                 held[name] = value["tied"][number]
             inputs = Batch(value["inputs"]) if value["whole"] else value["inputs"]
-            with _answering(self.model, lambda *args, **kwargs: outputs, before):
-                return self._call.of_part(self.model, inputs)
+            with unwritten(self._homes), answering(self.model, given, before):
+                found = self._call.of_part(self.model, inputs)
         finally:
             for held, name, _ in self._missing:
                 held[name] = None
+        if self.training and self._looks:
+            self._looks = False
+            refuse_lost(features, found)
+        return found
 
 
 def _generators(inputs: Any) -> list[tuple[torch.Generator, Tensor]]:
@@ -436,7 +391,7 @@ def _first(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor:
 def _features(outputs: Any) -> Tensor:
     found = outputs[0] if isinstance(outputs, tuple | list) and outputs else outputs
     if not isinstance(found, Tensor):
-        raise _unfit(f"its blocks take or give {type(found).__name__} for a tensor of features")
+        raise unfit(f"its blocks take or give {type(found).__name__} for a tensor of features")
     return found
 
 
@@ -456,7 +411,7 @@ def _told(tree: Any, where: str, features: Tensor, shared: list[Tensor]) -> Any:
             shared.append(tree)
         return {"shared": numbers[0] if numbers else len(shared) - 1}
     if isinstance(tree, list | dict) and not tree:
-        raise _unfit(f"its blocks are called with {where}, an empty container, which they may fill")
+        raise unfit(f"its blocks are called with {where}, an empty container, which they may fill")
     if isinstance(tree, tuple | list):
         kind = "tuple" if isinstance(tree, tuple) else "list"
         return {kind: [_told(one, where, features, shared) for one in tree]}
@@ -466,7 +421,7 @@ def _told(tree: Any, where: str, features: Tensor, shared: list[Tensor]) -> Any:
         return tree
     if type(tree).__name__.endswith("Cache"):  # of keys and values: Hugging Face's are made anew
         return None  # in each forward, so there are none yet
-    raise _unfit(
+    raise unfit(
         f"its blocks are called with {where}, a {type(tree).__name__}, and stages hand on"
         " tensors and constants"
     )
@@ -491,8 +446,3 @@ def _calls(text: str) -> list[Any]:
     """Read what `BeforeBlocks` has written; the same for all micro-batches of a size."""
     found: list[Any] = json.loads(text)
     return found
-
-
-def _unfit(text: str) -> SpecError:
-    hint = "give the task a `stages(model)` that lists the parts in order"
-    return SpecError(Problem(("strategy", "cut"), f"the model is not one of blocks: {text}", hint))

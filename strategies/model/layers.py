@@ -16,7 +16,9 @@ from distplat.strategies.algorithms.partition import bounds
 from distplat.strategies.model.block_layers import Order, block_modules, most_blocks
 from distplat.strategies.model.model_call import ModelCall, changed_modes, torch_modes
 from distplat.strategies.model.module_hooks import called_hooks
-from distplat.strategies.torch_compat import has_running_statistics
+from distplat.strategies.model.trials import Held, ReadAgain
+from distplat.strategies.task_methods import names_in
+from distplat.strategies.torch_compat import DrawWatch, has_running_statistics
 
 Part = nn.Module | Tensor
 
@@ -288,23 +290,54 @@ def with_all_names(model: nn.Module, given: Sequence[Layer]) -> list[Layer]:
 
 def _trace(model: nn.Module) -> fx.Graph:
     modes = [(module, module.training) for module in model.modules()]
-    graphs = []
+    held, graphs = Held(model, trained=True), []
     try:
         for mode in (True, False):
             model.train(mode)
             # Once inside of autocast, so that one that is switched off is seen, too.
-            with tracing, torch.autocast("cpu", enabled=mode):
+            with tracing, torch.autocast("cpu", enabled=mode), DrawWatch(_refuse_draws):
                 graphs.append(_Tracer().trace(model))
     except Exception as error:
-        raise _problem(
-            f"{type(model).__name__} cannot be traced: {error}",
-            "give the task a `stages(model)` that lists the parts in order",
-        ) from error
+        raise _problem(f"{type(model).__name__} cannot be traced: {error}", _LIST) from error
     finally:
         for module, was_training in modes:
             module.training = was_training
+        changed = held.changed()
+        held.put_back()
+    _refuse_side_effects(model, changed)
     _check(model, *graphs)
     return graphs[0]
+
+
+_LIST = "give the task a `stages(model)` that lists the parts in order"
+
+
+def _refuse_draws() -> None:
+    raise ValueError("it draws random numbers, which a trace does once for all")
+
+
+def _refuse_side_effects(model: nn.Module, changed: Sequence[str]) -> None:
+    """
+    Refuse what forward does beside computing its outputs: layers would never do it again.
+
+    Raises:
+        SpecError: it writes something, draws numbers, or makes tensors that its inputs do not give.
+    """
+    name = f"{type(model).__name__}.forward"
+    written = [one for one in changed if not one.startswith(_CONSTANT)]
+    if written:
+        text = f"{name} writes {', '.join(written)}, which a trace does once for all"
+        raise _problem(text, f"write it in a part of the model that has a forward, or {_LIST}")
+    if named := names_in(type(model).forward) & {"random", "default_rng"}:
+        text = f"{name} names `{min(named)}`, and a trace draws random numbers once for all"
+        raise _problem(text, f"draw them in a part of the model that has a forward, or {_LIST}")
+    if changed:
+        text = f"{name} makes a tensor without its inputs, which a trace would keep for all steps"
+        raise _problem(text, f"make it in a part of the model that has a forward, or {_LIST}")
+
+
+_CONSTANT = "_tensor_constant"
+"""How attributes begin in which torch.fx keeps such a tensor."""
 
 
 def _check(model: nn.Module, training: fx.Graph, evaluating: fx.Graph) -> None:
@@ -371,19 +404,20 @@ def recomputed(stage: nn.Module, inputs: Any) -> Any:
     Run a stage so that its activations are computed again in backward.
 
     Raises:
-        SpecError: forward writes into buffers or frozen parameters, and would do so twice.
+        SpecError: forward writes into tensors that are not trained, and would do so twice.
     """
     if not torch.is_grad_enabled():
         return stage(inputs)
 
     def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-        return nullcontext(), _StatisticsStay(stage)
+        return nullcontext(), _RunAgain(stage)
 
-    before = _state(stage)
+    before, kept = _state(stage), [*_kept_in_attributes(stage)]
     outputs = checkpoint(
         stage, inputs, use_reentrant=False, preserve_rng_state=True, context_fn=contexts
     )
     written = [name for name, known in _state(stage).items() if before.get(name) != known]
+    written += [name for name, tensor, version in kept if tensor._version != version]
     if written:
         text = f"forward writes into {', '.join(written)}, and `recompute` runs it twice"
         raise SpecError(Problem(("strategy", "recompute"), text, "leave `recompute` out"))
@@ -395,24 +429,36 @@ def _state(stage: nn.Module) -> dict[str, tuple[int, int]]:
     found = {}
     for path, module in stage.named_modules():
         own = dict(module._parameters)
-        if not has_running_statistics(module):  # of norms, `_StatisticsStay` takes care
+        if not has_running_statistics(module):  # of norms, `_RunAgain` takes care
             own |= module._buffers
         for name, tensor in own.items():
             if tensor is not None and not tensor.requires_grad:
-                where = f"{path}.{name}".removeprefix("chunk.").removeprefix("model.")
-                found[where] = id(tensor), tensor._version
+                found[_name_in_model(path, name)] = id(tensor), tensor._version
     return found
 
 
-class _StatisticsStay:
+def _kept_in_attributes(stage: nn.Module) -> Iterator[tuple[str, Tensor, int]]:
+    """Give tensors in attributes, with their names and versions: `_RunAgain` puts them back."""
+    for path, module in stage.named_modules():
+        for name, value in vars(module).items():
+            if isinstance(value, Tensor) and not value.requires_grad:
+                yield _name_in_model(path, name), value, value._version
+
+
+def _name_in_model(path: str, name: str) -> str:
+    return f"{path}.{name}".removeprefix("chunk.").removeprefix("model.").removeprefix(".")
+
+
+class _RunAgain:
     """
     Has norms update copies of their running statistics, which are then thrown away.
 
-    Entered once per recomputation: twice where a schedule splits backward.
+    Attributes are those that the first forward found. Entered once per recomputation: twice where a
+    schedule splits backward.
     """
 
     def __init__(self, stage: nn.Module) -> None:
-        self._stage = stage
+        self._stage, self._attributes = stage, ReadAgain(stage)
         self._kept: list[tuple[nn.Module, dict[str, Tensor | None]]] = []
 
     def __enter__(self) -> None:
@@ -424,7 +470,9 @@ class _StatisticsStay:
         for module, buffers in self._kept:
             for name, buffer in buffers.items():
                 module._buffers[name] = None if buffer is None else buffer.clone()
+        self._attributes.__enter__()
 
     def __exit__(self, *error: object) -> None:
+        self._attributes.__exit__()
         for module, buffers in self._kept:
             module._buffers.update(buffers)

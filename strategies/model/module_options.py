@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from fnmatch import fnmatchcase
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from distplat.platform.errors import Problem, SpecError, nearest
 from distplat.platform.spec import Job
+from distplat.strategies.model.trials import ReadAgain
 from distplat.strategies.torch_compat import fall_back_to_eager, has_running_statistics
 
 _LEARNING = 3
@@ -46,8 +48,9 @@ def checkpoint_activations(module: nn.Module) -> None:
     """
     Have a module keep its inputs only, and compute its activations again in backward.
 
-    Buffers that its forward writes are written once and not twice, and the second forward reads
-    what the first one read: a power iteration, or a counter, would give other activations.
+    Buffers and attributes that its forward writes are written once and not twice, and the second
+    forward reads what the first one read: a power iteration, or a counter, would give other
+    activations.
     See `torch.utils.checkpoint`, and Chen et al., Training Deep Nets with Sublinear Memory Cost.
     """
     buffers = WrittenBuffers(module)
@@ -56,13 +59,13 @@ def checkpoint_activations(module: nn.Module) -> None:
     )
 
 
-_Place = tuple[dict[str, Tensor | None], str]
-"""Of a buffer: the module's own dictionary, and the buffer's name in it."""
+_Place = tuple[dict[str, Any], str]
+"""Of a buffer, or a tensor in an attribute: the module's dictionary that has it, and its name."""
 
 
 class WrittenBuffers:
     """
-    The buffers of a module that its forward writes, or puts others in the place of.
+    The buffers of a module that its forward writes, or puts others in the place of, and attributes.
 
     Which they are is seen in the first forwards, for which all are copied.
 
@@ -77,13 +80,18 @@ class WrittenBuffers:
         for one in module.modules():
             places = [(one._buffers, key) for key in one._buffers]
             (self._statistics if has_running_statistics(one) else self._buffers).extend(places)
+            own = (
+                (vars(one), key) for key, value in vars(one).items() if isinstance(value, Tensor)
+            )
+            self._buffers.extend(own)
+        self._module = module
         self._written: set[int] = set()  #: indices of `_buffers`
         self._seen = 0  #: forwards that were looked at
 
     def contexts(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
         """Give what is around a forward, and around the same one in backward."""
         read: list[tuple[_Place, Tensor | None]] = []  #: the values that the first one read
-        return self._around_first(read), self._around_second(read)
+        return self._around_first(read), self._around_second(read, ReadAgain(self._module))
 
     @contextmanager
     def _around_first(self, read: list[tuple[_Place, Tensor | None]]) -> Iterator[None]:
@@ -100,22 +108,26 @@ class WrittenBuffers:
                 read.append((place, values[number]))
 
     @contextmanager
-    def _around_second(self, read: list[tuple[_Place, Tensor | None]]) -> Iterator[None]:
+    def _around_second(
+        self, read: list[tuple[_Place, Tensor | None]], attributes: ReadAgain
+    ) -> Iterator[None]:
         """Have the forward read and write copies."""
         copies = [*read, *((place, _clone(_there(place))) for place in self._statistics)]
         after = [_there(place) for place, _ in copies]
-        for (where, key), value in copies:
-            where[key] = value
-        try:
-            yield
-        finally:
-            for ((where, key), _), tensor in zip(copies, after, strict=True):
-                where[key] = tensor
+        with attributes:
+            for (where, key), value in copies:
+                where[key] = value
+            try:
+                yield
+            finally:
+                for ((where, key), _), tensor in zip(copies, after, strict=True):
+                    where[key] = tensor
 
 
 def _there(place: _Place) -> Tensor | None:
     where, key = place
-    return where.get(key)
+    found = where.get(key)
+    return found if isinstance(found, Tensor) else None
 
 
 def _clone(tensor: Tensor | None) -> Tensor | None:

@@ -21,7 +21,7 @@ from torch import nn
 from distplat.strategies.collective import Collective, broadcast_bytes, gather_bytes
 from distplat.strategies.model.block_layers import Order, beside_blocks, list_of_blocks
 from distplat.strategies.model.model_call import ModelCall
-from distplat.strategies.pipeline.limits import untouched
+from distplat.strategies.model.trials import untouched
 from distplat.strategies.pipeline.values import copied, on_device
 from distplat.strategies.task import Task, overrides
 

@@ -30,9 +30,10 @@ from distplat.strategies.algorithms.pipeline_schedule import (
 )
 from distplat.strategies.model.flat import FlatModel
 from distplat.strategies.model.model_call import Batch
+from distplat.strategies.model.trials import untouched
 from distplat.strategies.pipeline.channel import Channel
 from distplat.strategies.pipeline.interfaces import Source, Tail, TraceSpan
-from distplat.strategies.pipeline.limits import Reached, untouched
+from distplat.strategies.pipeline.limits import Reached
 from distplat.strategies.pipeline.rank_model import Chunk
 from distplat.strategies.pipeline.values import Layout, Packing, copied, tensors_in
 

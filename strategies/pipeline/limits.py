@@ -9,7 +9,6 @@ What a pipeline cannot do, found and named: nothing that a stage leaves out goes
 
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
@@ -20,7 +19,7 @@ from distplat.strategies.collective import Collective
 from distplat.strategies.model.block_layers import BeforeBlocks
 from distplat.strategies.model.layers import Layer
 from distplat.strategies.model.model_call import Batch, ModelCall
-from distplat.strategies.model.parameter_layout import fill
+from distplat.strategies.model.trials import untouched
 from distplat.strategies.pipeline.values import copied, is_value, on_device, tensors_in
 from distplat.strategies.task import Task, has_weights, kind_of, own_call
 from distplat.strategies.torch_compat import tree_map
@@ -287,32 +286,6 @@ def _close(one: Tensor, other: Tensor) -> bool:
         return torch.equal(first, second)
     close = max(_CLOSE, 8 * torch.finfo(one.dtype).eps)
     return bool((first - second).norm() <= close * second.norm())
-
-
-@contextmanager
-def untouched(*modules: nn.Module) -> Iterator[None]:
-    """Try modules in evaluation mode; modes, buffers, frozen parameters and generators stay."""
-    every = {id(one): one for module in modules for one in module.modules()}.values()
-    modes = [(one, one.training) for one in every]
-    held = {id(t): t for one in modules for t in _held(one)}.values()
-    kept = [(tensor, tensor.detach().clone()) for tensor in held]
-    devices = sorted({t.device.index for t in held if t.is_cuda})
-    with torch.random.fork_rng(devices=devices):
-        for one in every:
-            one.training = False
-        try:
-            yield
-        finally:
-            for one, training in modes:
-                one.training = training
-            with torch.no_grad():
-                for tensor, value in kept:
-                    fill(tensor, value)
-
-
-def _held(module: nn.Module) -> list[Tensor]:
-    frozen = [p for p in module.parameters() if not p.requires_grad]
-    return [t for t in (*module.buffers(), *frozen) if not t.is_meta]
 
 
 def leaves(outputs: Sequence[Tensor]) -> Iterator[Tensor]:

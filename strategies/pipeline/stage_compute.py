@@ -139,6 +139,7 @@ class Pipeline(Compute):
     def differentiated(self, step: int, outputs: Any, targets: Any, samples: int) -> LossTerm:
         """Give the loss of a micro-batch."""
         with precision(self._p.job, self._device):
+            self._doubts.begin(step)
             term = loss_term(self._p.task, outputs, targets, samples)
             if self._settings.at.slice == 0:
                 self._doubts.look(step, Made(outputs, targets, term), samples)

@@ -14,7 +14,7 @@ from plain_loss import mean_loss
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
-from distplat.platform.errors import NonFiniteError, SpecError
+from distplat.platform.errors import SpecError
 from distplat.strategies.model.layers import found_layers, refuse_tied
 from distplat.strategies.task import Task
 from distplat.strategies.torch_compat import tree_leaves
@@ -287,9 +287,50 @@ class Regularised(Lm):
         return out + x.square().mean() if self.training else out
 
 
-def test_what_was_before_the_blocks_is_not_a_number_behind_them() -> None:
-    with pytest.raises(NonFiniteError):
-        run_of(task_of("own", Regularised))
+class Deep(Lm):
+    """Each block's features are used, in training alone."""
+
+    def forward(self, ids: Tensor) -> Tensor:
+        features = []
+
+        def keep(_: nn.Module, given: object, out: Tensor) -> None:
+            features.append(out)
+
+        handles = [block.register_forward_hook(keep) for block in self.blocks]
+        out = super().forward(ids)
+        for handle in handles:
+            handle.remove()
+        return out + self.head(features[1]) if self.training else out
+
+
+@pytest.mark.parametrize("made", [Regularised, Deep])
+def test_what_only_other_stages_have_is_told_in_the_first_micro_batch(made: type[Lm]) -> None:
+    with pytest.raises(SpecError, match="in training its forward uses behind the blocks what"):
+        run_of(task_of("own", made))
+
+
+def writing(write: Callable[[Any], object], *, behind: bool) -> type[Lm]:
+    """Give a model whose own buffer is written in training, before its blocks or behind."""
+
+    class Writing(Lm):
+        def forward(self, ids: Tensor) -> Tensor:
+            if self.training and not behind:
+                write(self)
+            out = super().forward(ids)
+            if self.training and behind:
+                write(self)
+            return out
+
+    return Writing
+
+
+@pytest.mark.parametrize("behind", [False, True])
+@pytest.mark.parametrize(
+    "write", [lambda m: m.factor.mul_(0.9), lambda m: setattr(m, "factor", m.factor * 0.9)]
+)
+def test_two_stages_run_what_a_forward_writes(write: Callable[[Any], object], behind: bool) -> None:
+    with pytest.raises(SpecError, match="its forward writes `factor`, and two stages run it"):
+        run_of(task_of("own", writing(write, behind=behind)))
 
 
 class Keeping(Lm):

@@ -25,7 +25,7 @@ CALLS: list[str] = []
 
 
 class Block(nn.Module):
-    """Statistics, random numbers, buffers that it reads and writes, and another block inside."""
+    """Statistics, random numbers, buffers and attributes that it writes, and a block inside."""
 
     calls: Tensor
     gain: Tensor
@@ -37,9 +37,17 @@ class Block(nn.Module):
         self.inner = Block(depth - 1) if depth else None
         self.register_buffer("calls", torch.zeros(()))
         self.register_buffer("gain", torch.ones(6))
+        self.seen, self.means, self.level = 0, list[float](), torch.zeros(6)
+
+    def remember(self, x: Tensor) -> Tensor:
+        self.seen += 1
+        self.means.append(float(x.detach().mean()))
+        self.level.lerp_(x.detach().mean(0), 0.1)
+        return x * (1 + 0.1 * self.seen) + sum(self.means) + self.level
 
     def forward(self, x: Tensor) -> Tensor:
         CALLS.append("inner" if self.inner is None else "outer")
+        x = self.remember(x)
         self.calls += 1
         self.gain = self.gain + 0.1 * self.calls  # another tensor
         y = nn.functional.dropout(self.norm(self.linear(x)).tanh(), 0.3, self.training)

@@ -1,7 +1,9 @@
 """Models as layers and stages: names, the same result, what cannot be cut, values from nowhere."""
 
+import random
 from collections.abc import Callable, Sequence
 from itertools import combinations
+from typing import Any
 
 import pytest
 import torch
@@ -129,6 +131,54 @@ def nothing(module: nn.Module, x: Tensor) -> object:
     return None
 
 
+class Drops(Odd):
+    def forward(self, x: Tensor) -> object:
+        return x if random.random() < 0 else self.part(x)
+
+
+class Remembers(Odd):
+    """Has what a forward may write beside its outputs."""
+
+    def __init__(self, write: Callable[[Any], object]) -> None:
+        super().__init__(nothing)
+        self.write, self.calls, self.losses = write, 0, list[float]()
+        self.teacher = nn.Linear(4, 4).requires_grad_(False)
+        self.register_buffer("center", torch.ones(4))
+
+    def forward(self, x: Tensor) -> object:
+        if self.training:
+            self.write(self)
+        return self.part(x)
+
+
+@pytest.mark.parametrize(
+    ("write", "name"),
+    [
+        (lambda m: setattr(m, "calls", m.calls + 1), "calls"),
+        (lambda m: m.losses.append(0.5), "losses"),
+        (lambda m: setattr(m, "last", 1.0), "last"),
+        (lambda m: m.center.mul_(0.9), "center"),
+        (lambda m: setattr(m, "center", m.center * 0.9), "center"),
+        (lambda m: [p.data.mul_(0.5) for p in m.teacher.parameters()], "teacher.weight"),
+        (lambda m: [p.data.clamp_(0, 0.1) for p in m.part.parameters()], "part.weight"),
+        (lambda m: [p.requires_grad_(False) for p in m.part.parameters()], "part.weight"),
+    ],
+)
+def test_what_a_forward_writes_beside_its_outputs_is_no_part_of_a_trace(
+    write: Callable[[Any], object], name: str
+) -> None:
+    """It would be done when the model is traced, and never again."""
+    model = Remembers(write)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    with pytest.raises(SpecError, match=rf"Remembers\.forward writes .*{name}") as caught:
+        traced_layers(model)
+    assert "stages(model)" in str(caught.value)
+    assert (model.calls, model.losses, hasattr(model, "last")) == (0, [], False)
+    assert all(p.requires_grad for p in model.part.parameters())
+    for key in before.keys() - {"part.weight", "part.bias"}:
+        assert torch.equal(model.state_dict()[key], before[key])
+
+
 @pytest.mark.parametrize(
     ("model", "message"),
     [
@@ -137,6 +187,9 @@ def nothing(module: nn.Module, x: Tensor) -> object:
         (Odd(lambda m, x: (m.part(x), x)), "gives something else than one tensor"),
         (Odd(lambda m, x: x), "gives something else than one tensor"),
         (Two(nothing), r"takes 2 inputs \(x, y\)"),
+        (Odd(lambda m, x: m.part(x) + torch.ones(4)), "makes a tensor without its inputs"),
+        (Odd(lambda m, x: m.part(x) * (0 if torch.rand(()) < 0 else 1)), "draws random numbers"),
+        (Drops(nothing), "Drops.forward names `random`"),
     ],
 )
 def test_what_cannot_be_traced_says_why(model: nn.Module, message: str) -> None:
@@ -271,11 +324,33 @@ def test_modules_that_do_not_say_how_they_begin_are_named() -> None:
         materialise(traced_layers(on_meta(Net)), 0, 0)
 
 
+class Warming(nn.Module):
+    """Keeps in attributes how often it was called, and on what."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls, self.means, self.last = 0, list[float](), torch.zeros(8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        self.means.append(float(x.detach().mean()))
+        self.last = 0.9 * self.last + x.detach().mean(0)
+        return torch.tanh(x * self.calls) + sum(self.means) * x + self.last
+
+
 def noisy() -> nn.Sequential:
     torch.manual_seed(0)
     return nn.Sequential(
-        nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Dropout(0.5), nn.Linear(8, 4), nn.Dropout(0.2)
+        *(nn.Linear(4, 8), Warming(), nn.BatchNorm1d(8), nn.Dropout(0.5)),
+        *(nn.Linear(8, 4), nn.Dropout(0.2)),
     )
+
+
+def test_a_tensor_in_an_attribute_is_not_written_twice() -> None:
+    model = Remembers(lambda m: m.level.mul_(0.9))
+    model.level = torch.ones(4)
+    with pytest.raises(SpecError, match=r"writes into level, and `recompute` runs it twice"):
+        recomputed(model, torch.ones(2, 4))
 
 
 def trained(run_stage: Callable[[nn.Module, Tensor], Tensor]) -> tuple[Tensor, ...]:
@@ -283,8 +358,10 @@ def trained(run_stage: Callable[[nn.Module, Tensor], Tensor]) -> tuple[Tensor, .
     inputs = torch.randn(6, 4, requires_grad=True)
     torch.manual_seed(5)
     outputs = [run_stage(model, inputs), run_stage(model, inputs * 2)]  # two live micro-batches
-    for one in outputs:
+    for one in reversed(outputs):
         torch.autograd.backward(one.square().sum())
+    warming: Any = model[1]
+    assert (warming.calls, len(warming.means)) == (2, 2)
     gradients = [torch.as_tensor(p.grad) for p in model.parameters()]
     return (*outputs, *gradients, torch.as_tensor(inputs.grad), *model.buffers())
 

@@ -1,0 +1,178 @@
+"""
+What a loss may count in beside parameters and the model's buffers, such as `self.step += 1`.
+
+It is in no checkpoint, and each worker has its own. So the first micro-batch is looked at, and what
+it changed is told by name. A loss that is computed again for parts of a batch begins with it, too.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from distplat.strategies.loop.task_settings import named_task_modules
+from distplat.strategies.task import Task
+
+_COPIED_ELEMENTS = 1 << 20
+"""Tensors up to this size are copied."""
+_SHOWN = 4
+_TORCHS = frozenset(vars(nn.Module()))
+"""Attributes that every module has."""
+
+Holder = tuple[str, dict[str, Any]]
+"""A dictionary that holds values by name, and how those names begin in messages."""
+
+
+class LossState:
+    """
+    What there is before a micro-batch.
+
+    Args:
+        task: the user's.
+        model: its own.
+    """
+
+    def __init__(self, task: Task, model: nn.Module) -> None:
+        own = [*_of_task(task, model)]
+        self._own = [(held, _values(held)) for _, held in own]
+        self._tensors = [*_untrained(task, model)]
+        every = [*own, *_of_model(model)]
+        self._marks = [(name, held, _marks(held)) for name, held in every]
+        self._moved = [(name, tensor, _mark(tensor)) for name, tensor in self._tensors]
+        small = sum(tensor.numel() for _, tensor in self._tensors) <= _COPIED_ELEMENTS
+        self._copies = [(t, t.detach().clone()) for _, t in self._tensors] if small else []
+
+    def changed(self) -> list[str]:
+        """Give the names of what is another number or another tensor now."""
+        found = [
+            f"{name}{key}"
+            for name, held, marks in self._marks
+            for key, mark in marks.items()
+            if key in held and _differs(mark, held[key])
+        ]
+        return found + [name for name, tensor, mark in self._moved if _mark(tensor) != mark]
+
+    def begin_again(self, twin: dict[str, Any]) -> None:
+        """Have the attributes of a copy of the task, and its modules, hold it."""
+        for held, values in [(twin, self._own[0][1]), *self._own[1:]]:
+            held.update({name: _copied(value) for name, value in values.items()})
+        for tensor, copied in self._copies:
+            tensor.data.copy_(copied)  # not by autograd's count: backward may have it saved
+
+    @contextmanager
+    def kept(self) -> Iterator[None]:
+        """Have the attributes of the task's modules be what they are now, at the end."""
+        now = [(held, {name: held[name] for name in values}) for held, values in self._own[1:]]
+        try:
+            yield
+        finally:
+            for held, values in now:
+                held.update(values)
+
+
+def remark_on_state(state: LossState) -> str | None:
+    """Say what changed since, in no checkpoint; None: nothing."""
+    names = state.changed()
+    if not names:
+        return None
+    shown = ", ".join(names[:_SHOWN]) + (", ..." if len(names) > _SHOWN else "")
+    what, them = (
+        ("a micro-batch changes", "it") if len(names) == 1 else ("micro-batches change", "them")
+    )
+    return (
+        f"{what} {shown}: no checkpoint has {them}, so a run that goes on and a worker that is "
+        "replaced begin anew there, and each worker has its own, of its own micro-batches. Where "
+        "the result depends on that, make it a buffer of what model() returns"
+    )
+
+
+def _of_task(task: Task, model: nn.Module) -> Iterator[Holder]:
+    """Give the task's attributes, then those of its own modules that are no metrics."""
+    yield "self.", vars(task)
+    for name, module in named_task_modules(task, model):
+        if not (hasattr(module, "update") and hasattr(module, "compute")):
+            for path, one in module.named_modules():
+                yield f"self.{name}.{path}.".replace("..", "."), vars(one)
+
+
+def _of_model(model: nn.Module) -> Iterator[Holder]:
+    for path, one in model.named_modules():
+        yield f"the model's {path}.".replace("'s .", "'s "), vars(one)
+
+
+def _untrained(task: Task, model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Give buffers and frozen parameters of modules that the task keeps itself."""
+    for start, held in [*_of_task(task, model)][1:]:
+        for tensors in (held["_buffers"], held["_parameters"]):
+            for name, tensor in tensors.items():
+                if tensor is not None and not tensor.requires_grad:
+                    yield f"{start}{name}", tensor
+
+
+def _is_number(value: object) -> bool:
+    return type(value) in (int, float)
+
+
+def _is_tensor(value: object) -> bool:
+    return isinstance(value, Tensor) and not value.requires_grad and value.is_leaf
+
+
+def _values(held: dict[str, Any]) -> dict[str, Any]:
+    """Give numbers, and copies of small tensors."""
+    found = {n: v for n, v in held.items() if n not in _TORCHS and (_is_number(v) or _is_tensor(v))}
+    small = {n: v for n, v in found.items() if _is_number(v) or v.numel() <= _COPIED_ELEMENTS}
+    return {name: _copied(value) for name, value in small.items()}
+
+
+def _copied(value: Any) -> Any:
+    return value.detach().clone() if isinstance(value, Tensor) else value
+
+
+def _marks(held: dict[str, Any]) -> dict[str, Any]:
+    """Give numbers, and tensors with what tells of a write."""
+    found = {n: v for n, v in held.items() if n not in _TORCHS and (_is_number(v) or _is_tensor(v))}
+    return {n: (v, _mark(v)) if isinstance(v, Tensor) else v for n, v in found.items()}
+
+
+def _differs(mark: Any, now: Any) -> bool:
+    if not isinstance(mark, tuple):
+        return _is_number(now) and now != mark and (now == now or mark == mark)
+    before, written = mark
+    if not _is_tensor(now) or (now.shape, now.dtype) != (before.shape, before.dtype):
+        return False  # another thing that is kept there, such as the last batch
+    return bool(_mark(now) != written) if now is before else not torch.equal(now, before)
+
+
+def _mark(tensor: Tensor) -> object:
+    """Give what tells of a write: the counter, and for one through `.data` the sum."""
+    if tensor.is_meta or tensor.layout is not torch.strided:
+        return tensor._version
+    return tensor._version, str(tensor.detach().sum().item())
+
+
+def generators() -> tuple[Any, Any, Tensor, list[Tensor]]:
+    """Give the states of python's, numpy's and torch's generators, and those of the cards."""
+    cards = _card_states()
+    return random.getstate(), np.random.get_state(), torch.get_rng_state(), cards
+
+
+def _card_states() -> list[Tensor]:
+    started = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    return torch.cuda.get_rng_state_all() if started else []
+
+
+def same(one: Any, other: Any) -> bool:
+    """Compare states of generators."""
+    if isinstance(one, Tensor):
+        return torch.equal(one, other)
+    if isinstance(one, np.ndarray):
+        return bool(np.array_equal(one, other))
+    if isinstance(one, list | tuple):
+        return len(one) == len(other) and all(map(same, one, other))
+    return bool(one == other)
