@@ -28,7 +28,7 @@ from distplat.strategies.catalog import make_strategy
 from distplat.strategies.checkpoint.checkpoint_reader import SavedState
 from distplat.strategies.checkpoint.checkpoint_types import CheckpointPart, Take
 from distplat.strategies.collective import Collective
-from distplat.strategies.directory_checkpoint import Checkpoint
+from distplat.strategies.directory_checkpoint import Checkpoint, of_directory
 from distplat.strategies.function.averages import GroupAverages, ServerAverages
 from distplat.strategies.function.gradient_average import Exchange, Surroundings, take_over
 from distplat.strategies.function.metric_gathering import gather_for_metrics
@@ -258,6 +258,7 @@ class FunctionSession:
     def report(self, metrics: Mapping[str, Any], checkpoint: Any = None) -> None:
         """Tell the run's figures, and keep a checkpoint; see `words.report`."""
         figures = {name: _number(name, value) for name, value in metrics.items()}
+        checkpoint = of_directory(checkpoint)
         self._watched.reported(figures, kept=checkpoint is not None)
         step = self._progress.step
         self._progress.step = step + 1
