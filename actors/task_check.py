@@ -251,7 +251,11 @@ class TaskCheck:
             self._child.stdout.close()
 
 
-_TORCHRUN = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
+_TORCHRUN = {
+    **dict.fromkeys(("RANK", "LOCAL_RANK", "GROUP_RANK"), "0"),
+    **dict.fromkeys(("WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_WORLD_SIZE"), "1"),
+    "TORCHELASTIC_RUN_ID": "check",
+}
 
 
 def answer() -> None:

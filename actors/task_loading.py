@@ -8,8 +8,10 @@ from pathlib import Path
 from types import FunctionType, ModuleType
 from typing import Any, TypeAlias, cast
 
+from distplat.actors.script_function import script_function
 from distplat.platform.errors import Problem, SpecError
 from distplat.platform.errors import hint as hint_of
+from distplat.platform.own_loop import script_of
 from distplat.strategies.task import Task
 
 TrainFunction: TypeAlias = Callable[..., object]
@@ -39,11 +41,14 @@ def load_task_class(entry: str, search_path: str) -> type[Task]:
 
 def load_train_function(entry: str, search_path: str) -> TrainFunction:
     """
-    Import `module:function`, see `load_task_class`.
+    Import `module:function`, see `load_task_class`, or give what runs a script.
 
     Raises:
-        SpecError: no such module or function; or it is a `Task`, whose job needs more fields.
+        SpecError: no such module, function or script; or it is a `Task`, whose job needs more
+            fields.
     """
+    if script_of(entry):
+        return script_function(entry, search_path)
     module, name = _imported(entry, search_path)
     found = getattr(module, name, None)
     if isinstance(found, type) and issubclass(found, Task):

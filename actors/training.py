@@ -61,7 +61,7 @@ from distplat.strategies.function.words import running
 from distplat.strategies.loop.checks import check_device
 from distplat.strategies.loop.loop import Progress
 from distplat.strategies.loop.prepared import Prepared
-from distplat.strategies.loop.seeding import seed_all
+from distplat.strategies.loop.seeding import seed_all, seed_function, seeded_itself
 from distplat.strategies.loop.session import (
     Around,
     describe,
@@ -108,13 +108,14 @@ def run_function(
     """
     device = "cuda" if job.scaling.use_gpu else "cpu"
     check_device(device)
-    place = _place(group, node, torch.device(device))
+    place = _place(job.name, group, node, torch.device(device))
     session = FunctionSession(job, place, group, outlets, shards)
     try:
         with as_torchrun(place, rendezvous) if rendezvous is not None else nullcontext():
-            seed_all(job.seed)
+            seed_function(job.seed)
             function = load()
-            seed_all(job.seed)
+            if not seeded_itself(job.seed):  # while it was imported
+                seed_function(job.seed)
             with running(session):
                 call_train_function(function, job.task_args)
         session.leave()
@@ -139,10 +140,12 @@ def loaded(order: WorkOrder) -> TrainFunction:
     return found
 
 
-def _place(group: Collective, node: str, device: torch.device) -> Place:
+def _place(job: str, group: Collective, node: str, device: torch.device) -> Place:
     nodes = gather_bytes(node.encode(), group, device)
     here = [rank for rank, one in enumerate(nodes) if one == node.encode()]
-    return Place(group.rank, group.world, here.index(group.rank), len(here), device)
+    every = list(dict.fromkeys(nodes))
+    local, at = here.index(group.rank), every.index(node.encode())
+    return Place(group.rank, group.world, local, len(here), device, at, len(every), job)
 
 
 logger = logging.getLogger(__name__)

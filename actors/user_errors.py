@@ -53,7 +53,8 @@ _GROUP = (
 )
 _COMMAND_LINE = (
     "a worker has no command line of yours: take what it said from the job's `task_args`, which a "
-    "train function gets as `config` and a task as arguments; parse_args([]) gives the defaults"
+    "train function gets as `config` and a task as arguments; or name the whole script, with its "
+    "arguments: `task: train.py --lr 0.1`"
 )
 _LOST_PEER = (
     *("closed by peer", "remote peer", "reset by peer", "broken pipe", "connection refused"),
@@ -86,6 +87,11 @@ _REMEDIES = (
     ("out of memory", _MEMORY),
     ("not enough memory: you tried to allocate", _MEMORY),
     ("can't allocate memory: you tried to allocate", _MEMORY),
+    (
+        "invalid device ordinal",
+        "a worker sees one card, cuda:0, whatever its LOCAL_RANK is: take the device from "
+        "distplat.get_context().device",
+    ),
     ("Found no NVIDIA driver", "set scaling.use_gpu: false, or run where there is a card"),
     ("No CUDA GPUs are available", "set scaling.use_gpu: false, or run where there is a card"),
 )

@@ -26,6 +26,7 @@ import distplat
 from distplat.cli.figures import size_text
 from distplat.platform.errors import Problem, SpecError
 from distplat.platform.job_file import read_text, render_job
+from distplat.platform.own_loop import script_of
 from distplat.platform.spec import Job
 from distplat.platform.spec_messages import show
 from distplat.platform.yaml_source import Marks, parse_yaml
@@ -362,7 +363,7 @@ def left_out(task: str, folder: Path, shipped: Collection[Path]) -> Iterator[Lef
     for nothing.
 
     Args:
-        task: `module:Class`.
+        task: `module:Class`, or a script.
         folder: of the user's; where modules are looked for.
         shipped: files below it that travel.
 
@@ -370,6 +371,9 @@ def left_out(task: str, folder: Path, shipped: Collection[Path]) -> Iterator[Lef
         Each file that does not travel, once.
     """
     module = task.partition(":")[0]
+    if script := script_of(task):
+        path = folder / script[0]
+        folder, module = path.parent, path.stem
     waiting = [(path, path, 1) for path in _files(folder, module)]
     seen: set[Path] = set()
     while waiting:

@@ -1,5 +1,6 @@
 """The job of a train function, which has a loop of its own: what it does without."""
 
+import shlex
 from collections.abc import Mapping
 from typing import Any
 
@@ -30,6 +31,43 @@ OF_TASKS = (
     "evaluation",
 )
 """Fields of what the loop of a task does, and a train function does itself."""
+
+
+def script_of(entry: str | None) -> list[str]:
+    """
+    Give a script and its arguments, where a job's `task` is one; else nothing.
+
+    Args:
+        entry: as `train.py --lr 0.1`, or `module:function`.
+    """
+    head, _, rest = (entry or "").partition(" ")
+    return [head, *shlex.split(rest)] if head.endswith(".py") else []
+
+
+def closed_quotes(entry: str) -> str:
+    """
+    Give a job's `task` back, whose arguments can be told apart.
+
+    Raises:
+        ValueError: they cannot, as a quotation does not end.
+    """
+    try:
+        script_of(entry)
+    except ValueError as error:
+        raise ValueError(f"the script's arguments: {error} (got {entry!r})") from None
+    return entry
+
+
+def script_problems(job: Any) -> list[Problem]:
+    """Name what a script, as the job's `task`, does not go with."""
+    if not script_of(job.task):
+        return []
+    if not job.own_loop:
+        text = f"{job.task} is a script, which has its own loop, and the job has fields of a task"
+        return [Problem(("task",), text, f"remove {', '.join(_LOOP)}")]
+    hint = f"write them as on a command line: `task: {job.task} --name value`"
+    text = "a script takes its arguments from `task`"
+    return [Problem(("task_args",), text, hint)] if job.task_args else []
 
 
 def filled(given: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, StringConstraints, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, StringConstraints, model_validator
 from pydantic_core import PydanticCustomError
 
 from distplat.platform import own_loop
@@ -89,7 +89,11 @@ SYNCHRONOUS = Consistency()
 Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?$")]
 EntryPoint = Annotated[
     str,
-    StringConstraints(pattern=r"^[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*:[A-Za-z_]\w*$", max_length=255),
+    StringConstraints(
+        pattern=r"^(?:[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*:[A-Za-z_]\w*|[^\s:-][^\s:]*\.py(?: .*)?)$",
+        max_length=2000,
+    ),
+    AfterValidator(own_loop.closed_quotes),
 ]
 StrategyName = Annotated[str, StringConstraints(min_length=1, max_length=63)]
 
@@ -262,7 +266,8 @@ class Job(Spec):
     """1 to 63 of a-z, 0-9 and '-'; actors and the run directory are called after it."""
     task: EntryPoint | None = None
     """`module:Class`, from the job's directory or installed, or `module:function` of a train
-    function; None: given to Trainer in Python."""
+    function, or a script with its arguments, `train.py --lr 0.1`; None: given to Trainer in
+    Python."""
     own_loop: Flag = False
     """The task is a train function, with a loop of its own; so it is, too, where the job has none
     of `optimizer`, `global_batch_size`, `epochs` and `steps`."""
@@ -353,8 +358,10 @@ class Job(Spec):
         if self.own_loop:
             given = {"name": self.name, "strategy": self.strategy, "own_loop": True}
             found = own_loop.problems(self, Job.model_validate(given))
+            found += own_loop.script_problems(self)
             return [*found, *_gpu_problems(self), *tracker_problems(self)]
         return [
+            *own_loop.script_problems(self),
             *_length_problems(self),
             *_batch_problems(self),
             *_data_problems(self),

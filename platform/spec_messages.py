@@ -53,7 +53,7 @@ _LENGTHS = {
 }
 _PATTERNS: dict[FieldPath, str] = {
     ("name",): "must be 1 to 63 of a-z, 0-9 and '-', with no '-' at either end",
-    ("task",): "must be 'module:Class'",
+    ("task",): "must be 'module:Class', 'module:function' or 'script.py --its arguments'",
     ("storage_path",): "must be a path: not empty, no control characters",
 }
 _REFUSED = {

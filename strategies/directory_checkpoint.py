@@ -17,6 +17,7 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 import numpy as np
 import torch
@@ -79,6 +80,14 @@ class Checkpoint:
         """Give the path of a directory with the files, as long as the `with` block lasts."""
         with tempfile.TemporaryDirectory(prefix="checkpoint-") as folder:
             yield self.to_directory(folder)
+
+
+def of_directory(checkpoint: Any) -> Any:
+    """Give a checkpoint of Ray Train's, which is a directory somewhere, as one of ours."""
+    if isinstance(checkpoint, Checkpoint) or not hasattr(checkpoint, "as_directory"):
+        return checkpoint
+    with checkpoint.as_directory() as folder:
+        return Checkpoint.from_directory(folder)
 
 
 def _refused(what: str) -> SpecError:

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, TypeGuard
+from urllib.parse import parse_qs, urlsplit
 
 import torch
 import torch.distributed
@@ -212,11 +213,22 @@ def env_rendezvous(give: Callable[[], Any], rank: int, world: int) -> Iterator[N
 
     Args:
         give: the store of the group that is being made.
-        rank: this process's, whatever the call says.
-        world: ranks in the group.
+        rank: this process's; a call that says another raises `ValueError`.
+        world: ranks in the group; the same.
     """
+
+    def handler(url: str, **more: Any) -> Iterator[tuple[Any, int, int]]:
+        said = parse_qs(urlsplit(url).query)
+        for name, ours in (("rank", rank), ("world_size", world)):
+            if (given := said.get(name, [str(ours)])[0]) != str(ours):
+                raise ValueError(
+                    f"init_process_group() got {name}={given}, and this worker has {name}={ours}: "
+                    f"leave it out, or take it from {name.upper()} of the environment"
+                )
+        yield give(), rank, world
+
     before = _rendezvous_handlers["env"]
-    _rendezvous_handlers["env"] = lambda url, **more: iter([(give(), rank, world)])
+    _rendezvous_handlers["env"] = handler
     try:
         yield
     finally:

@@ -63,9 +63,10 @@ class Averages(Exchange):
                 raise one.broken
 
     @override
-    def enable(self, on: bool) -> None:
+    def enable(self, on: bool, model: nn.Module | None = None) -> None:
         for one in self._averages:
-            one.enabled = on
+            if model is None or one.model is model:
+                one.enabled = on
 
     @override
     def settle(self) -> None:

@@ -28,7 +28,7 @@ from distplat.strategies.catalog import make_strategy
 from distplat.strategies.checkpoint.checkpoint_reader import SavedState
 from distplat.strategies.checkpoint.checkpoint_types import CheckpointPart, Take
 from distplat.strategies.collective import Collective
-from distplat.strategies.directory_checkpoint import Checkpoint
+from distplat.strategies.directory_checkpoint import Checkpoint, of_directory
 from distplat.strategies.function.averages import GroupAverages, ServerAverages
 from distplat.strategies.function.gradient_average import Exchange, Surroundings, take_over
 from distplat.strategies.function.metric_gathering import gather_for_metrics
@@ -45,7 +45,7 @@ from distplat.strategies.function.sharded_loader import (
 from distplat.strategies.function.stream_loader import StreamLoader
 from distplat.strategies.loop.checks import check_state, without_shape
 from distplat.strategies.loop.loop import Progress
-from distplat.strategies.loop.seeding import seed_step
+from distplat.strategies.loop.seeding import seed_step, seeded_itself
 from distplat.strategies.loop.streams import is_stream
 from distplat.strategies.model.module_hooks import passing_on
 from distplat.strategies.model.parameter_layout import dtype_name
@@ -69,6 +69,11 @@ class Place:
     """Among the ranks of its node."""
     local_world: int
     device: torch.device
+    node_rank: int = 0
+    """Of its node, among those that have workers."""
+    nodes: int = 1
+    job: str = ""
+    """Its name."""
 
     def get_world_rank(self) -> int:
         """Give this worker's number, from 0."""
@@ -86,6 +91,10 @@ class Place:
         """Give the number of workers on this node."""
         return self.local_world
 
+    def get_node_rank(self) -> int:
+        """Give the number of this worker's node."""
+        return self.node_rank
+
     @property
     def is_main_process(self) -> bool:
         """Whether this is rank 0, whose reports are the run's metrics."""
@@ -99,6 +108,9 @@ class Place:
             "WORLD_SIZE": str(self.world),
             "LOCAL_RANK": str(self.local_rank),
             "LOCAL_WORLD_SIZE": str(self.local_world),
+            "GROUP_RANK": str(self.node_rank),
+            "GROUP_WORLD_SIZE": str(self.nodes),
+            "TORCHELASTIC_RUN_ID": self.job,  # by this Lightning goes by the others
         }
 
 
@@ -170,17 +182,18 @@ class FunctionSession:
         models = [one for one in things if isinstance(one, nn.Module)]
         ready = {id(one): self._model(one, alone=len(models) == 1) for one in models}
         found = tuple(ready[id(one)] if id(one) in ready else self._other(one) for one in things)
-        if models and self.group.world > 1:  # a model that is made later begins as the loop seeds
-            seed_step(self.job.seed, self._progress.step, self.place.rank)
+        seed = self.job.seed
+        if models and self.group.world > 1 and not seeded_itself(seed):  # models are made alike
+            seed_step(seed, self._progress.step, self.place.rank)
         return found[0] if len(found) == 1 else found
 
     def _model(self, given: nn.Module, *, alone: bool) -> nn.Module:
-        for one in given.modules():
-            if isinstance(one, nn.parallel.DistributedDataParallel):
-                passing_on(one, self.no_sync)
-                self._outlived.append(one.process_group)
         wrapped = isinstance(given, nn.parallel.DistributedDataParallel)
         model = given.get_submodule("module") if wrapped else given
+        for one in given.modules():
+            if isinstance(one, nn.parallel.DistributedDataParallel):
+                passing_on(one, lambda on: self._exchange.enable(on, model))
+                self._outlived.append(one.process_group)
         if any(one is model for one in self._exchange.models):
             raise _refused("a model that it got before", "prepare each model once")
         if lazy := without_shape(model):
@@ -197,7 +210,8 @@ class FunctionSession:
         if isinstance(thing, DataLoader):
             return self._loader(thing)
         if isinstance(thing, torch.optim.Optimizer):
-            self._exchange.take(thing)
+            inner = getattr(thing, "optimizer", thing)  # Accelerate and Lightning wrap it
+            self._exchange.take(inner if isinstance(inner, torch.optim.Optimizer) else thing)
             return thing
         if isinstance(thing, torch.optim.lr_scheduler.LRScheduler):
             return thing  # it changes the optimizer, which is looked at when it steps
@@ -244,6 +258,7 @@ class FunctionSession:
     def report(self, metrics: Mapping[str, Any], checkpoint: Any = None) -> None:
         """Tell the run's figures, and keep a checkpoint; see `words.report`."""
         figures = {name: _number(name, value) for name, value in metrics.items()}
+        checkpoint = of_directory(checkpoint)
         self._watched.reported(figures, kept=checkpoint is not None)
         step = self._progress.step
         self._progress.step = step + 1

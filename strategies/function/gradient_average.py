@@ -92,8 +92,14 @@ class Exchange(ABC):
         return
 
     @abstractmethod
-    def enable(self, on: bool) -> None:
-        """See `no_sync`."""
+    def enable(self, on: bool, model: nn.Module | None = None) -> None:
+        """
+        Say whether a backward averages, see `no_sync`.
+
+        Args:
+            on: whether it does.
+            model: whose gradients; None: all models'.
+        """
 
     def leave(self) -> None:
         """Be told that this rank's function has returned."""

@@ -115,14 +115,23 @@ class ServerUpdates(Exchange):
             raise SpecError(Problem(("task",), text, "hand the optimizer to prepare(), too"))
 
     @override
-    def enable(self, on: bool) -> None:
+    def enable(self, on: bool, model: nn.Module | None = None) -> None:
         """Gradients are this rank's own in any case."""
 
-    def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Mapping[str, Any]) -> None:
-        """Push instead; what torch's own step finds afterwards has no gradient."""
-        if any(one is not None for one in (*args[1:], *kwargs.values())):
-            text = "step(closure) asks for the loss in the update, which is the servers' here"
-            raise SpecError(Problem(("task",), text, f"call backward() before step(), or {REMEDY}"))
+    def _before_step(
+        self, optimizer: Optimizer, args: Any, kwargs: Mapping[str, Any]
+    ) -> tuple[Any, Any]:
+        """
+        Push instead; what torch's own step finds afterwards has no gradient.
+
+        Returns:
+            What that step gets: a closure that was called here already.
+        """
+        closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
+        if closure is not None:  # those that servers know call it once, before all else
+            with torch.enable_grad():
+                loss = closure()
+            args, kwargs = (optimizer, lambda: loss), {}
         mine = [one for group in optimizer.param_groups for one in group["params"]]
         self._taken = [(one, one.grad) for one in mine]
         found = getattr(optimizer, "found_inf", None)  # of a GradScaler, for a fused kernel
@@ -131,6 +140,7 @@ class ServerUpdates(Exchange):
             self._push({id(one) for one in mine}, 1.0 if scale is None else 1.0 / float(scale))
         for one in mine:
             one.grad = None
+        return args, kwargs
 
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         for one, grad in self._taken:

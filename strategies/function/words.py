@@ -50,8 +50,8 @@ def report(metrics: Mapping[str, Any], checkpoint: Any = None) -> None:
     Args:
         metrics: numbers by name.
         checkpoint: dicts, lists and tuples of tensors, numbers and strings, such as `state_dict()`
-            of model and optimizer; or a directory, as a `Checkpoint`. Rank 0's is kept; after a
-            restart `get_checkpoint` gives the last one.
+            of model and optimizer; or a directory, as a `Checkpoint`, ours or Ray Train's. Rank 0's
+            is kept; after a restart `get_checkpoint` gives the last one.
 
     Raises:
         SpecError: it holds something else; says where.

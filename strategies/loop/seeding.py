@@ -36,6 +36,21 @@ def seed_all(seed: int) -> None:
     _seed_others(seed)
 
 
+_OURS = 1 << 62
+"""torch's generator of the CPU draws by the lower 32 bits of its seed, and remembers all of it."""
+
+
+def seed_function(seed: int) -> None:
+    """Do as `seed_all`, so that `seeded_itself` can say later whether a loop has done so, too."""
+    seed_all(seed)
+    torch.default_generator.manual_seed(seed ^ _OURS)
+
+
+def seeded_itself(seed: int) -> bool:
+    """Say whether somebody has seeded torch after `seed_function`."""
+    return torch.default_generator.initial_seed() != seed ^ _OURS
+
+
 def seed_step(seed: int, step: int, rank: int) -> None:
     """Seed what forward and backward of a step draw, dropout for one."""
     seed_quickly(step_seed(seed, step, rank))

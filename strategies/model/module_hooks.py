@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.nn.utils import parametrize
+from typing_extensions import override
 
 from distplat.strategies.torch_compat import call_compiled, compiled_module
 
@@ -69,19 +70,47 @@ def unwrapped(model: nn.Module) -> nn.Module:
     return model
 
 
-def passing_on(
-    wrapper: DistributedDataParallel, no_sync: Callable[[], AbstractContextManager[None]]
-) -> None:
+class _PassingOn(DistributedDataParallel):
+    """What a wrapper is besides its own class, which averages where a flag of it is set."""
+
+    _enable: Callable[[bool], None]
+    _enabled = True
+    _calling = False
+
+    @property
+    def require_backward_grad_sync(self) -> bool:
+        """Whether a backward averages; `no_sync()` sets it, and some loops do so themselves."""
+        return self._enabled and not self._calling
+
+    @require_backward_grad_sync.setter
+    def require_backward_grad_sync(self, on: bool) -> None:
+        self._enabled = on
+        self._enable(on)
+
+    @override
+    def forward(self, *inputs: Any, **kwargs: Any) -> Any:
+        self._calling = True
+        try:
+            return super().forward(*inputs, **kwargs)  # type: ignore[no-untyped-call]
+        finally:
+            self._calling = False
+
+
+def passing_on(wrapper: DistributedDataParallel, enable: Callable[[bool], None]) -> None:
     """
     Have a wrapper call its model and average nothing, as somebody else does.
 
     Args:
         wrapper: on which code may go on to rely: `wrapper.module`, `wrapper.no_sync()`.
-        no_sync: of who averages instead.
+        enable: tells who averages instead whether a backward is to. A plain function: a copy of
+            the wrapper, of an average of its weights for one, shares it.
     """
-    wrapper.require_backward_grad_sync = wrapper.require_forward_param_sync = False
+    wrapper.require_forward_param_sync = False
     wrapper.static_graph = False  # it would average after the first backward all the same
-    object.__setattr__(wrapper, "no_sync", no_sync)
+    vars(wrapper).pop("require_backward_grad_sync")  # the class has it from here on
+    kind = type(wrapper)
+    wrapper.__class__ = type(kind.__name__, (_PassingOn, kind), {})
+    object.__setattr__(wrapper, "_enable", enable)
 
 
 def _inside(module: nn.Module) -> nn.Module | None:

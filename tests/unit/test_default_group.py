@@ -4,16 +4,18 @@ import gc
 import socket
 import weakref
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-from function_ranks import call_on_ranks
+from function_ranks import call_on_ranks, function_job
 from torch import nn
 from torch.autograd import backward
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel
 
 import distplat
 from distplat.actors.collectives.default_group import _interface_of, as_torchrun
@@ -95,13 +97,91 @@ def test_a_wrapped_model_is_averaged_by_the_strategy_alone(accumulated: int, sta
 def test_a_wrapper_inside_of_a_model_averages_nothing_either() -> None:
     dist.init_process_group("gloo")
     inner = DistributedDataParallel(model_of())
+    inner.register_comm_hook(None, refused)
 
     def train(config: Mapping[str, Any]) -> None:
-        distplat.prepare(nn.Sequential(inner, nn.Tanh()))
+        model = distplat.prepare(nn.Sequential(inner, nn.Tanh()))
+        backward(model(torch.ones(2, 3, dtype=torch.float64)).mean())
 
-    found = call_on_ranks(train).trained[0]
-    assert not inner.require_backward_grad_sync
-    assert [*found] == ["0.module.weight", "0.module.bias"]
+    assert [*call_on_ranks(train).trained[0]] == ["0.module.weight", "0.module.bias"]
+
+
+def refused(state: Any, bucket: Any) -> Any:
+    raise AssertionError("the wrapper averages")
+
+
+refused.__annotations__["bucket"] = torch_compat.dist.GradBucket
+refused.__annotations__["return"] = torch.futures.Future[torch.Tensor]
+
+
+class Reaching(DistributedDataParallel):
+    """As many write it: attributes of the model are the wrapper's."""
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.module, name)
+
+
+def quiet(model: Any) -> Any:
+    return model.no_sync()
+
+
+@contextmanager
+def flagged(model: Any) -> Iterator[None]:
+    model.require_backward_grad_sync = False
+    yield
+    model.require_backward_grad_sync = True
+
+
+@pytest.mark.usefixtures("_alone")
+@pytest.mark.parametrize("strategy", ["ring", "ps-sync"])
+@pytest.mark.parametrize("silent", [quiet, flagged])
+def test_wrappers_say_which_model_is_not_averaged(
+    silent: Callable[[Any], AbstractContextManager[None]], strategy: str
+) -> None:
+    dist.init_process_group("gloo")
+    found: dict[tuple[int, str], list[list[float]]] = {}
+
+    def train(config: Mapping[str, Any]) -> None:
+        rank = distplat.get_context().get_world_rank()
+        one: Any = Reaching(model_of())
+        two: Any = Reaching(model_of())
+        distplat.prepare(one, two)
+        inputs = torch.full((2, 3), rank + 1.0, dtype=torch.float64)
+        with silent(one):
+            backward(one(inputs).mean())
+            backward(two(inputs).mean())
+        found[rank, "one"], found[rank, "two"] = one.weight.grad.tolist(), two.weight.grad.tolist()
+        backward(one(inputs).mean())
+        found[rank, "both"] = one.weight.grad.tolist()
+
+    call_on_ranks(train, job=function_job(2, strategy=strategy))
+    one = [[1.0] * 3] if strategy == "ring" else [[1.5] * 3]  # a backward of `two` averages all
+    assert (found[0, "two"], found[1, "two"]) == ([[1.5] * 3], [[1.5] * 3])
+    assert found[0, "one"] == one
+    assert (found[0, "both"], found[1, "both"]) == ([[3.0] * 3], [[3.0] * 3])
+
+
+@pytest.mark.usefixtures("_alone")
+def test_an_average_of_the_weights_may_copy_a_wrapper() -> None:
+    dist.init_process_group("gloo")
+
+    def train(config: Mapping[str, Any]) -> None:
+        model: Any = DistributedDataParallel(model_of())
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        distplat.prepare(model, optimizer)
+        average: Any = AveragedModel(model)
+        for _ in range(2):
+            backward(model(torch.ones(2, 3, dtype=torch.float64)).mean())
+            optimizer.step()
+            average.update_parameters(model)
+        before, after = model_of().state_dict()["weight"], model.module.weight
+        assert torch.allclose(after, before - 0.3)  # 0.1, and 0.2: gradients add up
+        assert torch.allclose(average.module.module.weight, before - 0.2)  # of both steps
+
+    call_on_ranks(train)
 
 
 @pytest.mark.usefixtures("_alone")
@@ -131,6 +211,31 @@ def test_a_group_is_made_again_and_others_beside_it() -> None:
         dist.new_group([0])
         dist.destroy_process_group()
     dist.init_process_group("gloo", rank=0, world_size=1)
+
+
+@pytest.mark.usefixtures("_alone")
+@pytest.mark.parametrize(("rank", "world"), [(0, 4), (1, 1)])
+def test_a_group_of_other_ranks_is_refused(rank: int, world: int) -> None:
+    """A loop that reckons with four would leave half of the data to nobody."""
+    with pytest.raises(ValueError, match=r"got (rank=1|world_size=4), and this worker has"):
+        dist.init_process_group("gloo", rank=rank, world_size=world)
+
+
+@pytest.mark.parametrize(("rank", "local", "node"), [(0, "0", "0"), (1, "0", "1"), (2, "1", "0")])
+def test_the_variables_of_torchrun_say_where_a_worker_is(rank: int, local: str, node: str) -> None:
+    found: dict[int, dict[str, str]] = {}
+
+    def train(config: Mapping[str, Any]) -> None:
+        place = distplat.get_context()
+        found[place.get_world_rank()] = {**place.variables, "node": str(place.get_node_rank())}
+
+    call_on_ranks(train, 3, nodes=lambda rank: "abc"[rank % 2])
+    mine = found[rank]
+    assert (mine["RANK"], mine["LOCAL_RANK"], mine["GROUP_RANK"]) == (str(rank), local, node)
+    assert (mine["WORLD_SIZE"], mine["GROUP_WORLD_SIZE"]) == ("3", "2")
+    assert mine["node"] == node
+    assert mine["LOCAL_WORLD_SIZE"] == ("1" if rank == 1 else "2")
+    assert mine["TORCHELASTIC_RUN_ID"] == "test"
 
 
 def test_a_group_that_was_there_before_stays() -> None:

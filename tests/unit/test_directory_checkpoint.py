@@ -1,7 +1,8 @@
 """A directory as a checkpoint: the same files come back, and none outside of it."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +67,21 @@ def test_what_is_no_directory_of_files_is_refused(tmp_path: Path) -> None:
         Checkpoint.from_directory(tmp_path)
 
 
-def test_a_loop_of_ray_train_goes_on_from_its_files(tmp_path: Path) -> None:
+class OfRayTrain:
+    """As `ray.train.Checkpoint`: a directory that stays where it is."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    @contextmanager
+    def as_directory(self) -> Iterator[str]:
+        yield str(self._folder)
+
+
+@pytest.mark.parametrize("kind", [Checkpoint.from_directory, OfRayTrain])
+def test_a_loop_of_ray_train_goes_on_from_its_files(
+    kind: Callable[[Path], Any], tmp_path: Path
+) -> None:
     began: list[int] = []
 
     def train(config: Mapping[str, Any]) -> None:
@@ -88,7 +103,7 @@ def test_a_loop_of_ray_train_goes_on_from_its_files(tmp_path: Path) -> None:
             folder = folder_of(tmp_path / str(rank), {"note": b"of an epoch"})
             state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
             torch.save({**state, "epoch": epoch + 1}, folder / "state.pt")
-            saved = Checkpoint.from_directory(folder)
+            saved = kind(folder)
             distplat.report({"loss": 0.0}, checkpoint=saved if rank == 0 else None)
 
     whole = call_on_ranks(train, 2)

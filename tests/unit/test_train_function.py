@@ -1,5 +1,6 @@
 """A train function under `ring` against a plain loop over the same global batches."""
 
+import random
 import threading
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -23,6 +24,7 @@ import distplat
 from distplat.platform.errors import MismatchError, NonFiniteError, SpecError
 from distplat.platform.progress import StepReport
 from distplat.strategies.function import function_session
+from distplat.strategies.loop.seeding import seed_all, seed_function, seeded_itself
 
 GLOBAL = 12
 SAMPLES = 48
@@ -749,3 +751,36 @@ def test_a_model_that_is_made_after_the_loader_begins_as_the_loop_has_seeded(
 
     call_on_ranks(train, 2)
     assert sorted(seeded) == [(0, 0), (0, 1)]
+
+
+@pytest.mark.parametrize("seed", [0, 3])
+def test_a_loop_that_seeds_itself_keeps_its_numbers(seed: int) -> None:
+    """As under DDP; with the job's seed, too. At import is early enough."""
+    drawn: dict[int, list[float]] = {}
+
+    def train(config: Mapping[str, Any]) -> None:
+        place = distplat.get_context()
+        distplat.barrier()
+        if place.rank == 0:  # ranks share a process here, and its generators
+            torch.manual_seed(seed)
+        distplat.barrier()
+        distplat.prepare(nn.Linear(4, 1))
+        distplat.barrier()
+        if place.rank == 0:
+            drawn[0] = torch.rand(3).tolist()
+
+    call_on_ranks(train, 2)
+    torch.manual_seed(seed)
+    nn.Linear(4, 1), nn.Linear(4, 1)
+    assert drawn[0] == torch.rand(3).tolist()
+
+
+@pytest.mark.parametrize("seed", [0, 2**32 - 1, 2**40])
+def test_a_function_draws_by_the_seed_of_the_job(seed: int) -> None:
+    seed_all(seed)
+    wanted = torch.rand(3).tolist(), random.random()
+    seed_function(seed)
+    assert (torch.rand(3).tolist(), random.random()) == wanted
+    assert not seeded_itself(seed)
+    torch.manual_seed(seed)
+    assert seeded_itself(seed)

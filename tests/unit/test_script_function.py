@@ -1,0 +1,137 @@
+"""A script as a train function: `task: train.py --lr 0.1`."""
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from pytest import CaptureFixture, MonkeyPatch
+from safetensors.torch import load_file
+
+from distplat import Job, Trainer
+from distplat.actors.task_check import TaskCheck
+from distplat.actors.task_loading import load_train_function
+from distplat.platform.errors import SpecError, UserCodeError
+from distplat.platform.own_loop import script_of
+from distplat.strategies.catalog import make_job
+
+SCRIPT = """
+import argparse, sys
+import torch
+from torch import nn
+from beside import WIDTH
+
+import distplat
+
+parser = argparse.ArgumentParser()
+parser.add_argument("--lr", type=float, default=1.0)
+parser.add_argument("--title", default="")
+parser.add_argument("--code", type=int, default=0)
+args = parser.parse_args()
+torch.manual_seed(0)
+model = nn.Linear(WIDTH, 1, bias=False)
+optimizer = torch.optim.SGD(model.parameters(), lr=args.lr)
+distplat.prepare(model, optimizer)
+
+if __name__ == "__main__":
+    model(torch.ones(1, WIDTH)).sum().backward()
+    optimizer.step()
+    print("title:", args.title)
+    sys.exit(args.code)
+"""
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: MonkeyPatch) -> Iterator[Path]:
+    """A script, and a module that it imports."""
+    (tmp_path / "loops").mkdir()
+    (tmp_path / "loops" / "train.py").write_text(SCRIPT)
+    (tmp_path / "loops" / "beside.py").write_text("WIDTH = 3\n")
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    yield tmp_path
+    sys.modules.pop("beside", None)
+
+
+def job_with(task: str, **more: Any) -> dict[str, Any]:
+    return {
+        "name": "script",
+        "task": task,
+        "strategy": "ring",
+        "scaling": {"num_workers": 0},
+        "storage_path": "runs",
+        **more,
+    }
+
+
+def fit(folder: Path, task: str) -> dict[str, torch.Tensor]:
+    result = Trainer(job_with(task), working_dir=folder, progress=False).fit()
+    assert result.checkpoint is not None
+    return load_file(result.checkpoint)
+
+
+def test_a_script_runs_with_its_arguments(folder: Path, capsys: CaptureFixture[str]) -> None:
+    argv, main = [*sys.argv], sys.modules["__main__"]
+    found = fit(folder, 'loops/train.py --lr 0.5 --title "a b"')["weight"]
+    torch.manual_seed(0)
+    assert torch.equal(found, torch.nn.Linear(3, 1, bias=False).weight - 0.5)
+    assert "title: a b" in capsys.readouterr().out
+    assert (sys.argv, sys.modules["__main__"]) == (argv, main)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"), [("--code 3", "SystemExit: 3"), ("--width 3", "SystemExit: 2")]
+)
+def test_a_script_that_exits_with_a_code_has_failed(
+    arguments: str, text: str, folder: Path
+) -> None:
+    with pytest.raises(UserCodeError, match=text):
+        fit(folder, f"loops/train.py {arguments}")
+
+
+def checked(folder: Path, entry: str) -> list[str]:
+    check = TaskCheck(entry, str(folder), (), shown=True, function=True)
+    return check.result(60.0)
+
+
+def test_a_script_is_looked_at_and_not_run(folder: Path) -> None:
+    (folder / "broken.py").write_text("def train(:\n")
+    (folder / "ends.py").write_text("raise SystemExit(5)\n")
+    assert checked(folder, "ends.py") == []
+    with pytest.raises(UserCodeError, match="SyntaxError"):
+        checked(folder, "broken.py")
+    with pytest.raises(SpecError, match=r"no script 'end.py'") as caught:
+        checked(folder, "end.py")
+    assert "ends.py" in caught.value.problems[0].hint
+
+
+@pytest.mark.parametrize(
+    ("fields", "text"),
+    [
+        ({"task": "train.py 'a"}, "No closing quotation"),
+        ({"task": "train.txt"}, "'script.py --its arguments'"),
+        ({"task": "-m train.py"}, "'script.py --its arguments'"),
+        ({"task": "train.py", "task_args": {"lr": 1}}, "takes its arguments from `task`"),
+        (
+            {
+                "task": "train.py",
+                "steps": 1,
+                "global_batch_size": 1,
+                "optimizer": {"name": "SGD", "lr": 1},
+            },
+            "is a script, which has its own loop",
+        ),
+    ],
+)
+def test_what_a_script_does_not_go_with_is_refused(fields: dict[str, Any], text: str) -> None:
+    with pytest.raises(SpecError, match=text):
+        make_job(job_with(**fields))
+
+
+def test_a_script_is_told_from_a_function() -> None:
+    assert isinstance(make_job(job_with("a/train.py --x 'b c'")), Job)
+    assert script_of("a/train.py --x 'b c'") == ["a/train.py", "--x", "b c"]
+    assert script_of("train:main") == script_of(None) == []
+    with pytest.raises(SpecError, match="could not import"):
+        load_train_function("nowhere:train", "")
