@@ -32,8 +32,7 @@ from distplat.strategies.directory_checkpoint import Checkpoint
 from distplat.strategies.function.averages import GroupAverages, ServerAverages
 from distplat.strategies.function.gradient_average import Exchange, Surroundings, take_over
 from distplat.strategies.function.metric_gathering import gather_for_metrics
-from distplat.strategies.function.oversight import OptimizerWatch, ReportWatch
-from distplat.strategies.function.same_data import check_same_data
+from distplat.strategies.function.oversight import OptimizerWatch, ReportWatch, check_same_data
 from distplat.strategies.function.server_updates import ServerUpdates
 from distplat.strategies.function.sharded_loader import (
     Cut,

@@ -16,8 +16,6 @@ another has not counts there as zero; one that no rank has stays None, and its o
 
 from __future__ import annotations
 
-import hashlib
-import json
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -32,7 +30,7 @@ from typing_extensions import override
 
 from distplat.platform.errors import NonFiniteError, Problem, SpecError
 from distplat.platform.spec import Job
-from distplat.strategies.collective import Collective, gather_bytes
+from distplat.strategies.collective import Collective, ranks_apart
 from distplat.strategies.function.oversight import check_alike
 from distplat.strategies.loop.control import NonFiniteSteps, StepControl
 from distplat.strategies.model.flat import FlatModel
@@ -392,10 +390,9 @@ def compare(model: nn.Module, digest: str, group: Collective, device: torch.devi
             )
             raise SpecError(Problem(("task",), text, hint))
     buffers = repr([(n, b.shape, b.dtype) for n, b in model.named_buffers()])
-    facts = json.dumps([digest, hashlib.sha256(buffers.encode()).hexdigest()]).encode()
-    every = gather_bytes(facts, group, device)
-    if others := [str(rank) for rank, one in enumerate(every) if one != every[0]]:
-        what = f"prepare() got another model on rank {', '.join(others)} than on rank 0"
+    if others := ranks_apart([digest, buffers], group, device):
+        names = ", ".join(map(str, others))
+        what = f"prepare() got another model on rank {names} than on rank 0"
         hint = "names, shapes, types and requires_grad must be the same on all ranks"
         raise SpecError(Problem(("task",), what, hint))
 

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
-
 import torch
 
 from distplat.platform.errors import StateLost
 from distplat.platform.plateau import Plateau, PlateauState
-from distplat.strategies.collective import Collective, gather_bytes
+from distplat.strategies.collective import Collective, gather_values
 from distplat.strategies.ports import Shards
 
 
@@ -36,7 +34,7 @@ def meet_plateau(
     if version and shards is not None and (told := shards.settings()):
         known.append(PlateauState.of(told))
     if group is not None and group.world > 1:
-        texts = gather_bytes(json.dumps(known).encode(), group, device)
-        known = [PlateauState.of(one) for text in texts for one in json.loads(text)]
+        every = gather_values(known, group, device)
+        known = [PlateauState.of(one) for some in every for one in some]
     if not plateau.meet(version, known):
         raise StateLost("what evaluations made of the learning rate")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -17,7 +16,7 @@ from distplat.platform.sampler import Sampler
 from distplat.platform.spec import Job
 from distplat.platform.stop_order import StopOrder
 from distplat.platform.task_scheduler import Lease, TaskPlan
-from distplat.strategies.collective import Collective, gather_bytes
+from distplat.strategies.collective import Collective, gather_values
 from distplat.strategies.loop.compute import Compute, Share, Stopwatch, Sums, TaskModel
 from distplat.strategies.loop.control import NonFiniteSteps, StepControl
 from distplat.strategies.loop.gathering import Gathering
@@ -317,8 +316,8 @@ class Loop:
             self.job.plateau.evaluated(step, join_evals(parts).metrics)
 
     def _gathered(self, mine: EvalReport, group: Collective) -> list[EvalReport]:
-        texts = gather_bytes(json.dumps(asdict(mine)).encode(), group, self.flat.params.device)
-        return [EvalReport(**json.loads(text)) for text in texts]
+        every = gather_values(asdict(mine), group, self.flat.params.device)
+        return [EvalReport(**fields) for fields in every]
 
     def _merge_states(self, found: Sums) -> None:
         """Have rank 0's part hold the figures of metrics with state, of the data of all."""

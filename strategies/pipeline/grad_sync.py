@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import torch
 from torch import Tensor
 from typing_extensions import override
 
@@ -13,7 +12,7 @@ from distplat.platform.load import load_figures
 from distplat.strategies.checkpoint.checkpoint_types import CheckpointPart, Holding
 from distplat.strategies.checkpoint.parts import model_part, optimizer_part, server_part
 from distplat.strategies.checkpoint.state_sync import take_over_newest
-from distplat.strategies.collective import Collective
+from distplat.strategies.collective import Collective, gather_numbers
 from distplat.strategies.loop.control import StepControl
 from distplat.strategies.model.flat import FlatModel
 from distplat.strategies.model.model_state import ModelState
@@ -265,9 +264,8 @@ class PsGradSync(GradSync):
         flat = self._flat
         assert self._state is not None, "meet() has it"
         device = flat.params.device
-        have = [torch.zeros(1, dtype=torch.int64, device=device) for _ in range(group.world)]
-        group.all_gather(have, torch.tensor([int(not self._new)], device=device))
-        holders = [rank for rank, one in enumerate(have) if int(one)]
+        have = gather_numbers([int(not self._new)], group, device)
+        holders = [rank for rank, (one,) in enumerate(have) if one]
         first = context.saved.step if context.saved is not None else 0
         if not holders and flat.version != first and self._state.needs_group:
             raise StateLost("buffers of a part of the model")

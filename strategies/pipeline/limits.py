@@ -79,20 +79,6 @@ def refuse_weights(task: Task) -> None:
         raise SpecError(Problem(("task",), text, "use `strategy: ring` or `strategy: ps-sync`"))
 
 
-def refuse(model: nn.Module) -> None:
-    """
-    Refuse modules that need all replicas' samples at once.
-
-    Raises:
-        SpecError: names each.
-    """
-    found = [n or "the model" for n, m in model.named_modules() if isinstance(m, nn.SyncBatchNorm)]
-    if found:
-        text = f"SyncBatchNorm is not computed over replicas under `hybrid`: {', '.join(found)}"
-        hint = "use BatchNorm, or `strategy: ring`"
-        raise SpecError(Problem(("strategy", "name"), text, hint))
-
-
 class Reached:
     """
     Watches that backward reaches the rank's own parameters, and all that it is to train.
@@ -248,7 +234,7 @@ def _one_after_the_other(model: nn.Module, layers: Sequence[Layer], value: Any) 
 def _layers_do(layers: Sequence[Layer], what: str) -> SpecError:
     hint = "have the task's `stages` say all that `forward` does, or set `pipeline: 1`"
     text = f"the layers {', '.join(one.name for one in layers)} one after the other {what}"
-    return _otherwise(text, _to_write(layers) or hint)
+    return _refused(text, _to_write(layers) or hint)
 
 
 def _of_both(behind: Any, whole: Any) -> tuple[Any, Any]:
@@ -261,7 +247,7 @@ def _of_both(behind: Any, whole: Any) -> tuple[Any, Any]:
 def _refuse_guess(layers: Sequence[Layer], why: str) -> None:
     hint = _to_write(layers)
     if hint:
-        raise _otherwise(f"the model's layers cannot be compared with the model: {why}", hint)
+        raise _refused(f"the model's layers cannot be compared with the model: {why}", hint)
 
 
 def _to_write(layers: Sequence[Layer]) -> str:
@@ -421,7 +407,3 @@ def _alike(one: Any, other: Any) -> bool:
     """Compare the tensors in two results."""
     mine, theirs = tensors_in(one), tensors_in(other)
     return len(mine) == len(theirs) and all(map(_close, mine, theirs))
-
-
-def _otherwise(message: str, hint: str) -> SpecError:
-    return SpecError(Problem(("strategy", "pipeline"), message, hint))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import logging
 import time
 from collections.abc import Callable, Sequence
@@ -20,7 +19,7 @@ from distplat.platform.even_split import split_evenly
 from distplat.platform.spec import Job
 from distplat.platform.topology import Position
 from distplat.strategies.algorithms.partition import bounds, partition
-from distplat.strategies.collective import Collective, broadcast_bytes, gather_bytes
+from distplat.strategies.collective import Collective, broadcast_value, gather_values
 from distplat.strategies.loop.batches import batches_by, one_batch
 from distplat.strategies.loop.collate import moved
 from distplat.strategies.loop.prepared import Prepared
@@ -28,6 +27,7 @@ from distplat.strategies.model.block_layers import Order
 from distplat.strategies.model.layers import Layer, tracing
 from distplat.strategies.model.meta import materialise
 from distplat.strategies.model.model_call import ModelCall
+from distplat.strategies.model.sync_batch_norm import refuse_sync_batch_norm
 from distplat.strategies.pipeline.call_order import agreed_order, has_order, order_of
 from distplat.strategies.pipeline.executor import training_plan
 from distplat.strategies.pipeline.hybrid_options import HybridOptions
@@ -39,7 +39,6 @@ from distplat.strategies.pipeline.limits import (
     entering,
     inputs_of,
     names_of,
-    refuse,
     shared,
 )
 from distplat.strategies.pipeline.rank_model import ModelPart, layers_for, take_part, take_whole
@@ -182,9 +181,20 @@ class Memory:
         return parameters + self.live[k] * entering + activations
 
 
-def cut(costs: Sequence[LayerCost], parts: int, memory: Memory | None = None) -> list[int]:
+def cut(
+    costs: Sequence[LayerCost],
+    parts: int,
+    memory: Memory | None = None,
+    trained: Sequence[bool] | None = None,
+) -> list[int]:
     """
     Choose cut points so that the slowest stage is as quick as can be.
+
+    Args:
+        costs: of the layers.
+        parts: stages.
+        memory: what they may hold; None: anything.
+        trained: of each layer, whether it has something to train, as each stage must; None: all.
 
     Returns:
         The numbers of the layers with which the stages 1, 2, ... begin.
@@ -192,16 +202,15 @@ def cut(costs: Sequence[LayerCost], parts: int, memory: Memory | None = None) ->
     Raises:
         ValueError: there are fewer layers than stages, or no cut fits into the memory.
     """
-    seconds = [cost.forward_s + cost.backward_s for cost in costs]
-    if memory is None:
-        return partition(seconds, parts)
-    if not len(memory.limit_bytes) == len(memory.live) == parts:
+    if memory is not None and not len(memory.limit_bytes) == len(memory.live) == parts:
         raise ValueError(f"limits and live micro-batches must be given for each of {parts} stages")
 
     def fits(k: int, start: int, stop: int) -> bool:
-        return memory.needed(costs, k, start, stop) <= memory.limit_bytes[k]
+        if trained is not None and not any(trained[start:stop]):
+            return False
+        return memory is None or memory.needed(costs, k, start, stop) <= memory.limit_bytes[k]
 
-    return partition(seconds, parts, fits)
+    return partition([cost.forward_s + cost.backward_s for cost in costs], parts, fits)
 
 
 def points_before(layers: Sequence[Layer], names: Sequence[str]) -> list[int]:
@@ -215,12 +224,12 @@ def points_before(layers: Sequence[Layer], names: Sequence[str]) -> list[int]:
     unknown = [name for name in names if name not in places]
     if unknown:
         message = f"there is no layer {unknown[0]!r} to cut before"
-        raise SpecError(Problem((), message, hint(unknown[0], [*places][1:])))
+        raise _problem("cut", message, hint(unknown[0], [*places][1:]))
     points = [places[name] for name in names]
     try:
         bounds(points, len(layers))
     except ValueError as error:
-        raise SpecError(str(error)) from error
+        raise _problem("cut", str(error), "") from error
     return points
 
 
@@ -276,9 +285,8 @@ def agree_on_points(
     if request.cut == "even":
         return [start for start, _ in split_evenly(len(layers), request.places)[1:]]
     if not isinstance(request.cut, str):
-        return _by_name(layers, request.cut)
-    gathered = gather_bytes(json.dumps(known).encode(), group, device)
-    found = [points for points in map(json.loads, gathered) if points]
+        return points_before(layers, request.cut)
+    found = [points for points in gather_values(known, group, device) if points]
     if found:
         return list(found[0])
     costs = _measure(layers, inputs, request.meta_seed, group, device)
@@ -286,14 +294,6 @@ def agree_on_points(
     if group.rank == 0:
         logger.info("the model is cut before %s", ", ".join(layers[p].name for p in points))
     return points
-
-
-def _by_name(layers: Sequence[Layer], names: Sequence[str]) -> list[int]:
-    try:
-        return points_before(layers, names)
-    except SpecError as error:
-        where = ("strategy", "cut")
-        raise SpecError(*(replace(problem, where=where) for problem in error.problems)) from None
 
 
 def _measure(
@@ -307,12 +307,12 @@ def _measure(
     values = inputs() if here else None
     costs = []
     for number, layer in enumerate(layers):
-        text = b""
+        told = {}
         if values is not None:
             one = layer if meta_seed is None else _filled(layer, number, meta_seed, device)
             cost, values = measured(one, values, _REPEATS)
-            text = json.dumps(asdict(cost)).encode()
-        costs.append(LayerCost(**json.loads(broadcast_bytes(text, 0, group, device))))
+            told = asdict(cost)
+        costs.append(LayerCost(**broadcast_value(told, 0, group, device)))
     return costs
 
 
@@ -330,15 +330,8 @@ def _cut(layers: Sequence[Layer], costs: Sequence[LayerCost], request: CutReques
         text = f"each of {request.places} stages needs something to train, and only {names} has it"
         raise _problem("pipeline", text, "take fewer stages (1 cuts nothing), or freeze less")
 
-    def fits(k: int, start: int, stop: int) -> bool:
-        if not any(trained[start:stop]):
-            return False
-        memory = request.memory
-        return memory is None or memory.needed(costs, k, start, stop) <= memory.limit_bytes[k]
-
-    seconds = [cost.forward_s + cost.backward_s for cost in costs]
     try:
-        return partition(seconds, request.places, fits)
+        return cut(costs, request.places, request.memory, trained)
     except ValueError as error:
         raise _problem("cut", str(error), "raise `memory_limit_mb`, or name the cut") from None
 
@@ -433,7 +426,8 @@ def _taken(
         together: the slices, if they are to try it; else there are no samples.
     """
     task = prepared.task
-    refuse(model)
+    why = "which `hybrid` does not compute over its replicas"
+    refuse_sync_batch_norm(model, why, "use nn.BatchNorm, or `strategy: ring`")
     resolve(options.tensor_plan, [name for name, _ in model.named_modules()])
     seed = prepared.job.seed if options.init == "meta" else None
     tried = together if seed is None else None
