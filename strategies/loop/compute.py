@@ -17,7 +17,7 @@ from distplat.platform.even_split import split_evenly
 from distplat.platform.spec import Job
 from distplat.strategies.loop.batches import (
     EvalLoader,
-    KeptLoader,
+    Loader,
     Run,
     batches_by,
     fingerprint_of_batch,
@@ -288,7 +288,7 @@ class TaskModel(WholeModel, Compute):
         self, prepared: Prepared, last_backward: Callable[[], None], alive: Callable[[], None]
     ) -> None:
         super().__init__(prepared, last_backward, 0, alive)
-        self._loader: KeptLoader | None = None
+        self._loader: Loader | None = None
 
     def read(self, tasks: range) -> None:
         """Begin to read the data of these tasks; all those before have been made."""
@@ -296,7 +296,7 @@ class TaskModel(WholeModel, Compute):
             return
         data = batches_by(self.task, self.data)
         if self._loader is None:
-            self._loader = KeptLoader(self.job, data)
+            self._loader = Loader(self.job, data, persistent=True)
         self._batches = unmarked(data, self._loader.batches(self._runs(tasks)))
 
     def _runs(self, tasks: range) -> Iterator[Run]:

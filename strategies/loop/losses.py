@@ -308,10 +308,6 @@ class LossScale:
         near = max((step for step in there if step <= version), default=None)
         self.load(version, there[near] if near is not None else (FIRST_SCALE, 0))
 
-    def scaled(self, local: StepControl) -> float:
-        """Give the weight of a rank's record, as large as its gradients are."""
-        return local.weight * self.value
-
     def passed(self, step: int, total: StepControl) -> bool:
         """
         Learn how a step came out; say whether the scale was too large for it.
