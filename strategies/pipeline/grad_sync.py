@@ -51,7 +51,7 @@ class AllReduceGradSync(GradSync):
         self._flat, self._holding = flat, holding
         self._bucket_bytes, self._overlap = bucket_bytes, overlap
         self._reducer: BucketReducer | None = None
-        self._state: ModelState | None = None
+        self._state: ModelState  #: there after `meet`
         self._optimizer: PartOptimizer | None = None
         self._summed = False  #: the summed gradients of the step in flight are there
         self._norm: float | None = None  #: of the whole model's gradient, if it is to be clipped
@@ -121,9 +121,8 @@ class AllReduceGradSync(GradSync):
             mine = local.looked_at(self._flat) if self._look else local
             self._total = mine
             return mine
-        if self._state is not None:
-            local = replace(local, state_changed=self._state.news(step))
-        self._total = self._reducer.finish(local)
+        changed = self._state.news(step)
+        self._total = self._reducer.finish(replace(local, state_changed=changed))
         mine = self._reducer.local
         overflow = self._total.non_finite and self._total.rank < 0 and self._total.slot >= 0
         return mine.broken(self._total.slot) if overflow else mine
@@ -131,8 +130,7 @@ class AllReduceGradSync(GradSync):
     @override
     def sum_gradients(self, step: int, total: StepControl) -> StepControl:
         """`begin` has summed them."""
-        if self._state is not None:
-            self._state.synchronize(step, self._total.state_changed)
+        self._state.synchronize(step, self._total.state_changed)
         self._total = replace(total, present=self._total.present)
         return self._total
 
@@ -154,9 +152,9 @@ class AllReduceGradSync(GradSync):
         self._optimizer.grad_norm = None
         if not total.skip:
             self._optimizer.step(step, total.present, total.scale)
-        if self._state is not None and total.skip:
+        if total.skip:
             self._state.leave_out(step + 1)
-        elif self._state is not None:
+        else:
             self._state.keep(step + 1)
         self._summed = False
 
@@ -186,8 +184,8 @@ class PsGradSync(GradSync):
 
     def __init__(self, flat: FlatModel, holding: Holding) -> None:
         self._flat, self._holding = flat, holding
-        self._shards: Shards | None = None
-        self._state: ModelState | None = None
+        self._shards: Shards  #: there after `meet`, as is `_state`
+        self._state: ModelState
         self._new = True  #: this rank's buffers are of no version
         self._look, self._dp_world = True, 1
         self._pushed = Pushed()
@@ -237,10 +235,10 @@ class PsGradSync(GradSync):
             version: of the parameters.
             ahead: whether this part's servers have made one more step.
         """
-        own = None if self._new else self._state
-        if own is not None and version > self._at:
+        own = self._state
+        if not self._new and version > self._at:
             self._go_ahead(own, version)
-        elif own is not None:
+        elif not self._new:
             if version < self._at:
                 own.restore()
             if version < self._at or (ahead and self._pushing):
@@ -262,7 +260,6 @@ class PsGradSync(GradSync):
     def _share_buffers(self, group: Collective, context: Context) -> None:
         """Give new peers their buffers. Who has none counts as new until all of them are here."""
         flat = self._flat
-        assert self._state is not None, "meet() has it"
         device = flat.params.device
         have = gather_numbers([int(not self._new)], group, device)
         holders = [rank for rank, (one,) in enumerate(have) if one]
@@ -287,12 +284,11 @@ class PsGradSync(GradSync):
     @override
     def sum_gradients(self, step: int, total: StepControl) -> StepControl:
         """The servers have the sum, and without clipping they have used it."""
-        if self._state is not None:
-            self._state.synchronize(step)
+        self._state.synchronize(step)
         self._pushing = True
         share = 1.0 / self._dp_world  # the servers of this part add the peers' records up
         mine = replace(total, samples=total.samples * share, weight=total.weight * share)
-        self._pushed = self._servers.push(step, mine)
+        self._pushed = self._shards.push(step, mine)
         return total
 
     @override
@@ -308,29 +304,22 @@ class PsGradSync(GradSync):
     def update(self, step: int, total: StepControl) -> None:
         if self._pushed.norm is not None:
             assert self._norm is not None, "ready() comes first"
-            self._servers.commit(step, self._norm)
+            self._shards.commit(step, self._norm)
         self._grad_norm = self._pushed.grad_norm if self._pushed.norm is None else self._norm
         if total.skip:
             self._grad_norm = None
-        if self._state is not None and total.skip:
+        if total.skip:
             self._state.leave_out(step + 1)
-        elif self._state is not None:
+        else:
             self._state.keep(step + 1)
         self._at, self._pushing, self._ahead = step + 1, False, None
 
     @override
     def part(self, version: int) -> CheckpointPart:
-        return server_part(
-            self._flat, self._servers, version, may_skip=False, holding=self._holding
-        )
+        return server_part(self._flat, self._shards, version, may_skip=False, holding=self._holding)
 
     def figures(self) -> dict[str, float]:
         """Give how long servers held this rank up, and what they did: all of its part together."""
         found = {"waiting_s": self._pushed.waiting_s, **load_figures(self._pushed.loads)}
         found |= norm_figures(self._grad_norm)
         return {name: value for name, value in found.items() if not name.startswith("shard_")}
-
-    @property
-    def _servers(self) -> Shards:
-        assert self._shards is not None, "meet() comes first"
-        return self._shards
