@@ -24,6 +24,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from distplat.strategies.loop.collate import with_fields
 from distplat.strategies.loop.losses import Judged, Made
+from distplat.strategies.loop.seeding import generators_kept, state_of_generators
 from distplat.strategies.loop.task_settings import task_modules
 from distplat.strategies.task import Task, has_step
 
@@ -265,12 +266,12 @@ def _of_parts(
     found = []
     if sum(state.numel() for state in states) > _COPIED_ELEMENTS:
         raise _CannotTell
-    with torch.no_grad(), _kept(states):
-        before = _generators()
+    with torch.no_grad(), generators_kept(), _kept(states):
+        before = state_of_generators()
         for cut in cuts:
             outputs, targets = (_part(one, size, cut) for one in given)
             value = read(_on_a_copy(method)(outputs, targets))
-            if value is None or not _same(before, _generators()):
+            if value is None or state_of_generators() != before:
                 return None
             found.append(value)
     return found
@@ -457,38 +458,10 @@ def _on_a_copy(task_loss: Callable[..., Any]) -> Callable[..., Any]:
 
 @contextmanager
 def _kept(states: Sequence[Tensor]) -> Iterator[None]:
-    """Put generators and states back at the end."""
+    """Put states back at the end."""
     copies = [(state, state.detach().clone()) for state in states]
-    before = _generators()
     try:
         yield
     finally:
-        random.setstate(before[0])
-        np.random.set_state(before[1])
-        torch.set_rng_state(before[2])
-        for device, state in enumerate(before[3]):
-            torch.cuda.set_rng_state(state, device)
         for state, values in copies:
             state.data.copy_(values)  # not by autograd's count: backward may have it saved
-
-
-def _generators() -> tuple[Any, Any, Tensor, list[Tensor]]:
-    """Give the states of python's, numpy's and torch's generators, and those of the cards."""
-    cards = _card_states()
-    return random.getstate(), np.random.get_state(), torch.get_rng_state(), cards
-
-
-def _card_states() -> list[Tensor]:
-    started = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
-    return torch.cuda.get_rng_state_all() if started else []
-
-
-def _same(one: Any, other: Any) -> bool:
-    """Compare states of generators."""
-    if isinstance(one, Tensor):
-        return torch.equal(one, other)
-    if isinstance(one, np.ndarray):
-        return bool(np.array_equal(one, other))
-    if isinstance(one, list | tuple):
-        return len(one) == len(other) and all(map(_same, one, other))
-    return bool(one == other)

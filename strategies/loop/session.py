@@ -71,7 +71,7 @@ from distplat.strategies.model.task_optimizer import make_optimizers, optimizers
 from distplat.strategies.ports import Board, Leases, Shards, Tables
 from distplat.strategies.sparse.lookups import lookups_of
 from distplat.strategies.strategy_spec import Roles
-from distplat.strategies.task import Task, has_weights
+from distplat.strategies.task import Task, overrides
 from distplat.strategies.worker_strategy import Context, WorkerStrategy
 
 logger = logging.getLogger(__name__)
@@ -338,7 +338,7 @@ def _term_weights(
     Raises:
         SpecError: workers are not in one step, and do not push by themselves either.
     """
-    if not has_weights(type(p.task)):
+    if not overrides(type(p.task), "weights"):
         return None
     if p.roles.consistency.dynamic_tasks:
         return TermWeights(p.task)

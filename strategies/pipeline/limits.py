@@ -10,7 +10,7 @@ What a pipeline cannot do, found and named: nothing that a stage leaves out goes
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +22,7 @@ from distplat.strategies.model.layers import Layer
 from distplat.strategies.model.model_call import Batch, ModelCall
 from distplat.strategies.model.parameter_layout import fill
 from distplat.strategies.pipeline.values import copied, is_value, on_device, tensors_in
-from distplat.strategies.task import Task, has_weights, kind_of, own_call
+from distplat.strategies.task import Task, kind_of, overrides, own_call
 from distplat.strategies.torch_compat import tree_map
 
 _DEPTH = 3
@@ -74,7 +74,7 @@ def refuse_weights(task: Task) -> None:
     Raises:
         SpecError: the task has `weights`.
     """
-    if has_weights(type(task)):
+    if overrides(type(task), "weights"):
         text = f"{type(task).__name__}.weights() gets whole batches, which no rank of `hybrid` has"
         raise SpecError(Problem(("task",), text, "use `strategy: ring` or `strategy: ps-sync`"))
 
@@ -349,26 +349,16 @@ def shared(inputs: Any, slices: Collective) -> Any:
     return tree_map(one, inputs)
 
 
-class RunnableChunk(Protocol):
-    """A chunk of layers, as `rank_model.Chunk`."""
-
-    def run(self, inputs: Any, seed: int) -> Any:
-        """Go forward."""
-
-    def set_mode(self, *, training: bool) -> None:
-        """Switch the mode."""
-
-
 class BeforeSlicing:
     """
     What chunks give while their layers are whole.
 
     Args:
-        chunks: of a rank, by place; each an `nn.Module`.
+        chunks: of a rank, by place; each a `rank_model.Chunk`.
         inputs: by place, the same on all slices.
     """
 
-    def __init__(self, chunks: Mapping[int, RunnableChunk], inputs: Mapping[int, Any]) -> None:
+    def __init__(self, chunks: Mapping[int, Any], inputs: Mapping[int, Any]) -> None:
         self._chunks, self._inputs = chunks, inputs
         self._expected: dict[int, Any] = {}
         for place in inputs:
@@ -397,7 +387,7 @@ class BeforeSlicing:
 
     @torch.no_grad()
     def _run(self, place: int, seed: int) -> Any:
-        chunk: Any = self._chunks[place]
+        chunk = self._chunks[place]
         with untouched(chunk):
             chunk.set_mode(training=False)
             return chunk.run(copied(self._inputs[place]), seed)

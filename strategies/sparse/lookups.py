@@ -55,7 +55,7 @@ class Lookups(RowSource):
     def __init__(self, model: nn.Module, job: Job) -> None:
         self._job, self._modules = job, tables_of(model)
         self._numbers = {module: n for n, module in enumerate(self._modules.values())}
-        self.specs = tuple(_spec_of(name, module) for name, module in self._modules.items())
+        self.specs = tuple(module.spec(name) for name, module in self._modules.items())
         self._padding = [module.padding_idx for module in self._modules.values()]
         self._owed: list[list[_Owed]] = [[] for _ in self.specs]
         self._made: list[tuple[Routed, RowGradients]] | None = None
@@ -198,11 +198,6 @@ class Lookups(RowSource):
                 f"embeddings.partition is `range`, but {', '.join(open_ended)} has no "
                 "num_embeddings to cut: give it one, or take `hash`"
             )
-
-
-def _spec_of(name: str, module: Sharded) -> TableSpec:
-    rows, width = module.num_embeddings, module.embedding_dim
-    return TableSpec(name, rows, width, module.init_std, module.whole)
 
 
 @np.errstate(over="ignore", invalid="ignore")  # `first_non_finite` is there for that

@@ -25,7 +25,6 @@ from distplat.platform.errors import Problem, SpecError
 from distplat.platform.model_options import Embeddings
 from distplat.platform.optimizers import Optimizer, TaskOptimizer
 from distplat.platform.sampler import Sampler
-from distplat.platform.shard_map import TableSpec
 from distplat.platform.spec import Job
 from distplat.strategies.algorithms.seeds import (
     collate_seed,
@@ -43,7 +42,7 @@ from distplat.strategies.loop.task_settings import TaskOrder
 from distplat.strategies.model.tensor_optimizer import class_of
 from distplat.strategies.sparse.modules import RowSource, Sharded, tables_of
 from distplat.strategies.sparse.rows import initial_rows
-from distplat.strategies.task import Task, has_lr, has_weights
+from distplat.strategies.task import Task, overrides
 
 KEPT = "_rows_of_reference"
 """Attribute of the task that keeps the tables."""
@@ -102,11 +101,10 @@ class _Rows(nn.Module):
         super().__init__()
         self.weights = nn.ParameterList()
         for name, module in tables_of(model).items():
-            rows, width = module.num_embeddings, module.embedding_dim
+            rows = module.num_embeddings
             if rows is None:
                 raise ValueError(f"{name} has no num_embeddings: no plain table can stand for it")
-            spec = TableSpec(name, rows, width, module.init_std, module.whole)
-            values = initial_rows(spec, seed, np.arange(rows))
+            values = initial_rows(module.spec(name), seed, np.arange(rows))
             self.weights.append(nn.Parameter(torch.from_numpy(values)))
             module.source = _Source(self.weights[-1])
 
@@ -218,7 +216,7 @@ def recipe_of(job: Job, task: Task, every: int = 1) -> Recipe:
 def _rates(job: Job, task: Task) -> list[Callable[[float], float]]:
     """Give for each step what makes its rate of `lr`: the task, or else the job's schedule."""
     steps, schedule = job.steps or 0, job.lr_schedule
-    if has_lr(type(task)):
+    if overrides(type(task), "lr"):
         return [partial(mul, float(task.lr(step, steps))) for step in range(steps)]
     return [partial(schedule.rate, step=step, total_steps=steps) for step in range(steps)]
 
@@ -349,7 +347,7 @@ def terms_of(
     task: Task, data: Any, step: Sequence[Sequence[Forward]]
 ) -> tuple[Weights, int] | None:
     """Give the weights of a step's terms, and its samples; None: a loss is one term."""
-    if not has_weights(type(task)):
+    if not overrides(type(task), "weights"):
         return None
     forwards = [forward for forwards in step for forward in forwards]
     total: Weights = {}
