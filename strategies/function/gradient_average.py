@@ -153,7 +153,7 @@ class GradientAverage(ABC):
         SpecError: the ranks have different models, or one that cannot be trained so.
     """
 
-    def __init__(self, model: nn.Module, around: Surroundings, number: int = 0) -> None:
+    def __init__(self, model: nn.Module, around: Surroundings, number: int) -> None:
         self.model, self.around, self._group = model, around, around.group
         self.enabled = True
         """Whether a backward averages; see `no_sync`."""
@@ -209,11 +209,11 @@ class GradientAverage(ABC):
         flat = self.flat
         present = np.fromiter((one.grad is not None for one in flat.parameters), np.bool_)
         for place in range(len(flat.slots)):
-            if not flat.is_copied(place):  # by a hook
+            if not flat.gradients.is_copied(place):  # by a hook
                 if self._has_left(place):
                     raise _changed(flat.name(place))
-                flat.ready(place)
-        flat.forget_copies()
+                flat.gradients.ready(place)
+        flat.gradients.copied.clear()
         flat.check_layout(self.around.step())
         return self.around.record(present)
 
@@ -291,21 +291,20 @@ class BucketAverage(GradientAverage):
 
     Args:
         model: see `GradientAverage`.
+        number: see there.
+        alone: whether no other model comes with it. Of the first one that does buckets may leave
+            while backward goes on; those of several would come in another order on each rank.
         around: see there.
         options: of `ring`.
-        overlap: whether buckets may leave while backward goes on: not with several models, whose
-            buckets would come in another order on each rank.
-        number: see there.
     """
 
     def __init__(
         self,
         model: nn.Module,
+        number: int,
+        alone: bool,
         around: Surroundings,
         options: RingOptions,
-        *,
-        overlap: bool,
-        number: int = 0,
     ) -> None:
         super().__init__(model, around, number)
         self._under_way = False
@@ -314,7 +313,7 @@ class BucketAverage(GradientAverage):
             self.flat,
             self._group,
             int(options.bucket_mb * 2**20),
-            overlap=overlap and options.overlap,
+            overlap=alone and not number and options.overlap,
             wire_dtype=wire,
             look=self._policy.looks,
         )
@@ -334,7 +333,7 @@ class BucketAverage(GradientAverage):
     def _begin(self) -> None:
         if not self._under_way:
             self._under_way = True
-            self.flat.forget_copies()
+            self.flat.gradients.copied.clear()
             after_backward(self._average)
             self._reducer.last_backward()
 

@@ -79,17 +79,21 @@ class OptimizerWatch:
         if threading.get_ident() != self._thread:
             return
         self._told(optimizer)
-        count = sum(len(group["params"]) for group in optimizer.param_groups)
-        if self._seen.get(optimizer) == count:
+        given = parameters_of(optimizer)
+        if self._seen.get(optimizer) == len(given):
             return
-        given = [one for group in optimizer.param_groups for one in group["params"]]
         known = {id(one) for one in self._trained()}
         strange = [one for one in given if one.requires_grad and id(one) not in known]
         if strange and not self._alone:
             raise not_prepared(optimizer, strange)
         if any(id(one) in known for one in given):
             self._check(optimizer)
-        self._seen[optimizer] = count
+        self._seen[optimizer] = len(given)
+
+
+def parameters_of(optimizer: Optimizer) -> list[Tensor]:
+    """Give the parameters of all of an optimizer's groups."""
+    return [one for group in optimizer.param_groups for one in group["params"]]
 
 
 def not_prepared(optimizer: Optimizer, strange: Sequence[Tensor]) -> SpecError:

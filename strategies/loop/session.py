@@ -46,13 +46,11 @@ from distplat.strategies.loop.checks import (
     remarks_on_model,
 )
 from distplat.strategies.loop.compute import TaskModel
-from distplat.strategies.loop.evaluated_rates import meet_plateau
 from distplat.strategies.loop.gathering import Gathering, looks_gathering
 from distplat.strategies.loop.loaders import ready_loaders, warning_of
 from distplat.strategies.loop.loop import LeasedLoop, Loop, Progress, course_of
 from distplat.strategies.loop.losses import LOSS_SCALE, LossScale, TermWeights
 from distplat.strategies.loop.metric_states import TaskMetrics
-from distplat.strategies.loop.parameter_groups import check_groups
 from distplat.strategies.loop.prepared import Prepared
 from distplat.strategies.loop.seeding import seed_all
 from distplat.strategies.loop.streams import Mark, StreamSamples
@@ -66,6 +64,7 @@ from distplat.strategies.loop.task_settings import (
 from distplat.strategies.model.flat import FlatModel
 from distplat.strategies.model.model_state import ModelState, Shares
 from distplat.strategies.model.module_options import apply_module_options
+from distplat.strategies.model.optim import check_groups, meet_plateau
 from distplat.strategies.model.parameter_layout import first_non_finite
 from distplat.strategies.model.task_optimizer import make_optimizers, optimizers_digest
 from distplat.strategies.ports import Board, Leases, Shards, Tables
@@ -295,7 +294,8 @@ def _meet_others(
     device = p.flat.params.device
     if (plateau := p.job.plateau) is not None:
         group = meet() if group is None else group  # its ranks gather evaluations
-        meet_plateau(plateau, start, group, ports.shards if p.roles.servers else None, device)
+        told = ports.shards.settings() if start and p.roles.servers and ports.shards else ()
+        meet_plateau(plateau, start, group, told, device)
     if p.loss_scale is not None:
         p.loss_scale.meet(start, meet(), device)
     return group

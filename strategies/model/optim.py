@@ -15,11 +15,15 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from typing_extensions import override
 
+from distplat.platform.errors import SpecError, StateLost
 from distplat.platform.model_options import EMA
+from distplat.platform.optimizer_checks import match_problems, shape_problems
 from distplat.platform.optimizers import Optimizer
+from distplat.platform.plateau import Plateau, PlateauState
 from distplat.platform.spec import Job
 from distplat.platform.vector_layout import Layout
 from distplat.strategies.algorithms.reduce import clip_factor
+from distplat.strategies.collective import Collective, gather_values
 from distplat.strategies.model.ema import AVERAGE
 from distplat.strategies.model.flat import FlatModel
 from distplat.strategies.model.optimizer_state import PER_PARAMETER, UPDATES, USED, Presence
@@ -30,6 +34,7 @@ from distplat.strategies.model.parameter_layout import (
     typed,
 )
 from distplat.strategies.model.tensor_optimizer import TensorOptimizer, VectorOptimizer
+from distplat.strategies.sparse.modules import dense_parameters, tables_of
 
 _FUSED = {"SGD", "Adam", "AdamW", "Adagrad"}
 """Classes with a fused kernel on the CPU: one pass over memory instead of several."""
@@ -399,3 +404,59 @@ class LocalOptimizer:
     def _norm(self) -> float:
         """Give the 2-norm of the gradient of the whole model, before it is scaled."""
         return math.sqrt(squared_norm_of(self._flat.grads, self._flat.layout.segments))
+
+
+def meet_plateau(
+    plateau: Plateau,
+    version: int,
+    group: Collective | None,
+    told: Sequence[float],
+    device: torch.device,
+) -> None:
+    """
+    Have what the others have, and the servers; every rank calls this when an attempt begins.
+
+    Args:
+        plateau: this rank's.
+        version: with which the attempt begins.
+        group: all ranks; None: there is one.
+        told: what servers say of the rates; empty: nothing.
+        device: of the model.
+
+    Raises:
+        StateLost: who knew the rates of this version is gone.
+    """
+    known = [] if plateau.known is None else [plateau.known]
+    if told:
+        known.append(PlateauState.of(told))
+    if group is not None and group.world > 1:
+        every = gather_values(known, group, device)
+        known = [PlateauState.of(one) for some in every for one in some]
+    if not plateau.meet(version, known):
+        raise StateLost("what evaluations made of the learning rate")
+
+
+def check_groups(rule: Optimizer, model: nn.Module, extra: Mapping[str, Tensor]) -> None:
+    """
+    See that each pattern of the groups has parameters, and each optimizer those that it takes.
+
+    Args:
+        rule: the job's optimizer.
+        model: the whole one.
+        extra: trained parameters outside of it, by name.
+
+    Raises:
+        SpecError: names the groups.
+    """
+    if not rule.groups and not rule.whole:
+        return
+    named = dict(dense_parameters(model))
+    first = {id(parameter): name for name, parameter in named.items()}
+    again = model.named_parameters(remove_duplicate=False)
+    others = {name: first[id(p)] for name, p in again if id(p) in first and name not in named}
+    tables = {path: (path, f"{path}.table", f"{path}.weight") for path in tables_of(model)}
+    problems = match_problems(rule, [*named, *extra], tables, others)
+    every = {**named, **extra}.items()
+    shapes = {name: p.shape for name, p in every if p.requires_grad and p.numel()}
+    if problems := problems or shape_problems(rule, shapes):
+        raise SpecError(*problems)

@@ -16,7 +16,13 @@ from distplat.strategies.tensor.exchange import (
     gathered,
     summed,
 )
-from distplat.strategies.tensor.parallel_layers import Parts, keep, split_columns, split_rows
+from distplat.strategies.tensor.parallel_layers import (
+    Parts,
+    become,
+    keep,
+    split_columns,
+    split_rows,
+)
 from distplat.strategies.tensor.parallel_plan import HeadLayout, slice_of
 
 
@@ -90,12 +96,11 @@ def _split_multihead(
         parts["in_proj_bias"] = fused
     keep(module, parts)
     rows = split_rows(f"{name}.out_proj", module.out_proj, inside, units=heads)
-    module.__class__ = SplitMultiheadAttention
-    assert isinstance(module, SplitMultiheadAttention)
+    made = become(module, SplitMultiheadAttention)
     each = [slice_of(name, 0, heads, heads, r, group.world) for r in ranks]
-    module.inside = inside
-    module.bounds = [(spec.start, spec.stop) for spec in each]
-    module.num_heads = each[group.rank].extent
+    made.inside = inside
+    made.bounds = [(spec.start, spec.stop) for spec in each]
+    made.num_heads = each[group.rank].extent
     return parts | {f"out_proj.{parameter}": spec for parameter, spec in rows.items()}
 
 

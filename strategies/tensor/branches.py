@@ -21,7 +21,7 @@ from torch.autograd import Function
 from distplat.platform.errors import Problem, SpecError
 from distplat.strategies.collective import Collective, gather_values
 from distplat.strategies.tensor.exchange import TensorParallelRegion, copied
-from distplat.strategies.tensor.parallel_layers import Parts
+from distplat.strategies.tensor.parallel_layers import Parts, become
 from distplat.strategies.tensor.parallel_plan import ShardSpec, share_out
 
 _ALIGN = 16
@@ -220,10 +220,9 @@ def split_branches(
         if not has:
             _empty(branch)
         kind = type(branch)
-        branch.__class__ = type(f"Branch{kind.__name__}", (Branch, kind), {})
-        assert isinstance(branch, Branch)
-        branch.around, branch.place = around, place
-        around.modules.append(branch)
+        made: Branch = become(branch, type(f"Branch{kind.__name__}", (Branch, kind), {}))
+        made.around, made.place = around, place
+        around.modules.append(made)
     return around, parts
 
 

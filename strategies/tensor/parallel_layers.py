@@ -10,6 +10,7 @@ those below, and its parameters the rank's part of them.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from typing import TypeVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -130,6 +131,13 @@ def _room(mine: Tensor, spec: ShardSpec) -> Tensor:
 
 Parts = dict[str, ShardSpec]
 """What of a module's parameters the rank has, by their names in the module."""
+_Module = TypeVar("_Module", bound=nn.Module)
+
+
+def become(module: nn.Module, kind: type[_Module]) -> _Module:
+    """Give a module another class; it stays the same object."""
+    module.__class__ = kind
+    return cast(_Module, module)
 
 
 class ColumnLinear(nn.Linear):
@@ -220,7 +228,6 @@ def split_columns(
         SpecError: no linear layer, or more ranks than units.
     """
     layer = _plain(name, linear, nn.Linear, "colwise")
-    assert isinstance(layer, nn.Linear)
     size = layer.out_features
     group = inside.group
     ranks = range(group.world)
@@ -228,10 +235,9 @@ def split_columns(
     parts = {p: specs[group.rank] for p in ("weight", "bias") if getattr(layer, p) is not None}
     keep(layer, parts)
     layer.out_features = specs[group.rank].extent
-    layer.__class__ = ColumnLinear
-    assert isinstance(layer, ColumnLinear)
-    layer.inside, layer.gathers = inside, gathers
-    layer.bounds = [(spec.start, spec.stop) for spec in specs]
+    made = become(layer, ColumnLinear)
+    made.inside, made.gathers = inside, gathers
+    made.bounds = [(spec.start, spec.stop) for spec in specs]
     return parts
 
 
@@ -245,16 +251,14 @@ def split_rows(
         SpecError: no linear layer, or more ranks than units.
     """
     layer = _plain(name, linear, nn.Linear, "rowwise")
-    assert isinstance(layer, nn.Linear)
     size, group = layer.in_features, inside.group
     specs = [slice_of(name, 1, units or size, size, r, group.world) for r in range(group.world)]
     parts = {"weight": specs[group.rank]}
     keep(layer, parts)
     layer.in_features = specs[group.rank].extent
-    layer.__class__ = RowLinear
-    assert isinstance(layer, RowLinear)
-    layer.inside, layer.title = inside, name
-    layer.bounds = [(spec.start, spec.stop) for spec in specs]
+    made = become(layer, RowLinear)
+    made.inside, made.title = inside, name
+    made.bounds = [(spec.start, spec.stop) for spec in specs]
     return parts
 
 
@@ -266,7 +270,6 @@ def split_vocabulary(name: str, embedding: nn.Module, inside: TensorParallelRegi
         SpecError: no embedding, one that cannot be split, or more ranks than rows.
     """
     table = _plain(name, embedding, nn.Embedding, "embedding")
-    assert isinstance(table, nn.Embedding)
     for option in ("max_norm", "scale_grad_by_freq", "sparse"):
         if getattr(table, option):
             text = f"{name}: an embedding with `{option}` cannot be split"
@@ -278,9 +281,8 @@ def split_vocabulary(name: str, embedding: nn.Module, inside: TensorParallelRegi
     if table.padding_idx is not None:
         here = spec.start <= table.padding_idx < spec.stop
         table.padding_idx = table.padding_idx - spec.start if here else None
-    table.__class__ = VocabularyEmbedding
-    assert isinstance(table, VocabularyEmbedding)
-    table.inside, table.start, table.size = inside, spec.start, size
+    made = become(table, VocabularyEmbedding)
+    made.inside, made.start, made.size = inside, spec.start, size
     return {"weight": spec}
 
 
@@ -293,7 +295,7 @@ def keep(module: nn.Module, parts: Parts) -> None:
         module._parameters[name] = nn.Parameter(part, requires_grad=whole.requires_grad)
 
 
-def _plain(name: str, module: nn.Module, kind: type[nn.Module], style: str) -> nn.Module:
+def _plain(name: str, module: nn.Module, kind: type[_Module], style: str) -> _Module:
     """
     Check that a module is what a style splits, and computes as it does.
 

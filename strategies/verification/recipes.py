@@ -325,22 +325,18 @@ def numbered(data: Any, schedule: Schedule, seed: int) -> Any:
 
 def read(task: Task, data: Any, forward: Forward) -> Any:
     """Read the samples of a micro-batch and put them together; generators stay as they are."""
-    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
     many = None if isinstance(data, Subset) else getattr(data, "__getitems__", None)
-    if many is not None:
-        seed_all(forward.sample_seeds[0])
-        samples = many(forward.ids)
-    else:
-        samples = []
-        for index, seed in zip(forward.ids, forward.sample_seeds, strict=True):
-            seed_all(seed)
-            samples.append(data[index])
-    seed_all(forward.collate_seed)
-    batch = task.collate(samples)
-    random.setstate(states[0])
-    np.random.set_state(states[1])
-    torch.set_rng_state(states[2])
-    return batch
+    with generators_kept():
+        if many is not None:
+            seed_all(forward.sample_seeds[0])
+            samples = many(forward.ids)
+        else:
+            samples = []
+            for index, seed in zip(forward.ids, forward.sample_seeds, strict=True):
+                seed_all(seed)
+                samples.append(data[index])
+        seed_all(forward.collate_seed)
+        return task.collate(samples)
 
 
 def terms_of(
