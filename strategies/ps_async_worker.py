@@ -72,9 +72,7 @@ class PsAsyncWorker(WorkerStrategy[PsAsyncOptions]):
         self._pushes += 1
         if total.skip:
             self._norm = None
-            self._state.leave_out(self._pushes)
-        else:
-            self._state.keep(self._pushes)
+        self._state.finish(self._pushes, skipped=total.skip)
         self._stale_sum += self._last.staleness
 
     def checkpoint(self, version: int) -> CheckpointPart:

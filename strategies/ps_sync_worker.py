@@ -85,9 +85,7 @@ class PsSyncWorker(WorkerStrategy[PsSyncOptions]):
             self._pushed = replace(made, waiting_s=self._pushed.waiting_s, grad_norm=norm)
         if total.skip:
             self._pushed = replace(self._pushed, grad_norm=None)
-            self._state.leave_out(step + 1)
-        else:
-            self._state.keep(step + 1)
+        self._state.finish(step + 1, skipped=total.skip)
 
     def checkpoint(self, version: int) -> CheckpointPart:
         """Rank 0 gives what the servers keep, and its buffers."""

@@ -108,10 +108,9 @@ class RingWorker(WorkerStrategy[RingOptions]):
         """Make the same update on every rank."""
         if total.skip:
             self._optimizer.grad_norm = None
-            self._state.leave_out(step + 1)
-            return
-        self._optimizer.step(step, total.present, total.scale)
-        self._state.keep(step + 1)
+        else:
+            self._optimizer.step(step, total.present, total.scale)
+        self._state.finish(step + 1, skipped=total.skip)
 
     def checkpoint(self, version: int) -> CheckpointPart:
         """Rank 0 gives the model and the optimizer's state; a sharded one each rank for itself."""

@@ -203,9 +203,8 @@ class WholeModel(Compute):
             asked = calls()
             with precision(self.job, self.flat.params.device):
                 made = made_of(self.task, self.flat.model, batch, size, terms)
-                if (
-                    calls() == asked and terms is None
-                ):  # else it is no mean over samples, and the others wait
+                # Else it is no mean over samples, and the others wait.
+                if calls() == asked and terms is None:
                     self._doubts.look(step, made, size)
             term = made.term
             self.flat.before_backward()

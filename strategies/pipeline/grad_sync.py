@@ -152,10 +152,7 @@ class AllReduceGradSync(GradSync):
         self._optimizer.grad_norm = None
         if not total.skip:
             self._optimizer.step(step, total.present, total.scale)
-        if total.skip:
-            self._state.leave_out(step + 1)
-        else:
-            self._state.keep(step + 1)
+        self._state.finish(step + 1, skipped=total.skip)
         self._summed = False
 
     @override
@@ -192,9 +189,8 @@ class PsGradSync(GradSync):
         self._norm: float | None = None
         self._grad_norm: float | None = None  #: of the step made last
         self._at = 0  #: steps that this rank's buffers have behind them
-        self._ahead: list[Tensor | None] | None = (
-            None  #: what they were after one more, if that was made
-        )
+        #: what they were after one more, if that was made
+        self._ahead: list[Tensor | None] | None = None
         self._pushing = False  #: the step after them was pushed, or is about to be
         self.made = False
 
@@ -308,10 +304,7 @@ class PsGradSync(GradSync):
         self._grad_norm = self._pushed.grad_norm if self._pushed.norm is None else self._norm
         if total.skip:
             self._grad_norm = None
-        if total.skip:
-            self._state.leave_out(step + 1)
-        else:
-            self._state.keep(step + 1)
+        self._state.finish(step + 1, skipped=total.skip)
         self._at, self._pushing, self._ahead = step + 1, False, None
 
     @override

@@ -364,9 +364,7 @@ class BeforeSlicing:
         for place in inputs:
             try:
                 found, again = (self._run(place, seed) for seed in (0, 1))
-            except (
-                Exception
-            ):  # such inputs are not for this mode; in training the error comes again
+            except Exception:  # such inputs are not for evaluation; in training it comes again
                 continue
             if _alike(found, again):
                 self._expected[place] = found

@@ -28,7 +28,7 @@ from distplat.platform.topology import Grid, Position
 from distplat.strategies.algorithms.pipeline_schedule import Plan
 from distplat.strategies.algorithms.simulate import simulate
 from distplat.strategies.checkpoint.checkpoint_types import CheckpointPart, Holding
-from distplat.strategies.collective import Collective, Traffic, gather_numbers
+from distplat.strategies.collective import Collective, gather_numbers
 from distplat.strategies.loop.compute import Compute, precision
 from distplat.strategies.loop.control import ELSEWHERE, StepControl, sum_heads
 from distplat.strategies.loop.prepared import Prepared
@@ -48,6 +48,7 @@ from distplat.strategies.pipeline.limits import Reached, refuse_weights
 from distplat.strategies.pipeline.model_partition import agreed_part
 from distplat.strategies.pipeline.rank_model import ModelPart
 from distplat.strategies.pipeline.stage_compute import Pipeline, StageSettings
+from distplat.strategies.reduction.base import Meter
 from distplat.strategies.task import Task
 from distplat.strategies.tensor.parallel_layers import gather_full
 from distplat.strategies.tensor.parallelize import reconnect
@@ -67,13 +68,12 @@ class PipelineMetrics:
 
     def __init__(self, rank: int, at: Position) -> None:
         self._rank, self._at = rank, at
-        self._group: Collective | None = None
-        self._before = Traffic()
+        self._sending: Meter  #: there after `meet`
         self._reduce: TraceSpan | None = None
 
     def meet(self, group: Collective) -> None:
         """Take the group of a new attempt, over which stages send."""
-        self._group, self._before = group, Traffic()
+        self._sending = Meter(group)
 
     def reduced(self, began: float) -> None:
         """Note that the rank stood still for the exchange since then."""
@@ -87,9 +87,7 @@ class PipelineMetrics:
             spans: what was done.
             ideal: bubble of the schedule, with stages of equal cost and messages that cost nothing.
         """
-        assert self._group is not None, "meet() comes first"
-        now, before = self._group.traffic, self._before
-        self._before = Traffic(now.sent_bytes, now.received_bytes)
+        lap = self._sending.lap()
         whole = spans[-1].end - spans[0].start if spans else 0.0
         busy = sum(s.end - s.start for s in spans if s.kind in _COMPUTING)
         waits = sum(s.end - s.start for s in spans if s.kind not in _COMPUTING)
@@ -98,28 +96,17 @@ class PipelineMetrics:
             "stage_busy_s": busy,
             "bubble_ideal": ideal,
             "stage_wait_s": waits,
-            "stage_sent_bytes": float(now.sent_bytes - before.sent_bytes),
-            "stage_received_bytes": float(now.received_bytes - before.received_bytes),
+            "stage_sent_bytes": lap["sent_bytes"],
+            "stage_received_bytes": lap["received_bytes"],
         }
 
     def trace(self, step: int, spans: list[TraceSpan], schedule: str, stages: int) -> TraceReport:
         """Tell when what was done in the step just made."""
         offset = time.time() - time.perf_counter()
-        at = self._at
+        where = self._rank, self._at.replica, self._at.stage, self._at.slice
         every = [*spans, *([self._reduce] if self._reduce is not None else [])]
         events = tuple(
-            TraceEvent(
-                self._rank,
-                at.replica,
-                at.stage,
-                at.slice,
-                span.kind,
-                span.chunk,
-                span.micro_batch,
-                span.start + offset,
-                span.end + offset,
-            )
-            for span in every
+            TraceEvent(*where, *span[:3], span.start + offset, span.end + offset) for span in every
         )
         micro_batches = 1 + max((span.micro_batch for span in spans), default=-1)
         return TraceReport(self._rank, step, stages, schedule, micro_batches, events)
