@@ -34,7 +34,7 @@ from distplat.platform.errors import Problem, SpecError, UserCodeError, hint
 from distplat.platform.lr_schedules import Schedule
 from distplat.platform.optimizers import TaskOptimizer
 from distplat.platform.spec import Job
-from distplat.strategies.task import Task, has_lr, has_optimizer
+from distplat.strategies.task import Task, overrides
 from distplat.strategies.task_methods import near_miss, unheard
 
 _CHILD = """
@@ -156,14 +156,14 @@ def _arguments(kind: Callable[..., object], given: list[str]) -> list[Problem]:
 def _said_twice(kind: type[Task], said: list[str]) -> list[Problem]:
     """Compare what the job says with what the class says itself."""
     found, name = [], kind.__name__
-    if "lr_schedule" in said and has_lr(kind):
+    if "lr_schedule" in said and overrides(kind, "lr"):
         text = f"{name} has lr(), which says the rates itself"
         found.append(Problem(("lr_schedule",), text, "remove one of the two"))
-    if "optimizer" in said and has_optimizer(kind):
+    if "optimizer" in said and overrides(kind, "optimizer"):
         text = f"{name} has optimizer(), which makes it itself"
         hint = "write `optimizer: {name: task}`, or remove the method"
         found.append(Problem(("optimizer",), text, hint))
-    if TASKS in said and not has_optimizer(kind):
+    if TASKS in said and not overrides(kind, "optimizer"):
         text = f"{name} has no optimizer(named_parameters), and the job asks for it"
         found.append(Problem(("optimizer", "name"), text, "write it, or name one of torch.optim"))
     return found

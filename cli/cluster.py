@@ -207,7 +207,8 @@ def _unknown_job() -> Iterator[None]:
 def _plain(details: Any) -> Info:
     fields: Info = details.model_dump() if hasattr(details, "model_dump") else details.dict()
     status = str(getattr(fields["status"], "value", fields["status"]))
-    ours = VERSION_KEY in (fields["metadata"] or {})
-    if ours and status == "FAILED" and fields["driver_exit_code"] == _ASKED_TO_END:
+    metadata = fields["metadata"] or {}
+    asked = fields["driver_exit_code"] == _ASKED_TO_END
+    if VERSION_KEY in metadata and status == "FAILED" and asked:
         status = "STOPPED"
-    return {**fields, "status": status}
+    return {**fields, "status": status, "metadata": metadata}

@@ -6,7 +6,7 @@ A strategy's figures are those of docs/metrics.md.
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from distplat.platform.progress import FailureEvent, Saved, StepSummary, StepTotals, resize_text
@@ -48,23 +48,10 @@ def figure_rows(figures: Figures) -> list[tuple[str, str]]:
     return rows
 
 
-def restart_rows(failures: Iterable[FailureEvent]) -> list[tuple[str, str]]:
+def restart_text(failure: FailureEvent) -> str:
     """Say which workers were replaced, and from where the run went on."""
-    return [
-        (
-            "" if number else "restarts",
-            f"{', '.join(failure.replaced) or 'nobody'} replaced, "
-            f"went on after step {failure.step}",
-        )
-        for number, failure in enumerate(failures)
-    ]
-
-
-def checkpoint_rows(steps: Sequence[int], folder: str) -> list[tuple[str, str]]:
-    """Say how many checkpoints came to the disk, and where the newest are."""
-    if not steps:
-        return []
-    return [("checkpoints", f"{len(steps)} written, the last of step {steps[-1]}, in {folder}")]
+    who = ", ".join(failure.replaced) or "nobody"
+    return f"{who} replaced, went on after step {failure.step}"
 
 
 def _servers(figures: Figures) -> list[tuple[str, str]]:

@@ -6,12 +6,13 @@ import time
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from distplat.cli import remote, run_folders
 from distplat.cli.address import VERSION_KEY, Info, target_of
+from distplat.cli.common_options import Address, JobId, Output, is_json
 from distplat.cli.render import print_pairs, print_result, print_table, to_json
 from distplat.cli.run_folders import ended_run, local_runs, run_called
 from distplat.cli.running import role_facts, role_lines, roles_of, stop_run
@@ -37,7 +38,11 @@ DASHBOARD = "http://127.0.0.1:8265"
 _STOP_S = 40.0
 """How long a run may take to end: as its driver allows it, and a little."""
 
-_COLUMNS = ("id", "name", "status", "strategy", "workers", "age")
+_COLUMNS = {
+    **{name: name for name in ("id", "name", "status", "strategy")},
+    **{"workers": "num_workers", "age": "start_time"},
+}
+"""Of the table: name, and the field that it shows."""
 
 
 def open_jobs(address: str | None) -> "Jobs":
@@ -58,21 +63,16 @@ def open_jobs(address: str | None) -> "Jobs":
 
 
 def list_jobs(
-    address: str | None, *, status: str | None, limit: int, every: bool, as_json: bool
+    address: Address = None,
+    status: Annotated[
+        str | None, typer.Option(help="PENDING, RUNNING, SUCCEEDED, FAILED or STOPPED.")
+    ] = None,
+    limit: Annotated[int, typer.Option(min=1, help="At most so many.")] = 20,
+    every: Annotated[bool, typer.Option("--all", help="Other programs' jobs too.")] = False,
+    output: Output = "text",
 ) -> None:
-    """
-    Print the jobs of a cluster, newest first; without an address also the runs below `runs/`.
-
-    Args:
-        address: where; None: environment, or this machine.
-        status: only those in this status.
-        limit: at most so many.
-        every: those of others too, not only distplat's.
-        as_json: print JSON.
-
-    Raises:
-        SpecError: there is no such status.
-    """
+    """List the jobs of a cluster, and the runs below `runs/`, newest first."""
+    as_json = is_json(output)
     wanted = status.upper() if status else None
     if wanted is not None and wanted not in remote.STATUSES:
         raise SpecError(
@@ -84,7 +84,7 @@ def list_jobs(
         found = [
             _facts(job)
             for job in open_jobs(address).list()
-            if (every or VERSION_KEY in (job["metadata"] or {})) and wanted in (None, job["status"])
+            if (every or VERSION_KEY in job["metadata"]) and wanted in (None, job["status"])
         ]
     except ClusterUnreachable:
         if not here:
@@ -98,25 +98,22 @@ def list_jobs(
     print_table([name.upper() for name in _COLUMNS], rows)
 
 
-def print_status(address: str | None, job_id: str, *, as_json: bool) -> None:
+def status(job_id: JobId, address: Address = None, output: Output = "text") -> None:
     """
-    Print how one job stands, and its roles where it is running.
+    Show how a job stands, and its roles.
 
-    Args:
-        address: where; None: environment, or this machine.
-        job_id: the job's; or the name of a job or run that no job API knows.
-        as_json: print JSON.
+    Roles are shown on a machine of the cluster, while the job runs.
 
-    Raises:
-        SpecError: neither the job API nor Ray knows it.
-        ClusterUnreachable: nobody answers.
+    ID is a submission id, or the name of a run or job that was not submitted through a job API; or
+    the name or directory of a run below `runs/` that has ended.
     """
+    as_json = is_json(output)
     info, trouble = _look_up(address, job_id)
     seen: Overview | None = None
     silence = ""
     if info is None or info["status"] == "RUNNING":
         try:
-            name = job_id if info is None else (info["metadata"] or {}).get("job_name", job_id)
+            name = job_id if info is None else info["metadata"].get("job_name", job_id)
             seen = roles_of(address, name)
         except DistplatError as error:
             ended = ended_run(job_id) if address is None else None
@@ -175,12 +172,15 @@ def _pairs(info: Info) -> list[tuple[str, str]]:
     return pairs
 
 
-def print_logs(address: str | None, job_id: str, *, follow: bool) -> None:
+def logs(
+    job_id: JobId,
+    address: Address = None,
+    follow: Annotated[bool, typer.Option("-f", "--follow", help="Until the job ends.")] = False,
+) -> None:
     """
-    Print a job's log; with `follow` until the job ends. A run below `runs/` is one, too.
+    Print a job's log.
 
-    Raises:
-        typer.Exit: it was followed, and failed or was left; carries the exit code of the job.
+    ID is a submission id, or the name or directory of a run below `runs/`.
     """
     try:
         jobs = open_jobs(address)
@@ -219,19 +219,19 @@ def _print_run_logs(path: Path, *, follow: bool) -> None:
         raise typer.Exit(code)
 
 
-def stop_job(address: str | None, job_id: str, *, wait: bool) -> None:
+def stop(
+    job_id: JobId,
+    address: Address = None,
+    wait: Annotated[bool, typer.Option(help="Wait until it has ended.")] = True,
+) -> None:
     """
-    End a job and say how it ended; one that has ended is left alone.
+    End a job in order, as Ctrl-C does: checkpoints that are complete are kept.
 
-    Args:
-        address: where; None: environment, or this machine.
-        job_id: the job's; or the name of a job or run that no job API knows.
-        wait: until it has ended.
+    One that has ended is left alone. On a machine of the cluster the run's controller is called,
+    and has the time that it needs. Elsewhere, and before the run has begun, Ray's job API ends the
+    driver, with SIGTERM and 3 s later SIGKILL.
 
-    Raises:
-        SpecError: neither the job API nor Ray knows it.
-        ClusterUnreachable: nobody answers.
-        DeadlineExceeded: it does not end.
+    ID is a submission id, or the name of a run or job that was not submitted through a job API.
     """
     wait_s, before = _STOP_S if wait else 0.0, ""
     try:
@@ -239,19 +239,19 @@ def stop_job(address: str | None, job_id: str, *, wait: bool) -> None:
         before = remote.find(jobs, job_id)["status"]
     except (SpecError, ClusterUnreachable) as error:
         ended = ended_run(job_id) if address is None else None
-        before = status = "" if ended is None else ended["status"]
-        status = status or _stop_unsubmitted(address, job_id, wait_s, error)
+        before = now = "" if ended is None else ended["status"]
+        now = now or _stop_unsubmitted(address, job_id, wait_s, error)
     else:
         call = partial(_stop_submitted, address, job_id, wait_s)
-        status = remote.stop(jobs, job_id, wait=wait, call=call)
+        now = remote.stop(jobs, job_id, wait=wait, call=call)
     already = "already " if before in remote.ENDED else ""
-    asked = "asked to stop, now " if status not in remote.ENDED else ""
-    print(printable(f"{job_id}: {already}{asked}{status}"))
+    asked = "asked to stop, now " if now not in remote.ENDED else ""
+    print(printable(f"{job_id}: {already}{asked}{now}"))
 
 
 def _stop_submitted(address: str | None, job_id: str, wait_s: float, info: Info) -> bool:
     """Ask the controller of a job that the job API knows; False: it is not to be reached here."""
-    metadata = info["metadata"] or {}
+    metadata = info["metadata"]
     if VERSION_KEY not in metadata:
         return False
     try:
@@ -286,7 +286,7 @@ def _stop_unsubmitted(address: str | None, name: str, wait_s: float, unknown: Di
 
 def _facts(job: Info) -> dict[str, Any]:
     """Give the fields of the JSON output."""
-    metadata = job["metadata"] or {}
+    metadata = job["metadata"]
     workers = metadata.get("num_workers", "")
     return {
         "id": job["submission_id"],
@@ -303,15 +303,8 @@ def _facts(job: Info) -> dict[str, Any]:
 
 def _row(facts: Mapping[str, Any]) -> dict[str, str]:
     """Give the cells of the table; everything in them was written by somebody else."""
-    cells = {
-        "id": facts["id"],
-        "name": facts["name"],
-        "status": facts["status"],
-        "strategy": facts["strategy"],
-        "workers": facts["num_workers"],
-        "age": _age(facts["start_time"]),
-    }
-    return {name: _cell(value) for name, value in cells.items()}
+    cells = {name: facts[field] for name, field in _COLUMNS.items()}
+    return {name: _cell(value) for name, value in {**cells, "age": _age(cells["age"])}.items()}
 
 
 def _cell(value: object) -> str:

@@ -14,6 +14,7 @@ from typing import Annotated
 import typer
 
 import distplat
+from distplat.cli import jobs
 from distplat.cli.common_options import (
     Address,
     DriverCpus,
@@ -21,7 +22,6 @@ from distplat.cli.common_options import (
     DriverMemory,
     DryRun,
     JobFile,
-    JobId,
     Metadata,
     Name,
     NumWorkers,
@@ -197,80 +197,16 @@ def strategies(output: Output = "text") -> None:
     print_strategies(as_json=is_json(output))
 
 
+app.command("list")(jobs.list_jobs)
+app.command()(jobs.status)
+app.command()(jobs.logs)
+app.command()(jobs.stop)
 app.command()(verify)
 app.command()(schedule)
 app.command()(replay)
 app.command()(report)
 app.command()(scale)
 app.command(COMMAND, hidden=True, options_metavar="[OPTIONS] --")(submit_script)
-
-
-@app.command("list")
-def list_jobs(
-    address: Address = None,
-    status: Annotated[
-        str | None, typer.Option(help="PENDING, RUNNING, SUCCEEDED, FAILED or STOPPED.")
-    ] = None,
-    limit: Annotated[int, typer.Option(min=1, help="At most so many.")] = 20,
-    every: Annotated[bool, typer.Option("--all", help="Other programs' jobs too.")] = False,
-    output: Output = "text",
-) -> None:
-    """List the jobs of a cluster, and the runs below `runs/`, newest first."""
-    from distplat.cli import jobs
-
-    as_json = is_json(output)
-    jobs.list_jobs(address, status=status, limit=limit, every=every, as_json=as_json)
-
-
-@app.command()
-def status(job_id: JobId, address: Address = None, output: Output = "text") -> None:
-    """
-    Show how a job stands, and its roles.
-
-    Roles are shown on a machine of the cluster, while the job runs.
-
-    ID is a submission id, or the name of a run or job that was not submitted through a job API; or
-    the name or directory of a run below `runs/` that has ended.
-    """
-    from distplat.cli import jobs
-
-    jobs.print_status(address, job_id, as_json=is_json(output))
-
-
-@app.command()
-def logs(
-    job_id: JobId,
-    address: Address = None,
-    follow: Annotated[bool, typer.Option("-f", "--follow", help="Until the job ends.")] = False,
-) -> None:
-    """
-    Print a job's log.
-
-    ID is a submission id, or the name or directory of a run below `runs/`.
-    """
-    from distplat.cli import jobs
-
-    jobs.print_logs(address, job_id, follow=follow)
-
-
-@app.command()
-def stop(
-    job_id: JobId,
-    address: Address = None,
-    wait: Annotated[bool, typer.Option(help="Wait until it has ended.")] = True,
-) -> None:
-    """
-    End a job in order, as Ctrl-C does: checkpoints that are complete are kept.
-
-    One that has ended is left alone. On a machine of the cluster the run's controller is called,
-    and has the time that it needs. Elsewhere, and before the run has begun, Ray's job API ends the
-    driver, with SIGTERM and 3 s later SIGKILL.
-
-    ID is a submission id, or the name of a run or job that was not submitted through a job API.
-    """
-    from distplat.cli import jobs
-
-    jobs.stop_job(address, job_id, wait=wait)
 
 
 @app.command(hidden=True)

@@ -6,19 +6,13 @@ before the job does (ray issue 51601), and what is asked again cannot stop.
 """
 
 import re
-import secrets
-import shlex
 import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
-import distplat
-from distplat.cli import shipping
-from distplat.cli.address import VERSION_KEY, Info, NoSuchJob
+from distplat.cli.address import Info, NoSuchJob
 from distplat.cli.render import Facts, read_facts
 from distplat.platform.errors import (
     ClusterUnreachable,
@@ -28,7 +22,6 @@ from distplat.platform.errors import (
     nearest,
     printable,
 )
-from distplat.platform.spec import Job
 
 if TYPE_CHECKING:
     from distplat.cli.cluster import Jobs
@@ -46,67 +39,6 @@ _PENDING_NOTE_S = 10.0
 _PATIENCE_S = 30.0
 _STOP_TIMEOUT_S = 30.0
 _ID = re.compile(r"[\w.-]{1,128}", re.ASCII)
-
-
-@dataclass(frozen=True)
-class Submission:
-    """What the job API gets beside the job itself."""
-
-    working_dir: Path
-    strategy_file: Path | None
-    resume: str | None
-    """A path of the machine on which the driver runs, or a URL."""
-    runtime_env: dict[str, Any]
-    metadata: dict[str, str]
-    submission_id: str | None
-    resources: dict[str, float]
-    """`entrypoint_num_cpus` and its kin."""
-
-
-def send(
-    jobs: "Jobs",
-    job: Job,
-    submission: Submission,
-    ignores: shipping.Ignores,
-    check: Callable[[shipping.Package], None],
-) -> str:
-    """
-    Hand a job in; returns its id.
-
-    Args:
-        jobs: where.
-        job: what.
-        submission: what it needs.
-        ignores: what Ray will leave out of the folder.
-        check: is told of the folder before it is shipped, and may refuse it.
-
-    Raises:
-        SpecError: the folder cannot be shipped, or the cluster refuses the job.
-    """
-    job_id = check_id(submission.submission_id or f"{job.name}-{secrets.token_hex(3)}")
-    environment = shipping.runtime_env(
-        job,
-        submission.working_dir,
-        submission.strategy_file,
-        submission.runtime_env,
-        submission.resume,
-    )
-    check(shipping.measure(submission.working_dir, environment["excludes"], ignores))
-    ours = {
-        "job_name": job.name,  # Ray's own key: the dashboard shows it
-        "strategy": job.strategy.name,
-        "num_workers": str(job.scaling.num_workers),
-        VERSION_KEY: distplat.__version__,
-    }
-    for key in sorted(ours.keys() & submission.metadata):
-        raise SpecError(Problem(("--metadata-json", key), "is set by distplat itself"))
-    return jobs.submit(
-        entrypoint=shlex.join(["python", "-m", "distplat.cli.on_cluster"]),
-        submission_id=job_id,
-        runtime_env=environment,
-        metadata={**submission.metadata, **ours},
-        **submission.resources,
-    )
 
 
 def check_id(job_id: str) -> str:

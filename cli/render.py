@@ -22,11 +22,7 @@ from rich.table import Table
 from rich.text import Text
 from typing_extensions import TypedDict
 
-from distplat.cli.figures import (
-    checkpoint_rows,
-    figure_rows,
-    restart_rows,
-)
+from distplat.cli.figures import figure_rows, restart_text
 from distplat.platform.checkpoints import FOLDER
 from distplat.platform.errors import printable
 from distplat.platform.progress import number_text, resize_text
@@ -140,7 +136,7 @@ def facts_of(job: Job, result: Result) -> Facts:
         "time_split": {part: round(s / busy, 4) for part, s in split.items()} if busy else {},
         "figures": totals.figures,
         "checkpoints": [saved.step for saved in result.checkpoints],
-        "restarts": [text for _, text in restart_rows(result.failures)],
+        "restarts": [restart_text(one) for one in result.failures],
         "resizes": [resize_text(one) for one in result.resizes],
         "run_directory": str(result.path),
         "stopped": result.stopped,
@@ -196,8 +192,10 @@ def _rows(facts: Facts) -> list[tuple[str, str]]:
     rows += figure_rows(finite)
     for name, texts in (("restarts", facts["restarts"]), ("resizes", facts["resizes"])):
         rows += [("" if n else name, text) for n, text in enumerate(texts)]
-    folder = f"{facts['run_directory']}/{FOLDER}"
-    rows += checkpoint_rows(facts["checkpoints"], folder)
+    if steps := facts["checkpoints"]:
+        folder = f"{facts['run_directory']}/{FOLDER}"
+        text = f"{len(steps)} written, the last of step {steps[-1]}, in {folder}"
+        rows.append(("checkpoints", text))
     if facts["best_checkpoint"]:
         rows.append(("best checkpoint", facts["best_checkpoint"]))
     rows += [("took", f"{facts['seconds']:.1f} s"), ("run directory", facts["run_directory"])]

@@ -10,8 +10,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from distplat.cli.common_options import Output, is_json
+from distplat.cli.common_options import Output, is_json, report_extra
+from distplat.cli.figures import facts, figure_rows, mean_figures, restart_lines
+from distplat.cli.render import print_pairs, to_json
+from distplat.platform import run_report
 from distplat.platform.errors import SpecError, StorageError
+from distplat.platform.progress import first_line
 from distplat.platform.run_record import RunRecord, find_run, read_run
 
 if TYPE_CHECKING:
@@ -34,8 +38,6 @@ def report(
     `report`; without it the figures are printed all the same. Of a pipeline it writes
     pipeline_perfetto.json too, for ui.perfetto.dev.
     """
-    from distplat.cli.render import print_pairs, to_json
-
     as_json = is_json(output)
     record, now = read_run(find_run(run_directory)), time.time()
     pipeline, problem = _pipeline(record)
@@ -59,8 +61,6 @@ def report(
 
 
 def _write_page(record: RunRecord, now: float) -> Path:
-    from distplat.cli.common_options import report_extra
-
     with report_extra():
         from distplat.cli.report_page import page
     return _write(record.path / PAGE, page(record, now))
@@ -108,21 +108,17 @@ def _pipeline(record: RunRecord) -> "tuple[list[Gantt], str]":
 
 
 def _rows(record: RunRecord, now: float) -> list[tuple[str, str]]:
-    from distplat.cli.figures import facts, figure_rows, mean_figures, restart_lines
-    from distplat.platform.progress import first_line
-    from distplat.platform.run_report import restarts, status_of, time_parts
-
-    status = status_of(record, now)
+    status = run_report.status_of(record, now)
     rows = [("run", record.path.name)]
     rows.append(("status", f"{status.word}: {status.detail}" if status.detail else status.word))
     if status.error.strip():
         rows.append(("error", status.error.strip().splitlines()[-1]))
     rows += facts(record)
-    parts = time_parts(record.steps, record.every)
+    parts = run_report.time_parts(record.steps, record.every)
     if parts:
         rows.append(("time", ", ".join(f"{part.name} {part.share:.0%}" for part in parts)))
     rows += figure_rows(mean_figures(record.steps))
-    for attempt, step, cause, replaced, back in restart_lines(restarts(record)):
+    for attempt, step, cause, replaced, back in restart_lines(run_report.restarts(record)):
         rows.append(
             (f"attempt {attempt}", f"after step {step}: {first_line(cause)}; {replaced}, {back}")
         )
@@ -144,9 +140,7 @@ def _pipeline_rows(
 
 
 def _facts(record: RunRecord, now: float, pipeline: "list[Gantt]") -> dict[str, object]:
-    from distplat.platform.run_report import figure_rows, metrics, restarts, status_of, time_parts
-
-    status = status_of(record, now)
+    status = run_report.status_of(record, now)
     last = record.steps[-1] if record.steps else None
     return {
         "run": record.path.name,
@@ -155,9 +149,11 @@ def _facts(record: RunRecord, now: float, pipeline: "list[Gantt]") -> dict[str, 
         "steps": last.step if last else 0,
         "of": last.of if last else 0,
         "loss": last.loss if last else None,
-        "evaluations": {m.name: m.points[-1][1] for m in metrics(record.evaluations)},
-        "time_s": {part.name: part.total_s for part in time_parts(record.steps, record.every)},
-        "figures": {row.name: row.mean for row in figure_rows(record.steps)},
+        "evaluations": {m.name: m.points[-1][1] for m in run_report.metrics(record.evaluations)},
+        "time_s": {
+            part.name: part.total_s for part in run_report.time_parts(record.steps, record.every)
+        },
+        "figures": {row.name: row.mean for row in run_report.figure_rows(record.steps)},
         "restarts": [
             {
                 "attempt": one.failure.attempt,
@@ -166,7 +162,7 @@ def _facts(record: RunRecord, now: float, pipeline: "list[Gantt]") -> dict[str, 
                 "replaced": list(one.failure.replaced),
                 "seconds": one.recovery.seconds if one.recovery else None,
             }
-            for one in restarts(record)
+            for one in run_report.restarts(record)
         ],
         "resizes": [asdict(one) for one in record.resizes],
         "pipeline": _pipeline_facts(pipeline),

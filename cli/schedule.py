@@ -1,5 +1,6 @@
 """`distplat schedule`: what a pipeline schedule looks like, and what it costs, before any run."""
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -91,16 +92,7 @@ def _facts(chosen: "PipelineSchedule", found: "Simulation") -> dict[str, Any]:
 
 def _spans(found: "Simulation") -> list[list[dict[str, Any]]]:
     return [
-        [
-            {
-                "kind": span.action.kind.value,
-                "micro_batch": span.action.micro_batch,
-                "chunk": span.action.chunk,
-                "start": span.start,
-                "end": span.end,
-            }
-            for span in row
-        ]
+        [{**asdict(span.action), "start": span.start, "end": span.end} for span in row]
         for row in found.spans
     ]
 

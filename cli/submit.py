@@ -2,6 +2,7 @@
 
 import json
 import os
+import secrets
 import shlex
 import sys
 from collections.abc import Callable, Mapping
@@ -10,13 +11,14 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import typer
 
+import distplat
 from distplat.actors.view import View
 from distplat.cli import remote, shipping
-from distplat.cli.address import Target, bring_token, target_of
+from distplat.cli.address import VERSION_KEY, Target, bring_token, target_of
 from distplat.cli.drive import STORAGE, let_go, train
 from distplat.cli.render import Facts, print_result, to_json
 from distplat.cli.versions import check_cluster
@@ -136,7 +138,8 @@ def submit(request: SubmitRequest) -> None:
         return
     request.say(f"running on {_named(target, job)}")
     view = View(quiet=request.quiet)
-    with _ray(request, job, target):
+    user = request.runtime_env, request.runtime_env_json
+    with connection(target, request.folder, *user, partial(request.shipping, job.task)):
         facts = train(
             job,
             view,
@@ -227,11 +230,6 @@ def named(target: Target) -> str:
     return f"the Ray cluster at {target.address} (from {target.origin})"
 
 
-def _ray(request: SubmitRequest, job: Job, target: Target) -> AbstractContextManager[None]:
-    user = request.runtime_env, request.runtime_env_json
-    return connection(target, request.folder, *user, partial(request.shipping, job.task))
-
-
 def connection(
     target: Target,
     folder: Path,
@@ -299,24 +297,51 @@ def _send(request: SubmitRequest, job: Job, target: Target) -> tuple["Jobs", str
         SpecError: something is wrong with the options, or with what would be shipped.
         ClusterUnreachable: nobody answers, or the cluster is too old.
     """
-    submission = remote.Submission(
-        request.folder,
-        request.strategy_file,
-        request.resume,
-        shipping.read_runtime_env(request.runtime_env, request.runtime_env_json),
-        _metadata(request.metadata_json),
-        request.submission_id,
-        dict(request.resources),
-    )
+    given = shipping.read_runtime_env(request.runtime_env, request.runtime_env_json)
+    metadata = _metadata(request.metadata_json, job)
     from distplat.cli.cluster import OURS, Jobs
     from distplat.cli.join import ignores
 
     jobs = Jobs(target.address)
-    theirs, given = jobs.versions(), submission.runtime_env
-    if differs := check_cluster(target.address, theirs, OURS, given):
+    if differs := check_cluster(target.address, jobs.versions(), OURS, given):
         request.say(differs)
-    job_id = remote.send(jobs, job, submission, ignores, partial(request.shipping, job.task))
-    return jobs, job_id
+    return jobs, send(jobs, job, request, given, metadata, ignores)
+
+
+def send(
+    jobs: "Jobs",
+    job: Job,
+    request: SubmitRequest,
+    given: Mapping[str, Any],
+    metadata: Mapping[str, str],
+    ignores: shipping.Ignores,
+) -> str:
+    """
+    Hand a job in; returns its id.
+
+    Args:
+        jobs: where.
+        job: what.
+        request: how.
+        given: the user's own runtime environment.
+        metadata: of the job at the API.
+        ignores: what Ray will leave out of the folder.
+
+    Raises:
+        SpecError: the folder cannot be shipped, or the cluster refuses the job.
+    """
+    job_id = remote.check_id(request.submission_id or f"{job.name}-{secrets.token_hex(3)}")
+    strategy_file, resume = request.strategy_file, request.resume
+    environment = shipping.runtime_env(job, request.folder, strategy_file, given, resume)
+    package = shipping.measure(request.folder, environment["excludes"], ignores)
+    request.shipping(job.task, package)
+    return jobs.submit(
+        entrypoint=shlex.join(["python", "-m", "distplat.cli.on_cluster"]),
+        submission_id=job_id,
+        runtime_env=environment,
+        metadata=metadata,
+        **dict(request.resources),
+    )
 
 
 def _submit_remote(request: SubmitRequest, job: Job, target: Target) -> None:
@@ -368,12 +393,12 @@ def _next_commands(job_id: str, target: Target) -> list[str]:
     ]
 
 
-def _metadata(text: str | None) -> dict[str, str]:
+def _metadata(text: str | None, job: Job) -> dict[str, str]:
     """
-    Read `--metadata-json`.
+    Read `--metadata-json`, and add ours.
 
     Raises:
-        SpecError: it is no mapping of text to text.
+        SpecError: it is no mapping of text to text, or has what we set ourselves.
     """
     option = ("--metadata-json",)
     try:
@@ -382,7 +407,15 @@ def _metadata(text: str | None) -> dict[str, str]:
         raise SpecError(Problem(option, f"is not JSON: {error}")) from None
     if not isinstance(found, dict) or not all(isinstance(value, str) for value in found.values()):
         raise SpecError(Problem(option, "must be a mapping of text to text"))
-    return found
+    ours = {
+        "job_name": job.name,  # Ray's own key: the dashboard shows it
+        "strategy": job.strategy.name,
+        "num_workers": str(job.scaling.num_workers),
+        VERSION_KEY: distplat.__version__,
+    }
+    for key in sorted(ours.keys() & found):
+        raise SpecError(Problem((*option, key), "is set by distplat itself"))
+    return {**found, **ours}
 
 
 def _renamed(problem: Problem, names: Mapping[str, str]) -> Problem:

@@ -98,7 +98,6 @@ def _origin(thing: object) -> str:
 
 logger = logging.getLogger(__name__)
 
-StrategyT = TypeVar("StrategyT", bound=type[Strategy[Any]])
 
 ENTRY_POINTS = "distplat.strategies"
 """Entry-point group under which other packages offer modules that register strategies."""
@@ -128,7 +127,7 @@ strategies: Registry[type[Strategy[Any]]] = Registry("strategy", _discover)
 """All strategies of this process, by name."""
 
 
-def register(name: str) -> Callable[[StrategyT], StrategyT]:
+def register(name: str) -> Callable[[U], U]:
     """
     Register the strategy that is decorated.
 
@@ -190,41 +189,33 @@ def make_strategy(job: Job) -> Strategy[Any]:
     Raises:
         SpecError: unknown name, wrong options, or a job that the strategy cannot do.
     """
-    found: list[Problem] = []
-    strategy = _build(job, found)
-    if strategy is None:
+    kind = strategies.get(job.strategy.name)
+    try:
+        options = kind.options_type.model_validate(dict(job.strategy.options))
+    except ValidationError as error:
+        raise SpecError(*problems_of(error, kind.options_type, prefix=("strategy",))) from None
+    strategy = kind(options)
+    found = _kind_problems(job, kind)
+    if job.failure.spare_workers and (job.own_loop or not strategy.survivors_go_on()):
+        text = (
+            "after a loss all workers of such a job are made anew, and none takes another's place"
+        )
+        found.append(Problem(("failure", "spare_workers"), text, "remove it"))
+    found += strategy.own_loop_problems(job) if job.own_loop else strategy.problems(job)
+    roles = strategy.roles(job)
+    found += [*_embedding_problems(job, roles), *_plateau_problems(job, roles)]
+    if found:
         raise SpecError(*found)
     return strategy
 
 
 def strategy_problems(job: Job) -> list[Problem]:
     """List what is wrong with the strategy's part of a job; empty: `make_strategy` works."""
-    found: list[Problem] = []
-    _build(job, found)
-    return found
-
-
-def _build(job: Job, found: list[Problem]) -> Strategy[Any] | None:
     try:
-        kind = strategies.get(job.strategy.name)
-        options = kind.options_type.model_validate(dict(job.strategy.options))
+        make_strategy(job)
     except SpecError as error:
-        found.extend(error.problems)
-        return None
-    except ValidationError as error:
-        found.extend(problems_of(error, kind.options_type, prefix=("strategy",)))
-        return None
-    strategy = kind(options)
-    found.extend(_kind_problems(job, kind))
-    if job.failure.spare_workers and (job.own_loop or not strategy.survivors_go_on()):
-        text = (
-            "after a loss all workers of such a job are made anew, and none takes another's place"
-        )
-        found.append(Problem(("failure", "spare_workers"), text, "remove it"))
-    found.extend(strategy.own_loop_problems(job) if job.own_loop else strategy.problems(job))
-    found.extend(_embedding_problems(job, strategy.roles(job)))
-    found.extend(_plateau_problems(job, strategy.roles(job)))
-    return None if found else strategy
+        return [*error.problems]
+    return []
 
 
 def _kind_problems(job: Job, kind: type[Strategy[Any]]) -> list[Problem]:

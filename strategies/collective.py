@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -142,26 +143,27 @@ class Collective(Protocol):
         """
 
 
-def broadcast_bytes(data: bytes, source: int, group: Collective, device: torch.device) -> bytes:
+def broadcast_value(value: Any, source: int, group: Collective, device: torch.device) -> Any:
     """
-    Give every rank the source's bytes.
+    Give every rank the source's value, as JSON knows it: tuples become lists.
 
     Args:
-        data: looked at on rank `source` only.
+        value: looked at on rank `source` only.
         source: a rank.
         group: all ranks; each calls this.
-        device: of the tensors that carry them; the group's backend must take it.
+        device: of the tensors that carry it; the group's backend must take it.
 
     Raises:
         CollectiveError: a rank is missing.
     """
+    data = json.dumps(value).encode() if group.rank == source else b""
     length = torch.tensor([len(data)], device=device)
     group.broadcast(length, source)
     text = torch.zeros(int(length), dtype=torch.uint8, device=device)
     if group.rank == source:
         text.copy_(_tensor(data))
     group.broadcast(text, source)
-    return bytes(text.cpu().numpy())
+    return json.loads(bytes(text.cpu().numpy()))
 
 
 def gather_bytes(data: bytes, group: Collective, device: torch.device) -> list[bytes]:
@@ -171,16 +173,51 @@ def gather_bytes(data: bytes, group: Collective, device: torch.device) -> list[b
     Raises:
         CollectiveError: a rank is missing.
     """
-    lengths = [torch.zeros(1, dtype=torch.int64, device=device) for _ in range(group.world)]
-    group.all_gather(lengths, torch.tensor([len(data)], device=device))
+    lengths = [length for (length,) in gather_numbers([len(data)], group, device)]
     # Of one size, that of the longest: not every backend gathers uneven tensors quickly.
-    longest = max(int(length) for length in lengths)
-    mine = torch.zeros(longest, dtype=torch.uint8, device=device)
+    mine = torch.zeros(max(lengths), dtype=torch.uint8, device=device)
     mine[: len(data)].copy_(_tensor(data))
     texts = [torch.zeros_like(mine) for _ in range(group.world)]
     group.all_gather(texts, mine)
     pairs = zip(texts, lengths, strict=True)
-    return [bytes(text[: int(length)].cpu().numpy()) for text, length in pairs]
+    return [bytes(text[:length].cpu().numpy()) for text, length in pairs]
+
+
+def gather_values(value: Any, group: Collective, device: torch.device) -> list[Any]:
+    """
+    Give every rank what all ranks have, in rank order, as JSON knows it: tuples become lists.
+
+    Raises:
+        CollectiveError: a rank is missing.
+    """
+    texts = gather_bytes(json.dumps(value).encode(), group, device)
+    return [json.loads(text) for text in texts]
+
+
+def gather_numbers(
+    numbers: Sequence[int], group: Collective, device: torch.device
+) -> list[list[int]]:
+    """
+    Give every rank the whole numbers of all, in rank order; all ranks have as many.
+
+    Raises:
+        CollectiveError: a rank is missing.
+    """
+    mine = torch.tensor(numbers, device=device)
+    table = [torch.zeros_like(mine) for _ in range(group.world)]
+    group.all_gather(table, mine)
+    return [row.tolist() for row in table]
+
+
+def ranks_apart(facts: Any, group: Collective, device: torch.device) -> list[int]:
+    """
+    Give the ranks that have other facts than rank 0, as `gather_values` takes them.
+
+    Raises:
+        CollectiveError: a rank is missing.
+    """
+    first, *others = gather_values(facts, group, device) if group.world > 1 else [facts]
+    return [rank for rank, its in enumerate(others, 1) if its != first]
 
 
 def _tensor(data: bytes) -> torch.Tensor:

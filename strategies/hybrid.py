@@ -28,7 +28,7 @@ class Hybrid(Strategy[HybridOptions]):
 
     summary = "pipeline stages and tensor slices inside a worker group, data parallel across groups"
     options_type: ClassVar[type[Options]] = HybridOptions
-    worker: ClassVar[str | type] = "distplat.strategies.hybrid_worker:HybridWorker"
+    worker: ClassVar[str | type] = "distplat.strategies.pipeline.rank:HybridWorker"
     has_checkpoints = True
 
     @classmethod

@@ -18,7 +18,7 @@ from distplat.strategies.worker_strategy import Context, WorkerStrategy
 class PsAsyncWorker(WorkerStrategy[PsAsyncOptions]):
     """Push, have it applied, go on with the newest parameters."""
 
-    _state: ModelState | None = None
+    _state: ModelState  #: there after `setup`
     _norm: float | None = None  #: of the gradient pushed last, before it was clipped
 
     def setup(self, context: Context) -> int:
@@ -55,7 +55,6 @@ class PsAsyncWorker(WorkerStrategy[PsAsyncOptions]):
             step: the number of the task.
             local: see `Strategy`; the push is decided by itself.
         """
-        assert self._state is not None, "setup() comes first"
         self._state.synchronize(self._pushes)
         flat, job = self._flat, self._context.job
         if job.failure.non_finite != "ignore":
@@ -70,13 +69,10 @@ class PsAsyncWorker(WorkerStrategy[PsAsyncOptions]):
 
     def update(self, step: int, total: StepControl) -> None:
         """Count; the servers have made the update, or left it out."""
-        assert self._state is not None, "setup() comes first"
         self._pushes += 1
         if total.skip:
             self._norm = None
-            self._state.leave_out(self._pushes)
-        else:
-            self._state.keep(self._pushes)
+        self._state.finish(self._pushes, skipped=total.skip)
         self._stale_sum += self._last.staleness
 
     def checkpoint(self, version: int) -> CheckpointPart:

@@ -23,7 +23,7 @@ from distplat.strategies.worker_strategy import Context, WorkerStrategy
 class PsSyncWorker(WorkerStrategy[PsSyncOptions]):
     """Push gradients to all shards, commit, go on with the new version."""
 
-    _state: ModelState | None = None
+    _state: ModelState  #: there after `setup`
 
     def can_thaw(self) -> bool:
         """The servers keep frozen parameters behind the others."""
@@ -59,13 +59,12 @@ class PsSyncWorker(WorkerStrategy[PsSyncOptions]):
         """Say whether the others have made the step without this rank."""
         late = self._pushed.version > step
         self._skipped += late
-        if late and self._state is not None:
+        if late:
             self._state.keep(step + 1)
         return late
 
     def exchange(self, step: int, local: StepControl) -> StepControl:
         """Push; returns when the shards have the gradients that the step needs."""
-        assert self._state is not None, "setup() comes first"
         self._state.end_forwards(step)
         self._state.synchronize(step)
         if self._context.job.failure.non_finite != "ignore":
@@ -80,16 +79,13 @@ class PsSyncWorker(WorkerStrategy[PsSyncOptions]):
 
     def update(self, step: int, total: StepControl) -> None:
         """Commit, where the shards had to learn the norm over all of them first."""
-        assert self._state is not None, "setup() comes first"
         if self._pushed.norm is not None:
             norm = self._pushed.norm
             made = self._shards.commit(step, norm)
             self._pushed = replace(made, waiting_s=self._pushed.waiting_s, grad_norm=norm)
         if total.skip:
             self._pushed = replace(self._pushed, grad_norm=None)
-            self._state.leave_out(step + 1)
-        else:
-            self._state.keep(step + 1)
+        self._state.finish(step + 1, skipped=total.skip)
 
     def checkpoint(self, version: int) -> CheckpointPart:
         """Rank 0 gives what the servers keep, and its buffers."""

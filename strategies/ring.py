@@ -22,7 +22,7 @@ from distplat.strategies.strategy_spec import (
     Options,
     Roles,
     Strategy,
-    rows_first_problems,
+    rows_come_first,
 )
 
 Backend = Literal["auto", "shm", "gloo", "nccl", "hierarchical"]
@@ -45,7 +45,7 @@ class RingOptions(Options):
     compression: Compression = "none"
     """What travels: halves (`fp16`, `bf16`), the largest entries, or low-rank factors."""
     topk_density: Positive = Field(0.01, le=1)
-    """CheckpointPart of the entries that `topk` sends."""
+    """Part of the entries that `topk` sends."""
     powersgd_rank: Count = Field(4, le=256)
     """Rank of the factors that `powersgd` sends."""
     shard_optimizer: Flag = False
@@ -90,7 +90,9 @@ class Ring(Strategy[RingOptions]):
         if chosen.compression != "none" and job.precision == "fp16":
             text = f"{chosen.compression!r} cannot send what a loss scale has made larger"
             found.append(Problem(("strategy", "compression"), text, "remove it, or use bf16"))
-        found += rows_first_problems(given, chosen.overlap, job)
+        if "overlap" in given and chosen.overlap and rows_come_first(job):
+            text = "has no effect with `embeddings.asynchronous: true`: rows go before gradients"
+            found.append(Problem(("strategy", "overlap"), text, "remove it"))
         if chosen.backend == "nccl" and not job.scaling.use_gpu:
             text = "`nccl` runs between GPUs only"
             hint = "set scaling.use_gpu: true, or `backend: auto`"

@@ -50,7 +50,7 @@ class RingWorker(WorkerStrategy[RingOptions]):
     """Sum gradients over all workers, then update everywhere alike."""
 
     _reducer: Reducer | None = None
-    _state: ModelState | None = None
+    _state: ModelState  #: there after `setup`
     _optimizer: LocalOptimizer | ShardedUpdate
 
     def can_thaw(self) -> bool:
@@ -80,7 +80,8 @@ class RingWorker(WorkerStrategy[RingOptions]):
             early = self.options.overlap and not rows_come_first(context.job)
             look = context.job.failure.non_finite != "ignore"
             self._reducer = _reducer(self.options, flat, collective, overlap=early, look=look)
-            _pass_residual_on(old, self._reducer)
+            if isinstance(old, CompressedReducer) and isinstance(self._reducer, CompressedReducer):
+                self._reducer.inherit(old)  # what it still owes, if this rank was there before
             self._optimizer = context.local_optimizer()
             saved = context.saved.optimizer(flat) if context.saved is not None else {}
             self._optimizer.load(before or saved)
@@ -96,7 +97,7 @@ class RingWorker(WorkerStrategy[RingOptions]):
 
     def exchange(self, step: int, local: StepControl) -> StepControl:
         """Sum the gradients; each rank's are already divided by the global batch."""
-        assert self._reducer is not None and self._state is not None, "setup() comes first"
+        assert self._reducer is not None, "setup() comes first"
         self._state.end_forwards(step)
         total = self._reducer.finish(replace(local, state_changed=self._state.news(step)))
         sum_tail(self._flat, self._collective, total, step)
@@ -105,13 +106,11 @@ class RingWorker(WorkerStrategy[RingOptions]):
 
     def update(self, step: int, total: StepControl) -> None:
         """Make the same update on every rank."""
-        assert self._state is not None, "setup() comes first"
         if total.skip:
             self._optimizer.grad_norm = None
-            self._state.leave_out(step + 1)
-            return
-        self._optimizer.step(step, total.present, total.scale)
-        self._state.keep(step + 1)
+        else:
+            self._optimizer.step(step, total.present, total.scale)
+        self._state.finish(step + 1, skipped=total.skip)
 
     def checkpoint(self, version: int) -> CheckpointPart:
         """Rank 0 gives the model and the optimizer's state; a sharded one each rank for itself."""
@@ -139,12 +138,6 @@ class RingWorker(WorkerStrategy[RingOptions]):
         own = norm_figures(self._optimizer.grad_norm)
         own["optimizer_state_bytes"] = float(self._optimizer.state_bytes)
         return {**self._reducer.figures(), **own}
-
-
-def _pass_residual_on(old: Reducer | None, new: Reducer) -> None:
-    """Keep what compression still owes, where this rank was in the run before."""
-    if isinstance(old, CompressedReducer) and isinstance(new, CompressedReducer):
-        new.inherit(old)
 
 
 def _reducer(

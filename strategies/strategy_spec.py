@@ -177,18 +177,3 @@ def rows_come_first(job: Job) -> bool:
     on the servers; rows of a step that is not made are known there when they come once more.
     """
     return job.embeddings is not None and job.embeddings.asynchronous
-
-
-def rows_first_problems(given: set[str], overlap: bool, job: Job) -> list[Problem]:
-    """
-    Refuse an `overlap` that is asked for where rows come first.
-
-    Args:
-        given: options that the job file names.
-        overlap: the option.
-        job: the job.
-    """
-    if "overlap" in given and overlap and rows_come_first(job):
-        text = "has no effect with `embeddings.asynchronous: true`: rows go before gradients"
-        return [Problem(("strategy", "overlap"), text, "remove it")]
-    return []

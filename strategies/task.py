@@ -259,21 +259,6 @@ def step_of(task: Task) -> Callable[[nn.Module, Any], Any]:
     return task.step if has_step(task) else MethodType(Task.step, task)
 
 
-def has_lr(kind: type[Task]) -> bool:
-    """Say whether a class of tasks has a schedule of its own."""
-    return overrides(kind, "lr")
-
-
-def has_weights(kind: type[Task]) -> bool:
-    """Say whether the loss of a class of tasks has several terms."""
-    return overrides(kind, "weights")
-
-
-def has_optimizer(kind: type[Task]) -> bool:
-    """Say whether a class of tasks makes its optimizer itself."""
-    return overrides(kind, "optimizer")
-
-
 def method_of(task: Task, name: str) -> Callable[..., Any]:
     """Give a method of a task, which may keep something else under its name: `self.lr = 0.1`."""
     kept = vars(task).get(name)

@@ -111,7 +111,7 @@ def unheard(kind: type[Task]) -> list[str]:
     for name, member in _members(kind):
         instead = _BESIDE_STEP if name == "forward" and overrides(kind, "step") else _instead(name)
         if name not in used and instead:
-            place = _place(member)
+            place = place_of(member)
             found.append(f"{place}{kind.__name__}.{name}() is never called: {instead}")
     return found
 
@@ -150,7 +150,7 @@ def _no_loss(kind: type[Task]) -> Problem:
 
 
 def _problem(kind: type[Task], method: str, what: str, hint: str) -> Problem:
-    place = _place(inspect.unwrap(getattr(kind, method)))
+    place = place_of(inspect.unwrap(getattr(kind, method)))
     return Problem(("task",), f"{place}{kind.__name__}: {what}", hint)
 
 
@@ -209,6 +209,7 @@ def names_in(member: Callable[..., object]) -> set[str]:
     return names
 
 
-def _place(member: Callable[..., object]) -> str:
+def place_of(member: Callable[..., object]) -> str:
+    """Give file and line of a function, `task.py:12: `; empty where they are not known."""
     code = getattr(inspect.unwrap(member), "__code__", None)
     return f"{Path(code.co_filename).name}:{code.co_firstlineno}: " if code else ""

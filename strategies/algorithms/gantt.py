@@ -175,9 +175,11 @@ def chrome_trace(trace: Trace, replicas: Sequence[Gantt]) -> dict[str, object]:
     Returns:
         What the JSON file holds; times are microseconds from the first event.
     """
-    events = [*_names(trace), *map(_measured, trace.events)]
+    events = [*_names(trace)]
+    for event in trace.events:
+        events.append(_drawn(event, event.kind if event.kind in _THREADS else "compute"))
     for one in replicas:
-        events += _ideal(trace, one)
+        events += [_drawn(event, "ideal") for event in _ideal(trace, one)]
     return {
         "displayTimeUnit": "ms",
         "otherData": {
@@ -207,16 +209,24 @@ def _metadata(name: str, rank: int, thread: int, args: dict[str, object]) -> Chr
     return {"ph": "M", "name": name, "pid": rank, "tid": thread, "args": args}
 
 
-def _measured(event: TraceEvent) -> ChromeEvent:
-    thread = event.kind if event.kind in _THREADS else "compute"
+def _drawn(event: TraceEvent, thread: str) -> ChromeEvent:
+    """Give a complete event: one with a duration."""
     name = event.kind
     if event.micro_batch >= 0:
         name += f"{event.micro_batch}{chr(39) * event.chunk}"  # as `Action` is written
-    where = {"micro_batch": event.micro_batch, "chunk": event.chunk}
-    return _complete(name, event.kind, event.rank, thread, event.start_s, event.end_s, where)
+    return {
+        "ph": "X",
+        "name": name,
+        "cat": event.kind,
+        "pid": event.rank,
+        "tid": _THREADS.index(thread),
+        "ts": event.start_s * 1e6,
+        "dur": (event.end_s - event.start_s) * 1e6,
+        "args": {"micro_batch": event.micro_batch, "chunk": event.chunk},
+    }
 
 
-def _ideal(trace: Trace, one: Gantt) -> Iterator[ChromeEvent]:
+def _ideal(trace: Trace, one: Gantt) -> Iterator[TraceEvent]:
     if one.ideal is None:
         return
     here = [event for event in trace.events if event.replica == one.replica]
@@ -225,32 +235,6 @@ def _ideal(trace: Trace, one: Gantt) -> Iterator[ChromeEvent]:
     began = min((span.start for row in one.measured for span in row), default=0.0)
     for stage, row in enumerate(one.ideal.spans):
         for span in row if stage in ranks else ():
-            yield _ideal_span(span, ranks[stage], began)
-
-
-def _ideal_span(span: Span, rank: int, began: float) -> ChromeEvent:
-    where = {"micro_batch": span.action.micro_batch, "chunk": span.action.chunk}
-    kind, name = span.action.kind.value, str(span.action)
-    return _complete(name, kind, rank, "ideal", began + span.start, began + span.end, where)
-
-
-def _complete(
-    name: str,
-    kind: str,
-    rank: int,
-    thread: str,
-    start_s: float,
-    end_s: float,
-    where: dict[str, int],
-) -> ChromeEvent:
-    """Give a complete event: one with a duration."""
-    return {
-        "ph": "X",
-        "name": name,
-        "cat": kind,
-        "pid": rank,
-        "tid": _THREADS.index(thread),
-        "ts": start_s * 1e6,
-        "dur": (end_s - start_s) * 1e6,
-        "args": where,
-    }
+            what = span.action.kind.value, span.action.chunk, span.action.micro_batch
+            times = began + span.start, began + span.end
+            yield TraceEvent(ranks[stage], one.replica, stage, first, *what, *times)

@@ -140,11 +140,8 @@ def gpipe(stages: int, micro_batches: int) -> PipelineSchedule:
         ValueError: less than one stage or micro-batch.
     """
     _check(stages, micro_batches)
-    every = range(micro_batches)
-    order = (
-        *(Action(ActionKind.FORWARD, i) for i in every),
-        *(Action(ActionKind.BACKWARD, i) for i in every),
-    )
+    forwards, backwards = _forwards_and_backwards(micro_batches)
+    order = (*forwards, *backwards)
     return PipelineSchedule("gpipe", micro_batches, 1, False, (order,) * stages)
 
 
@@ -166,8 +163,7 @@ def one_f_one_b(stages: int, micro_batches: int) -> PipelineSchedule:
     _check(stages, micro_batches)
     orders = []
     for stage in range(stages):
-        forwards = (Action(ActionKind.FORWARD, i) for i in range(micro_batches))
-        backwards = (Action(ActionKind.BACKWARD, i) for i in range(micro_batches))
+        forwards, backwards = _forwards_and_backwards(micro_batches)
         ahead = min(stages - stage - 1, micro_batches)
         orders.append(tuple(_in_turn(forwards, backwards, ahead)))
     return PipelineSchedule("1f1b", micro_batches, 1, False, tuple(orders))
@@ -231,8 +227,7 @@ def zero_bubble_h1(stages: int, micro_batches: int) -> PipelineSchedule:
     _check(stages, micro_batches)
     orders = []
     for stage in range(stages):
-        forwards = (Action(ActionKind.FORWARD, i) for i in range(micro_batches))
-        backwards = (Action(ActionKind.BACKWARD, i) for i in range(micro_batches))
+        forwards, backwards = _forwards_and_backwards(micro_batches)
         order: list[Action] = []
         for action in _in_turn(forwards, backwards, min(stages - stage - 1, micro_batches)):
             order.append(action)
@@ -242,6 +237,11 @@ def zero_bubble_h1(stages: int, micro_batches: int) -> PipelineSchedule:
         rest = range(max(micro_batches - stage, 0), micro_batches)
         orders.append((*order, *(Action(ActionKind.WEIGHT, i) for i in rest)))
     return PipelineSchedule("zb-h1", micro_batches, 1, True, tuple(orders))
+
+
+def _forwards_and_backwards(micro_batches: int) -> tuple[Iterator[Action], Iterator[Action]]:
+    forwards = (Action(ActionKind.FORWARD, i) for i in range(micro_batches))
+    return forwards, (Action(ActionKind.BACKWARD, i) for i in range(micro_batches))
 
 
 def _in_turn(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from distplat.platform.errors import StateLost
-from distplat.strategies.collective import Collective, broadcast_bytes
+from distplat.strategies.collective import Collective, broadcast_value, gather_numbers
 from distplat.strategies.model.flat import TORN, FlatModel
 from distplat.strategies.model.optim import LocalOptimizer
 
@@ -99,8 +98,8 @@ def broadcast_slots(
     if not slots:
         return
     kinds = [_kind(slot.tensor) for slot in slots]
-    text = broadcast_bytes(json.dumps(kinds).encode(), source, group, device)
-    for slot, kind in zip(slots, json.loads(text), strict=True):
+    theirs = broadcast_value(kinds, source, group, device)
+    for slot, kind in zip(slots, theirs, strict=True):
         if kind is None:
             slot.take(None)
             continue
@@ -168,9 +167,7 @@ def take_over_newest(
         StateLost: who had the newest version is gone, and a checkpoint is newer than the rest.
     """
     device = flat.params.device
-    versions = [torch.zeros(1, dtype=torch.int64, device=device) for _ in range(group.world)]
-    group.all_gather(versions, torch.tensor([flat.version], device=device))
-    all_versions = [int(v) for v in versions]
+    all_versions = [one for (one,) in gather_numbers([flat.version], group, device)]
     newest = max(all_versions)
     if newest == min(all_versions) > 0:
         return newest  # nobody is new: a failure of the network alone
@@ -202,9 +199,8 @@ def _broadcast_state(
 ) -> dict[str, Tensor]:
     """Copy the source's tensors to all, whatever the others have: a new worker has none yet."""
     kinds = [(name, str(t.dtype).split(".")[1], [*t.shape]) for name, t in state.items()]
-    text = broadcast_bytes(json.dumps(kinds).encode(), source, group, device)
     received = {}
-    for name, dtype, shape in json.loads(text):
+    for name, dtype, shape in broadcast_value(kinds, source, group, device):
         if group.rank == source:
             received[name] = state[name].to(device)
         else:

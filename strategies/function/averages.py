@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -16,16 +17,40 @@ from distplat.strategies.function.gradient_average import (
     GradientAverage,
     Surroundings,
 )
+from distplat.strategies.function.oversight import parameters_of
 from distplat.strategies.function.server_sum import ServerAverage, ServerSum
 from distplat.strategies.ports import LoopShards
 from distplat.strategies.ring import RingOptions
 
 
 class Averages(Exchange):
-    """Ranks average gradients in backward; each makes the same update."""
+    """
+    Ranks average gradients in backward; each makes the same update.
 
-    def __init__(self) -> None:
+    Args:
+        made: makes what averages a model's; is given the model, its number, and whether no other
+            one comes with it.
+        left: is told that this rank's function has returned.
+    """
+
+    def __init__(
+        self,
+        made: Callable[[nn.Module, int, bool], GradientAverage],
+        left: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._made, self._left = made, left
         self._averages: list[GradientAverage] = []
+
+    @classmethod
+    def of_group(cls, around: Surroundings, options: RingOptions) -> Averages:
+        """Give averages by the group, see `BucketAverage`."""
+        return cls(partial(BucketAverage, around=around, options=options))
+
+    @classmethod
+    def of_servers(cls, around: Surroundings, shards: LoopShards) -> Averages:
+        """Give averages by servers, see `server_sum.py`."""
+        servers = ServerSum(around, shards)
+        return cls(lambda model, number, _: ServerAverage(model, servers, number), servers.leave)
 
     @property
     @override
@@ -36,6 +61,14 @@ class Averages(Exchange):
     @override
     def parameters(self) -> Iterator[Tensor]:
         return (one for average in self._averages for one in average.flat.parameters)
+
+    @override
+    def add(self, model: nn.Module, *, alone: bool) -> None:
+        self._averages.append(self._made(model, len(self._averages), alone))
+
+    @override
+    def leave(self) -> None:
+        self._left()
 
     @override
     def check(self, optimizer: Optimizer) -> None:
@@ -50,14 +83,14 @@ class Averages(Exchange):
     @override
     def before_step(self, optimizer: Optimizer) -> None:
         idle = [one for one in self._averages if not one.averaged]
-        moved = _moved(optimizer) if idle else set()
+        moved = {*map(id, parameters_of(optimizer))} if idle else set()
         for one in idle:
             if any(id(p) in moved for p in one.flat.parameters):
                 one.before_step()
         broken = [one for one in self._averages if one.broken is not None]
         if not broken or float(getattr(optimizer, "found_inf", 0.0)):
             return  # a GradScaler has a fused optimizer leave the step out itself
-        moved = _moved(optimizer)
+        moved = {*map(id, parameters_of(optimizer))}
         for one in broken:
             if one.broken is not None and any(id(p) in moved for p in one.flat.parameters):
                 raise one.broken
@@ -78,50 +111,3 @@ class Averages(Exchange):
     def close(self) -> None:
         for one in self._averages:
             one.close()
-
-
-def _moved(optimizer: Optimizer) -> set[int]:
-    return {id(p) for group in optimizer.param_groups for p in group["params"]}
-
-
-class GroupAverages(Averages):
-    """
-    Gradients are averaged by the group, see `BucketAverage`.
-
-    Args:
-        around: the run.
-        options: of `ring`.
-    """
-
-    def __init__(self, around: Surroundings, options: RingOptions) -> None:
-        super().__init__()
-        self._around, self._options = around, options
-
-    @override
-    def add(self, model: nn.Module, *, alone: bool) -> None:
-        number = len(self._averages)
-        overlap = alone and not number
-        made = BucketAverage(model, self._around, self._options, overlap=overlap, number=number)
-        self._averages.append(made)
-
-
-class ServerAverages(Averages):
-    """
-    Gradients are averaged by servers, see `server_sum.py`.
-
-    Args:
-        around: the run.
-        shards: the way to the servers.
-    """
-
-    def __init__(self, around: Surroundings, shards: LoopShards) -> None:
-        super().__init__()
-        self._servers = ServerSum(around, shards)
-
-    @override
-    def add(self, model: nn.Module, *, alone: bool) -> None:
-        self._averages.append(ServerAverage(model, self._servers, len(self._averages)))
-
-    @override
-    def leave(self) -> None:
-        self._servers.leave()

@@ -29,11 +29,10 @@ from distplat.strategies.checkpoint.checkpoint_reader import SavedState
 from distplat.strategies.checkpoint.checkpoint_types import CheckpointPart, Take
 from distplat.strategies.collective import Collective
 from distplat.strategies.directory_checkpoint import Checkpoint, of_directory
-from distplat.strategies.function.averages import GroupAverages, ServerAverages
+from distplat.strategies.function.averages import Averages
 from distplat.strategies.function.gradient_average import Exchange, Surroundings, take_over
 from distplat.strategies.function.metric_gathering import gather_for_metrics
-from distplat.strategies.function.oversight import OptimizerWatch, ReportWatch
-from distplat.strategies.function.same_data import check_same_data
+from distplat.strategies.function.oversight import OptimizerWatch, ReportWatch, check_same_data
 from distplat.strategies.function.server_updates import ServerUpdates
 from distplat.strategies.function.sharded_loader import (
     Cut,
@@ -359,10 +358,10 @@ def _exchange_of(around: Surroundings, shards: LoopShards | None) -> Exchange:
     """Make what the job's strategy does with models and optimizers."""
     strategy = make_strategy(around.job)
     if shards is None:
-        return GroupAverages(around, strategy.options)
+        return Averages.of_group(around, strategy.options)
     if strategy.roles(around.job).consistency.asynchronous:
         return ServerUpdates(around, shards)
-    return ServerAverages(around, shards)
+    return Averages.of_servers(around, shards)
 
 
 def _number(name: str, value: Any) -> float:

@@ -16,8 +16,6 @@ another has not counts there as zero; one that no rank has stays None, and its o
 
 from __future__ import annotations
 
-import hashlib
-import json
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -32,7 +30,7 @@ from typing_extensions import override
 
 from distplat.platform.errors import NonFiniteError, Problem, SpecError
 from distplat.platform.spec import Job
-from distplat.strategies.collective import Collective, gather_bytes
+from distplat.strategies.collective import Collective, ranks_apart
 from distplat.strategies.function.oversight import check_alike
 from distplat.strategies.loop.control import NonFiniteSteps, StepControl
 from distplat.strategies.model.flat import FlatModel
@@ -161,7 +159,7 @@ class GradientAverage(ABC):
         SpecError: the ranks have different models, or one that cannot be trained so.
     """
 
-    def __init__(self, model: nn.Module, around: Surroundings, number: int = 0) -> None:
+    def __init__(self, model: nn.Module, around: Surroundings, number: int) -> None:
         self.model, self.around, self._group = model, around, around.group
         self.enabled = True
         """Whether a backward averages; see `no_sync`."""
@@ -217,11 +215,11 @@ class GradientAverage(ABC):
         flat = self.flat
         present = np.fromiter((one.grad is not None for one in flat.parameters), np.bool_)
         for place in range(len(flat.slots)):
-            if not flat.is_copied(place):  # by a hook
+            if not flat.gradients.is_copied(place):  # by a hook
                 if self._has_left(place):
                     raise _changed(flat.name(place))
-                flat.ready(place)
-        flat.forget_copies()
+                flat.gradients.ready(place)
+        flat.gradients.copied.clear()
         flat.check_layout(self.around.step())
         return self.around.record(present)
 
@@ -299,21 +297,20 @@ class BucketAverage(GradientAverage):
 
     Args:
         model: see `GradientAverage`.
+        number: see there.
+        alone: whether no other model comes with it. Of the first one that does buckets may leave
+            while backward goes on; those of several would come in another order on each rank.
         around: see there.
         options: of `ring`.
-        overlap: whether buckets may leave while backward goes on: not with several models, whose
-            buckets would come in another order on each rank.
-        number: see there.
     """
 
     def __init__(
         self,
         model: nn.Module,
+        number: int,
+        alone: bool,
         around: Surroundings,
         options: RingOptions,
-        *,
-        overlap: bool,
-        number: int = 0,
     ) -> None:
         super().__init__(model, around, number)
         self._under_way = False
@@ -322,7 +319,7 @@ class BucketAverage(GradientAverage):
             self.flat,
             self._group,
             int(options.bucket_mb * 2**20),
-            overlap=overlap and options.overlap,
+            overlap=alone and not number and options.overlap,
             wire_dtype=wire,
             look=self._policy.looks,
         )
@@ -342,7 +339,7 @@ class BucketAverage(GradientAverage):
     def _begin(self) -> None:
         if not self._under_way:
             self._under_way = True
-            self.flat.forget_copies()
+            self.flat.gradients.copied.clear()
             after_backward(self._average)
             self._reducer.last_backward()
 
@@ -398,10 +395,9 @@ def compare(model: nn.Module, digest: str, group: Collective, device: torch.devi
             )
             raise SpecError(Problem(("task",), text, hint))
     buffers = repr([(n, b.shape, b.dtype) for n, b in model.named_buffers()])
-    facts = json.dumps([digest, hashlib.sha256(buffers.encode()).hexdigest()]).encode()
-    every = gather_bytes(facts, group, device)
-    if others := [str(rank) for rank, one in enumerate(every) if one != every[0]]:
-        what = f"prepare() got another model on rank {', '.join(others)} than on rank 0"
+    if others := ranks_apart([digest, buffers], group, device):
+        names = ", ".join(map(str, others))
+        what = f"prepare() got another model on rank {names} than on rank 0"
         hint = "names, shapes, types and requires_grad must be the same on all ranks"
         raise SpecError(Problem(("task",), what, hint))
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Mapping, Sequence
+import io
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -11,8 +11,6 @@ from torch import Tensor
 
 from distplat.platform.errors import Problem, SpecError
 from distplat.strategies.collective import Collective, gather_bytes
-from distplat.strategies.model.parameter_layout import dtype_name
-from distplat.strategies.state_tree import dtype_of
 
 
 def gather_for_metrics(
@@ -44,7 +42,10 @@ def gather_for_metrics(
         return tensor
 
     _mapped(values, take)
-    ranks = [_unpacked(one) for one in gather_bytes(_packed(mine), group, device)]
+    packed = io.BytesIO()
+    torch.save([one.to("cpu", copy=True) for one in mine], packed)  # a view would take all along
+    every = gather_bytes(packed.getvalue(), group, device)
+    ranks = [torch.load(io.BytesIO(one), weights_only=True) for one in every]
     joined = iter([torch.cat(parts).to(device) for parts in zip(*ranks, strict=True)])
     return _mapped(values, lambda _: next(joined))
 
@@ -64,27 +65,3 @@ def _mapped(tree: Any, change: Callable[[Tensor], Tensor]) -> Any:
     text = f"gather_for_metrics() got a {type(tree).__name__}"
     hint = "it takes tensors and numbers, in dicts, lists and tuples"
     raise SpecError(Problem(("task",), text, hint))
-
-
-def _packed(tensors: Sequence[Tensor]) -> bytes:
-    on_host = [one.cpu().contiguous() for one in tensors]
-    head = json.dumps([[dtype_name(one), list(one.shape)] for one in on_host]).encode()
-    return b"".join([len(head).to_bytes(8, "little"), head, *map(_bytes_of, on_host)])
-
-
-def _bytes_of(tensor: Tensor) -> bytes:
-    return tensor.reshape(-1).view(torch.uint8).numpy().tobytes()
-
-
-def _unpacked(data: bytes) -> list[Tensor]:
-    start = 8 + int.from_bytes(data[:8], "little")
-    found: list[Tensor] = []
-    for name, shape in json.loads(data[8:start]):
-        empty = torch.empty(shape, dtype=dtype_of(name))
-        stop = start + empty.nbytes
-        if empty.numel():
-            raw = torch.frombuffer(bytearray(data[start:stop]), dtype=torch.uint8)
-            empty = raw.view(empty.dtype).view(shape)
-        found.append(empty)
-        start = stop
-    return found

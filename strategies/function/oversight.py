@@ -1,5 +1,6 @@
 """
-What a train function could get wrong without a word, found: ranks that do not train one model.
+What a train function could get wrong without a word, found: ranks that do not train one model, or
+do not have one data set.
 
     optimizer.step()    of a parameter that prepare() never saw? Its gradients are this rank's own
     now and then        the same parameters on all ranks? Only backward() averages
@@ -9,7 +10,7 @@ And reports that lack what the job goes by: `checkpoint.keep_best`, `early_stop`
 
 from __future__ import annotations
 
-import json
+import hashlib
 import threading
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -18,10 +19,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
+from torch.utils.data import ConcatDataset, Subset, TensorDataset
 
 from distplat.platform.errors import Problem, SpecError, hint
 from distplat.platform.spec import Job
-from distplat.strategies.collective import Collective, gather_bytes
+from distplat.strategies.collective import Collective, gather_values
+from distplat.strategies.loop.sample_hash import hash_of
 
 _APART = 1e-3
 """Relative difference of two ranks' parameters after a long run, or of coarse types."""
@@ -32,6 +35,8 @@ processors of two kinds may round updates differently. Ranks that train their ow
 an update, which of a small learning rate is below a thousandth of a parameter.
 """
 _SHOWN = 3
+_ROWS = 16
+"""Samples of a TensorDataset that are compared, over all of its length."""
 
 
 class OptimizerWatch:
@@ -74,17 +79,21 @@ class OptimizerWatch:
         if threading.get_ident() != self._thread:
             return
         self._told(optimizer)
-        count = sum(len(group["params"]) for group in optimizer.param_groups)
-        if self._seen.get(optimizer) == count:
+        given = parameters_of(optimizer)
+        if self._seen.get(optimizer) == len(given):
             return
-        given = [one for group in optimizer.param_groups for one in group["params"]]
         known = {id(one) for one in self._trained()}
         strange = [one for one in given if one.requires_grad and id(one) not in known]
         if strange and not self._alone:
             raise not_prepared(optimizer, strange)
         if any(id(one) in known for one in given):
             self._check(optimizer)
-        self._seen[optimizer] = count
+        self._seen[optimizer] = len(given)
+
+
+def parameters_of(optimizer: Optimizer) -> list[Tensor]:
+    """Give the parameters of all of an optimizer's groups."""
+    return [one for group in optimizer.param_groups for one in group["params"]]
 
 
 def not_prepared(optimizer: Optimizer, strange: Sequence[Tensor]) -> SpecError:
@@ -121,7 +130,7 @@ def check_alike(model: nn.Module, group: Collective, when: str, steps: int = 0) 
     named = [(name, one) for name, one in model.named_parameters() if one.requires_grad]
     mine = [_figures(one) for _, one in named]
     device = named[0][1].device if named else torch.device("cpu")
-    every = [json.loads(one) for one in gather_bytes(json.dumps(mine).encode(), group, device)]
+    every = gather_values(mine, group, device)
     for place, (name, one) in enumerate(named):
         first, *others = (found[place] for found in every)
         allowed = _allowed(one.dtype, steps) * first[-1]
@@ -189,3 +198,49 @@ class ReportWatch:
             text = f"no report() had a {self._stop.metric!r}"
             name = hint(self._stop.metric, self._names)
             raise SpecError(Problem(("early_stop", "metric"), text, name))
+
+
+def check_same_data(data: Any, group: Collective, device: torch.device) -> None:
+    """
+    See that all ranks have the data that `prepare` is to deal out; every rank calls this.
+
+    A part that each rank has cut for itself would be dealt out once more: most samples would come
+    to nobody. And `random_split` behind `prepare(model)`, which seeds each rank differently, cuts
+    on each rank elsewhere. Only torch's own data sets are looked into: a sample of the user's may
+    be costly, or another one each time.
+
+    Args:
+        data: of a loader that is to be prepared; has a length.
+        group: all ranks.
+        device: this rank's.
+
+    Raises:
+        SpecError: names a rank that has another one than rank 0.
+    """
+    mine = [len(data), _described(data)]
+    every = gather_values(mine, group, device) if group.world > 1 else [mine]
+    size = every[0][0]
+    for rank, its in enumerate(every):
+        if its != every[0]:
+            text = f"{its[0]} samples on rank {rank}, {size} on rank 0"
+            if its[0] == size:
+                text = f"other samples on rank {rank} than on rank 0"
+            advice = (
+                "it deals one data set out to all ranks, so give each of them the whole: do not "
+                "cut it by rank, and call random_split before prepare(model), or with a "
+                "generator of a fixed seed"
+            )
+            raise SpecError(Problem(("task",), f"prepare() got a DataLoader with {text}", advice))
+
+
+def _described(data: Any) -> list[Any]:
+    """Say which samples a data set has, without a call of the user's code."""
+    if isinstance(data, Subset):
+        numbers = hashlib.sha256(repr([int(one) for one in data.indices]).encode()).hexdigest()
+        return ["of", numbers[:16], _described(data.dataset)]
+    if isinstance(data, ConcatDataset):
+        return ["and", *map(_described, data.datasets)]
+    if type(data) is TensorDataset:
+        size = len(data)
+        return [size, [hash_of(data[one]) for one in range(0, size, max(1, size // _ROWS))]]
+    return []

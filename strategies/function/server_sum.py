@@ -216,7 +216,7 @@ class ServerAverage(GradientAverage):
         number: see there.
     """
 
-    def __init__(self, model: nn.Module, servers: ServerSum, number: int = 0) -> None:
+    def __init__(self, model: nn.Module, servers: ServerSum, number: int) -> None:
         super().__init__(model, servers.around, number)
         self._servers = servers
         servers.add(self)

@@ -35,7 +35,7 @@ from distplat.platform.errors import Problem, SpecError
 from distplat.platform.optimizers import AnyOptimizer
 from distplat.platform.shard_map import OwnLoop
 from distplat.strategies.function.gradient_average import Exchange, Surroundings, compare, take_over
-from distplat.strategies.function.oversight import check_alike, not_prepared
+from distplat.strategies.function.oversight import check_alike, not_prepared, parameters_of
 from distplat.strategies.loop.control import NonFiniteSteps, StepControl
 from distplat.strategies.model.flat import FlatModel
 from distplat.strategies.model.optimizer_state import NUMBERS, PER_PARAMETER, USED
@@ -107,7 +107,7 @@ class ServerUpdates(Exchange):
 
     @override
     def check(self, optimizer: Optimizer) -> None:
-        if self._flat is not None and [*map(_count, self._optimizers)] != self._counts:
+        if self._flat is not None and self._count() != self._counts:
             text = "an optimizer got parameters after the first step, when the servers have all"
             raise SpecError(Problem(("task",), text, "add them before the first step"))
         if not any(one is optimizer for one in self._optimizers):
@@ -132,7 +132,7 @@ class ServerUpdates(Exchange):
             with torch.enable_grad():
                 loss = closure()
             args, kwargs = (optimizer, lambda: loss), {}
-        mine = [one for group in optimizer.param_groups for one in group["params"]]
+        mine = parameters_of(optimizer)
         self._taken = [(one, one.grad) for one in mine]
         found = getattr(optimizer, "found_inf", None)  # of a GradScaler, for a fused kernel
         if found is None or not float(found):
@@ -193,6 +193,9 @@ class ServerUpdates(Exchange):
         pairs = zip(_versions(flat), self._versions, strict=True)
         return [slot for slot, (now, then) in enumerate(pairs) if now != then]
 
+    def _count(self) -> list[int]:
+        return [len(parameters_of(one)) for one in self._optimizers]
+
     def _connect(self) -> FlatModel:
         """Meet the servers, once; they go on with what rank 0's models and optimizers have."""
         if self._flat is not None:
@@ -212,7 +215,7 @@ class ServerUpdates(Exchange):
             optimizer.state.clear()  # the servers have it
         self._facts, self._versions = facts, _versions(flat)
         self._views = [slot.view(flat.grads) for slot in flat.slots]
-        self._counts = [_count(one) for one in self._optimizers]
+        self._counts = self._count()
         return flat
 
     @contextmanager
@@ -230,7 +233,7 @@ class ServerUpdates(Exchange):
     def _check_all_known(self, whole: nn.Module) -> None:
         known = {id(one) for one in whole.parameters()}
         for optimizer in self._optimizers:
-            mine = [one for group in optimizer.param_groups for one in group["params"]]
+            mine = parameters_of(optimizer)
             if strange := [p for p in mine if p.requires_grad and id(p) not in known]:
                 raise not_prepared(optimizer, strange)
 
@@ -240,7 +243,7 @@ class ServerUpdates(Exchange):
             return
         state = self._shards.optimizer_state()
         used = state.pop(USED, None)
-        mine = {id(one) for group in optimizer.param_groups for one in group["params"]}
+        mine = {*map(id, parameters_of(optimizer))}
         for place, (slot, one) in enumerate(
             zip(self._flat.slots, self._flat.parameters, strict=True)
         ):
@@ -298,10 +301,6 @@ class ServerUpdates(Exchange):
 def _versions(flat: FlatModel) -> list[int]:
     """Count the changes of each parameter by others than servers: those write into the vector."""
     return [one._version for one in flat.parameters]
-
-
-def _count(optimizer: Optimizer) -> int:
-    return sum(len(group["params"]) for group in optimizer.param_groups)
 
 
 def _state_of(flat: FlatModel, optimizers: list[Optimizer]) -> dict[str, Tensor]:

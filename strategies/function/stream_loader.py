@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import copy
 import itertools
-import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -29,7 +28,7 @@ from torch.utils.data import (
 from typing_extensions import override
 
 from distplat.platform.errors import Problem, SpecError
-from distplat.strategies.collective import Collective, gather_bytes
+from distplat.strategies.collective import Collective, ranks_apart
 from distplat.strategies.function.sharded_loader import (
     KEPT,
     Collate,
@@ -99,7 +98,11 @@ class StreamLoader(ShardedLoader):
         _check(loader)
         stream = StreamSamples(loader.dataset, StreamSeeds(cut.seed), _WHERE)
         stream.survey(counts=False, limit_s=0.0)
-        _compare(stream.hashes, group, device)
+        if others := ranks_apart(stream.hashes, group, device):
+            names = ", ".join(f"worker-{rank}" for rank in others)
+            text = f"{_WHERE} gives {names} other samples than worker-0"
+            hint = "every worker reads all of the stream and gets its part: do not cut it by rank"
+            raise SpecError(Problem(("task",), text, hint))
         self._part = _Part(stream, cut, self.batch_size, drops=batches_of(loader).drop_last)
         self._kept = {name: getattr(loader, name) for name in KEPT}
         if loader.worker_init_fn is not None:
@@ -271,19 +274,3 @@ def _check(loader: DataLoader[Any]) -> None:
         if is_ray_data(loader.dataset) and loader.num_workers:
             text = "reads a Ray Dataset in loader processes, which are none of Ray's"
             raise refused(text, "give num_workers=0: Ray's own tasks do the reading")
-
-
-def _compare(hashes: list[str], group: Collective, device: torch.device) -> None:
-    """
-    See that all ranks read the same stream, by its first samples; every rank calls this.
-
-    Raises:
-        SpecError: names the ranks that read another one than rank 0.
-    """
-    if group.world == 1:
-        return
-    every = [json.loads(one) for one in gather_bytes(json.dumps(hashes).encode(), group, device)]
-    if others := [f"worker-{rank}" for rank, one in enumerate(every) if one != every[0]]:
-        text = f"{_WHERE} gives {', '.join(others)} other samples than worker-0"
-        hint = "every worker reads all of the stream and gets its part: do not cut it by rank"
-        raise SpecError(Problem(("task",), text, hint))

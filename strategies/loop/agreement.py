@@ -9,15 +9,15 @@ too. Values of a model may differ, for ranks take over rank 0's; its samples may
 from __future__ import annotations
 
 import hashlib
-import json
 import random
 import secrets
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
@@ -61,6 +61,10 @@ class RankFacts:
     """Fingerprint of the order that the task's `sampler` gives, if it has one."""
     said: tuple[tuple[str, str], ...] = ()
     """Methods of the task's that say how it is trained, and a fingerprint of what each gives."""
+
+
+_FACTS = TypeAdapter(tuple[int, RankFacts])
+"""A rank, and what it has: what lies on the board."""
 
 
 def facts_of(
@@ -108,31 +112,17 @@ def agree(
     Raises:
         SpecError: it has something else; says what, and which of the two has what.
     """
-    text = json.dumps({"rank": rank, "facts": asdict(mine)}).encode()
-    first = json.loads(board.first(_KEY, text))
-    theirs = _read(first["facts"])
+    text = _FACTS.dump_json((rank, mine))
+    first, theirs = _FACTS.validate_json(board.first(_KEY, text))
     if theirs == mine:
         return
-    me, other = f"worker-{rank}", f"worker-{first['rank']}"
+    me, other = f"worker-{rank}", f"worker-{first}"
     found = _differences(mine, theirs, me, other)
     if not found:
         found = _other_samples(mine, theirs, me, other, again)
     if found:
         hint = "every worker must build the same model and data: what differs between them?"
         raise SpecError(*(Problem(("task",), text, hint) for text in found))
-
-
-def _read(found: Mapping[str, Any]) -> RankFacts:
-    return RankFacts(
-        tuple(found["code"]),
-        tuple((name, what) for name, what in found["model"]),
-        found["samples"],
-        found["eval_samples"],
-        tuple((number, one) for number, one in found["hashes"]),
-        tuple((name, tuple(sums)) for name, sums in found["values"]),
-        found["order"],
-        tuple((method, one) for method, one in found["said"]),
-    )
 
 
 def _differences(mine: RankFacts, theirs: RankFacts, me: str, other: str) -> list[str]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
+from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
@@ -39,26 +40,6 @@ class Run(NamedTuple):
     """Whether the position of a stream before it is wanted, too."""
     batch: int | None = None
     """In the data set, the first sample of all ranks' batch; None: nobody compares it."""
-
-
-class _Plan:
-    """The samples of every micro-batch of one rank, in order: a torch `batch_sampler`."""
-
-    def __init__(
-        self,
-        sampler: Sampler,
-        rank: int,
-        parts: int,
-        steps: range,
-        marked: Callable[[int], bool] = lambda step: False,
-    ) -> None:
-        self._sampler, self._rank, self._parts, self._steps = sampler, rank, parts, steps
-        self._marked = marked
-
-    def __iter__(self) -> Iterator[Run]:
-        for step in self._steps:
-            marked = self._marked(step)
-            yield from runs(self._sampler, step, self._rank, self._parts, marked=marked)
 
 
 def runs(
@@ -120,8 +101,12 @@ def micro_batches(
         parts: micro-batches of a step.
     """
     every, total = job.checkpoint.period(sampler.steps_per_epoch), total_steps(job, sampler)
-    marked = lambda step: rank == 0 and is_due(step + 1, every, total)  # noqa: E731
-    return unmarked(data, iter(Loader(job, data, _Plan(sampler, rank, parts, steps, marked))))
+    due = (rank == 0 and is_due(step + 1, every, total) for step in steps)
+    by_step = (
+        runs(sampler, step, rank, parts, marked=marked)
+        for step, marked in zip(steps, due, strict=True)
+    )
+    return unmarked(data, Loader(job, data).batches(chain.from_iterable(by_step)))
 
 
 def unmarked(data: Dataset[Any], batches: Iterator[Any]) -> Iterator[Any]:
@@ -149,26 +134,33 @@ def one_batch(data: Dataset[Any], ids: list[int]) -> Any:
     return Samples(data).__getitems__(Run(0, 0, ids))
 
 
+class _Plan:
+    """A torch `batch_sampler` that gives other runs each time that it is gone through."""
+
+    runs: Iterable[Run] = ()
+
+    def __iter__(self) -> Iterator[Run]:
+        return iter(self.runs)
+
+
 class Loader:
     """
-    A torch loader of a plan: in this process, or by processes that leave nothing behind.
+    A torch loader of plans, in this process or by processes that leave nothing behind.
 
     Args:
         job: how the data is loaded.
         data: the samples.
-        plan: a torch `batch_sampler` that gives runs.
-        persistent: whether it is to be gone through more than once.
+        persistent: whether there are several plans, one after the other: processes live on.
     """
 
-    def __init__(
-        self, job: Job, data: Dataset[Any], plan: Iterable[Run], *, persistent: bool = False
-    ) -> None:
+    def __init__(self, job: Job, data: Dataset[Any], *, persistent: bool = False) -> None:
         count = job.data.num_workers
         self._context = LoaderContext() if count else None
         self._timeout_s = job.failure.start_timeout_s
+        self._plan = _Plan()
         self._loader = DataLoader(
             Samples(data),
-            batch_sampler=plan,  # type: ignore[arg-type]
+            batch_sampler=self._plan,  # type: ignore[arg-type]
             collate_fn=sent,  # batches are made where their samples are read
             num_workers=count,
             prefetch_factor=job.data.prefetch_factor if count else None,
@@ -178,8 +170,9 @@ class Loader:
             generator=torch.Generator(),  # the global one is not to be drawn from
         )
 
-    def __iter__(self) -> Iterator[Any]:
-        """Begin to read; the batches in order."""
+    def batches(self, plan: Iterable[Run]) -> Iterator[Any]:
+        """Begin to read; the batches of a plan in order. Those of the one before have been read."""
+        self._plan.runs = plan
         batches = iter(self._loader)
         if self._context is not None:
             self._context.open_and_forget(self._timeout_s)
@@ -193,35 +186,6 @@ def _pins(job: Job) -> bool:
     return job.scaling.use_gpu and job.data.num_workers > 0
 
 
-class _Plans:
-    """A torch `batch_sampler` whose plan is another one each time that it is gone through."""
-
-    def __init__(self) -> None:
-        self.now: Iterable[Run] = ()
-
-    def __iter__(self) -> Iterator[Run]:
-        return iter(self.now)
-
-
-class KeptLoader:
-    """
-    One loader for several plans; its processes, if it has some, live as long as it does.
-
-    Args:
-        job: how the data is loaded.
-        data: the samples.
-    """
-
-    def __init__(self, job: Job, data: Dataset[Any]) -> None:
-        self._plans = _Plans()
-        self._loader = Loader(job, data, self._plans, persistent=True)
-
-    def batches(self, plan: Iterable[Run]) -> Iterator[Any]:
-        """Give the batches of a plan; those of the one before have been read."""
-        self._plans.now = plan
-        return iter(self._loader)
-
-
 class EvalLoader:
     """
     Reads evaluation data, as often as there are evaluations.
@@ -233,7 +197,7 @@ class EvalLoader:
 
     def __init__(self, job: Job, task: Task) -> None:
         self._job, self._task = job, task
-        self._kept: tuple[Dataset[Any], KeptLoader] | None = None
+        self._kept: tuple[Dataset[Any], Loader] | None = None
 
     def batches(self, data: Dataset[Any], ids: range, size: int) -> Iterator[tuple[Any, int]]:
         """Give the collated batches of some samples, `size` or fewer in each, and the numbers."""
@@ -244,9 +208,10 @@ class EvalLoader:
 
     def _planned(self, data: Dataset[Any], plan: Iterable[Run]) -> Iterator[Any]:
         if not self._job.data.persistent_workers:
-            return iter(Loader(self._job, batches_by(self._task, data), plan))
+            return Loader(self._job, batches_by(self._task, data)).batches(plan)
         if self._kept is None or self._kept[0] is not data:
-            self._kept = data, KeptLoader(self._job, batches_by(self._task, data))
+            loader = Loader(self._job, batches_by(self._task, data), persistent=True)
+            self._kept = data, loader
         return self._kept[1].batches(plan)
 
 

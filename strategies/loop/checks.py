@@ -12,10 +12,8 @@ code 1). What no strategy or file could hold is a `SpecError` (exit code 2): not
 
 from __future__ import annotations
 
-import inspect
 import logging
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -33,6 +31,7 @@ from distplat.strategies.collective import SENDABLE
 from distplat.strategies.loop.streams import StreamSamples, StreamSeeds, is_ray_data, is_stream
 from distplat.strategies.model.module_hooks import tensor_hooks, unwrapped
 from distplat.strategies.task import Task, overrides
+from distplat.strategies.task_methods import place_of
 
 logger = logging.getLogger(__name__)
 
@@ -71,7 +70,7 @@ def checked_model(task: Task, model: object) -> nn.Module:
         )
     if not isinstance(model, nn.Module):
         raise ValueError(
-            f"{where}model() must return a torch.nn.Module, got {_named(model)}{_no_return(model)}"
+            f"{where}model() must return a torch.nn.Module, got {_named(model)}{no_return(model)}"
         )
     if lazy := without_shape(model):
         raise ValueError(
@@ -292,7 +291,7 @@ def _fault_of(data: object) -> str:
         "IterableDataset"
     )
     if data is None:
-        return f"{wanted}; got None{_no_return(data)}"
+        return f"{wanted}; got None{no_return(data)}"
     if isinstance(data, type):
         return f"{wanted}; got the class {data.__name__}: call it, {data.__name__}(...)"
     if isinstance(data, DataLoader):
@@ -394,7 +393,7 @@ def _no_tensor(loss: object, method: str) -> str:
         return f"{text} of {names}: return the entry that is to be minimised"
     if isinstance(getattr(loss, "loss", None), Tensor):
         return f"{text}: return its .loss"
-    return f"{text}{_no_return(loss)}"
+    return f"{text}{no_return(loss)}"
 
 
 def _cut_off(outputs: object) -> str:
@@ -436,7 +435,7 @@ def checked_metrics(
     if not isinstance(found, Mapping):
         raise ValueError(
             f"{where}metrics() must return a mapping of names to numbers, "
-            f"got {_named(found)}{_no_return(found)}"
+            f"got {_named(found)}{no_return(found)}"
         )
     for name, value in found.items():
         if not isinstance(name, str):
@@ -481,17 +480,16 @@ def checked_number(value: object, said: str, name: str) -> float:
 
 
 def place(task: Task, method: str) -> str:
-    """Give file and line of a method, `task.py:12: `; empty where it is not known."""
-    function = inspect.unwrap(getattr(type(task), method, None) or place)
-    code = getattr(function, "__code__", None)
-    return f"{Path(code.co_filename).name}:{code.co_firstlineno}: " if code else ""
+    """Give file and line of a method, see `place_of`."""
+    return place_of(getattr(type(task), method))
 
 
 def _named(value: object) -> str:
     return "None" if value is None else f"a {type(value).__name__}".replace("a int", "an int")
 
 
-def _no_return(value: object) -> str:
+def no_return(value: object) -> str:
+    """Give the hint for a method that returned nothing; empty: it returned something."""
     return ": is there a `return`?" if value is None else ""
 
 

@@ -17,7 +17,7 @@ from distplat.platform.even_split import split_evenly
 from distplat.platform.spec import Job
 from distplat.strategies.loop.batches import (
     EvalLoader,
-    KeptLoader,
+    Loader,
     Run,
     batches_by,
     fingerprint_of_batch,
@@ -204,9 +204,8 @@ class WholeModel(Compute):
             self._doubts.begin(step)
             with precision(self.job, self.flat.params.device):
                 made = made_of(self.task, self.flat.model, batch, size, terms)
-                if (
-                    calls() == asked and terms is None
-                ):  # else it is no mean over samples, and the others wait
+                # Else it is no mean over samples, and the others wait.
+                if calls() == asked and terms is None:
                     self._doubts.look(step, made, size)
             term = made.term
             self.flat.before_backward()
@@ -289,7 +288,7 @@ class TaskModel(WholeModel, Compute):
         self, prepared: Prepared, last_backward: Callable[[], None], alive: Callable[[], None]
     ) -> None:
         super().__init__(prepared, last_backward, 0, alive)
-        self._loader: KeptLoader | None = None
+        self._loader: Loader | None = None
 
     def read(self, tasks: range) -> None:
         """Begin to read the data of these tasks; all those before have been made."""
@@ -297,7 +296,7 @@ class TaskModel(WholeModel, Compute):
             return
         data = batches_by(self.task, self.data)
         if self._loader is None:
-            self._loader = KeptLoader(self.job, data)
+            self._loader = Loader(self.job, data, persistent=True)
         self._batches = unmarked(data, self._loader.batches(self._runs(tasks)))
 
     def _runs(self, tasks: range) -> Iterator[Run]:

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from distplat.platform.errors import Problem, SpecError
-from distplat.strategies.collective import Collective
+from distplat.strategies.collective import Collective, gather_numbers
 from distplat.strategies.task import Task
 from distplat.strategies.task_methods import names_in
 
@@ -229,10 +229,7 @@ class Gathering:
             RuntimeError: they are not all about the same.
         """
         group = self._joined()
-        mine = torch.tensor(word.numbers(), device=device)
-        table = [torch.zeros_like(mine) for _ in range(group.world)]
-        group.all_gather(table, mine)
-        words = [_Word.read(row.tolist()) for row in table]
+        words = [_Word.read(row) for row in gather_numbers(word.numbers(), group, device)]
         self._rows = [one.rows for one in words]
         known = [one for one in words if one.kind != _NOTHING]
         if len({one.common for one in known}) > 1:

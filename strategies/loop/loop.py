@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from torch.utils.data import Dataset
@@ -17,31 +15,17 @@ from distplat.platform.sampler import Sampler
 from distplat.platform.spec import Job
 from distplat.platform.stop_order import StopOrder
 from distplat.platform.task_scheduler import Lease, TaskPlan
-from distplat.strategies.collective import Collective, gather_bytes
+from distplat.strategies.collective import Collective, gather_values
 from distplat.strategies.loop.compute import Compute, Share, Stopwatch, Sums, TaskModel
 from distplat.strategies.loop.control import NonFiniteSteps, StepControl
 from distplat.strategies.loop.gathering import Gathering
-from distplat.strategies.loop.losses import LossScale
 from distplat.strategies.loop.metric_states import TaskMetrics
 from distplat.strategies.loop.prepared import Prepared
-from distplat.strategies.model.flat import FlatModel
 from distplat.strategies.model.optim import rate_figures
 from distplat.strategies.ports import Leases
-from distplat.strategies.sparse.lookups import Lookups, RowPush
+from distplat.strategies.sparse.lookups import RowPush
 from distplat.strategies.strategy_spec import rows_come_first
 from distplat.strategies.worker_strategy import WorkerStrategy
-
-
-@dataclass(frozen=True)
-class Turn:
-    """Which exchange it is."""
-
-    step: int
-    """From 0."""
-    number: int
-    """Of the push to embedding tables."""
-    task: int | None = None
-    """What it is of, where tasks are leased."""
 
 
 class StepExchange:
@@ -49,64 +33,60 @@ class StepExchange:
     Exchanges gradients and rows, and decides what becomes of the step.
 
     Args:
-        job: the run.
-        flat: what this rank trains.
+        prepared: what this rank trains, its embedding tables and its loss scale, if it has some.
         strategy: the job's.
-        lookups: the model's embedding tables, if it has some.
-        loss_scale: of a run in float16.
+        rank: this one.
     """
 
-    def __init__(
-        self,
-        job: Job,
-        flat: FlatModel,
-        strategy: WorkerStrategy[Any],
-        lookups: Lookups | None,
-        loss_scale: LossScale | None = None,
-    ) -> None:
-        self._job, self._flat, self._strategy, self._lookups = job, flat, strategy, lookups
-        self._steps, self._scale = NonFiniteSteps.of(job), loss_scale
+    def __init__(self, prepared: Prepared, strategy: WorkerStrategy[Any], rank: int) -> None:
+        self._job, self._flat, self._lookups = prepared.job, prepared.flat, prepared.lookups
+        self._strategy, self._rank = strategy, rank
+        self._steps, self._scale = NonFiniteSteps.of(prepared.job), prepared.loss_scale
 
     def exchange(
-        self, turn: Turn, rank: int, share: Share, stop: StopOrder = StopOrder.NONE
+        self,
+        step: int,
+        share: Share,
+        *,
+        number: int,
+        task: int | None = None,
+        stop: StopOrder = StopOrder.NONE,
     ) -> StepControl:
         """
         Give the control record of all ranks, decided upon.
 
         Args:
-            turn: which exchange it is.
-            rank: this one.
-            share: what its part of the step came to.
+            step: from 0.
+            share: what this rank's part of it came to.
+            number: of the push to embedding tables.
+            task: what the exchange is of, where tasks are leased.
             stop: what this rank was told.
 
         Raises:
             NonFiniteError: the run ends here.
             ValueError: ranks have read other batches of a stream.
         """
-        local = replace(share.record(rank, self._flat), stop=stop)
-        total = self._exchanged(turn, local, share)
-        total.check_batch(local, turn.step)
-        return total
-
-    def _exchanged(self, turn: Turn, local: StepControl, share: Share) -> StepControl:
-        flat, index = self._flat, turn.step if turn.task is None else turn.task
+        local = replace(share.record(self._rank, self._flat), stop=stop)
+        index = step if task is None else task
         if self._lookups is None:
-            return self._decided(index, turn.step, local)
-        slots = len(flat.slots)
-        rows = RowPush(self._lookups, self._steps, local, weighted=share.weighted, slots=slots)
-        rows.before(turn.number, turn.task, waits=turn.task is None and rows_come_first(self._job))
-        total = self._strategy.exchange(index, rows.local)
-        name = lambda slot: flat.name(slot) if slot < slots else rows.name(slot)  # noqa: E731
-        total = self._steps.decide(total, turn.step, name)
-        # Before the update, and before a task is told to be done: then the tables have it.
-        rows.after(turn.number, total, turn.task)
+            total = self._decided(index, step, local)
+        else:
+            flat, slots = self._flat, len(self._flat.slots)
+            rows = RowPush(self._lookups, self._steps, local, number, task, share.weighted, slots)
+            rows.before(waits=task is None and rows_come_first(self._job))
+            total = self._strategy.exchange(index, rows.local)
+            name = lambda slot: flat.name(slot) if slot < slots else rows.name(slot)  # noqa: E731
+            total = self._steps.decide(total, step, name)
+            # Before the update, and before a task is told to be done: then the tables have it.
+            rows.after(total)
+        total.check_batch(local, step)
         return total
 
     def _decided(self, index: int, step: int, local: StepControl) -> StepControl:
         """Exchange gradients; a step for which the loss scale was too large is left out."""
         scale = self._scale
         if scale is not None:
-            local = replace(local, weight=scale.scaled(local))
+            local = replace(local, weight=local.weight * scale.value)  # as large as its gradients
         total = self._strategy.exchange(index, local)
         if scale is not None and scale.passed(step, total):
             return replace(total, skip=True)
@@ -148,49 +128,61 @@ class Progress:
 
 
 @dataclass
-class Loop:
+class _AnyLoop:
     """
-    Trains one worker's model, or its part of one.
+    What the loops have in common.
 
     Everything that is reported goes through `report`, which must be quick and may be called from
     this thread only.
     """
 
-    job: Job
-    eval_data: Dataset[Any] | None
-    flat: FlatModel
-    sampler: Sampler
-    total_steps: int
+    prepared: Prepared
     strategy: WorkerStrategy[Any]
-    compute: Compute
     rank: int
     report: Callable[[AnyReport], None]
     progress: Progress
-    start: int = 0
+    start: int
     """Steps that were made before."""
-    checkpoint: Callable[[int], object] = lambda version: None
-    """Told after each step how many are done: a checkpoint may be due."""
-    lookups: Lookups | None = None
-    """The model's embedding tables, if it has some."""
-    stop: Callable[[int], StopOrder] = lambda step: StopOrder.NONE
-    """Asked before each step for what this rank was told; all ranks stop after the same step."""
-    evaluated: Callable[[], object] = lambda: None
-    """Told after each evaluation: what its forwards wrote is no part of the training."""
-    gathering: Gathering = field(default_factory=Gathering)
+    checkpoint: Callable[[int], object]
+    """Told how many steps are done: a checkpoint may be due."""
+    gathering: Gathering
     """This rank's part in what a loss gathers from all."""
-    group: Collective | None = None
-    """All ranks, over which evaluations are gathered: what every rank has, no rank can take with
-    it. None: the ranks have no group."""
-    metrics: TaskMetrics | None = None
-    """The task's metrics with state; None: there are no evaluations."""
-    loss_scale: LossScale | None = None
-    """Of a run in float16."""
-    on_a_copy: Callable[[], AbstractContextManager[None]] = nullcontext
-    """See `ModelState.on_a_copy`."""
 
     def __post_init__(self) -> None:
-        given = self.job, self.flat, self.strategy, self.lookups
-        self._exchange = StepExchange(*given, self.loss_scale)
+        p = self.prepared
+        assert p.state is not None, "join() makes it"
+        self.flat, self.sampler, self.state = p.flat, p.sampler, p.state
+        self.total_steps, self.eval_data = p.total_steps, p.eval_data
+        self._exchange = StepExchange(p, self.strategy, self.rank)
+
+    def _tell(
+        self, part: int, step: int, share: Share, clock: Stopwatch, more: Mapping[str, float]
+    ) -> None:
+        """Report a part of a step."""
+        epoch, of = self.sampler.epoch_of(step), self.total_steps
+        figures = {**self.strategy.figures(), **more, **self._exchange.figures()}
+        figures |= rate_figures(self.prepared.job, step, of)
+        mean, samples, weight = share.loss, share.samples, share.weight
+        seconds = clock.seconds
+        self.report(StepReport(part, step, epoch, mean, samples, seconds, of, figures, weight))
+
+
+@dataclass
+class Loop(_AnyLoop):
+    """Trains one worker's model, or its part of one."""
+
+    compute: Compute
+    stop: Callable[[int], StopOrder]
+    """Asked before each step for what this rank was told; all ranks stop after the same step."""
+    group: Collective | None
+    """All ranks, over which evaluations are gathered: what every rank has, no rank can take with
+    it. None: the ranks have no group."""
+    metrics: TaskMetrics
+    """The task's metrics with state."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.job = self.prepared.job
         self._agreed = StopOrder.NONE  #: what all ranks do before the next step
 
     def run(self) -> StopOrder:
@@ -256,12 +248,12 @@ class Loop:
     def _step(self, step: int, told: StopOrder) -> None:
         self.flat.begin_step()
         clock = Stopwatch()
-        with self.gathering.begin(step), self.on_a_copy():
+        with self.gathering.begin(step), self.state.on_a_copy():
             share = self.compute.gradients(step, clock)
         self.gathering.finish(self.flat.params.device)
         self.flat.check_layout(step)
         self.strategy.given = step, share
-        total = self._exchange.exchange(Turn(step, step), self.rank, share, told)
+        total = self._exchange.exchange(step, share, number=step, stop=told)
         self._agreed = total.stop
         clock.lap("exchange")
         self.strategy.update(step, total)
@@ -270,14 +262,8 @@ class Loop:
 
     def _end_step(self, step: int, share: Share, clock: Stopwatch) -> None:
         self.flat.version = self.progress.step = step + 1
-        self.progress.beats += 1
-        epoch = self.sampler.epoch_of(step)
-        figures = {**self.strategy.figures(), **self._exchange.figures()}
-        figures |= rate_figures(self.job, step, self.total_steps)
-        seconds, of = clock.seconds, self.total_steps
-        mean, samples, weight = share.loss, share.samples, share.weight
-        report = StepReport(self.rank, step, epoch, mean, samples, seconds, of, figures, weight)
-        self.report(report)
+        self.progress.beat()
+        self._tell(self.rank, step, share, clock, {})
         self.strategy.given = None
 
     def _skip(self, step: int) -> None:
@@ -288,9 +274,7 @@ class Loop:
         self._end_step(step, Share(), clock)
 
     def _evaluates_after(self, step: int) -> bool:
-        if step + 1 == self.total_steps:
-            return True
-        return self._is_period(step + 1)
+        return step + 1 == self.total_steps or self._is_period(step + 1)
 
     def _is_period(self, steps: int) -> bool:
         """Say whether it is the job that wants an evaluation after so many steps, not the end."""
@@ -301,11 +285,11 @@ class Loop:
         """Run this rank's part of the evaluation data; the controller puts the parts together."""
         self.progress.evaluating = True
         found = self.compute.evaluate(data)
-        self.evaluated()
+        self.state.discard()
         if self.job.ema is not None:
             with self.flat.shown(self.strategy.average()):
                 found.take_in(self.compute.evaluate(data), "ema_")
-            self.evaluated()
+            self.state.discard()
         self._merge_states(found)
         self.progress.evaluating = False
         mine = EvalReport(self.rank, step, found.samples, found.sums, found.counts)
@@ -317,12 +301,12 @@ class Loop:
             self.job.plateau.evaluated(step, join_evals(parts).metrics)
 
     def _gathered(self, mine: EvalReport, group: Collective) -> list[EvalReport]:
-        texts = gather_bytes(json.dumps(asdict(mine)).encode(), group, self.flat.params.device)
-        return [EvalReport(**json.loads(text)) for text in texts]
+        every = gather_values(asdict(mine), group, self.flat.params.device)
+        return [EvalReport(**fields) for fields in every]
 
     def _merge_states(self, found: Sums) -> None:
         """Have rank 0's part hold the figures of metrics with state, of the data of all."""
-        if self.metrics is None or not self.metrics.found():
+        if not self.metrics.found():
             return
         parts = self.metrics.gathered(found.states, self.flat.params.device)
         if self.rank == 0:
@@ -349,28 +333,15 @@ def course_of(job: Job, sampler: Sampler, steps: int, first: int, evaluates: boo
 
 
 @dataclass
-class LeasedLoop:
-    """Trains one worker's model on what it is given; see `Loop` for the fields."""
+class LeasedLoop(_AnyLoop):
+    """Trains one worker's model on what it is given."""
 
-    prepared: Prepared
-    strategy: WorkerStrategy[Any]
-    rank: int
-    report: Callable[[AnyReport], None]
-    progress: Progress
-    leases: Leases
     compute: TaskModel
-    start: int = 0
-    checkpoint: Callable[[int], object] = lambda version: None
-    gathering: Gathering = field(default_factory=Gathering)
+    leases: Leases
 
     def __post_init__(self) -> None:
-        self.flat, self.sampler = self.prepared.flat, self.prepared.sampler
-        self.total_steps, self.eval_data = self.prepared.total_steps, self.prepared.eval_data
-        given = self.prepared.job, self.flat, self.strategy, self.prepared.lookups
-        self._exchange = StepExchange(*given)
+        super().__post_init__()
         self._made = 0  #: tasks, in this attempt: the number of the next push
-        state = self.prepared.state
-        self._on_a_copy = nullcontext if state is None else state.on_a_copy
 
     def run(self) -> StopOrder:
         """Work until there is nothing more to do; the task scheduler says when that is."""
@@ -404,11 +375,11 @@ class LeasedLoop:
     def _make(self, task: int) -> None:
         self.flat.begin_step()
         clock = Stopwatch()
-        with self.gathering, self._on_a_copy():
+        with self.gathering, self.state.on_a_copy():
             share = self.compute.gradients(task, clock)
         step, part = divmod(task, self.sampler.world)
         self.flat.check_layout(step)
-        total = self._exchange.exchange(Turn(step, self._made, task), self.rank, share)
+        total = self._exchange.exchange(step, share, number=self._made, task=task)
         self._made += 1
         clock.lap("exchange")
         self.strategy.update(task, total)
@@ -417,14 +388,8 @@ class LeasedLoop:
         self.progress.step = max(self.progress.step, step + 1)
         self.flat.version = self.progress.step
         self.progress.beat()
-        epoch = self.sampler.epoch_of(step)
-        figures = {**self.strategy.figures(), "lease_s": self._idle_s}
-        figures |= self._exchange.figures()
-        figures |= rate_figures(self.prepared.job, step, self.total_steps)
-        self._idle_s = 0.0
-        seconds, of, mean, weight = clock.seconds, self.total_steps, share.loss, share.weight
-        samples = share.samples
-        self.report(StepReport(part, step, epoch, mean, samples, seconds, of, figures, weight))
+        idle_s, self._idle_s = self._idle_s, 0.0
+        self._tell(part, step, share, clock, {"lease_s": idle_s})
 
     def _make_final(self, work: Lease) -> None:
         """Take the final parameters, once every task is done."""
@@ -444,10 +409,8 @@ class LeasedLoop:
         self.progress.evaluating = True
         found = self.compute.evaluate_part(self.eval_data, part)
         self.progress.evaluating = False
-        if self.prepared.state is not None:
-            self.prepared.state.discard()
-        sums = found.samples, found.sums, found.counts
-        self.report(EvalReport(part, version, *sums))
+        self.state.discard()
+        self.report(EvalReport(part, version, found.samples, found.sums, found.counts))
         self.leases.finish((), ((version, part),))
         self.progress.beat()
 

@@ -23,8 +23,9 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from distplat.strategies.loop.collate import with_fields
-from distplat.strategies.loop.loss_state import LossState, generators, remark_on_state, same
+from distplat.strategies.loop.loss_state import LossState, remark_on_state
 from distplat.strategies.loop.losses import Judged, Made
+from distplat.strategies.loop.seeding import generators_kept, state_of_generators
 from distplat.strategies.loop.task_settings import task_modules
 from distplat.strategies.task import Task, has_step
 
@@ -284,12 +285,12 @@ def _of_parts(
     found = []
     if sum(state.numel() for state in states) > _COPIED_ELEMENTS:
         raise _CannotTell
-    with torch.no_grad(), _kept(states):
-        before = generators()
+    with torch.no_grad(), generators_kept(), _kept(states):
+        before = state_of_generators()
         for cut in cuts:
             outputs, targets = (_part(one, size, cut) for one in given)
             value = read(_on_a_copy(method, begun)(outputs, targets))
-            if value is None or not same(before, generators()):
+            if value is None or state_of_generators() != before:
                 return None
             found.append(value)
     return found
@@ -478,16 +479,10 @@ def _on_a_copy(task_loss: Callable[..., Any], begun: LossState | None) -> Callab
 
 @contextmanager
 def _kept(states: Sequence[Tensor]) -> Iterator[None]:
-    """Put generators and states back at the end."""
+    """Put states back at the end."""
     copies = [(state, state.detach().clone()) for state in states]
-    before = generators()
     try:
         yield
     finally:
-        random.setstate(before[0])
-        np.random.set_state(before[1])
-        torch.set_rng_state(before[2])
-        for device, state in enumerate(before[3]):
-            torch.cuda.set_rng_state(state, device)
         for state, values in copies:
             state.data.copy_(values)  # not by autograd's count: backward may have it saved

@@ -7,12 +7,10 @@ it changed is told by name. A loss that is computed again for parts of a batch b
 
 from __future__ import annotations
 
-import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -154,25 +152,3 @@ def _mark(tensor: Tensor) -> object:
     if tensor.is_meta or tensor.layout is not torch.strided:
         return tensor._version
     return tensor._version, str(tensor.detach().sum().item())
-
-
-def generators() -> tuple[Any, Any, Tensor, list[Tensor]]:
-    """Give the states of python's, numpy's and torch's generators, and those of the cards."""
-    cards = _card_states()
-    return random.getstate(), np.random.get_state(), torch.get_rng_state(), cards
-
-
-def _card_states() -> list[Tensor]:
-    started = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
-    return torch.cuda.get_rng_state_all() if started else []
-
-
-def same(one: Any, other: Any) -> bool:
-    """Compare states of generators."""
-    if isinstance(one, Tensor):
-        return torch.equal(one, other)
-    if isinstance(one, np.ndarray):
-        return bool(np.array_equal(one, other))
-    if isinstance(one, list | tuple):
-        return len(one) == len(other) and all(map(same, one, other))
-    return bool(one == other)

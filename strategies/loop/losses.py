@@ -21,7 +21,6 @@ All ranks look at the same sum of records, so they have the same scale.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -31,7 +30,7 @@ from torch import Tensor, nn
 
 from distplat.platform.errors import Problem, SpecError
 from distplat.platform.spec import Job
-from distplat.strategies.collective import Collective, gather_bytes
+from distplat.strategies.collective import Collective, gather_values
 from distplat.strategies.loop.checks import (
     checked_loss,
     checked_metrics,
@@ -92,8 +91,7 @@ class TermWeights:
             group = self._meet()
             assert group is not None, "strategies whose ranks keep step have a group, or make one"
             self._group = group.subgroup("term-weights", range(group.world))
-        texts = gather_bytes(json.dumps(mine).encode(), self._group, device)
-        return Terms(_added(map(json.loads, texts)), of_all)
+        return Terms(_added(gather_values(mine, self._group, device)), of_all)
 
 
 def weights_of(task: Task, batch: Any) -> dict[str, float]:
@@ -303,16 +301,12 @@ class LossScale:
         """
         known = [self._after]
         if group is not None and group.world > 1:
-            texts = gather_bytes(json.dumps(list(self._after.items())).encode(), group, device)
-            known = [{step: (one[0], one[1]) for step, one in json.loads(text)} for text in texts]
+            every = gather_values(list(self._after.items()), group, device)
+            known = [{step: (one[0], one[1]) for step, one in its} for its in every]
         there = {step: one for after in reversed(known) for step, one in after.items()}
         # Servers may have made a step of whose outcome no worker was told: that of the one before.
         near = max((step for step in there if step <= version), default=None)
         self.load(version, there[near] if near is not None else (FIRST_SCALE, 0))
-
-    def scaled(self, local: StepControl) -> float:
-        """Give the weight of a rank's record, as large as its gradients are."""
-        return local.weight * self.value
 
     def passed(self, step: int, total: StepControl) -> bool:
         """

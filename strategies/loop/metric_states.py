@@ -9,7 +9,6 @@ Metrics with state, such as an AUC: what a task keeps from batch to batch of an 
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +18,7 @@ from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from distplat.platform.errors import SpecError
-from distplat.strategies.collective import Collective, gather_bytes
+from distplat.strategies.collective import Collective, gather_bytes, gather_values
 from distplat.strategies.loop.checks import checked_number, has_state, place
 from distplat.strategies.state_tree import pack, unpack
 from distplat.strategies.task import Task
@@ -91,10 +90,10 @@ class TaskMetrics:
             return [mine]
         heads = {name: [s.path, s.tree, len(s.tensors)] for name, s in mine.items()}
         tensors = [tensor for state in mine.values() for tensor in state.tensors]
-        texts = gather_bytes(json.dumps(heads).encode(), group, device)
+        every = gather_values(heads, group, device)
         named = {str(number): tensor for number, tensor in enumerate(tensors)}
         boxes = gather_bytes(save(named), group, device)
-        return [_received(*pair) for pair in zip(texts, boxes, strict=True)]
+        return [_received(*pair) for pair in zip(every, boxes, strict=True)]
 
     def _of_all(self) -> Collective | None:
         if self._group is None:
@@ -150,11 +149,11 @@ def _within(value: Any) -> Iterator[tuple[str, Any]]:
             yield from ((f"{key}.{rest}", metric) for rest, metric in _within(item))
 
 
-def _received(text: bytes, box: bytes) -> States:
+def _received(heads: Mapping[str, Any], box: bytes) -> States:
     """Put together what another rank has sent: numbers, text and tensors, no code."""
     tensors = load(box)
     states, at = {}, 0
-    for name, (path, tree, count) in json.loads(text).items():
+    for name, (path, tree, count) in heads.items():
         several = tuple(tensors[str(number)] for number in range(at, at + count))
         states[name], at = MetricState(path, tree, several), at + count
     return states

@@ -84,6 +84,10 @@ def _cuda_in_use() -> bool:
     return bool(torch.cuda.is_initialized())  # type: ignore[no-untyped-call]
 
 
+def _cuda_states() -> list[torch.Tensor]:
+    return torch.cuda.get_rng_state_all() if _cuda_in_use() else []
+
+
 def _seed_others(seed: int) -> None:
     # Folded: numpy takes 32 bits. With the lower ones alone of a long seed it would begin in the
     # very state of torch's generator, which is a Mersenne Twister too.
@@ -96,15 +100,14 @@ def generators_kept() -> Iterator[None]:
     """Put the global generators back where they were before the block; about 60 us."""
     of_python, of_numpy = random.getstate(), np.random.get_state(legacy=False)
     of_torch = torch.default_generator.get_state()
-    of_cuda = torch.cuda.get_rng_state_all() if _cuda_in_use() else []
+    of_cuda = _cuda_states()
     try:
         yield
     finally:
         random.setstate(of_python)
         np.random.set_state(of_numpy)
         torch.default_generator.set_state(of_torch)
-        if of_cuda:
-            torch.cuda.set_rng_state_all(of_cuda)
+        torch.cuda.set_rng_state_all(of_cuda)
 
 
 def state_of_generators() -> tuple[object, ...]:
@@ -115,6 +118,7 @@ def state_of_generators() -> tuple[object, ...]:
         random.getstate(),
         (state["key"].tobytes(), state["pos"], of_numpy["has_gauss"]),
         torch.default_generator.get_state().numpy().tobytes(),
+        [one.numpy().tobytes() for one in _cuda_states()],
     )
 
 

@@ -8,14 +8,13 @@ From a job and a task to a loop that is ready to run, in steps that can wait bet
 """
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cache, partial
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
 
 from distplat.platform.checkpoints import is_due
 from distplat.platform.errors import Problem, SpecError
@@ -47,13 +46,11 @@ from distplat.strategies.loop.checks import (
     remarks_on_model,
 )
 from distplat.strategies.loop.compute import TaskModel
-from distplat.strategies.loop.evaluated_rates import meet_plateau
 from distplat.strategies.loop.gathering import Gathering, looks_gathering
 from distplat.strategies.loop.loaders import ready_loaders, warning_of
 from distplat.strategies.loop.loop import LeasedLoop, Loop, Progress, course_of
 from distplat.strategies.loop.losses import LOSS_SCALE, LossScale, TermWeights
 from distplat.strategies.loop.metric_states import TaskMetrics
-from distplat.strategies.loop.parameter_groups import check_groups
 from distplat.strategies.loop.prepared import Prepared
 from distplat.strategies.loop.seeding import seed_all
 from distplat.strategies.loop.streams import Mark, StreamSamples
@@ -67,12 +64,13 @@ from distplat.strategies.loop.task_settings import (
 from distplat.strategies.model.flat import FlatModel
 from distplat.strategies.model.model_state import ModelState, Shares
 from distplat.strategies.model.module_options import apply_module_options
+from distplat.strategies.model.optim import check_groups, meet_plateau
 from distplat.strategies.model.parameter_layout import first_non_finite
 from distplat.strategies.model.task_optimizer import make_optimizers, optimizers_digest
 from distplat.strategies.ports import Board, Leases, Shards, Tables
 from distplat.strategies.sparse.lookups import lookups_of
 from distplat.strategies.strategy_spec import Roles
-from distplat.strategies.task import Task, has_weights
+from distplat.strategies.task import Task, overrides
 from distplat.strategies.worker_strategy import Context, WorkerStrategy
 
 logger = logging.getLogger(__name__)
@@ -160,9 +158,10 @@ def prepare(
     part = None
     if whole:
         apply_module_options(job, model)
-        rule, moved = job.optimizer, _moved(extra, device)
-        fits, group_of = rule.takes, rule.group_of
-        part = FlatModel(model.to(device), moved, thaws=thaws, takes=fits, group_of=group_of)
+        for tensor in extra.values():
+            tensor.data = tensor.data.to(device)
+        fits, group_of = job.optimizer.takes, job.optimizer.group_of
+        part = FlatModel(model.to(device), extra, thaws=thaws, takes=fits, group_of=group_of)
     data, eval_data, sampler = _data(job, task, roles)
     steps = total_steps(job, sampler)
     if problems := length_problems(job.lr_schedule, steps):  # `epochs` say it only now
@@ -187,7 +186,10 @@ def _data(job: Job, task: Task, roles: Roles) -> tuple[Any, Any, Sampler]:
     eval_data = task.eval_data()
     if eval_data is not None:
         eval_data = checked_data(job, task, eval_data, "eval_data")
-    _warn_of_held_generators(data, eval_data)
+    for one, what in ((data, "train_data"), (eval_data, "eval_data")):
+        if one is not None and not isinstance(one, StreamSamples):  # that is read twice, compared
+            if warning := warning_of(one, what):
+                logger.warning(warning)
     return data, eval_data, sampler
 
 
@@ -199,28 +201,12 @@ def _with_own_updates(p: Prepared) -> Prepared:
     return p
 
 
-def _moved(extra: Mapping[str, Tensor], device: str) -> Mapping[str, Tensor]:
-    """Have a task's own parameters on the model's device."""
-    for tensor in extra.values():
-        tensor.data = tensor.data.to(device)
-    return extra
-
-
 def _kept_in_task(job: Job, names: Sequence[str]) -> Problem:
     text = (
         f"{job.strategy.name} trains the model only, and the task keeps {', '.join(names)} itself"
     )
     hint = "make them part of what model() returns, or use `strategy: ring` or `strategy: ps-sync`"
     return Problem(("task",), text, hint)
-
-
-def _warn_of_held_generators(data: Dataset[Any], eval_data: Dataset[Any] | None) -> None:
-    for one, what in ((data, "train_data"), (eval_data, "eval_data")):
-        if one is None or isinstance(one, StreamSamples):  # that is read twice, and compared
-            continue
-        warning = warning_of(one, what)
-        if warning is not None:
-            logger.warning(warning)
 
 
 def describe(prepared: Prepared) -> None:
@@ -271,8 +257,10 @@ def join(
         DistplatError: whatever the ports raise while the ranks find each other.
     """
     p, leases = prepared, ports.leases
-    ports = _with_one_group(ports)
-    _compare(p, rank, ports.board)
+    if ports.peers is not None:  # all who need a group of the workers get the same one
+        ports = replace(ports, peers=cache(ports.peers))
+    if ports.board is not None and p.facts is not None:
+        agree(p.facts, rank, ports.board, partial(hash_samples, p.data))
     group = ports.collective if p.roles.collective is not None else None
     if strategy.cuts_model:
         p.part, p.holding = strategy.cut_model(p, rank, group)
@@ -283,21 +271,16 @@ def join(
     start = _set_up(p, strategy, context, ports.tables)
     checkpoint = _checkpoints(p, strategy, rank, around.take)
     gathering, p.weights = _gathering(p, strategy, context), _term_weights(p, strategy, context)
+    common = p, strategy, rank, report, progress, start, checkpoint, gathering
     if leases is not None:
         leases.connect(course_of(p.job, p.sampler, p.total_steps, start, p.eval_data is not None))
         if p.roles.consistency.dynamic_tasks:
             work = TaskModel(p, strategy.last_backward, progress.beat)
-            steps = leases, work, start, checkpoint
-            return LeasedLoop(p, strategy, rank, report, progress, *steps, gathering)
+            return LeasedLoop(*common, work, leases)
     compute = strategy.compute(p, context)
-    data = p.job, p.eval_data, p.flat, p.sampler, p.total_steps
-    loop = Loop(*data, strategy, compute, rank, report, progress, start, checkpoint, p.lookups)
-    assert p.state is not None, "_load() makes it"
     meet = (lambda: None) if p.job.scaling.world == 1 else _meeting(p, context)
-    loop = replace(loop, stop=stop, metrics=TaskMetrics(p.task, meet))
-    loop = replace(loop, evaluated=p.state.discard, on_a_copy=p.state.on_a_copy)
     group = _meet_others(p, ports, start, group, meet)
-    return replace(loop, group=group, gathering=gathering, loss_scale=p.loss_scale)
+    return Loop(*common, compute, stop, group, TaskMetrics(p.task, meet))
 
 
 def _meet_others(
@@ -311,7 +294,8 @@ def _meet_others(
     device = p.flat.params.device
     if (plateau := p.job.plateau) is not None:
         group = meet() if group is None else group  # its ranks gather evaluations
-        meet_plateau(plateau, start, group, ports.shards if p.roles.servers else None, device)
+        told = ports.shards.settings() if start and p.roles.servers and ports.shards else ()
+        meet_plateau(plateau, start, group, told, device)
     if p.loss_scale is not None:
         p.loss_scale.meet(start, meet(), device)
     return group
@@ -323,18 +307,11 @@ def _meeting(p: Prepared, context: Context) -> Callable[[], Collective | None]:
     return (lambda: context.collective) if met else context.peers
 
 
-def _with_one_group(ports: Ports) -> Ports:
-    """Have all who need a group of the workers get the same one."""
-    return ports if ports.peers is None else replace(ports, peers=cache(ports.peers))
-
-
 def _gathering(p: Prepared, strategy: WorkerStrategy[Any], context: Context) -> Gathering:
     """Give what a loss may gather, or why it may not."""
     refused = None
-    backup, name = p.roles.consistency.backup_workers, p.job.strategy.name
-    if not strategy.strategy.gathers or backup:
-        what = "`backup_workers`" if backup else f"the strategy {name!r}"
-        text = f"all_gather() does not go together with {what}: workers are not in one step"
+    if apart := _apart(p, strategy):
+        text = f"all_gather() does not go together with {apart}: workers are not in one step"
         refused = Problem(("strategy",), text, "use `strategy: ring` or `ps-sync`")
     elif p.job.gradient_accumulation > 1:
         text = "all_gather() in a loss needs a worker's part of the batch at once"
@@ -343,6 +320,13 @@ def _gathering(p: Prepared, strategy: WorkerStrategy[Any], context: Context) -> 
     assert p.state is not None, "_load() makes it"
     expected = refused is None and p.sampler.world > 1 and looks_gathering(p.task, p.flat.model)
     return Gathering(meet, p.sampler.world, p.state.shares.micro_batches, expected, refused)
+
+
+def _apart(p: Prepared, strategy: WorkerStrategy[Any]) -> str:
+    """Name what has workers compute different steps; empty: all are in one."""
+    if p.roles.consistency.backup_workers:
+        return "`backup_workers`"
+    return "" if strategy.strategy.gathers else f"the strategy {p.job.strategy.name!r}"
 
 
 def _term_weights(
@@ -354,24 +338,17 @@ def _term_weights(
     Raises:
         SpecError: workers are not in one step, and do not push by themselves either.
     """
-    if not has_weights(type(p.task)):
+    if not overrides(type(p.task), "weights"):
         return None
     if p.roles.consistency.dynamic_tasks:
         return TermWeights(p.task)
-    backup, name = p.roles.consistency.backup_workers, p.job.strategy.name
-    if not strategy.strategy.gathers or backup:
-        what = "`backup_workers`" if backup else f"the strategy {name!r}"
-        text = f"weights() does not go together with {what}: they are those of all workers' batches"
-        raise SpecError(
-            Problem(("strategy",), text, "use `strategy: ring`, `ps-sync` or `ps-async`")
+    if apart := _apart(p, strategy):
+        text = (
+            f"weights() does not go together with {apart}: they are those of all workers' batches"
         )
+        hint = "use `strategy: ring`, `ps-sync` or `ps-async`"
+        raise SpecError(Problem(("strategy",), text, hint))
     return TermWeights(p.task, _meeting(p, context), p.sampler.world)
-
-
-def _compare(p: Prepared, rank: int, board: Board | None) -> None:
-    """See that this rank has what the others have."""
-    if board is not None and p.facts is not None:
-        agree(p.facts, rank, board, partial(hash_samples, p.data))
 
 
 def _shares_of(p: Prepared) -> Shares:
@@ -398,12 +375,17 @@ def _context(
     progress: Progress,
     report: Callable[[AnyReport], None],
 ) -> Context:
-    where = p.job, rank, p.job.scaling.world, p.total_steps, p.flat
-    context = Context(*where, ports.collective, ports.shards, progress.beat)
-    return replace(
-        context,
-        saved=around.saved,
-        base=around.base,
+    return Context(
+        p.job,
+        rank,
+        p.job.scaling.world,
+        p.total_steps,
+        p.flat,
+        ports.collective,
+        ports.shards,
+        progress.beat,
+        around.saved,
+        around.base,
         model_state=p.state,
         meet_peers=ports.peers,
         report=report,
@@ -451,14 +433,6 @@ def _load(p: Prepared, saved: SavedState | None) -> None:
         p.state = ModelState(p.flat, _shares_of(p), p.task.buffers)
 
 
-def _position(p: Prepared, version: int) -> dict[str, Any]:
-    """Give where a stream is read on; nothing, of other data."""
-    if not isinstance(p.data, StreamSamples):
-        return {}
-    mark = p.data.mark_before(p.sampler.position(version))
-    return {} if mark is None else {STREAM: mark.saved()}
-
-
 def _checkpoints(
     p: Prepared, strategy: WorkerStrategy[Any], rank: int, take: Take | None
 ) -> Callable[[int], None]:
@@ -469,31 +443,38 @@ def _checkpoints(
 
     def checkpoint(version: int) -> None:
         if is_due(version, every, p.total_steps):
-            facts: dict[str, Any] = {
-                "epoch": p.sampler.epoch_of(version),
-                "steps_per_epoch": p.sampler.steps_per_epoch,
-                "samples": p.sampler.size,
-                "versions": {"torch": str(torch.__version__)},
-            }
-            facts |= _position(p, version)
-            slot = first_non_finite(p.flat.params, p.flat.segments, p.flat.layout.pieces)
-            if slot is not None:
-                facts[NOT_FINITE] = p.flat.name(slot)
-            if p.frozen is not None:
-                facts[FROZEN] = p.frozen.unchanged()
-                p.flat.unsaved = frozenset(facts[FROZEN])
-            if p.loss_scale is not None:
-                facts[LOSS_SCALE] = p.loss_scale.saved(version)
-            if p.job.plateau is not None:
-                facts[PLATEAU] = p.job.plateau.saved()
+            facts = _facts(p, version)
             part = strategy.checkpoint(version)
-            if p.lookups is not None:
-                facts["tables"] = [asdict(spec) for spec in p.lookups.specs]
-                if rank == 0:  # one of them, for all
-                    part = part.also(partial(p.lookups.copies, version))
-            # The last one is waited for: by now all ranks have made their steps.
-            take(
-                version, replace(part, may_skip=False) if version == p.total_steps else part, facts
-            )
+            if p.lookups is not None and rank == 0:  # one of them, for all
+                part = part.also(partial(p.lookups.copies, version))
+            if version == p.total_steps:  # waited for: by now all ranks have made their steps
+                part = replace(part, may_skip=False)
+            take(version, part, facts)
 
     return checkpoint
+
+
+def _facts(p: Prepared, version: int) -> dict[str, Any]:
+    """Give what a checkpoint's `state.json` says of a version; have the rest left out of it."""
+    facts: dict[str, Any] = {
+        "epoch": p.sampler.epoch_of(version),
+        "steps_per_epoch": p.sampler.steps_per_epoch,
+        "samples": p.sampler.size,
+        "versions": {"torch": str(torch.__version__)},
+    }
+    if isinstance(p.data, StreamSamples):  # where it is read on
+        mark = p.data.mark_before(p.sampler.position(version))
+        facts |= {} if mark is None else {STREAM: mark.saved()}
+    slot = first_non_finite(p.flat.params, p.flat.segments, p.flat.layout.pieces)
+    if slot is not None:
+        facts[NOT_FINITE] = p.flat.name(slot)
+    if p.frozen is not None:
+        facts[FROZEN] = p.frozen.unchanged()
+        p.flat.unsaved = frozenset(facts[FROZEN])
+    if p.loss_scale is not None:
+        facts[LOSS_SCALE] = p.loss_scale.saved(version)
+    if p.job.plateau is not None:
+        facts[PLATEAU] = p.job.plateau.saved()
+    if p.lookups is not None:
+        facts["tables"] = [asdict(spec) for spec in p.lookups.specs]
+    return facts

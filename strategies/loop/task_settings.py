@@ -24,9 +24,9 @@ from distplat.platform.lr_schedules import TaskSchedule
 from distplat.platform.sampler import Sampler
 from distplat.platform.spec import Job
 from distplat.strategies.algorithms.seeds import order_seed
-from distplat.strategies.loop.checks import place
+from distplat.strategies.loop.checks import no_return, place
 from distplat.strategies.loop.seeding import generators_kept, seed_all, seed_quickly
-from distplat.strategies.task import Task, has_lr, method_of, overrides
+from distplat.strategies.task import Task, method_of, overrides
 
 _EPOCHS = 2
 """That are kept: loaders read ahead into the next one."""
@@ -101,8 +101,8 @@ class TaskOrder:
         if isinstance(found, torch.Tensor):
             found = found.detach().cpu().numpy()
         if not isinstance(found, Iterable):
-            hint = ": is there a `return`?" if found is None else ""
-            raise self._wrong(f"must give numbers of samples, got a {type(found).__name__}{hint}")
+            what = f"a {type(found).__name__}{no_return(found)}"
+            raise self._wrong(f"must give numbers of samples, got {what}")
         listed = found if isinstance(found, np.ndarray) else list(found)
         try:
             order = np.asarray(listed)
@@ -211,7 +211,7 @@ def with_task_schedule(job: Job, task: Task, steps: int) -> Job:
     Raises:
         ValueError: a factor is no number, negative or not finite; names the step.
     """
-    if not has_lr(type(task)):
+    if not overrides(type(task), "lr"):
         return job
     seed_all(job.seed)
     own = method_of(task, "lr")
@@ -228,8 +228,8 @@ def schedule_digest(job: Job) -> str:
 def _factor(task: Task, found: object, step: int) -> float:
     wrong = f"{place(task, 'lr')}lr() must give a number, 0 or more"
     if not isinstance(found, Real) or isinstance(found, bool):
-        hint = ": is there a `return`?" if found is None else ""
-        raise ValueError(f"{wrong}; got a {type(found).__name__} for step {step}{hint}")
+        what = f"a {type(found).__name__} for step {step}{no_return(found)}"
+        raise ValueError(f"{wrong}; got {what}")
     factor = float(found)
     if not (math.isfinite(factor) and factor >= 0):
         raise ValueError(f"{wrong}; got {factor} for step {step}")

@@ -241,7 +241,7 @@ class FlatModel:
         for run in self._zeroed:
             run.zero_()
         self.present[:] = self.began = False
-        self._gradients.begin()
+        self.gradients.begin()
 
     def before_backward(self) -> None:
         """
@@ -250,7 +250,7 @@ class FlatModel:
         Raises:
             SpecError: see `Gradients.before_backward`.
         """
-        self._gradients.before_backward()
+        self.gradients.before_backward()
         self._look_for_thawed()
         self.began = True
 
@@ -261,7 +261,7 @@ class FlatModel:
         Raises:
             SpecError: see `Gradients.take_in`.
         """
-        self._gradients.take_in()
+        self.gradients.take_in()
         self._look_for_thawed()
         for number in np.flatnonzero(self.thawed).tolist():
             place = self._trained + number
@@ -269,26 +269,6 @@ class FlatModel:
             if grad is not None:  # in memory of its own, and the sum so far
                 self.slots[place].view(self.grads).copy_(grad)
                 self.present[place] = True
-
-    def ready(self, place: int) -> None:
-        """Be told by a hook that the backward under way has finished a slot's gradient."""
-        self._gradients.ready(place)
-
-    def is_copied(self, place: int) -> bool:
-        """See `Gradients.is_copied`."""
-        return self._gradients.is_copied(place)
-
-    def forget_copies(self) -> None:
-        """Be told that owned gradients are to be copied anew."""
-        self._gradients.copied.clear()
-
-    def gradient(self, place: int) -> Tensor:
-        """Give the place of a slot's gradient in the vector, as `ready` makes it its `.grad`."""
-        return self._gradients.view(place)
-
-    def finite(self, place: int) -> bool:
-        """Say whether `ready` has seen that a slot's gradient is finite, and none came since."""
-        return self._gradients.finite(place)
 
     def copy_when_ready(self, copies: bool, *, looks: bool = False) -> None:
         """
@@ -305,7 +285,7 @@ class FlatModel:
     def settle(self) -> None:
         """Set gradients to zero that no backward has made; needed where none was called."""
         if not self.began:
-            self._gradients.settle()
+            self.gradients.settle()
 
     @property
     def tail_in_use(self) -> bool:
@@ -462,11 +442,11 @@ class FlatModel:
             parameter.data = slot.view(self.params)
         self._pointers = list(map(Tensor.data_ptr, self._housed))
         names = [slot.name for slot in slots]
-        self._gradients = Gradients(names, self._housed, self.present, live, owned=self._owned)
+        self.gradients = Gradients(names, self._housed, self.present, live, owned=self._owned)
         trained = enumerate(self.trained_slots if self._copies else ())
         copied = [n for n, slot in trained if slot.size * slot.dtype.itemsize >= _COPIED_BYTES]
         views = [slot.view(self.grads) for slot in slots]
-        self._gradients.point(views, copied, looks=self._looks)
+        self.gradients.point(views, copied, looks=self._looks)
         used = self.size if self.active.any() else self.layout.tail
         self._zeroed = [*_without(self.grads[:used], [self.slots[place] for place in copied])]
 

@@ -223,9 +223,10 @@ class ModelState:
         if lost:
             raise StateLost(f"{lost[0].slot.name!r} as it was before the step in flight")
 
-    def leave_out(self, version: int) -> None:
-        """Be told that a step is passed over: what its forwards wrote is undone."""
-        self.restore()
+    def finish(self, version: int, *, skipped: bool) -> None:
+        """Be told that a step is over: of one that is passed over what forwards wrote is undone."""
+        if skipped:
+            self.restore()
         self.keep(version)
 
     def step_back(self) -> None:

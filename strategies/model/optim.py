@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
@@ -13,24 +13,28 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from typing_extensions import override
 
+from distplat.platform.errors import SpecError, StateLost
 from distplat.platform.model_options import EMA
+from distplat.platform.optimizer_checks import match_problems, shape_problems
 from distplat.platform.optimizers import Optimizer
+from distplat.platform.plateau import Plateau, PlateauState
 from distplat.platform.spec import Job
-from distplat.platform.vector_layout import Layout, plain_layout
+from distplat.platform.vector_layout import Layout
 from distplat.strategies.algorithms.reduce import clip_factor
-from distplat.strategies.model.ema import AVERAGE, AVERAGED, AveragedVector
+from distplat.strategies.collective import Collective, gather_values
+from distplat.strategies.model.ema import AVERAGE
 from distplat.strategies.model.flat import FlatModel
 from distplat.strategies.model.optimizer_state import PER_PARAMETER, UPDATES, USED, Presence
 from distplat.strategies.model.parameter_layout import (
-    dtype_name,
     scale_in_place,
     segments_of,
     squared_norm_of,
     typed,
 )
-from distplat.strategies.model.tensor_optimizer import TensorOptimizer
-from distplat.strategies.torch_compat import spare_the_compiler
+from distplat.strategies.model.tensor_optimizer import TensorOptimizer, VectorOptimizer
+from distplat.strategies.sparse.modules import dense_parameters, tables_of
 
 _FUSED = {"SGD", "Adam", "AdamW", "Adagrad"}
 """Classes with a fused kernel on the CPU: one pass over memory instead of several."""
@@ -56,7 +60,7 @@ class _Run:
     parameter: nn.Parameter = field(init=False)
 
 
-class FlatOptimizer:
+class FlatOptimizer(VectorOptimizer):
     """
     One of torch's optimizers over a run of the flat vector, as if each parameter were its own.
 
@@ -82,26 +86,21 @@ class FlatOptimizer:
         layout: Layout | None = None,
         ema: EMA | None = None,
     ) -> None:
-        spare_the_compiler()
-        self._layout = layout or plain_layout(vector.numel(), dtype_name(vector))
-        self._vector = vector
+        super().__init__(vector, layout, ema)
         self.gradient = gradient
         self._pieces = self._layout.pieces
-        self._slots = np.array([piece.slot for piece in self._pieces], np.int64)
         self._group_of = np.array([piece.group for piece in self._pieces], np.int64)
         self._segment_of = segments_of(self._layout)
-        starts = [piece.start for piece in self._pieces]
-        self._at_first = np.array(starts, np.int64) < self._layout.tail  #: who is no tail
         self._torch = {(a, b): _make(spec, a) for a in (True, False) for b in (True, False)}
         """By whether the kernel is a fused one, and whether there is a state: such a kernel wants
         one of all parameters or of none."""
         self._used = np.zeros(len(self._pieces), np.bool_)
-        self._average = None if ema is None else AveragedVector(ema, vector, self._layout)
         self._vectors: dict[str, Tensor] = {}
         self._scalars: dict[str, Tensor] = {}  #: by piece
         self._runs: list[_Run] | None = None  #: of `_present`; None: to be found anew
         self._present: NDArray[np.bool_] | None = None
 
+    @override
     def step(self, rates: Sequence[float], present: Presence = None) -> None:
         """
         Make an update from `gradient`.
@@ -122,14 +121,10 @@ class FlatOptimizer:
         if not all(run.used for run in runs):
             self._take_new_states(runs)
 
-    @property
-    def average(self) -> Tensor:
-        """The average of the vector, shape [n]; without one, and before an update, the vector."""
-        return self._vector if self._average is None else self._average.values
-
+    @override
     def state(self) -> dict[str, Tensor]:
         """Give what it remembers, by torch's names (see `PER_PARAMETER`); vectors are no copies."""
-        average = {} if self._average is None else self._average.state()
+        average = self._averaged()
         if not self._used.any() and not average:
             return {}
         self._write_back()
@@ -142,19 +137,16 @@ class FlatOptimizer:
             of_all = torch.zeros(count, dtype=values.dtype)
             of_all[places] = values.cpu()
             found[PER_PARAMETER + name] = of_all
-        if average:
-            found |= {AVERAGE: average[AVERAGE], UPDATES: average[AVERAGED]}
-        return {**found, USED: used}
+        return {**found, **average, USED: used}
 
+    @override
     def load(self, state: Mapping[str, Tensor]) -> None:
         """Take over what `state` of an equal optimizer gave; copied. Nothing: as if it were new."""
         places = torch.from_numpy(self._slots)
         used = state.get(USED)
         self._used[:] = used[places].cpu().numpy() if used is not None else False
         self._vectors, self._scalars, self._runs = {}, {}, None
-        if self._average is not None:
-            found = {AVERAGE: AVERAGE, AVERAGED: UPDATES}
-            self._average.load({mine: state[its] for mine, its in found.items() if its in state})
+        self._load_average(state)
         for name, values in state.items():
             if name in (USED, AVERAGE, UPDATES):
                 continue
@@ -186,18 +178,16 @@ class FlatOptimizer:
                 optimizer.param_groups[number].update(found)
         return tuple(rates)
 
+    @override
     def use(self, gradient: Tensor) -> None:
         """Take gradients from another vector from now on, shape [n]."""
         self.gradient = gradient
         for run in self._runs or ():
             run.parameter.grad = typed(gradient, run.start, run.stop, run.dtype)
 
-    @property
-    def state_bytes(self) -> int:
-        """Memory that the state takes."""
-        kept = [*self._vectors.values(), *self._scalars.values()]
-        average = 0 if self._average is None else self._average.state_bytes
-        return sum(value.nbytes for value in kept) + average
+    @override
+    def _kept(self) -> Iterable[Tensor]:
+        return [*self._vectors.values(), *self._scalars.values()]
 
     def _runs_of(self, present: Presence) -> list[_Run]:
         """Give the runs to be updated; set torch's optimizers up for them if they are others."""
@@ -335,8 +325,9 @@ def optimizer_of(
     gradient: Tensor,
     layout: Layout | None = None,
     ema: EMA | None = None,
-) -> FlatOptimizer | TensorOptimizer:
+) -> VectorOptimizer:
     """Make the optimizer of a run of the flat vector; see both for the arguments."""
+    kind: type[TensorOptimizer | FlatOptimizer]
     kind = TensorOptimizer if spec.whole else FlatOptimizer
     return kind(spec, vector, gradient, layout, ema)
 
@@ -413,3 +404,59 @@ class LocalOptimizer:
     def _norm(self) -> float:
         """Give the 2-norm of the gradient of the whole model, before it is scaled."""
         return math.sqrt(squared_norm_of(self._flat.grads, self._flat.layout.segments))
+
+
+def meet_plateau(
+    plateau: Plateau,
+    version: int,
+    group: Collective | None,
+    told: Sequence[float],
+    device: torch.device,
+) -> None:
+    """
+    Have what the others have, and the servers; every rank calls this when an attempt begins.
+
+    Args:
+        plateau: this rank's.
+        version: with which the attempt begins.
+        group: all ranks; None: there is one.
+        told: what servers say of the rates; empty: nothing.
+        device: of the model.
+
+    Raises:
+        StateLost: who knew the rates of this version is gone.
+    """
+    known = [] if plateau.known is None else [plateau.known]
+    if told:
+        known.append(PlateauState.of(told))
+    if group is not None and group.world > 1:
+        every = gather_values(known, group, device)
+        known = [PlateauState.of(one) for some in every for one in some]
+    if not plateau.meet(version, known):
+        raise StateLost("what evaluations made of the learning rate")
+
+
+def check_groups(rule: Optimizer, model: nn.Module, extra: Mapping[str, Tensor]) -> None:
+    """
+    See that each pattern of the groups has parameters, and each optimizer those that it takes.
+
+    Args:
+        rule: the job's optimizer.
+        model: the whole one.
+        extra: trained parameters outside of it, by name.
+
+    Raises:
+        SpecError: names the groups.
+    """
+    if not rule.groups and not rule.whole:
+        return
+    named = dict(dense_parameters(model))
+    first = {id(parameter): name for name, parameter in named.items()}
+    again = model.named_parameters(remove_duplicate=False)
+    others = {name: first[id(p)] for name, p in again if id(p) in first and name not in named}
+    tables = {path: (path, f"{path}.table", f"{path}.weight") for path in tables_of(model)}
+    problems = match_problems(rule, [*named, *extra], tables, others)
+    every = {**named, **extra}.items()
+    shapes = {name: p.shape for name, p in every if p.requires_grad and p.numel()}
+    if problems := problems or shape_problems(rule, shapes):
+        raise SpecError(*problems)

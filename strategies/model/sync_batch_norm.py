@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from distplat.platform.errors import Problem, SpecError
-from distplat.strategies.collective import Collective
+from distplat.strategies.collective import Collective, gather_numbers
 from distplat.strategies.torch_compat import check_input
 
 _NOTHING, _FORWARD, _BACKWARD, _END = range(4)
@@ -109,7 +109,7 @@ class SyncNorms:
         counts = self._micro_batches(step)
         most = max(counts)
         if counts[self._group.rank] < most:
-            while (word := self._hear())[0] != _END:
+            while (word := self._words(_NOTHING, 0)[0])[0] != _END:
                 kind, width = word
                 if kind == _FORWARD:
                     self._gather(self._zeros(2 * width + 1))
@@ -169,17 +169,8 @@ class SyncNorms:
                 f"{words}; which layers a forward uses must not depend on its samples"
             )
 
-    def _hear(self) -> tuple[int, int]:
-        """Learn what comes next from the ranks that know."""
-        words = self._words(_NOTHING, 0)
-        return words[0]
-
     def _words(self, kind: int, channels: int) -> list[tuple[int, int]]:
-        table = [
-            torch.zeros(2, dtype=torch.int64, device=self._device) for _ in range(self._group.world)
-        ]
-        self._group.all_gather(table, torch.tensor([kind, channels], device=self._device))
-        rows = [tuple(row.tolist()) for row in table]
+        rows = gather_numbers([kind, channels], self._group, self._device)
         return [(kind, width) for kind, width in rows if kind != _NOTHING]
 
     def _on_forward(self, model: nn.Module, inputs: Any) -> None:

@@ -28,7 +28,7 @@ from distplat.platform.errors import Problem, SpecError
 from distplat.platform.optimizers import TaskOptimizer
 from distplat.platform.spec import Job
 from distplat.strategies.algorithms.seeds import update_seed
-from distplat.strategies.loop.checks import place
+from distplat.strategies.loop.checks import no_return, place
 from distplat.strategies.loop.seeding import seed_all, seed_quickly
 from distplat.strategies.model.ema import AveragedVector
 from distplat.strategies.model.flat import FlatModel
@@ -125,9 +125,8 @@ def make_optimizers(job: Job, task: Task, flat: FlatModel) -> tuple[Made, Job]:
     where = f"{place(task, 'optimizer')}optimizer()"
     if not given or not all(isinstance(one, torch.optim.Optimizer) for one in given):
         kinds = ", ".join(type(one).__name__ for one in given) or "nothing"
-        hint = ": is there a `return`?" if found is None else ""
         wanted = "must return a torch.optim.Optimizer, or a list of them"
-        raise ValueError(f"{where} {wanted}; got {kinds}{hint}")
+        raise ValueError(f"{where} {wanted}; got {kinds}{no_return(found)}")
     for one in given:
         _check_step(one, where)
     made = [MadeOptimizer(one) for one in given]

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
 from distplat.platform.model_options import EMA
 from distplat.platform.optimizers import Optimizer
@@ -20,7 +22,76 @@ from distplat.strategies.model.parameter_layout import dtype_name, segments_of, 
 from distplat.strategies.torch_compat import spare_the_compiler
 
 
-class TensorOptimizer:
+class VectorOptimizer(ABC):
+    """
+    An optimizer of a run of the flat vector, and the average that is kept beside it.
+
+    Args:
+        vector: shape [n]; updated in place.
+        layout: what lies where; None: a single parameter.
+        ema: the average of the vector; None: there is none.
+    """
+
+    gradient: Tensor
+
+    def __init__(self, vector: Tensor, layout: Layout | None, ema: EMA | None) -> None:
+        spare_the_compiler()
+        self._layout = layout or plain_layout(vector.numel(), dtype_name(vector))
+        self._vector = vector
+        self._slots = np.array([piece.slot for piece in self._layout.pieces], np.int64)
+        starts = np.array([piece.start for piece in self._layout.pieces], np.int64)
+        self._at_first = starts < self._layout.tail  #: who is no tail
+        self._average = None if ema is None else AveragedVector(ema, vector, self._layout)
+
+    @abstractmethod
+    def step(self, rates: Sequence[float], present: Presence = None) -> None:
+        """
+        Make an update from `gradient`.
+
+        Args:
+            rates: learning rates, see `rate_of`.
+            present: see `Presence`.
+        """
+
+    @abstractmethod
+    def state(self) -> dict[str, Tensor]:
+        """Give what it remembers by name; no copies."""
+
+    @abstractmethod
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        """Take over what `state` of an equal optimizer gave; copied. Nothing: as if it were new."""
+
+    @abstractmethod
+    def use(self, gradient: Tensor) -> None:
+        """Take gradients from another vector from now on, shape [n]."""
+
+    @property
+    def average(self) -> Tensor:
+        """The average of the vector, shape [n]; without one, and before an update, the vector."""
+        return self._vector if self._average is None else self._average.values
+
+    @property
+    def state_bytes(self) -> int:
+        """Memory that the state takes."""
+        average = 0 if self._average is None else self._average.state_bytes
+        return average + sum(value.nbytes for value in self._kept())
+
+    @abstractmethod
+    def _kept(self) -> Iterable[Tensor]:
+        """Give the tensors of the state, the average apart."""
+
+    def _averaged(self) -> dict[str, Tensor]:
+        """Give what `state` has of the average; nothing before the first update."""
+        found = {} if self._average is None else self._average.state()
+        return {AVERAGE: found[AVERAGE], UPDATES: found[AVERAGED]} if found else {}
+
+    def _load_average(self, state: Mapping[str, Tensor]) -> None:
+        if self._average is not None:
+            named = {AVERAGE: AVERAGE, AVERAGED: UPDATES}
+            self._average.load({mine: state[its] for mine, its in named.items() if its in state})
+
+
+class TensorOptimizer(VectorOptimizer):
     """
     Torch's optimizers, with each parameter of a run as a tensor of its own shape.
 
@@ -43,18 +114,12 @@ class TensorOptimizer:
         layout: Layout | None = None,
         ema: EMA | None = None,
     ) -> None:
-        spare_the_compiler()
-        self._layout = layout or plain_layout(vector.numel(), dtype_name(vector))
-        self._vector = vector
-        pieces, segments = self._layout.pieces, self._layout.segments
+        super().__init__(vector, layout, ema)
+        segments = self._layout.segments
         self._dtypes = [segments[at].dtype for at in segments_of(self._layout).tolist()]
-        self._slots = np.array([piece.slot for piece in pieces], np.int64)
-        starts = np.array([piece.start for piece in pieces], np.int64)
-        self._at_first = starts < self._layout.tail
         self._parameters = [nn.Parameter(one) for one in self._views(vector)]
         self.use(gradient)
         self._make(spec)
-        self._average = None if ema is None else AveragedVector(ema, vector, self._layout)
 
     def _make(self, spec: Optimizer) -> None:
         """Have an optimizer of each class that is named, all with param groups of their own."""
@@ -79,6 +144,7 @@ class TensorOptimizer:
         self._states = [state_of[id(one)] for one in self._parameters]
         """What is remembered of a parameter stands there, by the parameter."""
 
+    @override
     def step(self, rates: Sequence[float], present: Presence = None) -> None:
         """Update the parameters by torch's optimizer; `rates`: by parameter group."""
         mine = self._at_first if present is None else np.asarray(present, np.bool_)[self._slots]
@@ -92,11 +158,7 @@ class TensorOptimizer:
             if self._average is not None and (present is None or np.any(present)):
                 self._average.update(tail=bool((mine & ~self._at_first).any()))
 
-    @property
-    def average(self) -> Tensor:
-        """The moving average of the parameters, or the parameters where none is kept."""
-        return self._vector if self._average is None else self._average.values
-
+    @override
     def state(self) -> dict[str, Tensor]:
         """Give what it remembers, see `WHOLE`; tensors are no copies."""
         found = {
@@ -107,11 +169,9 @@ class TensorOptimizer:
             for name, value in state.get(parameter, {}).items()
             if isinstance(value, Tensor)
         }
-        average = {} if self._average is None else self._average.state()
-        if average:
-            found |= {AVERAGE: average[AVERAGE], UPDATES: average[AVERAGED]}
-        return found
+        return found | self._averaged()
 
+    @override
     def load(self, state: Mapping[str, Tensor]) -> None:
         """Take over what `state` of an equal optimizer gave; copied. Nothing: as if it were new."""
         places = {slot: number for number, slot in enumerate(self._slots.tolist())}
@@ -123,22 +183,20 @@ class TensorOptimizer:
                 place = places[int(slot)]
                 kept = self._states[place][self._parameters[place]]
                 kept[name] = value.to(self._vector.device if value.ndim else "cpu", copy=True)
-        if self._average is not None:
-            named = {AVERAGE: AVERAGE, AVERAGED: UPDATES}
-            self._average.load({mine: state[its] for mine, its in named.items() if its in state})
+        self._load_average(state)
 
+    @override
     def use(self, gradient: Tensor) -> None:
         """Take gradients from another vector from now on, shape [n]."""
         self.gradient = gradient
         self._gradients = self._views(gradient)
 
-    @property
-    def state_bytes(self) -> int:
-        """Memory that the state takes."""
-        states = [state for one in self._torch for state in one.state.values()]
-        kept = [value for state in states for value in state.values()]
-        average = 0 if self._average is None else self._average.state_bytes
-        return average + sum(value.nbytes for value in kept if isinstance(value, Tensor))
+    @override
+    def _kept(self) -> Iterable[Tensor]:
+        kept = (
+            value for one in self._torch for state in one.state.values() for value in state.values()
+        )
+        return (value for value in kept if isinstance(value, Tensor))
 
     def _views(self, vector: Tensor) -> list[Tensor]:
         """View a vector as the parameters, each in its own shape."""

@@ -10,7 +10,6 @@ those that know. Without values (`init: meta`) there is nothing to call.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -18,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from distplat.strategies.collective import Collective, broadcast_bytes, gather_bytes
+from distplat.strategies.collective import Collective, broadcast_value, gather_values
 from distplat.strategies.model.block_layers import Order, beside_blocks, list_of_blocks
 from distplat.strategies.model.model_call import ModelCall
 from distplat.strategies.model.trials import untouched
@@ -52,13 +51,12 @@ def agreed_order(
     Raises:
         CollectiveError: a rank is missing.
     """
-    every = map(json.loads, gather_bytes(json.dumps(known).encode(), group, device))
+    every: list[Order | None] = gather_values(known, group, device)
     told = next((one for one in every if one is not None), None)
     if told is not None:
-        found: Order = told
-        return found
+        return told
     mine = tried() if group.rank == 0 and tried is not None else {}
-    agreed: Order = json.loads(broadcast_bytes(json.dumps(mine).encode(), 0, group, device))
+    agreed: Order = broadcast_value(mine, 0, group, device)
     return agreed
 
 

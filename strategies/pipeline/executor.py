@@ -438,8 +438,7 @@ class Executor:
             if self._seat.channel.varies:
                 return
             self._mode(training=False)
-            chunks: Any = self._seat.chunks.values()
-            with untouched(*chunks):
+            with untouched(*self._seat.chunks.values()):
                 self._pass_through(source, size, first[size])
             self._sizes.add(size)
 

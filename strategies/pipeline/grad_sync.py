@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import torch
 from torch import Tensor
 from typing_extensions import override
 
@@ -13,7 +12,7 @@ from distplat.platform.load import load_figures
 from distplat.strategies.checkpoint.checkpoint_types import CheckpointPart, Holding
 from distplat.strategies.checkpoint.parts import model_part, optimizer_part, server_part
 from distplat.strategies.checkpoint.state_sync import take_over_newest
-from distplat.strategies.collective import Collective
+from distplat.strategies.collective import Collective, gather_numbers
 from distplat.strategies.loop.control import StepControl
 from distplat.strategies.model.flat import FlatModel
 from distplat.strategies.model.model_state import ModelState
@@ -52,7 +51,7 @@ class AllReduceGradSync(GradSync):
         self._flat, self._holding = flat, holding
         self._bucket_bytes, self._overlap = bucket_bytes, overlap
         self._reducer: BucketReducer | None = None
-        self._state: ModelState | None = None
+        self._state: ModelState  #: there after `meet`
         self._optimizer: PartOptimizer | None = None
         self._summed = False  #: the summed gradients of the step in flight are there
         self._norm: float | None = None  #: of the whole model's gradient, if it is to be clipped
@@ -122,9 +121,8 @@ class AllReduceGradSync(GradSync):
             mine = local.looked_at(self._flat) if self._look else local
             self._total = mine
             return mine
-        if self._state is not None:
-            local = replace(local, state_changed=self._state.news(step))
-        self._total = self._reducer.finish(local)
+        changed = self._state.news(step)
+        self._total = self._reducer.finish(replace(local, state_changed=changed))
         mine = self._reducer.local
         overflow = self._total.non_finite and self._total.rank < 0 and self._total.slot >= 0
         return mine.broken(self._total.slot) if overflow else mine
@@ -132,8 +130,7 @@ class AllReduceGradSync(GradSync):
     @override
     def sum_gradients(self, step: int, total: StepControl) -> StepControl:
         """`begin` has summed them."""
-        if self._state is not None:
-            self._state.synchronize(step, self._total.state_changed)
+        self._state.synchronize(step, self._total.state_changed)
         self._total = replace(total, present=self._total.present)
         return self._total
 
@@ -155,10 +152,7 @@ class AllReduceGradSync(GradSync):
         self._optimizer.grad_norm = None
         if not total.skip:
             self._optimizer.step(step, total.present, total.scale)
-        if self._state is not None and total.skip:
-            self._state.leave_out(step + 1)
-        elif self._state is not None:
-            self._state.keep(step + 1)
+        self._state.finish(step + 1, skipped=total.skip)
         self._summed = False
 
     @override
@@ -187,17 +181,16 @@ class PsGradSync(GradSync):
 
     def __init__(self, flat: FlatModel, holding: Holding) -> None:
         self._flat, self._holding = flat, holding
-        self._shards: Shards | None = None
-        self._state: ModelState | None = None
+        self._shards: Shards  #: there after `meet`, as is `_state`
+        self._state: ModelState
         self._new = True  #: this rank's buffers are of no version
         self._look, self._dp_world = True, 1
         self._pushed = Pushed()
         self._norm: float | None = None
         self._grad_norm: float | None = None  #: of the step made last
         self._at = 0  #: steps that this rank's buffers have behind them
-        self._ahead: list[Tensor | None] | None = (
-            None  #: what they were after one more, if that was made
-        )
+        #: what they were after one more, if that was made
+        self._ahead: list[Tensor | None] | None = None
         self._pushing = False  #: the step after them was pushed, or is about to be
         self.made = False
 
@@ -238,10 +231,10 @@ class PsGradSync(GradSync):
             version: of the parameters.
             ahead: whether this part's servers have made one more step.
         """
-        own = None if self._new else self._state
-        if own is not None and version > self._at:
+        own = self._state
+        if not self._new and version > self._at:
             self._go_ahead(own, version)
-        elif own is not None:
+        elif not self._new:
             if version < self._at:
                 own.restore()
             if version < self._at or (ahead and self._pushing):
@@ -263,11 +256,9 @@ class PsGradSync(GradSync):
     def _share_buffers(self, group: Collective, context: Context) -> None:
         """Give new peers their buffers. Who has none counts as new until all of them are here."""
         flat = self._flat
-        assert self._state is not None, "meet() has it"
         device = flat.params.device
-        have = [torch.zeros(1, dtype=torch.int64, device=device) for _ in range(group.world)]
-        group.all_gather(have, torch.tensor([int(not self._new)], device=device))
-        holders = [rank for rank, one in enumerate(have) if int(one)]
+        have = gather_numbers([int(not self._new)], group, device)
+        holders = [rank for rank, (one,) in enumerate(have) if one]
         first = context.saved.step if context.saved is not None else 0
         if not holders and flat.version != first and self._state.needs_group:
             raise StateLost("buffers of a part of the model")
@@ -289,12 +280,11 @@ class PsGradSync(GradSync):
     @override
     def sum_gradients(self, step: int, total: StepControl) -> StepControl:
         """The servers have the sum, and without clipping they have used it."""
-        if self._state is not None:
-            self._state.synchronize(step)
+        self._state.synchronize(step)
         self._pushing = True
         share = 1.0 / self._dp_world  # the servers of this part add the peers' records up
         mine = replace(total, samples=total.samples * share, weight=total.weight * share)
-        self._pushed = self._servers.push(step, mine)
+        self._pushed = self._shards.push(step, mine)
         return total
 
     @override
@@ -310,29 +300,19 @@ class PsGradSync(GradSync):
     def update(self, step: int, total: StepControl) -> None:
         if self._pushed.norm is not None:
             assert self._norm is not None, "ready() comes first"
-            self._servers.commit(step, self._norm)
+            self._shards.commit(step, self._norm)
         self._grad_norm = self._pushed.grad_norm if self._pushed.norm is None else self._norm
         if total.skip:
             self._grad_norm = None
-        if self._state is not None and total.skip:
-            self._state.leave_out(step + 1)
-        elif self._state is not None:
-            self._state.keep(step + 1)
+        self._state.finish(step + 1, skipped=total.skip)
         self._at, self._pushing, self._ahead = step + 1, False, None
 
     @override
     def part(self, version: int) -> CheckpointPart:
-        return server_part(
-            self._flat, self._servers, version, may_skip=False, holding=self._holding
-        )
+        return server_part(self._flat, self._shards, version, may_skip=False, holding=self._holding)
 
     def figures(self) -> dict[str, float]:
         """Give how long servers held this rank up, and what they did: all of its part together."""
         found = {"waiting_s": self._pushed.waiting_s, **load_figures(self._pushed.loads)}
         found |= norm_figures(self._grad_norm)
         return {name: value for name, value in found.items() if not name.startswith("shard_")}
-
-    @property
-    def _servers(self) -> Shards:
-        assert self._shards is not None, "meet() comes first"
-        return self._shards

@@ -9,7 +9,7 @@ What a pipeline cannot do, found and named: nothing that a stage leaves out goes
 
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +21,7 @@ from distplat.strategies.model.layers import Layer
 from distplat.strategies.model.model_call import Batch, ModelCall
 from distplat.strategies.model.trials import untouched
 from distplat.strategies.pipeline.values import copied, is_value, on_device, tensors_in
-from distplat.strategies.task import Task, has_weights, kind_of, own_call
+from distplat.strategies.task import Task, kind_of, overrides, own_call
 from distplat.strategies.torch_compat import tree_map
 
 _DEPTH = 3
@@ -73,23 +73,9 @@ def refuse_weights(task: Task) -> None:
     Raises:
         SpecError: the task has `weights`.
     """
-    if has_weights(type(task)):
+    if overrides(type(task), "weights"):
         text = f"{type(task).__name__}.weights() gets whole batches, which no rank of `hybrid` has"
         raise SpecError(Problem(("task",), text, "use `strategy: ring` or `strategy: ps-sync`"))
-
-
-def refuse(model: nn.Module) -> None:
-    """
-    Refuse modules that need all replicas' samples at once.
-
-    Raises:
-        SpecError: names each.
-    """
-    found = [n or "the model" for n, m in model.named_modules() if isinstance(m, nn.SyncBatchNorm)]
-    if found:
-        text = f"SyncBatchNorm is not computed over replicas under `hybrid`: {', '.join(found)}"
-        hint = "use BatchNorm, or `strategy: ring`"
-        raise SpecError(Problem(("strategy", "name"), text, hint))
 
 
 class Reached:
@@ -247,7 +233,7 @@ def _one_after_the_other(model: nn.Module, layers: Sequence[Layer], value: Any) 
 def _layers_do(layers: Sequence[Layer], what: str) -> SpecError:
     hint = "have the task's `stages` say all that `forward` does, or set `pipeline: 1`"
     text = f"the layers {', '.join(one.name for one in layers)} one after the other {what}"
-    return _otherwise(text, _to_write(layers) or hint)
+    return _refused(text, _to_write(layers) or hint)
 
 
 def _of_both(behind: Any, whole: Any) -> tuple[Any, Any]:
@@ -260,7 +246,7 @@ def _of_both(behind: Any, whole: Any) -> tuple[Any, Any]:
 def _refuse_guess(layers: Sequence[Layer], why: str) -> None:
     hint = _to_write(layers)
     if hint:
-        raise _otherwise(f"the model's layers cannot be compared with the model: {why}", hint)
+        raise _refused(f"the model's layers cannot be compared with the model: {why}", hint)
 
 
 def _to_write(layers: Sequence[Layer]) -> str:
@@ -336,34 +322,22 @@ def shared(inputs: Any, slices: Collective) -> Any:
     return tree_map(one, inputs)
 
 
-class RunnableChunk(Protocol):
-    """A chunk of layers, as `rank_model.Chunk`."""
-
-    def run(self, inputs: Any, seed: int) -> Any:
-        """Go forward."""
-
-    def set_mode(self, *, training: bool) -> None:
-        """Switch the mode."""
-
-
 class BeforeSlicing:
     """
     What chunks give while their layers are whole.
 
     Args:
-        chunks: of a rank, by place; each an `nn.Module`.
+        chunks: of a rank, by place; each a `rank_model.Chunk`.
         inputs: by place, the same on all slices.
     """
 
-    def __init__(self, chunks: Mapping[int, RunnableChunk], inputs: Mapping[int, Any]) -> None:
+    def __init__(self, chunks: Mapping[int, Any], inputs: Mapping[int, Any]) -> None:
         self._chunks, self._inputs = chunks, inputs
         self._expected: dict[int, Any] = {}
         for place in inputs:
             try:
                 found, again = (self._run(place, seed) for seed in (0, 1))
-            except (
-                Exception
-            ):  # such inputs are not for this mode; in training the error comes again
+            except Exception:  # such inputs are not for evaluation; in training it comes again
                 continue
             if _alike(found, again):
                 self._expected[place] = found
@@ -384,7 +358,7 @@ class BeforeSlicing:
 
     @torch.no_grad()
     def _run(self, place: int, seed: int) -> Any:
-        chunk: Any = self._chunks[place]
+        chunk = self._chunks[place]
         with untouched(chunk):
             chunk.set_mode(training=False)
             return chunk.run(copied(self._inputs[place]), seed)
@@ -394,7 +368,3 @@ def _alike(one: Any, other: Any) -> bool:
     """Compare the tensors in two results."""
     mine, theirs = tensors_in(one), tensors_in(other)
     return len(mine) == len(theirs) and all(map(_close, mine, theirs))
-
-
-def _otherwise(message: str, hint: str) -> SpecError:
-    return SpecError(Problem(("strategy", "pipeline"), message, hint))

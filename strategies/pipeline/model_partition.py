@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import copy
-import json
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from statistics import median
@@ -17,10 +16,9 @@ from torch import Tensor, nn
 
 from distplat.platform.errors import Problem, SpecError, hint
 from distplat.platform.even_split import split_evenly
-from distplat.platform.spec import Job
 from distplat.platform.topology import Position
 from distplat.strategies.algorithms.partition import bounds, partition
-from distplat.strategies.collective import Collective, broadcast_bytes, gather_bytes
+from distplat.strategies.collective import Collective, broadcast_value, gather_values
 from distplat.strategies.loop.batches import batches_by, one_batch
 from distplat.strategies.loop.collate import moved
 from distplat.strategies.loop.prepared import Prepared
@@ -28,6 +26,7 @@ from distplat.strategies.model.block_layers import Order
 from distplat.strategies.model.layers import Layer, tracing
 from distplat.strategies.model.meta import materialise
 from distplat.strategies.model.model_call import ModelCall
+from distplat.strategies.model.sync_batch_norm import refuse_sync_batch_norm
 from distplat.strategies.pipeline.call_order import agreed_order, has_order, order_of
 from distplat.strategies.pipeline.executor import training_plan
 from distplat.strategies.pipeline.hybrid_options import HybridOptions
@@ -39,7 +38,6 @@ from distplat.strategies.pipeline.limits import (
     entering,
     inputs_of,
     names_of,
-    refuse,
     shared,
 )
 from distplat.strategies.pipeline.rank_model import ModelPart, layers_for, take_part, take_whole
@@ -182,9 +180,20 @@ class Memory:
         return parameters + self.live[k] * entering + activations
 
 
-def cut(costs: Sequence[LayerCost], parts: int, memory: Memory | None = None) -> list[int]:
+def cut(
+    costs: Sequence[LayerCost],
+    parts: int,
+    memory: Memory | None = None,
+    trained: Sequence[bool] | None = None,
+) -> list[int]:
     """
     Choose cut points so that the slowest stage is as quick as can be.
+
+    Args:
+        costs: of the layers.
+        parts: stages.
+        memory: what they may hold; None: anything.
+        trained: of each layer, whether it has something to train, as each stage must; None: all.
 
     Returns:
         The numbers of the layers with which the stages 1, 2, ... begin.
@@ -192,16 +201,15 @@ def cut(costs: Sequence[LayerCost], parts: int, memory: Memory | None = None) ->
     Raises:
         ValueError: there are fewer layers than stages, or no cut fits into the memory.
     """
-    seconds = [cost.forward_s + cost.backward_s for cost in costs]
-    if memory is None:
-        return partition(seconds, parts)
-    if not len(memory.limit_bytes) == len(memory.live) == parts:
+    if memory is not None and not len(memory.limit_bytes) == len(memory.live) == parts:
         raise ValueError(f"limits and live micro-batches must be given for each of {parts} stages")
 
     def fits(k: int, start: int, stop: int) -> bool:
-        return memory.needed(costs, k, start, stop) <= memory.limit_bytes[k]
+        if trained is not None and not any(trained[start:stop]):
+            return False
+        return memory is None or memory.needed(costs, k, start, stop) <= memory.limit_bytes[k]
 
-    return partition(seconds, parts, fits)
+    return partition([cost.forward_s + cost.backward_s for cost in costs], parts, fits)
 
 
 def points_before(layers: Sequence[Layer], names: Sequence[str]) -> list[int]:
@@ -215,12 +223,12 @@ def points_before(layers: Sequence[Layer], names: Sequence[str]) -> list[int]:
     unknown = [name for name in names if name not in places]
     if unknown:
         message = f"there is no layer {unknown[0]!r} to cut before"
-        raise SpecError(Problem((), message, hint(unknown[0], [*places][1:])))
+        raise _problem("cut", message, hint(unknown[0], [*places][1:]))
     points = [places[name] for name in names]
     try:
         bounds(points, len(layers))
     except ValueError as error:
-        raise SpecError(str(error)) from error
+        raise _problem("cut", str(error), "") from error
     return points
 
 
@@ -228,119 +236,11 @@ logger = logging.getLogger(__name__)
 _REPEATS = 5
 
 
-@dataclass(frozen=True)
-class CutRequest:
-    """How the job wants its model cut."""
-
-    places: int
-    """Pieces, in the order of the model."""
-    cut: str | Sequence[str]
-    """`auto`, `even`, or the names of the layers with which pieces begin."""
-    memory: Memory | None = None
-    """What pieces may hold; with `auto`."""
-    meta_seed: int | None = None
-    """Of the job, where layers have no values yet."""
-
-
-def agree_on_points(
-    layers: Sequence[Layer],
-    request: CutRequest,
-    known: list[int] | None,
-    inputs: Callable[[], Any],
-    group: Collective,
-    device: torch.device,
-) -> list[int]:
-    """
-    Give the cut points, the same on all ranks.
-
-    Args:
-        layers: of the model.
-        request: of the job.
-        known: what this rank has found in an attempt before.
-        inputs: gives a micro-batch to measure with, on `device`; called on rank 0 only.
-        group: all ranks; each calls this.
-        device: where layers are, or will be.
-
-    Raises:
-        SpecError: the model cannot be cut so.
-        CollectiveError: a rank is missing.
-    """
-    if known is None and len(layers) < request.places:
-        text = f"the model has {len(layers)} layers, too few for {request.places} places"
-        hint = "take fewer stages (1 cuts nothing), or have the task's `stages` say more"
-        raise _problem("pipeline", text, hint)
-    if request.places == 1:
-        return []
-    if request.cut != "auto" and known is not None:
-        return known
-    if request.cut == "even":
-        return [start for start, _ in split_evenly(len(layers), request.places)[1:]]
-    if not isinstance(request.cut, str):
-        return _by_name(layers, request.cut)
-    gathered = gather_bytes(json.dumps(known).encode(), group, device)
-    found = [points for points in map(json.loads, gathered) if points]
-    if found:
-        return list(found[0])
-    costs = _measure(layers, inputs, request.meta_seed, group, device)
-    points = _cut(layers, costs, request)
-    if group.rank == 0:
-        logger.info("the model is cut before %s", ", ".join(layers[p].name for p in points))
-    return points
-
-
-def _by_name(layers: Sequence[Layer], names: Sequence[str]) -> list[int]:
-    try:
-        return points_before(layers, names)
-    except SpecError as error:
-        where = ("strategy", "cut")
-        raise SpecError(*(replace(problem, where=where) for problem in error.problems)) from None
-
-
-def _measure(
-    layers: Sequence[Layer],
-    inputs: Callable[[], Any],
-    meta_seed: int | None,
-    group: Collective,
-    device: torch.device,
-) -> list[LayerCost]:
-    here = group.rank == 0
-    values = inputs() if here else None
-    costs = []
-    for number, layer in enumerate(layers):
-        text = b""
-        if values is not None:
-            one = layer if meta_seed is None else _filled(layer, number, meta_seed, device)
-            cost, values = measured(one, values, _REPEATS)
-            text = json.dumps(asdict(cost)).encode()
-        costs.append(LayerCost(**json.loads(broadcast_bytes(text, 0, group, device))))
-    return costs
-
-
 def _filled(layer: Layer, number: int, seed: int, device: torch.device) -> Layer:
     """Give a copy of a layer on `meta`, with values: no more than one layer is there at once."""
     one = replace(layer, module=copy.deepcopy(layer.module))
     materialise([one], number, seed, str(device))
     return one
-
-
-def _cut(layers: Sequence[Layer], costs: Sequence[LayerCost], request: CutRequest) -> list[int]:
-    trained = [any(p.requires_grad for p in layer.module.parameters()) for layer in layers]
-    if sum(trained) < request.places:
-        names = ", ".join(one.name for one, there in zip(layers, trained, strict=True) if there)
-        text = f"each of {request.places} stages needs something to train, and only {names} has it"
-        raise _problem("pipeline", text, "take fewer stages (1 cuts nothing), or freeze less")
-
-    def fits(k: int, start: int, stop: int) -> bool:
-        if not any(trained[start:stop]):
-            return False
-        memory = request.memory
-        return memory is None or memory.needed(costs, k, start, stop) <= memory.limit_bytes[k]
-
-    seconds = [cost.forward_s + cost.backward_s for cost in costs]
-    try:
-        return partition(seconds, request.places, fits)
-    except ValueError as error:
-        raise _problem("cut", str(error), "raise `memory_limit_mb`, or name the cut") from None
 
 
 def _problem(field: str, message: str, hint: str) -> SpecError:
@@ -370,13 +270,14 @@ def agreed_part(
         SpecError: the model cannot be cut, or sliced, as the job says.
         CollectiveError: a rank is missing.
     """
-    order = _agreed_order(options, prepared, known, everybody)
+    cutting = _Cutting(options, prepared, everybody)
+    order = cutting.order(known)
     tries = slices is not None and _all_new(known is None, slices, prepared.device)
     together, part = slices if tries else None, known
     if part is None:
         assert prepared.model is not None, "a model that was built and not yet cut"
         names = names_of(prepared.model)
-        part, inputs = _taken(options, prepared, prepared.model, order, at, everybody, together)
+        part, inputs = cutting.taken(prepared.model, order, at, together)
         part.names, part.order = names, order
         prepared.model = None
         if slices is not None:
@@ -385,23 +286,8 @@ def agreed_part(
             part.specs = parallelize(part.module, options.tensor_plan, slices, partial=True)
         part.finish(prepared.job.optimizer.group_of)
     elif options.places > 1:
-        _agree(options, prepared, [], part.points, everybody)
+        cutting.points([], part.points)
     return part
-
-
-def _agreed_order(
-    options: HybridOptions, prepared: Prepared, known: ModelPart | None, everybody: Collective
-) -> Order | None:
-    """Have the order in which a model with blocks calls its parts; None: it is known without."""
-    model, tried = prepared.model, None
-    there = known.order is not None if known else has_order(prepared.task, model)
-    if options.places == 1 or not there:
-        return None
-    if model is not None and options.init == "build":
-        samples = partial(_samples, options, prepared)
-        tried = partial(order_of, model, ModelCall(prepared.task), samples)
-    device = torch.device(prepared.device)
-    return agreed_order(tried, known.order if known else None, everybody, device)
 
 
 def _all_new(new: bool, slices: Collective, device: str) -> bool:
@@ -411,90 +297,141 @@ def _all_new(new: bool, slices: Collective, device: str) -> bool:
     return not int(old)
 
 
-def _taken(
-    options: HybridOptions,
-    prepared: Prepared,
-    model: nn.Module,
-    order: Order | None,
-    at: Position,
-    everybody: Collective,
-    together: Collective | None,
-) -> tuple[ModelPart, dict[int, Any]]:
+class _Cutting:
     """
-    Give the part, and a few samples as they enter its places, to try it.
+    How a rank comes to its part of the model; every rank makes the same calls.
 
     Args:
         options: see `agreed_part`.
-        prepared: the data.
-        model: whole.
-        order: of its parts; None: nobody has asked.
-        at: this rank.
-        everybody: all ranks.
-        together: the slices, if they are to try it; else there are no samples.
+        prepared: see there.
+        group: all ranks.
     """
-    task = prepared.task
-    refuse(model)
-    resolve(options.tensor_plan, [name for name, _ in model.named_modules()])
-    seed = prepared.job.seed if options.init == "meta" else None
-    tried = together if seed is None else None
-    fields: dict[str, Any] = {
-        "recompute": options.recompute,
-        "seed": seed,
-        "device": prepared.device,
-    }
-    if options.places == 1:
-        one = take_whole(task, model, **fields)
-        return one, {} if tried is None else {0: shared(_samples(options, prepared), tried)}
-    layers = layers_for(task, model, order)
-    if everybody.rank == 0 and seed is None:
-        with tracing:
-            samples = partial(_samples, options, prepared)
-            compare(model, layers, lambda: entering(samples()), ModelCall(task))
-    points = _agree(options, prepared, layers, None, everybody)
-    mine = range(at.stage, options.places, options.pipeline)
-    inputs = {}
-    if tried is not None:
-        some = shared(entering(_samples(options, prepared)), tried)
-        with tracing:
-            inputs = inputs_of(layers, {place: [0, *points][place] for place in mine}, some)
-    return take_part(layers, points, mine, **fields), inputs
 
+    def __init__(self, options: HybridOptions, prepared: Prepared, group: Collective) -> None:
+        self._options, self._prepared, self._group = options, prepared, group
+        self._device = torch.device(prepared.device)
+        self._seed = prepared.job.seed if options.init == "meta" else None
 
-def _agree(
-    options: HybridOptions,
-    prepared: Prepared,
-    layers: list[Layer],
-    known: list[int] | None,
-    everybody: Collective,
-) -> list[int]:
-    return agree_on_points(
-        layers,
-        _cut_request(options, prepared.job),
-        known,
-        lambda: entering(_samples(options, prepared, None)),
-        everybody,
-        torch.device(prepared.device),
-    )
+    def order(self, known: ModelPart | None) -> Order | None:
+        """Have the order in which a model with blocks calls its parts; None: none is needed."""
+        p, tried = self._prepared, None
+        there = known.order is not None if known else has_order(p.task, p.model)
+        if self._options.places == 1 or not there:
+            return None
+        if p.model is not None and self._seed is None:
+            tried = partial(order_of, p.model, ModelCall(p.task), self._samples)
+        return agreed_order(tried, known.order if known else None, self._group, self._device)
 
+    def taken(
+        self, model: nn.Module, order: Order | None, at: Position, together: Collective | None
+    ) -> tuple[ModelPart, dict[int, Any]]:
+        """
+        Give the part, and a few samples as they enter its places, to try it.
 
-def _cut_request(options: HybridOptions, job: Job) -> CutRequest:
-    memory = None
-    if options.memory_limit_mb is not None:
-        schedule = training_plan(
-            options.schedule, options.pipeline, options.micro(job), options.chunks
-        ).schedule
+        Args:
+            model: whole.
+            order: of its parts; None: nobody has asked.
+            at: this rank.
+            together: the slices, if they are to try it; else there are no samples.
+        """
+        options, task, seed = self._options, self._prepared.task, self._seed
+        why = "which `hybrid` does not compute over its replicas"
+        refuse_sync_batch_norm(model, why, "use nn.BatchNorm, or `strategy: ring`")
+        resolve(options.tensor_plan, [name for name, _ in model.named_modules()])
+        tried = together if seed is None else None
+        recompute, device = options.recompute, self._prepared.device
+        if options.places == 1:
+            one = take_whole(task, model, recompute=recompute, seed=seed, device=device)
+            return one, {} if tried is None else {0: shared(self._samples(), tried)}
+        layers = layers_for(task, model, order)
+        if self._group.rank == 0 and seed is None:
+            with tracing:
+                compare(model, layers, lambda: entering(self._samples()), ModelCall(task))
+        points = self.points(layers, None)
+        mine = range(at.stage, options.places, options.pipeline)
+        inputs = {}
+        if tried is not None:
+            some = shared(entering(self._samples()), tried)
+            with tracing:
+                inputs = inputs_of(layers, {place: [0, *points][place] for place in mine}, some)
+        part = take_part(layers, points, mine, recompute=recompute, seed=seed, device=device)
+        return part, inputs
+
+    def points(self, layers: Sequence[Layer], known: list[int] | None) -> list[int]:
+        """
+        Give the cut points, the same on all ranks.
+
+        Args:
+            layers: of the model; not looked at where the points are known.
+            known: what this rank has found in an attempt before.
+
+        Raises:
+            SpecError: the model cannot be cut so.
+            CollectiveError: a rank is missing.
+        """
+        places, wanted = self._options.places, self._options.cut
+        if known is None and len(layers) < places:
+            text = f"the model has {len(layers)} layers, too few for {places} places"
+            hint = "take fewer stages (1 cuts nothing), or have the task's `stages` say more"
+            raise _problem("pipeline", text, hint)
+        if places == 1:
+            return []
+        if wanted != "auto" and known is not None:
+            return known
+        if wanted == "even":
+            return [start for start, _ in split_evenly(len(layers), places)[1:]]
+        if not isinstance(wanted, str):
+            return points_before(layers, wanted)
+        found = [points for points in gather_values(known, self._group, self._device) if points]
+        if found:
+            return list(found[0])
+        points = self._quickest(layers, self._costs(layers))
+        if self._group.rank == 0:
+            logger.info("the model is cut before %s", ", ".join(layers[p].name for p in points))
+        return points
+
+    def _costs(self, layers: Sequence[Layer]) -> list[LayerCost]:
+        """Have rank 0 measure the layers, with a micro-batch."""
+        values = entering(self._samples(None)) if self._group.rank == 0 else None
+        costs = []
+        for number, layer in enumerate(layers):
+            told = {}
+            if values is not None:
+                one, seed = layer, self._seed
+                if seed is not None:
+                    one = _filled(layer, number, seed, self._device)
+                cost, values = measured(one, values, _REPEATS)
+                told = asdict(cost)
+            costs.append(LayerCost(**broadcast_value(told, 0, self._group, self._device)))
+        return costs
+
+    def _quickest(self, layers: Sequence[Layer], costs: Sequence[LayerCost]) -> list[int]:
+        places = self._options.places
+        trained = [any(p.requires_grad for p in layer.module.parameters()) for layer in layers]
+        if sum(trained) < places:
+            names = ", ".join(one.name for one, there in zip(layers, trained, strict=True) if there)
+            text = f"each of {places} stages needs something to train, and only {names} has it"
+            raise _problem("pipeline", text, "take fewer stages (1 cuts nothing), or freeze less")
+        try:
+            return cut(costs, places, self._memory(), trained)
+        except ValueError as error:
+            raise _problem("cut", str(error), "raise `memory_limit_mb`, or name the cut") from None
+
+    def _memory(self) -> Memory | None:
+        """Give what pieces may hold."""
+        options = self._options
+        if options.memory_limit_mb is None:
+            return None
+        micro = options.micro(self._prepared.job)
+        plan = training_plan(options.schedule, options.pipeline, micro, options.chunks)
         limit = int(options.memory_limit_mb * 2**20 / options.chunks)
-        live = [-(-one // options.chunks) for one in schedule.peak_activations()]
-        memory = Memory(
-            [limit] * options.places, live * options.chunks, recompute=options.recompute
-        )
-    return CutRequest(
-        options.places, options.cut, memory, job.seed if options.init == "meta" else None
-    )
+        live = [-(-one // options.chunks) for one in plan.schedule.peak_activations()]
+        limits = [limit] * options.places
+        return Memory(limits, live * options.chunks, recompute=options.recompute)
 
-
-def _samples(options: HybridOptions, prepared: Prepared, most: int | None = SAMPLES) -> Any:
-    """Give inputs of the run's first samples, or with None of its first micro-batch."""
-    ids = prepared.sampler.micro_batches(0, 0, options.micro(prepared.job))[0][:most]
-    batch = one_batch(batches_by(prepared.task, prepared.data), ids.tolist())
-    return as_pair(prepared.task, moved(batch, torch.device(prepared.device)))[0]
+    def _samples(self, most: int | None = SAMPLES) -> Any:
+        """Give inputs of the run's first samples, or with None of its first micro-batch."""
+        p = self._prepared
+        ids = p.sampler.micro_batches(0, 0, self._options.micro(p.job))[0][:most]
+        batch = one_batch(batches_by(p.task, p.data), ids.tolist())
+        return as_pair(p.task, moved(batch, self._device))[0]

@@ -21,18 +21,19 @@ from dataclasses import replace
 from functools import cached_property
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from distplat.platform.pipeline_trace import TraceEvent, TraceReport
 from distplat.platform.topology import Grid, Position
 from distplat.strategies.algorithms.pipeline_schedule import Plan
 from distplat.strategies.algorithms.simulate import simulate
 from distplat.strategies.checkpoint.checkpoint_types import CheckpointPart, Holding
-from distplat.strategies.collective import Collective, Traffic
-from distplat.strategies.loop.compute import Share, precision
+from distplat.strategies.collective import Collective, gather_numbers
+from distplat.strategies.loop.compute import Compute, precision
 from distplat.strategies.loop.control import ELSEWHERE, StepControl, sum_heads
 from distplat.strategies.loop.prepared import Prepared
 from distplat.strategies.model.flat import FlatModel
+from distplat.strategies.model.meta import on_meta
 from distplat.strategies.pipeline.channel import Channel
 from distplat.strategies.pipeline.executor import (
     Executor,
@@ -43,14 +44,15 @@ from distplat.strategies.pipeline.executor import (
 from distplat.strategies.pipeline.grad_sync import AllReduceGradSync, PsGradSync
 from distplat.strategies.pipeline.hybrid_options import HybridOptions
 from distplat.strategies.pipeline.interfaces import GradSync, TraceSpan
-from distplat.strategies.pipeline.limits import Reached
+from distplat.strategies.pipeline.limits import Reached, refuse_weights
 from distplat.strategies.pipeline.model_partition import agreed_part
 from distplat.strategies.pipeline.rank_model import ModelPart
 from distplat.strategies.pipeline.stage_compute import Pipeline, StageSettings
-from distplat.strategies.tensor.exchange import ReconnectableGroup
+from distplat.strategies.reduction.base import Meter
+from distplat.strategies.task import Task
 from distplat.strategies.tensor.parallel_layers import gather_full
-from distplat.strategies.tensor.parallelize import forget
-from distplat.strategies.worker_strategy import Context
+from distplat.strategies.tensor.parallelize import reconnect
+from distplat.strategies.worker_strategy import Context, WorkerStrategy
 
 _COMPUTING = ("F", "B", "W")
 
@@ -66,13 +68,12 @@ class PipelineMetrics:
 
     def __init__(self, rank: int, at: Position) -> None:
         self._rank, self._at = rank, at
-        self._group: Collective | None = None
-        self._before = Traffic()
+        self._sending: Meter  #: there after `meet`
         self._reduce: TraceSpan | None = None
 
     def meet(self, group: Collective) -> None:
         """Take the group of a new attempt, over which stages send."""
-        self._group, self._before = group, Traffic()
+        self._sending = Meter(group)
 
     def reduced(self, began: float) -> None:
         """Note that the rank stood still for the exchange since then."""
@@ -86,9 +87,7 @@ class PipelineMetrics:
             spans: what was done.
             ideal: bubble of the schedule, with stages of equal cost and messages that cost nothing.
         """
-        assert self._group is not None, "meet() comes first"
-        now, before = self._group.traffic, self._before
-        self._before = Traffic(now.sent_bytes, now.received_bytes)
+        lap = self._sending.lap()
         whole = spans[-1].end - spans[0].start if spans else 0.0
         busy = sum(s.end - s.start for s in spans if s.kind in _COMPUTING)
         waits = sum(s.end - s.start for s in spans if s.kind not in _COMPUTING)
@@ -97,56 +96,39 @@ class PipelineMetrics:
             "stage_busy_s": busy,
             "bubble_ideal": ideal,
             "stage_wait_s": waits,
-            "stage_sent_bytes": float(now.sent_bytes - before.sent_bytes),
-            "stage_received_bytes": float(now.received_bytes - before.received_bytes),
+            "stage_sent_bytes": lap["sent_bytes"],
+            "stage_received_bytes": lap["received_bytes"],
         }
 
     def trace(self, step: int, spans: list[TraceSpan], schedule: str, stages: int) -> TraceReport:
         """Tell when what was done in the step just made."""
         offset = time.time() - time.perf_counter()
-        at = self._at
+        where = self._rank, self._at.replica, self._at.stage, self._at.slice
         every = [*spans, *([self._reduce] if self._reduce is not None else [])]
         events = tuple(
-            TraceEvent(
-                self._rank,
-                at.replica,
-                at.stage,
-                at.slice,
-                span.kind,
-                span.chunk,
-                span.micro_batch,
-                span.start + offset,
-                span.end + offset,
-            )
-            for span in every
+            TraceEvent(*where, *span[:3], span.start + offset, span.end + offset) for span in every
         )
         micro_batches = 1 + max((span.micro_batch for span in spans), default=-1)
         return TraceReport(self._rank, step, stages, schedule, micro_batches, events)
 
 
-class PipelineRank:
-    """
-    What a worker is under `hybrid`.
+class HybridWorker(WorkerStrategy[HybridOptions]):
+    """Compute a part of the model, and sum its gradients over the replicas."""
 
-    Args:
-        options: of the strategy.
-        prepared: the whole model and the data.
-        rank: this worker's.
-    """
+    cuts_model = True
+    _part: ModelPart | None = None
+    _slices: Collective | None = None
+    _grad_sync: GradSync | None = None
+    _pipeline: Pipeline  #: there after `setup`
 
-    def __init__(self, options: HybridOptions, prepared: Prepared, rank: int) -> None:
-        self._options, self._prepared = options, prepared
-        self._grid: Grid = options.grid
-        self._at: Position = self._grid.position(rank)
-        self._device = torch.device(prepared.device)
-        self._part: ModelPart | None = None
-        self._slices: ReconnectableGroup | None = None
-        self._grad_sync: GradSync | None = None
-        self.replayed: Share | None = None  #: see `WorkerStrategy.replayed`
-        self._measures = PipelineMetrics(rank, self._at)
-        self.pipeline: Pipeline  #: there once this rank is connected
+    def build_model(self, task: Task) -> nn.Module:
+        """Build the model, without values if the job says so."""
+        refuse_weights(task)
+        return task.model() if self.options.init == "build" else on_meta(task.model)
 
-    def take_part(self, everybody: Collective) -> FlatModel:
+    def cut_model(
+        self, prepared: Prepared, rank: int, collective: Collective | None
+    ) -> tuple[FlatModel, Holding]:
         """
         Give this rank's part; where the model is cut is agreed in the first attempt.
 
@@ -154,28 +136,31 @@ class PipelineRank:
             SpecError: the model cannot be cut so.
             CollectiveError: a rank is missing.
         """
-        self._meet_slices(everybody)
+        assert collective is not None, "roles() asked for a group"
+        if self._part is None:
+            self._prepared, self._device = prepared, torch.device(prepared.device)
+            self._grid: Grid = self.options.grid
+            self._at: Position = self._grid.position(rank)
+            self._measures = PipelineMetrics(rank, self._at)
+        self._meet_slices(collective)
         part = self._part = agreed_part(
-            self._options, self._prepared, self._at, everybody, self._slices, self._part
+            self.options, prepared, self._at, collective, self._slices, self._part
         )
         trial, part.trial = part.trial, None  # the part is there, whoever is lost in the trial
         if trial is not None:
             trial.compare()
-        return part.flat
+        return part.flat, self._holding
 
     def _meet_slices(self, everybody: Collective) -> None:
         at = self._at
         if self._grid.slices == 1:
             return
         members = self._grid.slices_of(at.replica, at.stage)
-        group = everybody.subgroup(f"slices-{at.replica}-{at.stage}", members)
-        if self._slices is None:
-            self._slices = ReconnectableGroup(group)
-        self._slices.group = group
+        self._slices = everybody.subgroup(f"slices-{at.replica}-{at.stage}", members)
         if self._part is not None:
-            forget(self._part.module)
+            reconnect(self._part.module, self._slices)
 
-    def connect(self, context: Context) -> int:
+    def setup(self, context: Context) -> int:
         """
         Meet the other ranks, and bring all parts to one version.
 
@@ -194,16 +179,16 @@ class PipelineRank:
             name = f"dp-{at.stage}-{at.slice}"
             dp_group = everybody.subgroup(name, grid.dp_ranks(at.stage, at.slice))
         version = self._grad_sync.meet(dp_group, context, self._versions)
-        self.replayed = self.pipeline.share if self._grad_sync.made else None
+        self.replayed = self._pipeline.share if self._grad_sync.made else None
         self._measures.meet(self._replica)
-        self.pipeline = self._make_pipeline(context, members)
+        self._pipeline = self._make_pipeline(context, members)
         self._report = context.report
         if self.replayed is not None:
             self._trace(version - 1)
         return version
 
     def _make_grad_sync(self) -> GradSync:
-        options, flat, holding = self._options, self._own.flat, self.holding
+        options, flat, holding = self.options, self._own.flat, self._holding
         if options.data_strategy == "ps-sync":
             return PsGradSync(flat, holding)
         return AllReduceGradSync(
@@ -212,13 +197,10 @@ class PipelineRank:
 
     def _versions(self, mine: int) -> list[int]:
         """Ask all ranks for the version of their part."""
-        group = self._everybody
-        found = [torch.zeros(1, dtype=torch.int64, device=self._device) for _ in range(group.world)]
-        group.all_gather(found, torch.tensor([mine], device=self._device))
-        return [int(version) for version in found]
+        return [one for (one,) in gather_numbers([mine], self._everybody, self._device)]
 
     def _make_pipeline(self, context: Context, members: tuple[int, ...]) -> Pipeline:
-        at, grid, options, device = self._at, self._grid, self._options, self._device
+        at, grid, options, device = self._at, self._grid, self.options, self._device
         row = [grid.rank(Position(at.replica, stage, at.slice)) for stage in range(grid.stages)]
         peers = [members.index(rank) for rank in row]
         channel = Channel(self._replica, peers, members, device)
@@ -246,8 +228,12 @@ class PipelineRank:
         return Pipeline(self._prepared, settings, self._executor, self._synced)
 
     def _plan(self, count: int) -> Plan:
-        options = self._options
+        options = self.options
         return training_plan(options.schedule, options.pipeline, count, options.chunks)
+
+    def compute(self, prepared: Prepared, context: Context) -> Compute:
+        """Give this rank's part of the pipeline."""
+        return self._pipeline
 
     def exchange(self, step: int, local: StepControl) -> StepControl:
         """
@@ -295,30 +281,30 @@ class PipelineRank:
     def figures(self) -> dict[str, float]:
         """Give the figures of pipeline and exchange."""
         found = self._synced.figures()
-        if self._options.pipeline > 1:
+        if self.options.pipeline > 1:
             found |= self._measures.figures(self._executor.spans, self._ideal)
         return found
 
     @cached_property
     def _ideal(self) -> float:
         """Bubble of the schedule with a full batch."""
-        return simulate(self._plan(self._options.micro(self._prepared.job))).bubble
+        return simulate(self._plan(self.options.micro(self._prepared.job))).bubble
 
     def _trace(self, step: int) -> None:
         """Report when what was done in the step just made, if it is the one."""
-        options, spans = self._options, self._executor.spans
+        options, spans = self.options, self._executor.spans
         wanted = min(options.trace_step, self._prepared.total_steps) - 1
         if step == wanted and options.pipeline > 1:
             self._report(self._measures.trace(step, spans, options.schedule, options.pipeline))
 
-    def trained(self) -> dict[str, Tensor]:
+    def trained(self, flat: FlatModel) -> dict[str, Tensor]:
         """
         Give this rank's part of the model; of slices the first gives all of them, the others none.
 
         Raises:
             CollectiveError: a rank is missing.
         """
-        state = self._own.flat.model.state_dict()
+        state = flat.model.state_dict()
         if self._slices is not None:
             state = gather_full(state, self._own.specs, self._slices)
         # Who leaves takes with it what it has sent and nobody has read yet.
@@ -330,16 +316,16 @@ class PipelineRank:
         return CheckpointPart() if self._at.replica > 0 else self._synced.part(version)
 
     @property
-    def holding(self) -> Holding:
+    def _holding(self) -> Holding:
         """What of the whole model this rank has."""
         return self._own.holding(self._at.slice)
 
     @property
     def _synced(self) -> GradSync:
-        assert self._grad_sync is not None, "connect() comes first"
+        assert self._grad_sync is not None, "setup() comes first"
         return self._grad_sync
 
     @property
     def _own(self) -> ModelPart:
-        assert self._part is not None, "take_part() comes first"
+        assert self._part is not None, "cut_model() comes first"
         return self._part

@@ -1,8 +1,9 @@
 """From a model to what one rank holds of it: layers, cut points, the chunks of its stage."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, NoReturn, Protocol
+from typing import Any, NoReturn
 
 from torch import Tensor, nn
 from typing_extensions import override
@@ -215,8 +216,11 @@ class _Elsewhere:
         raise SpecError(_problem(text, "hang it on a layer, or set `pipeline: 1`"))
 
 
-class Chunk(Protocol):
-    """What one place along the model computes; an `nn.Module`."""
+class Chunk(nn.Module, ABC):
+    """What one place along the model computes."""
+
+    recompute = False
+    """Keep the input only, and compute again in backward."""
 
     def run(self, inputs: Any, seed: int) -> Any:
         """
@@ -226,15 +230,17 @@ class Chunk(Protocol):
             inputs: of the place.
             seed: of the micro-batch; dropout and its like draw from generators seeded by it.
         """
+        if self.recompute:
+            return recomputed(_Seeded(self, seed), inputs)
+        return self.seeded(inputs, seed)
 
+    @abstractmethod
     def seeded(self, inputs: Any, seed: int) -> Any:
         """Go forward as `run` does, whatever is kept for backward."""
 
+    @abstractmethod
     def set_mode(self, *, training: bool) -> None:
         """Switch between training and evaluation."""
-
-    def parameters(self) -> Iterator[nn.Parameter]:
-        """The parameters of the chunk's modules, as `nn.Module` gives them."""
 
 
 class Layers(Stage, Chunk):
@@ -244,22 +250,16 @@ class Layers(Stage, Chunk):
     Args:
         layers: of the model.
         first: number of the first of them in the model.
-        recompute: keep the input only, and compute again in backward.
+        recompute: see `Chunk`.
     """
 
     def __init__(self, layers: Sequence[Layer], first: int, *, recompute: bool = False) -> None:
         super().__init__(layers)
-        self._first, self._recompute = first, recompute
-
-    @override
-    def run(self, inputs: Any, seed: int) -> Any:
-        """Each layer draws from a generator of its own."""
-        if self._recompute:
-            return recomputed(_Seeded(self, seed), inputs)
-        return self.seeded(inputs, seed)
+        self._first, self.recompute = first, recompute
 
     @override
     def seeded(self, inputs: Any, seed: int) -> Any:
+        """Each layer draws from a generator of its own."""
         for number, module in enumerate(self._run, start=self._first):
             seed_quickly(mixed(seed, number))
             inputs = module(inputs)
@@ -272,29 +272,23 @@ class Layers(Stage, Chunk):
             module.train(training)
 
 
-class Uncut(nn.Module, Chunk):
+class Uncut(Chunk):
     """
     The whole model, called as plain torch calls it: any inputs, any outputs, all of its hooks.
 
     Args:
         model: with values.
         call: how it is called.
-        recompute: keep the input only, and compute again in backward.
+        recompute: see `Chunk`.
     """
 
     def __init__(self, model: nn.Module, call: ModelCall, *, recompute: bool) -> None:
         super().__init__()
-        self.model, self._call, self._recompute = model, call, recompute
-
-    @override
-    def run(self, inputs: Any, seed: int) -> Any:
-        """The whole model draws from one generator."""
-        if self._recompute:
-            return recomputed(_Seeded(self, seed), inputs)
-        return self.seeded(inputs, seed)
+        self.model, self._call, self.recompute = model, call, recompute
 
     @override
     def seeded(self, inputs: Any, seed: int) -> Any:
+        """The whole model draws from one generator."""
         seed_quickly(mixed(seed, 0))
         return self._call(self.model, inputs)
 
@@ -306,7 +300,7 @@ class Uncut(nn.Module, Chunk):
 class _Seeded(nn.Module):
     """A chunk on one micro-batch: what is computed again must draw the same numbers."""
 
-    def __init__(self, chunk: Layers | Uncut, seed: int) -> None:
+    def __init__(self, chunk: Chunk, seed: int) -> None:
         super().__init__()
         self.chunk, self._seed = chunk, seed
 

@@ -244,11 +244,8 @@ class Layout:
                 if not isinstance(leaf, _CONSTANTS) or repr(leaf) != repr(known.value):
                     raise self._differs(known, leaf)
                 continue
-            if (
-                not isinstance(leaf, Tensor)
-                or leaf.dtype != known.dtype
-                or leaf.shape != known.shape
-            ):
+            form = known.dtype, known.shape
+            if not isinstance(leaf, Tensor) or (leaf.dtype, leaf.shape) != form:
                 raise self._differs(known, leaf)
             if leaf.requires_grad and not known.gradient:
                 text = f"{known.where or 'it'} needs a gradient, and did not when first computed"

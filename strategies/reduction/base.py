@@ -77,6 +77,13 @@ class Meter:
     def __init__(self, collective: Collective) -> None:
         self._collective = collective
         self._last = replace(collective.traffic)
+        self._is_new = True
+
+    def begin(self) -> None:
+        """Be told that a step begins: what setting up has cost before the first is no step's."""
+        if self._is_new:
+            self._is_new = False
+            self.lap()
 
     def lap(self) -> dict[str, float]:
         """Give the figures since the last lap, or since the meter was made."""

@@ -197,7 +197,6 @@ class BucketReducer(Reducer):
         self._meter, self._overlap = Meter(collective), OverlapMeter(collective)
         self._begun = self._listening = False
         self._agreed = not overlap
-        self._new = True
         self._hooks = listen(flat, self._on_gradient) if overlap and not self._alone else []
         flat.copy_when_ready(bool(self._hooks), looks=look)
 
@@ -277,9 +276,7 @@ class BucketReducer(Reducer):
         self._handles.clear()
 
     def _begin(self) -> None:
-        if self._new:
-            self._new = False
-            self._meter.lap()  # what setting up has cost is no step's
+        self._meter.begin()
         self._begun = True
         self._release.begin()
         self._overlap.begin()
@@ -290,7 +287,7 @@ class BucketReducer(Reducer):
         """Send what may go now that one more gradient is there; autograd calls this."""
         if self._listening and self._release.has_left(parameter):
             raise came_again(name)
-        self._flat.ready(parameter)
+        self._flat.gradients.ready(parameter)
         if not self._listening:
             return
         for number in self._release.gradient(parameter):
@@ -317,7 +314,7 @@ class BucketReducer(Reducer):
         """
         cut, layout = self._cuts[number], self._layouts[number]
         run = self._grads[cut.start : cut.stop]
-        if any(map(self._flat.finite, cut.parameters)):
+        if any(map(self._flat.gradients.finite, cut.parameters)):
             slot = self._first_of_others(run, layout.pieces, self._types[number])
         else:
             slot = first_non_finite(run, layout.segments, layout.pieces)
@@ -327,7 +324,7 @@ class BucketReducer(Reducer):
     def _first_of_others(self, run: Tensor, pieces: Sequence[Piece], dtype: str) -> int | None:
         """Give the first slot that is not finite, of those that no hook has looked at."""
         for piece in pieces:
-            if not self._flat.finite(piece.slot):
+            if not self._flat.gradients.finite(piece.slot):
                 if not is_finite(typed(run, piece.start, piece.stop, dtype)):
                     return piece.slot
         return None

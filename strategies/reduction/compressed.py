@@ -82,8 +82,7 @@ class CompressedReducer(Reducer):
         local = local.looked_at(self._flat) if self._look else local
         if self._alone:
             return local
-        if not self._figures:
-            self._step.lap()  # what setting up has cost is no step's
+        self._step.begin()
         self._control.start(local)
         total = self._control.wait()
         if self._look and not total.finite:

@@ -77,7 +77,6 @@ class ShardedUpdate(LocalOptimizer, Reducer):
         self._look = job.failure.non_finite != "ignore"
         self._control = ControlSum(group, len(flat.slots), flat.grads.device)
         self._meter = Meter(group)
-        self._new = True
         self._exchange_s = 0.0
 
     @override
@@ -93,9 +92,7 @@ class ShardedUpdate(LocalOptimizer, Reducer):
         Raises:
             CollectiveError: a rank is missing.
         """
-        if self._new:
-            self._new = False
-            self._meter.lap()  # what setting up has cost is no step's
+        self._meter.begin()
         began = time.perf_counter()
         self._control.start(local.looked_at(self._flat) if self._look else local)
         if self._group.world > 1:

@@ -51,9 +51,9 @@ def shard_copy(start: int, server: ShardServer, version: int, limit_s: float) ->
     steps, kept = server.kept(version, limit_s)
     if kept is None:
         return ShardCopy(steps, start)
-    state = {name: value for name, value in kept.tensors.items() if name}
+    state = {name: value for name, value in kept.items() if name}
     kinds, used = kinds_of(state)
-    tensors = [kept.tensors[""], *(value for name, value in state.items() if name != USED)]
+    tensors = [kept[""], *(value for name, value in state.items() if name != USED)]
     kinds = [kind_of("model", tensors[0]), *kinds]
     return ShardCopy(steps, start, tuple(kinds), tensors, used)
 

@@ -47,11 +47,11 @@ from distplat.strategies.model.parameter_layout import (
     squared_norm_of,
     typed_views,
 )
-from distplat.strategies.server.checkpoint_copies import CheckpointCopies, VectorCopies
 from distplat.strategies.server.staleness import Staleness
 from distplat.strategies.server.store import (
     BackupLink,
     Change,
+    CheckpointCopies,
     ReplicatedStore,
     ServerStore,
     StoreSnapshot,
@@ -109,7 +109,7 @@ class DenseStore(ServerStore, ReplicatedStore):
         apart = plan.shards > 1 or plan.job.embeddings is not None
         self._before = params.clone() if apart and not borrows else None
         self._before_version: int | None = None  #: version of `_before`
-        self._keeping = CheckpointCopies[VectorCopies](plan.checkpoint_every, plan.total_steps)
+        self._keeping = CheckpointCopies[dict[str, Tensor]](plan.checkpoint_every, plan.total_steps)
 
     @property
     @override
@@ -181,7 +181,7 @@ class DenseStore(ServerStore, ReplicatedStore):
         raise kind(f"version {version} is not here: the shard is at {self.version}")
 
     @override
-    def kept(self, version: int) -> VectorCopies | None:
+    def kept(self, version: int) -> dict[str, Tensor] | None:
         """Those of an asynchronous shard were made when the last task of step
         `version - 1` was applied, and later tasks may be in them, too.
         """
@@ -329,8 +329,10 @@ class DenseStore(ServerStore, ReplicatedStore):
             self._plateau.known = PlateauState.of(self.settings)
         return rate_of(self._job, place, plan.total_steps)
 
-    def _copy(self) -> VectorCopies:
-        return VectorCopies.of(self.params, self.optimizer.state())
+    def _copy(self) -> dict[str, Tensor]:
+        """Copy the shard: by torch's names, shape [m] or none; parameters under the empty name."""
+        vectors = {"": self.params, **self.optimizer.state()}
+        return {name: value.detach().clone() for name, value in vectors.items()}
 
     def _typed(self, vector: Tensor) -> list[Tensor]:
         return typed_views(vector, self._segments)

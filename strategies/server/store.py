@@ -13,16 +13,20 @@ are. Same gradient, same state, same arithmetic: the two stay equal to the bit.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from distplat.platform.checkpoints import is_due
 from distplat.platform.ledger import Ledger, PushId, Verdict
 from distplat.platform.shard_map import TablePlan
+
+_VERSIONS = 2
+"""That copies are kept of."""
 
 
 @dataclass(frozen=True)
@@ -182,3 +186,41 @@ class ServerStore(ReplicatedStore, Protocol):
 
     def log(self) -> NDArray[np.int64] | None:
         """Give the order of updates, shape [updates, 3]; None: it follows from the job."""
+
+
+T = TypeVar("T")
+
+
+class CheckpointCopies(Generic[T]):
+    """
+    Copies a server's state when a checkpoint is due; holds the copies of the two newest versions.
+
+        version   119       120                121   ...   140               ...   160
+        params    changes   changes | copied   changes     changes | copied        120's are gone
+                                      |
+                                      `- fetched while the training goes on
+
+    All servers copy at the same version, whoever asks when; so the parts fit together (I3).
+
+    Two, for a synchronous rank waits for the copies of one checkpoint to leave when the next is
+    due: by then the server has copied again.
+
+    Args:
+        every: steps between two checkpoints; 0: there are none.
+        total_steps: of the run.
+    """
+
+    def __init__(self, every: int, total_steps: int) -> None:
+        self._every, self._total = every, total_steps
+        self._kept: dict[int, T] = {}  #: by version, the oldest first
+
+    def reached(self, version: int, copy: Callable[[], T]) -> None:
+        """Keep what `copy` gives if a checkpoint of this version is due."""
+        if version > max(self._kept, default=-1) and is_due(version, self._every, self._total):
+            self._kept[version] = copy()
+            while len(self._kept) > _VERSIONS:
+                del self._kept[min(self._kept)]
+
+    def give(self, version: int) -> T | None:
+        """Give the copies of a version, and forget them; None: they are not here."""
+        return self._kept.pop(version, None)

@@ -28,11 +28,11 @@ from distplat.platform.ledger import Answer, Ledger, PullId, PushId, StepLedger,
 from distplat.platform.plateau import PlateauState
 from distplat.platform.shard_map import TablePlan, TableSpec
 from distplat.platform.tensor_slices import Bundle, RawTensor
-from distplat.strategies.server.checkpoint_copies import CheckpointCopies
 from distplat.strategies.server.server import Limits, Server
 from distplat.strategies.server.store import (
     BackupLink,
     Change,
+    CheckpointCopies,
     Renewal,
     ReplicatedStore,
     ServerStore,

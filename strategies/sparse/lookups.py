@@ -55,7 +55,7 @@ class Lookups(RowSource):
     def __init__(self, model: nn.Module, job: Job) -> None:
         self._job, self._modules = job, tables_of(model)
         self._numbers = {module: n for n, module in enumerate(self._modules.values())}
-        self.specs = tuple(_spec_of(name, module) for name, module in self._modules.items())
+        self.specs = tuple(module.spec(name) for name, module in self._modules.items())
         self._padding = [module.padding_idx for module in self._modules.values()]
         self._owed: list[list[_Owed]] = [[] for _ in self.specs]
         self._made: list[tuple[Routed, RowGradients]] | None = None
@@ -200,11 +200,6 @@ class Lookups(RowSource):
             )
 
 
-def _spec_of(name: str, module: Sharded) -> TableSpec:
-    rows, width = module.num_embeddings, module.embedding_dim
-    return TableSpec(name, rows, width, module.init_std, module.whole)
-
-
 @np.errstate(over="ignore", invalid="ignore")  # `first_non_finite` is there for that
 def _added_up(
     plan: TablePlan, spec: TableSpec, parts: list[tuple[Routed, NDArray[np.float32]]]
@@ -262,6 +257,8 @@ class RowPush:
         lookups: the model's embedding tables.
         steps: what becomes of steps that are not finite.
         local: this rank's control record.
+        number: of the push.
+        task: what it is of, where tasks are leased.
         weighted: whether loss() gave weights.
         slots: of the flat vector.
     """
@@ -271,51 +268,48 @@ class RowPush:
         lookups: Lookups,
         steps: NonFiniteSteps,
         local: StepControl,
-        *,
+        number: int,
+        task: int | None,
         weighted: bool,
         slots: int,
     ) -> None:
         self._lookups, self._skips, self._weighted = lookups, steps.skips, weighted
-        self._slots = slots
+        self._number, self._task = number, task
         self._row = lookups.first_non_finite() if steps.looks else None
         self.local = local if self._row is None else replace(local, non_finite=1, slot=slots)
         """The record, with what was found in the rows."""
         self._sent: Sending | None = None
         self._pushed = False
 
-    def before(self, number: int, task: int | None = None, *, waits: bool = False) -> None:
+    def before(self, *, waits: bool) -> None:
         """
         Have the rows leave, if they may before the gradients do.
 
         Args:
-            number: of the push.
-            task: what it is of, where tasks are leased.
             waits: the tables are asynchronous, and must have the rows before the gradients leave.
         """
         if waits:
             skip = self._skips and not self.local.finite
-            self._push(number, task, skip=skip, scale=self.local.scale)
-            self.wait()
+            self._push(skip=skip, scale=self.local.scale)
+            self._wait()
         elif not self._skips and not self._weighted:
-            self._push(number, task, skip=False, scale=1.0)
+            self._push(skip=False, scale=1.0)
 
-    def after(self, number: int, total: StepControl, task: int | None = None) -> None:
+    def after(self, total: StepControl) -> None:
         """Have the rows leave now, unless they have; return when all servers have the step."""
         if not self._pushed:
-            self._push(number, task, skip=total.skip, scale=total.scale)
-        self.wait()
+            self._push(skip=total.skip, scale=total.scale)
+        self._wait()
 
     def name(self, place: int) -> str:
-        """Name what `StepControl.slot` counts behind the parameters."""
-        assert place == self._slots, "rows are the only thing behind the parameters"
+        """Name what `StepControl.slot` counts behind the parameters: rows are all there is."""
         return self._row or "rows of an embedding table"
 
-    def wait(self) -> None:
-        """Return when all servers have what was pushed."""
+    def _wait(self) -> None:
         if self._sent is not None:
             self._sent.wait()
             self._sent = None
 
-    def _push(self, number: int, task: int | None, *, skip: bool, scale: float) -> None:
+    def _push(self, *, skip: bool, scale: float) -> None:
         self._pushed = True
-        self._sent = self._lookups.push(number, task, skip=skip, scale=scale)
+        self._sent = self._lookups.push(self._number, self._task, skip=skip, scale=scale)

@@ -17,6 +17,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from distplat.platform.shard_map import TableSpec
+
 
 class RowSource(Protocol):
     """Where a connected module gets its rows."""
@@ -42,18 +44,38 @@ class Sharded(nn.Module):
         self,
         num_embeddings: int | None,
         embedding_dim: int,
-        padding_idx: int | None,
-        init_std: float,
-        whole: bool,
+        padding_idx: int | None = None,
+        *,
+        init_std: float = 1.0,
+        whole: bool = False,
     ) -> None:
         super().__init__()
-        _check(num_embeddings, embedding_dim, padding_idx, init_std, whole)
-        if padding_idx is not None and padding_idx < 0:
-            padding_idx += num_embeddings or 0
         self.num_embeddings, self.embedding_dim = num_embeddings, embedding_dim
         self.padding_idx, self.init_std, self.whole = padding_idx, init_std, whole
+        self._check()
+        if padding_idx is not None and padding_idx < 0:
+            self.padding_idx = padding_idx + (num_embeddings or 0)
         self.source: RowSource | None = None  #: set while a run, or a loaded model, is at work
         self.table = nn.Parameter(torch.empty(0))
+
+    def spec(self, name: str) -> TableSpec:
+        """Give what servers need to know of the table, which has this name."""
+        return TableSpec(name, self.num_embeddings, self.embedding_dim, self.init_std, self.whole)
+
+    def _check(self) -> None:
+        rows, padding = self.num_embeddings, self.padding_idx
+        if rows is not None and rows < 1:
+            raise ValueError(f"num_embeddings must be at least 1, or None, got {rows}")
+        if self.embedding_dim < 1:
+            raise ValueError(f"embedding_dim must be at least 1, got {self.embedding_dim}")
+        if padding is not None:
+            low, high = (-rows, rows) if rows else (0, 1 << 63)
+            if not low <= padding < high:
+                raise ValueError(f"padding_idx must be from {low} to {high - 1}, got {padding}")
+        if not 0.0 <= self.init_std < float("inf"):
+            raise ValueError(f"init_std must be finite and not negative, got {self.init_std}")
+        if self.whole and rows is None:
+            raise ValueError("whole=True needs num_embeddings")
 
     @property
     def trained(self) -> bool:
@@ -119,17 +141,6 @@ class ShardedEmbedding(Sharded):
         ValueError: an argument that makes no sense.
     """
 
-    def __init__(
-        self,
-        num_embeddings: int | None,
-        embedding_dim: int,
-        padding_idx: int | None = None,
-        *,
-        init_std: float = 1.0,
-        whole: bool = False,
-    ) -> None:
-        super().__init__(num_embeddings, embedding_dim, padding_idx, init_std, whole)
-
     def forward(self, ids: Tensor) -> Tensor:
         """Give the rows of ids: shape [...] -> [..., embedding_dim]."""
         rows, places, padding = self._look_up(ids)
@@ -164,7 +175,7 @@ class ShardedEmbeddingBag(Sharded):
         init_std: float = 1.0,
         whole: bool = False,
     ) -> None:
-        super().__init__(num_embeddings, embedding_dim, padding_idx, init_std, whole)
+        super().__init__(num_embeddings, embedding_dim, padding_idx, init_std=init_std, whole=whole)
         if mode not in ("sum", "mean", "max"):
             raise ValueError(f"mode must be 'sum', 'mean' or 'max', got {mode!r}")
         self.mode, self.include_last_offset = mode, include_last_offset
@@ -193,27 +204,6 @@ class ShardedEmbeddingBag(Sharded):
             include_last_offset=self.include_last_offset,
             padding_idx=padding,
         )
-
-
-def _check(
-    num_embeddings: int | None,
-    embedding_dim: int,
-    padding_idx: int | None,
-    init_std: float,
-    whole: bool,
-) -> None:
-    if num_embeddings is not None and num_embeddings < 1:
-        raise ValueError(f"num_embeddings must be at least 1, or None, got {num_embeddings}")
-    if embedding_dim < 1:
-        raise ValueError(f"embedding_dim must be at least 1, got {embedding_dim}")
-    if padding_idx is not None:
-        low, high = (-num_embeddings, num_embeddings) if num_embeddings else (0, 1 << 63)
-        if not low <= padding_idx < high:
-            raise ValueError(f"padding_idx must be from {low} to {high - 1}, got {padding_idx}")
-    if not 0.0 <= init_std < float("inf"):
-        raise ValueError(f"init_std must be finite and not negative, got {init_std}")
-    if whole and num_embeddings is None:
-        raise ValueError("whole=True needs num_embeddings")
 
 
 def dense_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:

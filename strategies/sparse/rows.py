@@ -2,7 +2,7 @@
 
 import mmap
 import zlib
-from typing import Protocol
+from abc import ABC, abstractmethod
 
 import numpy as np
 from numpy.typing import NDArray
@@ -118,35 +118,8 @@ Ids = NDArray[np.int64]
 Slots = NDArray[np.int64]
 
 
-class Index(Protocol):
+class Index(ABC):
     """Gives each id a slot, in the order in which they are added."""
-
-    def __len__(self) -> int:
-        """Number of ids."""
-
-    @property
-    def ids(self) -> Ids:
-        """All ids by slot, shape [count]."""
-
-    def find(self, ids: Ids) -> Slots:
-        """Give the ids' slots, shape [n]; -1 for an id that was never added."""
-
-    def add(self, ids: Ids) -> Slots:
-        """
-        Add ids, and give their slots.
-
-        Args:
-            ids: shape [n]; each once, none of them added before.
-        """
-
-
-def make_index(rows: int | None) -> Index:
-    """Make the index of a table with ids below `rows`; None: any that is not negative."""
-    return HashIndex() if rows is None or rows > MOST_BY_ARRAY else ArrayIndex(rows)
-
-
-class _Listed:
-    """The ids in the order of their slots."""
 
     def __init__(self) -> None:
         self._ids = np.empty(0, np.int64)  #: by slot
@@ -157,7 +130,21 @@ class _Listed:
 
     @property
     def ids(self) -> Ids:
+        """All ids by slot, shape [count]."""
         return self._ids[: self._count]
+
+    @abstractmethod
+    def find(self, ids: Ids) -> Slots:
+        """Give the ids' slots, shape [n]; -1 for an id that was never added."""
+
+    @abstractmethod
+    def add(self, ids: Ids) -> Slots:
+        """
+        Add ids, and give their slots.
+
+        Args:
+            ids: shape [n]; each once, none of them added before.
+        """
 
     def _append(self, ids: Ids) -> int:
         """Give the first one's slot."""
@@ -168,7 +155,12 @@ class _Listed:
         return first
 
 
-class ArrayIndex(_Listed, Index):
+def make_index(rows: int | None) -> Index:
+    """Make the index of a table with ids below `rows`; None: any that is not negative."""
+    return HashIndex() if rows is None or rows > MOST_BY_ARRAY else ArrayIndex(rows)
+
+
+class ArrayIndex(Index):
     """Where rows lie, for ids below `rows`: an array."""
 
     def __init__(self, rows: int) -> None:
@@ -188,7 +180,7 @@ class ArrayIndex(_Listed, Index):
         return slots
 
 
-class HashIndex(_Listed, Index):
+class HashIndex(Index):
     """Where rows lie, for any ids: a hash table."""
 
     def __init__(self) -> None:

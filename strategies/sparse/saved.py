@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from distplat.platform.errors import ProtocolError, StorageError, hint
 from distplat.platform.model_options import RowSGD
-from distplat.platform.shard_map import TablePlan, TableSpec, file_of
+from distplat.platform.shard_map import TablePlan, file_of
 from distplat.platform.tensor_slices import Bundle, Bytes, RawTensor, TensorEntry, TensorSlice
 from distplat.strategies.sparse.files import read_list, read_part
 from distplat.strategies.sparse.modules import Sharded, tables_of
@@ -78,14 +78,10 @@ def _fill(table: Table, plan: TablePlan, server: int, file: Mapping[str, RawTens
     columns = {k.removeprefix(start): _array(v) for k, v in file.items() if k.startswith(start)}
     table.updates = max(table.updates, int(columns.pop("step")))
     ids = columns.pop("ids")
-    mine = np.flatnonzero(_server_of(plan, table.spec, ids) == server)
+    mine = np.flatnonzero(server_of(plan, table.spec, ids) == server)
     for first in range(0, len(mine), _AT_ONCE):
         some = mine[first : first + _AT_ONCE]
         table.restore(ids[some], {name: values[some] for name, values in columns.items()})
-
-
-def _server_of(plan: TablePlan, spec: TableSpec, ids: NDArray[np.int64]) -> NDArray[np.int64]:
-    return server_of(plan, spec, ids) if plan.servers > 1 else np.zeros_like(ids)
 
 
 def _array(whole: RawTensor) -> NDArray[Any]:
@@ -122,9 +118,7 @@ def connect(model: nn.Module, run: str | Path | None = None, *, seed: int = 0) -
     """
     seed, kept = (seed, {}) if run is None else read_list(Path(run))
     for name, module in tables_of(model).items():
-        spec = TableSpec(
-            name, module.num_embeddings, module.embedding_dim, module.init_std, module.whole
-        )
+        spec = module.spec(name)
         table = Table(spec, seed, make_rule(RowSGD(name="SGD", lr=1.0)))
         if run is not None:
             if name not in kept:

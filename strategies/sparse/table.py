@@ -71,7 +71,7 @@ class _SGD(Rule):
 class _Adagrad(Rule):
     names = ("sum",)
 
-    def __init__(self, options: RowAdagrad) -> None:
+    def __init__(self, options: RowAdagrad | RowWiseAdagrad) -> None:
         self._first, self._eps = options.initial_accumulator_value, np.float32(options.eps)
 
     def states(self, width: int) -> list[tuple[int, float]]:
@@ -81,25 +81,20 @@ class _Adagrad(Rule):
         self, rows: Block, states: Sequence[Block], gradient: Block, rate: float, step: int
     ) -> None:
         (squares,) = states
-        squares += gradient * gradient
+        squares += self._squared(gradient)
         rows -= np.float32(rate) * gradient / (np.sqrt(squares) + self._eps)
 
+    def _squared(self, gradient: Block) -> Block:
+        return gradient * gradient
 
-class _RowWiseAdagrad(Rule):
-    names = ("sum",)
 
-    def __init__(self, options: RowWiseAdagrad) -> None:
-        self._first, self._eps = options.initial_accumulator_value, np.float32(options.eps)
-
+class _RowWiseAdagrad(_Adagrad):
     def states(self, width: int) -> list[tuple[int, float]]:
-        return [(1, self._first)]
+        return super().states(1)
 
-    def update(
-        self, rows: Block, states: Sequence[Block], gradient: Block, rate: float, step: int
-    ) -> None:
-        (squares,) = states
-        squares += np.square(gradient).mean(axis=1, keepdims=True)
-        rows -= np.float32(rate) * gradient / (np.sqrt(squares) + self._eps)
+    def _squared(self, gradient: Block) -> Block:
+        means: Block = np.square(gradient).mean(axis=1, keepdims=True)
+        return means
 
 
 class _SparseAdam(Rule):

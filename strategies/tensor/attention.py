@@ -9,7 +9,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from distplat.platform.errors import Problem, SpecError
-from distplat.strategies.collective import Collective
 from distplat.strategies.tensor.exchange import (
     Bounds,
     TensorParallelRegion,
@@ -17,20 +16,23 @@ from distplat.strategies.tensor.exchange import (
     gathered,
     summed,
 )
-from distplat.strategies.tensor.parallel_layers import Parts, keep, split_columns, split_rows
+from distplat.strategies.tensor.parallel_layers import (
+    Parts,
+    become,
+    keep,
+    split_columns,
+    split_rows,
+)
 from distplat.strategies.tensor.parallel_plan import HeadLayout, slice_of
 
 
-def split_heads(
-    name: str, module: nn.Module, group: Collective, inside: TensorParallelRegion
-) -> Parts:
+def split_heads(name: str, module: nn.Module, inside: TensorParallelRegion) -> Parts:
     """
     Leave a rank its own heads of an attention module.
 
     Args:
         name: in the model, for errors.
         module: torch's `nn.MultiheadAttention`, or one with a `head_layout`.
-        group: the tensor group.
         inside: of the model.
 
     Raises:
@@ -38,7 +40,7 @@ def split_heads(
     """
     if type(module).forward is nn.MultiheadAttention.forward:
         assert isinstance(module, nn.MultiheadAttention)
-        return _split_multihead(name, module, group, inside)
+        return _split_multihead(name, module, inside)
     layout = getattr(module, "head_layout", None)
     if not isinstance(layout, HeadLayout):
         text = f"{name} ({type(module).__name__}) does not say where its heads are"
@@ -48,12 +50,13 @@ def split_heads(
     for layer in layout.inwards:
         linear = _layer(name, module, layer)
         own = split_columns(
-            f"{name}.{layer}", linear, group, inside, units=heads, blocks=layout.blocks(layer)
+            f"{name}.{layer}", linear, inside, units=heads, blocks=layout.blocks(layer)
         )
         parts |= {f"{layer}.{parameter}": spec for parameter, spec in own.items()}
     linear = _layer(name, module, layout.outwards)
-    own = split_rows(f"{name}.{layout.outwards}", linear, group, inside, units=heads)
+    own = split_rows(f"{name}.{layout.outwards}", linear, inside, units=heads)
     parts |= {f"{layout.outwards}.{parameter}": spec for parameter, spec in own.items()}
+    group = inside.group
     setattr(module, layout.count, slice_of(name, 0, heads, heads, group.rank, group.world).extent)
     return parts
 
@@ -75,11 +78,12 @@ def _layer(name: str, module: nn.Module, layer: str) -> nn.Module:
 
 
 def _split_multihead(
-    name: str, module: nn.MultiheadAttention, group: Collective, inside: TensorParallelRegion
+    name: str, module: nn.MultiheadAttention, inside: TensorParallelRegion
 ) -> Parts:
     if module.bias_k is not None or module.add_zero_attn:
         text = f"{name}: attention with `add_bias_kv` or `add_zero_attn` cannot be split"
         raise SpecError(Problem((), text, "leave it out of the plan"))
+    group = inside.group
     heads, size, ranks = module.num_heads, module.embed_dim, range(group.world)
     own = [slice_of(name, 0, heads, size, r, group.world) for r in ranks][group.rank]
     fused = slice_of(name, 0, heads, 3 * size, group.rank, group.world, blocks=3)
@@ -91,20 +95,18 @@ def _split_multihead(
     if module.in_proj_bias is not None:
         parts["in_proj_bias"] = fused
     keep(module, parts)
-    rows = split_rows(f"{name}.out_proj", module.out_proj, group, inside, units=heads)
-    module.__class__ = SplitMultiheadAttention
-    assert isinstance(module, SplitMultiheadAttention)
+    rows = split_rows(f"{name}.out_proj", module.out_proj, inside, units=heads)
+    made = become(module, SplitMultiheadAttention)
     each = [slice_of(name, 0, heads, heads, r, group.world) for r in ranks]
-    module.group, module.inside = group, inside
-    module.bounds = [(spec.start, spec.stop) for spec in each]
-    module.num_heads = each[group.rank].extent
+    made.inside = inside
+    made.bounds = [(spec.start, spec.stop) for spec in each]
+    made.num_heads = each[group.rank].extent
     return parts | {f"out_proj.{parameter}": spec for parameter, spec in rows.items()}
 
 
 class SplitMultiheadAttention(nn.MultiheadAttention):
     """A rank's own heads of torch's module; the same arguments, the same results."""
 
-    group: Collective
     inside: TensorParallelRegion
     bounds: Bounds
     """Heads, by rank."""
@@ -148,7 +150,7 @@ class SplitMultiheadAttention(nn.MultiheadAttention):
 
     def _project(self, query: Tensor, key: Tensor, value: Tensor) -> list[Tensor]:
         """Give query, key and value of the own heads; each input is exchanged once in backward."""
-        inputs = {id(t): copied(t, self.group) for t in (query, key, value)}
+        inputs = {id(t): copied(t, self.inside.group) for t in (query, key, value)}
         biases: list[Tensor | None] = [None] * 3
         if self.in_proj_bias is not None:
             biases = list(self.in_proj_bias.chunk(3))
@@ -176,7 +178,7 @@ class SplitMultiheadAttention(nn.MultiheadAttention):
         if mask is not None:
             mask = _additive(mask, query.dtype)
             if mask.dim() == 3:  # [N x all heads, L, S]
-                start, stop = self.bounds[self.group.rank]
+                start, stop = self.bounds[self.inside.group.rank]
                 mask = mask.reshape(-1, self.bounds[-1][1], *mask.shape[1:])[:, start:stop]
         if padding is None:
             return mask
@@ -186,8 +188,8 @@ class SplitMultiheadAttention(nn.MultiheadAttention):
     def _of_all_heads(self, weights: Tensor, average: bool) -> Tensor:
         """[N, own heads, L, S] -> [N, L, S], or [N, all heads, L, S]."""
         if average:
-            return summed(weights.sum(1).contiguous(), self.group) / self.bounds[-1][1]
-        last = gathered(weights.permute(0, 2, 3, 1), self.bounds, self.group)
+            return summed(weights.sum(1).contiguous(), self.inside.group) / self.bounds[-1][1]
+        last = gathered(weights.permute(0, 2, 3, 1), self.bounds, self.inside.group)
         return last.permute(0, 3, 1, 2)
 
 

@@ -9,7 +9,6 @@ The module around them is left as it is. When its `forward` calls the first bran
 computes those that it has and outputs are exchanged; calls of the others find theirs ready.
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
@@ -20,9 +19,9 @@ from torch import Tensor, nn
 from torch.autograd import Function
 
 from distplat.platform.errors import Problem, SpecError
-from distplat.strategies.collective import Collective, gather_bytes
+from distplat.strategies.collective import Collective, gather_values
 from distplat.strategies.tensor.exchange import TensorParallelRegion, copied
-from distplat.strategies.tensor.parallel_layers import Parts
+from distplat.strategies.tensor.parallel_layers import Parts, become
 from distplat.strategies.tensor.parallel_plan import ShardSpec, share_out
 
 _ALIGN = 16
@@ -80,21 +79,15 @@ class Branches:
     Args:
         title: the module, for errors.
         owners: rank of each branch.
-        group: the tensor group.
         inside: of the model.
         trains: whether any branch has a parameter to train.
     """
 
     def __init__(
-        self,
-        title: str,
-        owners: Sequence[int],
-        group: Collective,
-        inside: TensorParallelRegion,
-        trains: bool,
+        self, title: str, owners: Sequence[int], inside: TensorParallelRegion, trains: bool
     ) -> None:
         self.modules: list[Branch] = []
-        self._title, self._owners, self.group = title, owners, group
+        self._title, self._owners = title, owners
         self.inside, self._trains = inside, trains
         self._forms: dict[object, list[_Form]] = {}
         self._given: Tensor | None = None
@@ -124,7 +117,7 @@ class Branches:
         return self._ready.pop(place)
 
     def _compute(self, inputs: Tensor) -> tuple[Tensor, ...]:
-        shared = copied(inputs, self.group)
+        shared = copied(inputs, self.inside.group)
         mine = [m for m, owner in zip(self.modules, self._owners, strict=True) if self._has(owner)]
         if mine[0].training:
             self.inside.begin(inputs.device)
@@ -136,28 +129,27 @@ class Branches:
         if not shared.requires_grad and self._trains:
             lever = torch.zeros((), device=inputs.device, requires_grad=True)
         outputs: tuple[Tensor, ...] = _Exchanged.apply(  # type: ignore[no-untyped-call]
-            lever, self.group, self._owners, forms, *own
+            lever, self.inside.group, self._owners, forms, *own
         )
         return outputs
 
     def _has(self, owner: int) -> bool:
-        return owner == self.group.rank
+        return owner == self.inside.group.rank
 
     def _agree(self, inputs: Tensor, own: Sequence[Tensor]) -> list[_Form]:
         """Learn the forms of all outputs: asked once for each kind of input."""
         mine = [_Form.of(output) for output in own]
         kind = (inputs.shape, inputs.dtype, torch.is_autocast_enabled(inputs.device.type))
         if kind not in self._forms:
-            packed = json.dumps([(form.shape, form.dtype) for form in mine]).encode()
-            said = gather_bytes(packed, self.group, inputs.device)
-            by_rank = [iter(json.loads(text)) for text in said]
+            told = [(form.shape, form.dtype) for form in mine]
+            by_rank = [*map(iter, gather_values(told, self.inside.group, inputs.device))]
             given = [next(by_rank[owner]) for owner in self._owners]
             self._forms[kind] = [_Form(tuple(shape), dtype) for shape, dtype in given]
         forms = self._forms[kind]
         if mine != [f for f, owner in zip(forms, self._owners, strict=True) if self._has(owner)]:
             raise ValueError(
-                f"{self._title}: a branch on rank {self.group.rank} gave {forms} for one kind of "
-                f"input, and now {mine}; on several ranks, shapes must follow from the input's"
+                f"{self._title}: a branch on rank {self.inside.group.rank} gave {forms} for one "
+                f"kind of input, and now {mine}; on several ranks, shapes must follow from it"
             )
         return forms
 
@@ -198,14 +190,13 @@ class _Exchanged(Function):
 
 
 def split_branches(
-    modules: Mapping[str, nn.Module], group: Collective, inside: TensorParallelRegion
+    modules: Mapping[str, nn.Module], inside: TensorParallelRegion
 ) -> tuple[Branches, Parts]:
     """
     Leave a rank its own branches; the parameters of the others become empty.
 
     Args:
         modules: the branches of one module, by name.
-        group: the tensor group.
         inside: of the model.
 
     Returns:
@@ -214,14 +205,14 @@ def split_branches(
     Raises:
         SpecError: fewer branches than ranks, or a parameter without a dimension.
     """
-    title = next(iter(modules)).rpartition(".")[0] or "the model"
+    title, group = next(iter(modules)).rpartition(".")[0] or "the model", inside.group
     if len(modules) < group.world:
         text = f"{title}: {len(modules)} branches cannot be shared out to {group.world} ranks"
         raise SpecError(Problem((), text, f"take a tensor size of {len(modules)} or less"))
     costs = [sum(p.numel() for p in branch.parameters()) for branch in modules.values()]
     trains = any(p.requires_grad for branch in modules.values() for p in branch.parameters())
     owners = share_out(costs, group.world)
-    around = Branches(title, owners, group, inside, trains)
+    around = Branches(title, owners, inside, trains)
     parts: Parts = {}
     for place, (name, branch) in enumerate(modules.items()):
         has = owners[place] == group.rank
@@ -229,10 +220,9 @@ def split_branches(
         if not has:
             _empty(branch)
         kind = type(branch)
-        branch.__class__ = type(f"Branch{kind.__name__}", (Branch, kind), {})
-        assert isinstance(branch, Branch)
-        branch.around, branch.place = around, place
-        around.modules.append(branch)
+        made: Branch = become(branch, type(f"Branch{kind.__name__}", (Branch, kind), {}))
+        made.around, made.place = around, place
+        around.modules.append(made)
     return around, parts
 
 

@@ -21,9 +21,8 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import FunctionCtx
-from typing_extensions import override
 
-from distplat.strategies.collective import Collective, Handle, ReduceOp, Traffic
+from distplat.strategies.collective import Collective
 
 Bounds = Sequence[tuple[int, int]]
 """First column and the one behind the last, by rank; together they are all columns."""
@@ -148,7 +147,7 @@ class TensorParallelRegion:
     """
 
     def __init__(self, group: Collective) -> None:
-        self.group = group
+        self.group = group  #: of the present attempt
         self._outside: Tensor | None = None
         self._generator: torch.Generator | None = None
         self._way_in: tuple[Tensor, Tensor] | None = None
@@ -187,72 +186,3 @@ def _generator(device: torch.device) -> torch.Generator:
         index = torch.cuda.current_device() if device.index is None else device.index
         return torch.cuda.default_generators[index]
     return torch.default_generator
-
-
-class ReconnectableGroup(Collective):
-    """Hands everything on to the group of the present attempt (see `Collective`)."""
-
-    def __init__(self, group: Collective) -> None:
-        self.group = group  #: to be replaced in each attempt
-
-    @property
-    @override
-    def rank(self) -> int:
-        return self.group.rank
-
-    @property
-    @override
-    def world(self) -> int:
-        return self.group.world
-
-    @property
-    @override
-    def traffic(self) -> Traffic:
-        return self.group.traffic
-
-    @override
-    def share(self, like: Tensor) -> Tensor:
-        return self.group.share(like)
-
-    @override
-    def all_reduce(self, tensor: Tensor, op: ReduceOp = ReduceOp.SUM) -> None:
-        self.group.all_reduce(tensor, op)
-
-    @override
-    def start_all_reduce(self, tensor: Tensor, op: ReduceOp = ReduceOp.SUM) -> Handle:
-        return self.group.start_all_reduce(tensor, op)
-
-    @override
-    def reduce_scatter(
-        self, output: Tensor, inputs: Sequence[Tensor], op: ReduceOp = ReduceOp.SUM
-    ) -> None:
-        self.group.reduce_scatter(output, inputs, op)
-
-    @override
-    def all_gather(self, outputs: Sequence[Tensor], tensor: Tensor) -> None:
-        self.group.all_gather(outputs, tensor)
-
-    @override
-    def broadcast(self, tensor: Tensor, source: int = 0) -> None:
-        self.group.broadcast(tensor, source)
-
-    @override
-    def send(self, tensor: Tensor, to: int) -> None:
-        self.group.send(tensor, to)
-
-    @override
-    def start_send(self, tensor: Tensor, to: int) -> Handle:
-        return self.group.start_send(tensor, to)
-
-    @override
-    def recv(self, tensor: Tensor, source: int) -> None:
-        self.group.recv(tensor, source)
-
-    @override
-    def barrier(self) -> None:
-        self.group.barrier()
-
-    @override
-    def subgroup(self, name: str, ranks: Sequence[int]) -> Collective:
-        """The subgroup is of the present attempt."""
-        return self.group.subgroup(name, ranks)

@@ -8,9 +8,9 @@ A module stays the object that it was, at its place and under its name: its clas
 those below, and its parameters the rank's part of them.
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from typing import TypeVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from distplat.platform.errors import Problem, SpecError
 from distplat.platform.tensor_slices import TensorSlice
-from distplat.strategies.collective import Collective, gather_bytes
+from distplat.strategies.collective import Collective, gather_values
 from distplat.strategies.tensor.exchange import (
     Bounds,
     TensorParallelRegion,
@@ -97,11 +97,8 @@ def gather_full(
         CollectiveError: a rank is missing.
     """
     device = next(iter(state.values())).device if state else torch.device("cpu")
-    packed = json.dumps({name: asdict(spec) for name, spec in specs.items()}).encode()
-    by_rank = [
-        {name: ShardSpec(**fields) for name, fields in json.loads(said).items()}
-        for said in gather_bytes(packed, group, device)
-    ]
+    every = gather_values({name: asdict(spec) for name, spec in specs.items()}, group, device)
+    by_rank = [{name: ShardSpec(**fields) for name, fields in its.items()} for its in every]
     full: dict[str, Tensor] = {}
     for name, mine in state.items():
         if group.rank == to:
@@ -134,12 +131,18 @@ def _room(mine: Tensor, spec: ShardSpec) -> Tensor:
 
 Parts = dict[str, ShardSpec]
 """What of a module's parameters the rank has, by their names in the module."""
+_Module = TypeVar("_Module", bound=nn.Module)
+
+
+def become(module: nn.Module, kind: type[_Module]) -> _Module:
+    """Give a module another class; it stays the same object."""
+    module.__class__ = kind
+    return cast(_Module, module)
 
 
 class ColumnLinear(nn.Linear):
     """A rank's columns of a linear layer; the input is complete."""
 
-    group: Collective
     inside: TensorParallelRegion
     bounds: Bounds
     gathers: bool
@@ -148,8 +151,8 @@ class ColumnLinear(nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         """[..., in] -> [..., own columns], or [..., out] where they are put together."""
         if self.gathers:
-            outputs = super().forward(copied(input, self.group))
-            return gathered(outputs, self.bounds, self.group)
+            outputs = super().forward(copied(input, self.inside.group))
+            return gathered(outputs, self.bounds, self.inside.group)
         outputs = super().forward(self.inside.enter(input))
         if self.training:
             self.inside.begin(outputs.device)
@@ -159,7 +162,6 @@ class ColumnLinear(nn.Linear):
 class RowLinear(nn.Linear):
     """A rank's rows of a linear layer; the input is split as a column layer leaves it, or whole."""
 
-    group: Collective
     inside: TensorParallelRegion
     bounds: Bounds
     title: str
@@ -168,7 +170,7 @@ class RowLinear(nn.Linear):
         """[..., own rows] or [..., in] -> [..., out]."""
         width, size = input.shape[-1], self.bounds[-1][1]
         if width == size:
-            input = scattered(input, self.bounds, self.group)
+            input = scattered(input, self.bounds, self.inside.group)
         elif width != self.in_features:
             raise ValueError(
                 f"{self.title} (rowwise) has {self.in_features} of {size} inputs on this rank and "
@@ -176,7 +178,7 @@ class RowLinear(nn.Linear):
             )
         else:
             self.inside.end()
-        outputs = summed(F.linear(input, self.weight).contiguous(), self.group)
+        outputs = summed(F.linear(input, self.weight).contiguous(), self.inside.group)
         if self.bias is None:
             return outputs
         return outputs + self.bias.to(outputs.dtype)
@@ -185,7 +187,7 @@ class RowLinear(nn.Linear):
 class VocabularyEmbedding(nn.Embedding):
     """A rank's rows of an embedding: zeros for those of others, and the sum is complete."""
 
-    group: Collective
+    inside: TensorParallelRegion
     start: int
     """Number of the rank's first row."""
     size: int
@@ -199,13 +201,12 @@ class VocabularyEmbedding(nn.Embedding):
         nowhere = (input < 0) | (input >= self.size)
         own = own.masked_fill(elsewhere, 0).masked_fill(nowhere, self.num_embeddings)
         rows = super().forward(own).masked_fill(elsewhere.unsqueeze(-1), 0.0)
-        return summed(rows, self.group)
+        return summed(rows, self.inside.group)
 
 
 def split_columns(
     name: str,
     linear: nn.Module,
-    group: Collective,
     inside: TensorParallelRegion,
     *,
     gathers: bool = False,
@@ -218,7 +219,6 @@ def split_columns(
     Args:
         name: in the model, for errors.
         linear: complete, the same on all ranks.
-        group: the tensor group.
         inside: of the model.
         gathers: put the output together.
         units: columns that stay together are one unit; None: each is one.
@@ -228,27 +228,21 @@ def split_columns(
         SpecError: no linear layer, or more ranks than units.
     """
     layer = _plain(name, linear, nn.Linear, "colwise")
-    assert isinstance(layer, nn.Linear)
     size = layer.out_features
+    group = inside.group
     ranks = range(group.world)
     specs = [slice_of(name, 0, units or size, size, r, group.world, blocks=blocks) for r in ranks]
     parts = {p: specs[group.rank] for p in ("weight", "bias") if getattr(layer, p) is not None}
     keep(layer, parts)
     layer.out_features = specs[group.rank].extent
-    layer.__class__ = ColumnLinear
-    assert isinstance(layer, ColumnLinear)
-    layer.group, layer.inside, layer.gathers = group, inside, gathers
-    layer.bounds = [(spec.start, spec.stop) for spec in specs]
+    made = become(layer, ColumnLinear)
+    made.inside, made.gathers = inside, gathers
+    made.bounds = [(spec.start, spec.stop) for spec in specs]
     return parts
 
 
 def split_rows(
-    name: str,
-    linear: nn.Module,
-    group: Collective,
-    inside: TensorParallelRegion,
-    *,
-    units: int | None = None,
+    name: str, linear: nn.Module, inside: TensorParallelRegion, *, units: int | None = None
 ) -> Parts:
     """
     Make a linear layer one of rows; its bias stays whole and is added once.
@@ -257,20 +251,18 @@ def split_rows(
         SpecError: no linear layer, or more ranks than units.
     """
     layer = _plain(name, linear, nn.Linear, "rowwise")
-    assert isinstance(layer, nn.Linear)
-    size = layer.in_features
+    size, group = layer.in_features, inside.group
     specs = [slice_of(name, 1, units or size, size, r, group.world) for r in range(group.world)]
     parts = {"weight": specs[group.rank]}
     keep(layer, parts)
     layer.in_features = specs[group.rank].extent
-    layer.__class__ = RowLinear
-    assert isinstance(layer, RowLinear)
-    layer.group, layer.inside, layer.title = group, inside, name
-    layer.bounds = [(spec.start, spec.stop) for spec in specs]
+    made = become(layer, RowLinear)
+    made.inside, made.title = inside, name
+    made.bounds = [(spec.start, spec.stop) for spec in specs]
     return parts
 
 
-def split_vocabulary(name: str, embedding: nn.Module, group: Collective) -> Parts:
+def split_vocabulary(name: str, embedding: nn.Module, inside: TensorParallelRegion) -> Parts:
     """
     Make an embedding one of the rank's rows.
 
@@ -278,21 +270,19 @@ def split_vocabulary(name: str, embedding: nn.Module, group: Collective) -> Part
         SpecError: no embedding, one that cannot be split, or more ranks than rows.
     """
     table = _plain(name, embedding, nn.Embedding, "embedding")
-    assert isinstance(table, nn.Embedding)
     for option in ("max_norm", "scale_grad_by_freq", "sparse"):
         if getattr(table, option):
             text = f"{name}: an embedding with `{option}` cannot be split"
             raise SpecError(Problem((), text, "leave it out of the plan"))
-    size = table.num_embeddings
+    size, group = table.num_embeddings, inside.group
     spec = slice_of(name, 0, size, size, group.rank, group.world)
     keep(table, {"weight": spec})
     table.num_embeddings = spec.extent
     if table.padding_idx is not None:
         here = spec.start <= table.padding_idx < spec.stop
         table.padding_idx = table.padding_idx - spec.start if here else None
-    table.__class__ = VocabularyEmbedding
-    assert isinstance(table, VocabularyEmbedding)
-    table.group, table.start, table.size = group, spec.start, size
+    made = become(table, VocabularyEmbedding)
+    made.inside, made.start, made.size = inside, spec.start, size
     return {"weight": spec}
 
 
@@ -305,7 +295,7 @@ def keep(module: nn.Module, parts: Parts) -> None:
         module._parameters[name] = nn.Parameter(part, requires_grad=whole.requires_grad)
 
 
-def _plain(name: str, module: nn.Module, kind: type[nn.Module], style: str) -> nn.Module:
+def _plain(name: str, module: nn.Module, kind: type[_Module], style: str) -> _Module:
     """
     Check that a module is what a style splits, and computes as it does.
 

@@ -9,6 +9,7 @@ Which modules are split over the ranks of a tensor group, and how: names and num
     rank 2        | 7 8 9 |
 """
 
+import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -228,10 +229,7 @@ class HeadLayout:
         if axes.count("heads") == 1:
             before = axes[: axes.index("heads")]
             if all(axis.isdecimal() and int(axis) for axis in before):
-                product = 1
-                for axis in before:
-                    product *= int(axis)
-                return product
+                return math.prod(map(int, before))
         text = f"head_layout: {name} has the axes {self.inwards[name]!r}"
         hint = "write numbers, `heads`, and what a head consists of, such as `3 heads features`"
         raise SpecError(Problem((), text, hint))

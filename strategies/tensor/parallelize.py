@@ -26,6 +26,7 @@ from distplat.strategies.tensor.parallel_layers import (
     ColumnLinear,
     Parts,
     RowLinear,
+    VocabularyEmbedding,
     split_columns,
     split_rows,
     split_vocabulary,
@@ -61,7 +62,7 @@ def parallelize(
         return {}
     _refuse_lost(modules, styles)
     tied = _tied(module)
-    splitting = _Splitting(modules, group)
+    splitting = _Splitting(modules, TensorParallelRegion(group))
     specs = splitting.all(styles)
     _tie_again(module, tied, specs)
     for one in modules.values():
@@ -71,22 +72,27 @@ def parallelize(
     return specs
 
 
-def forget(module: nn.Module) -> None:
+def reconnect(module: nn.Module, group: Collective) -> None:
     """
-    Forget what a forward that failed has left behind, before the first one of another attempt.
+    Go on with the group of another attempt, without what a forward that failed has left behind.
 
-    A call of the module that `parallelize` was given does this by itself; who calls the modules in
-    it one by one, as a pipeline does, calls this.
+    Args:
+        module: that `parallelize` was given.
+        group: the same ranks, in the same order.
     """
     for one in module.modules():
-        if isinstance(one, ColumnLinear | RowLinear | SplitMultiheadAttention):
+        if isinstance(
+            one, ColumnLinear | RowLinear | SplitMultiheadAttention | VocabularyEmbedding
+        ):
+            one.inside.group = group
             one.inside.forget()
         elif isinstance(one, Branch):
+            one.around.inside.group = group
             one.around.forget()
 
 
 class _Afresh:
-    """Calls `forget` before each forward, without a search for what there is."""
+    """Has nothing left of the forward before, which may have failed; called before each."""
 
     def __init__(self, inside: TensorParallelRegion, branches: list[Branches]) -> None:
         self._inside, self._branches = inside, branches
@@ -100,9 +106,8 @@ class _Afresh:
 class _Splitting:
     """Splits module after module, and collects what is wrong."""
 
-    def __init__(self, modules: Mapping[str, nn.Module], group: Collective) -> None:
-        self._modules, self._group = modules, group
-        self.inside = TensorParallelRegion(group)
+    def __init__(self, modules: Mapping[str, nn.Module], inside: TensorParallelRegion) -> None:
+        self._modules, self.inside = modules, inside
         self.branches: list[Branches] = []
 
     def all(self, styles: Mapping[str, str]) -> dict[str, ShardSpec]:
@@ -120,7 +125,7 @@ class _Splitting:
         for names in branches.values():
             try:
                 around, parts = split_branches(
-                    {name: self._modules[name] for name in names}, self._group, self.inside
+                    {name: self._modules[name] for name in names}, self.inside
                 )
             except SpecError as error:
                 problems += error.problems
@@ -132,17 +137,16 @@ class _Splitting:
         return specs
 
     def _split(self, name: str, module: nn.Module, style: str) -> Parts:
-        group, inside = self._group, self.inside
         match style:
             case "colwise" | "colwise_gather":
                 gathers = style == "colwise_gather"
-                return split_columns(name, module, group, inside, gathers=gathers)
+                return split_columns(name, module, self.inside, gathers=gathers)
             case "rowwise":
-                return split_rows(name, module, group, inside)
+                return split_rows(name, module, self.inside)
             case "embedding":
-                return split_vocabulary(name, module, group)
+                return split_vocabulary(name, module, self.inside)
             case "heads":
-                return split_heads(name, module, group, inside)
+                return split_heads(name, module, self.inside)
         raise AssertionError(style)
 
 

@@ -25,7 +25,6 @@ from distplat.platform.errors import Problem, SpecError
 from distplat.platform.model_options import Embeddings
 from distplat.platform.optimizers import Optimizer, TaskOptimizer
 from distplat.platform.sampler import Sampler
-from distplat.platform.shard_map import TableSpec
 from distplat.platform.spec import Job
 from distplat.strategies.algorithms.seeds import (
     collate_seed,
@@ -43,7 +42,7 @@ from distplat.strategies.loop.task_settings import TaskOrder
 from distplat.strategies.model.tensor_optimizer import class_of
 from distplat.strategies.sparse.modules import RowSource, Sharded, tables_of
 from distplat.strategies.sparse.rows import initial_rows
-from distplat.strategies.task import Task, has_lr, has_weights
+from distplat.strategies.task import Task, overrides
 
 KEPT = "_rows_of_reference"
 """Attribute of the task that keeps the tables."""
@@ -102,11 +101,10 @@ class _Rows(nn.Module):
         super().__init__()
         self.weights = nn.ParameterList()
         for name, module in tables_of(model).items():
-            rows, width = module.num_embeddings, module.embedding_dim
+            rows = module.num_embeddings
             if rows is None:
                 raise ValueError(f"{name} has no num_embeddings: no plain table can stand for it")
-            spec = TableSpec(name, rows, width, module.init_std, module.whole)
-            values = initial_rows(spec, seed, np.arange(rows))
+            values = initial_rows(module.spec(name), seed, np.arange(rows))
             self.weights.append(nn.Parameter(torch.from_numpy(values)))
             module.source = _Source(self.weights[-1])
 
@@ -218,7 +216,7 @@ def recipe_of(job: Job, task: Task, every: int = 1) -> Recipe:
 def _rates(job: Job, task: Task) -> list[Callable[[float], float]]:
     """Give for each step what makes its rate of `lr`: the task, or else the job's schedule."""
     steps, schedule = job.steps or 0, job.lr_schedule
-    if has_lr(type(task)):
+    if overrides(type(task), "lr"):
         return [partial(mul, float(task.lr(step, steps))) for step in range(steps)]
     return [partial(schedule.rate, step=step, total_steps=steps) for step in range(steps)]
 
@@ -327,29 +325,25 @@ def numbered(data: Any, schedule: Schedule, seed: int) -> Any:
 
 def read(task: Task, data: Any, forward: Forward) -> Any:
     """Read the samples of a micro-batch and put them together; generators stay as they are."""
-    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
     many = None if isinstance(data, Subset) else getattr(data, "__getitems__", None)
-    if many is not None:
-        seed_all(forward.sample_seeds[0])
-        samples = many(forward.ids)
-    else:
-        samples = []
-        for index, seed in zip(forward.ids, forward.sample_seeds, strict=True):
-            seed_all(seed)
-            samples.append(data[index])
-    seed_all(forward.collate_seed)
-    batch = task.collate(samples)
-    random.setstate(states[0])
-    np.random.set_state(states[1])
-    torch.set_rng_state(states[2])
-    return batch
+    with generators_kept():
+        if many is not None:
+            seed_all(forward.sample_seeds[0])
+            samples = many(forward.ids)
+        else:
+            samples = []
+            for index, seed in zip(forward.ids, forward.sample_seeds, strict=True):
+                seed_all(seed)
+                samples.append(data[index])
+        seed_all(forward.collate_seed)
+        return task.collate(samples)
 
 
 def terms_of(
     task: Task, data: Any, step: Sequence[Sequence[Forward]]
 ) -> tuple[Weights, int] | None:
     """Give the weights of a step's terms, and its samples; None: a loss is one term."""
-    if not has_weights(type(task)):
+    if not overrides(type(task), "weights"):
         return None
     forwards = [forward for forwards in step for forward in forwards]
     total: Weights = {}

@@ -8,18 +8,17 @@ A job names it as any other task, with the user's own in `task_args`.
 from __future__ import annotations
 
 import importlib
-import random
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import Dataset, IterableDataset
 from typing_extensions import override
 
+from distplat.strategies.loop.seeding import generators_kept
 from distplat.strategies.loop.streams import is_stream, rows_of
 from distplat.strategies.task import Task, overrides
 
@@ -55,12 +54,9 @@ class Switched(Task):
             task_args: of the user's constructor.
             switches: fields of `Switches`.
         """
-        states = torch.get_rng_state(), np.random.get_state(), random.getstate()
         module, _, name = entry.partition(":")
-        kind = getattr(importlib.import_module(module), name)
-        torch.set_rng_state(states[0])  # the constructor draws what it would after the import
-        np.random.set_state(states[1])
-        random.setstate(states[2])
+        with generators_kept():  # the constructor draws what it would after the import
+            kind = getattr(importlib.import_module(module), name)
         return switched(kind, Switches(**switches))(**task_args)
 
     def model(self) -> nn.Module:

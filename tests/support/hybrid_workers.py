@@ -22,7 +22,6 @@ from distplat.strategies.collective import Collective
 from distplat.strategies.fakes import Fabric
 from distplat.strategies.ports import Shards
 from distplat.strategies.task import Task
-from distplat.strategies.tensor.exchange import ReconnectableGroup
 
 STEPS = 6
 WORLD = 4
@@ -104,7 +103,7 @@ class UntilOneIsLost(Attempt):
 
     def collective(self, rank: int) -> Collective:
         group = super().collective(rank)
-        return Torn(group, 3) if rank in self._deaf else group
+        return torn(group, 3) if rank in self._deaf else group
 
     def shards(self, rank: int) -> Shards:
         way = super().shards(rank)
@@ -115,18 +114,18 @@ class UntilOneIsLost(Attempt):
         self.give_up()
 
 
-class Torn(ReconnectableGroup):
+def torn(group: Any, at: int) -> Collective:
     """The agreement `at` is reached, but this rank does not hear of it: it was told to stop."""
+    meet, left = group.barrier, iter(range(at))
 
-    def __init__(self, group: Collective, at: int) -> None:
-        super().__init__(group)
-        self._left = at
-
-    def barrier(self) -> None:
-        super().barrier()
-        self._left -= 1
-        if self._left < 0:
+    def barrier() -> None:
+        meet()
+        if next(left, None) is None:
             raise CollectiveError("world", "barrier", 0, (), "this rank was told to give up")
+
+    group.barrier = barrier
+    found: Collective = group
+    return found
 
 
 def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:

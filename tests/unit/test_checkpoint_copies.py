@@ -16,9 +16,9 @@ from distplat.platform.ledger import PushId, Verdict
 from distplat.platform.spec import SYNCHRONOUS, Consistency
 from distplat.strategies.ports import ShardCopy
 from distplat.strategies.server.answers import fetch_copies
-from distplat.strategies.server.checkpoint_copies import CheckpointCopies, VectorCopies
 from distplat.strategies.server.dense_store import DenseStore
 from distplat.strategies.server.server import Limits, ShardServer
+from distplat.strategies.server.store import CheckpointCopies
 
 SIZE, WORLD, STEPS = 21, 2, 6
 ADAM = {"name": "AdamW", "lr": 0.1}
@@ -51,11 +51,11 @@ def state(shard: DenseStore | DenseStore) -> dict[str, Tensor]:
 
 def test_copies_are_of_the_two_newest_due_versions_and_given_once() -> None:
     value = torch.zeros(2)
-    keeping = CheckpointCopies[VectorCopies](2, 5)
+    keeping = CheckpointCopies[dict[str, Tensor]](2, 5)
     seen = []
     for version in range(1, 6):
         value.fill_(version)
-        keeping.reached(version, lambda: VectorCopies.of(value, {}))
+        keeping.reached(version, lambda: {"": value.clone()})
         seen.append([*keeping._kept])
     assert seen == [[], [2], [2], [2, 4], [4, 5]]
     value.fill_(9)
@@ -63,12 +63,12 @@ def test_copies_are_of_the_two_newest_due_versions_and_given_once() -> None:
     for version in (4, 5):
         kept = keeping.give(version)
         assert kept is not None
-        assert kept.tensors[""].tolist() == [version, version]
+        assert kept[""].tolist() == [version, version]
         assert keeping.give(version) is None
 
 
 def test_without_checkpoints_nothing_is_copied() -> None:
-    keeping = CheckpointCopies[VectorCopies](0, 5)
+    keeping = CheckpointCopies[dict[str, Tensor]](0, 5)
     keeping.reached(5, lambda: pytest.fail("copied"))
     assert keeping.give(5) is None
 
@@ -81,15 +81,15 @@ def test_a_synchronous_shard_goes_on_to_the_same_bits() -> None:
     at_four = state(shard)
     kept = shard.kept(4)
     assert kept is not None
-    assert same(kept.tensors, at_four)
+    assert same(kept, at_four)
     step(shard, 4)
     step(shard, 5)
-    assert same(kept.tensors, at_four), "copies stay as they are"
-    params = kept.tensors.pop("")
+    assert same(kept, at_four), "copies stay as they are"
+    params = kept.pop("")
     again = DenseStore(plan(SYNCHRONOUS), params)
     with pytest.raises(NotReadyError):
         again.push(push(0, 4), noise(SIZE, 0, 4))
-    again.restore(4, kept.tensors)
+    again.restore(4, kept)
     with pytest.raises(StaleError):
         again.push(push(0, 2), noise(SIZE, 0, 2))
     with pytest.raises(GapError):
@@ -109,8 +109,8 @@ def test_a_shard_that_waited_for_one_old_task_copies_all_the_same() -> None:
     push_now(shard, PushId("run", 1, 1, 0, 1), noise(SIZE, 1))
     kept = shard.kept(2)
     assert shard.steps == 3 and kept is not None
-    again = DenseStore(plan(ASYNC), kept.tensors.pop(""))
-    again.restore(2, kept.tensors)
+    again = DenseStore(plan(ASYNC), kept.pop(""))
+    again.restore(2, kept)
     assert push_now(again, PushId("run", 1, 0, 0, 3), noise(SIZE, 3)) is Verdict.LATE
     assert push_now(again, PushId("run", 1, 0, 1, 4), noise(SIZE, 4)) is Verdict.NEW
 
@@ -126,10 +126,10 @@ def test_an_asynchronous_shard_copies_when_the_slowest_is_there() -> None:
     push_now(shard, push(0, 3), noise(SIZE, 0, 3))
     kept = shard.kept(2)
     assert kept is not None
-    assert same(kept.tensors, at_two)
-    params = kept.tensors.pop("")
+    assert same(kept, at_two)
+    params = kept.pop("")
     again = DenseStore(plan(ASYNC), params)
-    again.restore(2, kept.tensors)
+    again.restore(2, kept)
     assert (again.version, again.steps, again.pull(0)) == (4, 2, 4)
     assert push_now(again, push(0, 2), noise(SIZE, 0, 2)) is Verdict.NEW
     assert (again.steps, again.staleness_of(0)) == (2, 0)
@@ -139,7 +139,7 @@ def test_a_service_waits_for_ranks_that_are_behind() -> None:
     service = ShardServer("server-0", plan(SYNCHRONOUS, 1), Limits(5, 5), torch.zeros(SIZE))
     service.restore(0, lambda params: params.fill_(1.0))
     assert service.kept(1, 0.01) == (0, None)
-    found: list[tuple[int, VectorCopies | None]] = []
+    found: list[tuple[int, dict[str, Tensor] | None]] = []
     waiting = threading.Thread(target=lambda: found.append(service.kept(1, 5)))
     waiting.start()
     threads = [
@@ -156,7 +156,7 @@ def test_a_service_waits_for_ranks_that_are_behind() -> None:
     [(steps, kept)] = found
     assert steps == 1
     assert kept is not None
-    assert kept.tensors[""].shape == (SIZE,)
+    assert kept[""].shape == (SIZE,)
 
 
 def answers(*copies: ShardCopy) -> Any:

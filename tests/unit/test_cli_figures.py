@@ -2,7 +2,7 @@
 
 import pytest
 
-from distplat.cli.figures import Figures, figure_rows, mean_figures, restart_rows
+from distplat.cli.figures import Figures, figure_rows, mean_figures, restart_text
 from distplat.platform.progress import FailureEvent, StepSummary
 
 
@@ -98,9 +98,8 @@ def test_restarts_are_listed() -> None:
         FailureEvent(2, 0, "killed", ("worker-0", "worker-1"), 0.0),
         FailureEvent(3, 5, "network", (), 0.0),
     ]
-    assert restart_rows(failures) == [
-        ("restarts", "worker-1 replaced, went on after step 9"),
-        ("", "worker-0, worker-1 replaced, went on after step 0"),
-        ("", "nobody replaced, went on after step 5"),
+    assert [*map(restart_text, failures)] == [
+        "worker-1 replaced, went on after step 9",
+        "worker-0, worker-1 replaced, went on after step 0",
+        "nobody replaced, went on after step 5",
     ]
-    assert restart_rows([]) == []

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -10,10 +11,11 @@ import pytest
 from jobs import job_of
 from made_runs import FACTS
 
-from distplat.cli import cluster, remote, shipping
+from distplat.cli import cluster, remote, shipping, submit
 from distplat.cli.address import NoSuchJob
-from distplat.cli.remote import LogReader, Submission, clean_lines, exit_code, follow
+from distplat.cli.remote import LogReader, clean_lines, exit_code, follow
 from distplat.cli.shipping import Received
+from distplat.cli.submit import SubmitRequest, _metadata
 from distplat.platform.errors import ClusterUnreachable, SpecError
 
 JOB = job_of(
@@ -201,24 +203,19 @@ def folder(tmp_path: Path) -> Iterator[Path]:
     yield tmp_path
 
 
-def submission(folder: Path, **changes: Any) -> Submission:
-    fields = {
-        "working_dir": folder,
-        "strategy_file": None,
-        "resume": None,
-        "runtime_env": {"env_vars": {"A": "1"}, "excludes": ["data"], "py_modules": ["m"]},
-        "metadata": {"team": "t"},
-        "submission_id": None,
-        "resources": {"entrypoint_num_cpus": 1.0},
-    }
-    return Submission(**{**fields, **changes})
+def send(jobs: Any, folder: Path, **changes: Any) -> str:
+    given = {"env_vars": {"A": "1"}, "excludes": ["data"], "py_modules": ["m"]}
+    resources = (("entrypoint_num_cpus", 1.0),)
+    request = SubmitRequest(folder / "job.yaml", working_dir=folder, resources=resources)
+    metadata = _metadata('{"team": "t"}', JOB)
+    return submit.send(jobs, JOB, replace(request, **changes), given, metadata, ignores)
 
 
 def test_a_job_is_sent_without_a_value_in_the_shell_line(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     jobs = FakeJobs()
-    job_id = remote.send(as_jobs(jobs), JOB, submission(folder), ignores, print)
+    job_id = send(as_jobs(jobs), folder)
     sent = jobs.submitted
     assert job_id.startswith("lin-")
     assert sent["entrypoint"] == "python -m distplat.cli.on_cluster"
@@ -247,7 +244,7 @@ def test_a_strategy_file_travels_with_the_folder(
 
 def test_a_checkpoint_is_named_on_the_drivers_machine(folder: Path) -> None:
     jobs = FakeJobs()
-    remote.send(as_jobs(jobs), JOB, submission(folder, resume="runs/lin-1"), ignores, print)
+    send(as_jobs(jobs), folder, resume="runs/lin-1")
     received = shipping.received_job(jobs.submitted["runtime_env"]["env_vars"])
     assert received.resume == "runs/lin-1"
 
@@ -258,11 +255,9 @@ def test_a_job_that_no_variable_holds_is_refused(folder: Path) -> None:
         shipping.runtime_env(job, folder, None, {})
 
 
-def test_our_metadata_cannot_be_overwritten(folder: Path) -> None:
+def test_our_metadata_cannot_be_overwritten() -> None:
     with pytest.raises(SpecError, match=r"--metadata-json\.strategy: is set by distplat itself"):
-        remote.send(
-            as_jobs(FakeJobs()), JOB, submission(folder, metadata={"strategy": "x"}), ignores, print
-        )
+        _metadata('{"strategy": "x"}', JOB)
 
 
 def test_a_folder_that_is_too_large_is_refused_with_its_largest_parts(
@@ -273,11 +268,11 @@ def test_a_folder_that_is_too_large_is_refused_with_its_largest_parts(
         path = folder / name
         path.parent.mkdir(exist_ok=True)
         path.write_bytes(bytes(4 * 2**20))
-    remote.send(as_jobs(FakeJobs()), JOB, submission(folder), ignores, print)
+    send(as_jobs(FakeJobs()), folder)
     for number in range(6):
         (folder / f"data{number}").write_bytes(bytes((number + 1) * 2**20))
     with pytest.raises(SpecError) as raised:
-        remote.send(as_jobs(FakeJobs()), JOB, submission(folder), ignores, print)
+        send(as_jobs(FakeJobs()), folder)
     assert "has 21 MiB; a cluster takes 3 MiB" in str(raised.value)
     assert "the largest: data5 6 MiB, data4 5 MiB, data3 4 MiB, data2 3 MiB, data1 2 MiB" in str(
         raised.value

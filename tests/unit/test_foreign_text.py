@@ -73,7 +73,7 @@ def test_a_tenants_job_cannot_write_escapes_in_its_result(
             return f"{remote.RESULT_MARK}{json.dumps(evil)}\n"
 
     monkeypatch.setattr(jobs, "open_jobs", lambda address: Fake())
-    jobs.print_logs(None, "lin-1", follow=False)
+    jobs.logs("lin-1")
     printed = capsys.readouterr().out
     assert "gpj.exe" in printed and is_harmless(printed)
 

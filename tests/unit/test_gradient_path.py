@@ -48,8 +48,7 @@ class Trace:
             self._rank = None
 
     def _is_step(self, frame: FrameType) -> bool:
-        turn, rank = frame.f_locals["turn"], frame.f_locals["rank"]
-        return (turn.step, rank) == (STEP, 0)
+        return (frame.f_locals["step"], frame.f_locals["self"]._rank) == (STEP, 0)
 
 
 @cache

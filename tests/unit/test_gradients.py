@@ -34,7 +34,7 @@ class Rig:
         torch.manual_seed(2)
         self.flat = FlatModel(kind())
         if self.copies:
-            listen(self.flat, lambda place, _: self.flat.ready(place))
+            listen(self.flat, lambda place, _: self.flat.gradients.ready(place))
             self.flat.copy_when_ready(True)
         self.flat.grads.fill_(9.0)
         torch.manual_seed(2)
@@ -111,13 +111,13 @@ def test_copied_gradients_are_looked_at_as_long_as_nothing_changes_them(
     places = [place for place, slot in enumerate(rig.flat.slots) if slot.size == 6]
     a, b = places
     rig.backward(lambda net: net(X).sum())
-    assert [rig.flat.finite(place) for place in places] == [rig.copies] * 2
+    assert [rig.flat.gradients.finite(place) for place in places] == [rig.copies] * 2
     grad = rig.flat.parameters[a].grad
     assert grad is not None
     grad.mul_(2.0)
-    assert [rig.flat.finite(place) for place in places] == [False, rig.copies]
+    assert [rig.flat.gradients.finite(place) for place in places] == [False, rig.copies]
     rig.flat.begin_step()
-    assert not rig.flat.finite(b)
+    assert not rig.flat.gradients.finite(b)
 
 
 def test_micro_batches_add_up() -> None:

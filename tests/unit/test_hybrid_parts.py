@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from distplat.platform.errors import SpecError
 from distplat.strategies.loop.batches import EvalLoader
 from distplat.strategies.loop.loss_check import MeanDoubts
+from distplat.strategies.model.flat import FlatModel
 from distplat.strategies.model.layers import Layer, layers_of
 from distplat.strategies.model.meta import materialise
 from distplat.strategies.pipeline import rank as ranks
@@ -231,7 +232,7 @@ def test_nobody_leaves_before_the_trained_model_is_put_together(
 ) -> None:
     """What is sent may be in the sender's memory until it is read, however late that is."""
     order: list[str] = []
-    gather, trained = gather_full, ranks.PipelineRank.trained
+    gather, trained = gather_full, ranks.HybridWorker.trained
 
     def late(state: Any, specs: Any, group: Any, to: int = 0) -> dict[str, Tensor]:
         if group.rank == to:
@@ -240,13 +241,13 @@ def test_nobody_leaves_before_the_trained_model_is_put_together(
         order.append("read" if group.rank == to else "sent")
         return found
 
-    def leaving(self: ranks.PipelineRank) -> dict[str, Tensor]:
-        found = trained(self)
+    def leaving(self: ranks.HybridWorker, flat: FlatModel) -> dict[str, Tensor]:
+        found = trained(self, flat)
         order.append("left")
         return found
 
     monkeypatch.setattr(ranks, "gather_full", late)
-    monkeypatch.setattr(ranks.PipelineRank, "trained", leaving)
+    monkeypatch.setattr(ranks.HybridWorker, "trained", leaving)
     train(hybrid_job({"tensor": 2, "tensor_plan": MLP_PLAN}, 2, steps=1), Mlp)
     assert order == ["sent", "read", "left", "left"]
 

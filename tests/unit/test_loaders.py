@@ -171,12 +171,12 @@ def test_batches_are_pinned_for_a_gpu(given: dict[str, Any], expected: bool) -> 
     """No card is needed to see what torch's loader is told."""
     with_gpu = job(data=given, scaling={"num_workers": 1, "use_gpu": True})
     for one, pinned in ((with_gpu, expected), (job(), False)):
-        assert Loader(one, Pids(), [])._loader.pin_memory is pinned
+        assert Loader(one, Pids())._loader.pin_memory is pinned
 
 
 def test_an_exception_in_a_loader_comes_out() -> None:
     plan = [Run(0, 0, [1, 2]), Run(0, 2, [4, 5])]
-    batches = iter(Loader(job(loaders=1), Broken(), plan))
+    batches = Loader(job(loaders=1), Broken()).batches(plan)
     next(batches)
     with pytest.raises(LookupError, match="sample 5 is gone"):
         next(batches)
@@ -194,7 +194,9 @@ def test_classes_and_functions_of_a_function_go_to_loaders() -> None:
         def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
             return self.transform(self.large[index]), self.small[index]
 
-    (first, second), *rest = Loader(job(loaders=1), Local(), [Run(0, 0, [3, 4]), Run(0, 2, [5])])
+    (first, second), *rest = Loader(job(loaders=1), Local()).batches(
+        [Run(0, 0, [3, 4]), Run(0, 2, [5])]
+    )
     assert (first.tolist(), second.tolist()) == ([4, 5], [[3], [4]])
     assert len(rest) == 1
 

@@ -413,7 +413,7 @@ def test_a_step_that_is_left_out_leaves_no_trace() -> None:
     before = copy.deepcopy(model.state_dict())
     model(torch.randn(2, 6, dtype=WIDE))
     state.synchronize(0)
-    state.leave_out(1)
+    state.finish(1, skipped=True)
     assert all(torch.equal(model.state_dict()[name], value) for name, value in before.items())
     assert state.settle(1)
 

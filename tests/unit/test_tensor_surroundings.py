@@ -16,7 +16,7 @@ from distplat.strategies.collective import Collective
 from distplat.strategies.fakes import Fabric
 from distplat.strategies.model.flat import FlatModel
 from distplat.strategies.model.layers import layers_of, recomputed
-from distplat.strategies.tensor.parallelize import forget, parallelize
+from distplat.strategies.tensor.parallelize import parallelize, reconnect
 
 CHARLM = {
     "*.token": "embedding",
@@ -205,14 +205,14 @@ def fail(*_: object) -> None:
     raise RuntimeError("once")
 
 
-def by_itself(model: nn.Module, inputs: Tensor) -> Tensor:
+def by_itself(model: nn.Module, inputs: Tensor, _: Collective) -> Tensor:
     outputs: Tensor = model(inputs)
     return outputs
 
 
-def piece_by_piece(model: nn.Module, inputs: Tensor) -> Tensor:
+def piece_by_piece(model: nn.Module, inputs: Tensor, group: Collective) -> Tensor:
     """As a pipeline calls layers."""
-    forget(model)
+    reconnect(model, group)
     for module in model.children():
         inputs = module(inputs)
     return inputs
@@ -220,19 +220,20 @@ def piece_by_piece(model: nn.Module, inputs: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("call", [by_itself, piece_by_piece])
 def test_numbers_are_those_of_all_ranks_again_after_a_failed_forward(
-    call: Callable[[nn.Module, Tensor], Tensor],
+    call: Callable[[nn.Module, Tensor, Any], Tensor],
 ) -> None:
     after = []
     for rank in range(2):
         model = nn.Sequential(nn.Linear(4, 31), nn.ReLU(), nn.Linear(31, 4))
-        parallelize(model, {"0": "colwise", "2": "rowwise"}, Lone(rank, 2))  # type: ignore[arg-type]
+        group: Any = Lone(rank, 2)
+        parallelize(model, {"0": "colwise", "2": "rowwise"}, group)
         if rank == 0:
             failing = model[1].register_forward_hook(fail)
             with pytest.raises(RuntimeError, match="once"):
-                call(model, torch.ones(1, 4))
+                call(model, torch.ones(1, 4), group)
             failing.remove()
         torch.manual_seed(3)
-        call(model, torch.ones(1, 4))
+        call(model, torch.ones(1, 4), group)
         after.append(torch.rand(3))
     assert torch.equal(*after)
 
@@ -240,12 +241,12 @@ def test_numbers_are_those_of_all_ranks_again_after_a_failed_forward(
 def test_outputs_that_nobody_fetched_are_forgotten() -> None:
     inputs = features(5, 12)
 
-    def run(model: nn.Module, _: Collective) -> dict[str, Tensor]:
+    def run(model: nn.Module, group: Collective) -> dict[str, Tensor]:
         failing = model.get_submodule("0.branches.1").register_forward_pre_hook(fail)
         with pytest.raises(RuntimeError, match="once"):
             model(inputs)
         failing.remove()
-        return {"whole": model(inputs * 2), "pieces": piece_by_piece(model, inputs * 2)}
+        return {"whole": model(inputs * 2), "pieces": piece_by_piece(model, inputs * 2, group)}
 
     def build() -> nn.Module:
         torch.manual_seed(0)
