@@ -94,9 +94,3 @@ def _key(key: object, where: str) -> str | int:
         return key  # type: ignore[return-value]
     text = f"{where} has the key {key!r}: keys are strings or whole numbers"
     raise SpecError(Problem(("checkpoint",), text))
-
-
-def dtype_of(name: str) -> torch.dtype:
-    """Give torch's type of this name."""
-    found: torch.dtype = getattr(torch, name)
-    return found

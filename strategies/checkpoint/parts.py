@@ -11,7 +11,7 @@ copied at once; everything after that happens behind the training's back.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence, Set
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import replace
 
 import torch
@@ -46,16 +46,30 @@ def buffer_part(flat: FlatModel, holding: Holding = ALL) -> CheckpointPart:
     """Give what of a model is not trained: buffers and frozen parameters."""
     elsewhere = holding.others | flat.trained_names() | flat.unsaved
     rest = {k: v for k, v in flat.model.state_dict().items() if k not in elsewhere}
+    return tensors_part("model", rest, holding.places)
+
+
+def tensors_part(
+    file: str, tensors: Mapping[str, Tensor], places: Mapping[str, TensorSlice] = ALL.places
+) -> CheckpointPart:
+    """
+    Give tensors, each in an array of its own.
+
+    Args:
+        file: of the checkpoint.
+        tensors: by their names in it.
+        places: where one lies in the whole one, for those that are slabs.
+    """
     entries = [
         TensorEntry(
-            f"model/{name}",
-            holding.places.get(name, TensorSlice(tuple(value.shape))),
+            f"{file}/{name}",
+            places.get(name, TensorSlice(tuple(value.shape))),
             dtype_name(value),
             number,
         )
-        for number, (name, value) in enumerate(rest.items())
+        for number, (name, value) in enumerate(tensors.items())
     ]
-    return CheckpointPart(tuple(rest.values()), tuple(entries))
+    return CheckpointPart((*tensors.values(),), tuple(entries))
 
 
 def optimizer_part(
@@ -74,18 +88,11 @@ def optimizer_part(
         holding: see `model_part`.
     """
     if TREE in state:
-        return CheckpointPart((*state.values(),), tuple(_whole_entries(state)))
+        return tensors_part("optimizer", state)
     kinds, used = kinds_of(state)
     tensors = tuple(value for name, value in state.items() if name != USED)
     entries = vector_entries(flat, kinds, start, used, holding, flat.trained_names())
     return CheckpointPart(tensors, tuple(entries))
-
-
-def _whole_entries(state: Mapping[str, Tensor]) -> Iterator[TensorEntry]:
-    """Name tensors, each of which is whole and in an array of its own."""
-    for number, (name, value) in enumerate(state.items()):
-        shape = TensorSlice(tuple(value.shape))
-        yield TensorEntry(f"optimizer/{name}", shape, dtype_name(value), number)
 
 
 def server_part(

@@ -23,10 +23,10 @@ from distplat.platform.errors import Problem, SpecError
 from distplat.platform.progress import AnyReport, StepReport
 from distplat.platform.resume import FUNCTION
 from distplat.platform.spec import Job
-from distplat.platform.tensor_slices import TensorEntry, TensorSlice
 from distplat.strategies.catalog import make_strategy
 from distplat.strategies.checkpoint.checkpoint_reader import SavedState
-from distplat.strategies.checkpoint.checkpoint_types import CheckpointPart, Take
+from distplat.strategies.checkpoint.checkpoint_types import Take
+from distplat.strategies.checkpoint.parts import tensors_part
 from distplat.strategies.collective import Collective
 from distplat.strategies.directory_checkpoint import Checkpoint, of_directory
 from distplat.strategies.function.averages import Averages
@@ -47,7 +47,6 @@ from distplat.strategies.loop.loop import Progress
 from distplat.strategies.loop.seeding import seed_step, seeded_itself
 from distplat.strategies.loop.streams import is_stream
 from distplat.strategies.model.module_hooks import passing_on
-from distplat.strategies.model.parameter_layout import dtype_name
 from distplat.strategies.ports import LoopShards
 from distplat.strategies.state_tree import pack, unpack
 from distplat.strategies.torch_compat import has_default_group
@@ -286,12 +285,9 @@ class FunctionSession:
 
     def _keep(self, version: int, checkpoint: Any) -> None:
         tree, tensors = pack(checkpoint)
-        entries = tuple(
-            TensorEntry(f"{_FILE}/{n}", TensorSlice(tuple(one.shape)), dtype_name(one), n)
-            for n, one in enumerate(tensors)
-        )
+        part = tensors_part(_FILE, {str(n): one for n, one in enumerate(tensors)})
         facts = {FUNCTION: tree, "versions": {"torch": str(torch.__version__)}}
-        self._outlets.take(version, CheckpointPart(tuple(tensors), entries), facts)
+        self._outlets.take(version, part, facts)
 
     def checkpoint(self) -> Any:
         """Give what was reported last before this attempt; see `words.get_checkpoint`."""

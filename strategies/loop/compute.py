@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
@@ -130,6 +130,11 @@ class Sums:
         for name, (value, weight) in batch.figures.items():
             self.sums[name] = self.sums.get(name, 0.0) + value
             self.counts[name] = self.counts.get(name, 0.0) + weight
+
+    def put(self, figures: Mapping[str, float]) -> None:
+        """Have these figures, each of all samples."""
+        self.sums |= figures
+        self.counts |= dict.fromkeys(figures, 1.0)
 
     def take_in(self, other: Sums, prefix: str) -> None:
         """Take figures of the same samples, under names that begin with this."""
@@ -319,8 +324,7 @@ class TaskModel(WholeModel, Compute):
         """Evaluate one of as many parts of the data as a step has."""
         self.rank = part
         found = self.evaluate(data)
-        for name, value in self.metrics.figures([found.states]).items():
-            found.sums[name], found.counts[name] = value, 1.0
+        found.put(self.metrics.figures([found.states]))
         return found
 
     @override

@@ -310,8 +310,7 @@ class Loop(_AnyLoop):
             return
         parts = self.metrics.gathered(found.states, self.flat.params.device)
         if self.rank == 0:
-            for name, value in self.metrics.figures(parts).items():
-                found.sums[name], found.counts[name] = value, 1.0
+            found.put(self.metrics.figures(parts))
 
 
 def course_of(job: Job, sampler: Sampler, steps: int, first: int, evaluates: bool) -> TaskPlan:
