@@ -70,6 +70,8 @@ def _request(
         raise ClusterUnreachable(message) from None
 
 
+_UNREADABLE = (ValueError, LookupError, TypeError, AttributeError, RecursionError)
+"""What Ray's client raises at JSON of another shape than it expects."""
 _Client = ray_compat.with_requests(JobSubmissionClient, _request)
 _Client.answer_s = _FIRST_ANSWER_S
 
@@ -113,10 +115,9 @@ class Jobs:
         """
         try:
             running = str(self._client.ask("/api/version").json()["ray_version"])
-        except (ValueError, KeyError, TypeError) as error:
-            message = f"what answers at {self.address} is not a Ray dashboard ({one_line(error)})"
-            raise ClusterUnreachable(message) from error
-        with suppress(ValueError, KeyError, TypeError):  # a proxy may let job requests through only
+        except _UNREADABLE as error:
+            raise _no_ray(self.address, error) from error
+        with suppress(*_UNREADABLE):  # a proxy may let job requests through only
             about = self._client.ask("/api/v0/cluster_metadata").json()["data"]
             return Versions(running, str(about["pythonVersion"]))
         return Versions(running, "")
@@ -140,7 +141,7 @@ class Jobs:
         Raises:
             NoSuchJob: the cluster does not know it.
         """
-        with _unknown_job():
+        with _answer_of(self.address):
             return _plain(self._client.get_job_info(job_id))
 
     def logs(self, job_id: str) -> str:
@@ -150,7 +151,7 @@ class Jobs:
         Raises:
             NoSuchJob: the cluster does not know it.
         """
-        with _unknown_job():
+        with _answer_of(self.address):
             return str(self._client.get_job_logs(job_id))
 
     def stop(self, job_id: str) -> None:
@@ -160,12 +161,13 @@ class Jobs:
         Raises:
             NoSuchJob: the cluster does not know it.
         """
-        with _unknown_job():
+        with _answer_of(self.address):
             self._client.stop_job(job_id)
 
     def list(self) -> list[Info]:
         """Give all jobs that were handed in through the API, newest first."""
-        found = [_plain(job) for job in self._client.list_jobs()]
+        with _answer_of(self.address):
+            found = [_plain(job) for job in self._client.list_jobs()]
         submitted = [job for job in found if job["submission_id"]]
         return sorted(submitted, key=lambda job: job["start_time"] or 0, reverse=True)
 
@@ -182,26 +184,35 @@ def _connect(address: str, headers: dict[str, str]) -> Any:
     with unset("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS"):  # they would win over `address`
         try:
             return _Client(address, headers=headers)
-        except (requests.RequestException, RuntimeError, ValueError, KeyError) as error:
-            message = f"what answers at {address} is not a Ray dashboard ({one_line(error)})"
-            raise ClusterUnreachable(message) from error
+        except (requests.RequestException, RuntimeError, *_UNREADABLE) as error:
+            raise _no_ray(address, error) from error
 
 
 @contextmanager
-def _unknown_job() -> Iterator[None]:
+def _answer_of(address: str) -> Iterator[None]:
     """
-    Tell a job that is not there from other refusals.
+    Tell a job that is not there, and what no Ray answers, from other refusals.
 
     Raises:
         NoSuchJob: the cluster said 404.
-        ClusterUnreachable: it said something else.
+        ClusterUnreachable: it said something else, or nothing that Ray's client can read.
     """
     try:
         yield
+    except RecursionError as error:
+        raise _no_ray(address, error) from None
     except RuntimeError as error:
         if "status code 404" in str(error):
             raise NoSuchJob from None
         raise ClusterUnreachable(f"the cluster failed: {one_line(error)}") from error
+    except _UNREADABLE as error:
+        raise _no_ray(address, error) from error
+
+
+def _no_ray(address: str, error: Exception) -> ClusterUnreachable:
+    return ClusterUnreachable(
+        f"what answers at {address} is not a Ray dashboard ({one_line(error)})"
+    )
 
 
 def _plain(details: Any) -> Info:

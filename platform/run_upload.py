@@ -99,6 +99,25 @@ class RunUpload:
             What is not there, and why; empty: all is.
         """
         self._closing.set()
+        try:
+            self._wait_for_it()
+        except KeyboardInterrupt:
+            text = "the copy at %s is not complete: its upload was broken off; all is in %s"
+            self._warn(text % (self._storage.url, self._folder))
+            raise
+        finally:
+            self._given_up.set()
+        if self._ended.is_set():
+            return ""
+        why = self._why or f"the storage does not answer (`{SETTING}`)"
+        try:
+            missing = with_deadline(lambda moved: self._missing(), self._folder, _LIST_S)
+        except (OSError, StorageError) as error:
+            missing, why = "the run directory", str(error)
+        return f"{missing} not uploaded to {self._storage.url}: {why}"
+
+    def _wait_for_it(self) -> None:
+        """Return when all is there, or nothing more can be hoped for."""
         began, limit_s, said = time.monotonic(), self._storage.limit_s, False
         while not self._ended.wait(0.05):
             now = time.monotonic()
@@ -108,16 +127,7 @@ class RunUpload:
                 self._warn(text % (self._storage.url, SETTING))
             in_vain = self._vain >= _VAIN and now - max(began, self._brought_at) > limit_s
             if in_vain or now - max(began, self._storage.answered_at) > limit_s:
-                break
-        self._given_up.set()
-        if self._ended.is_set():
-            return ""
-        why = self._why or f"the storage does not answer (`{SETTING}`)"
-        try:
-            missing = with_deadline(lambda moved: self._missing(), self._folder, _LIST_S)
-        except (OSError, StorageError) as error:
-            missing, why = "the run directory", str(error)
-        return f"{missing} not uploaded to {self._storage.url}: {why}"
+                return
 
     def _missing(self) -> str:
         names = [name for name, path in self._files() if self._changed(name, path)]

@@ -145,6 +145,27 @@ def test_a_storage_that_takes_nothing_is_given_up_at_the_end(
     assert "the end of the run waits for its copy at odd://bucket/" in warnings[1]
 
 
+def test_who_breaks_an_upload_off_is_told_what_is_where(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Odd.refuses = True
+    (tmp_path / "job.yaml").write_text("name: a")
+    warnings: list[str] = []
+    upload = copy_of(tmp_path, warnings)
+
+    def interrupt() -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(upload, "_wait_for_it", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        upload.close()
+    upload._thread.join(30)
+    assert not upload._thread.is_alive()
+    assert warnings[-1].endswith(
+        f"is not complete: its upload was broken off; all is in {tmp_path}"
+    )
+
+
 def test_a_failure_is_told_once_and_tried_again(tmp_path: Path) -> None:
     (tmp_path / "job.yaml").write_text("name: a")
     Odd.failures, warnings = 2, list[str]()
