@@ -76,10 +76,11 @@ class Connection:
             DistplatError: somebody did not come, or the attempt was given up.
         """
         order = replace(order, job=prepared.job)  # its rates may be the task's
+        every = prepared.job.checkpoint.period(prepared.sampler.steps_per_epoch)
         return Ports(
             None if order.collective is None else self._form(order, order.collective),
-            self._reach_shards(order, prepared),
-            self._reach_tables(order, prepared),
+            self._reach(order, prepared.total_steps, every) if prepared.roles.servers else None,
+            self._reach_tables(order, every),
             self._reach_scheduler(order, prepared),
             partial(self._meet_peers, order),
             RayBoard(order.run),
@@ -140,19 +141,13 @@ class Connection:
         start_s = order.job.failure.start_timeout_s
         return GroupSettings(spec.timeout_s, start_s, spec.debug, self._abandoned)
 
-    def _reach_shards(self, order: WorkOrder, prepared: Prepared) -> "RemoteShards | None":
-        """Make the way to the servers; None where the strategy has none."""
-        if not prepared.roles.servers:
-            return None
-        return self._reach(order, prepared.total_steps, _every(prepared))
-
-    def _reach_tables(self, order: WorkOrder, prepared: Prepared) -> "RemoteTables | None":
+    def _reach_tables(self, order: WorkOrder, every: int) -> "RemoteTables | None":
         """Give the way to the embedding tables; None where the job has none."""
         if not order.embedding_servers:
             return None
         from distplat.actors.servers.tables import RemoteTables
 
-        self._tables = RemoteTables(self._transport, order, _every(prepared), self._abandoned)
+        self._tables = RemoteTables(self._transport, order, every, self._abandoned)
         return self._tables
 
     def _reach_scheduler(self, order: WorkOrder, prepared: Prepared) -> "RemoteLeases | None":
@@ -199,8 +194,3 @@ class Connection:
                 port.close()
             except Exception:
                 logger.warning("%s could not be closed", type(port).__name__, exc_info=True)
-
-
-def _every(prepared: Prepared) -> int:
-    """Give the steps between two checkpoints; 0: there are none."""
-    return prepared.job.checkpoint.period(prepared.sampler.steps_per_epoch)

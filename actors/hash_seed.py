@@ -30,11 +30,7 @@ def inherited() -> AbstractContextManager[None]:
 
 def options() -> dict[str, Any]:
     """Give what an actor is to be asked for with, so that it has the seed."""
-    if os.environ.get(NAME) == chosen() and _of_this_process():
+    # What this process has started has its environment; a node that has joined has not.
+    if os.environ.get(NAME) == chosen() and ray_compat.ray_is_ours() and len(ray.nodes()) == 1:
         return {}
     return {"runtime_env": {"env_vars": {NAME: chosen()}}}
-
-
-def _of_this_process() -> bool:
-    """Say whether this process started Ray, and no other node has joined."""
-    return ray_compat.ray_is_ours() and len(ray.nodes()) == 1

@@ -120,9 +120,7 @@ class PendingCall:
             index = missing[calls.index(come[0])]
             try:
                 answer = self._transport.get(come[0], left)
-            except (
-                NotHere
-            ):  # it is large, and still on its way: `get` has waited until the deadline
+            except NotHere:  # large, and still on its way: `get` has waited until the deadline
                 self._check(index, 0.0)
             except Unanswered:
                 self._check(index, left)

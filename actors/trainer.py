@@ -127,10 +127,6 @@ class Trainer:
         self._resumed_from = str(found.path)
         return found.path
 
-    def _run_before(self) -> Path | None:
-        """Give the directory of the run that this one goes on from, which may be gone by now."""
-        return None if self._resumed is None else self._resumed.parent.parent
-
     def _scratch(self) -> Path:
         """Make a directory that goes with this object."""
         parent = self._storage_dir / local_folder(self.job.storage_path)
@@ -161,7 +157,9 @@ class Trainer:
             logger.warning("%s", line)
         directory = RunDirectory(self.job, new_run_name(self.job.name), self._storage_dir)
         result = Result(directory.path, None, reported=self.job.own_loop)
-        trackers = [Tracking(self.job.trackers, self._run_before())] if self.job.trackers else []
+        # Of the run that this one goes on from, which may be gone by now.
+        before = None if self._resumed is None else self._resumed.parent.parent
+        trackers = [Tracking(self.job.trackers, before)] if self.job.trackers else []
         view = View() if self._progress else view_here() if self._progress is None else None
         views = [] if view is None else [view]
         told, job = (*views, *trackers, *self._callbacks), self.job

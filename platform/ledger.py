@@ -148,14 +148,14 @@ class Ledger(ABC):
         return self.version or 0
 
     @property
-    @abstractmethod
-    def steps(self) -> int:
-        """Steps of which every gradient is applied."""
+    def place(self) -> int:
+        """Of the next update, in steps of the learning rate's schedule: one for each worker's."""
+        return self.updates // self.world if self.asynchronous else self.updates
 
     @property
-    @abstractmethod
-    def place(self) -> int:
-        """Of the next update, in steps: for the learning rate's schedule."""
+    def steps(self) -> int:
+        """Steps of which every gradient is applied."""
+        return self.place
 
     @property
     @abstractmethod
@@ -201,13 +201,13 @@ class Ledger(ABC):
             StaleError, GapError: not the step that is staged.
         """
 
-    @abstractmethod
     def passed(self, push: PushId) -> bool:
         """Whether the update is made that a booked push is part of, or was made without it."""
+        return True
 
-    @abstractmethod
     def missing(self) -> list[int]:
         """Ranks whose push is waited for."""
+        return []
 
 
 class StepLedger(Ledger):
@@ -225,16 +225,6 @@ class StepLedger(Ledger):
         self._backup = backup
         self._last: dict[int, tuple[int, Verdict]] = {}  #: rank -> its last push, told again how
         self._staged: set[int] = set()  #: ranks whose push for `version` is here
-
-    @property
-    @override
-    def steps(self) -> int:
-        return self.updates
-
-    @property
-    @override
-    def place(self) -> int:
-        return self.updates
 
     @property
     def complete(self) -> bool:
@@ -322,12 +312,6 @@ class TaskLedger(Ledger):
 
     @property
     @override
-    def place(self) -> int:
-        """One step of the schedule for an update of each worker."""
-        return self.updates // self.world
-
-    @property
-    @override
     def complete(self) -> bool:
         return self._staged is not None
 
@@ -379,15 +363,6 @@ class TaskLedger(Ledger):
         self.version, self._staged = version + 1, None
         return True
 
-    @override
-    def passed(self, push: PushId) -> bool:
-        return True
-
-    @override
-    def missing(self) -> list[int]:
-        """Nobody waits."""
-        return []
-
 
 class LoopLedger(Ledger):
     """
@@ -406,16 +381,6 @@ class LoopLedger(Ledger):
         self._bound = bound
         self._next = dict.fromkeys(range(world), 0)  #: rank -> number of the push that is its turn
         self._staged = False
-
-    @property
-    @override
-    def steps(self) -> int:
-        return self.updates // self.world
-
-    @property
-    @override
-    def place(self) -> int:
-        return self.steps
 
     @property
     @override

@@ -224,7 +224,8 @@ class ServerGroup:
         for seat in self.seats:
             mine = [one for one in held if one.shard == seat.shard]
             fresh = [one for one in held if one.shard is None and one.server == seat.primary]
-            found = max(filter(_serves, mine), key=lambda one: one.term, default=None)
+            serving = [one for one in mine if one.role is not Role.BACKUP]
+            found = max(serving, key=lambda one: one.term, default=None)
             if found is not None and _is_sure(found, mine):
                 seat.primary, seat.term = found.server, generation * _TERMS
             elif mine or not fresh:
@@ -292,10 +293,6 @@ class ServerGroup:
         seat.making = f"{self.prefix}-{self._made}"
         self._made += 1
         return [MakeBackup(seat.shard, seat.making, seat.primary)]
-
-
-def _serves(one: Held) -> bool:
-    return one.role is not Role.BACKUP
 
 
 def _is_sure(primary: Held, others: Sequence[Held]) -> bool:

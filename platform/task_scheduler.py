@@ -122,11 +122,8 @@ class TaskScheduler:
     @property
     def over(self) -> bool:
         """Whether everything is done."""
-        return self.trained and len(self._evaluated) == self._all_evaluations
-
-    @property
-    def _all_evaluations(self) -> int:
-        return len(self.plan.evaluations) * self.plan.parts
+        every = len(self.plan.evaluations) * self.plan.parts
+        return self.trained and len(self._evaluated) == every
 
     @property
     def left(self) -> int:

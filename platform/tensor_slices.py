@@ -159,18 +159,15 @@ def by_file(wholes: Mapping[str, RawTensor]) -> dict[str, dict[str, RawTensor]]:
 
 
 def _put(whole: RawTensor, place: TensorSlice, part: Bytes) -> None:
-    size = ITEM_BYTES[whole.dtype]
-    slab = _slab(whole, place)
-    if place.run is None:
-        slab[...] = part.reshape(slab.shape)
-    elif place.slab is None:
-        first, last = place.run
-        whole.data[first * size : last * size] = part
+    if place.run is not None and place.slab is not None:
+        _slab(whole, place)[_indices(place)] = part.reshape(-1, ITEM_BYTES[whole.dtype])
     else:
-        slab[_indices(place)] = part.reshape(-1, size)
+        view = _part(whole, place)
+        view[...] = part.reshape(view.shape)
 
 
 def _part(whole: RawTensor, place: TensorSlice) -> Bytes:
+    """Give a part's bytes: a view, or a copy of what is a run of a slab."""
     if place.run is None:
         return _slab(whole, place)
     if place.slab is None:

@@ -120,11 +120,6 @@ class CollectiveGroup(ABC):
             if on_close is not None:
                 on_close()
 
-    @classmethod
-    @abstractmethod
-    def works_here(cls) -> bool:
-        """Whether this machine has what such groups need."""
-
     @abstractmethod
     def _abort(self) -> None:
         """Make whoever waits in this group's operations fail soon."""

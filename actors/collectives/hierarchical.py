@@ -98,11 +98,6 @@ class HierarchicalGroup(TorchGroup):
         self._connections.append(made)
         return made[0]
 
-    @classmethod
-    def works_here(cls) -> bool:
-        """Whether gloo and shared memory work."""
-        return TorchGroup.works_here() and ShmGroup.works_here()
-
     def share(self, like: Tensor) -> Tensor:
         """Give zeros like `like`, shared with the ranks of this node."""
         return super().share(like) if self._near is None else self._near.share(like)

@@ -33,8 +33,6 @@ from typing_extensions import override
 
 _NONCE_BYTES = _PROOF_BYTES = 32
 _LENGTH_BYTES = 4
-_LARGEST_BYTES = 1 << 26
-"""A longer request is none of ours."""
 _HELLO_S = 5.0
 """Who has not proved itself by then is no rank."""
 _STRANGERS = 64
@@ -65,15 +63,16 @@ class StoreServer:
     def __init__(self, host: str, secret: str, ranks: int) -> None:
         listener = socket.create_server((host, 0), backlog=max(ranks, 128))
         self.port: int = listener.getsockname()[1]
-        self.secret = secret
         self.values: dict[str, str] = {}
-        self._connections_left = ranks
-        self._strangers: dict[_Rank, None] = {}  #: in the order in which they came
-        self._ranks: set[_Rank] = set()
+        self._secret, self._connections_left = secret, ranks
+        self._strangers: dict[asyncio.StreamWriter, None] = {}  #: in the order in which they came
+        self._more = asyncio.Condition()  #: there are new keys
         self._ended = asyncio.Event()
-        self.loop = asyncio.new_event_loop()
-        serve = self._serve(listener)
-        self._thread = threading.Thread(target=self._run, args=(serve,), name="store", daemon=True)
+        self._runner = asyncio.Runner(loop_factory=asyncio.new_event_loop)
+        self.loop = self._runner.get_loop()
+        self._thread = threading.Thread(
+            target=self._run, args=(listener,), name="store", daemon=True
+        )
         self._thread.start()
 
     def close(self, after_s: float = 0.0) -> None:
@@ -82,153 +81,84 @@ class StoreServer:
         with suppress(RuntimeError):  # it is over already
             self.loop.call_soon_threadsafe(lambda: self.loop.call_later(after_s, end))
 
-    def came(self, rank: "_Rank") -> None:
-        """Bear with somebody who has connected, for a while."""
-        self._strangers[rank] = None
-        if len(self._strangers) > _STRANGERS:
-            oldest = next(iter(self._strangers))
-            self.left(oldest)
-            oldest.hang_up()
-
-    def proved(self, rank: "_Rank") -> None:
-        """Count somebody as one of the ranks."""
-        self._strangers.pop(rank, None)
-        self._ranks.add(rank)
-        self._connections_left -= 1
-        if self._connections_left == 0:
-            self._server.close()
-
-    def left(self, rank: "_Rank") -> None:
-        """Forget somebody whose connection is over."""
-        self._strangers.pop(rank, None)
-        self._ranks.discard(rank)
-
-    def changed(self) -> None:
-        """Answer those who wait for keys that are there now."""
-        for rank in [*self._ranks]:
-            rank.look()
-
-    def _run(self, serve: Any) -> None:
-        try:
-            self.loop.run_until_complete(serve)
-        finally:
-            self.loop.close()
+    def _run(self, listener: socket.socket) -> None:
+        with self._runner:  # ends the connections too
+            self._runner.run(self._serve(listener))
 
     async def _serve(self, listener: socket.socket) -> None:
-        self._server = await self.loop.create_server(
-            lambda: _Rank(self), sock=listener, start_serving=False
+        self._server = await asyncio.start_server(
+            # A task of our own: at the end Python 3.11 complains of those that it makes itself.
+            lambda reader, writer: self.loop.create_task(self._talk(reader, writer)),
+            sock=listener,
+            start_serving=False,
         )
         await self._server.start_serving()
         await self._ended.wait()
         self._server.close()
-        for rank in [*self._strangers, *self._ranks]:
-            rank.hang_up()
-        await asyncio.sleep(0)  # the connections close in the loop's next round
 
+    async def _talk(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """Answer whoever has connected, once it has proved that it is a rank."""
+        self._strangers[writer] = None
+        if len(self._strangers) > _STRANGERS:
+            oldest = next(iter(self._strangers))
+            del self._strangers[oldest]
+            oldest.transport.abort()
+        try:
+            async with asyncio.timeout(_HELLO_S):
+                await self._prove(reader, writer)
+            while True:
+                length = int.from_bytes(await reader.readexactly(_LENGTH_BYTES), "big")
+                request = json.loads(await reader.readexactly(length))
+                writer.write(_frame(await self._answer(*request)))
+        except (OSError, EOFError):  # it is gone, or was no rank
+            pass
+        finally:
+            self._strangers.pop(writer, None)
+            writer.transport.abort()
 
-class _Rank(asyncio.Protocol):
-    """One connection of a store's server: a stranger's until it has proved that it is a rank's."""
+    async def _prove(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """Compare what comes with what only a rank can send; answer in kind."""
+        keepers_nonce = secrets.token_bytes(_NONCE_BYTES)
+        writer.write(keepers_nonce)
+        nonce, proof = (
+            await reader.readexactly(_NONCE_BYTES),
+            await reader.readexactly(_PROOF_BYTES),
+        )
+        right = hmac.compare_digest(proof, _proof(self._secret, "rank", keepers_nonce, nonce))
+        if not right or writer not in self._strangers:  # or it has just been ended
+            raise PermissionError
+        del self._strangers[writer]
+        writer.write(_proof(self._secret, "keeper", keepers_nonce, nonce))
+        self._connections_left -= 1
+        if self._connections_left == 0:
+            self._server.close()
 
-    def __init__(self, server: StoreServer) -> None:
-        self._server = server
-        self._nonce = secrets.token_bytes(_NONCE_BYTES)
-        self._received = bytearray()
-        self._proved = False
-        self._wanted: list[str] = []  #: keys that are waited for
-        self._late: asyncio.TimerHandle | None = None
-
-    @override
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self._transport = cast(asyncio.Transport, transport)
-        self._transport.write(self._nonce)
-        self._late = self._server.loop.call_later(_HELLO_S, self.hang_up)
-        self._server.came(self)
-
-    @override
-    def data_received(self, data: bytes) -> None:
-        self._received += data
-        if not self._proved:
-            self._prove()
-        while self._proved and (request := self._request()) is not None:
-            self._answer(*json.loads(request))
-
-    @override
-    def connection_lost(self, exc: Exception | None) -> None:
-        self._forget_wait()
-        self._server.left(self)
-
-    def hang_up(self) -> None:
-        """Close the connection, without a word."""
-        self._transport.abort()
-
-    def look(self) -> None:
-        """Answer if all is there that is waited for."""
-        if self._wanted and all(key in self._server.values for key in self._wanted):
-            self._forget_wait()
-            self._write(True)
-
-    def _prove(self) -> None:
-        """Compare what has come with what only a rank can send; answer in kind."""
-        if len(self._received) < _NONCE_BYTES + _PROOF_BYTES:
-            return
-        nonce = bytes(self._take(_NONCE_BYTES))
-        secret = self._server.secret
-        if not hmac.compare_digest(
-            self._take(_PROOF_BYTES), _proof(secret, "rank", self._nonce, nonce)
-        ):
-            self.hang_up()
-            return
-        self._forget_wait()
-        self._proved = True
-        self._server.proved(self)
-        self._transport.write(_proof(secret, "keeper", self._nonce, nonce))
-
-    def _request(self) -> bytes | None:
-        """Give the next request if all of it has come."""
-        if len(self._received) < _LENGTH_BYTES:
-            return None
-        length = int.from_bytes(self._received[:_LENGTH_BYTES], "big")
-        if length > _LARGEST_BYTES:
-            self.hang_up()
-            return None
-        if len(self._received) < _LENGTH_BYTES + length:
-            return None
-        self._take(_LENGTH_BYTES)
-        return self._take(length)
-
-    def _answer(self, operation: str, *arguments: Any) -> None:
+    async def _answer(self, operation: str, *arguments: Any) -> Any:
         if operation == "wait":
-            self._wanted, limit_s = arguments
-            self._late = self._server.loop.call_later(limit_s, self._give_up)
-            self.look()
-            return
-        before = len(self._server.values)
-        self._write(_OPERATIONS[operation](self._server.values, *arguments))
-        if len(self._server.values) > before:
-            self._server.changed()
+            return await self._wait(*arguments)
+        before = len(self.values)
+        answer = _OPERATIONS[operation](self.values, *arguments)
+        if len(self.values) > before:
+            async with self._more:
+                self._more.notify_all()
+        return answer
 
-    def _give_up(self) -> None:
-        self._forget_wait()
-        self._write(False)
-
-    def _forget_wait(self) -> None:
-        self._wanted = []
-        if self._late is not None:
-            self._late.cancel()
-            self._late = None
-
-    def _take(self, length: int) -> bytes:
-        taken = bytes(self._received[:length])
-        del self._received[:length]
-        return taken
-
-    def _write(self, answer: Any) -> None:
-        self._transport.write(_frame(answer))
+    async def _wait(self, keys: list[str], limit_s: float) -> bool:
+        """Wait until all keys are there; say whether they are."""
+        try:
+            async with asyncio.timeout(limit_s), self._more:
+                return await self._more.wait_for(lambda: _check(self.values, keys))
+        except TimeoutError:
+            return False
 
 
 def _add(values: dict[str, str], key: str, number: int) -> int:
     values[key] = str(int(values.get(key, 0)) + number)
     return int(values[key])
+
+
+def _check(values: dict[str, str], keys: list[str]) -> bool:
+    return all(key in values for key in keys)
 
 
 def _compare_set(values: dict[str, str], key: str, expected: str, desired: str) -> str:
@@ -244,7 +174,7 @@ _OPERATIONS: dict[str, Callable[..., Any]] = {
     "get": dict.get,
     "add": _add,
     "compare_set": _compare_set,
-    "check": lambda values, keys: all(key in values for key in keys),
+    "check": _check,
     "delete": lambda values, key: values.pop(key, None) is not None,
     "count": len,
 }

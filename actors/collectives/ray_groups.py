@@ -27,7 +27,9 @@ from distplat.actors.collectives.rendezvous import (
     delete_places,
     exchange_places,
 )
+from distplat.actors.collectives.shm.segment import shared_memory_works
 from distplat.platform.topology import RankLocation, choose, chosen_by_user
+from distplat.strategies import torch_compat
 from distplat.strategies.collective import ReduceOp
 
 logger = logging.getLogger(__name__)
@@ -133,7 +135,9 @@ class RayGroup(BaseGroup):  # type: ignore[misc]  # Ray is not typed
     @classmethod
     def check_backend_availability(cls) -> bool:
         """Whether the backend works on this machine."""
-        return bool(_kind(cls.kind).works_here())
+        gloo, memory = torch_compat.gloo_works, shared_memory_works
+        needs = {"gloo": [gloo], "shm": [memory], "hierarchical": [gloo, memory]}
+        return all(works() for works in needs.get(cls.kind, [torch_compat.nccl_works]))
 
     def destroy_group(self) -> None:
         """Leave; peers in an operation fail at once."""

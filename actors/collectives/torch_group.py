@@ -80,11 +80,6 @@ class TorchGroup(CollectiveGroup):
             self._store.client, self.rank, self.world, lambda: self._begun, self._on_beat
         )
 
-    @classmethod
-    def works_here(cls) -> bool:
-        """Whether this torch was built with gloo."""
-        return torch_compat.gloo_works()
-
     def start_all_reduce(self, tensor: Tensor, op: ReduceOp = ReduceOp.SUM) -> Work:
         """Begin to combine in place; the first ones wait for the others' headers."""
         sent, received = traffic_elements(tensor.numel(), self.rank, self.world)
@@ -408,11 +403,6 @@ class NcclGroup(TorchGroup):
     """
 
     _nccl: Any = None
-
-    @classmethod
-    def works_here(cls) -> bool:
-        """Whether there is a GPU, and a torch that was built with NCCL."""
-        return torch_compat.nccl_works()
 
     def all_gather(self, outputs: Sequence[Tensor], tensor: Tensor) -> None:
         """Copy every rank's tensor to all; sizes may be uneven."""

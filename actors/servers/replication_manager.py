@@ -19,7 +19,7 @@ from functools import partial
 from typing import Any
 
 from distplat.actors.messages import Address
-from distplat.actors.retrying_calls import Call, ask
+from distplat.actors.retrying_calls import ask
 from distplat.actors.servers.health_check import TICK_S, Heartbeats
 from distplat.actors.transport import Transport, TransportError
 from distplat.platform.errors import ActorLost, DistplatError, NotReadyError
@@ -167,28 +167,25 @@ class ReplicationManager:
             if isinstance(order, Promote):
                 self._promotions[order.server].set()
 
-    def _after_promotion(self, server: str) -> Any:
-        """Give a server's handle: what is asked of a promoted one is not asked before."""
+    def _wait_for_promotion(self, server: str) -> None:
+        """Ask nothing else of a server before it is promoted, if it is to be."""
         if (promotion := self._promotions.get(server)) is not None:
             promotion.wait()  # it ends at its deadline
-        return self.handles[server]
 
     def _make_one(self, order: MakeBackup) -> Callable[[], list[Order]]:
-        where = partial(self._transport.call, self.handles[order.beside], "where")
-        beside = self._ask(order.beside, "where", where)
+        beside = self._ask(order.beside, "where", "where")
         handle = self._make(order.server, beside)
         self.handles[order.server] = handle
         self._assign(handle, order.shard)
         return partial(self._group.made, order.server)
 
     def _fill(self, order: Fill) -> Callable[[], list[Order]]:
-        primary, backup = self._after_promotion(order.primary), self.handles[order.backup]
-        who = order.term, order.backup, backup
-        call = partial(self._transport.call, primary, "replicate_to", *who)
+        self._wait_for_promotion(order.primary)
+        who = order.term, order.backup, self.handles[order.backup]
         until = time.monotonic() + self._limits.start_timeout_s
         while True:
             try:
-                self._ask(order.primary, "filling a backup", call)
+                self._ask(order.primary, "filling a backup", "replicate_to", *who)
                 break
             except NotReadyError:  # no worker has brought parameters yet
                 if time.monotonic() > until:
@@ -202,9 +199,7 @@ class ReplicationManager:
         return ready
 
     def _promote(self, order: Promote) -> Callable[[], list[Order]]:
-        server = self.handles[order.server]
-        call = partial(self._transport.call, server, "promote", order.term)
-        address = self._ask(order.server, "promotion", call)
+        address = self._ask(order.server, "promotion", "promote", order.term)
 
         def announce() -> list[Order]:
             with self._changed:
@@ -218,12 +213,12 @@ class ReplicationManager:
         return announce
 
     def _leave_alone(self, order: GoAlone) -> Callable[[], list[Order]]:
-        server = self._after_promotion(order.server)
-        call = partial(self._transport.call, server, "alone", order.term)
-        self._ask(order.server, "going on alone", call)
+        self._wait_for_promotion(order.server)
+        self._ask(order.server, "going on alone", "alone", order.term)
         return list
 
-    def _ask(self, server: str, what: str, call: Call) -> Any:
+    def _ask(self, server: str, what: str, method: str, *args: Any) -> Any:
+        call = partial(self._transport.call, self.handles[server], method, *args)
         limit = self._limits.step_timeout_s + _ANSWER_GRACE_S
         return ask(self._transport, what, {server: call}, limit, "step_timeout_s")[0]
 

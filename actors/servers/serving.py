@@ -33,17 +33,16 @@ class Serving(ABC, Generic[AnyServer]):
         self._name, self._transport, self._node = name, transport, transport.node
 
     @property
-    @abstractmethod
     def server(self) -> AnyServer | None:
         """The store at work; None: there is none yet."""
+        return self._server
 
     @abstractmethod
     def held(self) -> Held:
         """Say what is kept here, and as what, to a manager that was not there before."""
 
-    @abstractmethod
     def close(self) -> None:
-        """Let go of what a process's end would free."""
+        """Let go of what a process's end would free, where there is such a thing."""
 
     def poll(self, number: int, hold_s: float) -> None:
         """Answer the controller, after so many seconds: alive."""

@@ -48,19 +48,10 @@ class TableServing(Serving[TableServer], PartSource):
         self._plan: TablePlan | None = None
         self._mapped: dict[tuple[int, str], MemorySegment] = {}  #: by rank and dtype: the last one
 
-    @property
-    @override
-    def server(self) -> TableServer:
-        return self._server
-
     @override
     def held(self) -> Held:
         store = self._server.store
         return self._replication.held(store.index) if store.opened else Held(self._name, None)
-
-    @override
-    def close(self) -> None:
-        """The memory that is mapped goes with the process."""
 
     def open(
         self,

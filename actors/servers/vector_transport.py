@@ -66,17 +66,25 @@ class VectorTransport(ABC):
         self.near = near
         self._gradient_segment.seal()
 
-    @abstractmethod
     def part_ways(self) -> None:
         """Have the worker compute on a vector of its own, whose content is that of `parameters`."""
+        if self.one_copy:
+            self.one_copy, self.parameters = False, self.parameters.clone()
 
-    @abstractmethod
     def put(self, cut: Shard, initial: Tensor) -> None:
         """Lay initial parameters where a near server finds them."""
+        part(self.parameters, cut).copy_(part(initial, cut))
 
-    @abstractmethod
     def take(self, cut: Shard, answer: Answer, limit_s: float) -> None:
-        """Have the values of an answer in `parameters`."""
+        """Have the values of an answer in `parameters`; a near server may have put them there."""
+        if cut.index in self.near:
+            return
+        values: NDArray[np.uint8] = self._transport.get(answer.payload[0], limit_s)
+        mine = part(self.parameters, cut)
+        if self._joined.wire is None:
+            as_bytes(mine)[:] = values
+        else:
+            mine.copy_(from_bytes(values, getattr(torch, self._joined.wire)))
 
     def traffic(self, cut: Shard) -> tuple[int, int]:
         """Give the bytes of a step's gradient for a shard, and of the parameters it brings."""
@@ -95,14 +103,6 @@ class VectorTransport(ABC):
             return None
         return as_bytes(as_type(part(vector, cut), None if exact else self._joined.wire))
 
-    def _take_object(self, cut: Shard, answer: Answer, limit_s: float) -> None:
-        values: NDArray[np.uint8] = self._transport.get(answer.payload[0], limit_s)
-        mine = part(self.parameters, cut)
-        if self._joined.wire is None:
-            as_bytes(mine)[:] = values
-        else:
-            mine.copy_(from_bytes(values, getattr(torch, self._joined.wire)))
-
 
 class SharedMemoryTransport(VectorTransport):
     """See the top of the file."""
@@ -114,12 +114,14 @@ class SharedMemoryTransport(VectorTransport):
     @override
     def candidates(self) -> list[int]:
         opened: dict[tuple[int, int], MemorySegment] = {}
+        # Of a server's own segment, whole in length, only its shard has memory.
+        populate = not self._joined.replicated
         for index, address in enumerate(self._joined.parameters):
             if address.node != self._node:
                 continue
             key = address.pid, address.fd
             try:
-                opened[key] = opened.get(key) or self._open(address)
+                opened[key] = opened.get(key) or MemorySegment.open(address, populate=populate)
             except OSError:
                 continue  # another container on this node: its servers are reached as if far away
             self._segments[index] = opened[key]
@@ -129,7 +131,8 @@ class SharedMemoryTransport(VectorTransport):
     def open(self, near: set[int]) -> None:
         """Where all servers are near, the model moves into their segment."""
         super().open(near)
-        segments = [self._segments.get(i) if i in near else None for i in range(self._shards)]
+        everybody = range(len(self._joined.servers))
+        segments = [self._segments.get(i) if i in near else None for i in everybody]
         first = segments[0]
         self.one_copy = first is not None and all(s is first for s in segments)
         if first is not None and self.one_copy:
@@ -139,27 +142,13 @@ class SharedMemoryTransport(VectorTransport):
             self.parameters = torch.zeros(self._facts.size, dtype=dtype)
 
     @override
-    def part_ways(self) -> None:
-        if self.one_copy:
-            self.one_copy, self.parameters = False, self.parameters.clone()
-
-    def _open(self, address: Address) -> MemorySegment:
-        # Of a server's own segment, whole in length, only its shard has memory.
-        return MemorySegment.open(address, populate=not self._joined.replicated)
-
-    @property
-    def _shards(self) -> int:
-        return len(self._joined.servers)
-
-    @override
     def put(self, cut: Shard, initial: Tensor) -> None:
         part(self._segments[cut.index].tensor, cut).copy_(part(initial, cut))
 
     @override
     def take(self, cut: Shard, answer: Answer, limit_s: float) -> None:
-        if cut.index not in self.near:
-            self._take_object(cut, answer, limit_s)
-        elif not self.one_copy:
+        super().take(cut, answer, limit_s)
+        if cut.index in self.near and not self.one_copy:
             part(self.parameters, cut).copy_(part(self._segments[cut.index].tensor, cut))
 
 
@@ -181,20 +170,6 @@ class CopyTransport(VectorTransport):
     def open(self, near: set[int]) -> None:
         super().open(near)
         self._segment.seal()
-
-    @override
-    def part_ways(self) -> None:
-        """It does already."""
-
-    @override
-    def put(self, cut: Shard, initial: Tensor) -> None:
-        part(self.parameters, cut).copy_(part(initial, cut))
-
-    @override
-    def take(self, cut: Shard, answer: Answer, limit_s: float) -> None:
-        """A near server has put them there."""
-        if cut.index not in self.near:
-            self._take_object(cut, answer, limit_s)
 
 
 def part(vector: Tensor, cut: Shard) -> Tensor:

@@ -15,7 +15,6 @@ from functools import partial
 import ray
 import torch
 from torch import Tensor
-from typing_extensions import override
 
 from distplat.actors.collectives.group import CollectiveGroup, summed
 from distplat.actors.collectives.header import STAGED, Header, header, supported
@@ -34,7 +33,6 @@ from distplat.actors.collectives.shm.segment import (
     GroupSegment,
     SegmentLayout,
     create_vector,
-    shared_memory_works,
 )
 from distplat.actors.collectives.work import OpQueue, Work
 from distplat.actors.messages import Address
@@ -82,11 +80,6 @@ class ShmGroup(CollectiveGroup):
                 take_back_word(name)
         self._segment.segment.seal()  # nobody else comes in
         self._liveness.start()
-
-    @classmethod
-    @override
-    def works_here(cls) -> bool:
-        return shared_memory_works()
 
     def barrier(self) -> None:
         """Return when every rank has come here."""
