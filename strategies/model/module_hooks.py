@@ -85,6 +85,13 @@ _CUT = ("FullyShardedDataParallel", "FSDPModule", "DTensor")
 """Of torch.distributed; by their names, as their import takes time."""
 
 
+class _Idle:
+    """Stands for a wrapper's reducer; Lightning and Accelerate tell it of backwards themselves."""
+
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        return lambda *args, **kwargs: None
+
+
 class _PassingOn(DistributedDataParallel):
     """What a wrapper is besides its own class, which averages where a flag of it is set."""
 
@@ -142,6 +149,7 @@ def passing_on(wrapper: DistributedDataParallel, enable: Callable[[bool], None])
         )
     wrapper.require_forward_param_sync = False
     wrapper.static_graph = False  # it would average after the first backward all the same
+    object.__setattr__(wrapper, "reducer", _Idle())
     vars(wrapper).pop("require_backward_grad_sync")  # the class has it from here on
     kind = type(wrapper)
     wrapper.__class__ = type(kind.__name__, (_PassingOn, kind), {})

@@ -109,6 +109,23 @@ def test_a_wrapper_inside_of_a_model_averages_nothing_either() -> None:
     assert [*call_on_ranks(train).trained[0]] == ["0.module.weight", "0.module.bias"]
 
 
+@pytest.mark.usefixtures("_alone")
+def test_who_tells_the_wrapper_of_a_backward_has_it_average_nothing() -> None:
+    """Lightning does, where a module makes its steps itself."""
+    dist.init_process_group("gloo")
+
+    def train(config: Mapping[str, Any]) -> None:
+        model = DistributedDataParallel(model_of())
+        model.register_comm_hook(None, refused)
+        distplat.prepare(model)
+        loss = model(torch.ones(2, 3, dtype=torch.float64)).mean()
+        assert model.require_backward_grad_sync
+        model.reducer.prepare_for_backward([])
+        backward(loss)
+
+    call_on_ranks(train)
+
+
 def refused(state: Any, bucket: Any) -> Any:
     raise AssertionError("the wrapper averages")
 
