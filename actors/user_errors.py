@@ -88,6 +88,12 @@ _REMEDIES = (
     ("not enough memory: you tried to allocate", _MEMORY),
     ("can't allocate memory: you tried to allocate", _MEMORY),
     (
+        "found no suitable name to keep for saving",
+        "the parameters of a prepared model lie in one vector: give this function "
+        "`safe_serialization=False` where it takes it, as Accelerate's do, or save "
+        "`{name: one.clone() for name, one in model.state_dict().items()}`",
+    ),
+    (
         "invalid device ordinal",
         "a worker sees one card, cuda:0, whatever its LOCAL_RANK is: take the device from "
         "distplat.get_context().device",

@@ -46,7 +46,7 @@ from distplat.strategies.loop.checks import check_state, without_shape
 from distplat.strategies.loop.loop import Progress
 from distplat.strategies.loop.seeding import seed_step, seeded_itself
 from distplat.strategies.loop.streams import is_stream
-from distplat.strategies.model.module_hooks import passing_on
+from distplat.strategies.model.module_hooks import cut_elsewhere, passing_on
 from distplat.strategies.ports import LoopShards
 from distplat.strategies.state_tree import pack, unpack
 from distplat.strategies.torch_compat import has_default_group
@@ -194,6 +194,9 @@ class FunctionSession:
                 self._outlived.append(one.process_group)
         if any(one is model for one in self._exchange.models):
             raise _refused("a model that it got before", "prepare each model once")
+        if cut := cut_elsewhere(model):
+            hint = "give it the whole model; `hybrid` cuts that of a Task"
+            raise _refused(f"a model of which each rank has a part, by {cut}", hint)
         if lazy := without_shape(model):
             raise _refused(f"a model in which {lazy}", "run a batch through it before prepare()")
         model.to(self.place.device)

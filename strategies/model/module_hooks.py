@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -10,7 +11,10 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.nn.utils import parametrize
 from typing_extensions import override
 
+from distplat.platform.errors import Problem, SpecError
 from distplat.strategies.torch_compat import call_compiled, compiled_module
+
+logger = logging.getLogger(__name__)
 
 _CALLED = {
     "_forward_pre_hooks": "a forward pre-hook",
@@ -70,6 +74,24 @@ def unwrapped(model: nn.Module) -> nn.Module:
     return model
 
 
+def cut_elsewhere(model: nn.Module) -> str:
+    """Name the class by which a model has parts on each rank already; empty: it is whole."""
+    every = [*model.modules(), *model.parameters()]
+    names = (kind.__name__ for one in every for kind in type(one).__mro__)
+    return next((name for name in names if name in _CUT), "")
+
+
+_CUT = ("FullyShardedDataParallel", "FSDPModule", "DTensor")
+"""Of torch.distributed; by their names, as their import takes time."""
+
+
+class _Idle:
+    """Stands for a wrapper's reducer; Lightning and Accelerate tell it of backwards themselves."""
+
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        return lambda *args, **kwargs: None
+
+
 class _PassingOn(DistributedDataParallel):
     """What a wrapper is besides its own class, which averages where a flag of it is set."""
 
@@ -95,6 +117,21 @@ class _PassingOn(DistributedDataParallel):
         finally:
             self._calling = False
 
+    @override
+    def join_hook(self, **kwargs: Any) -> Any:
+        """
+        Be asked by `join()`, for what a rank does that has no more batches.
+
+        Raises:
+            SpecError: it would wait for others that do not average here.
+        """
+        text = "join() of a wrapper is for ranks that make fewer steps than others"
+        hint = (
+            "give all as many: DistributedSampler fills up the last batches, or leaves them out "
+            "with drop_last; under `ps-async` each rank makes its own number without join()"
+        )
+        raise SpecError(Problem(("task",), text, hint))
+
 
 def passing_on(wrapper: DistributedDataParallel, enable: Callable[[bool], None]) -> None:
     """
@@ -105,8 +142,14 @@ def passing_on(wrapper: DistributedDataParallel, enable: Callable[[bool], None])
         enable: tells who averages instead whether a backward is to. A plain function: a copy of
             the wrapper, of an average of its weights for one, shares it.
     """
+    if getattr(wrapper, "_comm_hooks", None):
+        logger.warning(
+            "a communication hook of DistributedDataParallel is not called: the strategy sends the "
+            "gradients, and `ring` has `compression`"
+        )
     wrapper.require_forward_param_sync = False
     wrapper.static_graph = False  # it would average after the first backward all the same
+    object.__setattr__(wrapper, "reducer", _Idle())
     vars(wrapper).pop("require_backward_grad_sync")  # the class has it from here on
     kind = type(wrapper)
     wrapper.__class__ = type(kind.__name__, (_PassingOn, kind), {})

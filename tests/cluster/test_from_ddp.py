@@ -54,11 +54,15 @@ def test_the_final_losses_are_equal(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("strategy", ["ring", "ps-sync"])
+@pytest.mark.parametrize(
+    ("task", "strategy"), [("loop:train", "ring"), ("loop:train", "ps-sync"), ("loop.py", "ring")]
+)
 def test_the_loop_ends_with_the_same_loss(
-    strategy: str, before: float, folder: Path, environ: dict[str, str]
+    task: str, strategy: str, before: float, folder: Path, environ: dict[str, str]
 ) -> None:
-    done = distplat("submit", "loop.yaml", "--strategy", strategy, environ=environ, cwd=folder)
+    """As a function, and as the whole script."""
+    given = ("submit", "loop.yaml", "--strategy", strategy, "--set", f"task={task}")
+    done = distplat(*given, environ=environ, cwd=folder)
     assert done.returncode == 0, done.stderr
     (printed,) = re.findall(r"final loss ([\d.]+)", done.stdout + done.stderr)
     assert float(printed) == pytest.approx(before, abs=2e-4)

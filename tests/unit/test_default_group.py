@@ -14,12 +14,15 @@ from function_ranks import call_on_ranks, function_job
 from torch import nn
 from torch.autograd import backward
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 
 import distplat
 from distplat.actors.collectives.default_group import _interface_of, as_torchrun
 from distplat.actors.user_errors import lost_peer
+from distplat.platform.errors import SpecError
 from distplat.strategies import torch_compat
 from distplat.strategies.function.function_session import Place
 
@@ -106,6 +109,23 @@ def test_a_wrapper_inside_of_a_model_averages_nothing_either() -> None:
     assert [*call_on_ranks(train).trained[0]] == ["0.module.weight", "0.module.bias"]
 
 
+@pytest.mark.usefixtures("_alone")
+def test_who_tells_the_wrapper_of_a_backward_has_it_average_nothing() -> None:
+    """Lightning does, where a module makes its steps itself."""
+    dist.init_process_group("gloo")
+
+    def train(config: Mapping[str, Any]) -> None:
+        model = DistributedDataParallel(model_of())
+        model.register_comm_hook(None, refused)
+        distplat.prepare(model)
+        loss = model(torch.ones(2, 3, dtype=torch.float64)).mean()
+        assert model.require_backward_grad_sync
+        model.reducer.prepare_for_backward([])
+        backward(loss)
+
+    call_on_ranks(train)
+
+
 def refused(state: Any, bucket: Any) -> Any:
     raise AssertionError("the wrapper averages")
 
@@ -162,6 +182,44 @@ def test_wrappers_say_which_model_is_not_averaged(
     assert (found[0, "two"], found[1, "two"]) == ([[1.5] * 3], [[1.5] * 3])
     assert found[0, "one"] == one
     assert (found[0, "both"], found[1, "both"]) == ([[3.0] * 3], [[3.0] * 3])
+
+
+def joined(model: DistributedDataParallel) -> nn.Module:
+    distplat.prepare(model)
+    with model.join():
+        return model
+
+
+def sharded(model: DistributedDataParallel) -> nn.Module:
+    whole: Any = model.module
+    fully_shard(whole, mesh=init_device_mesh("cpu", (1,)))
+    return whole  # type: ignore[no-any-return]
+
+
+def sharded_flat(model: DistributedDataParallel) -> nn.Module:
+    return FullyShardedDataParallel(model.module, device_id=torch.device("cpu"))
+
+
+@pytest.mark.usefixtures("_alone")
+@pytest.mark.filterwarnings("ignore")  # of FSDP, that there is one rank
+@pytest.mark.parametrize(
+    ("made", "text"),
+    [
+        (joined, r"join\(\) of a wrapper"),
+        (sharded, "each rank has a part, by FSDPModule"),
+        (sharded_flat, "each rank has a part, by FullyShardedDataParallel"),
+    ],
+)
+def test_what_would_part_ranks_is_refused(
+    made: Callable[[DistributedDataParallel], nn.Module], text: str
+) -> None:
+    dist.init_process_group("gloo")
+
+    def train(config: Mapping[str, Any]) -> None:
+        distplat.prepare(made(DistributedDataParallel(model_of())))
+
+    with pytest.raises(SpecError, match=text):
+        call_on_ranks(train)
 
 
 @pytest.mark.usefixtures("_alone")

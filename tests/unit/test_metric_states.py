@@ -122,7 +122,7 @@ def test_it_is_that_of_one_process_on_all_the_data(strategy: Any, workers: int) 
     job = job_of(strategy, workers, global_batch_size=5, evaluation={"every_steps": 2})
     run = train(job, Scored)
     found = {one.step: one.metrics for one in evaluations(run)}
-    assert [*found] == [2, 4]
+    assert sorted(found) == [2, 4]  # workers of ps-async are at different steps
     plain = expected(Scored, trained(run))
     assert found[4]["auc"] == pytest.approx(plain["auc"].compute(), abs=1e-12)
     sums = plain["score"].compute()

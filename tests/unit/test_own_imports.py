@@ -102,3 +102,12 @@ def test_the_job_is_refused_with_file_line_and_remedy(tmp_path: Path) -> None:
     (tmp_path / ".gitignore").write_text("train.py\n")
     with pytest.raises(SpecError, match=r"train\.py, which the task imports, is not shipped"):
         check_imports("train:Net", measure(tmp_path, EXCLUDES, ignores))
+
+
+def test_a_script_imports_from_its_own_folder(tmp_path: Path) -> None:
+    write(tmp_path, {"loops/train.py": "import beside\n", "loops/beside.py": "", "beside.py": ""})
+    script = "loops/train.py --lr 0.1"
+    assert missing(tmp_path, "beside.py", task=script) == set()
+    found = missing(tmp_path, "loops/beside.py", task=script)
+    assert found == {("loops/beside.py", "loops/train.py", 1)}
+    assert missing(tmp_path, "loops/train.py", task=script)

@@ -110,8 +110,8 @@ def test_problems(changes: dict[str, Any], problems: list[str]) -> None:
         ("name", ["a", "a-b", "0", "x" * 63], ["", "-a", "a-", "A", "a_b", "a\n", "x" * 64, "é"]),
         (
             "task",
-            [None, "m:C", "a.b_c:_D"],
-            ["m", "m:", ":C", "m:C.d", "m:C()", "1:C", "m:C\n", "a" * 255 + ":C"],
+            [None, "m:C", "a.b_c:_D", "train.py --lr 0.1", "a/b-c.py"],
+            ["m", "m:", ":C", "m:C.d", "m:C()", "1:C", "m:C\n", "a" * 1999 + ":C", "a.py 'b"],
         ),
         ("storage_path", ["runs", "/a b/ü"], ["", "a\0b", "a\nb", "x" * 1025]),
         ("strategy", ["x", {"name": "x", "a": 1}], ["", "x" * 64, 5, None, ["x"], {}, {"name": 1}]),

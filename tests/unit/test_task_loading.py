@@ -12,7 +12,9 @@ from typing import Any
 
 import pytest
 import ray
+import torch
 from jobs import job_of
+from safetensors.torch import save_model
 
 from distplat.actors.task_loading import load_task_class
 from distplat.actors.training import search_path
@@ -244,6 +246,31 @@ def test_what_a_ddp_script_asks_for_is_told_what_stands_for_it(
         monkeypatch.delenv(name, raising=False)
     remedy = caught(exec, "import os, torch\n" + line).remedy
     assert "distplat.get_context()" in remedy and "distplat.prepare" in remedy
+
+
+def invalid_device() -> None:
+    raise RuntimeError("CUDA error: invalid device ordinal")
+
+
+def part_of_a_vector() -> None:
+    """As the parameters of a model that is prepared are."""
+    model = torch.nn.Linear(2, 1)
+    whole = torch.zeros(4)
+    model.weight.data, model.bias.data = whole[:2].view(1, 2), whole[2:3]
+    save_model(model, "nowhere")
+
+
+@pytest.mark.parametrize(
+    ("fail", "remedy"),
+    [
+        (invalid_device, "distplat.get_context().device"),
+        (part_of_a_vector, "safe_serialization=False"),
+    ],
+)
+def test_what_is_otherwise_under_torchrun_has_its_remedy(
+    fail: Callable[[], None], remedy: str
+) -> None:
+    assert remedy in caught(fail).remedy
 
 
 def test_a_worker_has_no_command_line(monkeypatch: pytest.MonkeyPatch) -> None:
