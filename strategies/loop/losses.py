@@ -196,6 +196,10 @@ def _term(
         together = _together(task, method, value, outputs, terms.totals)
         return LossTerm(together, float(terms.samples), float(samples))
     if isinstance(value, tuple) and len(value) == 2:
+        if isinstance(value[1], Tensor) and value[1].requires_grad:
+            text = f"{place(task, method)}{method}() gives a weight that depends on parameters"
+            hint = "no gradient goes through a weight: .detach() it, or give the mean itself"
+            raise ValueError(f"{text}, and {hint}")
         weight = checked_weight(task, value[1], method)
         return LossTerm(checked_loss(task, value[0], outputs, method), 1.0, weight, weighted=True)
     loss = checked_loss(task, value, outputs, method)

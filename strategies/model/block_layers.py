@@ -39,6 +39,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
 from distplat.platform.errors import SpecError
 from distplat.strategies.model.model_call import Batch, ModelCall, changed_modes, torch_modes
@@ -54,6 +55,7 @@ from distplat.strategies.model.stand_ins import (
     unfit,
     unwritten,
 )
+from distplat.strategies.model.trials import Runner
 from distplat.strategies.torch_compat import tree_leaves
 
 Order = Mapping[str, bool]
@@ -211,7 +213,7 @@ Call = tuple[Sequence[Any], Mapping[str, Any]]
 """Arguments by place and by name."""
 
 
-class BeforeBlocks(nn.Module):
+class BeforeBlocks(Runner):
     """
     A model up to its blocks.
 
@@ -236,6 +238,10 @@ class BeforeBlocks(nn.Module):
         self._homes = tuple(homes)
         # An object, so that what a trial has found out is not put back.
         self._form = SimpleNamespace(tuples=False)
+
+    @override
+    def beside(self) -> tuple[object, ...]:
+        return self._call.holders
 
     def forward(self, inputs: Any) -> Any:
         """
@@ -329,7 +335,7 @@ class BlockLayer(nn.Module):
         return {**value, "features": _features(outputs)}
 
 
-class AfterBlocks(nn.Module):
+class AfterBlocks(Runner):
     """
     A model from its last block on.
 
@@ -350,6 +356,10 @@ class AfterBlocks(nn.Module):
         for one in model.modules():
             if isinstance(one, StandIn) and one.number is not None:
                 one.is_behind, self._last = True, max(self._last, one.number)
+
+    @override
+    def beside(self) -> tuple[object, ...]:
+        return self._call.holders
 
     def forward(self, value: Any) -> Any:
         """Give what the model gives."""

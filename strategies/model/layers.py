@@ -16,7 +16,7 @@ from distplat.strategies.algorithms.partition import bounds
 from distplat.strategies.model.block_layers import Order, block_modules, most_blocks
 from distplat.strategies.model.model_call import ModelCall, changed_modes, torch_modes
 from distplat.strategies.model.module_hooks import called_hooks
-from distplat.strategies.model.trials import Held, ReadAgain
+from distplat.strategies.model.trials import Held, ReadAgain, Runner
 from distplat.strategies.task_methods import names_in
 from distplat.strategies.torch_compat import DrawWatch, has_running_statistics
 
@@ -89,20 +89,21 @@ def _parts(module: nn.Module, names: Mapping[int, str], layer: str) -> Iterator[
         yield from _parts(child, names, layer)
 
 
-class Stage(nn.Module):
+class Stage(Runner):
     """Layers one behind the other; every parameter has the name that it has in the model."""
 
     def __init__(self, layers: Sequence[Layer]) -> None:
         super().__init__()
         self.layer_names = [layer.name for layer in layers]
-        self._run = tuple(layer.module for layer in layers)  # a tuple: not registered once more
+        # In a tuple: not registered once more.
+        self.in_order = tuple(layer.module for layer in layers)
         for layer in layers:
             for name, part in layer.parts.items():
                 self._attach(name, part)
 
     def forward(self, inputs: Any) -> Any:
         """Run all layers; each is called with what the one before has given."""
-        for module in self._run:
+        for module in self.in_order:
             inputs = module(inputs)
         return inputs
 
@@ -290,7 +291,7 @@ def with_all_names(model: nn.Module, given: Sequence[Layer]) -> list[Layer]:
 
 def _trace(model: nn.Module) -> fx.Graph:
     modes = [(module, module.training) for module in model.modules()]
-    held, graphs = Held(model, trained=True), []
+    held, graphs = Held(model.named_modules(), trained=True), []
     try:
         for mode in (True, False):
             model.train(mode)

@@ -45,6 +45,11 @@ class ModelCall:
         assert self._task is not None, "batches come of a task's data"
         return method_of(self._task, self._method)(model, inputs.batch)
 
+    @property
+    def holders(self) -> tuple[object, ...]:
+        """Give the task, whose attributes a call may change."""
+        return () if self._task is None else (self._task,)
+
     def of_part(self, model: nn.Module, inputs: Any) -> Any:
         """
         Call what stands for a part of the model, and has hooks of its own.

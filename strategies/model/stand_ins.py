@@ -158,10 +158,15 @@ def refuse_lost(features: Tensor, outputs: Any) -> None:
         SpecError: they come of what only other stages have, see `lost`.
     """
     floats = [one for one in tree_leaves(outputs) if isinstance(one, Tensor)]
-    if bool(features.isnan().any()) or not any(bool(one.isnan().any()) for one in floats):
+    if bool(features.isnan().any()) or not any(map(_is_lost, floats)):
         return
     text = "in training its forward uses behind the blocks what comes before them, or what another "
     raise unfit(f"{text}than the last one has given")
+
+
+def _is_lost(tensor: Tensor) -> bool:
+    """On `meta` is what comes of a stand-in's weights."""
+    return tensor.is_meta or bool(tensor.isnan().any())
 
 
 def unfit(text: str) -> SpecError:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict, defaultdict, deque
-from collections.abc import Container, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -33,18 +33,37 @@ Attributes = Mapping[str, tuple[Any, Any]]
 """By name the value, and a copy of it where it is a container."""
 
 
+class Runner(nn.Module):
+    """A module of ours that runs what it need not have."""
+
+    in_order: tuple[nn.Module, ...] = ()
+    """Modules that it runs, some of which are not its own."""
+
+    def beside(self) -> tuple[object, ...]:
+        """Give objects whose attributes it may change."""
+        return ()
+
+
+def _every(*modules: nn.Module) -> list[nn.Module]:
+    """Give all modules in these, and those that they run, each once."""
+    found: dict[int, nn.Module] = {}
+    for one in (part for module in modules for part in module.modules()):
+        run = one.in_order if isinstance(one, Runner) else ()
+        found |= {id(part): part for top in (one, *run) for part in top.modules()}
+    return [*found.values()]
+
+
 class Held:
     """
     What modules hold now.
 
     Args:
-        modules: with all that is in them.
+        modules: with the names that `changed` is to give.
         trained: whether `changed` is to tell of trained parameters that were written.
     """
 
-    def __init__(self, *modules: nn.Module, trained: bool = False) -> None:
-        found = [(name, one) for top in modules for name, one in top.named_modules()]
-        self._modules = {id(one): (name, one, _attributes(one)) for name, one in found}
+    def __init__(self, modules: Iterable[tuple[str, nn.Module]], *, trained: bool = False) -> None:
+        self._modules = {id(one): (name, one, _attributes(one)) for name, one in modules}
         self._copies: dict[int, tuple[Tensor, Tensor]] = {}
         self._wanted: dict[int, tuple[Tensor, bool]] = {}
         self._marks: dict[int, tuple[Tensor, object]] = {}
@@ -90,10 +109,10 @@ class Held:
                 yield from (one for one in every if isinstance(one, Tensor))
 
 
-def _attributes(module: nn.Module, left_out: Container[str] = ("training",)) -> Attributes:
+def _attributes(holder: object, left_out: Container[str] = ("training",)) -> Attributes:
     return {
         name: (value, copy.copy(value) if type(value) in _CONTAINERS else None)
-        for name, value in vars(module).items()
+        for name, value in vars(holder).items()
         if name not in left_out
     }
 
@@ -132,10 +151,10 @@ def _same(one: Any, other: Any) -> bool:
     return type(one) is type(other) and type(one) in _PLAIN and bool(one == other)
 
 
-def _have(module: nn.Module, held: Attributes) -> None:
-    """Have a module's attributes be these; it may have others, too."""
+def _have(holder: object, held: Attributes) -> None:
+    """Have an object's attributes be these; it may have others, too."""
     for name, (value, content) in held.items():
-        vars(module)[name] = value
+        vars(holder)[name] = value
         if content is not None and not _alike(content, value):
             _refill(value, content)
 
@@ -178,7 +197,7 @@ class ReadAgain:
     """
 
     def __init__(self, module: nn.Module) -> None:
-        self._modules = [*module.modules()]
+        self._modules = _every(module)
         self._found = self._values()
 
     def __enter__(self) -> None:
@@ -197,14 +216,33 @@ class ReadAgain:
 
 
 @contextmanager
+def attributes_kept(*holders: object) -> Iterator[None]:
+    """Have objects' attributes, and what containers among them contain, be as before at the end."""
+    before = [(one, _attributes(one, ())) for one in holders]
+    try:
+        yield
+    finally:
+        for one, held in before:
+            for name in vars(one).keys() - held.keys():
+                del vars(one)[name]
+            _have(one, held)
+
+
+@contextmanager
 def untouched(*modules: nn.Module) -> Iterator[None]:
-    """Try modules in evaluation mode; modes, what they hold and torch's generators stay."""
-    every = {id(one): one for module in modules for one in module.modules()}.values()
+    """
+    Try modules in evaluation mode; modes, what they hold and torch's generators stay.
+
+    So does what a `Runner` among them runs, and has beside.
+    """
+    every = _every(*modules)
     modes = [(one, one.training) for one in every]
-    held = Held(*modules)
+    held = Held(("", one) for one in every)
     tensors = (t for one in every for t in (*one.parameters(), *one.buffers()))
     devices = sorted({t.device.index for t in tensors if t.is_cuda})
-    with torch.random.fork_rng(devices=devices):
+    runners = (one for one in every if isinstance(one, Runner))
+    beside = {id(holder): holder for one in runners for holder in one.beside()}
+    with torch.random.fork_rng(devices=devices), attributes_kept(*beside.values()):
         for one in every:
             one.training = False
         try:

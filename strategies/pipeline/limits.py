@@ -9,17 +9,20 @@ What a pipeline cannot do, found and named: nothing that a stage leaves out goes
 
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.dropout import _DropoutNd
 
 from distplat.platform.errors import Problem, SpecError
 from distplat.strategies.collective import Collective
+from distplat.strategies.loop.seeding import generators_kept, seed_quickly
 from distplat.strategies.model.block_layers import BeforeBlocks
 from distplat.strategies.model.layers import Layer
 from distplat.strategies.model.model_call import Batch, ModelCall
-from distplat.strategies.model.trials import untouched
+from distplat.strategies.model.trials import Runner, attributes_kept, untouched
 from distplat.strategies.pipeline.values import copied, is_value, on_device, tensors_in
 from distplat.strategies.task import Task, kind_of, overrides, own_call
 from distplat.strategies.torch_compat import tree_map
@@ -177,11 +180,12 @@ def compare(
     call: ModelCall | None = None,
 ) -> None:
     """
-    See whether layers one after the other give what the model gives, in evaluation mode.
+    See whether layers one after the other give what the model gives.
 
-    Outputs are compared, and which parameters a backward would reach. Models that draw random
-    numbers in evaluation, or cannot be called with the inputs, are not; where nobody has said what
-    their layers are, that is an error.
+    In evaluation mode outputs are compared, and which parameters a backward would reach. Models
+    that draw random numbers there, or cannot be called with the inputs, are not compared; where
+    nobody has said what their layers are, that is an error. In training mode, without dropout,
+    outputs are compared where the model repeats them.
 
     Args:
         model: with values.
@@ -195,22 +199,65 @@ def compare(
     call = call or ModelCall()
     device = next(model.parameters()).device
     given = on_device(inputs(), device)
-    with untouched(model, *(layer.module for layer in layers)), torch.enable_grad():
+    for training in (False, True):
+        trial = _Trial(model, layers, given, training=training)
         try:
-            again, whole = (call(model, copied(given)) for _ in range(2))
+            again, whole = (trial.run(partial(call, model), seed) for seed in (0, 1))
         except Exception as error:  # what is trained is what the layers say, if the model does not
-            _refuse_guess(layers, f"it cannot be called with the inputs: {error}")
-            return
+            if not training:
+                _refuse_guess(layers, f"it cannot be called with the inputs: {error}")
+            continue
         if not _alike(whole, again):
-            _refuse_guess(layers, "it draws random numbers in evaluation")
-            return
-        behind = _one_after_the_other(model, layers, copied(given))
+            if not training:
+                _refuse_guess(layers, "it draws random numbers in evaluation")
+            continue
+        behind = trial.run(partial(_one_after_the_other, model, layers), 1)
+        _compare_outputs(model, layers, behind, whole, training=training)
+
+
+class _Trial:
+    """
+    Runs a model, or its layers, as if nothing had been run before.
+
+    Args:
+        model: whole.
+        layers: of it.
+        given: what enters it.
+        training: whether in training mode; without dropout, which no other order would repeat.
+    """
+
+    def __init__(
+        self, model: nn.Module, layers: Sequence[Layer], given: Any, *, training: bool
+    ) -> None:
+        self._modules = model, *(layer.module for layer in layers)
+        self._given, self._training = given, training
+
+    def run(self, work: Callable[[Any], Any], seed: int) -> Any:
+        """
+        Give what `work` makes of the inputs.
+
+        Args:
+            work: may write into its inputs.
+            seed: what draws random numbers gives something else with another one.
+        """
+        with untouched(*self._modules), generators_kept(), torch.enable_grad():
+            seed_quickly(seed)
+            for one in (part for module in self._modules for part in module.modules()):
+                one.training = self._training and not isinstance(one, _DropoutNd)
+            return work(copied(self._given))
+
+
+def _compare_outputs(
+    model: nn.Module, layers: Sequence[Layer], behind: Any, whole: Any, *, training: bool
+) -> None:
+    """Compare what layers gave with what the model gave."""
     if not _to_write(layers):
         behind, whole = _of_both(behind, whole)
     elif not tensors_in(whole):
         _refuse_guess(layers, f"it gives {kind_of(whole)}, and no tensors that are seen")
     if not _alike(behind, whole):
-        raise _layers_do(layers, f"compute otherwise than {type(model).__name__} does")
+        mode = " in training" if training else ""
+        raise _layers_do(layers, f"compute otherwise than {type(model).__name__} does{mode}")
     mine, theirs = ({id(leaf) for leaf in leaves(tensors_in(one))} for one in (behind, whole))
     differ = [name for name, p in model.named_parameters() if (id(p) in mine) != (id(p) in theirs)]
     if differ:
@@ -221,7 +268,10 @@ def compare(
 def _one_after_the_other(model: nn.Module, layers: Sequence[Layer], value: Any) -> Any:
     try:
         for layer in layers:
-            value = layer.module(value)
+            # Stages have each a task of their own, which may count.
+            beside = layer.module.beside() if isinstance(layer.module, Runner) else ()
+            with attributes_kept(*beside):
+                value = layer.module(value)
     except SpecError:
         raise
     except Exception as error:
@@ -262,8 +312,8 @@ def _to_write(layers: Sequence[Layer]) -> str:
 
 @torch.no_grad()
 def _close(one: Tensor, other: Tensor) -> bool:
-    if one.shape != other.shape or one.dtype != other.dtype:
-        return False
+    if one.shape != other.shape or one.dtype != other.dtype or one.is_meta != other.is_meta:
+        return False  # on `meta` is what comes of weights that another stage has
     if not one.is_floating_point():
         return torch.equal(one, other)
     known = ~(one.isnan() & other.isnan())

@@ -260,7 +260,7 @@ class Layers(Stage, Chunk):
     @override
     def seeded(self, inputs: Any, seed: int) -> Any:
         """Each layer draws from a generator of its own."""
-        for number, module in enumerate(self._run, start=self._first):
+        for number, module in enumerate(self.in_order, start=self._first):
             seed_quickly(mixed(seed, number))
             inputs = module(inputs)
         return inputs
@@ -268,7 +268,7 @@ class Layers(Stage, Chunk):
     @override
     def set_mode(self, *, training: bool) -> None:
         """Layers made around parts, too."""
-        for module in self._run:
+        for module in self.in_order:
             module.train(training)
 
 

@@ -99,6 +99,7 @@ class Pipeline(Compute):
         seed = mixed(self._p.job.seed, step, s.at.replica)
         part = 1.0 / sampler.batch_size(step)
         source = _Training(self, step, self._batches, sizes, seed, part)
+        self._doubts.begin(step)
         self._executor.train(s.training(len(sizes)), source, self._tail)
         clock.lap("compute")
         clock.move("compute", "data", source.loading_s)
@@ -139,7 +140,6 @@ class Pipeline(Compute):
     def differentiated(self, step: int, outputs: Any, targets: Any, samples: int) -> LossTerm:
         """Give the loss of a micro-batch."""
         with precision(self._p.job, self._device):
-            self._doubts.begin(step)
             term = loss_term(self._p.task, outputs, targets, samples)
             if self._settings.at.slice == 0:
                 self._doubts.look(step, Made(outputs, targets, term), samples)

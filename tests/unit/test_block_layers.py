@@ -309,6 +309,66 @@ def test_what_only_other_stages_have_is_told_in_the_first_micro_batch(made: type
         run_of(task_of("own", made))
 
 
+class Stepwise(Task):
+    """Calls the model itself, and reads what the model's parts have."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def model(self) -> nn.Module:
+        return task_of("own", Lm)().model()
+
+    def train_data(self) -> TensorDataset:
+        return data_of("own")
+
+    def step(self, model: nn.Module, batch: Any) -> Tensor:
+        ids, words = batch
+        return F.cross_entropy(model(ids).flatten(0, -2), words.flatten()) + self.more(model)
+
+    def more(self, model: nn.Module) -> Tensor:
+        return torch.zeros((), dtype=torch.float64)
+
+
+class Decayed(Stepwise):
+    """Adds the squares of all parameters, of which a stage has some."""
+
+    def more(self, model: nn.Module) -> Tensor:
+        found = super().more(model)
+        if model.training:
+            found = found + sum(one.square().sum() for one in model.parameters())
+        return found
+
+
+class Shrunk(Stepwise):
+    """Reads a weight that the first stage has."""
+
+    def more(self, model: Any) -> Tensor:
+        found: Tensor = model.embed.weight.square().mean()
+        return found
+
+
+@pytest.mark.parametrize(
+    ("made", "words"),
+    [(Decayed, "otherwise than Lm does in training"), (Shrunk, "otherwise than Lm does")],
+)
+def test_what_a_step_reads_of_other_stages_is_seen(made: type[Task], words: str) -> None:
+    with pytest.raises(SpecError, match=words):
+        run_of(made)
+
+
+class Warming(Stepwise):
+    def step(self, model: nn.Module, batch: Any) -> Tensor:
+        self.calls += 1
+        shifted = (batch[0] + self.calls) % WORDS, batch[1]
+        return super().step(model, shifted) * min(1.0, self.calls / 20)
+
+
+def test_a_step_that_counts_its_calls_counts_no_trial() -> None:
+    found, expected = (whole(run_of(Warming, n, micro_batches=4)) for n in (2, 1))
+    for key, value in expected.items():
+        assert (found[key] - value).abs().max() < 1e-10, key
+
+
 def writing(write: Callable[[Any], object], *, behind: bool) -> type[Lm]:
     """Give a model whose own buffer is written in training, before its blocks or behind."""
 

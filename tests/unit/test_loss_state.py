@@ -15,7 +15,7 @@ from distplat.strategies.loop.loss_check import MeanDoubts
 from distplat.strategies.task import Task
 
 
-class Plain(Task):
+class Small(Task):
     def model(self) -> nn.Module:
         return nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3)).double()
 
@@ -25,6 +25,8 @@ class Plain(Task):
         tensors = (torch.randn(16, n, generator=draw, dtype=torch.float64) for n in sizes)
         return TensorDataset(*tensors)
 
+
+class Plain(Small):
     def loss(self, outputs: Any, targets: Any) -> Tensor:
         return F.mse_loss(outputs, targets)
 
@@ -170,6 +172,26 @@ def test_it_is_told_once_and_the_loss_is_a_mean_all_the_same(
     (text,) = told(task, caplog)
     assert names in text
     assert "buffer of what model() returns" in text
+
+
+class CountsInStep(Small):
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def step(self, model: nn.Module, batch: Any) -> Tensor:
+        self.calls += 1
+        return F.mse_loss(model(batch[0]), batch[1]) * min(1.0, self.calls / 9)
+
+
+@pytest.mark.parametrize("strategy", ["ring", "ps-sync", "ps-async", "hybrid"])
+def test_under_every_strategy_a_step_is_looked_at(
+    strategy: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    sizes = {"pipeline": 1} if strategy == "hybrid" else {}
+    job = job_of({"name": strategy, **sizes}, 1, steps=2, global_batch_size=6)
+    train(job, CountsInStep)
+    (text,) = [record.getMessage() for record in caplog.records]
+    assert "changes self.calls: " in text
 
 
 def test_a_sum_that_counts_is_told_of_both(caplog: pytest.LogCaptureFixture) -> None:

@@ -287,6 +287,7 @@ def stepping(value: Any) -> type[Task]:
         (lambda loss: loss.detach(), r"step\(\) returned a scalar without a gradient: \.detach\("),
         (lambda loss: loss.repeat(3), r"step\(\) must return a scalar, .* got shape \[3\]"),
         (lambda loss: (loss, -1), r"step\(\) gives the weight -1"),
+        (lambda loss: (loss, loss * 2), r"step\(\) gives a weight that depends on parameters"),
         (lambda loss: None, r"step\(\) must return a tensor .* got None: is there a `return`"),
     ],
 )
