@@ -66,6 +66,7 @@ class StoreServer:
         self.values: dict[str, str] = {}
         self._secret, self._connections_left = secret, ranks
         self._strangers: dict[asyncio.StreamWriter, None] = {}  #: in the order in which they came
+        self._talks: set[asyncio.Task[None]] = set()
         self._more = asyncio.Condition()  #: there are new keys
         self._ended = asyncio.Event()
         self._runner = asyncio.Runner(loop_factory=asyncio.new_event_loop)
@@ -86,15 +87,16 @@ class StoreServer:
             self._runner.run(self._serve(listener))
 
     async def _serve(self, listener: socket.socket) -> None:
-        self._server = await asyncio.start_server(
-            # A task of our own: at the end Python 3.11 complains of those that it makes itself.
-            lambda reader, writer: self.loop.create_task(self._talk(reader, writer)),
-            sock=listener,
-            start_serving=False,
-        )
+        self._server = await asyncio.start_server(self._came, sock=listener, start_serving=False)
         await self._server.start_serving()
         await self._ended.wait()
         self._server.close()
+
+    def _came(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """Begin to talk: in a task of ours, as Python 3.11 complains of its own at the end."""
+        talk = self.loop.create_task(self._talk(reader, writer))
+        self._talks.add(talk)  # nobody else may hold it while it waits
+        talk.add_done_callback(self._talks.discard)
 
     async def _talk(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """Answer whoever has connected, once it has proved that it is a rank."""

@@ -25,7 +25,8 @@ from distplat.platform.errors import StorageError
 from distplat.platform.remote_storage import fetch
 from distplat.platform.run_upload import upload_of
 
-LIMIT_S = 0.2
+LIMIT_S = 0.5
+"""For healthy operations, too: on a busy machine they take a tenth of a second and more."""
 
 
 class Hung:
@@ -64,7 +65,7 @@ def test_who_moves_is_waited_for() -> None:
         return "done"
 
     assert with_deadline(work, Path("/there"), LIMIT_S) == "done"
-    with pytest.raises(StorageError, match=r"^/there: no answer within 0.2 s") as raised:
+    with pytest.raises(StorageError, match=rf"^/there: no answer within {LIMIT_S} s") as raised:
         with_deadline(lambda moved: time.sleep(2 * LIMIT_S), Path("/there"), LIMIT_S)
     assert "`failure.storage_timeout_s` changes this deadline" in str(raised.value)
     with pytest.raises(KeyError, match="'a'"):
