@@ -58,8 +58,9 @@ def test_before(page: str, tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def _new_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Undo what Lightning and Accelerate leave behind in a process."""
+def _new_process(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+    """Undo what Lightning and Accelerate leave behind in a process and its directory."""
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")  # Lightning sets them where nobody has
     monkeypatch.setenv("MASTER_PORT", "1")
     monkeypatch.setattr(sys, "path", [*sys.path])
