@@ -52,9 +52,8 @@ _GROUP = (
     "docs/from/ddp.md. `distplat submit -- python train.py` runs a script as it is"
 )
 _COMMAND_LINE = (
-    "a worker has no command line of yours: take what it said from the job's `task_args`, which a "
-    "train function gets as `config` and a task as arguments; or name the whole script, with its "
-    "arguments: `task: train.py --lr 0.1`"
+    "a worker has the command line of a script in the job, `task: train.py --lr 0.1`, or none: "
+    "a train function gets the job's `task_args` as `config`, a task as arguments"
 )
 _LOST_PEER = (
     *("closed by peer", "remote peer", "reset by peer", "broken pipe", "connection refused"),
