@@ -15,13 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from distplat.strategies.loop.task_settings import named_task_modules
+from distplat.strategies.model.trials import TORCHS, mark_of
 from distplat.strategies.task import Task
 
 _COPIED_ELEMENTS = 1 << 20
 """Tensors up to this size are copied."""
 _SHOWN = 4
-_TORCHS = frozenset(vars(nn.Module()))
-"""Attributes that every module has."""
 
 Holder = tuple[str, dict[str, Any]]
 """A dictionary that holds values by name, and how those names begin in messages."""
@@ -42,7 +41,7 @@ class LossState:
         self._tensors = [*_untrained(task, model)]
         every = [*own, *_of_model(model)]
         self._marks = [(name, held, _marks(held)) for name, held in every]
-        self._moved = [(name, tensor, _mark(tensor)) for name, tensor in self._tensors]
+        self._moved = [(name, tensor, mark_of(tensor)) for name, tensor in self._tensors]
         small = sum(tensor.numel() for _, tensor in self._tensors) <= _COPIED_ELEMENTS
         self._copies = [(t, t.detach().clone()) for _, t in self._tensors] if small else []
 
@@ -54,7 +53,7 @@ class LossState:
             for key, mark in marks.items()
             if key in held and _differs(mark, held[key])
         ]
-        return found + [name for name, tensor, mark in self._moved if _mark(tensor) != mark]
+        return found + [name for name, tensor, mark in self._moved if mark_of(tensor) != mark]
 
     def begin_again(self, twin: dict[str, Any]) -> None:
         """Have the attributes of a copy of the task, and its modules, hold it."""
@@ -121,10 +120,15 @@ def _is_tensor(value: object) -> bool:
     return isinstance(value, Tensor) and not value.requires_grad and value.is_leaf
 
 
+def _watched(held: dict[str, Any]) -> dict[str, Any]:
+    return {n: v for n, v in held.items() if n not in TORCHS and (_is_number(v) or _is_tensor(v))}
+
+
 def _values(held: dict[str, Any]) -> dict[str, Any]:
     """Give numbers, and copies of small tensors."""
-    found = {n: v for n, v in held.items() if n not in _TORCHS and (_is_number(v) or _is_tensor(v))}
-    small = {n: v for n, v in found.items() if _is_number(v) or v.numel() <= _COPIED_ELEMENTS}
+    small = {
+        n: v for n, v in _watched(held).items() if _is_number(v) or v.numel() <= _COPIED_ELEMENTS
+    }
     return {name: _copied(value) for name, value in small.items()}
 
 
@@ -134,8 +138,8 @@ def _copied(value: Any) -> Any:
 
 def _marks(held: dict[str, Any]) -> dict[str, Any]:
     """Give numbers, and tensors with what tells of a write."""
-    found = {n: v for n, v in held.items() if n not in _TORCHS and (_is_number(v) or _is_tensor(v))}
-    return {n: (v, _mark(v)) if isinstance(v, Tensor) else v for n, v in found.items()}
+    watched = _watched(held)
+    return {n: (v, mark_of(v)) if isinstance(v, Tensor) else v for n, v in watched.items()}
 
 
 def _differs(mark: Any, now: Any) -> bool:
@@ -144,11 +148,4 @@ def _differs(mark: Any, now: Any) -> bool:
     before, written = mark
     if not _is_tensor(now) or (now.shape, now.dtype) != (before.shape, before.dtype):
         return False  # another thing that is kept there, such as the last batch
-    return bool(_mark(now) != written) if now is before else not torch.equal(now, before)
-
-
-def _mark(tensor: Tensor) -> object:
-    """Give what tells of a write: the counter, and for one through `.data` the sum."""
-    if tensor.is_meta or tensor.layout is not torch.strided:
-        return tensor._version
-    return tensor._version, str(tensor.detach().sum().item())
+    return bool(mark_of(now) != written) if now is before else not torch.equal(now, before)

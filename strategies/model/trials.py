@@ -24,7 +24,7 @@ from distplat.strategies.model.parameter_layout import bits_of, fill
 
 _CONTAINERS = (list, dict, set, deque, OrderedDict, defaultdict)
 _PLAIN = (bool, int, float, str)
-_TORCHS = frozenset(vars(nn.Module()))
+TORCHS = frozenset(vars(nn.Module()))
 """Attributes that every module has."""
 _OWN = ("_parameters", "_buffers", "_modules")
 """Attributes of `nn.Module` whose keys are the names that users know."""
@@ -74,13 +74,13 @@ class Held:
             if not (isinstance(tensor, nn.Parameter) and tensor.requires_grad):
                 self._copies[id(tensor)] = tensor, tensor.detach().clone()
             elif trained:
-                self._marks[id(tensor)] = tensor, _mark(tensor)
+                self._marks[id(tensor)] = tensor, mark_of(tensor)
 
     def changed(self) -> list[str]:
         """Give the names of what is another than it was, in the order of the modules."""
         written = {key for key, (one, copied) in self._copies.items() if not _equal(one, copied)}
         written |= {key for key, (one, wanted) in self._wanted.items() if _switched(one, wanted)}
-        written |= {key for key, (one, mark) in self._marks.items() if _mark(one) != mark}
+        written |= {key for key, (one, mark) in self._marks.items() if mark_of(one) != mark}
         return [
             f"{path}.{name}".lstrip(".")
             for path, module, held in self._modules.values()
@@ -173,8 +173,10 @@ def _switched(tensor: Tensor, wanted: bool) -> bool:
     return tensor.is_leaf and tensor.requires_grad != wanted
 
 
-def _mark(tensor: Tensor) -> object:
+def mark_of(tensor: Tensor) -> object:
     """Give what tells of a write: the counter, and for one through `.data` the sum."""
+    if tensor.is_meta or tensor.layout is not torch.strided:
+        return tensor._version
     return tensor._version, str(tensor.detach().sum().item())
 
 
@@ -208,7 +210,7 @@ class ReadAgain:
         self._have(self._after)
 
     def _values(self) -> list[Attributes]:
-        return [_attributes(one, _TORCHS) for one in self._modules]
+        return [_attributes(one, TORCHS) for one in self._modules]
 
     def _have(self, values: list[Attributes]) -> None:
         for module, held in zip(self._modules, values, strict=True):
