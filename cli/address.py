@@ -18,7 +18,6 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from stat import S_ISREG
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
@@ -146,8 +145,6 @@ def stranger_at(address: str) -> str:
 
 def distrust(path: Path, stat: os.stat_result) -> str:
     """Say why others may have written a file that names a Ray; empty: nobody else can have."""
-    if not S_ISREG(stat.st_mode):
-        return f"{path} is no regular file"
     if stat.st_uid not in (0, os.geteuid()):
         return f"{path} belongs to user {stat.st_uid}"
     shared = stat.st_gid not in (0, os.getegid()) and stat.st_mode & 0o020

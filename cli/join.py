@@ -30,7 +30,8 @@ from distplat.cli.address import (
 )
 from distplat.cli.shipping import JOB_VARIABLE, Package, measure
 from distplat.cli.versions import driver_mismatch
-from distplat.platform.errors import ClusterUnreachable
+from distplat.platform.disk import open_regular
+from distplat.platform.errors import ClusterUnreachable, StorageError
 
 _REPLACEABLE = {"working_dir", "py_modules", "excludes", "env_vars"}
 """Parts of a runtime environment that come to the same thing on the driver's own node."""
@@ -85,12 +86,13 @@ def running_here(say: Callable[[str], None]) -> str | None:
     """
     path = ray_compat.address_file()
     try:
-        with os.fdopen(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)) as file:
-            address, why = file.read(300).strip(), distrust(path, os.fstat(file.fileno()))
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError) as error:
-        address, why = "", f"{path} cannot be read: {one_line(error)}"
+        with open_regular(path) as file:
+            if file is None:
+                return None
+            address = file.read(300).decode(errors="replace").strip()
+            why = distrust(path, os.fstat(file.fileno()))
+    except StorageError as error:
+        address, why = "", one_line(error)
     if not why and not is_host_port(address):
         return None
     if not why:

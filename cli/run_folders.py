@@ -11,8 +11,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from distplat.platform.disk import open_regular
 from distplat.platform.errors import DistplatError, SpecError, told_of
-from distplat.platform.run_record import MOST_LINE, RunRecord, find_run, opened, read_run
+from distplat.platform.run_record import MOST_LINE, RunRecord, find_run, read_run
 from distplat.platform.run_report import status_of
 
 HOME = Path("runs")
@@ -143,7 +144,7 @@ class _Reader:
             StorageError: one of the files may not be read, or is a pipe or a device.
         """
         for path in sorted(self._folder.glob("*.log")):
-            with opened(path) as file:
+            with open_regular(path) as file:
                 if file is None:
                     continue
                 at = self._read.get(path, 0)

@@ -19,18 +19,18 @@ Nothing here is ever unpickled.
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import io
 import json
 import os
 import re
-import stat
 from collections.abc import Callable, Iterable, Mapping, Set
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from distplat.platform.disk import Content, Disk, Moved
+from distplat.platform.disk import Content, Disk, Moved, open_regular
 from distplat.platform.errors import Problem, SpecError, StorageError, told_of
 from distplat.platform.tensor_slices import ITEM_BYTES, Bytes, TensorEntry
 
@@ -461,23 +461,19 @@ def _bytes_of(
     """
     content, digest = io.BytesIO(), hashlib.sha256()
     try:
-        # No links: they could lead out of the directory. Without waiting: a FIFO has no end.
-        with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK), "rb") as file:
-            about = os.fstat(file.fileno())
-            if not stat.S_ISREG(about.st_mode):
-                raise StorageError(f"{path} is no regular file")
-            if facts is None and about.st_size > _MANIFEST_BYTES:
-                raise StorageError(f"{path} is damaged: it has {about.st_size} bytes")
-            if facts is not None and about.st_size != facts.get("bytes"):
-                expected = f"expected {facts.get('bytes')}"
-                raise StorageError(f"{path} has {about.st_size} bytes, {expected}")
-            while piece := file.read(min(_PIECE_BYTES, about.st_size - content.tell())):
+        with open_regular(path) as file:
+            if file is None:
+                raise StorageError(f"cannot read {path}: {os.strerror(errno.ENOENT)}")
+            size = os.fstat(file.fileno()).st_size
+            if facts is None and size > _MANIFEST_BYTES:
+                raise StorageError(f"{path} is damaged: it has {size} bytes")
+            if facts is not None and size != facts.get("bytes"):
+                raise StorageError(f"{path} has {size} bytes, expected {facts.get('bytes')}")
+            while piece := file.read(min(_PIECE_BYTES, size - content.tell())):
                 content.write(piece)
                 digest.update(piece)
                 moved()
             return content.getvalue(), digest.hexdigest()
-    except OSError as error:
-        raise StorageError(f"cannot read {path}: {error.strerror}") from None
     except MemoryError:
         raise StorageError(f"cannot read {path}: it does not fit into memory") from None
 

@@ -8,14 +8,16 @@ lines there, not steps.
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import os
 import queue
 import shutil
+import stat
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, wait
 from pathlib import Path
 from threading import Thread
@@ -76,6 +78,28 @@ def _sync(folder: Path) -> None:
         os.fsync(directory)
     finally:
         os.close(directory)
+
+
+@contextlib.contextmanager
+def open_regular(path: Path) -> Iterator[IO[bytes] | None]:
+    """
+    Open a file that somebody else may have written; None: it is not there.
+
+    Raises:
+        StorageError: it may not be read, or is a link, a pipe or a device.
+    """
+    try:
+        # No links: they could lead to a file of ours. Without waiting: a pipe has no end.
+        flags = os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW
+        with open(os.open(path, flags), "rb") as file:
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                raise StorageError(f"cannot read {path}: it is no regular file")
+            yield file
+    except FileNotFoundError:
+        yield None
+    except OSError as error:
+        why = "it is a link" if error.errno == errno.ELOOP else error.strerror
+        raise StorageError(f"cannot read {path}: {why}") from error
 
 
 def check_regular(path: Path) -> None:

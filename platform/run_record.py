@@ -7,20 +7,18 @@ damaged is noted and left out; only a directory that holds no run at all is an e
 
 from __future__ import annotations
 
-import errno
 import json
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from stat import S_ISREG
 from typing import IO, Any, Generic, TypeVar
 
 from pydantic import TypeAdapter
 
+from distplat.platform.disk import open_regular
 from distplat.platform.errors import Problem, SpecError, StorageError, nearest, told_of
 from distplat.platform.pipeline_trace import TRACE_FILE, Trace
 from distplat.platform.progress import (
@@ -120,28 +118,6 @@ def read_run(path: Path) -> RunRecord:
     return record
 
 
-@contextmanager
-def opened(path: Path) -> Iterator[IO[bytes] | None]:
-    """
-    Open a file; None: it is not there.
-
-    Raises:
-        StorageError: it may not be read, or is a link, a pipe or a device.
-    """
-    try:
-        # No links: a page is written beside what it shows, and theirs could lead to a file of ours.
-        flags = os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW
-        with os.fdopen(os.open(path, flags), "rb") as file:
-            if not S_ISREG(os.fstat(file.fileno()).st_mode):  # a pipe would block, a device not end
-                raise StorageError(f"cannot read {path}: it is no regular file")
-            yield file
-    except FileNotFoundError:
-        yield None
-    except OSError as error:
-        why = "it is a link" if error.errno == errno.ELOOP else error.strerror
-        raise StorageError(f"cannot read {path}: {why}") from error
-
-
 def _text(record: RunRecord, name: str) -> str | None:
     """
     Read a file; None: it is not there.
@@ -150,7 +126,7 @@ def _text(record: RunRecord, name: str) -> str | None:
         StorageError: it may not be read, is a pipe or a device, or much larger than we write it.
     """
     path = record.path / name
-    with opened(path) as file:
+    with open_regular(path) as file:
         if file is None:
             return None
         size = os.fstat(file.fileno()).st_size
@@ -183,7 +159,7 @@ def _part(record: RunRecord, name: str, parse: Callable[[str], T]) -> T | None:
 
 
 def _read_metrics(record: RunRecord) -> None:
-    with opened(record.path / "metrics.jsonl") as file:
+    with open_regular(record.path / "metrics.jsonl") as file:
         if file is None:
             return
         record.last_sign_s = os.fstat(file.fileno()).st_mtime
