@@ -28,11 +28,11 @@ from distplat.platform.job import (
     End,
     Event,
     Failed,
-    Heard,
     JobState,
     Joined,
     Left,
     Phase,
+    PollAnswered,
     PollUnanswered,
     Resize,
     Tick,
@@ -123,7 +123,7 @@ class Controller:
             self._listen()
             for role, error in self._actor_group.look():
                 self._actors.pop(role, None)
-                self._state.handle(Failed(role, error, gone=True), self._clock.now())
+                self._state.handle(Failed(role, error, dead=True), self._clock.now())
             self._state.handle(Tick(), self._clock.now())
             self._repair()
             if self._state.phase is Phase.RUNNING and self._ending:
@@ -327,7 +327,7 @@ class Controller:
         lost: DistplatError = as_ours(error)
         if found is Meaning.LOST:
             lost = ActorLost(role, self._state.steps_done or None, cause_of(error))
-        return Failed(role, lost, gone=True, preempted=taken_away(error))
+        return Failed(role, lost, dead=True, preempted=taken_away(error))
 
     def _news(self, role: str, news: PollResult) -> list[Event]:
         rank = int(role.removeprefix("worker-"))
@@ -345,7 +345,7 @@ class Controller:
             self._scaling.left(rank)
             return [Left(rank)]
         at = news.prepared, news.host
-        heard = Heard(rank, news.beats, news.step, news.finished, *at)
+        heard = PollAnswered(rank, news.beats, news.step, news.finished, *at)
         if news.error is None:
             return [heard]
         return [heard, Failed(role, news.error, prepared=news.prepared, node=news.host)]

@@ -54,7 +54,7 @@ class HeadWatch:
         self._over.set()
 
     @property
-    def gone(self) -> bool:
+    def lost(self) -> bool:
         """Whether the head has been silent for too long."""
         return self._clock() - self._heard_at > self._limit_s
 
@@ -65,7 +65,7 @@ class HeadWatch:
         Raises:
             ActorLost: it is gone.
         """
-        if self.gone:
+        if self.lost:
             cause = f"nothing has listened at {self._address} for {self._limit_s:.0f} s"
             remedy = "start Ray there again, and go on from the last checkpoint"
             raise ActorLost("the head of the Ray cluster", None, cause, remedy)

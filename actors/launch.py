@@ -182,7 +182,7 @@ def _follow(
         endings.insert(0, controller.end)
         controller.follow(check, handlers)
     finally:
-        if not head.gone:  # else nothing of that can be done: all ends with this process
+        if not head.lost:  # else nothing of that can be done: all ends with this process
             end_each(endings)
 
 

@@ -55,7 +55,7 @@ class SavedHandle:
 
 
 @dataclass(frozen=True)
-class Attached:
+class AttachReply:
     """A server's answer to a worker that attaches its memory."""
 
     near: bool
@@ -204,7 +204,7 @@ class TablePart:
 
 
 @dataclass(frozen=True)
-class Opened:
+class OpenReply:
     """What a server of embedding tables answers to a worker that joins an attempt."""
 
     near: bool
@@ -214,7 +214,7 @@ class Opened:
 
 
 @dataclass(frozen=True)
-class Parcel:
+class RowTransfer:
     """Ids of one table and a place for their rows, or their gradients, on the way to a server."""
 
     table: int

@@ -249,4 +249,4 @@ class Scaler:
         """End a worker that has finished what it had."""
         self._leaving.discard(rank)
         self._actors.part_with(rank)
-        self._actors.tell_scheduler("gone", rank)
+        self._actors.tell_scheduler("forget", rank)

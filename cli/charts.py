@@ -139,7 +139,7 @@ class Series:
     dots: bool = False
 
 
-class Mark(NamedTuple):
+class Marker(NamedTuple):
     """An event at an x."""
 
     x: float
@@ -196,7 +196,7 @@ class _Tooltips(list[str]):
 
 def curves(
     series: Sequence[Series],
-    marks: Sequence[Mark] = (),
+    marks: Sequence[Marker] = (),
     *,
     height: int = 280,
     from_zero: bool = False,
@@ -231,7 +231,7 @@ def curves(
     return Chart(svg, legend if len(series) > 1 else ())
 
 
-def _limits(axes: Axes, series: Sequence[Series], marks: Sequence[Mark], from_zero: bool) -> None:
+def _limits(axes: Axes, series: Sequence[Series], marks: Sequence[Marker], from_zero: bool) -> None:
     points = [(x, y) for one in series for x, y in one.points if math.isfinite(y)]
     axes.set_xlim(0.0, max([0.0, *(x for x, _ in points), *(mark.x for mark in marks)]) or 1.0)
     ys = [y for _, y in points] or [0.0, 1.0]

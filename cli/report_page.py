@@ -18,7 +18,7 @@ from distplat.cli.charts import (
     PALETTE,
     Bar,
     Chart,
-    Mark,
+    Marker,
     Series,
     Stack,
     bars_of,
@@ -126,7 +126,7 @@ def _loss(record: RunRecord) -> Chart | None:
         if metric.name == "loss":
             series.append(Series("evaluation", metric.points, PALETTE[5], dots=True))
     failures = [one.failure for one in restarts(record)]
-    marks = [Mark(s.step, f"after step {s.step}: {first_line(s.cause)}") for s in failures]
+    marks = [Marker(s.step, f"after step {s.step}: {first_line(s.cause)}") for s in failures]
     return curves(series, marks)
 
 

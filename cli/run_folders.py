@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from distplat.platform.disk import open_regular
-from distplat.platform.errors import DistplatError, SpecError, told_of
+from distplat.platform.errors import DistplatError, SpecError, naming_path
 from distplat.platform.run_record import MOST_LINE, RunRecord, find_run, read_run
 from distplat.platform.run_report import status_of
 
@@ -51,7 +51,7 @@ def _folders() -> list[Path]:
     Raises:
         SpecError: it may not be read.
     """
-    with told_of(HOME):
+    with naming_path(HOME):
         return [*HOME.iterdir()] if HOME.is_dir() else []
 
 
@@ -86,7 +86,7 @@ def run_called(name: str) -> Path | None:
         path = find_run(Path(name))
     except SpecError:
         return None
-    with told_of(path):
+    with naming_path(path):
         return path if (path / "job.yaml").is_file() or (path / "logs").is_dir() else None
 
 

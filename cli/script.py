@@ -23,7 +23,7 @@ from distplat.cli.common_options import (
 )
 from distplat.cli.drive import let_go
 from distplat.cli.render import print_pairs, to_json
-from distplat.platform.errors import Problem, SpecError, printable, told_of
+from distplat.platform.errors import Problem, SpecError, naming_path, printable
 from distplat.platform.remote_storage import is_url
 from distplat.platform.spec import Scaling
 
@@ -145,7 +145,7 @@ def _folder(working_dir: Path | None, command: list[str]) -> Path:
     if Path(command[0]).suffix in (".yaml", ".yml"):
         hint = f"leave the -- out: distplat submit {command[0]}"
         raise SpecError(Problem(("--",), f"{command[0]} is a job file and no command", hint))
-    with told_of(working_dir or "the current directory", "--working-dir"):
+    with naming_path(working_dir or "the current directory", "--working-dir"):
         folder = (working_dir or Path.cwd()).resolve()
         found = folder.is_dir()
     if not found:

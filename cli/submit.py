@@ -22,7 +22,7 @@ from distplat.cli.address import VERSION_KEY, Target, bring_token, target_of
 from distplat.cli.drive import STORAGE, let_go, train
 from distplat.cli.render import Facts, print_result, to_json
 from distplat.cli.versions import check_cluster
-from distplat.platform.errors import ClusterUnreachable, Problem, SpecError, printable, told_of
+from distplat.platform.errors import ClusterUnreachable, Problem, SpecError, naming_path, printable
 from distplat.platform.job_file import render_job
 from distplat.platform.remote_storage import is_url, local_folder
 from distplat.platform.resume import check_libraries, start_from, start_from_url
@@ -281,9 +281,9 @@ def _check_options(request: SubmitRequest, target: Target) -> None:
         raise SpecError(
             *(Problem((option,), "has effect on a cluster only", hint) for option in idle)
         )
-    with told_of("the current directory"):
+    with naming_path("the current directory"):
         Path.cwd()
-    with told_of(request.folder, "--working-dir"):
+    with naming_path(request.folder, "--working-dir"):
         found = request.folder.is_dir()
     if not found:
         raise SpecError(Problem(("--working-dir",), f"{request.folder} is no directory"))

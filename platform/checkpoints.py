@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import Any
 
 from distplat.platform.disk import Content, Disk, Moved, open_regular
-from distplat.platform.errors import Problem, SpecError, StorageError, told_of
+from distplat.platform.errors import Problem, SpecError, StorageError, naming_path
 from distplat.platform.tensor_slices import ITEM_BYTES, Bytes, TensorEntry
 
 
@@ -403,7 +403,7 @@ def find(
         SpecError: there is no checkpoint.
         StorageError: there are some, and all are damaged.
     """
-    with told_of(path, "--resume"):
+    with naming_path(path, "--resume"):
         is_one, there = (path / MANIFEST).is_file(), path.is_dir()
     if is_one or step_of(path.name) is not None:
         if not there:

@@ -118,7 +118,7 @@ class SpecError(DistplatError):
 
 
 @contextmanager
-def told_of(path: object, *where: str) -> Iterator[None]:
+def naming_path(path: object, *where: str) -> Iterator[None]:
     """
     Tell what the system says of a path that the user gave, for example that it is too long.
 

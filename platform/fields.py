@@ -21,7 +21,7 @@ class Spec(BaseModel):
     model_config = ConfigDict(
         frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True
     )
-    gone: ClassVar[Mapping[str, str]] = {}
+    removed_fields: ClassVar[Mapping[str, str]] = {}
     """Keys of earlier versions, and what is to be said to who still writes them."""
 
 

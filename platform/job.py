@@ -108,7 +108,7 @@ def rank_of(role: str) -> int | None:
 
 
 @dataclass(frozen=True)
-class Heard:
+class PollAnswered:
     """An answer of a rank. `progress` counts its beats: it grows while the rank is at work."""
 
     rank: int
@@ -128,14 +128,14 @@ class Failed:
 
     role: str
     error: DistplatError
-    gone: bool = False
+    dead: bool = False
     """Its process is no more; else it waits for orders."""
     preempted: bool = False
     """Its machine was taken away."""
     prepared: bool = True
     """Before, it had made its model and data; of a worker."""
     node: str = ""
-    """See `Heard.node`."""
+    """See `PollAnswered.node`."""
 
 
 @dataclass(frozen=True)
@@ -177,7 +177,7 @@ class Tick:
     """Time passed."""
 
 
-Event = Heard | Failed | PollUnanswered | Joined | Left | Resize | End | Tick
+Event = PollAnswered | Failed | PollUnanswered | Joined | Left | Resize | End | Tick
 
 
 SETTLE_S = 2.0
@@ -234,7 +234,7 @@ class JobState:
         self._failed_at = 0.0
         self._beats = Beats(self._members, now)
         self._finished: set[int] = set()
-        self._gone: set[str] = set()  #: roles whose process is no more, or will be ended
+        self._dead: set[str] = set()  #: roles whose process is no more, or will be ended
         self._waiting: set[int] = set()  #: ranks that stopped and wait for orders
         self._preempted = False
         self._state_lost = False
@@ -275,7 +275,7 @@ class JobState:
 
     @property
     def _servers_lost(self) -> bool:
-        return any(rank_of(role) is None for role in self._gone - COORDINATORS)
+        return any(rank_of(role) is None for role in self._dead - COORDINATORS)
 
     @property
     def steps_done(self) -> int:
@@ -292,7 +292,7 @@ class JobState:
         if self.over or self.restart is not None:
             return
         match event:
-            case Heard():
+            case PollAnswered():
                 self._hear(event, now)
             case Failed():
                 self._take_failure(event, now)
@@ -344,7 +344,7 @@ class JobState:
         if not failed and self._finished == self._members:
             self.phase = Phase.SUCCEEDED
 
-    def _hear(self, heard: Heard, now: float) -> None:
+    def _hear(self, heard: PollAnswered, now: float) -> None:
         if heard.rank not in self._members:
             return  # it has left
         self._beats.hear(heard.rank, heard.progress, now)
@@ -358,8 +358,8 @@ class JobState:
         self._end_if_finished()
 
     def _take_failure(self, failed: Failed, now: float) -> None:
-        if failed.gone:
-            self._gone.add(failed.role)
+        if failed.dead:
+            self._dead.add(failed.role)
         elif (rank := rank_of(failed.role)) is not None:
             self._waiting.add(rank)
             if not failed.prepared and isinstance(failed.error, UserCodeError | SpecError):
@@ -367,7 +367,7 @@ class JobState:
         if self._resizing and isinstance(failed.error, Abandoned):
             return  # as it was told
         if isinstance(failed.error, ActorLost) and rank_of(failed.error.role) is None:
-            self._gone.add(failed.error.role)  # a server, whoever noticed it first
+            self._dead.add(failed.error.role)  # a server, whoever noticed it first
         self._preempted |= failed.preempted
         self._state_lost |= isinstance(failed.error, StateLost)
         self._fail(failed.error, now)
@@ -375,9 +375,9 @@ class JobState:
     def _miss(self, role: str, seconds: float, now: float) -> None:
         failed = self.phase is Phase.SETTLING and not self._resizing
         if failed and self.may_go_on and seconds > SETTLE_S:
-            self._gone.add(role)
+            self._dead.add(role)
         elif seconds > self._limits.heartbeat_timeout_s:
-            self._gone.add(role)
+            self._dead.add(role)
             self._fail(frozen(role, seconds, self.steps_done or None), now)
 
     def _fail(self, error: DistplatError, now: float) -> None:
@@ -401,7 +401,7 @@ class JobState:
         if not self.may_go_on:
             self._give_up(now)
             return
-        known = self._waiting | self._finished | {rank_of(role) for role in self._gone}
+        known = self._waiting | self._finished | {rank_of(role) for role in self._dead}
         step_s = self._limits.step_timeout_s * STALL_GRACE
         patience_s = step_s if self._policy.survivors_go_on else SETTLE_S
         if self._resizing and not known >= self._members:
@@ -412,7 +412,7 @@ class JobState:
     def _give_up(self, now: float) -> None:
         """End, unless there may soon be a better explanation, or more ranks that have this one."""
         assert self.error is not None, "something has failed"
-        left = self._members - {rank_of(role) for role in self._gone}
+        left = self._members - {rank_of(role) for role in self._dead}
         if self._setup.has(self.error):
             waits = self._setup.waits_for(left)
         else:
@@ -438,13 +438,13 @@ class JobState:
             self.phase = Phase.FAILED
             return
         ranks = sorted(self._members) if self._wanted is None else [*range(self._wanted)]
-        gone = {rank_of(role) for role in self._gone}
+        gone = {rank_of(role) for role in self._dead}
         usable = {rank for rank in self._waiting | self._finished if rank not in gone}
         # Who has the checkpoint's model may not have its optimizer, nor servers their part of it.
         kept = self._policy.survivors_go_on and not self._state_lost and not self._restoring
         everything = self._servers_lost or not self._policy.has_all(usable) or not kept
         renew = tuple(rank for rank in ranks if everything or rank in self._members - usable)
-        lost = () if everything else tuple(sorted(self._gone & COORDINATORS))
+        lost = () if everything else tuple(sorted(self._dead & COORDINATORS))
         self.restart = Restart(self.attempt + 1, renew, everything, answer, lost, self._wanted)
 
     def _watch_start(self, now: float) -> None:
@@ -462,6 +462,6 @@ class JobState:
         """Ranks were waited for too long: they are as good as lost."""
         what = f"step {self.steps_done + 1}"
         late = tuple(f"worker-{rank}" for rank in sorted(ranks))
-        self._gone.update(late)
+        self._dead.update(late)
         limit = self._limits.step_timeout_s
         self._fail(DeadlineExceeded(what, late, limit, "failure.step_timeout_s"), now)

@@ -27,8 +27,6 @@ from distplat.platform.yaml_source import (
 )
 
 ENV_PREFIX = "DISTPLAT_"
-RESERVED_VARIABLES = {"DISTPLAT_JOB_ID", "DISTPLAT_TESTING", "DISTPLAT_FAILPOINT"}
-"""Variables with our prefix that are no settings of a job."""
 
 Place = tuple[str, int, int]
 """File, line and column; the name of the variable or override, 0 and 0 for what is in no file."""
@@ -203,7 +201,7 @@ def _from_environment(environ: Mapping[str, str]) -> list[_Setting]:
     return [
         _Setting(tuple(name.removeprefix(ENV_PREFIX).lower().split("__")), name, text)
         for name, text in sorted(environ.items())
-        if name.startswith(ENV_PREFIX) and name not in RESERVED_VARIABLES
+        if name.startswith(ENV_PREFIX)
     ]
 
 

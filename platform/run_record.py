@@ -19,7 +19,7 @@ from typing import IO, Any, Generic, TypeVar
 from pydantic import TypeAdapter
 
 from distplat.platform.disk import open_regular
-from distplat.platform.errors import Problem, SpecError, StorageError, nearest, told_of
+from distplat.platform.errors import Problem, SpecError, StorageError, naming_path, nearest
 from distplat.platform.pipeline_trace import TRACE_FILE, Trace
 from distplat.platform.progress import (
     KINDS,
@@ -82,7 +82,7 @@ def find_run(given: Path) -> Path:
     Raises:
         SpecError: there is none; names the nearest.
     """
-    with told_of(given):
+    with naming_path(given):
         for path in (given, Path("runs") / given):
             if path.is_dir():
                 return path.resolve()
@@ -101,7 +101,7 @@ def read_run(path: Path) -> RunRecord:
         SpecError: it holds no run.
         StorageError: it may not be read.
     """
-    with told_of(path):
+    with naming_path(path):
         names = {file.name for file in path.iterdir()}
     if names.isdisjoint(("job.yaml", "metrics.jsonl", "result.json")):
         text = f"{path} holds no run: there is no job.yaml, metrics.jsonl or result.json in it"

@@ -128,7 +128,7 @@ Order = MakeBackup | Fill | Promote | GoAlone
 
 
 @dataclass(frozen=True)
-class Held:
+class ServerReport:
     """What a server says of itself to a manager that was not there before."""
 
     server: str
@@ -204,7 +204,9 @@ class ServerGroup:
             found += [name for name in (seat.primary, seat.backup, seat.making) if name is not None]
         return found
 
-    def adopt(self, held: Sequence[Held], names: Collection[str], generation: int) -> list[str]:
+    def adopt(
+        self, held: Sequence[ServerReport], names: Collection[str], generation: int
+    ) -> list[str]:
         """
         Take over, before anything else, what a manager before has left behind.
 
@@ -295,7 +297,7 @@ class ServerGroup:
         return [MakeBackup(seat.shard, seat.making, seat.primary)]
 
 
-def _is_sure(primary: Held, others: Sequence[Held]) -> bool:
+def _is_sure(primary: ServerReport, others: Sequence[ServerReport]) -> bool:
     """Say whether no other server can have been made the primary instead."""
     if primary.role is not Role.PRIMARY:
         return True

@@ -6,6 +6,7 @@ range in signs instead of prose, a did-you-mean, and the traps of YAML.
 """
 
 import reprlib
+from collections.abc import Mapping
 from re import findall
 from typing import Any, get_args
 
@@ -105,9 +106,9 @@ def _problem(one: ErrorDetails, root: type[BaseModel], prefix: FieldPath) -> Pro
         where, message, advice = _tag_problem(where, value, field)
     elif kind == "extra_forbidden":
         known, name = holder.model_fields if holder else (), str(where[-1])
-        gone = getattr(holder, "gone", {})
+        removed: Mapping[str, str] = getattr(holder, "removed_fields", {})
         message = f"unknown field (value {show(value)})"
-        advice = gone[name] if name in gone else hint(name, known)
+        advice = removed[name] if name in removed else hint(name, known)
     elif kind == "literal_error":
         expected = str(one["ctx"]["expected"])
         near = nearest(value, findall(r"'([^']*)'", expected)) if isinstance(value, str) else None

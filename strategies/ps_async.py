@@ -34,7 +34,7 @@ Bound = Annotated[int, Field(ge=0, strict=True)]
 class PsAsyncOptions(Options):
     """Options of `ps-async`."""
 
-    gone: ClassVar[Mapping[str, str]] = {"overlap": NO_EARLY_PUSH}
+    removed_fields: ClassVar[Mapping[str, str]] = {"overlap": NO_EARLY_PUSH}
     num_servers: int = Field(1, ge=1, le=256, strict=True)
     """Server nodes; each keeps an equal part of the parameters."""
     resources_per_server: Resources = Field(default_factory=lambda: {"CPU": 0.0})

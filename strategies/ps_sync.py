@@ -34,7 +34,7 @@ from distplat.strategies.strategy_spec import (
 class PsSyncOptions(Options):
     """Options of `ps-sync`."""
 
-    gone: ClassVar[Mapping[str, str]] = {"overlap": NO_EARLY_PUSH}
+    removed_fields: ClassVar[Mapping[str, str]] = {"overlap": NO_EARLY_PUSH}
     num_servers: int = Field(1, ge=1, le=256, strict=True)
     """Server nodes; each keeps a part of the parameters."""
     resources_per_server: Resources = Field(default_factory=lambda: {"CPU": 0.0})

@@ -57,17 +57,17 @@ class GroupMember:
     """Where the ranks are; None: they tell each other where that matters."""
 
 
-def leave_word(group_name: str, value: bytes) -> None:
+def publish_address(group_name: str, value: bytes) -> None:
     """Leave what the other ranks need to find this group."""
     ray_compat.put(rendezvous_key(group_name), value)
 
 
-def take_back_word(group_name: str) -> None:
-    """Delete what `leave_word` has left; once all have found it."""
+def withdraw_address(group_name: str) -> None:
+    """Delete what `publish_address` has left; once all have found it."""
     ray_compat.delete(rendezvous_key(group_name))
 
 
-def find_word(group_name: str, settings: GroupSettings) -> bytes:
+def find_address(group_name: str, settings: GroupSettings) -> bytes:
     """
     Wait for the word of rank 0.
 

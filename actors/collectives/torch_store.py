@@ -26,10 +26,10 @@ from distplat.actors.collectives.rendezvous import (
     GIVEN_UP,
     GroupMember,
     GroupSettings,
-    find_word,
-    leave_word,
-    take_back_word,
+    find_address,
+    publish_address,
     wait_for,
+    withdraw_address,
 )
 from distplat.platform.awake_clock import AwakeClock
 from distplat.platform.disk import in_thread
@@ -228,7 +228,7 @@ class Store:
             raise CollectiveError(self._name, "rendezvous", 0, (0,), cause) from None
         finally:
             if self._rank == 0:
-                take_back_word(self._name)
+                withdraw_address(self._name)
 
     def __del__(self) -> None:
         self.close(troubled=True)  # the group came to nothing
@@ -247,11 +247,11 @@ class Store:
     def _serve(self) -> tuple[str, int, str]:
         secret = secrets.token_hex(16)  # goes through Ray's store alone, which asks for a token
         self._server = StoreServer(self.host, secret, self._world)
-        leave_word(self._name, f"{self.host} {self._server.port} {secret}".encode())
+        publish_address(self._name, f"{self.host} {self._server.port} {secret}".encode())
         return self.host, self._server.port, secret
 
     def _find(self) -> tuple[str, int, str]:
-        host, port, secret = find_word(self._name, self._settings).decode().split()
+        host, port, secret = find_address(self._name, self._settings).decode().split()
         return host, int(port), secret
 
     def _wait_for_all(self) -> None:

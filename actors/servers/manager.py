@@ -44,7 +44,13 @@ from distplat.platform.errors import (
     NotReadyError,
     ProtocolError,
 )
-from distplat.platform.server_group import Held, Role, ServerGroup, ServersSeen, ShardAssignment
+from distplat.platform.server_group import (
+    Role,
+    ServerGroup,
+    ServerReport,
+    ServersSeen,
+    ShardAssignment,
+)
 from distplat.platform.shard_map import ShardMap, ShardPlan, cut_shards, within
 from distplat.platform.spec import Job
 from distplat.strategies.strategy_spec import Roles
@@ -60,7 +66,7 @@ def adopt(
     servers: Mapping[str, Any],
     generation: int,
     limit_s: float,
-) -> list[Held]:
+) -> list[ServerReport]:
     """
     Have a group take over from a manager that was lost; see `ServerGroup.adopt`.
 

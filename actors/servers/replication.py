@@ -27,7 +27,7 @@ from distplat.actors.servers.vector_transport import from_bytes
 from distplat.actors.transport import ActorDied, Transport, Unanswered
 from distplat.platform.awake_clock import AwakeClock
 from distplat.platform.errors import DeadlineExceeded, FencedError, GapError, NotReadyError
-from distplat.platform.server_group import Held, Part, Role
+from distplat.platform.server_group import Part, Role, ServerReport
 from distplat.platform.shard_map import Shard
 from distplat.strategies.server.store import BackupLink, Change, ReplicatedStore, StoreSnapshot
 
@@ -74,10 +74,10 @@ class Replication(BackupLink):
     def settled(self) -> bool:
         return self.part.settled
 
-    def held(self, number: int, cut: Shard | None = None) -> Held:
+    def held(self, number: int, cut: Shard | None = None) -> ServerReport:
         """Say what this server keeps, and as what."""
         backup = self._backup.name if self._backup is not None else None
-        return Held(self._name, number, self.part.role, self.part.term, backup, cut)
+        return ServerReport(self._name, number, self.part.role, self.part.term, backup, cut)
 
     @override
     def send(self, change: Change, gradient: Any = None) -> None:

@@ -180,7 +180,7 @@ class Scheduler:
             self._scheduler.end_early()
         self._wake()
 
-    async def gone(self, rank: int) -> None:
+    async def forget(self, rank: int) -> None:
         """A worker that was dismissed has ended."""
         self._leaving.discard(rank)
         self._workers_table.forget(rank)

@@ -10,7 +10,7 @@ from distplat.actors.messages import Address
 from distplat.actors.servers.replication import Replication
 from distplat.actors.transport import Transport
 from distplat.platform.errors import FencedError
-from distplat.platform.server_group import Held
+from distplat.platform.server_group import ServerReport
 from distplat.strategies.server.server import Server
 from distplat.strategies.server.store import Change, StoreSnapshot
 
@@ -38,7 +38,7 @@ class Serving(ABC, Generic[AnyServer]):
         return self._server
 
     @abstractmethod
-    def held(self) -> Held:
+    def held(self) -> ServerReport:
         """Say what is kept here, and as what, to a manager that was not there before."""
 
     def close(self) -> None:

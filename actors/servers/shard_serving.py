@@ -26,14 +26,14 @@ from typing_extensions import override
 
 from distplat.actors.memory.mailboxes import Listener, MailboxRequest
 from distplat.actors.memory.memfd import MemorySegment
-from distplat.actors.messages import Address, Attached
+from distplat.actors.messages import Address, AttachReply
 from distplat.actors.servers.replication import Replication
 from distplat.actors.servers.serving import Serving
 from distplat.actors.servers.vector_transport import as_bytes, as_type, from_bytes
 from distplat.actors.transport import Transport
 from distplat.platform.errors import FencedError
 from distplat.platform.ledger import Answer, PullId, PushId
-from distplat.platform.server_group import Held, Role
+from distplat.platform.server_group import Role, ServerReport
 from distplat.platform.shard_map import Shard, ShardPlan
 from distplat.platform.spec import Job
 from distplat.platform.tensor_slices import RawTensor, TensorSlice
@@ -144,10 +144,10 @@ class ShardServing(Serving[ShardServer]):
         return self._server if self._segment is not None else None
 
     @override
-    def held(self) -> Held:
+    def held(self) -> ServerReport:
         """The manager knows this server's name."""
         if self._segment is None:
-            return Held(self._name, None)
+            return ServerReport(self._name, None)
         return self._replication.held(self._plan.number, self._cut)
 
     def attach(
@@ -158,7 +158,7 @@ class ShardServing(Serving[ShardServer]):
         gradients: Address | None,
         parameters: Address | None,
         held: tuple[int, NDArray[np.uint8]] | None,
-    ) -> Attached:
+    ) -> AttachReply:
         """
         Map a worker's segments. The first one of a later attempt begins it at this shard.
 
@@ -172,7 +172,7 @@ class ShardServing(Serving[ShardServer]):
         """
         store = self._server.store
 
-        def change() -> Attached:
+        def change() -> AttachReply:
             last, near = self._attached.get(rank, ((-1, -1), False))
             if number > last:
                 near = self._map(rank, gradients, parameters)
@@ -182,7 +182,7 @@ class ShardServing(Serving[ShardServer]):
                 if held is not None:
                     values = from_bytes(held[1], store.params.dtype)
                     store.pull_elsewhere(rank, held[0], values)
-            return Attached(near, store.ledger.version)
+            return AttachReply(near, store.ledger.version)
 
         return self._server.exclusively(change)
 

@@ -15,7 +15,7 @@ from typing_extensions import override
 
 from distplat.actors.memory.device_copy import DirectTransfer, cuda_transfer
 from distplat.actors.memory.mailboxes import MailboxRequest
-from distplat.actors.messages import Attached, Membership, ModelFacts, WorkOrder
+from distplat.actors.messages import AttachReply, Membership, ModelFacts, WorkOrder
 from distplat.actors.servers.fan_out import FanOut, FanOutCall, ServerCalls
 from distplat.actors.servers.map_watcher import ServerWatch
 from distplat.actors.servers.vector_transport import (
@@ -157,7 +157,7 @@ class RemoteShards(Shards, LoopShards):
             segments = gradients, vectors.parameter_address
             return self._transport.call(server, "attach", *who, *segments, held)
 
-        attached: list[Attached] = fan_out.ask("attach", attach)
+        attached: list[AttachReply] = fan_out.ask("attach", attach)
         vectors.open({index for index, answer in enumerate(attached) if answer.near})
         parameters = self._flat.layout.parameters
         fan_out.open_mailboxes(vectors.near, control_size(parameters, self._settings))

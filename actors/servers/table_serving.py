@@ -15,12 +15,12 @@ from numpy.typing import NDArray
 from typing_extensions import override
 
 from distplat.actors.memory.memfd import MemorySegment
-from distplat.actors.messages import Address, Opened, Parcel, TablePart
+from distplat.actors.messages import Address, OpenReply, RowTransfer, TablePart
 from distplat.actors.servers.replication import Replication
 from distplat.actors.servers.serving import Serving
 from distplat.actors.transport import Transport
 from distplat.platform.ledger import PullId, PushId
-from distplat.platform.server_group import Held, Role
+from distplat.platform.server_group import Role, ServerReport
 from distplat.platform.shard_map import TablePlan, TableSpec
 from distplat.strategies.ports import TablesCopy
 from distplat.strategies.server.answers import tables_copy
@@ -49,9 +49,11 @@ class TableServing(Serving[TableServer], PartSource):
         self._mapped: dict[tuple[int, str], MemorySegment] = {}  #: by rank and dtype: the last one
 
     @override
-    def held(self) -> Held:
+    def held(self) -> ServerReport:
         store = self._server.store
-        return self._replication.held(store.index) if store.opened else Held(self._name, None)
+        return (
+            self._replication.held(store.index) if store.opened else ServerReport(self._name, None)
+        )
 
     def open(
         self,
@@ -60,7 +62,7 @@ class TableServing(Serving[TableServer], PartSource):
         memory: Address,
         saved_at: int = 0,
         saved: Sequence[list[Any]] = (),
-    ) -> Opened:
+    ) -> OpenReply:
         """Join an attempt. See `TableServer.open`."""
         self._replication.part.check_serves()
         limit_s = plan.job.failure.start_timeout_s
@@ -70,14 +72,14 @@ class TableServing(Serving[TableServer], PartSource):
             self._mapped = {}  # every worker has new memory; of one that was lost none is held
         self._plan = plan
         self._server.exclusively(lambda: self._server.forget(rank))
-        return Opened(self._reaches(rank, memory), steps)
+        return OpenReply(self._reaches(rank, memory), steps)
 
     def begin(self, attempt: int, version: int) -> None:
         """Have the tables at this version. See `TableServer.begin`."""
         self._replication.part.check_serves()
         self._server.begin(attempt, version)
 
-    def pull(self, pull: PullId, parcel: Parcel) -> NDArray[np.float32] | None:
+    def pull(self, pull: PullId, parcel: RowTransfer) -> NDArray[np.float32] | None:
         """Put rows into the worker's memory; give them, where it is out of reach."""
         self._replication.part.check_serves()
         ids, rows = self._ids(pull.rank, parcel), self._values(pull.rank, parcel)
@@ -91,7 +93,7 @@ class TableServing(Serving[TableServer], PartSource):
     def push(
         self,
         push: PushId,
-        parcels: Sequence[Parcel],
+        parcels: Sequence[RowTransfer],
         skip: bool = False,
         settings: tuple[float, ...] = (),
     ) -> int:
@@ -127,14 +129,14 @@ class TableServing(Serving[TableServer], PartSource):
             return False
         return True
 
-    def _ids(self, rank: int, parcel: Parcel) -> NDArray[np.int64]:
+    def _ids(self, rank: int, parcel: RowTransfer) -> NDArray[np.int64]:
         if not isinstance(parcel.ids, Address):
             return parcel.ids
         stop = parcel.first_id + parcel.count
         ids: NDArray[np.int64] = self._map(rank, parcel.ids)[parcel.first_id : stop]
         return ids
 
-    def _values(self, rank: int, parcel: Parcel) -> NDArray[np.float32] | None:
+    def _values(self, rank: int, parcel: RowTransfer) -> NDArray[np.float32] | None:
         if not isinstance(parcel.values, Address):
             return parcel.values
         assert self._plan is not None, "workers open before they pull or push"

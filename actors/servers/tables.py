@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from typing_extensions import override
 
 from distplat.actors.memory.memfd import MemorySegment
-from distplat.actors.messages import Opened, Parcel, TableMap, WorkOrder
+from distplat.actors.messages import OpenReply, RowTransfer, TableMap, WorkOrder
 from distplat.actors.retrying_calls import PendingCall
 from distplat.actors.servers.fan_out import ServerCalls
 from distplat.actors.servers.map_watcher import Result, ServerWatch
@@ -157,7 +157,7 @@ class RemoteTables(Tables):
         who = self._plan, self._order.rank, self._ids.address, *self._saved
         question = self._calls.each("open", *who)
         asked = self._calls.start("connecting to tables", question, setting=_START)
-        opened: list[Opened] = asked.answers()
+        opened: list[OpenReply] = asked.answers()
         self._near = [answer.near for answer in opened]
         names = ", ".join(table.name for table in self._plan.tables)
         near = [k for k, is_near in enumerate(self._near) if is_near]
@@ -293,12 +293,14 @@ class RemoteTables(Tables):
         ids: Routed,
         values: NDArray[np.float32] | None,
         place: tuple[int, int],
-    ) -> Parcel:
+    ) -> RowTransfer:
         """Pack server k's part of what lies in this worker's memory, at `place`."""
         part = ids.part(k)
         count = part.stop - part.start
         if not self._near[k]:
-            return Parcel(table, count, ids.ids[part], None if values is None else values[part])
+            return RowTransfer(
+                table, count, ids.ids[part], None if values is None else values[part]
+            )
         first_value = place[1] + part.start * self._plan.tables[table].width
         addresses = self._ids.address, self._values.address
-        return Parcel(table, count, *addresses, place[0] + part.start, first_value)
+        return RowTransfer(table, count, *addresses, place[0] + part.start, first_value)

@@ -16,7 +16,7 @@ from distplat.strategies.algorithms.partition import bounds
 from distplat.strategies.model.block_layers import Order, block_modules, most_blocks
 from distplat.strategies.model.model_call import ModelCall, changed_modes, torch_modes
 from distplat.strategies.model.module_hooks import called_hooks
-from distplat.strategies.model.trials import Held, ReadAgain, Runner
+from distplat.strategies.model.trials import ModuleSnapshot, ReadAgain, Runner
 from distplat.strategies.task_methods import names_in
 from distplat.strategies.torch_compat import DrawWatch, has_running_statistics
 
@@ -291,7 +291,7 @@ def with_all_names(model: nn.Module, given: Sequence[Layer]) -> list[Layer]:
 
 def _trace(model: nn.Module) -> fx.Graph:
     modes = [(module, module.training) for module in model.modules()]
-    held, graphs = Held(model.named_modules(), trained=True), []
+    held, graphs = ModuleSnapshot(model.named_modules(), trained=True), []
     try:
         for mode in (True, False):
             model.train(mode)

@@ -53,7 +53,7 @@ def _every(*modules: nn.Module) -> list[nn.Module]:
     return [*found.values()]
 
 
-class Held:
+class ModuleSnapshot:
     """
     What modules hold now.
 
@@ -239,7 +239,7 @@ def untouched(*modules: nn.Module) -> Iterator[None]:
     """
     every = _every(*modules)
     modes = [(one, one.training) for one in every]
-    held = Held(("", one) for one in every)
+    held = ModuleSnapshot(("", one) for one in every)
     tensors = (t for one in every for t in (*one.parameters(), *one.buffers()))
     devices = sorted({t.device.index for t in tensors if t.is_cuda})
     runners = (one for one in every if isinstance(one, Runner))

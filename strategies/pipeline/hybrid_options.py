@@ -23,7 +23,7 @@ _PER_STAGE = 4
 class HybridOptions(Options):
     """Options of `hybrid`."""
 
-    gone: ClassVar[Mapping[str, str]] = {
+    removed_fields: ClassVar[Mapping[str, str]] = {
         "pack_weights": "it was removed: each micro-batch's products are made at once",
     }
 

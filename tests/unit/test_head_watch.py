@@ -27,7 +27,7 @@ def test_a_head_that_is_silent_for_too_long_ends_the_run() -> None:
         watch.check()
     head.now = 41
     watch.look()
-    assert watch.gone
+    assert watch.lost
     with pytest.raises(ActorLost, match=r"head .* at h:6379 for 40 s.*last checkpoint") as caught:
         watch.check()
     assert caught.value.exit_code == 4

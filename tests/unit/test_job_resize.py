@@ -11,9 +11,9 @@ from distplat.platform.job import (
     End,
     Event,
     Failed,
-    Heard,
     JobState,
     Phase,
+    PollAnswered,
     PollUnanswered,
     Resize,
     Tick,
@@ -32,15 +32,15 @@ History = Sequence[tuple[float, Event]]
 
 def dead(role: str | int) -> Failed:
     name = role if isinstance(role, str) else f"worker-{role}"
-    return Failed(name, ActorLost(name, STEP, "killed"), gone=True)
+    return Failed(name, ActorLost(name, STEP, "killed"), dead=True)
 
 
 def stopped(rank: int, error: Exception = TOLD) -> Failed:
     return Failed(f"worker-{rank}", error)  # type: ignore[arg-type]
 
 
-def heard(rank: int, step: int = STEP, finished: bool = False) -> Heard:
-    return Heard(rank, step + 1, step, finished)
+def heard(rank: int, step: int = STEP, finished: bool = False) -> PollAnswered:
+    return PollAnswered(rank, step + 1, step, finished)
 
 
 def play(history: History, policy: Policy = GO_ON, world: int = 5) -> JobState:
@@ -185,7 +185,7 @@ def test_those_of_the_start_may_all_be_lost_when_others_have_come() -> None:
 
 def test_a_busy_worker_is_waited_for_as_long_as_a_step_may_take() -> None:
     moved_at = 12
-    busy: History = [(1, stopped(0)), (1, stopped(2)), (moved_at, Heard(1, 9, STEP, False))]
+    busy: History = [(1, stopped(0)), (1, stopped(2)), (moved_at, PollAnswered(1, 9, STEP, False))]
     late = moved_at + 20 * STALL_GRACE
     state = play([*busy, (late, PollUnanswered("worker-1", SETTLE_S + 1)), (late, Tick())])
     assert (state.restart, state.error) == (None, None)

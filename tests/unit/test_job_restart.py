@@ -19,9 +19,9 @@ from distplat.platform.job import (
     STALL_GRACE,
     Event,
     Failed,
-    Heard,
     JobState,
     Phase,
+    PollAnswered,
     PollUnanswered,
     Tick,
 )
@@ -38,18 +38,18 @@ History = Sequence[tuple[float, Event]]
 
 def dead(rank: int, preempted: bool = False) -> Failed:
     role = f"worker-{rank}"
-    return Failed(role, ActorLost(role, 3, "killed"), gone=True, preempted=preempted)
+    return Failed(role, ActorLost(role, 3, "killed"), dead=True, preempted=preempted)
 
 
 def stopped(rank: int, error: DistplatError = BROKEN) -> Failed:
     return Failed(f"worker-{rank}", error)
 
 
-def heard(rank: int, step: int = 3, finished: bool = False) -> Heard:
-    return Heard(rank, step + 1, step, finished)
+def heard(rank: int, step: int = 3, finished: bool = False) -> PollAnswered:
+    return PollAnswered(rank, step + 1, step, finished)
 
 
-MANAGER_LOST = Failed("server-manager", ActorLost("server-manager", 3, "killed"), gone=True)
+MANAGER_LOST = Failed("server-manager", ActorLost("server-manager", 3, "killed"), dead=True)
 STARTED: History = [(0, heard(rank)) for rank in range(3)]
 
 
@@ -156,7 +156,7 @@ def test_a_node_whose_processes_are_missed_one_by_one_ends_no_run() -> None:
     lose(state, 0, 12)
     for now, role in enumerate(missed):
         state.restarted(now + 0.1)
-        state.handle(Failed(role, ActorLost(role, 12, died), gone=True), now + 0.2)
+        state.handle(Failed(role, ActorLost(role, 12, died), dead=True), now + 0.2)
         for rank in range(3):
             state.handle(stopped(rank), now + 0.3)
         state.handle(Tick(), now + 0.4)
@@ -204,7 +204,7 @@ def test_what_a_server_kept_is_given_up_only_if_the_job_says_so(
 
 
 def no_coordinator(role: str) -> Failed:
-    return Failed(role, ActorLost(role, 3, "killed"), gone=True)
+    return Failed(role, ActorLost(role, 3, "killed"), dead=True)
 
 
 @pytest.mark.parametrize(

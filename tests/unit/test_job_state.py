@@ -16,11 +16,11 @@ from distplat.platform.job import (
     STALL_GRACE,
     Event,
     Failed,
-    Heard,
     JobState,
     Joined,
     Left,
     Phase,
+    PollAnswered,
     PollUnanswered,
     Tick,
 )
@@ -38,8 +38,8 @@ BROKEN = CollectiveError("g", "all_reduce", 3, (1,), "deadline")
 History = Sequence[tuple[float, Event]]
 
 
-def heard(rank: int, progress: int, step: int = 0, finished: bool = False) -> Heard:
-    return Heard(rank, progress, step, finished)
+def heard(rank: int, progress: int, step: int = 0, finished: bool = False) -> PollAnswered:
+    return PollAnswered(rank, progress, step, finished)
 
 
 def failed(error: DistplatError) -> Failed:
@@ -223,7 +223,7 @@ def test_workers_join_and_leave(history: History, phase: Phase) -> None:
 def test_who_has_left_is_not_replaced_and_who_has_joined_is() -> None:
     policy = Policy(max_failures=1, survivors_go_on=True)
     state = JobState(2, LIMITS, 0.0, policy)
-    lost = Failed("worker-5", DEATH, gone=True)
+    lost = Failed("worker-5", DEATH, dead=True)
     waits = Failed("worker-0", BROKEN)
     history: list[Event] = [heard(0, 1), heard(1, 1), Joined(5), Left(1), heard(5, 1), lost, waits]
     for event in [*history, Tick()]:

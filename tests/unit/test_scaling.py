@@ -83,7 +83,7 @@ def test_the_highest_ranks_leave_and_those_that_are_leaving_do_not_count(
     assert change.carry_out(0) == [10], "4 and 7 go all the same"
     change.left(4)
     assert sorted(actor_group.workers) == [0, 1, 7, 10]
-    assert actor_group.told[-1] == ("gone", 4)
+    assert actor_group.told[-1] == ("forget", 4)
 
 
 def test_what_the_cluster_lacks_is_told(short: list[str], requests: ScaleRequests) -> None:

@@ -105,7 +105,7 @@ def test_a_worker_that_is_dismissed_is_shown_until_it_is_gone() -> None:
         assert [entry.leaving for entry in (await desk.status()).workers] == [False, True]
         last = await desk.work(1, 0, 1, (1,), ())
         assert last is not None and (last.over, last.trained) == (True, False)
-        await desk.gone(1)
+        await desk.forget(1)
         status = await desk.status()
         assert [entry.stats.rank for entry in status.workers] == [0]
         assert (status.workers[0].lease, status.done) == ((0, 0, 1), 0)

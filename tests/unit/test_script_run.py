@@ -23,7 +23,7 @@ NODES = ("node-0", "node-1", "node-0")
 HELLO = "import os; print('hello from', os.environ['RANK'])"
 
 
-class Heard:
+class PollAnswered:
     """What a terminal was told."""
 
     def __init__(self) -> None:
@@ -46,7 +46,7 @@ class Run:
     def __init__(self, code: str, nodes: Sequence[str] = NODES, max_restarts: int = 0) -> None:
         command = ("python", "-c", code)
         self.script = Script(command, "run", None, max_restarts, start_timeout_s=20.0)
-        self.nodes, self.heard, self.cluster = nodes, Heard(), LocalCluster()
+        self.nodes, self.heard, self.cluster = nodes, PollAnswered(), LocalCluster()
         self.actors: list[Actor] = []
         self.interrupt = threading.Event()
 

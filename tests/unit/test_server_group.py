@@ -12,13 +12,13 @@ from distplat.platform.server_group import (
     MOST_LOSSES,
     Fill,
     GoAlone,
-    Held,
     MakeBackup,
     Order,
     Part,
     Promote,
     Role,
     ServerGroup,
+    ServerReport,
 )
 
 
@@ -118,31 +118,49 @@ ALONE, PRIMARY, BACKUP, WAITING = Role.ALONE, Role.PRIMARY, Role.BACKUP, Role.WA
     [
         # a pair: the primary has everything, and its backup is made anew
         (
-            [Held("server-0", 0, PRIMARY, 2, "server-1"), Held("server-1", 0, BACKUP, 2)],
+            [
+                ServerReport("server-0", 0, PRIMARY, 2, "server-1"),
+                ServerReport("server-1", 0, BACKUP, 2),
+            ],
             "server-0",
             ["server-1"],
         ),
         # a promoted backup, and the primary before it, which was only frozen
         (
-            [Held("server-0", 0, PRIMARY, 2, "server-1"), Held("server-1", 0, ALONE, 3)],
+            [
+                ServerReport("server-0", 0, PRIMARY, 2, "server-1"),
+                ServerReport("server-1", 0, ALONE, 3),
+            ],
             "server-1",
             ["server-0"],
         ),
         # a backup that was being started
-        ([Held("server-0", 0, ALONE, 5), Held("server-3", None)], "server-0", ["server-3"]),
+        (
+            [ServerReport("server-0", 0, ALONE, 5), ServerReport("server-3", None)],
+            "server-0",
+            ["server-3"],
+        ),
         # a primary whose backup does not answer may have been replaced by it
-        ([Held("server-0", 0, PRIMARY, 2, "server-1")], None, ["server-0"]),
+        ([ServerReport("server-0", 0, PRIMARY, 2, "server-1")], None, ["server-0"]),
         # a backup by itself may lack what the primary did after it was given up
-        ([Held("server-1", 0, BACKUP, 2)], None, ["server-1"]),
+        ([ServerReport("server-1", 0, BACKUP, 2)], None, ["server-1"]),
         ([], None, []),
         # no worker has come yet
-        ([Held("server-0", None), Held("server-1", None)], "server-0", ["server-1"]),
+        (
+            [ServerReport("server-0", None), ServerReport("server-1", None)],
+            "server-0",
+            ["server-1"],
+        ),
         # another server has the shard: the first one lost it
-        ([Held("server-0", None), Held("server-1", 0, BACKUP, 2)], None, ["server-1"]),
+        (
+            [ServerReport("server-0", None), ServerReport("server-1", 0, BACKUP, 2)],
+            None,
+            ["server-1"],
+        ),
     ],
 )
 def test_a_manager_that_follows_another_asks_the_servers(
-    held: list[Held], primary: str | None, useless: list[str]
+    held: list[ServerReport], primary: str | None, useless: list[str]
 ) -> None:
     group = ServerGroup(1)
     dropped = group.adopt(held, ["server-0", "server-1", "server-3"], generation=2)
@@ -301,7 +319,7 @@ class Losses(RuleBasedStateMachine):
             return
         self.managers += 1
         held = [
-            Held(name, 0, node.part.role, node.part.term, node.backup_link)
+            ServerReport(name, 0, node.part.role, node.part.term, node.backup_link)
             for name, node in self.nodes.items()
             if node.answers
         ]

@@ -3,7 +3,7 @@
 import pytest
 
 from distplat.platform.errors import DistplatError, Problem, SpecError, UserCodeError
-from distplat.platform.job import SETTLE_S, Failed, Heard, JobState, Phase, Tick
+from distplat.platform.job import SETTLE_S, Failed, JobState, Phase, PollAnswered, Tick
 from distplat.platform.spec import Failure
 
 LIMITS = Failure(start_timeout_s=60, step_timeout_s=20, heartbeat_timeout_s=10)
@@ -20,12 +20,12 @@ def failed(rank: int, error: DistplatError, node: str | None = None) -> Failed:
     return Failed(f"worker-{rank}", error, prepared=False, node=at)
 
 
-def made(rank: int, node: str | None = None) -> Heard:
+def made(rank: int, node: str | None = None) -> PollAnswered:
     at = NODES[rank] if node is None else node
-    return Heard(rank, 0, 0, False, prepared=True, node=at)
+    return PollAnswered(rank, 0, 0, False, prepared=True, node=at)
 
 
-def play(*news: Heard | Failed | Tick, world: int = 3, now: float = 1.0) -> JobState:
+def play(*news: PollAnswered | Failed | Tick, world: int = 3, now: float = 1.0) -> JobState:
     state = JobState(world, LIMITS, now=0.0)
     for event in news:
         state.handle(event, now)
@@ -66,7 +66,7 @@ def test_other_ranks_are_waited_for_no_longer_than_a_while() -> None:
 
 
 def test_a_rank_that_is_gone_is_not_waited_for() -> None:
-    gone = Failed("worker-0", DistplatError("killed"), gone=True)
+    gone = Failed("worker-0", DistplatError("killed"), dead=True)
     state = play(failed(1, user_error(1)), gone, made(2), Tick())
     assert state.phase is Phase.FAILED
 

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from distplat.platform.errors import Abandoned, ActorLost
-from distplat.platform.job import Event, Failed, Heard, JobState, Phase, Resize, Tick
+from distplat.platform.job import Event, Failed, JobState, Phase, PollAnswered, Resize, Tick
 from distplat.platform.recovery import Policy, Restart
 from distplat.platform.spec import Failure
 from distplat.platform.stop_order import StopOrder
@@ -59,7 +59,7 @@ class Run:
         self.workers = [Simulated() for _ in range(workers)]
         self.state = JobState(workers, LIMITS, 0.0, Policy(1, survivors_go_on=True))
         for rank in range(workers):
-            self.state.handle(Heard(rank, 1, 0, False), 0.0)
+            self.state.handle(PollAnswered(rank, 1, 0, False), 0.0)
 
     def go(self, rank: int) -> None:
         """Let a worker begin a step or end one, if it can."""
@@ -84,10 +84,10 @@ class Run:
         name, worker = f"worker-{rank}", self.workers[rank]
         events: list[Event] = []
         if worker.lost:
-            events.append(Failed(name, ActorLost(name, None, "killed"), gone=True))
+            events.append(Failed(name, ActorLost(name, None, "killed"), dead=True))
         else:
             done = worker.step == self.steps
-            events.append(Heard(rank, 1 + worker.step, worker.step, done))
+            events.append(PollAnswered(rank, 1 + worker.step, worker.step, done))
             stopped = not done and (worker.agreed or worker.told is ABANDON)
             events += [Failed(name, Abandoned("as it was told"))] if stopped else []
         for event in events:

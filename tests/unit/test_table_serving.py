@@ -9,7 +9,7 @@ from test_table_service import plan
 
 from distplat.actors.local_transport import LocalCluster
 from distplat.actors.memory.memfd import MemorySegment
-from distplat.actors.messages import Address, Parcel, TablePart
+from distplat.actors.messages import Address, RowTransfer, TablePart
 from distplat.actors.servers.table_serving import TableServing
 from distplat.platform.errors import FencedError, StaleError
 from distplat.platform.ledger import PullId, PushId
@@ -41,10 +41,12 @@ def test_rows_go_there_and_gradients_come_back(near: bool) -> None:
     ids.tensor.numpy()[2:5] = IDS
     gradients = np.arange(12, dtype=np.float32).reshape(3, 4)
     values.tensor.numpy()[10:22] = gradients.reshape(-1)
-    there = Parcel(0, 3, ids.address, values.address, 2, 10)
-    assert server.push(PushId("run", 0, 0, 0), [there if near else Parcel(0, 3, IDS, gradients)])
+    there = RowTransfer(0, 3, ids.address, values.address, 2, 10)
+    assert server.push(
+        PushId("run", 0, 0, 0), [there if near else RowTransfer(0, 3, IDS, gradients)]
+    )
     pull = PullId(0, 0, 0)
-    rows = server.pull(pull, there if near else Parcel(0, 3, IDS, None))
+    rows = server.pull(pull, there if near else RowTransfer(0, 3, IDS, None))
     if near:
         assert rows is None
         rows = values.tensor.numpy()[10:22].reshape(3, 4).copy()
@@ -55,7 +57,7 @@ def test_rows_go_there_and_gradients_come_back(near: bool) -> None:
 def test_a_lost_answer_is_given_again_without_touching_memory_in_use() -> None:
     server, (ids, values) = serving(), segments()
     server.open(plan(world=1), 0, ids.address)
-    near, far = Parcel(0, 3, ids.address, values.address), Parcel(0, 3, IDS, None)
+    near, far = RowTransfer(0, 3, ids.address, values.address), RowTransfer(0, 3, IDS, None)
     server.pull(PullId(0, 0, 0), near)
     values.tensor.fill_(7.0)
     server.pull(PullId(0, 0, 0), near)
@@ -70,10 +72,10 @@ def test_a_lost_answer_is_given_again_without_touching_memory_in_use() -> None:
 def test_larger_memory_takes_the_place_of_the_old() -> None:
     server, (ids, values) = serving(), segments()
     server.open(plan(world=1), 0, ids.address)
-    server.pull(PullId(0, 0, 0), Parcel(0, 3, ids.address, values.address))
+    server.pull(PullId(0, 0, 0), RowTransfer(0, 3, ids.address, values.address))
     larger = MemorySegment.create("here", 1024, "float32")
     larger.tensor.fill_(7.0)
-    server.pull(PullId(0, 0, 1), Parcel(0, 3, ids.address, larger.address, 0, 1000))
+    server.pull(PullId(0, 0, 1), RowTransfer(0, 3, ids.address, larger.address, 0, 1000))
     assert (larger.tensor[1000:1012] == 0).all()
     assert (larger.tensor[:1000] == 7).all()
 
@@ -82,7 +84,7 @@ def test_a_late_push_leaves_no_old_memory_behind() -> None:
     """The number of a descriptor is used again: process and descriptor may be those of the old."""
     server, (ids, values) = serving(), segments()
     server.open(plan(world=1), 0, ids.address)
-    old, old_ids = Parcel(0, 3, ids.address, values.address), ids.address
+    old, old_ids = RowTransfer(0, 3, ids.address, values.address), ids.address
     server.open(plan(1, world=1), 1, segments()[0].address)  # another worker is quicker
     with pytest.raises(FencedError):
         server.push(PushId("run", 0, 0, 0), [old])
@@ -93,8 +95,8 @@ def test_a_late_push_leaves_no_old_memory_behind() -> None:
     server.open(plan(1, world=1), 0, ids.address)
     ids.tensor.numpy()[:3] = IDS
     values.tensor.fill_(1.0)
-    server.push(PushId("run", 1, 0, 0), [Parcel(0, 3, ids.address, values.address)])
-    rows = server.pull(PullId(1, 0, 0), Parcel(0, 3, IDS, None))
+    server.push(PushId("run", 1, 0, 0), [RowTransfer(0, 3, ids.address, values.address)])
+    rows = server.pull(PullId(1, 0, 0), RowTransfer(0, 3, IDS, None))
     assert rows is not None and (rows == -1.0).all()
 
 
@@ -102,6 +104,6 @@ def test_gradients_of_another_shape_are_refused_before_they_count() -> None:
     server, (ids, _) = serving(), segments()
     server.open(plan(world=1), 0, ids.address)
     with pytest.raises(ValueError, match=r"gradients have shape \(3, 5\), not \(3, 4\)"):
-        server.push(PushId("run", 0, 0, 0), [Parcel(0, 3, IDS, np.zeros((3, 5), np.float32))])
-    fine = Parcel(0, 3, IDS, np.ones((3, 4), np.float32))
+        server.push(PushId("run", 0, 0, 0), [RowTransfer(0, 3, IDS, np.zeros((3, 5), np.float32))])
+    fine = RowTransfer(0, 3, IDS, np.ones((3, 4), np.float32))
     assert server.push(PushId("run", 0, 0, 0), [fine]) == 1

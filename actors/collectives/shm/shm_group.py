@@ -21,10 +21,10 @@ from distplat.actors.collectives.header import STAGED, Header, header, supported
 from distplat.actors.collectives.rendezvous import (
     GIVEN_UP,
     GroupMember,
-    find_word,
-    leave_word,
-    take_back_word,
+    find_address,
+    publish_address,
     wait_for_all,
+    withdraw_address,
 )
 from distplat.actors.collectives.shm.communicator import Bytes, ShmCommunicator
 from distplat.actors.collectives.shm.liveness import LivenessMonitor, RunningOp
@@ -77,7 +77,7 @@ class ShmGroup(CollectiveGroup):
             raise
         finally:
             if by_ray and self.rank == 0:
-                take_back_word(name)
+                withdraw_address(name)
         self._segment.segment.seal()  # nobody else comes in
         self._liveness.start()
 
@@ -233,9 +233,9 @@ class ShmGroup(CollectiveGroup):
         if self.rank == 0:
             made = GroupSegment.create(node, layout)
             word = asdict(made.segment.address) | {"world": self.world}
-            leave_word(self.name, json.dumps(word).encode())
+            publish_address(self.name, json.dumps(word).encode())
             return made
-        word = json.loads(find_word(self.name, self.settings))
+        word = json.loads(find_address(self.name, self.settings))
         if (world := word.pop("world")) != self.world:
             raise self._no_segment(f"rank 0 says {world} ranks, rank {self.rank} says {self.world}")
         address = Address(**word)
