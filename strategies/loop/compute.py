@@ -28,7 +28,7 @@ from distplat.strategies.loop.batches import (
 from distplat.strategies.loop.collate import moved
 from distplat.strategies.loop.control import StepControl
 from distplat.strategies.loop.gathering import calls
-from distplat.strategies.loop.loss_check import MeanDoubts
+from distplat.strategies.loop.loss_check import MeanCheck
 from distplat.strategies.loop.losses import (
     Judged,
     LossTerm,
@@ -181,7 +181,7 @@ class WholeModel(Compute):
         self.flat, self.sampler = prepared.flat, prepared.sampler
         self.last_backward, self.rank, self.alive = last_backward, rank, alive
         self._modules = [self.flat.model, *task_modules(self.task, self.flat.model)]
-        self._doubts = MeanDoubts(self.task, self.flat.model)
+        self._mean_check = MeanCheck(self.task, self.flat.model)
         self._evaluated = EvalLoader(self.job, self.task)
         self._scale = prepared.loss_scale
         self._weights, self.metrics = prepared.weights, TaskMetrics(prepared.task)
@@ -206,12 +206,12 @@ class WholeModel(Compute):
             batch = moved(next(batches), self.flat.params.device)
             clock.lap("data")
             asked = calls()
-            self._doubts.begin(step)
+            self._mean_check.begin(step)
             with precision(self.job, self.flat.params.device):
                 made = made_of(self.task, self.flat.model, batch, size, terms)
                 # Else it is no mean over samples, and the others wait.
                 if calls() == asked and terms is None:
-                    self._doubts.look(step, made, size)
+                    self._mean_check.look(step, made, size)
             term = made.term
             self.flat.before_backward()
             if number == len(sizes):
@@ -253,7 +253,7 @@ class WholeModel(Compute):
                 made = made_of(self.task, self.flat.model, given, size, own)
                 figures = judged(self.task, made, size)
                 found.add(figures, size)
-                self._doubts.look_at_metrics(made, figures, size)
+                self._mean_check.look_at_metrics(made, figures, size)
             self.alive()
         found.states = self.metrics.states(found.kept)
         return found

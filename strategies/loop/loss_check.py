@@ -1,7 +1,9 @@
 """
-Whether losses and metrics are means over the samples of a batch: told by those of its halves.
+Warnings of losses and metrics that are no means over the samples of a batch.
 
-What is no mean depends on how a batch is cut: on the number of workers and micro-batches.
+What is no mean depends on how a batch is cut, so on the number of workers and micro-batches. The
+task's `loss` or `metrics` is called for each half of a batch, with the outputs that the model gave
+for the whole one. A mean of the whole batch is the mean of the two results.
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ import logging
 import math
 import random
 from collections import OrderedDict, UserDict, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from types import MethodType
 from typing import Any, NamedTuple, TypeVar
@@ -32,20 +34,22 @@ from distplat.strategies.task import Task, has_step
 logger = logging.getLogger(__name__)
 
 _TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-4}
-"""Relative, by the coarsest type of outputs and loss; 16-bit types have the one below."""
-_FIRST_STEPS = 3
-"""Steps whose losses are looked at."""
+"""Relative tolerance, by the coarsest type of outputs and loss."""
 _COARSE = 3e-2
-_LEFT_OUT = -100
-"""A label that is none: of torch's cross entropy, and Hugging Face's models."""
+"""Relative tolerance of 16-bit types."""
+_FIRST_STEPS = 3
+"""Steps whose losses are looked at, and batches whose metrics are."""
+_IGNORED_LABEL = -100
+"""`ignore_index` of torch's cross entropy, and of Hugging Face's models."""
 _COPIED_ELEMENTS = 1 << 20
-"""What the task keeps is copied up to this size, for `loss()` may write into it."""
+"""Tensors that the task keeps are copied up to this size, for `loss()` may write into them."""
 _CONSUMED = (Iterator, torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
+"""What a second call of `loss()` would move on."""
 _CONTAINERS = (list, dict, OrderedDict, set, deque)
 _ATOMS = (str, bytes, int, float, complex, type(None))
 
 
-class Value(NamedTuple):
+class LossValue(NamedTuple):
     """What `loss()` gave for some samples."""
 
     sum: float
@@ -53,13 +57,13 @@ class Value(NamedTuple):
     """None: it gave a scalar, which is taken for a mean."""
 
 
-class MeanDoubts:
+class MeanCheck:
     """
-    Looks at the losses of a run's first steps, and its first metrics; warns once of each.
+    Looks at the losses of a run's first steps, and at its first metrics; warns once of each.
 
     Args:
-        task: the user's. Halves of a batch are not looked at with a `step` of its own: the model
-            would have to run once more, and what a forward changes is not all in reach.
+        task: the user's. With a `step` of its own the halves of a batch are not looked at: the
+            model would have to run once more, and that may change more than can be put back.
         model: its own.
     """
 
@@ -67,12 +71,12 @@ class MeanDoubts:
         self._task, self._model = task, model
         self._looked: set[int] = set()  #: steps
         self._state: LossState | None = None  #: before the micro-batch that is looked at
-        self._told = False  #: the first one's state was compared
+        self._compared = False  #: the state after the first micro-batch with that before it
         self._evaluated = 0  #: batches whose metrics were looked at
 
     def begin(self, step: int) -> None:
-        """Be told that a micro-batch of a step begins: `look` may come."""
-        if (step < _FIRST_STEPS and step not in self._looked) or not self._told:
+        """Note the state before a micro-batch of a step, which `look` may be called with."""
+        if (step < _FIRST_STEPS and step not in self._looked) or not self._compared:
             self._state = LossState(self._task, self._model)
 
     def look(self, step: int, made: Made, samples: int) -> None:
@@ -85,28 +89,22 @@ class MeanDoubts:
             samples: of the micro-batch.
         """
         state, self._state = self._state, None
-        if state is not None and not self._told:
-            self._told = True
+        if state is not None and not self._compared:
+            self._compared = True
             if (remark := remark_on_state(state)) is not None:
                 logger.warning("%s", remark)
         if step >= _FIRST_STEPS or step in self._looked:
             return
         self._looked.add(step)
-        text = models_mean_over_labels(made, samples)
+        text = labels_warning(made, samples)
+        if text is None and not has_step(self._task):
+            term, states = made.term, states_of(self._task, self._model)
+            loss = (term.value, term.weight) if term.weighted else term.value
+            given = self._task.loss, made.outputs, made.targets, loss
+            text = loss_warning(*given, samples=samples, states=states, begun=state)
         if text is not None:
             self._looked.update(range(_FIRST_STEPS))
             logger.warning("%s", text)
-        if text is not None or has_step(self._task):
-            return
-        term = made.term
-        loss = (term.value, term.weight) if term.weighted else term.value
-        given, states = (made.outputs, made.targets, loss), states_of(self._task, self._model)
-        found = is_mean_over_samples(
-            self._task.loss, *given, samples=samples, states=states, begun=state
-        )
-        if found is not None:
-            self._looked.update(range(_FIRST_STEPS))
-            logger.warning("%s", found)
 
     def look_at_metrics(self, made: Made, found: Judged, samples: int) -> None:
         """
@@ -122,24 +120,24 @@ class MeanDoubts:
             return
         self._evaluated += 1
         given, states = (made.outputs, made.targets), states_of(self._task, self._model)
-        text = metrics_that_are_no_means(self._task, *given, means, samples=samples, states=states)
+        text = metrics_warning(self._task, *given, means, samples=samples, states=states)
         if text is not None:
             self._evaluated = _FIRST_STEPS
             logger.warning("%s", text)
 
 
-def models_mean_over_labels(made: Made, samples: int) -> str | None:
+def labels_warning(made: Made, samples: int) -> str | None:
     """
-    See whether a loss is the model's own where samples have labels to leave out.
+    Warn of a loss of the model's own where samples have different numbers of labels.
 
-    Those of Hugging Face's models are means over the labels that are not -100.
+    The loss of a Hugging Face model is a mean over the labels that are not -100.
 
     Args:
         made: what task and model made of a batch.
         samples: of it.
 
     Returns:
-        A warning, if samples have different numbers of labels; None: they have not, or who knows.
+        None: samples have as many labels each, or nobody can tell.
     """
     labels = made.targets.get("labels") if isinstance(made.targets, Mapping) else None
     own = made.outputs.get("loss") if isinstance(made.outputs, Mapping) else None
@@ -147,7 +145,7 @@ def models_mean_over_labels(made: Made, samples: int) -> str | None:
         return None
     if not isinstance(labels, Tensor) or labels.ndim < 2 or len(labels) != samples:
         return None
-    counts = (labels != _LEFT_OUT).flatten(1).sum(1)
+    counts = (labels != _IGNORED_LABEL).flatten(1).sum(1)
     least, most = int(counts.min()), int(counts.max())
     if least == most:
         return None
@@ -173,7 +171,7 @@ def states_of(task: Task, model: nn.Module) -> list[Tensor]:
     return [*model.buffers(), *(buffer for module in own for buffer in module.buffers()), *frozen]
 
 
-def is_mean_over_samples(
+def loss_warning(
     task_loss: Callable[[Any, Any], Any],
     outputs: Any,
     targets: Any,
@@ -184,11 +182,7 @@ def is_mean_over_samples(
     begun: LossState | None = None,
 ) -> str | None:
     """
-    Compare the loss of a batch with those of its halves.
-
-    Nothing that training goes on with is changed: halves are copies, the task is a copy, generators
-    and `states` are put back. A task that keeps large tensors or generators of its own is passed
-    over. Objects of the user's classes that it keeps are not copied.
+    Compare the loss of a batch with those of its halves; see `_of_halves`.
 
     Args:
         task_loss: the task's `loss`.
@@ -198,27 +192,23 @@ def is_mean_over_samples(
         loss: what `task_loss` made of them: a scalar, or (sum, weight).
         samples: size of the batch.
         states: what `task_loss` may reach beside the task's attributes, see `states_of`.
-        begun: what it began with; None: that has not changed since.
+        begun: the state before `task_loss` was called; None: the present one.
 
     Returns:
-        A warning, if parts of the batch cannot be put together; None: they can, or nobody can tell.
+        None: the losses of the halves give that of the whole, or nobody can tell.
     """
     try:
-        whole = _value(loss)
-        if samples < 2 or whole is None or not _finite(whole):
+        whole = _read_loss(loss)
+        if whole is None or not _finite(whole):
             return None
-        cuts = slice(0, samples // 2), slice(samples // 2, samples)
         with nullcontext() if begun is None else begun.kept():
-            halves = _of_parts(task_loss, _value, (outputs, targets), samples, cuts, states, begun)
-        if halves is None:
-            return None
-        sizes = [cut.stop - cut.start for cut in cuts]
-        return _verdict(halves, sizes, whole, _tolerance((outputs, loss)))
+            a, b = _of_halves(task_loss, _read_loss, (outputs, targets), samples, states, begun)
+        return _compared(a, b, whole, samples, _tolerance((outputs, loss)))
     except Exception:  # the user's code on a batch that may be unusual; training goes on
         return None
 
 
-def metrics_that_are_no_means(
+def metrics_warning(
     task: Task,
     outputs: Any,
     targets: Any,
@@ -228,7 +218,7 @@ def metrics_that_are_no_means(
     states: Sequence[Tensor] = (),
 ) -> str | None:
     """
-    Compare the metrics of a batch with those of its halves; see `is_mean_over_samples`.
+    Compare the metrics of a batch with those of its halves; see `loss_warning`.
 
     Args:
         task: has `metrics`.
@@ -236,28 +226,21 @@ def metrics_that_are_no_means(
         targets: in the same way.
         whole: what `metrics` made of them, by name.
         samples: size of the batch.
-        states: see `is_mean_over_samples`.
+        states: see `states_of`.
 
     Returns:
-        A warning that names those that are no means; None: there are none, or nobody can tell.
+        Names those that are no means; None: there are none, or nobody can tell.
     """
-    cut = samples // 2
     try:
-        if samples < 2:
-            return None
-        cuts = slice(0, cut), slice(cut, samples)
-        halves = _of_parts(task.metrics, _numbers, (outputs, targets), samples, cuts, states)
-        if halves is None:
-            return None
-        a, b = halves
+        a, b = _of_halves(task.metrics, _read_metrics, (outputs, targets), samples, states)
         tolerance = max(_tolerance(outputs), _TOLERANCES[torch.float32])
-        named = []
-        for name, value in whole.items():
-            ends = [a[name], b[name]]
-            mean = (cut * ends[0] + (samples - cut) * ends[1]) / samples
-            if all(map(math.isfinite, [value, *ends])) and not _close(mean, value, ends, tolerance):
-                named.append(f"{name!r} ({ends[0]:.6g} and {ends[1]:.6g}, the whole {value:.6g})")
-    except Exception:  # see above
+        named = [
+            f"{name!r} ({a[name]:.6g} and {b[name]:.6g}, the whole {value:.6g})"
+            for name, value in whole.items()
+            if all(map(math.isfinite, (value, a[name], b[name])))
+            and not _is_mean(value, a[name], b[name], samples, tolerance)
+        ]
+    except Exception:  # see `loss_warning`
         return None
     if not named:
         return None
@@ -272,33 +255,54 @@ def metrics_that_are_no_means(
 _T = TypeVar("_T")
 
 
-def _of_parts(
+class _CannotTell(Exception):
+    """The batch cannot be cut, or the task called twice without a trace."""
+
+
+def _of_halves(
     method: Callable[[Any, Any], Any],
     read: Callable[[Any], _T | None],
     given: tuple[Any, Any],
-    size: int,
-    cuts: Iterable[slice],
+    samples: int,
     states: Sequence[Tensor],
     begun: LossState | None = None,
-) -> list[_T] | None:
-    """Give what a method of the task makes of each part; None: it hangs on random numbers."""
-    found = []
-    if sum(state.numel() for state in states) > _COPIED_ELEMENTS:
+) -> list[_T]:
+    """
+    Give what a method of the task makes of each half of a batch.
+
+    Nothing that training goes on with is changed: the halves and the task are copies, generators
+    and `states` are put back. Objects of the user's classes that the task keeps are not copied.
+
+    Args:
+        method: of the task, called with outputs and targets.
+        read: reads what it gave; None: it is of no kind that we know.
+        given: outputs and targets of the whole batch.
+        samples: size of the batch.
+        states: see `states_of`.
+        begun: what the copy of the task begins with; None: with what the task has now.
+
+    Raises:
+        _CannotTell: there are no halves, the method draws random numbers, or the task keeps large
+            tensors or generators.
+    """
+    if samples < 2 or sum(state.numel() for state in states) > _COPIED_ELEMENTS:
         raise _CannotTell
+    found = []
     with torch.no_grad(), generators_kept(), _kept(states):
         before = state_of_generators()
-        for cut in cuts:
-            outputs, targets = (_part(one, size, cut) for one in given)
+        for half in (slice(0, samples // 2), slice(samples // 2, samples)):
+            outputs, targets = (_part(one, samples, half) for one in given)
             value = read(_on_a_copy(method, begun)(outputs, targets))
             if value is None or state_of_generators() != before:
-                return None
+                raise _CannotTell
             found.append(value)
     return found
 
 
-def _verdict(halves: list[Value], sizes: list[int], whole: Value, tolerance: float) -> str | None:
-    """Give the warning for these losses, if there is one to give."""
-    a, b = halves
+def _compared(
+    a: LossValue, b: LossValue, whole: LossValue, samples: int, tolerance: float
+) -> str | None:
+    """Give the warning for the losses of two halves and of the whole; None: they fit."""
     if (a.weight is None) != (whole.weight is None) or (b.weight is None) != (whole.weight is None):
         return None
     if whole.weight is not None and a.weight is not None and b.weight is not None:
@@ -306,10 +310,9 @@ def _verdict(halves: list[Value], sizes: list[int], whole: Value, tolerance: flo
         weights = a.weight + b.weight, whole.weight, [a.weight, b.weight]
         if sums and _close(*weights, tolerance):
             return None
-        what, remedy = "gives a sum and a weight that do not add up", _COMPARED
+        what, remedy = "gives a sum and a weight that do not add up", _COMPARES_SAMPLES
     else:
-        mean = (sizes[0] * a.sum + sizes[1] * b.sum) / sum(sizes)
-        if _close(mean, whole.sum, [a.sum, b.sum], tolerance):
+        if _is_mean(whole.sum, a.sum, b.sum, samples, tolerance):
             return None
         what, remedy = "is no mean", _remedy(a.sum, b.sum, whole.sum, tolerance)
     return (
@@ -319,7 +322,7 @@ def _verdict(halves: list[Value], sizes: list[int], whole: Value, tolerance: flo
     )
 
 
-_COMPARED = (
+_COMPARES_SAMPLES = (
     "Where samples of a batch are compared with each other (negatives, statistics of the batch), "
     "no weights put parts together: gather the outputs of all ranks first, or use one worker "
     "without gradient_accumulation"
@@ -332,17 +335,24 @@ def _remedy(a: float, b: float, whole: float, tolerance: float) -> str:
         return "It is a sum: give the mean, or return (sum, number of samples)"
     room = tolerance * max(abs(a), abs(b), abs(whole))
     if math.isfinite(a + b) and not min(a, b) - room <= whole <= max(a, b) + room:
-        return _COMPARED
+        return _COMPARES_SAMPLES
     return (
         "Where it is a mean over tokens, pixels or weights, of which samples have more or less, "
-        f"return (sum, weight) instead. {_COMPARED}"
+        f"return (sum, weight) instead. {_COMPARES_SAMPLES}"
     )
 
 
-def _shown(value: Value) -> str:
+def _shown(value: LossValue) -> str:
     if value.weight is None:
         return f"{value.sum:.6g}"
     return f"({value.sum:.6g}, {value.weight:.6g})"
+
+
+def _is_mean(whole: float, a: float, b: float, samples: int, tolerance: float) -> bool:
+    """Say whether a figure of the whole batch is the mean of those of its halves."""
+    first = samples // 2
+    mean = (first * a + (samples - first) * b) / samples
+    return _close(mean, whole, [a, b], tolerance)
 
 
 def _close(one: float, other: float, ends: list[float], tolerance: float) -> bool:
@@ -350,21 +360,21 @@ def _close(one: float, other: float, ends: list[float], tolerance: float) -> boo
     return abs(one - other) <= tolerance * largest + tolerance * 1e-2
 
 
-def _finite(value: Value) -> bool:
+def _finite(value: LossValue) -> bool:
     return math.isfinite(value.sum) and math.isfinite(value.weight or 0.0)
 
 
-def _value(loss: Any) -> Value | None:
+def _read_loss(loss: Any) -> LossValue | None:
     """Read what `loss()` gave; None: neither a scalar nor (sum, weight)."""
     if isinstance(loss, Tensor):
-        return Value(loss.item(), None) if loss.ndim == 0 else None
+        return LossValue(loss.item(), None) if loss.ndim == 0 else None
     if isinstance(loss, list | tuple) and len(loss) == 2 and isinstance(loss[0], Tensor):
         weight = loss[1].item() if isinstance(loss[1], Tensor) else float(loss[1])
-        return Value(loss[0].item(), weight)
+        return LossValue(loss[0].item(), weight)
     return None
 
 
-def _numbers(metrics: Any) -> dict[str, float] | None:
+def _read_metrics(metrics: Any) -> dict[str, float] | None:
     return {name: float(value) for name, value in metrics.items()}
 
 
@@ -392,10 +402,6 @@ def _items(tree: Any) -> list[Any] | None:
     if dataclasses.is_dataclass(tree) and not isinstance(tree, type):
         return [getattr(tree, field.name) for field in dataclasses.fields(tree)]
     return None
-
-
-class _CannotTell(Exception):
-    """The batch is not one that we know how to cut, or the task keeps what cannot be copied."""
 
 
 def _part(tree: Any, size: int, cut: slice) -> Any:
@@ -462,19 +468,19 @@ def _on_a_copy(task_loss: Callable[..., Any], begun: LossState | None) -> Callab
     task, function = getattr(task_loss, "__self__", None), getattr(task_loss, "__func__", None)
     if function is None or not hasattr(task, "__dict__"):
         return task_loss
-    twin = copy.copy(task)
+    copied = copy.copy(task)
     for name, value in vars(task).items():
         if isinstance(value, _CONSUMED):
             raise _CannotTell
         if isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
             if value.numel() > _COPIED_ELEMENTS:
                 raise _CannotTell
-            vars(twin)[name] = value.detach().clone()
+            vars(copied)[name] = value.detach().clone()
         elif type(value) in _CONTAINERS:
-            vars(twin)[name] = copy.copy(value)
+            vars(copied)[name] = copy.copy(value)
     if begun is not None:
-        begun.begin_again(vars(twin))
-    return MethodType(function, twin)
+        begun.begin_again(vars(copied))
+    return MethodType(function, copied)
 
 
 @contextmanager

@@ -37,15 +37,15 @@ from distplat.strategies.model.tensor_optimizer import TensorOptimizer, VectorOp
 from distplat.strategies.sparse.modules import dense_parameters, tables_of
 
 _FUSED = {"SGD", "Adam", "AdamW", "Adagrad"}
-"""Classes with a fused kernel on the CPU: one pass over memory instead of several."""
+"""Classes that have a fused kernel on the CPU: one pass over memory in place of several."""
 
 _FUSED_TYPES = {"float32", "float64"}
-"""Types for which it does its work: torch 2.13's does nothing to halves on the CPU."""
+"""Types that it updates: torch 2.13's does nothing to 16-bit types on the CPU."""
 
 
 @dataclass
-class _Run:
-    """Neighbouring pieces of one type and group that are updated alike: for torch a parameter."""
+class _Range:
+    """Neighbouring pieces that are updated alike; for torch they are a single parameter."""
 
     pieces: slice
     """Places in the list of pieces."""
@@ -58,17 +58,40 @@ class _Run:
     used: bool
     """Whether torch has a state for it."""
     parameter: nn.Parameter = field(init=False)
+    """Views of the vector, and of the gradient as its `.grad`."""
+    optimizer: torch.optim.Optimizer = field(init=False)
+    """The one that has the parameter."""
+
+    @property
+    def state(self) -> dict[str, Any]:
+        """What torch remembers of it."""
+        found: dict[str, Any] = self.optimizer.state.get(self.parameter, {})
+        return found
+
+    def of(self, vector: Tensor) -> Tensor:
+        """Give the elements of a vector, in their type."""
+        return typed(vector, self.start, self.stop, self.dtype)
 
 
 class FlatOptimizer(VectorOptimizer):
     """
     One of torch's optimizers over a run of the flat vector, as if each parameter were its own.
 
-    A parameter without a gradient rests: it neither decays nor moves, and its step is not counted.
-    Neighbours of one group which have a gradient, and have had it in the same steps, are one
-    operation: where all parameters always have one, and there are no groups, that is a single one
-    over each segment of the vector. Which operations there are depends on the layout, on presence
-    and on what is remembered, and on nothing else.
+    A parameter without a gradient is passed over: it does not decay, it does not move, and its step
+    is not counted. The others are updated in as few operations as possible. Neighbours are one
+    range if they have the same type, parameter group and history of gradients:
+
+        pieces      0.weight | 0.bias | 1.weight | 2.weight
+        gradient      yes       yes       no         yes
+        ranges      [               ]            [        ]
+
+    So where all parameters have a gradient in each step, and there are no groups, each segment of
+    the vector is one range. Ranges depend on the layout, on presence and on what is remembered, and
+    on nothing else.
+
+    What torch remembers is kept by its names. A vector, such as `exp_avg`, is laid out as the
+    parameters are, and torch updates views of it. A scalar, such as `step`, is kept for each piece,
+    and is read back from torch when it is wanted.
 
     Args:
         spec: name and arguments.
@@ -91,14 +114,14 @@ class FlatOptimizer(VectorOptimizer):
         self._pieces = self._layout.pieces
         self._group_of = np.array([piece.group for piece in self._pieces], np.int64)
         self._segment_of = segments_of(self._layout)
-        self._torch = {(a, b): _make(spec, a) for a in (True, False) for b in (True, False)}
-        """By whether the kernel is a fused one, and whether there is a state: such a kernel wants
-        one of all parameters or of none."""
-        self._used = np.zeros(len(self._pieces), np.bool_)
+        kinds = [(fused, used) for fused in (True, False) for used in (True, False)]
+        # A fused kernel wants a state of all its parameters or of none; hence two of each.
+        self._optimizers = {(f, u): _torch_optimizer(spec, fused=f) for f, u in kinds}
+        self._used = np.zeros(len(self._pieces), np.bool_)  #: pieces that torch has a state for
         self._vectors: dict[str, Tensor] = {}
         self._scalars: dict[str, Tensor] = {}  #: by piece
-        self._runs: list[_Run] | None = None  #: of `_present`; None: to be found anew
-        self._present: NDArray[np.bool_] | None = None
+        self._ranges: list[_Range] | None = None  #: of `_present`; None: to be found anew
+        self._present: NDArray[np.bool_] | None = None  #: by piece; None: all
 
     @override
     def step(self, rates: Sequence[float], present: Presence = None) -> None:
@@ -109,17 +132,17 @@ class FlatOptimizer(VectorOptimizer):
             rates: learning rates, see `rate_of`.
             present: see `Presence`.
         """
-        runs = self._runs_of(present)
+        ranges = self._ranges_of(present)
         with torch.no_grad():
-            for optimizer in self._torch.values():
+            for optimizer in self._optimizers.values():
                 for group, rate in zip(optimizer.param_groups, rates, strict=True):
                     group["lr"] = rate
                 if any(group["params"] for group in optimizer.param_groups):
                     inspect.unwrap(type(optimizer).step)(optimizer)
             if self._average is not None and (present is None or np.any(present)):
-                self._average.update(tail=any(run.start >= self._layout.tail for run in runs))
-        if not all(run.used for run in runs):
-            self._take_new_states(runs)
+                self._average.update(tail=any(one.start >= self._layout.tail for one in ranges))
+        if not all(one.used for one in ranges):
+            self._keep_new_states(ranges)
 
     @override
     def state(self) -> dict[str, Tensor]:
@@ -127,7 +150,7 @@ class FlatOptimizer(VectorOptimizer):
         average = self._averaged()
         if not self._used.any() and not average:
             return {}
-        self._write_back()
+        self._read_scalars()
         count = self._layout.parameters
         found = dict(self._vectors)
         used = torch.zeros(count, dtype=torch.bool)
@@ -145,7 +168,7 @@ class FlatOptimizer(VectorOptimizer):
         places = torch.from_numpy(self._slots)
         used = state.get(USED)
         self._used[:] = used[places].cpu().numpy() if used is not None else False
-        self._vectors, self._scalars, self._runs = {}, {}, None
+        self._vectors, self._scalars, self._ranges = {}, {}, None
         self._load_average(state)
         for name, values in state.items():
             if name in (USED, AVERAGE, UPDATES):
@@ -153,7 +176,7 @@ class FlatOptimizer(VectorOptimizer):
             if name.startswith(PER_PARAMETER):
                 self._scalars[name.removeprefix(PER_PARAMETER)] = values[places].clone()
             else:
-                self._vectors[name] = self._empty_like_vector().copy_(values)
+                self._vectors[name] = torch.zeros_like(self._vector).copy_(values)
 
     def adjust(
         self, names: Sequence[Sequence[str]], values: NDArray[np.float64]
@@ -174,7 +197,7 @@ class FlatOptimizer(VectorOptimizer):
             rates.append(found.pop("lr"))
             if "beta1" in found:
                 found["betas"] = found.pop("beta1"), found.pop("beta2")
-            for optimizer in self._torch.values():
+            for optimizer in self._optimizers.values():
                 optimizer.param_groups[number].update(found)
         return tuple(rates)
 
@@ -182,115 +205,100 @@ class FlatOptimizer(VectorOptimizer):
     def use(self, gradient: Tensor) -> None:
         """Take gradients from another vector from now on, shape [n]."""
         self.gradient = gradient
-        for run in self._runs or ():
-            run.parameter.grad = typed(gradient, run.start, run.stop, run.dtype)
+        for one in self._ranges or ():
+            one.parameter.grad = one.of(gradient)
 
     @override
     def _kept(self) -> Iterable[Tensor]:
         return [*self._vectors.values(), *self._scalars.values()]
 
-    def _runs_of(self, present: Presence) -> list[_Run]:
-        """Give the runs to be updated; set torch's optimizers up for them if they are others."""
+    def _ranges_of(self, present: Presence) -> list[_Range]:
+        """Give the ranges to be updated; torch's optimizers have them as parameters."""
         mine: NDArray[np.bool_] | None = self._at_first
         if present is not None:
             mine = np.asarray(present, np.bool_)[self._slots]
         if mine is not None and mine.all():
             mine = None
-        if self._runs is not None and _equal(mine, self._present):
-            return self._runs
-        self._write_back()
-        self._present = mine
-        self._runs = self._group(mine)
-        for optimizer in self._torch.values():
-            _empty(optimizer)
-        for run in self._runs:
-            self._set_up(run)
-        return self._runs
+        if self._ranges is not None and _equal(mine, self._present):
+            return self._ranges
+        self._read_scalars()
+        self._present, self._ranges = mine, self._find_ranges(mine)
+        for optimizer in self._optimizers.values():
+            _forget_parameters(optimizer)
+        for one in self._ranges:
+            self._give_to_torch(one)
+        return self._ranges
 
-    def _group(self, present: NDArray[np.bool_] | None) -> list[_Run]:
-        """Put neighbours of one group together that have a gradient and the same history."""
+    def _find_ranges(self, present: NDArray[np.bool_] | None) -> list[_Range]:
+        """Put neighbours together that are updated alike."""
         count = len(self._pieces)
         if not count:
             return []
-        changes = self._segment_of[1:] != self._segment_of[:-1]
-        changes |= self._group_of[1:] != self._group_of[:-1]
-        changes |= self._used[1:] != self._used[:-1]
-        if present is not None:
-            changes |= present[1:] != present[:-1]
-        for values in self._scalars.values():
-            changes |= (values[1:] != values[:-1]).cpu().numpy()
+        facts = [self._segment_of, self._group_of, self._used]
+        facts += [] if present is None else [present]
+        facts += [values.cpu().numpy() for values in self._scalars.values()]
+        changes = np.logical_or.reduce([one[1:] != one[:-1] for one in facts])
         bounds = [0, *(np.flatnonzero(changes) + 1).tolist(), count]
-        runs = [
-            self._run(slice(first, stop))
+        return [
+            self._range(slice(first, stop))
             for first, stop in pairwise(bounds)
             if present is None or present[first]
         ]
-        return runs
 
-    def _run(self, pieces: slice) -> _Run:
-        """Make a run; it has the padding behind it, up to the next piece or the segment's end."""
+    def _range(self, pieces: slice) -> _Range:
+        """Make a range; it has the padding behind it, up to the next piece or the segment's end."""
         segment = self._layout.segments[int(self._segment_of[pieces.start])]
         start, stop = self._pieces[pieces.start].start, segment.stop
         if pieces.stop < len(self._pieces):
             stop = min(stop, self._pieces[pieces.stop].start)
         group, used = int(self._group_of[pieces.start]), bool(self._used[pieces.start])
-        return _Run(pieces, start, stop, segment.dtype, group, used)
+        return _Range(pieces, start, stop, segment.dtype, group, used)
 
-    def _set_up(self, run: _Run) -> None:
-        """Make a run a parameter of the torch optimizer that is right for its type."""
-        fused = run.dtype in _FUSED_TYPES or self._vector.device.type != "cpu"
-        optimizer = self._torch[fused, run.used]
-        run.parameter = nn.Parameter(typed(self._vector, run.start, run.stop, run.dtype))
-        run.parameter.grad = typed(self.gradient, run.start, run.stop, run.dtype)
-        optimizer.param_groups[run.group]["params"].append(run.parameter)
-        if run.used:
-            on = self._vector.device if optimizer.defaults.get("fused") else None
-            optimizer.state[run.parameter] = {
-                **{k: typed(v, run.start, run.stop, run.dtype) for k, v in self._vectors.items()},
-                **{k: v[run.pieces.start].clone().to(on) for k, v in self._scalars.items()},
+    def _give_to_torch(self, one: _Range) -> None:
+        """Make a range a parameter of the torch optimizer that is right for its type."""
+        fused = one.dtype in _FUSED_TYPES or self._vector.device.type != "cpu"
+        one.optimizer = self._optimizers[fused, one.used]
+        one.parameter = nn.Parameter(one.of(self._vector))
+        one.parameter.grad = one.of(self.gradient)
+        one.optimizer.param_groups[one.group]["params"].append(one.parameter)
+        if one.used:
+            on = self._vector.device if one.optimizer.defaults.get("fused") else None
+            one.optimizer.state[one.parameter] = {
+                **{name: one.of(vector) for name, vector in self._vectors.items()},
+                **{n: v[one.pieces.start].clone().to(on) for n, v in self._scalars.items()},
             }
 
-    def _state_of(self, run: _Run) -> dict[str, Any]:
-        for optimizer in self._torch.values():
-            if run.parameter in optimizer.state:
-                state: dict[str, Any] = optimizer.state[run.parameter]
-                return state
-        return {}
-
-    def _take_new_states(self, runs: Sequence[_Run]) -> None:
-        """Move what torch has begun to remember into the vectors; runs are found anew."""
-        for run in runs:
-            if run.used:
+    def _keep_new_states(self, ranges: Sequence[_Range]) -> None:
+        """Copy what torch has begun to remember; ranges that have a state now are found anew."""
+        for one in ranges:
+            if one.used:
                 continue
-            for name, value in self._state_of(run).items():
+            for name, value in one.state.items():
                 if value is None:
                     continue
-                if value.ndim:
-                    if name not in self._vectors:
-                        self._vectors[name] = self._empty_like_vector()
-                    typed(self._vectors[name], run.start, run.stop, run.dtype).copy_(value)
+                if not value.ndim:
+                    self._keep_scalar(name, one, value)
                 else:
-                    self._put_scalar(name, run, value)
-                self._used[run.pieces] = True
+                    if name not in self._vectors:
+                        self._vectors[name] = torch.zeros_like(self._vector)
+                    one.of(self._vectors[name]).copy_(value)
+                self._used[one.pieces] = True
         if self._used.any():
-            self._write_back()
-            self._runs = None
+            self._read_scalars()
+            self._ranges = None
 
-    def _put_scalar(self, name: str, run: _Run, value: Tensor) -> None:
+    def _keep_scalar(self, name: str, one: _Range, value: Tensor) -> None:
         if name not in self._scalars:
             count = len(self._pieces)
             self._scalars[name] = torch.zeros(count, dtype=value.dtype, device=value.device)
-        self._scalars[name][run.pieces] = value
+        self._scalars[name][one.pieces] = value
 
-    def _write_back(self) -> None:
-        """Note the numbers that torch's optimizers have by now of each parameter."""
-        for run in self._runs or ():
-            for name, value in self._state_of(run).items() if run.used else ():
+    def _read_scalars(self) -> None:
+        """Take over the scalars that torch has counted on meanwhile."""
+        for one in self._ranges or ():
+            for name, value in one.state.items() if one.used else ():
                 if name in self._scalars:
-                    self._put_scalar(name, run, value)
-
-    def _empty_like_vector(self) -> Tensor:
-        return torch.zeros_like(self._vector)
+                    self._keep_scalar(name, one, value)
 
 
 def _equal(one: NDArray[np.bool_] | None, other: NDArray[np.bool_] | None) -> bool:
@@ -299,7 +307,7 @@ def _equal(one: NDArray[np.bool_] | None, other: NDArray[np.bool_] | None) -> bo
     return bool((one == other).all())
 
 
-def _make(spec: Optimizer, fused: bool) -> torch.optim.Optimizer:
+def _torch_optimizer(spec: Optimizer, *, fused: bool) -> torch.optim.Optimizer:
     """Make a torch optimizer that has all groups, and no parameters yet."""
     kind = getattr(torch.optim, spec.name)
     more = {"fused": True} if fused and spec.name in _FUSED else {}
@@ -308,12 +316,11 @@ def _make(spec: Optimizer, fused: bool) -> torch.optim.Optimizer:
         for variant in spec.variants()
     ]
     optimizer: torch.optim.Optimizer = kind(groups, **spec.arguments(), **more)
-    _empty(optimizer)
+    _forget_parameters(optimizer)
     return optimizer
 
 
-def _empty(optimizer: torch.optim.Optimizer) -> None:
-    """Have a torch optimizer forget its parameters."""
+def _forget_parameters(optimizer: torch.optim.Optimizer) -> None:
     for group in optimizer.param_groups:
         group["params"] = []
     optimizer.state.clear()

@@ -23,7 +23,7 @@ from distplat.strategies.algorithms.seeds import mixed
 from distplat.strategies.loop.batches import EvalLoader, batches_by, micro_batches
 from distplat.strategies.loop.collate import moved
 from distplat.strategies.loop.compute import Compute, Share, Stopwatch, Sums, precision
-from distplat.strategies.loop.loss_check import MeanDoubts
+from distplat.strategies.loop.loss_check import MeanCheck
 from distplat.strategies.loop.losses import (
     Judged,
     LossTerm,
@@ -73,7 +73,7 @@ class Pipeline(Compute):
         self._begins = settings.at.stage == 0
         self._ends = settings.at.stage == settings.stages - 1
         self._batches: Iterator[Any] = iter(())
-        self._doubts = MeanDoubts(prepared.task, prepared.flat.model)
+        self._mean_check = MeanCheck(prepared.task, prepared.flat.model)
         self._evaluated = EvalLoader(prepared.job, prepared.task)
         self._metrics = TaskMetrics(prepared.task)
         self.share = Share()  #: what this rank had of the last step
@@ -99,7 +99,7 @@ class Pipeline(Compute):
         seed = mixed(self._p.job.seed, step, s.at.replica)
         part = 1.0 / sampler.batch_size(step)
         source = _Training(self, step, self._batches, sizes, seed, part)
-        self._doubts.begin(step)
+        self._mean_check.begin(step)
         self._executor.train(s.training(len(sizes)), source, self._tail)
         clock.lap("compute")
         clock.move("compute", "data", source.loading_s)
@@ -142,7 +142,7 @@ class Pipeline(Compute):
         with precision(self._p.job, self._device):
             term = loss_term(self._p.task, outputs, targets, samples)
             if self._settings.at.slice == 0:
-                self._doubts.look(step, Made(outputs, targets, term), samples)
+                self._mean_check.look(step, Made(outputs, targets, term), samples)
             return term
 
     def figures_of(self, outputs: Any, targets: Any, samples: int) -> Judged:
@@ -152,7 +152,7 @@ class Pipeline(Compute):
             made = Made(outputs, targets, term)
             found = judged(self._p.task, made, samples)
             if self._settings.at.slice == 0:
-                self._doubts.look_at_metrics(made, found, samples)
+                self._mean_check.look_at_metrics(made, found, samples)
             return found
 
 

@@ -243,17 +243,17 @@ def test_all_alike_is_one_operation_for_each_segment() -> None:
     optimizer = ours.optimizers[0]
     for step in range(3):
         ours.step(step, PATTERNS["always"])
-        assert optimizer._runs is None or len(optimizer._runs) == 4
-    before = optimizer._runs
+        assert optimizer._ranges is None or len(optimizer._ranges) == 4
+    before = optimizer._ranges
     ours.step(3, PATTERNS["always"])
-    assert optimizer._runs is before  # nothing is looked for again
+    assert optimizer._ranges is before  # nothing is looked for again
 
 
 def test_neighbours_of_one_group_are_one_operation() -> None:
     ours = Flat(with_groups({"name": "AdamW", "lr": 0.1}, "p0,p1", "p4"), TYPES["float32"])
     for step in range(2):
         ours.step(step, PATTERNS["always"])
-    runs = ours.optimizers[0]._runs_of(None)
+    runs = ours.optimizers[0]._ranges_of(None)
     assert [(run.group, run.pieces) for run in runs] == [
         (1, slice(0, 2)),
         (0, slice(2, 4)),

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from distplat.platform.errors import SpecError
 from distplat.strategies.loop.batches import EvalLoader
-from distplat.strategies.loop.loss_check import MeanDoubts
+from distplat.strategies.loop.loss_check import MeanCheck
 from distplat.strategies.model.flat import FlatModel
 from distplat.strategies.model.layers import Layer, layers_of
 from distplat.strategies.model.meta import materialise
@@ -204,8 +204,8 @@ def one_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
 
     for owner, name in ((stage_compute, "micro_batches"), (EvalLoader, "batches")):
         monkeypatch.setattr(owner, name, read_under_lock(getattr(owner, name)))
-    look = MeanDoubts.look
-    monkeypatch.setattr(MeanDoubts, "look", under_lock(look))  # puts generators back
+    look = MeanCheck.look
+    monkeypatch.setattr(MeanCheck, "look", under_lock(look))  # puts generators back
     # What a rank tries while others train is not to put their generator back.
     monkeypatch.setattr(torch.random, "fork_rng", lambda **kept: nullcontext())
     monkeypatch.setattr(rank_model.Layers, "seeded", locked)

@@ -18,7 +18,7 @@ from torch.nn.utils.rnn import pack_sequence
 from torch.utils.data import default_collate
 
 from distplat.nn import connect
-from distplat.strategies.loop.loss_check import MeanDoubts, is_mean_over_samples, states_of
+from distplat.strategies.loop.loss_check import MeanCheck, loss_warning, states_of
 from distplat.strategies.loop.losses import LossTerm, Made, judged
 from distplat.strategies.task import Task
 
@@ -29,7 +29,7 @@ Loss = Callable[[Any, Any], Any]
 
 def asked(loss: Loss, outputs: Any, targets: Any, samples: int | None = None) -> str | None:
     size = samples or len(targets)
-    return is_mean_over_samples(loss, outputs, targets, loss(outputs, targets), samples=size)
+    return loss_warning(loss, outputs, targets, loss(outputs, targets), samples=size)
 
 
 def classes(size: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
@@ -179,7 +179,7 @@ def test_batches_of_many_forms(size: int, pack: Any, unpack: Any) -> None:
 def test_what_cannot_be_cut_is_passed_over(outputs: Any, targets: Any, samples: int) -> None:
     given = outputs, targets, torch.ones(())
     loss = lambda o, t: torch.tensor(9.0)  # noqa: E731
-    assert is_mean_over_samples(loss, *given, samples=samples) is None
+    assert loss_warning(loss, *given, samples=samples) is None
 
 
 class Inside(MutableMapping[str, Any]):
@@ -232,7 +232,7 @@ def test_a_loss_that_fails_or_gives_something_else_is_passed_over() -> None:
     for loss in (small, other, backward):
         assert asked(loss, outputs, targets) is None
     for given in (1.0, None, {"loss": 1}, outputs, torch.tensor(float("nan"))):
-        assert is_mean_over_samples(small, outputs, targets, given, samples=8) is None
+        assert loss_warning(small, outputs, targets, given, samples=8) is None
 
 
 @pytest.mark.parametrize(
@@ -244,7 +244,7 @@ def test_random_losses_are_passed_over_and_generators_put_back(draw: Any) -> Non
     numpy: Any = np.random.get_state()
     states = torch.get_rng_state(), random.getstate()
     drawn = lambda o, t: o.sum() * draw(())  # noqa: E731
-    assert is_mean_over_samples(drawn, outputs, targets, loss, samples=8) is None
+    assert loss_warning(drawn, outputs, targets, loss, samples=8) is None
     assert torch.equal(torch.get_rng_state(), states[0])
     assert random.getstate() == states[1]
     now: Any = np.random.get_state()
@@ -290,7 +290,7 @@ def test_nothing_is_changed() -> None:
     figures += [outputs.detach(), targets]
     before = [figure.clone() for figure in figures]
     states = states_of(task, task.model())
-    assert is_mean_over_samples(task.loss, outputs, targets, loss * 8, samples=8, states=states)
+    assert loss_warning(task.loss, outputs, targets, loss * 8, samples=8, states=states)
     assert task.calls == len(task.losses) == len(task.seen) == 1
     for figure, old in zip(figures, before, strict=True):
         assert torch.equal(figure, old)
@@ -318,10 +318,10 @@ def test_a_task_that_keeps_what_cannot_be_copied_is_passed_over(kept: Any) -> No
         return outputs.sum()
 
     bound = MethodType(total, task)
-    assert is_mean_over_samples(bound, outputs, targets, outputs.sum() * 9, samples=8) is not None
+    assert loss_warning(bound, outputs, targets, outputs.sum() * 9, samples=8) is not None
     assert len(calls) == 2
     vars(task)["kept"] = kept
-    assert is_mean_over_samples(bound, outputs, targets, outputs.sum() * 9, samples=8) is None
+    assert loss_warning(bound, outputs, targets, outputs.sum() * 9, samples=8) is None
     assert len(calls) == 2
 
 
@@ -332,7 +332,7 @@ def test_buffers_of_the_model_are_put_back() -> None:
     before = [buffer.clone() for buffer in norm.buffers()]
     normed = lambda o, t: F.cross_entropy(norm(o), t)  # noqa: E731
     given, states = (outputs, targets, loss), states_of(Keeping(), norm)
-    assert is_mean_over_samples(normed, *given, samples=8, states=states) is not None
+    assert loss_warning(normed, *given, samples=8, states=states) is not None
     for buffer, old in zip(norm.buffers(), before, strict=True):
         assert torch.equal(buffer, old)
     torch.autograd.backward(loss)
@@ -426,11 +426,11 @@ class Counter:
         return 1.0
 
 
-def judged_by(task: Task, doubts: MeanDoubts, size: int) -> None:
+def judged_by(task: Task, check: MeanCheck, size: int) -> None:
     outputs, targets = classes(size, torch.float64)
     outputs = outputs.detach()
     made = Made(outputs, targets, LossTerm(torch.zeros(()), float(size), float(size)))
-    doubts.look_at_metrics(made, judged(task, made, size), size)
+    check.look_at_metrics(made, judged(task, made, size), size)
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -438,9 +438,9 @@ def test_metrics_that_are_no_means_are_named_once(
     size: int, caplog: pytest.LogCaptureFixture
 ) -> None:
     task = Figures()
-    doubts = MeanDoubts(task, task.model())
+    check = MeanCheck(task, task.model())
     for _ in range(3):
-        judged_by(task, doubts, size)
+        judged_by(task, check, size)
     (record,) = caplog.records
     assert "'rmse'" in record.message and "metric with state" in record.message
     assert not any(f"'{name}'" in record.message for name in ("accuracy", "constant", "nothing"))
@@ -450,7 +450,7 @@ def test_metrics_that_are_no_means_are_named_once(
 @pytest.mark.parametrize("kind", [Means, Drawn, Kept, Given])
 def test_other_metrics_are_left_alone(kind: type[Task], caplog: pytest.LogCaptureFixture) -> None:
     task = kind()
-    doubts = MeanDoubts(task, task.model())
+    check = MeanCheck(task, task.model())
     for size in SIZES:
-        judged_by(task, doubts, size)
+        judged_by(task, check, size)
     assert not caplog.records

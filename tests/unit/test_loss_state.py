@@ -11,7 +11,7 @@ from local_run import train
 from torch import Tensor, nn
 from torch.utils.data import Dataset, TensorDataset
 
-from distplat.strategies.loop.loss_check import MeanDoubts
+from distplat.strategies.loop.loss_check import MeanCheck
 from distplat.strategies.task import Task
 
 
@@ -209,8 +209,8 @@ def test_the_look_leaves_it_as_it_is() -> None:
     for looks in (True, False):
         with pytest.MonkeyPatch.context() as patched:
             if not looks:
-                patched.setattr(MeanDoubts, "begin", lambda self, step: None)
-                patched.setattr(MeanDoubts, "look", lambda self, step, made, size: None)
+                patched.setattr(MeanCheck, "begin", lambda self, step: None)
+                patched.setattr(MeanCheck, "look", lambda self, step, made, size: None)
             run = train(job_of("ring", 1, steps=4, global_batch_size=6), Criterion)
         task: Any = run.ranks[0].prepared.task
         counts.append((task.parts["criterion"].seen, task.parts["criterion"].center.sum().item()))
