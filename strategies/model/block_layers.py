@@ -1,29 +1,36 @@
 """
-A model that calls a list of blocks, as layers: its own forward runs up to them, and on from them.
+The layers of a model that calls a list of blocks one after the other.
 
     forward     embed, mask, rotary | block 0 | block 1 | ... | norm, head
     layers         BeforeBlocks         0         1             AfterBlocks
 
-No trace is needed: `forward` may be any Python, as that of Hugging Face's models is. `BeforeBlocks`
-runs it with stand-ins for the blocks, which note with what they are called: features first, then
-masks, rotary embeddings and settings, which may differ between blocks. All that is handed on, and
-each block is called so, with the features that the one before has given. `AfterBlocks` runs forward
-once more, with blocks that give what the last one gave, and stand-ins for what comes before them.
+The model's own `forward` runs twice: in `BeforeBlocks` until it has called all blocks, and in
+`AfterBlocks` from there. In each, stand-ins take the place of the modules that the layer does not
+have. So `forward` may be any Python, as that of Hugging Face's models is; it is not traced.
+
+1. `BeforeBlocks`: the stand-in of each block records the arguments that it is called with. The
+   first argument are the features. The others (masks, rotary embeddings, settings) may differ
+   between blocks.
+2. `BlockLayer`: calls its block with the recorded arguments, and with the features that the block
+   before has given.
+3. `AfterBlocks`: the stand-in of the last block gives what that block gave. Those of modules before
+   the blocks give NaN, which must not reach the result.
+
+Layers hand on a dictionary. `calls` are the recorded arguments as JSON, in which tensors are
+numbers of `shared`:
 
     {"inputs": ..., "whole": false, "features": tensor, "shared": [mask, cos, sin],
      "calls": "[[[], {...}], ...]", "tied": []}
 
-Where a batch is no pair (inputs, targets), it is the task's `forward` or `step` that runs up to the
-blocks, and on from them, on the whole batch (`model_call.py`).
+Where a batch is no pair (inputs, targets), the task's `forward` or `step` runs in place of the
+model's, on the whole batch (`model_call.py`).
 
-What of a model is called before its blocks is what is registered before them, unless a trial has
-shown another order (`pipeline/call_order.py`). Modules without parameters and state, such as
-dropout or rotary embeddings, are on both sides. A tensor that both sides have, as a head does that
-is tied to the embedding, or that forward may use anywhere, belongs to the first: it is handed on as
-`tied`, and its gradient comes back the same way.
+A module belongs to the side of the blocks on which it is registered, unless a trial has shown that
+it is called on the other (`pipeline/call_order.py`). A module without parameters and state, such as
+dropout, is on both sides. A tensor of both sides, such as the weight of an embedding and its tied
+head, belongs to `BeforeBlocks`. It is handed on as `tied`, and its gradient comes back that way.
 
-Whether a model can be had so is seen by a trial, which `hybrid` makes in any case: layers must
-give what the model gives.
+`hybrid` compares the layers of every model with the model before it trains them.
 """
 
 from __future__ import annotations
@@ -59,39 +66,41 @@ from distplat.strategies.model.trials import Runner
 from distplat.strategies.torch_compat import tree_leaves
 
 Order = Mapping[str, bool]
-"""By the name of a part beside the blocks: whether it is called behind them, for parts that are
-registered elsewhere."""
+"""Modules beside the blocks that are called on the other side than they are registered on: by name,
+whether that is behind the blocks."""
+Missing = tuple[dict[str, Any], str, int]
+"""A module's parameters or buffers, the name of a missing one, and its number among the tied."""
+Call = tuple[Sequence[Any], Mapping[str, Any]]
+"""Arguments by place and by name."""
 
 
 def block_modules(
     model: nn.Module, call: ModelCall, order: Order | None = None
 ) -> list[nn.Module] | None:
     """
-    Give modules that make up a model, in order; None where it has no list of blocks.
-
-    The list is the model's largest `nn.ModuleList` of blocks of one class.
+    Give the layers of a model, in order; None where it has no list of blocks.
 
     Args:
         model: whose forward calls all blocks one after the other.
         call: how it is called.
-        order: of its parts, where it is not that of their registration.
+        order: see `Order`.
     """
     found = list_of_blocks(model)
     if found is None:
         return None
     path, blocks = found
-    before, after, both = _sides(model, path, order or {})
+    before, after, anywhere = _sides(model, path, order or {})
     first = {id(p) for one in before.values() for p in one.parameters()}
     of_both = [p for one in after.values() for p in one.parameters() if id(p) in first]
-    tied = {id(one): one for one in (*of_both, *both)}
-    behind = _without(model, path, before, tied)
-    begin = _without(model, path, after, {})
-    for one in (begin, behind):  # hooks of the whole model are called around its layers
+    tied = {id(one): one for one in (*of_both, *anywhere)}
+    begin = _with_stand_ins(model, path, after, {})
+    end = _with_stand_ins(model, path, before, tied)
+    for one in (begin, end):  # hooks of the whole model are called around its layers
         one._forward_pre_hooks, one._forward_hooks = OrderedDict(), OrderedDict()
     return [
         BeforeBlocks(begin, homes_of(begin, path), len(blocks), list(tied.values()), call),
         *(BlockLayer(one, n, last=one is blocks[-1]) for n, one in enumerate(blocks)),
-        AfterBlocks(behind, homes_of(behind, path), _missing(model, behind, [*tied]), call),
+        AfterBlocks(end, homes_of(end, path), _missing(model, end, [*tied]), call),
     ]
 
 
@@ -102,21 +111,25 @@ def most_blocks(model: nn.Module) -> int:
 
 
 def list_of_blocks(model: nn.Module) -> tuple[str, list[nn.Module]] | None:
-    """Give the name of a model's largest list of blocks, and the blocks."""
-    best, weight = None, 0
+    """
+    Give the name of a model's list of blocks, and the blocks; None: it has none.
+
+    The list is the `nn.ModuleList` of several modules of one class that has the most elements.
+    """
+    best, largest = None, 0
     for path, module in model.named_modules():
         if not isinstance(module, nn.ModuleList) or len(module) < 2:
             continue
         if len({type(block) for block in module}) > 1 or len({*map(id, module)}) < len(module):
             continue
         size = sum(parameter.numel() for parameter in module.parameters())
-        if size > weight:
-            best, weight = (path, list(module)), size
+        if size > largest:
+            best, largest = (path, list(module)), size
     return best
 
 
 def beside_blocks(model: nn.Module, path: str) -> Iterator[tuple[str, nn.Module, bool]]:
-    """Give the parts beside a list: name, module, and whether it is registered behind the list."""
+    """Give the modules beside a list: name, module, whether it is registered behind the list."""
     home, name = model, ""
     for step in path.split("."):
         behind = False
@@ -132,34 +145,44 @@ def _sides(
     model: nn.Module, path: str, order: Order
 ) -> tuple[dict[int, nn.Module], dict[int, nn.Module], list[Tensor]]:
     """
-    Give the modules with state that are called before and after the blocks.
+    Say what belongs to which side of the blocks.
 
-    And the tensors of modules that have the blocks inside, which their forward may use anywhere.
+    Returns:
+        The modules with state that are called before the blocks, and after them, by id. And the
+        tensors of modules around the blocks, whose forward may use them on both sides.
     """
-    before, after, both = dict[int, nn.Module](), dict[int, nn.Module](), list[Tensor]()
+    before, after, anywhere = dict[int, nn.Module](), dict[int, nn.Module](), list[Tensor]()
     for name, child, behind in beside_blocks(model, path):
         if child.state_dict():
             (after if order.get(name, behind) else before)[id(child)] = child
     home = model
     for step in path.split("."):
-        both += [*home.parameters(recurse=False), *home.buffers(recurse=False)]
+        anywhere += [*home.parameters(recurse=False), *home.buffers(recurse=False)]
         home = home.get_submodule(step)
-    return before, after, both
+    return before, after, anywhere
 
 
-def _without(
-    model: nn.Module, path: str, left_out: Mapping[int, nn.Module], tied: Mapping[int, Tensor]
+def _with_stand_ins(
+    model: nn.Module, path: str, absent: Mapping[int, nn.Module], tied: Mapping[int, Tensor]
 ) -> nn.Module:
-    """Give a model around the same modules, but for those left out, the blocks and what is tied."""
+    """
+    Copy a model around its own modules, with stand-ins for the blocks and for some modules.
+
+    Args:
+        model: or a module of it, that the list of blocks is in.
+        path: of the list, in the module.
+        absent: by id, modules that get a stand-in.
+        tied: by id, tensors that the copy does not have.
+    """
     step, _, rest = path.partition(".")
     found = _copy_without(model, tied)
     for name, child in model._modules.items():
         if name != step and child is not None:
-            alike = StandIn(child) if id(child) in left_out else _lacking(child, tied)
-            found._modules[name] = alike
+            stands_in = id(child) in absent
+            found._modules[name] = StandIn(child) if stands_in else _lacking(child, tied)
     inner = model.get_submodule(step)
     if rest:
-        found._modules[step] = _without(inner, rest, left_out, tied)
+        found._modules[step] = _with_stand_ins(inner, rest, absent, tied)
     else:
         blocks = (StandIn(block, number=n) for n, block in enumerate(inner.children()))
         found._modules[step] = nn.ModuleList(blocks)
@@ -177,7 +200,7 @@ def _lacking(module: nn.Module, tied: Mapping[int, Tensor]) -> nn.Module:
 
 
 def _copy_without(module: nn.Module, tied: Mapping[int, Tensor]) -> nn.Module:
-    """Give a copy of a module with the same children, and without what is tied."""
+    """Copy a module, with the same children, without some of its own tensors."""
     found = copy.copy(module)
     found._modules = dict(module._modules)
     for kind in ("_parameters", "_buffers"):
@@ -188,7 +211,7 @@ def _copy_without(module: nn.Module, tied: Mapping[int, Tensor]) -> nn.Module:
 
 
 def _missing(model: nn.Module, copied: nn.Module, tied: Sequence[int]) -> list[Missing]:
-    """Say where in a copy of the model tensors are missing, and which those are."""
+    """Say where in a copy of the model which of the tied tensors are missing."""
     numbers = {one: number for number, one in enumerate(tied)}
     found = []
     tensors = (
@@ -207,21 +230,15 @@ def _missing(model: nn.Module, copied: nn.Module, tied: Sequence[int]) -> list[M
     return found
 
 
-Missing = tuple[dict[str, Any], str, int]
-"""A module's parameters or buffers, the name of a missing one, and its number among the tied."""
-Call = tuple[Sequence[Any], Mapping[str, Any]]
-"""Arguments by place and by name."""
-
-
 class BeforeBlocks(Runner):
     """
     A model up to its blocks.
 
     Args:
-        model: with stand-ins for its blocks, and for what comes after them.
+        model: with stand-ins for its blocks, and for the modules after them.
         homes: see `homes_of`.
-        blocks: how many it has.
-        tied: parameters of it that what comes after the blocks has, too.
+        blocks: number of blocks.
+        tied: tensors of it that `AfterBlocks` needs, too.
         call: how it is called.
     """
 
@@ -250,21 +267,21 @@ class BeforeBlocks(Runner):
         Raises:
             SpecError: it does not call each block, or with something that cannot be handed on.
         """
-        calls = self._noted(inputs)
+        calls = self._recorded(inputs)
         shared: list[Tensor] = []
-        told = [_told_call(*call, shared) for call in calls]
+        encoded = [_encoded_call(*call, shared) for call in calls]
         whole = isinstance(inputs, Batch)
         return {
             "inputs": inputs.batch if whole else inputs,
             "whole": whole,
-            "features": _first(*calls[0]),
+            "features": _features_of_call(*calls[0]),
             "shared": shared,
-            "calls": json.dumps(told),
+            "calls": json.dumps(encoded),
             "tied": list(self._tied),
         }
 
-    def _noted(self, inputs: Any) -> list[Call]:
-        """Give the calls; whether blocks give tensors or tuples is found out by the first ones."""
+    def _recorded(self, inputs: Any) -> list[Call]:
+        """Give the calls of all blocks; find out first whether blocks give tensors or tuples."""
         states = _generators(inputs)
         try:
             return self._run(inputs)
@@ -284,15 +301,16 @@ class BeforeBlocks(Runner):
             raise unfit(f"its forward {first}") from None
 
     def _run(self, inputs: Any) -> list[Call]:
+        """Run forward until it has called all blocks."""
         calls: list[Call] = []
         modes = torch_modes()
 
-        def note(_: int, *args: Any, **kwargs: Any) -> Any:
+        def record(_: int, *args: Any, **kwargs: Any) -> Any:
             if not calls and (changed := changed_modes(modes)):
                 raise unfit(f"its blocks run inside of {changed}")
             calls.append((args, kwargs))
-            features = _first(*calls[0])
-            if _first(args, kwargs) is not features:
+            features = _features_of_call(*calls[0])
+            if _features_of_call(args, kwargs) is not features:
                 raise Between(f"computes something between blocks {len(calls) - 2} and the next")
             if len(calls) == self._blocks:
                 raise Called
@@ -300,7 +318,7 @@ class BeforeBlocks(Runner):
 
         with unwritten(self._homes):
             try:
-                with answering(self.model, note, None):
+                with answering(self.model, record, None):
                     self._call.of_part(self.model, inputs)
             except Called:
                 return calls
@@ -314,7 +332,7 @@ class BlockLayer(nn.Module):
     Args:
         block: takes features as its first argument; gives them, or a tuple that begins with them.
         number: of the block.
-        last: nothing of the calls is needed behind it.
+        last: no block comes behind it.
     """
 
     def __init__(self, block: nn.Module, number: int, *, last: bool) -> None:
@@ -323,11 +341,11 @@ class BlockLayer(nn.Module):
 
     def forward(self, value: Any) -> Any:
         """Give what the next block takes, or what the last one gave."""
-        args, kwargs = _calls(value["calls"])[self._number]
-        features, shared = value["features"], value["shared"]
-        given = [_heard(one, features, shared) for one in args]
+        args, kwargs = _parsed(value["calls"])[self._number]
+        tensors = value["features"], value["shared"]
         outputs = self.block(
-            *given, **{name: _heard(one, features, shared) for name, one in kwargs.items()}
+            *(_decoded(one, *tensors) for one in args),
+            **{name: _decoded(one, *tensors) for name, one in kwargs.items()},
         )
         if self._last:
             kept = {name: value[name] for name in ("inputs", "whole", "tied")}
@@ -340,7 +358,7 @@ class AfterBlocks(Runner):
     A model from its last block on.
 
     Args:
-        model: with stand-ins for its blocks, and for what comes before them.
+        model: with stand-ins for its blocks, and for the modules before them.
         homes: see `homes_of`.
         missing: where tied parameters are missing.
         call: how it is called.
@@ -392,27 +410,28 @@ def _generators(inputs: Any) -> list[tuple[torch.Generator, Tensor]]:
     return [(generator, generator.get_state()) for generator in found]
 
 
-def _first(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor:
-    """Give the first argument of a block's call: its features."""
+def _features_of_call(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor:
+    """Give the first argument of a block's call."""
     found = args[0] if args else next(iter(kwargs.values()), None)
     return _features(found)
 
 
 def _features(outputs: Any) -> Tensor:
+    """Give the features of what a block gave: a tensor, or a tuple that begins with them."""
     found = outputs[0] if isinstance(outputs, tuple | list) and outputs else outputs
     if not isinstance(found, Tensor):
         raise unfit(f"its blocks take or give {type(found).__name__} for a tensor of features")
     return found
 
 
-def _told_call(args: Sequence[Any], kwargs: Mapping[str, Any], shared: list[Tensor]) -> Any:
-    """Write down a call; `shared` takes the tensors, each once."""
-    features = _first(args, kwargs)
-    told = [_told(one, f"argument {n}", features, shared) for n, one in enumerate(args)]
-    return [told, {name: _told(one, name, features, shared) for name, one in kwargs.items()}]
+def _encoded_call(args: Sequence[Any], kwargs: Mapping[str, Any], shared: list[Tensor]) -> Any:
+    """Give the arguments of a call as JSON takes them; `shared` takes the tensors, each once."""
+    features = _features_of_call(args, kwargs)
+    encoded = [_encoded(one, f"argument {n}", features, shared) for n, one in enumerate(args)]
+    return [encoded, {name: _encoded(one, name, features, shared) for name, one in kwargs.items()}]
 
 
-def _told(tree: Any, where: str, features: Tensor, shared: list[Tensor]) -> Any:
+def _encoded(tree: Any, where: str, features: Tensor, shared: list[Tensor]) -> Any:
     if tree is features:
         return {"features": 0}
     if isinstance(tree, Tensor):
@@ -424,35 +443,35 @@ def _told(tree: Any, where: str, features: Tensor, shared: list[Tensor]) -> Any:
         raise unfit(f"its blocks are called with {where}, an empty container, which they may fill")
     if isinstance(tree, tuple | list):
         kind = "tuple" if isinstance(tree, tuple) else "list"
-        return {kind: [_told(one, where, features, shared) for one in tree]}
+        return {kind: [_encoded(one, where, features, shared) for one in tree]}
     if isinstance(tree, dict) and all(isinstance(key, str) for key in tree):
-        return {"dict": {key: _told(one, where, features, shared) for key, one in tree.items()}}
+        return {"dict": {key: _encoded(one, where, features, shared) for key, one in tree.items()}}
     if tree is None or type(tree) in (bool, int, float, str):
         return tree
-    if type(tree).__name__.endswith("Cache"):  # of keys and values: Hugging Face's are made anew
-        return None  # in each forward, so there are none yet
+    if type(tree).__name__.endswith("Cache"):
+        return None  # Hugging Face's caches of keys and values are empty when a forward begins
     raise unfit(
         f"its blocks are called with {where}, a {type(tree).__name__}, and stages hand on"
         " tensors and constants"
     )
 
 
-def _heard(told: Any, features: Tensor, shared: Sequence[Tensor]) -> Any:
-    if not isinstance(told, dict):
-        return told
-    ((kind, held),) = told.items()
+def _decoded(encoded: Any, features: Tensor, shared: Sequence[Tensor]) -> Any:
+    if not isinstance(encoded, dict):
+        return encoded
+    ((kind, held),) = encoded.items()
     if kind == "features":
         return features
     if kind == "shared":
         return shared[held]
     if kind == "dict":
-        return {key: _heard(one, features, shared) for key, one in held.items()}
-    items = [_heard(one, features, shared) for one in held]
+        return {key: _decoded(one, features, shared) for key, one in held.items()}
+    items = [_decoded(one, features, shared) for one in held]
     return tuple(items) if kind == "tuple" else items
 
 
 @lru_cache(maxsize=64)
-def _calls(text: str) -> list[Any]:
-    """Read what `BeforeBlocks` has written; the same for all micro-batches of a size."""
+def _parsed(text: str) -> list[Any]:
+    """Read the calls that `BeforeBlocks` has written; equal for all micro-batches of a size."""
     found: list[Any] = json.loads(text)
     return found
