@@ -17,6 +17,7 @@ from distplat.actors.controller_client import RunHandlers
 from distplat.actors.local_actors import Servers, TableServers, TaskDesk
 from distplat.actors.local_transport import opened
 from distplat.actors.servers.leases import RemoteLeases
+from distplat.actors.stopping import Stopping
 from distplat.actors.task_check import check_class, check_function, said_by_job
 from distplat.actors.task_loading import TrainFunction, load_task_class, load_train_function
 from distplat.actors.training import run_function, saved_model
@@ -44,13 +45,14 @@ _LEAVE_S = 60.0
 """How long a part of a checkpoint may take to its thread; here that is a copy in memory."""
 
 
-def train_in_process(launch: Launch, handlers: RunHandlers) -> None:
+def train_in_process(launch: Launch, handlers: RunHandlers, stopping: Stopping) -> None:
     """
     Train here and now, the strategy's ports in memory.
 
     Args:
         launch: what to run.
         handlers: called with what comes of it.
+        stopping: entered before; a signal breaks into the task's code.
 
     Raises:
         DistplatError: see `Trainer.fit`. A user's exception is the cause of `UserCodeError`.
@@ -64,7 +66,8 @@ def train_in_process(launch: Launch, handlers: RunHandlers) -> None:
             handlers.on_summary(summary)
 
     try:
-        _train(launch, report, progress, handlers, checkpoints)
+        with stopping.at_once():
+            _train(launch, report, progress, handlers, checkpoints)
     except (DistplatError, KeyboardInterrupt):
         raise
     except (Exception, SystemExit) as error:  # sys.exit(0) in a task is no success

@@ -107,22 +107,21 @@ def _close_to_others(path: Path) -> str:
 logger = logging.getLogger(__name__)
 
 
-def train_on_ray(launch: Launch, handlers: RunHandlers) -> None:
+def train_on_ray(launch: Launch, handlers: RunHandlers, stopping: Stopping) -> None:
     """
     Train on the connected Ray, or on a local one for the time of the run.
 
     Args:
         launch: what to run.
         handlers: called with what comes of it.
+        stopping: entered before: Ray's start must not be cut off, or it leaves processes.
 
     Raises:
         DistplatError: see `Trainer.fit`.
     """
     if launch.task is not None:
         check_pickles(launch.task)
-    # Around all of it: Ray's start must not be cut off, or it leaves processes.
     with (
-        Stopping() as stopping,
         _task_check(launch) as task_check,
         ray_for_run(stopping, launch.job.scaling) as head,
         role_output(launch.job.name, launch.folder, logger.warning, shown=launch.log_to_driver),

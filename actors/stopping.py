@@ -2,7 +2,8 @@
 Ctrl-C, SIGTERM and SIGHUP as an orderly end, and an end that nothing keeps from its end.
 
 The first signal is noted, and the driver sees it at its tick. The second one ends what the driver
-waits for, at once; what is to be ended is ended all the same.
+waits for, at once; what is to be ended is ended all the same. When the actors are gone, an upload
+may go on for long: then signals count anew.
 """
 
 from __future__ import annotations
@@ -10,7 +11,8 @@ from __future__ import annotations
 import logging
 import signal
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from types import FrameType
 from typing import Any, Self
 
@@ -34,6 +36,8 @@ class Stopping:
     def __init__(self) -> None:
         self._seen: int | None = None
         self._before: dict[int, Any] = {}
+        self._again = False  #: there was a second one
+        self._at_once = False
 
     def __enter__(self) -> Self:
         """Put the handlers in place."""
@@ -63,10 +67,45 @@ class Stopping:
         if self._seen is not None:
             raise Interrupted(self._seen)
 
+    @property
+    def asked(self) -> bool:
+        """Whether somebody asked to stop."""
+        return self._seen is not None
+
+    def count_anew(self) -> None:
+        """
+        Take the next signal for a first one: what the last one ended has ended.
+
+        After a second one nothing is waited for any more, and this does nothing.
+        """
+        if not self._again:
+            self._seen = None
+
+    @contextmanager
+    def at_once(self) -> Iterator[None]:
+        """
+        Have the first signal break into what runs, as Ctrl-C does: nobody calls `check` there.
+
+        Raises:
+            Interrupted: it came.
+        """
+        self._at_once = True
+        try:
+            self.check()
+            yield
+        except KeyboardInterrupt:
+            self.check()
+            raise
+        finally:
+            self._at_once = False
+
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self._seen is None:
             self._seen = number
+            if self._at_once:
+                raise KeyboardInterrupt
             return
+        self._again = True
         self._put_back()
         raise KeyboardInterrupt
 

@@ -21,6 +21,7 @@ from distplat.actors.callbacks import Callback, Callbacks, Tracking, check_callb
 from distplat.actors.controller_client import RunHandlers
 from distplat.actors.launch import train_on_ray
 from distplat.actors.result import Result
+from distplat.actors.stopping import Stopping
 from distplat.actors.task_check import check_class, check_function, said_by_job
 from distplat.actors.task_loading import TrainFunction
 from distplat.actors.view import View, view_here
@@ -32,7 +33,7 @@ from distplat.platform.recovery import policy_of
 from distplat.platform.remote_storage import is_url, local_folder, url_of
 from distplat.platform.resume import check_libraries, start_from, start_from_url
 from distplat.platform.run_directory import RunDirectory, new_run_name
-from distplat.platform.run_upload import RunUpload, not_uploaded, upload_of
+from distplat.platform.run_upload import NOT_UPLOADED, RunUpload, not_uploaded, upload_of
 from distplat.platform.spec import Job
 from distplat.strategies.catalog import complete, load_strategy_file, make_job, make_strategy
 from distplat.strategies.task import Task
@@ -191,28 +192,36 @@ class Trainer:
             if self.job.checkpoint.save_final:
                 result.checkpoint = directory.save_model(model)
 
-        try:
-            self._train(
-                run, directory.path, RunHandlers(tell, save, directory.keep, callbacks.ending)
-            )
-            metrics.close()
-        except BaseException as error:
-            metrics.close()
-            _record_failure(directory, result, error)
-            if upload is not None and (missing := upload.close()):
-                logger.warning("%s", missing)
-            raise
-        result.seconds = time.monotonic() - began
-        # How many steps a train function would have made nobody knows.
-        result.stopped = callbacks.stop if result.cut_short or self.job.own_loop else None
-        self._conclude(directory, upload, result)
+        handlers = RunHandlers(tell, save, directory.keep, callbacks.ending)
+        with Stopping() as stopping:
+            try:
+                self._train(run, directory.path, handlers, stopping)
+                metrics.close()
+            except BaseException as error:
+                stopping.count_anew()
+                metrics.close()
+                _record_failure(directory, result, error)
+                if upload is not None and (missing := upload.close(lambda: stopping.asked)):
+                    logger.warning("%s", missing)
+                raise
+            result.seconds = time.monotonic() - began
+            # How many steps a train function would have made nobody knows.
+            result.stopped = callbacks.stop if result.cut_short or self.job.own_loop else None
+            self._conclude(directory, upload, result, stopping)
 
-    def _conclude(self, directory: RunDirectory, upload: RunUpload | None, result: Result) -> None:
+    def _conclude(
+        self,
+        directory: RunDirectory,
+        upload: RunUpload | None,
+        result: Result,
+        stopping: Stopping,
+    ) -> None:
         """
         Write down that the run ended well, and complete its copy.
 
         Raises:
             StorageError: one of them cannot be done.
+            Interrupted: a signal broke the upload off.
         """
         facts: dict[str, Any] = {"metrics": result.metrics, "seconds": result.seconds}
         if result.stopped is not None:
@@ -226,10 +235,15 @@ class Trainer:
             directory.finish("SUCCEEDED", facts)
         finally:  # where the local disk is full the model is to come there all the more
             if upload is not None:
-                missing = upload.close()
+                missing = upload.close(lambda: stopping.asked)
         if missing:
             lost = not_uploaded(missing, result.checkpoint)
-            _record_failure(directory, result, lost)
+            if stopping.asked:
+                logger.warning("%s", lost)
+            facts |= {"error": str(lost), NOT_UPLOADED: missing}
+            with suppress(StorageError):
+                directory.finish("STOPPED" if stopping.asked else "FAILED", facts)
+            stopping.check()
             raise lost
 
     def _upload(self, folder: Path) -> RunUpload | None:
@@ -239,7 +253,7 @@ class Trainer:
             return None
         return upload_of(folder, url, self.job.failure.storage_timeout_s, logger.warning)
 
-    def _train(self, run: str, folder: Path, handlers: RunHandlers) -> None:
+    def _train(self, run: str, folder: Path, handlers: RunHandlers, stopping: Stopping) -> None:
         launch = Launch(
             self.job,
             run,
@@ -261,9 +275,9 @@ class Trainer:
         if self.job.scaling.num_workers == 0:
             from distplat.actors.in_process import train_in_process  # torch
 
-            train_in_process(launch, handlers)
+            train_in_process(launch, handlers, stopping)
         else:
-            train_on_ray(launch, handlers)
+            train_on_ray(launch, handlers, stopping)
 
 
 def _record_failure(directory: RunDirectory, result: Result, error: BaseException) -> None:
@@ -271,7 +285,7 @@ def _record_failure(directory: RunDirectory, result: Result, error: BaseExceptio
     facts = {"error": str(error)}
     if result.best_checkpoint is not None:
         facts["best_checkpoint"] = str(result.best_checkpoint)
-    if result.checkpoint is not None:  # it is the tables, a checkpoint or an upload that failed
+    if result.checkpoint is not None:  # it is the tables or a checkpoint that failed
         facts["model"] = str(result.checkpoint)
         logger.warning("the trained model is in %s all the same", result.checkpoint)
     with suppress(StorageError):  # the run's own error is the one to tell

@@ -18,6 +18,7 @@ from ray import __version__ as ray_version
 from ray.job_submission import JobSubmissionClient
 
 from distplat.actors import ray_compat
+from distplat.cli import bounded_answers
 from distplat.cli.address import (
     VERSION_KEY,
     Info,
@@ -28,13 +29,17 @@ from distplat.cli.address import (
     token_at_hand,
     unset,
 )
+from distplat.cli.bounded_answers import Limits
 from distplat.cli.versions import Versions
 from distplat.platform.errors import ClusterUnreachable, SpecError
 
 OURS = Versions(ray_version, ".".join(map(str, sys.version_info[:3])))
-_CONNECT_S = 5.0
 _ANSWER_S = 30.0
 _FIRST_ANSWER_S = 4.0
+_MOST_BYTES = 64 * 2**20
+"""Of an answer. A list of jobs has what each was given: up to 50 kB of ours."""
+_MOST_LOG_BYTES = 2**30
+"""Of a job's log, of which Ray's job API gives all or nothing."""
 _ASKED_TO_END = 143
 """A driver of ours exits so when it is asked to end; Ray calls only that STOPPED which it ends."""
 _NEEDS_TOKEN = "set RAY_AUTH_TOKEN, or RAY_AUTH_MODE=token with the token in ~/.ray/auth_token"
@@ -48,26 +53,21 @@ def _request(
     client: Any, send: Callable[..., requests.Response], method: str, endpoint: str, **kwargs: Any
 ) -> requests.Response:
     """
-    Send one request of a client, with a deadline and our errors.
+    Send one request of a client, with limits and our errors.
 
     Raises:
-        ClusterUnreachable: no answer, or it does not take our token.
+        ClusterUnreachable: no answer, too much of it, or it does not take our token.
     """
-    kwargs.setdefault("timeout", (_CONNECT_S, client.answer_s))
     address = client.get_address()
+    most = _MOST_LOG_BYTES if endpoint.endswith("/logs") else _MOST_BYTES
+    limits = Limits(client.answer_s, most)
     try:
-        return send(method, endpoint, **kwargs)
+        return bounded_answers.request(send, address, method, endpoint, limits, **kwargs)
     except ray.exceptions.AuthenticationError as error:
         if "Authentication failed" in str(error):
             message = f"{address} does not accept our token; {_NEEDS_TOKEN}"
             raise ClusterUnreachable(message) from None
         raise _TokenWanted(f"{address} requires a token: {_NEEDS_TOKEN}") from None
-    except requests.Timeout:
-        message = f"{address} took a connection but gave no answer; is it a Ray dashboard?"
-        raise ClusterUnreachable(message) from None
-    except requests.RequestException as error:
-        message = f"{address} broke off ({type(error).__name__}); is it a Ray dashboard?"
-        raise ClusterUnreachable(message) from None
 
 
 _UNREADABLE = (ValueError, LookupError, TypeError, AttributeError, RecursionError)

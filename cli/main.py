@@ -44,6 +44,7 @@ from distplat.cli.report import report
 from distplat.cli.running import scale
 from distplat.cli.schedule import schedule
 from distplat.cli.script import COMMAND, routed, submit_script
+from distplat.cli.upload import upload
 from distplat.cli.verify import replay, verify
 from distplat.platform.errors import (
     DistplatError,
@@ -206,6 +207,7 @@ app.command()(schedule)
 app.command()(replay)
 app.command()(report)
 app.command()(scale)
+app.command()(upload)
 app.command(COMMAND, hidden=True, options_metavar="[OPTIONS] --")(submit_script)
 
 

@@ -63,7 +63,7 @@ def report(
 def _write_page(record: RunRecord, now: float) -> Path:
     with report_extra():
         from distplat.cli.report_page import page
-    return _write(record.path / PAGE, page(record, now))
+    return write_new(record.path / PAGE, page(record, now))
 
 
 def _write_perfetto(record: RunRecord, pipeline: "list[Gantt]") -> Path:
@@ -71,10 +71,10 @@ def _write_perfetto(record: RunRecord, pipeline: "list[Gantt]") -> Path:
 
     assert record.trace is not None
     text = json.dumps(chrome_trace(record.trace, pipeline))
-    return _write(record.path / PERFETTO, text)
+    return write_new(record.path / PERFETTO, text)
 
 
-def _write(path: Path, text: str) -> Path:
+def write_new(path: Path, text: str) -> Path:
     """
     Write a file whole; under a name that nobody can have put a link at, for the run may be foreign.
 

@@ -13,15 +13,16 @@ waits as long as the storage answers now and then, and takes something.
 from __future__ import annotations
 
 import os
+import shlex
 import stat
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from distplat.platform.checkpoints import FOLDER, MANIFEST, Catalogue
 from distplat.platform.disk import SETTING, with_deadline
@@ -29,6 +30,8 @@ from distplat.platform.errors import StorageError
 from distplat.platform.remote_storage import NoAnswer, RemoteStorage
 
 RESULT = "result.json"
+NOT_UPLOADED = "not_uploaded"
+"""Field of `result.json`: what is not there, of a run that has ended well otherwise."""
 _POLL_S = 1.0
 _GROWING_S = 10.0
 """How often a file that grows is written anew, at most."""
@@ -89,37 +92,42 @@ class RunUpload:
         """Of the copy."""
         return self._storage.url
 
-    def close(self) -> str:
+    def close(self, asked: Callable[[], bool] = lambda: False) -> str:
         """
         Bring what is not there yet.
 
         Gives up once the storage has not answered for `limit_s`, or has taken nothing in that time.
+
+        Args:
+            asked: whether somebody asked not to wait for it.
 
         Returns:
             What is not there, and why; empty: all is.
         """
         self._closing.set()
         try:
-            self._wait_for_it()
+            self._wait_for_it(asked)
         except KeyboardInterrupt:
-            text = "the copy at %s is not complete: its upload was broken off; all is in %s"
-            self._warn(text % (self._storage.url, self._folder))
+            text = "the copy at %s is not complete: its upload was broken off; all is in %s, and %s"
+            self._warn(text % (self._storage.url, self._folder, hint(self._folder)))
             raise
         finally:
             self._given_up.set()
         if self._ended.is_set():
             return ""
         why = self._why or f"the storage does not answer (`{SETTING}`)"
+        if asked():
+            why = "its upload was broken off"
         try:
             missing = with_deadline(lambda moved: self._missing(), self._folder, _LIST_S)
         except (OSError, StorageError) as error:
             missing, why = "the run directory", str(error)
-        return f"{missing} not uploaded to {self._storage.url}: {why}"
+        return f"{missing} not uploaded to {self._storage.url}: {why}; {hint(self._folder)}"
 
-    def _wait_for_it(self) -> None:
+    def _wait_for_it(self, asked: Callable[[], bool]) -> None:
         """Return when all is there, or nothing more can be hoped for."""
         began, limit_s, said = time.monotonic(), self._storage.limit_s, False
-        while not self._ended.wait(0.05):
+        while not self._ended.wait(0.05) and not asked():
             now = time.monotonic()
             if not said and now - began > _SAID_S:
                 said = True
@@ -330,6 +338,11 @@ def _signature(about: os.stat_result) -> Signature:
     return about.st_ino, about.st_size, about.st_mtime_ns
 
 
+def hint(folder: Path) -> str:
+    """Say how to complete a copy later."""
+    return f"`{shlex.join(['distplat', 'upload', str(folder)])}` uploads it"
+
+
 def upload_of(
     folder: Path, storage_url: str, limit_s: float, warn: Callable[[str], object]
 ) -> RunUpload:
@@ -356,3 +369,13 @@ def not_uploaded(missing: str, model: Path | None) -> StorageError:
     """
     where = f"; the trained model is in {model}" if model is not None else ""
     return StorageError(f"the run has ended, but {missing}{where}")
+
+
+def completed(result: Mapping[str, Any]) -> dict[str, Any]:
+    """Give what `result.json` is to say once a copy is complete: for some runs only that failed."""
+    if NOT_UPLOADED not in result:
+        return dict(result)
+    facts = {
+        key: result[key] for key in result if key not in ("status", "error", "model", NOT_UPLOADED)
+    }
+    return {"status": "SUCCEEDED", **facts}

@@ -209,7 +209,7 @@ def test_what_fails_after_the_training_does_not_cost_the_model(
 ) -> None:
     """An embedding server that dies while its tables are saved, for example."""
 
-    def train(launch: object, handlers: RunHandlers) -> None:
+    def train(launch: object, handlers: RunHandlers, stopping: object) -> None:
         handlers.on_model(save({"weight": np.ones(3, np.float32)}))
         raise StorageError("embeddings.0-users.0.0000.safetensors: No space left on device")
 

@@ -5,7 +5,7 @@ import json
 import logging
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -140,7 +140,7 @@ def test_a_storage_that_takes_nothing_is_given_up_at_the_end(
     monkeypatch.setattr("distplat.platform.run_upload._SAID_S", 0.2)
     missing = closed(copy_of(tmp_path, warnings, limit_s=0.8))
     assert missing.startswith("job.yaml not uploaded to odd://bucket/")
-    assert missing.endswith(why)
+    assert missing.endswith(f"{why}; `distplat upload {tmp_path}` uploads it")
     assert len(warnings) == 2 and "the run goes on" in warnings[0]
     assert "the end of the run waits for its copy at odd://bucket/" in warnings[1]
 
@@ -153,7 +153,7 @@ def test_who_breaks_an_upload_off_is_told_what_is_where(
     warnings: list[str] = []
     upload = copy_of(tmp_path, warnings)
 
-    def interrupt() -> None:
+    def interrupt(asked: Callable[[], bool]) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(upload, "_wait_for_it", interrupt)
@@ -161,8 +161,8 @@ def test_who_breaks_an_upload_off_is_told_what_is_where(
         upload.close()
     upload._thread.join(30)
     assert not upload._thread.is_alive()
-    told = f"is not complete: its upload was broken off; all is in {tmp_path}"
-    assert [one.endswith(told) for one in warnings].count(True) == 1  # its thread may warn, too
+    told = f"is not complete: its upload was broken off; all is in {tmp_path}, and `distplat upload"
+    assert [told in one for one in warnings].count(True) == 1  # its thread may warn, too
 
 
 def test_a_failure_is_told_once_and_tried_again(tmp_path: Path) -> None:
@@ -386,3 +386,40 @@ def test_the_command_line(
         assert "odd://bucket/a/checkpoints" in told and "missing: its storage" in told
         assert "`failure.storage_timeout_s` changes this deadline" in told
     assert command(["submit", "--storage-path", "s3://bucket", "--", "true"]) == 2
+
+
+def test_a_copy_that_is_not_complete_is_completed_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Odd.hold = threading.Event()
+    with pytest.raises(StorageError) as raised:
+        fit(tmp_path, "odd://bucket/a", failure={"storage_timeout_s": 0.4})
+    (run,) = (tmp_path / "runs").iterdir()
+    assert f"`distplat upload {run}` uploads it" in str(raised.value)
+    before = (run / "result.json").read_text()
+    assert json.loads(before)["status"] == "FAILED"
+    assert command(["upload", run.name]) == 5, "it hangs still"
+    assert f"not uploaded to odd://bucket/a/{run.name}" in capsys.readouterr().err
+    assert (run / "result.json").read_text() == before
+    Odd.hold = None
+    assert command(["upload", run.name]) == 0
+    assert capsys.readouterr().out == f"odd://bucket/a/{run.name}\n"
+    facts = json.loads((run / "result.json").read_text())
+    assert facts["status"] == "SUCCEEDED" and "loss" in facts["metrics"]
+    assert not facts.keys() & {"error", "not_uploaded"}
+    there = Odd().cat_file(f"odd://bucket/a/{run.name}/result.json")
+    assert json.loads(there) == facts
+    assert fit(tmp_path, "odd://bucket/b", f"odd://bucket/a/{run.name}", epochs=5).url
+    assert command(["upload", str(tmp_path / "nowhere")]) == 2
+
+
+def test_what_names_no_url_is_not_uploaded(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for url in ("runs", "s3://key:hush@bucket/a", 5):
+        (tmp_path / "job.yaml").write_text(yaml.safe_dump({"storage_path": url}))
+        (tmp_path / "result.json").write_text("{}")
+        assert command(["upload", str(tmp_path)]) == 2
+        told = capsys.readouterr().err
+        assert "storage_path: " in told and "hush" not in told

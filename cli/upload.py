@@ -1,0 +1,73 @@
+"""`distplat upload`: completes the copy at a URL of a run that has ended."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from distplat.actors.stopping import Stopping
+from distplat.cli.remote import say
+from distplat.cli.report import write_new
+from distplat.platform.errors import Problem, SpecError, StorageError
+from distplat.platform.remote_storage import is_url, missing_library, url_problem
+from distplat.platform.run_record import RunRecord, find_run, read_run
+from distplat.platform.run_upload import RESULT, completed, upload_of
+from distplat.platform.spec import Failure
+
+Run = Annotated[Path, typer.Argument(help="The run directory, or its name below `runs/`.")]
+
+
+def upload(run: Run) -> None:
+    """
+    Complete the copy of a run whose `storage_path` is a URL.
+
+    For a run whose driver was broken off, or whose storage did not answer, before all was there.
+    Everything is uploaded once more.
+    """
+    path = find_run(run)
+    record = read_run(path)
+    url, limit_s = _where(record)
+    before, whole = record.result, False
+    if before is not None:
+        _write_result(path, completed(before))
+    try:
+        with Stopping() as stopping:
+            copy = upload_of(path, url, limit_s, lambda text: say(f"warning: {text}"))
+            missing = copy.close(lambda: stopping.asked)
+            whole = not missing
+    finally:
+        if before is not None and not whole:
+            _write_result(path, before)
+    if missing and stopping.asked:
+        say(f"error: {missing}")
+        stopping.check()
+    if missing:
+        raise StorageError(missing)
+    print(copy.url)
+
+
+def _where(record: RunRecord) -> tuple[str, float]:
+    """
+    Give the URL above the copy, and how long its storage may take.
+
+    Raises:
+        SpecError: the job has none, or it cannot be written to.
+    """
+    url = record.job.get("storage_path")
+    if not isinstance(url, str) or not is_url(url):
+        text = f"{record.path / 'job.yaml'} names no URL as `storage_path`"
+        raise SpecError(Problem(("storage_path",), text, "copy the directory as it is"))
+    for text, hint in (url_problem(url), missing_library(url)):
+        if text:
+            raise SpecError(Problem(("storage_path",), text, hint))
+    try:
+        given = {"storage_timeout_s": record.job["failure"]["storage_timeout_s"]}
+        return url, Failure.model_validate(given).storage_timeout_s
+    except (LookupError, TypeError, ValueError):
+        return url, Failure().storage_timeout_s
+
+
+def _write_result(path: Path, facts: Mapping[str, Any]) -> None:
+    write_new(path / RESULT, json.dumps(facts, indent=2) + "\n")

@@ -1,0 +1,93 @@
+"""A signal while a run's copy is completed, in a process of its own with signals of its own."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from marks import slow
+
+SUPPORT = Path(__file__).parents[1] / "support"
+TASKS = Path(__file__).parents[1] / "cluster"
+SCRIPT = """
+import json, logging, os, signal, sys, threading, time
+from pathlib import Path
+from storages import Odd
+from jobs import fields_of
+from distplat.actors.trainer import Trainer
+from distplat.platform.errors import DistplatError
+
+first, second, when = sys.argv[1:]
+logging.basicConfig(level=logging.WARNING, format="%(message)s")
+Odd.hold = threading.Event()
+folder = Path.cwd()
+
+def strike():
+    until = time.monotonic() + 60
+    marks = {"upload": "result.json", "training": "metrics.jsonl"}
+    while not list(folder.glob(f"runs/*/{marks[when]}")) and time.monotonic() < until:
+        time.sleep(0.01)
+    time.sleep(0.3)
+    os.kill(os.getpid(), getattr(signal, first))
+    if second:
+        while not list(folder.glob("runs/*/result.json")) and time.monotonic() < until:
+            time.sleep(0.01)
+        time.sleep(0.3)
+        os.kill(os.getpid(), getattr(signal, second))
+
+threading.Thread(target=strike, daemon=True).start()
+fields = fields_of(
+    workers=0, task="tasks_for_tests:Blobs", optimizer={"name": "AdamW", "lr": 0.1},
+    global_batch_size=8, epochs=100000 if when == "training" else 2, checkpoint={"every_epochs": 1},
+    storage_path="odd://bucket/runs", failure={"storage_timeout_s": 600},
+)
+fields.pop("steps", None)
+try:
+    Trainer(fields, working_dir=os.environ["TASKS"], storage_dir=folder).fit()
+except DistplatError as error:
+    print(error.exit_code)
+except KeyboardInterrupt:
+    print("at once")
+"""
+
+
+def struck(folder: Path, *args: str) -> tuple[str, str, dict[str, object]]:
+    """Give what a run printed, what it warned of, and its result."""
+    paths = [str(SUPPORT), *sys.path]
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT, *args],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": ":".join(paths), "TASKS": str(TASKS)},
+    )
+    results = list(folder.glob("runs/*/result.json"))
+    assert results, done.stderr
+    return done.stdout.strip(), done.stderr, json.loads(results[0].read_text())
+
+
+@pytest.mark.parametrize(("name", "code"), [("SIGTERM", "143"), slow("SIGINT", "130")])
+def test_a_signal_while_the_end_uploads_is_told_with_what_is_left(
+    name: str, code: str, tmp_path: Path
+) -> None:
+    said, warned, result = struck(tmp_path, name, "", "upload")
+    assert said == code, warned
+    (run,) = (tmp_path / "runs").iterdir()
+    last = warned.strip().splitlines()[-1]
+    assert last.startswith("the run has ended, but model.safetensors, ")
+    assert f"not uploaded to odd://bucket/runs/{run.name}: its upload was broken off" in last
+    assert f"`distplat upload {run}` uploads it" in last
+    assert last.endswith(f"the trained model is in {run / 'model.safetensors'}")
+    assert result["status"] == "STOPPED" and "loss" in result["metrics"]  # type: ignore[operator]
+    assert "model.safetensors" in str(result["not_uploaded"])
+
+
+@pytest.mark.slow
+def test_a_run_that_was_stopped_uploads_until_the_next_signal(tmp_path: Path) -> None:
+    said, warned, result = struck(tmp_path, "SIGTERM", "SIGTERM", "training")
+    assert said == "143", warned
+    assert "its upload was broken off; `distplat upload" in warned.splitlines()[-1]
+    assert result == {"status": "STOPPED", "error": "interrupted by SIGTERM"}
