@@ -62,6 +62,10 @@ class Hybrid(Strategy[HybridOptions]):
             wire=WIRES[chosen.wire],
         )
 
+    def micro_batches(self, job: Job) -> int:
+        """Give the option's number."""
+        return self.options.micro(job)
+
     def problems(self, job: Job) -> list[Problem]:
         """Refuse sizes that do not fit, and options that would have no effect."""
         return problems(self.options, job)

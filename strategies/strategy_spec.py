@@ -139,6 +139,10 @@ class Strategy(Generic[OptionsT]):
         """Say what the strategy needs besides workers."""
         return Roles()
 
+    def micro_batches(self, job: Job) -> int:
+        """Say into how many micro-batches a replica's part of a batch is cut."""
+        return job.gradient_accumulation
+
     def problems(self, job: Job) -> list[Problem]:
         """Name what in this job the strategy cannot do; an option is never ignored."""
         return []

@@ -29,15 +29,13 @@ from distplat.platform.spec import Job
 from distplat.platform.tensor_slices import ITEM_BYTES
 from distplat.strategies.collective import SENDABLE
 from distplat.strategies.loop.streams import StreamSamples, StreamSeeds, is_ray_data, is_stream
-from distplat.strategies.model.module_hooks import tensor_hooks, unwrapped
+from distplat.strategies.model.module_hooks import unwrapped
 from distplat.strategies.task import Task, overrides
 from distplat.strategies.task_methods import place_of
 
 logger = logging.getLogger(__name__)
 
 _REAL = "keep it as real numbers: torch.view_as_real(...), and torch.view_as_complex in forward()"
-_SMALL = 0.1
-"""Below it the largest factor of a task's `lr` is more probably a rate."""
 _SHOWN = 6
 """Names in one message."""
 
@@ -94,7 +92,7 @@ def without_shape(model: nn.Module) -> str:
     if not lazy:
         return ""
     has = "has" if len(lazy) == 1 else "have"
-    names = f"{_listed(lazy)} of the model {has}"
+    names = f"{listed(lazy)} of the model {has}"
     return f"{names} no shape yet, as lazy modules do before their first batch"
 
 
@@ -182,20 +180,26 @@ def _checked_stream(job: Job, task: Task, data: object, method: str) -> StreamSa
     return found
 
 
-def remark_on_size(job: Job, sampler: Sampler) -> str:
-    """Say what a job asks for that its data is too small for; empty: nothing."""
-    if sampler.size < sampler.world:
-        idle = sampler.world - sampler.size
-        return (
-            f"the training data has {sampler.size} samples for {sampler.world} parts of a batch: "
-            f"{idle} of them are empty in every step"
-        )
-    if sampler.size < job.global_batch_size:
-        return (
-            f"the training data has {sampler.size} samples, fewer than global_batch_size "
-            f"{job.global_batch_size}: every step is made of all of them"
-        )
-    return ""
+def check_frequencies(model: nn.Module, parts: int) -> None:
+    """
+    See that no embedding goes by how often a batch has a row, where batches are cut.
+
+    Args:
+        model: the user's.
+        parts: into how many micro-batches, over all workers, a batch is cut.
+
+    Raises:
+        SpecError: names each that does.
+    """
+    named = model.named_modules() if parts > 1 else ()
+    found = [name for name, one in named if getattr(one, "scale_grad_by_freq", False) is True]
+    text = (
+        "model() has {!r} with `scale_grad_by_freq`: its gradient is divided by how often a row is "
+        f"in a micro-batch, and this job makes {parts} of a batch"
+    )
+    hint = "leave it out, or use one worker without gradient_accumulation"
+    if found:
+        raise SpecError(*(Problem(("task",), text.format(name), hint) for name in found))
 
 
 def check_evaluations(job: Job, sampler: Sampler, eval_data: object) -> None:
@@ -226,62 +230,6 @@ def check_evaluations(job: Job, sampler: Sampler, eval_data: object) -> None:
     periods = job.checkpoint.period(steps), job.evaluation.period(steps)
     if problems := period_problems(*periods):
         raise SpecError(*problems)
-
-
-def remark_on_factors(job: Job) -> str:
-    """Say that a task's `lr` seems to give rates instead of factors; empty: it does not."""
-    own = job.task_schedule
-    most = max(own.factors, default=1.0) if own is not None else 1.0
-    if most >= _SMALL:
-        return ""
-    return (
-        f"lr() gives factors of the optimizer's lr, and the largest is {most:g}: no rate is above "
-        f"{most:g} x {max(job.optimizer.rates()):g}"
-    )
-
-
-def remark_on_hooks(job: Job, model: nn.Module) -> str:
-    """Say that a parameter's hook sees parts of a batch; empty: none does."""
-    if job.scaling.world == 1 and job.gradient_accumulation == 1:
-        return ""
-    found = ((name, tensor_hooks(one)) for name, one in model.named_parameters())
-    name, hooks = next(((name, hooks) for name, hooks in found if hooks), ("", []))
-    if not hooks:
-        return ""
-    return (
-        f"{hooks[0]} on the parameter {name!r} is shown the gradient of each worker's part of the "
-        "batch, or of a micro-batch, before they are added up: as on the whole batch only where "
-        "it multiplies by a constant. `clip_norm` is of the whole"
-    )
-
-
-def remark_on_modes(model: nn.Module) -> str:
-    """Say which parts of a model a step puts in training mode that had been taken out of it."""
-    still = [(name, one) for name, one in model.named_modules() if not one.training]
-    if not model.training:  # all of it, as Hugging Face's from_pretrained() gives a model
-        return ""
-    model.train()
-    changed = [name for name, one in still if one.training]
-    for _, one in still:
-        one.training = False
-    outer = [name for name in changed if name.rpartition(".")[0] not in changed]
-    if not outer:  # a train() of the model's own sees to it
-        return ""
-    return (
-        f"model() gives {_listed(outer)} in evaluation mode, and each step begins with "
-        "model.train(), which has dropout drop and batch norms take the batch's statistics: where "
-        "that is not meant, give the model a train(mode) that leaves this part in eval()"
-    )
-
-
-def remarks_on_model(job: Job, model: nn.Module) -> list[str]:
-    """Give what is no error in a model and probably not meant, as `remarks_on` does."""
-    return [*filter(None, [remark_on_hooks(job, model), remark_on_modes(model)])]
-
-
-def remarks_on(job: Job, sampler: Sampler) -> list[str]:
-    """Give what is no error and probably not meant; rank 0 says it for all."""
-    return [*filter(None, [remark_on_size(job, sampler), remark_on_factors(job)])]
 
 
 def _fault_of(data: object) -> str:
@@ -325,7 +273,7 @@ def checked_step(task: Task, given: object) -> object:
     if not isinstance(given, Mapping):
         return given
     if "loss" not in given:
-        names = _listed([str(name) for name in given]) or "nothing"
+        names = listed([str(name) for name in given]) or "nothing"
         raise ValueError(
             f"{place(task, 'step')}step() must have the loss in what it returns, as 'loss'; got a "
             f"{type(given).__name__} of {names}"
@@ -389,7 +337,7 @@ def _no_tensor(loss: object, method: str) -> str:
     if isinstance(loss, int | float):
         return f"{text} {loss:g}: return the tensor itself, without .item() or float()"
     if isinstance(loss, Mapping):
-        names = _listed([str(name) for name in loss])
+        names = listed([str(name) for name in loss])
         return f"{text} of {names}: return the entry that is to be minimised"
     if isinstance(getattr(loss, "loss", None), Tensor):
         return f"{text}: return its .loss"
@@ -493,6 +441,7 @@ def no_return(value: object) -> str:
     return ": is there a `return`?" if value is None else ""
 
 
-def _listed(names: list[str]) -> str:
+def listed(names: list[str]) -> str:
+    """Give names as a message has them, the first ones of many."""
     more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
     return ", ".join(repr(name) for name in names[:_SHOWN]) + more

@@ -39,11 +39,10 @@ from distplat.strategies.loop.batches import make_sampler, total_steps
 from distplat.strategies.loop.checks import (
     check_device,
     check_evaluations,
+    check_frequencies,
     check_state,
     checked_data,
     checked_model,
-    remarks_on,
-    remarks_on_model,
 )
 from distplat.strategies.loop.compute import TaskModel
 from distplat.strategies.loop.gathering import Gathering, looks_gathering
@@ -52,6 +51,7 @@ from distplat.strategies.loop.loop import LeasedLoop, Loop, Progress, course_of
 from distplat.strategies.loop.losses import LOSS_SCALE, LossScale, TermWeights
 from distplat.strategies.loop.metric_states import TaskMetrics
 from distplat.strategies.loop.prepared import Prepared
+from distplat.strategies.loop.remarks import remarks_on, remarks_on_model
 from distplat.strategies.loop.seeding import seed_all
 from distplat.strategies.loop.streams import Mark, StreamSamples
 from distplat.strategies.loop.task_settings import (
@@ -141,9 +141,11 @@ def prepare(
     """
     loaders_ready = ready_loaders(job)
     seed_all(job.seed)
-    roles = make_strategy(job).roles(job) if strategy is None else strategy.strategy.roles(job)
+    spec = make_strategy(job) if strategy is None else strategy.strategy
+    roles = spec.roles(job)
     model = checked_model(task, task.model() if strategy is None else strategy.build_model(task))
     said = remarks_on_model(job, model)
+    check_frequencies(model, roles.replicas(job.scaling.world) * spec.micro_batches(job))
     check_state(model, sent=roles.collective is not None and job.scaling.world > 1)
     check_device(device)
     lookups = lookups_of(model, job)

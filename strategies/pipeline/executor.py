@@ -7,7 +7,7 @@ channel (`algorithms/pipeline_schedule.py`), and every channel has room for one 
 
 import time
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -32,6 +32,7 @@ from distplat.strategies.model.flat import FlatModel
 from distplat.strategies.model.model_call import Batch
 from distplat.strategies.model.trials import untouched
 from distplat.strategies.pipeline.channel import Channel
+from distplat.strategies.pipeline.forward_writes import ForwardWrites
 from distplat.strategies.pipeline.interfaces import Source, Tail, TraceSpan
 from distplat.strategies.pipeline.limits import Reached
 from distplat.strategies.pipeline.rank_model import Chunk
@@ -143,6 +144,7 @@ class ScheduleRun:
         source: of micro-batches.
         tail: told when gradients become final; None: forwards alone.
         look: shown what each place gives, before it is differentiated.
+        writes: watches what forwards write that a backward follows.
     """
 
     def __init__(
@@ -152,9 +154,10 @@ class ScheduleRun:
         source: Source,
         tail: Tail | None,
         look: Callable[[Sequence[Tensor]], None] = lambda outputs: None,
+        writes: ForwardWrites | None = None,
     ) -> None:
         self._seat, self._plan, self._source, self._tail = seat, plan, source, tail
-        self._look = look
+        self._look, self._writes = look, writes
         self._channel = seat.channel
         self._schedule = plan.schedule
         self._final = plan.schedule.micro_batches - 1
@@ -251,7 +254,7 @@ class ScheduleRun:
             given, inputs = entered(
                 self._layout(place, number), held.tensors, differentiated=self._tail is not None
             )
-        with seat.context():
+        with seat.context(), self._watched(place):
             outputs = seat.chunks[place].run(given, source.seed(number))
         if buffer is not None and _share_memory(buffer, tensors_in(outputs)):
             buffer = None  # a chunk that hands its input on: others still read it
@@ -261,6 +264,11 @@ class ScheduleRun:
             self._live[number, place] = _Live(inputs, made, buffer)
         elif buffer is not None:
             self._channel.give_back(buffer)
+
+    def _watched(self, place: int) -> AbstractContextManager[object]:
+        """Give the context in which a forward must not change what micro-batches wait with."""
+        waiting = any(at == place for held in (self._live, self._late) for _, at in held)
+        return self._writes.forward() if self._writes and waiting else nullcontext()
 
     def _hand_on(self, number: int, place: int, outputs: Any) -> list[Tensor]:
         """Have a place's outputs sent, or judged; give what is to be differentiated."""
@@ -322,7 +330,10 @@ class ScheduleRun:
             return
         self._seat.flat.before_backward()
         made, known = zip(*pairs, strict=True)
-        torch.autograd.backward(made, known, retain_graph, inputs=inputs)
+        try:
+            torch.autograd.backward(made, known, retain_graph, inputs=inputs)
+        except RuntimeError as error:
+            raise (self._writes.explained(error) if self._writes else error) from error
         self._seat.flat.take_in()
 
     def _give_back(self, *held: _Live | _Held) -> None:
@@ -396,6 +407,7 @@ class Executor:
 
     def __init__(self, seat: StageContext, reached: Reached) -> None:
         self._seat, self._reached = seat, reached
+        self._writes = ForwardWrites(seat.flat.model)
         self._sizes: set[int] = set()  #: of micro-batches whose shapes are agreed
         self.spans: list[TraceSpan] = []  #: of the plan that ran last
 
@@ -405,12 +417,15 @@ class Executor:
 
         Raises:
             CollectiveError: a stage is missing.
-            SpecError: see `Reached`.
+            SpecError: see `Reached` and `ForwardWrites`.
         """
         self._agree_on_shapes(source)
         self._mode(training=True)
-        self.spans = ScheduleRun(self._seat, plan, source, tail, self._reached.look).run()
+        self._writes.begin_step()
+        watches = self._reached.look, self._writes
+        self.spans = ScheduleRun(self._seat, plan, source, tail, *watches).run()
         self._reached.stepped()
+        self._writes.stepped()
 
     @torch.no_grad()
     def evaluate(self, plan: Plan, source: Source) -> None:

@@ -117,11 +117,11 @@ class AllReduceGradSync(GradSync):
     @override
     def begin(self, step: int, local: StepControl) -> StepControl:
         """The sum is in `flat.grads`."""
+        changed = self._state.news(step)  # without peers, too: evaluations put back what is known
         if self._reducer is None:
             mine = local.looked_at(self._flat) if self._look else local
             self._total = mine
             return mine
-        changed = self._state.news(step)
         self._total = self._reducer.finish(replace(local, state_changed=changed))
         mine = self._reducer.local
         overflow = self._total.non_finite and self._total.rank < 0 and self._total.slot >= 0

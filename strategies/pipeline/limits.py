@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 
-from distplat.platform.errors import Problem, SpecError
+from distplat.platform.errors import DistplatError, Problem, SpecError
 from distplat.strategies.collective import Collective
 from distplat.strategies.loop.seeding import generators_kept, seed_quickly
 from distplat.strategies.model.block_layers import BeforeBlocks
@@ -25,6 +25,7 @@ from distplat.strategies.model.model_call import Batch, ModelCall
 from distplat.strategies.model.trials import Runner, attributes_kept, untouched
 from distplat.strategies.pipeline.values import copied, is_value, on_device, tensors_in
 from distplat.strategies.task import Task, kind_of, overrides, own_call
+from distplat.strategies.tensor.parallel_layers import lone_columns
 from distplat.strategies.torch_compat import tree_map
 
 _DEPTH = 3
@@ -377,12 +378,15 @@ class BeforeSlicing:
     What chunks give while their layers are whole.
 
     Args:
-        chunks: of a rank, by place; each a `rank_model.Chunk`.
+        module: what a rank has of the model.
+        chunks: of it, by place; each a `rank_model.Chunk`.
         inputs: by place, the same on all slices.
     """
 
-    def __init__(self, chunks: Mapping[int, Any], inputs: Mapping[int, Any]) -> None:
-        self._chunks, self._inputs = chunks, inputs
+    def __init__(
+        self, module: nn.Module, chunks: Mapping[int, Any], inputs: Mapping[int, Any]
+    ) -> None:
+        self._module, self._chunks, self._inputs = module, chunks, inputs
         self._expected: dict[int, Any] = {}
         for place in inputs:
             try:
@@ -397,14 +401,25 @@ class BeforeSlicing:
         Run the chunks again, sliced; every rank of the slices calls this.
 
         Raises:
-            SpecError: they give something else.
+            SpecError: they give something else, or fail.
             CollectiveError: a rank is missing.
         """
         for place, expected in self._expected.items():
-            if not _alike(self._run(place, 0), expected):
-                text = "sliced as `tensor_plan` says, layers compute otherwise than whole"
-                hint = "between `colwise` and `rowwise` each element must be computed by itself"
-                raise SpecError(Problem(("strategy", "tensor_plan"), text, hint))
+            try:
+                alike = _alike(self._run(place, 0), expected)
+            except DistplatError:
+                raise
+            except Exception as error:
+                raise self._sliced(f"fail where they do not whole: {error}") from error
+            if not alike:
+                raise self._sliced("compute otherwise than whole")
+
+    def _sliced(self, what: str) -> SpecError:
+        text = f"sliced as `tensor_plan` says, layers {what}"
+        lone = [f"{whole} as {split} is" for split, whole in lone_columns(self._module)]
+        hint = f"split {', '.join(lone)}: they have the same inputs and sizes" if lone else ""
+        each = "between `colwise` and `rowwise` each element must be computed by itself"
+        return SpecError(Problem(("strategy", "tensor_plan"), text, hint or each))
 
     @torch.no_grad()
     def _run(self, place: int, seed: int) -> Any:

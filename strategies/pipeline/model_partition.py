@@ -282,7 +282,7 @@ def agreed_part(
         prepared.model = None
         if slices is not None:
             if together is not None:
-                part.trial = BeforeSlicing(part.chunks, inputs)
+                part.trial = BeforeSlicing(part.module, part.chunks, inputs)
             part.specs = parallelize(part.module, options.tensor_plan, slices, partial=True)
         part.finish(prepared.job.optimizer.group_of)
     elif options.places > 1:

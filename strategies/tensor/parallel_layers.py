@@ -159,6 +159,27 @@ class ColumnLinear(nn.Linear):
         return outputs
 
 
+def lone_columns(module: nn.Module) -> list[tuple[str, str]]:
+    """
+    Find layers whose columns are split beside others of their size that are whole.
+
+    Returns:
+        Names of both, as a plan of a gated MLP has them that leaves one of its two out.
+    """
+    found = []
+    for prefix, parent in module.named_modules():
+        layers = [(f"{prefix}.{own}".strip("."), one) for own, one in parent.named_children()]
+        for split, columns in layers:
+            if isinstance(columns, ColumnLinear) and not columns.gathers:
+                sizes = columns.in_features, columns.bounds[-1][1]
+                found += [
+                    (split, name)
+                    for name, one in layers
+                    if type(one) is nn.Linear and (one.in_features, one.out_features) == sizes
+                ]
+    return found
+
+
 class RowLinear(nn.Linear):
     """A rank's rows of a linear layer; the input is split as a column layer leaves it, or whole."""
 

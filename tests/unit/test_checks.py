@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 from distplat import Result, Task, Trainer
 from distplat.platform.errors import SpecError, UserCodeError
 from distplat.platform.progress import EvalReport, ReportAggregator
-from distplat.strategies.loop.checks import remark_on_size
+from distplat.strategies.loop.remarks import remark_on_size
 from distplat.strategies.loop.session import prepare
 
 pytestmark = pytest.mark.usefixtures("loader_server")
@@ -314,6 +314,43 @@ def test_data_smaller_than_the_workers_is_trained_and_remarked_on() -> None:
     )
     for name, value in run.trained[0].items():
         torch.testing.assert_close(run.trained[2][name], value)
+
+
+class Frequencies(Task):
+    """A row that a batch has often moves no further than the others."""
+
+    def model(self) -> nn.Module:
+        table = nn.Embedding(5, 3, scale_grad_by_freq=True)
+        return nn.Sequential(table, nn.Flatten(), nn.Linear(6, 2))
+
+    def train_data(self) -> Dataset[Any]:
+        torch.manual_seed(3)
+        return TensorDataset(torch.randint(0, 5, (8, 2)), torch.randint(0, 2, (8,)))
+
+    def loss(self, outputs: Any, targets: Any) -> Tensor:
+        return F.cross_entropy(outputs, targets)
+
+
+@pytest.mark.parametrize(
+    ("strategy", "workers", "more", "parts"),
+    [
+        ("ring", 1, {}, 1),
+        ("ring", 3, {}, 3),
+        ("ps-sync", 2, {"gradient_accumulation": 2}, 4),
+        ({"name": "hybrid", "data": 2, "pipeline": 1, "micro_batches": 2}, 2, {}, 4),
+        ({"name": "hybrid", "pipeline": 2, "micro_batches": 1, "cut": "even"}, 2, {}, 1),
+    ],
+)
+def test_an_embedding_that_counts_a_batchs_rows_is_refused_where_batches_are_cut(
+    strategy: Any, workers: int, more: dict[str, Any], parts: int
+) -> None:
+    job = job_of(strategy, workers, **more)
+    if parts == 1:
+        local_run.train(job, Frequencies)
+        return
+    with pytest.raises(SpecError, match="'0' with `scale_grad_by_freq`") as caught:
+        local_run.train(job, Frequencies)
+    assert f"this job makes {parts} of a batch" in str(caught.value)
 
 
 def test_a_card_that_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -339,6 +339,22 @@ class Thawing(Frozen):
     thaws_in = 3
 
 
+class Tied(Small):
+    """A table, and a head with the same weight."""
+
+    def model(self) -> nn.Module:
+        table, head = nn.Embedding(7, 4), nn.Linear(4, 7, bias=False)
+        head.weight = table.weight
+        return nn.Sequential(table, nn.Linear(4, 4, bias=False), head)
+
+
+def test_a_table_that_muon_would_update_is_warned_of() -> None:
+    found = prepare(job(optimizer=MUON), Tied()).remarks
+    assert any("Muon updates '0.weight', rows of an embedding" in one for one in found)
+    kept = {**MUON, "groups": [{"match": "0.*", **ADAMW}]}
+    assert prepare(job(optimizer=kept), Tied()).remarks == []
+
+
 NOT_OF_BODY_0 = {**MUON, "groups": [{"match": "body.2.bias,*norm*,head*", **ADAMW}]}
 
 

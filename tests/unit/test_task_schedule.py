@@ -17,7 +17,7 @@ from distplat import Task, Trainer
 from distplat.actors.task_check import check_class, said_by_job
 from distplat.platform.errors import SpecError
 from distplat.platform.progress import StepReport
-from distplat.strategies.loop.checks import remarks_on
+from distplat.strategies.loop.remarks import remarks_on
 from distplat.strategies.loop.session import prepare, resize
 from distplat.strategies.worker_strategy import make_worker_strategy
 

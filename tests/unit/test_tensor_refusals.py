@@ -4,6 +4,8 @@ from collections.abc import Mapping
 
 import pytest
 import torch
+from hybrid_models import CLASSES, Classify, grid_of, hybrid_job
+from local_run import train
 from tensor_models import CASES, Gated, Inception, Lone, features, ranks
 from torch import Tensor, nn
 
@@ -93,3 +95,25 @@ def test_a_missing_rank_is_named() -> None:
     parallelize(model, CASES["gated"].plan, fabric.collective(0))
     with pytest.raises(CollectiveError, match="missing ranks: 1"):
         model(features(2, 12))
+
+
+class HalfSliced(Classify):
+    """A gated MLP of which a plan may leave one of its two layers out."""
+
+    shape = (12,)
+
+    def model(self) -> nn.Module:
+        return nn.Sequential(nn.Linear(12, 12), Gated(), nn.Linear(12, CLASSES))
+
+
+@pytest.mark.parametrize(("split", "left"), [("gate", "up"), ("up", "gate")])
+@pytest.mark.parametrize("pipeline", [1, 2])
+def test_a_layer_that_a_plan_leaves_out_is_named(split: str, left: str, pipeline: int) -> None:
+    plan = {f"1.{split}": "colwise", "1.down": "rowwise"}
+    options, workers = grid_of(pipeline, 2, 1, tensor_plan=plan)
+    with pytest.raises(SpecError) as caught:
+        train(hybrid_job(options, workers, steps=1), HalfSliced)
+    [problem] = caught.value.problems
+    assert problem.where == ("strategy", "tensor_plan")
+    assert "layers fail where they do not whole: The size of tensor" in problem.message
+    assert f"split 1.{left} as 1.{split} is" in str(problem.hint)

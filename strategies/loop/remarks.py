@@ -1,0 +1,107 @@
+"""What is no error in a model or a job and probably not meant: a worker says it for all."""
+
+from torch import nn
+
+from distplat.platform.optimizers import Muon
+from distplat.platform.sampler import Sampler
+from distplat.platform.spec import Job
+from distplat.strategies.loop.checks import listed
+from distplat.strategies.model.module_hooks import tensor_hooks
+from distplat.strategies.sparse.modules import dense_parameters
+
+_SMALL = 0.1
+"""Below it the largest factor of a task's `lr` is more probably a rate."""
+
+
+def remark_on_size(job: Job, sampler: Sampler) -> str:
+    """Say what a job asks for that its data is too small for; empty: nothing."""
+    if sampler.size < sampler.world:
+        idle = sampler.world - sampler.size
+        return (
+            f"the training data has {sampler.size} samples for {sampler.world} parts of a batch: "
+            f"{idle} of them are empty in every step"
+        )
+    if sampler.size < job.global_batch_size:
+        return (
+            f"the training data has {sampler.size} samples, fewer than global_batch_size "
+            f"{job.global_batch_size}: every step is made of all of them"
+        )
+    return ""
+
+
+def remark_on_factors(job: Job) -> str:
+    """Say that a task's `lr` seems to give rates instead of factors; empty: it does not."""
+    own = job.task_schedule
+    most = max(own.factors, default=1.0) if own is not None else 1.0
+    if most >= _SMALL:
+        return ""
+    return (
+        f"lr() gives factors of the optimizer's lr, and the largest is {most:g}: no rate is above "
+        f"{most:g} x {max(job.optimizer.rates()):g}"
+    )
+
+
+def remark_on_hooks(job: Job, model: nn.Module) -> str:
+    """Say that a parameter's hook sees parts of a batch; empty: none does."""
+    if job.scaling.world == 1 and job.gradient_accumulation == 1:
+        return ""
+    found = ((name, tensor_hooks(one)) for name, one in model.named_parameters())
+    name, hooks = next(((name, hooks) for name, hooks in found if hooks), ("", []))
+    if not hooks:
+        return ""
+    return (
+        f"{hooks[0]} on the parameter {name!r} is shown the gradient of each worker's part of the "
+        "batch, or of a micro-batch, before they are added up: as on the whole batch only where "
+        "it multiplies by a constant. `clip_norm` is of the whole"
+    )
+
+
+def remark_on_modes(model: nn.Module) -> str:
+    """Say which parts of a model a step puts in training mode that had been taken out of it."""
+    still = [(name, one) for name, one in model.named_modules() if not one.training]
+    if not model.training:  # all of it, as Hugging Face's from_pretrained() gives a model
+        return ""
+    model.train()
+    changed = [name for name, one in still if one.training]
+    for _, one in still:
+        one.training = False
+    outer = [name for name in changed if name.rpartition(".")[0] not in changed]
+    if not outer:  # a train() of the model's own sees to it
+        return ""
+    return (
+        f"model() gives {listed(outer)} in evaluation mode, and each step begins with "
+        "model.train(), which has dropout drop and batch norms take the batch's statistics: where "
+        "that is not meant, give the model a train(mode) that leaves this part in eval()"
+    )
+
+
+def remark_on_matrices(job: Job, model: nn.Module) -> str:
+    """Say that Muon has the table of an embedding; empty: it has none."""
+    kinds = job.optimizer.kinds()
+    if Muon not in kinds:
+        return ""
+    embeddings = [one for one in model.modules() if isinstance(one, nn.Embedding | nn.EmbeddingBag)]
+    tables = {id(one.weight) for one in embeddings if one.weight.requires_grad}
+    found = [
+        name
+        for name, one in dense_parameters(model)
+        if id(one) in tables and kinds[job.optimizer.group_of(name)] is Muon
+    ]
+    if not found:
+        return ""
+    return (
+        f"Muon updates {listed(found)}, rows of an embedding: its authors have it for the matrices "
+        "of hidden layers, and AdamW for embeddings and heads. Give them a group with a name, such "
+        f"as {{match: {found[0]!r}, name: AdamW, lr: 3e-4}}"
+    )
+
+
+def remarks_on_model(job: Job, model: nn.Module) -> list[str]:
+    """Give what is no error in a model and probably not meant, as `remarks_on` does."""
+    found = remark_on_hooks(job, model), remark_on_modes(model), remark_on_matrices(job, model)
+    return [*filter(None, found)]
+
+
+def remarks_on(job: Job, sampler: Sampler) -> list[str]:
+    """Give what is no error and probably not meant; rank 0 says it for all."""
+    return [*filter(None, [remark_on_size(job, sampler), remark_on_factors(job)])]
