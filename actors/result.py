@@ -16,6 +16,7 @@ from distplat.platform.progress import (
     StepSummary,
     StepTotals,
     Summary,
+    steps_text,
 )
 
 T = TypeVar("T")
@@ -92,7 +93,7 @@ class Result:
 
     def rows(self) -> list[tuple[str, str]]:
         """Give names and values of the short table."""
-        found = [("steps", str(self.totals.steps))]
+        found = [("steps", steps_text(self.totals.steps))]
         if self.stopped is not None:
             found.append(("stopped early", self.stopped))
         found += [(name, f"{value:.4g}") for name, value in self.metrics.items()]

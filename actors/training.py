@@ -61,7 +61,7 @@ from distplat.strategies.function.words import running
 from distplat.strategies.loop.checks import check_device
 from distplat.strategies.loop.loop import Progress
 from distplat.strategies.loop.prepared import Prepared
-from distplat.strategies.loop.seeding import seed_all, seed_function, seeded_itself
+from distplat.strategies.loop.seeding import seed_again, seed_all, seed_function
 from distplat.strategies.loop.session import (
     Around,
     describe,
@@ -114,8 +114,7 @@ def run_function(
         with as_torchrun(place, rendezvous) if rendezvous is not None else nullcontext():
             seed_function(job.seed)
             function = load()
-            if not seeded_itself(job.seed):  # while it was imported
-                seed_function(job.seed)
+            seed_again(job.seed)  # what its import has seeded stays
             with running(session):
                 call_train_function(function, job.task_args)
         session.leave()

@@ -9,7 +9,14 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from distplat.platform.progress import FailureEvent, Saved, StepSummary, StepTotals, resize_text
+from distplat.platform.progress import (
+    FailureEvent,
+    Saved,
+    StepSummary,
+    StepTotals,
+    resize_text,
+    steps_text,
+)
 from distplat.platform.run_record import RunRecord
 from distplat.platform.run_report import RestartRecord, metrics, samples_per_s
 
@@ -200,6 +207,6 @@ def _workers(record: RunRecord) -> str:
 
 def _steps(record: RunRecord) -> str:
     if not record.steps:
-        return "0"
+        return steps_text(0)
     done, of = record.steps[-1].step, record.steps[-1].of
     return f"{done} of {of}" if of > done else str(done)

@@ -25,7 +25,7 @@ from typing_extensions import TypedDict
 from distplat.cli.figures import figure_rows, restart_text
 from distplat.platform.checkpoints import FOLDER
 from distplat.platform.errors import printable
-from distplat.platform.progress import number_text, resize_text
+from distplat.platform.progress import number_text, resize_text, steps_text
 from distplat.platform.spec import Job
 from distplat.strategies.catalog import strategies
 
@@ -178,7 +178,7 @@ def _rows(facts: Facts) -> list[tuple[str, str]]:
     rows = [
         ("strategy", facts["strategy"]),
         ("workers", str(workers) if workers else "0 (in this process)"),
-        ("steps", str(facts["steps"])),
+        ("steps", steps_text(facts["steps"])),
         *([("stopped early", facts["stopped"])] if facts["stopped"] else []),
         *([("final loss", metrics.pop("loss"))] if "loss" in metrics else []),
     ]

@@ -111,6 +111,11 @@ class StepTotals:
         return {name: total / count for name, (total, count) in self._sums.items()}
 
 
+def steps_text(steps: int) -> str:
+    """Give a run's steps for people to read: a train function may train and report none."""
+    return str(steps) if steps else "0 reported"
+
+
 @dataclass(frozen=True)
 class EvalSummary:
     """One evaluation over all ranks."""

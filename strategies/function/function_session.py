@@ -44,7 +44,7 @@ from distplat.strategies.function.sharded_loader import (
 from distplat.strategies.function.stream_loader import StreamLoader
 from distplat.strategies.loop.checks import check_state, without_shape
 from distplat.strategies.loop.loop import Progress
-from distplat.strategies.loop.seeding import seed_step, seeded_itself
+from distplat.strategies.loop.seeding import seed_rank
 from distplat.strategies.loop.streams import is_stream
 from distplat.strategies.model.module_hooks import cut_elsewhere, passing_on
 from distplat.strategies.ports import LoopShards
@@ -181,8 +181,8 @@ class FunctionSession:
         ready = {id(one): self._model(one, alone=len(models) == 1) for one in models}
         found = tuple(ready[id(one)] if id(one) in ready else self._other(one) for one in things)
         seed = self.job.seed
-        if models and self.group.world > 1 and not seeded_itself(seed):  # models are made alike
-            seed_step(seed, self._progress.step, self.place.rank)
+        if models and self.group.world > 1:  # they are made alike
+            seed_rank(seed, self._progress.step, self.place.rank)
         return found[0] if len(found) == 1 else found
 
     def _model(self, given: nn.Module, *, alone: bool) -> nn.Module:

@@ -190,7 +190,7 @@ def test_a_loss_that_is_no_number_is_still_json(capsys: pytest.CaptureFixture[st
 def test_a_run_without_steps_or_model_has_a_table_too(capsys: pytest.CaptureFixture[str]) -> None:
     print_result(facts_of(JOB, Result(Path("/runs/lin-1"), None)))
     shown = capsys.readouterr().out
-    assert "steps          0\n" in shown
+    assert "steps          0 reported\n" in shown
     assert "model" not in shown
 
 
