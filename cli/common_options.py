@@ -68,18 +68,6 @@ StrategyFile = Annotated[
 ]
 
 
-def flags(
-    strategy: str | None, num_workers: str | None, name: str | None
-) -> tuple[tuple[str, str, str], ...]:
-    """Give the flags that were given as flag, field and value."""
-    given = (
-        ("--strategy", "strategy", strategy),
-        ("--num-workers", "scaling.num_workers", num_workers),
-        ("--name", "name", name),
-    )
-    return tuple((flag, field, value) for flag, field, value in given if value is not None)
-
-
 def is_json(output: str) -> bool:
     """
     Read `--output`.
