@@ -137,15 +137,11 @@ def validate(source: JobSource) -> None:
     job = source.read()
     check_libraries(job)
     if job.task is not None:
-        from distplat.actors.task_check import TaskCheck, said_by_job
+        from distplat.actors.task_check import task_check
 
-        given = job.task, str(source.folder), job.task_args
-        check = TaskCheck(*given, shown=True, function=job.own_loop, said=said_by_job(job))
-        try:
+        with task_check(job, str(source.folder), shown=True) as check:
             for line in check.result(job.failure.start_timeout_s):
                 remote.say(f"warning: {line}")
-        finally:
-            check.end()
     print(render_job(job), end="")
 
 
