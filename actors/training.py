@@ -173,9 +173,7 @@ class Session:
     """
 
     def __init__(
-        self,
-        report: Callable[[AnyReport], None],
-        deliver: Callable[[Delivery], None],
+        self, report: Callable[[AnyReport], None], deliver: Callable[[Delivery], None]
     ) -> None:
         self._report, self._deliver = report, deliver
         self.state = AttemptState(-1)

@@ -171,11 +171,7 @@ def _without_evaluations(job: Job) -> dict[str, Any]:
     schedule: NamedSchedule = job.lr_schedule
     if isinstance(schedule, ReduceLROnPlateau):
         schedule = Schedule()  # so its rates are, until evaluations come
-    return {
-        "evaluation": Evaluation(every_epochs=0),
-        "early_stop": None,
-        "lr_schedule": schedule,
-    }
+    return {"evaluation": Evaluation(every_epochs=0), "early_stop": None, "lr_schedule": schedule}
 
 
 def job_for(wanted: Wanted, name: str) -> Job | SpecError:

@@ -15,7 +15,7 @@ Address = Annotated[
     str | None,
     typer.Option(
         help="http://HOST:8265 (job API), HOST:6379 or auto (join as driver), or local. "
-        "Else RAY_API_SERVER_ADDRESS, RAY_ADDRESS, a cluster of this machine, a local Ray.",
+        "Else RAY_API_SERVER_ADDRESS, RAY_ADDRESS, a cluster of this machine, a local Ray."
     ),
 ]
 Output = Annotated[str, typer.Option("-o", "--output", metavar="text|json", help="Form of stdout.")]
@@ -56,8 +56,7 @@ DriverGpus = Annotated[
     typer.Option("--entrypoint-num-gpus", min=0, help="GPUs that a remote job's driver takes."),
 ]
 DriverMemory = Annotated[
-    int | None,
-    typer.Option("--entrypoint-memory", min=0, help="Bytes of memory that it takes."),
+    int | None, typer.Option("--entrypoint-memory", min=0, help="Bytes of memory that it takes.")
 ]
 DryRun = Annotated[
     bool, typer.Option("--dry-run", help="Print the job with all defaults; start nothing.")

@@ -73,10 +73,7 @@ def tensors_part(
 
 
 def optimizer_part(
-    flat: FlatModel,
-    state: Mapping[str, Tensor],
-    start: int = 0,
-    holding: Holding = ALL,
+    flat: FlatModel, state: Mapping[str, Tensor], start: int = 0, holding: Holding = ALL
 ) -> CheckpointPart:
     """
     Give the state of an optimizer over a run of the flat vector.
