@@ -33,14 +33,7 @@ from distplat.platform.checkpoints import (
 from distplat.platform.disk import SETTING, Moved, with_deadline
 from distplat.platform.errors import StorageError
 from distplat.platform.evaluations import BestCheckpoint
-from distplat.platform.progress import (
-    Best,
-    EvalSummary,
-    Saved,
-    StepSummary,
-    Summary,
-    reported,
-)
+from distplat.platform.progress import Best, EvalSummary, Saved, StepSummary, Summary, reported
 from distplat.platform.resume import NOT_FINITE, state_of
 from distplat.platform.spec import Job
 from distplat.platform.tensor_file import encode

@@ -39,7 +39,7 @@ from distplat.actors.ray_transport import RayTransport
 from distplat.actors.role_output import role_output
 from distplat.actors.spawn import spawn_controller
 from distplat.actors.stopping import Stopping, end_each
-from distplat.actors.task_check import TaskCheck, said_by_job
+from distplat.actors.task_check import TaskCheck, task_check
 from distplat.actors.task_pickling import check_pickles
 from distplat.platform.errors import DistplatError, InfrastructureError
 from distplat.platform.spec import Scaling
@@ -208,17 +208,11 @@ def _task_check(launch: Launch) -> Iterator[TaskCheck | None]:
     On a cluster that is there already workers may find what is not to be found here: they look at
     it themselves, before they build anything.
     """
-    entry = launch.job.task
-    if launch.task is not None or entry is None or ray.is_initialized():
+    if launch.task is not None or launch.job.task is None or ray.is_initialized():
         yield None
         return
-    job = launch.job
-    given = entry, launch.working_dir, job.task_args
-    check = TaskCheck(*given, shown=False, function=job.own_loop, said=said_by_job(job))
-    try:
+    with task_check(launch.job, launch.working_dir, shown=False) as check:
         yield check
-    finally:
-        check.end()
 
 
 @contextmanager

@@ -18,7 +18,8 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -249,6 +250,17 @@ class TaskCheck:
             self._child.wait()
         if self._child.stdout is not None:
             self._child.stdout.close()
+
+
+@contextmanager
+def task_check(job: Job, folder: str, *, shown: bool) -> Iterator[TaskCheck]:
+    """Have the task that a job names looked at, until the block ends; see `TaskCheck`."""
+    given = job.task or "", folder, job.task_args
+    check = TaskCheck(*given, shown=shown, function=job.own_loop, said=said_by_job(job))
+    try:
+        yield check
+    finally:
+        check.end()
 
 
 _TORCHRUN = {

@@ -92,7 +92,7 @@ def run_function(
     rendezvous: Callable[[], Any] | None = None,
 ) -> dict[str, Tensor]:
     """
-    Call a train function; give the state of what it has prepared.
+    Call a train function; give the state of what it has prepared. Raises what it raises.
 
     Args:
         job: the run.
@@ -102,9 +102,6 @@ def run_function(
         outlets: to the worker.
         shards: the way to parameter servers; None: the strategy has none.
         rendezvous: see `as_torchrun`; None: torch.distributed has no group, as ranks are threads.
-
-    Raises:
-        whatever the function raises.
     """
     device = "cuda" if job.scaling.use_gpu else "cpu"
     check_device(device)
@@ -175,9 +172,7 @@ class Session:
     """
 
     def __init__(
-        self,
-        report: Callable[[AnyReport], None],
-        deliver: Callable[[Delivery], None],
+        self, report: Callable[[AnyReport], None], deliver: Callable[[Delivery], None]
     ) -> None:
         self._report, self._deliver = report, deliver
         self.state = AttemptState(-1)

@@ -175,9 +175,7 @@ def _ended_by(number: signal.Signals, error: BaseException) -> bool:
     return -number in loader_exit_codes(error)
 
 
-def _with_causes(
-    found: traceback.TracebackException,
-) -> Iterator[traceback.TracebackException]:
+def _with_causes(found: traceback.TracebackException) -> Iterator[traceback.TracebackException]:
     one: traceback.TracebackException | None = found
     while one is not None:
         yield one

@@ -29,7 +29,7 @@ from distplat.actors import checkpointing
 from distplat.actors.hash_seed import NAME, chosen
 from distplat.actors.launch import local_ray
 from distplat.actors.result import Result
-from distplat.actors.task_check import TaskCheck, said_by_job
+from distplat.actors.task_check import task_check
 from distplat.actors.task_loading import load_task_class
 from distplat.actors.trainer import Trainer
 from distplat.actors.training import saved_model
@@ -52,6 +52,7 @@ from distplat.strategies.loop.prepared import Prepared
 from distplat.strategies.loop.replay import replay
 from distplat.strategies.loop.session import make_task, prepare
 from distplat.strategies.pipeline.hybrid_options import HybridOptions
+from distplat.strategies.strategy_spec import Roles
 from distplat.strategies.verification.child import ANSWER, REQUEST, Answer, ChildRequest
 from distplat.strategies.verification.recipes import Trained
 from distplat.strategies.verification.switched import Switches, task_fields
@@ -127,12 +128,8 @@ def _checked(wanted: Wanted) -> list[str]:
     if job.own_loop:
         text = "verify compares a task with plain loops; a train function is such a loop itself"
         raise SpecError(Problem(("task",), text))
-    given = job.task or "", str(wanted.folder), job.task_args
-    check = TaskCheck(*given, shown=False, said=said_by_job(job))
-    try:
+    with task_check(job, str(wanted.folder), shown=False) as check:
         return check.result(job.failure.start_timeout_s)
-    finally:
-        check.end()
 
 
 @contextmanager
@@ -174,11 +171,7 @@ def _without_evaluations(job: Job) -> dict[str, Any]:
     schedule: NamedSchedule = job.lr_schedule
     if isinstance(schedule, ReduceLROnPlateau):
         schedule = Schedule()  # so its rates are, until evaluations come
-    return {
-        "evaluation": Evaluation(every_epochs=0),
-        "early_stop": None,
-        "lr_schedule": schedule,
-    }
+    return {"evaluation": Evaluation(every_epochs=0), "early_stop": None, "lr_schedule": schedule}
 
 
 def job_for(wanted: Wanted, name: str) -> Job | SpecError:
@@ -306,6 +299,20 @@ class Replayed:
     """The largest difference of an element."""
 
 
+def _check_replayable(job: Job, roles: Roles, log: Path) -> None:
+    if not roles.consistency.asynchronous:
+        text = f"only asynchronous runs have a log; run `{job.strategy.name}` again instead"
+        raise SpecError(Problem(("strategy",), text))
+    if job.embeddings is not None:
+        text = "the log does not say in which order embedding tables were updated"
+        raise SpecError(Problem(("embeddings",), text))
+    if job.task is None:
+        raise SpecError(Problem(("task",), "the run was given a class in Python, not by name"))
+    if not log.exists():
+        text = "a run that failed, or that went on from a checkpoint, keeps no log"
+        raise StorageError(f"there is no {log}: {text}")
+
+
 def replay_run(directory: Path, working_dir: Path) -> Replayed:
     """
     Make a run again in this process.
@@ -321,23 +328,12 @@ def replay_run(directory: Path, working_dir: Path) -> Replayed:
     """
     job = load_job(directory / "job.yaml")
     roles = make_strategy(job).roles(job)
-    if not roles.consistency.asynchronous:
-        text = f"only asynchronous runs have a log; run `{job.strategy.name}` again instead"
-        raise SpecError(Problem(("strategy",), text))
-    if job.embeddings is not None:
-        text = "the log does not say in which order embedding tables were updated"
-        raise SpecError(Problem(("embeddings",), text))
-    if job.task is None:
-        raise SpecError(Problem(("task",), "the run was given a class in Python, not by name"))
-    if not (directory / FILE_NAME).exists():
-        text = "a run that failed, or that went on from a checkpoint, keeps no log"
-        raise StorageError(f"there is no {directory / FILE_NAME}: {text}")
+    _check_replayable(job, roles, directory / FILE_NAME)
     logs, facts = read_logs(str(directory / FILE_NAME))
-    entry = job.task
 
     def prepare_rank() -> Prepared:
         device = "cuda" if job.scaling.use_gpu else "cpu"
-        task = make_task(job, lambda: load_task_class(entry, str(working_dir)))
+        task = make_task(job, lambda: load_task_class(job.task or "", str(working_dir)))
         return prepare(job, task, device)
 
     first = prepare_rank()

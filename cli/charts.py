@@ -249,11 +249,7 @@ def _limits(axes: Axes, series: Sequence[Series], marks: Sequence[Marker], from_
 
 
 def columns(
-    colours: Mapping[str, str],
-    stacks: Sequence[Stack],
-    most: float,
-    x_title: str,
-    unit: str,
+    colours: Mapping[str, str], stacks: Sequence[Stack], most: float, x_title: str, unit: str
 ) -> Chart:
     """
     Draw stacks side by side.

@@ -15,7 +15,7 @@ Address = Annotated[
     str | None,
     typer.Option(
         help="http://HOST:8265 (job API), HOST:6379 or auto (join as driver), or local. "
-        "Else RAY_API_SERVER_ADDRESS, RAY_ADDRESS, a cluster of this machine, a local Ray.",
+        "Else RAY_API_SERVER_ADDRESS, RAY_ADDRESS, a cluster of this machine, a local Ray."
     ),
 ]
 Output = Annotated[str, typer.Option("-o", "--output", metavar="text|json", help="Form of stdout.")]
@@ -56,8 +56,7 @@ DriverGpus = Annotated[
     typer.Option("--entrypoint-num-gpus", min=0, help="GPUs that a remote job's driver takes."),
 ]
 DriverMemory = Annotated[
-    int | None,
-    typer.Option("--entrypoint-memory", min=0, help="Bytes of memory that it takes."),
+    int | None, typer.Option("--entrypoint-memory", min=0, help="Bytes of memory that it takes.")
 ]
 DryRun = Annotated[
     bool, typer.Option("--dry-run", help="Print the job with all defaults; start nothing.")
@@ -66,18 +65,6 @@ Wait = Annotated[bool, typer.Option(help="Follow a remote job to its end.")]
 StrategyFile = Annotated[
     Path | None, typer.Option(help="A Python file that registers strategies of your own.")
 ]
-
-
-def flags(
-    strategy: str | None, num_workers: str | None, name: str | None
-) -> tuple[tuple[str, str, str], ...]:
-    """Give the flags that were given as flag, field and value."""
-    given = (
-        ("--strategy", "strategy", strategy),
-        ("--num-workers", "scaling.num_workers", num_workers),
-        ("--name", "name", name),
-    )
-    return tuple((flag, field, value) for flag, field, value in given if value is not None)
 
 
 def is_json(output: str) -> bool:

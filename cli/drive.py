@@ -8,8 +8,9 @@ from typing import TextIO
 
 from distplat.actors.view import View
 from distplat.cli.remote import RESULT_MARK
-from distplat.cli.render import Facts, facts_of, to_json
+from distplat.cli.render import Facts, facts_of
 from distplat.cli.shipping import Received, received_job
+from distplat.platform.progress import to_json
 from distplat.platform.spec import Job
 
 STORAGE = Path("~/distplat")

@@ -13,7 +13,7 @@ import typer
 from distplat.cli import remote, run_folders
 from distplat.cli.address import VERSION_KEY, Info, target_of
 from distplat.cli.common_options import Address, JobId, Output, is_json
-from distplat.cli.render import print_pairs, print_result, print_table, to_json
+from distplat.cli.render import print_pairs, print_result, print_table
 from distplat.cli.run_folders import ended_run, local_runs, run_called
 from distplat.cli.running import role_facts, role_lines, roles_of, stop_run
 from distplat.platform.errors import (
@@ -25,6 +25,7 @@ from distplat.platform.errors import (
     hint,
     printable,
 )
+from distplat.platform.progress import to_json
 
 if TYPE_CHECKING:
     from distplat.actors.overview import Overview

@@ -36,7 +36,6 @@ from distplat.cli.common_options import (
     SubmissionId,
     Wait,
     WorkingDir,
-    flags,
     is_json,
 )
 from distplat.cli.drive import let_go
@@ -131,37 +130,18 @@ def submit(
     """
     Train what a job file says: here, or on a Ray cluster.
 
-    `distplat submit --num-workers 4 -- python train.py` runs a script as torchrun does; for its
-    options see `distplat submit --help -- python`.
-
-    Run directories are made below `storage_path`; a relative one is taken from the current
-    directory, for a remote job from ~/distplat on the machine of its driver. Where `storage_path`
-    is a URL they are made in `runs`, and a copy is kept below the URL.
+    `distplat submit -- python train.py` runs a script: see `distplat submit --help -- python`. Run
+    directories are made below `storage_path`: of the current directory, or of ~/distplat on a
+    remote driver's machine. Where it is a URL, they are made in `runs`, and copied to the URL.
     """
     from distplat.cli import submit as command
 
-    resources = {
-        "entrypoint_num_cpus": entrypoint_num_cpus,
-        "entrypoint_num_gpus": entrypoint_num_gpus,
-        "entrypoint_memory": entrypoint_memory,
-    }
-    request = command.SubmitRequest(
-        job_file=job_file,
-        settings=tuple(settings or ()),
-        flags=flags(strategy, num_workers, name),
-        address=address,
-        working_dir=working_dir,
-        strategy_file=strategy_file,
-        resume=resume,
-        runtime_env=runtime_env,
-        runtime_env_json=runtime_env_json,
-        submission_id=submission_id,
-        metadata_json=metadata_json,
-        resources=tuple((key, value) for key, value in resources.items() if value is not None),
-        wait=wait,
-        as_json=is_json(output),
-        quiet=quiet,
-    )
+    layers = settings, strategy, num_workers, name
+    source = command.JobSource(job_file, *layers, strategy_file, working_dir)
+    driver = entrypoint_num_cpus, entrypoint_num_gpus, entrypoint_memory
+    remote = command.RemoteOptions(submission_id, metadata_json, wait, *driver)
+    environment, shown = (runtime_env, runtime_env_json), (is_json(output), quiet)
+    request = command.SubmitRequest(source, address, resume, *environment, remote, *shown)
     (command.dry_run if dry_run else command.submit)(request)
 
 
@@ -181,13 +161,8 @@ def validate(
     """
     from distplat.cli import submit as command
 
-    request = command.SubmitRequest(
-        job_file=job_file,
-        settings=tuple(settings or ()),
-        flags=flags(strategy, num_workers, name),
-        strategy_file=strategy_file,
-    )
-    command.validate(request)
+    layers = settings, strategy, num_workers, name
+    command.validate(command.JobSource(job_file, *layers, strategy_file))
 
 
 @app.command()

@@ -8,8 +8,6 @@ program may read it.
 
 from __future__ import annotations
 
-import json
-import math
 import sys
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -25,7 +23,7 @@ from typing_extensions import TypedDict
 from distplat.cli.figures import figure_rows, restart_text
 from distplat.platform.checkpoints import FOLDER
 from distplat.platform.errors import printable
-from distplat.platform.progress import number_text, resize_text, steps_text
+from distplat.platform.progress import number_text, resize_text, steps_text, to_json
 from distplat.platform.spec import Job
 from distplat.strategies.catalog import strategies
 
@@ -144,19 +142,6 @@ def facts_of(job: Job, result: Result) -> Facts:
         "url": result.url,
         "model": str(result.checkpoint) if result.checkpoint else None,
     }
-
-
-def to_json(value: object, indent: int | None = 2) -> str:
-    """Write JSON; a loss that is no number any more becomes null, for JSON has no NaN."""
-    return json.dumps(_finite(value), indent=indent, allow_nan=False)
-
-
-def _finite(value: object) -> object:
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def print_result(facts: Facts) -> None:

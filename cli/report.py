@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from distplat.cli.common_options import Output, is_json, report_extra
-from distplat.cli.figures import facts, figure_rows, mean_figures, restart_lines
-from distplat.cli.render import print_pairs, to_json
+from distplat.cli.figures import facts, figure_rows, mean_figures, restart_lines, strategy
+from distplat.cli.render import print_pairs
 from distplat.platform import run_report
 from distplat.platform.errors import SpecError, StorageError
-from distplat.platform.progress import first_line
+from distplat.platform.progress import first_line, to_json
 from distplat.platform.run_record import RunRecord, find_run, read_run
 
 if TYPE_CHECKING:
@@ -44,9 +44,14 @@ def report(
     written: dict[str, Path] = {}
     missing: SpecError | None = None
     if record.trace is not None and not problem:
-        written["perfetto"] = _write_perfetto(record, pipeline)
+        from distplat.strategies.algorithms.gantt import chrome_trace
+
+        text = json.dumps(chrome_trace(record.trace, pipeline))
+        written["perfetto"] = write_new(record.path / PERFETTO, text)
     try:
-        written["page"] = _write_page(record, now)
+        with report_extra():
+            from distplat.cli.report_page import page
+        written["page"] = write_new(record.path / PAGE, page(record, now, pipeline, problem))
     except SpecError as error:
         missing = error
     if as_json:
@@ -58,20 +63,6 @@ def report(
         print_pairs([*rows, *((name, str(path)) for name, path in written.items())])
     if missing:
         raise missing
-
-
-def _write_page(record: RunRecord, now: float) -> Path:
-    with report_extra():
-        from distplat.cli.report_page import page
-    return write_new(record.path / PAGE, page(record, now))
-
-
-def _write_perfetto(record: RunRecord, pipeline: "list[Gantt]") -> Path:
-    from distplat.strategies.algorithms.gantt import chrome_trace
-
-    assert record.trace is not None
-    text = json.dumps(chrome_trace(record.trace, pipeline))
-    return write_new(record.path / PERFETTO, text)
 
 
 def write_new(path: Path, text: str) -> Path:
@@ -100,11 +91,12 @@ def _pipeline(record: RunRecord) -> "tuple[list[Gantt], str]":
     from distplat.strategies.algorithms.gantt import gantts
 
     if record.trace is None:
-        return [], ""
+        hybrid = strategy(record).startswith("hybrid")
+        return [], "No step is traced: there is no pipeline_trace.json." if hybrid else ""
     try:
         return gantts(record.trace), ""
     except ValueError as error:
-        return [], f"{error}"
+        return [], f"pipeline_trace.json makes no sense: {error}"
 
 
 def _rows(record: RunRecord, now: float) -> list[tuple[str, str]]:
@@ -129,7 +121,7 @@ def _pipeline_rows(
     record: RunRecord, pipeline: "list[Gantt]", problem: str
 ) -> list[tuple[str, str]]:
     if problem:
-        return [("pipeline", f"pipeline_trace.json makes no sense: {problem}")]
+        return [("pipeline", problem)]
     step = record.trace.step if record.trace else 0
     rows = []
     for one in pipeline:

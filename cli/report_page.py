@@ -49,7 +49,7 @@ from distplat.platform.run_report import (
 )
 from distplat.platform.run_report import figure_rows as all_figures
 from distplat.platform.yaml_source import dump_yaml
-from distplat.strategies.algorithms.gantt import Gantt, gantts
+from distplat.strategies.algorithms.gantt import Gantt
 
 _COLUMNS = 160
 """Of a chart: more could not be told apart."""
@@ -59,21 +59,14 @@ _SECRET = re.compile(
 _PARTS = {"data": "#56b4e9", "compute": "#0072b2", "exchange": "#d55e00", "update": "#009e73"}
 
 
-def page(record: RunRecord, now_s: float) -> str:
-    """
-    Write the page.
-
-    Args:
-        record: of the run.
-        now_s: seconds since 1970.
-    """
+def page(record: RunRecord, now_s: float, pipeline: Sequence[Gantt], problem: str) -> str:
+    """Write the page; `problem` says what is wrong with the pipeline, the traced steps."""
     environment = Environment(
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     environment.globals["numeric"] = _numeric
     template = files("distplat.cli").joinpath("report.html.j2").read_text(encoding="utf-8")
     parts, measured = time_parts(record.steps, record.every), metrics(record.evaluations)
-    replicas, problem = _replicas(record)
     return environment.from_string(template).render(
         record=record,
         title=str(record.job.get("name", record.path.name)),
@@ -93,7 +86,7 @@ def page(record: RunRecord, now_s: float) -> str:
         waits=_waits(record),
         staleness=_staleness_text(record),
         stale=_staleness(record),
-        replicas=replicas,
+        replicas=[(one, _pipeline(one)) for one in pipeline],
         problem=problem,
         restarts=restart_lines(restarts(record)),
         checkpoints=checkpoint_lines(record.saved),
@@ -201,18 +194,6 @@ def _staleness_text(record: RunRecord) -> str:
         return ""
     mean = sum(value * count for value, count in counts.items()) / counts.total()
     return f"Mean {mean:.2f}, largest {max(counts)}, over {counts.total()} steps."
-
-
-def _replicas(record: RunRecord) -> tuple[list[tuple[Gantt, Chart]], str]:
-    """Give the traced step of each replica of a pipeline, drawn; and what is wrong with it."""
-    chosen = record.job.get("strategy")
-    if record.trace is None:
-        hybrid = isinstance(chosen, dict) and chosen.get("name") == "hybrid"
-        return [], "No step is traced: there is no pipeline_trace.json." if hybrid else ""
-    try:
-        return [(one, _pipeline(one)) for one in gantts(record.trace)], ""
-    except ValueError as error:
-        return [], f"pipeline_trace.json makes no sense: {error}"
 
 
 def _pipeline(one: Gantt) -> Chart:

@@ -13,7 +13,7 @@ import typer
 
 from distplat.cli.address import LOOPBACK, Target, bring_token, host_and_port, target_of
 from distplat.cli.common_options import Address, Output, is_json
-from distplat.cli.render import table_lines, to_json
+from distplat.cli.render import table_lines
 from distplat.platform.errors import (
     ClusterUnreachable,
     DistplatError,
@@ -22,6 +22,7 @@ from distplat.platform.errors import (
     SpecError,
     printable,
 )
+from distplat.platform.progress import to_json
 
 if TYPE_CHECKING:
     from distplat.actors.overview import Overview, RunName

@@ -13,37 +13,36 @@ if TYPE_CHECKING:
     from distplat.strategies.algorithms.pipeline_schedule import PipelineSchedule
     from distplat.strategies.algorithms.simulate import Costs, Simulation
 
-_MAX_STAGES, _MAX_MICRO_BATCHES, _MAX_CHUNKS = 64, 1024, 16
+
+def _option(text: str, least: int = 0, **more: Any) -> Any:
+    return typer.Option(min=least, help=text, **more)
+
+
+Schedule = Annotated[str, typer.Argument(metavar="NAME", help="gpipe, 1f1b, interleaved or zb-h1.")]
+Stages = Annotated[int, _option("Stages of the pipeline.", 1, max=64)]
+MicroBatches = Annotated[int, _option("Micro-batches of a step.", 1, max=1024)]
+Chunks = Annotated[int | None, _option("Chunks of layers per stage (interleaved).", 1, max=16)]
+Forward = Annotated[float, _option("Time of a stage's forward of one micro-batch.")]
+Backward = Annotated[float, _option("Time of all of its backward.")]
+_WEIGHT = "Part of it for the weights' gradient (zb-h1)."
+Weight = Annotated[float | None, _option(_WEIGHT, show_default="half")]
+Send = Annotated[float, _option("Time of a message between stages.")]
+_BUFFER = "Messages under way between two stages."
+Buffer = Annotated[int | None, _option(_BUFFER, 1, show_default="any")]
+_SVG = "Draw the chart into this file; needs the extra `report`."
 
 
 def schedule(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="gpipe, 1f1b, interleaved or zb-h1.")],
-    stages: Annotated[int, typer.Option(min=1, max=_MAX_STAGES, help="Stages of the pipeline.")],
-    micro_batches: Annotated[
-        int, typer.Option(min=1, max=_MAX_MICRO_BATCHES, help="Micro-batches of a step.")
-    ],
-    virtual: Annotated[
-        int | None,
-        typer.Option(min=1, max=_MAX_CHUNKS, help="Chunks of layers per stage (interleaved)."),
-    ] = None,
-    forward: Annotated[
-        float, typer.Option(min=0, help="Time of a stage's forward of one micro-batch.")
-    ] = 1.0,
-    backward: Annotated[float, typer.Option(min=0, help="Time of all of its backward.")] = 2.0,
-    weight: Annotated[
-        float | None,
-        typer.Option(
-            min=0, help="Part of it for the weights' gradient (zb-h1).", show_default="half"
-        ),
-    ] = None,
-    send: Annotated[float, typer.Option(min=0, help="Time of a message between stages.")] = 0.0,
-    buffer: Annotated[
-        int | None,
-        typer.Option(min=1, help="Messages under way between two stages.", show_default="any"),
-    ] = None,
-    svg: Annotated[
-        Path | None, typer.Option(help="Draw the chart into this file; needs the extra `report`.")
-    ] = None,
+    name: Schedule,
+    stages: Stages,
+    micro_batches: MicroBatches,
+    virtual: Chunks = None,
+    forward: Forward = 1.0,
+    backward: Backward = 2.0,
+    weight: Weight = None,
+    send: Send = 0.0,
+    buffer: Buffer = None,
+    svg: Annotated[Path | None, typer.Option(help=_SVG)] = None,
     output: Output = "text",
 ) -> None:
     """Show a pipeline schedule: chart, bubble, live activations."""
@@ -60,7 +59,7 @@ def schedule(
     if svg is not None:
         _write(svg, chosen, found)
     if as_json:
-        from distplat.cli.render import to_json
+        from distplat.platform.progress import to_json
 
         print(to_json({**_facts(chosen, found), "spans": _spans(found)}))
     else:

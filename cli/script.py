@@ -22,8 +22,9 @@ from distplat.cli.common_options import (
     is_json,
 )
 from distplat.cli.drive import let_go
-from distplat.cli.render import print_pairs, to_json
+from distplat.cli.render import print_pairs
 from distplat.platform.errors import Problem, SpecError, naming_path, printable
+from distplat.platform.progress import to_json
 from distplat.platform.remote_storage import is_url
 from distplat.platform.spec import Scaling
 

@@ -5,9 +5,9 @@ import os
 import secrets
 import shlex
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -20,10 +20,11 @@ from distplat.actors.view import View
 from distplat.cli import remote, shipping
 from distplat.cli.address import VERSION_KEY, Target, bring_token, target_of
 from distplat.cli.drive import STORAGE, let_go, train
-from distplat.cli.render import Facts, print_result, to_json
+from distplat.cli.render import Facts, print_result
 from distplat.cli.versions import check_cluster
 from distplat.platform.errors import ClusterUnreachable, Problem, SpecError, naming_path, printable
 from distplat.platform.job_file import render_job
+from distplat.platform.progress import to_json
 from distplat.platform.remote_storage import is_url, local_folder
 from distplat.platform.resume import check_libraries, start_from, start_from_url
 from distplat.platform.spec import Job
@@ -34,33 +35,77 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class SubmitRequest:
-    """What the command line asked for."""
+class JobSource:
+    """Where a job comes from: a file, and what the command line changes of it."""
 
     job_file: Path
-    settings: tuple[str, ...] = ()
+    settings: Sequence[str] | None = None
     """`--set`, as they stand."""
-    flags: tuple[tuple[str, str, str], ...] = ()
-    """Flags with a field of their own: flag, field, value."""
-    address: str | None = None
-    working_dir: Path | None = None
+    strategy: str | None = None
+    num_workers: str | None = None
+    name: str | None = None
     strategy_file: Path | None = None
-    resume: str | None = None
-    """`--resume`."""
-    runtime_env: Path | None = None
-    runtime_env_json: str | None = None
-    submission_id: str | None = None
-    metadata_json: str | None = None
-    resources: tuple[tuple[str, float], ...] = ()
-    """`--entrypoint-num-cpus` and its kin, by Ray's argument names."""
-    wait: bool = True
-    as_json: bool = False
-    quiet: bool = False
+    working_dir: Path | None = None
 
     @property
     def folder(self) -> Path:
         """Where the task's module lies."""
         return (self.working_dir or self.job_file.parent).resolve()
+
+    def read(self) -> Job:
+        """
+        Read the job with all its layers.
+
+        Raises:
+            SpecError: everything that is wrong with it.
+        """
+        if self.strategy_file is not None:
+            load_strategy_file(self.strategy_file)
+        flags = [
+            ("--strategy", "strategy", self.strategy),
+            ("--num-workers", "scaling.num_workers", self.num_workers),
+            ("--name", "name", self.name),
+        ]
+        given = [f"{field}={value}" for _, field, value in flags if value is not None]
+        overrides = [*(self.settings or ()), *given]
+        try:
+            return load_job(self.job_file, overrides=overrides, environ=os.environ)
+        except SpecError as error:  # a flag's problem names the flag, not the `--set` for it
+            names = {f"--set {field}": flag for flag, field, _ in flags}
+            found = (replace(one, file=names.get(one.file, one.file)) for one in error.problems)
+            raise SpecError(*found) from None
+
+
+@dataclass(frozen=True)
+class RemoteOptions:
+    """What only the job API of a cluster takes."""
+
+    submission_id: str | None = None
+    metadata_json: str | None = None
+    wait: bool = True
+    entrypoint_num_cpus: float | None = None
+    entrypoint_num_gpus: float | None = None
+    entrypoint_memory: int | None = None
+
+    @property
+    def resources(self) -> dict[str, float]:
+        """Of the driver, by Ray's argument names."""
+        fields = {name: value for name, value in vars(self).items() if name.startswith("entry")}
+        return {name: value for name, value in fields.items() if value is not None}
+
+
+@dataclass(frozen=True)
+class SubmitRequest:
+    """What the command line asked for."""
+
+    source: JobSource
+    address: str | None = None
+    resume: str | None = None
+    runtime_env: Path | None = None
+    runtime_env_json: str | None = None
+    remote: RemoteOptions = field(default_factory=RemoteOptions)
+    as_json: bool = False
+    quiet: bool = False
 
     def say(self, line: str) -> None:
         """Write to stderr, unless asked to be quiet."""
@@ -74,31 +119,14 @@ class SubmitRequest:
         Raises:
             SpecError: a home directory, which nobody named, or a file that the task imports stays.
         """
-        if self.working_dir is None:
+        if self.source.working_dir is None:
             shipping.refuse_home(package.folder)
         if task is not None:
             shipping.check_imports(task, package)
         self.say(str(package))
 
 
-def resolve(request: SubmitRequest) -> Job:
-    """
-    Read the job with all its layers.
-
-    Raises:
-        SpecError: everything that is wrong with it.
-    """
-    if request.strategy_file is not None:
-        load_strategy_file(request.strategy_file)
-    overrides = [*request.settings, *(f"{field}={text}" for _, field, text in request.flags)]
-    try:
-        return load_job(request.job_file, overrides=overrides, environ=os.environ)
-    except SpecError as error:
-        names = {f"--set {field}": flag for flag, field, _ in request.flags}
-        raise SpecError(*(_renamed(one, names) for one in error.problems)) from None
-
-
-def validate(request: SubmitRequest) -> None:
+def validate(source: JobSource) -> None:
     """
     Check a job and its task, and print the job with all defaults.
 
@@ -106,18 +134,14 @@ def validate(request: SubmitRequest) -> None:
         SpecError: everything that is wrong with the job, or what is with the task.
         UserCodeError: the task's module raised when it was imported.
     """
-    job = resolve(request)
+    job = source.read()
     check_libraries(job)
     if job.task is not None:
-        from distplat.actors.task_check import TaskCheck, said_by_job
+        from distplat.actors.task_check import task_check
 
-        given = job.task, str(request.folder), job.task_args
-        check = TaskCheck(*given, shown=True, function=job.own_loop, said=said_by_job(job))
-        try:
+        with task_check(job, str(source.folder), shown=True) as check:
             for line in check.result(job.failure.start_timeout_s):
-                request.say(f"warning: {line}")
-        finally:
-            check.end()
+                remote.say(f"warning: {line}")
     print(render_job(job), end="")
 
 
@@ -130,7 +154,7 @@ def submit(request: SubmitRequest) -> None:
         DistplatError: why the run failed.
         typer.Exit: a remote job failed or was left; carries the exit code.
     """
-    job = resolve(request)
+    job = request.source.read()
     target = _target(request, job)
     _check_options(request, target)
     if target.kind == "jobs":
@@ -139,13 +163,13 @@ def submit(request: SubmitRequest) -> None:
     request.say(f"running on {_named(target, job)}")
     view = View(quiet=request.quiet)
     user = request.runtime_env, request.runtime_env_json
-    with connection(target, request.folder, *user, partial(request.shipping, job.task)):
+    with connection(target, request.source.folder, *user, partial(request.shipping, job.task)):
         facts = train(
             job,
             view,
-            working_dir=request.folder,
+            working_dir=request.source.folder,
             storage_dir=Path.cwd(),
-            strategy_file=request.strategy_file,
+            strategy_file=request.source.strategy_file,
             resume=request.resume,
         )
     _print(facts, request)
@@ -158,7 +182,7 @@ def dry_run(request: SubmitRequest) -> None:
     Raises:
         SpecError: see `submit`.
     """
-    job = resolve(request)
+    job = request.source.read()
     target = _target(request, job)
     _check_options(request, target)
     start = None
@@ -268,10 +292,10 @@ def _check_options(request: SubmitRequest, target: Target) -> None:
         SpecError: names them.
     """
     remote_only = {
-        "--submission-id": request.submission_id,
-        "--metadata-json": request.metadata_json,
-        "--no-wait": not request.wait,
-        "--entrypoint-*": request.resources,
+        "--submission-id": request.remote.submission_id,
+        "--metadata-json": request.remote.metadata_json,
+        "--no-wait": not request.remote.wait,
+        "--entrypoint-*": request.remote.resources,
     }
     idle = [option for option, given in remote_only.items() if given and target.kind != "jobs"]
     if target.kind == "local" and (request.runtime_env or request.runtime_env_json):
@@ -283,10 +307,10 @@ def _check_options(request: SubmitRequest, target: Target) -> None:
         )
     with naming_path("the current directory"):
         Path.cwd()
-    with naming_path(request.folder, "--working-dir"):
-        found = request.folder.is_dir()
+    with naming_path(request.source.folder, "--working-dir"):
+        found = request.source.folder.is_dir()
     if not found:
-        raise SpecError(Problem(("--working-dir",), f"{request.folder} is no directory"))
+        raise SpecError(Problem(("--working-dir",), f"{request.source.folder} is no directory"))
 
 
 def _send(request: SubmitRequest, job: Job, target: Target) -> tuple["Jobs", str]:
@@ -298,7 +322,7 @@ def _send(request: SubmitRequest, job: Job, target: Target) -> tuple["Jobs", str
         ClusterUnreachable: nobody answers, or the cluster is too old.
     """
     given = shipping.read_runtime_env(request.runtime_env, request.runtime_env_json)
-    metadata = _metadata(request.metadata_json, job)
+    metadata = _metadata(request.remote.metadata_json, job)
     from distplat.cli.cluster import OURS, Jobs
     from distplat.cli.join import ignores
 
@@ -330,17 +354,17 @@ def send(
     Raises:
         SpecError: the folder cannot be shipped, or the cluster refuses the job.
     """
-    job_id = remote.check_id(request.submission_id or f"{job.name}-{secrets.token_hex(3)}")
-    strategy_file, resume = request.strategy_file, request.resume
-    environment = shipping.runtime_env(job, request.folder, strategy_file, given, resume)
-    package = shipping.measure(request.folder, environment["excludes"], ignores)
+    job_id = remote.check_id(request.remote.submission_id or f"{job.name}-{secrets.token_hex(3)}")
+    strategy_file, resume = request.source.strategy_file, request.resume
+    environment = shipping.runtime_env(job, request.source.folder, strategy_file, given, resume)
+    package = shipping.measure(request.source.folder, environment["excludes"], ignores)
     request.shipping(job.task, package)
     return jobs.submit(
         entrypoint=shlex.join(["python", "-m", "distplat.cli.on_cluster"]),
         submission_id=job_id,
         runtime_env=environment,
         metadata=metadata,
-        **dict(request.resources),
+        **request.remote.resources,
     )
 
 
@@ -350,7 +374,7 @@ def _submit_remote(request: SubmitRequest, job: Job, target: Target) -> None:
     folder = local_folder(job.storage_path)
     if not Path(folder).is_absolute():
         request.say(f"run directory: below {STORAGE / folder} of the driver's machine")
-    if not request.wait:
+    if not request.remote.wait:
         _print_left(job_id, target, request)
         return
     reader = remote.LogReader(request.say)
@@ -416,11 +440,6 @@ def _metadata(text: str | None, job: Job) -> dict[str, str]:
     for key in sorted(ours.keys() & found):
         raise SpecError(Problem((*option, key), "is set by distplat itself"))
     return {**found, **ours}
-
-
-def _renamed(problem: Problem, names: Mapping[str, str]) -> Problem:
-    """Let a flag's problem name the flag, not the `--set` that it stands for."""
-    return replace(problem, file=names.get(problem.file, problem.file))
 
 
 def _print(facts: Facts, request: SubmitRequest, job_id: str | None = None) -> None:

@@ -12,28 +12,32 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from distplat.cli.common_options import JobFile, Output, Settings, StrategyFile, WorkingDir, is_json
-from distplat.cli.render import print_pairs, print_table, to_json
+from distplat.cli.remote import say
+from distplat.cli.render import print_pairs, print_table
 from distplat.platform.errors import Problem, SpecError, printable
+from distplat.platform.progress import to_json
 
 if TYPE_CHECKING:
     from distplat.strategies.verification.verdicts import Row
 
 
+_ALL = "Strategies; default: the job's own, ring, ps-sync and hybrid."
+StrategyNames = Annotated[str | None, typer.Option(metavar="A,B", help=_ALL)]
+Steps = Annotated[int, typer.Option(min=2, help="Steps of each run.")]
+Workers = Annotated[int, typer.Option(min=1, help="Workers of each run.")]
+TableOnly = Annotated[bool, typer.Option("-q", "--quiet", help="Print the table only.")]
+
+
 def verify(
     job_file: JobFile,
-    strategies: Annotated[
-        str | None,
-        typer.Option(
-            metavar="A,B", help="Strategies; default: the job's own, ring, ps-sync and hybrid."
-        ),
-    ] = None,
-    steps: Annotated[int, typer.Option(min=2, help="Steps of each run.")] = 20,
-    workers: Annotated[int, typer.Option(min=1, help="Workers of each run.")] = 2,
+    strategies: StrategyNames = None,
+    steps: Steps = 20,
+    workers: Workers = 2,
     settings: Settings = None,
     strategy_file: StrategyFile = None,
     working_dir: WorkingDir = None,
     output: Output = "text",
-    quiet: Annotated[bool, typer.Option("-q", "--quiet", help="Print the table only.")] = False,
+    quiet: TableOnly = False,
 ) -> None:
     """
     Compare short runs of a task with plain loops of torch, before you trust a long one.
@@ -44,23 +48,18 @@ def verify(
 
     Exit code 0: nothing parts. 1: something does. Else that of the error that a strategy gave.
     """
-    from distplat.cli.submit import SubmitRequest, resolve
+    from distplat.cli.submit import JobSource
 
     as_json = is_json(output)
-    request = SubmitRequest(
-        job_file=job_file,
-        settings=tuple(settings or ()),
-        working_dir=working_dir,
-        strategy_file=strategy_file,
-    )
-    job = resolve(request)
+    source = JobSource(job_file, settings, strategy_file=strategy_file, working_dir=working_dir)
+    job = source.read()
     if job.task is None:
         raise SpecError(Problem(("task",), "name a task in the job"))
     from distplat.actors.verifying import Wanted, verify  # torch and Ray
 
     names = tuple(name.strip() for name in strategies.split(",")) if strategies else ()
-    wanted = Wanted(job, request.folder, names, steps, workers, strategy_file)
-    rows = list(verify(wanted, request.say if not quiet else lambda line: None))
+    wanted = Wanted(job, source.folder, names, steps, workers, strategy_file)
+    rows = list(verify(wanted, say if not quiet else lambda line: None))
     if as_json:
         print(to_json([facts(row) for row in rows]))
     else:
@@ -131,15 +130,8 @@ def replay(
 
     found = replay_run(run_directory, working_dir)
     if as_json:
-        facts = {
-            "run": found.run,
-            "same_bits": found.differing is None,
-            "updates": found.updates,
-            "shards": found.shards,
-            "differing": found.differing,
-            "difference": found.difference,
-            "staleness": [dict(sorted(counts.items())) for counts in found.staleness],
-        }
+        staleness = [dict(sorted(counts.items())) for counts in found.staleness]
+        facts = {**vars(found), "same_bits": found.differing is None, "staleness": staleness}
         print(to_json(facts))
     else:
         verdict = "the same bits"

@@ -195,11 +195,7 @@ def check_metrics(job: Any, metrics: Mapping[str, float]) -> None:
         SpecError: it does not.
     """
     found = [
-        Problem(
-            (*field, "metric"),
-            f"the evaluation gives no {metric!r}",
-            hint(metric, metrics),
-        )
+        Problem((*field, "metric"), f"the evaluation gives no {metric!r}", hint(metric, metrics))
         for field, metric in watching(job)
         if metric not in metrics
     ]

@@ -6,8 +6,9 @@ People count steps: in a summary, and in all that is shown of it, step n is the 
 numbers change here, where reports become summaries.
 """
 
+import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
@@ -220,6 +221,19 @@ def first_line(text: str) -> str:
     """Give the first line of a cause; words where it has none."""
     lines = text.strip().splitlines()
     return lines[0] if lines else "no cause is known"
+
+
+def to_json(value: object, indent: int | None = 2) -> str:
+    """Write JSON; a number that is not finite, such as a diverged loss, becomes null."""
+    return json.dumps(_finite(value), indent=indent, allow_nan=False)
+
+
+def _finite(value: object) -> object:
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def number_text(value: float | None) -> str:

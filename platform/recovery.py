@@ -143,14 +143,17 @@ class Budget:
         self._counted = False  #: whether the last one was
         self._dead_nodes = set[str]()
 
+    def _is_paid(self, consequence: bool, node: str) -> bool:
+        """Say whether a failure before has paid for this one."""
+        if node in self._dead_nodes:  # Ray starts processes on a dead node until it knows
+            return True
+        self._dead_nodes |= {node} - {""}
+        paid = consequence and self._counted
+        self._counted = not paid
+        return paid
+
     def spend(
-        self,
-        step: int,
-        cause: str,
-        preempted: bool,
-        *,
-        consequence: bool = False,
-        node: str = "",
+        self, step: int, cause: str, preempted: bool, *, consequence: bool = False, node: str = ""
     ) -> float | str:
         """
         Count one more failure.
@@ -159,22 +162,16 @@ class Budget:
             step: steps that were done; how far the run has come.
             cause: what happened.
             preempted: the machine was taken away.
-            consequence: nothing more was lost: those that are left found out what went with those
-                that were. The failure before has paid for that, once.
-            node: that died, and the process with it. It dies once, though its processes are
-                missed one after the other: Ray starts new ones there until it knows.
+            consequence: nothing more was lost: survivors found out what was lost with the others.
+                It is free once after a failure that was paid for.
+            node: that died, and the process with it; it is paid for once.
 
         Returns:
             Seconds to wait before going on, or why the run must end.
         """
         self.failures.append(f"attempt {self._attempt}, after step {step}: {cause}")
         self._attempt += 1
-        if node in self._dead_nodes:
-            return 0.0
-        self._dead_nodes |= {node} - {""}
-        paid, self._counted = consequence and self._counted, True
-        if paid:
-            self._counted = False
+        if self._is_paid(consequence, node):
             return 0.0
         self._give_back(step)
         if preempted:

@@ -319,6 +319,17 @@ def missing_library(url: str) -> tuple[str, str]:
 _MANIFEST_BYTES = PART_BYTES
 
 
+def _named_by(url: str, limit_s: float) -> tuple[RemoteStorage, list[str]]:
+    """Give the storage of checkpoints that a URL names, and their names, the newest first."""
+    base, _, last = url.rpartition("/")
+    if step_of(last) is not None:
+        return RemoteStorage(base, limit_s), [last]
+    storage = RemoteStorage(url if last == FOLDER else f"{url}/{FOLDER}", limit_s)
+    found = storage.patiently(lambda: storage.names(""))
+    steps = {step: name for name in found if (step := step_of(name)) is not None}
+    return storage, [steps[step] for step in sorted(steps, reverse=True)]
+
+
 def fetch(
     url: str, folder: Path, limit_s: float, warn: Callable[[str], object]
 ) -> StoredCheckpoint:
@@ -339,15 +350,7 @@ def fetch(
     for text, hint in (url_problem(url), missing_library(url)):
         if text:
             raise SpecError(Problem(("--resume",), text, hint))
-    base, _, last = url.rstrip("/").rpartition("/")
-    if step_of(last) is not None:
-        storage, names = RemoteStorage(base, limit_s), [last]
-    else:
-        base = url.rstrip("/") if last == FOLDER else f"{url.rstrip('/')}/{FOLDER}"
-        storage = RemoteStorage(base, limit_s)
-        found = storage.patiently(lambda: storage.names(""))
-        steps = {step: name for name in found if (step := step_of(name)) is not None}
-        names = [steps[step] for step in sorted(steps, reverse=True)]
+    storage, names = _named_by(url.rstrip("/"), limit_s)
     damaged = 0
     for name in names:
         try:

@@ -20,8 +20,6 @@ costs a run `failure.storage_timeout_s`, once.
 
 import contextlib
 import errno
-import json
-import math
 import os
 import secrets
 import socket
@@ -36,7 +34,7 @@ from distplat.platform.disk import Moved, Records, reserve, with_deadline, write
 from distplat.platform.errors import StorageError
 from distplat.platform.job_file import render_job
 from distplat.platform.pipeline_trace import TRACE_FILE, Trace
-from distplat.platform.progress import KINDS, EvalSummary, StepSummary, Summary
+from distplat.platform.progress import KINDS, EvalSummary, StepSummary, Summary, to_json
 from distplat.platform.remote_storage import local_folder
 from distplat.platform.spec import Job
 from distplat.platform.tensor_file import EMA_PREFIX, split
@@ -109,7 +107,7 @@ class RunDirectory:
         if isinstance(summary, Trace):
             self.keep(TRACE_FILE, summary.to_json())
             return
-        line = _to_json({"kind": _KIND_OF[type(summary)], **asdict(summary)}) + "\n"
+        line = to_json({"kind": _KIND_OF[type(summary)], **asdict(summary)}, indent=None) + "\n"
         target = self._metrics.path
         try:
             self._metrics.write(line.encode())
@@ -164,7 +162,7 @@ class RunDirectory:
         Raises:
             StorageError: the disk is full, or the directory is gone.
         """
-        text = _to_json({"status": status, **facts}, indent=2) + "\n"
+        text = to_json({"status": status, **facts}) + "\n"
         path = self.path / "result.json"
 
         def work(moved: Moved) -> None:
@@ -189,19 +187,6 @@ def _refused(what: str, error: OSError) -> StorageError:
     full = error.errno in (errno.ENOSPC, errno.EDQUOT)
     remedy = "; free some, or have `storage_path` lead to another disk" if full else ""
     return StorageError(f"cannot {what}: {error.strerror or error}{remedy}")
-
-
-def _to_json(facts: Mapping[str, Any], indent: int | None = None) -> str:
-    """Give strict JSON: a diverged loss becomes null, for NaN is no JSON."""
-
-    def strict(value: Any) -> Any:
-        if isinstance(value, float) and not math.isfinite(value):
-            return None
-        if isinstance(value, Mapping):
-            return {key: strict(item) for key, item in value.items()}
-        return value
-
-    return json.dumps(strict(facts), indent=indent, allow_nan=False)
 
 
 class _TensorBoard:

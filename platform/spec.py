@@ -17,16 +17,7 @@ from pydantic_core import PydanticCustomError
 from distplat.platform import own_loop
 from distplat.platform.errors import Problem
 from distplat.platform.evaluations import EarlyStop, KeepBest, evaluation_problems
-from distplat.platform.fields import (
-    Count,
-    Flag,
-    Folder,
-    Index,
-    Positive,
-    Resources,
-    Seconds,
-    Spec,
-)
+from distplat.platform.fields import Count, Flag, Folder, Index, Positive, Resources, Seconds, Spec
 from distplat.platform.lr_schedules import (
     NamedSchedule,
     ReduceLROnPlateau,

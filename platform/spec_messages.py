@@ -57,10 +57,7 @@ _PATTERNS: dict[FieldPath, str] = {
     ("task",): "must be 'module:Class', 'module:function' or 'script.py --its arguments'",
     ("storage_path",): "must be a path: not empty, no control characters",
 }
-_REFUSED = {
-    **REFUSED_OPTIMIZERS,
-    **REFUSED_SCHEDULES,
-}
+_REFUSED = {**REFUSED_OPTIMIZERS, **REFUSED_SCHEDULES}
 """Names that choose a model of a union elsewhere, and why not here."""
 _YAML_BOOL = "YAML reads no, off, yes and on as true or false"
 

@@ -10,45 +10,28 @@ is left. See docs/parameter_server.md.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
 from distplat.platform.errors import Problem
-from distplat.platform.fields import Flag, NonNegative, Resources
+from distplat.platform.fields import Flag, NonNegative
 from distplat.platform.spec import Consistency, Job
 from distplat.strategies.catalog import register
-from distplat.strategies.strategy_spec import (
-    NO_EARLY_PUSH,
-    WIRES,
-    GroupSpec,
-    Options,
-    Roles,
-    Strategy,
-)
+from distplat.strategies.strategy_spec import GroupSpec, Roles, ServerOptions, Strategy
 
 Bound = Annotated[int, Field(ge=0, strict=True)]
 
 
-class PsAsyncOptions(Options):
+class PsAsyncOptions(ServerOptions):
     """Options of `ps-async`."""
 
-    removed_fields: ClassVar[Mapping[str, str]] = {"overlap": NO_EARLY_PUSH}
-    num_servers: int = Field(1, ge=1, le=256, strict=True)
-    """Server nodes; each keeps an equal part of the parameters."""
-    resources_per_server: Resources = Field(default_factory=lambda: {"CPU": 0.0})
-    """Ray resources of one server node; by default none."""
     staleness: Literal["unbounded"] | Bound = "unbounded"
     """Steps that a leased task may be ahead of the oldest one that is not done."""
     staleness_lr: Flag = False
     """Divide the learning rate by the number of updates that came between pull and push."""
     delay_compensation: NonNegative = 0.0
     """Lambda of DC-ASGD's correction for these updates; 0: none. Try 0.04 to 2."""
-    replication: int = Field(1, ge=1, le=2, strict=True)
-    """2: each shard has a backup, which takes over when its server is lost."""
-    wire: Literal["exact", "fp16", "bf16"] = "exact"
-    """Type in which gradients and parameters travel between nodes; on a node nothing travels."""
 
 
 @register("ps-async")
@@ -71,14 +54,7 @@ class PsAsync(Strategy[PsAsyncOptions]):
             own_loop=job.own_loop,
         )
         group = GroupSpec(timeout_s=job.failure.step_timeout_s) if job.own_loop else None
-        return Roles(
-            chosen.num_servers,
-            chosen.resources_per_server,
-            consistency,
-            replication=chosen.replication,
-            wire=WIRES[chosen.wire],
-            collective=group,
-        )
+        return chosen.roles(consistency, collective=group)
 
     def own_loop_problems(self, job: Job) -> list[Problem]:
         """Refuse backups: all of a train function begin anew when a server is lost."""

@@ -12,39 +12,21 @@ and its worker goes on with the newest version (Chen et al., 2016, arXiv:1604.00
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import ClassVar, Literal
 
 from pydantic import Field
 
 from distplat.platform.errors import Problem
-from distplat.platform.fields import Resources
 from distplat.platform.spec import Consistency, Job
 from distplat.strategies.catalog import register
-from distplat.strategies.strategy_spec import (
-    NO_EARLY_PUSH,
-    WIRES,
-    GroupSpec,
-    Options,
-    Roles,
-    Strategy,
-)
+from distplat.strategies.strategy_spec import GroupSpec, Roles, ServerOptions, Strategy
 
 
-class PsSyncOptions(Options):
+class PsSyncOptions(ServerOptions):
     """Options of `ps-sync`."""
 
-    removed_fields: ClassVar[Mapping[str, str]] = {"overlap": NO_EARLY_PUSH}
-    num_servers: int = Field(1, ge=1, le=256, strict=True)
-    """Server nodes; each keeps a part of the parameters."""
-    resources_per_server: Resources = Field(default_factory=lambda: {"CPU": 0.0})
-    """Ray resources of one server node; by default none, for it works while workers wait."""
     backup_workers: int = Field(0, ge=0, le=1023, strict=True)
     """Gradients that a step does not wait for; with it, runs do not repeat bit for bit."""
-    replication: int = Field(1, ge=1, le=2, strict=True)
-    """2: each shard has a backup, which takes over when its server is lost."""
-    wire: Literal["exact", "fp16", "bf16"] = "exact"
-    """Type in which gradients and parameters travel between nodes; on a node nothing travels."""
     split: Literal["bytes", "load"] = "bytes"
     """Shards of equal size, or by how fast each server makes updates, measured at the start."""
 
@@ -65,22 +47,10 @@ class PsSync(Strategy[PsSyncOptions]):
         """Ask for the server group."""
         chosen = self.options
         if job.own_loop:
-            return Roles(
-                chosen.num_servers,
-                chosen.resources_per_server,
-                Consistency(own_loop=True),
-                collective=GroupSpec(timeout_s=job.failure.step_timeout_s),
-            )
+            group = GroupSpec(timeout_s=job.failure.step_timeout_s)
+            return chosen.roles(Consistency(own_loop=True), collective=group)
         consistency = Consistency(backup_workers=chosen.backup_workers)
-        return Roles(
-            chosen.num_servers,
-            chosen.resources_per_server,
-            consistency,
-            replication=chosen.replication,
-            resizes=True,
-            wire=WIRES[chosen.wire],
-            split_by_load=chosen.split == "load",
-        )
+        return chosen.roles(consistency, resizes=True, split_by_load=chosen.split == "load")
 
     def problems(self, job: Job) -> list[Problem]:
         """Refuse more backup workers than can be done without, and shards that would not agree."""

@@ -10,11 +10,14 @@ Listing strategies and checking a job must be quick, so nothing here imports tor
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Generic, TypeVar
+from typing import Any, ClassVar, Generic, Literal, TypeVar
+
+from pydantic import Field
 
 from distplat.platform.errors import Problem
-from distplat.platform.fields import Spec
+from distplat.platform.fields import Resources, Spec
 from distplat.platform.shard_map import Division
 from distplat.platform.spec import SYNCHRONOUS, Consistency, Job
 
@@ -33,10 +36,6 @@ class GroupSpec:
     """Deadline of one operation."""
     debug: bool = False
     """Compare every operation between the ranks, not only the first ones."""
-
-
-WIRES: dict[str, str | None] = {"exact": None, "fp16": "float16", "bf16": "bfloat16"}
-"""What the servers' option `wire` may be, and the type in torch that it means."""
 
 
 @dataclass(frozen=True)
@@ -169,8 +168,30 @@ NEW_WAY = (
 """What is to be said to who has a strategy of one class."""
 
 
-NO_EARLY_PUSH = "it was removed: gradients go to the servers when backward is over"
-"""What servers' strategies say of it: a step with early pushes took as long as one without."""
+WIRES: dict[str, str | None] = {"exact": None, "fp16": "float16", "bf16": "bfloat16"}
+"""What the servers' option `wire` may be, and the type in torch that it means."""
+
+
+class ServerOptions(Options):
+    """Options of strategies whose parameters are kept by servers."""
+
+    removed_fields: ClassVar[Mapping[str, str]] = {
+        "overlap": "it was removed: gradients go to the servers when backward is over"
+    }
+    num_servers: int = Field(1, ge=1, le=256, strict=True)
+    """Server nodes; each keeps an equal part of the parameters."""
+    resources_per_server: Resources = Field(default_factory=lambda: {"CPU": 0.0})
+    """Ray resources of one server node; by default none, for it works while workers wait."""
+    replication: int = Field(1, ge=1, le=2, strict=True)
+    """2: each shard has a backup, which takes over when its server is lost."""
+    wire: Literal["exact", "fp16", "bf16"] = "exact"
+    """Type in which gradients and parameters travel between nodes; on a node nothing travels."""
+
+    def roles(self, consistency: Consistency, **more: Any) -> Roles:
+        """Ask for the server group, and for more fields of `Roles`."""
+        servers = self.num_servers, self.resources_per_server
+        how = {"replication": self.replication, "wire": WIRES[self.wire], **more}
+        return Roles(*servers, consistency, **how)
 
 
 def rows_come_first(job: Job) -> bool:

@@ -25,11 +25,7 @@ from torch import Tensor
 
 from distplat.actors.collectives.group import summed
 from distplat.actors.collectives.header import Header, header
-from distplat.actors.collectives.rendezvous import (
-    GroupMember,
-    delete_places,
-    exchange_places,
-)
+from distplat.actors.collectives.rendezvous import GroupMember, delete_places, exchange_places
 from distplat.actors.collectives.shm.shm_group import ShmGroup
 from distplat.actors.collectives.torch_group import Fail, TorchGroup, nothing
 from distplat.actors.collectives.torch_store import run_unless_given_up

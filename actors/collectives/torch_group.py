@@ -24,13 +24,7 @@ import torch
 from torch import Tensor
 
 from distplat.actors.collectives.group import CollectiveGroup, summed
-from distplat.actors.collectives.header import (
-    LENGTH,
-    Header,
-    check_headers,
-    check_message,
-    header,
-)
+from distplat.actors.collectives.header import LENGTH, Header, check_headers, check_message, header
 from distplat.actors.collectives.rendezvous import GIVEN_UP, GroupMember
 from distplat.actors.collectives.torch_store import Heartbeat, Store, run_unless_given_up
 from distplat.actors.collectives.work import Work

@@ -17,11 +17,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import ray
 
-from distplat.actors.collectives.key_value_store import (
-    KeyValueStore,
-    StoreConnection,
-    StoreServer,
-)
+from distplat.actors.collectives.key_value_store import KeyValueStore, StoreConnection, StoreServer
 from distplat.actors.collectives.rendezvous import (
     GIVEN_UP,
     GroupMember,

@@ -207,10 +207,7 @@ class ShardServing(Serving[ShardServer]):
         return True
 
     def restore(
-        self,
-        version: int,
-        values: NDArray[np.uint8] | None,
-        state: Mapping[str, RawTensor],
+        self, version: int, values: NDArray[np.uint8] | None, state: Mapping[str, RawTensor]
     ) -> None:
         """
         Open for service.

@@ -34,14 +34,7 @@ from distplat.strategies.checkpoint.checkpoint_reader import SavedState
 from distplat.strategies.checkpoint.checkpoint_types import ALL, Holding
 from distplat.strategies.loop.control import StepControl, control_size
 from distplat.strategies.model.flat import FlatModel
-from distplat.strategies.ports import (
-    LoopOptimizer,
-    LoopShards,
-    Pushed,
-    ShardCopy,
-    Shards,
-    Vectors,
-)
+from distplat.strategies.ports import LoopOptimizer, LoopShards, Pushed, ShardCopy, Shards, Vectors
 from distplat.strategies.reduction.base import several_types
 from distplat.strategies.server.answers import fetch_copies, pushed
 

@@ -109,10 +109,7 @@ class RemoteTables(Tables):
 
     @override
     def connect(
-        self,
-        tables: tuple[TableSpec, ...],
-        total_steps: int,
-        saved: SavedState | None = None,
+        self, tables: tuple[TableSpec, ...], total_steps: int, saved: SavedState | None = None
     ) -> tuple[TablePlan, int]:
         """Servers fetch the checkpoint's files themselves."""
         order = self._order

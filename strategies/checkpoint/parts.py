@@ -73,10 +73,7 @@ def tensors_part(
 
 
 def optimizer_part(
-    flat: FlatModel,
-    state: Mapping[str, Tensor],
-    start: int = 0,
-    holding: Holding = ALL,
+    flat: FlatModel, state: Mapping[str, Tensor], start: int = 0, holding: Holding = ALL
 ) -> CheckpointPart:
     """
     Give the state of an optimizer over a run of the flat vector.
@@ -165,19 +162,17 @@ def vector_entries(
         if slot.name in holding.others:
             continue
         for number, (key, dtype, vector, shape) in enumerate(kinds):
-            if shape is not None:
+            there = slot.name in live if key in _OF_LIVE else used[place]
+            if shape is not None or not there:
                 continue
-            if slot.name not in live if key in _OF_LIVE else not used[place]:
-                continue
+            name = f"{key}/{slot.name}"
             if vector is None:
-                entries.append(
-                    TensorEntry(f"{key}/{slot.name}", TensorSlice(()), dtype, number, place)
-                )
+                entries.append(TensorEntry(name, TensorSlice(()), dtype, number, place))
                 continue
             run, offset = flat.elements_of(slot, first, last, start)
             where = replace(holding.places.get(slot.name, TensorSlice(slot.shape)), run=run)
             kind = str(slot.dtype).removeprefix("torch.")
-            entries.append(TensorEntry(f"{key}/{slot.name}", where, kind, number, offset))
+            entries.append(TensorEntry(name, where, kind, number, offset))
     return entries
 
 

@@ -222,14 +222,11 @@ def metrics_warning(
 
     Args:
         task: has `metrics`.
-        outputs: of the whole batch, batch first.
-        targets: in the same way.
+        outputs: of the whole batch.
+        targets: of the whole batch.
         whole: what `metrics` made of them, by name.
         samples: size of the batch.
         states: see `states_of`.
-
-    Returns:
-        Names those that are no means; None: there are none, or nobody can tell.
     """
     try:
         a, b = _of_halves(task.metrics, _read_metrics, (outputs, targets), samples, states)

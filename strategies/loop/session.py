@@ -8,13 +8,13 @@ From a job and a task to a loop that is ready to run, in steps that can wait bet
 """
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cache, partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from distplat.platform.checkpoints import is_due
 from distplat.platform.errors import Problem, SpecError
@@ -132,12 +132,9 @@ def prepare(
 
     Args:
         job: the run.
-        task: the user's.
+        task: the user's; what it raises comes through.
         device: where the model trains.
         strategy: the job's; None: one whose ranks have the whole model each.
-
-    Raises:
-        ValueError: a model or data set that cannot be trained; or whatever the task raises.
     """
     loaders_ready = ready_loaders(job)
     seed_all(job.seed)
@@ -157,25 +154,30 @@ def prepare(
     extra = {TASK_PREFIX + name: one for name, one in own.items()}
     check_groups(job.optimizer, model, extra)
     initial = {} if job.initial_weights is None else initial_weights(job, model, extra)
-    part = None
-    if whole:
-        apply_module_options(job, model)
-        for tensor in extra.values():
-            tensor.data = tensor.data.to(device)
-        fits, group_of = job.optimizer.takes, job.optimizer.group_of
-        part = FlatModel(model.to(device), extra, thaws=thaws, takes=fits, group_of=group_of)
+    part = _flat_model(job, model, extra, device, thaws=thaws) if whole else None
     data, eval_data, sampler = _data(job, task, roles)
     steps = total_steps(job, sampler)
     if problems := length_problems(job.lr_schedule, steps):  # `epochs` say it only now
         raise SpecError(*problems)
     check_evaluations(job, sampler, eval_data)
-    left = None if whole else model
     loaders_ready()
+    left = None if whole else model
     found = Prepared(job, task, left, data, eval_data, sampler, steps, device, roles, part, lookups)
     found.initial = initial if any(one.is_meta for one in model.parameters()) else {}
     found = _with_own_updates(found)
     found.remarks = [*said, *remarks_on(found.job, sampler)]
     return found
+
+
+def _flat_model(
+    job: Job, model: nn.Module, extra: Mapping[str, Tensor], device: str, *, thaws: bool
+) -> FlatModel:
+    """Bring a whole model, and what the task keeps itself, to the device and into one vector."""
+    apply_module_options(job, model)
+    for tensor in extra.values():
+        tensor.data = tensor.data.to(device)
+    fits, group_of = job.optimizer.takes, job.optimizer.group_of
+    return FlatModel(model.to(device), extra, thaws=thaws, takes=fits, group_of=group_of)
 
 
 def _data(job: Job, task: Task, roles: Roles) -> tuple[Any, Any, Sampler]:
@@ -230,6 +232,13 @@ def resize(prepared: Prepared, job: Job, strategy: WorkerStrategy[Any]) -> None:
     prepared.sampler = replace(prepared.sampler, world=world)
 
 
+def _cut(p: Prepared, strategy: WorkerStrategy[Any], rank: int, group: Collective | None) -> None:
+    """Keep this rank's part of the model, filled with the initial weights."""
+    p.part, p.holding = strategy.cut_model(p, rank, group)
+    fill_part(p.part, p.initial, p.holding.places)
+    p.initial = {}  # the first attempt's: later ones go on with what was trained
+
+
 def join(
     prepared: Prepared,
     strategy: WorkerStrategy[Any],
@@ -242,21 +251,12 @@ def join(
     stop: Callable[[int], StopOrder] = lambda step: StopOrder.NONE,
 ) -> Loop | LeasedLoop:
     """
-    Set the strategy up with its ports and give the loop.
+    Set a rank's strategy up with its ports and give the loop.
 
-    Args:
-        prepared: model and data.
-        strategy: the job's.
-        rank: this one.
-        ports: to the others.
-        report: takes what is finished.
-        progress: where this worker is.
-        around: checkpoints.
-        stop: see `Loop`.
+    `report` takes what is finished, `progress` says where the worker is; `stop`: see `Loop`.
 
     Raises:
-        SpecError: the checkpoint is of another model or data set, or another rank has another one.
-        DistplatError: whatever the ports raise while the ranks find each other.
+        DistplatError: the checkpoint or another rank has another model or data set; a port failed.
     """
     p, leases = prepared, ports.leases
     if ports.peers is not None:  # all who need a group of the workers get the same one
@@ -265,9 +265,7 @@ def join(
         agree(p.facts, rank, ports.board, partial(hash_samples, p.data))
     group = ports.collective if p.roles.collective is not None else None
     if strategy.cuts_model:
-        p.part, p.holding = strategy.cut_model(p, rank, group)
-        fill_part(p.part, p.initial, p.holding.places)
-        p.initial = {}  # the first attempt's: later ones go on with what was trained
+        _cut(p, strategy, rank, group)
     _load(p, around.saved)
     context = _context(p, rank, ports, around, progress, report)
     start = _set_up(p, strategy, context, ports.tables)
@@ -277,8 +275,7 @@ def join(
     if leases is not None:
         leases.connect(course_of(p.job, p.sampler, p.total_steps, start, p.eval_data is not None))
         if p.roles.consistency.dynamic_tasks:
-            work = TaskModel(p, strategy.last_backward, progress.beat)
-            return LeasedLoop(*common, work, leases)
+            return LeasedLoop(*common, TaskModel(p, strategy.last_backward, progress.beat), leases)
     compute = strategy.compute(p, context)
     meet = (lambda: None) if p.job.scaling.world == 1 else _meeting(p, context)
     group = _meet_others(p, ports, start, group, meet)

@@ -27,14 +27,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from distplat.platform.errors import GapError, StaleError
-from distplat.platform.ledger import (
-    Ledger,
-    LoopLedger,
-    PushId,
-    StepLedger,
-    TaskLedger,
-    Verdict,
-)
+from distplat.platform.ledger import Ledger, LoopLedger, PushId, StepLedger, TaskLedger, Verdict
 from distplat.platform.plateau import PlateauState
 from distplat.platform.shard_map import ShardPlan
 from distplat.platform.vector_layout import Layout, plain_layout

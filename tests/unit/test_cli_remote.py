@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -15,7 +14,7 @@ from distplat.cli import cluster, remote, shipping, submit
 from distplat.cli.address import NoSuchJob
 from distplat.cli.remote import LogReader, clean_lines, exit_code, follow
 from distplat.cli.shipping import Received
-from distplat.cli.submit import SubmitRequest, _metadata
+from distplat.cli.submit import JobSource, RemoteOptions, SubmitRequest, _metadata
 from distplat.platform.errors import ClusterUnreachable, SpecError
 
 JOB = job_of(
@@ -205,10 +204,10 @@ def folder(tmp_path: Path) -> Iterator[Path]:
 
 def send(jobs: Any, folder: Path, **changes: Any) -> str:
     given = {"env_vars": {"A": "1"}, "excludes": ["data"], "py_modules": ["m"]}
-    resources = (("entrypoint_num_cpus", 1.0),)
-    request = SubmitRequest(folder / "job.yaml", working_dir=folder, resources=resources)
-    metadata = _metadata('{"team": "t"}', JOB)
-    return submit.send(jobs, JOB, replace(request, **changes), given, metadata, ignores)
+    source = JobSource(folder / "job.yaml", working_dir=folder)
+    remote = RemoteOptions(entrypoint_num_cpus=1.0)
+    request = SubmitRequest(source, remote=remote, **changes)
+    return submit.send(jobs, JOB, request, given, _metadata('{"team": "t"}', JOB), ignores)
 
 
 def test_a_job_is_sent_without_a_value_in_the_shell_line(

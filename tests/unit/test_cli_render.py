@@ -13,8 +13,15 @@ from jobs import job_of
 from distplat.actors import view as view_module
 from distplat.actors.result import Result
 from distplat.actors.view import View, view_here
-from distplat.cli.render import facts_of, print_result, to_json
-from distplat.platform.progress import EvalSummary, FailureEvent, Recovery, Resized, StepSummary
+from distplat.cli.render import facts_of, print_result
+from distplat.platform.progress import (
+    EvalSummary,
+    FailureEvent,
+    Recovery,
+    Resized,
+    StepSummary,
+    to_json,
+)
 
 JOB = job_of("ring", 2, name="lin", task="lin:Lin", steps=100, global_batch_size=16)
 

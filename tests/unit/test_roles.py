@@ -8,9 +8,9 @@ import pytest
 from distplat.actors import overview
 from distplat.actors.overview import Overview, RunName
 from distplat.actors.servers.scheduler import SchedulerStatus, WorkerRow
-from distplat.cli.render import to_json
 from distplat.cli.running import role_facts, role_lines
 from distplat.platform.errors import ActorLost, SpecError
+from distplat.platform.progress import to_json
 from distplat.platform.scaling import ScaleRequest, ScaleStatus
 from distplat.platform.server_group import ServersSeen, ShardAssignment
 from distplat.platform.shard_map import Shard

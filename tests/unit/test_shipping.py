@@ -11,7 +11,7 @@ import pytest
 from distplat.cli import shipping
 from distplat.cli.main import run
 from distplat.cli.shipping import EXCLUDES, measure, read_runtime_env, refuse_home, with_folders
-from distplat.cli.submit import SubmitRequest
+from distplat.cli.submit import JobSource, SubmitRequest
 from distplat.platform.errors import SpecError
 
 
@@ -106,8 +106,8 @@ def test_what_is_shipped_is_said_in_one_line(
     (folder / "weights/w.bin").write_bytes(bytes(3_000_000))
     package = measure(folder, EXCLUDES, nothing)
     assert str(package) == f"shipping 2 files, 3 MB, of {folder}; the largest: weights 3 MB"
-    SubmitRequest(folder / "job.yaml").shipping(None, package)
-    SubmitRequest(folder / "job.yaml", quiet=True).shipping(None, package)
+    SubmitRequest(JobSource(folder / "job.yaml")).shipping(None, package)
+    SubmitRequest(JobSource(folder / "job.yaml"), quiet=True).shipping(None, package)
     assert capsys.readouterr().err == f"{package}\n"
 
 
@@ -123,8 +123,8 @@ def test_a_home_directory_is_shipped_only_if_it_was_named(
     with pytest.raises(
         SpecError, match=r"--working-dir: .* would be shipped to the cluster as a whole"
     ):
-        SubmitRequest(folder / "job.yaml").shipping(None, package)
-    SubmitRequest(folder / "job.yaml", working_dir=folder).shipping(None, package)
+        SubmitRequest(JobSource(folder / "job.yaml")).shipping(None, package)
+    SubmitRequest(JobSource(folder / "job.yaml", working_dir=folder)).shipping(None, package)
     with pytest.raises(SpecError, match="--working-dir: / would be shipped"):
         refuse_home(Path("/"))
     (folder / "job").mkdir()

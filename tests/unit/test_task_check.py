@@ -13,6 +13,7 @@ from jobs import fields_of
 
 from distplat import Task, Trainer
 from distplat.actors import launch as launching
+from distplat.actors import task_check
 from distplat.actors.task_check import TaskCheck
 from distplat.actors.task_pickling import check_pickles
 from distplat.cli.main import run
@@ -262,7 +263,7 @@ def test_a_run_on_a_cluster_that_is_there_leaves_the_look_to_the_workers(
 
         def end(self) -> None: ...
 
-    monkeypatch.setattr(launching, "TaskCheck", Recorded)
+    monkeypatch.setattr(task_check, "TaskCheck", Recorded)
     trainer = Trainer({**FIELDS, "task": "utask:Good"})
     grasped: list[Any] = []
     monkeypatch.setattr(

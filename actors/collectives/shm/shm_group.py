@@ -29,11 +29,7 @@ from distplat.actors.collectives.rendezvous import (
 from distplat.actors.collectives.shm.communicator import Bytes, ShmCommunicator
 from distplat.actors.collectives.shm.liveness import LivenessMonitor, RunningOp
 from distplat.actors.collectives.shm.p2p import PointToPoint
-from distplat.actors.collectives.shm.segment import (
-    GroupSegment,
-    SegmentLayout,
-    create_vector,
-)
+from distplat.actors.collectives.shm.segment import GroupSegment, SegmentLayout, create_vector
 from distplat.actors.collectives.work import OpQueue, Work
 from distplat.actors.messages import Address
 from distplat.platform.errors import CollectiveError
