@@ -36,7 +36,7 @@ def local_runs(limit: int, status: str | None = None) -> list[dict[str, Any]]:
         if len(found) == limit:
             break
         try:
-            facts = _facts(read_run(path), begun[path])
+            facts = _facts(read_run(path, steps=False), begun[path])
         except DistplatError:  # another program's, or it may not be read
             continue
         if status in (None, facts["status"]):
@@ -95,7 +95,7 @@ def ended_run(name: str) -> dict[str, Any] | None:
     path = run_called(name)
     if path is None:
         return None
-    record = read_run(path)
+    record = read_run(path, steps=False)
     return None if record.result is None else _facts(record, _written(path / "job.yaml") or 0.0)
 
 
@@ -113,7 +113,7 @@ def print_logs(path: Path, write: Callable[[str], None], *, follow: bool) -> int
     """
     reader = _Reader(path / "logs")
     while True:
-        record = read_run(path) if follow else None
+        record = read_run(path, steps=False) if follow else None
         for line in reader.fresh():
             write(line)
         if record is None:

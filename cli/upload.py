@@ -27,7 +27,7 @@ def upload(run: Run) -> None:
     Everything is uploaded once more.
     """
     path = find_run(run)
-    record = read_run(path)
+    record = read_run(path, steps=False)
     url, limit_s = _where(record)
     before, whole = record.result, False
     if before is not None:

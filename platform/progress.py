@@ -208,6 +208,9 @@ KINDS = {
 }
 """By `kind` of a line of metrics.jsonl."""
 
+_GIVEN = 10_000
+"""Evaluations that come in any order: so many are told from those that are made again."""
+
 Report = TypeVar("Report", StepReport, EvalReport, TraceReport)
 
 
@@ -337,10 +340,11 @@ class _Waiting(Generic[Report]):
 
     def __init__(self, world: int, *, in_order: bool = True) -> None:
         self._in_order = in_order
-        self._given: set[int] = set()  #: steps that were given out, where they come in any order
+        self._given: set[int] = set()  #: steps that were given out, where they come in any order:
+        # the last ones, for a run may have very many
         self._worlds = [(0, world)]  #: from which step on how many reports are all, ascending
         self._by_step: dict[int, dict[int, Report]] = {}
-        self._next = 0  #: everything before this step was given out
+        self._next = 0  #: nothing comes of a step before this one
         self.highest = -1  #: the last step of which there is a report
 
     @property
@@ -363,7 +367,7 @@ class _Waiting(Generic[Report]):
 
     def put(self, report: Report) -> bool:
         """Take a report; say whether its step is complete, and was not given out."""
-        if report.step in self._given or (self._in_order and report.step < self._next):
+        if report.step in self._given or report.step < self._next:
             return False
         self.highest = max(self.highest, report.step)
         self._by_step.setdefault(report.step, {})[report.rank] = report
@@ -379,10 +383,15 @@ class _Waiting(Generic[Report]):
         return [self._take(s) for s in older]
 
     def _take(self, step: int) -> list[Report]:
-        self._next = max(self._next, step + 1)
-        if not self._in_order:
-            self._given.add(step)
         reports = self._by_step.pop(step)
+        if self._in_order:
+            self._next = max(self._next, step + 1)
+            return [reports[rank] for rank in sorted(reports)]
+        self._given.add(step)
+        if len(self._given) >= 2 * _GIVEN:
+            last = sorted(self._given)[-_GIVEN:]
+            self._next, self._given = last[0], set(last)
+            self._by_step = {s: found for s, found in self._by_step.items() if s >= last[0]}
         return [reports[rank] for rank in sorted(reports)]
 
 

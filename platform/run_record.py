@@ -10,7 +10,8 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -41,6 +42,8 @@ _MOST = 2**53
 """No step, count or size is larger; a float holds it exactly."""
 _SETBACK = "setback"
 """What a failure was called before 0.1.0 was released."""
+_STEP = re.compile(r'\{"kind": "step", "step": (\d{1,16}),')
+"""How a line of a step begins."""
 MOST_STEPS = 200_000
 """Steps that are held at a time, some 300 MB of them."""
 MOST_LINE = 2**22
@@ -93,9 +96,14 @@ def find_run(given: Path) -> Path:
     raise SpecError(Problem((), f"{given}: there is no such run directory", hint))
 
 
-def read_run(path: Path) -> RunRecord:
+def read_run(path: Path, *, steps: bool = True) -> RunRecord:
     """
     Read a run directory.
+
+    Args:
+        path: of it.
+        steps: whether what happened is wanted, too; else only what the run is, and how it ended:
+            ten million steps take minutes to read.
 
     Raises:
         SpecError: it holds no run.
@@ -108,9 +116,9 @@ def read_run(path: Path) -> RunRecord:
         raise SpecError(Problem((), text, "give the directory that `submit` printed"))
     record = RunRecord(path)
     record.job = _part(record, "job.yaml", _job) or {}
-    _read_metrics(record)
+    _read_metrics(record, steps=steps)
     record.result = _part(record, "result.json", lambda text: _mapping(json.loads(text)))
-    record.trace = _part(record, TRACE_FILE, _trace)
+    record.trace = _part(record, TRACE_FILE, _trace) if steps else None
     if "metrics.jsonl" not in names:
         record.notes.append("metrics.jsonl is missing: no losses and no times")
     if not record.job and "job.yaml" not in names:
@@ -158,31 +166,49 @@ def _part(record: RunRecord, name: str, parse: Callable[[str], T]) -> T | None:
         return None
 
 
-def _read_metrics(record: RunRecord) -> None:
+def _read_metrics(record: RunRecord, *, steps: bool) -> None:
     with open_regular(record.path / "metrics.jsonl") as file:
         if file is None:
             return
         record.last_sign_s = os.fstat(file.fileno()).st_mtime
-        steps, evaluations = _Thinned[StepSummary](), _Thinned[EvalSummary]()
-        damaged = 0
-        for line in _lines(file):
-            try:
-                found = _summary(json.loads(line))
-            except _DAMAGE:
-                damaged += 1
-                continue
-            if isinstance(found, StepSummary):
-                steps.put(found.step, found)
-            elif isinstance(found, EvalSummary):
-                evaluations.put(found.step, found)
-            else:
-                _keep(record, found)
+        if steps:
+            _read_lines(record, file)
+
+
+def _read_lines(record: RunRecord, file: IO[bytes]) -> None:
+    steps, evaluations = _Thinned[StepSummary](), _Thinned[EvalSummary]()
+    damaged = 0
+    for line in _without_dropped(_lines(file), steps):
+        try:
+            found = _summary(json.loads(line))
+        except _DAMAGE:
+            damaged += 1
+            continue
+        if isinstance(found, StepSummary):
+            steps.put(found.step, found)
+        elif isinstance(found, EvalSummary):
+            evaluations.put(found.step, found)
+        else:
+            _keep(record, found)
     record.steps, record.every = steps.found(), steps.every
     record.evaluations = evaluations.found()
     if steps.every > 1:
         record.notes.append(f"of so many steps one in {steps.every} is counted")
     if damaged:
         record.notes.append(f"metrics.jsonl: {damaged} damaged lines are left out")
+
+
+def _without_dropped(lines: Iterable[str], steps: _Thinned[StepSummary]) -> Iterator[str]:
+    """Leave out, unread, steps that would be dropped: reading all of millions takes minutes."""
+    dropped = ""
+    for line in lines:
+        at = _STEP.match(line) if steps.every > 1 else None
+        if at is not None and int(at[1]) % steps.every:
+            dropped = line
+        else:
+            yield line
+    if dropped:  # it may be the last one
+        yield dropped
 
 
 class _Thinned(Generic[S]):

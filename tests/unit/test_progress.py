@@ -236,3 +236,16 @@ def test_a_result_prints_as_a_short_table() -> None:
     ]
     assert lines[2] == "eval_accuracy  0.875"
     assert "a&lt;b" in result._repr_html_() and "StepSummary" not in repr(result)
+
+
+def test_evaluations_that_come_in_any_order_are_told_once_however_many(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("distplat.platform.progress._GIVEN", 5)
+    aggregator = ReportAggregator(1, 0)
+    told = [
+        one.step
+        for step in (*range(0, 40, 2), *range(1, 40, 2), *range(40))
+        for one in aggregator.add(EvalReport(0, step, 1, {"loss": 1.0}))
+    ]
+    assert len(set(told)) == len(told) and set(range(0, 40, 2)) <= set(told)

@@ -46,6 +46,16 @@ def test_the_newest_come_first_with_what_became_of_them(tmp_path: Path) -> None:
     assert [one["id"] for one in local_runs(9, "FAILED")] == ["old-1"]
 
 
+def test_nobody_reads_all_steps_to_list_a_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("distplat.platform.run_record._read_lines", lambda *args: 1 / 0)
+    path = named(tmp_path, "long-1", 60, "SUCCEEDED")
+    (path / "logs").mkdir()
+    for args in (["list"], ["status", "long-1"], ["logs", "-f", "long-1"]):
+        assert run(args) == 0, capsys.readouterr().err
+
+
 def test_list_shows_them_where_no_job_api_is(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

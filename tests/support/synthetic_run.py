@@ -1,0 +1,117 @@
+"""
+A run without workers: the reports of ranks are made up, and who hears of them is distplat's own.
+
+From the controller's aggregator and outbox to the driver's result, metrics, curves, callbacks,
+trackers and progress: after ten million steps they are to hold no more than after ten thousand.
+"""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from jobs import fields_of
+
+from distplat.actors.actor_group import Launch
+from distplat.actors.callbacks import Callback
+from distplat.actors.checkpointing import Checkpoints
+from distplat.actors.controller_client import RunHandlers
+from distplat.actors.result import Result
+from distplat.actors.retrying_calls import Outbox
+from distplat.actors.trainer import Trainer
+from distplat.platform import trackers
+from distplat.platform.disk import BackgroundWriter
+from distplat.platform.progress import EvalReport, ReportAggregator, StepReport, Summary
+
+RANKS = 2
+_AT_A_TIME = 50
+"""Steps between two polls of the driver."""
+_EVALUATED = 10
+"""Steps between two evaluations."""
+_SECONDS = {"data": 1e-4, "compute": 1e-3, "exchange": 1e-4, "update": 1e-4}
+_FIGURES = {"sent_bytes": 4e6, "waiting_s": 0.01, "working_s": 0.02, "exposed_s": 0.01}
+
+
+class Silent:
+    """A tracker that keeps nothing."""
+
+    id = "none"
+
+    def __init__(self, project: str, job: Any, folder: Path, known: str | None) -> None: ...
+
+    def write(self, step: int, points: dict[str, float]) -> None:
+        """Take figures."""
+
+    def close(self, failed: bool) -> None:
+        """End."""
+
+
+def _reports(step: int, steps: int) -> Sequence[StepReport | EvalReport]:
+    loss = 1.0 + 1.0 / (step + 1)
+    found: list[StepReport | EvalReport] = [
+        StepReport(rank, step, step // 1000, loss, 8, dict(_SECONDS), steps, dict(_FIGURES))
+        for rank in range(RANKS)
+    ]
+    if (step + 1) % _EVALUATED == 0:
+        sums = {"loss": 8 * loss, "accuracy": 4.0}
+        found += [EvalReport(rank, step + 1, 8, dict(sums)) for rank in range(RANKS)]
+    return found
+
+
+def run(
+    folder: Path,
+    steps: int,
+    patch: pytest.MonkeyPatch,
+    seen: Callable[[int], object],
+    *,
+    leased: bool = False,
+) -> Result:
+    """
+    Make a run of so many steps.
+
+    Args:
+        folder: for the run directory.
+        steps: of the run.
+        patch: puts the made-up ranks in the place of Ray.
+        seen: is told after every so many steps how many there were.
+        leased: whether steps and evaluations come in any order, as under `ps-async`.
+    """
+
+    def feed(launch: Launch, handlers: RunHandlers, stopping: object) -> None:
+        aggregator = ReportAggregator(RANKS, 0 if leased else None)
+        checkpoints = Checkpoints(launch, RANKS, lambda box: [])
+        outbox = Outbox[Summary](10_000)
+        for step in range(steps):
+            for report in _reports(step, steps):
+                for summary in aggregator.add(report):
+                    checkpoints.hear(summary)
+                    outbox.put(summary)
+            if (step + 1) % _AT_A_TIME == 0 or step + 1 == steps:
+                for told in outbox.take(step // _AT_A_TIME + 1):
+                    handlers.on_summary(told)
+                    handlers.ending()
+                seen(step + 1)
+
+    def wait(writer: BackgroundWriter[Any], record: Any) -> None:
+        writer._waiting.maxsize = _AT_A_TIME  # steps come faster here than a disk takes them
+        writer._waiting.put(record)
+
+    patch.setattr("distplat.actors.trainer.train_on_ray", feed)
+    patch.setattr(BackgroundWriter, "put", wait)
+    patch.setattr(trackers, "MLflow", Silent)
+    patch.setattr("distplat.actors.trainer.check_libraries", lambda job: None)
+    fields = {
+        **fields_of(workers=RANKS),
+        "task": "tasks_for_tests:Blobs",
+        "storage_path": str(folder),
+        "trackers": ["mlflow"],
+        "early_stop": {"metric": "loss", "mode": "min", "patience": steps},
+        "evaluation": {"every_steps": _EVALUATED},
+        "checkpoint": {
+            "every_steps": 10 * _EVALUATED,
+            "keep_best": {"metric": "loss", "mode": "min"},
+        },
+        "max_time_s": 1e7,
+    }
+    tasks = Path(__file__).parents[1] / "cluster"
+    return Trainer(fields, working_dir=tasks, callbacks=[Callback()], progress=True).fit()
