@@ -94,7 +94,20 @@ class Connection:
             DistplatError: somebody did not come, or the attempt was given up.
         """
         assert order.collective is not None, "only strategies with a group run train functions"
-        return self._form(order, order.collective)
+        if not order.job.scaling.use_gpu:
+            return self._form(order, order.collective)
+        from distplat.actors.cards import ask_without_cuda, show_cards
+        from distplat.actors.collectives import rendezvous
+
+        ask_without_cuda()
+        name, world = f"{order.run}/{order.attempt}/cards", order.job.scaling.world
+        settings = self._settings(order, order.collective)
+        member = rendezvous.GroupMember(name, order.rank, world, settings)
+        show_cards(rendezvous.exchange_places(member), order.rank)  # before a group uses CUDA
+        group = self._form(order, order.collective)
+        if order.rank == 0:
+            rendezvous.delete_places(name)
+        return group
 
     def default_group(self, order: WorkOrder) -> "DefaultGroup":
         """Make a train function's way into torch's default process group; nobody is met yet."""

@@ -24,6 +24,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
+from distplat.actors.cards import own_device
 from distplat.actors.checkpoint_uploader import CheckpointUploader
 from distplat.actors.collectives.default_group import as_torchrun
 from distplat.actors.connection import Connection
@@ -103,9 +104,9 @@ def run_function(
         shards: the way to parameter servers; None: the strategy has none.
         rendezvous: see `as_torchrun`; None: torch.distributed has no group, as ranks are threads.
     """
-    device = "cuda" if job.scaling.use_gpu else "cpu"
-    check_device(device)
-    place = _place(job.name, group, node, torch.device(device))
+    check_device("cuda" if job.scaling.use_gpu else "cpu")
+    device = own_device() if job.scaling.use_gpu else torch.device("cpu")
+    place = _place(job.name, group, node, device)
     session = FunctionSession(job, place, group, outlets, shards)
     try:
         with as_torchrun(place, rendezvous) if rendezvous is not None else nullcontext():

@@ -94,8 +94,8 @@ _REMEDIES = (
     ),
     (
         "invalid device ordinal",
-        "a worker sees one card, cuda:0, whatever its LOCAL_RANK is: take the device from "
-        "distplat.get_context().device",
+        "a worker that shares its card, or runs a Task, sees one card, cuda:0, whatever its "
+        "LOCAL_RANK is: take the device from distplat.get_context().device",
     ),
     ("Found no NVIDIA driver", "set scaling.use_gpu: false, or run where there is a card"),
     ("No CUDA GPUs are available", "set scaling.use_gpu: false, or run where there is a card"),

@@ -94,6 +94,8 @@ class RankLocation:
     """Whether its tensors are on a whole GPU of its own that NCCL can use."""
     shm: bool = True
     """Whether the shared-memory backend works there."""
+    cards: tuple[str, ...] = ()
+    """Ids of the GPUs that Ray has given to it."""
 
 
 @dataclass(frozen=True)
@@ -110,6 +112,24 @@ def by_node(places: Sequence[RankLocation]) -> list[list[int]]:
     for rank, place in enumerate(places):
         found.setdefault(place.node, []).append(rank)
     return list(found.values())
+
+
+def cards_of_node(places: Sequence[RankLocation], rank: int) -> list[str]:
+    """
+    Give the cards of all ranks of a rank's node: first one of each, in their order.
+
+    Args:
+        places: one per rank, in rank order.
+        rank: which one.
+
+    Returns:
+        Ids; none where ranks share a card, have none, or this one is alone.
+    """
+    here = [place.cards for place in places if place.node == places[rank].node]
+    first = [cards[0] for cards in here if cards]
+    if len(here) == 1 or len({*first}) < len(here):
+        return []
+    return list(dict.fromkeys([*first, *(card for cards in here for card in cards)]))
 
 
 def choose(places: Sequence[RankLocation]) -> Choice:

@@ -3,8 +3,9 @@ The port `Collective` in memory: N ranks as threads of one process, with faults 
 
 For tests of strategies without Ray, for `num_workers: 0`, and for users who test their own
 strategy. They keep the contract of `strategies/collective.py`: sums in rank order, deadlines,
-errors that name the missing ranks. Servers of parameters and of tables and the task scheduler have
-no fake: the real ones run in this process as well (`actors/local_actors.py`).
+errors that name the ranks that are missing, or in another operation. Servers of parameters and of
+tables and the task scheduler have no fake: the real ones run in this process as well
+(`actors/local_actors.py`).
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from __future__ import annotations
 import queue
 import threading
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
@@ -21,7 +22,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from distplat.platform.errors import CollectiveError
+from distplat.platform.errors import CollectiveError, MismatchError, ranks_text
 from distplat.strategies.algorithms.reduce import sum_in_order, traffic_elements
 from distplat.strategies.collective import Collective, Handle, ReduceOp, Traffic
 from distplat.strategies.ports import Board
@@ -53,7 +54,9 @@ class Fabric:
     def __init__(self, world: int, timeout_s: float = 10.0) -> None:
         self.world, self.timeout_s = world, timeout_s
         self._changed = threading.Condition()
-        self._rounds: dict[tuple[str, int], dict[int, Tensor | None]] = defaultdict(dict)
+        self._rounds: dict[tuple[str, int], dict[int, tuple[str, Tensor | None]]] = defaultdict(
+            dict
+        )
         self._mail: dict[tuple[str, int, int], queue.Queue[Tensor]] = defaultdict(queue.Queue)
         self._dead_after: dict[int, tuple[int, str]] = {}
         self._given_up = threading.Event()
@@ -101,6 +104,7 @@ class Fabric:
 
         Raises:
             CollectiveError: somebody did not come in time, or this rank was killed.
+            MismatchError: somebody came with another operation.
         """
         after, prefix = self._dead_after.get(me, (number + 1, ""))
         if after <= number and group.rpartition("/")[2].startswith(prefix):
@@ -108,7 +112,7 @@ class Fabric:
             raise CollectiveError(group, operation, number, killed, "this rank was killed")
         with self._changed:
             met = self._rounds[group, number]
-            met[me] = gift
+            met[me] = operation, gift
             if len(met) == len(ranks):
                 del self._rounds[group, number]  # the others have `met` in hand
             self._changed.notify_all()
@@ -118,15 +122,26 @@ class Fabric:
                 missing = tuple(place for place, rank in enumerate(ranks) if rank not in met)
                 cause = f"waited {self.timeout_s:g} s"
                 raise CollectiveError(group, operation, number, missing, cause)
-        return [met[rank] for rank in ranks]
+        _check_alike(group, operation, number, [met[rank][0] for rank in ranks])
+        return [met[rank][1] for rank in ranks]
 
-    def _over(self, met: dict[int, Tensor | None], ranks: int) -> bool:
+    def _over(self, met: dict[int, tuple[str, Tensor | None]], ranks: int) -> bool:
         return len(met) == ranks or self._given_up.is_set()
 
     def mailbox(self, group: str, source: int, to: int) -> queue.Queue[Tensor]:
         """Give the queue of messages from one rank to another."""
         with self._changed:
             return self._mail[group, source, to]
+
+
+def _check_alike(group: str, operation: str, number: int, called: Sequence[str]) -> None:
+    """Raise `MismatchError` where ranks have called other operations than most."""
+    most = Counter(called).most_common(1)[0][0]
+    differ = tuple(place for place, one in enumerate(called) if one != most)
+    if differ:
+        places = {one: [n for n, other in enumerate(called) if other == one] for one in called}
+        text = "; ".join(f"{ranks_text(who)} in {one}" for one, who in places.items())
+        raise MismatchError(group, operation, number, differ, text)
 
 
 class _Done:

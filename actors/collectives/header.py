@@ -156,7 +156,7 @@ def check_headers(group: str, rank: int, headers: Sequence[Header]) -> None:
         MismatchError: names the ranks that differ from most; in doubt, from the first rank.
     """
     counts = Counter(headers)  # keeps the order in which they come: the first wins a tie
-    if len(counts) == 1:
+    if len(counts) <= 1:
         return
     most = counts.most_common(1)[0][0]
     differ = tuple(place for place, one in enumerate(headers) if one != most)

@@ -13,6 +13,7 @@ import json
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
+from typing import Any
 
 import ray
 import torch
@@ -141,7 +142,11 @@ def exchange_places(member: GroupMember) -> tuple[RankLocation, ...]:
     except DistplatError:
         ray_compat.delete(word)
         raise
-    return tuple(RankLocation(**place) for place in json.loads(table))
+    return tuple(map(_read, json.loads(table)))
+
+
+def _read(place: dict[str, Any]) -> RankLocation:
+    return RankLocation(**{**place, "cards": tuple(place["cards"])})
 
 
 def delete_places(group_name: str) -> None:
@@ -154,7 +159,8 @@ def place_of_this_process() -> RankLocation:
     context = ray.get_runtime_context()
     whole_gpu = context.get_assigned_resources().get("GPU", 0) >= 1
     nccl = whole_gpu and torch.cuda.is_available() and torch.distributed.is_nccl_available()
-    return RankLocation(context.get_node_id(), nccl, shared_memory_works())
+    cards = tuple(map(str, context.get_accelerator_ids().get("GPU", [])))
+    return RankLocation(context.get_node_id(), nccl, shared_memory_works(), cards)
 
 
 def _publish(member: GroupMember) -> None:

@@ -10,7 +10,7 @@ an operation failed is broken: every later one fails at once.
     start                                                         wait
       count -> compare headers (the first ones) -> torch begins     torch ends -> account
                         |                                             |
-                        v differ: MismatchError                       v fails: cut, look, name
+                        v differ: MismatchError                       v fails: cut, compare, name
 """
 
 import threading
@@ -63,7 +63,7 @@ class TorchGroup(CollectiveGroup):
         super().__init__(member)
         self._begun = 0  #: operations of all ranks
         self._message_count: dict[tuple[str, int], int] = {}
-        self._failure: tuple[tuple[int, ...], str] | None = None
+        self._failure: tuple[type[CollectiveError], tuple[int, ...], str] | None = None
         self._aborted = False
         # Gloo matches operations by their order: a thread must count and begin in one go.
         self._order, self._looking = threading.RLock(), threading.Lock()
@@ -232,7 +232,8 @@ class TorchGroup(CollectiveGroup):
         """
         with self._order:
             number = self._enter(head)
-            fail = partial(self._failed, head.name, number=number)
+            head = head._replace(number=number)
+            fail = partial(self._failed, head.name, number=number, head=head)
             try:
                 works = begin()
             except RuntimeError as error:
@@ -311,14 +312,21 @@ class TorchGroup(CollectiveGroup):
             raise
 
     def _failed(
-        self, operation: str, error: Exception, *, number: int, partner: int | None = None
+        self,
+        operation: str,
+        error: Exception,
+        *,
+        number: int,
+        partner: int | None = None,
+        head: Header | None = None,
     ) -> CollectiveError:
         """Find out who is missing, once for all that is under way, and say it."""
         with self._looking:
             if self._failure is None:
                 self._cut()  # nobody shall wait for this rank
                 still_s = self._heartbeat.stood_still_s()
-                missing = self._heartbeat.missing(number, partner, lambda: self._given_up)
+                says = "" if head is None else " ".join(map(str, head))
+                missing = self._heartbeat.missing(number, partner, lambda: self._given_up, says)
                 why = f"torch says: {torch_compat.reason_of(error)}"
                 if isinstance(error, CollectiveError):  # of a group inside this one
                     why = error.cause
@@ -326,9 +334,22 @@ class TorchGroup(CollectiveGroup):
                 if still_s:
                     was = f"this process stood still for {still_s:.0f} s"
                     cause = f"{was} (stopped, or without a processor); {cause}"
-                self._failure = ((), GIVEN_UP) if self._given_up else (missing, cause)
-        missing, cause = self._failure
-        return CollectiveError(self.name, operation, number, missing, cause)
+                self._failure = self._apart() or (CollectiveError, missing, cause)
+                if self._given_up:
+                    self._failure = CollectiveError, (), GIVEN_UP
+        kind, missing, cause = self._failure
+        return kind(self.name, operation, number, missing, cause)
+
+    def _apart(self) -> tuple[type[CollectiveError], tuple[int, ...], str] | None:
+        """Say that ranks were in different operations, which are compared only now."""
+        heads = [Header(*map(int, one.split())) for one in self._heartbeat.said]
+        if len({one.number for one in heads}) > 1:
+            return None  # some were done with what failed elsewhere
+        try:
+            check_headers(self.name, self.rank, heads)
+        except MismatchError as error:
+            return MismatchError, error.missing, error.cause
+        return None
 
     @property
     def _given_up(self) -> bool:
@@ -358,16 +379,16 @@ class TorchGroup(CollectiveGroup):
         if troubled:
             self._cut()
         self._heartbeat.stop()
-        self._failure = self._failure or ((), "this rank has left the group")
+        self._failure = self._failure or (CollectiveError, (), "this rank has left the group")
         self._connections.clear()
         self._store.close(troubled=troubled)
 
     def _refuse_if_broken(self, operation: str, number: int) -> None:
         if self._failure is None and self._given_up:
-            self._failure = ((), GIVEN_UP)
+            self._failure = CollectiveError, (), GIVEN_UP
         if self._failure is not None:
-            missing, cause = self._failure
-            raise CollectiveError(self.name, operation, number, missing, cause)
+            kind, missing, cause = self._failure
+            raise kind(self.name, operation, number, missing, cause)
 
     def _on_beat(self) -> None:
         if self._given_up:

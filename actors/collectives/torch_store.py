@@ -75,6 +75,9 @@ class Heartbeat:
         self._beats = 0
         self._waits_since: float | None = None
         self._absence = (-math.inf, 0.0)  #: when it ended, and how long it was
+        self.said: list[str] = []
+        """What each rank has said of the operation that failed, where nobody is missing, in rank
+        order; empty: some have not."""
         self._publish(str(self._beats))
         self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
         self._thread.start()
@@ -96,7 +99,7 @@ class Heartbeat:
         return length if now - ended < 2 * SILENT_S else 0.0
 
     def missing(
-        self, number: int, partner: int | None, gave_up: Callable[[], bool]
+        self, number: int, partner: int | None, gave_up: Callable[[], bool], says: str = ""
     ) -> tuple[int, ...]:
         """
         Find out because of whom an operation failed; takes about two seconds if nobody else has.
@@ -108,22 +111,28 @@ class Heartbeat:
             number: the operation that failed, if all ranks take part in it.
             partner: the other rank, if only two do.
             gave_up: whether nobody wants the answer any more.
+            says: what the others are told of the operation; empty: nothing.
         """
         here = self.stood_still_s() == 0
         # In a thread of its own: a frozen rank 0 leaves a question to its store open for ever.
-        look = in_thread("missing ranks", partial(self._look, number, partner, here))
+        look = in_thread("missing ranks", partial(self._look, number, partner, here, says))
         deadline = time.monotonic() + 2 * SILENT_S
         while not wait([look], 0.05).done and time.monotonic() < deadline:
             if gave_up():
                 return ()
         return look.result() if look.done() else (0,)
 
-    def _look(self, number: int, partner: int | None, here: bool) -> tuple[int, ...]:
+    def _look(self, number: int, partner: int | None, here: bool, says: str) -> tuple[int, ...]:
         try:
+            if says:
+                self._store.set(f"says/{self._rank}", says)
             found = self._found()
             if found is None:
                 found = self._compare(number, partner, here)
                 self._leave(found)
+            keys = [f"says/{rank}" for rank in range(self._world)]
+            if says and not found and self._store.check(keys):
+                self.said = [self._store.get(key).decode() for key in keys]
         except (RuntimeError, ValueError):
             return (0,)
         # The others gave up on this rank; it came late, and misses nobody.

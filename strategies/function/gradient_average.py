@@ -36,7 +36,7 @@ from distplat.strategies.loop.control import NonFiniteSteps, StepControl
 from distplat.strategies.model.flat import FlatModel
 from distplat.strategies.model.parameter_layout import fill, is_finite
 from distplat.strategies.model.sync_batch_norm import SyncNorms
-from distplat.strategies.reduction.bucket_reducer import BucketReducer
+from distplat.strategies.reduction.bucket_reducer import BucketReducer, listen
 from distplat.strategies.ring import RingOptions
 from distplat.strategies.torch_compat import after_backward
 
@@ -178,10 +178,8 @@ class GradientAverage(ABC):
         name = f"sync-batch-norm-{number}"
         self._norms = SyncNorms.of(model, self._group, lambda _: every, name)
         self._policy = NonFiniteSteps.of(around.job)
-        self._hooks = [
-            one.register_post_accumulate_grad_hook(self._came)  # type: ignore[no-untyped-call]
-            for one in flat.parameters
-        ]  # before those of a reducer: the first gradient begins the reduction
+        #: before those of a reducer: the first gradient begins the reduction
+        self._hooks = listen(flat, self._came)
         for one in flat.parameters:
             one.grad = None
 
@@ -195,8 +193,8 @@ class GradientAverage(ABC):
             one.grad = None
 
     @abstractmethod
-    def _begin(self) -> None:
-        """Be told of a gradient in a backward that averages."""
+    def _begin(self, place: int) -> None:
+        """Be told of a slot's gradient in a backward that averages."""
 
     def _house(self) -> None:
         """Have the vectors where the ranks' gradients meet, if that is known already."""
@@ -206,9 +204,9 @@ class GradientAverage(ABC):
         """Say whether a slot's gradient of this backward was sent already."""
         return False
 
-    def _came(self, _: Tensor) -> None:
+    def _came(self, place: int, _: str) -> None:
         if self.enabled:
-            self._begin()
+            self._begin(place)
 
     def gather(self) -> StepControl:
         """Have this rank's gradients in the vector, and zeros for the others; say which."""
@@ -336,7 +334,7 @@ class BucketAverage(GradientAverage):
         self.flat.move(self.flat.params, self._group.share(self.flat.grads))
 
     @override
-    def _begin(self) -> None:
+    def _begin(self, place: int) -> None:
         if not self._under_way:
             self._under_way = True
             self.flat.gradients.copied.clear()

@@ -139,6 +139,8 @@ class ServerSum:
         """Be told of a gradient; the first one of a backward begins the exchange at its end."""
         if not self._under_way:
             self._under_way = True
+            for one in self.members:
+                one.flat.gradients.copied.clear()
             after_backward(self._exchange)
 
     def leave(self) -> None:
@@ -196,7 +198,7 @@ class ServerSum:
         """Give the first slot of all models whose gradient is not finite; None: all are."""
         first = 0
         for one in self.members:
-            if (slot := one.flat.first_non_finite()) is not None:
+            if (slot := one.flat.first_non_finite(unseen=True)) is not None:
                 return first + slot
             first += len(one.flat.slots)
         return None
@@ -221,6 +223,9 @@ class ServerAverage(GradientAverage):
         self._servers = servers
         servers.add(self)
 
+        self.flat.copy_when_ready(True, looks=self._policy.looks)
+
     @override
-    def _begin(self) -> None:
+    def _begin(self, place: int) -> None:
         self._servers.begin()
+        self.flat.gradients.ready(place)  # while it is in the processor's cache

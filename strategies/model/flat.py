@@ -15,6 +15,7 @@ docs/decisions/flat_vectors.md.
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from operator import attrgetter
@@ -340,10 +341,18 @@ class FlatModel:
         """Give the name of a slot's parameter."""
         return self.slots[slot].name
 
-    def first_non_finite(self) -> int | None:
-        """Give the slot of the first parameter whose gradient is not finite; None: all are."""
+    def first_non_finite(self, *, unseen: bool = False) -> int | None:
+        """
+        Give the slot of the first parameter whose gradient is not finite; None: all are.
+
+        Args:
+            unseen: leave those out that `ready` has seen to be finite; no sum was written over
+                them since.
+        """
         segments = self.layout.segments if self.tail_in_use else self.segments
-        return first_non_finite(self.grads, segments, self.layout.pieces)
+        seen = map(self.gradients.finite, range(self._trained if unseen else 0))
+        runs = [(one.offset, one.stop) for one in itertools.compress(self.slots, seen)]
+        return first_non_finite(self.grads, segments, self.layout.pieces, runs)
 
     def squared_norm(self) -> float:
         """Give the sum of squares of the gradient, in float64."""

@@ -75,13 +75,13 @@ class Gradients:
             views: of the vector.
             copied: which parameters begin a step without `.grad`, the n-th ones; a hook calls
                 `ready` for each of them in every backward that reaches it.
-            looks: whether `ready` looks for NaN and infinity in what it copies. It is quick there:
-                the copy has left the gradient in the processor's cache.
+            looks: whether `ready` looks for NaN and infinity in those that it copies. It is quick
+                there: the copy has left the gradient in the processor's cache.
         """
         self._looks = looks
         self._views = [view.data for view in views]  # a version counter of its own
         self._first: list[Tensor | None] = [*self._views]  #: `.grad` as a step begins
-        self._copied = list(copied)
+        self._copied = dict.fromkeys(copied)
         for place in copied:
             self._first[place] = None
         self._stale = False  #: whether the views of `_copied` hold an earlier step's gradients
@@ -168,8 +168,9 @@ class Gradients:
             self.copied[place] = grad, -1 if grad is None else grad._version
         else:
             self._collect(place, grad)
-        if self._looks and grad is not None and grad.layout is torch.strided:
-            if is_finite(grad.detach()):
+        # On a GPU the answer would be waited for in the middle of backward.
+        if self._looks and place in self._copied and grad is not None and grad.is_cpu:
+            if grad.layout is torch.strided and is_finite(grad.detach()):
                 self._finite[place] = view._version
 
     def is_copied(self, place: int) -> bool:

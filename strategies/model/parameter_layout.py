@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -60,26 +60,40 @@ def squared_norm_of(
         segments: of which types it is.
         uncounted: runs to be left out, which rise.
     """
-    total = 0.0
+    return sum(squared_norm(run) for run in _without(vector, segments, uncounted))
+
+
+def _without(
+    vector: Tensor, segments: Sequence[Segment], left_out: Sequence[tuple[int, int]]
+) -> Iterator[Tensor]:
+    """View a vector by segments, each in its own type, without some runs, which rise."""
     for one in segments:
         at = one.start
-        for start, stop in [*uncounted, (one.stop, one.stop)]:
+        for start, stop in [*left_out, (one.stop, one.stop)]:
             start, stop = min(max(start, at), one.stop), min(max(stop, at), one.stop)
             if at < start:
-                total += squared_norm(typed(vector, at, start, one.dtype))
+                yield typed(vector, at, start, one.dtype)
             at = max(at, stop)
-    return total
 
 
 def first_non_finite(
-    vector: Tensor, segments: Sequence[Segment], pieces: Sequence[Piece]
+    vector: Tensor,
+    segments: Sequence[Segment],
+    pieces: Sequence[Piece],
+    seen: Sequence[tuple[int, int]] = (),
 ) -> int | None:
     """
     Give the slot of the first parameter that has an element which is not finite; None: all are.
 
     One pass over the vector; slots are looked for only where it found something.
+
+    Args:
+        vector: shape [n].
+        segments: of which types it is.
+        pieces: what lies where.
+        seen: runs that are known to be finite, which rise.
     """
-    if all(is_finite(run) for run in typed_views(vector, segments)):
+    if all(map(is_finite, _without(vector, segments, seen))):
         return None
     for segment in segments:
         for piece in pieces:

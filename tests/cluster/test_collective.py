@@ -84,6 +84,20 @@ def test_late_rank_is_named(failure: str, members: Take) -> None:
     everybody(actors, "fail", failure)
 
 
+@pytest.mark.parametrize("apart", [0, 1])
+def test_ranks_that_part_later_are_named_at_the_deadline(apart: int, members: Take) -> None:
+    """As loops do of which one ends earlier."""
+    actors = members(3)
+    join(actors, f"parted-{apart}", "gloo", False, TIMEOUT_S)
+    everybody(actors, "repeat", "all_reduce", 21)
+    ways = ["barrier" if rank == apart else "all_reduce" for rank in range(3)]
+    calls = [actor.repeat.remote(way, 2) for actor, way in zip(actors, ways, strict=True)]
+    for call in calls:
+        with pytest.raises(MismatchError, match=rf"rank {apart} in barrier") as caught:
+            ray.get(call, timeout=60)
+        assert caught.value.missing == (apart,)
+
+
 @pytest.mark.parametrize("victim", [0, 2])
 @pytest.mark.parametrize("number", [signal.SIGKILL, slow(signal.SIGSTOP)])
 def test_lost_rank_is_named(victim: int, number: int, members: Take) -> None:

@@ -17,7 +17,7 @@ from torch.autograd import backward
 from torch.utils.data import DataLoader, DistributedSampler
 
 from distplat import Callback, Result, Trainer
-from distplat.platform.errors import UserCodeError
+from distplat.platform.errors import MismatchError, UserCodeError
 
 pytestmark = [pytest.mark.cluster, pytest.mark.usefixtures("local_ray")]
 
@@ -93,6 +93,14 @@ def test_a_script_of_ddp_calls_torch_distributed_as_it_did(strategy: Any, tmp_pa
 def test_an_error_of_one_rank_is_told_not_what_it_does_to_the_others(tmp_path: Path) -> None:
     with pytest.raises(UserCodeError, match="no such column"):
         fit(2, tmp_path, "script", raise_in=1)
+
+
+def test_a_loop_that_ends_earlier_than_others_is_named_by_gloo_too(tmp_path: Path) -> None:
+    strategy = {"name": "ring", "backend": "gloo", "timeout_s": 3}
+    with pytest.raises(
+        MismatchError, match=r"rank 0 in all_reduce .*rank 1 in barrier.* have parted"
+    ):
+        fit(2, tmp_path, "parting", strategy=strategy)
 
 
 @pytest.mark.slow

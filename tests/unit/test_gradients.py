@@ -348,6 +348,32 @@ def test_gradients_whose_sum_overflows_are_finite(dtype: torch.dtype) -> None:
     assert flat.first_non_finite() is None
 
 
+def test_what_hooks_have_seen_to_be_finite_is_left_out_until_it_changes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(COPIED_BYTES, 6 * 4)
+    flat = FlatModel(nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 3)), owned=True)
+    flat.copy_when_ready(True, looks=True)
+    for place, one in enumerate(flat.parameters):
+        one.grad = torch.ones_like(one)
+        flat.gradients.ready(place)
+    assert [flat.gradients.finite(place) for place in range(4)] == [True, False, True, False]
+    views = [slot.view(flat.grads) for slot in flat.slots]
+    views[0].data.fill_(torch.inf)  # no version counts it: the look that was is believed
+    assert flat.first_non_finite(unseen=True) is None and flat.first_non_finite() == 0
+    for place in (3, 1):
+        views[place][0] = torch.nan
+        assert flat.first_non_finite(unseen=True) == 0
+    views[0].data.fill_(1.0)
+    assert flat.first_non_finite(unseen=True) == 1
+    views[1][0] = views[3][0] = 1.0
+    grad = flat.parameters[2].grad
+    assert grad is not None and flat.gradients.is_copied(2)
+    grad.fill_(-torch.inf)
+    flat.gradients.ready(2)
+    assert flat.first_non_finite(unseen=True) == 2
+
+
 def test_infinities_of_both_signs_do_not_cancel() -> None:
     flat = FlatModel(nn.Linear(2, 1, bias=False))
     flat.grads[:2] = torch.tensor([torch.inf, -torch.inf])

@@ -131,12 +131,13 @@ def test_a_hook_behind_ours_changes_what_is_sent_or_is_told() -> None:
 
         return body
 
-    def told(late: bool, **options: Any) -> None:
-        job = function_job(2, strategy={"name": "ring", **options})
+    def told(late: bool, name: str = "ring", **options: Any) -> None:
+        job = function_job(2, strategy={"name": name, **options})
         call_on_ranks(train(late), job=job)
 
-    told(False, overlap=False)
-    told(True, overlap=False)
+    for late in (False, True):
+        told(late, overlap=False)
+        told(late, "ps-sync")
     with pytest.raises(SpecError, match=r"'2.weight' in backward, after it was sent"):
         told(True, bucket_mb=0.0001)
 

@@ -1,12 +1,14 @@
 """Which backend a group takes, as tables; and what is refused."""
 
+from typing import Any
+
 import pytest
 
 from distplat.platform.errors import SpecError
-from distplat.platform.topology import RankLocation, by_node, choose, chosen_by_user
+from distplat.platform.topology import RankLocation, by_node, cards_of_node, choose, chosen_by_user
 
 
-def at(nodes: str, **qualities: bool) -> list[RankLocation]:
+def at(nodes: str, **qualities: Any) -> list[RankLocation]:
     """Give one place per letter, which names the node."""
     return [RankLocation(node, **qualities) for node in nodes]
 
@@ -72,3 +74,31 @@ def test_what_cannot_work_is_refused(
     assert caught.value.problems[0].where == ("strategy", "backend")
     for words in says:
         assert words in str(caught.value)
+
+
+def with_cards(*places: str) -> list[RankLocation]:
+    """Give places such as `a35`: node a, cards 3 and 5."""
+    return [RankLocation(text[0], cards=tuple(text[1:])) for text in places]
+
+
+@pytest.mark.parametrize(
+    ("places", "rank", "cards"),
+    [
+        (with_cards("a3", "a5"), 1, ["3", "5"]),
+        (with_cards("a5", "a3"), 0, ["5", "3"]),
+        (with_cards("a0", "b0", "a2", "b1", "a1"), 2, ["0", "2", "1"]),
+        (with_cards("a0", "b0", "a2", "b1", "a1"), 3, ["0", "1"]),
+        (with_cards("a01", "a23", "b45"), 1, ["0", "2", "1", "3"]),
+        (with_cards("a0", "b0"), 0, []),
+        (with_cards("a0", "a0", "b0"), 0, []),
+        (with_cards("a", "a0"), 0, []),
+        (with_cards("a", "a"), 0, []),
+    ],
+)
+def test_the_card_of_a_rank_has_the_number_of_its_local_rank(
+    places: list[RankLocation], rank: int, cards: list[str]
+) -> None:
+    found = cards_of_node(places, rank)
+    assert found == cards
+    local = [n for n, place in enumerate(places) if place.node == places[rank].node].index(rank)
+    assert not found or found[local] == places[rank].cards[0]

@@ -707,6 +707,17 @@ def test_loops_that_part_are_told_what_all_must_call() -> None:
         call_on_ranks(train, 2)
 
 
+def test_a_loop_that_ends_earlier_by_its_own_loss_is_named() -> None:
+    def train(config: Mapping[str, Any]) -> None:
+        rank = distplat.get_context().rank
+        model = distplat.prepare(model_of())
+        for _ in range(3 - rank % 2):
+            backward(loss_of(model, data_of()[:4]))
+
+    with pytest.raises(MismatchError, match=r"rank 1 in barrier.* have parted: every rank must"):
+        call_on_ranks(train, 3)
+
+
 def test_a_sampler_of_some_of_the_data_is_refused() -> None:
     def train(config: Mapping[str, Any]) -> None:
         distplat.prepare(DataLoader(data_of(), GLOBAL, sampler=SequentialSampler(range(10))))
