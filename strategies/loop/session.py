@@ -66,9 +66,11 @@ from distplat.strategies.model.model_state import ModelState, Shares
 from distplat.strategies.model.module_options import apply_module_options
 from distplat.strategies.model.optim import check_groups, meet_plateau
 from distplat.strategies.model.parameter_layout import first_non_finite
+from distplat.strategies.model.shared_memory import check_memory
 from distplat.strategies.model.task_optimizer import make_optimizers, optimizers_digest
 from distplat.strategies.ports import Board, Leases, Shards, Tables
 from distplat.strategies.sparse.lookups import lookups_of
+from distplat.strategies.sparse.modules import dense_parameters
 from distplat.strategies.strategy_spec import Roles
 from distplat.strategies.task import Task, overrides
 from distplat.strategies.worker_strategy import Context, WorkerStrategy
@@ -157,6 +159,7 @@ def prepare(
     extra = {TASK_PREFIX + name: one for name, one in own.items()}
     check_groups(job.optimizer, model, extra)
     initial = {} if job.initial_weights is None else initial_weights(job, model, extra)
+    check_memory(model, {n: p for n, p in dense_parameters(model) if p.requires_grad} | extra, task)
     part = None
     if whole:
         apply_module_options(job, model)
