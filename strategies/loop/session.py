@@ -51,7 +51,7 @@ from distplat.strategies.loop.loop import LeasedLoop, Loop, Progress, course_of
 from distplat.strategies.loop.losses import LOSS_SCALE, LossScale, TermWeights
 from distplat.strategies.loop.metric_states import TaskMetrics
 from distplat.strategies.loop.prepared import Prepared
-from distplat.strategies.loop.remarks import remarks_on, remarks_on_model
+from distplat.strategies.loop.remarks import remark_on_reading, remarks_on, remarks_on_model
 from distplat.strategies.loop.seeding import seed_all
 from distplat.strategies.loop.streams import Mark, StreamSamples
 from distplat.strategies.loop.task_settings import (
@@ -223,6 +223,8 @@ def describe(prepared: Prepared) -> None:
     optimizer = optimizers_digest(p.made, p.flat) if p.made else ""
     said = ("lr", schedule_digest(p.job)), ("optimizer", optimizer)
     p.facts = replace(found, order=digest_of(p.sampler), said=said)
+    if remark := remark_on_reading(p.data, [position for position, _ in found.hashes]):
+        p.remarks.append(remark)
 
 
 def resize(prepared: Prepared, job: Job, strategy: WorkerStrategy[Any]) -> None:
