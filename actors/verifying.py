@@ -161,9 +161,18 @@ def _rows(
         rows = watch(job, inexact(job) or str(known), runner)
     else:
         rows = judge(job, known, runner)
+    rows += left_out(name, wanted.job) if isinstance(job, Job) else []
     # Of strategies that nobody named a refusal is no failure.
     unasked = [row for row in rows if row.verdict == REFUSED and not asked]
     return [Row(name, "run", NOT_COMPARED, reason=row.reason) for row in unasked] or rows
+
+
+def left_out(name: str, job: Job) -> list[Row]:
+    """Say what of a job no run has, for none is evaluated."""
+    if not isinstance(job.lr_schedule, ReduceLROnPlateau):
+        return []
+    why = "rates go by evaluations, which these runs leave out: all steps are at the first rate"
+    return [Row(name, "lr_schedule", NOT_COMPARED, reason=why)]
 
 
 def _without_evaluations(job: Job) -> dict[str, Any]:

@@ -21,7 +21,9 @@ from distplat.platform.errors import (
     DistplatError,
     InfrastructureError,
     MismatchError,
+    NonFiniteError,
     SpecError,
+    StorageError,
     UserCodeError,
 )
 from distplat.platform.spec import Failure
@@ -37,13 +39,17 @@ def repairable(error: DistplatError) -> bool:
 
 
 def weight(error: DistplatError) -> int:
-    """How well an error explains a failed run: the user's own first, a death before its effects."""
+    """
+    How well an error explains a failed run: what no other process has caused comes first.
+
+    A rank that comes out leaves others in operations that break, and theirs may be heard before.
+    """
     match error:
-        case UserCodeError() | SpecError():
+        case UserCodeError() | SpecError() | NonFiniteError() | StorageError():
             return 3
         case ActorLost():
             return 2
-        case DeadlineExceeded():
+        case DeadlineExceeded() | MismatchError():
             return 1
         case _:
             return 0

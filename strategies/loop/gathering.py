@@ -6,8 +6,8 @@
 
 Each operation begins with a word of every rank on what it is. So ranks that do not do the same are
 told, and a rank without samples in a step takes part in what the others do: it hears what comes,
-until they say that there is nothing more. That costs an operation in each such step, so it is done
-where the code of task or model names `all_gather`, or where a step before has called it.
+until they say that there is nothing more. That costs an operation in each step, so it is done where
+the code of task or model names `all_gather`, or where a step before has called it.
 """
 
 from __future__ import annotations
@@ -94,6 +94,14 @@ class _Word(NamedTuple):
         kind, call, dtype, rows, dimensions, *row = numbers
         return cls(kind, call, dtype, rows, tuple(row[:dimensions]))
 
+    def __str__(self) -> str:
+        """`makes call 1 with rows of float32 [3]`."""
+        if self.kind == _END:
+            return "makes no more calls"
+        what = "makes" if self.kind == _FORWARD else "is in the backward of"
+        kind = str(_TYPES[self.type]).removeprefix("torch.")
+        return f"{what} call {self.call} with rows of {kind} {[*self.row]}"
+
     def numbers(self) -> list[int]:
         """Give it as numbers, of any shape as many."""
         row = [len(self.row), *self.row, *[0] * (_DIMENSIONS - len(self.row))]
@@ -149,20 +157,18 @@ class Gathering:
 
     def finish(self, device: torch.device) -> None:
         """
-        Take part in what the others do, where this rank has no samples; return when all are done.
+        Say that this rank has made its calls; one without samples takes part in what others do.
 
         Args:
             device: of the model.
 
         Raises:
             CollectiveError: a rank is missing.
+            RuntimeError: another rank calls once more.
         """
-        if not self._listens:
+        if self._world == 1 or not self._listens:
             return
-        parts = self._parts(self._step)
-        if min(parts):
-            return
-        if parts[self._joined().rank]:
+        if self._parts(self._step)[self._joined().rank]:
             self._say(_Word(_END), device)
             return
         while (word := self._say(_Word(_NOTHING), device)[0]).kind != _END:
@@ -231,13 +237,15 @@ class Gathering:
         group = self._joined()
         words = [_Word.read(row) for row in gather_numbers(word.numbers(), group, device)]
         self._rows = [one.rows for one in words]
-        known = [one for one in words if one.kind != _NOTHING]
-        if len({one.common for one in known}) > 1:
+        known = {rank: one for rank, one in enumerate(words) if one.kind != _NOTHING}
+        first = {one.common: rank for rank, one in reversed(known.items())}
+        if len(first) > 1:
+            told = ", ".join(f"rank {rank} {words[rank]}" for rank in sorted(first.values()))
             raise RuntimeError(
-                "workers do not call all_gather() alike: whether and in which order it is called, "
-                f"and the shape of a row, must not depend on the samples; {known}"
+                f"workers do not call all_gather() alike: {told}. Whether and in which order it is "
+                "called, and the shape of a row, must not depend on the samples"
             )
-        return known
+        return [*known.values()]
 
 
 class _Gather(torch.autograd.Function):

@@ -1,11 +1,20 @@
 """What is no error in a model or a job and probably not meant: a worker says it for all."""
 
+import secrets
+from collections.abc import Sequence
+from typing import Any
+
 from torch import nn
+from torch.utils.data import Dataset
 
 from distplat.platform.optimizers import Muon
 from distplat.platform.sampler import Sampler
 from distplat.platform.spec import Job
 from distplat.strategies.loop.checks import listed
+from distplat.strategies.loop.loaders import held_generators
+from distplat.strategies.loop.sample_hash import hash_of
+from distplat.strategies.loop.seeding import generators_kept, seed_sample
+from distplat.strategies.loop.streams import StreamSamples
 from distplat.strategies.model.module_hooks import tensor_hooks
 from distplat.strategies.sparse.modules import dense_parameters
 
@@ -93,6 +102,40 @@ def remark_on_matrices(job: Job, model: nn.Module) -> str:
         f"Muon updates {listed(found)}, rows of an embedding: its authors have it for the matrices "
         "of hidden layers, and AdamW for embeddings and heads. Give them a group with a name, such "
         f"as {{match: {found[0]!r}, name: AdamW, lr: 3e-4}}"
+    )
+
+
+def remark_on_reading(data: Dataset[Any], positions: Sequence[int]) -> str:
+    """
+    Say that a sample is another one each time that it is read; empty: it is not.
+
+    It is read twice with the same random numbers, which no step of the training draws. A data set
+    with a generator of its own, of which there is another warning, would go on with other numbers.
+
+    Args:
+        data: the training samples.
+        positions: of samples; the first one is read.
+    """
+    if not positions or isinstance(data, StreamSamples) or held_generators(data):
+        return ""
+    base, position = secrets.randbits(63), positions[0]
+    with generators_kept():
+        try:
+            seed_sample(base, 0)
+            first = data[position]
+            before = hash_of(first)
+            seed_sample(base, 0)
+            again = hash_of(data[position])
+        except Exception:  # it is raised when it is trained on
+            return ""
+    if before == again == hash_of(first):
+        return ""
+    stored = before != hash_of(first)  # the second reading wrote into what the first one gave
+    other = "" if stored else "or draws from a generator that nobody seeds, "
+    return (
+        f"train_data(): sample {position} is another one when it is read again: reading changes "
+        f"what the data set stores, as `x -= mean` does with a stored x, {other}so the result "
+        "depends on how often each worker and loader has read it. Compute on a copy: `x = x - mean`"
     )
 
 

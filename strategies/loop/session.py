@@ -51,7 +51,7 @@ from distplat.strategies.loop.loop import LeasedLoop, Loop, Progress, course_of
 from distplat.strategies.loop.losses import LOSS_SCALE, LossScale, TermWeights
 from distplat.strategies.loop.metric_states import TaskMetrics
 from distplat.strategies.loop.prepared import Prepared
-from distplat.strategies.loop.remarks import remarks_on, remarks_on_model
+from distplat.strategies.loop.remarks import remark_on_reading, remarks_on, remarks_on_model
 from distplat.strategies.loop.seeding import seed_all
 from distplat.strategies.loop.streams import Mark, StreamSamples
 from distplat.strategies.loop.task_settings import (
@@ -66,9 +66,11 @@ from distplat.strategies.model.model_state import ModelState, Shares
 from distplat.strategies.model.module_options import apply_module_options
 from distplat.strategies.model.optim import check_groups, meet_plateau
 from distplat.strategies.model.parameter_layout import first_non_finite
+from distplat.strategies.model.shared_memory import check_memory
 from distplat.strategies.model.task_optimizer import make_optimizers, optimizers_digest
 from distplat.strategies.ports import Board, Leases, Shards, Tables
 from distplat.strategies.sparse.lookups import lookups_of
+from distplat.strategies.sparse.modules import dense_parameters
 from distplat.strategies.strategy_spec import Roles
 from distplat.strategies.task import Task, overrides
 from distplat.strategies.worker_strategy import Context, WorkerStrategy
@@ -154,6 +156,7 @@ def prepare(
     extra = {TASK_PREFIX + name: one for name, one in own.items()}
     check_groups(job.optimizer, model, extra)
     initial = {} if job.initial_weights is None else initial_weights(job, model, extra)
+    check_memory(model, {n: p for n, p in dense_parameters(model) if p.requires_grad} | extra, task)
     part = _flat_model(job, model, extra, device, thaws=thaws) if whole else None
     data, eval_data, sampler = _data(job, task, roles)
     steps = total_steps(job, sampler)
@@ -222,6 +225,8 @@ def describe(prepared: Prepared) -> None:
     optimizer = optimizers_digest(p.made, p.flat) if p.made else ""
     said = ("lr", schedule_digest(p.job)), ("optimizer", optimizer)
     p.facts = replace(found, order=digest_of(p.sampler), said=said)
+    if remark := remark_on_reading(p.data, [position for position, _ in found.hashes]):
+        p.remarks.append(remark)
 
 
 def resize(prepared: Prepared, job: Job, strategy: WorkerStrategy[Any]) -> None:

@@ -29,12 +29,10 @@ from distplat.platform.errors import Problem, SpecError
 from distplat.platform.vector_layout import Segment
 from distplat.strategies.model.gradients import Gradients
 from distplat.strategies.model.parameter_layout import (
-    TIE,
     GroupOf,
     Slot,
     bits_of,
     by_type,
-    check_memory,
     dtype_name,
     first_non_finite,
     homes,
@@ -46,6 +44,7 @@ from distplat.strategies.model.parameter_layout import (
     trainable,
     typed_views,
 )
+from distplat.strategies.model.shared_memory import TIE, check_memory
 from distplat.strategies.sparse.modules import dense_parameters
 
 _THOROUGH_STEPS = 3
@@ -99,7 +98,7 @@ class FlatModel:
         named = by_type(trainable(model, extra or {}))
         trained = {name for name, _ in named}
         self.extra = {name: p for name, p in (extra or {}).items() if name in trained}
-        check_memory(model, named)
+        check_memory(model, dict(named))
         frozen = [(n, p) for n, p in model.named_parameters() if not p.requires_grad]
         may_thaw = [(n, p) for n, p in frozen if thaws and takes(n, p.shape)]
         tail = by_type(room_for(may_thaw, named, model))

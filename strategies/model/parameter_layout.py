@@ -136,8 +136,6 @@ _BLOCK_BYTES = 4096
 _TAIL_BYTES = 64 << 20
 """So much may the tail take in any case; else no more than what is trained."""
 
-TIE = "tie parameters by giving both modules the same nn.Parameter"
-
 Named = list[tuple[str, nn.Parameter]]
 
 GroupOf = Callable[[str], int]
@@ -268,31 +266,6 @@ def _place(
         segments.append(Segment(first, following, dtype_name(p)))
         offset = following
     return -(-stop // _BLOCK_BYTES) * _BLOCK_BYTES if mixed else stop
-
-
-def check_memory(model: nn.Module, trained: Named) -> None:
-    """
-    See that no trained parameter shares memory with another tensor: apart they would not be equal.
-
-    Raises:
-        SpecError: two do; names them.
-    """
-    mine = {id(p) for _, p in trained}
-    others = [(n, p) for n, p in model.named_parameters() if id(p) not in mine]
-    tensors: list[tuple[str, Tensor]] = [*trained, *others, *model.named_buffers()]
-    spans = [
-        (tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes, name, id(tensor) in mine)
-        for name, tensor in tensors
-        if tensor.numel() and tensor.is_contiguous() and tensor.device.type != "meta"
-    ]
-    spans.sort(key=lambda span: span[:2])
-    end, holder, holder_trained = 0, "", False
-    for start, stop, name, is_trained in spans:
-        if start < end and (is_trained or holder_trained):
-            text = f"{holder!r} and {name!r} are different tensors in the same memory"
-            raise SpecError(Problem(("task",), text, TIE))
-        if stop > end:
-            end, holder, holder_trained = stop, name, is_trained
 
 
 Home = tuple[dict[str, nn.Parameter | None], str, str, nn.Parameter]

@@ -18,7 +18,9 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from distplat.strategies.model.parameter_layout import bits_of, fill
 
@@ -31,6 +33,28 @@ _OWN = ("_parameters", "_buffers", "_modules")
 
 Attributes = Mapping[str, tuple[Any, Any]]
 """By name the value, and a copy of it where it is a container."""
+
+
+_DROPOUTS: Mapping[Any, tuple[int, str]] = {
+    **dict.fromkeys((F.dropout, F.dropout1d, F.dropout2d, F.dropout3d), (1, "p")),
+    **dict.fromkeys((F.alpha_dropout, F.feature_alpha_dropout, torch.dropout), (1, "p")),
+    F.scaled_dot_product_attention: (4, "dropout_p"),
+}
+"""Functions that draw what they drop, and where the share of it is among their arguments."""
+
+
+class WithoutDropout(TorchFunctionMode):
+    """Has torch's functions drop nothing: neither do they draw random numbers."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Call a function with 0 as the share that it drops."""
+        named = dict(kwargs or {})
+        place, name = _DROPOUTS.get(func, (0, ""))
+        if name and len(args) > place:
+            args = (*args[:place], 0.0, *args[place + 1 :])
+        elif name:
+            named[name] = 0.0
+        return func(*args, **named)
 
 
 class Runner(nn.Module):

@@ -470,7 +470,7 @@ class Executor:
             before, to = (place - 1) % seat.stages, (place + 1) % seat.stages
             if place == 0:
                 inputs = copied(source.peek(number))  # a layer may work in place
-                channel.varies = isinstance(inputs, Batch)
+                channel.varies = source.varies or isinstance(inputs, Batch)
             else:
                 kind = (place, size)
                 if before == seat.stage:

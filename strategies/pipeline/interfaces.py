@@ -28,6 +28,8 @@ class Source(Protocol):
 
     sizes: Sequence[int]
     """Samples of each micro-batch."""
+    varies: bool
+    """Whether micro-batches of one size may differ in form; known where they are read."""
 
     def inputs(self, micro_batch: int) -> Any:
         """Give what enters the first place; asked on its rank."""

@@ -9,6 +9,7 @@ What a pipeline cannot do, found and named: nothing that a stage leaves out goes
 
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -22,7 +23,7 @@ from distplat.strategies.loop.seeding import generators_kept, seed_quickly
 from distplat.strategies.model.block_layers import BeforeBlocks
 from distplat.strategies.model.layers import Layer
 from distplat.strategies.model.model_call import Batch, ModelCall
-from distplat.strategies.model.trials import Runner, attributes_kept, untouched
+from distplat.strategies.model.trials import Runner, WithoutDropout, attributes_kept, untouched
 from distplat.strategies.pipeline.values import copied, is_value, on_device, tensors_in
 from distplat.strategies.task import Task, kind_of, overrides, own_call
 from distplat.strategies.tensor.parallel_layers import lone_columns
@@ -245,7 +246,10 @@ class _Trial:
             seed_quickly(seed)
             for one in (part for module in self._modules for part in module.modules()):
                 one.training = self._training and not isinstance(one, _DropoutNd)
-            return work(copied(self._given))
+                if isinstance(one, nn.MultiheadAttention | nn.RNNBase):
+                    one.dropout = 0.0
+            with WithoutDropout() if self._training else nullcontext():
+                return work(copied(self._given))
 
 
 def _compare_outputs(

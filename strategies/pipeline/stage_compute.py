@@ -36,6 +36,7 @@ from distplat.strategies.loop.prepared import Prepared
 from distplat.strategies.pipeline.executor import Executor, PlanOf
 from distplat.strategies.pipeline.interfaces import Source, Tail
 from distplat.strategies.pipeline.limits import as_pair, entering
+from distplat.strategies.task import overrides
 
 _WINDOW = 32
 """Evaluation micro-batches of one plan."""
@@ -161,6 +162,7 @@ class _Loaded(Source):
 
     def __init__(self, owner: Pipeline, batches: Iterator[Any], sizes: Sequence[int]) -> None:
         self._owner, self._batches, self.sizes = owner, batches, sizes
+        self.varies = overrides(type(owner._p.task), "collate")  # which may pad
         self._read = 0
         self._pairs: dict[int, tuple[Any, Any]] = {}
         self.loading_s = 0.0

@@ -263,7 +263,7 @@ class Layout:
         text = f"is not as it was for the first micro-batch of its size: {text}"
         hint = (
             "have layers hand on the same form in training and evaluation, or cut elsewhere; "
-            "forms may differ where batches are dicts of the model's arguments"
+            "forms may differ where batches are dicts, or made by a collate() of the task's own"
         )
         return _problem(self._place, text, hint)
 

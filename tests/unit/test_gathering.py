@@ -156,8 +156,26 @@ class Uneven(Pairs):
 
 
 def test_workers_that_do_not_call_it_alike_are_told() -> None:
-    with pytest.raises(RuntimeError, match=r"do not call all_gather\(\) alike"):
+    with pytest.raises(RuntimeError, match=r"do not call all_gather\(\) alike") as caught:
         train(job("ring", 2, data={"shuffle": False}), Uneven)
+    assert "rank 0 makes call 1 with rows of float64 [2], rank 1 makes call 1" in str(caught.value)
+
+
+class OneAlone(Pairs):
+    """Calls it on the rank that has the first sample."""
+
+    def step(self, model: nn.Module, batch: Any) -> Tensor:
+        outputs = model(batch[0])
+        if (batch[0] == DATA[0][0]).all(1).any():
+            outputs = distplat.all_gather(outputs)
+        return nn.functional.mse_loss(outputs, torch.zeros_like(outputs))
+
+
+@pytest.mark.parametrize("strategy", ["ring", "ps-sync"])
+def test_a_call_that_one_worker_makes_alone_is_told_and_waited_for_by_nobody(strategy: str) -> None:
+    with pytest.raises(RuntimeError, match=r"do not call all_gather\(\) alike") as caught:
+        train(job(strategy, 2, data={"shuffle": False}), OneAlone)
+    assert "rank 1 makes no more calls" in str(caught.value)
 
 
 def test_a_number_has_no_rows() -> None:

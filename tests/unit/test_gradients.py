@@ -1,10 +1,12 @@
 """Gradients and data that leave the vectors are taken in, or refused by name."""
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import prune
 
 from distplat.platform.errors import SpecError
 from distplat.strategies.model.flat import FlatModel
@@ -296,22 +298,69 @@ def aliased_by_a_buffer() -> nn.Module:
     return net
 
 
+def transposed() -> nn.Module:
+    net = Net()
+    net.other = nn.Parameter(net.a.weight.detach().t())
+    return net
+
+
+def every_second_row() -> nn.Module:
+    net = Net()
+    net.register_buffer("rows", net.a.weight.detach()[::2])
+    return net
+
+
+def held_in_an_attribute() -> nn.Module:
+    net = Net()
+    net.a.anchor = net.a.weight.detach()
+    return net
+
+
+def held_in_a_list() -> nn.Module:
+    net = Net()
+    vars(net)["parts"] = [torch.ones(2), net.a.weight[:1]]
+    return net
+
+
 @pytest.mark.parametrize(
-    ("make", "names"),
-    [(tied_by_data, ("a.weight", "b.weight")), (aliased_by_a_buffer, ("a.weight", "copy"))],
+    ("make", "names", "hint"),
+    [
+        (tied_by_data, ("a.weight", "b.weight"), "same nn.Parameter"),
+        (aliased_by_a_buffer, ("a.weight", "copy"), "same nn.Parameter"),
+        (transposed, ("a.weight", "other"), "same nn.Parameter"),
+        (every_second_row, ("a.weight", "rows"), "same nn.Parameter"),
+        (held_in_an_attribute, ("a.weight", "a.anchor"), "read it where it is used"),
+        (held_in_a_list, ("a.weight", "parts.1"), "read it where it is used"),
+    ],
 )
 def test_tensors_in_the_same_memory_are_refused(
-    make: Callable[[], nn.Module], names: tuple[str, str]
+    make: Callable[[], nn.Module], names: tuple[str, str], hint: str
 ) -> None:
-    with pytest.raises(SpecError, match=f"{names[0]!r} and {names[1]!r} are different tensors"):
+    with pytest.raises(SpecError) as caught:
         FlatModel(make())
+    [problem] = caught.value.problems
+    assert "are different tensors in the same memory" in problem.message
+    assert all(repr(name) in problem.message for name in names)
+    assert hint in problem.hint
+
+
+def test_what_a_hook_makes_anew_and_what_is_the_parameter_itself_may_be_held() -> None:
+    net: Any = Net()
+    nn.utils.spectral_norm(net.a)
+    prune.RandomUnstructured.apply(net.b, "weight", amount=0.5)  # type: ignore[no-untyped-call]
+    net.listed = [*net.parameters()]
+    net.own = net.a.bias.detach().clone()
+    FlatModel(net)
 
 
 def test_slices_of_one_tensor_may_be_parameters() -> None:
     whole = torch.zeros(4, 6)
     columns = nn.ParameterList([whole[:, :3], whole[:, 3:]])
     rows = nn.ParameterList([whole.clone()[:2], whole.clone()[2:]])
-    assert [slot.size for slot in FlatModel(nn.ModuleList([columns, rows])).slots] == [12] * 4
+    other = torch.zeros(4, 6)
+    turns = nn.ParameterList([other[::2], other[1::2]])
+    found = FlatModel(nn.ModuleList([columns, rows, turns])).slots
+    assert [slot.size for slot in found] == [12] * 6
 
 
 def test_a_complex_parameter_is_refused_by_name() -> None:

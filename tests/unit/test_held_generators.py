@@ -3,6 +3,8 @@
 import functools
 import logging
 import random
+import secrets
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -12,7 +14,9 @@ from test_random_numbers import Dropping, job
 from torch.utils.data import Dataset, Subset, TensorDataset
 
 from distplat.strategies.loop.loaders import held_generators
-from distplat.strategies.loop.session import prepare
+from distplat.strategies.loop.remarks import remark_on_reading
+from distplat.strategies.loop.seeding import state_of_generators
+from distplat.strategies.loop.session import describe, prepare
 
 MODULES_OWN = np.random.default_rng(3)
 
@@ -104,3 +108,69 @@ def test_a_run_warns_and_says_what_to_do(caplog: pytest.LogCaptureFixture) -> No
         caplog.clear()
         prepare(job(), Dropping())
     assert not caplog.records
+
+
+class Stored(Dataset[Any]):
+    """Has its samples in memory, and gives each to a function."""
+
+    def __init__(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        self._data, self._change = torch.arange(12.0).view(4, 3), change
+
+    def __len__(self) -> int:
+        return 4
+
+    def __getitem__(self, index: int) -> Any:
+        return self._change(self._data[index]), index
+
+
+def doubled_in_place_and_copied(x: torch.Tensor) -> torch.Tensor:
+    x *= 2
+    return x.clone()
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (lambda x: x.sub_(1), "another one when it is read again"),
+        (doubled_in_place_and_copied, "or draws from a generator that nobody seeds"),
+        (lambda x: x * secrets.randbits(40), "or draws from a generator that nobody seeds"),
+        (lambda x: x - x.mean(), ""),
+        (lambda x: x.clamp_(0, 5), ""),
+        (lambda x: x + torch.randn(3) + random.random() + np.random.rand(), ""),
+        (lambda x: x[5], ""),
+    ],
+)
+def test_a_sample_that_reading_changes_is_told(
+    change: Callable[[torch.Tensor], torch.Tensor], told: str
+) -> None:
+    data, before = Stored(change), state_of_generators()
+    found = remark_on_reading(data, [3, 1])
+    assert told in found and bool(found) == bool(told)
+    assert "sample 3" in found or not told
+    assert state_of_generators() == before, "training goes on with the same numbers"
+
+
+def test_rank_0_says_so_before_the_first_step() -> None:
+    class Kind(Dropping):
+        def train_data(self) -> Dataset[Any]:
+            return Stored(lambda x: x.add_(1))
+
+    prepared = prepare(job(), Kind())
+    assert prepared.remarks == []
+    describe(prepared)
+    [remark] = prepared.remarks
+    assert "is another one when it is read again" in remark
+
+
+def test_data_with_a_generator_of_its_own_is_read_no_second_time() -> None:
+    class Counting(Plain):
+        read = 0
+
+        def __getitem__(self, index: int) -> Any:
+            self.read += 1
+            return torch.zeros(3), index
+
+    data = Counting(rng=random.Random(1))
+    assert remark_on_reading(data, [0]) == ""
+    assert data.read == 0
+    assert remark_on_reading(Counting(), []) == ""

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from hybrid_models import MLP_PLAN, Dropping, Gpt, Mlp, hybrid_job
+from jobs import job_of
 from local_run import LocalRun, train
 from torch import Tensor, nn
 
@@ -323,3 +324,27 @@ def test_layers_have_every_parameter_once() -> None:
     layers = rank_model.layers_for(Mlp(), Mlp().model())
     assert [layer.name for layer in layers] == [*"012345"]
     assert all(isinstance(layer, Layer) for layer in layers)
+
+
+def test_weights_tied_by_their_memory_are_refused_wherever_they_would_be() -> None:
+    class Tied(Mlp):
+        def model(self) -> nn.Module:
+            model = super().model()
+            first = model.get_parameter("1.0.weight")
+            model.get_parameter("4.0.weight").data = first.data
+            return model
+
+    with pytest.raises(SpecError, match=r"'1.0.weight' and '4.0.weight' are different tensors"):
+        train(hybrid_job({"pipeline": 2, "cut": "even"}, 2, steps=1), Tied)
+
+
+def test_what_a_task_keeps_of_a_weight_is_refused() -> None:
+    class Anchored(Mlp):
+        def model(self) -> nn.Module:
+            model = super().model()
+            self.anchors = {"first": model.get_parameter("0.weight").detach()}
+            return model
+
+    for job in (job_of("ring"), hybrid_job({"pipeline": 2, "cut": "even"}, 2, steps=1)):
+        with pytest.raises(SpecError, match=r"'0.weight' and 'task:anchors.first' are different"):
+            train(job, Anchored)

@@ -9,6 +9,9 @@ from distplat.platform.errors import (
     CollectiveError,
     DeadlineExceeded,
     DistplatError,
+    MismatchError,
+    NonFiniteError,
+    StorageError,
     UserCodeError,
 )
 from distplat.platform.job import (
@@ -34,6 +37,8 @@ USER = UserCodeError(1, 3, "ValueError: no", "Traceback")
 DEATH = ActorLost("worker-1", 3, "killed")
 LATE = DeadlineExceeded("push 3", ("worker-1",), 20, "failure.step_timeout_s")
 BROKEN = CollectiveError("g", "all_reduce", 3, (1,), "deadline")
+NAN, FULL = NonFiniteError(0, 3, "the loss is NaN"), StorageError("no space left")
+APART = MismatchError("g", "all_reduce", 3, (1,), "another shape")
 
 History = Sequence[tuple[float, Event]]
 
@@ -94,6 +99,11 @@ def test_a_run_without_trouble(history: History, phase: Phase) -> None:
         ([(1, failed(DEATH)), (2, failed(BROKEN)), (END, Tick())], Phase.FAILED, DEATH),
         ([(1, failed(LATE)), (2, failed(DEATH)), (END, Tick())], Phase.FAILED, DEATH),
         ([(1, failed(BROKEN)), (2, failed(LATE)), (END, Tick())], Phase.FAILED, LATE),
+        # so does what ends a rank by itself, or what ranks did that do not match
+        ([(1, failed(BROKEN)), (2, failed(NAN)), (END, Tick())], Phase.FAILED, NAN),
+        ([(1, failed(DEATH)), (2, failed(FULL)), (END, Tick())], Phase.FAILED, FULL),
+        ([(1, failed(NAN)), (2, failed(BROKEN)), (END, Tick())], Phase.FAILED, NAN),
+        ([(1, failed(BROKEN)), (2, failed(APART)), (END, Tick())], Phase.FAILED, APART),
         # of two alike the first counts, and a second failure buys no more time
         ([(1, failed(DEATH)), (2, failed(ActorLost("b", 3, "x")))], Phase.SETTLING, DEATH),
         ([(1, failed(BROKEN)), (END - 0.1, failed(LATE)), (END, Tick())], Phase.FAILED, LATE),

@@ -22,7 +22,7 @@ from torch.utils.data import IterableDataset, TensorDataset
 from words import Words
 
 from distplat import Task
-from distplat.actors.verifying import Wanted, job_for
+from distplat.actors.verifying import Wanted, job_for, left_out
 from distplat.platform.errors import Abandoned, SpecError, StateLost
 from distplat.platform.job_file import read_job, render_job
 from distplat.platform.lr_schedules import ReduceLROnPlateau, Schedule
@@ -31,6 +31,7 @@ from distplat.platform.progress import StepReport, StepSummary
 from distplat.platform.sampler import Sampler
 from distplat.platform.spec import Job
 from distplat.platform.stop_order import StopOrder
+from distplat.strategies.verification.verdicts import NOT_COMPARED
 
 SAMPLES, BATCH, STEPS, EVERY = 40, 12, 24, 2
 LR, HEAD_LR = 0.5, 0.2
@@ -340,6 +341,9 @@ def test_verify_has_the_first_rate_in_its_runs_without_evaluations() -> None:
     for name in ("ring", "ps-sync"):
         short = job_for(Wanted(given, Path()), name)
         assert isinstance(short, Job) and short.lr_schedule == Schedule(), "no SpecError"
+        [row] = left_out(name, given)
+        assert (row.check, row.verdict) == ("lr_schedule", NOT_COMPARED), "it says so"
+        assert left_out(name, short) == []
 
 
 def test_a_job_with_it_reads_back(tmp_path: Any) -> None:

@@ -295,3 +295,57 @@ def test_a_lost_rank_learns_the_order_of_parts_and_the_forms(victim: int) -> Non
     model = workers.attempt(Fabric(WORLD))
     assert model is not None and unfailed is not None and same(model, unfailed)
     assert min(workers.starts) == max(workers.starts) > 0, "survivors keep what they have"
+
+
+class Mixed(nn.Linear):
+    """What follows a word does not change it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh(super().forward(x.cumsum(1)))
+
+
+class Pairs(Task):
+    """Pairs of words and classes, padded by micro-batch; no list of blocks."""
+
+    def model(self) -> nn.Module:
+        layers = [Mixed(WIDTH, WIDTH) for _ in range(4)]
+        return nn.Sequential(nn.Embedding(WORDS, WIDTH), *layers, nn.Linear(WIDTH, 3)).double()
+
+    def train_data(self) -> Sentences:
+        return Sentences(SAMPLES)
+
+    def eval_data(self) -> Sentences:
+        return Sentences(SAMPLES)
+
+    def collate(self, samples: Any) -> Any:
+        words, _, classes = padded(samples)
+        return words, classes
+
+    def loss(self, outputs: Any, targets: Any) -> Any:
+        count = (targets != -100).sum()
+        return F.cross_entropy(outputs.flatten(0, 1), targets.flatten(), reduction="sum"), count
+
+
+@pytest.mark.parametrize("grid", GRIDS, ids=str)
+def test_pairs_that_collate_pads_train_as_under_ring(grid: dict[str, Any]) -> None:
+    rule = {"name": "SGD", "lr": 0.05, "momentum": 0.9}
+    job = job_of("ring", optimizer=rule, steps=STEPS, seed=5, global_batch_size=BATCH)
+    alone = train(job, Pairs)
+    found = whole(run_of(Pairs, **grid))
+    for name, value in alone.trained[0].items():
+        torch.testing.assert_close(found[name], value, rtol=1e-9, atol=1e-12)
+
+
+class PaddedSentences(Sentences):
+    """Pads what is asked for together, itself."""
+
+    def __getitems__(self, ids: list[int]) -> list[Any]:
+        words, _, classes = padded([self[number] for number in ids])
+        return [*zip(words, classes, strict=True)]
+
+
+def test_a_data_set_that_pads_by_itself_is_told_what_to_write() -> None:
+    data = {"train_data": lambda self: PaddedSentences(SAMPLES), "collate": Task.collate}
+    kind = type("Bare", (Pairs,), data)
+    with pytest.raises(SpecError, match=r"forms may differ where .* or made by a collate\(\)"):
+        run_of(kind)
