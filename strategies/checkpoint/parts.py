@@ -162,8 +162,9 @@ def vector_entries(
         if slot.name in holding.others:
             continue
         for number, (key, dtype, vector, shape) in enumerate(kinds):
-            there = slot.name in live if key in _OF_LIVE else used[place]
-            if shape is not None or not there:
+            if shape is not None:
+                continue
+            if slot.name not in live if key in _OF_LIVE else not used[place]:
                 continue
             name = f"{key}/{slot.name}"
             if vector is None:

@@ -227,7 +227,7 @@ def test_a_result_of_many_steps_keeps_the_last_and_the_sums_of_all() -> None:
 
 def test_a_result_prints_as_a_short_table() -> None:
     result = Result(Path("runs/a<b"), Path("runs/a<b/model.safetensors"), seconds=1.25)
-    assert str(Result(Path("run"), None)).splitlines()[0].split() == ["steps", "0"]
+    assert str(Result(Path("run"), None)).splitlines()[0].split() == ["steps", "0", "reported"]
     result.add(StepSummary(1, 0, 0.5, 8, {"compute": 0.5}, 2))
     result.add(EvalSummary(1, 8, {"accuracy": 0.875}))
     lines = str(result).splitlines()
