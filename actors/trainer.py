@@ -289,8 +289,5 @@ def _record_failure(directory: RunDirectory, result: Result, error: BaseExceptio
         facts["model"] = str(result.checkpoint)
         logger.warning("the trained model is in %s all the same", result.checkpoint)
     with suppress(StorageError):  # the run's own error is the one to tell
-        directory.finish(_status(error), facts)
-
-
-def _status(error: BaseException) -> str:
-    return "STOPPED" if isinstance(error, Interrupted | KeyboardInterrupt) else "FAILED"
+        stopped = isinstance(error, Interrupted | KeyboardInterrupt)
+        directory.finish("STOPPED" if stopped else "FAILED", facts)

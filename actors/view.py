@@ -87,7 +87,8 @@ class View(Callback):
 
     def on_evaluation(self, evaluation: EvalSummary) -> None:
         """Show an evaluation."""
-        self._say(f"evaluation after step {evaluation.step}  {_figures(evaluation.metrics)}")
+        shown = [f"{name} {number_text(value)}" for name, value in evaluation.metrics.items()]
+        self._say("  ".join([f"evaluation after step {evaluation.step}", *shown]))
 
     def on_failure(self, failure: FailureEvent) -> None:
         """Say that workers were lost."""
@@ -175,10 +176,6 @@ def _progress(console: Console) -> Progress:
         console=console,
         transient=True,
     )
-
-
-def _figures(metrics: dict[str, float]) -> str:
-    return "  ".join(f"{name} {number_text(value)}" for name, value in metrics.items())
 
 
 def _what_runs(job: Job) -> str:

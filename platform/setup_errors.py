@@ -9,7 +9,7 @@ is no matter of a node, and is told as one error.
 from collections.abc import Collection, Iterable
 from dataclasses import replace
 
-from distplat.platform.errors import DistplatError, Problem, SpecError, UserCodeError, ranks_text
+from distplat.platform.errors import DistplatError, SpecError, UserCodeError, ranks_text
 
 
 class SetupErrors:
@@ -95,11 +95,10 @@ def _placed(error: DistplatError, places: str, remedy: str) -> DistplatError:
             fields = error.rank, error.step, error.summary, error.traceback
             return UserCodeError(*fields, error.remedy or remedy, error.evaluating, places)
         case SpecError():
-            return SpecError(*(_told_of(one, places, remedy) for one in error.problems))
+            problems = [
+                replace(one, message=f"{one.message}, on {places}", hint=remedy or one.hint)
+                for one in error.problems
+            ]
+            return SpecError(*problems)
         case _:
             return error
-
-
-def _told_of(problem: Problem, places: str, remedy: str) -> Problem:
-    hint = remedy or problem.hint
-    return replace(problem, message=f"{problem.message}, on {places}", hint=hint)

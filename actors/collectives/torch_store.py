@@ -129,7 +129,8 @@ class Heartbeat:
             found = self._found()
             if found is None:
                 found = self._compare(number, partner, here)
-                self._leave(found)
+                if found:
+                    self._store.set(_FOUND, " ".join(map(str, found)))
             keys = [f"says/{rank}" for rank in range(self._world)]
             if says and not found and self._store.check(keys):
                 self.said = [self._store.get(key).decode() for key in keys]
@@ -143,10 +144,6 @@ class Heartbeat:
         if not self._store.check([_FOUND]):
             return None
         return tuple(int(rank) for rank in self._store.get(_FOUND).decode().split())
-
-    def _leave(self, found: tuple[int, ...]) -> None:
-        if found:
-            self._store.set(_FOUND, " ".join(map(str, found)))
 
     def _compare(self, number: int, partner: int | None, here: bool) -> tuple[int, ...]:
         before = self._read()

@@ -113,7 +113,8 @@ def _gantt(trace: Trace, replica: int) -> Gantt:
     try:
         schedule = _schedule(trace)
         times = tuple(map(_times, measured, others, [schedule] * trace.stages))
-        ideal = simulate(schedule, [_costs(one) for one in times])
+        costs = [Costs(one.forward_s, one.backward_s, one.weight_s) for one in times]
+        ideal = simulate(schedule, costs)
     except (ValueError, SpecError) as error:
         times = tuple(map(_times, measured, others, [None] * trace.stages))
         return Gantt(replica, measured, others, times, None, str(error))
@@ -152,10 +153,6 @@ def _times(
         total("recv"),
         total("reduce"),
     )
-
-
-def _costs(times: StageTimes) -> Costs:
-    return Costs(times.forward_s, times.backward_s, times.weight_s)
 
 
 ChromeEvent = dict[str, object]

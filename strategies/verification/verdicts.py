@@ -91,7 +91,8 @@ def judge(job: Job, known: References, engine: Engine) -> list[Row]:
         job = job.model_copy(update={"checkpoint": kept})
     try:
         run = engine(job, known.switches)
-        rows = [_row(name, "plain loop", _compared(run, known))]
+        met = compare(run.trained, known.plain, known.reversed_, known.trainable)
+        rows = [_row(name, "plain loop", met)]
         rows.append(_repeat(name, run.trained, engine(job, known.switches).trained))
         if known.whole is not None:
             run = engine(meaning_job(job), known.whole.switches)
@@ -122,10 +123,6 @@ def refused(name: str, error: DistplatError) -> Row:
     last = [line for line in lines if line and not line.startswith("hint:")][-1]
     verdict = REFUSED if isinstance(error, SpecError) else FAILED
     return Row(name, "run", verdict, failed=True, reason=last, error=error)
-
-
-def _compared(run: Ran, known: References) -> Comparison:
-    return compare(run.trained, known.plain, known.reversed_, known.trainable)
 
 
 def _meaning(name: str, run: Ran, whole: Whole, trainable: list[str]) -> Row:
