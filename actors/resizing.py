@@ -44,7 +44,7 @@ _REASON_S = 10.0
 
 
 @dataclass
-class _Coming:
+class _Newcomer:
     """A newcomer that makes itself ready."""
 
     call: Callable[[], Any]
@@ -66,7 +66,7 @@ class Resizer:
         self._actors, self._requests = actor_group, requests
         self._resizing = Resizing(actor_group.world)
         self._number = 0  #: of the request that is being carried out
-        self._calls: dict[int, _Coming] = {}  #: by the rank that the newcomer is to have
+        self._calls: dict[int, _Newcomer] = {}  #: by the rank that the newcomer is to have
 
     @property
     def world(self) -> int:
@@ -112,7 +112,7 @@ class Resizer:
         for rank in resizing.to_make:
             limit = self._actors.job.failure.start_timeout_s
             call = self._actors.enlist(rank, base)
-            self._calls[rank] = _Coming(call, call(), time.monotonic() + limit)
+            self._calls[rank] = _Newcomer(call, call(), time.monotonic() + limit)
             resizing.made(rank)
         for rank in list(self._calls):
             if rank in self._calls:  # else it was let go with one that was lost

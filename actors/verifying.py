@@ -59,7 +59,7 @@ from distplat.strategies.verification.switched import Switches, task_fields
 from distplat.strategies.verification.verdicts import (
     NOT_COMPARED,
     REFUSED,
-    Ran,
+    EngineRun,
     Row,
     inexact,
     judge,
@@ -72,7 +72,7 @@ DEFAULT = ("ring", "ps-sync", "hybrid")
 
 
 @dataclass(frozen=True)
-class Wanted:
+class VerifyRequest:
     """What is to be verified."""
 
     job: Job
@@ -85,7 +85,7 @@ class Wanted:
     strategy_file: Path | None = None
 
 
-def verify(wanted: Wanted, say: Callable[[str], object]) -> Iterator[Row]:
+def verify(wanted: VerifyRequest, say: Callable[[str], object]) -> Iterator[Row]:
     """
     Verify a job, strategy by strategy.
 
@@ -122,7 +122,7 @@ def verify(wanted: Wanted, say: Callable[[str], object]) -> Iterator[Row]:
                 yield from _rows(name, job, known.get(name), wanted, runner)
 
 
-def _checked(wanted: Wanted) -> list[str]:
+def _checked(wanted: VerifyRequest) -> list[str]:
     """Look at the task's class: the runs see a subclass of it."""
     job = wanted.job
     if job.own_loop:
@@ -150,7 +150,7 @@ def _quiet_ray(jobs: Sequence[Job]) -> Iterator[None]:
 
 
 def _rows(
-    name: str, job: Job | SpecError, known: Answer | None, wanted: Wanted, runner: _Runner
+    name: str, job: Job | SpecError, known: Answer | None, wanted: VerifyRequest, runner: _Runner
 ) -> list[Row]:
     asked = name in (*wanted.strategies, wanted.job.strategy.name)
     if isinstance(known, str) and not asked:
@@ -183,7 +183,7 @@ def _without_evaluations(job: Job) -> dict[str, Any]:
     return {"evaluation": Evaluation(every_epochs=0), "early_stop": None, "lr_schedule": schedule}
 
 
-def job_for(wanted: Wanted, name: str) -> Job | SpecError:
+def job_for(wanted: VerifyRequest, name: str) -> Job | SpecError:
     """Give the short job of a strategy, or why there is none."""
     job, own = wanted.job, wanted.job.strategy.name == name
     spec = job.strategy if own else StrategySpec(name=name)
@@ -222,10 +222,10 @@ def job_for(wanted: Wanted, name: str) -> Job | SpecError:
 class _Runner:
     """Runs jobs of the user's task (see `Engine`)."""
 
-    def __init__(self, wanted: Wanted, place: Path) -> None:
+    def __init__(self, wanted: VerifyRequest, place: Path) -> None:
         self._wanted, self._place = wanted, place
 
-    def __call__(self, job: Job, switches: Switches) -> Ran:
+    def __call__(self, job: Job, switches: Switches) -> EngineRun:
         fields = task_fields(job.task or "", job.task_args, switches)
         trainer = Trainer(
             job.model_copy(update=fields),
@@ -236,7 +236,7 @@ class _Runner:
         )
         result = trainer.fit()
         try:
-            return Ran(_trained(result), result.history[-1].figures)
+            return EngineRun(_trained(result), result.history[-1].figures)
         finally:
             shutil.rmtree(result.path, ignore_errors=True)
 
@@ -253,7 +253,7 @@ def _trained(result: Result) -> Trained:
     return Trained(states, [one.loss for one in history])
 
 
-def _references(wanted: Wanted, jobs: Sequence[Job], place: Path) -> list[Answer]:
+def _references(wanted: VerifyRequest, jobs: Sequence[Job], place: Path) -> list[Answer]:
     """
     Ask a child for the references of jobs.
 

@@ -111,7 +111,7 @@ def print_logs(path: Path, write: Callable[[str], None], *, follow: bool) -> int
     Returns:
         0; of a run that was followed and did not succeed, 4.
     """
-    reader = _Reader(path / "logs")
+    reader = _LogTail(path / "logs")
     while True:
         record = read_run(path, steps=False) if follow else None
         for line in reader.fresh():
@@ -124,7 +124,7 @@ def print_logs(path: Path, write: Callable[[str], None], *, follow: bool) -> int
         time.sleep(_POLL_S)
 
 
-class _Reader:
+class _LogTail:
     """
     Reads the files of a folder as they grow.
 

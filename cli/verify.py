@@ -55,10 +55,10 @@ def verify(
     job = source.read()
     if job.task is None:
         raise SpecError(Problem(("task",), "name a task in the job"))
-    from distplat.actors.verifying import Wanted, verify  # torch and Ray
+    from distplat.actors.verifying import VerifyRequest, verify  # torch and Ray
 
     names = tuple(name.strip() for name in strategies.split(",")) if strategies else ()
-    wanted = Wanted(job, source.folder, names, steps, workers, strategy_file)
+    wanted = VerifyRequest(job, source.folder, names, steps, workers, strategy_file)
     rows = list(verify(wanted, say if not quiet else lambda line: None))
     if as_json:
         print(to_json([facts(row) for row in rows]))

@@ -241,7 +241,7 @@ class _Checkpoints:
         self._catalogue, self._storage = Catalogue(folder), storage
         self._there: dict[int, Signature] = {}  #: step -> manifest of a whole one
         self._begun: set[int] = set()  #: steps of which there may be files
-        self._held: _Held | None = None
+        self._held: _OpenCheckpoint | None = None
 
     def missing(self) -> list[str]:
         """Give the names of those that are here and not there."""
@@ -258,7 +258,7 @@ class _Checkpoints:
             if self._held is not None:
                 self._held.close()
             try:
-                self._held = _Held(self._catalogue.path(step), step, local[step])
+                self._held = _OpenCheckpoint(self._catalogue.path(step), step, local[step])
             except FileNotFoundError:  # deleted a moment ago
                 self._held = None
                 return
@@ -276,7 +276,7 @@ class _Checkpoints:
                 self._there.pop(step, None)
                 self._remove(step)
 
-    def _bring(self, held: _Held) -> None:
+    def _bring(self, held: _OpenCheckpoint) -> None:
         folder = f"{FOLDER}/{self._catalogue.path(held.step).name}"
         if self._there.pop(held.step, None) is not None:  # made again, after a rollback
             self._remove(held.step)
@@ -306,7 +306,7 @@ class _Checkpoints:
         return [step for step, found in local.items() if self._there.get(step) != found]
 
 
-class _Held:
+class _OpenCheckpoint:
     """
     A checkpoint whose files are open, the manifest as the last.
 

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from distplat.platform.errors import CollectiveError
 from distplat.strategies.collective import Collective, Handle
-from distplat.strategies.pipeline.values import Form, Layout, Packing
+from distplat.strategies.pipeline.values import Form, Packing, ValueLayout
 
 _ROOM = 2
 """Sends under way to one stage; who sends one more waits for the oldest."""
@@ -47,24 +47,24 @@ class Channel:
         self, group: Collective, peers: Sequence[int], names: Sequence[int], device: torch.device
     ) -> None:
         self._group, self._peers, self._names, self._device = group, peers, names, device
-        self._layouts: dict[Kind, Layout] = {}
+        self._layouts: dict[Kind, ValueLayout] = {}
         self._free: defaultdict[Form, list[Tensor]] = defaultdict(list)
         self._under_way: defaultdict[int, deque[tuple[Handle, Tensor]]] = defaultdict(deque)
         self.varies = False  #: what enters a place may have another form each time
         self._told: defaultdict[int, dict[Any, int]] = defaultdict(dict)  #: forms, by place
-        self._heard: defaultdict[int, list[Layout]] = defaultdict(list)  #: by place
+        self._heard: defaultdict[int, list[ValueLayout]] = defaultdict(list)  #: by place
 
-    def learn(self, kind: Kind, value: Any) -> Layout:
+    def learn(self, kind: Kind, value: Any) -> ValueLayout:
         """
         Note what enters a place.
 
         Raises:
-            SpecError: it cannot be sent; see `Layout.of`.
+            SpecError: it cannot be sent; see `ValueLayout.of`.
         """
-        layout = self._layouts[kind] = Layout.of(kind[0], value)
+        layout = self._layouts[kind] = ValueLayout.of(kind[0], value)
         return layout
 
-    def layout(self, kind: Kind) -> Layout:
+    def layout(self, kind: Kind) -> ValueLayout:
         """Give the form of what enters a place, as it was learnt or heard."""
         return self._layouts[kind]
 
@@ -74,7 +74,7 @@ class Channel:
         self._send(torch.tensor([len(text), self.varies], device=self._device), to)
         self._send(text.to(self._device), to)
 
-    def hear(self, kind: Kind, source: int) -> Layout:
+    def hear(self, kind: Kind, source: int) -> ValueLayout:
         """Hear from a stage the form of what enters a place of this one."""
         head = torch.zeros(2, dtype=torch.int64, device=self._device)
         self._receive(head, source)
@@ -82,7 +82,7 @@ class Channel:
         self.varies = self.varies or bool(varies)
         text = torch.zeros(length, dtype=torch.uint8, device=self._device)
         self._receive(text, source)
-        layout = self._layouts[kind] = Layout.heard(kind[0], bytes(text.cpu().numpy()))
+        layout = self._layouts[kind] = ValueLayout.heard(kind[0], bytes(text.cpu().numpy()))
         return layout
 
     def send(self, packing: Packing, tensors: Sequence[Tensor], to: int) -> None:
@@ -95,7 +95,9 @@ class Channel:
         if packing.form is not None:
             self._send(packing.pack(tensors), to)
 
-    def send_told(self, place: int, layout: Layout, tensors: Sequence[Tensor], to: int) -> None:
+    def send_told(
+        self, place: int, layout: ValueLayout, tensors: Sequence[Tensor], to: int
+    ) -> None:
         """
         Hand a stage what enters its place, with its form; see `send`.
 
@@ -115,7 +117,7 @@ class Channel:
         self._send(torch.tensor(head, device=self._device), to)
         self._send(message, to)
 
-    def receive_told(self, place: int, source: int) -> tuple[Layout, list[Tensor]]:
+    def receive_told(self, place: int, source: int) -> tuple[ValueLayout, list[Tensor]]:
         """Take what enters a place of this stage, with its form; see `receive`."""
         head = torch.zeros(3, dtype=torch.int64, device=self._device)
         self._receive(head, source)
@@ -128,7 +130,7 @@ class Channel:
             return layout, layout.values.unpack(buffer)
         message = torch.empty(size, dtype=torch.uint8, device=self._device)
         self._receive(message, source)
-        layout = Layout.heard(place, bytes(message[:length].cpu().numpy()))
+        layout = ValueLayout.heard(place, bytes(message[:length].cpu().numpy()))
         known.append(layout)
         return layout, layout.values.behind(length).unpack(message)[1:]
 

@@ -36,7 +36,7 @@ from distplat.strategies.pipeline.forward_writes import ForwardWrites
 from distplat.strategies.pipeline.interfaces import Source, Tail, TraceSpan
 from distplat.strategies.pipeline.limits import Reached
 from distplat.strategies.pipeline.rank_model import Chunk
-from distplat.strategies.pipeline.values import Layout, Packing, copied, tensors_in
+from distplat.strategies.pipeline.values import Packing, ValueLayout, copied, tensors_in
 
 
 @lru_cache(maxsize=16)  # an epoch's last batch may have fewer micro-batches than the others
@@ -163,7 +163,9 @@ class ScheduleRun:
         self._final = plan.schedule.micro_batches - 1
         self._splits = plan.schedule.splits_backward
         self._have: dict[Message, _Held] = {}
-        self._layouts: dict[tuple[int, int], Layout] = {}  #: by place and micro-batch, if they vary
+        self._layouts: dict[
+            tuple[int, int], ValueLayout
+        ] = {}  #: by place and micro-batch, if they vary
         self._live: dict[tuple[int, int], _Live] = {}
         self._late: dict[tuple[int, int], tuple[_Live, _Held]] = {}
         self.spans: list[TraceSpan] = []
@@ -221,7 +223,7 @@ class ScheduleRun:
         layout = self._layout(max(message.source, message.target), message.micro_batch)
         return layout.values if message.content is Content.ACTIVATION else layout.gradients
 
-    def _layout(self, place: int, number: int) -> Layout:
+    def _layout(self, place: int, number: int) -> ValueLayout:
         if self._channel.varies:
             return self._layouts[place, number]
         return self._channel.layout((place, self._source.sizes[number]))
@@ -275,7 +277,7 @@ class ScheduleRun:
         if self._seat.is_last(place):
             return [self._source.loss(number, outputs)]
         if self._channel.varies:
-            self._layouts[place + 1, number] = Layout.read(place + 1, outputs)
+            self._layouts[place + 1, number] = ValueLayout.read(place + 1, outputs)
         layout = self._layout(place + 1, number)
         tensors = layout.tensors(outputs)
         self._have[_activation(number, place + 1)] = _Held([one.detach() for one in tensors])
@@ -343,7 +345,7 @@ class ScheduleRun:
 
 
 def entered(
-    layout: Layout, tensors: Sequence[Tensor], *, differentiated: bool
+    layout: ValueLayout, tensors: Sequence[Tensor], *, differentiated: bool
 ) -> tuple[Any, list[Tensor]]:
     """
     Give what a chunk is to be called with: the same memory, but no leaf of autograd.

@@ -108,7 +108,7 @@ class _Constant:
         return repr(self.value)
 
 
-class Layout:
+class ValueLayout:
     """
     The form of what enters a place, the same for all micro-batches of one size.
 
@@ -131,7 +131,7 @@ class Layout:
         self.gradients = Packing([forms[n] for n in self.wanted])
 
     @classmethod
-    def of(cls, place: int, value: Any) -> "Layout":
+    def of(cls, place: int, value: Any) -> "ValueLayout":
         """
         Read the form off a value that was computed with gradients; see `read`.
 
@@ -143,7 +143,7 @@ class Layout:
         return layout
 
     @classmethod
-    def read(cls, place: int, value: Any) -> "Layout":
+    def read(cls, place: int, value: Any) -> "ValueLayout":
         """
         Read the form off a value.
 
@@ -206,7 +206,7 @@ class Layout:
         return json.dumps([structure_text(self._structure), leaves]).encode()
 
     @classmethod
-    def heard(cls, place: int, text: bytes) -> "Layout":
+    def heard(cls, place: int, text: bytes) -> "ValueLayout":
         """Give the form that another rank has told."""
         structure, leaves = json.loads(text)
         found: list[_TensorForm | _Constant] = []

@@ -51,7 +51,7 @@ Make = Callable[[Switches], Task]
 
 
 @dataclass
-class Whole:
+class WholeBatch:
     """The whole batch."""
 
     switches: Switches
@@ -75,7 +75,7 @@ class References:
     trainable: list[str]
     every: int
     """States are those after so many steps, and after the last."""
-    whole: Whole | None = None
+    whole: WholeBatch | None = None
     """The whole batch; None: it cannot be computed."""
     notes: list[tuple[str, str]] = field(default_factory=list)
     """What is not compared: what, and why."""
@@ -175,7 +175,7 @@ def _whole(
     switches: Switches,
     every: ReferenceSamples,
     merged: bool,
-) -> Whole:
+) -> WholeBatch:
     samples = every if switches.samples is None else ReferenceSamples(switches.samples)
     schedule = parts(job, samples, merged=merged)
     outputs: list[list[Tensor]] = [[], []]
@@ -183,15 +183,15 @@ def _whole(
     split = train(_recorded(make, switches, outputs[1]), schedule, recipe)
     backwards = train(lambda: make(switches), union(job, samples), recipe, reverse=True)
     if whole.draws:
-        return Whole(switches, whole, backwards, drawn=True)
+        return WholeBatch(switches, whole, backwards, drawn=True)
     least = MEANING_TOLERANCE if switches.double else 0.0
     met = compare(split, whole, backwards, found.trainable, least)
     if not met.parts or not is_finite(whole):
-        return Whole(switches, whole, backwards)
+        return WholeBatch(switches, whole, backwards)
     before = [sum(map(len, ranks)) for ranks in schedule[: met.step]]
     its = outputs[1][sum(before[:-1]) : sum(before)]
     same = _same(outputs[0][met.step - 1], its)
-    return Whole(switches, whole, backwards, _LOSS if same else _MODEL)
+    return WholeBatch(switches, whole, backwards, _LOSS if same else _MODEL)
 
 
 _LOSS = (

@@ -16,7 +16,7 @@ from distplat.strategies.verification.recipes import Trained
 from distplat.strategies.verification.references import (
     MEANING_TOLERANCE,
     References,
-    Whole,
+    WholeBatch,
     meaning_job,
 )
 from distplat.strategies.verification.switched import Switches
@@ -47,7 +47,7 @@ class Row:
 
 
 @dataclass
-class Ran:
+class EngineRun:
     """A run of the engine."""
 
     trained: Trained
@@ -55,7 +55,7 @@ class Ran:
     """The last step's."""
 
 
-Engine = Callable[[Job, Switches], Ran]
+Engine = Callable[[Job, Switches], EngineRun]
 """Trains a job with such switches in its task."""
 
 
@@ -125,7 +125,7 @@ def refused(name: str, error: DistplatError) -> Row:
     return Row(name, "run", verdict, failed=True, reason=last, error=error)
 
 
-def _meaning(name: str, run: Ran, whole: Whole, trainable: list[str]) -> Row:
+def _meaning(name: str, run: EngineRun, whole: WholeBatch, trainable: list[str]) -> Row:
     least = MEANING_TOLERANCE if whole.switches.double else 0.0
     met = compare(run.trained, whole.union, whole.reversed_, trainable, least)
     row = _row(name, "whole batch", met)

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from small_runs import HERE, job
 
-from distplat.actors.verifying import Wanted, verify
+from distplat.actors.verifying import VerifyRequest, verify
 from distplat.platform.errors import UserCodeError
 from distplat.strategies.catalog import make_job
 from distplat.strategies.verification.verdicts import EQUAL, NOT_COMPARED, REFUSED, Row
@@ -16,7 +16,7 @@ pytestmark = [pytest.mark.cluster, pytest.mark.usefixtures("local_ray")]
 
 def rows(task: str, *strategies: str, **more: Any) -> dict[tuple[str, str], Row]:
     spec = make_job({**job("ring", 2), "task": f"verified_tasks:{task}", **more})
-    wanted = Wanted(spec, HERE, strategies, steps=6)
+    wanted = VerifyRequest(spec, HERE, strategies, steps=6)
     return {(row.strategy, row.check): row for row in verify(wanted, print)}
 
 

@@ -10,7 +10,7 @@ from torch.utils.data import Dataset, TensorDataset
 from distplat import Task
 
 
-class Whole(Task):
+class WholeBatch(Task):
     """A model that nothing says how to cut."""
 
     def model(self) -> nn.Module:
@@ -31,7 +31,7 @@ class Whole(Task):
         return nn.functional.cross_entropy(outputs, targets)
 
 
-class Drawing(Whole):
+class Drawing(WholeBatch):
     """Dropout, and samples with noise."""
 
     def model(self) -> nn.Module:
@@ -53,7 +53,7 @@ class _Noisy(Dataset[Any]):
         return x + 0.1 * torch.randn(4), y
 
 
-class Unseeded(Whole):
+class Unseeded(WholeBatch):
     """Every process has samples of its own."""
 
     def train_data(self) -> Dataset[Any]:
@@ -62,6 +62,6 @@ class Unseeded(Whole):
         return TensorDataset(data.tensors[0] + noise, data.tensors[1])
 
 
-class Failing(Whole):
+class Failing(WholeBatch):
     def train_data(self) -> Dataset[Any]:
         raise RuntimeError("no samples today")

@@ -14,14 +14,14 @@ from distplat.strategies.checkpoint.checkpoint_reader import SavedState
 from distplat.strategies.task import Task
 from distplat.strategies.verification.recipes import Trained
 from distplat.strategies.verification.switched import Switches, switched
-from distplat.strategies.verification.verdicts import Engine, Ran
+from distplat.strategies.verification.verdicts import Engine, EngineRun
 
 
 def engine(kind: type[Task]) -> Engine:
     """Give what runs jobs of a task."""
 
-    def run(job: Job, switches: Switches) -> Ran:
-        return Ran(trained(job, train(job, switched(kind, switches))))
+    def run(job: Job, switches: Switches) -> EngineRun:
+        return EngineRun(trained(job, train(job, switched(kind, switches))))
 
     return run
 

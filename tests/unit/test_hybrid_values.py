@@ -12,7 +12,7 @@ from torch.utils.data import Dataset
 
 from distplat.platform.errors import SpecError
 from distplat.platform.progress import EvalReport, StepReport
-from distplat.strategies.pipeline.values import Layout, Packing
+from distplat.strategies.pipeline.values import Packing, ValueLayout
 from distplat.strategies.task import Task
 
 STEPS = 3
@@ -270,7 +270,7 @@ def test_another_form_than_agreed_is_told(changed: dict[str, Any], told: str) ->
 
 def test_a_gradient_that_would_be_lost_is_told() -> None:
     value = torch.ones(2, requires_grad=True), torch.ones(2)
-    layout = Layout.of(1, value)
+    layout = ValueLayout.of(1, value)
     with pytest.raises(SpecError, match=r"place 1 .*\[1\] needs a gradient"):
         layout.tensors((value[0], value[0] * 2))
     assert len(layout.tensors((value[1], value[1]))) == 2, "one that is not there is no loss"
@@ -292,12 +292,12 @@ def test_a_gradient_that_would_be_lost_is_told() -> None:
 )
 def test_values_that_no_message_takes_are_refused(value: Any, told: str) -> None:
     with pytest.raises(SpecError, match=told):
-        Layout.of(3, value)
+        ValueLayout.of(3, value)
 
 
 def test_a_form_that_was_told_is_the_same() -> None:
     value = [torch.ones(2, 3, requires_grad=True), {"n": float("nan"), "i": torch.arange(5)}, None]
-    layout = Layout.heard(2, Layout.of(2, value).told())
+    layout = ValueLayout.heard(2, ValueLayout.of(2, value).told())
     assert layout.wanted == [0]
     tensors = layout.tensors(value)
     again = layout.value(tensors)
@@ -305,7 +305,7 @@ def test_a_form_that_was_told_is_the_same() -> None:
 
 
 def test_where_no_tensor_needs_a_gradient_all_floats_get_one() -> None:
-    assert Layout.of(1, (torch.ones(1), torch.arange(2), torch.ones(3))).wanted == [0, 2]
+    assert ValueLayout.of(1, (torch.ones(1), torch.arange(2), torch.ones(3))).wanted == [0, 2]
 
 
 @pytest.mark.parametrize(

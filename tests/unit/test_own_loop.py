@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from distplat import Trainer
 from distplat.actors.task_check import TaskCheck, check_function
 from distplat.actors.task_loading import call_train_function
-from distplat.actors.verifying import Wanted, _checked
+from distplat.actors.verifying import VerifyRequest, _checked
 from distplat.platform.errors import SpecError, UserCodeError
 from distplat.platform.job_file import render_job
 from distplat.platform.own_loop import OF_TASKS
@@ -247,7 +247,7 @@ def test_a_function_and_the_job_of_a_task_do_not_go_together() -> None:
 
 
 def test_a_train_function_is_not_verified(tmp_path: Path) -> None:
-    wanted = Wanted.__new__(Wanted)
+    wanted = VerifyRequest.__new__(VerifyRequest)
     object.__setattr__(wanted, "job", make_job(FIELDS))
     with pytest.raises(SpecError, match="such a loop itself"):
         _checked(wanted)

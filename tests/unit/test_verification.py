@@ -34,7 +34,7 @@ from distplat.strategies.verification.verdicts import (
     MEANING,
     NOT_COMPARED,
     REFUSED,
-    Ran,
+    EngineRun,
     Row,
     inexact,
     judge,
@@ -261,7 +261,7 @@ class Spoiled(Classify):
 
 def test_a_task_that_is_not_finite_does_not_pass() -> None:
     drawn = job("ring")
-    found = judge(drawn, references(drawn, make(Spoiled)), lambda *_: Ran(nan_run(drawn)))
+    found = judge(drawn, references(drawn, make(Spoiled)), lambda *_: EngineRun(nan_run(drawn)))
     assert exit_code(found) == 1 and "NaN" in found[0].reason
 
 
@@ -271,7 +271,7 @@ def nan_run(drawn: Job) -> Trained:
 
 
 def test_a_refused_run_is_shown_with_its_own_code() -> None:
-    def refuses(*_: Any) -> Ran:
+    def refuses(*_: Any) -> EngineRun:
         raise SpecError("not this one")
 
     drawn = job("ring")
@@ -286,7 +286,7 @@ def test_a_refused_run_is_shown_with_its_own_code() -> None:
 def test_asynchronous_runs_are_watched_not_compared() -> None:
     drawn = job("ring")
     run = Trained({8: {}}, [2.0, 1.0, 0.5])
-    (row,) = watch(drawn, "asynchronous", lambda *_: Ran(run, {"staleness_mean": 1.5}))
+    (row,) = watch(drawn, "asynchronous", lambda *_: EngineRun(run, {"staleness_mean": 1.5}))
     assert row.verdict == NOT_COMPARED and not row.failed
     assert "2 -> 0.5" in row.reason and "staleness 1.5" in row.reason
 
