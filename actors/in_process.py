@@ -18,7 +18,7 @@ from distplat.actors.local_actors import Servers, TableServers, TaskDesk
 from distplat.actors.local_transport import opened
 from distplat.actors.servers.leases import RemoteLeases
 from distplat.actors.stopping import Stopping
-from distplat.actors.task_check import check_class, check_function, said_by_job
+from distplat.actors.task_check import check_task
 from distplat.actors.task_loading import TrainFunction, load_task_class, load_train_function
 from distplat.actors.training import run_function, saved_model
 from distplat.actors.user_errors import as_user_error, killed_loader
@@ -188,7 +188,7 @@ def _train_function(
         if launch.task is not None and not isinstance(launch.task, type):
             return launch.task
         found = load_train_function(launch.job.task or "", launch.working_dir)
-        check_function(found, launch.job.task_args)
+        check_task(found, launch.job)
         return found
 
     saved = _saved(checkpoints.newest())
@@ -234,7 +234,7 @@ def _task_class(launch: Launch) -> type[Task]:
     """Give the task's class, looked at; say what is no error, unless that was done."""
     given = launch.task if isinstance(launch.task, type) else None
     found = given or load_task_class(launch.job.task or "", launch.working_dir)
-    said = check_class(found, launch.job.task_args, said_by_job(launch.job))
+    said = check_task(found, launch.job)
     for line in () if launch.checked else said:
         logger.warning("%s", line)
     return found

@@ -122,16 +122,16 @@ def train_on_ray(launch: Launch, handlers: RunHandlers, stopping: Stopping) -> N
     if launch.task is not None:
         check_pickles(launch.task)
     with (
-        _task_check(launch) as task_check,
+        _task_check(launch) as checking,
         ray_for_run(stopping, launch.job.scaling) as head,
         role_output(launch.job.name, launch.folder, logger.warning, shown=launch.log_to_driver),
     ):
-        launch = replace(launch, checked=launch.checked or task_check is not None)
+        launch = replace(launch, checked=launch.checked or checking is not None)
 
         def check() -> None:
             stopping.check()
             head.check()
-            for line in task_check.poll() if task_check is not None else ():
+            for line in checking.poll() if checking is not None else ():
                 logger.warning("%s", line)
 
         _follow(launch, check, handlers, head)

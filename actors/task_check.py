@@ -115,6 +115,13 @@ def check_function(function: object, given: Iterable[str]) -> list[str]:
     return []
 
 
+def check_task(task: object, job: Job) -> list[str]:
+    """Look at a task's class, or at a train function, as the job says; see `check_class`."""
+    if job.own_loop:
+        return check_function(task, job.task_args)
+    return check_class(task, job.task_args, said_by_job(job))
+
+
 def _missing(kind: type[Task]) -> list[Problem]:
     """List the methods that a task must have and this one has not."""
     missing = set(getattr(kind, "__abstractmethods__", ()))

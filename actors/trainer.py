@@ -22,7 +22,7 @@ from distplat.actors.controller_client import RunHandlers
 from distplat.actors.launch import train_on_ray
 from distplat.actors.result import Result
 from distplat.actors.stopping import Stopping
-from distplat.actors.task_check import check_class, check_function, said_by_job
+from distplat.actors.task_check import check_task
 from distplat.actors.task_loading import TrainFunction
 from distplat.actors.view import View, view_here
 from distplat.platform.disk import BackgroundWriter, Moved, with_deadline
@@ -39,13 +39,6 @@ from distplat.strategies.catalog import complete, load_strategy_file, make_job, 
 from distplat.strategies.task import Task
 
 logger = logging.getLogger(__name__)
-
-
-def _checked(task: object, job: Job) -> list[str]:
-    """Look at what `Trainer` was handed; see `check_class`."""
-    if job.own_loop:
-        return check_function(task, job.task_args)
-    return check_class(task, job.task_args, said_by_job(job))
 
 
 class Trainer:
@@ -104,7 +97,7 @@ class Trainer:
         if task is None and self.job.task is None:
             raise SpecError(Problem(("task",), "name a task in the job, or hand Trainer a class"))
         self._task = task
-        self._unheard = [] if task is None else _checked(task, self.job)
+        self._unheard = [] if task is None else check_task(task, self.job)
         self._dir = Path(working_dir or ".").resolve()
         self._storage_dir = Path(storage_dir or self._dir).resolve()
         check_callbacks(callbacks)

@@ -32,7 +32,7 @@ from distplat.actors.messages import WorkOrder
 from distplat.actors.process_setup import log_to_stderr
 from distplat.actors.ray_errors import of_platform
 from distplat.actors.ray_transport import RayTransport, host_here
-from distplat.actors.task_check import check_class, check_function, said_by_job
+from distplat.actors.task_check import check_task
 from distplat.actors.task_loading import (
     TrainFunction,
     call_train_function,
@@ -133,7 +133,7 @@ def loaded(order: WorkOrder) -> TrainFunction:
         SpecError: see `load_train_function`, `check_function`.
     """
     found: TrainFunction = _given(order, load_train_function)
-    check_function(found, order.job.task_args)
+    check_task(found, order.job)
     return found
 
 
@@ -443,7 +443,7 @@ def _task_class(order: WorkOrder) -> type[Task]:
         SpecError: see `load_task_class`, `check_class`.
     """
     found: type[Task] = _given(order, load_task_class)
-    said = check_class(found, order.job.task_args, said_by_job(order.job))
+    said = check_task(found, order.job)
     for line in said if order.rank == 0 and not order.checked else ():
         logger.warning("%s", line)
     return found
