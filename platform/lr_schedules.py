@@ -20,7 +20,7 @@ from typing_extensions import override
 from distplat.platform.errors import Problem
 from distplat.platform.fields import Count, Flag, Index, NonNegative, Number, Positive, Spec
 
-Part = Annotated[Number, Field(ge=0, le=1)]
+UnitInterval = Annotated[Number, Field(ge=0, le=1)]
 """A number from 0 to 1."""
 
 WARMUP = "`warmup_steps` may stand beside all but ReduceLROnPlateau"
@@ -74,7 +74,7 @@ class Schedule(LRSchedule):
 
     name: Literal["constant", "linear", "cosine", "step", "wsd"] = "constant"
     """A shape over the whole run, below, or a scheduler of torch with its own arguments."""
-    final_factor: Part = 0.0
+    final_factor: UnitInterval = 0.0
     """`linear`, `cosine`, `wsd`: what `lr` is multiplied by in the last step."""
     every_steps: Index = 0
     """`step`: multiply by `gamma` once in so many steps."""
@@ -120,7 +120,7 @@ class ConstantLR(LRSchedule):
     """A factor in the first steps."""
 
     name: Literal["ConstantLR"]
-    factor: Part = 1.0 / 3
+    factor: UnitInterval = 1.0 / 3
     total_iters: Count = 5
 
     def _after(self, base: float, step: int, steps: int) -> float:
@@ -132,7 +132,7 @@ class LinearLR(LRSchedule):
 
     name: Literal["LinearLR"]
     start_factor: Annotated[Number, Field(gt=0, le=1)] = 1.0 / 3
-    end_factor: Part = 1.0
+    end_factor: UnitInterval = 1.0
     total_iters: Count = 5
 
     def _after(self, base: float, step: int, steps: int) -> float:
@@ -217,7 +217,7 @@ class OneCycleLR(LRSchedule):
     """Up to `lr` and down again over the run (Smith & Topin, 2018); `lr` is torch's `max_lr`."""
 
     name: Literal["OneCycleLR"]
-    pct_start: Part = 0.3
+    pct_start: UnitInterval = 0.3
     anneal_strategy: Literal["cos", "linear"] = "cos"
     cycle_momentum: Flag = True
     div_factor: Positive = 25.0

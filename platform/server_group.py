@@ -7,9 +7,9 @@ The server manager's state machine: who serves which shard, and what to do when 
                server-1 primary  ══ every update ══▶  server-2, made and filled  term 4
 
 A seat is one shard's pair. Its term grows with every change of who is in it, so that a message of
-an earlier pair is told from one of the present pair (see `Part`). Only this class decides that a
-primary may go on alone: one that misses its backup waits to be told. So there is never a moment in
-which the primary goes on without the backup while the backup is promoted (I4).
+an earlier pair is refused (see `ReplicaState`). Only this class decides that a primary may go on
+alone: one that misses its backup waits to be told. So there is never a moment in which the primary
+goes on without the backup while the backup is promoted (I4).
 
 A manager that was lost is followed by another one, which asks the servers what they keep (`adopt`).
 
@@ -33,9 +33,9 @@ class Role(Enum):
     BACKUP = "keeps up with the primary"
 
 
-class Part:
+class ReplicaState:
     """
-    One server's part.
+    What one server is to a store that is kept twice, and in which term.
 
     Args:
         role: the first one.

@@ -27,7 +27,7 @@ from distplat.actors.servers.vector_transport import from_bytes
 from distplat.actors.transport import ActorDied, Transport, Unanswered
 from distplat.platform.awake_clock import AwakeClock
 from distplat.platform.errors import DeadlineExceeded, FencedError, GapError, NotReadyError
-from distplat.platform.server_group import Part, Role, ServerReport
+from distplat.platform.server_group import ReplicaState, Role, ServerReport
 from distplat.platform.shard_map import Shard
 from distplat.strategies.server.store import BackupLink, Change, ReplicatedStore, StoreSnapshot
 
@@ -62,7 +62,7 @@ class Replication(BackupLink):
     ) -> None:
         self._name, self._transport = name, transport
         self._store, self._limit_s = store, limit_s
-        self.part = Part(role)
+        self.state = ReplicaState(role)
         self._changing = threading.Lock()
         self._backup: Backup | None = None
         self._inbox: Tensor | None = None  #: as a backup: where the primary lays gradients
@@ -72,17 +72,17 @@ class Replication(BackupLink):
     @property
     @override
     def settled(self) -> bool:
-        return self.part.settled
+        return self.state.settled
 
     def held(self, number: int, cut: Shard | None = None) -> ServerReport:
         """Say what this server keeps, and as what."""
         backup = self._backup.name if self._backup is not None else None
-        return ServerReport(self._name, number, self.part.role, self.part.term, backup, cut)
+        return ServerReport(self._name, number, self.state.role, self.state.term, backup, cut)
 
     @override
     def send(self, change: Change, gradient: Any = None) -> None:
-        backup, term, number = self._backup, self.part.term, self._count
-        if self.part.role is not Role.PRIMARY or backup is None:
+        backup, term, number = self._backup, self.state.term, self._count
+        if self.state.role is not Role.PRIMARY or backup is None:
             return
         self._count += 1
         sent = gradient
@@ -100,7 +100,7 @@ class Replication(BackupLink):
     @override
     def confirm(self) -> None:
         clock = AwakeClock()
-        while self._sent is not None and self.part.role is Role.PRIMARY:
+        while self._sent is not None and self.state.role is Role.PRIMARY:
             call, answer = self._sent
             if self._made(call, answer):
                 break
@@ -127,10 +127,10 @@ class Replication(BackupLink):
     def alone(self, term: int) -> bool:
         """Take the manager's word that there is no backup, or that this server is the primary."""
         with self._changing:
-            changed = self.part.change(Role.ALONE, term)
+            changed = self.state.change(Role.ALONE, term)
             if changed:
                 self._backup = None
-            return changed or self.part.term == term
+            return changed or self.state.term == term
 
     def replicate_to(self, term: int, name: str, handle: Any, opened: bool) -> None:
         """
@@ -148,10 +148,10 @@ class Replication(BackupLink):
         """
         if not opened:
             raise NotReadyError(f"{self._name} has no parameters yet")
-        if self.part.role is Role.PRIMARY and self.part.term == term:
+        if self.state.role is Role.PRIMARY and self.state.term == term:
             return
-        if self.part.role is Role.BACKUP or self.part.term >= term:
-            raise FencedError(f"{self._name} is in term {self.part.term}, not before {term}")
+        if self.state.role is Role.BACKUP or self.state.term >= term:
+            raise FencedError(f"{self._name} is in term {self.state.term}, not before {term}")
         snapshot, like, inbox = self._store.snapshot(), self._store.inbox, None
         if like is not None:
             inbox = MemorySegment.create(self._transport.node, like.numel(), str(like.dtype)[6:])
@@ -159,13 +159,13 @@ class Replication(BackupLink):
         call = self._transport.call(handle, "take_over", term, snapshot, address)
         clock = AwakeClock()
         while not self._transport.wait([call], _SLICE_S):
-            if self.part.term >= term or clock.now() > self._limit_s:
+            if self.state.term >= term or clock.now() > self._limit_s:
                 raise FencedError(f"{name} was given up before it was filled")
         near = self._transport.get(call, self._limit_s)
         if inbox is not None:
             inbox.seal()
         with self._changing:
-            if self.part.change(Role.PRIMARY, term):
+            if self.state.change(Role.PRIMARY, term):
                 self._count = 0
                 self._backup = Backup(name, handle, inbox if near else None)
 
@@ -179,8 +179,8 @@ class Replication(BackupLink):
         Raises:
             FencedError: this server is not in this term.
         """
-        if not self.part.change(Role.BACKUP, term):
-            self.part.check_update(term)  # the same call once more, or one that came too late
+        if not self.state.change(Role.BACKUP, term):
+            self.state.check_update(term)  # the same call once more, or one that came too late
             return self._inbox is not None
         self._store.become(snapshot)
         self._count, self._inbox = 0, None
@@ -207,7 +207,7 @@ class Replication(BackupLink):
             FencedError: from a server that is the primary no more.
             GapError: something before it is missing.
         """
-        self.part.check_update(term)
+        self.state.check_update(term)
         if number < self._count:
             return
         if number > self._count:

@@ -247,7 +247,7 @@ class ShardServing(Serving[ShardServer]):
 
     def pull(self, pull: PullId) -> Answer:
         """Give the newest parameters; see `Server.pull`."""
-        self._replication.part.check_serves()
+        self._replication.state.check_serves()
         return self._server.pull(pull, self._deliver(pull.rank))
 
     def push(
@@ -261,7 +261,7 @@ class ShardServing(Serving[ShardServer]):
             values: its bytes; None: they are in the worker's segment.
             control: the worker's control record.
         """
-        self._replication.part.check_serves()
+        self._replication.state.check_serves()
         gradient = self._gradients[push.rank] if values is None else self._received(values)
         record = StepControl.unpack(control, self._settings)
         return self._server.push(push, gradient, record, self._deliver(push.rank))
@@ -277,13 +277,13 @@ class ShardServing(Serving[ShardServer]):
 
     def settings(self) -> tuple[float, ...]:
         """Give what came with the pushes of the last step; see `Shards.settings`."""
-        self._replication.part.check_serves()
+        self._replication.state.check_serves()
         store = self._server.store
         return self._server.exclusively(lambda: store.settings)
 
     def average(self) -> NDArray[np.uint8]:
         """Give the bytes of the parameters' average; see `Shards.average`."""
-        self._replication.part.check_serves()
+        self._replication.state.check_serves()
         optimizer = self._server.store.optimizer
         return self._server.exclusively(lambda: as_bytes(optimizer.average.clone()))
 
@@ -308,7 +308,7 @@ class ShardServing(Serving[ShardServer]):
 
     def commit(self, rank: int, seq: int, norm: float | None) -> Answer:
         """Apply a staged step; see `Server.commit`."""
-        self._replication.part.check_serves()
+        self._replication.state.check_serves()
         return self._server.commit(rank, seq, norm, self._deliver(rank))
 
     def _promoted(self, term: int) -> Address:

@@ -64,7 +64,7 @@ class TableServing(Serving[TableServer], PartSource):
         saved: Sequence[list[Any]] = (),
     ) -> OpenReply:
         """Join an attempt. See `TableServer.open`."""
-        self._replication.part.check_serves()
+        self._replication.state.check_serves()
         limit_s = plan.job.failure.start_timeout_s
         files = (self._transport.get(box[0], limit_s) for box in saved)
         steps = self._server.open(plan, saved_at, files)
@@ -76,12 +76,12 @@ class TableServing(Serving[TableServer], PartSource):
 
     def begin(self, attempt: int, version: int) -> None:
         """Have the tables at this version. See `TableServer.begin`."""
-        self._replication.part.check_serves()
+        self._replication.state.check_serves()
         self._server.begin(attempt, version)
 
     def pull(self, pull: PullId, parcel: RowTransfer) -> NDArray[np.float32] | None:
         """Put rows into the worker's memory; give them, where it is out of reach."""
-        self._replication.part.check_serves()
+        self._replication.state.check_serves()
         ids, rows = self._ids(pull.rank, parcel), self._values(pull.rank, parcel)
         far = rows is None
         if rows is None:
@@ -98,7 +98,7 @@ class TableServing(Serving[TableServer], PartSource):
         settings: tuple[float, ...] = (),
     ) -> int:
         """Take gradients; return when the step is made. See `TableServer.add`."""
-        self._replication.part.check_serves()
+        self._replication.state.check_serves()
         gradients = []
         for parcel in parcels:
             values = self._values(push.rank, parcel)

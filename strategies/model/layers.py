@@ -20,7 +20,7 @@ from distplat.strategies.model.trials import ModuleSnapshot, ReadAgain, Runner
 from distplat.strategies.task_methods import names_in
 from distplat.strategies.torch_compat import DrawWatch, has_running_statistics
 
-Part = nn.Module | Tensor
+ModuleOrTensor = nn.Module | Tensor
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Layer:
     name: str
     """In the model, for example `blocks.3`."""
     module: nn.Module
-    parts: Mapping[str, Part]
+    parts: Mapping[str, ModuleOrTensor]
     """What of the model it is made of, by name; one part, or several for a module made around
     them. Every parameter and buffer is in one."""
 
@@ -72,7 +72,9 @@ def layers_of(model: nn.Module, modules: Sequence[nn.Module] | None = None) -> l
     return layers
 
 
-def _parts(module: nn.Module, names: Mapping[int, str], layer: str) -> Iterator[tuple[str, Part]]:
+def _parts(
+    module: nn.Module, names: Mapping[int, str], layer: str
+) -> Iterator[tuple[str, ModuleOrTensor]]:
     """Give the largest parts of a module that the model has itself."""
     name = names.get(id(module))
     if name:  # "" is the model
@@ -107,7 +109,7 @@ class Stage(Runner):
             inputs = module(inputs)
         return inputs
 
-    def _attach(self, name: str, part: Part) -> None:
+    def _attach(self, name: str, part: ModuleOrTensor) -> None:
         home: nn.Module = self
         *path, last = name.split(".")
         for step in path:

@@ -14,8 +14,8 @@ from distplat.platform.server_group import (
     GoAlone,
     MakeBackup,
     Order,
-    Part,
     Promote,
+    ReplicaState,
     Role,
     ServerGroup,
     ServerReport,
@@ -96,7 +96,7 @@ def test_a_crash_loop_of_backups_ends() -> None:
 
 
 def test_a_part_refuses_what_is_not_its_own() -> None:
-    part = Part(Role.BACKUP)
+    part = ReplicaState(Role.BACKUP)
     assert part.change(Role.BACKUP, 2)
     part.check_update(2)
     with pytest.raises(FencedError, match=r"update of term 1 refused: this server is backup"):
@@ -181,7 +181,7 @@ def test_a_manager_that_follows_another_asks_the_servers(
 class Node:
     """A server with its updates; `owed` are applied and not yet acknowledged."""
 
-    part: Part
+    part: ReplicaState
     updates: list[int] = field(default_factory=list)
     owed: list[int] = field(default_factory=list)
     backup_link: str | None = None
@@ -203,7 +203,7 @@ class Losses(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.group = ServerGroup(1)
-        self.nodes = {"server-0": Node(Part(Role.WAITING))}
+        self.nodes = {"server-0": Node(ReplicaState(Role.WAITING))}
         self.orders: list[Order] = []
         self.confirmed: list[tuple[str, int]] = []
         self.acknowledged: list[int] = []
@@ -213,7 +213,7 @@ class Losses(RuleBasedStateMachine):
     def _begin(self, orders: list[Order]) -> None:
         for order in orders:
             if isinstance(order, MakeBackup):
-                self.nodes[order.server] = Node(Part(Role.BACKUP))
+                self.nodes[order.server] = Node(ReplicaState(Role.BACKUP))
             self.orders.append(order)
 
     def _update(self, node: Node) -> bool:
