@@ -32,7 +32,12 @@ from distplat.strategies.directory_checkpoint import Checkpoint, of_directory
 from distplat.strategies.function.averages import Averages
 from distplat.strategies.function.gradient_average import Exchange, Surroundings, take_over
 from distplat.strategies.function.metric_gathering import gather_for_metrics
-from distplat.strategies.function.oversight import OptimizerWatch, ReportWatch, check_same_data
+from distplat.strategies.function.oversight import (
+    EpochWatch,
+    OptimizerWatch,
+    ReportWatch,
+    check_same_data,
+)
 from distplat.strategies.function.server_updates import ServerUpdates
 from distplat.strategies.function.sharded_loader import (
     Cut,
@@ -163,7 +168,7 @@ class FunctionSession:
         self._watch = OptimizerWatch(lambda: exchange.parameters, *watched, alone=alone)
         self._samples = self._epoch = 0
         self._batch = RankBatch(None, 0, 0)  #: the last one, without what it holds
-        self._watched = ReportWatch(job)
+        self._watched, self._epochs = ReportWatch(job), EpochWatch(group.world)
         self._outlived: list[Any] = []
         """
         Groups of wrappers. A wrapper that is the last to let go of its group waits for the group's
@@ -215,6 +220,7 @@ class FunctionSession:
             self._exchange.take(inner if isinstance(inner, torch.optim.Optimizer) else thing)
             return thing
         if isinstance(thing, torch.optim.lr_scheduler.LRScheduler):
+            self._epochs.scheduler(thing)
             return thing  # it changes the optimizer, which is looked at when it steps
         hint = "a model, optimizer, DataLoader, or scheduler of torch.optim.lr_scheduler"
         raise _refused(f"a {type(thing).__name__}", f"it takes {hint}")
@@ -231,6 +237,8 @@ class FunctionSession:
             if sharded.sampler.num_replicas > 1:
                 check_same_data(loader.dataset, self.group, place.device)
         if place.is_main_process:
+            if isinstance(sharded, NumberedLoader):
+                self._epochs.loader(sharded.sampler)
             size, world = sharded.batch_size, place.world
             text = "a batch of %d samples on each of %d workers: %d in all"
             logger.info(text, size, world, size * world)
@@ -332,6 +340,8 @@ class FunctionSession:
             SpecError: no report had what the job goes by.
         """
         self._watched.over()
+        if self.place.is_main_process and self.group.world > 1:
+            self._epochs.over()
         self._exchange.leave()
 
     def trained(self) -> dict[str, Tensor]:

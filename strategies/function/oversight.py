@@ -1,6 +1,6 @@
 """
 What a train function could get wrong without a word, found: ranks that do not train one model, or
-do not have one data set.
+do not have one data set; that an order, or a schedule of learning rates, is not what it seems.
 
     optimizer.step()    of a parameter that prepare() never saw? Its gradients are this rank's own
     now and then        the same parameters on all ranks? Only backward() averages
@@ -11,20 +11,25 @@ And reports that lack what the job goes by: `checkpoint.keep_best`, `early_stop`
 from __future__ import annotations
 
 import hashlib
+import logging
 import threading
 import weakref
+from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LRScheduler
 from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
-from torch.utils.data import ConcatDataset, Subset, TensorDataset
+from torch.utils.data import ConcatDataset, DistributedSampler, Subset, TensorDataset
 
 from distplat.platform.errors import Problem, SpecError, hint
 from distplat.platform.spec import Job
 from distplat.strategies.collective import Collective, gather_values
 from distplat.strategies.loop.sample_hash import hash_of
+
+logger = logging.getLogger(__name__)
 
 _APART = 1e-3
 """Relative difference of two ranks' parameters after a long run, or of coarse types."""
@@ -155,6 +160,53 @@ def _allowed(dtype: torch.dtype, steps: int) -> float:
     """Give the relative difference that roundings may come to."""
     rounding = _ROUNDINGS * torch.finfo(dtype).eps * max(1.0, steps / 30)
     return min(_APART, rounding) if steps else _APART
+
+
+class EpochWatch:
+    """
+    Looks at what counts epochs and steps, and says what trains otherwise than it seems to.
+
+    Args:
+        world: ranks.
+    """
+
+    def __init__(self, world: int) -> None:
+        self._world, self._warned = world, False
+        self._samplers: deque[DistributedSampler[Any]] = deque(maxlen=2)
+        self._schedulers: list[LRScheduler] = []
+
+    def loader(self, sampler: DistributedSampler[Any]) -> None:
+        """Be told of a loader that was prepared; the third one in a row of the same data shows."""
+        if not sampler.shuffle:
+            return
+        before = [one for one in self._samplers if one.dataset is sampler.dataset]
+        alike = [one for one in before if one.epoch == 0 == sampler.epoch]
+        if len(alike) == self._samplers.maxlen and not self._warned:
+            self._warned = True
+            logger.warning(
+                "prepare() got a third loader of the same data: each begins with the order of "
+                "epoch 0. Prepare it once, before the epochs, or call its set_epoch(epoch)"
+            )
+        self._samplers.append(sampler)
+
+    def scheduler(self, scheduler: LRScheduler) -> None:
+        """Be told of a scheduler that was prepared."""
+        self._schedulers.append(scheduler)
+
+    def over(self) -> None:
+        """Be told that the function has returned."""
+        for one in self._schedulers:
+            steps: Any = getattr(one, "total_steps", None) or getattr(one, "T_max", None)
+            made = one.last_epoch
+            if steps and 0 < made < steps and round(steps / made) == self._world:
+                logger.warning(
+                    "%s was made for %d steps, and made %d: with len(loader), make it of the "
+                    "loader that prepare() gives, which has the batches of one of %d workers",
+                    type(one).__name__,
+                    steps,
+                    made,
+                    self._world,
+                )
 
 
 class ReportWatch:

@@ -131,7 +131,7 @@ class ServerSum:
         """
         if self._vectors is not None:
             text = "prepare() got a model after a backward, when the servers had all there is"
-            hint = "prepare all models before the first backward"
+            hint = "prepare all models before the first backward, or use `strategy: ring`"
             raise SpecError(Problem(("task",), text, hint))
         self.members.append(member)
 

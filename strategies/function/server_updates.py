@@ -45,6 +45,9 @@ from distplat.strategies.ports import LoopOptimizer, LoopShards, Pushed
 _LOOK_S = 0.1
 """How often who is ready asks whether the others are."""
 
+_SAMPLED = 256
+"""Elements of each parameter that are compared between two steps."""
+
 
 class ServerUpdates(Exchange):
     """
@@ -165,7 +168,7 @@ class ServerUpdates(Exchange):
         self._last = self._shards.push(self._pushes, local)
         self._pushes += 1
         self._stale_sum += self._last.staleness
-        self._versions = _versions(flat)
+        self._written.note()
         self._around.done()
 
     def _fill(self, flat: FlatModel, present: NDArray[np.bool_]) -> None:
@@ -183,15 +186,11 @@ class ServerUpdates(Exchange):
             SpecError: names the first.
         """
         moved = flat.check_layout(self._around.step())
-        moved += [flat.name(slot) for slot in self._written(flat)]
+        moved += map(flat.name, self._written.slots())
         if moved:
             text = f"{moved[0]!r} was written to after the first step: the servers keep it"
             hint = f"write, or load, before the first step; or {REMEDY}"
             raise SpecError(Problem(("task",), text, hint))
-
-    def _written(self, flat: FlatModel) -> list[int]:
-        pairs = zip(_versions(flat), self._versions, strict=True)
-        return [slot for slot, (now, then) in enumerate(pairs) if now != then]
 
     def _count(self) -> list[int]:
         return [len(parameters_of(one)) for one in self._optimizers]
@@ -213,7 +212,7 @@ class ServerUpdates(Exchange):
             one.grad = grad
         for optimizer in self._optimizers:
             optimizer.state.clear()  # the servers have it
-        self._facts, self._versions = facts, _versions(flat)
+        self._facts, self._written = facts, _Written(flat)
         self._views = [slot.view(flat.grads) for slot in flat.slots]
         self._counts = self._count()
         return flat
@@ -279,7 +278,7 @@ class ServerUpdates(Exchange):
         if self._flat is None:
             for model in self._models:
                 check_alike(model, self._around.group, "at the end")
-        elif not self._written(self._flat):  # else the loop has chosen what is its result
+        elif not self._written.slots():  # else the loop has chosen what is its result
             self._shards.refresh()
 
     @override
@@ -298,9 +297,43 @@ class ServerUpdates(Exchange):
             hook.remove()
 
 
-def _versions(flat: FlatModel) -> list[int]:
-    """Count the changes of each parameter by others than servers: those write into the vector."""
-    return [one._version for one in flat.parameters]
+class _Written:
+    """
+    Tells which parameters somebody else than the servers has written since the last step.
+
+    Servers write into the memory below them, which counts no version. What is written through
+    `.data` counts none either: it is found by the values of some elements.
+
+    Args:
+        flat: the model.
+    """
+
+    def __init__(self, flat: FlatModel) -> None:
+        self._flat = flat
+        counts = [min(_SAMPLED, one.stop - one.offset) for one in flat.slots]
+        ends = zip(flat.slots, counts, strict=True)
+        spread = [torch.linspace(s.offset, s.stop - 1, n, dtype=torch.float64) for s, n in ends]
+        self._places = torch.cat(spread).long().to(flat.params.device)
+        self._slot_of = np.repeat(np.arange(len(counts)), counts)
+        self.note()
+
+    def note(self) -> None:
+        """Take the parameters as they are now for those of the servers."""
+        self._versions, self._values = self._read()
+
+    def slots(self) -> list[int]:
+        """Give the places of parameters that are others since."""
+        versions, values = self._read()
+        pairs = zip(versions, self._versions, strict=True)
+        found = {slot for slot, (now, then) in enumerate(pairs) if now != then}
+        if not torch.equal(values, self._values):
+            others = (values != self._values).any(1).cpu().numpy()
+            found.update(self._slot_of[others].tolist())
+        return sorted(found)
+
+    def _read(self) -> tuple[list[int], Tensor]:
+        values = self._flat.params[self._places].unsqueeze(1)
+        return [one._version for one in self._flat.parameters], values.view(torch.uint8)
 
 
 def _state_of(flat: FlatModel, optimizers: list[Optimizer]) -> dict[str, Tensor]:

@@ -428,7 +428,8 @@ class FlatModel:
                 f"step {step + 1}: the data of {slot.name!r} were replaced by {dtype_name(data)} "
                 f"{[*data.shape]}; it was {slot.dtype} {[*slot.shape]}"
             )
-            raise SpecError(Problem(("task",), text))
+            hint = "convert it before training begins: before prepare(), or in model()"
+            raise SpecError(Problem(("task",), text, hint))
         begin, end = self.params.data_ptr(), self.params.data_ptr() + self.params.nbytes
         if begin <= data.data_ptr() < end:
             text = f"step {step + 1}: {slot.name!r} shares the memory of another parameter"

@@ -208,3 +208,53 @@ def test_gradients_of_one_rank_are_found_however_small_the_steps(
 
     with pytest.raises(ValueError, match=r"at (step|backward) 3.* each trains its own"):
         call_on_ranks(train, job=function_job(2, strategy=strategy))
+
+
+@pytest.mark.parametrize(
+    ("once", "numbered", "shuffle", "warned"),
+    [
+        (False, False, True, 1),
+        (True, False, True, 0),
+        (False, True, True, 0),
+        (False, False, False, 0),
+    ],
+)
+def test_a_loader_that_is_prepared_anew_for_each_epoch_is_told(
+    once: bool, numbered: bool, shuffle: bool, warned: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    def train(config: Mapping[str, Any]) -> None:
+        samples, kept = data(), None
+        for epoch in range(5):
+            loader = kept or distplat.prepare(DataLoader(samples, 4, shuffle=shuffle))
+            kept = loader if once else None
+            if numbered:
+                loader.set_epoch(epoch)
+            assert len([*loader])
+
+    call_on_ranks(train, 2)
+    assert caplog.text.count("each begins with the order of epoch 0") == warned
+
+
+@pytest.mark.parametrize("kind", ["OneCycleLR", "CosineAnnealingLR"])
+@pytest.mark.parametrize("before", [True, False])
+def test_a_schedule_for_the_batches_of_all_workers_is_told(
+    kind: str, before: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    def train(config: Mapping[str, Any]) -> None:
+        model, given = nn.Linear(4, 1), DataLoader(data(), 2)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        loader = distplat.prepare(given)
+        steps = len(given if before else loader)
+        schedulers = torch.optim.lr_scheduler
+        scheduler: Any = schedulers.CosineAnnealingLR(optimizer, steps)
+        if kind == "OneCycleLR":
+            scheduler = schedulers.OneCycleLR(optimizer, 0.1, total_steps=steps)
+        model, optimizer, scheduler = distplat.prepare(model, optimizer, scheduler)
+        for inputs, targets in loader:
+            optimizer.zero_grad()
+            backward(loss_of(model, inputs, targets))
+            optimizer.step()
+            scheduler.step()
+
+    call_on_ranks(train, 2)
+    assert caplog.text.count(f"{kind} was made for") == before
