@@ -7,6 +7,8 @@ What a pipeline cannot do, found and named: nothing that a stage leaves out goes
     in every step      parameters that were frozen when the model was cut, and no longer are
 """
 
+from __future__ import annotations
+
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
@@ -15,18 +17,22 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.dropout import _DropoutNd
 
-from distplat.platform.errors import DistplatError, Problem, SpecError
+from distplat.platform.errors import Problem, SpecError
 from distplat.strategies.collective import Collective
 from distplat.strategies.loop.seeding import generators_kept, seed_quickly
 from distplat.strategies.model.block_layers import BeforeBlocks
 from distplat.strategies.model.layers import Layer
 from distplat.strategies.model.model_call import Batch, ModelCall
-from distplat.strategies.model.trials import Runner, WithoutDropout, attributes_kept, untouched
+from distplat.strategies.model.trials import (
+    Runner,
+    WithoutDropout,
+    attributes_kept,
+    stop_dropping,
+    untouched,
+)
 from distplat.strategies.pipeline.values import copied, is_value, on_device, tensors_in
 from distplat.strategies.task import Task, kind_of, overrides, own_call
-from distplat.strategies.tensor.parallel_layers import lone_columns
 from distplat.strategies.torch_compat import tree_map
 
 _DEPTH = 3
@@ -94,7 +100,7 @@ class Reached:
     """
 
     def __init__(
-        self, modules: Iterable[nn.Module], task: Task, names: "Mapping[int, Named]"
+        self, modules: Iterable[nn.Module], task: Task, names: Mapping[int, Named]
     ) -> None:
         own = {n: p for module in modules for n, p in module.named_parameters()}
         self._own = {id(p) for p in own.values()}
@@ -171,7 +177,7 @@ def _refused(message: str, hint: str) -> SpecError:
 
 SAMPLES = 2
 """That layers are tried with: one alone might lose its dimension in a `squeeze`."""
-_CLOSE = 1e-3
+CLOSE = 1e-3
 """Outputs may differ by so much of their norm, in rounding: sums are of other parts."""
 
 
@@ -209,7 +215,7 @@ def compare(
             if not training:
                 _refuse_guess(layers, f"it cannot be called with the inputs: {error}")
             continue
-        if not _alike(whole, again):
+        if not alike(whole, again):
             if not training:
                 _refuse_guess(layers, "it draws random numbers in evaluation")
             continue
@@ -244,10 +250,10 @@ class _Trial:
         """
         with untouched(*self._modules), generators_kept(), torch.enable_grad():
             seed_quickly(seed)
-            for one in (part for module in self._modules for part in module.modules()):
-                one.training = self._training and not isinstance(one, _DropoutNd)
-                if isinstance(one, nn.MultiheadAttention | nn.RNNBase):
-                    one.dropout = 0.0
+            for module in self._modules:
+                for part in module.modules():
+                    part.training = self._training
+                stop_dropping(module)
             with WithoutDropout() if self._training else nullcontext():
                 return work(copied(self._given))
 
@@ -260,7 +266,7 @@ def _compare_outputs(
         behind, whole = _of_both(behind, whole)
     elif not tensors_in(whole):
         _refuse_guess(layers, f"it gives {kind_of(whole)}, and no tensors that are seen")
-    if not _alike(behind, whole):
+    if not alike(behind, whole):
         mode = " in training" if training else ""
         raise _layers_do(layers, f"compute otherwise than {type(model).__name__} does{mode}")
     mine, theirs = ({id(leaf) for leaf in leaves(tensors_in(one))} for one in (behind, whole))
@@ -325,7 +331,7 @@ def _close(one: Tensor, other: Tensor) -> bool:
     first, second = one[known].double(), other[known].double()
     if not (first.isfinite().all() and second.isfinite().all()):
         return torch.equal(first, second)
-    close = max(_CLOSE, 8 * torch.finfo(one.dtype).eps)
+    close = max(CLOSE, 8 * torch.finfo(one.dtype).eps)
     return bool((first - second).norm() <= close * second.norm())
 
 
@@ -377,63 +383,7 @@ def shared(inputs: Any, slices: Collective) -> Any:
     return tree_map(one, inputs)
 
 
-class BeforeSlicing:
-    """
-    What chunks give while their layers are whole.
-
-    Args:
-        module: what a rank has of the model.
-        chunks: of it, by place; each a `rank_model.Chunk`.
-        inputs: by place, the same on all slices.
-    """
-
-    def __init__(
-        self, module: nn.Module, chunks: Mapping[int, Any], inputs: Mapping[int, Any]
-    ) -> None:
-        self._module, self._chunks, self._inputs = module, chunks, inputs
-        self._expected: dict[int, Any] = {}
-        for place in inputs:
-            try:
-                found, again = (self._run(place, seed) for seed in (0, 1))
-            except Exception:  # such inputs are not for evaluation; in training it comes again
-                continue
-            if _alike(found, again):
-                self._expected[place] = found
-
-    def compare(self) -> None:
-        """
-        Run the chunks again, sliced; every rank of the slices calls this.
-
-        Raises:
-            SpecError: they give something else, or fail.
-            CollectiveError: a rank is missing.
-        """
-        for place, expected in self._expected.items():
-            try:
-                alike = _alike(self._run(place, 0), expected)
-            except DistplatError:
-                raise
-            except Exception as error:
-                raise self._sliced(f"fail where they do not whole: {error}") from error
-            if not alike:
-                raise self._sliced("compute otherwise than whole")
-
-    def _sliced(self, what: str) -> SpecError:
-        text = f"sliced as `tensor_plan` says, layers {what}"
-        lone = [f"{whole} as {split} is" for split, whole in lone_columns(self._module)]
-        hint = f"split {', '.join(lone)}: they have the same inputs and sizes" if lone else ""
-        each = "between `colwise` and `rowwise` each element must be computed by itself"
-        return SpecError(Problem(("strategy", "tensor_plan"), text, hint or each))
-
-    @torch.no_grad()
-    def _run(self, place: int, seed: int) -> Any:
-        chunk = self._chunks[place]
-        with untouched(chunk):
-            chunk.set_mode(training=False)
-            return chunk.run(copied(self._inputs[place]), seed)
-
-
-def _alike(one: Any, other: Any) -> bool:
+def alike(one: Any, other: Any) -> bool:
     """Compare the tensors in two results."""
     mine, theirs = tensors_in(one), tensors_in(other)
     return len(mine) == len(theirs) and all(map(_close, mine, theirs))
