@@ -177,7 +177,9 @@ def _refused(message: str, hint: str) -> SpecError:
 
 SAMPLES = 2
 """That layers are tried with: one alone might lose its dimension in a `squeeze`."""
-CLOSE = 1e-3
+_SMALL = 1 << 20
+"""Elements of a parameter whose gradient is compared: not all those of a large model are held."""
+_CLOSE = 1e-3
 """Outputs may differ by so much of their norm, in rounding: sums are of other parts."""
 
 
@@ -221,6 +223,7 @@ def compare(
             continue
         behind = trial.run(partial(_one_after_the_other, model, layers), 1)
         _compare_outputs(model, layers, behind, whole, training=training)
+        _compare_gradients(trial, model, layers, call, behind)
 
 
 class _Trial:
@@ -274,6 +277,36 @@ def _compare_outputs(
     if differ:
         text = f"give other parameters gradients than {type(model).__name__} does: "
         raise _layers_do(layers, text + ", ".join(differ))
+
+
+def _compare_gradients(
+    trial: _Trial, model: nn.Module, layers: Sequence[Layer], call: ModelCall, behind: Any
+) -> None:
+    """
+    Compare gradients of small parameters, where there are some; `behind`: what layers gave.
+
+    What layers leave out that changes no output, as a `detach()`, changes those of biases, too.
+    """
+    named = model.named_parameters()
+    small = {n: p for n, p in named if p.requires_grad and p.numel() <= _SMALL}
+    guessed = bool(_to_write(layers))
+
+    def of_model(given: Any) -> Gradients:
+        whole = call(model, given)
+        return gradients_of(whole if guessed else _of_both(behind, whole)[1], small)
+
+    def of_layers(given: Any) -> Gradients:
+        return gradients_of(_one_after_the_other(model, layers, given), small)
+
+    try:
+        theirs, again = (trial.run(of_model, 1) for _ in range(2))
+        mine = trial.run(of_layers, 1)
+    except Exception:  # a backward that fails comes again in training
+        return
+    differ = [] if other_gradients(again, theirs) else other_gradients(mine, theirs)
+    if differ:
+        text = f"give {', '.join(differ)} another gradient than {type(model).__name__} does"
+        raise _layers_do(layers, text)
 
 
 def _one_after_the_other(model: nn.Module, layers: Sequence[Layer], value: Any) -> Any:
@@ -331,7 +364,7 @@ def _close(one: Tensor, other: Tensor) -> bool:
     first, second = one[known].double(), other[known].double()
     if not (first.isfinite().all() and second.isfinite().all()):
         return torch.equal(first, second)
-    close = max(CLOSE, 8 * torch.finfo(one.dtype).eps)
+    close = max(_CLOSE, 8 * torch.finfo(one.dtype).eps)
     return bool((first - second).norm() <= close * second.norm())
 
 
@@ -387,3 +420,40 @@ def alike(one: Any, other: Any) -> bool:
     """Compare the tensors in two results."""
     mine, theirs = tensors_in(one), tensors_in(other)
     return len(mine) == len(theirs) and all(map(_close, mine, theirs))
+
+
+Gradients = Mapping[str, Tensor | None]
+"""By the names of parameters."""
+
+
+def gradients_of(outputs: Any, trained: Mapping[str, Tensor]) -> Gradients:
+    """Give those of some sum of the outputs."""
+    found = [one for one in tensors_in(outputs) if one.requires_grad]
+    if not trained or not found:
+        return {}
+    total = torch.stack([_some_sum(one) for one in found]).sum()
+    made = torch.autograd.grad(total, [*trained.values()], allow_unused=True)
+    return dict(zip(trained, made, strict=True))
+
+
+def other_gradients(mine: Gradients, theirs: Gradients) -> list[str]:
+    """Name parameters whose gradients differ; one that should be 0 differs by rounding."""
+    both = {name: (mine[name], whole) for name, whole in theirs.items()}
+    norms = [float(whole.norm()) for whole in theirs.values() if whole is not None]
+    least = 1e-2 * max(norms, default=0.0)
+    differ = []
+    for name, (one, whole) in both.items():
+        if one is None or whole is None:
+            if one is not whole:
+                differ.append(name)
+            continue
+        close = max(_CLOSE, 8 * torch.finfo(whole.dtype).eps)
+        if not float((one - whole).norm()) <= close * max(float(whole.norm()), least):
+            differ.append(name)
+    return differ
+
+
+def _some_sum(tensor: Tensor) -> Tensor:
+    """Weigh elements, which a norm would bring to the same sum whatever they are."""
+    weights = torch.arange(tensor.numel(), device=tensor.device).cos()
+    return (tensor.double() * weights.view(tensor.shape)).sum()

@@ -19,13 +19,10 @@ from torch import Tensor, nn
 
 from distplat.platform.errors import DistplatError, Problem, SpecError
 from distplat.strategies.model.trials import WithoutDropout, stop_dropping, untouched
-from distplat.strategies.pipeline.limits import CLOSE, alike
-from distplat.strategies.pipeline.values import copied, tensors_in
+from distplat.strategies.pipeline.limits import Gradients, alike, gradients_of, other_gradients
+from distplat.strategies.pipeline.values import copied
 from distplat.strategies.tensor.parallel_layers import lone_columns
 from distplat.strategies.torch_compat import tree_map
-
-_Gradients = Mapping[str, Tensor | None]
-"""By the names of parameters."""
 
 
 class BeforeSlicing:
@@ -49,7 +46,7 @@ class BeforeSlicing:
         self._module, self._chunks, self._inputs = module, chunks, inputs
         sliced = tuple(f"{name}." for name in planned)
         self._whole = [n for n, _ in module.named_parameters() if not n.startswith(sliced)]
-        self._expected: dict[tuple[int, bool], tuple[Any, _Gradients]] = {}
+        self._expected: dict[tuple[int, bool], tuple[Any, Gradients]] = {}
         for place, training in itertools.product(inputs, (False, True)):
             try:
                 found, again = (self._run(place, seed, training=training) for seed in (0, 1))
@@ -75,7 +72,7 @@ class BeforeSlicing:
                 raise self._sliced(f"fail where they do not whole: {error}") from error
             if not alike(found, outputs):
                 raise self._sliced("compute otherwise than whole" + " in training" * training)
-            differ = _other_gradients(its, gradients)
+            differ = other_gradients(its, gradients)
             if differ:
                 raise self._sliced(f"give {', '.join(differ)} another gradient than whole")
 
@@ -90,7 +87,7 @@ class BeforeSlicing:
         return SpecError(Problem(("strategy", "tensor_plan"), text, hint or each))
 
     @torch.enable_grad()
-    def _run(self, place: int, seed: int, *, training: bool) -> tuple[Any, _Gradients]:
+    def _run(self, place: int, seed: int, *, training: bool) -> tuple[Any, Gradients]:
         chunk = self._chunks[place]
         with untouched(chunk), WithoutDropout():
             chunk.set_mode(training=training)
@@ -99,39 +96,11 @@ class BeforeSlicing:
             gradients = self._gradients(outputs)
         return tree_map(_detached, outputs), gradients
 
-    def _gradients(self, outputs: Any) -> _Gradients:
+    def _gradients(self, outputs: Any) -> Gradients:
         """Give those of some sum of the outputs, of what is whole on all slices."""
         named = dict(self._module.named_parameters())
         trained = {name: named[name] for name in self._whole if named[name].requires_grad}
-        found = [one for one in tensors_in(outputs) if one.requires_grad]
-        if not trained or not found:
-            return {}
-        total = torch.stack([_some_sum(one) for one in found]).sum()
-        made = torch.autograd.grad(total, [*trained.values()], allow_unused=True)
-        return dict(zip(trained, made, strict=True))
-
-
-def _other_gradients(mine: _Gradients, theirs: _Gradients) -> list[str]:
-    """Name parameters whose gradients differ; one that should be 0 differs by rounding."""
-    both = {name: (mine[name], whole) for name, whole in theirs.items()}
-    norms = [float(whole.norm()) for whole in theirs.values() if whole is not None]
-    least = 1e-2 * max(norms, default=0.0)
-    differ = []
-    for name, (one, whole) in both.items():
-        if one is None or whole is None:
-            if one is not whole:
-                differ.append(name)
-            continue
-        close = max(CLOSE, 8 * torch.finfo(whole.dtype).eps)
-        if not float((one - whole).norm()) <= close * max(float(whole.norm()), least):
-            differ.append(name)
-    return differ
-
-
-def _some_sum(tensor: Tensor) -> Tensor:
-    """Weigh elements, which a norm would bring to the same sum whatever they are."""
-    weights = torch.arange(tensor.numel(), device=tensor.device).cos()
-    return (tensor.double() * weights.view(tensor.shape)).sum()
+        return gradients_of(outputs, trained)
 
 
 def _detached(leaf: Any) -> Any:
