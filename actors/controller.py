@@ -18,7 +18,14 @@ import ray
 from distplat.actors.actor_group import ActorGroup
 from distplat.actors.checkpointing import Checkpoints
 from distplat.actors.messages import PollResult
-from distplat.actors.ray_errors import Meaning, as_ours, cause_of, meaning, taken_away
+from distplat.actors.ray_errors import (
+    Meaning,
+    advice_for,
+    as_ours,
+    cause_of,
+    meaning,
+    taken_away,
+)
 from distplat.actors.ray_transport import RayTransport
 from distplat.actors.resizing import Resizer, Scaler, check_scalable
 from distplat.actors.retrying_calls import ask
@@ -326,7 +333,9 @@ class Controller:
         del self._actors[role]
         lost: DistplatError = as_ours(error)
         if found is Meaning.LOST:
-            lost = ActorLost(role, self._state.steps_done or None, cause_of(error))
+            cause = cause_of(error)
+            advice = advice_for(role, cause)
+            lost = ActorLost(role, self._state.steps_done or None, cause, advice)
         return Failed(role, lost, dead=True, preempted=taken_away(error))
 
     def _news(self, role: str, news: PollResult) -> list[Event]:

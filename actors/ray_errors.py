@@ -86,6 +86,9 @@ _CAUSES: dict[type[exceptions.RayError], str] = {
 _GUESSES = re.compile(r" (?:Some common causes|There are some potential root causes)")
 """What follows in Ray's own words says how processes die in general."""
 
+_ENDED = "unexpectedly exits with a connection error"
+"""Ray's words for a process that was killed, or that crashed: it does not see by which signal."""
+
 _UNREACHABLE = "because all references to the actor were removed"
 """Nobody asks an actor without a reference. So Ray says this of one whose owner it cannot call."""
 _UNREACHABLE_CAUSE = (
@@ -120,6 +123,23 @@ def cause_of(error: exceptions.RayError) -> str:
         said = _UNREACHABLE_CAUSE
     before = _CAUSES.get(type(error))
     return f"{before}: {said}" if before else said
+
+
+def advice_for(role: str, cause: str) -> str:
+    """
+    Say where to look, where a worker's process ended and Ray does not know how.
+
+    Args:
+        role: who was lost.
+        cause: what `cause_of` gave.
+    """
+    if _ENDED not in cause or not role.startswith("worker-"):
+        return ""
+    return (
+        f"if logs/{role}.log tells of SIGABRT or a `Fatal Python error`, native code has crashed: "
+        "gloo does where ranks of a group of your own bring tensors of different "
+        "sizes (`distplat.all_gather` takes them)"
+    )
 
 
 def taken_away(error: exceptions.RayError) -> bool:

@@ -361,8 +361,10 @@ def _shares_of(p: Prepared) -> Shares:
     def samples(step: int) -> list[int]:
         return [b - a for a, b in split_evenly(p.sampler.batch_size(step), p.sampler.world)]
 
+    most = make_strategy(p.job).micro_batches(p.job)
+
     def micro_batches(step: int) -> list[int]:
-        return [min(size, p.job.gradient_accumulation) for size in samples(step)]
+        return [min(size, most) for size in samples(step)]
 
     def checkpoint_due(version: int) -> bool:
         every = p.job.checkpoint.period(p.sampler.steps_per_epoch)

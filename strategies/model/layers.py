@@ -110,18 +110,19 @@ class Stage(Runner):
         return inputs
 
     def _attach(self, name: str, part: ModuleOrTensor) -> None:
+        # Not by add_module and its like: a user's part may have the name of a method of ours.
         home: nn.Module = self
         *path, last = name.split(".")
         for step in path:
-            if step not in home._modules:
-                home.add_module(step, nn.Module())
-            home = home.get_submodule(step)
+            inner = home._modules.setdefault(step, nn.Module())
+            assert inner is not None, "parts are modules"
+            home = inner
         if isinstance(part, nn.Module):
-            home.add_module(last, part)
+            home._modules[last] = part
         elif isinstance(part, nn.Parameter):
-            home.register_parameter(last, part)
+            home._parameters[last] = part
         else:
-            home.register_buffer(last, part)
+            home._buffers[last] = part
 
 
 def refuse_tied(layers: Sequence[Layer], points: Sequence[int]) -> None:

@@ -31,6 +31,7 @@ from distplat.strategies.checkpoint.state_sync import (
 )
 from distplat.strategies.collective import Collective, ReduceOp
 from distplat.strategies.model.flat import FlatModel
+from distplat.strategies.model.module_hooks import has_hook_after_backward
 from distplat.strategies.model.sync_batch_norm import SyncNorms
 from distplat.strategies.model.written_tensors import (
     CappedTables,
@@ -84,6 +85,9 @@ class ModelState:
     ) -> None:
         self._flat, self.shares = flat, shares
         self._watched = list(watch(flat.model, choose, flat.extra))
+        slots = [(number, one.slot) for number, one in enumerate(self._watched) if one.trained]
+        self._hooked = {number for number, slot in slots if has_hook_after_backward(slot.tensor)}
+        """Those with a hook of the user's that is called with the gradient: ours come later."""
         self._silent = [number for number, one in enumerate(self._watched) if one.silent]
         self._marks = Marks([one.slot for one in self._watched])
         self._known = {number for number, one in enumerate(self._watched) if one.capped}
@@ -304,7 +308,7 @@ class ModelState:
         Say whether this rank's forward wrote what ranks do not know of yet; once per step.
 
         Raises:
-            SpecError: it wrote a trained parameter that servers keep.
+            SpecError: it wrote a trained parameter that servers keep, or a hook updates one.
         """
         found = self._moved() - self._known
         if self._thorough(step):
@@ -312,6 +316,8 @@ class ModelState:
             found |= self._values.differ() if self._values is not None else set()
             found -= self._known
         self._refuse([self._watched[number] for number in sorted(found)])
+        if sum(self.shares.micro_batches(step)) > 1:
+            self._refuse_updates(found & self._hooked)
         copied = [n for n in self._known if self._watched[n].has_copy]
         shaped = {n for n in copied if not self._watched[n].slot.same_kind(self._watched[n].kept)}
         self._new |= found | shaped
@@ -424,6 +430,16 @@ class ModelState:
         for one in written:
             if one.trained and self._served:
                 raise self._refused(one.slot.name)
+
+    def _refuse_updates(self, numbers: set[int]) -> None:
+        """Refuse an update in backward, which is by the gradient of a part of the batch."""
+        for number in sorted(numbers):
+            text = (
+                f"a post-accumulate hook changes {self._watched[number].slot.name!r} in backward, "
+                "where a worker has the gradient of its part of the batch, or of a micro-batch"
+            )
+            hint = "leave updates to the job's `optimizer`, or use one worker without accumulation"
+            raise SpecError(Problem(("task",), text, hint))
 
     def _refused(self, name: str) -> SpecError:
         text = f"a forward writes the trained parameter {name!r}, which servers keep"

@@ -48,6 +48,11 @@ def tensor_hooks(tensor: Tensor) -> list[str]:
     return [told for name, told in _TENSOR.items() if getattr(tensor, name, None)]
 
 
+def has_hook_after_backward(tensor: Tensor | None) -> bool:
+    """Whether a hook is called with the parameter once its gradient is there."""
+    return bool(getattr(tensor, "_post_accumulate_grad_hooks", None))
+
+
 def is_parametrized(module: nn.Module) -> bool:
     """Whether a parameter is computed from others (`torch.nn.utils.parametrize`)."""
     return bool(parametrize.is_parametrized(module))

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.dropout import _DropoutNd
 from torch.overrides import TorchFunctionMode
 
 from distplat.strategies.model.parameter_layout import bits_of, fill
@@ -55,6 +56,15 @@ class WithoutDropout(TorchFunctionMode):
         elif name:
             named[name] = 0.0
         return func(*args, **named)
+
+
+def stop_dropping(module: nn.Module) -> None:
+    """Have all parts of a module drop nothing; `untouched` puts that back."""
+    for one in module.modules():
+        if isinstance(one, _DropoutNd):
+            one.training = False
+        elif isinstance(one, nn.MultiheadAttention | nn.RNNBase):
+            one.dropout = 0.0
 
 
 class Runner(nn.Module):

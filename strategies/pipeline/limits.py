@@ -7,6 +7,8 @@ What a pipeline cannot do, found and named: nothing that a stage leaves out goes
     in every step      parameters that were frozen when the model was cut, and no longer are
 """
 
+from __future__ import annotations
+
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
@@ -15,18 +17,22 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.dropout import _DropoutNd
 
-from distplat.platform.errors import DistplatError, Problem, SpecError
+from distplat.platform.errors import Problem, SpecError
 from distplat.strategies.collective import Collective
 from distplat.strategies.loop.seeding import generators_kept, seed_quickly
 from distplat.strategies.model.block_layers import BeforeBlocks
 from distplat.strategies.model.layers import Layer
 from distplat.strategies.model.model_call import Batch, ModelCall
-from distplat.strategies.model.trials import Runner, WithoutDropout, attributes_kept, untouched
+from distplat.strategies.model.trials import (
+    Runner,
+    WithoutDropout,
+    attributes_kept,
+    stop_dropping,
+    untouched,
+)
 from distplat.strategies.pipeline.values import copied, is_value, on_device, tensors_in
 from distplat.strategies.task import Task, kind_of, overrides, own_call
-from distplat.strategies.tensor.parallel_layers import lone_columns
 from distplat.strategies.torch_compat import tree_map
 
 _DEPTH = 3
@@ -94,7 +100,7 @@ class Reached:
     """
 
     def __init__(
-        self, modules: Iterable[nn.Module], task: Task, names: "Mapping[int, Named]"
+        self, modules: Iterable[nn.Module], task: Task, names: Mapping[int, Named]
     ) -> None:
         own = {n: p for module in modules for n, p in module.named_parameters()}
         self._own = {id(p) for p in own.values()}
@@ -171,6 +177,8 @@ def _refused(message: str, hint: str) -> SpecError:
 
 SAMPLES = 2
 """That layers are tried with: one alone might lose its dimension in a `squeeze`."""
+_SMALL = 1 << 20
+"""Elements of a parameter whose gradient is compared: not all those of a large model are held."""
 _CLOSE = 1e-3
 """Outputs may differ by so much of their norm, in rounding: sums are of other parts."""
 
@@ -209,12 +217,13 @@ def compare(
             if not training:
                 _refuse_guess(layers, f"it cannot be called with the inputs: {error}")
             continue
-        if not _alike(whole, again):
+        if not alike(whole, again):
             if not training:
                 _refuse_guess(layers, "it draws random numbers in evaluation")
             continue
         behind = trial.run(partial(_one_after_the_other, model, layers), 1)
         _compare_outputs(model, layers, behind, whole, training=training)
+        _compare_gradients(trial, model, layers, call, behind)
 
 
 class _Trial:
@@ -244,10 +253,10 @@ class _Trial:
         """
         with untouched(*self._modules), generators_kept(), torch.enable_grad():
             seed_quickly(seed)
-            for one in (part for module in self._modules for part in module.modules()):
-                one.training = self._training and not isinstance(one, _DropoutNd)
-                if isinstance(one, nn.MultiheadAttention | nn.RNNBase):
-                    one.dropout = 0.0
+            for module in self._modules:
+                for part in module.modules():
+                    part.training = self._training
+                stop_dropping(module)
             with WithoutDropout() if self._training else nullcontext():
                 return work(copied(self._given))
 
@@ -260,7 +269,7 @@ def _compare_outputs(
         behind, whole = _of_both(behind, whole)
     elif not tensors_in(whole):
         _refuse_guess(layers, f"it gives {kind_of(whole)}, and no tensors that are seen")
-    if not _alike(behind, whole):
+    if not alike(behind, whole):
         mode = " in training" if training else ""
         raise _layers_do(layers, f"compute otherwise than {type(model).__name__} does{mode}")
     mine, theirs = ({id(leaf) for leaf in leaves(tensors_in(one))} for one in (behind, whole))
@@ -268,6 +277,36 @@ def _compare_outputs(
     if differ:
         text = f"give other parameters gradients than {type(model).__name__} does: "
         raise _layers_do(layers, text + ", ".join(differ))
+
+
+def _compare_gradients(
+    trial: _Trial, model: nn.Module, layers: Sequence[Layer], call: ModelCall, behind: Any
+) -> None:
+    """
+    Compare gradients of small parameters, where there are some; `behind`: what layers gave.
+
+    What layers leave out that changes no output, as a `detach()`, changes those of biases, too.
+    """
+    named = model.named_parameters()
+    small = {n: p for n, p in named if p.requires_grad and p.numel() <= _SMALL}
+    guessed = bool(_to_write(layers))
+
+    def of_model(given: Any) -> Gradients:
+        whole = call(model, given)
+        return gradients_of(whole if guessed else _of_both(behind, whole)[1], small)
+
+    def of_layers(given: Any) -> Gradients:
+        return gradients_of(_one_after_the_other(model, layers, given), small)
+
+    try:
+        theirs, again = (trial.run(of_model, 1) for _ in range(2))
+        mine = trial.run(of_layers, 1)
+    except Exception:  # a backward that fails comes again in training
+        return
+    differ = [] if other_gradients(again, theirs) else other_gradients(mine, theirs)
+    if differ:
+        text = f"give {', '.join(differ)} another gradient than {type(model).__name__} does"
+        raise _layers_do(layers, text)
 
 
 def _one_after_the_other(model: nn.Module, layers: Sequence[Layer], value: Any) -> Any:
@@ -377,63 +416,44 @@ def shared(inputs: Any, slices: Collective) -> Any:
     return tree_map(one, inputs)
 
 
-class BeforeSlicing:
-    """
-    What chunks give while their layers are whole.
-
-    Args:
-        module: what a rank has of the model.
-        chunks: of it, by place; each a `rank_model.Chunk`.
-        inputs: by place, the same on all slices.
-    """
-
-    def __init__(
-        self, module: nn.Module, chunks: Mapping[int, Any], inputs: Mapping[int, Any]
-    ) -> None:
-        self._module, self._chunks, self._inputs = module, chunks, inputs
-        self._expected: dict[int, Any] = {}
-        for place in inputs:
-            try:
-                found, again = (self._run(place, seed) for seed in (0, 1))
-            except Exception:  # such inputs are not for evaluation; in training it comes again
-                continue
-            if _alike(found, again):
-                self._expected[place] = found
-
-    def compare(self) -> None:
-        """
-        Run the chunks again, sliced; every rank of the slices calls this.
-
-        Raises:
-            SpecError: they give something else, or fail.
-            CollectiveError: a rank is missing.
-        """
-        for place, expected in self._expected.items():
-            try:
-                alike = _alike(self._run(place, 0), expected)
-            except DistplatError:
-                raise
-            except Exception as error:
-                raise self._sliced(f"fail where they do not whole: {error}") from error
-            if not alike:
-                raise self._sliced("compute otherwise than whole")
-
-    def _sliced(self, what: str) -> SpecError:
-        text = f"sliced as `tensor_plan` says, layers {what}"
-        lone = [f"{whole} as {split} is" for split, whole in lone_columns(self._module)]
-        hint = f"split {', '.join(lone)}: they have the same inputs and sizes" if lone else ""
-        each = "between `colwise` and `rowwise` each element must be computed by itself"
-        return SpecError(Problem(("strategy", "tensor_plan"), text, hint or each))
-
-    @torch.no_grad()
-    def _run(self, place: int, seed: int) -> Any:
-        chunk = self._chunks[place]
-        with untouched(chunk):
-            chunk.set_mode(training=False)
-            return chunk.run(copied(self._inputs[place]), seed)
-
-
-def _alike(one: Any, other: Any) -> bool:
+def alike(one: Any, other: Any) -> bool:
     """Compare the tensors in two results."""
     mine, theirs = tensors_in(one), tensors_in(other)
     return len(mine) == len(theirs) and all(map(_close, mine, theirs))
+
+
+Gradients = Mapping[str, Tensor | None]
+"""By the names of parameters."""
+
+
+def gradients_of(outputs: Any, trained: Mapping[str, Tensor]) -> Gradients:
+    """Give those of some sum of the outputs."""
+    found = [one for one in tensors_in(outputs) if one.requires_grad]
+    if not trained or not found:
+        return {}
+    total = torch.stack([_some_sum(one) for one in found]).sum()
+    made = torch.autograd.grad(total, [*trained.values()], allow_unused=True)
+    return dict(zip(trained, made, strict=True))
+
+
+def other_gradients(mine: Gradients, theirs: Gradients) -> list[str]:
+    """Name parameters whose gradients differ; one that should be 0 differs by rounding."""
+    both = {name: (mine[name], whole) for name, whole in theirs.items()}
+    norms = [float(whole.norm()) for whole in theirs.values() if whole is not None]
+    least = 1e-2 * max(norms, default=0.0)
+    differ = []
+    for name, (one, whole) in both.items():
+        if one is None or whole is None:
+            if one is not whole:
+                differ.append(name)
+            continue
+        close = max(_CLOSE, 8 * torch.finfo(whole.dtype).eps)
+        if not float((one - whole).norm()) <= close * max(float(whole.norm()), least):
+            differ.append(name)
+    return differ
+
+
+def _some_sum(tensor: Tensor) -> Tensor:
+    """Weigh elements, which a norm would bring to the same sum whatever they are."""
+    weights = torch.arange(tensor.numel(), device=tensor.device).cos()
+    return (tensor.double() * weights.view(tensor.shape)).sum()

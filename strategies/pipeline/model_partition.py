@@ -32,7 +32,6 @@ from distplat.strategies.pipeline.executor import training_plan
 from distplat.strategies.pipeline.hybrid_options import HybridOptions
 from distplat.strategies.pipeline.limits import (
     SAMPLES,
-    BeforeSlicing,
     as_pair,
     compare,
     entering,
@@ -41,6 +40,7 @@ from distplat.strategies.pipeline.limits import (
     shared,
 )
 from distplat.strategies.pipeline.rank_model import ModelPart, layers_for, take_part, take_whole
+from distplat.strategies.pipeline.slicing_trial import BeforeSlicing
 from distplat.strategies.pipeline.values import copied, tensors_in
 from distplat.strategies.tensor.parallel_plan import resolve
 from distplat.strategies.tensor.parallelize import parallelize
@@ -282,7 +282,9 @@ def agreed_part(
         prepared.model = None
         if slices is not None:
             if together is not None:
-                part.trial = BeforeSlicing(part.module, part.chunks, inputs)
+                here = [name for name, _ in part.module.named_modules()]
+                planned = resolve(options.tensor_plan, here, partial=True)
+                part.trial = BeforeSlicing(part.module, part.chunks, inputs, planned)
             part.specs = parallelize(part.module, options.tensor_plan, slices, partial=True)
         part.finish(prepared.job.optimizer.group_of)
     elif options.places > 1:

@@ -29,7 +29,8 @@ from distplat.strategies.model.meta import materialise
 from distplat.strategies.model.model_call import Batch, ModelCall, TakesBatch
 from distplat.strategies.model.module_hooks import called_hooks, saved_hooks
 from distplat.strategies.model.parameter_layout import GroupOf
-from distplat.strategies.pipeline.limits import BeforeSlicing, Named
+from distplat.strategies.pipeline.limits import Named
+from distplat.strategies.pipeline.slicing_trial import BeforeSlicing
 from distplat.strategies.pipeline.values import copied
 from distplat.strategies.task import Task, overrides, own_call
 from distplat.strategies.task_methods import names_in

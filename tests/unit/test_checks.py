@@ -542,3 +542,40 @@ def test_a_hook_that_sees_parts_of_a_batch_is_remarked_on(
     assert [one for one in found if one.startswith(f"{kind} on the parameter")] == found
     assert bool(found) == said
     assert not prepare(job_of("ring", 2, epochs=1), Good()).remarks
+
+
+class InBackward(Good):
+    """Updates each parameter as soon as its gradient is there, to keep none."""
+
+    def model(self) -> nn.Module:
+        made = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
+        for one in made.parameters():
+            rule = torch.optim.SGD([one], lr=0.1)
+
+            def update(_: Tensor, rule: torch.optim.Optimizer = rule) -> None:
+                rule.step()
+                rule.zero_grad()
+
+            one.register_post_accumulate_grad_hook(update)  # type: ignore[no-untyped-call]
+        return made
+
+
+@pytest.mark.parametrize(
+    ("strategy", "world", "micro"),
+    [
+        ("ring", 2, 1),
+        ("ring", 1, 2),
+        ({"name": "hybrid", "pipeline": 2, "cut": "even", "micro_batches": 2}, 2, 1),
+        ({"name": "hybrid", "pipeline": 1, "data": 2}, 2, 1),
+    ],
+)
+def test_updates_in_backward_are_refused_where_batches_are_cut(
+    strategy: Any, world: int, micro: int
+) -> None:
+    job = job_of(strategy, world, epochs=1, gradient_accumulation=micro)
+    with pytest.raises(SpecError, match=r"post-accumulate hook changes '[01]\.\w+' in backward"):
+        local_run.train(job, InBackward)
+
+
+def test_updates_in_backward_of_whole_batches_are_left_to_the_task() -> None:
+    local_run.train(job_of("ring", 1, epochs=1), InBackward)

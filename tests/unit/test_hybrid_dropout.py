@@ -74,3 +74,54 @@ def test_what_draws_beside_dropout_draws_on() -> None:
         assert torch.equal(F.feature_alpha_dropout(x.view(5, 5, 2), 0.5, True), x.view(5, 5, 2))
         assert not torch.equal(torch.rand(5), torch.rand(5))
     assert not torch.equal(F.dropout(x, 0.5), x)
+
+
+class Observed(nn.Module):
+    """Has a second head that does not train what it looks at."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.head, self.beside = (
+            nn.Linear(6, 12),
+            nn.Linear(12, CLASSES),
+            nn.Linear(12, 1),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.tanh(self.first(x))
+        made: Tensor = self.head(x) + self.beside(x.detach())
+        return made
+
+
+class First(nn.Module):
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.first = model.get_submodule("first")
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh(self.first(x))
+
+
+class Second(nn.Module):
+    def __init__(self, model: nn.Module, detaches: bool) -> None:
+        super().__init__()
+        self.head, self.beside = model.get_submodule("head"), model.get_submodule("beside")
+        self.detaches = detaches
+
+    def forward(self, x: Tensor) -> Tensor:
+        made: Tensor = self.head(x) + self.beside(x.detach() if self.detaches else x)
+        return made
+
+
+@pytest.mark.parametrize("detaches", [True, False])
+def test_stages_that_leave_out_a_detach_are_refused(detaches: bool) -> None:
+    def stages(self: Task, model: nn.Module) -> list[nn.Module]:
+        return [First(model), Second(model, detaches)]
+
+    kind = type("Own", (Mlp,), {"model": lambda self: Observed(), "stages": stages})
+    job = hybrid_job({"pipeline": 2, "cut": "even"}, 2, steps=1)
+    if detaches:
+        train(job, kind)
+        return
+    with pytest.raises(SpecError, match=r"give first\.\w+, .* another gradient than Observed does"):
+        train(job, kind)

@@ -9,6 +9,7 @@ from ray import exceptions
 from distplat.actors.ray_errors import (
     MEANINGS,
     Meaning,
+    advice_for,
     as_ours,
     as_transport_error,
     cause_of,
@@ -135,3 +136,30 @@ def test_an_owner_that_the_cluster_cannot_call_is_told_so() -> None:
     )
     assert "cannot call the process that made it" in cause_of(error)
     assert "RAY_AUTH_MODE" in cause_of(error)
+
+
+@pytest.mark.parametrize(
+    ("role", "said", "advised"),
+    [
+        (
+            "worker-1",
+            "Worker unexpectedly exits with a connection error code 2. End of file.",
+            True,
+        ),
+        (
+            "server-1",
+            "Worker unexpectedly exits with a connection error code 2. End of file.",
+            False,
+        ),
+        ("worker-1", "its node ended", False),
+    ],
+)
+def test_where_to_look_when_ray_does_not_know_how_a_worker_ended(
+    role: str, said: str, advised: bool
+) -> None:
+    error = exceptions.RayActorError(error_msg=f"The actor died.\n\tpid: 17\n{said}")
+    found = advice_for(role, cause_of(error))
+    assert bool(found) == advised
+    if advised:
+        told = str(ActorLost(role, 3, cause_of(error), found))
+        assert "logs/worker-1.log tells of SIGABRT" in told and "different sizes" in told

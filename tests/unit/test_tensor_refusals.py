@@ -1,6 +1,6 @@
 """What cannot be split is said: in the plan, in the model, and while it runs."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import pytest
 import torch
@@ -117,3 +117,49 @@ def test_a_layer_that_a_plan_leaves_out_is_named(split: str, left: str, pipeline
     assert problem.where == ("strategy", "tensor_plan")
     assert "layers fail where they do not whole: The size of tensor" in problem.message
     assert f"split 1.{left} as 1.{split} is" in str(problem.hint)
+
+
+class Between(nn.Module):
+    """Two layers and what is computed between them."""
+
+    def __init__(self, inside: nn.Module) -> None:
+        super().__init__()
+        self.up, self.inside, self.down = nn.Linear(12, 16), inside, nn.Linear(16, 12)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = x + self.down(self.inside(self.up(x)))
+        return out
+
+
+class InTraining(nn.Module):
+    """Looks over the whole width, in training alone."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.normalize(x, dim=-1) if self.training else x
+
+
+@pytest.mark.parametrize(
+    ("inside", "said"),
+    [
+        (nn.PReLU, "layers give 1.inside.weight another gradient than whole"),
+        (InTraining, "layers compute otherwise than whole in training"),
+        (nn.GELU, ""),
+        (lambda: nn.Dropout(0.5), ""),
+    ],
+)
+@pytest.mark.parametrize("pipeline", [1, 2])
+def test_what_only_training_or_a_gradient_shows_is_seen_before_the_first_step(
+    inside: Callable[[], nn.Module], said: str, pipeline: int
+) -> None:
+    class Task(HalfSliced):
+        def model(self) -> nn.Module:
+            return nn.Sequential(nn.Linear(12, 12), Between(inside()), nn.Linear(12, CLASSES))
+
+    plan = {"1.up": "colwise", "1.down": "rowwise"}
+    options, workers = grid_of(pipeline, 2, 1, tensor_plan=plan)
+    job = hybrid_job(options, workers, steps=1)
+    if not said:
+        train(job, Task)
+        return
+    with pytest.raises(SpecError, match=said):
+        train(job, Task)
