@@ -316,8 +316,9 @@ class ModelState:
             found |= self._values.differ() if self._values is not None else set()
             found -= self._known
         self._refuse([self._watched[number] for number in sorted(found)])
-        if sum(self.shares.micro_batches(step)) > 1:
-            self._refuse_updates(found & self._hooked)
+        updated = found & self._hooked
+        if updated and sum(self.shares.micro_batches(step)) > 1:
+            self._refuse_updates(updated)
         copied = [n for n in self._known if self._watched[n].has_copy]
         shaped = {n for n in copied if not self._watched[n].slot.same_kind(self._watched[n].kept)}
         self._new |= found | shaped
