@@ -58,6 +58,10 @@ class HeadWatch:
         """Whether the head has been silent for too long."""
         return self._clock() - self._heard_at > self._limit_s
 
+    def answers(self) -> bool:
+        """Say whether it is there now: calls to actors would wait for one that is not."""
+        return not self.lost and self._knock(self._address)
+
     def check(self) -> None:
         """
         Return if the head is there, or was not long ago.

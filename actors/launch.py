@@ -19,7 +19,7 @@ import logging
 import os
 import secrets
 import stat
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, MutableMapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -49,12 +49,13 @@ TOKEN_ELSEWHERE = ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
 AUTH_MODE = "RAY_AUTH_MODE"
 
 
-def secure_token(home: Path, environment: Mapping[str, str]) -> str:
+def secure_token(home: Path, environment: MutableMapping[str, str]) -> str:
     """
     See that a Ray that starts now has a token that nobody else can read.
 
     Args:
-        home: the user's directory.
+        home: the user's directory; where nothing can be written there, as in many a container, the
+            token is in the environment of this process and its children alone.
         environment: of this process.
 
     Returns:
@@ -71,6 +72,13 @@ def secure_token(home: Path, environment: Mapping[str, str]) -> str:
     try:
         path.parent.mkdir(mode=0o700, exist_ok=True)
         _make(path)
+    except OSError as error:
+        environment[TOKEN_ELSEWHERE[0]] = secrets.token_hex(32)
+        return (
+            f"{path} cannot be made ({error.strerror}): the token of this run's Ray is known to its "
+            f"own processes alone, and `distplat status` and `stop` cannot reach it"
+        )
+    try:
         return _close_to_others(path)
     except OSError as error:
         return f"{path} could not be secured: {error.strerror}"
@@ -181,7 +189,7 @@ def _follow(
         endings.insert(0, controller.end)
         controller.follow(check, handlers)
     finally:
-        if not head.lost:  # else nothing of that can be done: all ends with this process
+        if head.answers():  # else nothing of that can be done: all ends with this process
             end_each(endings)
 
 
@@ -256,7 +264,7 @@ def local_ray(scaling: Scaling, *, logs: bool = True) -> Iterator[None]:
     if warning := secure_token(Path.home(), os.environ):
         logger.warning("%s", warning)
     with hash_seed.inherited():
-        with ray_compat.loopback(), _failures_of_start():
+        with ray_compat.loopback(), ray_compat.own_process_groups(), _failures_of_start():
             ray.init(
                 address="local",
                 include_dashboard=False,

@@ -11,6 +11,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -144,6 +145,25 @@ def loopback() -> Iterator[None]:
         yield
     finally:
         ray_constants.ENABLE_RAY_CLUSTER = before
+
+
+@contextmanager
+def own_process_groups() -> Iterator[None]:
+    """
+    Have the processes of a Ray that starts in this block hear no signal to the driver's group.
+
+    A terminal that goes away, `timeout` and `kill -- -GROUP` signal the driver and its children. Ray
+    protects its own from SIGINT alone: at SIGTERM and SIGHUP its head ended at once, and the driver
+    could end nothing in order any more. On Linux they end with the driver; elsewhere Ray needs the
+    group to end them.
+    """
+    before = services.ConsolePopen
+    if sys.platform == "linux":
+        services.ConsolePopen = partial(before, process_group=0)
+    try:
+        yield
+    finally:
+        services.ConsolePopen = before
 
 
 def address_file() -> Path:

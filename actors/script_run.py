@@ -344,7 +344,7 @@ def _run(job: ScriptJob, run: str, logs: _Logs) -> int:
             try:
                 yield actors.processes
             finally:
-                if not head.lost:
+                if head.answers():
                     actors.end()
 
         def check() -> None:

@@ -46,6 +46,7 @@ with local_ray(job_of("ring", 2).scaling):
         "mode": os.environ["RAY_AUTH_MODE"],
         "said": sorted({one for each in said for one in each}),
         "ports": len(said),
+        "in our group": [p for p in mine - {os.getpid()} if os.getpgid(p) == os.getpgid(0)],
     }))
     ray.get([m.leave.remote() for m in members], timeout=60)
 """
@@ -82,3 +83,8 @@ def test_no_port_of_a_rank_answers_a_stranger(told: dict[str, Any]) -> None:
     assert told["ports"] >= 4
     greeting = bytes.fromhex("0000180400000000000004")  # a frame of settings
     assert all(not one or bytes.fromhex(one).startswith(greeting) for one in told["said"])
+
+
+def test_a_signal_to_the_drivers_group_is_the_drivers_alone(told: dict[str, Any]) -> None:
+    """`timeout`, or a terminal that goes away: else Ray ends before the run can end in order."""
+    assert told["in our group"] == []

@@ -181,3 +181,21 @@ def test_a_large_upload_may_take_longer_than_a_connection(monkeypatch: pytest.Mo
 
         answer = bounded_answers.request(send, url, "PUT", "/", Limits(5.0, 2**20), data=body)
     assert answer.json() == {}
+
+
+def test_no_proxy_hears_the_token_for_this_machine(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    heard: list[bytes] = []
+
+    def listen(peer: socket.socket) -> None:
+        heard.append(b"")
+
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "hush")
+    with answering(listen) as proxy, serving(b"[]", says_version=True) as url:
+        for name in ("http_proxy", "all_proxy"):
+            monkeypatch.setenv(name, proxy)
+        assert run(["list", "--address", url]) == 0, capsys.readouterr().err
+    assert not heard

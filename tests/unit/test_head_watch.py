@@ -41,6 +41,15 @@ def test_a_head_that_comes_back_is_welcome() -> None:
     watch.check()
 
 
+def test_nothing_is_ended_through_a_head_that_has_just_gone() -> None:
+    head = Head()
+    watch = head.watch()
+    assert watch.answers()
+    head.there = False
+    assert not watch.answers() and not watch.lost
+    watch.check()
+
+
 def test_it_is_sooner_than_ray(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAY_gcs_rpc_server_reconnect_timeout_s", "30")
     head = Head()

@@ -52,6 +52,11 @@ def test_without_tokens_that_is_said(tmp_path: Path) -> None:
     assert not token_of(tmp_path).exists()
 
 
-def test_a_home_that_cannot_be_written_is_said(tmp_path: Path) -> None:
+def test_where_no_home_can_be_written_the_token_is_in_the_environment(tmp_path: Path) -> None:
     (tmp_path / ".ray").write_text("a file in the way")
-    assert "could not be secured" in secure_token(tmp_path, {})
+    environment: dict[str, str] = {}
+    said = secure_token(tmp_path, environment)
+    assert "auth_token cannot be made" in said and "`distplat status` and `stop`" in said
+    token = environment["RAY_AUTH_TOKEN"]
+    assert len(token) == 64 and token not in said
+    assert secure_token(tmp_path, environment) == "", "the next run of this process keeps it"
