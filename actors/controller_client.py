@@ -133,9 +133,14 @@ class ControllerClient:
                 self._step = event.step
             handlers.on_summary(event)
 
-    def end(self) -> None:
-        """End the run and the actors that the controller made; one that is gone is passed over."""
+    def end(self, look: Callable[[], object] = lambda: None) -> None:
+        """
+        End the run and the actors that the controller made; one that is gone is passed over.
+
+        Args:
+            look: called while it is waited for; raises where that is in vain.
+        """
         if self._up:
             stop = partial(self._transport.call, self._controller, "stop", _END_S)
             with suppress(DistplatError):
-                ask(self._transport, "the end", {_NAME: stop}, _END_S, "")
+                ask(self._transport, "the end", {_NAME: stop}, _END_S, "", look)

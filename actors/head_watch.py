@@ -20,6 +20,7 @@ _RAYS_OWN_S = 60.0
 _SHARE = 2 / 3
 """Of what Ray waits: the rest is for an orderly end."""
 _KNOCK_S = 2.0
+_HEAD = "the head of the Ray cluster"
 
 
 class HeadWatch:
@@ -62,6 +63,16 @@ class HeadWatch:
         """Say whether it is there now: calls to actors would wait for one that is not."""
         return not self.lost and self._knock(self._address)
 
+    def insist(self) -> None:
+        """
+        Return if it is there now.
+
+        Raises:
+            ActorLost: it is not, and nothing is to wait for it.
+        """
+        if not self.answers():
+            raise ActorLost(_HEAD, None, f"nothing listens at {self._address}")
+
     def check(self) -> None:
         """
         Return if the head is there, or was not long ago.
@@ -72,7 +83,7 @@ class HeadWatch:
         if self.lost:
             cause = f"nothing has listened at {self._address} for {self._limit_s:.0f} s"
             remedy = "start Ray there again, and go on from the last checkpoint"
-            raise ActorLost("the head of the Ray cluster", None, cause, remedy)
+            raise ActorLost(_HEAD, None, cause, remedy)
 
     def look(self) -> None:
         """Knock once."""

@@ -17,10 +17,13 @@ from __future__ import annotations
 
 import logging
 import os
+import resource
 import secrets
+import shutil
 import stat
+import tempfile
 from collections.abc import Callable, Iterator, MutableMapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -47,6 +50,8 @@ from distplat.platform.spec import Scaling
 TOKEN_ELSEWHERE = ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
 """Variables that Ray takes the token from instead."""
 AUTH_MODE = "RAY_AUTH_MODE"
+_LITTLE_BYTES = 64 * 2**20
+"""With less room for its files Ray may not start."""
 
 
 def secure_token(home: Path, environment: MutableMapping[str, str]) -> str:
@@ -75,8 +80,8 @@ def secure_token(home: Path, environment: MutableMapping[str, str]) -> str:
     except OSError as error:
         environment[TOKEN_ELSEWHERE[0]] = secrets.token_hex(32)
         return (
-            f"{path} cannot be made ({error.strerror}): the token of this run's Ray is known to its "
-            f"own processes alone, and `distplat status` and `stop` cannot reach it"
+            f"{path} cannot be made ({error.strerror}): the token of this run's Ray is known to "
+            f"its own processes alone, and `distplat status` and `stop` cannot reach it"
         )
     try:
         return _close_to_others(path)
@@ -186,11 +191,15 @@ def _follow(
         actor_group.begin(handle)
         base = saved.step if saved else 0
         controller = ControllerClient(RayTransport(), handle, actor_group, base)
-        endings.insert(0, controller.end)
+        endings.insert(0, lambda: controller.end(head.insist))
         controller.follow(check, handlers)
     finally:
-        if head.answers():  # else nothing of that can be done: all ends with this process
-            end_each(endings)
+        # Without a head nothing of that can be done: all ends with this process.
+        end_each(_if_answers(head, ending) for ending in endings)
+
+
+def _if_answers(head: HeadWatch, ending: Callable[[], object]) -> Callable[[], object]:
+    return lambda: ending() if head.answers() else None
 
 
 @contextmanager
@@ -236,12 +245,27 @@ def _failures_of_start() -> Iterator[None]:
     except DistplatError:
         raise
     except Exception as error:
-        busy = f"{os.getloadavg()[0]:.0f} processes want the {os.cpu_count()} cores of this machine"
+        load = f"{os.getloadavg()[0]:.0f} processes want the {os.cpu_count()} cores of this machine"
+        busy = "; ".join([load, *_shortages()])
         why = " ".join(str(error).split()).rstrip(".") or type(error).__name__
         remedy = "try again, or start one with `ray start --head` and give --address auto"
         raise InfrastructureError(
             f"a local Ray could not be started ({busy}): {why}; {remedy}"
         ) from error
+
+
+def _shortages() -> list[str]:
+    """Say what Ray may have too little of: its own words for that are of time."""
+    found = []
+    addresses, _ = resource.getrlimit(resource.RLIMIT_AS)
+    if addresses != resource.RLIM_INFINITY:
+        found.append(f"`ulimit -v` allows {addresses / 2**30:.1f} GiB of addresses")
+    folder = os.environ.get("RAY_TMPDIR") or tempfile.gettempdir()
+    with suppress(OSError):
+        free = shutil.disk_usage(folder).free
+        if free < _LITTLE_BYTES:
+            found.append(f"{folder} has {free // 2**20} MiB free")
+    return found
 
 
 @contextmanager

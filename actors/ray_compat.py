@@ -152,10 +152,10 @@ def own_process_groups() -> Iterator[None]:
     """
     Have the processes of a Ray that starts in this block hear no signal to the driver's group.
 
-    A terminal that goes away, `timeout` and `kill -- -GROUP` signal the driver and its children. Ray
-    protects its own from SIGINT alone: at SIGTERM and SIGHUP its head ended at once, and the driver
-    could end nothing in order any more. On Linux they end with the driver; elsewhere Ray needs the
-    group to end them.
+    A terminal that goes away, `timeout` and `kill -- -GROUP` signal the driver and its children.
+    Ray protects its own from SIGINT alone: at SIGTERM and SIGHUP its head ended at once, and the
+    driver could end nothing in order any more. On Linux they end with the driver; elsewhere Ray
+    needs the group to end them.
     """
     before = services.ConsolePopen
     if sys.platform == "linux":

@@ -47,6 +47,7 @@ from distplat.cli.upload import upload
 from distplat.cli.verify import replay, verify
 from distplat.platform.errors import (
     DistplatError,
+    InfrastructureError,
     SpecError,
     StorageError,
     UserCodeError,
@@ -72,6 +73,9 @@ Exit codes:
 
 Settings, strongest first: flags, --set, DISTPLAT_* variables, the job file, defaults.
 """
+
+_NO_THREAD = "can't start new thread"
+"""Python's `RuntimeError` where a limit to memory or processes is reached."""
 
 app = typer.Typer(
     name="distplat",
@@ -254,6 +258,9 @@ def _report(error: Exception) -> int:
     if isinstance(error, OSError) and error.errno in _DISK_FULL and error.filename is None:
         _complain(f"error: what is printed cannot be written: {error.strerror}")
         return StorageError.exit_code
+    if isinstance(error, MemoryError) or str(error) == _NO_THREAD:
+        _complain("error: this process gets no more memory or threads (see `ulimit -v` and `-u`)")
+        return InfrastructureError.exit_code
     show = getattr(error, "show", None)
     if show is not None:  # click's own, wherever this version of typer keeps its click
         show()

@@ -249,6 +249,8 @@ USER = UserCodeError(1, 3, "ValueError: no", 'Traceback:\n  File "m.py"\nValueEr
         (Interrupted(15), 143, "error: interrupted by SIGTERM\n"),
         (Interrupted(1), 129, "error: interrupted by SIGHUP\n"),
         (KeyboardInterrupt(), 130, ""),
+        (MemoryError(), 4, "error: this process gets no more memory or threads"),
+        (RuntimeError("can't start new thread"), 4, "error: this process gets no more memory or"),
         (ZeroDivisionError("ours"), 70, "error inside distplat: ZeroDivisionError: ours\n"),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, BaseException) else "",

@@ -48,6 +48,8 @@ def test_nothing_is_ended_through_a_head_that_has_just_gone() -> None:
     head.there = False
     assert not watch.answers() and not watch.lost
     watch.check()
+    with pytest.raises(ActorLost, match="nothing listens at h:6379"):
+        watch.insist()
 
 
 def test_it_is_sooner_than_ray(monkeypatch: pytest.MonkeyPatch) -> None:

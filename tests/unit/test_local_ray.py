@@ -1,7 +1,10 @@
 """A Ray of the run's own that does not start is told with what to do about it."""
 
 import os
+import resource
+import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -29,6 +32,18 @@ def test_ray_that_does_not_start(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     assert raised.value.exit_code == 4
     assert f"(23 processes want the {os.cpu_count()} cores of this machine)" in str(raised.value)
     assert "during startup. This could happen because; try again, or" in str(raised.value)
+
+
+def test_what_ray_may_have_too_little_of_is_named(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("RAY_TMPDIR", "/there")
+    disk = {"/there": SimpleNamespace(free=3 * 2**20)}
+    monkeypatch.setattr(shutil, "disk_usage", disk.__getitem__)
+    monkeypatch.setattr(resource, "getrlimit", lambda which: (2**31, 2**31))
+    with pytest.raises(InfrastructureError) as raised:
+        start(Exception(ITS_WORDS), monkeypatch, tmp_path)
+    assert "`ulimit -v` allows 2.0 GiB of addresses; /there has 3 MiB free" in str(raised.value)
 
 
 @pytest.mark.parametrize("error", [Interrupted(2), KeyboardInterrupt()])
