@@ -17,6 +17,7 @@ from distplat.cli.render import print_pairs, print_result, print_table
 from distplat.cli.run_folders import ended_run, local_runs, run_called
 from distplat.cli.running import role_facts, role_lines, roles_of, stop_run
 from distplat.platform.errors import (
+    ActorLost,
     ClusterUnreachable,
     DeadlineExceeded,
     DistplatError,
@@ -38,6 +39,9 @@ DASHBOARD = "http://127.0.0.1:8265"
 
 _STOP_S = 40.0
 """How long a run may take to end: as its driver allows it, and a little."""
+
+_WRITTEN_S, _AGAIN_S = 3.0, 0.2
+"""How long to look for the result of a run that is over, and how often."""
 
 _COLUMNS = {
     **{name: name for name in ("id", "name", "status", "strategy")},
@@ -246,7 +250,7 @@ def stop(
         call = partial(_stop_submitted, address, job_id, wait_s)
         now = remote.stop(jobs, job_id, wait=wait, call=call)
     already = "already " if before in remote.ENDED else ""
-    asked = "asked to stop, now " if now not in remote.ENDED else ""
+    asked = "asked to stop, now " if now not in (*remote.ENDED, "over") else ""
     print(printable(f"{job_id}: {already}{asked}{now}"))
 
 
@@ -278,11 +282,27 @@ def _stop_unsubmitted(address: str | None, name: str, wait_s: float, unknown: Di
     """
     try:
         status = stop_run(address, name, None, wait_s)
+    except ActorLost:  # it was over before it could say how
+        return _over(name)
     except (SpecError, ClusterUnreachable) as error:
         raise _truer(address, unknown, error) from None
     if wait_s and status not in remote.ENDED:
         raise DeadlineExceeded(f"stopping {name}", (name,), wait_s, "--no-wait")
     return status
+
+
+def _over(name: str) -> str:
+    """
+    Say how a run ended whose controller is gone; `over`, where its directory is not known here.
+
+    The driver writes that down once the actors are ended.
+    """
+    until = time.monotonic() + _WRITTEN_S
+    while time.monotonic() < until:
+        if (ended := ended_run(name)) is not None:
+            return str(ended["status"])
+        time.sleep(_AGAIN_S)
+    return "over"
 
 
 def _facts(job: Info) -> dict[str, Any]:

@@ -7,6 +7,7 @@ Only a strategy's name and options travel to other processes; each looks the nam
 import importlib
 import logging
 import sys
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import entry_points
@@ -40,6 +41,7 @@ class Registry(Generic[T]):
     def __init__(self, kind: str, discover: Callable[[], None] = lambda: None) -> None:
         self.kind = kind
         self._discover: Callable[[], None] | None = discover
+        self._discovering = threading.RLock()
         self._things: dict[str, T] = {}
 
     def register(self, name: str) -> Callable[[U], U]:
@@ -81,7 +83,9 @@ class Registry(Generic[T]):
         return sorted(self._things)
 
     def _ensure_discovered(self) -> None:
-        if self._discover is not None:
+        with self._discovering:  # threads of the controller look up at the same time
+            if self._discover is None:
+                return
             discover, self._discover = self._discover, None  # it may look names up itself
             try:
                 discover()

@@ -1,5 +1,7 @@
 """The registry: who may take a name, what is said about an unknown one, when it looks around."""
 
+import threading
+
 import pytest
 
 from distplat.platform.errors import Problem, SpecError
@@ -86,3 +88,25 @@ def test_a_failed_discovery_is_not_taken_for_an_empty_one() -> None:
     for _ in range(2):
         with pytest.raises(ImportError, match="broken"):
             registry.names()
+
+
+def test_whoever_looks_up_meanwhile_waits_for_the_discovery() -> None:
+    """Two requests for another number of workers, in two threads of a controller."""
+    begun, go_on = threading.Event(), threading.Event()
+
+    def discover() -> None:
+        begun.set()
+        go_on.wait(10)
+        registry.register("ring")(make("Ring"))
+
+    registry: Registry[type] = Registry("strategy", discover)
+    found: list[list[str]] = []
+    threads = [threading.Thread(target=lambda: found.append(registry.names())) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+        assert begun.wait(10)
+    threads[1].join(0.05)
+    go_on.set()
+    for thread in threads:
+        thread.join(10)
+    assert found == [["ring"], ["ring"]]

@@ -11,7 +11,7 @@ from made_runs import made_run, step
 from distplat.cli import run_folders
 from distplat.cli.main import run
 from distplat.cli.run_folders import local_runs, print_logs
-from distplat.platform.errors import ClusterUnreachable
+from distplat.platform.errors import ActorLost, ClusterUnreachable
 
 
 @pytest.fixture(autouse=True)
@@ -141,3 +141,20 @@ def test_status_and_stop_know_a_run_that_has_ended(
         assert run([command, "cut-2"]) == 3, "nobody knows whether it has ended"
         assert run([command, "old-1", "--address", "http://127.0.0.1:9"]) == 3
     assert "no Ray is running here" in capsys.readouterr().err
+
+
+def test_a_run_that_ends_before_it_can_say_how_has_been_stopped(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = named(tmp_path, "quick-1", 60, None)
+
+    def over(address: object, name: str, *args: object) -> None:
+        if name == "quick-1":
+            (path / "result.json").write_text('{"status": "STOPPED"}')
+        raise ActorLost("controller", None, f"run {name} is over")
+
+    monkeypatch.setattr("distplat.cli.jobs.stop_run", over)
+    monkeypatch.setattr("distplat.cli.jobs._WRITTEN_S", 0.3)
+    for name, how in (("quick-1", "STOPPED"), ("elsewhere", "over")):
+        assert run(["stop", name]) == 0
+        assert capsys.readouterr().out == f"{name}: {how}\n"
