@@ -42,10 +42,10 @@ _MOST = 2**53
 """No step, count or size is larger; a float holds it exactly."""
 _SETBACK = "setback"
 """What a failure was called before 0.1.0 was released."""
-_STEP = re.compile(r'\{"kind": "step", "step": (\d{1,16}),')
-"""How a line of a step begins."""
-MOST_STEPS = 200_000
-"""Steps that are held at a time, some 300 MB of them."""
+_NUMBERED = re.compile(r'\{"kind": "(step|evaluation)", "step": (\d{1,16}),')
+"""How a line of a step, and of an evaluation, begins."""
+MOST_STEPS = 20_000
+"""Steps, and evaluations, that are held at a time; with more a page took minutes and gigabytes."""
 MOST_LINE = 2**22
 """Bytes of a line that are held at a time."""
 _MOST_BYTES = 2**26
@@ -178,7 +178,8 @@ def _read_metrics(record: RunRecord, *, steps: bool) -> None:
 def _read_lines(record: RunRecord, file: IO[bytes]) -> None:
     steps, evaluations = _Thinned[StepSummary](), _Thinned[EvalSummary]()
     damaged = 0
-    for line in _without_dropped(_lines(file), steps):
+    thinned: dict[str, _Thinned[Any]] = {"step": steps, "evaluation": evaluations}
+    for line in _without_dropped(_lines(file), thinned):
         try:
             found = _summary(json.loads(line))
         except _DAMAGE:
@@ -198,17 +199,15 @@ def _read_lines(record: RunRecord, file: IO[bytes]) -> None:
         record.notes.append(f"metrics.jsonl: {damaged} damaged lines are left out")
 
 
-def _without_dropped(lines: Iterable[str], steps: _Thinned[StepSummary]) -> Iterator[str]:
-    """Leave out, unread, steps that would be dropped: reading all of millions takes minutes."""
-    dropped = ""
+def _without_dropped(lines: Iterable[str], thinned: Mapping[str, _Thinned[Any]]) -> Iterator[str]:
+    """Leave out, unread, what would be dropped: reading all of millions of steps takes minutes."""
+    dropped: dict[str, str] = {}
     for line in lines:
-        at = _STEP.match(line) if steps.every > 1 else None
-        if at is not None and int(at[1]) % steps.every:
-            dropped = line
+        if (at := _NUMBERED.match(line)) and int(at[2]) % thinned[at[1]].every:
+            dropped[at[1]] = line
         else:
             yield line
-    if dropped:  # it may be the last one
-        yield dropped
+    yield from dropped.values()  # they may be the last ones
 
 
 class _Thinned(Generic[S]):
