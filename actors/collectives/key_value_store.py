@@ -36,8 +36,8 @@ _LENGTH_BYTES = 4
 _HELLO_S = 5.0
 """Who has not proved itself by then is no rank."""
 _STRANGERS = 64
-"""Connections at a time, beside those of all ranks, that have not proved themselves; beyond them the
-oldest one ends."""
+"""Connections at a time, beside those of all ranks, that have not proved themselves; beyond them
+the oldest one ends."""
 _SLICE_S = 0.25
 """A wait leaves the connection to others so often."""
 
