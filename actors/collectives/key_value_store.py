@@ -36,7 +36,8 @@ _LENGTH_BYTES = 4
 _HELLO_S = 5.0
 """Who has not proved itself by then is no rank."""
 _STRANGERS = 64
-"""Connections at a time that have not proved themselves; beyond them the oldest one ends."""
+"""Connections at a time, beside those of all ranks, that have not proved themselves; beyond them
+the oldest one ends."""
 _SLICE_S = 0.25
 """A wait leaves the connection to others so often."""
 
@@ -101,7 +102,7 @@ class StoreServer:
     async def _talk(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """Answer whoever has connected, once it has proved that it is a rank."""
         self._strangers[writer] = None
-        if len(self._strangers) > _STRANGERS:
+        if len(self._strangers) > _STRANGERS + self._connections_left:  # all ranks may come at once
             oldest = next(iter(self._strangers))
             del self._strangers[oldest]
             oldest.transport.abort()

@@ -12,10 +12,12 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import wait
+from datetime import timedelta
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
 import ray
+from torch.distributed import DistStoreError
 
 from distplat.actors.collectives.key_value_store import KeyValueStore, StoreConnection, StoreServer
 from distplat.actors.collectives.rendezvous import (
@@ -35,6 +37,8 @@ INTERVAL_S = 0.5
 SILENT_S = 4 * INTERVAL_S
 """A rank without a heartbeat for so long is missing."""
 
+_TOLD_S = 0.1
+"""For so long a rank that meets the others does not hear that it is to give up."""
 _FOUND = "missing"
 
 
@@ -262,7 +266,12 @@ class Store:
         everybody = [f"here/{rank}" for rank in range(self._world)]
 
         def complete() -> bytes | None:
-            return b"" if self.client.check(everybody) else None
+            # The server tells: a hundred ranks that ask again and again keep it from answering.
+            try:
+                self.client.wait(everybody, timedelta(seconds=_TOLD_S))
+            except DistStoreError:
+                return None
+            return b""
 
         def absent() -> tuple[int, ...]:
             return tuple(r for r in range(self._world) if not self.client.check([everybody[r]]))
