@@ -96,14 +96,14 @@ class Connection:
         assert order.collective is not None, "only strategies with a group run train functions"
         if not order.job.scaling.use_gpu:
             return self._form(order, order.collective)
-        from distplat.actors.cards import ask_without_cuda, show_cards
         from distplat.actors.collectives import rendezvous
+        from distplat.actors.visible_gpus import ask_without_cuda, show_gpus
 
         ask_without_cuda()
-        name, world = f"{order.run}/{order.attempt}/cards", order.job.scaling.world
+        name, world = f"{order.run}/{order.attempt}/gpus", order.job.scaling.world
         settings = self._settings(order, order.collective)
         member = rendezvous.GroupMember(name, order.rank, world, settings)
-        show_cards(rendezvous.exchange_places(member), order.rank)  # before a group uses CUDA
+        show_gpus(rendezvous.exchange_places(member), order.rank)  # before a group uses CUDA
         group = self._form(order, order.collective)
         if order.rank == 0:
             rendezvous.delete_places(name)

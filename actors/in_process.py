@@ -31,9 +31,16 @@ from distplat.platform.stop_order import StopOrder
 from distplat.platform.tensor_file import decode
 from distplat.strategies.checkpoint.checkpoint_reader import SavedState
 from distplat.strategies.fakes import Fabric
-from distplat.strategies.function.function_session import Outlets
+from distplat.strategies.function.function_session import SessionPorts
 from distplat.strategies.loop.loop import Progress
-from distplat.strategies.loop.session import Around, Ports, join, make_task, prepare, trained_model
+from distplat.strategies.loop.session import (
+    CheckpointPorts,
+    Ports,
+    join,
+    make_task,
+    prepare,
+    trained_model,
+)
 from distplat.strategies.sparse.files import keep_tables
 from distplat.strategies.task import Task
 from distplat.strategies.torch_compat import store_of_one
@@ -100,8 +107,8 @@ def _train(
     with ExitStack() as ending:
         others = _OtherRoles(job, launch, every, ending)
         ports = others.ports(prepared.total_steps, saved)
-        around = Around(saved, take=uploader.take)
-        meets = partial(join, prepared, strategy, 0, ports, progress=progress, around=around)
+        kept = CheckpointPorts(saved, take=uploader.take)
+        meets = partial(join, prepared, strategy, 0, ports, progress=progress, checkpoints=kept)
         told = others.counted(report, handlers)
         ending_by = lambda step: StopOrder.END if handlers.ending() else StopOrder.NONE  # noqa: E731
         meets(report=told, stop=ending_by).run()
@@ -192,13 +199,13 @@ def _train_function(
         return found
 
     saved = _saved(checkpoints.newest())
-    outlets = Outlets(report, uploader.take, progress, saved, handlers.ending)
+    ports = SessionPorts(report, uploader.take, progress, saved, handlers.ending)
     with ExitStack() as ending:
         shards = None
         if launch.roles.servers:
             shards = ending.enter_context(closing(_servers(launch.job, launch))).shards(0, 1)
         group = Fabric(1).collective(0)
-        trained = run_function(launch.job, load, group, "here", outlets, shards, store_of_one)
+        trained = run_function(launch.job, load, group, "here", ports, shards, store_of_one)
     uploader.flush()
     handlers.on_model(saved_model(trained))
     _settle(checkpoints, handlers)

@@ -24,7 +24,6 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from distplat.actors.cards import own_device
 from distplat.actors.checkpoint_uploader import CheckpointUploader
 from distplat.actors.collectives.default_group import as_torchrun
 from distplat.actors.connection import Connection
@@ -41,6 +40,7 @@ from distplat.actors.task_loading import (
 )
 from distplat.actors.transport import NotHere, TransportError
 from distplat.actors.user_errors import as_user_error, killed_loader, lost_peer
+from distplat.actors.visible_gpus import own_device
 from distplat.actors.weights import Reply
 from distplat.platform.checkpoints import Delivery
 from distplat.platform.errors import (
@@ -57,14 +57,14 @@ from distplat.platform.tensor_slices import Bundle, Bytes
 from distplat.strategies.checkpoint.checkpoint_reader import SavedState
 from distplat.strategies.checkpoint.parts import model_part
 from distplat.strategies.collective import Collective, gather_bytes
-from distplat.strategies.function.function_session import FunctionSession, Outlets, Place
+from distplat.strategies.function.function_session import FunctionSession, Place, SessionPorts
 from distplat.strategies.function.words import running
 from distplat.strategies.loop.checks import check_device
 from distplat.strategies.loop.loop import Progress
 from distplat.strategies.loop.prepared import Prepared
 from distplat.strategies.loop.seeding import seed_again, seed_all, seed_function
 from distplat.strategies.loop.session import (
-    Around,
+    CheckpointPorts,
     describe,
     join,
     make_task,
@@ -88,7 +88,7 @@ def run_function(
     load: Callable[[], TrainFunction],
     group: Collective,
     node: str,
-    outlets: Outlets,
+    ports: SessionPorts,
     shards: LoopShards | None = None,
     rendezvous: Callable[[], Any] | None = None,
 ) -> dict[str, Tensor]:
@@ -100,14 +100,14 @@ def run_function(
         load: gives the function; seeded before, as for a task.
         group: all ranks.
         node: this rank's.
-        outlets: to the worker.
+        ports: to the worker.
         shards: the way to parameter servers; None: the strategy has none.
         rendezvous: see `as_torchrun`; None: torch.distributed has no group, as ranks are threads.
     """
     check_device("cuda" if job.scaling.use_gpu else "cpu")
     device = own_device() if job.scaling.use_gpu else torch.device("cpu")
     place = _place(job.name, group, node, device)
-    session = FunctionSession(job, place, group, outlets, shards)
+    session = FunctionSession(job, place, group, ports, shards)
     try:
         with as_torchrun(place, rendezvous) if rendezvous is not None else nullcontext():
             seed_function(job.seed)
@@ -303,7 +303,7 @@ class Session:
                 connection.ports(order, prepared),
                 report=report,
                 progress=progress,
-                around=Around(_saved(order), order.base, uploader.take),
+                checkpoints=CheckpointPorts(_saved(order), order.base, uploader.take),
                 stop=lambda step: connection.told,
             )
             self._say_what(order, prepared, loop.start)
@@ -328,7 +328,7 @@ class Session:
                 lambda: loaded(order),
                 connection.group(order),
                 RayTransport().node,
-                Outlets(self._report, uploader.take, progress, _saved(order), ending),
+                SessionPorts(self._report, uploader.take, progress, _saved(order), ending),
                 connection.shards(order),
                 connection.default_group(order).rendezvous,
             )

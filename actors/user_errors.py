@@ -94,11 +94,11 @@ _REMEDIES = (
     ),
     (
         "invalid device ordinal",
-        "a worker that shares its card, or runs a Task, sees one card, cuda:0, whatever its "
+        "a worker that shares its GPU, or runs a Task, sees one GPU, cuda:0, whatever its "
         "LOCAL_RANK is: take the device from distplat.get_context().device",
     ),
-    ("Found no NVIDIA driver", "set scaling.use_gpu: false, or run where there is a card"),
-    ("No CUDA GPUs are available", "set scaling.use_gpu: false, or run where there is a card"),
+    ("Found no NVIDIA driver", "set scaling.use_gpu: false, or run where there is a GPU"),
+    ("No CUDA GPUs are available", "set scaling.use_gpu: false, or run where there is a GPU"),
 )
 """What a message of torch means for a job."""
 

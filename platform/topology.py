@@ -94,7 +94,7 @@ class RankLocation:
     """Whether its tensors are on a whole GPU of its own that NCCL can use."""
     shm: bool = True
     """Whether the shared-memory backend works there."""
-    cards: tuple[str, ...] = ()
+    gpus: tuple[str, ...] = ()
     """Ids of the GPUs that Ray has given to it."""
 
 
@@ -114,22 +114,22 @@ def by_node(places: Sequence[RankLocation]) -> list[list[int]]:
     return list(found.values())
 
 
-def cards_of_node(places: Sequence[RankLocation], rank: int) -> list[str]:
+def gpus_of_node(places: Sequence[RankLocation], rank: int) -> list[str]:
     """
-    Give the cards of all ranks of a rank's node: first one of each, in their order.
+    Give the GPUs of all ranks of a rank's node: first one of each, in their order.
 
     Args:
         places: one per rank, in rank order.
         rank: which one.
 
     Returns:
-        Ids; none where ranks share a card, have none, or this one is alone.
+        Ids; none where ranks share a GPU, have none, or this one is alone.
     """
-    here = [place.cards for place in places if place.node == places[rank].node]
-    first = [cards[0] for cards in here if cards]
+    here = [place.gpus for place in places if place.node == places[rank].node]
+    first = [gpus[0] for gpus in here if gpus]
     if len(here) == 1 or len({*first}) < len(here):
         return []
-    return list(dict.fromkeys([*first, *(card for cards in here for card in cards)]))
+    return list(dict.fromkeys([*first, *(gpu for gpus in here for gpu in gpus)]))
 
 
 def choose(places: Sequence[RankLocation]) -> Choice:

@@ -146,7 +146,7 @@ def exchange_places(member: GroupMember) -> tuple[RankLocation, ...]:
 
 
 def _read(place: dict[str, Any]) -> RankLocation:
-    return RankLocation(**{**place, "cards": tuple(place["cards"])})
+    return RankLocation(**{**place, "gpus": tuple(place["gpus"])})
 
 
 def delete_places(group_name: str) -> None:
@@ -159,8 +159,8 @@ def place_of_this_process() -> RankLocation:
     context = ray.get_runtime_context()
     whole_gpu = context.get_assigned_resources().get("GPU", 0) >= 1
     nccl = whole_gpu and torch.cuda.is_available() and torch.distributed.is_nccl_available()
-    cards = tuple(map(str, context.get_accelerator_ids().get("GPU", [])))
-    return RankLocation(context.get_node_id(), nccl, shared_memory_works(), cards)
+    gpus = tuple(map(str, context.get_accelerator_ids().get("GPU", [])))
+    return RankLocation(context.get_node_id(), nccl, shared_memory_works(), gpus)
 
 
 def _publish(member: GroupMember) -> None:

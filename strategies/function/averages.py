@@ -15,7 +15,7 @@ from distplat.strategies.function.gradient_average import (
     BucketAverage,
     Exchange,
     GradientAverage,
-    Surroundings,
+    SessionContext,
 )
 from distplat.strategies.function.oversight import parameters_of
 from distplat.strategies.function.server_sum import ServerAverage, ServerSum
@@ -42,14 +42,14 @@ class Averages(Exchange):
         self._averages: list[GradientAverage] = []
 
     @classmethod
-    def of_group(cls, around: Surroundings, options: RingOptions) -> Averages:
+    def of_group(cls, context: SessionContext, options: RingOptions) -> Averages:
         """Give averages by the group, see `BucketAverage`."""
-        return cls(partial(BucketAverage, around=around, options=options))
+        return cls(partial(BucketAverage, context=context, options=options))
 
     @classmethod
-    def of_servers(cls, around: Surroundings, shards: LoopShards) -> Averages:
+    def of_servers(cls, context: SessionContext, shards: LoopShards) -> Averages:
         """Give averages by servers, see `server_sum.py`."""
-        servers = ServerSum(around, shards)
+        servers = ServerSum(context, shards)
         return cls(lambda model, number, _: ServerAverage(model, servers, number), servers.leave)
 
     @property
@@ -72,7 +72,7 @@ class Averages(Exchange):
 
     @override
     def check(self, optimizer: Optimizer) -> None:
-        several = any(one.around.group.world > 1 for one in self._averages)
+        several = any(one.context.group.world > 1 for one in self._averages)
         if isinstance(optimizer, torch.optim.SparseAdam) and several:
             text = (
                 "SparseAdam takes sparse gradients, and those of several workers are averaged dense"

@@ -30,7 +30,7 @@ from distplat.strategies.checkpoint.parts import tensors_part
 from distplat.strategies.collective import Collective
 from distplat.strategies.directory_checkpoint import Checkpoint, of_directory
 from distplat.strategies.function.averages import Averages
-from distplat.strategies.function.gradient_average import Exchange, Surroundings, take_over
+from distplat.strategies.function.gradient_average import Exchange, SessionContext, take_over
 from distplat.strategies.function.metric_gathering import gather_for_metrics
 from distplat.strategies.function.oversight import (
     EpochWatch,
@@ -118,7 +118,7 @@ class Place:
 
 
 @dataclass(frozen=True)
-class Outlets:
+class SessionPorts:
     """Between a session and the worker that it is in."""
 
     report: Callable[[AnyReport], None]
@@ -141,7 +141,7 @@ class FunctionSession:
         job: the run.
         place: this rank's.
         group: all ranks.
-        outlets: to the worker.
+        ports: to the worker.
         shards: the way to parameter servers, not connected yet; None: the strategy has none.
     """
 
@@ -150,19 +150,19 @@ class FunctionSession:
         job: Job,
         place: Place,
         group: Collective,
-        outlets: Outlets,
+        ports: SessionPorts,
         shards: LoopShards | None = None,
     ) -> None:
         self.job, self.place, self.group = job, place, group
-        self._outlets, self._progress, saved = outlets, outlets.progress, outlets.saved
-        around = Surroundings(
+        self._ports, self._progress, saved = ports, ports.progress, ports.saved
+        context = SessionContext(
             job,
             group,
             self._progress.beat,
             lambda: self._progress.step,
             lambda: self._batch.fingerprint,
         )
-        self._exchange = exchange = _exchange_of(around, shards)
+        self._exchange = exchange = _exchange_of(context, shards)
         watched = self._before_first_step, exchange.before_step
         alone = group.world == 1
         self._watch = OptimizerWatch(lambda: exchange.parameters, *watched, alone=alone)
@@ -282,13 +282,13 @@ class FunctionSession:
                 text = "rank %d reported files (%s, ...), which are not kept: rank 0's are"
                 logger.warning(text, self.place.rank, next(iter(checkpoint.files)))
             return
-        if self._outlets.ending() and not self._asks and not self._warned:
+        if self._ports.ending() and not self._asks and not self._warned:
             self._warned = True
             logger.warning("the run is to end, and its loop never asks distplat.should_stop()")
         loss = figures.pop("loss", math.nan)
         seconds = {"data": waited, "compute": max(0.0, whole - waited)}
         figures = {**self._exchange.figures(), **figures}
-        self._outlets.report(
+        self._ports.report(
             StepReport(0, step, self._epoch, loss, samples, seconds, 0, figures, weight=1.0)
         )
         if checkpoint is not None:
@@ -298,11 +298,11 @@ class FunctionSession:
         tree, tensors = pack(checkpoint)
         part = tensors_part(_FILE, {str(n): one for n, one in enumerate(tensors)})
         facts = {FUNCTION: tree, "versions": {"torch": str(torch.__version__)}}
-        self._outlets.take(version, part, facts)
+        self._ports.take(version, part, facts)
 
     def checkpoint(self) -> Any:
         """Give what was reported last before this attempt; see `words.get_checkpoint`."""
-        saved = self._outlets.saved
+        saved = self._ports.saved
         if saved is None:
             return None
         found = saved.file(_FILE)
@@ -311,7 +311,7 @@ class FunctionSession:
     def should_stop(self) -> bool:
         """Say whether the loop is to end; see `words.should_stop`."""
         self._asks = True
-        wanted = self._outlets.ending()
+        wanted = self._ports.ending()
         if self._exchange.together and self.group.world > 1:
             told = torch.tensor([int(wanted)], device=self.place.device)
             self.group.broadcast(told)
@@ -363,14 +363,14 @@ class FunctionSession:
         self._exchange.close()
 
 
-def _exchange_of(around: Surroundings, shards: LoopShards | None) -> Exchange:
+def _exchange_of(context: SessionContext, shards: LoopShards | None) -> Exchange:
     """Make what the job's strategy does with models and optimizers."""
-    strategy = make_strategy(around.job)
+    strategy = make_strategy(context.job)
     if shards is None:
-        return Averages.of_group(around, strategy.options)
-    if strategy.roles(around.job).consistency.asynchronous:
-        return ServerUpdates(around, shards)
-    return Averages.of_servers(around, shards)
+        return Averages.of_group(context, strategy.options)
+    if strategy.roles(context.job).consistency.asynchronous:
+        return ServerUpdates(context, shards)
+    return Averages.of_servers(context, shards)
 
 
 def _number(name: str, value: Any) -> float:

@@ -126,7 +126,7 @@ _COMPARED = (3, 30, 300)
 
 
 @dataclass(frozen=True)
-class Surroundings:
+class SessionContext:
     """What is the same for all models of a session."""
 
     job: Job
@@ -152,15 +152,15 @@ class GradientAverage(ABC):
 
     Args:
         model: on its device; its parameters stay the same objects, in other memory.
-        around: the run, as far as it is the same for all models.
+        context: the run, as far as it is the same for all models.
         number: of the model, in the order of `prepare`.
 
     Raises:
         SpecError: the ranks have different models, or one that cannot be trained so.
     """
 
-    def __init__(self, model: nn.Module, around: Surroundings, number: int) -> None:
-        self.model, self.around, self._group = model, around, around.group
+    def __init__(self, model: nn.Module, context: SessionContext, number: int) -> None:
+        self.model, self.context, self._group = model, context, context.group
         self.enabled = True
         """Whether a backward averages; see `no_sync`."""
         self.broken: NonFiniteError | None = None
@@ -177,7 +177,7 @@ class GradientAverage(ABC):
         every = (sys.maxsize,) * self._group.world  # forwards of a loop are those of all ranks
         name = f"sync-batch-norm-{number}"
         self._norms = SyncNorms.of(model, self._group, lambda _: every, name)
-        self._policy = NonFiniteSteps.of(around.job)
+        self._policy = NonFiniteSteps.of(context.job)
         #: before those of a reducer: the first gradient begins the reduction
         self._hooks = listen(flat, self._came)
         for one in flat.parameters:
@@ -218,8 +218,8 @@ class GradientAverage(ABC):
                     raise _changed(flat.name(place))
                 flat.gradients.ready(place)
         flat.gradients.copied.clear()
-        flat.check_layout(self.around.step())
-        return self.around.record(present)
+        flat.check_layout(self.context.step())
+        return self.context.record(present)
 
     @torch.no_grad()
     def hand_out(self, places: Iterable[int], scale: float, sums: Tensor) -> None:
@@ -246,7 +246,7 @@ class GradientAverage(ABC):
         self._backwards += 1
         if self._backwards in _COMPARED:
             self.check_alike(f"at backward {self._backwards}")
-        self.around.done()
+        self.context.done()
 
     def before_step(self) -> None:
         """Be told that an optimizer of this model steps, and that no backward has averaged yet."""
@@ -298,7 +298,7 @@ class BucketAverage(GradientAverage):
         number: see there.
         alone: whether no other model comes with it. Of the first one that does buckets may leave
             while backward goes on; those of several would come in another order on each rank.
-        around: see there.
+        context: see there.
         options: of `ring`.
     """
 
@@ -307,10 +307,10 @@ class BucketAverage(GradientAverage):
         model: nn.Module,
         number: int,
         alone: bool,
-        around: Surroundings,
+        context: SessionContext,
         options: RingOptions,
     ) -> None:
-        super().__init__(model, around, number)
+        super().__init__(model, context, number)
         self._under_way = False
         wire = {"none": None, "fp16": "float16", "bf16": "bfloat16"}[options.compression]
         self._reducer = BucketReducer(
@@ -355,9 +355,9 @@ class BucketAverage(GradientAverage):
             self.hand_out((place for place in slots if mine[place]), *given)
 
         total = self._reducer.finish(local, landed)
-        total.check_batch(local, self.around.step())
+        total.check_batch(local, self.context.step())
         try:
-            self._policy.decide(total, self.around.step(), self.flat.name)
+            self._policy.decide(total, self.context.step(), self.flat.name)
             self.note(None)
         except NonFiniteError as error:
             self.note(error)

@@ -23,7 +23,7 @@ from typing_extensions import override
 from distplat.platform.errors import NonFiniteError, Problem, SpecError
 from distplat.platform.shard_map import OwnLoop
 from distplat.platform.vector_layout import Layout, Piece, Segment
-from distplat.strategies.function.gradient_average import GradientAverage, Surroundings
+from distplat.strategies.function.gradient_average import GradientAverage, SessionContext
 from distplat.strategies.loop.control import ELSEWHERE, NonFiniteSteps
 from distplat.strategies.model.flat import FlatModel
 from distplat.strategies.model.parameter_layout import first_non_finite, is_finite, typed_views
@@ -110,17 +110,17 @@ class ServerSum:
     What all models of a session share: the servers.
 
     Args:
-        around: the run.
+        context: the run.
         shards: the way to the servers; not connected yet.
     """
 
-    def __init__(self, around: Surroundings, shards: LoopShards) -> None:
-        self.around, self._shards = around, shards
+    def __init__(self, context: SessionContext, shards: LoopShards) -> None:
+        self.context, self._shards = context, shards
         self.members: list[GradientAverage] = []
         self._vectors: SummedVectors | None = None
         self._under_way = False
         self._pushes = 0
-        self._policy = NonFiniteSteps.of(around.job)
+        self._policy = NonFiniteSteps.of(context.job)
 
     def add(self, member: GradientAverage) -> None:
         """
@@ -155,7 +155,7 @@ class ServerSum:
             return self._vectors
         flats = [one.flat for one in self.members]
         for flat in flats:
-            flat.check_layout(self.around.step())
+            flat.check_layout(self.context.step())
         self._vectors = vectors = SummedVectors(flats)
         self._shards.connect_loop(vectors, LoopOptimizer(OwnLoop()))
         for number, flat in enumerate(flats):
@@ -165,25 +165,25 @@ class ServerSum:
     def _exchange(self) -> None:
         """Be told that backward is over: the gradients of all models are averaged."""
         self._under_way = False
-        vectors, around = self._connect(), self.around
+        vectors, context = self._connect(), self.context
         present = [one.gather().present for one in self.members]
         vectors.flags.copy_(torch.from_numpy(np.concatenate(present)))
-        local = around.record(np.ones(1, np.bool_))
+        local = context.record(np.ones(1, np.bool_))
         if self._policy.looks and (slot := self._first_non_finite()) is not None:
             local = local.broken(slot)
         pushed = self._shards.push(self._pushes, local)
         self._pushes += 1
         total = (pushed.total or local).named(local)
-        total.check_batch(local, around.step())
+        total.check_batch(local, context.step())
         if self._policy.looks and vectors.grads.dtype is torch.float16 and not vectors.finite():
             total = total.broken(ELSEWHERE)
         broken: NonFiniteError | None = None
         try:
-            self._policy.decide(total, around.step(), self._name)
+            self._policy.decide(total, context.step(), self._name)
         except NonFiniteError as error:
             broken = error
         now: NDArray[np.bool_] = (vectors.summed_flags > 0).cpu().numpy()
-        ends, scale = np.cumsum([len(one) for one in present])[:-1], 1.0 / around.group.world
+        ends, scale = np.cumsum([len(one) for one in present])[:-1], 1.0 / context.group.world
         for number, has in enumerate(np.split(now, ends)):
             member = self.members[number]
             flat = member.flat
@@ -219,7 +219,7 @@ class ServerAverage(GradientAverage):
     """
 
     def __init__(self, model: nn.Module, servers: ServerSum, number: int) -> None:
-        super().__init__(model, servers.around, number)
+        super().__init__(model, servers.context, number)
         self._servers = servers
         servers.add(self)
 

@@ -34,7 +34,12 @@ from typing_extensions import override
 from distplat.platform.errors import Problem, SpecError
 from distplat.platform.optimizers import AnyOptimizer
 from distplat.platform.shard_map import OwnLoop
-from distplat.strategies.function.gradient_average import Exchange, Surroundings, compare, take_over
+from distplat.strategies.function.gradient_average import (
+    Exchange,
+    SessionContext,
+    compare,
+    take_over,
+)
 from distplat.strategies.function.oversight import check_alike, not_prepared, parameters_of
 from distplat.strategies.loop.control import NonFiniteSteps, StepControl
 from distplat.strategies.model.flat import FlatModel
@@ -54,20 +59,20 @@ class ServerUpdates(Exchange):
     See the top of the file.
 
     Args:
-        around: the run.
+        context: the run.
         shards: the way to the servers; they are met at the first step.
     """
 
     together = False
 
-    def __init__(self, around: Surroundings, shards: LoopShards) -> None:
-        self._around, self._shards = around, shards
+    def __init__(self, context: SessionContext, shards: LoopShards) -> None:
+        self._context, self._shards = context, shards
         self._models: list[nn.Module] = []
         self._optimizers: list[Optimizer] = []
         self._trained: dict[int, bool] = {}  #: by parameter: whether it was when it was prepared
         self._hooks: list[RemovableHandle] = []
         self._flat: FlatModel | None = None
-        self._policy = NonFiniteSteps.of(around.job)
+        self._policy = NonFiniteSteps.of(context.job)
         self._pushes = self._stale_sum = 0
         self._last = Pushed()
 
@@ -81,7 +86,7 @@ class ServerUpdates(Exchange):
         self._refuse_later("a model")
         why = "which waits for all ranks: here each goes at its own pace"
         refuse_sync_batch_norm(model, why, "use nn.BatchNorm, or `ring` or `ps-sync`")
-        group, named = self._around.group, [*model.named_parameters()]
+        group, named = self._context.group, [*model.named_parameters()]
         facts = repr([(n, p.shape, p.dtype, p.requires_grad) for n, p in named])
         compare(model, facts, group, named[0][1].device)
         tensors = [one.data for one in [*model.parameters(), *model.buffers()] if one.numel()]
@@ -153,14 +158,14 @@ class ServerUpdates(Exchange):
     @torch.no_grad()
     def _push(self, mine: set[int], scale: float) -> None:
         """Have the servers make an update of some parameters, and take the newest ones."""
-        flat, step = self._connect(), self._around.step()
+        flat, step = self._connect(), self._context.step()
         self._check_unwritten(flat)
         settings = self._facts.settings()
         has = [id(one) in mine and one.grad is not None for one in flat.parameters]
         present = np.array(has, np.bool_)
         self._fill(flat, present)
         flat.scale_gradients(scale)
-        rank = self._around.group.rank
+        rank = self._context.group.rank
         local = StepControl(1.0, 1.0, rank=rank, present=present, settings=settings)
         if self._policy.looks:
             local = local.looked_at(flat)
@@ -169,7 +174,7 @@ class ServerUpdates(Exchange):
         self._pushes += 1
         self._stale_sum += self._last.staleness
         self._written.note()
-        self._around.done()
+        self._context.done()
 
     def _fill(self, flat: FlatModel, present: NDArray[np.bool_]) -> None:
         for view, one, has in zip(self._views, flat.parameters, present.tolist(), strict=True):
@@ -185,7 +190,7 @@ class ServerUpdates(Exchange):
         Raises:
             SpecError: names the first.
         """
-        moved = flat.check_layout(self._around.step())
+        moved = flat.check_layout(self._context.step())
         moved += map(flat.name, self._written.slots())
         if moved:
             text = f"{moved[0]!r} was written to after the first step: the servers keep it"
@@ -270,14 +275,14 @@ class ServerUpdates(Exchange):
             return
         self._connect()
         while self._shards.leave():
-            self._around.done()
+            self._context.done()
             time.sleep(_LOOK_S)
 
     @override
     def settle(self) -> None:
         if self._flat is None:
             for model in self._models:
-                check_alike(model, self._around.group, "at the end")
+                check_alike(model, self._context.group, "at the end")
         elif not self._written.slots():  # else the loop has chosen what is its result
             self._shards.refresh()
 

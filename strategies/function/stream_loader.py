@@ -43,7 +43,7 @@ from distplat.strategies.loop.sample_hash import fingerprint_of, hash_of
 from distplat.strategies.loop.seeding import generators_kept
 from distplat.strategies.loop.streams import (
     OVER,
-    Mark,
+    StreamPosition,
     StreamSamples,
     StreamSeeds,
     is_ray_data,
@@ -60,7 +60,7 @@ _HASHED = 2
 class _Block:
     """What all ranks' batches that come together are made of, as one rank reads it."""
 
-    mark: Mark
+    mark: StreamPosition
     """The position before it."""
     mine: list[Any]
     """Samples of this rank."""
@@ -109,7 +109,7 @@ class StreamLoader(ShardedLoader):
             self._kept["worker_init_fn"] = _AsIfAlone(loader.worker_init_fn)
         self._collate: Any = _Collate(loader)
         self._loader = self._made()
-        self._mark: Mark | None = None  #: before the last batch that was given
+        self._mark: StreamPosition | None = None  #: before the last batch that was given
 
     def _made(self) -> DataLoader[Any]:
         part: Any = self._part
@@ -141,7 +141,7 @@ class StreamLoader(ShardedLoader):
     @override
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         super().load_state_dict(state)
-        self._part.mark = Mark.read(state.get("stream"))
+        self._part.mark = StreamPosition.read(state.get("stream"))
         self._loader = self._made()  # loader processes that live on would know nothing of it
 
 
@@ -159,7 +159,7 @@ class _Part(IterableDataset[Any]):
     def __init__(self, stream: StreamSamples, cut: Cut, batch: int, *, drops: bool) -> None:
         self.drops = drops
         """See the arguments."""
-        self.mark: Mark | None = None
+        self.mark: StreamPosition | None = None
         """A position to begin at, where it is one of the pass."""
         self._stream, self._cut, self._batch = stream, cut, batch
         # Loader processes that live on through several passes see it change.
@@ -170,7 +170,7 @@ class _Part(IterableDataset[Any]):
         """Say which pass is the next one, and how many batches of it are passed over."""
         self._next[0], self._next[1] = epoch, first
 
-    def __iter__(self) -> Iterator[tuple[list[Any], RankBatch, Mark]]:
+    def __iter__(self) -> Iterator[tuple[list[Any], RankBatch, StreamPosition]]:
         info = get_worker_info()
         loader, loaders = (0, 1) if info is None else (info.id, info.num_workers)
         turn, first = self._next.tolist()
@@ -202,7 +202,7 @@ class _Part(IterableDataset[Any]):
             if not whole:
                 return
 
-    def _block(self, stream: StreamSamples, here: Mark, size: int) -> _Block:
+    def _block(self, stream: StreamSamples, here: StreamPosition, size: int) -> _Block:
         """Read what all ranks' next batches are made of."""
         found, hashes = _Block(here, []), []
         for place in range(size):
@@ -220,7 +220,9 @@ class _Part(IterableDataset[Any]):
             found.mark = here._replace(hashes=tuple(hashes))
         return found
 
-    def _filled(self, stream: StreamSamples, block: _Block) -> tuple[list[Any], RankBatch, Mark]:
+    def _filled(
+        self, stream: StreamSamples, block: _Block
+    ) -> tuple[list[Any], RankBatch, StreamPosition]:
         """Have as many samples on all ranks; the first ones of the pass come once more."""
         mine, own, world = block.mine, len(block.mine), self._cut.world
         if own < -(-block.count // world):
@@ -249,7 +251,9 @@ class _Collate(Collate):
     """Makes the batch of a rank's samples."""
 
     @override
-    def __call__(self, found: tuple[list[Any], RankBatch, Mark]) -> tuple[RankBatch, Mark]:
+    def __call__(
+        self, found: tuple[list[Any], RankBatch, StreamPosition]
+    ) -> tuple[RankBatch, StreamPosition]:
         samples, told, mark = found
         return told._replace(batch=super().__call__(samples)), mark
 

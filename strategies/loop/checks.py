@@ -45,11 +45,11 @@ def check_device(device: str) -> None:
     See whether the device that a model is to be trained on is there.
 
     Raises:
-        SpecError: it is a card, and torch sees none here.
+        SpecError: it is a GPU, and torch sees none here.
     """
     if device == "cuda" and not torch.cuda.is_available():
-        text = f"torch {torch.__version__} sees no card where this worker runs"
-        hint = "set it to false, or run where a card and a torch built for it are"
+        text = f"torch {torch.__version__} sees no GPU where this worker runs"
+        hint = "set it to false, or run where a GPU and a torch built for it are"
         raise SpecError(Problem(("scaling", "use_gpu"), text, hint))
 
 

@@ -53,7 +53,7 @@ from distplat.strategies.loop.metric_states import TaskMetrics
 from distplat.strategies.loop.prepared import Prepared
 from distplat.strategies.loop.remarks import remark_on_reading, remarks_on, remarks_on_model
 from distplat.strategies.loop.seeding import seed_all
-from distplat.strategies.loop.streams import Mark, StreamSamples
+from distplat.strategies.loop.streams import StreamPosition, StreamSamples
 from distplat.strategies.loop.task_settings import (
     digest_of,
     order_of,
@@ -97,7 +97,7 @@ class Ports:
 
 
 @dataclass(frozen=True)
-class Around:
+class CheckpointPorts:
     """The checkpoints before and after."""
 
     saved: SavedState | None = None
@@ -108,7 +108,7 @@ class Around:
     """Takes this rank's parts of new ones; None: there are none."""
 
 
-FRESH = Around()
+FRESH = CheckpointPorts()
 """No checkpoints."""
 
 
@@ -252,7 +252,7 @@ def join(
     *,
     report: Callable[[AnyReport], None],
     progress: Progress,
-    around: Around = FRESH,
+    checkpoints: CheckpointPorts = FRESH,
     stop: Callable[[int], StopOrder] = lambda step: StopOrder.NONE,
 ) -> Loop | LeasedLoop:
     """
@@ -271,10 +271,10 @@ def join(
     group = ports.collective if p.roles.collective is not None else None
     if strategy.cuts_model:
         _cut(p, strategy, rank, group)
-    _load(p, around.saved)
-    context = _context(p, rank, ports, around, progress, report)
+    _load(p, checkpoints.saved)
+    context = _context(p, rank, ports, checkpoints, progress, report)
     start = _set_up(p, strategy, context, ports.tables)
-    checkpoint = _checkpoints(p, strategy, rank, around.take)
+    checkpoint = _checkpoints(p, strategy, rank, checkpoints.take)
     gathering, p.weights = _gathering(p, strategy, context), _term_weights(p, strategy, context)
     common = p, strategy, rank, report, progress, start, checkpoint, gathering
     if leases is not None:
@@ -377,7 +377,7 @@ def _context(
     p: Prepared,
     rank: int,
     ports: Ports,
-    around: Around,
+    checkpoints: CheckpointPorts,
     progress: Progress,
     report: Callable[[AnyReport], None],
 ) -> Context:
@@ -390,8 +390,8 @@ def _context(
         ports.collective,
         ports.shards,
         progress.beat,
-        around.saved,
-        around.base,
+        checkpoints.saved,
+        checkpoints.base,
         model_state=p.state,
         meet_peers=ports.peers,
         report=report,
@@ -422,7 +422,7 @@ def _load(p: Prepared, saved: SavedState | None) -> None:
     """Begin from a checkpoint, where there is one; then look after what is not trained."""
     if saved is not None:
         saved.check_data(p.sampler.size)
-        mark = Mark.read(saved.state.get(STREAM))
+        mark = StreamPosition.read(saved.state.get(STREAM))
         if mark is not None and isinstance(p.data, StreamSamples):
             p.data.keep(mark)
         saved.load_model(p.flat, None if p.holding is None else p.holding.places)

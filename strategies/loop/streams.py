@@ -48,7 +48,7 @@ _MARKS = 8
 """Marks that a reader keeps."""
 
 
-class Mark(NamedTuple):
+class StreamPosition(NamedTuple):
     """A position from which a stream can be read on; plain values, kept in checkpoints."""
 
     number: int
@@ -67,7 +67,7 @@ class Mark(NamedTuple):
         return {**self._asdict(), "hashes": [*self.hashes]}
 
     @classmethod
-    def read(cls, saved: Any) -> Mark | None:
+    def read(cls, saved: Any) -> StreamPosition | None:
         """Take a mark as a checkpoint has it; None: it has none."""
         if not isinstance(saved, Mapping) or saved.keys() != set(cls._fields):
             return None
@@ -82,7 +82,7 @@ class Marked(NamedTuple):
     """What was read of a stream: a batch, or its samples."""
 
     batch: Any
-    mark: Mark | None = None
+    mark: StreamPosition | None = None
     """The position before it, if that was wanted."""
     fingerprint: int = 0
     """Of the first sample of all ranks' batch; 0: this reader has not come by it."""
@@ -173,7 +173,7 @@ class StreamSamples(Dataset[Any]):
         self._kind, self._seeds, self._where = type(source).__name__, seeds, where
         self._size = length_of(self._source)
         self._stateful = all(hasattr(source, n) for n in ("state_dict", "load_state_dict"))
-        self._marks: list[Mark] = []
+        self._marks: list[StreamPosition] = []
         self._reader: Any = None  #: the source, or a copy
         self._samples: Iterator[Any] | None = None
         self._ahead: list[Any] = []  #: samples that were read to look at them
@@ -258,7 +258,7 @@ class StreamSamples(Dataset[Any]):
                 here = self._hashed(here, following)
         return Marked(samples, here, 0 if look_at is None else self._seen)
 
-    def begin_pass(self, turn: int, mark: Mark | None = None) -> Mark:
+    def begin_pass(self, turn: int, mark: StreamPosition | None = None) -> StreamPosition:
         """
         Begin one pass, or go on in it at a mark, to be read by `next_of_pass`: numbers are places.
 
@@ -292,11 +292,11 @@ class StreamSamples(Dataset[Any]):
         self._place += 1
         return sample
 
-    def here(self, *, stateful: bool = True) -> Mark:
+    def here(self, *, stateful: bool = True) -> StreamPosition:
         """Give the position, without hashes of what follows, and if it is wanted with the state."""
         if stateful:
             return self._mark()
-        return Mark(self._origin + self._place, self._turn, self._place)
+        return StreamPosition(self._origin + self._place, self._turn, self._place)
 
     def note(self, read: Marked) -> None:
         """Take what came with a batch, perhaps out of a loader process."""
@@ -304,11 +304,11 @@ class StreamSamples(Dataset[Any]):
         if read.mark is not None:
             self.keep(read.mark)
 
-    def keep(self, mark: Mark) -> None:
+    def keep(self, mark: StreamPosition) -> None:
         """Note a position from which it can be read on."""
         self._marks = [*self._marks, mark][-_MARKS:]
 
-    def mark_before(self, number: int) -> Mark | None:
+    def mark_before(self, number: int) -> StreamPosition | None:
         """Give the last position known that is not beyond a sample."""
         near = [mark for mark in self._marks if mark.number <= number]
         return max(near, key=lambda mark: mark.number, default=None)
@@ -362,7 +362,7 @@ class StreamSamples(Dataset[Any]):
                 )
         return self._source
 
-    def _go_on(self, mark: Mark) -> None:
+    def _go_on(self, mark: StreamPosition) -> None:
         """
         Read on at a mark.
 
@@ -390,7 +390,7 @@ class StreamSamples(Dataset[Any]):
                 "a run that goes on must read what it would have read"
             )
 
-    def _follows(self, mark: Mark) -> bool:
+    def _follows(self, mark: StreamPosition) -> bool:
         """Say whether the mark's samples come next."""
         self._place, found = mark.place, []
         for place in range(mark.place, mark.place + len(mark.hashes)):
@@ -401,7 +401,7 @@ class StreamSamples(Dataset[Any]):
         self._ahead = found
         return tuple(map(hash_of, found)) == mark.hashes
 
-    def _mark(self) -> Mark:
+    def _mark(self) -> StreamPosition:
         state = ""
         if self._stateful and self._place and not self._ahead:
             given = self._reader.state_dict()
@@ -417,9 +417,9 @@ class StreamSamples(Dataset[Any]):
                     *(self._where, self._kind, error),
                 )
                 state = ""
-        return Mark(self._origin + self._place, self._turn, self._place, state)
+        return StreamPosition(self._origin + self._place, self._turn, self._place, state)
 
-    def _hashed(self, mark: Mark, following: list[Any]) -> Mark:
+    def _hashed(self, mark: StreamPosition, following: list[Any]) -> StreamPosition:
         """Give a mark with what its pass has next; a state that nothing follows cannot be tried."""
         while mark.turn == self._turn and len(following) < _AFTER and self._samples is not None:
             place = self._place + len(self._ahead)

@@ -33,7 +33,7 @@ from distplat.strategies.model.model_call import Batch
 from distplat.strategies.model.trials import untouched
 from distplat.strategies.pipeline.channel import Channel
 from distplat.strategies.pipeline.forward_writes import ForwardWrites
-from distplat.strategies.pipeline.interfaces import Source, Tail, TraceSpan
+from distplat.strategies.pipeline.interfaces import BackwardListener, Source, TraceSpan
 from distplat.strategies.pipeline.limits import Reached
 from distplat.strategies.pipeline.rank_model import Chunk
 from distplat.strategies.pipeline.values import Packing, ValueLayout, copied, tensors_in
@@ -142,7 +142,7 @@ class ScheduleRun:
         seat: where it is.
         plan: what is to be done.
         source: of micro-batches.
-        tail: told when gradients become final; None: forwards alone.
+        listener: told when gradients become final; None: forwards alone.
         look: shown what each place gives, before it is differentiated.
         writes: watches what forwards write that a backward follows.
     """
@@ -152,11 +152,11 @@ class ScheduleRun:
         seat: StageContext,
         plan: Plan,
         source: Source,
-        tail: Tail | None,
+        listener: BackwardListener | None,
         look: Callable[[Sequence[Tensor]], None] = lambda outputs: None,
         writes: ForwardWrites | None = None,
     ) -> None:
-        self._seat, self._plan, self._source, self._tail = seat, plan, source, tail
+        self._seat, self._plan, self._source, self._listener = seat, plan, source, listener
         self._look, self._writes = look, writes
         self._channel = seat.channel
         self._schedule = plan.schedule
@@ -235,14 +235,14 @@ class ScheduleRun:
             return
         makes_final = ActionKind.WEIGHT if self._splits else ActionKind.BACKWARD
         final = action.micro_batch == self._final and action.kind is makes_final
-        if final and self._tail is not None:
-            self._tail.last_backward()
+        if final and self._listener is not None:
+            self._listener.last_backward()
         if action.kind is ActionKind.BACKWARD:
             self._backward(action.micro_batch, place)
         else:
             self._weights(action.micro_batch, place)
-        if final and self._tail is not None:
-            self._tail.pause()
+        if final and self._listener is not None:
+            self._listener.pause()
 
     def _forward(self, number: int, place: int) -> None:
         seat, source = self._seat, self._source
@@ -254,14 +254,14 @@ class ScheduleRun:
             held = self._have.pop(_activation(number, place))
             buffer = held.buffer
             given, inputs = entered(
-                self._layout(place, number), held.tensors, differentiated=self._tail is not None
+                self._layout(place, number), held.tensors, differentiated=self._listener is not None
             )
         with seat.context(), self._watched(place):
             outputs = seat.chunks[place].run(given, source.seed(number))
         if buffer is not None and _share_memory(buffer, tensors_in(outputs)):
             buffer = None  # a chunk that hands its input on: others still read it
         made = self._hand_on(number, place, outputs)
-        if self._tail is not None:
+        if self._listener is not None:
             self._look(made)
             self._live[number, place] = _Live(inputs, made, buffer)
         elif buffer is not None:
@@ -413,7 +413,7 @@ class Executor:
         self._sizes: set[int] = set()  #: of micro-batches whose shapes are agreed
         self.spans: list[TraceSpan] = []  #: of the plan that ran last
 
-    def train(self, plan: Plan, source: Source, tail: Tail) -> None:
+    def train(self, plan: Plan, source: Source, listener: BackwardListener) -> None:
         """
         Run a step's forwards and backwards; gradients are added to what is there.
 
@@ -425,7 +425,7 @@ class Executor:
         self._mode(training=True)
         self._writes.begin_step()
         watches = self._reached.look, self._writes
-        self.spans = ScheduleRun(self._seat, plan, source, tail, *watches).run()
+        self.spans = ScheduleRun(self._seat, plan, source, listener, *watches).run()
         self._reached.stepped()
         self._writes.stepped()
 

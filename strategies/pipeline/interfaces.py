@@ -44,7 +44,7 @@ class Source(Protocol):
         """Seed the micro-batch's dropout."""
 
 
-class Tail(Protocol):
+class BackwardListener(Protocol):
     """Told when gradients become final."""
 
     def last_backward(self) -> None:
@@ -54,7 +54,7 @@ class Tail(Protocol):
         """It is over."""
 
 
-class GradSync(Tail, Protocol):
+class GradSync(BackwardListener, Protocol):
     """How the gradients of one part of the model become an update, over all attempts of a run."""
 
     made: bool

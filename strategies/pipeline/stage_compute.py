@@ -34,7 +34,7 @@ from distplat.strategies.loop.losses import (
 from distplat.strategies.loop.metric_states import TaskMetrics
 from distplat.strategies.loop.prepared import Prepared
 from distplat.strategies.pipeline.executor import Executor, PlanOf
-from distplat.strategies.pipeline.interfaces import Source, Tail
+from distplat.strategies.pipeline.interfaces import BackwardListener, Source
 from distplat.strategies.pipeline.limits import as_pair, entering
 from distplat.strategies.task import overrides
 
@@ -63,13 +63,22 @@ class Pipeline(Compute):
         prepared: data and task.
         settings: where in the grid.
         executor: follows the lists.
-        tail: told when gradients become final.
+        listener: told when gradients become final.
     """
 
     def __init__(
-        self, prepared: Prepared, settings: StageSettings, executor: Executor, tail: Tail
+        self,
+        prepared: Prepared,
+        settings: StageSettings,
+        executor: Executor,
+        listener: BackwardListener,
     ) -> None:
-        self._p, self._settings, self._executor, self._tail = prepared, settings, executor, tail
+        self._p, self._settings, self._executor, self._listener = (
+            prepared,
+            settings,
+            executor,
+            listener,
+        )
         self._device = torch.device(prepared.device)
         self._begins = settings.at.stage == 0
         self._ends = settings.at.stage == settings.stages - 1
@@ -101,7 +110,7 @@ class Pipeline(Compute):
         part = 1.0 / sampler.batch_size(step)
         source = _Training(self, step, self._batches, sizes, seed, part)
         self._mean_check.begin(step)
-        self._executor.train(s.training(len(sizes)), source, self._tail)
+        self._executor.train(s.training(len(sizes)), source, self._listener)
         clock.lap("compute")
         clock.move("compute", "data", source.loading_s)
         if self._ends and s.at.slice == 0:

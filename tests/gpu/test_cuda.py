@@ -1,4 +1,4 @@
-"""The same model on a CUDA device: several workers share one card by fractions of it."""
+"""The same model on a CUDA device: several workers share one GPU by fractions of it."""
 
 from collections.abc import Iterator
 from functools import partial

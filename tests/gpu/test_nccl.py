@@ -1,4 +1,4 @@
-"""An NCCL group between two cards: the contract on the CPU beside it, and tensors on the cards."""
+"""An NCCL group between two GPUs: the contract on the CPU beside it, and tensors on the GPUs."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -21,7 +21,7 @@ LATE_S = 5.0
 
 
 class Member:
-    """One rank, with a card of its own."""
+    """One rank, with a GPU of its own."""
 
     def join(self, name: str, rank: int, operation_s: float) -> str:
         self.group = create_group(name, "auto", rank, 2, GroupSettings(operation_s, 60.0))
@@ -33,7 +33,7 @@ class Member:
             check(self.group)
 
     def on_the_card(self) -> None:
-        """Call each operation once with tensors on the card, of uneven sizes where it may be."""
+        """Call each operation once with tensors on the GPU, of uneven sizes where it may be."""
         group, rank = self.group, self.group.rank
         tensor = torch.full((1000,), rank + 1.0, device="cuda")
         group.all_reduce(tensor, ReduceOp.AVG)
@@ -83,7 +83,7 @@ def everybody(members: list[Any], method: str, *args: object) -> list[Any]:
 
 
 def join(members: list[Any], operation_s: float) -> None:
-    calls = [m.join.remote("cards", rank, operation_s) for rank, m in enumerate(members)]
+    calls = [m.join.remote("gpus", rank, operation_s) for rank, m in enumerate(members)]
     assert ray.get(calls, timeout=120) == ["nccl", "nccl"]
 
 

@@ -19,7 +19,7 @@ from distplat.platform.spec import Job
 from distplat.strategies.catalog import make_job, make_strategy
 from distplat.strategies.checkpoint.checkpoint_reader import SavedState
 from distplat.strategies.fakes import Fabric
-from distplat.strategies.function.function_session import Outlets
+from distplat.strategies.function.function_session import SessionPorts
 from distplat.strategies.loop.loop import Progress
 
 
@@ -67,7 +67,9 @@ def call_on_ranks(
             lambda: function,
             fabric.collective(rank),
             nodes(rank),
-            Outlets(found.reports.append, uploader.take, Progress(), saved, lambda: ending(rank)),
+            SessionPorts(
+                found.reports.append, uploader.take, Progress(), saved, lambda: ending(rank)
+            ),
             servers.shards(rank, 1, node=home) if servers is not None else None,
         )
         uploader.flush()

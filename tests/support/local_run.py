@@ -34,7 +34,7 @@ from distplat.strategies.fakes import Fabric, InMemoryBoard
 from distplat.strategies.loop.loop import LeasedLoop, Loop, Progress
 from distplat.strategies.loop.prepared import Prepared
 from distplat.strategies.loop.session import (
-    Around,
+    CheckpointPorts,
     Ports,
     describe,
     join,
@@ -188,7 +188,7 @@ class Attempt:
             resize(mine.prepared, self.job, mine.strategy)
         uploader = self.keeper.uploader(rank, self.run.timeout_s)
         try:
-            loop = self.join(rank, Around(self.saved, self.base, partial(take, uploader)))
+            loop = self.join(rank, CheckpointPorts(self.saved, self.base, partial(take, uploader)))
             self.starts.append(loop.start)
             if loop.run() is StopOrder.RESIZE:
                 raise Abandoned("told to stop")
@@ -202,7 +202,7 @@ class Attempt:
         uploader.flush()
         return {name: tensor.clone() for name, tensor in trained.items()}
 
-    def join(self, rank: int, around: Around) -> Loop | LeasedLoop:
+    def join(self, rank: int, checkpoints: CheckpointPorts) -> Loop | LeasedLoop:
         """Connect a rank."""
         mine = self.run.ranks[rank]
         dynamic_tasks = self.run.roles.consistency.dynamic_tasks
@@ -220,7 +220,7 @@ class Attempt:
             ),
             report=partial(self.report, rank),
             progress=mine.progress,
-            around=around,
+            checkpoints=checkpoints,
             stop=partial(self.before, rank),
         )
 

@@ -355,7 +355,7 @@ def test_an_embedding_that_counts_a_batchs_rows_is_refused_where_batches_are_cut
 
 def test_a_card_that_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(SpecError, match=r"scaling\.use_gpu: torch .* sees no card") as caught:
+    with pytest.raises(SpecError, match=r"scaling\.use_gpu: torch .* sees no GPU") as caught:
         fit(Good, tmp_path, scaling={"num_workers": 0, "use_gpu": True})
     assert caught.value.exit_code == 2
 

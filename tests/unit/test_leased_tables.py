@@ -26,7 +26,7 @@ from distplat.platform.errors import DistplatError
 from distplat.platform.progress import StepReport
 from distplat.strategies.catalog import make_job
 from distplat.strategies.loop.loop import LeasedLoop
-from distplat.strategies.loop.session import Around
+from distplat.strategies.loop.session import CheckpointPorts
 
 RUNS = int(os.environ.get("DISTPLAT_DRAWN_RUNS", "10"))
 """`make test-all` draws many more."""
@@ -95,7 +95,7 @@ class Counted(LocalRun):
     def loop(self, rank: int, fault: Fault | None = None) -> LeasedLoop:
         """Have a rank join the attempt."""
         self.faults[f"worker-{rank}"] = fault or Fault()
-        loop = self.attempt.join(rank, Around())
+        loop = self.attempt.join(rank, CheckpointPorts())
         assert isinstance(loop, LeasedLoop)
         return loop
 

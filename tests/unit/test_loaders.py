@@ -168,7 +168,7 @@ def test_evaluations_keep_their_loader_processes_if_they_are_to(kept: bool) -> N
     ],
 )
 def test_batches_are_pinned_for_a_gpu(given: dict[str, Any], expected: bool) -> None:
-    """No card is needed to see what torch's loader is told."""
+    """No GPU is needed to see what torch's loader is told."""
     with_gpu = job(data=given, scaling={"num_workers": 1, "use_gpu": True})
     for one, pinned in ((with_gpu, expected), (job(), False)):
         assert Loader(one, Pids())._loader.pin_memory is pinned

@@ -14,7 +14,7 @@ from torch.utils.data import IterableDataset
 
 from distplat.platform.errors import Abandoned, CollectiveError, FencedError
 from distplat.platform.stop_order import StopOrder
-from distplat.strategies.loop.streams import Mark, StreamSamples
+from distplat.strategies.loop.streams import StreamPosition, StreamSamples
 from distplat.strategies.task import Task
 
 pytestmark = pytest.mark.usefixtures("loader_server")
@@ -82,7 +82,7 @@ def test_a_stream_with_a_state_is_not_read_from_its_start(loaders: int) -> None:
     assert (mark["number"], mark["turn"], mark["place"]) == (7 * BATCH, 0, 7 * BATCH)
     assert json.loads(mark["state"]) == {"place": 7 * BATCH}
     data = stream(Counted(1000), steps=12)
-    data.keep(Mark.read(mark) or pytest.fail("it was not kept"))
+    data.keep(StreamPosition.read(mark) or pytest.fail("it was not kept"))
     Counted.read = 0
     samples = data.read(8 * BATCH, BATCH).batch
     assert Counted.read == 2 * BATCH
@@ -222,10 +222,10 @@ def test_asynchronous_workers_go_on_with_each_sample_once() -> None:
 
 
 def test_a_damaged_position_counts_for_none() -> None:
-    good = Mark(3, 0, 3, "", ("a",)).saved()
-    assert Mark.read(json.loads(json.dumps(good))) == Mark(3, 0, 3, "", ("a",))
+    good = StreamPosition(3, 0, 3, "", ("a",)).saved()
+    assert StreamPosition.read(json.loads(json.dumps(good))) == StreamPosition(3, 0, 3, "", ("a",))
     for bad in (None, 3, {}, {**good, "place": "x"}, {**good, "hashes": None}, {**good, "more": 1}):
-        assert Mark.read(bad) is None
+        assert StreamPosition.read(bad) is None
 
 
 def test_a_position_is_no_state_of_numbered_samples() -> None:

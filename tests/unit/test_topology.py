@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from distplat.platform.errors import SpecError
-from distplat.platform.topology import RankLocation, by_node, cards_of_node, choose, chosen_by_user
+from distplat.platform.topology import RankLocation, by_node, choose, chosen_by_user, gpus_of_node
 
 
 def at(nodes: str, **qualities: Any) -> list[RankLocation]:
@@ -77,12 +77,12 @@ def test_what_cannot_work_is_refused(
 
 
 def with_cards(*places: str) -> list[RankLocation]:
-    """Give places such as `a35`: node a, cards 3 and 5."""
-    return [RankLocation(text[0], cards=tuple(text[1:])) for text in places]
+    """Give places such as `a35`: node a, GPUs 3 and 5."""
+    return [RankLocation(text[0], gpus=tuple(text[1:])) for text in places]
 
 
 @pytest.mark.parametrize(
-    ("places", "rank", "cards"),
+    ("places", "rank", "gpus"),
     [
         (with_cards("a3", "a5"), 1, ["3", "5"]),
         (with_cards("a5", "a3"), 0, ["5", "3"]),
@@ -96,9 +96,9 @@ def with_cards(*places: str) -> list[RankLocation]:
     ],
 )
 def test_the_card_of_a_rank_has_the_number_of_its_local_rank(
-    places: list[RankLocation], rank: int, cards: list[str]
+    places: list[RankLocation], rank: int, gpus: list[str]
 ) -> None:
-    found = cards_of_node(places, rank)
-    assert found == cards
+    found = gpus_of_node(places, rank)
+    assert found == gpus
     local = [n for n, place in enumerate(places) if place.node == places[rank].node].index(rank)
-    assert not found or found[local] == places[rank].cards[0]
+    assert not found or found[local] == places[rank].gpus[0]
