@@ -20,7 +20,7 @@ from distplat.platform.disk import Content, Disk
 from distplat.platform.errors import Interrupted
 from distplat.platform.progress import StepSummary
 
-STEPS = 20
+STEPS, LONG = 20, 1000
 
 
 class Slow(Told):
@@ -79,9 +79,9 @@ def cluster() -> Iterator[InMemoryRay]:
         yield ray
 
 
-def fit(ray: InMemoryRay, folder: Path, strategy: str, at: At) -> Result:
+def fit(ray: InMemoryRay, folder: Path, strategy: str, at: At, steps: int = STEPS) -> Result:
     fields = fields_of(
-        strategy, 2, steps=STEPS, checkpoint={"every_steps": 4}, storage_path=str(folder)
+        strategy, 2, steps=steps, checkpoint={"every_steps": 4}, storage_path=str(folder)
     )
     trainer = Trainer(fields, Slow, callbacks=[at], progress=False, log_to_driver=False)
     found: Result = ray.as_driver(trainer.fit)
@@ -126,7 +126,7 @@ def test_a_run_that_is_stopped_is_stopped_whatever_else_is_asked(
     cluster: InMemoryRay, tmp_path: Path, meeting: str, strategy: str
 ) -> None:
     with pytest.raises(Interrupted):
-        fit(cluster, tmp_path, strategy, At(cluster, 5, STOPS[meeting]))
+        fit(cluster, tmp_path, strategy, At(cluster, 5, STOPS[meeting]), LONG)
     assert '"STOPPED"' in next(tmp_path.glob("*/result.json")).read_text()
     assert cluster.living("") == ["driver"]
 
@@ -148,6 +148,6 @@ def test_a_checkpoint_that_is_being_written_is_kept_by_a_stop(
 
     monkeypatch.setattr(Disk, "write", slowly)
     with pytest.raises(Interrupted):
-        fit(cluster, tmp_path, "ps-sync", At(cluster, 1, (in_the_middle,)))
+        fit(cluster, tmp_path, "ps-sync", At(cluster, 1, (in_the_middle,)), LONG)
     kept = {path.name for path in tmp_path.glob("*/checkpoints/*")}
     assert kept and all(name.startswith("step-") and "." not in name for name in kept)
