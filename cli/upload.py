@@ -10,7 +10,7 @@ import typer
 from distplat.actors.stopping import Stopping
 from distplat.cli.remote import say
 from distplat.cli.report import write_new
-from distplat.platform.errors import Problem, SpecError, StorageError
+from distplat.platform.errors import Problem, SpecError, StorageError, printable
 from distplat.platform.remote_storage import is_url, missing_library, url_problem
 from distplat.platform.run_record import RunRecord, find_run, read_run
 from distplat.platform.run_upload import RESULT, completed, upload_of
@@ -45,7 +45,7 @@ def upload(run: Run) -> None:
         stopping.check()
     if missing:
         raise StorageError(missing)
-    print(copy.url)
+    print(printable(copy.url))
 
 
 def _where(record: RunRecord) -> tuple[str, float]:

@@ -242,6 +242,10 @@ class StoreConnection:
         return bytes(received)
 
 
+class StoreTimeout(DistStoreError):
+    """Keys did not come in time; the type is torch's, which expects it of a store."""
+
+
 class KeyValueStore(Store):
     """
     What torch wants of a store, over a connection; values are bytes there, and Latin-1 on the way.
@@ -287,7 +291,7 @@ class KeyValueStore(Store):
         deadline = time.monotonic() + limit
         while not self._ask("wait", [*keys], max(0.0, min(_SLICE_S, deadline - time.monotonic()))):
             if time.monotonic() >= deadline:
-                raise DistStoreError(f"wait timeout after {limit:g} s, keys: {', '.join(keys)}")
+                raise StoreTimeout(f"wait timeout after {limit:g} s, keys: {', '.join(keys)}")
 
     @override
     def delete_key(self, key: str) -> bool:

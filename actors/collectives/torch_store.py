@@ -17,9 +17,13 @@ from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
 import ray
-from torch.distributed import DistStoreError
 
-from distplat.actors.collectives.key_value_store import KeyValueStore, StoreConnection, StoreServer
+from distplat.actors.collectives.key_value_store import (
+    KeyValueStore,
+    StoreConnection,
+    StoreServer,
+    StoreTimeout,
+)
 from distplat.actors.collectives.rendezvous import (
     GIVEN_UP,
     GroupMember,
@@ -269,7 +273,7 @@ class Store:
             # The server tells: a hundred ranks that ask again and again keep it from answering.
             try:
                 self.client.wait(everybody, timedelta(seconds=_TOLD_S))
-            except DistStoreError:
+            except StoreTimeout:
                 return None
             return b""
 
