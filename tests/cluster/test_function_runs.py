@@ -95,6 +95,7 @@ def test_an_error_of_one_rank_is_told_not_what_it_does_to_the_others(tmp_path: P
         fit(2, tmp_path, "script", raise_in=1)
 
 
+@pytest.mark.slow
 def test_a_loop_that_ends_earlier_than_others_is_named_by_gloo_too(tmp_path: Path) -> None:
     strategy = {"name": "ring", "backend": "gloo", "timeout_s": 3}
     with pytest.raises(

@@ -31,7 +31,7 @@ def test_dropout_and_samples_that_draw_repeat_and_are_those_of_a_plain_loop() ->
 
 @pytest.mark.slow
 def test_strategies_are_chosen_by_what_the_task_can_do() -> None:
-    found = rows("Whole", "ring", "ps-async")
+    found = rows("WholeBatch", "ring", "ps-async")
     assert found["ps-async", "loss curve"].verdict == NOT_COMPARED
     assert "staleness" in found["ps-async", "loss curve"].reason
     assert not any(row.failed for row in found.values())
@@ -51,5 +51,5 @@ def test_a_task_that_fails_by_itself_says_so() -> None:
 def test_nothing_is_left_on_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     monkeypatch.setattr("tempfile.tempdir", None)
-    rows("Whole", "ring")
+    rows("WholeBatch", "ring")
     assert not [path for path in tmp_path.iterdir() if path.name.startswith("distplat")]

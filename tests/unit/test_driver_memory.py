@@ -13,6 +13,7 @@ from distplat.platform import evaluations, progress
 STEPS, SETTLED = 2_000, 1_000
 
 
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize("leased", [False, True], ids=["in order", "leased"])
 def test_memory_is_bounded(leased: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """`tests/chaos/long_run.py` shows it on ten million steps."""
