@@ -3,6 +3,7 @@
 import gc
 import tracemalloc
 from pathlib import Path
+from statistics import median
 
 import pytest
 import synthetic_run
@@ -10,7 +11,7 @@ import synthetic_run
 from distplat.actors import result
 from distplat.platform import evaluations, progress
 
-STEPS, SETTLED = 2_000, 1_000
+STEPS, SETTLED = 3_000, 1_000
 
 
 @pytest.mark.sweep(2)
@@ -20,12 +21,13 @@ def test_memory_is_bounded(leased: bool, tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(result, "KEPT", 50)
     monkeypatch.setattr(evaluations, "_KEPT", 20)
     monkeypatch.setattr(progress, "_GIVEN", 20)
-    bytes_at: dict[int, int] = {}
+    before, after = list[int](), list[int]()
 
     def seen(step: int) -> None:
-        if step in (SETTLED, STEPS):
-            gc.collect()
-            bytes_at[step] = tracemalloc.get_traced_memory()[0]
+        for found, end in ((before, SETTLED), (after, STEPS)):
+            if end - SETTLED // 2 < step <= end:
+                gc.collect()
+                found.append(tracemalloc.get_traced_memory()[0])
 
     tracemalloc.start()
     try:
@@ -33,5 +35,6 @@ def test_memory_is_bounded(leased: bool, tmp_path: Path, monkeypatch: pytest.Mon
     finally:
         tracemalloc.stop()
     assert made.totals.steps == STEPS
-    grown = bytes_at[STEPS] - bytes_at[SETTLED]
+    # Not of one moment each: a thread that writes files may be behind at any.
+    grown = median(after) - median(before)
     assert grown < 8 * (STEPS - SETTLED), "less than a pointer for each step"
