@@ -308,6 +308,7 @@ def test_streams_that_the_caller_has_closed_are_no_error() -> None:
     assert done.returncode == 0
 
 
+@pytest.mark.sweep(3)
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device of Linux")
 @pytest.mark.parametrize("as_json", [True, False])
 @pytest.mark.parametrize("printed", ["job", "script"])

@@ -53,6 +53,7 @@ def serving(body: bytes, *, says_version: bool, status: int = 200) -> Iterator[s
         server.server_close()
 
 
+@pytest.mark.sweep(3)
 @pytest.mark.parametrize("says_version", [True, False])
 @pytest.mark.parametrize("body", BODIES)
 def test_what_is_no_ray_is_told_so(

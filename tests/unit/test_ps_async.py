@@ -252,6 +252,7 @@ def again(run: LocalRun, of: Job, task: type[Classify]) -> torch.nn.Module:
     return replay(plan, logs_of(run), lambda: prepare(of, task()), 1)
 
 
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize(
     ("options", "more"),
     [

@@ -805,6 +805,7 @@ def draw(count: int) -> dict[str, list[float]]:
     return {"torch": torch.rand(count).tolist(), "numpy": of_numpy, "python": of_python}
 
 
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize("seeds", [(), ("numpy",), ("python",), ("numpy", "python"), ("torch",)])
 @pytest.mark.parametrize("drawn", [0, 5, 4000])
 def test_a_generator_that_the_loop_has_seeded_stays_as_it_is(
