@@ -88,6 +88,7 @@ def state(of: ShardServer) -> bytes:
     return b"".join(t.float().numpy().tobytes() for t in tensors)
 
 
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize("optimizer", OPTIMIZERS, ids=lambda o: o["name"])
 @pytest.mark.parametrize("moment", MOMENTS)
 @pytest.mark.parametrize("filled_at", [0, 2])

@@ -105,6 +105,7 @@ def read_twice(data: Any, rank: int, world: int, *, drop_last: bool) -> tuple[An
     return [a_pass(loader) for _ in range(2)], heard
 
 
+@pytest.mark.sweep(3)
 @pytest.mark.parametrize("drop_last", [False, True])
 @pytest.mark.parametrize("count", [1, 2, 5, 12, COUNT])
 @pytest.mark.parametrize("world", [1, 2, 3, 4])
@@ -176,6 +177,7 @@ SOURCES: dict[str, Callable[[], Any]] = {
 }
 
 
+@pytest.mark.sweep(3)
 @pytest.mark.parametrize("source", SOURCES)
 @pytest.mark.parametrize("made", range(10))
 def test_a_loop_goes_on_where_its_checkpoint_was_taken(source: str, made: int) -> None:

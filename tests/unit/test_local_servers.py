@@ -174,6 +174,7 @@ def test_a_late_pusher_is_waited_for(make: Made, node: str) -> None:
     on_ranks(2, body)
 
 
+@pytest.mark.sweep(3)
 @pytest.mark.parametrize(
     "fault",
     [

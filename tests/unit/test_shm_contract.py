@@ -8,6 +8,7 @@ SOON = 0.3
 """Deadline where one is meant to pass, seconds."""
 
 
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize("world", [2, 3, 4])
 @pytest.mark.parametrize("check", CHECKS.values(), ids=CHECKS)
 def test_contract(check: Check, world: int) -> None:

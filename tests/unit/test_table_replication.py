@@ -101,6 +101,7 @@ def bits(of: TableServer) -> bytes:
     return b"".join(found)
 
 
+@pytest.mark.sweep(3)
 @pytest.mark.parametrize("asynchronous", [False, True])
 @pytest.mark.parametrize("filled_at", [0, 2])
 @pytest.mark.parametrize("moment", MOMENTS)
