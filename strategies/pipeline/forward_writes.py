@@ -52,9 +52,12 @@ class ForwardWrites:
         Raises:
             SpecError: it changed a trained parameter.
         """
-        tensors = {number: slot.tensor for number, slot in self._slots.items()}
-        trained = [n for n, one in tensors.items() if one is not None and one.requires_grad]
-        before = Values({n: self._slots[n] for n in trained if self._compares})
+        trained = {
+            number: slot
+            for number, slot in self._slots.items()
+            if self._compares and (one := slot.tensor) is not None and one.requires_grad
+        }
+        before = Values(trained)
         yield
         changed = before.differ()
         if changed:
@@ -76,8 +79,8 @@ class ForwardWrites:
         return _refused(names) if names else error
 
     def _now(self) -> dict[int, int]:
-        tensors = {number: slot.tensor for number, slot in self._slots.items()}
-        return {n: -1 if tensor is None else tensor._version for n, tensor in tensors.items()}
+        found = ((number, slot.tensor) for number, slot in self._slots.items())
+        return {number: -1 if one is None else one._version for number, one in found}
 
 
 def _refused(names: list[str]) -> SpecError:
