@@ -302,7 +302,15 @@ def train(
 
 
 def evaluations(run: LocalRun) -> list[EvalSummary]:
-    """Join the reports as the controller does."""
+    """
+    Join the reports as the controller does.
+
+    Under `ps-async` one rank may make both parts of the last evaluation, and another a part of an
+    earlier one: the order of the ranks' reports is not that of the evaluations.
+
+    Returns:
+        Ascending by step.
+    """
     found: dict[int, ReportAggregator] = {}
     summaries = []
     for rank in run.reports:
@@ -310,7 +318,7 @@ def evaluations(run: LocalRun) -> list[EvalSummary]:
             if isinstance(one, EvalReport):
                 joined = found.setdefault(one.step, ReportAggregator(len(run.reports)))
                 summaries += [s for s in joined.add(one) if isinstance(s, EvalSummary)]
-    return summaries
+    return sorted(summaries, key=lambda one: one.step)
 
 
 def impatient(job: Job, limit_s: float) -> Job:
