@@ -200,8 +200,8 @@ class ActorGroup:
         spare = self._spares.take(node) if self._spares is not None and node is not None else None
         if spare is not None:
             return spare
-        seat = self._handles.seat_anew(rank)
-        return spawn_worker(self.job, self.launch.run, attempt, rank, seat)
+        placement = self._handles.renewed_placement(rank)
+        return spawn_worker(self.job, self.launch.run, attempt, rank, placement)
 
     def _resize(self, world: int) -> None:
         """End who is not to go on, and take those in who have made themselves ready."""

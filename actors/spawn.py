@@ -59,7 +59,7 @@ class ActorHandles:
     servers: dict[str, Any] = field(default_factory=dict)
     """Server nodes by name."""
     manager: Any = None
-    seats: list[Any] = field(default_factory=list)
+    placement_groups: list[Any] = field(default_factory=list)
     """A placement group for each worker group of several workers."""
     embedding_servers: dict[str, Any] = field(default_factory=dict)
     """Servers of embedding tables by name."""
@@ -71,7 +71,7 @@ class ActorHandles:
         workers = [*self.workers.values(), *self.newcomers.values()]
         servers = [*self.servers.values(), *self.embedding_servers.values()]
         kills = [partial(ray.kill, actor) for actor in [*workers, *alone, *servers]]
-        end_each([*kills, *(partial(remove_placement_group, seats) for seats in self.seats)])
+        end_each([*kills, *(partial(remove_placement_group, one) for one in self.placement_groups)])
 
     def replicated_tables(self, job: Job) -> dict[str, Any]:
         """Give the servers of embedding tables that the manager looks after."""
@@ -80,23 +80,23 @@ class ActorHandles:
 
     @property
     def _group_size(self) -> int:
-        return int(self.seats[0].bundle_count) if self.seats else 1
+        return int(self.placement_groups[0].bundle_count) if self.placement_groups else 1
 
-    def seat(self, rank: int) -> PlacementGroupSchedulingStrategy | None:
+    def placement(self, rank: int) -> PlacementGroupSchedulingStrategy | None:
         """Say where a worker belongs; None: anywhere."""
-        if rank >= len(self.seats) * self._group_size:
+        if rank >= len(self.placement_groups) * self._group_size:
             return None
-        group, place = divmod(rank, self._group_size)
-        return PlacementGroupSchedulingStrategy(self.seats[group], place)
+        group, bundle = divmod(rank, self._group_size)
+        return PlacementGroupSchedulingStrategy(self.placement_groups[group], bundle)
 
-    def seat_anew(self, rank: int) -> PlacementGroupSchedulingStrategy | None:
+    def renewed_placement(self, rank: int) -> PlacementGroupSchedulingStrategy | None:
         """Say where a worker that replaces another belongs: its group may have been removed."""
-        if rank < len(self.seats) * self._group_size:
+        if rank < len(self.placement_groups) * self._group_size:
             group = rank // self._group_size
-            seats = self.seats[group]
-            if placement_group_table(seats).get("state") == "REMOVED":
-                self.seats[group] = placement_group(seats.bundle_specs, strategy="PACK")
-        return self.seat(rank)
+            old = self.placement_groups[group]
+            if placement_group_table(old).get("state") == "REMOVED":
+                self.placement_groups[group] = placement_group(old.bundle_specs, strategy="PACK")
+        return self.placement(rank)
 
 
 def spawn(job: Job, roles: Roles, run: str, attempt: int) -> ActorHandles:
@@ -117,9 +117,9 @@ def spawn(job: Job, roles: Roles, run: str, attempt: int) -> ActorHandles:
 
 
 def _spawn_all(handles: ActorHandles, job: Job, roles: Roles, run: str, attempt: int) -> None:
-    handles.seats = _seats(job, roles.group_size)
+    handles.placement_groups = _placement_groups(job, roles.group_size)
     for rank in range(job.scaling.num_workers):
-        handles.workers[rank] = spawn_worker(job, run, attempt, rank, handles.seat(rank))
+        handles.workers[rank] = spawn_worker(job, run, attempt, rank, handles.placement(rank))
     for index in range(roles.servers):
         name = f"server-{index}"
         handles.servers[name] = spawn_server(job, roles, run, attempt, name)
@@ -137,12 +137,12 @@ class ScriptActors:
     """The actors of a script that is run as it is."""
 
     processes: list[Any]
-    seats: Any
+    placement_group: Any
 
     def end(self) -> None:
         """Kill all of them; the dead are passed over."""
         kills = [partial(ray.kill, actor) for actor in self.processes]
-        end_each([*kills, partial(remove_placement_group, self.seats)])
+        end_each([*kills, partial(remove_placement_group, self.placement_group)])
 
 
 def spawn_script(scaling: Scaling, run: str, attempt: int) -> ScriptActors:
@@ -155,14 +155,14 @@ def spawn_script(scaling: Scaling, run: str, attempt: int) -> ScriptActors:
     needs = scaling.resources()
     bundles = [needs] * scaling.num_workers
     _check_room(bundles)
-    seats = placement_group(bundles, strategy="PACK")
+    group = placement_group(bundles, strategy="PACK")
     made = []
     for index in range(scaling.num_workers):
         name = f"process-{index}" + (f"/attempt-{attempt}" if attempt else "")
         options = _options(run, name, needs, _SCRIPT_THREADS)
-        options["scheduling_strategy"] = PlacementGroupSchedulingStrategy(seats, index)
+        options["scheduling_strategy"] = PlacementGroupSchedulingStrategy(group, index)
         made.append(ray.remote(ScriptProcess).options(**options).remote(place_here))
-    return ScriptActors(made, seats)
+    return ScriptActors(made, group)
 
 
 def spawn_manager(
@@ -256,11 +256,11 @@ def spawn_worker(
     run: str,
     attempt: int | str,
     rank: int,
-    seat: PlacementGroupSchedulingStrategy | None = None,
+    placement: PlacementGroupSchedulingStrategy | None = None,
 ) -> Any:
-    """Ask Ray for one worker, in its seat; returns before it is up."""
+    """Ask Ray for one worker, where it has its place; returns before it is up."""
     name = actor_name(job, f"worker-{rank}", attempt)
-    return _worker(run, name, job.scaling.resources(), seat)
+    return _worker(run, name, job.scaling.resources(), placement)
 
 
 def spawn_spare(job: Job, run: str, node: str, number: int) -> Any:
@@ -292,7 +292,7 @@ def actor_name(job: Job, role: str, attempt: int | str) -> str:
     return f"{job.name}/{role}" + (f"/attempt-{attempt}" if attempt else "")
 
 
-def _seats(job: Job, group_size: int) -> list[Any]:
+def _placement_groups(job: Job, group_size: int) -> list[Any]:
     """
     Reserve room for each worker group: on one node if one has it, for they talk most.
 

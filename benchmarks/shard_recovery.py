@@ -66,7 +66,7 @@ class Killer(Callback, threading.Thread):
     def run(self) -> None:
         self.training.wait(120)
         manager = ray.get_actor("bench/server-manager", namespace=self.run_name)
-        while not ray.get(manager.seats.remote(), timeout=60)[0].ready:
+        while not ray.get(manager.assignments.remote(), timeout=60)[0].ready:
             time.sleep(0.05)
         address = ray.get(manager.follow.remote(0, 0, 0, 1.0), timeout=60).parameters[0]
         self.killed_at = time.time()

@@ -54,9 +54,12 @@ def role_facts(seen: Overview) -> dict[str, Any]:
 
 
 def _server_lines(servers: ServersSeen) -> list[str]:
-    lines = _shard_lines(servers) if servers.seats else ["server manager    no shards"]
+    lines = _shard_lines(servers) if servers.assignments else ["server manager    no shards"]
     if servers.tables:
-        rows = [[str(seat.shard), seat.primary, _backup(seat)] for seat in servers.tables]
+        rows = [
+            [str(assignment.shard), assignment.primary, _backup(assignment)]
+            for assignment in servers.tables
+        ]
         lines += ["embedding tables", *table_lines(["PART", "SERVER", "BACKUP"], rows)]
     return lines
 
@@ -68,18 +71,18 @@ def _shard_lines(servers: ServersSeen) -> list[str]:
     head = f"server manager    map version {servers.version}, {total:,} elements"
     columns = ["SHARD", "ELEMENTS", "SERVER", "BACKUP"]
     rows = []
-    for cut, seat in zip(servers.cuts, servers.seats, strict=True):
+    for cut, assignment in zip(servers.cuts, servers.assignments, strict=True):
         run = f"{cut.start:,}..{cut.stop:,}"
-        rows.append([str(cut.index), run, seat.primary, _backup(seat)])
+        rows.append([str(cut.index), run, assignment.primary, _backup(assignment)])
     if not servers.replicated:
         columns, rows = columns[:-1], [row[:-1] for row in rows]
     return [head, *table_lines(columns, rows)]
 
 
-def _backup(seat: ShardAssignment) -> str:
-    if seat.backup is not None:
-        return seat.backup if seat.ready else f"{seat.backup} (being filled)"
-    return f"{seat.making} (starting)" if seat.making is not None else "-"
+def _backup(assignment: ShardAssignment) -> str:
+    if assignment.backup is not None:
+        return assignment.backup if assignment.ready else f"{assignment.backup} (being filled)"
+    return f"{assignment.making} (starting)" if assignment.making is not None else "-"
 
 
 def _worker_lines(scheduler: SchedulerStatus, scale: ScaleStatus) -> list[str]:

@@ -6,10 +6,10 @@ The server manager's state machine: who serves which shard, and what to do when 
                server-1 promoted; the map's version grows                      term 3
                server-1 primary  ══ every update ══▶  server-2, made and filled  term 4
 
-A seat is one shard's pair. Its term grows with every change of who is in it, so that a message of
-an earlier pair is refused (see `ReplicaState`). Only this class decides that a primary may go on
-alone: one that misses its backup waits to be told. So there is never a moment in which the primary
-goes on without the backup while the backup is promoted (I4).
+A `ShardAssignment` is one shard's pair of servers. Its term grows with every change of who is in
+it, so that a message of an earlier pair is refused (see `ReplicaState`). Only this class decides
+that a primary may go on alone: one that misses its backup waits to be told. So there is never a
+moment in which the primary goes on without the backup while the backup is promoted (I4).
 
 A manager that was lost is followed by another one, which asks the servers what they keep (`adopt`).
 
@@ -164,7 +164,7 @@ class ServersSeen:
     version: int
     """Of the shard map; 0: no shard was given out yet."""
     cuts: tuple[Shard, ...]
-    seats: tuple[ShardAssignment, ...]
+    assignments: tuple[ShardAssignment, ...]
     """By shard, who keeps it; empty: the strategy has no shards."""
     replicated: bool
     """Whether each shard is kept twice."""
@@ -188,11 +188,11 @@ class ServerGroup:
     """Of the map of primaries: a client with an older one asks again."""
     broken: str | None = None
     """A server that was lost with all that it kept; the group cannot go on."""
-    seats: list[ShardAssignment] = field(init=False)
+    assignments: list[ShardAssignment] = field(init=False)
 
     def __post_init__(self) -> None:
         self._made = self.shards  # servers named so far
-        self.seats = [
+        self.assignments = [
             ShardAssignment(index, f"{self.prefix}-{index}") for index in range(self.shards)
         ]
 
@@ -200,8 +200,12 @@ class ServerGroup:
     def servers(self) -> list[str]:
         """All that are to be watched."""
         found: list[str] = []
-        for seat in self.seats:
-            found += [name for name in (seat.primary, seat.backup, seat.making) if name is not None]
+        for assignment in self.assignments:
+            found += [
+                name
+                for name in (assignment.primary, assignment.backup, assignment.making)
+                if name is not None
+            ]
         return found
 
     def adopt(
@@ -223,78 +227,81 @@ class ServerGroup:
             its primary; a replicated primary that does not answer may have failed over.
         """
         self._made = 1 + max(int(name.rpartition("-")[2]) for name in names)
-        for seat in self.seats:
-            mine = [one for one in held if one.shard == seat.shard]
-            fresh = [one for one in held if one.shard is None and one.server == seat.primary]
+        for assignment in self.assignments:
+            mine = [one for one in held if one.shard == assignment.shard]
+            fresh = [one for one in held if one.shard is None and one.server == assignment.primary]
             serving = [one for one in mine if one.role is not Role.BACKUP]
             found = max(serving, key=lambda one: one.term, default=None)
             if found is not None and _is_sure(found, mine):
-                seat.primary, seat.term = found.server, generation * _TERMS
+                assignment.primary, assignment.term = found.server, generation * _TERMS
             elif mine or not fresh:
-                self.broken = seat.primary
-        kept = {seat.primary for seat in self.seats}
+                self.broken = assignment.primary
+        kept = {assignment.primary for assignment in self.assignments}
         return [one.server for one in held if one.server not in kept]
 
     def begin(self) -> list[Order]:
         """Have every shard get its backup."""
         orders: list[Order] = []
-        for seat in self.seats:
-            if seat.term > 1:
-                orders.append(GoAlone(seat.shard, seat.primary, seat.term))
-            orders += self._make(seat)
+        for assignment in self.assignments:
+            if assignment.term > 1:
+                orders.append(GoAlone(assignment.shard, assignment.primary, assignment.term))
+            orders += self._make(assignment)
         return orders
 
     def made(self, server: str) -> list[Order]:
         """A backup was started: have it filled."""
-        for seat in self.seats:
-            if seat.making == server:
-                seat.making, seat.backup, seat.ready = None, server, False
-                seat.term += 1
-                return [Fill(seat.shard, seat.primary, server, seat.term)]
+        for assignment in self.assignments:
+            if assignment.making == server:
+                assignment.making, assignment.backup, assignment.ready = None, server, False
+                assignment.term += 1
+                return [Fill(assignment.shard, assignment.primary, server, assignment.term)]
         return []
 
     def filled(self, server: str, term: int) -> None:
         """A primary says that the backup has all it has, and gets all that comes."""
-        for seat in self.seats:
-            if (seat.backup, seat.term) == (server, term):
-                seat.ready = True
+        for assignment in self.assignments:
+            if (assignment.backup, assignment.term) == (server, term):
+                assignment.ready = True
 
     def lost(self, server: str) -> list[Order]:
         """A server died, or does not answer any more; told twice, it does nothing."""
-        for seat in self.seats:
-            if server == seat.primary:
-                return self._lose_primary(seat)
-            if server == seat.backup:
-                seat.backup, seat.ready = None, False
-                seat.term += 1
-                alone = GoAlone(seat.shard, seat.primary, seat.term)
-                return [alone, *self._make_again(seat)]
-            if server == seat.making:
-                seat.making = None
-                if seat.losses + 1 < MOST_LOSSES:
-                    return self._make_again(seat)
-                seat.losses += 1
-                seat.term += 1
-                return [GoAlone(seat.shard, seat.primary, seat.term)]
+        for assignment in self.assignments:
+            if server == assignment.primary:
+                return self._lose_primary(assignment)
+            if server == assignment.backup:
+                assignment.backup, assignment.ready = None, False
+                assignment.term += 1
+                alone = GoAlone(assignment.shard, assignment.primary, assignment.term)
+                return [alone, *self._make_again(assignment)]
+            if server == assignment.making:
+                assignment.making = None
+                if assignment.losses + 1 < MOST_LOSSES:
+                    return self._make_again(assignment)
+                assignment.losses += 1
+                assignment.term += 1
+                return [GoAlone(assignment.shard, assignment.primary, assignment.term)]
         return []
 
-    def _lose_primary(self, seat: ShardAssignment) -> list[Order]:
-        if seat.backup is None or not seat.ready:
-            self.broken = seat.primary
+    def _lose_primary(self, assignment: ShardAssignment) -> list[Order]:
+        if assignment.backup is None or not assignment.ready:
+            self.broken = assignment.primary
             return []
-        seat.primary, seat.backup, seat.ready = seat.backup, None, False
-        seat.term += 1
+        assignment.primary, assignment.backup, assignment.ready = assignment.backup, None, False
+        assignment.term += 1
         self.version += 1
-        return [Promote(seat.shard, seat.primary, seat.term), *self._make_again(seat)]
+        return [
+            Promote(assignment.shard, assignment.primary, assignment.term),
+            *self._make_again(assignment),
+        ]
 
-    def _make_again(self, seat: ShardAssignment) -> list[Order]:
-        seat.losses += 1
-        return self._make(seat) if seat.losses < MOST_LOSSES else []
+    def _make_again(self, assignment: ShardAssignment) -> list[Order]:
+        assignment.losses += 1
+        return self._make(assignment) if assignment.losses < MOST_LOSSES else []
 
-    def _make(self, seat: ShardAssignment) -> list[Order]:
-        seat.making = f"{self.prefix}-{self._made}"
+    def _make(self, assignment: ShardAssignment) -> list[Order]:
+        assignment.making = f"{self.prefix}-{self._made}"
         self._made += 1
-        return [MakeBackup(seat.shard, seat.making, seat.primary)]
+        return [MakeBackup(assignment.shard, assignment.making, assignment.primary)]
 
 
 def _is_sure(primary: ServerReport, others: Sequence[ServerReport]) -> bool:

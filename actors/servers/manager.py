@@ -147,7 +147,9 @@ class ServerManager:
         group, limit = ServerGroup(roles.servers), job.failure.heartbeat_timeout_s
         held = adopt(self._transport, group, servers, attempt, limit) if adopts and servers else []
         self._found = {one.shard: one.cut for one in held if one.cut is not None}
-        self._servers = [servers[seat.primary] for seat in group.seats]  # as they were at first
+        self._servers = [
+            servers[assignment.primary] for assignment in group.assignments
+        ]  # as they were at first
         if roles.replication > 1:
             make, assign = self._provisioning.make, self._assign_backup
             self._replication = ReplicationManager(
@@ -257,27 +259,27 @@ class ServerManager:
             raise replicas.lost
         return self._present(part, place)
 
-    def seats(self) -> list[ShardAssignment]:
+    def assignments(self) -> list[ShardAssignment]:
         """Tell who keeps which shard; empty where no shard is kept twice."""
-        return [] if self._replication is None else self._replication.seats()
+        return [] if self._replication is None else self._replication.assignments()
 
-    def table_seats(self) -> list[ShardAssignment]:
+    def table_assignments(self) -> list[ShardAssignment]:
         """Tell who keeps which part of the tables; empty where none is kept twice."""
-        return [] if self._tables is None else self._tables.seats()
+        return [] if self._tables is None else self._tables.assignments()
 
     def seen(self) -> ServersSeen:
         """Tell who keeps which shard, for those who look."""
         count, replicated = len(self._servers), self._replication is not None
-        tables = tuple(self.table_seats())
-        seats = self.seats() or [
+        tables = tuple(self.table_assignments())
+        assignments = self.assignments() or [
             ShardAssignment(index, f"server-{index}") for index in range(count)
         ]
         if len(self._first) < len(self._division.parts):
-            return ServersSeen(0, (), tuple(seats), replicated, tables)
+            return ServersSeen(0, (), tuple(assignments), replicated, tables)
         maps = [self._present(part, 0).shard_map for part in range(len(self._first))]
         cuts = [cut for one in maps for cut in one.shards]
         shards = tuple(replace(cut, index=index) for index, cut in enumerate(cuts))
-        return ServersSeen(maps[0].version, shards, tuple(seats), replicated, tables)
+        return ServersSeen(maps[0].version, shards, tuple(assignments), replicated, tables)
 
     def _present(self, part: int, place: int) -> Membership:
         """Give the map of a part as it is now; somebody has joined with it."""

@@ -77,7 +77,7 @@ class ReplicationManager:
         self._addresses: dict[str, Address | None] = {}  #: of promoted servers' parameters
         self._news: queue.SimpleQueue[Callable[[], list[Order]]] = queue.SimpleQueue()
         self._promotions: dict[str, threading.Event] = {}  #: of servers: set when they are over
-        self._map = group.version, [seat.primary for seat in group.seats]
+        self._map = group.version, [assignment.primary for assignment in group.assignments]
         self._changed = threading.Condition()
         self.lost: DistplatError | None = None  #: why there is no going on
         self._closed = False
@@ -88,9 +88,9 @@ class ReplicationManager:
         with self._changed:
             return self._map
 
-    def seats(self) -> list[ShardAssignment]:
+    def assignments(self) -> list[ShardAssignment]:
         """Tell who keeps which shard."""
-        return [replace(seat) for seat in self._group.seats]
+        return [replace(assignment) for assignment in self._group.assignments]
 
     def address(self, server: str) -> Address | None:
         """Give where a promoted server's parameters are; None: it was not promoted."""

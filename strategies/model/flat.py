@@ -30,6 +30,7 @@ from distplat.platform.vector_layout import Segment
 from distplat.strategies.model.gradients import Gradients
 from distplat.strategies.model.parameter_layout import (
     GroupOf,
+    Named,
     Slot,
     bits_of,
     by_type,
@@ -102,10 +103,9 @@ class FlatModel:
         frozen = [(n, p) for n, p in model.named_parameters() if not p.requires_grad]
         may_thaw = [(n, p) for n, p in frozen if thaws and takes(n, p.shape)]
         tail = by_type(room_for(may_thaw, named, model))
+        self._fixed = _others(frozen, tail)
         self.parameters = [p for _, p in named + tail]  #: in the order of `slots`
         self._trained = len(named)  #: how many of them are no tail
-        behind = {id(p) for _, p in tail}
-        self._fixed = [(n, p) for n, p in frozen if id(p) not in behind]
         self.slots, self.layout, dtype = lay_out(named, tail, group_of)
         device = self.parameters[0].device
         self.params = torch.zeros(self.layout.size, dtype=dtype, device=device)
@@ -458,6 +458,12 @@ class FlatModel:
         self.gradients.point(views, copied, looks=self._looks)
         used = self.size if self.active.any() else self.layout.tail
         self._zeroed = [*_without(self.grads[:used], [self.slots[place] for place in copied])]
+
+
+def _others(named: Named, left_out: Named) -> Named:
+    """Give the parameters of `named` that are not in `left_out`."""
+    known = {id(p) for _, p in left_out}
+    return [(name, p) for name, p in named if id(p) not in known]
 
 
 def _without(vector: Tensor, slots: Sequence[Slot]) -> Iterator[Tensor]:

@@ -51,8 +51,8 @@ class Channel:
         self._free: defaultdict[Form, list[Tensor]] = defaultdict(list)
         self._under_way: defaultdict[int, deque[tuple[Handle, Tensor]]] = defaultdict(deque)
         self.varies = False  #: what enters a place may have another form each time
-        self._told: defaultdict[int, dict[Any, int]] = defaultdict(dict)  #: forms, by place
-        self._heard: defaultdict[int, list[ValueLayout]] = defaultdict(list)  #: by place
+        self._sent: defaultdict[int, dict[Any, int]] = defaultdict(dict)  #: forms, by place
+        self._received: defaultdict[int, list[ValueLayout]] = defaultdict(list)  #: by place
 
     def learn(self, kind: Kind, value: Any) -> ValueLayout:
         """
@@ -68,13 +68,13 @@ class Channel:
         """Give the form of what enters a place, as it was learnt or heard."""
         return self._layouts[kind]
 
-    def tell(self, kind: Kind, to: int) -> None:
+    def send_layout(self, kind: Kind, to: int) -> None:
         """Tell a stage the form of what enters its place."""
-        text = torch.frombuffer(bytearray(self._layouts[kind].told()), dtype=torch.uint8)
+        text = torch.frombuffer(bytearray(self._layouts[kind].to_bytes()), dtype=torch.uint8)
         self._send(torch.tensor([len(text), self.varies], device=self._device), to)
         self._send(text.to(self._device), to)
 
-    def hear(self, kind: Kind, source: int) -> ValueLayout:
+    def receive_layout(self, kind: Kind, source: int) -> ValueLayout:
         """Hear from a stage the form of what enters a place of this one."""
         head = torch.zeros(2, dtype=torch.int64, device=self._device)
         self._receive(head, source)
@@ -82,7 +82,7 @@ class Channel:
         self.varies = self.varies or bool(varies)
         text = torch.zeros(length, dtype=torch.uint8, device=self._device)
         self._receive(text, source)
-        layout = self._layouts[kind] = ValueLayout.heard(kind[0], bytes(text.cpu().numpy()))
+        layout = self._layouts[kind] = ValueLayout.from_bytes(kind[0], bytes(text.cpu().numpy()))
         return layout
 
     def send(self, packing: Packing, tensors: Sequence[Tensor], to: int) -> None:
@@ -95,7 +95,7 @@ class Channel:
         if packing.form is not None:
             self._send(packing.pack(tensors), to)
 
-    def send_told(
+    def send_with_layout(
         self, place: int, layout: ValueLayout, tensors: Sequence[Tensor], to: int
     ) -> None:
         """
@@ -104,25 +104,25 @@ class Channel:
         Raises:
             SpecError: the form cannot be told.
         """
-        known, key = self._told[place], layout.key
-        packing, told = layout.values, b""
+        known, key = self._sent[place], layout.key
+        packing, encoded = layout.values, b""
         if key not in known:
-            layout.check_that_it_can_be_told()
-            told = layout.told()
-            text = torch.frombuffer(bytearray(told), dtype=torch.uint8).to(self._device)
-            packing, tensors = packing.behind(len(told)), [text, *tensors]
+            layout.check_serializable()
+            encoded = layout.to_bytes()
+            text = torch.frombuffer(bytearray(encoded), dtype=torch.uint8).to(self._device)
+            packing, tensors = packing.behind(len(encoded)), [text, *tensors]
         message = packing.pack(tensors)
         number = known.setdefault(key, len(known))
-        head = [number, len(told), message.nbytes]
+        head = [number, len(encoded), message.nbytes]
         self._send(torch.tensor(head, device=self._device), to)
         self._send(message, to)
 
-    def receive_told(self, place: int, source: int) -> tuple[ValueLayout, list[Tensor]]:
+    def receive_with_layout(self, place: int, source: int) -> tuple[ValueLayout, list[Tensor]]:
         """Take what enters a place of this stage, with its form; see `receive`."""
         head = torch.zeros(3, dtype=torch.int64, device=self._device)
         self._receive(head, source)
         number, length, size = head.tolist()
-        known = self._heard[place]
+        known = self._received[place]
         if not length:
             layout = known[number]
             buffer = self.receive(layout.values, source)
@@ -130,7 +130,7 @@ class Channel:
             return layout, layout.values.unpack(buffer)
         message = torch.empty(size, dtype=torch.uint8, device=self._device)
         self._receive(message, source)
-        layout = ValueLayout.heard(place, bytes(message[:length].cpu().numpy()))
+        layout = ValueLayout.from_bytes(place, bytes(message[:length].cpu().numpy()))
         known.append(layout)
         return layout, layout.values.behind(length).unpack(message)[1:]
 

@@ -98,7 +98,7 @@ class StageContext:
     stages: int
     channel: Channel
     """To the other stages."""
-    context: Callable[[], AbstractContextManager[object]]
+    autocast: Callable[[], AbstractContextManager[object]]
     """Gives the context in which forwards run."""
     alive: Callable[[], None]
     """Called after each thing done."""
@@ -139,7 +139,7 @@ class ScheduleRun:
     One execution of a plan on one rank.
 
     Args:
-        seat: where it is.
+        context: where it is.
         plan: what is to be done.
         source: of micro-batches.
         listener: told when gradients become final; None: forwards alone.
@@ -149,16 +149,16 @@ class ScheduleRun:
 
     def __init__(
         self,
-        seat: StageContext,
+        context: StageContext,
         plan: Plan,
         source: Source,
         listener: BackwardListener | None,
         look: Callable[[Sequence[Tensor]], None] = lambda outputs: None,
         writes: ForwardWrites | None = None,
     ) -> None:
-        self._seat, self._plan, self._source, self._listener = seat, plan, source, listener
+        self._context, self._plan, self._source, self._listener = context, plan, source, listener
         self._look, self._writes = look, writes
-        self._channel = seat.channel
+        self._channel = context.channel
         self._schedule = plan.schedule
         self._final = plan.schedule.micro_batches - 1
         self._splits = plan.schedule.splits_backward
@@ -177,8 +177,8 @@ class ScheduleRun:
         Raises:
             CollectiveError: a stage is missing.
         """
-        stages, alive = self._seat.stages, self._seat.alive
-        for step in self._plan.steps[self._seat.stage]:
+        stages, alive = self._context.stages, self._context.alive
+        for step in self._plan.steps[self._context.stage]:
             began = time.perf_counter()
             if isinstance(step, Send):
                 kind, chunk = "send", step.message.source // stages
@@ -200,14 +200,14 @@ class ScheduleRun:
         message, tensors = step.message, self._have.pop(step.message).tensors
         if self._told_along(message):
             layout = self._layout(message.target, message.micro_batch)
-            self._channel.send_told(message.target, layout, tensors, step.to)
+            self._channel.send_with_layout(message.target, layout, tensors, step.to)
         else:
             self._channel.send(self._packing(message), tensors, step.to)
 
     def _received(self, step: Recv) -> _Held:
         message = step.message
         if self._told_along(message):
-            layout, tensors = self._channel.receive_told(message.target, step.source)
+            layout, tensors = self._channel.receive_with_layout(message.target, step.source)
             self._layouts[message.target, message.micro_batch] = layout
             return _Held(tensors)
         packing = self._packing(message)
@@ -229,7 +229,7 @@ class ScheduleRun:
         return self._channel.layout((place, self._source.sizes[number]))
 
     def _compute(self, action: Action) -> None:
-        place = self._schedule.place(self._seat.stage, action)
+        place = self._schedule.place(self._context.stage, action)
         if action.kind is ActionKind.FORWARD:
             self._forward(action.micro_batch, place)
             return
@@ -245,7 +245,7 @@ class ScheduleRun:
             self._listener.pause()
 
     def _forward(self, number: int, place: int) -> None:
-        seat, source = self._seat, self._source
+        context, source = self._context, self._source
         inputs: list[Tensor] = []
         buffer: Tensor | None = None
         if place == 0:
@@ -256,8 +256,8 @@ class ScheduleRun:
             given, inputs = entered(
                 self._layout(place, number), held.tensors, differentiated=self._listener is not None
             )
-        with seat.context(), self._watched(place):
-            outputs = seat.chunks[place].run(given, source.seed(number))
+        with context.autocast(), self._watched(place):
+            outputs = context.chunks[place].run(given, source.seed(number))
         if buffer is not None and _share_memory(buffer, tensors_in(outputs)):
             buffer = None  # a chunk that hands its input on: others still read it
         made = self._hand_on(number, place, outputs)
@@ -274,7 +274,7 @@ class ScheduleRun:
 
     def _hand_on(self, number: int, place: int, outputs: Any) -> list[Tensor]:
         """Have a place's outputs sent, or judged; give what is to be differentiated."""
-        if self._seat.is_last(place):
+        if self._context.is_last(place):
             return [self._source.loss(number, outputs)]
         if self._channel.varies:
             self._layouts[place + 1, number] = ValueLayout.read(place + 1, outputs)
@@ -286,7 +286,7 @@ class ScheduleRun:
     def _backward(self, number: int, place: int) -> None:
         """Where backward is split, the gradients of the inputs alone."""
         live = self._live.pop((number, place))
-        last = self._seat.is_last(place)
+        last = self._context.is_last(place)
         held = _Held([]) if last else self._have.pop(_gradient(number, place))
         if not self._splits:
             self._differentiate(live.outputs, held.tensors)
@@ -304,7 +304,7 @@ class ScheduleRun:
 
     def _weights(self, number: int, place: int) -> None:
         live, held = self._late.pop((number, place))
-        own = [p for p in self._seat.chunks[place].parameters() if p.requires_grad]
+        own = [p for p in self._context.chunks[place].parameters() if p.requires_grad]
         if own:
             self._differentiate(live.outputs, held.tensors, own)
         self._give_back(live, held)
@@ -330,13 +330,13 @@ class ScheduleRun:
         pairs = [(o, g) for o, g in zip(outputs, of, strict=True) if o.requires_grad]
         if not pairs:
             return
-        self._seat.flat.before_backward()
+        self._context.flat.before_backward()
         made, known = zip(*pairs, strict=True)
         try:
             torch.autograd.backward(made, known, retain_graph, inputs=inputs)
         except RuntimeError as error:
             raise (self._writes.explained(error) if self._writes else error) from error
-        self._seat.flat.take_in()
+        self._context.flat.take_in()
 
     def _give_back(self, *held: _Live | _Held) -> None:
         for one in held:
@@ -403,13 +403,13 @@ class Executor:
     Runs plans on one rank.
 
     Args:
-        seat: where it is.
+        context: where it is.
         reached: watches what backward reaches.
     """
 
-    def __init__(self, seat: StageContext, reached: Reached) -> None:
-        self._seat, self._reached = seat, reached
-        self._writes = ForwardWrites(seat.flat.model)
+    def __init__(self, context: StageContext, reached: Reached) -> None:
+        self._context, self._reached = context, reached
+        self._writes = ForwardWrites(context.flat.model)
         self._sizes: set[int] = set()  #: of micro-batches whose shapes are agreed
         self.spans: list[TraceSpan] = []  #: of the plan that ran last
 
@@ -425,7 +425,7 @@ class Executor:
         self._mode(training=True)
         self._writes.begin_step()
         watches = self._reached.look, self._writes
-        self.spans = ScheduleRun(self._seat, plan, source, listener, *watches).run()
+        self.spans = ScheduleRun(self._context, plan, source, listener, *watches).run()
         self._reached.stepped()
         self._writes.stepped()
 
@@ -439,23 +439,23 @@ class Executor:
         """
         self._agree_on_shapes(source)
         self._mode(training=False)
-        ScheduleRun(self._seat, plan, source, None).run()
+        ScheduleRun(self._context, plan, source, None).run()
 
     def _mode(self, *, training: bool) -> None:
-        for chunk in self._seat.chunks.values():
+        for chunk in self._context.chunks.values():
             chunk.set_mode(training=training)
 
     @torch.enable_grad()
     def _agree_on_shapes(self, source: Source) -> None:
         """Pass one micro-batch of each new size through the model, stage after stage."""
-        if self._seat.depth == 1:
+        if self._context.depth == 1:
             return
         first = {size: number for number, size in reversed([*enumerate(source.sizes)])}
         for size in sorted(first.keys() - self._sizes):
-            if self._seat.channel.varies:
+            if self._context.channel.varies:
                 return
             self._mode(training=False)
-            with untouched(*self._seat.chunks.values()):
+            with untouched(*self._context.chunks.values()):
                 self._pass_through(source, size, first[size])
             self._sizes.add(size)
 
@@ -466,30 +466,30 @@ class Executor:
         Values travel behind their forms, for a layer may compute with what it finds in an input,
         such as lengths.
         """
-        seat, channel = self._seat, self._seat.channel
+        context, channel = self._context, self._context.channel
         arrived: list[Tensor] = []  # from a chunk of this rank
-        for place, chunk in seat.chunks.items():
-            before, to = (place - 1) % seat.stages, (place + 1) % seat.stages
+        for place, chunk in context.chunks.items():
+            before, to = (place - 1) % context.stages, (place + 1) % context.stages
             if place == 0:
                 inputs = copied(source.peek(number))  # a layer may work in place
                 channel.varies = source.varies or isinstance(inputs, Batch)
             else:
                 kind = (place, size)
-                if before == seat.stage:
+                if before == context.stage:
                     layout = channel.layout(kind)
                 else:
-                    layout = channel.hear(kind, before)
+                    layout = channel.receive_layout(kind, before)
                     buffer = channel.receive(layout.values, before)
                     assert buffer is not None, "a value has tensors"
                     arrived = layout.values.unpack(buffer)
                 inputs, _ = entered(layout, arrived, differentiated=True)
-            if place + 1 == seat.depth:
+            if place + 1 == context.depth:
                 continue
-            with seat.context():
+            with context.autocast():
                 outputs = chunk.seeded(inputs, 0)
             layout = channel.learn((place + 1, size), outputs)
             arrived = [one.detach() for one in layout.tensors(outputs)]
-            if to != seat.stage:
-                channel.tell((place + 1, size), to)
+            if to != context.stage:
+                channel.send_layout((place + 1, size), to)
                 channel.send(layout.values, arrived, to)
         channel.finish()

@@ -205,7 +205,7 @@ class HybridWorker(WorkerStrategy[HybridOptions]):
         peers = [members.index(rank) for rank in row]
         channel = Channel(self._replica, peers, members, device)
         chunks = self._own.chunks
-        seat = StageContext(
+        stage_context = StageContext(
             chunks,
             at.stage,
             grid.stages,
@@ -215,7 +215,7 @@ class HybridWorker(WorkerStrategy[HybridOptions]):
             self._own.flat,
         )
         self._executor = Executor(
-            seat, Reached([self._own.module], self._prepared.task, self._own.names)
+            stage_context, Reached([self._own.module], self._prepared.task, self._own.names)
         )
         settings = StageSettings(
             at,

@@ -139,7 +139,7 @@ class ValueLayout:
             SpecError: it cannot be told to another process.
         """
         layout = cls.read(place, value)
-        layout.check_that_it_can_be_told()
+        layout.check_serializable()
         return layout
 
     @classmethod
@@ -179,9 +179,9 @@ class ValueLayout:
         """The same for the same form, and for no other."""
         return (self._structure, *map(repr, self._leaves))
 
-    def check_that_it_can_be_told(self) -> None:
+    def check_serializable(self) -> None:
         """
-        See that `heard` gives the same form for what `told` gives.
+        See that `from_bytes` gives the same form for what `to_bytes` gives.
 
         Raises:
             SpecError: it does not.
@@ -195,8 +195,8 @@ class ValueLayout:
             text = f"is of containers that cannot be told to another process, {what}"
             raise _problem(self._place, text, "hand on lists, tuples, or dicts by strings")
 
-    def told(self) -> bytes:
-        """Give the form as text, for `heard`."""
+    def to_bytes(self) -> bytes:
+        """Give the form as text, for `from_bytes`."""
         leaves = [
             [one.where, SENDABLE.index(one.dtype), one.shape, one.gradient]
             if isinstance(one, _TensorForm)
@@ -206,7 +206,7 @@ class ValueLayout:
         return json.dumps([structure_text(self._structure), leaves]).encode()
 
     @classmethod
-    def heard(cls, place: int, text: bytes) -> "ValueLayout":
+    def from_bytes(cls, place: int, text: bytes) -> "ValueLayout":
         """Give the form that another rank has told."""
         structure, leaves = json.loads(text)
         found: list[_TensorForm | _Constant] = []

@@ -343,7 +343,9 @@ class Injector(threading.Thread):
         manager = next(one for one in named if "/server-manager" in one["name"])
         handle = ray.get_actor(manager["name"], namespace=manager["namespace"])
         until = time.monotonic() + 30
-        while not all(seat.ready for seat in ray.get(handle.seats.remote(), timeout=30)):
+        while not all(
+            assignment.ready for assignment in ray.get(handle.assignments.remote(), timeout=30)
+        ):
             if time.monotonic() > until or self._over.is_set():
                 raise LookupError("backups were not ready")
             time.sleep(0.02)

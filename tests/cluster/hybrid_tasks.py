@@ -50,11 +50,11 @@ def server_of_first_part() -> int:
     run = next(actor["namespace"] for actor in actors if actor["name"] == name)
     manager = ray.get_actor(name, namespace=run)
     until = time.monotonic() + 60
-    while seats := ray.get(manager.seats.remote(), timeout=30):
-        if all(seat.ready for seat in seats):
+    while assignments := ray.get(manager.assignments.remote(), timeout=30):
+        if all(assignment.ready for assignment in assignments):
             address = ray.get(manager.follow.remote(0, 0, 0, 1.0), timeout=30).parameters[0]
             return int(address.pid)
-        assert time.monotonic() < until, seats
+        assert time.monotonic() < until, assignments
         time.sleep(0.05)
     return process_of("ServerNode")
 

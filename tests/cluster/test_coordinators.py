@@ -114,7 +114,7 @@ def test_a_new_manager_promotes_backups_as_the_old_one_would(tmp_path: Path) -> 
     def do(run: str, wait: Callable[[], None]) -> None:
         manager = ray.get_actor("small/server-manager", namespace=run)
         until = time.monotonic() + MOST_S
-        while not all(s.ready for s in ray.get(manager.seats.remote(), timeout=MOST_S)):
+        while not all(s.ready for s in ray.get(manager.assignments.remote(), timeout=MOST_S)):
             assert time.monotonic() < until
             time.sleep(0.05)
         signal_to("ServerManager", signal.SIGKILL)

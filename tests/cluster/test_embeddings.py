@@ -66,10 +66,12 @@ class KillPrimary(BesideTraining):
     def run(self) -> None:
         assert self.training.wait(60)
         manager = ray.get_actor("small/server-manager", namespace=self.run_name)
-        seats = ray.get(manager.table_seats.remote(), timeout=60)
-        assert all(seat.ready for seat in seats), "workers have their rows when all are kept twice"
-        ray.kill(ray.get_actor(f"small/{seats[0].primary}", namespace=self.run_name))
-        self.lost = seats[0].primary
+        assignments = ray.get(manager.table_assignments.remote(), timeout=60)
+        assert all(assignment.ready for assignment in assignments), (
+            "workers have their rows when all are kept twice"
+        )
+        ray.kill(ray.get_actor(f"small/{assignments[0].primary}", namespace=self.run_name))
+        self.lost = assignments[0].primary
         found = ray.get(manager.table_servers.remote(1, 60.0), timeout=60)
         self.followed = found.names[0]
 

@@ -86,7 +86,7 @@ def test_workers_join_leave_and_are_lost(tmp_path: Path) -> None:
     def story(run: RunName, mine: Story) -> None:
         before = wait_until(run, lambda seen: min(made(seen).values()) > 0)
         assert before.servers is not None and before.servers.version == 1
-        assert [seat.primary for seat in before.servers.seats] == ["server-0"]
+        assert [assignment.primary for assignment in before.servers.assignments] == ["server-0"]
         scale(run, 4, PATIENCE_S)
         seen = wait_until(run, lambda seen: min(made(seen).values()) > 0)
         assert sorted(made(seen)) == [0, 1, 2, 3]
@@ -181,7 +181,7 @@ def kill_server(run: RunName, shard: int) -> None:
 
     def may_be_lost(seen: Overview) -> bool:
         assert seen.servers is not None
-        return seen.servers.seats[shard].ready or not seen.servers.replicated
+        return seen.servers.assignments[shard].ready or not seen.servers.replicated
 
     seen = wait_until(run, may_be_lost)
     assert seen.servers is not None
@@ -190,7 +190,7 @@ def kill_server(run: RunName, shard: int) -> None:
         joined = ray.get(manager.follow.remote(0, 0, 0, 1.0), timeout=PATIENCE_S)
         os.kill(joined.parameters[shard].pid, signal.SIGKILL)
     else:
-        ray.kill(run.actor(seen.servers.seats[shard].primary))
+        ray.kill(run.actor(seen.servers.assignments[shard].primary))
 
 
 def synchronous(ends: Path, strategy: dict[str, Any], **more: Any) -> dict[str, Any]:

@@ -59,20 +59,25 @@ class Losing(Callback, threading.Thread):
         """Send the signals."""
         manager = ray.get_actor(manager_name, namespace=self.run_name)
         for number in self.signals:
-            self.lost.append(self._ready_seat(manager).primary)
+            self.lost.append(self._ready_assignment(manager).primary)
             address = ray.get(manager.follow.remote(0, 0, 0, 1.0), timeout=MOST_S).parameters[0]
             self.nodes.append(address.node)
             began = time.monotonic()
             os.kill(address.pid, number)
             self._standstill(began)
 
-    def _ready_seat(self, manager: Any) -> ShardAssignment:
+    def _ready_assignment(self, manager: Any) -> ShardAssignment:
         until = time.monotonic() + MOST_S
         while True:
-            seats: list[ShardAssignment] = ray.get(manager.seats.remote(), timeout=MOST_S)
-            if all(seat.ready and seat.primary not in self.lost for seat in seats):
-                return seats[0]
-            assert time.monotonic() < until, seats
+            assignments: list[ShardAssignment] = ray.get(
+                manager.assignments.remote(), timeout=MOST_S
+            )
+            if all(
+                assignment.ready and assignment.primary not in self.lost
+                for assignment in assignments
+            ):
+                return assignments[0]
+            assert time.monotonic() < until, assignments
             time.sleep(0.05)
 
     def _standstill(self, began: float) -> None:

@@ -297,7 +297,7 @@ def test_values_that_no_message_takes_are_refused(value: Any, told: str) -> None
 
 def test_a_form_that_was_told_is_the_same() -> None:
     value = [torch.ones(2, 3, requires_grad=True), {"n": float("nan"), "i": torch.arange(5)}, None]
-    layout = ValueLayout.heard(2, ValueLayout.of(2, value).told())
+    layout = ValueLayout.from_bytes(2, ValueLayout.of(2, value).to_bytes())
     assert layout.wanted == [0]
     tensors = layout.tensors(value)
     again = layout.value(tensors)

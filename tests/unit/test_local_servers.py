@@ -320,6 +320,6 @@ def test_a_promoted_backup_has_every_update_once(
 
 def wait_for_backups(servers: Servers) -> None:
     until = time.monotonic() + 10
-    while not all(seat.ready for seat in servers.manager.body.seats()):
+    while not all(assignment.ready for assignment in servers.manager.body.assignments()):
         assert time.monotonic() < until
         time.sleep(0.01)

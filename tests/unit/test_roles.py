@@ -79,10 +79,12 @@ def test_a_run_with_leases_and_backups() -> None:
 
 
 def test_a_synchronous_run_without_backups() -> None:
-    seats = tuple(ShardAssignment(index, f"server-{index}") for index in range(2))
+    assignments = tuple(ShardAssignment(index, f"server-{index}") for index in range(2))
     workers = (WorkerRow(FAST, None, False), WorkerRow(SLOW, None, False))
     told = scheduler(dynamic_tasks=False, attempt=0, workers=workers)
-    lines = role_lines(Overview("digits-1", "digits", ServersSeen(1, CUTS, seats, False), told))
+    lines = role_lines(
+        Overview("digits-1", "digits", ServersSeen(1, CUTS, assignments, False), told)
+    )
     assert lines[3:] == [
         "SHARD  ELEMENTS            SERVER",
         "0      0..617,296          server-0",
@@ -148,7 +150,7 @@ def test_tables_that_are_kept_twice_are_shown() -> None:
 def test_json_has_all_of_it() -> None:
     seen = Overview("digits-1", "digits", ServersSeen(3, CUTS, SEATS, True), scheduler())
     found = json.loads(to_json(role_facts(seen)))
-    assert found["servers"]["seats"][0]["backup"] == "server-3"
+    assert found["servers"]["assignments"][0]["backup"] == "server-3"
     assert found["scheduler"]["workers"][1]["stats"]["straggler"] is True
     assert found["scheduler"]["workers"][0]["lease"] == [240, 249, 10]
     scale = {name: found["scheduler"][name] for name in ("wish", "refused", "pending")}

@@ -49,7 +49,7 @@ def test_a_lost_primary_is_followed_by_its_backup() -> None:
         Promote(0, "server-1", 3),
         MakeBackup(0, "server-2", "server-1"),
     ]
-    assert (group.version, group.broken, group.seats[0].primary) == (2, None, "server-1")
+    assert (group.version, group.broken, group.assignments[0].primary) == (2, None, "server-1")
     assert group.lost("server-0") == []  # told twice
     assert group.made("server-2") == [Fill(0, "server-1", "server-2", 4)]
 
@@ -81,7 +81,7 @@ def test_word_of_an_earlier_term_makes_nothing_ready() -> None:
     group.filled("server-1", 2)
     group.made("server-2")
     group.filled("server-2", 2)
-    assert not group.seats[0].ready
+    assert not group.assignments[0].ready
 
 
 def test_a_crash_loop_of_backups_ends() -> None:
@@ -167,8 +167,8 @@ def test_a_manager_that_follows_another_asks_the_servers(
     if primary is None:
         assert group.broken == "server-0"
         return
-    assert (group.broken, group.seats[0].primary, dropped) == (None, primary, useless)
-    term = group.seats[0].term
+    assert (group.broken, group.assignments[0].primary, dropped) == (None, primary, useless)
+    term = group.assignments[0].term
     make = MakeBackup(0, "server-4", primary)  # a name that nobody had before
     if held[0].shard is None:
         assert (term, group.begin()) == (1, [make])
@@ -337,19 +337,21 @@ class Losses(RuleBasedStateMachine):
 
     @invariant()
     def nothing_acknowledged_is_lost(self) -> None:
-        seat = self.group.seats[0]
+        assignment = self.group.assignments[0]
         if self.group.broken is not None:
             return
-        keepers = [seat.primary] + ([seat.backup] if seat.ready and seat.backup else [])
+        keepers = [assignment.primary] + (
+            [assignment.backup] if assignment.ready and assignment.backup else []
+        )
         for name in keepers:
             kept = self.nodes[name].updates
             assert kept[: len(self.acknowledged)] == self.acknowledged
 
     @invariant()
     def who_has_a_ready_backup_does_not_go_on_alone(self) -> None:
-        seat = self.group.seats[0]
-        if self.group.broken is None and seat.ready:
-            assert self.nodes[seat.primary].part.role is Role.PRIMARY
+        assignment = self.group.assignments[0]
+        if self.group.broken is None and assignment.ready:
+            assert self.nodes[assignment.primary].part.role is Role.PRIMARY
 
     @invariant()
     def one_at_most_can_acknowledge(self) -> None:

@@ -22,7 +22,7 @@ def test_what_was_made_is_ended_where_the_rest_cannot_be(monkeypatch: pytest.Mon
     """The first kill fails, too: the others are made all the same."""
     killed = []
 
-    def make(job: Job, run: str, attempt: int, rank: int, seat: object) -> int:
+    def make(job: Job, run: str, attempt: int, rank: int, placement: object) -> int:
         if rank == 2:
             raise ValueError("Ray does not want to")
         return rank

@@ -198,7 +198,9 @@ def make() -> Iterator[Callable[..., TableServers]]:
 def wait_for_backups(servers: TableServers) -> None:
     until = time.monotonic() + 10
     manager = servers.manager
-    while manager is not None and not all(seat.ready for seat in manager.body.table_seats()):
+    while manager is not None and not all(
+        assignment.ready for assignment in manager.body.table_assignments()
+    ):
         assert time.monotonic() < until
         time.sleep(0.01)
 
@@ -260,8 +262,11 @@ def test_no_order_overtakes_a_promotion(
     assert run(servers, WORLD, HERE, before) == undisturbed(WORLD, False)
     wait_for_backups(servers)
     assert servers.manager is not None
-    seats = [(seat.primary, seat.backup) for seat in servers.manager.body.table_seats()]
-    assert seats == [  # one server was lost, and not the promoted one after it
+    assignments = [
+        (assignment.primary, assignment.backup)
+        for assignment in servers.manager.body.table_assignments()
+    ]
+    assert assignments == [  # one server was lost, and not the promoted one after it
         ("embedding-server-2", "embedding-server-4"),
         ("embedding-server-1", "embedding-server-3"),
     ]
