@@ -27,7 +27,7 @@ from distplat.actors.ray_errors import (
     taken_away,
 )
 from distplat.actors.ray_transport import RayTransport
-from distplat.actors.resizing import Resizer, Scaler, check_scalable
+from distplat.actors.resizing import AsyncScaler, SyncScaler, check_scalable
 from distplat.actors.retrying_calls import ask
 from distplat.platform.awake_clock import AwakeClock
 from distplat.platform.errors import ActorLost, DistplatError, Problem, SpecError
@@ -92,8 +92,8 @@ class Controller:
             reporting, checkpoints.step if actor_group.dynamic_tasks else None
         )
         self._requests = requests = ScaleRequests()
-        self._scaling = Scaler(actor_group, requests) if actor_group.dynamic_tasks else None
-        self._resizer = Resizer(actor_group, requests)  # where tasks are not leased
+        self._scaling = AsyncScaler(actor_group, requests) if actor_group.dynamic_tasks else None
+        self._resizer = SyncScaler(actor_group, requests)  # where tasks are not leased
         self._clock = AwakeClock()  #: of all deadlines
         began, step = self._clock.now(), checkpoints.step
         self._state = JobState(actor_group.world, limits, began, policy, step=step)

@@ -53,7 +53,7 @@ class _Newcomer:
     until: float
 
 
-class Resizer:
+class SyncScaler:
     """
     Carries out requests for another number of workers, one after the other.
 
@@ -188,7 +188,7 @@ def check_scalable(actor_group: ActorGroup, workers: int) -> None:
         raise SpecError(Problem(where, f"must be 1 to {most} (got {workers})"))
 
 
-class Scaler:
+class AsyncScaler:
     """
     The workers of one run, as many as were asked for.
 

@@ -9,7 +9,7 @@ from jobs import job_of
 
 from distplat.actors import resizing
 from distplat.actors.actor_group import ActorGroup
-from distplat.actors.resizing import Resizer
+from distplat.actors.resizing import SyncScaler
 from distplat.platform.errors import UserCodeError
 from distplat.platform.scaling import ScaleRequest, ScaleRequests, ScaleStatus
 
@@ -90,8 +90,8 @@ def actor_group(
     return fake
 
 
-def made(actor_group: FakeActorGroup, workers: int) -> Resizer:
-    resizer = Resizer(cast(ActorGroup, actor_group), actor_group.requests)
+def made(actor_group: FakeActorGroup, workers: int) -> SyncScaler:
+    resizer = SyncScaler(cast(ActorGroup, actor_group), actor_group.requests)
     actor_group.requests.ask(workers)
     assert resizer.look(0) is None
     return resizer
@@ -162,7 +162,7 @@ def test_what_cannot_be_had_is_refused_and_the_wish_before_stands(
     resizer = made(actor_group, 4)
     lacking.append("1 more workers need 1 CPU" if workers == 3 else "")
     if workers == 3:  # nobody has come yet
-        resizer = Resizer(cast(ActorGroup, actor_group), actor_group.requests)
+        resizer = SyncScaler(cast(ActorGroup, actor_group), actor_group.requests)
         actor_group.newcomers.clear()
     assert said in resizer.refusal(workers)
     actor_group.requests.ask(workers)  # it could be had when it was asked for

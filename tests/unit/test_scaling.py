@@ -7,7 +7,7 @@ from jobs import job_of
 
 from distplat.actors import resizing
 from distplat.actors.actor_group import ActorGroup
-from distplat.actors.resizing import Scaler, check_scalable
+from distplat.actors.resizing import AsyncScaler, check_scalable
 from distplat.platform.errors import SpecError
 from distplat.platform.scaling import ScaleRequest, ScaleRequests, ScaleStatus
 from distplat.platform.spec import Job
@@ -40,8 +40,8 @@ def requests() -> ScaleRequests:
     return ScaleRequests()
 
 
-def made(actor_group: FakeActorGroup, requests: ScaleRequests) -> Scaler:
-    return Scaler(cast(ActorGroup, actor_group), requests)
+def made(actor_group: FakeActorGroup, requests: ScaleRequests) -> AsyncScaler:
+    return AsyncScaler(cast(ActorGroup, actor_group), requests)
 
 
 @pytest.fixture(autouse=True)
