@@ -15,13 +15,13 @@ from distplat.platform.progress import StepReport
 from distplat.platform.stop_order import StopOrder
 from distplat.strategies.loop.prepared import Prepared
 from distplat.strategies.loop.session import Ports
-from distplat.strategies.ports import Board
+from distplat.strategies.ports import RunStore
 from distplat.strategies.strategy_spec import GroupSpec
 
 
-class RayBoard(Board):
+class RayRunStore(RunStore):
     """
-    The board of one run.
+    The store of one run.
 
     Args:
         run: its name.
@@ -83,7 +83,7 @@ class Connection:
             self._reach_tables(order, every),
             self._reach_scheduler(order, prepared),
             partial(self._meet_peers, order),
-            RayBoard(order.run),
+            RayRunStore(order.run),
         )
 
     def group(self, order: WorkOrder) -> "CollectiveGroup":

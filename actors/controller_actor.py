@@ -36,7 +36,7 @@ from distplat.actors.ray_errors import as_ours
 from distplat.actors.ray_transport import RayTransport
 from distplat.actors.retrying_calls import Outbox, ask
 from distplat.actors.stopping import end_each
-from distplat.actors.transport import NotHere
+from distplat.actors.transport import AnswerPending
 from distplat.platform.apply_log import FILE_NAME, pack
 from distplat.platform.errors import (
     DeadlineExceeded,
@@ -301,7 +301,7 @@ def _send_records(outbox: Outbox[Any]) -> None:
 def _open_box(box: list[Any]) -> list[Bytes]:
     try:
         arrays: list[Bytes] = RayTransport().get(box[0], _FETCH_S)
-    except NotHere:
+    except AnswerPending:
         raise DeadlineExceeded("a part of a checkpoint", ("its node",), _FETCH_S, "") from None
     return arrays
 

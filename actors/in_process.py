@@ -14,7 +14,7 @@ from distplat.actors.actor_group import Launch
 from distplat.actors.checkpoint_uploader import CheckpointUploader
 from distplat.actors.checkpointing import Checkpoints
 from distplat.actors.controller_client import RunHandlers
-from distplat.actors.local_actors import Servers, TableServers, TaskDesk
+from distplat.actors.local_actors import LocalTaskScheduler, Servers, TableServers
 from distplat.actors.local_transport import opened
 from distplat.actors.servers.leases import RemoteLeases
 from distplat.actors.stopping import Stopping
@@ -136,13 +136,15 @@ class _OtherRoles:
             closing(TableServers(_kept_once(job), launch.run, every=every))
         )
         self._servers: Servers | None = None
-        self._desk: TaskDesk | None = None
+        self._scheduler: LocalTaskScheduler | None = None
         self._leases: RemoteLeases | None = None
         if roles.servers:
             self._servers = ending.enter_context(closing(_servers(job, launch)))
         if roles.consistency.dynamic_tasks:
-            self._desk = ending.enter_context(closing(TaskDesk(job, roles, launch.run)))
-            self._leases = self._desk.leases(0)
+            self._scheduler = ending.enter_context(
+                closing(LocalTaskScheduler(job, roles, launch.run))
+            )
+            self._leases = self._scheduler.leases(0)
 
     def ports(self, steps: int, saved: SavedState | None) -> Ports:
         """Connect the worker to them; `steps`: of the run."""
@@ -158,8 +160,8 @@ class _OtherRoles:
         self, report: Callable[[AnyReport], None], handlers: RunHandlers
     ) -> Callable[[AnyReport], None]:
         """Have the task scheduler, where there is one, hear of each report."""
-        desk, leases = self._desk, self._leases
-        if desk is None or leases is None:
+        scheduler, leases = self._scheduler, self._leases
+        if scheduler is None or leases is None:
             return report
 
         def told(part: AnyReport) -> None:
@@ -167,7 +169,7 @@ class _OtherRoles:
                 leases.count(part)
             report(part)
             if handlers.ending():
-                desk.call("end_early")
+                scheduler.call("end_early")
 
         return told
 

@@ -66,7 +66,7 @@ class _Actors:
         self.cluster.close()
 
 
-class TaskDesk(_Actors):
+class LocalTaskScheduler(_Actors):
     """
     The task scheduler of one run.
 

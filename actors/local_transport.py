@@ -24,7 +24,7 @@ from typing import Any
 
 from typing_extensions import override
 
-from distplat.actors.transport import ActorDied, NotHere, Transport, TransportError
+from distplat.actors.transport import ActorDied, AnswerPending, Transport, TransportError
 from distplat.platform.errors import DistplatError, InfrastructureError
 
 
@@ -182,7 +182,7 @@ class LocalTransport(Transport):
         if isinstance(reference, StoredObject):
             return reference.packed.open()
         if not self.wait([reference], timeout_s):
-            raise NotHere
+            raise AnswerPending
         return reference.result()
 
     @override

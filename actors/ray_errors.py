@@ -13,7 +13,7 @@ from enum import Enum
 
 from ray import exceptions
 
-from distplat.actors.transport import ActorDied, NotHere, Unanswered
+from distplat.actors.transport import ActorDied, AnswerPending, Unanswered
 from distplat.platform.errors import DistplatError, InfrastructureError, Problem, SpecError
 
 
@@ -181,7 +181,7 @@ def as_transport_error(error: exceptions.RayError) -> Exception:
     """Give what `Transport.get` raises."""
     match meaning(error):
         case Meaning.LATE:
-            return NotHere()
+            return AnswerPending()
         case Meaning.UNANSWERED:
             return Unanswered(cause_of(error))
         case Meaning.LOST:

@@ -29,7 +29,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Generic, TypeVar
 
-from distplat.actors.transport import ActorDied, NotHere, Transport, Unanswered
+from distplat.actors.transport import ActorDied, AnswerPending, Transport, Unanswered
 from distplat.platform.awake_clock import AwakeClock
 from distplat.platform.errors import ActorLost, DeadlineExceeded, DistplatError
 
@@ -120,7 +120,7 @@ class PendingCall:
             index = missing[calls.index(come[0])]
             try:
                 answer = self._transport.get(come[0], left)
-            except NotHere:  # large, and still on its way: `get` has waited until the deadline
+            except AnswerPending:  # large, still on its way: `get` has waited until the deadline
                 self._check(index, 0.0)
             except Unanswered:
                 self._check(index, left)
@@ -270,7 +270,7 @@ class Orders:
         for order in [one for one in self._open if one.reply in come]:
             try:
                 self._transport.get(order.reply, _FETCH_S)
-            except (Unanswered, NotHere):
+            except (Unanswered, AnswerPending):
                 order.reply = order.call()
                 continue
             except ActorDied:

@@ -19,7 +19,7 @@ from typing import Any
 
 from distplat.actors.messages import WorkOrder
 from distplat.actors.stopping import end_each
-from distplat.actors.transport import NotHere, Transport, TransportError, Unanswered
+from distplat.actors.transport import AnswerPending, Transport, TransportError, Unanswered
 from distplat.platform.errors import DistplatError
 
 logger = logging.getLogger(__name__)
@@ -99,7 +99,7 @@ class Spares:
             node = replies[reply]
             try:
                 self._transport.get(reply, self._answer_s)
-            except (Unanswered, NotHere):
+            except (Unanswered, AnswerPending):
                 pass  # nobody is sure; `take` asks
             except (TransportError, DistplatError) as error:
                 logger.warning("no spare worker on node %s: %s", node[:8], error)

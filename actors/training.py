@@ -38,7 +38,7 @@ from distplat.actors.task_loading import (
     load_task_class,
     load_train_function,
 )
-from distplat.actors.transport import NotHere, TransportError
+from distplat.actors.transport import AnswerPending, TransportError
 from distplat.actors.user_errors import as_user_error, killed_loader, lost_peer
 from distplat.actors.visible_gpus import own_device
 from distplat.actors.weights import Reply
@@ -57,8 +57,8 @@ from distplat.platform.tensor_slices import Bundle, Bytes
 from distplat.strategies.checkpoint.checkpoint_reader import SavedState
 from distplat.strategies.checkpoint.parts import model_part
 from distplat.strategies.collective import Collective, gather_bytes
+from distplat.strategies.function.api import running
 from distplat.strategies.function.function_session import FunctionSession, Place, SessionPorts
-from distplat.strategies.function.words import running
 from distplat.strategies.loop.checks import check_device
 from distplat.strategies.loop.loop import Progress
 from distplat.strategies.loop.prepared import Prepared
@@ -407,7 +407,7 @@ def _saved(order: WorkOrder) -> SavedState | None:
         what = f"the checkpoint's {file}"
         try:
             return transport.get(handle.files[file][0], limit_s)
-        except NotHere:
+        except AnswerPending:
             setting = "failure.start_timeout_s"
             raise DeadlineExceeded(what, ("the object store",), limit_s, setting) from None
         except TransportError as error:

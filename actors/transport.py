@@ -18,7 +18,7 @@ class TransportError(Exception):
     """Why there is no answer."""
 
 
-class NotHere(TransportError):
+class AnswerPending(TransportError):
     """The answer, or the object, has not come in time."""
 
 

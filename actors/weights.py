@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from distplat.actors.overview import RunName, find_runs, named_actors
 from distplat.actors.ray_transport import RayTransport
-from distplat.actors.transport import ActorDied, NotHere, TransportError, Unanswered
+from distplat.actors.transport import ActorDied, AnswerPending, TransportError, Unanswered
 from distplat.platform.checkpoints import CommonVersion
 from distplat.platform.errors import ActorLost, DeadlineExceeded, NotReadyError
 from distplat.platform.tensor_file import EMA_PREFIX
@@ -144,7 +144,7 @@ class Weights:
                 self._workers[rank] = self._worker(rank, left)
             reply: Reply = RayTransport().get(self._workers[rank].weights.remote(version), left)
             return reply
-        except (NotHere, Unanswered, NotReadyError):
+        except (AnswerPending, Unanswered, NotReadyError):
             return None
         except (ActorDied, ValueError):  # ValueError: no actor of that name
             self._workers.pop(rank, None)

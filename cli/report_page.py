@@ -37,7 +37,7 @@ from distplat.cli.figures import (
 from distplat.platform.progress import StepSummary, first_line
 from distplat.platform.run_record import RunRecord
 from distplat.platform.run_report import (
-    PartOfTime,
+    PhaseTime,
     binned,
     metrics,
     restarts,
@@ -131,11 +131,11 @@ def _metric_charts(record: RunRecord) -> Iterator[tuple[str, Chart]]:
             yield metric.name, curves([Series(metric.name, metric.points, colour, dots=True)])
 
 
-def _colours(parts: Sequence[PartOfTime]) -> dict[str, str]:
+def _colours(parts: Sequence[PhaseTime]) -> dict[str, str]:
     return {part.name: _PARTS.get(part.name, PALETTE[3]) for part in parts}
 
 
-def _time(record: RunRecord, parts: Sequence[PartOfTime]) -> Chart | None:
+def _time(record: RunRecord, parts: Sequence[PhaseTime]) -> Chart | None:
     """Draw milliseconds per step."""
     if not parts:
         return None

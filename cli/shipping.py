@@ -29,7 +29,7 @@ from distplat.platform.job_file import read_text, render_job
 from distplat.platform.own_loop import script_of
 from distplat.platform.spec import Job
 from distplat.platform.spec_messages import show
-from distplat.platform.yaml_source import Marks, parse_yaml
+from distplat.platform.yaml_source import Positions, parse_yaml
 from distplat.strategies.catalog import load_strategy_file, make_job
 
 JOB_VARIABLE = "_DISTPLAT_JOB"
@@ -142,7 +142,7 @@ def read_runtime_env(file: Path | None, text: str | None) -> dict[str, Any]:
     option = "--runtime-env" if file else "--runtime-env-json"
     if file and text:
         raise SpecError("give --runtime-env or --runtime-env-json, not both")
-    marks: Marks = {}
+    marks: Positions = {}
     try:
         if file:
             found, marks = parse_yaml(read_text(file), str(file))
@@ -179,7 +179,7 @@ def _mistyped(key: str, value: object) -> list[Problem]:
     ]
 
 
-def _placed(problem: Problem, option: str, file: Path | None, marks: Marks) -> Problem:
+def _placed(problem: Problem, option: str, file: Path | None, marks: Positions) -> Problem:
     line, column = marks.get(problem.where, (0, 0))
     where = problem.where if file else (option, *problem.where)
     return replace(problem, where=where, file=str(file or ""), line=line, column=column)
@@ -345,7 +345,7 @@ def _refuse(path: Path, why: str) -> NoReturn:
 
 
 @dataclass(frozen=True)
-class LeftOut:
+class UnshippedImport:
     """A file that is imported and not shipped."""
 
     path: Path
@@ -355,7 +355,7 @@ class LeftOut:
     """Of the import, from 1."""
 
 
-def left_out(task: str, folder: Path, shipped: Collection[Path]) -> Iterator[LeftOut]:
+def left_out(task: str, folder: Path, shipped: Collection[Path]) -> Iterator[UnshippedImport]:
     """
     Go from a task's module through all that it imports from its own folder.
 
@@ -382,7 +382,7 @@ def left_out(task: str, folder: Path, shipped: Collection[Path]) -> Iterator[Lef
             continue
         seen.add(path)
         if path not in shipped:
-            yield LeftOut(path, importer, line)
+            yield UnshippedImport(path, importer, line)
             continue
         for name, at in _imported(path, folder):
             waiting += [(found, path, at) for found in _files(folder, name)]

@@ -22,14 +22,14 @@ _HOMES = {
     "load_job": "distplat.strategies.catalog",
     "DistplatError": "distplat.platform.errors",
     "sample_rng": "distplat.strategies.loop.seeding",
-    "barrier": "distplat.strategies.function.words",
-    "gather_for_metrics": "distplat.strategies.function.words",
-    "get_checkpoint": "distplat.strategies.function.words",
-    "get_context": "distplat.strategies.function.words",
-    "no_sync": "distplat.strategies.function.words",
-    "prepare": "distplat.strategies.function.words",
-    "report": "distplat.strategies.function.words",
-    "should_stop": "distplat.strategies.function.words",
+    "barrier": "distplat.strategies.function.api",
+    "gather_for_metrics": "distplat.strategies.function.api",
+    "get_checkpoint": "distplat.strategies.function.api",
+    "get_context": "distplat.strategies.function.api",
+    "no_sync": "distplat.strategies.function.api",
+    "prepare": "distplat.strategies.function.api",
+    "report": "distplat.strategies.function.api",
+    "should_stop": "distplat.strategies.function.api",
     "all_gather": "distplat.strategies.loop.gathering",
 }
 
@@ -65,7 +65,7 @@ if TYPE_CHECKING:
     from distplat.platform.spec import Job
     from distplat.strategies.catalog import load_job
     from distplat.strategies.directory_checkpoint import Checkpoint
-    from distplat.strategies.function.words import (
+    from distplat.strategies.function.api import (
         barrier,
         gather_for_metrics,
         get_checkpoint,

@@ -45,7 +45,7 @@ STALL_GRACE = 1.25
 the exchange come first and know more."""
 
 
-class Beats:
+class RankProgress:
     """
     How far each rank says that it has come, and when that last grew.
 
@@ -232,7 +232,7 @@ class JobState:
         self.phase, self.error, self.restart = Phase.STARTING, None, None
         self._started_at = now
         self._failed_at = 0.0
-        self._beats = Beats(self._members, now)
+        self._beats = RankProgress(self._members, now)
         self._finished: set[int] = set()
         self._dead: set[str] = set()  #: roles whose process is no more, or will be ended
         self._waiting: set[int] = set()  #: ranks that stopped and wait for orders

@@ -63,7 +63,7 @@ class NoAnswer(StorageError):
     """The storage did not answer in time."""
 
 
-class NotThere(StorageError):
+class ObjectNotFound(StorageError):
     """There is no such file, directory or bucket."""
 
 
@@ -147,7 +147,7 @@ class RemoteStorage:
         Raises:
             StorageError: the storage does not say.
         """
-        with suppress(NotThere):
+        with suppress(ObjectNotFound):
             paths = self._do(folder, lambda fs, place: fs.ls(place(folder), detail=False))
             return [str(path).rstrip("/").rpartition("/")[2] for path in paths]
         return []
@@ -159,7 +159,7 @@ class RemoteStorage:
         Raises:
             StorageError: it may be there still.
         """
-        with suppress(NotThere):
+        with suppress(ObjectNotFound):
             self._do(name, lambda fs, place: fs.rm(place(name), recursive=True))
 
     def patiently(self, work: Callable[[], T]) -> T:
@@ -173,7 +173,7 @@ class RemoteStorage:
         for n in range(_TRIES - 1):
             try:
                 return work()
-            except NotThere:
+            except ObjectNotFound:
                 raise
             except StorageError:
                 time.sleep(min(0.5 * 4**n, self.limit_s / 8))
@@ -227,7 +227,7 @@ class RemoteStorage:
 
     def _as_ours(self, name: str, error: BaseException) -> StorageError:
         text = _USER.sub("//***@", str(error) or repr(error)).splitlines()[0]
-        kind = NotThere if isinstance(error, FileNotFoundError) else StorageError
+        kind = ObjectNotFound if isinstance(error, FileNotFoundError) else StorageError
         return kind(f"{self.url}/{name}: {text}")
 
     # Object stores show an object when it is complete; a directory shows every byte at once.
@@ -388,7 +388,7 @@ def _brought(storage: RemoteStorage, name: str, target: Path) -> StoredCheckpoin
     """Bring one and read it; None: it has no manifest."""
     try:
         size = storage.patiently(lambda: storage.size(f"{name}/{MANIFEST}"))
-    except NotThere:
+    except ObjectNotFound:
         return None
     if size > _MANIFEST_BYTES:
         raise _Damaged(f"its manifest has {size} bytes")
@@ -422,7 +422,7 @@ def _copy(storage: RemoteStorage, name: str, target: Path, size: object) -> None
     """Copy a file that is to have so many bytes."""
     try:
         found = storage.patiently(lambda: storage.size(name))
-    except NotThere:
+    except ObjectNotFound:
         raise _Damaged(f"there is no {name}") from None
     if found != size:
         raise _Damaged(f"{name} has {found} bytes, expected {size}")

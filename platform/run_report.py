@@ -32,7 +32,7 @@ class Status:
 
 
 @dataclass(frozen=True)
-class PartOfTime:
+class PhaseTime:
     """One part of a step: `data`, `compute`, `exchange`, `update`."""
 
     name: str
@@ -100,7 +100,7 @@ def _patience(record: RunRecord) -> float:
     return float(deadline) if isinstance(deadline, int | float) else SILENT_S
 
 
-def time_parts(steps: Sequence[StepSummary], every: int = 1) -> list[PartOfTime]:
+def time_parts(steps: Sequence[StepSummary], every: int = 1) -> list[PhaseTime]:
     """
     Give where the time went, in the order of a step; empty without steps.
 
@@ -112,7 +112,7 @@ def time_parts(steps: Sequence[StepSummary], every: int = 1) -> list[PartOfTime]
     series = {name: [_or_zero(step.seconds.get(name, 0.0)) for step in steps] for name in names}
     whole = sum(map(sum, series.values())) or 1.0
     return [
-        PartOfTime(
+        PhaseTime(
             name,
             sum(values) * every,
             sum(values) / whole,

@@ -25,7 +25,7 @@ MAX_DEPTH = 50
 MAX_DIGITS = 300
 
 FieldPath = tuple[str | int, ...]
-Marks = dict[FieldPath, tuple[int, int]]
+Positions = dict[FieldPath, tuple[int, int]]
 """Line and column, from 1, of each field: of its key in a mapping, of the item in a list."""
 
 _TAG = "tag:yaml.org,2002:"
@@ -51,7 +51,7 @@ class _Reader(yaml.SafeLoader):
         self._file = file
         self._depth = self._count = 0
         self._sizes: dict[Node, int] = {}
-        self.places: Marks = {}
+        self.places: Positions = {}
         self.problems: list[Problem] = []
 
     def compose_node(self, parent: Node | None, index: int) -> Node | None:
@@ -187,7 +187,7 @@ for _kind, _pattern, _first in (  # which plain words are not text
     _Reader.add_implicit_resolver(_TAG + _kind, re.compile(rf"(?:{_pattern})\Z"), _first)
 
 
-def parse_yaml(text: str, file: str) -> tuple[object, Marks]:
+def parse_yaml(text: str, file: str) -> tuple[object, Positions]:
     """
     Read one YAML document.
 

@@ -25,13 +25,13 @@ from typing_extensions import override
 from distplat.platform.errors import CollectiveError, MismatchError, ranks_text
 from distplat.strategies.algorithms.reduce import sum_in_order, traffic_elements
 from distplat.strategies.collective import Collective, Handle, ReduceOp, Traffic
-from distplat.strategies.ports import Board
+from distplat.strategies.ports import RunStore
 
 _SLICE_S = 0.05
 """How often who waits for a message looks round."""
 
 
-class InMemoryBoard(Board):
+class InMemoryRunStore(RunStore):
     """One dictionary for all ranks."""
 
     def __init__(self) -> None:

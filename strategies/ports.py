@@ -255,7 +255,7 @@ class LoopShards(Protocol):
         """
 
 
-class Board(Protocol):
+class RunStore(Protocol):
     """Where the ranks of a run leave small things for each other, whenever they come."""
 
     def first(self, name: str, value: bytes) -> bytes:

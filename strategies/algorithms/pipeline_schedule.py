@@ -375,10 +375,10 @@ def with_communication(schedule: PipelineSchedule) -> Plan:
     Raises:
         ValueError: the stages wait for each other whatever is sent when.
     """
-    return _Weaver(schedule).weave()
+    return _ScheduleSimulator(schedule).run()
 
 
-class _Weaver:
+class _ScheduleSimulator:
     """Executes the stages with room for one message per channel, and writes down what they did."""
 
     def __init__(self, schedule: PipelineSchedule) -> None:
@@ -392,7 +392,7 @@ class _Weaver:
             (source, target): deque() for source in stages for target in stages
         }
 
-    def weave(self) -> Plan:
+    def run(self) -> Plan:
         while any(self._todo) or any(self._unsent):
             moves = [self._go(stage) for stage in range(self._schedule.stages)]
             if not any(moves) and not self._make_room():

@@ -28,7 +28,7 @@ from distplat.platform.errors import Problem, SpecError, nearest
 from distplat.platform.model_options import InitialWeights
 from distplat.platform.remote_storage import (
     PART_BYTES,
-    NotThere,
+    ObjectNotFound,
     RemoteStorage,
     is_url,
     missing_library,
@@ -167,7 +167,7 @@ def _on_disk(path: str, folder: Path, limit_s: float) -> Path:
 def _copied(storage: RemoteStorage, name: str, folder: Path) -> Path:
     try:
         size = storage.patiently(lambda: storage.size(name))
-    except NotThere:
+    except ObjectNotFound:
         raise _problem(f"there is no {storage.url}/{name}") from None
     with (folder / name).open("xb") as file:
         for start in range(0, size, PART_BYTES):

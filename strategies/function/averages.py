@@ -17,7 +17,7 @@ from distplat.strategies.function.gradient_average import (
     GradientAverage,
     SessionContext,
 )
-from distplat.strategies.function.oversight import parameters_of
+from distplat.strategies.function.loop_checks import parameters_of
 from distplat.strategies.function.server_sum import ServerAverage, ServerSum
 from distplat.strategies.ports import LoopShards
 from distplat.strategies.ring import RingOptions

@@ -31,13 +31,13 @@ from distplat.strategies.collective import Collective
 from distplat.strategies.directory_checkpoint import Checkpoint, of_directory
 from distplat.strategies.function.averages import Averages
 from distplat.strategies.function.gradient_average import Exchange, SessionContext, take_over
-from distplat.strategies.function.metric_gathering import gather_for_metrics
-from distplat.strategies.function.oversight import (
+from distplat.strategies.function.loop_checks import (
     EpochWatch,
     OptimizerWatch,
     ReportWatch,
     check_same_data,
 )
+from distplat.strategies.function.metric_gathering import gather_for_metrics
 from distplat.strategies.function.server_updates import ServerUpdates
 from distplat.strategies.function.sharded_loader import (
     Cut,

@@ -31,7 +31,7 @@ from typing_extensions import override
 from distplat.platform.errors import NonFiniteError, Problem, SpecError
 from distplat.platform.spec import Job
 from distplat.strategies.collective import Collective, ranks_apart
-from distplat.strategies.function.oversight import check_alike
+from distplat.strategies.function.loop_checks import check_alike
 from distplat.strategies.loop.control import NonFiniteSteps, StepControl
 from distplat.strategies.model.flat import FlatModel
 from distplat.strategies.model.parameter_layout import fill, is_finite

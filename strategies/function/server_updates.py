@@ -40,7 +40,7 @@ from distplat.strategies.function.gradient_average import (
     compare,
     take_over,
 )
-from distplat.strategies.function.oversight import check_alike, not_prepared, parameters_of
+from distplat.strategies.function.loop_checks import check_alike, not_prepared, parameters_of
 from distplat.strategies.loop.control import NonFiniteSteps, StepControl
 from distplat.strategies.model.flat import FlatModel
 from distplat.strategies.model.optimizer_state import NUMBERS, PER_PARAMETER, USED

@@ -106,7 +106,7 @@ class StreamLoader(ShardedLoader):
         self._part = _Part(stream, cut, self.batch_size, drops=batches_of(loader).drop_last)
         self._kept = {name: getattr(loader, name) for name in KEPT}
         if loader.worker_init_fn is not None:
-            self._kept["worker_init_fn"] = _AsIfAlone(loader.worker_init_fn)
+            self._kept["worker_init_fn"] = _WithoutSharding(loader.worker_init_fn)
         self._collate: Any = _Collate(loader)
         self._loader = self._made()
         self._mark: StreamPosition | None = None  #: before the last batch that was given
@@ -258,7 +258,7 @@ class _Collate(Collate):
         return told._replace(batch=super().__call__(samples)), mark
 
 
-class _AsIfAlone:
+class _WithoutSharding:
     """Calls a `worker_init_fn` that may want to cut the stream: every loader reads all of it."""
 
     def __init__(self, call: Callable[[int], object]) -> None:

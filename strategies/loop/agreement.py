@@ -1,7 +1,7 @@
 """
 Whether all ranks train the same: model, data and code, told apart by name before the first step.
 
-A rank writes down what it has and lays it on the run's board, where the first to come has laid its
+A rank writes down what it has and puts it into the run's store, where the first to come has put its
 own; each compares with that. So nobody waits for anybody, and a worker that comes later is compared
 too. Values of a model may differ, for ranks take over rank 0's; its samples may not.
 """
@@ -31,7 +31,7 @@ from distplat.strategies.loop.seeding import (
 )
 from distplat.strategies.loop.streams import StreamSamples
 from distplat.strategies.model.written_tensors import checksum
-from distplat.strategies.ports import Board
+from distplat.strategies.ports import RunStore
 from distplat.strategies.task import Task
 
 _KEY = "what-ranks-have"
@@ -64,7 +64,7 @@ class RankFacts:
 
 
 _FACTS = TypeAdapter(tuple[int, RankFacts])
-"""A rank, and what it has: what lies on the board."""
+"""A rank, and what it has: what is in the run's store."""
 
 
 def facts_of(
@@ -98,7 +98,10 @@ def facts_of(
 
 
 def agree(
-    mine: RankFacts, rank: int, board: Board, again: Callable[[Sequence[int]], Mapping[int, str]]
+    mine: RankFacts,
+    rank: int,
+    run_store: RunStore,
+    again: Callable[[Sequence[int]], Mapping[int, str]],
 ) -> None:
     """
     Compare with the first rank that came.
@@ -106,14 +109,14 @@ def agree(
     Args:
         mine: what this rank has.
         rank: this one.
-        board: the run's.
+        run_store: the run's.
         again: hashes samples once more; what is another one each time says nothing.
 
     Raises:
         SpecError: it has something else; says what, and which of the two has what.
     """
     text = _FACTS.dump_json((rank, mine))
-    first, theirs = _FACTS.validate_json(board.first(_KEY, text))
+    first, theirs = _FACTS.validate_json(run_store.first(_KEY, text))
     if theirs == mine:
         return
     me, other = f"worker-{rank}", f"worker-{first}"

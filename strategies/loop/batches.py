@@ -22,7 +22,7 @@ from distplat.strategies.algorithms.seeds import collate_seed, epoch_seed, evalu
 from distplat.strategies.loop.collate import collated, sent
 from distplat.strategies.loop.loaders import ByValue, LoaderContext, importable
 from distplat.strategies.loop.seeding import generators_kept, seed_quickly, seed_sample
-from distplat.strategies.loop.streams import Marked, StreamSamples
+from distplat.strategies.loop.streams import StreamItem, StreamSamples
 from distplat.strategies.loop.task_settings import TaskOrder
 from distplat.strategies.task import Task
 
@@ -117,7 +117,7 @@ def unmarked(data: Dataset[Any], batches: Iterator[Any]) -> Iterator[Any]:
 
 def _noted(stream: StreamSamples, batches: Iterator[Any]) -> Iterator[Any]:
     for batch in batches:
-        if isinstance(batch, Marked):
+        if isinstance(batch, StreamItem):
             stream.note(batch)
             yield batch.batch
         else:

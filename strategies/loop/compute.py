@@ -30,7 +30,7 @@ from distplat.strategies.loop.control import StepControl
 from distplat.strategies.loop.gathering import calls
 from distplat.strategies.loop.loss_check import MeanCheck
 from distplat.strategies.loop.losses import (
-    Judged,
+    EvalBatch,
     LossTerm,
     Terms,
     TermWeights,
@@ -123,7 +123,7 @@ class Sums:
     kept: dict[str, Any] = field(default_factory=dict)
     """These metrics, while the evaluation goes on."""
 
-    def add(self, batch: Judged, size: int) -> None:
+    def add(self, batch: EvalBatch, size: int) -> None:
         """Take the figures of a batch of so many samples."""
         self.samples += size
         self.kept.update(batch.kept)

@@ -313,7 +313,7 @@ class Loop(_AnyLoop):
             found.put(self.metrics.figures(parts))
 
 
-def course_of(job: Job, sampler: Sampler, steps: int, first: int, evaluates: bool) -> TaskPlan:
+def task_plan(job: Job, sampler: Sampler, steps: int, first: int, evaluates: bool) -> TaskPlan:
     """
     Say what there is to do in a run.
 

@@ -26,7 +26,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from distplat.strategies.loop.collate import with_fields
 from distplat.strategies.loop.loss_state import LossState, remark_on_state
-from distplat.strategies.loop.losses import Judged, Made
+from distplat.strategies.loop.losses import EvalBatch, Made
 from distplat.strategies.loop.seeding import generators_kept, state_of_generators
 from distplat.strategies.loop.task_settings import task_modules
 from distplat.strategies.task import Task, has_step
@@ -106,7 +106,7 @@ class MeanCheck:
             self._looked.update(range(_FIRST_STEPS))
             logger.warning("%s", text)
 
-    def look_at_metrics(self, made: Made, found: Judged, samples: int) -> None:
+    def look_at_metrics(self, made: Made, found: EvalBatch, samples: int) -> None:
         """
         Look at one of the first batches of evaluations.
 

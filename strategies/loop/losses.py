@@ -224,7 +224,7 @@ def _together(
     return checked_loss(task, torch.stack(parts).sum(), outputs, method)
 
 
-class Judged(NamedTuple):
+class EvalBatch(NamedTuple):
     """What an evaluation batch gives."""
 
     figures: Figures
@@ -232,7 +232,7 @@ class Judged(NamedTuple):
     """The task's metrics with state, by name."""
 
 
-def judged(task: Task, made: Made, samples: int) -> Judged:
+def judged(task: Task, made: Made, samples: int) -> EvalBatch:
     """
     Give loss and metrics of one evaluation batch.
 
@@ -244,7 +244,7 @@ def judged(task: Task, made: Made, samples: int) -> Judged:
     means, kept = checked_metrics(task, made.outputs, made.targets)
     for name, mean in means.items():
         figures[name] = mean * samples, float(samples)
-    return Judged(figures, kept)
+    return EvalBatch(figures, kept)
 
 
 LOSS_SCALE = "loss_scale"

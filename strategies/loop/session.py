@@ -47,7 +47,7 @@ from distplat.strategies.loop.checks import (
 from distplat.strategies.loop.compute import TaskModel
 from distplat.strategies.loop.gathering import Gathering, looks_gathering
 from distplat.strategies.loop.loaders import ready_loaders, warning_of
-from distplat.strategies.loop.loop import LeasedLoop, Loop, Progress, course_of
+from distplat.strategies.loop.loop import LeasedLoop, Loop, Progress, task_plan
 from distplat.strategies.loop.losses import LOSS_SCALE, LossScale, TermWeights
 from distplat.strategies.loop.metric_states import TaskMetrics
 from distplat.strategies.loop.prepared import Prepared
@@ -68,7 +68,7 @@ from distplat.strategies.model.optim import check_groups, meet_plateau
 from distplat.strategies.model.parameter_layout import first_non_finite
 from distplat.strategies.model.shared_memory import check_memory
 from distplat.strategies.model.task_optimizer import make_optimizers, optimizers_digest
-from distplat.strategies.ports import Board, Leases, Shards, Tables
+from distplat.strategies.ports import Leases, RunStore, Shards, Tables
 from distplat.strategies.sparse.lookups import lookups_of
 from distplat.strategies.sparse.modules import dense_parameters
 from distplat.strategies.strategy_spec import Roles
@@ -92,7 +92,7 @@ class Ports:
     """To the task scheduler."""
     peers: Callable[[], Collective] | None = None
     """Makes a group of all workers, for a strategy that has none; see `Context.peers`."""
-    board: Board | None = None
+    run_store: RunStore | None = None
     """Where the ranks of a run learn whether they have the same."""
 
 
@@ -266,8 +266,8 @@ def join(
     p, leases = prepared, ports.leases
     if ports.peers is not None:  # all who need a group of the workers get the same one
         ports = replace(ports, peers=cache(ports.peers))
-    if ports.board is not None and p.facts is not None:
-        agree(p.facts, rank, ports.board, partial(hash_samples, p.data))
+    if ports.run_store is not None and p.facts is not None:
+        agree(p.facts, rank, ports.run_store, partial(hash_samples, p.data))
     group = ports.collective if p.roles.collective is not None else None
     if strategy.cuts_model:
         _cut(p, strategy, rank, group)
@@ -278,7 +278,7 @@ def join(
     gathering, p.weights = _gathering(p, strategy, context), _term_weights(p, strategy, context)
     common = p, strategy, rank, report, progress, start, checkpoint, gathering
     if leases is not None:
-        leases.connect(course_of(p.job, p.sampler, p.total_steps, start, p.eval_data is not None))
+        leases.connect(task_plan(p.job, p.sampler, p.total_steps, start, p.eval_data is not None))
         if p.roles.consistency.dynamic_tasks:
             return LeasedLoop(*common, TaskModel(p, strategy.last_backward, progress.beat), leases)
     compute = strategy.compute(p, context)

@@ -78,7 +78,7 @@ class StreamPosition(NamedTuple):
         return cls(**{**saved, "hashes": tuple(hashes)}) if isinstance(hashes, list) else None
 
 
-class Marked(NamedTuple):
+class StreamItem(NamedTuple):
     """What was read of a stream: a batch, or its samples."""
 
     batch: Any
@@ -231,7 +231,7 @@ class StreamSamples(Dataset[Any]):
 
     def read(
         self, first: int, count: int, *, mark: bool = False, look_at: int | None = None
-    ) -> Marked:
+    ) -> StreamItem:
         """
         Give samples that follow each other. The global generators draw other numbers afterwards.
 
@@ -256,7 +256,7 @@ class StreamSamples(Dataset[Any]):
                     following.append(samples[-1])
             if here is not None:
                 here = self._hashed(here, following)
-        return Marked(samples, here, 0 if look_at is None else self._seen)
+        return StreamItem(samples, here, 0 if look_at is None else self._seen)
 
     def begin_pass(self, turn: int, mark: StreamPosition | None = None) -> StreamPosition:
         """
@@ -298,7 +298,7 @@ class StreamSamples(Dataset[Any]):
             return self._mark()
         return StreamPosition(self._origin + self._place, self._turn, self._place)
 
-    def note(self, read: Marked) -> None:
+    def note(self, read: StreamItem) -> None:
         """Take what came with a batch, perhaps out of a loader process."""
         self.fingerprint = read.fingerprint
         if read.mark is not None:

@@ -50,11 +50,11 @@ from typing_extensions import override
 
 from distplat.platform.errors import SpecError
 from distplat.strategies.model.model_call import Batch, ModelCall, changed_modes, torch_modes
-from distplat.strategies.model.stand_ins import (
+from distplat.strategies.model.placeholders import (
     Between,
     Called,
     Homes,
-    StandIn,
+    Placeholder,
     answering,
     homes_of,
     lost,
@@ -179,12 +179,12 @@ def _with_stand_ins(
     for name, child in model._modules.items():
         if name != step and child is not None:
             stands_in = id(child) in absent
-            found._modules[name] = StandIn(child) if stands_in else _lacking(child, tied)
+            found._modules[name] = Placeholder(child) if stands_in else _lacking(child, tied)
     inner = model.get_submodule(step)
     if rest:
         found._modules[step] = _with_stand_ins(inner, rest, absent, tied)
     else:
-        blocks = (StandIn(block, number=n) for n, block in enumerate(inner.children()))
+        blocks = (Placeholder(block, number=n) for n, block in enumerate(inner.children()))
         found._modules[step] = nn.ModuleList(blocks)
     return found
 
@@ -372,7 +372,7 @@ class AfterBlocks(Runner):
         self._homes, self._last = tuple(homes), 0
         self._looks = True  #: in the first micro-batch
         for one in model.modules():
-            if isinstance(one, StandIn) and one.number is not None:
+            if isinstance(one, Placeholder) and one.number is not None:
                 one.is_behind, self._last = True, max(self._last, one.number)
 
     @override

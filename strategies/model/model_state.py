@@ -35,9 +35,9 @@ from distplat.strategies.model.module_hooks import has_hook_after_backward
 from distplat.strategies.model.sync_batch_norm import SyncNorms
 from distplat.strategies.model.written_tensors import (
     CappedTables,
-    Marks,
     Rule,
     Values,
+    VersionCounters,
     Watched,
     copied_into,
     first_writer,
@@ -89,7 +89,7 @@ class ModelState:
         self._hooked = {number for number, slot in slots if has_hook_after_backward(slot.tensor)}
         """Those with a hook of the user's that is called with the gradient: ours come later."""
         self._silent = [number for number, one in enumerate(self._watched) if one.silent]
-        self._marks = Marks([one.slot for one in self._watched])
+        self._marks = VersionCounters([one.slot for one in self._watched])
         self._known = {number for number, one in enumerate(self._watched) if one.capped}
         self._group: Collective | None = None
         self._norms: SyncNorms | None = None

@@ -238,7 +238,7 @@ def _size(slot: ModuleSlot) -> int:
     return 0 if slot.tensor is None else slot.tensor.nbytes
 
 
-class Marks:
+class VersionCounters:
     """Which tensors were written since they were marked, as far as their counters tell."""
 
     def __init__(self, slots: Sequence[ModuleSlot]) -> None:

@@ -34,7 +34,7 @@ from distplat.strategies.model.trials import untouched
 from distplat.strategies.pipeline.channel import Channel
 from distplat.strategies.pipeline.forward_writes import ForwardWrites
 from distplat.strategies.pipeline.interfaces import BackwardListener, Source, TraceSpan
-from distplat.strategies.pipeline.limits import Reached
+from distplat.strategies.pipeline.limits import GradientReach
 from distplat.strategies.pipeline.rank_model import Chunk
 from distplat.strategies.pipeline.values import Packing, ValueLayout, copied, tensors_in
 
@@ -407,7 +407,7 @@ class Executor:
         reached: watches what backward reaches.
     """
 
-    def __init__(self, context: StageContext, reached: Reached) -> None:
+    def __init__(self, context: StageContext, reached: GradientReach) -> None:
         self._context, self._reached = context, reached
         self._writes = ForwardWrites(context.flat.model)
         self._sizes: set[int] = set()  #: of micro-batches whose shapes are agreed
@@ -419,7 +419,7 @@ class Executor:
 
         Raises:
             CollectiveError: a stage is missing.
-            SpecError: see `Reached` and `ForwardWrites`.
+            SpecError: see `GradientReach` and `ForwardWrites`.
         """
         self._agree_on_shapes(source)
         self._mode(training=True)

@@ -89,7 +89,7 @@ def refuse_weights(task: Task) -> None:
         raise SpecError(Problem(("task",), text, "use `strategy: ring` or `strategy: ps-sync`"))
 
 
-class Reached:
+class GradientReach:
     """
     Watches that backward reaches the rank's own parameters, and all that it is to train.
 

@@ -44,7 +44,7 @@ from distplat.strategies.pipeline.executor import (
 from distplat.strategies.pipeline.grad_sync import AllReduceGradSync, PsGradSync
 from distplat.strategies.pipeline.hybrid_options import HybridOptions
 from distplat.strategies.pipeline.interfaces import GradSync, TraceSpan
-from distplat.strategies.pipeline.limits import Reached, refuse_weights
+from distplat.strategies.pipeline.limits import GradientReach, refuse_weights
 from distplat.strategies.pipeline.model_partition import agreed_part
 from distplat.strategies.pipeline.rank_model import ModelPart
 from distplat.strategies.pipeline.stage_compute import Pipeline, StageSettings
@@ -215,7 +215,7 @@ class HybridWorker(WorkerStrategy[HybridOptions]):
             self._own.flat,
         )
         self._executor = Executor(
-            stage_context, Reached([self._own.module], self._prepared.task, self._own.names)
+            stage_context, GradientReach([self._own.module], self._prepared.task, self._own.names)
         )
         settings = StageSettings(
             at,

@@ -273,7 +273,7 @@ class Layers(Stage, Chunk):
             module.train(training)
 
 
-class Uncut(Chunk):
+class WholeModelChunk(Chunk):
     """
     The whole model, called as plain torch calls it: any inputs, any outputs, all of its hooks.
 
@@ -479,7 +479,7 @@ def take_whole(
     """
     if seed is not None:
         materialise(layers_for(task, model), 0, seed, device)
-    whole = Uncut(model.to(device), ModelCall(task), recompute=recompute)
+    whole = WholeModelChunk(model.to(device), ModelCall(task), recompute=recompute)
     return ModelPart([], {0: whole}, model)
 
 

@@ -25,7 +25,7 @@ from distplat.strategies.loop.collate import moved
 from distplat.strategies.loop.compute import Compute, Share, Stopwatch, Sums, precision
 from distplat.strategies.loop.loss_check import MeanCheck
 from distplat.strategies.loop.losses import (
-    Judged,
+    EvalBatch,
     LossTerm,
     Made,
     judged,
@@ -155,7 +155,7 @@ class Pipeline(Compute):
                 self._mean_check.look(step, Made(outputs, targets, term), samples)
             return term
 
-    def figures_of(self, outputs: Any, targets: Any, samples: int) -> Judged:
+    def figures_of(self, outputs: Any, targets: Any, samples: int) -> EvalBatch:
         """Give the figures of an evaluation micro-batch."""
         with precision(self._p.job, self._device):
             term = loss_term(self._p.task, outputs, targets, samples)

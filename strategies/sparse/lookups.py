@@ -33,7 +33,7 @@ from distplat.strategies.sparse.table import RowGradients
 
 
 @dataclass
-class _Owed:
+class _PendingGradient:
     """One forward's rows, whose gradients are to be pushed."""
 
     ids: Routed
@@ -57,7 +57,7 @@ class Lookups(RowSource):
         self._numbers = {module: n for n, module in enumerate(self._modules.values())}
         self.specs = tuple(module.spec(name) for name, module in self._modules.items())
         self._padding = [module.padding_idx for module in self._modules.values()]
-        self._owed: list[list[_Owed]] = [[] for _ in self.specs]
+        self._owed: list[list[_PendingGradient]] = [[] for _ in self.specs]
         self._made: list[tuple[Routed, RowGradients]] | None = None
         self._pull_s, self._figures = 0.0, dict[str, float]()
         self._check()
@@ -103,7 +103,7 @@ class Lookups(RowSource):
             values[torch.from_numpy(routed.ids == module.padding_idx)] = 0.0
         if module.trained:
             values.requires_grad_()
-            self._owed[number].append(_Owed(routed, values))
+            self._owed[number].append(_PendingGradient(routed, values))
         return values, None if order is None else torch.from_numpy(_inverse(order))
 
     def first_non_finite(self) -> str | None:

@@ -68,7 +68,7 @@ def parallelize(
     for one in modules.values():
         if isinstance(one, nn.TransformerEncoderLayer):
             one.activation_relu_or_gelu = 0  # else evaluation takes a way past our layers
-    module.register_forward_pre_hook(_Afresh(splitting.inside, splitting.branches))
+    module.register_forward_pre_hook(_ResetBeforeForward(splitting.inside, splitting.branches))
     return specs
 
 
@@ -91,7 +91,7 @@ def reconnect(module: nn.Module, group: Collective) -> None:
             one.around.forget()
 
 
-class _Afresh:
+class _ResetBeforeForward:
     """Has nothing left of the forward before, which may have failed; called before each."""
 
     def __init__(self, inside: TensorParallelRegion, branches: list[Branches]) -> None:

@@ -2,7 +2,7 @@
 
 from functools import partial
 
-from local_servers import TaskDesk
+from local_servers import LocalTaskScheduler
 
 from distplat.actors.servers.scheduler import Scheduler
 from distplat.platform.spec import Consistency, Job
@@ -52,6 +52,6 @@ class Dealing(Scheduler):
                 scheduler.lose(rank)
 
 
-def desk_of(job: Job, roles: Roles, most: int = 1) -> TaskDesk:
+def desk_of(job: Job, roles: Roles, most: int = 1) -> LocalTaskScheduler:
     """Make a run's scheduler, with leases of at most so many tasks."""
-    return TaskDesk(job, roles, make=partial(Dealing, most))
+    return LocalTaskScheduler(job, roles, make=partial(Dealing, most))

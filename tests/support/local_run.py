@@ -30,7 +30,7 @@ from distplat.platform.tensor_slices import by_file, put_together
 from distplat.strategies.checkpoint.checkpoint_reader import SavedState
 from distplat.strategies.checkpoint.checkpoint_types import CheckpointPart
 from distplat.strategies.collective import Collective
-from distplat.strategies.fakes import Fabric, InMemoryBoard
+from distplat.strategies.fakes import Fabric, InMemoryRunStore
 from distplat.strategies.loop.loop import LeasedLoop, Loop, Progress
 from distplat.strategies.loop.prepared import Prepared
 from distplat.strategies.loop.session import (
@@ -86,7 +86,7 @@ class LocalRun:
         self.checkpoints: dict[int, SavedState] = {}  #: by version, as read from the disk
         self.reports: list[list[AnyReport]] = [[] for _ in range(job.scaling.world)]  #: by rank
         self.trained: list[dict[str, Tensor]] = []  #: by rank: its part of the trained model
-        self.board = InMemoryBoard()
+        self.run_store = InMemoryRunStore()
         self.begin_anew()
 
     def begin_anew(self) -> None:
@@ -216,7 +216,7 @@ class Attempt:
                 tables=self.tables(rank) if self.job.embeddings is not None else None,
                 leases=self.leases(rank) if dynamic_tasks else None,
                 peers=partial(self.fabric.collective, rank),
-                board=self.run.board,
+                run_store=self.run.run_store,
             ),
             report=partial(self.report, rank),
             progress=mine.progress,

@@ -38,7 +38,7 @@ ELSEWHERE = "node-1"
 """A node that shares no memory with the servers' node, `HERE`."""
 
 
-class TaskDesk(local_actors.TaskDesk):
+class LocalTaskScheduler(local_actors.LocalTaskScheduler):
     """
     See `local_actors.TaskDesk`.
 

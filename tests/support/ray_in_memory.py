@@ -41,7 +41,7 @@ from distplat.actors.collectives import ray_groups
 from distplat.actors.head_watch import HeadWatch
 from distplat.actors.local_transport import Actor, LocalCluster, StoredObject
 from distplat.actors.ray_transport import RayTransport
-from distplat.actors.transport import ActorDied, NotHere, TransportError, Unanswered
+from distplat.actors.transport import ActorDied, AnswerPending, TransportError, Unanswered
 from distplat.actors.worker import Worker
 from distplat.platform.errors import DistplatError
 from distplat.platform.stop_order import StopOrder
@@ -415,7 +415,7 @@ class InMemoryRay:
         try:
             self._wait_for([reference], 1, timeout)
             answer = self.transport(process).get(reference, 0.0)
-        except NotHere:
+        except AnswerPending:
             raise exceptions.GetTimeoutError("nothing came in time") from None
         except Unanswered as error:
             raise exceptions.ActorUnavailableError(str(error), None) from None

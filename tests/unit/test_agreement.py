@@ -21,7 +21,7 @@ from torch.utils.data import Dataset, TensorDataset
 
 from distplat.platform.errors import SpecError
 from distplat.platform.spec import Job
-from distplat.strategies.fakes import InMemoryBoard
+from distplat.strategies.fakes import InMemoryRunStore
 from distplat.strategies.loop.agreement import agree, facts_of, hash_samples
 from distplat.strategies.loop.sample_hash import hash_of
 from distplat.strategies.loop.seeding import state_of_generators
@@ -149,15 +149,15 @@ def test_other_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class Edited(Small):
         __module__ = "their_task"
 
-    task, board = Edited(), InMemoryBoard()
+    task, run_store = Edited(), InMemoryRunStore()
     facts = []
     for text in ("version = 1", "version = 2"):
         path.write_text(text)
         facts.append(facts_of(task, task.model(), task.train_data(), None, 0))
-    agree(facts[0], 1, board, lambda positions: {})
-    agree(facts[0], 0, board, lambda positions: {})
+    agree(facts[0], 1, run_store, lambda positions: {})
+    agree(facts[0], 0, run_store, lambda positions: {})
     with pytest.raises(SpecError, match=r"worker-2 runs another task\.py than worker-1"):
-        agree(facts[1], 2, board, lambda positions: {})
+        agree(facts[1], 2, run_store, lambda positions: {})
 
 
 class Noisy(Dataset[Any]):
@@ -216,13 +216,13 @@ def test_samples_that_draw_are_not_compared_and_leave_the_generators_alone() -> 
 
 
 def test_samples_that_draw_nothing_are_compared_beside_those_that_do() -> None:
-    task, board = Small(), InMemoryBoard()
+    task, run_store = Small(), InMemoryRunStore()
     again = partial(hash_samples, Drawing(1))
     facts = [facts_of(task, task.model(), Drawing(offset), None, 0) for offset in (0, 0, 1)]
-    agree(facts[0], 0, board, again)
-    agree(facts[1], 1, board, again)
+    agree(facts[0], 0, run_store, again)
+    agree(facts[1], 1, run_store, again)
     with pytest.raises(SpecError, match="5 of 9 that were compared differ, of the numbers 3, 4, 5"):
-        agree(facts[2], 2, board, again)
+        agree(facts[2], 2, run_store, again)
 
 
 Pair = namedtuple("Pair", "x y")

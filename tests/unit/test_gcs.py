@@ -13,7 +13,7 @@ server = pytest.importorskip("gcp_storage_emulator.server")
 
 from distplat import Trainer  # noqa: E402
 from distplat.platform.errors import StorageError  # noqa: E402
-from distplat.platform.remote_storage import PART_BYTES, NotThere, RemoteStorage  # noqa: E402
+from distplat.platform.remote_storage import PART_BYTES, ObjectNotFound, RemoteStorage  # noqa: E402
 
 
 @pytest.fixture
@@ -65,7 +65,7 @@ def test_large_empty_and_missing_files(bucket: None, tmp_path: Path) -> None:
     there.remove("run")
     there.remove("run")
     assert there.names("run") == []
-    with pytest.raises(NotThere):
+    with pytest.raises(ObjectNotFound):
         there.size("run/large")
     with (tmp_path / "empty").open("rb") as file, pytest.raises(StorageError, match="gs://nobody"):
         RemoteStorage("gs://nobody/a", 60.0).put("a", file, 0)

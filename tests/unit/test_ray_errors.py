@@ -16,7 +16,7 @@ from distplat.actors.ray_errors import (
     meaning,
     of_platform,
 )
-from distplat.actors.transport import ActorDied, NotHere, Unanswered
+from distplat.actors.transport import ActorDied, AnswerPending, Unanswered
 from distplat.platform.errors import (
     ActorLost,
     DistplatError,
@@ -66,7 +66,7 @@ KILLED = "killed by Ray's memory monitor"
         (exceptions.ObjectLostError("ab", None, ""), ActorDied, ""),
         (exceptions.ActorUnavailableError("no word", None), Unanswered, "no word"),
         (exceptions.ObjectFetchTimedOutError("ab", None, ""), Unanswered, ""),
-        (exceptions.GetTimeoutError("late"), NotHere, ""),
+        (exceptions.GetTimeoutError("late"), AnswerPending, ""),
         (exceptions.ObjectStoreFullError("full"), InfrastructureError, "object_store_memory"),
         (exceptions.RaySystemError("raylet"), InfrastructureError, "the cluster fails"),
         (exceptions.RuntimeEnvSetupError("no matching package"), SpecError, "no matching package"),

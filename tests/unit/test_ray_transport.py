@@ -6,14 +6,14 @@ import pytest
 import ray
 
 from distplat.actors.ray_transport import RayTransport
-from distplat.actors.transport import ActorDied, NotHere, Unanswered
+from distplat.actors.transport import ActorDied, AnswerPending, Unanswered
 from distplat.platform.errors import StaleError
 
 
 @pytest.mark.parametrize(
     ("raised", "expected", "text"),
     [
-        (ray.exceptions.GetTimeoutError("late"), NotHere, ""),
+        (ray.exceptions.GetTimeoutError("late"), AnswerPending, ""),
         (ray.exceptions.ActorUnavailableError("no word", None), Unanswered, "no word"),
         (ray.exceptions.ActorDiedError(), ActorDied, str(ray.exceptions.ActorDiedError())),
         (ray.exceptions.OwnerDiedError("ab", None, ""), ActorDied, "OwnerDiedError"),

@@ -11,7 +11,7 @@ from call_faults import Fault, inject
 from distplat.actors import retrying_calls
 from distplat.actors.local_transport import LocalCluster
 from distplat.actors.retrying_calls import PendingCall
-from distplat.actors.transport import NotHere
+from distplat.actors.transport import AnswerPending
 from distplat.platform import awake_clock
 from distplat.platform.errors import ActorLost, DeadlineExceeded, InfrastructureError, StaleError
 
@@ -135,7 +135,7 @@ def test_a_large_answer_that_does_not_come_is_waited_for_once(
 
     def get(reply: Any, timeout_s: float) -> Any:
         waits.append(timeout_s)
-        raise NotHere
+        raise AnswerPending
 
     monkeypatch.setattr(call._transport, "get", get)
     with pytest.raises(DeadlineExceeded, match="missing: server-0"):

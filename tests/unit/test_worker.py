@@ -18,7 +18,7 @@ from distplat.actors import spawn, training
 from distplat.actors.connection import Connection
 from distplat.actors.ray_transport import RayTransport
 from distplat.actors.training import AttemptState, Session
-from distplat.actors.transport import ActorDied, NotHere
+from distplat.actors.transport import ActorDied, AnswerPending
 from distplat.actors.weights import Reply
 from distplat.actors.worker import Worker
 from distplat.platform.checkpoints import Delivery
@@ -258,7 +258,7 @@ def test_tensors_of_a_checkpoint_that_do_not_come_are_no_fault_of_the_task(
     order: Any = SimpleNamespace(saved=saved, job=SimpleNamespace(failure=failure))
     state = training._saved(order)
     assert state is not None
-    for raised, kind in ((NotHere(), DeadlineExceeded), (ActorDied("its owner"), StateLost)):
+    for raised, kind in ((AnswerPending(), DeadlineExceeded), (ActorDied("its owner"), StateLost)):
         monkeypatch.setattr(RayTransport, "get", mock.Mock(side_effect=raised))
         with pytest.raises(kind, match="the checkpoint's model"):
             state._load("model")

@@ -24,7 +24,7 @@ class Between(BaseException):
     """A block is called with something else than what the one before has given."""
 
 
-class StandIn(nn.Module):
+class Placeholder(nn.Module):
     """
     Stands for a module that is not called.
 
@@ -79,7 +79,7 @@ def answering(model: nn.Module, block: Callable[..., Any], other: Any) -> Iterat
     Raises:
         SpecError: blocks are called in another order than they are listed in, or once more.
     """
-    stand_ins = [one for one in model.modules() if isinstance(one, StandIn)]
+    stand_ins = [one for one in model.modules() if isinstance(one, Placeholder)]
     called: list[int] = []
 
     def in_turn(number: int, *args: Any, **kwargs: Any) -> Any:
