@@ -158,7 +158,7 @@ class FunctionSession:
         context = SessionContext(
             job,
             group,
-            self._progress.beat,
+            self._exchanged,
             lambda: self._progress.step,
             lambda: self._batch.fingerprint,
         )
@@ -176,6 +176,7 @@ class FunctionSession:
         """
         self._asks = self._warned = self._data_checked = False
         self._waited_s, self._last = 0.0, time.perf_counter()
+        self._exchanges = 0
         self._progress.step = saved.step if saved is not None else 0
         self._progress.begun = True
         self._progress.beat()
@@ -332,9 +333,20 @@ class FunctionSession:
         finally:
             self._exchange.enable(True)
 
+    def _exchanged(self) -> None:
+        self._exchanges += 1
+        self._progress.beat()
+
+    def returned(self) -> None:
+        """Be told that the function has returned; others are told where this one has left."""
+        step, count = self._progress.step, self._exchanges
+        self._progress.returned = (
+            f"after step {step}" if step else f"after {count} exchanges of gradients"
+        )
+
     def leave(self) -> None:
         """
-        Be told that the function has returned; some exchanges wait for the others.
+        Return when all ranks' functions have returned.
 
         Raises:
             SpecError: no report had what the job goes by.
@@ -343,6 +355,10 @@ class FunctionSession:
         if self.place.is_main_process and self.group.world > 1:
             self._epochs.over()
         self._exchange.leave()
+        # Who leaves early takes its memory with it. Another rank may be in a barrier() of its loop:
+        # the second one is not met by what comes then, and harms no operation over gloo.
+        for _ in range(2):
+            self.group.barrier()
 
     def trained(self) -> dict[str, Tensor]:
         """
