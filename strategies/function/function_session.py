@@ -30,6 +30,7 @@ from distplat.strategies.checkpoint.parts import tensors_part
 from distplat.strategies.collective import Collective
 from distplat.strategies.directory_checkpoint import Checkpoint, of_directory
 from distplat.strategies.function.averages import Averages
+from distplat.strategies.function.fused_kernel import FusedSteps
 from distplat.strategies.function.gradient_average import Exchange, SessionContext, take_over
 from distplat.strategies.function.loop_checks import (
     EpochWatch,
@@ -218,7 +219,9 @@ class FunctionSession:
             return self._loader(thing)
         if isinstance(thing, torch.optim.Optimizer):
             inner = getattr(thing, "optimizer", thing)  # Accelerate and Lightning wrap it
-            self._exchange.take(inner if isinstance(inner, torch.optim.Optimizer) else thing)
+            optimizer = inner if isinstance(inner, torch.optim.Optimizer) else thing
+            self._exchange.take(optimizer)
+            FusedSteps(optimizer)
             return thing
         if isinstance(thing, torch.optim.lr_scheduler.LRScheduler):
             self._epochs.scheduler(thing)
