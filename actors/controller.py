@@ -354,10 +354,10 @@ class Controller:
             self._scaling.left(rank)
             return [Left(rank)]
         at = news.prepared, news.host
-        heard = PollAnswered(rank, news.beats, news.step, news.finished, *at)
+        heard = PollAnswered(rank, news.beats, news.step, news.finished, *at, news.loop)
         if news.error is None:
             return [heard]
-        return [heard, Failed(role, news.error, prepared=news.prepared, node=news.host)]
+        return [heard, Failed(role, news.error, False, False, *at, news.traceback)]
 
     def _result(self) -> bytes:
         """Fetch the model; where it is cut, each part, and put them together by name."""

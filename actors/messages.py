@@ -9,6 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from distplat.platform.parted_ranks import LoopState
+
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
@@ -124,6 +126,10 @@ class PollResult:
     """That node's name and address, for people to read."""
     prepared: bool = False
     """It has made its model and data."""
+    loop: LoopState = field(default_factory=LoopState)
+    """Of a train function."""
+    traceback: str = ""
+    """The user's frames of `error`; of a train function."""
 
 
 @dataclass(frozen=True)

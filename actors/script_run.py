@@ -40,6 +40,7 @@ from distplat.platform.errors import (
     Interrupted,
     ScriptFailed,
     StorageError,
+    ranks_text,
 )
 from distplat.platform.run_directory import new_run_name
 from distplat.platform.spec import Scaling
@@ -49,6 +50,8 @@ _OUTPUT_S = 1.0
 _TICK_S = 0.1
 GRACE_S = 10.0
 """How long processes have to end after SIGTERM."""
+_ALONE_S = 60.0
+"""After so long it is said that some processes have ended and others have not."""
 _SETTING = "start_timeout_s"
 
 
@@ -113,6 +116,8 @@ class Attempt:
         self._script, self._transport, self._terminal = script, transport, terminal
         self._actors, self._check = actors, check
         self._ranks: list[_Rank] = []
+        self._told = False  #: see `_tell_who_runs_on`
+        self._all_ran_at = time.monotonic()
 
     def run(self, restarts: int) -> None:
         """
@@ -199,9 +204,22 @@ class Attempt:
         for one in self._ranks:
             if one.lost:
                 raise ActorLost(f"the process of rank {one.rank}", None, "its node or actor died")
+        ended = sorted(one.rank for one in self._ranks if one.exit_code == 0)
         for one in self._ranks:
             if one.exit_code:
-                raise ScriptFailed.of(one.rank, one.exit_code)
+                raise ScriptFailed.of(one.rank, one.exit_code, ended)
+        self._tell_who_runs_on(ended)
+
+    def _tell_who_runs_on(self, ended: Sequence[int]) -> None:
+        """Say once that some processes are done and others not: they may wait for those."""
+        if not ended:
+            self._all_ran_at = time.monotonic()
+        elif not self._told and time.monotonic() - self._all_ran_at > _ALONE_S:
+            self._told = True
+            first, left = ranks_text(ended), [one.rank for one in self._ranks if not one.over]
+            text = "%s ended with exit code 0, %.0f s ago; not so %s: at work, or waiting in vain"
+            if left:
+                self._terminal.news(text % (first, _ALONE_S, ranks_text(left)))
 
 
 def run_script(

@@ -39,7 +39,12 @@ from distplat.actors.task_loading import (
     load_train_function,
 )
 from distplat.actors.transport import AnswerPending, TransportError
-from distplat.actors.user_errors import as_user_error, killed_loader, lost_peer
+from distplat.actors.user_errors import (
+    as_user_error,
+    killed_loader,
+    lost_peer,
+    traceback_of_call,
+)
 from distplat.actors.visible_gpus import own_device
 from distplat.actors.weights import Reply
 from distplat.platform.checkpoints import Delivery
@@ -47,7 +52,6 @@ from distplat.platform.errors import (
     Abandoned,
     DeadlineExceeded,
     DistplatError,
-    MismatchError,
     StateLost,
 )
 from distplat.platform.progress import AnyReport, StepReport
@@ -76,11 +80,6 @@ from distplat.strategies.loop.snapshot_publisher import SnapshotPublisher, part_
 from distplat.strategies.ports import LoopShards
 from distplat.strategies.task import Task
 from distplat.strategies.worker_strategy import WorkerStrategy, make_worker_strategy
-
-_PARTED = (
-    "the loops of these ranks have parted: every rank must call backward(), barrier(), "
-    "gather_for_metrics() and should_stop() as often, in the same order, before its function ends"
-)
 
 
 def run_function(
@@ -115,12 +114,9 @@ def run_function(
             seed_again(job.seed)  # what its import has seeded stays
             with running(session):
                 call_train_function(function, job.task_args)
+                session.returned()
         session.leave()
-        group.barrier()  # who leaves early takes its memory with it
         return {name: value.clone() for name, value in session.trained().items()}
-    except MismatchError as error:
-        at = error.group, error.operation, error.number, error.missing
-        raise MismatchError(*at, f"{error.cause}; {_PARTED}") from error
     finally:
         session.close()
 
@@ -161,6 +157,8 @@ class AttemptState:
     """The trained model in the safetensors format, once the attempt has ended well."""
     error: DistplatError | None = None
     """Why it ended, if it did not end well."""
+    traceback: str = ""
+    """See `PollResult.traceback`."""
 
 
 class Session:
@@ -178,6 +176,7 @@ class Session:
         self._report, self._deliver = report, deliver
         self.state = AttemptState(-1)
         self.node = self.host = ""  #: this process's, once it is one of the run
+        self.own_loop = False  #: whether the user's function is what is run
         self._task: type[Task] | None = None  #: where it was imported before the first attempt
         self._prepared: Prepared | None = None
         self._strategy: WorkerStrategy[Any] | None = None
@@ -245,14 +244,16 @@ class Session:
         try:
             model = self._attempt(order, self.state.progress)
             self.state = replace(self.state, model=model)
-        except DistplatError as error:
-            self.state = replace(self.state, error=error.with_traceback(None))
         except BaseException as error:  # SystemExit of user code too: it would end only a thread
             at = self.state.progress
-            found = _of_platform(error) or as_user_error(
-                error, order.rank, at.at, evaluating=at.evaluating
-            )
-            self.state = replace(self.state, error=found)
+            shown = traceback_of_call(error) if self.own_loop else ""
+            if isinstance(error, DistplatError):
+                found: DistplatError = error.with_traceback(None)
+            else:
+                found = _of_platform(error) or as_user_error(
+                    error, order.rank, at.at, evaluating=at.evaluating
+                )
+            self.state = replace(self.state, error=found, traceback=shown)
 
     def prepare(self, order: WorkOrder, ready: Future[None]) -> None:
         """Build model and data for an attempt that is to come; tell `ready` how that ended."""
@@ -318,6 +319,7 @@ class Session:
     def _function(self, order: WorkOrder, progress: Progress) -> bytes:
         """Make an attempt of a train function."""
         self._settle(order)
+        self.own_loop = True
         limit_s = order.job.failure.step_timeout_s
         uploader = CheckpointUploader(order.rank, order.attempt, _put, self._deliver, limit_s)
         connection = self._connection

@@ -5,15 +5,17 @@ Frames of ours, and those of torch that only pass a call on, are left out, of ca
 of a loader process comes as text inside another one; what is shown is the error itself.
 """
 
+import itertools
 import os
 import signal
 import sys
+import threading
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import distplat
-from distplat.platform.errors import InfrastructureError, UserCodeError
+from distplat.platform.errors import InfrastructureError, PeerLost, UserCodeError
 
 _OURS = [
     (Path(distplat.__file__).parent / part).resolve()
@@ -27,6 +29,9 @@ _PASSES_ON = (
 """What of torch stands between a caller and the user's code, below torch's own folder."""
 _LOADER = "Original Traceback (most recent call last):\n"
 """Where torch puts the error of a loader process into the text of another one."""
+
+_CALLER = "call_train_function"
+"""Which frame's callee is the user's; of `task_loading.py`, which imports torch."""
 
 _SHARED_MEMORY = (
     *("unable to allocate shared memory", "unable to write to file </torch_"),
@@ -137,6 +142,38 @@ def as_user_error(
     return UserCodeError(rank, step, summary, shown, _remedy(error), evaluating, places)
 
 
+def traceback_of_call(error: BaseException) -> str:
+    """
+    Give the traceback of an error of ours, or of torch's, down to where the user's code called it.
+
+    Empty: the user's code has not called what failed.
+    """
+    frames = _to_call(traceback.extract_tb(error.__traceback__))
+    return f"{frames}{type(error).__name__}: {error}\n" if frames else ""
+
+
+def frames_of_wait(thread: threading.Thread) -> str:
+    """Give the user's frames of a thread in an operation of torch.distributed; empty: it is not."""
+    now = sys._current_frames().get(thread.ident or 0)
+    stack = traceback.extract_stack(now) if now is not None else []
+    inside = (_in_torch(frame.filename) or "" for frame in stack)
+    return _to_call(stack) if any(path.startswith("distributed/") for path in inside) else ""
+
+
+def _to_call(stack: Iterable[traceback.FrameSummary]) -> str:
+    """Show the frames of a train function down to where it calls ours or torch's; empty: none."""
+    frames: list[traceback.FrameSummary] = []
+    for frame in itertools.dropwhile(lambda one: one.name != _CALLER, stack):
+        if frames and _is_ours(frame.filename):
+            break
+        if not _passes_on(frame.filename):
+            frames.append(frame)
+    while frames and _in_torch(frames[-1].filename) is not None:
+        frames.pop()
+    lines = "".join(traceback.format_list(frames))
+    return f"Traceback (most recent call last):\n{lines}" if frames else ""
+
+
 def killed_loader(error: BaseException) -> InfrastructureError | None:
     """
     Give our error where the system has killed a loader process; else None.
@@ -149,14 +186,14 @@ def killed_loader(error: BaseException) -> InfrastructureError | None:
     return InfrastructureError(text + "fewer `data.num_workers` take less")
 
 
-def lost_peer(error: BaseException) -> InfrastructureError | None:
+def lost_peer(error: BaseException) -> PeerLost | None:
     """Give our error where torch.distributed failed as another rank is gone; else None."""
     shown = str(error)
     of_torch = isinstance(error, RuntimeError) and ("gloo" in shown or "NCCL" in shown)
     if not of_torch or not any(how in shown.lower() for how in _LOST_PEER):
         return None
     text = "torch.distributed, called by the function, lost another rank: "
-    return InfrastructureError(text + shown.splitlines()[0])
+    return PeerLost(text + shown.splitlines()[0])
 
 
 def _ended_by(number: signal.Signals, error: BaseException) -> bool:
@@ -184,17 +221,24 @@ def _with_causes(found: traceback.TracebackException) -> Iterator[traceback.Trac
 
 def _passes_on(filename: str) -> bool:
     """Whether a frame of this file is none of the user's."""
-    if filename.startswith("<frozen") or "/importlib/" in filename:
+    if filename.startswith("<frozen") or "/importlib/" in filename or _is_ours(filename):
         return True
+    inner = _in_torch(filename)
+    return inner is not None and inner.startswith(_PASSES_ON)
+
+
+def _is_ours(filename: str) -> bool:
     path = Path(filename).resolve()
-    if any(path.is_relative_to(folder) for folder in _OURS):
-        return True
+    return any(path.is_relative_to(folder) for folder in _OURS)
+
+
+def _in_torch(filename: str) -> str | None:
+    """Give the path below torch's own folder; None: it is no file of torch's."""
     torch = sys.modules.get("torch")
     if torch is None or torch.__file__ is None:
-        return False
-    folder = Path(torch.__file__).resolve().parent
-    inner = path.relative_to(folder).as_posix() if path.is_relative_to(folder) else ""
-    return inner.startswith(_PASSES_ON)
+        return None
+    path, folder = Path(filename).resolve(), Path(torch.__file__).resolve().parent
+    return path.relative_to(folder).as_posix() if path.is_relative_to(folder) else None
 
 
 def _of_loader(text: str) -> str:

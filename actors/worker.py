@@ -22,6 +22,7 @@ from distplat.actors.process_setup import keep_freed_memory, quick_imports
 from distplat.actors.retrying_calls import Outbox
 from distplat.actors.weights import Reply
 from distplat.platform.checkpoints import Delivery
+from distplat.platform.parted_ranks import LoopState
 from distplat.platform.progress import AnyReport
 from distplat.platform.stop_order import StopOrder
 
@@ -42,6 +43,7 @@ class Worker:
         self._begun = -1  #: the last attempt that it was told to begin
         self._ready: Future[None] | None = None  #: of what was asked for before the first attempt
         self._spare = False  #: it is nobody yet
+        self._beats = 0  #: at the last question
         self._ended = threading.Event()  #: an attempt is over, and none was begun since
         self._beginning = threading.Lock()
         self._news = threading.Event()  #: there is something that is not to be kept back
@@ -140,7 +142,18 @@ class Worker:
             node=self._session.node,
             host=self._session.host,
             prepared=self._session.prepared,
+            loop=LoopState(state.progress.returned, self._waits(state.progress.beats)),
+            traceback=state.traceback,
         )
+
+    def _waits(self, beats: int) -> str:
+        """Say where a train function that makes no step waits for others; see `LoopState`."""
+        moved, self._beats = beats != self._beats, beats
+        if moved or self._thread is None or self._session is None or not self._session.own_loop:
+            return ""
+        from distplat.actors.user_errors import frames_of_wait
+
+        return frames_of_wait(self._thread)
 
     def result(self) -> bytes:
         """Give the trained model, as safetensors; only once `finished`."""

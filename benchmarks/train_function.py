@@ -6,19 +6,25 @@ What a step of a train function takes, against the same model as a task under th
 
 Both use torch's fused AdamW, one thread a process. The sides run in turn; figures are medians of
 the rounds, of a run the median from loss to loss in the slowest process, the first ones left out.
+Beside them the processor time of a step, of all workers and servers: it moves less than the step's
+when others use the machine.
 """
 
 import argparse
+import os
+import statistics
+import time
 from collections.abc import Mapping
-from functools import partial
+from contextlib import suppress
+from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import ray
 import torch
-from common import WORKERS, alternately, print_ratio
-from step_overhead import ADAMW, BATCH, DATA, MODELS, Record, Recorded, loss_of, read
-from torch import nn
+from common import WORKERS, print_ratio
+from step_overhead import ADAMW, BATCH, DATA, MODELS, WARM, Record, Recorded, loss_of, read
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 import distplat
@@ -26,6 +32,46 @@ from distplat import Trainer
 
 STEPS = {"gpt": 150, "mlp": 80}
 ON = {"gpt": 1, "mlp": WORKERS}
+
+
+class Timed(Record):
+    """Also takes the processor time of this run's processes; see `Record`."""
+
+    def add(self, loss: Tensor) -> Tensor:
+        """Take a loss, and give it back."""
+        made = len(self.times)
+        if made == WARM:
+            self.began_ms = processor_ms()
+        if made + 1 == self.steps:
+            ms = (processor_ms() - self.began_ms) / (made - WARM)
+            Path(self.folder, f"processor-{time.monotonic_ns()}").write_text(str(ms))
+        return super().add(loss)
+
+
+def processor_ms() -> float:
+    """Give what workers and servers have used; they are children of one process of Ray."""
+    used, mine = 0, os.getppid()
+    for one in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):  # it has ended
+            if not (one / "cmdline").read_bytes().startswith((b"ray::Worker", b"ray::ServerNode")):
+                continue
+            fields = (one / "stat").read_text().rpartition(")")[2].split()
+            used += (int(fields[11]) + int(fields[12])) * (int(fields[1]) == mine)
+    return used / os.sysconf("SC_CLK_TCK") * 1e3
+
+
+class TimedTask(Recorded):
+    """One of the models, timed."""
+
+    def __init__(self, kind: str, steps: int, folder: str) -> None:
+        super().__init__(kind, steps, folder)
+        self.record = Timed(steps, folder)
+
+
+def figures_of(folder: str) -> tuple[float, float]:
+    """Give milliseconds of a step, and of processor time in it."""
+    found = [float(one.read_text()) for one in Path(folder).glob("processor-*")]
+    return read(folder)[0], statistics.median(found)
 
 
 def job_of(kind: str, strategy: str, folder: str, runs: str, **more: Any) -> dict[str, Any]:
@@ -41,8 +87,8 @@ def job_of(kind: str, strategy: str, folder: str, runs: str, **more: Any) -> dic
     }
 
 
-def as_task(kind: str, strategy: str) -> float:
-    """Train as a task; give milliseconds per step."""
+def as_task(kind: str, strategy: str) -> tuple[float, float]:
+    """Train as a task; see `figures_of`."""
     with TemporaryDirectory() as folder, TemporaryDirectory() as runs:
         more = {
             "optimizer": {"name": "AdamW", **ADAMW},
@@ -51,8 +97,8 @@ def as_task(kind: str, strategy: str) -> float:
             "data": {"shuffle": False},
             "steps": STEPS[kind],
         }
-        Trainer(job_of(kind, strategy, folder, runs, **more), Recorded, progress=False).fit()
-        return read(folder)[0]
+        Trainer(job_of(kind, strategy, folder, runs, **more), TimedTask, progress=False).fit()
+        return figures_of(folder)
 
 
 def train(config: Mapping[str, Any]) -> None:
@@ -63,7 +109,7 @@ def train(config: Mapping[str, Any]) -> None:
     batch = BATCH[kind] // distplat.get_context().get_world_size()
     loader = DataLoader(DATA[kind](steps * BATCH[kind]), batch_size=batch)
     model, optimizer, loader = distplat.prepare(model, optimizer, loader)
-    record = Record(steps, config["folder"])
+    record = Timed(steps, config["folder"])
     for inputs, targets in loader:
         loss = record.add(loss_of(kind, model(inputs), targets))
         torch.autograd.backward(loss)
@@ -74,11 +120,11 @@ def train(config: Mapping[str, Any]) -> None:
         distplat.report({"loss": loss.item()})
 
 
-def as_function(kind: str, strategy: str) -> float:
-    """Train as a function; give milliseconds per step."""
+def as_function(kind: str, strategy: str) -> tuple[float, float]:
+    """Train as a function; see `figures_of`."""
     with TemporaryDirectory() as folder, TemporaryDirectory() as runs:
         Trainer(job_of(kind, strategy, folder, runs), train, progress=False).fit()
-        return read(folder)[0]
+        return figures_of(folder)
 
 
 def main() -> None:
@@ -91,8 +137,13 @@ def main() -> None:
     ray.init(address="local", num_cpus=4, **given)
     for kind in args.rows:
         what = kind, args.strategy
-        sides = alternately(partial(as_function, *what), partial(as_task, *what), args.rounds)
-        print_ratio(f"{kind}, {args.strategy}, {ON[kind]} worker(s): function, task", *sides, 1.05)
+        rounds = [(as_function(*what), as_task(*what)) for _ in range(args.rounds)]
+        (ms, task_ms), (used, task_used) = (
+            [statistics.median(side[n] for side in sides) for sides in zip(*rounds, strict=True)]
+            for n in range(2)
+        )
+        print_ratio(f"{kind}, {args.strategy}, {ON[kind]} worker(s)", ms, task_ms, 1.05)
+        print(f"  processor time: {used:.0f} ms, task {task_used:.0f} ms: {used / task_used:.2f}x")
     ray.shutdown()
 
 

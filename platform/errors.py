@@ -13,6 +13,7 @@ Every error that distplat raises on purpose, in one tree.
     |  |- Abandoned                         a wait was called off, for another rank was lost
     |  |- CollectiveError                   a collective failed or timed out; names missing ranks
     |  |  `- MismatchError                  ranks are in different operations; never retried
+    |  |- PeerLost                          the same, in a function's torch.distributed
     |  |- StateLost                         no rank that is left has a part of the state
     |  `- RestartsExhausted                 failures came back until the restart budget was spent
     |- ProtocolError                    4   a message that must not be applied
@@ -200,16 +201,18 @@ class ScriptFailed(DistplatError):
     exit_code = 1
 
     @classmethod
-    def of(cls, rank: int, code: int) -> Self:
+    def of(cls, rank: int, code: int, before: Collection[int] = ()) -> Self:
         """
         Say how a process ended.
 
         Args:
             rank: the process's.
             code: its exit code; a negative one is that of a signal.
+            before: ranks that had ended by then, with 0: whoever waits for them fails.
         """
         if code > 0:
-            return cls(f"rank {rank} ended with exit code {code}; its last lines say why")
+            text = f"rank {rank} ended with exit code {code}; its last lines say why"
+            return cls(f"{text}. {ranks_text(before)} had ended before, with 0" if before else text)
         hint = "; was it the system's out-of-memory killer?" if -code == signal.SIGKILL else ""
         known = {one.value: one.name for one in signal.Signals}
         return cls(f"rank {rank} was killed by {known.get(-code, f'signal {-code}')}{hint}")
@@ -310,6 +313,10 @@ class MismatchError(CollectiveError):
             f"{self.operation} #{self.number} of group {self.group!r}: "
             f"ranks do not match: {self.cause}"
         )
+
+
+class PeerLost(InfrastructureError):
+    """torch.distributed, called by a train function, lost another rank."""
 
 
 class StateLost(InfrastructureError):

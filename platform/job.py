@@ -22,7 +22,7 @@ in, decisions go out.
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from enum import Enum
 
 from distplat.platform.errors import (
@@ -35,6 +35,7 @@ from distplat.platform.errors import (
     StateLost,
     UserCodeError,
 )
+from distplat.platform.parted_ranks import Loops, LoopState
 from distplat.platform.recovery import COORDINATORS, Budget, Policy, Restart, repairable, weight
 from distplat.platform.setup_errors import SetupErrors
 from distplat.platform.spec import Failure
@@ -120,6 +121,8 @@ class PollAnswered:
     """It has made its model and data."""
     node: str = ""
     """Where it is, for people to read; empty: not known."""
+    loop: LoopState = field(default_factory=LoopState)
+    """Of a train function."""
 
 
 @dataclass(frozen=True)
@@ -136,6 +139,8 @@ class Failed:
     """Before, it had made its model and data; of a worker."""
     node: str = ""
     """See `PollAnswered.node`."""
+    traceback: str = ""
+    """The user's frames; of a train function."""
 
 
 @dataclass(frozen=True)
@@ -239,6 +244,7 @@ class JobState:
         self._preempted = False
         self._state_lost = False
         self._wanted: int | None = None  #: ranks that there are to be in the next attempt
+        self._loops = Loops()
         self._setup = SetupErrors()
 
     @property
@@ -353,6 +359,7 @@ class JobState:
             self._setup.made(heard.rank, heard.node)
         if heard.finished:
             self._finished.add(heard.rank)
+        self._loops.hear(heard.rank, heard.loop)
         if self.phase is Phase.STARTING and not self._beats.still:
             self.phase, self._restoring = Phase.RUNNING, False
         self._end_if_finished()
@@ -362,6 +369,7 @@ class JobState:
             self._dead.add(failed.role)
         elif (rank := rank_of(failed.role)) is not None:
             self._waiting.add(rank)
+            self._loops.end(rank, failed.error, failed.traceback)
             if not failed.prepared and isinstance(failed.error, UserCodeError | SpecError):
                 self._setup.failed(rank, failed.node, failed.error)
         if self._resizing and isinstance(failed.error, Abandoned):
@@ -418,12 +426,22 @@ class JobState:
         else:
             waits = not isinstance(self.error, UserCodeError)
         if not waits or now - self._failed_at >= SETTLE_S:
-            self.phase, self.error = Phase.FAILED, self._setup.told(self.error, self._members)
+            told = self._setup.told(self.error, self._members)
+            self.phase, self.error = Phase.FAILED, self._parted() or told
+
+    def _parted(self) -> UserCodeError | None:
+        """Say that ranks have left the others in their loops, and none was lost."""
+        if self.error is None or self._dead or weight(self.error) > 1:
+            return None
+        return self._loops.parted(self._steps)
 
     def _decide(self) -> None:
         """Every rank is accounted for: go on, or give up."""
         if self.error is None:
             self.restart = Restart(self.attempt + 1, (), False, 0.0, world=self._wanted)
+            return
+        if (of_user := self._parted()) is not None:
+            self.phase, self.error = Phase.FAILED, of_user
             return
         error = self.error
         answer = self._budget.spend(
@@ -454,12 +472,15 @@ class JobState:
             self._fail(DeadlineExceeded("start", late, limit, "failure.start_timeout_s"), now)
 
     def _watch_steps(self, now: float) -> None:
-        working = self._members - self._finished - self._waiting
+        working = self._members - self._finished - self._waiting - self._loops.returned
         if late := self._beats.stalled(working, now, self._limits):
             self._stall(late, now)
 
     def _stall(self, ranks: Iterable[int], now: float) -> None:
         """Ranks were waited for too long: they are as good as lost."""
+        if (of_user := self._loops.stalled(ranks, self._steps)) is not None:
+            self._fail(of_user, now)
+            return
         what = f"step {self.steps_done + 1}"
         late = tuple(f"worker-{rank}" for rank in sorted(ranks))
         self._dead.update(late)

@@ -30,6 +30,7 @@ from distplat.strategies.checkpoint.parts import tensors_part
 from distplat.strategies.collective import Collective
 from distplat.strategies.directory_checkpoint import Checkpoint, of_directory
 from distplat.strategies.function.averages import Averages
+from distplat.strategies.function.fused_kernel import FusedSteps
 from distplat.strategies.function.gradient_average import Exchange, SessionContext, take_over
 from distplat.strategies.function.loop_checks import (
     EpochWatch,
@@ -158,7 +159,7 @@ class FunctionSession:
         context = SessionContext(
             job,
             group,
-            self._progress.beat,
+            self._exchanged,
             lambda: self._progress.step,
             lambda: self._batch.fingerprint,
         )
@@ -176,6 +177,7 @@ class FunctionSession:
         """
         self._asks = self._warned = self._data_checked = False
         self._waited_s, self._last = 0.0, time.perf_counter()
+        self._exchanges = 0
         self._progress.step = saved.step if saved is not None else 0
         self._progress.begun = True
         self._progress.beat()
@@ -217,7 +219,9 @@ class FunctionSession:
             return self._loader(thing)
         if isinstance(thing, torch.optim.Optimizer):
             inner = getattr(thing, "optimizer", thing)  # Accelerate and Lightning wrap it
-            self._exchange.take(inner if isinstance(inner, torch.optim.Optimizer) else thing)
+            optimizer = inner if isinstance(inner, torch.optim.Optimizer) else thing
+            self._exchange.take(optimizer)
+            FusedSteps(optimizer)
             return thing
         if isinstance(thing, torch.optim.lr_scheduler.LRScheduler):
             self._epochs.scheduler(thing)
@@ -332,9 +336,20 @@ class FunctionSession:
         finally:
             self._exchange.enable(True)
 
+    def _exchanged(self) -> None:
+        self._exchanges += 1
+        self._progress.beat()
+
+    def returned(self) -> None:
+        """Be told that the function has returned; others are told where this one has left."""
+        step, count = self._progress.step, self._exchanges
+        self._progress.returned = (
+            f"after step {step}" if step else f"after {count} exchanges of gradients"
+        )
+
     def leave(self) -> None:
         """
-        Be told that the function has returned; some exchanges wait for the others.
+        Return when all ranks' functions have returned.
 
         Raises:
             SpecError: no report had what the job goes by.
@@ -343,6 +358,10 @@ class FunctionSession:
         if self.place.is_main_process and self.group.world > 1:
             self._epochs.over()
         self._exchange.leave()
+        # Who leaves early takes its memory with it. Another rank may be in a barrier() of its loop:
+        # the second one is not met by what comes then, and harms no operation over gloo.
+        for _ in range(2):
+            self.group.barrier()
 
     def trained(self) -> dict[str, Tensor]:
         """

@@ -114,6 +114,8 @@ class Progress:
     """The loop has been entered."""
     evaluating: bool = False
     """The evaluation after `step` is under way, not the next step."""
+    returned: str = ""
+    """After what a train function has returned, for people to read; empty: it has not."""
 
     @property
     def at(self) -> int | None:

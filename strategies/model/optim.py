@@ -36,10 +36,10 @@ from distplat.strategies.model.parameter_layout import (
 from distplat.strategies.model.tensor_optimizer import TensorOptimizer, VectorOptimizer
 from distplat.strategies.sparse.modules import dense_parameters, tables_of
 
-_FUSED = {"SGD", "Adam", "AdamW", "Adagrad"}
+FUSED = {"SGD", "Adam", "AdamW", "Adagrad"}
 """Classes that have a fused kernel on the CPU: one pass over memory in place of several."""
 
-_FUSED_TYPES = {"float32", "float64"}
+FUSED_TYPES = {"float32", "float64"}
 """Types that it updates: torch 2.13's does nothing to 16-bit types on the CPU."""
 
 
@@ -256,7 +256,7 @@ class FlatOptimizer(VectorOptimizer):
 
     def _give_to_torch(self, one: _Range) -> None:
         """Make a range a parameter of the torch optimizer that is right for its type."""
-        fused = one.dtype in _FUSED_TYPES or self._vector.device.type != "cpu"
+        fused = one.dtype in FUSED_TYPES or self._vector.device.type != "cpu"
         one.optimizer = self._optimizers[fused, one.used]
         one.parameter = nn.Parameter(one.of(self._vector))
         one.parameter.grad = one.of(self.gradient)
@@ -310,7 +310,7 @@ def _equal(one: NDArray[np.bool_] | None, other: NDArray[np.bool_] | None) -> bo
 def _torch_optimizer(spec: Optimizer, *, fused: bool) -> torch.optim.Optimizer:
     """Make a torch optimizer that has all groups, and no parameters yet."""
     kind = getattr(torch.optim, spec.name)
-    more = {"fused": True} if fused and spec.name in _FUSED else {}
+    more = {"fused": True} if fused and spec.name in FUSED else {}
     groups = [
         {"params": [nn.Parameter(torch.zeros(1))], **variant.arguments()}
         for variant in spec.variants()

@@ -28,6 +28,7 @@ from distplat.platform.errors import (
     DeadlineExceeded,
     DistplatError,
     FencedError,
+    MismatchError,
     ProtocolError,
     StaleError,
 )
@@ -309,10 +310,8 @@ class Server(Generic[S]):
         gone = sorted(ledger.left.intersection(missing()))
         if gone and not arrived():
             who = ", ".join(self.store.worker(rank) for rank in gone)
-            raise ProtocolError(
-                f"{what} would wait for ever: the train function of {who} is over, after fewer "
-                "backwards than others'; each rank must call backward as often"
-            )
+            cause = f"the train function of {who} is over, after fewer backwards than others'"
+            raise MismatchError(self._name, "push", ledger.updates, tuple(gone), cause)
         if not there:
             late = tuple(self.store.worker(rank) for rank in missing())
             raise DeadlineExceeded(what, late, limit_s, f"failure.{setting}")

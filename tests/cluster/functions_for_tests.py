@@ -151,11 +151,15 @@ def wrong(config: dict[str, Any]) -> None:
 
 def parting(config: dict[str, Any]) -> None:
     """Rank 1 stops after the sixth epoch, as its own loss may have it."""
+    if config.get("reduces"):
+        dist.init_process_group("gloo")
     model = model_of()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
     loader = DataLoader(data_of(), batch_size=4)
     model, optimizer, loader = distplat.prepare(model, optimizer, loader)
     for epoch in range(8):
+        if config.get("reduces"):
+            dist.all_reduce(torch.ones(1))
         for inputs, targets in loader:
             backward((model(inputs) - targets).square().mean())
             optimizer.step()

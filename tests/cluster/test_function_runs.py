@@ -17,9 +17,12 @@ from torch.autograd import backward
 from torch.utils.data import DataLoader, DistributedSampler
 
 from distplat import Callback, Result, Trainer
-from distplat.platform.errors import MismatchError, UserCodeError
+from distplat.platform.errors import UserCodeError
 
 pytestmark = [pytest.mark.cluster, pytest.mark.usefixtures("local_ray")]
+
+
+LEFT = r"rank 0, in step 7: waited for rank 1, whose function returned after step 6"
 
 
 def fit(
@@ -29,6 +32,7 @@ def fit(
     *,
     strategy: Any = "ring",
     callbacks: Sequence[Callback] = (),
+    failure: Mapping[str, float] | None = None,
     **config: Any,
 ) -> Result:
     job = {
@@ -38,6 +42,7 @@ def fit(
         "strategy": strategy,
         "scaling": {"num_workers": workers, "resources_per_worker": {"CPU": 0.5}},
         "storage_path": str(folder),
+        "failure": failure or {},
     }
     return Trainer(job, working_dir=HERE, callbacks=callbacks).fit()
 
@@ -98,10 +103,20 @@ def test_an_error_of_one_rank_is_told_not_what_it_does_to_the_others(tmp_path: P
 @pytest.mark.slow
 def test_a_loop_that_ends_earlier_than_others_is_named_by_gloo_too(tmp_path: Path) -> None:
     strategy = {"name": "ring", "backend": "gloo", "timeout_s": 3}
-    with pytest.raises(
-        MismatchError, match=r"rank 0 in all_reduce .*rank 1 in barrier.* have parted"
-    ):
+    with pytest.raises(UserCodeError, match=LEFT) as raised:
         fit(2, tmp_path, "parting", strategy=strategy)
+    assert "backward((model(inputs) - targets)" in raised.value.frames
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ring", "ps-async"])
+def test_who_waits_in_torch_distributed_for_a_rank_that_has_left_is_told(
+    strategy: str, tmp_path: Path
+) -> None:
+    """gloo tells nobody that a rank has destroyed its group, and waits for half an hour."""
+    with pytest.raises(UserCodeError, match=LEFT) as raised:
+        fit(2, tmp_path, "parting", strategy=strategy, failure={"step_timeout_s": 10}, reduces=True)
+    assert "dist.all_reduce(torch.ones(1))" in raised.value.frames
 
 
 @pytest.mark.slow

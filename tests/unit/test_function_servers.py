@@ -30,7 +30,7 @@ from torch.utils.data import DataLoader
 
 import distplat
 from distplat.actors.local_actors import HERE
-from distplat.platform.errors import NonFiniteError, ProtocolError, SpecError
+from distplat.platform.errors import MismatchError, NonFiniteError, SpecError
 from distplat.platform.progress import StepReport
 
 SYNC = {"name": "ps-sync", "num_servers": 2}
@@ -225,7 +225,7 @@ def test_a_rank_with_fewer_backwards_is_named() -> None:
         model = distplat.prepare(model_of())
         steps_of(model, momentum(model.parameters()), 3 - rank, rank, 2)
 
-    with pytest.raises(ProtocolError, match="the train function of worker-1 is over"):
+    with pytest.raises(MismatchError, match="the train function of worker-1 is over"):
         under(SYNC, train, 2)
 
 

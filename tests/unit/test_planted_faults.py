@@ -93,7 +93,7 @@ def count_steps_for_all(patch: Patch) -> None:
 
 
 def fuse_every_type(patch: Patch) -> None:
-    patch.setattr(optim, "_FUSED_TYPES", {"bfloat16", "float32", "float64"})
+    patch.setattr(optim, "FUSED_TYPES", {"bfloat16", "float32", "float64"})
 
 
 def ignore_weights(patch: Patch) -> None:

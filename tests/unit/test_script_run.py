@@ -156,6 +156,26 @@ sys.exit(int(os.environ["RANK"] == "0"))
         assert gone(int(text.split()[1]))
 
 
+LEAVING = """
+import os, sys, time
+rank = os.environ["RANK"]
+time.sleep(1.0 if rank == "0" else 0.0)
+sys.exit(int(rank == "0"))
+"""
+
+
+def test_who_had_ended_before_a_failure_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where a rank leaves its loop, and another one waits for it."""
+    monkeypatch.setattr(script_run, "_ALONE_S", 0.1)
+    run = Run(LEAVING, nodes=["node-0", "node-0"])
+    with pytest.raises(
+        ScriptFailed, match=r"rank 0 ended .* 1; .* rank 1 had ended before, with 0"
+    ):
+        run.go()
+    [told] = run.heard.told
+    assert told.startswith("rank 1 ended with exit code 0, 0 s ago; not so rank 0: at work")
+
+
 def test_a_signal_is_named() -> None:
     run = Run("import os, signal; os.kill(os.getpid(), signal.SIGKILL)", nodes=["node-0"])
     with pytest.raises(ScriptFailed, match=r"rank 0 was killed by SIGKILL; was it .*memory"):
