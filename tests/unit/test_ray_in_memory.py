@@ -7,9 +7,11 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
+from call_faults import Fault, inject
 from jobs import fields_of
 from local_run import train
 from ray_in_memory import InMemoryRay, process_here
@@ -98,6 +100,17 @@ def test_a_lost_controller_takes_what_it_made_along(cluster: InMemoryRay, tmp_pa
     with pytest.raises(ActorLost, match="controller was lost"):
         fit(cluster, "ring", tmp_path)
     assert cluster.living("") == ["driver"]
+
+
+@pytest.mark.parametrize("lost", ["request", "reply"])
+def test_a_worker_whose_answers_are_lost_is_not_taken_for_dead(
+    cluster: InMemoryRay, tmp_path: Path, lost: Literal["request", "reply"]
+) -> None:
+    """Of the questions whether it lives; what it had to tell comes with a later answer."""
+    inject(cluster.cluster, "poll", Fault(lose=lost), times=6)
+    result = fit(cluster, "ring", tmp_path)
+    assert result.failures == []
+    assert [one.step for one in result.history] == [*range(1, STEPS + 1)]
 
 
 def test_the_model_is_saved_before_anything_else_may_fail(
