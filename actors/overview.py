@@ -76,7 +76,8 @@ def find_runs(name: str) -> list[RunName]:
     found = [RunName(run, job) for run, job in runs.items() if name in (run, job)]
     if not found:
         known = {*runs, *runs.values()}
-        raise SpecError(Problem((), f"no run or job {name!r} is running", hint(name, known)))
+        near = hint(name, known) if known else "nothing runs there"
+        raise SpecError(Problem((), f"no run or job {name!r} is running", near))
     return found  # names of runs end with the time
 
 

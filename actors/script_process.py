@@ -142,8 +142,8 @@ class ScriptProcess:
                 start_new_session=True,
                 preexec_fn=_end_with_parent,  # it calls the kernel only
             )
-        except OSError as error:
-            self._error = str(error)
+        except Exception as error:  # also what Python itself refuses, such as a NUL character
+            self._error = str(error) or repr(error)
             return
         finally:
             begun.set()

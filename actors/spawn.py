@@ -335,7 +335,7 @@ def _check_feasible(job: Job, roles: Roles) -> None:
 
 def _check_room(needs: Sequence[Mapping[str, float]]) -> None:
     """
-    Compare what actors need with what the cluster has.
+    Compare what actors need with what the cluster has, and the largest with what one node has.
 
     Raises:
         SpecError: it will never have that much.
@@ -353,3 +353,19 @@ def _check_room(needs: Sequence[Mapping[str, float]]) -> None:
         raise SpecError(
             Problem(("scaling",), f"the job needs {lacks}; the cluster has {has}", hint)
         )
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    for need in needs:
+        if not any(_fits(need, node) for node in nodes):
+            wants = ", ".join(f"{amount:g} {name}" for name, amount in need.items() if amount)
+            most = ", ".join(
+                f"{max(node.get(name, 0.0) for node in nodes):g} {name}"
+                for name, amount in need.items()
+                if amount
+            )
+            text = f"one process needs {wants}, which no node has; at most, a node has {most}"
+            hint = "lower scaling.resources_per_worker or resources_per_server, or add such a node"
+            raise SpecError(Problem(("scaling",), text, hint))
+
+
+def _fits(need: Mapping[str, float], node: Mapping[str, float]) -> bool:
+    return all(amount <= node.get(name, 0.0) for name, amount in need.items())

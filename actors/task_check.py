@@ -16,10 +16,12 @@ from __future__ import annotations
 import inspect
 import json
 import os
+import selectors
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -47,7 +49,10 @@ answer()
 
 _LONGEST = 10_000
 """Characters of a message, and of a traceback: they must fit into a pipe that nobody reads yet."""
-
+_LOOK_S = 0.2
+"""How often who waits for the answer looks whether the child has ended without one."""
+_REST_S = 5.0
+"""What a child is given that has ended, or was killed."""
 
 TASKS = "the task's optimizer"
 """Of a job with `optimizer: {name: task}`."""
@@ -237,24 +242,50 @@ class TaskCheck:
             UserCodeError: its module raised, or did not come to an end.
         """
         self._told = True
-        try:
-            text, _ = self._child.communicate(timeout=limit_s)
-        except subprocess.TimeoutExpired:
+        text = self._line(_REST_S if limit_s is None else limit_s)
+        if text is None and self._child.poll() is None:
             self.end()
             what = f"the import of {self._entry!r} took longer than {limit_s:g} s"
-            raise UserCodeError(None, None, what, "") from None
+            raise UserCodeError(None, None, what, "")
         try:
-            answer = json.loads(text)
+            answer = json.loads(text or b"")
         except ValueError:
+            with suppress(subprocess.TimeoutExpired):
+                self._child.wait(_REST_S)
             what = f"the import of {self._entry!r} ended the process, exit code"
             raise UserCodeError(None, None, f"{what} {self._child.returncode}", "") from None
         return _read(answer)
 
+    def _line(self, limit_s: float) -> bytes | None:
+        """
+        Read what the child has answered; None: nothing in time.
+
+        The answer is one line, and not all until the pipe ends: processes that the module has
+        forked hold its other end for as long as they live.
+        """
+        found, until = b"", time.monotonic() + limit_s
+        assert self._child.stdout is not None, "it is a pipe"
+        with selectors.DefaultSelector() as selector:
+            selector.register(self._child.stdout, selectors.EVENT_READ)
+            while not found.endswith(b"\n"):
+                ended = self._child.poll() is not None
+                left_s = until - time.monotonic()
+                if not selector.select(min(_LOOK_S, max(0.0, left_s))):
+                    if ended or left_s <= 0:
+                        return None
+                    continue
+                part = os.read(self._child.stdout.fileno(), 2**16)
+                if not part:
+                    break
+                found += part
+        return found
+
     def end(self) -> None:
-        """End the child, if it goes on."""
+        """End the child, if it goes on; one that hangs in a disk ends when that answers."""
         if self._child.poll() is None:
             self._child.kill()
-            self._child.wait()
+            with suppress(subprocess.TimeoutExpired):
+                self._child.wait(_REST_S)
         if self._child.stdout is not None:
             self._child.stdout.close()
 
@@ -300,7 +331,7 @@ def answer() -> None:
         summary, frames = user.summary[:_LONGEST], user.traceback[-_LONGEST:]
         found["user"] = {"summary": summary, "traceback": frames, "hint": user.remedy}
     sys.stdout.flush()
-    out.write(json.dumps(found))
+    out.write(json.dumps(found) + "\n")
     out.close()
     os._exit(0)  # at once: torch takes its time to end, and the answer is out
 

@@ -126,6 +126,16 @@ def as_user_error(
         evaluating: whether it was in the evaluation after that step.
         places: see `UserCodeError`.
     """
+    try:
+        summary, shown, remedy = _told(error)
+    except Exception:  # its own code raises when it is looked at
+        summary = shown = f"{type(error).__name__}, which raises when it is shown"
+        remedy = ""
+    return UserCodeError(rank, step, summary, shown, remedy, evaluating, places)
+
+
+def _told(error: BaseException) -> tuple[str, str, str]:
+    """Give an exception's summary, its traceback with the user's frames, and the remedy."""
     found = traceback.TracebackException.from_exception(error)
     for one in _with_causes(found):
         one.stack = traceback.StackSummary.from_list(
@@ -139,7 +149,15 @@ def as_user_error(
     if _LOADER in summary:
         shown = _of_loader(summary.partition(_LOADER)[2])
         summary = shown.strip().splitlines()[-1]
-    return UserCodeError(rank, step, summary, shown, _remedy(error), evaluating, places)
+    return summary, shown, _remedy(error)
+
+
+def _text(error: BaseException) -> str:
+    """Give an exception's message; empty: its class cannot say."""
+    try:
+        return str(error)
+    except Exception:
+        return ""
 
 
 def traceback_of_call(error: BaseException) -> str:
@@ -188,7 +206,7 @@ def killed_loader(error: BaseException) -> InfrastructureError | None:
 
 def lost_peer(error: BaseException) -> PeerLost | None:
     """Give our error where torch.distributed failed as another rank is gone; else None."""
-    shown = str(error)
+    shown = _text(error)
     of_torch = isinstance(error, RuntimeError) and ("gloo" in shown or "NCCL" in shown)
     if not of_torch or not any(how in shown.lower() for how in _LOST_PEER):
         return None
@@ -202,7 +220,7 @@ def _ended_by(number: signal.Signals, error: BaseException) -> bool:
 
     torch says so where it runs in a process's main thread, as workers on Ray do not.
     """
-    text = str(error)
+    text = _text(error)
     if not text.startswith("DataLoader worker (pid"):
         return False
     if f"is killed by signal: {signal.strsignal(number)}" in text:
@@ -264,7 +282,7 @@ def _remedy(error: BaseException) -> str:
         if any(one.name == "parse_args" for one in traceback.extract_tb(error.__traceback__)):
             return _COMMAND_LINE
         return "sys.exit() was called: code of a task returns, or raises what went wrong"
-    text = str(error)
+    text = _text(error)
     if any(part in text for part in _SHARED_MEMORY) or _ended_by(signal.SIGBUS, error):
         return _more_shared_memory()
     return next((remedy for part, remedy in _REMEDIES if part in text), "")

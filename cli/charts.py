@@ -113,6 +113,8 @@ THEMED = {_INK: "ink", _GRID: "grid"}
 
 _WIDTH, _ROW, _DIGIT = 1000, 36, 6.6
 """Of a chart, a stage's row and a label's digit, in the SVG's units: points for matplotlib."""
+LARGEST = 1e150
+"""Beyond that matplotlib's arithmetic with an axis overflows, and it draws nothing at all."""
 _LEAST_RATIO_FOR_LOG = 30.0
 _STYLE = {
     "svg.fonttype": "none",  # text stays text
@@ -133,7 +135,7 @@ class Series:
 
     name: str
     points: Sequence[tuple[float, float]]
-    """(x, y); a y that is not finite breaks the line."""
+    """(x, y); a y that is not finite, or beyond `LARGEST`, breaks the line."""
     colour: str = PALETTE[0]
     faint: bool = False
     dots: bool = False
@@ -219,11 +221,12 @@ def curves(
             line = axes.axvline(mark.x, color=_MARK, linestyle="--", gid=tips.add(mark.text))
             line.set(marker="v", markersize=9, markevery=[1], clip_on=False)  # at its upper end
         for one in series:
-            xs, ys = [x for x, _ in one.points], [y for _, y in one.points]
+            xs = [x for x, _ in one.points]
+            ys = [y if _drawable(y) else math.nan for _, y in one.points]
             width, alpha = (1.0, 0.3) if one.faint else (2.0, 1.0)
             axes.plot(xs, ys, color=one.colour, linewidth=width, alpha=alpha)
             for x, y in one.points if one.dots else ():
-                if math.isfinite(y):
+                if _drawable(y):
                     tip = tips.add(f"{one.name} {y:.4g} at {x:g}")
                     axes.plot([x], [y], "o", color=one.colour, clip_on=False, gid=tip)
         svg = _svg(figure, tips, themed=True)
@@ -232,7 +235,7 @@ def curves(
 
 
 def _limits(axes: Axes, series: Sequence[Series], marks: Sequence[Marker], from_zero: bool) -> None:
-    points = [(x, y) for one in series for x, y in one.points if math.isfinite(y)]
+    points = [(x, y) for one in series for x, y in one.points if _drawable(y)]
     axes.set_xlim(0.0, max([0.0, *(x for x, _ in points), *(mark.x for mark in marks)]) or 1.0)
     ys = [y for _, y in points] or [0.0, 1.0]
     low, high = min(ys), max(ys)
@@ -265,7 +268,8 @@ def columns(
     lefts, widths = [s.start for s in stacks], [0.92 * (s.stop - s.start) for s in stacks]
     with matplotlib.style.context(["default", _STYLE]):
         figure, axes = _figure(260, x_title)
-        axes.set(xlim=(stacks[0].start, stacks[-1].stop), ylim=(0.0, most or 1.0))
+        most = min(most, LARGEST) or 1.0
+        axes.set(xlim=(stacks[0].start, stacks[-1].stop), ylim=(0.0, most))
         for name, colour in colours.items():
             values = [_or_zero(stack.values.get(name, 0.0)) for stack in stacks]
             bars = axes.bar(lefts, values, widths, levels, align="edge", color=colour)
@@ -273,7 +277,7 @@ def columns(
                 bar.set_gid(tips.add(_stack_text(stack, unit)))
             levels = [level + value for level, value in zip(levels, values, strict=True)]
         for stack, level in zip(stacks, levels, strict=True):
-            if level > (most or 1.0) * (1 + 1e-9):
+            if level > most * (1 + 1e-9):
                 axes.text(stack.start, most, f"▲ {level:.3g}", va="bottom")
         return Chart(_svg(figure, tips, themed=True), [*colours.items()])
 
@@ -284,8 +288,12 @@ def _stack_text(stack: Stack, unit: str) -> str:
     return f"{text} ({parts})" if len(stack.values) > 1 else text
 
 
+def _drawable(value: float) -> bool:
+    return abs(value) <= LARGEST  # NaN is not
+
+
 def _or_zero(value: float) -> float:
-    return value if math.isfinite(value) else 0.0
+    return value if _drawable(value) else 0.0
 
 
 def bars_of(spans: Spans, scale: float = 1.0) -> list[Bar]:

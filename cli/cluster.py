@@ -7,6 +7,7 @@ deadlines, which it has not, and errors that say what to do.
 
 import logging
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -40,6 +41,8 @@ _MOST_BYTES = 64 * 2**20
 """Of an answer. A list of jobs has what each was given: up to 50 kB of ours."""
 _MOST_LOG_BYTES = 2**30
 """Of a job's log, of which Ray's job API gives all or nothing."""
+_FAILED = re.compile(r"status code 5\d\d\b")
+"""Ray's client's words for a fault of the cluster; what the user has to mend it answers by 400."""
 _ASKED_TO_END = 143
 """A driver of ours exits so when it is asked to end; Ray calls only that STOPPED which it ends."""
 _NEEDS_TOKEN = "set RAY_AUTH_TOKEN, or RAY_AUTH_MODE=token with the token in ~/.ray/auth_token"
@@ -128,10 +131,13 @@ class Jobs:
 
         Raises:
             SpecError: Ray refused the job, for example because the id is taken.
+            ClusterUnreachable: it could not take any.
         """
         try:
             return str(self._client.submit_job(**what))
         except (RuntimeError, ValueError, TypeError) as error:
+            if _FAILED.search(str(error)):
+                raise ClusterUnreachable(f"the cluster failed: {one_line(error)}") from error
             raise SpecError(f"the cluster refused the job: {one_line(error)}") from error
 
     def info(self, job_id: str) -> Info:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
+from ray.runtime_env import RuntimeEnv
 
 import distplat
 from distplat.actors import ray_compat
@@ -31,7 +32,13 @@ from distplat.cli.address import (
 from distplat.cli.shipping import JOB_VARIABLE, Package, measure
 from distplat.cli.versions import driver_mismatch
 from distplat.platform.disk import open_regular
-from distplat.platform.errors import ClusterUnreachable, StorageError
+from distplat.platform.errors import (
+    ClusterUnreachable,
+    Problem,
+    SpecError,
+    StorageError,
+    nearest,
+)
 
 _REPLACEABLE = {"working_dir", "py_modules", "excludes", "env_vars"}
 """Parts of a runtime environment that come to the same thing on the driver's own node."""
@@ -135,6 +142,33 @@ def rays_here() -> list[str]:
 def _of_a_stranger(address: str) -> str:
     """Say whose a Ray of this machine is, if it is neither this user's nor root's; else empty."""
     return stranger_at(address) if is_this_machine(host_and_port(address)[0]) else ""
+
+
+def check_environment(given: Mapping[str, Any]) -> None:
+    """
+    Refuse a runtime environment that Ray would refuse later, or of which it would pass over a part.
+
+    A key that is near none of Ray's may be that of a plug-in of the cluster's.
+
+    Args:
+        given: the user's own part.
+
+    Raises:
+        SpecError: says what is wrong with it.
+    """
+    option = "--runtime-env"
+    known = set(RuntimeEnv.known_fields)
+    near = {key: nearest(key, known) for key in given if key not in known}
+    if wrong := [
+        Problem((option, key), "unknown key", f"did you mean '{meant}'?")
+        for key, meant in near.items()
+        if meant is not None
+    ]:
+        raise SpecError(*wrong)
+    try:
+        RuntimeEnv(**given)
+    except (TypeError, ValueError, AttributeError, LookupError) as error:
+        raise SpecError(Problem((option,), one_line(error))) from error
 
 
 @contextmanager

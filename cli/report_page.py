@@ -6,9 +6,8 @@ called `<script>`. What it shows is put together here.
 """
 
 import math
-import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from importlib.resources import files
 
 from jinja2 import Environment, StrictUndefined
@@ -34,6 +33,7 @@ from distplat.cli.figures import (
     number,
     restart_lines,
 )
+from distplat.platform.blanking import blanked
 from distplat.platform.progress import StepSummary, first_line
 from distplat.platform.run_record import RunRecord
 from distplat.platform.run_report import (
@@ -53,9 +53,6 @@ from distplat.strategies.algorithms.gantt import Gantt
 
 _COLUMNS = 160
 """Of a chart: more could not be told apart."""
-_SECRET = re.compile(
-    r"(?i)(^|_)(password|passwd|secret|token|credentials?|(api|access|private|secret)_?key)$"
-)
 _PARTS = {"data": "#56b4e9", "compute": "#0072b2", "exchange": "#d55e00", "update": "#009e73"}
 
 
@@ -91,18 +88,8 @@ def page(record: RunRecord, now_s: float, pipeline: Sequence[Gantt], problem: st
         restarts=restart_lines(restarts(record)),
         checkpoints=checkpoint_lines(record.saved),
         figures=all_figures(record.steps),
-        job_text=dump_yaml(_blanked(record.job)) if record.job else "",
+        job_text=dump_yaml(blanked(record.job)) if record.job else "",
     )
-
-
-def _blanked(value: object) -> object:
-    """Give a job without the values of keys that are called like a secret: pages are handed on."""
-    if isinstance(value, Mapping):
-        return {
-            key: "***" if _SECRET.search(str(key).replace("-", "_")) else _blanked(item)
-            for key, item in value.items()
-        }
-    return [_blanked(item) for item in value] if isinstance(value, list) else value
 
 
 def _loss(record: RunRecord) -> Chart | None:

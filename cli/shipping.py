@@ -35,21 +35,42 @@ from distplat.strategies.catalog import load_strategy_file, make_job
 JOB_VARIABLE = "_DISTPLAT_JOB"
 """Environment variable in which the job reaches its driver; not `DISTPLAT_`: it is no setting."""
 SECRETS = (
-    *(".env", ".env.*", ".envrc", "*.pem", "*.key", "*.p12", "*.pfx", "*.jks", "*.kdbx", "*.ppk"),
-    *("id_rsa*", "id_dsa*", "id_ecdsa*", "id_ed25519*", ".ssh", ".gnupg", ".aws", ".azure"),
-    *(".gcloud", ".kube", ".docker", ".kaggle", ".netrc", "_netrc", ".pgpass", ".pypirc", ".npmrc"),
-    *(".git-credentials", ".htpasswd", ".boto", ".s3cfg", ".vault-token", "auth_token"),
+    *(".env", ".env.*", "*.env", ".envrc", "*.pem", "*.key", "*.p12", "*.pfx", "*.jks", "*.kdbx"),
+    *("*.ppk", "*.keystore", "id_rsa*", "id_dsa*", "id_ecdsa*", "id_ed25519*", ".ssh", ".gnupg"),
+    *(".aws", ".azure", ".gcloud", ".config", ".kube", ".docker", ".dockercfg", ".kaggle"),
+    *(".huggingface", ".databrickscfg", "*.tfstate", ".terraformrc", ".*_history", ".rhistory"),
+    *(
+        ".netrc",
+        "_netrc",
+        ".pgpass",
+        ".my.cnf",
+        ".pypirc",
+        ".pip",
+        "pip.conf",
+        ".condarc",
+        ".npmrc",
+    ),
+    *(".git-credentials", ".htpasswd", ".boto", ".s3cfg", ".vault-token", "auth_token", "token"),
     *("credentials.json", "client_secret*.json", "service?account*.json", "kaggle.json"),
     *("application_default_credentials.json", "secrets.json", "secrets.toml"),
     *("secrets.yaml", "secrets.yml"),
 )
 """Names that are known to hold keys and passwords: all users of a cluster could read them."""
-EXCLUDES = (".git", ".venv", "venv", "__pycache__", "runs", ".ray", *SECRETS)
+
+
+def _in_any_case(pattern: str) -> str:
+    """Give a pattern that takes `ID_RSA` for `id_rsa`: Ray tells the two apart."""
+    return "".join(f"[{c}{c.upper()}]" if c.isalpha() else c for c in pattern)
+
+
+EXCLUDES = (".git", ".venv", "venv", "__pycache__", "runs", ".ray", *map(_in_any_case, SECRETS))
 MAX_PACKAGE = 100 * 2**20
 MAX_ENTRIES = 200_000
 """Files and folders that are looked at; Ray would pack more for minutes."""
 MAX_JOB = 48 * 2**10  # Ray hands it on inside one environment string, quoted; Linux takes 128 kB
 
+_VARIABLE = re.compile(r"[^=\0]+")
+"""Names that an environment can have."""
 Ignores = Callable[[Path], list[Callable[[Path], bool]]]
 """Gives, for a folder, the tests that its ignore files ask for."""
 
@@ -172,11 +193,15 @@ def _mistyped(key: str, value: object) -> list[Problem]:
         items = value
     else:
         return []
-    return [
+    wrong = [
         Problem((key, name), f"must be a text (got {show(item)})", "quote it")
         for name, item in items.items()
         if not isinstance(item, str)
     ]
+    names = [name for name in items if isinstance(name, str) and not _VARIABLE.fullmatch(name)]
+    wrong += [Problem((key,), f"{show(name)} is no name of a variable") for name in names]
+    texts = [name for name, item in items.items() if isinstance(item, str) and "\0" in item]
+    return wrong + [Problem((key, name), "may hold no NUL character") for name in texts]
 
 
 def _placed(problem: Problem, option: str, file: Path | None, marks: Positions) -> Problem:

@@ -270,15 +270,19 @@ def connection(
         runtime_env: `--runtime-env`.
         runtime_env_json: `--runtime-env-json`.
         told: of what is shipped.
+
+    Raises:
+        SpecError: something is wrong with the runtime environment.
     """
     if "NO_COLOR" in os.environ or not (sys.stdout.isatty() and sys.stderr.isatty()):
         os.environ.setdefault("RAY_COLOR_PREFIX", "0")  # of the lines that workers print
     if target.kind == "local":
         return nullcontext()
     from distplat.actors.ray_compat import use_token_at_hand
-    from distplat.cli.join import connected
+    from distplat.cli.join import check_environment, connected
 
     user = shipping.read_runtime_env(runtime_env, runtime_env_json)
+    check_environment(user)
     if target.kind == "here":
         use_token_at_hand()
     return connected(target.address, shipping.with_folders(folder, user), told)
@@ -324,8 +328,9 @@ def _send(request: SubmitRequest, job: Job, target: Target) -> tuple["Jobs", str
     given = shipping.read_runtime_env(request.runtime_env, request.runtime_env_json)
     metadata = _metadata(request.remote.metadata_json, job)
     from distplat.cli.cluster import OURS, Jobs
-    from distplat.cli.join import ignores
+    from distplat.cli.join import check_environment, ignores
 
+    check_environment(given)
     jobs = Jobs(target.address)
     if differs := check_cluster(target.address, jobs.versions(), OURS, given):
         request.say(differs)

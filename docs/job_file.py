@@ -34,17 +34,18 @@ with the job. What a URL does: [checkpoints](checkpoints.md#a-copy-at-a-url).
 
 The folder of the job file, or `--working-dir`, at most 100 MiB, and distplat itself. `submit`
 says how many files and bytes. Left out are what `.gitignore` and `.rayignore` name, `.git`,
-`.venv`, `runs` and files whose names are known to hold secrets (`.env*`, `.netrc`, `.aws`,
-`.ssh`, `*.pem`, `id_rsa`, `credentials.json`, `kaggle.json`, ...; the list is `SECRETS` in
-`cli/shipping.py`). A home directory is refused unless `--working-dir` names it. Ray keeps the
-package where every user of the cluster can read it. A file that the task imports and that would be
-left out is named before the upload.
+`.venv`, `runs` and files whose names, in upper or lower case, are known to hold secrets (`.env*`,
+`*.env`, `.netrc`, `.aws`, `.config`, `.ssh`, `*.pem`, `id_rsa`, `token`, `credentials.json`, ...;
+the list is `SECRETS` in `cli/shipping.py`). A home directory is refused unless `--working-dir`
+names it. Ray keeps the package where every user of the cluster can read it. A file that the task
+imports and that would be left out is named before the upload.
 
 The cluster's own Python has to have what distplat imports. What it lacks is named, with its path
 (exit code 3); `--runtime-env-json '{"pip": ["typer"]}'` brings a package along.
 
 Put no key or password into `task_args` or the `env_vars` of a runtime environment: they stand in
-`job.yaml` of the run directory, and everybody who reaches the cluster's dashboard reads them. Let
+`job.yaml` of the run directory, and everybody who reaches the cluster's dashboard reads them (the
+report's page and trackers show `***` for what looks like one). Let
 the task read a key from a file, or from a variable, of the machines on which workers run.
 """
 

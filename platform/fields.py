@@ -49,6 +49,8 @@ Count = Annotated[int, BeforeValidator(_whole), Field(ge=1, le=2**40)]
 Index = Annotated[int, BeforeValidator(_whole), Field(ge=0, le=2**40)]
 _SMALLEST = 1e-4
 """Of which Ray counts resources."""
+_MOST_CPUS = 4096
+"""More than any machine has. Ray starts as many threads in a process as it has CPUs."""
 _OF_RAY = ("bundle", "object_store_memory")
 """Names that Ray gives to resources of its own."""
 
@@ -61,6 +63,8 @@ def _countable(needs: dict[str, float]) -> dict[str, float]:
             wrong = "is a name of Ray's own"
         elif 0 < amount < _SMALLEST:
             wrong = f"must be 0 or at least {_SMALLEST:.4f}: Ray counts no finer"
+        elif name == "CPU" and amount > _MOST_CPUS:
+            wrong = f"must be <= {_MOST_CPUS}: one process is on one machine"
         elif name == "GPU" and amount > 1 and amount % 1:
             wrong = "must be a whole number above 1: a worker has one GPU or a part of it"
         elif name == "memory" and amount % 1:

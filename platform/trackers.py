@@ -18,6 +18,7 @@ from typing import Any, Literal, Protocol
 from pydantic import Field, model_validator
 from typing_extensions import override
 
+from distplat.platform.blanking import blanked
 from distplat.platform.disk import write_whole
 from distplat.platform.errors import Problem
 from distplat.platform.fields import Spec
@@ -111,6 +112,12 @@ def open_tracker(spec: TrackerSpec, job: Any, folder: Path, before: Path | None)
     return found
 
 
+def _shown(job: Any) -> dict[str, Any]:
+    """Give a job's fields for who looks at the tracker: a key in `task_args` is not for them."""
+    found: dict[str, Any] = blanked(job.model_dump(mode="json"))
+    return found
+
+
 def _flat(fields: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Give `optimizer.lr` and the like for nested fields."""
     found: dict[str, Any] = {}
@@ -143,7 +150,7 @@ class MLflow(Tracker):
         experiment = self._client.get_experiment_by_name(project)
         where = experiment.experiment_id if experiment else self._client.create_experiment(project)
         self.id = str(self._client.create_run(where, run_name=folder.name).info.run_id)
-        fields = _flat(job.model_dump(mode="json"))
+        fields = _flat(_shown(job))
         params = [Param(name, str(value)[:6000]) for name, value in fields.items()]
         for start in range(0, len(params), 100):  # so many it takes at once
             self._client.log_batch(self.id, params=params[start : start + 100])
@@ -181,7 +188,7 @@ class Trackio(Tracker):
                 project,
                 name=self.id,
                 resume="allow",
-                config=job.model_dump(mode="json"),
+                config=_shown(job),
                 embed=False,
                 auto_log_cpu=False,
                 auto_log_gpu=False,
@@ -218,7 +225,7 @@ class WandB(Tracker):
             id=known,
             resume="allow",
             dir=str(folder),
-            config=job.model_dump(mode="json"),
+            config=_shown(job),
             settings=quiet,
         )
         self.id = str(self._run.id)

@@ -454,7 +454,8 @@ class InMemoryRay:
         self.kill_process(handle._actor.name)
 
     def nodes(self) -> list[dict[str, Any]]:
-        return [{"Alive": True, "NodeID": node} for node in self.node_names]
+        has = {"Alive": True, "Resources": self.available_resources()}
+        return [{"NodeID": node, **has} for node in self.node_names]
 
     def available_resources(self) -> dict[str, float]:
         return {"CPU": 1000.0}

@@ -175,6 +175,30 @@ def test_a_run_that_diverged(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     page_of(path)
 
 
+def test_figures_that_no_axis_has_room_for(tmp_path: Path) -> None:
+    """A sum of doubles that diverges gets there; matplotlib would draw no page at all."""
+    huge = {"compute": 1e300, "data": 1e300}
+    lines = [step(n, loss=10.0 ** (308 * n), seconds=huge) for n in range(2)]
+    lines += [evaluation(n + 1) | {"metrics": {"loss": -1e308 if n else 1e308}} for n in range(2)]
+    path = made_run(tmp_path, lines)
+    assert run(["report", str(path)]) == 0
+    page_of(path)
+
+
+def test_what_looks_like_a_secret_is_not_on_the_page(tmp_path: Path) -> None:
+    args: dict[str, Any] = {
+        "hf_token": "canary-1",
+        "nested": [{"API-KEY": "canary-2"}],
+        "pad_token": "shown-1",
+    }
+    args |= {"where": "postgres://me:canary-3@db/x", "max_tokens": 512}
+    path = made_run(tmp_path, [step(0)], job=json.dumps({"name": "lin", "task_args": args}))
+    assert run(["report", str(path)]) == 0
+    text = page_of(path)
+    assert "canary" not in text
+    assert "shown-1" in text and "max_tokens: 512" in text
+
+
 def test_the_error_that_ended_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     error = "Traceback\n  boom\n\nyour task failed on rank 1"
     path = made_run(tmp_path, [step(0)], result={"status": "FAILED", "error": error})

@@ -16,6 +16,7 @@ import requests
 from distplat.cli import bounded_answers, cluster
 from distplat.cli.bounded_answers import Limits
 from distplat.cli.main import run
+from distplat.platform.errors import ClusterUnreachable, SpecError
 
 VERSION = json.dumps({"version": "4", "ray_version": ray.__version__})
 BODIES = {
@@ -70,6 +71,15 @@ def test_what_is_no_ray_is_told_so(
                 assert code == 3, said
                 assert f"what answers at {url} is not a Ray dashboard" in said
             assert "\x1b" not in said
+
+
+@pytest.mark.parametrize(("status", "error"), [(500, ClusterUnreachable), (400, SpecError)])
+def test_whose_fault_it_is_that_a_job_is_not_taken(status: int, error: type[Exception]) -> None:
+    """Ray answers 500 where it has no process to run a job's driver."""
+    with serving(b"no agent", says_version=True, status=status) as url:
+        jobs = cluster.Jobs(url)
+        with pytest.raises(error, match="no agent"):
+            jobs.submit(entrypoint="python", runtime_env={})
 
 
 def test_a_job_api_that_fails_is_told(capsys: pytest.CaptureFixture[str]) -> None:

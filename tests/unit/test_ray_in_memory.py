@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
+from call_faults import Fault, inject
 from jobs import fields_of
 from local_run import train
 from ray_in_memory import InMemoryRay, process_here
@@ -18,6 +21,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import distplat
 from distplat import Task, Trainer
+from distplat.actors.actor_group import ActorGroup
+from distplat.actors.controller_actor import ControllerActor
 from distplat.actors.result import Result
 from distplat.actors.retrying_calls import LOOK_S
 from distplat.platform.errors import ActorLost
@@ -95,6 +100,35 @@ def test_a_lost_controller_takes_what_it_made_along(cluster: InMemoryRay, tmp_pa
     with pytest.raises(ActorLost, match="controller was lost"):
         fit(cluster, "ring", tmp_path)
     assert cluster.living("") == ["driver"]
+
+
+@pytest.mark.parametrize("lost", ["request", "reply"])
+def test_a_worker_whose_answers_are_lost_is_not_taken_for_dead(
+    cluster: InMemoryRay, tmp_path: Path, lost: Literal["request", "reply"]
+) -> None:
+    """Of the questions whether it lives; what it had to tell comes with a later answer."""
+    inject(cluster.cluster, "poll", Fault(lose=lost), times=6)
+    result = fit(cluster, "ring", tmp_path)
+    assert result.failures == []
+    assert [one.step for one in result.history] == [*range(1, STEPS + 1)]
+
+
+def test_the_model_is_saved_before_anything_else_may_fail(
+    cluster: InMemoryRay, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where a server of embedding tables is lost after the last step: no step is made again."""
+
+    def lost(actor: ControllerActor, group: ActorGroup) -> None:
+        raise ActorLost("embedding-server-0", STEPS, "killed")
+
+    monkeypatch.setattr(ControllerActor, "_keep_files", lost)
+    with pytest.raises(ActorLost, match="embedding-server-0"):
+        fit(cluster, "ring", tmp_path)
+    (model,) = tmp_path.glob("*/model.safetensors")
+    expected = train(job("ring", tmp_path), Told).parameters()
+    assert all(torch.equal(load_file(model)[name], value) for name, value in expected.items())
+    written = json.loads(model.with_name("result.json").read_text())
+    assert (written["status"], written["model"]) == ("FAILED", str(model))
 
 
 def test_who_is_frozen_answers_once_it_goes_on(cluster: InMemoryRay) -> None:

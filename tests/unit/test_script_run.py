@@ -220,10 +220,12 @@ def test_a_child_that_keeps_the_output_open_is_not_waited_for() -> None:
     assert run.heard.of(0) == ["done"]
 
 
-def test_a_command_that_is_not_there() -> None:
+@pytest.mark.timeout(40)
+@pytest.mark.parametrize("command", ["no-such-command", "a\0b"])
+def test_a_command_that_cannot_be_started(command: str) -> None:
     run = Run(HELLO)
-    run.script = Script(("no-such-command",), "run", None)
-    with pytest.raises(ScriptFailed, match="no-such-command cannot be started"):
+    run.script = Script((command,), "run", None)
+    with pytest.raises(ScriptFailed, match="cannot be started"):
         run.go()
 
 

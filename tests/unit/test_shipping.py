@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 
-from distplat.cli import shipping
+from distplat.cli import join, shipping
+from distplat.cli.address import Target
 from distplat.cli.main import run
 from distplat.cli.shipping import EXCLUDES, measure, read_runtime_env, refuse_home, with_folders
-from distplat.cli.submit import JobSource, SubmitRequest
+from distplat.cli.submit import JobSource, SubmitRequest, connection
 from distplat.platform.errors import SpecError
 
 
@@ -56,6 +57,17 @@ def folder(tmp_path: Path) -> Iterator[Path]:
         ".docker/config.json",
         ".pypirc",
         ".git-credentials",
+        "prod.env",
+        "ID_RSA",
+        "KEY.PEM",
+        "deep/Credentials.JSON",
+        "my.keystore",
+        ".dockercfg",
+        ".databrickscfg",
+        "terraform.tfstate",
+        ".bash_history",
+        ".config/gcloud/access_tokens.db",
+        ".cache/huggingface/token",
     ],
 )
 def test_a_known_secret_is_not_shipped(secret: str, folder: Path) -> None:
@@ -66,7 +78,18 @@ def test_a_known_secret_is_not_shipped(secret: str, folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["environment.py", "keys.py", "secrets.py", "tokens.json", "credentials/__init__.py"]
+    "name",
+    [
+        "environment.py",
+        "env/gym.py",
+        "keys.py",
+        "secrets.py",
+        "token.py",
+        "tokens.json",
+        "config/model.json",
+        "history.csv",
+        "credentials/__init__.py",
+    ],
 )
 def test_what_only_sounds_like_a_secret_is_shipped(name: str, folder: Path) -> None:
     path = folder / name
@@ -86,7 +109,8 @@ def test_our_own_package_has_no_name_of_a_secret() -> None:
 
 def test_ray_leaves_out_the_same(folder: Path) -> None:
     packaging = pytest.importorskip("ray._private.runtime_env.packaging")
-    for name in (".env.local", "a/.aws/credentials", "a/kaggle.json", "a/b/lin.pem", "a/keys.py"):
+    secrets = (".env.local", "a/.aws/credentials", "a/kaggle.json", "a/b/lin.pem", "a/ID_RSA")
+    for name in (*secrets, "a/keys.py"):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text("x")
     taken: set[str] = set()
@@ -142,12 +166,40 @@ def test_a_home_directory_is_shipped_only_if_it_was_named(
         ({"env_vars": None}, "env_vars: must be a mapping of text to text (got null)"),
         ({"env_vars": ["A=1"]}, "env_vars: must be a mapping of text to text"),
         ({"env_vars": {"A": 1}}, "env_vars.A: must be a text (got 1)"),
+        ({"env_vars": {"": "x"}}, "env_vars: '' is no name of a variable"),
+        ({"env_vars": {"A=B": "x"}}, "env_vars: 'A=B' is no name of a variable"),
+        ({"env_vars": {"A": "x\0y"}}, "env_vars.A: may hold no NUL character"),
     ],
 )
 def test_keys_of_a_wrong_type_are_refused(environment: dict[str, Any], problem: str) -> None:
     with pytest.raises(SpecError) as raised:
         read_runtime_env(None, json.dumps(environment))
     assert str(raised.value).startswith(f"--runtime-env-json.{problem}")
+
+
+@pytest.mark.parametrize(
+    ("environment", "problem"),
+    [
+        ({"pip": 5}, "--runtime-env: runtime_env['pip'] must be of type"),
+        ({"config": 7}, "--runtime-env: runtime_env['config'] must be of type"),
+        ({"pip": ["a"], "conda": "b"}, "--runtime-env: The 'pip' field, 'uv' field, and 'conda'"),
+        ({"env_var": {}}, "--runtime-env.env_var: unknown key\n  hint: did you mean 'env_vars'?"),
+    ],
+)
+def test_what_ray_would_refuse_later_is_refused_before(
+    environment: dict[str, Any], problem: str, folder: Path
+) -> None:
+    """By a driver of a cluster, which would tell of the first ones as of errors of its own."""
+    text = json.dumps(environment)
+    for kind in ("driver", "here"):
+        target = Target(kind, "127.0.0.1:1", "--address")
+        with pytest.raises(SpecError) as raised:
+            connection(target, folder, None, text, lambda package: None)
+        assert str(raised.value).startswith(problem)
+
+
+def test_a_key_of_a_plug_in_is_rays_to_look_at() -> None:
+    join.check_environment({"my_plugin": {"a": 1}, "pip": ["numpy"], "env_vars": {"A": "1"}})
 
 
 def test_all_wrong_keys_of_a_file_are_named_with_their_lines(tmp_path: Path) -> None:
@@ -264,3 +316,6 @@ def test_the_exit_code_of_a_wrong_runtime_environment(
     options = ["--runtime-env-json", '{"excludes": "*"}', "--address", "http://127.0.0.1:1"]
     assert run(["submit", str(job), *options]) == 2
     assert "--runtime-env-json.excludes: must be a list of texts" in capsys.readouterr().err
+    options[1] = '{"pip": 5}'
+    assert run(["submit", str(job), *options]) == 2
+    assert "--runtime-env: runtime_env['pip'] must be" in capsys.readouterr().err

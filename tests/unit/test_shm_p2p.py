@@ -6,6 +6,7 @@ import pytest
 import torch
 from shm_ranks import on_shm_ranks
 
+from distplat.actors.collectives.shm import p2p
 from distplat.actors.collectives.shm.shm_group import ShmGroup
 from distplat.platform.errors import CollectiveError, MismatchError
 
@@ -45,6 +46,28 @@ def test_both_send_before_they_receive_whatever_the_length(length: int) -> None:
             group.recv(arriving, other)
             group.recv(after, other)
             assert torch.equal(arriving, sent - group.rank + other) and after.eq(1).all()
+
+    on_shm_ranks(2, body)
+
+
+def test_a_message_in_memory_that_is_another_by_now_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The descriptor's number may be used again: the inode tells."""
+    read = p2p._Channel.announced
+
+    def announced(channel: p2p._Channel, number: int) -> object:
+        (fd, size, inode), head = read(channel, number)
+        return (fd, size, inode + 1), head
+
+    monkeypatch.setattr(p2p._Channel, "announced", announced)
+
+    def body(group: ShmGroup) -> None:
+        if group.rank == 0:
+            group.send(torch.ones(4), 1)
+            return
+        with pytest.raises(CollectiveError, match="its message is gone"):
+            group.recv(torch.zeros(4), 0)
 
     on_shm_ranks(2, body)
 

@@ -6,6 +6,7 @@ from jobs import job_of
 
 from distplat.actors import spawn
 from distplat.actors.spawn import _resources
+from distplat.platform.errors import SpecError
 from distplat.platform.spec import Job
 from distplat.strategies.catalog import make_strategy
 
@@ -39,3 +40,36 @@ def test_what_was_made_is_ended_where_the_rest_cannot_be(monkeypatch: pytest.Mon
     with pytest.raises(ValueError, match="does not want to"):
         spawn.spawn(job, make_strategy(job).roles(job), "run", 0)
     assert killed == [0, 1]
+
+
+NODES = ({"CPU": 2.0, "memory": 8e9}, {"CPU": 2.0, "GPU": 1.0, "memory": 4e9}, {"CPU": 16.0})
+
+
+@pytest.mark.parametrize(
+    ("needs", "problem"),
+    [
+        ([{"CPU": 1.0}] * 4, ""),
+        ([{"CPU": 0.0}, {}, {"GPU": 0.0}], ""),
+        ([{"CPU": 2.0, "GPU": 1.0, "memory": 4e9}], ""),
+        ([{"CPU": 5.0}], "the job needs 5 CPU; the cluster has 4 CPU"),
+        (
+            [{"CPU": 1.0}, {"CPU": 3.0}],
+            "one process needs 3 CPU, which no node has; at most, a node has 2",
+        ),
+        ([{"GPU": 1.0, "memory": 8e9}], "one process needs 1 GPU, 8e+09 memory, which no node has"),
+    ],
+)
+def test_what_no_waiting_will_bring_is_refused(
+    needs: list[dict[str, float]], problem: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The last node is dead; two nodes have 4 CPU together, and none has 3."""
+    nodes = [{"Alive": have is not NODES[-1], "Resources": have} for have in NODES]
+    whole = {"CPU": 4.0, "GPU": 1.0, "memory": 12e9}
+    monkeypatch.setattr(ray, "nodes", lambda: nodes)
+    monkeypatch.setattr(ray, "cluster_resources", lambda: whole)
+    if not problem:
+        spawn._check_room(needs)
+        return
+    with pytest.raises(SpecError, match="scaling: ") as raised:
+        spawn._check_room(needs)
+    assert problem in str(raised.value)

@@ -174,6 +174,7 @@ def test_a_job_cannot_be_changed() -> None:
     ("needs", "message"),
     [
         ({"GPU": 1.5}, "'GPU' must be a whole number above 1"),
+        ({"CPU": 1e8}, "'CPU' must be <= 4096"),
         ({"CPU": 0.00001}, "'CPU' must be 0 or at least 0.0001"),
         ({"memory": 0.5}, "'memory' must be a whole number of bytes"),
         ({"bundle": 1}, "'bundle' is a name of Ray's own"),

@@ -1,10 +1,12 @@
 """A task is looked at before anything starts, in a process of its own."""
 
 import os
+import signal
 import subprocess
 import sys
 import threading
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -148,6 +150,33 @@ def test_an_import_that_does_not_end_is_given_up(tmp_path: Path) -> None:
     with pytest.raises(UserCodeError, match=r"took longer than 0\.5 s"):
         check.result(0.5)
     assert check._child.poll() is not None
+
+
+@pytest.mark.timeout(40)
+@pytest.mark.parametrize("polled", [True, False])
+@pytest.mark.parametrize("crashes", [True, False])
+def test_a_process_that_the_module_has_forked_is_not_waited_for(
+    crashes: bool, polled: bool, tmp_path: Path
+) -> None:
+    """It holds the end of the pipe by which the answer comes."""
+    forks = (
+        "import os, signal, time\nif not (pid := os.fork()):\n    time.sleep(100)\n"
+        f"open({str(tmp_path / 'pid')!r}, 'w').write(str(pid))\n"
+    )
+    end = "os.kill(os.getpid(), signal.SIGSEGV)\n" if crashes else TASKS
+    (tmp_path / "utask.py").write_text(forks + end)
+    check = TaskCheck("utask:Good", str(tmp_path), [], shown=False)
+    try:
+        wanted = pytest.raises(UserCodeError, match="-11") if crashes else nullcontext()
+        with wanted:
+            if polled:
+                check._child.wait(30)
+                assert check.poll() == []
+            else:
+                assert check.result(30.0) == []
+    finally:
+        check.end()
+        os.kill(int((tmp_path / "pid").read_text()), signal.SIGKILL)
 
 
 def test_the_answer_is_given_once_when_it_is_there(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from safetensors.torch import save_model
 
 from distplat.actors.task_loading import load_task_class
 from distplat.actors.training import search_path
-from distplat.actors.user_errors import as_user_error
+from distplat.actors.user_errors import as_user_error, killed_loader, lost_peer
 from distplat.platform.errors import SpecError, UserCodeError
 from distplat.strategies import torch_compat
 from distplat.strategies.loop.session import prepare
@@ -173,6 +173,28 @@ def test_an_error_that_we_raise_has_no_frames_of_ours(tmp_path: Path) -> None:
         error.summary == "ValueError: utask.py:5: model() must return a torch.nn.Module, got an int"
     )
     assert error.traceback == error.summary + "\n"
+
+
+class _Mute(RuntimeError):
+    def __str__(self) -> str:
+        raise KeyError("no text")
+
+
+class _Odd(SyntaxError):
+    @property
+    def text(self) -> str:  # type: ignore[override]
+        raise KeyError("no line")
+
+
+@pytest.mark.parametrize("kind", [_Mute, _Odd])
+def test_an_exception_that_raises_when_it_is_shown_is_told(kind: type[Exception]) -> None:
+    """Else the training thread would end without a word, and the run wait for its deadline."""
+    error = kind("gloo")
+    found = as_user_error(error, 1, 3)
+    assert (found.rank, found.step) == (1, 3)
+    assert kind.__name__ in str(found)
+    assert killed_loader(error) is None
+    assert lost_peer(error) is None
 
 
 def test_a_chain_of_causes_is_kept(tmp_path: Path) -> None:

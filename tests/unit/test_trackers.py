@@ -3,9 +3,11 @@
 import importlib
 import json
 import logging
+import sys
 import threading
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -19,7 +21,7 @@ from distplat.platform import trackers
 from distplat.platform.disk import BackgroundWriter
 from distplat.platform.errors import Interrupted, SpecError, UserCodeError
 from distplat.platform.progress import EvalSummary, StepSummary
-from distplat.platform.trackers import points_of
+from distplat.platform.trackers import Trackio, WandB, points_of
 
 
 class Lin(Task):
@@ -178,6 +180,19 @@ def test_a_library_that_is_not_installed_is_told_before_the_start(
 def test_a_dumped_list_of_trackers_is_read_again() -> None:
     job = Job.model_validate({**fields_of("ring", 0), "trackers": ["wandb", {"name": "mlflow"}]})
     assert Job.model_validate(job.model_dump()) == job
+
+
+@pytest.mark.parametrize("kind", [Trackio, WandB])
+def test_a_key_in_a_job_does_not_reach_the_tracker(
+    kind: type[Trackio | WandB], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: dict[str, Any] = {}
+    library = MagicMock()
+    library.init.side_effect = lambda *args, **more: given.update(more) or MagicMock()
+    monkeypatch.setitem(sys.modules, kind.__name__.lower(), library)
+    args = {"hf_token": "canary", "layers": 3}
+    kind("project", Job.model_validate(spec(tmp_path) | {"task_args": args}), tmp_path, None)
+    assert given["config"]["task_args"] == {"hf_token": "***", "layers": 3}
 
 
 def test_mlflow_has_one_run_of_two_halves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

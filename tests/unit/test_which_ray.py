@@ -164,3 +164,10 @@ def test_the_token_at_hand_is_used_without_a_word(
         ray_compat.use_token_at_hand()
     assert used == ([True] if mode is None else [])
     assert caplog.records == []
+
+
+def test_where_nothing_runs_no_name_is_offered(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray, "is_initialized", lambda: True)
+    monkeypatch.setattr(overview, "named_actors", lambda: {})
+    with pytest.raises(SpecError, match="'mlp' is running\n  hint: nothing runs there"):
+        overview.find_runs("mlp")

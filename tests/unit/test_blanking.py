@@ -1,0 +1,58 @@
+"""What looks like a secret, by its name or its form, is blanked; what only sounds so is not."""
+
+import pytest
+
+from distplat.platform.blanking import BLANK, blanked
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        *("password", "db_password", "DB_PASSWD", "secret", "client-secret", "token", "hf_token"),
+        *("hub_token", "access_token", "authToken", "api_key", "apiKey", "OPENAI_API_KEY"),
+        *("aws_secret_access_key", "awsSecretAccessKey", "AWS_ACCESS_KEY_ID", "wandb_key"),
+        *("private_key", "credentials", "passphrase", "pwd"),
+    ],
+)
+def test_a_secret_by_its_name(key: str) -> None:
+    assert blanked({"task_args": {key: "canary"}}) == {"task_args": {key: BLANK}}
+    assert blanked({key: {"a": "canary"}}) == {key: BLANK}
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        "AKIAIOSFODNN7EXAMPLE",
+        "hf_" + "a" * 34,
+        "ghp_" + "a" * 36,
+        "sk-proj-" + "a" * 40,
+        "-----BEGIN RSA PRIVATE KEY-----\nMII",
+        "postgres://user:canary@host/db",
+        "redis://:canary@host",
+    ],
+)
+def test_a_secret_by_its_form(value: str) -> None:
+    assert blanked({"where": [value, {"x": value}]}) == {"where": [BLANK, {"x": BLANK}]}
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        *(
+            ("pad_token", "<pad>"),
+            ("eos_token", "</s>"),
+            ("max_tokens", 512),
+            ("tokenizer", "gpt2"),
+        ),
+        *(
+            ("sort_key", "id"),
+            ("key", "label"),
+            ("keys", ["a"]),
+            ("secret", None),
+            ("password", ""),
+        ),
+        *(("data", "s3://bucket/a:b@c"), ("url", "http://h:80/a@b"), ("mask", "hf_mask-rest")),
+    ],
+)
+def test_what_only_sounds_like_one_is_shown(key: str, value: object) -> None:
+    assert blanked({key: value}) == {key: value}
