@@ -138,7 +138,7 @@ def plain(kind: type[Task]) -> dict[str, Tensor]:
 def run_of(kind: type[Task], pipeline: int = 2, data: int = 1, **options: Any) -> LocalRun:
     tensor = options.pop("tensor", 1)
     chosen, workers = grid_of(pipeline, tensor, data, **options)
-    return train(hybrid_job(chosen, workers, steps=STEPS), kind, timeout_s=60)
+    return train(hybrid_job(chosen, workers, steps=STEPS), kind)
 
 
 def assert_equal(kind: type[Task], **options: Any) -> None:

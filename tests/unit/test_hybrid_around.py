@@ -61,7 +61,7 @@ def plain(kind: type[Task], around: str = "") -> dict[str, Tensor]:
 def trained(kind: type[Task], grid: tuple[int, int, int], **options: Any) -> dict[str, Tensor]:
     chosen, workers = grid_of(*grid, **options)
     job = hybrid_job(chosen, workers, steps=STEPS, data={"shuffle": False})
-    return whole(train(job, kind, timeout_s=5))
+    return whole(train(job, kind))
 
 
 def same(kind: type[Task], grid: tuple[int, int, int] = (2, 1, 1), **options: Any) -> None:
