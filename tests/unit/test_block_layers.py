@@ -170,7 +170,7 @@ def run_of(task: type[Task], stages: int = 2, **options: Any) -> LocalRun:
     return train(job, task)
 
 
-@pytest.mark.sweep(3)
+@pytest.mark.sweep(5)
 @pytest.mark.parametrize("name", MODELS)
 def test_they_train_as_in_one_process(name: str) -> None:
     stages = 4 if name in ("own", "llama") else 2

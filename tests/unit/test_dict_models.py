@@ -161,7 +161,7 @@ CASES: list[tuple[type[Task], dict[str, Any]]] = [
 ]
 
 
-@pytest.mark.sweep(2)
+@pytest.mark.sweep(4)
 @pytest.mark.parametrize(("kind", "grid"), CASES, ids=str)
 def test_they_train_as_in_one_process(kind: type[Task], grid: dict[str, Any]) -> None:
     assert_equal(kind, **grid)

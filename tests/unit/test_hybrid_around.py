@@ -165,12 +165,14 @@ def test_kept(made: Callable[[Any], Any], schedule: str) -> None:
     same(task_of(made), schedule=schedule)
 
 
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize("how", [{"cut": "auto"}, {"recompute": True}], ids=str)
 @pytest.mark.parametrize("made", KEPT.values(), ids=KEPT.keys())
 def test_kept_however_it_is_cut(made: Callable[[Any], Any], how: dict[str, Any]) -> None:
     same(task_of(made), **how)
 
 
+@pytest.mark.sweep(2)
 @pytest.mark.filterwarnings("ignore:`torch.nn.utils.weight_norm` is deprecated")
 @pytest.mark.parametrize("data_strategy", ["ring", "ps-sync"])
 @pytest.mark.parametrize("grid", [(1, 1, 2), (2, 1, 2)])

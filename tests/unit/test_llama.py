@@ -68,7 +68,7 @@ def job(strategy: Any, workers: int) -> Job:
     )
 
 
-@pytest.mark.sweep(2)
+@pytest.mark.sweep(3)
 @pytest.mark.parametrize(
     ("strategy", "workers"),
     [
