@@ -84,10 +84,10 @@ def test_a_remote_job_is_followed_to_its_result(
     assert ask("stop", job_id) == f"{job_id}: already SUCCEEDED\n"
 
 
-def test_a_failing_task_shows_its_own_traceback(open_head: Head, folder: Path) -> None:
+def test_a_failing_task_shows_its_own_traceback(token_head: Head, folder: Path) -> None:
     done = distplat(
-        *("submit", "job.yaml", "--address", open_head.url, "--set", "task_args.fail=true"),
-        environ=open_head.environ,
+        *("submit", "job.yaml", "--address", token_head.url, "--set", "task_args.fail=true"),
+        environ=token_head.environ,
         cwd=folder,
     )
     assert done.returncode == 1

@@ -43,6 +43,7 @@ def test_numbers_that_no_seed_reaches_are_found() -> None:
     assert row.failed and row.verdict == REFUSED and "samples" in row.reason
 
 
+@pytest.mark.slow
 def test_a_task_that_fails_by_itself_says_so() -> None:
     with pytest.raises(UserCodeError, match="no samples today"):
         rows("Failing", "ring")
