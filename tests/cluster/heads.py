@@ -180,7 +180,7 @@ def end(process: "subprocess.Popen[bytes]") -> None:
 
 
 def distplat(
-    *args: str, environ: dict[str, str], cwd: Path, timeout: float = 60
+    *args: str, environ: dict[str, str], cwd: Path, timeout: float = 100
 ) -> "subprocess.CompletedProcess[str]":
     command = [str(BIN / "distplat"), *args]
     return subprocess.run(
@@ -188,7 +188,7 @@ def distplat(
     )
 
 
-def read_until(process: "subprocess.Popen[str]", text: str, seconds: float = 40) -> list[str]:
+def read_until(process: "subprocess.Popen[str]", text: str, seconds: float = 90) -> list[str]:
     """Read stderr until a line has `text`; the deadline kills what does not get there."""
     timer = threading.Timer(seconds, process.kill)
     timer.start()
