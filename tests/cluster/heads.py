@@ -106,7 +106,9 @@ def script_environ(home: Path) -> dict[str, str]:
     site = home / "site"
     site.mkdir()
     (site / "sitecustomize.py").write_text("import atexit, time\natexit.register(time.sleep, 0.2)")
-    return {**clean_environ(home, "disabled"), "PYTHONPATH": str(site)}
+    # torchrun leaves a folder for logs where temporary files are.
+    ours = {"PYTHONPATH": str(site), "TMPDIR": str(home)}
+    return {**clean_environ(home, "disabled"), **ours}
 
 
 def short_folder() -> Path:

@@ -220,7 +220,7 @@ class Pool:
 
 
 def everybody(actors: list[Any], method: str, *args: object) -> list[Any]:
-    done: list[Any] = ray.get([getattr(a, method).remote(*args) for a in actors], timeout=60)
+    done: list[Any] = ray.get([getattr(a, method).remote(*args) for a in actors], timeout=150)
     return done
 
 
@@ -228,5 +228,5 @@ def join(actors: list[Any], name: str, *settings: object) -> list[str]:
     """All join one group (see `Member.join`); gives what each chose and why."""
     world = len(actors)
     calls = [a.join.remote(name, rank, world, *settings) for rank, a in enumerate(actors)]
-    choices: list[str] = ray.get(calls, timeout=60)
+    choices: list[str] = ray.get(calls, timeout=150)
     return choices
