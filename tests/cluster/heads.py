@@ -182,7 +182,7 @@ def end(process: "subprocess.Popen[bytes]") -> None:
 
 
 def distplat(
-    *args: str, environ: dict[str, str], cwd: Path, timeout: float = 100
+    *args: str, environ: dict[str, str], cwd: Path, timeout: float = 200
 ) -> "subprocess.CompletedProcess[str]":
     command = [str(BIN / "distplat"), *args]
     return subprocess.run(
