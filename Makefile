@@ -14,6 +14,7 @@ DRAWN := $(addprefix tests/unit/test_,\
 
 # Three, for two cores: tests in memory wait for each other's threads a third of their time.
 IN_MEMORY := -n 3 --dist loadfile
+NEW_EXAMPLES := --hypothesis-profile "new examples"
 ON_RAY := -n 2 --dist loadfile --no-loadscope-reorder -ra
 
 .PHONY: demo test test-all chaos soak check fmt bench clean
@@ -30,7 +31,8 @@ test-all: test $(VENV)/.installed-bench
 	$(BIN)/python -m pytest $(IN_MEMORY) -m slow tests/unit
 	$(BIN)/python -m pytest $(ON_RAY) -m slow tests/cluster
 	$(BIN)/python -m pytest tests/unit/test_from_pages.py
-	DISTPLAT_DRAWN_RUNS=1000 $(BIN)/python -m pytest --timeout 3000 $(DRAWN)
+	$(BIN)/python -m pytest $(IN_MEMORY) $(NEW_EXAMPLES) -m hypothesis tests/unit
+	DISTPLAT_DRAWN_RUNS=1000 $(BIN)/python -m pytest --timeout 3000 $(NEW_EXAMPLES) $(DRAWN)
 	DISTPLAT_KILLS=20 $(BIN)/python -m pytest tests/cluster/test_kill_inside.py
 
 chaos: $(VENV)/.installed

@@ -142,13 +142,6 @@ def script(batch_size: int, folder: str, *, kill_in: int = -1, raise_in: int = -
     dist.destroy_process_group()
 
 
-def wrong(config: dict[str, Any]) -> None:
-    """Raise after two reports."""
-    for _ in range(2):
-        distplat.report({"loss": 1.0})
-    raise KeyError("no such column")
-
-
 def parting(config: dict[str, Any]) -> None:
     """Rank 1 stops after the sixth epoch, as its own loss may have it."""
     if config.get("reduces"):

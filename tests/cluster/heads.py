@@ -106,7 +106,9 @@ def script_environ(home: Path) -> dict[str, str]:
     site = home / "site"
     site.mkdir()
     (site / "sitecustomize.py").write_text("import atexit, time\natexit.register(time.sleep, 0.2)")
-    return {**clean_environ(home, "disabled"), "PYTHONPATH": str(site)}
+    # torchrun leaves a folder for logs where temporary files are.
+    ours = {"PYTHONPATH": str(site), "TMPDIR": str(home)}
+    return {**clean_environ(home, "disabled"), **ours}
 
 
 def short_folder() -> Path:
@@ -180,7 +182,7 @@ def end(process: "subprocess.Popen[bytes]") -> None:
 
 
 def distplat(
-    *args: str, environ: dict[str, str], cwd: Path, timeout: float = 60
+    *args: str, environ: dict[str, str], cwd: Path, timeout: float = 200
 ) -> "subprocess.CompletedProcess[str]":
     command = [str(BIN / "distplat"), *args]
     return subprocess.run(
@@ -188,7 +190,7 @@ def distplat(
     )
 
 
-def read_until(process: "subprocess.Popen[str]", text: str, seconds: float = 40) -> list[str]:
+def read_until(process: "subprocess.Popen[str]", text: str, seconds: float = 90) -> list[str]:
     """Read stderr until a line has `text`; the deadline kills what does not get there."""
     timer = threading.Timer(seconds, process.kill)
     timer.start()

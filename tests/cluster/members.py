@@ -18,7 +18,7 @@ from distplat.strategies.collective import Handle, ReduceOp
 
 TIMEOUT_S = 3.0
 """For tests in which a rank is late: they wait for it."""
-FAR_S = 30.0
+FAR_S = 100.0
 """A deadline that is not to be waited for: what is lost is found before."""
 
 
@@ -43,7 +43,7 @@ class Member:
         timeout_s: float = FAR_S,
     ) -> str:
         """Join a group; gives the backend that it has and why."""
-        self.settings, self.joining = GroupSettings(timeout_s, 30, debug), name
+        self.settings, self.joining = GroupSettings(timeout_s, FAR_S, debug), name
         self.group = create_group(name, backend, rank, world, self.settings)
         return f"{self.group.choice.backend}: {self.group.choice.why}"
 
@@ -203,6 +203,7 @@ class Pool:
     def take(self, count: int) -> list[Any]:
         while len(self._members) < count:
             self._members.append(self._kind.remote())
+        ray.get([one.pid.remote() for one in self._members], timeout=150)  # in no deadline
         return self._members[:count]
 
     def give_back(self) -> None:
@@ -211,7 +212,7 @@ class Pool:
         alive = []
         for actor, call in zip(self._members, leaving, strict=True):
             try:
-                ray.get(call, timeout=20)
+                ray.get(call, timeout=60)
                 alive.append(actor)
             except (ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError):
                 ray.kill(actor)
@@ -219,7 +220,7 @@ class Pool:
 
 
 def everybody(actors: list[Any], method: str, *args: object) -> list[Any]:
-    done: list[Any] = ray.get([getattr(a, method).remote(*args) for a in actors], timeout=60)
+    done: list[Any] = ray.get([getattr(a, method).remote(*args) for a in actors], timeout=150)
     return done
 
 
@@ -227,5 +228,5 @@ def join(actors: list[Any], name: str, *settings: object) -> list[str]:
     """All join one group (see `Member.join`); gives what each chose and why."""
     world = len(actors)
     calls = [a.join.remote(name, rank, world, *settings) for rank, a in enumerate(actors)]
-    choices: list[str] = ray.get(calls, timeout=60)
+    choices: list[str] = ray.get(calls, timeout=150)
     return choices

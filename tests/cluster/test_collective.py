@@ -115,7 +115,7 @@ def test_lost_rank_is_named(victim: int, number: int, members: Take) -> None:
         with pytest.raises(CollectiveError) as caught:
             ray.get(calls[rank], timeout=60)
         assert caught.value.missing == (victim,)
-    assert time.monotonic() - began < TIMEOUT_S + 6
+    assert time.monotonic() - began < FAR_S / 2
     ray.kill(actors[victim])
 
 
@@ -127,9 +127,9 @@ def test_abort_frees_a_blocked_rank(operation: str, backend: str, members: Take)
     everybody(actors, "repeat", "all_reduce", 21)  # past the comparisons: gloo itself is waited for
     stuck = actors[0].blocked.remote(operation, 2_000_000)
     time.sleep(0.5)
-    ray.get(actors[0].abort.remote(), timeout=10)
-    seconds, text = ray.get(stuck, timeout=10)
-    assert seconds < 1.5
+    ray.get(actors[0].abort.remote(), timeout=60)
+    seconds, text = ray.get(stuck, timeout=60)
+    assert seconds < FAR_S / 4
     assert "told to give up" in text
 
 
@@ -139,32 +139,32 @@ def test_a_rendezvous_can_be_given_up(rank: int, backend: str, members: Take) ->
     (actor,) = members(1)
     name = f"vain-{rank}-{backend}"
     waiting = actor.join_in_vain.remote(name, rank, 2, backend)
-    ray.get(actor.give_up.remote(name), timeout=20)
-    assert 0 < ray.get(waiting, timeout=20) < 1.5
+    ray.get(actor.give_up.remote(name), timeout=60)
+    assert 0 < ray.get(waiting, timeout=60) < FAR_S / 4
 
 
 def test_a_rendezvous_with_a_dead_rank_0_ends_at_once(members: Take) -> None:
     actors = members(2)
-    pid = ray.get(actors[0].pid.remote(), timeout=20)
+    pid = ray.get(actors[0].pid.remote(), timeout=60)
     actors[0].join.remote("dead", 0, 2)
     until_rank_0_serves("dead")
     os.kill(pid, signal.SIGKILL)
     with suppress(psutil.NoSuchProcess):
-        psutil.Process(pid).wait(10)
+        psutil.Process(pid).wait(60)
     with pytest.raises(CollectiveError, match="no answer from rank 0") as caught:
-        ray.get(actors[1].join.remote("dead", 1, 2), timeout=10)
+        ray.get(actors[1].join.remote("dead", 1, 2), timeout=60)
     assert caught.value.missing == (0,)
 
 
 def test_a_rendezvous_with_a_frozen_rank_0_can_be_given_up(members: Take) -> None:
     actors = members(2)
-    pid = ray.get(actors[0].pid.remote(), timeout=20)
+    pid = ray.get(actors[0].pid.remote(), timeout=60)
     actors[0].join.remote("frozen", 0, 2)
     until_rank_0_serves("frozen")
     os.kill(pid, signal.SIGSTOP)
     waiting = actors[1].join_in_vain.remote("frozen", 1, 2, "gloo")
-    ray.get(actors[1].give_up.remote("frozen"), timeout=20)
-    assert 0 < ray.get(waiting, timeout=20) < 1.5
+    ray.get(actors[1].give_up.remote("frozen"), timeout=60)
+    assert 0 < ray.get(waiting, timeout=60) < FAR_S / 4
     ray.kill(actors[0])
 
 

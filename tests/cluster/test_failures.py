@@ -85,12 +85,14 @@ def test_user_exception_on_one_rank(strategy: str, tmp_path: Path) -> None:
     assert "FAILED" in next(tmp_path.rglob("result.json")).read_text()
 
 
+@pytest.mark.slow
 def test_user_exit_is_not_success(tmp_path: Path) -> None:
     with pytest.raises(UserCodeError, match="SystemExit"):
         train(misbehaving("ring", "exit", tmp_path), tmp_path)
 
 
-@pytest.mark.parametrize("strategy", ["ring", slow("ps-sync")])
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ring", "ps-sync"])
 def test_killed_worker(strategy: str, tmp_path: Path) -> None:
     began = time.monotonic()
     with pytest.raises(ActorLost, match=r"worker-\d was lost after step \d+"):
@@ -128,7 +130,7 @@ def test_killed_controller(tmp_path: Path) -> None:
 
 def test_killed_driver(tmp_path: Path) -> None:
     """All actors end with it, the one too that the controller has made; the census looks."""
-    spec = misbehaving("ps-sync", "kill", tmp_path, failure={"max_failures": 1})
+    spec = misbehaving("ring", "kill", tmp_path, failure={"max_failures": 1})
     (tmp_path / "job.yaml").write_text(json.dumps({**spec, "storage_path": str(tmp_path)}))
     address = ray.get_runtime_context().gcs_address
     submit = ["-m", "distplat.cli.main", "submit", str(tmp_path / "job.yaml"), "--working-dir"]
@@ -236,7 +238,7 @@ def test_a_second_ctrl_c_does_not_wait(tmp_path: Path) -> None:
     """On a Ray that stays, as in a notebook; the census looks for actors."""
     impatient = Impatient()
     with pytest.raises(Interrupted) as caught:
-        train(job("ps-sync", 2, **LONG), tmp_path, callbacks=(impatient,))
+        train(job("ring", 2, **LONG), tmp_path, callbacks=(impatient,))
     assert time.monotonic() - impatient.done_at < 5
     assert caught.value.exit_code == 130
     assert "STOPPED" in next(tmp_path.rglob("result.json")).read_text()

@@ -133,7 +133,7 @@ def test_lost_rank_is_named(victim: int, number: int, members: Take) -> None:
         with pytest.raises(CollectiveError) as caught:
             ray.get(calls[rank], timeout=60)
         assert caught.value.missing == (victim,)
-    assert time.monotonic() - began < TIMEOUT_S + 6
+    assert time.monotonic() - began < FAR_S / 2
     ray.kill(actors[victim])
 
 

@@ -29,6 +29,8 @@ from distplat.platform.scaling import ScaleRequest, ScaleStatus
 pytestmark = [pytest.mark.cluster, pytest.mark.usefixtures("local_ray"), pytest.mark.timeout(180)]
 
 STEPS = 1000
+LASTS = 200
+"""Steps of a synchronous run."""
 EPOCHS = 80  # of four steps
 PATIENCE_S = 60.0
 
@@ -201,21 +203,23 @@ def synchronous(ends: Path, strategy: dict[str, Any], **more: Any) -> dict[str, 
         "global_batch_size": 32,
         "clip_norm": 0.5,
         "epochs": None,
-        "steps": 400,
+        "steps": LASTS,
         "evaluation": {"every_epochs": 100},
     }
     return job({"name": "ps-sync", **strategy}, 2, **{**fields, **more})
 
 
-def resized(tmp_path: Path, story: Callable[[RunName, Story], None]) -> tuple[Result, Story]:
+def resized(
+    tmp_path: Path, story: Callable[[RunName, Story], None], **strategy: Any
+) -> tuple[Result, Story]:
     """Train while the story goes on: every step is made once, and the model is the same."""
     ends = tmp_path / "ends"
     watch = Story(story, ends)
-    spec = synchronous(ends, {"num_servers": 2, "replication": 2})
+    spec = synchronous(ends, {"num_servers": 2, **strategy})
     result = train(spec, tmp_path, callbacks=(watch,))
     watch.join(10)
     assert not watch.errors, watch.errors
-    assert [summary.step for summary in result.history] == list(range(1, 401))
+    assert [summary.step for summary in result.history] == list(range(1, LASTS + 1))
     # Sums are of other parts, so bits differ; and that is all.
     other = np.frombuffer(undisturbed(spec), np.float32)
     assert distance(weights(result), other) < 1e-5
@@ -265,7 +269,7 @@ def test_a_run_that_is_resized_loses_a_worker_and_a_server(tmp_path: Path) -> No
         goes_on(mine, run, 1)
         assert run.actor("worker-0") == first[0]
 
-    result, watch = resized(tmp_path, story)
+    result, watch = resized(tmp_path, story, replication=2)
     assert [failure.replaced for failure in watch.failures] == [("worker-2",)]
     assert [(one.before, one.workers) for one in result.resizes] == [(2, 4), (4, 3), (3, 1)]
     lost = watch.failures[0].step
@@ -290,7 +294,7 @@ def test_after_going_back_there_are_as_many_workers_as_before(tmp_path: Path) ->
     assert not watch.errors, watch.errors
     assert [s.replaced for s in watch.failures] == [("worker-0", "worker-1", "worker-2")]
     assert watch.failures[0].step >= 5
-    assert [summary.step for summary in result.history] == list(range(1, 401))
+    assert [summary.step for summary in result.history] == list(range(1, LASTS + 1))
     assert distance(weights(result), np.frombuffer(undisturbed(spec), np.float32)) < 1e-5
 
 

@@ -64,9 +64,9 @@ def test_ctrl_c_ends_all_processes(environ: dict[str, str], tmp_path: Path) -> N
     scripts = [psutil.Process(pid) for pid in pids(process, 2)]
     family = psutil.Process(process.pid).children(recursive=True)
     os.killpg(process.pid, signal.SIGINT)
-    process.communicate(timeout=40)
+    process.communicate(timeout=90)
     assert process.returncode == 130
-    _, alive = psutil.wait_procs([*family, *scripts], timeout=10)
+    _, alive = psutil.wait_procs([*family, *scripts], timeout=30)
     assert alive == []
     (run,) = (tmp_path / "runs").iterdir()
     assert json.loads((run / "result.json").read_text())["status"] == "STOPPED"
@@ -83,9 +83,9 @@ def test_a_killed_actor_takes_its_script_along_and_all_begin_anew(
     actor = scripts[0].parent()
     assert actor is not None
     actor.kill()
-    rest, _ = process.communicate(timeout=60)
+    rest, _ = process.communicate(timeout=90)
     assert process.returncode == 0, rest
     assert "starting anew, 1 of 1" in rest
     assert rest.count("pid") == 2
-    _, alive = psutil.wait_procs(scripts, timeout=10)
+    _, alive = psutil.wait_procs(scripts, timeout=30)
     assert alive == []

@@ -20,7 +20,7 @@ from distplat.platform.server_group import ShardAssignment
 
 pytestmark = [pytest.mark.cluster, pytest.mark.usefixtures("local_ray")]
 
-STEPS = 600
+STEPS = 200
 MOST_S = 60.0
 
 

@@ -60,7 +60,7 @@ class Replacing(BesideTraining):
 
 def test_a_spare_takes_the_place_of_a_lost_worker(tmp_path: Path) -> None:
     goes_on = tmp_path / "goes_on"
-    fields: dict[str, Any] = {"epochs": None, "steps": 1500, "evaluation": {"every_epochs": 0}}
+    fields: dict[str, Any] = {"epochs": None, "steps": 300, "evaluation": {"every_epochs": 0}}
     paced = {"task": "tasks_for_tests:Paced", "task_args": {"until": str(goes_on)}}
     replacing = Replacing(goes_on)
     spec = job("ring", 2, **fields, **paced, failure={"spare_workers": True})

@@ -27,6 +27,7 @@ def numbered(spec: dict[str, Any]) -> NDArray[np.float32]:
     return np.concatenate([state[name].numpy().ravel() for name in sorted(state)])
 
 
+@pytest.mark.slow
 def test_a_killed_worker_costs_no_sample(tmp_path: Path) -> None:
     """Its stream is read by loaders; the one in its place reads on from a checkpoint's position."""
     spec = job(

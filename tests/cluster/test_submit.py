@@ -61,9 +61,9 @@ def test_ctrl_c_ends_a_run_of_its_own_and_all_its_processes(
     family = psutil.Process(process.pid).children(recursive=True)
     assert family
     os.killpg(process.pid, signal.SIGINT)
-    process.communicate(timeout=30)
+    process.communicate(timeout=90)
     assert process.returncode == 130
-    _, alive = psutil.wait_procs(family, timeout=10)
+    _, alive = psutil.wait_procs(family, timeout=30)
     assert alive == []
     (run,) = (tmp_path / "runs").iterdir()
     assert json.loads((run / "result.json").read_text())["status"] == "STOPPED"
@@ -87,7 +87,7 @@ def test_stop_ends_a_run_that_no_job_api_knows(folder: Path, home: Path, tmp_pat
     named = "stop", "line", "--address", private_ray(process.pid)
     stopped = distplat(*named, environ=environ, cwd=tmp_path)
     assert (stopped.returncode, stopped.stdout) == (0, "line: STOPPED\n"), stopped.stderr
-    _, printed = process.communicate(timeout=30)
+    _, printed = process.communicate(timeout=90)
     assert process.returncode == 143
     assert "the run is asked to stop" in printed
     (run,) = (tmp_path / "runs").iterdir()

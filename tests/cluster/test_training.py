@@ -44,6 +44,7 @@ def equals_one_process(strategy: object, alone: np.ndarray[Any, Any], folder: Pa
     return result
 
 
+@pytest.mark.slow
 def test_ring_equals_one_process(alone: np.ndarray[Any, Any], tmp_path: Path) -> None:
     equals_one_process("ring", alone, tmp_path)
 
@@ -56,7 +57,7 @@ def test_servers_equal_one_process_and_repeat(alone: np.ndarray[Any, Any], tmp_p
 
 
 def test_a_frozen_layer_from_a_file_float16_and_a_metric_with_state(tmp_path: Path) -> None:
-    """What of it goes over Ray: the workers' own group, the checkpoint, the file."""
+    """What of it goes over Ray: the file, the checkpoint, and the workers' own group."""
     base = train_in_memory(make_job(job("ring", 1, steps=2, epochs=None)), Blobs).parameters()
     torch.save(base, tmp_path / "base.pt")
     fields: dict[str, Any] = {
@@ -66,7 +67,7 @@ def test_a_frozen_layer_from_a_file_float16_and_a_metric_with_state(tmp_path: Pa
         "precision": "fp16",
         "epochs": None,
     }
-    result = train(job("ps-sync", 2, steps=6, **fields), tmp_path)
+    result = train(job("ring", 2, steps=6, **fields), tmp_path)
     in_memory = train_in_memory(make_job(job("ps-sync", 2, steps=12, **fields)), Tuned)
     expected = in_memory.parameters()
     again = train(job("ps-sync", 2, steps=12, **fields), tmp_path, resume=result.path)

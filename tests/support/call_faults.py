@@ -45,6 +45,8 @@ class Fault:
     """It is carried out twice, one after the other; the first answer counts."""
     kill: Literal["", "before", "after"] = ""
     """The actor dies before it is carried out, or before it is answered."""
+    then: Callable[[], object] | None = None
+    """Is called when it was carried out, before it is answered."""
 
 
 NO_FAULT = Fault()
@@ -85,6 +87,8 @@ def _serve(actor: Actor, method: str, args: Packed, reply: Future[Any], fault: F
     answer, error = outcome(actor, method, args)
     if fault.twice and error is None:
         _, error = outcome(actor, method, args)
+    if fault.then is not None:
+        fault.then()
     time.sleep(fault.reply_delay_s)
     if fault.kill == "after":
         actor.die(f"after {method}")

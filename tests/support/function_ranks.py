@@ -22,6 +22,9 @@ from distplat.strategies.fakes import Fabric
 from distplat.strategies.function.function_session import SessionPorts
 from distplat.strategies.loop.loop import Progress
 
+LIMIT_S = 60.0
+"""Deadline of waits; on a busy machine a thread may rest for long."""
+
 
 @dataclass
 class FunctionRun:
@@ -51,8 +54,8 @@ def call_on_ranks(
     """Run a function on all ranks, whose node is `home`; raises what the first of them raises."""
     job = job or function_job(workers)
     world, found, lock = job.scaling.world, FunctionRun(), threading.Lock()
-    fabric, roles = Fabric(world, 10.0), make_strategy(job).roles(job)
-    servers = Servers(impatient(job, 10.0), roles) if roles.servers else None
+    fabric, roles = Fabric(world, LIMIT_S), make_strategy(job).roles(job)
+    servers = Servers(impatient(job, LIMIT_S), roles) if roles.servers else None
 
     def deliver(delivery: Delivery) -> None:
         with lock:
@@ -61,7 +64,7 @@ def call_on_ranks(
 
     def body(rank: int) -> dict[str, Tensor]:
         copied = lambda arrays: [one.copy() for one in arrays]  # noqa: E731
-        uploader = CheckpointUploader(rank, 0, copied, deliver, 10.0)
+        uploader = CheckpointUploader(rank, 0, copied, deliver, LIMIT_S)
         trained = run_function(
             job,
             lambda: function,

@@ -19,7 +19,7 @@ def on_ranks(
     world: int,
     body: Callable[[int], T],
     *,
-    timeout_s: float = 30.0,
+    timeout_s: float = 100.0,
     meanwhile: Callable[[], None] = lambda: None,
     failed: Callable[[], None] = lambda: None,
 ) -> list[T]:

@@ -11,7 +11,7 @@ from distplat.actors.collectives.shm.segment import GroupSegment, SegmentLayout
 from distplat.actors.collectives.shm.shm_group import ShmGroup
 
 T = TypeVar("T")
-DEADLINE_S = 10.0
+DEADLINE_S = 60.0
 
 
 class Board:
@@ -52,7 +52,7 @@ def on_shm_ranks(
     *,
     slot_bytes: int | None = None,
     operation_s: float = DEADLINE_S,
-    timeout_s: float = 30.0,
+    timeout_s: float = 100.0,
 ) -> list[T]:
     """Call `body(group)` on every rank of a fresh group; give what they return, in rank order."""
     board = Board(slot_bytes, operation_s)

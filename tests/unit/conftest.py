@@ -2,23 +2,29 @@
 
 import gc
 import os
+import random
 import threading
 from collections.abc import Iterator
 from multiprocessing import forkserver
+from typing import Any
 
 import local_run
 import marks
+import numpy as np
 import pytest
 import signal_defaults
 import torch
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 
 from distplat.strategies.loop.loaders import LoaderContext
 
 signal_defaults.reset()
 torch.set_num_threads(1)
-settings.register_profile("any machine", deadline=None)  # a busy one makes an example slow
-settings.load_profile("any machine")
+# A busy machine makes an example slow, and drawing it.
+_PATIENT: dict[str, Any] = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}
+settings.register_profile("the same examples", derandomize=True, **_PATIENT)
+settings.register_profile("new examples", **_PATIENT)  # `make test-all`: --hypothesis-profile
+settings.load_profile("the same examples")
 
 _MANY = 400
 """Descriptors; by default a process may have 1024."""
@@ -36,6 +42,14 @@ def pytest_collection_finish() -> None:
     """Have collections look at what tests make alone: what is imported never goes."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    """What a test draws depends on no test before it."""
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
 
 
 @pytest.fixture(autouse=True)

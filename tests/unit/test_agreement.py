@@ -54,7 +54,7 @@ def job(strategy: Any) -> Job:
 def refusal(strategy: Any, kind: type[Task]) -> str:
     """Give what the user is told; no rank waits for another longer than its error takes."""
     with pytest.raises(SpecError) as caught:
-        train(job(strategy), kind, timeout_s=2.0)
+        train(job(strategy), kind)
     assert caught.value.exit_code == 2
     return str(caught.value)
 

@@ -83,7 +83,7 @@ def test_dicts_train_as_in_a_plain_loop(
     kind = small(example.CausalLM)
     fields = {"optimizer": SGD, "steps": STEPS, "gradient_accumulation": parts}
     job = job_of(strategy, 2, global_batch_size=BATCH, **fields)
-    assert_equal(whole(train(job, kind, timeout_s=20.0)), plain(kind))
+    assert_equal(whole(train(job, kind)), plain(kind))
     assert not [one for one in caplog.records if "no mean" in one.getMessage()]
 
 
@@ -102,7 +102,7 @@ def test_a_model_of_transformers_is_trained_so(example: Any) -> None:
     for strategy in ("ring", {"name": "hybrid", "pipeline": 2, "micro_batches": 4}):
         job = job_of(strategy, 2, optimizer=SGD, steps=STEPS, global_batch_size=BATCH)
         # Its loss is computed in float32, whatever the model's type.
-        assert_equal(whole(train(job, GPT2, timeout_s=60.0)), plain(GPT2), 1e-6)
+        assert_equal(whole(train(job, GPT2)), plain(GPT2), 1e-6)
 
 
 def test_the_job_names_what_the_example_has(example: Any) -> None:

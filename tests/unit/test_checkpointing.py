@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -277,6 +278,8 @@ def test_a_rollback_says_for_what_it_waits_and_goes_on_without_it(
     launch: Launch, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr("distplat.actors.checkpointing._SILENT_S", 0.01)
+    # What is there is read in any time.
+    monkeypatch.setattr("distplat.platform.disk.time", SimpleNamespace(monotonic=lambda: 0.0))
     gate = threading.Event()
 
     def slowly(box: Any) -> Any:
@@ -357,10 +360,10 @@ class Slow:
 
     def __init__(self) -> None:
         self.gate, self.sent = threading.Event(), list[Delivery]()
-        self.uploader = CheckpointUploader(1, 0, self.put, self.sent.append, 0.2)
+        self.uploader = CheckpointUploader(1, 0, self.put, self.sent.append, 60.0)
 
     def put(self, arrays: list[Any]) -> list[Any]:
-        assert self.gate.wait(10)
+        assert self.gate.wait(60)
         return [array.copy() for array in arrays]
 
 
@@ -391,8 +394,10 @@ def test_a_part_is_copied_before_training_goes_on(slow: Slow) -> None:
 
 def test_the_next_part_waits_for_the_last_one_or_is_skipped(slow: Slow) -> None:
     slow.uploader.take(5, part(1.0), {})
+    slow.uploader._limit_s = 0.2
     with pytest.raises(DeadlineExceeded, match=r"failure\.step_timeout_s"):
         slow.uploader.take(6, part(2.0), {})
+    slow.uploader._limit_s = 60.0
     slow.uploader.take(7, part(3.0, may_skip=True), {})
     assert [(d.version, d.skipped) for d in slow.sent] == [(7, True)]
     slow.gate.set()

@@ -138,7 +138,7 @@ def plain(kind: type[Task]) -> dict[str, Tensor]:
 def run_of(kind: type[Task], pipeline: int = 2, data: int = 1, **options: Any) -> LocalRun:
     tensor = options.pop("tensor", 1)
     chosen, workers = grid_of(pipeline, tensor, data, **options)
-    return train(hybrid_job(chosen, workers, steps=STEPS), kind, timeout_s=60)
+    return train(hybrid_job(chosen, workers, steps=STEPS), kind)
 
 
 def assert_equal(kind: type[Task], **options: Any) -> None:
@@ -161,7 +161,7 @@ CASES: list[tuple[type[Task], dict[str, Any]]] = [
 ]
 
 
-@pytest.mark.sweep(2)
+@pytest.mark.sweep(4)
 @pytest.mark.parametrize(("kind", "grid"), CASES, ids=str)
 def test_they_train_as_in_one_process(kind: type[Task], grid: dict[str, Any]) -> None:
     assert_equal(kind, **grid)

@@ -156,7 +156,7 @@ def losses_of(run: LocalRun) -> list[float]:
     return [total / count for total, count in zip(sums, counts, strict=True)]
 
 
-@pytest.mark.sweep(3)
+@pytest.mark.sweep(4)
 @pytest.mark.parametrize("recipe", RECIPES)
 @pytest.mark.parametrize(("strategy", "workers", "servers"), WORLDS)
 def test_every_world_gives_what_one_process_gives(

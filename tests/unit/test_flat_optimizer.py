@@ -170,7 +170,7 @@ def check(ours: list[Tensor], theirs: list[Tensor]) -> None:
         torch.testing.assert_close(mine, other, rtol=limit, atol=limit, equal_nan=True)
 
 
-@pytest.mark.sweep(4)
+@pytest.mark.sweep(8)
 @pytest.mark.parametrize("pattern", PATTERNS.values(), ids=PATTERNS)
 @pytest.mark.parametrize("types", TYPES.values(), ids=TYPES)
 @pytest.mark.parametrize("spec", OPTIMIZERS, ids=name_of)
@@ -183,7 +183,7 @@ def test_moves_as_torch_does(spec: dict[str, Any], types: list[torch.dtype], pat
         check(ours.parameters(), expected)
 
 
-@pytest.mark.sweep(3)
+@pytest.mark.sweep(6)
 @pytest.mark.parametrize("pattern", PATTERNS.values(), ids=PATTERNS)
 @pytest.mark.parametrize("types", [TYPES["float64"], TYPES["mixed"]], ids=["float64", "mixed"])
 @pytest.mark.parametrize("spec", OPTIMIZERS, ids=name_of)
@@ -203,7 +203,7 @@ def test_any_deal_of_parameters_is_torchs(random: Random) -> None:
     test_moves_as_torch_does(spec, types, pattern)
 
 
-@pytest.mark.sweep(3)
+@pytest.mark.sweep(6)
 @pytest.mark.parametrize("pattern", PATTERNS.values(), ids=PATTERNS)
 @pytest.mark.parametrize(
     "spec", [*OPTIMIZERS, *(with_groups(one, "p2", "p0,p4") for one in OPTIMIZERS)], ids=name_of

@@ -123,6 +123,7 @@ def test_batches_are_those_of_the_same_samples_by_number(
     assert len(lengths) == 1, "all ranks have as many batches"
 
 
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize("persistent", [False, True])
 @pytest.mark.parametrize("kind", [Plain, Sharing])
 def test_loader_processes_lose_no_sample_and_shuffle_anew(

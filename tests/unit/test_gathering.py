@@ -92,6 +92,7 @@ WORLDS: list[tuple[Any, int]] = [(s, n) for s in (RING, "ps-sync") for n in (1, 
 WORLDS += [(SHARDED, 2), (TWO, 2)]
 
 
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize("kind", [Pairs, Both, Plain])
 @pytest.mark.parametrize(("strategy", "workers"), WORLDS)
 def test_the_batch_is_one(strategy: Any, workers: int, kind: type[Task]) -> None:

@@ -61,7 +61,7 @@ def plain(kind: type[Task], around: str = "") -> dict[str, Tensor]:
 def trained(kind: type[Task], grid: tuple[int, int, int], **options: Any) -> dict[str, Tensor]:
     chosen, workers = grid_of(*grid, **options)
     job = hybrid_job(chosen, workers, steps=STEPS, data={"shuffle": False})
-    return whole(train(job, kind, timeout_s=5))
+    return whole(train(job, kind))
 
 
 def same(kind: type[Task], grid: tuple[int, int, int] = (2, 1, 1), **options: Any) -> None:
@@ -165,12 +165,14 @@ def test_kept(made: Callable[[Any], Any], schedule: str) -> None:
     same(task_of(made), schedule=schedule)
 
 
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize("how", [{"cut": "auto"}, {"recompute": True}], ids=str)
 @pytest.mark.parametrize("made", KEPT.values(), ids=KEPT.keys())
 def test_kept_however_it_is_cut(made: Callable[[Any], Any], how: dict[str, Any]) -> None:
     same(task_of(made), **how)
 
 
+@pytest.mark.sweep(2)
 @pytest.mark.filterwarnings("ignore:`torch.nn.utils.weight_norm` is deprecated")
 @pytest.mark.parametrize("data_strategy", ["ring", "ps-sync"])
 @pytest.mark.parametrize("grid", [(1, 1, 2), (2, 1, 2)])

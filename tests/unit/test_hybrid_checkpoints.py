@@ -56,7 +56,7 @@ def model_of(run: LocalRun) -> dict[str, Tensor]:
     return {name: value.detach() for name, value in whole(run).items()}
 
 
-@pytest.mark.sweep(4)
+@pytest.mark.sweep(8)
 @pytest.mark.parametrize("to", GRIDS)
 @pytest.mark.parametrize("origin", ["1x2x2", "2x2x1", "1x2x2 ps-sync", "2x1x2 ps-sync"])
 def test_any_grid_goes_on_from_any_other(origin: str, to: str) -> None:
@@ -99,6 +99,7 @@ BITS: list[tuple[type[Task], tuple[dict[str, Any], int]]] = [
 ]
 
 
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize(("kind", "grid"), BITS, ids=str)
 def test_the_same_grid_goes_on_to_the_same_bits(
     kind: type[Task], grid: tuple[dict[str, Any], int]

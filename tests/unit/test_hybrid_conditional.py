@@ -70,6 +70,7 @@ def same(options: dict[str, Any], workers: int, **more: Any) -> None:
         assert (found[name] - expected[name]).abs().max() < 1e-10, name
 
 
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize("micro_batches", [2, 4, 8])
 @pytest.mark.parametrize(
     "how",
@@ -86,6 +87,7 @@ def test_whichever_micro_batch_reaches_a_layer(how: dict[str, Any], micro_batche
     same(*grid_of(2, 1, 1, micro_batches=micro_batches, **how))
 
 
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize("data_strategy", ["ring", "ps-sync"])
 @pytest.mark.parametrize("schedule", ["1f1b", "gpipe", "interleaved", "zb-h1"])
 def test_with_replicas(schedule: str, data_strategy: str) -> None:

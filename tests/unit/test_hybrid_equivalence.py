@@ -67,7 +67,7 @@ EACH_WITH_EACH = [
 """Every grid with one of the models is quick, and every model with some of the grids."""
 
 
-@pytest.mark.sweep(3)
+@pytest.mark.sweep(4)
 @pytest.mark.parametrize(("name", "kind"), EACH_WITH_EACH)
 def test_every_grid_gives_what_one_process_gives(name: str, kind: type[Task]) -> None:
     options, workers = GRIDS[name]

@@ -56,6 +56,7 @@ def test_one_is_lost_at_any_operation(
     assert samples(workers, workers.job) == [16, 16, 13] * 2
 
 
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize("deaf", [{0}, {1, 2}, {0, 1, 3}, {2, 3}, {0, 2, 3}])
 @pytest.mark.parametrize("victim", [0, 3])
 def test_some_have_made_the_update_and_some_not(
@@ -131,7 +132,7 @@ def unfailed_alone() -> dict[str, Tensor]:
     return model
 
 
-@pytest.mark.sweep(4)
+@pytest.mark.sweep(8)
 @pytest.mark.parametrize("number", range(5, 10))
 @pytest.mark.parametrize("stage", [0, 1])
 @pytest.mark.parametrize("moment", ["forward", "backward"])

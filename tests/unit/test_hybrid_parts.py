@@ -64,7 +64,7 @@ def test_a_chunk_of_each_half() -> None:
 )
 def test_what_cannot_be_cut_is_named(options: dict[str, Any], message: str, hint: str) -> None:
     with pytest.raises(SpecError) as caught:
-        train(hybrid_job(options, options["pipeline"]), Mlp, timeout_s=2)
+        train(hybrid_job(options, options["pipeline"]), Mlp)
     problem = caught.value.problems[0]
     assert message in problem.message and hint in problem.hint
     assert problem.field.startswith("strategy.")
@@ -80,7 +80,7 @@ class OneTrained(Mlp):
 
 def test_fewer_trained_layers_than_stages_are_named() -> None:
     with pytest.raises(SpecError, match="each of 2 stages needs something to train, and only 0 h"):
-        train(hybrid_job({"pipeline": 2}, 2), OneTrained, timeout_s=2)
+        train(hybrid_job({"pipeline": 2}, 2), OneTrained)
 
 
 class Tied(Gpt):
@@ -93,7 +93,7 @@ class Tied(Gpt):
 
 def test_tied_weights_in_two_stages_are_named() -> None:
     with pytest.raises(SpecError, match=r"0\.weight \(stage 0\) and 8\.weight \(stage 1\)"):
-        train(hybrid_job(EVEN, 2), Tied, timeout_s=2)
+        train(hybrid_job(EVEN, 2), Tied)
 
 
 class Forgetful(Mlp):
@@ -103,7 +103,7 @@ class Forgetful(Mlp):
 
 def test_a_parameter_in_no_stage_is_named() -> None:
     with pytest.raises(SpecError, match=r"in no stage: 5\.weight, 5\.bias"):
-        train(hybrid_job(EVEN, 2), Forgetful, timeout_s=2)
+        train(hybrid_job(EVEN, 2), Forgetful)
 
 
 class Branching(Mlp):

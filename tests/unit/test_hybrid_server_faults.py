@@ -122,6 +122,7 @@ def test_one_is_lost_before_its_push(victim: int, servers: int) -> None:
     assert workers.starts == [LOST_AT] * WORLD
 
 
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize("lost", [set(), {0}, {3}])
 @pytest.mark.parametrize("stopped", [{0, 2}, {1, 3}])
 def test_one_part_has_committed_and_the_other_not(stopped: set[int], lost: set[int]) -> None:
@@ -155,7 +156,7 @@ def test_running_statistics_without_a_holder_are_lost() -> None:
         workers.attempt(Fabric(WORLD))
 
 
-@pytest.mark.sweep(4)
+@pytest.mark.sweep(6)
 @pytest.mark.parametrize("group", ["world", "dp-"])
 @pytest.mark.parametrize("after", range(3))
 @pytest.mark.parametrize("stopped", [{0, 2}, {1}, {0, 1, 2, 3}])

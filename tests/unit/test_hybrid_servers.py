@@ -41,7 +41,7 @@ GRIDS: dict[str, tuple[type[Task], tuple[dict[str, Any], int]]] = {
 }
 
 
-@pytest.mark.sweep(3)
+@pytest.mark.sweep(6)
 @pytest.mark.parametrize("name", GRIDS)
 @pytest.mark.parametrize("clip", [slow(None), 0.3])
 def test_servers_of_each_part_give_what_one_process_gives(name: str, clip: float | None) -> None:

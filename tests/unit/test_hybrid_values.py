@@ -183,7 +183,7 @@ def plain(kind: type[Task]) -> tuple[dict[str, Tensor], float]:
 def run_of(kind: type[Task], stages: int = 2, **options: Any) -> LocalRun:
     chosen, workers = grid_of(stages, 1, 1, **options)
     job = hybrid_job(chosen, workers, steps=STEPS, data={"shuffle": False})
-    return train(job, kind, timeout_s=30)  # the first run imports much of torch
+    return train(job, kind)
 
 
 @pytest.mark.sweep(3)
@@ -232,7 +232,7 @@ def test_slices_hand_on_trees_too(data: int) -> None:
     plan = {"*.up": "colwise", "*.down": "rowwise"}
     chosen, workers = grid_of(2, 2, data, tensor_plan=plan)
     job = hybrid_job(chosen, workers, steps=STEPS, data={"shuffle": False})
-    found, (expected, _) = whole(train(job, kind, timeout_s=30)), plain(kind)
+    found, (expected, _) = whole(train(job, kind)), plain(kind)
     assert found.keys() == expected.keys()
     for name in expected:
         assert (found[name] - expected[name]).abs().max() < 1e-10, name

@@ -224,7 +224,7 @@ def test_a_rank_that_was_not_heard_of_and_comes_back_counts_for_nothing() -> Non
         if not silent.is_set():
             run.desk.call("lose", 1)
             silent.set()
-            assert came.wait(10)
+            assert came.wait(60)
         return found
 
     second.compute.gradients = make  # type: ignore[method-assign]
@@ -233,7 +233,7 @@ def test_a_rank_that_was_not_heard_of_and_comes_back_counts_for_nothing() -> Non
         if rank == 1:
             second.run()
             return
-        assert silent.wait(10)
+        assert silent.wait(60)
         first.run()
         came.set()
 
@@ -261,11 +261,11 @@ def test_all_are_lost(moment: str, with_scheduler: bool) -> None:
 
 def test_ranks_join_and_leave() -> None:
     run = Counted(most=2)
-    comes, there = threading.Event(), threading.Event()
+    begun, dismissed = [threading.Event() for _ in range(3)], threading.Event()
 
     def body(rank: int) -> None:
         if rank == 2:
-            assert comes.wait(10)
+            assert dismissed.wait(60)
         loop = run.loop(rank)
         made, make = 0, loop._make
 
@@ -273,15 +273,17 @@ def test_ranks_join_and_leave() -> None:
             nonlocal made
             make(task)
             made += 1
+            begun[rank].set()
+            if rank == 1:
+                assert dismissed.wait(60)
             if rank == 0 and made == 4:
+                assert begun[1].wait(60)
                 run.desk.call("dismiss", (1,))
-                comes.set()
+                dismissed.set()
             if rank == 0 and made == 6:
-                assert there.wait(10)
+                assert begun[2].wait(60)
 
         loop._make = counted  # type: ignore[method-assign]
-        if rank == 2:
-            there.set()
         loop.run()
         assert loop.progress.left == (rank == 1)
 

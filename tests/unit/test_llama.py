@@ -68,7 +68,7 @@ def job(strategy: Any, workers: int) -> Job:
     )
 
 
-@pytest.mark.sweep(2)
+@pytest.mark.sweep(3)
 @pytest.mark.parametrize(
     ("strategy", "workers"),
     [
@@ -81,7 +81,7 @@ def job(strategy: Any, workers: int) -> Job:
     ids=str,
 )
 def test_it_trains_as_a_plain_loop_does(strategy: Any, workers: int, small: type[Task]) -> None:
-    run = train(job(strategy, workers), small, timeout_s=60)
+    run = train(job(strategy, workers), small)
     found = {name: value for part in run.trained for name, value in part.items()}
     expected = plain(small)
     assert found.keys() == expected.keys()

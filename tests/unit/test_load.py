@@ -16,13 +16,15 @@ from words import Words
 
 from distplat.actors.servers.shard_serving import elements_per_s
 from distplat.cli.figures import figure_rows
+from distplat.platform import load
 from distplat.platform.ledger import Answer, PushId
 from distplat.platform.load import MOST_SHOWN, PushQueue, ShardLoad, load_figures
 from distplat.platform.progress import StepReport
 from distplat.platform.spec import SYNCHRONOUS, Consistency
+from distplat.strategies.server import server
 from distplat.strategies.server.server import Limits, ShardServer
 
-SIZE, LATE = 9, 0.15
+SIZE, LATE = 9, 0.25
 
 RECORD = full_record()
 
@@ -62,6 +64,33 @@ def test_a_door_counts_who_stands_there() -> None:
         assert last.depth == 1
 
 
+class Clock:
+    """Goes on by a little at each look, and as a test says."""
+
+    def __init__(self) -> None:
+        self.now, self.monotonic = 100.0, time.monotonic
+
+    def perf_counter(self) -> float:
+        self.now += 1e-6
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    found = Clock()
+    for module in (load, server):
+        monkeypatch.setattr(module, "time", found)
+    return found
+
+
+def wait_for_visitor(service: ShardServer) -> None:
+    """Return when a push is at the door."""
+    until = time.monotonic() + 10
+    while not service._queue.count(0):
+        assert time.monotonic() < until
+        time.sleep(0.001)
+
+
 def serve(consistency: Consistency, world: int = 2) -> ShardServer:
     plan = async_plan(world, 4, consistency)
     service = ShardServer("server-0", plan, Limits(10.0, 10.0), torch.zeros(SIZE))
@@ -73,27 +102,30 @@ def nowhere(values: Any, version: int) -> None:
     """Deliver nothing."""
 
 
-def test_a_step_queues_for_its_last_gradient() -> None:
+def test_a_step_queues_for_its_last_gradient(clock: Clock) -> None:
     service = serve(SYNCHRONOUS)
 
     def body(rank: int) -> Answer:
-        time.sleep(LATE * rank)
+        if rank:
+            wait_for_visitor(service)
+            clock.now += LATE
         return service.push(PushId("run", 1, rank, 0), noise(SIZE, rank, 0), RECORD, nowhere)
 
     first, last = on_ranks(2, body)
-    assert LATE * 0.8 < first.queue_s < 5.0
-    assert last.queue_s < LATE * 0.8
+    assert first.queue_s == pytest.approx(LATE, abs=1e-3)
+    assert last.queue_s == pytest.approx(0.0, abs=1e-3)
     assert (first.queue_depth, last.queue_depth) == (1, 2)
     assert first.apply_s == last.apply_s > 0.0
 
 
-def test_asynchronous_pushes_queue_for_each_other() -> None:
+def test_asynchronous_pushes_queue_for_each_other(clock: Clock) -> None:
     service = serve(Consistency(asynchronous=True))
     inside = threading.Event()
 
     def slow(values: Any, version: int) -> None:
         inside.set()
-        time.sleep(LATE)  # the lock is held
+        wait_for_visitor(service)
+        clock.now += LATE  # the lock is held
 
     def body(rank: int) -> Answer:
         if rank:
@@ -102,7 +134,8 @@ def test_asynchronous_pushes_queue_for_each_other() -> None:
         return service.push(PushId("run", 1, rank, 0, rank), noise(SIZE, rank, 0), RECORD, deliver)
 
     first, second = on_ranks(2, body)
-    assert first.queue_s < LATE * 0.8 < second.queue_s < 5.0
+    assert first.queue_s == pytest.approx(0.0, abs=1e-3)
+    assert second.queue_s == pytest.approx(LATE, abs=1e-3)
     assert (first.queue_depth, second.queue_depth) == (1, 1)  # the first was applied by then
 
 
@@ -118,14 +151,14 @@ def test_a_run_tells_of_every_shard(strategy: str, clip: float | None) -> None:
     job = job_of(servers, 2, global_batch_size=9, steps=3, clip_norm=clip)
     run = train(job, Dense)
     size = 4 * run.ranks[0].prepared.flat.size
-    for report in run.reports[0]:
-        if isinstance(report, StepReport):
-            figures = report.figures
-            assert figures["in_bytes"] == size
-            assert figures["out_bytes"] == (size if strategy == "ps-async" else 0)
-            assert figures["shard_0_in_bytes"] + figures["shard_1_in_bytes"] == size
-            assert min(figures["shard_0_apply_s"], figures["shard_1_apply_s"]) > 0.0
-            assert 1 <= figures["queue_depth"] <= 2
+    reports = [one for made in run.reports for one in made if isinstance(one, StepReport)]
+    assert len(reports) == 2 * 3
+    for figures in (report.figures for report in reports):
+        assert figures["in_bytes"] == size
+        assert figures["out_bytes"] == (size if strategy == "ps-async" else 0)
+        assert figures["shard_0_in_bytes"] + figures["shard_1_in_bytes"] == size
+        assert min(figures["shard_0_apply_s"], figures["shard_1_apply_s"]) > 0.0
+        assert 1 <= figures["queue_depth"] <= 2
 
 
 def test_a_servers_speed_is_that_of_its_middle_round() -> None:

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from function_ranks import call_on_ranks
+from marks import slow
 from test_random_numbers import Dropping, Noise, job
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
@@ -264,7 +265,7 @@ except Exception as error:
 """
 
 
-@pytest.mark.parametrize("name", ["bare.py", "-"])
+@pytest.mark.parametrize("name", [slow("bare.py"), "-"])
 def test_a_script_trains_with_loaders_and_is_run_once(tmp_path: Path, name: str) -> None:
     """From a file, and as `python -` reads it, which leaves no file to run again."""
     (tmp_path / "bare.py").write_text(BARE)

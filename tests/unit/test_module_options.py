@@ -19,6 +19,7 @@ from distplat.strategies.model.module_options import (
     apply_module_options,
     checkpoint_activations,
 )
+from distplat.strategies.torch_compat import compiled_module
 
 pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 CALLS: list[str] = []
@@ -161,6 +162,13 @@ def test_a_compiled_model_trains_as_the_plain_one(strategy: str) -> None:
     assert plain.keys() == found.keys()
     for name, value in plain.items():
         torch.testing.assert_close(found[name], value, msg=name)
+
+
+def test_a_compiled_module_is_known() -> None:
+    plain = nn.Linear(1, 1)
+    compiled: Any = torch.compile(plain, backend="eager")
+    assert compiled_module(compiled) is plain
+    assert compiled_module(plain) is None
 
 
 def test_what_cannot_be_compiled_runs_as_it_is() -> None:

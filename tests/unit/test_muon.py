@@ -126,6 +126,7 @@ def test_with_one_worker_a_run_has_the_bits_of_a_plain_loop(name: str) -> None:
     same(state_of(train(job(ALONE[name]), Deep)), plain())
 
 
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize("clip_norm", [None, 0.5])
 @pytest.mark.parametrize("name", STRATEGIES)
 def test_with_several_it_is_near(name: str, clip_norm: float | None) -> None:

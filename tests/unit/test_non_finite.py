@@ -207,4 +207,6 @@ def test_a_checkpoint_tells_that_its_parameters_are_not_finite(strategy: str) ->
     job = job.model_copy(update={"checkpoint": CheckpointConfig(every_steps=1)})
     run = train(job, Spoiled)
     told = {version: NOT_FINITE in saved.state for version, saved in run.checkpoints.items()}
-    assert told.get(1, False) is False and told[STEPS] is True
+    assert told[STEPS] is True
+    # Under ps-async one rank may be at the bad sample before another has made the first step.
+    assert strategy == "ps-async" or told.get(1, False) is False

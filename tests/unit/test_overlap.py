@@ -251,7 +251,7 @@ def test_a_gradient_that_is_not_finite_is_found_and_named(name: str) -> None:
     slot = [n for n, _ in net().named_parameters()].index(name)
     finite = (0, -1, -1)
     expected = [finite] * step_of_nan + [(1, 1, slot)] + [finite]
-    assert on_ranks(2, body, timeout_s=20) == [expected] * 2
+    assert on_ranks(2, body) == [expected] * 2
 
 
 def test_a_rank_that_dies_is_named_to_those_in_the_middle_of_backward() -> None:
@@ -274,4 +274,4 @@ def test_a_rank_that_dies_is_named_to_those_in_the_middle_of_backward() -> None:
         reducer.close()
         return caught.value.missing
 
-    assert on_ranks(len(models), body, timeout_s=20) == [(1,)] * len(models)
+    assert on_ranks(len(models), body) == [(1,)] * len(models)

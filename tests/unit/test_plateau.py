@@ -130,6 +130,7 @@ WAYS: list[tuple[Any, int]] = [
 ]
 
 
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize(("strategy", "world"), WAYS, ids=str)
 def test_a_run_is_a_loop_with_torchs_scheduler(strategy: Any, world: int) -> None:
     expected, of_torch = plain(RULE)
@@ -163,6 +164,7 @@ class Disturbed(UntilOneIsLost):
         return StopOrder.NONE
 
 
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize("step", [11, 12])
 @pytest.mark.parametrize(
     ("strategy", "ranks"),

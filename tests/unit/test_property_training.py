@@ -33,7 +33,7 @@ TOLERANCE = 1e-9
 NARROW_TOLERANCE = 1e-5
 """Where a layer is in float32."""
 
-RUNS = int(os.environ.get("DISTPLAT_DRAWN_RUNS", "25"))
+RUNS = int(os.environ.get("DISTPLAT_DRAWN_RUNS", "15"))
 """`make test` draws the same ones each time, `make test-all` many others."""
 
 OPTIMIZERS: list[dict[str, Any]] = [

@@ -11,7 +11,7 @@ import torch
 from dealing import desk_of
 from jobs import job_of
 from leads import largest_lead
-from local_run import LocalRun, train
+from local_run import Attempt, LocalRun, train
 from local_servers import Servers
 from rank_threads import on_ranks
 from test_equivalence import STEPS, Classify, Conv, Dropout, Mlp, distance, plain, same_bits
@@ -58,6 +58,37 @@ class Uneven(Mlp):
     def loss(self, outputs: Any, targets: Any) -> torch.Tensor:
         time.sleep(self.pause_s)
         return super().loss(outputs, targets)
+
+
+class OneRests(Attempt):
+    """
+    Rank 1 rests after its first task until rank 0, which waits for that, has made many.
+
+    Args:
+        run: of two ranks.
+        many: tasks.
+    """
+
+    def __init__(self, run: LocalRun, many: int) -> None:
+        super().__init__(run)
+        self.many, self.rests, self.goes_on = many, threading.Event(), threading.Event()
+
+    def report(self, rank: int, report: AnyReport) -> None:
+        super().report(rank, report)
+        if rank == 1:
+            self.rests.set()
+            assert self.goes_on.wait(60)
+        else:
+            assert self.rests.wait(60)
+            if len(self.run.reports[0]) >= self.many:
+                self.goes_on.set()
+
+
+def log_where_one_rests(many: int, most: int = 1) -> ApplyLog:
+    run = LocalRun(job("ps-async", 2, epochs=8), Mlp, most=most)
+    assert OneRests(run, many).make()
+    run.close()
+    return logs_of(run)[0]
 
 
 @pytest.mark.parametrize("clip_norm", [None, 0.3])
@@ -111,15 +142,13 @@ def test_the_bound_is_never_exceeded(bound: int) -> None:
 
 def test_without_a_bound_the_fast_run_away() -> None:
     """Or the test above would show nothing: the slow one sits on its lease of six tasks."""
-    run = train(job("ps-async", 2, epochs=8), Uneven, most=6)
-    assert largest_lead(logs_of(run)[0], 2) > 3
+    assert largest_lead(log_where_one_rests(30, most=6), 2) > 3
 
 
 def test_a_slow_worker_makes_fewer_tasks() -> None:
-    Uneven.made = 0
-    run = train(job("ps-async", 2, epochs=8), Uneven)
-    made = Counter(applied.rank for applied in logs_of(run)[0])
-    assert made[0] > 2 * made[1] > 0
+    made = Counter(applied.rank for applied in log_where_one_rests(60))
+    assert made.total() == 2 * 8 * 5
+    assert made[0] >= 60 and made[1] >= 1
 
 
 def test_a_worker_that_leaves_and_one_that_joins() -> None:
@@ -131,25 +160,27 @@ def test_a_worker_that_leaves_and_one_that_joins() -> None:
     servers, desk = Servers(of, roles), desk_of(of, roles, most=2)
     reports: list[list[AnyReport]] = [[] for _ in ranks]
     progress = [Progress() for _ in ranks]
-    comes = [threading.Event() for _ in ranks]
+    begun, dismissed = [threading.Event() for _ in ranks], threading.Event()
 
     def body(rank: int) -> None:
         def report(part: AnyReport) -> None:
             reports[rank].append(part)
+            begun[rank].set()
+            if rank == 1:
+                assert dismissed.wait(60)
             if rank == 0 and len(reports[0]) == 5:  # rank 3 takes the place of rank 1
+                assert begun[1].wait(60)
                 desk.call("dismiss", (1,))
-                comes[3].set()
+                dismissed.set()
             if rank == 0 and len(reports[0]) > 5:
-                comes[1].wait(5)
+                assert begun[3].wait(60)
 
         if rank == 3:
-            assert comes[3].wait(5)
+            assert dismissed.wait(60)
         shards, leases = servers.shards(rank, steps), desk.leases(rank)
         ports = Ports(shards=shards, leases=leases)
         where = ranks[rank], strategies[rank], rank, ports
-        loop = join(*where, report=report, progress=progress[rank])
-        comes[1].set() if rank == 3 else None
-        loop.run()
+        join(*where, report=report, progress=progress[rank]).run()
 
     on_ranks(4, lambda rank: body(rank) if rank != 2 else None)
     assert [one.left for one in progress] == [False, True, False, False]
@@ -169,9 +200,11 @@ def test_a_worker_that_leaves_and_one_that_joins() -> None:
 def test_figures_are_those_of_the_log() -> None:
     run = train(job("ps-async", 3, epochs=6), Mlp)
     counts = staleness_counts(logs_of(run), 3)
-    for rank, reports in enumerate(run.reports):
-        steps = [report for report in reports if isinstance(report, StepReport)]
-        assert steps, "or there is nothing to compare"
+    made = [[one for one in reports if isinstance(one, StepReport)] for reports in run.reports]
+    assert sum(len(steps) for steps in made) == 3 * 2 * STEPS
+    for rank, steps in enumerate(made):
+        if not steps:  # the others were quicker
+            continue
         told = [int(report.figures["staleness"]) for report in steps]
         assert sorted(told) == sorted(counts[rank].elements())
         assert steps[-1].figures["staleness_mean"] == pytest.approx(sum(told) / len(told))

@@ -95,6 +95,17 @@ def test_a_run_has_the_bits_of_ranks_without_a_driver(
     assert bool(result.failures) == bool(killed)
 
 
+def test_a_lost_worker_that_may_not_be_replaced_is_named(
+    cluster: InMemoryRay, tmp_path: Path
+) -> None:
+    Told.killed = "worker-1"
+    fields = {"steps": STEPS, "failure": {"max_failures": 0}, "storage_path": str(tmp_path)}
+    trainer = Trainer(fields_of("ring", 2, **fields), Told, progress=False, log_to_driver=False)
+    with pytest.raises(ActorLost, match=r"worker-1 was lost.*killed") as caught:
+        cluster.as_driver(trainer.fit)
+    assert caught.value.exit_code == 4
+
+
 def test_a_lost_controller_takes_what_it_made_along(cluster: InMemoryRay, tmp_path: Path) -> None:
     Told.killed = "controller"
     with pytest.raises(ActorLost, match="controller was lost"):

@@ -131,6 +131,7 @@ def test_from_one_strategy_to_another(before: dict[str, Any], after: dict[str, A
         assert torch.allclose(resumed[name], value, rtol=near, atol=near)
 
 
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize(
     "name",
     ["SGD", "Adam", "AdamW", "RMSprop", "Adagrad", "Adadelta", "Adamax", "NAdam", "RAdam"],

@@ -74,7 +74,7 @@ def test_the_late_are_named() -> None:
     for late in ("server-1", "server-2"):
         inject(servers.cluster, "push", FROZEN, actor=late)
     with pytest.raises(DeadlineExceeded) as caught:
-        servers.ask(limit_s=0.1).wait()
+        servers.ask(limit_s=0.5).wait()
     assert caught.value.missing == ("server-1", "server-2")
     assert caught.value.setting == "failure.step_timeout_s"
 

@@ -5,8 +5,10 @@ import json
 import logging
 import os
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -346,6 +348,12 @@ def test_which_urls_are_taken(url: str, problem: str) -> None:
     assert "hush" not in text + hint
 
 
+def local_disks_have_time(patch: pytest.MonkeyPatch) -> None:
+    """Have no deadline of theirs pass: only the storage behind the URL is to be late."""
+    clock = SimpleNamespace(monotonic=lambda: 0.0, sleep=time.sleep)
+    patch.setattr("distplat.platform.disk.time", clock)
+
+
 def test_a_library_that_is_missing_is_named_with_the_extra(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -376,6 +384,7 @@ def test_the_command_line(
         assert command([*line, "--resume", wrong]) == 2
         told = capfd.readouterr().err
         assert "storage_path: " in told and "--resume: " in told and "hush" not in told
+    local_disks_have_time(monkeypatch)
     Odd.hold = threading.Event()
     hangs = ["--set", "storage_path=odd://bucket/a", "--set", "failure.storage_timeout_s=0.4"]
     assert command([*line, *hangs]) == 5
@@ -392,6 +401,7 @@ def test_a_copy_that_is_not_complete_is_completed_later(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    local_disks_have_time(monkeypatch)
     Odd.hold = threading.Event()
     with pytest.raises(StorageError) as raised:
         fit(tmp_path, "odd://bucket/a", failure={"storage_timeout_s": 0.4})

@@ -17,9 +17,9 @@ COURSE = TaskPlan(steps=4, parts=2)
 DEALT = Consistency(asynchronous=True)
 
 
-def scheduler(how: Consistency = DEALT) -> Scheduler:
+def scheduler(how: Consistency = DEALT, silent_s: float = 60.0) -> Scheduler:
     strategy = "ps-async" if how.asynchronous else "ps-sync"
-    job = job_of(strategy, 2, global_batch_size=8, failure={"heartbeat_timeout_s": 0.3})
+    job = job_of(strategy, 2, global_batch_size=8, failure={"heartbeat_timeout_s": silent_s})
     return Scheduler("small/task-scheduler", job, how)
 
 
@@ -48,7 +48,7 @@ def test_a_question_is_kept_until_there_is_work(monkeypatch: pytest.MonkeyPatch)
 
 def test_what_a_silent_worker_holds_is_leased_again() -> None:
     async def story() -> None:
-        desk = scheduler()
+        desk = scheduler(silent_s=0.3)
         for rank in range(2):
             await desk.join(rank, 0, TaskPlan(1, 2))
         await desk.work(1, 0, 0, (), ())  # it is frozen from here on

@@ -4,7 +4,7 @@ import random
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -72,7 +72,7 @@ class Run:
         return run_script(self.script, transport, self.spawn, self.heard, self.check)
 
 
-def gone(pid: int, limit_s: float = 5.0) -> bool:
+def gone(pid: int, limit_s: float = 30.0) -> bool:
     until = time.monotonic() + limit_s
     while time.monotonic() < until:
         try:
@@ -126,7 +126,7 @@ def test_the_first_failure_ends_all() -> None:
     with pytest.raises(ScriptFailed, match="rank 1 ended with exit code 3") as error:
         run.go()
     assert error.value.exit_code == 1
-    assert time.monotonic() - began < 15
+    assert time.monotonic() - began < 45
     for _, text in run.heard.lines:
         assert gone(int(text.split()[1]))
 
@@ -139,14 +139,22 @@ def test_all_begin_anew() -> None:
     assert "starting anew, 1 of 1" in told
 
 
-def test_who_does_not_hear_sigterm_is_killed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_who_does_not_hear_sigterm_is_killed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(script_run, "GRACE_S", 0.5)
-    code = """
+    code = f"""
 import os, signal, sys, time
+from pathlib import Path
 signal.signal(signal.SIGTERM, signal.SIG_IGN)
 print("pid", os.getpid(), flush=True)
-time.sleep(2.0 if os.environ["RANK"] == "0" else 60)
-sys.exit(int(os.environ["RANK"] == "0"))
+deaf = Path({str(tmp_path / "deaf")!r})
+if os.environ["RANK"] == "1":
+    deaf.touch()
+    time.sleep(60)
+while not deaf.exists():
+    time.sleep(0.01)
+sys.exit(1)
 """
     run = Run(code, nodes=["node-0", "node-0"])
     with pytest.raises(ScriptFailed):
@@ -185,29 +193,34 @@ def test_a_signal_is_named() -> None:
 SLEEPING = "import os, time; print('pid', os.getpid(), flush=True); time.sleep(60)"
 
 
-def test_a_lost_process_is_named_and_the_others_end() -> None:
-    run = Run(SLEEPING)
+def once_all_are_heard(run: Run, do: Callable[[], object]) -> None:
+    """Do something, in a thread, when each of three ranks has said something."""
 
-    def kill_one() -> None:
-        until = time.monotonic() + 20
+    def work() -> None:
+        until = time.monotonic() + 40
         while len(run.heard.lines) < 3 and time.monotonic() < until:
             time.sleep(0.02)
-        run.actors[1].die("its node is gone")
+        do()
 
-    killer = threading.Thread(target=kill_one)
-    killer.start()
+    threading.Thread(target=work, daemon=True).start()
+
+
+def test_a_lost_process_is_named_and_the_others_end() -> None:
+    run = Run(SLEEPING)
+    once_all_are_heard(run, lambda: run.actors[1].die("its node is gone"))
     with pytest.raises(ActorLost, match="the process of rank 2"):  # its node comes second
         run.go()
-    killer.join(20)
+    assert len(run.heard.lines) == 3
     for _, text in run.heard.lines:
         assert gone(int(text.split()[1]))
 
 
 def test_an_interruption_ends_all() -> None:
     run = Run(SLEEPING)
-    threading.Timer(1.0, run.interrupt.set).start()
+    once_all_are_heard(run, run.interrupt.set)
     with pytest.raises(Interrupted):
         run.go()
+    assert len(run.heard.lines) == 3
     for _, text in run.heard.lines:
         assert gone(int(text.split()[1]))
 
@@ -216,7 +229,7 @@ def test_a_child_that_keeps_the_output_open_is_not_waited_for() -> None:
     code = "import subprocess; subprocess.Popen(['sleep', '30']); print('done')"
     run, began = Run(code, nodes=["node-0"]), time.monotonic()
     run.go()
-    assert time.monotonic() - began < 15
+    assert time.monotonic() - began < 25
     assert run.heard.of(0) == ["done"]
 
 

@@ -17,13 +17,13 @@ from distplat.strategies.collective import ReduceOp
 
 SOON = 0.4
 """Deadline where one is meant to pass, seconds."""
-AT_ONCE = 2.0
-"""Where it must not be waited for: far below the helpers' deadline of 10 s."""
+LONG = 1000.0
+"""Where it must not be waited for: longer than `on_ranks` waits for all ranks."""
 
 Body = Callable[[ShmGroup], None]
 
 
-def errors_of(world: int, body: Body, operation_s: float = 10.0) -> list[CollectiveError | None]:
+def errors_of(world: int, body: Body, operation_s: float = LONG) -> list[CollectiveError | None]:
     """What each rank raised."""
 
     def catch(group: ShmGroup) -> CollectiveError | None:
@@ -38,9 +38,7 @@ def errors_of(world: int, body: Body, operation_s: float = 10.0) -> list[Collect
 
 def differing(odd: Body, others: Body, texts: list[str], world: int = 3) -> None:
     """Rank 1 does something else; all ranks must name it, and say who does what."""
-    began = time.monotonic()
     errors = errors_of(world, lambda g: odd(g) if g.rank == 1 else others(g))
-    assert time.monotonic() - began < AT_ONCE
     for error in errors:
         assert isinstance(error, MismatchError)
         assert error.missing == (1,)
@@ -133,11 +131,14 @@ def test_a_late_rank_is_named_after_the_deadline() -> None:
         for _ in range(3):
             group.all_reduce(torch.ones(5000))
         if group.rank != 1:
-            group.all_reduce(torch.ones(5000))
+            group._liveness._operation_s = SOON
+            began = time.monotonic()
+            try:
+                group.all_reduce(torch.ones(5000))
+            finally:
+                assert time.monotonic() - began >= SOON
 
-    began = time.monotonic()
-    errors = errors_of(3, body, SOON)
-    assert SOON <= time.monotonic() - began < SOON + AT_ONCE
+    errors = errors_of(3, body)
     assert errors[1] is None
     for error in (errors[0], errors[2]):
         assert isinstance(error, CollectiveError)
@@ -159,9 +160,7 @@ def test_who_leaves_is_named_at_once() -> None:
         else:
             group.all_reduce(torch.ones(100_000))
 
-    began = time.monotonic()
     errors = errors_of(3, body)
-    assert time.monotonic() - began < AT_ONCE
     for rank in (0, 2):
         error = errors[rank]
         assert error is not None and error.missing == (1,) and "left" in error.cause
@@ -190,9 +189,7 @@ def test_abort_ends_a_wait_of_this_rank(by_settings: bool) -> None:
             threading.Timer(0.2, stop).start()
             group.barrier()
 
-    began = time.monotonic()
     errors = errors_of(2, body)
-    assert time.monotonic() - began < AT_ONCE
     assert errors[0] is not None and "told to give up" in errors[0].cause and errors[1] is None
 
 
@@ -208,9 +205,7 @@ def test_abort_ends_an_operation_under_way_and_those_behind_it() -> None:
             with pytest.raises(CollectiveError, match="told to give up"):
                 group.recv(torch.ones(3), 1)
 
-    began = time.monotonic()
-    on_shm_ranks(2, body)
-    assert time.monotonic() - began < AT_ONCE
+    on_shm_ranks(2, body, operation_s=LONG)
 
 
 def test_after_a_failure_all_fails_at_once_with_the_same_rank() -> None:
@@ -222,9 +217,7 @@ def test_after_a_failure_all_fails_at_once_with_the_same_rank() -> None:
                 assert caught.value.missing == (1,)
             assert "the group failed before, in all_reduce #0" in str(caught.value)
 
-    began = time.monotonic()
     on_shm_ranks(2, body, operation_s=SOON)
-    assert time.monotonic() - began < SOON + AT_ONCE
 
 
 def test_a_rank_that_failed_does_not_let_the_others_wait() -> None:
@@ -236,11 +229,9 @@ def test_a_rank_that_failed_does_not_let_the_others_wait() -> None:
         else:
             group.send(torch.ones(4), 0)
 
-    began = time.monotonic()
-    errors = errors_of(3, body, 4.0)
+    errors = errors_of(3, body)
     assert isinstance(errors[0], MismatchError) and errors[2] is None
     assert errors[1] is not None and errors[1].missing == (0,)
-    assert time.monotonic() - began < AT_ONCE
 
 
 @pytest.mark.parametrize(

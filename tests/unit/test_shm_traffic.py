@@ -1,11 +1,15 @@
 """What ranks read of each other is counted: an all-reduce moves 2 (N-1)/N of the vector, any N."""
 
-import time
+import threading
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from shm_ranks import on_shm_ranks
 
+from distplat.actors.collectives.shm import liveness, shm_group
+from distplat.actors.collectives.shm.liveness import LivenessMonitor
 from distplat.actors.collectives.shm.shm_group import ShmGroup
 from distplat.strategies.collective import ReduceOp
 
@@ -74,13 +78,24 @@ def test_messages() -> None:
     on_shm_ranks(2, body)
 
 
-def test_waiting_and_working_are_told_apart() -> None:
+def test_waiting_and_working_are_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a clock that goes on when the late rank says so, once the other waits."""
+    now, waits = [100.0], threading.Event()
+    check = LivenessMonitor._check_peers
+
+    def noticed(*given: Any) -> None:
+        waits.set()
+        check(*given)
+
+    monkeypatch.setattr(LivenessMonitor, "_check_peers", noticed)
+    for module in (liveness, shm_group):
+        monkeypatch.setattr(module, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+
     def body(group: ShmGroup) -> tuple[float, float]:
         if group.rank == 1:
-            time.sleep(0.3)
+            assert waits.wait(60)
+            now[0] += 0.25
         group.barrier()
         return group.traffic.waiting_s, group.traffic.working_s
 
-    (waited, worked), (waited_late, worked_late) = on_shm_ranks(2, body)
-    assert 0.25 < waited < 5.0 and waited_late < 0.2
-    assert worked < 0.2 and worked_late < 0.2
+    assert on_shm_ranks(2, body) == [(0.25, 0.0), (0.0, 0.0)]

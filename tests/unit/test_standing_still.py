@@ -12,7 +12,7 @@ from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import pytest
-from call_faults import Fault, inject
+from call_faults import Fault, drain, inject
 from jobs import fields_of, job_of
 from ray_in_memory import InMemoryRay, process_here
 from test_health_check import servers
@@ -83,7 +83,7 @@ def test_a_wait_ends_at_its_deadline() -> None:
     began = time.monotonic()
     with changed:
         assert not wait_awake(changed, lambda: False, 0.2)
-    assert 0.2 <= time.monotonic() - began < 2.0
+    assert time.monotonic() - began >= 0.2
 
 
 class Halted(Told):
@@ -144,7 +144,7 @@ def test_who_watches_servers_and_stood_still_waits_for_them(clock: Time) -> None
     assert beats.look(named, ()) == {}, "their answers are on their way"
     for _ in range(5):
         clock.now += HALTED_S
-        time.sleep(0.1)
+        assert drain(cluster, 10.0)
         assert beats.look(named, ()) == {}
 
 
@@ -211,11 +211,18 @@ def test_who_was_stopped_itself_calls_no_rank_of_gloos_late(
     stop_s: float, frozen: bool, expected: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """gloo's deadlines run on meanwhile. A rank without heartbeats afterwards is missing."""
-    later = SimpleNamespace(offset=0.0)
-    here = SimpleNamespace(sleep=time.sleep, monotonic=lambda: time.monotonic() + later.offset)
+    here = Time()
+
+    def rest(seconds: float) -> None:
+        """Have the time go on once every rank that lives has beaten."""
+        seen = [beat._beats for beat in beats]
+        while any(beat._beats < was + 2 for beat, was in zip(beats, seen, strict=True)):
+            time.sleep(0.001)
+        here.now += seconds
+
+    here.sleep = rest  # type: ignore[attr-defined]
     monkeypatch.setattr(torch_store, "time", here)
-    monkeypatch.setattr(torch_store, "SILENT_S", 0.3)
-    monkeypatch.setattr(torch_store, "INTERVAL_S", 0.1)
+    monkeypatch.setattr(torch_store, "INTERVAL_S", 0.01)
     store = torch_compat.store_of_one()
     store.set("heartbeat/1", "7 3")
     numbers = {0: 5, 2: 5} if frozen else {0: 5, 1: 3, 2: 5}
@@ -223,11 +230,12 @@ def test_who_was_stopped_itself_calls_no_rank_of_gloos_late(
         Heartbeat(store, rank, 3, partial(int, number), lambda: None)
         for rank, number in numbers.items()
     ]
-    time.sleep(0.15)
-    later.offset += stop_s
+    rest(0.1)
+    here.now += stop_s
     assert beats[0].missing(5, None, lambda: False) == expected
     assert (beats[0].stood_still_s() > 0) == (stop_s > 0)
-    time.sleep(0.7)
+    for _ in range(50):
+        rest(0.1)
     assert beats[0].stood_still_s() == 0, "later operations are judged as ever"
     for beat in beats:
         beat.stop()

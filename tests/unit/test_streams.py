@@ -1,7 +1,7 @@
 """Streams as training data: what one process makes of them, under any number of readers."""
 
 import random
-import time
+import threading
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any, ClassVar
@@ -415,10 +415,20 @@ def test_ranks_whose_streams_part_later_are_told(strategy: str) -> None:
 
 
 class OneIsSlow(Attempt):
-    """Its push comes when the others have made the step, and the next one."""
+    """Rank 2 makes a step once the others have made it, and the two after it."""
+
+    def __init__(self, run: LocalRun) -> None:
+        super().__init__(run)
+        self.at, self.moved = [0, 0], threading.Condition()
 
     def before(self, rank: int, step: int) -> StopOrder:
-        time.sleep(0.06 if rank == 2 else 0.01)
+        with self.moved:
+            if rank == 2:
+                later = min(step + 3, 11)  # the last
+                assert self.moved.wait_for(lambda: min(self.at) >= later, 60)
+            else:
+                self.at[rank] = step
+                self.moved.notify_all()
         return StopOrder.NONE
 
 

@@ -180,7 +180,7 @@ def plain() -> tuple[dict[str, Tensor], float]:
 def trained(kind: type[Task], strategy: Any, workers: int, **fields: Any) -> LocalRun:
     sgd = {"name": "SGD", "lr": 0.1, "momentum": 0.9}
     given = {"optimizer": sgd, "steps": STEPS, "global_batch_size": BATCH, **fields}
-    return train(job_of(strategy, workers, **given), kind, timeout_s=20.0)
+    return train(job_of(strategy, workers, **given), kind)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -71,6 +71,7 @@ WAYS: dict[str, tuple[Any, int]] = {
 }
 
 
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize("clip_norm", [None, 0.5])
 @pytest.mark.parametrize("name", WAYS)
 def test_a_run_is_a_plain_loop(name: str, clip_norm: float | None) -> None:

@@ -86,7 +86,7 @@ def plain() -> tuple[dict[str, Tensor], float]:
 
 def run_of(kind: type[Task], pipeline: int = 2, data: int = 1, **options: Any) -> LocalRun:
     chosen, workers = grid_of(pipeline, 1, data, **options)
-    return train(hybrid_job(chosen, workers, steps=STEPS), kind, timeout_s=30)
+    return train(hybrid_job(chosen, workers, steps=STEPS), kind)
 
 
 GRIDS: list[dict[str, Any]] = [
@@ -184,9 +184,7 @@ class Mapped(Dicts):
 
 def test_a_model_of_one_argument_takes_a_dict_of_one() -> None:
     ways: list[tuple[Any, int]] = [({"name": "hybrid", "pipeline": 2}, 2), ("ring", 1)]
-    found, expected = (
-        whole(train(job_of(way, workers, steps=2), Mapped, timeout_s=20)) for way, workers in ways
-    )
+    found, expected = (whole(train(job_of(way, workers, steps=2), Mapped)) for way, workers in ways)
     for name, value in expected.items():
         torch.testing.assert_close(found[name], value, rtol=1e-9, atol=1e-12)
 

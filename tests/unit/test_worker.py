@@ -68,8 +68,8 @@ def test_the_end_is_told_at_once() -> None:
     worker._news.set()
     began = time.monotonic()
     for _ in range(3):
-        worker.poll(1, 5)
-    assert time.monotonic() - began < 4
+        worker.poll(1, 60)
+    assert time.monotonic() - began < 60
 
 
 def told(worker: Worker) -> StopOrder:
