@@ -266,6 +266,9 @@ class FunctionSession:
 
     def report(self, metrics: Mapping[str, Any], checkpoint: Any = None) -> None:
         """Tell the run's figures, and keep a checkpoint; see `words.report`."""
+        if not isinstance(metrics, Mapping):
+            text = f"report() got a {type(metrics).__name__}: it takes numbers by name"
+            raise SpecError(Problem(("task",), text, 'report({"loss": loss})'))
         figures = {name: _number(name, value) for name, value in metrics.items()}
         checkpoint = of_directory(checkpoint)
         self._watched.reported(figures, kept=checkpoint is not None)

@@ -412,6 +412,7 @@ def resumable(steps: int) -> Callable[[Mapping[str, Any]], object]:
             model.load_state_dict(saved["model"])
             optimizer.load_state_dict(saved["optimizer"])
             scheduler.load_state_dict(saved["scheduler"])
+            np.random.RandomState().set_state(saved["numpy"])
             first = saved["epoch"]
         for epoch in range(first, steps):
             loader.set_epoch(epoch)
@@ -427,6 +428,7 @@ def resumable(steps: int) -> Callable[[Mapping[str, Any]], object]:
                 "scheduler": scheduler.state_dict(),
                 "epoch": epoch + 1,
                 "best": (0.5, None, [True, "x"]),
+                "numpy": np.random.RandomState(3).get_state(),
             }
             distplat.report({"loss": loss}, checkpoint=state)
 
@@ -551,8 +553,9 @@ def test_ranks_with_other_models_are_named() -> None:
         {"a": [{1.5: 2}]},
         {"a": torch.zeros(1, dtype=torch.complex128)},
         {"a": torch.eye(2).to_sparse()},
+        {"a": np.array(["x"])},
     ],
-    ids=["object", "key", "complex", "sparse"],
+    ids=["object", "key", "complex", "sparse", "texts"],
 )
 def test_what_a_checkpoint_cannot_hold_is_named(bad: Any) -> None:
     def train(config: Mapping[str, Any]) -> None:
@@ -560,6 +563,11 @@ def test_what_a_checkpoint_cannot_hold_is_named(bad: Any) -> None:
 
     with pytest.raises(SpecError, match=r"checkpoint\['a'\]"):
         call_on_ranks(train)
+
+
+def test_a_report_without_names_is_told() -> None:
+    with pytest.raises(SpecError, match="got a float: it takes numbers by name"):
+        call_on_ranks(lambda config: distplat.report(0.5))  # type: ignore[arg-type]
 
 
 def test_outside_of_a_run_the_words_say_so() -> None:
