@@ -18,7 +18,6 @@ from torch.utils.data import (
     DistributedSampler,
     SequentialSampler,
     TensorDataset,
-    WeightedRandomSampler,
 )
 
 import distplat
@@ -510,10 +509,6 @@ def test_what_is_infinite_in_one_model_keeps_no_other_from_its_step(strategy: st
     call_on_ranks(train, job=function_job(2, strategy=strategy))
 
 
-def weighted() -> DataLoader[Any]:
-    return DataLoader(data_of(), sampler=WeightedRandomSampler([1.0] * SAMPLES, SAMPLES))
-
-
 def with_phases() -> nn.Module:
     model = model_of()
     model.register_buffer("phases", torch.zeros(2, dtype=torch.complex128))
@@ -521,7 +516,6 @@ def with_phases() -> nn.Module:
 
 
 REFUSED: list[tuple[Callable[[], Any], str]] = [
-    (weighted, "WeightedRandomSampler"),
     (lambda: DataLoader(data_of(), batch_size=None), "batch_size=None"),
     (lambda: 3, "prepare() got a int"),
     (with_phases, "a model that prepare() got has the state 'phases' of type complex128"),
@@ -724,14 +718,6 @@ def test_a_loop_that_ends_earlier_by_its_own_loss_is_named() -> None:
 
     with pytest.raises(MismatchError, match=r"rank 1 in barrier.* have parted: every rank must"):
         call_on_ranks(train, 3)
-
-
-def test_a_sampler_of_some_of_the_data_is_refused() -> None:
-    def train(config: Mapping[str, Any]) -> None:
-        distplat.prepare(DataLoader(data_of(), GLOBAL, sampler=SequentialSampler(range(10))))
-
-    with pytest.raises(SpecError, match="another number of samples than there are"):
-        call_on_ranks(train, 2)
 
 
 @pytest.mark.parametrize(
