@@ -14,7 +14,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from distplat.platform.errors import Problem, SpecError
@@ -30,7 +32,7 @@ def pack(tree: Any, where: str = "checkpoint") -> tuple[Any, list[Tensor]]:
     Take nested dicts, lists and tuples apart.
 
     Args:
-        tree: of tensors, numbers, strings, None and directories (`Checkpoint`).
+        tree: of tensors, numpy's arrays, numbers, strings, None and directories (`Checkpoint`).
         where: what it is called in messages.
 
     Returns:
@@ -50,6 +52,8 @@ def unpack(tree: Any, tensors: Sequence[Tensor]) -> Any:
     ((kind, held),) = tree.items()
     if kind == "tensor":
         return tensors[held]
+    if kind == "array":
+        return tensors[held].cpu().clone().numpy()
     if kind == "files":
         return Checkpoint({name: tensors[number] for name, number in held})
     if kind == "dict":
@@ -69,6 +73,8 @@ def _packed(tree: Any, tensors: list[Tensor], where: str) -> Any:
         return {"tensor": len(tensors) - 1}
     if tree is None or type(tree) in (bool, int, float, str):
         return tree
+    if isinstance(tree, np.ndarray) and tree.shape:
+        return {"array": _packed(_as_tensor(tree, where), tensors, where)["tensor"]}
     if isinstance(tree, Checkpoint):
         first = len(tensors)
         tensors.extend(tree.files.values())
@@ -84,9 +90,23 @@ def _packed(tree: Any, tensors: list[Tensor], where: str) -> Any:
         return {"tuple" if isinstance(tree, tuple) else "list": items}
     if callable(getattr(tree, "item", None)) and getattr(tree, "shape", None) == ():
         return _packed(tree.item(), tensors, where)  # a number of numpy
-    text = f"{where} is a {type(tree).__name__}, {_NO}"
-    hint = "tensors, numbers, strings and None, in dicts, lists and tuples: state_dict() of most"
-    raise SpecError(Problem(("checkpoint",), text, hint))
+    raise _refused(where, f"a {type(tree).__name__}")
+
+
+def _as_tensor(array: NDArray[Any], where: str) -> Tensor:
+    """Copy an array, such as those in the state of numpy's generators."""
+    try:
+        return torch.from_numpy(array.copy())
+    except (TypeError, ValueError):  # texts, objects, records, another order of bytes
+        raise _refused(where, f"an array of {array.dtype}") from None
+
+
+def _refused(where: str, what: str) -> SpecError:
+    hint = (
+        "tensors, arrays, numbers, strings and None, in dicts, lists and tuples: state_dict() of "
+        "most"
+    )
+    return SpecError(Problem(("checkpoint",), f"{where} is {what}, {_NO}", hint))
 
 
 def _key(key: object, where: str) -> str | int:

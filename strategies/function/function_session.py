@@ -30,6 +30,7 @@ from distplat.strategies.checkpoint.parts import tensors_part
 from distplat.strategies.collective import Collective
 from distplat.strategies.directory_checkpoint import Checkpoint, of_directory
 from distplat.strategies.function.averages import Averages
+from distplat.strategies.function.dealt_sampler import DealtSampler, check_order
 from distplat.strategies.function.fused_kernel import FusedSteps
 from distplat.strategies.function.gradient_average import Exchange, SessionContext, take_over
 from distplat.strategies.function.loop_checks import (
@@ -238,6 +239,8 @@ class FunctionSession:
         else:
             sharded = NumberedLoader(loader, cut, place.device, self._read)
             check_whole(sharded)
+            if isinstance(sharded.sampler, DealtSampler):
+                check_order(sharded.sampler, self.group, place.device)
             if sharded.sampler.num_replicas > 1:
                 check_same_data(loader.dataset, self.group, place.device)
         if place.is_main_process:
@@ -270,6 +273,9 @@ class FunctionSession:
 
     def report(self, metrics: Mapping[str, Any], checkpoint: Any = None) -> None:
         """Tell the run's figures, and keep a checkpoint; see `words.report`."""
+        if not isinstance(metrics, Mapping):
+            text = f"report() got a {type(metrics).__name__}: it takes numbers by name"
+            raise SpecError(Problem(("task",), text, 'report({"loss": loss})'))
         figures = {name: _number(name, value) for name, value in metrics.items()}
         checkpoint = of_directory(checkpoint)
         self._watched.reported(figures, kept=checkpoint is not None)

@@ -211,6 +211,8 @@ class GradientAverage(ABC):
     def gather(self) -> StepControl:
         """Have this rank's gradients in the vector, and zeros for the others; say which."""
         flat = self.flat
+        if self._group.world > 1:
+            self._refuse_graphs()
         present = np.fromiter((one.grad is not None for one in flat.parameters), np.bool_)
         for place in range(len(flat.slots)):
             if not flat.gradients.is_copied(place):  # by a hook
@@ -220,6 +222,12 @@ class GradientAverage(ABC):
         flat.gradients.copied.clear()
         flat.check_layout(self.context.step())
         return self.context.record(present)
+
+    def _refuse_graphs(self) -> None:
+        """See that nobody means to differentiate the gradients: their mean has no graph."""
+        for place, one in enumerate(self.flat.parameters):
+            if one.grad is not None and one.grad.requires_grad:
+                raise _with_graph(self.flat.name(place))
 
     @torch.no_grad()
     def hand_out(self, places: Iterable[int], scale: float, sums: Tensor) -> None:
@@ -236,7 +244,7 @@ class GradientAverage(ABC):
         for place in places if self._group.world > 1 else ():
             one, total = self.flat.parameters[place], self.flat.slots[place].view(sums)
             grad = one.grad
-            if grad is None or grad.requires_grad or grad.layout is not torch.strided:
+            if grad is None or grad.layout is not torch.strided:
                 one.grad = grad = torch.empty_like(total)
             torch.mul(total, scale, out=grad)
 
@@ -370,6 +378,18 @@ def _changed(name: str) -> SpecError:
     text = f"a hook changed the gradient of {name!r} in backward, after it was sent"
     hint = "register the hook before prepare(), or set `overlap: false`"
     return SpecError(Problem(("task",), text, hint))
+
+
+def _with_graph(name: str) -> SpecError:
+    """Say that a gradient of a gradient would be lost."""
+    text = f"backward(create_graph=True) with several workers: the mean in {name!r}.grad has no"
+    hint = (
+        "torch.autograd.grad(loss, parameters, create_graph=True) gives this worker's gradients "
+        "with one; make a penalty of them, and call backward() without create_graph"
+    )
+    return SpecError(
+        Problem(("task",), f"{text} graph, so what is made of it is not trained", hint)
+    )
 
 
 def compare(model: nn.Module, digest: str, group: Collective, device: torch.device) -> None:

@@ -20,6 +20,7 @@ from torch.utils.data import (
 from typing_extensions import override
 
 from distplat.platform.errors import Problem, SpecError
+from distplat.strategies.function.dealt_sampler import DealtSampler
 from distplat.strategies.loop.collate import moved, sent
 from distplat.strategies.loop.loaders import known_alike
 
@@ -56,7 +57,7 @@ class RankBatch(NamedTuple):
     own: int
     """How many of the samples are no repetition."""
     fingerprint: int = 0
-    """Of all ranks' batch, of a stream; see `StepControl.batch`."""
+    """Of all ranks' batch of a stream, or of a sampler's order; see `StepControl.batch`."""
 
 
 Read = Callable[[RankBatch, float, int], None]
@@ -161,10 +162,10 @@ class ShardedLoader(ABC):
 
 class NumberedLoader(ShardedLoader):
     """
-    Of a map-style data set, by torch's `DistributedSampler`.
+    Of a map-style data set, by torch's `DistributedSampler`, or in the order of another sampler.
 
     Args:
-        loader: the user's, whose sampler is plain, random or distributed already.
+        loader: the user's.
         cut: see `ShardedLoader`.
         device: see there.
         read: see there.
@@ -194,8 +195,10 @@ class NumberedLoader(ShardedLoader):
 
     @override
     def __iter__(self) -> Iterator[Any]:
-        if self.sampler.epoch != self._noted:  # the loop has told its own sampler
-            self.set_epoch(self.sampler.epoch)
+        one = self.sampler
+        told = one.told_epoch() if isinstance(one, DealtSampler) else one.epoch
+        if told != self._noted:  # the loop has told its own sampler
+            self.set_epoch(told)
         return super().__iter__()
 
     @override
@@ -206,13 +209,14 @@ class NumberedLoader(ShardedLoader):
         left, own = self.sampler.num_samples - passed, self._own_samples() - passed
         for batch in self._loader:
             size = min(self.batch_size, left)
-            yield RankBatch(batch, size, max(0, min(size, own)))
+            alike = getattr(self.sampler, "fingerprint", 0)
+            yield RankBatch(batch, size, max(0, min(size, own)), alike)
             left, own = left - size, own - size
 
     def _own_samples(self) -> int:
         """Count this rank's samples of an epoch; those behind them are others' once more."""
         sampler = self.sampler
-        size = len(self.dataset)
+        size = len(sampler.dataset)  # type: ignore[arg-type]
         return min(sampler.num_samples, -(-(size - sampler.rank) // sampler.num_replicas))
 
 
@@ -261,12 +265,10 @@ def _sampler_of(loader: DataLoader[Any], cut: Cut) -> DistributedSampler[Any]:
     if isinstance(given, DistributedSampler):
         return given
     plain = type(given) is SequentialSampler
-    if not plain and (type(given) is not RandomSampler or given.replacement):
-        hint = "give shuffle=True or False, or a sampler that is a DistributedSampler"
-        raise refused(f"has a {type(given).__name__}, of which ranks have no parts", hint)
+    shuffled = type(given) is RandomSampler and not given.replacement
     size = len(loader.dataset)  # type: ignore[arg-type]
-    if len(given) != size:
-        raise refused("draws another number of samples than there are", "leave num_samples out")
+    if not (plain or shuffled) or len(given) != size:
+        return DealtSampler(given, cut.rank, cut.world, cut.seed, drop_last=batches.drop_last)
     return DistributedSampler(
         loader.dataset,
         cut.world,
@@ -289,7 +291,7 @@ def check_whole(loader: NumberedLoader) -> None:
     Raises:
         SpecError: it leaves all of them out; says what to do.
     """
-    size, world = len(loader.dataset), loader.sampler.num_replicas
+    size, world = len(loader.sampler.dataset), loader.sampler.num_replicas  # type: ignore[arg-type]
     if size and not len(loader):
         text = f"gives no batch: of {size} samples each of {world} workers has less than a batch "
         text += f"of {loader.batch_size}, and drop_last is set"

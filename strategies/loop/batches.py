@@ -42,6 +42,25 @@ class Run(NamedTuple):
     """In the data set, the first sample of all ranks' batch; None: nobody compares it."""
 
 
+class Thinned(NamedTuple):
+    """A batch of which the task's `collate` was given samples that are None, to leave them out."""
+
+    batch: Any
+    samples: int
+    """The others."""
+
+
+def counted(batch: Any, samples: int) -> tuple[Any, int]:
+    """
+    Give a batch, and the samples whose mean its loss is.
+
+    Args:
+        batch: as a loader gave it.
+        samples: that were read for it.
+    """
+    return (batch.batch, batch.samples) if isinstance(batch, Thinned) else (batch, samples)
+
+
 def runs(
     sampler: Sampler, step: int, rank: int, parts: int, *, marked: bool = False
 ) -> Iterator[Run]:
@@ -131,7 +150,7 @@ def fingerprint_of_batch(data: Dataset[Any]) -> int:
 
 def one_batch(data: Dataset[Any], ids: list[int]) -> Any:
     """Give some samples, collated."""
-    return Samples(data).__getitems__(Run(0, 0, ids))
+    return counted(Samples(data).__getitems__(Run(0, 0, ids)), len(ids))[0]
 
 
 class _Plan:
@@ -257,7 +276,10 @@ class Samples(Dataset[Any]):
         if self._collate is None:
             return collated(samples)
         seed_quickly(collate_seed(run.seed, run.first))
-        return self._collate(samples)
+        kept = sum(one is not None for one in samples)
+        batch = self._collate(samples)
+        # Where all samples are None nothing is left out: the batch is made without them.
+        return Thinned(batch, kept) if 0 < kept < len(samples) else batch
 
     def _read(self, data: Any, ids: list[int]) -> list[Any]:
         many = getattr(data, "__getitems__", None)

@@ -254,12 +254,26 @@ def _fault_of(data: object) -> str:
         )
     if isinstance(data, tuple) and data and all(isinstance(one, Tensor) for one in data):
         return f"{wanted}; got a tuple of tensors: TensorDataset(...) makes a data set of them"
+    if advice := _several(data):
+        return f"{wanted}; got {_named(data)} {advice}"
     if not hasattr(data, "__getitem__"):
         return f"{wanted}; {_named(data)} has no __getitem__"
     try:
         len(data)  # type: ignore[arg-type]
     except TypeError:
         return f"{wanted}; {_named(data)} has no length"
+    return ""
+
+
+def _several(data: Any) -> str:
+    """Say what to return in place of tables, and of several data sets; empty: it is one."""
+    if hasattr(data, "iloc"):
+        return "of pandas, of which data[i] is a column: return data.to_dict('records')"
+    if isinstance(data, Mapping) and data and 0 not in data:
+        names = listed([str(name) for name in data])
+        return f"of {names}, without data[0]: return one of them, or a data set that reads them all"
+    if isinstance(data, list | tuple) and data and isinstance(data[0], Dataset):
+        return "of data sets: ConcatDataset(...) makes one of them"
     return ""
 
 

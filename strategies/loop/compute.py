@@ -20,6 +20,7 @@ from distplat.strategies.loop.batches import (
     Loader,
     Run,
     batches_by,
+    counted,
     fingerprint_of_batch,
     micro_batches,
     runs,
@@ -203,15 +204,16 @@ class WholeModel(Compute):
         if self._weights is not None:
             batches, terms = self._weighed(step, sizes, self._weights)
         for number, size in enumerate(sizes, 1):
-            batch = moved(next(batches), self.flat.params.device)
+            batch, kept = counted(moved(next(batches), self.flat.params.device), size)
+            kept = kept if terms is None else size  # weights of terms are the task's own
             clock.lap("data")
             asked = calls()
             self._mean_check.begin(step)
             with precision(self.job, self.flat.params.device):
-                made = made_of(self.task, self.flat.model, batch, size, terms)
+                made = made_of(self.task, self.flat.model, batch, kept, terms)
                 # Else it is no mean over samples, and the others wait.
                 if calls() == asked and terms is None:
-                    self._mean_check.look(step, made, size)
+                    self._mean_check.look(step, made, kept)
             term = made.term
             self.flat.before_backward()
             if number == len(sizes):
@@ -229,7 +231,7 @@ class WholeModel(Compute):
     ) -> tuple[Iterator[Any], Terms]:
         """Read the micro-batches of a step, and give them with the weights of all ranks'."""
         device = self.flat.params.device
-        found = [moved(next(self._batches), device) for _ in sizes]
+        found = [counted(moved(next(self._batches), device), size)[0] for size in sizes]
         samples = sum(sizes), self.sampler.batch_size(step)
         return iter(found), weights.of_step(found, *samples, device)
 
@@ -247,13 +249,15 @@ class WholeModel(Compute):
         self.metrics.begin(self.flat.params.device)
         found = Sums()
         for batch, size in self._eval_batches(data):
-            given = moved(batch, self.flat.params.device)
+            given, kept = counted(moved(batch, self.flat.params.device), size)
             with precision(self.job, self.flat.params.device):
                 own = None if self._weights is None else Terms(weights_of(self.task, given), size)
-                made = made_of(self.task, self.flat.model, given, size, own)
-                figures = judged(self.task, made, size)
+                made = made_of(
+                    self.task, self.flat.model, given, kept if own is None else size, own
+                )
+                figures = judged(self.task, made, kept)
                 found.add(figures, size)
-                self._mean_check.look_at_metrics(made, figures, size)
+                self._mean_check.look_at_metrics(made, figures, kept)
             self.alive()
         found.states = self.metrics.states(found.kept)
         return found

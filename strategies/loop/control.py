@@ -108,7 +108,7 @@ class StepControl:
 
     def check_batch(self, local: StepControl, step: int) -> None:
         """
-        See whether all ranks of this sum have read the same batch of a stream.
+        See whether all ranks have read the same batch of a stream, or have a sampler's same order.
 
         Where some have not, the sum is not their number times one's own, for one of them at least.
 
@@ -122,8 +122,8 @@ class StepControl:
         if local.batch and self.readers and self.batch != self.readers * local.batch:
             raise ValueError(
                 f"in step {step + 1} worker-{local.rank} read another batch of a stream than other "
-                "workers: all must read the same samples in the same order. Sort what glob and "
-                "listdir give, and do not cut the stream by rank"
+                "workers, or its sampler gave another order: all must read the same samples in the "
+                "same order. Sort what glob and listdir give, and cut nothing by rank"
             )
 
     def pack(self) -> NDArray[np.float64]:

@@ -27,6 +27,7 @@ from torch.nn.utils.rnn import PackedSequence
 from distplat.strategies.loop.collate import with_fields
 from distplat.strategies.loop.loss_state import LossState, remark_on_state
 from distplat.strategies.loop.losses import EvalBatch, Made
+from distplat.strategies.loop.remarks import remark_on_weight
 from distplat.strategies.loop.seeding import generators_kept, state_of_generators
 from distplat.strategies.loop.task_settings import task_modules
 from distplat.strategies.task import Task, has_step
@@ -97,7 +98,9 @@ class MeanCheck:
             return
         self._looked.add(step)
         text = labels_warning(made, samples)
-        if text is None and not has_step(self._task):
+        if text is None and has_step(self._task):
+            text = remark_on_weight(made, samples)
+        elif text is None:
             term, states = made.term, states_of(self._task, self._model)
             loss = (term.value, term.weight) if term.weighted else term.value
             given = self._task.loss, made.outputs, made.targets, loss

@@ -12,6 +12,7 @@ from distplat.platform.sampler import Sampler
 from distplat.platform.spec import Job
 from distplat.strategies.loop.checks import listed
 from distplat.strategies.loop.loaders import held_generators
+from distplat.strategies.loop.losses import Made
 from distplat.strategies.loop.sample_hash import hash_of
 from distplat.strategies.loop.seeding import generators_kept, seed_sample
 from distplat.strategies.loop.streams import StreamSamples
@@ -47,6 +48,24 @@ def remark_on_factors(job: Job) -> str:
     return (
         f"lr() gives factors of the optimizer's lr, and the largest is {most:g}: no rate is above "
         f"{most:g} x {max(job.optimizer.rates()):g}"
+    )
+
+
+def remark_on_weight(made: Made, samples: int) -> str | None:
+    """
+    Say that what a `step` gives beside its loss seems to be a figure and no weight; None: no.
+
+    Args:
+        made: what task and model made of a micro-batch.
+        samples: of it.
+    """
+    weight = made.term.weight
+    if not made.term.weighted or not 0.0 < weight < 1.0 or samples == 1:
+        return None
+    return (
+        f"step() gives a pair, a loss and {weight:g} for {samples} samples, which is taken as "
+        "(sum, weight): the loss is divided by it. If it is a figure such as an accuracy, return "
+        'the loss alone, or {"loss": loss, "accuracy": accuracy}'
     )
 
 

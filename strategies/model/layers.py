@@ -2,7 +2,7 @@
 
 import threading
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
@@ -99,9 +99,11 @@ class Stage(Runner):
         self.layer_names = [layer.name for layer in layers]
         # In a tuple: not registered once more.
         self.in_order = tuple(layer.module for layer in layers)
+        every = (module for layer in layers for module in layer.module.modules())
+        unsaved = {id(one._buffers[n]) for one in every for n in one._non_persistent_buffers_set}
         for layer in layers:
             for name, part in layer.parts.items():
-                self._attach(name, part)
+                self._attach(name, part, saved=id(part) not in unsaved)
 
     def forward(self, inputs: Any) -> Any:
         """Run all layers; each is called with what the one before has given."""
@@ -109,7 +111,7 @@ class Stage(Runner):
             inputs = module(inputs)
         return inputs
 
-    def _attach(self, name: str, part: ModuleOrTensor) -> None:
+    def _attach(self, name: str, part: ModuleOrTensor, *, saved: bool) -> None:
         # Not by add_module and its like: a user's part may have the name of a method of ours.
         home: nn.Module = self
         *path, last = name.split(".")
@@ -122,7 +124,7 @@ class Stage(Runner):
         elif isinstance(part, nn.Parameter):
             home._parameters[last] = part
         else:
-            home._buffers[last] = part
+            home.register_buffer(last, part, persistent=saved)
 
 
 def refuse_tied(layers: Sequence[Layer], points: Sequence[int]) -> None:
@@ -290,6 +292,22 @@ def with_all_names(model: nn.Module, given: Sequence[Layer]) -> list[Layer]:
         if name not in named and (home := homes.get(id(tensor))) is not None:
             layers[home] = replace(layers[home], parts={**layers[home].parts, name: tensor})
     return layers
+
+
+def with_unread_buffers(
+    model: nn.Module, layers: Sequence[Layer], inside: Container[int]
+) -> list[Layer]:
+    """
+    Have the first layer keep what no layer reads, such as a version: the saved model has it.
+
+    Args:
+        model: whole.
+        layers: of it.
+        inside: the ids of all tensors that they have.
+    """
+    saved = model.state_dict()
+    unread = {n: b for n, b in model.named_buffers() if n in saved and id(b) not in inside}
+    return [replace(layers[0], parts={**layers[0].parts, **unread}), *layers[1:]]
 
 
 def _trace(model: nn.Module) -> fx.Graph:

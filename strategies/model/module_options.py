@@ -4,7 +4,7 @@ What a job asks of the model's modules: activations computed again in backward, 
 Both leave names, parameters and `state_dict` as they are.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from fnmatch import fnmatchcase
 from functools import partial
@@ -91,7 +91,8 @@ class WrittenBuffers:
     def contexts(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
         """Give what is around a forward, and around the same one in backward."""
         read: list[tuple[_Place, Tensor | None]] = []  #: the values that the first one read
-        return self._around_first(read), self._around_second(read, ReadAgain(self._module))
+        again = partial(self._around_second, read, ReadAgain(self._module))
+        return self._around_first(read), _EachTime(again)
 
     @contextmanager
     def _around_first(self, read: list[tuple[_Place, Tensor | None]]) -> Iterator[None]:
@@ -112,7 +113,8 @@ class WrittenBuffers:
         self, read: list[tuple[_Place, Tensor | None]], attributes: ReadAgain
     ) -> Iterator[None]:
         """Have the forward read and write copies."""
-        copies = [*read, *((place, _clone(_there(place))) for place in self._statistics)]
+        copies = [(place, _clone(value)) for place, value in read]
+        copies += [(place, _clone(_there(place))) for place in self._statistics]
         after = [_there(place) for place, _ in copies]
         with attributes:
             for (where, key), value in copies:
@@ -122,6 +124,27 @@ class WrittenBuffers:
             finally:
                 for ((where, key), _), tensor in zip(copies, after, strict=True):
                     where[key] = tensor
+
+
+class _EachTime:
+    """
+    A context that is made anew whenever it is entered.
+
+    Activations are computed again for each backward that needs them: for a gradient of a gradient
+    twice.
+    """
+
+    def __init__(self, made: Callable[[], AbstractContextManager[None]]) -> None:
+        self._made = made
+        self._entered: list[AbstractContextManager[None]] = []
+
+    def __enter__(self) -> None:
+        one = self._made()
+        one.__enter__()
+        self._entered.append(one)
+
+    def __exit__(self, *error: Any) -> None:
+        self._entered.pop().__exit__(*error)
 
 
 def _there(place: _Place) -> Tensor | None:

@@ -24,6 +24,7 @@ from distplat.strategies.model.layers import (
     recomputed,
     refuse_tied,
     with_all_names,
+    with_unread_buffers,
 )
 from distplat.strategies.model.meta import materialise
 from distplat.strategies.model.model_call import Batch, ModelCall, TakesBatch
@@ -380,7 +381,7 @@ def layers_for(task: Task, model: nn.Module, order: Order | None = None) -> list
     if outside:
         text = f"parameters of the model are in no stage: {', '.join(outside)}"
         raise SpecError(Problem((), text, "have the task's `stages` name all parts of the model"))
-    return with_hooks(model, layers)
+    return with_hooks(model, with_unread_buffers(model, layers, inside))
 
 
 def _listed_or_found(task: Task, model: nn.Module, order: Order | None) -> list[Layer]:

@@ -20,7 +20,7 @@ from typing_extensions import override
 from distplat.platform.even_split import split_evenly
 from distplat.platform.topology import Position
 from distplat.strategies.algorithms.seeds import mixed
-from distplat.strategies.loop.batches import EvalLoader, batches_by, micro_batches
+from distplat.strategies.loop.batches import EvalLoader, batches_by, counted, micro_batches
 from distplat.strategies.loop.collate import moved
 from distplat.strategies.loop.compute import Compute, Share, Stopwatch, Sums, precision
 from distplat.strategies.loop.loss_check import MeanCheck
@@ -174,6 +174,7 @@ class _Loaded(Source):
         self.varies = overrides(type(owner._p.task), "collate")  # which may pad
         self._read = 0
         self._pairs: dict[int, tuple[Any, Any]] = {}
+        self.kept = [*sizes]  #: samples of each micro-batch that is read, see `counted`
         self.loading_s = 0.0
 
     @override
@@ -198,7 +199,8 @@ class _Loaded(Source):
     def _read_up_to(self, micro_batch: int) -> None:
         while self._read <= micro_batch:
             began = time.perf_counter()
-            self._pairs[self._read] = self._owner.pair(next(self._batches))
+            batch, self.kept[self._read] = counted(next(self._batches), self.sizes[self._read])
+            self._pairs[self._read] = self._owner.pair(batch)
             self._read += 1
             self.loading_s += time.perf_counter() - began
 
@@ -221,9 +223,9 @@ class _Training(_Loaded, Source):
 
     def loss(self, micro_batch: int, outputs: Any) -> Tensor:
         """Give the loss, summed and divided by the global batch."""
-        size = self.sizes[micro_batch]
         targets = self.targets(micro_batch)
-        term = self._owner.differentiated(self._step, outputs, targets, size)
+        kept = self.kept[micro_batch]
+        term = self._owner.differentiated(self._step, outputs, targets, kept)
         self.terms.append(replace(term, value=term.value.detach()))
         return term.value * (term.factor * self._part)
 
@@ -243,8 +245,9 @@ class _Evaluation(_Loaded, Source):
 
     def loss(self, micro_batch: int, outputs: Any) -> Any:
         """Add the figures up."""
-        size = self.sizes[micro_batch]
-        self._found.add(self._owner.figures_of(outputs, self.targets(micro_batch), size), size)
+        targets = self.targets(micro_batch)
+        figures = self._owner.figures_of(outputs, targets, self.kept[micro_batch])
+        self._found.add(figures, self.sizes[micro_batch])
         return outputs
 
     @override

@@ -34,6 +34,8 @@ from distplat.strategies.torch_compat import (
 
 _ALIGNED = 64
 """Bytes; as torch's own allocations on a CPU."""
+_TRAVELLING = (*SENDABLE, torch.complex64, torch.complex128)
+"""Types of tensors that stages hand on; complex ones, such as rotary angles, as bytes."""
 _CONSTANTS: tuple[type, ...] = (type(None), bool, int, float, str)
 
 Form = tuple[torch.dtype, tuple[int, ...]]
@@ -42,7 +44,7 @@ Form = tuple[torch.dtype, tuple[int, ...]]
 
 class Packing:
     """
-    How some tensors travel: one as it is, several as the bytes of one vector.
+    How some tensors travel: one real one as it is, others as the bytes of one vector.
 
     Args:
         forms: of the tensors, in order; with none there is no message.
@@ -57,7 +59,8 @@ class Packing:
             self._offsets.append(start)
             end = start + prod(shape) * dtype.itemsize
         self.form: Form | None = (torch.uint8, (end,)) if forms else None  #: of the message
-        if len(self.forms) == 1:
+        self._as_it_is = len(self.forms) == 1 and self.forms[0][0] in SENDABLE
+        if self._as_it_is:
             self.form = self.forms[0]
 
     def behind(self, length: int) -> "Packing":
@@ -65,8 +68,8 @@ class Packing:
         return Packing([(torch.uint8, (length,)), *self.forms])
 
     def pack(self, tensors: Sequence[Tensor]) -> Tensor:
-        """Give the message; of one tensor that is contiguous, the tensor itself."""
-        if len(tensors) == 1:
+        """Give the message; of one real tensor that is contiguous, the tensor itself."""
+        if self._as_it_is:
             return tensors[0].contiguous()
         assert self.form is not None, "there is a message"
         message = torch.empty(self.form[1], dtype=torch.uint8, device=tensors[0].device)
@@ -76,7 +79,7 @@ class Packing:
 
     def unpack(self, message: Tensor) -> list[Tensor]:
         """Give the tensors; they lie in the message."""
-        if len(self.forms) == 1:
+        if self._as_it_is:
             return [message]
         found = []
         for start, (dtype, shape) in zip(self._offsets, self.forms, strict=True):
@@ -166,7 +169,7 @@ class ValueLayout:
                 where,
                 leaf.dtype,
                 tuple(leaf.shape),
-                leaf.requires_grad if depends else leaf.is_floating_point(),
+                leaf.requires_grad if depends else leaf.is_floating_point() or leaf.is_complex(),
             )
             if isinstance(leaf, Tensor)
             else _Constant(where, leaf)
@@ -198,7 +201,7 @@ class ValueLayout:
     def to_bytes(self) -> bytes:
         """Give the form as text, for `from_bytes`."""
         leaves = [
-            [one.where, SENDABLE.index(one.dtype), one.shape, one.gradient]
+            [one.where, _TRAVELLING.index(one.dtype), one.shape, one.gradient]
             if isinstance(one, _TensorForm)
             else [one.where, one.value]
             for one in self._leaves
@@ -214,7 +217,7 @@ class ValueLayout:
             if len(rest) == 1:
                 found.append(_Constant(where, rest[0]))
             else:
-                found.append(_TensorForm(where, SENDABLE[rest[0]], tuple(rest[1]), rest[2]))
+                found.append(_TensorForm(where, _TRAVELLING[rest[0]], tuple(rest[1]), rest[2]))
         return cls(place, structure_from_text(structure), found)
 
     def value(self, tensors: Sequence[Tensor]) -> Any:
@@ -277,7 +280,7 @@ def _check_leaf(place: int, where: str, leaf: Any) -> None:
                 place, text, "hand on tensors, None, bool, int, float, str, or cut elsewhere"
             )
         return
-    if leaf.dtype not in SENDABLE or leaf.layout is not torch.strided:
+    if leaf.dtype not in _TRAVELLING or leaf.layout is not torch.strided:
         what = str(leaf.dtype if leaf.layout is torch.strided else leaf.layout)
         raise _problem(
             place, f"has a tensor of {what}{at}, which no message takes", "cut elsewhere"

@@ -323,8 +323,13 @@ def numbered(data: Any, schedule: Schedule, seed: int) -> Any:
     raise AssertionError("it goes on until all are read")
 
 
-def read(task: Task, data: Any, forward: Forward) -> Any:
-    """Read the samples of a micro-batch and put them together; generators stay as they are."""
+def read(task: Task, data: Any, forward: Forward) -> tuple[Any, int]:
+    """
+    Read the samples of a micro-batch and put them together; generators stay as they are.
+
+    Returns:
+        The batch, and how many samples it is of: `collate` leaves out those that are None.
+    """
     many = None if isinstance(data, Subset) else getattr(data, "__getitems__", None)
     with generators_kept():
         if many is not None:
@@ -336,7 +341,8 @@ def read(task: Task, data: Any, forward: Forward) -> Any:
                 seed_all(seed)
                 samples.append(data[index])
         seed_all(forward.collate_seed)
-        return task.collate(samples)
+        kept = sum(one is not None for one in samples)
+        return task.collate(samples), kept or len(samples)
 
 
 def terms_of(
@@ -348,7 +354,7 @@ def terms_of(
     forwards = [forward for forwards in step for forward in forwards]
     total: Weights = {}
     for forward in forwards:
-        for name, weight in task.weights(read(task, data, forward)).items():
+        for name, weight in task.weights(read(task, data, forward)[0]).items():
             total[name] = total.get(name, 0.0) + float(weight)
     return total, sum(len(forward.ids) for forward in forwards)
 

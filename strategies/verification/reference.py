@@ -108,14 +108,14 @@ def compute(
     """Give a micro-batch's gradients times `scale`, the sum of its loss, its weight."""
     if forward.seed is not None:
         recipes.seed_all(forward.seed)
-    batch = recipes.read(rank.task, data, forward)
+    batch, kept = recipes.read(rank.task, data, forward)
     drawn = torch.get_rng_state()
     with torch.autocast("cpu", torch.bfloat16) if recipe.autocast else nullcontext():
         loss: Any = step_of(rank.task)(rank.model, batch)
     loss = loss["loss"] if isinstance(loss, Mapping) and has_step(rank.task) else loss
     loss = recipes.together(loss, of, len(forward.ids))
     to.draws |= not torch.equal(drawn, torch.get_rng_state())
-    loss, weight = loss if isinstance(loss, tuple) else (loss * len(forward.ids), len(forward.ids))
+    loss, weight = loss if isinstance(loss, tuple) else (loss * kept, kept)
     torch.autograd.backward(loss * scale)
     gradients = {}
     for name, tensor in rank.named().items():

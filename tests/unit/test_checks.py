@@ -184,6 +184,15 @@ class NoLength(Dataset[Any]):
         return torch.zeros(3), 0
 
 
+class Table(NoLength):
+    """As a DataFrame: a length, and columns by name."""
+
+    iloc = NoLength()
+
+    def __len__(self) -> int:
+        return 8
+
+
 @pytest.mark.parametrize("method", ["train_data", "eval_data"])
 @pytest.mark.parametrize(
     ("given", "message"),
@@ -193,6 +202,9 @@ class NoLength(Dataset[Any]):
         (lambda: iter([1]), "got a list_iterator"),
         (lambda: TensorDataset, "got the class TensorDataset: call it"),
         (lambda: samples().tensors, "got a tuple of tensors: TensorDataset(...)"),
+        (lambda: {"x": samples(), "y": samples()}, "got a dict of 'x', 'y', without data[0]: "),
+        (lambda: [samples(), samples()], "got a list of data sets: ConcatDataset(...) makes"),
+        (lambda: Table(), "got a Table of pandas, of which data[i] is a column"),
         (NoLength, "a NoLength has no length"),
         (lambda: 3, "an int has no __getitem__"),
     ],

@@ -454,3 +454,35 @@ def test_other_metrics_are_left_alone(kind: type[Task], caplog: pytest.LogCaptur
     for size in SIZES:
         judged_by(task, check, size)
     assert not caplog.records
+
+
+class Stepping(Task):
+    def model(self) -> nn.Module:
+        return nn.Linear(3, 3)
+
+    def train_data(self) -> Any: ...
+
+    def step(self, model: nn.Module, batch: Any) -> Any: ...
+
+
+@pytest.mark.parametrize(
+    ("weight", "weighted", "samples", "told"),
+    [
+        (0.375, True, 8, 1),
+        (1.0, True, 8, 0),
+        (3.5, True, 8, 0),
+        (0.5, True, 1, 0),
+        (0.375, False, 8, 0),
+        (0.0, True, 8, 0),
+    ],
+)
+def test_a_figure_beside_the_loss_of_a_step_is_told(
+    weight: float, weighted: bool, samples: int, told: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    task = Stepping()
+    check = MeanCheck(task, task.model())
+    term = LossTerm(torch.zeros(()), 1.0, weight, weighted)
+    for step in range(3):
+        check.begin(step)
+        check.look(step, Made(None, torch.zeros(samples), term), samples)
+    assert caplog.text.count("taken as (sum, weight): the loss is divided by it") == told

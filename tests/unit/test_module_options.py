@@ -119,6 +119,28 @@ def test_what_matches_is_computed_again_once(patterns: str, again: list[str]) ->
         model.eval()(torch.randn(5, 4))
 
 
+def penalised(model: nn.Module, inputs: Tensor) -> dict[str, Tensor]:
+    """Train on a penalty of the inputs' gradient, which needs activations twice in backward."""
+    torch.manual_seed(5)
+    given = inputs.clone().requires_grad_()
+    outputs = model(given)
+    (slope,) = torch.autograd.grad(outputs.sum(), given, create_graph=True)
+    torch.autograd.backward(outputs.square().mean() + slope.square().sum())
+    found = {name: one.grad for name, one in model.named_parameters() if one.grad is not None}
+    return found | dict(model.named_buffers())
+
+
+def test_a_gradient_of_a_gradient_is_the_same() -> None:
+    plain, saving = (Keeping().model() for _ in range(2))
+    saving.load_state_dict(plain.state_dict())
+    apply_module_options(options_job(activation_checkpointing="1,2"), saving)
+    for _ in range(4):
+        inputs = torch.randn(5, 4)
+        expected, found = penalised(plain, inputs), penalised(saving, inputs)
+        assert expected.keys() == found.keys()
+        assert all(torch.equal(found[name], value) for name, value in expected.items())
+
+
 class Late(nn.Module):
     """Writes a buffer once it is told to."""
 

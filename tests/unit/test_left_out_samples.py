@@ -1,0 +1,150 @@
+"""Samples that are None, which `collate` leaves out: the mean is that over the others."""
+
+from typing import Any
+
+import pytest
+import torch
+from hybrid_models import whole
+from jobs import job_of
+from local_run import evaluations, train
+from torch import Tensor, nn
+from torch.utils.data import Dataset, IterableDataset, default_collate
+
+from distplat import Task
+
+SAMPLES, BATCH, STEPS = 22, 12, 4
+
+
+class Broken(Dataset[Any]):
+    """Every fifth sample cannot be read, and some that follow each other."""
+
+    def __init__(self) -> None:
+        generator = torch.Generator().manual_seed(1)
+        self.x = torch.randn(SAMPLES, 3, generator=generator).double()
+        self.y = self.x.sum(1, keepdim=True).sin()
+
+    def __len__(self) -> int:
+        return SAMPLES
+
+    def __getitem__(self, at: int) -> Any:
+        return None if at % 5 == 0 or at in {6, 7} else (self.x[at], self.y[at])
+
+
+class Rows(IterableDataset[Any]):
+    def __iter__(self) -> Any:
+        return (Broken()[at] for at in range(SAMPLES))
+
+    def __len__(self) -> int:
+        return SAMPLES
+
+
+class Filtering(Task):
+    data: type[Dataset[Any]] = Broken
+
+    def model(self) -> nn.Module:
+        return nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 1)).double()
+
+    def train_data(self) -> Any:
+        return self.data()
+
+    def eval_data(self) -> Any:
+        return self.data()
+
+    def collate(self, samples: list[Any]) -> Any:
+        return default_collate([one for one in samples if one is not None])
+
+    def loss(self, outputs: Any, targets: Any) -> Any:
+        return nn.functional.mse_loss(outputs, targets)
+
+    def metrics(self, outputs: Any, targets: Any) -> dict[str, Any]:
+        return {"distance": (outputs - targets).abs().mean()}
+
+
+class Streamed(Filtering):
+    data = Rows
+
+
+class Summed(Filtering):
+    """Its weight is its own."""
+
+    def loss(self, outputs: Any, targets: Any) -> Any:
+        return nn.functional.mse_loss(outputs, targets, reduction="sum"), len(targets)
+
+
+def plain() -> tuple[dict[str, Tensor], dict[str, float]]:
+    task, data = Filtering(), Broken()
+    torch.manual_seed(0)
+    model = task.model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for step in range(STEPS):
+        start = step % 2 * BATCH
+        samples = [data[at] for at in range(start, min(start + BATCH, SAMPLES))]
+        inputs, targets = task.collate(samples)
+        optimizer.zero_grad()
+        torch.autograd.backward(task.loss(model(inputs), targets))
+        optimizer.step()
+    inputs, targets = task.collate([*map(data.__getitem__, range(SAMPLES))])
+    with torch.no_grad():
+        outputs = model(inputs)
+        figures = {name: float(one) for name, one in task.metrics(outputs, targets).items()}
+        figures["loss"] = float(task.loss(outputs, targets))
+    return model.state_dict(), figures
+
+
+CUT = {"name": "hybrid", "pipeline": 2, "micro_batches": 2, "cut": "even"}
+
+
+@pytest.mark.parametrize(
+    ("strategy", "workers", "kind", "fields"),
+    [
+        ("ring", 3, Filtering, {}),
+        ("ring", 2, Filtering, {"gradient_accumulation": 2}),
+        ("ring", 2, Streamed, {}),
+        ("ring", 2, Summed, {}),
+        ("ps-sync", 2, Filtering, {}),
+        ("ps-async", 1, Filtering, {}),
+        (CUT, 2, Filtering, {}),
+        ({**CUT, "data": 2}, 4, Filtering, {}),
+    ],
+    ids=str,
+)
+def test_a_run_takes_the_mean_over_the_others(
+    strategy: Any, workers: int, kind: type[Task], fields: dict[str, Any]
+) -> None:
+    given = {"steps": STEPS, "global_batch_size": BATCH, "data": {"shuffle": False}, **fields}
+    run = train(job_of(strategy, workers, **given), kind, timeout_s=30)
+    found, (expected, figures) = whole(run), plain()
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-9, atol=1e-9)
+    last = evaluations(run)[-1]
+    assert last.samples == SAMPLES
+    assert dict(last.metrics) == pytest.approx(figures, rel=1e-9)
+
+
+class Made(Filtering):
+    """Its batches are made of nothing: all samples are None, and count."""
+
+    def train_data(self) -> Any:
+        return [None] * SAMPLES
+
+    def eval_data(self) -> Any:
+        return None
+
+    def collate(self, samples: list[Any]) -> Any:
+        data = Broken()
+        return data.x[: len(samples)], data.y[: len(samples)]
+
+
+def test_where_all_samples_are_none_they_count() -> None:
+    fields: dict[str, Any] = {"steps": 2, "global_batch_size": BATCH}
+    run = train(job_of("ring", 2, **fields), Made)
+    torch.manual_seed(0)
+    model = Made().model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for size in (BATCH, SAMPLES - BATCH):
+        inputs, targets = Made().collate([None] * (size // 2))
+        optimizer.zero_grad()
+        torch.autograd.backward(Made().loss(model(inputs), targets))
+        optimizer.step()
+    for name, value in model.state_dict().items():
+        torch.testing.assert_close(run.trained[0][name], value, rtol=1e-9, atol=1e-9)
