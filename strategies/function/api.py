@@ -1,5 +1,5 @@
 """
-The words of `distplat` inside a train function; each asks the session of its thread.
+What `distplat` offers inside a train function; each asks the session of its thread.
 
 `train` of docs/train_function.md shows all of them.
 """

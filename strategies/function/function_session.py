@@ -2,7 +2,7 @@
 What a train function calls: `prepare`, `report`, `get_checkpoint`, `get_context`, and so on.
 
 A worker makes a `FunctionSession` of its thread the current one (`running`), and calls the user's
-function. The words of `distplat` (`words.py`) ask it.
+function. The functions of `distplat` (`api.py`) ask it.
 """
 
 from __future__ import annotations
@@ -184,7 +184,7 @@ class FunctionSession:
         self._progress.beat()
 
     def prepare(self, *things: Any) -> Any:
-        """Make models, optimizers, loaders and schedulers ready; see `words.prepare`."""
+        """Make models, optimizers, loaders and schedulers ready; see `api.prepare`."""
         models = [one for one in things if isinstance(one, nn.Module)]
         ready = {id(one): self._model(one, alone=len(models) == 1) for one in models}
         found = tuple(ready[id(one)] if id(one) in ready else self._other(one) for one in things)
@@ -272,7 +272,7 @@ class FunctionSession:
         self._progress.beat()
 
     def report(self, metrics: Mapping[str, Any], checkpoint: Any = None) -> None:
-        """Tell the run's figures, and keep a checkpoint; see `words.report`."""
+        """Tell the run's figures, and keep a checkpoint; see `api.report`."""
         if not isinstance(metrics, Mapping):
             text = f"report() got a {type(metrics).__name__}: it takes numbers by name"
             raise SpecError(Problem(("task",), text, 'report({"loss": loss})'))
@@ -311,7 +311,7 @@ class FunctionSession:
         self._ports.take(version, part, facts)
 
     def checkpoint(self) -> Any:
-        """Give what was reported last before this attempt; see `words.get_checkpoint`."""
+        """Give what was reported last before this attempt; see `api.get_checkpoint`."""
         saved = self._ports.saved
         if saved is None:
             return None
@@ -319,7 +319,7 @@ class FunctionSession:
         return unpack(saved.state[FUNCTION], [found[str(n)] for n in range(len(found))])
 
     def should_stop(self) -> bool:
-        """Say whether the loop is to end; see `words.should_stop`."""
+        """Say whether the loop is to end; see `api.should_stop`."""
         self._asks = True
         wanted = self._ports.ending()
         if self._exchange.together and self.group.world > 1:
@@ -329,7 +329,7 @@ class FunctionSession:
         return wanted
 
     def gather(self, values: Any) -> Any:
-        """Give what all ranks have; see `words.gather_for_metrics`."""
+        """Give what all ranks have; see `api.gather_for_metrics`."""
         batch = self._batch.samples, self._batch.own
         return gather_for_metrics(values, self.group, self.place.device, batch)
 

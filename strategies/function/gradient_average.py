@@ -293,7 +293,7 @@ class GradientAverage(ABC):
             raise self._first_broken
 
     def check_alike(self, when: str) -> None:
-        """See `oversight.check_alike`."""
+        """See `loop_checks.check_alike`."""
         check_alike(self.model, self._group, when, max(self._backwards, self._steps))
 
 
