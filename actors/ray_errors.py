@@ -89,14 +89,17 @@ _GUESSES = re.compile(r" (?:Some common causes|There are some potential root cau
 _ENDED = "unexpectedly exits with a connection error"
 """Ray's words for a process that was killed, or that crashed: it does not see by which signal."""
 
-_UNREACHABLE = ("because all references to the actor were removed", "Actor creation cancelled")
-"""Nobody asks an actor without a reference. So Ray says this of one whose owner it cannot call:
-of one that is there, and of one that is being made."""
-_UNREACHABLE_CAUSE = (
+_UNREACHABLE = (
     "the cluster cannot call the process that made it: a firewall is between them, or one of them "
     "wants a token and the other has none (`RAY_AUTH_MODE`: a cluster that was started with "
     "`disabled` is used with `disabled`)"
 )
+_PLAIN = {
+    "because all references to the actor were removed": _UNREACHABLE,
+    "Actor creation cancelled": f"its start was cancelled. Either the cluster ends, or {_UNREACHABLE}",
+}
+"""What Ray says, and what it means. Nobody asks an actor without a reference: so Ray says this of
+one whose owner it cannot call, and the other of one that is being made."""
 
 _REMEDIES: dict[type[exceptions.RayError], str] = {
     exceptions.ObjectStoreFullError: "give Ray a larger object store (`object_store_memory`)",
@@ -120,8 +123,7 @@ def cause_of(error: exceptions.RayError) -> str:
     said = _GUESSES.split((reasons or lines or [type(error).__name__])[0])[0]
     if lines and getattr(error, "actor_init_failed", False):
         said = f"it could not be made: {lines[-1].strip()}"
-    if any(words in said for words in _UNREACHABLE):
-        said = _UNREACHABLE_CAUSE
+    said = next((plain for words, plain in _PLAIN.items() if words in said), said)
     before = _CAUSES.get(type(error))
     return f"{before}: {said}" if before else said
 
