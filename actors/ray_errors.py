@@ -96,7 +96,7 @@ _UNREACHABLE = (
 )
 _PLAIN = {
     "because all references to the actor were removed": _UNREACHABLE,
-    "Actor creation cancelled": f"its start was cancelled. Either the cluster ends, or {_UNREACHABLE}",
+    "Actor creation cancelled": f"its start was cancelled: the cluster ends, or {_UNREACHABLE}",
 }
 """What Ray says, and what it means. Nobody asks an actor without a reference: so Ray says this of
 one whose owner it cannot call, and the other of one that is being made."""
