@@ -88,6 +88,8 @@ class OneIsLate(Attempt):
     """
     Rank 2 makes its first step once both others are at a later one.
 
+    They begin when it has joined: who joins later begins with the step that servers are at.
+
     Args:
         run: of three ranks.
         step: the later one.
@@ -96,11 +98,15 @@ class OneIsLate(Attempt):
     def __init__(self, run: LocalRun, step: int) -> None:
         super().__init__(run)
         self.step, self.there = step, [threading.Event() for _ in range(2)]
+        self.joined = threading.Event()
 
     def before(self, rank: int, step: int) -> StopOrder:
         if rank == 2:
+            self.joined.set()
             assert all(there.wait(self.run.timeout_s) for there in self.there)
-        elif step == self.step:
+            return StopOrder.NONE
+        assert self.joined.wait(self.run.timeout_s)
+        if step == self.step:
             self.there[rank].set()
         return StopOrder.NONE
 
