@@ -123,7 +123,7 @@ class LocalCluster:
         """Make an actor; `make` is given its way to the others."""
         actor = Actor(name, node)
         self._actors.append(actor)
-        actor.body = make(self.transport(node, name))
+        actor.body = make(LocalTransport(self, node, name, actor))
         return actor
 
     def _deliver(
@@ -157,8 +157,11 @@ class LocalCluster:
 class LocalTransport(Transport):
     """One process's way to the actors; see `Transport`."""
 
-    def __init__(self, cluster: LocalCluster, node: str, process: str) -> None:
+    def __init__(
+        self, cluster: LocalCluster, node: str, process: str, owner: Actor | None = None
+    ) -> None:
         self._cluster, self._node, self._process = cluster, node, process
+        self._owner = owner  #: the process's actor; another one may have its name later
 
     @property
     @override
@@ -167,6 +170,10 @@ class LocalTransport(Transport):
 
     @override
     def call(self, actor: Any, method: str, *args: Any) -> Any:
+        if self._owner is not None and self._owner.died:
+            reply: Future[Any] = Future()
+            reply.set_exception(ActorDied(self._owner.died))
+            return reply
         return self._cluster.deliver(self._process, actor, method, args)
 
     @override

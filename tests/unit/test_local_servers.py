@@ -23,8 +23,10 @@ from torch import nn
 
 from distplat.actors import retrying_calls
 from distplat.actors.local_actors import HERE
+from distplat.actors.local_transport import LocalCluster, LocalTransport
 from distplat.actors.servers import fan_out
 from distplat.actors.servers.shards import RemoteShards
+from distplat.actors.transport import ActorDied
 from distplat.platform.errors import Abandoned, ActorLost, DeadlineExceeded, ProtocolError
 from distplat.platform.spec import Job
 from distplat.strategies.catalog import make_strategy
@@ -329,3 +331,20 @@ def wait_for_backups(servers: Servers) -> None:
     while not all(assignment.ready for assignment in servers.manager.body.assignments()):
         assert time.monotonic() < until
         time.sleep(0.01)
+
+
+def test_a_dead_process_reaches_nobody_though_another_has_its_name() -> None:
+    cluster = LocalCluster()
+    ways: list[LocalTransport] = []
+
+    def make(transport: LocalTransport) -> str:
+        ways.append(transport)
+        return "body"
+
+    first = cluster.spawn("manager", HERE, make)
+    first.die("killed by the test")
+    second = cluster.spawn("manager", HERE, make)
+    with pytest.raises(ActorDied, match="killed by the test"):
+        ways[0].get(ways[0].call(second, "upper"), 5.0)
+    assert ways[1].get(ways[1].call(second, "upper"), 5.0) == "BODY"
+    cluster.close()
