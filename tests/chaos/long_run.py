@@ -1,7 +1,7 @@
 """
 What the driver and the controller keep of a run of ten million steps, which nobody computes.
 
-    long_run.py --steps 10000000        an hour and ten gigabytes of disk on two cores
+    long_run.py --steps 10000000        an hour and six gigabytes of disk on two cores
     long_run.py --leased                steps and evaluations in any order, as under ps-async
 
 What hears of a step is the real one (`tests/support/synthetic_run.py`). Then `distplat report`,
