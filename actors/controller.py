@@ -353,11 +353,12 @@ class Controller:
             del self._actors[role]
             self._scaling.left(rank)
             return [Left(rank)]
-        at = news.prepared, news.host
-        heard = PollAnswered(rank, news.beats, news.step, news.finished, *at, news.loop)
+        made, node = news.prepared, news.host
+        heard = PollAnswered(rank, news.beats, news.step, news.finished, made, node, news.loop)
         if news.error is None:
             return [heard]
-        return [heard, Failed(role, news.error, False, False, *at, news.traceback)]
+        error, shown = news.error, news.traceback
+        return [heard, Failed(role, error, prepared=made, node=node, traceback=shown)]
 
     def _result(self) -> bytes:
         """Fetch the model; where it is cut, each part, and put them together by name."""

@@ -1,11 +1,12 @@
 """Batches of one worker: torch's DataLoader over the sampler's plan of the whole run."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 from torch.utils.data import (
     ConcatDataset,
     DataLoader,
@@ -25,6 +26,7 @@ from distplat.strategies.loop.seeding import generators_kept, seed_quickly, seed
 from distplat.strategies.loop.streams import StreamItem, StreamSamples
 from distplat.strategies.loop.task_settings import TaskOrder
 from distplat.strategies.task import Task
+from distplat.strategies.torch_compat import tree_leaves
 
 
 class Run(NamedTuple):
@@ -48,6 +50,23 @@ class Thinned(NamedTuple):
     batch: Any
     samples: int
     """The others."""
+
+
+def samples_of(batch: Any, given: Sequence[Any]) -> int:
+    """
+    Say how many samples a batch is of: a `collate` may leave out those that are None.
+
+    It may as well put others in their place, or make a batch of nothing but None: then the batch
+    has as many as were given.
+
+    Args:
+        batch: what `collate` has given.
+        given: what it was given.
+    """
+    kept = sum(one is not None for one in given)
+    lengths = {len(one) for one in tree_leaves(batch) if isinstance(one, Tensor) and one.dim()}
+    filled = len(given) in lengths and kept not in lengths
+    return len(given) if filled or not kept else kept
 
 
 def counted(batch: Any, samples: int) -> tuple[Any, int]:
@@ -276,10 +295,9 @@ class Samples(Dataset[Any]):
         if self._collate is None:
             return collated(samples)
         seed_quickly(collate_seed(run.seed, run.first))
-        kept = sum(one is not None for one in samples)
         batch = self._collate(samples)
-        # Where all samples are None nothing is left out: the batch is made without them.
-        return Thinned(batch, kept) if 0 < kept < len(samples) else batch
+        kept = samples_of(batch, samples)
+        return Thinned(batch, kept) if kept < len(samples) else batch
 
     def _read(self, data: Any, ids: list[int]) -> list[Any]:
         many = getattr(data, "__getitems__", None)

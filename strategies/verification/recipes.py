@@ -35,7 +35,7 @@ from distplat.strategies.algorithms.seeds import (
 )
 from distplat.strategies.catalog import make_strategy
 from distplat.strategies.hybrid import Hybrid
-from distplat.strategies.loop.batches import Run, runs
+from distplat.strategies.loop.batches import Run, runs, samples_of
 from distplat.strategies.loop.seeding import generators_kept
 from distplat.strategies.loop.streams import is_stream, rows_of
 from distplat.strategies.loop.task_settings import TaskOrder
@@ -328,7 +328,7 @@ def read(task: Task, data: Any, forward: Forward) -> tuple[Any, int]:
     Read the samples of a micro-batch and put them together; generators stay as they are.
 
     Returns:
-        The batch, and how many samples it is of: `collate` leaves out those that are None.
+        The batch, and how many samples it is of; see `samples_of`.
     """
     many = None if isinstance(data, Subset) else getattr(data, "__getitems__", None)
     with generators_kept():
@@ -341,8 +341,8 @@ def read(task: Task, data: Any, forward: Forward) -> tuple[Any, int]:
                 seed_all(seed)
                 samples.append(data[index])
         seed_all(forward.collate_seed)
-        kept = sum(one is not None for one in samples)
-        return task.collate(samples), kept or len(samples)
+        batch = task.collate(samples)
+        return batch, samples_of(batch, samples)
 
 
 def terms_of(

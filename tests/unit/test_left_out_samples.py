@@ -148,3 +148,33 @@ def test_where_all_samples_are_none_they_count() -> None:
         optimizer.step()
     for name, value in model.state_dict().items():
         torch.testing.assert_close(run.trained[0][name], value, rtol=1e-9, atol=1e-9)
+
+
+class Filling(Filtering):
+    """Others stand in the place of samples that are None: the batch has as many as were read."""
+
+    def collate(self, samples: list[Any]) -> Any:
+        zeros = torch.zeros(3).double(), torch.ones(1).double()
+        return default_collate([zeros if one is None else one for one in samples])
+
+
+@pytest.mark.parametrize("strategy", ["ring", CUT], ids=str)
+def test_samples_that_collate_fills_in_for_count(strategy: Any) -> None:
+    fields: dict[str, Any] = {"steps": 2, "global_batch_size": BATCH, "data": {"shuffle": False}}
+    one, several = (
+        whole(train(job_of(how, workers, **fields), Filling, timeout_s=30))
+        for how, workers in (("ring", 1), (strategy, 2))
+    )
+    task = Filling()
+    torch.manual_seed(0)
+    model = task.model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for start in (0, BATCH):
+        samples = [Broken()[at] for at in range(start, min(start + BATCH, SAMPLES))]
+        inputs, targets = task.collate(samples)
+        optimizer.zero_grad()
+        torch.autograd.backward(task.loss(model(inputs), targets))
+        optimizer.step()
+    for name, value in model.state_dict().items():
+        torch.testing.assert_close(one[name], value, rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(several[name], value, rtol=1e-9, atol=1e-9)
