@@ -92,8 +92,10 @@ class Controller:
             reporting, checkpoints.step if actor_group.dynamic_tasks else None
         )
         self._requests = requests = ScaleRequests()
-        self._scaling = AsyncScaler(actor_group, requests) if actor_group.dynamic_tasks else None
-        self._resizer = SyncScaler(actor_group, requests)  # where tasks are not leased
+        self._async_scaler = (
+            AsyncScaler(actor_group, requests) if actor_group.dynamic_tasks else None
+        )
+        self._sync_scaler = SyncScaler(actor_group, requests)  # where tasks are not leased
         self._clock = AwakeClock()  #: of all deadlines
         began, step = self._clock.now(), checkpoints.step
         self._state = JobState(actor_group.world, limits, began, policy, step=step)
@@ -165,7 +167,7 @@ class Controller:
             SpecError: it cannot be had; says why.
         """
         check_scalable(self._actor_group, workers)
-        refused = (self._scaling or self._resizer).refusal(workers)
+        refused = (self._async_scaler or self._sync_scaler).refusal(workers)
         if refused:
             raise SpecError(Problem(("--workers",), refused))
         return self._requests.ask(workers)
@@ -224,12 +226,12 @@ class Controller:
 
     def _scale(self) -> None:
         """Have workers join or leave; a run that is in trouble has that mended first."""
-        if self._scaling is None:
-            wanted = self._resizer.look(self._checkpoints.step)
+        if self._async_scaler is None:
+            wanted = self._sync_scaler.look(self._checkpoints.step)
             if wanted is not None:
                 self._state.handle(Resize(wanted), self._clock.now())
             return
-        for rank in self._scaling.carry_out(self._checkpoints.step):
+        for rank in self._async_scaler.carry_out(self._checkpoints.step):
             self._actors[f"worker-{rank}"] = self._actor_group.workers[rank]
             self._state.handle(Joined(rank), self._clock.now())
 
@@ -265,14 +267,14 @@ class Controller:
     def _renumber(self, restart: Restart, step: int) -> None:
         """Go on with as many workers as there are now."""
         if restart.everything:
-            (self._scaling or self._resizer).begin_anew()
-        elif "task-scheduler" in restart.coordinators and self._scaling is not None:
-            self._scaling.tell_again()
-        if self._scaling is not None:
+            (self._async_scaler or self._sync_scaler).begin_anew()
+        elif "task-scheduler" in restart.coordinators and self._async_scaler is not None:
+            self._async_scaler.tell_again()
+        if self._async_scaler is not None:
             return
-        world, before = self._actor_group.world, self._resizer.world
+        world, before = self._actor_group.world, self._sync_scaler.world
         if restart.world is not None:
-            self._resizer.resized()
+            self._sync_scaler.resized()
             self._holders = ()
             self._resized = Resized(restart.attempt, step + 1, before, world, 0.0)
         if self._actor_group.job.own_loop:
@@ -349,9 +351,9 @@ class Controller:
         if news.attempt != self._state.attempt:
             return []  # it has not yet taken the present order up
         if news.left:
-            assert self._scaling is not None, "only who leases tasks is told to leave"
+            assert self._async_scaler is not None, "only who leases tasks is told to leave"
             del self._actors[role]
-            self._scaling.left(rank)
+            self._async_scaler.left(rank)
             return [Left(rank)]
         made, node = news.prepared, news.host
         heard = PollAnswered(rank, news.beats, news.step, news.finished, made, node, news.loop)
