@@ -6,7 +6,7 @@ It decides nothing: what is to be done after a failure comes as a `Restart` from
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -57,6 +57,8 @@ class Launch:
     """The run directory."""
     resumed: Path | None = None
     """The checkpoint that the run begins from; None: the first step."""
+    evaluated: Mapping[str, Any] | None = None
+    """What evaluations had come to in that checkpoint, for `early_stop`; None: it does not say."""
     log_to_driver: bool = True
     """Whether what workers print appears in the driver, too."""
     checked: bool = False

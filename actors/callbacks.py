@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from typing_extensions import override
 
@@ -135,6 +135,7 @@ class Callbacks:
         max_time_s: after which it ends; None: never.
         clock: gives seconds.
         own_loop: whether reports of a train function are what it goes by.
+        evaluated: what a resumed run's `early_stop` begins with, see `EarlyStopping`.
     """
 
     def __init__(
@@ -145,11 +146,12 @@ class Callbacks:
         clock: Callable[[], float] = time.monotonic,
         *,
         own_loop: bool = False,
+        evaluated: Mapping[str, Any] | None = None,
     ) -> None:
         self._present, self._own_loop = list(callbacks), own_loop
         self._max_time_s, self._clock = max_time_s, clock
         self._began, self._stepped = clock(), False
-        self._stopping = EarlyStopping(early_stop) if early_stop is not None else None
+        self._stopping = EarlyStopping(early_stop, evaluated) if early_stop is not None else None
         self.stop: str | None = None  #: why the run is to end before its last step
 
     def ending(self) -> bool:

@@ -16,9 +16,10 @@ import math
 import threading
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from threading import Thread
+from typing import Any
 
 from distplat.actors.actor_group import Launch
 from distplat.platform.checkpoints import (
@@ -32,7 +33,7 @@ from distplat.platform.checkpoints import (
 )
 from distplat.platform.disk import SETTING, Moved, with_deadline
 from distplat.platform.errors import StorageError
-from distplat.platform.evaluations import BestCheckpoint
+from distplat.platform.evaluations import EARLY_STOP, BestCheckpoint, EarlyStopping
 from distplat.platform.progress import Best, EvalSummary, Saved, StepSummary, Summary, reported
 from distplat.platform.resume import NOT_FINITE, state_of
 from distplat.platform.spec import Job
@@ -90,7 +91,9 @@ class Checkpoints:
         self._thread: Thread | None = None
         self._pruning = threading.Lock()  #: held while one is read, and while some are deleted
         self._best = BestCheckpoint(launch.job.checkpoint.keep_best)
-        self._judging = threading.Lock()  #: held while `_best` is used
+        rule = launch.job.early_stop
+        self._stopping = EarlyStopping(rule, launch.evaluated) if rule is not None else None
+        self._judging = threading.Lock()  #: held while these two are used
         self._told_best: int | None = None
         self._news: deque[Saved | Best] = deque()
         self._failures: dict[int, str] = {}  #: step -> why it has none, since the last one came
@@ -129,7 +132,8 @@ class Checkpoints:
 
     def hear(self, summary: Summary) -> None:
         """
-        Be told what happened in the run: evaluations say which checkpoint is the best.
+        Be told what happened in the run: evaluations say which checkpoint is the best, and those
+        before a checkpoint are what `early_stop` goes on with.
 
         Of a train function its reports do.
         """
@@ -140,6 +144,8 @@ class Checkpoints:
         else:
             return
         with self._judging:
+            if self._stopping is not None and self._stopping.metric in metrics:
+                self._stopping.evaluated(summary.step, metrics)
             self._best.evaluated(summary.step, metrics)
             self._tell_best()
 
@@ -287,12 +293,21 @@ class Checkpoints:
         found = by_file(put_together(bundles))
         tensors = {name: found.get(name, {}) for name in (*_FILES, *found)}
         files = {f"{name}.safetensors": encode(held) for name, held in tensors.items()}
-        state = state_of(self._job, launch.run, parts[0].facts)
-        path = self._catalogue.write(step, files, state)
+        facts = {**parts[0].facts, **self._evaluated(step, parts[0].facts)}
+        path = self._catalogue.write(step, files, state_of(self._job, launch.run, facts))
         with self._judging:
             self._best.saved(step)
         self._prune(step)
         return path
+
+    def _evaluated(self, step: int, facts: Mapping[str, Any]) -> dict[str, Any]:
+        """Give what evaluations had come to by the step of a checkpoint."""
+        if self._stopping is None:
+            return {}
+        job = self._job
+        every = 1 if job.own_loop else job.evaluation.period(facts["steps_per_epoch"])
+        with self._judging:
+            return {EARLY_STOP: self._stopping.saved(step, every)}
 
     def _prune(self, written: int) -> None:
         """Delete those that are too many."""

@@ -27,7 +27,7 @@ from distplat.actors.task_loading import TrainFunction
 from distplat.actors.view import View, view_here
 from distplat.platform.disk import BackgroundWriter, Moved, with_deadline
 from distplat.platform.errors import Interrupted, Problem, SpecError, StorageError
-from distplat.platform.evaluations import check_metrics
+from distplat.platform.evaluations import EARLY_STOP, check_metrics
 from distplat.platform.progress import EvalSummary, Summary
 from distplat.platform.recovery import policy_of
 from distplat.platform.remote_storage import is_url, local_folder, url_of
@@ -105,6 +105,7 @@ class Trainer:
         self._progress = progress
         self._log_to_driver = log_to_driver
         check_libraries(self.job)
+        self._evaluated: Mapping[str, Any] | None = None  #: of the checkpoint, see `Launch`
         self._resumed = self._find(resume) if resume is not None else None
 
     def _find(self, where: str | Path) -> Path:
@@ -115,10 +116,12 @@ class Trainer:
         if isinstance(where, str) and is_url(where):
             found = start_from_url(self.job, where, self._scratch(), logger.warning)
             self._resumed_from = url_of(where, found)
+            self._evaluated = found.state.get(EARLY_STOP)
             return found.path
         path = self._storage_dir / Path(where).expanduser()
         found = start_from(self.job, path, logger.warning)
         self._resumed_from = str(found.path)
+        self._evaluated = found.state.get(EARLY_STOP)
         return found.path
 
     def _scratch(self) -> Path:
@@ -157,7 +160,9 @@ class Trainer:
         view = View() if self._progress else view_here() if self._progress is None else None
         views = [] if view is None else [view]
         told, job = (*views, *trackers, *self._callbacks), self.job
-        callbacks = Callbacks(told, job.early_stop, job.max_time_s, own_loop=job.own_loop)
+        rules = job.early_stop, job.max_time_s
+        begun = self._evaluated
+        callbacks = Callbacks(told, *rules, own_loop=job.own_loop, evaluated=begun)
         try:
             self._fit(directory, result, callbacks)
         except BaseException as error:
@@ -262,6 +267,7 @@ class Trainer:
             self._strategy_file,
             folder,
             self._resumed,
+            self._evaluated,
             log_to_driver=self._log_to_driver,
             checked=self._task is not None,
         )

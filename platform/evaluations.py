@@ -7,7 +7,7 @@ nobody.
 
 import math
 from collections.abc import Iterable, Mapping
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from pydantic import Field
 
@@ -15,6 +15,8 @@ from distplat.platform.errors import Problem, SpecError, hint
 from distplat.platform.fields import Count, Spec
 from distplat.platform.lr_schedules import ReduceLROnPlateau
 
+EARLY_STOP = "early_stop"
+"""What a checkpoint says of the evaluations before it, see `EarlyStopping.saved`."""
 _KEPT = 1000
 """Evaluations whose figure is remembered: of later ones than the newest checkpoint, or told again
 by nobody after a rollback."""
@@ -116,19 +118,35 @@ class BestCheckpoint:
         self._saved &= set(steps)
 
 
+class _Stagnation(NamedTuple):
+    """What evaluations have come to."""
+
+    at: int = 0
+    """Step of the last one that is in it; 0: there was none."""
+    best: float | None = None
+    """Best figure so far; None: there is none but NaN."""
+    best_step: int = 0
+    worse: int = 0
+    """Evaluations since the best one."""
+
+
 class EarlyStopping:
     """
-    Whether evaluations still get better.
+    Whether evaluations still get better, also since before a run was resumed.
 
     Args:
         rule: of the job.
+        saved: what the checkpoint has of `saved`; None: nothing, or the run begins.
     """
 
-    def __init__(self, rule: EarlyStop) -> None:
-        self._rule = rule
-        self._best: float | None = None
-        self._best_step = 0
-        self._worse = 0  #: evaluations since the best one
+    def __init__(self, rule: EarlyStop, saved: Mapping[str, Any] | None = None) -> None:
+        self._rule, self._now = rule, _Stagnation()
+        if saved is not None and (saved["metric"], saved["mode"]) == (rule.metric, rule.mode):
+            at, best_step, worse = saved["state"]
+            best = None if saved["best"] is None else float(saved["best"])
+            self._now = _Stagnation(at, best, best_step, worse)
+        self._counted = self._now.at  #: evaluations up to this step were before
+        self._after = {self._now.at: self._now}  #: by step, in the order in which they came
 
     @property
     def metric(self) -> str:
@@ -137,15 +155,34 @@ class EarlyStopping:
 
     def evaluated(self, step: int, metrics: Mapping[str, float]) -> str | None:
         """Take an evaluation; give why the run is to end, or None."""
-        rule, figure = self._rule, metrics[self._rule.metric]
-        if rule.better(figure, self._best, rule.min_delta):
-            self._best, self._best_step, self._worse = figure, step, 0
+        if step <= self._counted:
+            return None  # it is made again
+        (at, best, best_step, worse), rule = self._now, self._rule
+        better = rule.better(figure := metrics[rule.metric], best, rule.min_delta)
+        after = (figure, step, 0) if better else (best, best_step, worse + 1)
+        self._now = _Stagnation(max(at, step), *after)
+        self._after[step] = self._now
+        if len(self._after) > _KEPT:
+            del self._after[next(iter(self._after))]
+        if better or self._now.worse < rule.patience:
             return None
-        self._worse += 1
-        if self._worse < rule.patience:
-            return None
-        since = f"since step {self._best_step}" if self._best is not None else "at all"
-        return f"{rule.metric} got no better {since}, in {self._worse} evaluations"
+        since = f"since step {best_step}" if best is not None else "at all"
+        return f"{rule.metric} got no better {since}, in {self._now.worse} evaluations"
+
+    def saved(self, step: int, every: int) -> dict[str, Any]:
+        """
+        Give what a checkpoint needs; JSON has no infinity, so the best figure is text.
+
+        Args:
+            step: of the checkpoint; evaluations after it are made again.
+            every: steps from one evaluation to the next; one at the end alone is not there in a
+                longer run, which this may become.
+        """
+        there = (one for at, one in self._after.items() if at <= step and at % max(1, every) == 0)
+        *_, found = (_Stagnation(), *there)
+        best = None if found.best is None else repr(found.best)
+        state = [found.at, found.best_step, found.worse]
+        return {"metric": self._rule.metric, "mode": self._rule.mode, "best": best, "state": state}
 
 
 def watching(job: Any) -> list[tuple[tuple[str, ...], str]]:

@@ -13,6 +13,7 @@ from typing import Any
 from distplat.platform.checkpoints import STATE, StoredCheckpoint, find
 from distplat.platform.disk import with_deadline
 from distplat.platform.errors import Problem, SpecError, StorageError, nearest
+from distplat.platform.evaluations import EARLY_STOP
 from distplat.platform.remote_storage import fetch, is_url, missing_library
 from distplat.platform.spec import Job
 from distplat.platform.trackers import missing_trackers
@@ -149,7 +150,7 @@ def compared(job: Job, found: StoredCheckpoint) -> StoredCheckpoint:
 
 def _well_formed(state: Mapping[str, Any]) -> bool:
     """Say whether what is compared with a job has the types that a run of ours writes."""
-    mappings = [state.get("data", {}), state.get("optimizer", {})]
+    mappings = [state.get(name, {}) for name in ("data", "optimizer", EARLY_STOP)]
     if (tables := state.get("embeddings")) is not None:
         mappings += [tables, tables.get("optimizer") if isinstance(tables, dict) else None]
     numbers = [state.get("steps_per_epoch", 0), state.get("step")]

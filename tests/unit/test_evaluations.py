@@ -1,5 +1,6 @@
 """What a run makes of its evaluations: the best checkpoint, and an early end."""
 
+import json
 import math
 import threading
 import time
@@ -277,3 +278,50 @@ def test_early_stop_ends_a_run_as_after_its_last_step(tmp_path: Path) -> None:
     assert result.checkpoint is not None and result.checkpoint.exists()
     assert '"stopped": "score got no better' in (result.path / "result.json").read_text()
     assert "stopped early  score got no better" in str(result)
+
+
+@pytest.mark.parametrize("mode, figures", [("min", [3.0, 2.0, 4.0, 2.5, 5.0, 6.0]), ("max", [1.0])])
+def test_patience_goes_on_with_a_resumed_run(mode: Any, figures: list[float]) -> None:
+    rule = EarlyStop(metric="loss", mode=mode, patience=4)
+    whole, before = EarlyStopping(rule), EarlyStopping(rule)
+    figures = [*figures, *[figures[-1]] * 6, math.inf]
+    answers = [whole.evaluated(n, {"loss": one}) for n, one in enumerate(figures, 1)]
+    for step, figure in enumerate(figures, 1):
+        before.evaluated(step, {"loss": figure})
+    for kept in range(len(figures)):
+        saved = json.loads(json.dumps(before.saved(kept, 1)))
+        after = EarlyStopping(rule, saved)
+        again = [after.evaluated(n, {"loss": one}) for n, one in enumerate(figures, 1)]
+        assert again == [None] * kept + answers[kept:]
+    other = EarlyStopping(EarlyStop(metric="loss", mode=mode, patience=1), before.saved(1, 1))
+    assert other.evaluated(2, {"loss": math.nan}) is not None
+    anew = EarlyStopping(EarlyStop(metric="acc", mode=mode, patience=2), before.saved(4, 1))
+    assert anew.evaluated(1, {"acc": math.nan}) is None
+
+
+def test_an_evaluation_at_the_end_alone_is_not_counted_by_a_longer_run() -> None:
+    rule = EarlyStop(metric="loss", mode="min", patience=2)
+    stopping = EarlyStopping(rule)
+    for step, figure in [(4, 1.0), (8, 2.0), (10, 3.0)]:
+        stopping.evaluated(step, {"loss": figure})
+    longer = EarlyStopping(rule, stopping.saved(10, 4))
+    assert longer.evaluated(8, {"loss": 2.0}) is None  # made again
+    assert (
+        longer.evaluated(12, {"loss": 4.0}) == "loss got no better since step 4, in 2 evaluations"
+    )
+
+
+@pytest.mark.parametrize("kept", [3, 4])
+def test_early_stop_of_a_resumed_run_is_that_of_one_that_never_stopped(
+    kept: int, tmp_path: Path
+) -> None:
+    rule = {"metric": "score", "mode": "max", "patience": 4}
+    more: dict[str, Any] = {"checkpoint": {"every_steps": 1, "num_to_keep": 9}}
+    scores = [1.0, 3.0, 2.0, 2.0, 2.0, 2.0, 2.0, 2.0]
+    given = spec(tmp_path, scores, early_stop=rule, steps=8, **more)
+    first = Trainer(given, Scored, callbacks=[AfterItsCheckpoint()]).fit()
+    assert first.totals.steps == 6 and first.stopped is not None
+    where = first.path / "checkpoints" / f"step-{kept:06d}"
+    given["task_args"] = {"scores": scores[kept - 1 :]}  # that after its step is made again
+    result = Trainer(given, Scored, resume=where).fit()
+    assert result.evaluations[-1].step == 6 and result.stopped == first.stopped
