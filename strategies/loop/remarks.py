@@ -1,7 +1,8 @@
 """What is no error in a model or a job and probably not meant: a worker says it for all."""
 
+import math
 import secrets
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -19,6 +20,8 @@ from distplat.strategies.loop.streams import StreamSamples
 from distplat.strategies.model.module_hooks import tensor_hooks
 from distplat.strategies.sparse.modules import dense_parameters
 
+_STEPS, _FACTOR = "total_steps", "lr_factor"
+"""Facts of a checkpoint, see `length_of`."""
 _SMALL = 0.1
 """Below it the largest factor of a task's `lr` is more probably a rate."""
 
@@ -48,6 +51,43 @@ def remark_on_factors(job: Job) -> str:
     return (
         f"lr() gives factors of the optimizer's lr, and the largest is {most:g}: no rate is above "
         f"{most:g} x {max(job.optimizer.rates()):g}"
+    )
+
+
+def length_of(job: Job, step: int, steps: int) -> dict[str, float]:
+    """
+    Give facts of a checkpoint by which a longer run sees that it has another learning rate.
+
+    Args:
+        job: the run, with what the task's `lr` gave.
+        step: of the checkpoint.
+        steps: of the run.
+    """
+    if job.plateau is not None:
+        return {_STEPS: steps}
+    return {_STEPS: steps, _FACTOR: job.lr_schedule.rate(1.0, step - 1, steps)}
+
+
+def remark_on_length(job: Job, steps: int, state: Mapping[str, Any]) -> str:
+    """
+    Say that a resumed run does not go on along the curve of its learning rate; empty: it does.
+
+    Args:
+        job: the run, with what the task's `lr` gave.
+        steps: of the run.
+        state: what the checkpoint's `state.json` holds.
+    """
+    step, had, factor = state["step"], state.get(_STEPS, steps), state.get(_FACTOR)
+    if had == steps or factor is None or job.plateau is not None:
+        return ""
+    now = job.lr_schedule.rate(1.0, step - 1, steps)
+    if math.isclose(now, factor, rel_tol=1e-6, abs_tol=1e-12):
+        return ""
+    return (
+        f"the learning rate follows the length of the run: that of the checkpoint had {had} steps, "
+        f"and lr x {factor:.4g} in its step {step}; in this one, of {steps} steps, that step would "
+        f"have had lr x {now:.4g}, and it goes on from there. To have no break, set the length "
+        "from the beginning, or a schedule that does not depend on it until its last steps (wsd)"
     )
 
 

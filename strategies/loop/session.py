@@ -51,7 +51,13 @@ from distplat.strategies.loop.loop import LeasedLoop, Loop, Progress, task_plan
 from distplat.strategies.loop.losses import LOSS_SCALE, LossScale, TermWeights
 from distplat.strategies.loop.metric_states import TaskMetrics
 from distplat.strategies.loop.prepared import Prepared
-from distplat.strategies.loop.remarks import remark_on_reading, remarks_on, remarks_on_model
+from distplat.strategies.loop.remarks import (
+    length_of,
+    remark_on_length,
+    remark_on_reading,
+    remarks_on,
+    remarks_on_model,
+)
 from distplat.strategies.loop.seeding import seed_all
 from distplat.strategies.loop.streams import StreamPosition, StreamSamples
 from distplat.strategies.loop.task_settings import (
@@ -272,6 +278,9 @@ def join(
     if strategy.cuts_model:
         _cut(p, strategy, rank, group)
     _load(p, checkpoints.saved)
+    if rank == 0 and checkpoints.saved is not None:
+        if remark := remark_on_length(p.job, p.total_steps, checkpoints.saved.state):
+            logger.warning("%s", remark)
     context = _context(p, rank, ports, checkpoints, progress, report)
     start = _set_up(p, strategy, context, ports.tables)
     checkpoint = _checkpoints(p, strategy, rank, checkpoints.take)
@@ -466,6 +475,7 @@ def _facts(p: Prepared, version: int) -> dict[str, Any]:
         "epoch": p.sampler.epoch_of(version),
         "steps_per_epoch": p.sampler.steps_per_epoch,
         "samples": p.sampler.size,
+        **length_of(p.job, version, p.total_steps),
         "versions": {"torch": str(torch.__version__)},
     }
     if isinstance(p.data, StreamSamples):  # where it is read on

@@ -118,6 +118,37 @@ def test_a_longer_run_goes_on_from_the_end_of_a_shorter_one() -> None:
     assert equal(longer.parameters(), train(job("ring", **constant), Normed).parameters())
 
 
+class Falling(Plain):
+    def lr(self, step: int, total: int) -> float:
+        return 1.0 - step / total
+
+
+ONE_CYCLE = {"name": "OneCycleLR", "cycle_momentum": False}
+
+
+@pytest.mark.parametrize(
+    "task, schedule, steps, told",
+    [
+        (Plain, ONE_CYCLE, 2 * STEPS, "in its step 5; in this one, of 24 steps,"),
+        (Plain, {"name": "cosine"}, 2 * STEPS, "lr x 0.7077 in its step 5;"),
+        (Plain, {"name": "cosine"}, STEPS, ""),
+        (Plain, {"name": "wsd", "decay_steps": 3}, 2 * STEPS, ""),
+        (Plain, {"name": "wsd", "decay_steps": 9}, 2 * STEPS, "had 12 steps, and lr x 0.7778 in"),
+        (Plain, {"name": "StepLR", "step_size": 2}, 2 * STEPS, ""),
+        (Falling, {"name": "constant"}, 2 * STEPS, "lr x 0.6667 in its step 5;"),
+    ],
+)
+@pytest.mark.parametrize("strategy", ["ring", "ps-sync"])
+def test_another_length_that_breaks_the_curve_of_the_rate_is_told(
+    strategy: str, task: type[Task], schedule: Any, steps: int, told: str, caplog: Any
+) -> None:
+    short = train(job(strategy, 1, lr_schedule=schedule, optimizer=SGD), task)
+    longer = job(strategy, 1, lr_schedule=schedule, optimizer=SGD, steps=steps)
+    caplog.clear()
+    train(longer, task, saved=short.checkpoints[HALF])
+    assert told in caplog.text and caplog.text.count("length of the run") == bool(told)
+
+
 @pytest.mark.sweep(3)
 @pytest.mark.parametrize("after", STRATEGIES, ids=named)
 @pytest.mark.parametrize("before", STRATEGIES, ids=named)
