@@ -79,7 +79,7 @@ def gather_for_metrics(values: Any) -> Any:
     Give what all workers have computed of their batches, for metrics over all samples.
 
     Every worker calls this. Samples that a loader repeated, so that all ranks have as many, are
-    left out of what is as long as the batch that was read last.
+    left out of what is as long as the last batch of the pass under way.
 
     Args:
         values: tensors and numbers, in dicts, lists and tuples.

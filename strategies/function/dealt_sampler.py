@@ -44,6 +44,7 @@ class DealtSampler(DistributedSampler[Any]):
             raise _refused(f"{self._name}, which has no length", "give it a __len__")
         made: Any = given  # in place of a data set: its length is asked for
         super().__init__(made, world, rank, shuffle=True, seed=seed, drop_last=drop_last)
+        self._size = len(made)
         self.epoch = self.told_epoch()
         self.fingerprint = fingerprint_of(_comparable(self._order()))
         """Of the order of the pass that was begun last."""
@@ -82,6 +83,10 @@ class DealtSampler(DistributedSampler[Any]):
         if len(order) != len(given):
             text = f"{self._name}, which gives {len(order)} samples and whose length is"
             raise _refused(f"{text} {len(given)}", "have __len__ give as many")
+        if len(order) != self._size:
+            text = f"{self._name}, which gives {len(order)} samples now, and had {self._size} when"
+            hint = "prepare a loader of each length, and call its set_epoch(epoch)"
+            raise _refused(f"{text} it was prepared", hint)
         return order
 
 

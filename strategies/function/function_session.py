@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -170,6 +171,7 @@ class FunctionSession:
         self._watch = OptimizerWatch(lambda: exchange.parameters, *watched, alone=alone)
         self._samples = self._epoch = 0
         self._batch = RankBatch(None, 0, 0)  #: the last one, without what it holds
+        self._passes: dict[object, RankBatch] = {}  #: those under way: the last one of each loader
         self._watched, self._epochs = ReportWatch(job), EpochWatch(group.world)
         self._outlived: list[Any] = []
         """
@@ -232,12 +234,12 @@ class FunctionSession:
 
     def _loader(self, loader: DataLoader[Any]) -> ShardedLoader:
         place = self.place
-        cut = Cut(place.rank, place.world, self.job.seed)
+        cut, read = Cut(place.rank, place.world, self.job.seed), partial(self._read, object())
         sharded: ShardedLoader
         if is_stream(loader.dataset):
-            sharded = StreamLoader(loader, cut, place.device, self._read, self.group)
+            sharded = StreamLoader(loader, cut, place.device, read, self.group)
         else:
-            sharded = NumberedLoader(loader, cut, place.device, self._read)
+            sharded = NumberedLoader(loader, cut, place.device, read)
             check_whole(sharded)
             if isinstance(sharded.sampler, DealtSampler):
                 check_order(sharded.sampler, self.group, place.device)
@@ -264,8 +266,12 @@ class FunctionSession:
             )
         self._data_checked = True
 
-    def _read(self, batch: RankBatch, waited_s: float, epoch: int) -> None:
+    def _read(self, loader: object, batch: RankBatch | None, waited_s: float, epoch: int) -> None:
+        self._passes.pop(loader, None)
+        if batch is None:
+            return
         self._epoch, self._batch = epoch, batch._replace(batch=None)
+        self._passes[loader] = self._batch
         if torch.is_grad_enabled():  # an evaluation trains on none
             self._samples += batch.samples
         self._waited_s += waited_s
@@ -330,7 +336,9 @@ class FunctionSession:
 
     def gather(self, values: Any) -> Any:
         """Give what all ranks have; see `api.gather_for_metrics`."""
-        batch = self._batch.samples, self._batch.own
+        # What was counted over a pass may be as long as its last batch.
+        *_, last = (RankBatch(None, 0, 0), *self._passes.values())
+        batch = last.samples, last.own
         return gather_for_metrics(values, self.group, self.place.device, batch)
 
     @contextmanager

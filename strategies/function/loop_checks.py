@@ -197,7 +197,7 @@ class EpochWatch:
         """Be told that the function has returned."""
         for one in self._schedulers:
             steps: Any = getattr(one, "total_steps", None) or getattr(one, "T_max", None)
-            made = one.last_epoch
+            made = getattr(one, "last_epoch", 0)  # a ChainedScheduler counts nothing
             if steps and 0 < made < steps and round(steps / made) == self._world:
                 logger.warning(
                     "%s was made for %d steps, and made %d: with len(loader), make it of the "

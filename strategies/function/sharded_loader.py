@@ -60,8 +60,8 @@ class RankBatch(NamedTuple):
     """Of all ranks' batch of a stream, or of a sampler's order; see `StepControl.batch`."""
 
 
-Read = Callable[[RankBatch, float, int], None]
-"""Told of each batch, the seconds that were waited for it, and the epoch."""
+Read = Callable[[RankBatch | None, float, int], None]
+"""Told of each batch, the seconds waited for it, and the epoch; None: the pass is over."""
 
 
 class ShardedLoader(ABC):
@@ -148,16 +148,19 @@ class ShardedLoader(ABC):
         self._epoch, self._first = epoch + 1, 0
         self._at = epoch, first
         batches = self._batches(epoch, first)
-        for number in itertools.count(first + 1):
-            began = time.perf_counter()
-            found = next(batches, None)
-            if found is None:
-                break
-            batch = moved(found.batch, self._device)
-            self._at = epoch, number
-            self._read(found, time.perf_counter() - began, epoch)
-            yield batch
-        self._at = None
+        try:
+            for number in itertools.count(first + 1):
+                began = time.perf_counter()
+                found = next(batches, None)
+                if found is None:
+                    break
+                batch = moved(found.batch, self._device)
+                self._at = epoch, number
+                self._read(found, time.perf_counter() - began, epoch)
+                yield batch
+            self._at = None
+        finally:
+            self._read(None, 0.0, epoch)  # the loop may have left it
 
 
 class NumberedLoader(ShardedLoader):
@@ -176,6 +179,7 @@ class NumberedLoader(ShardedLoader):
 
     def __init__(self, loader: DataLoader[Any], cut: Cut, device: torch.device, read: Read) -> None:
         super().__init__(loader, cut, device, read)
+        self._size = len(loader.dataset)  # type: ignore[arg-type]
         self.sampler: DistributedSampler[Any] = _sampler_of(loader, cut)
         self._order = _From(self.sampler)
         kept = {name: getattr(loader, name) for name in KEPT}
@@ -203,6 +207,10 @@ class NumberedLoader(ShardedLoader):
 
     @override
     def _batches(self, epoch: int, first: int) -> Iterator[RankBatch]:
+        dealt = isinstance(self.sampler, DealtSampler)  # which says itself what there is
+        if not dealt and (size := len(self.dataset)) != self._size:
+            text = f"has {size} samples now, and had {self._size} when it was prepared"
+            raise refused(text, "prepare a loader of the data as it is now, and set_epoch(epoch)")
         self.sampler.set_epoch(epoch)
         self._noted = epoch
         self._order.first = passed = first * self.batch_size

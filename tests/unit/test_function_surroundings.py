@@ -258,3 +258,17 @@ def test_a_schedule_for_the_batches_of_all_workers_is_told(
 
     call_on_ranks(train, 2)
     assert caplog.text.count(f"{kind} was made for") == before
+
+
+def test_schedulers_of_every_kind_are_prepared() -> None:
+    def train(config: Mapping[str, Any]) -> None:
+        model = nn.Linear(4, 1)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        kinds = torch.optim.lr_scheduler
+        first, second = kinds.LinearLR(optimizer), kinds.ExponentialLR(optimizer, 0.9)
+        both = kinds.ChainedScheduler([first, second])
+        every = [both, kinds.SequentialLR(optimizer, [first, second], [1])]
+        every += [kinds.ReduceLROnPlateau(optimizer), kinds.CyclicLR(optimizer, 0.1, 0.2)]
+        assert distplat.prepare(model, *every)[1:] == (*every,)
+
+    call_on_ranks(train, 2)

@@ -16,6 +16,7 @@ from torch.utils.data import (
     DataLoader,
     Dataset,
     DistributedSampler,
+    RandomSampler,
     SequentialSampler,
     TensorDataset,
 )
@@ -623,6 +624,39 @@ def test_gathered_metrics_are_of_every_sample_once(world: int, batch: int, drop_
         assert sorted(torch.cat(seen).tolist()) == [*range(10)], "the loader that was read last"
 
     call_on_ranks(train, world)
+
+
+@pytest.mark.parametrize("left", [False, True])
+def test_what_was_counted_over_a_pass_is_gathered_whole(left: bool) -> None:
+    """It may be as long as the last batch, of which some ranks have repeated samples."""
+
+    def train(config: Mapping[str, Any]) -> None:
+        samples: Any = range(18)
+        loader, other = distplat.prepare(DataLoader(samples, 5), DataLoader(samples, 4))
+        for batch in other:
+            for _ in loader:  # an evaluation, of one batch
+                if left:
+                    break
+            assert distplat.gather_for_metrics(torch.ones(5)).sum() == 20
+            assert len(distplat.gather_for_metrics(batch)) == {4: 16, 1: 2}[len(batch)]
+        assert distplat.gather_for_metrics(torch.ones(1)).sum() == 4
+
+    call_on_ranks(train, 4)
+
+
+@pytest.mark.parametrize("sampler", [None, RandomSampler])
+@pytest.mark.parametrize("now", [6, 14])
+def test_data_whose_length_changes_is_refused(now: int, sampler: Any) -> None:
+    def train(config: Mapping[str, Any]) -> None:
+        samples = [*range(10)]
+        own = None if sampler is None else sampler(samples, replacement=True)
+        loader = distplat.prepare(DataLoader(samples, 2, sampler=own))  # type: ignore[arg-type]
+        assert len([*loader]) == 3
+        samples[:] = range(now)
+        with pytest.raises(SpecError, match=f"{now} samples now, and had 10"):
+            next(iter(loader))
+
+    call_on_ranks(train, 2)
 
 
 @pytest.mark.parametrize("kind", [torch.bfloat16, torch.bool, torch.int64, torch.float64])
