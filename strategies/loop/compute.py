@@ -210,7 +210,8 @@ class WholeModel(Compute):
             asked = calls()
             self._mean_check.begin(step)
             with precision(self.job, self.flat.params.device):
-                made = made_of(self.task, self.flat.model, batch, kept, terms)
+                with self._mean_check.watching(step):
+                    made = made_of(self.task, self.flat.model, batch, kept, terms)
                 # Else it is no mean over samples, and the others wait.
                 if calls() == asked and terms is None:
                     self._mean_check.look(step, made, kept)

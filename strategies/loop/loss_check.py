@@ -15,7 +15,7 @@ import math
 import random
 from collections import OrderedDict, UserDict, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from types import MethodType
 from typing import Any, NamedTuple, TypeVar
 
@@ -27,8 +27,13 @@ from torch.nn.utils.rnn import PackedSequence
 from distplat.strategies.loop.collate import with_fields
 from distplat.strategies.loop.loss_state import LossState, remark_on_state
 from distplat.strategies.loop.losses import EvalBatch, Made
-from distplat.strategies.loop.remarks import remark_on_weight
 from distplat.strategies.loop.seeding import generators_kept, state_of_generators
+from distplat.strategies.loop.step_check import (
+    ModelDependence,
+    labels_warning,
+    remark_on_dependence,
+    remark_on_weight,
+)
 from distplat.strategies.loop.task_settings import task_modules
 from distplat.strategies.task import Task, has_step
 
@@ -40,8 +45,6 @@ _COARSE = 3e-2
 """Relative tolerance of 16-bit types."""
 _FIRST_STEPS = 3
 """Steps whose losses are looked at, and batches whose metrics are."""
-_IGNORED_LABEL = -100
-"""`ignore_index` of torch's cross entropy, and of Hugging Face's models."""
 _COPIED_ELEMENTS = 1 << 20
 """Tensors that the task keeps are copied up to this size, for `loss()` may write into them."""
 _CONSUMED = (Iterator, torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
@@ -72,6 +75,8 @@ class MeanCheck:
         self._task, self._model = task, model
         self._looked: set[int] = set()  #: steps
         self._state: LossState | None = None  #: before the micro-batch that is looked at
+        self._depends: ModelDependence | None = None  #: of the micro-batch that is looked at
+        self._weighted = False  #: the first step of the task's own gave a weight
         self._compared = False  #: the state after the first micro-batch with that before it
         self._evaluated = 0  #: batches whose metrics were looked at
 
@@ -79,6 +84,13 @@ class MeanCheck:
         """Note the state before a micro-batch of a step, which `look` may be called with."""
         if (step < _FIRST_STEPS and step not in self._looked) or not self._compared:
             self._state = LossState(self._task, self._model)
+
+    def watching(self, step: int) -> AbstractContextManager[object]:
+        """Note in one micro-batch of the second step what depends on parameters."""
+        if step == 0 or not self._weighted:
+            return nullcontext()
+        self._weighted, self._depends = False, ModelDependence()
+        return self._depends
 
     def look(self, step: int, made: Made, samples: int) -> None:
         """
@@ -100,6 +112,10 @@ class MeanCheck:
         text = labels_warning(made, samples)
         if text is None and has_step(self._task):
             text = remark_on_weight(made, samples)
+            self._weighted = made.term.weighted and step == 0 and text is None
+            depends, self._depends = self._depends, None
+            if text is None and depends is not None:
+                text = remark_on_dependence(depends, made, samples)
         elif text is None:
             term, states = made.term, states_of(self._task, self._model)
             loss = (term.value, term.weight) if term.weighted else term.value
@@ -127,37 +143,6 @@ class MeanCheck:
         if text is not None:
             self._evaluated = _FIRST_STEPS
             logger.warning("%s", text)
-
-
-def labels_warning(made: Made, samples: int) -> str | None:
-    """
-    Warn of a loss of the model's own where samples have different numbers of labels.
-
-    The loss of a Hugging Face model is a mean over the labels that are not -100.
-
-    Args:
-        made: what task and model made of a batch.
-        samples: of it.
-
-    Returns:
-        None: samples have as many labels each, or nobody can tell.
-    """
-    labels = made.targets.get("labels") if isinstance(made.targets, Mapping) else None
-    own = made.outputs.get("loss") if isinstance(made.outputs, Mapping) else None
-    if made.term.weighted or not isinstance(own, Tensor) or own is not made.term.value:
-        return None
-    if not isinstance(labels, Tensor) or labels.ndim < 2 or len(labels) != samples:
-        return None
-    counts = (labels != _IGNORED_LABEL).flatten(1).sum(1)
-    least, most = int(counts.min()), int(counts.max())
-    if least == most:
-        return None
-    return (
-        f"the loss is the model's own, and samples of a batch have {least} to {most} labels that "
-        "are not -100: a mean over labels depends on the number of workers and micro-batches. "
-        "Return (sum, weight) instead: the loss times the number of labels that it is a mean over, "
-        "and that number"
-    )
 
 
 def _keeps_metrics(task: Task) -> bool:

@@ -13,7 +13,6 @@ from distplat.platform.sampler import Sampler
 from distplat.platform.spec import Job
 from distplat.strategies.loop.checks import listed
 from distplat.strategies.loop.loaders import held_generators
-from distplat.strategies.loop.losses import Made
 from distplat.strategies.loop.sample_hash import hash_of
 from distplat.strategies.loop.seeding import generators_kept, seed_sample
 from distplat.strategies.loop.streams import StreamSamples
@@ -88,24 +87,6 @@ def remark_on_length(job: Job, steps: int, state: Mapping[str, Any]) -> str:
         f"and lr x {factor:.4g} in its step {step}; in this one, of {steps} steps, that step would "
         f"have had lr x {now:.4g}, and it goes on from there. To have no break, set the length "
         "from the beginning, or a schedule that does not depend on it until its last steps (wsd)"
-    )
-
-
-def remark_on_weight(made: Made, samples: int) -> str | None:
-    """
-    Say that what a `step` gives beside its loss seems to be a figure and no weight; None: no.
-
-    Args:
-        made: what task and model made of a micro-batch.
-        samples: of it.
-    """
-    weight = made.term.weight
-    if not made.term.weighted or not 0.0 < weight < 1.0 or samples == 1:
-        return None
-    return (
-        f"step() gives a pair, a loss and {weight:g} for {samples} samples, which is taken as "
-        "(sum, weight): the loss is divided by it. If it is a figure such as an accuracy, return "
-        'the loss alone, or {"loss": loss, "accuracy": accuracy}'
     )
 
 

@@ -1,0 +1,167 @@
+"""
+Warnings of what a `step` gives as its loss: the model may not run on the halves of a batch.
+
+A weight that depends on what the model gave may be a figure:
+
+    words    labels != -100 ── sum ──▶ a weight: of the batch alone
+    right    logits ── argmax == labels ── sum ──▶ of the parameters: a number of right answers
+
+Gradients do not tell, as argmax and comparisons have none. So each call of torch in one micro-batch
+is looked at: what it gives depends on parameters if something that it is given does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils.weak import WeakIdKeyDictionary
+from typing_extensions import override
+
+from distplat.strategies.loop.losses import Made
+
+_IGNORED_LABEL = -100
+"""`ignore_index` of torch's cross entropy, and of Hugging Face's models."""
+_READ = {"item", "__float__", "__int__", "__index__"}
+"""Methods that give a number of Python's."""
+_OF_FIRST = {"to", "type_as", "expand_as", "view_as", "reshape_as"}
+"""Calls that take no values of their later arguments."""
+
+
+class ModelDependence(TorchFunctionMode):
+    """While entered, notes which tensors and numbers depend on trained parameters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._found = WeakIdKeyDictionary()  #: such tensors that have no gradient
+        self._numbers: set[float] = set()
+
+    @override
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        """Make a call of torch, and note what it gives."""
+        depends = self._depends(func, args, kwargs or {})
+        found = func(*args, **(kwargs or {}))
+        if depends:
+            for one in _tensors(found):
+                if not one.requires_grad:
+                    self._found[one] = True
+            if getattr(func, "__name__", "") in _READ and isinstance(found, int | float):
+                self._numbers.add(float(found))
+        return found
+
+    def _depends(
+        self, func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]
+    ) -> bool:
+        name = getattr(func, "__name__", "")
+        if name.endswith("_like") or name.startswith("new_"):
+            return False  # of the shape alone
+        given = args[:1] if name in _OF_FIRST else (*args, *kwargs.values())
+        return any(map(self._is_found, _tensors(given)))
+
+    def _is_found(self, tensor: Tensor) -> bool:
+        trained = tensor.requires_grad and (not tensor.is_leaf or isinstance(tensor, nn.Parameter))
+        return trained or tensor in self._found
+
+    def has(self, weight: object, samples: int) -> bool:
+        """
+        Say whether a number depends on parameters, itself or as a share or a percentage.
+
+        Args:
+            weight: a tensor, or a number of Python's.
+            samples: of the micro-batch.
+        """
+        if isinstance(weight, Tensor):
+            return self._is_found(weight)
+        if not isinstance(weight, int | float) or weight == samples:
+            return False
+        shares = (one * by for one in self._numbers for by in (1, 100, 1 / samples, 100 / samples))
+        return any(abs(weight - one) <= 1e-6 * abs(one) for one in shares)
+
+
+def remark_on_weight(made: Made, samples: int) -> str | None:
+    """
+    Say that what a `step` gives beside its loss seems to be a figure and no weight; None: no.
+
+    Args:
+        made: what task and model made of a micro-batch.
+        samples: of it.
+    """
+    weight = made.term.weight
+    if not made.term.weighted or not 0.0 < weight < 1.0 or samples == 1:
+        return None
+    return (
+        f"step() gives a pair, a loss and {weight:g} for {samples} samples, which is taken as "
+        "(sum, weight): the loss is divided by it. If it is a figure such as an accuracy, return "
+        'the loss alone, or {"loss": loss, "accuracy": accuracy}'
+    )
+
+
+def remark_on_dependence(found: ModelDependence, made: Made, samples: int) -> str | None:
+    """
+    Say that what a `step` gives beside its loss seems to be a figure and no weight; None: no.
+
+    Args:
+        found: was entered while the step was made.
+        made: what task and model made of a micro-batch.
+        samples: of it.
+    """
+    outputs = made.outputs
+    given = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
+    if not made.term.weighted or not isinstance(given, list | tuple) or len(given) != 2:
+        return None
+    if not found.has(given[1], samples):
+        return None
+    return (
+        f"step() gives a pair, a loss and {made.term.weight:g} for {samples} samples, which is "
+        "taken as (sum, weight): the loss is divided by it. It depends on what the model gave, as "
+        "a number of right answers does: if it is such a figure, return the loss alone, or "
+        '{"loss": loss, "right": right}. It is a weight only where the loss is a sum of so many '
+        "terms, which the model has chosen"
+    )
+
+
+def labels_warning(made: Made, samples: int) -> str | None:
+    """
+    Warn of a loss of the model's own where samples have different numbers of labels.
+
+    The loss of a Hugging Face model is a mean over the labels that are not -100.
+
+    Args:
+        made: what task and model made of a batch.
+        samples: of it.
+
+    Returns:
+        None: samples have as many labels each, or nobody can tell.
+    """
+    labels = made.targets.get("labels") if isinstance(made.targets, Mapping) else None
+    own = made.outputs.get("loss") if isinstance(made.outputs, Mapping) else None
+    if made.term.weighted or not isinstance(own, Tensor) or own is not made.term.value:
+        return None
+    if not isinstance(labels, Tensor) or labels.ndim < 2 or len(labels) != samples:
+        return None
+    counts = (labels != _IGNORED_LABEL).flatten(1).sum(1)
+    least, most = int(counts.min()), int(counts.max())
+    if least == most:
+        return None
+    return (
+        f"the loss is the model's own, and samples of a batch have {least} to {most} labels that "
+        "are not -100: a mean over labels depends on the number of workers and micro-batches. "
+        "Return (sum, weight) instead: the loss times the number of labels that it is a mean over, "
+        "and that number"
+    )
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, list | tuple):
+        for one in value:
+            yield from _tensors(one)

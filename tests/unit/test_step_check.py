@@ -1,0 +1,61 @@
+"""A weight that a `step` gives may be a figure: that it depends on parameters tells."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from jobs import job_of
+from local_run import train
+from torch import Tensor, nn
+from torch.utils.data import TensorDataset
+
+from distplat.strategies.task import Task
+
+
+def cross_entropy(outputs: Tensor, batch: Any) -> Tensor:
+    return nn.functional.cross_entropy(outputs, batch[1], reduction="sum")
+
+
+FIGURES: dict[str, Callable[[Tensor, Any], Any]] = {
+    "right": lambda outputs, batch: (outputs.argmax(1) == batch[1]).sum(),
+    "right, a number": lambda outputs, batch: (outputs.argmax(1) == batch[1]).sum().item(),
+    "percent": lambda outputs, batch: (
+        100.0 * (outputs.argmax(1) == batch[1]).sum().item() / len(batch[1])
+    ),
+    "perplexity": lambda outputs, batch: cross_entropy(outputs, batch).exp().detach(),
+    "norm": lambda outputs, batch: outputs.data.norm(),
+}
+WEIGHTS: dict[str, Callable[[Tensor, Any], Any]] = {
+    "samples": lambda outputs, batch: len(outputs),
+    "elements": lambda outputs, batch: outputs.numel(),
+    "labels": lambda outputs, batch: (batch[1] != 1).sum(),
+    "labels, a number": lambda outputs, batch: float((batch[1] != 1).sum().item()),
+    "of the type": lambda outputs, batch: (batch[1] != 1).sum().to(outputs),
+    "ones": lambda outputs, batch: torch.ones_like(outputs).sum().detach(),
+    "of samples": lambda outputs, batch: outputs.new_tensor(batch[1].tolist()).sum(),
+}
+
+
+@pytest.mark.parametrize("name", [*FIGURES, *WEIGHTS])
+def test_a_weight_that_the_model_decides_is_told(
+    name: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Pair(Task):
+        def model(self) -> nn.Module:
+            return nn.Linear(3, 3)
+
+        def train_data(self) -> Any:
+            made = torch.Generator().manual_seed(3)
+            inputs = torch.randn(32, 3, generator=made)
+            return TensorDataset(inputs, inputs.argmax(1))
+
+        def step(self, model: nn.Module, batch: Any) -> Any:
+            outputs = model(batch[0])
+            given = cross_entropy(outputs, batch), (FIGURES | WEIGHTS)[name](outputs, batch)
+            return given if name < "o" else {"loss": given}
+
+    given = job_of("ring", 1, global_batch_size=16, steps=3, gradient_accumulation=2)
+    train(given, Pair)
+    told = caplog.text.count("It depends on what the model gave")
+    assert told == (name in FIGURES)
