@@ -158,6 +158,11 @@ class Ledger(ABC):
         return self.place
 
     @property
+    def drops_late(self) -> bool:
+        """Whether steps are made without ranks that are late."""
+        return False
+
+    @property
     @abstractmethod
     def complete(self) -> bool:
         """Whether what is staged is to be applied."""
@@ -225,6 +230,11 @@ class StepLedger(Ledger):
         self._backup = backup
         self._last: dict[int, tuple[int, Verdict]] = {}  #: rank -> its last push, told again how
         self._staged: set[int] = set()  #: ranks whose push for `version` is here
+
+    @property
+    @override
+    def drops_late(self) -> bool:
+        return self._backup > 0
 
     @property
     def complete(self) -> bool:

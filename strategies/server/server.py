@@ -68,6 +68,7 @@ class Server(Generic[S]):
         self._name, self.store, self._limits = name, store, limits
         self._changed = threading.Condition()
         self._pulls: dict[int, tuple[int, Answer | None]] = {}  #: rank -> its last pull's number
+        self._came: set[int] = set()  #: ranks that have pulled in this attempt
         self._pushes: dict[int, tuple[int, Answer]] = {}  #: rank -> its last push's number
         self._opened_at: int | None = None  #: the step with which an attempt began
         self._queue = PushQueue()
@@ -113,6 +114,7 @@ class Server(Generic[S]):
             self._wait_for_backup()
             self._check_in_office()
             self.check_attempt(pull.attempt, "a pull")
+            self._meet(rank, what)
             last, answer = self._pulls.get(rank, (-1, None))
             if pull.number < last or (pull.number == last and answer is None):
                 late = f"pull {pull.number} of rank {rank} refused: it has gone on since"
@@ -121,6 +123,25 @@ class Server(Generic[S]):
                 answer = self._take(rank, deliver, 0.0, ())
                 self._pulls[rank] = pull.number, answer
             return answer
+
+    def _meet(self, rank: int, what: str) -> None:
+        """
+        Have an attempt begin with all ranks, where steps are made without those that are late.
+
+        One that came later would begin with the others' step, and have no part in the evaluations
+        before.
+        """
+        ledger = self.store.ledger
+        if not ledger.drops_late:
+            return
+
+        def missing() -> list[int]:
+            return [one for one in range(ledger.world) if one not in self._came]
+
+        self._came.add(rank)
+        self._changed.notify_all()
+        limit = self._limits.start_s, "start_timeout_s"
+        self._wait(lambda: not missing(), what, missing, *limit)
 
     def push(self, push: PushId, gradient: Any, control: Any, deliver: Deliver) -> Answer:
         """
@@ -199,6 +220,7 @@ class Server(Generic[S]):
         later = attempt > self.store.ledger.attempt
         if later:
             self._pulls.clear()
+            self._came.clear()
             self._changed.notify_all()
             self.store.renew(attempt, world)
             self._opened_at = self.store.ledger.steps

@@ -10,7 +10,13 @@ from local_run import Attempt, LocalRun, train
 from test_equivalence import Mlp, same_bits
 from test_ps_async import job
 
-from distplat.platform.errors import GapError, ProtocolError, SpecError, StaleError
+from distplat.platform.errors import (
+    DeadlineExceeded,
+    GapError,
+    ProtocolError,
+    SpecError,
+    StaleError,
+)
 from distplat.platform.ledger import PushId, StepLedger, Verdict
 from distplat.platform.progress import EvalReport, StepReport
 from distplat.platform.spec import Consistency
@@ -88,8 +94,6 @@ class OneIsLate(Attempt):
     """
     Rank 2 makes its first step once both others are at a later one.
 
-    They begin when it has joined: who joins later begins with the step that servers are at.
-
     Args:
         run: of three ranks.
         step: the later one.
@@ -98,15 +102,11 @@ class OneIsLate(Attempt):
     def __init__(self, run: LocalRun, step: int) -> None:
         super().__init__(run)
         self.step, self.there = step, [threading.Event() for _ in range(2)]
-        self.joined = threading.Event()
 
     def before(self, rank: int, step: int) -> StopOrder:
         if rank == 2:
-            self.joined.set()
             assert all(there.wait(self.run.timeout_s) for there in self.there)
-            return StopOrder.NONE
-        assert self.joined.wait(self.run.timeout_s)
-        if step == self.step:
+        elif step == self.step:
             self.there[rank].set()
         return StopOrder.NONE
 
@@ -131,6 +131,48 @@ def test_all_ranks_end_with_the_servers_parameters() -> None:
         assert torch.equal(rank.prepared.flat.params, final)
     for part in run.reports:
         assert [r.step for r in part if isinstance(r, EvalReport)] == [5, 10, 15]
+
+
+class OneJoinsLate(Attempt):
+    """Rank 2 joins when both others are waited for in vain, or have begun without it."""
+
+    def __init__(self, run: LocalRun) -> None:
+        super().__init__(run)
+        self.begun = threading.Event()
+
+    def shards(self, rank: int) -> Any:
+        if rank == 2:
+            self.began_without = self.begun.wait(0.3)
+        return super().shards(rank)
+
+    def before(self, rank: int, step: int) -> StopOrder:
+        self.begun.set()
+        return StopOrder.NONE
+
+
+def test_a_run_begins_with_all_workers() -> None:
+    """One that joins later would begin with the others' step, and lack evaluations before."""
+    run = LocalRun(job({"name": "ps-sync", "backup_workers": 1}, 3), Evaluated)
+    attempt = OneJoinsLate(run)
+    assert attempt.make() and not attempt.began_without
+    run.close()
+    assert attempt.starts == [0, 0, 0]
+
+
+def test_a_worker_that_never_joins_is_named() -> None:
+    class NeverJoins(Attempt):
+        ends = (DeadlineExceeded,)
+
+        def join(self, rank: int, checkpoints: Any) -> Any:
+            if rank == 2:
+                raise DeadlineExceeded("the test", ("worker-2",), 0.0, "nothing")
+            return super().join(rank, checkpoints)
+
+    run = LocalRun(job({"name": "ps-sync", "backup_workers": 1}, 3), Evaluated, timeout_s=0.5)
+    attempt = NeverJoins(run)
+    assert not attempt.make()
+    run.close()
+    assert "worker-2" in str(attempt.errors[0]) and "start_timeout_s" in str(attempt.errors[0])
 
 
 def test_none_is_the_default_and_changes_nothing() -> None:
