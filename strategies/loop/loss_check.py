@@ -15,7 +15,7 @@ import math
 import random
 from collections import OrderedDict, UserDict, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from types import MethodType
 from typing import Any, NamedTuple, TypeVar
 
@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from distplat.strategies.loop.collate import with_fields
-from distplat.strategies.loop.loss_state import LossState, remark_on_state
+from distplat.strategies.loop.loss_state import LossState, NewState, remark_on_state
 from distplat.strategies.loop.losses import EvalBatch, Made
 from distplat.strategies.loop.seeding import generators_kept, state_of_generators
 from distplat.strategies.loop.step_check import (
@@ -77,6 +77,7 @@ class MeanCheck:
         self._state: LossState | None = None  #: before the micro-batch that is looked at
         self._depends: ModelDependence | None = None  #: of the micro-batch that is looked at
         self._weighted = False  #: the first step of the task's own gave a weight
+        self._begun: NewState | None = None  #: what the first micro-batch has put where nothing was
         self._compared = False  #: the state after the first micro-batch with that before it
         self._evaluated = 0  #: batches whose metrics were looked at
 
@@ -85,12 +86,13 @@ class MeanCheck:
         if (step < _FIRST_STEPS and step not in self._looked) or not self._compared:
             self._state = LossState(self._task, self._model)
 
-    def watching(self, step: int) -> AbstractContextManager[object]:
-        """Note in one micro-batch of the second step what depends on parameters."""
-        if step == 0 or not self._weighted:
-            return nullcontext()
-        self._weighted, self._depends = False, ModelDependence()
-        return self._depends
+    @contextmanager
+    def watching(self, step: int) -> Iterator[None]:
+        """Note what the second micro-batch reads, and what depends on parameters in a later one."""
+        if step > 0 and self._weighted:
+            self._weighted, self._depends = False, ModelDependence()
+        with self._begun or nullcontext(), self._depends or nullcontext():
+            yield
 
     def look(self, step: int, made: Made, samples: int) -> None:
         """
@@ -102,10 +104,12 @@ class MeanCheck:
             samples: of the micro-batch.
         """
         state, self._state = self._state, None
+        begun, self._begun = self._begun, None
+        names = [] if begun is None else begun.carried()
         if state is not None and not self._compared:
-            self._compared = True
-            if (remark := remark_on_state(state)) is not None:
-                logger.warning("%s", remark)
+            self._compared, names, self._begun = True, state.changed(), state.begun()
+        if (remark := remark_on_state(names)) is not None:
+            logger.warning("%s", remark)
         if step >= _FIRST_STEPS or step in self._looked:
             return
         self._looked.add(step)

@@ -2,18 +2,23 @@
 What a loss may count in beside parameters and the model's buffers, such as `self.step += 1`.
 
 It is in no checkpoint, and each worker has its own. So the first micro-batch is looked at, and what
-it changed is told by name. A loss that is computed again for parts of a batch begins with it, too.
+it changed is told by name. What it put where nothing was, such as the hidden state of a recurrent
+layer, may be kept to be looked at only: it counts if the second one reads it, and leaves another
+there. A loss that is computed again for parts of a batch begins with it, too.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from typing_extensions import override
 
+from distplat.strategies.loop.step_check import tensors_in
 from distplat.strategies.loop.task_settings import named_task_modules
 from distplat.strategies.model.trials import TORCHS, mark_of
 from distplat.strategies.task import Task
@@ -41,6 +46,10 @@ class LossState:
         self._tensors = [*_untrained(task, model)]
         every = [*own, *_of_model(model)]
         self._marks = [(name, held, _marks(held)) for name, held in every]
+        self._every = [
+            (name, held, {k for k, v in held.items() if v is None}) for name, held in every
+        ]
+        self._known = [{*held} for _, held in every]
         self._moved = [(name, tensor, mark_of(tensor)) for name, tensor in self._tensors]
         small = sum(tensor.numel() for _, tensor in self._tensors) <= _COPIED_ELEMENTS
         self._copies = [(t, t.detach().clone()) for _, t in self._tensors] if small else []
@@ -54,6 +63,16 @@ class LossState:
             if key in held and _differs(mark, held[key])
         ]
         return found + [name for name, tensor, mark in self._moved if mark_of(tensor) != mark]
+
+    def begun(self) -> NewState | None:
+        """Give what is now where there was nothing; None: nothing new."""
+        found = {
+            f"{name}{key}": (held, key)
+            for (name, held, empty), known in zip(self._every, self._known, strict=True)
+            for key in held
+            if (key in empty or key not in known) and key not in TORCHS
+        }
+        return NewState(found) if found else None
 
     def begin_again(self, twin: dict[str, Any]) -> None:
         """Have the attributes of a copy of the task, and its modules, hold it."""
@@ -73,9 +92,55 @@ class LossState:
                 held.update(values)
 
 
-def remark_on_state(state: LossState) -> str | None:
-    """Say what changed since, in no checkpoint; None: nothing."""
-    names = state.changed()
+class NewState(TorchFunctionMode):
+    """
+    Attributes that the first micro-batch has made: while entered, notes which are read.
+
+    Args:
+        attributes: by name in messages: who holds it, and under which key.
+    """
+
+    def __init__(self, attributes: Mapping[str, tuple[dict[str, Any], str]]) -> None:
+        super().__init__()
+        values = {name: held[key] for name, (held, key) in attributes.items()}
+        self._attributes = {name: attributes[name] for name, one in values.items() if _tells(one)}
+        self._values = {name: values[name] for name in self._attributes}
+        self._names = {id(t): n for n, one in self._values.items() for t in tensors_in(one)}
+        self._copies = {
+            n: [t.detach().clone() for t in tensors_in(v)] for n, v in self._values.items()
+        }
+        self._read: set[str] = {name for name, one in self._values.items() if _is_number(one)}
+
+    @override
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Make a call of torch, and note what it reads."""
+        for one in tensors_in((*args, *(kwargs or {}).values())):
+            if id(one) in self._names:
+                self._read.add(self._names[id(one)])
+        return func(*args, **(kwargs or {}))
+
+    def carried(self) -> list[str]:
+        """Give the names of what was read and is another now; a number may have been."""
+        return [name for name in self._attributes if name in self._read and self._other(name)]
+
+    def _other(self, name: str) -> bool:
+        held, key = self._attributes[name]
+        now, before = held.get(key), self._values[name]
+        if _is_number(before):
+            return _is_number(now) and now != before
+        tensors, copies = [*tensors_in(now)], self._copies[name]
+        shapes = [[(one.shape, one.dtype) for one in some] for some in (tensors, copies)]
+        return shapes[0] != shapes[1] or not all(map(torch.equal, tensors, copies))
+
+
+def _tells(value: object) -> bool:
+    """Whether a value is a number or small tensors, alone or in a pair as an LSTM's state is."""
+    size = sum(one.numel() for one in tensors_in(value))
+    return _is_number(value) or 0 < size <= _COPIED_ELEMENTS
+
+
+def remark_on_state(names: Sequence[str]) -> str | None:
+    """Say that micro-batches change what is in no checkpoint; None: there is nothing."""
     if not names:
         return None
     shown = ", ".join(names[:_SHOWN]) + (", ..." if len(names) > _SHOWN else "")

@@ -50,7 +50,7 @@ class ModelDependence(TorchFunctionMode):
         depends = self._depends(func, args, kwargs or {})
         found = func(*args, **(kwargs or {}))
         if depends:
-            for one in _tensors(found):
+            for one in tensors_in(found):
                 if not one.requires_grad:
                     self._found[one] = True
             if getattr(func, "__name__", "") in _READ and isinstance(found, int | float):
@@ -64,7 +64,7 @@ class ModelDependence(TorchFunctionMode):
         if name.endswith("_like") or name.startswith("new_"):
             return False  # of the shape alone
         given = args[:1] if name in _OF_FIRST else (*args, *kwargs.values())
-        return any(map(self._is_found, _tensors(given)))
+        return any(map(self._is_found, tensors_in(given)))
 
     def _is_found(self, tensor: Tensor) -> bool:
         trained = tensor.requires_grad and (not tensor.is_leaf or isinstance(tensor, nn.Parameter))
@@ -159,9 +159,10 @@ def labels_warning(made: Made, samples: int) -> str | None:
     )
 
 
-def _tensors(value: Any) -> Iterator[Tensor]:
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    """Give the tensors in lists, tuples and dicts."""
     if isinstance(value, Tensor):
         yield value
-    elif isinstance(value, list | tuple):
-        for one in value:
-            yield from _tensors(one)
+    elif isinstance(value, list | tuple | dict):
+        for one in value.values() if isinstance(value, dict) else value:
+            yield from tensors_in(one)

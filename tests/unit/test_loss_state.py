@@ -217,3 +217,54 @@ def test_the_look_leaves_it_as_it_is() -> None:
         found[looks] = run.trained[0]
     assert counts[0] == counts[1]
     assert all(torch.equal(value, found[False][name]) for name, value in found[True].items())
+
+
+class Recurrent(Small):
+    """Goes on with the hidden state of the micro-batch before, at first without."""
+
+    def __init__(self) -> None:
+        self.state: Any = None
+
+    def model(self) -> nn.Module:
+        return nn.LSTM(4, 3).double()
+
+    def step(self, model: nn.Module, batch: Any) -> Any:
+        outputs, state = model(batch[0].unsqueeze(0)[:, :2], self.state)
+        self.state = tuple(one.detach() for one in state)
+        return F.mse_loss(outputs[0], batch[1][:2])
+
+
+class Scaled(Plain):
+    """Divides by a moving average of the losses."""
+
+    def loss(self, outputs: Any, targets: Any) -> Tensor:
+        found = super().loss(outputs, targets)
+        before = getattr(self, "scale", found.detach())
+        self.scale = 0.9 * before + 0.1 * found.detach()
+        return found / self.scale
+
+
+class Shows(Plain):
+    """Keeps what nothing depends on: the last batch, and a mask that is made once."""
+
+    def __init__(self) -> None:
+        self.outputs: Any = None
+        self.mask: Any = None
+
+    def loss(self, outputs: Any, targets: Any) -> Tensor:
+        self.outputs = outputs.detach()
+        if self.mask is None:
+            self.mask = torch.ones(3, dtype=torch.float64)
+        return super().loss(outputs * self.mask, targets)
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+@pytest.mark.parametrize(
+    ("task", "told"),
+    [(Recurrent, "changes self.state:"), (Scaled, "changes self.scale:"), (Shows, "")],
+)
+def test_state_that_begins_with_the_first_micro_batch_is_told(
+    task: type[Task], told: str, parts: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    train(job_of("ring", 1, global_batch_size=8, gradient_accumulation=parts), task)
+    assert told in caplog.text and caplog.text.count("no checkpoint has it") == bool(told)
