@@ -410,12 +410,17 @@ class Executor:
     def __init__(self, context: StageContext, reached: GradientReach) -> None:
         self._context, self._reached = context, reached
         self._writes = ForwardWrites(context.flat.model)
+        self._stepped = False  #: a step was made
         self._sizes: set[int] = set()  #: of micro-batches whose shapes are agreed
         self.spans: list[TraceSpan] = []  #: of the plan that ran last
 
-    def train(self, plan: Plan, source: Source, listener: BackwardListener) -> None:
+    def train(
+        self, plan: Plan, source: Source, listener: BackwardListener, *, thorough: bool
+    ) -> None:
         """
         Run a step's forwards and backwards; gradients are added to what is there.
+
+        `thorough`: look for writes that nothing shows; in the first step it is done anyway.
 
         Raises:
             CollectiveError: a stage is missing.
@@ -423,11 +428,11 @@ class Executor:
         """
         self._agree_on_shapes(source)
         self._mode(training=True)
-        self._writes.begin_step()
+        self._writes.begin_step(thorough=thorough or not self._stepped)
         watches = self._reached.look, self._writes
         self.spans = ScheduleRun(self._context, plan, source, listener, *watches).run()
         self._reached.stepped()
-        self._writes.stepped()
+        self._stepped = True
 
     @torch.no_grad()
     def evaluate(self, plan: Plan, source: Source) -> None:

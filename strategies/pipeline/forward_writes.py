@@ -34,15 +34,11 @@ class ForwardWrites:
     def __init__(self, module: nn.Module) -> None:
         self._slots = dict(enumerate(slots_of(module)))
         self._versions: dict[int, int] = {}
-        self._compares = True
-
-    def begin_step(self) -> None:
-        """Be told that a step's forwards follow."""
-        self._versions = self._now()
-
-    def stepped(self) -> None:
-        """Be told that a step's backwards are made: values are compared in the first one only."""
         self._compares = False
+
+    def begin_step(self, *, thorough: bool) -> None:
+        """Be told that a step's forwards follow; `thorough`: whether values are compared."""
+        self._versions, self._compares = self._now(), thorough
 
     @contextmanager
     def forward(self) -> Iterator[None]:

@@ -110,7 +110,8 @@ class Pipeline(Compute):
         part = 1.0 / sampler.batch_size(step)
         source = _Training(self, step, self._batches, sizes, seed, part)
         self._mean_check.begin(step)
-        self._executor.train(s.training(len(sizes)), source, self._listener)
+        given = s.training(len(sizes)), source, self._listener
+        self._executor.train(*given, thorough=self._thorough(step))
         clock.lap("compute")
         clock.move("compute", "data", source.loading_s)
         if self._ends and s.at.slice == 0:
@@ -118,6 +119,11 @@ class Pipeline(Compute):
                 self.share = self.share.plus(term, size)
             self.share = self.share.of(self._p.data)
         return self.share
+
+    def _thorough(self, step: int) -> bool:
+        """Say whether what a step trained is kept: then it is looked at."""
+        state, last = self._p.state, self._p.total_steps
+        return step + 1 == last or (state is not None and state.shares.checkpoint_due(step + 1))
 
     @override
     def skip(self, step: int) -> None:

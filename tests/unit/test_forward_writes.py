@@ -5,10 +5,11 @@ from typing import Any
 import pytest
 import torch
 from hybrid_models import Classify, distance, hybrid_job, plain, whole
-from local_run import train
+from local_run import Attempt, LocalRun, train
 from torch import Tensor, nn
 
 from distplat.platform.errors import SpecError
+from distplat.platform.progress import StepReport
 
 
 class Clamped(nn.Linear):
@@ -86,6 +87,28 @@ def test_a_write_before_an_earlier_backward_is_told_by_name(
     [problem] = caught.value.problems
     assert f"a forward writes {name} while" in problem.message
     assert "micro_batches: 1" in str(problem.hint)
+
+
+class ShrinkingLate(nn.Linear):
+    """Begins with it after two steps of two micro-batches."""
+
+    calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += self.training
+        if self.training and self.calls > 4:
+            self.weight.data.mul_(0.99)
+        return super().forward(x)
+
+
+@pytest.mark.parametrize("more", [{"steps": 5}, {"steps": 9, "checkpoint": {"every_steps": 4}}])
+def test_a_write_that_begins_later_ends_the_run_before_it_is_kept(more: dict[str, Any]) -> None:
+    run = LocalRun(hybrid_job(options(2), 2, **more), of(ShrinkingLate))
+    with pytest.raises(SpecError, match=r"a forward writes 1\.weight while"):
+        Attempt(run).make()
+    assert not run.checkpoints
+    steps = [one.step for one in run.reports[0] if isinstance(one, StepReport)]
+    assert len(steps) in (3, 4), "not in each step, which would cost"
 
 
 @pytest.mark.parametrize(("layer", "micro_batches"), [(Clamped, 1), (ClampedData, 2)])
