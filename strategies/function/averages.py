@@ -64,7 +64,10 @@ class Averages(Exchange):
 
     @override
     def add(self, model: nn.Module, *, alone: bool) -> None:
+        grads = [(one, one.grad) for one in model.parameters()]  # the loop's, as ever
         self._averages.append(self._made(model, len(self._averages), alone))
+        for one, grad in grads:
+            one.grad = grad
 
     @override
     def leave(self) -> None:

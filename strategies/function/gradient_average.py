@@ -252,9 +252,21 @@ class GradientAverage(ABC):
         """Be told that all gradients are handed out; the buffers follow."""
         take_over(self._buffers(), self._group)
         self._backwards += 1
+        if self._backwards in (1, *_COMPARED):
+            self._refuse_later_norms()
         if self._backwards in _COMPARED:
             self.check_alike(f"at backward {self._backwards}")
         self.context.done()
+
+    def _refuse_later_norms(self) -> None:
+        """See that no `nn.SyncBatchNorm` came later: it would be a plain batch norm, by rank."""
+        for name, layer in self.model.named_modules() if self._group.world > 1 else ():
+            if isinstance(layer, nn.SyncBatchNorm) and not (self._norms and self._norms.has(layer)):
+                text = (
+                    f"{name!r} of the model became nn.SyncBatchNorm after prepare(), too late for"
+                )
+                hint = "call convert_sync_batchnorm(model) before prepare(model)"
+                raise SpecError(Problem(("task",), f"{text} its ranks to share statistics", hint))
 
     def before_step(self) -> None:
         """Be told that an optimizer of this model steps, and that no backward has averaged yet."""

@@ -88,7 +88,8 @@ class OptimizerWatch:
         if self._seen.get(optimizer) == len(given):
             return
         known = {id(one) for one in self._trained()}
-        strange = [one for one in given if one.requires_grad and id(one) not in known]
+        there = [one for one in given if one.requires_grad and one.numel()]
+        strange = [one for one in there if id(one) not in known]
         if strange and not self._alone:
             raise not_prepared(optimizer, strange)
         if any(id(one) in known for one in given):

@@ -89,6 +89,14 @@ class SyncNorms:
         own = group.subgroup(name, range(group.world))
         return cls(model, own, micro_batches)
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> SyncNorms:
+        """A copy of the model, such as an average of it, is computed over all ranks like it."""
+        return self
+
+    def has(self, layer: nn.SyncBatchNorm) -> bool:
+        """Say whether it is one of its layers."""
+        return any(layer is one for one in self._layers)
+
     def close(self) -> None:
         """Give the layers their own `forward` back."""
         self._hook.remove()

@@ -1,5 +1,6 @@
 """A train function under `ring` against a plain loop over the same global batches."""
 
+import copy
 import random
 import threading
 from collections.abc import Callable, Mapping
@@ -380,6 +381,75 @@ def test_synchronized_batch_norm_is_over_all_ranks(world: int, momentum: float |
         assert found.keys() == expected.keys()
         for name, value in expected.items():
             assert torch.allclose(found[name], value, rtol=1e-10, atol=1e-12), name
+
+
+def with_norm(*, synced: bool = False) -> nn.Module:
+    first, _, last = model_of().children()
+    norm = nn.SyncBatchNorm(6) if synced else nn.BatchNorm1d(6)
+    return nn.Sequential(first, norm.double(), nn.Tanh(), last)
+
+
+@pytest.mark.parametrize("strategy", ["ring", "ps-sync"])
+def test_a_copy_of_a_model_with_sync_batch_norm_is_computed_like_it(strategy: str) -> None:
+    """A teacher that is in training mode, and follows its student."""
+
+    def steps(student: nn.Module, rank: int = 0, world: int = 1) -> None:
+        teacher = copy.deepcopy(student).requires_grad_(False)
+        optimizer = torch.optim.SGD(student.parameters(), lr=0.1)
+        for _ in range(4):
+            inputs, targets = (one[rank::world] for one in data_of().tensors)
+            backward((student(inputs) - 0.1 * teacher(inputs) - targets).square().mean())
+            optimizer.step()
+            optimizer.zero_grad()
+            with torch.no_grad():
+                for mine, other in zip(teacher.parameters(), student.parameters(), strict=True):
+                    mine.lerp_(other, 0.1)
+
+    def train(config: Any) -> None:
+        place = distplat.get_context()
+        model = distplat.prepare(with_norm(synced=True))
+        steps(model, place.rank, place.world)
+
+    whole = with_norm()
+    steps(whole)
+    for found in call_on_ranks(train, job=function_job(2, strategy=strategy)).trained:
+        for name, value in whole.state_dict().items():
+            assert torch.allclose(found[name], value, rtol=1e-10, atol=1e-12), name
+
+
+def test_sync_batch_norm_that_comes_behind_prepare_is_refused() -> None:
+    def train(config: Any) -> None:
+        convert: Any = nn.SyncBatchNorm.convert_sync_batchnorm
+        model = convert(distplat.prepare(with_norm()))
+        inputs, targets = data_of().tensors
+        backward((model(inputs) - targets).square().mean())
+
+    with pytest.raises(SpecError, match=r"'1' of the model became nn\.SyncBatchNorm after prepare"):
+        call_on_ranks(train, 2)
+    call_on_ranks(train, 1)
+
+
+@pytest.mark.parametrize("strategy", ["ring", "ps-sync", "ps-async"])
+def test_gradients_from_before_prepare_count_as_in_one_process(strategy: str) -> None:
+    def steps(model: nn.Module, optimizer: Any) -> None:
+        inputs, targets = data_of().tensors
+        for _ in range(2):
+            backward((model(inputs) - targets).square().mean())
+            optimizer.step()
+
+    def made() -> tuple[nn.Module, Any]:
+        model = model_of()
+        model.register_parameter("empty", nn.Parameter(torch.zeros(0, 3)))
+        for number, one in enumerate(model.parameters()):
+            one.grad = torch.full_like(one, number)
+        return model, torch.optim.SGD(model.parameters(), lr=0.1)
+
+    whole = made()
+    steps(*whole)
+    job = function_job(1 if strategy == "ps-async" else 2, strategy=strategy)
+    found = call_on_ranks(lambda config: steps(*distplat.prepare(*made())), job=job).trained[0]
+    for name, value in whole[0].state_dict().items():
+        assert torch.allclose(found[name], value, rtol=1e-10, atol=1e-12), name
 
 
 def test_steps_are_what_rank_0_reports() -> None:
