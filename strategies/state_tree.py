@@ -62,6 +62,16 @@ def unpack(tree: Any, tensors: Sequence[Tensor]) -> Any:
     return tuple(items) if kind == "tuple" else items
 
 
+def has_tensors(tree: Any) -> bool:
+    """Say whether what `pack` gave counts any tensors."""
+    if not isinstance(tree, Mapping):
+        return False
+    ((kind, held),) = tree.items()
+    if kind in ("dict", "list", "tuple"):
+        return any(has_tensors(one[1] if kind == "dict" else one) for one in held)
+    return True
+
+
 def _packed(tree: Any, tensors: list[Tensor], where: str) -> Any:
     if isinstance(tree, Tensor):
         if dtype_name(tree) not in ITEM_BYTES or tree.layout is not torch.strided:

@@ -56,7 +56,7 @@ from distplat.strategies.loop.seeding import seed_rank
 from distplat.strategies.loop.streams import is_stream
 from distplat.strategies.model.module_hooks import cut_elsewhere, passing_on
 from distplat.strategies.ports import LoopShards
-from distplat.strategies.state_tree import pack, unpack
+from distplat.strategies.state_tree import has_tensors, pack, unpack
 from distplat.strategies.torch_compat import has_default_group
 
 logger = logging.getLogger(__name__)
@@ -321,8 +321,9 @@ class FunctionSession:
         saved = self._ports.saved
         if saved is None:
             return None
-        found = saved.file(_FILE)
-        return unpack(saved.state[FUNCTION], [found[str(n)] for n in range(len(found))])
+        tree = saved.state[FUNCTION]
+        found = saved.file(_FILE) if has_tensors(tree) else {}  # else there is no such file
+        return unpack(tree, [found[str(n)] for n in range(len(found))])
 
     def should_stop(self) -> bool:
         """Say whether the loop is to end; see `api.should_stop`."""

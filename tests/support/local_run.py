@@ -370,6 +370,7 @@ def as_read(job: Job, version: int, parts: Sequence[Delivery]) -> SavedState:
         for part in parts
         for box, entries in zip(part.boxes, part.entries, strict=True)
     ]
-    files = by_file(put_together(pairs))
+    # As on the disk: these are always there.
+    files = {"model": {}, "optimizer": {}, **by_file(put_together(pairs))}
     state = {**state_of(job, "run", parts[0].facts), "step": version}
-    return SavedState(state, lambda name: files.get(name, {}))
+    return SavedState(state, lambda name: files[name])

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import os
 import subprocess
 import sys
@@ -340,6 +341,31 @@ def test_a_train_function_is_told_when_it_asks(strategy: str, tmp_path: Path) ->
     result = Trainer({**job, **stop}, train).fit()
     assert (len(result.history), result.metrics["score"]) == (3, 2.0)
     assert result.stopped == "score got no better since step 1, in 2 evaluations"
+
+
+@pytest.mark.parametrize("kept", [1, 3])
+def test_a_resumed_train_function_goes_on_with_early_stop_and_its_own_counters(
+    kept: int, tmp_path: Path
+) -> None:
+    """A checkpoint without a tensor is one, too."""
+    scores = [1.0, 3.0, 2.0, 2.0, 2.0, 2.0, 2.0]
+
+    def train(config: dict[str, Any]) -> None:
+        first = (distplat.get_checkpoint() or {"made": 0, "best": math.inf})["made"]
+        for made, score in enumerate(scores[first:], first + 1):
+            distplat.report({"score": score}, checkpoint={"made": made, "best": -math.inf})
+            while not [*tmp_path.rglob(f"*{made}/state.json")]:
+                time.sleep(0.01)  # else some would be skipped
+            if distplat.should_stop():
+                break
+
+    stop = {"early_stop": {"metric": "score", "mode": "max", "patience": 3}}
+    job = {**OWN, **stop, "checkpoint": {"num_to_keep": 9}, "storage_path": str(tmp_path)}
+    first = Trainer(job, train).fit()
+    assert len(first.history) == 5
+    again = Trainer(job, train, resume=first.path / f"checkpoints/step-{kept:06d}").fit()
+    assert [one.step for one in again.history] == [*range(kept + 1, 6)]
+    assert again.stopped == first.stopped == "score got no better since step 2, in 3 evaluations"
 
 
 def test_a_train_function_is_told_that_its_time_is_over(tmp_path: Path) -> None:
