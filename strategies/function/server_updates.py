@@ -18,6 +18,7 @@ change with each push.
 from __future__ import annotations
 
 import time
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -160,6 +161,8 @@ class ServerUpdates(Exchange):
         """Have the servers make an update of some parameters, and take the newest ones."""
         flat, step = self._connect(), self._context.step()
         self._check_unwritten(flat)
+        for optimizer in self._optimizers:
+            self._check_state(optimizer)
         settings = self._facts.settings()
         has = [id(one) in mine and one.grad is not None for one in flat.parameters]
         present = np.array(has, np.bool_)
@@ -216,7 +219,7 @@ class ServerUpdates(Exchange):
         for one, grad in grads:
             one.grad = grad
         for optimizer in self._optimizers:
-            optimizer.state.clear()  # the servers have it
+            optimizer.state = _StateOnServers()
         self._facts, self._written = facts, _Written(flat)
         self._views = [slot.view(flat.grads) for slot in flat.slots]
         self._counts = self._count()
@@ -245,7 +248,8 @@ class ServerUpdates(Exchange):
         """Have the servers' state in the optimizer, for `state_dict()`."""
         if self._flat is None:
             return
-        state = self._shards.optimizer_state()
+        self._check_state(optimizer)
+        optimizer.state, state = defaultdict(dict), self._shards.optimizer_state()
         used = state.pop(USED, None)
         mine = {*map(id, parameters_of(optimizer))}
         for place, (slot, one) in enumerate(
@@ -262,7 +266,17 @@ class ServerUpdates(Exchange):
 
     def _forget_state(self, optimizer: Optimizer, state: dict[str, Any]) -> None:
         if self._flat is not None:
-            optimizer.state.clear()
+            optimizer.state = _StateOnServers()
+
+    def _check_state(self, optimizer: Optimizer) -> None:
+        """
+        See that nobody has put another state in the place of the servers'.
+
+        Raises:
+            SpecError: somebody has.
+        """
+        if not isinstance(optimizer.state, _StateOnServers):
+            raise _of_servers()
 
     def _state_loaded(self, optimizer: Optimizer) -> None:
         if self._flat is not None:
@@ -300,6 +314,29 @@ class ServerUpdates(Exchange):
     def close(self) -> None:
         for hook in self._hooks:
             hook.remove()
+
+
+class _StateOnServers(defaultdict[Tensor, Any]):
+    """
+    An optimizer's `state`, empty: who reads or resets it would take no effect on the servers'.
+
+    Raises:
+        SpecError: somebody does.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(dict)
+
+    def _refuse(self, *args: Any, **named: Any) -> Any:
+        raise _of_servers()
+
+    __setitem__ = __delitem__ = __missing__ = _refuse
+    clear = pop = popitem = setdefault = update = _refuse
+
+
+def _of_servers() -> SpecError:
+    text = "optimizer.state was used after the first step: the servers keep it"
+    return SpecError(Problem(("task",), text, f"read it by optimizer.state_dict(); {REMEDY}"))
 
 
 class _Written:

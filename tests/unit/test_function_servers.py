@@ -2,6 +2,7 @@
 
 import re
 import threading
+from collections import defaultdict
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from typing import Any
@@ -285,6 +286,9 @@ LATE: dict[str, Callable[[nn.Module, Any], object]] = {
     "loaded": lambda model, optimizer: optimizer.load_state_dict(optimizer.state_dict()),
     "clamped": lambda model, _: model.get_parameter("2.weight").data.clamp_(-0.01, 0.01),  # WGAN
     "a flag": set_flag,
+    "reset": lambda model, optimizer: optimizer.state.clear(),
+    "another state": lambda model, optimizer: setattr(optimizer, "state", defaultdict(dict)),
+    "read": lambda model, optimizer: optimizer.state[model.get_parameter("0.weight")],
     "a group": lambda model, optimizer: optimizer.add_param_group(
         {"params": [nn.Parameter(torch.ones(1))]}
     ),
@@ -302,6 +306,9 @@ LATE: dict[str, Callable[[nn.Module, Any], object]] = {
         (ASYNC, "replaced", "'0.weight' was written to after the first step"),
         (ASYNC, "clamped", "'2.weight' was written to after the first step"),
         (ASYNC, "loaded", "got a state_dict after the first step"),
+        (ASYNC, "reset", "optimizer.state was used after the first step"),
+        (ASYNC, "another state", "optimizer.state was used after the first step"),
+        (ASYNC, "read", r"read it by optimizer.state_dict\(\)"),
         (ASYNC, "a flag", "nesterov of an optimizer has changed"),
         (ASYNC, "a group", "got parameters after the first step"),
     ],
