@@ -417,7 +417,9 @@ class FlatModel:
         known = {id(parameter) for parameter in self.parameters}
         for name, parameter in dense_parameters(self.model):
             if parameter.requires_grad and parameter.numel() and id(parameter) not in known:
-                raise thaw_error(step, f"{name!r} was not there when the run began")
+                text = f"step {step + 1}: {name!r} was not there when the run began"
+                hint = "make all layers before training begins: before prepare(), or in model()"
+                raise SpecError(Problem(("task",), text, hint))
 
     def _bring_back(self, place: int, step: int) -> str:
         """Copy a parameter's data into the vector and have the parameter there again."""
