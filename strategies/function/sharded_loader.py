@@ -110,6 +110,8 @@ class ShardedLoader(ABC):
         """Say which epoch the next pass is: after a restart, for example."""
         if epoch != self._epoch:
             self._epoch, self._first = epoch, 0
+        if self._at is not None and self._at[0] != epoch:
+            self._at = None  # of a pass that the loop has left
 
     def state_dict(self) -> dict[str, Any]:
         """Give the place of the loop in the data, for a checkpoint; good for all ranks."""

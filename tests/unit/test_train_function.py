@@ -714,6 +714,28 @@ def test_what_was_counted_over_a_pass_is_gathered_whole(left: bool) -> None:
     call_on_ranks(train, 4)
 
 
+@pytest.mark.parametrize("ends", [False, True])
+def test_a_pass_that_the_loop_has_left_goes_on_there_or_is_over(ends: bool) -> None:
+    """A loop that was stopped goes on there; one that takes a part of each epoch says so."""
+
+    def train(config: Mapping[str, Any]) -> None:
+        samples: Any = range(24)
+
+        def made() -> Any:
+            return distplat.prepare(DataLoader(samples, 2, shuffle=True))
+
+        loader, whole, again = made(), made(), made()
+        next(batch for number, batch in enumerate(loader) if number == 2)
+        if ends:
+            loader.set_epoch(1)
+        again.load_state_dict(loader.state_dict())
+        epochs = [[batch.tolist() for batch in whole] for _ in range(2)]
+        rest = [batch.tolist() for batch in again]
+        assert rest == (epochs[1] if ends else epochs[0][3:])
+
+    call_on_ranks(train, 2)
+
+
 @pytest.mark.parametrize("sampler", [None, RandomSampler])
 @pytest.mark.parametrize("now", [6, 14])
 def test_data_whose_length_changes_is_refused(now: int, sampler: Any) -> None:
