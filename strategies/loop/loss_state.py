@@ -135,8 +135,10 @@ class NewState(TorchFunctionMode):
 
 def _tells(value: object) -> bool:
     """Whether a value is a number or small tensors, alone or in a pair as an LSTM's state is."""
-    size = sum(one.numel() for one in tensors_in(value))
-    return _is_number(value) or 0 < size <= _COPIED_ELEMENTS
+    tensors = [*tensors_in(value)]
+    size = sum(one.numel() for one in tensors)
+    plain = all(one.layout is torch.strided and not one.is_nested for one in tensors)
+    return _is_number(value) or (plain and 0 < size <= _COPIED_ELEMENTS)
 
 
 def remark_on_state(names: Sequence[str]) -> str | None:
