@@ -15,7 +15,7 @@ import math
 import random
 from collections import OrderedDict, UserDict, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from types import MethodType
 from typing import Any, NamedTuple, TypeVar
 
@@ -86,11 +86,17 @@ class MeanCheck:
         if (step < _FIRST_STEPS and step not in self._looked) or not self._compared:
             self._state = LossState(self._task, self._model)
 
-    @contextmanager
-    def watching(self, step: int) -> Iterator[None]:
+    def watching(self, step: int) -> AbstractContextManager[None]:
         """Note what the second micro-batch reads, and what depends on parameters in a later one."""
-        if step > 0 and self._weighted:
+        wanted = step > 0 and self._weighted
+        if self._begun is None and not wanted:
+            return nullcontext()
+        if wanted:
             self._weighted, self._depends = False, ModelDependence()
+        return self._watched()
+
+    @contextmanager
+    def _watched(self) -> Iterator[None]:
         with self._begun or nullcontext(), self._depends or nullcontext():
             yield
 
