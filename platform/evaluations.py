@@ -11,7 +11,7 @@ from typing import Any, Literal, NamedTuple
 
 from pydantic import Field
 
-from distplat.platform.errors import Problem, SpecError, hint
+from distplat.platform.errors import Problem, SpecError, StorageError, hint
 from distplat.platform.fields import Count, Spec
 from distplat.platform.lr_schedules import ReduceLROnPlateau
 
@@ -130,6 +130,15 @@ class _Stagnation(NamedTuple):
     """Evaluations since the best one."""
 
 
+def _read(saved: Mapping[str, Any]) -> _Stagnation:
+    try:
+        at, best_step, worse = map(int, saved["state"])
+        best = None if saved["best"] is None else float(saved["best"])
+    except (KeyError, TypeError, ValueError, OverflowError):
+        raise StorageError(f"what the checkpoint says of {EARLY_STOP} is damaged") from None
+    return _Stagnation(at, best, best_step, worse)
+
+
 class EarlyStopping:
     """
     Whether evaluations still get better, also since before a run was resumed.
@@ -137,14 +146,18 @@ class EarlyStopping:
     Args:
         rule: of the job.
         saved: what the checkpoint has of `saved`; None: nothing, or the run begins.
+
+    Raises:
+        StorageError: that is damaged.
     """
 
     def __init__(self, rule: EarlyStop, saved: Mapping[str, Any] | None = None) -> None:
         self._rule, self._now = rule, _Stagnation()
-        if saved is not None and (saved["metric"], saved["mode"]) == (rule.metric, rule.mode):
-            at, best_step, worse = saved["state"]
-            best = None if saved["best"] is None else float(saved["best"])
-            self._now = _Stagnation(at, best, best_step, worse)
+        if saved is not None and (saved.get("metric"), saved.get("mode")) == (
+            rule.metric,
+            rule.mode,
+        ):
+            self._now = _read(saved)
         self._counted = self._now.at  #: evaluations up to this step were before
         self._after = {self._now.at: self._now}  #: by step, in the order in which they came
 

@@ -153,10 +153,11 @@ def _well_formed(state: Mapping[str, Any]) -> bool:
     mappings = [state.get(name, {}) for name in ("data", "optimizer", EARLY_STOP)]
     if (tables := state.get("embeddings")) is not None:
         mappings += [tables, tables.get("optimizer") if isinstance(tables, dict) else None]
-    numbers = [state.get("steps_per_epoch", 0), state.get("step")]
+    numbers = [state.get(name, 0) for name in ("steps_per_epoch", "total_steps")]
     return (
         all(isinstance(one, dict) for one in mappings)
-        and all(isinstance(one, int) for one in numbers)
+        and all(isinstance(one, int) for one in [*numbers, state.get("step")])
+        and isinstance(state.get("lr_factor", 0.0), float | int)
         and (tables is None or "name" in tables["optimizer"])
     )
 

@@ -15,7 +15,7 @@ from torch.utils.data import Dataset, TensorDataset
 
 from distplat import Callback, Job, Result, Task, Trainer
 from distplat.platform.checkpoints import Catalogue, surplus
-from distplat.platform.errors import SpecError
+from distplat.platform.errors import SpecError, StorageError
 from distplat.platform.evaluations import (
     BestCheckpoint,
     EarlyStop,
@@ -254,6 +254,16 @@ def test_when_a_run_ends_early(
     answers = [stopping.evaluated(n, {"loss": one}) for n, one in enumerate(figures, 1)]
     first = next((n for n, answer in enumerate(answers, 1) if answer is not None), None)
     assert first == stops_after
+
+
+@pytest.mark.parametrize(
+    "damage", [{"state": [1]}, {"state": ["a", 0, 0]}, {"best": {}}, {"best": "low"}]
+)
+def test_what_a_checkpoint_says_may_be_damaged(damage: dict[str, Any]) -> None:
+    rule = EarlyStop(metric="loss", mode="min")
+    saved = {**EarlyStopping(rule).saved(1, 1), **damage}
+    with pytest.raises(StorageError, match="early_stop is damaged"):
+        EarlyStopping(rule, saved)
 
 
 def test_the_reason_names_the_best_step() -> None:
