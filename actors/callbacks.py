@@ -1,7 +1,8 @@
 """
 Callbacks: what a user has called in the driver while a run goes on.
 
-They are guests: one that raises is warned of once, and the run goes on without it.
+They are guests: one that raises is warned of once, and the run goes on without it. One that does
+not return is waited for, and named.
 
 A job's trackers are callbacks, each in a thread of its own, so that a slow server holds nobody up.
 """
@@ -9,6 +10,7 @@ A job's trackers are callbacks, each in a thread of its own, so that a slow serv
 from __future__ import annotations
 
 import logging
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -97,6 +99,10 @@ class Callback:
         """
 
 
+_LONG_S = 120.0
+"""After so long in one call a callback is named, once."""
+_LOOK_S = 1.0
+
 _EVENTS = {name for name in vars(Callback) if name.startswith("on_")}
 
 
@@ -153,6 +159,8 @@ class Callbacks:
         self._began, self._stepped = clock(), False
         self._stopping = EarlyStopping(early_stop, evaluated) if early_stop is not None else None
         self.stop: str | None = None  #: why the run is to end before its last step
+        self._called: tuple[Callback, float] | None = None  #: who is being called, and since when
+        self._over = threading.Event()
 
     def ending(self) -> bool:
         """Say whether the run is to end before its last step; asked again and again."""
@@ -164,6 +172,7 @@ class Callbacks:
 
     def start(self, job: Job, run: str, path: Path) -> None:
         """Call `on_start` of each."""
+        threading.Thread(target=self._watch_calls, name="callbacks", daemon=True).start()
         self._each(lambda one: one.on_start(job, run, path))
 
     def tell(self, summary: Summary) -> None:
@@ -200,17 +209,39 @@ class Callbacks:
 
     def end(self, result: Result, error: BaseException | None) -> None:
         """Call `on_end` of each."""
-        self._each(lambda one: one.on_end(result, error))
+        try:
+            self._each(lambda one: one.on_end(result, error))
+        finally:
+            self._over.set()
 
     def _each(self, tell: Callable[[Callback], object]) -> None:
         for callback in list(self._present):
+            self._called = callback, self._clock()
             try:
                 tell(callback)
-            except Exception as error:
+            except KeyboardInterrupt:  # who is at the terminal is no guest
+                raise
+            except BaseException as error:  # sys.exit() too: the run would end with its code
                 self._present.remove(callback)
                 name, kind = type(callback).__name__, type(error).__name__
                 text = "the callback %s raised %s: %s; the run goes on without it"
                 logger.warning(text, name, kind, error)
+            finally:
+                self._called = None
+
+    def _watch_calls(self) -> None:
+        """Name a callback that does not return: without it the run would just seem to stand."""
+        said: list[Callback] = []
+        while not self._over.wait(_LOOK_S):
+            callback, since = self._called or (None, 0.0)
+            if callback is None or callback in said or self._clock() - since < _LONG_S:
+                continue
+            said.append(callback)
+            text = (
+                "the callback %s has not returned for %.0f s: workers go on, and the driver waits "
+                "for it (a second Ctrl-C ends the run)"
+            )
+            logger.warning(text, type(callback).__name__, _LONG_S)
 
 
 _CLOSE_S = 60.0

@@ -10,7 +10,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -101,9 +101,11 @@ def printed_by_actors(take: Callable[[Mapping[str, Any]], bool]) -> Iterator[Non
     before = list(dispatcher.handlers)
 
     def handle(batch: Mapping[str, Any]) -> None:
-        if not take(batch):
-            for _, handler in before:
-                handler(batch)
+        # Where nobody reads any more, this would end Ray's thread: no line would come after that.
+        with suppress(OSError, ValueError):
+            if not take(batch):
+                for _, handler in before:
+                    handler(batch)
 
     dispatcher.handlers = [("distplat", handle)]
     try:

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from distplat.actors import ray_compat
+from distplat.actors.view import is_terminal
 from distplat.platform.disk import CLOSE_S, BackgroundWriter, Records
 
 FOLDER = "logs"
@@ -171,4 +172,5 @@ def role_of(job: str, batch: Mapping[str, Any]) -> str | None:
 def _colored() -> bool:
     if "NO_COLOR" in os.environ:
         return False
-    return bool(os.environ.get("FORCE_COLOR")) or (sys.stdout.isatty() and sys.stderr.isatty())
+    shown = is_terminal(sys.stdout) and is_terminal(sys.stderr)
+    return bool(os.environ.get("FORCE_COLOR")) or shown

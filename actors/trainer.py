@@ -25,14 +25,14 @@ from distplat.actors.stopping import Stopping
 from distplat.actors.task_check import check_task
 from distplat.actors.task_loading import TrainFunction
 from distplat.actors.view import View, view_here
-from distplat.platform.disk import BackgroundWriter, Moved, with_deadline
+from distplat.platform.disk import CLOSE_S, BackgroundWriter, Moved, with_deadline
 from distplat.platform.errors import Interrupted, Problem, SpecError, StorageError
 from distplat.platform.evaluations import EARLY_STOP, check_metrics
 from distplat.platform.progress import EvalSummary, Summary
 from distplat.platform.recovery import policy_of
 from distplat.platform.remote_storage import is_url, local_folder, url_of
 from distplat.platform.resume import check_libraries, start_from, start_from_url
-from distplat.platform.run_directory import RunDirectory, new_run_name
+from distplat.platform.run_directory import CURVES, RunDirectory, new_run_name
 from distplat.platform.run_upload import NOT_UPLOADED, RunUpload, not_uploaded, upload_of
 from distplat.platform.spec import Job
 from distplat.strategies.catalog import complete, load_strategy_file, make_job, make_strategy
@@ -174,30 +174,34 @@ class Trainer:
     def _fit(self, directory: RunDirectory, result: Result, callbacks: Callbacks) -> None:
         """Train to the end; `result` takes what comes of it."""
         began, run = time.monotonic(), directory.path.name
-        metrics = BackgroundWriter(directory.record, logger.warning)
+        writers = _writers(directory)
         upload = self._upload(directory.path)
         result.url = upload.url if upload is not None else None
-        callbacks.start(self.job, run, directory.path)
 
         def tell(summary: Summary) -> None:
             if isinstance(summary, EvalSummary):
                 check_metrics(self.job, summary.metrics)
             result.add(summary)
-            metrics.put(summary)
+            for writer in writers:
+                writer.put(summary)
             callbacks.tell(summary)
+
+        def saved(path: Path) -> None:
+            result.checkpoint = path
 
         def save(model: bytes) -> None:
             if self.job.checkpoint.save_final:
-                result.checkpoint = directory.save_model(model)
+                directory.save_model(model, saved)
 
         handlers = RunHandlers(tell, save, directory.keep, callbacks.ending)
         with Stopping() as stopping:
             try:
+                callbacks.start(self.job, run, directory.path)
                 self._train(run, directory.path, handlers, stopping)
-                metrics.close()
+                _close(writers)
             except BaseException as error:
                 stopping.count_anew()
-                metrics.close()
+                _close(writers)
                 _record_failure(directory, result, error)
                 if upload is not None and (missing := upload.close(lambda: stopping.asked)):
                     logger.warning("%s", missing)
@@ -277,6 +281,21 @@ class Trainer:
             train_in_process(launch, handlers, stopping)
         else:
             train_on_ray(launch, handlers, stopping)
+
+
+def _writers(directory: RunDirectory) -> list[BackgroundWriter[Summary]]:
+    """Give who writes metrics down, and who draws them: each fails for itself."""
+    return [
+        BackgroundWriter(directory.record, logger.warning),
+        BackgroundWriter(directory.draw, logger.warning, what=CURVES),
+    ]
+
+
+def _close(writers: Sequence[BackgroundWriter[Summary]]) -> None:
+    """Wait for what is to be written, within reason for all together."""
+    until = time.monotonic() + CLOSE_S
+    for writer in writers:
+        writer.close(max(0.0, until - time.monotonic()))
 
 
 def _record_failure(directory: RunDirectory, result: Result, error: BaseException) -> None:

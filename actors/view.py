@@ -45,7 +45,15 @@ def view_here() -> View | None:
     """Give a view for who looks on: on a terminal, and in a notebook; None: nobody does."""
     if "ipykernel" in sys.modules:
         return View(sys.stdout)  # stderr has the colour of errors there
-    return View(sys.stderr) if sys.stderr.isatty() else None
+    return View(sys.stderr) if is_terminal(sys.stderr) else None
+
+
+def is_terminal(stream: TextIO | None) -> bool:
+    """Say whether a stream is a terminal; one that is closed, or cannot say, is none."""
+    try:
+        return stream is not None and stream.isatty()
+    except (AttributeError, OSError, ValueError):
+        return False
 
 
 class View(Callback):
@@ -58,12 +66,12 @@ class View(Callback):
     """
 
     def __init__(self, out: TextIO | None = None, *, quiet: bool = False) -> None:
-        self._out = out or sys.stderr
-        self.quiet = quiet
+        self._out: TextIO | None = out or sys.stderr  # None where a process began with it closed
+        self.quiet = quiet or self._out is None
         self._pace = _Pace()
         self._last_drawn = float("-inf")
         self._progress: Progress | None = None
-        if not quiet and self._out.isatty():
+        if not quiet and is_terminal(self._out):
             self._progress = _progress(Console(file=self._out))
             self._bar = self._progress.add_task("starting", total=None, figures="")
 

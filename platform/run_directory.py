@@ -51,6 +51,8 @@ TASK_FILE = "task.safetensors"
 EMA_FILE = "model_ema.safetensors"
 """The average of the trained weights."""
 
+CURVES = "TensorBoard's curves"
+
 _KIND_OF = {kind: name for name, kind in KINDS.items()}
 
 
@@ -108,24 +110,36 @@ class RunDirectory:
             self.keep(TRACE_FILE, summary.to_json())
             return
         line = to_json({"kind": _KIND_OF[type(summary)], **asdict(summary)}, indent=None) + "\n"
-        target = self._metrics.path
         try:
             self._metrics.write(line.encode())
-            target = self.path / "tensorboard"
+        except OSError as error:
+            raise _refused(f"write {self._metrics.path}", error) from error
+
+    def draw(self, summary: Summary) -> None:
+        """
+        Add a step or an evaluation to TensorBoard's curves; of the rest there are none.
+
+        Raises:
+            StorageError: the disk is full, or the directory is gone.
+        """
+        if not isinstance(summary, StepSummary | EvalSummary):
+            return
+        target = self.path / "tensorboard"
+        try:
             if self._board is None:
                 self._board = _TensorBoard(target)
-            if isinstance(summary, StepSummary | EvalSummary):
-                self._board.add(summary)
+            self._board.add(summary)
         except OSError as error:
             raise _refused(f"write {target}", error) from error
 
-    def save_model(self, model: bytes) -> Path:
+    def save_model(self, model: bytes, saved: Callable[[Path], object] = lambda path: None) -> Path:
         """
-        Write the trained model, whole or not at all, and what the task has trained beside it;
-        first the averages of both.
+        Write the trained model, whole or not at all; then what the task has trained beside it, and
+        the averages of both.
 
         Args:
-            model: in the safetensors format.
+            model: in the safetensors format, with all of that.
+            saved: told of the model's file once it is there, whatever becomes of the others.
 
         Returns:
             The model's file.
@@ -134,15 +148,17 @@ class RunDirectory:
             StorageError: the disk is full, or the directory is gone.
         """
         model, average = split(model, EMA_PREFIX)
-        if average is not None:
-            self._save(average, EMA_FILE, "task_ema.safetensors")
-        return self._save(model, "model.safetensors", TASK_FILE)
-
-    def _save(self, content: bytes, name: str, of_task: str) -> Path:
-        model, task = split(content)
+        model, task = split(model)
+        path = self.keep("model.safetensors", model)
+        saved(path)
         if task is not None:
-            self.keep(of_task, task)
-        return self.keep(name, model)
+            self.keep(TASK_FILE, task)
+        if average is not None:
+            average, task = split(average)
+            self.keep(EMA_FILE, average)
+            if task is not None:
+                self.keep("task_ema.safetensors", task)
+        return path
 
     def keep(self, name: str, data: bytes) -> Path:
         """
@@ -205,7 +221,7 @@ class _TensorBoard:
         from tensorboard.summary.writer.record_writer import RecordWriter
 
         self._event, self._summary = Event, Summary
-        path.mkdir()
+        path.mkdir(exist_ok=True)  # the disk may have been full when this was tried before
         now = time.time()
         name = f"events.out.tfevents.{int(now):010d}.{socket.gethostname()}.{os.getpid()}.0"
         self._writer = RecordWriter(Records(path / name))

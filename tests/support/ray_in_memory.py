@@ -44,11 +44,12 @@ from distplat.actors.ray_transport import RayTransport
 from distplat.actors.transport import ActorDied, AnswerPending, TransportError, Unanswered
 from distplat.actors.worker import Worker
 from distplat.platform.errors import DistplatError
+from distplat.platform.run_directory import CURVES
 from distplat.platform.stop_order import StopOrder
 
 LATE_S = 5.0
 """How long threads may take to come out at the end; a busy machine has them wait for each other."""
-BLOCKED = ("checkpoints", "listen", "metrics", "printed lines", "poll")
+BLOCKED = ("checkpoints", "listen", "metrics", CURVES, "printed lines", "poll")
 """Threads that wait for long, and call nobody: for work, for a lost peer, or for a loop's end."""
 auto_init_hook.enable_auto_connect = False  # a thread that is late must not start a Ray
 _here = threading.local()

@@ -1,5 +1,6 @@
 """Who watches a run does not end it: callbacks, a pipe that is closed, a disk without room."""
 
+import asyncio
 import json
 import logging
 import math
@@ -71,13 +72,14 @@ FIELDS = fields_of("ring", 0, epochs=None, steps=6, global_batch_size=16)
 class Seeing(Callback):
     """Notes what it is told; raises in one of its methods."""
 
-    def __init__(self, raises_in: str = "") -> None:
-        self.raises_in, self.told = raises_in, []  # type: str, list[str]
+    def __init__(self, raises_in: str = "", error: BaseException | None = None) -> None:
+        self.raises_in, self.error = raises_in, error
+        self.told: list[str] = []
 
     def _take(self, what: str) -> None:
         self.told.append(what)
-        if what == self.raises_in:
-            raise OSError("the terminal is gone")
+        if what == self.raises_in and self.error is not None:
+            raise self.error
 
     def on_start(self, job: Job, run: str, path: Path) -> None:
         self._take("start")
@@ -106,13 +108,24 @@ class Seeing(Callback):
 
 
 STEPS = [f"step {number}" for number in range(1, 7)]
+GONE = OSError("the terminal is gone")
 
 
-@pytest.mark.parametrize("method", ["start", "step 1", "end well with 6 steps"])
+@pytest.mark.parametrize(
+    ("method", "error"),
+    [
+        ("start", GONE),
+        ("start", asyncio.CancelledError()),
+        ("step 1", GONE),
+        ("step 1", SystemExit(0)),
+        ("end well with 6 steps", GONE),
+        ("end well with 6 steps", SystemExit(0)),
+    ],
+)
 def test_a_callback_that_raises_is_called_no_more(
-    method: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    method: str, error: BaseException, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    bad, good = Seeing(method), Seeing()
+    bad, good = Seeing(method, error), Seeing()
     spec = {**FIELDS, "storage_path": str(tmp_path)}
     with caplog.at_level(logging.WARNING):
         result = Trainer(spec, Lin, callbacks=(bad, good)).fit()
@@ -120,6 +133,45 @@ def test_a_callback_that_raises_is_called_no_more(
     assert good.told == ["start", *STEPS, "end well with 6 steps"]
     assert caplog.text.count("goes on without it") == 1
     assert json.loads((result.path / "result.json").read_text())["status"] == "SUCCEEDED"
+
+
+def test_who_is_at_the_terminal_ends_the_run_wherever_it_is(tmp_path: Path) -> None:
+    bad, good = Seeing("start", KeyboardInterrupt()), Seeing()
+    with pytest.raises(KeyboardInterrupt):
+        Trainer({**FIELDS, "storage_path": str(tmp_path)}, Lin, callbacks=(bad, good)).fit()
+    assert good.told == ["end KeyboardInterrupt with 0 steps"]
+    (result,) = tmp_path.rglob("result.json")
+    assert json.loads(result.read_text())["status"] == "STOPPED"
+
+
+def test_a_callback_that_does_not_return_is_named_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("distplat.actors.callbacks._LOOK_S", 0.005)
+    now, named = [0.0], threading.Event()
+
+    class Named(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            named.set()
+
+    class Hangs(Callback):
+        def on_evaluation(self, evaluation: EvalSummary) -> None:
+            now[0] += 130.0
+            assert named.wait(30)
+
+    callbacks = Callbacks([Hangs(), Seeing()], clock=lambda: now[0])
+    logger, handler = logging.getLogger("distplat.actors.callbacks"), Named()
+    logger.addHandler(handler)
+    try:
+        callbacks.start(Trainer(FIELDS, Lin).job, "run", Path())
+        callbacks.tell(StepSummary(1, 0, 0.5, 4, {}))
+        assert not named.is_set(), "who returns is not"
+        callbacks.tell(EvalSummary(1, 8, {}))
+        callbacks.tell(EvalSummary(2, 8, {}))
+    finally:
+        logger.removeHandler(handler)
+        callbacks.end(Result(Path(), None), None)
+    assert caplog.text.count("the callback Hangs has not returned for 120 s") == 1
 
 
 class Evaluated(Lin):
@@ -203,6 +255,22 @@ def test_metrics_that_cannot_be_written_cost_no_step(
     assert result.checkpoint is not None and result.checkpoint.exists()
     assert caplog.text.count("No space left on device") == 1
     assert "6 records of metrics were not written" in caplog.text
+
+
+def test_curves_that_cannot_be_drawn_cost_no_metrics(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """TensorBoard's library does not go with another one that is installed, for example."""
+
+    def broken(path: Path) -> None:
+        raise ImportError("protobuf is too old")
+
+    monkeypatch.setattr("distplat.platform.run_directory._TensorBoard", broken)
+    with caplog.at_level(logging.WARNING):
+        result = Trainer({**FIELDS, "storage_path": str(tmp_path)}, Lin).fit()
+    assert len((result.path / "metrics.jsonl").read_text().splitlines()) == 6
+    assert caplog.text.count("TensorBoard's curves are lost") == 1
+    assert "metrics are lost" not in caplog.text and "records of metrics" not in caplog.text
 
 
 def test_what_fails_after_the_training_does_not_cost_the_model(

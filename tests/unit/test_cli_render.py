@@ -216,3 +216,9 @@ def test_progress_is_shown_to_who_looks_on(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.delitem(sys.modules, "ipykernel")
     monkeypatch.setattr("sys.stderr", Terminal())
     assert view_here() is not None
+    closed = io.StringIO()
+    closed.close()
+    for nobody in (None, closed):  # a process that was begun by `2>&-` has none
+        monkeypatch.setattr("sys.stderr", nobody)
+        assert view_here() is None
+        View().on_evaluation(EvalSummary(1, 8, {"loss": 0.25}))

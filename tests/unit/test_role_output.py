@@ -90,6 +90,29 @@ def test_lines_that_are_alike_appear_for_each_role(
     assert rays_own == []
 
 
+@pytest.mark.parametrize("dedup", ["0", "1"])
+def test_a_pipe_that_nobody_reads_costs_no_line_of_the_files(
+    dedup: str,
+    tmp_path: Path,
+    rays_own: list[dict[str, Any]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What is raised would end Ray's thread, which brings the lines."""
+
+    class Gone:
+        def write(self, text: str) -> int:
+            raise BrokenPipeError
+
+    def print_it(batch: dict[str, Any]) -> None:
+        raise BrokenPipeError
+
+    monkeypatch.setenv("RAY_DEDUP_LOGS", dedup)
+    ray_logging.global_worker_stdstream_dispatcher.handlers = [("ray_print_logs", print_it)]
+    monkeypatch.setattr("sys.stdout", Gone())
+    run(tmp_path, batch("digits/worker-0", "first"), batch("digits/worker-0", "second"))
+    assert (tmp_path / "logs/worker-0.log").read_text() == "first\nsecond\n"
+
+
 def test_a_terminal_alone_gets_colors(
     tmp_path: Path,
     rays_own: list[dict[str, Any]],

@@ -70,6 +70,7 @@ def test_what_a_run_leaves(tmp_path: Path) -> None:
     directory = make(tmp_path)
     assert directory.path == tmp_path.resolve() / "some/runs/kept-1"
     directory.record(STEPS[0])
+    directory.draw(STEPS[0])
     directory.save_model(b"what the worker sent")
     directory.finish("SUCCEEDED", {"metrics": {"loss": 0.5}, "seconds": 3.0})
     left = sorted(path.name for path in directory.path.iterdir())
@@ -125,8 +126,9 @@ def test_metrics_are_on_disk_while_the_run_goes_on(tmp_path: Path) -> None:
 def test_tensorboard_reads_the_curves(tmp_path: Path) -> None:
     directory = make(tmp_path)
     for summary in STEPS:
-        directory.record(summary)
-    directory.record(EVALUATION)
+        directory.draw(summary)
+    directory.draw(EVALUATION)
+    directory.draw(Trace(0, 1, "1f1b", 1, ()))
     directory.finish("SUCCEEDED", {})
     board = EventAccumulator(str(directory.path / "tensorboard"))
     board.Reload()
@@ -250,16 +252,38 @@ def test_a_disk_that_is_full_for_tensorboard_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     directory = make(tmp_path)
-    directory.record(STEPS[0])
+    with monkeypatch.context() as patch:
+        fill_the_disk(patch)
+        with pytest.raises(StorageError, match=r"cannot write .*kept-1/tensorboard: No space left"):
+            directory.draw(STEPS[0])
+    directory.draw(STEPS[0])
     (events,) = (directory.path / "tensorboard").iterdir()
     size = events.stat().st_size
-    monkeypatch.setattr(directory._metrics, "write", lambda record: None)
-    fill_the_disk(monkeypatch)
-    with pytest.raises(StorageError, match=r"cannot write .*kept-1/tensorboard: No space left"):
-        directory.record(STEPS[1])
-    assert events.stat().st_size == size
-    monkeypatch.undo()
+    with monkeypatch.context() as patch:
+        fill_the_disk(patch)
+        with pytest.raises(StorageError, match=r"cannot write .*kept-1/tensorboard: No space left"):
+            directory.draw(STEPS[1])
+    assert events.stat().st_size == size, "nothing of it is left"
+    directory.draw(STEPS[2])
+    assert events.stat().st_size > size, "the disk has room again"
     directory.finish("FAILED", {})
+
+
+def test_what_stands_beside_the_model_costs_it_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The disk is full after the model: the average of its weights does not come."""
+    names = {"w": torch.ones(2), "ema:w": torch.zeros(2)}
+    directory, saved = make(tmp_path), list[Path]()
+
+    def full(path: Path) -> None:
+        saved.append(path)
+        fill_the_disk(monkeypatch)
+
+    with pytest.raises(StorageError, match=r"model_ema\.safetensors.*No space left"):
+        directory.save_model(saved_model(names), full)
+    monkeypatch.undo()
+    assert load_file(saved[0])["w"].tolist() == [1.0, 1.0]
 
 
 def test_a_disk_that_is_full_at_the_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
