@@ -17,9 +17,15 @@ from typing import Any
 
 from distplat.actors.actor_group import ActorGroup
 from distplat.actors.controller_actor import FileToKeep, ModelReady, RunNews
+from distplat.actors.ray_errors import UNREACHABLE
 from distplat.actors.retrying_calls import ask
 from distplat.actors.transport import Transport
-from distplat.platform.errors import ActorLost, DeadlineExceeded, DistplatError
+from distplat.platform.errors import (
+    ActorLost,
+    ClusterUnreachable,
+    DeadlineExceeded,
+    DistplatError,
+)
 from distplat.platform.progress import StepSummary, Summary
 
 _HOLD_S = 0.5
@@ -72,7 +78,8 @@ class ControllerClient:
             handlers: called with what comes.
 
         Raises:
-            DistplatError: why the run failed; `ActorLost` where the controller itself is gone.
+            DistplatError: why the run failed; `ActorLost` where the controller itself is gone,
+                `ClusterUnreachable` where the cluster could not have it.
         """
         self._ask(check, "begin", *self._begin)
         number, ending = 0, False
@@ -107,9 +114,13 @@ class ControllerClient:
         try:
             answer = ask(self._transport, "an answer", {_NAME: call}, limit, setting, check)[0]
         except ActorLost as error:
-            self._up = False
+            never, self._up = not self._up, False
             if error.role != _NAME:  # that is what `check` has found
                 raise
+            if never and UNREACHABLE in error.cause:
+                raise ClusterUnreachable(
+                    f"no process of this run can be used: {error.cause}"
+                ) from None
             trained = self._step is not None
             remedy = "go on from the last checkpoint: submit --resume" if trained else ""
             raise ActorLost(_NAME, self._step, error.cause, remedy) from None

@@ -89,14 +89,14 @@ _GUESSES = re.compile(r" (?:Some common causes|There are some potential root cau
 _ENDED = "unexpectedly exits with a connection error"
 """Ray's words for a process that was killed, or that crashed: it does not see by which signal."""
 
-_UNREACHABLE = (
+UNREACHABLE = (
     "the cluster cannot call the process that made it: a firewall is between them, or one of them "
     "wants a token and the other has none (`RAY_AUTH_MODE`: a cluster that was started with "
     "`disabled` is used with `disabled`)"
 )
 _PLAIN = {
-    "because all references to the actor were removed": _UNREACHABLE,
-    "Actor creation cancelled": f"its start was cancelled: the cluster ends, or {_UNREACHABLE}",
+    "because all references to the actor were removed": UNREACHABLE,
+    "Actor creation cancelled": f"its start was cancelled: the cluster ends, or {UNREACHABLE}",
 }
 """What Ray says, and what it means. Nobody asks an actor without a reference: so Ray says this of
 one whose owner it cannot call, and the other of one that is being made."""

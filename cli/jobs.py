@@ -14,7 +14,7 @@ from distplat.cli import remote, run_folders
 from distplat.cli.address import VERSION_KEY, Info, target_of
 from distplat.cli.common_options import Address, JobId, Output, is_json
 from distplat.cli.render import print_pairs, print_result, print_table
-from distplat.cli.run_folders import ended_run, local_runs, run_called
+from distplat.cli.run_folders import ended_run, last_run_ended, local_runs, run_called
 from distplat.cli.running import role_facts, role_lines, roles_of, stop_run
 from distplat.platform.errors import (
     ActorLost,
@@ -110,7 +110,7 @@ def status(job_id: JobId, address: Address = None, output: Output = "text") -> N
     Roles are shown on a machine of the cluster, while the job runs.
 
     ID is a submission id, or the name of a run or job that was not submitted through a job API; or
-    the name or directory of a run below `runs/` that has ended.
+    the name or directory of a run below `runs/` that has ended, or the name of its job.
     """
     as_json = is_json(output)
     info, trouble = _look_up(address, job_id)
@@ -122,6 +122,7 @@ def status(job_id: JobId, address: Address = None, output: Output = "text") -> N
             seen = roles_of(address, name)
         except DistplatError as error:
             ended = ended_run(job_id) if address is None else None
+            ended = ended or _last_ended(address, job_id, error)
             if ended is not None:
                 _print_ended(ended, as_json=as_json)
                 return
@@ -158,6 +159,25 @@ def _look_up(address: str | None, job_id: str) -> tuple[Info, None] | tuple[None
         return remote.find(open_jobs(address), job_id), None
     except (SpecError, ClusterUnreachable) as error:
         return None, error
+
+
+def _last_ended(address: str | None, job: str, unknown: DistplatError) -> dict[str, Any] | None:
+    """
+    Give the facts of a job's last run here, where no Ray has one that goes on; else None.
+
+    Args:
+        address: as given.
+        job: its name.
+        unknown: what was said where a Ray was asked for it.
+    """
+    if target_of(address, os.environ).origin:
+        return None
+    if not isinstance(unknown, SpecError):
+        from distplat.cli.join import rays_here
+
+        if not isinstance(unknown, ClusterUnreachable) or rays_here():
+            return None  # one of those may have it
+    return last_run_ended(job)
 
 
 def _truer(address: str | None, of_jobs: DistplatError, of_ray: DistplatError) -> DistplatError:
@@ -236,7 +256,8 @@ def stop(
     and has the time that it needs. Elsewhere, and before the run has begun, Ray's job API ends the
     driver, with SIGTERM and 3 s later SIGKILL.
 
-    ID is a submission id, or the name of a run or job that was not submitted through a job API.
+    ID is a submission id, or the name of a run or job that was not submitted through a job API,
+    also of one below `runs/` that has ended.
     """
     wait_s, before = _STOP_S if wait else 0.0, ""
     try:
@@ -244,8 +265,10 @@ def stop(
         before = remote.find(jobs, job_id)["status"]
     except (SpecError, ClusterUnreachable) as error:
         ended = ended_run(job_id) if address is None else None
-        before = now = "" if ended is None else ended["status"]
-        now = now or _stop_unsubmitted(address, job_id, wait_s, error)
+        if ended is not None:
+            before = now = ended["status"]
+        else:
+            before, now = _stop_unsubmitted(address, job_id, wait_s, error)
     else:
         call = partial(_stop_submitted, address, job_id, wait_s)
         now = remote.stop(jobs, job_id, wait=wait, call=call)
@@ -266,9 +289,11 @@ def _stop_submitted(address: str | None, job_id: str, wait_s: float, info: Info)
     return not wait_s or status in remote.ENDED
 
 
-def _stop_unsubmitted(address: str | None, name: str, wait_s: float, unknown: DistplatError) -> str:
+def _stop_unsubmitted(
+    address: str | None, name: str, wait_s: float, unknown: DistplatError
+) -> tuple[str, str]:
     """
-    Stop a run that no job API knows; give its status.
+    Stop a run that no job API knows; give its status before, if it had ended, and now.
 
     Args:
         address: where.
@@ -283,12 +308,14 @@ def _stop_unsubmitted(address: str | None, name: str, wait_s: float, unknown: Di
     try:
         status = stop_run(address, name, None, wait_s)
     except ActorLost:  # it was over before it could say how
-        return _over(name)
+        return "", _over(name)
     except (SpecError, ClusterUnreachable) as error:
+        if (ended := _last_ended(address, name, error)) is not None:
+            return ended["status"], ended["status"]
         raise _truer(address, unknown, error) from None
     if wait_s and status not in remote.ENDED:
         raise DeadlineExceeded(f"stopping {name}", (name,), wait_s, "--no-wait")
-    return status
+    return "", status
 
 
 def _over(name: str) -> str:

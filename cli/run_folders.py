@@ -8,6 +8,7 @@ ended. What the directory says is shown as the job API's jobs are.
 import os
 import time
 from collections.abc import Callable, Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -30,18 +31,18 @@ def local_runs(limit: int, status: str | None = None) -> list[dict[str, Any]]:
         limit: at most so many.
         status: only those; None: all.
     """
-    found: list[dict[str, Any]] = []
+    return list(islice((one for one in _runs() if status in (None, one["status"])), limit))
+
+
+def _runs() -> Iterator[dict[str, Any]]:
+    """Give the facts of the runs below `runs/`, newest first."""
     begun = {path: at for path in _folders() if (at := _written(path / "job.yaml")) is not None}
     for path in sorted(begun, key=begun.__getitem__, reverse=True):
-        if len(found) == limit:
-            break
         try:
             facts = _facts(read_run(path, steps=False), begun[path])
         except DistplatError:  # another program's, or it may not be read
             continue
-        if status in (None, facts["status"]):
-            found.append(facts)
-    return found
+        yield facts
 
 
 def _folders() -> list[Path]:
@@ -97,6 +98,12 @@ def ended_run(name: str) -> dict[str, Any] | None:
         return None
     record = read_run(path, steps=False)
     return None if record.result is None else _facts(record, _written(path / "job.yaml") or 0.0)
+
+
+def last_run_ended(job: str) -> dict[str, Any] | None:
+    """Give the facts of a job's newest run below `runs/`, if it has ended; else None."""
+    newest = next((one for one in _runs() if one["name"] == job), None)
+    return None if newest is None or newest["end_time"] is None else newest
 
 
 def print_logs(path: Path, write: Callable[[str], None], *, follow: bool) -> int:

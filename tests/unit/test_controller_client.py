@@ -15,8 +15,15 @@ from distplat.actors import controller_actor, retrying_calls
 from distplat.actors.controller_actor import ControllerActor, FileToKeep, ModelReady
 from distplat.actors.controller_client import ControllerClient, RunHandlers
 from distplat.actors.local_transport import Actor, LocalCluster
+from distplat.actors.ray_errors import UNREACHABLE
 from distplat.actors.retrying_calls import Outbox
-from distplat.platform.errors import ActorLost, DeadlineExceeded, Interrupted, StorageError
+from distplat.platform.errors import (
+    ActorLost,
+    ClusterUnreachable,
+    DeadlineExceeded,
+    Interrupted,
+    StorageError,
+)
 from distplat.platform.progress import StepSummary
 
 STEPS = 30
@@ -146,6 +153,19 @@ def test_before_the_first_step_there_is_nothing_to_go_on_from() -> None:
     with pytest.raises(ActorLost, match="controller was lost") as caught:
         driver.follow()
     assert "--resume" not in str(caught.value)
+
+
+def test_a_cluster_that_cannot_call_this_process_cannot_be_used() -> None:
+    """A token that only one of the two has: nothing is wrong with the run."""
+    driver = Driver()
+    driver.actor.die(UNREACHABLE)
+    with pytest.raises(ClusterUnreachable, match="RAY_AUTH_MODE") as caught:
+        driver.follow()
+    assert caught.value.exit_code == 3
+    later = Driver()
+    inject(later.cluster, "poll", Fault(then=lambda: later.actor.die(UNREACHABLE)))
+    with pytest.raises(ActorLost, match="controller was lost"):
+        later.follow()
 
 
 def test_what_the_driver_finds_out_by_itself_is_told_as_it_is() -> None:

@@ -11,7 +11,13 @@ from made_runs import made_run, step
 from distplat.cli import run_folders
 from distplat.cli.main import run
 from distplat.cli.run_folders import local_runs, print_logs
-from distplat.platform.errors import ActorLost, ClusterUnreachable
+from distplat.platform.errors import (
+    ActorLost,
+    ClusterUnreachable,
+    DeadlineExceeded,
+    DistplatError,
+    SpecError,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -141,6 +147,37 @@ def test_status_and_stop_know_a_run_that_has_ended(
         assert run([command, "cut-2"]) == 3, "nobody knows whether it has ended"
         assert run([command, "old-1", "--address", "http://127.0.0.1:9"]) == 3
     assert "no Ray is running here" in capsys.readouterr().err
+
+
+def test_a_jobs_name_means_its_last_run_where_none_goes_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    unknown: list[DistplatError] = [SpecError("no run or job 'digits' is running")]
+
+    def ask(*args: object) -> None:
+        raise unknown[0]
+
+    for one in ("roles_of", "stop_run"):
+        monkeypatch.setattr(f"distplat.cli.jobs.{one}", ask)
+    rays: list[str] = []
+    monkeypatch.setattr("distplat.cli.join.rays_here", lambda: rays)
+    named(tmp_path, "old-1", 7200, "FAILED")
+    named(tmp_path, "new-2", 60, "SUCCEEDED")
+    (job,) = {one["name"] for one in local_runs(9)}
+    assert run(["stop", job]) == 0
+    assert capsys.readouterr().out == f"{job}: already SUCCEEDED\n"
+    assert run(["status", job, "-o", "json"]) == 0
+    assert json.loads(capsys.readouterr().out)["id"] == "new-2"
+    assert run(["stop", "another"]) == 2
+    unknown[0] = ClusterUnreachable("no Ray is running here")
+    assert run(["stop", job]) == 0
+    rays.append("127.0.0.1:6379")
+    assert [run([command, job]) for command in ("stop", "status")] == [3, 3], "it may have one"
+    unknown[0] = DeadlineExceeded("an answer", ("controller",), 10.0, "")
+    assert run(["stop", job]) == 4, "one goes on"
+    unknown[0] = SpecError("no run or job 'digits' is running")
+    named(tmp_path, "newest-3", 1, None)
+    assert run(["stop", job]) != 0, "nobody knows whether the last one has ended"
 
 
 def test_a_run_that_ends_before_it_can_say_how_has_been_stopped(
