@@ -221,7 +221,8 @@ def _check_stands(request: ScaleRequest, status: ScaleStatus) -> None:
         SpecError: it was refused, or there is a later one.
     """
     last = status.wish
-    if last is not None and last.number > request.number:
+    # The same number once more may be this request: it was carried out twice on its way.
+    if last is not None and last.number > request.number and last.workers != request.workers:
         text = f"{last.workers} workers were asked for meanwhile"
         raise SpecError(Problem(("--workers",), text))
     if status.refused:

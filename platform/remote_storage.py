@@ -194,7 +194,7 @@ class RemoteStorage:
         self._hanging = [one for one in self._hanging if not one.done()]
         if len(self._hanging) >= _MOST_HANGING:
             raise NoAnswer(f"{self.url}/{name}: {_MOST_HANGING} operations before it still hang")
-        self._load()
+        self._load(name)
         done = in_thread("remote storage", lambda: work(*self._connected()))
         if not wait([done], limit_s).done:
             self._hanging.append(done)
@@ -207,11 +207,14 @@ class RemoteStorage:
             self.answered_at = time.monotonic()
         return done.result()
 
-    def _load(self) -> None:
+    def _load(self, name: str) -> None:
         """Import the scheme's library, which takes a second and is not the storage's fault."""
         from fsspec import get_filesystem_class
 
-        found = get_filesystem_class(self.url.partition("://")[0])
+        try:
+            found = get_filesystem_class(self.url.partition("://")[0])
+        except Exception as error:  # for example one that does not go with another that it needs
+            raise self._as_ours(name, error) from error
         logging.getLogger(found.__module__.partition(".")[0]).addFilter(_is_new)
 
     def _connected(self) -> tuple[Any, Callable[[str], str]]:
@@ -291,6 +294,8 @@ def url_problem(url: str) -> tuple[str, str]:
     if scheme in ("http", "https"):
         hint = "for a server that speaks S3 write s3://bucket/prefix and set AWS_ENDPOINT_URL"
         return f"{scheme}:// cannot be written to", hint
+    if scheme == "memory":
+        return "memory:// is gone with the process", "for example s3://, gs:// or file://"
     if ".." in rest.split("/") or not rest.strip("/"):
         return "a URL must name a bucket or directory, without `..`", "write scheme://bucket/prefix"
     if scheme in ("file", "local") and not rest.startswith("/"):
@@ -309,11 +314,24 @@ def missing_library(url: str) -> tuple[str, str]:
         return f"fsspec knows no {scheme}://", "for example s3://, gs:// or file://"
     about = known_implementations[scheme]
     module = str(about["class"]).partition(".")[0]
+    if module == "fsspec":
+        return _missing_for(scheme)
     if find_spec(module) is not None:
         return "", ""
     extra = _EXTRAS.get(scheme)
     hint = f"pip install 'distplat[{extra}]'" if extra else str(about.get("err", ""))
     return f"{scheme}:// needs the package {module}, which is not installed", hint
+
+
+def _missing_for(scheme: str) -> tuple[str, str]:
+    """Say the same of a scheme that is fsspec's own, and may want another package all the same."""
+    from fsspec import get_filesystem_class
+
+    try:
+        get_filesystem_class(scheme)
+    except ImportError as error:
+        return f"{scheme}:// needs a package that is not installed", str(error)
+    return "", ""
 
 
 _MANIFEST_BYTES = PART_BYTES

@@ -4,6 +4,7 @@ import errno
 import json
 import logging
 import os
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -339,6 +340,7 @@ def test_a_large_file_goes_and_comes_in_parts(tmp_path: Path) -> None:
         ("s3://", "a URL must name a bucket"),
         ("s3://bucket/../other", "a URL must name a bucket or directory, without `..`"),
         ("file://runs", "file:// needs an absolute path"),
+        ("memory://runs", "memory:// is gone with the process"),
     ],
 )
 def test_which_urls_are_taken(url: str, problem: str) -> None:
@@ -363,6 +365,22 @@ def test_a_library_that_is_missing_is_named_with_the_extra(
     assert "s3fs" in text and hint == "pip install 'distplat[s3]'"
     assert missing_library("gs://bucket/a")[1] == "pip install 'distplat[gcs]'"
     assert missing_library("nowhere://a")[0] == "fsspec knows no nowhere://"
+    monkeypatch.setitem(sys.modules, "paramiko", None)
+    text, hint = missing_library("sftp://host/a")
+    assert text == "sftp:// needs a package that is not installed" and "paramiko" in hint
+
+
+def test_a_library_that_cannot_be_imported_is_told_as_the_storages(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It does not go with the version of another one, for example."""
+
+    def broken(scheme: str) -> None:
+        raise ImportError("cannot import name 'x' from 'y'")
+
+    monkeypatch.setattr("fsspec.get_filesystem_class", broken)
+    with pytest.raises(StorageError, match=r"^odd://bucket/run/checkpoints/: cannot import name"):
+        fetch("odd://bucket/run", tmp_path, 0.1, pytest.fail)
 
 
 def test_the_command_line(

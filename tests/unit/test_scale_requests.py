@@ -2,6 +2,11 @@
 
 import threading
 
+import pytest
+
+from distplat.actors import overview
+from distplat.actors.overview import RunName
+from distplat.platform.errors import SpecError
 from distplat.platform.scaling import (
     NOBODY_ASKED,
     ScaleRequest,
@@ -30,6 +35,24 @@ def test_the_answer_to_an_earlier_request_comes_too_late() -> None:
     assert requests.take() == later, "the one before counts no more"
     requests.answer(2, "")
     assert requests.status() == ScaleStatus(later)
+
+
+@pytest.mark.parametrize("meanwhile", [0, 2])
+def test_who_asks_is_no_rival_of_itself(meanwhile: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The call is carried out twice on its way; what another one asks for is told."""
+    requests, refused = ScaleRequests(), "no CPU is free"
+
+    def ask(run: RunName, role: str, method: str, *args: int) -> object:
+        if method == "scale":
+            first = requests.ask(*args)
+            requests.answer(requests.ask(meanwhile or args[0]).number, refused)
+            return first
+        return requests.status() if method == "scale_status" else object()
+
+    monkeypatch.setattr(overview, "_ask", ask)
+    told = f"{meanwhile} workers were asked for meanwhile" if meanwhile else refused
+    with pytest.raises(SpecError, match=told):
+        overview.scale(RunName("run-1", "run"), 3, 5.0)
 
 
 def test_requests_of_many_threads_have_numbers_of_their_own() -> None:
