@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -51,6 +52,7 @@ class CheckpointUploader:
         self._put, self._send, self._limit_s = put, send, limit_s
         self._staging = Staging()
         self._thread: threading.Thread | None = None
+        self._began = 0.0  #: when it did
 
     def take(self, version: int, part: CheckpointPart, facts: Mapping[str, Any]) -> None:
         """
@@ -60,10 +62,12 @@ class CheckpointUploader:
             DeadlineExceeded: the part before does not leave.
         """
         if self._busy and part.may_skip:
-            self._send(Delivery(self._rank, self._attempt, version, skipped=True))
+            late = "" if time.monotonic() - self._began < self._limit_s else str(self._late())
+            skipped = Delivery(self._rank, self._attempt, version, skipped=True, failure=late)
+            self._send(skipped)
             return
         self.flush()
-        arrays = self._staging.copy(part.tensors)
+        arrays, self._began = self._staging.copy(part.tensors), time.monotonic()
         self._thread = threading.Thread(
             target=self._deliver, args=(version, part, arrays, dict(facts)), daemon=True
         )
@@ -79,8 +83,11 @@ class CheckpointUploader:
         if self._thread is not None:
             self._thread.join(self._limit_s)
         if self._busy:
-            what, late = "a part of a checkpoint", ("Ray's object store",)
-            raise DeadlineExceeded(what, late, self._limit_s, "failure.step_timeout_s")
+            raise self._late()
+
+    def _late(self) -> DeadlineExceeded:
+        what, late = "a part of a checkpoint", ("Ray's object store",)
+        return DeadlineExceeded(what, late, self._limit_s, "failure.step_timeout_s")
 
     @property
     def _busy(self) -> bool:

@@ -87,7 +87,8 @@ class Checkpoints:
         self._changed = threading.Condition()
         self._waiting: deque[tuple[Sequence[Delivery], float]] = deque()
         self._skipped = 0
-        self._writing = False
+        self._writing, self._writing_since = False, 0.0
+        self._late = False  #: it was said that one takes long
         self._thread: Thread | None = None
         self._pruning = threading.Lock()  #: held while one is read, and while some are deleted
         self._best = BestCheckpoint(launch.job.checkpoint.keep_best)
@@ -114,12 +115,14 @@ class Checkpoints:
         if delivery.failure and delivery.attempt == self._collecting.attempt:
             self._fail(delivery.version, delivery.failure)
         parts = self._collecting.add(delivery)
+        for version in self._collecting.skipped():
+            self._skip(version)
         if not parts:
             return
         with self._changed:
             self._waiting.append((parts, time.monotonic()))
             while self._too_many():
-                self._skip(self._waiting.popleft()[0])
+                self._skip(self._waiting.popleft()[0][0].version)
             if self._thread is None:
                 self._thread = Thread(target=self._work, name="checkpoints", daemon=True)
                 self._thread.start()
@@ -164,6 +167,7 @@ class Checkpoints:
         Raises:
             StorageError: checkpoints fail again and again.
         """
+        self._look_at_writer()
         failures = dict(self._failures)
         if len(failures) >= PATIENCE:
             step, why = list(failures.items())[-1]
@@ -255,7 +259,7 @@ class Checkpoints:
             with self._changed:
                 self._changed.wait_for(lambda: bool(self._waiting))
                 parts, began = self._waiting.popleft()
-                self._writing = True
+                self._writing, self._writing_since = True, time.monotonic()
             self._write(parts, began)
             with self._changed:
                 self._writing = False
@@ -315,6 +319,9 @@ class Checkpoints:
             protected = self._best.protected
         with self._pruning:
             self._catalogue.prune(self._job.checkpoint.num_to_keep, written, protected)
+            left = self._catalogue.steps()
+        with self._judging:
+            self._best.left(left)
 
     def _fail(self, step: int, why: str) -> None:
         """Count a checkpoint that failed though the disk had no part in it."""
@@ -323,8 +330,17 @@ class Checkpoints:
             self._failures[step] = why
             self._failed_at = now
 
-    def _skip(self, parts: Sequence[Delivery]) -> None:
+    def _skip(self, step: int) -> None:
         self._skipped += 1
         if self._skipped == 1:
             text = "checkpoints come faster than they are written: step %d is skipped"
-            logger.warning(text, parts[0].version)
+            logger.warning(text, step)
+
+    def _look_at_writer(self) -> None:
+        """Say that one takes long: a disk that hangs does not say so itself."""
+        limit_s = self._job.failure.storage_timeout_s
+        if self._late or not self._writing or time.monotonic() - self._writing_since < limit_s:
+            return
+        self._late = True
+        text = "a checkpoint is still being written to %s after %g s (`%s`); the run goes on"
+        logger.warning(text, self._catalogue.folder, limit_s, SETTING)

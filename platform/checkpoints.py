@@ -77,7 +77,7 @@ class CheckpointAssembly:
         self._world = world
         self.attempt = 0  #: parts of other attempts are not taken
         self._parts: dict[int, dict[int, Delivery]] = {}  #: version -> rank -> its part
-        self.skipped: list[int] = []  #: versions of which there is no checkpoint
+        self._skipped: list[int] = []  #: versions of which there will be no checkpoint
 
     def begin(self, attempt: int, world: int | None = None) -> None:
         """
@@ -101,10 +101,15 @@ class CheckpointAssembly:
             return []
         older = [version for version in self._parts if version <= delivery.version]
         skipped = any(part.skipped for part in parts.values())
-        self.skipped += sorted(v for v in older if v != delivery.version or skipped)
+        self._skipped += sorted(v for v in older if v != delivery.version or skipped)
         for version in older:
             del self._parts[version]
         return [] if skipped else [parts[rank] for rank in range(self._world)]
+
+    def skipped(self) -> list[int]:
+        """Give the versions of which it came out that there will be no checkpoint, each once."""
+        found, self._skipped = self._skipped, []
+        return found
 
 
 class CommonVersion:

@@ -44,7 +44,7 @@ def complete(*deliveries: Delivery, attempt: int = 0) -> tuple[list[int], list[i
     collecting = CheckpointAssembly(2)
     collecting.begin(attempt)
     found = [parts[0].version for d in deliveries if (parts := collecting.add(d))]
-    return found, collecting.skipped
+    return found, collecting.skipped()
 
 
 def test_a_version_is_complete_when_all_ranks_gave_it() -> None:
@@ -399,11 +399,49 @@ def test_the_next_part_waits_for_the_last_one_or_is_skipped(slow: Slow) -> None:
         slow.uploader.take(6, part(2.0), {})
     slow.uploader._limit_s = 60.0
     slow.uploader.take(7, part(3.0, may_skip=True), {})
-    assert [(d.version, d.skipped) for d in slow.sent] == [(7, True)]
+    assert [(d.version, d.skipped, d.failure) for d in slow.sent] == [(7, True, "")]
+    slow.uploader._limit_s = 0.0
+    slow.uploader.take(8, part(3.0, may_skip=True), {})
+    assert "failure.step_timeout_s" in slow.sent[1].failure, "it counts as one that failed"
+    slow.uploader._limit_s = 60.0
     slow.gate.set()
-    slow.uploader.take(8, part(4.0), {})
+    slow.uploader.take(9, part(4.0), {})
     slow.uploader.flush()
-    assert [d.version for d in slow.sent] == [7, 5, 8]
+    assert [d.version for d in slow.sent] == [7, 8, 5, 9]
+
+
+def test_what_a_rank_skips_is_said_once(launch: Launch, caplog: pytest.LogCaptureFixture) -> None:
+    checkpoints = Checkpoints(launch, 2, lambda box: box)
+    for version in (1, 2):
+        for rank in range(2):
+            checkpoints.take(delivery(rank, version, skipped=rank == 1))
+    text = "checkpoints come faster than they are written: step 1 is skipped"
+    assert [record.message for record in caplog.records] == [text]
+    assert checkpoints.news() == []
+
+
+def test_a_checkpoint_that_takes_long_is_said_once(
+    launch: Launch, caplog: pytest.LogCaptureFixture
+) -> None:
+    gate, begun = threading.Event(), threading.Event()
+
+    def slowly(box: Any) -> Any:
+        begun.set()
+        assert gate.wait(30)
+        return box
+
+    limits = launch.job.failure.model_copy(update={"storage_timeout_s": 1e-9})
+    launch = replace(launch, job=launch.job.model_copy(update={"failure": limits}))
+    checkpoints = Checkpoints(launch, 2, slowly)
+    assert checkpoints.news() == []
+    for rank in range(2):
+        checkpoints.take(delivery(rank, 1))
+    assert begun.wait(30)
+    for _ in range(2):
+        assert checkpoints.news() == []
+    gate.set()
+    (said,) = [record.message for record in caplog.records]
+    assert "checkpoints after 1e-09 s (`failure.storage_timeout_s`); the run goes on" in said
 
 
 @pytest.mark.parametrize("fault", ["gone", "raises"])
