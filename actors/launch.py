@@ -15,13 +15,13 @@ Ray looks for it, and one that Ray has made is closed to others.
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import resource
 import secrets
 import shutil
 import stat
-import tempfile
 from collections.abc import Callable, Iterator, MutableMapping
 from contextlib import contextmanager, suppress
 from dataclasses import replace
@@ -44,6 +44,7 @@ from distplat.actors.spawn import spawn_controller
 from distplat.actors.stopping import Stopping, end_each
 from distplat.actors.task_check import TaskCheck, task_check
 from distplat.actors.task_pickling import check_pickles
+from distplat.platform.disk import reserve
 from distplat.platform.errors import DistplatError, InfrastructureError
 from distplat.platform.spec import Scaling
 
@@ -52,6 +53,8 @@ TOKEN_ELSEWHERE = ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
 AUTH_MODE = "RAY_AUTH_MODE"
 _LITTLE_BYTES = 64 * 2**20
 """With less room for its files Ray may not start."""
+_LEAST_BYTES = 2**20
+"""With less room it does not."""
 
 
 def secure_token(home: Path, environment: MutableMapping[str, str]) -> str:
@@ -260,12 +263,31 @@ def _shortages() -> list[str]:
     addresses, _ = resource.getrlimit(resource.RLIMIT_AS)
     if addresses != resource.RLIM_INFINITY:
         found.append(f"`ulimit -v` allows {addresses / 2**30:.1f} GiB of addresses")
-    folder = os.environ.get("RAY_TMPDIR") or tempfile.gettempdir()
+    folder = ray_compat.temporary_folder()
     with suppress(OSError):
         free = shutil.disk_usage(folder).free
         if free < _LITTLE_BYTES:
             found.append(f"{folder} has {free // 2**20} MiB free")
     return found
+
+
+def _check_room() -> None:
+    """
+    See that there is some room for Ray's files: without any it tries for half a minute.
+
+    Raises:
+        InfrastructureError: there is none.
+    """
+    folder = ray_compat.temporary_folder()
+    try:
+        reserve(folder, _LEAST_BYTES).close()
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            return  # Ray makes the folder, or says what is wrong with it
+        remedy = "free some of its disk, or have RAY_TMPDIR lead to another one"
+        raise InfrastructureError(
+            f"a local Ray could not be started: {folder}: {error.strerror}; {remedy}"
+        ) from None
 
 
 @contextmanager
@@ -283,6 +305,7 @@ def local_ray(scaling: Scaling, *, logs: bool = True) -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
+    _check_room()
     cpus = scaling.num_workers * scaling.resources()["CPU"]
     # More workers than cores is slow but right: on a laptop that is what trying out means.
     if warning := secure_token(Path.home(), os.environ):

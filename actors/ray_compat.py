@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from ray._common.utils import get_ray_address_file
+from ray._common.utils import get_default_system_temp_dir, get_ray_address_file
 from ray._private import ray_constants, services
 from ray._private.authentication import authentication_token_setup
 from ray._private.ray_logging import global_worker_stdstream_dispatcher
@@ -171,6 +171,11 @@ def own_process_groups() -> Iterator[None]:
 def address_file() -> Path:
     """Give where `ray start` notes an address; `address="auto"` finds others' Rays, too."""
     return Path(get_ray_address_file(None))
+
+
+def temporary_folder() -> Path:
+    """Give where Ray makes its folder; where that disk is full, Python would choose another one."""
+    return Path(get_default_system_temp_dir())
 
 
 def address_of_auto() -> str:

@@ -1,5 +1,6 @@
 """A Ray of the run's own that does not start is told with what to do about it."""
 
+import errno
 import os
 import resource
 import shutil
@@ -38,12 +39,27 @@ def test_what_ray_may_have_too_little_of_is_named(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("RAY_TMPDIR", "/there")
-    disk = {"/there": SimpleNamespace(free=3 * 2**20)}
+    disk = {Path("/there"): SimpleNamespace(free=3 * 2**20)}
     monkeypatch.setattr(shutil, "disk_usage", disk.__getitem__)
     monkeypatch.setattr(resource, "getrlimit", lambda which: (2**31, 2**31))
     with pytest.raises(InfrastructureError) as raised:
         start(Exception(ITS_WORDS), monkeypatch, tmp_path)
     assert "`ulimit -v` allows 2.0 GiB of addresses; /there has 3 MiB free" in str(raised.value)
+
+
+def test_without_any_room_ray_is_not_even_started(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """It would try for half a minute."""
+
+    def full(file: int, start: int, size: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(InfrastructureError, match=rf"{tmp_path}: No space left.*RAY_TMPDIR"):
+        start(AssertionError("it was started"), monkeypatch, tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("error", [Interrupted(2), KeyboardInterrupt()])
