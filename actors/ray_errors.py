@@ -13,8 +13,14 @@ from enum import Enum
 
 from ray import exceptions
 
-from distplat.actors.transport import ActorDied, AnswerPending, Unanswered
-from distplat.platform.errors import DistplatError, InfrastructureError, Problem, SpecError
+from distplat.actors.transport import ActorDied, AnswerPending, TransportError, Unanswered
+from distplat.platform.errors import (
+    ClusterUnreachable,
+    DistplatError,
+    InfrastructureError,
+    Problem,
+    SpecError,
+)
 
 
 class Meaning(Enum):
@@ -165,6 +171,8 @@ def as_ours(error: exceptions.RayError) -> DistplatError:
         return SpecError(Problem(("--runtime-env",), str(error).strip(), remedy))
     if found is Meaning.OURS:
         return DistplatError(f"error inside distplat: {type(error).__name__}: {cause}")
+    if isinstance(error, exceptions.AuthenticationError):
+        return ClusterUnreachable(f"the cluster does not take the token at hand, or any: {cause}")
     head = "a process of the cluster was lost" if found is Meaning.LOST else "the cluster fails"
     return InfrastructureError(f"{head}: {cause}" + (f"; {remedy}" if remedy else ""))
 
@@ -198,11 +206,14 @@ def of_platform(error: BaseException) -> DistplatError | None:
     Give our error for what came through the user's code, or past it, and is not his; else None.
 
     Of what a method raised only our own errors are meant: others are of actors that the user's
-    code has made itself.
+    code has made itself. So are deadlines, of which ours come through a transport, and what Ray
+    does not do.
     """
+    if isinstance(error, TransportError):
+        return InfrastructureError(f"a process of the run does not answer: {error}".rstrip(": "))
     if not isinstance(error, exceptions.RayError):
         return None
-    if meaning(error) in (Meaning.RAISED, Meaning.USER):
+    if meaning(error) in (Meaning.RAISED, Meaning.USER, Meaning.LATE, Meaning.OURS):
         cause = getattr(error, "cause", None)
         return cause if isinstance(cause, DistplatError) else None
     return as_ours(error)

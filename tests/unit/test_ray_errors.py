@@ -1,11 +1,14 @@
 """What Ray raises means one thing everywhere, and no class of Ray's is undecided."""
 
 import inspect
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
 from ray import exceptions
 
+import distplat
 from distplat.actors.ray_errors import (
     MEANINGS,
     Meaning,
@@ -19,6 +22,7 @@ from distplat.actors.ray_errors import (
 from distplat.actors.transport import ActorDied, AnswerPending, Unanswered
 from distplat.platform.errors import (
     ActorLost,
+    ClusterUnreachable,
     DistplatError,
     InfrastructureError,
     SpecError,
@@ -50,6 +54,23 @@ def test_every_class_of_ray_is_decided() -> None:
     assert len(MEANINGS) > 40, "the walk has found them"
 
 
+def test_nobody_else_knows_a_class_of_rays_by_name() -> None:
+    """Whoever caught `RayActorError` alone would take an out-of-memory kill for a fault of ours."""
+    root = Path(distplat.__file__).parent
+    files = [path for part in ("actors", "cli") for path in (root / part).rglob("*.py")]
+    named = {
+        (path.name, name)
+        for path in files
+        if path.name != "ray_errors.py"
+        for name in re.findall(r"exceptions\.(\w+(?:Error|Exception))\b", path.read_text())
+        if hasattr(exceptions, name)
+    }
+    joining = {("cluster.py", "AuthenticationError"), ("join.py", "AuthenticationError")}
+    documented = {("ray_compat.py", "AuthenticationError")}
+    assert len(files) > 50
+    assert {one for one in named if one[1] != "RayError"} == joining | documented
+
+
 OUT_OF_MEMORY = exceptions.OutOfMemoryError("Task was killed due to the node running low on memory")
 KILLED = "killed by Ray's memory monitor"
 
@@ -69,6 +90,7 @@ KILLED = "killed by Ray's memory monitor"
         (exceptions.GetTimeoutError("late"), AnswerPending, ""),
         (exceptions.ObjectStoreFullError("full"), InfrastructureError, "object_store_memory"),
         (exceptions.RaySystemError("raylet"), InfrastructureError, "the cluster fails"),
+        (exceptions.AuthenticationError("no"), ClusterUnreachable, "does not take the token"),
         (exceptions.RuntimeEnvSetupError("no matching package"), SpecError, "no matching package"),
         (exceptions.PendingCallsLimitExceeded("9"), DistplatError, "error inside distplat"),
         (raised(StaleError("push 2")), StaleError, "push 2"),
@@ -98,6 +120,10 @@ def test_what_a_method_raised_is_no_death_of_its_actor() -> None:
         (raised(ValueError("in the user's own actor")), type(None)),
         (ValueError("in the user's code"), type(None)),
         (exceptions.UserCodeException("in the user's data set"), type(None)),
+        (exceptions.GetTimeoutError("a deadline of the user's"), type(None)),
+        (exceptions.ActorAlreadyExistsError("an actor of the user's"), type(None)),
+        (AnswerPending(), InfrastructureError),
+        (ActorDied("killed"), InfrastructureError),
     ],
 )
 def test_whose_fault_it_is(error: Exception, expected: type[Any]) -> None:
