@@ -56,8 +56,6 @@ logger = logging.getLogger(__name__)
 
 _MOST = 100_000
 """Events that wait for a driver that does not ask, some 50 MB."""
-_FETCH_S = 60.0
-"""How long a part of a checkpoint may take to come from its node."""
 _BEGIN_S = 5.0
 """How long a question waits for the run to begin."""
 
@@ -154,7 +152,8 @@ class ControllerActor:
         # where a train function says what is kept.
         alone = actor_group.dynamic_tasks or launch.job.own_loop
         parts = 1 if alone else launch.job.scaling.world
-        checkpoints = Checkpoints(launch, parts, _open_box)
+        fetch = partial(_open_box, limit_s=launch.job.failure.step_timeout_s)
+        checkpoints = Checkpoints(launch, parts, fetch)
         checkpoints.step = base
         try:
             self._controller = Controller(
@@ -298,11 +297,13 @@ def _send_records(outbox: Outbox[Any]) -> None:
     ours.propagate = False
 
 
-def _open_box(box: list[Any]) -> list[Bytes]:
+def _open_box(box: list[Any], limit_s: float) -> list[Bytes]:
+    """Bring a part of a checkpoint from its node: a large one, over a slow net, takes minutes."""
     try:
-        arrays: list[Bytes] = RayTransport().get(box[0], _FETCH_S)
+        arrays: list[Bytes] = RayTransport().get(box[0], limit_s)
     except AnswerPending:
-        raise DeadlineExceeded("a part of a checkpoint", ("its node",), _FETCH_S, "") from None
+        what, setting = "a part of a checkpoint", "failure.step_timeout_s"
+        raise DeadlineExceeded(what, ("its node",), limit_s, setting) from None
     return arrays
 
 

@@ -81,7 +81,10 @@ class HeadWatch:
             ActorLost: it is gone.
         """
         if self.lost:
-            cause = f"nothing has listened at {self._address} for {self._limit_s:.0f} s"
+            cause = (
+                f"nothing has listened at {self._address} for {self._limit_s:.0f} s, two thirds of "
+                f"what {_SETTING} gives it"
+            )
             remedy = "start Ray there again, and go on from the last checkpoint"
             raise ActorLost(_HEAD, None, cause, remedy)
 

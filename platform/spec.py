@@ -236,7 +236,8 @@ class Failure(Spec):
     start_timeout_s: Seconds = 120.0
     """From asking Ray for the actors to the first step."""
     step_timeout_s: Seconds = 120.0
-    """How long a rank or a server node may be waited for inside a step."""
+    """How long a rank or a server node may be waited for inside a step; so long, too, a rank's part
+    of a checkpoint may take to leave its process, and to come to the driver's node."""
     heartbeat_timeout_s: Seconds = 30.0
     """Seconds without a heartbeat reply after which a live process counts as hung."""
     storage_timeout_s: Seconds = 120.0

@@ -17,9 +17,12 @@ from jobs import fields_of, job_of
 from safetensors.numpy import load_file
 
 from distplat import Result, Trainer
+from distplat.actors import controller_actor
 from distplat.actors.actor_group import Launch
 from distplat.actors.checkpoint_uploader import CheckpointUploader
 from distplat.actors.checkpointing import PATIENCE, Checkpoints
+from distplat.actors.ray_transport import RayTransport
+from distplat.actors.transport import AnswerPending
 from distplat.cli.main import run as command
 from distplat.platform.checkpoints import Catalogue, CheckpointAssembly, Delivery
 from distplat.platform.disk import Disk
@@ -168,6 +171,21 @@ def test_every_checkpoint_that_fails_counts_whatever_the_cause(
     checkpoints.drain()
     with pytest.raises(StorageError, match=r"3 checkpoints .* step 5: '0.weight' holds NaN"):
         checkpoints.news()
+
+
+def test_a_part_that_does_not_come_in_time_names_the_setting(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    waited: list[float] = []
+
+    def late(self: RayTransport, reference: object, timeout_s: float) -> None:
+        waited.append(timeout_s)
+        raise AnswerPending
+
+    monkeypatch.setattr(RayTransport, "get", late)
+    with pytest.raises(DeadlineExceeded, match=r"waited 7 s.*`failure\.step_timeout_s`"):
+        controller_actor._open_box([None], limit_s=7.0)
+    assert waited == [7.0]
 
 
 def test_checkpoints_that_one_lost_worker_takes_along_count_as_one(launch: Launch) -> None:

@@ -28,7 +28,8 @@ def test_a_head_that_is_silent_for_too_long_ends_the_run() -> None:
     head.now = 41
     watch.look()
     assert watch.lost
-    with pytest.raises(ActorLost, match=r"head .* at h:6379 for 40 s.*last checkpoint") as caught:
+    told = r"head .* at h:6379 for 40 s.*RAY_gcs_rpc_server_reconnect_timeout_s.*last checkpoint"
+    with pytest.raises(ActorLost, match=told) as caught:
         watch.check()
     assert caught.value.exit_code == 4
 
