@@ -271,7 +271,8 @@ class Tracking(Callback):
     def _writer(self, spec: TrackerSpec, job: Job, path: Path) -> BackgroundWriter[_Told]:
         """Begin: the library is imported in the thread, for that takes seconds."""
         shown = _Shown(partial(open_tracker, spec, job, path, self._before))
-        return BackgroundWriter(shown, partial(logger.warning, "%s: %s", spec.name))
+        warn = partial(logger.warning, "%s: %s", spec.name)
+        return BackgroundWriter(shown, warn, where="its server")
 
     @override
     def on_step(self, step: StepSummary) -> None:
@@ -314,7 +315,7 @@ class _Shown:
     def __init__(self, begin: Callable[[], Tracker]) -> None:
         self._open = begin
         self._tracker: Tracker | None = None
-        self._error: Exception | None = None  #: why it could not be opened
+        self._error: BaseException | None = None  #: why it could not be opened
 
     def __call__(self, what: _Told) -> None:
         if self._error is not None:
@@ -322,7 +323,7 @@ class _Shown:
         if self._tracker is None:
             try:
                 self._tracker = self._open()
-            except Exception as error:  # once: it may take long, or ask for a password
+            except BaseException as error:  # once: it may take long, or ask for a password
                 self._error = error
                 raise
         if isinstance(what, bool):

@@ -48,9 +48,6 @@ from distplat.strategies.worker_strategy import make_worker_strategy
 
 logger = logging.getLogger(__name__)
 
-_LEAVE_S = 60.0
-"""How long a part of a checkpoint may take to its thread; here that is a copy in memory."""
-
 
 def train_in_process(launch: Launch, handlers: RunHandlers, stopping: Stopping) -> None:
     """
@@ -102,7 +99,7 @@ def _train(
     for remark in prepared.remarks:
         logger.warning("%s", remark)
     every = job.checkpoint.period(prepared.sampler.steps_per_epoch)
-    uploader = _uploader(checkpoints)
+    uploader = _uploader(checkpoints, job)
     saved = _saved(checkpoints.newest())
     with ExitStack() as ending:
         others = _OtherRoles(job, launch, every, ending)
@@ -191,7 +188,7 @@ def _train_function(
     checkpoints: Checkpoints,
 ) -> None:
     """Call a train function here."""
-    uploader = _uploader(checkpoints)
+    uploader = _uploader(checkpoints, launch.job)
 
     def load() -> TrainFunction:
         if launch.task is not None and not isinstance(launch.task, type):
@@ -213,9 +210,9 @@ def _train_function(
     _settle(checkpoints, handlers)
 
 
-def _uploader(checkpoints: Checkpoints) -> CheckpointUploader:
+def _uploader(checkpoints: Checkpoints, job: Job) -> CheckpointUploader:
     copied = lambda arrays: [one.copy() for one in arrays]  # noqa: E731
-    return CheckpointUploader(0, 0, copied, checkpoints.take, _LEAVE_S)
+    return CheckpointUploader(0, 0, copied, checkpoints.take, job.failure.step_timeout_s)
 
 
 def _servers(job: Job, launch: Launch) -> Servers:

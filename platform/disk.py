@@ -262,6 +262,7 @@ class BackgroundWriter(Generic[Record]):
         warn: is told of what is lost.
         most: records that may wait; those that come then are lost.
         what: they are, in the plural.
+        where: they go, for who is told that it does not answer.
     """
 
     def __init__(
@@ -270,8 +271,9 @@ class BackgroundWriter(Generic[Record]):
         warn: Callable[[str], object],
         most: int = MOST,
         what: str = "metrics",
+        where: str = "the disk",
     ) -> None:
-        self._write, self._warn, self._what = write, warn, what
+        self._write, self._warn, self._what, self._where = write, warn, what, where
         self._waiting: queue.Queue[Record] = queue.Queue(most)
         self._lost = 0
         self._closed = False
@@ -283,7 +285,7 @@ class BackgroundWriter(Generic[Record]):
         try:
             self._waiting.put_nowait(record)
         except queue.Full:
-            self._lose("the disk does not answer")
+            self._lose(f"{self._where} does not answer")
 
     def wait(self, limit_s: float) -> bool:
         """Wait for what is to be written; say whether all of it is."""
@@ -317,7 +319,7 @@ class BackgroundWriter(Generic[Record]):
             try:
                 if not self._closed:
                     self._write(record)
-            except Exception as error:
+            except BaseException as error:  # sys.exit() of a library would end the thread
                 self._lose(str(error) or repr(error))
             finally:
                 self._waiting.task_done()

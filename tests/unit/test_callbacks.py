@@ -321,6 +321,23 @@ def test_records_are_written_in_order_before_the_end() -> None:
     assert written == list(range(500))
 
 
+@pytest.mark.parametrize("error", [SystemExit(1), MemoryError()])
+def test_what_a_library_raises_costs_one_record(error: BaseException) -> None:
+    written, said = list[int](), list[str]()
+
+    def write(record: int) -> None:
+        if record == 1:
+            raise error
+        written.append(record)
+
+    writer = BackgroundWriter(write, said.append)
+    for record in range(3):
+        writer.put(record)
+    assert writer.close()
+    assert written == [0, 2]
+    assert said[-1] == "1 records of metrics were not written"
+
+
 def test_a_view_whose_pipe_is_closed_draws_no_more() -> None:
     reader, writer = os.pipe()
     os.close(reader)
