@@ -89,6 +89,7 @@ class Checkpoints:
         self._skipped = 0
         self._writing, self._writing_since = False, 0.0
         self._late = False  #: it was said that one takes long
+        self._undeleted = False  #: and that some stay
         self._thread: Thread | None = None
         self._pruning = threading.Lock()  #: held while one is read, and while some are deleted
         self._best = BestCheckpoint(launch.job.checkpoint.keep_best)
@@ -318,8 +319,11 @@ class Checkpoints:
         with self._judging:
             protected = self._best.protected
         with self._pruning:
-            self._catalogue.prune(self._job.checkpoint.num_to_keep, written, protected)
+            why = self._catalogue.prune(self._job.checkpoint.num_to_keep, written, protected)
             left = self._catalogue.steps()
+        if why and not self._undeleted:
+            self._undeleted = True
+            logger.warning("old checkpoints could not be deleted, and take room: %s", why)
         with self._judging:
             self._best.left(left)
 

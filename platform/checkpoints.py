@@ -250,15 +250,15 @@ class Catalogue:
         content = {**files, STATE: [_canonical({**state, "step": step})]}
         try:
             self._fill(partial, content)
+            disk.rename(partial, target)
         except OSError:
             with contextlib.suppress(OSError):
                 disk.remove(partial)  # a disk that is full must not stay so
             raise
-        disk.rename(partial, target)
         disk.sync(self.folder)
         return target
 
-    def prune(self, keep: int, written: int, protected: Set[int] = frozenset()) -> None:
+    def prune(self, keep: int, written: int, protected: Set[int] = frozenset()) -> str:
         """
         Let the oldest go, once the one just written was looked at: its files have their lengths.
 
@@ -267,16 +267,23 @@ class Catalogue:
             written: the step of the one just written.
             protected: steps whose checkpoints stay, too.
 
+        Returns:
+            Why one could not be deleted; empty: all are.
+
         Raises:
-            OSError: it is damaged, so nothing is deleted; or the disk refuses.
+            OSError: it is damaged, so nothing is deleted.
         """
-        too_many = surplus(self.steps(), keep, written, protected)
+        why, too_many = "", surplus(self.steps(), keep, written, protected)
         if not too_many:
-            return
+            return why
         if found := shortfall(self.path(written)):
             raise OSError(f"{found}; nothing was deleted")
         for step in too_many:
-            self._drop(self.path(step))
+            try:
+                self._drop(self.path(step))
+            except OSError as error:  # on NFS, for example, while somebody reads it
+                why = f"{self.path(step)}: {error.strerror or error}"
+        return why
 
     def set_aside(self, after: int) -> None:
         """
@@ -349,7 +356,8 @@ class Catalogue:
             self._disk.sync(self.folder.parent)
         for path in self.folder.iterdir():
             if path.suffix in (_PARTIAL, _DELETED):
-                self._disk.remove(path)
+                with contextlib.suppress(OSError):  # it counts for nothing, and may go next time
+                    self._disk.remove(path)
 
 
 def read(path: Path, moved: Moved = lambda: None) -> StoredCheckpoint:

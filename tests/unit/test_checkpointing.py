@@ -2,6 +2,7 @@
 
 import errno
 import logging
+import os
 import shutil
 import threading
 import time
@@ -426,6 +427,24 @@ def test_the_next_part_waits_for_the_last_one_or_is_skipped(slow: Slow) -> None:
     slow.uploader.take(9, part(4.0), {})
     slow.uploader.flush()
     assert [d.version for d in slow.sent] == [7, 8, 5, 9]
+
+
+def test_old_ones_that_stay_end_no_run(
+    launch: Launch, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As on NFS, while the upload of a copy reads them."""
+
+    def busy(self: Disk, path: Path) -> None:
+        raise OSError(errno.ENOTEMPTY, os.strerror(errno.ENOTEMPTY))
+
+    monkeypatch.setattr(Disk, "remove", busy)
+    checkpoints = Checkpoints(launch, 2, lambda box: box)
+    for step in range(1, 8):
+        give(checkpoints, step)
+        assert [saved.step for saved in checkpoints.news()] == [step]
+    assert [record.message.partition(":")[0] for record in caplog.records] == [
+        "old checkpoints could not be deleted, and take room"
+    ]
 
 
 def test_what_a_rank_skips_is_said_once(launch: Launch, caplog: pytest.LogCaptureFixture) -> None:
