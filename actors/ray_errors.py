@@ -14,13 +14,7 @@ from enum import Enum
 from ray import exceptions
 
 from distplat.actors.transport import ActorDied, AnswerPending, TransportError, Unanswered
-from distplat.platform.errors import (
-    ClusterUnreachable,
-    DistplatError,
-    InfrastructureError,
-    Problem,
-    SpecError,
-)
+from distplat.platform.errors import DistplatError, InfrastructureError, Problem, SpecError
 
 
 class Meaning(Enum):
@@ -171,8 +165,6 @@ def as_ours(error: exceptions.RayError) -> DistplatError:
         return SpecError(Problem(("--runtime-env",), str(error).strip(), remedy))
     if found is Meaning.OURS:
         return DistplatError(f"error inside distplat: {type(error).__name__}: {cause}")
-    if isinstance(error, exceptions.AuthenticationError):
-        return ClusterUnreachable(f"the cluster does not take the token at hand, or any: {cause}")
     head = "a process of the cluster was lost" if found is Meaning.LOST else "the cluster fails"
     return InfrastructureError(f"{head}: {cause}" + (f"; {remedy}" if remedy else ""))
 

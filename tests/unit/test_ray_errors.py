@@ -22,7 +22,6 @@ from distplat.actors.ray_errors import (
 from distplat.actors.transport import ActorDied, AnswerPending, Unanswered
 from distplat.platform.errors import (
     ActorLost,
-    ClusterUnreachable,
     DistplatError,
     InfrastructureError,
     SpecError,
@@ -90,7 +89,6 @@ KILLED = "killed by Ray's memory monitor"
         (exceptions.GetTimeoutError("late"), AnswerPending, ""),
         (exceptions.ObjectStoreFullError("full"), InfrastructureError, "object_store_memory"),
         (exceptions.RaySystemError("raylet"), InfrastructureError, "the cluster fails"),
-        (exceptions.AuthenticationError("no"), ClusterUnreachable, "does not take the token"),
         (exceptions.RuntimeEnvSetupError("no matching package"), SpecError, "no matching package"),
         (exceptions.PendingCallsLimitExceeded("9"), DistplatError, "error inside distplat"),
         (raised(StaleError("push 2")), StaleError, "push 2"),
