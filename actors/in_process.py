@@ -110,7 +110,7 @@ def _train(
         ending_by = lambda step: StopOrder.END if handlers.ending() else StopOrder.NONE  # noqa: E731
         meets(report=told, stop=ending_by).run()
         uploader.flush()
-        handlers.on_model(saved_model(trained_model(prepared, strategy)))
+        handlers.on_model(saved_model(trained_model(prepared, strategy, 0)))
     _settle(checkpoints, handlers)
     others.keep_files(handlers, resumed=saved is not None)
 

@@ -312,7 +312,7 @@ class Session:
             uploader.flush()
             if stopped is StopOrder.RESIZE:
                 raise Abandoned("this worker was told to stop between two steps")
-            return saved_model(trained_model(prepared, strategy))
+            return saved_model(trained_model(prepared, strategy, order.rank))
         finally:
             connection.close()
 

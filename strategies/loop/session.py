@@ -420,9 +420,12 @@ def _set_up(
     return start
 
 
-def trained_model(p: Prepared, strategy: WorkerStrategy[Any]) -> dict[str, Tensor]:
+def trained_model(p: Prepared, strategy: WorkerStrategy[Any], rank: int) -> dict[str, Tensor]:
     """Give this rank's part of the trained model, without what the job leaves out."""
     found = strategy.trained(p.flat)
+    if (rank == 0 or p.holding is not None) and (name := _not_finite(p)) is not None:
+        text = "the trained model holds NaN or infinity, in %r: its last step made it so"
+        logger.warning(text, name)
     left_out = p.frozen.unchanged() if p.frozen is not None else {}
     return {n: one for n, one in found.items() if n.removeprefix(EMA_PREFIX) not in left_out}
 
@@ -481,9 +484,8 @@ def _facts(p: Prepared, version: int) -> dict[str, Any]:
     if isinstance(p.data, StreamSamples):  # where it is read on
         mark = p.data.mark_before(p.sampler.position(version))
         facts |= {} if mark is None else {STREAM: mark.saved()}
-    slot = first_non_finite(p.flat.params, p.flat.segments, p.flat.layout.pieces)
-    if slot is not None:
-        facts[NOT_FINITE] = p.flat.name(slot)
+    if (name := _not_finite(p)) is not None:
+        facts[NOT_FINITE] = name
     if p.frozen is not None:
         facts[FROZEN] = p.frozen.unchanged()
         p.flat.unsaved = frozenset(facts[FROZEN])
@@ -494,3 +496,9 @@ def _facts(p: Prepared, version: int) -> dict[str, Any]:
     if p.lookups is not None:
         facts["tables"] = [asdict(spec) for spec in p.lookups.specs]
     return facts
+
+
+def _not_finite(p: Prepared) -> str | None:
+    """Give the name of the first parameter that holds NaN or infinity; None: none does."""
+    slot = first_non_finite(p.flat.params, p.flat.segments, p.flat.layout.pieces)
+    return None if slot is None else p.flat.name(slot)

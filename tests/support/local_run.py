@@ -192,7 +192,7 @@ class Attempt:
             self.starts.append(loop.start)
             if loop.run() is StopOrder.RESIZE:
                 raise Abandoned("told to stop")
-            trained = trained_model(mine.prepared, mine.strategy)
+            trained = trained_model(mine.prepared, mine.strategy, rank)
         except self.ends as error:
             self.errors[rank] = error
             self.stopped(rank)

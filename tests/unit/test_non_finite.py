@@ -202,7 +202,9 @@ def skipped(run: LocalRun, rank: int = 0) -> float:
 
 
 @pytest.mark.parametrize("strategy", ["ring", "ps-sync", "ps-async"])
-def test_a_checkpoint_tells_that_its_parameters_are_not_finite(strategy: str) -> None:
+def test_a_checkpoint_tells_that_its_parameters_are_not_finite(
+    strategy: str, caplog: pytest.LogCaptureFixture
+) -> None:
     job = spoiled_job({"name": strategy}, 2, "ignore", bad=(14,), norm=False)
     job = job.model_copy(update={"checkpoint": CheckpointConfig(every_steps=1)})
     run = train(job, Spoiled)
@@ -210,3 +212,19 @@ def test_a_checkpoint_tells_that_its_parameters_are_not_finite(strategy: str) ->
     assert told[STEPS] is True
     # Under ps-async one rank may be at the bad sample before another has made the first step.
     assert strategy == "ps-async" or told.get(1, False) is False
+    assert caplog.text.count("the trained model holds NaN or infinity, in '0.weight'") == 1
+
+
+@pytest.mark.parametrize("large", [1.0, 1e300])
+def test_a_last_step_that_overflows_is_told(large: float, caplog: pytest.LogCaptureFixture) -> None:
+    """Loss and gradient are finite, and no step follows that would find the parameters."""
+    job = job_of(
+        "ring",
+        2,
+        task_args={"norm": False, "large": large},
+        optimizer={"name": "SGD", "lr": 1e9},
+        steps=1,
+        global_batch_size=BATCH,
+    )
+    train(job, Spoiled)
+    assert ("the trained model holds NaN or infinity" in caplog.text) is (large > 1.0)
