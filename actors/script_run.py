@@ -33,6 +33,7 @@ from distplat.actors.script_process import Output
 from distplat.actors.spawn import spawn_script
 from distplat.actors.stopping import Stopping
 from distplat.actors.transport import ActorDied, Transport, TransportError, Unanswered
+from distplat.platform.awake_clock import AwakeClock
 from distplat.platform.disk import with_deadline, write_whole
 from distplat.platform.errors import (
     ActorLost,
@@ -48,6 +49,8 @@ from distplat.platform.torchrun import ProcessPlace, TorchrunLaunch, environment
 
 _OUTPUT_S = 1.0
 _TICK_S = 0.1
+_SILENT_S = 60.0
+"""Who has not answered for so long is frozen or cut off; answers are held back for `_OUTPUT_S`."""
 GRACE_S = 10.0
 """How long processes have to end after SIGTERM."""
 _ALONE_S = 60.0
@@ -85,12 +88,13 @@ class _Rank:
         self.actor, self.rank = actor, rank
         self.taken = 0
         self.exit_code: int | None = None
-        self.lost = False
+        self.lost = ""  #: why it is gone; empty: it is there
         self.reply: Any = None
+        self.heard_at = 0.0  #: when it has answered last, or was asked first
 
     @property
     def over(self) -> bool:
-        return self.lost or self.exit_code is not None
+        return bool(self.lost) or self.exit_code is not None
 
 
 class Attempt:
@@ -118,6 +122,7 @@ class Attempt:
         self._ranks: list[_Rank] = []
         self._told = False  #: see `_tell_who_runs_on`
         self._all_ran_at = time.monotonic()
+        self._clock = AwakeClock()
 
     def run(self, restarts: int) -> None:
         """
@@ -179,21 +184,27 @@ class Attempt:
             if one.reply is None:
                 question = one.actor, "output", one.taken, _OUTPUT_S
                 one.reply = self._transport.call(*question)
+                one.heard_at = one.heard_at or self._clock.now()
         replies = [one.reply for one in open_ranks]
         come = self._transport.wait(replies, _TICK_S) if replies else []
+        if come:  # that was one of them, and who prints much would come before others again
+            come = self._transport.wait(replies, 0.0, everything=True)
         for one in open_ranks:
             if one.reply in come:
                 self._take_answer(one)
+            elif self._clock.now() - one.heard_at > _SILENT_S:
+                one.lost = f"it has not answered for {_SILENT_S:.0f} s"
 
     def _take_answer(self, one: _Rank) -> None:
         reply, one.reply = one.reply, None
         try:
             found: Output = self._transport.get(reply, _OUTPUT_S)
-        except ActorDied:
-            one.lost = True
+        except ActorDied as error:
+            one.lost = str(error) or "its node or actor died"
             return
         except (Unanswered, TransportError):
             return  # asked again: what was not taken is given again
+        one.heard_at = self._clock.now()
         one.taken += len(found.lines)
         for text in found.lines:
             self._terminal.line(one.rank, text)
@@ -203,7 +214,7 @@ class Attempt:
     def _raise_failure(self) -> None:
         for one in self._ranks:
             if one.lost:
-                raise ActorLost(f"the process of rank {one.rank}", None, "its node or actor died")
+                raise ActorLost(f"the process of rank {one.rank}", None, one.lost)
         ended = sorted(one.rank for one in self._ranks if one.exit_code == 0)
         for one in self._ranks:
             if one.exit_code:

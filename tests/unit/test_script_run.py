@@ -208,11 +208,30 @@ def once_all_are_heard(run: Run, do: Callable[[], object]) -> None:
 def test_a_lost_process_is_named_and_the_others_end() -> None:
     run = Run(SLEEPING)
     once_all_are_heard(run, lambda: run.actors[1].die("its node is gone"))
-    with pytest.raises(ActorLost, match="the process of rank 2"):  # its node comes second
+    # its node comes second
+    with pytest.raises(ActorLost, match=r"the process of rank 2 was lost: .*its node is gone"):
         run.go()
     assert len(run.heard.lines) == 3
     for _, text in run.heard.lines:
         assert gone(int(text.split()[1]))
+
+
+def test_a_process_that_is_frozen_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its actor answers no more; lost answers that come again are none of that."""
+    frozen, over = threading.Event(), threading.Event()
+    run = Run(SLEEPING)
+    once_all_are_heard(run, frozen.set)
+
+    def rule(call: Call) -> Fault | None:
+        if frozen.is_set() and call.actor == "process-1" and not over.is_set():
+            monkeypatch.setattr(script_run, "_SILENT_S", 3.0)
+            return Fault(delay_s=20.0)
+        return None
+
+    add_rule(run.cluster, rule)
+    with pytest.raises(ActorLost, match=r"rank 2 was lost: it has not answered for 3 s"):
+        run.go()
+    over.set()
 
 
 def test_an_interruption_ends_all() -> None:
