@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -217,21 +218,21 @@ def test_a_lost_process_is_named_and_the_others_end() -> None:
 
 
 def test_a_process_that_is_frozen_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its actor answers no more; lost answers that come again are none of that."""
-    frozen, over = threading.Event(), threading.Event()
+    """Its actor answers no more. A second passes with each answer of another one."""
+    frozen, seconds = threading.Event(), [1.0]
     run = Run(SLEEPING)
     once_all_are_heard(run, frozen.set)
 
     def rule(call: Call) -> Fault | None:
-        if frozen.is_set() and call.actor == "process-1" and not over.is_set():
-            monkeypatch.setattr(script_run, "_SILENT_S", 3.0)
-            return Fault(delay_s=20.0)
-        return None
+        if frozen.is_set() and call.actor == "process-0":
+            seconds[0] += 1
+        return Fault(delay_s=10.0) if frozen.is_set() and call.actor == "process-1" else None
 
+    monkeypatch.setattr(script_run, "AwakeClock", lambda: SimpleNamespace(now=lambda: seconds[0]))
+    monkeypatch.setattr(script_run, "_OUTPUT_S", 0.02)
     add_rule(run.cluster, rule)
-    with pytest.raises(ActorLost, match=r"rank 2 was lost: it has not answered for 3 s"):
+    with pytest.raises(ActorLost, match=r"rank 2 was lost: it has not answered for 60 s"):
         run.go()
-    over.set()
 
 
 def test_an_interruption_ends_all() -> None:
