@@ -100,8 +100,8 @@ class Trainer:
         self._unheard = [] if task is None else check_task(task, self.job)
         self._dir = Path(working_dir or ".").resolve()
         self._storage_dir = Path(storage_dir or self._dir).resolve()
-        check_callbacks(callbacks)
         self._callbacks = tuple(callbacks)
+        check_callbacks(self._callbacks)
         self._progress = progress
         self._log_to_driver = log_to_driver
         check_libraries(self.job)
@@ -235,6 +235,9 @@ class Trainer:
         missing = ""
         try:
             directory.finish("SUCCEEDED", facts)
+        except StorageError:
+            _tell_model(result)
+            raise
         finally:  # where the local disk is full the model is to come there all the more
             if upload is not None:
                 missing = upload.close(lambda: stopping.asked)
@@ -298,6 +301,12 @@ def _close(writers: Sequence[BackgroundWriter[Summary]]) -> None:
         writer.close(max(0.0, until - time.monotonic()))
 
 
+def _tell_model(result: Result) -> None:
+    """Say where the model is, of a run that fails once that is saved."""
+    if result.checkpoint is not None:
+        logger.warning("the trained model is in %s all the same", result.checkpoint)
+
+
 def _record_failure(directory: RunDirectory, result: Result, error: BaseException) -> None:
     """Write down how a run failed, and where its model is if it has one."""
     facts = {"error": str(error)}
@@ -305,7 +314,7 @@ def _record_failure(directory: RunDirectory, result: Result, error: BaseExceptio
         facts["best_checkpoint"] = str(result.best_checkpoint)
     if result.checkpoint is not None:  # it is the tables or a checkpoint that failed
         facts["model"] = str(result.checkpoint)
-        logger.warning("the trained model is in %s all the same", result.checkpoint)
+        _tell_model(result)
     with suppress(StorageError):  # the run's own error is the one to tell
         stopped = isinstance(error, Interrupted | KeyboardInterrupt)
         directory.finish("STOPPED" if stopped else "FAILED", facts)

@@ -293,6 +293,19 @@ def test_what_fails_after_the_training_does_not_cost_the_model(
     assert f"the trained model is in {model} all the same" in caplog.text
 
 
+def test_a_result_that_cannot_be_written_does_not_hide_the_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def full(self: RunDirectory, status: str, facts: object) -> None:
+        raise StorageError("cannot write result.json: No space left on device")
+
+    monkeypatch.setattr(RunDirectory, "finish", full)
+    with caplog.at_level(logging.WARNING), pytest.raises(StorageError, match=r"result\.json"):
+        Trainer({**FIELDS, "storage_path": str(tmp_path)}, Lin).fit()
+    (model,) = tmp_path.rglob("model.safetensors")
+    assert f"the trained model is in {model} all the same" in caplog.text
+
+
 def test_a_disk_that_hangs_holds_nobody_up() -> None:
     said: list[str] = []
     hangs, goes_on = threading.Event(), threading.Event()
