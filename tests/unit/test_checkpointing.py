@@ -6,7 +6,6 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,7 +19,6 @@ from safetensors.numpy import load_file
 from distplat import Result, Trainer
 from distplat.actors import controller_actor
 from distplat.actors.actor_group import Launch
-from distplat.actors.checkpoint_uploader import CheckpointUploader
 from distplat.actors.checkpointing import PATIENCE, Checkpoints
 from distplat.actors.ray_transport import RayTransport
 from distplat.actors.transport import AnswerPending
@@ -31,7 +29,6 @@ from distplat.platform.errors import DeadlineExceeded, SpecError, StorageError
 from distplat.platform.recovery import Policy
 from distplat.platform.resume import NOT_FINITE
 from distplat.platform.tensor_slices import TensorEntry, TensorSlice
-from distplat.strategies.checkpoint.checkpoint_types import CheckpointPart
 from distplat.strategies.strategy_spec import Roles
 
 HERE = Path(__file__).parents[1] / "cluster"
@@ -374,61 +371,6 @@ def test_small_checkpoints_wait_for_a_slow_disk(
     assert written == [step for step in range(1, 8) if step not in skipped]
 
 
-class Slow:
-    """Boxes that take their time."""
-
-    def __init__(self) -> None:
-        self.gate, self.sent = threading.Event(), list[Delivery]()
-        self.uploader = CheckpointUploader(1, 0, self.put, self.sent.append, 60.0)
-
-    def put(self, arrays: list[Any]) -> list[Any]:
-        assert self.gate.wait(60)
-        return [array.copy() for array in arrays]
-
-
-@pytest.fixture
-def slow() -> Iterator[Slow]:
-    slow = Slow()
-    yield slow
-    slow.gate.set()
-
-
-def part(value: float, **more: Any) -> CheckpointPart:
-    import torch
-
-    entry = TensorEntry("model/w", TensorSlice((3,)), "float32", 0)
-    return CheckpointPart((torch.full((3,), value),), (entry,), **more)
-
-
-def test_a_part_is_copied_before_training_goes_on(slow: Slow) -> None:
-    given = part(1.0)
-    slow.uploader.take(5, given, {})
-    given.tensors[0].fill_(9)
-    slow.gate.set()
-    slow.uploader.flush()
-    [sent] = slow.sent
-    assert sent.boxes[0][0].view(np.float32).tolist() == [1, 1, 1]
-    assert (sent.rank, sent.version, sent.entries) == (1, 5, (given.entries,))
-
-
-def test_the_next_part_waits_for_the_last_one_or_is_skipped(slow: Slow) -> None:
-    slow.uploader.take(5, part(1.0), {})
-    slow.uploader._limit_s = 0.2
-    with pytest.raises(DeadlineExceeded, match=r"failure\.step_timeout_s"):
-        slow.uploader.take(6, part(2.0), {})
-    slow.uploader._limit_s = 60.0
-    slow.uploader.take(7, part(3.0, may_skip=True), {})
-    assert [(d.version, d.skipped, d.failure) for d in slow.sent] == [(7, True, "")]
-    slow.uploader._limit_s = 0.0
-    slow.uploader.take(8, part(3.0, may_skip=True), {})
-    assert "failure.step_timeout_s" in slow.sent[1].failure, "it counts as one that failed"
-    slow.uploader._limit_s = 60.0
-    slow.gate.set()
-    slow.uploader.take(9, part(4.0), {})
-    slow.uploader.flush()
-    assert [d.version for d in slow.sent] == [7, 8, 5, 9]
-
-
 def test_old_ones_that_stay_end_no_run(
     launch: Launch, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -479,25 +421,6 @@ def test_a_checkpoint_that_takes_long_is_said_once(
     gate.set()
     (said,) = [record.message for record in caplog.records]
     assert "checkpoints after 1e-09 s (`failure.storage_timeout_s`); the run goes on" in said
-
-
-@pytest.mark.parametrize("fault", ["gone", "raises"])
-def test_servers_that_have_nothing_more_cost_one_checkpoint(slow: Slow, fault: str) -> None:
-    def fetch() -> None:
-        if fault == "raises":
-            raise DeadlineExceeded("kept", ("server-0",), 1.0, "x")
-
-    slow.gate.set()
-    slow.uploader.take(5, part(1.0, fetch=fetch), {})
-    slow.uploader.flush()
-    assert [d.skipped for d in slow.sent] == [True]
-    assert bool(slow.sent[0].failure) is (fault == "raises")
-
-
-def test_a_rank_without_a_part_says_so(slow: Slow) -> None:
-    slow.uploader.take(5, CheckpointPart(), {"a": 1})
-    slow.uploader.flush()
-    assert slow.sent == [Delivery(1, 0, 5, facts={"a": 1})]
 
 
 def spec(storage: Path, **more: Any) -> dict[str, Any]:
