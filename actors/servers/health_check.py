@@ -60,15 +60,19 @@ class Heartbeats:
         """
         now = self._clock.now()
         self._ask(servers, now)
-        lost = {name: cause for name, cause in self._answers(now).items() if name in servers}
         for name in starting:
             self._silent_since[name] = now
+        lost = {name: cause for name, cause in self._answers(now).items() if name in servers}
         for question, (name, asked_at) in list(self._open.items()):
             if now - max(asked_at, self._silent_since[name]) > self._limit_s:
                 del self._open[question]
                 if name in servers:
-                    lost[name] = f"it has not answered for {self._limit_s:g} s (frozen or cut off)"
+                    lost[name] = self._silent("frozen or cut off")
         return lost
+
+    def _silent(self, why: str) -> str:
+        setting = "`failure.heartbeat_timeout_s` changes this deadline"
+        return f"it has not answered for {self._limit_s:g} s ({why}); {setting}"
 
     def _ask(self, servers: Mapping[str, Any], now: float) -> None:
         asked = {name for name, _ in self._open.values()}
@@ -87,7 +91,7 @@ class Heartbeats:
                 self._transport.get(question, 0.0)
             except Unanswered as error:  # one lost answer is no lost server
                 if now - self._silent_since[name] > self._limit_s:
-                    lost[name] = str(error)
+                    lost[name] = self._silent(str(error))
             except ActorDied as error:
                 lost[name] = str(error)
             else:

@@ -40,15 +40,19 @@ def test_a_dead_server_is_noted_at_once() -> None:
     assert "server-1 was lost" in str(watch.lost)
 
 
-def test_silence_counts_when_servers_have_their_shards() -> None:
+@pytest.mark.parametrize(
+    ("fault", "why"), [(FROZEN, "frozen or cut off"), (Fault(lose="reply"), "its answer got lost")]
+)
+def test_silence_counts_when_servers_have_their_shards(fault: Fault, why: str) -> None:
     cluster, actors = servers(1)
-    inject(cluster, "where", FROZEN, times=1000)
+    inject(cluster, "where", fault, times=1000)
     losing = threading.Event()
     watch = HealthCheck(cluster.transport(), actors, 0.1, losing)
     assert not losing.wait(0.5), "it is starting"
     watch.begin()
     assert losing.wait(SOON_S)
-    assert "not answered for 0.1 s" in str(watch.lost)
+    told = f"not answered for 0.1 s ({why}); `failure.heartbeat_timeout_s` changes this deadline"
+    assert told in str(watch.lost)
 
 
 def test_a_lost_answer_is_no_lost_server() -> None:
