@@ -138,7 +138,8 @@ class Connection:
 
         It waits as long as servers do: for the slowest rank of a step.
         """
-        return self._form(order, GroupSpec(timeout_s=order.job.failure.step_timeout_s))
+        limit_s, setting = order.job.failure.step_timeout_s, "failure.step_timeout_s"
+        return self._form(order, GroupSpec(timeout_s=limit_s, setting=setting))
 
     def _form(self, order: WorkOrder, spec: GroupSpec) -> "CollectiveGroup":
         from distplat.actors.collectives.ray_groups import create_group  # only who needs it
@@ -152,7 +153,7 @@ class Connection:
         from distplat.actors.collectives.rendezvous import GroupSettings
 
         start_s = order.job.failure.start_timeout_s
-        return GroupSettings(spec.timeout_s, start_s, spec.debug, self._abandoned)
+        return GroupSettings(spec.timeout_s, start_s, spec.debug, self._abandoned, spec.setting)
 
     def _reach_tables(self, order: WorkOrder, every: int) -> "RemoteTables | None":
         """Give the way to the embedding tables; None where the job has none."""

@@ -49,7 +49,7 @@ class Hybrid(Strategy[HybridOptions]):
     def roles(self, job: Job) -> Roles:
         """Ask for one group of all workers, placed replica by replica; if wanted, for servers."""
         chosen = self.options
-        spec = GroupSpec(chosen.backend, chosen.timeout_s, chosen.debug)
+        spec = GroupSpec(chosen.backend, chosen.timeout_s, chosen.debug, "strategy.timeout_s")
         grid = chosen.grid
         roles = Roles(collective=spec, group_size=grid.group_size, parts=grid.parts())
         if chosen.data_strategy == "ring":

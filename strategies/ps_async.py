@@ -53,7 +53,8 @@ class PsAsync(Strategy[PsAsyncOptions]):
             delay_compensation=chosen.delay_compensation,
             own_loop=job.own_loop,
         )
-        group = GroupSpec(timeout_s=job.failure.step_timeout_s) if job.own_loop else None
+        limit_s, setting = job.failure.step_timeout_s, "failure.step_timeout_s"
+        group = GroupSpec(timeout_s=limit_s, setting=setting) if job.own_loop else None
         return chosen.roles(consistency, collective=group)
 
     def own_loop_problems(self, job: Job) -> list[Problem]:

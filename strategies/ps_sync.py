@@ -47,7 +47,8 @@ class PsSync(Strategy[PsSyncOptions]):
         """Ask for the server group."""
         chosen = self.options
         if job.own_loop:
-            group = GroupSpec(timeout_s=job.failure.step_timeout_s)
+            limit_s, setting = job.failure.step_timeout_s, "failure.step_timeout_s"
+            group = GroupSpec(timeout_s=limit_s, setting=setting)
             return chosen.roles(Consistency(own_loop=True), collective=group)
         consistency = Consistency(backup_workers=chosen.backup_workers)
         return chosen.roles(consistency, resizes=True, split_by_load=chosen.split == "load")

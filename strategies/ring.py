@@ -68,7 +68,11 @@ class Ring(Strategy[RingOptions]):
     def roles(self, job: Job) -> Roles:
         """Ask for one group of all workers."""
         chosen = self.options
-        return Roles(collective=GroupSpec(chosen.backend, chosen.timeout_s, chosen.debug))
+        return Roles(
+            collective=GroupSpec(
+                chosen.backend, chosen.timeout_s, chosen.debug, "strategy.timeout_s"
+            )
+        )
 
     def problems(self, job: Job) -> list[Problem]:
         """Refuse options that would have no effect."""

@@ -36,6 +36,8 @@ class GroupSpec:
     """Deadline of one operation."""
     debug: bool = False
     """Compare every operation between the ranks, not only the first ones."""
+    setting: str = ""
+    """Field of the job that the deadline is from, for errors."""
 
 
 @dataclass(frozen=True)

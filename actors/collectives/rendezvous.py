@@ -42,6 +42,14 @@ class GroupSettings:
     """Compare every operation between the ranks, not only the first ones."""
     abandoned: threading.Event = field(default_factory=threading.Event)
     """Once set, whoever waits in one of the groups, or for one to form, gives up."""
+    setting: str = ""
+    """Field of the job that `operation_s` is from."""
+
+    @property
+    def deadline(self) -> str:
+        """Name the deadline of an operation, for errors."""
+        changed = f" (`{self.setting}` changes it)" if self.setting else ""
+        return f"deadline {self.operation_s:g} s{changed}"
 
 
 @dataclass(frozen=True)

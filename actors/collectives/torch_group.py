@@ -330,7 +330,7 @@ class TorchGroup(CollectiveGroup):
                 why = f"torch says: {torch_compat.reason_of(error)}"
                 if isinstance(error, CollectiveError):  # of a group inside this one
                     why = error.cause
-                cause = f"deadline {self.settings.operation_s:g} s; {why}"
+                cause = f"{self.settings.deadline}; {why}"
                 if still_s:
                     was = f"this process stood still for {still_s:.0f} s"
                     cause = f"{was} (stopped, or without a processor); {cause}"

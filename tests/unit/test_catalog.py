@@ -85,11 +85,11 @@ def test_a_fresh_process_finds_the_same() -> None:
 @pytest.mark.parametrize(
     ("strategy", "kind", "roles"),
     [
-        ("ring", Ring, Roles(collective=GroupSpec("auto", 60.0))),
+        ("ring", Ring, Roles(collective=GroupSpec("auto", 60.0, setting="strategy.timeout_s"))),
         (
             {"name": "ring", "timeout_s": 5},
             Ring,
-            Roles(collective=GroupSpec("auto", 5.0)),
+            Roles(collective=GroupSpec("auto", 5.0, setting="strategy.timeout_s")),
         ),
         ("ps-sync", PsSync, Roles(servers=1, server_resources={"CPU": 0.0}, resizes=True)),
         (

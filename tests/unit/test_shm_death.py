@@ -89,7 +89,7 @@ def test_a_peer_that_died_before_is_found_too() -> None:
 def test_a_frozen_peer_is_named_after_the_deadline() -> None:
     with group_of_two() as (group, process):
         process.send_signal(signal.SIGSTOP)
-        group._liveness._operation_s = LIMIT_S
+        group._liveness._settings = GroupSettings(LIMIT_S)
         began = time.monotonic()
         with pytest.raises(CollectiveError) as caught:
             group.all_reduce(torch.ones(1000))

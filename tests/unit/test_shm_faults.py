@@ -11,6 +11,7 @@ import pytest
 import torch
 from shm_ranks import on_shm_ranks
 
+from distplat.actors.collectives.rendezvous import GroupSettings
 from distplat.actors.collectives.shm.shm_group import ShmGroup
 from distplat.platform.errors import CollectiveError, MismatchError
 from distplat.strategies.collective import ReduceOp
@@ -131,7 +132,8 @@ def test_a_late_rank_is_named_after_the_deadline() -> None:
         for _ in range(3):
             group.all_reduce(torch.ones(5000))
         if group.rank != 1:
-            group._liveness._operation_s = SOON
+            settings = GroupSettings(SOON, setting="strategy.timeout_s")
+            group._liveness._settings = settings
             began = time.monotonic()
             try:
                 group.all_reduce(torch.ones(5000))
@@ -143,7 +145,7 @@ def test_a_late_rank_is_named_after_the_deadline() -> None:
     for error in (errors[0], errors[2]):
         assert isinstance(error, CollectiveError)
         assert (error.operation, error.number, error.missing) == ("all_reduce", 3, (1,))
-        assert "deadline 0.4 s" in str(error)
+        assert "deadline 0.4 s (`strategy.timeout_s` changes it)" in str(error)
 
 
 def test_the_last_of_several_late_ranks_does_not_hide_the_others() -> None:

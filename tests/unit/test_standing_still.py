@@ -150,7 +150,7 @@ def test_who_watches_servers_and_stood_still_waits_for_them(clock: Time) -> None
 
 def test_a_collective_that_was_stopped_goes_on(clock: Time) -> None:
     segment: Any = SimpleNamespace(world=2, has_left=lambda rank: False)
-    monitor = liveness.LivenessMonitor("group", segment, 5.0, threading.Event())
+    monitor = liveness.LivenessMonitor("group", segment, GroupSettings(5.0))
 
     def waits(*seconds: float) -> Callable[[float], bool]:
         left = list(seconds)

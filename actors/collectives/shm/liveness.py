@@ -1,12 +1,11 @@
 """Waits for other ranks that end when one of them dies or leaves, and at a deadline."""
 
 import os
-import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
 
-from distplat.actors.collectives.rendezvous import GIVEN_UP
+from distplat.actors.collectives.rendezvous import GIVEN_UP, GroupSettings
 from distplat.actors.collectives.shm.segment import GroupSegment
 from distplat.actors.memory.futex import Word, has_ended, reached
 from distplat.platform.awake_clock import AwakeClock
@@ -34,15 +33,12 @@ class LivenessMonitor:
     Args:
         group: its name, for errors.
         segment: what the ranks share.
-        operation_s: deadline of an operation.
-        abandoned: once set, waits end.
+        settings: the deadline of an operation, and what ends waits once it is set.
     """
 
-    def __init__(
-        self, group: str, segment: GroupSegment, operation_s: float, abandoned: threading.Event
-    ) -> None:
-        self._group, self._segment = group, segment
-        self._operation_s, self._abandoned = operation_s, abandoned
+    def __init__(self, group: str, segment: GroupSegment, settings: GroupSettings) -> None:
+        self._group, self._segment, self._settings = group, segment, settings
+        self._abandoned = settings.abandoned
         self._given_up: tuple[str, tuple[int, ...]] | None = None
         self._processes: dict[int, int] = {}
 
@@ -108,7 +104,7 @@ class LivenessMonitor:
     ) -> None:
         began = time.perf_counter()
         try:
-            while not wait(min(SLICE_S, max(0.0, self._operation_s - op.clock.now()))):
+            while not wait(min(SLICE_S, max(0.0, self._settings.operation_s - op.clock.now()))):
                 self._check_peers(behind(), op, wait)
         finally:
             op.waited += time.perf_counter() - began
@@ -117,11 +113,11 @@ class LivenessMonitor:
         self.check(op)
         dead = tuple(rank for rank in behind if self._is_dead(rank))
         left = tuple(rank for rank in behind if self._segment.has_left(rank))
-        late = op.clock.now() >= self._operation_s
+        late = op.clock.now() >= self._settings.operation_s
         # Who died or left may have posted before: look at the word once more.
         if not (dead or left or late) or wait(0.0):
             return
-        cause = f"deadline {self._operation_s:g} s"
+        cause = self._settings.deadline
         if dead or left:
             cause = "its process died" if dead else "it left the group, or failed in it"
         missing = dead or left or tuple(behind)

@@ -57,9 +57,7 @@ class ShmGroup(CollectiveGroup):
         super().__init__(member)
         name, settings, by_ray = member.name, member.settings, segment is None
         self._segment = segment or self._find_segment()
-        self._liveness = LivenessMonitor(
-            name, self._segment, settings.operation_s, settings.abandoned
-        )
+        self._liveness = LivenessMonitor(name, self._segment, settings)
         self._communicator = ShmCommunicator(name, self._segment, self._liveness)
         self._vectors = self._communicator.vectors
         self._messages = PointToPoint(name, self._segment, self._liveness)
