@@ -55,6 +55,10 @@ class RunName:
         return name == f"{self.job}/{role}" or name.startswith(f"{self.job}/{role}/attempt-")
 
 
+class NoSuchRun(SpecError):
+    """Nothing of that name is running."""
+
+
 def find_runs(name: str) -> list[RunName]:
     """
     Find runs on the Ray that this process is connected to, the oldest first.
@@ -63,7 +67,7 @@ def find_runs(name: str) -> list[RunName]:
         name: of a job, or of a run.
 
     Raises:
-        SpecError: nothing of that name is running.
+        NoSuchRun: nothing of that name is running.
         DistplatError: this process is not connected to Ray.
     """
     if not ray.is_initialized():
@@ -77,7 +81,7 @@ def find_runs(name: str) -> list[RunName]:
     if not found:
         known = {*runs, *runs.values()}
         near = hint(name, known) if known else "nothing runs there"
-        raise SpecError(Problem((), f"no run or job {name!r} is running", near))
+        raise NoSuchRun(Problem((), f"no run or job {name!r} is running", near))
     return found  # names of runs end with the time
 
 

@@ -172,12 +172,11 @@ def _last_ended(address: str | None, job: str, unknown: DistplatError) -> dict[s
     """
     if target_of(address, os.environ).origin:
         return None
-    if not isinstance(unknown, SpecError):
-        from distplat.cli.join import rays_here
+    from distplat.actors.overview import NoSuchRun
+    from distplat.cli.join import rays_here
 
-        if not isinstance(unknown, ClusterUnreachable) or rays_here():
-            return None  # one of those may have it
-    return last_run_ended(job)
+    nowhere = isinstance(unknown, ClusterUnreachable) and not rays_here()
+    return last_run_ended(job) if nowhere or isinstance(unknown, NoSuchRun) else None
 
 
 def _truer(address: str | None, of_jobs: DistplatError, of_ray: DistplatError) -> DistplatError:

@@ -262,7 +262,7 @@ def _ray_of(rays: Sequence[str], name: str, submission: str | None) -> str:
         SpecError: none has it, or several have one of that name.
         ClusterUnreachable: none answers.
     """
-    from distplat.actors.overview import find_runs, submitted_run
+    from distplat.actors.overview import NoSuchRun, find_runs, submitted_run
     from distplat.cli.join import connected_to
 
     found: list[tuple[str, str]] = []
@@ -280,6 +280,8 @@ def _ray_of(rays: Sequence[str], name: str, submission: str | None) -> str:
             silent.append(error)
     if not found and not unknown and silent:
         raise silent[0]
+    if not found and not silent:
+        raise NoSuchRun(*unknown)
     if not found:
         raise SpecError(*unknown, *(Problem((), str(error)) for error in silent))
     if len({address for address, _ in found}) > 1:

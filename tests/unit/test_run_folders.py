@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from made_runs import made_run, step
 
+from distplat.actors.overview import NoSuchRun
 from distplat.cli import run_folders
 from distplat.cli.main import run
 from distplat.cli.run_folders import local_runs, print_logs
@@ -152,7 +153,7 @@ def test_status_and_stop_know_a_run_that_has_ended(
 def test_a_jobs_name_means_its_last_run_where_none_goes_on(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    unknown: list[DistplatError] = [SpecError("no run or job 'digits' is running")]
+    unknown: list[DistplatError] = [NoSuchRun("no run or job 'digits' is running")]
 
     def ask(*args: object) -> None:
         raise unknown[0]
@@ -175,7 +176,9 @@ def test_a_jobs_name_means_its_last_run_where_none_goes_on(
     assert [run([command, job]) for command in ("stop", "status")] == [3, 3], "it may have one"
     unknown[0] = DeadlineExceeded("an answer", ("controller",), 10.0, "")
     assert run(["stop", job]) == 4, "one goes on"
-    unknown[0] = SpecError("no run or job 'digits' is running")
+    unknown[0] = SpecError("several runs of job 'digits' go on")
+    assert [run([command, job]) for command in ("stop", "status")] == [2, 2]
+    unknown[0] = NoSuchRun("no run or job 'digits' is running")
     named(tmp_path, "newest-3", 1, None)
     assert run(["stop", job]) != 0, "nobody knows whether the last one has ended"
 
