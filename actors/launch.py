@@ -172,7 +172,6 @@ def ray_for_run(stopping: Stopping, scaling: Scaling, *, logs: bool = True) -> I
         failures_of_ray(),
         HeadWatch(ray.get_runtime_context().gcs_address) as head,
     ):
-        stopping.arm()
         stopping.check()
         try:
             yield head
@@ -311,7 +310,12 @@ def local_ray(scaling: Scaling, *, logs: bool = True) -> Iterator[None]:
     if warning := secure_token(Path.home(), os.environ):
         logger.warning("%s", warning)
     with hash_seed.inherited():
-        with ray_compat.loopback(), ray_compat.own_process_groups(), _failures_of_start():
+        with (
+            ray_compat.loopback(),
+            ray_compat.own_process_groups(),
+            ray_compat.own_signals(),
+            _failures_of_start(),
+        ):
             ray.init(
                 address="local",
                 include_dashboard=False,

@@ -8,7 +8,9 @@ What is private of torch stands in `strategies/torch_compat.py`.
 import json
 import logging
 import os
+import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import partial
@@ -17,7 +19,7 @@ from typing import Any
 
 import ray
 from ray._common.utils import get_default_system_temp_dir, get_ray_address_file
-from ray._private import ray_constants, services
+from ray._private import ray_constants, services, utils
 from ray._private.authentication import authentication_token_setup
 from ray._private.ray_logging import global_worker_stdstream_dispatcher
 from ray._private.runtime_env.constants import RAY_JOB_CONFIG_JSON_ENV_VAR
@@ -166,6 +168,25 @@ def own_process_groups() -> Iterator[None]:
         yield
     finally:
         services.ConsolePopen = before
+
+
+@contextmanager
+def own_signals() -> Iterator[None]:
+    """
+    Have SIGTERM stay this process's own while Ray starts, or is joined, in this block.
+
+    Ray would end the process: by `sys.exit` while it starts, afterwards by an abort in C++, whose
+    handler lies above Python's.
+    """
+    before = utils.set_sigterm_handler
+    utils.set_sigterm_handler = lambda handler: None
+    try:
+        yield
+    finally:
+        utils.set_sigterm_handler = before
+        ours = signal.getsignal(signal.SIGTERM)
+        if threading.current_thread() is threading.main_thread() and ours is not None:
+            signal.signal(signal.SIGTERM, ours)
 
 
 def address_file() -> Path:

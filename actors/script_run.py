@@ -339,7 +339,7 @@ def train_script(job: ScriptJob, terminal: Terminal) -> ScriptResult:
         SpecError: the cluster cannot hold them.
         InfrastructureError: one was lost, or the cluster fails.
         StorageError: the run directory cannot be made.
-        Interrupted: SIGINT or SIGTERM.
+        Interrupted: SIGINT, SIGTERM or SIGHUP.
     """
     run, began = new_run_name(job.name), time.monotonic()
     path = job.storage_path.absolute() / run

@@ -27,10 +27,9 @@ class Stopping:
     """
     While entered, signals are noted; `check` raises them as `Interrupted`.
 
-    Ray's own handlers abort the process inside a call to Ray. A second signal raises
-    `KeyboardInterrupt`, for who cannot wait, and the next ones get the handlers that were there
-    before. A signal that was ignored, as under `nohup`, stays so. Outside the main thread, where
-    Python takes no signals, it does nothing.
+    A second signal raises `KeyboardInterrupt`, for who cannot wait, and the next ones get the
+    handlers that were there before. A signal that was ignored, as under `nohup`, stays so. Outside
+    the main thread, where Python takes no signals, it does nothing.
     """
 
     def __init__(self) -> None:
@@ -43,15 +42,12 @@ class Stopping:
         """Put the handlers in place."""
         if threading.current_thread() is threading.main_thread():
             before = {number: signal.getsignal(number) for number in _SIGNALS}
-            self._before = {n: one for n, one in before.items() if one is not signal.SIG_IGN}
-            self.arm()
-        return self
-
-    def arm(self) -> None:
-        """Put them in place again: Ray sets handlers of its own when it starts."""
-        if self._seen is None:
+            # None: a program that Python runs in has set one, and could not get it back.
+            kept = (signal.SIG_IGN, None)
+            self._before = {n: one for n, one in before.items() if one not in kept}
             for number in self._before:
                 signal.signal(number, self._note)
+        return self
 
     def __exit__(self, *raised: object) -> None:
         """Put the former handlers back."""

@@ -196,7 +196,8 @@ class Trainer:
         handlers = RunHandlers(tell, save, directory.keep, callbacks.ending)
         with Stopping() as stopping:
             try:
-                callbacks.start(self.job, run, directory.path)
+                with stopping.at_once():  # a callback may wait for a network, or a password
+                    callbacks.start(self.job, run, directory.path)
                 self._train(run, directory.path, handlers, stopping)
                 _close(writers)
             except BaseException as error:

@@ -226,7 +226,7 @@ def logs(
         except KeyboardInterrupt:
             where = shlex.join([job_id, "--address", jobs.address])
             remote.say(f"\nstopped reading; the job goes on\n  stop it: distplat stop {where}")
-            raise typer.Exit(130) from None
+            raise
     if reader.facts is not None:
         print_result(reader.facts)
     if code:
@@ -238,7 +238,7 @@ def _print_run_logs(path: Path, *, follow: bool) -> None:
         code = run_folders.print_logs(path, lambda line: print(printable(line)), follow=follow)
     except KeyboardInterrupt:
         remote.say(f"\nstopped reading; the run goes on\n  stop it: distplat stop {path.name}")
-        raise typer.Exit(130) from None
+        raise
     if code:
         raise typer.Exit(code)
 

@@ -278,9 +278,10 @@ def _joined_light(address: str) -> bool:
 def _join(address: str, runtime_env: Mapping[str, Any]) -> None:
     # The cluster's Python may know no distplat: workers look for it where the driver has it.
     home = str(Path(distplat.__file__).resolve().parent.parent)
-    ray.init(
-        address=address,
-        runtime_env=dict(runtime_env),
-        job_config=ray_compat.job_config(home),
-        logging_level="warning",
-    )
+    with ray_compat.own_signals():
+        ray.init(
+            address=address,
+            runtime_env=dict(runtime_env),
+            job_config=ray_compat.job_config(home),
+            logging_level="warning",
+        )

@@ -14,6 +14,7 @@ from typing import Annotated
 import typer
 
 import distplat
+from distplat.actors.stopping import Stopping
 from distplat.cli import jobs
 from distplat.cli.common_options import (
     Address,
@@ -221,9 +222,11 @@ def run(args: list[str]) -> int:
     """Run one command line; give its exit code."""
     command = typer.main.get_command(app)
     try:
-        # Not `app()`: it would end the process with 1 for a pipe that nobody reads.
-        with command.make_context("distplat", routed(args)) as context:
-            command.invoke(context)
+        # SIGTERM and SIGHUP end what is under way as Ctrl-C does: no process or file of it is left.
+        with Stopping() as stopping, stopping.at_once():
+            # Not `app()`: it would end the process with 1 for a pipe that nobody reads.
+            with command.make_context("distplat", routed(args)) as context:
+                command.invoke(context)
         sys.stdout.flush()
         return 0
     except typer.Exit as leaving:

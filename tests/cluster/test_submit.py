@@ -50,9 +50,16 @@ def test_a_run_of_its_own_prints_progress_and_leaves_a_directory(
     }
 
 
-@pytest.mark.parametrize(("line", "later_s"), [slow("starting", 1.0), ("step 1/5000", 0.0)])
-def test_ctrl_c_ends_a_run_of_its_own_and_all_its_processes(
-    line: str, later_s: float, folder: Path, home: Path, tmp_path: Path
+@pytest.mark.parametrize(
+    ("line", "later_s", "name", "code"),
+    [
+        slow("starting", 1.0, "SIGTERM", 143),
+        slow("starting", 1.0, "SIGINT", 130),
+        ("step 1/5000", 0.0, "SIGINT", 130),
+    ],
+)
+def test_a_signal_ends_a_run_of_its_own_and_all_its_processes(
+    line: str, later_s: float, name: str, code: int, folder: Path, home: Path, tmp_path: Path
 ) -> None:
     environ = clean_environ(home, "disabled")
     process = start(["submit", str(folder / "job.yaml"), *SLOW], environ, tmp_path)
@@ -60,9 +67,9 @@ def test_ctrl_c_ends_a_run_of_its_own_and_all_its_processes(
     time.sleep(later_s)  # into the start of Ray, which must not be cut off
     family = psutil.Process(process.pid).children(recursive=True)
     assert family
-    os.killpg(process.pid, signal.SIGINT)
+    os.killpg(process.pid, getattr(signal, name))
     process.communicate(timeout=90)
-    assert process.returncode == 130
+    assert process.returncode == code
     _, alive = psutil.wait_procs(family, timeout=30)
     assert alive == []
     (run,) = (tmp_path / "runs").iterdir()

@@ -5,6 +5,7 @@ import json
 import logging
 import math
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -26,7 +27,7 @@ from distplat.actors.callbacks import Callbacks
 from distplat.actors.controller_client import RunHandlers
 from distplat.actors.view import View
 from distplat.platform.disk import BackgroundWriter
-from distplat.platform.errors import SpecError, StorageError, UserCodeError
+from distplat.platform.errors import Interrupted, SpecError, StorageError, UserCodeError
 from distplat.platform.progress import (
     EvalSummary,
     FailureEvent,
@@ -67,6 +68,23 @@ class Lin(Task):
 
 
 FIELDS = fields_of("ring", 0, epochs=None, steps=6, global_batch_size=16)
+
+
+class Login(Callback):
+    """Waits for a password, until Ctrl-C."""
+
+    def on_start(self, job: Job, run: str, path: Path) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        threading.Event().wait(10)
+
+
+def test_a_signal_while_a_callback_begins_leaves_a_result(tmp_path: Path) -> None:
+    began = time.monotonic()
+    with pytest.raises((Interrupted, KeyboardInterrupt)):
+        Trainer(FIELDS, Lin, storage_dir=tmp_path, callbacks=(Login(),)).fit()
+    assert time.monotonic() - began < 10
+    (result,) = tmp_path.rglob("result.json")
+    assert json.loads(result.read_text())["status"] == "STOPPED"
 
 
 class Seeing(Callback):

@@ -2,6 +2,7 @@
 
 import inspect
 import logging
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -115,6 +116,19 @@ def test_a_ray_of_ours_takes_loopback_for_its_address() -> None:
     with of_ray.loopback():
         assert services.get_node_ip_address() == "127.0.0.1"
     assert services.ray_constants.ENABLE_RAY_CLUSTER
+
+
+def test_ray_takes_no_signal_while_it_starts() -> None:
+    """It would end the process by `sys.exit`, and an end in order would look like the user's."""
+    for module in (ray._private.worker, ray._private.node):
+        assert "ray._private.utils.set_sigterm_handler(" in inspect.getsource(module)
+    before = signal.getsignal(signal.SIGTERM)
+    with of_ray.own_signals():
+        ray._private.utils.set_sigterm_handler(lambda number, frame: None)
+        assert signal.getsignal(signal.SIGTERM) is before
+    assert signal.getsignal(signal.SIGTERM) is before
+    ray._private.utils.set_sigterm_handler(before)
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_ray_notes_its_address_where_it_is_looked_for(

@@ -1,9 +1,15 @@
 """Signals while a run goes on, in processes of their own: a test runner has handlers itself."""
 
+import signal
 import subprocess
 import sys
+import time
+from pathlib import Path
 
+import psutil
 import pytest
+
+from distplat.actors.stopping import Stopping
 
 SCRIPT = """
 import os, signal, sys
@@ -23,8 +29,6 @@ def refuse():
 
 try:
     with Stopping() as stopping:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # as Ray does when it starts
-        stopping.arm()
         os.kill(os.getpid(), signals[0])
         try:
             stopping.check()
@@ -57,6 +61,36 @@ def test_the_second_signal_waits_for_nothing_and_ends_everything(signals: str, s
     )
     assert done.stdout.splitlines() == [said, "before True"]
     assert "no such actor" in done.stderr
+
+
+WAITS = """
+import os, pathlib, sys, time
+pathlib.Path("begun.partial").write_text(str(os.getpid()))
+pathlib.Path("begun.partial").rename("begun")
+time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize(("name", "code"), [("SIGTERM", 143), ("SIGHUP", 129)])
+def test_a_command_without_a_run_ends_in_order_too(name: str, code: int, tmp_path: Path) -> None:
+    """As at Ctrl-C, what it has started ends with it: here the import of the task."""
+    (tmp_path / "slow.py").write_text(WAITS)
+    (tmp_path / "job.yaml").write_text("name: slow\nstrategy: ring\ntask: slow:train\n")
+    command = [sys.executable, "-m", "distplat.cli.main", "validate", "job.yaml"]
+    process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    while not (tmp_path / "begun").exists() and process.poll() is None:
+        time.sleep(0.05)
+    process.send_signal(getattr(signal, name))
+    _, said = process.communicate(timeout=60)
+    assert (process.returncode, said) == (code, f"error: interrupted by {name}\n")
+    assert not psutil.pid_exists(int((tmp_path / "begun").read_text()))
+
+
+def test_a_handler_that_is_not_pythons_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`None` could not be put back: a program in which Python runs has set it."""
+    monkeypatch.setattr(signal, "getsignal", lambda number: None)
+    with Stopping() as stopping:
+        stopping.check()
 
 
 def test_what_nohup_ignores_stays_ignored() -> None:
