@@ -111,8 +111,8 @@ def _nothing(module: ModuleType, what: str, name: str, there: list[str]) -> Spec
 def _imported(entry: str, search_path: str) -> tuple[ModuleType, str]:
     """Import the module of an entry point; give it, and the name to look for in it."""
     module_name, _, name = entry.partition(":")
-    if search_path and search_path not in sys.path:
-        sys.path.insert(0, search_path)
+    if search_path:  # first, or a module of this name from PYTHONPATH would be trained
+        sys.path[:] = [search_path, *(one for one in sys.path if one != search_path)]
     try:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
@@ -122,4 +122,22 @@ def _imported(entry: str, search_path: str) -> tuple[ModuleType, str]:
         near = hint_of(module_name, there) if there else "no Python file is there"
         message = f"could not import {module_name!r} from {search_path or 'the import path'}"
         raise SpecError(Problem(("task",), message, near)) from None
+    _check_place(module, Path(search_path or "."))
     return module, name
+
+
+def _check_place(module: ModuleType, folder: Path) -> None:
+    """
+    Refuse a module that is not the one of the folder: what is imported already comes first.
+
+    Raises:
+        SpecError: it is another one, such as the standard library's or another run's.
+    """
+    path = folder.joinpath(*module.__name__.split("."))
+    there = [one for one in (path / "__init__.py", path.with_suffix(".py")) if one.is_file()]
+    loaded = getattr(module, "__file__", None)
+    if there and not (loaded and Path(loaded).exists() and there[0].samefile(loaded)):
+        where = "is built into Python" if loaded is None else f"was imported before, from {loaded}"
+        text = f"{there[0]} would not be used: a module {module.__name__!r} {where}"
+        hint = "rename the file, or run it in a process of its own"
+        raise SpecError(Problem(("task",), text, hint))

@@ -69,6 +69,35 @@ def test_a_class_is_found(tmp_path: Path) -> None:
     assert sys.path.count(str(tmp_path)) == 1
 
 
+def test_the_folder_comes_before_all_that_is_searched(tmp_path: Path) -> None:
+    """As on PYTHONPATH, or among what another program has put on a node."""
+    write(tmp_path, "utask.py", GOOD)
+    write(tmp_path / "other", "utask.py", GOOD)
+    sys.path[:0] = [str(tmp_path / "other"), str(tmp_path)]
+    load_task_class("utask:Digits", str(tmp_path))
+    assert sys.modules["utask"].__file__ == str(tmp_path / "utask.py")
+
+
+@pytest.mark.parametrize(
+    ("name", "where"),
+    [
+        ("utask", "was imported before, from {folder}/before/utask.py"),
+        ("queue", "was imported before, from "),
+        ("time", "is built into Python"),
+    ],
+)
+def test_a_module_that_is_not_the_folders_is_not_trained(
+    name: str, where: str, tmp_path: Path
+) -> None:
+    write(tmp_path, "before/utask.py", GOOD)
+    load_task_class("utask:Digits", str(tmp_path / "before"))
+    write(tmp_path, f"{name}.py", GOOD)
+    with pytest.raises(SpecError) as caught:
+        load_task_class(f"{name}:Digits", str(tmp_path))
+    said = f"{tmp_path / name}.py would not be used: a module {name!r} "
+    assert str(caught.value).startswith(f"task: {said}{where.format(folder=tmp_path)}")
+
+
 def test_a_class_in_a_package_is_found(tmp_path: Path) -> None:
     write(tmp_path, "utask_pkg/deep.py", GOOD)
     assert load_task_class("utask_pkg.deep:Letters", str(tmp_path)).__name__ == "Letters"
