@@ -230,8 +230,18 @@ def meet(address: str, limit_s: float) -> None:
 
 
 def addresses_here() -> set[str]:
-    """Give the addresses of all Rays of this machine, as their processes were told them."""
-    return set(services.find_gcs_addresses())
+    """
+    Give the addresses of the Rays that this user, or root, has started here, or joined from here.
+
+    As their processes were told them. Ray's own search believes the processes of every user, who
+    may name any address.
+    """
+    found: set[str] = set()
+    for process in services.psutil.process_iter(["cmdline", "uids"]):
+        line, uids = process.info["cmdline"], process.info["uids"]
+        if uids is not None and uids.real in (0, os.getuid()) and services._is_raylet_process(line):
+            found |= {one.partition("=")[2] for one in line if one.startswith("--gcs-address=")}
+    return found - {"", "None"}
 
 
 def ignore_tests(folder: Path, logger: logging.Logger) -> list[Callable[[Path], bool]]:

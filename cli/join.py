@@ -140,8 +140,16 @@ def rays_here() -> list[str]:
 
 
 def _of_a_stranger(address: str) -> str:
-    """Say whose a Ray of this machine is, if it is neither this user's nor root's; else empty."""
-    return stranger_at(address) if is_this_machine(host_and_port(address)[0]) else ""
+    """
+    Say whose a Ray of this machine is, if it is neither this user's nor root's; else empty.
+
+    Its head may be another machine: then a part of it here, which is ours, is what tells of it.
+    """
+    if is_this_machine(host_and_port(address)[0]):
+        return stranger_at(address)
+    if address in ray_compat.addresses_here():
+        return ""
+    return "it is on another machine, and no process of it here is yours or root's"
 
 
 def check_environment(given: Mapping[str, Any]) -> None:

@@ -5,6 +5,7 @@ Ray and torch are imported by what a command does, never by this module: help is
 """
 
 import errno
+import logging
 import os
 import sys
 import traceback
@@ -12,6 +13,7 @@ from contextlib import suppress
 from typing import Annotated
 
 import typer
+from typing_extensions import override
 
 import distplat
 from distplat.actors.stopping import Stopping
@@ -218,9 +220,19 @@ def _open_streams() -> None:
             setattr(sys, name, open(os.devnull, mode))
 
 
+class _Printable(logging.Formatter):
+    """Formats a warning for a terminal: it may quote a file of somebody else."""
+
+    @override
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(super().format(record))
+
+
 def run(args: list[str]) -> int:
     """Run one command line; give its exit code."""
     command = typer.main.get_command(app)
+    if logging.lastResort is not None:  # it writes warnings to stderr; nobody has set another one
+        logging.lastResort.setFormatter(_Printable())
     try:
         # SIGTERM and SIGHUP end what is under way as Ctrl-C does: no process or file of it is left.
         with Stopping() as stopping, stopping.at_once():

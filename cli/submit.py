@@ -142,7 +142,7 @@ def validate(source: JobSource) -> None:
         with task_check(job, str(source.folder), shown=True) as check:
             for line in check.result(job.failure.start_timeout_s):
                 remote.say(f"warning: {line}")
-    print(render_job(job), end="")
+    print(printable(render_job(job)), end="")
 
 
 def submit(request: SubmitRequest) -> None:
@@ -195,7 +195,7 @@ def dry_run(request: SubmitRequest) -> None:
         fields = job.model_dump(mode="json")
         print(to_json({"job": fields, "where": _named(target, job), "would_start": started}))
         return
-    print(render_job(job), end="")
+    print(printable(render_job(job)), end="")
     request.say(
         f"would start {job.scaling.num_workers} workers and {roles.servers} server nodes "
         f"({job.strategy.name}) on {_named(target, job)}"

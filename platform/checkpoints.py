@@ -156,6 +156,7 @@ FORMAT = 1
 _PARTIAL, _DELETED, _DAMAGED = ".partial", ".deleted", ".damaged"
 _STEP = re.compile(r"step-(\d{6,18})")
 _FILE = re.compile(r"[A-Za-z0-9_-]+\.(safetensors|json)")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
 _MANIFEST_BYTES = 16 * 2**20
 """The largest manifest that is read: a foreign one may be of any size."""
 _PIECE_BYTES = 8 * 2**20
@@ -394,8 +395,8 @@ def shortfall(path: Path) -> str:
     """Say which file of a checkpoint is missing or too short; empty: none is."""
     try:
         for name, facts in listed(path).items():
-            if (path / name).lstat().st_size != facts.get("bytes"):
-                return f"{path / name} has not {facts.get('bytes')} bytes"
+            if (path / name).lstat().st_size != facts["bytes"]:
+                return f"{path / name} has not {facts['bytes']} bytes"
     except (StorageError, OSError) as error:
         return str(error)
     return ""
@@ -439,25 +440,31 @@ def listed(path: Path) -> dict[str, dict[str, Any]]:
         StorageError: it is damaged, or of another format.
     """
     text, _ = _bytes_of(path / MANIFEST)
+    damaged = StorageError(f"{path / MANIFEST} is damaged")
     try:
         manifest = json.loads(text)
-        files = manifest["files"]
         version = manifest["format"]
-        good = all(_FILE.fullmatch(name) and isinstance(f, dict) for name, f in files.items())
+        if isinstance(version, int) and version != FORMAT:
+            raise StorageError(f"{path} has format {version}, this distplat reads {FORMAT}")
+        files: dict[str, dict[str, Any]] = manifest["files"]
+        good = isinstance(version, int) and all(
+            _FILE.fullmatch(name)
+            and isinstance(about["bytes"], int)
+            and _SHA256.fullmatch(about["sha256"])
+            for name, about in files.items()
+        )
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        raise StorageError(f"{path / MANIFEST} is damaged") from None
-    if not good or not isinstance(version, int):
-        raise StorageError(f"{path / MANIFEST} is damaged")
-    if version != FORMAT:
-        raise StorageError(f"{path} has format {version}, this distplat reads {FORMAT}")
+        raise damaged from None
+    if not good:
+        raise damaged
     return dict(files)
 
 
 def _checked(path: Path, facts: Mapping[str, Any], moved: Moved) -> bytes:
     content, digest = _bytes_of(path, facts, moved)
-    if digest != facts.get("sha256"):
-        expected = str(facts.get("sha256"))
-        raise StorageError(f"{path}: SHA-256 is {digest[:8]}.., expected {expected[:8]}..")
+    if digest != facts["sha256"]:
+        expected = facts["sha256"][:8]
+        raise StorageError(f"{path}: SHA-256 is {digest[:8]}.., expected {expected}..")
     return content
 
 
@@ -480,8 +487,8 @@ def _bytes_of(
             size = os.fstat(file.fileno()).st_size
             if facts is None and size > _MANIFEST_BYTES:
                 raise StorageError(f"{path} is damaged: it has {size} bytes")
-            if facts is not None and size != facts.get("bytes"):
-                raise StorageError(f"{path} has {size} bytes, expected {facts.get('bytes')}")
+            if facts is not None and size != facts["bytes"]:
+                raise StorageError(f"{path} has {size} bytes, expected {facts['bytes']}")
             while piece := file.read(min(_PIECE_BYTES, size - content.tell())):
                 content.write(piece)
                 digest.update(piece)

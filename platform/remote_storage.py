@@ -420,7 +420,7 @@ def _brought(storage: RemoteStorage, name: str, target: Path) -> StoredCheckpoin
         except StorageError as error:
             raise _Damaged(error) from None
         for file, facts in files.items():
-            _copy(storage, f"{name}/{file}", target / file, facts.get("bytes"))
+            _copy(storage, f"{name}/{file}", target / file, facts["bytes"])
     except OSError as error:
         raise StorageError(f"cannot write {target}: {error.strerror or error}") from error
     try:

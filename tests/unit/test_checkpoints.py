@@ -428,6 +428,8 @@ DEEP = b"[" * 200_000
         ("manifest.json", b'{"files": {"state.json": 1}, "format": 1}'),
         ("manifest.json", b'{"files": {"../x.json": {}}, "format": 1}'),
         ("manifest.json", b'{"files": {}, "format": 1}'),
+        ("manifest.json", b'{"files": {"state.json": {"bytes": 3}}, "format": 1}'),
+        ("manifest.json", b'{"files": {"state.json": {"bytes": "3", "sha256": ""}}, "format": 1}'),
         ("manifest.json", b'{"files": {}, "format": ' + b"9" * 5000 + b"}"),
         ("manifest.json", b"\xff"),
         ("state.json", DEEP),

@@ -11,7 +11,7 @@ from pathlib import Path
 from stat import S_IFREG
 
 import pytest
-from ray._private import ray_constants, services
+from ray._private import ray_constants
 
 from distplat.actors import ray_compat
 from distplat.cli import join
@@ -267,6 +267,19 @@ def test_a_ray_on_another_users_port_is_not_joined(
         ours_here()
 
 
+def test_a_head_elsewhere_is_joined_where_a_part_of_it_here_is_ours(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Everybody may write the file in which Ray notes addresses, and start a process `raylet`."""
+    head = "192.0.2.7:6379"
+    monkeypatch.setattr(ray_compat, "address_of_auto", lambda: head)
+    monkeypatch.setattr(ray_compat, "addresses_here", lambda: {head})
+    assert ours_here() == head
+    monkeypatch.setattr(ray_compat, "addresses_here", set)
+    with pytest.raises(ClusterUnreachable, match="no process of it here is yours or root's"):
+        ours_here()
+
+
 @pytest.mark.parametrize(
     ("address", "over_loopback"), [("127.0.0.1:6380", True), ("192.0.2.1:6379", False)]
 )
@@ -282,7 +295,7 @@ def test_a_private_ray_is_joined_over_loopback(
 
     monkeypatch.setattr(join, "ours_here", lambda: address)
     monkeypatch.setattr(join, "connected", connected)
-    monkeypatch.setattr(services, "find_gcs_addresses", lambda: {address: None})
+    monkeypatch.setattr(ray_compat, "addresses_here", lambda: {address})
     with join.connected_here():
         pass
     assert seen == [(address, over_loopback)]

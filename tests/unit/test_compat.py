@@ -2,12 +2,15 @@
 
 import inspect
 import logging
+import os
 import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import psutil
 import pytest
 import ray
 import requests
@@ -156,6 +159,32 @@ def test_auto_is_what_ray_start_noted_or_any_rays_process(
     (tmp_path / "ray").mkdir()
     (tmp_path / "ray/ray_current_cluster").write_text("10.0.0.1:6379")
     assert of_ray.address_of_auto() == "10.0.0.1:6379"
+
+
+@pytest.mark.parametrize("real", [0, os.getuid(), os.getuid() + 1])
+def test_rays_are_looked_for_among_ones_own_processes(
+    real: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    line = ["/lib/ray/raylet", "--gcs-address=10.0.0.3:6379", "--more"]
+    infos = [
+        {"cmdline": line, "uids": SimpleNamespace(real=real, effective=0)},
+        {"cmdline": ["python", *line[1:]], "uids": SimpleNamespace(real=0)},
+        {"cmdline": None, "uids": None},  # it has ended, or may not be looked at
+    ]
+    processes = [SimpleNamespace(info=info) for info in infos]
+    monkeypatch.setattr(psutil, "process_iter", lambda fields: iter(processes))
+    assert of_ray.addresses_here() == ({"10.0.0.3:6379"} if real in (0, os.getuid()) else set())
+
+
+def test_a_process_of_ray_tells_its_address(tmp_path: Path) -> None:
+    line = ["raylet", "-c", "print(flush=True); input()", "--gcs-address=127.0.0.1:1"]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen(line, executable=sys.executable, **pipes) as process:
+        assert process.stdin is not None and process.stdout is not None
+        process.stdout.read(1)
+        assert "127.0.0.1:1" in of_ray.addresses_here()
+        process.stdin.close()
+    assert "--gcs-address={" in inspect.getsource(ray._private.services)
 
 
 def test_a_head_is_met_without_a_driver() -> None:

@@ -3,6 +3,7 @@
 import ast
 import io
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,8 @@ from distplat.actors.view import View
 from distplat.cli import jobs, remote, render
 from distplat.cli.main import run
 from distplat.cli.remote import LogReader
-from distplat.platform.errors import ClusterUnreachable, Problem, printable
+from distplat.platform.checkpoints import read
+from distplat.platform.errors import ClusterUnreachable, Problem, StorageError, printable
 from distplat.platform.progress import Recovery
 
 CLI = Path(render.__file__).parent
@@ -155,6 +157,23 @@ def test_an_error_of_another_process_is_clean(
     assert is_harmless(capsys.readouterr().err)
 
 
+@pytest.mark.parametrize("field", ["bytes", "sha256"])
+def test_what_is_wrong_with_a_foreign_checkpoint_is_told_clean(field: str, tmp_path: Path) -> None:
+    about = {"bytes": 1, "sha256": "0" * 64, field: ESCAPES}
+    manifest = {"format": 1, "files": {"model.safetensors": about}}
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(StorageError) as caught:
+        read(tmp_path)
+    assert is_harmless(str(caught.value))
+
+
+def test_warnings_are_clean(capsys: pytest.CaptureFixture[str]) -> None:
+    """They go to stderr by Python's last resort, and may quote anything."""
+    assert run(["strategies"]) == 0
+    assert logging.lastResort is not None
+    assert is_harmless(logging.lastResort.format(logging.makeLogRecord({"msg": ESCAPES})))
+
+
 def test_every_print_of_the_command_line_is_clean() -> None:
     raw = []
     for file in sorted(CLI.glob("*.py")):
@@ -167,11 +186,11 @@ def test_every_print_of_the_command_line_is_clean() -> None:
 
 
 def _is_clean(value: ast.expr) -> bool:
-    """Say whether it is a constant, JSON or YAML (they escape), or went through `printable`."""
+    """Say whether it is a constant, JSON, which escapes, or went through `printable`."""
     if isinstance(value, ast.Constant):
         return True
     if isinstance(value, ast.BinOp):
         return _is_clean(value.left) and _is_clean(value.right)
     if isinstance(value, ast.Call) and isinstance(value.func, ast.Name):
-        return value.func.id in ("printable", "to_json", "render_job")
+        return value.func.id in ("printable", "to_json")
     return isinstance(value, ast.Name) and value.id == "RESULT_MARK"
