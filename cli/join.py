@@ -110,7 +110,8 @@ def running_here(say: Callable[[str], None]) -> str | None:
         if is_this_machine(host_and_port(address)[0]):
             why = stranger_at(address)
     if why:
-        say(f"not joining the Ray of this machine: {why}; `--address auto` joins it all the same")
+        remedy = f"; `--address {address}` joins it all the same" if is_host_port(address) else ""
+        say(f"not joining the Ray of this machine: {why}{remedy}")
         return None
     return address
 

@@ -230,13 +230,16 @@ def choose_target(address: str | None, say: Callable[[str], None], *, with_ray: 
 
     Raises:
         SpecError: the address has none of the forms that we know.
+        ClusterUnreachable: it is `auto`, and there is no Ray here, or somebody else's.
     """
     target = target_of(address, os.environ)
     bring_token(target)
-    if target.origin or not with_ray:
+    if target.address != "auto" and (target.origin or not with_ray):
         return target
-    from distplat.cli.join import running_here
+    from distplat.cli.join import ours_here, running_here
 
+    if target.address == "auto":
+        return Target("here", ours_here(), target.origin)
     found = running_here(say)
     return Target("here", found, "") if found else target
 

@@ -25,7 +25,7 @@ from distplat.cli.address import (
     token_at_hand,
 )
 from distplat.cli.join import ours_here, running_here
-from distplat.cli.submit import connection
+from distplat.cli.submit import choose_target, connection
 from distplat.platform.errors import ClusterUnreachable, SpecError
 
 
@@ -230,10 +230,10 @@ def test_ones_own_ray_is_joined(noted: Path) -> None:
 def test_a_ray_that_another_user_noted_is_not_joined(noted: Path) -> None:
     told: list[str] = []
     with socket.create_server(("127.0.0.1", 0)) as mine:
-        noted.write_text(f"127.0.0.1:{mine.getsockname()[1]}")
+        noted.write_text(address := f"127.0.0.1:{mine.getsockname()[1]}")
         os.chown(noted, 54321, 54321)
         assert running_here(told.append) is None
-    why = f"{noted} belongs to user 54321; `--address auto` joins it all the same"
+    why = f"{noted} belongs to user 54321; `--address {address}` joins it all the same"
     assert told == [f"not joining the Ray of this machine: {why}"]
 
 
@@ -275,9 +275,12 @@ def test_a_head_elsewhere_is_joined_where_a_part_of_it_here_is_ours(
     monkeypatch.setattr(ray_compat, "address_of_auto", lambda: head)
     monkeypatch.setattr(ray_compat, "addresses_here", lambda: {head})
     assert ours_here() == head
+    assert choose_target("auto", print, with_ray=True) == Target("here", head, "--address")
     monkeypatch.setattr(ray_compat, "addresses_here", set)
     with pytest.raises(ClusterUnreachable, match="no process of it here is yours or root's"):
         ours_here()
+    with pytest.raises(ClusterUnreachable, match=f"`--address {head}` joins it all the same"):
+        choose_target("auto", print, with_ray=True)
 
 
 @pytest.mark.parametrize(
