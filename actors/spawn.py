@@ -155,14 +155,18 @@ def spawn_script(scaling: Scaling, run: str, attempt: int) -> ScriptActors:
     needs = scaling.resources()
     bundles = [needs] * scaling.num_workers
     _check_room(bundles)
-    group = placement_group(bundles, strategy="PACK")
-    made = []
-    for index in range(scaling.num_workers):
-        name = f"process-{index}" + (f"/attempt-{attempt}" if attempt else "")
-        options = _options(run, name, needs, _SCRIPT_THREADS)
-        options["scheduling_strategy"] = PlacementGroupSchedulingStrategy(group, index)
-        made.append(ray.remote(ScriptProcess).options(**options).remote(place_here))
-    return ScriptActors(made, group)
+    made = ScriptActors([], placement_group(bundles, strategy="PACK"))
+    try:
+        for index in range(scaling.num_workers):
+            name = f"process-{index}" + (f"/attempt-{attempt}" if attempt else "")
+            options = _options(run, name, needs, _SCRIPT_THREADS)
+            place = PlacementGroupSchedulingStrategy(made.placement_group, index)
+            options["scheduling_strategy"] = place
+            made.processes.append(ray.remote(ScriptProcess).options(**options).remote(place_here))
+    except BaseException:
+        made.end()
+        raise
+    return made
 
 
 def spawn_manager(

@@ -42,9 +42,12 @@ SECRETS = (
     *(".netrc", "_netrc", ".pgpass", ".my.cnf", ".pypirc", ".pip", "pip.conf", ".condarc"),
     *(".npmrc", ".git-credentials", ".htpasswd", ".boto", ".s3cfg", ".vault-token", "token"),
     *("auth_token", "credentials.json", "client_secret*.json", "service?account*.json"),
-    "kaggle.json",
-    *("application_default_credentials.json", "secrets.json", "secrets.toml"),
-    *("secrets.yaml", "secrets.yml"),
+    *("*[-_]credentials.json", "credentials.csv", "credentials.toml", "rootkey.csv"),
+    *("*accesskeys*.csv", "kaggle.json", "application_default_credentials.json"),
+    *("secrets.json", "secrets.toml", "secrets.yaml", "secrets.yml", ".secrets", ".secrets.*"),
+    *(".token", "token.json", "token.txt", "hf_token", ".hf_token", "hf_token.txt"),
+    *("*api?key.txt", "*apikey.txt", "*.keytab", "krb5cc_*", "*.p8", "*.gpg", "*.tfvars"),
+    *(".passwd*", ".vault_pass*", "rclone.conf", ".oci", ".yarnrc.yml", ".modal.toml"),
 )
 """Names that are known to hold keys and passwords: all users of a cluster could read them."""
 
@@ -54,10 +57,16 @@ def _in_any_case(pattern: str) -> str:
     return "".join(f"[{c}{c.upper()}]" if c.isalpha() else c for c in pattern)
 
 
-EXCLUDES = (".git", ".venv", "venv", "__pycache__", "runs", ".ray", *map(_in_any_case, SECRETS))
+_SECRETS = tuple(map(_in_any_case, SECRETS))
+EXCLUDES = (".git", ".venv", "venv", "__pycache__", "runs", ".ray", *_SECRETS)
 MAX_PACKAGE = 100 * 2**20
 MAX_ENTRIES = 200_000
 """Files and folders that are looked at; Ray would pack more for minutes."""
+_PRIVATE_KEY = re.compile(rb"^-----BEGIN (?:[A-Z0-9]+ )*PRIVATE KEY", re.MULTILINE)
+_KEY_BYTES = 2**16
+"""No file with a private key is larger, and most files are."""
+_SHOWN = 5
+"""Names of what is left out that are told."""
 MAX_JOB = 48 * 2**10  # Ray hands it on inside one environment string, quoted; Linux takes 128 kB
 
 _VARIABLE = re.compile(r"[^=\0]+")
@@ -213,11 +222,17 @@ class Package:
     """Name and size of the largest file or folder in it."""
     paths: frozenset[Path] = frozenset()
     """The files."""
+    kept_back: tuple[Path, ...] = ()
+    """Files and folders that stay, for their names are those of secrets."""
 
     def __str__(self) -> str:
         """`shipping 12 files, 3.2 MB, of /home/me/job; the largest: weights.bin 3 MB`."""
         count = "1 file" if self.files == 1 else f"{self.files} files"
         end = f"; the largest: {self.largest}" if self.largest else ""
+        if self.kept_back:
+            names = [str(path.relative_to(self.folder)) for path in self.kept_back[:_SHOWN]]
+            more = ", ..." if len(self.kept_back) > _SHOWN else ""
+            end += f"; not shipped, for they may hold keys: {', '.join(names)}{more}"
         return f"shipping {count}, {size_text(self.size)}, of {self.folder}{end}"
 
 
@@ -243,11 +258,12 @@ def measure(working_dir: Path, excludes: Sequence[str], ignores: Ignores) -> Pac
 
     Raises:
         SpecError: more than 100 MiB, and names the five largest things in it; or a part of it
-            cannot be read, is a pipe or a device, or leads back into itself.
+            cannot be read, is a pipe or a device, leads back into itself, or holds a private key.
     """
     sizes: dict[Path, int] = {}
     files: set[Path] = set()
-    for path, size in _shipped(working_dir, excludes, ignores):
+    kept_back: list[Path] = []
+    for path, size in _shipped(working_dir, excludes, ignores, kept_back):
         top = working_dir / path.relative_to(working_dir).parts[0]
         sizes[top] = sizes.get(top, 0) + size
         files.add(path)
@@ -259,7 +275,8 @@ def measure(working_dir: Path, excludes: Sequence[str], ignores: Ignores) -> Pac
         hint = f"list what the job does not need in .rayignore there; the largest: {shown}"
         raise SpecError(Problem(("--working-dir",), f"{message} MiB", hint))
     first = f"{largest[0][0].name} {size_text(largest[0][1])}" if largest else ""
-    return Package(working_dir, len(files), total, first, frozenset(files))
+    stays = tuple(sorted(kept_back))
+    return Package(working_dir, len(files), total, first, frozenset(files), stays)
 
 
 def check_imports(task: str, package: Package) -> None:
@@ -295,10 +312,16 @@ class _Folder:
 
 
 def _shipped(
-    working_dir: Path, excludes: Sequence[str], ignores: Ignores
+    working_dir: Path, excludes: Sequence[str], ignores: Ignores, kept_back: list[Path]
 ) -> Iterator[tuple[Path, int]]:
     """
     Walk as Ray does: links are followed, ignore files count for all below them.
+
+    Args:
+        working_dir: where it begins.
+        excludes: names that are passed over.
+        ignores: see `Ignores`.
+        kept_back: takes what has the name of a secret.
 
     Yields:
         Each file and its bytes.
@@ -320,9 +343,13 @@ def _shipped(
         if seen > MAX_ENTRIES:
             _refuse(working_dir, f"holds more than {MAX_ENTRIES} files and folders")
         for path in paths:
-            if names.match(path.name) or any(test(path) for test in tests):
+            if any(test(path) for test in tests):
+                continue
+            if names.match(path.name):
+                kept_back += [path] * bool(_names(_SECRETS).match(path.name))
                 continue
             with _readable(path):
+                _refuse_secret(path, working_dir)
                 stat = path.stat()
                 if S_ISDIR(stat.st_mode):
                     waiting.append(_Folder(path, tests, above))
@@ -332,6 +359,24 @@ def _shipped(
                     _refuse(path, "may not be read")
                 else:
                     yield path, stat.st_size
+
+
+def _refuse_secret(path: Path, working_dir: Path) -> None:
+    """
+    Refuse a key under a name that does not tell: a link to one, or a file that holds one.
+
+    Raises:
+        SpecError: it is one.
+    """
+    about = path.stat()
+    if path.is_symlink():
+        end, top = path.resolve(), working_dir.resolve()
+        parts = (end.relative_to(top) if end.is_relative_to(top) else end).parts
+        if any(map(_names(_SECRETS).match, parts)):
+            _refuse(path, f"leads to {end}, which may hold a key")
+    if S_ISREG(about.st_mode) and about.st_size <= _KEY_BYTES and os.access(path, os.R_OK):
+        if _PRIVATE_KEY.search(path.read_bytes()):
+            _refuse(path, "holds a private key, which all users of the cluster could read")
 
 
 @cache

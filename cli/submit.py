@@ -435,7 +435,7 @@ def _metadata(text: str | None, job: Job) -> dict[str, str]:
     option = ("--metadata-json",)
     try:
         found = json.loads(text or "{}")
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise SpecError(Problem(option, f"is not JSON: {error}")) from None
     if not isinstance(found, dict) or not all(isinstance(value, str) for value in found.values()):
         raise SpecError(Problem(option, "must be a mapping of text to text"))

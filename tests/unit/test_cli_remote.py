@@ -254,6 +254,12 @@ def test_a_job_that_no_variable_holds_is_refused(folder: Path) -> None:
         shipping.runtime_env(job, folder, None, {})
 
 
+@pytest.mark.parametrize("text", ["{", "[" * 100_000, '{"a": 1}', "[]"])
+def test_metadata_of_another_form_is_refused(text: str) -> None:
+    with pytest.raises(SpecError, match=r"--metadata-json: (is not JSON|must be a mapping)"):
+        _metadata(text, JOB)
+
+
 def test_our_metadata_cannot_be_overwritten() -> None:
     with pytest.raises(SpecError, match=r"--metadata-json\.strategy: is set by distplat itself"):
         _metadata('{"strategy": "x"}', JOB)

@@ -178,8 +178,8 @@ def test_rays_are_looked_for_among_ones_own_processes(
 
 def test_a_process_of_ray_tells_its_address(tmp_path: Path) -> None:
     line = ["raylet", "-c", "print(flush=True); input()", "--gcs-address=127.0.0.1:1"]
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-    with subprocess.Popen(line, executable=sys.executable, **pipes) as process:
+    pipe = subprocess.PIPE
+    with subprocess.Popen(line, executable=sys.executable, stdin=pipe, stdout=pipe) as process:
         assert process.stdin is not None and process.stdout is not None
         process.stdout.read(1)
         assert "127.0.0.1:1" in of_ray.addresses_here()

@@ -21,9 +21,8 @@ def nothing(folder: Path) -> list[Any]:
 
 
 def names(folder: Path) -> set[str]:
-    return {
-        str(path.relative_to(folder)) for path, _ in shipping._shipped(folder, EXCLUDES, nothing)
-    }
+    found = shipping._shipped(folder, EXCLUDES, nothing, [])
+    return {str(path.relative_to(folder)) for path, _ in found}
 
 
 @pytest.fixture
@@ -68,6 +67,13 @@ def folder(tmp_path: Path) -> Iterator[Path]:
         ".bash_history",
         ".config/gcloud/access_tokens.db",
         ".cache/huggingface/token",
+        "gcp-credentials.json",
+        "team_accessKeys.csv",
+        "token.json",
+        "openai_api_key.txt",
+        "me.keytab",
+        ".secrets.toml",
+        "prod.tfvars",
     ],
 )
 def test_a_known_secret_is_not_shipped(secret: str, folder: Path) -> None:
@@ -89,6 +95,9 @@ def test_a_known_secret_is_not_shipped(secret: str, folder: Path) -> None:
         "config/model.json",
         "history.csv",
         "credentials/__init__.py",
+        "tokenizer.json",
+        "api_keys.py",
+        "accesskeys.py",
     ],
 )
 def test_what_only_sounds_like_a_secret_is_shipped(name: str, folder: Path) -> None:
@@ -133,6 +142,49 @@ def test_what_is_shipped_is_said_in_one_line(
     SubmitRequest(JobSource(folder / "job.yaml")).shipping(None, package)
     SubmitRequest(JobSource(folder / "job.yaml"), quiet=True).shipping(None, package)
     assert capsys.readouterr().err == f"{package}\n"
+
+
+def test_what_stays_for_its_name_is_said_too(folder: Path) -> None:
+    """Data may have such a name, and its task would miss it on the cluster."""
+    for name in ("token.json", "a/.env", "a/b/kaggle.json"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text("x")
+    (folder / "runs").mkdir()  # it has no such name, and stays unsaid
+    said = str(measure(folder, EXCLUDES, nothing))
+    stays = "; not shipped, for they may hold keys: a/.env, a/b/kaggle.json, token.json"
+    assert said.endswith(stays)
+    for number in range(5):
+        (folder / f"{number}.pem").write_text("x")
+    assert str(measure(folder, EXCLUDES, nothing)).endswith("3.pem, 4.pem, ...")
+
+
+@pytest.mark.parametrize("kind", ["", "RSA ", "OPENSSH ", "ENCRYPTED "])
+def test_a_private_key_under_another_name_is_refused(kind: str, folder: Path) -> None:
+    text = "subject=CN = me\n-----BEGIN {}PRIVATE KEY-----\nMIIE\n"
+    (folder / "deploy").write_text(text.format(kind))
+    assert f"{folder / 'deploy'} holds a private key" in refusal(folder)
+
+
+@pytest.mark.parametrize("inside", [True, False])
+def test_a_link_to_a_secret_is_refused(
+    inside: bool, folder: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    home = folder if inside else tmp_path_factory.mktemp("home")
+    (home / ".aws").mkdir()
+    (home / ".aws/config").write_text("key")
+    (folder / "cloud").symlink_to(home / ".aws")
+    assert f"cloud leads to {home / '.aws'}, which may hold a key" in refusal(folder)
+    (folder / "cloud").unlink()
+    (folder / "settings").symlink_to(home / ".aws/config")
+    assert "settings leads to " in refusal(folder)
+
+
+def test_a_folder_below_one_with_a_secrets_name_may_have_links(tmp_path: Path) -> None:
+    folder = tmp_path / ".config" / "job"
+    (folder / "data").mkdir(parents=True)
+    (folder / "data/a").write_text("x")
+    (folder / "again").symlink_to("data")
+    assert names(folder) == {"data/a", "again/a"}
 
 
 def test_an_empty_folder_is_shipped(tmp_path: Path) -> None:

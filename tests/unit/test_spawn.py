@@ -7,7 +7,7 @@ from jobs import job_of
 from distplat.actors import spawn
 from distplat.actors.spawn import _resources
 from distplat.platform.errors import SpecError
-from distplat.platform.spec import Job
+from distplat.platform.spec import Job, Scaling
 from distplat.strategies.catalog import make_strategy
 
 
@@ -40,6 +40,31 @@ def test_what_was_made_is_ended_where_the_rest_cannot_be(monkeypatch: pytest.Mon
     with pytest.raises(ValueError, match="does not want to"):
         spawn.spawn(job, make_strategy(job).roles(job), "run", 0)
     assert killed == [0, 1]
+
+
+def test_a_script_that_cannot_be_spawned_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its room, and the processes that there are, would stay until the driver ends."""
+    ended: list[object] = []
+
+    class Kind:
+        def options(self, **more: object) -> "Kind":
+            return self
+
+        def remote(self, place: object) -> str:
+            if self in ended:
+                raise KeyboardInterrupt
+            ended.append(self)
+            return "actor"
+
+    kind = Kind()
+    monkeypatch.setattr(ray, "remote", lambda actor: kind)
+    monkeypatch.setattr(ray, "kill", ended.append)
+    monkeypatch.setattr(spawn, "_check_room", lambda needs: None)
+    monkeypatch.setattr(spawn, "placement_group", lambda bundles, strategy: "group")
+    monkeypatch.setattr(spawn, "remove_placement_group", ended.append)
+    with pytest.raises(KeyboardInterrupt):
+        spawn.spawn_script(Scaling(num_workers=2), "run", 0)
+    assert ended == [kind, "actor", "group"]
 
 
 NODES = ({"CPU": 2.0, "memory": 8e9}, {"CPU": 2.0, "GPU": 1.0, "memory": 4e9}, {"CPU": 16.0})
