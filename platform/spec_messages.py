@@ -5,10 +5,12 @@ Pydantic gives the field's path, all errors at once and the offending value; wha
 range in signs instead of prose, a did-you-mean, and the traps of YAML.
 """
 
+import re
 import reprlib
-from collections.abc import Mapping
-from re import findall
-from typing import Any, get_args
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from types import UnionType
+from typing import Any, Union, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
@@ -59,6 +61,7 @@ _PATTERNS: dict[FieldPath, str] = {
 }
 _REFUSED = {**REFUSED_OPTIMIZERS, **REFUSED_SCHEDULES}
 """Names that choose a model of a union elsewhere, and why not here."""
+_MUST_BE = re.compile(r"must be (.*) \(got (.*)\)")
 _YAML_BOOL = "YAML reads no, off, yes and on as true or false"
 
 _repr = reprlib.Repr()
@@ -77,9 +80,23 @@ def problems_of(
         prefix: where in the job it stands, for example `("strategy",)`.
     """
     details = error.errors(include_url=False)
-    found = [_problem(one, model, prefix) for one in details[:MAX_PROBLEMS]]
+    found = _joined(_problem(one, model, prefix) for one in details[:MAX_PROBLEMS])
     if len(details) > MAX_PROBLEMS:
         found.append(Problem(prefix, f"and {len(details) - MAX_PROBLEMS} more problems"))
+    return found
+
+
+def _joined(problems: Iterable[Problem]) -> list[Problem]:
+    """Say once what a field of several types may be: pydantic has a complaint for each of them."""
+    found: list[Problem] = []
+    for one in problems:
+        before = _MUST_BE.fullmatch(found[-1].message) if found else None
+        this = _MUST_BE.fullmatch(one.message)
+        if before and this and found[-1].where == one.where and before[2] == this[2]:
+            message = f"must be {before[1]} or {this[1]} (got {this[2]})"
+            found[-1] = replace(one, message=message, hint=found[-1].hint or one.hint)
+        else:
+            found.append(one)
     return found
 
 
@@ -108,7 +125,9 @@ def _problem(one: ErrorDetails, root: type[BaseModel], prefix: FieldPath) -> Pro
         advice = removed[name] if name in removed else hint(name, known)
     elif kind == "literal_error":
         expected = str(one["ctx"]["expected"])
-        near = nearest(value, findall(r"'([^']*)'", expected)) if isinstance(value, str) else None
+        near = (
+            nearest(value, re.findall(r"'([^']*)'", expected)) if isinstance(value, str) else None
+        )
         advice = f"did you mean {near!r}?" if near else _quote_hint(value)
         message = f"must be {expected} (got {show(value)})"
     elif kind == "missing":
@@ -188,6 +207,8 @@ def _locate(
         if field is not None and field.discriminator and part in _tags(field):
             here, field = _tags(field)[str(part)], None
             continue
+        if isinstance(part, str) and field is not None and _is_one_of_several(field):
+            continue  # says of which type the complaint is
         where.append(part)
         if isinstance(part, int):  # an item of a list: of the model that the list's field names
             field = None
@@ -195,6 +216,13 @@ def _locate(
         holder, field = here, here.model_fields.get(str(part)) if here else None
         here = _model_in(field.annotation) if field else None
     return tuple(where), holder, field
+
+
+def _is_one_of_several(field: FieldInfo) -> bool:
+    """Say whether a field takes one of several plain types; one that may be left out has one."""
+    kinds = {*get_args(field.annotation)} - {type(None)}
+    union = get_origin(field.annotation) in (Union, UnionType)
+    return union and len(kinds) > 1 and _model_in(field.annotation) is None
 
 
 def _model_in(annotation: object) -> type[BaseModel] | None:

@@ -9,7 +9,7 @@ import logging
 import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import entry_points
 from pathlib import Path
 from types import ModuleType
@@ -197,7 +197,8 @@ def make_strategy(job: Job) -> Strategy[Any]:
     try:
         options = kind.options_type.model_validate(dict(job.strategy.options))
     except ValidationError as error:
-        raise SpecError(*problems_of(error, kind.options_type, prefix=("strategy",))) from None
+        found = problems_of(error, kind.options_type, prefix=("strategy",))
+        raise SpecError(*(_of_another_strategy(one, kind) for one in found)) from None
     strategy = kind(options)
     found = _kind_problems(job, kind)
     if job.failure.spare_workers and (job.own_loop or not strategy.survivors_go_on()):
@@ -211,6 +212,19 @@ def make_strategy(job: Job) -> Strategy[Any]:
     if found:
         raise SpecError(*found)
     return strategy
+
+
+def _of_another_strategy(problem: Problem, kind: type[Strategy[Any]]) -> Problem:
+    """Say which strategies have an option that this one has not, and never had."""
+    name = str(problem.where[-1])
+    is_option = len(problem.where) == 2 and name not in kind.options_type.removed_fields
+    if not (is_option and problem.message.startswith("unknown field")):
+        return problem
+    others = [n for n in strategies.names() if name in strategies.get(n).options_type.model_fields]
+    if not others:
+        return problem
+    have = "has it" if len(others) == 1 else "have it"
+    return replace(problem, hint=f"{', '.join(others)} {have}: remove it, or change the strategy")
 
 
 def strategy_problems(job: Job) -> list[Problem]:

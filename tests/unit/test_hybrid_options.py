@@ -56,6 +56,14 @@ WRONG: list[tuple[dict[str, Any], int, dict[str, Any], str, str, str]] = [
     ({"pack_weights": True}, 1, {}, "strategy.pack_weights", "unknown field", "was removed"),
     ({"pipeline": 3, "cut": ["2", "2"]}, 3, {}, "strategy.cut", "named twice", "once"),
     (
+        {"pipeline": 2, "cut": 2},
+        2,
+        {},
+        "strategy.cut",
+        "must be text or a list (got 2)",
+        "quote it",
+    ),
+    (
         {"pipeline": 2, "schedule": "interleaved", "virtual": 1},
         2,
         {},
