@@ -30,6 +30,9 @@ _PASSES_ON = (
 _LOADER = "Original Traceback (most recent call last):\n"
 """Where torch puts the error of a loader process into the text of another one."""
 
+_SAMPLES = "of the data set: "
+"""See `strategies/loop/batches.py`, which imports torch."""
+
 _CALLER = "call_train_function"
 """Which frame's callee is the user's; of `task_loading.py`, which imports torch."""
 
@@ -139,17 +142,32 @@ def _told(error: BaseException) -> tuple[str, str, str]:
     found = traceback.TracebackException.from_exception(error)
     for one in _with_causes(found):
         one.stack = traceback.StackSummary.from_list(
-            [frame for frame in one.stack if not _passes_on(frame.filename)]
+            [frame for frame in one.stack if not (_passes_on(frame.filename) or _is_made(frame))]
         )
     shown = "".join(found.format())
     if not found.stack:
         shown = shown.replace("Traceback (most recent call last):\n", "", 1)
     found.__notes__ = []
     summary = list(found.format_exception_only())[-1].strip()
-    if _LOADER in summary:
+    of_loader = _LOADER in summary
+    if of_loader:
         shown = _of_loader(summary.partition(_LOADER)[2])
+    shown, samples = _samples(shown)
+    if of_loader:
         summary = shown.strip().splitlines()[-1]
-    return summary, shown, _remedy(error)
+    if samples:
+        shown = f"{shown}{samples if shown.endswith(summary) else ''}\n"
+    return summary + samples, shown, _remedy(error)
+
+
+def _samples(shown: str) -> tuple[str, str]:
+    """Take the note of samples out of a traceback's text; give it as the end of a sentence."""
+    lines = shown.splitlines()
+    notes = [line.removeprefix(_SAMPLES) for line in lines if line.startswith(_SAMPLES)]
+    if not notes:
+        return shown, ""
+    kept = "\n".join(line for line in lines if not line.startswith(_SAMPLES))
+    return kept.rstrip(), f" ({notes[0]} of the data set)"
 
 
 def _text(error: BaseException) -> str:
@@ -243,6 +261,11 @@ def _passes_on(filename: str) -> bool:
         return True
     inner = _in_torch(filename)
     return inner is not None and inner.startswith(_PASSES_ON)
+
+
+def _is_made(frame: traceback.FrameSummary) -> bool:
+    """Whether a frame is of a constructor that `dataclass` has made: nobody wrote its lines."""
+    return (frame.filename, frame.name) == ("<string>", "__init__")
 
 
 def _is_ours(filename: str) -> bool:

@@ -28,6 +28,10 @@ from distplat.strategies.loop.task_settings import TaskOrder
 from distplat.strategies.task import Task
 from distplat.strategies.torch_compat import tree_leaves
 
+SAMPLES = "of the data set: "
+"""Begins a note at an error of the user's: the samples that were read, or put together."""
+_SHOWN = 8
+
 
 class Run(NamedTuple):
     """Samples that follow each other in an epoch's order: those of a micro-batch."""
@@ -277,14 +281,16 @@ class Samples(Dataset[Any]):
         """Give the batch of a run's samples."""
         draws = may_draw(self._data)
         if not draws and self._collate is None:
-            return collated(self._read(self._data, run.ids))
+            with _naming(run.ids):
+                return collated(self._read(self._data, run.ids))
         # In this process dropout goes on as if no data had been read.
         with generators_kept() if get_worker_info() is None else nullcontext():
             with _errors_that_travel():
                 if isinstance(self._data, StreamSamples):
                     return self._of_stream(self._data, run)
-                samples = self._read_seeded(run) if draws else self._read(self._data, run.ids)
-                return self._together(samples, run)
+                with _naming(run.ids):
+                    samples = self._read_seeded(run) if draws else self._read(self._data, run.ids)
+                    return self._together(samples, run)
 
     def _of_stream(self, data: StreamSamples, run: Run) -> Any:
         read = data.read(run.ids[0], len(run.ids), mark=run.marked, look_at=run.batch)
@@ -315,10 +321,33 @@ class Samples(Dataset[Any]):
             seed_sample(run.seed, run.first)
             return self._read(data, ids)
         samples = []
-        for place, index in enumerate(ids, run.first):
-            seed_sample(run.seed, place)
-            samples.append(data[index])
+        index = 0
+        try:
+            for place, index in enumerate(ids, run.first):
+                seed_sample(run.seed, place)
+                samples.append(data[index])
+        except Exception as error:
+            _name(error, [index])
+            raise
         return samples
+
+
+@contextmanager
+def _naming(ids: Sequence[int]) -> Iterator[None]:
+    """Have an error say of which samples it is."""
+    try:
+        yield
+    except Exception as error:
+        _name(error, ids)
+        raise
+
+
+def _name(error: Exception, ids: Sequence[int]) -> None:
+    """Note samples at an error, unless it has a note of fewer."""
+    if not any(note.startswith(SAMPLES) for note in getattr(error, "__notes__", ())):
+        what = "sample" if len(ids) == 1 else "samples"
+        more = ", ..." if len(ids) > _SHOWN else ""
+        error.add_note(f"{SAMPLES}{what} {', '.join(map(str, ids[:_SHOWN]))}{more}")
 
 
 @contextmanager

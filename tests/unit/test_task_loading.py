@@ -6,6 +6,7 @@ import signal
 import sys
 from argparse import ArgumentParser
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,12 +16,14 @@ import ray
 import torch
 from jobs import job_of
 from safetensors.torch import save_model
+from torch._utils import ExceptionWrapper
 
 from distplat.actors.task_loading import load_task_class
 from distplat.actors.training import search_path
 from distplat.actors.user_errors import as_user_error, killed_loader, lost_peer
 from distplat.platform.errors import SpecError, UserCodeError
 from distplat.strategies import torch_compat
+from distplat.strategies.loop.batches import Run, Samples
 from distplat.strategies.loop.session import prepare
 from distplat.strategies.task import Task
 
@@ -329,3 +332,61 @@ def test_a_worker_has_no_command_line(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(SystemExit) as ended:
         ArgumentParser().parse_args()
     assert "`task_args`" in as_user_error(ended.value, 0, None).remedy
+
+
+class Broken:
+    """A data set of which some samples cannot be read."""
+
+    def __len__(self) -> int:
+        return 64
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        if index == 17:
+            raise ValueError("line 1\nline 2")
+        return torch.ones(1 + index // 32)
+
+
+def error_of(ids: list[int], *, in_loader: bool) -> Exception:
+    """Give what the reading of some samples raises; of a loader process, as torch hands it on."""
+    data: Any = Broken()
+    try:
+        Samples(data).__getitems__(Run(0, 0, ids))
+    except Exception as error:
+        if not in_loader:
+            return error
+        with pytest.raises(type(error)) as caught:
+            ExceptionWrapper(where="in DataLoader worker process 0").reraise()
+        return caught.value
+    raise AssertionError
+
+
+@pytest.mark.parametrize("in_loader", [False, True])
+@pytest.mark.parametrize(
+    ("ids", "said"),
+    [
+        ([4, 17, 9], "(sample 17 of the data set)"),
+        ([*range(10), 40], "(samples 0, 1, 2, 3, 4, 5, 6, 7, ... of the data set)"),
+    ],
+)
+def test_the_samples_are_named_that_could_not_be_read_or_put_together(
+    ids: list[int], said: str, in_loader: bool
+) -> None:
+    told = as_user_error(error_of(ids, in_loader=in_loader), 0, 3)
+    assert told.text.splitlines()[-1 if "hint" not in told.text else -2].endswith(said)
+    assert told.traceback.endswith(f"{said}\n") and told.traceback.count(" of the data set") == 1
+
+
+def test_a_frame_that_nobody_wrote_is_left_out() -> None:
+    """`dataclass` makes constructors of text."""
+
+    @dataclass
+    class Sized:
+        size: int
+
+        def __post_init__(self) -> None:
+            raise ValueError("no size")
+
+    try:
+        Sized(0)
+    except ValueError as error:
+        assert "<string>" not in as_user_error(error, 0, None).traceback
