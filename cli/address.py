@@ -14,6 +14,7 @@ import os
 import re
 import socket
 import threading
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -26,6 +27,9 @@ from distplat.platform.errors import ClusterUnreachable, Problem, SpecError
 _VARIABLES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
 _HOST_PORT = re.compile(r"(?:\[[0-9A-Fa-f:.]+\]|[\w.-]+):\d{1,5}")
 _REACH_S = 5.0
+_GREETING_S = 8.0
+_FRAME, _SETTINGS = 9, b"\4\0\0\0\0\0"
+"""Bytes of the head of a frame of HTTP/2; kind, flags and stream of settings, after the length."""
 _LISTENERS = (Path("/proc/net/tcp"), Path("/proc/net/tcp6"))
 
 FORMS = "http://HOST:8265, HOST:6379, auto, or local"
@@ -190,6 +194,35 @@ def reach(address: str) -> None:
         raise ClusterUnreachable(
             f"cannot reach Ray at {address} ({_cause(error)}); {_advice(error)}"
         )
+
+
+def hear(address: str, environ: Mapping[str, str], limit_s: float = _GREETING_S) -> None:
+    """
+    See that who listens at an address begins as Ray does, with the settings of gRPC.
+
+    Ray itself would wait 15 s for who says nothing.
+
+    Args:
+        address: HOST:PORT.
+        environ: with `RAY_USE_TLS`, who connects speaks first, and nothing is heard.
+        limit_s: how long to listen.
+
+    Raises:
+        ClusterUnreachable: it is something else.
+    """
+    if environ.get("RAY_USE_TLS", "0").lower() in ("1", "true"):
+        return
+    heard, until = b"", time.monotonic() + limit_s
+    with suppress(OSError), socket.create_connection(host_and_port(address), limit_s) as way:
+        while len(heard) < _FRAME and (left_s := until - time.monotonic()) > 0:
+            way.settimeout(left_s)
+            more = way.recv(_FRAME - len(heard))
+            if not more:
+                break
+            heard += more
+    if heard[3:] != _SETTINGS:
+        text = f"what listens at {address} is no Ray: it does not begin as one does"
+        raise ClusterUnreachable(f"{text}; is the port right?")
 
 
 def _cause(error: OSError) -> str:

@@ -21,6 +21,7 @@ from distplat.actors.ray_compat import JOB_CONFIG_VARIABLE
 from distplat.cli.address import (
     LOOPBACK,
     distrust,
+    hear,
     host_and_port,
     is_host_port,
     is_this_machine,
@@ -258,12 +259,13 @@ def _meet(address: str) -> None:
     See that Ray would be joined in a moment.
 
     Raises:
-        ClusterUnreachable: it wants another token.
+        ClusterUnreachable: it wants another token, or is no Ray.
         RayError, ConnectionError: nobody is there.
     """
     if address == "auto":
         address = ray_compat.address_of_auto()
         ray_compat.use_token_at_hand()  # as Ray does for it
+    hear(address, os.environ)
     try:
         ray_compat.meet(address, _MEET_S)
     except ray.exceptions.AuthenticationError:

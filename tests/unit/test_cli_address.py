@@ -4,6 +4,7 @@ import os
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,6 +19,7 @@ from distplat.cli import join
 from distplat.cli.address import (
     Target,
     distrust,
+    hear,
     is_this_machine,
     reach,
     stranger_at,
@@ -281,6 +283,39 @@ def test_a_head_elsewhere_is_joined_where_a_part_of_it_here_is_ours(
         ours_here()
     with pytest.raises(ClusterUnreachable, match=f"`--address {head}` joins it all the same"):
         choose_target("auto", print, with_ray=True)
+
+
+@pytest.mark.parametrize(
+    ("begin", "is_ray"),
+    [
+        (bytes.fromhex("000018040000000000000300"), True),
+        (b"HTTP/1.1 400 Bad Request\r\n", False),
+        (b"\0\0", False),
+        (b"", False),
+        (None, False),  # it says nothing, and stays
+    ],
+)
+def test_what_is_no_ray_is_told_by_its_first_bytes(begin: bytes | None, is_ray: bool) -> None:
+    def serve() -> None:
+        way, _ = server.accept()
+        with way:
+            if begin is None:
+                way.recv(1)  # until the other one leaves
+            else:
+                way.sendall(begin)
+
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = f"127.0.0.1:{server.getsockname()[1]}"
+        thread = threading.Thread(target=serve, daemon=True)
+        thread.start()
+        limit_s = 60.0 if begin is not None else 0.2
+        if is_ray:
+            hear(address, {}, limit_s)
+        else:
+            hear(address, {"RAY_USE_TLS": "1"}, limit_s)
+            with pytest.raises(ClusterUnreachable, match=f"listens at {address} is no Ray"):
+                hear(address, {}, limit_s)
+        thread.join(60)
 
 
 @pytest.mark.parametrize(

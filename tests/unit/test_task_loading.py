@@ -4,6 +4,7 @@ import importlib
 import shutil
 import signal
 import sys
+import traceback
 from argparse import ArgumentParser
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -16,7 +17,6 @@ import ray
 import torch
 from jobs import job_of
 from safetensors.torch import save_model
-from torch._utils import ExceptionWrapper
 
 from distplat.actors.task_loading import load_task_class
 from distplat.actors.training import search_path
@@ -354,9 +354,8 @@ def error_of(ids: list[int], *, in_loader: bool) -> Exception:
     except Exception as error:
         if not in_loader:
             return error
-        with pytest.raises(type(error)) as caught:
-            ExceptionWrapper(where="in DataLoader worker process 0").reraise()
-        return caught.value
+        where = f"Caught {type(error).__name__} in DataLoader worker process 0."
+        return type(error)(f"{where}\nOriginal {traceback.format_exc()}")
     raise AssertionError
 
 

@@ -118,6 +118,7 @@ def test_why_a_ray_cannot_be_joined_is_told_at_once(
     monkeypatch.setattr(ray_compat, "meet", meet)
     monkeypatch.setattr(ray, "init", lambda **more: pytest.fail("it would not be of use"))
     monkeypatch.setattr(join, "reach", lambda address: None)
+    monkeypatch.setattr(join, "hear", lambda address, environ: None)
     said = "wants another token.*RAY_AUTH_TOKEN" if token else "Timed out while waiting"
     with pytest.raises(ClusterUnreachable, match=f"cannot join Ray at {A}: .*{said}"):
         with join.connected(A, {}):
