@@ -35,6 +35,7 @@ from distplat.actors.trainer import Trainer
 from distplat.actors.training import saved_model
 from distplat.platform.apply_log import FILE_NAME, flaws, read_logs, staleness_counts
 from distplat.platform.checkpoints import FOLDER
+from distplat.platform.disk import check_regular
 from distplat.platform.errors import (
     DeadlineExceeded,
     Problem,
@@ -361,6 +362,7 @@ def replay_run(directory: Path, working_dir: Path) -> Replayed:
 
 
 def _compare(found: dict[str, Tensor], path: Path) -> tuple[str | None, float]:
+    check_regular(path)
     try:
         expected = load_file(path)
     except Exception as error:  # safetensors has an error of its own, and raises OSError

@@ -17,7 +17,8 @@ from typing import Any, Generic, TypeVar
 
 from pydantic import ValidationError
 
-from distplat.platform.errors import Problem, SpecError, hint
+from distplat.platform.disk import check_regular
+from distplat.platform.errors import Problem, SpecError, StorageError, hint
 from distplat.platform.job_file import job_of, read_job
 from distplat.platform.lr_schedules import ReduceLROnPlateau
 from distplat.platform.optimizers import TaskOptimizer
@@ -178,8 +179,9 @@ def load_strategy_file(path: Path) -> StrategyFile:
     try:
         if path.suffix != ".py":
             raise ValueError("its name does not end in .py")
+        check_regular(path)
         file = StrategyFile(str(path), path.read_text())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, StorageError) as error:
         problem = Problem(("--strategy-file",), f"{path} is not a Python file: {error}")
         raise SpecError(problem) from None
     file.load()

@@ -1,5 +1,6 @@
 """The strategy catalog: what is found, what is refused, and a user's own file."""
 
+import os
 import pickle
 import subprocess
 import sys
@@ -217,8 +218,12 @@ def test_a_users_file_travels_as_text(
     assert elsewhere.names() == ["own"]
 
 
-@pytest.mark.parametrize("name", ["missing.py", "folder.py", "folder", "notes.txt", "latin.py"])
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize(
+    "name", ["missing.py", "folder.py", "folder", "notes.txt", "latin.py", "pipe.py"]
+)
 def test_what_is_no_python_file(name: str, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.py")
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder.py").mkdir()
     (tmp_path / "latin.py").write_bytes(b"x = '\xe9'")

@@ -11,6 +11,7 @@ from unittest import mock
 import pytest
 from made_runs import FAILURE, RECOVERY, RESIZED, SAVED, evaluation, made_run, made_trace, step
 
+from distplat.actors.verifying import _compare
 from distplat.cli.main import run
 from distplat.platform.apply_log import read_logs
 from distplat.platform.errors import SpecError, StorageError
@@ -152,6 +153,7 @@ def test_logs_read_no_pipe_and_no_device(
         lambda path: read_part(path, mock.Mock()),
         lambda path: read_list(path.parent),
         lambda path: _read_file(path),
+        lambda path: _compare({}, path),
     ],
 )
 def test_other_files_of_a_foreign_run_are_files(
