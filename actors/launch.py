@@ -315,6 +315,7 @@ def local_ray(scaling: Scaling, *, logs: bool = True) -> Iterator[None]:
             ray_compat.own_process_groups(),
             ray_compat.own_signals(),
             _failures_of_start(),
+            _ended_where_it_fails(),
         ):
             ray.init(
                 address="local",
@@ -327,3 +328,13 @@ def local_ray(scaling: Scaling, *, logs: bool = True) -> Iterator[None]:
             yield
         finally:
             ray.shutdown()
+
+
+@contextmanager
+def _ended_where_it_fails() -> Iterator[None]:
+    """End what there is of a Ray that does not start: a notebook would keep it."""
+    try:
+        yield
+    except BaseException:
+        ray.shutdown()
+        raise

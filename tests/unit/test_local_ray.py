@@ -17,13 +17,20 @@ ITS_WORDS = "The current node timed out during startup. This\ncould happen becau
 
 
 def start(error: BaseException, monkeypatch: pytest.MonkeyPatch, home: Path) -> None:
+    """Have a Ray fail to start; what there is of it is ended, for a notebook goes on."""
+    ended: list[bool] = []
+
     def fail(**settings: object) -> None:
         raise error
 
     monkeypatch.setattr("ray.init", fail)
+    monkeypatch.setattr("ray.shutdown", lambda: ended.append(True))
     monkeypatch.setenv("HOME", str(home))
-    with local_ray(Scaling(num_workers=1)):
-        pass
+    try:
+        with local_ray(Scaling(num_workers=1)):
+            pass
+    finally:
+        assert ended == [True]
 
 
 def test_ray_that_does_not_start(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
