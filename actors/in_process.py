@@ -69,9 +69,13 @@ def train_in_process(launch: Launch, handlers: RunHandlers, stopping: Stopping) 
             checkpoints.hear(summary)
             handlers.on_summary(summary)
 
+    def save(model: bytes) -> None:
+        with stopping.not_at_once():
+            handlers.on_model(model)
+
     try:
         with stopping.at_once():
-            _train(launch, report, progress, handlers, checkpoints)
+            _train(launch, report, progress, replace(handlers, on_model=save), checkpoints)
     except (DistplatError, KeyboardInterrupt):
         raise
     except (Exception, SystemExit) as error:  # sys.exit(0) in a task is no success

@@ -351,7 +351,8 @@ def train_script(job: ScriptJob, terminal: Terminal) -> ScriptResult:
     try:
         restarts = _run(job, run, logs)
     except BaseException as error:
-        status = "STOPPED" if isinstance(error, Interrupted) else "FAILED"
+        stopped = isinstance(error, Interrupted | KeyboardInterrupt)
+        status = "STOPPED" if stopped else "FAILED"
         _finish(path, job, status, {"error": str(error)})
         raise
     finally:

@@ -95,6 +95,21 @@ class Stopping:
         finally:
             self._at_once = False
 
+    @contextmanager
+    def not_at_once(self) -> Iterator[None]:
+        """
+        Let a part of an `at_once` block come to its end before the first signal breaks in.
+
+        Raises:
+            Interrupted: it came meanwhile.
+        """
+        before, self._at_once = self._at_once, False
+        try:
+            yield
+        finally:
+            self._at_once = before
+        self.check()
+
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self._seen is None:
             self._seen = number

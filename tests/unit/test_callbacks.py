@@ -87,6 +87,23 @@ def test_a_signal_while_a_callback_begins_leaves_a_result(tmp_path: Path) -> Non
     assert json.loads(result.read_text())["status"] == "STOPPED"
 
 
+def test_a_signal_while_the_model_is_written_waits_for_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = RunDirectory.save_model
+
+    def save_model(directory: RunDirectory, model: bytes) -> Path:
+        os.kill(os.getpid(), signal.SIGINT)
+        return write(directory, model)
+
+    monkeypatch.setattr(RunDirectory, "save_model", save_model)
+    with pytest.raises((Interrupted, KeyboardInterrupt)):
+        Trainer(FIELDS, Lin, storage_dir=tmp_path).fit()
+    (result,) = tmp_path.rglob("result.json")
+    said = json.loads(result.read_text())
+    assert said["status"] == "STOPPED" and Path(said["model"]).exists()
+
+
 class Seeing(Callback):
     """Notes what it is told; raises in one of its methods."""
 
