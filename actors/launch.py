@@ -305,36 +305,42 @@ def local_ray(scaling: Scaling, *, logs: bool = True) -> Iterator[None]:
         yield
         return
     _check_room()
-    cpus = scaling.num_workers * scaling.resources()["CPU"]
     # More workers than cores is slow but right: on a laptop that is what trying out means.
     if warning := secure_token(Path.home(), os.environ):
         logger.warning("%s", warning)
     with hash_seed.inherited():
-        with (
-            ray_compat.loopback(),
-            ray_compat.own_process_groups(),
-            ray_compat.own_signals(),
-            _failures_of_start(),
-            _ended_where_it_fails(),
-        ):
+        folder = _start(scaling, logs=logs)
+        try:
+            yield
+        finally:
+            try:
+                ray.shutdown()
+            finally:
+                shutil.rmtree(folder.parent, ignore_errors=True)
+
+
+def _start(scaling: Scaling, *, logs: bool) -> Path:
+    """Start a Ray; give the directory of its files."""
+    cpus = scaling.num_workers * scaling.resources()["CPU"]
+    with (
+        ray_compat.loopback(),
+        ray_compat.own_process_groups(),
+        ray_compat.own_signals(),
+        _failures_of_start(),
+    ):
+        folder = ray_compat.folder_for_ray()
+        try:
             ray.init(
                 address="local",
                 include_dashboard=False,
                 num_cpus=max(os.cpu_count() or 1, int(np.ceil(cpus))),
                 log_to_driver=logs,
                 logging_level="error",  # Ray warns of its own token file at every start
+                _temp_dir=str(folder),
             )
-        try:
-            yield
-        finally:
-            ray.shutdown()
-
-
-@contextmanager
-def _ended_where_it_fails() -> Iterator[None]:
-    """End what there is of a Ray that does not start: a notebook would keep it."""
-    try:
-        yield
-    except BaseException:
-        ray.shutdown()
-        raise
+        except BaseException:
+            ray.shutdown()  # a notebook would keep what there is of it
+            with suppress(OSError):
+                folder.parent.rmdir()  # or there are files, which Ray's words for why may name
+            raise
+    return folder

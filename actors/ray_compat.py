@@ -10,6 +10,7 @@ import logging
 import os
 import signal
 import sys
+import tempfile
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -40,6 +41,10 @@ from distplat.actors.process_setup import variables
 
 JOB_CONFIG_VARIABLE: str = RAY_JOB_CONFIG_JSON_ENV_VAR
 """Has what the job API gave its driver; nothing public tells of it."""
+_SOCKET = "/ray-12345678/r/session_2026-01-01_00-00-00_000000_1234567/sockets/plasma_store.1"
+"""The longest name below the system's directory for such files."""
+_PATH_BYTES = 103
+"""The longest name that a socket may have, on macOS; on Linux four more."""
 _COLORS = "RAY_COLOR_PREFIX"
 LOGGERS = ("ray.dashboard.modules.dashboard_sdk", "ray._private.runtime_env")
 """They log each upload at level INFO, which is no part of a command's output."""
@@ -189,14 +194,34 @@ def own_signals() -> Iterator[None]:
             signal.signal(signal.SIGTERM, ours)
 
 
+def folder_for_ray() -> Path:
+    """
+    Name a directory for the files of a Ray that starts, in one that nobody but this user enters.
+
+    Ray makes it, and all in it, for everybody to write, sockets and logs too: whoever may put
+    another socket there can have workers run code.
+
+    Raises:
+        OSError: it cannot be made.
+    """
+    base = temporary_folder()
+    base.mkdir(parents=True, exist_ok=True)
+    return Path(tempfile.mkdtemp(prefix="ray-", dir=base)) / "r"
+
+
 def address_file() -> Path:
     """Give where `ray start` notes an address; `address="auto"` finds others' Rays, too."""
     return Path(get_ray_address_file(None))
 
 
 def temporary_folder() -> Path:
-    """Give where Ray makes its folder; where that disk is full, Python would choose another one."""
-    return Path(get_default_system_temp_dir())
+    """
+    Give where the folder of a Ray that starts is made: where Ray itself would, if names are short.
+
+    Where that disk is full, Python would choose another one.
+    """
+    base = get_default_system_temp_dir()
+    return Path("/tmp" if len(os.fsencode(base)) + len(_SOCKET) > _PATH_BYTES else base)
 
 
 def address_of_auto() -> str:

@@ -13,6 +13,7 @@ pytestmark = [pytest.mark.cluster, pytest.mark.timeout(180)]
 
 DRIVER = """
 import json, os, socket, sys
+from pathlib import Path
 import psutil, ray
 from jobs import job_of
 from members import Member
@@ -41,7 +42,10 @@ with local_ray(job_of("ring", 2).scaling):
     pids = {*ray.get([m.pid.remote() for m in members], timeout=60)}
     mine = {p.pid for p in psutil.Process().children(recursive=True)} | {os.getpid()}
     said = [said_to_a_stranger(one.port) for one in listeners(pids)]
+    files = Path(ray._private.worker._global_node.get_session_dir_path())
+    reach = [p for p in (files, *files.parents) if p.stat().st_mode & 0o005 != 0o005]
     print(json.dumps({
+        "files": [str(files), [p.stat().st_mode & 0o777 for p in reach]],
         "listeners": sorted({one.ip.removeprefix("::ffff:") for one in listeners(mine)}),
         "mode": os.environ["RAY_AUTH_MODE"],
         "said": sorted({one for each in said for one in each}),
@@ -76,6 +80,13 @@ def told(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 def test_it_listens_on_loopback_alone_and_asks_for_a_token(told: dict[str, Any]) -> None:
     assert (told["listeners"], told["mode"]) == (["127.0.0.1"], "token")
     assert told["token mode"] == 0o600
+
+
+def test_its_files_are_its_owners_alone_and_go_with_it(told: dict[str, Any]) -> None:
+    """Ray's own directories, with its sockets, are for everybody to write."""
+    files, modes = told["files"]
+    assert modes == [0o700]
+    assert not Path(files).parents[1].exists()
 
 
 def test_no_port_of_a_rank_answers_a_stranger(told: dict[str, Any]) -> None:

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import SimpleNamespace
 from typing import Any
 
@@ -132,6 +133,17 @@ def test_ray_takes_no_signal_while_it_starts() -> None:
     assert signal.getsignal(signal.SIGTERM) is before
     ray._private.utils.set_sigterm_handler(before)
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_the_files_of_a_ray_of_ours_are_our_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A name that is too long for a socket would keep Ray from starting."""
+    with TemporaryDirectory(prefix="t") as short:
+        long = f"{short}/{'x' * 40}"
+        for base, there in ((f"{short}/new", f"{short}/new"), (long, "/tmp")):
+            monkeypatch.setenv("RAY_TMPDIR", base)
+            folder = of_ray.folder_for_ray().parent
+            assert (folder.parent, folder.stat().st_mode & 0o777) == (Path(there), 0o700)
+            folder.rmdir()
 
 
 def test_ray_notes_its_address_where_it_is_looked_for(

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from distplat.actors import ray_compat
 from distplat.actors.launch import local_ray
 from distplat.platform.errors import InfrastructureError, Interrupted
 from distplat.platform.spec import Scaling
@@ -26,11 +27,13 @@ def start(error: BaseException, monkeypatch: pytest.MonkeyPatch, home: Path) -> 
     monkeypatch.setattr("ray.init", fail)
     monkeypatch.setattr("ray.shutdown", lambda: ended.append(True))
     monkeypatch.setenv("HOME", str(home))
+    (files := home / "ray").mkdir()
+    monkeypatch.setattr(ray_compat, "folder_for_ray", lambda: files / "r")
     try:
         with local_ray(Scaling(num_workers=1)):
             pass
     finally:
-        assert ended == [True]
+        assert ended == [True] and not files.exists()
 
 
 def test_ray_that_does_not_start(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
