@@ -4,6 +4,7 @@ import ast
 import io
 import json
 import logging
+import random
 from pathlib import Path
 from typing import Any
 
@@ -110,6 +111,35 @@ def test_json_of_another_shape_is_a_line_of_the_log(value: str) -> None:
     reader(remote.RESULT_MARK + value)
     assert reader.facts is None
     assert lines == [remote.RESULT_MARK + value]
+
+
+def turned(value: Any, chance: random.Random) -> Any:
+    """Put something else in the place of one part of a JSON value."""
+    if isinstance(value, dict) and value and chance.random() < 0.8:
+        key = chance.choice(sorted(value))
+        return {**value, key: turned(value[key], chance)}
+    if isinstance(value, list) and value and chance.random() < 0.8:
+        at = chance.randrange(len(value))
+        return [*value[:at], turned(value[at], chance), *value[at + 1 :]]
+    return chance.choice([None, -1, 2**70, 1e308, 0.5, "", ESCAPES, [], {}, [None], True, "step"])
+
+
+def test_a_damaged_result_is_shown_or_is_a_line_of_the_log(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    chance, outcomes = random.Random(0), {"shown": 0, "line": 0}
+    for _ in range(300):
+        lines: list[str] = []
+        reader = LogReader(lines.append)
+        reader(remote.RESULT_MARK + json.dumps(turned(FACTS, chance)))
+        if reader.facts is None:
+            assert len(lines) == 1
+            outcomes["line"] += 1
+        else:
+            render.print_result(reader.facts)
+            outcomes["shown"] += 1
+    assert is_harmless(capsys.readouterr().out)
+    assert min(outcomes.values()) > 20
 
 
 @pytest.mark.parametrize(
