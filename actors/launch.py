@@ -270,14 +270,13 @@ def _shortages() -> list[str]:
     return found
 
 
-def _check_room() -> None:
+def _check_room(folder: Path) -> None:
     """
     See that there is some room for Ray's files: without any it tries for half a minute.
 
     Raises:
         InfrastructureError: there is none.
     """
-    folder = ray_compat.temporary_folder()
     try:
         reserve(folder, _LEAST_BYTES).close()
     except OSError as error:
@@ -304,7 +303,6 @@ def local_ray(scaling: Scaling, *, logs: bool = True) -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
-    _check_room()
     # More workers than cores is slow but right: on a laptop that is what trying out means.
     if warning := secure_token(Path.home(), os.environ):
         logger.warning("%s", warning)
@@ -330,6 +328,7 @@ def _start(scaling: Scaling, *, logs: bool) -> Path:
     ):
         folder = ray_compat.folder_for_ray()
         try:
+            _check_room(folder.parent)
             ray.init(
                 address="local",
                 include_dashboard=False,
