@@ -103,10 +103,10 @@ class Connection:
         name, world = f"{order.run}/{order.attempt}/gpus", order.job.scaling.world
         settings = self._settings(order, order.collective)
         member = rendezvous.GroupMember(name, order.rank, world, settings)
-        show_gpus(rendezvous.exchange_places(member), order.rank)  # before a group uses CUDA
+        show_gpus(rendezvous.exchange_locations(member), order.rank)  # before a group uses CUDA
         group = self._form(order, order.collective)
         if order.rank == 0:
-            rendezvous.delete_places(name)
+            rendezvous.delete_locations(name)
         return group
 
     def default_group(self, order: WorkOrder) -> "DefaultGroup":

@@ -159,7 +159,7 @@ class Membership:
 
     part: int
     """Its number; 0 where no model is cut."""
-    place: int
+    part_rank: int
     """The worker's number among those that have this part; where no model is cut its rank."""
     shard_map: ShardMap
     servers: list[Any]
@@ -221,7 +221,7 @@ class OpenReply:
 
 @dataclass(frozen=True)
 class RowTransfer:
-    """Ids of one table and a place for their rows, or their gradients, on the way to a server."""
+    """Ids of one table and memory for their rows, or their gradients, on the way to a server."""
 
     table: int
     count: int
@@ -232,6 +232,6 @@ class RowTransfer:
     """Where rows go to or gradients come from, or the gradients themselves; None: a pull, whose
     rows go into the answer."""
     first_id: int = 0
-    """Place of the first one in the memory at `ids`."""
+    """Index of the first one in the memory at `ids`."""
     first_value: int = 0
-    """Place of its first element in the memory at `values`."""
+    """Index of its first element in the memory at `values`."""

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from distplat.platform.torchrun import ProcessPlace
+from distplat.platform.torchrun import ProcessLocation
 
 _MOST_LINES = 10_000
 """Lines that are kept for the driver; beyond them the script waits in its `print`."""
@@ -43,7 +43,7 @@ class ScriptProcess:
         where: says where this object is.
     """
 
-    def __init__(self, where: Callable[[], ProcessPlace]) -> None:
+    def __init__(self, where: Callable[[], ProcessLocation]) -> None:
         self._where = where
         self._starting = threading.Lock()
         self._changed = threading.Condition()
@@ -54,7 +54,7 @@ class ScriptProcess:
         self._process: subprocess.Popen[str] | None = None
         self._thread: threading.Thread | None = None
 
-    def place(self) -> ProcessPlace:
+    def location(self) -> ProcessLocation:
         """Say where the process would run."""
         return self._where()
 

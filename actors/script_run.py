@@ -3,7 +3,7 @@ A script that is run as it is, in several processes: torchrun's part, over the n
 
     driver                          ScriptProcess, one for each rank
     ------                          -----------------------------------------
-    place, port         ->          node, address, GPUs; a free port of rank 0
+    location, port      ->          node, address, GPUs; a free port of rank 0
     start(env)          ->          python train.py, with torchrun's variables
     output(taken)       <->         lines and exit codes, asked again and again
 
@@ -44,7 +44,7 @@ from distplat.platform.errors import (
 )
 from distplat.platform.run_directory import new_run_name
 from distplat.platform.spec import Scaling
-from distplat.platform.torchrun import ProcessPlace, TorchrunLaunch, environments, ranks_of
+from distplat.platform.torchrun import ProcessLocation, TorchrunLaunch, environments, ranks_of
 
 _OUTPUT_S = 1.0
 _TICK_S = 0.1
@@ -128,12 +128,12 @@ class Attempt:
             InfrastructureError: one was lost, or cannot be started.
         """
         script = self._script
-        places: list[ProcessPlace] = self._ask("starting processes", "place")
-        ranks = ranks_of(places)
+        locations: list[ProcessLocation] = self._ask("starting processes", "location")
+        ranks = ranks_of(locations)
         first = ranks.index(0)
         [port] = self._ask("finding a port", "port", only=first)
         given = environments(
-            places, TorchrunLaunch(script.run, port, restarts, script.max_restarts)
+            locations, TorchrunLaunch(script.run, port, restarts, script.max_restarts)
         )
         for error in self._ask("starting the script", "start", given):
             if error:

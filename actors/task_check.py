@@ -113,7 +113,7 @@ def check_function(function: object, given: Iterable[str]) -> list[str]:
     given = [*given]
     if takes_names(function, given):
         if any(p.kind is p.POSITIONAL_ONLY for p in needed_arguments(function)):
-            text = f"{name} takes arguments by their place alone, and `task_args` has names"
+            text = f"{name} takes positional-only arguments, and `task_args` has names"
             raise SpecError(Problem(("task",), text, "remove the / from its parameters"))
         if problems := _arguments(function, given):
             raise SpecError(*problems)

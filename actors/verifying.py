@@ -101,15 +101,15 @@ def verify(wanted: VerifyRequest, say: Callable[[str], object]) -> Iterator[Row]
     jobs = {name: job_for(wanted, name) for name in names}
     exact = {n: j for n, j in jobs.items() if isinstance(j, Job) and not inexact(j)}
     with TemporaryDirectory(prefix="distplat-verify-") as temporary:
-        place = Path(temporary)
-        runner = _Runner(wanted, place)
+        folder = Path(temporary)
+        runner = _Runner(wanted, folder)
         for line in _checked(wanted):
             say(line)
         say("references: a plain loop")
         failed: UserCodeError | None = None
         known: dict[str, Answer] = {}
         try:
-            known = dict(zip(exact, _references(wanted, [*exact.values()], place), strict=True))
+            known = dict(zip(exact, _references(wanted, [*exact.values()], folder), strict=True))
         except UserCodeError as error:
             failed = error
         with _quiet_ray([job for job in jobs.values() if isinstance(job, Job)]):
@@ -222,15 +222,15 @@ def job_for(wanted: VerifyRequest, name: str) -> Job | SpecError:
 class _Runner:
     """Runs jobs of the user's task (see `Engine`)."""
 
-    def __init__(self, wanted: VerifyRequest, place: Path) -> None:
-        self._wanted, self._place = wanted, place
+    def __init__(self, wanted: VerifyRequest, folder: Path) -> None:
+        self._wanted, self._folder = wanted, folder
 
     def __call__(self, job: Job, switches: Switches) -> EngineRun:
         fields = task_fields(job.task or "", job.task_args, switches)
         trainer = Trainer(
             job.model_copy(update=fields),
             working_dir=self._wanted.folder,
-            storage_dir=self._place,
+            storage_dir=self._folder,
             strategy_file=self._wanted.strategy_file,
             progress=False,
         )
@@ -253,7 +253,7 @@ def _trained(result: Result) -> Trained:
     return Trained(states, [one.loss for one in history])
 
 
-def _references(wanted: VerifyRequest, jobs: Sequence[Job], place: Path) -> list[Answer]:
+def _references(wanted: VerifyRequest, jobs: Sequence[Job], folder: Path) -> list[Answer]:
     """
     Ask a child for the references of jobs.
 
@@ -267,13 +267,13 @@ def _references(wanted: VerifyRequest, jobs: Sequence[Job], place: Path) -> list
     file = str(own.resolve()) if own is not None else None
     fields = [one.model_dump(mode="json") for one in jobs]
     request = ChildRequest(fields, job.task or "", job.task_args, str(wanted.folder), file)
-    (place / REQUEST).write_text(json.dumps(asdict(request)))
+    (folder / REQUEST).write_text(json.dumps(asdict(request)))
     home = str(Path(distplat.__file__).parent.parent.absolute())
     paths = os.pathsep.join([home, *filter(None, [os.environ.get("PYTHONPATH")])])
     limit = job.failure.start_timeout_s + 10 * wanted.steps * job.failure.step_timeout_s
     try:
         done = subprocess.run(
-            [sys.executable, "-m", "distplat.strategies.verification.child", str(place)],
+            [sys.executable, "-m", "distplat.strategies.verification.child", str(folder)],
             cwd=wanted.folder,
             env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", NAME: chosen()},
             stdout=subprocess.DEVNULL,
@@ -288,7 +288,7 @@ def _references(wanted: VerifyRequest, jobs: Sequence[Job], place: Path) -> list
     if done.returncode:
         lines = done.stderr.strip().splitlines() or ["its process ended"]
         raise UserCodeError(0, None, lines[-1], done.stderr)
-    found: list[Answer] = torch.load(place / ANSWER, weights_only=False)
+    found: list[Answer] = torch.load(folder / ANSWER, weights_only=False)
     return found
 
 

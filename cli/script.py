@@ -38,10 +38,10 @@ _NAME = re.compile(r"[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?")
 
 def routed(args: list[str]) -> list[str]:
     """Send `submit ... -- COMMAND` to its own command; other command lines are left alone."""
-    place = next((n for n, arg in enumerate(args) if not arg.startswith("-")), len(args))
-    if args[place : place + 1] != ["submit"] or "--" not in args:
+    index = next((n for n, arg in enumerate(args) if not arg.startswith("-")), len(args))
+    if args[index : index + 1] != ["submit"] or "--" not in args:
         return [*args]
-    return [*args[:place], COMMAND, *args[place + 1 :]]
+    return [*args[:index], COMMAND, *args[index + 1 :]]
 
 
 class Lines:

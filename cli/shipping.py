@@ -406,15 +406,15 @@ def left_out(task: str, folder: Path, shipped: Collection[Path]) -> Iterator[Uns
 
 def _files(folder: Path, module: str) -> list[Path]:
     """Give the files that an import of `a.b.c` runs, of those below the folder."""
-    found, place = [], folder
+    found, parent = [], folder
     for part in module.split("."):
-        package, file = place / part / "__init__.py", place / f"{part}.py"
+        package, file = parent / part / "__init__.py", parent / f"{part}.py"
         if package.is_file():
             found.append(package)
         elif file.is_file():
             return [*found, file]
-        place /= part
-        if not place.is_dir():
+        parent /= part
+        if not parent.is_dir():
             break
     return found
 

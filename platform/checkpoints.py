@@ -58,7 +58,7 @@ class Delivery:
     def nbytes(self) -> int:
         """Bytes of the part."""
         entries = [entry for box in self.entries for entry in box]
-        return sum(entry.place.size * ITEM_BYTES[entry.dtype] for entry in entries)
+        return sum(entry.tensor_slice.size * ITEM_BYTES[entry.dtype] for entry in entries)
 
 
 Open = Callable[[Any], list[Bytes]]

@@ -148,14 +148,14 @@ class Ledger(ABC):
         return self.version or 0
 
     @property
-    def place(self) -> int:
+    def schedule_step(self) -> int:
         """Of the next update, in steps of the learning rate's schedule: one for each worker's."""
         return self.updates // self.world if self.asynchronous else self.updates
 
     @property
     def steps(self) -> int:
         """Steps of which every gradient is applied."""
-        return self.place
+        return self.schedule_step
 
     @property
     @abstractmethod

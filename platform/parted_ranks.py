@@ -108,7 +108,7 @@ class Loops:
         first = min(waits)
         summary = f"waited for {self._left()}" if self._returned else "the ranks' loops have parted"
         who = ranks_text(sorted(waits))
-        return UserCodeError(first, steps[first] + 1, summary, shown, ALIKE, places=who)
+        return UserCodeError(first, steps[first] + 1, summary, shown, ALIKE, on_ranks=who)
 
     def _is_others_fault(self, error: DistplatError) -> bool:
         """Say whether an operation failed by what another rank's loop did, or left out."""
@@ -123,12 +123,12 @@ class Loops:
 
     def _left(self) -> str:
         """`rank 1, whose function returned after step 2`."""
-        by_place: dict[str, list[int]] = {}
-        for rank, place in sorted(self._returned.items()):
-            by_place.setdefault(place, []).append(rank)
+        by_line: dict[str, list[int]] = {}
+        for rank, line in sorted(self._returned.items()):
+            by_line.setdefault(line, []).append(rank)
         return ", ".join(
-            f"{ranks_text(ranks)}, whose function returned {place}"
-            for place, ranks in by_place.items()
+            f"{ranks_text(ranks)}, whose function returned {line}"
+            for line, ranks in by_line.items()
         )
 
 

@@ -57,7 +57,7 @@ class VectorKind(NamedTuple):
     """Of a checkpoint: `model`, or `optimizer/` and torch's name."""
     dtype: str
     length: int | None
-    """None: a number for each parameter, by its place among all."""
+    """None: a number for each parameter, by its index among all."""
     shape: tuple[int, ...] | None = None
     """Of a tensor that is of one parameter, whose slot ends the key; None: it is of all."""
 

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from distplat.actors.collectives.group import summed
 from distplat.actors.collectives.header import Header, header
-from distplat.actors.collectives.rendezvous import GroupMember, delete_places, exchange_places
+from distplat.actors.collectives.rendezvous import GroupMember, delete_locations, exchange_locations
 from distplat.actors.collectives.shm.shm_group import ShmGroup
 from distplat.actors.collectives.torch_group import Fail, TorchGroup, nothing
 from distplat.actors.collectives.torch_store import run_unless_given_up
@@ -67,8 +67,8 @@ class HierarchicalGroup(TorchGroup):
             raise
 
     def _find_neighbours(self, member: GroupMember) -> None:
-        asks = member.places is None  # made by Ray's own call
-        self._nodes = by_node(member.places or exchange_places(member))
+        asks = member.locations is None  # made by Ray's own call
+        self._nodes = by_node(member.locations or exchange_locations(member))
         self._node = next(n for n, ranks in enumerate(self._nodes) if self.rank in ranks)
         self._local = self._nodes[self._node]
         if len(self._local) > 1:
@@ -77,12 +77,12 @@ class HierarchicalGroup(TorchGroup):
             self._ring = self._connect_leaders()
         super().barrier()
         if asks and self.rank == 0:
-            delete_places(self.name)
+            delete_locations(self.name)
 
     def _join_node(self, name: str) -> ShmGroup:
         try:
-            place = self._local.index(self.rank)
-            return ShmGroup(GroupMember(name, place, len(self._local), self.settings))
+            local_rank = self._local.index(self.rank)
+            return ShmGroup(GroupMember(name, local_rank, len(self._local), self.settings))
         except DeadlineExceeded as error:
             named = {f"worker-{n}": f"worker-{rank}" for n, rank in enumerate(self._local)}
             missing = tuple(named.get(who, who) for who in error.missing)
@@ -207,8 +207,8 @@ class HierarchicalGroup(TorchGroup):
             self._account()
 
     def _seen_from_outside(self, error: CollectiveError) -> CollectiveError:
-        """Name the ranks by their place in this group."""
-        missing = tuple(self._local[place] for place in error.missing)
+        """Name the ranks by their ranks in this group."""
+        missing = tuple(self._local[local_rank] for local_rank in error.missing)
         cause = f"{error.cause} (on one node, where 0.. are ranks {self._local})"
         return type(error)(self.name, error.operation, error.number, missing, cause)
 

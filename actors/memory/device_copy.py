@@ -81,7 +81,7 @@ class DirectTransfer:
         Have a part of the gradient in shared memory, then call `then`.
 
         Args:
-            shared: the part's place, shape [m].
+            shared: the part's memory, shape [m].
             start: its first element in the whole vector.
             then: hands it over.
         """

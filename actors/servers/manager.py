@@ -236,15 +236,15 @@ class ServerManager:
                 f"rank {rank} built another model or data set than the first rank to come: "
                 f"{facts} against {self._facts[part]}; model() must not depend on the process"
             )
-        return self._present(part, self._division.place_of(rank))
+        return self._present(part, self._division.part_rank_of(rank))
 
-    def follow(self, part: int, place: int, version: int, limit_s: float) -> Membership | None:
+    def follow(self, part: int, part_rank: int, version: int, limit_s: float) -> Membership | None:
         """
         Wait for a newer map than a worker has; None: there is none yet.
 
         Args:
             part: of the model, that the worker has.
-            place: see `Membership`.
+            part_rank: see `Membership`.
             version: of its map.
             limit_s: seconds to wait.
 
@@ -257,7 +257,7 @@ class ServerManager:
             return None
         if replicas.lost is not None:
             raise replicas.lost
-        return self._present(part, place)
+        return self._present(part, part_rank)
 
     def assignments(self) -> list[ShardAssignment]:
         """Tell who keeps which shard; empty where no shard is kept twice."""
@@ -281,9 +281,9 @@ class ServerManager:
         shards = tuple(replace(cut, index=index) for index, cut in enumerate(cuts))
         return ServersSeen(maps[0].version, shards, tuple(assignments), replicated, tables)
 
-    def _present(self, part: int, place: int) -> Membership:
+    def _present(self, part: int, part_rank: int) -> Membership:
         """Give the map of a part as it is now; somebody has joined with it."""
-        first, replicas = replace(self._first[part], place=place), self._replication
+        first, replicas = replace(self._first[part], part_rank=part_rank), self._replication
         if replicas is None:
             return first
         version, everybody = replicas.primaries()
@@ -341,8 +341,10 @@ class ServerManager:
             calls = [self._call(server, "speed", job, world, dtype) for server in servers]
             speeds = self._ask(everybody, calls)
         tail = facts.layout.tail_size if facts.layout is not None else 0
-        places = facts.layout.starts if facts.layout and self._job.optimizer.whole else ()
-        cuts = cut_shards(facts.size, len(everybody), speeds=speeds, tail=tail, places=places)
+        boundaries = facts.layout.starts if facts.layout and self._job.optimizer.whole else ()
+        cuts = cut_shards(
+            facts.size, len(everybody), speeds=speeds, tail=tail, boundaries=boundaries
+        )
         if speeds:
             sizes = [
                 f"{speed / 1e6:.0f} M/s: {cut.size}"

@@ -85,7 +85,7 @@ class RemoteShards(Shards, LoopShards):
         """
         holding = holding or ALL
         uncounted, schedule = holding.uncounted(flat), self._order.job.task_schedule
-        state = saved.optimizer(flat, places=holding.places) if saved is not None else {}
+        state = saved.optimizer(flat, slices=holding.slices) if saved is not None else {}
         self._settings = settings_of(self._order.job)
         self._connect(flat, state, uncounted=uncounted, schedule=schedule)
 
@@ -113,9 +113,9 @@ class RemoteShards(Shards, LoopShards):
         joined: Membership = join.answers()[0]
         if joined.wire is not None and flat.mixed:
             raise several_types(flat.layout, "wire")
-        self._order = replace(self._order, rank=joined.place)  # as its servers count
+        self._order = replace(self._order, rank=joined.part_rank)  # as its servers count
         if joined.replicated:
-            known = joined.part, joined.place
+            known = joined.part, joined.part_rank
             ask_map = partial(self._transport.call, self._order.manager, "follow", *known)
             self._watch.begin(ask_map, joined.version)
         self._take_over(self._attach(joined), joined.private, state)

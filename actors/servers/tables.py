@@ -237,12 +237,12 @@ class RemoteTables(Tables):
         control: tuple[bool, tuple[float, ...]],
     ) -> PendingCall:
         self._kept = 0
-        places = self._write(gradients)
+        offsets = self._write(gradients)
 
         def question(server: Any, k: int) -> Any:
             parcels = [
-                self._parcel(k, given.table, routed, given.values, place)
-                for (routed, given), place in zip(gradients, places, strict=True)
+                self._parcel(k, given.table, routed, given.values, at)
+                for (routed, given), at in zip(gradients, offsets, strict=True)
             ]
             return self._transport.call(server, "push", push, parcels, *control)
 
@@ -274,14 +274,14 @@ class RemoteTables(Tables):
         """Bring ids and gradients to where servers reach them; give where each table's begin."""
         ids, _ = self._ids.room(sum(len(given.ids) for _, given in gradients))
         values, _ = self._values.room(sum(given.values.size for _, given in gradients))
-        places, first_id, first_value = [], 0, 0
+        offsets, first_id, first_value = [], 0, 0
         for _, given in gradients:
-            places.append((first_id, first_value))
+            offsets.append((first_id, first_value))
             stop_id, stop_value = first_id + len(given.ids), first_value + given.values.size
             ids[first_id:stop_id] = given.ids
             values[first_value:stop_value] = given.values.reshape(-1)
             first_id, first_value = stop_id, stop_value
-        return places
+        return offsets
 
     def _parcel(
         self,
@@ -289,15 +289,15 @@ class RemoteTables(Tables):
         table: int,
         ids: Routed,
         values: NDArray[np.float32] | None,
-        place: tuple[int, int],
+        offsets: tuple[int, int],
     ) -> RowTransfer:
-        """Pack server k's part of what lies in this worker's memory, at `place`."""
+        """Pack server k's part of what lies in this worker's memory, at `offsets`."""
         part = ids.part(k)
         count = part.stop - part.start
         if not self._near[k]:
             return RowTransfer(
                 table, count, ids.ids[part], None if values is None else values[part]
             )
-        first_value = place[1] + part.start * self._plan.tables[table].width
+        first_value = offsets[1] + part.start * self._plan.tables[table].width
         addresses = self._ids.address, self._values.address
-        return RowTransfer(table, count, *addresses, place[0] + part.start, first_value)
+        return RowTransfer(table, count, *addresses, offsets[0] + part.start, first_value)

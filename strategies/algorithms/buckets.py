@@ -119,7 +119,7 @@ class Release:
 
     def proposal(self) -> tuple[list[int], list[bool]] | None:
         """
-        Give the order in which buckets became complete, and of each place whether it is to be held.
+        Give the order in which buckets became complete, and of each whether it is to be held.
 
         Last come the buckets that are held: those that stayed incomplete are unlikely to complete
         next time, and of a gradient that comes more than once nobody knows which is the last.

@@ -50,7 +50,7 @@ class CheckpointPart:
 class Holding:
     """What of the whole model a rank has."""
 
-    places: Mapping[str, TensorSlice] = field(default_factory=dict)
+    slices: Mapping[str, TensorSlice] = field(default_factory=dict)
     """Where a tensor lies in the whole one, for those of which this rank has a slab."""
     others: Set[str] = frozenset()
     """Tensors that are here and that count for another rank, in checkpoints and in norms."""

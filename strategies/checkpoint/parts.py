@@ -46,11 +46,11 @@ def buffer_part(flat: FlatModel, holding: Holding = ALL) -> CheckpointPart:
     """Give what of a model is not trained: buffers and frozen parameters."""
     elsewhere = holding.others | flat.trained_names() | flat.unsaved
     rest = {k: v for k, v in flat.model.state_dict().items() if k not in elsewhere}
-    return tensors_part("model", rest, holding.places)
+    return tensors_part("model", rest, holding.slices)
 
 
 def tensors_part(
-    file: str, tensors: Mapping[str, Tensor], places: Mapping[str, TensorSlice] = ALL.places
+    file: str, tensors: Mapping[str, Tensor], slices: Mapping[str, TensorSlice] = ALL.slices
 ) -> CheckpointPart:
     """
     Give tensors, each in an array of its own.
@@ -58,12 +58,12 @@ def tensors_part(
     Args:
         file: of the checkpoint.
         tensors: by their names in it.
-        places: where one lies in the whole one, for those that are slabs.
+        slices: where one lies in the whole one, for those that are slabs.
     """
     entries = [
         TensorEntry(
             f"{file}/{name}",
-            places.get(name, TensorSlice(tuple(value.shape))),
+            slices.get(name, TensorSlice(tuple(value.shape))),
             dtype_name(value),
             number,
         )
@@ -157,21 +157,21 @@ def vector_entries(
     entries = [
         _of_parameter(flat, n, kind) for n, kind in enumerate(kinds) if kind.shape is not None
     ]
-    for place, first, last in flat.slots_in(start, start + length):
-        slot = flat.slots[place]
+    for index, first, last in flat.slots_in(start, start + length):
+        slot = flat.slots[index]
         if slot.name in holding.others:
             continue
         for number, (key, dtype, vector, shape) in enumerate(kinds):
             if shape is not None:
                 continue
-            if slot.name not in live if key in _OF_LIVE else not used[place]:
+            if slot.name not in live if key in _OF_LIVE else not used[index]:
                 continue
             name = f"{key}/{slot.name}"
             if vector is None:
-                entries.append(TensorEntry(name, TensorSlice(()), dtype, number, place))
+                entries.append(TensorEntry(name, TensorSlice(()), dtype, number, index))
                 continue
             run, offset = flat.elements_of(slot, first, last, start)
-            where = replace(holding.places.get(slot.name, TensorSlice(slot.shape)), run=run)
+            where = replace(holding.slices.get(slot.name, TensorSlice(slot.shape)), run=run)
             kind = str(slot.dtype).removeprefix("torch.")
             entries.append(TensorEntry(name, where, kind, number, offset))
     return entries

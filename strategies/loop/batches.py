@@ -33,9 +33,9 @@ class Run(NamedTuple):
     """Samples that follow each other in an epoch's order: those of a micro-batch."""
 
     seed: int
-    """Of the epoch; each sample's own is mixed from it and the sample's place."""
+    """Of the epoch; each sample's own is mixed from it and the sample's position."""
     first: int
-    """Place of the first sample."""
+    """Position of the first sample."""
     ids: list[int]
     """In the data set."""
     marked: bool = False
@@ -85,7 +85,7 @@ def runs(
 ) -> Iterator[Run]:
     """Give the samples of each micro-batch of a rank's step, and where they are in the epoch."""
     seed = epoch_seed(sampler.seed, sampler.epoch_of(step))
-    first = sampler.first_place(step, rank)
+    first = sampler.first_position(step, rank)
     batch = sampler.position(step) if sampler.stream else None
     for ids in sampler.micro_batches(step, rank, parts):
         yield Run(seed, first, ids.tolist(), marked, batch)
@@ -134,7 +134,7 @@ def micro_batches(
         job: how the data is loaded.
         data: the training samples.
         sampler: says which are whose.
-        rank: place among those that the sampler cuts the batch for.
+        rank: number among those that the sampler cuts the batch for.
         steps: in this order.
         parts: micro-batches of a step.
     """
@@ -315,8 +315,8 @@ class Samples(Dataset[Any]):
             seed_sample(run.seed, run.first)
             return self._read(data, ids)
         samples = []
-        for place, index in enumerate(ids, run.first):
-            seed_sample(run.seed, place)
+        for position, index in enumerate(ids, run.first):
+            seed_sample(run.seed, position)
             samples.append(data[index])
         return samples
 

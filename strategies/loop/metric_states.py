@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from distplat.platform.errors import SpecError
 from distplat.strategies.collective import Collective, gather_bytes, gather_values
-from distplat.strategies.loop.checks import checked_number, has_state, place
+from distplat.strategies.loop.checks import checked_number, has_state, method_location
 from distplat.strategies.state_tree import pack, unpack
 from distplat.strategies.task import Task
 
@@ -79,7 +79,7 @@ class TaskMetrics:
                 kind = type(metric).__name__
                 text = f"metrics() gives {name!r} as a {kind} that the task does not keep"
                 advice = "make it once, in __init__, as an attribute of the task"
-                raise ValueError(f"{place(self._task, 'metrics')}{text}: {advice}")
+                raise ValueError(f"{method_location(self._task, 'metrics')}{text}: {advice}")
             states[name] = _state_of(metric, name, paths[id(metric)])
         return states
 

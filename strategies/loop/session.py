@@ -240,7 +240,7 @@ def resize(prepared: Prepared, job: Job, strategy: WorkerStrategy[Any]) -> None:
 def _cut(p: Prepared, strategy: WorkerStrategy[Any], rank: int, group: Collective | None) -> None:
     """Keep this rank's part of the model, filled with the initial weights."""
     p.part, p.holding = strategy.cut_model(p, rank, group)
-    fill_part(p.part, p.initial, p.holding.places)
+    fill_part(p.part, p.initial, p.holding.slices)
     p.initial = {}  # the first attempt's: later ones go on with what was trained
 
 
@@ -425,7 +425,7 @@ def _load(p: Prepared, saved: SavedState | None) -> None:
         mark = StreamPosition.read(saved.state.get(STREAM))
         if mark is not None and isinstance(p.data, StreamSamples):
             p.data.keep(mark)
-        saved.load_model(p.flat, None if p.holding is None else p.holding.places)
+        saved.load_model(p.flat, None if p.holding is None else p.holding.slices)
     if p.loss_scale is None:
         p.loss_scale = LossScale.of(p.job, p.flat)
     if p.loss_scale is not None and saved is not None and LOSS_SCALE in saved.state:

@@ -71,7 +71,7 @@ whether that is behind the blocks."""
 Missing = tuple[dict[str, Any], str, int]
 """A module's parameters or buffers, the name of a missing one, and its number among the tied."""
 Call = tuple[Sequence[Any], Mapping[str, Any]]
-"""Arguments by place and by name."""
+"""Positional arguments, and those by name."""
 
 
 def block_modules(

@@ -67,7 +67,7 @@ class FlatModel:
     A model moved onto flat vectors.
 
     Frozen parameters stay in memory of their own, which a forward may write to. With `thaws` they
-    have a place in the vector, too, behind the others: nobody touches this tail until one of them
+    have room in the vector, too, behind the others: nobody touches this tail until one of them
     takes part in training, from a step on which all ranks agree (`activate_tail`).
 
     Args:
@@ -164,7 +164,7 @@ class FlatModel:
     @contextmanager
     def shown(self, params: Tensor) -> Iterator[None]:
         """Have the model compute with other parameters for a while, shape [n], between steps."""
-        slots = [self.slots[place] for place in self._live()]
+        slots = [self.slots[index] for index in self._live()]
         for slot, parameter in zip(slots, self._housed, strict=True):
             parameter.data = slot.view(params)
         try:
@@ -181,7 +181,7 @@ class FlatModel:
             params: what the model computes with, shape [n].
             before: a copy of them from the time before.
         """
-        slots = [self.slots[place] for place in self._live()]
+        slots = [self.slots[index] for index in self._live()]
         for slot, parameter in zip(slots, self._housed, strict=True):
             view, old = slot.view(params), bits_of(slot.view(before))
             if parameter.data_ptr() != view.data_ptr() or not torch.equal(bits_of(view), old):
@@ -201,11 +201,11 @@ class FlatModel:
         return tuple(one for one in every if one.start < self.layout.tail)
 
     def slots_in(self, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
-        """Give the slots that lie in a run of the flat vector: place, first element, last one."""
-        for place, slot in enumerate(self.slots):
+        """Give the slots that lie in a run of the flat vector: index, first element, last one."""
+        for index, slot in enumerate(self.slots):
             first, last = max(start, slot.offset), min(stop, slot.stop)
             if first < last:
-                yield place, first, last
+                yield index, first, last
 
     def elements_of(
         self, slot: Slot, first: int, last: int, start: int
@@ -217,7 +217,7 @@ class FlatModel:
             slot: one of this model's.
             first: element of the vector, in the slot.
             last: one behind it, in the slot.
-            start: element of the vector from which places are to be counted.
+            start: element of the vector from which offsets are to be counted.
 
         Returns:
             First and last element of the slot, None: all of them; and the place of the first.
@@ -264,11 +264,11 @@ class FlatModel:
         self.gradients.take_in()
         self._look_for_thawed()
         for number in np.flatnonzero(self.thawed).tolist():
-            place = self._trained + number
-            grad = self.parameters[place].grad
+            index = self._trained + number
+            grad = self.parameters[index].grad
             if grad is not None:  # in memory of its own, and the sum so far
-                self.slots[place].view(self.grads).copy_(grad)
-                self.present[place] = True
+                self.slots[index].view(self.grads).copy_(grad)
+                self.present[index] = True
 
     def copy_when_ready(self, copies: bool, *, looks: bool = False) -> None:
         """
@@ -324,12 +324,12 @@ class FlatModel:
     def fill_tail(self) -> None:
         """Have `params` hold the frozen parameters as they are now; a checkpoint was read."""
         for number in np.flatnonzero(~self.active).tolist():
-            place = self._trained + number
-            self.slots[place].view(self.params).copy_(self.parameters[place].detach())
+            index = self._trained + number
+            self.slots[index].view(self.params).copy_(self.parameters[index].detach())
 
     def trained_names(self) -> frozenset[str]:
         """Give the names of the parameters that live in the vector by now."""
-        return frozenset(self.slots[place].name for place in self._live())
+        return frozenset(self.slots[index].name for index in self._live())
 
     @property
     def thaws(self) -> bool:
@@ -392,8 +392,8 @@ class FlatModel:
             name = next(name for name, p in self._fixed if p.requires_grad)
             raise thaw_error(step, f"{name!r} has requires_grad=True; it was frozen at first")
         for number in np.flatnonzero(self.thawed).tolist():
-            place = self._trained + number
-            slot, parameter = self.slots[place], self.parameters[place]
+            index = self._trained + number
+            slot, parameter = self.slots[index], self.parameters[index]
             if not torch.equal(parameter.detach(), slot.view(self.params)):
                 raise thaw_error(step, f"{slot.name!r} was changed while it was frozen")
         if thorough or self._looked < _THOROUGH_STEPS:
@@ -419,9 +419,9 @@ class FlatModel:
             if parameter.requires_grad and parameter.numel() and id(parameter) not in known:
                 raise thaw_error(step, f"{name!r} was not there when the run began")
 
-    def _bring_back(self, place: int, step: int) -> str:
+    def _bring_back(self, index: int, step: int) -> str:
         """Copy a parameter's data into the vector and have the parameter there again."""
-        slot, parameter = self.slots[place], self.parameters[place]
+        slot, parameter = self.slots[index], self.parameters[index]
         data = parameter.data
         if (tuple(data.shape), data.dtype) != (slot.shape, slot.dtype):
             text = (
@@ -442,10 +442,10 @@ class FlatModel:
     def _point(self) -> None:
         """Make parameters and gradients views of the present vectors."""
         live = self._live()
-        slots = [self.slots[place] for place in live]
-        self._housed = [self.parameters[place] for place in live]
+        slots = [self.slots[index] for index in live]
+        self._housed = [self.parameters[index] for index in live]
         behind = np.flatnonzero(~self.active) + self._trained
-        self._frozen = [self.parameters[place] for place in behind.tolist()]
+        self._frozen = [self.parameters[index] for index in behind.tolist()]
         self._outside = [p for _, p in self._fixed]
         for slot, parameter in zip(slots, self._housed, strict=True):
             parameter.data = slot.view(self.params)
@@ -457,7 +457,7 @@ class FlatModel:
         views = [slot.view(self.grads) for slot in slots]
         self.gradients.point(views, copied, looks=self._looks)
         used = self.size if self.active.any() else self.layout.tail
-        self._zeroed = [*_without(self.grads[:used], [self.slots[place] for place in copied])]
+        self._zeroed = [*_without(self.grads[:used], [self.slots[index] for index in copied])]
 
 
 def _others(named: Named, left_out: Named) -> Named:

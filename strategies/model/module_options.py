@@ -59,7 +59,7 @@ def checkpoint_activations(module: nn.Module) -> None:
     )
 
 
-_Place = tuple[dict[str, Any], str]
+_BufferKey = tuple[dict[str, Any], str]
 """Of a buffer, or a tensor in an attribute: the module's dictionary that has it, and its name."""
 
 
@@ -74,12 +74,12 @@ class WrittenBuffers:
     """
 
     def __init__(self, module: nn.Module) -> None:
-        self._buffers: list[_Place] = []
+        self._buffers: list[_BufferKey] = []
         #: written without a version, and not read in the mode that writes them
-        self._statistics: list[_Place] = []
+        self._statistics: list[_BufferKey] = []
         for one in module.modules():
-            places = [(one._buffers, key) for key in one._buffers]
-            (self._statistics if has_running_statistics(one) else self._buffers).extend(places)
+            keys = [(one._buffers, key) for key in one._buffers]
+            (self._statistics if has_running_statistics(one) else self._buffers).extend(keys)
             own = (
                 (vars(one), key) for key, value in vars(one).items() if isinstance(value, Tensor)
             )
@@ -90,32 +90,32 @@ class WrittenBuffers:
 
     def contexts(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
         """Give what is around a forward, and around the same one in backward."""
-        read: list[tuple[_Place, Tensor | None]] = []  #: the values that the first one read
+        read: list[tuple[_BufferKey, Tensor | None]] = []  #: the values that the first one read
         again = partial(self._around_second, read, ReadAgain(self._module))
         return self._around_first(read), _EachTime(again)
 
     @contextmanager
-    def _around_first(self, read: list[tuple[_Place, Tensor | None]]) -> Iterator[None]:
+    def _around_first(self, read: list[tuple[_BufferKey, Tensor | None]]) -> Iterator[None]:
         copied = range(len(self._buffers)) if self._seen < _LEARNING else self._written
         values = {number: _clone(_there(self._buffers[number])) for number in copied}
-        before = [_mark(place) for place in self._buffers]
+        before = [_mark(buffer) for buffer in self._buffers]
         yield
         self._seen += torch.is_grad_enabled()
-        for number, place in enumerate(self._buffers):
-            if _mark(place) != before[number]:
+        for number, buffer in enumerate(self._buffers):
+            if _mark(buffer) != before[number]:
                 if number not in values:
-                    raise _late(place[1])
+                    raise _late(buffer[1])
                 self._written.add(number)
-                read.append((place, values[number]))
+                read.append((buffer, values[number]))
 
     @contextmanager
     def _around_second(
-        self, read: list[tuple[_Place, Tensor | None]], attributes: ReadAgain
+        self, read: list[tuple[_BufferKey, Tensor | None]], attributes: ReadAgain
     ) -> Iterator[None]:
         """Have the forward read and write copies."""
-        copies = [(place, _clone(value)) for place, value in read]
-        copies += [(place, _clone(_there(place))) for place in self._statistics]
-        after = [_there(place) for place, _ in copies]
+        copies = [(buffer, _clone(value)) for buffer, value in read]
+        copies += [(buffer, _clone(_there(buffer))) for buffer in self._statistics]
+        after = [_there(buffer) for buffer, _ in copies]
         with attributes:
             for (where, key), value in copies:
                 where[key] = value
@@ -147,8 +147,8 @@ class _EachTime:
         self._entered.pop().__exit__(*error)
 
 
-def _there(place: _Place) -> Tensor | None:
-    where, key = place
+def _there(buffer: _BufferKey) -> Tensor | None:
+    where, key = buffer
     found = where.get(key)
     return found if isinstance(found, Tensor) else None
 
@@ -157,9 +157,9 @@ def _clone(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.detach().clone()
 
 
-def _mark(place: _Place) -> tuple[int, int]:
+def _mark(buffer: _BufferKey) -> tuple[int, int]:
     """Tell whether a buffer was written, or another one put in its place."""
-    tensor = _there(place)
+    tensor = _there(buffer)
     return id(tensor), -1 if tensor is None else tensor._version
 
 

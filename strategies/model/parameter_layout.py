@@ -36,7 +36,7 @@ def typed_views(vector: Tensor, segments: Sequence[Segment]) -> list[Tensor]:
 
 
 def segments_of(layout: Layout) -> NDArray[np.int64]:
-    """Give the place of each piece's segment."""
+    """Give the index of each piece's segment."""
     ends = np.array([segment.stop for segment in layout.segments], np.int64)
     starts = np.array([piece.start for piece in layout.pieces], np.int64)
     return np.searchsorted(ends, starts, side="right")
@@ -110,9 +110,9 @@ def bits_of(tensor: Tensor) -> Tensor:
 
 def fill(tensor: Tensor, values: Tensor) -> None:
     """Write values of its shape into a tensor, which may be expanded: each element once."""
-    for place, stride in enumerate(tensor.stride()):
-        if stride == 0 and tensor.shape[place] > 1:
-            tensor, values = tensor.narrow(place, 0, 1), values.narrow(place, 0, 1)
+    for dim, stride in enumerate(tensor.stride()):
+        if stride == 0 and tensor.shape[dim] > 1:
+            tensor, values = tensor.narrow(dim, 0, 1), values.narrow(dim, 0, 1)
     tensor.copy_(values)
 
 
@@ -234,27 +234,27 @@ def room_for(frozen: Named, trained: Named, model: nn.Module) -> Named:
 
 
 def lay_out(named: Named, tail: Named, group_of: GroupOf) -> tuple[list[Slot], Layout, torch.dtype]:
-    """Give each parameter, sorted by type, its place; what lies where; the vector's type."""
+    """Give each parameter, sorted by type, its slot; what lies where; the vector's type."""
     mixed = len({p.dtype for _, p in named}) > 1
     slots: list[Slot] = []
     segments: list[Segment] = []
-    end = _place(named, 0, mixed, slots, segments)
+    end = _append_slots(named, 0, mixed, slots, segments)
     begin = -(-end // _ALIGN) * _ALIGN if tail else end
     segments[-1] = Segment(segments[-1].start, begin, segments[-1].dtype)
-    size = _place(tail, begin, mixed, slots, segments) if tail else begin
+    size = _append_slots(tail, begin, mixed, slots, segments) if tail else begin
     segments[-1] = Segment(segments[-1].start, size, segments[-1].dtype)
     pieces = tuple(
-        Piece(place, slot.offset, slot.stop, group_of(slot.name), slot.shape)
-        for place, slot in enumerate(slots)
+        Piece(index, slot.offset, slot.stop, group_of(slot.name), slot.shape)
+        for index, slot in enumerate(slots)
     )
     layout = Layout(size, tuple(segments), pieces, len(slots), begin)
     return slots, layout, torch.uint8 if mixed else slots[0].dtype
 
 
-def _place(
+def _append_slots(
     named: Named, start: int, mixed: bool, slots: list[Slot], segments: list[Segment]
 ) -> int:
-    """Put parameters one after the other, into segments of their own; give the first free place."""
+    """Append a slot for each parameter, in segments of their own; give the first free element."""
     offset = stop = start
     for name, p in named:
         length, align = (p.nbytes, _LINE_BYTES) if mixed else (p.numel(), _ALIGN)

@@ -28,7 +28,7 @@ from distplat.platform.errors import Problem, SpecError
 from distplat.platform.optimizers import TaskOptimizer
 from distplat.platform.spec import Job
 from distplat.strategies.algorithms.seeds import update_seed
-from distplat.strategies.loop.checks import no_return, place
+from distplat.strategies.loop.checks import method_location, no_return
 from distplat.strategies.loop.seeding import seed_all, seed_quickly
 from distplat.strategies.model.ema import AveragedVector
 from distplat.strategies.model.flat import FlatModel
@@ -122,7 +122,7 @@ def make_optimizers(job: Job, task: Task, flat: FlatModel) -> tuple[Made, Job]:
     named = [*dense_parameters(flat.model), *flat.extra.items()]
     found = method_of(task, "optimizer")(named)
     given = [*found] if isinstance(found, list | tuple) else [found]
-    where = f"{place(task, 'optimizer')}optimizer()"
+    where = f"{method_location(task, 'optimizer')}optimizer()"
     if not given or not all(isinstance(one, torch.optim.Optimizer) for one in given):
         kinds = ", ".join(type(one).__name__ for one in given) or "nothing"
         wanted = "must return a torch.optim.Optimizer, or a list of them"

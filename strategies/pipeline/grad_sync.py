@@ -93,7 +93,7 @@ class AllReduceGradSync(GradSync):
             flat.move(flat.params, group.share(flat.grads))
         self._optimizer = PartOptimizer(flat, context.job, context.total_steps)
         saved = (
-            context.saved.optimizer(flat, places=self._holding.places)
+            context.saved.optimizer(flat, slices=self._holding.slices)
             if context.saved is not None
             else {}
         )

@@ -110,7 +110,7 @@ class GradientReach:
 
     def look(self, outputs: Sequence[Tensor]) -> None:
         """
-        Look at what a place gives, before it is differentiated; in the first step only.
+        Look at what a virtual stage gives, before it is differentiated; in the first step only.
 
         Parameters that neither the model nor the task has are left as they are, as in plain torch.
 
@@ -385,11 +385,11 @@ def leaves(outputs: Sequence[Tensor]) -> Iterator[Tensor]:
 @torch.no_grad()
 def inputs_of(layers: Sequence[Layer], starts: Mapping[int, int], inputs: Any) -> dict[int, Any]:
     """
-    Give what enters some places for a few samples, in evaluation mode.
+    Give what enters some virtual stages for a few samples, in evaluation mode.
 
     Args:
         layers: of the whole model, not sliced.
-        starts: by place, the number of its first layer.
+        starts: by virtual stage, the number of its first layer.
         inputs: of the model.
     """
     found: dict[int, Any] = {}
@@ -398,10 +398,14 @@ def inputs_of(layers: Sequence[Layer], starts: Mapping[int, int], inputs: Any) -
     values = on_device(inputs, next((p.device for p in layers[0].module.parameters()), device))
     with untouched(*(layer.module for layer in some)):
         for number in range(len(some) + 1):
-            found |= {place: copied(values) for place, start in starts.items() if start == number}
+            found |= {
+                virtual_stage: copied(values)
+                for virtual_stage, start in starts.items()
+                if start == number
+            }
             if number < len(some):
                 values = some[number].module(values)
-    return {place: on_device(value, device) for place, value in found.items()}
+    return {virtual_stage: on_device(value, device) for virtual_stage, value in found.items()}
 
 
 def shared(inputs: Any, slices: Collective) -> Any:

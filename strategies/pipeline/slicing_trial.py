@@ -31,8 +31,8 @@ class BeforeSlicing:
 
     Args:
         module: what a rank has of the model.
-        chunks: of it, by place; each a `rank_model.Chunk`.
-        inputs: by place, the same on all slices.
+        chunks: of it, by virtual stage; each a `rank_model.Chunk`.
+        inputs: by virtual stage, the same on all slices.
         planned: names of the modules that are to be sliced.
     """
 
@@ -47,13 +47,15 @@ class BeforeSlicing:
         sliced = tuple(f"{name}." for name in planned)
         self._whole = [n for n, _ in module.named_parameters() if not n.startswith(sliced)]
         self._expected: dict[tuple[int, bool], tuple[Any, Gradients]] = {}
-        for place, training in itertools.product(inputs, (False, True)):
+        for virtual_stage, training in itertools.product(inputs, (False, True)):
             try:
-                found, again = (self._run(place, seed, training=training) for seed in (0, 1))
+                found, again = (
+                    self._run(virtual_stage, seed, training=training) for seed in (0, 1)
+                )
             except Exception:  # such inputs are not for evaluation; in training it comes again
                 continue
             if alike(found[0], again[0]):
-                self._expected[place, training] = found
+                self._expected[virtual_stage, training] = found
 
     def compare(self) -> None:
         """
@@ -63,9 +65,9 @@ class BeforeSlicing:
             SpecError: they give something else, or fail.
             CollectiveError: a rank is missing.
         """
-        for (place, training), (outputs, gradients) in self._expected.items():
+        for (virtual_stage, training), (outputs, gradients) in self._expected.items():
             try:
-                found, its = self._run(place, 0, training=training)
+                found, its = self._run(virtual_stage, 0, training=training)
             except DistplatError:
                 raise
             except Exception as error:
@@ -87,12 +89,12 @@ class BeforeSlicing:
         return SpecError(Problem(("strategy", "tensor_plan"), text, hint or each))
 
     @torch.enable_grad()
-    def _run(self, place: int, seed: int, *, training: bool) -> tuple[Any, Gradients]:
-        chunk = self._chunks[place]
+    def _run(self, virtual_stage: int, seed: int, *, training: bool) -> tuple[Any, Gradients]:
+        chunk = self._chunks[virtual_stage]
         with untouched(chunk), WithoutDropout():
             chunk.set_mode(training=training)
             stop_dropping(chunk)
-            outputs = chunk.run(copied(self._inputs[place]), seed)
+            outputs = chunk.run(copied(self._inputs[virtual_stage]), seed)
             gradients = self._gradients(outputs)
         return tree_map(_detached, outputs), gradients
 

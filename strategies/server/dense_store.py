@@ -181,8 +181,8 @@ class DenseStore(ServerStore, ReplicatedStore):
         return self._keeping.give(version)
 
     @override
-    def worker(self, place: int) -> str:
-        return self._plan.worker(place)
+    def worker(self, part_rank: int) -> str:
+        return self._plan.worker(part_rank)
 
     @override
     def log(self) -> NDArray[np.int64] | None:
@@ -302,17 +302,19 @@ class DenseStore(ServerStore, ReplicatedStore):
         """Make the update of `_sum`, and copy what a checkpoint of a step just made wants."""
         if self._sums:
             return
-        place, scale = update.version, 1.0
+        schedule_step, scale = update.version, 1.0
         if self.staleness is not None:
             scale = self.staleness.applied(update)
-            place = update.version // self._ledger.world  # of each worker an update: one step
+            schedule_step = (
+                update.version // self._ledger.world
+            )  # of each worker an update: one step
             self.optimizer.use(self._sum)  # may be the worker's own vector: it is only read
-        rates = [rate * scale for rate in self._rates(place)]
+        rates = [rate * scale for rate in self._rates(schedule_step)]
         self.optimizer.step(rates, from_flags(update.present))
         for steps in range(before + 1, self.steps + 1):  # several, after a slow rank
             self._keeping.reached(steps, self._copy)
 
-    def _rates(self, place: int) -> Sequence[float]:
+    def _rates(self, schedule_step: int) -> Sequence[float]:
         """Give the learning rates of an update, before they are scaled."""
         plan = self._plan
         if plan.own_loop is not None and self.settings:
@@ -320,7 +322,7 @@ class DenseStore(ServerStore, ReplicatedStore):
             return self.optimizer.adjust(plan.own_loop.settings, np.array(self.settings))
         if self._plateau is not None:
             self._plateau.known = PlateauState.of(self.settings)
-        return rate_of(self._job, place, plan.total_steps)
+        return rate_of(self._job, schedule_step, plan.total_steps)
 
     def _copy(self) -> dict[str, Tensor]:
         """Copy the shard: by torch's names, shape [m] or none; parameters under the empty name."""

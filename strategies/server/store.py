@@ -181,7 +181,7 @@ class ServerStore(ReplicatedStore, Protocol):
     def kept(self, version: int) -> Any:
         """Hand over the copies for a checkpoint; None: they are not there, or not any more."""
 
-    def worker(self, place: int) -> str:
+    def worker(self, part_rank: int) -> str:
         """Name one of the workers."""
 
     def log(self) -> NDArray[np.int64] | None:

@@ -183,7 +183,7 @@ class TableStore(ServerStore, ReplicatedStore):
     @override
     def commit(self, seq: int, norm: float | None) -> bool:
         ledger = self.ledger
-        version, place, before = ledger.updates, ledger.place, ledger.steps
+        version, schedule_step, before = ledger.updates, ledger.schedule_step, ledger.steps
         if not ledger.commit(seq):
             return False
         staged = [] if self._skipped else sorted(self._staged.items())
@@ -197,7 +197,7 @@ class TableStore(ServerStore, ReplicatedStore):
             by_table = [[table.summed(some)] if some else [] for table, some in pairs]
             push = self._pushed if ledger.asynchronous else None
             self.backup_link.send(Update(version, push, settings=self._settings), by_table)
-        self._update(by_table, place, before)
+        self._update(by_table, schedule_step, before)
         return True
 
     @override
@@ -219,8 +219,8 @@ class TableStore(ServerStore, ReplicatedStore):
         return self._keeping.give(version)
 
     @override
-    def worker(self, place: int) -> str:
-        return f"worker-{place}"
+    def worker(self, part_rank: int) -> str:
+        return f"worker-{part_rank}"
 
     @override
     def log(self) -> None:
@@ -253,28 +253,28 @@ class TableStore(ServerStore, ReplicatedStore):
                 self._step_back(version)
             case Update(version=version, push=push, settings=settings):
                 ledger, self._settings = self.ledger, settings
-                place, before = ledger.place, ledger.steps
+                schedule_step, before = ledger.schedule_step, ledger.steps
                 if push is None:
                     ledger.restore(version + 1)
                 else:
                     ledger.offer(push)
                     ledger.commit(push.seq)
-                self._update(gradient, place, before)
+                self._update(gradient, schedule_step, before)
 
-    def _update(self, by_table: Rows, place: int, before: int) -> None:
+    def _update(self, by_table: Rows, schedule_step: int, before: int) -> None:
         """
         Update the rows, and copy what a checkpoint of the step just made wants.
 
         Args:
             by_table: gradients.
-            place: of the update in the learning rate's schedule.
+            schedule_step: of the update in the learning rate's schedule.
             before: steps that were made before it.
         """
         assert self.plan is not None and self.plan.job.embeddings is not None, "it was opened"
         job, rule = self._job, self.plan.job.embeddings.optimizer
         if self._plateau is not None:
             self._plateau.known = PlateauState.of(self._settings)
-        rate = job.lr_schedule.rate(rule.lr, place, self.plan.total_steps)
+        rate = job.lr_schedule.rate(rule.lr, schedule_step, self.plan.total_steps)
         for table, parts in zip(self.tables, by_table, strict=True):
             if parts:
                 table.apply(parts, rate)

@@ -167,7 +167,7 @@ class Table:
         states = [Rows(width, fill) for width, fill in rule.states(spec.width)]
         self._arrays = [Rows(spec.width), *states]
         self._columns = ("rows", *rule.names)
-        self._summed = np.zeros(0, np.int64)  #: by slot: 1 + its place in the sum being made
+        self._summed = np.zeros(0, np.int64)  #: by slot: 1 + its index in the sum being made
         self._block = max(1, _BLOCK_BYTES // (4 * spec.width))
         self._sorted = np.zeros(0, np.int64)
         self._rewinds = rewinds
@@ -327,12 +327,12 @@ class Table:
         slots = np.empty(sum(map(len, found)), np.int64)
         sums, count = np.empty((len(slots), self.spec.width), np.float32), 0
         for mine, part in zip(found, parts, strict=True):
-            places = self._summed[mine] - 1
-            new = places < 0
+            positions = self._summed[mine] - 1
+            new = positions < 0
             more = slice(count, count + int(new.sum()))
             slots[more], sums[more] = mine[new], part.values[new]
             self._summed[mine[new]] = np.arange(more.start, more.stop) + 1
-            sums[places[~new]] += part.values[~new]
+            sums[positions[~new]] += part.values[~new]
             count = more.stop
         self._summed[slots[:count]] = 0
         return slots[:count], sums[:count]

@@ -36,7 +36,7 @@ def take(whole: Tensor, spec: ShardSpec) -> Tensor:
     return torch.cat(ranges, spec.dim) if len(ranges) > 1 else ranges[0].clone()
 
 
-def place_of(shape: Sequence[int], spec: ShardSpec | None) -> TensorSlice:
+def tensor_slice_of(shape: Sequence[int], spec: ShardSpec | None) -> TensorSlice:
     """
     Say where a rank's part lies in the full tensor.
 

@@ -235,8 +235,8 @@ def _optimizer(spec: Optimizer, task: Task, named: Named) -> Sequence[torch.opti
     kinds = [one.name or spec.name for one in spec.groups] + [spec.name]
     sets: list[list[Tensor]] = [[] for _ in patterns]
     for name, tensor in named.items():
-        places = [at for at, some in enumerate(patterns) for p in some if fnmatchcase(name, p)]
-        sets[places[0]].append(tensor)
+        positions = [at for at, some in enumerate(patterns) for p in some if fnmatchcase(name, p)]
+        sets[positions[0]].append(tensor)
     made = []
     for kind in dict.fromkeys(kinds):
         every = zip(kinds, sets, more, strict=True)
@@ -279,8 +279,8 @@ def union(job: Job, samples: ReferenceSamples) -> Schedule:
 
 
 def _forward(run: Run, seed: int | None) -> Forward:
-    places = range(run.first, run.first + len(run.ids))
-    seeds = [mixed(run.seed, place) for place in places]
+    positions = range(run.first, run.first + len(run.ids))
+    seeds = [mixed(run.seed, position) for position in positions]
     return Forward(run.ids, seeds, collate_seed(run.seed, run.first), seed)
 
 
@@ -312,8 +312,8 @@ def numbered(data: Any, schedule: Schedule, seed: int) -> Any:
             if hasattr(data, "set_epoch"):
                 data.set_epoch(turn)
             samples = iter(rows_of(data))
-            for place in itertools.count():
-                seed_all(mixed(epoch_seed(seed, turn), place))
+            for position in itertools.count():
+                seed_all(mixed(epoch_seed(seed, turn), position))
                 try:
                     found.append(next(samples))
                 except StopIteration:

@@ -58,7 +58,7 @@ def test_a_chunk_of_each_half() -> None:
     ("options", "message", "hint"),
     [
         ({"pipeline": 2, "cut": ["7"]}, "no layer '7'", "allowed"),
-        ({"pipeline": 7, "cut": "even"}, "6 layers, too few for 7 places", "fewer stages"),
+        ({"pipeline": 7, "cut": "even"}, "6 layers, too few for 7 stages", "fewer stages"),
         ({"pipeline": 2, "memory_limit_mb": 0.001}, "no cut of 6 layers", "memory_limit_mb"),
     ],
 )

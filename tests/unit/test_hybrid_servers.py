@@ -58,7 +58,7 @@ def test_who_shares_which_servers(servers: int, each: int) -> None:
     division = Division(((0, 2), (1, 3)), servers)
     assert division.each == each
     assert [division.part_of(rank) for rank in range(4)] == [0, 1, 0, 1]
-    assert [division.place_of(rank) for rank in range(4)] == [0, 0, 1, 1]
+    assert [division.part_rank_of(rank) for rank in range(4)] == [0, 0, 1, 1]
     of_parts = [[*division.servers_of(part)] for part in range(2)]
     assert [n for numbers in of_parts for n in numbers] == [*range(servers)]
     for part, numbers in enumerate(of_parts):

@@ -10,7 +10,7 @@ from distplat.platform.tensor_slices import TensorEntry, TensorSlice, put_togeth
 from distplat.strategies.checkpoint.checkpoint_reader import tensor_of
 from distplat.strategies.checkpoint.parts import as_array, whole_of
 from distplat.strategies.fakes import Fabric
-from distplat.strategies.tensor.parallel_layers import gather_full, join, place_of, take
+from distplat.strategies.tensor.parallel_layers import gather_full, join, take, tensor_slice_of
 from distplat.strategies.tensor.parallel_plan import ShardSpec, slice_of
 
 
@@ -30,10 +30,10 @@ def test_what_is_cut_can_be_joined(
     assert torch.equal(join(parts, specs), whole)
     # A checkpoint takes the same parts of it, and puts the same together.
     kept = whole_of(whole)
-    places = [place_of(part.shape, spec) for part, spec in zip(parts, specs, strict=True)]
-    for part, place in zip(parts, places, strict=True):
-        assert torch.equal(tensor_of(kept, place).view(part.shape), part)
-    entries = [TensorEntry("model/w", place, "int64", 0) for place in places]
+    slices = [tensor_slice_of(part.shape, spec) for part, spec in zip(parts, specs, strict=True)]
+    for part, one in zip(parts, slices, strict=True):
+        assert torch.equal(tensor_of(kept, one).view(part.shape), part)
+    entries = [TensorEntry("model/w", one, "int64", 0) for one in slices]
     bundles = [
         ([as_array(part.contiguous())], (entry,))
         for part, entry in zip(parts, entries, strict=True)
@@ -43,10 +43,10 @@ def test_what_is_cut_can_be_joined(
 
 def test_where_parts_of_branches_lie() -> None:
     here, elsewhere = ShardSpec(0, 0, 6, 6), ShardSpec(0, 0, 0, 6)
-    assert place_of((6, 2), here) == TensorSlice((6, 2))
-    assert place_of((0, 2), elsewhere) == TensorSlice((6, 2), (0, 0, 0))
-    assert place_of((6,), elsewhere) == TensorSlice((6,)), "a buffer, which is not emptied"
-    assert place_of((), ShardSpec(0, 0, 0, 1)) == TensorSlice(())
+    assert tensor_slice_of((6, 2), here) == TensorSlice((6, 2))
+    assert tensor_slice_of((0, 2), elsewhere) == TensorSlice((6, 2), (0, 0, 0))
+    assert tensor_slice_of((6,), elsewhere) == TensorSlice((6,)), "a buffer, which is not emptied"
+    assert tensor_slice_of((), ShardSpec(0, 0, 0, 1)) == TensorSlice(())
 
 
 def test_parts_are_tensors_of_their_own() -> None:

@@ -9,7 +9,7 @@ The memory that the ranks of a group on one node share: a line of control words 
 
 A rank writes into its own line, the channels it sends or receives on, and its own slots. It counts
 its posts in `posts`, which the others wait for. It writes the header of its operation before it
-posts, by turns into one of two places: who begins operation k+2 has seen every rank's first post
+posts, by turns into one of two slots: who begins operation k+2 has seen every rank's first post
 of k+1, and a rank posts that after it has compared the headers of k.
 
 Shared vectors (`Collective.share`) are segments of their own, one per rank, which all ranks map.
@@ -24,7 +24,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from distplat.actors.collectives.header import SIZE, STAGED, place_of, vector_of
+from distplat.actors.collectives.header import SIZE, STAGED, offset_of, vector_of
 from distplat.actors.memory import futex
 from distplat.actors.memory.futex import Word
 from distplat.actors.memory.memfd import MemorySegment
@@ -84,7 +84,7 @@ class GroupSegment:
     Args:
         segment: the memory, of `layout.size` bytes.
         layout: the same on all ranks.
-        rank: place in the group.
+        rank: in the group.
     """
 
     def __init__(self, segment: MemorySegment, layout: SegmentLayout, rank: int) -> None:
@@ -203,7 +203,7 @@ class SharedVectors:
         start = mine.tensor.data_ptr()
         self._ranges.append((start, start + mine.tensor.numel()))
 
-    def place(self, tensor: Tensor) -> int:
+    def offset(self, tensor: Tensor) -> int:
         """Give the place of a contiguous tensor, or `STAGED` if it lies in no shared vector."""
         if not self._ranges:
             return STAGED
@@ -211,17 +211,17 @@ class SharedVectors:
         stop = start + tensor.numel() * tensor.itemsize
         for vector, (first, end) in enumerate(self._ranges):
             if first <= start and stop <= end:
-                return place_of(vector, start - first)
+                return offset_of(vector, start - first)
         return STAGED
 
-    def places(self, parts: Sequence[Tensor]) -> list[int]:
+    def offsets(self, parts: Sequence[Tensor]) -> list[int]:
         """
-        Give the places of several tensors, but for empty ones, which lie nowhere.
+        Give the offsets of several tensors, but for empty ones, which lie nowhere.
 
         [] if one of them lies elsewhere than the others.
         """
-        found = [self.place(part) for part in parts if part.numel()]
-        if STAGED in found or len({vector_of(place) for place in found}) != 1:
+        found = [self.offset(part) for part in parts if part.numel()]
+        if STAGED in found or len({vector_of(offset) for offset in found}) != 1:
             return []
         return found
 
