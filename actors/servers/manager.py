@@ -147,9 +147,8 @@ class ServerManager:
         group, limit = ServerGroup(roles.servers), job.failure.heartbeat_timeout_s
         held = adopt(self._transport, group, servers, attempt, limit) if adopts and servers else []
         self._found = {one.shard: one.cut for one in held if one.cut is not None}
-        self._servers = [
-            servers[assignment.primary] for assignment in group.assignments
-        ]  # as they were at first
+        # As they were at first.
+        self._servers = [servers[assigned.primary] for assigned in group.assignments]
         if roles.replication > 1:
             make, assign = self._provisioning.make, self._assign_backup
             self._replication = ReplicationManager(

@@ -117,10 +117,8 @@ class FlatModel:
         self.present: NDArray[np.bool_] = np.arange(len(self.slots)) < self._trained
         """By slot: whether a backward of this step has given it a gradient, on this rank. Until the
         first step begins: who is trained."""
-        self.thawed = np.zeros(len(tail), np.bool_)
-        """By slot of the tail: whether it would take part in training, and does not yet."""
-        self.active = np.zeros(len(tail), np.bool_)
-        """By slot of the tail: whether it takes part in training."""
+        #: by slot of the tail: whether it takes part in training; whether it would, but does not
+        self.active, self.thawed = np.zeros((2, len(tail)), np.bool_)
         self._homes = homes(model, self.parameters)
         self._looked = 0
         self.began = False  #: whether this rank has computed anything in this step

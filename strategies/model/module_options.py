@@ -5,7 +5,7 @@ Both leave names, parameters and `state_dict` as they are.
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from fnmatch import fnmatchcase
 from functools import partial
 from typing import Any
@@ -62,6 +62,9 @@ def checkpoint_activations(module: nn.Module) -> None:
 _BufferKey = tuple[dict[str, Any], str]
 """Of a buffer, or a tensor in an attribute: the module's dictionary that has it, and its name."""
 
+_Read = list[tuple[_BufferKey, Tensor | None]]
+"""Buffers, and copies of them."""
+
 
 class WrittenBuffers:
     """
@@ -90,12 +93,20 @@ class WrittenBuffers:
 
     def contexts(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
         """Give what is around a forward, and around the same one in backward."""
-        read: list[tuple[_BufferKey, Tensor | None]] = []  #: the values that the first one read
-        again = partial(self._around_second, read, ReadAgain(self._module))
-        return self._around_first(read), _EachTime(again)
+        read: _Read = []
+        return self._around_first(read), self.around_second(read)
+
+    def around_second(self, read: _Read) -> AbstractContextManager[None]:
+        """
+        Give what is around forwards in backward: they read and write copies.
+
+        Args:
+            read: what the first one has read of the buffers that it writes; filled until then.
+        """
+        return _EachTime(partial(self._with_copies, read, ReadAgain(self._module)))
 
     @contextmanager
-    def _around_first(self, read: list[tuple[_BufferKey, Tensor | None]]) -> Iterator[None]:
+    def _around_first(self, read: _Read) -> Iterator[None]:
         copied = range(len(self._buffers)) if self._seen < _LEARNING else self._written
         values = {number: _clone(_there(self._buffers[number])) for number in copied}
         before = [_mark(buffer) for buffer in self._buffers]
@@ -109,10 +120,7 @@ class WrittenBuffers:
                 read.append((buffer, values[number]))
 
     @contextmanager
-    def _around_second(
-        self, read: list[tuple[_BufferKey, Tensor | None]], attributes: ReadAgain
-    ) -> Iterator[None]:
-        """Have the forward read and write copies."""
+    def _with_copies(self, read: _Read, attributes: ReadAgain) -> Iterator[None]:
         copies = [(buffer, _clone(value)) for buffer, value in read]
         copies += [(buffer, _clone(_there(buffer))) for buffer in self._statistics]
         after = [_there(buffer) for buffer, _ in copies]
@@ -124,6 +132,57 @@ class WrittenBuffers:
             finally:
                 for ((where, key), _), tensor in zip(copies, after, strict=True):
                     where[key] = tensor
+
+
+def recomputed(stage: nn.Module, inputs: Any) -> Any:
+    """
+    Run a stage so that its activations are computed again in backward.
+
+    Raises:
+        SpecError: forward writes into tensors that are not trained, and would do so twice.
+    """
+    if not torch.is_grad_enabled():
+        return stage(inputs)
+
+    def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+        return nullcontext(), written.around_second([])
+
+    written = WrittenBuffers(stage)
+    before, kept = _state(stage), [*_kept_in_attributes(stage)]
+    outputs = checkpoint(
+        stage, inputs, use_reentrant=False, preserve_rng_state=True, context_fn=contexts
+    )
+    names = [name for name, known in _state(stage).items() if before.get(name) != known]
+    names += [name for name, tensor, version in kept if tensor._version != version]
+    if names:
+        text = f"forward writes into {', '.join(names)}, and `recompute` runs it twice"
+        raise SpecError(Problem(("strategy", "recompute"), text, "leave `recompute` out"))
+    return outputs
+
+
+def _state(stage: nn.Module) -> dict[str, tuple[int, int]]:
+    """Give by name what tells that a tensor that is not trained was written, or replaced."""
+    found = {}
+    for path, module in stage.named_modules():
+        own = dict(module._parameters)
+        if not has_running_statistics(module):  # of norms, the second forward has copies
+            own |= module._buffers
+        for name, tensor in own.items():
+            if tensor is not None and not tensor.requires_grad:
+                found[_name_in_model(path, name)] = id(tensor), tensor._version
+    return found
+
+
+def _kept_in_attributes(stage: nn.Module) -> Iterator[tuple[str, Tensor, int]]:
+    """Give tensors in attributes, with their names and versions: `ReadAgain` puts them back."""
+    for path, module in stage.named_modules():
+        for name, value in vars(module).items():
+            if isinstance(value, Tensor) and not value.requires_grad:
+                yield _name_in_model(path, name), value, value._version
+
+
+def _name_in_model(path: str, name: str) -> str:
+    return f"{path}.{name}".removeprefix("chunk.").removeprefix("model.").removeprefix(".")
 
 
 class _EachTime:

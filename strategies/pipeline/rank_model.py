@@ -21,7 +21,6 @@ from distplat.strategies.model.layers import (
     found_layers,
     layers_around_blocks,
     layers_of,
-    recomputed,
     refuse_tied,
     with_all_names,
     with_unread_buffers,
@@ -29,6 +28,7 @@ from distplat.strategies.model.layers import (
 from distplat.strategies.model.meta import materialise
 from distplat.strategies.model.model_call import Batch, ModelCall, TakesBatch
 from distplat.strategies.model.module_hooks import called_hooks, saved_hooks
+from distplat.strategies.model.module_options import recomputed
 from distplat.strategies.model.parameter_layout import GroupOf
 from distplat.strategies.pipeline.limits import Named
 from distplat.strategies.pipeline.slicing_trial import BeforeSlicing

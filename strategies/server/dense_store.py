@@ -54,6 +54,13 @@ from distplat.strategies.server.store import (
 _BOOKS = ("_ledger", "staleness", "seen", "_before_version", "_segments", "_thawing", "settings")
 
 
+def _ledger_of(plan: ShardPlan) -> Ledger:
+    who, consistency = (plan.run, plan.attempt, plan.world), plan.consistency
+    if not consistency.asynchronous:
+        return StepLedger(*who, consistency.backup_workers)
+    return TaskLedger(*who) if plan.own_loop is None else LoopLedger(*who, consistency.bound)
+
+
 class DenseStore(ServerStore, ReplicatedStore):
     """
     A run of the flat parameter vector and all that belongs to it.
@@ -72,14 +79,9 @@ class DenseStore(ServerStore, ReplicatedStore):
         every, tail = self._layout.segments, self._layout.tail
         self._segments = tuple(one for one in every if one.start < tail)
         self._thawing = [one for one in self._layout.pieces if one.start >= tail]
-        backup, who = plan.consistency.backup_workers, (plan.run, plan.attempt, plan.world)
-        self._ledger: Ledger = StepLedger(*who, backup)
-        self.staleness: Staleness | None = None  #: of an asynchronous shard
-        if plan.consistency.asynchronous:
-            self._ledger, self.staleness = TaskLedger(*who), Staleness(plan, params, every)
-        own = plan.own_loop
-        if own is not None and self.staleness is not None:
-            self._ledger = LoopLedger(*who, plan.consistency.bound)
+        self._ledger, own = _ledger_of(plan), plan.own_loop
+        asynchronous = plan.consistency.asynchronous
+        self.staleness = Staleness(plan, params, every) if asynchronous else None
         #: the parameters are sums of gradients, and nothing is updated
         self._sums = own is not None and own.optimizer is None
         self.settings: tuple[float, ...] = ()

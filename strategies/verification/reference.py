@@ -84,10 +84,8 @@ def train(make: Make, schedule: Schedule, recipe: Recipe, *, reverse: bool = Fal
         found.losses.append(sum(loss for _, loss, _ in parts) / total if total else math.nan)
         for name, parameter in parameters.items():
             given = [gradients[name] for gradients, _, _ in parts if name in gradients]
-            total_of = reduce(torch.add, given[::-1] if reverse else given) if given else None
-            parameter.grad = (
-                None if total_of is None else total_of * (sum(sizes) / total / rounding)
-            )
+            summed = reduce(torch.add, given[::-1] if reverse else given) if given else None
+            parameter.grad = None if summed is None else summed * (sum(sizes) / total / rounding)
         found.used.append({name for name, p in parameters.items() if p.grad is not None})
         if recipe.clip_norm is not None:
             nn.utils.clip_grad_norm_([*dense.values()], recipe.clip_norm)

@@ -21,7 +21,8 @@ from distplat.strategies.algorithms.pipeline_schedule import (
     output_of,
     with_communication,
 )
-from distplat.strategies.model.layers import Stage, layers_of, recomputed
+from distplat.strategies.model.layers import Stage, layers_of
+from distplat.strategies.model.module_options import recomputed
 
 WAIT_S = 20.0
 WIDTH = 6
