@@ -165,7 +165,7 @@ class ActorGroup:
         return self._orders.look()
 
     def carry_out(
-        self, restart: Restart, saved: StoredCheckpoint | None = None, base: int = 0
+        self, restart: Restart, saved: StoredCheckpoint | None = None, checkpoint_step: int = 0
     ) -> None:
         """
         End what is to be replaced, make it anew, and give everybody the next orders.
@@ -173,7 +173,7 @@ class ActorGroup:
         Args:
             restart: what is to be done.
             saved: the checkpoint to begin from, where everything is made anew.
-            base: steps of the newest checkpoint.
+            checkpoint_step: steps of the newest checkpoint.
         """
         launch = self.launch
         self._attempt = restart.attempt
@@ -192,7 +192,7 @@ class ActorGroup:
                 self._resize(restart.world)
             self._replace_coordinators(restart)
         self._introduce()
-        self._give_orders(restart.attempt, saved, base)
+        self._give_orders(restart.attempt, saved, checkpoint_step)
 
     def _replacement(self, attempt: int, rank: int) -> Any:
         """Give a worker for a rank that was lost: the spare of its node, or a new process."""
@@ -211,7 +211,7 @@ class ActorGroup:
             if rank not in self._handles.workers:
                 self._handles.workers[rank] = self._handles.newcomers.pop(rank)
 
-    def enlist(self, rank: int, base: int) -> Callable[[], Any]:
+    def enlist(self, rank: int, checkpoint_step: int) -> Callable[[], Any]:
         """
         Make a worker that is to join; give what has it make itself ready.
 
@@ -219,13 +219,15 @@ class ActorGroup:
 
         Args:
             rank: that it is to have.
-            base: steps of the newest checkpoint.
+            checkpoint_step: steps of the newest checkpoint.
         """
         self._enlisted += 1
         name = f"{self._attempt + 1}.{self._enlisted}"
         worker = spawn_worker(self.job, self.launch.run, name, rank)
         self._handles.newcomers[rank] = worker
-        return partial(worker.prepare.remote, self._order(self._attempt + 1, rank, None, base))
+        return partial(
+            worker.prepare.remote, self._order(self._attempt + 1, rank, None, checkpoint_step)
+        )
 
     def let_go(self, rank: int) -> None:
         """End a worker that was to join."""
@@ -275,19 +277,21 @@ class ActorGroup:
             servers[server] = spawn_server(*given, server, beside)
         return servers[server]
 
-    def grow(self, count: int, base: int) -> list[int]:
+    def grow(self, count: int, checkpoint_step: int) -> list[int]:
         """
         Have workers join, with ranks that nobody had before; give these.
 
         Args:
             count: how many.
-            base: steps of the newest checkpoint.
+            checkpoint_step: steps of the newest checkpoint.
         """
         launch, ranks = self.launch, [self._ranks + number for number in range(count)]
         self._ranks += count
         for rank in ranks:
             self._handles.workers[rank] = spawn_worker(launch.job, launch.run, self._attempt, rank)
-        self._start_workers([self._order(self._attempt, rank, None, base) for rank in ranks])
+        self._start_workers(
+            [self._order(self._attempt, rank, None, checkpoint_step) for rank in ranks]
+        )
         return ranks
 
     def part_with(self, rank: int) -> None:
@@ -298,10 +302,12 @@ class ActorGroup:
         """End all actors."""
         end_each([*([self._spares.end] if self._spares is not None else []), self._handles.end])
 
-    def _give_orders(self, attempt: int, saved: StoredCheckpoint | None, base: int) -> None:
+    def _give_orders(
+        self, attempt: int, saved: StoredCheckpoint | None, checkpoint_step: int
+    ) -> None:
         handle = _in_store(saved) if saved is not None else None
         self._start_workers(
-            [self._order(attempt, rank, handle, base) for rank in self._handles.workers]
+            [self._order(attempt, rank, handle, checkpoint_step) for rank in self._handles.workers]
         )
 
     def _start_workers(self, orders: list[WorkOrder]) -> None:
@@ -309,7 +315,9 @@ class ActorGroup:
             worker = self._handles.workers[order.rank]
             self._orders.give(f"worker-{order.rank}", worker, "start", order)
 
-    def _order(self, attempt: int, rank: int, saved: SavedHandle | None, base: int) -> WorkOrder:
+    def _order(
+        self, attempt: int, rank: int, saved: SavedHandle | None, checkpoint_step: int
+    ) -> WorkOrder:
         launch = self.launch
         return WorkOrder(
             job=self.job,
@@ -323,7 +331,7 @@ class ActorGroup:
             scheduler=self._handles.scheduler,
             collective=launch.roles.collective,
             saved=saved,
-            base=base,
+            checkpoint_step=checkpoint_step,
             embedding_servers=tuple(self._handles.embedding_servers.values()),
             rewinds=launch.policy.survivors_go_on,
             checked=launch.checked,

@@ -92,7 +92,7 @@ class Checkpoints:
         self._best = BestCheckpoint(launch.job.checkpoint.keep_best)
         self._judging = threading.Lock()  #: held while `_best` is used
         self._told_best: int | None = None
-        self._news: deque[Saved | Best] = deque()
+        self._finished: deque[Saved | Best] = deque()
         self._failures: dict[int, str] = {}  #: step -> why it has none, since the last one came
         self._failed_at = -math.inf
         self._left_alone = False  #: the end of the run waits for the writer no more
@@ -149,9 +149,9 @@ class Checkpoints:
         if step is not None and rule is not None and step != self._told_best:
             self._told_best = step
             path = str(self._catalogue.path(step))
-            self._news.append(Best(step, path, rule.metric, self._best.figure))
+            self._finished.append(Best(step, path, rule.metric, self._best.figure))
 
-    def news(self) -> list[Saved | Best]:
+    def take_finished(self) -> list[Saved | Best]:
         """
         Give what came to the disk since the last call, and which is the best.
 
@@ -163,7 +163,7 @@ class Checkpoints:
             step, why = list(failures.items())[-1]
             text = f"{PATIENCE} checkpoints in a row could not be written to"
             raise StorageError(f"{text} {self._catalogue.folder}: step {step}: {why}")
-        return [self._news.popleft() for _ in range(len(self._news))]
+        return [self._finished.popleft() for _ in range(len(self._finished))]
 
     def settle(self) -> None:
         """Be told that the run has ended well: all evaluations are known, all parts are written."""
@@ -270,7 +270,7 @@ class Checkpoints:
         else:
             self._failures.clear()
             self.step = self._written = step
-            self._news.append(Saved(step, str(path), size, time.monotonic() - began))
+            self._finished.append(Saved(step, str(path), size, time.monotonic() - began))
             with self._judging:
                 self._tell_best()
 

@@ -106,7 +106,7 @@ class Controller:
         self._ending = False  #: somebody wants the run to end before its last step
         self._holders = policy.holders
         self._checkpoints = checkpoints
-        self.base = checkpoints.step  #: steps that were made before the present servers were
+        self.checkpoint_step = checkpoints.step  #: from which the present servers began
         self._report: Callable[[Summary], None] = lambda summary: None
 
     def run(self, report: Callable[[Summary], None]) -> bytes:
@@ -190,7 +190,7 @@ class Controller:
         return self._requests.status()
 
     def _report_checkpoints(self) -> None:
-        for saved in self._checkpoints.news():
+        for saved in self._checkpoints.take_finished():
             self._report(saved)
 
     def _repair(self) -> None:
@@ -239,8 +239,8 @@ class Controller:
         replaced = *(f"worker-{rank}" for rank in restart.replace), *restart.coordinators
         saved = self._checkpoints.newest() if restart.everything else None
         if restart.everything:
-            self.base = saved.step if saved is not None else 0
-        step = self.base if restart.everything else self._state.furthest
+            self.checkpoint_step = saved.step if saved is not None else 0
+        step = self.checkpoint_step if restart.everything else self._state.furthest
         if self._state.error is not None:
             cause = str(self._state.error)
             self._report(FailureEvent(restart.attempt, step, cause, replaced, restart.wait_s))
@@ -324,7 +324,7 @@ class Controller:
         if isinstance(answer, DistplatError):
             del self._actors[role]
             return [Failed(role, answer)]
-        return self._news(role, answer) if isinstance(answer, PollResult) else []
+        return self._on_poll_result(role, answer) if isinstance(answer, PollResult) else []
 
     def _unanswered(self, role: str, error: ray.exceptions.RayError) -> Event:
         """Tell why a question has no answer: one that was lost on its way is asked again."""
@@ -340,26 +340,28 @@ class Controller:
             lost = ActorLost(role, self._state.steps_done or None, cause, advice)
         return Failed(role, lost, dead=True, preempted=taken_away(error))
 
-    def _news(self, role: str, news: PollResult) -> list[Event]:
+    def _on_poll_result(self, role: str, result: PollResult) -> list[Event]:
         rank = int(role.removeprefix("worker-"))
-        self._actor_group.note_node(rank, news.node)
-        for report in news.reports:
+        self._actor_group.note_node(rank, result.node)
+        for report in result.reports:
             for summary in self._gathering.add(report):
                 self._report(summary)
-        for delivery in news.deliveries:
+        for delivery in result.deliveries:
             self._checkpoints.take(delivery)
-        if news.attempt != self._state.attempt:
+        if result.attempt != self._state.attempt:
             return []  # it has not yet taken the present order up
-        if news.left:
+        if result.left:
             assert self._async_scaler is not None, "only who leases tasks is told to leave"
             del self._actors[role]
             self._async_scaler.left(rank)
             return [Left(rank)]
-        made, node = news.prepared, news.host
-        heard = PollAnswered(rank, news.beats, news.step, news.finished, made, node, news.loop)
-        if news.error is None:
+        made, node = result.prepared, result.host
+        heard = PollAnswered(
+            rank, result.beats, result.step, result.finished, made, node, result.loop
+        )
+        if result.error is None:
             return [heard]
-        error, shown = news.error, news.traceback
+        error, shown = result.error, result.traceback
         return [heard, Failed(role, error, prepared=made, node=node, traceback=shown)]
 
     def _result(self) -> bytes:

@@ -235,7 +235,7 @@ def _settle(checkpoints: Checkpoints, handlers: RunHandlers) -> None:
     """After the end of a run that ended well, wait for checkpoints, and tell of them."""
     checkpoints.drain()
     checkpoints.settle()
-    for written in checkpoints.news():
+    for written in checkpoints.take_finished():
         handlers.on_summary(written)
 
 

@@ -60,7 +60,7 @@ class SavedHandle:
 class AttachReply:
     """A server's answer to a worker that attaches its memory."""
 
-    near: bool
+    shares_memory: bool
     """Whether the server reaches it; else bytes are sent."""
     version: int | None
     """Of the shard's parameters; None: it has none yet."""
@@ -87,7 +87,7 @@ class WorkOrder:
     """The group of all workers; None: the strategy has none."""
     saved: SavedHandle | None = None
     """The checkpoint to begin from, for a worker that has no state yet."""
-    base: int = 0
+    checkpoint_step: int = 0
     """Steps of the newest checkpoint: no attempt begins before it."""
     embedding_servers: tuple[Any, ...] = ()
     """Handles of the servers of embedding tables, in order."""
@@ -143,7 +143,7 @@ class ModelFacts:
     total_steps: int
     checkpoint_every: int = 0
     """Steps between two checkpoints; 0: there are none."""
-    uncounted: tuple[tuple[int, int], ...] = ()
+    duplicate_ranges: tuple[tuple[int, int], ...] = ()
     """Runs of the vector that others have too, and count in the norm of the gradient."""
     layout: Layout | None = None
     """What lies where in the vector; None: it is as if it were a single parameter."""
@@ -172,7 +172,7 @@ class Membership:
     """Whether each worker computes on a copy of its own."""
     wire: str | None = None
     """Name in torch of the type that travels to other nodes; None: the parameters' own."""
-    twins: int | None = None
+    part_world: int | None = None
     """Workers that share these servers, where the model is cut; None: all of the run."""
     replicated: bool = False
     """Whether each shard is kept twice: a lost server is followed by another, in a newer map."""
@@ -213,7 +213,7 @@ class TablePart:
 class OpenReply:
     """What a server of embedding tables answers to a worker that joins an attempt."""
 
-    near: bool
+    shares_memory: bool
     """Whether it reaches the worker's memory; else ids and rows travel in the calls."""
     steps: int
     """That its tables have behind them."""

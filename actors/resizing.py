@@ -93,12 +93,12 @@ class SyncScaler:
             rank: c for rank, c in self._calls.items() if rank in self._resizing.newcomers
         }
 
-    def look(self, base: int) -> int | None:
+    def look(self, checkpoint_step: int) -> int | None:
         """
         Carry on; called while all workers are at work.
 
         Args:
-            base: steps of the newest checkpoint.
+            checkpoint_step: steps of the newest checkpoint.
 
         Returns:
             Workers to go on with from the next step; None: nothing is to change now.
@@ -111,7 +111,7 @@ class SyncScaler:
             self._drop(rank)
         for rank in resizing.to_make:
             limit = self._actors.job.failure.start_timeout_s
-            call = self._actors.enlist(rank, base)
+            call = self._actors.enlist(rank, checkpoint_step)
             self._calls[rank] = _Newcomer(call, call(), time.monotonic() + limit)
             resizing.made(rank)
         for rank in list(self._calls):
@@ -214,12 +214,12 @@ class AsyncScaler:
         """The task scheduler is another one: it does not know who is leaving."""
         self._actors.tell_scheduler("dismiss", tuple(self._leaving))
 
-    def carry_out(self, base: int) -> list[int]:
+    def carry_out(self, checkpoint_step: int) -> list[int]:
         """
         Have workers join or leave, if that is asked for.
 
         Args:
-            base: steps of the newest checkpoint.
+            checkpoint_step: steps of the newest checkpoint.
 
         Returns:
             Ranks that are starting.
@@ -232,7 +232,7 @@ class AsyncScaler:
         refused = self.refusal(request.workers)
         joined: list[int] = []
         if more > 0 and not refused:
-            joined = self._actors.grow(more, base)
+            joined = self._actors.grow(more, checkpoint_step)
             logger.info("workers join: %s", joined)
         elif more < 0:
             leave = tuple(stay[more:])

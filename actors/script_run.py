@@ -74,7 +74,7 @@ class Terminal(Protocol):
     def line(self, rank: int, text: str) -> None:
         """Take a line that a rank has printed."""
 
-    def news(self, text: str) -> None:
+    def notice(self, text: str) -> None:
         """Take what the run itself has to say."""
 
 
@@ -219,7 +219,7 @@ class Attempt:
             first, left = ranks_text(ended), [one.rank for one in self._ranks if not one.over]
             text = "%s ended with exit code 0, %.0f s ago; not so %s: at work, or waiting in vain"
             if left:
-                self._terminal.news(text % (first, _ALONE_S, ranks_text(left)))
+                self._terminal.notice(text % (first, _ALONE_S, ranks_text(left)))
 
 
 def run_script(
@@ -260,7 +260,7 @@ def run_script(
             if restarts == script.max_restarts:
                 raise
             restarts += 1
-            terminal.news(f"{error}; starting anew, {restarts} of {script.max_restarts}")
+            terminal.notice(f"{error}; starting anew, {restarts} of {script.max_restarts}")
 
 
 _STORAGE_S = 120.0
@@ -303,7 +303,7 @@ class _Logs(Terminal):
 
     def __init__(self, path: Path, terminal: Terminal) -> None:
         self._terminal = terminal
-        self._files = RoleFiles(path, terminal.news, most=_MOST_LINES)
+        self._files = RoleFiles(path, terminal.notice, most=_MOST_LINES)
 
     @override
     def line(self, rank: int, text: str) -> None:
@@ -311,8 +311,8 @@ class _Logs(Terminal):
         self._files.write(f"rank-{rank}", [text])
 
     @override
-    def news(self, text: str) -> None:
-        self._terminal.news(text)
+    def notice(self, text: str) -> None:
+        self._terminal.notice(text)
 
     def close(self) -> None:
         """Close the files."""

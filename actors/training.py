@@ -308,7 +308,7 @@ class Session:
                 connection.ports(order, prepared),
                 report=report,
                 progress=progress,
-                checkpoints=CheckpointPorts(_saved(order), order.base, uploader.take),
+                checkpoints=CheckpointPorts(_saved(order), order.checkpoint_step, uploader.take),
                 stop=lambda step: connection.told,
             )
             self._say_what(order, prepared, loop.start)

@@ -61,7 +61,7 @@ class Lines:
         """Show a line of a rank."""
         self._show(f"[{rank}] {text}" if self._world > 1 else text)
 
-    def news(self, text: str) -> None:
+    def notice(self, text: str) -> None:
         """Show what the run itself has to say."""
         self._show(f"distplat: {text}")
 

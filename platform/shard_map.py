@@ -171,7 +171,7 @@ class ShardPlan:
     """Steps between two checkpoints, for which shards keep copies; 0: there are none."""
     workers: tuple[int, ...] = ()
     """Their ranks, where those are not 0 to `world - 1`."""
-    uncounted: tuple[tuple[int, int], ...] = ()
+    duplicate_ranges: tuple[tuple[int, int], ...] = ()
     """Runs of the shard that another one has too, and counts in the norm of the gradient."""
     wire: str | None = None
     """Name in torch of the type that travels to other nodes; None: the parameters' own."""

@@ -59,9 +59,9 @@ class Context:
     """To be called now and then in a wait that may be long for a good reason."""
     saved: SavedState | None = None
     """The checkpoint that `flat` was filled from, with the optimizer's state; None: from none."""
-    base: int = 0
+    checkpoint_step: int = 0
     """Steps of the newest checkpoint: what has fewer behind it is no state to go on from."""
-    tables_made: int | None = None
+    table_steps: int | None = None
     """Steps that every server of embedding tables has made, or one more; None: there are none.
     They can all go back to as many."""
     model_state: ModelState | None = None

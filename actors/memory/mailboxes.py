@@ -211,7 +211,7 @@ class Mailboxes:
 
     Args:
         transport: by which standing calls are made.
-        near: shards whose servers share memory with this worker.
+        local_shards: shards whose servers share memory with this worker.
         names: of all servers, by shard.
         control: values of this worker's control record, which lies behind the mailboxes.
         listen: makes a standing call.
@@ -221,14 +221,14 @@ class Mailboxes:
     def __init__(
         self,
         transport: Transport,
-        near: set[int],
+        local_shards: set[int],
         names: Sequence[str],
         control: int,
         listen: Listen,
         look: Look,
     ) -> None:
         self._transport = transport
-        self.shards = sorted(near) if futex.supported() else []
+        self.shards = sorted(local_shards) if futex.supported() else []
         self._names, self._listen, self._look = names, listen, look
         # Not sealed: a standing call that got lost is made again, and opens it again.
         size = SLOT * max(1, len(self.shards)) + 8 * control

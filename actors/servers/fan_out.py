@@ -101,17 +101,17 @@ class FanOut(ServerCalls):
         self.cuts = joined.shard_map.shards
         self.mailboxes: Mailboxes | None = None
 
-    def open_mailboxes(self, near: set[int], control: int) -> None:
+    def open_mailboxes(self, local_shards: set[int], control: int) -> None:
         """
         Use mailboxes to the shards that share memory with this node.
 
         Args:
-            near: the shards.
+            local_shards: the shards.
             control: values of a control record.
         """
         self._control = control
         self.mailboxes = Mailboxes(
-            self.transport, near, self.names, control, self._listen, self.look
+            self.transport, local_shards, self.names, control, self._listen, self.look
         )
 
     def close(self) -> None:

@@ -301,13 +301,13 @@ class ServerManager:
         self._cuts[part] = self._cut(facts, everybody)
         nodes = self._ask(everybody, [self._call(server, "where") for server in servers])
         # A shard that is kept twice has memory of its own, which lives as long as its server.
-        homes = nodes if self._replication is None else everybody
-        first_at = {home: everybody[homes.index(home)] for home in homes}
+        hosts = nodes if self._replication is None else everybody
+        first_at = {host: everybody[hosts.index(host)] for host in hosts}
         made = self._assign_some(facts, list(first_at.values()), [None] * len(first_at))
         segments = dict(zip(first_at, made, strict=True))
         others = [
-            (i, segments[home])
-            for i, home in zip(everybody, homes, strict=True)
+            (i, segments[host])
+            for i, host in zip(everybody, hosts, strict=True)
             if i not in first_at.values()
         ]
         self._assign_some(facts, [i for i, _ in others], [segment for _, segment in others])
@@ -317,10 +317,10 @@ class ServerManager:
             self._cuts[part],
             servers,
             [f"server-{index}" for index in everybody],
-            [segments[home] for home in homes],
+            [segments[host] for host in hosts],
             self._roles.consistency.private,
             self._roles.wire,
-            twins=None if len(self._division.parts) == 1 else len(self._division.parts[part]),
+            part_world=None if len(self._division.parts) == 1 else len(self._division.parts[part]),
             replicated=self._replication is not None,
         )
 
@@ -379,7 +379,7 @@ class ServerManager:
             checkpoint_every=facts.checkpoint_every,
             wire=self._roles.wire,
             workers=ranks if len(self._division.parts) > 1 else (),
-            uncounted=within(facts.uncounted, cut),
+            duplicate_ranges=within(facts.duplicate_ranges, cut),
             number=index,
             layout=facts.layout and facts.layout.cut(cut.start, cut.stop),
             own_loop=facts.own_loop,

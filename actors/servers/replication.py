@@ -41,7 +41,7 @@ class Backup:
 
     name: str
     handle: Any
-    near: MemorySegment | None
+    inbox_memory: MemorySegment | None
     """Gradients are laid here; None: it is on another node, or in another container."""
 
 
@@ -86,8 +86,8 @@ class Replication(BackupLink):
             return
         self._count += 1
         sent = gradient
-        if backup.near is not None:
-            backup.near.tensor.copy_(gradient)
+        if backup.inbox_memory is not None:
+            backup.inbox_memory.tensor.copy_(gradient)
             sent = None
         elif isinstance(gradient, Tensor):
             sent = gradient.detach().clone().view(torch.uint8).numpy()
@@ -161,13 +161,13 @@ class Replication(BackupLink):
         while not self._transport.wait([call], _SLICE_S):
             if self.state.term >= term or clock.now() > self._limit_s:
                 raise FencedError(f"{name} was given up before it was filled")
-        near = self._transport.get(call, self._limit_s)
+        inbox_memory = self._transport.get(call, self._limit_s)
         if inbox is not None:
             inbox.seal()
         with self._changing:
             if self.state.change(Role.PRIMARY, term):
                 self._count = 0
-                self._backup = Backup(name, handle, inbox if near else None)
+                self._backup = Backup(name, handle, inbox if inbox_memory else None)
 
     def take_over(self, term: int, snapshot: StoreSnapshot, inbox: Address | None) -> bool:
         """

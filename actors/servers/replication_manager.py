@@ -75,7 +75,7 @@ class ReplicationManager:
         self._group, self.handles = group, dict(handles)
         self._heartbeats = Heartbeats(transport, limits.heartbeat_timeout_s)
         self._addresses: dict[str, Address | None] = {}  #: of promoted servers' parameters
-        self._news: queue.SimpleQueue[Callable[[], list[Order]]] = queue.SimpleQueue()
+        self._events: queue.SimpleQueue[Callable[[], list[Order]]] = queue.SimpleQueue()
         self._promotions: dict[str, threading.Event] = {}  #: of servers: set when they are over
         self._map = group.version, [assignment.primary for assignment in group.assignments]
         self._changed = threading.Condition()
@@ -131,11 +131,11 @@ class ReplicationManager:
         self._start(self._group.begin())
         while self._group.broken is None and not self._closed:
             try:
-                news = self._news.get(timeout=TICK_S)
+                event = self._events.get(timeout=TICK_S)
             except queue.Empty:
                 self._watch()
             else:
-                self._start(news())
+                self._start(event())
 
     def _start(self, orders: list[Order]) -> None:
         for order in orders:
@@ -156,13 +156,13 @@ class ReplicationManager:
             case GoAlone(server=suspect):
                 work = partial(self._leave_alone, order)
         try:
-            self._news.put(work())
+            self._events.put(work())
         except Exception as error:  # of ours, or a fault of ours: the order has failed either way
             if self._closed:
                 return
             foreseen = isinstance(error, DistplatError | TransportError)
             logger.warning("%s failed: %s", order, error, exc_info=not foreseen)
-            self._news.put(partial(self._lose, suspect))
+            self._events.put(partial(self._lose, suspect))
         finally:
             if isinstance(order, Promote):
                 self._promotions[order.server].set()

@@ -173,16 +173,16 @@ class ShardServing(Serving[ShardServer]):
         store = self._server.store
 
         def change() -> AttachReply:
-            last, near = self._attached.get(rank, ((-1, -1), False))
+            last, shares_memory = self._attached.get(rank, ((-1, -1), False))
             if number > last:
-                near = self._map(rank, gradients, parameters)
-                self._attached[rank] = number, near
+                shares_memory = self._map(rank, gradients, parameters)
+                self._attached[rank] = number, shares_memory
                 self._begin(number[0], world)
                 self._server.forget(rank)
                 if held is not None:
                     values = from_bytes(held[1], store.params.dtype)
                     store.pull_elsewhere(rank, held[0], values)
-            return AttachReply(near, store.ledger.version)
+            return AttachReply(shares_memory, store.ledger.version)
 
         return self._server.exclusively(change)
 

@@ -84,10 +84,10 @@ class RemoteShards(Shards, LoopShards):
             SpecError: another type is to travel, and the parameters are of several.
         """
         holding = holding or ALL
-        uncounted, schedule = holding.uncounted(flat), self._order.job.task_schedule
+        duplicate_ranges, schedule = holding.duplicate_ranges(flat), self._order.job.task_schedule
         state = saved.optimizer(flat, slices=holding.slices) if saved is not None else {}
         self._settings = settings_of(self._order.job)
-        self._connect(flat, state, uncounted=uncounted, schedule=schedule)
+        self._connect(flat, state, duplicate_ranges=duplicate_ranges, schedule=schedule)
 
     @override
     def connect_loop(self, vectors: Vectors, loop: LoopOptimizer) -> None:
@@ -136,7 +136,7 @@ class RemoteShards(Shards, LoopShards):
         self._reached = fan_out = FanOut(self._transport, self._order, joined, self._watch.look)
         kind = CopyTransport if joined.private else SharedMemoryTransport
         self._vectors = vectors = kind(self._transport, self._facts, joined)
-        world = joined.twins or self._order.job.scaling.world
+        world = joined.part_world or self._order.job.scaling.world
         who = self._order.rank, (self._order.attempt, self._attachments), world
         self._attachments += 1
         candidates = vectors.candidates()
@@ -151,15 +151,15 @@ class RemoteShards(Shards, LoopShards):
             return self._transport.call(server, "attach", *who, *segments, held)
 
         attached: list[AttachReply] = fan_out.ask("attach", attach)
-        vectors.open({index for index, answer in enumerate(attached) if answer.near})
+        vectors.open({index for index, answer in enumerate(attached) if answer.shares_memory})
         parameters = self._flat.layout.parameters
-        fan_out.open_mailboxes(vectors.near, control_size(parameters, self._settings))
+        fan_out.open_mailboxes(vectors.local_shards, control_size(parameters, self._settings))
         if self._on_device:
             shared = vectors.gradients, vectors.parameters
             self._transfer = cuda_transfer(self._flat.grads, self._flat.params, shared)
-        near = sorted(vectors.near)
-        far = [cut.index for cut in fan_out.cuts if cut.index not in vectors.near]
-        logger.info("servers reached by shared memory: %s, in calls: %s", near, far)
+        local = sorted(vectors.local_shards)
+        remote = [cut.index for cut in fan_out.cuts if cut.index not in vectors.local_shards]
+        logger.info("servers reached by shared memory: %s, in calls: %s", local, remote)
         return [answer.version for answer in attached]
 
     def _take_over(
@@ -178,7 +178,7 @@ class RemoteShards(Shards, LoopShards):
         if self._order.rank == 0 and empty:
             initial = self._flat.params.cpu()
             for cut in empty:
-                if cut.index in vectors.near:
+                if cut.index in vectors.local_shards:
                     vectors.put(cut, initial)
             self._fan_out.ask(
                 "restore",

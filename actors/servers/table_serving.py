@@ -79,31 +79,31 @@ class TableServing(Serving[TableServer], PartSource):
         self._replication.state.check_serves()
         self._server.begin(attempt, version)
 
-    def pull(self, pull: PullId, parcel: RowTransfer) -> NDArray[np.float32] | None:
+    def pull(self, pull: PullId, transfer: RowTransfer) -> NDArray[np.float32] | None:
         """Put rows into the worker's memory; give them, where it is out of reach."""
         self._replication.state.check_serves()
-        ids, rows = self._ids(pull.rank, parcel), self._values(pull.rank, parcel)
-        far = rows is None
+        ids, rows = self._ids(pull.rank, transfer), self._values(pull.rank, transfer)
+        remote = rows is None
         if rows is None:
             assert self._plan is not None, "workers open before they pull"
-            rows = np.empty((parcel.count, self._plan.tables[parcel.table].width), np.float32)
-        self._server.read(pull, parcel.table, ids, rows, again=far)
-        return rows if far else None
+            rows = np.empty((transfer.count, self._plan.tables[transfer.table].width), np.float32)
+        self._server.read(pull, transfer.table, ids, rows, again=remote)
+        return rows if remote else None
 
     def push(
         self,
         push: PushId,
-        parcels: Sequence[RowTransfer],
+        transfers: Sequence[RowTransfer],
         skip: bool = False,
         settings: tuple[float, ...] = (),
     ) -> int:
         """Take gradients; return when the step is made. See `TableServer.add`."""
         self._replication.state.check_serves()
         gradients = []
-        for parcel in parcels:
-            values = self._values(push.rank, parcel)
+        for transfer in transfers:
+            values = self._values(push.rank, transfer)
             assert values is not None, "a push has gradients"
-            gradients.append(RowGradients(parcel.table, self._ids(push.rank, parcel), values))
+            gradients.append(RowGradients(transfer.table, self._ids(push.rank, transfer), values))
         return self._server.add(push, gradients, skip, settings).version
 
     def kept(self, version: int, limit_s: float) -> TablesCopy:
@@ -129,21 +129,21 @@ class TableServing(Serving[TableServer], PartSource):
             return False
         return True
 
-    def _ids(self, rank: int, parcel: RowTransfer) -> NDArray[np.int64]:
-        if not isinstance(parcel.ids, Address):
-            return parcel.ids
-        stop = parcel.first_id + parcel.count
-        ids: NDArray[np.int64] = self._map(rank, parcel.ids)[parcel.first_id : stop]
+    def _ids(self, rank: int, transfer: RowTransfer) -> NDArray[np.int64]:
+        if not isinstance(transfer.ids, Address):
+            return transfer.ids
+        stop = transfer.first_id + transfer.count
+        ids: NDArray[np.int64] = self._map(rank, transfer.ids)[transfer.first_id : stop]
         return ids
 
-    def _values(self, rank: int, parcel: RowTransfer) -> NDArray[np.float32] | None:
-        if not isinstance(parcel.values, Address):
-            return parcel.values
+    def _values(self, rank: int, transfer: RowTransfer) -> NDArray[np.float32] | None:
+        if not isinstance(transfer.values, Address):
+            return transfer.values
         assert self._plan is not None, "workers open before they pull or push"
-        width = self._plan.tables[parcel.table].width
-        stop = parcel.first_value + parcel.count * width
-        flat = self._map(rank, parcel.values)[parcel.first_value : stop]
-        values: NDArray[np.float32] = flat.reshape(parcel.count, width)
+        width = self._plan.tables[transfer.table].width
+        stop = transfer.first_value + transfer.count * width
+        flat = self._map(rank, transfer.values)[transfer.first_value : stop]
+        values: NDArray[np.float32] = flat.reshape(transfer.count, width)
         return values
 
     def _map(self, rank: int, address: Address) -> Any:

@@ -55,7 +55,7 @@ class Holding:
     others: Set[str] = frozenset()
     """Tensors that are here and that count for another rank, in checkpoints and in norms."""
 
-    def uncounted(self, flat: FlatModel) -> tuple[tuple[int, int], ...]:
+    def duplicate_ranges(self, flat: FlatModel) -> tuple[tuple[int, int], ...]:
         """Give the runs of the flat vector that count for another rank."""
         slots = [slot for slot in flat.slots if slot.name in self.others]
         return tuple((slot.offset, slot.stop) for slot in slots)

@@ -102,7 +102,7 @@ class CheckpointPorts:
 
     saved: SavedState | None = None
     """The one to begin from; None: the model as it was built, or as this worker has it."""
-    base: int = 0
+    checkpoint_step: int = 0
     """Steps of the newest one."""
     take: Take | None = None
     """Takes this rank's parts of new ones; None: there are none."""
@@ -391,7 +391,7 @@ def _context(
         ports.shards,
         progress.beat,
         checkpoints.saved,
-        checkpoints.base,
+        checkpoints.checkpoint_step,
         model_state=p.state,
         meet_peers=ports.peers,
         report=report,
@@ -406,7 +406,7 @@ def _set_up(
     if p.lookups is None or tables is None:
         return strategy.setup(context)
     made = p.lookups.connect(tables, p.total_steps, context.saved)
-    start = strategy.setup(replace(context, tables_made=made))
+    start = strategy.setup(replace(context, table_steps=made))
     p.lookups.begin(start)
     return start
 

@@ -36,8 +36,8 @@ from distplat.strategies.model.parameter_layout import (
     by_type,
     dtype_name,
     first_non_finite,
-    homes,
     lay_out,
+    owners_of,
     room_for,
     scale_in_place,
     squared_norm_of,
@@ -119,7 +119,7 @@ class FlatModel:
         first step begins: who is trained."""
         #: by slot of the tail: whether it takes part in training; whether it would, but does not
         self.active, self.thawed = np.zeros((2, len(tail)), np.bool_)
-        self._homes = homes(model, self.parameters)
+        self._owners = owners_of(model, self.parameters)
         self._looked = 0
         self.began = False  #: whether this rank has computed anything in this step
         self._copies = False  #: whether hooks call `ready` in each backward
@@ -406,7 +406,7 @@ class FlatModel:
 
     def _check_objects(self, step: int) -> None:
         """Compare the parameters that the modules have now with those they had."""
-        for held, key, name, parameter in self._homes:
+        for held, key, name, parameter in self._owners:
             if held.get(key) is not parameter:
                 text = f"step {step + 1}: the parameter {name!r} was replaced or removed"
                 raise SpecError(Problem(("task",), text, "write into it: param.data.copy_(...)"))

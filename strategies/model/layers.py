@@ -111,18 +111,18 @@ class Stage(Runner):
 
     def _attach(self, name: str, part: ModuleOrTensor, *, saved: bool) -> None:
         # Not by add_module and its like: a user's part may have the name of a method of ours.
-        home: nn.Module = self
+        owner: nn.Module = self
         *path, last = name.split(".")
         for step in path:
-            inner = home._modules.setdefault(step, nn.Module())
+            inner = owner._modules.setdefault(step, nn.Module())
             assert inner is not None, "parts are modules"
-            home = inner
+            owner = inner
         if isinstance(part, nn.Module):
-            home._modules[last] = part
+            owner._modules[last] = part
         elif isinstance(part, nn.Parameter):
-            home._parameters[last] = part
+            owner._parameters[last] = part
         else:
-            home.register_buffer(last, part, persistent=saved)
+            owner.register_buffer(last, part, persistent=saved)
 
 
 def refuse_tied(layers: Sequence[Layer], points: Sequence[int]) -> None:
@@ -281,14 +281,14 @@ def layers_around_blocks(
 def with_all_names(model: nn.Module, given: Sequence[Layer]) -> list[Layer]:
     """Have parameters of several names have all of them, in the first layer that they are in."""
     layers = list(given)
-    homes: dict[int, int] = {}
+    first_layers: dict[int, int] = {}
     for number, layer in enumerate(layers):
         for _, tensor in _named(layer):
-            homes.setdefault(id(tensor), number)
+            first_layers.setdefault(id(tensor), number)
     named = {name for layer in layers for name, _ in _named(layer)}
     for name, tensor in model.named_parameters(remove_duplicate=False):
-        if name not in named and (home := homes.get(id(tensor))) is not None:
-            layers[home] = replace(layers[home], parts={**layers[home].parts, name: tensor})
+        if name not in named and (owner := first_layers.get(id(tensor))) is not None:
+            layers[owner] = replace(layers[owner], parts={**layers[owner].parts, name: tensor})
     return layers
 
 

@@ -303,7 +303,7 @@ class ModelState:
         if self._norms is not None:
             self._norms.finish(step)
 
-    def news(self, step: int) -> bool:
+    def changed(self, step: int) -> bool:
         """
         Say whether this rank's forward wrote what ranks do not know of yet; once per step.
 
@@ -324,24 +324,24 @@ class ModelState:
         self._new |= found | shaped
         return bool(self._new)
 
-    def synchronize(self, step: int, news: bool | None = None) -> None:
+    def synchronize(self, step: int, changed: bool | None = None) -> None:
         """
         Make what changed equal on all ranks, after the step's forwards and before its update.
 
         Args:
             step: under way.
-            news: whether `news` was true on some rank; None: the ranks ask each other.
+            changed: whether `changed` was true on some rank; None: the ranks ask each other.
 
         Raises:
             CollectiveError: a rank is missing.
-            SpecError: see `news`.
+            SpecError: see `changed`.
         """
-        mine = self.news(step) if news is None else bool(self._new)
+        mine = self.changed(step) if changed is None else bool(self._new)
         group, own = self._group, self._new
         if group is None or group.world == 1:
             self._learn(own)
         else:
-            if self._asked(group, mine) if news is None else news:
+            if self._asked(group, mine) if changed is None else changed:
                 self._agree(group, step)
             self._exchange(group, step, own)
         if self._tables is not None:

@@ -50,7 +50,7 @@ def scale_in_place(runs: Sequence[Tensor], scale: float) -> None:
 
 
 def squared_norm_of(
-    vector: Tensor, segments: Sequence[Segment], uncounted: Sequence[tuple[int, int]] = ()
+    vector: Tensor, segments: Sequence[Segment], duplicate_ranges: Sequence[tuple[int, int]] = ()
 ) -> float:
     """
     Give the sum of squares of a vector, in float64.
@@ -58,9 +58,9 @@ def squared_norm_of(
     Args:
         vector: shape [n].
         segments: of which types it is.
-        uncounted: runs to be left out, which rise.
+        duplicate_ranges: runs to be left out, which rise.
     """
-    return sum(squared_norm(run) for run in _without(vector, segments, uncounted))
+    return sum(squared_norm(run) for run in _without(vector, segments, duplicate_ranges))
 
 
 def _without(
@@ -268,14 +268,14 @@ def _append_slots(
     return -(-stop // _BLOCK_BYTES) * _BLOCK_BYTES if mixed else stop
 
 
-Home = tuple[dict[str, nn.Parameter | None], str, str, nn.Parameter]
+Owner = tuple[dict[str, nn.Parameter | None], str, str, nn.Parameter]
 """A module's table of parameters, a key of it, the parameter's name, the parameter."""
 
 
-def homes(model: nn.Module, parameters: Sequence[nn.Parameter]) -> list[Home]:
+def owners_of(model: nn.Module, parameters: Sequence[nn.Parameter]) -> list[Owner]:
     """Give where the modules hold each parameter."""
     wanted = {id(parameter) for parameter in parameters}
-    found: list[Home] = []
+    found: list[Owner] = []
     for prefix, module in model.named_modules():
         for key, parameter in module._parameters.items():
             if parameter is not None and id(parameter) in wanted:

@@ -51,7 +51,15 @@ from distplat.strategies.server.store import (
     Update,
 )
 
-_BOOKS = ("_ledger", "staleness", "seen", "_before_version", "_segments", "_thawing", "settings")
+_COPIED = (
+    "_ledger",
+    "staleness",
+    "seen",
+    "_before_version",
+    "_segments",
+    "_thawing",
+    "settings",
+)
 
 
 def _ledger_of(plan: ShardPlan) -> Ledger:
@@ -287,8 +295,8 @@ class DenseStore(ServerStore, ReplicatedStore):
     def snapshot(self) -> StoreSnapshot:
         vectors = {"params": self.params, **({} if self._before is None else {"_": self._before})}
         vectors |= {f"optimizer/{name}": one for name, one in self.optimizer.state().items()}
-        books = {name: deepcopy(getattr(self, name)) for name in _BOOKS}
-        return StoreSnapshot({name: one.clone() for name, one in vectors.items()}, books)
+        attributes = {name: deepcopy(getattr(self, name)) for name in _COPIED}
+        return StoreSnapshot({name: one.clone() for name, one in vectors.items()}, attributes)
 
     @override
     def become(self, snapshot: StoreSnapshot) -> None:
@@ -296,7 +304,7 @@ class DenseStore(ServerStore, ReplicatedStore):
         self.params.copy_(vectors.pop("params"))
         if self._before is not None:
             self._before.copy_(vectors.pop("_"))
-        for name, value in snapshot.books.items():
+        for name, value in snapshot.attributes.items():
             setattr(self, name, value)
         self.optimizer.load({k.removeprefix("optimizer/"): one for k, one in vectors.items()})
 
@@ -375,7 +383,7 @@ class DenseStore(ServerStore, ReplicatedStore):
         for terms, out in zip(zip(*parts, strict=True), self._typed(self._sum), strict=True):
             sum_in_order(terms, out)
         if plan.job.clip_norm is not None:
-            square = squared_norm_of(self._sum, self._segments, plan.uncounted)
+            square = squared_norm_of(self._sum, self._segments, plan.duplicate_ranges)
             self.squared_norm = square * self._scale**2
 
 

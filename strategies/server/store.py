@@ -97,7 +97,7 @@ class StoreSnapshot:
 
     vectors: Mapping[str, Any]
     """Large things by name: tensors, or all that a table holds."""
-    books: Mapping[str, Any]
+    attributes: Mapping[str, Any]
     """Plain values by name."""
 
 

@@ -229,12 +229,12 @@ class TableStore(ServerStore, ReplicatedStore):
     @override
     def snapshot(self) -> StoreSnapshot:
         tables = {table.spec.name: table.snapshot() for table in self.tables}
-        books = {"plan": self.plan, "index": self.index, "_ledger": deepcopy(self._ledger)}
-        return StoreSnapshot(tables, books)
+        attributes = {"plan": self.plan, "index": self.index, "_ledger": deepcopy(self._ledger)}
+        return StoreSnapshot(tables, attributes)
 
     @override
     def become(self, snapshot: StoreSnapshot) -> None:
-        for name, value in snapshot.books.items():
+        for name, value in snapshot.attributes.items():
             setattr(self, name, value)
         assert self.plan is not None, "only opened tables are copied"
         self._take_plan(self.plan)

@@ -77,8 +77,8 @@ def give(checkpoints: Checkpoints, *versions: int) -> None:
 def test_parts_become_files(launch: Launch) -> None:
     checkpoints = Checkpoints(launch, 2, lambda box: box)
     give(checkpoints, 1, 2, 3)
-    assert [saved.step for saved in checkpoints.news()] == [1, 2, 3]
-    assert checkpoints.news() == []
+    assert [saved.step for saved in checkpoints.take_finished()] == [1, 2, 3]
+    assert checkpoints.take_finished() == []
     found = checkpoints.newest()
     assert found is not None
     assert (found.step, checkpoints.step) == (3, 3)
@@ -102,18 +102,18 @@ def test_a_full_disk_is_warned_of_then_ends_the_run(
     checkpoints = Checkpoints(launch, 2, lambda box: box)
     disk = checkpoints._catalogue._disk = Full()
     give(checkpoints, *range(1, PATIENCE))
-    assert checkpoints.news() == []
+    assert checkpoints.take_finished() == []
     assert "no checkpoint of step 1 in" in caplog.text
     assert "No space left" in caplog.text
     disk.full = False
     give(checkpoints, 5)
-    assert [saved.step for saved in checkpoints.news()] == [5]
+    assert [saved.step for saved in checkpoints.take_finished()] == [5]
     disk.full = True
     give(checkpoints, 6, 7)
-    assert checkpoints.news() == [], "counted from the last that was written"
+    assert checkpoints.take_finished() == [], "counted from the last that was written"
     give(checkpoints, 8)
     with pytest.raises(StorageError, match=r"3 checkpoints .*/checkpoints: step 8: No space"):
-        checkpoints.news()
+        checkpoints.take_finished()
     found = checkpoints.newest()
     assert found is not None
     assert found.step == 5
@@ -132,7 +132,7 @@ def test_parameters_that_are_not_finite_are_no_checkpoint(
     newest = checkpoints.newest()
     assert newest is not None and newest.step == 2
     assert "no checkpoint of step 4: '0.weight' holds NaN or infinity" in caplog.text
-    assert checkpoints.news(), "the disk is not to blame"
+    assert checkpoints.take_finished(), "the disk is not to blame"
 
 
 def test_a_part_that_was_lost_costs_one_checkpoint(
@@ -145,7 +145,7 @@ def test_a_part_that_was_lost_costs_one_checkpoint(
 
     checkpoints = Checkpoints(launch, 2, open_box)
     give(checkpoints, 1, 2, 3, 4, 5)
-    assert [saved.step for saved in checkpoints.news()] == [1, 3, 4, 5]
+    assert [saved.step for saved in checkpoints.take_finished()] == [1, 3, 4, 5]
     assert "no checkpoint of step 2: its owner died" in caplog.text
 
 
@@ -162,12 +162,12 @@ def test_every_checkpoint_that_fails_counts_whatever_the_cause(
     give(checkpoints, 1, 2, 3)
     checkpoints.take(delivery(0, 4))
     checkpoints.take(delivery(1, 4, skipped=True, failure="the object store is full"))
-    assert len(checkpoints.news()) == 2
+    assert len(checkpoints.take_finished()) == 2
     checkpoints.take(delivery(0, 5, facts={NOT_FINITE: "0.weight"}))
     checkpoints.take(delivery(1, 5))
     checkpoints.drain()
     with pytest.raises(StorageError, match=r"3 checkpoints .* step 5: '0.weight' holds NaN"):
-        checkpoints.news()
+        checkpoints.take_finished()
 
 
 def test_checkpoints_that_one_lost_worker_takes_along_count_as_one(launch: Launch) -> None:
@@ -177,7 +177,7 @@ def test_checkpoints_that_one_lost_worker_takes_along_count_as_one(launch: Launc
     checkpoints = Checkpoints(launch, 2, open_box)
     give(checkpoints, 1, 2, 3, 4, 5)
     checkpoints.take(delivery(0, 6, attempt=9, skipped=True, failure="of another attempt"))
-    assert checkpoints.news() == []
+    assert checkpoints.take_finished() == []
 
 
 def test_a_rollback_sets_damaged_checkpoints_aside(launch: Launch) -> None:
@@ -189,7 +189,7 @@ def test_a_rollback_sets_damaged_checkpoints_aside(launch: Launch) -> None:
     assert found is not None
     assert (found.step, checkpoints.step) == (4, 4)
     give(checkpoints, 5)
-    assert [saved.step for saved in checkpoints.news()] == [4, 6, 5]
+    assert [saved.step for saved in checkpoints.take_finished()] == [4, 6, 5]
     found = checkpoints.newest()
     assert found is not None and found.step == 5
     give(checkpoints, 6)
@@ -324,7 +324,7 @@ def test_what_the_disk_cannot_keep_up_with_is_skipped(
             checkpoints.take(delivery(rank, version))
     gate.set()
     checkpoints.drain()
-    told = [saved.step for saved in checkpoints.news()]
+    told = [saved.step for saved in checkpoints.take_finished()]
     assert told[-2:] == [6, 7]
     assert len(told) <= 3
     assert caplog.text.count("checkpoints come faster than they are written") == 1
@@ -351,7 +351,7 @@ def test_small_checkpoints_wait_for_a_slow_disk(
         assert begun.wait(10)  # the first one is being written, and does not wait
     gate.set()
     checkpoints.drain()
-    written = [saved.step for saved in checkpoints.news()]
+    written = [saved.step for saved in checkpoints.take_finished()]
     assert written == [step for step in range(1, 8) if step not in skipped]
 
 

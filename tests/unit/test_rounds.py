@@ -29,7 +29,7 @@ class Server:
 class Cluster:
     """Three servers, and the mailboxes of some shards."""
 
-    def __init__(self, near: set[int]) -> None:
+    def __init__(self, local_shards: set[int]) -> None:
         self.cluster = LocalCluster()
         self.transport = self.cluster.transport("here", "worker-0")
         self.servers = [
@@ -37,13 +37,13 @@ class Cluster:
             for n in range(3)
         ]
         self.notified: list[int] = []
-        self.shards = sorted(near)
+        self.shards = sorted(local_shards)
         self.lines = SimpleNamespace(
             transport=self.transport,
             cuts=CUTS,
             servers=self.servers,
             names=["server-0", "server-1", "server-2"],
-            mailboxes=self if near else None,
+            mailboxes=self if local_shards else None,
             look=None,
             limit_s=lambda setting: 5.0,
         )

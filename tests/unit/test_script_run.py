@@ -33,7 +33,7 @@ class PollAnswered:
     def line(self, rank: int, text: str) -> None:
         self.lines.append((rank, text))
 
-    def news(self, text: str) -> None:
+    def notice(self, text: str) -> None:
         self.told.append(text)
 
     def of(self, rank: int) -> list[str]:

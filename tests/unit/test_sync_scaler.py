@@ -32,7 +32,7 @@ class FakeActorGroup:
     def world(self) -> int:
         return self.job.scaling.world
 
-    def enlist(self, rank: int, base: int) -> Callable[[], int]:
+    def enlist(self, rank: int, checkpoint_step: int) -> Callable[[], int]:
         assert rank not in self.newcomers
 
         def call() -> int:

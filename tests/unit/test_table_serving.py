@@ -28,10 +28,10 @@ def segments(node: str = "here") -> tuple[MemorySegment, MemorySegment]:
 def test_who_is_near() -> None:
     server = serving()
     ids, _ = segments()
-    assert server.open(plan(), 0, ids.address).near
-    assert not server.open(plan(), 1, segments("elsewhere")[0].address).near
+    assert server.open(plan(), 0, ids.address).shares_memory
+    assert not server.open(plan(), 1, segments("elsewhere")[0].address).shares_memory
     gone = Address("here", os.getpid(), 999_999, 64, "int64")
-    assert not server.open(plan(), 1, gone).near
+    assert not server.open(plan(), 1, gone).shares_memory
 
 
 @pytest.mark.parametrize("near", [True, False])
