@@ -75,7 +75,7 @@ class ActorGroup:
         SpecError: the cluster will never have what the job asks for.
     """
 
-    def __init__(self, launch: Launch, saved: StoredCheckpoint | None = None) -> None:
+    def __init__(self, launch: Launch, saved: StoredCheckpoint | None) -> None:
         self._task: str | bytes = launch.job.task or ""
         if launch.task is not None:
             self._task = ray.cloudpickle.dumps(launch.task)

@@ -60,7 +60,7 @@ class Connection:
 
     def __init__(self, transport: Transport, attempt: int) -> None:
         self._transport, self.attempt = transport, attempt
-        self._told = StopOrder.NONE
+        self._stop_order = StopOrder.NONE
         self._abandoned = threading.Event()
         self._group: CollectiveGroup | None = None
         self._servers: RemoteShards | None = None
@@ -179,14 +179,14 @@ class Connection:
             self._leases.count(report)
 
     @property
-    def told(self) -> StopOrder:
+    def stop_order(self) -> StopOrder:
         """What the worker is to do about the attempt between two steps."""
-        return StopOrder.ABANDON if self._abandoned.is_set() else self._told
+        return StopOrder.ABANDON if self._abandoned.is_set() else self._stop_order
 
     def stop(self, how: StopOrder) -> None:
         """Note what the worker is told; an attempt that is abandoned ends all waits for others."""
         if how is not StopOrder.ABANDON:
-            self._told = max(self._told, how)
+            self._stop_order = max(self._stop_order, how)
             return
         self._abandoned.set()
         group = self._group

@@ -100,7 +100,7 @@ class Controller:
         began, step = self._clock.now(), checkpoints.step
         self._state = JobState(actor_group.world, limits, began, policy, step=step)
         self._failed_at: float | None = None  #: when the present trouble was noticed
-        self._told = -1, StopOrder.NONE  #: what workers were told last, and of which attempt
+        self._last_order = -1, StopOrder.NONE  #: what workers were told last, and of which attempt
         self._halted_at: float | None = None  #: when the first worker stopped for a resize
         self._resized: Resized | None = None  #: to be told when all are at work
         self._ending = False  #: somebody wants the run to end before its last step
@@ -211,10 +211,10 @@ class Controller:
         """Have all stop: after the same step if nothing failed, at once if something did."""
         state = self._state
         self._halted_at = self._halted_at or (now if state.halted else None)
-        told = state.attempt, state.stop_order
-        if told <= self._told:
+        order = state.attempt, state.stop_order
+        if order <= self._last_order:
             return
-        self._told = told
+        self._last_order = order
         if state.stop_order is StopOrder.ABANDON:
             self._failed_at = self._failed_at or now
             if not state.may_go_on:
@@ -222,7 +222,7 @@ class Controller:
         if state.stop_order is StopOrder.END and self._actor_group.dynamic_tasks:
             self._actor_group.tell_scheduler("end_early")
         else:
-            self._actor_group.stop(*told)
+            self._actor_group.stop(*order)
 
     def _scale(self) -> None:
         """Have workers join or leave; a run that is in trouble has that mended first."""

@@ -109,9 +109,9 @@ def _train(
         ports = others.ports(prepared.total_steps, saved)
         kept = CheckpointPorts(saved, take=uploader.take)
         meets = partial(join, prepared, strategy, 0, ports, progress=progress, checkpoints=kept)
-        told = others.counted(report, handlers)
+        report_and_count = others.counted(report, handlers)
         ending_by = lambda step: StopOrder.END if handlers.ending() else StopOrder.NONE  # noqa: E731
-        meets(report=told, stop=ending_by).run()
+        meets(report=report_and_count, stop=ending_by).run()
         uploader.flush()
         handlers.on_model(saved_model(trained_model(prepared, strategy)))
     _settle(checkpoints, handlers)
@@ -164,14 +164,14 @@ class _OtherRoles:
         if scheduler is None or leases is None:
             return report
 
-        def told(part: AnyReport) -> None:
+        def report_and_count(part: AnyReport) -> None:
             if isinstance(part, StepReport):
                 leases.count(part)
             report(part)
             if handlers.ending():
                 scheduler.call("end_early")
 
-        return told
+        return report_and_count
 
     def keep_files(self, handlers: RunHandlers, *, resumed: bool) -> None:
         """Hand over the log of updates and the embedding tables, of runs that have them."""

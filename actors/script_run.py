@@ -116,7 +116,7 @@ class Attempt:
         self._script, self._transport, self._terminal = script, transport, terminal
         self._actors, self._check = actors, check
         self._ranks: list[_Rank] = []
-        self._told = False  #: see `_tell_who_runs_on`
+        self._warned = False  #: see `_tell_who_runs_on`
         self._all_ran_at = time.monotonic()
 
     def run(self, restarts: int) -> None:
@@ -214,8 +214,8 @@ class Attempt:
         """Say once that some processes are done and others not: they may wait for those."""
         if not ended:
             self._all_ran_at = time.monotonic()
-        elif not self._told and time.monotonic() - self._all_ran_at > _ALONE_S:
-            self._told = True
+        elif not self._warned and time.monotonic() - self._all_ran_at > _ALONE_S:
+            self._warned = True
             first, left = ranks_text(ended), [one.rank for one in self._ranks if not one.over]
             text = "%s ended with exit code 0, %.0f s ago; not so %s: at work, or waiting in vain"
             if left:

@@ -156,8 +156,8 @@ class Trainer:
         trackers = [Tracking(self.job.trackers, before)] if self.job.trackers else []
         view = View() if self._progress else view_here() if self._progress is None else None
         views = [] if view is None else [view]
-        told, job = (*views, *trackers, *self._callbacks), self.job
-        callbacks = Callbacks(told, job.early_stop, job.max_time_s, own_loop=job.own_loop)
+        every, job = (*views, *trackers, *self._callbacks), self.job
+        callbacks = Callbacks(every, job.early_stop, job.max_time_s, own_loop=job.own_loop)
         try:
             self._fit(directory, result, callbacks)
         except BaseException as error:

@@ -92,7 +92,7 @@ def run_function(
     group: Collective,
     node: str,
     ports: SessionPorts,
-    shards: LoopShards | None = None,
+    shards: LoopShards | None,
     rendezvous: Callable[[], Any] | None = None,
 ) -> dict[str, Tensor]:
     """
@@ -309,7 +309,7 @@ class Session:
                 report=report,
                 progress=progress,
                 checkpoints=CheckpointPorts(_saved(order), order.checkpoint_step, uploader.take),
-                stop=lambda step: connection.told,
+                stop=lambda step: connection.stop_order,
             )
             self._say_what(order, prepared, loop.start)
             stopped = loop.run()
@@ -327,7 +327,7 @@ class Session:
         limit_s = order.job.failure.step_timeout_s
         uploader = CheckpointUploader(order.rank, order.attempt, _put, self._deliver, limit_s)
         connection = self._connection
-        ending = lambda: connection.told is StopOrder.END  # noqa: E731
+        ending = lambda: connection.stop_order is StopOrder.END  # noqa: E731
         try:
             trained = run_function(
                 order.job,

@@ -129,16 +129,18 @@ class Worker:
             return PollResult([], -1, 0, 0, finished=False, error=None)
         state = self._session.state  # before the reports: what came first is told first
         items = self._outbox.take(number)
-        told = not self._outbox.waiting  # else the question was asked before: the next has the rest
+        drained = (
+            not self._outbox.waiting
+        )  # else the question was asked before: the next has the rest
         return PollResult(
             [one for one in items if not isinstance(one, Delivery)],
             state.attempt,
             state.progress.beats,
             state.progress.step,
-            finished=told and state.model is not None,
-            error=state.error if told else None,
+            finished=drained and state.model is not None,
+            error=state.error if drained else None,
             deliveries=[one for one in items if isinstance(one, Delivery)],
-            left=told and state.progress.left,
+            left=drained and state.progress.left,
             node=self._session.node,
             host=self._session.host,
             prepared=self._session.prepared,

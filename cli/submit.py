@@ -259,7 +259,7 @@ def connection(
     folder: Path,
     runtime_env: Path | None,
     runtime_env_json: str | None,
-    told: Callable[[shipping.Package], None],
+    on_package: Callable[[shipping.Package], None],
 ) -> AbstractContextManager[None]:
     """
     Connect to a cluster; a local Ray is started by the run itself.
@@ -269,7 +269,7 @@ def connection(
         folder: is shipped.
         runtime_env: `--runtime-env`.
         runtime_env_json: `--runtime-env-json`.
-        told: of what is shipped.
+        on_package: of what is shipped.
 
     Raises:
         SpecError: something is wrong with the runtime environment.
@@ -285,7 +285,7 @@ def connection(
     check_environment(user)
     if target.kind == "here":
         use_token_at_hand()
-    return connected(target.address, shipping.with_folders(folder, user), told)
+    return connected(target.address, shipping.with_folders(folder, user), on_package)
 
 
 def _check_options(request: SubmitRequest, target: Target) -> None:

@@ -426,8 +426,8 @@ class JobState:
         else:
             waits = not isinstance(self.error, UserCodeError)
         if not waits or now - self._failed_at >= SETTLE_S:
-            told = self._setup.told(self.error, self._members)
-            self.phase, self.error = Phase.FAILED, self._parted() or told
+            error = self._setup.with_ranks(self.error, self._members)
+            self.phase, self.error = Phase.FAILED, self._parted() or error
 
     def _parted(self) -> UserCodeError | None:
         """Say that ranks have left the others in their loops, and none was lost."""

@@ -90,7 +90,7 @@ class Loops:
                 summary = f"others did not end beside {self._left()}: {error}"
                 return UserCodeError(rank, steps[rank] + 1, summary, summary, LONGER)
             of_others = True
-        return self._told(waits, steps) if of_others else None
+        return self._error(waits, steps) if of_others else None
 
     def stalled(self, ranks: Iterable[int], steps: Mapping[int, int]) -> UserCodeError | None:
         """
@@ -101,9 +101,9 @@ class Loops:
             steps: done, by rank.
         """
         waits = {r: self._waits[r] for r in ranks if r in self._waits and r not in self._returned}
-        return self._told(waits, steps) if waits and self._returned else None
+        return self._error(waits, steps) if waits and self._returned else None
 
-    def _told(self, waits: Mapping[int, str], steps: Mapping[int, int]) -> UserCodeError:
+    def _error(self, waits: Mapping[int, str], steps: Mapping[int, int]) -> UserCodeError:
         shown = "\n".join(dict.fromkeys(waits[rank] for rank in sorted(waits)))
         first = min(waits)
         summary = f"waited for {self._left()}" if self._returned else "the ranks' loops have parted"

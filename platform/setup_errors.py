@@ -44,7 +44,7 @@ class SetupErrors:
         """Say whether some of these ranks may still fail alike."""
         return not self._failed.keys() | self._made >= set(ranks)
 
-    def told(self, error: DistplatError, ranks: Collection[int]) -> DistplatError:
+    def with_ranks(self, error: DistplatError, ranks: Collection[int]) -> DistplatError:
         """
         Give an error of a run with the ranks and nodes that have it; another error as it is.
 

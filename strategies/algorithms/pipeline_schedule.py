@@ -169,7 +169,7 @@ def one_f_one_b(stages: int, micro_batches: int) -> PipelineSchedule:
     return PipelineSchedule("1f1b", micro_batches, 1, False, tuple(orders))
 
 
-def interleaved(stages: int, micro_batches: int, chunks: int = 2) -> PipelineSchedule:
+def interleaved(stages: int, micro_batches: int, chunks: int) -> PipelineSchedule:
     """
     Interleaved 1F1B: a stage has several chunks of layers, so that the pipeline fills in shorter
     strides (Narayanan et al. 2021; the numbers of forwards ahead are Megatron-LM's).

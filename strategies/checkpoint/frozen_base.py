@@ -25,7 +25,7 @@ class FrozenBase:
         changed: names of those that are in the checkpoint that it was filled from.
     """
 
-    def __init__(self, flat: FlatModel, changed: Set[str] = frozenset()) -> None:
+    def __init__(self, flat: FlatModel, changed: Set[str]) -> None:
         self._flat = flat
         self._sums = {
             name: checksum(one) for name, one in _frozen(flat.model) if name not in changed

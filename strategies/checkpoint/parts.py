@@ -42,7 +42,7 @@ def model_part(flat: FlatModel, holding: Holding = ALL) -> CheckpointPart:
     return CheckpointPart((flat.params,), tuple(entries)).plus(buffer_part(flat, holding))
 
 
-def buffer_part(flat: FlatModel, holding: Holding = ALL) -> CheckpointPart:
+def buffer_part(flat: FlatModel, holding: Holding) -> CheckpointPart:
     """Give what of a model is not trained: buffers and frozen parameters."""
     elsewhere = holding.others | flat.trained_names() | flat.unsaved
     rest = {k: v for k, v in flat.model.state_dict().items() if k not in elsewhere}
@@ -73,7 +73,7 @@ def tensors_part(
 
 
 def optimizer_part(
-    flat: FlatModel, state: Mapping[str, Tensor], start: int = 0, holding: Holding = ALL
+    flat: FlatModel, state: Mapping[str, Tensor], start: int, holding: Holding = ALL
 ) -> CheckpointPart:
     """
     Give the state of an optimizer over a run of the flat vector.
@@ -136,10 +136,10 @@ def kind_of(key: str, tensor: Tensor) -> VectorKind:
 def vector_entries(
     flat: FlatModel,
     kinds: Sequence[VectorKind],
-    start: int = 0,
-    used: bytes = b"",
-    holding: Holding = ALL,
-    live: Set[str] = frozenset(),
+    start: int,
+    used: bytes,
+    holding: Holding,
+    live: Set[str],
 ) -> list[TensorEntry]:
     """
     Name what is in vectors over one run; the n-th array is that of the n-th kind.

@@ -153,7 +153,7 @@ class FunctionSession:
         context: TrainContext,
         group: Collective,
         ports: SessionPorts,
-        shards: LoopShards | None = None,
+        shards: LoopShards | None,
     ) -> None:
         self.job, self.context, self.group = job, context, group
         self._ports, self._progress, saved = ports, ports.progress, ports.saved
@@ -323,9 +323,9 @@ class FunctionSession:
         self._asks = True
         wanted = self._ports.ending()
         if self._exchange.together and self.group.world > 1:
-            told = torch.tensor([int(wanted)], device=self.context.device)
-            self.group.broadcast(told)
-            wanted = bool(told)
+            flag = torch.tensor([int(wanted)], device=self.context.device)
+            self.group.broadcast(flag)
+            wanted = bool(flag)
         return wanted
 
     def gather(self, values: Any) -> Any:

@@ -61,10 +61,10 @@ class OptimizerWatch:
         check: Callable[[Optimizer], None],
         before_step: Callable[[Optimizer], None],
         *,
-        alone: bool = False,
+        alone: bool,
     ) -> None:
         self._trained, self._check, self._alone = trained, check, alone
-        self._told = before_step
+        self._on_step = before_step
         self._thread = threading.get_ident()
         #: how many parameters it had when it was looked at
         self._seen: weakref.WeakKeyDictionary[Optimizer, int] = weakref.WeakKeyDictionary()
@@ -83,7 +83,7 @@ class OptimizerWatch:
         """
         if threading.get_ident() != self._thread:
             return
-        self._told(optimizer)
+        self._on_step(optimizer)
         given = parameters_of(optimizer)
         if self._seen.get(optimizer) == len(given):
             return

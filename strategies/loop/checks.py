@@ -299,7 +299,7 @@ def checked_step(task: Task, given: object) -> object:
 _CUT_OFF = ".detach(), no_grad(), .item() and the like cut it off, or all that it uses is frozen"
 
 
-def checked_loss(task: Task, loss: object, outputs: Any, method: str = "loss") -> Tensor:
+def checked_loss(task: Task, loss: object, outputs: Any, method: str) -> Tensor:
     """
     Give what loss() or step() made of a micro-batch, if it can be differentiated, or is not to be.
 
@@ -329,7 +329,7 @@ def checked_loss(task: Task, loss: object, outputs: Any, method: str = "loss") -
     return loss
 
 
-def checked_weight(task: Task, weight: object, method: str = "loss") -> float:
+def checked_weight(task: Task, weight: object, method: str) -> float:
     """
     Give the weight of a pair (sum, weight) that loss() or step() returned.
 

@@ -218,7 +218,7 @@ def metrics_warning(
     whole: Mapping[str, float],
     *,
     samples: int,
-    states: Sequence[Tensor] = (),
+    states: Sequence[Tensor],
 ) -> str | None:
     """
     Compare the metrics of a batch with those of its halves; see `loss_warning`.

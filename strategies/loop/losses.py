@@ -145,9 +145,7 @@ class Made(NamedTuple):
     term: LossTerm
 
 
-def made_of(
-    task: Task, model: nn.Module, batch: Any, samples: int, terms: Terms | None = None
-) -> Made:
+def made_of(task: Task, model: nn.Module, batch: Any, samples: int, terms: Terms | None) -> Made:
     """
     Run the whole model on a micro-batch.
 

@@ -310,8 +310,8 @@ class StreamSamples(Dataset[Any]):
 
     def mark_before(self, number: int) -> StreamPosition | None:
         """Give the last position known that is not beyond a sample."""
-        near = [mark for mark in self._marks if mark.number <= number]
-        return max(near, key=lambda mark: mark.number, default=None)
+        earlier = [mark for mark in self._marks if mark.number <= number]
+        return max(earlier, key=lambda mark: mark.number, default=None)
 
     def _seek(self, number: int) -> None:
         turn = None if self._size is None else number // self._size

@@ -74,9 +74,7 @@ Call = tuple[Sequence[Any], Mapping[str, Any]]
 """Positional arguments, and those by name."""
 
 
-def block_modules(
-    model: nn.Module, call: ModelCall, order: Order | None = None
-) -> list[nn.Module] | None:
+def block_modules(model: nn.Module, call: ModelCall, order: Order | None) -> list[nn.Module] | None:
     """
     Give the layers of a model, in order; None where it has no list of blocks.
 

@@ -49,7 +49,7 @@ from distplat.strategies.model.shared_memory import TIE, check_memory
 from distplat.strategies.sparse.modules import dense_parameters
 
 _THOROUGH_STEPS = 3
-"""Steps after which the modules are walked in any case, to see whether they were changed."""
+"""Steps in which the modules are walked, too, to see whether they were changed."""
 
 TORN = -1
 """Version of parameters that are in the middle of being replaced: good for nothing."""
@@ -369,13 +369,12 @@ class FlatModel:
         active = (self._trained + np.flatnonzero(self.active)).tolist()
         return [*range(self._trained), *active]
 
-    def check_layout(self, step: int, *, thorough: bool = False) -> list[str]:
+    def check_layout(self, step: int) -> list[str]:
         """
         Take in parameters whose data have left the vector, between backward and exchange.
 
         Args:
             step: for messages.
-            thorough: walk the modules, too; the first steps do it in any case.
 
         Returns:
             Names of parameters to which user code has assigned other data (`param.data = ...`):
@@ -394,7 +393,7 @@ class FlatModel:
             slot, parameter = self.slots[index], self.parameters[index]
             if not torch.equal(parameter.detach(), slot.view(self.params)):
                 raise thaw_error(step, f"{slot.name!r} was changed while it was frozen")
-        if thorough or self._looked < _THOROUGH_STEPS:
+        if self._looked < _THOROUGH_STEPS:
             self._looked += 1
             self._check_modules(step)
         now = list(map(Tensor.data_ptr, self._housed))

@@ -52,9 +52,9 @@ class Gradients:
         names: Sequence[str],
         parameters: Sequence[nn.Parameter],
         present: NDArray[np.bool_],
-        indices: Sequence[int] | None = None,
+        indices: Sequence[int] | None,
         *,
-        owned: bool = False,
+        owned: bool,
     ) -> None:
         self._owned = owned
         self.copied: dict[int, tuple[Tensor | None, int]] = {}
@@ -65,9 +65,7 @@ class Gradients:
         self._looks = False
         self._finite: dict[int, int] = {}  #: versions of the views that `ready` saw to be finite
 
-    def point(
-        self, views: Sequence[Tensor], copied: Sequence[int] = (), *, looks: bool = False
-    ) -> None:
+    def point(self, views: Sequence[Tensor], copied: Sequence[int], *, looks: bool) -> None:
         """
         Go on in these views, one for each parameter and of its shape.
 

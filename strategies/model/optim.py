@@ -330,8 +330,8 @@ def optimizer_of(
     spec: Optimizer,
     vector: Tensor,
     gradient: Tensor,
-    layout: Layout | None = None,
-    ema: EMA | None = None,
+    layout: Layout | None,
+    ema: EMA | None,
 ) -> VectorOptimizer:
     """Make the optimizer of a run of the flat vector; see both for the arguments."""
     kind: type[TensorOptimizer | FlatOptimizer]

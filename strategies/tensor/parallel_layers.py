@@ -78,20 +78,19 @@ def join(parts: Sequence[Tensor], specs: Sequence[ShardSpec]) -> Tensor:
 
 
 def gather_full(
-    state: Mapping[str, Tensor], specs: Mapping[str, ShardSpec], group: Collective, to: int = 0
+    state: Mapping[str, Tensor], specs: Mapping[str, ShardSpec], group: Collective
 ) -> dict[str, Tensor]:
     """
-    Put full tensors together on one rank, one after the other. Every rank calls this.
+    Put full tensors together on rank 0, one after the other. Every rank calls this.
 
     Args:
         state: the rank's tensors by name: those of its `state_dict`, or of an optimizer's state
             under the names of the parameters. The same names in the same order on all ranks.
         specs: what `parallelize` gave; a name that is not in it is complete on every rank.
         group: the tensor group.
-        to: the rank that gets them.
 
     Returns:
-        All tensors in full on rank `to`, nothing elsewhere.
+        All tensors in full on rank 0, nothing elsewhere.
 
     Raises:
         CollectiveError: a rank is missing.
@@ -101,19 +100,19 @@ def gather_full(
     by_rank = [{name: ShardSpec(**fields) for name, fields in its.items()} for its in every]
     full: dict[str, Tensor] = {}
     for name, mine in state.items():
-        if group.rank == to:
+        if group.rank == 0:
             ranks = [specs_of_rank[name] for specs_of_rank in by_rank] if name in specs else []
-            full[name] = _receive(mine.detach(), ranks, group, to) if ranks else mine.detach()
+            full[name] = _receive(mine.detach(), ranks, group) if ranks else mine.detach()
         elif name in specs and specs[name].extent:
-            group.send(mine.detach().contiguous(), to)
+            group.send(mine.detach().contiguous(), 0)
     return full
 
 
-def _receive(mine: Tensor, specs: Sequence[ShardSpec], group: Collective, to: int) -> Tensor:
+def _receive(mine: Tensor, specs: Sequence[ShardSpec], group: Collective) -> Tensor:
     parts = []
     for rank, spec in enumerate(specs):
         part = mine
-        if rank != to:
+        if rank != 0:
             part = _room(mine, spec)
             if spec.extent:
                 group.recv(part, rank)

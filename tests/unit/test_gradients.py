@@ -274,7 +274,7 @@ def test_a_model_that_changed_is_refused(spoil: Callable[[nn.Module], None], mes
     flat.check_layout(1)
     spoil(flat.model)
     with pytest.raises(SpecError, match=message):
-        flat.check_layout(2, thorough=True)
+        flat.check_layout(2)
 
 
 def test_what_is_cheap_to_see_is_seen_in_every_step() -> None:

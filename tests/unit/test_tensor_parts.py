@@ -77,11 +77,11 @@ def test_one_rank_gets_all_in_full() -> None:
             "count": torch.tensor(7 if last else 0),
             "same": torch.tensor([9]),
         }
-        return gather_full(state, specs, fabric.collective(rank), to=1)
+        return gather_full(state, specs, fabric.collective(rank))
 
     first, second, third = on_ranks(3, body)
-    assert first == third == {}
-    assert {name: tensor.tolist() for name, tensor in second.items()} == {
+    assert second == third == {}
+    assert {name: tensor.tolist() for name, tensor in first.items()} == {
         "split": [0, 1, 2, 3, 4],
         "branch": [3, 4],
         "count": 7,

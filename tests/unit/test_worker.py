@@ -73,7 +73,7 @@ def test_the_end_is_told_at_once() -> None:
 
 
 def told(worker: Worker) -> StopOrder:
-    return session(worker)._connection.told
+    return session(worker)._connection.stop_order
 
 
 @pytest.mark.parametrize(
