@@ -36,7 +36,7 @@ from distplat.platform.recovery import Policy, Restart
 from distplat.platform.spec import Job
 from distplat.platform.stop_order import StopOrder
 from distplat.platform.tensor_file import decode
-from distplat.strategies.catalog import StrategyFile
+from distplat.strategies.catalog import LoadedStrategyFile
 from distplat.strategies.strategy_spec import Roles
 from distplat.strategies.task import Task
 
@@ -52,7 +52,7 @@ class Launch:
     task: type[Task] | TrainFunction | None
     """None: what `job.task` names."""
     working_dir: str
-    strategy_file: StrategyFile | None
+    strategy_file: LoadedStrategyFile | None
     folder: Path
     """The run directory."""
     resumed: Path | None = None

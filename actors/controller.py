@@ -18,14 +18,7 @@ import ray
 from distplat.actors.actor_group import ActorGroup
 from distplat.actors.checkpointing import Checkpoints
 from distplat.actors.messages import PollResult
-from distplat.actors.ray_errors import (
-    Meaning,
-    advice_for,
-    as_ours,
-    cause_of,
-    meaning,
-    taken_away,
-)
+from distplat.actors.ray_errors import Meaning, advice_for, as_ours, cause_of, meaning, taken_away
 from distplat.actors.ray_transport import RayTransport
 from distplat.actors.resizing import AsyncScaler, SyncScaler, check_scalable
 from distplat.actors.retrying_calls import ask

@@ -37,7 +37,7 @@ from distplat.actors.ray_transport import RayTransport
 from distplat.actors.retrying_calls import Outbox, ask
 from distplat.actors.stopping import end_each
 from distplat.actors.transport import AnswerPending
-from distplat.platform.apply_log import FILE_NAME, pack
+from distplat.platform.apply_log import FILE_NAME, pack_log
 from distplat.platform.errors import (
     DeadlineExceeded,
     DistplatError,
@@ -316,7 +316,7 @@ def _keep_log(actor_group: ActorGroup, keep: Callable[[str, bytes], None]) -> No
     except InfrastructureError as error:
         logger.warning("no %s: %s", FILE_NAME, error)
     else:
-        keep(FILE_NAME, pack(logs, {"run": launch.run}))
+        keep(FILE_NAME, pack_log(logs, {"run": launch.run}))
 
 
 def _table_servers(actor_group: ActorGroup, job: Job) -> list[PartSource]:

@@ -22,7 +22,7 @@ from distplat.actors.task_check import check_task
 from distplat.actors.task_loading import TrainFunction, load_task_class, load_train_function
 from distplat.actors.training import run_function, saved_model
 from distplat.actors.user_errors import as_user_error, killed_loader
-from distplat.platform.apply_log import FILE_NAME, pack
+from distplat.platform.apply_log import FILE_NAME, pack_log
 from distplat.platform.checkpoints import StoredCheckpoint
 from distplat.platform.errors import DistplatError
 from distplat.platform.progress import AnyReport, ReportAggregator, StepReport
@@ -178,7 +178,7 @@ class _OtherRoles:
         job, run = self._job, self._launch.run
         asynchronous = self._launch.roles.consistency.asynchronous
         if self._servers is not None and asynchronous and not resumed:
-            handlers.on_file(FILE_NAME, pack(self._servers.logs(), {"run": run}))
+            handlers.on_file(FILE_NAME, pack_log(self._servers.logs(), {"run": run}))
         if job.embeddings is not None and job.checkpoint.save_final:
             keep_tables(self._tables.table_servers, job.seed, handlers.on_file)
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from distplat.platform.shard_map import OwnLoop, ShardMap
     from distplat.platform.spec import Job
     from distplat.platform.vector_layout import Layout
-    from distplat.strategies.catalog import StrategyFile
+    from distplat.strategies.catalog import LoadedStrategyFile
     from distplat.strategies.strategy_spec import GroupSpec
 
 
@@ -32,7 +32,7 @@ def rendezvous_key(group: str) -> bytes:
 
 
 @dataclass(frozen=True)
-class Address:
+class MemoryAddress:
     """Where another process finds a memory segment. Good while its owner holds it open."""
 
     node: str
@@ -79,7 +79,7 @@ class WorkOrder:
     """`module:Class`, or the class itself, pickled by the driver."""
     search_path: str
     """Folder of the task's module with the driver: import path and current directory there."""
-    strategy_file: StrategyFile | None
+    strategy_file: LoadedStrategyFile | None
     """A user's file that registers strategies."""
     manager: Any
     """Handle of the server manager; None: there are neither shards nor tables kept twice."""
@@ -166,7 +166,7 @@ class Membership:
     """Handles of the server nodes, by shard."""
     names: list[str]
     """Their names, by shard."""
-    parameters: list[Address]
+    parameters: list[MemoryAddress]
     """The parameter segment of each server's node, by shard: the whole flat vector."""
     private: bool
     """Whether each worker computes on a copy of its own."""
@@ -226,9 +226,9 @@ class RowTransfer:
     table: int
     count: int
     """Number of ids."""
-    ids: Address | NDArray[np.int64]
+    ids: MemoryAddress | NDArray[np.int64]
     """Where they are, or themselves."""
-    values: Address | NDArray[np.float32] | None
+    values: MemoryAddress | NDArray[np.float32] | None
     """Where rows go to or gradients come from, or the gradients themselves; None: a pull, whose
     rows go into the answer."""
     first_id: int = 0

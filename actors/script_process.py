@@ -27,7 +27,7 @@ _PYTHONS = ("python", "python3")
 
 
 @dataclass(frozen=True)
-class Output:
+class ProcessOutput:
     """What a process has printed since the driver last took it."""
 
     lines: tuple[str, ...]
@@ -87,7 +87,7 @@ class ScriptProcess:
                 begun.wait()
         return self._error
 
-    def output(self, taken: int, wait_s: float) -> Output:
+    def output(self, taken: int, wait_s: float) -> ProcessOutput:
         """
         Give lines that were printed.
 
@@ -101,7 +101,7 @@ class ScriptProcess:
                 self._taken += 1
             self._changed.notify_all()
             self._changed.wait_for(lambda: self._lines or self._exit_code is not None, wait_s)
-            return Output(tuple(self._lines), self._exit_code)
+            return ProcessOutput(tuple(self._lines), self._exit_code)
 
     def terminate(self) -> None:
         """Ask the process, and those that it has started, to end."""

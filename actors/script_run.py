@@ -29,7 +29,7 @@ from distplat.actors.launch import ray_for_run
 from distplat.actors.ray_transport import RayTransport
 from distplat.actors.retrying_calls import ask
 from distplat.actors.role_output import RoleFiles
-from distplat.actors.script_process import Output
+from distplat.actors.script_process import ProcessOutput
 from distplat.actors.spawn import spawn_script
 from distplat.actors.stopping import Stopping
 from distplat.actors.transport import ActorDied, Transport, TransportError, Unanswered
@@ -188,7 +188,7 @@ class Attempt:
     def _take_answer(self, one: _Rank) -> None:
         reply, one.reply = one.reply, None
         try:
-            found: Output = self._transport.get(reply, _OUTPUT_S)
+            found: ProcessOutput = self._transport.get(reply, _OUTPUT_S)
         except ActorDied:
             one.lost = True
             return

@@ -39,21 +39,11 @@ from distplat.actors.task_loading import (
     load_train_function,
 )
 from distplat.actors.transport import AnswerPending, TransportError
-from distplat.actors.user_errors import (
-    as_user_error,
-    killed_loader,
-    lost_peer,
-    traceback_of_call,
-)
+from distplat.actors.user_errors import as_user_error, killed_loader, lost_peer, traceback_of_call
 from distplat.actors.visible_gpus import own_device
 from distplat.actors.weights import Reply
 from distplat.platform.checkpoints import Delivery
-from distplat.platform.errors import (
-    Abandoned,
-    DeadlineExceeded,
-    DistplatError,
-    StateLost,
-)
+from distplat.platform.errors import Abandoned, DeadlineExceeded, DistplatError, StateLost
 from distplat.platform.progress import AnyReport, StepReport
 from distplat.platform.spec import Job
 from distplat.platform.stop_order import StopOrder

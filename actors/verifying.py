@@ -33,7 +33,7 @@ from distplat.actors.task_check import task_check
 from distplat.actors.task_loading import load_task_class
 from distplat.actors.trainer import Trainer
 from distplat.actors.training import saved_model
-from distplat.platform.apply_log import FILE_NAME, flaws, read_logs, staleness_counts
+from distplat.platform.apply_log import FILE_NAME, log_flaws, read_logs, staleness_counts
 from distplat.platform.checkpoints import FOLDER
 from distplat.platform.errors import (
     DeadlineExceeded,
@@ -53,7 +53,7 @@ from distplat.strategies.loop.replay import replay
 from distplat.strategies.loop.session import make_task, prepare
 from distplat.strategies.pipeline.hybrid_options import HybridOptions
 from distplat.strategies.strategy_spec import Roles
-from distplat.strategies.verification.child import ANSWER, REQUEST, Answer, ChildRequest
+from distplat.strategies.verification.child import ANSWER, REQUEST, ChildRequest, ReferenceResult
 from distplat.strategies.verification.recipes import Trained
 from distplat.strategies.verification.switched import Switches, task_fields
 from distplat.strategies.verification.verdicts import (
@@ -64,7 +64,7 @@ from distplat.strategies.verification.verdicts import (
     inexact,
     judge,
     refused,
-    watch,
+    watch_losses,
 )
 
 DEFAULT = ("ring", "ps-sync", "hybrid")
@@ -107,7 +107,7 @@ def verify(wanted: VerifyRequest, say: Callable[[str], object]) -> Iterator[Row]
             say(line)
         say("references: a plain loop")
         failed: UserCodeError | None = None
-        known: dict[str, Answer] = {}
+        known: dict[str, ReferenceResult] = {}
         try:
             known = dict(zip(exact, _references(wanted, [*exact.values()], folder), strict=True))
         except UserCodeError as error:
@@ -150,7 +150,11 @@ def _quiet_ray(jobs: Sequence[Job]) -> Iterator[None]:
 
 
 def _rows(
-    name: str, job: Job | SpecError, known: Answer | None, wanted: VerifyRequest, runner: _Runner
+    name: str,
+    job: Job | SpecError,
+    known: ReferenceResult | None,
+    wanted: VerifyRequest,
+    runner: _Runner,
 ) -> list[Row]:
     asked = name in (*wanted.strategies, wanted.job.strategy.name)
     if isinstance(known, str) and not asked:
@@ -158,16 +162,16 @@ def _rows(
     if isinstance(job, SpecError):
         rows = [refused(name, job)]
     elif known is None or isinstance(known, str):
-        rows = watch(job, inexact(job) or str(known), runner)
+        rows = watch_losses(job, inexact(job) or str(known), runner)
     else:
         rows = judge(job, known, runner)
-    rows += left_out(name, wanted.job) if isinstance(job, Job) else []
+    rows += not_compared(name, wanted.job) if isinstance(job, Job) else []
     # Of strategies that nobody named a refusal is no failure.
     unasked = [row for row in rows if row.verdict == REFUSED and not asked]
     return [Row(name, "run", NOT_COMPARED, reason=row.reason) for row in unasked] or rows
 
 
-def left_out(name: str, job: Job) -> list[Row]:
+def not_compared(name: str, job: Job) -> list[Row]:
     """Say what of a job no run has, for none is evaluated."""
     if not isinstance(job.lr_schedule, ReduceLROnPlateau):
         return []
@@ -253,7 +257,7 @@ def _trained(result: Result) -> Trained:
     return Trained(states, [one.loss for one in history])
 
 
-def _references(wanted: VerifyRequest, jobs: Sequence[Job], folder: Path) -> list[Answer]:
+def _references(wanted: VerifyRequest, jobs: Sequence[Job], folder: Path) -> list[ReferenceResult]:
     """
     Ask a child for the references of jobs.
 
@@ -288,7 +292,7 @@ def _references(wanted: VerifyRequest, jobs: Sequence[Job], folder: Path) -> lis
     if done.returncode:
         lines = done.stderr.strip().splitlines() or ["its process ended"]
         raise UserCodeError(0, None, lines[-1], done.stderr)
-    found: list[Answer] = torch.load(folder / ANSWER, weights_only=False)
+    found: list[ReferenceResult] = torch.load(folder / ANSWER, weights_only=False)
     return found
 
 
@@ -347,7 +351,7 @@ def replay_run(directory: Path, working_dir: Path) -> Replayed:
 
     first = prepare_rank()
     world, steps = job.scaling.world, first.total_steps
-    found = [flaw for log in logs for flaw in flaws(log, world, steps)]
+    found = [flaw for log in logs for flaw in log_flaws(log, world, steps)]
     if found or len(logs) != roles.servers:
         raise StorageError(f"{directory / FILE_NAME}: {(found or ['shards are missing'])[0]}")
     plan = ShardPlan(first.job, "replay", 0, world, steps, len(logs), roles.consistency)

@@ -270,7 +270,7 @@ def check_imports(task: str, package: Package) -> None:
         SpecError: names the files, who imports them, and why they stay.
     """
     problems = []
-    for one in left_out(task, package.folder, package.paths):
+    for one in unshipped_imports(task, package.folder, package.paths):
         name, importer = (path.relative_to(package.folder) for path in (one.path, one.importer))
         who = "the task" if one.path == one.importer else f"{importer}:{one.line}"
         message = f"{name}, which {who} imports, is not shipped to the cluster"
@@ -371,7 +371,9 @@ class UnshippedImport:
     """Of the import, from 1."""
 
 
-def left_out(task: str, folder: Path, shipped: Collection[Path]) -> Iterator[UnshippedImport]:
+def unshipped_imports(
+    task: str, folder: Path, shipped: Collection[Path]
+) -> Iterator[UnshippedImport]:
     """
     Go from a task's module through all that it imports from its own folder.
 

@@ -79,7 +79,7 @@ def staleness_counts(logs: Sequence[ApplyLog], world: int) -> list[Counter[int]]
     return counts
 
 
-def flaws(log: ApplyLog, parts: int, steps: int) -> list[str]:
+def log_flaws(log: ApplyLog, parts: int, steps: int) -> list[str]:
     """
     Say what is wrong with a finished run's log; empty: every task was applied exactly once.
 
@@ -101,7 +101,7 @@ def flaws(log: ApplyLog, parts: int, steps: int) -> list[str]:
     return [f"{missing} tasks are missing, the first is {done.low}"] if missing else []
 
 
-def pack(logs: Sequence[NDArray[np.int64]], facts: Mapping[str, str]) -> bytes:
+def pack_log(logs: Sequence[NDArray[np.int64]], facts: Mapping[str, str]) -> bytes:
     """
     Give the file of a run.
 
@@ -115,7 +115,7 @@ def pack(logs: Sequence[NDArray[np.int64]], facts: Mapping[str, str]) -> bytes:
 
 def read_logs(path: str) -> tuple[list[ApplyLog], dict[str, str]]:
     """
-    Read what `pack` gave.
+    Read what `pack_log` gave.
 
     Returns:
         Logs by shard, and the facts.

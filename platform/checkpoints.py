@@ -30,7 +30,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from distplat.platform.disk import Content, Disk, Moved, open_regular
+from distplat.platform.disk import Disk, FileContent, Moved, open_regular
 from distplat.platform.errors import Problem, SpecError, StorageError, naming_path
 from distplat.platform.tensor_slices import ITEM_BYTES, Bytes, TensorEntry
 
@@ -223,7 +223,7 @@ class Catalogue:
         """Give the directory of a step's checkpoint."""
         return self.folder / f"step-{step:06d}"
 
-    def write(self, step: int, files: Mapping[str, Content], state: Mapping[str, Any]) -> Path:
+    def write(self, step: int, files: Mapping[str, FileContent], state: Mapping[str, Any]) -> Path:
         """
         Write a checkpoint, whole or not at all; one that is there already stays.
 
@@ -320,7 +320,7 @@ class Catalogue:
             raise StorageError(f"{self.folder}: all {len(steps)} checkpoints are damaged")
         return None
 
-    def _fill(self, partial: Path, files: Mapping[str, Content]) -> None:
+    def _fill(self, partial: Path, files: Mapping[str, FileContent]) -> None:
         """Write all files, then what they should be, then their names."""
         self._disk.make(partial)
         about = {}

@@ -86,7 +86,7 @@ class PullId:
 
 
 @dataclass(frozen=True)
-class Answer:
+class ServerReply:
     """What a server tells a worker: the answer to a push, a commit or a pull."""
 
     version: int

@@ -37,7 +37,7 @@ from distplat.platform.pipeline_trace import TRACE_FILE, Trace
 from distplat.platform.progress import KINDS, EvalSummary, StepSummary, Summary, to_json
 from distplat.platform.remote_storage import local_folder
 from distplat.platform.spec import Job
-from distplat.platform.tensor_file import EMA_PREFIX, split
+from distplat.platform.tensor_file import EMA_PREFIX, split_task_tensors
 from distplat.platform.trackers import points_of
 
 _RESULT_BYTES = 64 * 2**10
@@ -133,13 +133,13 @@ class RunDirectory:
         Raises:
             StorageError: the disk is full, or the directory is gone.
         """
-        model, average = split(model, EMA_PREFIX)
+        model, average = split_task_tensors(model, EMA_PREFIX)
         if average is not None:
             self._save(average, EMA_FILE, "task_ema.safetensors")
         return self._save(model, "model.safetensors", TASK_FILE)
 
     def _save(self, content: bytes, name: str, of_task: str) -> Path:
-        model, task = split(content)
+        model, task = split_task_tensors(content)
         if task is not None:
             self.keep(of_task, task)
         return self.keep(name, model)

@@ -112,7 +112,7 @@ class RunUpload:
             self._wait_for_it(asked)
         except KeyboardInterrupt:
             text = "the copy at %s is not complete: its upload was broken off; all is in %s, and %s"
-            self._warn(text % (self._storage.url, self._folder, hint(self._folder)))
+            self._warn(text % (self._storage.url, self._folder, upload_hint(self._folder)))
             raise
         finally:
             self._given_up.set()
@@ -125,7 +125,7 @@ class RunUpload:
             missing = with_deadline(lambda moved: self._missing(), self._folder, _LIST_S)
         except (OSError, StorageError) as error:
             missing, why = "the run directory", str(error)
-        return f"{missing} not uploaded to {self._storage.url}: {why}; {hint(self._folder)}"
+        return f"{missing} not uploaded to {self._storage.url}: {why}; {upload_hint(self._folder)}"
 
     def _wait_for_it(self, asked: Callable[[], bool]) -> None:
         """Return when all is there, or nothing more can be hoped for."""
@@ -344,7 +344,7 @@ def _signature(about: os.stat_result) -> Signature:
     return about.st_ino, about.st_size, about.st_mtime_ns
 
 
-def hint(folder: Path) -> str:
+def upload_hint(folder: Path) -> str:
     """Say how to complete a copy later."""
     return f"`{shlex.join(['distplat', 'upload', str(folder)])}` uploads it"
 

@@ -92,7 +92,7 @@ def _bounds_by_speed(total: int, speeds: Sequence[float], align: int) -> list[tu
     return list(zip([0, *ends], ends, strict=False))
 
 
-def within(runs: Sequence[tuple[int, int]], shard: Shard) -> tuple[tuple[int, int], ...]:
+def clip_ranges(runs: Sequence[tuple[int, int]], shard: Shard) -> tuple[tuple[int, int], ...]:
     """Give what of some runs of the flat vector is in a shard, counted from its beginning."""
     cut = [(max(start, shard.start), min(stop, shard.stop)) for start, stop in runs]
     return tuple((a - shard.start, b - shard.start) for a, b in cut if a < b)

@@ -38,7 +38,7 @@ from distplat.strategies.loop.prepared import Prepared
 from distplat.strategies.model.flat import FlatModel
 from distplat.strategies.model.model_state import ModelState
 from distplat.strategies.model.optim import LocalOptimizer
-from distplat.strategies.model.task_optimizer import Made, TaskUpdate
+from distplat.strategies.model.task_optimizer import MadeOptimizers, TaskUpdate
 from distplat.strategies.ports import Shards
 from distplat.strategies.strategy_spec import NEW_WAY, OptionsT, Strategy
 from distplat.strategies.task import Task
@@ -70,7 +70,7 @@ class Context:
     report: Callable[[AnyReport], None] = lambda report: None
     """Takes what the strategy reports beside the loop's own; quick, and of the loop's thread."""
 
-    made: Made = ()
+    made: MadeOptimizers = ()
     """What the task's `optimizer` gave; empty: the job names one."""
 
     @property

@@ -31,7 +31,7 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from distplat.actors.messages import Address, Membership, ModelFacts, TableMap
+from distplat.actors.messages import Membership, MemoryAddress, ModelFacts, TableMap
 from distplat.actors.ray_transport import alone
 from distplat.actors.retrying_calls import AGAIN_S, Call, ask
 from distplat.actors.servers.health_check import HealthCheck
@@ -51,7 +51,7 @@ from distplat.platform.server_group import (
     ServersSeen,
     ShardAssignment,
 )
-from distplat.platform.shard_map import ShardMap, ShardPlan, cut_shards, within
+from distplat.platform.shard_map import ShardMap, ShardPlan, clip_ranges, cut_shards
 from distplat.platform.spec import Job
 from distplat.strategies.strategy_spec import Roles
 
@@ -354,7 +354,7 @@ class ServerManager:
 
     def _assign_some(
         self, facts: ModelFacts, indices: list[int], segments: list[Any]
-    ) -> list[Address]:
+    ) -> list[MemoryAddress]:
         role = Role.ALONE if self._replication is None else Role.WAITING
         calls = [
             self._assignment(self._servers[i], facts, i, segment, role)
@@ -379,21 +379,21 @@ class ServerManager:
             checkpoint_every=facts.checkpoint_every,
             wire=self._roles.wire,
             workers=ranks if len(self._division.parts) > 1 else (),
-            duplicate_ranges=within(facts.duplicate_ranges, cut),
+            duplicate_ranges=clip_ranges(facts.duplicate_ranges, cut),
             number=index,
             layout=facts.layout and facts.layout.cut(cut.start, cut.stop),
             own_loop=facts.own_loop,
         )
         return self._call(server, "assign", plan, cut, facts.size, facts.dtype, segment, role)
 
-    def _assign_backup(self, server: Any, shard: int) -> Address:
+    def _assign_backup(self, server: Any, shard: int) -> MemoryAddress:
         """Give a backup its shard, once a worker has told what the model is."""
         part, _ = self._division.shard_of(shard)
         self._assigned[part].wait()  # where nobody comes, `start_timeout_s` ends the run and this
         call = self._assignment(server, self._facts[part], shard, None, Role.BACKUP)
         limit = self._job.failure.start_timeout_s
         calls, what = {f"a backup of shard {shard}": call}, "assigning a backup"
-        address: Address = ask(self._transport, what, calls, limit, _SETTING)[0]
+        address: MemoryAddress = ask(self._transport, what, calls, limit, _SETTING)[0]
         return address
 
     def _call(self, server: Any, method: str, *args: Any) -> Call:

@@ -22,7 +22,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from distplat.actors.memory.memfd import MemorySegment
-from distplat.actors.messages import Address
+from distplat.actors.messages import MemoryAddress
 from distplat.actors.servers.vector_transport import from_bytes
 from distplat.actors.transport import ActorDied, Transport, Unanswered
 from distplat.platform.awake_clock import AwakeClock
@@ -169,7 +169,7 @@ class Replication(BackupLink):
                 self._count = 0
                 self._backup = Backup(name, handle, inbox if inbox_memory else None)
 
-    def take_over(self, term: int, snapshot: StoreSnapshot, inbox: Address | None) -> bool:
+    def take_over(self, term: int, snapshot: StoreSnapshot, inbox: MemoryAddress | None) -> bool:
         """
         As a backup: become what the primary is; the store's lock is held.
 

@@ -28,7 +28,7 @@ from distplat.actors.servers.vector_transport import (
 )
 from distplat.actors.transport import Transport, TransportError
 from distplat.platform.errors import ActorLost
-from distplat.platform.ledger import Answer, PullId, PushId
+from distplat.platform.ledger import PullId, PushId, ServerReply
 from distplat.platform.shard_map import Shard, settings_of
 from distplat.strategies.checkpoint.checkpoint_reader import SavedState
 from distplat.strategies.checkpoint.checkpoint_types import ALL, Holding
@@ -270,12 +270,12 @@ class RemoteShards(Shards, LoopShards):
         answers = self._answers(asked)
         return pushed(answers, [self._vectors.traffic(cut) for cut in self._fan_out.cuts])
 
-    def _answers(self, asked: FanOutCall) -> list[Answer]:
+    def _answers(self, asked: FanOutCall) -> list[ServerReply]:
         answers = asked.answers()
         self._transfer.join()
         return answers
 
-    def _take(self, cut: Shard, answer: Answer) -> None:
+    def _take(self, cut: Shard, answer: ServerReply) -> None:
         """Bring a shard's values here, as far as they are not here already."""
         if not answer.committed:
             return
@@ -346,7 +346,7 @@ class RemoteShards(Shards, LoopShards):
             self._vectors.gradients.copy_(self._flat.grads)
         self._move_in()
 
-    def _pull(self, setting: str) -> list[Answer]:
+    def _pull(self, setting: str) -> list[ServerReply]:
         """Bring the newest parameters."""
         pull = PullId(self._order.attempt, self._order.rank, self._pulls)
         self._pulls += 1  # also where it fails: the next one is not this one again

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from typing_extensions import override
 
 from distplat.actors.memory.memfd import MemorySegment
-from distplat.actors.messages import Address, OpenReply, RowTransfer, TablePart
+from distplat.actors.messages import MemoryAddress, OpenReply, RowTransfer, TablePart
 from distplat.actors.servers.replication import Replication
 from distplat.actors.servers.serving import Serving
 from distplat.actors.transport import Transport
@@ -59,7 +59,7 @@ class TableServing(Serving[TableServer], PartSource):
         self,
         plan: TablePlan,
         rank: int,
-        memory: Address,
+        memory: MemoryAddress,
         saved_at: int = 0,
         saved: Sequence[list[Any]] = (),
     ) -> OpenReply:
@@ -119,7 +119,7 @@ class TableServing(Serving[TableServer], PartSource):
     def part(self, table: int, first: int, count: int) -> bytes:
         return self._server.part(table, first, count)
 
-    def _reaches(self, rank: int, memory: Address) -> bool:
+    def _reaches(self, rank: int, memory: MemoryAddress) -> bool:
         """Map a worker's memory, where that can be done."""
         if memory.node != self._transport.node:
             return False
@@ -130,14 +130,14 @@ class TableServing(Serving[TableServer], PartSource):
         return True
 
     def _ids(self, rank: int, transfer: RowTransfer) -> NDArray[np.int64]:
-        if not isinstance(transfer.ids, Address):
+        if not isinstance(transfer.ids, MemoryAddress):
             return transfer.ids
         stop = transfer.first_id + transfer.count
         ids: NDArray[np.int64] = self._map(rank, transfer.ids)[transfer.first_id : stop]
         return ids
 
     def _values(self, rank: int, transfer: RowTransfer) -> NDArray[np.float32] | None:
-        if not isinstance(transfer.values, Address):
+        if not isinstance(transfer.values, MemoryAddress):
             return transfer.values
         assert self._plan is not None, "workers open before they pull or push"
         width = self._plan.tables[transfer.table].width
@@ -146,7 +146,7 @@ class TableServing(Serving[TableServer], PartSource):
         values: NDArray[np.float32] = flat.reshape(transfer.count, width)
         return values
 
-    def _map(self, rank: int, address: Address) -> Any:
+    def _map(self, rank: int, address: MemoryAddress) -> Any:
         """Give a worker's memory as an array; a worker has one segment of each dtype."""
         held = self._mapped.get((rank, address.dtype))
         if held is None or held.address != address:

@@ -22,9 +22,9 @@ from torch import Tensor
 from typing_extensions import override
 
 from distplat.actors.memory.memfd import MemorySegment
-from distplat.actors.messages import Address, Membership, ModelFacts
+from distplat.actors.messages import Membership, MemoryAddress, ModelFacts
 from distplat.actors.transport import Transport
-from distplat.platform.ledger import Answer
+from distplat.platform.ledger import ServerReply
 from distplat.platform.shard_map import Shard
 from distplat.platform.tensor_slices import RawTensor
 from distplat.platform.vector_layout import Layout
@@ -46,7 +46,7 @@ class VectorTransport(ABC):
     """Shape [n], on the CPU; there after `open`."""
     one_copy = False
     """Whether the worker computes on the servers' own memory."""
-    parameter_address: Address | None = None
+    parameter_address: MemoryAddress | None = None
     """Where servers find it; None: they need not."""
 
     def __init__(self, transport: Transport, facts: ModelFacts, joined: Membership) -> None:
@@ -75,7 +75,7 @@ class VectorTransport(ABC):
         """Lay initial parameters where a near server finds them."""
         part(self.parameters, cut).copy_(part(initial, cut))
 
-    def take(self, cut: Shard, answer: Answer, limit_s: float) -> None:
+    def take(self, cut: Shard, answer: ServerReply, limit_s: float) -> None:
         """Have the values of an answer in `parameters`; a near server may have put them there."""
         if cut.index in self.local_shards:
             return
@@ -146,7 +146,7 @@ class SharedMemoryTransport(VectorTransport):
         part(self._segments[cut.index].tensor, cut).copy_(part(initial, cut))
 
     @override
-    def take(self, cut: Shard, answer: Answer, limit_s: float) -> None:
+    def take(self, cut: Shard, answer: ServerReply, limit_s: float) -> None:
         super().take(cut, answer, limit_s)
         if cut.index in self.local_shards and not self.one_copy:
             part(self.parameters, cut).copy_(part(self._segments[cut.index].tensor, cut))

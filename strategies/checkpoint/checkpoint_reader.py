@@ -20,7 +20,7 @@ from distplat.platform.resume import names_differ
 from distplat.platform.sampler import ENDLESS
 from distplat.platform.shard_map import TableSpec, file_of
 from distplat.platform.tensor_slices import RawTensor, TensorSlice, take_out
-from distplat.strategies.checkpoint.frozen_base import FROZEN, Sums, check_base
+from distplat.strategies.checkpoint.frozen_base import FROZEN, Checksums, check_base
 from distplat.strategies.model.ema import AVERAGE, AVERAGED
 from distplat.strategies.model.flat import FlatModel
 from distplat.strategies.model.optimizer_state import NUMBERS, PER_PARAMETER, TREE, USED, WHOLE
@@ -48,7 +48,7 @@ class SavedState:
         return int(self.state["step"])
 
     @property
-    def left_out(self) -> Sums | None:
+    def left_out(self) -> Checksums | None:
         """What stands nowhere in it, and its checksums; None: it is whole."""
         return self.state.get(FROZEN)
 

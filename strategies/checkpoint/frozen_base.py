@@ -13,7 +13,7 @@ from distplat.strategies.model.written_tensors import checksum
 FROZEN = "frozen"
 """Fact of a checkpoint: what it leaves out, by name, and the checksum of each."""
 
-Sums = Mapping[str, Sequence[int]]
+Checksums = Mapping[str, Sequence[int]]
 
 
 class FrozenBase:
@@ -41,7 +41,7 @@ class FrozenBase:
         }
 
 
-def begun(flat: FlatModel, saved: Sums | None) -> FrozenBase:
+def begun(flat: FlatModel, saved: Checksums | None) -> FrozenBase:
     """
     Look at a model that is about to be trained.
 
@@ -60,7 +60,7 @@ def begun(flat: FlatModel, saved: Sums | None) -> FrozenBase:
     return FrozenBase(flat, frozenset() if saved is None else names - saved.keys())
 
 
-def check_base(model: Mapping[str, Tensor], saved: Sums) -> None:
+def check_base(model: Mapping[str, Tensor], saved: Checksums) -> None:
     """
     See that what a checkpoint leaves out has the values that it was trained with.
 

@@ -38,7 +38,7 @@ def model_part(flat: FlatModel, holding: Holding = ALL) -> CheckpointPart:
         holding: what of the whole it is.
     """
     live = flat.trained_names()
-    entries = vector_entries(flat, [kind_of("model", flat.params)], 0, b"", holding, live)
+    entries = vector_entries(flat, [vector_kind_of("model", flat.params)], 0, b"", holding, live)
     return CheckpointPart((flat.params,), tuple(entries)).plus(buffer_part(flat, holding))
 
 
@@ -121,11 +121,11 @@ def server_part(
 
 def kinds_of(state: Mapping[str, Tensor]) -> tuple[list[VectorKind], bytes]:
     """Say what an optimizer's state is made of, and, a byte each, of which parameters it is."""
-    kinds = [kind_of(f"optimizer/{k}", v) for k, v in state.items() if k != USED]
+    kinds = [vector_kind_of(f"optimizer/{k}", v) for k, v in state.items() if k != USED]
     return kinds, state[USED].numpy().tobytes() if USED in state else b""
 
 
-def kind_of(key: str, tensor: Tensor) -> VectorKind:
+def vector_kind_of(key: str, tensor: Tensor) -> VectorKind:
     """Say what a vector, a number for each parameter, or a tensor of one parameter is."""
     if key.startswith(f"optimizer/{WHOLE}"):
         return VectorKind(key, dtype_name(tensor), None, tuple(tensor.shape))

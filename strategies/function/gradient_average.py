@@ -168,7 +168,7 @@ class GradientAverage(ABC):
         self._first_broken: NonFiniteError | None = None
         self._backwards = self._steps = 0
         self.flat = flat = FlatModel(model, owned=True)
-        compare(model, flat.digest(), self._group, flat.params.device)
+        check_same_model(model, flat.digest(), self._group, flat.params.device)
         flat.begin_step()
         self._house()
         self._holders = [one._buffers for one in model.modules()]
@@ -392,7 +392,9 @@ def _with_graph(name: str) -> SpecError:
     )
 
 
-def compare(model: nn.Module, digest: str, group: Collective, device: torch.device) -> None:
+def check_same_model(
+    model: nn.Module, digest: str, group: Collective, device: torch.device
+) -> None:
     """
     See whether all ranks have this model; every rank calls this.
 

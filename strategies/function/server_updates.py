@@ -37,7 +37,7 @@ from distplat.platform.shard_map import OwnLoop
 from distplat.strategies.function.gradient_average import (
     Exchange,
     SessionContext,
-    compare,
+    check_same_model,
     take_over,
 )
 from distplat.strategies.function.loop_checks import check_alike, not_prepared, parameters_of
@@ -88,7 +88,7 @@ class ServerUpdates(Exchange):
         refuse_sync_batch_norm(model, why, "use nn.BatchNorm, or `ring` or `ps-sync`")
         group, named = self._context.group, [*model.named_parameters()]
         facts = repr([(n, p.shape, p.dtype, p.requires_grad) for n, p in named])
-        compare(model, facts, group, named[0][1].device)
+        check_same_model(model, facts, group, named[0][1].device)
         tensors = [one.data for one in [*model.parameters(), *model.buffers()] if one.numel()]
         take_over(tensors, group)
         self._models.append(model)

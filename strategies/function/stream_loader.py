@@ -19,12 +19,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.utils.data import (
-    DataLoader,
-    IterableDataset,
-    SequentialSampler,
-    get_worker_info,
-)
+from torch.utils.data import DataLoader, IterableDataset, SequentialSampler, get_worker_info
 from typing_extensions import override
 
 from distplat.platform.errors import Problem, SpecError

@@ -92,7 +92,7 @@ def without_shape(model: nn.Module) -> str:
     if not lazy:
         return ""
     has = "has" if len(lazy) == 1 else "have"
-    names = f"{listed(lazy)} of the model {has}"
+    names = f"{quoted(lazy)} of the model {has}"
     return f"{names} no shape yet, as lazy modules do before their first batch"
 
 
@@ -270,7 +270,7 @@ def _several(data: Any) -> str:
     if hasattr(data, "iloc"):
         return "of pandas, of which data[i] is a column: return data.to_dict('records')"
     if isinstance(data, Mapping) and data and 0 not in data:
-        names = listed([str(name) for name in data])
+        names = quoted([str(name) for name in data])
         return f"of {names}, without data[0]: return one of them, or a data set that reads them all"
     if isinstance(data, list | tuple) and data and isinstance(data[0], Dataset):
         return "of data sets: ConcatDataset(...) makes one of them"
@@ -287,7 +287,7 @@ def checked_step(task: Task, given: object) -> object:
     if not isinstance(given, Mapping):
         return given
     if "loss" not in given:
-        names = listed([str(name) for name in given]) or "nothing"
+        names = quoted([str(name) for name in given]) or "nothing"
         raise ValueError(
             f"{method_location(task, 'step')}step() must have the loss in what it returns, as "
             f"'loss'; got a {type(given).__name__} of {names}"
@@ -351,7 +351,7 @@ def _no_tensor(loss: object, method: str) -> str:
     if isinstance(loss, int | float):
         return f"{text} {loss:g}: return the tensor itself, without .item() or float()"
     if isinstance(loss, Mapping):
-        names = listed([str(name) for name in loss])
+        names = quoted([str(name) for name in loss])
         return f"{text} of {names}: return the entry that is to be minimised"
     if isinstance(getattr(loss, "loss", None), Tensor):
         return f"{text}: return its .loss"
@@ -455,7 +455,7 @@ def no_return(value: object) -> str:
     return ": is there a `return`?" if value is None else ""
 
 
-def listed(names: list[str]) -> str:
+def quoted(names: list[str]) -> str:
     """Give names as a message has them, the first ones of many."""
     more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
     return ", ".join(repr(name) for name in names[:_SHOWN]) + more

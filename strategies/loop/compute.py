@@ -18,7 +18,7 @@ from distplat.platform.spec import Job
 from distplat.strategies.loop.batches import (
     EvalLoader,
     Loader,
-    Run,
+    SampleRun,
     batches_by,
     counted,
     fingerprint_of_batch,
@@ -308,7 +308,7 @@ class TaskModel(WholeModel, Compute):
             self._loader = Loader(self.job, data, persistent=True)
         self._batches = unmarked(data, self._loader.batches(self._runs(tasks)))
 
-    def _runs(self, tasks: range) -> Iterator[Run]:
+    def _runs(self, tasks: range) -> Iterator[SampleRun]:
         for task in tasks:
             step, part = divmod(task, self.sampler.world)
             micro, marked = self.job.gradient_accumulation, self.job.checkpoint.wanted

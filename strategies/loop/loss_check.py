@@ -26,7 +26,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from distplat.strategies.loop.collate import with_fields
 from distplat.strategies.loop.loss_state import LossState, remark_on_state
-from distplat.strategies.loop.losses import EvalBatch, Made
+from distplat.strategies.loop.losses import BatchResult, EvalBatch
 from distplat.strategies.loop.remarks import remark_on_weight
 from distplat.strategies.loop.seeding import generators_kept, state_of_generators
 from distplat.strategies.loop.task_settings import task_modules
@@ -80,7 +80,7 @@ class MeanCheck:
         if (step < _FIRST_STEPS and step not in self._looked) or not self._compared:
             self._state = LossState(self._task, self._model)
 
-    def look(self, step: int, made: Made, samples: int) -> None:
+    def look(self, step: int, made: BatchResult, samples: int) -> None:
         """
         Look at the first micro-batch of one of the first steps.
 
@@ -109,7 +109,7 @@ class MeanCheck:
             self._looked.update(range(_FIRST_STEPS))
             logger.warning("%s", text)
 
-    def look_at_metrics(self, made: Made, found: EvalBatch, samples: int) -> None:
+    def look_at_metrics(self, made: BatchResult, found: EvalBatch, samples: int) -> None:
         """
         Look at one of the first batches of evaluations.
 
@@ -129,7 +129,7 @@ class MeanCheck:
             logger.warning("%s", text)
 
 
-def labels_warning(made: Made, samples: int) -> str | None:
+def labels_warning(made: BatchResult, samples: int) -> str | None:
     """
     Warn of a loss of the model's own where samples have different numbers of labels.
 

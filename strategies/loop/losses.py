@@ -136,7 +136,7 @@ class LossTerm:
     """Whether loss() or step() gave the weight."""
 
 
-class Made(NamedTuple):
+class BatchResult(NamedTuple):
     """What a task and its model make of a batch."""
 
     outputs: Any
@@ -145,7 +145,9 @@ class Made(NamedTuple):
     term: LossTerm
 
 
-def made_of(task: Task, model: nn.Module, batch: Any, samples: int, terms: Terms | None) -> Made:
+def made_of(
+    task: Task, model: nn.Module, batch: Any, samples: int, terms: Terms | None
+) -> BatchResult:
     """
     Run the whole model on a micro-batch.
 
@@ -161,7 +163,7 @@ def made_of(task: Task, model: nn.Module, batch: Any, samples: int, terms: Terms
     """
     outputs = task.step(model, batch) if has_step(task) else task.forward(model, batch)
     targets = targets_of(task, batch)
-    return Made(outputs, targets, loss_term(task, outputs, targets, samples, terms))
+    return BatchResult(outputs, targets, loss_term(task, outputs, targets, samples, terms))
 
 
 def loss_term(
@@ -231,7 +233,7 @@ class EvalBatch(NamedTuple):
     """The task's metrics with state, by name."""
 
 
-def judged(task: Task, made: Made, samples: int) -> EvalBatch:
+def judged(task: Task, made: BatchResult, samples: int) -> EvalBatch:
     """
     Give loss and metrics of one evaluation batch.
 

@@ -10,9 +10,9 @@ from torch.utils.data import Dataset
 from distplat.platform.optimizers import Muon
 from distplat.platform.sampler import Sampler
 from distplat.platform.spec import Job
-from distplat.strategies.loop.checks import listed
+from distplat.strategies.loop.checks import quoted
 from distplat.strategies.loop.loaders import held_generators
-from distplat.strategies.loop.losses import Made
+from distplat.strategies.loop.losses import BatchResult
 from distplat.strategies.loop.sample_hash import hash_of
 from distplat.strategies.loop.seeding import generators_kept, seed_sample
 from distplat.strategies.loop.streams import StreamSamples
@@ -51,7 +51,7 @@ def remark_on_factors(job: Job) -> str:
     )
 
 
-def remark_on_weight(made: Made, samples: int) -> str | None:
+def remark_on_weight(made: BatchResult, samples: int) -> str | None:
     """
     Say that what a `step` gives beside its loss seems to be a figure and no weight; None: no.
 
@@ -97,7 +97,7 @@ def remark_on_modes(model: nn.Module) -> str:
     if not outer:  # a train() of the model's own sees to it
         return ""
     return (
-        f"model() gives {listed(outer)} in evaluation mode, and each step begins with "
+        f"model() gives {quoted(outer)} in evaluation mode, and each step begins with "
         "model.train(), which has dropout drop and batch norms take the batch's statistics: where "
         "that is not meant, give the model a train(mode) that leaves this part in eval()"
     )
@@ -118,7 +118,7 @@ def remark_on_matrices(job: Job, model: nn.Module) -> str:
     if not found:
         return ""
     return (
-        f"Muon updates {listed(found)}, rows of an embedding: its authors have it for the matrices "
+        f"Muon updates {quoted(found)}, rows of an embedding: its authors have it for the matrices "
         "of hidden layers, and AdamW for embeddings and heads. Give them a group with a name, such "
         f"as {{match: {found[0]!r}, name: AdamW, lr: 3e-4}}"
     )

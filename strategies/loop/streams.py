@@ -26,12 +26,7 @@ import cloudpickle
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from distplat.platform.sampler import ENDLESS
-from distplat.strategies.algorithms.seeds import (
-    epoch_seed,
-    evaluation_data_seed,
-    mixed,
-    order_seed,
-)
+from distplat.strategies.algorithms.seeds import epoch_seed, evaluation_data_seed, mixed, order_seed
 from distplat.strategies.loop.sample_hash import fingerprint_of, hash_of
 from distplat.strategies.loop.seeding import generators_kept, seed_quickly, seed_sample
 from distplat.strategies.torch_compat import outside_loaders

@@ -65,23 +65,25 @@ from distplat.strategies.model.placeholders import (
 from distplat.strategies.model.trials import Runner
 from distplat.strategies.torch_compat import tree_leaves
 
-Order = Mapping[str, bool]
+CallOrder = Mapping[str, bool]
 """Modules beside the blocks that are called on the other side than they are registered on: by name,
 whether that is behind the blocks."""
 Missing = tuple[dict[str, Any], str, int]
 """A module's parameters or buffers, the name of a missing one, and its number among the tied."""
-Call = tuple[Sequence[Any], Mapping[str, Any]]
+CallArguments = tuple[Sequence[Any], Mapping[str, Any]]
 """Positional arguments, and those by name."""
 
 
-def block_modules(model: nn.Module, call: ModelCall, order: Order | None) -> list[nn.Module] | None:
+def block_modules(
+    model: nn.Module, call: ModelCall, order: CallOrder | None
+) -> list[nn.Module] | None:
     """
     Give the layers of a model, in order; None where it has no list of blocks.
 
     Args:
         model: whose forward calls all blocks one after the other.
         call: how it is called.
-        order: see `Order`.
+        order: see `CallOrder`.
     """
     found = list_of_blocks(model)
     if found is None:
@@ -140,7 +142,7 @@ def beside_blocks(model: nn.Module, path: str) -> Iterator[tuple[str, nn.Module,
 
 
 def _sides(
-    model: nn.Module, path: str, order: Order
+    model: nn.Module, path: str, order: CallOrder
 ) -> tuple[dict[int, nn.Module], dict[int, nn.Module], list[Tensor]]:
     """
     Say what belongs to which side of the blocks.
@@ -278,7 +280,7 @@ class BeforeBlocks(Runner):
             "tied": list(self._tied),
         }
 
-    def _recorded(self, inputs: Any) -> list[Call]:
+    def _recorded(self, inputs: Any) -> list[CallArguments]:
         """Give the calls of all blocks; find out first whether blocks give tensors or tuples."""
         states = _generators(inputs)
         try:
@@ -298,9 +300,9 @@ class BeforeBlocks(Runner):
                 raise first from None  # of the user's own: a sample that the embedding has not
             raise unfit(f"its forward {first}") from None
 
-    def _run(self, inputs: Any) -> list[Call]:
+    def _run(self, inputs: Any) -> list[CallArguments]:
         """Run forward until it has called all blocks."""
-        calls: list[Call] = []
+        calls: list[CallArguments] = []
         modes = torch_modes()
 
         def record(_: int, *args: Any, **kwargs: Any) -> Any:

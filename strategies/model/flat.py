@@ -30,7 +30,7 @@ from distplat.platform.vector_layout import Segment
 from distplat.strategies.model.gradients import Gradients
 from distplat.strategies.model.parameter_layout import (
     GroupOf,
-    Named,
+    NamedParams,
     Slot,
     bits_of,
     by_type,
@@ -457,7 +457,7 @@ class FlatModel:
         self._zeroed = [*_without(self.grads[:used], [self.slots[index] for index in copied])]
 
 
-def _others(named: Named, left_out: Named) -> Named:
+def _others(named: NamedParams, left_out: NamedParams) -> NamedParams:
     """Give the parameters of `named` that are not in `left_out`."""
     known = {id(p) for _, p in left_out}
     return [(name, p) for name, p in named if id(p) not in known]

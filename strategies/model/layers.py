@@ -11,7 +11,7 @@ from torch import Tensor, fx, nn
 
 from distplat.platform.errors import Problem, SpecError
 from distplat.strategies.algorithms.partition import bounds
-from distplat.strategies.model.block_layers import Order, block_modules, most_blocks
+from distplat.strategies.model.block_layers import CallOrder, block_modules, most_blocks
 from distplat.strategies.model.model_call import ModelCall, changed_modes, torch_modes
 from distplat.strategies.model.module_hooks import called_hooks
 from distplat.strategies.model.trials import ModuleSnapshot, Runner
@@ -235,7 +235,7 @@ def traced_layers(model: nn.Module) -> list[Layer]:
 
 
 def found_layers(
-    model: nn.Module, call: ModelCall | None = None, order: Order | None = None
+    model: nn.Module, call: ModelCall | None = None, order: CallOrder | None = None
 ) -> list[Layer]:
     """
     Find a model's layers: by a trace, or around its list of blocks where that gives more.
@@ -261,7 +261,7 @@ def found_layers(
 
 
 def layers_around_blocks(
-    model: nn.Module, call: ModelCall, order: Order | None
+    model: nn.Module, call: ModelCall, order: CallOrder | None
 ) -> list[Layer] | None:
     """
     Give the layers of `block_modules`; the last is named by what the first has not.

@@ -34,15 +34,15 @@ from distplat.strategies.model.flat import FlatModel
 from distplat.strategies.model.module_hooks import has_hook_after_backward
 from distplat.strategies.model.sync_batch_norm import SyncNorms
 from distplat.strategies.model.written_tensors import (
+    BufferRule,
     CappedTables,
-    Rule,
-    Values,
+    TensorValues,
     VersionCounters,
     Watched,
     copied_into,
     first_writer,
     first_written,
-    watch,
+    watch_tensor,
 )
 
 _FIRST_STEPS = 3
@@ -84,7 +84,7 @@ class ModelState:
         choose: Callable[[str], str | None] = lambda name: None,
     ) -> None:
         self._flat, self.shares = flat, shares
-        self._watched = list(watch(flat.model, choose, flat.extra))
+        self._watched = list(watch_tensor(flat.model, choose, flat.extra))
         slots = [(number, one.slot) for number, one in enumerate(self._watched) if one.trained]
         self._hooked = {number for number, slot in slots if has_hook_after_backward(slot.tensor)}
         """Those with a hook of the user's that is called with the gradient: ours come later."""
@@ -97,7 +97,7 @@ class ModelState:
         self._served = ""  #: where trained parameters are the servers': what to do instead
         self._shifting = False
         self._mark()
-        self._values: Values | None = None  #: as they were kept, where they will be compared
+        self._values: TensorValues | None = None  #: as they were kept, where they will be compared
         self._new: set[int] = set()  #: what this rank alone knows of
         self._until = _FIRST_STEPS
         self.version: int | None = None  #: of what is kept; None: nothing is
@@ -209,7 +209,7 @@ class ModelState:
             if one.copied:
                 one.keep(changed=number in changed)
         self._mark()
-        self._values = Values(self._uncopied()) if self._thorough(version) else None
+        self._values = TensorValues(self._uncopied()) if self._thorough(version) else None
         self.version = self._synchronized = version
         if self._norms is not None:
             self._norms.begin(version)
@@ -400,7 +400,7 @@ class ModelState:
         """Give the first rank that had samples."""
         return next((rank for rank, one in enumerate(self.shares.samples(step)) if one), 0)
 
-    def _those(self, rule: Rule) -> list[Watched]:
+    def _those(self, rule: BufferRule) -> list[Watched]:
         """Give what is known to change and goes by a rule, in the order of all ranks."""
         return [one for n in sorted(self._known) if (one := self._watched[n]).rule == rule]
 

@@ -136,7 +136,7 @@ _BLOCK_BYTES = 4096
 _TAIL_BYTES = 64 << 20
 """So much may the tail take in any case; else no more than what is trained."""
 
-Named = list[tuple[str, nn.Parameter]]
+NamedParams = list[tuple[str, nn.Parameter]]
 
 GroupOf = Callable[[str], int]
 """Gives the number of a parameter's group by its name, see `Piece.group`."""
@@ -165,7 +165,7 @@ class Slot:
         return (run if run.dtype == self.dtype else run.view(self.dtype)).view(self.shape)
 
 
-def trainable(model: nn.Module, extra: Mapping[str, Tensor]) -> Named:
+def trainable(model: nn.Module, extra: Mapping[str, Tensor]) -> NamedParams:
     """
     Give the parameters to be trained; an empty one has nothing to train.
 
@@ -203,13 +203,13 @@ def trainable(model: nn.Module, extra: Mapping[str, Tensor]) -> Named:
     return found
 
 
-def by_type(named: Named) -> Named:
+def by_type(named: NamedParams) -> NamedParams:
     """Sort parameters by type, in the order in which types first occur; else as they are."""
     order = list(dict.fromkeys(p.dtype for _, p in named))
     return sorted(named, key=lambda one: order.index(one[1].dtype))
 
 
-def room_for(frozen: Named, trained: Named, model: nn.Module) -> Named:
+def room_for(frozen: NamedParams, trained: NamedParams, model: nn.Module) -> NamedParams:
     """
     Give the frozen parameters that may take part in training later: the vector has room for them.
 
@@ -233,7 +233,9 @@ def room_for(frozen: Named, trained: Named, model: nn.Module) -> Named:
     return found if sum(p.nbytes for _, p in found) <= limit else []
 
 
-def lay_out(named: Named, tail: Named, group_of: GroupOf) -> tuple[list[Slot], Layout, torch.dtype]:
+def lay_out(
+    named: NamedParams, tail: NamedParams, group_of: GroupOf
+) -> tuple[list[Slot], Layout, torch.dtype]:
     """Give each parameter, sorted by type, its slot; what lies where; the vector's type."""
     mixed = len({p.dtype for _, p in named}) > 1
     slots: list[Slot] = []
@@ -252,7 +254,7 @@ def lay_out(named: Named, tail: Named, group_of: GroupOf) -> tuple[list[Slot], L
 
 
 def _append_slots(
-    named: Named, start: int, mixed: bool, slots: list[Slot], segments: list[Segment]
+    named: NamedParams, start: int, mixed: bool, slots: list[Slot], segments: list[Segment]
 ) -> int:
     """Append a slot for each parameter, in segments of their own; give the first free element."""
     offset = stop = start

@@ -103,11 +103,11 @@ class MadeOptimizer:
         return [[names[id(p)] for p in group["params"]] for group in groups]
 
 
-Made = Sequence[MadeOptimizer]
+MadeOptimizers = Sequence[MadeOptimizer]
 """What a task's `optimizer` gave: one, or several that share the parameters out."""
 
 
-def make_optimizers(job: Job, task: Task, flat: FlatModel) -> tuple[Made, Job]:
+def make_optimizers(job: Job, task: Task, flat: FlatModel) -> tuple[MadeOptimizers, Job]:
     """
     Ask a task for its optimizer.
 
@@ -140,7 +140,7 @@ def make_optimizers(job: Job, task: Task, flat: FlatModel) -> tuple[Made, Job]:
     return made, job.model_copy(update={"optimizer": own})
 
 
-def optimizers_digest(made: Made, flat: FlatModel) -> str:
+def optimizers_digest(made: MadeOptimizers, flat: FlatModel) -> str:
     """Fingerprint classes, groups and arguments: equal on all ranks that train alike."""
     names, simple = _names(flat), (bool, int, float, str, tuple)
     state_by_name = [
@@ -166,7 +166,7 @@ class TaskUpdate(LocalOptimizer):
         made: see `make_optimizers`.
     """
 
-    def __init__(self, flat: FlatModel, job: Job, total_steps: int, made: Made) -> None:
+    def __init__(self, flat: FlatModel, job: Job, total_steps: int, made: MadeOptimizers) -> None:
         self._flat, self._job, self._total, self._made = flat, job, total_steps, made
         self.bounds = (0, flat.size)
         self._gradients = [slot.view(flat.grads) for slot in flat.slots]
@@ -251,7 +251,7 @@ class TaskUpdate(LocalOptimizer):
             self.memory()
 
 
-def _groups(made: Made) -> Iterable[dict[str, Any]]:
+def _groups(made: MadeOptimizers) -> Iterable[dict[str, Any]]:
     return chain.from_iterable(one.optimizer.param_groups for one in made)
 
 
@@ -292,7 +292,7 @@ def _check_step(made: torch.optim.Optimizer, where: str) -> None:
         raise ValueError(f"{where} {text}: gradients are those of all workers, made once in a step")
 
 
-def _check_parameters(made: Made, flat: FlatModel, where: str) -> None:
+def _check_parameters(made: MadeOptimizers, flat: FlatModel, where: str) -> None:
     """See that every trainable parameter is in one group, and nothing else."""
     names = _names(flat)
     found = [p for group in _groups(made) for p in group["params"]]

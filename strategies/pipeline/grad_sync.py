@@ -18,7 +18,7 @@ from distplat.strategies.model.flat import FlatModel
 from distplat.strategies.model.model_state import ModelState
 from distplat.strategies.model.optim import LocalOptimizer, norm_figures
 from distplat.strategies.model.parameter_layout import squared_norm_of
-from distplat.strategies.pipeline.interfaces import GradSync, Versions
+from distplat.strategies.pipeline.interfaces import GatherVersions, GradSync
 from distplat.strategies.ports import Pushed, Shards
 from distplat.strategies.reduction.bucket_reducer import BucketReducer
 from distplat.strategies.worker_strategy import Context
@@ -60,7 +60,7 @@ class AllReduceGradSync(GradSync):
         self.made = False
 
     @override
-    def meet(self, group: Collective | None, context: Context, versions: Versions) -> int:
+    def meet(self, group: Collective | None, context: Context, versions: GatherVersions) -> int:
         """What the furthest peer has, all of them take over."""
         self._catch_up(versions)
         self._state = context.state
@@ -72,7 +72,7 @@ class AllReduceGradSync(GradSync):
             raise StateLost("a part of the model")
         return version
 
-    def _catch_up(self, versions: Versions) -> None:
+    def _catch_up(self, versions: GatherVersions) -> None:
         """Make the update that others have made, if all that it needs is here."""
         flat = self._flat
         newest = max(versions(flat.version))
@@ -196,7 +196,7 @@ class PsGradSync(GradSync):
         self.made = False
 
     @override
-    def meet(self, group: Collective | None, context: Context, versions: Versions) -> int:
+    def meet(self, group: Collective | None, context: Context, versions: GatherVersions) -> int:
         """Parameters are the servers', buffers the peers'."""
         flat = self._flat
         self._look = context.job.failure.non_finite != "ignore"

@@ -12,10 +12,9 @@ from distplat.platform.errors import Problem, hint
 from distplat.platform.fields import Count, Flag, Positive, Resources, Seconds
 from distplat.platform.spec import Job
 from distplat.platform.topology import Grid
-from distplat.strategies.strategy_spec import Options
+from distplat.strategies.strategy_spec import Backend, Options
 from distplat.strategies.tensor.parallel_plan import check_styles
 
-Backend = Literal["auto", "shm", "gloo", "nccl", "hierarchical"]
 _PER_STAGE = 4
 """Micro-batches for each stage where the job does not say: a bubble of a fifth, at most."""
 

@@ -22,18 +22,18 @@ from distplat.strategies.collective import Collective, broadcast_value, gather_v
 from distplat.strategies.loop.batches import batches_by, one_batch
 from distplat.strategies.loop.collate import moved
 from distplat.strategies.loop.prepared import Prepared
-from distplat.strategies.model.block_layers import Order
+from distplat.strategies.model.block_layers import CallOrder
 from distplat.strategies.model.layers import Layer, tracing
 from distplat.strategies.model.meta import materialise
 from distplat.strategies.model.model_call import ModelCall
 from distplat.strategies.model.sync_batch_norm import refuse_sync_batch_norm
-from distplat.strategies.pipeline.call_order import agreed_order, has_order, order_of
+from distplat.strategies.pipeline.call_order import agreed_order, call_order_of, has_order
 from distplat.strategies.pipeline.executor import training_plan
 from distplat.strategies.pipeline.hybrid_options import HybridOptions
 from distplat.strategies.pipeline.limits import (
     SAMPLES,
     as_pair,
-    compare,
+    check_layers,
     entering,
     inputs_of,
     names_of,
@@ -314,18 +314,18 @@ class _Cutting:
         self._device = torch.device(prepared.device)
         self._seed = prepared.job.seed if options.init == "meta" else None
 
-    def order(self, known: ModelPart | None) -> Order | None:
+    def order(self, known: ModelPart | None) -> CallOrder | None:
         """Have the order in which a model with blocks calls its parts; None: none is needed."""
         p, tried = self._prepared, None
         there = known.order is not None if known else has_order(p.task, p.model)
         if self._options.virtual_stages == 1 or not there:
             return None
         if p.model is not None and self._seed is None:
-            tried = partial(order_of, p.model, ModelCall(p.task), self._samples)
+            tried = partial(call_order_of, p.model, ModelCall(p.task), self._samples)
         return agreed_order(tried, known.order if known else None, self._group, self._device)
 
     def taken(
-        self, model: nn.Module, order: Order | None, at: Position, together: Collective | None
+        self, model: nn.Module, order: CallOrder | None, at: Position, together: Collective | None
     ) -> tuple[ModelPart, dict[int, Any]]:
         """
         Give the part, and a few samples as they enter its virtual stages, to try it.
@@ -348,7 +348,7 @@ class _Cutting:
         layers = layers_for(task, model, order)
         if self._group.rank == 0 and seed is None:
             with tracing:
-                compare(model, layers, lambda: entering(self._samples()), ModelCall(task))
+                check_layers(model, layers, lambda: entering(self._samples()), ModelCall(task))
         points = self.points(layers, None)
         mine = range(at.stage, options.virtual_stages, options.pipeline)
         inputs = {}

@@ -13,7 +13,7 @@ from distplat.strategies.algorithms.partition import bounds
 from distplat.strategies.algorithms.seeds import mixed
 from distplat.strategies.checkpoint.checkpoint_types import Holding
 from distplat.strategies.loop.seeding import seed_quickly
-from distplat.strategies.model.block_layers import BeforeBlocks, Order
+from distplat.strategies.model.block_layers import BeforeBlocks, CallOrder
 from distplat.strategies.model.flat import FlatModel
 from distplat.strategies.model.layers import (
     Layer,
@@ -30,7 +30,7 @@ from distplat.strategies.model.model_call import Batch, ModelCall, TakesBatch
 from distplat.strategies.model.module_hooks import called_hooks, saved_hooks
 from distplat.strategies.model.module_options import recomputed
 from distplat.strategies.model.parameter_layout import GroupOf
-from distplat.strategies.pipeline.limits import Named
+from distplat.strategies.pipeline.limits import ParameterName
 from distplat.strategies.pipeline.slicing_trial import BeforeSlicing
 from distplat.strategies.pipeline.values import copied
 from distplat.strategies.task import Task, overrides, own_call
@@ -321,11 +321,11 @@ class ModelPart:
     """By virtual stage."""
     module: nn.Module
     """All chunks' layers, with the names that they have in the model."""
-    order: Order | None = None
+    order: CallOrder | None = None
     """Of the whole model's parts; see `call_order.py`. None: nobody has asked."""
     specs: dict[str, ShardSpec] = field(default_factory=dict)
     """Which slice of a tensor this rank has; what is not in it is whole."""
-    names: dict[int, Named] = field(default_factory=dict)
+    names: dict[int, ParameterName] = field(default_factory=dict)
     """Of the whole model's parameters, for errors."""
     trial: BeforeSlicing | None = None
     """To be compared once, by all slices together; None: there is nothing to compare."""
@@ -360,7 +360,7 @@ class ModelPart:
         self.flat = FlatModel(self.module, group_of=group_of)
 
 
-def layers_for(task: Task, model: nn.Module, order: Order | None = None) -> list[Layer]:
+def layers_for(task: Task, model: nn.Module, order: CallOrder | None = None) -> list[Layer]:
     """
     Give a model's layers, as the task names them or as a trace finds them.
 
@@ -384,7 +384,7 @@ def layers_for(task: Task, model: nn.Module, order: Order | None = None) -> list
     return with_hooks(model, with_unread_buffers(model, layers, inside))
 
 
-def _listed_or_found(task: Task, model: nn.Module, order: Order | None) -> list[Layer]:
+def _listed_or_found(task: Task, model: nn.Module, order: CallOrder | None) -> list[Layer]:
     """Give layers whose first takes the inputs, or a batch that is a mapping."""
     try:
         modules = task.stages(model)
@@ -398,7 +398,7 @@ def _listed_or_found(task: Task, model: nn.Module, order: Order | None) -> list[
     return [replace(layers[0], module=TakesBatch(layers[0].module, of_one)), *layers[1:]]
 
 
-def _layers_of_own_call(task: Task, model: nn.Module, order: Order | None) -> list[Layer]:
+def _layers_of_own_call(task: Task, model: nn.Module, order: CallOrder | None) -> list[Layer]:
     """Give layers that do all that the task's own `forward` or `step` does."""
     _refuse_other_draws(task)
     layers = None

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from distplat.platform.errors import DistplatError, Problem, SpecError
 from distplat.strategies.model.trials import WithoutDropout, stop_dropping, untouched
-from distplat.strategies.pipeline.limits import Gradients, alike, gradients_of, other_gradients
+from distplat.strategies.pipeline.limits import NamedGradients, alike, gradients_of, other_gradients
 from distplat.strategies.pipeline.values import copied
 from distplat.strategies.tensor.parallel_layers import lone_columns
 from distplat.strategies.torch_compat import tree_map
@@ -46,7 +46,7 @@ class BeforeSlicing:
         self._module, self._chunks, self._inputs = module, chunks, inputs
         sliced = tuple(f"{name}." for name in planned)
         self._whole = [n for n, _ in module.named_parameters() if not n.startswith(sliced)]
-        self._expected: dict[tuple[int, bool], tuple[Any, Gradients]] = {}
+        self._expected: dict[tuple[int, bool], tuple[Any, NamedGradients]] = {}
         for virtual_stage, training in itertools.product(inputs, (False, True)):
             try:
                 found, again = (
@@ -89,7 +89,7 @@ class BeforeSlicing:
         return SpecError(Problem(("strategy", "tensor_plan"), text, hint or each))
 
     @torch.enable_grad()
-    def _run(self, virtual_stage: int, seed: int, *, training: bool) -> tuple[Any, Gradients]:
+    def _run(self, virtual_stage: int, seed: int, *, training: bool) -> tuple[Any, NamedGradients]:
         chunk = self._chunks[virtual_stage]
         with untouched(chunk), WithoutDropout():
             chunk.set_mode(training=training)
@@ -98,7 +98,7 @@ class BeforeSlicing:
             gradients = self._gradients(outputs)
         return tree_map(_detached, outputs), gradients
 
-    def _gradients(self, outputs: Any) -> Gradients:
+    def _gradients(self, outputs: Any) -> NamedGradients:
         """Give those of some sum of the outputs, of what is whole on all slices."""
         named = dict(self._module.named_parameters())
         trained = {name: named[name] for name in self._whole if named[name].requires_grad}

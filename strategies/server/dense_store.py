@@ -32,7 +32,7 @@ from distplat.platform.plateau import PlateauState
 from distplat.platform.shard_map import ShardPlan
 from distplat.platform.vector_layout import Layout, plain_layout
 from distplat.strategies.algorithms.reduce import clip_factor, sum_in_order
-from distplat.strategies.loop.control import Policy, StepControl
+from distplat.strategies.loop.control import NonFinitePolicy, StepControl
 from distplat.strategies.model.optim import FlatOptimizer, optimizer_of, rate_of
 from distplat.strategies.model.parameter_layout import (
     dtype_name,
@@ -397,7 +397,7 @@ def everything(layout: Layout) -> StepControl:
     return StepControl(1.0, 1.0, present=np.ones(layout.parameters, np.bool_))
 
 
-def flags_of(total: StepControl, policy: Policy) -> bytes:
+def flags_of(total: StepControl, policy: NonFinitePolicy) -> bytes:
     """
     Say which parameters an update moves: of a step that is left out, none.
 

@@ -32,7 +32,7 @@ from distplat.platform.errors import (
     ProtocolError,
     StaleError,
 )
-from distplat.platform.ledger import Answer, PullId, PushId, Verdict
+from distplat.platform.ledger import PullId, PushId, ServerReply, Verdict
 from distplat.platform.load import PushQueue, QueuedPush
 from distplat.platform.shard_map import ShardPlan
 from distplat.strategies.server.dense_store import DenseStore
@@ -44,7 +44,7 @@ Deliver = Callable[[Any, int], Any]
 
 
 @dataclass(frozen=True)
-class Limits:
+class ServerLimits:
     """How long a server waits, in seconds."""
 
     start_s: float
@@ -64,15 +64,17 @@ class Server(Generic[S]):
         limits: deadlines.
     """
 
-    def __init__(self, name: str, store: S, limits: Limits) -> None:
+    def __init__(self, name: str, store: S, limits: ServerLimits) -> None:
         self._name, self.store, self._limits = name, store, limits
         self._changed = threading.Condition()
-        self._pulls: dict[int, tuple[int, Answer | None]] = {}  #: rank -> its last pull's number
-        self._pushes: dict[int, tuple[int, Answer]] = {}  #: rank -> its last push's number
+        self._pulls: dict[
+            int, tuple[int, ServerReply | None]
+        ] = {}  #: rank -> its last pull's number
+        self._pushes: dict[int, tuple[int, ServerReply]] = {}  #: rank -> its last push's number
         self._opened_at: int | None = None  #: the step with which an attempt began
         self._queue = PushQueue()
         self._visits: dict[int, QueuedPush] = {}  #: rank -> its push that is staged, as it came
-        self._loads: dict[int, tuple[float, float, int]] = {}  #: by rank: see `Answer.apply_s`
+        self._loads: dict[int, tuple[float, float, int]] = {}  #: by rank: see `ServerReply.apply_s`
         self._deposed: DistplatError | None = None  #: why this server may acknowledge nothing more
 
     def kept(self, version: int, limit_s: float) -> tuple[int, Any]:
@@ -91,7 +93,7 @@ class Server(Generic[S]):
             self._changed.wait_for(lambda: ledger.steps >= version, limit_s)
             return ledger.steps, self.store.kept(version)
 
-    def pull(self, pull: PullId, deliver: Deliver, *, again: bool = False) -> Answer:
+    def pull(self, pull: PullId, deliver: Deliver, *, again: bool = False) -> ServerReply:
         """
         Give the newest values, once there are any.
 
@@ -122,7 +124,7 @@ class Server(Generic[S]):
                 self._pulls[rank] = pull.number, answer
             return answer
 
-    def push(self, push: PushId, gradient: Any, control: Any, deliver: Deliver) -> Answer:
+    def push(self, push: PushId, gradient: Any, control: Any, deliver: Deliver) -> ServerReply:
         """
         Take a worker's gradient; return when the worker may go on.
 
@@ -160,9 +162,9 @@ class Server(Generic[S]):
                 return self._once(push, lambda: self._take(rank, deliver, waited, head))
             # Another rank may have committed by now: this one still wants the norm of all servers.
             norm = store.squared_norm
-            return Answer(ledger.updates, False, norm, waiting_s=waited, total=head)
+            return ServerReply(ledger.updates, False, norm, waiting_s=waited, total=head)
 
-    def commit(self, rank: int, seq: int, norm: float | None, deliver: Deliver) -> Answer:
+    def commit(self, rank: int, seq: int, norm: float | None, deliver: Deliver) -> ServerReply:
         """
         Apply a staged step, once; later calls get the same answer.
 
@@ -227,12 +229,14 @@ class Server(Generic[S]):
             self._visits.clear()
         self._confirm()
 
-    def _take(self, rank: int, deliver: Deliver, waited: float, head: tuple[float, ...]) -> Answer:
+    def _take(
+        self, rank: int, deliver: Deliver, waited: float, head: tuple[float, ...]
+    ) -> ServerReply:
         """Have the present values delivered; the condition is held."""
         store, ledger = self.store, self.store.ledger
         version = store.pull(rank)
         apply_s, queue_s, queue_depth = self._loads.get(rank, (0.0, 0.0, 0))
-        return Answer(
+        return ServerReply(
             version,
             squared_norm=store.squared_norm,
             staleness=store.staleness_of(rank),
@@ -269,7 +273,7 @@ class Server(Generic[S]):
         if self._deposed is not None:
             raise FencedError(f"{self._name} serves no more: {self._deposed}")
 
-    def _once(self, push: PushId, make: Callable[[], Answer]) -> Answer:
+    def _once(self, push: PushId, make: Callable[[], ServerReply]) -> ServerReply:
         """Give the answer that the push got, or make it: a repeat must not deliver again."""
         if push.rank not in self._pushes or self._pushes[push.rank][0] < push.seq:
             self._pushes[push.rank] = push.seq, make()
@@ -329,7 +333,7 @@ class ShardServer(Server[DenseStore]):
         params: shape [m]; updated in place.
     """
 
-    def __init__(self, name: str, plan: ShardPlan, limits: Limits, params: Tensor) -> None:
+    def __init__(self, name: str, plan: ShardPlan, limits: ServerLimits, params: Tensor) -> None:
         super().__init__(name, DenseStore(plan, params), limits)
 
     @property

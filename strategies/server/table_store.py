@@ -24,11 +24,19 @@ from numpy.typing import NDArray
 from typing_extensions import override
 
 from distplat.platform.errors import FencedError, ProtocolError, StateLost
-from distplat.platform.ledger import Answer, Ledger, PullId, PushId, StepLedger, TaskLedger, Verdict
+from distplat.platform.ledger import (
+    Ledger,
+    PullId,
+    PushId,
+    ServerReply,
+    StepLedger,
+    TaskLedger,
+    Verdict,
+)
 from distplat.platform.plateau import PlateauState
 from distplat.platform.shard_map import TablePlan, TableSpec
 from distplat.platform.tensor_slices import Bundle, RawTensor
-from distplat.strategies.server.server import Limits, Server
+from distplat.strategies.server.server import Server, ServerLimits
 from distplat.strategies.server.store import (
     BackupLink,
     Change,
@@ -47,7 +55,7 @@ from distplat.strategies.sparse.table import RowGradients, Table, make_rule
 
 _CREATED_AT_ONCE = 1 << 16
 
-Rows = Sequence[Sequence[RowGradients]]
+TableRows = Sequence[Sequence[RowGradients]]
 """Gradients of an update, by table: several are added in order; none: the table was not used."""
 
 
@@ -189,7 +197,7 @@ class TableStore(ServerStore, ReplicatedStore):
         staged = [] if self._skipped else sorted(self._staged.items())
         self._unstage()
         parts = [part for _, some in staged for part in some]
-        by_table: Rows = [
+        by_table: TableRows = [
             [part for part in parts if part.table == number] for number in range(len(self.tables))
         ]
         if self.backup_link is not None:
@@ -243,7 +251,7 @@ class TableStore(ServerStore, ReplicatedStore):
             table.load(snapshot.vectors[table.spec.name])
 
     @override
-    def follow(self, change: Change, gradient: Rows) -> None:
+    def follow(self, change: Change, gradient: TableRows) -> None:
         """`gradient` has the sum for each table that was used."""
         match change:
             case Renewal(plan=plan):
@@ -261,7 +269,7 @@ class TableStore(ServerStore, ReplicatedStore):
                     ledger.commit(push.seq)
                 self._update(gradient, schedule_step, before)
 
-    def _update(self, by_table: Rows, schedule_step: int, before: int) -> None:
+    def _update(self, by_table: TableRows, schedule_step: int, before: int) -> None:
         """
         Update the rows, and copy what a checkpoint of the step just made wants.
 
@@ -338,7 +346,7 @@ class TableServer(Server[TableStore], PartSource):
     """
 
     def __init__(self, name: str, index: int) -> None:
-        super().__init__(name, TableStore(name, index), Limits(0.0, 0.0))
+        super().__init__(name, TableStore(name, index), ServerLimits(0.0, 0.0))
 
     def open(
         self, plan: TablePlan, saved_at: int = 0, saved: Iterable[Mapping[str, RawTensor]] = ()
@@ -362,7 +370,7 @@ class TableServer(Server[TableStore], PartSource):
         with self._changed:
             self._check_in_office()
             store, failure = self.store, plan.job.failure
-            self._limits = Limits(failure.start_timeout_s, failure.step_timeout_s)
+            self._limits = ServerLimits(failure.start_timeout_s, failure.step_timeout_s)
             if store.plan is None:
                 store.open(plan, saved_at, list(saved))
             elif plan.attempt < store.ledger.attempt:
@@ -430,7 +438,7 @@ class TableServer(Server[TableStore], PartSource):
         gradients: Sequence[RowGradients],
         skip: bool = False,
         settings: tuple[float, ...] = (),
-    ) -> Answer:
+    ) -> ServerReply:
         """
         Take a rank's gradients; return when they are applied. See `TableStore.push`.
 

@@ -118,7 +118,7 @@ Ids = NDArray[np.int64]
 Slots = NDArray[np.int64]
 
 
-class Index(ABC):
+class RowIndex(ABC):
     """Gives each id a slot, in the order in which they are added."""
 
     def __init__(self) -> None:
@@ -155,12 +155,12 @@ class Index(ABC):
         return first
 
 
-def make_index(rows: int | None) -> Index:
+def make_index(rows: int | None) -> RowIndex:
     """Make the index of a table with ids below `rows`; None: any that is not negative."""
     return HashIndex() if rows is None or rows > MOST_BY_ARRAY else ArrayIndex(rows)
 
 
-class ArrayIndex(Index):
+class ArrayIndex(RowIndex):
     """Where rows lie, for ids below `rows`: an array."""
 
     def __init__(self, rows: int) -> None:
@@ -180,7 +180,7 @@ class ArrayIndex(Index):
         return slots
 
 
-class HashIndex(Index):
+class HashIndex(RowIndex):
     """Where rows lie, for any ids: a hash table."""
 
     def __init__(self) -> None:

@@ -12,9 +12,9 @@ from distplat.platform.errors import Problem, SpecError
 from distplat.strategies.tensor.exchange import (
     Bounds,
     TensorParallelRegion,
-    copied,
+    copy_forward,
     gathered,
-    summed,
+    sum_forward,
 )
 from distplat.strategies.tensor.parallel_layers import (
     Parts,
@@ -150,7 +150,7 @@ class SplitMultiheadAttention(nn.MultiheadAttention):
 
     def _project(self, query: Tensor, key: Tensor, value: Tensor) -> list[Tensor]:
         """Give query, key and value of the own heads; each input is exchanged once in backward."""
-        inputs = {id(t): copied(t, self.inside.group) for t in (query, key, value)}
+        inputs = {id(t): copy_forward(t, self.inside.group) for t in (query, key, value)}
         biases: list[Tensor | None] = [None] * 3
         if self.in_proj_bias is not None:
             biases = list(self.in_proj_bias.chunk(3))
@@ -188,7 +188,7 @@ class SplitMultiheadAttention(nn.MultiheadAttention):
     def _of_all_heads(self, weights: Tensor, average: bool) -> Tensor:
         """[N, own heads, L, S] -> [N, L, S], or [N, all heads, L, S]."""
         if average:
-            return summed(weights.sum(1).contiguous(), self.inside.group) / self.bounds[-1][1]
+            return sum_forward(weights.sum(1).contiguous(), self.inside.group) / self.bounds[-1][1]
         last = gathered(weights.permute(0, 2, 3, 1), self.bounds, self.inside.group)
         return last.permute(0, 3, 1, 2)
 

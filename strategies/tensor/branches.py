@@ -20,7 +20,7 @@ from torch.autograd import Function
 
 from distplat.platform.errors import Problem, SpecError
 from distplat.strategies.collective import Collective, gather_values
-from distplat.strategies.tensor.exchange import TensorParallelRegion, copied
+from distplat.strategies.tensor.exchange import TensorParallelRegion, copy_forward
 from distplat.strategies.tensor.parallel_layers import Parts, become
 from distplat.strategies.tensor.parallel_plan import ShardSpec, share_out
 
@@ -117,7 +117,7 @@ class Branches:
         return self._ready.pop(index)
 
     def _compute(self, inputs: Tensor) -> tuple[Tensor, ...]:
-        shared = copied(inputs, self.inside.group)
+        shared = copy_forward(inputs, self.inside.group)
         mine = [m for m, owner in zip(self.modules, self._owners, strict=True) if self._has(owner)]
         if mine[0].training:
             self.inside.begin(inputs.device)

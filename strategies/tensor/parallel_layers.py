@@ -22,10 +22,10 @@ from distplat.strategies.collective import Collective, gather_values
 from distplat.strategies.tensor.exchange import (
     Bounds,
     TensorParallelRegion,
-    copied,
+    copy_forward,
     gathered,
     scattered,
-    summed,
+    sum_forward,
 )
 from distplat.strategies.tensor.parallel_plan import ShardSpec, slice_of
 
@@ -50,7 +50,7 @@ def tensor_slice_of(shape: Sequence[int], spec: ShardSpec | None) -> TensorSlice
     return TensorSlice(full, (spec.dim, spec.start, spec.stop), blocks=spec.blocks)
 
 
-def join(parts: Sequence[Tensor], specs: Sequence[ShardSpec]) -> Tensor:
+def join_parts(parts: Sequence[Tensor], specs: Sequence[ShardSpec]) -> Tensor:
     """
     Put a full tensor together.
 
@@ -117,7 +117,7 @@ def _receive(mine: Tensor, specs: Sequence[ShardSpec], group: Collective) -> Ten
             if spec.extent:
                 group.recv(part, rank)
         parts.append(part)
-    return join(parts, specs)
+    return join_parts(parts, specs)
 
 
 def _room(mine: Tensor, spec: ShardSpec) -> Tensor:
@@ -150,7 +150,7 @@ class ColumnLinear(nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         """[..., in] -> [..., own columns], or [..., out] where they are put together."""
         if self.gathers:
-            outputs = super().forward(copied(input, self.inside.group))
+            outputs = super().forward(copy_forward(input, self.inside.group))
             return gathered(outputs, self.bounds, self.inside.group)
         outputs = super().forward(self.inside.enter(input))
         if self.training:
@@ -198,7 +198,7 @@ class RowLinear(nn.Linear):
             )
         else:
             self.inside.end()
-        outputs = summed(F.linear(input, self.weight).contiguous(), self.inside.group)
+        outputs = sum_forward(F.linear(input, self.weight).contiguous(), self.inside.group)
         if self.bias is None:
             return outputs
         return outputs + self.bias.to(outputs.dtype)
@@ -221,7 +221,7 @@ class VocabularyEmbedding(nn.Embedding):
         nowhere = (input < 0) | (input >= self.size)
         own = own.masked_fill(elsewhere, 0).masked_fill(nowhere, self.num_embeddings)
         rows = super().forward(own).masked_fill(elsewhere.unsqueeze(-1), 0.0)
-        return summed(rows, self.inside.group)
+        return sum_forward(rows, self.inside.group)
 
 
 def split_columns(

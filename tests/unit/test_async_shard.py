@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 from torch import Tensor
 
-from distplat.platform.apply_log import Applied, flaws
+from distplat.platform.apply_log import Applied, log_flaws
 from distplat.platform.errors import FencedError, NotReadyError, ProtocolError, StaleError
 from distplat.platform.ledger import PushId, Verdict
 from distplat.platform.spec import Consistency
@@ -269,7 +269,7 @@ def loss_after(rate: float, **corrections: Any) -> float:
         return BOWL * params + 0.01 * noise(10, rank, step)
 
     shard = run_schedule(plan, torch.ones(10), gradient, [*range(OLD)] * TURNS)
-    assert flaws(staleness(shard).log, OLD, TURNS) == []
+    assert log_flaws(staleness(shard).log, OLD, TURNS) == []
     assert set(staleness(shard).of) == {OLD - 1}
     return float((BOWL * shard.params**2).sum())
 

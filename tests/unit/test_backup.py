@@ -16,10 +16,10 @@ from distplat.platform.errors import ActorLost, FencedError
 from distplat.platform.ledger import PullId, PushId
 from distplat.platform.shard_map import ShardPlan
 from distplat.platform.spec import SYNCHRONOUS, Consistency
-from distplat.strategies.server.server import Limits, ShardServer
+from distplat.strategies.server.server import ServerLimits, ShardServer
 
 SIZE, WORLD, STEPS, LOST_AT = 33, 2, 6, 3
-LIMITS = Limits(5.0, 5.0)
+LIMITS = ServerLimits(5.0, 5.0)
 OPTIMIZERS: list[dict[str, Any]] = [
     {"name": "SGD", "lr": 0.1},
     {"name": "SGD", "lr": 0.1, "momentum": 0.9},

@@ -21,7 +21,7 @@ from hybrid_models import (
 from local_run import train
 from marks import slow
 
-from distplat.platform.shard_map import Division, Shard, within
+from distplat.platform.shard_map import Division, Shard, clip_ranges
 from distplat.platform.vector_layout import Segment
 from distplat.strategies.algorithms.reduce import squared_norm
 from distplat.strategies.model.parameter_layout import squared_norm_of
@@ -66,8 +66,8 @@ def test_who_shares_which_servers(servers: int, each: int) -> None:
 
 
 def test_runs_within_a_shard() -> None:
-    assert within([(0, 3), (5, 12), (20, 22)], Shard(1, 2, 10)) == ((0, 1), (3, 8))
-    assert within([(12, 14)], Shard(1, 2, 10)) == ()
+    assert clip_ranges([(0, 3), (5, 12), (20, 22)], Shard(1, 2, 10)) == ((0, 1), (3, 8))
+    assert clip_ranges([(12, 14)], Shard(1, 2, 10)) == ()
 
 
 def test_the_norm_of_all_but_some_runs() -> None:

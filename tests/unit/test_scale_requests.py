@@ -2,12 +2,7 @@
 
 import threading
 
-from distplat.platform.scaling import (
-    NOBODY_ASKED,
-    ScaleRequest,
-    ScaleRequests,
-    ScaleStatus,
-)
+from distplat.platform.scaling import NOBODY_ASKED, ScaleRequest, ScaleRequests, ScaleStatus
 
 
 def test_a_request_is_taken_once_and_is_pending_until_it_is_answered() -> None:

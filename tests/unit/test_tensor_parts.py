@@ -10,7 +10,12 @@ from distplat.platform.tensor_slices import TensorEntry, TensorSlice, put_togeth
 from distplat.strategies.checkpoint.checkpoint_reader import tensor_of
 from distplat.strategies.checkpoint.parts import as_array, whole_of
 from distplat.strategies.fakes import Fabric
-from distplat.strategies.tensor.parallel_layers import gather_full, join, take, tensor_slice_of
+from distplat.strategies.tensor.parallel_layers import (
+    gather_full,
+    join_parts,
+    take,
+    tensor_slice_of,
+)
 from distplat.strategies.tensor.parallel_plan import ShardSpec, slice_of
 
 
@@ -27,7 +32,7 @@ def test_what_is_cut_can_be_joined(
     specs = [slice_of("w", dim, units, size, r, world, blocks=blocks) for r in range(world)]
     parts = [take(whole, spec) for spec in specs]
     assert [part.shape[dim] for part in parts] == [spec.extent for spec in specs]
-    assert torch.equal(join(parts, specs), whole)
+    assert torch.equal(join_parts(parts, specs), whole)
     # A checkpoint takes the same parts of it, and puts the same together.
     kept = whole_of(whole)
     slices = [tensor_slice_of(part.shape, spec) for part, spec in zip(parts, specs, strict=True)]
@@ -57,7 +62,7 @@ def test_parts_are_tensors_of_their_own() -> None:
 
 def test_what_does_not_make_up_a_whole_is_refused() -> None:
     with pytest.raises(ValueError, match="do not make up 6"):
-        join([torch.ones(2), torch.ones(2)], [ShardSpec(0, 0, 2, 6), ShardSpec(0, 2, 4, 6)])
+        join_parts([torch.ones(2), torch.ones(2)], [ShardSpec(0, 0, 2, 6), ShardSpec(0, 2, 4, 6)])
 
 
 def test_one_rank_gets_all_in_full() -> None:

@@ -28,7 +28,7 @@ from distplat.actors.collectives.header import SIZE, STAGED, offset_of, vector_o
 from distplat.actors.memory import futex
 from distplat.actors.memory.futex import Word
 from distplat.actors.memory.memfd import MemorySegment
-from distplat.actors.messages import Address
+from distplat.actors.messages import MemoryAddress
 
 SLOTS = 4
 """Of each rank; block_pipeline.py says why four."""
@@ -102,7 +102,7 @@ class GroupSegment:
         return cls(MemorySegment.create(node, layout.size, "uint8", populate=False), layout, 0)
 
     @classmethod
-    def open(cls, address: Address, layout: SegmentLayout, rank: int) -> "GroupSegment":
+    def open(cls, address: MemoryAddress, layout: SegmentLayout, rank: int) -> "GroupSegment":
         """
         Map what rank 0 has made.
 
@@ -138,7 +138,7 @@ class GroupSegment:
         """Process of a rank that has entered."""
         return self._get(rank, _PID)
 
-    def offer(self, address: Address) -> None:
+    def offer(self, address: MemoryAddress) -> None:
         """Lay down where this process's part of a new shared vector is."""
         self._set(_VECTOR, address.fd)
         _LONG_FIELD.pack_into(self.bytes, self.rank * _LINE + _INODE, address.inode)
@@ -235,7 +235,7 @@ class SharedVectors:
         raise ValueError("the tensor lies in no shared vector")
 
     @staticmethod
-    def _map(mine: MemorySegment, address: Address) -> Tensor:
+    def _map(mine: MemorySegment, address: MemoryAddress) -> Tensor:
         if (address.pid, address.fd) == (mine.address.pid, mine.address.fd):
             return mine.tensor
         return MemorySegment.open(address).tensor

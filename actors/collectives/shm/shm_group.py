@@ -31,7 +31,7 @@ from distplat.actors.collectives.shm.liveness import LivenessMonitor, RunningOp
 from distplat.actors.collectives.shm.p2p import PointToPoint
 from distplat.actors.collectives.shm.segment import GroupSegment, SegmentLayout, create_vector
 from distplat.actors.collectives.work import OpQueue, Work
-from distplat.actors.messages import Address
+from distplat.actors.messages import MemoryAddress
 from distplat.platform.errors import CollectiveError
 from distplat.strategies.collective import ReduceOp
 
@@ -234,7 +234,7 @@ class ShmGroup(CollectiveGroup):
         word = json.loads(find_address(self.name, self.settings))
         if (world := word.pop("world")) != self.world:
             raise self._no_segment(f"rank 0 says {world} ranks, rank {self.rank} says {self.world}")
-        address = Address(**word)
+        address = MemoryAddress(**word)
         if address.node != node:
             raise self._no_segment(
                 f"rank 0 is on node {address.node}, rank {self.rank} on node {node}: "
