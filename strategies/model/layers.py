@@ -94,7 +94,6 @@ class Stage(Runner):
 
     def __init__(self, layers: Sequence[Layer]) -> None:
         super().__init__()
-        self.layer_names = [layer.name for layer in layers]
         # In a tuple: not registered once more.
         self.in_order = tuple(layer.module for layer in layers)
         every = (module for layer in layers for module in layer.module.modules())
