@@ -85,7 +85,7 @@ class ActorGroup:
         self._made_for = launch.job  #: the same when servers and scheduler were made
         self._manager_attempt = 0  #: for which the manager was made
         self._controller: Any = None
-        self._enlisted = 0
+        self._newcomer_count = 0
         self._orders, self._node = Orders(RayTransport()), RayTransport().node
         self._ranks = launch.job.scaling.num_workers  # that were ever given
         self._nodes: dict[int, str] = {}  #: of workers by rank
@@ -206,12 +206,12 @@ class ActorGroup:
     def _resize(self, world: int) -> None:
         """End who is not to go on, and take those in who have made themselves ready."""
         for rank in [one for one in self._handles.workers if one >= world]:
-            self.part_with(rank)
+            self.end_worker(rank)
         for rank in range(world):
             if rank not in self._handles.workers:
                 self._handles.workers[rank] = self._handles.newcomers.pop(rank)
 
-    def enlist(self, rank: int, checkpoint_step: int) -> Callable[[], Any]:
+    def start_newcomer(self, rank: int, checkpoint_step: int) -> Callable[[], Any]:
         """
         Make a worker that is to join; give what has it make itself ready.
 
@@ -221,15 +221,15 @@ class ActorGroup:
             rank: that it is to have.
             checkpoint_step: steps of the newest checkpoint.
         """
-        self._enlisted += 1
-        name = f"{self._attempt + 1}.{self._enlisted}"
+        self._newcomer_count += 1
+        name = f"{self._attempt + 1}.{self._newcomer_count}"
         worker = spawn_worker(self.job, self.launch.run, name, rank)
         self._handles.newcomers[rank] = worker
         return partial(
             worker.prepare.remote, self._order(self._attempt + 1, rank, None, checkpoint_step)
         )
 
-    def let_go(self, rank: int) -> None:
+    def end_newcomer(self, rank: int) -> None:
         """End a worker that was to join."""
         ray.kill(self._handles.newcomers.pop(rank))
 
@@ -294,7 +294,7 @@ class ActorGroup:
         )
         return ranks
 
-    def part_with(self, rank: int) -> None:
+    def end_worker(self, rank: int) -> None:
         """End a worker that has left."""
         ray.kill(self._handles.workers.pop(rank))
 

@@ -99,8 +99,8 @@ def _train(
     device = "cuda" if job.scaling.use_gpu else "cpu"
     prepared = prepare(job, task, device, strategy)
     job = prepared.job
-    for remark in prepared.remarks:
-        logger.warning("%s", remark)
+    for warning in prepared.warnings:
+        logger.warning("%s", warning)
     every = job.checkpoint.period(prepared.sampler.steps_per_epoch)
     uploader = _uploader(checkpoints)
     saved = _saved(checkpoints.newest())

@@ -111,7 +111,7 @@ class SyncScaler:
             self._drop(rank)
         for rank in resizing.to_make:
             limit = self._actors.job.failure.start_timeout_s
-            call = self._actors.enlist(rank, checkpoint_step)
+            call = self._actors.start_newcomer(rank, checkpoint_step)
             self._calls[rank] = _Newcomer(call, call(), time.monotonic() + limit)
             resizing.made(rank)
         for rank in list(self._calls):
@@ -127,7 +127,7 @@ class SyncScaler:
             self._requests.answer(request.number, refused)
             return
         self._number = request.number
-        self._resizing.wish(request.workers)
+        self._resizing.request(request.workers)
 
     def _look_after(self, rank: int) -> None:
         coming = self._calls[rank]
@@ -167,7 +167,7 @@ class SyncScaler:
     def _drop(self, rank: int) -> None:
         self._calls.pop(rank, None)
         self._resizing.dropped(rank)
-        self._actors.let_go(rank)
+        self._actors.end_newcomer(rank)
 
 
 def check_scalable(actor_group: ActorGroup, workers: int) -> None:
@@ -248,5 +248,5 @@ class AsyncScaler:
     def left(self, rank: int) -> None:
         """End a worker that has finished what it had."""
         self._leaving.discard(rank)
-        self._actors.part_with(rank)
+        self._actors.end_worker(rank)
         self._actors.tell_scheduler("forget", rank)

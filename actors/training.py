@@ -338,8 +338,8 @@ class Session:
             logger.info("rank %d goes on after step %d", order.rank, start)
             return
         world = order.job.scaling.world
-        for remark in prepared.remarks if order.rank == 0 else ():
-            logger.warning("%s", remark)
+        for warning in prepared.warnings if order.rank == 0 else ():
+            logger.warning("%s", warning)
         logger.info(
             "rank %d %s: %s, %d parameters on %s, %d steps",
             order.rank,

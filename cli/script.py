@@ -21,7 +21,7 @@ from distplat.cli.common_options import (
     RuntimeEnvJson,
     is_json,
 )
-from distplat.cli.drive import let_go
+from distplat.cli.drive import flush_or_discard
 from distplat.cli.render import print_pairs
 from distplat.platform.errors import Problem, SpecError, naming_path, printable
 from distplat.platform.progress import to_json
@@ -121,7 +121,7 @@ def submit_script(
         result = train_script(job, lines)
     with suppress(OSError):  # it has ended well, whether somebody reads it or not
         _print(job, result, as_json=as_json)
-    let_go(sys.stdout)
+    flush_or_discard(sys.stdout)
 
 
 def _print(job: ScriptJob, result: ScriptResult, *, as_json: bool) -> None:

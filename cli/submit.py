@@ -19,7 +19,7 @@ import distplat
 from distplat.actors.view import View
 from distplat.cli import remote, shipping
 from distplat.cli.address import VERSION_KEY, Target, bring_token, target_of
-from distplat.cli.drive import STORAGE, let_go, train
+from distplat.cli.drive import STORAGE, flush_or_discard, train
 from distplat.cli.render import Facts, print_result
 from distplat.cli.versions import check_cluster
 from distplat.platform.errors import ClusterUnreachable, Problem, SpecError, naming_path, printable
@@ -454,4 +454,4 @@ def _print(facts: Facts, request: SubmitRequest, job_id: str | None = None) -> N
             print(to_json(facts if job_id is None else {**facts, "id": job_id}))
         else:
             print_result(facts)
-    let_go(sys.stdout)
+    flush_or_discard(sys.stdout)

@@ -182,7 +182,7 @@ class Replication(BackupLink):
         if not self.state.change(Role.BACKUP, term):
             self.state.check_update(term)  # the same call once more, or one that came too late
             return self._inbox is not None
-        self._store.become(snapshot)
+        self._store.load_snapshot(snapshot)
         self._count, self._inbox = 0, None
         if inbox is not None and inbox.node == self._transport.node:
             try:

@@ -289,8 +289,8 @@ class Loop(_AnyLoop):
         found = self.compute.evaluate(data)
         self.state.discard()
         if self.job.ema is not None:
-            with self.flat.shown(self.strategy.average()):
-                found.take_in(self.compute.evaluate(data), "ema_")
+            with self.flat.with_params(self.strategy.average()):
+                found.merge(self.compute.evaluate(data), "ema_")
             self.state.discard()
         self._merge_states(found)
         self.progress.evaluating = False

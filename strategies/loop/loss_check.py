@@ -25,11 +25,11 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from distplat.strategies.loop.collate import with_fields
-from distplat.strategies.loop.loss_state import LossState, remark_on_state
+from distplat.strategies.loop.loss_state import LossState, state_warning
 from distplat.strategies.loop.losses import BatchResult, EvalBatch
-from distplat.strategies.loop.remarks import remark_on_weight
 from distplat.strategies.loop.seeding import generators_kept, state_of_generators
 from distplat.strategies.loop.task_settings import task_modules
+from distplat.strategies.loop.task_warnings import weight_warning
 from distplat.strategies.task import Task, has_step
 
 logger = logging.getLogger(__name__)
@@ -92,14 +92,14 @@ class MeanCheck:
         state, self._state = self._state, None
         if state is not None and not self._compared:
             self._compared = True
-            if (remark := remark_on_state(state)) is not None:
-                logger.warning("%s", remark)
+            if (warning := state_warning(state)) is not None:
+                logger.warning("%s", warning)
         if step >= _FIRST_STEPS or step in self._looked:
             return
         self._looked.add(step)
         text = labels_warning(made, samples)
         if text is None and has_step(self._task):
-            text = remark_on_weight(made, samples)
+            text = weight_warning(made, samples)
         elif text is None:
             term, states = made.term, states_of(self._task, self._model)
             loss = (term.value, term.weight) if term.weighted else term.value

@@ -73,7 +73,7 @@ class LossState:
                 held.update(values)
 
 
-def remark_on_state(state: LossState) -> str | None:
+def state_warning(state: LossState) -> str | None:
     """Say what changed since, in no checkpoint; None: nothing."""
     names = state.changed()
     if not names:

@@ -58,7 +58,7 @@ class Prepared:
     """Values of the job's `initial_weights`, while the model has none of its own."""
     holding: Holding | None = None
     """What of the whole model `part` is; None: all of it."""
-    remarks: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
     """What is no error and probably not meant."""
 
     @property

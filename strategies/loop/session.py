@@ -51,7 +51,6 @@ from distplat.strategies.loop.loop import LeasedLoop, Loop, Progress, task_plan
 from distplat.strategies.loop.losses import LOSS_SCALE, LossScale, TermWeights
 from distplat.strategies.loop.metric_states import TaskMetrics
 from distplat.strategies.loop.prepared import Prepared
-from distplat.strategies.loop.remarks import remark_on_reading, remarks_on, remarks_on_model
 from distplat.strategies.loop.seeding import seed_all
 from distplat.strategies.loop.streams import StreamPosition, StreamSamples
 from distplat.strategies.loop.task_settings import (
@@ -61,6 +60,7 @@ from distplat.strategies.loop.task_settings import (
     task_parameters,
     with_task_schedule,
 )
+from distplat.strategies.loop.task_warnings import job_warnings, model_warnings, reading_warning
 from distplat.strategies.model.flat import FlatModel
 from distplat.strategies.model.model_state import ModelState, Shares
 from distplat.strategies.model.module_options import apply_module_options
@@ -143,7 +143,7 @@ def prepare(
     spec = make_strategy(job) if strategy is None else strategy.strategy
     roles = spec.roles(job)
     model = checked_model(task, task.model() if strategy is None else strategy.build_model(task))
-    said = remarks_on_model(job, model)
+    said = model_warnings(job, model)
     check_frequencies(model, roles.replicas(job.scaling.world) * spec.micro_batches(job))
     check_state(model, sent=roles.collective is not None and job.scaling.world > 1)
     check_device(device)
@@ -168,7 +168,7 @@ def prepare(
     found = Prepared(job, task, left, data, eval_data, sampler, steps, device, roles, part, lookups)
     found.initial = initial if any(one.is_meta for one in model.parameters()) else {}
     found = _with_own_updates(found)
-    found.remarks = [*said, *remarks_on(found.job, sampler)]
+    found.warnings = [*said, *job_warnings(found.job, sampler)]
     return found
 
 
@@ -225,8 +225,8 @@ def describe(prepared: Prepared) -> None:
     optimizer = optimizers_digest(p.made, p.flat) if p.made else ""
     said = ("lr", schedule_digest(p.job)), ("optimizer", optimizer)
     p.facts = replace(found, order=digest_of(p.sampler), said=said)
-    if remark := remark_on_reading(p.data, [position for position, _ in found.hashes]):
-        p.remarks.append(remark)
+    if warning := reading_warning(p.data, [position for position, _ in found.hashes]):
+        p.warnings.append(warning)
 
 
 def resize(prepared: Prepared, job: Job, strategy: WorkerStrategy[Any]) -> None:

@@ -160,7 +160,7 @@ class FlatModel:
         self._point()
 
     @contextmanager
-    def shown(self, params: Tensor) -> Iterator[None]:
+    def with_params(self, params: Tensor) -> Iterator[None]:
         """Have the model compute with other parameters for a while, shape [n], between steps."""
         slots = [self.slots[index] for index in self._live()]
         for slot, parameter in zip(slots, self._housed, strict=True):
@@ -173,7 +173,7 @@ class FlatModel:
 
     def written(self, params: Tensor, before: Tensor) -> str | None:
         """
-        Name a parameter that was written while the model was `shown` with these; None: none was.
+        Name a parameter that was written in the block of `with_params`; None: none was.
 
         Args:
             params: what the model computes with, shape [n].
@@ -252,14 +252,14 @@ class FlatModel:
         self._look_for_thawed()
         self.began = True
 
-    def take_in(self) -> None:
+    def collect(self) -> None:
         """
         Be told that a backward is over: `grads` and `present` are then right.
 
         Raises:
-            SpecError: see `Gradients.take_in`.
+            SpecError: see `Gradients.collect`.
         """
-        self.gradients.take_in()
+        self.gradients.collect()
         self._look_for_thawed()
         for number in np.flatnonzero(self.thawed).tolist():
             index = self._trained + number
@@ -273,17 +273,17 @@ class FlatModel:
         Save the pass that sets large gradients to zero, or do it again; between two steps.
 
         Args:
-            copies: hooks call `ready` for every trained slot in every backward, and `settle` is
-                called in each step.
+            copies: hooks call `ready` for every trained slot in every backward, and somebody calls
+                `zero_missing` in each step.
             looks: `ready` looks for NaN and infinity in what it copies, see `finite`.
         """
         self._copies, self._looks = copies, looks
         self._point()
 
-    def settle(self) -> None:
+    def zero_missing(self) -> None:
         """Set gradients to zero that no backward has made; needed where none was called."""
         if not self.began:
-            self.gradients.settle()
+            self.gradients.zero_missing()
 
     @property
     def tail_in_use(self) -> bool:

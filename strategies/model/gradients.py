@@ -15,7 +15,7 @@ changes: a backward has added to it if, and only if, its version has moved.
 Setting a large gradient to zero and adding to it costs more memory traffic than copying the new
 one. Some parameters may therefore begin a step with `.grad = None`, as after torch's `zero_grad`:
 autograd hands over the tensor that it has made, a hook copies it (`ready`), and the view is set to
-zero only where no gradient came (`take_in`, `settle`).
+zero only where no gradient came (`collect`, `zero_missing`).
 """
 
 from __future__ import annotations
@@ -123,14 +123,14 @@ class Gradients:
                     self._check_untouched(index)
             self._versions = now
 
-    def take_in(self) -> None:
+    def collect(self) -> None:
         """
         Note which parameters the backward just over gave a gradient.
 
         Raises:
             SpecError: gradients of earlier micro-batches are gone; names the parameter.
         """
-        self.settle()
+        self.zero_missing()
         if not self._in_place(self._views):
             for index, grad in enumerate(map(_GRAD, self._parameters)):
                 if grad is not self._views[index]:
@@ -140,7 +140,7 @@ class Gradients:
         self._present[self._indices] = self._has
         self._versions = now
 
-    def settle(self) -> None:
+    def zero_missing(self) -> None:
         """Set views to zero that have no gradient of this step; nothing of this step is lost."""
         if not self._stale:
             return
@@ -156,7 +156,7 @@ class Gradients:
         """
         Have one parameter's gradient in the vector, the n-th's; a backward has finished it.
 
-        Called in backward, for each parameter: `take_in` notes later who has a gradient.
+        Called in backward, for each parameter: `collect` notes later who has a gradient.
         """
         grad, view = self._parameters[index].grad, self._views[index]
         if grad is view:

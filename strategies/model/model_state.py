@@ -203,7 +203,7 @@ class ModelState:
             self._watched[number].refresh()  # a frozen parameter may have been thawed
         for number in [n for n in moved if self._watched[n].thawed]:
             self._known.discard(number)
-            self._watched[number].let_go()
+            self._watched[number].drop_copy()
         changed = self._known | moved
         for number, one in enumerate(self._watched):
             if one.copied:
@@ -234,7 +234,7 @@ class ModelState:
         self.keep(version)
 
     def step_back(self) -> None:
-        """Put back what was kept before that."""
+        """Restore the version before the one that was kept last."""
         for one in self._watched:
             if one.has_copy and one.before is not None and not (one.trained and self._served):
                 one.kept = one.before
@@ -243,7 +243,7 @@ class ModelState:
 
     def discard(self) -> None:
         """
-        Put back what an evaluation has written; what has no copy is the next step's news.
+        Restore what an evaluation has written; what has no copy, the next step reports as changed.
 
         Raises:
             SpecError: it wrote a trained parameter that servers keep.
@@ -292,7 +292,7 @@ class ModelState:
             return
         own = self._flat.params.clone()
         before = own.clone()
-        with self._flat.shown(own):
+        with self._flat.with_params(own):
             yield
             written = self._flat.written(own, before)
         if written is not None:

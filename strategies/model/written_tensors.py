@@ -178,7 +178,7 @@ class Watched:
         self.before = self.kept
         self.kept, self.has_copy = copied_into(self.slot.tensor, spare), True
 
-    def let_go(self) -> None:
+    def drop_copy(self) -> None:
         """Keep no copy any more: gradients train it, and whoever updates it need not say so."""
         self.copied = self.has_copy = False
         self.kept = self.before = None

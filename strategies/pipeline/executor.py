@@ -340,7 +340,7 @@ class ScheduleRun:
             torch.autograd.backward(made, known, retain_graph, inputs=inputs)
         except RuntimeError as error:
             raise (self._writes.explained(error) if self._writes else error) from error
-        self._context.flat.take_in()
+        self._context.flat.collect()
 
     def _give_back(self, *held: _Live | _Held) -> None:
         for one in held:

@@ -235,7 +235,7 @@ class BucketReducer(Reducer):
         self._begun = self._listening = False
         cast_before = self._wire.seconds if self._wire else 0.0
         self._overlap.finish()
-        self._flat.settle()
+        self._flat.zero_missing()
         for number in self._release.rest():
             self._start(number)
         broken, self._broken = self._broken, None

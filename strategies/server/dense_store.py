@@ -299,7 +299,7 @@ class DenseStore(ServerStore, ReplicatedStore):
         return StoreSnapshot({name: one.clone() for name, one in vectors.items()}, attributes)
 
     @override
-    def become(self, snapshot: StoreSnapshot) -> None:
+    def load_snapshot(self, snapshot: StoreSnapshot) -> None:
         vectors: dict[str, Tensor] = dict(snapshot.vectors)
         self.params.copy_(vectors.pop("params"))
         if self._before is not None:

@@ -117,7 +117,7 @@ class ReplicatedStore(Protocol):
     def snapshot(self) -> StoreSnapshot:
         """Copy it; the server's lock is held."""
 
-    def become(self, snapshot: StoreSnapshot) -> None:
+    def load_snapshot(self, snapshot: StoreSnapshot) -> None:
         """Be equal to the store of which that is a copy; it is used up."""
 
     def follow(self, change: Change, gradient: Any) -> None:

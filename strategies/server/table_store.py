@@ -241,7 +241,7 @@ class TableStore(ServerStore, ReplicatedStore):
         return StoreSnapshot(tables, attributes)
 
     @override
-    def become(self, snapshot: StoreSnapshot) -> None:
+    def load_snapshot(self, snapshot: StoreSnapshot) -> None:
         for name, value in snapshot.attributes.items():
             setattr(self, name, value)
         assert self.plan is not None, "only opened tables are copied"
@@ -368,7 +368,7 @@ class TableServer(Server[TableStore], PartSource):
             StateLost: see `TableStore.renew`.
         """
         with self._changed:
-            self._check_in_office()
+            self._check_not_fenced()
             store, failure = self.store, plan.job.failure
             self._limits = ServerLimits(failure.start_timeout_s, failure.step_timeout_s)
             if store.plan is None:
@@ -402,7 +402,7 @@ class TableServer(Server[TableStore], PartSource):
             ProtocolError: the tables cannot be brought to this version.
         """
         with self._changed:
-            self._check_in_office()
+            self._check_not_fenced()
             self.check_attempt(attempt, "a begin")
             self.store.begin(version)
             self._confirm()

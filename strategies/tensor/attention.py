@@ -18,8 +18,8 @@ from distplat.strategies.tensor.exchange import (
 )
 from distplat.strategies.tensor.parallel_layers import (
     Parts,
-    become,
     keep,
+    set_class,
     split_columns,
     split_rows,
 )
@@ -96,7 +96,7 @@ def _split_multihead(
         parts["in_proj_bias"] = fused
     keep(module, parts)
     rows = split_rows(f"{name}.out_proj", module.out_proj, inside, units=heads)
-    made = become(module, SplitMultiheadAttention)
+    made = set_class(module, SplitMultiheadAttention)
     each = [slice_of(name, 0, heads, heads, r, group.world) for r in ranks]
     made.inside = inside
     made.bounds = [(spec.start, spec.stop) for spec in each]

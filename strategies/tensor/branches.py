@@ -21,7 +21,7 @@ from torch.autograd import Function
 from distplat.platform.errors import Problem, SpecError
 from distplat.strategies.collective import Collective, gather_values
 from distplat.strategies.tensor.exchange import TensorParallelRegion, copy_forward
-from distplat.strategies.tensor.parallel_layers import Parts, become
+from distplat.strategies.tensor.parallel_layers import Parts, set_class
 from distplat.strategies.tensor.parallel_plan import ShardSpec, share_out
 
 _ALIGN = 16
@@ -220,7 +220,7 @@ def split_branches(
         if not has:
             _empty(branch)
         kind = type(branch)
-        made: Branch = become(branch, type(f"Branch{kind.__name__}", (Branch, kind), {}))
+        made: Branch = set_class(branch, type(f"Branch{kind.__name__}", (Branch, kind), {}))
         made.around, made.index = around, index
         around.modules.append(made)
     return around, parts

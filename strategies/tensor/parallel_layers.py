@@ -133,7 +133,7 @@ Parts = dict[str, ShardSpec]
 _Module = TypeVar("_Module", bound=nn.Module)
 
 
-def become(module: nn.Module, kind: type[_Module]) -> _Module:
+def set_class(module: nn.Module, kind: type[_Module]) -> _Module:
     """Give a module another class; it stays the same object."""
     module.__class__ = kind
     return cast(_Module, module)
@@ -255,7 +255,7 @@ def split_columns(
     parts = {p: specs[group.rank] for p in ("weight", "bias") if getattr(layer, p) is not None}
     keep(layer, parts)
     layer.out_features = specs[group.rank].extent
-    made = become(layer, ColumnLinear)
+    made = set_class(layer, ColumnLinear)
     made.inside, made.gathers = inside, gathers
     made.bounds = [(spec.start, spec.stop) for spec in specs]
     return parts
@@ -276,7 +276,7 @@ def split_rows(
     parts = {"weight": specs[group.rank]}
     keep(layer, parts)
     layer.in_features = specs[group.rank].extent
-    made = become(layer, RowLinear)
+    made = set_class(layer, RowLinear)
     made.inside, made.title = inside, name
     made.bounds = [(spec.start, spec.stop) for spec in specs]
     return parts
@@ -301,7 +301,7 @@ def split_vocabulary(name: str, embedding: nn.Module, inside: TensorParallelRegi
     if table.padding_idx is not None:
         here = spec.start <= table.padding_idx < spec.stop
         table.padding_idx = table.padding_idx - spec.start if here else None
-    made = become(table, VocabularyEmbedding)
+    made = set_class(table, VocabularyEmbedding)
     made.inside, made.start, made.size = inside, spec.start, size
     return {"weight": spec}
 

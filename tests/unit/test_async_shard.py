@@ -173,7 +173,7 @@ def test_a_backup_follows_workers_that_joined() -> None:
     shard, backup = make(CORRECTED), make(CORRECTED)
     shard.pull(4)
     push_now(shard, leased(4, 0, 0), noise(SIZE, 1))
-    backup.become(shard.snapshot())
+    backup.load_snapshot(shard.snapshot())
     assert len(staleness(backup).values) == 5
     for one in (shard, backup):  # of a push that was dropped a backup hears nothing
         push_now(one, leased(4, 1 + (one is backup), 1), noise(SIZE, 2))

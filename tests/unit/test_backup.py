@@ -212,7 +212,7 @@ def test_a_twin_travels_and_shares_nothing() -> None:
     second = ShardServer("b", facts, LIMITS, torch.zeros(SIZE))
     first.restore(0, lambda params: params.fill_(1.0))
     push(first, 0, 0)
-    second.store.become(pickle.loads(pickle.dumps(first.store.snapshot())))  # noqa: S301
+    second.store.load_snapshot(pickle.loads(pickle.dumps(first.store.snapshot())))  # noqa: S301
     assert state(second) == state(first)
     before = state(second)
     push(first, 1, 0)

@@ -47,7 +47,7 @@ class Rig:
         loss = made(self.flat.model)
         self.flat.before_backward()
         torch.autograd.backward(loss)
-        self.flat.take_in()
+        self.flat.collect()
         torch.autograd.backward(made(self.plain))
 
     def check(self) -> None:
@@ -85,7 +85,7 @@ def test_without_is_not_zero() -> None:
 
 def test_a_step_without_a_backward_has_gradients_of_zero() -> None:
     rig = Rig()
-    rig.flat.settle()
+    rig.flat.zero_missing()
     assert rig.flat.grads.eq(0).all()
     assert not rig.flat.present.any()
 
@@ -147,7 +147,7 @@ def test_a_graph_of_gradients_is_taken_in() -> None:
         loss = rig.flat.model(times * X).square().sum()
         rig.flat.before_backward()
         torch.autograd.backward(loss, create_graph=True)
-        rig.flat.take_in()
+        rig.flat.collect()
         torch.autograd.backward(rig.plain(times * X).square().sum())
     rig.check()
 
@@ -467,7 +467,7 @@ def test_parameters_of_the_task_are_trained_beside_the_models() -> None:
     loss = (flat.model(X) * torch.exp(own)).sum()
     flat.before_backward()
     torch.autograd.backward(loss)
-    flat.take_in()
+    flat.collect()
     assert flat.present.all()
     flat.params.add_(flat.grads)
     assert own.ne(0).all()

@@ -50,17 +50,17 @@ def test_one_shard_and_very_many_are_told_together(shards: int, lines: int) -> N
     assert len(load_figures([ShardLoad()] * shards)) == lines
 
 
-def test_a_door_counts_who_stands_there() -> None:
-    door = PushQueue()
-    with door.visit() as first, door.visit() as second:
+def test_a_queue_counts_the_pushes_that_wait() -> None:
+    queue = PushQueue()
+    with queue.enter() as first, queue.enter() as second:
         assert (first.depth, second.depth) == (1, 2)
         first.leave()
         first.leave()
-        with door.visit() as third:
+        with queue.enter() as third:
             assert third.depth == 2
-    with pytest.raises(KeyError), door.visit():
+    with pytest.raises(KeyError), queue.enter():
         raise KeyError
-    with door.visit() as last:
+    with queue.enter() as last:
         assert last.depth == 1
 
 

@@ -1,4 +1,4 @@
-"""What is no error in a model or a job and probably not meant: a worker says it for all."""
+"""Warnings of what is no error in a model or a job and probably not meant; rank 0 logs them."""
 
 import secrets
 from collections.abc import Sequence
@@ -23,7 +23,7 @@ _SMALL = 0.1
 """Below it the largest factor of a task's `lr` is more probably a rate."""
 
 
-def remark_on_size(job: Job, sampler: Sampler) -> str:
+def size_warning(job: Job, sampler: Sampler) -> str:
     """Say what a job asks for that its data is too small for; empty: nothing."""
     if sampler.size < sampler.world:
         idle = sampler.world - sampler.size
@@ -39,7 +39,7 @@ def remark_on_size(job: Job, sampler: Sampler) -> str:
     return ""
 
 
-def remark_on_factors(job: Job) -> str:
+def factors_warning(job: Job) -> str:
     """Say that a task's `lr` seems to give rates instead of factors; empty: it does not."""
     own = job.task_schedule
     most = max(own.factors, default=1.0) if own is not None else 1.0
@@ -51,7 +51,7 @@ def remark_on_factors(job: Job) -> str:
     )
 
 
-def remark_on_weight(made: BatchResult, samples: int) -> str | None:
+def weight_warning(made: BatchResult, samples: int) -> str | None:
     """
     Say that what a `step` gives beside its loss seems to be a figure and no weight; None: no.
 
@@ -69,7 +69,7 @@ def remark_on_weight(made: BatchResult, samples: int) -> str | None:
     )
 
 
-def remark_on_hooks(job: Job, model: nn.Module) -> str:
+def hooks_warning(job: Job, model: nn.Module) -> str:
     """Say that a parameter's hook sees parts of a batch; empty: none does."""
     if job.scaling.world == 1 and job.gradient_accumulation == 1:
         return ""
@@ -84,7 +84,7 @@ def remark_on_hooks(job: Job, model: nn.Module) -> str:
     )
 
 
-def remark_on_modes(model: nn.Module) -> str:
+def modes_warning(model: nn.Module) -> str:
     """Say which parts of a model a step puts in training mode that had been taken out of it."""
     still = [(name, one) for name, one in model.named_modules() if not one.training]
     if not model.training:  # all of it, as Hugging Face's from_pretrained() gives a model
@@ -103,7 +103,7 @@ def remark_on_modes(model: nn.Module) -> str:
     )
 
 
-def remark_on_matrices(job: Job, model: nn.Module) -> str:
+def matrices_warning(job: Job, model: nn.Module) -> str:
     """Say that Muon has the table of an embedding; empty: it has none."""
     kinds = job.optimizer.kinds()
     if Muon not in kinds:
@@ -124,7 +124,7 @@ def remark_on_matrices(job: Job, model: nn.Module) -> str:
     )
 
 
-def remark_on_reading(data: Dataset[Any], positions: Sequence[int]) -> str:
+def reading_warning(data: Dataset[Any], positions: Sequence[int]) -> str:
     """
     Say that a sample is another one each time that it is read; empty: it is not.
 
@@ -158,12 +158,12 @@ def remark_on_reading(data: Dataset[Any], positions: Sequence[int]) -> str:
     )
 
 
-def remarks_on_model(job: Job, model: nn.Module) -> list[str]:
-    """Give what is no error in a model and probably not meant, as `remarks_on` does."""
-    found = remark_on_hooks(job, model), remark_on_modes(model), remark_on_matrices(job, model)
+def model_warnings(job: Job, model: nn.Module) -> list[str]:
+    """Give what is no error in a model and probably not meant, as `job_warnings` does."""
+    found = hooks_warning(job, model), modes_warning(model), matrices_warning(job, model)
     return [*filter(None, found)]
 
 
-def remarks_on(job: Job, sampler: Sampler) -> list[str]:
+def job_warnings(job: Job, sampler: Sampler) -> list[str]:
     """Give what is no error and probably not meant; rank 0 says it for all."""
-    return [*filter(None, [remark_on_size(job, sampler), remark_on_factors(job)])]
+    return [*filter(None, [size_warning(job, sampler), factors_warning(job)])]
