@@ -125,7 +125,7 @@ class RemoteStorage:
         Read a part of a file, at most `PART_BYTES`; fewer bytes where it ends.
 
         Raises:
-            NotThere: there is no such file.
+            ObjectNotFound: there is no such file.
             StorageError: it cannot be read.
         """
         return bytes(self._do(name, lambda fs, p: fs.cat_file(p(name), start=start, end=stop)))
@@ -135,7 +135,7 @@ class RemoteStorage:
         Give a file's size in bytes.
 
         Raises:
-            NotThere: there is no such file.
+            ObjectNotFound: there is no such file.
             StorageError: the storage does not say.
         """
         return self._do(name, lambda fs, path_of: int(fs.info(path_of(name))["size"]))
@@ -167,7 +167,7 @@ class RemoteStorage:
         Try something several times, for somebody who waits for it.
 
         Raises:
-            NotThere: see `work`; asked once.
+            ObjectNotFound: see `work`; asked once.
             StorageError: it failed every time.
         """
         for n in range(_TRIES - 1):
