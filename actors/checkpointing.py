@@ -26,7 +26,7 @@ from distplat.platform.checkpoints import (
     Catalogue,
     CheckpointAssembly,
     Delivery,
-    Open,
+    FetchArrays,
     StoredCheckpoint,
     read,
 )
@@ -75,11 +75,11 @@ class Checkpoints:
     Args:
         launch: the run; `launch.resumed` is what it began from.
         world: number of ranks.
-        open_box: fetches arrays that a delivery names.
+        fetch: fetches arrays that a delivery names.
     """
 
-    def __init__(self, launch: Launch, world: int, open_box: Open) -> None:
-        self._launch, self._open = launch, open_box
+    def __init__(self, launch: Launch, world: int, fetch: FetchArrays) -> None:
+        self._launch, self._fetch = launch, fetch
         self._job = launch.job
         self._catalogue = Catalogue(launch.folder / FOLDER)
         self._collecting = CheckpointAssembly(world)
@@ -280,9 +280,9 @@ class Checkpoints:
         if broken:
             raise ValueError(f"{broken[0]!r} holds NaN or infinity; the checkpoints before stay")
         bundles = [
-            (self._open(box), entries)
+            (self._fetch(ref), entries)
             for part in parts
-            for box, entries in zip(part.boxes, part.entries, strict=True)
+            for ref, entries in zip(part.refs, part.entries, strict=True)
         ]
         found = by_file(put_together(bundles))
         tensors = {name: found.get(name, {}) for name in (*_FILES, *found)}

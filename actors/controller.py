@@ -81,7 +81,7 @@ class Controller:
         self._up: set[str] = set()  #: roles that have answered: the others may still be starting
         # Of a train function rank 0 alone reports.
         reporting = 1 if actor_group.job.own_loop else actor_group.world
-        self._gathering = ReportAggregator(
+        self._aggregator = ReportAggregator(
             reporting, checkpoints.step if actor_group.dynamic_tasks else None
         )
         self._requests = requests = ScaleRequests()
@@ -137,7 +137,7 @@ class Controller:
             self._report_checkpoints()
         if self._state.error is not None:
             raise self._state.error
-        for summary in self._gathering.rest():
+        for summary in self._aggregator.rest():
             self._report(summary)
         return self._result()
 
@@ -237,7 +237,7 @@ class Controller:
         if self._state.error is not None:
             cause = str(self._state.error)
             self._report(FailureEvent(restart.attempt, step, cause, replaced, restart.wait_s))
-            self._gathering.lost()
+            self._aggregator.lost()
         until = time.monotonic() + restart.wait_s
         while time.monotonic() < until:
             self._check()
@@ -273,7 +273,7 @@ class Controller:
         if self._actor_group.job.own_loop:
             return
         if restart.world is not None or restart.everything:
-            self._gathering.resize(world, step)
+            self._aggregator.resize(world, step)
 
     def _ask_everybody(self) -> None:
         """Keep one question open to every actor."""
@@ -337,7 +337,7 @@ class Controller:
         rank = int(role.removeprefix("worker-"))
         self._actor_group.note_node(rank, result.node)
         for report in result.reports:
-            for summary in self._gathering.add(report):
+            for summary in self._aggregator.add(report):
                 self._report(summary)
         for delivery in result.deliveries:
             self._checkpoints.take(delivery)

@@ -154,7 +154,7 @@ class ControllerActor:
         # where a train function says what is kept.
         alone = actor_group.dynamic_tasks or launch.job.own_loop
         parts = 1 if alone else launch.job.scaling.world
-        checkpoints = Checkpoints(launch, parts, _open_box)
+        checkpoints = Checkpoints(launch, parts, _fetch_arrays)
         checkpoints.step = checkpoint_step
         try:
             self._controller = Controller(
@@ -298,9 +298,9 @@ def _send_records(outbox: Outbox[Any]) -> None:
     ours.propagate = False
 
 
-def _open_box(box: list[Any]) -> list[Bytes]:
+def _fetch_arrays(ref: list[Any]) -> list[Bytes]:
     try:
-        arrays: list[Bytes] = RayTransport().get(box[0], _FETCH_S)
+        arrays: list[Bytes] = RayTransport().get(ref[0], _FETCH_S)
     except AnswerPending:
         raise DeadlineExceeded("a part of a checkpoint", ("its node",), _FETCH_S, "") from None
     return arrays

@@ -15,7 +15,7 @@ from distplat.actors.checkpoint_uploader import CheckpointUploader
 from distplat.actors.checkpointing import Checkpoints
 from distplat.actors.controller_client import RunHandlers
 from distplat.actors.local_actors import LocalTaskScheduler, Servers, TableServers
-from distplat.actors.local_transport import opened
+from distplat.actors.local_transport import fetch_arrays
 from distplat.actors.servers.leases import RemoteLeases
 from distplat.actors.stopping import Stopping
 from distplat.actors.task_check import check_task
@@ -64,11 +64,11 @@ def train_in_process(launch: Launch, handlers: RunHandlers, stopping: Stopping) 
     Raises:
         DistplatError: see `Trainer.fit`. A user's exception is the cause of `UserCodeError`.
     """
-    gathering, progress = ReportAggregator(world=1), Progress()
-    checkpoints = Checkpoints(launch, 1, opened)
+    aggregator, progress = ReportAggregator(world=1), Progress()
+    checkpoints = Checkpoints(launch, 1, fetch_arrays)
 
     def report(part: AnyReport) -> None:
-        for summary in gathering.add(part):
+        for summary in aggregator.add(part):
             checkpoints.hear(summary)
             handlers.on_summary(summary)
 

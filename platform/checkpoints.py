@@ -43,10 +43,10 @@ class Delivery:
     attempt: int
     version: int
     """Steps that it has behind it."""
-    boxes: tuple[Any, ...] = ()
-    """Where the arrays are: each opens to a list of them."""
+    refs: tuple[Any, ...] = ()
+    """References to arrays: each to a list of them."""
     entries: tuple[tuple[TensorEntry, ...], ...] = ()
-    """By box, what is in its arrays."""
+    """By reference, what is in its arrays."""
     facts: dict[str, Any] = field(default_factory=dict)
     """What the rank knows of data and versions, for `state.json`."""
     skipped: bool = False
@@ -57,12 +57,12 @@ class Delivery:
     @property
     def nbytes(self) -> int:
         """Bytes of the part."""
-        entries = [entry for box in self.entries for entry in box]
+        entries = [entry for ref in self.entries for entry in ref]
         return sum(entry.tensor_slice.size * ITEM_BYTES[entry.dtype] for entry in entries)
 
 
-Open = Callable[[Any], list[Bytes]]
-"""Opens a box."""
+FetchArrays = Callable[[Any], list[Bytes]]
+"""Gives the arrays that a delivery refers to."""
 
 
 class CheckpointAssembly:

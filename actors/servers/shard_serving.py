@@ -235,9 +235,9 @@ class ShardServing(Serving[ShardServer]):
     def kept(self, version: int, limit_s: float) -> ShardCopy:
         """Give what was kept of a version, as an object to be fetched. See `Server.kept`."""
         copy = shard_copy(self._cut.start, self._server, version, limit_s)
-        if copy.box is None:
+        if copy.ref is None:
             return copy
-        return replace(copy, box=[self._transport.put([as_array(one) for one in copy.box])])
+        return replace(copy, ref=[self._transport.put([as_array(one) for one in copy.ref])])
 
     def earlier(self, version: int) -> NDArray[np.uint8]:
         """Give the bytes of the version before the present one; see `DenseStore.values`."""

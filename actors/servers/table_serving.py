@@ -66,7 +66,7 @@ class TableServing(Serving[TableServer], PartSource):
         """Join an attempt. See `TableServer.open`."""
         self._replication.state.check_serves()
         limit_s = plan.job.failure.start_timeout_s
-        files = (self._transport.get(box[0], limit_s) for box in saved)
+        files = (self._transport.get(ref[0], limit_s) for ref in saved)
         steps = self._server.open(plan, saved_at, files)
         if self._plan is None or plan.attempt > self._plan.attempt:
             self._mapped = {}  # every worker has new memory; of one that was lost none is held
@@ -109,7 +109,7 @@ class TableServing(Serving[TableServer], PartSource):
     def kept(self, version: int, limit_s: float) -> TablesCopy:
         """Give what was kept of a version, as an object to be fetched. See `Server.kept`."""
         copy = tables_copy(self._server, version, limit_s)
-        return copy if copy.box is None else replace(copy, box=[self._transport.put(copy.box)])
+        return copy if copy.ref is None else replace(copy, ref=[self._transport.put(copy.ref)])
 
     @override
     def sizes(self) -> list[tuple[TableSpec, int]]:

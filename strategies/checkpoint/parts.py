@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from distplat.platform.tensor_slices import Bytes, RawTensor, TensorEntry, TensorSlice
-from distplat.strategies.checkpoint.checkpoint_types import ALL, Boxes, CheckpointPart, Holding
+from distplat.strategies.checkpoint.checkpoint_types import ALL, ArrayRefs, CheckpointPart, Holding
 from distplat.strategies.model.ema import AVERAGE, AVERAGED
 from distplat.strategies.model.flat import FlatModel
 from distplat.strategies.model.optimizer_state import PER_PARAMETER, TREE, USED, WHOLE
@@ -107,12 +107,12 @@ def server_part(
     """
     live = flat.trained_names()  # in the step that this version follows, not when it is fetched
 
-    def fetch() -> Boxes | None:
+    def fetch() -> ArrayRefs | None:
         copies = shards.copies(version)
         if copies is None:
             return None
         return [
-            (c.box, tuple(vector_entries(flat, c.kinds, c.start, c.used, holding, live)))
+            (c.ref, tuple(vector_entries(flat, c.kinds, c.start, c.used, holding, live)))
             for c in copies
         ]
 

@@ -47,7 +47,7 @@ def pushed(answers: Sequence[ServerReply], traffic: Sequence[tuple[int, int]]) -
 
 
 def shard_copy(start: int, server: ShardServer, version: int, limit_s: float) -> ShardCopy:
-    """Give what a shard has kept of a version; its box holds the tensors themselves."""
+    """Give what a shard has kept of a version; its `ref` is the tensors themselves."""
     steps, kept = server.kept(version, limit_s)
     if kept is None:
         return ShardCopy(steps, start)
@@ -59,7 +59,7 @@ def shard_copy(start: int, server: ShardServer, version: int, limit_s: float) ->
 
 
 def tables_copy(server: TableServer, version: int, limit_s: float) -> TablesCopy:
-    """Give what an embedding server has kept of a version; its box holds the arrays themselves."""
+    """Give what an embedding server has kept of a version; its `ref` is the arrays themselves."""
     steps, bundle = server.kept(version, limit_s)
     if bundle is None:
         return TablesCopy(steps)
@@ -84,7 +84,7 @@ def fetch_copies(
     copies = []
     for ask in asks:
         before, until = -1, time.monotonic() + patience_s
-        while (copy := ask(min(LOOK_S, patience_s))).box is None:
+        while (copy := ask(min(LOOK_S, patience_s))).ref is None:
             if copy.steps >= version or time.monotonic() > until:
                 return None
             if copy.steps > before:

@@ -24,7 +24,7 @@ from typing_extensions import override
 from distplat.platform.shard_map import TablePlan, TableSpec
 from distplat.platform.spec import Job
 from distplat.strategies.checkpoint.checkpoint_reader import SavedState
-from distplat.strategies.checkpoint.checkpoint_types import Boxes
+from distplat.strategies.checkpoint.checkpoint_types import ArrayRefs
 from distplat.strategies.loop.control import NonFiniteSteps, StepControl
 from distplat.strategies.ports import Sending, Tables
 from distplat.strategies.sparse.modules import RowSource, Sharded, tables_of
@@ -143,10 +143,10 @@ class Lookups(RowSource):
         self._pull_s = 0.0
         return self._tables.push(step, found, task, skip)
 
-    def copies(self, version: int) -> Boxes | None:
+    def copies(self, version: int) -> ArrayRefs | None:
         """Fetch what the servers have kept of a version, for a checkpoint; from any thread."""
         found = self._tables.copies(version)
-        return None if found is None else [(copy.box, copy.entries) for copy in found]
+        return None if found is None else [(copy.ref, copy.entries) for copy in found]
 
     def figures(self) -> dict[str, float]:
         """Give rows that the step just made has updated for this rank, and seconds of pulls."""

@@ -35,8 +35,8 @@ HERE = Path(__file__).parents[1] / "cluster"
 
 def delivery(rank: int, version: int, attempt: int = 0, **more: Any) -> Delivery:
     entry = TensorEntry("model/w", TensorSlice((2,), run=(rank, rank + 1)), "uint8", 0)
-    box = [np.array([10 * version + rank], np.uint8)]
-    return Delivery(rank, attempt, version, (box,), ((entry,),), **more)
+    ref = [np.array([10 * version + rank], np.uint8)]
+    return Delivery(rank, attempt, version, (ref,), ((entry,),), **more)
 
 
 def complete(*deliveries: Delivery, attempt: int = 0) -> tuple[list[int], list[int]]:
@@ -75,7 +75,7 @@ def give(checkpoints: Checkpoints, *versions: int) -> None:
 
 
 def test_parts_become_files(launch: Launch) -> None:
-    checkpoints = Checkpoints(launch, 2, lambda box: box)
+    checkpoints = Checkpoints(launch, 2, lambda ref: ref)
     give(checkpoints, 1, 2, 3)
     assert [saved.step for saved in checkpoints.take_finished()] == [1, 2, 3]
     assert checkpoints.take_finished() == []
@@ -99,7 +99,7 @@ class Full(Disk):
 def test_a_full_disk_is_warned_of_then_ends_the_run(
     launch: Launch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    checkpoints = Checkpoints(launch, 2, lambda box: box)
+    checkpoints = Checkpoints(launch, 2, lambda ref: ref)
     disk = checkpoints._catalogue._disk = Full()
     give(checkpoints, *range(1, PATIENCE))
     assert checkpoints.take_finished() == []
@@ -123,7 +123,7 @@ def test_parameters_that_are_not_finite_are_no_checkpoint(
     launch: Launch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """On whatever rank; the checkpoints before stay, and the newest of them is gone on from."""
-    checkpoints = Checkpoints(launch, 2, lambda box: box)
+    checkpoints = Checkpoints(launch, 2, lambda ref: ref)
     give(checkpoints, 1, 2)
     for version in (3, 4):
         checkpoints.take(delivery(0, version))
@@ -138,12 +138,12 @@ def test_parameters_that_are_not_finite_are_no_checkpoint(
 def test_a_part_that_was_lost_costs_one_checkpoint(
     launch: Launch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def open_box(box: Any) -> Any:
-        if box[0][0] == 21:
+    def fetch(ref: Any) -> Any:
+        if ref[0][0] == 21:
             raise ValueError("its owner died")
-        return box
+        return ref
 
-    checkpoints = Checkpoints(launch, 2, open_box)
+    checkpoints = Checkpoints(launch, 2, fetch)
     give(checkpoints, 1, 2, 3, 4, 5)
     assert [saved.step for saved in checkpoints.take_finished()] == [1, 3, 4, 5]
     assert "no checkpoint of step 2: its owner died" in caplog.text
@@ -152,13 +152,13 @@ def test_a_part_that_was_lost_costs_one_checkpoint(
 def test_every_checkpoint_that_fails_counts_whatever_the_cause(
     launch: Launch, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def open_box(box: Any) -> Any:
-        if box[0][0] > 30:
+    def fetch(ref: Any) -> Any:
+        if ref[0][0] > 30:
             raise ValueError("its owner died")
-        return box
+        return ref
 
     monkeypatch.setattr("distplat.actors.checkpointing._ONE_CAUSE_S", 0.0)
-    checkpoints = Checkpoints(launch, 2, open_box)
+    checkpoints = Checkpoints(launch, 2, fetch)
     give(checkpoints, 1, 2, 3)
     checkpoints.take(delivery(0, 4))
     checkpoints.take(delivery(1, 4, skipped=True, failure="the object store is full"))
@@ -171,10 +171,10 @@ def test_every_checkpoint_that_fails_counts_whatever_the_cause(
 
 
 def test_checkpoints_that_one_lost_worker_takes_along_count_as_one(launch: Launch) -> None:
-    def open_box(box: Any) -> Any:
+    def fetch(ref: Any) -> Any:
         raise ValueError("its owner died")
 
-    checkpoints = Checkpoints(launch, 2, open_box)
+    checkpoints = Checkpoints(launch, 2, fetch)
     give(checkpoints, 1, 2, 3, 4, 5)
     checkpoints.take(delivery(0, 6, attempt=9, skipped=True, failure="of another attempt"))
     assert checkpoints.take_finished() == []
@@ -182,7 +182,7 @@ def test_checkpoints_that_one_lost_worker_takes_along_count_as_one(launch: Launc
 
 def test_a_rollback_sets_damaged_checkpoints_aside(launch: Launch) -> None:
     """Else the damaged one is the newest, and what is written after the rollback is deleted."""
-    checkpoints = Checkpoints(launch, 2, lambda box: box)
+    checkpoints = Checkpoints(launch, 2, lambda ref: ref)
     give(checkpoints, 4, 6)
     corrupt(checkpoints._catalogue.path(6))
     found = checkpoints.newest()
@@ -201,7 +201,7 @@ def test_a_rollback_sets_damaged_checkpoints_aside(launch: Launch) -> None:
 def test_a_rollback_never_begins_at_step_0_where_there_were_checkpoints(
     fault: str, launch: Launch, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    checkpoints = Checkpoints(launch, 2, lambda box: box)
+    checkpoints = Checkpoints(launch, 2, lambda ref: ref)
     assert checkpoints.newest() is None
     give(checkpoints, 1, 2)
     catalogue = checkpoints._catalogue
@@ -224,12 +224,12 @@ def test_a_rollback_never_begins_at_step_0_where_there_were_checkpoints(
 def test_a_resumed_run_goes_back_to_what_it_began_from(
     launch: Launch, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    first = Checkpoints(launch, 2, lambda box: box)
+    first = Checkpoints(launch, 2, lambda ref: ref)
     give(first, 1)
     began_from = first._catalogue.path(1)
     resumed = replace(launch, resumed=began_from, folder=tmp_path / "resumed")
     resumed.folder.mkdir()
-    checkpoints = Checkpoints(resumed, 2, lambda box: box)
+    checkpoints = Checkpoints(resumed, 2, lambda ref: ref)
     give(checkpoints, 2)
     corrupt(checkpoints._catalogue.path(2))
     found = checkpoints.newest()
@@ -244,9 +244,9 @@ def test_a_rollback_waits_for_a_slow_writer_and_nothing_is_deleted_while_it_read
     keep = launch.job.checkpoint.model_copy(update={"num_to_keep": 1})
     launch = replace(launch, job=launch.job.model_copy(update={"checkpoint": keep}))
 
-    def slowly(box: Any) -> Any:
-        assert box[0][0] < 20 or gate.wait(10)
-        return box
+    def slowly(ref: Any) -> Any:
+        assert ref[0][0] < 20 or gate.wait(10)
+        return ref
 
     checkpoints = Checkpoints(launch, 2, slowly)
     give(checkpoints, 1)
@@ -282,9 +282,9 @@ def test_a_rollback_says_for_what_it_waits_and_goes_on_without_it(
     monkeypatch.setattr("distplat.platform.disk.time", SimpleNamespace(monotonic=lambda: 0.0))
     gate = threading.Event()
 
-    def slowly(box: Any) -> Any:
-        assert box[0][0] < 20 or gate.wait(10)
-        return box
+    def slowly(ref: Any) -> Any:
+        assert ref[0][0] < 20 or gate.wait(10)
+        return ref
 
     checkpoints = Checkpoints(hasty(launch, 0.3), 2, slowly)
     give(checkpoints, 1)
@@ -301,7 +301,7 @@ def test_a_disk_that_hangs_while_it_is_read_ends_the_run(
     launch: Launch, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     gate = threading.Event()
-    checkpoints = Checkpoints(hasty(launch, 0.2), 2, lambda box: box)
+    checkpoints = Checkpoints(hasty(launch, 0.2), 2, lambda ref: ref)
     monkeypatch.setattr(checkpoints._catalogue, "newest", lambda *_: gate.wait(10))
     with pytest.raises(StorageError, match=r"within 0\.2 s: its disk does") as raised:
         checkpoints.newest()
@@ -314,9 +314,9 @@ def test_what_the_disk_cannot_keep_up_with_is_skipped(
 ) -> None:
     gate = threading.Event()
 
-    def slowly(box: Any) -> Any:
+    def slowly(ref: Any) -> Any:
         assert gate.wait(10)
-        return box
+        return ref
 
     checkpoints = Checkpoints(launch, 2, slowly)
     for version in range(1, 8):
@@ -339,10 +339,10 @@ def test_small_checkpoints_wait_for_a_slow_disk(
     launch = replace(launch, job=launch.job.model_copy(update={"checkpoint": keep}))
     gate, begun = threading.Event(), threading.Event()
 
-    def slowly(box: Any) -> Any:
+    def slowly(ref: Any) -> Any:
         begun.set()
         assert gate.wait(10)
-        return box
+        return ref
 
     checkpoints = Checkpoints(launch, 2, slowly)
     for version in range(1, 8):
@@ -388,7 +388,7 @@ def test_a_part_is_copied_before_training_goes_on(slow: Slow) -> None:
     slow.gate.set()
     slow.uploader.flush()
     [sent] = slow.sent
-    assert sent.boxes[0][0].view(np.float32).tolist() == [1, 1, 1]
+    assert sent.refs[0][0].view(np.float32).tolist() == [1, 1, 1]
     assert (sent.rank, sent.version, sent.entries) == (1, 5, (given.entries,))
 
 
