@@ -163,11 +163,10 @@ class ScheduleRun:
         self._final = plan.schedule.micro_batches - 1
         self._splits = plan.schedule.splits_backward
         self._have: dict[Message, _Held] = {}
-        self._layouts: dict[
-            tuple[int, int], ValueLayout
-        ] = {}  #: by virtual stage and micro-batch, if they vary
+        #: by virtual stage and micro-batch, if they vary
+        self._layouts: dict[tuple[int, int], ValueLayout] = {}
         self._live: dict[tuple[int, int], _Live] = {}
-        self._late: dict[tuple[int, int], tuple[_Live, _Held]] = {}
+        self._deferred: dict[tuple[int, int], tuple[_Live, _Held]] = {}
         self.spans: list[TraceSpan] = []
 
     def run(self) -> list[TraceSpan]:
@@ -198,7 +197,7 @@ class ScheduleRun:
 
     def _send(self, step: Send) -> None:
         message, tensors = step.message, self._have.pop(step.message).tensors
-        if self._told_along(message):
+        if self._carries_layout(message):
             layout = self._layout(message.target, message.micro_batch)
             self._channel.send_with_layout(message.target, layout, tensors, step.to)
         else:
@@ -206,7 +205,7 @@ class ScheduleRun:
 
     def _received(self, step: Recv) -> _Held:
         message = step.message
-        if self._told_along(message):
+        if self._carries_layout(message):
             layout, tensors = self._channel.receive_with_layout(message.target, step.source)
             self._layouts[message.target, message.micro_batch] = layout
             return _Held(tensors)
@@ -214,12 +213,12 @@ class ScheduleRun:
         buffer = self._channel.receive(packing, step.source)
         return _Held([] if buffer is None else packing.unpack(buffer), buffer)
 
-    def _told_along(self, message: Message) -> bool:
-        """Whether a message says itself what it is like; both ends of a gradient know it."""
+    def _carries_layout(self, message: Message) -> bool:
+        """Whether a message comes with its layout; both ends know that of a gradient."""
         return self._channel.varies and message.content is Content.ACTIVATION
 
     def _packing(self, message: Message) -> Packing:
-        """Give what a message is like: gradients have the shapes of what they are of."""
+        """Give the layout of a message: gradients have the shapes of what they are of."""
         layout = self._layout(max(message.source, message.target), message.micro_batch)
         return layout.values if message.content is Content.ACTIVATION else layout.gradients
 
@@ -253,16 +252,13 @@ class ScheduleRun:
         else:
             held = self._have.pop(_activation(number, virtual_stage))
             buffer = held.buffer
-            given, inputs = entered(
-                self._layout(virtual_stage, number),
-                held.tensors,
-                differentiated=self._listener is not None,
-            )
+            layout, trains = self._layout(virtual_stage, number), self._listener is not None
+            given, inputs = entered(layout, held.tensors, differentiated=trains)
         with context.autocast(), self._watched(virtual_stage):
             outputs = context.chunks[virtual_stage].run(given, source.seed(number))
         if buffer is not None and _share_memory(buffer, tensors_in(outputs)):
             buffer = None  # a chunk that hands its input on: others still read it
-        made = self._hand_on(number, virtual_stage, outputs)
+        made = self._pass_on(number, virtual_stage, outputs)
         if self._listener is not None:
             self._look(made)
             self._live[number, virtual_stage] = _Live(inputs, made, buffer)
@@ -271,20 +267,21 @@ class ScheduleRun:
 
     def _watched(self, virtual_stage: int) -> AbstractContextManager[object]:
         """Give the context in which a forward must not change what micro-batches wait with."""
-        waiting = any(at == virtual_stage for held in (self._live, self._late) for _, at in held)
+        waiting = any(
+            at == virtual_stage for held in (self._live, self._deferred) for _, at in held
+        )
         return self._writes.forward() if self._writes and waiting else nullcontext()
 
-    def _hand_on(self, number: int, virtual_stage: int, outputs: Any) -> list[Tensor]:
-        """Have a virtual stage's outputs sent, or judged; give what is to be differentiated."""
+    def _pass_on(self, number: int, virtual_stage: int, outputs: Any) -> list[Tensor]:
+        """Keep outputs to be sent, or compute the loss; give what is to be differentiated."""
         if self._context.is_last(virtual_stage):
             return [self._source.loss(number, outputs)]
+        following = virtual_stage + 1
         if self._channel.varies:
-            self._layouts[virtual_stage + 1, number] = ValueLayout.read(virtual_stage + 1, outputs)
-        layout = self._layout(virtual_stage + 1, number)
+            self._layouts[following, number] = ValueLayout.read(following, outputs)
+        layout = self._layout(following, number)
         tensors = layout.tensors(outputs)
-        self._have[_activation(number, virtual_stage + 1)] = _Held(
-            [one.detach() for one in tensors]
-        )
+        self._have[_activation(number, following)] = _Held([one.detach() for one in tensors])
         return [tensors[n] for n in layout.wanted]
 
     def _backward(self, number: int, virtual_stage: int) -> None:
@@ -302,12 +299,12 @@ class ScheduleRun:
                 held = _Held(held.tensors)
             self._have[_gradient(number, virtual_stage - 1)] = _Held(made)
         if self._splits:
-            self._late[number, virtual_stage] = live, held
+            self._deferred[number, virtual_stage] = live, held
         else:
             self._give_back(live, held)
 
     def _weights(self, number: int, virtual_stage: int) -> None:
-        live, held = self._late.pop((number, virtual_stage))
+        live, held = self._deferred.pop((number, virtual_stage))
         own = [p for p in self._context.chunks[virtual_stage].parameters() if p.requires_grad]
         if own:
             self._differentiate(live.outputs, held.tensors, own)
