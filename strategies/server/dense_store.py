@@ -51,15 +51,7 @@ from distplat.strategies.server.store import (
     Update,
 )
 
-_COPIED = (
-    "_ledger",
-    "staleness",
-    "seen",
-    "_before_version",
-    "_segments",
-    "_thawing",
-    "settings",
-)
+_COPIED = ("_ledger", "staleness", "seen", "_before_version", "_segments", "_thawing", "settings")
 
 
 def _ledger_of(plan: ShardPlan) -> Ledger:
