@@ -36,7 +36,7 @@ from distplat.platform.recovery import Policy, Restart
 from distplat.platform.spec import Job
 from distplat.platform.stop_order import StopOrder
 from distplat.platform.tensor_file import decode
-from distplat.strategies.catalog import StrategyFile
+from distplat.strategies.catalog import LoadedStrategyFile
 from distplat.strategies.strategy_spec import Roles
 from distplat.strategies.task import Task
 
@@ -52,7 +52,7 @@ class Launch:
     task: type[Task] | TrainFunction | None
     """None: what `job.task` names."""
     working_dir: str
-    strategy_file: StrategyFile | None
+    strategy_file: LoadedStrategyFile | None
     folder: Path
     """The run directory."""
     resumed: Path | None = None
@@ -77,7 +77,7 @@ class ActorGroup:
         SpecError: the cluster will never have what the job asks for.
     """
 
-    def __init__(self, launch: Launch, saved: StoredCheckpoint | None = None) -> None:
+    def __init__(self, launch: Launch, saved: StoredCheckpoint | None) -> None:
         self._task: str | bytes = launch.job.task or ""
         if launch.task is not None:
             self._task = ray.cloudpickle.dumps(launch.task)
@@ -87,7 +87,7 @@ class ActorGroup:
         self._made_for = launch.job  #: the same when servers and scheduler were made
         self._manager_attempt = 0  #: for which the manager was made
         self._controller: Any = None
-        self._enlisted = 0
+        self._newcomer_count = 0
         self._orders, self._node = Orders(RayTransport()), RayTransport().node
         self._ranks = launch.job.scaling.num_workers  # that were ever given
         self._nodes: dict[int, str] = {}  #: of workers by rank
@@ -167,7 +167,7 @@ class ActorGroup:
         return self._orders.look()
 
     def carry_out(
-        self, restart: Restart, saved: StoredCheckpoint | None = None, base: int = 0
+        self, restart: Restart, saved: StoredCheckpoint | None = None, checkpoint_step: int = 0
     ) -> None:
         """
         End what is to be replaced, make it anew, and give everybody the next orders.
@@ -175,7 +175,7 @@ class ActorGroup:
         Args:
             restart: what is to be done.
             saved: the checkpoint to begin from, where everything is made anew.
-            base: steps of the newest checkpoint.
+            checkpoint_step: steps of the newest checkpoint.
         """
         launch = self.launch
         self._attempt = restart.attempt
@@ -194,7 +194,7 @@ class ActorGroup:
                 self._resize(restart.world)
             self._replace_coordinators(restart)
         self._introduce()
-        self._give_orders(restart.attempt, saved, base)
+        self._give_orders(restart.attempt, saved, checkpoint_step)
 
     def _replacement(self, attempt: int, rank: int) -> Any:
         """Give a worker for a rank that was lost: the spare of its node, or a new process."""
@@ -208,12 +208,12 @@ class ActorGroup:
     def _resize(self, world: int) -> None:
         """End who is not to go on, and take those in who have made themselves ready."""
         for rank in [one for one in self._handles.workers if one >= world]:
-            self.part_with(rank)
+            self.end_worker(rank)
         for rank in range(world):
             if rank not in self._handles.workers:
                 self._handles.workers[rank] = self._handles.newcomers.pop(rank)
 
-    def enlist(self, rank: int, base: int) -> Callable[[], Any]:
+    def start_newcomer(self, rank: int, checkpoint_step: int) -> Callable[[], Any]:
         """
         Make a worker that is to join; give what has it make itself ready.
 
@@ -221,15 +221,17 @@ class ActorGroup:
 
         Args:
             rank: that it is to have.
-            base: steps of the newest checkpoint.
+            checkpoint_step: steps of the newest checkpoint.
         """
-        self._enlisted += 1
-        name = f"{self._attempt + 1}.{self._enlisted}"
+        self._newcomer_count += 1
+        name = f"{self._attempt + 1}.{self._newcomer_count}"
         worker = spawn_worker(self.job, self.launch.run, name, rank)
         self._handles.newcomers[rank] = worker
-        return partial(worker.prepare.remote, self._order(self._attempt + 1, rank, None, base))
+        return partial(
+            worker.prepare.remote, self._order(self._attempt + 1, rank, None, checkpoint_step)
+        )
 
-    def let_go(self, rank: int) -> None:
+    def end_newcomer(self, rank: int) -> None:
         """End a worker that was to join."""
         ray.kill(self._handles.newcomers.pop(rank))
 
@@ -277,22 +279,24 @@ class ActorGroup:
             servers[server] = spawn_server(*given, server, beside)
         return servers[server]
 
-    def grow(self, count: int, base: int) -> list[int]:
+    def grow(self, count: int, checkpoint_step: int) -> list[int]:
         """
         Have workers join, with ranks that nobody had before; give these.
 
         Args:
             count: how many.
-            base: steps of the newest checkpoint.
+            checkpoint_step: steps of the newest checkpoint.
         """
         launch, ranks = self.launch, [self._ranks + number for number in range(count)]
         self._ranks += count
         for rank in ranks:
             self._handles.workers[rank] = spawn_worker(launch.job, launch.run, self._attempt, rank)
-        self._start_workers([self._order(self._attempt, rank, None, base) for rank in ranks])
+        self._start_workers(
+            [self._order(self._attempt, rank, None, checkpoint_step) for rank in ranks]
+        )
         return ranks
 
-    def part_with(self, rank: int) -> None:
+    def end_worker(self, rank: int) -> None:
         """End a worker that has left."""
         ray.kill(self._handles.workers.pop(rank))
 
@@ -300,10 +304,12 @@ class ActorGroup:
         """End all actors."""
         end_each([*([self._spares.end] if self._spares is not None else []), self._handles.end])
 
-    def _give_orders(self, attempt: int, saved: StoredCheckpoint | None, base: int) -> None:
+    def _give_orders(
+        self, attempt: int, saved: StoredCheckpoint | None, checkpoint_step: int
+    ) -> None:
         handle = _in_store(saved) if saved is not None else None
         self._start_workers(
-            [self._order(attempt, rank, handle, base) for rank in self._handles.workers]
+            [self._order(attempt, rank, handle, checkpoint_step) for rank in self._handles.workers]
         )
 
     def _start_workers(self, orders: list[WorkOrder]) -> None:
@@ -311,7 +317,9 @@ class ActorGroup:
             worker = self._handles.workers[order.rank]
             self._orders.give(f"worker-{order.rank}", worker, "start", order)
 
-    def _order(self, attempt: int, rank: int, saved: SavedHandle | None, base: int) -> WorkOrder:
+    def _order(
+        self, attempt: int, rank: int, saved: SavedHandle | None, checkpoint_step: int
+    ) -> WorkOrder:
         launch = self.launch
         return WorkOrder(
             job=self.job,
@@ -325,7 +333,7 @@ class ActorGroup:
             scheduler=self._handles.scheduler,
             collective=launch.roles.collective,
             saved=saved,
-            base=base,
+            checkpoint_step=checkpoint_step,
             embedding_servers=tuple(self._handles.embedding_servers.values()),
             rewinds=launch.policy.survivors_go_on,
             checked=launch.checked,

@@ -35,7 +35,7 @@ class CheckpointUploader:
     Args:
         rank: whose.
         attempt: of the run.
-        put: puts arrays where the controller can have them, copied; gives a box.
+        put: puts arrays where the controller can have them, copied; gives a reference.
         send: takes the deliveries; called by another thread.
         limit_s: how long a part may take to leave.
     """
@@ -102,12 +102,10 @@ class CheckpointUploader:
             if kept is None:
                 self._send(Delivery(*where, skipped=True))
                 return
-            boxes = [(self._put(arrays), part.entries), *kept] if part.entries else kept
+            refs = [(self._put(arrays), part.entries), *kept] if part.entries else kept
         except Exception as error:  # for example a lost server: of that the training hears itself
             logger.warning("no checkpoint of step %d: %s", version, error)
             self._send(Delivery(*where, skipped=True, failure=str(error) or repr(error)))
             return
-        found, entries = (
-            (tuple(column) for column in zip(*boxes, strict=True)) if boxes else ((), ())
-        )
+        found, entries = (tuple(column) for column in zip(*refs, strict=True)) if refs else ((), ())
         self._send(Delivery(*where, found, entries, facts))

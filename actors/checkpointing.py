@@ -27,7 +27,7 @@ from distplat.platform.checkpoints import (
     Catalogue,
     CheckpointAssembly,
     Delivery,
-    Open,
+    FetchArrays,
     StoredCheckpoint,
     read,
 )
@@ -76,11 +76,11 @@ class Checkpoints:
     Args:
         launch: the run; `launch.resumed` is what it began from.
         world: number of ranks.
-        open_box: fetches arrays that a delivery names.
+        fetch: fetches arrays that a delivery names.
     """
 
-    def __init__(self, launch: Launch, world: int, open_box: Open) -> None:
-        self._launch, self._open = launch, open_box
+    def __init__(self, launch: Launch, world: int, fetch: FetchArrays) -> None:
+        self._launch, self._fetch = launch, fetch
         self._job = launch.job
         self._catalogue = Catalogue(launch.folder / FOLDER)
         self._collecting = CheckpointAssembly(world)
@@ -97,7 +97,7 @@ class Checkpoints:
         self._stopping = EarlyStopping(rule, launch.evaluated) if rule is not None else None
         self._judging = threading.Lock()  #: held while these two are used
         self._told_best: int | None = None
-        self._news: deque[Saved | Best] = deque()
+        self._finished: deque[Saved | Best] = deque()
         self._failures: dict[int, str] = {}  #: step -> why it has none, since the last one came
         self._failed_at = -math.inf
         self._left_alone = False  #: the end of the run waits for the writer no more
@@ -159,9 +159,9 @@ class Checkpoints:
         if step is not None and rule is not None and step != self._told_best:
             self._told_best = step
             path = str(self._catalogue.path(step))
-            self._news.append(Best(step, path, rule.metric, self._best.figure))
+            self._finished.append(Best(step, path, rule.metric, self._best.figure))
 
-    def news(self) -> list[Saved | Best]:
+    def take_finished(self) -> list[Saved | Best]:
         """
         Give what came to the disk since the last call, and which is the best.
 
@@ -174,7 +174,7 @@ class Checkpoints:
             step, why = list(failures.items())[-1]
             text = f"{PATIENCE} checkpoints in a row could not be written to"
             raise StorageError(f"{text} {self._catalogue.folder}: step {step}: {why}")
-        return [self._news.popleft() for _ in range(len(self._news))]
+        return [self._finished.popleft() for _ in range(len(self._finished))]
 
     def settle(self) -> None:
         """Be told that the run has ended well: all evaluations are known, all parts are written."""
@@ -281,7 +281,7 @@ class Checkpoints:
         else:
             self._failures.clear()
             self.step = self._written = step
-            self._news.append(Saved(step, str(path), size, time.monotonic() - began))
+            self._finished.append(Saved(step, str(path), size, time.monotonic() - began))
             with self._judging:
                 self._tell_best()
 
@@ -291,9 +291,9 @@ class Checkpoints:
         if broken:
             raise ValueError(f"{broken[0]!r} holds NaN or infinity; the checkpoints before stay")
         bundles = [
-            (self._open(box), entries)
+            (self._fetch(ref), entries)
             for part in parts
-            for box, entries in zip(part.boxes, part.entries, strict=True)
+            for ref, entries in zip(part.refs, part.entries, strict=True)
         ]
         found = by_file(put_together(bundles))
         tensors = {name: found.get(name, {}) for name in (*_FILES, *found)}

@@ -60,7 +60,7 @@ class Connection:
 
     def __init__(self, transport: Transport, attempt: int) -> None:
         self._transport, self.attempt = transport, attempt
-        self._told = StopOrder.NONE
+        self._stop_order = StopOrder.NONE
         self._abandoned = threading.Event()
         self._group: CollectiveGroup | None = None
         self._servers: RemoteShards | None = None
@@ -103,10 +103,10 @@ class Connection:
         name, world = f"{order.run}/{order.attempt}/gpus", order.job.scaling.world
         settings = self._settings(order, order.collective)
         member = rendezvous.GroupMember(name, order.rank, world, settings)
-        show_gpus(rendezvous.exchange_places(member), order.rank)  # before a group uses CUDA
+        show_gpus(rendezvous.exchange_locations(member), order.rank)  # before a group uses CUDA
         group = self._form(order, order.collective)
         if order.rank == 0:
-            rendezvous.delete_places(name)
+            rendezvous.delete_locations(name)
         return group
 
     def default_group(self, order: WorkOrder) -> "DefaultGroup":
@@ -180,14 +180,14 @@ class Connection:
             self._leases.count(report)
 
     @property
-    def told(self) -> StopOrder:
+    def stop_order(self) -> StopOrder:
         """What the worker is to do about the attempt between two steps."""
-        return StopOrder.ABANDON if self._abandoned.is_set() else self._told
+        return StopOrder.ABANDON if self._abandoned.is_set() else self._stop_order
 
     def stop(self, how: StopOrder) -> None:
         """Note what the worker is told; an attempt that is abandoned ends all waits for others."""
         if how is not StopOrder.ABANDON:
-            self._told = max(self._told, how)
+            self._stop_order = max(self._stop_order, how)
             return
         self._abandoned.set()
         group = self._group

@@ -18,14 +18,7 @@ import ray
 from distplat.actors.actor_group import ActorGroup
 from distplat.actors.checkpointing import Checkpoints
 from distplat.actors.messages import PollResult
-from distplat.actors.ray_errors import (
-    Meaning,
-    advice_for,
-    as_ours,
-    cause_of,
-    meaning,
-    taken_away,
-)
+from distplat.actors.ray_errors import Meaning, advice_for, as_ours, cause_of, meaning, taken_away
 from distplat.actors.ray_transport import RayTransport
 from distplat.actors.resizing import AsyncScaler, SyncScaler, check_scalable
 from distplat.actors.retrying_calls import ask
@@ -88,7 +81,7 @@ class Controller:
         self._up: set[str] = set()  #: roles that have answered: the others may still be starting
         # Of a train function rank 0 alone reports.
         reporting = 1 if actor_group.job.own_loop else actor_group.world
-        self._gathering = ReportAggregator(
+        self._aggregator = ReportAggregator(
             reporting, checkpoints.step if actor_group.dynamic_tasks else None
         )
         self._requests = requests = ScaleRequests()
@@ -100,13 +93,13 @@ class Controller:
         began, step = self._clock.now(), checkpoints.step
         self._state = JobState(actor_group.world, limits, began, policy, step=step)
         self._failed_at: float | None = None  #: when the present trouble was noticed
-        self._told = -1, StopOrder.NONE  #: what workers were told last, and of which attempt
+        self._last_order = -1, StopOrder.NONE  #: what workers were told last, and of which attempt
         self._halted_at: float | None = None  #: when the first worker stopped for a resize
         self._resized: Resized | None = None  #: to be told when all are at work
         self._ending = False  #: somebody wants the run to end before its last step
         self._holders = policy.holders
         self._checkpoints = checkpoints
-        self.base = checkpoints.step  #: steps that were made before the present servers were
+        self.checkpoint_step = checkpoints.step  #: from which the present servers began
         self._report: Callable[[Summary], None] = lambda summary: None
 
     def run(self, report: Callable[[Summary], None]) -> bytes:
@@ -144,7 +137,7 @@ class Controller:
             self._report_checkpoints()
         if self._state.error is not None:
             raise self._state.error
-        for summary in self._gathering.rest():
+        for summary in self._aggregator.rest():
             self._report(summary)
         return self._result()
 
@@ -190,7 +183,7 @@ class Controller:
         return self._requests.status()
 
     def _report_checkpoints(self) -> None:
-        for saved in self._checkpoints.news():
+        for saved in self._checkpoints.take_finished():
             self._report(saved)
 
     def _repair(self) -> None:
@@ -211,10 +204,10 @@ class Controller:
         """Have all stop: after the same step if nothing failed, at once if something did."""
         state = self._state
         self._halted_at = self._halted_at or (now if state.halted else None)
-        told = state.attempt, state.stop_order
-        if told <= self._told:
+        order = state.attempt, state.stop_order
+        if order <= self._last_order:
             return
-        self._told = told
+        self._last_order = order
         if state.stop_order is StopOrder.ABANDON:
             self._failed_at = self._failed_at or now
             if not state.may_go_on:
@@ -222,7 +215,7 @@ class Controller:
         if state.stop_order is StopOrder.END and self._actor_group.dynamic_tasks:
             self._actor_group.tell_scheduler("end_early")
         else:
-            self._actor_group.stop(*told)
+            self._actor_group.stop(*order)
 
     def _scale(self) -> None:
         """Have workers join or leave; a run that is in trouble has that mended first."""
@@ -239,12 +232,12 @@ class Controller:
         replaced = *(f"worker-{rank}" for rank in restart.replace), *restart.coordinators
         saved = self._checkpoints.newest() if restart.everything else None
         if restart.everything:
-            self.base = saved.step if saved is not None else 0
-        step = self.base if restart.everything else self._state.furthest
+            self.checkpoint_step = saved.step if saved is not None else 0
+        step = self.checkpoint_step if restart.everything else self._state.furthest
         if self._state.error is not None:
             cause = str(self._state.error)
             self._report(FailureEvent(restart.attempt, step, cause, replaced, restart.wait_s))
-            self._gathering.lost()
+            self._aggregator.lost()
         until = time.monotonic() + restart.wait_s
         while time.monotonic() < until:
             self._check()
@@ -280,7 +273,7 @@ class Controller:
         if self._actor_group.job.own_loop:
             return
         if restart.world is not None or restart.everything:
-            self._gathering.resize(world, step)
+            self._aggregator.resize(world, step)
 
     def _ask_everybody(self) -> None:
         """Keep one question open to every actor."""
@@ -324,7 +317,7 @@ class Controller:
         if isinstance(answer, DistplatError):
             del self._actors[role]
             return [Failed(role, answer)]
-        return self._news(role, answer) if isinstance(answer, PollResult) else []
+        return self._on_poll_result(role, answer) if isinstance(answer, PollResult) else []
 
     def _unanswered(self, role: str, error: ray.exceptions.RayError) -> Event:
         """Tell why a question has no answer: one that was lost on its way is asked again."""
@@ -340,26 +333,28 @@ class Controller:
             lost = ActorLost(role, self._state.steps_done or None, cause, advice)
         return Failed(role, lost, dead=True, preempted=taken_away(error))
 
-    def _news(self, role: str, news: PollResult) -> list[Event]:
+    def _on_poll_result(self, role: str, result: PollResult) -> list[Event]:
         rank = int(role.removeprefix("worker-"))
-        self._actor_group.note_node(rank, news.node)
-        for report in news.reports:
-            for summary in self._gathering.add(report):
+        self._actor_group.note_node(rank, result.node)
+        for report in result.reports:
+            for summary in self._aggregator.add(report):
                 self._report(summary)
-        for delivery in news.deliveries:
+        for delivery in result.deliveries:
             self._checkpoints.take(delivery)
-        if news.attempt != self._state.attempt:
+        if result.attempt != self._state.attempt:
             return []  # it has not yet taken the present order up
-        if news.left:
+        if result.left:
             assert self._async_scaler is not None, "only who leases tasks is told to leave"
             del self._actors[role]
             self._async_scaler.left(rank)
             return [Left(rank)]
-        made, node = news.prepared, news.host
-        heard = PollAnswered(rank, news.beats, news.step, news.finished, made, node, news.loop)
-        if news.error is None:
+        made, node = result.prepared, result.host
+        heard = PollAnswered(
+            rank, result.beats, result.step, result.finished, made, node, result.loop
+        )
+        if result.error is None:
             return [heard]
-        error, shown = news.error, news.traceback
+        error, shown = result.error, result.traceback
         return [heard, Failed(role, error, prepared=made, node=node, traceback=shown)]
 
     def _result(self) -> bytes:

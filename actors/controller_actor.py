@@ -37,7 +37,7 @@ from distplat.actors.ray_transport import RayTransport
 from distplat.actors.retrying_calls import Outbox, ask
 from distplat.actors.stopping import end_each
 from distplat.actors.transport import AnswerPending
-from distplat.platform.apply_log import FILE_NAME, pack
+from distplat.platform.apply_log import FILE_NAME, pack_log
 from distplat.platform.errors import (
     DeadlineExceeded,
     DistplatError,
@@ -78,7 +78,7 @@ RunEvent = Summary | FileToKeep | ModelReady | logging.LogRecord
 
 
 @dataclass(frozen=True)
-class RunNews:
+class RunPollResult:
     """The answer to one question of the driver."""
 
     events: list[RunEvent]
@@ -112,26 +112,26 @@ class ControllerActor:
         """Name in Ray's logs."""
         return self._name
 
-    def begin(self, actor_group: ActorGroup, base: int) -> None:
+    def begin(self, actor_group: ActorGroup, checkpoint_step: int) -> None:
         """
         Watch a run from its start to its end, in a thread; a second call does nothing.
 
         Args:
             actor_group: the actors, which the driver has made and given their orders.
-            base: steps of the checkpoint that they begin from.
+            checkpoint_step: steps of the checkpoint that they begin from.
         """
         with self._beginning:
             if self._thread is None:
-                work = self._work, (actor_group, base)
+                work = self._work, (actor_group, checkpoint_step)
                 self._thread = threading.Thread(target=work[0], args=work[1], name="run")
                 self._thread.daemon = True
                 self._thread.start()
 
-    def _work(self, actor_group: ActorGroup, base: int) -> None:
+    def _work(self, actor_group: ActorGroup, checkpoint_step: int) -> None:
         """Have a run end, and note how: nothing that it raises is lost with its thread."""
         _send_records(self._outbox)
         try:
-            self._run(actor_group, base)
+            self._run(actor_group, checkpoint_step)
         except ray.exceptions.RayError as error:  # first: what a method raised may be one of ours
             self._error = as_ours(error)
         except DistplatError as error:
@@ -144,7 +144,7 @@ class ControllerActor:
             self._over.set()
             self._outbox.close()
 
-    def _run(self, actor_group: ActorGroup, base: int) -> None:
+    def _run(self, actor_group: ActorGroup, checkpoint_step: int) -> None:
         launch = actor_group.launch
         if launch.strategy_file is not None:
             launch.strategy_file.load()
@@ -152,9 +152,9 @@ class ControllerActor:
         # where a train function says what is kept.
         alone = actor_group.dynamic_tasks or launch.job.own_loop
         parts = 1 if alone else launch.job.scaling.world
-        fetch = partial(_open_box, limit_s=launch.job.failure.step_timeout_s)
+        fetch = partial(_fetch_arrays, limit_s=launch.job.failure.step_timeout_s)
         checkpoints = Checkpoints(launch, parts, fetch)
-        checkpoints.step = base
+        checkpoints.step = checkpoint_step
         try:
             self._controller = Controller(
                 actor_group, launch.job.failure, launch.policy, self._check, checkpoints
@@ -168,7 +168,7 @@ class ControllerActor:
             # What is complete is worth keeping, however the run ends.
             end_each([checkpoints.drain, actor_group.end])
 
-    def poll(self, number: int, hold_s: float) -> RunNews:
+    def poll(self, number: int, hold_s: float) -> RunPollResult:
         """
         Tell what happened since the last question.
 
@@ -181,7 +181,7 @@ class ControllerActor:
         if left_out:
             logger.warning("%d steps and log lines are not told: the driver was away", left_out)
         over = self._outbox.drained  # after them: what is told again is not all there is
-        return RunNews(events, over, self._error if over else None)
+        return RunPollResult(events, over, self._error if over else None)
 
     def result(self) -> bytes:
         """Give the trained model; only once it is there."""
@@ -267,7 +267,7 @@ class ControllerActor:
         def keep(name: str, content: bytes) -> None:
             self._outbox.put(FileToKeep(name, content))
 
-        if launch.roles.consistency.dynamic_tasks and self._controller.base == 0:
+        if launch.roles.consistency.dynamic_tasks and self._controller.checkpoint_step == 0:
             _keep_log(actor_group, keep)
         if launch.job.embeddings is not None and launch.job.checkpoint.save_final:
             keep_tables(_table_servers(actor_group, launch.job), launch.job.seed, keep)
@@ -297,10 +297,10 @@ def _send_records(outbox: Outbox[Any]) -> None:
     ours.propagate = False
 
 
-def _open_box(box: list[Any], limit_s: float) -> list[Bytes]:
+def _fetch_arrays(ref: list[Any], limit_s: float) -> list[Bytes]:
     """Bring a part of a checkpoint from its node: a large one, over a slow net, takes minutes."""
     try:
-        arrays: list[Bytes] = RayTransport().get(box[0], limit_s)
+        arrays: list[Bytes] = RayTransport().get(ref[0], limit_s)
     except AnswerPending:
         what, setting = "a part of a checkpoint", "failure.step_timeout_s"
         raise DeadlineExceeded(what, ("its node",), limit_s, setting) from None
@@ -317,7 +317,7 @@ def _keep_log(actor_group: ActorGroup, keep: Callable[[str, bytes], None]) -> No
     except InfrastructureError as error:
         logger.warning("no %s: %s", FILE_NAME, error)
     else:
-        keep(FILE_NAME, pack(logs, {"run": launch.run}))
+        keep(FILE_NAME, pack_log(logs, {"run": launch.run}))
 
 
 def _table_servers(actor_group: ActorGroup, job: Job) -> list[PartSource]:

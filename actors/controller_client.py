@@ -16,7 +16,7 @@ from functools import partial
 from typing import Any
 
 from distplat.actors.actor_group import ActorGroup
-from distplat.actors.controller_actor import FileToKeep, ModelReady, RunNews
+from distplat.actors.controller_actor import FileToKeep, ModelReady, RunPollResult
 from distplat.actors.ray_errors import UNREACHABLE
 from distplat.actors.retrying_calls import ask
 from distplat.actors.transport import Transport
@@ -57,14 +57,14 @@ class ControllerClient:
         transport: the driver's.
         controller: the actor's handle.
         actor_group: the actors that it is to watch.
-        base: steps of the checkpoint that they begin from.
+        checkpoint_step: steps of the checkpoint that they begin from.
     """
 
     def __init__(
-        self, transport: Transport, controller: Any, actor_group: ActorGroup, base: int
+        self, transport: Transport, controller: Any, actor_group: ActorGroup, checkpoint_step: int
     ) -> None:
         self._transport, self._controller = transport, controller
-        self._begin = actor_group, base
+        self._begin = actor_group, checkpoint_step
         self._limits = actor_group.launch.job.failure
         self._step: int | None = None  #: the last one that is known to be made
         self._up = False  #: it has answered, and was not lost since
@@ -86,15 +86,15 @@ class ControllerClient:
         while True:
             check()
             number += 1
-            news: RunNews = self._ask(check, "poll", number, _HOLD_S)
-            for event in news.events:
+            polled: RunPollResult = self._ask(check, "poll", number, _HOLD_S)
+            for event in polled.events:
                 if isinstance(event, ModelReady):
                     handlers.on_model(self._ask(check, "result"))
                 else:
                     self._hand_on(event, handlers)
-            if news.over:
-                if news.error is not None:
-                    raise news.error
+            if polled.over:
+                if polled.error is not None:
+                    raise polled.error
                 return
             if not ending and handlers.ending():
                 ending = True

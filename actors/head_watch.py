@@ -29,17 +29,17 @@ class HeadWatch:
 
     Args:
         address: HOST:PORT of the head.
-        knock: says whether somebody listens there; None: a connection shows it.
+        probe: says whether somebody listens there; None: a connection shows it.
         clock: seconds that never go back.
     """
 
     def __init__(
         self,
         address: str,
-        knock: Callable[[str], bool] | None = None,
+        probe: Callable[[str], bool] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._address, self._knock, self._clock = address, knock or listens, clock
+        self._address, self._probe, self._clock = address, probe or listens, clock
         self._limit_s = float(os.environ.get(_SETTING, _RAYS_OWN_S)) * _SHARE
         self._heard_at = clock()
         self._over = threading.Event()
@@ -61,7 +61,7 @@ class HeadWatch:
 
     def answers(self) -> bool:
         """Say whether it is there now: calls to actors would wait for one that is not."""
-        return not self.lost and self._knock(self._address)
+        return not self.lost and self._probe(self._address)
 
     def insist(self) -> None:
         """
@@ -90,7 +90,7 @@ class HeadWatch:
 
     def look(self) -> None:
         """Knock once."""
-        if self._knock(self._address):
+        if self._probe(self._address):
             self._heard_at = self._clock()
 
     def _watch(self) -> None:

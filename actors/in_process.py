@@ -15,14 +15,14 @@ from distplat.actors.checkpoint_uploader import CheckpointUploader
 from distplat.actors.checkpointing import Checkpoints
 from distplat.actors.controller_client import RunHandlers
 from distplat.actors.local_actors import LocalTaskScheduler, Servers, TableServers
-from distplat.actors.local_transport import opened
+from distplat.actors.local_transport import fetch_arrays
 from distplat.actors.servers.leases import RemoteLeases
 from distplat.actors.stopping import Stopping
 from distplat.actors.task_check import check_task
 from distplat.actors.task_loading import TrainFunction, load_task_class, load_train_function
 from distplat.actors.training import run_function, saved_model
 from distplat.actors.user_errors import as_user_error, killed_loader
-from distplat.platform.apply_log import FILE_NAME, pack
+from distplat.platform.apply_log import FILE_NAME, pack_log
 from distplat.platform.checkpoints import StoredCheckpoint
 from distplat.platform.errors import DistplatError
 from distplat.platform.progress import AnyReport, ReportAggregator, StepReport
@@ -61,11 +61,11 @@ def train_in_process(launch: Launch, handlers: RunHandlers, stopping: Stopping) 
     Raises:
         DistplatError: see `Trainer.fit`. A user's exception is the cause of `UserCodeError`.
     """
-    gathering, progress = ReportAggregator(world=1), Progress()
-    checkpoints = Checkpoints(launch, 1, opened)
+    aggregator, progress = ReportAggregator(world=1), Progress()
+    checkpoints = Checkpoints(launch, 1, fetch_arrays)
 
     def report(part: AnyReport) -> None:
-        for summary in gathering.add(part):
+        for summary in aggregator.add(part):
             checkpoints.hear(summary)
             handlers.on_summary(summary)
 
@@ -100,8 +100,8 @@ def _train(
     device = "cuda" if job.scaling.use_gpu else "cpu"
     prepared = prepare(job, task, device, strategy)
     job = prepared.job
-    for remark in prepared.remarks:
-        logger.warning("%s", remark)
+    for warning in prepared.warnings:
+        logger.warning("%s", warning)
     every = job.checkpoint.period(prepared.sampler.steps_per_epoch)
     uploader = _uploader(checkpoints, job)
     saved = _saved(checkpoints.newest())
@@ -110,9 +110,9 @@ def _train(
         ports = others.ports(prepared.total_steps, saved)
         kept = CheckpointPorts(saved, take=uploader.take)
         meets = partial(join, prepared, strategy, 0, ports, progress=progress, checkpoints=kept)
-        told = others.counted(report, handlers)
+        report_and_count = others.counted(report, handlers)
         ending_by = lambda step: StopOrder.END if handlers.ending() else StopOrder.NONE  # noqa: E731
-        meets(report=told, stop=ending_by).run()
+        meets(report=report_and_count, stop=ending_by).run()
         uploader.flush()
         handlers.on_model(saved_model(trained_model(prepared, strategy, 0)))
     _settle(checkpoints, handlers)
@@ -165,21 +165,21 @@ class _OtherRoles:
         if scheduler is None or leases is None:
             return report
 
-        def told(part: AnyReport) -> None:
+        def report_and_count(part: AnyReport) -> None:
             if isinstance(part, StepReport):
                 leases.count(part)
             report(part)
             if handlers.ending():
                 scheduler.call("end_early")
 
-        return told
+        return report_and_count
 
     def keep_files(self, handlers: RunHandlers, *, resumed: bool) -> None:
         """Hand over the log of updates and the embedding tables, of runs that have them."""
         job, run = self._job, self._launch.run
         asynchronous = self._launch.roles.consistency.asynchronous
         if self._servers is not None and asynchronous and not resumed:
-            handlers.on_file(FILE_NAME, pack(self._servers.logs(), {"run": run}))
+            handlers.on_file(FILE_NAME, pack_log(self._servers.logs(), {"run": run}))
         if job.embeddings is not None and job.checkpoint.save_final:
             keep_tables(self._tables.table_servers, job.seed, handlers.on_file)
 
@@ -236,7 +236,7 @@ def _settle(checkpoints: Checkpoints, handlers: RunHandlers) -> None:
     """After the end of a run that ended well, wait for checkpoints, and tell of them."""
     checkpoints.drain()
     checkpoints.settle()
-    for written in checkpoints.news():
+    for written in checkpoints.take_finished():
         handlers.on_summary(written)
 
 

@@ -191,8 +191,8 @@ def _follow(
         handle = spawn_controller(ControllerActor, launch.job, launch.run)
         endings.insert(0, lambda: ray.kill(handle))
         actor_group.begin(handle)
-        base = saved.step if saved else 0
-        controller = ControllerClient(RayTransport(), handle, actor_group, base)
+        checkpoint_step = saved.step if saved else 0
+        controller = ControllerClient(RayTransport(), handle, actor_group, checkpoint_step)
         endings.insert(0, lambda: controller.end(head.insist))
         controller.follow(check, handlers)
     finally:

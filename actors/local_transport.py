@@ -205,9 +205,9 @@ class LocalTransport(Transport):
         actor.die("killed")
 
 
-def opened(box: list[Any]) -> Any:
-    """Give what is in a checkpoint's box: arrays, or where they were put."""
-    return box[0].packed.open() if isinstance(box[0], StoredObject) else box
+def fetch_arrays(ref: list[Any]) -> Any:
+    """Give the arrays that a checkpoint refers to: themselves, or what was put into the store."""
+    return ref[0].packed.open() if isinstance(ref[0], StoredObject) else ref
 
 
 def _serve(actor: Actor, method: str, args: Packed, reply: Future[Any]) -> None:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from distplat.platform.shard_map import OwnLoop, ShardMap
     from distplat.platform.spec import Job
     from distplat.platform.vector_layout import Layout
-    from distplat.strategies.catalog import StrategyFile
+    from distplat.strategies.catalog import LoadedStrategyFile
     from distplat.strategies.strategy_spec import GroupSpec
 
 
@@ -32,7 +32,7 @@ def rendezvous_key(group: str) -> bytes:
 
 
 @dataclass(frozen=True)
-class Address:
+class MemoryAddress:
     """Where another process finds a memory segment. Good while its owner holds it open."""
 
     node: str
@@ -60,7 +60,7 @@ class SavedHandle:
 class AttachReply:
     """A server's answer to a worker that attaches its memory."""
 
-    near: bool
+    shares_memory: bool
     """Whether the server reaches it; else bytes are sent."""
     version: int | None
     """Of the shard's parameters; None: it has none yet."""
@@ -79,7 +79,7 @@ class WorkOrder:
     """`module:Class`, or the class itself, pickled by the driver."""
     search_path: str
     """Folder of the task's module with the driver: import path and current directory there."""
-    strategy_file: StrategyFile | None
+    strategy_file: LoadedStrategyFile | None
     """A user's file that registers strategies."""
     manager: Any
     """Handle of the server manager; None: there are neither shards nor tables kept twice."""
@@ -87,7 +87,7 @@ class WorkOrder:
     """The group of all workers; None: the strategy has none."""
     saved: SavedHandle | None = None
     """The checkpoint to begin from, for a worker that has no state yet."""
-    base: int = 0
+    checkpoint_step: int = 0
     """Steps of the newest checkpoint: no attempt begins before it."""
     embedding_servers: tuple[Any, ...] = ()
     """Handles of the servers of embedding tables, in order."""
@@ -143,7 +143,7 @@ class ModelFacts:
     total_steps: int
     checkpoint_every: int = 0
     """Steps between two checkpoints; 0: there are none."""
-    uncounted: tuple[tuple[int, int], ...] = ()
+    duplicate_ranges: tuple[tuple[int, int], ...] = ()
     """Runs of the vector that others have too, and count in the norm of the gradient."""
     layout: Layout | None = None
     """What lies where in the vector; None: it is as if it were a single parameter."""
@@ -159,20 +159,20 @@ class Membership:
 
     part: int
     """Its number; 0 where no model is cut."""
-    place: int
+    part_rank: int
     """The worker's number among those that have this part; where no model is cut its rank."""
     shard_map: ShardMap
     servers: list[Any]
     """Handles of the server nodes, by shard."""
     names: list[str]
     """Their names, by shard."""
-    parameters: list[Address]
+    parameters: list[MemoryAddress]
     """The parameter segment of each server's node, by shard: the whole flat vector."""
     private: bool
     """Whether each worker computes on a copy of its own."""
     wire: str | None = None
     """Name in torch of the type that travels to other nodes; None: the parameters' own."""
-    twins: int | None = None
+    part_world: int | None = None
     """Workers that share these servers, where the model is cut; None: all of the run."""
     replicated: bool = False
     """Whether each shard is kept twice: a lost server is followed by another, in a newer map."""
@@ -213,7 +213,7 @@ class TablePart:
 class OpenReply:
     """What a server of embedding tables answers to a worker that joins an attempt."""
 
-    near: bool
+    shares_memory: bool
     """Whether it reaches the worker's memory; else ids and rows travel in the calls."""
     steps: int
     """That its tables have behind them."""
@@ -221,17 +221,17 @@ class OpenReply:
 
 @dataclass(frozen=True)
 class RowTransfer:
-    """Ids of one table and a place for their rows, or their gradients, on the way to a server."""
+    """Ids of one table and memory for their rows, or their gradients, on the way to a server."""
 
     table: int
     count: int
     """Number of ids."""
-    ids: Address | NDArray[np.int64]
+    ids: MemoryAddress | NDArray[np.int64]
     """Where they are, or themselves."""
-    values: Address | NDArray[np.float32] | None
+    values: MemoryAddress | NDArray[np.float32] | None
     """Where rows go to or gradients come from, or the gradients themselves; None: a pull, whose
     rows go into the answer."""
     first_id: int = 0
-    """Place of the first one in the memory at `ids`."""
+    """Index of the first one in the memory at `ids`."""
     first_value: int = 0
-    """Place of its first element in the memory at `values`."""
+    """Index of its first element in the memory at `values`."""

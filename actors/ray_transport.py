@@ -12,7 +12,7 @@ from typing_extensions import override
 from distplat.actors.process_setup import log_to_stderr
 from distplat.actors.ray_errors import as_transport_error
 from distplat.actors.transport import Transport
-from distplat.platform.torchrun import ProcessPlace
+from distplat.platform.torchrun import ProcessLocation
 
 
 class RayTransport(Transport):
@@ -63,11 +63,11 @@ class RayTransport(Transport):
         ray.kill(actor)
 
 
-def place_here() -> ProcessPlace:
+def location_here() -> ProcessLocation:
     """Say on which node this actor is, and which GPUs Ray has given to it."""
     context = ray.get_runtime_context()
     gpus = context.get_accelerator_ids().get("GPU", [])
-    return ProcessPlace(context.get_node_id(), ray.util.get_node_ip_address(), tuple(gpus))
+    return ProcessLocation(context.get_node_id(), ray.util.get_node_ip_address(), tuple(gpus))
 
 
 def host_here() -> str:

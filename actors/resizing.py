@@ -93,12 +93,12 @@ class SyncScaler:
             rank: c for rank, c in self._calls.items() if rank in self._resizing.newcomers
         }
 
-    def look(self, base: int) -> int | None:
+    def look(self, checkpoint_step: int) -> int | None:
         """
         Carry on; called while all workers are at work.
 
         Args:
-            base: steps of the newest checkpoint.
+            checkpoint_step: steps of the newest checkpoint.
 
         Returns:
             Workers to go on with from the next step; None: nothing is to change now.
@@ -111,7 +111,7 @@ class SyncScaler:
             self._drop(rank)
         for rank in resizing.to_make:
             limit = self._actors.job.failure.start_timeout_s
-            call = self._actors.enlist(rank, base)
+            call = self._actors.start_newcomer(rank, checkpoint_step)
             self._calls[rank] = _Newcomer(call, call(), time.monotonic() + limit)
             resizing.made(rank)
         for rank in list(self._calls):
@@ -127,7 +127,7 @@ class SyncScaler:
             self._requests.answer(request.number, refused)
             return
         self._number = request.number
-        self._resizing.wish(request.workers)
+        self._resizing.request(request.workers)
 
     def _look_after(self, rank: int) -> None:
         coming = self._calls[rank]
@@ -167,7 +167,7 @@ class SyncScaler:
     def _drop(self, rank: int) -> None:
         self._calls.pop(rank, None)
         self._resizing.dropped(rank)
-        self._actors.let_go(rank)
+        self._actors.end_newcomer(rank)
 
 
 def check_scalable(actor_group: ActorGroup, workers: int) -> None:
@@ -214,12 +214,12 @@ class AsyncScaler:
         """The task scheduler is another one: it does not know who is leaving."""
         self._actors.tell_scheduler("dismiss", tuple(self._leaving))
 
-    def carry_out(self, base: int) -> list[int]:
+    def carry_out(self, checkpoint_step: int) -> list[int]:
         """
         Have workers join or leave, if that is asked for.
 
         Args:
-            base: steps of the newest checkpoint.
+            checkpoint_step: steps of the newest checkpoint.
 
         Returns:
             Ranks that are starting.
@@ -232,7 +232,7 @@ class AsyncScaler:
         refused = self.refusal(request.workers)
         joined: list[int] = []
         if more > 0 and not refused:
-            joined = self._actors.grow(more, base)
+            joined = self._actors.grow(more, checkpoint_step)
             logger.info("workers join: %s", joined)
         elif more < 0:
             leave = tuple(stay[more:])
@@ -248,5 +248,5 @@ class AsyncScaler:
     def left(self, rank: int) -> None:
         """End a worker that has finished what it had."""
         self._leaving.discard(rank)
-        self._actors.part_with(rank)
+        self._actors.end_worker(rank)
         self._actors.tell_scheduler("forget", rank)

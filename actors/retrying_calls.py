@@ -64,7 +64,7 @@ class PendingCall:
         calls: Mapping[str, Call],
         limit_s: float,
         setting: str,
-        look: Callable[[], object] | None = None,
+        look: Callable[[], object] | None,
         made: Callable[[int, Any], object] = lambda number, reply: None,
     ) -> None:
         self._transport = transport

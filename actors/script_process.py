@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from distplat.platform.torchrun import ProcessPlace
+from distplat.platform.torchrun import ProcessLocation
 
 _MOST_LINES = 10_000
 """Lines that are kept for the driver; beyond them the script waits in its `print`."""
@@ -27,7 +27,7 @@ _PYTHONS = ("python", "python3")
 
 
 @dataclass(frozen=True)
-class Output:
+class ProcessOutput:
     """What a process has printed since the driver last took it."""
 
     lines: tuple[str, ...]
@@ -43,7 +43,7 @@ class ScriptProcess:
         where: says where this object is.
     """
 
-    def __init__(self, where: Callable[[], ProcessPlace]) -> None:
+    def __init__(self, where: Callable[[], ProcessLocation]) -> None:
         self._where = where
         self._starting = threading.Lock()
         self._changed = threading.Condition()
@@ -54,7 +54,7 @@ class ScriptProcess:
         self._process: subprocess.Popen[str] | None = None
         self._thread: threading.Thread | None = None
 
-    def place(self) -> ProcessPlace:
+    def location(self) -> ProcessLocation:
         """Say where the process would run."""
         return self._where()
 
@@ -87,7 +87,7 @@ class ScriptProcess:
                 begun.wait()
         return self._error
 
-    def output(self, taken: int, wait_s: float) -> Output:
+    def output(self, taken: int, wait_s: float) -> ProcessOutput:
         """
         Give lines that were printed.
 
@@ -101,7 +101,7 @@ class ScriptProcess:
                 self._taken += 1
             self._changed.notify_all()
             self._changed.wait_for(lambda: self._lines or self._exit_code is not None, wait_s)
-            return Output(tuple(self._lines), self._exit_code)
+            return ProcessOutput(tuple(self._lines), self._exit_code)
 
     def terminate(self) -> None:
         """Ask the process, and those that it has started, to end."""

@@ -3,7 +3,7 @@ A script that is run as it is, in several processes: torchrun's part, over the n
 
     driver                          ScriptProcess, one for each rank
     ------                          -----------------------------------------
-    place, port         ->          node, address, GPUs; a free port of rank 0
+    location, port      ->          node, address, GPUs; a free port of rank 0
     start(env)          ->          python train.py, with torchrun's variables
     output(taken)       <->         lines and exit codes, asked again and again
 
@@ -29,7 +29,7 @@ from distplat.actors.launch import ray_for_run
 from distplat.actors.ray_transport import RayTransport
 from distplat.actors.retrying_calls import ask
 from distplat.actors.role_output import RoleFiles
-from distplat.actors.script_process import Output
+from distplat.actors.script_process import ProcessOutput
 from distplat.actors.spawn import spawn_script
 from distplat.actors.stopping import Stopping
 from distplat.actors.transport import ActorDied, Transport, TransportError, Unanswered
@@ -45,7 +45,7 @@ from distplat.platform.errors import (
 )
 from distplat.platform.run_directory import new_run_name
 from distplat.platform.spec import Scaling
-from distplat.platform.torchrun import ProcessPlace, TorchrunLaunch, environments, ranks_of
+from distplat.platform.torchrun import ProcessLocation, TorchrunLaunch, environments, ranks_of
 
 _OUTPUT_S = 1.0
 _TICK_S = 0.1
@@ -77,7 +77,7 @@ class Terminal(Protocol):
     def line(self, rank: int, text: str) -> None:
         """Take a line that a rank has printed."""
 
-    def news(self, text: str) -> None:
+    def notice(self, text: str) -> None:
         """Take what the run itself has to say."""
 
 
@@ -120,7 +120,7 @@ class Attempt:
         self._script, self._transport, self._terminal = script, transport, terminal
         self._actors, self._check = actors, check
         self._ranks: list[_Rank] = []
-        self._told = False  #: see `_tell_who_runs_on`
+        self._warned = False  #: see `_tell_who_runs_on`
         self._all_ran_at = time.monotonic()
         self._clock = AwakeClock()
 
@@ -133,12 +133,12 @@ class Attempt:
             InfrastructureError: one was lost, or cannot be started.
         """
         script = self._script
-        places: list[ProcessPlace] = self._ask("starting processes", "place")
-        ranks = ranks_of(places)
+        locations: list[ProcessLocation] = self._ask("starting processes", "location")
+        ranks = ranks_of(locations)
         first = ranks.index(0)
         [port] = self._ask("finding a port", "port", only=first)
         given = environments(
-            places, TorchrunLaunch(script.run, port, restarts, script.max_restarts)
+            locations, TorchrunLaunch(script.run, port, restarts, script.max_restarts)
         )
         for error in self._ask("starting the script", "start", given):
             if error:
@@ -198,7 +198,7 @@ class Attempt:
     def _take_answer(self, one: _Rank) -> None:
         reply, one.reply = one.reply, None
         try:
-            found: Output = self._transport.get(reply, _OUTPUT_S)
+            found: ProcessOutput = self._transport.get(reply, _OUTPUT_S)
         except ActorDied as error:
             one.lost = str(error) or "its node or actor died"
             return
@@ -225,12 +225,12 @@ class Attempt:
         """Say once that some processes are done and others not: they may wait for those."""
         if not ended:
             self._all_ran_at = time.monotonic()
-        elif not self._told and time.monotonic() - self._all_ran_at > _ALONE_S:
-            self._told = True
+        elif not self._warned and time.monotonic() - self._all_ran_at > _ALONE_S:
+            self._warned = True
             first, left = ranks_text(ended), [one.rank for one in self._ranks if not one.over]
             text = "%s ended with exit code 0, %.0f s ago; not so %s: at work, or waiting in vain"
             if left:
-                self._terminal.news(text % (first, _ALONE_S, ranks_text(left)))
+                self._terminal.notice(text % (first, _ALONE_S, ranks_text(left)))
 
 
 def run_script(
@@ -271,7 +271,7 @@ def run_script(
             if restarts == script.max_restarts:
                 raise
             restarts += 1
-            terminal.news(f"{error}; starting anew, {restarts} of {script.max_restarts}")
+            terminal.notice(f"{error}; starting anew, {restarts} of {script.max_restarts}")
 
 
 _STORAGE_S = 120.0
@@ -314,7 +314,7 @@ class _Logs(Terminal):
 
     def __init__(self, path: Path, terminal: Terminal) -> None:
         self._terminal = terminal
-        self._files = RoleFiles(path, terminal.news, most=_MOST_LINES)
+        self._files = RoleFiles(path, terminal.notice, most=_MOST_LINES)
 
     @override
     def line(self, rank: int, text: str) -> None:
@@ -322,8 +322,8 @@ class _Logs(Terminal):
         self._files.write(f"rank-{rank}", [text])
 
     @override
-    def news(self, text: str) -> None:
-        self._terminal.news(text)
+    def notice(self, text: str) -> None:
+        self._terminal.notice(text)
 
     def close(self) -> None:
         """Close the files."""

@@ -1,5 +1,5 @@
 """
-The one place that makes actors: names, resources, order of start, end.
+The one module that makes actors: names, resources, order of start, end.
 
 All actors of a run are asked for at once and start side by side. None is detached and none is
 restarted by Ray: they end with their owner (I8), and a shard must not come back empty (I4).
@@ -19,7 +19,7 @@ from ray.util.scheduling_strategies import (
 
 from distplat.actors import hash_seed, ray_compat
 from distplat.actors.messages import TablePart
-from distplat.actors.ray_transport import place_here
+from distplat.actors.ray_transport import location_here
 from distplat.actors.script_process import ScriptProcess
 from distplat.actors.servers.manager import ServerManager
 from distplat.actors.servers.node import ServerNode
@@ -160,9 +160,10 @@ def spawn_script(scaling: Scaling, run: str, attempt: int) -> ScriptActors:
         for index in range(scaling.num_workers):
             name = f"process-{index}" + (f"/attempt-{attempt}" if attempt else "")
             options = _options(run, name, needs, _SCRIPT_THREADS)
-            place = PlacementGroupSchedulingStrategy(made.placement_group, index)
-            options["scheduling_strategy"] = place
-            made.processes.append(ray.remote(ScriptProcess).options(**options).remote(place_here))
+            bundle = PlacementGroupSchedulingStrategy(made.placement_group, index)
+            options["scheduling_strategy"] = bundle
+            actor = ray.remote(ScriptProcess).options(**options).remote(location_here)
+            made.processes.append(actor)
     except BaseException:
         made.end()
         raise

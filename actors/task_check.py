@@ -113,7 +113,7 @@ def check_function(function: object, given: Iterable[str]) -> list[str]:
     given = [*given]
     if takes_names(function, given):
         if any(p.kind is p.POSITIONAL_ONLY for p in needed_arguments(function)):
-            text = f"{name} takes arguments by their place alone, and `task_args` has names"
+            text = f"{name} takes positional-only arguments, and `task_args` has names"
             raise SpecError(Problem(("task",), text, "remove the / from its parameters"))
         if problems := _arguments(function, given):
             raise SpecError(*problems)
@@ -217,7 +217,7 @@ class TaskCheck:
             stderr=None if shown else subprocess.DEVNULL,
             cwd=folder if Path(folder).is_dir() else None,
         )
-        self._told = False
+        self._reported = False
 
     def poll(self) -> list[str]:
         """
@@ -226,7 +226,7 @@ class TaskCheck:
         Raises:
             DistplatError: see `result`.
         """
-        if self._told or self._child.poll() is None:
+        if self._reported or self._child.poll() is None:
             return []
         return self.result(None)
 
@@ -241,7 +241,7 @@ class TaskCheck:
             SpecError: the task is not there, or does not fit the job.
             UserCodeError: its module raised, or did not come to an end.
         """
-        self._told = True
+        self._reported = True
         text = self._line(_REST_S if limit_s is None else limit_s)
         if text is None and self._child.poll() is None:
             self.end()

@@ -1,14 +1,14 @@
-"""Find the user's task, or train function."""
+"""Find the user's task, train function or script."""
 
 import importlib
 import inspect
+import runpy
 import sys
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from types import FunctionType, ModuleType
 from typing import Any, TypeAlias, cast
 
-from distplat.actors.script_function import script_function
 from distplat.platform.errors import Problem, SpecError
 from distplat.platform.errors import hint as hint_of
 from distplat.platform.own_loop import script_of
@@ -48,7 +48,7 @@ def load_train_function(entry: str, search_path: str) -> TrainFunction:
             fields.
     """
     if script_of(entry):
-        return script_function(entry, search_path)
+        return _script_function(entry, search_path)
     module, name = _imported(entry, search_path)
     found = getattr(module, name, None)
     if isinstance(found, type) and issubclass(found, Task):
@@ -122,11 +122,11 @@ def _imported(entry: str, search_path: str) -> tuple[ModuleType, str]:
         near = hint_of(module_name, there) if there else "no Python file is there"
         message = f"could not import {module_name!r} from {search_path or 'the import path'}"
         raise SpecError(Problem(("task",), message, near)) from None
-    _check_place(module, Path(search_path or "."))
+    _check_location(module, Path(search_path or "."))
     return module, name
 
 
-def _check_place(module: ModuleType, folder: Path) -> None:
+def _check_location(module: ModuleType, folder: Path) -> None:
     """
     Refuse a module that is not the one of the folder: what is imported already comes first.
 
@@ -141,3 +141,42 @@ def _check_place(module: ModuleType, folder: Path) -> None:
         text = f"{there[0]} would not be used: a module {module.__name__!r} {where}"
         hint = "rename the file, or run it in a process of its own"
         raise SpecError(Problem(("task",), text, hint))
+
+
+def _script_function(entry: str, search_path: str) -> Callable[[], None]:
+    """
+    Give a function that runs a script as `python train.py --lr 0.1` does, in the worker's process.
+
+    The script is `__main__`, with its command line and its folder in front of the import path. One
+    that exits with code 0 returns.
+
+    Args:
+        entry: of the job; `script_of` knows it for a script.
+        search_path: folder where it lies.
+
+    Raises:
+        SpecError: there is no such file.
+        SyntaxError: it is no Python.
+    """
+    name, *words = script_of(entry)
+    path = (Path(search_path or ".") / name).resolve()
+    if not path.is_file():
+        there = [one.name for one in path.parent.glob("*.py")]
+        text = f"there is no script {name!r} in {search_path or 'the current directory'}"
+        raise SpecError(Problem(("task",), text, hint_of(path.name, there) if there else ""))
+    compile(path.read_bytes(), str(path), "exec")
+
+    def script() -> None:
+        before = sys.argv
+        sys.argv = [str(path), *words]
+        if (folder := str(path.parent)) not in sys.path:
+            sys.path.insert(0, folder)
+        try:
+            runpy.run_path(str(path), run_name="__main__")
+        except SystemExit as ended:
+            if ended.code not in (None, 0):
+                raise
+        finally:
+            sys.argv = before
+
+    return script

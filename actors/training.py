@@ -1,5 +1,5 @@
 """
-A worker's session: from its orders to the trained model. The first place that imports torch.
+A worker's session: from its orders to the trained model. The first module that imports torch.
 
 What the user's code raises comes out as `UserCodeError`, everything else as another
 `DistplatError`; nothing else leaves this module, so the controller always learns a cause.
@@ -39,21 +39,11 @@ from distplat.actors.task_loading import (
     load_train_function,
 )
 from distplat.actors.transport import AnswerPending, TransportError
-from distplat.actors.user_errors import (
-    as_user_error,
-    killed_loader,
-    lost_peer,
-    traceback_of_call,
-)
+from distplat.actors.user_errors import as_user_error, killed_loader, lost_peer, traceback_of_call
 from distplat.actors.visible_gpus import own_device
 from distplat.actors.weights import Reply
 from distplat.platform.checkpoints import Delivery
-from distplat.platform.errors import (
-    Abandoned,
-    DeadlineExceeded,
-    DistplatError,
-    StateLost,
-)
+from distplat.platform.errors import Abandoned, DeadlineExceeded, DistplatError, StateLost
 from distplat.platform.progress import AnyReport, StepReport
 from distplat.platform.spec import Job
 from distplat.platform.stop_order import StopOrder
@@ -62,7 +52,11 @@ from distplat.strategies.checkpoint.checkpoint_reader import SavedState
 from distplat.strategies.checkpoint.parts import model_part
 from distplat.strategies.collective import Collective, gather_bytes
 from distplat.strategies.function.api import running
-from distplat.strategies.function.function_session import FunctionSession, Place, SessionPorts
+from distplat.strategies.function.function_session import (
+    FunctionSession,
+    SessionPorts,
+    TrainContext,
+)
 from distplat.strategies.loop.checks import check_device
 from distplat.strategies.loop.loop import Progress
 from distplat.strategies.loop.prepared import Prepared
@@ -88,7 +82,7 @@ def run_function(
     group: Collective,
     node: str,
     ports: SessionPorts,
-    shards: LoopShards | None = None,
+    shards: LoopShards | None,
     rendezvous: Callable[[], Any] | None = None,
 ) -> dict[str, Tensor]:
     """
@@ -105,10 +99,10 @@ def run_function(
     """
     check_device("cuda" if job.scaling.use_gpu else "cpu")
     device = own_device() if job.scaling.use_gpu else torch.device("cpu")
-    place = _place(job.name, group, node, device)
-    session = FunctionSession(job, place, group, ports, shards)
+    context = _train_context(job.name, group, node, device)
+    session = FunctionSession(job, context, group, ports, shards)
     try:
-        with as_torchrun(place, rendezvous) if rendezvous is not None else nullcontext():
+        with as_torchrun(context, rendezvous) if rendezvous is not None else nullcontext():
             seed_function(job.seed)
             function = load()
             seed_again(job.seed)  # what its import has seeded stays
@@ -133,12 +127,12 @@ def loaded(order: WorkOrder) -> TrainFunction:
     return found
 
 
-def _place(job: str, group: Collective, node: str, device: torch.device) -> Place:
+def _train_context(job: str, group: Collective, node: str, device: torch.device) -> TrainContext:
     nodes = gather_bytes(node.encode(), group, device)
     here = [rank for rank, one in enumerate(nodes) if one == node.encode()]
     every = list(dict.fromkeys(nodes))
     local, at = here.index(group.rank), every.index(node.encode())
-    return Place(group.rank, group.world, local, len(here), device, at, len(every), job)
+    return TrainContext(group.rank, group.world, local, len(here), device, at, len(every), job)
 
 
 logger = logging.getLogger(__name__)
@@ -272,8 +266,8 @@ class Session:
         except DistplatError as error:
             ready.set_exception(error)
         except BaseException as error:  # see `work`
-            places = f"rank {order.rank} (node {self.host})"  # the others have made theirs
-            found = _of_platform(error) or as_user_error(error, order.rank, None, places=places)
+            on_ranks = f"rank {order.rank} (node {self.host})"  # the others have made theirs
+            found = _of_platform(error) or as_user_error(error, order.rank, None, on_ranks=on_ranks)
             ready.set_exception(found)
 
     def stop(self, attempt: int, how: StopOrder) -> None:
@@ -304,8 +298,8 @@ class Session:
                 connection.ports(order, prepared),
                 report=report,
                 progress=progress,
-                checkpoints=CheckpointPorts(_saved(order), order.base, uploader.take),
-                stop=lambda step: connection.told,
+                checkpoints=CheckpointPorts(_saved(order), order.checkpoint_step, uploader.take),
+                stop=lambda step: connection.stop_order,
             )
             self._say_what(order, prepared, loop.start)
             stopped = loop.run()
@@ -323,7 +317,7 @@ class Session:
         limit_s = order.job.failure.step_timeout_s
         uploader = CheckpointUploader(order.rank, order.attempt, _put, self._deliver, limit_s)
         connection = self._connection
-        ending = lambda: connection.told is StopOrder.END  # noqa: E731
+        ending = lambda: connection.stop_order is StopOrder.END  # noqa: E731
         try:
             trained = run_function(
                 order.job,
@@ -344,8 +338,8 @@ class Session:
             logger.info("rank %d goes on after step %d", order.rank, start)
             return
         world = order.job.scaling.world
-        for remark in prepared.remarks if order.rank == 0 else ():
-            logger.warning("%s", remark)
+        for warning in prepared.warnings if order.rank == 0 else ():
+            logger.warning("%s", warning)
         logger.info(
             "rank %d %s: %s, %d parameters on %s, %d steps",
             order.rank,

@@ -117,7 +117,7 @@ def as_user_error(
     step: int | None,
     *,
     evaluating: bool = False,
-    places: str = "",
+    on_ranks: str = "",
 ) -> UserCodeError:
     """
     Wrap what user code raised.
@@ -127,17 +127,17 @@ def as_user_error(
         rank: whose; None: nobody's, see `UserCodeError`.
         step: see `UserCodeError`.
         evaluating: whether it was in the evaluation after that step.
-        places: see `UserCodeError`.
+        on_ranks: see `UserCodeError`.
     """
     try:
-        summary, shown, remedy = _told(error)
+        summary, shown, remedy = _described(error)
     except Exception:  # its own code raises when it is looked at
         summary = shown = f"{type(error).__name__}, which raises when it is shown"
         remedy = ""
-    return UserCodeError(rank, step, summary, shown, remedy, evaluating, places)
+    return UserCodeError(rank, step, summary, shown, remedy, evaluating, on_ranks)
 
 
-def _told(error: BaseException) -> tuple[str, str, str]:
+def _described(error: BaseException) -> tuple[str, str, str]:
     """Give an exception's summary, its traceback with the user's frames, and the remedy."""
     found = traceback.TracebackException.from_exception(error)
     for one in _with_causes(found):

@@ -33,7 +33,7 @@ from distplat.actors.task_check import task_check
 from distplat.actors.task_loading import load_task_class
 from distplat.actors.trainer import Trainer
 from distplat.actors.training import saved_model
-from distplat.platform.apply_log import FILE_NAME, flaws, read_logs, staleness_counts
+from distplat.platform.apply_log import FILE_NAME, log_flaws, read_logs, staleness_counts
 from distplat.platform.checkpoints import FOLDER
 from distplat.platform.disk import check_regular
 from distplat.platform.errors import (
@@ -54,7 +54,7 @@ from distplat.strategies.loop.replay import replay
 from distplat.strategies.loop.session import make_task, prepare
 from distplat.strategies.pipeline.hybrid_options import HybridOptions
 from distplat.strategies.strategy_spec import Roles
-from distplat.strategies.verification.child import ANSWER, REQUEST, Answer, ChildRequest
+from distplat.strategies.verification.child import ANSWER, REQUEST, ChildRequest, ReferenceResult
 from distplat.strategies.verification.recipes import Trained
 from distplat.strategies.verification.switched import Switches, task_fields
 from distplat.strategies.verification.verdicts import (
@@ -65,7 +65,7 @@ from distplat.strategies.verification.verdicts import (
     inexact,
     judge,
     refused,
-    watch,
+    watch_losses,
 )
 
 DEFAULT = ("ring", "ps-sync", "hybrid")
@@ -102,15 +102,15 @@ def verify(wanted: VerifyRequest, say: Callable[[str], object]) -> Iterator[Row]
     jobs = {name: job_for(wanted, name) for name in names}
     exact = {n: j for n, j in jobs.items() if isinstance(j, Job) and not inexact(j)}
     with TemporaryDirectory(prefix="distplat-verify-") as temporary:
-        place = Path(temporary)
-        runner = _Runner(wanted, place)
+        folder = Path(temporary)
+        runner = _Runner(wanted, folder)
         for line in _checked(wanted):
             say(line)
         say("references: a plain loop")
         failed: UserCodeError | None = None
-        known: dict[str, Answer] = {}
+        known: dict[str, ReferenceResult] = {}
         try:
-            known = dict(zip(exact, _references(wanted, [*exact.values()], place), strict=True))
+            known = dict(zip(exact, _references(wanted, [*exact.values()], folder), strict=True))
         except UserCodeError as error:
             failed = error
         with _quiet_ray([job for job in jobs.values() if isinstance(job, Job)]):
@@ -151,7 +151,11 @@ def _quiet_ray(jobs: Sequence[Job]) -> Iterator[None]:
 
 
 def _rows(
-    name: str, job: Job | SpecError, known: Answer | None, wanted: VerifyRequest, runner: _Runner
+    name: str,
+    job: Job | SpecError,
+    known: ReferenceResult | None,
+    wanted: VerifyRequest,
+    runner: _Runner,
 ) -> list[Row]:
     asked = name in (*wanted.strategies, wanted.job.strategy.name)
     if isinstance(known, str) and not asked:
@@ -159,16 +163,16 @@ def _rows(
     if isinstance(job, SpecError):
         rows = [refused(name, job)]
     elif known is None or isinstance(known, str):
-        rows = watch(job, inexact(job) or str(known), runner)
+        rows = watch_losses(job, inexact(job) or str(known), runner)
     else:
         rows = judge(job, known, runner)
-    rows += left_out(name, wanted.job) if isinstance(job, Job) else []
+    rows += not_compared(name, wanted.job) if isinstance(job, Job) else []
     # Of strategies that nobody named a refusal is no failure.
     unasked = [row for row in rows if row.verdict == REFUSED and not asked]
     return [Row(name, "run", NOT_COMPARED, reason=row.reason) for row in unasked] or rows
 
 
-def left_out(name: str, job: Job) -> list[Row]:
+def not_compared(name: str, job: Job) -> list[Row]:
     """Say what of a job no run has, for none is evaluated."""
     if not isinstance(job.lr_schedule, ReduceLROnPlateau):
         return []
@@ -223,15 +227,15 @@ def job_for(wanted: VerifyRequest, name: str) -> Job | SpecError:
 class _Runner:
     """Runs jobs of the user's task (see `Engine`)."""
 
-    def __init__(self, wanted: VerifyRequest, place: Path) -> None:
-        self._wanted, self._place = wanted, place
+    def __init__(self, wanted: VerifyRequest, folder: Path) -> None:
+        self._wanted, self._folder = wanted, folder
 
     def __call__(self, job: Job, switches: Switches) -> EngineRun:
         fields = task_fields(job.task or "", job.task_args, switches)
         trainer = Trainer(
             job.model_copy(update=fields),
             working_dir=self._wanted.folder,
-            storage_dir=self._place,
+            storage_dir=self._folder,
             strategy_file=self._wanted.strategy_file,
             progress=False,
         )
@@ -254,7 +258,7 @@ def _trained(result: Result) -> Trained:
     return Trained(states, [one.loss for one in history])
 
 
-def _references(wanted: VerifyRequest, jobs: Sequence[Job], place: Path) -> list[Answer]:
+def _references(wanted: VerifyRequest, jobs: Sequence[Job], folder: Path) -> list[ReferenceResult]:
     """
     Ask a child for the references of jobs.
 
@@ -268,13 +272,13 @@ def _references(wanted: VerifyRequest, jobs: Sequence[Job], place: Path) -> list
     file = str(own.resolve()) if own is not None else None
     fields = [one.model_dump(mode="json") for one in jobs]
     request = ChildRequest(fields, job.task or "", job.task_args, str(wanted.folder), file)
-    (place / REQUEST).write_text(json.dumps(asdict(request)))
+    (folder / REQUEST).write_text(json.dumps(asdict(request)))
     home = str(Path(distplat.__file__).parent.parent.absolute())
     paths = os.pathsep.join([home, *filter(None, [os.environ.get("PYTHONPATH")])])
     limit = job.failure.start_timeout_s + 10 * wanted.steps * job.failure.step_timeout_s
     try:
         done = subprocess.run(
-            [sys.executable, "-m", "distplat.strategies.verification.child", str(place)],
+            [sys.executable, "-m", "distplat.strategies.verification.child", str(folder)],
             cwd=wanted.folder,
             env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", NAME: chosen()},
             stdout=subprocess.DEVNULL,
@@ -289,7 +293,7 @@ def _references(wanted: VerifyRequest, jobs: Sequence[Job], place: Path) -> list
     if done.returncode:
         lines = done.stderr.strip().splitlines() or ["its process ended"]
         raise UserCodeError(0, None, lines[-1], done.stderr)
-    found: list[Answer] = torch.load(place / ANSWER, weights_only=False)
+    found: list[ReferenceResult] = torch.load(folder / ANSWER, weights_only=False)
     return found
 
 
@@ -348,7 +352,7 @@ def replay_run(directory: Path, working_dir: Path) -> Replayed:
 
     first = prepare_rank()
     world, steps = job.scaling.world, first.total_steps
-    found = [flaw for log in logs for flaw in flaws(log, world, steps)]
+    found = [flaw for log in logs for flaw in log_flaws(log, world, steps)]
     if found or len(logs) != roles.servers:
         raise StorageError(f"{directory / FILE_NAME}: {(found or ['shards are missing'])[0]}")
     plan = ShardPlan(first.job, "replay", 0, world, steps, len(logs), roles.consistency)

@@ -33,18 +33,18 @@ def ask_without_cuda() -> None:
     os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
 
 
-def show_gpus(places: Sequence[RankLocation], rank: int) -> None:
+def show_gpus(locations: Sequence[RankLocation], rank: int) -> None:
     """
     Have this process see the GPUs of its node; in later attempts it sees what it saw.
 
     Args:
-        places: of all ranks, in their order.
+        locations: of all ranks, in their order.
         rank: this one.
     """
-    gpus = gpus_of_node(places, rank)
+    gpus = gpus_of_node(locations, rank)
     if not gpus:
         return
-    number = gpus.index(places[rank].gpus[0])
+    number = gpus.index(locations[rank].gpus[0])
     if not _own and not torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         os.environ[_VISIBLE] = ",".join(gpus)
         _own.append(number)

@@ -46,7 +46,7 @@ class Worker:
         self._beats = 0  #: at the last question
         self._ended = threading.Event()  #: an attempt is over, and none was begun since
         self._beginning = threading.Lock()
-        self._news = threading.Event()  #: there is something that is not to be kept back
+        self._urgent = threading.Event()  #: there is something that is not to be kept back
         self._thread: threading.Thread | None = None
 
     def __repr__(self) -> str:
@@ -122,23 +122,25 @@ class Worker:
             hold_s: seconds to keep the answer back for, while the attempt goes on: questions cost
                 processor time that training wants.
         """
-        self._news.wait(hold_s)
+        self._urgent.wait(hold_s)
         if not self._ended.is_set():
-            self._news.clear()
+            self._urgent.clear()
         if self._session is None:
             return PollResult([], -1, 0, 0, finished=False, error=None)
         state = self._session.state  # before the reports: what came first is told first
         items = self._outbox.take(number)
-        told = not self._outbox.waiting  # else the question was asked before: the next has the rest
+        drained = (
+            not self._outbox.waiting
+        )  # else the question was asked before: the next has the rest
         return PollResult(
             [one for one in items if not isinstance(one, Delivery)],
             state.attempt,
             state.progress.beats,
             state.progress.step,
-            finished=told and state.model is not None,
-            error=state.error if told else None,
+            finished=drained and state.model is not None,
+            error=state.error if drained else None,
             deliveries=[one for one in items if isinstance(one, Delivery)],
-            left=told and state.progress.left,
+            left=drained and state.progress.left,
             node=self._session.node,
             host=self._session.host,
             prepared=self._session.prepared,
@@ -178,9 +180,9 @@ class Worker:
         self._ended.clear()
         session.work(order, called_off=order.attempt <= self._given_up)
         self._ended.set()
-        self._news.set()
+        self._urgent.set()
 
     def _deliver(self, delivery: Delivery) -> None:
         """Have a part of a checkpoint told at once: with this process it would be lost."""
         self._outbox.put(delivery)
-        self._news.set()
+        self._urgent.set()

@@ -21,11 +21,7 @@ import torch.distributed as dist
 from common import WORKERS, median_ms, print_ratio
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor.parallel import (
-    ColwiseParallel,
-    RowwiseParallel,
-    parallelize_module,
-)
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 from distplat.actors.collectives.ray_groups import create_group
 from distplat.actors.collectives.rendezvous import GroupSettings

@@ -127,10 +127,10 @@ def is_this_machine(host: str) -> bool:
     if host == "localhost":
         return True
     try:
-        place = ipaddress.ip_address(host)
-        if place.is_loopback:
+        ip = ipaddress.ip_address(host)
+        if ip.is_loopback:
             return True
-        family = socket.AF_INET6 if place.version == 6 else socket.AF_INET
+        family = socket.AF_INET6 if ip.version == 6 else socket.AF_INET
         with socket.socket(family, socket.SOCK_DGRAM) as way:
             way.connect((host, 9))  # sends nothing, but finds the way
             return bool(way.getsockname()[0] == host)

@@ -29,7 +29,7 @@ _CONNECT_S = 5.0
 
 
 @dataclass(frozen=True)
-class Limits:
+class AnswerLimits:
     """What one answer may take."""
 
     answer_s: float
@@ -72,7 +72,7 @@ def request(
     address: str,
     method: str,
     endpoint: str,
-    limits: Limits,
+    limits: AnswerLimits,
     **kwargs: Any,
 ) -> requests.Response:
     """

@@ -30,7 +30,7 @@ from distplat.cli.address import (
     token_at_hand,
     unset,
 )
-from distplat.cli.bounded_answers import Limits
+from distplat.cli.bounded_answers import AnswerLimits
 from distplat.cli.versions import Versions
 from distplat.platform.errors import ClusterUnreachable, SpecError
 
@@ -63,7 +63,7 @@ def _request(
     """
     address = client.get_address()
     most = _MOST_LOG_BYTES if endpoint.endswith("/logs") else _MOST_BYTES
-    limits = Limits(client.answer_s, most)
+    limits = AnswerLimits(client.answer_s, most)
     try:
         return bounded_answers.request(send, address, method, endpoint, limits, **kwargs)
     except ray.exceptions.AuthenticationError as error:

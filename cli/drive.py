@@ -17,7 +17,7 @@ STORAGE = Path("~/distplat")
 """What a remote job's `storage_path` is relative to: the job's own folder ends with the job."""
 
 
-def let_go(stream: TextIO) -> None:
+def flush_or_discard(stream: TextIO) -> None:
     """Write out what a stream holds; where nobody reads it, it goes nowhere from now on."""
     try:
         stream.flush()
@@ -77,7 +77,7 @@ def drive() -> None:
             facts = _train_here(received)
     with suppress(OSError):  # the job's log is on a disk that may be full
         print(RESULT_MARK + to_json(facts, indent=None), flush=True)
-    let_go(sys.stdout)
+    flush_or_discard(sys.stdout)
 
 
 def _train_here(received: Received) -> Facts:

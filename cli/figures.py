@@ -20,7 +20,7 @@ from distplat.platform.progress import (
 from distplat.platform.run_record import RunRecord
 from distplat.platform.run_report import RestartRecord, metrics, samples_per_s
 
-Figures = dict[str, float]
+StepFigures = dict[str, float]
 
 _SHARD = re.compile(r"shard_\d+_apply_s")
 _LOAD = ("apply_s", "queue_s", "queue_depth", "in_bytes", "out_bytes")
@@ -28,7 +28,7 @@ _MOST_SHARDS = 4
 """Rows for shards in the table at the end of a run."""
 
 
-def mean_figures(history: Sequence[StepSummary]) -> Figures:
+def mean_figures(history: Sequence[StepSummary]) -> StepFigures:
     """Give each figure's mean over the steps that have it; see `StepTotals`."""
     totals = StepTotals()
     for step in history:
@@ -36,7 +36,7 @@ def mean_figures(history: Sequence[StepSummary]) -> Figures:
     return totals.figures
 
 
-def figure_rows(figures: Figures) -> list[tuple[str, str]]:
+def figure_rows(figures: StepFigures) -> list[tuple[str, str]]:
     """Put the figures into the rows of a table; those that say nothing are left out."""
     figures = defaultdict(float, figures)  # of a foreign run any of them may be missing
     rows = []
@@ -61,7 +61,7 @@ def restart_text(failure: FailureEvent) -> str:
     return f"{who} replaced, went on after step {failure.step}"
 
 
-def _servers(figures: Figures) -> list[tuple[str, str]]:
+def _servers(figures: StepFigures) -> list[tuple[str, str]]:
     """Say what each shard had to do; of many, those that had most."""
     if "queue_s" not in figures:
         return []
@@ -75,7 +75,7 @@ def _servers(figures: Figures) -> list[tuple[str, str]]:
     return rows
 
 
-def _load(figures: Figures, start: str) -> str:
+def _load(figures: StepFigures, start: str) -> str:
     of = {name: figures[start + name] for name in _LOAD}
     return (
         f"{_ms(of['apply_s'])} applying, {_ms(of['queue_s'])} queue, {of['queue_depth']:.2g} deep; "
@@ -83,14 +83,14 @@ def _load(figures: Figures, start: str) -> str:
     )
 
 
-def _overlap(figures: Figures) -> str:
+def _overlap(figures: StepFigures) -> str:
     text = f"{_ms(figures['waiting_s'])} waiting, {_ms(figures['working_s'])} working"
     if "hidden_fraction" in figures:
         text += f"; {figures['hidden_fraction']:.0%} behind backward"
     return text
 
 
-def _pipeline(figures: Figures) -> str:
+def _pipeline(figures: StepFigures) -> str:
     between = max(figures["stage_sent_bytes"], figures["stage_received_bytes"])
     bubble = 1 - figures["stage_busy_s"] / figures["pipeline_s"]
     return (
@@ -99,7 +99,7 @@ def _pipeline(figures: Figures) -> str:
     )
 
 
-def _compression(figures: Figures) -> str:
+def _compression(figures: StepFigures) -> str:
     whole = figures["saved_bytes"] + figures["sent_bytes"]
     share = figures["saved_bytes"] / whole if whole else 0.0
     parts = [f"{share:.0%} of the bytes saved"]

@@ -33,13 +33,7 @@ from distplat.cli.address import (
 from distplat.cli.shipping import JOB_VARIABLE, Package, measure
 from distplat.cli.versions import driver_mismatch
 from distplat.platform.disk import open_regular
-from distplat.platform.errors import (
-    ClusterUnreachable,
-    Problem,
-    SpecError,
-    StorageError,
-    nearest,
-)
+from distplat.platform.errors import ClusterUnreachable, Problem, SpecError, StorageError, nearest
 
 _REPLACEABLE = {"working_dir", "py_modules", "excludes", "env_vars"}
 """Parts of a runtime environment that come to the same thing on the driver's own node."""

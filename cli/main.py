@@ -41,7 +41,7 @@ from distplat.cli.common_options import (
     WorkingDir,
     is_json,
 )
-from distplat.cli.drive import let_go
+from distplat.cli.drive import flush_or_discard
 from distplat.cli.report import report
 from distplat.cli.running import scale
 from distplat.cli.schedule import schedule
@@ -206,7 +206,7 @@ def main() -> None:
     _open_streams()
     code = run(sys.argv[1:])
     for stream in (sys.stdout, sys.stderr):
-        let_go(stream)  # Python would fail at its end for a pipe that nobody reads
+        flush_or_discard(stream)  # Python would fail at its end for a pipe that nobody reads
     sys.exit(code)
 
 

@@ -55,8 +55,8 @@ def report(
     except SpecError as error:
         missing = error
     if as_json:
-        places = {name: str(path) for name, path in written.items()}
-        print(to_json(_facts(record, now, pipeline) | {"page": None} | places))
+        paths = {name: str(path) for name, path in written.items()}
+        print(to_json(_facts(record, now, pipeline) | {"page": None} | paths))
     else:
         rows = _rows(record, now) + _pipeline_rows(record, pipeline, problem)
         rows += [("note", note) for note in record.notes]

@@ -112,9 +112,9 @@ def _loss(record: RunRecord) -> Chart | None:
 
 def _metric_charts(record: RunRecord) -> Iterator[tuple[str, Chart]]:
     others = [metric for metric in metrics(record.evaluations) if metric.name != "loss"]
-    for place, metric in enumerate(others):
+    for index, metric in enumerate(others):
         if len(metric.points) > 1:
-            colour = PALETTE[(2 + place) % len(PALETTE)]
+            colour = PALETTE[(2 + index) % len(PALETTE)]
             yield metric.name, curves([Series(metric.name, metric.points, colour, dots=True)])
 
 

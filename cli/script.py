@@ -21,7 +21,7 @@ from distplat.cli.common_options import (
     RuntimeEnvJson,
     is_json,
 )
-from distplat.cli.drive import let_go
+from distplat.cli.drive import flush_or_discard
 from distplat.cli.render import print_pairs
 from distplat.platform.errors import Problem, SpecError, naming_path, printable
 from distplat.platform.progress import to_json
@@ -38,10 +38,10 @@ _NAME = re.compile(r"[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?")
 
 def routed(args: list[str]) -> list[str]:
     """Send `submit ... -- COMMAND` to its own command; other command lines are left alone."""
-    place = next((n for n, arg in enumerate(args) if not arg.startswith("-")), len(args))
-    if args[place : place + 1] != ["submit"] or "--" not in args:
+    index = next((n for n, arg in enumerate(args) if not arg.startswith("-")), len(args))
+    if args[index : index + 1] != ["submit"] or "--" not in args:
         return [*args]
-    return [*args[:place], COMMAND, *args[place + 1 :]]
+    return [*args[:index], COMMAND, *args[index + 1 :]]
 
 
 class Lines:
@@ -61,7 +61,7 @@ class Lines:
         """Show a line of a rank."""
         self._show(f"[{rank}] {text}" if self._world > 1 else text)
 
-    def news(self, text: str) -> None:
+    def notice(self, text: str) -> None:
         """Show what the run itself has to say."""
         self._show(f"distplat: {text}")
 
@@ -121,7 +121,7 @@ def submit_script(
         result = train_script(job, lines)
     with suppress(OSError):  # it has ended well, whether somebody reads it or not
         _print(job, result, as_json=as_json)
-    let_go(sys.stdout)
+    flush_or_discard(sys.stdout)
 
 
 def _print(job: ScriptJob, result: ScriptResult, *, as_json: bool) -> None:

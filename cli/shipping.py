@@ -287,7 +287,7 @@ def check_imports(task: str, package: Package) -> None:
         SpecError: names the files, who imports them, and why they stay.
     """
     problems = []
-    for one in left_out(task, package.folder, package.paths):
+    for one in unshipped_imports(task, package.folder, package.paths):
         name, importer = (path.relative_to(package.folder) for path in (one.path, one.importer))
         who = "the task" if one.path == one.importer else f"{importer}:{one.line}"
         message = f"{name}, which {who} imports, is not shipped to the cluster"
@@ -416,7 +416,9 @@ class UnshippedImport:
     """Of the import, from 1."""
 
 
-def left_out(task: str, folder: Path, shipped: Collection[Path]) -> Iterator[UnshippedImport]:
+def unshipped_imports(
+    task: str, folder: Path, shipped: Collection[Path]
+) -> Iterator[UnshippedImport]:
     """
     Go from a task's module through all that it imports from its own folder.
 
@@ -451,15 +453,15 @@ def left_out(task: str, folder: Path, shipped: Collection[Path]) -> Iterator[Uns
 
 def _files(folder: Path, module: str) -> list[Path]:
     """Give the files that an import of `a.b.c` runs, of those below the folder."""
-    found, place = [], folder
+    found, parent = [], folder
     for part in module.split("."):
-        package, file = place / part / "__init__.py", place / f"{part}.py"
+        package, file = parent / part / "__init__.py", parent / f"{part}.py"
         if package.is_file():
             found.append(package)
         elif file.is_file():
             return [*found, file]
-        place /= part
-        if not place.is_dir():
+        parent /= part
+        if not parent.is_dir():
             break
     return found
 

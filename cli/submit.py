@@ -19,7 +19,7 @@ import distplat
 from distplat.actors.view import View
 from distplat.cli import remote, shipping
 from distplat.cli.address import VERSION_KEY, Target, bring_token, target_of
-from distplat.cli.drive import STORAGE, let_go, train
+from distplat.cli.drive import STORAGE, flush_or_discard, train
 from distplat.cli.render import Facts, print_result
 from distplat.cli.versions import check_cluster
 from distplat.platform.errors import ClusterUnreachable, Problem, SpecError, naming_path, printable
@@ -262,7 +262,7 @@ def connection(
     folder: Path,
     runtime_env: Path | None,
     runtime_env_json: str | None,
-    told: Callable[[shipping.Package], None],
+    on_package: Callable[[shipping.Package], None],
 ) -> AbstractContextManager[None]:
     """
     Connect to a cluster; a local Ray is started by the run itself.
@@ -272,7 +272,7 @@ def connection(
         folder: is shipped.
         runtime_env: `--runtime-env`.
         runtime_env_json: `--runtime-env-json`.
-        told: of what is shipped.
+        on_package: of what is shipped.
 
     Raises:
         SpecError: something is wrong with the runtime environment.
@@ -288,7 +288,7 @@ def connection(
     check_environment(user)
     if target.kind == "here":
         use_token_at_hand()
-    return connected(target.address, shipping.with_folders(folder, user), told)
+    return connected(target.address, shipping.with_folders(folder, user), on_package)
 
 
 def _check_options(request: SubmitRequest, target: Target) -> None:
@@ -457,4 +457,4 @@ def _print(facts: Facts, request: SubmitRequest, job_id: str | None = None) -> N
             print(to_json(facts if job_id is None else {**facts, "id": job_id}))
         else:
             print_result(facts)
-    let_go(sys.stdout)
+    flush_or_discard(sys.stdout)

@@ -7,14 +7,7 @@ from typing import get_args
 from pydantic import BaseModel
 
 from distplat.cli.render import field_rows
-from distplat.platform import (
-    evaluations,
-    lr_schedules,
-    model_options,
-    optimizers,
-    spec,
-    trackers,
-)
+from distplat.platform import evaluations, lr_schedules, model_options, optimizers, spec, trackers
 
 HEAD = """\
 # The job file

@@ -1,10 +1,10 @@
 """
 In what order a shard applied gradients: what makes an asynchronous run repeatable.
 
-    place   rank  task  pulled     `pulled`: the version at which the gradient was computed
-      0      1     0      0        place 0 takes the shard from version 0 to version 1
-      1      0     1      0        staleness 1: one update between its pull and its place
-      2      1     2      1        after its push of place 0 rank 1 pulled version 1: staleness 1
+    index   rank  task  pulled     `pulled`: the version at which the gradient was computed
+      0      1     0      0        update 0 takes the shard from version 0 to version 1
+      1      0     1      0        staleness 1: one update between its pull and itself
+      2      1     2      1        after its push of update 0 rank 1 pulled version 1: staleness 1
       ...
 
 A task is one part of one step's batch: of N parts, part t % N of step t // N. The rest of a run
@@ -56,13 +56,13 @@ class ApplyLog:
     def __len__(self) -> int:
         return len(self._numbers) // _WIDTH
 
-    def __getitem__(self, place: int) -> Applied:
-        if not 0 <= place < len(self):
-            raise IndexError(place)
-        return Applied(*self._numbers[place * _WIDTH : (place + 1) * _WIDTH])
+    def __getitem__(self, index: int) -> Applied:
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        return Applied(*self._numbers[index * _WIDTH : (index + 1) * _WIDTH])
 
     def __iter__(self) -> Iterator[Applied]:
-        return (self[place] for place in range(len(self)))
+        return (self[index] for index in range(len(self)))
 
     def numbers(self) -> NDArray[np.int64]:
         """Copy it as an array, shape [updates, 3]: rank, task, pulled."""
@@ -74,12 +74,12 @@ def staleness_counts(logs: Sequence[ApplyLog], world: int) -> list[Counter[int]]
     ranks = max([world, *(applied.rank + 1 for log in logs for applied in log)])
     counts: list[Counter[int]] = [Counter() for _ in range(ranks)]
     for log in logs:
-        for place, applied in enumerate(log):
-            counts[applied.rank][place - applied.pulled] += 1
+        for index, applied in enumerate(log):
+            counts[applied.rank][index - applied.pulled] += 1
     return counts
 
 
-def flaws(log: ApplyLog, parts: int, steps: int) -> list[str]:
+def log_flaws(log: ApplyLog, parts: int, steps: int) -> list[str]:
     """
     Say what is wrong with a finished run's log; empty: every task was applied exactly once.
 
@@ -89,19 +89,19 @@ def flaws(log: ApplyLog, parts: int, steps: int) -> list[str]:
         steps: of the run.
     """
     done, since = IntervalSet(), dict[int, int]()
-    for place, (rank, task, pulled) in enumerate(log):
+    for index, (rank, task, pulled) in enumerate(log):
         if rank < 0 or not 0 <= task < parts * steps:
-            return [f"update {place} is task {task} of rank {rank}: the run has {parts * steps}"]
+            return [f"update {index} is task {task} of rank {rank}: the run has {parts * steps}"]
         if not done.add(task):
-            return [f"update {place} is task {task}, which was made before"]
-        if not since.get(rank, 0) <= pulled <= place:
-            return [f"update {place} was computed at version {pulled}, which rank {rank} had not"]
-        since[rank] = place + 1
+            return [f"update {index} is task {task}, which was made before"]
+        if not since.get(rank, 0) <= pulled <= index:
+            return [f"update {index} was computed at version {pulled}, which rank {rank} had not"]
+        since[rank] = index + 1
     missing = parts * steps - len(log)
     return [f"{missing} tasks are missing, the first is {done.low}"] if missing else []
 
 
-def pack(logs: Sequence[NDArray[np.int64]], facts: Mapping[str, str]) -> bytes:
+def pack_log(logs: Sequence[NDArray[np.int64]], facts: Mapping[str, str]) -> bytes:
     """
     Give the file of a run.
 
@@ -115,7 +115,7 @@ def pack(logs: Sequence[NDArray[np.int64]], facts: Mapping[str, str]) -> bytes:
 
 def read_logs(path: str) -> tuple[list[ApplyLog], dict[str, str]]:
     """
-    Read what `pack` gave.
+    Read what `pack_log` gave.
 
     Returns:
         Logs by shard, and the facts.

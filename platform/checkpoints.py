@@ -30,7 +30,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from distplat.platform.disk import Content, Disk, Moved, open_regular
+from distplat.platform.disk import Disk, FileContent, Moved, open_regular
 from distplat.platform.errors import Problem, SpecError, StorageError, naming_path
 from distplat.platform.tensor_slices import ITEM_BYTES, Bytes, TensorEntry
 
@@ -43,10 +43,10 @@ class Delivery:
     attempt: int
     version: int
     """Steps that it has behind it."""
-    boxes: tuple[Any, ...] = ()
-    """Where the arrays are: each opens to a list of them."""
+    refs: tuple[Any, ...] = ()
+    """References to arrays: each to a list of them."""
     entries: tuple[tuple[TensorEntry, ...], ...] = ()
-    """By box, what is in its arrays."""
+    """By reference, what is in its arrays."""
     facts: dict[str, Any] = field(default_factory=dict)
     """What the rank knows of data and versions, for `state.json`."""
     skipped: bool = False
@@ -57,12 +57,12 @@ class Delivery:
     @property
     def nbytes(self) -> int:
         """Bytes of the part."""
-        entries = [entry for box in self.entries for entry in box]
-        return sum(entry.place.size * ITEM_BYTES[entry.dtype] for entry in entries)
+        entries = [entry for ref in self.entries for entry in ref]
+        return sum(entry.tensor_slice.size * ITEM_BYTES[entry.dtype] for entry in entries)
 
 
-Open = Callable[[Any], list[Bytes]]
-"""Opens a box."""
+FetchArrays = Callable[[Any], list[Bytes]]
+"""Gives the arrays that a delivery refers to."""
 
 
 class CheckpointAssembly:
@@ -229,7 +229,7 @@ class Catalogue:
         """Give the directory of a step's checkpoint."""
         return self.folder / f"step-{step:06d}"
 
-    def write(self, step: int, files: Mapping[str, Content], state: Mapping[str, Any]) -> Path:
+    def write(self, step: int, files: Mapping[str, FileContent], state: Mapping[str, Any]) -> Path:
         """
         Write a checkpoint, whole or not at all; one that is there already stays.
 
@@ -333,7 +333,7 @@ class Catalogue:
             raise StorageError(f"{self.folder}: all {len(steps)} checkpoints are damaged")
         return None
 
-    def _fill(self, partial: Path, files: Mapping[str, Content]) -> None:
+    def _fill(self, partial: Path, files: Mapping[str, FileContent]) -> None:
         """Write all files, then what they should be, then their names."""
         self._disk.make(partial)
         about = {}

@@ -27,7 +27,7 @@ from distplat.platform.errors import StorageError
 
 T = TypeVar("T")
 
-Content = Iterable[bytes | memoryview]
+FileContent = Iterable[bytes | memoryview]
 """A file, in parts."""
 Moved = Callable[[], object]
 """Called by who works on a disk, whenever it has done something."""
@@ -47,7 +47,7 @@ class Disk:
         """Make a directory, for its owner alone."""
         path.mkdir(mode=0o700)
 
-    def write(self, path: Path, content: Content) -> tuple[int, str]:
+    def write(self, path: Path, content: FileContent) -> tuple[int, str]:
         """Write a file and sync it; give its size and SHA-256."""
         size, digest = 0, hashlib.sha256()
         with path.open("xb") as file:

@@ -77,10 +77,10 @@ class Problem:
 
     def __str__(self) -> str:
         """`job.yaml:7:13: optimizer.momentun: unknown field` and, if there is one, a hint line."""
-        place = self.file
-        if place and self.line:
-            place += f":{self.line}:{self.column}"
-        head = ": ".join(part for part in (place, self.field, self.message) if part)
+        position = self.file
+        if position and self.line:
+            position += f":{self.line}:{self.column}"
+        head = ": ".join(part for part in (position, self.field, self.message) if part)
         return printable(f"{head}\n  hint: {self.hint}" if self.hint else head)
 
 
@@ -153,7 +153,7 @@ class UserCodeError(DistplatError):
         traceback: with the user's frames only; ends with the summary.
         remedy: what to do about it, where that is known.
         evaluating: it was in the evaluation after that step.
-        places: which ranks it was, and where, for example `ranks 1, 3 (node gpu-2, 10.0.0.7)`;
+        on_ranks: which ranks it was, and where, for example `ranks 1, 3 (node gpu-2, 10.0.0.7)`;
             empty: `rank` alone.
     """
 
@@ -167,11 +167,11 @@ class UserCodeError(DistplatError):
         traceback: str,
         remedy: str = "",
         evaluating: bool = False,
-        places: str = "",
+        on_ranks: str = "",
     ) -> None:
-        super().__init__(rank, step, summary, traceback, remedy, evaluating, places)
+        super().__init__(rank, step, summary, traceback, remedy, evaluating, on_ranks)
         self.rank, self.step, self.summary, self.traceback = rank, step, summary, traceback
-        self.remedy, self.evaluating, self.places = remedy, evaluating, places
+        self.remedy, self.evaluating, self.on_ranks = remedy, evaluating, on_ranks
 
     def __str__(self) -> str:
         """The traceback first, then what failed where."""
@@ -188,7 +188,7 @@ class UserCodeError(DistplatError):
         """Rank, step and summary, and the remedy on a line of its own."""
         where = "in the evaluation after" if self.evaluating else "in"
         at = "before the first step" if self.step is None else f"{where} step {self.step}"
-        on = self.places or f"rank {self.rank}"
+        on = self.on_ranks or f"rank {self.rank}"
         text = f"your task failed on {on}, {at}: {self.summary}"
         if self.rank is None:
             text = f"your task's module cannot be imported: {self.summary}"

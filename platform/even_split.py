@@ -3,16 +3,16 @@
 from collections.abc import Sequence
 
 
-def cut_at(bounds: Sequence[tuple[int, int]], places: Sequence[int]) -> list[tuple[int, int]]:
+def cut_at(bounds: Sequence[tuple[int, int]], boundaries: Sequence[int]) -> list[tuple[int, int]]:
     """
-    Move the bounds between ranges to the nearest of some places; a range may be left empty.
+    Move the bounds between ranges to the nearest of some boundaries; a range may be left empty.
 
     Args:
         bounds: ranges that follow each other, from 0.
-        places: where they may end, beside the last one's end; they rise.
+        boundaries: where they may end, beside the last one's end; they rise.
     """
     total = bounds[-1][1]
-    allowed = [*places, total]
+    allowed = [*boundaries, total]
     inner = [min(allowed, key=lambda at: abs(at - stop)) for _, stop in bounds[:-1]]
     ends = [*inner, total]
     return list(zip([0, *ends[:-1]], ends, strict=True))

@@ -1,5 +1,5 @@
 """
-The controller's state machine: what the state of a run makes of each piece of news.
+The controller's state machine: events in, the run's state and decisions out.
 
     STARTING --all ranks stepped--> RUNNING --all ranks finished--> SUCCEEDED
         ^                              |
@@ -294,7 +294,7 @@ class JobState:
         return max(self._steps.values())
 
     def handle(self, event: Event, now: float) -> None:
-        """Take one piece of news."""
+        """Take one event."""
         if self.over or self.restart is not None:
             return
         match event:
@@ -426,8 +426,8 @@ class JobState:
         else:
             waits = not isinstance(self.error, UserCodeError)
         if not waits or now - self._failed_at >= SETTLE_S:
-            told = self._setup.told(self.error, self._members)
-            self.phase, self.error = Phase.FAILED, self._parted() or told
+            error = self._setup.with_ranks(self.error, self._members)
+            self.phase, self.error = Phase.FAILED, self._parted() or error
 
     def _parted(self) -> UserCodeError | None:
         """Say that ranks have left the others in their loops, and none was lost."""

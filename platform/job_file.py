@@ -28,7 +28,7 @@ from distplat.platform.yaml_source import (
 
 ENV_PREFIX = "DISTPLAT_"
 
-Place = tuple[str, int, int]
+SourcePosition = tuple[str, int, int]
 """File, line and column; the name of the variable or override, 0 and 0 for what is in no file."""
 
 _STRATEGY_NAME = {("strategy",), ("strategy", "name")}
@@ -116,12 +116,12 @@ class _Setting:
 
 @dataclass
 class _Draft:
-    """A job in the making: plain values and their places. It owns `data` and changes it."""
+    """A job in the making: plain values and their positions. It owns `data` and changes it."""
 
     file: str
     """What to call the lowest layer; empty: it is no file."""
     data: dict[str, object]
-    places: dict[FieldPath, Place] = field(default_factory=dict)
+    positions: dict[FieldPath, SourcePosition] = field(default_factory=dict)
 
     def apply(self, settings: Sequence[_Setting]) -> list[Problem]:
         """
@@ -144,9 +144,9 @@ class _Draft:
         if problem.file:
             return problem
         for length in range(len(problem.where), 0, -1):
-            place = self.places.get(problem.where[:length])
-            if place is not None:
-                return replace(problem, file=place[0], line=place[1], column=place[2])
+            position = self.positions.get(problem.where[:length])
+            if position is not None:
+                return replace(problem, file=position[0], line=position[1], column=position[2])
         return replace(problem, file=self.file)
 
     def _set(self, path: FieldPath, value: object, source: str) -> None:
@@ -165,7 +165,7 @@ class _Draft:
             inner = here.get(str(part))
             if inner is None:
                 inner = {}
-                self.places[path[:length]] = (source, 0, 0)
+                self.positions[path[:length]] = (source, 0, 0)
             if not isinstance(inner, dict):
                 around = ".".join(map(str, path[:length]))
                 message = f"cannot be set: {around} is {show(inner)}, not a mapping"
@@ -190,10 +190,10 @@ class _Draft:
 
     def _move(self, path: FieldPath, source: str) -> None:
         """Let a field and all below it come from `source`."""
-        below = [place for place in self.places if place[: len(path)] == path]
-        for place in below:
-            del self.places[place]
-        self.places[path] = (source, 0, 0)
+        below = [position for position in self.positions if position[: len(path)] == path]
+        for position in below:
+            del self.positions[position]
+        self.positions[path] = (source, 0, 0)
 
 
 def _from_environment(environ: Mapping[str, str]) -> list[_Setting]:

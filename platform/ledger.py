@@ -86,7 +86,7 @@ class PullId:
 
 
 @dataclass(frozen=True)
-class Answer:
+class ServerReply:
     """What a server tells a worker: the answer to a push, a commit or a pull."""
 
     version: int
@@ -148,14 +148,14 @@ class Ledger(ABC):
         return self.version or 0
 
     @property
-    def place(self) -> int:
+    def schedule_step(self) -> int:
         """Of the next update, in steps of the learning rate's schedule: one for each worker's."""
         return self.updates // self.world if self.asynchronous else self.updates
 
     @property
     def steps(self) -> int:
         """Steps of which every gradient is applied."""
-        return self.place
+        return self.schedule_step
 
     @property
     def drops_late(self) -> bool:

@@ -58,16 +58,16 @@ def load_figures(loads: Sequence[ShardLoad]) -> dict[str, float]:
 class QueuedPush:
     """One push from its arrival at a shard until the update that it is part of begins."""
 
-    def __init__(self, door: "PushQueue") -> None:
-        self._door, self._inside = door, True
+    def __init__(self, queue: "PushQueue") -> None:
+        self._queue, self._waiting = queue, True
         self.at = time.perf_counter()
-        self.depth = door.count(1)
+        self.depth = queue.count(1)
 
     def leave(self) -> None:
         """Take the push out of the queue; idempotent."""
-        if self._inside:
-            self._inside = False
-            self._door.count(-1)
+        if self._waiting:
+            self._waiting = False
+            self._queue.count(-1)
 
 
 class PushQueue:
@@ -83,10 +83,10 @@ class PushQueue:
             return self._here
 
     @contextmanager
-    def visit(self) -> Iterator[QueuedPush]:
-        """Count a push as waiting until the block ends or the visit leaves."""
-        visit = QueuedPush(self)
+    def enter(self) -> Iterator[QueuedPush]:
+        """Count a push as waiting until the block ends or it leaves."""
+        queued = QueuedPush(self)
         try:
-            yield visit
+            yield queued
         finally:
-            visit.leave()
+            queued.leave()

@@ -231,9 +231,9 @@ class OneCycleLR(LRSchedule):
         if self.three_phase:
             again = 2.0 * self.pct_start * steps - 2.0
             ends[1:] = [(again, base, first), (steps - 1.0, first, last)]
-        place = next((at for at, (end, _, _) in enumerate(ends) if step <= end), len(ends) - 1)
-        begin = ends[place - 1][0] if place else 0.0
-        end, start_rate, end_rate = ends[place]
+        index = next((at for at, (end, _, _) in enumerate(ends) if step <= end), len(ends) - 1)
+        begin = ends[index - 1][0] if index else 0.0
+        end, start_rate, end_rate = ends[index]
         done = (step - begin) / (end - begin) if end > begin else 1.0
         if self.anneal_strategy == "linear":
             return (end_rate - start_rate) * done + start_rate

@@ -37,7 +37,7 @@ REFUSED_OPTIMIZERS = {
 """Optimizers of torch that a job may not name, and why."""
 
 
-Named = Literal[
+OptimizerName = Literal[
     "SGD",
     "Adam",
     "AdamW",
@@ -68,7 +68,7 @@ class Group(Spec):
 
     match: str
     """Patterns of parameters' names, separated by commas: `*`, `?`, `[...]`."""
-    name: Named | None = None
+    name: OptimizerName | None = None
     """The optimizer of these parameters; None: the job's."""
     lr: Positive | None = None
     weight_decay: NonNegative | None = None
@@ -138,7 +138,7 @@ class Optimizer(Spec):
     def kinds(self) -> "list[type[Optimizer]]":
         """Give the class of parameters that are in no group, then that of each group."""
         own = type(self)
-        return [own, *(kind_of(one.name) if one.name else own for one in self.groups)]
+        return [own, *(options_of(one.name) if one.name else own for one in self.groups)]
 
     @property
     def whole(self) -> bool:
@@ -338,6 +338,6 @@ JobOptimizer = Annotated[_Any, Field(discriminator="name")]
 OPTIMIZERS: tuple[type[Optimizer], ...] = get_args(_Any)
 
 
-def kind_of(name: str) -> type[Optimizer]:
+def options_of(name: str) -> type[Optimizer]:
     """Give the class of an optimizer that a job may name."""
     return next(kind for kind in OPTIMIZERS if kind.__name__ == name)

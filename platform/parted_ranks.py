@@ -90,7 +90,7 @@ class Loops:
                 summary = f"others did not end beside {self._left()}: {error}"
                 return UserCodeError(rank, steps[rank] + 1, summary, summary, LONGER)
             of_others = True
-        return self._told(waits, steps) if of_others else None
+        return self._error(waits, steps) if of_others else None
 
     def stalled(self, ranks: Iterable[int], steps: Mapping[int, int]) -> UserCodeError | None:
         """
@@ -101,14 +101,14 @@ class Loops:
             steps: done, by rank.
         """
         waits = {r: self._waits[r] for r in ranks if r in self._waits and r not in self._returned}
-        return self._told(waits, steps) if waits and self._returned else None
+        return self._error(waits, steps) if waits and self._returned else None
 
-    def _told(self, waits: Mapping[int, str], steps: Mapping[int, int]) -> UserCodeError:
+    def _error(self, waits: Mapping[int, str], steps: Mapping[int, int]) -> UserCodeError:
         shown = "\n".join(dict.fromkeys(waits[rank] for rank in sorted(waits)))
         first = min(waits)
         summary = f"waited for {self._left()}" if self._returned else "the ranks' loops have parted"
         who = ranks_text(sorted(waits))
-        return UserCodeError(first, steps[first] + 1, summary, shown, ALIKE, places=who)
+        return UserCodeError(first, steps[first] + 1, summary, shown, ALIKE, on_ranks=who)
 
     def _is_others_fault(self, error: DistplatError) -> bool:
         """Say whether an operation failed by what another rank's loop did, or left out."""
@@ -123,12 +123,12 @@ class Loops:
 
     def _left(self) -> str:
         """`rank 1, whose function returned after step 2`."""
-        by_place: dict[str, list[int]] = {}
-        for rank, place in sorted(self._returned.items()):
-            by_place.setdefault(place, []).append(rank)
+        by_line: dict[str, list[int]] = {}
+        for rank, line in sorted(self._returned.items()):
+            by_line.setdefault(line, []).append(rank)
         return ", ".join(
-            f"{ranks_text(ranks)}, whose function returned {place}"
-            for place, ranks in by_place.items()
+            f"{ranks_text(ranks)}, whose function returned {line}"
+            for line, ranks in by_line.items()
         )
 
 

@@ -143,7 +143,7 @@ class Budget:
         self._attempt = 0
         self._failures = 0
         self._preemptions = 0
-        self._paid_to = 0  #: steps for which something was given back, or nothing was to be
+        self._credited_to = 0  #: steps for which something was given back, or nothing was to be
         self._last_step = -1
         self._at_same_step = 0
         self._counted = False  #: whether the last one was
@@ -199,9 +199,9 @@ class Budget:
     def _give_back(self, step: int) -> None:
         """Fill up for the steps that were made since; those that are made again count once."""
         if not self._failures and not self._preemptions:
-            self._paid_to = max(self._paid_to, step)
+            self._credited_to = max(self._credited_to, step)
             return
-        earned = max(0, step - self._paid_to) // STEPS_FOR_ONE
-        self._paid_to += earned * STEPS_FOR_ONE
+        earned = max(0, step - self._credited_to) // STEPS_FOR_ONE
+        self._credited_to += earned * STEPS_FOR_ONE
         self._failures = max(0, self._failures - earned)
         self._preemptions = max(0, self._preemptions - earned)

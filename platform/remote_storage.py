@@ -81,7 +81,7 @@ class RemoteStorage:
         self.limit_s = limit_s
         self.answered_at = time.monotonic()  #: when it last did what it was asked
         self._hanging: list[Future[Any]] = []
-        self._opened: tuple[Any, str] | None = None  #: fsspec's file system, and our place in it
+        self._opened: tuple[Any, str] | None = None  #: fsspec's file system, and our path in it
 
     @property
     def _local(self) -> bool:
@@ -125,7 +125,7 @@ class RemoteStorage:
         Read a part of a file, at most `PART_BYTES`; fewer bytes where it ends.
 
         Raises:
-            NotThere: there is no such file.
+            ObjectNotFound: there is no such file.
             StorageError: it cannot be read.
         """
         return bytes(self._do(name, lambda fs, p: fs.cat_file(p(name), start=start, end=stop)))
@@ -135,10 +135,10 @@ class RemoteStorage:
         Give a file's size in bytes.
 
         Raises:
-            NotThere: there is no such file.
+            ObjectNotFound: there is no such file.
             StorageError: the storage does not say.
         """
-        return self._do(name, lambda fs, place: int(fs.info(place(name))["size"]))
+        return self._do(name, lambda fs, path_of: int(fs.info(path_of(name))["size"]))
 
     def names(self, folder: str) -> list[str]:
         """
@@ -148,7 +148,7 @@ class RemoteStorage:
             StorageError: the storage does not say.
         """
         with suppress(ObjectNotFound):
-            paths = self._do(folder, lambda fs, place: fs.ls(place(folder), detail=False))
+            paths = self._do(folder, lambda fs, path_of: fs.ls(path_of(folder), detail=False))
             return [str(path).rstrip("/").rpartition("/")[2] for path in paths]
         return []
 
@@ -160,14 +160,14 @@ class RemoteStorage:
             StorageError: it may be there still.
         """
         with suppress(ObjectNotFound):
-            self._do(name, lambda fs, place: fs.rm(place(name), recursive=True))
+            self._do(name, lambda fs, path_of: fs.rm(path_of(name), recursive=True))
 
     def patiently(self, work: Callable[[], T]) -> T:
         """
         Try something several times, for somebody who waits for it.
 
         Raises:
-            NotThere: see `work`; asked once.
+            ObjectNotFound: see `work`; asked once.
             StorageError: it failed every time.
         """
         for n in range(_TRIES - 1):
@@ -235,27 +235,27 @@ class RemoteStorage:
 
     # Object stores show an object when it is complete; a directory shows every byte at once.
 
-    def _begin(self, name: str, part: int, fs: Any, place: Callable[[str], str]) -> Any:
+    def _begin(self, name: str, part: int, fs: Any, path_of: Callable[[str], str]) -> Any:
         if self._local:
-            return fs.open(place(name) + ".partial", "wb")
-        return fs.open(place(name), "wb", block_size=part, autocommit=False)
+            return fs.open(path_of(name) + ".partial", "wb")
+        return fs.open(path_of(name), "wb", block_size=part, autocommit=False)
 
-    def _commit(self, name: str, out: Any, fs: Any, place: Callable[[str], str]) -> None:
+    def _commit(self, name: str, out: Any, fs: Any, path_of: Callable[[str], str]) -> None:
         out.close()
         if self._local:
-            fs.mv(place(name) + ".partial", place(name))
+            fs.mv(path_of(name) + ".partial", path_of(name))
         else:
             out.commit()
 
-    def _discard(self, name: str, out: Any, fs: Any, place: Callable[[str], str]) -> None:
+    def _discard(self, name: str, out: Any, fs: Any, path_of: Callable[[str], str]) -> None:
         if self._local:
             out.close()
-            fs.rm_file(place(name) + ".partial")
+            fs.rm_file(path_of(name) + ".partial")
         else:
             out.discard()
 
 
-def _write(out: Any, data: bytes, fs: Any, place: Callable[[str], str]) -> None:
+def _write(out: Any, data: bytes, fs: Any, path_of: Callable[[str], str]) -> None:
     out.write(data)
 
 

@@ -37,7 +37,7 @@ from distplat.platform.pipeline_trace import TRACE_FILE, Trace
 from distplat.platform.progress import KINDS, EvalSummary, StepSummary, Summary, to_json
 from distplat.platform.remote_storage import local_folder
 from distplat.platform.spec import Job
-from distplat.platform.tensor_file import EMA_PREFIX, split
+from distplat.platform.tensor_file import EMA_PREFIX, split_task_tensors
 from distplat.platform.trackers import points_of
 
 _RESULT_BYTES = 64 * 2**10
@@ -147,14 +147,14 @@ class RunDirectory:
         Raises:
             StorageError: the disk is full, or the directory is gone.
         """
-        model, average = split(model, EMA_PREFIX)
-        model, task = split(model)
+        model, average = split_task_tensors(model, EMA_PREFIX)
+        model, task = split_task_tensors(model)
         path = self.keep("model.safetensors", model)
         saved(path)
         if task is not None:
             self.keep(TASK_FILE, task)
         if average is not None:
-            average, task = split(average)
+            average, task = split_task_tensors(average)
             self.keep(EMA_FILE, average)
             if task is not None:
                 self.keep("task_ema.safetensors", task)

@@ -184,9 +184,9 @@ def smoothed(values: Sequence[float], reach: int) -> list[float]:
         sums.append(sums[-1] + (value if finite else 0.0))
         counts.append(counts[-1] + finite)
     found = []
-    for place, value in enumerate(values):
-        near = min(reach, place, len(values) - 1 - place)
-        first, stop = place - near, place + near + 1
+    for index, value in enumerate(values):
+        near = min(reach, index, len(values) - 1 - index)
+        first, stop = index - near, index + near + 1
         mean = (sums[stop] - sums[first]) / max(1, counts[stop] - counts[first])
         found.append(mean if math.isfinite(value) else value)
     return found

@@ -38,7 +38,7 @@ _GROWING_S = 10.0
 _SHARE = 20
 """Nor more often than takes one part in so many of the time."""
 _LONGEST_PAUSE_S = 30.0
-_VAIN = 4
+_MOST_FAILED = 4
 """So many attempts in a row that bring nothing are enough at the end, where the storage answers."""
 _SAID_S = 5.0
 """After which the end says what it waits for."""
@@ -79,9 +79,12 @@ class RunUpload:
         self._folder, self._storage, self._warn = folder, storage, warn
         self._poll_s = poll_s
         self._sent: dict[str, _Sent] = {}
-        self._checkpoints = _Checkpoints(folder / FOLDER, storage)
+        self._checkpoints = _CheckpointUploads(folder / FOLDER, storage)
         self._why = ""  #: of the last failure; empty: the last attempt brought all that was due
-        self._vain, self._brought_at = 0, time.monotonic()  #: attempts at the end since then
+        self._failed_attempts, self._progress_at = (
+            0,
+            time.monotonic(),
+        )  #: attempts at the end since then
         self._closing, self._ended = threading.Event(), threading.Event()
         self._given_up = threading.Event()
         self._thread = threading.Thread(target=self._work, name="upload", daemon=True)
@@ -109,7 +112,7 @@ class RunUpload:
             self._wait_for_it(asked)
         except KeyboardInterrupt:
             text = "the copy at %s is not complete: its upload was broken off; all is in %s, and %s"
-            self._warn(text % (self._storage.url, self._folder, hint(self._folder)))
+            self._warn(text % (self._storage.url, self._folder, upload_hint(self._folder)))
             raise
         finally:
             self._given_up.set()
@@ -122,7 +125,7 @@ class RunUpload:
             missing = with_deadline(lambda moved: self._missing(), self._folder, _LIST_S)
         except (OSError, StorageError) as error:
             missing, why = "the run directory", str(error)
-        return f"{missing} not uploaded to {self._storage.url}: {why}; {hint(self._folder)}"
+        return f"{missing} not uploaded to {self._storage.url}: {why}; {upload_hint(self._folder)}"
 
     def _wait_for_it(self, asked: Callable[[], bool]) -> None:
         """Return when all is there, or nothing more can be hoped for."""
@@ -133,8 +136,11 @@ class RunUpload:
                 said = True
                 text = "the end of the run waits for its copy at %s; `%s` says for how long in vain"
                 self._warn(text % (self._storage.url, SETTING))
-            in_vain = self._vain >= _VAIN and now - max(began, self._brought_at) > limit_s
-            if in_vain or now - max(began, self._storage.answered_at) > limit_s:
+            hopeless = (
+                self._failed_attempts >= _MOST_FAILED
+                and now - max(began, self._progress_at) > limit_s
+            )
+            if hopeless or now - max(began, self._storage.answered_at) > limit_s:
                 return
 
     def _missing(self) -> str:
@@ -158,7 +164,7 @@ class RunUpload:
             if closing and not why:
                 self._ended.set()
                 return
-            self._vain += closing
+            self._failed_attempts += closing
             pause_s = self._poll_s
             if why:
                 longest_s = min(_LONGEST_PAUSE_S, self._storage.limit_s / 8)
@@ -174,7 +180,7 @@ class RunUpload:
             try:
                 bring()
                 if bring != self._checkpoints.retire:
-                    self._vain, self._brought_at = 0, time.monotonic()
+                    self._failed_attempts, self._progress_at = 0, time.monotonic()
             except NoAnswer as error:
                 return str(error)  # the others would hang as well
             except Exception as error:
@@ -229,7 +235,7 @@ class RunUpload:
         self._sent[name] = _Sent(_signature(about), now, now - began)
 
 
-class _Checkpoints:
+class _CheckpointUploads:
     """
     The checkpoints of a run directory: the newest is brought first, and what is deleted here is
     deleted there once a newer one is there.
@@ -338,7 +344,7 @@ def _signature(about: os.stat_result) -> Signature:
     return about.st_ino, about.st_size, about.st_mtime_ns
 
 
-def hint(folder: Path) -> str:
+def upload_hint(folder: Path) -> str:
     """Say how to complete a copy later."""
     return f"`{shlex.join(['distplat', 'upload', str(folder)])}` uploads it"
 

@@ -101,8 +101,8 @@ class Sampler:
         start, stop = split_evenly(self.batch_size(step), self.world)[rank]
         return self.batch_ids(step)[start:stop]
 
-    def first_place(self, step: int, rank: int) -> int:
-        """Give the place in the epoch's order where a rank's part of a step begins."""
+    def first_position(self, step: int, rank: int) -> int:
+        """Give the position in the epoch's order where a rank's part of a step begins."""
         index = step % self.steps_per_epoch
         return index * self.batch + split_evenly(self.batch_size(step), self.world)[rank][0]
 

@@ -5,10 +5,10 @@ Another number of workers: requests that come in, and what becomes of one that a
 
 Where all ranks make every step together they change at the same step (`Resizing`):
 
-    wish: 4       worker-2 and worker-3 are made, and the run goes on with two
+    request 4     worker-2 and worker-3 are made, and the run goes on with two
     both ready    due: the run is to stop before one step, and to go on with four
-    one lost      the wish is given up, the other one is let go; the run went on all the time
-    wish: 1       nobody is to be made: due at once
+    one lost      the request is given up, the other newcomer ended; the run went on all the time
+    request 1     nobody is to be made: due at once
 
 A later request takes the place of an earlier one; who is being made and is still wanted, stays. The
 classes read no clock and talk to nobody.
@@ -28,15 +28,15 @@ class Resizing:
 
     def __init__(self, world: int) -> None:
         self.world = world
-        self.wanted: int | None = None  #: ranks that there are to be; None: no wish is open
+        self.wanted: int | None = None  #: ranks that there are to be; None: no request is open
         self.newcomers: dict[int, bool] = {}  #: rank -> whether it is ready
 
-    def wish(self, workers: int) -> None:
-        """So many ranks are wished for, from now on."""
+    def request(self, workers: int) -> None:
+        """Change to so many ranks, from now on."""
         self.wanted = workers
 
     def give_up(self) -> None:
-        """The wish cannot be had."""
+        """The request cannot be granted."""
         self.wanted = None
 
     @property
@@ -73,7 +73,7 @@ class Resizing:
 
     @property
     def granted(self) -> bool:
-        """Whether there are as many as are wished for."""
+        """Whether there are as many as were requested."""
         return self.wanted == self.world
 
     def resized(self, world: int) -> None:
@@ -82,7 +82,7 @@ class Resizing:
         self.newcomers = {rank: r for rank, r in self.newcomers.items() if rank >= world}
 
     def begin_anew(self, world: int) -> None:
-        """All processes were made anew, newcomers went with them; the wish stands."""
+        """All processes were made anew, newcomers went with them; the request stands."""
         self.world = world
         self.newcomers = {}
 

@@ -44,9 +44,9 @@ class SetupErrors:
         """Say whether some of these ranks may still fail alike."""
         return not self._failed.keys() | self._made >= set(ranks)
 
-    def told(self, error: DistplatError, ranks: Collection[int]) -> DistplatError:
+    def with_ranks(self, error: DistplatError, ranks: Collection[int]) -> DistplatError:
         """
-        Give an error of a run with the places that have it; another error as it is.
+        Give an error of a run with the ranks and nodes that have it; another error as it is.
 
         Args:
             error: what ends the run.
@@ -89,14 +89,14 @@ def _alike(one: DistplatError, other: DistplatError) -> bool:
     return type(one) is type(other) and str(one) == str(other)
 
 
-def _placed(error: DistplatError, places: str, remedy: str) -> DistplatError:
+def _placed(error: DistplatError, on_ranks: str, remedy: str) -> DistplatError:
     match error:
         case UserCodeError():
             fields = error.rank, error.step, error.summary, error.traceback
-            return UserCodeError(*fields, error.remedy or remedy, error.evaluating, places)
+            return UserCodeError(*fields, error.remedy or remedy, error.evaluating, on_ranks)
         case SpecError():
             problems = [
-                replace(one, message=f"{one.message}, on {places}", hint=remedy or one.hint)
+                replace(one, message=f"{one.message}, on {on_ranks}", hint=remedy or one.hint)
                 for one in error.problems
             ]
             return SpecError(*problems)

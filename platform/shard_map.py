@@ -59,7 +59,7 @@ def cut_shards(
     *,
     speeds: Sequence[float] = (),
     tail: int = 0,
-    places: Sequence[int] = (),
+    boundaries: Sequence[int] = (),
 ) -> ShardMap:
     """
     Cut `total` elements into one shard per server; for a tiny model some may be empty.
@@ -69,7 +69,7 @@ def cut_shards(
         servers: how many.
         speeds: elements that each server updates in a second; empty: as if all were alike.
         tail: how many of the last elements are frozen; the last shard has them on top.
-        places: where alone it may be cut; they rise. Empty: anywhere.
+        boundaries: where alone it may be cut; they rise. Empty: anywhere.
     """
     whole, total = total, total - tail
     align = _ALIGN if total >= servers * _ALIGN else 1
@@ -77,8 +77,8 @@ def cut_shards(
         bounds = split_evenly(total, servers, align=align)
     else:
         bounds = _bounds_by_speed(total, speeds, align)
-    if places:
-        bounds = cut_at(bounds, [at for at in places if at < total])
+    if boundaries:
+        bounds = cut_at(bounds, [at for at in boundaries if at < total])
     bounds[-1] = bounds[-1][0], whole
     shards = tuple(Shard(i, start, stop) for i, (start, stop) in enumerate(bounds))
     return ShardMap(1, whole, shards)
@@ -92,7 +92,7 @@ def _bounds_by_speed(total: int, speeds: Sequence[float], align: int) -> list[tu
     return list(zip([0, *ends], ends, strict=False))
 
 
-def within(runs: Sequence[tuple[int, int]], shard: Shard) -> tuple[tuple[int, int], ...]:
+def clip_ranges(runs: Sequence[tuple[int, int]], shard: Shard) -> tuple[tuple[int, int], ...]:
     """Give what of some runs of the flat vector is in a shard, counted from its beginning."""
     cut = [(max(start, shard.start), min(stop, shard.stop)) for start, stop in runs]
     return tuple((a - shard.start, b - shard.start) for a, b in cut if a < b)
@@ -123,7 +123,7 @@ class Division:
             return 0
         return next(part for part, ranks in enumerate(self.parts) if rank in ranks)
 
-    def place_of(self, rank: int) -> int:
+    def part_rank_of(self, rank: int) -> int:
         """Give a rank's number among those that share its servers."""
         return rank if len(self.parts) == 1 else self.parts[self.part_of(rank)].index(rank)
 
@@ -171,7 +171,7 @@ class ShardPlan:
     """Steps between two checkpoints, for which shards keep copies; 0: there are none."""
     workers: tuple[int, ...] = ()
     """Their ranks, where those are not 0 to `world - 1`."""
-    uncounted: tuple[tuple[int, int], ...] = ()
+    duplicate_ranges: tuple[tuple[int, int], ...] = ()
     """Runs of the shard that another one has too, and counts in the norm of the gradient."""
     wire: str | None = None
     """Name in torch of the type that travels to other nodes; None: the parameters' own."""
@@ -191,9 +191,9 @@ class ShardPlan:
             else sum(map(len, self.own_loop.settings))
         )
 
-    def worker(self, place: int) -> str:
+    def worker(self, part_rank: int) -> str:
         """Name one of the workers, by its number among them."""
-        return f"worker-{self.workers[place] if self.workers else place}"
+        return f"worker-{self.workers[part_rank] if self.workers else part_rank}"
 
 
 @dataclass(frozen=True)

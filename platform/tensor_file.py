@@ -65,7 +65,7 @@ def decode(content: bytes) -> dict[str, RawTensor]:
         raise ValueError(f"tensors of type {error} are not read") from None
 
 
-def split(content: bytes, prefix: str = TASK_PREFIX) -> tuple[bytes, bytes | None]:
+def split_task_tensors(content: bytes, prefix: str = TASK_PREFIX) -> tuple[bytes, bytes | None]:
     """
     Separate what stands beside a model: what its task has trained, or an average of it.
 

@@ -85,7 +85,7 @@ class TensorEntry:
 
     key: str
     """`<file>/<name>`: `model/0.weight`, `optimizer/exp_avg/0.weight`."""
-    place: TensorSlice
+    tensor_slice: TensorSlice
     dtype: str
     """torch's name, for example `float32`."""
     array: int
@@ -121,21 +121,21 @@ def put_together(bundles: Iterable[Bundle]) -> dict[str, RawTensor]:
     covered: dict[str, int] = {}
     for arrays, entries in bundles:
         for entry in entries:
-            key, place, size = entry.key, entry.place, ITEM_BYTES[entry.dtype]
-            if key in wholes and not place.shape:
+            key, tensor_slice, size = entry.key, entry.tensor_slice, ITEM_BYTES[entry.dtype]
+            if key in wholes and not tensor_slice.shape:
                 continue
             first = entry.offset * size
-            part = arrays[entry.array][first : first + place.size * size]
+            part = arrays[entry.array][first : first + tensor_slice.size * size]
             if key not in wholes:
-                is_all = place.slab is None and place.run is None
-                data = part if is_all else np.zeros(math.prod(place.shape) * size, np.uint8)
-                wholes[key], covered[key] = RawTensor(entry.dtype, place.shape, data), 0
+                is_all = tensor_slice.slab is None and tensor_slice.run is None
+                data = part if is_all else np.zeros(math.prod(tensor_slice.shape) * size, np.uint8)
+                wholes[key], covered[key] = RawTensor(entry.dtype, tensor_slice.shape, data), 0
             whole = wholes[key]
-            if (whole.dtype, whole.shape) != (entry.dtype, place.shape):
+            if (whole.dtype, whole.shape) != (entry.dtype, tensor_slice.shape):
                 raise ProtocolError(f"parts of {key!r} are of different tensors")
             if whole.data is not part and covered[key] < math.prod(whole.shape):
-                _put(whole, place, part)
-            covered[key] += place.size
+                _put(whole, tensor_slice, part)
+            covered[key] += tensor_slice.size
     for key, whole in wholes.items():
         if covered[key] != math.prod(whole.shape):
             raise ProtocolError(
@@ -144,9 +144,9 @@ def put_together(bundles: Iterable[Bundle]) -> dict[str, RawTensor]:
     return wholes
 
 
-def take_out(whole: RawTensor, place: TensorSlice) -> Bytes:
+def take_out(whole: RawTensor, tensor_slice: TensorSlice) -> Bytes:
     """Copy a part out of a whole tensor, shape [its bytes]."""
-    return np.array(_part(whole, place), copy=True).reshape(-1)
+    return np.array(_part(whole, tensor_slice), copy=True).reshape(-1)
 
 
 def by_file(wholes: Mapping[str, RawTensor]) -> dict[str, dict[str, RawTensor]]:
@@ -158,38 +158,40 @@ def by_file(wholes: Mapping[str, RawTensor]) -> dict[str, dict[str, RawTensor]]:
     return files
 
 
-def _put(whole: RawTensor, place: TensorSlice, part: Bytes) -> None:
-    if place.run is not None and place.slab is not None:
-        _slab(whole, place)[_indices(place)] = part.reshape(-1, ITEM_BYTES[whole.dtype])
+def _put(whole: RawTensor, tensor_slice: TensorSlice, part: Bytes) -> None:
+    if tensor_slice.run is not None and tensor_slice.slab is not None:
+        _slab(whole, tensor_slice)[_indices(tensor_slice)] = part.reshape(
+            -1, ITEM_BYTES[whole.dtype]
+        )
     else:
-        view = _part(whole, place)
+        view = _part(whole, tensor_slice)
         view[...] = part.reshape(view.shape)
 
 
-def _part(whole: RawTensor, place: TensorSlice) -> Bytes:
+def _part(whole: RawTensor, tensor_slice: TensorSlice) -> Bytes:
     """Give a part's bytes: a view, or a copy of what is a run of a slab."""
-    if place.run is None:
-        return _slab(whole, place)
-    if place.slab is None:
-        first, last = place.run
+    if tensor_slice.run is None:
+        return _slab(whole, tensor_slice)
+    if tensor_slice.slab is None:
+        first, last = tensor_slice.run
         size = ITEM_BYTES[whole.dtype]
         return whole.data[first * size : last * size]
-    part: Bytes = _slab(whole, place)[_indices(place)]
+    part: Bytes = _slab(whole, tensor_slice)[_indices(tensor_slice)]
     return part
 
 
-def _slab(whole: RawTensor, place: TensorSlice) -> Bytes:
+def _slab(whole: RawTensor, tensor_slice: TensorSlice) -> Bytes:
     """View a slab, shape [*slab_shape, bytes of one element]."""
-    if place.slab is None:
+    if tensor_slice.slab is None:
         return whole.data.reshape(*whole.shape, ITEM_BYTES[whole.dtype])
-    dim, start, stop = place.slab
-    block = whole.shape[dim] // place.blocks
-    shape = (*whole.shape[:dim], place.blocks, block, *whole.shape[dim + 1 :])
+    dim, start, stop = tensor_slice.slab
+    block = whole.shape[dim] // tensor_slice.blocks
+    shape = (*whole.shape[:dim], tensor_slice.blocks, block, *whole.shape[dim + 1 :])
     blocks = whole.data.reshape(*shape, ITEM_BYTES[whole.dtype])
     return blocks[(slice(None),) * (dim + 1) + (slice(start, stop),)]
 
 
-def _indices(place: TensorSlice) -> tuple[NDArray[np.intp], ...]:
+def _indices(tensor_slice: TensorSlice) -> tuple[NDArray[np.intp], ...]:
     """Give where the elements of a run lie in its slab, by dimension."""
-    assert place.run is not None, "only a run has them"
-    return np.unravel_index(np.arange(*place.run), place.slab_shape)
+    assert tensor_slice.run is not None, "only a run has them"
+    return np.unravel_index(np.arange(*tensor_slice.run), tensor_slice.slab_shape)

@@ -56,13 +56,13 @@ class Grid:
         return self.stages * self.slices
 
     def position(self, rank: int) -> Position:
-        """Give a rank's place in the grid."""
+        """Give a rank's coordinates in the grid."""
         rest, part = divmod(rank, self.slices)
         replica, stage = divmod(rest, self.stages)
         return Position(replica, stage, part)
 
     def rank(self, at: Position) -> int:
-        """Give the rank at a place."""
+        """Give the rank at given coordinates."""
         return (at.replica * self.stages + at.stage) * self.slices + at.slice
 
     def group(self, replica: int) -> tuple[int, ...]:
@@ -106,45 +106,45 @@ class Choice:
     why: str
 
 
-def by_node(places: Sequence[RankLocation]) -> list[list[int]]:
+def by_node(locations: Sequence[RankLocation]) -> list[list[int]]:
     """Give the ranks of each node in rising order; nodes in the order of their first rank."""
     found: dict[str, list[int]] = {}
-    for rank, place in enumerate(places):
-        found.setdefault(place.node, []).append(rank)
+    for rank, location in enumerate(locations):
+        found.setdefault(location.node, []).append(rank)
     return list(found.values())
 
 
-def gpus_of_node(places: Sequence[RankLocation], rank: int) -> list[str]:
+def gpus_of_node(locations: Sequence[RankLocation], rank: int) -> list[str]:
     """
     Give the GPUs of all ranks of a rank's node: first one of each, in their order.
 
     Args:
-        places: one per rank, in rank order.
+        locations: one per rank, in rank order.
         rank: which one.
 
     Returns:
         Ids; none where ranks share a GPU, have none, or this one is alone.
     """
-    here = [place.gpus for place in places if place.node == places[rank].node]
+    here = [location.gpus for location in locations if location.node == locations[rank].node]
     first = [gpus[0] for gpus in here if gpus]
     if len(here) == 1 or len({*first}) < len(here):
         return []
     return list(dict.fromkeys([*first, *(gpu for gpus in here for gpu in gpus)]))
 
 
-def choose(places: Sequence[RankLocation]) -> Choice:
+def choose(locations: Sequence[RankLocation]) -> Choice:
     """
     Choose a backend.
 
     Args:
-        places: one per rank, in rank order; at least one.
+        locations: one per rank, in rank order; at least one.
     """
-    world, nodes = len(places), by_node(places)
-    if world > 1 and all(place.gpu for place in places):
+    world, nodes = len(locations), by_node(locations)
+    if world > 1 and all(location.gpu for location in locations):
         return Choice("nccl", f"all {world} workers have a GPU of their own")
     if len(nodes) == world > 1:
         return Choice("gloo", f"all {world} workers are on nodes of their own")
-    if not all(place.shm for place in places):
+    if not all(location.shm for location in locations):
         return Choice("gloo", "shared memory does not work on every node")
     if len(nodes) == 1:
         who = f"all {world} workers are" if world > 1 else "the only worker is"
@@ -152,30 +152,31 @@ def choose(places: Sequence[RankLocation]) -> Choice:
     return Choice("hierarchical", f"{world} workers are on {len(nodes)} nodes, some on the same")
 
 
-def chosen_by_user(backend: str, places: Sequence[RankLocation]) -> Choice:
+def chosen_by_user(backend: str, locations: Sequence[RankLocation]) -> Choice:
     """
     Take the backend that a job names, if it can work.
 
     Raises:
         SpecError: it cannot; says why and what to choose.
     """
-    nodes = by_node(places)
+    nodes = by_node(locations)
     if backend == "shm" and len(nodes) > 1:
         where = "; ".join(
-            f"{places[ranks[0]].node[:12]}: worker {', '.join(map(str, ranks))}" for ranks in nodes
+            f"{locations[ranks[0]].node[:12]}: worker {', '.join(map(str, ranks))}"
+            for ranks in nodes
         )
         raise _refused(
             f"`shm` needs all workers on one node, but they are on {len(nodes)} ({where})",
             "choose `backend: hierarchical`, or `auto`",
         )
-    unable = _ranks(places, "shm")
-    needs_memory = backend == "shm" or (backend == "hierarchical" and len(nodes) < len(places))
+    unable = _ranks(locations, "shm")
+    needs_memory = backend == "shm" or (backend == "hierarchical" and len(nodes) < len(locations))
     if needs_memory and unable:
         raise _refused(
             f"shared memory does not work where worker {unable} is (it needs Linux's futex)",
             "choose `backend: gloo`, or `auto`",
         )
-    without = _ranks(places, "gpu")
+    without = _ranks(locations, "gpu")
     if backend == "nccl" and without:
         raise _refused(
             "`nccl` needs a whole GPU for each worker, and torch built with it; "
@@ -185,9 +186,11 @@ def chosen_by_user(backend: str, places: Sequence[RankLocation]) -> Choice:
     return Choice(backend, "the job names it")
 
 
-def _ranks(places: Sequence[RankLocation], quality: str) -> str:
+def _ranks(locations: Sequence[RankLocation], quality: str) -> str:
     """Give the ranks that lack a quality, for a sentence."""
-    return ", ".join(str(rank) for rank, place in enumerate(places) if not getattr(place, quality))
+    return ", ".join(
+        str(rank) for rank, location in enumerate(locations) if not getattr(location, quality)
+    )
 
 
 def _refused(text: str, hint: str) -> SpecError:

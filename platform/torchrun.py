@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class ProcessPlace:
+class ProcessLocation:
     """Where a process is to run."""
 
     node: str
@@ -35,43 +35,45 @@ class TorchrunLaunch:
     max_restarts: int = 0
 
 
-def ranks_of(places: Sequence[ProcessPlace]) -> list[int]:
+def ranks_of(locations: Sequence[ProcessLocation]) -> list[int]:
     """
     Number processes node by node, so that those of one node are neighbours.
 
     Returns:
-        The rank of each place. Nodes come in the order in which they first appear.
+        The rank of each process. Nodes come in the order in which they first appear.
     """
-    nodes = list(dict.fromkeys(place.node for place in places))
-    order = sorted(range(len(places)), key=lambda index: nodes.index(places[index].node))
-    ranks = [0] * len(places)
+    nodes = list(dict.fromkeys(location.node for location in locations))
+    order = sorted(range(len(locations)), key=lambda index: nodes.index(locations[index].node))
+    ranks = [0] * len(locations)
     for rank, index in enumerate(order):
         ranks[index] = rank
     return ranks
 
 
-def environments(places: Sequence[ProcessPlace], launch: TorchrunLaunch) -> list[dict[str, str]]:
+def environments(
+    locations: Sequence[ProcessLocation], launch: TorchrunLaunch
+) -> list[dict[str, str]]:
     """
-    Give the variables of each process, in the order of the places.
+    Give the variables of each process, in the order of the locations.
 
     On a node with GPUs each process sees those of all of them, so that
     `torch.cuda.set_device(LOCAL_RANK)` is right.
     """
-    ranks = ranks_of(places)
-    nodes = list(dict.fromkeys(place.node for place in places))
-    master = places[ranks.index(0)].host
+    ranks = ranks_of(locations)
+    nodes = list(dict.fromkeys(location.node for location in locations))
+    master = locations[ranks.index(0)].host
     found = []
-    for place, rank in zip(places, ranks, strict=True):
-        here = [index for index, other in enumerate(places) if other.node == place.node]
+    for location, rank in zip(locations, ranks, strict=True):
+        here = [index for index, other in enumerate(locations) if other.node == location.node]
         values = {
             "RANK": rank,
-            "WORLD_SIZE": len(places),
+            "WORLD_SIZE": len(locations),
             "LOCAL_RANK": rank - min(ranks[index] for index in here),
             "LOCAL_WORLD_SIZE": len(here),
-            "GROUP_RANK": nodes.index(place.node),
+            "GROUP_RANK": nodes.index(location.node),
             "GROUP_WORLD_SIZE": len(nodes),
             "ROLE_RANK": rank,
-            "ROLE_WORLD_SIZE": len(places),
+            "ROLE_WORLD_SIZE": len(locations),
             "ROLE_NAME": "default",
             "MASTER_ADDR": master,
             "MASTER_PORT": launch.port,
@@ -80,7 +82,7 @@ def environments(places: Sequence[ProcessPlace], launch: TorchrunLaunch) -> list
             "TORCHELASTIC_RUN_ID": launch.run,
             "TORCHELASTIC_USE_AGENT_STORE": False,  # rank 0 opens the store
         }
-        gpus = sorted({gpu for index in here for gpu in places[index].gpus}, key=_number)
+        gpus = sorted({gpu for index in here for gpu in locations[index].gpus}, key=_number)
         if gpus:
             values["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)
         found.append({name: str(value) for name, value in values.items()})

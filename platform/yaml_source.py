@@ -1,5 +1,5 @@
 """
-YAML text to plain values, with the place of each field, and nothing that could run or explode.
+YAML text to plain values, with the position of each field, and nothing that could run or explode.
 
 PyYAML composes nodes with their marks, and this module makes the values of them: no constructor of
 PyYAML takes part, so no tag can name code. Numbers follow YAML 1.2's core schema, for 1.1 has traps
@@ -51,7 +51,7 @@ class _Reader(yaml.SafeLoader):
         self._file = file
         self._depth = self._count = 0
         self._sizes: dict[Node, int] = {}
-        self.places: Positions = {}
+        self.positions: Positions = {}
         self.problems: list[Problem] = []
 
     def compose_node(self, parent: Node | None, index: int) -> Node | None:
@@ -99,7 +99,7 @@ class _Reader(yaml.SafeLoader):
         if isinstance(node, SequenceNode):
             items = []
             for i, item in enumerate(node.value):
-                self.places[*path, i] = _place(item)
+                self.positions[*path, i] = _position(item)
                 items.append(self._value(item, (*path, i)))
             return items
         return self._scalar(node, path)
@@ -112,10 +112,10 @@ class _Reader(yaml.SafeLoader):
                 continue
             where = (*path, key)
             if key in found:
-                first, again = self.places[where][0], _place(key_node)[0]
+                first, again = self.positions[where][0], _position(key_node)[0]
                 self._note(where, f"set twice: in line {first} and in line {again}", key_node)
                 continue
-            self.places[where] = _place(key_node)
+            self.positions[where] = _position(key_node)
             found[key] = self._value(value_node, where)
         return found
 
@@ -151,7 +151,7 @@ class _Reader(yaml.SafeLoader):
         return text
 
     def _note(self, where: FieldPath, message: str, node: Node, hint: str = "") -> None:
-        line, column = _place(node)
+        line, column = _position(node)
         self.problems.append(Problem(where, message, hint, self._file, line, column))
 
 
@@ -213,7 +213,7 @@ def parse_yaml(text: str, file: str) -> tuple[object, Positions]:
         raise _misread(error, file) from error
     if reader.problems:
         raise SpecError(*reader.problems)
-    return value, reader.places
+    return value, reader.positions
 
 
 def dump_yaml(value: object) -> str:
@@ -230,7 +230,7 @@ def _refuse(message: str, mark: Any) -> NoReturn:
     raise MarkedYAMLError(problem=message, problem_mark=mark)
 
 
-def _place(node: Node) -> tuple[int, int]:
+def _position(node: Node) -> tuple[int, int]:
     return node.start_mark.line + 1, node.start_mark.column + 1
 
 

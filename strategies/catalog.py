@@ -143,7 +143,7 @@ def register(name: str) -> Callable[[U], U]:
 
 
 @dataclass(frozen=True)
-class StrategyFile:
+class LoadedStrategyFile:
     """A user's own file that registers strategies; its text travels, for workers have no copy."""
 
     name: str
@@ -169,7 +169,7 @@ class StrategyFile:
             raise SpecError(Problem(("--strategy-file",), what, _way_out(error))) from error
 
 
-def load_strategy_file(path: Path) -> StrategyFile:
+def load_strategy_file(path: Path) -> LoadedStrategyFile:
     """
     Read and run a user's own file.
 
@@ -180,7 +180,7 @@ def load_strategy_file(path: Path) -> StrategyFile:
         if path.suffix != ".py":
             raise ValueError("its name does not end in .py")
         check_regular(path)
-        file = StrategyFile(str(path), path.read_text())
+        file = LoadedStrategyFile(str(path), path.read_text())
     except (OSError, ValueError, StorageError) as error:
         problem = Problem(("--strategy-file",), f"{path} is not a Python file: {error}")
         raise SpecError(problem) from None

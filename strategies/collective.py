@@ -71,7 +71,7 @@ class Collective(Protocol):
 
     @property
     def rank(self) -> int:
-        """This rank's place in the group, from 0."""
+        """This rank's number in the group, from 0."""
 
     @property
     def world(self) -> int:
@@ -139,7 +139,7 @@ class Collective(Protocol):
 
         Args:
             name: one that no other group within this one has, members apart or not.
-            ranks: places in this group.
+            ranks: numbers in this group.
         """
 
 

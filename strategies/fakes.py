@@ -119,7 +119,7 @@ class Fabric:
             complete_or_over = partial(self._over, met, len(ranks))
             self._changed.wait_for(complete_or_over, self.timeout_s)
             if len(met) < len(ranks):
-                missing = tuple(place for place, rank in enumerate(ranks) if rank not in met)
+                missing = tuple(index for index, rank in enumerate(ranks) if rank not in met)
                 cause = f"waited {self.timeout_s:g} s"
                 raise CollectiveError(group, operation, number, missing, cause)
         _check_alike(group, operation, number, [met[rank][0] for rank in ranks])
@@ -137,10 +137,10 @@ class Fabric:
 def _check_alike(group: str, operation: str, number: int, called: Sequence[str]) -> None:
     """Raise `MismatchError` where ranks have called other operations than most."""
     most = Counter(called).most_common(1)[0][0]
-    differ = tuple(place for place, one in enumerate(called) if one != most)
+    differ = tuple(index for index, one in enumerate(called) if one != most)
     if differ:
-        places = {one: [n for n, other in enumerate(called) if other == one] for one in called}
-        text = "; ".join(f"{ranks_text(who)} in {one}" for one, who in places.items())
+        indices = {one: [n for n, other in enumerate(called) if other == one] for one in called}
+        text = "; ".join(f"{ranks_text(who)} in {one}" for one, who in indices.items())
         raise MismatchError(group, operation, number, differ, text)
 
 
@@ -166,7 +166,7 @@ class InMemoryCollective(Collective):
 
     @property
     def rank(self) -> int:
-        """Place in the group."""
+        """Number in the group, from 0."""
         return self._members.index(self._me)
 
     @property

@@ -57,7 +57,7 @@ class VectorKind(NamedTuple):
     """Of a checkpoint: `model`, or `optimizer/` and torch's name."""
     dtype: str
     length: int | None
-    """None: a number for each parameter, by its place among all."""
+    """None: a number for each parameter, by its index among all."""
     shape: tuple[int, ...] | None = None
     """Of a tensor that is of one parameter, whose slot ends the key; None: it is of all."""
 
@@ -71,8 +71,8 @@ class ShardCopy:
     start: int = 0
     """First element of the shard."""
     kinds: tuple[VectorKind, ...] = ()
-    box: Any = None
-    """Opens to the vectors, in the order of `kinds`; None: they are not here."""
+    ref: Any = None
+    """Refers to the vectors, in the order of `kinds`; None: they are not here."""
     used: bytes = b""
     """A byte for each parameter, 0: the optimizer remembers nothing of it."""
 
@@ -85,8 +85,8 @@ class TablesCopy:
     """That the slowest rank has made at this server."""
     entries: tuple[TensorEntry, ...] = ()
     """What is in the arrays."""
-    box: Any = None
-    """Opens to the arrays; None: they are not here."""
+    ref: Any = None
+    """Refers to the arrays; None: they are not here."""
 
 
 class Vectors(Protocol):

@@ -40,7 +40,7 @@ class PsAsyncWorker(WorkerStrategy[PsAsyncOptions]):
         if self._state.version is not None:
             self._state.restore()  # what it broke off is made once more
         self._state.keep(flat.version)
-        tables = context.tables_made
+        tables = context.table_steps
         return flat.version if tables is None else min(flat.version, tables)
 
     def exchange(self, step: int, local: StepControl) -> StepControl:

@@ -36,8 +36,8 @@ class PsSyncWorker(WorkerStrategy[PsSyncOptions]):
         self._skipped = 0
         flat = context.flat
         self._shards.connect(flat, context.saved)
-        if context.tables_made is not None and context.tables_made < flat.version:
-            self._shards.step_back(context.tables_made)
+        if context.table_steps is not None and context.table_steps < flat.version:
+            self._shards.step_back(context.table_steps)
         if flat.active.size:
             flat.take_over_tail(self._shards.seen()[-flat.active.size :])
         self._state = context.state

@@ -18,6 +18,7 @@ from distplat.platform.optimizers import TaskOptimizer
 from distplat.platform.spec import Job
 from distplat.strategies.catalog import register
 from distplat.strategies.strategy_spec import (
+    Backend,
     GroupSpec,
     Options,
     Roles,
@@ -25,7 +26,6 @@ from distplat.strategies.strategy_spec import (
     rows_come_first,
 )
 
-Backend = Literal["auto", "shm", "gloo", "nccl", "hierarchical"]
 Compression = Literal["none", "fp16", "bf16", "topk", "powersgd"]
 
 

@@ -85,7 +85,7 @@ class RingWorker(WorkerStrategy[RingOptions]):
             self._optimizer = context.local_optimizer()
             saved = context.saved.optimizer(flat) if context.saved is not None else {}
             self._optimizer.load(before or saved)
-        version = take_over_newest(flat, self._optimizer, collective, context.base)
+        version = take_over_newest(flat, self._optimizer, collective, context.checkpoint_step)
         flat.fill_tail()
         self._state.keep(version)
         return version
@@ -99,7 +99,7 @@ class RingWorker(WorkerStrategy[RingOptions]):
         """Sum the gradients; each rank's are already divided by the global batch."""
         assert self._reducer is not None, "setup() comes first"
         self._state.end_forwards(step)
-        total = self._reducer.finish(replace(local, state_changed=self._state.news(step)))
+        total = self._reducer.finish(replace(local, state_changed=self._state.changed(step)))
         sum_tail(self._flat, self._collective, total, step)
         self._state.synchronize(step, total.state_changed)
         return total

@@ -26,12 +26,15 @@ class Options(Spec):
     """Base of a strategy's options: frozen, unknown names refused, one sentence per field."""
 
 
+Backend = Literal["auto", "shm", "gloo", "nccl", "hierarchical"]
+"""How the bytes of a collective travel: `auto` chooses by where the workers are."""
+
+
 @dataclass(frozen=True)
 class GroupSpec:
     """The collective group of all workers that a strategy asks for."""
 
-    backend: str = "auto"
-    """How bytes travel: `auto` chooses by where the workers are."""
+    backend: Backend = "auto"
     timeout_s: float = 60.0
     """Deadline of one operation."""
     debug: bool = False

@@ -111,8 +111,8 @@ def unheard(kind: type[Task]) -> list[str]:
     for name, member in _members(kind):
         instead = _BESIDE_STEP if name == "forward" and overrides(kind, "step") else _instead(name)
         if name not in used and instead:
-            place = place_of(member)
-            found.append(f"{place}{kind.__name__}.{name}() is never called: {instead}")
+            location = source_location(member)
+            found.append(f"{location}{kind.__name__}.{name}() is never called: {instead}")
     return found
 
 
@@ -150,8 +150,8 @@ def _no_loss(kind: type[Task]) -> Problem:
 
 
 def _problem(kind: type[Task], method: str, what: str, hint: str) -> Problem:
-    place = place_of(inspect.unwrap(getattr(kind, method)))
-    return Problem(("task",), f"{place}{kind.__name__}: {what}", hint)
+    location = source_location(inspect.unwrap(getattr(kind, method)))
+    return Problem(("task",), f"{location}{kind.__name__}: {what}", hint)
 
 
 def _takes(kind: type[Task], method: str, count: int) -> bool:
@@ -209,7 +209,7 @@ def names_in(member: Callable[..., object]) -> set[str]:
     return names
 
 
-def place_of(member: Callable[..., object]) -> str:
+def source_location(member: Callable[..., object]) -> str:
     """Give file and line of a function, `task.py:12: `; empty where they are not known."""
     code = getattr(inspect.unwrap(member), "__code__", None)
     return f"{Path(code.co_filename).name}:{code.co_firstlineno}: " if code else ""

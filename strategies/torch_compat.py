@@ -255,7 +255,7 @@ def gloo_group(
     Args:
         store: of all of them.
         purpose: tells this group from others in the store.
-        rank: place in the group.
+        rank: in the group.
         world: ranks in the group.
         operation_s: deadline of one operation.
         host: address to listen on.

@@ -38,7 +38,7 @@ from distplat.strategies.loop.prepared import Prepared
 from distplat.strategies.model.flat import FlatModel
 from distplat.strategies.model.model_state import ModelState
 from distplat.strategies.model.optim import LocalOptimizer
-from distplat.strategies.model.task_optimizer import Made, TaskUpdate
+from distplat.strategies.model.task_optimizer import MadeOptimizers, TaskUpdate
 from distplat.strategies.ports import Shards
 from distplat.strategies.strategy_spec import NEW_WAY, OptionsT, Strategy
 from distplat.strategies.task import Task
@@ -59,9 +59,9 @@ class Context:
     """To be called now and then in a wait that may be long for a good reason."""
     saved: SavedState | None = None
     """The checkpoint that `flat` was filled from, with the optimizer's state; None: from none."""
-    base: int = 0
+    checkpoint_step: int = 0
     """Steps of the newest checkpoint: what has fewer behind it is no state to go on from."""
-    tables_made: int | None = None
+    table_steps: int | None = None
     """Steps that every server of embedding tables has made, or one more; None: there are none.
     They can all go back to as many."""
     model_state: ModelState | None = None
@@ -70,7 +70,7 @@ class Context:
     report: Callable[[AnyReport], None] = lambda report: None
     """Takes what the strategy reports beside the loop's own; quick, and of the loop's thread."""
 
-    made: Made = ()
+    made: MadeOptimizers = ()
     """What the task's `optimizer` gave; empty: the job names one."""
 
     @property

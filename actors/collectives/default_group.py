@@ -23,7 +23,7 @@ from distplat.actors.collectives.rendezvous import GroupMember
 from distplat.actors.collectives.torch_store import Store
 from distplat.actors.process_setup import variables
 from distplat.strategies import torch_compat
-from distplat.strategies.function.function_session import Place
+from distplat.strategies.function.function_session import TrainContext
 
 _INTERFACE = "GLOO_SOCKET_IFNAME"
 _SIOCGIFADDR = 0x8915  # of linux/sockios.h
@@ -63,18 +63,18 @@ class DefaultGroup:
 
 
 @contextmanager
-def as_torchrun(place: Place, rendezvous: Callable[[], Any]) -> Iterator[None]:
+def as_torchrun(context: TrainContext, rendezvous: Callable[[], Any]) -> Iterator[None]:
     """
     Give the user's code what it has under torchrun: its variables and `init_process_group()`.
 
     Args:
-        place: of this rank.
+        context: of this rank.
         rendezvous: gives the store of each group that is made, once all ranks ask for it.
     """
     ours = not torch_compat.has_default_group()
-    with variables(place.variables, _INTERFACE):
+    with variables(context.variables, _INTERFACE):
         try:
-            with torch_compat.env_rendezvous(rendezvous, place.rank, place.world):
+            with torch_compat.env_rendezvous(rendezvous, context.rank, context.world):
                 yield
         finally:
             if ours:

@@ -39,14 +39,14 @@ LENGTH = 8
 SIZE = _LAYOUT.size
 """Bytes of a packed header."""
 STAGED = -1
-"""`place` of a tensor that lies in no shared vector."""
+"""`offset` of a tensor that lies in no shared vector."""
 
 
 class Header(NamedTuple):
     """One rank's operation; ranks that called the same one have equal headers."""
 
     number: int
-    """Place in the sequence of the group's operations."""
+    """Position in the sequence of the group's operations."""
     operation: int
     dtype: int
     """-1: there are no values."""
@@ -56,9 +56,9 @@ class Header(NamedTuple):
     """The rank that gives or takes all; -1: none does."""
     elements: int
     digest: int
-    """Of the single tensors' sizes, and of their places; 0: there is one tensor at most."""
-    place: int
-    """Where in the shared vectors the tensor lies, see `place_of`; or `STAGED`."""
+    """Of the single tensors' sizes, and of their offsets; 0: there is one tensor at most."""
+    offset: int
+    """Where in the shared vectors the tensor lies, see `offset_of`; or `STAGED`."""
 
     @property
     def name(self) -> str:
@@ -87,8 +87,8 @@ class Header(NamedTuple):
             text += f" by {_REDUCTIONS[self.op].name}"
         if self.root >= 0:
             text += f" {'to' if self.op >= 0 else 'from'} rank {self.root}"
-        if self.place != STAGED:
-            vector, byte = divmod(self.place, _VECTOR)
+        if self.offset != STAGED:
+            vector, byte = divmod(self.offset, _VECTOR)
             text += f" in shared vector {vector} from byte {byte}"
         return text
 
@@ -100,8 +100,8 @@ def header(
     *,
     root: int = -1,
     number: int = 0,
-    place: int = STAGED,
-    places: Sequence[int] = (),
+    offset: int = STAGED,
+    offsets: Sequence[int] = (),
 ) -> Header:
     """
     Describe an operation.
@@ -111,9 +111,9 @@ def header(
         tensors: of one dtype; several where ranks have a part each.
         op: how values are combined.
         root: the rank that gives or takes all.
-        number: place in the sequence of the group's operations.
-        place: of one tensor in a shared vector.
-        places: of several tensors in a shared vector, empty tensors left out.
+        number: position in the sequence of the group's operations.
+        offset: of one tensor in a shared vector.
+        offsets: of several tensors in a shared vector, empty tensors left out.
     """
     reduction = -1 if op is None else _REDUCTION[op]
     dtype, elements, digest = -1, 0, 0
@@ -122,10 +122,10 @@ def header(
     if len(tensors) > 1:
         counts = [tensor.numel() for tensor in tensors]
         elements = sum(counts)
-        digest = zlib.crc32(repr((counts, places) if places else counts).encode()) + 1
-    if places:
-        place = places[0]
-    return Header(number, _OPERATION[operation], dtype, reduction, root, elements, digest, place)
+        digest = zlib.crc32(repr((counts, offsets) if offsets else counts).encode()) + 1
+    if offsets:
+        offset = offsets[0]
+    return Header(number, _OPERATION[operation], dtype, reduction, root, elements, digest, offset)
 
 
 def supported(dtype: torch.dtype) -> bool:
@@ -133,14 +133,14 @@ def supported(dtype: torch.dtype) -> bool:
     return dtype in _DTYPE
 
 
-def place_of(vector: int, byte: int) -> int:
-    """Give the `place` of what begins at a byte of a shared vector."""
+def offset_of(vector: int, byte: int) -> int:
+    """Give the `offset` of what begins at a byte of a shared vector."""
     return vector * _VECTOR + byte
 
 
-def vector_of(place: int) -> int:
-    """Give the number of the shared vector of a place."""
-    return place // _VECTOR
+def vector_of(offset: int) -> int:
+    """Give the number of the shared vector that an offset is in."""
+    return offset // _VECTOR
 
 
 def check_headers(group: str, rank: int, headers: Sequence[Header]) -> None:
@@ -159,14 +159,14 @@ def check_headers(group: str, rank: int, headers: Sequence[Header]) -> None:
     if len(counts) <= 1:
         return
     most = counts.most_common(1)[0][0]
-    differ = tuple(place for place, one in enumerate(headers) if one != most)
+    differ = tuple(offset for offset, one in enumerate(headers) if one != most)
     show_numbers = len({one.number for one in headers}) > 1
     parts = []
     for kind in counts:
-        who = ranks_text([place for place, one in enumerate(headers) if one == kind])
+        who = ranks_text([offset for offset, one in enumerate(headers) if one == kind])
         parts.append(f"{who} in {kind}" + (f" (#{kind.number})" if show_numbers else ""))
     if len({one.operation for one in counts}) == 1 and len({one.digest for one in counts}) > 1:
-        parts.append("the sizes of the ranks' parts differ, or their places")
+        parts.append("the sizes of the ranks' parts differ, or their offsets")
     mine = headers[rank]
     raise MismatchError(group, mine.name, mine.number, differ, "; ".join(parts))
 

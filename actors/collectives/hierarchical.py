@@ -25,7 +25,7 @@ from torch import Tensor
 
 from distplat.actors.collectives.group import summed
 from distplat.actors.collectives.header import Header, header
-from distplat.actors.collectives.rendezvous import GroupMember, delete_places, exchange_places
+from distplat.actors.collectives.rendezvous import GroupMember, delete_locations, exchange_locations
 from distplat.actors.collectives.shm.shm_group import ShmGroup
 from distplat.actors.collectives.torch_group import Fail, TorchGroup, nothing
 from distplat.actors.collectives.torch_store import run_unless_given_up
@@ -54,7 +54,7 @@ class HierarchicalGroup(TorchGroup):
 
     def __init__(self, member: GroupMember) -> None:
         super().__init__(member)
-        self._near: ShmGroup | None = None  #: this node's ranks, if there are several
+        self._node_group: ShmGroup | None = None  #: this node's ranks, if there are several
         self._ring: Any = None  #: the leaders, if this rank is one of several
         self._queue = OpQueue(f"hierarchical {self.name}")
         self._counted = Traffic()
@@ -67,22 +67,22 @@ class HierarchicalGroup(TorchGroup):
             raise
 
     def _find_neighbours(self, member: GroupMember) -> None:
-        asks = member.places is None  # made by Ray's own call
-        self._nodes = by_node(member.places or exchange_places(member))
+        asks = member.locations is None  # made by Ray's own call
+        self._nodes = by_node(member.locations or exchange_locations(member))
         self._node = next(n for n, ranks in enumerate(self._nodes) if self.rank in ranks)
         self._local = self._nodes[self._node]
         if len(self._local) > 1:
-            self._near = self._join_node(f"{self.name}#node-{self._node}")
+            self._node_group = self._join_node(f"{self.name}#node-{self._node}")
         if len(self._nodes) > 1 and self.rank == self._local[0]:
             self._ring = self._connect_leaders()
         super().barrier()
         if asks and self.rank == 0:
-            delete_places(self.name)
+            delete_locations(self.name)
 
     def _join_node(self, name: str) -> ShmGroup:
         try:
-            place = self._local.index(self.rank)
-            return ShmGroup(GroupMember(name, place, len(self._local), self.settings))
+            local_rank = self._local.index(self.rank)
+            return ShmGroup(GroupMember(name, local_rank, len(self._local), self.settings))
         except DeadlineExceeded as error:
             named = {f"worker-{n}": f"worker-{rank}" for n, rank in enumerate(self._local)}
             missing = tuple(named.get(who, who) for who in error.missing)
@@ -96,7 +96,7 @@ class HierarchicalGroup(TorchGroup):
 
     def share(self, like: Tensor) -> Tensor:
         """Give zeros like `like`, shared with the ranks of this node."""
-        return super().share(like) if self._near is None else self._near.share(like)
+        return super().share(like) if self._node_group is None else self._node_group.share(like)
 
     def all_reduce(self, tensor: Tensor, op: ReduceOp = ReduceOp.SUM) -> None:
         """Combine in place."""
@@ -126,29 +126,29 @@ class HierarchicalGroup(TorchGroup):
 
     def start_send(self, tensor: Tensor, to: int) -> Work:
         """Begin to send to one rank, by memory if it is near; then it is done at once."""
-        if self._near is None or to not in self._local:
+        if self._node_group is None or to not in self._local:
             return super().start_send(tensor, to)
-        self._message(partial(self._near.send, tensor, self._local.index(to)))
+        self._message(partial(self._node_group.send, tensor, self._local.index(to)))
         return Work()
 
     def recv(self, tensor: Tensor, source: int) -> None:
         """Receive from one rank, by memory if it is near."""
-        if self._near is None or source not in self._local:
+        if self._node_group is None or source not in self._local:
             super().recv(tensor, source)
             return
-        self._message(partial(self._near.recv, tensor, self._local.index(source)))
+        self._message(partial(self._node_group.recv, tensor, self._local.index(source)))
 
     def _all_reduce(self, tensor: Tensor, op: ReduceOp) -> None:
         step = max(1, BLOCK_BYTES // tensor.itemsize)
         flat = tensor.view(-1)
         blocks = [flat[at : at + step] for at in range(0, flat.numel(), step)]
-        near = self._near
+        node_group = self._node_group
 
         def work(fail: Fail) -> None:
             rings = []
             for block in blocks:
-                if near is not None:
-                    near.reduce(block, summed(op), 0)
+                if node_group is not None:
+                    node_group.reduce(block, summed(op), 0)
                 if self._ring is not None:
                     moved = traffic_elements(block.numel(), self._node, len(self._nodes))
                     sent, received = (elements * block.itemsize for elements in moved)
@@ -157,8 +157,8 @@ class HierarchicalGroup(TorchGroup):
             for number, block in enumerate(blocks):
                 if rings:
                     rings[number].wait()
-                if near is not None:
-                    near.broadcast(block)
+                if node_group is not None:
+                    node_group.broadcast(block)
 
         self._perform(header("all_reduce", [tensor], op), work)
         self._average(tensor, op)
@@ -169,14 +169,14 @@ class HierarchicalGroup(TorchGroup):
         first = self._local.index(source) if here else 0
 
         def work(fail: Fail) -> None:
-            if here and self._near is not None:  # first to the leader, and to all on the way
-                self._near.broadcast(tensor, first)
+            if here and self._node_group is not None:  # first to the leader, and to all on the way
+                self._node_group.broadcast(tensor, first)
             if self._ring is not None and tensor.numel():
                 moved = (tensor.nbytes * (nodes - 1), 0) if here else (0, tensor.nbytes)
                 ring = torch_compat.broadcast(self._ring, tensor, home)
                 self._work([ring], fail, moved).wait()
-            if not here and self._near is not None:
-                self._near.broadcast(tensor, first)
+            if not here and self._node_group is not None:
+                self._node_group.broadcast(tensor, first)
 
         self._perform(header("broadcast", [tensor], root=source), work)
 
@@ -207,14 +207,14 @@ class HierarchicalGroup(TorchGroup):
             self._account()
 
     def _seen_from_outside(self, error: CollectiveError) -> CollectiveError:
-        """Name the ranks by their place in this group."""
-        missing = tuple(self._local[place] for place in error.missing)
+        """Name the ranks by their ranks in this group."""
+        missing = tuple(self._local[local_rank] for local_rank in error.missing)
         cause = f"{error.cause} (on one node, where 0.. are ranks {self._local})"
         return type(error)(self.name, error.operation, error.number, missing, cause)
 
     def _abort(self) -> None:
-        if self._near is not None:
-            self._near.abort()
+        if self._node_group is not None:
+            self._node_group.abort()
         super()._abort()
 
     def _leave(self) -> None:
@@ -225,15 +225,15 @@ class HierarchicalGroup(TorchGroup):
     def _leave_node(self) -> None:
         with self._once:
             stays, self._in_node = self._in_node, False
-        if stays and self._near is not None:
-            self._near.close()
+        if stays and self._node_group is not None:
+            self._node_group.close()
 
     def _account(self) -> None:
         """Count what went through this node's memory."""
-        if self._near is None:
+        if self._node_group is None:
             return
         with self._once:
-            now, last = replace(self._near.traffic), self._counted
+            now, last = replace(self._node_group.traffic), self._counted
             self._counted = now
             self._meter.add(
                 now.sent_bytes - last.sent_bytes,

@@ -24,8 +24,8 @@ from distplat.actors.collectives.group import CollectiveGroup
 from distplat.actors.collectives.rendezvous import (
     GroupMember,
     GroupSettings,
-    delete_places,
-    exchange_places,
+    delete_locations,
+    exchange_locations,
 )
 from distplat.actors.collectives.shm.segment import shared_memory_works
 from distplat.platform.topology import RankLocation, choose, chosen_by_user
@@ -59,7 +59,7 @@ def create_group(
     rank: int,
     world: int,
     settings: GroupSettings,
-    places: tuple[RankLocation, ...] | None = None,
+    locations: tuple[RankLocation, ...] | None = None,
 ) -> CollectiveGroup:
     """
     Form a group with the other ranks, which call this too.
@@ -67,31 +67,33 @@ def create_group(
     Args:
         name: unique on the cluster.
         backend: `auto`, `gloo`, `shm`, `hierarchical` or `nccl`.
-        rank: place in the group.
+        rank: in the group.
         world: ranks in the group.
         settings: deadlines, and how the group is given up.
-        places: where the ranks are; None: they tell each other.
+        locations: where the ranks are; None: they tell each other.
 
     Raises:
         SpecError: the backend does not work where the ranks are.
         DeadlineExceeded: somebody did not come in `settings.rendezvous_s`; names the workers.
         CollectiveError: the group broke while it formed, or `settings.abandoned` was set.
     """
-    asks = places is None and backend != "gloo"  # gloo works anywhere
+    asks = locations is None and backend != "gloo"  # gloo works anywhere
     if asks:
-        places = exchange_places(GroupMember(name, rank, world, settings))
-    if backend == "auto" and places is not None:
-        choice = choose(places)
+        locations = exchange_locations(GroupMember(name, rank, world, settings))
+    if backend == "auto" and locations is not None:
+        choice = choose(locations)
     else:
-        choice = chosen_by_user(backend, places or ())
+        choice = chosen_by_user(backend, locations or ())
     if rank == 0:
         logger.info("collective %s: %s (%s)", name, choice.backend, choice.why)
-    group: CollectiveGroup = _kind(choice.backend)(GroupMember(name, rank, world, settings, places))
+    group: CollectiveGroup = _kind(choice.backend)(
+        GroupMember(name, rank, world, settings, locations)
+    )
     group.choice = choice
-    group.make_subgroup = partial(_subgroup, group, backend, places)
+    group.make_subgroup = partial(_subgroup, group, backend, locations)
     _register_with_ray(group)
     if asks and rank == 0:
-        delete_places(name)
+        delete_locations(name)
     return group
 
 
@@ -192,14 +194,14 @@ def _kind(backend: str) -> Any:
 def _subgroup(
     group: CollectiveGroup,
     backend: str,
-    places: tuple[RankLocation, ...] | None,
+    locations: tuple[RankLocation, ...] | None,
     name: str,
     ranks: Sequence[int],
 ) -> CollectiveGroup:
-    place = list(ranks).index(group.rank)
-    theirs = None if places is None else tuple(places[rank] for rank in ranks)
+    sub_rank = list(ranks).index(group.rank)
+    theirs = None if locations is None else tuple(locations[rank] for rank in ranks)
     full_name = f"{group.name}/{name}"
-    return create_group(full_name, backend, place, len(ranks), group.settings, theirs)
+    return create_group(full_name, backend, sub_rank, len(ranks), group.settings, theirs)
 
 
 def _register_with_ray(group: CollectiveGroup) -> None:

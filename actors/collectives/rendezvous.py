@@ -2,8 +2,8 @@
 How the ranks of a group find each other: words that they leave in Ray's key-value store.
 
     rank r                    Ray's key-value store            rank 0
-    word "place/r"  ------->  place/0 .. place/N-1  ------->   has all: writes the table,
-    waits for the table  <--  places                <-------   takes the words back
+    key "location/r" ----->  location/0 .. N-1     ------->   has all: writes the table,
+    waits for the table  <--  locations             <-------   takes the words back
 
 Rank 0 deletes the table once the group has formed: then everybody has read it. Who ends a run takes
 all words of it back.
@@ -62,7 +62,7 @@ class GroupMember:
     world: int
     """Ranks in the group."""
     settings: GroupSettings = field(default_factory=GroupSettings)
-    places: tuple[RankLocation, ...] | None = None
+    locations: tuple[RankLocation, ...] | None = None
     """Where the ranks are; None: they tell each other where that matters."""
 
 
@@ -125,18 +125,18 @@ def wait_for_all(
     wait_for(lambda: None if absent() else b"", group_name, absent, settings)
 
 
-def exchange_places(member: GroupMember) -> tuple[RankLocation, ...]:
+def exchange_locations(member: GroupMember) -> tuple[RankLocation, ...]:
     """
-    Tell the others where this rank is; give every rank's place.
+    Tell the others where this rank is; give every rank's location.
 
     Raises:
         DeadlineExceeded: somebody did not come in `rendezvous_s`; names the workers.
         CollectiveError: this rank was told to give up.
     """
     if member.world == 1:
-        return (place_of_this_process(),)
+        return (location_of_this_process(),)
     word = _word(member.name, member.rank)
-    mine = json.dumps(asdict(place_of_this_process())).encode()
+    mine = json.dumps(asdict(location_of_this_process())).encode()
     ray_compat.put(word, mine)
     try:
         if member.rank == 0:
@@ -153,16 +153,16 @@ def exchange_places(member: GroupMember) -> tuple[RankLocation, ...]:
     return tuple(map(_read, json.loads(table)))
 
 
-def _read(place: dict[str, Any]) -> RankLocation:
-    return RankLocation(**{**place, "gpus": tuple(place["gpus"])})
+def _read(location: dict[str, Any]) -> RankLocation:
+    return RankLocation(**{**location, "gpus": tuple(location["gpus"])})
 
 
-def delete_places(group_name: str) -> None:
+def delete_locations(group_name: str) -> None:
     """Delete the table; for rank 0, once all have read it."""
     ray_compat.delete(_table(group_name))
 
 
-def place_of_this_process() -> RankLocation:
+def location_of_this_process() -> RankLocation:
     """Say where this process is, and what works there."""
     context = ray.get_runtime_context()
     whole_gpu = context.get_assigned_resources().get("GPU", 0) >= 1
@@ -190,13 +190,13 @@ def _publish(member: GroupMember) -> None:
 
 def _absent(member: GroupMember) -> tuple[int, ...]:
     """Give the ranks that have not said where they are."""
-    come = set(ray_compat.keys(rendezvous_key(f"{member.name}#place/")))
+    come = set(ray_compat.keys(rendezvous_key(f"{member.name}#location/")))
     return tuple(rank for rank in range(member.world) if _word(member.name, rank) not in come)
 
 
 def _word(group_name: str, rank: int) -> bytes:
-    return rendezvous_key(f"{group_name}#place/{rank}")
+    return rendezvous_key(f"{group_name}#location/{rank}")
 
 
 def _table(group_name: str) -> bytes:
-    return rendezvous_key(f"{group_name}#places")
+    return rendezvous_key(f"{group_name}#locations")

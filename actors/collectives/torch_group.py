@@ -184,15 +184,15 @@ class TorchGroup(CollectiveGroup):
         self._connections.append(self._connect(store, "all", self.rank, self.world))
         return store
 
-    def _connect(self, store: Store, purpose: str, place: int, places: int) -> tuple[Any, int, int]:
-        """Connect some of the ranks by gloo; `place`: of this rank among so many."""
+    def _connect(self, store: Store, purpose: str, rank: int, world: int) -> tuple[Any, int, int]:
+        """Connect some of the ranks by gloo; `rank`: of this rank among so many."""
         limit = self.settings.operation_s
         try:
-            group = torch_compat.gloo_group(store.client, purpose, place, places, limit, store.host)
+            group = torch_compat.gloo_group(store.client, purpose, rank, world, limit, store.host)
         except RuntimeError as error:
             cause = f"gloo says: {torch_compat.reason_of(error)}"
             raise CollectiveError(self.name, "rendezvous", 0, (), cause) from None
-        return group, place, places
+        return group, rank, world
 
     @property
     def _gloo(self) -> Any:
@@ -367,8 +367,8 @@ class TorchGroup(CollectiveGroup):
         `ProcessGroupGloo.abort` leaves them waiting. But gloo breaks all pairs of a context when
         one operation in it times out, so one that nobody answers is given a millisecond.
         """
-        for group, place, places in list(self._connections):
-            for peer in (other for other in range(places) if other != place):
+        for group, rank, world in list(self._connections):
+            for peer in (other for other in range(world) if other != rank):
                 with suppress(RuntimeError):
                     nothing = group.recv([torch.empty(1)], peer, _NOBODY)
                     nothing.wait(timedelta(milliseconds=1))

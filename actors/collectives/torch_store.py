@@ -63,7 +63,7 @@ class Heartbeat:
 
     Args:
         store: a client of the group's store.
-        rank: place in the group.
+        rank: in the group.
         world: ranks in the group.
         number: gives the operations that this rank has begun.
         on_beat: called at each heartbeat.

@@ -25,7 +25,7 @@ from distplat.platform.errors import DeadlineExceeded
 logger = logging.getLogger(__name__)
 
 
-class Event(Protocol):
+class DeviceEvent(Protocol):
     """A moment of a stream."""
 
     def synchronize(self) -> None:
@@ -38,7 +38,7 @@ class SideStream(Protocol):
     def copy(self, to: Tensor, source: Tensor) -> None:
         """Copy when all is done that the computing stream was given so far; returns at once."""
 
-    def mark(self) -> Event:
+    def mark(self) -> DeviceEvent:
         """Give the moment when all copies so far have ended."""
 
     def join(self) -> None:
@@ -64,8 +64,8 @@ class CudaSideStream(SideStream):
             to.copy_(source, non_blocking=True)
 
     @override
-    def mark(self) -> Event:
-        event: Event = self._stream.record_event()
+    def mark(self) -> DeviceEvent:
+        event: DeviceEvent = self._stream.record_event()
         return event
 
     @override
@@ -81,7 +81,7 @@ class DirectTransfer:
         Have a part of the gradient in shared memory, then call `then`.
 
         Args:
-            shared: the part's place, shape [m].
+            shared: the part's memory, shape [m].
             start: its first element in the whole vector.
             then: hands it over.
         """
@@ -121,7 +121,7 @@ class DeviceTransfer(DirectTransfer):
     ) -> None:
         self._gradients, self._parameters = gradients, parameters
         self._side, self._pinned = side, pinned
-        self._pending: queue.SimpleQueue[tuple[Event, Callable[[], object]] | None]
+        self._pending: queue.SimpleQueue[tuple[DeviceEvent, Callable[[], object]] | None]
         self._pending = queue.SimpleQueue()
         self._open = 0  #: parts of which `then` was not called yet
         self._error: BaseException | None = None

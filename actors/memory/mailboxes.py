@@ -26,11 +26,11 @@ from numpy.typing import NDArray
 from distplat.actors.memory import futex
 from distplat.actors.memory.futex import Word, has_ended
 from distplat.actors.memory.memfd import MemorySegment
-from distplat.actors.messages import Address
+from distplat.actors.messages import MemoryAddress
 from distplat.actors.transport import ActorDied, Transport, Unanswered
 from distplat.platform.awake_clock import AwakeClock
 from distplat.platform.errors import ActorLost, DeadlineExceeded
-from distplat.platform.ledger import Answer
+from distplat.platform.ledger import ServerReply
 from distplat.strategies.loop.control import HEAD_SIZE
 
 logger = logging.getLogger(__name__)
@@ -52,7 +52,7 @@ _REASON_S = 5.0
 
 Look = Callable[[], object]
 """Called ten times a second while an answer is missing; what it raises ends the wait."""
-Listen = Callable[[int, Address, int], Any]
+Listen = Callable[[int, MemoryAddress, int], Any]
 """Makes the standing call to the server of a shard: shard, segment of mailboxes, slot."""
 
 
@@ -109,14 +109,14 @@ class Mailbox:
         """Wait at most so many seconds for the answer; say whether it is there."""
         return self._answered.wait(self._asked.value, slice_s)
 
-    def read(self) -> Answer | None:
+    def read(self) -> ServerReply | None:
         """Give the answer that is there; None: the request failed, the standing call says why."""
         values = _ANSWER_LAYOUT.unpack_from(self._memory, _ANSWER)
         good, committed, version, has_norm, squared, *rest, has_total = values[:-HEAD_SIZE]
         if not good:
             return None
         norm, total = squared if has_norm else None, values[-HEAD_SIZE:] if has_total else ()
-        return Answer(version, committed, norm, *(*rest, total))
+        return ServerReply(version, committed, norm, *(*rest, total))
 
     def asked(self, slice_s: float) -> MailboxRequest | None:
         """Wait at most so many seconds for a request that is not answered yet."""
@@ -125,9 +125,9 @@ class Mailbox:
         seq, is_commit, norm, task = _REQUEST_LAYOUT.unpack_from(self._memory, _REQUEST)
         return MailboxRequest(seq, norm if is_commit else None, task if task >= 0 else None)
 
-    def answer(self, answer: Answer | None) -> None:
+    def answer(self, answer: ServerReply | None) -> None:
         """Answer the present request; None: it failed."""
-        given = answer or Answer(0)
+        given = answer or ServerReply(0)
         norm = given.squared_norm
         _ANSWER_LAYOUT.pack_into(
             self._memory,
@@ -160,7 +160,7 @@ class Listener:
         control: values of the worker's control record, behind the mailboxes.
     """
 
-    def __init__(self, address: Address, slot: int, control: int) -> None:
+    def __init__(self, address: MemoryAddress, slot: int, control: int) -> None:
         segment = MemorySegment.open(address)
         self._mailbox, self._control = Mailbox(segment, slot), control_of(segment, control)
         self._worker = os.pidfd_open(address.pid)
@@ -175,7 +175,7 @@ class Listener:
 
     def serve(
         self,
-        handle: Callable[[MailboxRequest], Answer],
+        handle: Callable[[MailboxRequest], ServerReply],
         turn: threading.Lock,
         wanted: Callable[[], bool],
     ) -> None:
@@ -211,7 +211,7 @@ class Mailboxes:
 
     Args:
         transport: by which standing calls are made.
-        near: shards whose servers share memory with this worker.
+        local_shards: shards whose servers share memory with this worker.
         names: of all servers, by shard.
         control: values of this worker's control record, which lies behind the mailboxes.
         listen: makes a standing call.
@@ -221,14 +221,14 @@ class Mailboxes:
     def __init__(
         self,
         transport: Transport,
-        near: set[int],
+        local_shards: set[int],
         names: Sequence[str],
         control: int,
         listen: Listen,
         look: Look,
     ) -> None:
         self._transport = transport
-        self.shards = sorted(near) if futex.supported() else []
+        self.shards = sorted(local_shards) if futex.supported() else []
         self._names, self._listen, self._look = names, listen, look
         # Not sealed: a standing call that got lost is made again, and opens it again.
         size = SLOT * max(1, len(self.shards)) + 8 * control
@@ -249,7 +249,7 @@ class Mailboxes:
 
     def answers(
         self, notified: Sequence[int], what: str, limit_s: float, setting: str
-    ) -> Iterator[tuple[int, Answer]]:
+    ) -> Iterator[tuple[int, ServerReply]]:
         """
         Wait for answers, and give one after the other.
 

@@ -15,7 +15,7 @@ import weakref
 import torch
 from torch import Tensor
 
-from distplat.actors.messages import Address
+from distplat.actors.messages import MemoryAddress
 
 
 class MemorySegment:
@@ -28,7 +28,7 @@ class MemorySegment:
         populate: have the kernel map all pages now, instead of each when it is first touched.
     """
 
-    def __init__(self, fd: int, address: Address, *, populate: bool = True) -> None:
+    def __init__(self, fd: int, address: MemoryAddress, *, populate: bool = True) -> None:
         dtype = getattr(torch, address.dtype)
         size = max(1, address.elements) * dtype.itemsize
         self._close = weakref.finalize(self, os.close, fd)
@@ -46,10 +46,12 @@ class MemorySegment:
         fd = os.memfd_create("distplat", os.MFD_CLOEXEC)
         os.ftruncate(fd, max(1, elements) * getattr(torch, dtype).itemsize)
         inode = os.fstat(fd).st_ino
-        return cls(fd, Address(node, os.getpid(), fd, elements, dtype, inode), populate=populate)
+        return cls(
+            fd, MemoryAddress(node, os.getpid(), fd, elements, dtype, inode), populate=populate
+        )
 
     @classmethod
-    def open(cls, address: Address, *, populate: bool = True) -> "MemorySegment":
+    def open(cls, address: MemoryAddress, *, populate: bool = True) -> "MemorySegment":
         """
         Map another process's segment.
 

@@ -10,10 +10,10 @@ from functools import partial
 from typing import Any
 
 from distplat.actors.memory.mailboxes import Mailboxes, MailboxRequest
-from distplat.actors.messages import Address, Membership, WorkOrder
+from distplat.actors.messages import Membership, MemoryAddress, WorkOrder
 from distplat.actors.retrying_calls import PendingCall
 from distplat.actors.transport import Transport
-from distplat.platform.ledger import Answer
+from distplat.platform.ledger import ServerReply
 from distplat.platform.shard_map import Shard
 from distplat.platform.spec import Failure
 
@@ -22,7 +22,7 @@ ANSWER_GRACE_S = 10.0
 
 Question = Callable[[Any, Shard], Any]
 """Calls a server about its shard; gives the reply."""
-Take = Callable[[Shard, Answer], None]
+TakeAnswer = Callable[[Shard, ServerReply], None]
 """Has the values of an answer where they are wanted."""
 
 
@@ -101,17 +101,17 @@ class FanOut(ServerCalls):
         self.cuts = joined.shard_map.shards
         self.mailboxes: Mailboxes | None = None
 
-    def open_mailboxes(self, near: set[int], control: int) -> None:
+    def open_mailboxes(self, local_shards: set[int], control: int) -> None:
         """
         Use mailboxes to the shards that share memory with this node.
 
         Args:
-            near: the shards.
+            local_shards: the shards.
             control: values of a control record.
         """
         self._control = control
         self.mailboxes = Mailboxes(
-            self.transport, near, self.names, control, self._listen, self.look
+            self.transport, local_shards, self.names, control, self._listen, self.look
         )
 
     def close(self) -> None:
@@ -131,7 +131,7 @@ class FanOut(ServerCalls):
         call = lambda server, index: question(server, self.cuts[index])  # noqa: E731
         return self.start(what, call, asked).answers()
 
-    def _listen(self, shard: int, mailboxes: Address, slot: int) -> Any:
+    def _listen(self, shard: int, mailboxes: MemoryAddress, slot: int) -> Any:
         order, server = self._order, self.servers[shard]
         who = order.run, order.attempt, order.rank
         return self.transport.call(server, "listen", *who, mailboxes, slot, self._control)
@@ -159,7 +159,7 @@ class FanOutCall:
         fan_out: FanOut,
         what: str,
         question: Question,
-        take: Take,
+        take: TakeAnswer,
         request: MailboxRequest | None = None,
         setting: str = "step_timeout_s",
     ) -> None:
@@ -185,7 +185,7 @@ class FanOutCall:
                 call = partial(self._question, self._fan_out.servers[cut.index], cut)
                 self._asked.add(self._fan_out.names[cut.index], call)
 
-    def answers(self) -> list[Answer]:
+    def answers(self) -> list[ServerReply]:
         """
         Wait for all answers, have each taken when it comes, and give them by shard.
 
@@ -194,7 +194,7 @@ class FanOutCall:
             DistplatError: what a server raised.
         """
         self._asked.start_again()
-        found: dict[int, Answer] = {}
+        found: dict[int, ServerReply] = {}
         if self._mailboxes is not None:
             limit_s = self._fan_out.limit_s(self._setting)
             arrived = self._mailboxes.answers(self._notified, self._what, limit_s, self._setting)

@@ -1,9 +1,9 @@
 """
-The port `Leases`, and the worker's pulse: twice a second it tells how it is doing.
+The port `Leases`, and the worker's heartbeat: twice a second it tells how it is doing.
 
     training   ─ task ─ task ─ task ─ task ─ task ─ task ─ ...
     questions        ─── ask ──▶ the next lease is here before this one is used up
-    pulse      ──▶ made, busy ............ ──▶ made, busy
+    heartbeat  ──▶ made, busy ............ ──▶ made, busy
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from distplat.platform.task_scheduler import Lease, TaskPlan
 from distplat.platform.worker_stats import WorkerHeartbeat
 from distplat.strategies.ports import Leases
 
-PULSE_S = 0.5
+HEARTBEAT_S = 0.5
 """Between two words of a worker about itself."""
 _NAME = "task-scheduler"
 
@@ -69,10 +69,10 @@ class RemoteLeases(Leases):
         who = self._rank, self._attempt
         join = partial(self._transport.call, self._scheduler, "join", *who, plan)
         ask(self._transport, "join", {_NAME: join}, limit, "start_timeout_s", self._check)
-        threading.Thread(target=self._pulse, name="pulse", daemon=True).start()
+        threading.Thread(target=self._send_heartbeats, name="heartbeat", daemon=True).start()
 
     def close(self) -> None:
-        """Stop the pulse."""
+        """Stop the heartbeat."""
         self._closed.set()
 
     def count(self, report: StepReport) -> None:
@@ -149,6 +149,6 @@ class RemoteLeases(Leases):
         if self._abandoned.is_set():
             raise Abandoned(f"rank {self._rank} was told to wait no longer")
 
-    def _pulse(self) -> None:
-        while not self._closed.wait(PULSE_S):
+    def _send_heartbeats(self) -> None:
+        while not self._closed.wait(HEARTBEAT_S):
             self._say()

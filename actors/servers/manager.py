@@ -31,7 +31,7 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from distplat.actors.messages import Address, Membership, ModelFacts, TableMap
+from distplat.actors.messages import Membership, MemoryAddress, ModelFacts, TableMap
 from distplat.actors.ray_transport import alone
 from distplat.actors.retrying_calls import AGAIN_S, Call, ask
 from distplat.actors.servers.health_check import HealthCheck
@@ -51,7 +51,7 @@ from distplat.platform.server_group import (
     ServersSeen,
     ShardAssignment,
 )
-from distplat.platform.shard_map import ShardMap, ShardPlan, cut_shards, within
+from distplat.platform.shard_map import ShardMap, ShardPlan, clip_ranges, cut_shards
 from distplat.platform.spec import Job
 from distplat.strategies.strategy_spec import Roles
 
@@ -147,9 +147,8 @@ class ServerManager:
         group, limit = ServerGroup(roles.servers), job.failure.heartbeat_timeout_s
         held = adopt(self._transport, group, servers, attempt, limit) if adopts and servers else []
         self._found = {one.shard: one.cut for one in held if one.cut is not None}
-        self._servers = [
-            servers[assignment.primary] for assignment in group.assignments
-        ]  # as they were at first
+        # As they were at first.
+        self._servers = [servers[assigned.primary] for assigned in group.assignments]
         if roles.replication > 1:
             make, assign = self._provisioning.make, self._assign_backup
             self._replication = ReplicationManager(
@@ -236,15 +235,15 @@ class ServerManager:
                 f"rank {rank} built another model or data set than the first rank to come: "
                 f"{facts} against {self._facts[part]}; model() must not depend on the process"
             )
-        return self._present(part, self._division.place_of(rank))
+        return self._present(part, self._division.part_rank_of(rank))
 
-    def follow(self, part: int, place: int, version: int, limit_s: float) -> Membership | None:
+    def follow(self, part: int, part_rank: int, version: int, limit_s: float) -> Membership | None:
         """
         Wait for a newer map than a worker has; None: there is none yet.
 
         Args:
             part: of the model, that the worker has.
-            place: see `Membership`.
+            part_rank: see `Membership`.
             version: of its map.
             limit_s: seconds to wait.
 
@@ -257,7 +256,7 @@ class ServerManager:
             return None
         if replicas.lost is not None:
             raise replicas.lost
-        return self._present(part, place)
+        return self._present(part, part_rank)
 
     def assignments(self) -> list[ShardAssignment]:
         """Tell who keeps which shard; empty where no shard is kept twice."""
@@ -281,9 +280,9 @@ class ServerManager:
         shards = tuple(replace(cut, index=index) for index, cut in enumerate(cuts))
         return ServersSeen(maps[0].version, shards, tuple(assignments), replicated, tables)
 
-    def _present(self, part: int, place: int) -> Membership:
+    def _present(self, part: int, part_rank: int) -> Membership:
         """Give the map of a part as it is now; somebody has joined with it."""
-        first, replicas = replace(self._first[part], place=place), self._replication
+        first, replicas = replace(self._first[part], part_rank=part_rank), self._replication
         if replicas is None:
             return first
         version, everybody = replicas.primaries()
@@ -302,13 +301,13 @@ class ServerManager:
         self._cuts[part] = self._cut(facts, everybody)
         nodes = self._ask(everybody, [self._call(server, "where") for server in servers])
         # A shard that is kept twice has memory of its own, which lives as long as its server.
-        homes = nodes if self._replication is None else everybody
-        first_at = {home: everybody[homes.index(home)] for home in homes}
+        hosts = nodes if self._replication is None else everybody
+        first_at = {host: everybody[hosts.index(host)] for host in hosts}
         made = self._assign_some(facts, list(first_at.values()), [None] * len(first_at))
         segments = dict(zip(first_at, made, strict=True))
         others = [
-            (i, segments[home])
-            for i, home in zip(everybody, homes, strict=True)
+            (i, segments[host])
+            for i, host in zip(everybody, hosts, strict=True)
             if i not in first_at.values()
         ]
         self._assign_some(facts, [i for i, _ in others], [segment for _, segment in others])
@@ -318,10 +317,10 @@ class ServerManager:
             self._cuts[part],
             servers,
             [f"server-{index}" for index in everybody],
-            [segments[home] for home in homes],
+            [segments[host] for host in hosts],
             self._roles.consistency.private,
             self._roles.wire,
-            twins=None if len(self._division.parts) == 1 else len(self._division.parts[part]),
+            part_world=None if len(self._division.parts) == 1 else len(self._division.parts[part]),
             replicated=self._replication is not None,
         )
 
@@ -341,8 +340,10 @@ class ServerManager:
             calls = [self._call(server, "speed", job, world, dtype) for server in servers]
             speeds = self._ask(everybody, calls)
         tail = facts.layout.tail_size if facts.layout is not None else 0
-        places = facts.layout.starts if facts.layout and self._job.optimizer.whole else ()
-        cuts = cut_shards(facts.size, len(everybody), speeds=speeds, tail=tail, places=places)
+        boundaries = facts.layout.starts if facts.layout and self._job.optimizer.whole else ()
+        cuts = cut_shards(
+            facts.size, len(everybody), speeds=speeds, tail=tail, boundaries=boundaries
+        )
         if speeds:
             sizes = [
                 f"{speed / 1e6:.0f} M/s: {cut.size}"
@@ -353,7 +354,7 @@ class ServerManager:
 
     def _assign_some(
         self, facts: ModelFacts, indices: list[int], segments: list[Any]
-    ) -> list[Address]:
+    ) -> list[MemoryAddress]:
         role = Role.ALONE if self._replication is None else Role.WAITING
         calls = [
             self._assignment(self._servers[i], facts, i, segment, role)
@@ -378,21 +379,21 @@ class ServerManager:
             checkpoint_every=facts.checkpoint_every,
             wire=self._roles.wire,
             workers=ranks if len(self._division.parts) > 1 else (),
-            uncounted=within(facts.uncounted, cut),
+            duplicate_ranges=clip_ranges(facts.duplicate_ranges, cut),
             number=index,
             layout=facts.layout and facts.layout.cut(cut.start, cut.stop),
             own_loop=facts.own_loop,
         )
         return self._call(server, "assign", plan, cut, facts.size, facts.dtype, segment, role)
 
-    def _assign_backup(self, server: Any, shard: int) -> Address:
+    def _assign_backup(self, server: Any, shard: int) -> MemoryAddress:
         """Give a backup its shard, once a worker has told what the model is."""
         part, _ = self._division.shard_of(shard)
         self._assigned[part].wait()  # where nobody comes, `start_timeout_s` ends the run and this
         call = self._assignment(server, self._facts[part], shard, None, Role.BACKUP)
         limit = self._job.failure.start_timeout_s
         calls, what = {f"a backup of shard {shard}": call}, "assigning a backup"
-        address: Address = ask(self._transport, what, calls, limit, _SETTING)[0]
+        address: MemoryAddress = ask(self._transport, what, calls, limit, _SETTING)[0]
         return address
 
     def _call(self, server: Any, method: str, *args: Any) -> Call:

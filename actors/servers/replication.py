@@ -22,7 +22,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from distplat.actors.memory.memfd import MemorySegment
-from distplat.actors.messages import Address
+from distplat.actors.messages import MemoryAddress
 from distplat.actors.servers.vector_transport import from_bytes
 from distplat.actors.transport import ActorDied, Transport, Unanswered
 from distplat.platform.awake_clock import AwakeClock
@@ -41,7 +41,7 @@ class Backup:
 
     name: str
     handle: Any
-    near: MemorySegment | None
+    inbox_memory: MemorySegment | None
     """Gradients are laid here; None: it is on another node, or in another container."""
 
 
@@ -86,8 +86,8 @@ class Replication(BackupLink):
             return
         self._count += 1
         sent = gradient
-        if backup.near is not None:
-            backup.near.tensor.copy_(gradient)
+        if backup.inbox_memory is not None:
+            backup.inbox_memory.tensor.copy_(gradient)
             sent = None
         elif isinstance(gradient, Tensor):
             sent = gradient.detach().clone().view(torch.uint8).numpy()
@@ -161,15 +161,15 @@ class Replication(BackupLink):
         while not self._transport.wait([call], _SLICE_S):
             if self.state.term >= term or clock.now() > self._limit_s:
                 raise FencedError(f"{name} was given up before it was filled")
-        near = self._transport.get(call, self._limit_s)
+        inbox_memory = self._transport.get(call, self._limit_s)
         if inbox is not None:
             inbox.seal()
         with self._changing:
             if self.state.change(Role.PRIMARY, term):
                 self._count = 0
-                self._backup = Backup(name, handle, inbox if near else None)
+                self._backup = Backup(name, handle, inbox if inbox_memory else None)
 
-    def take_over(self, term: int, snapshot: StoreSnapshot, inbox: Address | None) -> bool:
+    def take_over(self, term: int, snapshot: StoreSnapshot, inbox: MemoryAddress | None) -> bool:
         """
         As a backup: become what the primary is; the store's lock is held.
 
@@ -182,7 +182,7 @@ class Replication(BackupLink):
         if not self.state.change(Role.BACKUP, term):
             self.state.check_update(term)  # the same call once more, or one that came too late
             return self._inbox is not None
-        self._store.become(snapshot)
+        self._store.load_snapshot(snapshot)
         self._count, self._inbox = 0, None
         if inbox is not None and inbox.node == self._transport.node:
             try:

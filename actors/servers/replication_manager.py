@@ -18,7 +18,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from distplat.actors.messages import Address
+from distplat.actors.messages import MemoryAddress
 from distplat.actors.retrying_calls import ask
 from distplat.actors.servers.health_check import TICK_S, Heartbeats
 from distplat.actors.transport import Transport, TransportError
@@ -40,7 +40,7 @@ _FOR_GOOD = "no other server has what it kept: its backup was not there yet"
 _ANSWER_GRACE_S = 10.0
 """A primary times out by itself and knows more; only a frozen one needs ours on top."""
 
-Make = Callable[[str, str], Any]
+MakeServer = Callable[[str, str], Any]
 """Has a server node made: name, and the node on which it should rather not be."""
 Assign = Callable[[Any, int], Any]
 """Gives a server its shard, as a backup; waits for the first worker, who knows the model."""
@@ -55,7 +55,7 @@ class ReplicationManager:
         group: who keeps what.
         handles: of its servers, by name.
         limits: the job's deadlines.
-        make: see `Make`.
+        make: see `MakeServer`.
         assign: see `Assign`.
         losing: set once there is something in `lost`.
     """
@@ -66,7 +66,7 @@ class ReplicationManager:
         group: ServerGroup,
         handles: dict[str, Any],
         limits: Failure,
-        make: Make,
+        make: MakeServer,
         assign: Assign,
         losing: threading.Event,
     ) -> None:
@@ -74,8 +74,8 @@ class ReplicationManager:
         self._make, self._assign = make, assign
         self._group, self.handles = group, dict(handles)
         self._heartbeats = Heartbeats(transport, limits.heartbeat_timeout_s)
-        self._addresses: dict[str, Address | None] = {}  #: of promoted servers' parameters
-        self._news: queue.SimpleQueue[Callable[[], list[Order]]] = queue.SimpleQueue()
+        self._addresses: dict[str, MemoryAddress | None] = {}  #: of promoted servers' parameters
+        self._events: queue.SimpleQueue[Callable[[], list[Order]]] = queue.SimpleQueue()
         self._promotions: dict[str, threading.Event] = {}  #: of servers: set when they are over
         self._map = group.version, [assignment.primary for assignment in group.assignments]
         self._changed = threading.Condition()
@@ -92,7 +92,7 @@ class ReplicationManager:
         """Tell who keeps which shard."""
         return [replace(assignment) for assignment in self._group.assignments]
 
-    def address(self, server: str) -> Address | None:
+    def address(self, server: str) -> MemoryAddress | None:
         """Give where a promoted server's parameters are; None: it was not promoted."""
         return self._addresses.get(server)
 
@@ -131,11 +131,11 @@ class ReplicationManager:
         self._start(self._group.begin())
         while self._group.broken is None and not self._closed:
             try:
-                news = self._news.get(timeout=TICK_S)
+                event = self._events.get(timeout=TICK_S)
             except queue.Empty:
                 self._watch()
             else:
-                self._start(news())
+                self._start(event())
 
     def _start(self, orders: list[Order]) -> None:
         for order in orders:
@@ -156,13 +156,13 @@ class ReplicationManager:
             case GoAlone(server=suspect):
                 work = partial(self._leave_alone, order)
         try:
-            self._news.put(work())
+            self._events.put(work())
         except Exception as error:  # of ours, or a fault of ours: the order has failed either way
             if self._closed:
                 return
             foreseen = isinstance(error, DistplatError | TransportError)
             logger.warning("%s failed: %s", order, error, exc_info=not foreseen)
-            self._news.put(partial(self._lose, suspect))
+            self._events.put(partial(self._lose, suspect))
         finally:
             if isinstance(order, Promote):
                 self._promotions[order.server].set()

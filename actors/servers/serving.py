@@ -6,7 +6,7 @@ from typing import Any, Generic, TypeVar
 
 from numpy.typing import NDArray
 
-from distplat.actors.messages import Address
+from distplat.actors.messages import MemoryAddress
 from distplat.actors.servers.replication import Replication
 from distplat.actors.transport import Transport
 from distplat.platform.errors import FencedError
@@ -62,7 +62,7 @@ class Serving(ABC, Generic[AnyServer]):
         store, replicate_to = self._server.store, self._replication.replicate_to
         self._server.exclusively(lambda: replicate_to(term, name, handle, store.opened))
 
-    def take_over(self, term: int, snapshot: StoreSnapshot, inbox: Address | None) -> bool:
+    def take_over(self, term: int, snapshot: StoreSnapshot, inbox: MemoryAddress | None) -> bool:
         """Become a primary's backup; see `Replication.take_over`."""
         take_over = self._replication.take_over
         return self._server.exclusively(lambda: take_over(term, snapshot, inbox))
@@ -72,13 +72,13 @@ class Serving(ABC, Generic[AnyServer]):
         follow = self._replication.follow
         self._server.exclusively(lambda: follow(term, number, change, gradient))
 
-    def promote(self, term: int) -> Address | None:
+    def promote(self, term: int) -> MemoryAddress | None:
         """Serve from now on; give the address of the parameters, if there is one."""
         if not self._server.exclusively(lambda: self._replication.alone(term)):
             raise FencedError(f"{self._name} is past term {term}")
         return self._promoted(term)
 
-    def _promoted(self, term: int) -> Address | None:
+    def _promoted(self, term: int) -> MemoryAddress | None:
         return None
 
     def alone(self, term: int) -> None:

@@ -26,13 +26,13 @@ from typing_extensions import override
 
 from distplat.actors.memory.mailboxes import Listener, MailboxRequest
 from distplat.actors.memory.memfd import MemorySegment
-from distplat.actors.messages import Address, AttachReply
+from distplat.actors.messages import AttachReply, MemoryAddress
 from distplat.actors.servers.replication import Replication
 from distplat.actors.servers.serving import Serving
 from distplat.actors.servers.vector_transport import as_bytes, as_type, from_bytes
 from distplat.actors.transport import Transport
 from distplat.platform.errors import FencedError
-from distplat.platform.ledger import Answer, PullId, PushId
+from distplat.platform.ledger import PullId, PushId, ServerReply
 from distplat.platform.server_group import Role, ServerReport
 from distplat.platform.shard_map import Shard, ShardPlan
 from distplat.platform.spec import Job
@@ -44,7 +44,7 @@ from distplat.strategies.loop.control import StepControl
 from distplat.strategies.model.optim import FlatOptimizer, rate_of
 from distplat.strategies.ports import ShardCopy
 from distplat.strategies.server.answers import shard_copy
-from distplat.strategies.server.server import Deliver, Limits, ShardServer
+from distplat.strategies.server.server import Deliver, ServerLimits, ShardServer
 
 _ELEMENTS = 1 << 18
 _ROUNDS = 7
@@ -104,9 +104,9 @@ class ShardServing(Serving[ShardServer]):
         shard: Shard,
         total: int,
         dtype: str,
-        parameters: Address | None,
+        parameters: MemoryAddress | None,
         role: Role,
-    ) -> Address:
+    ) -> MemoryAddress:
         """
         Take over a shard, once; give the address of the node's segment, of `total` elements.
 
@@ -126,7 +126,7 @@ class ShardServing(Serving[ShardServer]):
         else:
             segment = MemorySegment.open(parameters)
         self._plan, self._cut, self._settings = plan, shard, plan.settings
-        limits = Limits(plan.job.failure.start_timeout_s, plan.job.failure.step_timeout_s)
+        limits = ServerLimits(plan.job.failure.start_timeout_s, plan.job.failure.step_timeout_s)
         self._server = ShardServer(self._name, plan, limits, self._mine(segment))
         store, transport = self._server.store, self._transport
         self._replication = Replication(self._name, transport, role, store, limits.step_s)
@@ -155,8 +155,8 @@ class ShardServing(Serving[ShardServer]):
         rank: int,
         number: tuple[int, int],
         world: int,
-        gradients: Address | None,
-        parameters: Address | None,
+        gradients: MemoryAddress | None,
+        parameters: MemoryAddress | None,
         held: tuple[int, NDArray[np.uint8]] | None,
     ) -> AttachReply:
         """
@@ -173,16 +173,16 @@ class ShardServing(Serving[ShardServer]):
         store = self._server.store
 
         def change() -> AttachReply:
-            last, near = self._attached.get(rank, ((-1, -1), False))
+            last, shares_memory = self._attached.get(rank, ((-1, -1), False))
             if number > last:
-                near = self._map(rank, gradients, parameters)
-                self._attached[rank] = number, near
+                shares_memory = self._map(rank, gradients, parameters)
+                self._attached[rank] = number, shares_memory
                 self._begin(number[0], world)
                 self._server.forget(rank)
                 if held is not None:
                     values = from_bytes(held[1], store.params.dtype)
                     store.pull_elsewhere(rank, held[0], values)
-            return AttachReply(near, store.ledger.version)
+            return AttachReply(shares_memory, store.ledger.version)
 
         return self._server.exclusively(change)
 
@@ -192,7 +192,9 @@ class ShardServing(Serving[ShardServer]):
             self._gradients = {r: one for r, one in self._gradients.items() if r < world}
             self._parameters = {r: one for r, one in self._parameters.items() if r < world}
 
-    def _map(self, rank: int, gradients: Address | None, parameters: Address | None) -> bool:
+    def _map(
+        self, rank: int, gradients: MemoryAddress | None, parameters: MemoryAddress | None
+    ) -> bool:
         self._gradients.pop(rank, None)
         self._parameters.pop(rank, None)
         try:
@@ -233,9 +235,9 @@ class ShardServing(Serving[ShardServer]):
     def kept(self, version: int, limit_s: float) -> ShardCopy:
         """Give what was kept of a version, as an object to be fetched. See `Server.kept`."""
         copy = shard_copy(self._cut.start, self._server, version, limit_s)
-        if copy.box is None:
+        if copy.ref is None:
             return copy
-        return replace(copy, box=[self._transport.put([as_array(one) for one in copy.box])])
+        return replace(copy, ref=[self._transport.put([as_array(one) for one in copy.ref])])
 
     def earlier(self, version: int) -> NDArray[np.uint8]:
         """Give the bytes of the version before the present one; see `DenseStore.values`."""
@@ -245,14 +247,14 @@ class ShardServing(Serving[ShardServer]):
 
         return self._server.exclusively(copy)
 
-    def pull(self, pull: PullId) -> Answer:
+    def pull(self, pull: PullId) -> ServerReply:
         """Give the newest parameters; see `Server.pull`."""
         self._replication.state.check_serves()
         return self._server.pull(pull, self._deliver(pull.rank))
 
     def push(
         self, push: PushId, values: NDArray[np.uint8] | None, control: NDArray[np.float64]
-    ) -> Answer:
+    ) -> ServerReply:
         """
         Take a gradient; see `Server.push`.
 
@@ -306,18 +308,18 @@ class ShardServing(Serving[ShardServer]):
 
         return self._server.exclusively(count)
 
-    def commit(self, rank: int, seq: int, norm: float | None) -> Answer:
+    def commit(self, rank: int, seq: int, norm: float | None) -> ServerReply:
         """Apply a staged step; see `Server.commit`."""
         self._replication.state.check_serves()
         return self._server.commit(rank, seq, norm, self._deliver(rank))
 
-    def _promoted(self, term: int) -> Address:
+    def _promoted(self, term: int) -> MemoryAddress:
         assert self._segment is not None, "only a server with a shard is promoted"
         logger.info("shard %d is served here now, term %d", self._cut.index, term)
         return self._segment.address
 
     def listen(
-        self, run: str, attempt: int, rank: int, mailboxes: Address, slot: int, control: int
+        self, run: str, attempt: int, rank: int, mailboxes: MemoryAddress, slot: int, control: int
     ) -> None:
         """Answer a worker's mailbox as long as it lives; its later call takes over from this."""
         listener, mine = Listener(mailboxes, slot, control), object()
@@ -327,7 +329,7 @@ class ShardServing(Serving[ShardServer]):
         def wanted() -> bool:
             return self._listening.get(rank) is mine
 
-        def handle(request: MailboxRequest) -> Answer:
+        def handle(request: MailboxRequest) -> ServerReply:
             if not wanted():
                 raise FencedError(f"{self._name} does not listen here any more")
             if request.norm is not None:

@@ -28,7 +28,7 @@ from distplat.actors.servers.vector_transport import (
 )
 from distplat.actors.transport import Transport, TransportError
 from distplat.platform.errors import ActorLost
-from distplat.platform.ledger import Answer, PullId, PushId
+from distplat.platform.ledger import PullId, PushId, ServerReply
 from distplat.platform.shard_map import Shard, settings_of
 from distplat.strategies.checkpoint.checkpoint_reader import SavedState
 from distplat.strategies.checkpoint.checkpoint_types import ALL, Holding
@@ -84,10 +84,10 @@ class RemoteShards(Shards, LoopShards):
             SpecError: another type is to travel, and the parameters are of several.
         """
         holding = holding or ALL
-        uncounted, schedule = holding.uncounted(flat), self._order.job.task_schedule
-        state = saved.optimizer(flat, places=holding.places) if saved is not None else {}
+        duplicate_ranges, schedule = holding.duplicate_ranges(flat), self._order.job.task_schedule
+        state = saved.optimizer(flat, slices=holding.slices) if saved is not None else {}
         self._settings = settings_of(self._order.job)
-        self._connect(flat, state, uncounted=uncounted, schedule=schedule)
+        self._connect(flat, state, duplicate_ranges=duplicate_ranges, schedule=schedule)
 
     @override
     def connect_loop(self, vectors: Vectors, loop: LoopOptimizer) -> None:
@@ -113,9 +113,9 @@ class RemoteShards(Shards, LoopShards):
         joined: Membership = join.answers()[0]
         if joined.wire is not None and flat.mixed:
             raise several_types(flat.layout, "wire")
-        self._order = replace(self._order, rank=joined.place)  # as its servers count
+        self._order = replace(self._order, rank=joined.part_rank)  # as its servers count
         if joined.replicated:
-            known = joined.part, joined.place
+            known = joined.part, joined.part_rank
             ask_map = partial(self._transport.call, self._order.manager, "follow", *known)
             self._watch.begin(ask_map, joined.version)
         self._take_over(self._attach(joined), joined.private, state)
@@ -136,7 +136,7 @@ class RemoteShards(Shards, LoopShards):
         self._reached = fan_out = FanOut(self._transport, self._order, joined, self._watch.look)
         kind = CopyTransport if joined.private else SharedMemoryTransport
         self._vectors = vectors = kind(self._transport, self._facts, joined)
-        world = joined.twins or self._order.job.scaling.world
+        world = joined.part_world or self._order.job.scaling.world
         who = self._order.rank, (self._order.attempt, self._attachments), world
         self._attachments += 1
         candidates = vectors.candidates()
@@ -151,15 +151,15 @@ class RemoteShards(Shards, LoopShards):
             return self._transport.call(server, "attach", *who, *segments, held)
 
         attached: list[AttachReply] = fan_out.ask("attach", attach)
-        vectors.open({index for index, answer in enumerate(attached) if answer.near})
+        vectors.open({index for index, answer in enumerate(attached) if answer.shares_memory})
         parameters = self._flat.layout.parameters
-        fan_out.open_mailboxes(vectors.near, control_size(parameters, self._settings))
+        fan_out.open_mailboxes(vectors.local_shards, control_size(parameters, self._settings))
         if self._on_device:
             shared = vectors.gradients, vectors.parameters
             self._transfer = cuda_transfer(self._flat.grads, self._flat.params, shared)
-        near = sorted(vectors.near)
-        far = [cut.index for cut in fan_out.cuts if cut.index not in vectors.near]
-        logger.info("servers reached by shared memory: %s, in calls: %s", near, far)
+        local = sorted(vectors.local_shards)
+        remote = [cut.index for cut in fan_out.cuts if cut.index not in vectors.local_shards]
+        logger.info("servers reached by shared memory: %s, in calls: %s", local, remote)
         return [answer.version for answer in attached]
 
     def _take_over(
@@ -178,7 +178,7 @@ class RemoteShards(Shards, LoopShards):
         if self._order.rank == 0 and empty:
             initial = self._flat.params.cpu()
             for cut in empty:
-                if cut.index in vectors.near:
+                if cut.index in vectors.local_shards:
                     vectors.put(cut, initial)
             self._fan_out.ask(
                 "restore",
@@ -270,12 +270,12 @@ class RemoteShards(Shards, LoopShards):
         answers = self._answers(asked)
         return pushed(answers, [self._vectors.traffic(cut) for cut in self._fan_out.cuts])
 
-    def _answers(self, asked: FanOutCall) -> list[Answer]:
+    def _answers(self, asked: FanOutCall) -> list[ServerReply]:
         answers = asked.answers()
         self._transfer.join()
         return answers
 
-    def _take(self, cut: Shard, answer: Answer) -> None:
+    def _take(self, cut: Shard, answer: ServerReply) -> None:
         """Bring a shard's values here, as far as they are not here already."""
         if not answer.committed:
             return
@@ -346,7 +346,7 @@ class RemoteShards(Shards, LoopShards):
             self._vectors.gradients.copy_(self._flat.grads)
         self._move_in()
 
-    def _pull(self, setting: str) -> list[Answer]:
+    def _pull(self, setting: str) -> list[ServerReply]:
         """Bring the newest parameters."""
         pull = PullId(self._order.attempt, self._order.rank, self._pulls)
         self._pulls += 1  # also where it fails: the next one is not this one again

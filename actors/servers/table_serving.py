@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from typing_extensions import override
 
 from distplat.actors.memory.memfd import MemorySegment
-from distplat.actors.messages import Address, OpenReply, RowTransfer, TablePart
+from distplat.actors.messages import MemoryAddress, OpenReply, RowTransfer, TablePart
 from distplat.actors.servers.replication import Replication
 from distplat.actors.servers.serving import Serving
 from distplat.actors.transport import Transport
@@ -59,14 +59,14 @@ class TableServing(Serving[TableServer], PartSource):
         self,
         plan: TablePlan,
         rank: int,
-        memory: Address,
+        memory: MemoryAddress,
         saved_at: int = 0,
         saved: Sequence[list[Any]] = (),
     ) -> OpenReply:
         """Join an attempt. See `TableServer.open`."""
         self._replication.state.check_serves()
         limit_s = plan.job.failure.start_timeout_s
-        files = (self._transport.get(box[0], limit_s) for box in saved)
+        files = (self._transport.get(ref[0], limit_s) for ref in saved)
         steps = self._server.open(plan, saved_at, files)
         if self._plan is None or plan.attempt > self._plan.attempt:
             self._mapped = {}  # every worker has new memory; of one that was lost none is held
@@ -79,37 +79,37 @@ class TableServing(Serving[TableServer], PartSource):
         self._replication.state.check_serves()
         self._server.begin(attempt, version)
 
-    def pull(self, pull: PullId, parcel: RowTransfer) -> NDArray[np.float32] | None:
+    def pull(self, pull: PullId, transfer: RowTransfer) -> NDArray[np.float32] | None:
         """Put rows into the worker's memory; give them, where it is out of reach."""
         self._replication.state.check_serves()
-        ids, rows = self._ids(pull.rank, parcel), self._values(pull.rank, parcel)
-        far = rows is None
+        ids, rows = self._ids(pull.rank, transfer), self._values(pull.rank, transfer)
+        remote = rows is None
         if rows is None:
             assert self._plan is not None, "workers open before they pull"
-            rows = np.empty((parcel.count, self._plan.tables[parcel.table].width), np.float32)
-        self._server.read(pull, parcel.table, ids, rows, again=far)
-        return rows if far else None
+            rows = np.empty((transfer.count, self._plan.tables[transfer.table].width), np.float32)
+        self._server.read(pull, transfer.table, ids, rows, again=remote)
+        return rows if remote else None
 
     def push(
         self,
         push: PushId,
-        parcels: Sequence[RowTransfer],
+        transfers: Sequence[RowTransfer],
         skip: bool = False,
         settings: tuple[float, ...] = (),
     ) -> int:
         """Take gradients; return when the step is made. See `TableServer.add`."""
         self._replication.state.check_serves()
         gradients = []
-        for parcel in parcels:
-            values = self._values(push.rank, parcel)
+        for transfer in transfers:
+            values = self._values(push.rank, transfer)
             assert values is not None, "a push has gradients"
-            gradients.append(RowGradients(parcel.table, self._ids(push.rank, parcel), values))
+            gradients.append(RowGradients(transfer.table, self._ids(push.rank, transfer), values))
         return self._server.add(push, gradients, skip, settings).version
 
     def kept(self, version: int, limit_s: float) -> TablesCopy:
         """Give what was kept of a version, as an object to be fetched. See `Server.kept`."""
         copy = tables_copy(self._server, version, limit_s)
-        return copy if copy.box is None else replace(copy, box=[self._transport.put(copy.box)])
+        return copy if copy.ref is None else replace(copy, ref=[self._transport.put(copy.ref)])
 
     @override
     def sizes(self) -> list[tuple[TableSpec, int]]:
@@ -119,7 +119,7 @@ class TableServing(Serving[TableServer], PartSource):
     def part(self, table: int, first: int, count: int) -> bytes:
         return self._server.part(table, first, count)
 
-    def _reaches(self, rank: int, memory: Address) -> bool:
+    def _reaches(self, rank: int, memory: MemoryAddress) -> bool:
         """Map a worker's memory, where that can be done."""
         if memory.node != self._transport.node:
             return False
@@ -129,24 +129,24 @@ class TableServing(Serving[TableServer], PartSource):
             return False
         return True
 
-    def _ids(self, rank: int, parcel: RowTransfer) -> NDArray[np.int64]:
-        if not isinstance(parcel.ids, Address):
-            return parcel.ids
-        stop = parcel.first_id + parcel.count
-        ids: NDArray[np.int64] = self._map(rank, parcel.ids)[parcel.first_id : stop]
+    def _ids(self, rank: int, transfer: RowTransfer) -> NDArray[np.int64]:
+        if not isinstance(transfer.ids, MemoryAddress):
+            return transfer.ids
+        stop = transfer.first_id + transfer.count
+        ids: NDArray[np.int64] = self._map(rank, transfer.ids)[transfer.first_id : stop]
         return ids
 
-    def _values(self, rank: int, parcel: RowTransfer) -> NDArray[np.float32] | None:
-        if not isinstance(parcel.values, Address):
-            return parcel.values
+    def _values(self, rank: int, transfer: RowTransfer) -> NDArray[np.float32] | None:
+        if not isinstance(transfer.values, MemoryAddress):
+            return transfer.values
         assert self._plan is not None, "workers open before they pull or push"
-        width = self._plan.tables[parcel.table].width
-        stop = parcel.first_value + parcel.count * width
-        flat = self._map(rank, parcel.values)[parcel.first_value : stop]
-        values: NDArray[np.float32] = flat.reshape(parcel.count, width)
+        width = self._plan.tables[transfer.table].width
+        stop = transfer.first_value + transfer.count * width
+        flat = self._map(rank, transfer.values)[transfer.first_value : stop]
+        values: NDArray[np.float32] = flat.reshape(transfer.count, width)
         return values
 
-    def _map(self, rank: int, address: Address) -> Any:
+    def _map(self, rank: int, address: MemoryAddress) -> Any:
         """Give a worker's memory as an array; a worker has one segment of each dtype."""
         held = self._mapped.get((rank, address.dtype))
         if held is None or held.address != address:

@@ -155,11 +155,11 @@ class RemoteTables(Tables):
         question = self._calls.each("open", *who)
         asked = self._calls.start("connecting to tables", question, setting=_START)
         opened: list[OpenReply] = asked.answers()
-        self._near = [answer.near for answer in opened]
+        self._shares_memory = [answer.shares_memory for answer in opened]
         names = ", ".join(table.name for table in self._plan.tables)
-        near = [k for k, is_near in enumerate(self._near) if is_near]
-        far = [k for k, is_near in enumerate(self._near) if not is_near]
-        logger.info("tables %s; by shared memory: %s, in the call: %s", names, near, far)
+        local = [k for k, shares in enumerate(self._shares_memory) if shares]
+        remote = [k for k, shares in enumerate(self._shares_memory) if not shares]
+        logger.info("tables %s; by shared memory: %s, in the call: %s", names, local, remote)
         return min(answer.steps for answer in opened)
 
     def _following(self, action: Callable[[], Result]) -> Result:
@@ -208,8 +208,8 @@ class RemoteTables(Tables):
         asked = [k for k in range(len(self._calls.servers)) if ids.cuts[k] < ids.cuts[k + 1]]
 
         def question(server: Any, k: int) -> Any:
-            parcel = self._parcel(k, table, ids, None, (0, start))
-            return self._transport.call(server, "pull", pull, parcel)
+            transfer = self._transfer(k, table, ids, None, (0, start))
+            return self._transport.call(server, "pull", pull, transfer)
 
         answers = self._calls.start(f"pull {pull.number}", question, asked).answers()
         rows: NDArray[np.float32] = flat.reshape(count, width)
@@ -237,14 +237,14 @@ class RemoteTables(Tables):
         control: tuple[bool, tuple[float, ...]],
     ) -> PendingCall:
         self._kept = 0
-        places = self._write(gradients)
+        offsets = self._write(gradients)
 
         def question(server: Any, k: int) -> Any:
-            parcels = [
-                self._parcel(k, given.table, routed, given.values, place)
-                for (routed, given), place in zip(gradients, places, strict=True)
+            transfers = [
+                self._transfer(k, given.table, routed, given.values, at)
+                for (routed, given), at in zip(gradients, offsets, strict=True)
             ]
-            return self._transport.call(server, "push", push, parcels, *control)
+            return self._transport.call(server, "push", push, transfers, *control)
 
         return self._calls.start(f"push {push.seq} to tables", question)
 
@@ -274,30 +274,30 @@ class RemoteTables(Tables):
         """Bring ids and gradients to where servers reach them; give where each table's begin."""
         ids, _ = self._ids.room(sum(len(given.ids) for _, given in gradients))
         values, _ = self._values.room(sum(given.values.size for _, given in gradients))
-        places, first_id, first_value = [], 0, 0
+        offsets, first_id, first_value = [], 0, 0
         for _, given in gradients:
-            places.append((first_id, first_value))
+            offsets.append((first_id, first_value))
             stop_id, stop_value = first_id + len(given.ids), first_value + given.values.size
             ids[first_id:stop_id] = given.ids
             values[first_value:stop_value] = given.values.reshape(-1)
             first_id, first_value = stop_id, stop_value
-        return places
+        return offsets
 
-    def _parcel(
+    def _transfer(
         self,
         k: int,
         table: int,
         ids: Routed,
         values: NDArray[np.float32] | None,
-        place: tuple[int, int],
+        offsets: tuple[int, int],
     ) -> RowTransfer:
-        """Pack server k's part of what lies in this worker's memory, at `place`."""
+        """Pack server k's part of what lies in this worker's memory, at `offsets`."""
         part = ids.part(k)
         count = part.stop - part.start
-        if not self._near[k]:
+        if not self._shares_memory[k]:
             return RowTransfer(
                 table, count, ids.ids[part], None if values is None else values[part]
             )
-        first_value = place[1] + part.start * self._plan.tables[table].width
+        first_value = offsets[1] + part.start * self._plan.tables[table].width
         addresses = self._ids.address, self._values.address
-        return RowTransfer(table, count, *addresses, place[0] + part.start, first_value)
+        return RowTransfer(table, count, *addresses, offsets[0] + part.start, first_value)

@@ -22,9 +22,9 @@ from torch import Tensor
 from typing_extensions import override
 
 from distplat.actors.memory.memfd import MemorySegment
-from distplat.actors.messages import Address, Membership, ModelFacts
+from distplat.actors.messages import Membership, MemoryAddress, ModelFacts
 from distplat.actors.transport import Transport
-from distplat.platform.ledger import Answer
+from distplat.platform.ledger import ServerReply
 from distplat.platform.shard_map import Shard
 from distplat.platform.tensor_slices import RawTensor
 from distplat.platform.vector_layout import Layout
@@ -46,7 +46,7 @@ class VectorTransport(ABC):
     """Shape [n], on the CPU; there after `open`."""
     one_copy = False
     """Whether the worker computes on the servers' own memory."""
-    parameter_address: Address | None = None
+    parameter_address: MemoryAddress | None = None
     """Where servers find it; None: they need not."""
 
     def __init__(self, transport: Transport, facts: ModelFacts, joined: Membership) -> None:
@@ -55,15 +55,15 @@ class VectorTransport(ABC):
         self._gradient_segment = MemorySegment.create(self._node, facts.size, facts.dtype)
         self.gradients = self._gradient_segment.tensor  #: shape [n]
         self.gradient_address = self._gradient_segment.address
-        self.near: set[int] = set()  #: shards whose server shares memory with this worker
+        self.local_shards: set[int] = set()  #: shards whose server shares memory with this worker
 
     @abstractmethod
     def candidates(self) -> list[int]:
         """Give the shards whose servers may share memory with this worker."""
 
-    def open(self, near: set[int]) -> None:
+    def open(self, local_shards: set[int]) -> None:
         """Be told which of them do: nobody else will map the segments."""
-        self.near = near
+        self.local_shards = local_shards
         self._gradient_segment.seal()
 
     def part_ways(self) -> None:
@@ -75,9 +75,9 @@ class VectorTransport(ABC):
         """Lay initial parameters where a near server finds them."""
         part(self.parameters, cut).copy_(part(initial, cut))
 
-    def take(self, cut: Shard, answer: Answer, limit_s: float) -> None:
+    def take(self, cut: Shard, answer: ServerReply, limit_s: float) -> None:
         """Have the values of an answer in `parameters`; a near server may have put them there."""
-        if cut.index in self.near:
+        if cut.index in self.local_shards:
             return
         values: NDArray[np.uint8] = self._transport.get(answer.payload[0], limit_s)
         mine = part(self.parameters, cut)
@@ -89,7 +89,7 @@ class VectorTransport(ABC):
     def traffic(self, cut: Shard) -> tuple[int, int]:
         """Give the bytes of a step's gradient for a shard, and of the parameters it brings."""
         size = cut.size * self.gradients.itemsize
-        if cut.index in self.near:
+        if cut.index in self.local_shards:
             return size, 0 if self.one_copy else size
         wire = self._joined.wire
         travels = size if wire is None else cut.size * getattr(torch, wire).itemsize
@@ -99,7 +99,7 @@ class VectorTransport(ABC):
         self, cut: Shard, vector: Tensor, *, exact: bool = False
     ) -> NDArray[np.uint8] | None:
         """Give what must travel in a call so that the server has its part of `vector`."""
-        if cut.index in self.near:
+        if cut.index in self.local_shards:
             return None
         return as_bytes(as_type(part(vector, cut), None if exact else self._joined.wire))
 
@@ -128,11 +128,11 @@ class SharedMemoryTransport(VectorTransport):
         return list(self._segments)
 
     @override
-    def open(self, near: set[int]) -> None:
+    def open(self, local_shards: set[int]) -> None:
         """Where all servers are near, the model moves into their segment."""
-        super().open(near)
+        super().open(local_shards)
         everybody = range(len(self._joined.servers))
-        segments = [self._segments.get(i) if i in near else None for i in everybody]
+        segments = [self._segments.get(i) if i in local_shards else None for i in everybody]
         first = segments[0]
         self.one_copy = first is not None and all(s is first for s in segments)
         if first is not None and self.one_copy:
@@ -146,9 +146,9 @@ class SharedMemoryTransport(VectorTransport):
         part(self._segments[cut.index].tensor, cut).copy_(part(initial, cut))
 
     @override
-    def take(self, cut: Shard, answer: Answer, limit_s: float) -> None:
+    def take(self, cut: Shard, answer: ServerReply, limit_s: float) -> None:
         super().take(cut, answer, limit_s)
-        if cut.index in self.near and not self.one_copy:
+        if cut.index in self.local_shards and not self.one_copy:
             part(self.parameters, cut).copy_(part(self._segments[cut.index].tensor, cut))
 
 
@@ -167,8 +167,8 @@ class CopyTransport(VectorTransport):
         return [index for index, node in enumerate(nodes) if node == self._node]
 
     @override
-    def open(self, near: set[int]) -> None:
-        super().open(near)
+    def open(self, local_shards: set[int]) -> None:
+        super().open(local_shards)
         self._segment.seal()
 
 

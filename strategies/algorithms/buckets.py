@@ -84,7 +84,7 @@ class Release:
         self._seen: set[int] = set()
         self._again: set[int] = set()  #: buckets of which a gradient came more than once
         self._latest = [0] * len(self._members)  #: when each bucket's last gradient came
-        self._news = 0
+        self._ready = 0
         self._gone: set[int] = set()
 
     def has_left(self, parameter: int) -> bool:
@@ -99,8 +99,8 @@ class Release:
         checkpointing does it, and a parameter is used in several of the inner ones.
         """
         number = self._home[parameter]
-        self._news += 1
-        self._latest[number] = self._news
+        self._ready += 1
+        self._latest[number] = self._ready
         if parameter in self._seen:
             self._again.add(number)
             return []
@@ -119,13 +119,13 @@ class Release:
 
     def proposal(self) -> tuple[list[int], list[bool]] | None:
         """
-        Give the order in which buckets became complete, and of each place whether it is to be held.
+        Give the order in which buckets became complete, and of each whether it is to be held.
 
         Last come the buckets that are held: those that stayed incomplete are unlikely to complete
         next time, and of a gradient that comes more than once nobody knows which is the last.
         None if no gradient came at all.
         """
-        if not self._news:
+        if not self._ready:
             return None
         held = [bool(left) or one in self._again for one, left in enumerate(self._open)]
         early = [one for one, is_held in enumerate(held) if not is_held]

@@ -67,9 +67,9 @@ def entries_sent(density: float, size: int) -> int:
 
 def largest(vector: Tensor, count: int) -> Tensor:
     """
-    Give the places of the `count` entries of largest magnitude, in ascending order.
+    Give the indices of the `count` entries of largest magnitude, in ascending order.
 
-    Of equal magnitudes the first places win. NaN counts as infinite: it must travel, so that
+    Of equal magnitudes the first ones win. NaN counts as infinite: it must travel, so that
     training fails in sight instead of one entry standing still.
 
     Args:
@@ -77,7 +77,7 @@ def largest(vector: Tensor, count: int) -> Tensor:
         count: from 1 to n.
 
     Returns:
-        Places, shape [count], int64.
+        Indices, shape [count], int64.
     """
     if count == vector.numel():
         return torch.arange(count, device=vector.device)
@@ -90,22 +90,22 @@ def largest(vector: Tensor, count: int) -> Tensor:
     return candidates[chosen]
 
 
-def add_sparse(out: Tensor, places: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+def add_sparse(out: Tensor, indices: Sequence[Tensor], values: Sequence[Tensor]) -> None:
     """
     Add entries to `out`, part after part.
 
     Args:
         out: shape [n].
-        places: one per rank, shape [k], int32 or int64, each without repetition: so the order of
+        indices: one per rank, shape [k], int32 or int64, each without repetition: so the order of
             every sum is that of the ranks.
         values: one per rank, shape [k].
     """
-    for where, what in zip(places, values, strict=True):
+    for where, what in zip(indices, values, strict=True):
         out.index_add_(0, where, what)
 
 
 def _candidates(vector: Tensor, count: int) -> Tensor:
-    """Give, in ascending order, places among which the `count` largest surely are."""
+    """Give, in ascending order, indices among which the `count` largest surely are."""
     # An odd step walks through all columns of a matrix whose rows are a power of two long.
     sample = vector[:: max(1, vector.numel() // _SAMPLE) | 1].abs()
     expected = count * sample.numel() / vector.numel()
@@ -120,7 +120,7 @@ def _candidates(vector: Tensor, count: int) -> Tensor:
 
 
 def _not_below(vector: Tensor, limit: Tensor) -> Tensor:
-    """Give the places whose magnitude is not less than `limit`; a NaN on either side is not."""
+    """Give the indices whose magnitude is not less than `limit`; a NaN on either side is not."""
     block = _BLOCK_ELEMENTS if vector.device.type == "cpu" else vector.numel()
     found = []
     for start in range(0, vector.numel(), block):

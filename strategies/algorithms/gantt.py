@@ -28,7 +28,7 @@ from distplat.strategies.algorithms.simulate import (
     simulate,
 )
 
-Rows = tuple[tuple[Span, ...], ...]
+BarRows = tuple[tuple[Span, ...], ...]
 
 _COMPUTING = {kind.value: kind for kind in ActionKind}
 
@@ -53,7 +53,7 @@ class Gantt:
     """One replica's step."""
 
     replica: int
-    measured: Rows
+    measured: BarRows
     """Of each stage, what it computed; of slices of a stage, the first one's."""
     others: tuple[tuple[TraceEvent, ...], ...]
     """Of each stage, sends, receives, packing and the reduction."""

@@ -97,13 +97,13 @@ class PipelineSchedule:
         """Number of chunks of layers in the whole model."""
         return self.stages * self.chunks
 
-    def place(self, stage: int, action: Action) -> int:
+    def virtual_stage(self, stage: int, action: Action) -> int:
         """Give the number, along the model, of the chunk that an action works on."""
         return action.chunk * self.stages + stage
 
-    def stage_of(self, place: int) -> int:
+    def stage_of(self, virtual_stage: int) -> int:
         """Give the stage that owns a chunk."""
-        return place % self.stages
+        return virtual_stage % self.stages
 
     def peak_activations(self) -> list[int]:
         """
@@ -169,7 +169,7 @@ def one_f_one_b(stages: int, micro_batches: int) -> PipelineSchedule:
     return PipelineSchedule("1f1b", micro_batches, 1, False, tuple(orders))
 
 
-def interleaved(stages: int, micro_batches: int, chunks: int = 2) -> PipelineSchedule:
+def interleaved(stages: int, micro_batches: int, chunks: int) -> PipelineSchedule:
     """
     Interleaved 1F1B: a stage has several chunks of layers, so that the pipeline fills in shorter
     strides (Narayanan et al. 2021; the numbers of forwards ahead are Megatron-LM's).
@@ -310,7 +310,7 @@ class Content(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """One tensor on its way; places are numbers of chunks along the model."""
+    """One tensor on its way; source and target are virtual stages."""
 
     content: Content
     micro_batch: int
@@ -350,21 +350,21 @@ class Plan:
 
 def input_of(schedule: PipelineSchedule, stage: int, action: Action) -> Message | None:
     """Give what an action needs of another chunk; None: nothing."""
-    place = schedule.place(stage, action)
-    if action.kind is ActionKind.FORWARD and place > 0:
-        return Message(Content.ACTIVATION, action.micro_batch, place - 1, place)
-    if action.kind is ActionKind.BACKWARD and place < schedule.depth - 1:
-        return Message(Content.GRADIENT, action.micro_batch, place + 1, place)
+    virtual_stage = schedule.virtual_stage(stage, action)
+    if action.kind is ActionKind.FORWARD and virtual_stage > 0:
+        return Message(Content.ACTIVATION, action.micro_batch, virtual_stage - 1, virtual_stage)
+    if action.kind is ActionKind.BACKWARD and virtual_stage < schedule.depth - 1:
+        return Message(Content.GRADIENT, action.micro_batch, virtual_stage + 1, virtual_stage)
     return None
 
 
 def output_of(schedule: PipelineSchedule, stage: int, action: Action) -> Message | None:
     """Give what an action makes for another chunk; None: nothing."""
-    place = schedule.place(stage, action)
-    if action.kind is ActionKind.FORWARD and place < schedule.depth - 1:
-        return Message(Content.ACTIVATION, action.micro_batch, place, place + 1)
-    if action.kind is ActionKind.BACKWARD and place > 0:
-        return Message(Content.GRADIENT, action.micro_batch, place, place - 1)
+    virtual_stage = schedule.virtual_stage(stage, action)
+    if action.kind is ActionKind.FORWARD and virtual_stage < schedule.depth - 1:
+        return Message(Content.ACTIVATION, action.micro_batch, virtual_stage, virtual_stage + 1)
+    if action.kind is ActionKind.BACKWARD and virtual_stage > 0:
+        return Message(Content.GRADIENT, action.micro_batch, virtual_stage, virtual_stage - 1)
     return None
 
 

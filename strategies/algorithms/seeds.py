@@ -39,7 +39,7 @@ def evaluation_seed(seed: int, rank: int) -> int:
 
 
 def epoch_seed(seed: int, epoch: int) -> int:
-    """Seed the training samples of an epoch; a sample's own seed is mixed from it and a place."""
+    """Seed the training samples of an epoch; a sample's own is mixed from it and its position."""
     return mixed(_TRAINING_DATA, seed, epoch)
 
 
@@ -63,7 +63,7 @@ GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 
 def mix(numbers: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """Scatter numbers over all 64-bit numbers, different ones to different places; any shape."""
+    """Scatter numbers over all 64-bit numbers, different ones to different numbers; any shape."""
     x = numbers ^ (numbers >> np.uint64(30))
     x *= np.uint64(0xBF58476D1CE4E5B9)
     x ^= x >> np.uint64(27)

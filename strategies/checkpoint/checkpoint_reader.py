@@ -20,7 +20,7 @@ from distplat.platform.resume import names_differ
 from distplat.platform.sampler import ENDLESS
 from distplat.platform.shard_map import TableSpec, file_of
 from distplat.platform.tensor_slices import RawTensor, TensorSlice, take_out
-from distplat.strategies.checkpoint.frozen_base import FROZEN, Sums, check_base
+from distplat.strategies.checkpoint.frozen_base import FROZEN, Checksums, check_base
 from distplat.strategies.model.ema import AVERAGE, AVERAGED
 from distplat.strategies.model.flat import FlatModel
 from distplat.strategies.model.optimizer_state import NUMBERS, PER_PARAMETER, TREE, USED, WHOLE
@@ -48,7 +48,7 @@ class SavedState:
         return int(self.state["step"])
 
     @property
-    def left_out(self) -> Sums | None:
+    def left_out(self) -> Checksums | None:
         """What stands nowhere in it, and its checksums; None: it is whole."""
         return self.state.get(FROZEN)
 
@@ -97,13 +97,13 @@ class SavedState:
         """Give the embedding tables, a file at a time."""
         return (self._load(name) for name in self.table_files)
 
-    def load_model(self, flat: FlatModel, places: Mapping[str, TensorSlice] | None = None) -> None:
+    def load_model(self, flat: FlatModel, slices: Mapping[str, TensorSlice] | None = None) -> None:
         """
         Fill a model, in place, and set its version.
 
         Args:
             flat: the model.
-            places: where a parameter lies in the whole one, for those that are slabs; a model that
+            slices: where a parameter lies in the whole one, for those that are slabs; a model that
                 is a part of the whole must name all others too.
 
         Raises:
@@ -114,10 +114,10 @@ class SavedState:
         left_out = {n: sums for n, sums in (self.left_out or {}).items() if n not in found}
         check_base(mine, left_out)
         mine = {name: tensor for name, tensor in mine.items() if name not in left_out}
-        _check_model(found, mine, places)
+        _check_model(found, mine, slices)
         for name, tensor in mine.items():
-            place = (places or {}).get(name, TensorSlice(tuple(tensor.shape)))
-            tensor.copy_(tensor_of(found[name], place).view(tensor.shape))
+            tensor_slice = (slices or {}).get(name, TensorSlice(tuple(tensor.shape)))
+            tensor.copy_(tensor_of(found[name], tensor_slice).view(tensor.shape))
         flat.fill_tail()
         flat.version = self.step
 
@@ -126,7 +126,7 @@ class SavedState:
         flat: FlatModel,
         start: int = 0,
         stop: int | None = None,
-        places: Mapping[str, TensorSlice] | None = None,
+        slices: Mapping[str, TensorSlice] | None = None,
     ) -> dict[str, Tensor]:
         """
         Give what the optimizer remembers of a run of the flat vector, by torch's names.
@@ -135,7 +135,7 @@ class SavedState:
             flat: the model.
             start: first element of the run.
             stop: its last one, exclusive; None: the end.
-            places: see `load_model`.
+            slices: see `load_model`.
 
         Returns:
             See `FlatOptimizer.state`; a parameter of which the checkpoint has nothing begins anew.
@@ -155,7 +155,7 @@ class SavedState:
             elif kind in found or kind in NUMBERS:
                 result[PER_PARAMETER + kind] = _numbers(found, kind, flat, used)
             else:
-                result[kind] = _vector(found, kind, flat, (start, stop), used, places or {})
+                result[kind] = _vector(found, kind, flat, (start, stop), used, slices or {})
         return {**result, USED: used}
 
 
@@ -166,10 +166,10 @@ def _numbers(found: Mapping[str, RawTensor], kind: str, flat: FlatModel, used: T
     values = [tensor_of(found[key], TensorSlice(())) if key in found else None for key in keys]
     dtype = next((value.dtype for value in values if value is not None), torch.float32)
     result = torch.zeros(len(keys), dtype=dtype)
-    for place, value in enumerate(values):
+    for index, value in enumerate(values):
         if value is not None:
-            result[place] = value
-            used[place] |= not shared and kind != AVERAGED
+            result[index] = value
+            used[index] |= not shared and kind != AVERAGED
     return result
 
 
@@ -194,47 +194,49 @@ def _vector(
     flat: FlatModel,
     run: tuple[int, int],
     used: Tensor,
-    places: Mapping[str, TensorSlice],
+    slices: Mapping[str, TensorSlice],
 ) -> Tensor:
     """Give a run of a vector; notes the parameters of which the optimizer remembers something."""
     start, stop = run
-    for place, slot in enumerate(flat.slots):
-        used[place] |= f"{kind}/{slot.name}" in found and kind != AVERAGE
+    for index, slot in enumerate(flat.slots):
+        used[index] |= f"{kind}/{slot.name}" in found and kind != AVERAGE
     result = flat.params.new_zeros(stop - start, device="cpu")
     if kind == AVERAGE:  # of what is frozen it is what it averages
         result.copy_(flat.params[start:stop])
-    for place, first, last in flat.slots_in(start, stop):
-        slot = flat.slots[place]
+    for index, first, last in flat.slots_in(start, stop):
+        slot = flat.slots[index]
         key = f"{kind}/{slot.name}"
         if key in found:
             part, _ = flat.elements_of(slot, first, last, start)
-            where = replace(places.get(slot.name, TensorSlice(slot.shape)), run=part)
+            where = replace(slices.get(slot.name, TensorSlice(slot.shape)), run=part)
             mine = result[first - start : last - start]
             values = tensor_of(found[key], where).reshape(-1)
             (mine.view(slot.dtype) if flat.mixed else mine).copy_(values)
     return result
 
 
-def tensor_of(whole: RawTensor, place: TensorSlice) -> Tensor:
+def tensor_of(whole: RawTensor, tensor_slice: TensorSlice) -> Tensor:
     """Copy a part of a whole tensor, shape [its elements]; without dimensions if that has none."""
-    part = np.ascontiguousarray(take_out(whole, place))
+    part = np.ascontiguousarray(take_out(whole, tensor_slice))
     values = torch.from_numpy(part).view(getattr(torch, whole.dtype))
-    return values if place.shape else values.view(())
+    return values if tensor_slice.shape else values.view(())
 
 
 def _check_model(
     found: Mapping[str, RawTensor],
     mine: Mapping[str, Tensor],
-    places: Mapping[str, TensorSlice] | None,
+    slices: Mapping[str, TensorSlice] | None,
 ) -> None:
-    """Compare names, shapes and types; where `places` are given the model may be a part."""
-    names = {*found} & {*mine} if places is not None else {*found}
+    """Compare names, shapes and types; where `slices` are given the model may be a part."""
+    names = {*found} & {*mine} if slices is not None else {*found}
     lines = names_differ(names, {*mine})
     for name in found.keys() & mine.keys():
-        place = (places or {}).get(name, TensorSlice(tuple(mine[name].shape)))
+        tensor_slice = (slices or {}).get(name, TensorSlice(tuple(mine[name].shape)))
         had, has = found[name], mine[name]
-        if had.shape != place.shape:
-            lines.append(f"{name!r} is {[*had.shape]} in the checkpoint, {[*place.shape]} here")
+        if had.shape != tensor_slice.shape:
+            lines.append(
+                f"{name!r} is {[*had.shape]} in the checkpoint, {[*tensor_slice.shape]} here"
+            )
         elif had.dtype != dtype_name(has):
             lines.append(f"{name!r} is {had.dtype} in the checkpoint, {dtype_name(has)} here")
     if lines:

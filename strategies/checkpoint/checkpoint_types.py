@@ -11,7 +11,7 @@ from torch import Tensor
 from distplat.platform.tensor_slices import TensorEntry, TensorSlice
 from distplat.strategies.model.flat import FlatModel
 
-Boxes = list[tuple[Any, tuple[TensorEntry, ...]]]
+ArrayRefs = list[tuple[Any, tuple[TensorEntry, ...]]]
 """Arrays that are kept elsewhere, and what is in them."""
 
 
@@ -23,7 +23,7 @@ class CheckpointPart:
     """Live, not copies; each contiguous or small."""
     entries: tuple[TensorEntry, ...] = ()
     """What is in them; `TensorEntry.array` counts `tensors`."""
-    fetch: Callable[[], Boxes | None] | None = None
+    fetch: Callable[[], ArrayRefs | None] | None = None
     """Gives what servers have kept of this version; may wait. None: they have it no more."""
     may_skip: bool = False
     """Whether this rank goes on without a checkpoint rather than wait until its last part left."""
@@ -34,11 +34,11 @@ class CheckpointPart:
         moved = tuple(replace(e, array=e.array + shift) for e in other.entries)
         return replace(self, tensors=self.tensors + other.tensors, entries=self.entries + moved)
 
-    def also(self, more: Callable[[], Boxes | None]) -> CheckpointPart:
+    def also(self, more: Callable[[], ArrayRefs | None]) -> CheckpointPart:
         """Have what other servers keep of this version fetched, too."""
         first = self.fetch or (lambda: [])
 
-        def both() -> Boxes | None:
+        def both() -> ArrayRefs | None:
             found = first()
             rest = more() if found is not None else None
             return None if found is None or rest is None else [*found, *rest]
@@ -50,12 +50,12 @@ class CheckpointPart:
 class Holding:
     """What of the whole model a rank has."""
 
-    places: Mapping[str, TensorSlice] = field(default_factory=dict)
+    slices: Mapping[str, TensorSlice] = field(default_factory=dict)
     """Where a tensor lies in the whole one, for those of which this rank has a slab."""
     others: Set[str] = frozenset()
     """Tensors that are here and that count for another rank, in checkpoints and in norms."""
 
-    def uncounted(self, flat: FlatModel) -> tuple[tuple[int, int], ...]:
+    def duplicate_ranges(self, flat: FlatModel) -> tuple[tuple[int, int], ...]:
         """Give the runs of the flat vector that count for another rank."""
         slots = [slot for slot in flat.slots if slot.name in self.others]
         return tuple((slot.offset, slot.stop) for slot in slots)

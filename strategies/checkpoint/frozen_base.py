@@ -13,7 +13,7 @@ from distplat.strategies.model.written_tensors import checksum
 FROZEN = "frozen"
 """Fact of a checkpoint: what it leaves out, by name, and the checksum of each."""
 
-Sums = Mapping[str, Sequence[int]]
+Checksums = Mapping[str, Sequence[int]]
 
 
 class FrozenBase:
@@ -25,7 +25,7 @@ class FrozenBase:
         changed: names of those that are in the checkpoint that it was filled from.
     """
 
-    def __init__(self, flat: FlatModel, changed: Set[str] = frozenset()) -> None:
+    def __init__(self, flat: FlatModel, changed: Set[str]) -> None:
         self._flat = flat
         self._sums = {
             name: checksum(one) for name, one in _frozen(flat.model) if name not in changed
@@ -41,7 +41,7 @@ class FrozenBase:
         }
 
 
-def begun(flat: FlatModel, saved: Sums | None) -> FrozenBase:
+def begun(flat: FlatModel, saved: Checksums | None) -> FrozenBase:
     """
     Look at a model that is about to be trained.
 
@@ -60,7 +60,7 @@ def begun(flat: FlatModel, saved: Sums | None) -> FrozenBase:
     return FrozenBase(flat, frozenset() if saved is None else names - saved.keys())
 
 
-def check_base(model: Mapping[str, Tensor], saved: Sums) -> None:
+def check_base(model: Mapping[str, Tensor], saved: Checksums) -> None:
     """
     See that what a checkpoint leaves out has the values that it was trained with.
 

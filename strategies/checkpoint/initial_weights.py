@@ -105,9 +105,9 @@ def _filled(
 def _together(wanted: InitialWeights, folder: Path, limit_s: float) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
     for number, path in enumerate(wanted.path):
-        place = folder / str(number)
-        place.mkdir()
-        found |= _read(_on_disk(path, place, limit_s))
+        target = folder / str(number)
+        target.mkdir()
+        found |= _read(_on_disk(path, target, limit_s))
     return found
 
 
@@ -116,7 +116,7 @@ def _said(wanted: InitialWeights) -> str:
 
 
 def fill_part(
-    flat: FlatModel, weights: Mapping[str, Tensor], places: Mapping[str, TensorSlice]
+    flat: FlatModel, weights: Mapping[str, Tensor], slices: Mapping[str, TensorSlice]
 ) -> None:
     """
     Fill a part of a model, in place.
@@ -124,14 +124,14 @@ def fill_part(
     Args:
         flat: the part.
         weights: of the whole, by name.
-        places: where a tensor of the part lies in the whole one, for those that are slabs.
+        slices: where a tensor of the part lies in the whole one, for those that are slabs.
     """
     for name, tensor in flat.state_dict().items():
         if name in weights:
             whole = weights[name].to(tensor.dtype).contiguous()
             raw = whole.reshape(-1).view(torch.uint8).numpy()
-            place = places.get(name, TensorSlice(tuple(tensor.shape)))
-            part = tensor_of(RawTensor(dtype_name(whole), tuple(whole.shape), raw), place)
+            tensor_slice = slices.get(name, TensorSlice(tuple(tensor.shape)))
+            part = tensor_of(RawTensor(dtype_name(whole), tuple(whole.shape), raw), tensor_slice)
             tensor.copy_(part.view(tensor.shape))
 
 
@@ -306,10 +306,10 @@ def _check_shared(
 
 
 def _shared(mine: Mapping[str, Tensor]) -> Iterator[list[str]]:
-    places: dict[int, list[str]] = {}
+    names_by_id: dict[int, list[str]] = {}
     for name, tensor in mine.items():
-        places.setdefault(id(tensor), []).append(name)
-    return (names for names in places.values() if len(names) > 1)
+        names_by_id.setdefault(id(tensor), []).append(name)
+    return (names for names in names_by_id.values() if len(names) > 1)
 
 
 def _but_for_tied(missing: Sequence[str], mine: Mapping[str, Tensor]) -> list[str]:

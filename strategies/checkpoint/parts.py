@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from distplat.platform.tensor_slices import Bytes, RawTensor, TensorEntry, TensorSlice
-from distplat.strategies.checkpoint.checkpoint_types import ALL, Boxes, CheckpointPart, Holding
+from distplat.strategies.checkpoint.checkpoint_types import ALL, ArrayRefs, CheckpointPart, Holding
 from distplat.strategies.model.ema import AVERAGE, AVERAGED
 from distplat.strategies.model.flat import FlatModel
 from distplat.strategies.model.optimizer_state import PER_PARAMETER, TREE, USED, WHOLE
@@ -38,19 +38,19 @@ def model_part(flat: FlatModel, holding: Holding = ALL) -> CheckpointPart:
         holding: what of the whole it is.
     """
     live = flat.trained_names()
-    entries = vector_entries(flat, [kind_of("model", flat.params)], 0, b"", holding, live)
+    entries = vector_entries(flat, [vector_kind_of("model", flat.params)], 0, b"", holding, live)
     return CheckpointPart((flat.params,), tuple(entries)).plus(buffer_part(flat, holding))
 
 
-def buffer_part(flat: FlatModel, holding: Holding = ALL) -> CheckpointPart:
+def buffer_part(flat: FlatModel, holding: Holding) -> CheckpointPart:
     """Give what of a model is not trained: buffers and frozen parameters."""
     elsewhere = holding.others | flat.trained_names() | flat.unsaved
     rest = {k: v for k, v in flat.model.state_dict().items() if k not in elsewhere}
-    return tensors_part("model", rest, holding.places)
+    return tensors_part("model", rest, holding.slices)
 
 
 def tensors_part(
-    file: str, tensors: Mapping[str, Tensor], places: Mapping[str, TensorSlice] = ALL.places
+    file: str, tensors: Mapping[str, Tensor], slices: Mapping[str, TensorSlice] = ALL.slices
 ) -> CheckpointPart:
     """
     Give tensors, each in an array of its own.
@@ -58,12 +58,12 @@ def tensors_part(
     Args:
         file: of the checkpoint.
         tensors: by their names in it.
-        places: where one lies in the whole one, for those that are slabs.
+        slices: where one lies in the whole one, for those that are slabs.
     """
     entries = [
         TensorEntry(
             f"{file}/{name}",
-            places.get(name, TensorSlice(tuple(value.shape))),
+            slices.get(name, TensorSlice(tuple(value.shape))),
             dtype_name(value),
             number,
         )
@@ -73,7 +73,7 @@ def tensors_part(
 
 
 def optimizer_part(
-    flat: FlatModel, state: Mapping[str, Tensor], start: int = 0, holding: Holding = ALL
+    flat: FlatModel, state: Mapping[str, Tensor], start: int, holding: Holding = ALL
 ) -> CheckpointPart:
     """
     Give the state of an optimizer over a run of the flat vector.
@@ -107,12 +107,12 @@ def server_part(
     """
     live = flat.trained_names()  # in the step that this version follows, not when it is fetched
 
-    def fetch() -> Boxes | None:
+    def fetch() -> ArrayRefs | None:
         copies = shards.copies(version)
         if copies is None:
             return None
         return [
-            (c.box, tuple(vector_entries(flat, c.kinds, c.start, c.used, holding, live)))
+            (c.ref, tuple(vector_entries(flat, c.kinds, c.start, c.used, holding, live)))
             for c in copies
         ]
 
@@ -121,11 +121,11 @@ def server_part(
 
 def kinds_of(state: Mapping[str, Tensor]) -> tuple[list[VectorKind], bytes]:
     """Say what an optimizer's state is made of, and, a byte each, of which parameters it is."""
-    kinds = [kind_of(f"optimizer/{k}", v) for k, v in state.items() if k != USED]
+    kinds = [vector_kind_of(f"optimizer/{k}", v) for k, v in state.items() if k != USED]
     return kinds, state[USED].numpy().tobytes() if USED in state else b""
 
 
-def kind_of(key: str, tensor: Tensor) -> VectorKind:
+def vector_kind_of(key: str, tensor: Tensor) -> VectorKind:
     """Say what a vector, a number for each parameter, or a tensor of one parameter is."""
     if key.startswith(f"optimizer/{WHOLE}"):
         return VectorKind(key, dtype_name(tensor), None, tuple(tensor.shape))
@@ -136,10 +136,10 @@ def kind_of(key: str, tensor: Tensor) -> VectorKind:
 def vector_entries(
     flat: FlatModel,
     kinds: Sequence[VectorKind],
-    start: int = 0,
-    used: bytes = b"",
-    holding: Holding = ALL,
-    live: Set[str] = frozenset(),
+    start: int,
+    used: bytes,
+    holding: Holding,
+    live: Set[str],
 ) -> list[TensorEntry]:
     """
     Name what is in vectors over one run; the n-th array is that of the n-th kind.
@@ -157,21 +157,21 @@ def vector_entries(
     entries = [
         _of_parameter(flat, n, kind) for n, kind in enumerate(kinds) if kind.shape is not None
     ]
-    for place, first, last in flat.slots_in(start, start + length):
-        slot = flat.slots[place]
+    for index, first, last in flat.slots_in(start, start + length):
+        slot = flat.slots[index]
         if slot.name in holding.others:
             continue
         for number, (key, dtype, vector, shape) in enumerate(kinds):
             if shape is not None:
                 continue
-            if slot.name not in live if key in _OF_LIVE else not used[place]:
+            if slot.name not in live if key in _OF_LIVE else not used[index]:
                 continue
             name = f"{key}/{slot.name}"
             if vector is None:
-                entries.append(TensorEntry(name, TensorSlice(()), dtype, number, place))
+                entries.append(TensorEntry(name, TensorSlice(()), dtype, number, index))
                 continue
             run, offset = flat.elements_of(slot, first, last, start)
-            where = replace(holding.places.get(slot.name, TensorSlice(slot.shape)), run=run)
+            where = replace(holding.slices.get(slot.name, TensorSlice(slot.shape)), run=run)
             kind = str(slot.dtype).removeprefix("torch.")
             entries.append(TensorEntry(name, where, kind, number, offset))
     return entries

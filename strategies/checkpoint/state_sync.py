@@ -148,7 +148,7 @@ def _kind(tensor: Tensor | None) -> tuple[str, list[int]] | None:
 
 
 def take_over_newest(
-    flat: FlatModel, optimizer: LocalOptimizer, group: Collective, base: int = 0
+    flat: FlatModel, optimizer: LocalOptimizer, group: Collective, checkpoint_step: int = 0
 ) -> int:
     """
     Give every rank the newest rank's model and optimizer state, bit for bit.
@@ -157,7 +157,7 @@ def take_over_newest(
         flat: this rank's model; its `version` says what it is worth.
         optimizer: its optimizer, fresh or with what goes with that version.
         group: all ranks; each calls this.
-        base: steps of the newest checkpoint.
+        checkpoint_step: steps of the newest checkpoint.
 
     Returns:
         The version that all ranks now have.
@@ -171,8 +171,8 @@ def take_over_newest(
     newest = max(all_versions)
     if newest == min(all_versions) > 0:
         return newest  # nobody is new: a failure of the network alone
-    if newest < base:
-        raise StateLost(f"the state after step {base} and later")
+    if newest < checkpoint_step:
+        raise StateLost(f"the state after step {checkpoint_step} and later")
     source = all_versions.index(newest)
     if group.rank != source:
         flat.version = TORN  # incomplete until the copy has finished

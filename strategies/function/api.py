@@ -12,7 +12,7 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 from distplat.platform.errors import Problem, SpecError
-from distplat.strategies.function.function_session import FunctionSession, Place
+from distplat.strategies.function.function_session import FunctionSession, TrainContext
 from distplat.strategies.loop.gathering import Gathering
 
 _of_thread = threading.local()
@@ -64,9 +64,9 @@ def get_checkpoint() -> Any:
     return _session().checkpoint()
 
 
-def get_context() -> Place:
+def get_context() -> TrainContext:
     """Give rank, world size, local rank and device of this worker."""
-    return _session().place
+    return _session().context
 
 
 def barrier() -> None:

@@ -66,7 +66,7 @@ _FILE = "state"
 
 
 @dataclass(frozen=True)
-class Place:
+class TrainContext:
     """Where a rank is; the names are those of Ray Train's context, and of Accelerate."""
 
     rank: int
@@ -142,7 +142,7 @@ class FunctionSession:
 
     Args:
         job: the run.
-        place: this rank's.
+        context: this rank's.
         group: all ranks.
         ports: to the worker.
         shards: the way to parameter servers, not connected yet; None: the strategy has none.
@@ -151,21 +151,21 @@ class FunctionSession:
     def __init__(
         self,
         job: Job,
-        place: Place,
+        context: TrainContext,
         group: Collective,
         ports: SessionPorts,
-        shards: LoopShards | None = None,
+        shards: LoopShards | None,
     ) -> None:
-        self.job, self.place, self.group = job, place, group
+        self.job, self.context, self.group = job, context, group
         self._ports, self._progress, saved = ports, ports.progress, ports.saved
-        context = SessionContext(
+        around = SessionContext(
             job,
             group,
             self._exchanged,
             lambda: self._progress.step,
             lambda: self._batch.fingerprint,
         )
-        self._exchange = exchange = _exchange_of(context, shards)
+        self._exchange = exchange = _exchange_of(around, shards)
         watched = self._before_first_step, exchange.before_step
         alone = group.world == 1
         self._watch = OptimizerWatch(lambda: exchange.parameters, *watched, alone=alone)
@@ -192,7 +192,7 @@ class FunctionSession:
         found = tuple(ready[id(one)] if id(one) in ready else self._other(one) for one in things)
         seed = self.job.seed
         if models and self.group.world > 1:  # they are made alike
-            seed_rank(seed, self._progress.step, self.place.rank)
+            seed_rank(seed, self._progress.step, self.context.rank)
         return found[0] if len(found) == 1 else found
 
     def _model(self, given: nn.Module, *, alone: bool) -> nn.Module:
@@ -209,7 +209,7 @@ class FunctionSession:
             raise _refused(f"a model of which each rank has a part, by {cut}", hint)
         if lazy := without_shape(model):
             raise _refused(f"a model in which {lazy}", "run a batch through it before prepare()")
-        model.to(self.place.device)
+        model.to(self.context.device)
         if not any(one.requires_grad for one in model.parameters()):  # a teacher, for example
             take_over([one for one in model.state_dict().values() if one.numel()], self.group)
             return given
@@ -233,22 +233,22 @@ class FunctionSession:
         raise _refused(f"a {type(thing).__name__}", f"it takes {hint}")
 
     def _loader(self, loader: DataLoader[Any]) -> ShardedLoader:
-        place = self.place
-        cut, read = Cut(place.rank, place.world, self.job.seed), partial(self._read, object())
+        context = self.context
+        cut, read = Cut(context.rank, context.world, self.job.seed), partial(self._read, object())
         sharded: ShardedLoader
         if is_stream(loader.dataset):
-            sharded = StreamLoader(loader, cut, place.device, read, self.group)
+            sharded = StreamLoader(loader, cut, context.device, read, self.group)
         else:
-            sharded = NumberedLoader(loader, cut, place.device, read)
+            sharded = NumberedLoader(loader, cut, context.device, read)
             check_whole(sharded)
             if isinstance(sharded.sampler, DealtSampler):
-                check_order(sharded.sampler, self.group, place.device)
+                check_order(sharded.sampler, self.group, context.device)
             if sharded.sampler.num_replicas > 1:
-                check_same_data(loader.dataset, self.group, place.device)
-        if place.is_main_process:
+                check_same_data(loader.dataset, self.group, context.device)
+        if context.is_main_process:
             if isinstance(sharded, NumberedLoader):
                 self._epochs.loader(sharded.sampler)
-            size, world = sharded.batch_size, place.world
+            size, world = sharded.batch_size, context.world
             text = "a batch of %d samples on each of %d workers: %d in all"
             logger.info(text, size, world, size * world)
         return sharded
@@ -258,7 +258,7 @@ class FunctionSession:
         self._exchange.check(optimizer)
         prepared = self._batch.samples > 0 or self.group.world == 1
         divided = prepared or has_default_group()  # a DistributedSampler of its own, most likely
-        if not divided and not self._data_checked and self.place.is_main_process:
+        if not divided and not self._data_checked and self.context.is_main_process:
             logger.warning(
                 "the first batch is of no loader that prepare() gave: all %d workers train on the "
                 "same samples, unless the loop reads a part by rank",
@@ -290,13 +290,13 @@ class FunctionSession:
         self._progress.beat()
         now = time.perf_counter()
         whole, waited = now - self._last, self._waited_s
-        samples, self._samples = self._samples * self.place.world, 0
+        samples, self._samples = self._samples * self.context.world, 0
         self._last, self._waited_s = now, 0.0
-        if not self.place.is_main_process:
+        if not self.context.is_main_process:
             if isinstance(checkpoint, Checkpoint) and not self._warned:
                 self._warned = True
                 text = "rank %d reported files (%s, ...), which are not kept: rank 0's are"
-                logger.warning(text, self.place.rank, next(iter(checkpoint.files)))
+                logger.warning(text, self.context.rank, next(iter(checkpoint.files)))
             return
         if self._ports.ending() and not self._asks and not self._warned:
             self._warned = True
@@ -330,9 +330,9 @@ class FunctionSession:
         self._asks = True
         wanted = self._ports.ending()
         if self._exchange.together and self.group.world > 1:
-            told = torch.tensor([int(wanted)], device=self.place.device)
-            self.group.broadcast(told)
-            wanted = bool(told)
+            flag = torch.tensor([int(wanted)], device=self.context.device)
+            self.group.broadcast(flag)
+            wanted = bool(flag)
         return wanted
 
     def gather(self, values: Any) -> Any:
@@ -340,7 +340,7 @@ class FunctionSession:
         # What was counted over a pass may be as long as its last batch.
         *_, last = (RankBatch(None, 0, 0), *self._passes.values())
         batch = last.samples, last.own
-        return gather_for_metrics(values, self.group, self.place.device, batch)
+        return gather_for_metrics(values, self.group, self.context.device, batch)
 
     @contextmanager
     def no_sync(self) -> Iterator[None]:
@@ -370,7 +370,7 @@ class FunctionSession:
             SpecError: no report had what the job goes by.
         """
         self._watched.over()
-        if self.place.is_main_process and self.group.world > 1:
+        if self.context.is_main_process and self.group.world > 1:
             self._epochs.over()
         self._exchange.leave()
         # Who leaves early takes its memory with it. Another rank may be in a barrier() of its loop:

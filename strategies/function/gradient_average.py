@@ -168,7 +168,7 @@ class GradientAverage(ABC):
         self._first_broken: NonFiniteError | None = None
         self._backwards = self._steps = 0
         self.flat = flat = FlatModel(model, owned=True)
-        compare(model, flat.digest(), self._group, flat.params.device)
+        check_same_model(model, flat.digest(), self._group, flat.params.device)
         flat.begin_step()
         self._house()
         self._holders = [one._buffers for one in model.modules()]
@@ -193,20 +193,20 @@ class GradientAverage(ABC):
             one.grad = None
 
     @abstractmethod
-    def _begin(self, place: int) -> None:
+    def _begin(self, index: int) -> None:
         """Be told of a slot's gradient in a backward that averages."""
 
     def _house(self) -> None:
         """Have the vectors where the ranks' gradients meet, if that is known already."""
         return
 
-    def _has_left(self, place: int) -> bool:
+    def _has_left(self, index: int) -> bool:
         """Say whether a slot's gradient of this backward was sent already."""
         return False
 
-    def _came(self, place: int, _: str) -> None:
+    def _came(self, index: int, _: str) -> None:
         if self.enabled:
-            self._begin(place)
+            self._begin(index)
 
     def gather(self) -> StepControl:
         """Have this rank's gradients in the vector, and zeros for the others; say which."""
@@ -214,35 +214,35 @@ class GradientAverage(ABC):
         if self._group.world > 1:
             self._refuse_graphs()
         present = np.fromiter((one.grad is not None for one in flat.parameters), np.bool_)
-        for place in range(len(flat.slots)):
-            if not flat.gradients.is_copied(place):  # by a hook
-                if self._has_left(place):
-                    raise _changed(flat.name(place))
-                flat.gradients.ready(place)
+        for index in range(len(flat.slots)):
+            if not flat.gradients.is_copied(index):  # by a hook
+                if self._has_left(index):
+                    raise _changed(flat.name(index))
+                flat.gradients.ready(index)
         flat.gradients.copied.clear()
         flat.check_layout(self.context.step())
         return self.context.record(present)
 
     def _refuse_graphs(self) -> None:
         """See that nobody means to differentiate the gradients: their mean has no graph."""
-        for place, one in enumerate(self.flat.parameters):
+        for index, one in enumerate(self.flat.parameters):
             if one.grad is not None and one.grad.requires_grad:
-                raise _with_graph(self.flat.name(place))
+                raise _with_graph(self.flat.name(index))
 
     @torch.no_grad()
-    def hand_out(self, places: Iterable[int], scale: float, sums: Tensor) -> None:
+    def hand_out(self, indices: Iterable[int], scale: float, sums: Tensor) -> None:
         """
         Have the mean over the ranks in `.grad`: in tensors that a loop may keep.
 
         One rank's own are the mean already.
 
         Args:
-            places: slots of which some rank had a gradient.
+            indices: slots of which some rank had a gradient.
             scale: by which the sums are multiplied.
             sums: over the ranks, laid out as the model's vectors.
         """
-        for place in places if self._group.world > 1 else ():
-            one, total = self.flat.parameters[place], self.flat.slots[place].view(sums)
+        for index in indices if self._group.world > 1 else ():
+            one, total = self.flat.parameters[index], self.flat.slots[index].view(sums)
             grad = one.grad
             if grad is None or grad.layout is not torch.strided:
                 one.grad = grad = torch.empty_like(total)
@@ -354,7 +354,7 @@ class BucketAverage(GradientAverage):
         self.flat.move(self.flat.params, self._group.share(self.flat.grads))
 
     @override
-    def _begin(self, place: int) -> None:
+    def _begin(self, index: int) -> None:
         if not self._under_way:
             self._under_way = True
             self.flat.gradients.copied.clear()
@@ -362,8 +362,8 @@ class BucketAverage(GradientAverage):
             self._reducer.last_backward()
 
     @override
-    def _has_left(self, place: int) -> bool:
-        return self._reducer.has_left(place)
+    def _has_left(self, index: int) -> bool:
+        return self._reducer.has_left(index)
 
     def _average(self) -> None:
         """Be told that backward is over: gradients of all ranks are summed, then divided."""
@@ -372,7 +372,7 @@ class BucketAverage(GradientAverage):
         mine, given = local.present, (1.0 / self._group.world, self.flat.grads)
 
         def landed(slots: range) -> None:  # it is in the processor's cache
-            self.hand_out((place for place in slots if mine[place]), *given)
+            self.hand_out((index for index in slots if mine[index]), *given)
 
         total = self._reducer.finish(local, landed)
         total.check_batch(local, self.context.step())
@@ -404,7 +404,9 @@ def _with_graph(name: str) -> SpecError:
     )
 
 
-def compare(model: nn.Module, digest: str, group: Collective, device: torch.device) -> None:
+def check_same_model(
+    model: nn.Module, digest: str, group: Collective, device: torch.device
+) -> None:
     """
     See whether all ranks have this model; every rank calls this.
 

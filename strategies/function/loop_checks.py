@@ -61,10 +61,10 @@ class OptimizerWatch:
         check: Callable[[Optimizer], None],
         before_step: Callable[[Optimizer], None],
         *,
-        alone: bool = False,
+        alone: bool,
     ) -> None:
         self._trained, self._check, self._alone = trained, check, alone
-        self._told = before_step
+        self._on_step = before_step
         self._thread = threading.get_ident()
         #: how many parameters it had when it was looked at
         self._seen: weakref.WeakKeyDictionary[Optimizer, int] = weakref.WeakKeyDictionary()
@@ -83,7 +83,7 @@ class OptimizerWatch:
         """
         if threading.get_ident() != self._thread:
             return
-        self._told(optimizer)
+        self._on_step(optimizer)
         given = parameters_of(optimizer)
         if self._seen.get(optimizer) == len(given):
             return
@@ -137,8 +137,8 @@ def check_alike(model: nn.Module, group: Collective, when: str, steps: int = 0) 
     mine = [_figures(one) for _, one in named]
     device = named[0][1].device if named else torch.device("cpu")
     every = gather_values(mine, group, device)
-    for place, (name, one) in enumerate(named):
-        first, *others = (found[place] for found in every)
+    for position, (name, one) in enumerate(named):
+        first, *others = (found[position] for found in every)
         allowed = _allowed(one.dtype, steps) * first[-1]
         for rank, its in enumerate(others, 1):
             if max(abs(a - b) for a, b in zip(first, its, strict=True)) > allowed:

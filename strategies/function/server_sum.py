@@ -226,6 +226,6 @@ class ServerAverage(GradientAverage):
         self.flat.copy_when_ready(True, looks=self._policy.looks)
 
     @override
-    def _begin(self, place: int) -> None:
+    def _begin(self, index: int) -> None:
         self._servers.begin()
-        self.flat.gradients.ready(place)  # while it is in the processor's cache
+        self.flat.gradients.ready(index)  # while it is in the processor's cache

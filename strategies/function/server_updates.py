@@ -38,7 +38,7 @@ from distplat.platform.shard_map import OwnLoop
 from distplat.strategies.function.gradient_average import (
     Exchange,
     SessionContext,
-    compare,
+    check_same_model,
     take_over,
 )
 from distplat.strategies.function.loop_checks import check_alike, not_prepared, parameters_of
@@ -89,7 +89,7 @@ class ServerUpdates(Exchange):
         refuse_sync_batch_norm(model, why, "use nn.BatchNorm, or `ring` or `ps-sync`")
         group, named = self._context.group, [*model.named_parameters()]
         facts = repr([(n, p.shape, p.dtype, p.requires_grad) for n, p in named])
-        compare(model, facts, group, named[0][1].device)
+        check_same_model(model, facts, group, named[0][1].device)
         tensors = [one.data for one in [*model.parameters(), *model.buffers()] if one.numel()]
         take_over(tensors, group)
         self._models.append(model)
@@ -252,14 +252,14 @@ class ServerUpdates(Exchange):
         optimizer.state, state = defaultdict(dict), self._shards.optimizer_state()
         used = state.pop(USED, None)
         mine = {*map(id, parameters_of(optimizer))}
-        for place, (slot, one) in enumerate(
+        for index, (slot, one) in enumerate(
             zip(self._flat.slots, self._flat.parameters, strict=True)
         ):
-            if used is None or not used[place] or id(one) not in mine:
+            if used is None or not used[index] or id(one) not in mine:
                 continue
             for name, values in state.items():
                 if name.startswith(PER_PARAMETER):
-                    key, value = name.removeprefix(PER_PARAMETER), values[place].clone()
+                    key, value = name.removeprefix(PER_PARAMETER), values[index].clone()
                 else:
                     key, value = name, slot.view(values).clone().to(one.device)
                 optimizer.state[one][key] = value
@@ -355,7 +355,7 @@ class _Written:
         counts = [min(_SAMPLED, one.stop - one.offset) for one in flat.slots]
         ends = zip(flat.slots, counts, strict=True)
         spread = [torch.linspace(s.offset, s.stop - 1, n, dtype=torch.float64) for s, n in ends]
-        self._places = torch.cat(spread).long().to(flat.params.device)
+        self._indices = torch.cat(spread).long().to(flat.params.device)
         self._slot_of = np.repeat(np.arange(len(counts)), counts)
         self.note()
 
@@ -364,7 +364,7 @@ class _Written:
         self._versions, self._values = self._read()
 
     def slots(self) -> list[int]:
-        """Give the places of parameters that are others since."""
+        """Give the indices of parameters that have changed since."""
         versions, values = self._read()
         pairs = zip(versions, self._versions, strict=True)
         found = {slot for slot, (now, then) in enumerate(pairs) if now != then}
@@ -374,7 +374,7 @@ class _Written:
         return sorted(found)
 
     def _read(self) -> tuple[list[int], Tensor]:
-        values = self._flat.params[self._places].unsqueeze(1)
+        values = self._flat.params[self._indices].unsqueeze(1)
         return [one._version for one in self._flat.parameters], values.view(torch.uint8)
 
 
@@ -382,18 +382,18 @@ def _state_of(flat: FlatModel, optimizers: list[Optimizer]) -> dict[str, Tensor]
     """Give what optimizers remember of a model, see `FlatOptimizer.state`."""
     found: dict[str, Tensor] = {}
     used = torch.zeros(len(flat.slots), dtype=torch.bool)
-    for place, (slot, one) in enumerate(zip(flat.slots, flat.parameters, strict=True)):
+    for index, (slot, one) in enumerate(zip(flat.slots, flat.parameters, strict=True)):
         state = next((dict(o.state[one]) for o in optimizers if one in o.state), {})
         for name, value in state.items():
             if not isinstance(value, Tensor):
                 continue
-            used[place] = True
+            used[index] = True
             if name not in NUMBERS:
                 whole = found.setdefault(name, torch.zeros_like(flat.params, device="cpu"))
                 slot.view(whole).copy_(value)
             else:
                 zeros = torch.zeros(len(flat.slots), dtype=value.dtype)
-                found.setdefault(PER_PARAMETER + name, zeros)[place] = value
+                found.setdefault(PER_PARAMETER + name, zeros)[index] = value
     return {**found, USED: used} if found else {}
 
 

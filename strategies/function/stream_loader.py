@@ -19,12 +19,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.utils.data import (
-    DataLoader,
-    IterableDataset,
-    SequentialSampler,
-    get_worker_info,
-)
+from torch.utils.data import DataLoader, IterableDataset, SequentialSampler, get_worker_info
 from typing_extensions import override
 
 from distplat.platform.errors import Problem, SpecError
@@ -175,7 +170,7 @@ class _Part(IterableDataset[Any]):
         loader, loaders = (0, 1) if info is None else (info.id, info.num_workers)
         turn, first = self._next.tolist()
         stream = copy.copy(self._stream)  # another pass may begin before this one has ended
-        for number, block in enumerate(_last_told(self._blocks(stream, turn, first))):
+        for number, block in enumerate(_mark_last(self._blocks(stream, turn, first))):
             if number % loaders == loader:
                 yield self._filled(stream, block)
 
@@ -236,7 +231,7 @@ class _Part(IterableDataset[Any]):
         return mine, RankBatch(None, len(mine), own, block.fingerprint), block.mark
 
 
-def _last_told(blocks: Iterator[_Block]) -> Iterator[_Block]:
+def _mark_last(blocks: Iterator[_Block]) -> Iterator[_Block]:
     """Give each block once it is known whether another follows; its fingerprint says so, too."""
     before: _Block | None = None
     for block in itertools.chain(blocks, [None]):

@@ -24,11 +24,7 @@ from torch.utils.data import Dataset
 from distplat.platform.errors import Problem, SpecError
 from distplat.strategies.checkpoint.state_sync import untrained_slots
 from distplat.strategies.loop.sample_hash import hash_of
-from distplat.strategies.loop.seeding import (
-    generators_kept,
-    seed_sample,
-    state_of_generators,
-)
+from distplat.strategies.loop.seeding import generators_kept, seed_sample, state_of_generators
 from distplat.strategies.loop.streams import StreamSamples
 from distplat.strategies.model.written_tensors import checksum
 from distplat.strategies.ports import RunStore

@@ -33,13 +33,13 @@ SAMPLES = "of the data set: "
 _SHOWN = 8
 
 
-class Run(NamedTuple):
+class SampleRun(NamedTuple):
     """Samples that follow each other in an epoch's order: those of a micro-batch."""
 
     seed: int
-    """Of the epoch; each sample's own is mixed from it and the sample's place."""
+    """Of the epoch; each sample's own is mixed from it and the sample's position."""
     first: int
-    """Place of the first sample."""
+    """Position of the first sample."""
     ids: list[int]
     """In the data set."""
     marked: bool = False
@@ -86,13 +86,13 @@ def counted(batch: Any, samples: int) -> tuple[Any, int]:
 
 def runs(
     sampler: Sampler, step: int, rank: int, parts: int, *, marked: bool = False
-) -> Iterator[Run]:
+) -> Iterator[SampleRun]:
     """Give the samples of each micro-batch of a rank's step, and where they are in the epoch."""
     seed = epoch_seed(sampler.seed, sampler.epoch_of(step))
-    first = sampler.first_place(step, rank)
+    first = sampler.first_position(step, rank)
     batch = sampler.position(step) if sampler.stream else None
     for ids in sampler.micro_batches(step, rank, parts):
-        yield Run(seed, first, ids.tolist(), marked, batch)
+        yield SampleRun(seed, first, ids.tolist(), marked, batch)
         first, marked = first + len(ids), False
 
 
@@ -138,7 +138,7 @@ def micro_batches(
         job: how the data is loaded.
         data: the training samples.
         sampler: says which are whose.
-        rank: place among those that the sampler cuts the batch for.
+        rank: number among those that the sampler cuts the batch for.
         steps: in this order.
         parts: micro-batches of a step.
     """
@@ -173,15 +173,15 @@ def fingerprint_of_batch(data: Dataset[Any]) -> int:
 
 def one_batch(data: Dataset[Any], ids: list[int]) -> Any:
     """Give some samples, collated."""
-    return counted(Samples(data).__getitems__(Run(0, 0, ids)), len(ids))[0]
+    return counted(Samples(data).__getitems__(SampleRun(0, 0, ids)), len(ids))[0]
 
 
 class _Plan:
     """A torch `batch_sampler` that gives other runs each time that it is gone through."""
 
-    runs: Iterable[Run] = ()
+    runs: Iterable[SampleRun] = ()
 
-    def __iter__(self) -> Iterator[Run]:
+    def __iter__(self) -> Iterator[SampleRun]:
         return iter(self.runs)
 
 
@@ -212,7 +212,7 @@ class Loader:
             generator=torch.Generator(),  # the global one is not to be drawn from
         )
 
-    def batches(self, plan: Iterable[Run]) -> Iterator[Any]:
+    def batches(self, plan: Iterable[SampleRun]) -> Iterator[Any]:
         """Begin to read; the batches of a plan in order. Those of the one before have been read."""
         self._plan.runs = plan
         batches = iter(self._loader)
@@ -245,10 +245,10 @@ class EvalLoader:
         """Give the collated batches of some samples, `size` or fewer in each, and the numbers."""
         seed = evaluation_data_seed(self._job.seed)
         groups = [ids[i : i + size] for i in range(0, len(ids), size)]
-        plan = [Run(seed, group.start, [*group]) for group in groups]
+        plan = [SampleRun(seed, group.start, [*group]) for group in groups]
         return zip(self._planned(data, plan), map(len, groups), strict=True)
 
-    def _planned(self, data: Dataset[Any], plan: Iterable[Run]) -> Iterator[Any]:
+    def _planned(self, data: Dataset[Any], plan: Iterable[SampleRun]) -> Iterator[Any]:
         if not self._job.data.persistent_workers:
             return Loader(self._job, batches_by(self._task, data)).batches(plan)
         if self._kept is None or self._kept[0] is not data:
@@ -277,7 +277,7 @@ class Samples(Dataset[Any]):
         """Go to a loader process, the classes of a script with it."""
         return {"_data": ByValue(self._data), "_collate": ByValue(self._collate)}
 
-    def __getitems__(self, run: Run) -> Any:
+    def __getitems__(self, run: SampleRun) -> Any:
         """Give the batch of a run's samples."""
         draws = may_draw(self._data)
         if not draws and self._collate is None:
@@ -292,12 +292,12 @@ class Samples(Dataset[Any]):
                     samples = self._read_seeded(run) if draws else self._read(self._data, run.ids)
                     return self._together(samples, run)
 
-    def _of_stream(self, data: StreamSamples, run: Run) -> Any:
+    def _of_stream(self, data: StreamSamples, run: SampleRun) -> Any:
         read = data.read(run.ids[0], len(run.ids), mark=run.marked, look_at=run.batch)
         batch = self._together(read.batch, run)
         return batch if run.batch is None else read._replace(batch=batch)
 
-    def _together(self, samples: list[Any], run: Run) -> Any:
+    def _together(self, samples: list[Any], run: SampleRun) -> Any:
         if self._collate is None:
             return collated(samples)
         seed_quickly(collate_seed(run.seed, run.first))
@@ -312,7 +312,7 @@ class Samples(Dataset[Any]):
             return found
         return [data[index] for index in ids]
 
-    def _read_seeded(self, run: Run) -> list[Any]:
+    def _read_seeded(self, run: SampleRun) -> list[Any]:
         data: Any = self._data
         ids: list[int] = run.ids
         while type(data) is Subset:  # its own __getitems__ would read all samples with one seed
@@ -323,8 +323,8 @@ class Samples(Dataset[Any]):
         samples = []
         index = 0
         try:
-            for place, index in enumerate(ids, run.first):
-                seed_sample(run.seed, place)
+            for position, index in enumerate(ids, run.first):
+                seed_sample(run.seed, position)
                 samples.append(data[index])
         except Exception as error:
             _name(error, [index])

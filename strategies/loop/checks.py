@@ -31,7 +31,7 @@ from distplat.strategies.collective import SENDABLE
 from distplat.strategies.loop.streams import StreamSamples, StreamSeeds, is_ray_data, is_stream
 from distplat.strategies.model.module_hooks import unwrapped
 from distplat.strategies.task import Task, overrides
-from distplat.strategies.task_methods import place_of
+from distplat.strategies.task_methods import source_location
 
 logger = logging.getLogger(__name__)
 
@@ -60,7 +60,7 @@ def checked_model(task: Task, model: object) -> nn.Module:
     Raises:
         ValueError: it is no module, or has parameters without a shape.
     """
-    where = place(task, "model")
+    where = method_location(task, "model")
     if isinstance(model, type) and issubclass(model, nn.Module):
         raise ValueError(
             f"{where}model() must return a model, got the class {model.__name__}: "
@@ -92,7 +92,7 @@ def without_shape(model: nn.Module) -> str:
     if not lazy:
         return ""
     has = "has" if len(lazy) == 1 else "have"
-    names = f"{listed(lazy)} of the model {has}"
+    names = f"{quoted(lazy)} of the model {has}"
     return f"{names} no shape yet, as lazy modules do before their first batch"
 
 
@@ -154,7 +154,7 @@ def checked_data(job: Job, task: Task, data: object, method: str) -> Dataset[Any
     if not fault and method == "eval_data" and len(data) == 0:  # type: ignore[arg-type]
         fault = "has no samples: return None for no evaluation"
     if fault:
-        raise ValueError(f"{place(task, method)}{method}() {fault}")
+        raise ValueError(f"{method_location(task, method)}{method}() {fault}")
     found: Dataset[Any] = data  # type: ignore[assignment]
     return found
 
@@ -167,10 +167,10 @@ def _checked_stream(job: Job, task: Task, data: object, method: str) -> StreamSa
         raise SpecError(Problem(("data", "num_workers"), text, "set it to 0"))
     if not evaluates and overrides(type(task), "sampler"):
         raise ValueError(
-            f"{place(task, 'sampler')}sampler() says an order of numbered samples, and "
+            f"{method_location(task, 'sampler')}sampler() says an order of numbered samples, and "
             "train_data() gives a stream, which has its own: remove one of the two"
         )
-    where = f"{place(task, method)}{method}()"
+    where = f"{method_location(task, method)}{method}()"
     found = StreamSamples(data, StreamSeeds(job.seed, evaluates), where)
     counts = evaluates or job.epochs is not None
     found.survey(counts=counts, limit_s=job.failure.start_timeout_s / 2)
@@ -270,7 +270,7 @@ def _several(data: Any) -> str:
     if hasattr(data, "iloc"):
         return "of pandas, of which data[i] is a column: return data.to_dict('records')"
     if isinstance(data, Mapping) and data and 0 not in data:
-        names = listed([str(name) for name in data])
+        names = quoted([str(name) for name in data])
         return f"of {names}, without data[0]: return one of them, or a data set that reads them all"
     if isinstance(data, list | tuple) and data and isinstance(data[0], Dataset):
         return "of data sets: ConcatDataset(...) makes one of them"
@@ -287,10 +287,10 @@ def checked_step(task: Task, given: object) -> object:
     if not isinstance(given, Mapping):
         return given
     if "loss" not in given:
-        names = listed([str(name) for name in given]) or "nothing"
+        names = quoted([str(name) for name in given]) or "nothing"
         raise ValueError(
-            f"{place(task, 'step')}step() must have the loss in what it returns, as 'loss'; got a "
-            f"{type(given).__name__} of {names}"
+            f"{method_location(task, 'step')}step() must have the loss in what it returns, as "
+            f"'loss'; got a {type(given).__name__} of {names}"
         )
     found: object = given["loss"]
     return found
@@ -299,7 +299,7 @@ def checked_step(task: Task, given: object) -> object:
 _CUT_OFF = ".detach(), no_grad(), .item() and the like cut it off, or all that it uses is frozen"
 
 
-def checked_loss(task: Task, loss: object, outputs: Any, method: str = "loss") -> Tensor:
+def checked_loss(task: Task, loss: object, outputs: Any, method: str) -> Tensor:
     """
     Give what loss() or step() made of a micro-batch, if it can be differentiated, or is not to be.
 
@@ -312,7 +312,7 @@ def checked_loss(task: Task, loss: object, outputs: Any, method: str = "loss") -
     Raises:
         ValueError: it is no scalar tensor, or nothing leads from it back to the parameters.
     """
-    where = place(task, method)
+    where = method_location(task, method)
     if not isinstance(loss, Tensor):
         raise ValueError(f"{where}{_no_tensor(loss, method)}")
     if loss.ndim != 0:
@@ -329,14 +329,14 @@ def checked_loss(task: Task, loss: object, outputs: Any, method: str = "loss") -
     return loss
 
 
-def checked_weight(task: Task, weight: object, method: str = "loss") -> float:
+def checked_weight(task: Task, weight: object, method: str) -> float:
     """
     Give the weight of a pair (sum, weight) that loss() or step() returned.
 
     Raises:
         ValueError: it is no number, negative, infinite or NaN.
     """
-    where = place(task, method)
+    where = method_location(task, method)
     number = checked_number(weight, f"{where}{method}() gives the weight", "weight")
     if not 0.0 <= number < float("inf"):
         raise ValueError(
@@ -351,7 +351,7 @@ def _no_tensor(loss: object, method: str) -> str:
     if isinstance(loss, int | float):
         return f"{text} {loss:g}: return the tensor itself, without .item() or float()"
     if isinstance(loss, Mapping):
-        names = listed([str(name) for name in loss])
+        names = quoted([str(name) for name in loss])
         return f"{text} of {names}: return the entry that is to be minimised"
     if isinstance(getattr(loss, "loss", None), Tensor):
         return f"{text}: return its .loss"
@@ -393,7 +393,7 @@ def checked_metrics(
     figures: dict[str, float] = {}
     kept: dict[str, Any] = {}
     found = task.metrics(outputs, targets)
-    where = place(task, "metrics")
+    where = method_location(task, "metrics")
     if not isinstance(found, Mapping):
         raise ValueError(
             f"{where}metrics() must return a mapping of names to numbers, "
@@ -441,9 +441,9 @@ def checked_number(value: object, said: str, name: str) -> float:
         raise ValueError(f"{said} as {_named(value)}: {wanted}") from None
 
 
-def place(task: Task, method: str) -> str:
-    """Give file and line of a method, see `place_of`."""
-    return place_of(getattr(type(task), method))
+def method_location(task: Task, method: str) -> str:
+    """Give file and line of a method, see `source_location`."""
+    return source_location(getattr(type(task), method))
 
 
 def _named(value: object) -> str:
@@ -455,7 +455,7 @@ def no_return(value: object) -> str:
     return ": is there a `return`?" if value is None else ""
 
 
-def listed(names: list[str]) -> str:
+def quoted(names: list[str]) -> str:
     """Give names as a message has them, the first ones of many."""
     more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
     return ", ".join(repr(name) for name in names[:_SHOWN]) + more

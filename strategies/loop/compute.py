@@ -18,7 +18,7 @@ from distplat.platform.spec import Job
 from distplat.strategies.loop.batches import (
     EvalLoader,
     Loader,
-    Run,
+    SampleRun,
     batches_by,
     counted,
     fingerprint_of_batch,
@@ -137,7 +137,7 @@ class Sums:
         self.sums |= figures
         self.counts |= dict.fromkeys(figures, 1.0)
 
-    def take_in(self, other: Sums, prefix: str) -> None:
+    def merge(self, other: Sums, prefix: str) -> None:
         """Take figures of the same samples, under names that begin with this."""
         self.sums |= {prefix + name: value for name, value in other.sums.items()}
         self.counts |= {prefix + name: weight for name, weight in other.counts.items()}
@@ -221,7 +221,7 @@ class WholeModel(Compute):
                 self.last_backward()
             scale = 1.0 if self._scale is None else self._scale.value
             torch.autograd.backward(term.value * (term.factor * part * scale))
-            self.flat.take_in()
+            self.flat.collect()
             share = share.plus(term, size)
             self.alive()
             clock.lap("compute")
@@ -309,7 +309,7 @@ class TaskModel(WholeModel, Compute):
             self._loader = Loader(self.job, data, persistent=True)
         self._batches = unmarked(data, self._loader.batches(self._runs(tasks)))
 
-    def _runs(self, tasks: range) -> Iterator[Run]:
+    def _runs(self, tasks: range) -> Iterator[SampleRun]:
         for task in tasks:
             step, part = divmod(task, self.sampler.world)
             micro, marked = self.job.gradient_accumulation, self.job.checkpoint.wanted

@@ -26,7 +26,7 @@ from distplat.platform.stop_order import StopOrder
 from distplat.strategies.collective import Collective
 from distplat.strategies.model.flat import FlatModel
 
-Policy = Literal["stop", "skip", "ignore"]
+NonFinitePolicy = Literal["stop", "skip", "ignore"]
 """`failure.non_finite` of the job."""
 
 (_SAMPLES, _WEIGHT, _COUNT, _RANK, _SLOT, _STATE, _THAWED) = range(7)
@@ -219,7 +219,7 @@ class NonFiniteSteps:
         budget: steps that may be skipped.
     """
 
-    def __init__(self, policy: Policy, budget: int) -> None:
+    def __init__(self, policy: NonFinitePolicy, budget: int) -> None:
         self._policy, self._budget = policy, budget
         self.skipped = 0
         """Steps left out so far."""

@@ -78,7 +78,7 @@ class _Word(NamedTuple):
     call: int = 0
     """Which call of the step."""
     type: int = 0
-    """Place in `_TYPES`."""
+    """Index in `_TYPES`."""
     rows: int = 0
     row: tuple[int, ...] = ()
     """Shape of one."""

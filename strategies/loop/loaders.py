@@ -271,7 +271,7 @@ _PLAIN = (str, bytes, int, float, complex, type(None), torch.Tensor, np.ndarray,
 
 def held_generators(data: Dataset[Any]) -> list[str]:
     """
-    Name the places of generators that a data set holds, as seen from it.
+    Name the attributes of generators that a data set holds, as seen from it.
 
     Looked through are attributes, slots, containers, closures, and the module's variables that
     reading a sample uses; not local variables.

@@ -198,7 +198,7 @@ class Loop(_AnyLoop):
             Abandoned: the attempt was called off.
         """
         self.progress.step, self.progress.begun = self.start, True
-        share = self._untold()
+        share = self._unreported_share()
         if share is not None:
             self._end_step(self.start - 1, share, Stopwatch())
         if self.start and self.eval_data is not None and self._evaluates_after(self.start - 1):
@@ -206,13 +206,13 @@ class Loop(_AnyLoop):
         steps = range(self.start, self.total_steps)
         self.compute.start(steps)
         for step in steps:
-            told = self._told(step)
+            stop_order = self._stop_order(step)
             if self.strategy.skips(step):
                 self._skip(step)
             elif self._agreed:
                 return self._stop(step)
             else:
-                self._step(step, told)
+                self._step(step, stop_order)
             if step + 1 < self.total_steps:
                 self.checkpoint(step + 1)
             if self.eval_data is not None and self._evaluates_after(step):
@@ -223,20 +223,20 @@ class Loop(_AnyLoop):
             self.checkpoint(self.total_steps)  # now no rank is behind, whatever the strategy
         return StopOrder.NONE
 
-    def _untold(self) -> Share | None:
+    def _unreported_share(self) -> Share | None:
         """Give this rank's part of the step before the first, where no attempt has reported it."""
         given, self.strategy.given = self.strategy.given, None
         if self.strategy.replayed is not None:
             return self.strategy.replayed
         return given[1] if given is not None and given[0] == self.start - 1 else None
 
-    def _told(self, step: int) -> StopOrder:
-        told = self.stop(step)
-        if told is StopOrder.ABANDON:
+    def _stop_order(self, step: int) -> StopOrder:
+        stop_order = self.stop(step)
+        if stop_order is StopOrder.ABANDON:
             raise Abandoned("this worker was told to stop between two steps")
         if self.job.scaling.world == 1:
-            self._agreed = told
-        return told
+            self._agreed = stop_order
+        return stop_order
 
     def _stop(self, step: int) -> StopOrder:
         """Stop before this step; a run that ends here ends as after a last one."""
@@ -247,7 +247,7 @@ class Loop(_AnyLoop):
                 self._evaluate(self.eval_data, step)
         return self._agreed
 
-    def _step(self, step: int, told: StopOrder) -> None:
+    def _step(self, step: int, stop_order: StopOrder) -> None:
         self.flat.begin_step()
         clock = Stopwatch()
         with self.gathering.begin(step), self.state.on_a_copy():
@@ -255,7 +255,7 @@ class Loop(_AnyLoop):
         self.gathering.finish(self.flat.params.device)
         self.flat.check_layout(step)
         self.strategy.given = step, share
-        total = self._exchange.exchange(step, share, number=step, stop=told)
+        total = self._exchange.exchange(step, share, number=step, stop=stop_order)
         self._agreed = total.stop
         clock.lap("exchange")
         self.strategy.update(step, total)
@@ -289,8 +289,8 @@ class Loop(_AnyLoop):
         found = self.compute.evaluate(data)
         self.state.discard()
         if self.job.ema is not None:
-            with self.flat.shown(self.strategy.average()):
-                found.take_in(self.compute.evaluate(data), "ema_")
+            with self.flat.with_params(self.strategy.average()):
+                found.merge(self.compute.evaluate(data), "ema_")
             self.state.discard()
         self._merge_states(found)
         self.progress.evaluating = False

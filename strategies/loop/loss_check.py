@@ -25,14 +25,14 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from distplat.strategies.loop.collate import with_fields
-from distplat.strategies.loop.loss_state import LossState, NewState, remark_on_state
-from distplat.strategies.loop.losses import EvalBatch, Made
+from distplat.strategies.loop.loss_state import LossState, NewState, state_warning
+from distplat.strategies.loop.losses import BatchResult, EvalBatch
 from distplat.strategies.loop.seeding import generators_kept, state_of_generators
 from distplat.strategies.loop.step_check import (
     ModelDependence,
+    dependence_warning,
     labels_warning,
-    remark_on_dependence,
-    remark_on_weight,
+    weight_warning,
 )
 from distplat.strategies.loop.task_settings import task_modules
 from distplat.strategies.task import Task, has_step
@@ -100,7 +100,7 @@ class MeanCheck:
         with self._begun or nullcontext(), self._depends or nullcontext():
             yield
 
-    def look(self, step: int, made: Made, samples: int) -> None:
+    def look(self, step: int, made: BatchResult, samples: int) -> None:
         """
         Look at the first micro-batch of one of the first steps.
 
@@ -114,18 +114,18 @@ class MeanCheck:
         names = [] if begun is None else begun.carried()
         if state is not None and not self._compared:
             self._compared, names, self._begun = True, state.changed(), state.begun()
-        if (remark := remark_on_state(names)) is not None:
-            logger.warning("%s", remark)
+        if (warning := state_warning(names)) is not None:
+            logger.warning("%s", warning)
         if step >= _FIRST_STEPS or step in self._looked:
             return
         self._looked.add(step)
         text = labels_warning(made, samples)
         if text is None and has_step(self._task):
-            text = remark_on_weight(made, samples)
+            text = weight_warning(made, samples)
             self._weighted = made.term.weighted and step == 0 and text is None
             depends, self._depends = self._depends, None
             if text is None and depends is not None:
-                text = remark_on_dependence(depends, made, samples)
+                text = dependence_warning(depends, made, samples)
         elif text is None:
             term, states = made.term, states_of(self._task, self._model)
             loss = (term.value, term.weight) if term.weighted else term.value
@@ -135,7 +135,7 @@ class MeanCheck:
             self._looked.update(range(_FIRST_STEPS))
             logger.warning("%s", text)
 
-    def look_at_metrics(self, made: Made, found: EvalBatch, samples: int) -> None:
+    def look_at_metrics(self, made: BatchResult, found: EvalBatch, samples: int) -> None:
         """
         Look at one of the first batches of evaluations.
 
@@ -213,7 +213,7 @@ def metrics_warning(
     whole: Mapping[str, float],
     *,
     samples: int,
-    states: Sequence[Tensor] = (),
+    states: Sequence[Tensor],
 ) -> str | None:
     """
     Compare the metrics of a batch with those of its halves; see `loss_warning`.

@@ -141,7 +141,7 @@ def _tells(value: object) -> bool:
     return _is_number(value) or (plain and 0 < size <= _COPIED_ELEMENTS)
 
 
-def remark_on_state(names: Sequence[str]) -> str | None:
+def state_warning(names: Sequence[str]) -> str | None:
     """Say that micro-batches change what is in no checkpoint; None: there is nothing."""
     if not names:
         return None

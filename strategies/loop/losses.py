@@ -36,7 +36,7 @@ from distplat.strategies.loop.checks import (
     checked_metrics,
     checked_step,
     checked_weight,
-    place,
+    method_location,
 )
 from distplat.strategies.loop.control import StepControl
 from distplat.strategies.model.flat import FlatModel
@@ -105,7 +105,7 @@ def weights_of(task: Task, batch: Any) -> dict[str, float]:
     if not isinstance(found, Mapping) or not all(isinstance(name, str) for name in found):
         what = "None: is there a `return`?" if found is None else f"a {type(found).__name__}"
         text = "weights() must return a mapping of terms to numbers; got"
-        raise ValueError(f"{place(task, 'weights')}{text} {what}")
+        raise ValueError(f"{method_location(task, 'weights')}{text} {what}")
     return {name: checked_weight(task, one, "weights") for name, one in found.items()}
 
 
@@ -136,7 +136,7 @@ class LossTerm:
     """Whether loss() or step() gave the weight."""
 
 
-class Made(NamedTuple):
+class BatchResult(NamedTuple):
     """What a task and its model make of a batch."""
 
     outputs: Any
@@ -146,8 +146,8 @@ class Made(NamedTuple):
 
 
 def made_of(
-    task: Task, model: nn.Module, batch: Any, samples: int, terms: Terms | None = None
-) -> Made:
+    task: Task, model: nn.Module, batch: Any, samples: int, terms: Terms | None
+) -> BatchResult:
     """
     Run the whole model on a micro-batch.
 
@@ -163,7 +163,7 @@ def made_of(
     """
     outputs = task.step(model, batch) if has_step(task) else task.forward(model, batch)
     targets = targets_of(task, batch)
-    return Made(outputs, targets, loss_term(task, outputs, targets, samples, terms))
+    return BatchResult(outputs, targets, loss_term(task, outputs, targets, samples, terms))
 
 
 def loss_term(
@@ -197,7 +197,8 @@ def _term(
         return LossTerm(together, float(terms.samples), float(samples))
     if isinstance(value, tuple) and len(value) == 2:
         if isinstance(value[1], Tensor) and value[1].requires_grad:
-            text = f"{place(task, method)}{method}() gives a weight that depends on parameters"
+            where = f"{method_location(task, method)}{method}()"
+            text = f"{where} gives a weight that depends on parameters"
             hint = "no gradient goes through a weight: .detach() it, or give the mean itself"
             raise ValueError(f"{text}, and {hint}")
         weight = checked_weight(task, value[1], method)
@@ -210,7 +211,7 @@ def _together(
     task: Task, method: str, value: Any, outputs: Any, totals: Mapping[str, float]
 ) -> Tensor:
     """Divide each term of a loss by its weight, and add them up; one without weight is nothing."""
-    where = f"{place(task, method)}{method}()"
+    where = f"{method_location(task, method)}{method}()"
     if not isinstance(value, Mapping) or value.keys() != totals.keys():
         wanted = ", ".join(map(repr, totals))
         got = [*value] if isinstance(value, Mapping) else f"a {type(value).__name__}"
@@ -232,7 +233,7 @@ class EvalBatch(NamedTuple):
     """The task's metrics with state, by name."""
 
 
-def judged(task: Task, made: Made, samples: int) -> EvalBatch:
+def judged(task: Task, made: BatchResult, samples: int) -> EvalBatch:
     """
     Give loss and metrics of one evaluation batch.
 

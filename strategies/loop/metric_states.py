@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from distplat.platform.errors import SpecError
 from distplat.strategies.collective import Collective, gather_bytes, gather_values
-from distplat.strategies.loop.checks import checked_number, has_state, place
+from distplat.strategies.loop.checks import checked_number, has_state, method_location
 from distplat.strategies.state_tree import pack, unpack
 from distplat.strategies.task import Task
 
@@ -79,7 +79,7 @@ class TaskMetrics:
                 kind = type(metric).__name__
                 text = f"metrics() gives {name!r} as a {kind} that the task does not keep"
                 advice = "make it once, in __init__, as an attribute of the task"
-                raise ValueError(f"{place(self._task, 'metrics')}{text}: {advice}")
+                raise ValueError(f"{method_location(self._task, 'metrics')}{text}: {advice}")
             states[name] = _state_of(metric, name, paths[id(metric)])
         return states
 
@@ -92,8 +92,8 @@ class TaskMetrics:
         tensors = [tensor for state in mine.values() for tensor in state.tensors]
         every = gather_values(heads, group, device)
         named = {str(number): tensor for number, tensor in enumerate(tensors)}
-        boxes = gather_bytes(save(named), group, device)
-        return [_received(*pair) for pair in zip(every, boxes, strict=True)]
+        packed = gather_bytes(save(named), group, device)
+        return [_received(*pair) for pair in zip(every, packed, strict=True)]
 
     def _of_all(self) -> Collective | None:
         if self._group is None:
@@ -149,9 +149,9 @@ def _within(value: Any) -> Iterator[tuple[str, Any]]:
             yield from ((f"{key}.{rest}", metric) for rest, metric in _within(item))
 
 
-def _received(heads: Mapping[str, Any], box: bytes) -> States:
+def _received(heads: Mapping[str, Any], packed: bytes) -> States:
     """Put together what another rank has sent: numbers, text and tensors, no code."""
-    tensors = load(box)
+    tensors = load(packed)
     states, at = {}, 0
     for name, (path, tree, count) in heads.items():
         several = tuple(tensors[str(number)] for number in range(at, at + count))

@@ -17,7 +17,7 @@ from distplat.strategies.loop.agreement import RankFacts
 from distplat.strategies.loop.losses import LossScale, TermWeights
 from distplat.strategies.model.flat import FlatModel
 from distplat.strategies.model.model_state import ModelState
-from distplat.strategies.model.task_optimizer import Made
+from distplat.strategies.model.task_optimizer import MadeOptimizers
 from distplat.strategies.sparse.lookups import Lookups
 from distplat.strategies.strategy_spec import Roles
 from distplat.strategies.task import Task
@@ -46,7 +46,7 @@ class Prepared:
     """What `part` has beside what gradients train; there once that is known."""
     facts: RankFacts | None = None
     """What this worker has, to be compared with what the others have; see `describe`."""
-    made: Made = ()
+    made: MadeOptimizers = ()
     """What the task's `optimizer` gave; empty: the job names one."""
     weights: TermWeights | None = None
     """Of a loss of several terms, in the present attempt; None: it is one."""
@@ -58,7 +58,7 @@ class Prepared:
     """Values of the job's `initial_weights`, while the model has none of its own."""
     holding: Holding | None = None
     """What of the whole model `part` is; None: all of it."""
-    remarks: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
     """What is no error and probably not meant."""
 
     @property

@@ -83,7 +83,7 @@ class ReplayGroup:
         self._waiting: dict[int, Callable[[], bool]] = {}  #: rank -> whether it may go on
         self._pulled = [_pulled_by_rank(log) for log in logs]
         self._taken = [dict.fromkeys(self.tasks, 0) for _ in logs]  #: by shard: rank -> pushes
-        self._places = [0] * len(logs)
+        self._positions = [0] * len(logs)
         self.shards: list[DenseStore] = []
         self.stuck = False
 
@@ -122,7 +122,9 @@ class ReplayGroup:
 
     @property
     def _over(self) -> bool:
-        return all(place == len(log) for place, log in zip(self._places, self._logs, strict=True))
+        return all(
+            position == len(log) for position, log in zip(self._positions, self._logs, strict=True)
+        )
 
     def fail(self) -> None:
         """Wake all ranks: one of them has raised."""
@@ -148,8 +150,8 @@ class ReplayGroup:
 
     def _open(self, flat: FlatModel) -> None:
         plan, tail = self.plan, flat.layout.tail_size
-        places = flat.layout.starts if plan.job.optimizer.whole else ()
-        self.cuts = cut_shards(flat.size, plan.shards, tail=tail, places=places).shards
+        boundaries = flat.layout.starts if plan.job.optimizer.whole else ()
+        self.cuts = cut_shards(flat.size, plan.shards, tail=tail, boundaries=boundaries).shards
         for cut in self.cuts:
             plan = replace(self.plan, layout=flat.layout.cut(cut.start, cut.stop))
             shard = DenseStore(plan, flat.params[cut.start : cut.stop].clone())
@@ -173,14 +175,14 @@ class ReplayGroup:
                 self._flats[rank].params[part].copy_(shard.params)
                 del wants[index]
                 moved = True
-        place = self._places[index]
-        if place < len(log) and not self._has_pushed(log[place].rank, index):
-            rank, number = log[place].rank, self._taken[index][log[place].rank]
-            push = PushId(self.plan.run, self.plan.attempt, rank, number, log[place].task)
+        position = self._positions[index]
+        if position < len(log) and not self._has_pushed(log[position].rank, index):
+            rank, number = log[position].rank, self._taken[index][log[position].rank]
+            push = PushId(self.plan.run, self.plan.attempt, rank, number, log[position].task)
             shard.push(push, self._flats[rank].grads[part], self._controls[rank])
             shard.commit(push.seq, None)
             self._taken[index][rank] += 1
-            self._places[index] += 1
+            self._positions[index] += 1
             moved = True
         return moved
 

@@ -4,7 +4,7 @@ The three global generators of random numbers: python's `random`, numpy's and to
     before the task's module, its class, `model()`,     the job's seed, on every rank
     `train_data()`, `eval_data()`
     before each step's first forward                    (seed, step, rank)
-    before each training sample                         (seed, epoch, place in the epoch's order)
+    before each training sample                         (seed, epoch, position in the epoch's order)
     before each evaluation sample                       (seed, its number)
 
 See docs/random_numbers.md.
@@ -138,15 +138,15 @@ def seed_evaluation(seed: int, rank: int) -> None:
     seed_quickly(evaluation_seed(seed, rank))
 
 
-def seed_sample(base: int, place: int) -> None:
+def seed_sample(base: int, position: int) -> None:
     """
     Seed what the data set draws for one sample; about 7 us.
 
     Args:
         base: of the epoch, or of all evaluations.
-        place: of the sample in the epoch's order.
+        position: of the sample in the epoch's order.
     """
-    seed_quickly(mixed(base, place))
+    seed_quickly(mixed(base, position))
 
 
 def seed_quickly(seed: int) -> None:
@@ -216,7 +216,7 @@ def sample_rng() -> np.random.Generator:
     Give a generator for the sample that is being read; for use inside `__getitem__`.
 
     It is seeded by a draw from numpy's global generator, which is seeded for each sample. So in
-    a run its numbers depend on the job's seed, the epoch and the sample's place alone, and
+    a run its numbers depend on the job's seed, the epoch and the sample's position alone, and
     elsewhere `np.random.seed` makes them repeat. Several calls in one sample give different ones.
     Make one for each sample: one that is kept in the data set goes on from sample to sample.
     """

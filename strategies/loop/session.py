@@ -51,13 +51,6 @@ from distplat.strategies.loop.loop import LeasedLoop, Loop, Progress, task_plan
 from distplat.strategies.loop.losses import LOSS_SCALE, LossScale, TermWeights
 from distplat.strategies.loop.metric_states import TaskMetrics
 from distplat.strategies.loop.prepared import Prepared
-from distplat.strategies.loop.remarks import (
-    length_of,
-    remark_on_length,
-    remark_on_reading,
-    remarks_on,
-    remarks_on_model,
-)
 from distplat.strategies.loop.seeding import seed_all
 from distplat.strategies.loop.streams import StreamPosition, StreamSamples
 from distplat.strategies.loop.task_settings import (
@@ -66,6 +59,13 @@ from distplat.strategies.loop.task_settings import (
     schedule_digest,
     task_parameters,
     with_task_schedule,
+)
+from distplat.strategies.loop.task_warnings import (
+    job_warnings,
+    length_warning,
+    model_warnings,
+    reading_warning,
+    schedule_facts,
 )
 from distplat.strategies.model.flat import FlatModel
 from distplat.strategies.model.model_state import ModelState, Shares
@@ -108,7 +108,7 @@ class CheckpointPorts:
 
     saved: SavedState | None = None
     """The one to begin from; None: the model as it was built, or as this worker has it."""
-    base: int = 0
+    checkpoint_step: int = 0
     """Steps of the newest one."""
     take: Take | None = None
     """Takes this rank's parts of new ones; None: there are none."""
@@ -149,7 +149,7 @@ def prepare(
     spec = make_strategy(job) if strategy is None else strategy.strategy
     roles = spec.roles(job)
     model = checked_model(task, task.model() if strategy is None else strategy.build_model(task))
-    said = remarks_on_model(job, model)
+    said = model_warnings(job, model)
     check_frequencies(model, roles.replicas(job.scaling.world) * spec.micro_batches(job))
     check_state(model, sent=roles.collective is not None and job.scaling.world > 1)
     check_device(device)
@@ -174,7 +174,7 @@ def prepare(
     found = Prepared(job, task, left, data, eval_data, sampler, steps, device, roles, part, lookups)
     found.initial = initial if any(one.is_meta for one in model.parameters()) else {}
     found = _with_own_updates(found)
-    found.remarks = [*said, *remarks_on(found.job, sampler)]
+    found.warnings = [*said, *job_warnings(found.job, sampler)]
     return found
 
 
@@ -231,8 +231,8 @@ def describe(prepared: Prepared) -> None:
     optimizer = optimizers_digest(p.made, p.flat) if p.made else ""
     said = ("lr", schedule_digest(p.job)), ("optimizer", optimizer)
     p.facts = replace(found, order=digest_of(p.sampler), said=said)
-    if remark := remark_on_reading(p.data, [position for position, _ in found.hashes]):
-        p.remarks.append(remark)
+    if warning := reading_warning(p.data, [position for position, _ in found.hashes]):
+        p.warnings.append(warning)
 
 
 def resize(prepared: Prepared, job: Job, strategy: WorkerStrategy[Any]) -> None:
@@ -246,7 +246,7 @@ def resize(prepared: Prepared, job: Job, strategy: WorkerStrategy[Any]) -> None:
 def _cut(p: Prepared, strategy: WorkerStrategy[Any], rank: int, group: Collective | None) -> None:
     """Keep this rank's part of the model, filled with the initial weights."""
     p.part, p.holding = strategy.cut_model(p, rank, group)
-    fill_part(p.part, p.initial, p.holding.places)
+    fill_part(p.part, p.initial, p.holding.slices)
     p.initial = {}  # the first attempt's: later ones go on with what was trained
 
 
@@ -279,8 +279,8 @@ def join(
         _cut(p, strategy, rank, group)
     _load(p, checkpoints.saved)
     if rank == 0 and checkpoints.saved is not None:
-        if remark := remark_on_length(p.job, p.total_steps, checkpoints.saved.state):
-            logger.warning("%s", remark)
+        if warning := length_warning(p.job, p.total_steps, checkpoints.saved.state):
+            logger.warning("%s", warning)
     context = _context(p, rank, ports, checkpoints, progress, report)
     start = _set_up(p, strategy, context, ports.tables)
     checkpoint = _checkpoints(p, strategy, rank, checkpoints.take)
@@ -400,7 +400,7 @@ def _context(
         ports.shards,
         progress.beat,
         checkpoints.saved,
-        checkpoints.base,
+        checkpoints.checkpoint_step,
         model_state=p.state,
         meet_peers=ports.peers,
         report=report,
@@ -415,7 +415,7 @@ def _set_up(
     if p.lookups is None or tables is None:
         return strategy.setup(context)
     made = p.lookups.connect(tables, p.total_steps, context.saved)
-    start = strategy.setup(replace(context, tables_made=made))
+    start = strategy.setup(replace(context, table_steps=made))
     p.lookups.begin(start)
     return start
 
@@ -437,7 +437,7 @@ def _load(p: Prepared, saved: SavedState | None) -> None:
         mark = StreamPosition.read(saved.state.get(STREAM))
         if mark is not None and isinstance(p.data, StreamSamples):
             p.data.keep(mark)
-        saved.load_model(p.flat, None if p.holding is None else p.holding.places)
+        saved.load_model(p.flat, None if p.holding is None else p.holding.slices)
     if p.loss_scale is None:
         p.loss_scale = LossScale.of(p.job, p.flat)
     if p.loss_scale is not None and saved is not None and LOSS_SCALE in saved.state:
@@ -478,7 +478,7 @@ def _facts(p: Prepared, version: int) -> dict[str, Any]:
         "epoch": p.sampler.epoch_of(version),
         "steps_per_epoch": p.sampler.steps_per_epoch,
         "samples": p.sampler.size,
-        **length_of(p.job, version, p.total_steps),
+        **schedule_facts(p.job, version, p.total_steps),
         "versions": {"torch": str(torch.__version__)},
     }
     if isinstance(p.data, StreamSamples):  # where it is read on

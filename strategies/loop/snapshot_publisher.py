@@ -93,5 +93,5 @@ def state_copy(model: nn.Module) -> dict[str, Tensor]:
 
 
 def part_copy(part: CheckpointPart) -> Bundle:
-    """Copy a part of a model, with the places where it belongs."""
+    """Copy a part of a model, with where it belongs."""
     return Staging().copy(part.tensors), part.entries

@@ -20,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakIdKeyDictionary
 from typing_extensions import override
 
-from distplat.strategies.loop.losses import Made
+from distplat.strategies.loop.losses import BatchResult
 
 _IGNORED_LABEL = -100
 """`ignore_index` of torch's cross entropy, and of Hugging Face's models."""
@@ -86,7 +86,7 @@ class ModelDependence(TorchFunctionMode):
         return any(abs(weight - one) <= 1e-6 * abs(one) for one in shares)
 
 
-def remark_on_weight(made: Made, samples: int) -> str | None:
+def weight_warning(made: BatchResult, samples: int) -> str | None:
     """
     Say that what a `step` gives beside its loss seems to be a figure and no weight; None: no.
 
@@ -104,7 +104,7 @@ def remark_on_weight(made: Made, samples: int) -> str | None:
     )
 
 
-def remark_on_dependence(found: ModelDependence, made: Made, samples: int) -> str | None:
+def dependence_warning(found: ModelDependence, made: BatchResult, samples: int) -> str | None:
     """
     Say that what a `step` gives beside its loss seems to be a figure and no weight; None: no.
 
@@ -128,7 +128,7 @@ def remark_on_dependence(found: ModelDependence, made: Made, samples: int) -> st
     )
 
 
-def labels_warning(made: Made, samples: int) -> str | None:
+def labels_warning(made: BatchResult, samples: int) -> str | None:
     """
     Warn of a loss of the model's own where samples have different numbers of labels.
 

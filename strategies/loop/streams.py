@@ -26,12 +26,7 @@ import cloudpickle
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from distplat.platform.sampler import ENDLESS
-from distplat.strategies.algorithms.seeds import (
-    epoch_seed,
-    evaluation_data_seed,
-    mixed,
-    order_seed,
-)
+from distplat.strategies.algorithms.seeds import epoch_seed, evaluation_data_seed, mixed, order_seed
 from distplat.strategies.loop.sample_hash import fingerprint_of, hash_of
 from distplat.strategies.loop.seeding import generators_kept, seed_quickly, seed_sample
 from distplat.strategies.torch_compat import outside_loaders
@@ -310,8 +305,8 @@ class StreamSamples(Dataset[Any]):
 
     def mark_before(self, number: int) -> StreamPosition | None:
         """Give the last position known that is not beyond a sample."""
-        near = [mark for mark in self._marks if mark.number <= number]
-        return max(near, key=lambda mark: mark.number, default=None)
+        earlier = [mark for mark in self._marks if mark.number <= number]
+        return max(earlier, key=lambda mark: mark.number, default=None)
 
     def _seek(self, number: int) -> None:
         turn = None if self._size is None else number // self._size

@@ -24,7 +24,7 @@ from distplat.platform.lr_schedules import TaskSchedule
 from distplat.platform.sampler import Sampler
 from distplat.platform.spec import Job
 from distplat.strategies.algorithms.seeds import order_seed
-from distplat.strategies.loop.checks import no_return, place
+from distplat.strategies.loop.checks import method_location, no_return
 from distplat.strategies.loop.seeding import generators_kept, seed_all, seed_quickly
 from distplat.strategies.task import Task, method_of, overrides
 
@@ -115,7 +115,7 @@ class TaskOrder:
         return order.astype(np.int64)
 
     def _wrong(self, text: str) -> ValueError:
-        return ValueError(f"{place(self._task, 'sampler')}sampler() {text}")
+        return ValueError(f"{method_location(self._task, 'sampler')}sampler() {text}")
 
 
 def order_of(task: Task, data: Dataset[Any], seed: int) -> TaskOrder | None:
@@ -226,7 +226,7 @@ def schedule_digest(job: Job) -> str:
 
 
 def _factor(task: Task, found: object, step: int) -> float:
-    wrong = f"{place(task, 'lr')}lr() must give a number, 0 or more"
+    wrong = f"{method_location(task, 'lr')}lr() must give a number, 0 or more"
     if not isinstance(found, Real) or isinstance(found, bool):
         what = f"a {type(found).__name__} for step {step}{no_return(found)}"
         raise ValueError(f"{wrong}; got {what}")

@@ -51,12 +51,12 @@ from typing_extensions import override
 from distplat.platform.errors import SpecError
 from distplat.strategies.model.model_call import Batch, ModelCall, changed_modes, torch_modes
 from distplat.strategies.model.placeholders import (
+    Ancestors,
     Between,
     Called,
-    Homes,
     Placeholder,
+    ancestors_of,
     answering,
-    homes_of,
     lost,
     refuse_lost,
     unfit,
@@ -65,17 +65,17 @@ from distplat.strategies.model.placeholders import (
 from distplat.strategies.model.trials import Runner
 from distplat.strategies.torch_compat import tree_leaves
 
-Order = Mapping[str, bool]
+CallOrder = Mapping[str, bool]
 """Modules beside the blocks that are called on the other side than they are registered on: by name,
 whether that is behind the blocks."""
 Missing = tuple[dict[str, Any], str, int]
 """A module's parameters or buffers, the name of a missing one, and its number among the tied."""
-Call = tuple[Sequence[Any], Mapping[str, Any]]
-"""Arguments by place and by name."""
+CallArguments = tuple[Sequence[Any], Mapping[str, Any]]
+"""Positional arguments, and those by name."""
 
 
 def block_modules(
-    model: nn.Module, call: ModelCall, order: Order | None = None
+    model: nn.Module, call: ModelCall, order: CallOrder | None
 ) -> list[nn.Module] | None:
     """
     Give the layers of a model, in order; None where it has no list of blocks.
@@ -83,7 +83,7 @@ def block_modules(
     Args:
         model: whose forward calls all blocks one after the other.
         call: how it is called.
-        order: see `Order`.
+        order: see `CallOrder`.
     """
     found = list_of_blocks(model)
     if found is None:
@@ -98,9 +98,9 @@ def block_modules(
     for one in (begin, end):  # hooks of the whole model are called around its layers
         one._forward_pre_hooks, one._forward_hooks = OrderedDict(), OrderedDict()
     return [
-        BeforeBlocks(begin, homes_of(begin, path), len(blocks), list(tied.values()), call),
+        BeforeBlocks(begin, ancestors_of(begin, path), len(blocks), list(tied.values()), call),
         *(BlockLayer(one, n, last=one is blocks[-1]) for n, one in enumerate(blocks)),
-        AfterBlocks(end, homes_of(end, path), _missing(model, end, [*tied]), call),
+        AfterBlocks(end, ancestors_of(end, path), _missing(model, end, [*tied]), call),
     ]
 
 
@@ -130,19 +130,19 @@ def list_of_blocks(model: nn.Module) -> tuple[str, list[nn.Module]] | None:
 
 def beside_blocks(model: nn.Module, path: str) -> Iterator[tuple[str, nn.Module, bool]]:
     """Give the modules beside a list: name, module, whether it is registered behind the list."""
-    home, name = model, ""
+    parent, name = model, ""
     for step in path.split("."):
         behind = False
-        for own, child in home.named_children():
+        for own, child in parent.named_children():
             if own == step:
                 behind = True
             else:
                 yield f"{name}{own}", child, behind
-        home, name = home.get_submodule(step), f"{name}{step}."
+        parent, name = parent.get_submodule(step), f"{name}{step}."
 
 
 def _sides(
-    model: nn.Module, path: str, order: Order
+    model: nn.Module, path: str, order: CallOrder
 ) -> tuple[dict[int, nn.Module], dict[int, nn.Module], list[Tensor]]:
     """
     Say what belongs to which side of the blocks.
@@ -155,10 +155,10 @@ def _sides(
     for name, child, behind in beside_blocks(model, path):
         if child.state_dict():
             (after if order.get(name, behind) else before)[id(child)] = child
-    home = model
+    parent = model
     for step in path.split("."):
-        anywhere += [*home.parameters(recurse=False), *home.buffers(recurse=False)]
-        home = home.get_submodule(step)
+        anywhere += [*parent.parameters(recurse=False), *parent.buffers(recurse=False)]
+        parent = parent.get_submodule(step)
     return before, after, anywhere
 
 
@@ -219,9 +219,9 @@ def _missing(model: nn.Module, copied: nn.Module, tied: Sequence[int]) -> list[M
         *model.named_buffers(remove_duplicate=False),
     )
     for path, tensor in tensors:
-        home, _, name = path.rpartition(".")
+        parent, _, name = path.rpartition(".")
         try:
-            module = copied.get_submodule(home)
+            module = copied.get_submodule(parent)
         except AttributeError:
             continue  # inside of a stand-in
         for held in (module._parameters, module._buffers):
@@ -236,7 +236,7 @@ class BeforeBlocks(Runner):
 
     Args:
         model: with stand-ins for its blocks, and for the modules after them.
-        homes: see `homes_of`.
+        ancestors: see `ancestors_of`.
         blocks: number of blocks.
         tied: tensors of it that `AfterBlocks` needs, too.
         call: how it is called.
@@ -245,14 +245,14 @@ class BeforeBlocks(Runner):
     def __init__(
         self,
         model: nn.Module,
-        homes: Homes,
+        ancestors: Ancestors,
         blocks: int,
         tied: Sequence[Tensor],
         call: ModelCall,
     ) -> None:
         super().__init__()
         self.model, self._blocks, self._tied, self._call = model, blocks, tuple(tied), call
-        self._homes = tuple(homes)
+        self._ancestors = tuple(ancestors)
         # An object, so that what a trial has found out is not put back.
         self._form = SimpleNamespace(tuples=False)
 
@@ -280,7 +280,7 @@ class BeforeBlocks(Runner):
             "tied": list(self._tied),
         }
 
-    def _recorded(self, inputs: Any) -> list[Call]:
+    def _recorded(self, inputs: Any) -> list[CallArguments]:
         """Give the calls of all blocks; find out first whether blocks give tensors or tuples."""
         states = _generators(inputs)
         try:
@@ -300,9 +300,9 @@ class BeforeBlocks(Runner):
                 raise first from None  # of the user's own: a sample that the embedding has not
             raise unfit(f"its forward {first}") from None
 
-    def _run(self, inputs: Any) -> list[Call]:
+    def _run(self, inputs: Any) -> list[CallArguments]:
         """Run forward until it has called all blocks."""
-        calls: list[Call] = []
+        calls: list[CallArguments] = []
         modes = torch_modes()
 
         def record(_: int, *args: Any, **kwargs: Any) -> Any:
@@ -316,7 +316,7 @@ class BeforeBlocks(Runner):
                 raise Called
             return (features,) if self._form.tuples else features
 
-        with unwritten(self._homes):
+        with unwritten(self._ancestors):
             try:
                 with answering(self.model, record, None):
                     self._call.of_part(self.model, inputs)
@@ -359,17 +359,17 @@ class AfterBlocks(Runner):
 
     Args:
         model: with stand-ins for its blocks, and for the modules before them.
-        homes: see `homes_of`.
+        ancestors: see `ancestors_of`.
         missing: where tied parameters are missing.
         call: how it is called.
     """
 
     def __init__(
-        self, model: nn.Module, homes: Homes, missing: Sequence[Missing], call: ModelCall
+        self, model: nn.Module, ancestors: Ancestors, missing: Sequence[Missing], call: ModelCall
     ) -> None:
         super().__init__()
         self.model, self._missing, self._call = model, tuple(missing), call
-        self._homes, self._last = tuple(homes), 0
+        self._ancestors, self._last = tuple(ancestors), 0
         self._looks = True  #: in the first micro-batch
         for one in model.modules():
             if isinstance(one, Placeholder) and one.number is not None:
@@ -392,7 +392,7 @@ class AfterBlocks(Runner):
             for held, name, number in self._missing:
                 held[name] = value["tied"][number]
             inputs = Batch(value["inputs"]) if value["whole"] else value["inputs"]
-            with unwritten(self._homes), answering(self.model, given, before):
+            with unwritten(self._ancestors), answering(self.model, given, before):
                 found = self._call.of_part(self.model, inputs)
         finally:
             for held, name, _ in self._missing:

@@ -88,6 +88,6 @@ def with_average(flat: FlatModel, average: Tensor) -> dict[str, Tensor]:
         average: shape [n].
     """
     now = flat.state_dict()
-    with flat.shown(average):
+    with flat.with_params(average):
         averaged = flat.state_dict()
     return now | {EMA_PREFIX + name: value for name, value in averaged.items()}

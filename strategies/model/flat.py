@@ -30,14 +30,14 @@ from distplat.platform.vector_layout import Segment
 from distplat.strategies.model.gradients import Gradients
 from distplat.strategies.model.parameter_layout import (
     GroupOf,
-    Named,
+    NamedParams,
     Slot,
     bits_of,
     by_type,
     dtype_name,
     first_non_finite,
-    homes,
     lay_out,
+    owners_of,
     room_for,
     scale_in_place,
     squared_norm_of,
@@ -49,7 +49,7 @@ from distplat.strategies.model.shared_memory import TIE, check_memory
 from distplat.strategies.sparse.modules import dense_parameters
 
 _THOROUGH_STEPS = 3
-"""Steps after which the modules are walked in any case, to see whether they were changed."""
+"""Steps in which the modules are walked, too, to see whether they were changed."""
 
 TORN = -1
 """Version of parameters that are in the middle of being replaced: good for nothing."""
@@ -67,7 +67,7 @@ class FlatModel:
     A model moved onto flat vectors.
 
     Frozen parameters stay in memory of their own, which a forward may write to. With `thaws` they
-    have a place in the vector, too, behind the others: nobody touches this tail until one of them
+    have room in the vector, too, behind the others: nobody touches this tail until one of them
     takes part in training, from a step on which all ranks agree (`activate_tail`).
 
     Args:
@@ -117,11 +117,9 @@ class FlatModel:
         self.present: NDArray[np.bool_] = np.arange(len(self.slots)) < self._trained
         """By slot: whether a backward of this step has given it a gradient, on this rank. Until the
         first step begins: who is trained."""
-        self.thawed = np.zeros(len(tail), np.bool_)
-        """By slot of the tail: whether it would take part in training, and does not yet."""
-        self.active = np.zeros(len(tail), np.bool_)
-        """By slot of the tail: whether it takes part in training."""
-        self._homes = homes(model, self.parameters)
+        #: by slot of the tail: whether it takes part in training; whether it would, but does not
+        self.active, self.thawed = np.zeros((2, len(tail)), np.bool_)
+        self._owners = owners_of(model, self.parameters)
         self._looked = 0
         self.began = False  #: whether this rank has computed anything in this step
         self._copies = False  #: whether hooks call `ready` in each backward
@@ -162,9 +160,9 @@ class FlatModel:
         self._point()
 
     @contextmanager
-    def shown(self, params: Tensor) -> Iterator[None]:
+    def with_params(self, params: Tensor) -> Iterator[None]:
         """Have the model compute with other parameters for a while, shape [n], between steps."""
-        slots = [self.slots[place] for place in self._live()]
+        slots = [self.slots[index] for index in self._live()]
         for slot, parameter in zip(slots, self._housed, strict=True):
             parameter.data = slot.view(params)
         try:
@@ -175,13 +173,13 @@ class FlatModel:
 
     def written(self, params: Tensor, before: Tensor) -> str | None:
         """
-        Name a parameter that was written while the model was `shown` with these; None: none was.
+        Name a parameter that was written in the block of `with_params`; None: none was.
 
         Args:
             params: what the model computes with, shape [n].
             before: a copy of them from the time before.
         """
-        slots = [self.slots[place] for place in self._live()]
+        slots = [self.slots[index] for index in self._live()]
         for slot, parameter in zip(slots, self._housed, strict=True):
             view, old = slot.view(params), bits_of(slot.view(before))
             if parameter.data_ptr() != view.data_ptr() or not torch.equal(bits_of(view), old):
@@ -201,11 +199,11 @@ class FlatModel:
         return tuple(one for one in every if one.start < self.layout.tail)
 
     def slots_in(self, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
-        """Give the slots that lie in a run of the flat vector: place, first element, last one."""
-        for place, slot in enumerate(self.slots):
+        """Give the slots that lie in a run of the flat vector: index, first element, last one."""
+        for index, slot in enumerate(self.slots):
             first, last = max(start, slot.offset), min(stop, slot.stop)
             if first < last:
-                yield place, first, last
+                yield index, first, last
 
     def elements_of(
         self, slot: Slot, first: int, last: int, start: int
@@ -217,7 +215,7 @@ class FlatModel:
             slot: one of this model's.
             first: element of the vector, in the slot.
             last: one behind it, in the slot.
-            start: element of the vector from which places are to be counted.
+            start: element of the vector from which offsets are to be counted.
 
         Returns:
             First and last element of the slot, None: all of them; and the place of the first.
@@ -254,38 +252,38 @@ class FlatModel:
         self._look_for_thawed()
         self.began = True
 
-    def take_in(self) -> None:
+    def collect(self) -> None:
         """
         Be told that a backward is over: `grads` and `present` are then right.
 
         Raises:
-            SpecError: see `Gradients.take_in`.
+            SpecError: see `Gradients.collect`.
         """
-        self.gradients.take_in()
+        self.gradients.collect()
         self._look_for_thawed()
         for number in np.flatnonzero(self.thawed).tolist():
-            place = self._trained + number
-            grad = self.parameters[place].grad
+            index = self._trained + number
+            grad = self.parameters[index].grad
             if grad is not None:  # in memory of its own, and the sum so far
-                self.slots[place].view(self.grads).copy_(grad)
-                self.present[place] = True
+                self.slots[index].view(self.grads).copy_(grad)
+                self.present[index] = True
 
     def copy_when_ready(self, copies: bool, *, looks: bool = False) -> None:
         """
         Save the pass that sets large gradients to zero, or do it again; between two steps.
 
         Args:
-            copies: hooks call `ready` for every trained slot in every backward, and `settle` is
-                called in each step.
+            copies: hooks call `ready` for every trained slot in every backward, and somebody calls
+                `zero_missing` in each step.
             looks: `ready` looks for NaN and infinity in what it copies, see `finite`.
         """
         self._copies, self._looks = copies, looks
         self._point()
 
-    def settle(self) -> None:
+    def zero_missing(self) -> None:
         """Set gradients to zero that no backward has made; needed where none was called."""
         if not self.began:
-            self.gradients.settle()
+            self.gradients.zero_missing()
 
     @property
     def tail_in_use(self) -> bool:
@@ -324,12 +322,12 @@ class FlatModel:
     def fill_tail(self) -> None:
         """Have `params` hold the frozen parameters as they are now; a checkpoint was read."""
         for number in np.flatnonzero(~self.active).tolist():
-            place = self._trained + number
-            self.slots[place].view(self.params).copy_(self.parameters[place].detach())
+            index = self._trained + number
+            self.slots[index].view(self.params).copy_(self.parameters[index].detach())
 
     def trained_names(self) -> frozenset[str]:
         """Give the names of the parameters that live in the vector by now."""
-        return frozenset(self.slots[place].name for place in self._live())
+        return frozenset(self.slots[index].name for index in self._live())
 
     @property
     def thaws(self) -> bool:
@@ -371,13 +369,12 @@ class FlatModel:
         active = (self._trained + np.flatnonzero(self.active)).tolist()
         return [*range(self._trained), *active]
 
-    def check_layout(self, step: int, *, thorough: bool = False) -> list[str]:
+    def check_layout(self, step: int) -> list[str]:
         """
         Take in parameters whose data have left the vector, between backward and exchange.
 
         Args:
             step: for messages.
-            thorough: walk the modules, too; the first steps do it in any case.
 
         Returns:
             Names of parameters to which user code has assigned other data (`param.data = ...`):
@@ -392,11 +389,11 @@ class FlatModel:
             name = next(name for name, p in self._fixed if p.requires_grad)
             raise thaw_error(step, f"{name!r} has requires_grad=True; it was frozen at first")
         for number in np.flatnonzero(self.thawed).tolist():
-            place = self._trained + number
-            slot, parameter = self.slots[place], self.parameters[place]
+            index = self._trained + number
+            slot, parameter = self.slots[index], self.parameters[index]
             if not torch.equal(parameter.detach(), slot.view(self.params)):
                 raise thaw_error(step, f"{slot.name!r} was changed while it was frozen")
-        if thorough or self._looked < _THOROUGH_STEPS:
+        if self._looked < _THOROUGH_STEPS:
             self._looked += 1
             self._check_modules(step)
         now = list(map(Tensor.data_ptr, self._housed))
@@ -408,7 +405,7 @@ class FlatModel:
 
     def _check_objects(self, step: int) -> None:
         """Compare the parameters that the modules have now with those they had."""
-        for held, key, name, parameter in self._homes:
+        for held, key, name, parameter in self._owners:
             if held.get(key) is not parameter:
                 text = f"step {step + 1}: the parameter {name!r} was replaced or removed"
                 raise SpecError(Problem(("task",), text, "write into it: param.data.copy_(...)"))
@@ -421,9 +418,9 @@ class FlatModel:
                 hint = "make all layers before training begins: before prepare(), or in model()"
                 raise SpecError(Problem(("task",), text, hint))
 
-    def _bring_back(self, place: int, step: int) -> str:
+    def _bring_back(self, index: int, step: int) -> str:
         """Copy a parameter's data into the vector and have the parameter there again."""
-        slot, parameter = self.slots[place], self.parameters[place]
+        slot, parameter = self.slots[index], self.parameters[index]
         data = parameter.data
         if (tuple(data.shape), data.dtype) != (slot.shape, slot.dtype):
             text = (
@@ -444,10 +441,10 @@ class FlatModel:
     def _point(self) -> None:
         """Make parameters and gradients views of the present vectors."""
         live = self._live()
-        slots = [self.slots[place] for place in live]
-        self._housed = [self.parameters[place] for place in live]
+        slots = [self.slots[index] for index in live]
+        self._housed = [self.parameters[index] for index in live]
         behind = np.flatnonzero(~self.active) + self._trained
-        self._frozen = [self.parameters[place] for place in behind.tolist()]
+        self._frozen = [self.parameters[index] for index in behind.tolist()]
         self._outside = [p for _, p in self._fixed]
         for slot, parameter in zip(slots, self._housed, strict=True):
             parameter.data = slot.view(self.params)
@@ -459,10 +456,10 @@ class FlatModel:
         views = [slot.view(self.grads) for slot in slots]
         self.gradients.point(views, copied, looks=self._looks)
         used = self.size if self.active.any() else self.layout.tail
-        self._zeroed = [*_without(self.grads[:used], [self.slots[place] for place in copied])]
+        self._zeroed = [*_without(self.grads[:used], [self.slots[index] for index in copied])]
 
 
-def _others(named: Named, left_out: Named) -> Named:
+def _others(named: NamedParams, left_out: NamedParams) -> NamedParams:
     """Give the parameters of `named` that are not in `left_out`."""
     known = {id(p) for _, p in left_out}
     return [(name, p) for name, p in named if id(p) not in known]

@@ -15,7 +15,7 @@ changes: a backward has added to it if, and only if, its version has moved.
 Setting a large gradient to zero and adding to it costs more memory traffic than copying the new
 one. Some parameters may therefore begin a step with `.grad = None`, as after torch's `zero_grad`:
 autograd hands over the tensor that it has made, a hook copies it (`ready`), and the view is set to
-zero only where no gradient came (`take_in`, `settle`).
+zero only where no gradient came (`collect`, `zero_missing`).
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class Gradients:
         names: of the parameters.
         parameters: in the same order.
         present: written to: by slot, whether a backward of this step has given it a gradient.
-        places: the parameters' slots; None: the first ones, in order.
+        indices: the parameters' slots; None: the first ones, in order.
         owned: whether `.grad` is never put elsewhere, see the top of the file.
     """
 
@@ -52,22 +52,20 @@ class Gradients:
         names: Sequence[str],
         parameters: Sequence[nn.Parameter],
         present: NDArray[np.bool_],
-        places: Sequence[int] | None = None,
+        indices: Sequence[int] | None,
         *,
-        owned: bool = False,
+        owned: bool,
     ) -> None:
         self._owned = owned
         self.copied: dict[int, tuple[Tensor | None, int]] = {}
         """Of owned gradients: which one `ready` has copied, and its version then."""
         self._names, self._parameters, self._present = names, parameters, present
-        self._places = np.arange(len(parameters)) if places is None else np.array(places)
-        self._has = present[self._places]
+        self._indices = np.arange(len(parameters)) if indices is None else np.array(indices)
+        self._has = present[self._indices]
         self._looks = False
         self._finite: dict[int, int] = {}  #: versions of the views that `ready` saw to be finite
 
-    def point(
-        self, views: Sequence[Tensor], copied: Sequence[int] = (), *, looks: bool = False
-    ) -> None:
+    def point(self, views: Sequence[Tensor], copied: Sequence[int], *, looks: bool) -> None:
         """
         Go on in these views, one for each parameter and of its shape.
 
@@ -82,8 +80,8 @@ class Gradients:
         self._views = [view.data for view in views]  # a version counter of its own
         self._first: list[Tensor | None] = [*self._views]  #: `.grad` as a step begins
         self._copied = dict.fromkeys(copied)
-        for place in copied:
-            self._first[place] = None
+        for index in copied:
+            self._first[index] = None
         self._stale = False  #: whether the views of `_copied` hold an earlier step's gradients
         self._versions = self._read()
         if self._owned:
@@ -95,8 +93,8 @@ class Gradients:
         """Begin a step; the views are zero, but those of parameters without `.grad`."""
         self._has[:] = self._present[:] = False
         self._finite.clear()
-        for place in self._copied:
-            self._parameters[place].grad = None
+        for index in self._copied:
+            self._parameters[index].grad = None
         self._stale = bool(self._copied)
         if not self._in_place(self._first):
             for parameter, grad in zip(self._parameters, self._first, strict=True):
@@ -113,79 +111,79 @@ class Gradients:
         self._finite.clear()
         wanted = self._first if self._stale else self._views
         if not self._in_place(wanted):
-            for place, grad in enumerate(map(_GRAD, self._parameters)):
-                if grad is not wanted[place]:
+            for index, grad in enumerate(map(_GRAD, self._parameters)):
+                if grad is not wanted[index]:
                     if grad is not None and _any(grad):
-                        raise _own_backward(self._names[place])
-                    self._parameters[place].grad = wanted[place]
+                        raise _own_backward(self._names[index])
+                    self._parameters[index].grad = wanted[index]
         now = self._read()
         if now != self._versions:
-            for place, (was, version) in enumerate(zip(self._versions, now, strict=True)):
+            for index, (was, version) in enumerate(zip(self._versions, now, strict=True)):
                 if was != version:
-                    self._check_untouched(place)
+                    self._check_untouched(index)
             self._versions = now
 
-    def take_in(self) -> None:
+    def collect(self) -> None:
         """
         Note which parameters the backward just over gave a gradient.
 
         Raises:
             SpecError: gradients of earlier micro-batches are gone; names the parameter.
         """
-        self.settle()
+        self.zero_missing()
         if not self._in_place(self._views):
-            for place, grad in enumerate(map(_GRAD, self._parameters)):
-                if grad is not self._views[place]:
-                    self._collect(place, grad)
+            for index, grad in enumerate(map(_GRAD, self._parameters)):
+                if grad is not self._views[index]:
+                    self._collect(index, grad)
         now = self._read()
         self._has |= np.fromiter(map(ne, now, self._versions), np.bool_, len(now))
-        self._present[self._places] = self._has
+        self._present[self._indices] = self._has
         self._versions = now
 
-    def settle(self) -> None:
+    def zero_missing(self) -> None:
         """Set views to zero that have no gradient of this step; nothing of this step is lost."""
         if not self._stale:
             return
         self._stale = False
-        for place in self._copied:
-            parameter, view = self._parameters[place], self._views[place]
+        for index in self._copied:
+            parameter, view = self._parameters[index], self._views[index]
             if parameter.grad is None:
                 view.zero_()
-                self._versions[place] = view._version  # no gradient, as torch's None
+                self._versions[index] = view._version  # no gradient, as torch's None
                 parameter.grad = view
 
-    def ready(self, place: int) -> None:
+    def ready(self, index: int) -> None:
         """
         Have one parameter's gradient in the vector, the n-th's; a backward has finished it.
 
-        Called in backward, for each parameter: `take_in` notes later who has a gradient.
+        Called in backward, for each parameter: `collect` notes later who has a gradient.
         """
-        grad, view = self._parameters[place].grad, self._views[place]
+        grad, view = self._parameters[index].grad, self._views[index]
         if grad is view:
             return
         if self._owned:
             _copy(view, grad)
-            self.copied[place] = grad, -1 if grad is None else grad._version
+            self.copied[index] = grad, -1 if grad is None else grad._version
         else:
-            self._collect(place, grad)
+            self._collect(index, grad)
         # On a GPU the answer would be waited for in the middle of backward.
-        if self._looks and place in self._copied and grad is not None and grad.is_cpu:
+        if self._looks and index in self._copied and grad is not None and grad.is_cpu:
             if grad.layout is torch.strided and is_finite(grad.detach()):
-                self._finite[place] = view._version
+                self._finite[index] = view._version
 
-    def is_copied(self, place: int) -> bool:
+    def is_copied(self, index: int) -> bool:
         """Say whether `ready` was called for an owned gradient and nobody has changed it since."""
-        grad = self._parameters[place].grad
-        copied, version = self.copied.get(place, (grad, None))
+        grad = self._parameters[index].grad
+        copied, version = self.copied.get(index, (grad, None))
         return version is not None and copied is grad and (grad is None or grad._version == version)
 
-    def view(self, place: int) -> Tensor:
-        """Give the n-th's place in the vector."""
-        return self._views[place]
+    def view(self, index: int) -> Tensor:
+        """Give the n-th parameter's view of the vector."""
+        return self._views[index]
 
-    def finite(self, place: int) -> bool:
+    def finite(self, index: int) -> bool:
         """Say whether `ready` has seen that the n-th's gradient is finite, and none came since."""
-        return self._finite.get(place, -1) == self._views[place]._version
+        return self._finite.get(index, -1) == self._views[index]._version
 
     def _in_place(self, grads: Sequence[Tensor | None]) -> bool:
         return all(map(is_, map(_GRAD, self._parameters), grads))
@@ -193,32 +191,32 @@ class Gradients:
     def _read(self) -> list[int]:
         return list(map(_VERSION, self._views))
 
-    def _check_untouched(self, place: int) -> None:
+    def _check_untouched(self, index: int) -> None:
         """See whether a change of a gradient between two backwards does harm."""
-        any_left, had = _any(self._views[place]), self._has[place]
+        any_left, had = _any(self._views[index]), self._has[index]
         if any_left:
-            raise _own_backward(self._names[place])
+            raise _own_backward(self._names[index])
         if had:
-            raise _lost(self._names[place])
+            raise _lost(self._names[index])
 
     @torch.no_grad()
-    def _collect(self, place: int, grad: Tensor | None) -> None:
+    def _collect(self, index: int, grad: Tensor | None) -> None:
         """
         Put the gradient that is elsewhere now into the view, and the view in its place.
 
         Where torch puts one elsewhere, under `create_graph`, it is the whole sum so far.
         """
-        view, name = self._views[place], self._names[place]
-        if self._has[place] and (grad is None or not grad.requires_grad):
+        view, name = self._views[index], self._names[index]
+        if self._has[index] and (grad is None or not grad.requires_grad):
             raise _lost(name)
         if grad is None:
-            old = self._stale and self._first[place] is None
-            if old or view._version != self._versions[place]:
+            old = self._stale and self._first[index] is None
+            if old or view._version != self._versions[index]:
                 view.zero_()
-                self._versions[place] = view._version  # as torch: it has none
+                self._versions[index] = view._version  # as torch: it has none
         else:
             _copy(view, grad)
-        self._parameters[place].grad = view
+        self._parameters[index].grad = view
 
 
 @torch.no_grad()

@@ -1,24 +1,22 @@
-"""A model as layers that follow each other, given or traced, in runs that may be recomputed."""
+"""A model as layers that follow each other, given or traced."""
 
 import threading
 from collections import defaultdict
 from collections.abc import Container, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.utils.checkpoint import checkpoint
 
 from distplat.platform.errors import Problem, SpecError
 from distplat.strategies.algorithms.partition import bounds
-from distplat.strategies.model.block_layers import Order, block_modules, most_blocks
+from distplat.strategies.model.block_layers import CallOrder, block_modules, most_blocks
 from distplat.strategies.model.model_call import ModelCall, changed_modes, torch_modes
 from distplat.strategies.model.module_hooks import called_hooks
-from distplat.strategies.model.trials import ModuleSnapshot, ReadAgain, Runner
+from distplat.strategies.model.trials import ModuleSnapshot, Runner
 from distplat.strategies.task_methods import names_in
-from distplat.strategies.torch_compat import DrawWatch, has_running_statistics
+from distplat.strategies.torch_compat import DrawWatch
 
 ModuleOrTensor = nn.Module | Tensor
 
@@ -96,7 +94,6 @@ class Stage(Runner):
 
     def __init__(self, layers: Sequence[Layer]) -> None:
         super().__init__()
-        self.layer_names = [layer.name for layer in layers]
         # In a tuple: not registered once more.
         self.in_order = tuple(layer.module for layer in layers)
         every = (module for layer in layers for module in layer.module.modules())
@@ -113,18 +110,18 @@ class Stage(Runner):
 
     def _attach(self, name: str, part: ModuleOrTensor, *, saved: bool) -> None:
         # Not by add_module and its like: a user's part may have the name of a method of ours.
-        home: nn.Module = self
+        owner: nn.Module = self
         *path, last = name.split(".")
         for step in path:
-            inner = home._modules.setdefault(step, nn.Module())
+            inner = owner._modules.setdefault(step, nn.Module())
             assert inner is not None, "parts are modules"
-            home = inner
+            owner = inner
         if isinstance(part, nn.Module):
-            home._modules[last] = part
+            owner._modules[last] = part
         elif isinstance(part, nn.Parameter):
-            home._parameters[last] = part
+            owner._parameters[last] = part
         else:
-            home.register_buffer(last, part, persistent=saved)
+            owner.register_buffer(last, part, persistent=saved)
 
 
 def refuse_tied(layers: Sequence[Layer], points: Sequence[int]) -> None:
@@ -237,7 +234,7 @@ def traced_layers(model: nn.Module) -> list[Layer]:
 
 
 def found_layers(
-    model: nn.Module, call: ModelCall | None = None, order: Order | None = None
+    model: nn.Module, call: ModelCall | None = None, order: CallOrder | None = None
 ) -> list[Layer]:
     """
     Find a model's layers: by a trace, or around its list of blocks where that gives more.
@@ -263,7 +260,7 @@ def found_layers(
 
 
 def layers_around_blocks(
-    model: nn.Module, call: ModelCall, order: Order | None
+    model: nn.Module, call: ModelCall, order: CallOrder | None
 ) -> list[Layer] | None:
     """
     Give the layers of `block_modules`; the last is named by what the first has not.
@@ -283,14 +280,14 @@ def layers_around_blocks(
 def with_all_names(model: nn.Module, given: Sequence[Layer]) -> list[Layer]:
     """Have parameters of several names have all of them, in the first layer that they are in."""
     layers = list(given)
-    homes: dict[int, int] = {}
+    first_layers: dict[int, int] = {}
     for number, layer in enumerate(layers):
         for _, tensor in _named(layer):
-            homes.setdefault(id(tensor), number)
+            first_layers.setdefault(id(tensor), number)
     named = {name for layer in layers for name, _ in _named(layer)}
     for name, tensor in model.named_parameters(remove_duplicate=False):
-        if name not in named and (home := homes.get(id(tensor))) is not None:
-            layers[home] = replace(layers[home], parts={**layers[home].parts, name: tensor})
+        if name not in named and (owner := first_layers.get(id(tensor))) is not None:
+            layers[owner] = replace(layers[owner], parts={**layers[owner].parts, name: tensor})
     return layers
 
 
@@ -419,82 +416,3 @@ def _segment(
         copies[node] = graph.node_copy(node, copies.__getitem__)
     graph.output(copies[leaving])
     return fx.GraphModule(model, graph)
-
-
-def recomputed(stage: nn.Module, inputs: Any) -> Any:
-    """
-    Run a stage so that its activations are computed again in backward.
-
-    Raises:
-        SpecError: forward writes into tensors that are not trained, and would do so twice.
-    """
-    if not torch.is_grad_enabled():
-        return stage(inputs)
-
-    def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-        return nullcontext(), _RunAgain(stage)
-
-    before, kept = _state(stage), [*_kept_in_attributes(stage)]
-    outputs = checkpoint(
-        stage, inputs, use_reentrant=False, preserve_rng_state=True, context_fn=contexts
-    )
-    written = [name for name, known in _state(stage).items() if before.get(name) != known]
-    written += [name for name, tensor, version in kept if tensor._version != version]
-    if written:
-        text = f"forward writes into {', '.join(written)}, and `recompute` runs it twice"
-        raise SpecError(Problem(("strategy", "recompute"), text, "leave `recompute` out"))
-    return outputs
-
-
-def _state(stage: nn.Module) -> dict[str, tuple[int, int]]:
-    """Give by name what tells that a tensor that is not trained was written, or replaced."""
-    found = {}
-    for path, module in stage.named_modules():
-        own = dict(module._parameters)
-        if not has_running_statistics(module):  # of norms, `_RunAgain` takes care
-            own |= module._buffers
-        for name, tensor in own.items():
-            if tensor is not None and not tensor.requires_grad:
-                found[_name_in_model(path, name)] = id(tensor), tensor._version
-    return found
-
-
-def _kept_in_attributes(stage: nn.Module) -> Iterator[tuple[str, Tensor, int]]:
-    """Give tensors in attributes, with their names and versions: `_RunAgain` puts them back."""
-    for path, module in stage.named_modules():
-        for name, value in vars(module).items():
-            if isinstance(value, Tensor) and not value.requires_grad:
-                yield _name_in_model(path, name), value, value._version
-
-
-def _name_in_model(path: str, name: str) -> str:
-    return f"{path}.{name}".removeprefix("chunk.").removeprefix("model.").removeprefix(".")
-
-
-class _RunAgain:
-    """
-    Has norms update copies of their running statistics, which are then thrown away.
-
-    Attributes are those that the first forward found. Entered once per recomputation: twice where a
-    schedule splits backward.
-    """
-
-    def __init__(self, stage: nn.Module) -> None:
-        self._stage, self._attributes = stage, ReadAgain(stage)
-        self._kept: list[tuple[nn.Module, dict[str, Tensor | None]]] = []
-
-    def __enter__(self) -> None:
-        self._kept = [
-            (module, dict(module._buffers))
-            for module in self._stage.modules()
-            if has_running_statistics(module) and module.training and module.track_running_stats
-        ]
-        for module, buffers in self._kept:
-            for name, buffer in buffers.items():
-                module._buffers[name] = None if buffer is None else buffer.clone()
-        self._attributes.__enter__()
-
-    def __exit__(self, *error: object) -> None:
-        self._attributes.__exit__()
-        for module, buffers in self._kept:
-            module._buffers.update(buffers)

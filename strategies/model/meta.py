@@ -121,8 +121,8 @@ def _own(module: nn.Module) -> list[tuple[str, Tensor]]:
 
 
 def _shared(layers: Sequence[Layer]) -> list[list[tuple[nn.Module, str]]]:
-    """Give the places of each tensor that has several; `to_empty` makes a tensor for each."""
-    places: dict[int, list[tuple[nn.Module, str]]] = {}
+    """Give the owners of each tensor that has several; `to_empty` makes a tensor for each."""
+    owners: dict[int, list[tuple[nn.Module, str]]] = {}
     seen: set[int] = set()
     for layer in layers:
         for module in layer.module.modules():
@@ -130,5 +130,5 @@ def _shared(layers: Sequence[Layer]) -> list[list[tuple[nn.Module, str]]]:
                 continue
             seen.add(id(module))
             for name, tensor in _own(module):
-                places.setdefault(id(tensor), []).append((module, name))
-    return [some for some in places.values() if len(some) > 1]
+                owners.setdefault(id(tensor), []).append((module, name))
+    return [some for some in owners.values() if len(some) > 1]

@@ -34,15 +34,15 @@ from distplat.strategies.model.flat import FlatModel
 from distplat.strategies.model.module_hooks import has_hook_after_backward
 from distplat.strategies.model.sync_batch_norm import SyncNorms
 from distplat.strategies.model.written_tensors import (
+    BufferRule,
     CappedTables,
-    Rule,
-    Values,
+    TensorValues,
     VersionCounters,
     Watched,
     copied_into,
     first_writer,
     first_written,
-    watch,
+    watch_tensor,
 )
 
 _FIRST_STEPS = 3
@@ -84,7 +84,7 @@ class ModelState:
         choose: Callable[[str], str | None] = lambda name: None,
     ) -> None:
         self._flat, self.shares = flat, shares
-        self._watched = list(watch(flat.model, choose, flat.extra))
+        self._watched = list(watch_tensor(flat.model, choose, flat.extra))
         slots = [(number, one.slot) for number, one in enumerate(self._watched) if one.trained]
         self._hooked = {number for number, slot in slots if has_hook_after_backward(slot.tensor)}
         """Those with a hook of the user's that is called with the gradient: ours come later."""
@@ -97,7 +97,7 @@ class ModelState:
         self._served = ""  #: where trained parameters are the servers': what to do instead
         self._shifting = False
         self._mark()
-        self._values: Values | None = None  #: as they were kept, where they will be compared
+        self._values: TensorValues | None = None  #: as they were kept, where they will be compared
         self._new: set[int] = set()  #: what this rank alone knows of
         self._until = _FIRST_STEPS
         self.version: int | None = None  #: of what is kept; None: nothing is
@@ -203,13 +203,13 @@ class ModelState:
             self._watched[number].refresh()  # a frozen parameter may have been thawed
         for number in [n for n in moved if self._watched[n].thawed]:
             self._known.discard(number)
-            self._watched[number].let_go()
+            self._watched[number].drop_copy()
         changed = self._known | moved
         for number, one in enumerate(self._watched):
             if one.copied:
                 one.keep(changed=number in changed)
         self._mark()
-        self._values = Values(self._uncopied()) if self._thorough(version) else None
+        self._values = TensorValues(self._uncopied()) if self._thorough(version) else None
         self.version = self._synchronized = version
         if self._norms is not None:
             self._norms.begin(version)
@@ -234,7 +234,7 @@ class ModelState:
         self.keep(version)
 
     def step_back(self) -> None:
-        """Put back what was kept before that."""
+        """Restore the version before the one that was kept last."""
         for one in self._watched:
             if one.has_copy and one.before is not None and not (one.trained and self._served):
                 one.kept = one.before
@@ -243,7 +243,7 @@ class ModelState:
 
     def discard(self) -> None:
         """
-        Put back what an evaluation has written; what has no copy is the next step's news.
+        Restore what an evaluation has written; what has no copy, the next step reports as changed.
 
         Raises:
             SpecError: it wrote a trained parameter that servers keep.
@@ -292,7 +292,7 @@ class ModelState:
             return
         own = self._flat.params.clone()
         before = own.clone()
-        with self._flat.shown(own):
+        with self._flat.with_params(own):
             yield
             written = self._flat.written(own, before)
         if written is not None:
@@ -303,7 +303,7 @@ class ModelState:
         if self._norms is not None:
             self._norms.finish(step)
 
-    def news(self, step: int) -> bool:
+    def changed(self, step: int) -> bool:
         """
         Say whether this rank's forward wrote what ranks do not know of yet; once per step.
 
@@ -324,24 +324,24 @@ class ModelState:
         self._new |= found | shaped
         return bool(self._new)
 
-    def synchronize(self, step: int, news: bool | None = None) -> None:
+    def synchronize(self, step: int, changed: bool | None = None) -> None:
         """
         Make what changed equal on all ranks, after the step's forwards and before its update.
 
         Args:
             step: under way.
-            news: whether `news` was true on some rank; None: the ranks ask each other.
+            changed: whether `changed` was true on some rank; None: the ranks ask each other.
 
         Raises:
             CollectiveError: a rank is missing.
-            SpecError: see `news`.
+            SpecError: see `changed`.
         """
-        mine = self.news(step) if news is None else bool(self._new)
+        mine = self.changed(step) if changed is None else bool(self._new)
         group, own = self._group, self._new
         if group is None or group.world == 1:
             self._learn(own)
         else:
-            if self._asked(group, mine) if news is None else news:
+            if self._asked(group, mine) if changed is None else changed:
                 self._agree(group, step)
             self._exchange(group, step, own)
         if self._tables is not None:
@@ -400,7 +400,7 @@ class ModelState:
         """Give the first rank that had samples."""
         return next((rank for rank, one in enumerate(self.shares.samples(step)) if one), 0)
 
-    def _those(self, rule: Rule) -> list[Watched]:
+    def _those(self, rule: BufferRule) -> list[Watched]:
         """Give what is known to change and goes by a rule, in the order of all ranks."""
         return [one for n in sorted(self._known) if (one := self._watched[n]).rule == rule]
 

@@ -5,7 +5,7 @@ Both leave names, parameters and `state_dict` as they are.
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from fnmatch import fnmatchcase
 from functools import partial
 from typing import Any
@@ -59,8 +59,11 @@ def checkpoint_activations(module: nn.Module) -> None:
     )
 
 
-_Place = tuple[dict[str, Any], str]
+_BufferKey = tuple[dict[str, Any], str]
 """Of a buffer, or a tensor in an attribute: the module's dictionary that has it, and its name."""
+
+_Read = list[tuple[_BufferKey, Tensor | None]]
+"""Buffers, and copies of them."""
 
 
 class WrittenBuffers:
@@ -74,12 +77,12 @@ class WrittenBuffers:
     """
 
     def __init__(self, module: nn.Module) -> None:
-        self._buffers: list[_Place] = []
+        self._buffers: list[_BufferKey] = []
         #: written without a version, and not read in the mode that writes them
-        self._statistics: list[_Place] = []
+        self._statistics: list[_BufferKey] = []
         for one in module.modules():
-            places = [(one._buffers, key) for key in one._buffers]
-            (self._statistics if has_running_statistics(one) else self._buffers).extend(places)
+            keys = [(one._buffers, key) for key in one._buffers]
+            (self._statistics if has_running_statistics(one) else self._buffers).extend(keys)
             own = (
                 (vars(one), key) for key, value in vars(one).items() if isinstance(value, Tensor)
             )
@@ -90,32 +93,37 @@ class WrittenBuffers:
 
     def contexts(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
         """Give what is around a forward, and around the same one in backward."""
-        read: list[tuple[_Place, Tensor | None]] = []  #: the values that the first one read
-        again = partial(self._around_second, read, ReadAgain(self._module))
-        return self._around_first(read), _EachTime(again)
+        read: _Read = []
+        return self._around_first(read), self.around_second(read)
+
+    def around_second(self, read: _Read) -> AbstractContextManager[None]:
+        """
+        Give what is around forwards in backward: they read and write copies.
+
+        Args:
+            read: what the first one has read of the buffers that it writes; filled until then.
+        """
+        return _EachTime(partial(self._with_copies, read, ReadAgain(self._module)))
 
     @contextmanager
-    def _around_first(self, read: list[tuple[_Place, Tensor | None]]) -> Iterator[None]:
+    def _around_first(self, read: _Read) -> Iterator[None]:
         copied = range(len(self._buffers)) if self._seen < _LEARNING else self._written
         values = {number: _clone(_there(self._buffers[number])) for number in copied}
-        before = [_mark(place) for place in self._buffers]
+        before = [_mark(buffer) for buffer in self._buffers]
         yield
         self._seen += torch.is_grad_enabled()
-        for number, place in enumerate(self._buffers):
-            if _mark(place) != before[number]:
+        for number, buffer in enumerate(self._buffers):
+            if _mark(buffer) != before[number]:
                 if number not in values:
-                    raise _late(place[1])
+                    raise _late(buffer[1])
                 self._written.add(number)
-                read.append((place, values[number]))
+                read.append((buffer, values[number]))
 
     @contextmanager
-    def _around_second(
-        self, read: list[tuple[_Place, Tensor | None]], attributes: ReadAgain
-    ) -> Iterator[None]:
-        """Have the forward read and write copies."""
-        copies = [(place, _clone(value)) for place, value in read]
-        copies += [(place, _clone(_there(place))) for place in self._statistics]
-        after = [_there(place) for place, _ in copies]
+    def _with_copies(self, read: _Read, attributes: ReadAgain) -> Iterator[None]:
+        copies = [(buffer, _clone(value)) for buffer, value in read]
+        copies += [(buffer, _clone(_there(buffer))) for buffer in self._statistics]
+        after = [_there(buffer) for buffer, _ in copies]
         with attributes:
             for (where, key), value in copies:
                 where[key] = value
@@ -124,6 +132,57 @@ class WrittenBuffers:
             finally:
                 for ((where, key), _), tensor in zip(copies, after, strict=True):
                     where[key] = tensor
+
+
+def recomputed(stage: nn.Module, inputs: Any) -> Any:
+    """
+    Run a stage so that its activations are computed again in backward.
+
+    Raises:
+        SpecError: forward writes into tensors that are not trained, and would do so twice.
+    """
+    if not torch.is_grad_enabled():
+        return stage(inputs)
+
+    def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+        return nullcontext(), written.around_second([])
+
+    written = WrittenBuffers(stage)
+    before, kept = _state(stage), [*_kept_in_attributes(stage)]
+    outputs = checkpoint(
+        stage, inputs, use_reentrant=False, preserve_rng_state=True, context_fn=contexts
+    )
+    names = [name for name, known in _state(stage).items() if before.get(name) != known]
+    names += [name for name, tensor, version in kept if tensor._version != version]
+    if names:
+        text = f"forward writes into {', '.join(names)}, and `recompute` runs it twice"
+        raise SpecError(Problem(("strategy", "recompute"), text, "leave `recompute` out"))
+    return outputs
+
+
+def _state(stage: nn.Module) -> dict[str, tuple[int, int]]:
+    """Give by name what tells that a tensor that is not trained was written, or replaced."""
+    found = {}
+    for path, module in stage.named_modules():
+        own = dict(module._parameters)
+        if not has_running_statistics(module):  # of norms, the second forward has copies
+            own |= module._buffers
+        for name, tensor in own.items():
+            if tensor is not None and not tensor.requires_grad:
+                found[_name_in_model(path, name)] = id(tensor), tensor._version
+    return found
+
+
+def _kept_in_attributes(stage: nn.Module) -> Iterator[tuple[str, Tensor, int]]:
+    """Give tensors in attributes, with their names and versions: `ReadAgain` puts them back."""
+    for path, module in stage.named_modules():
+        for name, value in vars(module).items():
+            if isinstance(value, Tensor) and not value.requires_grad:
+                yield _name_in_model(path, name), value, value._version
+
+
+def _name_in_model(path: str, name: str) -> str:
+    return f"{path}.{name}".removeprefix("chunk.").removeprefix("model.").removeprefix(".")
 
 
 class _EachTime:
@@ -147,8 +206,8 @@ class _EachTime:
         self._entered.pop().__exit__(*error)
 
 
-def _there(place: _Place) -> Tensor | None:
-    where, key = place
+def _there(buffer: _BufferKey) -> Tensor | None:
+    where, key = buffer
     found = where.get(key)
     return found if isinstance(found, Tensor) else None
 
@@ -157,9 +216,9 @@ def _clone(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.detach().clone()
 
 
-def _mark(place: _Place) -> tuple[int, int]:
+def _mark(buffer: _BufferKey) -> tuple[int, int]:
     """Tell whether a buffer was written, or another one put in its place."""
-    tensor = _there(place)
+    tensor = _there(buffer)
     return id(tensor), -1 if tensor is None else tensor._version
 
 

@@ -48,7 +48,7 @@ class _Range:
     """Neighbouring pieces that are updated alike; for torch they are a single parameter."""
 
     pieces: slice
-    """Places in the list of pieces."""
+    """Indices in the list of pieces."""
     start: int
     """First element of the vector."""
     stop: int
@@ -154,27 +154,27 @@ class FlatOptimizer(VectorOptimizer):
         count = self._layout.parameters
         found = dict(self._vectors)
         used = torch.zeros(count, dtype=torch.bool)
-        places = torch.from_numpy(self._slots)
-        used[places] = torch.from_numpy(self._used)
+        indices = torch.from_numpy(self._slots)
+        used[indices] = torch.from_numpy(self._used)
         for name, values in self._scalars.items():
             of_all = torch.zeros(count, dtype=values.dtype)
-            of_all[places] = values.cpu()
+            of_all[indices] = values.cpu()
             found[PER_PARAMETER + name] = of_all
         return {**found, **average, USED: used}
 
     @override
     def load(self, state: Mapping[str, Tensor]) -> None:
         """Take over what `state` of an equal optimizer gave; copied. Nothing: as if it were new."""
-        places = torch.from_numpy(self._slots)
+        indices = torch.from_numpy(self._slots)
         used = state.get(USED)
-        self._used[:] = used[places].cpu().numpy() if used is not None else False
+        self._used[:] = used[indices].cpu().numpy() if used is not None else False
         self._vectors, self._scalars, self._ranges = {}, {}, None
         self._load_average(state)
         for name, values in state.items():
             if name in (USED, AVERAGE, UPDATES):
                 continue
             if name.startswith(PER_PARAMETER):
-                self._scalars[name.removeprefix(PER_PARAMETER)] = values[places].clone()
+                self._scalars[name.removeprefix(PER_PARAMETER)] = values[indices].clone()
             else:
                 self._vectors[name] = torch.zeros_like(self._vector).copy_(values)
 
@@ -330,8 +330,8 @@ def optimizer_of(
     spec: Optimizer,
     vector: Tensor,
     gradient: Tensor,
-    layout: Layout | None = None,
-    ema: EMA | None = None,
+    layout: Layout | None,
+    ema: EMA | None,
 ) -> VectorOptimizer:
     """Make the optimizer of a run of the flat vector; see both for the arguments."""
     kind: type[TensorOptimizer | FlatOptimizer]

@@ -36,7 +36,7 @@ def typed_views(vector: Tensor, segments: Sequence[Segment]) -> list[Tensor]:
 
 
 def segments_of(layout: Layout) -> NDArray[np.int64]:
-    """Give the place of each piece's segment."""
+    """Give the index of each piece's segment."""
     ends = np.array([segment.stop for segment in layout.segments], np.int64)
     starts = np.array([piece.start for piece in layout.pieces], np.int64)
     return np.searchsorted(ends, starts, side="right")
@@ -50,7 +50,7 @@ def scale_in_place(runs: Sequence[Tensor], scale: float) -> None:
 
 
 def squared_norm_of(
-    vector: Tensor, segments: Sequence[Segment], uncounted: Sequence[tuple[int, int]] = ()
+    vector: Tensor, segments: Sequence[Segment], duplicate_ranges: Sequence[tuple[int, int]] = ()
 ) -> float:
     """
     Give the sum of squares of a vector, in float64.
@@ -58,9 +58,9 @@ def squared_norm_of(
     Args:
         vector: shape [n].
         segments: of which types it is.
-        uncounted: runs to be left out, which rise.
+        duplicate_ranges: runs to be left out, which rise.
     """
-    return sum(squared_norm(run) for run in _without(vector, segments, uncounted))
+    return sum(squared_norm(run) for run in _without(vector, segments, duplicate_ranges))
 
 
 def _without(
@@ -110,9 +110,9 @@ def bits_of(tensor: Tensor) -> Tensor:
 
 def fill(tensor: Tensor, values: Tensor) -> None:
     """Write values of its shape into a tensor, which may be expanded: each element once."""
-    for place, stride in enumerate(tensor.stride()):
-        if stride == 0 and tensor.shape[place] > 1:
-            tensor, values = tensor.narrow(place, 0, 1), values.narrow(place, 0, 1)
+    for dim, stride in enumerate(tensor.stride()):
+        if stride == 0 and tensor.shape[dim] > 1:
+            tensor, values = tensor.narrow(dim, 0, 1), values.narrow(dim, 0, 1)
     tensor.copy_(values)
 
 
@@ -136,7 +136,7 @@ _BLOCK_BYTES = 4096
 _TAIL_BYTES = 64 << 20
 """So much may the tail take in any case; else no more than what is trained."""
 
-Named = list[tuple[str, nn.Parameter]]
+NamedParams = list[tuple[str, nn.Parameter]]
 
 GroupOf = Callable[[str], int]
 """Gives the number of a parameter's group by its name, see `Piece.group`."""
@@ -165,7 +165,7 @@ class Slot:
         return (run if run.dtype == self.dtype else run.view(self.dtype)).view(self.shape)
 
 
-def trainable(model: nn.Module, extra: Mapping[str, Tensor]) -> Named:
+def trainable(model: nn.Module, extra: Mapping[str, Tensor]) -> NamedParams:
     """
     Give the parameters to be trained; an empty one has nothing to train.
 
@@ -203,13 +203,13 @@ def trainable(model: nn.Module, extra: Mapping[str, Tensor]) -> Named:
     return found
 
 
-def by_type(named: Named) -> Named:
+def by_type(named: NamedParams) -> NamedParams:
     """Sort parameters by type, in the order in which types first occur; else as they are."""
     order = list(dict.fromkeys(p.dtype for _, p in named))
     return sorted(named, key=lambda one: order.index(one[1].dtype))
 
 
-def room_for(frozen: Named, trained: Named, model: nn.Module) -> Named:
+def room_for(frozen: NamedParams, trained: NamedParams, model: nn.Module) -> NamedParams:
     """
     Give the frozen parameters that may take part in training later: the vector has room for them.
 
@@ -233,28 +233,30 @@ def room_for(frozen: Named, trained: Named, model: nn.Module) -> Named:
     return found if sum(p.nbytes for _, p in found) <= limit else []
 
 
-def lay_out(named: Named, tail: Named, group_of: GroupOf) -> tuple[list[Slot], Layout, torch.dtype]:
-    """Give each parameter, sorted by type, its place; what lies where; the vector's type."""
+def lay_out(
+    named: NamedParams, tail: NamedParams, group_of: GroupOf
+) -> tuple[list[Slot], Layout, torch.dtype]:
+    """Give each parameter, sorted by type, its slot; what lies where; the vector's type."""
     mixed = len({p.dtype for _, p in named}) > 1
     slots: list[Slot] = []
     segments: list[Segment] = []
-    end = _place(named, 0, mixed, slots, segments)
+    end = _append_slots(named, 0, mixed, slots, segments)
     begin = -(-end // _ALIGN) * _ALIGN if tail else end
     segments[-1] = Segment(segments[-1].start, begin, segments[-1].dtype)
-    size = _place(tail, begin, mixed, slots, segments) if tail else begin
+    size = _append_slots(tail, begin, mixed, slots, segments) if tail else begin
     segments[-1] = Segment(segments[-1].start, size, segments[-1].dtype)
     pieces = tuple(
-        Piece(place, slot.offset, slot.stop, group_of(slot.name), slot.shape)
-        for place, slot in enumerate(slots)
+        Piece(index, slot.offset, slot.stop, group_of(slot.name), slot.shape)
+        for index, slot in enumerate(slots)
     )
     layout = Layout(size, tuple(segments), pieces, len(slots), begin)
     return slots, layout, torch.uint8 if mixed else slots[0].dtype
 
 
-def _place(
-    named: Named, start: int, mixed: bool, slots: list[Slot], segments: list[Segment]
+def _append_slots(
+    named: NamedParams, start: int, mixed: bool, slots: list[Slot], segments: list[Segment]
 ) -> int:
-    """Put parameters one after the other, into segments of their own; give the first free place."""
+    """Append a slot for each parameter, in segments of their own; give the first free element."""
     offset = stop = start
     for name, p in named:
         length, align = (p.nbytes, _LINE_BYTES) if mixed else (p.numel(), _ALIGN)
@@ -268,14 +270,14 @@ def _place(
     return -(-stop // _BLOCK_BYTES) * _BLOCK_BYTES if mixed else stop
 
 
-Home = tuple[dict[str, nn.Parameter | None], str, str, nn.Parameter]
+Owner = tuple[dict[str, nn.Parameter | None], str, str, nn.Parameter]
 """A module's table of parameters, a key of it, the parameter's name, the parameter."""
 
 
-def homes(model: nn.Module, parameters: Sequence[nn.Parameter]) -> list[Home]:
+def owners_of(model: nn.Module, parameters: Sequence[nn.Parameter]) -> list[Owner]:
     """Give where the modules hold each parameter."""
     wanted = {id(parameter) for parameter in parameters}
-    found: list[Home] = []
+    found: list[Owner] = []
     for prefix, module in model.named_modules():
         for key, parameter in module._parameters.items():
             if parameter is not None and id(parameter) in wanted:

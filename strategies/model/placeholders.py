@@ -101,37 +101,37 @@ def answering(model: nn.Module, block: Callable[..., Any], other: Any) -> Iterat
             one.answer = _not_called
 
 
-Homes = Sequence[tuple[str, nn.Module]]
+Ancestors = Sequence[tuple[str, nn.Module]]
 """The modules that have the blocks inside, with the beginnings of their tensors' names."""
 
 
-def homes_of(model: nn.Module, path: str) -> Homes:
+def ancestors_of(model: nn.Module, path: str) -> Ancestors:
     """Give a model and what it has on the way to the list of this name."""
-    found, home = [], ""
+    found, prefix = [], ""
     for step in path.split("."):
-        found.append((home, model))
-        model, home = model.get_submodule(step), f"{home}{step}."
+        found.append((prefix, model))
+        model, prefix = model.get_submodule(step), f"{prefix}{step}."
     return found
 
 
 @contextmanager
-def unwritten(homes: Homes) -> Iterator[None]:
+def unwritten(ancestors: Ancestors) -> Iterator[None]:
     """
     See that a forward writes no tensor of the modules that have the blocks inside.
 
     Raises:
         SpecError: it does; two stages run it, each with a copy.
     """
-    before = _own_tensors(homes)
+    before = _own_tensors(ancestors)
     yield
-    now = _own_tensors(homes)
+    now = _own_tensors(ancestors)
     for name, (tensor, version) in before.items():
         if name not in now or now[name][0] is not tensor or now[name][1] != version:
             raise unfit(f"its forward writes `{name}`, and two stages run it")
 
 
-def _own_tensors(homes: Homes) -> dict[str, tuple[Tensor, int]]:
-    held = [(path, {**home._parameters, **home._buffers}) for path, home in homes]
+def _own_tensors(ancestors: Ancestors) -> dict[str, tuple[Tensor, int]]:
+    held = [(path, {**parent._parameters, **parent._buffers}) for path, parent in ancestors]
     return {
         f"{path}{name}": (tensor, tensor._version)
         for path, tensors in held

@@ -82,15 +82,15 @@ def _overlap(one: _Span, other: _Span) -> bool:
         return True
     begin, size = min(one.start, other.start), first.itemsize
     marks = torch.zeros((max(one.stop, other.stop) - begin) // size, dtype=torch.bool)
-    _places(marks, first, (one.start - begin) // size).fill_(True)
-    return bool(_places(marks, second, (other.start - begin) // size).any())
+    _elements(marks, first, (one.start - begin) // size).fill_(True)
+    return bool(_elements(marks, second, (other.start - begin) // size).any())
 
 
 def _is_dense(tensor: Tensor) -> bool:
     return math.prod(tensor.shape) == _reach(tensor)
 
 
-def _places(marks: Tensor, tensor: Tensor, offset: int) -> Tensor:
+def _elements(marks: Tensor, tensor: Tensor, offset: int) -> Tensor:
     """Give the marks of a tensor's elements; of those that are one element, one."""
     strides = tensor.stride()
     pairs = zip(tensor.shape, strides, strict=True)

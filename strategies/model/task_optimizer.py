@@ -28,7 +28,7 @@ from distplat.platform.errors import Problem, SpecError
 from distplat.platform.optimizers import TaskOptimizer
 from distplat.platform.spec import Job
 from distplat.strategies.algorithms.seeds import update_seed
-from distplat.strategies.loop.checks import no_return, place
+from distplat.strategies.loop.checks import method_location, no_return
 from distplat.strategies.loop.seeding import seed_all, seed_quickly
 from distplat.strategies.model.ema import AveragedVector
 from distplat.strategies.model.flat import FlatModel
@@ -54,7 +54,7 @@ class MadeOptimizer:
         self._dict = deepcopy(optimizer.state_dict()) if self._packs else {}
         self._groups = [deepcopy(_plain(group)) for group in optimizer.param_groups]
 
-    def told(self, names: Mapping[int, str]) -> dict[str, Any]:
+    def state_by_name(self, names: Mapping[int, str]) -> dict[str, Any]:
         """
         Give its state.
 
@@ -72,38 +72,42 @@ class MadeOptimizer:
         ]
         return {"params": params, "state": state, "others": others, "groups": changed}
 
-    def put(self, told: Mapping[str, Any] | None, names: Mapping[int, str]) -> None:
+    def put(self, state_by_name: Mapping[str, Any] | None, names: Mapping[int, str]) -> None:
         """
-        Have it as `told` says; None: as it was made.
+        Have it as `state_by_name` says; None: as it was made.
 
         Raises:
             SpecError: that one has the parameters in other groups.
         """
         made, params = self.optimizer, self._params(names)
-        if told is not None and told["params"] != params:
+        if state_by_name is not None and state_by_name["params"] != params:
             raise _other_groups("other parameters in its groups")
         if self._packs:
-            made.load_state_dict(deepcopy(self._dict) if told is None else told["own"])
+            made.load_state_dict(
+                deepcopy(self._dict) if state_by_name is None else state_by_name["own"]
+            )
             return
-        changed = [{}] * len(params) if told is None else told["groups"]
+        changed = [{}] * len(params) if state_by_name is None else state_by_name["groups"]
         for group, old, new in zip(made.param_groups, self._groups, changed, strict=True):
             group.update(deepcopy(old) | new)
         made.state.clear()
-        if told is not None:
+        if state_by_name is not None:
             by_name = {names[id(p)]: p for group in made.param_groups for p in group["params"]}
-            made.state.update({by_name[name]: kept for name, kept in told["state"].items()})
-            made.state.update(told["others"])
+            made.state.update(
+                {by_name[name]: kept for name, kept in state_by_name["state"].items()}
+            )
+            made.state.update(state_by_name["others"])
 
     def _params(self, names: Mapping[int, str]) -> list[list[str]]:
         groups = self.optimizer.param_groups
         return [[names[id(p)] for p in group["params"]] for group in groups]
 
 
-Made = Sequence[MadeOptimizer]
+MadeOptimizers = Sequence[MadeOptimizer]
 """What a task's `optimizer` gave: one, or several that share the parameters out."""
 
 
-def make_optimizers(job: Job, task: Task, flat: FlatModel) -> tuple[Made, Job]:
+def make_optimizers(job: Job, task: Task, flat: FlatModel) -> tuple[MadeOptimizers, Job]:
     """
     Ask a task for its optimizer.
 
@@ -122,7 +126,7 @@ def make_optimizers(job: Job, task: Task, flat: FlatModel) -> tuple[Made, Job]:
     named = [*dense_parameters(flat.model), *flat.extra.items()]
     found = method_of(task, "optimizer")(named)
     given = [*found] if isinstance(found, list | tuple) else [found]
-    where = f"{place(task, 'optimizer')}optimizer()"
+    where = f"{method_location(task, 'optimizer')}optimizer()"
     if not given or not all(isinstance(one, torch.optim.Optimizer) for one in given):
         kinds = ", ".join(type(one).__name__ for one in given) or "nothing"
         wanted = "must return a torch.optim.Optimizer, or a list of them"
@@ -136,10 +140,10 @@ def make_optimizers(job: Job, task: Task, flat: FlatModel) -> tuple[Made, Job]:
     return made, job.model_copy(update={"optimizer": own})
 
 
-def optimizers_digest(made: Made, flat: FlatModel) -> str:
+def optimizers_digest(made: MadeOptimizers, flat: FlatModel) -> str:
     """Fingerprint classes, groups and arguments: equal on all ranks that train alike."""
     names, simple = _names(flat), (bool, int, float, str, tuple)
-    told = [
+    state_by_name = [
         (
             type(one.optimizer).__name__,
             [names[id(p)] for p in group["params"]],
@@ -148,7 +152,7 @@ def optimizers_digest(made: Made, flat: FlatModel) -> str:
         for one in made
         for group in one.optimizer.param_groups
     ]
-    return hashlib.sha256(repr(told).encode()).hexdigest()[:16]
+    return hashlib.sha256(repr(state_by_name).encode()).hexdigest()[:16]
 
 
 class TaskUpdate(LocalOptimizer):
@@ -162,7 +166,7 @@ class TaskUpdate(LocalOptimizer):
         made: see `make_optimizers`.
     """
 
-    def __init__(self, flat: FlatModel, job: Job, total_steps: int, made: Made) -> None:
+    def __init__(self, flat: FlatModel, job: Job, total_steps: int, made: MadeOptimizers) -> None:
         self._flat, self._job, self._total, self._made = flat, job, total_steps, made
         self.bounds = (0, flat.size)
         self._gradients = [slot.view(flat.grads) for slot in flat.slots]
@@ -181,8 +185,8 @@ class TaskUpdate(LocalOptimizer):
         """
         names = _names(self._flat)
         average = {} if self._average is None else self._average.state()
-        told = [one.told(names) for one in self._made]
-        tree, tensors = pack({"optimizers": told, "average": average}, "optimizer()")
+        state_by_name = [one.state_by_name(names) for one in self._made]
+        tree, tensors = pack({"optimizers": state_by_name, "average": average}, "optimizer()")
         text = json.dumps({"tree": tree, "devices": [one.device.type for one in tensors]})
         head = torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
         return {TREE: head, **{f"{TREE}/{n}": one for n, one in enumerate(tensors)}}
@@ -194,7 +198,7 @@ class TaskUpdate(LocalOptimizer):
         Raises:
             SpecError: it is of optimizers that have the parameters in other groups.
         """
-        told: list[Any] = [None] * len(self._made)
+        state_by_name: list[Any] = [None] * len(self._made)
         average: Mapping[str, Tensor] = {}
         if TREE in state:
             head = json.loads(state[TREE].cpu().numpy().tobytes())
@@ -204,10 +208,12 @@ class TaskUpdate(LocalOptimizer):
                 for n, at in enumerate(head["devices"])
             ]
             tree = unpack(head["tree"], tensors)
-            told, average = tree["optimizers"], tree["average"]
-        if len(told) != len(self._made):
-            raise _other_groups(f"{len(told)} optimizers, the task makes {len(self._made)}")
-        for one, what in zip(self._made, told, strict=True):
+            state_by_name, average = tree["optimizers"], tree["average"]
+        if len(state_by_name) != len(self._made):
+            raise _other_groups(
+                f"{len(state_by_name)} optimizers, the task makes {len(self._made)}"
+            )
+        for one, what in zip(self._made, state_by_name, strict=True):
             one.put(what, _names(self._flat))
         if self._average is not None:
             self._average.load(average)
@@ -245,7 +251,7 @@ class TaskUpdate(LocalOptimizer):
             self.memory()
 
 
-def _groups(made: Made) -> Iterable[dict[str, Any]]:
+def _groups(made: MadeOptimizers) -> Iterable[dict[str, Any]]:
     return chain.from_iterable(one.optimizer.param_groups for one in made)
 
 
@@ -286,7 +292,7 @@ def _check_step(made: torch.optim.Optimizer, where: str) -> None:
         raise ValueError(f"{where} {text}: gradients are those of all workers, made once in a step")
 
 
-def _check_parameters(made: Made, flat: FlatModel, where: str) -> None:
+def _check_parameters(made: MadeOptimizers, flat: FlatModel, where: str) -> None:
     """See that every trainable parameter is in one group, and nothing else."""
     names = _names(flat)
     found = [p for group in _groups(made) for p in group["params"]]

@@ -174,14 +174,14 @@ class TensorOptimizer(VectorOptimizer):
     @override
     def load(self, state: Mapping[str, Tensor]) -> None:
         """Take over what `state` of an equal optimizer gave; copied. Nothing: as if it were new."""
-        places = {slot: number for number, slot in enumerate(self._slots.tolist())}
+        indices = {slot: number for number, slot in enumerate(self._slots.tolist())}
         for one in self._torch:
             one.state.clear()
         for key, value in state.items():
             name, _, slot = key.removeprefix(WHOLE).rpartition("/")
-            if key.startswith(WHOLE) and int(slot) in places:
-                place = places[int(slot)]
-                kept = self._states[place][self._parameters[place]]
+            if key.startswith(WHOLE) and int(slot) in indices:
+                index = indices[int(slot)]
+                kept = self._states[index][self._parameters[index]]
                 kept[name] = value.to(self._vector.device if value.ndim else "cpu", copy=True)
         self._load_average(state)
 

@@ -50,9 +50,9 @@ class WithoutDropout(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Call a function with 0 as the share that it drops."""
         named = dict(kwargs or {})
-        place, name = _DROPOUTS.get(func, (0, ""))
-        if name and len(args) > place:
-            args = (*args[:place], 0.0, *args[place + 1 :])
+        position, name = _DROPOUTS.get(func, (0, ""))
+        if name and len(args) > position:
+            args = (*args[:position], 0.0, *args[position + 1 :])
         elif name:
             named[name] = 0.0
         return func(*args, **named)
@@ -164,7 +164,7 @@ def _differing(held: Attributes, now: Mapping[str, Any], written: set[int]) -> I
 
 
 def _parts(content: Any) -> dict[Any, Any]:
-    """Give what a container holds by key or place."""
+    """Give what a container holds by key or index."""
     return dict(content) if isinstance(content, dict) else dict(enumerate(content))
 
 

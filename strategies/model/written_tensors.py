@@ -105,7 +105,7 @@ def _merged(values: Tensor, changed: Tensor, old: Tensor, group: Collective) -> 
     return torch.where(owner < group.world, theirs, old)
 
 
-Rule = Literal["rank0", "mean", "local", "written"]
+BufferRule = Literal["rank0", "mean", "local", "written"]
 """What ranks do with a tensor that a forward changed; `written`: see `model_state.py`."""
 _CHOICES = ("rank0", "mean", "local")
 _TINY_BYTES = 1 << 16
@@ -126,7 +126,13 @@ class Watched:
     """
 
     def __init__(
-        self, slot: ModuleSlot, rule: Rule, *, copied: bool, capped: bool, silent: bool = False
+        self,
+        slot: ModuleSlot,
+        rule: BufferRule,
+        *,
+        copied: bool,
+        capped: bool,
+        silent: bool = False,
     ) -> None:
         self.slot, self._rule = slot, rule
         self.copied, self.capped, self.silent = copied, capped, silent
@@ -148,7 +154,7 @@ class Watched:
         return self.trained and self._rule != "written"
 
     @property
-    def rule(self) -> Rule:
+    def rule(self) -> BufferRule:
         """What ranks do with it."""
         return "written" if self.capped or self.trained else self._rule
 
@@ -172,7 +178,7 @@ class Watched:
         self.before = self.kept
         self.kept, self.has_copy = copied_into(self.slot.tensor, spare), True
 
-    def let_go(self) -> None:
+    def drop_copy(self) -> None:
         """Keep no copy any more: gradients train it, and whoever updates it need not say so."""
         self.copied = self.has_copy = False
         self.kept = self.before = None
@@ -182,7 +188,7 @@ class Watched:
         self.slot.take(self.kept)
 
 
-class Values:
+class TensorValues:
     """
     What tensors hold at one moment, to see writes that nothing else shows.
 
@@ -271,7 +277,7 @@ class VersionCounters:
         return [id(tensor) for tensor in tensors], versions, addresses
 
 
-def watch(
+def watch_tensor(
     model: nn.Module, choose: Callable[[str], str | None], beside: MutableMapping[str, Tensor]
 ) -> Iterator[Watched]:
     """
@@ -293,7 +299,7 @@ def watch(
     for slot in slots_of(model):
         tensor = slot.tensor
         parameter, key = isinstance(tensor, nn.Parameter), id(tensor)
-        rule: Rule = "written"
+        rule: BufferRule = "written"
         if not (parameter and tensor is not None and tensor.requires_grad):
             rule = _chosen(choose, slot.name, averaged=key in averaged)
         small = rule != "written" and tensor is not None and tensor.nbytes <= _SMALL_BYTES
@@ -303,7 +309,7 @@ def watch(
         yield Watched(ModuleSlot(beside, name, name), "written", copied=False, capped=False)
 
 
-def _chosen(choose: Callable[[str], str | None], name: str, *, averaged: bool) -> Rule:
+def _chosen(choose: Callable[[str], str | None], name: str, *, averaged: bool) -> BufferRule:
     chosen = choose(name)
     if chosen is None:
         return "mean" if averaged else "rank0"

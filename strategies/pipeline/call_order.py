@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from distplat.strategies.collective import Collective, broadcast_value, gather_values
-from distplat.strategies.model.block_layers import Order, beside_blocks, list_of_blocks
+from distplat.strategies.model.block_layers import CallOrder, beside_blocks, list_of_blocks
 from distplat.strategies.model.model_call import ModelCall
 from distplat.strategies.model.trials import attributes_kept, untouched
 from distplat.strategies.pipeline.values import copied, on_device
@@ -34,11 +34,11 @@ def has_order(task: Task, model: nn.Module | None) -> bool:
 
 
 def agreed_order(
-    tried: Callable[[], Order] | None,
-    known: Order | None,
+    tried: Callable[[], CallOrder] | None,
+    known: CallOrder | None,
     group: Collective,
     device: torch.device,
-) -> Order:
+) -> CallOrder:
     """
     Give the order of a model's parts, the same on all ranks; each calls this.
 
@@ -51,16 +51,16 @@ def agreed_order(
     Raises:
         CollectiveError: a rank is missing.
     """
-    every: list[Order | None] = gather_values(known, group, device)
+    every: list[CallOrder | None] = gather_values(known, group, device)
     told = next((one for one in every if one is not None), None)
     if told is not None:
         return told
     mine = tried() if group.rank == 0 and tried is not None else {}
-    agreed: Order = broadcast_value(mine, 0, group, device)
+    agreed: CallOrder = broadcast_value(mine, 0, group, device)
     return agreed
 
 
-def order_of(model: nn.Module, call: ModelCall, inputs: Callable[[], Any]) -> dict[str, bool]:
+def call_order_of(model: nn.Module, call: ModelCall, inputs: Callable[[], Any]) -> dict[str, bool]:
     """
     Call a model in evaluation mode, and see which parts are called before and behind its blocks.
 

@@ -1,12 +1,12 @@
 """
 Messages between the stages of one replica: tensors whose shapes both ends know.
 
-What enters a place has the same form for all micro-batches of one size (`values.py`). So forms are
-agreed once per size, by a pass through the model that computes nothing else; from then on bare
-tensors travel, into buffers that are used again.
+What enters a virtual stage has the same form for all micro-batches of one size (`values.py`). So
+forms are agreed once per size, by a pass through the model that computes nothing else; from then on
+bare tensors travel, into buffers that are used again.
 
-    stage 0   first micro-batch of 4 ──▶ place 0 ──▶ "float32 [4, 64]", values ─┐
-    stage 1                                                         place 1 ◀──┘ ──▶ ...
+    stage 0   first micro-batch of 4 ──▶ chunk 0 ──▶ "float32 [4, 64]", values ─┐
+    stage 1                                                         chunk 1 ◀──┘ ──▶ ...
 
 Where whole batches enter the model, micro-batches of one size may differ: they are padded to their
 own longest sample, and those without padding may need no mask. There the number of its form goes
@@ -29,7 +29,7 @@ _ROOM = 2
 """Sends under way to one stage; who sends one more waits for the oldest."""
 
 Kind = tuple[int, int]
-"""(Place that a value enters, samples of its micro-batch)."""
+"""(Virtual stage that a value enters, samples of its micro-batch)."""
 
 
 class Channel:
@@ -50,13 +50,13 @@ class Channel:
         self._layouts: dict[Kind, ValueLayout] = {}
         self._free: defaultdict[Form, list[Tensor]] = defaultdict(list)
         self._under_way: defaultdict[int, deque[tuple[Handle, Tensor]]] = defaultdict(deque)
-        self.varies = False  #: what enters a place may have another form each time
-        self._sent: defaultdict[int, dict[Any, int]] = defaultdict(dict)  #: forms, by place
-        self._received: defaultdict[int, list[ValueLayout]] = defaultdict(list)  #: by place
+        self.varies = False  #: what enters a virtual stage may have another form each time
+        self._sent: defaultdict[int, dict[Any, int]] = defaultdict(dict)  #: forms, by virtual stage
+        self._received: defaultdict[int, list[ValueLayout]] = defaultdict(list)  #: by virtual stage
 
     def learn(self, kind: Kind, value: Any) -> ValueLayout:
         """
-        Note what enters a place.
+        Note what enters a virtual stage.
 
         Raises:
             SpecError: it cannot be sent; see `ValueLayout.of`.
@@ -65,7 +65,7 @@ class Channel:
         return layout
 
     def layout(self, kind: Kind) -> ValueLayout:
-        """Give the form of what enters a place, as it was learnt or heard."""
+        """Give the form of what enters a virtual stage, as it was learnt or heard."""
         return self._layouts[kind]
 
     def send_layout(self, kind: Kind, to: int) -> None:
@@ -75,7 +75,7 @@ class Channel:
         self._send(text.to(self._device), to)
 
     def receive_layout(self, kind: Kind, source: int) -> ValueLayout:
-        """Hear from a stage the form of what enters a place of this one."""
+        """Hear from a stage the form of what enters a virtual stage of this one."""
         head = torch.zeros(2, dtype=torch.int64, device=self._device)
         self._receive(head, source)
         length, varies = head.tolist()
@@ -96,7 +96,7 @@ class Channel:
             self._send(packing.pack(tensors), to)
 
     def send_with_layout(
-        self, place: int, layout: ValueLayout, tensors: Sequence[Tensor], to: int
+        self, virtual_stage: int, layout: ValueLayout, tensors: Sequence[Tensor], to: int
     ) -> None:
         """
         Hand a stage what enters its place, with its form; see `send`.
@@ -104,7 +104,7 @@ class Channel:
         Raises:
             SpecError: the form cannot be told.
         """
-        known, key = self._sent[place], layout.key
+        known, key = self._sent[virtual_stage], layout.key
         packing, encoded = layout.values, b""
         if key not in known:
             layout.check_serializable()
@@ -117,12 +117,14 @@ class Channel:
         self._send(torch.tensor(head, device=self._device), to)
         self._send(message, to)
 
-    def receive_with_layout(self, place: int, source: int) -> tuple[ValueLayout, list[Tensor]]:
-        """Take what enters a place of this stage, with its form; see `receive`."""
+    def receive_with_layout(
+        self, virtual_stage: int, source: int
+    ) -> tuple[ValueLayout, list[Tensor]]:
+        """Take what enters a virtual stage of this stage, with its form; see `receive`."""
         head = torch.zeros(3, dtype=torch.int64, device=self._device)
         self._receive(head, source)
         number, length, size = head.tolist()
-        known = self._received[place]
+        known = self._received[virtual_stage]
         if not length:
             layout = known[number]
             buffer = self.receive(layout.values, source)
@@ -130,7 +132,7 @@ class Channel:
             return layout, layout.values.unpack(buffer)
         message = torch.empty(size, dtype=torch.uint8, device=self._device)
         self._receive(message, source)
-        layout = ValueLayout.from_bytes(place, bytes(message[:length].cpu().numpy()))
+        layout = ValueLayout.from_bytes(virtual_stage, bytes(message[:length].cpu().numpy()))
         known.append(layout)
         return layout, layout.values.behind(length).unpack(message)[1:]
 
@@ -181,6 +183,6 @@ class Channel:
         try:
             work()
         except CollectiveError as error:
-            missing = tuple(self._names[place] for place in error.missing)
+            missing = tuple(self._names[stage] for stage in error.missing)
             cause = f"{error.cause}; waiting for stage {stage}"
             raise type(error)(error.group, error.operation, error.number, missing, cause) from None

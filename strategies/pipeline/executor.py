@@ -92,7 +92,7 @@ class StageContext:
     """Where a rank sits in its pipeline, and what it works with."""
 
     chunks: dict[int, Chunk]
-    """This rank's, by place along the model."""
+    """This rank's, by virtual stage."""
     stage: int
     """This rank's."""
     stages: int
@@ -107,21 +107,21 @@ class StageContext:
 
     @property
     def depth(self) -> int:
-        """Places along the whole model."""
+        """Virtual stages of the whole model."""
         return len(self.chunks) * self.stages
 
-    def is_last(self, place: int) -> bool:
-        """Whether what the place gives goes into the loss."""
-        return place + 1 == self.depth
+    def is_last(self, virtual_stage: int) -> bool:
+        """Whether what the virtual stage gives goes into the loss."""
+        return virtual_stage + 1 == self.depth
 
 
 class _Live(NamedTuple):
     """A micro-batch between forward and backward."""
 
     inputs: list[Tensor]
-    """Those whose gradients go back to the place before."""
+    """Those whose gradients go back to the virtual stage before."""
     outputs: list[Tensor]
-    """Those whose gradients come from the place behind; on the last place the loss."""
+    """Those whose gradients come from the virtual stage behind; on the last one the loss."""
     buffer: Tensor | None
     """What `inputs` lie in, if it is to be given back."""
 
@@ -143,7 +143,7 @@ class ScheduleRun:
         plan: what is to be done.
         source: of micro-batches.
         listener: told when gradients become final; None: forwards alone.
-        look: shown what each place gives, before it is differentiated.
+        look: shown what each virtual stage gives, before it is differentiated.
         writes: watches what forwards write that a backward follows.
     """
 
@@ -163,11 +163,10 @@ class ScheduleRun:
         self._final = plan.schedule.micro_batches - 1
         self._splits = plan.schedule.splits_backward
         self._have: dict[Message, _Held] = {}
-        self._layouts: dict[
-            tuple[int, int], ValueLayout
-        ] = {}  #: by place and micro-batch, if they vary
+        #: by virtual stage and micro-batch, if they vary
+        self._layouts: dict[tuple[int, int], ValueLayout] = {}
         self._live: dict[tuple[int, int], _Live] = {}
-        self._late: dict[tuple[int, int], tuple[_Live, _Held]] = {}
+        self._deferred: dict[tuple[int, int], tuple[_Live, _Held]] = {}
         self.spans: list[TraceSpan] = []
 
     def run(self) -> list[TraceSpan]:
@@ -198,7 +197,7 @@ class ScheduleRun:
 
     def _send(self, step: Send) -> None:
         message, tensors = step.message, self._have.pop(step.message).tensors
-        if self._told_along(message):
+        if self._carries_layout(message):
             layout = self._layout(message.target, message.micro_batch)
             self._channel.send_with_layout(message.target, layout, tensors, step.to)
         else:
@@ -206,7 +205,7 @@ class ScheduleRun:
 
     def _received(self, step: Recv) -> _Held:
         message = step.message
-        if self._told_along(message):
+        if self._carries_layout(message):
             layout, tensors = self._channel.receive_with_layout(message.target, step.source)
             self._layouts[message.target, message.micro_batch] = layout
             return _Held(tensors)
@@ -214,97 +213,99 @@ class ScheduleRun:
         buffer = self._channel.receive(packing, step.source)
         return _Held([] if buffer is None else packing.unpack(buffer), buffer)
 
-    def _told_along(self, message: Message) -> bool:
-        """Whether a message says itself what it is like; both ends of a gradient know it."""
+    def _carries_layout(self, message: Message) -> bool:
+        """Whether a message comes with its layout; both ends know that of a gradient."""
         return self._channel.varies and message.content is Content.ACTIVATION
 
     def _packing(self, message: Message) -> Packing:
-        """Give what a message is like: gradients have the shapes of what they are of."""
+        """Give the layout of a message: gradients have the shapes of what they are of."""
         layout = self._layout(max(message.source, message.target), message.micro_batch)
         return layout.values if message.content is Content.ACTIVATION else layout.gradients
 
-    def _layout(self, place: int, number: int) -> ValueLayout:
+    def _layout(self, virtual_stage: int, number: int) -> ValueLayout:
         if self._channel.varies:
-            return self._layouts[place, number]
-        return self._channel.layout((place, self._source.sizes[number]))
+            return self._layouts[virtual_stage, number]
+        return self._channel.layout((virtual_stage, self._source.sizes[number]))
 
     def _compute(self, action: Action) -> None:
-        place = self._schedule.place(self._context.stage, action)
+        virtual_stage = self._schedule.virtual_stage(self._context.stage, action)
         if action.kind is ActionKind.FORWARD:
-            self._forward(action.micro_batch, place)
+            self._forward(action.micro_batch, virtual_stage)
             return
         makes_final = ActionKind.WEIGHT if self._splits else ActionKind.BACKWARD
         final = action.micro_batch == self._final and action.kind is makes_final
         if final and self._listener is not None:
             self._listener.last_backward()
         if action.kind is ActionKind.BACKWARD:
-            self._backward(action.micro_batch, place)
+            self._backward(action.micro_batch, virtual_stage)
         else:
-            self._weights(action.micro_batch, place)
+            self._weights(action.micro_batch, virtual_stage)
         if final and self._listener is not None:
             self._listener.pause()
 
-    def _forward(self, number: int, place: int) -> None:
+    def _forward(self, number: int, virtual_stage: int) -> None:
         context, source = self._context, self._source
         inputs: list[Tensor] = []
         buffer: Tensor | None = None
-        if place == 0:
+        if virtual_stage == 0:
             given = source.inputs(number)
         else:
-            held = self._have.pop(_activation(number, place))
+            held = self._have.pop(_activation(number, virtual_stage))
             buffer = held.buffer
-            given, inputs = entered(
-                self._layout(place, number), held.tensors, differentiated=self._listener is not None
-            )
-        with context.autocast(), self._watched(place):
-            outputs = context.chunks[place].run(given, source.seed(number))
+            layout, trains = self._layout(virtual_stage, number), self._listener is not None
+            given, inputs = entered(layout, held.tensors, differentiated=trains)
+        with context.autocast(), self._watched(virtual_stage):
+            outputs = context.chunks[virtual_stage].run(given, source.seed(number))
         if buffer is not None and _share_memory(buffer, tensors_in(outputs)):
             buffer = None  # a chunk that hands its input on: others still read it
-        made = self._hand_on(number, place, outputs)
+        made = self._pass_on(number, virtual_stage, outputs)
         if self._listener is not None:
             self._look(made)
-            self._live[number, place] = _Live(inputs, made, buffer)
+            self._live[number, virtual_stage] = _Live(inputs, made, buffer)
         elif buffer is not None:
             self._channel.give_back(buffer)
 
-    def _watched(self, place: int) -> AbstractContextManager[object]:
+    def _watched(self, virtual_stage: int) -> AbstractContextManager[object]:
         """Give the context in which a forward must not change what micro-batches wait with."""
-        waiting = any(at == place for held in (self._live, self._late) for _, at in held)
+        waiting = any(
+            at == virtual_stage for held in (self._live, self._deferred) for _, at in held
+        )
         return self._writes.forward() if self._writes and waiting else nullcontext()
 
-    def _hand_on(self, number: int, place: int, outputs: Any) -> list[Tensor]:
-        """Have a place's outputs sent, or judged; give what is to be differentiated."""
-        if self._context.is_last(place):
+    def _pass_on(self, number: int, virtual_stage: int, outputs: Any) -> list[Tensor]:
+        """Keep outputs to be sent, or compute the loss; give what is to be differentiated."""
+        if self._context.is_last(virtual_stage):
             return [self._source.loss(number, outputs)]
+        following = virtual_stage + 1
         if self._channel.varies:
-            self._layouts[place + 1, number] = ValueLayout.read(place + 1, outputs)
-        layout = self._layout(place + 1, number)
+            self._layouts[following, number] = ValueLayout.read(following, outputs)
+        layout = self._layout(following, number)
         tensors = layout.tensors(outputs)
-        self._have[_activation(number, place + 1)] = _Held([one.detach() for one in tensors])
+        self._have[_activation(number, following)] = _Held([one.detach() for one in tensors])
         return [tensors[n] for n in layout.wanted]
 
-    def _backward(self, number: int, place: int) -> None:
+    def _backward(self, number: int, virtual_stage: int) -> None:
         """Where backward is split, the gradients of the inputs alone."""
-        live = self._live.pop((number, place))
-        last = self._context.is_last(place)
-        held = _Held([]) if last else self._have.pop(_gradient(number, place))
+        live = self._live.pop((number, virtual_stage))
+        last = self._context.is_last(virtual_stage)
+        held = _Held([]) if last else self._have.pop(_gradient(number, virtual_stage))
         if not self._splits:
             self._differentiate(live.outputs, held.tensors)
         elif live.inputs:
             self._differentiate(live.outputs, held.tensors, live.inputs, retain_graph=True)
-        if place > 0:
+        if virtual_stage > 0:
             made = [_taken_gradient(one) for one in live.inputs]
             if held.buffer is not None and _share_memory(held.buffer, made):
                 held = _Held(held.tensors)
-            self._have[_gradient(number, place - 1)] = _Held(made)
+            self._have[_gradient(number, virtual_stage - 1)] = _Held(made)
         if self._splits:
-            self._late[number, place] = live, held
+            self._deferred[number, virtual_stage] = live, held
         else:
             self._give_back(live, held)
 
-    def _weights(self, number: int, place: int) -> None:
-        live, held = self._late.pop((number, place))
-        own = [p for p in self._context.chunks[place].parameters() if p.requires_grad]
+    def _weights(self, number: int, virtual_stage: int) -> None:
+        live, held = self._deferred.pop((number, virtual_stage))
+        own = [p for p in self._context.chunks[virtual_stage].parameters() if p.requires_grad]
         if own:
             self._differentiate(live.outputs, held.tensors, own)
         self._give_back(live, held)
@@ -336,7 +337,7 @@ class ScheduleRun:
             torch.autograd.backward(made, known, retain_graph, inputs=inputs)
         except RuntimeError as error:
             raise (self._writes.explained(error) if self._writes else error) from error
-        self._context.flat.take_in()
+        self._context.flat.collect()
 
     def _give_back(self, *held: _Live | _Held) -> None:
         for one in held:
@@ -354,7 +355,7 @@ def entered(
     before that layer. Nothing is copied.
 
     Args:
-        layout: of what enters the place.
+        layout: of what enters the virtual stage.
         tensors: as they came.
         differentiated: whether a backward follows.
 
@@ -389,13 +390,13 @@ def _share_memory(buffer: Tensor, tensors: Sequence[Tensor]) -> bool:
     return any(address == one.untyped_storage().data_ptr() for one in tensors)
 
 
-def _activation(number: int, place: int) -> Message:
-    return Message(Content.ACTIVATION, number, place - 1, place)
+def _activation(number: int, virtual_stage: int) -> Message:
+    return Message(Content.ACTIVATION, number, virtual_stage - 1, virtual_stage)
 
 
-def _gradient(number: int, place: int) -> Message:
-    """Name the gradient of what a place gives."""
-    return Message(Content.GRADIENT, number, place + 1, place)
+def _gradient(number: int, virtual_stage: int) -> Message:
+    """Name the gradient of what a virtual stage gives."""
+    return Message(Content.GRADIENT, number, virtual_stage + 1, virtual_stage)
 
 
 class Executor:
@@ -473,13 +474,13 @@ class Executor:
         """
         context, channel = self._context, self._context.channel
         arrived: list[Tensor] = []  # from a chunk of this rank
-        for place, chunk in context.chunks.items():
-            before, to = (place - 1) % context.stages, (place + 1) % context.stages
-            if place == 0:
+        for virtual_stage, chunk in context.chunks.items():
+            before, to = (virtual_stage - 1) % context.stages, (virtual_stage + 1) % context.stages
+            if virtual_stage == 0:
                 inputs = copied(source.peek(number))  # a layer may work in place
                 channel.varies = source.varies or isinstance(inputs, Batch)
             else:
-                kind = (place, size)
+                kind = (virtual_stage, size)
                 if before == context.stage:
                     layout = channel.layout(kind)
                 else:
@@ -488,13 +489,13 @@ class Executor:
                     assert buffer is not None, "a value has tensors"
                     arrived = layout.values.unpack(buffer)
                 inputs, _ = entered(layout, arrived, differentiated=True)
-            if place + 1 == context.depth:
+            if virtual_stage + 1 == context.depth:
                 continue
             with context.autocast():
                 outputs = chunk.seeded(inputs, 0)
-            layout = channel.learn((place + 1, size), outputs)
+            layout = channel.learn((virtual_stage + 1, size), outputs)
             arrived = [one.detach() for one in layout.tensors(outputs)]
             if to != context.stage:
-                channel.send_layout((place + 1, size), to)
+                channel.send_layout((virtual_stage + 1, size), to)
                 channel.send(layout.values, arrived, to)
         channel.finish()

@@ -17,7 +17,7 @@ from torch import nn
 
 from distplat.platform.errors import Problem, SpecError
 from distplat.strategies.checkpoint.state_sync import slots_of
-from distplat.strategies.model.written_tensors import Values
+from distplat.strategies.model.written_tensors import TensorValues
 
 _TORCHS = re.compile(r"Tensor \[([\d, ]*)\]\].* is at version (\d+); .*", re.DOTALL)
 """What torch says of a tensor that backward needs as it was."""
@@ -53,7 +53,7 @@ class ForwardWrites:
             for number, slot in self._slots.items()
             if self._compares and (one := slot.tensor) is not None and one.requires_grad
         }
-        before = Values(trained)
+        before = TensorValues(trained)
         yield
         changed = before.differ()
         if changed:

@@ -18,7 +18,7 @@ from distplat.strategies.model.flat import FlatModel
 from distplat.strategies.model.model_state import ModelState
 from distplat.strategies.model.optim import LocalOptimizer, norm_figures
 from distplat.strategies.model.parameter_layout import squared_norm_of
-from distplat.strategies.pipeline.interfaces import GradSync, Versions
+from distplat.strategies.pipeline.interfaces import GatherVersions, GradSync
 from distplat.strategies.ports import Pushed, Shards
 from distplat.strategies.reduction.bucket_reducer import BucketReducer
 from distplat.strategies.worker_strategy import Context
@@ -60,7 +60,7 @@ class AllReduceGradSync(GradSync):
         self.made = False
 
     @override
-    def meet(self, group: Collective | None, context: Context, versions: Versions) -> int:
+    def meet(self, group: Collective | None, context: Context, versions: GatherVersions) -> int:
         """What the furthest peer has, all of them take over."""
         self._catch_up(versions)
         self._state = context.state
@@ -72,7 +72,7 @@ class AllReduceGradSync(GradSync):
             raise StateLost("a part of the model")
         return version
 
-    def _catch_up(self, versions: Versions) -> None:
+    def _catch_up(self, versions: GatherVersions) -> None:
         """Make the update that others have made, if all that it needs is here."""
         flat = self._flat
         newest = max(versions(flat.version))
@@ -93,7 +93,7 @@ class AllReduceGradSync(GradSync):
             flat.move(flat.params, group.share(flat.grads))
         self._optimizer = PartOptimizer(flat, context.job, context.total_steps)
         saved = (
-            context.saved.optimizer(flat, places=self._holding.places)
+            context.saved.optimizer(flat, slices=self._holding.slices)
             if context.saved is not None
             else {}
         )
@@ -102,7 +102,7 @@ class AllReduceGradSync(GradSync):
             return flat.version
         bucket_bytes, look = self._bucket_bytes, self._look
         self._reducer = BucketReducer(flat, group, bucket_bytes, overlap=self._overlap, look=look)
-        return take_over_newest(flat, self._optimizer, group, context.base)
+        return take_over_newest(flat, self._optimizer, group, context.checkpoint_step)
 
     def last_backward(self) -> None:
         """Let each bucket go as soon as its last gradient is there."""
@@ -117,7 +117,8 @@ class AllReduceGradSync(GradSync):
     @override
     def begin(self, step: int, local: StepControl) -> StepControl:
         """The sum is in `flat.grads`."""
-        changed = self._state.news(step)  # without peers, too: evaluations put back what is known
+        # Without peers, too: evaluations put back what is known.
+        changed = self._state.changed(step)
         if self._reducer is None:
             mine = local.looked_at(self._flat) if self._look else local
             self._total = mine
@@ -136,8 +137,8 @@ class AllReduceGradSync(GradSync):
 
     @override
     def squares(self) -> float:
-        flat, uncounted = self._flat, self._holding.uncounted(self._flat)
-        return squared_norm_of(flat.grads, flat.layout.segments, uncounted)
+        flat, duplicate_ranges = self._flat, self._holding.duplicate_ranges(self._flat)
+        return squared_norm_of(flat.grads, flat.layout.segments, duplicate_ranges)
 
     @override
     def ready(self, norm: float | None) -> None:
@@ -195,7 +196,7 @@ class PsGradSync(GradSync):
         self.made = False
 
     @override
-    def meet(self, group: Collective | None, context: Context, versions: Versions) -> int:
+    def meet(self, group: Collective | None, context: Context, versions: GatherVersions) -> int:
         """Parameters are the servers', buffers the peers'."""
         flat = self._flat
         self._look = context.job.failure.non_finite != "ignore"
@@ -208,8 +209,9 @@ class PsGradSync(GradSync):
         mine, version = flat.version, min(found)
         if max(found) > version + 1:
             raise StateLost(f"some part of the model at step {version + 1}")
-        if version < context.base:  # whoever filled the servers had not what the others began with
-            raise StateLost(f"the state after step {context.base} and later")
+        # Whoever filled the servers had not what the others began with.
+        if version < context.checkpoint_step:
+            raise StateLost(f"the state after step {context.checkpoint_step} and later")
         if mine > version:
             shards.step_back(version)
         self.made = self._pushing and version == self._at + 1

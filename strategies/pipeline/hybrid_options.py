@@ -12,10 +12,9 @@ from distplat.platform.errors import Problem, hint
 from distplat.platform.fields import Count, Flag, Positive, Resources, Seconds
 from distplat.platform.spec import Job
 from distplat.platform.topology import Grid
-from distplat.strategies.strategy_spec import Options
+from distplat.strategies.strategy_spec import Backend, Options
 from distplat.strategies.tensor.parallel_plan import check_styles
 
-Backend = Literal["auto", "shm", "gloo", "nccl", "hierarchical"]
 _PER_STAGE = 4
 """Micro-batches for each stage where the job does not say: a bubble of a fifth, at most."""
 
@@ -84,12 +83,12 @@ class HybridOptions(Options):
 
     @property
     def chunks(self) -> int:
-        """Pieces of the model per stage."""
+        """Model chunks of a stage (`virtual`)."""
         return (self.virtual or 2) if self.schedule == "interleaved" else 1
 
     @property
-    def places(self) -> int:
-        """Pieces of the whole model."""
+    def virtual_stages(self) -> int:
+        """Chunks of the whole model; their numbers along it are the virtual stages."""
         return self.pipeline * self.chunks
 
     def micro(self, job: Job) -> int:
@@ -188,8 +187,9 @@ def _cut(chosen: HybridOptions) -> list[Problem]:
         text = f"must be `auto`, `even` or a list of layers (got {chosen.cut!r})"
         return [_problem("cut", text, near)]
     found = []
-    if len(chosen.cut) != chosen.places - 1:
-        text = f"{chosen.places} pieces begin with {chosen.places - 1} layers besides the first"
+    if len(chosen.cut) != chosen.virtual_stages - 1:
+        count = chosen.virtual_stages
+        text = f"{count} pieces begin with {count - 1} layers besides the first"
         found.append(_problem("cut", f"{text} (got {len(chosen.cut)} names)", "name as many"))
     if len({*chosen.cut}) < len(chosen.cut):
         found.append(_problem("cut", "a layer is named twice", "name each once"))
@@ -232,9 +232,9 @@ def _without_effect(chosen: HybridOptions) -> list[Problem]:
     idle = {
         "virtual": (chosen.schedule != "interleaved", "with `schedule: interleaved`"),
         "schedule": (chosen.pipeline == 1, "with `pipeline` > 1"),
-        "cut": (chosen.places == 1, "with `pipeline` > 1"),
+        "cut": (chosen.virtual_stages == 1, "with `pipeline` > 1"),
         "trace_step": (chosen.pipeline == 1, "with `pipeline` > 1"),
-        "memory_limit_mb": (chosen.cut != "auto" or chosen.places == 1, "with `cut: auto`"),
+        "memory_limit_mb": (chosen.cut != "auto" or chosen.virtual_stages == 1, "with `cut: auto`"),
         "tensor_plan": (chosen.tensor == 1, "with `tensor` > 1"),
         "overlap": buckets,
         "bucket_mb": buckets,

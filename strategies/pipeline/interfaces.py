@@ -8,7 +8,7 @@ from distplat.strategies.collective import Collective
 from distplat.strategies.loop.control import StepControl
 from distplat.strategies.worker_strategy import Context
 
-Versions = Callable[[int], list[int]]
+GatherVersions = Callable[[int], list[int]]
 """Tells all ranks of the grid the version of this one's part; gives those of all, in rank order."""
 
 
@@ -60,7 +60,7 @@ class GradSync(BackwardListener, Protocol):
     made: bool
     """Whether the last `meet` found the step in flight made, with what this rank had given."""
 
-    def meet(self, group: Collective | None, context: Context, versions: Versions) -> int:
+    def meet(self, group: Collective | None, context: Context, versions: GatherVersions) -> int:
         """
         Meet in a new attempt, and bring the part to the version that all have.
 

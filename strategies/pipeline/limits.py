@@ -2,7 +2,7 @@
 What a pipeline cannot do, found and named: nothing that a stage leaves out goes unsaid.
 
     before the run     SyncBatchNorm, losses with `weights`, batches and inputs of other forms;
-                       what layers compute: `compare`
+                       what layers compute: `check_layers`
     in the first step  parameters that a backward reaches and no optimizer of this rank has
     in every step      parameters that were frozen when the model was cut, and no longer are
 """
@@ -100,7 +100,7 @@ class GradientReach:
     """
 
     def __init__(
-        self, modules: Iterable[nn.Module], task: Task, names: Mapping[int, Named]
+        self, modules: Iterable[nn.Module], task: Task, names: Mapping[int, ParameterName]
     ) -> None:
         own = {n: p for module in modules for n, p in module.named_parameters()}
         self._own = {id(p) for p in own.values()}
@@ -110,7 +110,7 @@ class GradientReach:
 
     def look(self, outputs: Sequence[Tensor]) -> None:
         """
-        Look at what a place gives, before it is differentiated; in the first step only.
+        Look at what a virtual stage gives, before it is differentiated; in the first step only.
 
         Parameters that neither the model nor the task has are left as they are, as in plain torch.
 
@@ -147,16 +147,16 @@ class GradientReach:
             raise SpecError(Problem(("strategy", "name"), text, hint))
 
 
-class Named:
+class ParameterName:
     """A parameter's name, as long as the parameter is there."""
 
     def __init__(self, name: str, parameter: nn.Parameter) -> None:
         self.name, self.ref = name, weakref.ref(parameter)
 
 
-def names_of(model: nn.Module) -> dict[int, Named]:
+def names_of(model: nn.Module) -> dict[int, ParameterName]:
     """Give the names of a model's parameters, by `id`; keeps none of them alive."""
-    return {id(p): Named(name, p) for name, p in model.named_parameters()}
+    return {id(p): ParameterName(name, p) for name, p in model.named_parameters()}
 
 
 def _tensors_in(value: Any, name: str, depth: int) -> Iterator[tuple[int, str]]:
@@ -183,7 +183,7 @@ _CLOSE = 1e-3
 """Outputs may differ by so much of their norm, in rounding: sums are of other parts."""
 
 
-def compare(
+def check_layers(
     model: nn.Module,
     layers: Sequence[Layer],
     inputs: Callable[[], Any],
@@ -291,11 +291,11 @@ def _compare_gradients(
     small = {n: p for n, p in named if p.requires_grad and p.numel() <= _SMALL}
     guessed = bool(_to_write(layers))
 
-    def of_model(given: Any) -> Gradients:
+    def of_model(given: Any) -> NamedGradients:
         whole = call(model, given)
         return gradients_of(whole if guessed else _of_both(behind, whole)[1], small)
 
-    def of_layers(given: Any) -> Gradients:
+    def of_layers(given: Any) -> NamedGradients:
         return gradients_of(_one_after_the_other(model, layers, given), small)
 
     try:
@@ -385,11 +385,11 @@ def leaves(outputs: Sequence[Tensor]) -> Iterator[Tensor]:
 @torch.no_grad()
 def inputs_of(layers: Sequence[Layer], starts: Mapping[int, int], inputs: Any) -> dict[int, Any]:
     """
-    Give what enters some places for a few samples, in evaluation mode.
+    Give what enters some virtual stages for a few samples, in evaluation mode.
 
     Args:
         layers: of the whole model, not sliced.
-        starts: by place, the number of its first layer.
+        starts: by virtual stage, the number of its first layer.
         inputs: of the model.
     """
     found: dict[int, Any] = {}
@@ -398,10 +398,14 @@ def inputs_of(layers: Sequence[Layer], starts: Mapping[int, int], inputs: Any) -
     values = on_device(inputs, next((p.device for p in layers[0].module.parameters()), device))
     with untouched(*(layer.module for layer in some)):
         for number in range(len(some) + 1):
-            found |= {place: copied(values) for place, start in starts.items() if start == number}
+            found |= {
+                virtual_stage: copied(values)
+                for virtual_stage, start in starts.items()
+                if start == number
+            }
             if number < len(some):
                 values = some[number].module(values)
-    return {place: on_device(value, device) for place, value in found.items()}
+    return {virtual_stage: on_device(value, device) for virtual_stage, value in found.items()}
 
 
 def shared(inputs: Any, slices: Collective) -> Any:
@@ -422,11 +426,11 @@ def alike(one: Any, other: Any) -> bool:
     return len(mine) == len(theirs) and all(map(_close, mine, theirs))
 
 
-Gradients = Mapping[str, Tensor | None]
+NamedGradients = Mapping[str, Tensor | None]
 """By the names of parameters."""
 
 
-def gradients_of(outputs: Any, trained: Mapping[str, Tensor]) -> Gradients:
+def gradients_of(outputs: Any, trained: Mapping[str, Tensor]) -> NamedGradients:
     """Give those of some sum of the outputs."""
     found = [one for one in tensors_in(outputs) if one.requires_grad]
     if not trained or not found:
@@ -436,7 +440,7 @@ def gradients_of(outputs: Any, trained: Mapping[str, Tensor]) -> Gradients:
     return dict(zip(trained, made, strict=True))
 
 
-def other_gradients(mine: Gradients, theirs: Gradients) -> list[str]:
+def other_gradients(mine: NamedGradients, theirs: NamedGradients) -> list[str]:
     """Name parameters whose gradients differ; one that should be 0 differs by rounding."""
     both = {name: (mine[name], whole) for name, whole in theirs.items()}
     norms = [float(whole.norm()) for whole in theirs.values() if whole is not None]

@@ -22,18 +22,18 @@ from distplat.strategies.collective import Collective, broadcast_value, gather_v
 from distplat.strategies.loop.batches import batches_by, one_batch
 from distplat.strategies.loop.collate import moved
 from distplat.strategies.loop.prepared import Prepared
-from distplat.strategies.model.block_layers import Order
+from distplat.strategies.model.block_layers import CallOrder
 from distplat.strategies.model.layers import Layer, tracing
 from distplat.strategies.model.meta import materialise
 from distplat.strategies.model.model_call import ModelCall
 from distplat.strategies.model.sync_batch_norm import refuse_sync_batch_norm
-from distplat.strategies.pipeline.call_order import agreed_order, has_order, order_of
+from distplat.strategies.pipeline.call_order import agreed_order, call_order_of, has_order
 from distplat.strategies.pipeline.executor import training_plan
 from distplat.strategies.pipeline.hybrid_options import HybridOptions
 from distplat.strategies.pipeline.limits import (
     SAMPLES,
     as_pair,
-    compare,
+    check_layers,
     entering,
     inputs_of,
     names_of,
@@ -219,12 +219,12 @@ def points_before(layers: Sequence[Layer], names: Sequence[str]) -> list[int]:
     Raises:
         SpecError: there is no such layer, or a stage would be empty.
     """
-    places = {layer.name: number for number, layer in enumerate(layers)}
-    unknown = [name for name in names if name not in places]
+    numbers = {layer.name: number for number, layer in enumerate(layers)}
+    unknown = [name for name in names if name not in numbers]
     if unknown:
         message = f"there is no layer {unknown[0]!r} to cut before"
-        raise _problem("cut", message, hint(unknown[0], [*places][1:]))
-    points = [places[name] for name in names]
+        raise _problem("cut", message, hint(unknown[0], [*numbers][1:]))
+    points = [numbers[name] for name in names]
     try:
         bounds(points, len(layers))
     except ValueError as error:
@@ -287,7 +287,7 @@ def agreed_part(
                 part.trial = BeforeSlicing(part.module, part.chunks, inputs, planned)
             part.specs = parallelize(part.module, options.tensor_plan, slices, partial=True)
         part.finish(prepared.job.optimizer.group_of)
-    elif options.places > 1:
+    elif options.virtual_stages > 1:
         cutting.points([], part.points)
     return part
 
@@ -314,21 +314,21 @@ class _Cutting:
         self._device = torch.device(prepared.device)
         self._seed = prepared.job.seed if options.init == "meta" else None
 
-    def order(self, known: ModelPart | None) -> Order | None:
+    def order(self, known: ModelPart | None) -> CallOrder | None:
         """Have the order in which a model with blocks calls its parts; None: none is needed."""
         p, tried = self._prepared, None
         there = known.order is not None if known else has_order(p.task, p.model)
-        if self._options.places == 1 or not there:
+        if self._options.virtual_stages == 1 or not there:
             return None
         if p.model is not None and self._seed is None:
-            tried = partial(order_of, p.model, ModelCall(p.task), self._samples)
+            tried = partial(call_order_of, p.model, ModelCall(p.task), self._samples)
         return agreed_order(tried, known.order if known else None, self._group, self._device)
 
     def taken(
-        self, model: nn.Module, order: Order | None, at: Position, together: Collective | None
+        self, model: nn.Module, order: CallOrder | None, at: Position, together: Collective | None
     ) -> tuple[ModelPart, dict[int, Any]]:
         """
-        Give the part, and a few samples as they enter its places, to try it.
+        Give the part, and a few samples as they enter its virtual stages, to try it.
 
         Args:
             model: whole.
@@ -342,20 +342,20 @@ class _Cutting:
         resolve(options.tensor_plan, [name for name, _ in model.named_modules()])
         tried = together if seed is None else None
         recompute, device = options.recompute, self._prepared.device
-        if options.places == 1:
+        if options.virtual_stages == 1:
             one = take_whole(task, model, recompute=recompute, seed=seed, device=device)
             return one, {} if tried is None else {0: shared(self._samples(), tried)}
         layers = layers_for(task, model, order)
         if self._group.rank == 0 and seed is None:
             with tracing:
-                compare(model, layers, lambda: entering(self._samples()), ModelCall(task))
+                check_layers(model, layers, lambda: entering(self._samples()), ModelCall(task))
         points = self.points(layers, None)
-        mine = range(at.stage, options.places, options.pipeline)
+        mine = range(at.stage, options.virtual_stages, options.pipeline)
         inputs = {}
         if tried is not None:
             some = shared(entering(self._samples()), tried)
             with tracing:
-                inputs = inputs_of(layers, {place: [0, *points][place] for place in mine}, some)
+                inputs = inputs_of(layers, {stage: [0, *points][stage] for stage in mine}, some)
         part = take_part(layers, points, mine, recompute=recompute, seed=seed, device=device)
         return part, inputs
 
@@ -371,17 +371,17 @@ class _Cutting:
             SpecError: the model cannot be cut so.
             CollectiveError: a rank is missing.
         """
-        places, wanted = self._options.places, self._options.cut
-        if known is None and len(layers) < places:
-            text = f"the model has {len(layers)} layers, too few for {places} places"
+        stages, wanted = self._options.virtual_stages, self._options.cut
+        if known is None and len(layers) < stages:
+            text = f"the model has {len(layers)} layers, too few for {stages} stages"
             hint = "take fewer stages (1 cuts nothing), or have the task's `stages` say more"
             raise _problem("pipeline", text, hint)
-        if places == 1:
+        if stages == 1:
             return []
         if wanted != "auto" and known is not None:
             return known
         if wanted == "even":
-            return [start for start, _ in split_evenly(len(layers), places)[1:]]
+            return [start for start, _ in split_evenly(len(layers), stages)[1:]]
         if not isinstance(wanted, str):
             return points_before(layers, wanted)
         found = [points for points in gather_values(known, self._group, self._device) if points]
@@ -408,14 +408,14 @@ class _Cutting:
         return costs
 
     def _quickest(self, layers: Sequence[Layer], costs: Sequence[LayerCost]) -> list[int]:
-        places = self._options.places
+        stages = self._options.virtual_stages
         trained = [any(p.requires_grad for p in layer.module.parameters()) for layer in layers]
-        if sum(trained) < places:
+        if sum(trained) < stages:
             names = ", ".join(one.name for one, there in zip(layers, trained, strict=True) if there)
-            text = f"each of {places} stages needs something to train, and only {names} has it"
+            text = f"each of {stages} stages needs something to train, and only {names} has it"
             raise _problem("pipeline", text, "take fewer stages (1 cuts nothing), or freeze less")
         try:
-            return cut(costs, places, self._memory(), trained)
+            return cut(costs, stages, self._memory(), trained)
         except ValueError as error:
             raise _problem("cut", str(error), "raise `memory_limit_mb`, or name the cut") from None
 
@@ -428,7 +428,7 @@ class _Cutting:
         plan = training_plan(options.schedule, options.pipeline, micro, options.chunks)
         limit = int(options.memory_limit_mb * 2**20 / options.chunks)
         live = [-(-one // options.chunks) for one in plan.schedule.peak_activations()]
-        limits = [limit] * options.places
+        limits = [limit] * options.virtual_stages
         return Memory(limits, live * options.chunks, recompute=options.recompute)
 
     def _samples(self, most: int | None = SAMPLES) -> Any:

@@ -13,7 +13,7 @@ from distplat.strategies.algorithms.partition import bounds
 from distplat.strategies.algorithms.seeds import mixed
 from distplat.strategies.checkpoint.checkpoint_types import Holding
 from distplat.strategies.loop.seeding import seed_quickly
-from distplat.strategies.model.block_layers import BeforeBlocks, Order
+from distplat.strategies.model.block_layers import BeforeBlocks, CallOrder
 from distplat.strategies.model.flat import FlatModel
 from distplat.strategies.model.layers import (
     Layer,
@@ -21,7 +21,6 @@ from distplat.strategies.model.layers import (
     found_layers,
     layers_around_blocks,
     layers_of,
-    recomputed,
     refuse_tied,
     with_all_names,
     with_unread_buffers,
@@ -29,13 +28,14 @@ from distplat.strategies.model.layers import (
 from distplat.strategies.model.meta import materialise
 from distplat.strategies.model.model_call import Batch, ModelCall, TakesBatch
 from distplat.strategies.model.module_hooks import called_hooks, saved_hooks
+from distplat.strategies.model.module_options import recomputed
 from distplat.strategies.model.parameter_layout import GroupOf
-from distplat.strategies.pipeline.limits import Named
+from distplat.strategies.pipeline.limits import ParameterName
 from distplat.strategies.pipeline.slicing_trial import BeforeSlicing
 from distplat.strategies.pipeline.values import copied
 from distplat.strategies.task import Task, overrides, own_call
 from distplat.strategies.task_methods import names_in
-from distplat.strategies.tensor.parallel_layers import place_of
+from distplat.strategies.tensor.parallel_layers import tensor_slice_of
 from distplat.strategies.tensor.parallel_plan import ShardSpec
 from distplat.strategies.torch_compat import any_hook_for_all_modules
 
@@ -219,7 +219,7 @@ class _Elsewhere:
 
 
 class Chunk(nn.Module, ABC):
-    """What one place along the model computes."""
+    """What one virtual stage computes."""
 
     recompute = False
     """Keep the input only, and compute again in backward."""
@@ -229,7 +229,7 @@ class Chunk(nn.Module, ABC):
         Go forward on one micro-batch.
 
         Args:
-            inputs: of the place.
+            inputs: of the virtual stage.
             seed: of the micro-batch; dropout and its like draw from generators seeded by it.
         """
         if self.recompute:
@@ -316,16 +316,16 @@ class ModelPart:
     """What one rank holds."""
 
     points: list[int]
-    """Where the whole model is cut: numbers of the layers with which places begin."""
+    """Where the whole model is cut: numbers of the layers with which virtual stages begin."""
     chunks: dict[int, Chunk]
-    """By place along the model."""
+    """By virtual stage."""
     module: nn.Module
     """All chunks' layers, with the names that they have in the model."""
-    order: Order | None = None
+    order: CallOrder | None = None
     """Of the whole model's parts; see `call_order.py`. None: nobody has asked."""
     specs: dict[str, ShardSpec] = field(default_factory=dict)
     """Which slice of a tensor this rank has; what is not in it is whole."""
-    names: dict[int, Named] = field(default_factory=dict)
+    names: dict[int, ParameterName] = field(default_factory=dict)
     """Of the whole model's parameters, for errors."""
     trial: BeforeSlicing | None = None
     """To be compared once, by all slices together; None: there is nothing to compare."""
@@ -342,13 +342,13 @@ class ModelPart:
             part: number of this rank's slice.
         """
         here = self.flat.model.state_dict()
-        places = {name: place_of(t.shape, self.specs.get(name)) for name, t in here.items()}
+        slices = {name: tensor_slice_of(t.shape, self.specs.get(name)) for name, t in here.items()}
         others = {
             name
             for name in here
             if (not self.specs[name].extent if name in self.specs else part > 0)
         }
-        return Holding(places, others)
+        return Holding(slices, others)
 
     def finish(self, group_of: GroupOf) -> None:
         """
@@ -360,7 +360,7 @@ class ModelPart:
         self.flat = FlatModel(self.module, group_of=group_of)
 
 
-def layers_for(task: Task, model: nn.Module, order: Order | None = None) -> list[Layer]:
+def layers_for(task: Task, model: nn.Module, order: CallOrder | None = None) -> list[Layer]:
     """
     Give a model's layers, as the task names them or as a trace finds them.
 
@@ -384,7 +384,7 @@ def layers_for(task: Task, model: nn.Module, order: Order | None = None) -> list
     return with_hooks(model, with_unread_buffers(model, layers, inside))
 
 
-def _listed_or_found(task: Task, model: nn.Module, order: Order | None) -> list[Layer]:
+def _listed_or_found(task: Task, model: nn.Module, order: CallOrder | None) -> list[Layer]:
     """Give layers whose first takes the inputs, or a batch that is a mapping."""
     try:
         modules = task.stages(model)
@@ -398,7 +398,7 @@ def _listed_or_found(task: Task, model: nn.Module, order: Order | None) -> list[
     return [replace(layers[0], module=TakesBatch(layers[0].module, of_one)), *layers[1:]]
 
 
-def _layers_of_own_call(task: Task, model: nn.Module, order: Order | None) -> list[Layer]:
+def _layers_of_own_call(task: Task, model: nn.Module, order: CallOrder | None) -> list[Layer]:
     """Give layers that do all that the task's own `forward` or `step` does."""
     _refuse_other_draws(task)
     layers = None
@@ -432,7 +432,7 @@ def _tensors(module: nn.Module) -> list[Tensor]:
 def take_part(
     layers: Sequence[Layer],
     points: Sequence[int],
-    places: Sequence[int],
+    virtual_stages: Sequence[int],
     *,
     recompute: bool,
     seed: int | None,
@@ -444,27 +444,27 @@ def take_part(
     Args:
         layers: of the whole model.
         points: where it is cut.
-        places: which of the pieces are this rank's, rising.
+        virtual_stages: which of the pieces are this rank's, rising.
         recompute: see `Chunk`.
         seed: of the job, where layers are on `meta` and still to be given values.
         device: where the rank computes.
 
     Raises:
-        SpecError: a tensor would be on two ranks, or a place would have nothing to train.
+        SpecError: a tensor would be on two ranks, or a virtual stage would have nothing to train.
     """
     refuse_tied(layers, points)
     runs = bounds(points, len(layers))
     _refuse_untrained(layers, runs)
     mine: list[Layer] = []
     chunks: dict[int, Chunk] = {}
-    for place in places:
-        start, stop = runs[place]
+    for virtual_stage in virtual_stages:
+        start, stop = runs[virtual_stage]
         some = layers[start:stop]
         if seed is not None:
             materialise(some, start, seed, device)
         for layer in some:
             layer.module.to(device)
-        chunks[place] = Layers(some, start, recompute=recompute)
+        chunks[virtual_stage] = Layers(some, start, recompute=recompute)
         mine += some
     return ModelPart(list(points), chunks, Stage(mine))
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from distplat.platform.errors import DistplatError, Problem, SpecError
 from distplat.strategies.model.trials import WithoutDropout, stop_dropping, untouched
-from distplat.strategies.pipeline.limits import Gradients, alike, gradients_of, other_gradients
+from distplat.strategies.pipeline.limits import NamedGradients, alike, gradients_of, other_gradients
 from distplat.strategies.pipeline.values import copied
 from distplat.strategies.tensor.parallel_layers import lone_columns
 from distplat.strategies.torch_compat import tree_map
@@ -31,8 +31,8 @@ class BeforeSlicing:
 
     Args:
         module: what a rank has of the model.
-        chunks: of it, by place; each a `rank_model.Chunk`.
-        inputs: by place, the same on all slices.
+        chunks: of it, by virtual stage; each a `rank_model.Chunk`.
+        inputs: by virtual stage, the same on all slices.
         planned: names of the modules that are to be sliced.
     """
 
@@ -46,14 +46,16 @@ class BeforeSlicing:
         self._module, self._chunks, self._inputs = module, chunks, inputs
         sliced = tuple(f"{name}." for name in planned)
         self._whole = [n for n, _ in module.named_parameters() if not n.startswith(sliced)]
-        self._expected: dict[tuple[int, bool], tuple[Any, Gradients]] = {}
-        for place, training in itertools.product(inputs, (False, True)):
+        self._expected: dict[tuple[int, bool], tuple[Any, NamedGradients]] = {}
+        for virtual_stage, training in itertools.product(inputs, (False, True)):
             try:
-                found, again = (self._run(place, seed, training=training) for seed in (0, 1))
+                found, again = (
+                    self._run(virtual_stage, seed, training=training) for seed in (0, 1)
+                )
             except Exception:  # such inputs are not for evaluation; in training it comes again
                 continue
             if alike(found[0], again[0]):
-                self._expected[place, training] = found
+                self._expected[virtual_stage, training] = found
 
     def compare(self) -> None:
         """
@@ -63,9 +65,9 @@ class BeforeSlicing:
             SpecError: they give something else, or fail.
             CollectiveError: a rank is missing.
         """
-        for (place, training), (outputs, gradients) in self._expected.items():
+        for (virtual_stage, training), (outputs, gradients) in self._expected.items():
             try:
-                found, its = self._run(place, 0, training=training)
+                found, its = self._run(virtual_stage, 0, training=training)
             except DistplatError:
                 raise
             except Exception as error:
@@ -87,16 +89,16 @@ class BeforeSlicing:
         return SpecError(Problem(("strategy", "tensor_plan"), text, hint or each))
 
     @torch.enable_grad()
-    def _run(self, place: int, seed: int, *, training: bool) -> tuple[Any, Gradients]:
-        chunk = self._chunks[place]
+    def _run(self, virtual_stage: int, seed: int, *, training: bool) -> tuple[Any, NamedGradients]:
+        chunk = self._chunks[virtual_stage]
         with untouched(chunk), WithoutDropout():
             chunk.set_mode(training=training)
             stop_dropping(chunk)
-            outputs = chunk.run(copied(self._inputs[place]), seed)
+            outputs = chunk.run(copied(self._inputs[virtual_stage]), seed)
             gradients = self._gradients(outputs)
         return tree_map(_detached, outputs), gradients
 
-    def _gradients(self, outputs: Any) -> Gradients:
+    def _gradients(self, outputs: Any) -> NamedGradients:
         """Give those of some sum of the outputs, of what is whole on all slices."""
         named = dict(self._module.named_parameters())
         trained = {name: named[name] for name in self._whole if named[name].requires_grad}

@@ -24,13 +24,7 @@ from distplat.strategies.loop.batches import EvalLoader, batches_by, counted, mi
 from distplat.strategies.loop.collate import moved
 from distplat.strategies.loop.compute import Compute, Share, Stopwatch, Sums, precision
 from distplat.strategies.loop.loss_check import MeanCheck
-from distplat.strategies.loop.losses import (
-    EvalBatch,
-    LossTerm,
-    Made,
-    judged,
-    loss_term,
-)
+from distplat.strategies.loop.losses import BatchResult, EvalBatch, LossTerm, judged, loss_term
 from distplat.strategies.loop.metric_states import TaskMetrics
 from distplat.strategies.loop.prepared import Prepared
 from distplat.strategies.pipeline.executor import Executor, PlanOf
@@ -158,14 +152,14 @@ class Pipeline(Compute):
         with precision(self._p.job, self._device):
             term = loss_term(self._p.task, outputs, targets, samples)
             if self._settings.at.slice == 0:
-                self._mean_check.look(step, Made(outputs, targets, term), samples)
+                self._mean_check.look(step, BatchResult(outputs, targets, term), samples)
             return term
 
     def figures_of(self, outputs: Any, targets: Any, samples: int) -> EvalBatch:
         """Give the figures of an evaluation micro-batch."""
         with precision(self._p.job, self._device):
             term = loss_term(self._p.task, outputs, targets, samples)
-            made = Made(outputs, targets, term)
+            made = BatchResult(outputs, targets, term)
             found = judged(self._p.task, made, samples)
             if self._settings.at.slice == 0:
                 self._mean_check.look_at_metrics(made, found, samples)

@@ -113,18 +113,18 @@ class _Constant:
 
 class ValueLayout:
     """
-    The form of what enters a place, the same for all micro-batches of one size.
+    The form of what enters a virtual stage, the same for all micro-batches of one size.
 
     Args:
-        place: along the model, for errors.
+        virtual_stage: along the model, for errors.
         structure: of the tree, as torch's pytree has it.
         leaves: of the tree, in order.
     """
 
     def __init__(
-        self, place: int, structure: Any, leaves: Sequence[_TensorForm | _Constant]
+        self, virtual_stage: int, structure: Any, leaves: Sequence[_TensorForm | _Constant]
     ) -> None:
-        self._place, self._structure, self._leaves = place, structure, tuple(leaves)
+        self._virtual_stage, self._structure, self._leaves = virtual_stage, structure, tuple(leaves)
         self._tensors = [leaf for leaf in leaves if isinstance(leaf, _TensorForm)]
         self._lone = len(leaves) == 1 and len(self._tensors) == 1 and not leaves[0].where
         self.wanted = [n for n, one in enumerate(self._tensors) if one.gradient]
@@ -134,19 +134,19 @@ class ValueLayout:
         self.gradients = Packing([forms[n] for n in self.wanted])
 
     @classmethod
-    def of(cls, place: int, value: Any) -> "ValueLayout":
+    def of(cls, virtual_stage: int, value: Any) -> "ValueLayout":
         """
         Read the form off a value that was computed with gradients; see `read`.
 
         Raises:
             SpecError: it cannot be told to another process.
         """
-        layout = cls.read(place, value)
+        layout = cls.read(virtual_stage, value)
         layout.check_serializable()
         return layout
 
     @classmethod
-    def read(cls, place: int, value: Any) -> "ValueLayout":
+    def read(cls, virtual_stage: int, value: Any) -> "ValueLayout":
         """
         Read the form off a value.
 
@@ -160,9 +160,11 @@ class ValueLayout:
         leaves, structure = tree_flatten(value)
         tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
         for where, leaf in zip(paths, leaves, strict=True):
-            _check_leaf(place, where, leaf)
+            _check_leaf(virtual_stage, where, leaf)
         if not tensors:
-            raise _problem(place, f"has no tensor ({type(value).__name__})", "cut elsewhere")
+            raise _problem(
+                virtual_stage, f"has no tensor ({type(value).__name__})", "cut elsewhere"
+            )
         depends = any(tensor.requires_grad for tensor in tensors)
         found = [
             _TensorForm(
@@ -175,7 +177,7 @@ class ValueLayout:
             else _Constant(where, leaf)
             for where, leaf in zip(paths, leaves, strict=True)
         ]
-        return cls(place, structure, found)
+        return cls(virtual_stage, structure, found)
 
     @property
     def key(self) -> tuple[Any, ...]:
@@ -196,7 +198,7 @@ class ValueLayout:
         if not same:
             what = _shown(self._structure)
             text = f"is of containers that cannot be told to another process, {what}"
-            raise _problem(self._place, text, "hand on lists, tuples, or dicts by strings")
+            raise _problem(self._virtual_stage, text, "hand on lists, tuples, or dicts by strings")
 
     def to_bytes(self) -> bytes:
         """Give the form as text, for `from_bytes`."""
@@ -209,7 +211,7 @@ class ValueLayout:
         return json.dumps([structure_text(self._structure), leaves]).encode()
 
     @classmethod
-    def from_bytes(cls, place: int, text: bytes) -> "ValueLayout":
+    def from_bytes(cls, virtual_stage: int, text: bytes) -> "ValueLayout":
         """Give the form that another rank has told."""
         structure, leaves = json.loads(text)
         found: list[_TensorForm | _Constant] = []
@@ -218,7 +220,7 @@ class ValueLayout:
                 found.append(_Constant(where, rest[0]))
             else:
                 found.append(_TensorForm(where, _TRAVELLING[rest[0]], tuple(rest[1]), rest[2]))
-        return cls(place, structure_from_text(structure), found)
+        return cls(virtual_stage, structure_from_text(structure), found)
 
     def value(self, tensors: Sequence[Tensor]) -> Any:
         """Put a value together; `tensors` are in order."""
@@ -268,27 +270,31 @@ class ValueLayout:
             "have layers hand on the same form in training and evaluation, or cut elsewhere; "
             "forms may differ where batches are dicts, or made by a collate() of the task's own"
         )
-        return _problem(self._place, text, hint)
+        return _problem(self._virtual_stage, text, hint)
 
 
-def _check_leaf(place: int, where: str, leaf: Any) -> None:
+def _check_leaf(virtual_stage: int, where: str, leaf: Any) -> None:
     at = f" at {where}" if where else ""
     if not isinstance(leaf, Tensor):
         if type(leaf) not in _CONSTANTS:
             text = f"has {type(leaf).__name__}{at}, and stages hand on tensors and constants"
             raise _problem(
-                place, text, "hand on tensors, None, bool, int, float, str, or cut elsewhere"
+                virtual_stage,
+                text,
+                "hand on tensors, None, bool, int, float, str, or cut elsewhere",
             )
         return
     if leaf.dtype not in _TRAVELLING or leaf.layout is not torch.strided:
         what = str(leaf.dtype if leaf.layout is torch.strided else leaf.layout)
         raise _problem(
-            place, f"has a tensor of {what}{at}, which no message takes", "cut elsewhere"
+            virtual_stage, f"has a tensor of {what}{at}, which no message takes", "cut elsewhere"
         )
 
 
-def _problem(place: int, text: str, hint: str) -> SpecError:
-    return SpecError(Problem(("strategy", "cut"), f"what enters place {place} {text}", hint))
+def _problem(virtual_stage: int, text: str, hint: str) -> SpecError:
+    return SpecError(
+        Problem(("strategy", "cut"), f"what enters virtual stage {virtual_stage} {text}", hint)
+    )
 
 
 def _shown(structure: Any) -> str:

@@ -12,7 +12,7 @@ agreed order: a bucket leaves in a hook only if all before it have left (`Releas
 starts the others in the same order, then waits for all. So the sequence of operations of a step is
 the order itself. It does not depend on autograd, on which parameters a rank used or whether it had
 samples; only the moments differ between ranks. The order changes once, by a broadcast between two
-steps, at the same place of every rank's sequence.
+steps, at the same position of every rank's sequence.
 """
 
 import time
@@ -44,20 +44,20 @@ from distplat.strategies.reduction.base import (
 
 def listen(flat: FlatModel, heard: Callable[[int, str], None]) -> list[RemovableHandle]:
     """
-    Call `heard` with place and name of each parameter whose gradient a backward has finished.
+    Call `heard` with index and name of each parameter whose gradient a backward has finished.
 
     Returns:
         Hooks, to be removed when nobody listens any more.
     """
 
-    def hook(place: int, name: str) -> Callable[[Tensor], None]:
-        return lambda _: heard(place, name)
+    def hook(index: int, name: str) -> Callable[[Tensor], None]:
+        return lambda _: heard(index, name)
 
     return [
-        flat.parameters[place].register_post_accumulate_grad_hook(  # type: ignore[no-untyped-call]
-            hook(place, slot.name)
+        flat.parameters[index].register_post_accumulate_grad_hook(  # type: ignore[no-untyped-call]
+            hook(index, slot.name)
         )
-        for place, slot in enumerate(flat.trained_slots)
+        for index, slot in enumerate(flat.trained_slots)
     ]
 
 
@@ -208,9 +208,9 @@ class BucketReducer(Reducer):
                 self._begin()
             self._listening = True
 
-    def has_left(self, place: int) -> bool:
+    def has_left(self, index: int) -> bool:
         """Say whether a slot's gradient of the backward under way was sent already."""
-        return self._begun and self._release.has_left(place)
+        return self._begun and self._release.has_left(index)
 
     def pause(self) -> None:
         """Be told that the backward is over, and that another one which is not the last follows."""
@@ -235,7 +235,7 @@ class BucketReducer(Reducer):
         self._begun = self._listening = False
         cast_before = self._wire.seconds if self._wire else 0.0
         self._overlap.finish()
-        self._flat.settle()
+        self._flat.zero_missing()
         for number in self._release.rest():
             self._start(number)
         broken, self._broken = self._broken, None
@@ -348,8 +348,8 @@ def cut_segments(flat: FlatModel, bucket_bytes: int) -> Iterator[Bucket]:
     first = min(first, FIRST_BYTES // item)
     for segment in reversed([one for one in flat.layout.segments if one.start < flat.layout.tail]):
         inside = [
-            (place, slot.offset - segment.start)
-            for place, slot in enumerate(flat.slots)
+            (index, slot.offset - segment.start)
+            for index, slot in enumerate(flat.slots)
             if segment.start <= slot.offset < segment.stop
         ]
         begin = inside[0][0]

@@ -161,10 +161,10 @@ class TopKReducer(CompressedReducer):
         self, flat: FlatModel, collective: Collective, density: float, *, look: bool = True
     ) -> None:
         if flat.layout.tail > _MOST_ELEMENTS:
-            raise ValueError(f"topk sends places as int32: at most {_MOST_ELEMENTS} parameters")
+            raise ValueError(f"topk sends indices as int32: at most {_MOST_ELEMENTS} parameters")
         super().__init__(flat, collective, look=look)
         self._count = entries_sent(density, flat.layout.tail)
-        # One message per rank, [values | places], in words of 4 bytes whatever the values' dtype.
+        # One message per rank, [values | indices], in words of 4 bytes whatever the values' dtype.
         words = _words(self._count, flat.grads.dtype) + self._count
         self._wires = [
             torch.zeros(words, dtype=torch.int32, device=flat.grads.device)
@@ -176,12 +176,12 @@ class TopKReducer(CompressedReducer):
         chosen = largest(meant, self._count)
         mine = self._wires[self._collective.rank]
         self._values(mine).copy_(meant[chosen])
-        self._places(mine).copy_(chosen)
+        self._indices(mine).copy_(chosen)
         sent = squared_norm(self._values(mine))
         self._all_gather(self._wires, mine)
         grads = self._grads.zero_()
-        places = [self._places(wire) for wire in self._wires]
-        add_sparse(grads, places, [self._values(wire) for wire in self._wires])
+        indices = [self._indices(wire) for wire in self._wires]
+        add_sparse(grads, indices, [self._values(wire) for wire in self._wires])
         meant.index_fill_(0, chosen, 0.0)
         return sent
 
@@ -189,7 +189,7 @@ class TopKReducer(CompressedReducer):
         dtype = self._grads.dtype
         return wire[: _words(self._count, dtype)].view(dtype)[: self._count]
 
-    def _places(self, wire: Tensor) -> Tensor:
+    def _indices(self, wire: Tensor) -> Tensor:
         return wire[-self._count :]
 
 

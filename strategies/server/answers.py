@@ -6,9 +6,9 @@ from typing import TypeVar
 
 import numpy as np
 
-from distplat.platform.ledger import Answer
+from distplat.platform.ledger import ServerReply
 from distplat.platform.load import ShardLoad
-from distplat.strategies.checkpoint.parts import kind_of, kinds_of
+from distplat.strategies.checkpoint.parts import kinds_of, vector_kind_of
 from distplat.strategies.loop.control import StepControl
 from distplat.strategies.model.optimizer_state import USED
 from distplat.strategies.ports import Pushed, ShardCopy, TablesCopy
@@ -21,7 +21,7 @@ LOOK_S = 1.0
 Copy = TypeVar("Copy", ShardCopy, TablesCopy)
 
 
-def pushed(answers: Sequence[Answer], traffic: Sequence[tuple[int, int]]) -> Pushed:
+def pushed(answers: Sequence[ServerReply], traffic: Sequence[tuple[int, int]]) -> Pushed:
     """
     Put together what all shards answered to a push, or to a commit.
 
@@ -47,19 +47,19 @@ def pushed(answers: Sequence[Answer], traffic: Sequence[tuple[int, int]]) -> Pus
 
 
 def shard_copy(start: int, server: ShardServer, version: int, limit_s: float) -> ShardCopy:
-    """Give what a shard has kept of a version; its box holds the tensors themselves."""
+    """Give what a shard has kept of a version; its `ref` is the tensors themselves."""
     steps, kept = server.kept(version, limit_s)
     if kept is None:
         return ShardCopy(steps, start)
     state = {name: value for name, value in kept.items() if name}
     kinds, used = kinds_of(state)
     tensors = [kept[""], *(value for name, value in state.items() if name != USED)]
-    kinds = [kind_of("model", tensors[0]), *kinds]
+    kinds = [vector_kind_of("model", tensors[0]), *kinds]
     return ShardCopy(steps, start, tuple(kinds), tensors, used)
 
 
 def tables_copy(server: TableServer, version: int, limit_s: float) -> TablesCopy:
-    """Give what an embedding server has kept of a version; its box holds the arrays themselves."""
+    """Give what an embedding server has kept of a version; its `ref` is the arrays themselves."""
     steps, bundle = server.kept(version, limit_s)
     if bundle is None:
         return TablesCopy(steps)
@@ -84,7 +84,7 @@ def fetch_copies(
     copies = []
     for ask in asks:
         before, until = -1, time.monotonic() + patience_s
-        while (copy := ask(min(LOOK_S, patience_s))).box is None:
+        while (copy := ask(min(LOOK_S, patience_s))).ref is None:
             if copy.steps >= version or time.monotonic() > until:
                 return None
             if copy.steps > before:

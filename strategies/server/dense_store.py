@@ -32,7 +32,7 @@ from distplat.platform.plateau import PlateauState
 from distplat.platform.shard_map import ShardPlan
 from distplat.platform.vector_layout import Layout, plain_layout
 from distplat.strategies.algorithms.reduce import clip_factor, sum_in_order
-from distplat.strategies.loop.control import Policy, StepControl
+from distplat.strategies.loop.control import NonFinitePolicy, StepControl
 from distplat.strategies.model.optim import FlatOptimizer, optimizer_of, rate_of
 from distplat.strategies.model.parameter_layout import (
     dtype_name,
@@ -51,7 +51,14 @@ from distplat.strategies.server.store import (
     Update,
 )
 
-_BOOKS = ("_ledger", "staleness", "seen", "_before_version", "_segments", "_thawing", "settings")
+_COPIED = ("_ledger", "staleness", "seen", "_before_version", "_segments", "_thawing", "settings")
+
+
+def _ledger_of(plan: ShardPlan) -> Ledger:
+    who, consistency = (plan.run, plan.attempt, plan.world), plan.consistency
+    if not consistency.asynchronous:
+        return StepLedger(*who, consistency.backup_workers)
+    return TaskLedger(*who) if plan.own_loop is None else LoopLedger(*who, consistency.bound)
 
 
 class DenseStore(ServerStore, ReplicatedStore):
@@ -72,14 +79,9 @@ class DenseStore(ServerStore, ReplicatedStore):
         every, tail = self._layout.segments, self._layout.tail
         self._segments = tuple(one for one in every if one.start < tail)
         self._thawing = [one for one in self._layout.pieces if one.start >= tail]
-        backup, who = plan.consistency.backup_workers, (plan.run, plan.attempt, plan.world)
-        self._ledger: Ledger = StepLedger(*who, backup)
-        self.staleness: Staleness | None = None  #: of an asynchronous shard
-        if plan.consistency.asynchronous:
-            self._ledger, self.staleness = TaskLedger(*who), Staleness(plan, params, every)
-        own = plan.own_loop
-        if own is not None and self.staleness is not None:
-            self._ledger = LoopLedger(*who, plan.consistency.bound)
+        self._ledger, own = _ledger_of(plan), plan.own_loop
+        asynchronous = plan.consistency.asynchronous
+        self.staleness = Staleness(plan, params, every) if asynchronous else None
         #: the parameters are sums of gradients, and nothing is updated
         self._sums = own is not None and own.optimizer is None
         self.settings: tuple[float, ...] = ()
@@ -181,8 +183,8 @@ class DenseStore(ServerStore, ReplicatedStore):
         return self._keeping.give(version)
 
     @override
-    def worker(self, place: int) -> str:
-        return self._plan.worker(place)
+    def worker(self, part_rank: int) -> str:
+        return self._plan.worker(part_rank)
 
     @override
     def log(self) -> NDArray[np.int64] | None:
@@ -285,16 +287,16 @@ class DenseStore(ServerStore, ReplicatedStore):
     def snapshot(self) -> StoreSnapshot:
         vectors = {"params": self.params, **({} if self._before is None else {"_": self._before})}
         vectors |= {f"optimizer/{name}": one for name, one in self.optimizer.state().items()}
-        books = {name: deepcopy(getattr(self, name)) for name in _BOOKS}
-        return StoreSnapshot({name: one.clone() for name, one in vectors.items()}, books)
+        attributes = {name: deepcopy(getattr(self, name)) for name in _COPIED}
+        return StoreSnapshot({name: one.clone() for name, one in vectors.items()}, attributes)
 
     @override
-    def become(self, snapshot: StoreSnapshot) -> None:
+    def load_snapshot(self, snapshot: StoreSnapshot) -> None:
         vectors: dict[str, Tensor] = dict(snapshot.vectors)
         self.params.copy_(vectors.pop("params"))
         if self._before is not None:
             self._before.copy_(vectors.pop("_"))
-        for name, value in snapshot.books.items():
+        for name, value in snapshot.attributes.items():
             setattr(self, name, value)
         self.optimizer.load({k.removeprefix("optimizer/"): one for k, one in vectors.items()})
 
@@ -302,17 +304,19 @@ class DenseStore(ServerStore, ReplicatedStore):
         """Make the update of `_sum`, and copy what a checkpoint of a step just made wants."""
         if self._sums:
             return
-        place, scale = update.version, 1.0
+        schedule_step, scale = update.version, 1.0
         if self.staleness is not None:
             scale = self.staleness.applied(update)
-            place = update.version // self._ledger.world  # of each worker an update: one step
+            schedule_step = (
+                update.version // self._ledger.world
+            )  # of each worker an update: one step
             self.optimizer.use(self._sum)  # may be the worker's own vector: it is only read
-        rates = [rate * scale for rate in self._rates(place)]
+        rates = [rate * scale for rate in self._rates(schedule_step)]
         self.optimizer.step(rates, from_flags(update.present))
         for steps in range(before + 1, self.steps + 1):  # several, after a slow rank
             self._keeping.reached(steps, self._copy)
 
-    def _rates(self, place: int) -> Sequence[float]:
+    def _rates(self, schedule_step: int) -> Sequence[float]:
         """Give the learning rates of an update, before they are scaled."""
         plan = self._plan
         if plan.own_loop is not None and self.settings:
@@ -320,7 +324,7 @@ class DenseStore(ServerStore, ReplicatedStore):
             return self.optimizer.adjust(plan.own_loop.settings, np.array(self.settings))
         if self._plateau is not None:
             self._plateau.known = PlateauState.of(self.settings)
-        return rate_of(self._job, place, plan.total_steps)
+        return rate_of(self._job, schedule_step, plan.total_steps)
 
     def _copy(self) -> dict[str, Tensor]:
         """Copy the shard: by torch's names, shape [m] or none; parameters under the empty name."""
@@ -371,7 +375,7 @@ class DenseStore(ServerStore, ReplicatedStore):
         for terms, out in zip(zip(*parts, strict=True), self._typed(self._sum), strict=True):
             sum_in_order(terms, out)
         if plan.job.clip_norm is not None:
-            square = squared_norm_of(self._sum, self._segments, plan.uncounted)
+            square = squared_norm_of(self._sum, self._segments, plan.duplicate_ranges)
             self.squared_norm = square * self._scale**2
 
 
@@ -385,7 +389,7 @@ def everything(layout: Layout) -> StepControl:
     return StepControl(1.0, 1.0, present=np.ones(layout.parameters, np.bool_))
 
 
-def flags_of(total: StepControl, policy: Policy) -> bytes:
+def flags_of(total: StepControl, policy: NonFinitePolicy) -> bytes:
     """
     Say which parameters an update moves: of a step that is left out, none.
 

@@ -32,7 +32,7 @@ from distplat.platform.errors import (
     ProtocolError,
     StaleError,
 )
-from distplat.platform.ledger import Answer, PullId, PushId, Verdict
+from distplat.platform.ledger import PullId, PushId, ServerReply, Verdict
 from distplat.platform.load import PushQueue, QueuedPush
 from distplat.platform.shard_map import ShardPlan
 from distplat.strategies.server.dense_store import DenseStore
@@ -44,7 +44,7 @@ Deliver = Callable[[Any, int], Any]
 
 
 @dataclass(frozen=True)
-class Limits:
+class ServerLimits:
     """How long a server waits, in seconds."""
 
     start_s: float
@@ -64,17 +64,18 @@ class Server(Generic[S]):
         limits: deadlines.
     """
 
-    def __init__(self, name: str, store: S, limits: Limits) -> None:
+    def __init__(self, name: str, store: S, limits: ServerLimits) -> None:
         self._name, self.store, self._limits = name, store, limits
         self._changed = threading.Condition()
-        self._pulls: dict[int, tuple[int, Answer | None]] = {}  #: rank -> its last pull's number
+        #: by rank: number and answer of its last pull, of its last push
+        self._pulls: dict[int, tuple[int, ServerReply | None]] = {}
+        self._pushes: dict[int, tuple[int, ServerReply]] = {}
         self._came: set[int] = set()  #: ranks that have pulled in this attempt
-        self._pushes: dict[int, tuple[int, Answer]] = {}  #: rank -> its last push's number
         self._opened_at: int | None = None  #: the step with which an attempt began
         self._queue = PushQueue()
-        self._visits: dict[int, QueuedPush] = {}  #: rank -> its push that is staged, as it came
-        self._loads: dict[int, tuple[float, float, int]] = {}  #: by rank: see `Answer.apply_s`
-        self._deposed: DistplatError | None = None  #: why this server may acknowledge nothing more
+        self._queued: dict[int, QueuedPush] = {}  #: rank -> its push that is staged, as it came
+        self._loads: dict[int, tuple[float, float, int]] = {}  #: by rank: see `ServerReply.apply_s`
+        self._fenced_by: DistplatError | None = None  #: why this server may answer nothing more
 
     def kept(self, version: int, limit_s: float) -> tuple[int, Any]:
         """
@@ -92,7 +93,7 @@ class Server(Generic[S]):
             self._changed.wait_for(lambda: ledger.steps >= version, limit_s)
             return ledger.steps, self.store.kept(version)
 
-    def pull(self, pull: PullId, deliver: Deliver, *, again: bool = False) -> Answer:
+    def pull(self, pull: PullId, deliver: Deliver, *, again: bool = False) -> ServerReply:
         """
         Give the newest values, once there are any.
 
@@ -112,7 +113,7 @@ class Server(Generic[S]):
                 opened = lambda: self.store.opened  # noqa: E731
                 self._wait(opened, what, lambda: [0], self._limits.start_s, "start_timeout_s")
             self._wait_for_backup()
-            self._check_in_office()
+            self._check_not_fenced()
             self.check_attempt(pull.attempt, "a pull")
             self._meet(rank, what)
             last, answer = self._pulls.get(rank, (-1, None))
@@ -143,7 +144,7 @@ class Server(Generic[S]):
         limit = self._limits.start_s, "start_timeout_s"
         self._wait(lambda: not missing(), what, missing, *limit)
 
-    def push(self, push: PushId, gradient: Any, control: Any, deliver: Deliver) -> Answer:
+    def push(self, push: PushId, gradient: Any, control: Any, deliver: Deliver) -> ServerReply:
         """
         Take a worker's gradient; return when the worker may go on.
 
@@ -158,17 +159,17 @@ class Server(Generic[S]):
             DeadlineExceeded: somebody was waited for too long; names who.
         """
         store, rank = self.store, push.rank
-        with self._queue.visit() as visit, self._changed:
-            self._check_in_office()
+        with self._queue.enter() as queued, self._changed:
+            self._check_not_fenced()
             began, ledger = time.perf_counter(), store.ledger
             if store.push(push, gradient, control) is Verdict.NEW:
-                self._visits[rank] = visit
-            self._went_on(rank)
+                self._queued[rank] = queued
+            self._drop_pull_reply(rank)
             if ledger.complete:
                 if store.commits_alone:
                     square = store.squared_norm
                     self._apply(push.seq, None if square is None else square**0.5, began)
-                    visit.leave()
+                    queued.leave()
                 self._changed.notify_all()
             waited = self._wait(
                 lambda: ledger.passed(push) or ledger.complete,
@@ -181,9 +182,9 @@ class Server(Generic[S]):
                 return self._once(push, lambda: self._take(rank, deliver, waited, head))
             # Another rank may have committed by now: this one still wants the norm of all servers.
             norm = store.squared_norm
-            return Answer(ledger.updates, False, norm, waiting_s=waited, total=head)
+            return ServerReply(ledger.updates, False, norm, waiting_s=waited, total=head)
 
-    def commit(self, rank: int, seq: int, norm: float | None, deliver: Deliver) -> Answer:
+    def commit(self, rank: int, seq: int, norm: float | None, deliver: Deliver) -> ServerReply:
         """
         Apply a staged step, once; later calls get the same answer.
 
@@ -191,7 +192,7 @@ class Server(Generic[S]):
             ProtocolError: nothing is staged, or another step.
         """
         with self._changed:
-            self._check_in_office()
+            self._check_not_fenced()
             if self.store.ledger.asynchronous:
                 text = f"commit {seq} refused: {self._name} applies gradients by itself"
                 raise ProtocolError(text)
@@ -244,17 +245,19 @@ class Server(Generic[S]):
         """Have what is staged applied, here and at the backup."""
         if self.store.commit(seq, norm):
             apply_s = time.perf_counter() - began
-            for rank, visit in self._visits.items():
-                self._loads[rank] = apply_s, max(0.0, began - visit.at), visit.depth
-            self._visits.clear()
+            for rank, queued in self._queued.items():
+                self._loads[rank] = apply_s, max(0.0, began - queued.at), queued.depth
+            self._queued.clear()
         self._confirm()
 
-    def _take(self, rank: int, deliver: Deliver, waited: float, head: tuple[float, ...]) -> Answer:
+    def _take(
+        self, rank: int, deliver: Deliver, waited: float, head: tuple[float, ...]
+    ) -> ServerReply:
         """Have the present values delivered; the condition is held."""
         store, ledger = self.store, self.store.ledger
         version = store.pull(rank)
         apply_s, queue_s, queue_depth = self._loads.get(rank, (0.0, 0.0, 0))
-        return Answer(
+        return ServerReply(
             version,
             squared_norm=store.squared_norm,
             staleness=store.staleness_of(rank),
@@ -276,7 +279,7 @@ class Server(Generic[S]):
         try:
             backup_link.confirm()
         except DistplatError as error:
-            self._deposed = error
+            self._fenced_by = error
             self._changed.notify_all()
             raise
 
@@ -287,17 +290,17 @@ class Server(Generic[S]):
             late = (f"the backup of {self._name}",)
             raise DeadlineExceeded("the first copy", late, limit, "failure.start_timeout_s")
 
-    def _check_in_office(self) -> None:
-        if self._deposed is not None:
-            raise FencedError(f"{self._name} serves no more: {self._deposed}")
+    def _check_not_fenced(self) -> None:
+        if self._fenced_by is not None:
+            raise FencedError(f"{self._name} serves no more: {self._fenced_by}")
 
-    def _once(self, push: PushId, make: Callable[[], Answer]) -> Answer:
+    def _once(self, push: PushId, make: Callable[[], ServerReply]) -> ServerReply:
         """Give the answer that the push got, or make it: a repeat must not deliver again."""
         if push.rank not in self._pushes or self._pushes[push.rank][0] < push.seq:
             self._pushes[push.rank] = push.seq, make()
         return self._pushes[push.rank][1]
 
-    def _went_on(self, rank: int) -> None:
+    def _drop_pull_reply(self, rank: int) -> None:
         """A push says that the worker has its last pull's answer: let go of that one's payload."""
         if rank in self._pulls:
             self._pulls[rank] = self._pulls[rank][0], None
@@ -323,10 +326,10 @@ class Server(Generic[S]):
 
         def over() -> bool:
             gone = bool(ledger.left) and bool(ledger.left.intersection(missing()))
-            return gone or self._deposed is not None or ledger.attempt != attempt
+            return gone or self._fenced_by is not None or ledger.attempt != attempt
 
         there = wait_awake(self._changed, lambda: over() or arrived(), limit_s)
-        self._check_in_office()
+        self._check_not_fenced()
         if ledger.attempt != attempt:
             raise FencedError(f"{what}: attempt {attempt} is over")
         gone = sorted(ledger.left.intersection(missing()))
@@ -351,7 +354,7 @@ class ShardServer(Server[DenseStore]):
         params: shape [m]; updated in place.
     """
 
-    def __init__(self, name: str, plan: ShardPlan, limits: Limits, params: Tensor) -> None:
+    def __init__(self, name: str, plan: ShardPlan, limits: ServerLimits, params: Tensor) -> None:
         super().__init__(name, DenseStore(plan, params), limits)
 
     @property

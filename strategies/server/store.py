@@ -97,7 +97,7 @@ class StoreSnapshot:
 
     vectors: Mapping[str, Any]
     """Large things by name: tensors, or all that a table holds."""
-    books: Mapping[str, Any]
+    attributes: Mapping[str, Any]
     """Plain values by name."""
 
 
@@ -117,7 +117,7 @@ class ReplicatedStore(Protocol):
     def snapshot(self) -> StoreSnapshot:
         """Copy it; the server's lock is held."""
 
-    def become(self, snapshot: StoreSnapshot) -> None:
+    def load_snapshot(self, snapshot: StoreSnapshot) -> None:
         """Be equal to the store of which that is a copy; it is used up."""
 
     def follow(self, change: Change, gradient: Any) -> None:
@@ -181,7 +181,7 @@ class ServerStore(ReplicatedStore, Protocol):
     def kept(self, version: int) -> Any:
         """Hand over the copies for a checkpoint; None: they are not there, or not any more."""
 
-    def worker(self, place: int) -> str:
+    def worker(self, part_rank: int) -> str:
         """Name one of the workers."""
 
     def log(self) -> NDArray[np.int64] | None:

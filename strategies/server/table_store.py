@@ -24,11 +24,19 @@ from numpy.typing import NDArray
 from typing_extensions import override
 
 from distplat.platform.errors import FencedError, ProtocolError, StateLost
-from distplat.platform.ledger import Answer, Ledger, PullId, PushId, StepLedger, TaskLedger, Verdict
+from distplat.platform.ledger import (
+    Ledger,
+    PullId,
+    PushId,
+    ServerReply,
+    StepLedger,
+    TaskLedger,
+    Verdict,
+)
 from distplat.platform.plateau import PlateauState
 from distplat.platform.shard_map import TablePlan, TableSpec
 from distplat.platform.tensor_slices import Bundle, RawTensor
-from distplat.strategies.server.server import Limits, Server
+from distplat.strategies.server.server import Server, ServerLimits
 from distplat.strategies.server.store import (
     BackupLink,
     Change,
@@ -47,7 +55,7 @@ from distplat.strategies.sparse.table import RowGradients, Table, make_rule
 
 _CREATED_AT_ONCE = 1 << 16
 
-Rows = Sequence[Sequence[RowGradients]]
+TableRows = Sequence[Sequence[RowGradients]]
 """Gradients of an update, by table: several are added in order; none: the table was not used."""
 
 
@@ -183,13 +191,13 @@ class TableStore(ServerStore, ReplicatedStore):
     @override
     def commit(self, seq: int, norm: float | None) -> bool:
         ledger = self.ledger
-        version, place, before = ledger.updates, ledger.place, ledger.steps
+        version, schedule_step, before = ledger.updates, ledger.schedule_step, ledger.steps
         if not ledger.commit(seq):
             return False
         staged = [] if self._skipped else sorted(self._staged.items())
         self._unstage()
         parts = [part for _, some in staged for part in some]
-        by_table: Rows = [
+        by_table: TableRows = [
             [part for part in parts if part.table == number] for number in range(len(self.tables))
         ]
         if self.backup_link is not None:
@@ -197,7 +205,7 @@ class TableStore(ServerStore, ReplicatedStore):
             by_table = [[table.summed(some)] if some else [] for table, some in pairs]
             push = self._pushed if ledger.asynchronous else None
             self.backup_link.send(Update(version, push, settings=self._settings), by_table)
-        self._update(by_table, place, before)
+        self._update(by_table, schedule_step, before)
         return True
 
     @override
@@ -219,8 +227,8 @@ class TableStore(ServerStore, ReplicatedStore):
         return self._keeping.give(version)
 
     @override
-    def worker(self, place: int) -> str:
-        return f"worker-{place}"
+    def worker(self, part_rank: int) -> str:
+        return f"worker-{part_rank}"
 
     @override
     def log(self) -> None:
@@ -229,12 +237,12 @@ class TableStore(ServerStore, ReplicatedStore):
     @override
     def snapshot(self) -> StoreSnapshot:
         tables = {table.spec.name: table.snapshot() for table in self.tables}
-        books = {"plan": self.plan, "index": self.index, "_ledger": deepcopy(self._ledger)}
-        return StoreSnapshot(tables, books)
+        attributes = {"plan": self.plan, "index": self.index, "_ledger": deepcopy(self._ledger)}
+        return StoreSnapshot(tables, attributes)
 
     @override
-    def become(self, snapshot: StoreSnapshot) -> None:
-        for name, value in snapshot.books.items():
+    def load_snapshot(self, snapshot: StoreSnapshot) -> None:
+        for name, value in snapshot.attributes.items():
             setattr(self, name, value)
         assert self.plan is not None, "only opened tables are copied"
         self._take_plan(self.plan)
@@ -243,7 +251,7 @@ class TableStore(ServerStore, ReplicatedStore):
             table.load(snapshot.vectors[table.spec.name])
 
     @override
-    def follow(self, change: Change, gradient: Rows) -> None:
+    def follow(self, change: Change, gradient: TableRows) -> None:
         """`gradient` has the sum for each table that was used."""
         match change:
             case Renewal(plan=plan):
@@ -253,28 +261,28 @@ class TableStore(ServerStore, ReplicatedStore):
                 self._step_back(version)
             case Update(version=version, push=push, settings=settings):
                 ledger, self._settings = self.ledger, settings
-                place, before = ledger.place, ledger.steps
+                schedule_step, before = ledger.schedule_step, ledger.steps
                 if push is None:
                     ledger.restore(version + 1)
                 else:
                     ledger.offer(push)
                     ledger.commit(push.seq)
-                self._update(gradient, place, before)
+                self._update(gradient, schedule_step, before)
 
-    def _update(self, by_table: Rows, place: int, before: int) -> None:
+    def _update(self, by_table: TableRows, schedule_step: int, before: int) -> None:
         """
         Update the rows, and copy what a checkpoint of the step just made wants.
 
         Args:
             by_table: gradients.
-            place: of the update in the learning rate's schedule.
+            schedule_step: of the update in the learning rate's schedule.
             before: steps that were made before it.
         """
         assert self.plan is not None and self.plan.job.embeddings is not None, "it was opened"
         job, rule = self._job, self.plan.job.embeddings.optimizer
         if self._plateau is not None:
             self._plateau.known = PlateauState.of(self._settings)
-        rate = job.lr_schedule.rate(rule.lr, place, self.plan.total_steps)
+        rate = job.lr_schedule.rate(rule.lr, schedule_step, self.plan.total_steps)
         for table, parts in zip(self.tables, by_table, strict=True):
             if parts:
                 table.apply(parts, rate)
@@ -338,7 +346,7 @@ class TableServer(Server[TableStore], PartSource):
     """
 
     def __init__(self, name: str, index: int) -> None:
-        super().__init__(name, TableStore(name, index), Limits(0.0, 0.0))
+        super().__init__(name, TableStore(name, index), ServerLimits(0.0, 0.0))
 
     def open(
         self, plan: TablePlan, saved_at: int = 0, saved: Iterable[Mapping[str, RawTensor]] = ()
@@ -360,9 +368,9 @@ class TableServer(Server[TableStore], PartSource):
             StateLost: see `TableStore.renew`.
         """
         with self._changed:
-            self._check_in_office()
+            self._check_not_fenced()
             store, failure = self.store, plan.job.failure
-            self._limits = Limits(failure.start_timeout_s, failure.step_timeout_s)
+            self._limits = ServerLimits(failure.start_timeout_s, failure.step_timeout_s)
             if store.plan is None:
                 store.open(plan, saved_at, list(saved))
             elif plan.attempt < store.ledger.attempt:
@@ -394,7 +402,7 @@ class TableServer(Server[TableStore], PartSource):
             ProtocolError: the tables cannot be brought to this version.
         """
         with self._changed:
-            self._check_in_office()
+            self._check_not_fenced()
             self.check_attempt(attempt, "a begin")
             self.store.begin(version)
             self._confirm()
@@ -430,7 +438,7 @@ class TableServer(Server[TableStore], PartSource):
         gradients: Sequence[RowGradients],
         skip: bool = False,
         settings: tuple[float, ...] = (),
-    ) -> Answer:
+    ) -> ServerReply:
         """
         Take a rank's gradients; return when they are applied. See `TableStore.push`.
 

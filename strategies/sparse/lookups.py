@@ -24,7 +24,7 @@ from typing_extensions import override
 from distplat.platform.shard_map import TablePlan, TableSpec
 from distplat.platform.spec import Job
 from distplat.strategies.checkpoint.checkpoint_reader import SavedState
-from distplat.strategies.checkpoint.checkpoint_types import Boxes
+from distplat.strategies.checkpoint.checkpoint_types import ArrayRefs
 from distplat.strategies.loop.control import NonFiniteSteps, StepControl
 from distplat.strategies.ports import Sending, Tables
 from distplat.strategies.sparse.modules import RowSource, Sharded, tables_of
@@ -143,10 +143,10 @@ class Lookups(RowSource):
         self._pull_s = 0.0
         return self._tables.push(step, found, task, skip)
 
-    def copies(self, version: int) -> Boxes | None:
+    def copies(self, version: int) -> ArrayRefs | None:
         """Fetch what the servers have kept of a version, for a checkpoint; from any thread."""
         found = self._tables.copies(version)
-        return None if found is None else [(copy.box, copy.entries) for copy in found]
+        return None if found is None else [(copy.ref, copy.entries) for copy in found]
 
     def figures(self) -> dict[str, float]:
         """Give rows that the step just made has updated for this rank, and seconds of pulls."""
@@ -208,14 +208,14 @@ def _added_up(
     if len(parts) == 1:
         return parts[0]
     together = torch.from_numpy(np.concatenate([ids.ids for ids, _ in parts]))
-    unique, places = torch.unique(together, return_inverse=True)
+    unique, inverse = torch.unique(together, return_inverse=True)
     routed, order = route(plan, spec, unique.numpy())
     if order is not None:
-        places = torch.from_numpy(_inverse(order))[places]
+        inverse = torch.from_numpy(_inverse(order))[inverse]
     sums = np.zeros((len(unique), spec.width), np.float32)
     first = 0
     for ids, gradients in parts:  # within one part each id comes once
-        sums[places[first : first + len(ids.ids)].numpy()] += gradients
+        sums[inverse[first : first + len(ids.ids)].numpy()] += gradients
         first += len(ids.ids)
     return routed, sums
 
@@ -227,9 +227,9 @@ def _ends(values: NDArray[np.float32]) -> tuple[float, float]:
 
 
 def _inverse(order: NDArray[np.int64]) -> NDArray[np.int64]:
-    places = np.empty_like(order)
-    places[order] = np.arange(len(order))
-    return places
+    inverse = np.empty_like(order)
+    inverse[order] = np.arange(len(order))
+    return inverse
 
 
 def lookups_of(model: nn.Module, job: Job) -> Lookups | None:
@@ -301,7 +301,7 @@ class RowPush:
             self._push(skip=total.skip, scale=total.scale)
         self._wait()
 
-    def name(self, place: int) -> str:
+    def name(self, index: int) -> str:
         """Name what `StepControl.slot` counts behind the parameters: rows are all there is."""
         return self._row or "rows of an embedding table"
 

@@ -33,7 +33,7 @@ class RowSource(Protocol):
 
         Returns:
             The rows, shape [n, embedding_dim], on the CPU: their gradient reaches the servers.
-            And the place of each id among them, shape [n]; None: they are in the ids' order.
+            And the index of each id among them, shape [n]; None: they are in the ids' order.
         """
 
 
@@ -92,7 +92,7 @@ class Sharded(nn.Module):
         super()._load_from_state_dict({**state_dict, f"{prefix}table": self.table}, prefix, *args)
 
     def _look_up(self, ids: Tensor) -> tuple[Tensor, Tensor, int | None]:
-        """Give the batch's rows, the place of each id among them, and that of the padding."""
+        """Give the batch's rows, the index of each id among them, and that of the padding."""
         if self.source is None:
             raise RuntimeError(
                 "this embedding has no rows yet: they live on servers. Train with the job's "
@@ -100,14 +100,14 @@ class Sharded(nn.Module):
             )
         if ids.dtype not in (torch.int64, torch.int32):
             raise TypeError(f"ids must be int64 or int32, got {ids.dtype}")
-        unique, places = torch.unique(ids.detach().to("cpu", torch.int64), return_inverse=True)
+        unique, inverse = torch.unique(ids.detach().to("cpu", torch.int64), return_inverse=True)
         self._check_range(unique)
         rows, order = self.source.rows(self, unique)
         wanted = -1 if self.padding_idx is None else self.padding_idx  # -1: no id is
         padding = (unique == wanted).nonzero().flatten()
         if order is not None:
-            places, padding = order[places], order[padding]
-        return rows.to(ids.device), places.to(ids.device), int(padding) if len(padding) else None
+            inverse, padding = order[inverse], order[padding]
+        return rows.to(ids.device), inverse.to(ids.device), int(padding) if len(padding) else None
 
     def _check_range(self, unique: Tensor) -> None:
         """Ids come sorted: the ends tell."""
@@ -143,8 +143,8 @@ class ShardedEmbedding(Sharded):
 
     def forward(self, ids: Tensor) -> Tensor:
         """Give the rows of ids: shape [...] -> [..., embedding_dim]."""
-        rows, places, padding = self._look_up(ids)
-        return nn.functional.embedding(places, rows, padding)
+        rows, inverse, padding = self._look_up(ids)
+        return nn.functional.embedding(inverse, rows, padding)
 
 
 class ShardedEmbeddingBag(Sharded):
@@ -194,9 +194,9 @@ class ShardedEmbeddingBag(Sharded):
         Returns:
             Shape [bags, embedding_dim].
         """
-        rows, places, padding = self._look_up(ids)
+        rows, inverse, padding = self._look_up(ids)
         return nn.functional.embedding_bag(
-            places,
+            inverse,
             rows,
             offsets,
             mode=self.mode,

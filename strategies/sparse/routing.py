@@ -19,7 +19,7 @@ class Routed:
     """Server k has those from `cuts[k]` to `cuts[k + 1]`."""
 
     def part(self, server: int) -> slice:
-        """Give the place of one server's ids."""
+        """Give the slice of one server's ids."""
         return slice(self.cuts[server], self.cuts[server + 1])
 
 

@@ -118,7 +118,7 @@ Ids = NDArray[np.int64]
 Slots = NDArray[np.int64]
 
 
-class Index(ABC):
+class RowIndex(ABC):
     """Gives each id a slot, in the order in which they are added."""
 
     def __init__(self) -> None:
@@ -155,12 +155,12 @@ class Index(ABC):
         return first
 
 
-def make_index(rows: int | None) -> Index:
+def make_index(rows: int | None) -> RowIndex:
     """Make the index of a table with ids below `rows`; None: any that is not negative."""
     return HashIndex() if rows is None or rows > MOST_BY_ARRAY else ArrayIndex(rows)
 
 
-class ArrayIndex(Index):
+class ArrayIndex(RowIndex):
     """Where rows lie, for ids below `rows`: an array."""
 
     def __init__(self, rows: int) -> None:
@@ -180,7 +180,7 @@ class ArrayIndex(Index):
         return slots
 
 
-class HashIndex(Index):
+class HashIndex(RowIndex):
     """Where rows lie, for any ids: a hash table."""
 
     def __init__(self) -> None:
@@ -189,11 +189,11 @@ class HashIndex(Index):
 
     @override
     def find(self, ids: Ids) -> Slots:
-        places = self._first_places(ids)
-        found, pending = self._look(ids, places)
+        positions = self._first_positions(ids)
+        found, pending = self._look(ids, positions)
         while len(pending):
-            places[pending] = (places[pending] + 1) & self._mask
-            slots, still = self._look(ids[pending], places[pending])
+            positions[pending] = (positions[pending] + 1) & self._mask
+            slots, still = self._look(ids[pending], positions[pending])
             found[pending] = slots
             pending = pending[still]
         return found
@@ -206,9 +206,9 @@ class HashIndex(Index):
             while 2 * self._count > size:
                 size *= 2
             self._make(size)
-            self._place(self.ids, 0)
+            self._insert(self.ids, 0)
         else:
-            self._place(ids, first)
+            self._insert(ids, first)
         return np.arange(first, self._count)
 
     def _make(self, size: int) -> None:
@@ -216,22 +216,22 @@ class HashIndex(Index):
         self._cells = np.full((size, 2), _FREE, np.int64)  #: (id, slot)
         self._whole_cells = self._cells.reshape(-1).view(np.complex128)  #: 16 bytes in one piece
 
-    def _look(self, ids: Ids, places: NDArray[np.int64]) -> tuple[Slots, NDArray[np.int64]]:
-        """Give the slots of ids that are at their places, else -1; and which must look further."""
-        cells = np.take(self._whole_cells, places, mode="clip").view(np.int64).reshape(-1, 2)
+    def _look(self, ids: Ids, positions: NDArray[np.int64]) -> tuple[Slots, NDArray[np.int64]]:
+        """Give the slots of ids found at these positions, else -1; and which must look further."""
+        cells = np.take(self._whole_cells, positions, mode="clip").view(np.int64).reshape(-1, 2)
         keys = cells[:, 0]
         hit = keys == ids
         return np.where(hit, cells[:, 1], -1), np.flatnonzero(~hit & (keys != _FREE))
 
-    def _first_places(self, ids: Ids) -> NDArray[np.int64]:
+    def _first_positions(self, ids: Ids) -> NDArray[np.int64]:
         return (mix(ids.astype(np.uint64)) & np.uint64(self._mask)).astype(np.int64)
 
-    def _place(self, ids: Ids, first_slot: int) -> None:
-        slots, places = np.arange(first_slot, first_slot + len(ids)), self._first_places(ids)
+    def _insert(self, ids: Ids, first_slot: int) -> None:
+        slots, positions = np.arange(first_slot, first_slot + len(ids)), self._first_positions(ids)
         while len(ids):
-            free = self._cells[places, 0] == _FREE
-            self._cells[places[free], 0] = ids[free]  # where several come to one, the last stays
-            here = self._cells[places, 0] == ids
-            self._cells[places[here], 1] = slots[here]
+            free = self._cells[positions, 0] == _FREE
+            self._cells[positions[free], 0] = ids[free]  # where several come to one, the last stays
+            here = self._cells[positions, 0] == ids
+            self._cells[positions[here], 1] = slots[here]
             ids, slots = ids[~here], slots[~here]
-            places = (places[~here] + 1) & self._mask
+            positions = (positions[~here] + 1) & self._mask

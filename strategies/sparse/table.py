@@ -35,7 +35,7 @@ from distplat.strategies.sparse.rows import Rows, initial_rows, make_index
 Block = NDArray[np.float32]
 
 
-class Rule(ABC):
+class RowRule(ABC):
     """An update rule. Blocks are of shape [n, width]; those of a state may have width 1."""
 
     names: tuple[str, ...] = ()
@@ -61,14 +61,14 @@ class Rule(ABC):
         """
 
 
-class _SGD(Rule):
+class _SGD(RowRule):
     def update(
         self, rows: Block, states: Sequence[Block], gradient: Block, rate: float, step: int
     ) -> None:
         rows -= np.float32(rate) * gradient
 
 
-class _Adagrad(Rule):
+class _Adagrad(RowRule):
     names = ("sum",)
 
     def __init__(self, options: RowAdagrad | RowWiseAdagrad) -> None:
@@ -97,7 +97,7 @@ class _RowWiseAdagrad(_Adagrad):
         return means
 
 
-class _SparseAdam(Rule):
+class _SparseAdam(RowRule):
     names = ("exp_avg", "exp_avg_sq")
 
     def __init__(self, options: RowSparseAdam) -> None:
@@ -117,7 +117,7 @@ class _SparseAdam(Rule):
         rows -= np.float32(corrected) * mean / (np.sqrt(square) + self._eps)
 
 
-def make_rule(options: AnyRowOptimizer) -> Rule:
+def make_rule(options: AnyRowOptimizer) -> RowRule:
     """Make the rule that a job names."""
     match options:
         case RowSGD():
@@ -160,14 +160,14 @@ class Table:
         rewinds: keep what an update changes, so that `rewind` can take it back.
     """
 
-    def __init__(self, spec: TableSpec, seed: int, rule: Rule, *, rewinds: bool = False) -> None:
+    def __init__(self, spec: TableSpec, seed: int, rule: RowRule, *, rewinds: bool = False) -> None:
         self.spec, self._seed, self._rule = spec, seed, rule
         self.updates = 0  #: steps in which some rank used the table, torch's `step` of a parameter
         self._index = make_index(spec.rows)
         states = [Rows(width, fill) for width, fill in rule.states(spec.width)]
         self._arrays = [Rows(spec.width), *states]
         self._columns = ("rows", *rule.names)
-        self._summed = np.zeros(0, np.int64)  #: by slot: 1 + its place in the sum being made
+        self._summed = np.zeros(0, np.int64)  #: by slot: 1 + its index in the sum being made
         self._block = max(1, _BLOCK_BYTES // (4 * spec.width))
         self._sorted = np.zeros(0, np.int64)
         self._rewinds = rewinds
@@ -327,12 +327,12 @@ class Table:
         slots = np.empty(sum(map(len, found)), np.int64)
         sums, count = np.empty((len(slots), self.spec.width), np.float32), 0
         for mine, part in zip(found, parts, strict=True):
-            places = self._summed[mine] - 1
-            new = places < 0
+            positions = self._summed[mine] - 1
+            new = positions < 0
             more = slice(count, count + int(new.sum()))
             slots[more], sums[more] = mine[new], part.values[new]
             self._summed[mine[new]] = np.arange(more.start, more.stop) + 1
-            sums[places[~new]] += part.values[~new]
+            sums[positions[~new]] += part.values[~new]
             count = more.stop
         self._summed[slots[:count]] = 0
         return slots[:count], sums[:count]

@@ -12,14 +12,14 @@ from distplat.platform.errors import Problem, SpecError
 from distplat.strategies.tensor.exchange import (
     Bounds,
     TensorParallelRegion,
-    copied,
+    copy_forward,
     gathered,
-    summed,
+    sum_forward,
 )
 from distplat.strategies.tensor.parallel_layers import (
     Parts,
-    become,
     keep,
+    set_class,
     split_columns,
     split_rows,
 )
@@ -96,7 +96,7 @@ def _split_multihead(
         parts["in_proj_bias"] = fused
     keep(module, parts)
     rows = split_rows(f"{name}.out_proj", module.out_proj, inside, units=heads)
-    made = become(module, SplitMultiheadAttention)
+    made = set_class(module, SplitMultiheadAttention)
     each = [slice_of(name, 0, heads, heads, r, group.world) for r in ranks]
     made.inside = inside
     made.bounds = [(spec.start, spec.stop) for spec in each]
@@ -150,7 +150,7 @@ class SplitMultiheadAttention(nn.MultiheadAttention):
 
     def _project(self, query: Tensor, key: Tensor, value: Tensor) -> list[Tensor]:
         """Give query, key and value of the own heads; each input is exchanged once in backward."""
-        inputs = {id(t): copied(t, self.inside.group) for t in (query, key, value)}
+        inputs = {id(t): copy_forward(t, self.inside.group) for t in (query, key, value)}
         biases: list[Tensor | None] = [None] * 3
         if self.in_proj_bias is not None:
             biases = list(self.in_proj_bias.chunk(3))
@@ -188,7 +188,7 @@ class SplitMultiheadAttention(nn.MultiheadAttention):
     def _of_all_heads(self, weights: Tensor, average: bool) -> Tensor:
         """[N, own heads, L, S] -> [N, L, S], or [N, all heads, L, S]."""
         if average:
-            return summed(weights.sum(1).contiguous(), self.inside.group) / self.bounds[-1][1]
+            return sum_forward(weights.sum(1).contiguous(), self.inside.group) / self.bounds[-1][1]
         last = gathered(weights.permute(0, 2, 3, 1), self.bounds, self.inside.group)
         return last.permute(0, 3, 1, 2)
 

@@ -20,8 +20,8 @@ from torch.autograd import Function
 
 from distplat.platform.errors import Problem, SpecError
 from distplat.strategies.collective import Collective, gather_values
-from distplat.strategies.tensor.exchange import TensorParallelRegion, copied
-from distplat.strategies.tensor.parallel_layers import Parts, become
+from distplat.strategies.tensor.exchange import TensorParallelRegion, copy_forward
+from distplat.strategies.tensor.parallel_layers import Parts, set_class
 from distplat.strategies.tensor.parallel_plan import ShardSpec, share_out
 
 _ALIGN = 16
@@ -60,11 +60,11 @@ class Branch(nn.Module):
     """One branch, on the rank that has it and on the others; mixed into the class that it has."""
 
     around: "Branches"
-    place: int
+    index: int
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Give the branch's output, whoever computes it."""
-        return self.around.output(self.place, inputs)
+        return self.around.output(self.index, inputs)
 
     def compute(self, inputs: Tensor) -> Tensor:
         """Compute it here."""
@@ -98,7 +98,7 @@ class Branches:
         self._given, self._ready = None, {}
         self.inside.forget()
 
-    def output(self, place: int, inputs: Tensor) -> Tensor:
+    def output(self, index: int, inputs: Tensor) -> Tensor:
         """
         Give a branch's output.
 
@@ -108,16 +108,16 @@ class Branches:
         """
         if not self._ready:
             self._given, self._ready = inputs, dict(enumerate(self._compute(inputs)))
-        if inputs is not self._given or place not in self._ready:
+        if inputs is not self._given or index not in self._ready:
             self.forget()
             raise ValueError(
                 f"{self._title}: branches on different ranks must have one input, and each is "
                 "called once; move what changes the input of one into the branch"
             )
-        return self._ready.pop(place)
+        return self._ready.pop(index)
 
     def _compute(self, inputs: Tensor) -> tuple[Tensor, ...]:
-        shared = copied(inputs, self.inside.group)
+        shared = copy_forward(inputs, self.inside.group)
         mine = [m for m, owner in zip(self.modules, self._owners, strict=True) if self._has(owner)]
         if mine[0].training:
             self.inside.begin(inputs.device)
@@ -166,7 +166,7 @@ class _Exchanged(Function):
         forms: Sequence[_Form],
         *own: Tensor,
     ) -> tuple[Tensor, ...]:
-        ctx.own = [place for place, owner in enumerate(owners) if owner == group.rank]
+        ctx.own = [index for index, owner in enumerate(owners) if owner == group.rank]
         # Recomputation stops at the last saved tensor: with this one, no rank stops before here.
         ctx.save_for_backward(lever.new_empty(0))
         sizes, starts = [0] * group.world, []
@@ -178,15 +178,15 @@ class _Exchanged(Function):
             form.view(rooms[owner][start : start + form.room])
             for owner, start, form in zip(owners, starts, forms, strict=True)
         )
-        for place, output in zip(ctx.own, own, strict=True):
-            outputs[place].copy_(output)
+        for index, output in zip(ctx.own, own, strict=True):
+            outputs[index].copy_(output)
         group.all_gather(rooms, rooms[group.rank])
         return outputs
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         _ = ctx.saved_tensors
-        return (None, None, None, None, *(gradients[place] for place in ctx.own))
+        return (None, None, None, None, *(gradients[index] for index in ctx.own))
 
 
 def split_branches(
@@ -214,14 +214,14 @@ def split_branches(
     owners = share_out(costs, group.world)
     around = Branches(title, owners, inside, trains)
     parts: Parts = {}
-    for place, (name, branch) in enumerate(modules.items()):
-        has = owners[place] == group.rank
+    for index, (name, branch) in enumerate(modules.items()):
+        has = owners[index] == group.rank
         parts |= _parts(name, branch, has)
         if not has:
             _empty(branch)
         kind = type(branch)
-        made: Branch = become(branch, type(f"Branch{kind.__name__}", (Branch, kind), {}))
-        made.around, made.place = around, place
+        made: Branch = set_class(branch, type(f"Branch{kind.__name__}", (Branch, kind), {}))
+        made.around, made.index = around, index
         around.modules.append(made)
     return around, parts
 

@@ -28,7 +28,7 @@ Bounds = Sequence[tuple[int, int]]
 """First column and the one behind the last, by rank; together they are all columns."""
 
 
-def copied(value: Tensor, group: Collective) -> Tensor:
+def copy_forward(value: Tensor, group: Collective) -> Tensor:
     """
     Let each rank use a complete value for its own part.
 
@@ -38,7 +38,7 @@ def copied(value: Tensor, group: Collective) -> Tensor:
     return apply(_Copied, value, group)
 
 
-def summed(part: Tensor, group: Collective) -> Tensor:
+def sum_forward(part: Tensor, group: Collective) -> Tensor:
     """
     Add the ranks' parts up, in place.
 
@@ -158,7 +158,7 @@ class TensorParallelRegion:
             given = self._way_in[1]
             if given.requires_grad == (value.requires_grad and torch.is_grad_enabled()):
                 return given
-        self._way_in = (value, copied(value, self.group))
+        self._way_in = (value, copy_forward(value, self.group))
         return self._way_in[1]
 
     def begin(self, device: torch.device) -> None:

@@ -22,10 +22,10 @@ from distplat.strategies.collective import Collective, gather_values
 from distplat.strategies.tensor.exchange import (
     Bounds,
     TensorParallelRegion,
-    copied,
+    copy_forward,
     gathered,
     scattered,
-    summed,
+    sum_forward,
 )
 from distplat.strategies.tensor.parallel_plan import ShardSpec, slice_of
 
@@ -36,7 +36,7 @@ def take(whole: Tensor, spec: ShardSpec) -> Tensor:
     return torch.cat(ranges, spec.dim) if len(ranges) > 1 else ranges[0].clone()
 
 
-def place_of(shape: Sequence[int], spec: ShardSpec | None) -> TensorSlice:
+def tensor_slice_of(shape: Sequence[int], spec: ShardSpec | None) -> TensorSlice:
     """
     Say where a rank's part lies in the full tensor.
 
@@ -50,7 +50,7 @@ def place_of(shape: Sequence[int], spec: ShardSpec | None) -> TensorSlice:
     return TensorSlice(full, (spec.dim, spec.start, spec.stop), blocks=spec.blocks)
 
 
-def join(parts: Sequence[Tensor], specs: Sequence[ShardSpec]) -> Tensor:
+def join_parts(parts: Sequence[Tensor], specs: Sequence[ShardSpec]) -> Tensor:
     """
     Put a full tensor together.
 
@@ -78,20 +78,19 @@ def join(parts: Sequence[Tensor], specs: Sequence[ShardSpec]) -> Tensor:
 
 
 def gather_full(
-    state: Mapping[str, Tensor], specs: Mapping[str, ShardSpec], group: Collective, to: int = 0
+    state: Mapping[str, Tensor], specs: Mapping[str, ShardSpec], group: Collective
 ) -> dict[str, Tensor]:
     """
-    Put full tensors together on one rank, one after the other. Every rank calls this.
+    Put full tensors together on rank 0, one after the other. Every rank calls this.
 
     Args:
         state: the rank's tensors by name: those of its `state_dict`, or of an optimizer's state
             under the names of the parameters. The same names in the same order on all ranks.
         specs: what `parallelize` gave; a name that is not in it is complete on every rank.
         group: the tensor group.
-        to: the rank that gets them.
 
     Returns:
-        All tensors in full on rank `to`, nothing elsewhere.
+        All tensors in full on rank 0, nothing elsewhere.
 
     Raises:
         CollectiveError: a rank is missing.
@@ -101,24 +100,24 @@ def gather_full(
     by_rank = [{name: ShardSpec(**fields) for name, fields in its.items()} for its in every]
     full: dict[str, Tensor] = {}
     for name, mine in state.items():
-        if group.rank == to:
+        if group.rank == 0:
             ranks = [specs_of_rank[name] for specs_of_rank in by_rank] if name in specs else []
-            full[name] = _receive(mine.detach(), ranks, group, to) if ranks else mine.detach()
+            full[name] = _receive(mine.detach(), ranks, group) if ranks else mine.detach()
         elif name in specs and specs[name].extent:
-            group.send(mine.detach().contiguous(), to)
+            group.send(mine.detach().contiguous(), 0)
     return full
 
 
-def _receive(mine: Tensor, specs: Sequence[ShardSpec], group: Collective, to: int) -> Tensor:
+def _receive(mine: Tensor, specs: Sequence[ShardSpec], group: Collective) -> Tensor:
     parts = []
     for rank, spec in enumerate(specs):
         part = mine
-        if rank != to:
+        if rank != 0:
             part = _room(mine, spec)
             if spec.extent:
                 group.recv(part, rank)
         parts.append(part)
-    return join(parts, specs)
+    return join_parts(parts, specs)
 
 
 def _room(mine: Tensor, spec: ShardSpec) -> Tensor:
@@ -134,7 +133,7 @@ Parts = dict[str, ShardSpec]
 _Module = TypeVar("_Module", bound=nn.Module)
 
 
-def become(module: nn.Module, kind: type[_Module]) -> _Module:
+def set_class(module: nn.Module, kind: type[_Module]) -> _Module:
     """Give a module another class; it stays the same object."""
     module.__class__ = kind
     return cast(_Module, module)
@@ -151,7 +150,7 @@ class ColumnLinear(nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         """[..., in] -> [..., own columns], or [..., out] where they are put together."""
         if self.gathers:
-            outputs = super().forward(copied(input, self.inside.group))
+            outputs = super().forward(copy_forward(input, self.inside.group))
             return gathered(outputs, self.bounds, self.inside.group)
         outputs = super().forward(self.inside.enter(input))
         if self.training:
@@ -199,7 +198,7 @@ class RowLinear(nn.Linear):
             )
         else:
             self.inside.end()
-        outputs = summed(F.linear(input, self.weight).contiguous(), self.inside.group)
+        outputs = sum_forward(F.linear(input, self.weight).contiguous(), self.inside.group)
         if self.bias is None:
             return outputs
         return outputs + self.bias.to(outputs.dtype)
@@ -222,7 +221,7 @@ class VocabularyEmbedding(nn.Embedding):
         nowhere = (input < 0) | (input >= self.size)
         own = own.masked_fill(elsewhere, 0).masked_fill(nowhere, self.num_embeddings)
         rows = super().forward(own).masked_fill(elsewhere.unsqueeze(-1), 0.0)
-        return summed(rows, self.inside.group)
+        return sum_forward(rows, self.inside.group)
 
 
 def split_columns(
@@ -256,7 +255,7 @@ def split_columns(
     parts = {p: specs[group.rank] for p in ("weight", "bias") if getattr(layer, p) is not None}
     keep(layer, parts)
     layer.out_features = specs[group.rank].extent
-    made = become(layer, ColumnLinear)
+    made = set_class(layer, ColumnLinear)
     made.inside, made.gathers = inside, gathers
     made.bounds = [(spec.start, spec.stop) for spec in specs]
     return parts
@@ -277,7 +276,7 @@ def split_rows(
     parts = {"weight": specs[group.rank]}
     keep(layer, parts)
     layer.in_features = specs[group.rank].extent
-    made = become(layer, RowLinear)
+    made = set_class(layer, RowLinear)
     made.inside, made.title = inside, name
     made.bounds = [(spec.start, spec.stop) for spec in specs]
     return parts
@@ -302,7 +301,7 @@ def split_vocabulary(name: str, embedding: nn.Module, inside: TensorParallelRegi
     if table.padding_idx is not None:
         here = spec.start <= table.padding_idx < spec.stop
         table.padding_idx = table.padding_idx - spec.start if here else None
-    made = become(table, VocabularyEmbedding)
+    made = set_class(table, VocabularyEmbedding)
     made.inside, made.start, made.size = inside, spec.start, size
     return {"weight": spec}
 

@@ -40,11 +40,11 @@ class ChildRequest:
     strategy_file: str | None = None
 
 
-Answer = References | str
+ReferenceResult = References | str
 """The references of a job, or why its strategy cannot cut the model."""
 
 
-def answer(request: ChildRequest) -> list[Answer]:
+def answer(request: ChildRequest) -> list[ReferenceResult]:
     """Compute the references of all jobs."""
     sys.path.insert(0, request.folder)
     if request.strategy_file is not None:
@@ -55,7 +55,7 @@ def answer(request: ChildRequest) -> list[Answer]:
         made: Task = kind(request.entry, request.task_args, asdict(switches))
         return made
 
-    found: list[Answer] = []
+    found: list[ReferenceResult] = []
     for fields in request.jobs:
         job = Job.model_validate(fields)
         seed_all(job.seed)

@@ -35,7 +35,7 @@ from distplat.strategies.algorithms.seeds import (
 )
 from distplat.strategies.catalog import make_strategy
 from distplat.strategies.hybrid import Hybrid
-from distplat.strategies.loop.batches import Run, runs, samples_of
+from distplat.strategies.loop.batches import SampleRun, runs, samples_of
 from distplat.strategies.loop.seeding import generators_kept
 from distplat.strategies.loop.streams import is_stream, rows_of
 from distplat.strategies.loop.task_settings import TaskOrder
@@ -124,7 +124,7 @@ class _Source(RowSource):
 
 
 @dataclass(frozen=True)
-class Forward:
+class MicroBatch:
     """One micro-batch."""
 
     ids: list[int]
@@ -146,14 +146,14 @@ class ReferenceSamples(NamedTuple):
     """Whether it is read from its start, over and over."""
 
 
-Schedule = Sequence[Sequence[Sequence[Forward]]]
+Batches = Sequence[Sequence[Sequence[MicroBatch]]]
 """By step, by rank: micro-batches."""
 
 
-Weights = dict[str, float]
+TermWeights = dict[str, float]
 """By term of a loss."""
 
-Named = dict[str, Tensor]
+Tensors = dict[str, Tensor]
 """Tensors by name."""
 
 ROWS = f"task:{KEPT}."
@@ -164,7 +164,7 @@ ROWS = f"task:{KEPT}."
 class Recipe:
     """How a model is trained."""
 
-    optimizer: Callable[[Task, Named], Sequence[torch.optim.Optimizer]]
+    optimizer: Callable[[Task, Tensors], Sequence[torch.optim.Optimizer]]
     """Makes the optimizers of such parameters."""
     rates: Sequence[Callable[[float], float]]
     """By step: gives the learning rate, of that before the schedule."""
@@ -182,7 +182,7 @@ class Recipe:
 class Trained:
     """What came out; a run of the engine is brought into the same form."""
 
-    states: dict[int, Named]
+    states: dict[int, Tensors]
     """The model's state by steps done; of a run some may be missing, not the last."""
     losses: list[float] = field(default_factory=list)
     used: list[set[str]] = field(default_factory=list)
@@ -221,22 +221,22 @@ def _rates(job: Job, task: Task) -> list[Callable[[float], float]]:
     return [partial(schedule.rate, step=step, total_steps=steps) for step in range(steps)]
 
 
-def _tasks(task: Task, named: Named) -> Sequence[torch.optim.Optimizer]:
+def _tasks(task: Task, named: Tensors) -> Sequence[torch.optim.Optimizer]:
     """Have the task make it; among the tensors are buffers."""
     kinds = nn.Parameter
     found = task.optimizer([(n, p) for n, p in named.items() if isinstance(p, kinds)])
     return found if isinstance(found, list | tuple) else [found]
 
 
-def _optimizer(spec: Optimizer, task: Task, named: Named) -> Sequence[torch.optim.Optimizer]:
+def _optimizer(spec: Optimizer, task: Task, named: Tensors) -> Sequence[torch.optim.Optimizer]:
     """Make torch's optimizers, of each class one, with a param group for each of the job's."""
     patterns = [one.match.replace(" ", "").split(",") for one in spec.groups] + [["*"]]
     more: list[dict[str, Any]] = [*(one.arguments() for one in spec.groups), {}]
     kinds = [one.name or spec.name for one in spec.groups] + [spec.name]
     sets: list[list[Tensor]] = [[] for _ in patterns]
     for name, tensor in named.items():
-        places = [at for at, some in enumerate(patterns) for p in some if fnmatchcase(name, p)]
-        sets[places[0]].append(tensor)
+        positions = [at for at, some in enumerate(patterns) for p in some if fnmatchcase(name, p)]
+        sets[positions[0]].append(tensor)
     made = []
     for kind in dict.fromkeys(kinds):
         every = zip(kinds, sets, more, strict=True)
@@ -246,7 +246,7 @@ def _optimizer(spec: Optimizer, task: Task, named: Named) -> Sequence[torch.opti
     return made
 
 
-def parts(job: Job, samples: ReferenceSamples, *, merged: bool = False) -> Schedule:
+def parts(job: Job, samples: ReferenceSamples, *, merged: bool = False) -> Batches:
     """
     Cut the batches as the job's strategy does.
 
@@ -272,26 +272,26 @@ def parts(job: Job, samples: ReferenceSamples, *, merged: bool = False) -> Sched
     return found
 
 
-def union(job: Job, samples: ReferenceSamples) -> Schedule:
+def union(job: Job, samples: ReferenceSamples) -> Batches:
     """Give whole batches, to one rank."""
     sampler, steps = _sampler(job, samples, 1), range(job.steps or 0)
     return [[[_forward(run, None) for run in runs(sampler, step, 0, 1)]] for step in steps]
 
 
-def _forward(run: Run, seed: int | None) -> Forward:
-    places = range(run.first, run.first + len(run.ids))
-    seeds = [mixed(run.seed, place) for place in places]
-    return Forward(run.ids, seeds, collate_seed(run.seed, run.first), seed)
+def _forward(run: SampleRun, seed: int | None) -> MicroBatch:
+    positions = range(run.first, run.first + len(run.ids))
+    seeds = [mixed(run.seed, position) for position in positions]
+    return MicroBatch(run.ids, seeds, collate_seed(run.seed, run.first), seed)
 
 
-def _join(ranks: list[list[Forward]]) -> list[Forward]:
+def _join(ranks: list[list[MicroBatch]]) -> list[MicroBatch]:
     most = max(len(forwards) for forwards in ranks)
     found = []
     for at in range(most):
         group = [forward for forwards in ranks for forward in forwards[at : at + 1]]
         ids = [index for forward in group for index in forward.ids]
         seeds = [seed for forward in group for seed in forward.sample_seeds]
-        found.append(Forward(ids, seeds, group[0].collate_seed, group[0].seed))
+        found.append(MicroBatch(ids, seeds, group[0].collate_seed, group[0].seed))
     return found
 
 
@@ -300,7 +300,7 @@ def _sampler(job: Job, samples: ReferenceSamples, world: int) -> Sampler:
     return Sampler(*given, data.shuffle, data.drop_last, samples.order, samples.stream)
 
 
-def numbered(data: Any, schedule: Schedule, seed: int) -> Any:
+def numbered(data: Any, schedule: Batches, seed: int) -> Any:
     """Read a stream as far as a schedule goes, pass after pass; give other data as it is."""
     if not is_stream(data):
         return data
@@ -312,8 +312,8 @@ def numbered(data: Any, schedule: Schedule, seed: int) -> Any:
             if hasattr(data, "set_epoch"):
                 data.set_epoch(turn)
             samples = iter(rows_of(data))
-            for place in itertools.count():
-                seed_all(mixed(epoch_seed(seed, turn), place))
+            for position in itertools.count():
+                seed_all(mixed(epoch_seed(seed, turn), position))
                 try:
                     found.append(next(samples))
                 except StopIteration:
@@ -323,7 +323,7 @@ def numbered(data: Any, schedule: Schedule, seed: int) -> Any:
     raise AssertionError("it goes on until all are read")
 
 
-def read(task: Task, data: Any, forward: Forward) -> tuple[Any, int]:
+def read(task: Task, data: Any, forward: MicroBatch) -> tuple[Any, int]:
     """
     Read the samples of a micro-batch and put them together; generators stay as they are.
 
@@ -346,20 +346,20 @@ def read(task: Task, data: Any, forward: Forward) -> tuple[Any, int]:
 
 
 def terms_of(
-    task: Task, data: Any, step: Sequence[Sequence[Forward]]
-) -> tuple[Weights, int] | None:
+    task: Task, data: Any, step: Sequence[Sequence[MicroBatch]]
+) -> tuple[TermWeights, int] | None:
     """Give the weights of a step's terms, and its samples; None: a loss is one term."""
     if not overrides(type(task), "weights"):
         return None
     forwards = [forward for forwards in step for forward in forwards]
-    total: Weights = {}
+    total: TermWeights = {}
     for forward in forwards:
         for name, weight in task.weights(read(task, data, forward)[0]).items():
             total[name] = total.get(name, 0.0) + float(weight)
     return total, sum(len(forward.ids) for forward in forwards)
 
 
-def together(loss: Any, of: tuple[Weights, int] | None, samples: int) -> Any:
+def together(loss: Any, of: tuple[TermWeights, int] | None, samples: int) -> Any:
     """Give a loss of several terms as a sum over samples, with its part of them as weight."""
     if of is None:
         return loss

@@ -17,21 +17,21 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from distplat.strategies.task import Task, has_step, step_of
 from distplat.strategies.verification import recipes
-from distplat.strategies.verification.recipes import Forward, Named, Recipe, Schedule, Trained
+from distplat.strategies.verification.recipes import Batches, MicroBatch, Recipe, Tensors, Trained
 
-Make = Callable[[], Task]
+MakeTask = Callable[[], Task]
 
 
 class Rank:
     """A virtual rank: its task, its model, and the tensors of both."""
 
-    def __init__(self, make: Make, seed: int) -> None:
+    def __init__(self, make: MakeTask, seed: int) -> None:
         recipes.seed_all(seed)
         self.task = make()
         recipes.seed_all(seed)
         self.model = self.task.model()
 
-    def named(self) -> Named:
+    def named(self) -> Tensors:
         """Give parameters and buffers by name, each once; those that the task keeps come last."""
         found = [(name[1:], tensor) for name, tensor in tensors_of("", self.model)]
         for name, value in vars(self.task).items():
@@ -39,7 +39,7 @@ class Rank:
         names = {tensor: name for name, tensor in reversed(found)}
         return {name: tensor for name, tensor in found if names[tensor] == name}
 
-    def snapshot(self) -> Named:
+    def snapshot(self) -> Tensors:
         """Copy the model's state, and what the task trains beside it."""
         named = [(n, t) for n, t in self.named().items() if not n.startswith(recipes.ROWS)]
         kept = [(n, t) for n, t in named if n.startswith("task:") and t.requires_grad]
@@ -59,7 +59,7 @@ def tensors_of(name: str, value: Any) -> Iterator[tuple[str, Tensor]]:
             yield from tensors_of(f"{name}.{key}", item)
 
 
-def train(make: Make, schedule: Schedule, recipe: Recipe, *, reverse: bool = False) -> Trained:
+def train(make: MakeTask, schedule: Batches, recipe: Recipe, *, reverse: bool = False) -> Trained:
     """Train by the plain loop; `reverse`: sum backwards what is rounded otherwise."""
     ranks = [Rank(make, recipe.seed) for _ in schedule[0]]
     spread(ranks, ranks[0].named())
@@ -84,10 +84,8 @@ def train(make: Make, schedule: Schedule, recipe: Recipe, *, reverse: bool = Fal
         found.losses.append(sum(loss for _, loss, _ in parts) / total if total else math.nan)
         for name, parameter in parameters.items():
             given = [gradients[name] for gradients, _, _ in parts if name in gradients]
-            total_of = reduce(torch.add, given[::-1] if reverse else given) if given else None
-            parameter.grad = (
-                None if total_of is None else total_of * (sum(sizes) / total / rounding)
-            )
+            summed = reduce(torch.add, given[::-1] if reverse else given) if given else None
+            parameter.grad = None if summed is None else summed * (sum(sizes) / total / rounding)
         found.used.append({name for name, p in parameters.items() if p.grad is not None})
         if recipe.clip_norm is not None:
             nn.utils.clip_grad_norm_([*dense.values()], recipe.clip_norm)
@@ -103,8 +101,8 @@ def train(make: Make, schedule: Schedule, recipe: Recipe, *, reverse: bool = Fal
 
 
 def compute(
-    rank: Rank, data: Any, forward: Forward, recipe: Recipe, scale: float, to: Trained, of: Any
-) -> tuple[Named, float, float]:
+    rank: Rank, data: Any, forward: MicroBatch, recipe: Recipe, scale: float, to: Trained, of: Any
+) -> tuple[Tensors, float, float]:
     """Give a micro-batch's gradients times `scale`, the sum of its loss, its weight."""
     if forward.seed is not None:
         recipes.seed_all(forward.seed)
@@ -126,7 +124,7 @@ def compute(
 
 
 @torch.no_grad()
-def settled(ranks: Sequence[Rank], before: Named, sizes: Sequence[int]) -> Named:
+def settled(ranks: Sequence[Rank], before: Tensors, sizes: Sequence[int]) -> Tensors:
     """Join what forwards wrote: the first rank's with samples; means of running statistics."""
     norms = [n for n, module in ranks[0].model.named_modules() if isinstance(module, _NormBase)]
     each = [(rank.named(), size) for rank, size in zip(ranks, sizes, strict=True) if size]
@@ -143,7 +141,7 @@ def settled(ranks: Sequence[Rank], before: Named, sizes: Sequence[int]) -> Named
 
 
 @torch.no_grad()
-def spread(ranks: Sequence[Rank], values: Named) -> None:
+def spread(ranks: Sequence[Rank], values: Tensors) -> None:
     """Give all ranks the same tensors."""
     for rank in ranks:
         for name, tensor in rank.named().items():

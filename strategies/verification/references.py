@@ -46,7 +46,7 @@ MEANING_TOLERANCE = 1e-9
 _ROOM_BYTES = 1 << 29
 """For the states of one training."""
 
-Make = Callable[[Switches], Task]
+MakeSwitched = Callable[[Switches], Task]
 """Makes the task anew, with such switches."""
 
 
@@ -81,7 +81,7 @@ class References:
     """What is not compared: what, and why."""
 
 
-def references(job: Job, make: Make) -> References:
+def references(job: Job, make: MakeSwitched) -> References:
     """
     Compute the references of a job.
 
@@ -148,7 +148,12 @@ def meaning_job(job: Job) -> Job:
 
 
 def _add_whole(
-    found: References, job: Job, recipe: Recipe, make: Make, every: ReferenceSamples, merged: bool
+    found: References,
+    job: Job,
+    recipe: Recipe,
+    make: MakeSwitched,
+    every: ReferenceSamples,
+    merged: bool,
 ) -> None:
     """Compute the whole batch: in float64 and with a last batch of one sample, if that works."""
     batch = job.global_batch_size
@@ -171,7 +176,7 @@ def _whole(
     found: References,
     job: Job,
     recipe: Recipe,
-    make: Make,
+    make: MakeSwitched,
     switches: Switches,
     every: ReferenceSamples,
     merged: bool,
@@ -205,7 +210,7 @@ _MODEL = (
 )
 
 
-def _recorded(make: Make, switches: Switches, into: list[Tensor]) -> Callable[[], Task]:
+def _recorded(make: MakeSwitched, switches: Switches, into: list[Tensor]) -> Callable[[], Task]:
     """Have a task keep what its model gives of each batch."""
 
     def note(*given: Any) -> None:

@@ -103,7 +103,7 @@ def judge(job: Job, known: References, engine: Engine) -> list[Row]:
     return rows
 
 
-def watch(job: Job, why: str, engine: Engine) -> list[Row]:
+def watch_losses(job: Job, why: str, engine: Engine) -> list[Row]:
     """Run a job that equals no plain loop, and tell what its loss did."""
     name = job.strategy.name
     try:

@@ -54,7 +54,7 @@ from ray_in_memory import InMemoryRay, Killed
 
 from distplat import Trainer
 from distplat.actors import retrying_calls
-from distplat.platform.apply_log import FILE_NAME, flaws, read_logs
+from distplat.platform.apply_log import FILE_NAME, log_flaws, read_logs
 from distplat.platform.disk import Disk
 from distplat.platform.errors import InfrastructureError
 
@@ -329,7 +329,7 @@ class OneRun:
             return  # a run that was rolled back, or resumed, has none
         world = self.setting.workers
         for log in read_logs(str(directory / FILE_NAME))[0]:
-            self.problems += flaws(log, world, STEPS)
+            self.problems += log_flaws(log, world, STEPS)
         if self.problems or "embeddings" in self.setting.fields:
             return  # no log says in which order tables were updated
         code, said = quietly(["replay", str(directory), "--working-dir", str(HERE)])

@@ -5,15 +5,7 @@ from __future__ import annotations
 from random import Random
 from typing import Any
 
-from chaos_memory_plan import (
-    COLLECTIVE_S,
-    EVERY,
-    HEARTBEAT_S,
-    STEP_S,
-    STEPS,
-    Setting,
-    draw_setting,
-)
+from chaos_memory_plan import COLLECTIVE_S, EVERY, HEARTBEAT_S, STEP_S, STEPS, Setting, draw_setting
 
 from distplat.strategies.catalog import make_job
 

@@ -20,7 +20,7 @@ from local_run import Attempt, LocalRun
 from torch import nn
 
 from distplat.actors import retrying_calls
-from distplat.platform.apply_log import ApplyLog, flaws
+from distplat.platform.apply_log import ApplyLog, log_flaws
 
 SHARE = 0.25
 """Of requests that are lost, and of answers."""
@@ -86,7 +86,7 @@ def run(strategy: str, seed: int | None) -> tuple[str, list[str], Counter[str]]:
     problems = [f"a shard made {one.version} updates" for one in stores if one.version != STEPS]
     if strategy == "ps-async":
         logs = made.servers.logs()
-        problems = [flaw for log in logs for flaw in flaws(ApplyLog(log), 2, STEPS)]
+        problems = [flaw for log in logs for flaw in log_flaws(ApplyLog(log), 2, STEPS)]
     made.close()
     parameters = made.parameters()
     digest = hashlib.sha256()

@@ -34,7 +34,7 @@ from chaos_rows import (
 from safetensors.numpy import load_file
 
 from distplat.cli.main import run as command
-from distplat.platform.apply_log import FILE_NAME, flaws, read_logs
+from distplat.platform.apply_log import FILE_NAME, log_flaws, read_logs
 
 HERE = Path(__file__).parent
 LIMIT_S = 120.0
@@ -353,7 +353,9 @@ class OneRun:
             log = (self._folder / f"driver-{self._drivers}.log").read_text(errors="replace")
             excused = self._plan.resumes or rolled_back or f"no {FILE_NAME}: " in log
             return [] if excused else [f"no {FILE_NAME}, though nothing was made again"]
-        problems = [flaw for log in read_logs(str(path))[0] for flaw in flaws(log, world, STEPS)]
+        problems = [
+            flaw for log in read_logs(str(path))[0] for flaw in log_flaws(log, world, STEPS)
+        ]
         if problems:
             return problems
         code, said = quietly(["replay", str(directory), "--working-dir", str(HERE)])

@@ -17,7 +17,7 @@ from test_failures import Killer, misbehaving
 
 from distplat import Result
 from distplat.cli.main import run as command
-from distplat.platform.apply_log import FILE_NAME, ApplyLog, flaws, read_logs
+from distplat.platform.apply_log import FILE_NAME, ApplyLog, log_flaws, read_logs
 from distplat.platform.errors import ActorLost, DeadlineExceeded
 
 pytestmark = [pytest.mark.cluster, pytest.mark.usefixtures("local_ray")]
@@ -54,7 +54,7 @@ def test_a_run_is_made_again_from_its_log(
     logs = logs_of(result)
     assert len(logs) == strategy.get("num_servers", 1)
     for log in logs:
-        assert flaws(log, workers, 12) == []
+        assert log_flaws(log, workers, 12) == []
         assert largest_lead(log, workers) <= strategy.get("staleness", STEPS)
     assert replay(result.path) == 0
 

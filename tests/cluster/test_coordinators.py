@@ -16,7 +16,7 @@ from test_server_loss import Losing, undisturbed
 
 from distplat import Callback, Result
 from distplat.cli.main import run as command
-from distplat.platform.apply_log import FILE_NAME, flaws, read_logs
+from distplat.platform.apply_log import FILE_NAME, log_flaws, read_logs
 from distplat.platform.progress import FailureEvent, Recovery, StepSummary
 
 pytestmark = [pytest.mark.cluster, pytest.mark.usefixtures("local_ray"), pytest.mark.timeout(120)]
@@ -147,5 +147,5 @@ def test_a_lost_task_scheduler_costs_no_task(tmp_path: Path) -> None:
     assert replaced(result) == [("task-scheduler",)]
     told_once(result)
     (log,) = read_logs(str(result.path / FILE_NAME))[0]
-    assert flaws(log, 2, STEPS) == []
+    assert log_flaws(log, 2, STEPS) == []
     assert command(["replay", str(result.path), "--working-dir", str(HERE)]) == 0

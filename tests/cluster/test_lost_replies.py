@@ -18,7 +18,7 @@ from ray.cluster_utils import Cluster
 from small_runs import HERE, job, train, weights
 
 from distplat.cli.main import run
-from distplat.platform.apply_log import FILE_NAME, flaws, read_logs
+from distplat.platform.apply_log import FILE_NAME, log_flaws, read_logs
 
 pytestmark = pytest.mark.cluster
 
@@ -52,7 +52,7 @@ def test_every_gradient_counts_once(losing_ray: None, tmp_path: Path) -> None:
     strategy = {"name": "ps-async", "num_servers": 2, "staleness": 2}
     result = train(job(strategy, 2, **SHORT), tmp_path)
     for log in read_logs(str(result.path / FILE_NAME))[0]:
-        assert flaws(log, 2, STEPS) == []
+        assert log_flaws(log, 2, STEPS) == []
     assert run(["replay", str(result.path), "--working-dir", str(HERE)]) == 0
 
 

@@ -21,7 +21,7 @@ from distplat.actors.ray_transport import RayTransport
 from distplat.actors.servers.shards import RemoteShards
 from distplat.actors.spawn import spawn
 from distplat.cli.main import run as command
-from distplat.platform.apply_log import FILE_NAME, flaws, read_logs
+from distplat.platform.apply_log import FILE_NAME, log_flaws, read_logs
 from distplat.platform.errors import Abandoned
 from distplat.platform.ledger import PushId
 from distplat.platform.spec import Job
@@ -81,7 +81,7 @@ def test_an_asynchronous_run_goes_on_after_a_frozen_worker(tmp_path: Path) -> No
     (replaced,) = lost.replaced
     assert replaced in lost.cause
     (log,) = read_logs(str(result.path / FILE_NAME))[0]
-    assert flaws(log, 2, STEPS) == []
+    assert log_flaws(log, 2, STEPS) == []
     assert command(["replay", str(result.path), "--working-dir", str(HERE)]) == 0
 
 

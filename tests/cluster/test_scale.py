@@ -20,7 +20,7 @@ from distplat import Callback, Result
 from distplat.actors.overview import Overview, RunName, one_run, overview, scale
 from distplat.cli.main import run as command
 from distplat.cli.running import role_lines
-from distplat.platform.apply_log import FILE_NAME, flaws, read_logs
+from distplat.platform.apply_log import FILE_NAME, log_flaws, read_logs
 from distplat.platform.errors import SpecError
 from distplat.platform.progress import FailureEvent, Recovery, StepSummary
 from distplat.platform.sampler import Sampler
@@ -130,7 +130,7 @@ def test_workers_join_leave_and_are_lost(tmp_path: Path) -> None:
         steps == sorted(set(steps)) and len(steps) > 0.9 * STEPS
     )  # reports are lost with a worker
     (log,) = read_logs(str(result.path / FILE_NAME))[0]
-    assert flaws(log, 2, STEPS) == []
+    assert log_flaws(log, 2, STEPS) == []
     assert {applied.rank for applied in log} == {0, 1, 2, 3, 4}
     assert command(["replay", str(result.path), "--working-dir", str(HERE)]) == 0
 

@@ -14,7 +14,7 @@ from small_runs import HERE, job, train, weights
 
 from distplat import Callback, Task
 from distplat.cli.main import run as command
-from distplat.platform.apply_log import FILE_NAME, flaws, read_logs
+from distplat.platform.apply_log import FILE_NAME, log_flaws, read_logs
 from distplat.platform.progress import StepSummary
 from distplat.platform.server_group import ShardAssignment
 
@@ -138,7 +138,7 @@ def test_asynchronous_runs_lose_no_update_and_can_be_made_again(tmp_path: Path) 
     result = train(long_job(strategy, done), tmp_path, callbacks=(losing,))
     assert len(losing.standstills) == 1, "the run was over too soon"
     (log,) = read_logs(str(result.path / FILE_NAME))[0]
-    assert flaws(log, 2, STEPS) == []
+    assert log_flaws(log, 2, STEPS) == []
     assert command(["replay", str(result.path), "--working-dir", str(HERE)]) == 0
 
 

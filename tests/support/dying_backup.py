@@ -20,7 +20,7 @@ class InMemoryBackup:
 
     def __init__(self, primary: ReplicatedStore, backup: ReplicatedStore) -> None:
         self._backup = backup
-        backup.become(primary.snapshot())
+        backup.load_snapshot(primary.snapshot())
         self.dies: tuple[int, str] | None = None  #: version and moment of the primary's death
         self._version = 0
 

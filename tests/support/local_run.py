@@ -19,7 +19,7 @@ from torch import Tensor
 
 from distplat.actors.checkpoint_uploader import CheckpointUploader
 from distplat.actors.local_actors import HERE
-from distplat.actors.local_transport import opened
+from distplat.actors.local_transport import fetch_arrays
 from distplat.platform.checkpoints import CheckpointAssembly, Delivery
 from distplat.platform.errors import Abandoned
 from distplat.platform.progress import AnyReport, EvalReport, EvalSummary, ReportAggregator
@@ -366,9 +366,9 @@ def take(
 def as_read(job: Job, version: int, parts: Sequence[Delivery]) -> SavedState:
     """Put a checkpoint's parts together, without a disk."""
     pairs = [
-        (opened(box), entries)
+        (fetch_arrays(ref), entries)
         for part in parts
-        for box, entries in zip(part.boxes, part.entries, strict=True)
+        for ref, entries in zip(part.refs, part.entries, strict=True)
     ]
     # As on the disk: these are always there.
     files = {"model": {}, "optimizer": {}, **by_file(put_together(pairs))}

@@ -293,7 +293,7 @@ class InMemoryRay:
         facts = ("nodes", "get_runtime_context", "is_initialized")
         of_ray = (*calls, *facts, "available_resources", "cluster_resources")
         words = ("put_first", "put", "get", "delete", "keys", "delete_all")
-        heard = functools.partial(HeadWatch, knock=lambda address: True)
+        heard = functools.partial(HeadWatch, probe=lambda address: True)
         groups = {"placement_group": _placement_group, "placement_group_table": lambda group: {}}
         return [
             (ray, {name: getattr(self, name) for name in of_ray}),

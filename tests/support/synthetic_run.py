@@ -79,7 +79,7 @@ def run(
 
     def feed(launch: Launch, handlers: RunHandlers, stopping: object) -> None:
         aggregator = ReportAggregator(RANKS, 0 if leased else None)
-        checkpoints = Checkpoints(launch, RANKS, lambda box: [])
+        checkpoints = Checkpoints(launch, RANKS, lambda ref: [])
         outbox = Outbox[Summary](10_000)
         for step in range(steps):
             for report in _reports(step, steps):

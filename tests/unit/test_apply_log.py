@@ -11,8 +11,8 @@ from safetensors.numpy import save
 from distplat.platform.apply_log import (
     Applied,
     ApplyLog,
-    flaws,
-    pack,
+    log_flaws,
+    pack_log,
     read_logs,
     staleness_counts,
 )
@@ -31,7 +31,7 @@ def log(rows: list[tuple[int, int, int]]) -> ApplyLog:
 
 def test_it_survives_the_file(tmp_path: Path) -> None:
     path = tmp_path / "log.safetensors"
-    path.write_bytes(pack([log(GOOD).numbers(), log([]).numbers()], {"run": "r"}))
+    path.write_bytes(pack_log([log(GOOD).numbers(), log([]).numbers()], {"run": "r"}))
     logs, facts = read_logs(str(path))
     assert [list(one) for one in logs] == [[Applied(*row) for row in GOOD], []]
     assert facts["run"] == "r"
@@ -48,7 +48,7 @@ def test_a_damaged_file_is_an_error_of_ours(content: bytes | None, tmp_path: Pat
 
 def test_a_file_of_other_numbers_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "log.safetensors"
-    path.write_bytes(pack([np.zeros((4, 2), dtype=np.int64)], {}))
+    path.write_bytes(pack_log([np.zeros((4, 2), dtype=np.int64)], {}))
     with pytest.raises(StorageError, match="no log of updates"):
         read_logs(str(path))
 
@@ -73,7 +73,7 @@ def test_the_lead_is_counted_when_a_gradient_comes() -> None:
 
 
 def test_a_good_log_has_no_flaw() -> None:
-    assert flaws(log(GOOD), 2, 3) == []
+    assert log_flaws(log(GOOD), 2, 3) == []
 
 
 @pytest.mark.parametrize(
@@ -89,5 +89,5 @@ def test_a_good_log_has_no_flaw() -> None:
     ],
 )
 def test_flaws_are_found(rows: list[tuple[int, int, int]], said: str) -> None:
-    found = flaws(log(rows), 2, 3)
+    found = log_flaws(log(rows), 2, 3)
     assert said in found[0]

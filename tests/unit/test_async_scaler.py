@@ -1,4 +1,4 @@
-"""What becomes of a wish for more or fewer workers."""
+"""What becomes of a request for more or fewer workers."""
 
 from typing import cast
 
@@ -31,7 +31,7 @@ class FakeActorGroup:
     def tell_scheduler(self, method: str, *args: object) -> None:
         self.told.append((method, *args))
 
-    def part_with(self, rank: int) -> None:
+    def end_worker(self, rank: int) -> None:
         del self.workers[rank]
 
 

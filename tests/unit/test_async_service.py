@@ -11,9 +11,9 @@ from rank_threads import on_ranks
 from torch import Tensor
 
 from distplat.platform.errors import DeadlineExceeded, ProtocolError, StaleError
-from distplat.platform.ledger import Answer, PullId, PushId, StepLedger, TaskLedger
+from distplat.platform.ledger import PullId, PushId, ServerReply, StepLedger, TaskLedger
 from distplat.platform.spec import SYNCHRONOUS, Consistency
-from distplat.strategies.server.server import Limits, ShardServer
+from distplat.strategies.server.server import ServerLimits, ShardServer
 
 SIZE, STEPS = 9, 4
 SOON, LONG = 0.2, 10.0
@@ -28,7 +28,7 @@ class Served:
     def __init__(self, world: int, limit_s: float = LONG) -> None:
         plan = async_plan(world, STEPS, Consistency(asynchronous=True))
         self.world = world
-        limits = Limits(limit_s, limit_s)
+        limits = ServerLimits(limit_s, limit_s)
         self.service = ShardServer("server-0", plan, limits, torch.zeros(SIZE))
         self.vectors = [torch.full((SIZE,), -1.0) for _ in range(world)]
         self.deliveries = 0
@@ -45,11 +45,11 @@ class Served:
 
         return deliver
 
-    def push(self, rank: int, seq: int) -> Answer:
+    def push(self, rank: int, seq: int) -> ServerReply:
         push = PushId("run", 1, rank, seq, seq * self.world + rank)
         return self.service.push(push, noise(SIZE, rank, seq), RECORD, self.deliver(rank))
 
-    def pull(self, rank: int, number: int) -> Answer:
+    def pull(self, rank: int, number: int) -> ServerReply:
         return self.service.pull(PullId(1, rank, number), self.deliver(rank))
 
 
@@ -143,7 +143,7 @@ def test_there_is_nothing_to_commit() -> None:
 def test_who_comes_to_its_answer_after_the_commit_still_gets_the_norm() -> None:
     """Two shards and `clip_norm`: what it does with the other shard depends on it."""
     plan = async_plan(1, 2, SYNCHRONOUS, shards=2, strategy="ps-sync", clip_norm=1.0)
-    service = ShardServer("server-0", plan, Limits(LONG, LONG), torch.zeros(SIZE))
+    service = ShardServer("server-0", plan, ServerLimits(LONG, LONG), torch.zeros(SIZE))
     service.restore(0, lambda params: None)
     push = PushId("run", 1, 0, 0)
 
@@ -159,7 +159,7 @@ def test_who_comes_to_its_answer_after_the_commit_still_gets_the_norm() -> None:
 
 def test_the_first_step_has_the_deadline_of_the_start() -> None:
     plan = async_plan(2, 2, SYNCHRONOUS, strategy="ps-sync")
-    service = ShardServer("server-0", plan, Limits(SOON, SOON / 2), torch.zeros(SIZE))
+    service = ShardServer("server-0", plan, ServerLimits(SOON, SOON / 2), torch.zeros(SIZE))
     service.restore(3, lambda params: None)  # where the attempt begins
     for seq, setting, limit_s in ((3, "start_timeout_s", SOON), (4, "step_timeout_s", SOON / 2)):
         push = PushId("run", 1, 0, seq)
@@ -172,4 +172,4 @@ def test_the_first_step_has_the_deadline_of_the_start() -> None:
 def test_the_consistency_chooses_the_ledger() -> None:
     for consistency, kind in ((SYNCHRONOUS, StepLedger), (Consistency(True), TaskLedger)):
         plan = async_plan(1, 1, consistency)
-        assert type(ShardServer("s", plan, Limits(1, 1), torch.zeros(3)).store.ledger) is kind
+        assert type(ShardServer("s", plan, ServerLimits(1, 1), torch.zeros(3)).store.ledger) is kind

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 from torch import Tensor
 
-from distplat.platform.apply_log import Applied, flaws
+from distplat.platform.apply_log import Applied, log_flaws
 from distplat.platform.errors import FencedError, NotReadyError, ProtocolError, StaleError
 from distplat.platform.ledger import PushId, Verdict
 from distplat.platform.spec import Consistency
@@ -173,7 +173,7 @@ def test_a_backup_follows_workers_that_joined() -> None:
     shard, backup = make(CORRECTED), make(CORRECTED)
     shard.pull(4)
     push_now(shard, leased(4, 0, 0), noise(SIZE, 1))
-    backup.become(shard.snapshot())
+    backup.load_snapshot(shard.snapshot())
     assert len(staleness(backup).values) == 5
     for one in (shard, backup):  # of a push that was dropped a backup hears nothing
         push_now(one, leased(4, 1 + (one is backup), 1), noise(SIZE, 2))
@@ -269,7 +269,7 @@ def loss_after(rate: float, **corrections: Any) -> float:
         return BOWL * params + 0.01 * noise(10, rank, step)
 
     shard = run_schedule(plan, torch.ones(10), gradient, [*range(OLD)] * TURNS)
-    assert flaws(staleness(shard).log, OLD, TURNS) == []
+    assert log_flaws(staleness(shard).log, OLD, TURNS) == []
     assert set(staleness(shard).of) == {OLD - 1}
     return float((BOWL * shard.params**2).sum())
 

@@ -16,10 +16,10 @@ from distplat.platform.errors import ActorLost, FencedError
 from distplat.platform.ledger import PullId, PushId
 from distplat.platform.shard_map import ShardPlan
 from distplat.platform.spec import SYNCHRONOUS, Consistency
-from distplat.strategies.server.server import Limits, ShardServer
+from distplat.strategies.server.server import ServerLimits, ShardServer
 
 SIZE, WORLD, STEPS, LOST_AT = 33, 2, 6, 3
-LIMITS = Limits(5.0, 5.0)
+LIMITS = ServerLimits(5.0, 5.0)
 OPTIMIZERS: list[dict[str, Any]] = [
     {"name": "SGD", "lr": 0.1},
     {"name": "SGD", "lr": 0.1, "momentum": 0.9},
@@ -212,7 +212,7 @@ def test_a_twin_travels_and_shares_nothing() -> None:
     second = ShardServer("b", facts, LIMITS, torch.zeros(SIZE))
     first.restore(0, lambda params: params.fill_(1.0))
     push(first, 0, 0)
-    second.store.become(pickle.loads(pickle.dumps(first.store.snapshot())))  # noqa: S301
+    second.store.load_snapshot(pickle.loads(pickle.dumps(first.store.snapshot())))  # noqa: S301
     assert state(second) == state(first)
     before = state(second)
     push(first, 1, 0)

@@ -17,7 +17,7 @@ from distplat.platform.spec import SYNCHRONOUS, Consistency
 from distplat.strategies.ports import ShardCopy
 from distplat.strategies.server.answers import fetch_copies
 from distplat.strategies.server.dense_store import DenseStore
-from distplat.strategies.server.server import Limits, ShardServer
+from distplat.strategies.server.server import ServerLimits, ShardServer
 from distplat.strategies.server.store import CheckpointCopies
 
 SIZE, WORLD, STEPS = 21, 2, 6
@@ -136,7 +136,7 @@ def test_an_asynchronous_shard_copies_when_the_slowest_is_there() -> None:
 
 
 def test_a_service_waits_for_ranks_that_are_behind() -> None:
-    service = ShardServer("server-0", plan(SYNCHRONOUS, 1), Limits(5, 5), torch.zeros(SIZE))
+    service = ShardServer("server-0", plan(SYNCHRONOUS, 1), ServerLimits(5, 5), torch.zeros(SIZE))
     service.restore(0, lambda params: params.fill_(1.0))
     assert service.kept(1, 0.01) == (0, None)
     found: list[tuple[int, dict[str, Tensor] | None]] = []

@@ -15,7 +15,7 @@ from distplat.strategies.checkpoint.checkpoint_types import CheckpointPart
 
 
 class Slow:
-    """Boxes that take their time."""
+    """Arrays that take their time to leave."""
 
     def __init__(self) -> None:
         self.gate, self.sent = threading.Event(), list[Delivery]()
@@ -47,7 +47,7 @@ def test_a_part_is_copied_before_training_goes_on(slow: Slow) -> None:
     slow.gate.set()
     slow.uploader.flush()
     [sent] = slow.sent
-    assert sent.boxes[0][0].view(np.float32).tolist() == [1, 1, 1]
+    assert sent.refs[0][0].view(np.float32).tolist() == [1, 1, 1]
     assert (sent.rank, sent.version, sent.entries) == (1, 5, (given.entries,))
 
 

@@ -36,8 +36,8 @@ HERE = Path(__file__).parents[1] / "cluster"
 
 def delivery(rank: int, version: int, attempt: int = 0, **more: Any) -> Delivery:
     entry = TensorEntry("model/w", TensorSlice((2,), run=(rank, rank + 1)), "uint8", 0)
-    box = [np.array([10 * version + rank], np.uint8)]
-    return Delivery(rank, attempt, version, (box,), ((entry,),), **more)
+    ref = [np.array([10 * version + rank], np.uint8)]
+    return Delivery(rank, attempt, version, (ref,), ((entry,),), **more)
 
 
 def complete(*deliveries: Delivery, attempt: int = 0) -> tuple[list[int], list[int]]:
@@ -76,10 +76,10 @@ def give(checkpoints: Checkpoints, *versions: int) -> None:
 
 
 def test_parts_become_files(launch: Launch) -> None:
-    checkpoints = Checkpoints(launch, 2, lambda box: box)
+    checkpoints = Checkpoints(launch, 2, lambda ref: ref)
     give(checkpoints, 1, 2, 3)
-    assert [saved.step for saved in checkpoints.news()] == [1, 2, 3]
-    assert checkpoints.news() == []
+    assert [saved.step for saved in checkpoints.take_finished()] == [1, 2, 3]
+    assert checkpoints.take_finished() == []
     found = checkpoints.newest()
     assert found is not None
     assert (found.step, checkpoints.step) == (3, 3)
@@ -100,21 +100,21 @@ class Full(Disk):
 def test_a_full_disk_is_warned_of_then_ends_the_run(
     launch: Launch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    checkpoints = Checkpoints(launch, 2, lambda box: box)
+    checkpoints = Checkpoints(launch, 2, lambda ref: ref)
     disk = checkpoints._catalogue._disk = Full()
     give(checkpoints, *range(1, PATIENCE))
-    assert checkpoints.news() == []
+    assert checkpoints.take_finished() == []
     assert "no checkpoint of step 1 in" in caplog.text
     assert "No space left" in caplog.text
     disk.full = False
     give(checkpoints, 5)
-    assert [saved.step for saved in checkpoints.news()] == [5]
+    assert [saved.step for saved in checkpoints.take_finished()] == [5]
     disk.full = True
     give(checkpoints, 6, 7)
-    assert checkpoints.news() == [], "counted from the last that was written"
+    assert checkpoints.take_finished() == [], "counted from the last that was written"
     give(checkpoints, 8)
     with pytest.raises(StorageError, match=r"3 checkpoints .*/checkpoints: step 8: No space"):
-        checkpoints.news()
+        checkpoints.take_finished()
     found = checkpoints.newest()
     assert found is not None
     assert found.step == 5
@@ -124,7 +124,7 @@ def test_parameters_that_are_not_finite_are_no_checkpoint(
     launch: Launch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """On whatever rank; the checkpoints before stay, and the newest of them is gone on from."""
-    checkpoints = Checkpoints(launch, 2, lambda box: box)
+    checkpoints = Checkpoints(launch, 2, lambda ref: ref)
     give(checkpoints, 1, 2)
     for version in (3, 4):
         checkpoints.take(delivery(0, version))
@@ -133,42 +133,42 @@ def test_parameters_that_are_not_finite_are_no_checkpoint(
     newest = checkpoints.newest()
     assert newest is not None and newest.step == 2
     assert "no checkpoint of step 4: '0.weight' holds NaN or infinity" in caplog.text
-    assert checkpoints.news(), "the disk is not to blame"
+    assert checkpoints.take_finished(), "the disk is not to blame"
 
 
 def test_a_part_that_was_lost_costs_one_checkpoint(
     launch: Launch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def open_box(box: Any) -> Any:
-        if box[0][0] == 21:
+    def fetch(ref: Any) -> Any:
+        if ref[0][0] == 21:
             raise ValueError("its owner died")
-        return box
+        return ref
 
-    checkpoints = Checkpoints(launch, 2, open_box)
+    checkpoints = Checkpoints(launch, 2, fetch)
     give(checkpoints, 1, 2, 3, 4, 5)
-    assert [saved.step for saved in checkpoints.news()] == [1, 3, 4, 5]
+    assert [saved.step for saved in checkpoints.take_finished()] == [1, 3, 4, 5]
     assert "no checkpoint of step 2: its owner died" in caplog.text
 
 
 def test_every_checkpoint_that_fails_counts_whatever_the_cause(
     launch: Launch, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def open_box(box: Any) -> Any:
-        if box[0][0] > 30:
+    def fetch(ref: Any) -> Any:
+        if ref[0][0] > 30:
             raise ValueError("its owner died")
-        return box
+        return ref
 
     monkeypatch.setattr("distplat.actors.checkpointing._ONE_CAUSE_S", 0.0)
-    checkpoints = Checkpoints(launch, 2, open_box)
+    checkpoints = Checkpoints(launch, 2, fetch)
     give(checkpoints, 1, 2, 3)
     checkpoints.take(delivery(0, 4))
     checkpoints.take(delivery(1, 4, skipped=True, failure="the object store is full"))
-    assert len(checkpoints.news()) == 2
+    assert len(checkpoints.take_finished()) == 2
     checkpoints.take(delivery(0, 5, facts={NOT_FINITE: "0.weight"}))
     checkpoints.take(delivery(1, 5))
     checkpoints.drain()
     with pytest.raises(StorageError, match=r"3 checkpoints .* step 5: '0.weight' holds NaN"):
-        checkpoints.news()
+        checkpoints.take_finished()
 
 
 def test_a_part_that_does_not_come_in_time_names_the_setting(
@@ -182,30 +182,30 @@ def test_a_part_that_does_not_come_in_time_names_the_setting(
 
     monkeypatch.setattr(RayTransport, "get", late)
     with pytest.raises(DeadlineExceeded, match=r"waited 7 s.*`failure\.step_timeout_s`"):
-        controller_actor._open_box([None], limit_s=7.0)
+        controller_actor._fetch_arrays([None], limit_s=7.0)
     assert waited == [7.0]
 
 
 def test_checkpoints_that_one_lost_worker_takes_along_count_as_one(launch: Launch) -> None:
-    def open_box(box: Any) -> Any:
+    def fetch(ref: Any) -> Any:
         raise ValueError("its owner died")
 
-    checkpoints = Checkpoints(launch, 2, open_box)
+    checkpoints = Checkpoints(launch, 2, fetch)
     give(checkpoints, 1, 2, 3, 4, 5)
     checkpoints.take(delivery(0, 6, attempt=9, skipped=True, failure="of another attempt"))
-    assert checkpoints.news() == []
+    assert checkpoints.take_finished() == []
 
 
 def test_a_rollback_sets_damaged_checkpoints_aside(launch: Launch) -> None:
     """Else the damaged one is the newest, and what is written after the rollback is deleted."""
-    checkpoints = Checkpoints(launch, 2, lambda box: box)
+    checkpoints = Checkpoints(launch, 2, lambda ref: ref)
     give(checkpoints, 4, 6)
     corrupt(checkpoints._catalogue.path(6))
     found = checkpoints.newest()
     assert found is not None
     assert (found.step, checkpoints.step) == (4, 4)
     give(checkpoints, 5)
-    assert [saved.step for saved in checkpoints.news()] == [4, 6, 5]
+    assert [saved.step for saved in checkpoints.take_finished()] == [4, 6, 5]
     found = checkpoints.newest()
     assert found is not None and found.step == 5
     give(checkpoints, 6)
@@ -217,7 +217,7 @@ def test_a_rollback_sets_damaged_checkpoints_aside(launch: Launch) -> None:
 def test_a_rollback_never_begins_at_step_0_where_there_were_checkpoints(
     fault: str, launch: Launch, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    checkpoints = Checkpoints(launch, 2, lambda box: box)
+    checkpoints = Checkpoints(launch, 2, lambda ref: ref)
     assert checkpoints.newest() is None
     give(checkpoints, 1, 2)
     catalogue = checkpoints._catalogue
@@ -240,12 +240,12 @@ def test_a_rollback_never_begins_at_step_0_where_there_were_checkpoints(
 def test_a_resumed_run_goes_back_to_what_it_began_from(
     launch: Launch, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    first = Checkpoints(launch, 2, lambda box: box)
+    first = Checkpoints(launch, 2, lambda ref: ref)
     give(first, 1)
     began_from = first._catalogue.path(1)
     resumed = replace(launch, resumed=began_from, folder=tmp_path / "resumed")
     resumed.folder.mkdir()
-    checkpoints = Checkpoints(resumed, 2, lambda box: box)
+    checkpoints = Checkpoints(resumed, 2, lambda ref: ref)
     give(checkpoints, 2)
     corrupt(checkpoints._catalogue.path(2))
     found = checkpoints.newest()
@@ -260,9 +260,9 @@ def test_a_rollback_waits_for_a_slow_writer_and_nothing_is_deleted_while_it_read
     keep = launch.job.checkpoint.model_copy(update={"num_to_keep": 1})
     launch = replace(launch, job=launch.job.model_copy(update={"checkpoint": keep}))
 
-    def slowly(box: Any) -> Any:
-        assert box[0][0] < 20 or gate.wait(10)
-        return box
+    def slowly(ref: Any) -> Any:
+        assert ref[0][0] < 20 or gate.wait(10)
+        return ref
 
     checkpoints = Checkpoints(launch, 2, slowly)
     give(checkpoints, 1)
@@ -298,9 +298,9 @@ def test_a_rollback_says_for_what_it_waits_and_goes_on_without_it(
     monkeypatch.setattr("distplat.platform.disk.time", SimpleNamespace(monotonic=lambda: 0.0))
     gate = threading.Event()
 
-    def slowly(box: Any) -> Any:
-        assert box[0][0] < 20 or gate.wait(10)
-        return box
+    def slowly(ref: Any) -> Any:
+        assert ref[0][0] < 20 or gate.wait(10)
+        return ref
 
     checkpoints = Checkpoints(hasty(launch, 0.3), 2, slowly)
     give(checkpoints, 1)
@@ -317,7 +317,7 @@ def test_a_disk_that_hangs_while_it_is_read_ends_the_run(
     launch: Launch, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     gate = threading.Event()
-    checkpoints = Checkpoints(hasty(launch, 0.2), 2, lambda box: box)
+    checkpoints = Checkpoints(hasty(launch, 0.2), 2, lambda ref: ref)
     monkeypatch.setattr(checkpoints._catalogue, "newest", lambda *_: gate.wait(10))
     with pytest.raises(StorageError, match=r"within 0\.2 s: its disk does") as raised:
         checkpoints.newest()
@@ -330,9 +330,9 @@ def test_what_the_disk_cannot_keep_up_with_is_skipped(
 ) -> None:
     gate = threading.Event()
 
-    def slowly(box: Any) -> Any:
+    def slowly(ref: Any) -> Any:
         assert gate.wait(10)
-        return box
+        return ref
 
     checkpoints = Checkpoints(launch, 2, slowly)
     for version in range(1, 8):
@@ -340,7 +340,7 @@ def test_what_the_disk_cannot_keep_up_with_is_skipped(
             checkpoints.take(delivery(rank, version))
     gate.set()
     checkpoints.drain()
-    told = [saved.step for saved in checkpoints.news()]
+    told = [saved.step for saved in checkpoints.take_finished()]
     assert told[-2:] == [6, 7]
     assert len(told) <= 3
     assert caplog.text.count("checkpoints come faster than they are written") == 1
@@ -355,10 +355,10 @@ def test_small_checkpoints_wait_for_a_slow_disk(
     launch = replace(launch, job=launch.job.model_copy(update={"checkpoint": keep}))
     gate, begun = threading.Event(), threading.Event()
 
-    def slowly(box: Any) -> Any:
+    def slowly(ref: Any) -> Any:
         begun.set()
         assert gate.wait(10)
-        return box
+        return ref
 
     checkpoints = Checkpoints(launch, 2, slowly)
     for version in range(1, 8):
@@ -367,7 +367,7 @@ def test_small_checkpoints_wait_for_a_slow_disk(
         assert begun.wait(10)  # the first one is being written, and does not wait
     gate.set()
     checkpoints.drain()
-    written = [saved.step for saved in checkpoints.news()]
+    written = [saved.step for saved in checkpoints.take_finished()]
     assert written == [step for step in range(1, 8) if step not in skipped]
 
 
@@ -380,23 +380,23 @@ def test_old_ones_that_stay_end_no_run(
         raise OSError(errno.ENOTEMPTY, os.strerror(errno.ENOTEMPTY))
 
     monkeypatch.setattr(Disk, "remove", busy)
-    checkpoints = Checkpoints(launch, 2, lambda box: box)
+    checkpoints = Checkpoints(launch, 2, lambda ref: ref)
     for step in range(1, 8):
         give(checkpoints, step)
-        assert [saved.step for saved in checkpoints.news()] == [step]
+        assert [saved.step for saved in checkpoints.take_finished()] == [step]
     assert [record.message.partition(":")[0] for record in caplog.records] == [
         "old checkpoints could not be deleted, and take room"
     ]
 
 
 def test_what_a_rank_skips_is_said_once(launch: Launch, caplog: pytest.LogCaptureFixture) -> None:
-    checkpoints = Checkpoints(launch, 2, lambda box: box)
+    checkpoints = Checkpoints(launch, 2, lambda ref: ref)
     for version in (1, 2):
         for rank in range(2):
             checkpoints.take(delivery(rank, version, skipped=rank == 1))
     text = "checkpoints come faster than they are written: step 1 is skipped"
     assert [record.message for record in caplog.records] == [text]
-    assert checkpoints.news() == []
+    assert checkpoints.take_finished() == []
 
 
 def test_a_checkpoint_that_takes_long_is_said_once(
@@ -404,20 +404,20 @@ def test_a_checkpoint_that_takes_long_is_said_once(
 ) -> None:
     gate, begun = threading.Event(), threading.Event()
 
-    def slowly(box: Any) -> Any:
+    def slowly(ref: Any) -> Any:
         begun.set()
         assert gate.wait(30)
-        return box
+        return ref
 
     limits = launch.job.failure.model_copy(update={"storage_timeout_s": 1e-9})
     launch = replace(launch, job=launch.job.model_copy(update={"failure": limits}))
     checkpoints = Checkpoints(launch, 2, slowly)
-    assert checkpoints.news() == []
+    assert checkpoints.take_finished() == []
     for rank in range(2):
         checkpoints.take(delivery(rank, 1))
     assert begun.wait(30)
     for _ in range(2):
-        assert checkpoints.news() == []
+        assert checkpoints.take_finished() == []
     gate.set()
     (said,) = [record.message for record in caplog.records]
     assert "checkpoints after 1e-09 s (`failure.storage_timeout_s`); the run goes on" in said

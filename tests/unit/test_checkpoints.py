@@ -24,7 +24,7 @@ from distplat.platform.checkpoints import (
     read,
     surplus,
 )
-from distplat.platform.disk import Content, Disk
+from distplat.platform.disk import Disk, FileContent
 from distplat.platform.errors import SpecError, StorageError
 
 
@@ -54,7 +54,7 @@ class BadDisk(Disk):
         super().make(path)
         self._after(hit)
 
-    def write(self, path: Path, content: Content) -> tuple[int, str]:
+    def write(self, path: Path, content: FileContent) -> tuple[int, str]:
         hit = self._before("write", path)
         if hit and self.how == "middle":
             path.write_bytes(b"".join(content)[:7])

@@ -17,8 +17,8 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 from distplat import Result, Task, Trainer
 from distplat.platform.errors import SpecError, UserCodeError
 from distplat.platform.progress import EvalReport, ReportAggregator
-from distplat.strategies.loop.remarks import remark_on_size
 from distplat.strategies.loop.session import prepare
+from distplat.strategies.loop.task_warnings import size_warning
 
 pytestmark = pytest.mark.usefixtures("loader_server")
 
@@ -308,7 +308,7 @@ def test_a_data_set_may_pad_the_samples_of_a_batch_itself(tmp_path: Path) -> Non
     ("count", "remark"),
     [(3, "has 3 samples, fewer than global_batch_size 4: every step is made of all"), (4, "")],
 )
-def test_data_smaller_than_a_batch_is_remarked_on(
+def test_data_smaller_than_a_batch_is_warned_of(
     count: int, remark: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     small = type("Small", (Good,), {"train_data": lambda self: samples(count)})
@@ -317,11 +317,11 @@ def test_data_smaller_than_a_batch_is_remarked_on(
     assert ("training data" in caplog.text) == bool(remark)
 
 
-def test_data_smaller_than_the_workers_is_trained_and_remarked_on() -> None:
+def test_data_smaller_than_the_workers_is_trained_and_warned_of() -> None:
     small = type("Small", (Good,), {"train_data": lambda self: samples(1)})
     job = job_of("ring", 3, epochs=1)
     run = local_run.train(job, small)
-    assert "1 samples for 3 parts of a batch: 2 of them" in remark_on_size(
+    assert "1 samples for 3 parts of a batch: 2 of them" in size_warning(
         job, run.ranks[0].prepared.sampler
     )
     for name, value in run.trained[0].items():
@@ -541,7 +541,7 @@ HOOKS: dict[str, Callable[[Any], object]] = {
 
 @pytest.mark.parametrize("kind", HOOKS)
 @pytest.mark.parametrize(("world", "micro", "said"), [(1, 1, False), (2, 1, True), (1, 2, True)])
-def test_a_hook_that_sees_parts_of_a_batch_is_remarked_on(
+def test_a_hook_that_sees_parts_of_a_batch_is_warned_of(
     kind: str, world: int, micro: int, said: bool
 ) -> None:
     class Hooked(Good):
@@ -550,10 +550,10 @@ def test_a_hook_that_sees_parts_of_a_batch_is_remarked_on(
             HOOKS[kind](next(made.parameters()))
             return made
 
-    found = prepare(job_of("ring", world, epochs=1, gradient_accumulation=micro), Hooked()).remarks
+    found = prepare(job_of("ring", world, epochs=1, gradient_accumulation=micro), Hooked()).warnings
     assert [one for one in found if one.startswith(f"{kind} on the parameter")] == found
     assert bool(found) == said
-    assert not prepare(job_of("ring", 2, epochs=1), Good()).remarks
+    assert not prepare(job_of("ring", 2, epochs=1), Good()).warnings
 
 
 class InBackward(Good):

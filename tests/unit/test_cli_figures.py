@@ -2,7 +2,7 @@
 
 import pytest
 
-from distplat.cli.figures import Figures, figure_rows, mean_figures, restart_text
+from distplat.cli.figures import StepFigures, figure_rows, mean_figures, restart_text
 from distplat.platform.progress import FailureEvent, StepSummary
 
 
@@ -88,7 +88,7 @@ SERVERS = {
         ),
     ],
 )
-def test_rows(figures: Figures, rows: list[tuple[str, str]]) -> None:
+def test_rows(figures: StepFigures, rows: list[tuple[str, str]]) -> None:
     assert figure_rows(figures) == rows
 
 

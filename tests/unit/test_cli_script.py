@@ -61,7 +61,7 @@ def test_lines_say_whose_they_are_and_a_closed_pipe_is_left_alone() -> None:
     out = io.StringIO()
     several = Lines(out, 2, quiet=False)
     several.line(1, "loss 0.5")
-    several.news("starting anew")
+    several.notice("starting anew")
     Lines(out, 1, quiet=False).line(0, "alone")
     Lines(out, 2, quiet=True).line(0, "unheard")
     assert out.getvalue() == "[1] loss 0.5\ndistplat: starting anew\nalone\n"

@@ -9,7 +9,7 @@ from distplat.actors.collectives.header import (
     check_headers,
     check_message,
     header,
-    place_of,
+    offset_of,
     supported,
 )
 from distplat.platform.errors import MismatchError
@@ -33,7 +33,7 @@ def differing(*headers: Header, rank: int = 0) -> MismatchError:
         (header("broadcast", [ONES.long()], root=0), "broadcast of 7 int64 from rank 0"),
         (header("all_gather", [ONES, ONES[:3]]), "all_gather of 10 float32"),
         (
-            header("all_reduce", [ONES], ReduceOp.SUM, place=place_of(3, 128)),
+            header("all_reduce", [ONES], ReduceOp.SUM, offset=offset_of(3, 128)),
             "all_reduce of 7 float32 by SUM in shared vector 3 from byte 128",
         ),
     ],
@@ -67,12 +67,12 @@ def test_numbers_are_told_where_they_differ() -> None:
     "other",
     [
         header("all_gather", [ONES[:3], ONES[:4]]),
-        header("all_gather", [ONES[:4], ONES[:3]], places=[0, 16]),
+        header("all_gather", [ONES[:4], ONES[:3]], offsets=[0, 16]),
     ],
 )
 def test_sizes_and_places_of_parts_count(other: Header) -> None:
     error = differing(header("all_gather", [ONES[:4], ONES[:3]]), other)
-    assert "the sizes of the ranks' parts differ, or their places" in error.cause
+    assert "the sizes of the ranks' parts differ, or their offsets" in error.cause
 
 
 @pytest.mark.parametrize("wrong", [ONES[:3], ONES.int()])

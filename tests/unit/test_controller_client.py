@@ -37,9 +37,9 @@ class Run(ControllerActor):
 
     begun = 0
 
-    def _run(self, actor_group: object, base: int) -> None:
+    def _run(self, actor_group: object, checkpoint_step: int) -> None:
         self.begun += 1
-        for step in range(base + 1, STEPS + 1):
+        for step in range(checkpoint_step + 1, STEPS + 1):
             self._outbox.put(StepSummary(step, 0, 0.5, 8, {}, STEPS))
             time.sleep(0.002)
         self._model = b"the model"
@@ -51,15 +51,15 @@ class Run(ControllerActor):
 class Failing(Run):
     """Fails once the model is there."""
 
-    def _run(self, actor_group: object, base: int) -> None:
-        super()._run(actor_group, base)
+    def _run(self, actor_group: object, checkpoint_step: int) -> None:
+        super()._run(actor_group, checkpoint_step)
         raise StorageError("a table cannot be read")
 
 
 class Broken(Run):
     """Has a fault of its own."""
 
-    def _run(self, actor_group: object, base: int) -> None:
+    def _run(self, actor_group: object, checkpoint_step: int) -> None:
         raise KeyError("a fault")
 
 
@@ -218,7 +218,7 @@ def test_who_stops_a_run_is_told_how_it_ended(raised: Exception | None, status: 
     ending = threading.Event()
 
     class Ends(Run):
-        def _run(self, actor_group: object, base: int) -> None:
+        def _run(self, actor_group: object, checkpoint_step: int) -> None:
             assert ending.wait(60)
             if raised is not None:
                 raise raised

@@ -24,14 +24,14 @@ from distplat.actors.collectives.default_group import _interface_of, as_torchrun
 from distplat.actors.user_errors import lost_peer
 from distplat.platform.errors import SpecError
 from distplat.strategies import torch_compat
-from distplat.strategies.function.function_session import Place
+from distplat.strategies.function.function_session import TrainContext
 
-PLACE = Place(0, 1, 0, 1, torch.device("cpu"))
+CONTEXT = TrainContext(0, 1, 0, 1, torch.device("cpu"))
 
 
 @pytest.fixture
 def _alone() -> Iterator[None]:
-    with as_torchrun(PLACE, torch_compat.store_of_one):
+    with as_torchrun(CONTEXT, torch_compat.store_of_one):
         yield
     assert not dist.is_initialized()
 
@@ -284,8 +284,11 @@ def test_the_variables_of_torchrun_say_where_a_worker_is(rank: int, local: str, 
     found: dict[int, dict[str, str]] = {}
 
     def train(config: Mapping[str, Any]) -> None:
-        place = distplat.get_context()
-        found[place.get_world_rank()] = {**place.variables, "node": str(place.get_node_rank())}
+        context = distplat.get_context()
+        found[context.get_world_rank()] = {
+            **context.variables,
+            "node": str(context.get_node_rank()),
+        }
 
     call_on_ranks(train, 3, nodes=lambda rank: "abc"[rank % 2])
     mine = found[rank]
@@ -299,7 +302,7 @@ def test_the_variables_of_torchrun_say_where_a_worker_is(rank: int, local: str, 
 def test_a_group_that_was_there_before_stays() -> None:
     dist.init_process_group("gloo", store=torch_compat.store_of_one(), rank=0, world_size=1)
     try:
-        with as_torchrun(PLACE, torch_compat.store_of_one):
+        with as_torchrun(CONTEXT, torch_compat.store_of_one):
             assert dist.is_initialized()
         assert dist.is_initialized()
     finally:

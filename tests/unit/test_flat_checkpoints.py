@@ -57,9 +57,9 @@ def steps(flat: FlatModel, of: list[Any], first: int, stop: int) -> None:
         flat.begin_step()
         flat.present[:] = [slot.name != RESTED or step == 5 for slot in flat.slots]
         flat.present[-2:] = False  # the tail
-        for place in np.flatnonzero(flat.present):
-            view = flat.slots[place].view(flat.grads)
-            generator = torch.Generator().manual_seed(100 * step + int(place))
+        for index in np.flatnonzero(flat.present):
+            view = flat.slots[index].view(flat.grads)
+            generator = torch.Generator().manual_seed(100 * step + int(index))
             view.copy_(torch.randn(view.shape, generator=generator))
         for _, optimizer in of:
             optimizer.step([0.01], flat.present)
@@ -134,9 +134,9 @@ def test_what_a_shard_lacks_is_missed() -> None:
     parts = parts_of(flat, held)
     where = [{e.key for e in part.entries} for part in parts[1:]]
     [(name, late)] = [
-        (name, place + 1)
-        for place in range(4)
-        for name in where[place] & where[place + 1]
+        (name, index + 1)
+        for index in range(4)
+        for name in where[index] & where[index + 1]
         if name.startswith("optimizer/exp_avg/")
     ][:1]
     left = tuple(e for e in parts[late].entries if e.key != name)

@@ -14,7 +14,7 @@ import ray
 import requests
 
 from distplat.cli import bounded_answers, cluster
-from distplat.cli.bounded_answers import Limits
+from distplat.cli.bounded_answers import AnswerLimits
 from distplat.cli.main import run
 from distplat.platform.errors import ClusterUnreachable, SpecError
 
@@ -190,7 +190,7 @@ def test_a_large_upload_may_take_longer_than_a_connection(monkeypatch: pytest.Mo
         def send(method: str, endpoint: str, **kwargs: object) -> requests.Response:
             return requests.request(method, url + endpoint, **kwargs)  # type: ignore[arg-type]
 
-        answer = bounded_answers.request(send, url, "PUT", "/", Limits(5.0, 2**20), data=body)
+        answer = bounded_answers.request(send, url, "PUT", "/", AnswerLimits(5.0, 2**20), data=body)
     assert answer.json() == {}
 
 

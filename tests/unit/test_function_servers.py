@@ -112,8 +112,8 @@ def test_between_backward_and_step_gradients_are_those_of_all_ranks(
     loop: Callable[[nn.Module, int, int], None], strategy: Mapping[str, Any]
 ) -> None:
     def train(config: Any) -> None:
-        place = distplat.get_context()
-        loop(distplat.prepare(model_of()), place.rank, place.world)
+        context = distplat.get_context()
+        loop(distplat.prepare(model_of()), context.rank, context.world)
 
     whole = model_of()
     loop(whole, 0, 1)

@@ -36,7 +36,7 @@ class Rig:
         torch.manual_seed(2)
         self.flat = FlatModel(kind())
         if self.copies:
-            listen(self.flat, lambda place, _: self.flat.gradients.ready(place))
+            listen(self.flat, lambda index, _: self.flat.gradients.ready(index))
             self.flat.copy_when_ready(True)
         self.flat.grads.fill_(9.0)
         torch.manual_seed(2)
@@ -47,18 +47,18 @@ class Rig:
         loss = made(self.flat.model)
         self.flat.before_backward()
         torch.autograd.backward(loss)
-        self.flat.take_in()
+        self.flat.collect()
         torch.autograd.backward(made(self.plain))
 
     def check(self) -> None:
         plain = dict(self.plain.named_parameters())
-        for place, slot in enumerate(self.flat.slots):
+        for index, slot in enumerate(self.flat.slots):
             grad = plain[slot.name].grad
-            assert self.flat.present[place] == (grad is not None), slot.name
+            assert self.flat.present[index] == (grad is not None), slot.name
             expected = torch.zeros(slot.shape) if grad is None else grad
             dense = expected.to_dense() if expected.is_sparse else expected
             torch.testing.assert_close(slot.view(self.flat.grads), dense, msg=slot.name)
-            held = self.flat.parameters[place].grad
+            held = self.flat.parameters[index].grad
             assert held is not None and held.data_ptr() == slot.view(self.flat.grads).data_ptr()
 
 
@@ -85,7 +85,7 @@ def test_without_is_not_zero() -> None:
 
 def test_a_step_without_a_backward_has_gradients_of_zero() -> None:
     rig = Rig()
-    rig.flat.settle()
+    rig.flat.zero_missing()
     assert rig.flat.grads.eq(0).all()
     assert not rig.flat.present.any()
 
@@ -110,14 +110,14 @@ def test_copied_gradients_are_looked_at_as_long_as_nothing_changes_them(
     rig = Rig()
     rig.flat.copy_when_ready(rig.copies, looks=True)
     rig.flat.begin_step()
-    places = [place for place, slot in enumerate(rig.flat.slots) if slot.size == 6]
-    a, b = places
+    indices = [index for index, slot in enumerate(rig.flat.slots) if slot.size == 6]
+    a, b = indices
     rig.backward(lambda net: net(X).sum())
-    assert [rig.flat.gradients.finite(place) for place in places] == [rig.copies] * 2
+    assert [rig.flat.gradients.finite(index) for index in indices] == [rig.copies] * 2
     grad = rig.flat.parameters[a].grad
     assert grad is not None
     grad.mul_(2.0)
-    assert [rig.flat.gradients.finite(place) for place in places] == [False, rig.copies]
+    assert [rig.flat.gradients.finite(index) for index in indices] == [False, rig.copies]
     rig.flat.begin_step()
     assert not rig.flat.gradients.finite(b)
 
@@ -147,7 +147,7 @@ def test_a_graph_of_gradients_is_taken_in() -> None:
         loss = rig.flat.model(times * X).square().sum()
         rig.flat.before_backward()
         torch.autograd.backward(loss, create_graph=True)
-        rig.flat.take_in()
+        rig.flat.collect()
         torch.autograd.backward(rig.plain(times * X).square().sum())
     rig.check()
 
@@ -274,7 +274,7 @@ def test_a_model_that_changed_is_refused(spoil: Callable[[nn.Module], None], mes
     flat.check_layout(1)
     spoil(flat.model)
     with pytest.raises(SpecError, match=message):
-        flat.check_layout(2, thorough=True)
+        flat.check_layout(2)
 
 
 def test_what_is_cheap_to_see_is_seen_in_every_step() -> None:
@@ -403,15 +403,15 @@ def test_what_hooks_have_seen_to_be_finite_is_left_out_until_it_changes(
     monkeypatch.setattr(COPIED_BYTES, 6 * 4)
     flat = FlatModel(nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 3)), owned=True)
     flat.copy_when_ready(True, looks=True)
-    for place, one in enumerate(flat.parameters):
+    for index, one in enumerate(flat.parameters):
         one.grad = torch.ones_like(one)
-        flat.gradients.ready(place)
-    assert [flat.gradients.finite(place) for place in range(4)] == [True, False, True, False]
+        flat.gradients.ready(index)
+    assert [flat.gradients.finite(index) for index in range(4)] == [True, False, True, False]
     views = [slot.view(flat.grads) for slot in flat.slots]
     views[0].data.fill_(torch.inf)  # no version counts it: the look that was is believed
     assert flat.first_non_finite(unseen=True) is None and flat.first_non_finite() == 0
-    for place in (3, 1):
-        views[place][0] = torch.nan
+    for index in (3, 1):
+        views[index][0] = torch.nan
         assert flat.first_non_finite(unseen=True) == 0
     views[0].data.fill_(1.0)
     assert flat.first_non_finite(unseen=True) == 1
@@ -467,7 +467,7 @@ def test_parameters_of_the_task_are_trained_beside_the_models() -> None:
     loss = (flat.model(X) * torch.exp(own)).sum()
     flat.before_backward()
     torch.autograd.backward(loss)
-    flat.take_in()
+    flat.collect()
     assert flat.present.all()
     flat.params.add_(flat.grads)
     assert own.ne(0).all()

@@ -14,9 +14,9 @@ from test_random_numbers import Dropping, job
 from torch.utils.data import Dataset, Subset, TensorDataset
 
 from distplat.strategies.loop.loaders import held_generators
-from distplat.strategies.loop.remarks import remark_on_reading
 from distplat.strategies.loop.seeding import state_of_generators
 from distplat.strategies.loop.session import describe, prepare
+from distplat.strategies.loop.task_warnings import reading_warning
 
 MODULES_OWN = np.random.default_rng(3)
 
@@ -144,7 +144,7 @@ def test_a_sample_that_reading_changes_is_told(
     change: Callable[[torch.Tensor], torch.Tensor], told: str
 ) -> None:
     data, before = Stored(change), state_of_generators()
-    found = remark_on_reading(data, [3, 1])
+    found = reading_warning(data, [3, 1])
     assert told in found and bool(found) == bool(told)
     assert "sample 3" in found or not told
     assert state_of_generators() == before, "training goes on with the same numbers"
@@ -156,10 +156,10 @@ def test_rank_0_says_so_before_the_first_step() -> None:
             return Stored(lambda x: x.add_(1))
 
     prepared = prepare(job(), Kind())
-    assert prepared.remarks == []
+    assert prepared.warnings == []
     describe(prepared)
-    [remark] = prepared.remarks
-    assert "is another one when it is read again" in remark
+    [warning] = prepared.warnings
+    assert "is another one when it is read again" in warning
 
 
 def test_data_with_a_generator_of_its_own_is_read_no_second_time() -> None:
@@ -171,6 +171,6 @@ def test_data_with_a_generator_of_its_own_is_read_no_second_time() -> None:
             return torch.zeros(3), index
 
     data = Counting(rng=random.Random(1))
-    assert remark_on_reading(data, [0]) == ""
+    assert reading_warning(data, [0]) == ""
     assert data.read == 0
-    assert remark_on_reading(Counting(), []) == ""
+    assert reading_warning(Counting(), []) == ""

@@ -58,7 +58,7 @@ def test_a_chunk_of_each_half() -> None:
     ("options", "message", "hint"),
     [
         ({"pipeline": 2, "cut": ["7"]}, "no layer '7'", "allowed"),
-        ({"pipeline": 7, "cut": "even"}, "6 layers, too few for 7 places", "fewer stages"),
+        ({"pipeline": 7, "cut": "even"}, "6 layers, too few for 7 stages", "fewer stages"),
         ({"pipeline": 2, "memory_limit_mb": 0.001}, "no cut of 6 layers", "memory_limit_mb"),
     ],
 )
@@ -235,11 +235,11 @@ def test_nobody_leaves_before_the_trained_model_is_put_together(
     order: list[str] = []
     gather, trained = gather_full, ranks.HybridWorker.trained
 
-    def late(state: Any, specs: Any, group: Any, to: int = 0) -> dict[str, Tensor]:
-        if group.rank == to:
+    def late(state: Any, specs: Any, group: Any) -> dict[str, Tensor]:
+        if group.rank == 0:
             time.sleep(0.3)
-        found = gather(state, specs, group, to)
-        order.append("read" if group.rank == to else "sent")
+        found = gather(state, specs, group)
+        order.append("read" if group.rank == 0 else "sent")
         return found
 
     def leaving(self: ranks.HybridWorker, flat: FlatModel) -> dict[str, Tensor]:

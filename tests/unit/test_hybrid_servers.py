@@ -21,7 +21,7 @@ from hybrid_models import (
 from local_run import train
 from marks import slow
 
-from distplat.platform.shard_map import Division, Shard, within
+from distplat.platform.shard_map import Division, Shard, clip_ranges
 from distplat.platform.vector_layout import Segment
 from distplat.strategies.algorithms.reduce import squared_norm
 from distplat.strategies.model.parameter_layout import squared_norm_of
@@ -58,7 +58,7 @@ def test_who_shares_which_servers(servers: int, each: int) -> None:
     division = Division(((0, 2), (1, 3)), servers)
     assert division.each == each
     assert [division.part_of(rank) for rank in range(4)] == [0, 1, 0, 1]
-    assert [division.place_of(rank) for rank in range(4)] == [0, 0, 1, 1]
+    assert [division.part_rank_of(rank) for rank in range(4)] == [0, 0, 1, 1]
     of_parts = [[*division.servers_of(part)] for part in range(2)]
     assert [n for numbers in of_parts for n in numbers] == [*range(servers)]
     for part, numbers in enumerate(of_parts):
@@ -66,8 +66,8 @@ def test_who_shares_which_servers(servers: int, each: int) -> None:
 
 
 def test_runs_within_a_shard() -> None:
-    assert within([(0, 3), (5, 12), (20, 22)], Shard(1, 2, 10)) == ((0, 1), (3, 8))
-    assert within([(12, 14)], Shard(1, 2, 10)) == ()
+    assert clip_ranges([(0, 3), (5, 12), (20, 22)], Shard(1, 2, 10)) == ((0, 1), (3, 8))
+    assert clip_ranges([(12, 14)], Shard(1, 2, 10)) == ()
 
 
 def test_the_norm_of_all_but_some_runs() -> None:

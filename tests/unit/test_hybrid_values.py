@@ -355,14 +355,14 @@ class Otherwise(Block):
 )
 def test_another_form_than_agreed_is_told(changed: dict[str, Any], told: str) -> None:
     block = type("Made", (Otherwise,), {"changed": changed})
-    with pytest.raises(SpecError, match="what enters place 1 is not as it was.*" + told):
+    with pytest.raises(SpecError, match="what enters virtual stage 1 is not as it was.*" + told):
         run_of(type("Made", (Carrying,), {"block": block}), cut=["2"])
 
 
 def test_a_gradient_that_would_be_lost_is_told() -> None:
     value = torch.ones(2, requires_grad=True), torch.ones(2)
     layout = ValueLayout.of(1, value)
-    with pytest.raises(SpecError, match=r"place 1 .*\[1\] needs a gradient"):
+    with pytest.raises(SpecError, match=r"virtual stage 1 .*\[1\] needs a gradient"):
         layout.tensors((value[0], value[0] * 2))
     assert len(layout.tensors((value[1], value[1]))) == 2, "one that is not there is no loss"
 
@@ -370,13 +370,13 @@ def test_a_gradient_that_would_be_lost_is_told() -> None:
 @pytest.mark.parametrize(
     ("value", "told"),
     [
-        ((torch.ones(1), object()), r"place 3 has object at \[1\]"),
-        ({"a": 1}, r"place 3 has no tensor \(dict\)"),
-        (torch.ones(1, dtype=torch.uint16), "place 3 has a tensor of torch.uint16,"),
-        ([torch.eye(2).to_sparse()], r"place 3 has a tensor of torch.sparse_coo at \[0\]"),
+        ((torch.ones(1), object()), r"virtual stage 3 has object at \[1\]"),
+        ({"a": 1}, r"virtual stage 3 has no tensor \(dict\)"),
+        (torch.ones(1, dtype=torch.uint16), "virtual stage 3 has a tensor of torch.uint16,"),
+        ([torch.eye(2).to_sparse()], r"virtual stage 3 has a tensor of torch.sparse_coo at \[0\]"),
         (
             {(1, 2): torch.ones(1)},
-            r"place 3 is of containers that cannot be told .*\{\(1, 2\): \*\}",
+            r"virtual stage 3 is of containers that cannot be told .*\{\(1, 2\): \*\}",
         ),
     ],
     ids=["object", "constants", "uint16", "sparse", "keys"],

@@ -15,11 +15,7 @@ import torch.distributed
 from rank_threads import on_ranks
 
 from distplat.actors.collectives import key_value_store
-from distplat.actors.collectives.key_value_store import (
-    KeyValueStore,
-    StoreConnection,
-    StoreServer,
-)
+from distplat.actors.collectives.key_value_store import KeyValueStore, StoreConnection, StoreServer
 from distplat.strategies import torch_compat
 from distplat.strategies.collective import ReduceOp
 

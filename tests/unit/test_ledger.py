@@ -5,13 +5,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from distplat.platform.errors import (
-    FencedError,
-    GapError,
-    NotReadyError,
-    ProtocolError,
-    StaleError,
-)
+from distplat.platform.errors import FencedError, GapError, NotReadyError, ProtocolError, StaleError
 from distplat.platform.ledger import LoopLedger, PushId, StepLedger, TaskLedger, Verdict
 
 JOB, ATTEMPT, WORLD, VERSION = "run", 2, 3, 5

@@ -17,12 +17,12 @@ from words import Words
 from distplat.actors.servers.shard_serving import elements_per_s
 from distplat.cli.figures import figure_rows
 from distplat.platform import load
-from distplat.platform.ledger import Answer, PushId
+from distplat.platform.ledger import PushId, ServerReply
 from distplat.platform.load import MOST_SHOWN, PushQueue, ShardLoad, load_figures
 from distplat.platform.progress import StepReport
 from distplat.platform.spec import SYNCHRONOUS, Consistency
 from distplat.strategies.server import server
-from distplat.strategies.server.server import Limits, ShardServer
+from distplat.strategies.server.server import ServerLimits, ShardServer
 
 SIZE, LATE = 9, 0.25
 
@@ -50,17 +50,17 @@ def test_one_shard_and_very_many_are_told_together(shards: int, lines: int) -> N
     assert len(load_figures([ShardLoad()] * shards)) == lines
 
 
-def test_a_door_counts_who_stands_there() -> None:
-    door = PushQueue()
-    with door.visit() as first, door.visit() as second:
+def test_a_queue_counts_the_pushes_that_wait() -> None:
+    queue = PushQueue()
+    with queue.enter() as first, queue.enter() as second:
         assert (first.depth, second.depth) == (1, 2)
         first.leave()
         first.leave()
-        with door.visit() as third:
+        with queue.enter() as third:
             assert third.depth == 2
-    with pytest.raises(KeyError), door.visit():
+    with pytest.raises(KeyError), queue.enter():
         raise KeyError
-    with door.visit() as last:
+    with queue.enter() as last:
         assert last.depth == 1
 
 
@@ -93,7 +93,7 @@ def wait_for_visitor(service: ShardServer) -> None:
 
 def serve(consistency: Consistency, world: int = 2) -> ShardServer:
     plan = async_plan(world, 4, consistency)
-    service = ShardServer("server-0", plan, Limits(10.0, 10.0), torch.zeros(SIZE))
+    service = ShardServer("server-0", plan, ServerLimits(10.0, 10.0), torch.zeros(SIZE))
     service.restore(0, lambda params: params.fill_(1.0))
     return service
 
@@ -105,7 +105,7 @@ def nowhere(values: Any, version: int) -> None:
 def test_a_step_queues_for_its_last_gradient(clock: Clock) -> None:
     service = serve(SYNCHRONOUS)
 
-    def body(rank: int) -> Answer:
+    def body(rank: int) -> ServerReply:
         if rank:
             wait_for_visitor(service)
             clock.now += LATE
@@ -127,7 +127,7 @@ def test_asynchronous_pushes_queue_for_each_other(clock: Clock) -> None:
         wait_for_visitor(service)
         clock.now += LATE  # the lock is held
 
-    def body(rank: int) -> Answer:
+    def body(rank: int) -> ServerReply:
         if rank:
             assert inside.wait(5)
         deliver: Callable[[Any, int], None] = nowhere if rank else slow

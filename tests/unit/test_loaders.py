@@ -21,7 +21,13 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 import distplat
-from distplat.strategies.loop.batches import EvalLoader, Loader, Run, make_sampler, micro_batches
+from distplat.strategies.loop.batches import (
+    EvalLoader,
+    Loader,
+    SampleRun,
+    make_sampler,
+    micro_batches,
+)
 from distplat.strategies.loop.loaders import LoaderContext, ready_loaders
 
 pytestmark = pytest.mark.usefixtures("loader_server")
@@ -176,7 +182,7 @@ def test_batches_are_pinned_for_a_gpu(given: dict[str, Any], expected: bool) -> 
 
 
 def test_an_exception_in_a_loader_comes_out() -> None:
-    plan = [Run(0, 0, [1, 2]), Run(0, 2, [4, 5])]
+    plan = [SampleRun(0, 0, [1, 2]), SampleRun(0, 2, [4, 5])]
     batches = Loader(job(loaders=1), Broken()).batches(plan)
     next(batches)
     with pytest.raises(LookupError, match="sample 5 is gone"):
@@ -196,7 +202,7 @@ def test_classes_and_functions_of_a_function_go_to_loaders() -> None:
             return self.transform(self.large[index]), self.small[index]
 
     (first, second), *rest = Loader(job(loaders=1), Local()).batches(
-        [Run(0, 0, [3, 4]), Run(0, 2, [5])]
+        [SampleRun(0, 0, [3, 4]), SampleRun(0, 2, [5])]
     )
     assert (first.tolist(), second.tolist()) == ([4, 5], [[3], [4]])
     assert len(rest) == 1

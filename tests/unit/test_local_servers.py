@@ -31,7 +31,7 @@ from distplat.platform.errors import Abandoned, ActorLost, DeadlineExceeded, Pro
 from distplat.platform.spec import Job
 from distplat.strategies.catalog import make_strategy
 from distplat.strategies.model.flat import FlatModel
-from distplat.strategies.server.server import Limits
+from distplat.strategies.server.server import ServerLimits
 
 SOON = 1.0
 """Deadline where one is meant to pass, seconds; until then the others make their part."""
@@ -148,7 +148,7 @@ def test_a_missing_pusher_is_named(make: Made, node: str) -> None:
     servers = make(3, 2)
     ends = all_connected(servers, 3, node)
     for server in servers.shard_servers():
-        server._limits = Limits(SOON, SOON)
+        server._limits = ServerLimits(SOON, SOON)
 
     def body(rank: int) -> Exception | None:
         try:

@@ -19,7 +19,7 @@ from torch.utils.data import default_collate
 
 from distplat.nn import connect
 from distplat.strategies.loop.loss_check import MeanCheck, loss_warning, states_of
-from distplat.strategies.loop.losses import LossTerm, Made, judged
+from distplat.strategies.loop.losses import BatchResult, LossTerm, judged
 from distplat.strategies.task import Task
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -429,7 +429,7 @@ class Counter:
 def judged_by(task: Task, check: MeanCheck, size: int) -> None:
     outputs, targets = classes(size, torch.float64)
     outputs = outputs.detach()
-    made = Made(outputs, targets, LossTerm(torch.zeros(()), float(size), float(size)))
+    made = BatchResult(outputs, targets, LossTerm(torch.zeros(()), float(size), float(size)))
     check.look_at_metrics(made, judged(task, made, size), size)
 
 
@@ -484,5 +484,5 @@ def test_a_figure_beside_the_loss_of_a_step_is_told(
     term = LossTerm(torch.zeros(()), 1.0, weight, weighted)
     for step in range(3):
         check.begin(step)
-        check.look(step, Made(None, torch.zeros(samples), term), samples)
+        check.look(step, BatchResult(None, torch.zeros(samples), term), samples)
     assert caplog.text.count("taken as (sum, weight): the loss is divided by it") == told

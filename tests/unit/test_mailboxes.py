@@ -15,7 +15,7 @@ import pytest
 from distplat.actors.memory.mailboxes import SLOT, Listener, Mailbox, MailboxRequest
 from distplat.actors.memory.memfd import MemorySegment
 from distplat.platform.errors import GapError
-from distplat.platform.ledger import Answer
+from distplat.platform.ledger import ServerReply
 
 LIMIT_S = 5.0
 
@@ -49,12 +49,12 @@ class Listening:
         finally:
             self._listener.close()
 
-    def _handle(self, request: MailboxRequest) -> Answer:
+    def _handle(self, request: MailboxRequest) -> ServerReply:
         self.seen.append(request)
         assert self.hold.wait(LIMIT_S)
         if request.seq < 0:
             raise GapError("no")
-        return Answer(request.seq + 1, staleness=3, waiting_s=0.25, dropped=2)
+        return ServerReply(request.seq + 1, staleness=3, waiting_s=0.25, dropped=2)
 
     def end(self) -> None:
         self.wanted = False
@@ -74,7 +74,9 @@ def test_requests_and_answers_arrive_as_they_were(segment: MemorySegment) -> Non
     for request in requests:
         mailbox.notify(request)
         assert mailbox.answered(LIMIT_S)
-        assert mailbox.read() == Answer(request.seq + 1, staleness=3, waiting_s=0.25, dropped=2)
+        assert mailbox.read() == ServerReply(
+            request.seq + 1, staleness=3, waiting_s=0.25, dropped=2
+        )
     assert listening.seen == requests
     listening.end()
 
@@ -82,7 +84,7 @@ def test_requests_and_answers_arrive_as_they_were(segment: MemorySegment) -> Non
 @pytest.mark.parametrize("norm", [None, 0.0, 1.5])
 def test_every_field_of_an_answer_travels(segment: MemorySegment, norm: float | None) -> None:
     mailbox = Mailbox(segment, 0)
-    answer = Answer(7, False, norm, 4, 0.5, 0.25, 0.125, 3, 6, 8)
+    answer = ServerReply(7, False, norm, 4, 0.5, 0.25, 0.125, 3, 6, 8)
     mailbox.notify(MailboxRequest(0))
     assert mailbox.asked(0.0) == MailboxRequest(0)
     mailbox.answer(answer)
@@ -94,7 +96,7 @@ def test_a_norm_that_is_no_number_stays_a_commit(segment: MemorySegment) -> None
     mailbox.notify(MailboxRequest(5, math.nan))
     asked = mailbox.asked(0.0)
     assert asked is not None and asked.norm is not None and math.isnan(asked.norm)
-    mailbox.answer(replace(Answer(1), squared_norm=math.nan))
+    mailbox.answer(replace(ServerReply(1), squared_norm=math.nan))
     answer = mailbox.read()
     assert answer is not None and answer.squared_norm is not None
     assert math.isnan(answer.squared_norm)
@@ -105,7 +107,7 @@ def test_nothing_is_answered_twice_or_unasked(segment: MemorySegment) -> None:
     assert mailbox.asked(0.0) is None
     mailbox.notify(MailboxRequest(0))
     assert not mailbox.answered(0.0)
-    mailbox.answer(Answer(1))
+    mailbox.answer(ServerReply(1))
     assert mailbox.answered(0.0)
     assert mailbox.asked(0.0) is None
 
@@ -136,7 +138,7 @@ def test_of_two_listeners_the_later_answers_once(segment: MemorySegment) -> None
     assert mailbox.asked(0.0) is None  # not answered once more
     mailbox.notify(MailboxRequest(1))
     assert mailbox.answered(LIMIT_S)
-    assert mailbox.read() == Answer(2, staleness=3, waiting_s=0.25, dropped=2)
+    assert mailbox.read() == ServerReply(2, staleness=3, waiting_s=0.25, dropped=2)
     second.end()
 
 
@@ -157,7 +159,7 @@ def test_a_listener_ends_with_its_worker() -> None:
         ended = threading.Event()
 
         def listen() -> None:
-            listener.serve(lambda request: Answer(0), threading.Lock(), lambda: True)
+            listener.serve(lambda request: ServerReply(0), threading.Lock(), lambda: True)
             ended.set()
 
         threading.Thread(target=listen, daemon=True).start()

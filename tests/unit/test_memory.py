@@ -15,7 +15,7 @@ from distplat.actors.collectives.header import header
 from distplat.actors.collectives.shm.p2p import _Channel
 from distplat.actors.collectives.shm.segment import GroupSegment, SegmentLayout, SharedVectors
 from distplat.actors.memory.memfd import MemorySegment
-from distplat.actors.messages import Address
+from distplat.actors.messages import MemoryAddress
 
 OWNER = """
 import sys
@@ -32,16 +32,17 @@ for line in sys.stdin:
 MAPPER = """
 import sys
 from distplat.actors.memory.memfd import MemorySegment
-from distplat.actors.messages import Address
+from distplat.actors.messages import MemoryAddress
 node, pid, fd, elements, dtype, inode = sys.argv[1:]
-segment = MemorySegment.open(Address(node, int(pid), int(fd), int(elements), dtype, int(inode)))
+address = MemoryAddress(node, int(pid), int(fd), int(elements), dtype, int(inode))
+segment = MemorySegment.open(address)
 print(*segment.tensor.tolist())
 segment.tensor.add_(1)
 """
 
 
 @contextmanager
-def owner() -> Iterator[tuple["subprocess.Popen[str]", Address]]:
+def owner() -> Iterator[tuple["subprocess.Popen[str]", MemoryAddress]]:
     """A process that keeps a segment and prints it for every line it is sent."""
     with subprocess.Popen(
         [sys.executable, "-c", OWNER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
@@ -49,7 +50,7 @@ def owner() -> Iterator[tuple["subprocess.Popen[str]", Address]]:
         assert process.stdout is not None
         pid, fd = map(int, process.stdout.readline().split())
         try:
-            yield process, Address("node", pid, fd, 5, "float32")
+            yield process, MemoryAddress("node", pid, fd, 5, "float32")
         finally:
             process.kill()
 

@@ -380,7 +380,7 @@ def test_what_never_changes_is_not_copied_and_does_not_travel() -> None:
         state.keep(0)
         for step in range(9):
             before = group.traffic.sent_bytes
-            state.synchronize(step, news=state.news(step))
+            state.synchronize(step, changed=state.changed(step))
             state.keep(step + 1)
             sent.append(group.traffic.sent_bytes - before)
 

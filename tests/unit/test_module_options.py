@@ -15,10 +15,7 @@ from distplat.platform.errors import SpecError
 from distplat.platform.model_options import Compile
 from distplat.platform.spec import Job
 from distplat.strategies.catalog import make_job
-from distplat.strategies.model.module_options import (
-    apply_module_options,
-    checkpoint_activations,
-)
+from distplat.strategies.model.module_options import apply_module_options, checkpoint_activations
 from distplat.strategies.torch_compat import compiled_module
 
 pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")

@@ -350,10 +350,10 @@ class Tied(Small):
 
 
 def test_a_table_that_muon_would_update_is_warned_of() -> None:
-    found = prepare(job(optimizer=MUON), Tied()).remarks
+    found = prepare(job(optimizer=MUON), Tied()).warnings
     assert any("Muon updates '0.weight', rows of an embedding" in one for one in found)
     kept = {**MUON, "groups": [{"match": "0.*", **ADAMW}]}
-    assert prepare(job(optimizer=kept), Tied()).remarks == []
+    assert prepare(job(optimizer=kept), Tied()).warnings == []
 
 
 NOT_OF_BODY_0 = {**MUON, "groups": [{"match": "body.2.bias,*norm*,head*", **ADAMW}]}

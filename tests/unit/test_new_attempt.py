@@ -12,10 +12,10 @@ from distplat.actors.servers.vector_transport import as_bytes, as_type, from_byt
 from distplat.platform.errors import FencedError
 from distplat.platform.ledger import PullId, PushId
 from distplat.platform.spec import SYNCHRONOUS, Consistency
-from distplat.strategies.server.server import Limits, ShardServer
+from distplat.strategies.server.server import ServerLimits, ShardServer
 
 SIZE, WORLD, STEPS = 9, 2, 6
-LONG = Limits(10.0, 10.0)
+LONG = ServerLimits(10.0, 10.0)
 
 RECORD = full_record()
 

@@ -18,8 +18,8 @@ from distplat.platform.optimizers import (
     AnyOptimizer,
     Group,
     Muon,
-    Named,
     Optimizer,
+    OptimizerName,
     TaskOptimizer,
 )
 from distplat.strategies.model.tensor_optimizer import class_of
@@ -41,7 +41,7 @@ def test_every_class_of_the_module_may_be_named() -> None:
     public = {one for one in there if issubclass(one, Optimizer) and one.__name__[0] != "_"}
     assert {*EVERY, TaskOptimizer} == {*OPTIMIZERS} == public - {Optimizer}
     assert [kind for kind in OPTIMIZERS if kind.of_tensors] == [*WHOLE, LAMB]
-    assert get_args(Named) == tuple(kind.__name__ for kind in EVERY)
+    assert get_args(OptimizerName) == tuple(kind.__name__ for kind in EVERY)
 
 
 def test_torch_has_no_lamb() -> None:

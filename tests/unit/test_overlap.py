@@ -242,7 +242,7 @@ def test_a_gradient_that_is_not_finite_is_found_and_named(name: str) -> None:
             loss = model(torch.ones(2, 3)).sum()
             flat.before_backward()
             torch.autograd.backward(loss)
-            flat.take_in()
+            flat.collect()
             total = reducer.finish(record_of(flat, rank))
             found.append((total.non_finite, total.rank, total.slot))
         reducer.close()

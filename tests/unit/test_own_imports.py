@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from distplat.cli.join import ignores
-from distplat.cli.shipping import EXCLUDES, check_imports, left_out, measure
+from distplat.cli.shipping import EXCLUDES, check_imports, measure, unshipped_imports
 from distplat.platform.errors import SpecError
 
 
@@ -23,7 +23,7 @@ def missing(folder: Path, *gone: str, task: str = "train:Net") -> set[tuple[str,
     def name(path: Path) -> str:
         return path.relative_to(folder).as_posix()
 
-    found = left_out(task, folder, shipped)
+    found = unshipped_imports(task, folder, shipped)
     return {(name(one.path), name(one.importer), one.line) for one in found}
 
 

@@ -147,7 +147,7 @@ def placed(epochs: int, lr: float, /) -> None: ...
         (two, ["epochs"], "task_args: two needs the argument 'lr'"),
         (two, ["epochs", "lr", "lrr"], "task_args.lrr: two takes no such argument"),
         (named, ["config"], "named needs the argument 'more'"),
-        (placed, ["epochs", "lr"], "by their place alone"),
+        (placed, ["epochs", "lr"], "positional-only arguments"),
         (3, [], "got a int"),
     ],
 )

@@ -101,7 +101,7 @@ def ignore_weights(patch: Patch) -> None:
 
 
 def leave_buffers_alone(patch: Patch) -> None:
-    patch.setattr(ModelState, "synchronize", lambda self, step, news=None: None)
+    patch.setattr(ModelState, "synchronize", lambda self, step, changed=None: None)
 
 
 def take_the_next_rate(patch: Patch) -> None:

@@ -22,7 +22,7 @@ from torch.utils.data import IterableDataset, TensorDataset
 from words import Words
 
 from distplat import Task
-from distplat.actors.verifying import VerifyRequest, job_for, left_out
+from distplat.actors.verifying import VerifyRequest, job_for, not_compared
 from distplat.platform.errors import Abandoned, SpecError, StateLost
 from distplat.platform.job_file import read_job, render_job
 from distplat.platform.lr_schedules import ReduceLROnPlateau, Schedule
@@ -343,9 +343,9 @@ def test_verify_has_the_first_rate_in_its_runs_without_evaluations() -> None:
     for name in ("ring", "ps-sync"):
         short = job_for(VerifyRequest(given, Path()), name)
         assert isinstance(short, Job) and short.lr_schedule == Schedule(), "no SpecError"
-        [row] = left_out(name, given)
+        [row] = not_compared(name, given)
         assert (row.check, row.verdict) == ("lr_schedule", NOT_COMPARED), "it says so"
-        assert left_out(name, short) == []
+        assert not_compared(name, short) == []
 
 
 def test_a_job_with_it_reads_back(tmp_path: Any) -> None:

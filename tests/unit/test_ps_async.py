@@ -16,7 +16,7 @@ from local_servers import Servers
 from rank_threads import on_ranks
 from test_equivalence import STEPS, Classify, Conv, Dropout, Mlp, distance, plain, same_bits
 
-from distplat.platform.apply_log import Applied, ApplyLog, flaws, staleness_counts
+from distplat.platform.apply_log import Applied, ApplyLog, log_flaws, staleness_counts
 from distplat.platform.errors import SpecError, StorageError
 from distplat.platform.progress import AnyReport, EvalReport, StepReport
 from distplat.platform.shard_map import ShardPlan
@@ -112,7 +112,7 @@ def test_every_gradient_is_applied_once_on_every_shard(servers: int) -> None:
     logs = logs_of(run)
     assert len(logs) == servers
     for log in logs:
-        assert flaws(log, 3, STEPS) == []
+        assert log_flaws(log, 3, STEPS) == []
         assert len(log) == 3 * STEPS
 
 
@@ -187,7 +187,7 @@ def test_a_worker_that_leaves_and_one_that_joins() -> None:
     servers.close()
     desk.close()
     logs = [ApplyLog(numbers) for numbers in servers.logs()]
-    assert [flaws(log, 2, 2 * STEPS) for log in logs] == [[], []]
+    assert [log_flaws(log, 2, 2 * STEPS) for log in logs] == [[], []]
     assert {applied.rank for applied in logs[0]} == {0, 1, 3}
     found = Counter((r.step, r.rank) for rank in reports for r in rank if isinstance(r, StepReport))
     assert found == Counter((step, part) for step in range(2 * STEPS) for part in range(2))

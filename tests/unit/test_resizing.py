@@ -1,4 +1,4 @@
-"""What comes of wishes for another number of ranks, where all ranks change at the same step."""
+"""What comes of requests for another number of ranks, where all ranks change at the same step."""
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -8,7 +8,7 @@ from distplat.platform.scaling import Resizing
 
 def asked(world: int, workers: int) -> Resizing:
     resizing = Resizing(world)
-    resizing.wish(workers)
+    resizing.request(workers)
     for rank in resizing.to_make:
         resizing.made(rank)
     return resizing
@@ -45,9 +45,9 @@ def test_as_many_as_there_are_is_granted_at_once() -> None:
 def test_a_later_wish_keeps_who_is_still_wanted() -> None:
     resizing = asked(2, 5)
     resizing.ready(2)
-    resizing.wish(3)
+    resizing.request(3)
     assert (resizing.to_make, resizing.to_drop, resizing.due) == ([], [3, 4], 3)
-    resizing.wish(1)
+    resizing.request(1)
     assert (resizing.to_drop, resizing.due) == ([2, 3, 4], 1)
 
 
@@ -67,7 +67,7 @@ def test_when_all_is_made_anew_the_wish_stands() -> None:
 
 
 STEPS = st.one_of(
-    st.tuples(st.just("wish"), st.integers(1, 6)),
+    st.tuples(st.just("request"), st.integers(1, 6)),
     st.tuples(st.sampled_from(["ready", "lost"]), st.integers(0, 6)),
     st.tuples(st.sampled_from(["give_up", "anew", "change"]), st.just(0)),
 )
@@ -80,8 +80,8 @@ def test_only_who_is_wanted_is_made_and_only_who_is_ready_joins(
     """The body does what it is told to; `alive` are the newcomers that it has."""
     resizing, alive, ready = Resizing(world), set[int](), set[int]()
     for what, number in steps:
-        if what == "wish":
-            resizing.wish(number)
+        if what == "request":
+            resizing.request(number)
         elif what == "ready" and number in alive:
             resizing.ready(number)
             ready.add(number)

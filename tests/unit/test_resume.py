@@ -333,13 +333,13 @@ def test_a_rank_takes_the_slab_that_is_its_own() -> None:
     part = nn.Sequential()
     part.up = nn.Linear(3, 2, bias=False)
     flat = FlatModel(part)
-    places = {"up.weight": TensorSlice((4, 3), slab=(0, 2, 4))}
-    saved.load_model(flat, places)
+    slices = {"up.weight": TensorSlice((4, 3), slab=(0, 2, 4))}
+    saved.load_model(flat, slices)
     assert torch.equal(flat.params.view(2, 3), weight[2:4])
     assert flat.version == 3
-    state = saved.optimizer(flat, places=places)
+    state = saved.optimizer(flat, slices=slices)
     assert torch.equal(state["exp_avg"], weight[2:4].reshape(-1) * 10)
-    half = saved.optimizer(flat, 3, 6, places)
+    half = saved.optimizer(flat, 3, 6, slices)
     assert torch.equal(half["exp_avg"], weight[3] * 10)
 
 

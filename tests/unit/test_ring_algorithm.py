@@ -7,10 +7,7 @@ from hypothesis import strategies as st
 from rank_threads import UNSHRUNK, on_ranks
 
 from distplat.platform.even_split import split_evenly
-from distplat.strategies.algorithms.reduce import (
-    all_gather_steps,
-    reduce_scatter_steps,
-)
+from distplat.strategies.algorithms.reduce import all_gather_steps, reduce_scatter_steps
 from distplat.strategies.collective import Collective
 from distplat.strategies.fakes import Fabric
 

@@ -9,7 +9,7 @@ from call_faults import Fault, inject
 from distplat.actors.local_transport import LocalCluster
 from distplat.actors.memory.mailboxes import MailboxRequest
 from distplat.actors.servers.fan_out import FanOut, FanOutCall
-from distplat.platform.ledger import Answer
+from distplat.platform.ledger import ServerReply
 from distplat.platform.shard_map import Shard, cut_shards
 
 CUTS = cut_shards(48, 3).shards
@@ -21,15 +21,15 @@ class Server:
     def __init__(self, number: int) -> None:
         self.number, self.calls = number, 0
 
-    def push(self) -> Answer:
+    def push(self) -> ServerReply:
         self.calls += 1
-        return Answer(self.number)
+        return ServerReply(self.number)
 
 
 class Cluster:
     """Three servers, and the mailboxes of some shards."""
 
-    def __init__(self, near: set[int]) -> None:
+    def __init__(self, local_shards: set[int]) -> None:
         self.cluster = LocalCluster()
         self.transport = self.cluster.transport("here", "worker-0")
         self.servers = [
@@ -37,13 +37,13 @@ class Cluster:
             for n in range(3)
         ]
         self.notified: list[int] = []
-        self.shards = sorted(near)
+        self.shards = sorted(local_shards)
         self.lines = SimpleNamespace(
             transport=self.transport,
             cuts=CUTS,
             servers=self.servers,
             names=["server-0", "server-1", "server-2"],
-            mailboxes=self if near else None,
+            mailboxes=self if local_shards else None,
             look=None,
             limit_s=lambda setting: 5.0,
         )
@@ -58,9 +58,11 @@ class Cluster:
         self.notified.append(shard)
 
     def answers(self, notified: list[int], *_: Any) -> Any:
-        yield from ((shard, Answer(shard)) for shard in notified)
+        yield from ((shard, ServerReply(shard)) for shard in notified)
 
-    def round(self, take: Callable[[Shard, Answer], None], *, mailboxes: bool = True) -> FanOutCall:
+    def round(
+        self, take: Callable[[Shard, ServerReply], None], *, mailboxes: bool = True
+    ) -> FanOutCall:
         request = MailboxRequest(0) if mailboxes else None
         ask = lambda server, cut: self.transport.call(server, "push")  # noqa: E731
         return FanOutCall(cast(FanOut, self.lines), "push 0", ask, take, request)

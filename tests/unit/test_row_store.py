@@ -13,7 +13,7 @@ from distplat.strategies.sparse.rows import (
     MOST_BY_ARRAY,
     ArrayIndex,
     HashIndex,
-    Index,
+    RowIndex,
     Rows,
     initial_rows,
     make_index,
@@ -45,7 +45,7 @@ def test_the_index_by_hash_is_a_dict(batches: list[list[int]]) -> None:
     check_against_a_dict(HashIndex(), batches, (7, 2**61))
 
 
-def check_against_a_dict(index: Index, batches: list[list[int]], more: tuple[int, ...]) -> None:
+def check_against_a_dict(index: RowIndex, batches: list[list[int]], more: tuple[int, ...]) -> None:
     model = dict[int, int]()
     for batch in batches:
         new = [i for i in batch if i not in model]

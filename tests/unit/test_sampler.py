@@ -60,7 +60,7 @@ def test_a_part_is_where_it_says_in_the_order_of_the_epoch(
     steps = range(first, first + sampler.steps_per_epoch)
     order = [int(i) for one in steps for i in sampler.batch_ids(one)]
     for rank in range(world):
-        ids, place = sampler.rank_ids(step, rank), sampler.first_place(step, rank)
+        ids, place = sampler.rank_ids(step, rank), sampler.first_position(step, rank)
         assert order[place : place + len(ids)] == ids.tolist()
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from distplat import Callback, Trainer
 from distplat.actors.result import Result
-from distplat.platform.disk import Content, Disk
+from distplat.platform.disk import Disk, FileContent
 from distplat.platform.errors import Interrupted
 from distplat.platform.progress import StepSummary
 
@@ -137,7 +137,7 @@ def test_a_checkpoint_that_is_being_written_is_kept_by_a_stop(
 ) -> None:
     write, begun = Disk.write, threading.Event()
 
-    def slowly(disk: Disk, path: Path, content: Content) -> tuple[int, str]:
+    def slowly(disk: Disk, path: Path, content: FileContent) -> tuple[int, str]:
         begun.set()
         time.sleep(0.2)
         return write(disk, path, content)

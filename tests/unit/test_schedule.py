@@ -135,11 +135,13 @@ def test_interleaved_micro_batches_go_in_groups_through_the_chunks() -> None:
 
 def test_chunks_are_numbered_along_the_model() -> None:
     schedule = interleaved(2, 2, 2)
-    places = [
-        schedule.place(s, Action(ActionKind.FORWARD, 0, c)) for c in range(2) for s in range(2)
+    virtual_stages = [
+        schedule.virtual_stage(s, Action(ActionKind.FORWARD, 0, c))
+        for c in range(2)
+        for s in range(2)
     ]
-    assert places == list(range(schedule.depth)) == [0, 1, 2, 3]
-    assert [schedule.stage_of(place) for place in places] == [0, 1, 0, 1]
+    assert virtual_stages == list(range(schedule.depth)) == [0, 1, 2, 3]
+    assert [schedule.stage_of(virtual_stage) for virtual_stage in virtual_stages] == [0, 1, 0, 1]
 
 
 @pytest.mark.parametrize("name", NAMES)

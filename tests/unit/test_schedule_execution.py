@@ -21,7 +21,8 @@ from distplat.strategies.algorithms.pipeline_schedule import (
     output_of,
     with_communication,
 )
-from distplat.strategies.model.layers import Stage, layers_of, recomputed
+from distplat.strategies.model.layers import Stage, layers_of
+from distplat.strategies.model.module_options import recomputed
 
 WAIT_S = 20.0
 WIDTH = 6
@@ -48,8 +49,11 @@ class Runner:
         self.schedule, self.stage, self.channels = schedule, stage, channels
         self.recompute = recompute
         layers = layers_of(model(schedule.depth))
-        places = range(stage, schedule.depth, schedule.stages)
-        self.chunks = {place: Stage(layers[place : place + 1]) for place in places}
+        virtual_stages = range(stage, schedule.depth, schedule.stages)
+        self.chunks = {
+            virtual_stage: Stage(layers[virtual_stage : virtual_stage + 1])
+            for virtual_stage in virtual_stages
+        }
         self.inputs = batches(schedule.micro_batches)
         self.have: dict[Message, Tensor] = {}
         self.live: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
@@ -65,7 +69,9 @@ class Runner:
                 assert message == step.message
                 self.have[message] = tensor
             else:
-                self.compute(step.kind, step.micro_batch, self.schedule.place(self.stage, step))
+                self.compute(
+                    step.kind, step.micro_batch, self.schedule.virtual_stage(self.stage, step)
+                )
                 made = output_of(self.schedule, self.stage, step)
                 needed = input_of(self.schedule, self.stage, step)
                 assert made is None or made in self.have
@@ -74,30 +80,34 @@ class Runner:
         named = [pair for chunk in self.chunks.values() for pair in chunk.named_parameters()]
         return {name: torch.as_tensor(parameter.grad) for name, parameter in named}
 
-    def compute(self, kind: ActionKind, i: int, place: int) -> None:
-        chunk, key = self.chunks[place], (i, place)
+    def compute(self, kind: ActionKind, i: int, virtual_stage: int) -> None:
+        chunk, key = self.chunks[virtual_stage], (i, virtual_stage)
         if kind is ActionKind.FORWARD:
-            before = Message(Content.ACTIVATION, i, place - 1, place)
-            inputs = (self.have[before] if place else self.inputs[i]).requires_grad_()
+            before = Message(Content.ACTIVATION, i, virtual_stage - 1, virtual_stage)
+            inputs = (self.have[before] if virtual_stage else self.inputs[i]).requires_grad_()
             outputs = recomputed(chunk, inputs) if self.recompute else chunk(inputs)
             self.live[key] = inputs, outputs
-            if place < self.schedule.depth - 1:
-                self.have[Message(Content.ACTIVATION, i, place, place + 1)] = outputs.detach()
+            if virtual_stage < self.schedule.depth - 1:
+                self.have[Message(Content.ACTIVATION, i, virtual_stage, virtual_stage + 1)] = (
+                    outputs.detach()
+                )
             return
         if kind is ActionKind.WEIGHT:
             outputs, gradient = self.late.pop(key)
             torch.autograd.backward(outputs, gradient, inputs=[*chunk.parameters()])
             return
         inputs, outputs = self.live.pop(key)
-        behind = Message(Content.GRADIENT, i, place + 1, place)
+        behind = Message(Content.GRADIENT, i, virtual_stage + 1, virtual_stage)
         gradient = self.have[behind] if behind in self.have else 2 * outputs.detach()
         if self.schedule.splits_backward:
             torch.autograd.backward(outputs, gradient, inputs=[inputs], retain_graph=True)
             self.late[key] = outputs, gradient
         else:
             torch.autograd.backward(outputs, gradient)
-        if place:
-            self.have[Message(Content.GRADIENT, i, place, place - 1)] = torch.as_tensor(inputs.grad)
+        if virtual_stage:
+            self.have[Message(Content.GRADIENT, i, virtual_stage, virtual_stage - 1)] = (
+                torch.as_tensor(inputs.grad)
+            )
 
 
 def alone(depth: int, micro_batches: int) -> dict[str, Tensor]:

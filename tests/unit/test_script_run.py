@@ -18,7 +18,7 @@ from distplat.actors.local_transport import Actor, LocalCluster
 from distplat.actors.script_process import ScriptProcess, with_python
 from distplat.actors.script_run import Script, run_script
 from distplat.platform.errors import ActorLost, Interrupted, ScriptFailed
-from distplat.platform.torchrun import ProcessPlace
+from distplat.platform.torchrun import ProcessLocation
 
 NODES = ("node-0", "node-1", "node-0")
 HELLO = "import os; print('hello from', os.environ['RANK'])"
@@ -34,7 +34,7 @@ class PollAnswered:
     def line(self, rank: int, text: str) -> None:
         self.lines.append((rank, text))
 
-    def news(self, text: str) -> None:
+    def notice(self, text: str) -> None:
         self.told.append(text)
 
     def of(self, rank: int) -> list[str]:
@@ -55,7 +55,7 @@ class Run:
     def spawn(self, attempt: int) -> Iterator[Sequence[Any]]:
         self.actors = []
         for index, node in enumerate(self.nodes):
-            where = ProcessPlace(node, "127.0.0.1")
+            where = ProcessLocation(node, "127.0.0.1")
             body = ScriptProcess(lambda where=where: where)  # type: ignore[misc]
             self.actors.append(self.cluster.spawn(f"process-{index}", node, lambda _, b=body: b))  # type: ignore[misc]
         try:

@@ -11,13 +11,7 @@ import torch
 from jobs import job_of
 from torch import Tensor, nn
 
-from distplat.platform.errors import (
-    FencedError,
-    GapError,
-    NotReadyError,
-    ProtocolError,
-    StaleError,
-)
+from distplat.platform.errors import FencedError, GapError, NotReadyError, ProtocolError, StaleError
 from distplat.platform.ledger import PushId, Verdict
 from distplat.platform.shard_map import ShardPlan
 from distplat.platform.spec import Job

@@ -23,9 +23,9 @@ import torch
 from distplat.actors.collectives.rendezvous import GroupMember, GroupSettings
 from distplat.actors.collectives.shm.shm_group import ShmGroup
 from distplat.actors.collectives.shm.segment import GroupSegment, SegmentLayout
-from distplat.actors.messages import Address
+from distplat.actors.messages import MemoryAddress
 layout = SegmentLayout.of(2)
-address = Address("", int(sys.argv[1]), int(sys.argv[2]), layout.size, "uint8")
+address = MemoryAddress("", int(sys.argv[1]), int(sys.argv[2]), layout.size, "uint8")
 segment = GroupSegment.open(address, layout, 1)
 group = ShmGroup(GroupMember("death", 1, 2, GroupSettings(60.0, 60.0)), segment=segment)
 for _ in range(3):

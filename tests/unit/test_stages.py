@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from distplat.platform.errors import SpecError
 from distplat.strategies.algorithms.partition import bounds
-from distplat.strategies.model.layers import Layer, layers_of, recomputed, traced_layers
+from distplat.strategies.model.layers import Layer, layers_of, traced_layers
 from distplat.strategies.model.meta import materialise, on_meta
+from distplat.strategies.model.module_options import recomputed
 
 
 def mlp() -> nn.Sequential:

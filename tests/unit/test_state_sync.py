@@ -107,7 +107,9 @@ def test_less_than_the_checkpoint_has_is_nothing_to_go_on_from() -> None:
     def body(rank: int) -> bool:
         replica = ranks[rank]
         with pytest.raises(StateLost, match="after step 3"):
-            take_over_newest(replica.flat, replica.optimizer, fabric.collective(rank), base=3)
+            take_over_newest(
+                replica.flat, replica.optimizer, fabric.collective(rank), checkpoint_step=3
+            )
         return True
 
     assert on_ranks(2, body) == [True, True]

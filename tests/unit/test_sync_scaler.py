@@ -32,7 +32,7 @@ class FakeActorGroup:
     def world(self) -> int:
         return self.job.scaling.world
 
-    def enlist(self, rank: int, base: int) -> Callable[[], int]:
+    def start_newcomer(self, rank: int, checkpoint_step: int) -> Callable[[], int]:
         assert rank not in self.newcomers
 
         def call() -> int:
@@ -41,7 +41,7 @@ class FakeActorGroup:
 
         return call
 
-    def let_go(self, rank: int) -> None:
+    def end_newcomer(self, rank: int) -> None:
         del self.newcomers[rank]
 
     def resize(self, world: int) -> None:
@@ -178,7 +178,7 @@ def test_as_many_as_there_are_is_granted_at_once(actor_group: FakeActorGroup) ->
     assert actor_group.requests.status() == ScaleStatus(ScaleRequest(1, 2))
 
 
-def test_a_later_wish_takes_the_place_of_the_earlier(actor_group: FakeActorGroup) -> None:
+def test_a_later_request_replaces_the_earlier(actor_group: FakeActorGroup) -> None:
     resizer = made(actor_group, 5)
     actor_group.requests.ask(3)
     assert resizer.look(0) is None

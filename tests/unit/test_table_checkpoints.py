@@ -19,7 +19,7 @@ from distplat.platform.errors import ProtocolError, SpecError
 from distplat.platform.ledger import PushId
 from distplat.platform.shard_map import TablePlan, TableSpec, plan_of
 from distplat.platform.tensor_slices import Bundle, put_together
-from distplat.strategies.checkpoint.checkpoint_types import Boxes, CheckpointPart
+from distplat.strategies.checkpoint.checkpoint_types import ArrayRefs, CheckpointPart
 from distplat.strategies.server.table_store import TableServer
 from distplat.strategies.sparse.table import RowGradients
 
@@ -190,10 +190,10 @@ def test_copies_of_asynchronous_tables_wait_for_the_slowest_rank() -> None:
 
 
 def test_a_checkpoint_without_its_tables_is_skipped() -> None:
-    def here() -> Boxes | None:
+    def here() -> ArrayRefs | None:
         return [("box", ())]
 
-    def gone() -> Boxes | None:
+    def gone() -> ArrayRefs | None:
         return None
 
     for first, second, found in (

@@ -158,7 +158,7 @@ def test_a_backup_hears_of_another_number_of_ranks() -> None:
 def test_a_snapshot_travels_and_shares_nothing() -> None:
     first, second = opened(plan()), TableServer("second", 1)
     steps(first, 0, 2)
-    second.store.become(pickle.loads(pickle.dumps(first.store.snapshot())))  # noqa: S301
+    second.store.load_snapshot(pickle.loads(pickle.dumps(first.store.snapshot())))  # noqa: S301
     assert bits(second) == bits(first) and second.store.index == 0
     before = bits(second)
     steps(first, 2, 3)

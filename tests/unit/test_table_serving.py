@@ -9,7 +9,7 @@ from test_table_service import plan
 
 from distplat.actors.local_transport import LocalCluster
 from distplat.actors.memory.memfd import MemorySegment
-from distplat.actors.messages import Address, RowTransfer, TablePart
+from distplat.actors.messages import MemoryAddress, RowTransfer, TablePart
 from distplat.actors.servers.table_serving import TableServing
 from distplat.platform.errors import FencedError, StaleError
 from distplat.platform.ledger import PullId, PushId
@@ -28,10 +28,10 @@ def segments(node: str = "here") -> tuple[MemorySegment, MemorySegment]:
 def test_who_is_near() -> None:
     server = serving()
     ids, _ = segments()
-    assert server.open(plan(), 0, ids.address).near
-    assert not server.open(plan(), 1, segments("elsewhere")[0].address).near
-    gone = Address("here", os.getpid(), 999_999, 64, "int64")
-    assert not server.open(plan(), 1, gone).near
+    assert server.open(plan(), 0, ids.address).shares_memory
+    assert not server.open(plan(), 1, segments("elsewhere")[0].address).shares_memory
+    gone = MemoryAddress("here", os.getpid(), 999_999, 64, "int64")
+    assert not server.open(plan(), 1, gone).shares_memory
 
 
 @pytest.mark.parametrize("near", [True, False])

@@ -133,7 +133,7 @@ class Tasks(RuleBasedStateMachine):
             self.book.ledger.attempt,
             self.book.ledger.steps,
             self.book.ledger.updates,
-            self.book.ledger.place,
+            self.book.ledger.schedule_step,
         )
         assert found == (self.attempt, self._steps, made, made // self.world)
 
@@ -207,7 +207,7 @@ class Steps(RuleBasedStateMachine):
             self.book.ledger.attempt,
             self.book.ledger.steps,
             self.book.ledger.updates,
-            self.book.ledger.place,
+            self.book.ledger.schedule_step,
         )
         assert found == (self.attempt, self.steps, self.steps, self.steps)
         assert self.book.ledger.missing() == [r for r in range(self.world) if r not in self.pushed]
@@ -232,7 +232,7 @@ def test_whole_steps_are_counted_in_the_parts_of_the_new_world() -> None:
     for seq, task in enumerate((3, 2)):
         offer(mine, leased(7, seq, task))
     mine.renew(1, 3)
-    assert (mine.ledger.steps, mine.ledger.updates, mine.ledger.place) == (2, 6, 2)
+    assert (mine.ledger.steps, mine.ledger.updates, mine.ledger.schedule_step) == (2, 6, 2)
     assert offer(mine, leased(0, 0, 5, attempt=1)) is Verdict.LATE
     assert offer(mine, leased(0, 1, 6, attempt=1)) is Verdict.NEW
 

@@ -23,7 +23,7 @@ from distplat.actors.training import search_path
 from distplat.actors.user_errors import as_user_error, killed_loader, lost_peer
 from distplat.platform.errors import SpecError, UserCodeError
 from distplat.strategies import torch_compat
-from distplat.strategies.loop.batches import Run, Samples
+from distplat.strategies.loop.batches import SampleRun, Samples
 from distplat.strategies.loop.session import prepare
 from distplat.strategies.task import Task
 
@@ -350,7 +350,7 @@ def error_of(ids: list[int], *, in_loader: bool) -> Exception:
     """Give what the reading of some samples raises; of a loader process, as torch hands it on."""
     data: Any = Broken()
     try:
-        Samples(data).__getitems__(Run(0, 0, ids))
+        Samples(data).__getitems__(SampleRun(0, 0, ids))
     except Exception as error:
         if not in_loader:
             return error

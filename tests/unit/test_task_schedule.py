@@ -17,8 +17,8 @@ from distplat import Task, Trainer
 from distplat.actors.task_check import check_class, said_by_job
 from distplat.platform.errors import SpecError
 from distplat.platform.progress import StepReport
-from distplat.strategies.loop.remarks import remarks_on
 from distplat.strategies.loop.session import prepare, resize
+from distplat.strategies.loop.task_warnings import job_warnings
 from distplat.strategies.worker_strategy import make_worker_strategy
 
 
@@ -167,12 +167,12 @@ def test_it_must_take_step_and_total() -> None:
 
 
 @pytest.mark.parametrize(("largest", "said"), [(1.0, False), (0.1, False), (0.05, True)])
-def test_rates_in_the_place_of_factors_are_remarked_on(largest: float, said: bool) -> None:
+def test_rates_in_the_place_of_factors_are_warned_of(largest: float, said: bool) -> None:
     class Scaled(Small):
         def lr(self, step: int, total: int) -> float:
             return largest / (step + 1)
 
     prepared = prepare(rated(), Scaled())
-    found = remarks_on(prepared.job, prepared.sampler)
+    found = job_warnings(prepared.job, prepared.sampler)
     text = "lr() gives factors of the optimizer's lr, and the largest is 0.05: no rate is above "
     assert found == ([text + "0.05 x 0.05"] if said else [])

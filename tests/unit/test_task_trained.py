@@ -12,7 +12,7 @@ from torch.utils.data import Dataset, TensorDataset, default_collate
 from distplat.platform.errors import SpecError
 from distplat.platform.sampler import Sampler
 from distplat.platform.spec import Job
-from distplat.platform.tensor_file import decode, encode, split
+from distplat.platform.tensor_file import decode, encode, split_task_tensors
 from distplat.platform.tensor_slices import RawTensor
 from distplat.strategies.checkpoint.parts import whole_of
 from distplat.strategies.task import Task
@@ -113,7 +113,7 @@ def test_they_have_a_file_of_their_own() -> None:
     tensors: dict[str, RawTensor] = {
         name: whole_of(torch.arange(3.0)) for name in ("0.weight", "task:log_var")
     }
-    model, task = split(b"".join(encode(tensors)))
+    model, task = split_task_tensors(b"".join(encode(tensors)))
     assert task is not None
     assert (list(decode(model)), list(decode(task))) == (["0.weight"], ["log_var"])
-    assert split(model) == (model, None)
+    assert split_task_tensors(model) == (model, None)

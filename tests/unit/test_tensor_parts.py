@@ -10,7 +10,12 @@ from distplat.platform.tensor_slices import TensorEntry, TensorSlice, put_togeth
 from distplat.strategies.checkpoint.checkpoint_reader import tensor_of
 from distplat.strategies.checkpoint.parts import as_array, whole_of
 from distplat.strategies.fakes import Fabric
-from distplat.strategies.tensor.parallel_layers import gather_full, join, place_of, take
+from distplat.strategies.tensor.parallel_layers import (
+    gather_full,
+    join_parts,
+    take,
+    tensor_slice_of,
+)
 from distplat.strategies.tensor.parallel_plan import ShardSpec, slice_of
 
 
@@ -27,13 +32,13 @@ def test_what_is_cut_can_be_joined(
     specs = [slice_of("w", dim, units, size, r, world, blocks=blocks) for r in range(world)]
     parts = [take(whole, spec) for spec in specs]
     assert [part.shape[dim] for part in parts] == [spec.extent for spec in specs]
-    assert torch.equal(join(parts, specs), whole)
+    assert torch.equal(join_parts(parts, specs), whole)
     # A checkpoint takes the same parts of it, and puts the same together.
     kept = whole_of(whole)
-    places = [place_of(part.shape, spec) for part, spec in zip(parts, specs, strict=True)]
-    for part, place in zip(parts, places, strict=True):
-        assert torch.equal(tensor_of(kept, place).view(part.shape), part)
-    entries = [TensorEntry("model/w", place, "int64", 0) for place in places]
+    slices = [tensor_slice_of(part.shape, spec) for part, spec in zip(parts, specs, strict=True)]
+    for part, one in zip(parts, slices, strict=True):
+        assert torch.equal(tensor_of(kept, one).view(part.shape), part)
+    entries = [TensorEntry("model/w", one, "int64", 0) for one in slices]
     bundles = [
         ([as_array(part.contiguous())], (entry,))
         for part, entry in zip(parts, entries, strict=True)
@@ -43,10 +48,10 @@ def test_what_is_cut_can_be_joined(
 
 def test_where_parts_of_branches_lie() -> None:
     here, elsewhere = ShardSpec(0, 0, 6, 6), ShardSpec(0, 0, 0, 6)
-    assert place_of((6, 2), here) == TensorSlice((6, 2))
-    assert place_of((0, 2), elsewhere) == TensorSlice((6, 2), (0, 0, 0))
-    assert place_of((6,), elsewhere) == TensorSlice((6,)), "a buffer, which is not emptied"
-    assert place_of((), ShardSpec(0, 0, 0, 1)) == TensorSlice(())
+    assert tensor_slice_of((6, 2), here) == TensorSlice((6, 2))
+    assert tensor_slice_of((0, 2), elsewhere) == TensorSlice((6, 2), (0, 0, 0))
+    assert tensor_slice_of((6,), elsewhere) == TensorSlice((6,)), "a buffer, which is not emptied"
+    assert tensor_slice_of((), ShardSpec(0, 0, 0, 1)) == TensorSlice(())
 
 
 def test_parts_are_tensors_of_their_own() -> None:
@@ -57,7 +62,7 @@ def test_parts_are_tensors_of_their_own() -> None:
 
 def test_what_does_not_make_up_a_whole_is_refused() -> None:
     with pytest.raises(ValueError, match="do not make up 6"):
-        join([torch.ones(2), torch.ones(2)], [ShardSpec(0, 0, 2, 6), ShardSpec(0, 2, 4, 6)])
+        join_parts([torch.ones(2), torch.ones(2)], [ShardSpec(0, 0, 2, 6), ShardSpec(0, 2, 4, 6)])
 
 
 def test_one_rank_gets_all_in_full() -> None:
@@ -77,11 +82,11 @@ def test_one_rank_gets_all_in_full() -> None:
             "count": torch.tensor(7 if last else 0),
             "same": torch.tensor([9]),
         }
-        return gather_full(state, specs, fabric.collective(rank), to=1)
+        return gather_full(state, specs, fabric.collective(rank))
 
     first, second, third = on_ranks(3, body)
-    assert first == third == {}
-    assert {name: tensor.tolist() for name, tensor in second.items()} == {
+    assert second == third == {}
+    assert {name: tensor.tolist() for name, tensor in first.items()} == {
         "split": [0, 1, 2, 3, 4],
         "branch": [3, 4],
         "count": 7,

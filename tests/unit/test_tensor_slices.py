@@ -50,9 +50,9 @@ def test_any_cut_of_slabs_and_runs_comes_together_again(
     for start, stop in cuts(shape[dim] // blocks, data.draw):
         slab = (dim, start, stop)
         for run in [*cuts(TensorSlice(shape, slab, None, blocks).size, data.draw)]:
-            place = TensorSlice(shape, slab, data.draw(st.sampled_from([run])), blocks)
-            entry = TensorEntry("model/w", place, "int32", 0)
-            bundles.append(([take_out(tensor, place)], (entry,)))
+            tensor_slice = TensorSlice(shape, slab, data.draw(st.sampled_from([run])), blocks)
+            entry = TensorEntry("model/w", tensor_slice, "int32", 0)
+            bundles.append(([take_out(tensor, tensor_slice)], (entry,)))
     order = data.draw(st.permutations(bundles))
     [(key, result)] = put_together(order).items()
     assert key == "model/w"
@@ -60,9 +60,11 @@ def test_any_cut_of_slabs_and_runs_comes_together_again(
     assert np.array_equal(result.data, tensor.data)
 
 
-def part(place: TensorSlice, dtype: str = "int32") -> tuple[list[Bytes], tuple[TensorEntry, ...]]:
-    data = np.zeros(place.size * ITEM_BYTES[dtype], np.uint8)
-    return [data], (TensorEntry("model/w", place, dtype, 0),)
+def part(
+    tensor_slice: TensorSlice, dtype: str = "int32"
+) -> tuple[list[Bytes], tuple[TensorEntry, ...]]:
+    data = np.zeros(tensor_slice.size * ITEM_BYTES[dtype], np.uint8)
+    return [data], (TensorEntry("model/w", tensor_slice, dtype, 0),)
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from distplat.strategies.collective import Collective
 from distplat.strategies.fakes import Fabric
 from distplat.strategies.model.flat import FlatModel
-from distplat.strategies.model.layers import layers_of, recomputed
+from distplat.strategies.model.layers import layers_of
+from distplat.strategies.model.module_options import recomputed
 from distplat.strategies.tensor.parallelize import parallelize, reconnect
 
 CHARLM = {

@@ -84,7 +84,7 @@ def compute(flats: Sequence[FlatModel], step: int) -> NDArray[np.bool_]:
             loss = loss_of(flat.model, part)
             flat.before_backward()
             torch.autograd.backward(loss)
-            flat.take_in()
+            flat.collect()
         flat.check_layout(step)
     found: NDArray[np.bool_] = np.logical_or.reduce([flat.present for flat in flats])
     return found

@@ -9,12 +9,12 @@ from distplat.platform.topology import RankLocation, by_node, choose, chosen_by_
 
 
 def at(nodes: str, **qualities: Any) -> list[RankLocation]:
-    """Give one place per letter, which names the node."""
+    """Give one location per letter, which names the node."""
     return [RankLocation(node, **qualities) for node in nodes]
 
 
 @pytest.mark.parametrize(
-    ("places", "backend", "why"),
+    ("locations", "backend", "why"),
     [
         (at("a"), "shm", "the only worker is on one node"),
         (at("aaa"), "shm", "all 3 workers are on one node"),
@@ -32,8 +32,8 @@ def at(nodes: str, **qualities: Any) -> list[RankLocation]:
         (at("a", gpu=True) + at("a"), "shm", "all 2 workers are on one node"),
     ],
 )
-def test_choice(places: list[RankLocation], backend: str, why: str) -> None:
-    choice = choose(places)
+def test_choice(locations: list[RankLocation], backend: str, why: str) -> None:
+    choice = choose(locations)
     assert (choice.backend, choice.why) == (backend, why)
 
 
@@ -42,7 +42,7 @@ def test_ranks_by_node_come_in_the_order_of_ranks() -> None:
 
 
 @pytest.mark.parametrize(
-    ("backend", "places"),
+    ("backend", "locations"),
     [
         ("gloo", ()),
         ("gloo", at("aab", shm=False)),
@@ -53,12 +53,12 @@ def test_ranks_by_node_come_in_the_order_of_ranks() -> None:
         ("nccl", at("ab", gpu=True)),
     ],
 )
-def test_what_a_job_names_is_taken(backend: str, places: list[RankLocation]) -> None:
-    assert chosen_by_user(backend, places).backend == backend
+def test_what_a_job_names_is_taken(backend: str, locations: list[RankLocation]) -> None:
+    assert chosen_by_user(backend, locations).backend == backend
 
 
 @pytest.mark.parametrize(
-    ("backend", "places", "says"),
+    ("backend", "locations", "says"),
     [
         ("shm", at("aba"), ["on 2 (a: worker 0, 2; b: worker 1)", "hierarchical"]),
         ("shm", at("a") + at("a", shm=False), ["where worker 1 is", "backend: gloo"]),
@@ -67,22 +67,22 @@ def test_what_a_job_names_is_taken(backend: str, places: list[RankLocation]) -> 
     ],
 )
 def test_what_cannot_work_is_refused(
-    backend: str, places: list[RankLocation], says: list[str]
+    backend: str, locations: list[RankLocation], says: list[str]
 ) -> None:
     with pytest.raises(SpecError) as caught:
-        chosen_by_user(backend, places)
+        chosen_by_user(backend, locations)
     assert caught.value.problems[0].where == ("strategy", "backend")
     for words in says:
         assert words in str(caught.value)
 
 
-def with_cards(*places: str) -> list[RankLocation]:
-    """Give places such as `a35`: node a, GPUs 3 and 5."""
-    return [RankLocation(text[0], gpus=tuple(text[1:])) for text in places]
+def with_cards(*locations: str) -> list[RankLocation]:
+    """Give locations such as `a35`: node a, GPUs 3 and 5."""
+    return [RankLocation(text[0], gpus=tuple(text[1:])) for text in locations]
 
 
 @pytest.mark.parametrize(
-    ("places", "rank", "gpus"),
+    ("locations", "rank", "gpus"),
     [
         (with_cards("a3", "a5"), 1, ["3", "5"]),
         (with_cards("a5", "a3"), 0, ["5", "3"]),
@@ -96,9 +96,11 @@ def with_cards(*places: str) -> list[RankLocation]:
     ],
 )
 def test_the_card_of_a_rank_has_the_number_of_its_local_rank(
-    places: list[RankLocation], rank: int, gpus: list[str]
+    locations: list[RankLocation], rank: int, gpus: list[str]
 ) -> None:
-    found = gpus_of_node(places, rank)
+    found = gpus_of_node(locations, rank)
     assert found == gpus
-    local = [n for n, place in enumerate(places) if place.node == places[rank].node].index(rank)
-    assert not found or found[local] == places[rank].gpus[0]
+    local = [
+        n for n, location in enumerate(locations) if location.node == locations[rank].node
+    ].index(rank)
+    assert not found or found[local] == locations[rank].gpus[0]

@@ -370,9 +370,9 @@ def test_synchronized_batch_norm_is_over_all_ranks(world: int, momentum: float |
 
     def train(config: Any) -> None:
         made = map(nn.SyncBatchNorm.convert_sync_batchnorm, models())
-        place = distplat.get_context()
+        context = distplat.get_context()
         first, second = distplat.prepare(*made)
-        steps(first, second, place.rank, place.world)
+        steps(first, second, context.rank, context.world)
 
     whole = models()
     steps(*whole)
@@ -519,15 +519,15 @@ def test_the_context_tells_ranks_of_a_node() -> None:
     seen: list[tuple[int, ...]] = []
 
     def train() -> None:
-        place = distplat.get_context()
+        context = distplat.get_context()
         distplat.barrier()
         seen.append(
             (
-                place.get_world_rank(),
-                place.get_world_size(),
-                place.get_local_rank(),
-                place.get_local_world_size(),
-                place.is_main_process,
+                context.get_world_rank(),
+                context.get_world_size(),
+                context.get_local_rank(),
+                context.get_local_world_size(),
+                context.is_main_process,
             )
         )
 
@@ -645,8 +645,8 @@ class Odd(Dataset[int]):
     def __len__(self) -> int:
         return 10
 
-    def __getitem__(self, place: int) -> int:
-        return place
+    def __getitem__(self, context: int) -> int:
+        return context
 
 
 @pytest.mark.parametrize("shuffle", [False, True])
@@ -676,14 +676,14 @@ class Metrics(NamedTuple):
 @pytest.mark.parametrize(("world", "batch"), [(1, 4), (2, 2), (3, 2), (4, 2)])
 def test_gathered_metrics_are_of_every_sample_once(world: int, batch: int, drop_last: bool) -> None:
     def train(config: Mapping[str, Any]) -> None:
-        place = distplat.get_context()
+        context = distplat.get_context()
         loader = DataLoader(Odd(), batch_size=batch, shuffle=True, drop_last=drop_last)
         other = distplat.prepare(DataLoader(Odd(), batch_size=1))
         loader = distplat.prepare(loader)
         for _ in range(2):
             found: list[int] = []
             for numbers in loader:
-                given = {"all": [Metrics(numbers, torch.tensor(0.5))], "rank": place.rank}
+                given = {"all": [Metrics(numbers, torch.tensor(0.5))], "rank": context.rank}
                 every = distplat.gather_for_metrics(given)
                 assert every["all"][0].loss.tolist() == [0.5] * world
                 assert every["rank"].tolist() == [*range(world)]
@@ -888,14 +888,14 @@ def test_a_loop_that_seeds_itself_keeps_its_numbers(seed: int) -> None:
     drawn: dict[int, list[float]] = {}
 
     def train(config: Mapping[str, Any]) -> None:
-        place = distplat.get_context()
+        context = distplat.get_context()
         distplat.barrier()
-        if place.rank == 0:  # ranks share a process here, and its generators
+        if context.rank == 0:  # ranks share a process here, and its generators
             torch.manual_seed(seed)
         distplat.barrier()
         distplat.prepare(nn.Linear(4, 1))
         distplat.barrier()
-        if place.rank == 0:
+        if context.rank == 0:
             drawn[0] = torch.rand(3).tolist()
 
     call_on_ranks(train, 2)

@@ -44,13 +44,13 @@ class KeepsPart(Plain):
         return Kept(*super().model().children()).train()
 
 
-def test_a_part_in_evaluation_mode_is_remarked_on() -> None:
+def test_a_part_in_evaluation_mode_is_warned_of() -> None:
     prepared = prepare(job_of("ring"), PartEvaluates())
-    (found,) = prepared.remarks
+    (found,) = prepared.warnings
     assert found.startswith("model() gives '0' in evaluation mode, and each step begins with")
     assert not prepared.flat.model.get_submodule("0.1").training
 
 
 def test_what_is_meant_is_not() -> None:
     for task in (Plain, AllEvaluates, KeepsPart):
-        assert prepare(job_of("ring"), task()).remarks == []
+        assert prepare(job_of("ring"), task()).warnings == []

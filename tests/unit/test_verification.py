@@ -38,7 +38,7 @@ from distplat.strategies.verification.verdicts import (
     Row,
     inexact,
     judge,
-    watch,
+    watch_losses,
 )
 
 ROOT = Path(__file__).parents[2]
@@ -286,7 +286,7 @@ def test_a_refused_run_is_shown_with_its_own_code() -> None:
 def test_asynchronous_runs_are_watched_not_compared() -> None:
     drawn = job("ring")
     run = Trained({8: {}}, [2.0, 1.0, 0.5])
-    (row,) = watch(drawn, "asynchronous", lambda *_: EngineRun(run, {"staleness_mean": 1.5}))
+    (row,) = watch_losses(drawn, "asynchronous", lambda *_: EngineRun(run, {"staleness_mean": 1.5}))
     assert row.verdict == NOT_COMPARED and not row.failed
     assert "2 -> 0.5" in row.reason and "staleness 1.5" in row.reason
 

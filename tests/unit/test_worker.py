@@ -48,9 +48,9 @@ def session(worker: Worker) -> Session:
 def test_an_answer_is_kept_back_while_there_is_nothing_to_tell() -> None:
     worker = working()
     began = time.monotonic()
-    news = worker.poll(1, 0.2)
+    result = worker.poll(1, 0.2)
     assert time.monotonic() - began >= 0.19
-    assert (news.step, news.deliveries) == (3, [])
+    assert (result.step, result.deliveries) == (3, [])
 
 
 def test_a_part_of_a_checkpoint_is_told_at_once_and_once() -> None:
@@ -65,7 +65,7 @@ def test_a_part_of_a_checkpoint_is_told_at_once_and_once() -> None:
 def test_the_end_is_told_at_once() -> None:
     worker = working()
     worker._ended.set()
-    worker._news.set()
+    worker._urgent.set()
     began = time.monotonic()
     for _ in range(3):
         worker.poll(1, 60)
@@ -73,7 +73,7 @@ def test_the_end_is_told_at_once() -> None:
 
 
 def told(worker: Worker) -> StopOrder:
-    return session(worker)._connection.told
+    return session(worker)._connection.stop_order
 
 
 @pytest.mark.parametrize(
@@ -118,10 +118,10 @@ def test_reports_are_told_again_where_the_answer_was_lost() -> None:
     report = StepReport(0, 4, 0, 0.5, 8, {})
     worker._outbox.put(report)
     for _ in range(2):
-        news = worker.poll(1, 0.0)
-        assert (news.reports, news.deliveries) == ([report], [delivery])
-    news = worker.poll(2, 0.0)
-    assert (news.reports, news.deliveries) == ([], [])
+        result = worker.poll(1, 0.0)
+        assert (result.reports, result.deliveries) == ([report], [delivery])
+    result = worker.poll(2, 0.0)
+    assert (result.reports, result.deliveries) == ([], [])
 
 
 def test_an_attempt_has_not_ended_before_its_last_report_is_told() -> None:
@@ -131,11 +131,11 @@ def test_an_attempt_has_not_ended_before_its_last_report_is_told() -> None:
     worker.poll(1, 0.0)
     worker._outbox.put(last)
     session(worker).state = ended
-    news = worker.poll(1, 0.0)
-    assert (news.reports, news.finished, news.left, news.error) == ([], False, False, None)
-    news = worker.poll(2, 0.0)
-    assert (news.reports, news.finished, news.left) == ([last], True, True)
-    assert news.error is ended.error
+    result = worker.poll(1, 0.0)
+    assert (result.reports, result.finished, result.left, result.error) == ([], False, False, None)
+    result = worker.poll(2, 0.0)
+    assert (result.reports, result.finished, result.left) == ([last], True, True)
+    assert result.error is ended.error
 
 
 def test_an_order_that_comes_twice_is_begun_once() -> None:

@@ -31,7 +31,7 @@ from distplat.actors.collectives.shm.liveness import LivenessMonitor, RunningOp
 from distplat.actors.collectives.shm.segment import SLOTS, GroupSegment
 from distplat.actors.memory import futex
 
-Step = Callable[[int, int], None]
+BlockStep = Callable[[int, int], None]
 """Is given the number of the block and its slot."""
 _HALF, _ALL = 1 << 31, (1 << 32) - 1
 
@@ -90,7 +90,7 @@ class BlockPipeline:
         """Wait for all ranks."""
         self.wait(self.post())
 
-    def exchange(self, blocks: int, put: Step, take: Step) -> None:
+    def exchange(self, blocks: int, put: BlockStep, take: BlockStep) -> None:
         """Put each block into this rank's slot, and take what is needed from all slots."""
         first = self._slot
         self._slot = (first + blocks) % SLOTS
@@ -104,7 +104,9 @@ class BlockPipeline:
                 self.wait(before)
                 take(block - 1, (first + block - 1) % SLOTS)
 
-    def exchange_twice(self, blocks: int, put: Step, reduce: Step, take: Step) -> None:
+    def exchange_twice(
+        self, blocks: int, put: BlockStep, reduce: BlockStep, take: BlockStep
+    ) -> None:
         """Put each block, reduce a part of what all have put, and take what all have reduced."""
         first = self._slot
         self._slot = (first + blocks) % SLOTS

@@ -18,7 +18,6 @@ from distplat.actors.collectives.shm.kernels import (
     combine,
     cut_evenly,
     in_pieces,
-    split,
 )
 from distplat.actors.collectives.shm.liveness import LivenessMonitor, RunningOp
 from distplat.actors.collectives.shm.segment import GroupSegment, SharedVectors
@@ -228,7 +227,7 @@ class ShmCommunicator:
         rank, world = self._rank, self._world
         blocks = self._block_lengths(flat)
         bounds = [self._chunks(length) for length in blocks]
-        pieces = split(flat, [b - a for block in bounds for a, b in block])
+        pieces = torch.split_with_sizes(flat, [b - a for block in bounds for a, b in block])
 
         def put(block: int, slot: int) -> None:
             for to in self._others:
@@ -285,7 +284,7 @@ class ShmCommunicator:
         return [size] * whole + ([rest] if rest or not whole else [])
 
     def _blocks(self, flat: Tensor) -> Sequence[Tensor]:
-        return split(flat, self._block_lengths(flat))
+        return torch.split_with_sizes(flat, self._block_lengths(flat))
 
     def _own(self, piece: Tensor, slot: int) -> Tensor:
         return self._of(self._rank, piece, slot)

@@ -25,21 +25,16 @@ _PAIRWISE: dict[ReduceOp, Callable[..., Tensor]] = {
 _HALF = (torch.float16, torch.bfloat16)
 
 
-def split(vector: Tensor, lengths: Sequence[int]) -> Sequence[Tensor]:
-    """Cut a vector into views of these lengths, which add up to its own; the cheapest way."""
-    return torch.split_with_sizes(vector, lengths)
-
-
 def in_pieces(vector: Tensor, length: int) -> Sequence[Tensor]:
     """Cut a vector into views of one length, the last one shorter; an empty one is one piece."""
     whole, rest = divmod(vector.numel(), length)
-    return split(vector, [length] * whole + ([rest] if rest or not whole else []))
+    return torch.split_with_sizes(vector, [length] * whole + ([rest] if rest or not whole else []))
 
 
 def cut_evenly(vector: Tensor, parts: int) -> Sequence[Tensor]:
     """Cut a vector into so many views of nearly one length, at `ALIGN`; some may be empty."""
     bounds = split_evenly(vector.numel(), parts, align=ALIGN)
-    return split(vector, [b - a for a, b in bounds])
+    return torch.split_with_sizes(vector, [b - a for a, b in bounds])
 
 
 class Scratch:

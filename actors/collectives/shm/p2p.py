@@ -24,7 +24,7 @@ from distplat.actors.collectives.shm.liveness import LivenessMonitor, RunningOp
 from distplat.actors.collectives.shm.segment import GroupSegment
 from distplat.actors.memory.futex import Word
 from distplat.actors.memory.memfd import MemorySegment
-from distplat.actors.messages import Address
+from distplat.actors.messages import MemoryAddress
 from distplat.platform.errors import CollectiveError
 
 PIECE_BYTES = 256 * 1024
@@ -163,7 +163,7 @@ class PointToPoint:
         segment = channel.segments[number % 2]
         # A slot only grows, so another size tells that it is another segment.
         if segment is None or segment.address.elements != size:
-            address = Address("", self._segment.pid(source), fd, size, "uint8", inode)
+            address = MemoryAddress("", self._segment.pid(source), fd, size, "uint8", inode)
             try:
                 segment = channel.segments[number % 2] = MemorySegment.open(address)
             except OSError as error:

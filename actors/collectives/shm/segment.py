@@ -9,7 +9,7 @@ The memory that the ranks of a group on one node share: a line of control words 
 
 A rank writes into its own line, the channels it sends or receives on, and its own slots. It counts
 its posts in `posts`, which the others wait for. It writes the header of its operation before it
-posts, by turns into one of two places: who begins operation k+2 has seen every rank's first post
+posts, by turns into one of two slots: who begins operation k+2 has seen every rank's first post
 of k+1, and a rank posts that after it has compared the headers of k.
 
 Shared vectors (`Collective.share`) are segments of their own, one per rank, which all ranks map.
@@ -24,11 +24,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from distplat.actors.collectives.header import SIZE, STAGED, place_of, vector_of
+from distplat.actors.collectives.header import SIZE, STAGED, offset_of, vector_of
 from distplat.actors.memory import futex
 from distplat.actors.memory.futex import Word
 from distplat.actors.memory.memfd import MemorySegment
-from distplat.actors.messages import Address
+from distplat.actors.messages import MemoryAddress
 
 SLOTS = 4
 """Of each rank; block_pipeline.py says why four."""
@@ -84,7 +84,7 @@ class GroupSegment:
     Args:
         segment: the memory, of `layout.size` bytes.
         layout: the same on all ranks.
-        rank: place in the group.
+        rank: in the group.
     """
 
     def __init__(self, segment: MemorySegment, layout: SegmentLayout, rank: int) -> None:
@@ -102,7 +102,7 @@ class GroupSegment:
         return cls(MemorySegment.create(node, layout.size, "uint8", populate=False), layout, 0)
 
     @classmethod
-    def open(cls, address: Address, layout: SegmentLayout, rank: int) -> "GroupSegment":
+    def open(cls, address: MemoryAddress, layout: SegmentLayout, rank: int) -> "GroupSegment":
         """
         Map what rank 0 has made.
 
@@ -138,7 +138,7 @@ class GroupSegment:
         """Process of a rank that has entered."""
         return self._get(rank, _PID)
 
-    def offer(self, address: Address) -> None:
+    def offer(self, address: MemoryAddress) -> None:
         """Lay down where this process's part of a new shared vector is."""
         self._set(_VECTOR, address.fd)
         _LONG_FIELD.pack_into(self.bytes, self.rank * _LINE + _INODE, address.inode)
@@ -203,7 +203,7 @@ class SharedVectors:
         start = mine.tensor.data_ptr()
         self._ranges.append((start, start + mine.tensor.numel()))
 
-    def place(self, tensor: Tensor) -> int:
+    def offset(self, tensor: Tensor) -> int:
         """Give the place of a contiguous tensor, or `STAGED` if it lies in no shared vector."""
         if not self._ranges:
             return STAGED
@@ -211,17 +211,17 @@ class SharedVectors:
         stop = start + tensor.numel() * tensor.itemsize
         for vector, (first, end) in enumerate(self._ranges):
             if first <= start and stop <= end:
-                return place_of(vector, start - first)
+                return offset_of(vector, start - first)
         return STAGED
 
-    def places(self, parts: Sequence[Tensor]) -> list[int]:
+    def offsets(self, parts: Sequence[Tensor]) -> list[int]:
         """
-        Give the places of several tensors, but for empty ones, which lie nowhere.
+        Give the offsets of several tensors, but for empty ones, which lie nowhere.
 
         [] if one of them lies elsewhere than the others.
         """
-        found = [self.place(part) for part in parts if part.numel()]
-        if STAGED in found or len({vector_of(place) for place in found}) != 1:
+        found = [self.offset(part) for part in parts if part.numel()]
+        if STAGED in found or len({vector_of(offset) for offset in found}) != 1:
             return []
         return found
 
@@ -235,7 +235,7 @@ class SharedVectors:
         raise ValueError("the tensor lies in no shared vector")
 
     @staticmethod
-    def _map(mine: MemorySegment, address: Address) -> Tensor:
+    def _map(mine: MemorySegment, address: MemoryAddress) -> Tensor:
         if (address.pid, address.fd) == (mine.address.pid, mine.address.fd):
             return mine.tensor
         return MemorySegment.open(address).tensor

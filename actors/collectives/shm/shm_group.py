@@ -31,7 +31,7 @@ from distplat.actors.collectives.shm.liveness import LivenessMonitor, RunningOp
 from distplat.actors.collectives.shm.p2p import PointToPoint
 from distplat.actors.collectives.shm.segment import GroupSegment, SegmentLayout, create_vector
 from distplat.actors.collectives.work import OpQueue, Work
-from distplat.actors.messages import Address
+from distplat.actors.messages import MemoryAddress
 from distplat.platform.errors import CollectiveError
 from distplat.strategies.collective import ReduceOp
 
@@ -91,36 +91,36 @@ class ShmGroup(CollectiveGroup):
 
     def _all_reduce(self, tensor: Tensor, op: ReduceOp) -> None:
         flat = on_host(tensor)
-        place = self._vectors.place(flat)
+        offset = self._vectors.offset(flat)
         combine = self._communicator.all_reduce
-        work = partial(combine, flat, summed(op), shared=place != STAGED)
-        self._perform(header("all_reduce", [flat], op, place=place), work)
+        work = partial(combine, flat, summed(op), shared=offset != STAGED)
+        self._perform(header("all_reduce", [flat], op, offset=offset), work)
         give_back(flat, tensor)
         self._average(tensor, op)
 
     def reduce(self, tensor: Tensor, op: ReduceOp, root: int) -> None:
         """Combine into the root's tensor; the others' stay as they are."""
         flat = on_host(tensor)
-        place = self._vectors.place(flat)
-        work = partial(self._communicator.reduce, flat, op, root, shared=place != STAGED)
-        self._run(header("reduce", [flat], op, root=root, place=place), work)
+        offset = self._vectors.offset(flat)
+        work = partial(self._communicator.reduce, flat, op, root, shared=offset != STAGED)
+        self._run(header("reduce", [flat], op, root=root, offset=offset), work)
         give_back(flat, tensor)
 
     def broadcast(self, tensor: Tensor, source: int = 0) -> None:
         """Copy the source's tensor to all."""
         flat = on_host(tensor)
-        place = self._vectors.place(flat)
-        work = partial(self._communicator.broadcast, flat, source, shared=place != STAGED)
-        self._run(header("broadcast", [flat], root=source, place=place), work)
+        offset = self._vectors.offset(flat)
+        work = partial(self._communicator.broadcast, flat, source, shared=offset != STAGED)
+        self._run(header("broadcast", [flat], root=source, offset=offset), work)
         give_back(flat, tensor)
 
     def all_gather(self, outputs: Sequence[Tensor], tensor: Tensor) -> None:
         """Copy every rank's tensor to all; sizes may be uneven."""
         flat, parts = on_host(tensor), [on_host(output) for output in outputs]
         self._check_parts(parts, flat)
-        places = self._vectors.places(parts)
-        work = partial(self._communicator.all_gather, parts, flat, shared=bool(places))
-        self._run(header("all_gather", parts, places=places), work)
+        offsets = self._vectors.offsets(parts)
+        work = partial(self._communicator.all_gather, parts, flat, shared=bool(offsets))
+        self._run(header("all_gather", parts, offsets=offsets), work)
         for part, output in zip(parts, outputs, strict=True):
             give_back(part, output)
 
@@ -130,10 +130,10 @@ class ShmGroup(CollectiveGroup):
         """Combine everybody's r-th input into the output of rank r; sizes may be uneven."""
         flat, parts = on_host(output), [on_host(part) for part in inputs]
         self._check_parts(parts, flat)
-        places = self._vectors.places(parts)
+        offsets = self._vectors.offsets(parts)
         combine = self._communicator.reduce_scatter
-        work = partial(combine, flat, parts, summed(op), shared=bool(places))
-        self._run(header("reduce_scatter", parts, op, places=places), work)
+        work = partial(combine, flat, parts, summed(op), shared=bool(offsets))
+        self._run(header("reduce_scatter", parts, op, offsets=offsets), work)
         give_back(flat, output)
         self._average(output, op)
 
@@ -232,7 +232,7 @@ class ShmGroup(CollectiveGroup):
         word = json.loads(find_address(self.name, self.settings))
         if (world := word.pop("world")) != self.world:
             raise self._no_segment(f"rank 0 says {world} ranks, rank {self.rank} says {self.world}")
-        address = Address(**word)
+        address = MemoryAddress(**word)
         if address.node != node:
             raise self._no_segment(
                 f"rank 0 is on node {address.node}, rank {self.rank} on node {node}: "

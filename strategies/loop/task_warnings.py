@@ -1,4 +1,4 @@
-"""What is no error in a model or a job and probably not meant: a worker says it for all."""
+"""Warnings of what is no error in a model or a job and probably not meant; rank 0 logs them."""
 
 import math
 import secrets
@@ -11,7 +11,7 @@ from torch.utils.data import Dataset
 from distplat.platform.optimizers import Muon
 from distplat.platform.sampler import Sampler
 from distplat.platform.spec import Job
-from distplat.strategies.loop.checks import listed
+from distplat.strategies.loop.checks import quoted
 from distplat.strategies.loop.loaders import held_generators
 from distplat.strategies.loop.sample_hash import hash_of
 from distplat.strategies.loop.seeding import generators_kept, seed_sample
@@ -20,12 +20,12 @@ from distplat.strategies.model.module_hooks import tensor_hooks
 from distplat.strategies.sparse.modules import dense_parameters
 
 _STEPS, _FACTOR = "total_steps", "lr_factor"
-"""Facts of a checkpoint, see `length_of`."""
+"""Facts of a checkpoint, see `schedule_facts`."""
 _SMALL = 0.1
 """Below it the largest factor of a task's `lr` is more probably a rate."""
 
 
-def remark_on_size(job: Job, sampler: Sampler) -> str:
+def size_warning(job: Job, sampler: Sampler) -> str:
     """Say what a job asks for that its data is too small for; empty: nothing."""
     if sampler.size < sampler.world:
         idle = sampler.world - sampler.size
@@ -41,7 +41,7 @@ def remark_on_size(job: Job, sampler: Sampler) -> str:
     return ""
 
 
-def remark_on_factors(job: Job) -> str:
+def factors_warning(job: Job) -> str:
     """Say that a task's `lr` seems to give rates instead of factors; empty: it does not."""
     own = job.task_schedule
     most = max(own.factors, default=1.0) if own is not None else 1.0
@@ -53,7 +53,7 @@ def remark_on_factors(job: Job) -> str:
     )
 
 
-def length_of(job: Job, step: int, steps: int) -> dict[str, float]:
+def schedule_facts(job: Job, step: int, steps: int) -> dict[str, float]:
     """
     Give facts of a checkpoint by which a longer run sees that it has another learning rate.
 
@@ -67,7 +67,7 @@ def length_of(job: Job, step: int, steps: int) -> dict[str, float]:
     return {_STEPS: steps, _FACTOR: job.lr_schedule.rate(1.0, step - 1, steps)}
 
 
-def remark_on_length(job: Job, steps: int, state: Mapping[str, Any]) -> str:
+def length_warning(job: Job, steps: int, state: Mapping[str, Any]) -> str:
     """
     Say that a resumed run does not go on along the curve of its learning rate; empty: it does.
 
@@ -90,7 +90,7 @@ def remark_on_length(job: Job, steps: int, state: Mapping[str, Any]) -> str:
     )
 
 
-def remark_on_hooks(job: Job, model: nn.Module) -> str:
+def hooks_warning(job: Job, model: nn.Module) -> str:
     """Say that a parameter's hook sees parts of a batch; empty: none does."""
     if job.scaling.world == 1 and job.gradient_accumulation == 1:
         return ""
@@ -105,7 +105,7 @@ def remark_on_hooks(job: Job, model: nn.Module) -> str:
     )
 
 
-def remark_on_modes(model: nn.Module) -> str:
+def modes_warning(model: nn.Module) -> str:
     """Say which parts of a model a step puts in training mode that had been taken out of it."""
     still = [(name, one) for name, one in model.named_modules() if not one.training]
     if not model.training:  # all of it, as Hugging Face's from_pretrained() gives a model
@@ -118,13 +118,13 @@ def remark_on_modes(model: nn.Module) -> str:
     if not outer:  # a train() of the model's own sees to it
         return ""
     return (
-        f"model() gives {listed(outer)} in evaluation mode, and each step begins with "
+        f"model() gives {quoted(outer)} in evaluation mode, and each step begins with "
         "model.train(), which has dropout drop and batch norms take the batch's statistics: where "
         "that is not meant, give the model a train(mode) that leaves this part in eval()"
     )
 
 
-def remark_on_matrices(job: Job, model: nn.Module) -> str:
+def matrices_warning(job: Job, model: nn.Module) -> str:
     """Say that Muon has the table of an embedding; empty: it has none."""
     kinds = job.optimizer.kinds()
     if Muon not in kinds:
@@ -139,13 +139,13 @@ def remark_on_matrices(job: Job, model: nn.Module) -> str:
     if not found:
         return ""
     return (
-        f"Muon updates {listed(found)}, rows of an embedding: its authors have it for the matrices "
+        f"Muon updates {quoted(found)}, rows of an embedding: its authors have it for the matrices "
         "of hidden layers, and AdamW for embeddings and heads. Give them a group with a name, such "
         f"as {{match: {found[0]!r}, name: AdamW, lr: 3e-4}}"
     )
 
 
-def remark_on_reading(data: Dataset[Any], positions: Sequence[int]) -> str:
+def reading_warning(data: Dataset[Any], positions: Sequence[int]) -> str:
     """
     Say that a sample is another one each time that it is read; empty: it is not.
 
@@ -179,12 +179,12 @@ def remark_on_reading(data: Dataset[Any], positions: Sequence[int]) -> str:
     )
 
 
-def remarks_on_model(job: Job, model: nn.Module) -> list[str]:
-    """Give what is no error in a model and probably not meant, as `remarks_on` does."""
-    found = remark_on_hooks(job, model), remark_on_modes(model), remark_on_matrices(job, model)
+def model_warnings(job: Job, model: nn.Module) -> list[str]:
+    """Give what is no error in a model and probably not meant, as `job_warnings` does."""
+    found = hooks_warning(job, model), modes_warning(model), matrices_warning(job, model)
     return [*filter(None, found)]
 
 
-def remarks_on(job: Job, sampler: Sampler) -> list[str]:
+def job_warnings(job: Job, sampler: Sampler) -> list[str]:
     """Give what is no error and probably not meant; rank 0 says it for all."""
-    return [*filter(None, [remark_on_size(job, sampler), remark_on_factors(job)])]
+    return [*filter(None, [size_warning(job, sampler), factors_warning(job)])]
