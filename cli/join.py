@@ -30,7 +30,8 @@ from distplat.cli.address import (
     stranger_at,
     unset,
 )
-from distplat.cli.shipping import JOB_VARIABLE, Package, measure
+from distplat.cli.package import Package, measure
+from distplat.cli.shipping import JOB_VARIABLE
 from distplat.cli.versions import driver_mismatch
 from distplat.platform.disk import open_regular
 from distplat.platform.errors import ClusterUnreachable, Problem, SpecError, StorageError, nearest

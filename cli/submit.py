@@ -20,6 +20,7 @@ from distplat.actors.view import View
 from distplat.cli import remote, shipping
 from distplat.cli.address import VERSION_KEY, Target, bring_token, target_of
 from distplat.cli.drive import STORAGE, flush_or_discard, train
+from distplat.cli.package import Ignores, Package, check_imports, measure, refuse_home
 from distplat.cli.render import Facts, print_result
 from distplat.cli.versions import check_cluster
 from distplat.platform.errors import ClusterUnreachable, Problem, SpecError, naming_path, printable
@@ -112,7 +113,7 @@ class SubmitRequest:
         if not self.quiet:
             remote.say(line)
 
-    def shipping(self, task: str | None, package: shipping.Package) -> None:
+    def shipping(self, task: str | None, package: Package) -> None:
         """
         Say what goes to the cluster.
 
@@ -120,9 +121,9 @@ class SubmitRequest:
             SpecError: a home directory, which nobody named, or a file that the task imports stays.
         """
         if self.source.working_dir is None:
-            shipping.refuse_home(package.folder)
+            refuse_home(package.folder)
         if task is not None:
-            shipping.check_imports(task, package)
+            check_imports(task, package)
         self.say(str(package))
 
 
@@ -262,7 +263,7 @@ def connection(
     folder: Path,
     runtime_env: Path | None,
     runtime_env_json: str | None,
-    on_package: Callable[[shipping.Package], None],
+    on_package: Callable[[Package], None],
 ) -> AbstractContextManager[None]:
     """
     Connect to a cluster; a local Ray is started by the run itself.
@@ -346,7 +347,7 @@ def send(
     request: SubmitRequest,
     given: Mapping[str, Any],
     metadata: Mapping[str, str],
-    ignores: shipping.Ignores,
+    ignores: Ignores,
 ) -> str:
     """
     Hand a job in; returns its id.
@@ -365,7 +366,7 @@ def send(
     job_id = remote.check_id(request.remote.submission_id or f"{job.name}-{secrets.token_hex(3)}")
     strategy_file, resume = request.source.strategy_file, request.resume
     environment = shipping.runtime_env(job, request.source.folder, strategy_file, given, resume)
-    package = shipping.measure(request.source.folder, environment["excludes"], ignores)
+    package = measure(request.source.folder, environment["excludes"], ignores)
     request.shipping(job.task, package)
     return jobs.submit(
         entrypoint=shlex.join(["python", "-m", "distplat.cli.on_cluster"]),

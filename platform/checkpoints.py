@@ -440,7 +440,6 @@ def listed(path: Path) -> dict[str, dict[str, Any]]:
         StorageError: it is damaged, or of another format.
     """
     text, _ = _bytes_of(path / MANIFEST)
-    damaged = StorageError(f"{path / MANIFEST} is damaged")
     try:
         manifest = json.loads(text)
         version = manifest["format"]
@@ -454,17 +453,16 @@ def listed(path: Path) -> dict[str, dict[str, Any]]:
             for name, about in files.items()
         )
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        raise damaged from None
+        good = False
     if not good:
-        raise damaged
+        raise StorageError(f"{path / MANIFEST} is damaged")
     return dict(files)
 
 
 def _checked(path: Path, facts: Mapping[str, Any], moved: Moved) -> bytes:
     content, digest = _bytes_of(path, facts, moved)
     if digest != facts["sha256"]:
-        expected = facts["sha256"][:8]
-        raise StorageError(f"{path}: SHA-256 is {digest[:8]}.., expected {expected}..")
+        raise StorageError(f"{path}: SHA-256 is {digest[:8]}.., expected {facts['sha256'][:8]}..")
     return content
 
 

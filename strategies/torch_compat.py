@@ -83,10 +83,15 @@ def call_compiled(module: nn.Module, context: Callable[..., Any]) -> None:
 
 
 def fall_back_to_eager() -> None:
-    """Have what `torch.compile` cannot compile run as it is, with a warning of torch's own."""
+    """
+    Have what `torch.compile` cannot compile run as it is, with a warning of torch's own.
+
+    In all threads: what is assigned to torch's setting counts in the thread that does so.
+    """
     import torch._dynamo  # takes a second: for jobs that compile only
 
-    torch._dynamo.config.suppress_errors = True
+    settings: Any = torch._dynamo.config
+    settings._config["suppress_errors"].default = True
 
 
 def spare_the_compiler() -> None:

@@ -17,6 +17,7 @@ from distplat.strategies.loop.agreement import RankFacts
 from distplat.strategies.loop.losses import LossScale, TermWeights
 from distplat.strategies.model.flat import FlatModel
 from distplat.strategies.model.model_state import ModelState
+from distplat.strategies.model.parameter_layout import first_non_finite
 from distplat.strategies.model.task_optimizer import MadeOptimizers
 from distplat.strategies.sparse.lookups import Lookups
 from distplat.strategies.strategy_spec import Roles
@@ -66,3 +67,9 @@ class Prepared:
         """What this worker trains; only once it is known."""
         assert self.part is not None, "join() comes first: the strategy cuts the model"
         return self.part
+
+    def not_finite(self) -> str | None:
+        """Give the name of the first parameter that holds NaN or infinity; None: none does."""
+        flat = self.flat
+        slot = first_non_finite(flat.params, flat.segments, flat.layout.pieces)
+        return None if slot is None else flat.name(slot)

@@ -71,7 +71,6 @@ from distplat.strategies.model.flat import FlatModel
 from distplat.strategies.model.model_state import ModelState, Shares
 from distplat.strategies.model.module_options import apply_module_options
 from distplat.strategies.model.optim import check_groups, meet_plateau
-from distplat.strategies.model.parameter_layout import first_non_finite
 from distplat.strategies.model.shared_memory import check_memory
 from distplat.strategies.model.task_optimizer import make_optimizers, optimizers_digest
 from distplat.strategies.ports import Leases, RunStore, Shards, Tables
@@ -423,7 +422,7 @@ def _set_up(
 def trained_model(p: Prepared, strategy: WorkerStrategy[Any], rank: int) -> dict[str, Tensor]:
     """Give this rank's part of the trained model, without what the job leaves out."""
     found = strategy.trained(p.flat)
-    if (rank == 0 or p.holding is not None) and (name := _not_finite(p)) is not None:
+    if (rank == 0 or p.holding is not None) and (name := p.not_finite()) is not None:
         text = "the trained model holds NaN or infinity, in %r: its last step made it so"
         logger.warning(text, name)
     left_out = p.frozen.unchanged() if p.frozen is not None else {}
@@ -484,7 +483,7 @@ def _facts(p: Prepared, version: int) -> dict[str, Any]:
     if isinstance(p.data, StreamSamples):  # where it is read on
         mark = p.data.mark_before(p.sampler.position(version))
         facts |= {} if mark is None else {STREAM: mark.saved()}
-    if (name := _not_finite(p)) is not None:
+    if (name := p.not_finite()) is not None:
         facts[NOT_FINITE] = name
     if p.frozen is not None:
         facts[FROZEN] = p.frozen.unchanged()
@@ -496,9 +495,3 @@ def _facts(p: Prepared, version: int) -> dict[str, Any]:
     if p.lookups is not None:
         facts["tables"] = [asdict(spec) for spec in p.lookups.specs]
     return facts
-
-
-def _not_finite(p: Prepared) -> str | None:
-    """Give the name of the first parameter that holds NaN or infinity; None: none does."""
-    slot = first_non_finite(p.flat.params, p.flat.segments, p.flat.layout.pieces)
-    return None if slot is None else p.flat.name(slot)

@@ -77,10 +77,8 @@ def evaluation_plan(stages: int, micro_batches: int, chunks: int) -> Plan:
         for chunk in range(chunks)
         for i in range(start, min(start + stages, micro_batches))
     ]
-    schedule = PipelineSchedule(
-        "evaluation", micro_batches, chunks, False, (tuple(order),) * stages
-    )
-    return with_communication(schedule)
+    orders = (tuple(order),) * stages
+    return with_communication(PipelineSchedule("evaluation", micro_batches, chunks, False, orders))
 
 
 PlanOf = Callable[[int], Plan]

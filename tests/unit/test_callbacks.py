@@ -92,9 +92,9 @@ def test_a_signal_while_the_model_is_written_waits_for_it(
 ) -> None:
     write = RunDirectory.save_model
 
-    def save_model(directory: RunDirectory, model: bytes) -> Path:
+    def save_model(directory: RunDirectory, *args: Any) -> Path:
         os.kill(os.getpid(), signal.SIGINT)
-        return write(directory, model)
+        return write(directory, *args)
 
     monkeypatch.setattr(RunDirectory, "save_model", save_model)
     with pytest.raises((Interrupted, KeyboardInterrupt)):

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from distplat.cli.join import ignores
-from distplat.cli.shipping import EXCLUDES, check_imports, measure, unshipped_imports
+from distplat.cli.package import EXCLUDES, check_imports, measure, unshipped_imports
 from distplat.platform.errors import SpecError
 
 

@@ -9,9 +9,11 @@ from typing import Any
 import pytest
 
 from distplat.cli import join, shipping
+from distplat.cli import package as package_module
 from distplat.cli.address import Target
 from distplat.cli.main import run
-from distplat.cli.shipping import EXCLUDES, measure, read_runtime_env, refuse_home, with_folders
+from distplat.cli.package import EXCLUDES, measure, refuse_home
+from distplat.cli.shipping import read_runtime_env, with_folders
 from distplat.cli.submit import JobSource, SubmitRequest, connection
 from distplat.platform.errors import SpecError
 
@@ -21,7 +23,7 @@ def nothing(folder: Path) -> list[Any]:
 
 
 def names(folder: Path) -> set[str]:
-    found = shipping._shipped(folder, EXCLUDES, nothing, [])
+    found = package_module._shipped(folder, EXCLUDES, nothing, [])
     return {str(path.relative_to(folder)) for path, _ in found}
 
 
@@ -314,7 +316,7 @@ def test_a_link_to_another_folder_is_followed(folder: Path) -> None:
 
 
 def test_links_that_fan_out_are_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shipping, "MAX_ENTRIES", 1000)
+    monkeypatch.setattr(package_module, "MAX_ENTRIES", 1000)
     for number in range(30):
         (folder / f"d{number}").mkdir()
         for link in "ab":

@@ -1,0 +1,353 @@
+"""
+What a cluster gets of a folder: measured, without what may hold a key, with what the task imports.
+
+Ray packs folders itself, following .gitignore and .rayignore; here is counted first what it will
+pack, for its server refuses more than 100 MiB only after the upload, with a bare HTTP error.
+
+Ray leaves out what .gitignore and .rayignore list, distplat what may hold a key. A module of the
+task among it would be missing on the cluster: an ImportError, minutes later. So the task's imports
+are followed first. Modules are read, not run.
+"""
+
+import ast
+import fnmatch
+import os
+import re
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from stat import S_ISDIR, S_ISREG
+from typing import NoReturn
+
+from distplat.cli.figures import size_text
+from distplat.platform.errors import Problem, SpecError
+from distplat.platform.own_loop import script_of
+
+SECRETS = (
+    *(".env", ".env.*", "*.env", ".envrc", "*.pem", "*.key", "*.p12", "*.pfx", "*.jks", "*.kdbx"),
+    *("*.ppk", "*.keystore", "id_rsa*", "id_dsa*", "id_ecdsa*", "id_ed25519*", ".ssh", ".gnupg"),
+    *(".aws", ".azure", ".gcloud", ".config", ".kube", ".docker", ".dockercfg", ".kaggle"),
+    *(".huggingface", ".databrickscfg", "*.tfstate", ".terraformrc", ".*_history", ".rhistory"),
+    *(".netrc", "_netrc", ".pgpass", ".my.cnf", ".pypirc", ".pip", "pip.conf", ".condarc"),
+    *(".npmrc", ".git-credentials", ".htpasswd", ".boto", ".s3cfg", ".vault-token", "token"),
+    *("auth_token", "credentials.json", "client_secret*.json", "service?account*.json"),
+    *("*[-_]credentials.json", "credentials.csv", "credentials.toml", "rootkey.csv"),
+    *("*accesskeys*.csv", "kaggle.json", "application_default_credentials.json"),
+    *("secrets.json", "secrets.toml", "secrets.yaml", "secrets.yml", ".secrets", ".secrets.*"),
+    *(".token", "token.json", "token.txt", "hf_token", ".hf_token", "hf_token.txt"),
+    *("*api?key.txt", "*apikey.txt", "*.keytab", "krb5cc_*", "*.p8", "*.gpg", "*.tfvars"),
+    *(".passwd*", ".vault_pass*", "rclone.conf", ".oci", ".yarnrc.yml", ".modal.toml"),
+)
+"""Names that are known to hold keys and passwords: all users of a cluster could read them."""
+
+
+def _in_any_case(pattern: str) -> str:
+    """Give a pattern that takes `ID_RSA` for `id_rsa`: Ray tells the two apart."""
+    return "".join(f"[{c}{c.upper()}]" if c.isalpha() else c for c in pattern)
+
+
+_SECRETS = tuple(map(_in_any_case, SECRETS))
+EXCLUDES = (".git", ".venv", "venv", "__pycache__", "runs", ".ray", *_SECRETS)
+MAX_PACKAGE = 100 * 2**20
+MAX_ENTRIES = 200_000
+"""Files and folders that are looked at; Ray would pack more for minutes."""
+_PRIVATE_KEY = re.compile(rb"^-----BEGIN (?:[A-Z0-9]+ )*PRIVATE KEY", re.MULTILINE)
+_KEY_BYTES = 2**16
+"""No file with a private key is larger, and most files are."""
+_SHOWN = 5
+"""Names of what is left out that are told."""
+Ignores = Callable[[Path], list[Callable[[Path], bool]]]
+"""Gives, for a folder, the tests that its ignore files ask for."""
+
+
+@dataclass(frozen=True)
+class Package:
+    """What a cluster gets of a folder."""
+
+    folder: Path
+    files: int
+    size: int
+    """Bytes, before Ray packs them."""
+    largest: str
+    """Name and size of the largest file or folder in it."""
+    paths: frozenset[Path] = frozenset()
+    """The files."""
+    kept_back: tuple[Path, ...] = ()
+    """Files and folders that stay, for their names are those of secrets."""
+
+    def __str__(self) -> str:
+        """`shipping 12 files, 3.2 MB, of /home/me/job; the largest: weights.bin 3 MB`."""
+        count = "1 file" if self.files == 1 else f"{self.files} files"
+        end = f"; the largest: {self.largest}" if self.largest else ""
+        if self.kept_back:
+            names = [str(path.relative_to(self.folder)) for path in self.kept_back[:_SHOWN]]
+            more = ", ..." if len(self.kept_back) > _SHOWN else ""
+            end += f"; not shipped, for they may hold keys: {', '.join(names)}{more}"
+        return f"shipping {count}, {size_text(self.size)}, of {self.folder}{end}"
+
+
+def refuse_home(folder: Path) -> None:
+    """
+    Refuse to ship a whole home directory, or the root, because a job file lies there.
+
+    Raises:
+        SpecError: it is one of them.
+    """
+    home = Path(os.path.expanduser("~")).resolve()
+    if folder.resolve() in (home, Path(folder.resolve().anchor)):
+        message = (
+            f"{folder} would be shipped to the cluster as a whole, for the job file lies there"
+        )
+        hint = "move the job to a folder of its own, or name the folder with --working-dir"
+        raise SpecError(Problem(("--working-dir",), message, hint))
+
+
+def measure(working_dir: Path, excludes: Sequence[str], ignores: Ignores) -> Package:
+    """
+    See what a cluster gets of a folder; refuse what it would refuse, or what would hang Ray.
+
+    Raises:
+        SpecError: more than 100 MiB, and names the five largest things in it; or a part of it
+            cannot be read, is a pipe or a device, leads back into itself, or holds a private key.
+    """
+    sizes: dict[Path, int] = {}
+    files: set[Path] = set()
+    kept_back: list[Path] = []
+    for path, size in _shipped(working_dir, excludes, ignores, kept_back):
+        top = working_dir / path.relative_to(working_dir).parts[0]
+        sizes[top] = sizes.get(top, 0) + size
+        files.add(path)
+    total = sum(sizes.values())
+    largest = sorted(sizes.items(), key=lambda item: -item[1])[:5]
+    if total > MAX_PACKAGE:
+        shown = ", ".join(f"{path.name} {size / 2**20:.0f} MiB" for path, size in largest)
+        message = f"{working_dir} has {total / 2**20:.0f} MiB; a cluster takes {MAX_PACKAGE >> 20}"
+        hint = f"list what the job does not need in .rayignore there; the largest: {shown}"
+        raise SpecError(Problem(("--working-dir",), f"{message} MiB", hint))
+    first = f"{largest[0][0].name} {size_text(largest[0][1])}" if largest else ""
+    stays = tuple(sorted(kept_back))
+    return Package(working_dir, len(files), total, first, frozenset(files), stays)
+
+
+def check_imports(task: str, package: Package) -> None:
+    """
+    Refuse a folder whose task imports files that are not shipped with it.
+
+    Raises:
+        SpecError: names the files, who imports them, and why they stay.
+    """
+    problems = []
+    for one in unshipped_imports(task, package.folder, package.paths):
+        name, importer = (path.relative_to(package.folder) for path in (one.path, one.importer))
+        who = "the task" if one.path == one.importer else f"{importer}:{one.line}"
+        message = f"{name}, which {who} imports, is not shipped to the cluster"
+        kept = [part for part in name.parts if _names(EXCLUDES).match(part)]
+        hint = "a .gitignore, a .rayignore or `excludes` lists it: take it off, or move the file"
+        if kept:
+            hint = f"{kept[0]} is never shipped: such names hold keys, or runs; rename it"
+        problems.append(Problem(("--working-dir",), message, hint))
+    if problems:
+        raise SpecError(*problems)
+
+
+@dataclass(frozen=True)
+class _Folder:
+    """A folder on the walk."""
+
+    path: Path
+    tests: tuple[Callable[[Path], bool], ...]
+    """What the ignore files of the folders above leave out."""
+    above: frozenset[tuple[int, int]]
+    """Device and inode of the folders around it: one that comes again is a loop."""
+
+
+def _shipped(
+    working_dir: Path, excludes: Sequence[str], ignores: Ignores, kept_back: list[Path]
+) -> Iterator[tuple[Path, int]]:
+    """
+    Walk as Ray does: links are followed, ignore files count for all below them.
+
+    Args:
+        working_dir: where it begins.
+        excludes: names that are passed over.
+        ignores: see `Ignores`.
+        kept_back: takes what has the name of a secret.
+
+    Yields:
+        Each file and its bytes.
+    """
+    names = _names(tuple(excludes))
+    waiting = [_Folder(working_dir, (), frozenset())]
+    seen = 0
+    while waiting:
+        folder = waiting.pop()
+        tests, above, paths = folder.tests, folder.above, list[Path]()
+        with _readable(folder.path):
+            stat = folder.path.stat()
+            if (stat.st_dev, stat.st_ino) in folder.above:
+                _refuse(folder.path, "leads back to a folder that it is in")
+            above |= {(stat.st_dev, stat.st_ino)}
+            tests = (*tests, *ignores(folder.path))
+            paths = list(folder.path.iterdir())
+        seen += len(paths)
+        if seen > MAX_ENTRIES:
+            _refuse(working_dir, f"holds more than {MAX_ENTRIES} files and folders")
+        for path in paths:
+            if any(test(path) for test in tests):
+                continue
+            if names.match(path.name):
+                kept_back += [path] * bool(_names(_SECRETS).match(path.name))
+                continue
+            with _readable(path):
+                _refuse_secret(path, working_dir)
+                stat = path.stat()
+                if S_ISDIR(stat.st_mode):
+                    waiting.append(_Folder(path, tests, above))
+                elif not S_ISREG(stat.st_mode):
+                    _refuse(path, "is a pipe, a socket or a device, and no file")
+                elif not os.access(path, os.R_OK):
+                    _refuse(path, "may not be read")
+                else:
+                    yield path, stat.st_size
+
+
+def _refuse_secret(path: Path, working_dir: Path) -> None:
+    """
+    Refuse a key under a name that does not tell: a link to one, or a file that holds one.
+
+    Raises:
+        SpecError: it is one.
+    """
+    about = path.stat()
+    if path.is_symlink():
+        end, top = path.resolve(), working_dir.resolve()
+        parts = (end.relative_to(top) if end.is_relative_to(top) else end).parts
+        if any(map(_names(_SECRETS).match, parts)):
+            _refuse(path, f"leads to {end}, which may hold a key")
+    if S_ISREG(about.st_mode) and about.st_size <= _KEY_BYTES and os.access(path, os.R_OK):
+        if _PRIVATE_KEY.search(path.read_bytes()):
+            _refuse(path, "holds a private key, which all users of the cluster could read")
+
+
+@cache
+def _names(patterns: tuple[str, ...]) -> re.Pattern[str]:
+    return re.compile("|".join(fnmatch.translate(one.rstrip("/")) for one in patterns) or r"\Z.")
+
+
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    """
+    Pass over what has gone meanwhile, and links to nothing.
+
+    Raises:
+        SpecError: it cannot be read.
+    """
+    try:
+        yield
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        _refuse(path, f"cannot be read: {error.strerror}")
+
+
+def _refuse(path: Path, why: str) -> NoReturn:
+    hint = "list it in .rayignore, or give another --working-dir"
+    raise SpecError(Problem(("--working-dir",), f"{path} {why}", hint))
+
+
+@dataclass(frozen=True)
+class UnshippedImport:
+    """A file that is imported and not shipped."""
+
+    path: Path
+    importer: Path
+    """The file that imports it; the same one: it is the task's own."""
+    line: int
+    """Of the import, from 1."""
+
+
+def unshipped_imports(
+    task: str, folder: Path, shipped: Collection[Path]
+) -> Iterator[UnshippedImport]:
+    """
+    Go from a task's module through all that it imports from its own folder.
+
+    An import that may fail (`try: ... except ImportError`), or that only a type checker reads, asks
+    for nothing.
+
+    Args:
+        task: `module:Class`, or a script.
+        folder: of the user's; where modules are looked for.
+        shipped: files below it that travel.
+
+    Yields:
+        Each file that does not travel, once.
+    """
+    module = task.partition(":")[0]
+    if script := script_of(task):
+        path = folder / script[0]
+        folder, module = path.parent, path.stem
+    waiting = [(path, path, 1) for path in _files(folder, module)]
+    seen: set[Path] = set()
+    while waiting:
+        path, importer, line = waiting.pop()
+        if path in seen:
+            continue
+        seen.add(path)
+        if path not in shipped:
+            yield UnshippedImport(path, importer, line)
+            continue
+        for name, at in _imported(path, folder):
+            waiting += [(found, path, at) for found in _files(folder, name)]
+
+
+def _files(folder: Path, module: str) -> list[Path]:
+    """Give the files that an import of `a.b.c` runs, of those below the folder."""
+    found, parent = [], folder
+    for part in module.split("."):
+        package, file = parent / part / "__init__.py", parent / f"{part}.py"
+        if package.is_file():
+            found.append(package)
+        elif file.is_file():
+            return [*found, file]
+        parent /= part
+        if not parent.is_dir():
+            break
+    return found
+
+
+def _imported(path: Path, folder: Path) -> Iterator[tuple[str, int]]:
+    """Give the modules that a file imports, and the lines; a name may be one, or an attribute."""
+    try:
+        tree = ast.parse(path.read_bytes())
+    except (OSError, SyntaxError, ValueError):  # the check of the task tells of it
+        return
+    package = path.relative_to(folder).parent.parts
+    for node in _needed(tree):
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, node.lineno) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            above = package[: len(package) - node.level + 1] if node.level else ()
+            base = ".".join([*above, *([node.module] if node.module else [])])
+            if base:
+                yield base, node.lineno
+            names = [alias.name for alias in node.names if alias.name != "*"]
+            yield from ((f"{base}.{name}" if base else name, node.lineno) for name in names)
+
+
+def _needed(node: ast.AST) -> Iterator[ast.AST]:
+    """Go through a tree, but not through what may fail or is never run."""
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.Try) and any(map(_catches_import_errors, child.handlers)):
+            continue
+        if isinstance(child, ast.If) and "TYPE_CHECKING" in ast.unparse(child.test):
+            continue
+        yield child
+        yield from _needed(child)
+
+
+def _catches_import_errors(handler: ast.ExceptHandler) -> bool:
+    caught = "Exception" if handler.type is None else ast.unparse(handler.type)
+    return any(name in caught for name in ("ImportError", "ModuleNotFoundError", "Exception"))
