@@ -129,9 +129,8 @@ class Worker:
             return PollResult([], -1, 0, 0, finished=False, error=None)
         state = self._session.state  # before the reports: what came first is told first
         items = self._outbox.take(number)
-        drained = (
-            not self._outbox.waiting
-        )  # else the question was asked before: the next has the rest
+        # Else the question was asked before: the next answer has the rest.
+        drained = not self._outbox.waiting
         return PollResult(
             [one for one in items if not isinstance(one, Delivery)],
             state.attempt,

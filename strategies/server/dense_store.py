@@ -307,9 +307,8 @@ class DenseStore(ServerStore, ReplicatedStore):
         schedule_step, scale = update.version, 1.0
         if self.staleness is not None:
             scale = self.staleness.applied(update)
-            schedule_step = (
-                update.version // self._ledger.world
-            )  # of each worker an update: one step
+            # An update of each worker is one step.
+            schedule_step = update.version // self._ledger.world
             self.optimizer.use(self._sum)  # may be the worker's own vector: it is only read
         rates = [rate * scale for rate in self._rates(schedule_step)]
         self.optimizer.step(rates, from_flags(update.present))

@@ -105,14 +105,19 @@ def some_step(draw: Random) -> int:
     return draw.choice((1, 2, EVERY - 1, EVERY, 7, 2 * EVERY, 11, 13))
 
 
-def late_step(strategy: str, draw: Random) -> int:
+def late(strategy: str) -> int:
     """
-    Draw a step after a checkpoint.
+    Give the forwards after which a rank may stand still, and there is a checkpoint all the same.
 
     Under `ps-async` a rank may have made both parts of the first steps: its seventh forward may be
     of the fourth step.
     """
-    return some_step(draw) + (2 * EVERY if strategy == "ps-async" else EVERY)
+    return 2 * EVERY if strategy == "ps-async" else EVERY
+
+
+def late_step(strategy: str, draw: Random) -> int:
+    """Draw a step after a checkpoint."""
+    return some_step(draw) + late(strategy)
 
 
 def inside(draw: Random) -> str:

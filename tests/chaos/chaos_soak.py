@@ -21,7 +21,7 @@ from chaos_cluster import OneCluster, with_token
 from chaos_grid import line
 from chaos_hosts import ThreeHosts, isolated, possible
 from chaos_injector import Deed
-from chaos_rows import ALL, EVERY, HEARTBEAT_S, KILL, SERVED, STEPS, STOP, WIDE, WORLD, Plan
+from chaos_rows import ALL, HEARTBEAT_S, KILL, SERVED, STEPS, STOP, WIDE, WORLD, Plan, late
 from chaos_trial import Outcome, Runs
 
 
@@ -56,8 +56,8 @@ def main() -> int:
 
 
 def random_plan(strategy: str, draw: Random, hosts: bool) -> Plan:
-    """Draw one to three faults, each some steps after the one before."""
-    step, deeds = EVERY + 1, list[Deed]()
+    """Draw one to three faults, each some steps after the one before; a checkpoint comes first."""
+    step, deeds = late(strategy) + 1, list[Deed]()
     for _ in range(draw.randint(1, 3)):
         step += draw.randint(1, 4)
         moment = draw.choice(("forward", "backward"))
