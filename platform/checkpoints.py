@@ -77,7 +77,7 @@ class CheckpointAssembly:
         self._world = world
         self.attempt = 0  #: parts of other attempts are not taken
         self._parts: dict[int, dict[int, Delivery]] = {}  #: version -> rank -> its part
-        self._skipped: list[int] = []  #: versions of which there will be no checkpoint
+        self._skipped: list[int] = []  #: see `skipped`
 
     def begin(self, attempt: int, world: int | None = None) -> None:
         """
@@ -99,15 +99,15 @@ class CheckpointAssembly:
         parts[delivery.rank] = delivery
         if len(parts) < self._world:
             return []
-        older = [version for version in self._parts if version <= delivery.version]
         skipped = any(part.skipped for part in parts.values())
-        self._skipped += sorted(v for v in older if v != delivery.version or skipped)
-        for version in older:
-            del self._parts[version]
+        for version in sorted(v for v in self._parts if v <= delivery.version):
+            failed = any(part.failure for part in self._parts.pop(version).values())
+            if not failed and (skipped or version != delivery.version):
+                self._skipped.append(version)
         return [] if skipped else [parts[rank] for rank in range(self._world)]
 
     def skipped(self) -> list[int]:
-        """Give the versions of which it came out that there will be no checkpoint, each once."""
+        """Give the versions that came to no checkpoint though no part of them failed, each once."""
         found, self._skipped = self._skipped, []
         return found
 

@@ -191,7 +191,8 @@ class EarlyStopping:
             every: steps from one evaluation to the next; one at the end alone is not there in a
                 longer run, which this may become.
         """
-        there = (one for at, one in self._after.items() if at <= step and at % max(1, every) == 0)
+        known = [(at, one) for at, one in self._after.items() if at <= step]
+        there = [one for at, one in known if at == self._counted or at % max(1, every) == 0]
         *_, found = (_Stagnation(), *there)
         best = None if found.best is None else repr(found.best)
         state = [found.at, found.best_step, found.worse]

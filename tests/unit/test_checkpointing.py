@@ -399,6 +399,18 @@ def test_what_a_rank_skips_is_said_once(launch: Launch, caplog: pytest.LogCaptur
     assert checkpoints.take_finished() == []
 
 
+def test_a_part_that_failed_is_not_said_to_come_too_fast(
+    launch: Launch, caplog: pytest.LogCaptureFixture
+) -> None:
+    checkpoints = Checkpoints(launch, 2, lambda ref: ref)
+    for rank in range(2):
+        checkpoints.take(delivery(rank, 1, skipped=rank == 1, failure="a server is lost" * rank))
+    assert not caplog.records
+    for rank in range(2):
+        checkpoints.take(delivery(rank, 2, skipped=rank == 1))
+    assert [record.args for record in caplog.records] == [(2,)]
+
+
 def test_a_checkpoint_that_takes_long_is_said_once(
     launch: Launch, caplog: pytest.LogCaptureFixture
 ) -> None:

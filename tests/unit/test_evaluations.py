@@ -321,6 +321,16 @@ def test_an_evaluation_at_the_end_alone_is_not_counted_by_a_longer_run() -> None
     )
 
 
+def test_patience_goes_on_where_evaluations_come_at_other_steps_than_before() -> None:
+    rule = EarlyStop(metric="loss", mode="min", patience=2)
+    first = EarlyStopping(rule)
+    first.evaluated(5, {"loss": 1.0})
+    second = EarlyStopping(rule, first.saved(5, 5))
+    third = EarlyStopping(rule, second.saved(7, 8))  # of a checkpoint before its first evaluation
+    told = [third.evaluated(step, {"loss": 1.0}) for step in (8, 16)]
+    assert told == [None, "loss got no better since step 5, in 2 evaluations"]
+
+
 @pytest.mark.parametrize("kept", [3, 4])
 def test_early_stop_of_a_resumed_run_is_that_of_one_that_never_stopped(
     kept: int, tmp_path: Path
