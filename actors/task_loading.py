@@ -136,11 +136,17 @@ def _check_location(module: ModuleType, folder: Path) -> None:
     path = folder.joinpath(*module.__name__.split("."))
     there = [one for one in (path / "__init__.py", path.with_suffix(".py")) if one.is_file()]
     loaded = getattr(module, "__file__", None)
-    if there and not (loaded and Path(loaded).exists() and there[0].samefile(loaded)):
+    if there and not (loaded and _is_at(Path(loaded), there[0])):
         where = "is built into Python" if loaded is None else f"was imported before, from {loaded}"
         text = f"{there[0]} would not be used: a module {module.__name__!r} {where}"
         hint = "rename the file, or run it in a process of its own"
         raise SpecError(Problem(("task",), text, hint))
+
+
+def _is_at(loaded: Path, path: Path) -> bool:
+    """Say whether a file is that of a path, or compiled from it and beside it, as by Cython."""
+    pairs = (loaded, path), (loaded.parent, path.parent)
+    return any(one.exists() and one.samefile(other) for one, other in pairs)
 
 
 def _script_function(entry: str, search_path: str) -> Callable[[], None]:

@@ -8,6 +8,7 @@ import traceback
 from argparse import ArgumentParser
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -99,6 +100,15 @@ def test_a_module_that_is_not_the_folders_is_not_trained(
         load_task_class(f"{name}:Digits", str(tmp_path))
     said = f"{tmp_path / name}.py would not be used: a module {name!r} "
     assert str(caught.value).startswith(f"task: {said}{where.format(folder=tmp_path)}")
+
+
+def test_a_module_that_was_compiled_beside_its_source_is_the_folders(tmp_path: Path) -> None:
+    """Python takes `utask.*.so` before `utask.py`."""
+    write(tmp_path, "utask.py", GOOD)
+    found = load_task_class("utask:Digits", str(tmp_path))
+    write(tmp_path, compiled := f"utask{EXTENSION_SUFFIXES[0]}", "")
+    sys.modules["utask"].__file__ = str(tmp_path / compiled)
+    assert load_task_class("utask:Digits", str(tmp_path)) is found
 
 
 def test_a_class_in_a_package_is_found(tmp_path: Path) -> None:
