@@ -307,14 +307,30 @@ def local_ray(scaling: Scaling, *, logs: bool = True) -> Iterator[None]:
     if warning := secure_token(Path.home(), os.environ):
         logger.warning("%s", warning)
     with hash_seed.inherited():
+        _tell_of_long_name(ray_compat.wanted_folder())
         folder = _start(scaling, logs=logs)
         try:
             yield
         finally:
-            try:
-                ray.shutdown()
-            finally:
-                shutil.rmtree(folder.parent, ignore_errors=True)
+            _end(folder)
+
+
+def _end(folder: Path) -> None:
+    """End the Ray of this process; its files go, too."""
+    try:
+        ray.shutdown()
+    finally:
+        shutil.rmtree(folder.parent, ignore_errors=True)
+
+
+def _tell_of_long_name(folder: Path) -> None:
+    """Say where the files of a Ray lie, if that is not where its user wants them."""
+    if ray_compat.has_long_name(folder):
+        text = (
+            "the files of this run's Ray lie in %s, not in %s: the names of its sockets would be "
+            "too long there; have RAY_TMPDIR lead to a directory with a name of at most %d bytes"
+        )
+        logger.warning(text, ray_compat.temporary_folder(), folder, ray_compat.FOLDER_BYTES)
 
 
 def _start(scaling: Scaling, *, logs: bool) -> Path:
@@ -337,9 +353,12 @@ def _start(scaling: Scaling, *, logs: bool) -> Path:
                 logging_level="error",  # Ray warns of its own token file at every start
                 _temp_dir=str(folder),
             )
-        except BaseException:
+        except Exception:
             ray.shutdown()  # a notebook would keep what there is of it
             with suppress(OSError):
                 folder.parent.rmdir()  # or there are files, which Ray's words for why may name
+            raise
+        except BaseException:
+            _end(folder)
             raise
     return folder

@@ -41,10 +41,10 @@ from distplat.actors.process_setup import variables
 
 JOB_CONFIG_VARIABLE: str = RAY_JOB_CONFIG_JSON_ENV_VAR
 """Has what the job API gave its driver; nothing public tells of it."""
-_SOCKET = "/ray-12345678/r/session_2026-01-01_00-00-00_000000_1234567/sockets/plasma_store.1"
-"""The longest name below the system's directory for such files."""
-_PATH_BYTES = 103
-"""The longest name that a socket may have, on macOS; on Linux four more."""
+_SOCKET = "/ray-12345678/r/session_2026-01-01_00-00-00_000000_1234567/sockets/plasma_store"
+"""The longest name of a socket below the system's directory for such files."""
+FOLDER_BYTES = (107 if sys.platform == "linux" else 103) - len(_SOCKET)
+"""The longest name that this directory may have: that of a socket has a limit."""
 _COLORS = "RAY_COLOR_PREFIX"
 LOGGERS = ("ray.dashboard.modules.dashboard_sdk", "ray._private.runtime_env")
 """They log each upload at level INFO, which is no part of a command's output."""
@@ -220,8 +220,17 @@ def temporary_folder() -> Path:
 
     Where that disk is full, Python would choose another one.
     """
-    base = get_default_system_temp_dir()
-    return Path("/tmp" if len(os.fsencode(base)) + len(_SOCKET) > _PATH_BYTES else base)
+    return Path("/tmp" if has_long_name(base := wanted_folder()) else base)
+
+
+def wanted_folder() -> Path:
+    """Give the directory that `RAY_TMPDIR` leads to, on Linux else `TMPDIR`; else `/tmp`."""
+    return Path(get_default_system_temp_dir()).absolute()
+
+
+def has_long_name(folder: Path) -> bool:
+    """Say whether sockets below a directory would have too long names."""
+    return len(os.fsencode(folder)) > FOLDER_BYTES
 
 
 def address_of_auto() -> str:

@@ -138,8 +138,9 @@ def test_ray_takes_no_signal_while_it_starts() -> None:
 def test_the_files_of_a_ray_of_ours_are_our_own(monkeypatch: pytest.MonkeyPatch) -> None:
     """A name that is too long for a socket would keep Ray from starting."""
     with TemporaryDirectory(prefix="t") as short:
-        long = f"{short}/{'x' * 40}"
-        for base, there in ((f"{short}/new", f"{short}/new"), (long, "/tmp")):
+        monkeypatch.chdir(short)
+        longest = f"{short}/{'x' * (of_ray.FOLDER_BYTES - len(short) - 1)}"
+        for base, there in ((longest, longest), ("new", f"{short}/new"), (f"{longest}x", "/tmp")):
             monkeypatch.setenv("RAY_TMPDIR", base)
             folder = of_ray.folder_for_ray().parent
             assert (folder.parent, folder.stat().st_mode & 0o777) == (Path(there), 0o700)

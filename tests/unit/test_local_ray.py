@@ -22,6 +22,8 @@ def start(error: BaseException, monkeypatch: pytest.MonkeyPatch, home: Path) -> 
     ended: list[bool] = []
 
     def fail(**settings: object) -> None:
+        if not isinstance(error, Exception):
+            (files / "r").mkdir()  # it was under way
         raise error
 
     monkeypatch.setattr("ray.init", fail)
@@ -76,3 +78,14 @@ def test_who_is_interrupted_is_told_so(
 ) -> None:
     with pytest.raises(type(error)):
         start(error, monkeypatch, tmp_path)
+
+
+def test_it_is_said_where_files_lie_that_cannot_lie_where_they_should(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    wanted = "/" + "x" * ray_compat.FOLDER_BYTES
+    monkeypatch.setenv("RAY_TMPDIR", wanted)
+    with pytest.raises(KeyboardInterrupt):
+        start(KeyboardInterrupt(), monkeypatch, tmp_path)
+    [line] = [one.message for one in caplog.records if "sockets" in one.message]
+    assert line.startswith(f"the files of this run's Ray lie in /tmp, not in {wanted}: ")
