@@ -222,7 +222,8 @@ class Callbacks:
             except KeyboardInterrupt:  # who is at the terminal is no guest
                 raise
             except BaseException as error:  # sys.exit() too: the run would end with its code
-                self._present.remove(callback)
+                # Not `remove`: two callbacks of a dataclass may be equal.
+                self._present = [one for one in self._present if one is not callback]
                 name, kind = type(callback).__name__, type(error).__name__
                 text = "the callback %s raised %s: %s; the run goes on without it"
                 logger.warning(text, name, kind, error)
@@ -234,12 +235,14 @@ class Callbacks:
         said: list[Callback] = []
         while not self._over.wait(_LOOK_S):
             callback, since = self._called or (None, 0.0)
-            if callback is None or callback in said or self._clock() - since < _LONG_S:
+            if callback is None or self._clock() - since < _LONG_S:
+                continue
+            if any(one is callback for one in said):
                 continue
             said.append(callback)
             text = (
-                "the callback %s has not returned for %.0f s: workers go on, and the driver waits "
-                "for it (a second Ctrl-C ends the run)"
+                "the callback %s has not returned for %.0f s: the driver waits for it, workers do "
+                "not; Ctrl-C, if need be twice, ends the run"
             )
             logger.warning(text, type(callback).__name__, _LONG_S)
 

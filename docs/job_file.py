@@ -29,7 +29,7 @@ The folder of the job file, or `--working-dir`, at most 100 MiB, and distplat it
 says how many files and bytes. Left out are what `.gitignore` and `.rayignore` name, `.git`,
 `.venv`, `runs` and files whose names, in upper or lower case, are known to hold secrets (`.env*`,
 `*.env`, `.netrc`, `.aws`, `.config`, `.ssh`, `*.pem`, `id_rsa`, `token`, `credentials.json`, ...;
-the list is `SECRETS` in `cli/shipping.py`); `submit` names the latter. A link to such a file, and
+the list is `SECRETS` in `cli/package.py`); `submit` names the latter. A link to such a file, and
 a file that holds a private key under another name, are refused: list them in `.rayignore`. A home
 directory is refused unless `--working-dir` names it. Ray keeps the package where every user of the
 cluster can read it. A file that the task imports and that would be left out is named before the

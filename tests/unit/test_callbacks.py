@@ -170,6 +170,30 @@ def test_a_callback_that_raises_is_called_no_more(
     assert json.loads((result.path / "result.json").read_text())["status"] == "SUCCEEDED"
 
 
+def test_of_callbacks_that_are_equal_the_one_that_raised_goes() -> None:
+    """As those of a dataclass may be."""
+
+    class Equal(Callback):
+        __hash__ = None  # type: ignore[assignment]
+
+        def __init__(self, error: Exception | None) -> None:
+            self.error, self.steps = error, list[int]()
+
+        def __eq__(self, other: object) -> bool:
+            return True
+
+        def on_step(self, step: StepSummary) -> None:
+            self.steps.append(step.step)
+            if self.error is not None:
+                raise self.error
+
+    good, bad = Equal(None), Equal(GONE)
+    callbacks = Callbacks([good, bad])
+    for step in (1, 2):
+        callbacks.tell(StepSummary(step, 0, 0.5, 4, {}))
+    assert (good.steps, bad.steps) == ([1, 2], [1])
+
+
 def test_who_is_at_the_terminal_ends_the_run_wherever_it_is(tmp_path: Path) -> None:
     bad, good = Seeing("start", KeyboardInterrupt()), Seeing()
     with pytest.raises(KeyboardInterrupt):

@@ -24,7 +24,7 @@ NODES = ("node-0", "node-1", "node-0")
 HELLO = "import os; print('hello from', os.environ['RANK'])"
 
 
-class PollAnswered:
+class RecordingTerminal:
     """What a terminal was told."""
 
     def __init__(self) -> None:
@@ -47,7 +47,7 @@ class Run:
     def __init__(self, code: str, nodes: Sequence[str] = NODES, max_restarts: int = 0) -> None:
         command = ("python", "-c", code)
         self.script = Script(command, "run", None, max_restarts, start_timeout_s=20.0)
-        self.nodes, self.heard, self.cluster = nodes, PollAnswered(), LocalCluster()
+        self.nodes, self.heard, self.cluster = nodes, RecordingTerminal(), LocalCluster()
         self.actors: list[Actor] = []
         self.interrupt = threading.Event()
 
