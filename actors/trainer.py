@@ -27,7 +27,7 @@ from distplat.actors.task_loading import TrainFunction
 from distplat.actors.view import View, view_here
 from distplat.platform.disk import CLOSE_S, BackgroundWriter, Moved, with_deadline
 from distplat.platform.errors import Interrupted, Problem, SpecError, StorageError
-from distplat.platform.evaluations import EARLY_STOP, check_metrics
+from distplat.platform.evaluations import EARLY_STOP, EarlyStopping, check_metrics
 from distplat.platform.progress import EvalSummary, Summary
 from distplat.platform.recovery import policy_of
 from distplat.platform.remote_storage import is_url, local_folder, url_of
@@ -116,12 +116,13 @@ class Trainer:
         if isinstance(where, str) and is_url(where):
             found = start_from_url(self.job, where, self._scratch(), logger.warning)
             self._resumed_from = url_of(where, found)
-            self._evaluated = found.state.get(EARLY_STOP)
-            return found.path
-        path = self._storage_dir / Path(where).expanduser()
-        found = start_from(self.job, path, logger.warning)
-        self._resumed_from = str(found.path)
+        else:
+            path = self._storage_dir / Path(where).expanduser()
+            found = start_from(self.job, path, logger.warning)
+            self._resumed_from = str(found.path)
         self._evaluated = found.state.get(EARLY_STOP)
+        if self.job.early_stop is not None:
+            EarlyStopping(self.job.early_stop, self._evaluated)  # damaged: before there is a run
         return found.path
 
     def _scratch(self) -> Path:

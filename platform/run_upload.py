@@ -81,10 +81,8 @@ class RunUpload:
         self._sent: dict[str, _Sent] = {}
         self._checkpoints = _CheckpointUploads(folder / FOLDER, storage)
         self._why = ""  #: of the last failure; empty: the last attempt brought all that was due
-        self._failed_attempts, self._progress_at = (
-            0,
-            time.monotonic(),
-        )  #: attempts at the end since then
+        self._failed_attempts = 0  #: at the end of the run, since there was progress
+        self._progress_at = time.monotonic()
         self._closing, self._ended = threading.Event(), threading.Event()
         self._given_up = threading.Event()
         self._thread = threading.Thread(target=self._work, name="upload", daemon=True)

@@ -345,3 +345,18 @@ def test_early_stop_of_a_resumed_run_is_that_of_one_that_never_stopped(
     given["task_args"] = {"scores": scores[kept - 1 :]}  # that after its step is made again
     result = Trainer(given, Scored, resume=where).fit()
     assert result.evaluations[-1].step == 6 and result.stopped == first.stopped
+
+
+def test_early_stop_that_is_damaged_is_told_before_there_is_a_run(tmp_path: Path) -> None:
+    given = spec(tmp_path, [1.0, 2.0], steps=2, checkpoint={"every_steps": 1})
+    given["early_stop"] = {"metric": "score", "mode": "max"}
+    first = Trainer(given, Scored).fit().path
+    [*_, newest] = sorted((first / "checkpoints").iterdir())
+    state = json.loads((newest / "state.json").read_text())
+    state["early_stop"]["state"] = [1]
+    files = {one.name: [one.read_bytes()] for one in newest.glob("*.safetensors")}
+    (tmp_path / "other").mkdir()
+    other = Catalogue(tmp_path / "other" / "checkpoints").write(2, files, state)
+    with pytest.raises(StorageError, match="early_stop is damaged"):
+        Trainer({**given, "steps": 3}, Scored, resume=other).fit()
+    assert [*first.parent.glob("*/job.yaml")] == [first / "job.yaml"]
