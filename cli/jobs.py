@@ -226,7 +226,7 @@ def logs(
         except KeyboardInterrupt:
             where = shlex.join([job_id, "--address", jobs.address])
             remote.say(f"\nstopped reading; the job goes on\n  stop it: distplat stop {where}")
-            raise
+            raise remote.Detached from None
     if reader.facts is not None:
         print_result(reader.facts)
     if code:
@@ -238,7 +238,7 @@ def _print_run_logs(path: Path, *, follow: bool) -> None:
         code = run_folders.print_logs(path, lambda line: print(printable(line)), follow=follow)
     except KeyboardInterrupt:
         remote.say(f"\nstopped reading; the run goes on\n  stop it: distplat stop {path.name}")
-        raise
+        raise remote.Detached from None
     if code:
         raise typer.Exit(code)
 

@@ -42,6 +42,7 @@ from distplat.cli.common_options import (
     is_json,
 )
 from distplat.cli.drive import flush_or_discard
+from distplat.cli.remote import Detached
 from distplat.cli.report import report
 from distplat.cli.running import scale
 from distplat.cli.schedule import schedule
@@ -51,6 +52,7 @@ from distplat.cli.verify import replay, verify
 from distplat.platform.errors import (
     DistplatError,
     InfrastructureError,
+    Interrupted,
     SpecError,
     StorageError,
     UserCodeError,
@@ -241,6 +243,8 @@ def run(args: list[str]) -> int:
                 command.invoke(context)
         sys.stdout.flush()
         return 0
+    except Interrupted as error:
+        return error.exit_code if isinstance(error.__context__, Detached) else _report(error)
     except typer.Exit as leaving:
         return leaving.exit_code
     except KeyboardInterrupt:

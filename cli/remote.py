@@ -191,6 +191,10 @@ def exit_code(info: Info) -> int:
     return code if info["status"] == "FAILED" and code and code > 0 else 4
 
 
+class Detached(KeyboardInterrupt):
+    """Who reads along has stopped it, and was told what goes on without him."""
+
+
 def say(line: str) -> None:
     """Write to stderr at once; where nobody reads it any more, nothing happens."""
     with suppress(OSError):

@@ -391,7 +391,7 @@ def _submit_remote(request: SubmitRequest, job: Job, target: Target) -> None:
         info = remote.follow(jobs, job_id, reader)
     except KeyboardInterrupt:
         _leave(f"\ndetached; the job {job_id} goes on", job_id, target)
-        raise
+        raise remote.Detached from None
     except ClusterUnreachable:
         _leave(f"lost sight of the job {job_id}, which may go on", job_id, target)
         raise

@@ -87,9 +87,15 @@ def problems_of(
 
 
 def _joined(problems: Iterable[Problem]) -> list[Problem]:
-    """Say once what a field of several types may be: pydantic has a complaint for each of them."""
+    """
+    Say once what a field of several types may be: pydantic has a complaint for each of them.
+
+    Where it complains of an item, too, the value is of that type, and only the item is wrong.
+    """
     found: list[Problem] = []
     for one in problems:
+        if found and one.where[:-1] == found[-1].where and _MUST_BE.fullmatch(found[-1].message):
+            found.pop()
         before = _MUST_BE.fullmatch(found[-1].message) if found else None
         this = _MUST_BE.fullmatch(one.message)
         if before and this and found[-1].where == one.where and before[2] == this[2]:

@@ -63,6 +63,7 @@ WRONG: list[tuple[dict[str, Any], int, dict[str, Any], str, str, str]] = [
         "must be text or a list (got 2)",
         "quote it",
     ),
+    ({"pipeline": 3, "cut": ["2", 3]}, 3, {}, "strategy.cut.1", "must be text (got 3)", "quote it"),
     (
         {"pipeline": 2, "schedule": "interleaved", "virtual": 1},
         2,

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import threading
 from pathlib import Path
 
@@ -124,6 +125,21 @@ def test_a_run_is_followed_to_its_end(tmp_path: Path, monkeypatch: pytest.Monkey
     (path / "result.json").write_text(json.dumps({"status": "SUCCEEDED"}))
     reader.join(30.0)
     assert code == [0] and lines == ["(worker-0) first", "(worker-0) half"]
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_who_stops_reading_has_no_error(
+    number: int,
+    code: int,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    path = named(tmp_path, "going-1", 5, None)
+    monkeypatch.setattr(run_folders, "print_logs", lambda *a, **k: signal.raise_signal(number))
+    assert run(["logs", str(path), "--follow"]) == code
+    said = "\nstopped reading; the run goes on\n  stop it: distplat stop going-1\n"
+    assert capsys.readouterr().err == said
 
 
 def test_status_and_stop_know_a_run_that_has_ended(
