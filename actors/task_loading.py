@@ -104,7 +104,7 @@ _OPEN = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 
 
 def _nothing(module: ModuleType, what: str, name: str, there: list[str]) -> SpecError:
-    message = f"module {module.__name__!r} {what} {name!r}"
+    message = f"module {getattr(module, '__name__', module)!r} {what} {name!r}"
     return SpecError(Problem(("task",), message, hint_of(name, there)))
 
 
@@ -122,7 +122,8 @@ def _imported(entry: str, search_path: str) -> tuple[ModuleType, str]:
         near = hint_of(module_name, there) if there else "no Python file is there"
         message = f"could not import {module_name!r} from {search_path or 'the import path'}"
         raise SpecError(Problem(("task",), message, near)) from None
-    _check_location(module, Path(search_path or "."))
+    if isinstance(module, ModuleType):  # it may have put another object in its place
+        _check_location(module, Path(search_path or "."))
     return module, name
 
 

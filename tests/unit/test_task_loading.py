@@ -111,6 +111,14 @@ def test_a_module_that_was_compiled_beside_its_source_is_the_folders(tmp_path: P
     assert load_task_class("utask:Digits", str(tmp_path)) is found
 
 
+def test_a_module_may_put_an_object_in_its_place(tmp_path: Path) -> None:
+    swap = "import sys\nsys.modules[__name__] = type('Names', (), {'Digits': Digits})()\n"
+    write(tmp_path, "utask_swapped.py", GOOD + swap)
+    assert issubclass(load_task_class("utask_swapped:Digits", str(tmp_path)), Task)
+    with pytest.raises(SpecError, match=r"Names.* has no class 'Letters'"):
+        load_task_class("utask_swapped:Letters", str(tmp_path))
+
+
 def test_a_class_in_a_package_is_found(tmp_path: Path) -> None:
     write(tmp_path, "utask_pkg/deep.py", GOOD)
     assert load_task_class("utask_pkg.deep:Letters", str(tmp_path)).__name__ == "Letters"
