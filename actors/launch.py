@@ -167,17 +167,17 @@ def ray_for_run(stopping: Stopping, scaling: Scaling, *, logs: bool = True) -> I
         Interrupted: a signal came before the run began, or the second one, which does not wait.
         DistplatError: see `local_ray`, `failures_of_ray`.
     """
-    with (
-        local_ray(scaling, logs=logs),
-        failures_of_ray(),
-        HeadWatch(ray.get_runtime_context().gcs_address) as head,
-    ):
-        stopping.check()
-        try:
-            yield head
-        except KeyboardInterrupt:  # the second signal: an end like after the first, but at once
+    try:
+        with (
+            local_ray(scaling, logs=logs),
+            failures_of_ray(),
+            HeadWatch(ray.get_runtime_context().gcs_address) as head,
+        ):
             stopping.check()
-            raise
+            yield head
+    except KeyboardInterrupt:  # the second signal: an end like after the first, but at once
+        stopping.check()
+        raise
 
 
 def _follow(

@@ -4,13 +4,15 @@ import errno
 import os
 import resource
 import shutil
+import signal
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
 from distplat.actors import ray_compat
-from distplat.actors.launch import local_ray
+from distplat.actors.launch import local_ray, ray_for_run
+from distplat.actors.stopping import Stopping
 from distplat.platform.errors import InfrastructureError, Interrupted
 from distplat.platform.spec import Scaling
 
@@ -78,6 +80,22 @@ def test_who_is_interrupted_is_told_so(
 ) -> None:
     with pytest.raises(type(error)):
         start(error, monkeypatch, tmp_path)
+
+
+def test_a_second_signal_while_ray_starts_ends_the_run_as_the_first_one_would(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def interrupted(**settings: object) -> None:
+        signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr("ray.init", interrupted)
+    monkeypatch.setattr("ray.shutdown", lambda: None)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    with pytest.raises(Interrupted) as raised, Stopping() as stopping:
+        with ray_for_run(stopping, Scaling(num_workers=1)):
+            pass
+    assert raised.value.exit_code == 143
 
 
 def test_it_is_said_where_files_lie_that_cannot_lie_where_they_should(
