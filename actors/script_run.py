@@ -180,22 +180,23 @@ class Attempt:
     def _take(self) -> None:
         """Take what was printed, and how processes have ended."""
         open_ranks = [one for one in self._ranks if not one.over]
+        now = self._clock.now()  # once: a terminal that takes lines slowly is no rank's silence
         for one in open_ranks:
             if one.reply is None:
                 question = one.actor, "output", one.taken, _OUTPUT_S
                 one.reply = self._transport.call(*question)
-                one.heard_at = one.heard_at or self._clock.now()
+                one.heard_at = one.heard_at or now
         replies = [one.reply for one in open_ranks]
         come = self._transport.wait(replies, _TICK_S) if replies else []
         if come:  # that was one of them, and who prints much would come before others again
             come = self._transport.wait(replies, 0.0, everything=True)
         for one in open_ranks:
             if one.reply in come:
-                self._take_answer(one)
-            elif self._clock.now() - one.heard_at > _SILENT_S:
+                self._take_answer(one, now)
+            elif now - one.heard_at > _SILENT_S:
                 one.lost = f"it has not answered for {_SILENT_S:.0f} s"
 
-    def _take_answer(self, one: _Rank) -> None:
+    def _take_answer(self, one: _Rank, now: float) -> None:
         reply, one.reply = one.reply, None
         try:
             found: ProcessOutput = self._transport.get(reply, _OUTPUT_S)
@@ -204,7 +205,7 @@ class Attempt:
             return
         except (Unanswered, TransportError):
             return  # asked again: what was not taken is given again
-        one.heard_at = self._clock.now()
+        one.heard_at = now
         one.taken += len(found.lines)
         for text in found.lines:
             self._terminal.line(one.rank, text)

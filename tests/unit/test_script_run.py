@@ -15,8 +15,8 @@ from call_faults import Call, Fault, add_rule
 
 from distplat.actors import script_run
 from distplat.actors.local_transport import Actor, LocalCluster
-from distplat.actors.script_process import ScriptProcess, with_python
-from distplat.actors.script_run import Script, run_script
+from distplat.actors.script_process import ProcessOutput, ScriptProcess, with_python
+from distplat.actors.script_run import Attempt, Script, _Rank, run_script
 from distplat.platform.errors import ActorLost, Interrupted, ScriptFailed
 from distplat.platform.torchrun import ProcessLocation
 
@@ -233,6 +233,36 @@ def test_a_process_that_is_frozen_is_named(monkeypatch: pytest.MonkeyPatch) -> N
     add_rule(run.cluster, rule)
     with pytest.raises(ActorLost, match=r"rank 2 was lost: it has not answered for 60 s"):
         run.go()
+
+
+def test_a_slow_terminal_is_no_silence_of_a_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It takes a second for each line of 70 ranks; the first one is quiet, and answers in turn."""
+    seconds = [0.0]
+
+    def later() -> float:
+        seconds[0] += 1  # an `AwakeClock` counts no more from one reading to the next
+        return seconds[0]
+
+    class Answers:
+        turn = 0
+
+        def call(self, actor: int, *question: Any) -> int:
+            return actor
+
+        def wait(self, replies: list[int], limit_s: float, everything: bool = False) -> list[int]:
+            return [one for one in replies if one or self.turn % 2]
+
+        def get(self, reply: int, limit_s: float) -> ProcessOutput:
+            return ProcessOutput(("line",), None)
+
+    monkeypatch.setattr(script_run, "AwakeClock", lambda: SimpleNamespace(now=later))
+    transport: Any = Answers()
+    heard = RecordingTerminal()
+    attempt = Attempt(Script(("x",), "run", None), transport, [], heard, lambda: None)
+    attempt._ranks = [_Rank(rank, rank) for rank in range(70)]
+    for transport.turn in range(20):
+        attempt._take()
+    assert len(heard.of(0)) == 10 and not any(one.lost for one in attempt._ranks)
 
 
 def test_an_interruption_ends_all() -> None:
