@@ -36,6 +36,7 @@ from distplat.strategies.loop.step_check import (
 )
 from distplat.strategies.loop.task_settings import task_modules
 from distplat.strategies.task import Task, has_step
+from distplat.strategies.torch_compat import frames_compiled
 
 logger = logging.getLogger(__name__)
 
@@ -80,6 +81,7 @@ class MeanCheck:
         self._begun: NewState | None = None  #: what the first micro-batch has put where nothing was
         self._compared = False  #: the state after the first micro-batch with that before it
         self._evaluated = 0  #: batches whose metrics were looked at
+        self._compiled = frames_compiled()
 
     def begin(self, step: int) -> None:
         """Note the state before a micro-batch of a step, which `look` may be called with."""
@@ -87,7 +89,14 @@ class MeanCheck:
             self._state = LossState(self._task, self._model)
 
     def watching(self, step: int) -> AbstractContextManager[None]:
-        """Note what the second micro-batch reads, and what depends on parameters in a later one."""
+        """
+        Note what the second micro-batch reads, and what depends on parameters in a later one.
+
+        Not where the first one has compiled calls: torch compiles none while somebody looks at
+        them, and fails with `fullgraph`.
+        """
+        if frames_compiled() != self._compiled:
+            self._weighted, self._begun = False, None
         wanted = step > 0 and self._weighted
         if self._begun is None and not wanted:
             return nullcontext()

@@ -17,7 +17,11 @@ from torch.utils.checkpoint import checkpoint
 from distplat.platform.errors import Problem, SpecError, nearest
 from distplat.platform.spec import Job
 from distplat.strategies.model.trials import ReadAgain
-from distplat.strategies.torch_compat import fall_back_to_eager, has_running_statistics
+from distplat.strategies.torch_compat import (
+    call_compiled,
+    fall_back_to_eager,
+    has_running_statistics,
+)
 
 _LEARNING = 3
 """Forwards with gradients in which all buffers are copied."""
@@ -41,7 +45,7 @@ def apply_module_options(job: Job, model: nn.Module) -> None:
     if job.compile is not None:
         if not job.compile.fullgraph:
             fall_back_to_eager()
-        model.compile(**job.compile.arguments())
+        call_compiled(model, partial(torch.compile, **job.compile.arguments()))
 
 
 def checkpoint_activations(module: nn.Module) -> None:

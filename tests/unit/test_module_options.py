@@ -183,6 +183,38 @@ def test_a_compiled_model_trains_as_the_plain_one(strategy: str) -> None:
         torch.testing.assert_close(found[name], value, msg=name)
 
 
+class Weighted(Deep):
+    """Weights, and state, that a run looks at in its first steps; the model is one graph."""
+
+    def __init__(self) -> None:
+        self.scale: Any = None
+
+    def model(self) -> nn.Module:
+        return nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 2))
+
+    def step(self, model: nn.Module, batch: Any) -> Any:
+        loss = self.computed(model, *batch)
+        self.scale = loss.detach() + (0 if self.scale is None else self.scale)
+        return loss / self.scale, (batch[1] > 0).sum() + 1
+
+    @staticmethod
+    def computed(model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
+        return nn.functional.mse_loss(model(inputs), targets, reduction="sum")
+
+
+class CompiledByTask(Weighted):
+    computed = staticmethod(torch.compile(Weighted.computed, fullgraph=True, backend="eager"))
+
+
+@pytest.mark.parametrize("by", ["job", "task"])
+def test_a_model_that_is_compiled_whole_is_not_looked_at(by: str) -> None:
+    chosen: Any = {"compile": {"backend": "eager", "fullgraph": True}} if by == "job" else {}
+    plain = train(options_job(), Weighted).parameters()
+    task = Weighted if by == "job" else CompiledByTask
+    found = train(options_job(**chosen), task).parameters()
+    assert all(torch.equal(found[name], value) for name, value in plain.items())
+
+
 def test_a_compiled_module_is_known() -> None:
     plain = nn.Linear(1, 1)
     compiled: Any = torch.compile(plain, backend="eager")
