@@ -318,7 +318,7 @@ class ServerUpdates(Exchange):
 
 class _StateOnServers(defaultdict[Tensor, Any]):
     """
-    An optimizer's `state`, empty: who reads or resets it would take no effect on the servers'.
+    An optimizer's `state` that nobody may read, copy or reset: it would not be the servers'.
 
     Raises:
         SpecError: somebody does.
@@ -330,8 +330,9 @@ class _StateOnServers(defaultdict[Tensor, Any]):
     def _refuse(self, *args: Any, **named: Any) -> Any:
         raise _of_servers()
 
-    __setitem__ = __delitem__ = __missing__ = _refuse
-    clear = pop = popitem = setdefault = update = _refuse
+    __contains__ = __iter__ = __len__ = __missing__ = get = items = keys = values = _refuse
+    __delitem__ = __setitem__ = clear = pop = popitem = setdefault = update = _refuse
+    __copy__ = __reduce_ex__ = copy = _refuse
 
 
 def _of_servers() -> SpecError:

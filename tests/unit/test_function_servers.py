@@ -1,5 +1,6 @@
 """A train function under `ps-sync` and `ps-async`: real servers in this process."""
 
+import copy
 import re
 import threading
 from collections import defaultdict
@@ -289,6 +290,10 @@ LATE: dict[str, Callable[[nn.Module, Any], object]] = {
     "reset": lambda model, optimizer: optimizer.state.clear(),
     "another state": lambda model, optimizer: setattr(optimizer, "state", defaultdict(dict)),
     "read": lambda model, optimizer: optimizer.state[model.get_parameter("0.weight")],
+    "gone through": lambda model, optimizer: [*optimizer.state.items()],
+    "asked": lambda model, optimizer: model.get_parameter("0.weight") in optimizer.state,
+    "empty": lambda model, optimizer: bool(optimizer.state),
+    "copied": lambda model, optimizer: copy.deepcopy(optimizer),
     "a group": lambda model, optimizer: optimizer.add_param_group(
         {"params": [nn.Parameter(torch.ones(1))]}
     ),
@@ -308,6 +313,10 @@ LATE: dict[str, Callable[[nn.Module, Any], object]] = {
         (ASYNC, "loaded", "got a state_dict after the first step"),
         (ASYNC, "reset", "optimizer.state was used after the first step"),
         (ASYNC, "another state", "optimizer.state was used after the first step"),
+        (ASYNC, "gone through", "optimizer.state was used after the first step"),
+        (ASYNC, "asked", "optimizer.state was used after the first step"),
+        (ASYNC, "empty", "optimizer.state was used after the first step"),
+        (ASYNC, "copied", "optimizer.state was used after the first step"),
         (ASYNC, "read", r"read it by optimizer.state_dict\(\)"),
         (ASYNC, "a flag", "nesterov of an optimizer has changed"),
         (ASYNC, "a group", "got parameters after the first step"),
