@@ -13,7 +13,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -171,7 +170,7 @@ class FunctionSession:
         self._watch = OptimizerWatch(lambda: exchange.parameters, *watched, alone=alone)
         self._samples = self._epoch = 0
         self._batch = RankBatch(None, 0, 0)  #: the last one, without what it holds
-        self._passes: dict[object, RankBatch] = {}  #: those under way: the last one of each loader
+        self._passes: dict[object, RankBatch] = {}  #: those under way, by their last one
         self._watched, self._epochs = ReportWatch(job), EpochWatch(group.world)
         self._outlived: list[Any] = []
         """
@@ -234,12 +233,12 @@ class FunctionSession:
 
     def _loader(self, loader: DataLoader[Any]) -> ShardedLoader:
         context = self.context
-        cut, read = Cut(context.rank, context.world, self.job.seed), partial(self._read, object())
+        cut = Cut(context.rank, context.world, self.job.seed)
         sharded: ShardedLoader
         if is_stream(loader.dataset):
-            sharded = StreamLoader(loader, cut, context.device, read, self.group)
+            sharded = StreamLoader(loader, cut, context.device, self._read, self.group)
         else:
-            sharded = NumberedLoader(loader, cut, context.device, read)
+            sharded = NumberedLoader(loader, cut, context.device, self._read)
             check_whole(sharded)
             if isinstance(sharded.sampler, DealtSampler):
                 check_order(sharded.sampler, self.group, context.device)
@@ -266,12 +265,12 @@ class FunctionSession:
             )
         self._data_checked = True
 
-    def _read(self, loader: object, batch: RankBatch | None, waited_s: float, epoch: int) -> None:
-        self._passes.pop(loader, None)
+    def _read(self, one: object, batch: RankBatch | None, waited_s: float, epoch: int) -> None:
+        self._passes.pop(one, None)
         if batch is None:
             return
         self._epoch, self._batch = epoch, batch._replace(batch=None)
-        self._passes[loader] = self._batch
+        self._passes[one] = self._batch
         if torch.is_grad_enabled():  # an evaluation trains on none
             self._samples += batch.samples
         self._waited_s += waited_s

@@ -263,14 +263,14 @@ def check_same_data(data: Any, group: Collective, device: torch.device) -> None:
     be costly, or another one each time.
 
     Args:
-        data: of a loader that is to be prepared; has a length.
+        data: of a loader that is to be prepared.
         group: all ranks.
         device: this rank's.
 
     Raises:
         SpecError: names a rank that has another one than rank 0.
     """
-    mine = [len(data), _described(data)]
+    mine = [_length_of(data), _described(data)]
     every = gather_values(mine, group, device) if group.world > 1 else [mine]
     size = every[0][0]
     for rank, its in enumerate(every):
@@ -284,6 +284,14 @@ def check_same_data(data: Any, group: Collective, device: torch.device) -> None:
                 "generator of a fixed seed"
             )
             raise SpecError(Problem(("task",), f"prepare() got a DataLoader with {text}", advice))
+
+
+def _length_of(data: Any) -> int | None:
+    """Count samples; None: it does not say, and a sampler of the user's does."""
+    try:
+        return len(data)
+    except (TypeError, NotImplementedError):
+        return None
 
 
 def _described(data: Any) -> list[Any]:

@@ -60,8 +60,8 @@ class RankBatch(NamedTuple):
     """Of all ranks' batch of a stream, or of a sampler's order; see `StepControl.batch`."""
 
 
-Read = Callable[[RankBatch | None, float, int], None]
-"""Told of each batch, the seconds waited for it, and the epoch; None: the pass is over."""
+Read = Callable[[object, RankBatch | None, float, int], None]
+"""Told of each batch of a pass, the seconds waited for it, and the epoch; None: it is over."""
 
 
 class ShardedLoader(ABC):
@@ -149,7 +149,7 @@ class ShardedLoader(ABC):
         epoch, first = self._epoch, self._first
         self._epoch, self._first = epoch + 1, 0
         self._at = epoch, first
-        batches = self._batches(epoch, first)
+        batches, this_pass = self._batches(epoch, first), object()
         try:
             for number in itertools.count(first + 1):
                 began = time.perf_counter()
@@ -158,11 +158,11 @@ class ShardedLoader(ABC):
                     break
                 batch = moved(found.batch, self._device)
                 self._at = epoch, number
-                self._read(found, time.perf_counter() - began, epoch)
+                self._read(this_pass, found, time.perf_counter() - began, epoch)
                 yield batch
             self._at = None
         finally:
-            self._read(None, 0.0, epoch)  # the loop may have left it
+            self._read(this_pass, None, 0.0, epoch)  # the loop may have left it
 
 
 class NumberedLoader(ShardedLoader):
@@ -181,8 +181,8 @@ class NumberedLoader(ShardedLoader):
 
     def __init__(self, loader: DataLoader[Any], cut: Cut, device: torch.device, read: Read) -> None:
         super().__init__(loader, cut, device, read)
-        self._size = len(loader.dataset)  # type: ignore[arg-type]
         self.sampler: DistributedSampler[Any] = _sampler_of(loader, cut)
+        self._size = self._length()
         self._order = _From(self.sampler)
         kept = {name: getattr(loader, name) for name in KEPT}
         self._loader: DataLoader[Any] = DataLoader(
@@ -209,8 +209,7 @@ class NumberedLoader(ShardedLoader):
 
     @override
     def _batches(self, epoch: int, first: int) -> Iterator[RankBatch]:
-        dealt = isinstance(self.sampler, DealtSampler)  # which says itself what there is
-        if not dealt and (size := len(self.dataset)) != self._size:
+        if (size := self._length()) != self._size:
             text = f"has {size} samples now, and had {self._size} when it was prepared"
             raise refused(text, "prepare a loader of the data as it is now, and set_epoch(epoch)")
         self.sampler.set_epoch(epoch)
@@ -222,6 +221,10 @@ class NumberedLoader(ShardedLoader):
             alike = getattr(self.sampler, "fingerprint", 0)
             yield RankBatch(batch, size, max(0, min(size, own)), alike)
             left, own = left - size, own - size
+
+    def _length(self) -> int | None:
+        """Count the samples; None: another sampler says itself what there is."""
+        return None if isinstance(self.sampler, DealtSampler) else len(self.dataset)
 
     def _own_samples(self) -> int:
         """Count this rank's samples of an epoch; those behind them are others' once more."""
@@ -276,8 +279,7 @@ def _sampler_of(loader: DataLoader[Any], cut: Cut) -> DistributedSampler[Any]:
         return given
     plain = type(given) is SequentialSampler
     shuffled = type(given) is RandomSampler and not given.replacement
-    size = len(loader.dataset)  # type: ignore[arg-type]
-    if not (plain or shuffled) or len(given) != size:
+    if not (plain or shuffled) or len(given) != len(loader.dataset):  # type: ignore[arg-type]
         return DealtSampler(given, cut.rank, cut.world, cut.seed, drop_last=batches.drop_last)
     return DistributedSampler(
         loader.dataset,

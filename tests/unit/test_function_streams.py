@@ -75,7 +75,7 @@ class Sharing(Plain):
                 yield number
 
 
-def told(batch: RankBatch | None, waited_s: float, epoch: int) -> None:
+def told(one: object, batch: RankBatch | None, waited_s: float, epoch: int) -> None:
     del batch, waited_s, epoch
 
 
@@ -98,7 +98,7 @@ def read_twice(data: Any, rank: int, world: int, *, drop_last: bool) -> tuple[An
     """Give the batches of two passes, and what the session is told of each."""
     heard: list[tuple[int, int, int]] = []
 
-    def read(batch: RankBatch | None, waited_s: float, epoch: int) -> None:
+    def read(one: object, batch: RankBatch | None, waited_s: float, epoch: int) -> None:
         if batch is not None:
             heard.append((epoch, batch.samples, batch.own))
 

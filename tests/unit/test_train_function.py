@@ -645,8 +645,8 @@ class Odd(Dataset[int]):
     def __len__(self) -> int:
         return 10
 
-    def __getitem__(self, context: int) -> int:
-        return context
+    def __getitem__(self, index: int) -> int:
+        return index
 
 
 @pytest.mark.parametrize("shuffle", [False, True])
@@ -712,6 +712,41 @@ def test_what_was_counted_over_a_pass_is_gathered_whole(left: bool) -> None:
         assert distplat.gather_for_metrics(torch.ones(1)).sum() == 4
 
     call_on_ranks(train, 4)
+
+
+def test_a_pass_that_is_over_late_leaves_the_next_one() -> None:
+    """An iterator that the loop still holds may be closed in the middle of another pass."""
+
+    def train(config: Mapping[str, Any]) -> None:
+        samples: Any = range(18)
+        loader = distplat.prepare(DataLoader(samples, 5))
+        first = iter(loader)
+        next(first)
+        for batch in loader:
+            first.close()
+            assert len(distplat.gather_for_metrics(batch)) == 18
+
+    call_on_ranks(train, 4)
+
+
+class Unsized(Dataset[int]):
+    def __getitem__(self, index: int) -> int:
+        return index
+
+
+class NotSized(Unsized):
+    def __len__(self) -> int:
+        raise NotImplementedError
+
+
+@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize("data", [Unsized, NotSized])
+def test_data_without_a_length_has_that_of_its_sampler(data: Any, world: int) -> None:
+    def train(config: Mapping[str, Any]) -> None:
+        rank, given = distplat.get_context().rank, DataLoader(data(), 3, sampler=range(12))
+        assert torch.cat([*distplat.prepare(given)]).tolist() == [*range(rank, 12, world)]
+
+    call_on_ranks(train, world)
 
 
 @pytest.mark.parametrize("ends", [False, True])
