@@ -129,16 +129,21 @@ class NewState(TorchFunctionMode):
         if _is_number(before):
             return _is_number(now) and now != before
         tensors, copies = [*tensors_in(now)], self._copies[name]
-        shapes = [[(one.shape, one.dtype) for one in some] for some in (tensors, copies)]
-        return shapes[0] != shapes[1] or not all(map(torch.equal, tensors, copies))
+        if not all(map(_is_plain, tensors)):
+            return True
+        kinds = [[(t.shape, t.dtype, t.device) for t in some] for some in (tensors, copies)]
+        return kinds[0] != kinds[1] or not all(map(torch.equal, tensors, copies))
 
 
 def _tells(value: object) -> bool:
     """Whether a value is a number or small tensors, alone or in a pair as an LSTM's state is."""
     tensors = [*tensors_in(value)]
     size = sum(one.numel() for one in tensors)
-    plain = all(one.layout is torch.strided and not one.is_nested for one in tensors)
-    return _is_number(value) or (plain and 0 < size <= _COPIED_ELEMENTS)
+    return _is_number(value) or (all(map(_is_plain, tensors)) and 0 < size <= _COPIED_ELEMENTS)
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    return tensor.layout is torch.strided and not tensor.is_nested
 
 
 def state_warning(names: Sequence[str]) -> str | None:

@@ -63,6 +63,8 @@ class ModelDependence(TorchFunctionMode):
         name = getattr(func, "__name__", "")
         if name.endswith("_like") or name.startswith("new_"):
             return False  # of the shape alone
+        if name == "broadcast_tensors":
+            return False  # each is of one of them, and by the shapes of the others
         given = args[:1] if name in _OF_FIRST else (*args, *kwargs.values())
         return any(map(self._is_found, tensors_in(given)))
 
@@ -159,10 +161,10 @@ def labels_warning(made: BatchResult, samples: int) -> str | None:
     )
 
 
-def tensors_in(value: Any) -> Iterator[Tensor]:
-    """Give the tensors in lists, tuples and dicts."""
+def tensors_in(value: Any, within: tuple[Any, ...] = ()) -> Iterator[Tensor]:
+    """Give the tensors in lists, tuples and dicts; `within`: those around this one."""
     if isinstance(value, Tensor):
         yield value
-    elif isinstance(value, list | tuple | dict):
+    elif isinstance(value, list | tuple | dict) and not any(value is one for one in within):
         for one in value.values() if isinstance(value, dict) else value:
-            yield from tensors_in(one)
+            yield from tensors_in(one, (*within, value))

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import math
 from array import array
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from numbers import Real
 from typing import Any
 
@@ -172,23 +172,28 @@ def named_task_modules(task: Task, model: nn.Module) -> list[tuple[str, nn.Modul
     return [(name, module) for name, module in _modules(vars(task)) if id(module) not in own]
 
 
-def _items(value: object) -> Iterator[tuple[str, object]]:
+def _items(value: object, within: Sequence[object]) -> Iterator[tuple[str, object]]:
+    """Give what a container holds, unless it holds itself: it is among those around it then."""
+    if any(value is one for one in within):
+        return
     if isinstance(value, Mapping):
         yield from ((str(key), item) for key, item in value.items())
     elif isinstance(value, list | tuple):
         yield from ((str(number), item) for number, item in enumerate(value))
 
 
-def _modules(value: object) -> Iterator[tuple[str, nn.Module]]:
-    for name, item in _items(value):
+def _modules(value: object, *within: object) -> Iterator[tuple[str, nn.Module]]:
+    for name, item in _items(value, within):
         if isinstance(item, nn.Module):
             yield name, item
         else:
-            yield from ((f"{name}.{rest}", module) for rest, module in _modules(item))
+            yield from (
+                (f"{name}.{rest}", module) for rest, module in _modules(item, value, *within)
+            )
 
 
-def _tensors(value: object) -> Iterator[tuple[str, Tensor]]:
-    for name, item in _items(value):
+def _tensors(value: object, *within: object) -> Iterator[tuple[str, Tensor]]:
+    for name, item in _items(value, within):
         if isinstance(item, Tensor):
             if item.requires_grad and item.is_leaf:
                 yield name, item
@@ -196,7 +201,9 @@ def _tensors(value: object) -> Iterator[tuple[str, Tensor]]:
             named = item.named_parameters()
             yield from ((f"{name}.{path}", p) for path, p in named if p.requires_grad)
         else:
-            yield from ((f"{name}.{rest}", tensor) for rest, tensor in _tensors(item))
+            yield from (
+                (f"{name}.{rest}", tensor) for rest, tensor in _tensors(item, value, *within)
+            )
 
 
 def with_task_schedule(job: Job, task: Task, steps: int) -> Job:

@@ -244,6 +244,23 @@ class Scaled(Plain):
         return found / self.scale
 
 
+class Sparse(Plain):
+    """Has a scale of another layout in its second micro-batch, and what holds itself."""
+
+    def __init__(self) -> None:
+        self.scale: Any = None
+        self.notes: Any = None
+
+    def loss(self, outputs: Any, targets: Any) -> Tensor:
+        if self.scale is None:
+            self.scale, self.notes = torch.ones(3, 3, dtype=torch.float64), [outputs.detach()]
+            self.notes.append(self.notes)
+            return super().loss(outputs, targets)
+        found = super().loss(outputs @ self.scale, targets)
+        self.scale = self.scale.to_dense().to_sparse()
+        return found
+
+
 class Shows(Plain):
     """Keeps what nothing depends on: the last batch, and a mask that is made once."""
 
@@ -263,7 +280,12 @@ class Shows(Plain):
 @pytest.mark.parametrize("parts", [1, 2])
 @pytest.mark.parametrize(
     ("task", "told"),
-    [(Recurrent, "changes self.state:"), (Scaled, "changes self.scale:"), (Shows, "")],
+    [
+        (Recurrent, "changes self.state:"),
+        (Scaled, "changes self.scale:"),
+        (Sparse, "changes self.scale"),
+        (Shows, ""),
+    ],
 )
 def test_state_that_begins_with_the_first_micro_batch_is_told(
     task: type[Task], told: str, parts: int, caplog: pytest.LogCaptureFixture

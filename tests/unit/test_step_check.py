@@ -17,6 +17,10 @@ def cross_entropy(outputs: Tensor, batch: Any) -> Tensor:
     return nn.functional.cross_entropy(outputs, batch[1], reduction="sum")
 
 
+def broadcast(*tensors: Tensor) -> Any:
+    return torch.broadcast_tensors(*tensors)  # type: ignore[no-untyped-call]
+
+
 FIGURES: dict[str, Callable[[Tensor, Any], Any]] = {
     "right": lambda outputs, batch: (outputs.argmax(1) == batch[1]).sum(),
     "right, a number": lambda outputs, batch: (outputs.argmax(1) == batch[1]).sum().item(),
@@ -33,6 +37,7 @@ WEIGHTS: dict[str, Callable[[Tensor, Any], Any]] = {
     "labels, a number": lambda outputs, batch: float((batch[1] != 1).sum().item()),
     "of the type": lambda outputs, batch: (batch[1] != 1).sum().to(outputs),
     "ones": lambda outputs, batch: torch.ones_like(outputs).sum().detach(),
+    "of all": lambda outputs, batch: broadcast(outputs, batch[1][:, None] != 1)[1].sum(),
     "of samples": lambda outputs, batch: outputs.new_tensor(batch[1].tolist()).sum(),
 }
 
