@@ -417,6 +417,18 @@ def test_a_copy_of_a_model_with_sync_batch_norm_is_computed_like_it(strategy: st
             assert torch.allclose(found[name], value, rtol=1e-10, atol=1e-12), name
 
 
+def test_a_model_may_keep_a_copy_of_its_sync_batch_norm() -> None:
+    """Such as the teacher of BYOL, in a module of the student's."""
+
+    def train(config: Any) -> None:
+        model = distplat.prepare(with_norm(synced=True))
+        model[0].teacher = copy.deepcopy(model).requires_grad_(False)
+        inputs, _ = data_of().tensors
+        backward((model(inputs) - model[0].teacher(inputs) - 1).square().mean())
+
+    call_on_ranks(train, 2)
+
+
 def test_sync_batch_norm_that_comes_behind_prepare_is_refused() -> None:
     def train(config: Any) -> None:
         convert: Any = nn.SyncBatchNorm.convert_sync_batchnorm
