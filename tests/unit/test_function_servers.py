@@ -28,6 +28,7 @@ from test_train_function import (
 )
 from torch import Tensor, nn
 from torch.autograd import backward
+from torch.distributed.checkpoint.state_dict import get_state_dict
 from torch.utils.data import DataLoader
 
 import distplat
@@ -292,7 +293,7 @@ LATE: dict[str, Callable[[nn.Module, Any], object]] = {
     "read": lambda model, optimizer: optimizer.state[model.get_parameter("0.weight")],
     "gone through": lambda model, optimizer: [*optimizer.state.items()],
     "asked": lambda model, optimizer: model.get_parameter("0.weight") in optimizer.state,
-    "empty": lambda model, optimizer: bool(optimizer.state),
+    "counted": lambda model, optimizer: len(optimizer.state),
     "copied": lambda model, optimizer: copy.deepcopy(optimizer),
     "a group": lambda model, optimizer: optimizer.add_param_group(
         {"params": [nn.Parameter(torch.ones(1))]}
@@ -315,7 +316,7 @@ LATE: dict[str, Callable[[nn.Module, Any], object]] = {
         (ASYNC, "another state", "optimizer.state was used after the first step"),
         (ASYNC, "gone through", "optimizer.state was used after the first step"),
         (ASYNC, "asked", "optimizer.state was used after the first step"),
-        (ASYNC, "empty", "optimizer.state was used after the first step"),
+        (ASYNC, "counted", "optimizer.state was used after the first step"),
         (ASYNC, "copied", "optimizer.state was used after the first step"),
         (ASYNC, "read", r"read it by optimizer.state_dict\(\)"),
         (ASYNC, "a flag", "nesterov of an optimizer has changed"),
@@ -438,6 +439,29 @@ def test_the_state_of_a_checkpoint_goes_from_one_strategy_to_another() -> None:
         for after in strategies:
             rest = under(after, resumable(4), 1, saved=half.checkpoints[2])
             assert_equal(rest.trained[0], whole)
+
+
+def test_torchs_checkpoints_read_the_state_and_change_nothing() -> None:
+    """Where an optimizer has no state they step once with gradients of 0, to have it made."""
+
+    def loop(model: nn.Module, optimizer: Any) -> Mapping[str, Any]:
+        found: Mapping[str, Any] = {}
+        for batch in [*DataLoader(data_of(), batch_size=4)][:3]:
+            backward(loss_of(model, batch))
+            optimizer.step()
+            optimizer.zero_grad()
+            _, found = get_state_dict(model, optimizer)
+        state: Mapping[str, Any] = found["state"]["0.weight"]
+        return state
+
+    def train(config: Any) -> None:
+        model = model_of()
+        state.update(loop(*distplat.prepare(model, torch.optim.Adam(model.parameters(), lr=0.1))))
+
+    whole, state = model_of(), dict[str, Any]()
+    expected = loop(whole, torch.optim.Adam(whole.parameters(), lr=0.1))
+    assert_equal(under(ASYNC, train, 1).trained[0], whole.state_dict())
+    assert_equal(state, expected)
 
 
 @pytest.mark.parametrize("bound", [0, 2])
