@@ -143,7 +143,7 @@ def make_optimizers(job: Job, task: Task, flat: FlatModel) -> tuple[MadeOptimize
 def optimizers_digest(made: MadeOptimizers, flat: FlatModel) -> str:
     """Fingerprint classes, groups and arguments: equal on all ranks that train alike."""
     names, simple = _names(flat), (bool, int, float, str, tuple)
-    state_by_name = [
+    facts = [
         (
             type(one.optimizer).__name__,
             [names[id(p)] for p in group["params"]],
@@ -152,7 +152,7 @@ def optimizers_digest(made: MadeOptimizers, flat: FlatModel) -> str:
         for one in made
         for group in one.optimizer.param_groups
     ]
-    return hashlib.sha256(repr(state_by_name).encode()).hexdigest()[:16]
+    return hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
 
 
 class TaskUpdate(LocalOptimizer):
@@ -185,8 +185,8 @@ class TaskUpdate(LocalOptimizer):
         """
         names = _names(self._flat)
         average = {} if self._average is None else self._average.state()
-        state_by_name = [one.state_by_name(names) for one in self._made]
-        tree, tensors = pack({"optimizers": state_by_name, "average": average}, "optimizer()")
+        states = [one.state_by_name(names) for one in self._made]
+        tree, tensors = pack({"optimizers": states, "average": average}, "optimizer()")
         text = json.dumps({"tree": tree, "devices": [one.device.type for one in tensors]})
         head = torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
         return {TREE: head, **{f"{TREE}/{n}": one for n, one in enumerate(tensors)}}
@@ -198,7 +198,7 @@ class TaskUpdate(LocalOptimizer):
         Raises:
             SpecError: it is of optimizers that have the parameters in other groups.
         """
-        state_by_name: list[Any] = [None] * len(self._made)
+        states: list[Any] = [None] * len(self._made)
         average: Mapping[str, Tensor] = {}
         if TREE in state:
             head = json.loads(state[TREE].cpu().numpy().tobytes())
@@ -208,12 +208,10 @@ class TaskUpdate(LocalOptimizer):
                 for n, at in enumerate(head["devices"])
             ]
             tree = unpack(head["tree"], tensors)
-            state_by_name, average = tree["optimizers"], tree["average"]
-        if len(state_by_name) != len(self._made):
-            raise _other_groups(
-                f"{len(state_by_name)} optimizers, the task makes {len(self._made)}"
-            )
-        for one, what in zip(self._made, state_by_name, strict=True):
+            states, average = tree["optimizers"], tree["average"]
+        if len(states) != len(self._made):
+            raise _other_groups(f"{len(states)} optimizers, the task makes {len(self._made)}")
+        for one, what in zip(self._made, states, strict=True):
             one.put(what, _names(self._flat))
         if self._average is not None:
             self._average.load(average)
