@@ -111,8 +111,8 @@ def _nothing(module: ModuleType, what: str, name: str, there: list[str]) -> Spec
 def _imported(entry: str, search_path: str) -> tuple[ModuleType, str]:
     """Import the module of an entry point; give it, and the name to look for in it."""
     module_name, _, name = entry.partition(":")
-    if search_path:  # first, or a module of this name from PYTHONPATH would be trained
-        sys.path[:] = [search_path, *(one for one in sys.path if one != search_path)]
+    if search_path:
+        _import_from(search_path)
     try:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
@@ -125,6 +125,11 @@ def _imported(entry: str, search_path: str) -> tuple[ModuleType, str]:
     if isinstance(module, ModuleType):  # it may have put another object in its place
         _check_location(module, Path(search_path or "."))
     return module, name
+
+
+def _import_from(folder: str) -> None:
+    """Have modules of a folder come first, before those of these names that PYTHONPATH has."""
+    sys.path[:] = [folder, *(one for one in sys.path if one != folder)]
 
 
 def _check_location(module: ModuleType, folder: Path) -> None:
@@ -176,8 +181,7 @@ def _script_function(entry: str, search_path: str) -> Callable[[], None]:
     def script() -> None:
         before = sys.argv
         sys.argv = [str(path), *words]
-        if (folder := str(path.parent)) not in sys.path:
-            sys.path.insert(0, folder)
+        _import_from(str(path.parent))
         try:
             runpy.run_path(str(path), run_name="__main__")
         except SystemExit as ended:

@@ -80,6 +80,13 @@ def test_a_script_runs_with_its_arguments(folder: Path, capsys: CaptureFixture[s
     assert (sys.argv, sys.modules["__main__"]) == (argv, main)
 
 
+def test_a_script_imports_what_lies_beside_it(folder: Path) -> None:
+    """Also where PYTHONPATH has its folder, and before it another one with such a module."""
+    (folder / "beside.py").write_text("WIDTH = 5\n")
+    sys.path[:0] = [str(folder), str(folder / "loops")]
+    assert fit(folder, "loops/train.py")["weight"].shape == (1, 3)
+
+
 @pytest.mark.parametrize(
     ("arguments", "text"), [("--code 3", "SystemExit: 3"), ("--width 3", "SystemExit: 2")]
 )
