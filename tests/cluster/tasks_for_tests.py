@@ -326,9 +326,18 @@ class Slice(nn.Module):
 class Big(Blobs):
     """A million parameters: its shards are cut inside one tensor."""
 
+    width = 1000
+
     def model(self) -> nn.Module:
-        layers = [nn.Linear(5, 1000), nn.ReLU(), nn.Linear(1000, 1000), nn.Linear(1000, 3)]
+        width = self.width
+        layers = [nn.Linear(5, width), nn.ReLU(), nn.Linear(width, width), nn.Linear(width, 3)]
         return nn.Sequential(*layers)
+
+
+class Huge(Big):
+    """Of 64 MB: two of its gradients do not fit into the object store of a node of the tests."""
+
+    width = 4000
 
 
 class Deep(Blobs):

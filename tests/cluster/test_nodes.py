@@ -12,7 +12,7 @@ from local_run import train as train_in_memory
 from ray.cluster_utils import Cluster
 from small_runs import HERE, distance, job, train, weights
 from table_runs import tables, words
-from tasks_for_tests import Big
+from tasks_for_tests import Big, Huge
 from test_server_loss import Losing, long_job, undisturbed
 
 from distplat import Callback
@@ -106,6 +106,18 @@ def test_halves_between_nodes(alone: Any, tmp_path: Path) -> None:
     strategy = {"name": "ps-sync", "wire": "bf16", "resources_per_server": {"right": 1}}
     result = train(big(strategy, scaling(2, left=1)), tmp_path)
     assert 1e-7 < distance(weights(result), alone) < 1e-2
+
+
+@pytest.mark.slow
+def test_an_object_store_that_is_too_small_makes_a_run_slow_only(tmp_path: Path) -> None:
+    """Gradients of a step and checkpoints are more than a node's store holds: Ray spills them."""
+    strategy = {"name": "ps-sync", "num_servers": 2, "resources_per_server": {"right": 1}}
+    spec = big(strategy, scaling(2, left=1))
+    spec |= {"task": "tasks_for_tests:Huge", "checkpoint": {"every_steps": 1}}
+    result = train(spec, tmp_path)
+    trained, parameters = weights(result), train_in_memory(make_job(spec), Huge).parameters()
+    expected = np.concatenate([parameters[name].numpy().ravel() for name in sorted(parameters)])
+    assert trained.tobytes() == expected.tobytes()
 
 
 @pytest.mark.slow
