@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import SimpleNamespace
@@ -420,3 +421,22 @@ def test_operations_that_draw_are_seen() -> None:
         torch.randperm(3)
     torch.rand(2)
     assert len(seen) == 3
+
+
+def test_what_was_compiled_is_counted() -> None:
+    before = of_torch.frames_compiled()
+    compiled = torch.compile(lambda one: one + 1, backend="eager")
+    assert torch.equal(compiled(torch.ones(2)), torch.full((2,), 2.0))
+    assert of_torch.frames_compiled() == before + 1
+
+
+def test_what_cannot_be_compiled_runs_in_every_thread() -> None:
+    """The thread that prepares a model need not be the one that trains it."""
+    of_torch.fall_back_to_eager()
+
+    def broken(graph: Any, inputs: Any) -> Any:
+        raise RuntimeError("no compiler here")
+
+    compiled = torch.compile(lambda one: one + 1, backend=broken)
+    with ThreadPoolExecutor(1) as other:
+        assert other.submit(compiled, torch.ones(1)).result(60).item() == 2.0
