@@ -1,15 +1,15 @@
 """What a batch is: how samples are put together, and moved to the device that computes."""
 
-import copy
 from abc import ABC
-from collections.abc import Callable, Mapping, MutableMapping
-from dataclasses import fields, is_dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import fields
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.data import get_worker_info
 
+from distplat.strategies.loop.containers import items_in, rebuilt, with_fields
 from distplat.strategies.loop.loaders import ByValue, all_importable
 from distplat.strategies.torch_compat import COLLATE_RULES, collate_by
 
@@ -62,54 +62,9 @@ def moved(value: Any, device: torch.device) -> Any:
     """
     if isinstance(value, Tensor):
         return value.to(device, non_blocking=True)
-    if isinstance(value, Mapping):
-        return _mapping(value, {key: moved(item, device) for key, item in value.items()})
-    if callable(getattr(value, "to", None)):  # before tuples: a PackedSequence is one
-        return value.to(device)
-    if isinstance(value, list | tuple):
-        return _sequence(value, [moved(item, device) for item in value])
-    if is_dataclass(value) and not isinstance(value, type):
-        return _dataclass(value, device)
-    return value
-
-
-def _mapping(value: Mapping[Any, Any], items: dict[Any, Any]) -> Mapping[Any, Any]:
-    if all(items[key] is item for key, item in value.items()):
-        return value
-    if type(value) is dict:
-        return items
-    if isinstance(value, MutableMapping):
-        clone = copy.copy(value)  # it may have more than items: a default, an encoding
-        clone.update(items)
-        return clone
-    try:
-        return type(value)(items)  # type: ignore[call-arg]
-    except TypeError:
-        return items
-
-
-def _sequence(value: list[Any] | tuple[Any, ...], items: list[Any]) -> Any:
-    if all(new is old for new, old in zip(items, value, strict=True)):
-        return value
-    if hasattr(value, "_make"):  # a namedtuple takes its items one by one
-        return value._make(items)
-    try:
-        return type(value)(items)
-    except TypeError:
-        return items
-
-
-def _dataclass(value: Any, device: torch.device) -> Any:
-    there = [field.name for field in fields(value) if hasattr(value, field.name)]
-    items = {name: moved(getattr(value, name), device) for name in there}
-    if all(getattr(value, name) is item for name, item in items.items()):
-        return value
-    return with_fields(value, items)
-
-
-def with_fields(value: Any, items: Mapping[str, Any]) -> Any:
-    """Give a copy of a dataclass with other values; its `__init__` may not take them all."""
-    clone = copy.copy(value)
-    for name, item in items.items():
-        object.__setattr__(clone, name, item)  # it may be frozen
-    return clone
+    if not isinstance(value, Mapping) and callable(getattr(value, "to", None)):
+        return value.to(device)  # a PackedSequence for one
+    items = items_in(value) or []
+    there = [moved(item, device) for item in items]
+    same = all(new is old for new, old in zip(there, items, strict=True))
+    return value if same else rebuilt(value, there)

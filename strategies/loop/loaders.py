@@ -10,9 +10,8 @@ import threading
 import time
 import types
 from collections import ChainMap
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import fields, is_dataclass
 from importlib.machinery import ModuleSpec
 from multiprocessing import forkserver, parent_process, synchronize, util
 from multiprocessing.connection import Connection
@@ -28,6 +27,7 @@ from torch.utils.data import Dataset
 
 from distplat.platform.errors import DeadlineExceeded
 from distplat.platform.spec import Job
+from distplat.strategies.loop.containers import items_in
 
 _SMALL = 1 << 16
 """Bytes of a tensor that is copied to a loader; sharing a larger one takes a descriptor."""
@@ -247,15 +247,7 @@ def importable(kind: type) -> bool:
 
 def all_importable(batch: Any) -> bool:
     """Say whether all classes of a collated batch are."""
-    if not importable(type(batch)):
-        return False
-    if isinstance(batch, Mapping):
-        return all(all_importable(item) for item in batch.values())
-    if isinstance(batch, list | tuple):
-        return all(all_importable(item) for item in batch)
-    if is_dataclass(batch):
-        return all(all_importable(getattr(batch, field.name)) for field in fields(batch))
-    return True
+    return importable(type(batch)) and all(map(all_importable, items_in(batch) or ()))
 
 
 _KINDS = (random.Random, np.random.Generator, np.random.RandomState, torch.Generator)

@@ -9,7 +9,6 @@ for the whole one. A mean of the whole batch is the mean of the two results.
 from __future__ import annotations
 
 import copy
-import dataclasses
 import logging
 import math
 import random
@@ -24,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from distplat.strategies.loop.collate import with_fields
+from distplat.strategies.loop.containers import items_in, rebuilt, tensors_in
 from distplat.strategies.loop.loss_state import LossState, NewState, state_warning
 from distplat.strategies.loop.losses import BatchResult, EvalBatch
 from distplat.strategies.loop.seeding import generators_kept, state_of_generators
@@ -167,7 +166,7 @@ class MeanCheck:
 def _keeps_metrics(task: Task) -> bool:
     """Whether a task keeps objects that count what they are shown, as torchmetrics has them."""
     kept = [*vars(task).values(), *task_modules(task, nn.Module())]
-    kept += [one for items in map(_items, kept) for one in items or ()]
+    kept += [one for items in map(items_in, kept) for one in items or ()]
     return any(hasattr(one, "update") and hasattr(one, "compute") for one in kept)
 
 
@@ -384,28 +383,8 @@ def _read_metrics(metrics: Any) -> dict[str, float] | None:
 
 def _tolerance(tree: Any) -> float:
     """Give the relative tolerance for the coarsest type in a tree."""
-    found = [t for t in _tensors(tree) if t.is_floating_point()]
+    found = [t for t in tensors_in(tree) if t.is_floating_point()]
     return max((_TOLERANCES.get(t.dtype, _COARSE) for t in found), default=_COARSE)
-
-
-def _tensors(tree: Any) -> Iterator[Tensor]:
-    """Give the tensors of a tree, in order."""
-    if isinstance(tree, Tensor):
-        yield tree
-    else:
-        for item in _items(tree) or ():
-            yield from _tensors(item)
-
-
-def _items(tree: Any) -> list[Any] | None:
-    """Give what a node holds; None: it is no node that we know."""
-    if isinstance(tree, Mapping):
-        return list(tree.values())
-    if isinstance(tree, list | tuple) and not isinstance(tree, PackedSequence):
-        return list(tree)
-    if dataclasses.is_dataclass(tree) and not isinstance(tree, type):
-        return [getattr(tree, field.name) for field in dataclasses.fields(tree)]
-    return None
 
 
 def _part(tree: Any, size: int, cut: slice) -> Any:
@@ -426,8 +405,8 @@ def _part(tree: Any, size: int, cut: slice) -> Any:
         return _copied(tree[cut] if tree.ndim else tree)
     if isinstance(tree, _ATOMS):
         return tree
-    items = _items(tree)
-    if items is None:
+    items = items_in(tree)
+    if items is None or isinstance(tree, PackedSequence):
         raise _CannotTell
     if isinstance(tree, list | tuple) and len(tree) == size and not _is_by_tensor(tree, size):
         return type(tree)(map(_copied, tree[cut]))  # an entry for each sample
@@ -438,33 +417,20 @@ def _copied(tree: Any) -> Any:
     """Copy all of a tree, without the way back to the model."""
     if isinstance(tree, Tensor):
         return tree.detach().clone()
-    items = _items(tree)
+    items = items_in(tree)
     return copy.deepcopy(tree) if items is None else _rebuilt(tree, [*map(_copied, items)])
 
 
 def _is_by_tensor(items: Any, size: int) -> bool:
     """Say whether a list as long as the batch has tensors of the batch, not one entry a sample."""
-    lengths = {len(tensor) for tensor in _tensors(items) if tensor.ndim}
+    lengths = {len(tensor) for tensor in tensors_in(items) if tensor.ndim}
     return lengths == {size}
 
 
 def _rebuilt(tree: Any, items: list[Any]) -> Any:
-    """Make a node of the same type that holds other items."""
-    if isinstance(tree, Mapping):
-        if dataclasses.is_dataclass(tree):  # such as the outputs of Hugging Face's models
-            return type(tree)(**dict(zip(tree, items, strict=True)))
-        if not isinstance(tree, dict | UserDict):  # a copy of another may share what it holds
-            raise _CannotTell
-        made: Any = copy.copy(tree)
-        for key, item in zip(tree, items, strict=True):
-            made[key] = item
-        return made
-    if isinstance(tree, tuple) and hasattr(tree, "_fields"):
-        return type(tree)(*items)
-    if isinstance(tree, list | tuple):
-        return type(tree)(items)
-    names = [field.name for field in dataclasses.fields(tree)]
-    return with_fields(tree, dict(zip(names, items, strict=True)))
+    if isinstance(tree, Mapping) and not isinstance(tree, dict | UserDict):
+        raise _CannotTell  # a copy of another may share what it holds
+    return rebuilt(tree, items)
 
 
 def _on_a_copy(task_loss: Callable[..., Any], begun: LossState | None) -> Callable[..., Any]:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from typing_extensions import override
 
-from distplat.strategies.loop.step_check import tensors_in
+from distplat.strategies.loop.containers import tensors_in
 from distplat.strategies.loop.task_settings import named_task_modules
 from distplat.strategies.model.trials import TORCHS, mark_of
 from distplat.strategies.task import Task

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import fields, is_dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from distplat.strategies.loop.containers import items_in
 
 _DEPTH = 8
 """Of collections within each other."""
@@ -45,10 +46,8 @@ def _items(value: Any) -> list[Any]:
     """Give what a collection holds; nothing, of what is none."""
     if isinstance(value, Mapping):
         return [item for pair in value.items() for item in pair]
-    if isinstance(value, list | tuple):
-        return [*value]
-    if is_dataclass(value) and not isinstance(value, type):
-        return [getattr(value, field.name) for field in fields(value)]
+    if (items := items_in(value)) is not None:
+        return items
     return [np.asarray(value)] if hasattr(value, "__array__") else []  # an image
 
 

@@ -12,7 +12,7 @@ is looked at: what it gives depends on parameters if something that it is given 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -20,6 +20,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakIdKeyDictionary
 from typing_extensions import override
 
+from distplat.strategies.loop.containers import tensors_in
 from distplat.strategies.loop.losses import BatchResult
 
 _IGNORED_LABEL = -100
@@ -159,12 +160,3 @@ def labels_warning(made: BatchResult, samples: int) -> str | None:
         "Return (sum, weight) instead: the loss times the number of labels that it is a mean over, "
         "and that number"
     )
-
-
-def tensors_in(value: Any, within: tuple[Any, ...] = ()) -> Iterator[Tensor]:
-    """Give the tensors in lists, tuples and dicts; `within`: those around this one."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, list | tuple | dict) and not any(value is one for one in within):
-        for one in value.values() if isinstance(value, dict) else value:
-            yield from tensors_in(one, (*within, value))

@@ -36,7 +36,7 @@ from distplat.strategies.pipeline.forward_writes import ForwardWrites
 from distplat.strategies.pipeline.interfaces import BackwardListener, Source, TraceSpan
 from distplat.strategies.pipeline.limits import GradientReach
 from distplat.strategies.pipeline.rank_model import Chunk
-from distplat.strategies.pipeline.values import Packing, ValueLayout, copied, tensors_in
+from distplat.strategies.pipeline.values import Packing, ValueLayout, copied, tensor_leaves
 
 
 @lru_cache(maxsize=16)  # an epoch's last batch may have fewer micro-batches than the others
@@ -254,7 +254,7 @@ class ScheduleRun:
             given, inputs = entered(layout, held.tensors, differentiated=trains)
         with context.autocast(), self._watched(virtual_stage):
             outputs = context.chunks[virtual_stage].run(given, source.seed(number))
-        if buffer is not None and _share_memory(buffer, tensors_in(outputs)):
+        if buffer is not None and _share_memory(buffer, tensor_leaves(outputs)):
             buffer = None  # a chunk that hands its input on: others still read it
         made = self._pass_on(number, virtual_stage, outputs)
         if self._listener is not None:

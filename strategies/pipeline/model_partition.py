@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from statistics import median
@@ -27,24 +27,21 @@ from distplat.strategies.model.layers import Layer, tracing
 from distplat.strategies.model.meta import materialise
 from distplat.strategies.model.model_call import ModelCall
 from distplat.strategies.model.sync_batch_norm import refuse_sync_batch_norm
+from distplat.strategies.model.trials import untouched
 from distplat.strategies.pipeline.call_order import agreed_order, call_order_of, has_order
 from distplat.strategies.pipeline.executor import training_plan
 from distplat.strategies.pipeline.hybrid_options import HybridOptions
-from distplat.strategies.pipeline.limits import (
-    SAMPLES,
-    as_pair,
-    check_layers,
-    entering,
-    inputs_of,
-    names_of,
-    shared,
-)
+from distplat.strategies.pipeline.layer_check import check_layers
+from distplat.strategies.pipeline.limits import as_pair, entering, names_of
 from distplat.strategies.pipeline.rank_model import ModelPart, layers_for, take_part, take_whole
 from distplat.strategies.pipeline.slicing_trial import BeforeSlicing
-from distplat.strategies.pipeline.values import copied, tensors_in
+from distplat.strategies.pipeline.values import copied, on_device, tensor_leaves
 from distplat.strategies.tensor.parallel_plan import resolve
 from distplat.strategies.tensor.parallelize import parallelize
 from distplat.strategies.torch_compat import tree_map
+
+_SAMPLES = 2
+"""That layers are tried with: one alone might lose its dimension in a `squeeze`."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +74,7 @@ def measured(layer: Layer, inputs: Any, repeats: int) -> tuple[LayerCost, Any]:
     Raises:
         SpecError: it cannot be copied.
     """
-    devices = sorted({one.device.index for one in tensors_in(inputs) if one.is_cuda})
+    devices = sorted({one.device.index for one in tensor_leaves(inputs) if one.is_cuda})
     with torch.random.fork_rng(devices=devices), torch.enable_grad():
         return _measured(layer, tree_map(_leaf, inputs), repeats)
 
@@ -95,14 +92,14 @@ def _measured(layer: Layer, inputs: Any, repeats: int) -> tuple[LayerCost, Any]:
     given = copied(inputs)  # the layer may work in place; each time on the same values
     with torch.autograd.graph.saved_tensors_hooks(kept.pack, lambda saved: saved):
         outputs = module(given)
-    gradients = [torch.ones_like(one) for one in tensors_in(outputs) if one.requires_grad]
-    like = tensors_in(inputs)[0]
+    gradients = [torch.ones_like(one) for one in tensor_leaves(outputs) if one.requires_grad]
+    like = tensor_leaves(inputs)[0]
     forwards, backwards = [], []
     for _ in range(repeats + 1):
         given = copied(inputs)
         wait(like)
         start = time.perf_counter()
-        made = [one for one in tensors_in(module(given)) if one.requires_grad]
+        made = [one for one in tensor_leaves(module(given)) if one.requires_grad]
         wait(like)
         middle = time.perf_counter()
         if made:
@@ -117,7 +114,7 @@ def _measured(layer: Layer, inputs: Any, repeats: int) -> tuple[LayerCost, Any]:
         median(backwards[1:]),
         sum(own.values()),
         kept.bytes,
-        sum(one.nbytes for one in tensors_in(outputs)),
+        sum(one.nbytes for one in tensor_leaves(outputs)),
     )
     return cost, outputs
 
@@ -344,7 +341,7 @@ class _Cutting:
         recompute, device = options.recompute, self._prepared.device
         if options.virtual_stages == 1:
             one = take_whole(task, model, recompute=recompute, seed=seed, device=device)
-            return one, {} if tried is None else {0: shared(self._samples(), tried)}
+            return one, {} if tried is None else {0: _shared(self._samples(), tried)}
         layers = layers_for(task, model, order)
         if self._group.rank == 0 and seed is None:
             with tracing:
@@ -353,9 +350,9 @@ class _Cutting:
         mine = range(at.stage, options.virtual_stages, options.pipeline)
         inputs = {}
         if tried is not None:
-            some = shared(entering(self._samples()), tried)
+            some = _shared(entering(self._samples()), tried)
             with tracing:
-                inputs = inputs_of(layers, {stage: [0, *points][stage] for stage in mine}, some)
+                inputs = _inputs_of(layers, {stage: [0, *points][stage] for stage in mine}, some)
         part = take_part(layers, points, mine, recompute=recompute, seed=seed, device=device)
         return part, inputs
 
@@ -431,9 +428,47 @@ class _Cutting:
         limits = [limit] * options.virtual_stages
         return Memory(limits, live * options.chunks, recompute=options.recompute)
 
-    def _samples(self, most: int | None = SAMPLES) -> Any:
+    def _samples(self, most: int | None = _SAMPLES) -> Any:
         """Give inputs of the run's first samples, or with None of its first micro-batch."""
         p = self._prepared
         ids = p.sampler.micro_batches(0, 0, self._options.micro(p.job))[0][:most]
         batch = one_batch(batches_by(p.task, p.data), ids.tolist())
         return as_pair(p.task, moved(batch, self._device))[0]
+
+
+@torch.no_grad()
+def _inputs_of(layers: Sequence[Layer], starts: Mapping[int, int], inputs: Any) -> dict[int, Any]:
+    """
+    Give what enters some virtual stages for a few samples, in evaluation mode.
+
+    Args:
+        layers: of the whole model, not sliced.
+        starts: by virtual stage, the number of its first layer.
+        inputs: of the model.
+    """
+    found: dict[int, Any] = {}
+    some = layers[: max(starts.values())]
+    device = tensor_leaves(inputs)[0].device
+    values = on_device(inputs, next((p.device for p in layers[0].module.parameters()), device))
+    with untouched(*(layer.module for layer in some)):
+        for number in range(len(some) + 1):
+            found |= {
+                virtual_stage: copied(values)
+                for virtual_stage, start in starts.items()
+                if start == number
+            }
+            if number < len(some):
+                values = some[number].module(values)
+    return {virtual_stage: on_device(value, device) for virtual_stage, value in found.items()}
+
+
+def _shared(inputs: Any, slices: Collective) -> Any:
+    """Give all slices the first one's inputs: each has read them for itself, perhaps at random."""
+
+    def one(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            value = value.contiguous()
+            slices.broadcast(value)
+        return value
+
+    return tree_map(one, inputs)

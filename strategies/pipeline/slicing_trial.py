@@ -19,7 +19,12 @@ from torch import Tensor, nn
 
 from distplat.platform.errors import DistplatError, Problem, SpecError
 from distplat.strategies.model.trials import WithoutDropout, stop_dropping, untouched
-from distplat.strategies.pipeline.limits import NamedGradients, alike, gradients_of, other_gradients
+from distplat.strategies.pipeline.layer_check import (
+    NamedGradients,
+    alike,
+    gradients_of,
+    other_gradients,
+)
 from distplat.strategies.pipeline.values import copied
 from distplat.strategies.tensor.parallel_layers import lone_columns
 from distplat.strategies.torch_compat import tree_map

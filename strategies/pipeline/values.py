@@ -314,8 +314,8 @@ def is_value(tree: Any) -> bool:
     return known and any(isinstance(leaf, Tensor) for leaf in leaves)
 
 
-def tensors_in(tree: Any) -> list[Tensor]:
-    """Give the tensors among a tree's leaves, in order."""
+def tensor_leaves(tree: Any) -> list[Tensor]:
+    """Give the tensors among a tree's leaves, in order: those that stages can hand on."""
     if isinstance(tree, Tensor):
         return [tree]
     return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]

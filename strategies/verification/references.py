@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,6 +21,7 @@ from distplat.platform.sampler import ENDLESS
 from distplat.platform.spec import Job
 from distplat.strategies.catalog import make_strategy
 from distplat.strategies.hybrid import Hybrid
+from distplat.strategies.loop.containers import tensors_in
 from distplat.strategies.loop.gathering import calls
 from distplat.strategies.loop.streams import is_stream, length_of
 from distplat.strategies.loop.task_settings import order_of
@@ -238,19 +239,8 @@ def _recorded(make: MakeSwitched, switches: Switches, into: list[Tensor]) -> Cal
 
 def _first_tensor(tree: Any) -> Tensor:
     """Give the first tensor by sample: a model may give its loss, too."""
-    return next((value for value in _tensors(tree) if value.ndim), torch.zeros(0))
-
-
-def _tensors(tree: Any) -> Iterator[Tensor]:
-    if isinstance(tree, Tensor):
-        yield tree
-        return
-    if isinstance(tree, Mapping):
-        tree = [*tree.values()]
-    elif not isinstance(tree, list | tuple):
-        tree = [*vars(tree).values()] if hasattr(tree, "__dict__") else []
-    for item in tree:
-        yield from _tensors(item)
+    own = getattr(tree, "__dict__", None)  # outputs may be an object of any class
+    return next((one for one in tensors_in((tree, own)) if one.ndim), torch.zeros(0))
 
 
 def _same(whole: Tensor, split: list[Tensor]) -> bool:

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -224,6 +225,24 @@ class Centred(Classify):
         return nn.Sequential(Centre(), nn.Linear(5, 3))
 
 
+class CentredObject(Centred):
+    """What the model gives is an object of a class that nobody knows."""
+
+    def model(self) -> nn.Module:
+        class Wrapped(nn.Module):
+            def __init__(self, inner: nn.Module) -> None:
+                super().__init__()
+                self.inner = inner
+
+            def forward(self, x: Tensor) -> Any:
+                return SimpleNamespace(logits=self.inner(x))
+
+        return Wrapped(super().model())
+
+    def loss(self, outputs: Any, targets: Any) -> Any:
+        return super().loss(outputs.logits, targets)
+
+
 @pytest.mark.sweep(2)
 @pytest.mark.parametrize(
     ("kind", "says"),
@@ -232,6 +251,7 @@ class Centred(Classify):
         (SteppedTokenMean, "(sum, weight)"),
         (InBatch, "in-batch"),
         (Centred, "the model"),
+        (CentredObject, "the model"),
     ],
 )
 def test_what_cannot_be_put_together_differs_by_meaning(kind: type[Task], says: str) -> None:

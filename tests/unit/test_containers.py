@@ -1,0 +1,70 @@
+"""The tensors in nested values, whatever holds them, and the same containers with other items."""
+
+from collections import OrderedDict, UserDict, namedtuple
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pack_sequence
+
+from distplat.strategies.loop.containers import items_in, rebuilt, tensors_in
+
+Named = namedtuple("Named", ["first", "second"])
+
+
+@dataclass
+class State:
+    first: Any
+    second: Any
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        State,
+        Named,
+        lambda a, b: [a, b],
+        lambda a, b: (a, b),
+        lambda a, b: {"a": a, "b": b},
+        lambda a, b: OrderedDict(a=a, b=b),
+        lambda a, b: UserDict(a=a, b=b),
+        lambda a, b: MappingProxyType({"a": a, "b": b}),
+    ],
+)
+def test_tensors_are_found_in_order_and_containers_rebuilt(kind: Any) -> None:
+    a, b, c = (torch.tensor(float(number)) for number in range(3))
+    value = kind(a, {"text": "x", "inner": [b, None]})
+    assert [*map(id, tensors_in(value))] == [id(a), id(b)]
+    items = items_in(value)
+    assert items is not None
+    other = rebuilt(value, [c, *items[1:]])
+    assert type(other) is type(value)
+    assert [*map(id, tensors_in(other))] == [id(c), id(b)]
+    assert [*map(id, tensors_in(value))] == [id(a), id(b)]
+
+
+def test_a_list_that_holds_itself_ends() -> None:
+    value: list[Any] = [torch.ones(1)]
+    value.append({"again": value})
+    assert len([*tensors_in(value)]) == 1
+
+
+@pytest.mark.parametrize("value", ["text", 1.0, None, {1}, State, object()])
+def test_other_values_hold_nothing(value: object) -> None:
+    assert items_in(value) is None
+    assert [*tensors_in(value)] == []
+
+
+def test_hugging_face_s_outputs_and_packed_sequences() -> None:
+    outputs_module = pytest.importorskip("transformers.modeling_outputs")
+
+    logits = torch.zeros(2, 3)
+    outputs = rebuilt(outputs_module.CausalLMOutput(logits=logits), [torch.ones(2, 3)])
+    assert type(outputs) is outputs_module.CausalLMOutput
+    assert torch.equal(outputs.logits, torch.ones(2, 3))
+    assert outputs["logits"] is outputs.logits
+    packed: Tensor = next(tensors_in(pack_sequence([torch.ones(2), torch.ones(1)])))
+    assert packed.shape == (3,)
