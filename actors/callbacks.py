@@ -12,17 +12,17 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 from typing_extensions import override
 
 from distplat.platform.disk import BackgroundWriter
 from distplat.platform.errors import Interrupted, Problem, SpecError, hint
-from distplat.platform.evaluations import EarlyStop, EarlyStopping
 from distplat.platform.progress import (
+    EarlyStopReached,
     EvalSummary,
     FailureEvent,
     Recovery,
@@ -30,7 +30,6 @@ from distplat.platform.progress import (
     Saved,
     StepSummary,
     Summary,
-    reported,
 )
 from distplat.platform.spec import Job
 from distplat.platform.trackers import Tracker, TrackerSpec, open_tracker, points_of
@@ -137,27 +136,19 @@ class Callbacks:
 
     Args:
         callbacks: in the order in which they are called.
-        early_stop: when the run ends for want of progress; None: it does not.
         max_time_s: after which it ends; None: never.
         clock: gives seconds.
-        own_loop: whether reports of a train function are what it goes by.
-        evaluated: what a resumed run's `early_stop` begins with, see `EarlyStopping`.
     """
 
     def __init__(
         self,
         callbacks: Sequence[Callback],
-        early_stop: EarlyStop | None = None,
         max_time_s: float | None = None,
         clock: Callable[[], float] = time.monotonic,
-        *,
-        own_loop: bool = False,
-        evaluated: Mapping[str, Any] | None = None,
     ) -> None:
-        self._present, self._own_loop = list(callbacks), own_loop
+        self._present = list(callbacks)
         self._max_time_s, self._clock = max_time_s, clock
         self._began, self._stepped = clock(), False
-        self._stopping = EarlyStopping(early_stop, evaluated) if early_stop is not None else None
         self.stop: str | None = None  #: why the run is to end before its last step
         self._called: tuple[Callback, float] | None = None  #: who is being called, and since when
         self._over = threading.Event()
@@ -181,10 +172,8 @@ class Callbacks:
             case StepSummary():
                 self._stepped = True
                 self._each(lambda one: one.on_step(summary))
-                self._watch(summary.step, reported(summary) if self._own_loop else {})
                 self._each(self._ask)
             case EvalSummary():
-                self._watch(summary.step, summary.metrics)
                 self._each(lambda one: one.on_evaluation(summary))
                 self._each(self._ask)
             case Saved():
@@ -195,11 +184,8 @@ class Callbacks:
                 self._each(lambda one: one.on_recovery(summary))
             case Resized():
                 self._each(lambda one: one.on_resize(summary))
-
-    def _watch(self, step: int, metrics: Mapping[str, float]) -> None:
-        """See whether an evaluation, or a report of a train function, is one too many."""
-        if self._stopping is not None and self._stopping.metric in metrics:
-            self.stop = self.stop or self._stopping.evaluated(step, metrics)
+            case EarlyStopReached():
+                self.stop = self.stop or summary.reason
 
     def _ask(self, one: Callback) -> None:
         """See whether one wants the run to end; what the first says is the reason."""

@@ -34,7 +34,15 @@ from distplat.platform.checkpoints import (
 from distplat.platform.disk import SETTING, Moved, with_deadline
 from distplat.platform.errors import StorageError
 from distplat.platform.evaluations import EARLY_STOP, BestCheckpoint, EarlyStopping
-from distplat.platform.progress import Best, EvalSummary, Saved, StepSummary, Summary, reported
+from distplat.platform.progress import (
+    Best,
+    EarlyStopReached,
+    EvalSummary,
+    Saved,
+    StepSummary,
+    Summary,
+    reported,
+)
 from distplat.platform.resume import NOT_FINITE, state_of
 from distplat.platform.spec import Job
 from distplat.platform.tensor_file import encode
@@ -97,7 +105,8 @@ class Checkpoints:
         self._stopping = EarlyStopping(rule, launch.evaluated) if rule is not None else None
         self._judging = threading.Lock()  #: held while these two are used
         self._told_best: int | None = None
-        self._finished: deque[Saved | Best] = deque()
+        self._told_stop = False
+        self._finished: deque[Saved | Best | EarlyStopReached] = deque()
         self._failures: dict[int, str] = {}  #: step -> why it has none, since the last one came
         self._failed_at = -math.inf
         self._left_alone = False  #: the end of the run waits for the writer no more
@@ -149,7 +158,7 @@ class Checkpoints:
             return
         with self._judging:
             if self._stopping is not None and self._stopping.metric in metrics:
-                self._stopping.evaluated(summary.step, metrics)
+                self._tell_stop(summary.step, self._stopping.evaluated(summary.step, metrics))
             self._best.evaluated(summary.step, metrics)
             self._tell_best()
 
@@ -161,9 +170,15 @@ class Checkpoints:
             path = str(self._catalogue.path(step))
             self._finished.append(Best(step, path, rule.metric, self._best.figure))
 
-    def take_finished(self) -> list[Saved | Best]:
+    def _tell_stop(self, step: int, reason: str | None) -> None:
+        """Tell, once, that the run is to end."""
+        if reason is not None and not self._told_stop:
+            self._told_stop = True
+            self._finished.append(EarlyStopReached(step, reason))
+
+    def take_finished(self) -> list[Saved | Best | EarlyStopReached]:
         """
-        Give what came to the disk since the last call, and which is the best.
+        Give what came to the disk since the last call, which is the best, and an early stop.
 
         Raises:
             StorageError: checkpoints fail again and again.

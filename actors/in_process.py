@@ -68,6 +68,7 @@ def train_in_process(launch: Launch, handlers: RunHandlers, stopping: Stopping) 
         for summary in aggregator.add(part):
             checkpoints.hear(summary)
             handlers.on_summary(summary)
+            _tell_finished(checkpoints, handlers)
 
     def save(model: bytes) -> None:
         with stopping.not_at_once():
@@ -236,8 +237,12 @@ def _settle(checkpoints: Checkpoints, handlers: RunHandlers) -> None:
     """After the end of a run that ended well, wait for checkpoints, and tell of them."""
     checkpoints.drain()
     checkpoints.settle()
-    for written in checkpoints.take_finished():
-        handlers.on_summary(written)
+    _tell_finished(checkpoints, handlers)
+
+
+def _tell_finished(checkpoints: Checkpoints, handlers: RunHandlers) -> None:
+    for told in checkpoints.take_finished():
+        handlers.on_summary(told)
 
 
 def _task_class(launch: Launch) -> type[Task]:

@@ -160,10 +160,7 @@ class Trainer:
         trackers = [Tracking(self.job.trackers, before)] if self.job.trackers else []
         view = View() if self._progress else view_here() if self._progress is None else None
         views = [] if view is None else [view]
-        every, job = (*views, *trackers, *self._callbacks), self.job
-        rules = job.early_stop, job.max_time_s
-        begun = self._evaluated
-        callbacks = Callbacks(every, *rules, own_loop=job.own_loop, evaluated=begun)
+        callbacks = Callbacks((*views, *trackers, *self._callbacks), self.job.max_time_s)
         try:
             self._fit(directory, result, callbacks)
         except BaseException as error:

@@ -192,10 +192,29 @@ class Best:
     """That the evaluation of this step gave."""
 
 
+@dataclass(frozen=True)
+class EarlyStopReached:
+    """Evaluations got no better for as long as `early_stop` has patience: the run is to end."""
+
+    step: int
+    """That the last of them comes after."""
+    reason: str
+
+
 AnyReport = StepReport | EvalReport | TraceReport
 """What a rank reports."""
 
-Summary = StepSummary | EvalSummary | Trace | FailureEvent | Recovery | Resized | Saved | Best
+Summary = (
+    StepSummary
+    | EvalSummary
+    | Trace
+    | FailureEvent
+    | Recovery
+    | Resized
+    | Saved
+    | Best
+    | EarlyStopReached
+)
 """What is told of a run while it goes on."""
 KINDS = {
     "step": StepSummary,
@@ -205,6 +224,7 @@ KINDS = {
     "resized": Resized,
     "checkpoint": Saved,
     "best checkpoint": Best,
+    "early stop": EarlyStopReached,
 }
 """By `kind` of a line of metrics.jsonl."""
 

@@ -86,6 +86,8 @@ def run(
                 for summary in aggregator.add(report):
                     checkpoints.hear(summary)
                     outbox.put(summary)
+                    for finished in checkpoints.take_finished():
+                        outbox.put(finished)
             if (step + 1) % _AT_A_TIME == 0 or step + 1 == steps:
                 for told in outbox.take(step // _AT_A_TIME + 1):
                     handlers.on_summary(told)

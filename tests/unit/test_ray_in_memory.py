@@ -62,6 +62,11 @@ class Told(Task):
         return nn.functional.cross_entropy(outputs, targets)
 
 
+class Evaluated(Told):
+    def eval_data(self) -> TensorDataset:
+        return self.train_data()
+
+
 @pytest.fixture
 def cluster() -> Iterator[InMemoryRay]:
     with InMemoryRay() as ray:
@@ -93,6 +98,21 @@ def test_a_run_has_the_bits_of_ranks_without_a_driver(
     assert all(torch.equal(found[name], value) for name, value in expected.items())
     assert [one.step for one in result.history] == [*range(1, STEPS + 1)]
     assert bool(result.failures) == bool(killed)
+
+
+def test_the_controller_counts_the_evaluations_and_the_driver_ends_the_run(
+    cluster: InMemoryRay, tmp_path: Path
+) -> None:
+    fields = {"steps": 3000, "evaluation": {"every_steps": 1}, "storage_path": str(tmp_path)}
+    rule = {"metric": "loss", "mode": "max", "patience": 2}
+    given = make_job(fields_of("ring", 2, early_stop=rule, **fields))
+    trainer = Trainer(given, Evaluated, progress=False, log_to_driver=False)
+    result: Result = cluster.as_driver(trainer.fit)
+    assert result.stopped == "loss got no better since step 1, in 2 evaluations"
+    assert 3 <= result.totals.steps < 3000
+    lines = map(json.loads, (result.path / "metrics.jsonl").read_text().splitlines())
+    (told,) = [line for line in lines if line["kind"] == "early stop"]
+    assert told == {"kind": "early stop", "step": 3, "reason": result.stopped}
 
 
 def test_a_lost_worker_that_may_not_be_replaced_is_named(
