@@ -1,8 +1,7 @@
 """What a user's task may get wrong: each mistake in clear words, with its place and exit code."""
 
-import sys
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,52 +9,17 @@ import local_run
 import pytest
 import torch
 import torch.nn.functional as F
-from jobs import fields_of, job_of
+from good_task import FIELDS, Good, fit, samples, told
+from jobs import job_of
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, TensorDataset
+from torch.utils.data import Dataset, TensorDataset
 
-from distplat import Result, Task, Trainer
+from distplat import Task, Trainer
 from distplat.platform.errors import SpecError, UserCodeError
 from distplat.platform.progress import EvalReport, ReportAggregator
 from distplat.strategies.loop.session import prepare
-from distplat.strategies.loop.task_warnings import size_warning
 
 pytestmark = pytest.mark.usefixtures("loader_server")
-
-FOLDER = Path(__file__).parents[2]
-FIELDS = fields_of("ring", 0, epochs=1)
-
-
-def samples(count: int = 8) -> TensorDataset:
-    torch.manual_seed(3)
-    return TensorDataset(torch.randn(count, 3), torch.randint(0, 2, (count,)))
-
-
-class Good(Task):
-    def model(self) -> nn.Module:
-        return nn.Linear(3, 2)
-
-    def train_data(self) -> Dataset[Any]:
-        return samples()
-
-    def loss(self, outputs: Any, targets: Any) -> Tensor:
-        return F.cross_entropy(outputs, targets)
-
-
-def fit(kind: type[Task], tmp_path: Path, **fields: Any) -> Result:
-    return Trainer({**FIELDS, **fields}, kind, working_dir=tmp_path).fit()
-
-
-def told(kind: type[Task], tmp_path: Path, **fields: Any) -> UserCodeError:
-    """Train; give the error, which has no frame of ours."""
-    with pytest.raises(UserCodeError) as caught:
-        fit(kind, tmp_path, **fields)
-    ours = [str(FOLDER / part) for part in ("platform", "strategies", "actors", "cli")]
-    for line in caught.value.traceback.splitlines():
-        if line.startswith('  File "'):
-            assert not any(part in line for part in (*ours, "/distplat/")), line
-    assert caught.value.exit_code == 1
-    return caught.value
 
 
 def test_a_good_task_is_trained(tmp_path: Path) -> None:
@@ -179,62 +143,6 @@ def test_a_lazy_model_that_saw_a_batch_is_trained(tmp_path: Path) -> None:
     assert fit(Lazy, tmp_path).checkpoint is not None
 
 
-class NoLength(Dataset[Any]):
-    def __getitem__(self, index: int) -> Any:
-        return torch.zeros(3), 0
-
-
-class Table(NoLength):
-    """As a DataFrame: a length, and columns by name."""
-
-    iloc = NoLength()
-
-    def __len__(self) -> int:
-        return 8
-
-
-@pytest.mark.parametrize("method", ["train_data", "eval_data"])
-@pytest.mark.parametrize(
-    ("given", "message"),
-    [
-        (lambda: DataLoader(samples()), "got a DataLoader: return its data set"),
-        (lambda: (samples()[i] for i in range(8)), "got a generator"),
-        (lambda: iter([1]), "got a list_iterator"),
-        (lambda: TensorDataset, "got the class TensorDataset: call it"),
-        (lambda: samples().tensors, "got a tuple of tensors: TensorDataset(...)"),
-        (lambda: {"x": samples(), "y": samples()}, "got a dict of 'x', 'y', without data[0]: "),
-        (lambda: [samples(), samples()], "got a list of data sets: ConcatDataset(...) makes"),
-        (lambda: Table(), "got a Table of pandas, of which data[i] is a column"),
-        (NoLength, "a NoLength has no length"),
-        (lambda: 3, "an int has no __getitem__"),
-    ],
-)
-def test_data_that_has_no_numbered_samples(
-    given: Callable[[], Any], message: str, method: str, tmp_path: Path
-) -> None:
-    bad = type("Bad", (Good,), {method: lambda self: given()})
-    summary = told(bad, tmp_path).summary
-    assert f"{method}() must return a map-style data set" in summary or "__getitem__" in summary
-    assert message in summary
-
-
-@pytest.mark.parametrize(
-    ("method", "message"),
-    [
-        ("train_data", "the training data has 0 samples: no batch of 4 fits"),
-        ("eval_data", "eval_data() has no samples: return None for no evaluation"),
-    ],
-)
-def test_data_without_samples(method: str, message: str, tmp_path: Path) -> None:
-    bad = type("Bad", (Good,), {method: lambda self: samples(0)})
-    assert message in told(bad, tmp_path).summary
-
-
-def test_no_training_data(tmp_path: Path) -> None:
-    bad = type("Bad", (Good,), {"train_data": lambda self: None})
-    assert "got None: is there a `return`?" in told(bad, tmp_path).summary
-
-
 def test_a_last_batch_of_one_meets_a_batch_norm(tmp_path: Path) -> None:
     class Normed(Good):
         def model(self) -> nn.Module:
@@ -263,69 +171,6 @@ def test_out_of_memory_names_what_takes_less(tmp_path: Path) -> None:
         remedy = told(kind, tmp_path).remedy
         assert "raise `gradient_accumulation`" in remedy
         assert "lower `global_batch_size`" in remedy
-
-
-def test_samples_of_several_shapes(tmp_path: Path) -> None:
-    class Ragged(Good):
-        def train_data(self) -> Any:
-            return [(torch.zeros(1 + number % 3), 0) for number in range(8)]
-
-    error = told(Ragged, tmp_path)
-    assert "stack expects each tensor to be equal size" in error.summary
-    assert "in the task's `collate(samples)`" in error.remedy
-    assert 'File "' not in error.traceback, "none of the frames is the user's"
-
-
-def test_a_data_set_may_pad_the_samples_of_a_batch_itself(tmp_path: Path) -> None:
-    """As the remedy says."""
-
-    class Padding(Dataset[Any]):
-        def __len__(self) -> int:
-            return 8
-
-        def __getitems__(self, ids: list[int]) -> list[Any]:
-            longest = max(1 + number % 3 for number in ids)
-            return [(F.pad(torch.ones(1 + i % 3), (0, longest - 1 - i % 3)), 0) for i in ids]
-
-        def __getitem__(self, index: int) -> Any:
-            return self.__getitems__([index])[0]
-
-    class Sums(nn.Linear):
-        def forward(self, inputs: Tensor) -> Tensor:
-            return super().forward(inputs.sum(1, keepdim=True))
-
-    class Ragged(Good):
-        def model(self) -> nn.Module:
-            return Sums(1, 2)
-
-        def train_data(self) -> Dataset[Any]:
-            return Padding()
-
-    assert fit(Ragged, tmp_path).checkpoint is not None
-
-
-@pytest.mark.parametrize(
-    ("count", "remark"),
-    [(3, "has 3 samples, fewer than global_batch_size 4: every step is made of all"), (4, "")],
-)
-def test_data_smaller_than_a_batch_is_warned_of(
-    count: int, remark: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    small = type("Small", (Good,), {"train_data": lambda self: samples(count)})
-    assert fit(small, tmp_path).checkpoint is not None
-    assert remark in caplog.text
-    assert ("training data" in caplog.text) == bool(remark)
-
-
-def test_data_smaller_than_the_workers_is_trained_and_warned_of() -> None:
-    small = type("Small", (Good,), {"train_data": lambda self: samples(1)})
-    job = job_of("ring", 3, epochs=1)
-    run = local_run.train(job, small)
-    assert "1 samples for 3 parts of a batch: 2 of them" in size_warning(
-        job, run.ranks[0].prepared.sampler
-    )
-    for name, value in run.trained[0].items():
-        torch.testing.assert_close(run.trained[2][name], value)
 
 
 class Frequencies(Task):
@@ -370,49 +215,6 @@ def test_a_card_that_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     with pytest.raises(SpecError, match=r"scaling\.use_gpu: torch .* sees no GPU") as caught:
         fit(Good, tmp_path, scaling={"num_workers": 0, "use_gpu": True})
     assert caught.value.exit_code == 2
-
-
-class EndsTheProcess(Dataset[Any]):
-    """Module level: loader processes unpickle it."""
-
-    def __init__(self, raises: bool = False) -> None:
-        self._raises = raises
-
-    def __len__(self) -> int:
-        return 8
-
-    def __getitem__(self, index: int) -> Any:
-        if self._raises:
-            raise KeyError(f"no sample {index}")
-        sys.exit(0)
-
-
-@pytest.mark.parametrize("where", ["__init__", "model", "train_data", "loss", "data"])
-def test_to_exit_with_0_in_a_task_is_a_failure(where: str, tmp_path: Path) -> None:
-    def leave(self: Task, *args: Any) -> Any:
-        sys.exit(0)
-
-    members: Mapping[str, Any] = (
-        {"train_data": lambda self: EndsTheProcess()} if where == "data" else {where: leave}
-    )
-    error = told(type("Bad", (Good,), dict(members)), tmp_path)
-    assert error.summary == "SystemExit: 0"
-    assert error.remedy.startswith("sys.exit() was called")
-
-
-def test_to_exit_with_0_in_a_loader_is_a_failure(tmp_path: Path) -> None:
-    bad = type("Bad", (Good,), {"train_data": lambda self: EndsTheProcess()})
-    error = told(bad, tmp_path, data={"num_workers": 1})
-    assert "a loader process ended: sys.exit() in the data set" in error.remedy
-
-
-def test_an_error_in_a_loader_is_shown_as_itself(tmp_path: Path) -> None:
-    bad = type("Bad", (Good,), {"train_data": lambda self: EndsTheProcess(raises=True)})
-    error = told(bad, tmp_path, data={"num_workers": 1})
-    assert error.summary.startswith("KeyError: 'no sample ")
-    frames = [line for line in error.traceback.splitlines() if line.startswith('  File "')]
-    assert len(frames) == 1
-    assert "test_checks.py" in frames[0]
 
 
 def with_buffer(value: Any) -> nn.Module:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import yaml
 from jobs import fields_of
-from test_callbacks import Lin
+from line_task import Lin
 from test_run_upload import TASKS, brought
 
 from distplat import Trainer

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from jobs import fields_of
-from test_callbacks import Lin
+from line_task import Lin
 
 pytest.importorskip("gcsfs")
 server = pytest.importorskip("gcp_storage_emulator.server")

@@ -1,0 +1,180 @@
+"""What a task's data may get wrong: each mistake in clear words."""
+
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import local_run
+import pytest
+import torch
+import torch.nn.functional as F
+from good_task import Good, fit, samples, told
+from jobs import job_of
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, TensorDataset
+
+from distplat import Task
+from distplat.strategies.loop.task_warnings import size_warning
+
+
+class NoLength(Dataset[Any]):
+    def __getitem__(self, index: int) -> Any:
+        return torch.zeros(3), 0
+
+
+class Table(NoLength):
+    """As a DataFrame: a length, and columns by name."""
+
+    iloc = NoLength()
+
+    def __len__(self) -> int:
+        return 8
+
+
+@pytest.mark.parametrize("method", ["train_data", "eval_data"])
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (lambda: DataLoader(samples()), "got a DataLoader: return its data set"),
+        (lambda: (samples()[i] for i in range(8)), "got a generator"),
+        (lambda: iter([1]), "got a list_iterator"),
+        (lambda: TensorDataset, "got the class TensorDataset: call it"),
+        (lambda: samples().tensors, "got a tuple of tensors: TensorDataset(...)"),
+        (lambda: {"x": samples(), "y": samples()}, "got a dict of 'x', 'y', without data[0]: "),
+        (lambda: [samples(), samples()], "got a list of data sets: ConcatDataset(...) makes"),
+        (lambda: Table(), "got a Table of pandas, of which data[i] is a column"),
+        (NoLength, "a NoLength has no length"),
+        (lambda: 3, "an int has no __getitem__"),
+    ],
+)
+def test_data_that_has_no_numbered_samples(
+    given: Callable[[], Any], message: str, method: str, tmp_path: Path
+) -> None:
+    bad = type("Bad", (Good,), {method: lambda self: given()})
+    summary = told(bad, tmp_path).summary
+    assert f"{method}() must return a map-style data set" in summary or "__getitem__" in summary
+    assert message in summary
+
+
+@pytest.mark.parametrize(
+    ("method", "message"),
+    [
+        ("train_data", "the training data has 0 samples: no batch of 4 fits"),
+        ("eval_data", "eval_data() has no samples: return None for no evaluation"),
+    ],
+)
+def test_data_without_samples(method: str, message: str, tmp_path: Path) -> None:
+    bad = type("Bad", (Good,), {method: lambda self: samples(0)})
+    assert message in told(bad, tmp_path).summary
+
+
+def test_no_training_data(tmp_path: Path) -> None:
+    bad = type("Bad", (Good,), {"train_data": lambda self: None})
+    assert "got None: is there a `return`?" in told(bad, tmp_path).summary
+
+
+def test_samples_of_several_shapes(tmp_path: Path) -> None:
+    class Ragged(Good):
+        def train_data(self) -> Any:
+            return [(torch.zeros(1 + number % 3), 0) for number in range(8)]
+
+    error = told(Ragged, tmp_path)
+    assert "stack expects each tensor to be equal size" in error.summary
+    assert "in the task's `collate(samples)`" in error.remedy
+    assert 'File "' not in error.traceback, "none of the frames is the user's"
+
+
+def test_a_data_set_may_pad_the_samples_of_a_batch_itself(tmp_path: Path) -> None:
+    """As the remedy says."""
+
+    class Padding(Dataset[Any]):
+        def __len__(self) -> int:
+            return 8
+
+        def __getitems__(self, ids: list[int]) -> list[Any]:
+            longest = max(1 + number % 3 for number in ids)
+            return [(F.pad(torch.ones(1 + i % 3), (0, longest - 1 - i % 3)), 0) for i in ids]
+
+        def __getitem__(self, index: int) -> Any:
+            return self.__getitems__([index])[0]
+
+    class Sums(nn.Linear):
+        def forward(self, inputs: Tensor) -> Tensor:
+            return super().forward(inputs.sum(1, keepdim=True))
+
+    class Ragged(Good):
+        def model(self) -> nn.Module:
+            return Sums(1, 2)
+
+        def train_data(self) -> Dataset[Any]:
+            return Padding()
+
+    assert fit(Ragged, tmp_path).checkpoint is not None
+
+
+@pytest.mark.parametrize(
+    ("count", "remark"),
+    [(3, "has 3 samples, fewer than global_batch_size 4: every step is made of all"), (4, "")],
+)
+def test_data_smaller_than_a_batch_is_warned_of(
+    count: int, remark: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    small = type("Small", (Good,), {"train_data": lambda self: samples(count)})
+    assert fit(small, tmp_path).checkpoint is not None
+    assert remark in caplog.text
+    assert ("training data" in caplog.text) == bool(remark)
+
+
+def test_data_smaller_than_the_workers_is_trained_and_warned_of() -> None:
+    small = type("Small", (Good,), {"train_data": lambda self: samples(1)})
+    job = job_of("ring", 3, epochs=1)
+    run = local_run.train(job, small)
+    assert "1 samples for 3 parts of a batch: 2 of them" in size_warning(
+        job, run.ranks[0].prepared.sampler
+    )
+    for name, value in run.trained[0].items():
+        torch.testing.assert_close(run.trained[2][name], value)
+
+
+class EndsTheProcess(Dataset[Any]):
+    """Module level: loader processes unpickle it."""
+
+    def __init__(self, raises: bool = False) -> None:
+        self._raises = raises
+
+    def __len__(self) -> int:
+        return 8
+
+    def __getitem__(self, index: int) -> Any:
+        if self._raises:
+            raise KeyError(f"no sample {index}")
+        sys.exit(0)
+
+
+@pytest.mark.parametrize("where", ["__init__", "model", "train_data", "loss", "data"])
+def test_to_exit_with_0_in_a_task_is_a_failure(where: str, tmp_path: Path) -> None:
+    def leave(self: Task, *args: Any) -> Any:
+        sys.exit(0)
+
+    members: Mapping[str, Any] = (
+        {"train_data": lambda self: EndsTheProcess()} if where == "data" else {where: leave}
+    )
+    error = told(type("Bad", (Good,), dict(members)), tmp_path)
+    assert error.summary == "SystemExit: 0"
+    assert error.remedy.startswith("sys.exit() was called")
+
+
+def test_to_exit_with_0_in_a_loader_is_a_failure(tmp_path: Path) -> None:
+    bad = type("Bad", (Good,), {"train_data": lambda self: EndsTheProcess()})
+    error = told(bad, tmp_path, data={"num_workers": 1})
+    assert "a loader process ended: sys.exit() in the data set" in error.remedy
+
+
+def test_an_error_in_a_loader_is_shown_as_itself(tmp_path: Path) -> None:
+    bad = type("Bad", (Good,), {"train_data": lambda self: EndsTheProcess(raises=True)})
+    error = told(bad, tmp_path, data={"num_workers": 1})
+    assert error.summary.startswith("KeyError: 'no sample ")
+    frames = [line for line in error.traceback.splitlines() if line.startswith('  File "')]
+    assert len(frames) == 1
+    assert "test_data_checks.py" in frames[0]
