@@ -1,0 +1,172 @@
+"""What servers cannot follow in a train function is refused."""
+
+import copy
+import re
+from collections import defaultdict
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import pytest
+import torch
+from plain_functions import (
+    ASYNC,
+    SYNC,
+    Make,
+    adam,
+    data_of,
+    loss_of,
+    model_of,
+    momentum,
+    steps_of,
+    under,
+)
+from torch import nn
+from torch.autograd import backward
+
+import distplat
+from distplat.platform.errors import MismatchError, NonFiniteError, SpecError
+
+
+def test_a_rank_with_fewer_backwards_is_named() -> None:
+    def train(config: Any) -> None:
+        rank = distplat.get_context().rank
+        model = distplat.prepare(model_of())
+        steps_of(model, momentum(model.parameters()), 3 - rank, rank, 2)
+
+    with pytest.raises(MismatchError, match="the train function of worker-1 is over"):
+        under(SYNC, train, 2)
+
+
+def test_a_gradient_that_is_not_finite_is_named() -> None:
+    def train(config: Any) -> None:
+        first, second = distplat.prepare(nn.Linear(4, 4).double(), model_of())
+        infinite = float("inf") if distplat.get_context().rank else 1.0
+        optimizer = momentum(second.parameters())
+        backward(second(first(data_of().tensors[0][:2])).mean() * infinite)
+        optimizer.step()
+
+    with pytest.raises(NonFiniteError, match=r"rank 1.*weight|weight"):
+        under(SYNC, train, 2)
+
+
+def write(model: nn.Module, optimizer: Any) -> None:
+    with torch.no_grad():
+        next(model.parameters()).zero_()
+
+
+def replace(model: nn.Module, optimizer: Any) -> None:
+    next(model.parameters()).data = torch.ones(6, 4).double()
+
+
+def set_flag(model: nn.Module, optimizer: Any) -> None:
+    optimizer.param_groups[0]["nesterov"] = True
+
+
+LATE: dict[str, Callable[[nn.Module, Any], object]] = {
+    "a model": lambda model, optimizer: distplat.prepare(nn.Linear(1, 1)),
+    "an optimizer": lambda model, optimizer: distplat.prepare(adam(model.parameters())),
+    "unprepared": lambda model, optimizer: adam(model.parameters()).step(),
+    "written": write,
+    "replaced": replace,
+    "loaded": lambda model, optimizer: optimizer.load_state_dict(optimizer.state_dict()),
+    "clamped": lambda model, _: model.get_parameter("2.weight").data.clamp_(-0.01, 0.01),  # WGAN
+    "a flag": set_flag,
+    "reset": lambda model, optimizer: optimizer.state.clear(),
+    "another state": lambda model, optimizer: setattr(optimizer, "state", defaultdict(dict)),
+    "read": lambda model, optimizer: optimizer.state[model.get_parameter("0.weight")],
+    "gone through": lambda model, optimizer: [*optimizer.state.items()],
+    "asked": lambda model, optimizer: model.get_parameter("0.weight") in optimizer.state,
+    "counted": lambda model, optimizer: len(optimizer.state),
+    "copied": lambda model, optimizer: copy.deepcopy(optimizer),
+    "a group": lambda model, optimizer: optimizer.add_param_group(
+        {"params": [nn.Parameter(torch.ones(1))]}
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    ("strategy", "kind", "text"),
+    [
+        (SYNC, "a model", "prepare all models before the first backward"),
+        (ASYNC, "a model", "prepare all models and optimizers before the first step"),
+        (ASYNC, "an optimizer", "prepare all models and optimizers before the first step"),
+        (ASYNC, "unprepared", "hand the optimizer to prepare"),
+        (ASYNC, "written", "'0.weight' was written to after the first step"),
+        (ASYNC, "replaced", "'0.weight' was written to after the first step"),
+        (ASYNC, "clamped", "'2.weight' was written to after the first step"),
+        (ASYNC, "loaded", "got a state_dict after the first step"),
+        (ASYNC, "reset", "optimizer.state was used after the first step"),
+        (ASYNC, "another state", "optimizer.state was used after the first step"),
+        (ASYNC, "gone through", "optimizer.state was used after the first step"),
+        (ASYNC, "asked", "optimizer.state was used after the first step"),
+        (ASYNC, "counted", "optimizer.state was used after the first step"),
+        (ASYNC, "copied", "optimizer.state was used after the first step"),
+        (ASYNC, "read", r"read it by optimizer.state_dict\(\)"),
+        (ASYNC, "a flag", "nesterov of an optimizer has changed"),
+        (ASYNC, "a group", "got parameters after the first step"),
+    ],
+)
+def test_what_servers_cannot_follow_is_refused(
+    strategy: Mapping[str, Any], kind: str, text: str
+) -> None:
+    def train(config: Any) -> None:
+        model = model_of()
+        optimizer = momentum(model.parameters())
+        model, optimizer = distplat.prepare(model, optimizer)
+        steps_of(model, optimizer, 1)
+        LATE[kind](model, optimizer)
+        steps_of(model, optimizer, 1)
+
+    with pytest.raises(SpecError) as caught:
+        under(strategy, train, 1)
+    said = " ".join([str(caught.value), *(one.hint for one in caught.value.problems)])
+    assert re.search(text, said), said
+
+
+class Mine(torch.optim.SGD):
+    """A class of the user's."""
+
+
+def decoupled(parameters: Any) -> torch.optim.Optimizer:
+    return torch.optim.Adam(parameters, decoupled_weight_decay=True)
+
+
+@pytest.mark.parametrize(
+    ("makes", "text"),
+    [
+        ([lambda p: Mine(p, lr=0.1)], "no updates of Mine"),
+        ([lambda p: torch.optim.LBFGS(p)], "no updates of LBFGS"),
+        ([decoupled], "decoupled_weight_decay=True"),
+        ([adam, momentum], "one class of optimizer, and got AdamW, SGD"),
+    ],
+)
+def test_optimizers_that_servers_have_not_are_refused(makes: list[Make], text: str) -> None:
+    def train(config: Any) -> None:
+        model = model_of()
+        layers = [one for one in model.children() if isinstance(one, nn.Linear)]
+        optimizers = [make(one.parameters()) for make, one in zip(makes, layers, strict=False)]
+        distplat.prepare(model, *optimizers)
+
+    with pytest.raises(SpecError, match=text):
+        under(ASYNC, train, 1)
+
+
+def test_a_parameter_of_two_optimizers_is_refused() -> None:
+    def train(config: Any) -> None:
+        model = model_of()
+        distplat.prepare(model, adam(model.parameters()), adam([*model.parameters()][:1]))
+
+    with pytest.raises(SpecError, match="two optimizers have a parameter in common"):
+        under(ASYNC, train, 1)
+
+
+def test_a_parameter_of_no_prepared_model_is_refused_on_one_rank_too() -> None:
+    def train(config: Any) -> None:
+        model, loose = model_of(), nn.Parameter(torch.ones(1).double())
+        optimizer = momentum([*model.parameters(), loose])
+        model, optimizer = distplat.prepare(model, optimizer)
+        backward((loss_of(model, data_of()[:4]) * loose).sum())
+        optimizer.step()
+
+    with pytest.raises(SpecError, match=r"would move a parameter of no model"):
+        under(ASYNC, train, 1)
