@@ -335,7 +335,7 @@ class ActorGroup:
             saved=saved,
             checkpoint_step=checkpoint_step,
             embedding_servers=tuple(self._handles.embedding_servers.values()),
-            rewinds=launch.policy.survivors_go_on,
+            rewinds=launch.policy.survives_worker_loss,
             checked=launch.checked,
             node=self._node,
             actor_name=actor_name(self.job, f"worker-{rank}", attempt),

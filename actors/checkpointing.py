@@ -143,7 +143,7 @@ class Checkpoints:
         size = sum(part.nbytes for parts, _ in self._waiting for part in parts)
         return count > most or (count > _QUEUE and size > _QUEUE_BYTES)
 
-    def hear(self, summary: Summary) -> None:
+    def observe(self, summary: Summary) -> None:
         """
         Be told what happened in the run: evaluations say which checkpoint is the best, and those
         before a checkpoint are what `early_stop` goes on with.

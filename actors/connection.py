@@ -82,7 +82,7 @@ class Connection:
             self._reach(order, prepared.total_steps, every) if prepared.roles.servers else None,
             self._reach_tables(order, every),
             self._reach_scheduler(order, prepared),
-            partial(self._meet_peers, order),
+            partial(self._connect_peers, order),
             RayRunStore(order.run),
         )
 
@@ -132,7 +132,7 @@ class Connection:
         self._servers = RemoteShards(self._transport, order, steps, every, self._abandoned)
         return self._servers
 
-    def _meet_peers(self, order: WorkOrder) -> "CollectiveGroup":
+    def _connect_peers(self, order: WorkOrder) -> "CollectiveGroup":
         """
         Make a group though the strategy has none; for models that need one.
 

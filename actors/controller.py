@@ -114,11 +114,11 @@ class Controller:
             DistplatError: why it failed.
         """
 
-        def hear(summary: Summary) -> None:
-            self._checkpoints.hear(summary)
+        def observe(summary: Summary) -> None:
+            self._checkpoints.observe(summary)
             report(summary)
 
-        self._report = hear
+        self._report = observe
         while not self._state.over:
             self._check()
             self._ask_everybody()
@@ -260,7 +260,7 @@ class Controller:
     def _renumber(self, restart: Restart, step: int) -> None:
         """Go on with as many workers as there are now."""
         if restart.everything:
-            (self._async_scaler or self._sync_scaler).begin_anew()
+            (self._async_scaler or self._sync_scaler).all_restarted()
         elif "task-scheduler" in restart.coordinators and self._async_scaler is not None:
             self._async_scaler.tell_again()
         if self._async_scaler is not None:

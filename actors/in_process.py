@@ -66,7 +66,7 @@ def train_in_process(launch: Launch, handlers: RunHandlers, stopping: Stopping) 
 
     def report(part: AnyReport) -> None:
         for summary in aggregator.add(part):
-            checkpoints.hear(summary)
+            checkpoints.observe(summary)
             handlers.on_summary(summary)
             _tell_finished(checkpoints, handlers)
 

@@ -224,7 +224,7 @@ def _check_stands(request: ScaleRequest, status: ScaleStatus) -> None:
     Raises:
         SpecError: it was refused, or there is a later one.
     """
-    last = status.wish
+    last = status.request
     # The same number once more may be this request: it was carried out twice on its way.
     if last is not None and last.number > request.number and last.workers != request.workers:
         text = f"{last.workers} workers were asked for meanwhile"

@@ -250,7 +250,7 @@ def use_token_at_hand() -> None:
     authentication_token_setup.maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
 
 
-def meet(address: str, limit_s: float) -> None:
+def check_gcs(address: str, limit_s: float) -> None:
     """
     See that a Ray answers at an address, and takes the token at hand.
 

@@ -81,9 +81,9 @@ class SyncScaler:
             return f"{problem.field}: {problem.message}"
         return lacks(job, more) if more > 0 else ""
 
-    def begin_anew(self) -> None:
+    def all_restarted(self) -> None:
         """All actors were made anew; a request that is under way stands."""
-        self._resizing.begin_anew(self._actors.world)
+        self._resizing.all_restarted(self._actors.world)
         self._calls.clear()
 
     def resized(self) -> None:
@@ -206,7 +206,7 @@ class AsyncScaler:
         more = workers - len(self._staying())
         return lacks(self._actors.job, more) if more > 0 else ""
 
-    def begin_anew(self) -> None:
+    def all_restarted(self) -> None:
         """All actors are made anew: nobody is leaving any more."""
         self._leaving.clear()
 

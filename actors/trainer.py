@@ -92,7 +92,7 @@ class Trainer:
             raise SpecError(Problem(("task",), text, hint))
         strategy = make_strategy(self.job)
         self._roles = strategy.roles(self.job)
-        self._survivors_go_on = strategy.survivors_go_on()
+        self._survives_worker_loss = strategy.survives_worker_loss()
         self._has_checkpoints = strategy.has_checkpoints
         if task is None and self.job.task is None:
             raise SpecError(Problem(("task",), "name a task in the job, or hand Trainer a class"))
@@ -264,7 +264,7 @@ class Trainer:
             self._roles,
             policy_of(
                 self.job.failure,
-                self._survivors_go_on and not self.job.own_loop,
+                self._survives_worker_loss and not self.job.own_loop,
                 self.job.checkpoint.wanted or self.job.own_loop,
                 self._roles.holders(self.job.scaling.world),
             ),

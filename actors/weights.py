@@ -105,21 +105,21 @@ class Weights:
         self, first: Reply, at_least: int, until: float, timeout_s: float
     ) -> WeightsSnapshot:
         """Give the newest weights of a model that is cut."""
-        ranks, meeting = first.ranks, CommonVersion(at_least, first.total)
+        ranks, common = first.ranks, CommonVersion(at_least, first.total)
         passed: dict[int, int] = {}
         parts: dict[int, Bundle] = {}
         while time.monotonic() < until:
-            target = meeting.target
+            target = common.target
             for rank in ranks:
                 reply = None if rank in parts else self._ask(rank, target, until)
                 if reply is not None:
                     passed[rank] = reply.steps
                     parts |= {rank: reply.part} if reply.part is not None else {}
-            if len(passed) == len(ranks) and meeting.hear(passed, parts.keys()):
+            if len(passed) == len(ranks) and common.observe(passed, parts.keys()):
                 return self._together(target, [parts[rank] for rank in ranks])
-            if meeting.target != target:
+            if common.target != target:
                 parts.clear()
-            elif meeting.hopeless and min(passed.values(), default=0) == first.total:
+            elif common.hopeless and min(passed.values(), default=0) == first.total:
                 raise self._over()
             time.sleep(_AGAIN_S)
         raise self._too_late(at_least - 1, tuple(set(ranks) - parts.keys()), timeout_s)

@@ -72,7 +72,7 @@ def token_at_hand(address: str, environ: Mapping[str, str]) -> str | None:
     It opens the user's own clusters. So it goes to no other machine and to no port of another user,
     unless RAY_AUTH_MODE=token says so: then Ray itself sends it to whatever address is given.
     """
-    if "RAY_AUTH_MODE" in environ or (address != "auto" and stranger_at(address)):
+    if "RAY_AUTH_MODE" in environ or (address != "auto" and foreign_listener(address)):
         return None
     token = environ.get("RAY_AUTH_TOKEN", "").strip()
     path = Path(environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
@@ -138,7 +138,7 @@ def is_this_machine(host: str) -> bool:
         return False
 
 
-def stranger_at(address: str) -> str:
+def foreign_listener(address: str) -> str:
     """Say who listens at an address beside this user and root; empty: nobody that is known."""
     host, port = host_and_port(address)
     if not is_this_machine(host):
@@ -147,7 +147,7 @@ def stranger_at(address: str) -> str:
     return f"port {port} belongs to user {min(foreign)}" if foreign else ""
 
 
-def distrust(path: Path, stat: os.stat_result) -> str:
+def why_untrusted(path: Path, stat: os.stat_result) -> str:
     """Say why others may have written a file that names a Ray; empty: nobody else can have."""
     if stat.st_uid not in (0, os.geteuid()):
         return f"{path} belongs to user {stat.st_uid}"
@@ -167,7 +167,7 @@ def _listeners(port: int) -> set[int]:
     return found
 
 
-def reach(address: str) -> None:
+def check_listening(address: str) -> None:
     """
     See that somebody listens at an address.
 
@@ -179,14 +179,14 @@ def reach(address: str) -> None:
     host, port = host_and_port(address)
     outcome: list[OSError | None] = []
 
-    def knock() -> None:
+    def connect() -> None:
         try:
             socket.create_connection((host, port), timeout=_REACH_S).close()
             outcome.append(None)
         except OSError as error:
             outcome.append(error)
 
-    thread = threading.Thread(target=knock, daemon=True)
+    thread = threading.Thread(target=connect, daemon=True)
     thread.start()
     thread.join(_REACH_S + 1)
     error = outcome[0] if outcome else TimeoutError()
@@ -196,7 +196,7 @@ def reach(address: str) -> None:
         )
 
 
-def hear(address: str, environ: Mapping[str, str], limit_s: float = _GREETING_S) -> None:
+def check_is_ray(address: str, environ: Mapping[str, str], limit_s: float = _GREETING_S) -> None:
     """
     See that who listens at an address begins as Ray does, with the settings of gRPC.
 

@@ -24,9 +24,9 @@ from distplat.cli.address import (
     VERSION_KEY,
     Info,
     NoSuchJob,
+    check_listening,
+    foreign_listener,
     one_line,
-    reach,
-    stranger_at,
     token_at_hand,
     unset,
 )
@@ -96,13 +96,13 @@ class Jobs:
 
     def __init__(self, address: str) -> None:
         self.address = address
-        reach(address)
+        check_listening(address)
         try:
             self._client = _connect(address, {})
         except _TokenWanted:
             token = token_at_hand(address, os.environ)
             if token is None:
-                stranger = stranger_at(address)
+                stranger = foreign_listener(address)
                 if stranger and "RAY_AUTH_MODE" not in os.environ:
                     raise ClusterUnreachable(f"{address} {_NOT_SENT.format(stranger)}") from None
                 raise

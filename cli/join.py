@@ -20,15 +20,15 @@ from distplat.actors import ray_compat
 from distplat.actors.ray_compat import JOB_CONFIG_VARIABLE
 from distplat.cli.address import (
     LOOPBACK,
-    distrust,
-    hear,
+    check_is_ray,
+    check_listening,
+    foreign_listener,
     host_and_port,
     is_host_port,
     is_this_machine,
     one_line,
-    reach,
-    stranger_at,
     unset,
+    why_untrusted,
 )
 from distplat.cli.package import Package, measure
 from distplat.cli.shipping import JOB_VARIABLE
@@ -38,7 +38,7 @@ from distplat.platform.errors import ClusterUnreachable, Problem, SpecError, Sto
 
 _REPLACEABLE = {"working_dir", "py_modules", "excludes", "env_vars"}
 """Parts of a runtime environment that come to the same thing on the driver's own node."""
-_MEET_S = 5.0
+_GCS_S = 5.0
 
 
 @contextmanager
@@ -93,18 +93,18 @@ def running_here(say: Callable[[str], None]) -> str | None:
             if file is None:
                 return None
             address = file.read(300).decode(errors="replace").strip()
-            why = distrust(path, os.fstat(file.fileno()))
+            why = why_untrusted(path, os.fstat(file.fileno()))
     except StorageError as error:
         address, why = "", one_line(error)
     if not why and not is_host_port(address):
         return None
     if not why:
         try:
-            reach(address)
+            check_listening(address)
         except ClusterUnreachable:  # the file outlives a cluster that was killed
             return None
         if is_this_machine(host_and_port(address)[0]):
-            why = stranger_at(address)
+            why = foreign_listener(address)
     if why:
         remedy = f"; `--address {address}` joins it all the same" if is_host_port(address) else ""
         say(f"not joining the Ray of this machine: {why}{remedy}")
@@ -112,7 +112,7 @@ def running_here(say: Callable[[str], None]) -> str | None:
     return address
 
 
-def ours_here() -> str:
+def own_ray_address() -> str:
     """
     Find what `auto` would join.
 
@@ -124,7 +124,7 @@ def ours_here() -> str:
             address = ray_compat.address_of_auto()
     except ConnectionError as error:
         raise ClusterUnreachable(f"cannot join Ray at this machine: {one_line(error)}") from error
-    if why := _of_a_stranger(address):
+    if why := _foreign(address):
         hint = f"`--address {address}` joins it all the same"
         raise ClusterUnreachable(f"not joining the Ray at {address}: {why}; {hint}")
     return address
@@ -133,17 +133,17 @@ def ours_here() -> str:
 def rays_here() -> list[str]:
     """Give the addresses of the Rays of this machine that this user, or root, has started."""
     found = ray_compat.addresses_here()
-    return sorted(address for address in found if not _of_a_stranger(address))
+    return sorted(address for address in found if not _foreign(address))
 
 
-def _of_a_stranger(address: str) -> str:
+def _foreign(address: str) -> str:
     """
     Say whose a Ray of this machine is, if it is neither this user's nor root's; else empty.
 
     Its head may be another machine: then a part of it here, which is ours, is what tells of it.
     """
     if is_this_machine(host_and_port(address)[0]):
-        return stranger_at(address)
+        return foreign_listener(address)
     if address in ray_compat.addresses_here():
         return ""
     return "it is on another machine, and no process of it here is yours or root's"
@@ -202,9 +202,9 @@ def connected_here() -> Iterator[None]:
     Be a driver of what `auto` would join; a run's private Ray is reached over loopback alone.
 
     Raises:
-        ClusterUnreachable: see `ours_here` and `connected`.
+        ClusterUnreachable: see `own_ray_address` and `connected`.
     """
-    with connected_to(ours_here(), own=True):  # not `auto`: that may be another one by now
+    with connected_to(own_ray_address(), own=True):  # not `auto`: that may be another one by now
         yield
 
 
@@ -230,10 +230,10 @@ def connected(
         ClusterUnreachable: it cannot be reached, is another version, or refuses our token.
     """
     if address != "auto":
-        reach(address)
+        check_listening(address)
     try:
         with unset("RAY_ADDRESS"):  # Ray would let it win over `auto`
-            _meet(address)
+            _check_ray(address)
             if not (replaceable(runtime_env) and _joined_light(address)):
                 if runtime_env:
                     folder = Path(runtime_env["working_dir"])
@@ -249,7 +249,7 @@ def connected(
         ray.shutdown()
 
 
-def _meet(address: str) -> None:
+def _check_ray(address: str) -> None:
     """
     See that Ray would be joined in a moment.
 
@@ -260,9 +260,9 @@ def _meet(address: str) -> None:
     if address == "auto":
         address = ray_compat.address_of_auto()
         ray_compat.use_token_at_hand()  # as Ray does for it
-    hear(address, os.environ)
+    check_is_ray(address, os.environ)
     try:
-        ray_compat.meet(address, _MEET_S)
+        ray_compat.check_gcs(address, _GCS_S)
     except ray.exceptions.AuthenticationError:
         text = f"cannot join Ray at {address}: it wants another token than the one at hand, or any"
         hint = "set RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH; `submit --address local` needs none"

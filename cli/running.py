@@ -99,10 +99,10 @@ def _worker_lines(scheduler: SchedulerStatus, scale: ScaleStatus) -> list[str]:
     unit = "TASKS" if scheduler.dynamic_tasks else "STEPS"
     columns = ["WORKER", "STEP", unit, f"{unit}/S", "WORK", "LEASE", ""]
     lines = [head, *table_lines(columns, [_row(entry, scheduler) for entry in scheduler.workers])]
-    if scale.refused and scale.wish is not None:
-        lines.append(f"{scale.wish.workers} workers were refused: {scale.refused}")
-    elif scale.wish is not None and scale.wish.workers != len(scheduler.workers):
-        lines.append(f"{scale.wish.workers} workers were asked for")
+    if scale.refused and scale.request is not None:
+        lines.append(f"{scale.request.workers} workers were refused: {scale.refused}")
+    elif scale.request is not None and scale.request.workers != len(scheduler.workers):
+        lines.append(f"{scale.request.workers} workers were asked for")
     return lines
 
 

@@ -237,10 +237,10 @@ def choose_target(address: str | None, say: Callable[[str], None], *, with_ray: 
     bring_token(target)
     if target.address != "auto" and (target.origin or not with_ray):
         return target
-    from distplat.cli.join import ours_here, running_here
+    from distplat.cli.join import own_ray_address, running_here
 
     if target.address == "auto":
-        return Target("here", ours_here(), target.origin)
+        return Target("here", own_ray_address(), target.origin)
     found = running_here(say)
     return Target("here", found, "") if found else target
 

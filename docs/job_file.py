@@ -167,7 +167,7 @@ optimizer:
 Or the other way round: `name: AdamW`, and groups `{match: "*.bias,*norm*"}`, which stays AdamW's,
 and `{match: "blocks.*", name: Muon, lr: 0.02}`. Update and state are those of torch's classes side
 by side. A trained parameter that is no matrix and would be Muon's is refused by name before the
-first step. A frozen one is not, and then cannot be thawed. The table of an embedding is a matrix,
+first step. A frozen one is not, and then cannot be unfrozen. The table of an embedding is a matrix,
 which Muon's authors leave to AdamW: a warning names it.
 
 `lr_schedule` applies to the rate of each group, `clip_norm` to all parameters. A pattern that

@@ -131,7 +131,7 @@ class CommonVersion:
         """Whether the run ends before there is such a version."""
         return self._at_least > self._total
 
-    def hear(self, passed: Mapping[int, int], held: Set[int]) -> bool:
+    def observe(self, passed: Mapping[int, int], held: Set[int]) -> bool:
         """
         Take what all ranks have answered; say whether each has the target.
 

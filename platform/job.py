@@ -68,7 +68,7 @@ class RankProgress:
         self._count.pop(rank, None)
         self._moved_at.pop(rank, None)
 
-    def hear(self, rank: int, count: int, now: float) -> None:
+    def observe(self, rank: int, count: int, now: float) -> None:
         """A rank tells its beats; it has moved if they are more than before."""
         if count > self._count[rank]:
             self._count[rank], self._moved_at[rank] = count, now
@@ -258,7 +258,7 @@ class JobState:
         if self._resizing:
             return True
         allowed = self._policy.max_failures or (self._preempted and self._policy.max_preemptions)
-        kept = self._policy.begin_anew or not self._servers_lost
+        kept = self._policy.may_start_over or not self._servers_lost
         return bool(allowed) and kept and (self.error is None or repairable(self.error))
 
     @property
@@ -299,7 +299,7 @@ class JobState:
             return
         match event:
             case PollAnswered():
-                self._hear(event, now)
+                self._on_answer(event, now)
             case Failed():
                 self._take_failure(event, now)
             case PollUnanswered(role=role, seconds=seconds):
@@ -350,16 +350,16 @@ class JobState:
         if not failed and self._finished == self._members:
             self.phase = Phase.SUCCEEDED
 
-    def _hear(self, heard: PollAnswered, now: float) -> None:
-        if heard.rank not in self._members:
+    def _on_answer(self, answer: PollAnswered, now: float) -> None:
+        if answer.rank not in self._members:
             return  # it has left
-        self._beats.hear(heard.rank, heard.progress, now)
-        self._steps[heard.rank] = max(heard.step, self._steps[heard.rank])
-        if heard.prepared:
-            self._setup.made(heard.rank, heard.node)
-        if heard.finished:
-            self._finished.add(heard.rank)
-        self._loops.hear(heard.rank, heard.loop)
+        self._beats.observe(answer.rank, answer.progress, now)
+        self._steps[answer.rank] = max(answer.step, self._steps[answer.rank])
+        if answer.prepared:
+            self._setup.made(answer.rank, answer.node)
+        if answer.finished:
+            self._finished.add(answer.rank)
+        self._loops.observe(answer.rank, answer.loop)
         if self.phase is Phase.STARTING and not self._beats.still:
             self.phase, self._restoring = Phase.RUNNING, False
         self._end_if_finished()
@@ -411,7 +411,7 @@ class JobState:
             return
         known = self._waiting | self._finished | {rank_of(role) for role in self._dead}
         step_s = self._limits.step_timeout_s * STALL_GRACE
-        patience_s = step_s if self._policy.survivors_go_on else SETTLE_S
+        patience_s = step_s if self._policy.survives_worker_loss else SETTLE_S
         if self._resizing and not known >= self._members:
             self._watch_steps(now)  # who evaluates, or makes the last step, is at work
         elif known >= self._members or waited_s >= patience_s:
@@ -459,7 +459,7 @@ class JobState:
         gone = {rank_of(role) for role in self._dead}
         usable = {rank for rank in self._waiting | self._finished if rank not in gone}
         # Who has the checkpoint's model may not have its optimizer, nor servers their part of it.
-        kept = self._policy.survivors_go_on and not self._state_lost and not self._restoring
+        kept = self._policy.survives_worker_loss and not self._state_lost and not self._restoring
         everything = self._servers_lost or not self._policy.has_all(usable) or not kept
         renew = tuple(rank for rank in ranks if everything or rank in self._members - usable)
         lost = () if everything else tuple(sorted(self._dead & COORDINATORS))

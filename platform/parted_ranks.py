@@ -60,7 +60,7 @@ class Loops:
         """Ranks that wait for the others at the end; that has a deadline of its own."""
         return self._returned.keys()
 
-    def hear(self, rank: int, state: LoopState) -> None:
+    def observe(self, rank: int, state: LoopState) -> None:
         """A rank tells where it is."""
         for known, text in ((self._returned, state.returned), (self._waits, state.waits)):
             known.pop(rank, None)

@@ -91,7 +91,7 @@ class Plateau:
     @property
     def state(self) -> PlateauState:
         """What evaluations have come to."""
-        assert self.known is not None, "meet(), load() or an assignment comes first"
+        assert self.known is not None, "sync(), load() or an assignment comes first"
         return self.known
 
     def rate(self, base: float, step: int, total_steps: int) -> float:
@@ -115,7 +115,7 @@ class Plateau:
             raise SpecError(Problem(("lr_schedule", "metric"), text, hint(name, metrics)))
         self.known = after_evaluation(self.rule, self.state, step, metrics[name])
 
-    def meet(self, version: int, known: Iterable[PlateauState]) -> bool:
+    def sync(self, version: int, known: Iterable[PlateauState]) -> bool:
         """
         Have what is known of a version when an attempt begins; False: nobody knows it.
 

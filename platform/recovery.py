@@ -74,9 +74,9 @@ class Policy:
 
     max_failures: int = 0
     max_preemptions: int = 0
-    survivors_go_on: bool = False
+    survives_worker_loss: bool = False
     """Whether ranks that were not lost keep their state; else all go back to a checkpoint."""
-    begin_anew: bool = True
+    may_start_over: bool = True
     """Whether the loss of a server, and of what it kept, may cost the run so far."""
     holders: tuple[tuple[int, ...], ...] = ()
     """For each part of the model, the ranks that have it; of each one must be left to go on.
@@ -91,7 +91,7 @@ class Policy:
 
 def policy_of(
     failure: Failure,
-    survivors_go_on: bool,
+    survives_worker_loss: bool,
     checkpoints: bool = False,
     holders: tuple[tuple[int, ...], ...] = (),
 ) -> Policy:
@@ -101,13 +101,13 @@ def policy_of(
     Where survivors keep their state a restart costs seconds, with checkpoints the steps since the
     last one; elsewhere it costs the whole run so far, and must be asked for.
     """
-    by_default = (3, 100) if survivors_go_on or checkpoints else (0, 0)
+    by_default = (3, 100) if survives_worker_loss or checkpoints else (0, 0)
     failures, preemptions = failure.max_failures, failure.max_preemptions
     return Policy(
         by_default[0] if failures is None else failures,
         by_default[1] if preemptions is None else preemptions,
-        survivors_go_on,
-        begin_anew=failures is not None or checkpoints,
+        survives_worker_loss,
+        may_start_over=failures is not None or checkpoints,
         holders=holders,
     )
 

@@ -81,7 +81,7 @@ class Resizing:
         self.world = world
         self.newcomers = {rank: r for rank, r in self.newcomers.items() if rank >= world}
 
-    def begin_anew(self, world: int) -> None:
+    def all_restarted(self, world: int) -> None:
         """All processes were made anew, newcomers went with them; the request stands."""
         self.world = world
         self.newcomers = {}
@@ -100,7 +100,7 @@ class ScaleRequest:
 class ScaleStatus:
     """What became of the last request."""
 
-    wish: ScaleRequest | None = None
+    request: ScaleRequest | None = None
     """None: nobody has asked."""
     refused: str = ""
     """Why it was not granted; empty: it was, or is about to be."""
@@ -122,7 +122,7 @@ class ScaleRequests:
     def ask(self, workers: int) -> ScaleRequest:
         """Note a request; the one before counts no more."""
         with self._lock:
-            before = self._status.wish
+            before = self._status.request
             request = ScaleRequest(1 if before is None else before.number + 1, workers)
             self._status = ScaleStatus(request, pending=True)
             return request
@@ -130,18 +130,18 @@ class ScaleRequests:
     def take(self) -> ScaleRequest | None:
         """Give the last request, once; None: there is no new one."""
         with self._lock:
-            wish = self._status.wish
-            if wish is None or wish.number == self._taken:
+            last = self._status.request
+            if last is None or last.number == self._taken:
                 return None
-            self._taken = wish.number
-            return wish
+            self._taken = last.number
+            return last
 
     def answer(self, number: int, refused: str) -> None:
         """Note what became of a request, unless there is a later one; no reason: it is granted."""
         with self._lock:
-            wish = self._status.wish
-            if wish is not None and wish.number == number:
-                self._status = ScaleStatus(wish, refused)
+            last = self._status.request
+            if last is not None and last.number == number:
+                self._status = ScaleStatus(last, refused)
 
     def status(self) -> ScaleStatus:
         """Tell what became of the last request."""

@@ -203,7 +203,7 @@ def make_strategy(job: Job) -> Strategy[Any]:
         raise SpecError(*(_of_another_strategy(one, kind) for one in found)) from None
     strategy = kind(options)
     found = _kind_problems(job, kind)
-    if job.failure.spare_workers and (job.own_loop or not strategy.survivors_go_on()):
+    if job.failure.spare_workers and (job.own_loop or not strategy.survives_worker_loss()):
         text = (
             "after a loss all workers of such a job are made anew, and none takes another's place"
         )

@@ -90,7 +90,7 @@ class Fabric:
                 return mailbox.get(timeout=min(_SLICE_S, self.timeout_s))
         return None
 
-    def meet(
+    def rendezvous(
         self,
         group: str,
         operation: str,
@@ -174,11 +174,11 @@ class InMemoryCollective(Collective):
         """Ranks in the group."""
         return len(self._members)
 
-    def _meet(self, operation: str, gift: Tensor | None) -> list[Tensor]:
+    def _rendezvous(self, operation: str, gift: Tensor | None) -> list[Tensor]:
         number, self._number = self._number, self._number + 1
         # A copy: the giver may go on and write into its tensor while others still read.
         copy = None if gift is None else gift.clone()
-        met = self._fabric.meet(self._name, operation, number, self._members, self._me, copy)
+        met = self._fabric.rendezvous(self._name, operation, number, self._members, self._me, copy)
         return [gift for gift in met if gift is not None]
 
     @override
@@ -193,7 +193,7 @@ class InMemoryCollective(Collective):
     @override
     def all_reduce(self, tensor: Tensor, op: ReduceOp = ReduceOp.SUM) -> None:
         """Counted as the ring does it."""
-        _combine(self._meet("all_reduce", tensor), op, tensor)
+        _combine(self._rendezvous("all_reduce", tensor), op, tensor)
         sent, received = traffic_elements(tensor.numel(), self.rank, self.world)
         self._count(sent * tensor.itemsize, received * tensor.itemsize)
 
@@ -207,7 +207,7 @@ class InMemoryCollective(Collective):
     def reduce_scatter(
         self, output: Tensor, inputs: Sequence[Tensor], op: ReduceOp = ReduceOp.SUM
     ) -> None:
-        stacked = self._meet("reduce_scatter", torch.cat([t.reshape(-1) for t in inputs]))
+        stacked = self._rendezvous("reduce_scatter", torch.cat([t.reshape(-1) for t in inputs]))
         start = sum(t.numel() for t in inputs[: self.rank])
         parts = [s[start : start + output.numel()].view(output.shape) for s in stacked]
         _combine(parts, op, output)
@@ -216,7 +216,7 @@ class InMemoryCollective(Collective):
 
     @override
     def all_gather(self, outputs: Sequence[Tensor], tensor: Tensor) -> None:
-        for output, given in zip(outputs, self._meet("all_gather", tensor), strict=True):
+        for output, given in zip(outputs, self._rendezvous("all_gather", tensor), strict=True):
             output.copy_(given)
         self._count(
             tensor.nbytes * (self.world - 1), sum(t.nbytes for t in outputs) - tensor.nbytes
@@ -224,7 +224,7 @@ class InMemoryCollective(Collective):
 
     @override
     def broadcast(self, tensor: Tensor, source: int = 0) -> None:
-        tensor.copy_(self._meet("broadcast", tensor)[source])
+        tensor.copy_(self._rendezvous("broadcast", tensor)[source])
         here = self.rank == source
         self._count(tensor.nbytes * (self.world - 1) * here, tensor.nbytes * (not here))
 
@@ -253,7 +253,7 @@ class InMemoryCollective(Collective):
 
     @override
     def barrier(self) -> None:
-        self._meet("barrier", None)
+        self._rendezvous("barrier", None)
 
     @override
     def subgroup(self, name: str, ranks: Sequence[int]) -> Collective:

@@ -70,6 +70,6 @@ class Hybrid(Strategy[HybridOptions]):
         """Refuse sizes that do not fit, and options that would have no effect."""
         return problems(self.options, job)
 
-    def survivors_go_on(self) -> bool:
+    def survives_worker_loss(self) -> bool:
         """Say whether every part of the model has a peer, which may take its place."""
         return self.options.data > 1

@@ -64,6 +64,6 @@ class PsAsync(Strategy[PsAsyncOptions]):
         text = "is for tasks: all workers of a train function begin anew when a server is lost"
         return [Problem(("strategy", "replication"), text, "remove it")]
 
-    def survivors_go_on(self) -> bool:
+    def survives_worker_loss(self) -> bool:
         """All state is the servers': a worker that was lost takes none with it."""
         return True

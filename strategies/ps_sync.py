@@ -86,6 +86,6 @@ class PsSync(Strategy[PsSyncOptions]):
         changed = [one for one in of_tasks if getattr(self.options, one) != getattr(plain, one)]
         return [Problem(("strategy", one), where, "remove it") for one in changed]
 
-    def survivors_go_on(self) -> bool:
+    def survives_worker_loss(self) -> bool:
         """All state is the servers': a worker that was lost takes none with it."""
         return True

@@ -25,7 +25,7 @@ class PsSyncWorker(WorkerStrategy[PsSyncOptions]):
 
     _state: ModelState  #: there after `setup`
 
-    def can_thaw(self) -> bool:
+    def can_unfreeze(self) -> bool:
         """The servers keep frozen parameters behind the others."""
         return True
 
@@ -41,10 +41,10 @@ class PsSyncWorker(WorkerStrategy[PsSyncOptions]):
         if flat.active.size:
             flat.take_over_tail(self._shards.seen()[-flat.active.size :])
         self._state = context.state
-        self._meet(context)
+        self._sync_state(context)
         return flat.version
 
-    def _meet(self, context: Context) -> None:
+    def _sync_state(self, context: Context) -> None:
         """Have the state that goes with the servers' parameters, by a group where one is needed."""
         state, flat, backup = context.state, context.flat, self.options.backup_workers
         if backup:
@@ -53,7 +53,7 @@ class PsSyncWorker(WorkerStrategy[PsSyncOptions]):
         group = context.peers() if state.needs_group and not backup else None
         served, shared = "use `strategy: ring`", context.shards.one_memory() and not backup
         state.connect(group, served=served, one_memory=shared, shifting=backup > 0)
-        state.meet(flat.version, context.saved.step if context.saved is not None else 0)
+        state.sync(flat.version, context.saved.step if context.saved is not None else 0)
 
     def skips(self, step: int) -> bool:
         """Say whether the others have made the step without this rank."""
@@ -73,7 +73,7 @@ class PsSyncWorker(WorkerStrategy[PsSyncOptions]):
         total = (self._pushed.total or local).named(local)
         if self._pushed.version > step + 1:  # of a later step, which the others have made meanwhile
             total = replace(total, readers=0)
-        if total.thawed:
+        if total.unfrozen:
             self._context.flat.activate_tail(self._shards.seen(), step)
         return total
 

@@ -116,6 +116,6 @@ class Ring(Strategy[RingOptions]):
             found.append(Problem(("strategy", "compression"), text, hint))
         return found
 
-    def survivors_go_on(self) -> bool:
+    def survives_worker_loss(self) -> bool:
         """Say whether each worker holds all state; parts of a sharded optimizer die with one."""
         return not self.options.shard_optimizer

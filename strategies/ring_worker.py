@@ -27,7 +27,7 @@ from distplat.strategies.worker_strategy import Context, WorkerStrategy
 
 def sum_tail(flat: FlatModel, group: Collective, total: StepControl, step: int) -> None:
     """
-    Train from this step on what some rank has thawed in it, and sum the tail's gradients.
+    Train from this step on what some rank has unfrozen in it, and sum the tail's gradients.
 
     Args:
         flat: the model.
@@ -37,7 +37,7 @@ def sum_tail(flat: FlatModel, group: Collective, total: StepControl, step: int) 
 
     Raises:
         SpecError: this rank has computed something in the step, and with a parameter frozen that
-            others have thawed.
+            others have unfrozen.
     """
     flat.activate_tail(total.present, step)
     if flat.active.any() and group.world > 1:
@@ -53,7 +53,7 @@ class RingWorker(WorkerStrategy[RingOptions]):
     _state: ModelState  #: there after `setup`
     _optimizer: LocalOptimizer | ShardedUpdate
 
-    def can_thaw(self) -> bool:
+    def can_unfreeze(self) -> bool:
         """Say whether ranks hold all of the optimizer; its parts are cut once for all."""
         return not self.options.shard_optimizer
 

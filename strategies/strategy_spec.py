@@ -126,6 +126,7 @@ class Strategy(Generic[OptionsT]):
         if found:
             text = f"{cls.__name__} is a Strategy and has {', '.join(found)}"
             raise TypeError(f"{text}: {NEW_WAY}")
+        refuse_old_names(cls, {"survivors_go_on": "survives_worker_loss"})
 
     def __init__(self, options: OptionsT) -> None:
         self.options = options
@@ -157,13 +158,19 @@ class Strategy(Generic[OptionsT]):
         hint = "use `ring`, `ps-sync` or `ps-async`, or write a distplat.Task"
         return [Problem(("strategy",), text, hint)]
 
-    def survivors_go_on(self) -> bool:
+    def survives_worker_loss(self) -> bool:
         """
         Say whether, when workers are lost, the others can go on with the state that they have.
 
         Then they call `setup` again, beside new workers; else a restart begins at the first step.
         """
         return False
+
+
+def refuse_old_names(cls: type, names: Mapping[str, str]) -> None:
+    """Refuse a class with a method that was renamed: it would never be called."""
+    for old in names.keys() & vars(cls).keys():
+        raise TypeError(f"{cls.__name__}.{old}() is called {names[old]}() now")
 
 
 NEW_WAY = (

@@ -40,7 +40,7 @@ from distplat.strategies.model.model_state import ModelState
 from distplat.strategies.model.optim import LocalOptimizer
 from distplat.strategies.model.task_optimizer import MadeOptimizers, TaskUpdate
 from distplat.strategies.ports import Shards
-from distplat.strategies.strategy_spec import NEW_WAY, OptionsT, Strategy
+from distplat.strategies.strategy_spec import NEW_WAY, OptionsT, Strategy, refuse_old_names
 from distplat.strategies.task import Task
 
 
@@ -65,7 +65,7 @@ class Context:
     """Steps that every server of embedding tables has made, or one more; None: there are none.
     They can all go back to as many."""
     model_state: ModelState | None = None
-    meet_peers: Callable[[], Collective] | None = None
+    connect_peers: Callable[[], Collective] | None = None
     """Makes a group of all workers; every rank calls it, or none. See `peers`."""
     report: Callable[[AnyReport], None] = lambda report: None
     """Takes what the strategy reports beside the loop's own; quick, and of the loop's thread."""
@@ -86,7 +86,7 @@ class Context:
         For models that have more to agree on than gradients: all ranks must come to the same
         answer, from the model alone, whether they call this. None: the ports have no such group.
         """
-        return None if self.meet_peers is None else self.meet_peers()
+        return None if self.connect_peers is None else self.connect_peers()
 
     @property
     def collective(self) -> Collective:
@@ -132,10 +132,15 @@ class WorkerStrategy(ABC, Generic[OptionsT]):
     """A step, and what this rank has given to its exchange; None once it is reported. Where the
     attempt ended in between, the others or the servers may have made the step."""
 
+    def __init_subclass__(cls, **more: Any) -> None:
+        """Refuse names that the methods had before."""
+        super().__init_subclass__(**more)
+        refuse_old_names(cls, {"can_thaw": "can_unfreeze"})
+
     def __init__(self, strategy: Strategy[OptionsT]) -> None:
         self.strategy, self.options = strategy, strategy.options
 
-    def can_thaw(self) -> bool:
+    def can_unfreeze(self) -> bool:
         """Say whether parameters that are frozen at first may take part in training later."""
         return False
 

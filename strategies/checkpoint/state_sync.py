@@ -177,7 +177,7 @@ def take_over_newest(
     if group.rank != source:
         flat.version = TORN  # incomplete until the copy has finished
     group.broadcast(flat.params, source)
-    _share_thawed(flat, source, group)
+    _share_unfrozen(flat, source, group)
     broadcast_slots(untrained_slots(flat.model), source, group, device)
     if newest > 0:
         optimizer.load(_broadcast_state(optimizer.state(), source, group, device))
@@ -185,7 +185,7 @@ def take_over_newest(
     return newest
 
 
-def _share_thawed(flat: FlatModel, source: int, group: Collective) -> None:
+def _share_unfrozen(flat: FlatModel, source: int, group: Collective) -> None:
     """Have the same frozen parameters take part in training as on the source."""
     if flat.active.size:
         active = torch.from_numpy(flat.active.astype("uint8")).to(flat.params.device)

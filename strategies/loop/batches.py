@@ -48,7 +48,7 @@ class SampleRun(NamedTuple):
     """In the data set, the first sample of all ranks' batch; None: nobody compares it."""
 
 
-class Thinned(NamedTuple):
+class FilteredBatch(NamedTuple):
     """A batch of which the task's `collate` was given samples that are None, to leave them out."""
 
     batch: Any
@@ -81,7 +81,7 @@ def counted(batch: Any, samples: int) -> tuple[Any, int]:
         batch: as a loader gave it.
         samples: that were read for it.
     """
-    return (batch.batch, batch.samples) if isinstance(batch, Thinned) else (batch, samples)
+    return (batch.batch, batch.samples) if isinstance(batch, FilteredBatch) else (batch, samples)
 
 
 def runs(
@@ -303,7 +303,7 @@ class Samples(Dataset[Any]):
         seed_quickly(collate_seed(run.seed, run.first))
         batch = self._collate(samples)
         kept = samples_of(batch, samples)
-        return Thinned(batch, kept) if kept < len(samples) else batch
+        return FilteredBatch(batch, kept) if kept < len(samples) else batch
 
     def _read(self, data: Any, ids: list[int]) -> list[Any]:
         many = getattr(data, "__getitems__", None)

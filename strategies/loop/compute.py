@@ -90,7 +90,7 @@ class Share:
         """
         broken = not math.isfinite(self.loss_sum)
         figures = self.samples, self.weight, int(broken), rank
-        record = StepControl(*figures, thawed=flat.thaws, present=flat.present)
+        record = StepControl(*figures, unfrozen=flat.unfreezes, present=flat.present)
         return record.of_batch(self.batch)
 
     @property

@@ -29,7 +29,7 @@ from distplat.strategies.model.flat import FlatModel
 NonFinitePolicy = Literal["stop", "skip", "ignore"]
 """`failure.non_finite` of the job."""
 
-(_SAMPLES, _WEIGHT, _COUNT, _RANK, _SLOT, _STATE, _THAWED) = range(7)
+(_SAMPLES, _WEIGHT, _COUNT, _RANK, _SLOT, _STATE, _UNFROZEN) = range(7)
 (_RESIZE, _END, _BATCH, _READERS, HEAD_SIZE) = range(7, 12)
 
 ELSEWHERE = -2
@@ -57,7 +57,7 @@ class StepControl:
     """Its first parameter that is not finite; -1: the loss, or several ranks."""
     state_changed: bool = False
     """Whether a forward has changed buffers or frozen parameters."""
-    thawed: bool = False
+    unfrozen: bool = False
     """Whether a frozen parameter has a gradient, and is trained from this step on."""
     stop: StopOrder = StopOrder.NONE
     """What this rank was told; of all ranks: what they do after the step. Never `ABANDON`."""
@@ -139,7 +139,7 @@ class StepControl:
         # Counted from 1, and only by those who are not finite: a sum of one is its number.
         vector[_RANK] = self.rank + 1 if self.non_finite else 0
         vector[_SLOT] = self.slot + 1 if self.non_finite else 0
-        vector[_STATE], vector[_THAWED] = self.state_changed, self.thawed
+        vector[_STATE], vector[_UNFROZEN] = self.state_changed, self.unfrozen
         vector[_RESIZE], vector[_END] = self.stop is StopOrder.RESIZE, self.stop is StopOrder.END
         vector[_BATCH], vector[_READERS] = self.batch, self.readers
         vector[HEAD_SIZE : HEAD_SIZE + slots] = self.present
@@ -164,7 +164,7 @@ class StepControl:
             int(vector[_RANK]) - 1 if one else -1,
             int(vector[_SLOT]) - 1 if one else -1,
             bool(vector[_STATE]),
-            bool(vector[_THAWED]),
+            bool(vector[_UNFROZEN]),
             _stop_order(vector),
             vector[HEAD_SIZE:stop] > 0,
             settings=vector[stop:] if settings else None,

@@ -123,7 +123,7 @@ class Gathering:
     One rank's part in `all_gather`, in one attempt: a context in which the forwards of a step run.
 
     Args:
-        meet: makes the group of all ranks, or gives it; every rank calls it, or none.
+        make_group: makes the group of all ranks, or gives it; every rank calls it, or none.
         world: ranks.
         parts: by rank, the micro-batches of a step.
         expected: whether the code looks as if it calls it; see `looks_gathering`.
@@ -132,13 +132,13 @@ class Gathering:
 
     def __init__(
         self,
-        meet: Callable[[], Collective | None] = lambda: None,
+        make_group: Callable[[], Collective | None] = lambda: None,
         world: int = 1,
         parts: Callable[[int], Sequence[int]] = lambda step: [1],
         expected: bool = False,
         refused: Problem | None = None,
     ) -> None:
-        self._meet, self._world, self._parts = meet, world, parts
+        self._make_group, self._world, self._parts = make_group, world, parts
         self._expected, self._refused = expected, refused
         self._group: Collective | None = None
         self._step = 0  #: the one under way
@@ -221,7 +221,7 @@ class Gathering:
 
     def _joined(self) -> Collective:
         if self._group is None:
-            group = self._meet()
+            group = self._make_group()
             assert group is not None, "strategies whose ranks gather have a group, or can make one"
             # Gradients may be on their way through the group itself.
             self._group = group.subgroup("all-gather", range(group.world))

@@ -58,14 +58,14 @@ class TermWeights:
 
     Args:
         task: has `weights`.
-        meet: makes the group of all ranks, or gives it; every rank calls it, or none.
+        make_group: makes the group of all ranks, or gives it; every rank calls it, or none.
         world: ranks that make a step together; 1: each by itself.
     """
 
     def __init__(
-        self, task: Task, meet: Callable[[], Collective | None] = lambda: None, world: int = 1
+        self, task: Task, make_group: Callable[[], Collective | None] = lambda: None, world: int = 1
     ) -> None:
-        self._task, self._meet, self._world = task, meet, world
+        self._task, self._make_group, self._world = task, make_group, world
         self._group: Collective | None = None
 
     def of_step(
@@ -88,7 +88,7 @@ class TermWeights:
         if self._world == 1:
             return Terms(mine, samples)
         if self._group is None:
-            group = self._meet()
+            group = self._make_group()
             assert group is not None, "strategies whose ranks keep step have a group, or make one"
             self._group = group.subgroup("term-weights", range(group.world))
         return Terms(_added(gather_values(mine, self._group, device)), of_all)
@@ -295,7 +295,7 @@ class LossScale:
         """Give what a checkpoint of a version needs."""
         return self._after.get(version, self._now)
 
-    def meet(self, version: int, group: Collective | None, device: torch.device) -> None:
+    def sync(self, version: int, group: Collective | None, device: torch.device) -> None:
         """
         Have what the others have; every rank calls this when an attempt begins.
 

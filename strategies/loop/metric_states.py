@@ -46,12 +46,14 @@ class TaskMetrics:
 
     Args:
         task: the user's.
-        meet: makes the group over which states are gathered; every rank calls it, or none.
+        make_group: makes the group over which states are gathered; every rank calls it, or none.
             None: evaluations of several ranks are none of this one's concern.
     """
 
-    def __init__(self, task: Task, meet: Callable[[], Collective | None] = lambda: None) -> None:
-        self._task, self._meet = task, meet
+    def __init__(
+        self, task: Task, make_group: Callable[[], Collective | None] = lambda: None
+    ) -> None:
+        self._task, self._make_group = task, make_group
         self._group: Collective | None = None
 
     def found(self) -> dict[str, Any]:
@@ -97,7 +99,7 @@ class TaskMetrics:
 
     def _of_all(self) -> Collective | None:
         if self._group is None:
-            group = self._meet()
+            group = self._make_group()
             self._group = group and group.subgroup("metric-states", range(group.world))
         return self._group
 

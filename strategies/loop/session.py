@@ -70,7 +70,7 @@ from distplat.strategies.loop.task_warnings import (
 from distplat.strategies.model.flat import FlatModel
 from distplat.strategies.model.model_state import ModelState, Shares
 from distplat.strategies.model.module_options import apply_module_options
-from distplat.strategies.model.optim import check_groups, meet_plateau
+from distplat.strategies.model.optim import check_groups, sync_plateau
 from distplat.strategies.model.shared_memory import check_memory
 from distplat.strategies.model.task_optimizer import make_optimizers, optimizers_digest
 from distplat.strategies.ports import Leases, RunStore, Shards, Tables
@@ -154,7 +154,7 @@ def prepare(
     check_device(device)
     lookups = lookups_of(model, job)
     whole = strategy is None or not strategy.cuts_model
-    thaws = strategy is not None and strategy.can_thaw()
+    unfreezes = strategy is not None and strategy.can_unfreeze()
     own = task_parameters(task, model)
     if own and not whole:
         raise SpecError(_kept_in_task(job, [*own]))
@@ -162,7 +162,7 @@ def prepare(
     check_groups(job.optimizer, model, extra)
     initial = {} if job.initial_weights is None else initial_weights(job, model, extra)
     check_memory(model, {n: p for n, p in dense_parameters(model) if p.requires_grad} | extra, task)
-    part = _flat_model(job, model, extra, device, thaws=thaws) if whole else None
+    part = _flat_model(job, model, extra, device, unfreezes=unfreezes) if whole else None
     data, eval_data, sampler = _data(job, task, roles)
     steps = total_steps(job, sampler)
     if problems := length_problems(job.lr_schedule, steps):  # `epochs` say it only now
@@ -178,14 +178,14 @@ def prepare(
 
 
 def _flat_model(
-    job: Job, model: nn.Module, extra: Mapping[str, Tensor], device: str, *, thaws: bool
+    job: Job, model: nn.Module, extra: Mapping[str, Tensor], device: str, *, unfreezes: bool
 ) -> FlatModel:
     """Bring a whole model, and what the task keeps itself, to the device and into one vector."""
     apply_module_options(job, model)
     for tensor in extra.values():
         tensor.data = tensor.data.to(device)
     fits, group_of = job.optimizer.takes, job.optimizer.group_of
-    return FlatModel(model.to(device), extra, thaws=thaws, takes=fits, group_of=group_of)
+    return FlatModel(model.to(device), extra, unfreezes=unfreezes, takes=fits, group_of=group_of)
 
 
 def _data(job: Job, task: Task, roles: Roles) -> tuple[Any, Any, Sampler]:
@@ -290,30 +290,30 @@ def join(
         if p.roles.consistency.dynamic_tasks:
             return LeasedLoop(*common, TaskModel(p, strategy.last_backward, progress.beat), leases)
     compute = strategy.compute(p, context)
-    meet = (lambda: None) if p.job.scaling.world == 1 else _meeting(p, context)
-    group = _meet_others(p, ports, start, group, meet)
-    return Loop(*common, compute, stop, group, TaskMetrics(p.task, meet))
+    make_group = (lambda: None) if p.job.scaling.world == 1 else _group_of_all(p, context)
+    group = _sync_with_others(p, ports, start, group, make_group)
+    return Loop(*common, compute, stop, group, TaskMetrics(p.task, make_group))
 
 
-def _meet_others(
+def _sync_with_others(
     p: Prepared,
     ports: Ports,
     start: int,
     group: Collective | None,
-    meet: Callable[[], Collective | None],
+    make_group: Callable[[], Collective | None],
 ) -> Collective | None:
     """Have the others' rate and loss scale as an attempt begins; give the group."""
     device = p.flat.params.device
     if (plateau := p.job.plateau) is not None:
-        group = meet() if group is None else group  # its ranks gather evaluations
+        group = make_group() if group is None else group  # its ranks gather evaluations
         told = ports.shards.settings() if start and p.roles.servers and ports.shards else ()
-        meet_plateau(plateau, start, group, told, device)
+        sync_plateau(plateau, start, group, told, device)
     if p.loss_scale is not None:
-        p.loss_scale.meet(start, meet(), device)
+        p.loss_scale.sync(start, make_group(), device)
     return group
 
 
-def _meeting(p: Prepared, context: Context) -> Callable[[], Collective | None]:
+def _group_of_all(p: Prepared, context: Context) -> Callable[[], Collective | None]:
     """Give the way to a group of all ranks, which some strategies have already."""
     met = p.roles.collective is not None
     return (lambda: context.collective) if met else context.peers
@@ -328,10 +328,10 @@ def _gathering(p: Prepared, strategy: WorkerStrategy[Any], context: Context) -> 
     elif p.job.gradient_accumulation > 1:
         text = "all_gather() in a loss needs a worker's part of the batch at once"
         refused = Problem(("gradient_accumulation",), text, "set it to 1")
-    meet = _meeting(p, context)
+    make_group = _group_of_all(p, context)
     assert p.state is not None, "_load() makes it"
     expected = refused is None and p.sampler.world > 1 and looks_gathering(p.task, p.flat.model)
-    return Gathering(meet, p.sampler.world, p.state.shares.micro_batches, expected, refused)
+    return Gathering(make_group, p.sampler.world, p.state.shares.micro_batches, expected, refused)
 
 
 def _apart(p: Prepared, strategy: WorkerStrategy[Any]) -> str:
@@ -360,7 +360,7 @@ def _term_weights(
         )
         hint = "use `strategy: ring`, `ps-sync` or `ps-async`"
         raise SpecError(Problem(("strategy",), text, hint))
-    return TermWeights(p.task, _meeting(p, context), p.sampler.world)
+    return TermWeights(p.task, _group_of_all(p, context), p.sampler.world)
 
 
 def _shares_of(p: Prepared) -> Shares:
@@ -401,7 +401,7 @@ def _context(
         checkpoints.saved,
         checkpoints.checkpoint_step,
         model_state=p.state,
-        meet_peers=ports.peers,
+        connect_peers=ports.peers,
         report=report,
         made=p.made,
     )

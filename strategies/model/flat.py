@@ -41,9 +41,9 @@ from distplat.strategies.model.parameter_layout import (
     room_for,
     scale_in_place,
     squared_norm_of,
-    thaw_error,
     trainable,
     typed_views,
+    unfreeze_error,
 )
 from distplat.strategies.model.shared_memory import TIE, check_memory
 from distplat.strategies.sparse.modules import dense_parameters
@@ -66,14 +66,14 @@ class FlatModel:
     """
     A model moved onto flat vectors.
 
-    Frozen parameters stay in memory of their own, which a forward may write to. With `thaws` they
-    have room in the vector, too, behind the others: nobody touches this tail until one of them
+    Frozen parameters stay in memory of their own, which a forward may write to. With `unfreezes`
+    they have room in the vector, too, behind the others: nobody touches this tail until one of them
     takes part in training, from a step on which all ranks agree (`activate_tail`).
 
     Args:
         model: on its device; its parameters are re-pointed, in place.
         extra: trainable parameters that lie outside of the model, by name; trained like its own.
-        thaws: whether frozen parameters may take part in training later.
+        unfreezes: whether frozen parameters may take part in training later.
         group_of: gives the number of a parameter's group in the optimizer.
         takes: says whether the optimizer can update a parameter, by name and shape; one that it
             cannot stays frozen.
@@ -90,7 +90,7 @@ class FlatModel:
         model: nn.Module,
         extra: Mapping[str, Tensor] | None = None,
         *,
-        thaws: bool = False,
+        unfreezes: bool = False,
         group_of: GroupOf = lambda name: 0,
         takes: Callable[[str, Sequence[int]], bool] = lambda name, shape: True,
         owned: bool = False,
@@ -101,8 +101,8 @@ class FlatModel:
         self.extra = {name: p for name, p in (extra or {}).items() if name in trained}
         check_memory(model, dict(named))
         frozen = [(n, p) for n, p in model.named_parameters() if not p.requires_grad]
-        may_thaw = [(n, p) for n, p in frozen if thaws and takes(n, p.shape)]
-        tail = by_type(room_for(may_thaw, named, model))
+        may_unfreeze = [(n, p) for n, p in frozen if unfreezes and takes(n, p.shape)]
+        tail = by_type(room_for(may_unfreeze, named, model))
         self._fixed = _others(frozen, tail)
         self.parameters = [p for _, p in named + tail]  #: in the order of `slots`
         self._trained = len(named)  #: how many of them are no tail
@@ -118,7 +118,7 @@ class FlatModel:
         """By slot: whether a backward of this step has given it a gradient, on this rank. Until the
         first step begins: who is trained."""
         #: by slot of the tail: whether it takes part in training; whether it would, but does not
-        self.active, self.thawed = np.zeros((2, len(tail)), np.bool_)
+        self.active, self.unfrozen = np.zeros((2, len(tail)), np.bool_)
         self._owners = owners_of(model, self.parameters)
         self._looked = 0
         self.began = False  #: whether this rank has computed anything in this step
@@ -232,10 +232,10 @@ class FlatModel:
         Raises:
             SpecError: a parameter that was frozen had one, and nobody called `activate_tail`.
         """
-        lost = self.thawed & self.present[self._trained :]
+        lost = self.unfrozen & self.present[self._trained :]
         if lost.any():
             name = self.slots[self._trained + int(lost.argmax())].name
-            raise thaw_error(self.version, f"{name!r} cannot be thawed under this strategy")
+            raise unfreeze_error(self.version, f"{name!r} cannot be unfrozen under this strategy")
         for run in self._zeroed:
             run.zero_()
         self.present[:] = self.began = False
@@ -249,7 +249,7 @@ class FlatModel:
             SpecError: see `Gradients.before_backward`.
         """
         self.gradients.before_backward()
-        self._look_for_thawed()
+        self._look_for_unfrozen()
         self.began = True
 
     def collect(self) -> None:
@@ -260,8 +260,8 @@ class FlatModel:
             SpecError: see `Gradients.collect`.
         """
         self.gradients.collect()
-        self._look_for_thawed()
-        for number in np.flatnonzero(self.thawed).tolist():
+        self._look_for_unfrozen()
+        for number in np.flatnonzero(self.unfrozen).tolist():
             index = self._trained + number
             grad = self.parameters[index].grad
             if grad is not None:  # in memory of its own, and the sum so far
@@ -288,7 +288,7 @@ class FlatModel:
     @property
     def tail_in_use(self) -> bool:
         """Whether this rank has gradients, or will have, behind the slots trained at first."""
-        return bool(self.active.any() or self.thawed.any())
+        return bool(self.active.any() or self.unfrozen.any())
 
     def activate_tail(self, present: NDArray[np.bool_], step: int) -> None:
         """
@@ -306,15 +306,15 @@ class FlatModel:
         new = present[self._trained :] & ~self.active
         if not new.any():
             return
-        for number in np.flatnonzero(new & ~self.thawed).tolist() if self.began else ():
+        for number in np.flatnonzero(new & ~self.unfrozen).tolist() if self.began else ():
             name = self.slots[self._trained + number].name
-            raise thaw_error(step, f"{name!r} is frozen on this worker, on others not")
+            raise unfreeze_error(step, f"{name!r} is frozen on this worker, on others not")
         self.take_over_tail(new)
 
     def take_over_tail(self, union: NDArray[np.bool_]) -> None:
         """Have frozen parameters take part in training, with the values that `params` has."""
         self.active |= union
-        self.thawed &= ~self.active
+        self.unfrozen &= ~self.active
         for number in np.flatnonzero(self.active).tolist():
             self.parameters[self._trained + number].requires_grad_(True)
         self._point()
@@ -330,7 +330,7 @@ class FlatModel:
         return frozenset(self.slots[index].name for index in self._live())
 
     @property
-    def thaws(self) -> bool:
+    def unfreezes(self) -> bool:
         """Whether this rank has a gradient of a frozen parameter that takes no part yet."""
         return bool((self.present[self._trained :] & ~self.active).any())
 
@@ -359,10 +359,10 @@ class FlatModel:
         """Multiply the gradient by a number; by 1 costs nothing."""
         scale_in_place(self.typed(self.grads), scale)
 
-    def _look_for_thawed(self) -> None:
+    def _look_for_unfrozen(self) -> None:
         if any(map(_REQUIRES_GRAD, self._frozen)):
             wanted = [p.requires_grad for p in self.parameters[self._trained :]]
-            self.thawed |= np.array(wanted) & ~self.active
+            self.unfrozen |= np.array(wanted) & ~self.active
 
     def _live(self) -> list[int]:
         """Give the slots whose parameters live in the vector."""
@@ -387,12 +387,12 @@ class FlatModel:
         self._check_objects(step)
         if any(map(_REQUIRES_GRAD, self._outside)):
             name = next(name for name, p in self._fixed if p.requires_grad)
-            raise thaw_error(step, f"{name!r} has requires_grad=True; it was frozen at first")
-        for number in np.flatnonzero(self.thawed).tolist():
+            raise unfreeze_error(step, f"{name!r} has requires_grad=True; it was frozen at first")
+        for number in np.flatnonzero(self.unfrozen).tolist():
             index = self._trained + number
             slot, parameter = self.slots[index], self.parameters[index]
             if not torch.equal(parameter.detach(), slot.view(self.params)):
-                raise thaw_error(step, f"{slot.name!r} was changed while it was frozen")
+                raise unfreeze_error(step, f"{slot.name!r} was changed while it was frozen")
         if self._looked < _THOROUGH_STEPS:
             self._looked += 1
             self._check_modules(step)

@@ -65,7 +65,7 @@ class ModelState:
     """
     One rank's watch over its model, through all attempts of a run.
 
-    A rank calls `settle`, `meet` or a hand-over of its own, and `keep` when an attempt begins; then
+    A rank calls `settle`, `sync` or a hand-over of its own, and `keep` when an attempt begins; then
     for each step `end_forwards`, `synchronize`, `keep`.
 
     Args:
@@ -164,7 +164,7 @@ class ModelState:
             self.version = None
         return self.version == version
 
-    def meet(self, version: int, first: int) -> None:
+    def sync(self, version: int, first: int) -> None:
         """
         Give ranks that are new the others' state; in a fresh run all have rank 0's.
 
@@ -200,8 +200,8 @@ class ModelState:
             self._until = version + _FIRST_STEPS
         moved = self._moved()
         for number in moved:
-            self._watched[number].refresh()  # a frozen parameter may have been thawed
-        for number in [n for n in moved if self._watched[n].thawed]:
+            self._watched[number].refresh()  # a frozen parameter may have been unfrozen
+        for number in [n for n in moved if self._watched[n].unfrozen]:
             self._known.discard(number)
             self._watched[number].drop_copy()
         changed = self._known | moved

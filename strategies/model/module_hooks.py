@@ -97,7 +97,7 @@ class _Idle:
         return lambda *args, **kwargs: None
 
 
-class _PassingOn(DistributedDataParallel):
+class _DDPInterface(DistributedDataParallel):
     """What a wrapper is besides its own class, which averages where a flag of it is set."""
 
     _enable: Callable[[bool], None]
@@ -157,7 +157,7 @@ def passing_on(wrapper: DistributedDataParallel, enable: Callable[[bool], None])
     object.__setattr__(wrapper, "reducer", _Idle())
     vars(wrapper).pop("require_backward_grad_sync")  # the class has it from here on
     kind = type(wrapper)
-    wrapper.__class__ = type(kind.__name__, (_PassingOn, kind), {})
+    wrapper.__class__ = type(kind.__name__, (_DDPInterface, kind), {})
     object.__setattr__(wrapper, "_enable", enable)
 
 

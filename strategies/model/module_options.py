@@ -107,7 +107,7 @@ class WrittenBuffers:
         Args:
             read: what the first one has read of the buffers that it writes; filled until then.
         """
-        return _EachTime(partial(self._with_copies, read, ReadAgain(self._module)))
+        return _ReentrantContext(partial(self._with_copies, read, ReadAgain(self._module)))
 
     @contextmanager
     def _around_first(self, read: _Read) -> Iterator[None]:
@@ -189,7 +189,7 @@ def _name_in_model(path: str, name: str) -> str:
     return f"{path}.{name}".removeprefix("chunk.").removeprefix("model.").removeprefix(".")
 
 
-class _EachTime:
+class _ReentrantContext:
     """
     A context that is made anew whenever it is entered.
 

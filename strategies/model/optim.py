@@ -413,7 +413,7 @@ class LocalOptimizer:
         return math.sqrt(squared_norm_of(self._flat.grads, self._flat.layout.segments))
 
 
-def meet_plateau(
+def sync_plateau(
     plateau: Plateau,
     version: int,
     group: Collective | None,
@@ -439,7 +439,7 @@ def meet_plateau(
     if group is not None and group.world > 1:
         every = gather_values(known, group, device)
         known = [PlateauState.of(one) for some in every for one in some]
-    if not plateau.meet(version, known):
+    if not plateau.sync(version, known):
         raise StateLost("what evaluations made of the learning rate")
 
 

@@ -286,7 +286,7 @@ def owners_of(model: nn.Module, parameters: Sequence[nn.Parameter]) -> list[Owne
     return found
 
 
-def thaw_error(step: int, what: str) -> SpecError:
+def unfreeze_error(step: int, what: str) -> SpecError:
     """Say that a parameter takes part in training, or would, and cannot."""
     hint = "build it with requires_grad=True, and freeze it in the first step"
     return SpecError(Problem(("task",), f"step {step + 1}: {what}", hint))

@@ -203,7 +203,7 @@ def _refill(container: Any, content: Any) -> None:
 
 
 def _switched(tensor: Tensor, wanted: bool) -> bool:
-    """Whether a tensor was frozen or thawed; one that was computed anew is none of the model's."""
+    """Whether a tensor was frozen or unfrozen; one that was computed is none of the model's."""
     return tensor.is_leaf and tensor.requires_grad != wanted
 
 

@@ -149,7 +149,7 @@ class Watched:
         self.trained = now is not None and now.requires_grad and known
 
     @property
-    def thawed(self) -> bool:
+    def unfrozen(self) -> bool:
         """Whether it was frozen at first, and gradients train it now."""
         return self.trained and self._rule != "written"
 

@@ -51,7 +51,7 @@ class AllReduceGradSync(GradSync):
         self._flat, self._holding = flat, holding
         self._bucket_bytes, self._overlap = bucket_bytes, overlap
         self._reducer: BucketReducer | None = None
-        self._state: ModelState  #: there after `meet`
+        self._state: ModelState  #: there after `sync_state`
         self._optimizer: PartOptimizer | None = None
         self._summed = False  #: the summed gradients of the step in flight are there
         self._norm: float | None = None  #: of the whole model's gradient, if it is to be clipped
@@ -60,7 +60,9 @@ class AllReduceGradSync(GradSync):
         self.made = False
 
     @override
-    def meet(self, group: Collective | None, context: Context, versions: GatherVersions) -> int:
+    def sync_state(
+        self, group: Collective | None, context: Context, versions: GatherVersions
+    ) -> int:
         """What the furthest peer has, all of them take over."""
         self._catch_up(versions)
         self._state = context.state
@@ -147,7 +149,7 @@ class AllReduceGradSync(GradSync):
     @override
     def update(self, step: int, total: StepControl) -> None:
         """From `flat.grads`, and waits for nobody."""
-        assert self._optimizer is not None, "meet() comes first"
+        assert self._optimizer is not None, "sync_state() comes first"
         if self._norm is not None:
             self._optimizer.norm = self._norm
         self._optimizer.grad_norm = None
@@ -158,14 +160,14 @@ class AllReduceGradSync(GradSync):
 
     @override
     def part(self, version: int) -> CheckpointPart:
-        assert self._optimizer is not None, "meet() comes first"
+        assert self._optimizer is not None, "sync_state() comes first"
         flat, holding = self._flat, self._holding
         memory = self._optimizer.memory()
         return model_part(flat, holding).plus(optimizer_part(flat, memory, 0, holding))
 
     def figures(self) -> dict[str, float]:
         """Give the exchange's figures and the optimizer's memory."""
-        assert self._optimizer is not None, "meet() comes first"
+        assert self._optimizer is not None, "sync_state() comes first"
         found = {} if self._reducer is None else self._reducer.figures()
         found |= norm_figures(self._optimizer.grad_norm)
         return {**found, "optimizer_state_bytes": float(self._optimizer.state_bytes)}
@@ -182,7 +184,7 @@ class PsGradSync(GradSync):
 
     def __init__(self, flat: FlatModel, holding: Holding) -> None:
         self._flat, self._holding = flat, holding
-        self._shards: Shards  #: there after `meet`, as is `_state`
+        self._shards: Shards  #: there after `sync_state`, as is `_state`
         self._state: ModelState
         self._new = True  #: this rank's buffers are of no version
         self._look, self._dp_world = True, 1
@@ -196,7 +198,9 @@ class PsGradSync(GradSync):
         self.made = False
 
     @override
-    def meet(self, group: Collective | None, context: Context, versions: GatherVersions) -> int:
+    def sync_state(
+        self, group: Collective | None, context: Context, versions: GatherVersions
+    ) -> int:
         """Parameters are the servers', buffers the peers'."""
         flat = self._flat
         self._look = context.job.failure.non_finite != "ignore"

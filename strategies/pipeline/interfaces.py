@@ -58,9 +58,11 @@ class GradSync(BackwardListener, Protocol):
     """How the gradients of one part of the model become an update, over all attempts of a run."""
 
     made: bool
-    """Whether the last `meet` found the step in flight made, with what this rank had given."""
+    """Whether the last `sync_state` found the step in flight made, with this rank's share."""
 
-    def meet(self, group: Collective | None, context: Context, versions: GatherVersions) -> int:
+    def sync_state(
+        self, group: Collective | None, context: Context, versions: GatherVersions
+    ) -> int:
         """
         Meet in a new attempt, and bring the part to the version that all have.
 

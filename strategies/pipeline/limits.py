@@ -122,10 +122,10 @@ class GradientReach:
             SpecError: a parameter that was frozen now asks for gradients.
         """
         self._looks = False
-        thawed = [name for name, parameter in self._frozen if parameter.requires_grad]
-        if thawed:
-            text = f"parameters were thawed during the run: {', '.join(thawed)}"
-            hint = "`hybrid` cannot take them in: thaw them in `model()`, or use `ring`"
+        unfrozen = [name for name, parameter in self._frozen if parameter.requires_grad]
+        if unfrozen:
+            text = f"parameters were unfrozen during the run: {', '.join(unfrozen)}"
+            hint = "`hybrid` cannot take them in: unfreeze them in `model()`, or use `ring`"
             raise SpecError(Problem(("strategy", "name"), text, hint))
 
 

@@ -4,8 +4,8 @@ One rank of the grid over all attempts of a run: its part, its groups, its pipel
 Why no step is half made. A rank updates its part only when all ranks of the grid have their summed
 gradients: they say so in a barrier. So if one rank has version s + 1, every other rank that is left
 has it too, or can make it by itself from what it holds. After a failure those do
-(`AllReduceGradSync.meet`); new ranks then take their part from a rank that has the same one. Parts
-that servers keep: see `grad_sync.py`.
+(`AllReduceGradSync.sync_state`); new ranks then take their part from a rank that has the same one.
+Parts that servers keep: see `grad_sync.py`.
 
     rank            0     1     2     3
     version         8     7*    7*    lost         * summed gradients of step 7 are there
@@ -68,10 +68,10 @@ class PipelineMetrics:
 
     def __init__(self, rank: int, at: Position) -> None:
         self._rank, self._at = rank, at
-        self._sending: Meter  #: there after `meet`
+        self._sending: Meter  #: there after `connect`
         self._reduce: TraceSpan | None = None
 
-    def meet(self, group: Collective) -> None:
+    def connect(self, group: Collective) -> None:
         """Take the group of a new attempt, over which stages send."""
         self._sending = Meter(group)
 
@@ -142,7 +142,7 @@ class HybridWorker(WorkerStrategy[HybridOptions]):
             self._grid: Grid = self.options.grid
             self._at: Position = self._grid.position(rank)
             self._measures = PipelineMetrics(rank, self._at)
-        self._meet_slices(collective)
+        self._connect_slices(collective)
         part = self._part = agreed_part(
             self.options, prepared, self._at, collective, self._slices, self._part
         )
@@ -151,7 +151,7 @@ class HybridWorker(WorkerStrategy[HybridOptions]):
             trial.compare()
         return part.flat, self._holding
 
-    def _meet_slices(self, everybody: Collective) -> None:
+    def _connect_slices(self, everybody: Collective) -> None:
         at = self._at
         if self._grid.slices == 1:
             return
@@ -178,9 +178,9 @@ class HybridWorker(WorkerStrategy[HybridOptions]):
         if grid.replicas > 1:
             name = f"dp-{at.stage}-{at.slice}"
             dp_group = everybody.subgroup(name, grid.dp_ranks(at.stage, at.slice))
-        version = self._grad_sync.meet(dp_group, context, self._versions)
+        version = self._grad_sync.sync_state(dp_group, context, self._versions)
         self.replayed = self._pipeline.share if self._grad_sync.made else None
-        self._measures.meet(self._replica)
+        self._measures.connect(self._replica)
         self._pipeline = self._make_pipeline(context, members)
         self._report = context.report
         if self.replayed is not None:

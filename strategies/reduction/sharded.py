@@ -56,7 +56,7 @@ class ShardedUpdate(LocalOptimizer, Reducer):
     """
 
     def __init__(self, flat: FlatModel, group: Collective, job: Job, total_steps: int) -> None:
-        assert flat.layout.tail == flat.size, "parts are for all of a run: nothing may thaw"
+        assert flat.layout.tail == flat.size, "parts are for all of a run: nothing may be unfrozen"
         self._flat, self._job, self._total = flat, job, total_steps
         self._group, self._rank = group, group.rank
         bounds = split_evenly(flat.size, group.world, align=_ALIGN)

@@ -51,7 +51,15 @@ from distplat.strategies.server.store import (
     Update,
 )
 
-_COPIED = ("_ledger", "staleness", "seen", "_before_version", "_segments", "_thawing", "settings")
+_COPIED = (
+    "_ledger",
+    "staleness",
+    "seen",
+    "_before_version",
+    "_segments",
+    "_unfreezing",
+    "settings",
+)
 
 
 def _ledger_of(plan: ShardPlan) -> Ledger:
@@ -78,7 +86,7 @@ class DenseStore(ServerStore, ReplicatedStore):
         self._layout = layout_of(plan, params)
         every, tail = self._layout.segments, self._layout.tail
         self._segments = tuple(one for one in every if one.start < tail)
-        self._thawing = [one for one in self._layout.pieces if one.start >= tail]
+        self._unfreezing = [one for one in self._layout.pieces if one.start >= tail]
         self._ledger, own = _ledger_of(plan), plan.own_loop
         asynchronous = plan.consistency.asynchronous
         self.staleness = Staleness(plan, params, every) if asynchronous else None
@@ -270,7 +278,7 @@ class DenseStore(ServerStore, ReplicatedStore):
         if self.staleness is None:
             self._keep_present()
             self.settings = change.settings
-            self._look_for_thawed(change.present)
+            self._look_for_unfrozen(change.present)
             self._sum.copy_(gradient)
             self._ledger.restore(change.version + 1)
         else:
@@ -333,13 +341,13 @@ class DenseStore(ServerStore, ReplicatedStore):
     def _typed(self, vector: Tensor) -> list[Tensor]:
         return typed_views(vector, self._segments)
 
-    def _look_for_thawed(self, flags: bytes | None) -> None:
+    def _look_for_unfrozen(self, flags: bytes | None) -> None:
         """Have the tail take part once one of its parameters does."""
         if flags is None:
             return
         self.seen = self.seen | np.frombuffer(flags, np.bool_)
-        if any(flags[piece.slot] for piece in self._thawing):
-            self._segments, self._thawing = self._layout.segments, []
+        if any(flags[piece.slot] for piece in self._unfreezing):
+            self._segments, self._unfreezing = self._layout.segments, []
 
     def _forget_pushes(self) -> None:
         self._gradients.clear()
@@ -361,7 +369,7 @@ class DenseStore(ServerStore, ReplicatedStore):
             staged = self._gradients[rank], self.params
             self._sum = self.staleness.compensated(rank, self.version, *staged)
         else:
-            self._look_for_thawed(self.total.present.tobytes())
+            self._look_for_unfrozen(self.total.present.tobytes())
             self._add_in_order([self._typed(self._gradients[rank]) for rank in ranks])
         self._forget_pushes()
 

@@ -115,7 +115,7 @@ class Server(Generic[S]):
             self._wait_for_backup()
             self._check_not_fenced()
             self.check_attempt(pull.attempt, "a pull")
-            self._meet(rank, what)
+            self._wait_for_ranks(rank, what)
             last, answer = self._pulls.get(rank, (-1, None))
             if pull.number < last or (pull.number == last and answer is None):
                 late = f"pull {pull.number} of rank {rank} refused: it has gone on since"
@@ -125,7 +125,7 @@ class Server(Generic[S]):
                 self._pulls[rank] = pull.number, answer
             return answer
 
-    def _meet(self, rank: int, what: str) -> None:
+    def _wait_for_ranks(self, rank: int, what: str) -> None:
         """
         Have an attempt begin with all ranks, where steps are made without those that are late.
 

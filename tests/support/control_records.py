@@ -13,4 +13,4 @@ def full_record(slots: int = 1, rank: int = 0) -> StepControl:
 
 def record_of(flat: FlatModel, rank: int = 0) -> StepControl:
     """Give the record of a rank with one sample, and with what the model says of itself."""
-    return StepControl(1.0, 1.0, 0, rank, thawed=flat.thaws, present=flat.present)
+    return StepControl(1.0, 1.0, 0, rank, unfrozen=flat.unfreezes, present=flat.present)

@@ -131,7 +131,7 @@ class Sometimes(nn.Module):
         return torch.tanh(out)
 
 
-class Thawed(nn.Module):
+class Unfrozen(nn.Module):
     """A layer that is frozen for two calls."""
 
     def __init__(self) -> None:
@@ -231,7 +231,7 @@ BLOCKS: dict[str, Callable[[], nn.Module]] = {
     "views": Views,
     "experts": Experts,
     "sometimes": Sometimes,
-    "thawed": Thawed,
+    "unfrozen": Unfrozen,
     "remembers": Remembers,
     "counts": Counts,
     "teacher": Teacher,

@@ -87,9 +87,9 @@ class LocalRun:
         self.reports: list[list[AnyReport]] = [[] for _ in range(job.scaling.world)]  #: by rank
         self.trained: list[dict[str, Tensor]] = []  #: by rank: its part of the trained model
         self.run_store = InMemoryRunStore()
-        self.begin_anew()
+        self.start_over()
 
-    def begin_anew(self) -> None:
+    def start_over(self) -> None:
         """Put new processes in the place of all, servers too."""
         if self.attempts:
             self.close()

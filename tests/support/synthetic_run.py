@@ -84,7 +84,7 @@ def run(
         for step in range(steps):
             for report in _reports(step, steps):
                 for summary in aggregator.add(report):
-                    checkpoints.hear(summary)
+                    checkpoints.observe(summary)
                     outbox.put(summary)
                     for finished in checkpoints.take_finished():
                         outbox.put(finished)

@@ -103,7 +103,7 @@ def test_when_all_begin_anew_nobody_is_leaving(requests: ScaleRequests) -> None:
     change = made(actor_group, requests)
     requests.ask(1)
     change.carry_out(0)
-    change.begin_anew()
+    change.all_restarted()
     requests.ask(3)
     assert change.carry_out(0) == []
 

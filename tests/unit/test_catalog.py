@@ -274,6 +274,18 @@ class Halved(Strategy):
 """
 
 
+@pytest.mark.parametrize(
+    ("base", "old", "new"),
+    [
+        (Strategy, "survivors_go_on", "survives_worker_loss"),
+        (WorkerStrategy, "can_thaw", "can_unfreeze"),
+    ],
+)
+def test_a_method_that_was_renamed_is_refused_by_both_names(base: Any, old: str, new: str) -> None:
+    with pytest.raises(TypeError, match=rf"Mine\.{old}\(\) is called {new}\(\) now"):
+        type("Mine", (base,), {old: lambda self: True})
+
+
 @pytest.mark.parametrize("text", [OLD_IMPORT, OLD_CLASS], ids=["import", "class"])
 @pytest.mark.usefixtures("own_catalog")
 def test_a_strategy_of_one_class_is_told_the_new_way(text: str, tmp_path: Path) -> None:

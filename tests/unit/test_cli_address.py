@@ -18,15 +18,15 @@ from distplat.actors import ray_compat
 from distplat.cli import join
 from distplat.cli.address import (
     Target,
-    distrust,
-    hear,
+    check_is_ray,
+    check_listening,
+    foreign_listener,
     is_this_machine,
-    reach,
-    stranger_at,
     target_of,
     token_at_hand,
+    why_untrusted,
 )
-from distplat.cli.join import ours_here, running_here
+from distplat.cli.join import own_ray_address, running_here
 from distplat.cli.submit import choose_target, connection
 from distplat.platform.errors import ClusterUnreachable, SpecError
 
@@ -90,7 +90,7 @@ def test_a_closed_port_is_told_at_once() -> None:
         port = taken.getsockname()[1]
     began = time.monotonic()
     with pytest.raises(ClusterUnreachable, match=rf"127.0.0.1:{port} \(connection refused\)"):
-        reach(f"http://127.0.0.1:{port}")
+        check_listening(f"http://127.0.0.1:{port}")
     assert time.monotonic() - began < 5
 
 
@@ -180,12 +180,15 @@ def test_no_token_goes_to_another_users_port(foreign_port: int, tmp_path: Path) 
     (tmp_path / "token").write_text("secret")
     environ = {"RAY_AUTH_TOKEN_PATH": str(tmp_path / "token")}
     assert token_at_hand(f"http://127.0.0.1:{foreign_port}", environ) is None
-    assert stranger_at(f"127.0.0.1:{foreign_port}") == f"port {foreign_port} belongs to user 54321"
+    assert (
+        foreign_listener(f"127.0.0.1:{foreign_port}")
+        == f"port {foreign_port} belongs to user 54321"
+    )
 
 
 def test_a_port_of_ones_own_belongs_to_no_stranger() -> None:
     with socket.create_server(("127.0.0.1", 0)) as mine:
-        assert stranger_at(f"127.0.0.1:{mine.getsockname()[1]}") == ""
+        assert foreign_listener(f"127.0.0.1:{mine.getsockname()[1]}") == ""
 
 
 ME, GROUP = os.geteuid(), os.getegid()
@@ -204,7 +207,7 @@ ME, GROUP = os.geteuid(), os.getegid()
 )
 def test_whose_word_is_taken_for_where_ray_is(mode: int, uid: int, gid: int, why: str) -> None:
     stat = os.stat_result((mode, 0, 0, 1, uid, gid, 0, 0, 0, 0))
-    assert distrust(Path("f"), stat) == why
+    assert why_untrusted(Path("f"), stat) == why
 
 
 @pytest.fixture
@@ -266,7 +269,7 @@ def test_a_ray_on_another_users_port_is_not_joined(
     assert f"port {foreign_port} belongs to user 54321" in told[0]
     monkeypatch.setattr(ray_compat, "address_of_auto", lambda: f"127.0.0.1:{foreign_port}")
     with pytest.raises(ClusterUnreachable, match="belongs to user 54321"):
-        ours_here()
+        own_ray_address()
 
 
 def test_a_head_elsewhere_is_joined_where_a_part_of_it_here_is_ours(
@@ -276,11 +279,11 @@ def test_a_head_elsewhere_is_joined_where_a_part_of_it_here_is_ours(
     head = "192.0.2.7:6379"
     monkeypatch.setattr(ray_compat, "address_of_auto", lambda: head)
     monkeypatch.setattr(ray_compat, "addresses_here", lambda: {head})
-    assert ours_here() == head
+    assert own_ray_address() == head
     assert choose_target("auto", print, with_ray=True) == Target("here", head, "--address")
     monkeypatch.setattr(ray_compat, "addresses_here", set)
     with pytest.raises(ClusterUnreachable, match="no process of it here is yours or root's"):
-        ours_here()
+        own_ray_address()
     with pytest.raises(ClusterUnreachable, match=f"`--address {head}` joins it all the same"):
         choose_target("auto", print, with_ray=True)
 
@@ -310,11 +313,11 @@ def test_what_is_no_ray_is_told_by_its_first_bytes(begin: bytes | None, is_ray: 
         thread.start()
         limit_s = 60.0 if begin is not None else 0.2
         if is_ray:
-            hear(address, {}, limit_s)
+            check_is_ray(address, {}, limit_s)
         else:
-            hear(address, {"RAY_USE_TLS": "1"}, limit_s)
+            check_is_ray(address, {"RAY_USE_TLS": "1"}, limit_s)
             with pytest.raises(ClusterUnreachable, match=f"listens at {address} is no Ray"):
-                hear(address, {}, limit_s)
+                check_is_ray(address, {}, limit_s)
         thread.join(60)
 
 
@@ -331,7 +334,7 @@ def test_a_private_ray_is_joined_over_loopback(
         seen.append((where, not ray_constants.ENABLE_RAY_CLUSTER))
         yield
 
-    monkeypatch.setattr(join, "ours_here", lambda: address)
+    monkeypatch.setattr(join, "own_ray_address", lambda: address)
     monkeypatch.setattr(join, "connected", connected)
     monkeypatch.setattr(ray_compat, "addresses_here", lambda: {address})
     with join.connected_here():

@@ -21,32 +21,32 @@ def test_the_first_question_looks_one_step_ahead(
     at_least: int, total: int, passed: dict[int, int], target: int
 ) -> None:
     meeting = CommonVersion(at_least, total)
-    assert not meeting.hear(passed, set())
+    assert not meeting.observe(passed, set())
     assert meeting.target == target
-    assert meeting.hear(passed, passed.keys())
+    assert meeting.observe(passed, passed.keys())
 
 
 def test_who_was_too_quick_is_asked_for_more() -> None:
     meeting = CommonVersion(1, 100)
     targets = []
     for step in range(7, 12):
-        meeting.hear({0: step * 8, 1: 3}, set())
+        meeting.observe({0: step * 8, 1: 3}, set())
         targets.append(meeting.target)
     assert targets == [7 * 8 + 1, 8 * 8 + 2, 9 * 8 + 4, 10 * 8 + 8, 11 * 8 + 16 - 4]
 
 
 def test_who_has_its_part_may_go_on() -> None:
     meeting = CommonVersion(1, 100)
-    meeting.hear({0: 7, 1: 6}, set())
-    assert not meeting.hear({0: 50, 1: 7}, {0})
+    meeting.observe({0: 7, 1: 6}, set())
+    assert not meeting.observe({0: 50, 1: 7}, {0})
     assert meeting.target == 8
-    assert meeting.hear({0: 50, 1: 8}, {0, 1})
+    assert meeting.observe({0: 50, 1: 8}, {0, 1})
 
 
 def test_what_no_run_of_this_length_comes_to() -> None:
     meeting = CommonVersion(101, 100)
     assert meeting.hopeless and not CommonVersion(100, 100).hopeless
-    meeting.hear({0: 100, 1: 100}, set())
+    meeting.observe({0: 100, 1: 100}, set())
     assert meeting.target == 101, "not the last one: who asks has that"
 
 
@@ -86,7 +86,7 @@ def test_ranks_that_are_asked_at_any_moment_come_to_one_version(
             held |= {number} if rank.ask(target) else set()
             passed[number] = rank.steps
             advance()
-        if meeting.hear(passed, held):
+        if meeting.observe(passed, held):
             assert 0 < target <= total
             assert len(held) == count
             return
@@ -97,7 +97,7 @@ def test_ranks_that_are_asked_at_any_moment_come_to_one_version(
     for _ in range(2):
         target = meeting.target
         held |= {number for number, rank in enumerate(ranks) if rank.ask(target)}
-        if meeting.hear(dict.fromkeys(range(count), total), held):
+        if meeting.observe(dict.fromkeys(range(count), total), held):
             return
         held = held if meeting.target == target else set()
     raise AssertionError("no version in common")

@@ -37,7 +37,7 @@ class Net(nn.Module):
 def make(mixed: bool) -> FlatModel:
     net = Net() if mixed else Net().float()
     extra = {"task.log_var": nn.Parameter(torch.full((3,), 0.5))}
-    return FlatModel(net, extra, thaws=True)
+    return FlatModel(net, extra, unfreezes=True)
 
 
 def optimizers(flat: FlatModel, cuts: int) -> list[tuple[tuple[int, int], FlatOptimizer]]:

@@ -148,7 +148,7 @@ def test_without_a_twin_all_go_back_to_the_checkpoint(
     newest = max(workers.checkpoints, default=0)
     # The other stage may be a step behind, and not have given its part of the newest.
     assert newest in {5: {0, 2}, 6: {2}, 7: {2}, 8: {2, 4}, 9: {2, 4}}[number]
-    workers.begin_anew()
+    workers.start_over()
     model = workers.attempt(Fabric(2), saved=workers.checkpoints.get(newest))
     assert model is not None and same(model, expected)
     assert workers.starts == [newest] * 2

@@ -192,9 +192,9 @@ def test_slices_have_checkpoints() -> None:
     assert not strategy_problems(hybrid_job(options, 2, checkpoint={"every_steps": 2}))
 
 
-def test_survivors_go_on_where_parts_have_twins() -> None:
-    assert make_strategy(hybrid_job({"pipeline": 2, "data": 2}, 4)).survivors_go_on()
-    assert not make_strategy(hybrid_job({"pipeline": 2}, 2)).survivors_go_on()
+def test_survives_worker_loss_where_parts_have_twins() -> None:
+    assert make_strategy(hybrid_job({"pipeline": 2, "data": 2}, 4)).survives_worker_loss()
+    assert not make_strategy(hybrid_job({"pipeline": 2}, 2)).survives_worker_loss()
 
 
 @pytest.mark.parametrize(

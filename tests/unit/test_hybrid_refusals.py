@@ -189,7 +189,7 @@ def test_a_weight_of_another_stage() -> None:
     same(task_of(made), (1, 1, 2))
 
 
-class Thawing(nn.Linear):
+class Unfreezing(nn.Linear):
     calls = 0
 
     def forward(self, input: Tensor) -> Tensor:
@@ -199,13 +199,13 @@ class Thawing(nn.Linear):
         return super().forward(input)
 
 
-def test_a_parameter_that_is_thawed() -> None:
+def test_a_parameter_that_is_unfrozen() -> None:
     def made(model: nn.Sequential) -> nn.Module:
-        layer = Thawing(8, 8).double()
+        layer = Unfreezing(8, 8).double()
         layer.weight.requires_grad_(False)
         return nn.Sequential(model[0], layer, model[4])
 
-    refused(task_of(made), "thawed during the run", "1.weight")
+    refused(task_of(made), "unfrozen during the run", "1.weight")
 
 
 def test_sync_batch_norm() -> None:

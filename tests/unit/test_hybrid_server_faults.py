@@ -181,13 +181,13 @@ class Waiting(Fabric):
         super().__init__(WORLD)
         self._workers, self._victim = workers, victim
 
-    def meet(
+    def rendezvous(
         self, group: str, operation: str, number: int, ranks: Any, me: int, gift: Any
     ) -> list[Tensor | None]:
         if me == self._victim and "dp-" in group and number == 1:
             wait_until_made(self._workers, 1 - self._workers.division.part_of(me))
             raise CollectiveError(group, operation, number, (me,), "it is gone")
-        return super().meet(group, operation, number, ranks, me, gift)
+        return super().rendezvous(group, operation, number, ranks, me, gift)
 
 
 @pytest.mark.parametrize(("first", "second"), [(0, 3), (1, 2)])
@@ -237,7 +237,7 @@ def test_a_lost_server_takes_all_back_to_the_checkpoint(part: int, servers: int)
 
     assert workers.attempt(Fabric(WORLD), around=around) is None
     assert [*workers.checkpoints] == [2]
-    workers.begin_anew()
+    workers.start_over()
     model = workers.attempt(Fabric(WORLD), saved=workers.checkpoints[2])
     expected = workers_of(0.5, servers).attempt(Fabric(WORLD))
     assert model is not None and expected is not None and same(model, expected)

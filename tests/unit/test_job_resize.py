@@ -23,8 +23,8 @@ from distplat.platform.spec import Failure
 from distplat.platform.stop_order import StopOrder
 
 LIMITS = Failure(start_timeout_s=60, step_timeout_s=20, heartbeat_timeout_s=10)
-GO_ON = Policy(max_failures=1, survivors_go_on=True, holders=((0, 1, 2),))
-NO_FAILURE = Policy(max_failures=0, survivors_go_on=True, begin_anew=False)
+GO_ON = Policy(max_failures=1, survives_worker_loss=True, holders=((0, 1, 2),))
+NO_FAILURE = Policy(max_failures=0, survives_worker_loss=True, may_start_over=False)
 STEP = 3
 TOLD = Abandoned("as it was told")
 History = Sequence[tuple[float, Event]]

@@ -29,8 +29,8 @@ from distplat.platform.recovery import Policy, Restart
 from distplat.platform.spec import Failure
 
 LIMITS = Failure(start_timeout_s=60, step_timeout_s=20, heartbeat_timeout_s=10)
-GO_ON = Policy(max_failures=3, max_preemptions=1, survivors_go_on=True)
-ANEW = Policy(max_failures=3, survivors_go_on=False)
+GO_ON = Policy(max_failures=3, max_preemptions=1, survives_worker_loss=True)
+ANEW = Policy(max_failures=3, survives_worker_loss=False)
 
 BROKEN = CollectiveError("g", "all_reduce", 3, (1,), "deadline")
 History = Sequence[tuple[float, Event]]
@@ -189,15 +189,15 @@ SERVER_LOST = ActorLost("server-0", 3, "killed")
 
 
 @pytest.mark.parametrize("first", [Failed("server-manager", SERVER_LOST), stopped(2, SERVER_LOST)])
-@pytest.mark.parametrize("begin_anew", [True, False])
+@pytest.mark.parametrize("may_start_over", [True, False])
 def test_what_a_server_kept_is_given_up_only_if_the_job_says_so(
-    first: Failed, begin_anew: bool
+    first: Failed, may_start_over: bool
 ) -> None:
     """Whoever notices the loss first, the manager or a worker."""
-    policy = Policy(max_failures=3, survivors_go_on=True, begin_anew=begin_anew)
+    policy = Policy(max_failures=3, survives_worker_loss=True, may_start_over=may_start_over)
     rest: list[Event] = [*(stopped(rank, SERVER_LOST) for rank in range(3)), Tick()]
     state = play([(1, first), *((1, event) for event in rest), (1 + SETTLE_S, Tick())], policy)
-    if begin_anew:
+    if may_start_over:
         assert state.restart == Restart(1, (0, 1, 2), everything=True, wait_s=0.0)
     else:
         assert (state.phase, state.error) == (Phase.FAILED, SERVER_LOST)
@@ -278,7 +278,7 @@ def test_the_budget_ends_the_run_and_tells_all_failures() -> None:
 
 
 def test_a_crash_loop_waits_then_ends() -> None:
-    state = play([], Policy(max_failures=99, survivors_go_on=True))
+    state = play([], Policy(max_failures=99, survives_worker_loss=True))
     waits = []
     for attempt in range(2):
         lose(state, attempt, 7)
@@ -291,7 +291,7 @@ def test_a_crash_loop_waits_then_ends() -> None:
 
 
 def test_preemption_is_not_a_failure() -> None:
-    policy = Policy(max_failures=0, max_preemptions=1, survivors_go_on=True)
+    policy = Policy(max_failures=0, max_preemptions=1, survives_worker_loss=True)
     news: History = [(1, dead(1, preempted=True)), (1, stopped(0)), (1, stopped(2)), (1, Tick())]
     assert play(news, policy).restart is not None
     assert play([(1, dead(1)), *news[1:]], policy).restart is None
@@ -329,7 +329,7 @@ def test_a_users_error_during_repair_ends_the_run() -> None:
 def test_one_holder_of_each_part_must_be_left(
     lost: tuple[int, ...], holders: tuple[tuple[int, ...], ...], everything: bool
 ) -> None:
-    policy = Policy(max_failures=3, survivors_go_on=True, holders=holders)
+    policy = Policy(max_failures=3, survives_worker_loss=True, holders=holders)
     news = [(1.0, dead(rank) if rank in lost else stopped(rank)) for rank in range(3)]
     state = play([*news, (1, Tick())], policy)
     replaced = tuple(range(3)) if everything else lost

@@ -231,7 +231,7 @@ def test_workers_join_and_leave(history: History, phase: Phase) -> None:
 
 
 def test_who_has_left_is_not_replaced_and_who_has_joined_is() -> None:
-    policy = Policy(max_failures=1, survivors_go_on=True)
+    policy = Policy(max_failures=1, survives_worker_loss=True)
     state = JobState(2, LIMITS, 0.0, policy)
     lost = Failed("worker-5", DEATH, dead=True)
     waits = Failed("worker-0", BROKEN)

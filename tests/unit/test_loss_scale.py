@@ -201,9 +201,9 @@ def test_the_scale_follows_what_came_of_the_steps(monkeypatch: pytest.MonkeyPatc
     assert scale.passed(3, record(non_finite=1))
     assert scale.value == 2**16
     assert [scale.saved(3), scale.saved(4)] == [(2**17, 0), (2**16, 0)]
-    scale.meet(3, None, torch.device("cpu"))  # the step is made once more
+    scale.sync(3, None, torch.device("cpu"))  # the step is made once more
     assert scale.value == 2**17
-    scale.meet(9, None, torch.device("cpu"))  # nobody knows what became of it
+    scale.sync(9, None, torch.device("cpu"))  # nobody knows what became of it
     assert scale.value == 2**17
     for step in range(9, 26):
         assert scale.passed(step, record(non_finite=2)), "as long as it can be lowered"

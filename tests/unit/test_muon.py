@@ -321,23 +321,23 @@ def test_embedding_tables_stand_beside_it() -> None:
 class Frozen(Deep):
     """A bias that is frozen: nobody updates it, so it may be in Muon's hands."""
 
-    thaws_in: int | None = None
+    unfreezes_in: int | None = None
 
     def model(self) -> nn.Module:
         model: Any = super().model()
         bias, made = model.body[0].bias, []
         bias.requires_grad_(False)
 
-        def thaw(*given: Any) -> None:
+        def unfreeze(*given: Any) -> None:
             made.append(1)
-            bias.requires_grad_(len(made) == self.thaws_in)
+            bias.requires_grad_(len(made) == self.unfreezes_in)
 
-        model.register_forward_pre_hook(thaw)
+        model.register_forward_pre_hook(unfreeze)
         return model  # type: ignore[no-any-return]
 
 
-class Thawing(Frozen):
-    thaws_in = 3
+class Unfreezing(Frozen):
+    unfreezes_in = 3
 
 
 class Tied(Small):
@@ -359,14 +359,14 @@ def test_a_table_that_muon_would_update_is_warned_of() -> None:
 NOT_OF_BODY_0 = {**MUON, "groups": [{"match": "body.2.bias,*norm*,head*", **ADAMW}]}
 
 
-def test_what_is_frozen_needs_no_rule_and_may_not_be_thawed_into_one() -> None:
+def test_what_is_frozen_needs_no_rule_and_may_not_be_unfrozen_into_one() -> None:
     for strategy in ("ring", "ps-sync"):
         run = train(job(strategy, 2, optimizer=NOT_OF_BODY_0), Frozen)
         before = prepare(job(), Deep()).flat.model.get_parameter("body.0.bias")
         assert torch.equal(run.parameters()["body.0.bias"], before)
         with pytest.raises(SpecError, match=r"step 3: 'body.0.bias' has requires_grad=True"):
-            train(job(strategy, 2, optimizer=NOT_OF_BODY_0), Thawing)
-        train(job(strategy, 2), Thawing)  # AdamW takes it
+            train(job(strategy, 2, optimizer=NOT_OF_BODY_0), Unfreezing)
+        train(job(strategy, 2), Unfreezing)  # AdamW takes it
 
 
 def refused(rule: dict[str, Any], kind: type[Small] = Deep) -> str:

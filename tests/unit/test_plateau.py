@@ -371,7 +371,7 @@ def test_the_same_state_and_rates_as_torchs(random: Random) -> None:
     groups = [{"params": [nn.Parameter(torch.zeros(1))], "lr": base} for base in bases]
     scheduler = OfTorch(torch.optim.SGD(groups), **arguments)
     ours = Plateau(rule)
-    assert ours.meet(0, [])
+    assert ours.sync(0, [])
     for step in range(1, random.randint(2, 60)):
         figure = random.choice([random.gauss(0, 1), 1.0, -0.5, 0.0, math.nan, math.inf, -math.inf])
         ours.evaluated(step, {"loss": figure})
@@ -392,10 +392,10 @@ def test_who_knows_a_version() -> None:
     states = [first]
     for step in (2, 4, 6):
         states.append(after_evaluation(rule, states[-1], step, 1.0))
-    assert plateau.meet(5, reversed(states)) and plateau.state.at == 4
-    assert plateau.meet(6, states) and plateau.state.at == 6
-    assert plateau.meet(0, states) and plateau.state == first, "all begin anew"
-    assert not plateau.meet(3, states[2:]), "of a run that was taken back"
+    assert plateau.sync(5, reversed(states)) and plateau.state.at == 4
+    assert plateau.sync(6, states) and plateau.state.at == 6
+    assert plateau.sync(0, states) and plateau.state == first, "all begin anew"
+    assert not plateau.sync(3, states[2:]), "of a run that was taken back"
 
 
 @pytest.mark.parametrize(

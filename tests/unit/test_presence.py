@@ -118,7 +118,7 @@ class InPlaceZeroGrad(ZeroGrad):
     set_to_none = False
 
 
-class Thawed(Base):
+class Unfrozen(Base):
     """A layer that is frozen for three steps."""
 
     def model(self) -> nn.Module:
@@ -235,13 +235,13 @@ def test_a_model_of_halves_is_trained(strategy: Any, optimizer: str, dtype: torc
 @pytest.mark.parametrize("world", [1, 2])
 @pytest.mark.parametrize("strategy", [STRATEGIES[n] for n in ("ring", "ps-sync", "two-servers")])
 @pytest.mark.parametrize("clip_norm", [None, 0.1])
-def test_a_layer_is_thawed(strategy: Any, world: int, clip_norm: float | None) -> None:
-    compare(job(strategy, world, clip_norm=clip_norm), Thawed)
+def test_a_layer_is_unfrozen(strategy: Any, world: int, clip_norm: float | None) -> None:
+    compare(job(strategy, world, clip_norm=clip_norm), Unfrozen)
 
 
-def test_the_tail_is_not_thawed_under_a_sharded_optimizer() -> None:
+def test_the_tail_is_not_unfrozen_under_a_sharded_optimizer() -> None:
     with pytest.raises(SpecError, match=r"step 4: 'a\.weight' has requires_grad=True"):
-        train(job(STRATEGIES["sharded"], 2), Thawed)
+        train(job(STRATEGIES["sharded"], 2), Unfrozen)
 
 
 def with_accumulation(kind: type[Task]) -> Callable[[], object]:

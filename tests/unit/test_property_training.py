@@ -121,7 +121,7 @@ def refused(drawn: Drawn) -> bool:
     if "bounded" in drawn.blocks and served:
         return True  # servers keep what the forward writes
     fixed = drawn.strategy == "hybrid" or drawn.options.get("shard_optimizer", False)
-    return "thawed" in drawn.blocks and fixed
+    return "unfrozen" in drawn.blocks and fixed
 
 
 def met(drawn: Drawn) -> Comparison:

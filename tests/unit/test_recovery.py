@@ -114,17 +114,19 @@ def test_progress_gives_failures_back(steps: tuple[int, ...], ends: bool) -> Non
 
 
 @pytest.mark.parametrize(
-    ("failure", "survivors_go_on", "policy"),
+    ("failure", "survives_worker_loss", "policy"),
     [
-        (Failure(), True, Policy(3, 100, True, begin_anew=False)),
-        (Failure(), False, Policy(0, 0, False, begin_anew=False)),
+        (Failure(), True, Policy(3, 100, True, may_start_over=False)),
+        (Failure(), False, Policy(0, 0, False, may_start_over=False)),
         (Failure(max_failures=7), False, Policy(7, 0, False)),
         (Failure(max_failures=7), True, Policy(7, 100, True)),
         (Failure(max_failures=0, max_preemptions=1), True, Policy(0, 1, True)),
     ],
 )
-def test_what_a_job_leaves_open(failure: Failure, survivors_go_on: bool, policy: Policy) -> None:
-    assert policy_of(failure, survivors_go_on) == policy
+def test_what_a_job_leaves_open(
+    failure: Failure, survives_worker_loss: bool, policy: Policy
+) -> None:
+    assert policy_of(failure, survives_worker_loss) == policy
 
 
 def test_checkpoints_make_a_restart_cheap() -> None:

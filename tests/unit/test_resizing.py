@@ -62,7 +62,7 @@ def test_when_one_cannot_come_all_are_let_go() -> None:
 def test_when_all_is_made_anew_the_wish_stands() -> None:
     resizing = asked(2, 4)
     resizing.ready(2)
-    resizing.begin_anew(2)
+    resizing.all_restarted(2)
     assert (resizing.to_make, resizing.due) == ([2, 3], None)
 
 
@@ -92,7 +92,7 @@ def test_only_who_is_wanted_is_made_and_only_who_is_ready_joins(
         elif what == "give_up":
             resizing.give_up()
         elif what == "anew":
-            resizing.begin_anew(resizing.world)
+            resizing.all_restarted(resizing.world)
             alive.clear()
         elif what == "change" and resizing.due is not None:
             joining = range(resizing.world, resizing.due)

@@ -243,11 +243,11 @@ def test_another_model_or_data_set_is_named() -> None:
 def test_a_parameter_that_was_frozen_begins_anew() -> None:
     saved = train(job("ring", 1), Normed).checkpoints[HALF]
 
-    class Thawed(Normed):
+    class Unfrozen(Normed):
         def model(self) -> nn.Module:
             return super().model().requires_grad_(True)
 
-    found = train(job("ring", 1), Thawed, saved=saved).checkpoints[STEPS]._load("optimizer")
+    found = train(job("ring", 1), Unfrozen, saved=saved).checkpoints[STEPS]._load("optimizer")
     names = "0.weight", "1.weight"
     steps = [float(tensor_of(found[f"step/{name}"], TensorSlice(()))) for name in names]
     assert steps == [STEPS - HALF, STEPS]

@@ -153,5 +153,5 @@ def test_json_has_all_of_it() -> None:
     assert found["servers"]["assignments"][0]["backup"] == "server-3"
     assert found["scheduler"]["workers"][1]["stats"]["straggler"] is True
     assert found["scheduler"]["workers"][0]["lease"] == [240, 249, 10]
-    scale = {name: found["scheduler"][name] for name in ("wish", "refused", "pending")}
-    assert scale == {"wish": None, "refused": "", "pending": False}
+    scale = {name: found["scheduler"][name] for name in ("request", "refused", "pending")}
+    assert scale == {"request": None, "refused": "", "pending": False}

@@ -57,7 +57,7 @@ class Run:
     def __init__(self, workers: int, steps: int) -> None:
         self.steps = steps
         self.workers = [Simulated() for _ in range(workers)]
-        self.state = JobState(workers, LIMITS, 0.0, Policy(1, survivors_go_on=True))
+        self.state = JobState(workers, LIMITS, 0.0, Policy(1, survives_worker_loss=True))
         for rank in range(workers):
             self.state.handle(PollAnswered(rank, 1, 0, False), 0.0)
 

@@ -137,7 +137,7 @@ def test_when_one_cannot_come_all_are_let_go(
     assert resizer.look(0) is None
     assert actor_group.newcomers == {}
     status = actor_group.requests.status()
-    assert (status.wish, status.pending) == (ScaleRequest(1, 4), False)
+    assert (status.request, status.pending) == (ScaleRequest(1, 4), False)
     refused = status.refused
     assert refused.startswith(f"worker-{lost} could not be started: ")
     assert said in refused.lower()
@@ -168,7 +168,7 @@ def test_what_cannot_be_had_is_refused_and_the_wish_before_stands(
     actor_group.requests.ask(workers)  # it could be had when it was asked for
     assert resizer.look(0) is None
     status = actor_group.requests.status()
-    assert status.wish == ScaleRequest(2, workers)
+    assert status.request == ScaleRequest(2, workers)
     assert said in status.refused
     assert list(actor_group.newcomers) == ([] if workers == 3 else [2, 3])
 
@@ -191,7 +191,7 @@ def test_a_later_request_replaces_the_earlier(actor_group: FakeActorGroup) -> No
 def test_when_all_were_made_anew_newcomers_are_made_again(actor_group: FakeActorGroup) -> None:
     resizer = made(actor_group, 4)
     actor_group.newcomers.clear()  # they ended with all others
-    resizer.begin_anew()
+    resizer.all_restarted()
     assert resizer.look(0) is None
     assert actor_group.newcomers == {2: None, 3: None}
     actor_group.requests.ask(2)

@@ -29,7 +29,7 @@ OPTIMIZERS: list[dict[str, Any]] = [
     {"name": "Adagrad", "lr": 0.3},
     {"name": "SparseAdam", "lr": 0.1},
 ]
-FROZEN = ["table", "parent", "parameters", "no_grad", "detach", "thawed", "refrozen", "eval"]
+FROZEN = ["table", "parent", "parameters", "no_grad", "detach", "unfrozen", "refrozen", "eval"]
 
 
 class Net(nn.Module):
@@ -71,8 +71,8 @@ class Net(nn.Module):
         table = self.inner["always"]
         if self.training:
             self.steps += 1
-            if self.how in ("thawed", "refrozen"):
-                table.requires_grad_((self.steps > 4) == (self.how == "thawed"))
+            if self.how in ("unfrozen", "refrozen"):
+                table.requires_grad_((self.steps > 4) == (self.how == "unfrozen"))
         table.train(self.how != "eval")
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.how != "no_grad"):
             found: Tensor = table(ids)
@@ -193,7 +193,7 @@ def test_tables_that_rest_move_as_in_torch(
 def test_a_frozen_table_is_one_in_torch(how: str, strategy: str) -> None:
     run = train(job(OPTIMIZERS[2], how, strategy=strategy), Uses)
     assert_equal(run, plain(OPTIMIZERS[2], how))
-    updates = {"thawed": STEPS - 4, "refrozen": 4, "eval": STEPS}.get(how, 0)
+    updates = {"unfrozen": STEPS - 4, "refrozen": 4, "eval": STEPS}.get(how, 0)
     assert {service.store.tables[0].updates for service in run.tables.table_servers} == {updates}
 
 

@@ -144,7 +144,7 @@ def test_a_run_is_a_plain_loop_with_it(
         close(state_of(run, rank), expected)
 
 
-class Thawing(Lambs):
+class Unfreezing(Lambs):
     """A layer that takes part from the fourth forward on."""
 
     def model(self) -> nn.Module:
@@ -152,17 +152,17 @@ class Thawing(Lambs):
         body: Any = model.body
         body.requires_grad_(requires_grad=False)
 
-        def thaw(*given: Any) -> None:
+        def unfreeze(*given: Any) -> None:
             made.append(1)
             body.requires_grad_(requires_grad=len(made) > 3)
 
-        model.register_forward_pre_hook(thaw)
+        model.register_forward_pre_hook(unfreeze)
         return model
 
 
-def test_a_layer_that_is_thawed_is_updated_from_then_on() -> None:
-    run = train(job("ring", 2), Thawing)
-    expected, _ = plain(Thawing)
+def test_a_layer_that_is_unfrozen_is_updated_from_then_on() -> None:
+    run = train(job("ring", 2), Unfreezing)
+    expected, _ = plain(Unfreezing)
     close(state_of(run), expected)
     close(state_of(run, 1), expected)
     assert not torch.equal(expected["body.weight"], Small().model().get_parameter("body.weight"))

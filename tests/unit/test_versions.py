@@ -123,7 +123,7 @@ def test_a_driver_of_another_version_is_told_in_our_words(
         check_version_info(theirs, "node 10.0.0.1")
 
     monkeypatch.setattr("ray.init", refuse)
-    monkeypatch.setattr("distplat.cli.join._meet", lambda address: None)
+    monkeypatch.setattr("distplat.cli.join._check_ray", lambda address: None)
     with pytest.raises(ClusterUnreachable) as raised, connected("auto", {}):
         pass
     text = str(raised.value)

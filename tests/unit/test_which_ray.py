@@ -110,15 +110,15 @@ def test_why_a_ray_cannot_be_joined_is_told_at_once(
 ) -> None:
     """`ray.init` would try for minutes."""
 
-    def meet(address: str, limit_s: float) -> None:
+    def check_gcs(address: str, limit_s: float) -> None:
         if token:
             raise ray.exceptions.AuthenticationError("InvalidAuthToken")
         raise ray.exceptions.RpcError("Timed out while waiting for GCS to become available.")
 
-    monkeypatch.setattr(ray_compat, "meet", meet)
+    monkeypatch.setattr(ray_compat, "check_gcs", check_gcs)
     monkeypatch.setattr(ray, "init", lambda **more: pytest.fail("it would not be of use"))
-    monkeypatch.setattr(join, "reach", lambda address: None)
-    monkeypatch.setattr(join, "hear", lambda address, environ: None)
+    monkeypatch.setattr(join, "check_listening", lambda address: None)
+    monkeypatch.setattr(join, "check_is_ray", lambda address, environ: None)
     said = "wants another token.*RAY_AUTH_TOKEN" if token else "Timed out while waiting"
     with pytest.raises(ClusterUnreachable, match=f"cannot join Ray at {A}: .*{said}"):
         with join.connected(A, {}):
@@ -147,7 +147,7 @@ def test_who_names_a_cluster_has_no_other_asked(rays: Rays) -> None:
 
 def test_rays_of_strangers_are_not_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ray_compat, "addresses_here", lambda: {B, A, "192.0.2.7:6379"})
-    monkeypatch.setattr(join, "stranger_at", lambda address: "user 7" if address == B else "")
+    monkeypatch.setattr(join, "foreign_listener", lambda address: "user 7" if address == B else "")
     assert join.rays_here() == [A, "192.0.2.7:6379"]
 
 

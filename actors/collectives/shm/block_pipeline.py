@@ -86,7 +86,7 @@ class BlockPipeline:
         if self._header:
             self._compare()
 
-    def meet(self) -> None:
+    def barrier(self) -> None:
         """Wait for all ranks."""
         self.wait(self.post())
 
@@ -125,9 +125,9 @@ class BlockPipeline:
 
     def in_place(self, work: Callable[[], None]) -> None:
         """Work on the ranks' vectors themselves, between two meetings of all ranks."""
-        self.meet()
+        self.barrier()
         work()
-        self.meet()
+        self.barrier()
 
     def _compare(self) -> None:
         mine, self._header = self._header, b""

@@ -69,7 +69,7 @@ class ShmCommunicator:
 
     def barrier(self) -> Bytes:
         """Wait for all."""
-        self._pipeline.meet()
+        self._pipeline.barrier()
         return 0, 0
 
     def share(self, mine: MemorySegment) -> Bytes:

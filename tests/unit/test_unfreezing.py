@@ -48,7 +48,7 @@ def job(**more: Any) -> Job:
 
 
 def parts_of(step: int, world: int) -> list[Tensor]:
-    """The last rank has no samples in the step in which the layer is thawed."""
+    """The last rank has no samples in the step in which the layer is unfrozen."""
     if world > 1 and step == THAWS_IN:
         return [*X.chunk(world - 1), X[:0]]
     return [*X.chunk(world)]
@@ -101,7 +101,7 @@ def check(flats: Sequence[FlatModel], of: Job) -> None:
 @pytest.mark.parametrize("world", [1, 3])
 def test_ranks_that_update_alike(world: int, clip_norm: float | None) -> None:
     of = job(clip_norm=clip_norm)
-    flats = [FlatModel(Net(), thaws=True) for _ in range(world)]
+    flats = [FlatModel(Net(), unfreezes=True) for _ in range(world)]
     optimizers = [LocalOptimizer(flat, of, STEPS) for flat in flats]
     for step in range(STEPS):
         present = compute(flats, step)
@@ -120,7 +120,7 @@ def test_ranks_that_update_alike(world: int, clip_norm: float | None) -> None:
 @pytest.mark.parametrize("world", [1, 3])
 def test_servers_that_update(world: int, servers: int, clip_norm: float | None) -> None:
     of = job(clip_norm=clip_norm)
-    flats = [FlatModel(Net(), thaws=True) for _ in range(world)]
+    flats = [FlatModel(Net(), unfreezes=True) for _ in range(world)]
     layout, shared = flats[0].layout, flats[0].params.clone()
     shards = []
     cuts = cut_shards(layout.size, servers, tail=layout.tail_size).shards
@@ -146,7 +146,7 @@ def test_servers_that_update(world: int, servers: int, clip_norm: float | None) 
 
 
 def test_until_then_nobody_touches_the_tail() -> None:
-    flat = FlatModel(Net(), thaws=True)
+    flat = FlatModel(Net(), unfreezes=True)
     assert flat.layout.tail_size and flat.segments[-1].stop == flat.layout.tail
     frozen = flat.model.get_parameter("a.weight")
     frozen.fill_(2.0)  # a forward may write to it
@@ -159,13 +159,13 @@ def test_until_then_nobody_touches_the_tail() -> None:
     assert frozen.eq(2.0).all()
 
 
-def thaw_on_one_rank(flats: Sequence[FlatModel]) -> None:
+def unfreeze_on_one_rank(flats: Sequence[FlatModel]) -> None:
     flats[0].model.get_submodule("a").requires_grad_(True)
 
 
 def test_who_computes_without_it_is_told() -> None:
-    flats = [FlatModel(Net(), thaws=True) for _ in range(2)]
-    thaw_on_one_rank(flats)
+    flats = [FlatModel(Net(), unfreezes=True) for _ in range(2)]
+    unfreeze_on_one_rank(flats)
     present = compute(flats, 0)
     flats[0].activate_tail(present, 0)
     with pytest.raises(SpecError, match=r"step 1: 'a\.weight' is frozen on this worker"):
@@ -173,15 +173,15 @@ def test_who_computes_without_it_is_told() -> None:
 
 
 def test_where_nobody_follows_it_is_refused() -> None:
-    flat = FlatModel(Net(), thaws=True)
-    thaw_on_one_rank([flat])
+    flat = FlatModel(Net(), unfreezes=True)
+    unfreeze_on_one_rank([flat])
     compute([flat], 0)
-    with pytest.raises(SpecError, match=r"'a\.weight' cannot be thawed under this strategy"):
+    with pytest.raises(SpecError, match=r"'a\.weight' cannot be unfrozen under this strategy"):
         flat.begin_step()
 
 
 def test_what_was_changed_while_frozen_is_refused() -> None:
-    flat = FlatModel(Net(), thaws=True)
+    flat = FlatModel(Net(), unfreezes=True)
     flat.model.get_parameter("a.bias").fill_(1.0)
     flat.model.get_submodule("a").requires_grad_(True)
     with pytest.raises(SpecError, match=r"step 1: 'a\.bias' was changed while it was frozen"):
@@ -195,7 +195,7 @@ def test_a_backbone_much_larger_than_the_head_has_no_room() -> None:
             self.a = nn.Parameter(torch.zeros(5000, 4000), requires_grad=False)
             self.b = nn.Parameter(torch.zeros(4))
 
-    flat = FlatModel(Large(), thaws=True)
+    flat = FlatModel(Large(), unfreezes=True)
     assert flat.size == 4
     flat.model.get_parameter("a").requires_grad_(True)
     with pytest.raises(SpecError, match="step 1: 'a' has requires_grad=True; it was frozen"):
