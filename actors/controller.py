@@ -348,14 +348,14 @@ class Controller:
             del self._actors[role]
             self._async_scaler.left(rank)
             return [Left(rank)]
-        made, node = result.prepared, result.host
+        prepared, node = result.prepared, result.host
         heard = PollAnswered(
-            rank, result.beats, result.step, result.finished, made, node, result.loop
+            rank, result.beats, result.step, result.finished, prepared, node, result.loop
         )
         if result.error is None:
             return [heard]
         error, shown = result.error, result.traceback
-        return [heard, Failed(role, error, prepared=made, node=node, traceback=shown)]
+        return [heard, Failed(role, error, prepared=prepared, node=node, traceback=shown)]
 
     def _result(self) -> bytes:
         """Fetch the model; where it is cut, each part, and put them together by name."""

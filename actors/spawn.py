@@ -155,19 +155,19 @@ def spawn_script(scaling: Scaling, run: str, attempt: int) -> ScriptActors:
     needs = scaling.resources()
     bundles = [needs] * scaling.num_workers
     _check_room(bundles)
-    made = ScriptActors([], placement_group(bundles, strategy="PACK"))
+    actors = ScriptActors([], placement_group(bundles, strategy="PACK"))
     try:
         for index in range(scaling.num_workers):
             name = f"process-{index}" + (f"/attempt-{attempt}" if attempt else "")
             options = _options(run, name, needs, _SCRIPT_THREADS)
-            bundle = PlacementGroupSchedulingStrategy(made.placement_group, index)
+            bundle = PlacementGroupSchedulingStrategy(actors.placement_group, index)
             options["scheduling_strategy"] = bundle
             actor = ray.remote(ScriptProcess).options(**options).remote(location_here)
-            made.processes.append(actor)
+            actors.processes.append(actor)
     except BaseException:
-        made.end()
+        actors.end()
         raise
-    return made
+    return actors
 
 
 def spawn_manager(

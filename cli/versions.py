@@ -76,16 +76,16 @@ def driver_mismatch(address: str, text: str) -> str:
     found = [Versions(*pair) for pair in _RAYS_OWN.findall(text)]
     if len(found) != 2:
         return ""
-    theirs, ours = found
-    if theirs.ray == ours.ray and _minor(theirs.python) == _minor(ours.python):
+    cluster, ours = found
+    if cluster.ray == ours.ray and _minor(cluster.python) == _minor(ours.python):
         remedy = f"set {_LEVEL}=minor, which lets a driver of another patch release of Python join"
     else:
         remedy = (
-            f"install ray=={theirs.ray} in a Python {theirs.python} here; or give the job API, "
+            f"install ray=={cluster.ray} in a Python {cluster.python} here; or give the job API, "
             "--address http://HOST:8265: then the driver runs in the cluster's Python"
         )
     return (
-        f"the Ray cluster at {address} has {theirs}, this process {ours}: a driver must have the "
+        f"the Ray cluster at {address} has {cluster}, this process {ours}: a driver must have the "
         f"same; {remedy}"
     )
 

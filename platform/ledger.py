@@ -434,11 +434,11 @@ class LoopLedger(Ledger):
     @override
     def missing(self) -> list[int]:
         least = self._slowest
-        return [rank for rank, made in self._at_work.items() if made == least]
+        return [rank for rank, steps in self._at_work.items() if steps == least]
 
     @property
     def _at_work(self) -> dict[int, int]:
-        return {rank: made for rank, made in self._next.items() if rank not in self.left}
+        return {rank: steps for rank, steps in self._next.items() if rank not in self.left}
 
     @property
     def _slowest(self) -> int:

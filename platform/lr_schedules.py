@@ -103,8 +103,8 @@ class Schedule(LRSchedule):
             case "step":
                 return base * _power(self.gamma, step // self.every_steps)
             case "wsd":
-                made = step + 1 - steps + self.decay_steps
-                return base * self._fallen(self.decay, made, self.decay_steps)
+                decayed_steps = step + 1 - steps + self.decay_steps
+                return base * self._fallen(self.decay, decayed_steps, self.decay_steps)
             case "linear" | "cosine" as shape:
                 return base * self._fallen(shape, step, steps - 1)
 

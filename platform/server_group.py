@@ -228,13 +228,13 @@ class ServerGroup:
         """
         self._made = 1 + max(int(name.rpartition("-")[2]) for name in names)
         for assignment in self.assignments:
-            mine = [one for one in held if one.shard == assignment.shard]
+            reports = [one for one in held if one.shard == assignment.shard]
             fresh = [one for one in held if one.shard is None and one.server == assignment.primary]
-            serving = [one for one in mine if one.role is not Role.BACKUP]
+            serving = [one for one in reports if one.role is not Role.BACKUP]
             found = max(serving, key=lambda one: one.term, default=None)
-            if found is not None and _is_sure(found, mine):
+            if found is not None and _is_sure(found, reports):
                 assignment.primary, assignment.term = found.server, generation * _TERMS
-            elif mine or not fresh:
+            elif reports or not fresh:
                 self.broken = assignment.primary
         kept = {assignment.primary for assignment in self.assignments}
         return [one.server for one in held if one.server not in kept]

@@ -220,12 +220,12 @@ class TaskScheduler:
         for task in tasks:
             if not self.plan.first * self.plan.parts <= task < self.plan.tasks:
                 raise ProtocolError(f"rank {worker} made task {task}: there is none of that number")
-            mine = task in holding.tasks
+            is_leased = task in holding.tasks
             holding.tasks.discard(task)
             if self.done.add(task):
                 if task in self._again:
                     self._again.remove(task)
-            elif mine:
+            elif is_leased:
                 self.duplicates += 1
         for evaluation in evaluations:
             holding.evaluations.discard(evaluation)

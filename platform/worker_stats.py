@@ -102,15 +102,15 @@ class WorkerTable:
         if not beats:
             return None
         first, last = beats[0][1], beats[-1][1]
-        made = last.made - first.made
-        return (last.busy_s - first.busy_s) / made if made >= _LEAST_STEPS else None
+        steps = last.made - first.made
+        return (last.busy_s - first.busy_s) / steps if steps >= _LEAST_STEPS else None
 
     def wall_s(self, rank: int) -> float | None:
         """Give what a step, or task, takes a worker from one to the next; None: see `step_s`."""
         if self.step_s(rank) is None:
             return None
-        (began, first), (told, last) = self._beats[rank][0], self._beats[rank][-1]
-        return (told - began) / (last.made - first.made)
+        (began, first), (ended, last) = self._beats[rank][0], self._beats[rank][-1]
+        return (ended - began) / (last.made - first.made)
 
     def stats(self, now: float) -> list[WorkerStats]:
         """Tell how all are doing, in the order of their ranks."""
@@ -119,12 +119,12 @@ class WorkerTable:
         usual = median_low(known) if known else 0.0
         found = []
         for rank, beats in sorted(self._beats.items()):
-            told, last = beats[-1]
+            heard_at, last = beats[-1]
             pace, wall_s = paces[rank], self.wall_s(rank)
             per_s = 1 / wall_s if wall_s else None
             slow = pace is not None and pace > STRAGGLES * usual > 0
             before = self._base.get(rank, 0)
             found.append(
-                WorkerStats(rank, last.step, before + last.made, per_s, pace, now - told, slow)
+                WorkerStats(rank, last.step, before + last.made, per_s, pace, now - heard_at, slow)
             )
         return found

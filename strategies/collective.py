@@ -175,10 +175,10 @@ def gather_bytes(data: bytes, group: Collective, device: torch.device) -> list[b
     """
     lengths = [length for (length,) in gather_numbers([len(data)], group, device)]
     # Of one size, that of the longest: not every backend gathers uneven tensors quickly.
-    mine = torch.zeros(max(lengths), dtype=torch.uint8, device=device)
-    mine[: len(data)].copy_(_tensor(data))
-    texts = [torch.zeros_like(mine) for _ in range(group.world)]
-    group.all_gather(texts, mine)
+    padded = torch.zeros(max(lengths), dtype=torch.uint8, device=device)
+    padded[: len(data)].copy_(_tensor(data))
+    texts = [torch.zeros_like(padded) for _ in range(group.world)]
+    group.all_gather(texts, padded)
     pairs = zip(texts, lengths, strict=True)
     return [bytes(text[:length].cpu().numpy()) for text, length in pairs]
 
@@ -203,9 +203,9 @@ def gather_numbers(
     Raises:
         CollectiveError: a rank is missing.
     """
-    mine = torch.tensor(numbers, device=device)
-    table = [torch.zeros_like(mine) for _ in range(group.world)]
-    group.all_gather(table, mine)
+    own = torch.tensor(numbers, device=device)
+    table = [torch.zeros_like(own) for _ in range(group.world)]
+    group.all_gather(table, own)
     return [row.tolist() for row in table]
 
 
@@ -217,7 +217,7 @@ def ranks_apart(facts: Any, group: Collective, device: torch.device) -> list[int
         CollectiveError: a rank is missing.
     """
     first, *others = gather_values(facts, group, device) if group.world > 1 else [facts]
-    return [rank for rank, its in enumerate(others, 1) if its != first]
+    return [rank for rank, numbers in enumerate(others, 1) if numbers != first]
 
 
 def _tensor(data: bytes) -> torch.Tensor:

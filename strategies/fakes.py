@@ -111,19 +111,19 @@ class Fabric:
             killed = (ranks.index(me),)
             raise CollectiveError(group, operation, number, killed, "this rank was killed")
         with self._changed:
-            met = self._rounds[group, number]
-            met[me] = operation, gift
-            if len(met) == len(ranks):
+            round_ = self._rounds[group, number]
+            round_[me] = operation, gift
+            if len(round_) == len(ranks):
                 del self._rounds[group, number]  # the others have `met` in hand
             self._changed.notify_all()
-            complete_or_over = partial(self._over, met, len(ranks))
+            complete_or_over = partial(self._over, round_, len(ranks))
             self._changed.wait_for(complete_or_over, self.timeout_s)
-            if len(met) < len(ranks):
-                missing = tuple(index for index, rank in enumerate(ranks) if rank not in met)
+            if len(round_) < len(ranks):
+                missing = tuple(index for index, rank in enumerate(ranks) if rank not in round_)
                 cause = f"waited {self.timeout_s:g} s"
                 raise CollectiveError(group, operation, number, missing, cause)
-        _check_alike(group, operation, number, [met[rank][0] for rank in ranks])
-        return [met[rank][1] for rank in ranks]
+        _check_alike(group, operation, number, [round_[rank][0] for rank in ranks])
+        return [round_[rank][1] for rank in ranks]
 
     def _over(self, met: dict[int, tuple[str, Tensor | None]], ranks: int) -> bool:
         return len(met) == ranks or self._given_up.is_set()
@@ -178,8 +178,8 @@ class InMemoryCollective(Collective):
         number, self._number = self._number, self._number + 1
         # A copy: the giver may go on and write into its tensor while others still read.
         copy = None if gift is None else gift.clone()
-        met = self._fabric.rendezvous(self._name, operation, number, self._members, self._me, copy)
-        return [gift for gift in met if gift is not None]
+        sent = self._fabric.rendezvous(self._name, operation, number, self._members, self._me, copy)
+        return [gift for gift in sent if gift is not None]
 
     @override
     def share(self, like: Tensor) -> Tensor:
@@ -211,8 +211,8 @@ class InMemoryCollective(Collective):
         start = sum(t.numel() for t in inputs[: self.rank])
         parts = [s[start : start + output.numel()].view(output.shape) for s in stacked]
         _combine(parts, op, output)
-        mine, others = inputs[self.rank].nbytes, self.world - 1
-        self._count(sum(t.nbytes for t in inputs) - mine, mine * others)
+        own_bytes, others = inputs[self.rank].nbytes, self.world - 1
+        self._count(sum(t.nbytes for t in inputs) - own_bytes, own_bytes * others)
 
     @override
     def all_gather(self, outputs: Sequence[Tensor], tensor: Tensor) -> None:

@@ -81,8 +81,8 @@ class PsSyncWorker(WorkerStrategy[PsSyncOptions]):
         """Commit, where the shards had to learn the norm over all of them first."""
         if self._pushed.norm is not None:
             norm = self._pushed.norm
-            made = self._shards.commit(step, norm)
-            self._pushed = replace(made, waiting_s=self._pushed.waiting_s, grad_norm=norm)
+            committed = self._shards.commit(step, norm)
+            self._pushed = replace(committed, waiting_s=self._pushed.waiting_s, grad_norm=norm)
         if total.skip:
             self._pushed = replace(self._pushed, grad_norm=None)
         self._state.finish(step + 1, skipped=total.skip)

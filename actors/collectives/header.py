@@ -167,8 +167,8 @@ def check_headers(group: str, rank: int, headers: Sequence[Header]) -> None:
         parts.append(f"{who} in {kind}" + (f" (#{kind.number})" if show_numbers else ""))
     if len({one.operation for one in counts}) == 1 and len({one.digest for one in counts}) > 1:
         parts.append("the sizes of the ranks' parts differ, or their offsets")
-    mine = headers[rank]
-    raise MismatchError(group, mine.name, mine.number, differ, "; ".join(parts))
+    own = headers[rank]
+    raise MismatchError(group, own.name, own.number, differ, "; ".join(parts))
 
 
 def check_message(group: str, source: int, rank: int, sent: Header, expected: Header) -> None:

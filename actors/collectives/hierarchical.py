@@ -90,9 +90,9 @@ class HierarchicalGroup(TorchGroup):
 
     def _connect_leaders(self) -> Any:
         connect = partial(self._connect, self._store, "leaders", self._node, len(self._nodes))
-        made = run_unless_given_up(connect, self.name, self.settings)
-        self._connections.append(made)
-        return made[0]
+        ring = run_unless_given_up(connect, self.name, self.settings)
+        self._connections.append(ring)
+        return ring[0]
 
     def share(self, like: Tensor) -> Tensor:
         """Give zeros like `like`, shared with the ranks of this node."""

@@ -199,9 +199,9 @@ def _subgroup(
     ranks: Sequence[int],
 ) -> CollectiveGroup:
     sub_rank = list(ranks).index(group.rank)
-    theirs = None if locations is None else tuple(locations[rank] for rank in ranks)
+    sub_locations = None if locations is None else tuple(locations[rank] for rank in ranks)
     full_name = f"{group.name}/{name}"
-    return create_group(full_name, backend, sub_rank, len(ranks), group.settings, theirs)
+    return create_group(full_name, backend, sub_rank, len(ranks), group.settings, sub_locations)
 
 
 def _register_with_ray(group: CollectiveGroup) -> None:

@@ -136,8 +136,8 @@ def exchange_locations(member: GroupMember) -> tuple[RankLocation, ...]:
     if member.world == 1:
         return (location_of_this_process(),)
     word = _word(member.name, member.rank)
-    mine = json.dumps(asdict(location_of_this_process())).encode()
-    ray_compat.put(word, mine)
+    own_location = json.dumps(asdict(location_of_this_process())).encode()
+    ray_compat.put(word, own_location)
     try:
         if member.rank == 0:
             _publish(member)

@@ -301,10 +301,10 @@ class TorchGroup(CollectiveGroup):
         return number, self.settings.debug or number <= COMPARED
 
     def _compare_message(self, tensor: Tensor, source: int, number: int) -> None:
-        theirs = torch.empty(LENGTH, dtype=torch.int64)
+        other_header = torch.empty(LENGTH, dtype=torch.int64)
         with self._meter.waiting():
-            self._gloo.recv([theirs], source, _HEADER).wait()
-        sent, expected = Header(*theirs.tolist()), header("send", [tensor], number=number)
+            self._gloo.recv([other_header], source, _HEADER).wait()
+        sent, expected = Header(*other_header.tolist()), header("send", [tensor], number=number)
         try:
             check_message(self.name, source, self.rank, sent, expected)
         except MismatchError:
@@ -405,8 +405,8 @@ class TorchGroup(CollectiveGroup):
 
     def _scattered(self, inputs: Sequence[Tensor]) -> tuple[int, int]:
         """Give the bytes that a reduce-scatter (sends, receives)."""
-        mine = inputs[self.rank].nbytes
-        return sum(part.nbytes for part in inputs) - mine, mine * (self.world - 1)
+        own_bytes = inputs[self.rank].nbytes
+        return sum(part.nbytes for part in inputs) - own_bytes, own_bytes * (self.world - 1)
 
 
 class NcclGroup(TorchGroup):

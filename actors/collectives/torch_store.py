@@ -294,14 +294,14 @@ def run_unless_given_up(make: Callable[[], T], group_name: str, settings: GroupS
         DeadlineExceeded: rank 0, which serves the store, does not answer.
         Exception: what `make` raised.
     """
-    made = in_thread("rendezvous", make)
+    store = in_thread("rendezvous", make)
     limit = settings.rendezvous_s + settings.operation_s
     clock = AwakeClock()
     while clock.now() < limit and not settings.abandoned.is_set():
-        if wait([made], 0.1).done:
+        if wait([store], 0.1).done:
             break
-    if wait([made], 0.1).done:  # it looks at the event itself, and has the better error
-        return made.result()
+    if wait([store], 0.1).done:  # it looks at the event itself, and has the better error
+        return store.result()
     if settings.abandoned.is_set():
         raise CollectiveError(group_name, "rendezvous", 0, (), GIVEN_UP)
     what = f"rendezvous of group {group_name!r}"

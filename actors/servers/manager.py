@@ -303,8 +303,8 @@ class ServerManager:
         # A shard that is kept twice has memory of its own, which lives as long as its server.
         hosts = nodes if self._replication is None else everybody
         first_at = {host: everybody[hosts.index(host)] for host in hosts}
-        made = self._assign_some(facts, list(first_at.values()), [None] * len(first_at))
-        segments = dict(zip(first_at, made, strict=True))
+        assignments = self._assign_some(facts, list(first_at.values()), [None] * len(first_at))
+        segments = dict(zip(first_at, assignments, strict=True))
         others = [
             (i, segments[host])
             for i, host in zip(everybody, hosts, strict=True)

@@ -322,12 +322,12 @@ class ShardServing(Serving[ShardServer]):
         self, run: str, attempt: int, rank: int, mailboxes: MemoryAddress, slot: int, control: int
     ) -> None:
         """Answer a worker's mailbox as long as it lives; its later call takes over from this."""
-        listener, mine = Listener(mailboxes, slot, control), object()
+        listener, token = Listener(mailboxes, slot, control), object()
         with self._turn:
-            self._listening[rank] = mine
+            self._listening[rank] = token
 
         def wanted() -> bool:
-            return self._listening.get(rank) is mine
+            return self._listening.get(rank) is token
 
         def handle(request: MailboxRequest) -> ServerReply:
             if not wanted():

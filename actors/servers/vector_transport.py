@@ -80,11 +80,11 @@ class VectorTransport(ABC):
         if cut.index in self.local_shards:
             return
         values: NDArray[np.uint8] = self._transport.get(answer.payload[0], limit_s)
-        mine = part(self.parameters, cut)
+        own_part = part(self.parameters, cut)
         if self._joined.wire is None:
-            as_bytes(mine)[:] = values
+            as_bytes(own_part)[:] = values
         else:
-            mine.copy_(from_bytes(values, getattr(torch, self._joined.wire)))
+            own_part.copy_(from_bytes(values, getattr(torch, self._joined.wire)))
 
     def traffic(self, cut: Shard) -> tuple[int, int]:
         """Give the bytes of a step's gradient for a shard, and of the parameters it brings."""
@@ -199,11 +199,11 @@ def joined_state(
     """
     whole: dict[str, Tensor] = {}
     for one, cut in zip(found, cuts, strict=True):
-        mine = {name: from_bytes(raw.data, getattr(torch, raw.dtype)) for name, raw in one.items()}
-        for name, values in mine.items():
+        state = {name: from_bytes(raw.data, getattr(torch, raw.dtype)) for name, raw in one.items()}
+        for name, values in state.items():
             if name.startswith(PER_PARAMETER):
                 into = whole.setdefault(name, torch.zeros(layout.parameters, dtype=values.dtype))
-                into[mine[USED]] = values[mine[USED]]
+                into[state[USED]] = values[state[USED]]
             else:
                 into = whole.setdefault(name, torch.zeros(layout.size, dtype=values.dtype))
                 into[cut.start : cut.stop] = values

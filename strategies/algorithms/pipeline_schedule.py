@@ -421,11 +421,11 @@ class _ScheduleSimulator:
             return self._receive(self._schedule.stage_of(needed.source), stage)
         self._todo[stage].popleft()
         self._steps[stage].append(action)
-        made = output_of(self._schedule, stage, action)
-        if made is not None and self._schedule.stage_of(made.target) == stage:
-            self._have[stage].add(made)
+        output = output_of(self._schedule, stage, action)
+        if output is not None and self._schedule.stage_of(output.target) == stage:
+            self._have[stage].add(output)
         else:
-            self._unsent[stage] = made
+            self._unsent[stage] = output
         return True
 
     def _send(self, stage: int, message: Message) -> bool:

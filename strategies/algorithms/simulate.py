@@ -217,8 +217,8 @@ class _Execution:
         start = self._clock[stage]
         self._clock[stage] = start + self._costs[stage].of(action, schedule)
         self._spans[stage].append(Span(action, start, self._clock[stage]))
-        made = output_of(schedule, stage, action)
-        have.update({action} if made is None else {action, made})
+        output = output_of(schedule, stage, action)
+        have.update({action} if output is None else {action, output})
 
     def _wait(self, stage: int) -> str:
         step = self._plan.steps[stage][self._next[stage]]

@@ -110,12 +110,12 @@ class SavedState:
             SpecError: it is another model; says what differs.
         """
         found = self._load("model")
-        mine = flat.state_dict()
+        state = flat.state_dict()
         left_out = {n: sums for n, sums in (self.left_out or {}).items() if n not in found}
-        check_base(mine, left_out)
-        mine = {name: tensor for name, tensor in mine.items() if name not in left_out}
-        _check_model(found, mine, slices)
-        for name, tensor in mine.items():
+        check_base(state, left_out)
+        state = {name: tensor for name, tensor in state.items() if name not in left_out}
+        _check_model(found, state, slices)
+        for name, tensor in state.items():
             tensor_slice = (slices or {}).get(name, TensorSlice(tuple(tensor.shape)))
             tensor.copy_(tensor_of(found[name], tensor_slice).view(tensor.shape))
         flat.fill_tail()
@@ -178,13 +178,13 @@ def _whole_tensors(
 ) -> dict[str, Tensor]:
     """Give what is remembered in tensors of any shape, of the parameters that lie in a run."""
     start, stop = run
-    mine = {s.name: n for n, s in enumerate(flat.slots) if start <= s.offset and s.stop <= stop}
+    numbers = {s.name: n for n, s in enumerate(flat.slots) if start <= s.offset and s.stop <= stop}
     result = {}
     for key, raw in found.items():
         kind, _, name = key.removeprefix(WHOLE).partition("/")
-        if key.startswith(WHOLE) and name in mine:
+        if key.startswith(WHOLE) and name in numbers:
             values = tensor_of(raw, TensorSlice(raw.shape)).view(raw.shape)
-            result[f"{WHOLE}{kind}/{mine[name]}"] = values
+            result[f"{WHOLE}{kind}/{numbers[name]}"] = values
     return result
 
 
@@ -209,9 +209,9 @@ def _vector(
         if key in found:
             part, _ = flat.elements_of(slot, first, last, start)
             where = replace(slices.get(slot.name, TensorSlice(slot.shape)), run=part)
-            mine = result[first - start : last - start]
+            target = result[first - start : last - start]
             values = tensor_of(found[key], where).reshape(-1)
-            (mine.view(slot.dtype) if flat.mixed else mine).copy_(values)
+            (target.view(slot.dtype) if flat.mixed else target).copy_(values)
     return result
 
 

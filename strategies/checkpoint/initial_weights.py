@@ -78,14 +78,14 @@ def initial_weights(job: Job, model: nn.Module, extra: Mapping[str, Tensor]) -> 
         found = _together(wanted, Path(folder), job.failure.storage_timeout_s)
         found = {name: one for name, one in found.items() if not name.startswith(EMA_PREFIX)}
         state = {**model.state_dict(keep_vars=True), **extra}
-        mine = {name: one for name, one in state.items() if isinstance(one, Tensor)}
-        found = _renamed(found, mine)
-        _check_tensors(found, mine, wanted)
-        missing, unknown = sorted(mine.keys() - found.keys()), sorted(found.keys() - mine.keys())
-        if not any(one.is_meta for one in mine.values()):
+        own = {name: one for name, one in state.items() if isinstance(one, Tensor)}
+        found = _renamed(found, own)
+        _check_tensors(found, own, wanted)
+        missing, unknown = sorted(own.keys() - found.keys()), sorted(found.keys() - own.keys())
+        if not any(one.is_meta for one in own.values()):
             missing, unknown = _filled(model, extra, found)
-        _check_names(_but_for_tied(missing, mine), unknown, {*found}, wanted)
-        return {name: one.clone() for name, one in found.items() if name in mine}
+        _check_names(_but_for_tied(missing, own), unknown, {*found}, wanted)
+        return {name: one.clone() for name, one in found.items() if name in own}
 
 
 def _filled(
@@ -220,8 +220,8 @@ def _read_file(path: Path) -> dict[str, Tensor]:
 
 def _reason(error: Exception) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    told = next((line for line in lines if "Unsupported" in line or "GLOBAL" in line), "")
-    return (told or (lines[0] if lines else type(error).__name__))[:300]
+    reason = next((line for line in lines if "Unsupported" in line or "GLOBAL" in line), "")
+    return (reason or (lines[0] if lines else type(error).__name__))[:300]
 
 
 def _state_dict(given: Any, path: Path) -> dict[str, Tensor]:

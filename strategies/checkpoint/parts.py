@@ -196,10 +196,10 @@ class Staging:
         for number, tensor in enumerate(tensors):
             if number == len(self._copies):
                 self._copies.append(torch.empty(0))
-            mine = self._copies[number]
-            if (mine.dtype, mine.numel()) != (tensor.dtype, tensor.numel()):
-                self._copies[number] = mine = torch.empty(tensor.numel(), dtype=tensor.dtype)
-            mine.view(tensor.shape).copy_(tensor.detach())
+            buffer = self._copies[number]
+            if (buffer.dtype, buffer.numel()) != (tensor.dtype, tensor.numel()):
+                self._copies[number] = buffer = torch.empty(tensor.numel(), dtype=tensor.dtype)
+            buffer.view(tensor.shape).copy_(tensor.detach())
         return [as_array(copy) for copy in self._copies[: len(tensors)]]
 
 

@@ -98,8 +98,8 @@ def broadcast_slots(
     if not slots:
         return
     kinds = [_kind(slot.tensor) for slot in slots]
-    theirs = broadcast_value(kinds, source, group, device)
-    for slot, kind in zip(slots, theirs, strict=True):
+    source_kinds = broadcast_value(kinds, source, group, device)
+    for slot, kind in zip(slots, source_kinds, strict=True):
         if kind is None:
             slot.take(None)
             continue

@@ -369,10 +369,10 @@ class BucketAverage(GradientAverage):
         """Be told that backward is over: gradients of all ranks are summed, then divided."""
         self._under_way = False
         local = self.gather()
-        mine, given = local.present, (1.0 / self._group.world, self.flat.grads)
+        present, given = local.present, (1.0 / self._group.world, self.flat.grads)
 
         def landed(slots: range) -> None:  # it is in the processor's cache
-            self.hand_out((index for index in slots if mine[index]), *given)
+            self.hand_out((index for index in slots if present[index]), *given)
 
         total = self._reducer.finish(local, landed)
         total.check_batch(local, self.context.step())
@@ -381,7 +381,7 @@ class BucketAverage(GradientAverage):
             self.note(None)
         except NonFiniteError as error:
             self.note(error)
-        self.hand_out(np.flatnonzero(total.present & ~mine).tolist(), *given)
+        self.hand_out(np.flatnonzero(total.present & ~present).tolist(), *given)
         self.finish()
 
 

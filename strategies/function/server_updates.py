@@ -141,13 +141,13 @@ class ServerUpdates(Exchange):
             with torch.enable_grad():
                 loss = closure()
             args, kwargs = (optimizer, lambda: loss), {}
-        mine = parameters_of(optimizer)
-        self._taken = [(one, one.grad) for one in mine]
+        params = parameters_of(optimizer)
+        self._taken = [(one, one.grad) for one in params]
         found = getattr(optimizer, "found_inf", None)  # of a GradScaler, for a fused kernel
         if found is None or not float(found):
             scale = getattr(optimizer, "grad_scale", None)
-            self._push({id(one) for one in mine}, 1.0 if scale is None else 1.0 / float(scale))
-        for one in mine:
+            self._push({id(one) for one in params}, 1.0 if scale is None else 1.0 / float(scale))
+        for one in params:
             one.grad = None
         return args, kwargs
 
@@ -240,8 +240,8 @@ class ServerUpdates(Exchange):
     def _check_all_known(self, whole: nn.Module) -> None:
         known = {id(one) for one in whole.parameters()}
         for optimizer in self._optimizers:
-            mine = parameters_of(optimizer)
-            if strange := [p for p in mine if p.requires_grad and id(p) not in known]:
+            parameters = parameters_of(optimizer)
+            if strange := [p for p in parameters if p.requires_grad and id(p) not in known]:
                 raise not_prepared(optimizer, strange)
 
     def _fetch_state(self, optimizer: Optimizer) -> None:
@@ -251,11 +251,11 @@ class ServerUpdates(Exchange):
         self._check_state(optimizer)
         optimizer.state, state = defaultdict(dict), self._shards.optimizer_state()
         used = state.pop(USED, None)
-        mine = {*map(id, parameters_of(optimizer))}
+        parameter_ids = {*map(id, parameters_of(optimizer))}
         for index, (slot, one) in enumerate(
             zip(self._flat.slots, self._flat.parameters, strict=True)
         ):
-            if used is None or not used[index] or id(one) not in mine:
+            if used is None or not used[index] or id(one) not in parameter_ids:
                 continue
             for name, values in state.items():
                 if name.startswith(PER_PARAMETER):

@@ -112,13 +112,13 @@ def agree(
         SpecError: it has something else; says what, and which of the two has what.
     """
     text = _FACTS.dump_json((rank, mine))
-    first, theirs = _FACTS.validate_json(run_store.first(_KEY, text))
-    if theirs == mine:
+    first, other_facts = _FACTS.validate_json(run_store.first(_KEY, text))
+    if other_facts == mine:
         return
     me, other = f"worker-{rank}", f"worker-{first}"
-    found = _differences(mine, theirs, me, other)
+    found = _differences(mine, other_facts, me, other)
     if not found:
-        found = _other_samples(mine, theirs, me, other, again)
+        found = _other_samples(mine, other_facts, me, other, again)
     if found:
         hint = "every worker must build the same model and data: what differs between them?"
         raise SpecError(*(Problem(("task",), text, hint) for text in found))

@@ -211,11 +211,11 @@ class WholeModel(Compute):
             self._mean_check.begin(step)
             with precision(self.job, self.flat.params.device):
                 with self._mean_check.watching(step):
-                    made = made_of(self.task, self.flat.model, batch, kept, terms)
+                    result = made_of(self.task, self.flat.model, batch, kept, terms)
                 # Else it is no mean over samples, and the others wait.
                 if calls() == asked and terms is None:
-                    self._mean_check.look(step, made, kept)
-            term = made.term
+                    self._mean_check.look(step, result, kept)
+            term = result.term
             self.flat.before_backward()
             if number == len(sizes):
                 self.last_backward()
@@ -253,12 +253,12 @@ class WholeModel(Compute):
             given, kept = counted(moved(batch, self.flat.params.device), size)
             with precision(self.job, self.flat.params.device):
                 own = None if self._weights is None else Terms(weights_of(self.task, given), size)
-                made = made_of(
+                result = made_of(
                     self.task, self.flat.model, given, kept if own is None else size, own
                 )
-                figures = judged(self.task, made, kept)
+                figures = judged(self.task, result, kept)
                 found.add(figures, size)
-                self._mean_check.look_at_metrics(made, figures, kept)
+                self._mean_check.look_at_metrics(result, figures, kept)
             self.alive()
         found.states = self.metrics.states(found.kept)
         return found

@@ -240,9 +240,9 @@ class Gathering:
         known = {rank: one for rank, one in enumerate(words) if one.kind != _NOTHING}
         first = {one.common: rank for rank, one in reversed(known.items())}
         if len(first) > 1:
-            told = ", ".join(f"rank {rank} {words[rank]}" for rank in sorted(first.values()))
+            said = ", ".join(f"rank {rank} {words[rank]}" for rank in sorted(first.values()))
             raise RuntimeError(
-                f"workers do not call all_gather() alike: {told}. Whether and in which order it is "
+                f"workers do not call all_gather() alike: {said}. Whether and in which order it is "
                 "called, and the shape of a row, must not depend on the samples"
             )
         return [*known.values()]

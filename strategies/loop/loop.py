@@ -294,8 +294,8 @@ class Loop(_AnyLoop):
             self.state.discard()
         self._merge_states(found)
         self.progress.evaluating = False
-        mine = EvalReport(self.rank, step, found.samples, found.sums, found.counts)
-        parts = [mine] if self.group is None else self._gathered(mine, self.group)
+        report = EvalReport(self.rank, step, found.samples, found.sums, found.counts)
+        parts = [report] if self.group is None else self._gathered(report, self.group)
         for one in parts:
             self.report(one)
         # One at the end alone is not there in a longer run, which this may become.

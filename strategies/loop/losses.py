@@ -84,14 +84,14 @@ class TermWeights:
             ValueError: the task gave something else than weights.
             CollectiveError: a rank is missing.
         """
-        mine = _added(weights_of(self._task, batch) for batch in batches)
+        own_weights = _added(weights_of(self._task, batch) for batch in batches)
         if self._world == 1:
-            return Terms(mine, samples)
+            return Terms(own_weights, samples)
         if self._group is None:
             group = self._make_group()
             assert group is not None, "strategies whose ranks keep step have a group, or make one"
             self._group = group.subgroup("term-weights", range(group.world))
-        return Terms(_added(gather_values(mine, self._group, device)), of_all)
+        return Terms(_added(gather_values(own_weights, self._group, device)), of_all)
 
 
 def weights_of(task: Task, batch: Any) -> dict[str, float]:
@@ -307,7 +307,7 @@ class LossScale:
         known = [self._after]
         if group is not None and group.world > 1:
             every = gather_values(list(self._after.items()), group, device)
-            known = [{step: (one[0], one[1]) for step, one in its} for its in every]
+            known = [{step: (one[0], one[1]) for step, one in pairs} for pairs in every]
         there = {step: one for after in reversed(known) for step, one in after.items()}
         # Servers may have made a step of whose outcome no worker was told: that of the one before.
         near = max((step for step in there if step <= version), default=None)

@@ -311,11 +311,11 @@ def tasks_by_rank(logs: Sequence[ApplyLog]) -> dict[int, list[int]]:
     """
     found: list[dict[int, list[int]]] = []
     for log in logs:
-        made: dict[int, list[int]] = {0: []}
+        tasks: dict[int, list[int]] = {0: []}
         for applied in log:
-            made.setdefault(applied.rank, []).append(applied.task)
-        found.append(made)
-    if any(made != found[0] for made in found):
+            tasks.setdefault(applied.rank, []).append(applied.task)
+        found.append(tasks)
+    if any(tasks != found[0] for tasks in found):
         raise StorageError(
             "the shards' logs name other tasks of a rank: it was lost between two shards, and what "
             "it computed on there is not known"

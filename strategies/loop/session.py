@@ -306,8 +306,8 @@ def _sync_with_others(
     device = p.flat.params.device
     if (plateau := p.job.plateau) is not None:
         group = make_group() if group is None else group  # its ranks gather evaluations
-        told = ports.shards.settings() if start and p.roles.servers and ports.shards else ()
-        sync_plateau(plateau, start, group, told, device)
+        settings = ports.shards.settings() if start and p.roles.servers and ports.shards else ()
+        sync_plateau(plateau, start, group, settings, device)
     if p.loss_scale is not None:
         p.loss_scale.sync(start, make_group(), device)
     return group
@@ -315,8 +315,8 @@ def _sync_with_others(
 
 def _group_of_all(p: Prepared, context: Context) -> Callable[[], Collective | None]:
     """Give the way to a group of all ranks, which some strategies have already."""
-    met = p.roles.collective is not None
-    return (lambda: context.collective) if met else context.peers
+    has_group = p.roles.collective is not None
+    return (lambda: context.collective) if has_group else context.peers
 
 
 def _gathering(p: Prepared, strategy: WorkerStrategy[Any], context: Context) -> Gathering:
@@ -413,8 +413,8 @@ def _set_up(
     """Give the step from which the strategy goes on, and the tables, if there are some, with it."""
     if p.lookups is None or tables is None:
         return strategy.setup(context)
-    made = p.lookups.connect(tables, p.total_steps, context.saved)
-    start = strategy.setup(replace(context, table_steps=made))
+    steps = p.lookups.connect(tables, p.total_steps, context.saved)
+    start = strategy.setup(replace(context, table_steps=steps))
     p.lookups.begin(start)
     return start
 

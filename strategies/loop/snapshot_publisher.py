@@ -59,9 +59,9 @@ class SnapshotPublisher(Generic[T]):
             if not (self._wanted or last or version in self._exactly):
                 self._passed = version
                 return
-        made = Snapshot(version, copy())
+        snapshot = Snapshot(version, copy())
         with self._lock:
-            self._latest, self._wanted, self._passed = made, False, version
+            self._latest, self._wanted, self._passed = snapshot, False, version
 
     def ask(self, at_least: int) -> Snapshot[T] | None:
         """Give a copy of this version or a later one; None: it is wanted, ask again."""

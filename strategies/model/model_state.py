@@ -336,12 +336,12 @@ class ModelState:
             CollectiveError: a rank is missing.
             SpecError: see `changed`.
         """
-        mine = self.changed(step) if changed is None else bool(self._new)
+        changed_here = self.changed(step) if changed is None else bool(self._new)
         group, own = self._group, self._new
         if group is None or group.world == 1:
             self._learn(own)
         else:
-            if self._asked(group, mine) if changed is None else changed:
+            if self._asked(group, changed_here) if changed is None else changed:
                 self._agree(group, step)
             self._exchange(group, step, own)
         if self._tables is not None:

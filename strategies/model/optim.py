@@ -214,15 +214,15 @@ class FlatOptimizer(VectorOptimizer):
 
     def _ranges_of(self, present: Presence) -> list[_Range]:
         """Give the ranges to be updated; torch's optimizers have them as parameters."""
-        mine: NDArray[np.bool_] | None = self._at_first
+        updated: NDArray[np.bool_] | None = self._at_first
         if present is not None:
-            mine = np.asarray(present, np.bool_)[self._slots]
-        if mine is not None and mine.all():
-            mine = None
-        if self._ranges is not None and _equal(mine, self._present):
+            updated = np.asarray(present, np.bool_)[self._slots]
+        if updated is not None and updated.all():
+            updated = None
+        if self._ranges is not None and _equal(updated, self._present):
             return self._ranges
         self._read_scalars()
-        self._present, self._ranges = mine, self._find_ranges(mine)
+        self._present, self._ranges = updated, self._find_ranges(updated)
         for optimizer in self._optimizers.values():
             _forget_parameters(optimizer)
         for one in self._ranges:

@@ -40,10 +40,10 @@ def check_memory(model: nn.Module, trained: Mapping[str, Tensor], kept: object =
     Raises:
         SpecError: two do; names them.
     """
-    mine = {id(p) for p in trained.values()}
+    trained_ids = {id(p) for p in trained.values()}
     others: list[tuple[str, Tensor]] = [*model.named_parameters(), *model.named_buffers()]
-    registered = mine | {id(one) for _, one in others}
-    others = [(name, one) for name, one in others if id(one) not in mine]
+    registered = trained_ids | {id(one) for _, one in others}
+    others = [(name, one) for name, one in others if id(one) not in trained_ids]
     attributes = [*_attributes(model), *(() if kept is None else _held(vars(kept), "task:"))]
     others += [(name, one) for name, one in attributes if id(one) not in registered]
     spans = [_span(name, one, trained=True) for name, one in trained.items() if _is_here(one)]
@@ -100,8 +100,8 @@ def _elements(marks: Tensor, tensor: Tensor, offset: int) -> Tensor:
 def _attributes(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Give tensors that modules hold and have not registered, but what a hook makes anew."""
     for prefix, module in model.named_modules():
-        made = {_made_by(hook) for hook in module._forward_pre_hooks.values()}
-        own = {name: value for name, value in vars(module).items() if name not in made}
+        made_by_hooks = {_made_by(hook) for hook in module._forward_pre_hooks.values()}
+        own = {name: value for name, value in vars(module).items() if name not in made_by_hooks}
         yield from _held(own, f"{prefix}." if prefix else "")
 
 

@@ -141,8 +141,8 @@ class SyncNorms:
         count = x.numel() // max(1, channels)
         mean = wide.mean(over) if count else wide.new_zeros(channels)
         spread = (wide - _along(mean, x)).square().sum(over)
-        mine = torch.cat([mean.new_tensor([count]), mean, spread]).double()
-        table = self._gather(mine)
+        own = torch.cat([mean.new_tensor([count]), mean, spread]).double()
+        table = self._gather(own)
         counts, means, spreads = table[:, :1], table[:, 1 : channels + 1], table[:, channels + 1 :]
         total = counts.sum()
         together = (counts * means).sum(0) / total

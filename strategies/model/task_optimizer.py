@@ -61,14 +61,14 @@ class MadeOptimizer:
         Args:
             names: by id, of the parameters; they stand in their place.
         """
-        made, params = self.optimizer, self._params(names)
+        optimizer, params = self.optimizer, self._params(names)
         if self._packs:
-            return {"params": params, "own": made.state_dict()}
-        state = {names[id(p)]: dict(s) for p, s in made.state.items() if isinstance(p, Tensor)}
-        others = {k: s for k, s in made.state.items() if not isinstance(k, Tensor)}
+            return {"params": params, "own": optimizer.state_dict()}
+        state = {names[id(p)]: dict(s) for p, s in optimizer.state.items() if isinstance(p, Tensor)}
+        others = {k: s for k, s in optimizer.state.items() if not isinstance(k, Tensor)}
         changed = [
             {k: v for k, v in _plain(now).items() if k not in old or not _same(v, old[k])}
-            for now, old in zip(made.param_groups, self._groups, strict=True)
+            for now, old in zip(optimizer.param_groups, self._groups, strict=True)
         ]
         return {"params": params, "state": state, "others": others, "groups": changed}
 
@@ -79,24 +79,24 @@ class MadeOptimizer:
         Raises:
             SpecError: that one has the parameters in other groups.
         """
-        made, params = self.optimizer, self._params(names)
+        optimizer, params = self.optimizer, self._params(names)
         if state_by_name is not None and state_by_name["params"] != params:
             raise _other_groups("other parameters in its groups")
         if self._packs:
-            made.load_state_dict(
+            optimizer.load_state_dict(
                 deepcopy(self._dict) if state_by_name is None else state_by_name["own"]
             )
             return
         changed = [{}] * len(params) if state_by_name is None else state_by_name["groups"]
-        for group, old, new in zip(made.param_groups, self._groups, changed, strict=True):
+        for group, old, new in zip(optimizer.param_groups, self._groups, changed, strict=True):
             group.update(deepcopy(old) | new)
-        made.state.clear()
+        optimizer.state.clear()
         if state_by_name is not None:
-            by_name = {names[id(p)]: p for group in made.param_groups for p in group["params"]}
-            made.state.update(
+            by_name = {names[id(p)]: p for group in optimizer.param_groups for p in group["params"]}
+            optimizer.state.update(
                 {by_name[name]: kept for name, kept in state_by_name["state"].items()}
             )
-            made.state.update(state_by_name["others"])
+            optimizer.state.update(state_by_name["others"])
 
     def _params(self, names: Mapping[int, str]) -> list[list[str]]:
         groups = self.optimizer.param_groups
@@ -133,11 +133,11 @@ def make_optimizers(job: Job, task: Task, flat: FlatModel) -> tuple[MadeOptimize
         raise ValueError(f"{where} {wanted}; got {kinds}{no_return(found)}")
     for one in given:
         _check_step(one, where)
-    made = [MadeOptimizer(one) for one in given]
-    _check_parameters(made, flat, where)
-    rates = [_rate(group, where) for group in _groups(made)]
+    optimizers = [MadeOptimizer(one) for one in given]
+    _check_parameters(optimizers, flat, where)
+    rates = [_rate(group, where) for group in _groups(optimizers)]
     own = TaskOptimizer(name="task").model_copy(update={"lr": rates[0], "of_groups": (*rates,)})
-    return made, job.model_copy(update={"optimizer": own})
+    return optimizers, job.model_copy(update={"optimizer": own})
 
 
 def optimizers_digest(made: MadeOptimizers, flat: FlatModel) -> str:
@@ -202,9 +202,9 @@ class TaskUpdate(LocalOptimizer):
         average: Mapping[str, Tensor] = {}
         if TREE in state:
             head = json.loads(state[TREE].cpu().numpy().tobytes())
-            mine = self._flat.params.device
+            device = self._flat.params.device
             tensors = [
-                state[f"{TREE}/{n}"].to("cpu" if at == "cpu" else mine, copy=True)
+                state[f"{TREE}/{n}"].to("cpu" if at == "cpu" else device, copy=True)
                 for n, at in enumerate(head["devices"])
             ]
             tree = unpack(head["tree"], tensors)
@@ -231,9 +231,9 @@ class TaskUpdate(LocalOptimizer):
     def _update(self, step: int, present: Presence) -> None:
         """Have each make its step, with random numbers that are the same on every rank."""
         flat, rates = self._flat, iter(rate_of(self._job, step, self._total))
-        mine = self._at_first if present is None else np.asarray(present, np.bool_)
+        updated = self._at_first if present is None else np.asarray(present, np.bool_)
         before = [parameter.grad for parameter in flat.parameters]
-        for parameter, has, gradient in zip(flat.parameters, mine, self._gradients, strict=True):
+        for parameter, has, gradient in zip(flat.parameters, updated, self._gradients, strict=True):
             parameter.grad = gradient if has else None
         seed_quickly(update_seed(self._job.seed, step))
         for group in _groups(self._made):
@@ -242,8 +242,8 @@ class TaskUpdate(LocalOptimizer):
             one.optimizer.step()
         for parameter, own in zip(flat.parameters, before, strict=True):
             parameter.grad = own
-        if self._average is not None and mine.any():
-            self._average.update(tail=bool((mine & ~self._at_first).any()))
+        if self._average is not None and updated.any():
+            self._average.update(tail=bool((updated & ~self._at_first).any()))
         if not self._looked:  # what no checkpoint could keep is told now, not hours later
             self._looked = True
             self.memory()

@@ -88,7 +88,7 @@ class VectorOptimizer(ABC):
     def _load_average(self, state: Mapping[str, Tensor]) -> None:
         if self._average is not None:
             named = {AVERAGE: AVERAGE, AVERAGED: UPDATES}
-            self._average.load({mine: state[its] for mine, its in named.items() if its in state})
+            self._average.load({key: state[name] for key, name in named.items() if name in state})
 
 
 class TensorOptimizer(VectorOptimizer):
@@ -132,13 +132,13 @@ class TensorOptimizer(VectorOptimizer):
         groups: dict[int, dict[str, Any]] = {}
         state_of: dict[int, Any] = {}
         for name in dict.fromkeys(one.name for one in variants):
-            mine = [number for number, one in enumerate(variants) if one.name == name]
-            some = [{"params": params[n], **variants[n].arguments()} for n in mine]
-            made: torch.optim.Optimizer = class_of(name)(some, **variants[mine[0]].arguments())
-            made.state.clear()  # Adagrad's, which it makes again with an update
-            self._torch.append(made)
-            groups |= dict(zip(mine, made.param_groups, strict=True))
-            state_of |= {id(p): made.state for number in mine for p in params[number]}
+            numbers = [number for number, one in enumerate(variants) if one.name == name]
+            some = [{"params": params[n], **variants[n].arguments()} for n in numbers]
+            optim: torch.optim.Optimizer = class_of(name)(some, **variants[numbers[0]].arguments())
+            optim.state.clear()  # Adagrad's, which it makes again with an update
+            self._torch.append(optim)
+            groups |= dict(zip(numbers, optim.param_groups, strict=True))
+            state_of |= {id(p): optim.state for number in numbers for p in params[number]}
         self._groups = [groups[number] for number in range(len(variants))]
         """By number, see `Piece.group`."""
         self._states = [state_of[id(one)] for one in self._parameters]
@@ -147,8 +147,8 @@ class TensorOptimizer(VectorOptimizer):
     @override
     def step(self, rates: Sequence[float], present: Presence = None) -> None:
         """Update the parameters by torch's optimizer; `rates`: by parameter group."""
-        mine = self._at_first if present is None else np.asarray(present, np.bool_)[self._slots]
-        for parameter, own, has in zip(self._parameters, self._gradients, mine, strict=True):
+        updated = self._at_first if present is None else np.asarray(present, np.bool_)[self._slots]
+        for parameter, own, has in zip(self._parameters, self._gradients, updated, strict=True):
             parameter.grad = own if has else None
         for group, rate in zip(self._groups, rates, strict=True):
             group["lr"] = rate
@@ -156,7 +156,7 @@ class TensorOptimizer(VectorOptimizer):
             for one in self._torch:
                 inspect.unwrap(type(one).step)(one)
             if self._average is not None and (present is None or np.any(present)):
-                self._average.update(tail=bool((mine & ~self._at_first).any()))
+                self._average.update(tail=bool((updated & ~self._at_first).any()))
 
     @override
     def state(self) -> dict[str, Tensor]:

@@ -100,9 +100,9 @@ def _merged(values: Tensor, changed: Tensor, old: Tensor, group: Collective) -> 
     owner = torch.full(values.shape, group.world, dtype=torch.int32, device=values.device)
     owner[changed] = group.rank
     group.all_reduce(owner, ReduceOp.MIN)
-    theirs = torch.where(owner == group.rank, values, torch.zeros_like(values))
-    group.all_reduce(theirs)
-    return torch.where(owner < group.world, theirs, old)
+    owned = torch.where(owner == group.rank, values, torch.zeros_like(values))
+    group.all_reduce(owned)
+    return torch.where(owner < group.world, owned, old)
 
 
 BufferRule = Literal["rank0", "mean", "local", "written"]

@@ -55,8 +55,8 @@ def agreed_order(
     told = next((one for one in every if one is not None), None)
     if told is not None:
         return told
-    mine = tried() if group.rank == 0 and tried is not None else {}
-    agreed: CallOrder = broadcast_value(mine, 0, group, device)
+    own = tried() if group.rank == 0 and tried is not None else {}
+    agreed: CallOrder = broadcast_value(own, 0, group, device)
     return agreed
 
 

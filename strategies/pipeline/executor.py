@@ -256,10 +256,10 @@ class ScheduleRun:
             outputs = context.chunks[virtual_stage].run(given, source.seed(number))
         if buffer is not None and _share_memory(buffer, tensor_leaves(outputs)):
             buffer = None  # a chunk that hands its input on: others still read it
-        made = self._pass_on(number, virtual_stage, outputs)
+        differentiable = self._pass_on(number, virtual_stage, outputs)
         if self._listener is not None:
-            self._look(made)
-            self._live[number, virtual_stage] = _Live(inputs, made, buffer)
+            self._look(differentiable)
+            self._live[number, virtual_stage] = _Live(inputs, differentiable, buffer)
         elif buffer is not None:
             self._channel.give_back(buffer)
 
@@ -292,10 +292,10 @@ class ScheduleRun:
         elif live.inputs:
             self._differentiate(live.outputs, held.tensors, live.inputs, retain_graph=True)
         if virtual_stage > 0:
-            made = [_taken_gradient(one) for one in live.inputs]
-            if held.buffer is not None and _share_memory(held.buffer, made):
+            gradients = [_taken_gradient(one) for one in live.inputs]
+            if held.buffer is not None and _share_memory(held.buffer, gradients):
                 held = _Held(held.tensors)
-            self._have[_gradient(number, virtual_stage - 1)] = _Held(made)
+            self._have[_gradient(number, virtual_stage - 1)] = _Held(gradients)
         if self._splits:
             self._deferred[number, virtual_stage] = live, held
         else:
@@ -330,9 +330,9 @@ class ScheduleRun:
         if not pairs:
             return
         self._context.flat.before_backward()
-        made, known = zip(*pairs, strict=True)
+        differentiable, known = zip(*pairs, strict=True)
         try:
-            torch.autograd.backward(made, known, retain_graph, inputs=inputs)
+            torch.autograd.backward(differentiable, known, retain_graph, inputs=inputs)
         except RuntimeError as error:
             raise (self._writes.explained(error) if self._writes else error) from error
         self._context.flat.collect()
@@ -379,8 +379,8 @@ class _Entered(Function):
 
 
 def _taken_gradient(inputs: Tensor) -> Tensor:
-    made, inputs.grad = inputs.grad, None
-    return torch.zeros_like(inputs) if made is None else made
+    gradient, inputs.grad = inputs.grad, None
+    return torch.zeros_like(inputs) if gradient is None else gradient
 
 
 def _share_memory(buffer: Tensor, tensors: Sequence[Tensor]) -> bool:

@@ -61,15 +61,15 @@ class ForwardWrites:
 
     def explained(self, error: RuntimeError) -> Exception:
         """Give what a backward's error is told as: with names, where a write was its reason."""
-        told = _TORCHS.search(str(error))
-        if told is None:
+        match = _TORCHS.search(str(error))
+        if match is None:
             return error
-        size = math.prod(int(one) for one in told[1].split(",") if one.strip())
+        size = math.prod(int(one) for one in match[1].split(",") if one.strip())
         names = [
             slot.name
             for number, slot in self._slots.items()
             if (tensor := slot.tensor) is not None
-            if tensor._version == int(told[2]) != self._versions.get(number)
+            if tensor._version == int(match[2]) != self._versions.get(number)
             if tensor.numel() == size
         ]
         return _refused(names) if names else error

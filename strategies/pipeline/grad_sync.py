@@ -122,13 +122,13 @@ class AllReduceGradSync(GradSync):
         # Without peers, too: evaluations put back what is known.
         changed = self._state.changed(step)
         if self._reducer is None:
-            mine = local.looked_at(self._flat) if self._look else local
-            self._total = mine
-            return mine
+            record = local.looked_at(self._flat) if self._look else local
+            self._total = record
+            return record
         self._total = self._reducer.finish(replace(local, state_changed=changed))
-        mine = self._reducer.local
+        record = self._reducer.local
         overflow = self._total.non_finite and self._total.rank < 0 and self._total.slot >= 0
-        return mine.broken(self._total.slot) if overflow else mine
+        return record.broken(self._total.slot) if overflow else record
 
     @override
     def sum_gradients(self, step: int, total: StepControl) -> StepControl:
@@ -210,16 +210,16 @@ class PsGradSync(GradSync):
         self._state = context.state
         self._state.connect(group, served="use `data_strategy: ring`")
         found = versions(flat.version)
-        mine, version = flat.version, min(found)
+        own_version, version = flat.version, min(found)
         if max(found) > version + 1:
             raise StateLost(f"some part of the model at step {version + 1}")
         # Whoever filled the servers had not what the others began with.
         if version < context.checkpoint_step:
             raise StateLost(f"the state after step {context.checkpoint_step} and later")
-        if mine > version:
+        if own_version > version:
             shards.step_back(version)
         self.made = self._pushing and version == self._at + 1
-        self._settle_buffers(version, ahead=mine > version)
+        self._settle_buffers(version, ahead=own_version > version)
         if group is not None:
             self._share_buffers(group, context)
         self._state.keep(version)
@@ -289,8 +289,8 @@ class PsGradSync(GradSync):
         self._state.synchronize(step)
         self._pushing = True
         share = 1.0 / self._dp_world  # the servers of this part add the peers' records up
-        mine = replace(total, samples=total.samples * share, weight=total.weight * share)
-        self._pushed = self._shards.push(step, mine)
+        record = replace(total, samples=total.samples * share, weight=total.weight * share)
+        self._pushed = self._shards.push(step, record)
         return total
 
     @override

@@ -125,8 +125,8 @@ def _compare_outputs(
     if not alike(behind, whole):
         mode = " in training" if training else ""
         raise _layers_do(layers, f"compute otherwise than {type(model).__name__} does{mode}")
-    mine, theirs = ({id(leaf) for leaf in leaves(tensor_leaves(one))} for one in (behind, whole))
-    differ = [name for name, p in model.named_parameters() if (id(p) in mine) != (id(p) in theirs)]
+    left, right = ({id(leaf) for leaf in leaves(tensor_leaves(one))} for one in (behind, whole))
+    differ = [name for name, p in model.named_parameters() if (id(p) in left) != (id(p) in right)]
     if differ:
         text = f"give other parameters gradients than {type(model).__name__} does: "
         raise _layers_do(layers, text + ", ".join(differ))
@@ -152,11 +152,13 @@ def _compare_gradients(
         return gradients_of(_one_after_the_other(model, layers, given), small)
 
     try:
-        theirs, again = (trial.run(of_model, 1) for _ in range(2))
-        mine = trial.run(of_layers, 1)
+        whole_grads, again = (trial.run(of_model, 1) for _ in range(2))
+        layer_grads = trial.run(of_layers, 1)
     except Exception:  # a backward that fails comes again in training
         return
-    differ = [] if other_gradients(again, theirs) else other_gradients(mine, theirs)
+    differ = (
+        [] if other_gradients(again, whole_grads) else other_gradients(layer_grads, whole_grads)
+    )
     if differ:
         text = f"give {', '.join(differ)} another gradient than {type(model).__name__} does"
         raise _layers_do(layers, text)
@@ -223,8 +225,8 @@ def _close(one: Tensor, other: Tensor) -> bool:
 
 def alike(one: Any, other: Any) -> bool:
     """Compare the tensors in two results."""
-    mine, theirs = tensor_leaves(one), tensor_leaves(other)
-    return len(mine) == len(theirs) and all(map(_close, mine, theirs))
+    left, right = tensor_leaves(one), tensor_leaves(other)
+    return len(left) == len(right) and all(map(_close, left, right))
 
 
 NamedGradients = Mapping[str, Tensor | None]
@@ -237,8 +239,8 @@ def gradients_of(outputs: Any, trained: Mapping[str, Tensor]) -> NamedGradients:
     if not trained or not found:
         return {}
     total = torch.stack([_some_sum(one) for one in found]).sum()
-    made = torch.autograd.grad(total, [*trained.values()], allow_unused=True)
-    return dict(zip(trained, made, strict=True))
+    gradients = torch.autograd.grad(total, [*trained.values()], allow_unused=True)
+    return dict(zip(trained, gradients, strict=True))
 
 
 def other_gradients(mine: NamedGradients, theirs: NamedGradients) -> list[str]:

@@ -99,11 +99,11 @@ def _measured(layer: Layer, inputs: Any, repeats: int) -> tuple[LayerCost, Any]:
         given = copied(inputs)
         wait(like)
         start = time.perf_counter()
-        made = [one for one in tensor_leaves(module(given)) if one.requires_grad]
+        differentiable = [one for one in tensor_leaves(module(given)) if one.requires_grad]
         wait(like)
         middle = time.perf_counter()
-        if made:
-            torch.autograd.backward(made, gradients)
+        if differentiable:
+            torch.autograd.backward(differentiable, gradients)
         wait(like)
         forwards.append(middle - start)
         backwards.append(time.perf_counter() - middle)
@@ -347,13 +347,13 @@ class _Cutting:
             with tracing:
                 check_layers(model, layers, lambda: entering(self._samples()), ModelCall(task))
         points = self.points(layers, None)
-        mine = range(at.stage, options.virtual_stages, options.pipeline)
+        own = range(at.stage, options.virtual_stages, options.pipeline)
         inputs = {}
         if tried is not None:
             some = _shared(entering(self._samples()), tried)
             with tracing:
-                inputs = _inputs_of(layers, {stage: [0, *points][stage] for stage in mine}, some)
-        part = take_part(layers, points, mine, recompute=recompute, seed=seed, device=device)
+                inputs = _inputs_of(layers, {stage: [0, *points][stage] for stage in own}, some)
+        part = take_part(layers, points, own, recompute=recompute, seed=seed, device=device)
         return part, inputs
 
     def points(self, layers: Sequence[Layer], known: list[int] | None) -> list[int]:
@@ -394,14 +394,14 @@ class _Cutting:
         values = entering(self._samples(None)) if self._group.rank == 0 else None
         costs = []
         for number, layer in enumerate(layers):
-            told = {}
+            fields = {}
             if values is not None:
                 one, seed = layer, self._seed
                 if seed is not None:
                     one = _filled(layer, number, seed, self._device)
                 cost, values = measured(one, values, _REPEATS)
-                told = asdict(cost)
-            costs.append(LayerCost(**broadcast_value(told, 0, self._group, self._device)))
+                fields = asdict(cost)
+            costs.append(LayerCost(**broadcast_value(fields, 0, self._group, self._device)))
         return costs
 
     def _quickest(self, layers: Sequence[Layer], costs: Sequence[LayerCost]) -> list[int]:

@@ -250,8 +250,8 @@ class HybridWorker(WorkerStrategy[HybridOptions]):
             CollectiveError: a rank is missing.
         """
         began = time.perf_counter()
-        mine = self._synced.begin(step, local)
-        total = self._synced.sum_gradients(step, self._sum_of_all(mine))
+        record = self._synced.begin(step, local)
+        total = self._synced.sum_gradients(step, self._sum_of_all(record))
         clips = self._prepared.job.clip_norm is not None
         self._synced.ready(self._whole_norm() if clips else None)
         if self._grid.replicas > 1:

@@ -455,7 +455,7 @@ def take_part(
     refuse_tied(layers, points)
     runs = bounds(points, len(layers))
     _refuse_untrained(layers, runs)
-    mine: list[Layer] = []
+    own_layers: list[Layer] = []
     chunks: dict[int, Chunk] = {}
     for virtual_stage in virtual_stages:
         start, stop = runs[virtual_stage]
@@ -465,8 +465,8 @@ def take_part(
         for layer in some:
             layer.module.to(device)
         chunks[virtual_stage] = Layers(some, start, recompute=recompute)
-        mine += some
-    return ModelPart(list(points), chunks, Stage(mine))
+        own_layers += some
+    return ModelPart(list(points), chunks, Stage(own_layers))
 
 
 def take_whole(

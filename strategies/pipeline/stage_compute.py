@@ -159,10 +159,10 @@ class Pipeline(Compute):
         """Give the figures of an evaluation micro-batch."""
         with precision(self._p.job, self._device):
             term = loss_term(self._p.task, outputs, targets, samples)
-            made = BatchResult(outputs, targets, term)
-            found = judged(self._p.task, made, samples)
+            result = BatchResult(outputs, targets, term)
+            found = judged(self._p.task, result, samples)
             if self._settings.at.slice == 0:
-                self._mean_check.look_at_metrics(made, found, samples)
+                self._mean_check.look_at_metrics(result, found, samples)
             return found
 
 

@@ -115,12 +115,12 @@ class Wire:
     def pack(self, start: int, stop: int) -> Tensor:
         """Give a part of the gradients as it travels; the group may write into it."""
         began = time.perf_counter()
-        mine, packed = self._gradients[start:stop], self._vector[start:stop]
-        packed.copy_(mine)
+        grads, packed = self._gradients[start:stop], self._vector[start:stop]
+        packed.copy_(grads)
         self.seconds += time.perf_counter() - began
         if self._measures:
-            self._error += float(torch.linalg.vector_norm(packed.to(mine.dtype) - mine)) ** 2
-            self._whole += float(torch.linalg.vector_norm(mine)) ** 2
+            self._error += float(torch.linalg.vector_norm(packed.to(grads.dtype) - grads)) ** 2
+            self._whole += float(torch.linalg.vector_norm(grads)) ** 2
         return packed
 
     def unpack(self, start: int, stop: int) -> None:

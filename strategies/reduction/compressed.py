@@ -174,11 +174,11 @@ class TopKReducer(CompressedReducer):
     @override
     def _send(self, meant: Tensor) -> float:
         chosen = largest(meant, self._count)
-        mine = self._wires[self._collective.rank]
-        self._values(mine).copy_(meant[chosen])
-        self._indices(mine).copy_(chosen)
-        sent = squared_norm(self._values(mine))
-        self._all_gather(self._wires, mine)
+        own_wire = self._wires[self._collective.rank]
+        self._values(own_wire).copy_(meant[chosen])
+        self._indices(own_wire).copy_(chosen)
+        sent = squared_norm(self._values(own_wire))
+        self._all_gather(self._wires, own_wire)
         grads = self._grads.zero_()
         indices = [self._indices(wire) for wire in self._wires]
         add_sparse(grads, indices, [self._values(wire) for wire in self._wires])

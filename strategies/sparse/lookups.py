@@ -81,8 +81,8 @@ class Lookups(RowSource):
             saved.check_tables(self.specs)
         self._tables = tables
         self._clear()
-        self._plan, made = tables.connect(self.specs, total_steps, saved)
-        return made
+        self._plan, steps = tables.connect(self.specs, total_steps, saved)
+        return steps
 
     def begin(self, version: int) -> None:
         """Have rows from now on, those that so many steps have left."""

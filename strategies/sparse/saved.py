@@ -78,9 +78,9 @@ def _fill(table: Table, plan: TablePlan, server: int, file: Mapping[str, RawTens
     columns = {k.removeprefix(start): _array(v) for k, v in file.items() if k.startswith(start)}
     table.updates = max(table.updates, int(columns.pop("step")))
     ids = columns.pop("ids")
-    mine = np.flatnonzero(server_of(plan, table.spec, ids) == server)
-    for first in range(0, len(mine), _AT_ONCE):
-        some = mine[first : first + _AT_ONCE]
+    own = np.flatnonzero(server_of(plan, table.spec, ids) == server)
+    for first in range(0, len(own), _AT_ONCE):
+        some = own[first : first + _AT_ONCE]
         table.restore(ids[some], {name: values[some] for name, values in columns.items()})
 
 
@@ -123,9 +123,9 @@ def connect(model: nn.Module, run: str | Path | None = None, *, seed: int = 0) -
         if run is not None:
             if name not in kept:
                 raise StorageError(f"{run} has no table {name!r}: {hint(name, kept)}")
-            theirs, files = kept[name]
-            if theirs != spec:
-                raise StorageError(f"table {name!r} of {run} is another: {theirs}, not {spec}")
+            saved_spec, files = kept[name]
+            if saved_spec != spec:
+                raise StorageError(f"table {name!r} of {run} is another: {saved_spec}, not {spec}")
             for file in files:
                 read_part(file, table)
         module.source = _SavedRows(table)

@@ -326,12 +326,12 @@ class Table:
             self._summed = np.zeros(len(self) * 5 // 4, np.int64)
         slots = np.empty(sum(map(len, found)), np.int64)
         sums, count = np.empty((len(slots), self.spec.width), np.float32), 0
-        for mine, part in zip(found, parts, strict=True):
-            positions = self._summed[mine] - 1
+        for part_slots, part in zip(found, parts, strict=True):
+            positions = self._summed[part_slots] - 1
             new = positions < 0
             more = slice(count, count + int(new.sum()))
-            slots[more], sums[more] = mine[new], part.values[new]
-            self._summed[mine[new]] = np.arange(more.start, more.stop) + 1
+            slots[more], sums[more] = part_slots[new], part.values[new]
+            self._summed[part_slots[new]] = np.arange(more.start, more.stop) + 1
             sums[positions[~new]] += part.values[~new]
             count = more.stop
         self._summed[slots[:count]] = 0

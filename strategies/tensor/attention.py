@@ -96,11 +96,11 @@ def _split_multihead(
         parts["in_proj_bias"] = fused
     keep(module, parts)
     rows = split_rows(f"{name}.out_proj", module.out_proj, inside, units=heads)
-    made = set_class(module, SplitMultiheadAttention)
+    split = set_class(module, SplitMultiheadAttention)
     each = [slice_of(name, 0, heads, heads, r, group.world) for r in ranks]
-    made.inside = inside
-    made.bounds = [(spec.start, spec.stop) for spec in each]
-    made.num_heads = each[group.rank].extent
+    split.inside = inside
+    split.bounds = [(spec.start, spec.stop) for spec in each]
+    split.num_heads = each[group.rank].extent
     return parts | {f"out_proj.{parameter}": spec for parameter, spec in rows.items()}
 
 

@@ -118,10 +118,12 @@ class Branches:
 
     def _compute(self, inputs: Tensor) -> tuple[Tensor, ...]:
         shared = copy_forward(inputs, self.inside.group)
-        mine = [m for m, owner in zip(self.modules, self._owners, strict=True) if self._has(owner)]
-        if mine[0].training:
+        modules = [
+            m for m, owner in zip(self.modules, self._owners, strict=True) if self._has(owner)
+        ]
+        if modules[0].training:
             self.inside.begin(inputs.device)
-        own = [branch.compute(shared) for branch in mine]
+        own = [branch.compute(shared) for branch in modules]
         self.inside.end()
         forms = self._agree(inputs, own)
         # All ranks must agree on whether there is a backward, also one whose branches have none.
@@ -138,18 +140,18 @@ class Branches:
 
     def _agree(self, inputs: Tensor, own: Sequence[Tensor]) -> list[_Form]:
         """Learn the forms of all outputs: asked once for each kind of input."""
-        mine = [_Form.of(output) for output in own]
+        local = [_Form.of(output) for output in own]
         kind = (inputs.shape, inputs.dtype, torch.is_autocast_enabled(inputs.device.type))
         if kind not in self._forms:
-            told = [(form.shape, form.dtype) for form in mine]
-            by_rank = [*map(iter, gather_values(told, self.inside.group, inputs.device))]
+            shapes = [(form.shape, form.dtype) for form in local]
+            by_rank = [*map(iter, gather_values(shapes, self.inside.group, inputs.device))]
             given = [next(by_rank[owner]) for owner in self._owners]
             self._forms[kind] = [_Form(tuple(shape), dtype) for shape, dtype in given]
         forms = self._forms[kind]
-        if mine != [f for f, owner in zip(forms, self._owners, strict=True) if self._has(owner)]:
+        if local != [f for f, owner in zip(forms, self._owners, strict=True) if self._has(owner)]:
             raise ValueError(
                 f"{self._title}: a branch on rank {self.inside.group.rank} gave {forms} for one "
-                f"kind of input, and now {mine}; on several ranks, shapes must follow from it"
+                f"kind of input, and now {local}; on several ranks, shapes must follow from it"
             )
         return forms
 
@@ -220,9 +222,9 @@ def split_branches(
         if not has:
             _empty(branch)
         kind = type(branch)
-        made: Branch = set_class(branch, type(f"Branch{kind.__name__}", (Branch, kind), {}))
-        made.around, made.index = around, index
-        around.modules.append(made)
+        wrapped: Branch = set_class(branch, type(f"Branch{kind.__name__}", (Branch, kind), {}))
+        wrapped.around, wrapped.index = around, index
+        around.modules.append(wrapped)
     return around, parts
 
 

@@ -99,12 +99,12 @@ def gather_full(
     every = gather_values({name: asdict(spec) for name, spec in specs.items()}, group, device)
     by_rank = [{name: ShardSpec(**fields) for name, fields in its.items()} for its in every]
     full: dict[str, Tensor] = {}
-    for name, mine in state.items():
+    for name, tensor in state.items():
         if group.rank == 0:
             ranks = [specs_of_rank[name] for specs_of_rank in by_rank] if name in specs else []
-            full[name] = _receive(mine.detach(), ranks, group) if ranks else mine.detach()
+            full[name] = _receive(tensor.detach(), ranks, group) if ranks else tensor.detach()
         elif name in specs and specs[name].extent:
-            group.send(mine.detach().contiguous(), 0)
+            group.send(tensor.detach().contiguous(), 0)
     return full
 
 
@@ -255,9 +255,9 @@ def split_columns(
     parts = {p: specs[group.rank] for p in ("weight", "bias") if getattr(layer, p) is not None}
     keep(layer, parts)
     layer.out_features = specs[group.rank].extent
-    made = set_class(layer, ColumnLinear)
-    made.inside, made.gathers = inside, gathers
-    made.bounds = [(spec.start, spec.stop) for spec in specs]
+    split = set_class(layer, ColumnLinear)
+    split.inside, split.gathers = inside, gathers
+    split.bounds = [(spec.start, spec.stop) for spec in specs]
     return parts
 
 
@@ -276,9 +276,9 @@ def split_rows(
     parts = {"weight": specs[group.rank]}
     keep(layer, parts)
     layer.in_features = specs[group.rank].extent
-    made = set_class(layer, RowLinear)
-    made.inside, made.title = inside, name
-    made.bounds = [(spec.start, spec.stop) for spec in specs]
+    split = set_class(layer, RowLinear)
+    split.inside, split.title = inside, name
+    split.bounds = [(spec.start, spec.stop) for spec in specs]
     return parts
 
 
@@ -301,8 +301,8 @@ def split_vocabulary(name: str, embedding: nn.Module, inside: TensorParallelRegi
     if table.padding_idx is not None:
         here = spec.start <= table.padding_idx < spec.stop
         table.padding_idx = table.padding_idx - spec.start if here else None
-    made = set_class(table, VocabularyEmbedding)
-    made.inside, made.start, made.size = inside, spec.start, size
+    split = set_class(table, VocabularyEmbedding)
+    split.inside, split.start, split.size = inside, spec.start, size
     return {"weight": spec}
 
 

@@ -52,8 +52,8 @@ def answer(request: ChildRequest) -> list[ReferenceResult]:
 
     def make(switches: Switches) -> Task:
         kind: Any = Switched  # gives an object of another class
-        made: Task = kind(request.entry, request.task_args, asdict(switches))
-        return made
+        task: Task = kind(request.entry, request.task_args, asdict(switches))
+        return task
 
     found: list[ReferenceResult] = []
     for fields in request.jobs:

@@ -115,14 +115,14 @@ def _gaps(run: Trained, reference: Trained, reversed_: Trained, least: float) ->
         floor = max(abs(losses[1] - losses[2]), drift * abs(losses[1]))
         floors[LOSS] = floor = max(floor, floors.get(LOSS, 0.0), _least(least, abs(losses[1])))
         found.append(_Gap(step, LOSS, abs(losses[0] - losses[1]), floor))
-        theirs = run.states.get(step)
+        other_state = run.states.get(step)
         for name, value in reference.states.get(step, {}).items():
             size = _largest(value)
             floor = max(_distance(value, reversed_.states[step][name]), drift * size)
             floor = max(floor, floors.get(name, 0.0), _least(least, size))
             floors[name] = floor
-            if theirs is not None:
-                found.append(_Gap(step, name, _distance(theirs[name], value), floor))
+            if other_state is not None:
+                found.append(_Gap(step, name, _distance(other_state[name], value), floor))
     return found
 
 

@@ -237,13 +237,13 @@ def _optimizer(spec: Optimizer, task: Task, named: Tensors) -> Sequence[torch.op
     for name, tensor in named.items():
         positions = [at for at, some in enumerate(patterns) for p in some if fnmatchcase(name, p)]
         sets[positions[0]].append(tensor)
-    made = []
+    optimizers = []
     for kind in dict.fromkeys(kinds):
         every = zip(kinds, sets, more, strict=True)
         groups = [{"params": some, **own} for one, some, own in every if some and one == kind]
         own = spec.arguments() if kind == spec.name else {"lr": 0.0}
-        made += [class_of(kind)(groups, **own)] if groups else []
-    return made
+        optimizers += [class_of(kind)(groups, **own)] if groups else []
+    return optimizers
 
 
 def parts(job: Job, samples: ReferenceSamples, *, merged: bool = False) -> Batches:

@@ -191,12 +191,12 @@ def _whole(
     if whole.draws:
         return WholeBatch(switches, whole, backwards, drawn=True)
     least = MEANING_TOLERANCE if switches.double else 0.0
-    met = compare(split, whole, backwards, found.trainable, least)
-    if not met.parts or not is_finite(whole):
+    comparison = compare(split, whole, backwards, found.trainable, least)
+    if not comparison.parts or not is_finite(whole):
         return WholeBatch(switches, whole, backwards)
-    before = [sum(map(len, ranks)) for ranks in schedule[: met.step]]
-    its = outputs[1][sum(before[:-1]) : sum(before)]
-    same = _same(outputs[0][met.step - 1], its)
+    before = [sum(map(len, ranks)) for ranks in schedule[: comparison.step]]
+    split_outputs = outputs[1][sum(before[:-1]) : sum(before)]
+    same = _same(outputs[0][comparison.step - 1], split_outputs)
     return WholeBatch(switches, whole, backwards, _LOSS if same else _MODEL)
 
 

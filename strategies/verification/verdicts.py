@@ -91,8 +91,8 @@ def judge(job: Job, known: References, engine: Engine) -> list[Row]:
         job = job.model_copy(update={"checkpoint": kept})
     try:
         run = engine(job, known.switches)
-        met = compare(run.trained, known.plain, known.reversed_, known.trainable)
-        rows = [_row(name, "plain loop", met)]
+        comparison = compare(run.trained, known.plain, known.reversed_, known.trainable)
+        rows = [_row(name, "plain loop", comparison)]
         rows.append(_repeat(name, run.trained, engine(job, known.switches).trained))
         if known.whole is not None:
             run = engine(meaning_job(job), known.whole.switches)
@@ -127,9 +127,9 @@ def refused(name: str, error: DistplatError) -> Row:
 
 def _meaning(name: str, run: EngineRun, whole: WholeBatch, trainable: list[str]) -> Row:
     least = MEANING_TOLERANCE if whole.switches.double else 0.0
-    met = compare(run.trained, whole.union, whole.reversed_, trainable, least)
-    row = _row(name, "whole batch", met)
-    if met.parts and whole.differs:
+    comparison = compare(run.trained, whole.union, whole.reversed_, trainable, least)
+    row = _row(name, "whole batch", comparison)
+    if comparison.parts and whole.differs:
         return replace(row, verdict=MEANING, reason=whole.differs)
     return row
 

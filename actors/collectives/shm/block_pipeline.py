@@ -130,10 +130,10 @@ class BlockPipeline:
         self.barrier()
 
     def _compare(self) -> None:
-        mine, self._header = self._header, b""
+        own_header, self._header = self._header, b""
         read, number = self._segment.read_header, self._op.number
         for rank in self._others:
-            if read(rank, number) != mine:
+            if read(rank, number) != own_header:
                 ranks = range(self._segment.world)
                 headers = [Header.unpack(read(rank, number)) for rank in ranks]
                 check_headers(self._group, self._segment.rank, headers)

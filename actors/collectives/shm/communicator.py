@@ -155,8 +155,8 @@ class ShmCommunicator:
         cuts = [cut_evenly(output, blocks) for output in outputs]
 
         def put(block: int, slot: int) -> None:
-            mine = cuts[self._rank][block]
-            self._own(mine, slot).copy_(mine)
+            own_piece = cuts[self._rank][block]
+            self._own(own_piece, slot).copy_(own_piece)
 
         def take(block: int, slot: int) -> None:
             for rank in self._others:
@@ -169,13 +169,13 @@ class ShmCommunicator:
         self, output: Tensor, inputs: Sequence[Tensor], op: ReduceOp, *, shared: bool
     ) -> Bytes:
         """Combine everybody's `inputs[r]`, shape [n_r], into rank r's `output`."""
-        mine = inputs[self._rank]
+        own_input = inputs[self._rank]
         if shared:
-            self._pipeline.in_place(lambda: self._combine_shared(mine, output, op))
+            self._pipeline.in_place(lambda: self._combine_shared(own_input, output, op))
         else:
             self._reduce_scatter_staged(output, inputs, op)
-        sent = sum(t.nbytes for t in inputs) - mine.nbytes
-        return sent, mine.nbytes * len(self._others)
+        sent = sum(t.nbytes for t in inputs) - own_input.nbytes
+        return sent, own_input.nbytes * len(self._others)
 
     def _reduce_scatter_staged(
         self, output: Tensor, inputs: Sequence[Tensor], op: ReduceOp
@@ -214,10 +214,10 @@ class ShmCommunicator:
             self._own(pieces[block], slot).copy_(pieces[block])
 
         def take(block: int, slot: int) -> None:
-            mine, parts = pieces[block], self._everybodys(pieces[block], slot)
+            own_piece, parts = pieces[block], self._everybodys(pieces[block], slot)
             if self._rank < _IN_PLACE:
-                parts[self._rank] = mine
-            combine(parts, mine, op, self._scratch)
+                parts[self._rank] = own_piece
+            combine(parts, own_piece, op, self._scratch)
 
         self._pipeline.exchange(len(pieces), put, take)
         return flat.nbytes * len(self._others), flat.nbytes * len(self._others)
@@ -235,10 +235,10 @@ class ShmCommunicator:
                 self._of(rank, piece, slot, bounds[block][to][0]).copy_(piece)
 
         def reduce(block: int, slot: int) -> None:
-            mine = pieces[block * world + rank]
-            parts = self._everybodys(mine, slot, bounds[block][rank][0])
-            result, parts[rank] = parts[rank], mine
-            target, copy = (mine, result) if rank < _IN_PLACE else (result, mine)
+            own_piece = pieces[block * world + rank]
+            parts = self._everybodys(own_piece, slot, bounds[block][rank][0])
+            result, parts[rank] = parts[rank], own_piece
+            target, copy = (own_piece, result) if rank < _IN_PLACE else (result, own_piece)
             combine(parts, target, op, self._scratch)
             copy.copy_(target)
 

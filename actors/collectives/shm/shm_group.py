@@ -225,10 +225,10 @@ class ShmGroup(CollectiveGroup):
         node = ray.get_runtime_context().get_node_id()
         layout = SegmentLayout.of(self.world)
         if self.rank == 0:
-            made = GroupSegment.create(node, layout)
-            word = asdict(made.segment.address) | {"world": self.world}
+            segment = GroupSegment.create(node, layout)
+            word = asdict(segment.segment.address) | {"world": self.world}
             publish_address(self.name, json.dumps(word).encode())
-            return made
+            return segment
         word = json.loads(find_address(self.name, self.settings))
         if (world := word.pop("world")) != self.world:
             raise self._no_segment(f"rank 0 says {world} ranks, rank {self.rank} says {self.world}")
