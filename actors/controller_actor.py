@@ -326,14 +326,14 @@ def _table_servers(actor_group: ActorGroup, job: Job) -> list[PartSource]:
     limit_s = job.failure.step_timeout_s
     if job.embeddings.replication == 1:
         names = [f"embedding-server-{index}" for index in range(job.embeddings.servers)]
-        return [_TableServer(actor_group.roles[name], name, limit_s) for name in names]
-    manager = _TableServer(actor_group.roles["server-manager"], "server-manager", limit_s)
+        return [_TableSource(actor_group.roles[name], name, limit_s) for name in names]
+    manager = _TableSource(actor_group.roles["server-manager"], "server-manager", limit_s)
     found: TableMap = manager.ask("table_servers", 0, 0.0)
     pairs = zip(found.servers, found.names, strict=True)
-    return [_TableServer(handle, name, limit_s) for handle, name in pairs]
+    return [_TableSource(handle, name, limit_s) for handle, name in pairs]
 
 
-class _TableServer(PartSource):
+class _TableSource(PartSource):
     """An embedding server as a source of a file: asked for one part at a time, none held longer."""
 
     def __init__(self, handle: Any, name: str, limit_s: float) -> None:

@@ -103,7 +103,7 @@ def verify(wanted: VerifyRequest, say: Callable[[str], object]) -> Iterator[Row]
     exact = {n: j for n, j in jobs.items() if isinstance(j, Job) and not inexact(j)}
     with TemporaryDirectory(prefix="distplat-verify-") as temporary:
         folder = Path(temporary)
-        runner = _Runner(wanted, folder)
+        runner = _TrainerEngine(wanted, folder)
         for line in _checked(wanted):
             say(line)
         say("references: a plain loop")
@@ -155,7 +155,7 @@ def _rows(
     job: Job | SpecError,
     known: ReferenceResult | None,
     wanted: VerifyRequest,
-    runner: _Runner,
+    runner: _TrainerEngine,
 ) -> list[Row]:
     asked = name in (*wanted.strategies, wanted.job.strategy.name)
     if isinstance(known, str) and not asked:
@@ -224,7 +224,7 @@ def job_for(wanted: VerifyRequest, name: str) -> Job | SpecError:
     return short if stepwise else plain
 
 
-class _Runner:
+class _TrainerEngine:
     """Runs jobs of the user's task (see `Engine`)."""
 
     def __init__(self, wanted: VerifyRequest, folder: Path) -> None:

@@ -71,7 +71,7 @@ class Lease:
 
 
 @dataclass
-class _Holding:
+class _WorkerTasks:
     """What one worker has."""
 
     tasks: set[int] = field(default_factory=set)
@@ -111,7 +111,7 @@ class TaskScheduler:
         parts = range(plan.parts)
         self._evaluations = [(steps, part) for steps in plan.evaluations for part in parts]
         self._evaluated: set[tuple[int, int]] = set()
-        self._holdings: dict[int, _Holding] = {}
+        self._holdings: dict[int, _WorkerTasks] = {}
         self._leaving: set[int] = set()
 
     @property
@@ -194,7 +194,7 @@ class TaskScheduler:
         Raises:
             StaleError: it has had the answer to a later question.
         """
-        holding = self._holdings.setdefault(worker, _Holding())
+        holding = self._holdings.setdefault(worker, _WorkerTasks())
         last = holding.answer
         if last is not None and number == last.number:
             return last
@@ -216,7 +216,7 @@ class TaskScheduler:
         Raises:
             ProtocolError: there is no such task.
         """
-        holding = self._holdings.setdefault(worker, _Holding())
+        holding = self._holdings.setdefault(worker, _WorkerTasks())
         for task in tasks:
             if not self.plan.first * self.plan.parts <= task < self.plan.tasks:
                 raise ProtocolError(f"rank {worker} made task {task}: there is none of that number")

@@ -46,7 +46,7 @@ _TOLD_S = 0.1
 _FOUND = "missing"
 
 
-class _Heartbeat(NamedTuple):
+class _LastBeat(NamedTuple):
     """The last one of a rank."""
 
     beats: str
@@ -193,14 +193,14 @@ class Heartbeat:
             return False
         return True
 
-    def _read(self) -> list[_Heartbeat]:
+    def _read(self) -> list[_LastBeat]:
         """Give every rank's heartbeat; no beats and no operations for one that never came."""
         beats_of = []
         for rank in range(self._world):
             key = f"heartbeat/{rank}"
             value = self._store.get(key).decode() if self._store.check([key]) else "0 0"
             beats, number = value.split()
-            beats_of.append(_Heartbeat(beats, int(number)))
+            beats_of.append(_LastBeat(beats, int(number)))
         return beats_of
 
 

@@ -46,7 +46,7 @@ class OpQueue:
         self._turn = threading.Lock()
         self._lock = threading.Lock()
         self._waiting = 0  #: given to the thread and not over
-        self._queue: SimpleQueue[_Task | None] = SimpleQueue()
+        self._queue: SimpleQueue[_QueuedOperation | None] = SimpleQueue()
         self._thread: threading.Thread | None = None
 
     def run(self, operation: Callable[[], None]) -> None:
@@ -59,7 +59,7 @@ class OpQueue:
 
     def submit(self, operation: Callable[[], None]) -> Work:
         """Run an operation in the thread, after all that was asked for before."""
-        task = _Task(operation)
+        task = _QueuedOperation(operation)
         with self._lock:
             if self._thread is None:
                 self._thread = threading.Thread(target=self._work, name=self._name, daemon=True)
@@ -84,7 +84,7 @@ class OpQueue:
             task.over.set()
 
 
-class _Task:
+class _QueuedOperation:
     """An operation for the queue's thread."""
 
     def __init__(self, operation: Callable[[], None]) -> None:

@@ -31,7 +31,7 @@ _SMALLEST = 1 << 12
 _START = "start_timeout_s"
 
 
-class _Memory:
+class _GrowingSegment:
     """A segment that servers of this node map; another, larger one where it gets too small."""
 
     def __init__(self, node: str, dtype: str) -> None:
@@ -146,7 +146,7 @@ class RemoteTables(Tables):
 
     def _new_memory(self) -> None:
         node = self._transport.node
-        self._ids, self._values = _Memory(node, "int64"), _Memory(node, "float32")
+        self._ids, self._values = _GrowingSegment(node, "int64"), _GrowingSegment(node, "float32")
         self._kept = 0
 
     def _open(self) -> int:

@@ -176,7 +176,7 @@ def one_batch(data: Dataset[Any], ids: list[int]) -> Any:
     return counted(Samples(data).__getitems__(SampleRun(0, 0, ids)), len(ids))[0]
 
 
-class _Plan:
+class _RunSampler:
     """A torch `batch_sampler` that gives other runs each time that it is gone through."""
 
     runs: Iterable[SampleRun] = ()
@@ -199,7 +199,7 @@ class Loader:
         count = job.data.num_workers
         self._context = LoaderContext() if count else None
         self._timeout_s = job.failure.start_timeout_s
-        self._plan = _Plan()
+        self._plan = _RunSampler()
         self._loader = DataLoader(
             Samples(data),
             batch_sampler=self._plan,  # type: ignore[arg-type]

@@ -71,7 +71,7 @@ def calls() -> int:
     return getattr(_here, "calls", 0)
 
 
-class _Word(NamedTuple):
+class _Announcement(NamedTuple):
     """What a rank says before an operation."""
 
     kind: int
@@ -84,12 +84,12 @@ class _Word(NamedTuple):
     """Shape of one."""
 
     @classmethod
-    def of(cls, kind: int, call: int, tensor: Tensor) -> _Word:
+    def of(cls, kind: int, call: int, tensor: Tensor) -> _Announcement:
         """Describe a tensor of rows."""
         return cls(kind, call, _TYPES.index(tensor.dtype), len(tensor), tuple(tensor.shape[1:]))
 
     @classmethod
-    def read(cls, numbers: list[int]) -> _Word:
+    def read(cls, numbers: list[int]) -> _Announcement:
         """Read what `numbers` gave."""
         kind, call, dtype, rows, dimensions, *row = numbers
         return cls(kind, call, dtype, rows, tuple(row[:dimensions]))
@@ -169,9 +169,9 @@ class Gathering:
         if self._world == 1 or not self._listens:
             return
         if self._parts(self._step)[self._joined().rank]:
-            self._say(_Word(_END), device)
+            self._say(_Announcement(_END), device)
             return
-        while (word := self._say(_Word(_NOTHING), device)[0]).kind != _END:
+        while (word := self._say(_Announcement(_NOTHING), device)[0]).kind != _END:
             rows = sum(self._rows) if word.kind == _FORWARD else word.rows
             self._joined().all_reduce(word.zeros(rows, device))
 
@@ -197,7 +197,7 @@ class Gathering:
 
     def rows_of_all(self, mine: Tensor, call: int) -> tuple[Tensor, slice]:
         """Give the rows of all ranks, and which of them are this one's."""
-        word = _Word.of(_FORWARD, call, mine)
+        word = _Announcement.of(_FORWARD, call, mine)
         self._say(word, mine.device)
         ends = [*accumulate(self._rows)]
         rank = self._joined().rank
@@ -209,7 +209,7 @@ class Gathering:
 
     def sum_over_ranks(self, gradient: Tensor, call: int) -> Tensor:
         """Give the sum of the ranks' gradients of all rows."""
-        self._say(_Word.of(_BACKWARD, call, gradient), gradient.device)
+        self._say(_Announcement.of(_BACKWARD, call, gradient), gradient.device)
         total = gradient.clone(memory_format=torch.contiguous_format)
         self._joined().all_reduce(total)
         return total
@@ -227,7 +227,7 @@ class Gathering:
             self._group = group.subgroup("all-gather", range(group.world))
         return self._group
 
-    def _say(self, word: _Word, device: torch.device) -> list[_Word]:
+    def _say(self, word: _Announcement, device: torch.device) -> list[_Announcement]:
         """
         Tell what comes next, and hear the others; give the words of those who know.
 
@@ -235,7 +235,7 @@ class Gathering:
             RuntimeError: they are not all about the same.
         """
         group = self._joined()
-        words = [_Word.read(row) for row in gather_numbers(word.numbers(), group, device)]
+        words = [_Announcement.read(row) for row in gather_numbers(word.numbers(), group, device)]
         self._rows = [one.rows for one in words]
         known = {rank: one for rank, one in enumerate(words) if one.kind != _NOTHING}
         first = {one.common: rank for rank, one in reversed(known.items())}

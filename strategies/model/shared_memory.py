@@ -20,7 +20,7 @@ TIE = "tie parameters by giving both modules the same nn.Parameter"
 _READ = "read it where it is used, as `self.weight.detach()` in forward, or keep a `.clone()` of it"
 
 
-class _Span(NamedTuple):
+class _MemoryRange(NamedTuple):
     start: int
     stop: int
     name: str
@@ -48,7 +48,7 @@ def check_memory(model: nn.Module, trained: Mapping[str, Tensor], kept: object =
     others += [(name, one) for name, one in attributes if id(one) not in registered]
     spans = [_span(name, one, trained=True) for name, one in trained.items() if _is_here(one)]
     spans += [_span(name, one, trained=False) for name, one in others if _is_here(one)]
-    active: list[_Span] = []
+    active: list[_MemoryRange] = []
     for span in sorted(spans, key=lambda one: one[:2]):
         active = [one for one in active if one.stop > span.start]
         for one in active:
@@ -64,9 +64,9 @@ def _is_here(tensor: Tensor) -> bool:
     return known and tensor.numel() > 0
 
 
-def _span(name: str, tensor: Tensor, *, trained: bool) -> _Span:
+def _span(name: str, tensor: Tensor, *, trained: bool) -> _MemoryRange:
     start = tensor.data_ptr()
-    return _Span(start, start + _reach(tensor) * tensor.itemsize, name, tensor, trained)
+    return _MemoryRange(start, start + _reach(tensor) * tensor.itemsize, name, tensor, trained)
 
 
 def _reach(tensor: Tensor) -> int:
@@ -75,7 +75,7 @@ def _reach(tensor: Tensor) -> int:
     return 1 + sum((size - 1) * stride for size, stride in pairs)
 
 
-def _overlap(one: _Span, other: _Span) -> bool:
+def _overlap(one: _MemoryRange, other: _MemoryRange) -> bool:
     """Whether an element of two tensors whose spans overlap is the same one: columns have gaps."""
     first, second = one.tensor, other.tensor
     if first.itemsize != second.itemsize or (_is_dense(first) and _is_dense(second)):

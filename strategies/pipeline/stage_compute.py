@@ -138,7 +138,7 @@ class Pipeline(Compute):
             batches = (batch for batch, _ in loaded)
         for at in range(0, len(sizes), _WINDOW):
             some = sizes[at : at + _WINDOW]
-            source = _Evaluation(self, batches, some, found)
+            source = _EvalSource(self, batches, some, found)
             self._executor.evaluate(s.evaluation(len(some)), source)
         found.states = self._metrics.states(found.kept)
         return found if s.at.slice == 0 else Sums()
@@ -234,7 +234,7 @@ class _Training(_Loaded, Source):
         return mixed(self._seed, micro_batch)
 
 
-class _Evaluation(_Loaded, Source):
+class _EvalSource(_Loaded, Source):
     """Micro-batches of an evaluation."""
 
     def __init__(

@@ -87,14 +87,14 @@ def with_rows(task: Task, seed: int) -> Task:
 
     def model() -> nn.Module:
         built: nn.Module = original()
-        setattr(whole, KEPT, _Rows(built, seed))
+        setattr(whole, KEPT, _PlainTables(built, seed))
         return built
 
     whole.model = model
     return task
 
 
-class _Rows(nn.Module):
+class _PlainTables(nn.Module):
     """All tables of a model, with the first values that servers give them."""
 
     def __init__(self, model: nn.Module, seed: int) -> None:
@@ -106,10 +106,10 @@ class _Rows(nn.Module):
                 raise ValueError(f"{name} has no num_embeddings: no plain table can stand for it")
             values = initial_rows(module.spec(name), seed, np.arange(rows))
             self.weights.append(nn.Parameter(torch.from_numpy(values)))
-            module.source = _Source(self.weights[-1])
+            module.source = _PlainRowSource(self.weights[-1])
 
 
-class _Source(RowSource):
+class _PlainRowSource(RowSource):
     """One table's rows (see `RowSource`)."""
 
     def __init__(self, weight: Tensor) -> None:

@@ -116,10 +116,10 @@ def switched(kind: type[Task], switches: Switches) -> type[Task]:
 def _data_of(data: Any, switches: Switches) -> Any:
     if switches == Switches():
         return data
-    return _Stream(data, switches) if is_stream(data) else _Samples(data, switches)
+    return _Stream(data, switches) if is_stream(data) else _SwitchedData(data, switches)
 
 
-class _Samples(Dataset[Any]):
+class _SwitchedData(Dataset[Any]):
     """The first samples of a data set, in the wanted type."""
 
     def __init__(self, data: Any, switches: Switches) -> None:

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from distplat.actors.collectives.header import header
-from distplat.actors.collectives.shm.p2p import _Channel
+from distplat.actors.collectives.shm.p2p import _P2PChannel
 from distplat.actors.collectives.shm.segment import GroupSegment, SegmentLayout, SharedVectors
 from distplat.actors.memory.memfd import MemorySegment
 from distplat.actors.messages import MemoryAddress
@@ -198,7 +198,7 @@ def test_another_memory_of_ours_under_the_same_numbers_is_refused() -> None:
     SharedVectors().add(part, [offer, (theirs.pid, theirs.fd, theirs.inode)])
     with pytest.raises(OSError, match="another is here"):
         SharedVectors().add(part, [offer, (theirs.pid, theirs.fd, theirs.inode + 1)])
-    channel = _Channel(mine, 0, 1)
+    channel = _P2PChannel(mine, 0, 1)
     head = header("send", [part.tensor], number=3)
     channel.announce(head, part)
     where, sent = channel.announced(3)

@@ -37,7 +37,7 @@ _TAKEN, _SLOTS, _SLOT = 128, 192, _WHERE.size + SIZE
 _ALL = (1 << 32) - 1
 
 
-class _Channel:
+class _P2PChannel:
     """What both ends keep of one direction between two ranks."""
 
     def __init__(self, segment: GroupSegment, source: int, to: int) -> None:
@@ -76,8 +76,8 @@ class PointToPoint:
 
     def __init__(self, group: str, segment: GroupSegment, liveness: LivenessMonitor) -> None:
         self._group, self._segment, self._liveness = group, segment, liveness
-        self._outgoing: dict[int, _Channel] = {}
-        self._incoming: dict[int, _Channel] = {}
+        self._outgoing: dict[int, _P2PChannel] = {}
+        self._incoming: dict[int, _P2PChannel] = {}
 
     def send(self, flat: Tensor, to: int) -> RunningOp:
         """Copy `flat`, shape [n], for rank `to`; waits only if two messages are untaken."""
@@ -139,10 +139,10 @@ class PointToPoint:
         self._outgoing.clear()
         self._incoming.clear()
 
-    def _open(self, end: dict[int, _Channel], peer: int, source: int, to: int) -> _Channel:
-        return end.setdefault(peer, _Channel(self._segment, source, to))
+    def _open(self, end: dict[int, _P2PChannel], peer: int, source: int, to: int) -> _P2PChannel:
+        return end.setdefault(peer, _P2PChannel(self._segment, source, to))
 
-    def _slot(self, channel: _Channel, number: int, size: int) -> MemorySegment:
+    def _slot(self, channel: _P2PChannel, number: int, size: int) -> MemorySegment:
         """Give the free slot of message `number`, grown if need be."""
         segment = channel.segments[number % 2]
         if segment is None or segment.address.elements < size:
@@ -154,7 +154,7 @@ class PointToPoint:
             channel.segments[number % 2] = segment
         return segment
 
-    def _arrived(self, channel: _Channel, flat: Tensor, source: int, op: RunningOp) -> Tensor:
+    def _arrived(self, channel: _P2PChannel, flat: Tensor, source: int, op: RunningOp) -> Tensor:
         """Compare the message with what is wanted, and give its slot."""
         number = channel.messages
         (fd, size, inode), sent = channel.announced(number)
