@@ -134,7 +134,7 @@ class ActorGroup:
 
     @property
     def world(self) -> int:
-        """What a step is cut into: the workers that there are, or were where tasks are leased."""
+        """Parts of a step: workers now, or at the start where tasks are leased."""
         return self.job.scaling.num_workers
 
     def note_node(self, rank: int, node: str) -> None:
@@ -143,7 +143,7 @@ class ActorGroup:
             self._nodes[rank] = node
 
     def keep_spares(self) -> None:
-        """Have a spare worker where there are workers, if the job wants some; all are at work."""
+        """Keep a spare worker on each node with workers, if the job wants some; all are at work."""
         if not self.job.failure.spare_workers:
             return
         if self._spares is None:

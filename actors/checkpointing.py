@@ -114,7 +114,7 @@ class Checkpoints:
         self.step = 0  #: of the newest one; 0: there is none
 
     def begin(self, attempt: int, job: Job) -> None:
-        """Be told that another attempt begins; `job`: with the number of workers that it has."""
+        """Called when another attempt begins; `job`: with the number of workers that it has."""
         more = job.scaling.world != self._job.scaling.world
         self._collecting.begin(attempt, job.scaling.world if more else None)
         self._failures.clear()  # a loss, perhaps: the restart budget counts those
@@ -145,7 +145,7 @@ class Checkpoints:
 
     def observe(self, summary: Summary) -> None:
         """
-        Be told what happened in the run: evaluations say which checkpoint is the best, and those
+        Called with each event: evaluations say which checkpoint is the best, and those
         before a checkpoint are what `early_stop` goes on with.
 
         Of a train function its reports do.
@@ -192,7 +192,7 @@ class Checkpoints:
         return [self._finished.popleft() for _ in range(len(self._finished))]
 
     def settle(self) -> None:
-        """Be told that the run has ended well: all evaluations are known, all parts are written."""
+        """Called when the run has ended well: all evaluations are known, all parts are written."""
         if self._job.checkpoint.keep_best is None or not self._written:
             return
         limit, written = self._job.failure.storage_timeout_s, self._written

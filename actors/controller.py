@@ -166,7 +166,7 @@ class Controller:
         return self._requests.ask(workers)
 
     def end_early(self) -> None:
-        """Have the run end soon as after its last step; any thread may call this, again too."""
+        """End the run soon, as after its last step; any thread may call this, more than once."""
         self._ending = True
 
     def worker(self, rank: int) -> Any:
@@ -201,7 +201,7 @@ class Controller:
             self._resized = self._halted_at = None
 
     def _stop_workers(self, now: float) -> None:
-        """Have all stop: after the same step if nothing failed, at once if something did."""
+        """Tell all to stop: after the same step if nothing failed, at once if something did."""
         state = self._state
         self._halted_at = self._halted_at or (now if state.halted else None)
         order = state.attempt, state.stop_order
@@ -218,7 +218,7 @@ class Controller:
             self._actor_group.stop(*order)
 
     def _scale(self) -> None:
-        """Have workers join or leave; a run that is in trouble has that mended first."""
+        """Carry out requests to scale; a failure is repaired first."""
         if self._async_scaler is None:
             wanted = self._sync_scaler.look(self._checkpoints.step)
             if wanted is not None:

@@ -128,7 +128,7 @@ class ControllerActor:
                 self._thread.start()
 
     def _work(self, actor_group: ActorGroup, checkpoint_step: int) -> None:
-        """Have a run end, and note how: nothing that it raises is lost with its thread."""
+        """Run to the end, and keep its error, which would be lost with the thread."""
         _send_records(self._outbox)
         try:
             self._run(actor_group, checkpoint_step)

@@ -37,7 +37,7 @@ _NAME = "controller"
 
 @dataclass(frozen=True)
 class RunHandlers:
-    """What is called with what comes of a run."""
+    """Callbacks for the events and results of a run."""
 
     on_summary: Callable[[Summary], None]
     """Takes each step, evaluation, checkpoint and failure."""

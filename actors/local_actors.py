@@ -55,7 +55,7 @@ class _Actors:
         return client
 
     def end_attempt(self) -> None:
-        """Have all workers leave that came so far."""
+        """Close the clients of all workers that came so far."""
         for client in self._clients:
             client.close()
         self._clients.clear()

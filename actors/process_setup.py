@@ -42,7 +42,7 @@ def quick_imports() -> Iterator[None]:
 
 @contextmanager
 def variables(values: Mapping[str, str], *also: str) -> Iterator[None]:
-    """Have these variables in this process's environment in a block; `also`: that it may set."""
+    """Set environment variables in a block; `also`: others that the block may set itself."""
     before = {name: os.environ.get(name) for name in (*values, *also)}
     os.environ.update(values)
     try:

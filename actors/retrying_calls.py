@@ -84,7 +84,7 @@ class PendingCall:
         self._open.append(self._make(len(self._open)))
 
     def start_again(self) -> None:
-        """Have the deadline count from now: only now somebody waits."""
+        """Restart the deadline: only now somebody waits."""
         self._clock = AwakeClock()
 
     def wait(self) -> None:
@@ -185,7 +185,7 @@ class Outbox(Generic[Item]):
         self._closed = False
 
     def put(self, item: Item) -> None:
-        """Have something told."""
+        """Queue an item for the reader."""
         with self._changed:
             if len(self._fresh) >= self._most and self._spare(item):
                 self._left_out += 1

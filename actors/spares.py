@@ -65,7 +65,7 @@ class Spares:
         self._made = 0
 
     def keep(self, nodes: Iterable[str]) -> None:
-        """Have one on each of these nodes, but where its imports have failed."""
+        """Keep one on each of these nodes, except where its imports have failed."""
         self._look()
         for node in sorted({*nodes} - self._there.keys() - self._without):
             actor = self._make(node, self._made)

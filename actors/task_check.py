@@ -309,7 +309,7 @@ _TORCHRUN = {
 
 
 def answer() -> None:
-    """Be the child: answer on stdout, and let the user's module print on stderr."""
+    """Run as the child: answer on stdout, and let the user's module print on stderr."""
     out = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     request = json.loads(sys.argv[2])

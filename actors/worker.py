@@ -182,6 +182,6 @@ class Worker:
         self._urgent.set()
 
     def _deliver(self, delivery: Delivery) -> None:
-        """Have a part of a checkpoint told at once: with this process it would be lost."""
+        """Report a part of a checkpoint at once: with this process it would be lost."""
         self._outbox.put(delivery)
         self._urgent.set()

@@ -192,7 +192,7 @@ def exit_code(info: Info) -> int:
 
 
 class Detached(KeyboardInterrupt):
-    """Who reads along has stopped it, and was told what goes on without him."""
+    """The user stopped following a job, and was told that it goes on."""
 
 
 def say(line: str) -> None:

@@ -81,7 +81,7 @@ class CheckpointAssembly:
 
     def begin(self, attempt: int, world: int | None = None) -> None:
         """
-        Be told that another attempt begins: what the one before left unfinished goes.
+        Called when another attempt begins: what the one before left unfinished goes.
 
         Args:
             attempt: its number.

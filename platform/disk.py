@@ -201,7 +201,7 @@ def with_deadline(work: Callable[[Moved], T], where: Path, limit_s: float) -> T:
 
 
 def in_thread(name: str, work: Callable[[], T]) -> Future[T]:
-    """Have a thread of its own do something that may never end; nobody need wait for it."""
+    """Run something that may never end in a thread of its own; nobody has to wait for it."""
     done = Future[T]()
 
     def run() -> None:

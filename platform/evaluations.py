@@ -119,7 +119,7 @@ class BestCheckpoint:
 
 
 class _Stagnation(NamedTuple):
-    """What evaluations have come to."""
+    """The state of early stopping after an evaluation."""
 
     at: int = 0
     """Step of the last one that is in it; 0: there was none."""

@@ -318,7 +318,7 @@ class JobState:
                 self._watch(now)
 
     def restarted(self, now: float, step: int = 0) -> None:
-        """Be told that `restart` is carried out; `step`: done before, where all was made anew."""
+        """Called when `restart` is carried out; `step`: done before, where all was made anew."""
         assert self.restart is not None, "only after a restart was decided"
         self.attempt = self.restart.attempt
         if self.restart.everything:
@@ -334,7 +334,7 @@ class JobState:
         self._begin(now)
 
     def _resize(self, world: int, now: float) -> None:
-        """Have all stop; a run that is in trouble, or ends, has that first."""
+        """Stop all workers for a resize; a failure and the end of the run come first."""
         if self.phase is Phase.RUNNING and not self._finished and not self.ending:
             self.phase, self._failed_at, self._wanted = Phase.SETTLING, now, world
 

@@ -36,7 +36,7 @@ REFUSED_SCHEDULES = {
 
 
 class LRSchedule(Spec):
-    """What all of them have."""
+    """Fields that all schedules have."""
 
     name: str
     warmup_steps: Index = 0

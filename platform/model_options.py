@@ -69,7 +69,7 @@ def initial_weights_of(value: object) -> object:
 
 
 class RowOptimizer(Spec):
-    """What all of them have: rows that a step does not use stay as they are, state included."""
+    """Fields that all have. Rows that a step does not use stay as they are, state included."""
 
     name: str
     """A class of `torch.optim` as it treats sparse gradients, or `RowWiseAdagrad`."""

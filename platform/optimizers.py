@@ -108,7 +108,7 @@ class Group(Spec):
 
 
 class Optimizer(Spec):
-    """What all optimizers have. `lr` is the rate that the schedule scales."""
+    """Fields that all optimizers have. `lr` is the rate that the schedule scales."""
 
     of_tensors: ClassVar[bool] = False
     """Whether the update of an element needs more of its parameter than that element."""

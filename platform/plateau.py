@@ -26,7 +26,7 @@ PLATEAU = "plateau"
 
 
 class PlateauState(NamedTuple):
-    """What evaluations have come to."""
+    """The scheduler's state after an evaluation."""
 
     at: int
     """Steps before the last one that is in it; 0: there was none."""
@@ -90,7 +90,7 @@ class Plateau:
 
     @property
     def state(self) -> PlateauState:
-        """What evaluations have come to."""
+        """The scheduler's state after an evaluation."""
         assert self.known is not None, "sync(), load() or an assignment comes first"
         return self.known
 

@@ -309,7 +309,7 @@ class ReportAggregator:
 
     def resize(self, world: int, step: int) -> None:
         """
-        Be told that from a step on there are so many ranks; what there is of it is made anew.
+        Called when the number of ranks changes from a step on; what there is of it is made anew.
 
         Args:
             world: ranks.
@@ -319,7 +319,7 @@ class ReportAggregator:
             reports.resize(world, step)
 
     def lost(self) -> None:
-        """Be told that a rank was lost: what it had done and not yet reported never comes."""
+        """Called when a rank was lost: what it had done and not yet reported never comes."""
         self._lossy = self._steps.highest + 1
 
     def _in_turn(self, report: StepReport, turn: int) -> list[StepSummary | EvalSummary | Trace]:

@@ -70,7 +70,7 @@ lost."""
 
 @dataclass(frozen=True)
 class Policy:
-    """What a job allows."""
+    """Which failures a job allows, and what they may cost."""
 
     max_failures: int = 0
     max_preemptions: int = 0

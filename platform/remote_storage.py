@@ -432,7 +432,7 @@ def _brought(storage: RemoteStorage, name: str, target: Path) -> StoredCheckpoin
 
 
 def _on_disk(storage: RemoteStorage, where: Path, work: Callable[[], T]) -> T:
-    """Have the local disk do something, which takes no longer than the storage may."""
+    """Run something on the local disk, within the deadline of the storage."""
     return with_deadline(lambda moved: work(), where, storage.limit_s)
 
 

@@ -75,7 +75,7 @@ def mismatches(state: Mapping[str, Any], job: Job) -> list[Problem]:
 
 
 def _of_function(state: Mapping[str, Any], job: Job) -> list[Problem]:
-    """What a train function kept is its own business; a task's checkpoint it cannot read."""
+    """Compare for a train function: what it kept is its own, a task's checkpoint it cannot read."""
     if job.own_loop and FUNCTION in state:
         return []
     made, now = ("a task", "a train function") if job.own_loop else ("a train function", "a task")

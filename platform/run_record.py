@@ -211,7 +211,7 @@ def _without_dropped(lines: Iterable[str], thinned: Mapping[str, _Thinned[Any]])
 
 
 class _Thinned(Generic[S]):
-    """What is numbered by steps: all, or of too many every second, fourth, ... and the last."""
+    """Values by step: all, or of too many every second, fourth, ... and the last."""
 
     def __init__(self) -> None:
         self.every = 1

@@ -240,7 +240,7 @@ class ServerGroup:
         return [one.server for one in held if one.server not in kept]
 
     def begin(self) -> list[Order]:
-        """Have every shard get its backup."""
+        """Give the orders that make a backup of each shard."""
         orders: list[Order] = []
         for assignment in self.assignments:
             if assignment.term > 1:

@@ -27,7 +27,7 @@ _LEAST_STEPS = 3
 
 @dataclass(frozen=True)
 class WorkerHeartbeat:
-    """What a worker tells of itself; every figure only grows in an attempt."""
+    """A worker's counters; every figure only grows in an attempt."""
 
     step: int
     """The furthest of the run that it has been at."""

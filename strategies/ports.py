@@ -30,7 +30,7 @@ from distplat.strategies.sparse.table import RowGradients
 
 @dataclass(frozen=True)
 class Pushed:
-    """What came of a push, over all shards."""
+    """The outcome of a push, over all shards."""
 
     norm: float | None = None
     """2-norm of the summed gradient: `commit` must follow with it. None: the step is applied."""
@@ -109,7 +109,7 @@ class Vectors(Protocol):
 
     @property
     def layout(self) -> Layout:
-        """What lies where."""
+        """Which parameter lies where in the vector."""
 
     def digest(self) -> str:
         """Fingerprint of what lies in them."""

@@ -75,7 +75,7 @@ class Context:
 
     @property
     def state(self) -> ModelState:
-        """What the model has beside what gradients train."""
+        """The model's untrained state: buffers and frozen parameters."""
         assert self.model_state is not None, "join() makes it"
         return self.model_state
 
@@ -179,7 +179,7 @@ class WorkerStrategy(ABC, Generic[OptionsT]):
 
     def last_backward(self) -> None:
         """
-        Be told that a step's last backward begins: gradients that it finishes are final.
+        Called when a step's last backward begins: gradients that it finishes are final.
 
         Not called on a rank that has no samples in this step.
         """

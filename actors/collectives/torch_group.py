@@ -44,7 +44,7 @@ Fail = Callable[[Exception], CollectiveError]
 
 
 def nothing() -> None:
-    """What is left to be done after most operations."""
+    """Do nothing after an operation."""
 
 
 class TorchGroup(CollectiveGroup):

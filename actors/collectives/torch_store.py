@@ -265,7 +265,7 @@ class Store:
         return host, int(port), secret
 
     def _wait_for_all(self) -> None:
-        """Be patient here: gloo itself would give the others one operation's time to come."""
+        """Wait for all ranks before gloo does, whose deadline is that of one operation."""
         self.client.set(f"here/{self._rank}", "")
         everybody = [f"here/{rank}" for rank in range(self._world)]
 

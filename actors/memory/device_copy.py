@@ -157,7 +157,7 @@ class DeviceTransfer(DirectTransfer):
 
     @override
     def close(self) -> None:
-        """What was not sent yet is not sent any more."""
+        """End it; parts that were not sent yet are dropped."""
         self._pending.put(None)
         self._side.mark().synchronize()
         for one in self._pinned:

@@ -208,5 +208,5 @@ class FanOutCall:
         return [found[cut.index] for cut in self._fan_out.cuts]
 
     def _call_made(self, number: int, reply: Any) -> None:
-        """Have an answer's values come to this node when it is here, whoever is waited for."""
+        """Fetch an answer's values to this node once it is there, whoever is waited for."""
         self._fan_out.transport.prefetch(reply, lambda answer: answer.payload and answer.payload[0])

@@ -214,7 +214,7 @@ class RemoteShards(Shards, LoopShards):
         self._move_in()
 
     def _move_in(self) -> None:
-        """Have the model live where these vectors are."""
+        """Move the model's parameters into these vectors."""
         if not self._on_device:
             self._flat.move(self._vectors.parameters, self._vectors.gradients)
 

@@ -75,7 +75,7 @@ class TableServing(Serving[TableServer], PartSource):
         return OpenReply(self._reaches(rank, memory), steps)
 
     def begin(self, attempt: int, version: int) -> None:
-        """Have the tables at this version. See `TableServer.begin`."""
+        """Bring the tables to this version. See `TableServer.begin`."""
         self._replication.state.check_serves()
         self._server.begin(attempt, version)
 

@@ -62,7 +62,7 @@ class VectorTransport(ABC):
         """Give the shards whose servers may share memory with this worker."""
 
     def open(self, local_shards: set[int]) -> None:
-        """Be told which of them do: nobody else will map the segments."""
+        """Note which servers share memory: nobody else will map the segments."""
         self.local_shards = local_shards
         self._gradient_segment.seal()
 
@@ -76,7 +76,7 @@ class VectorTransport(ABC):
         part(self.parameters, cut).copy_(part(initial, cut))
 
     def take(self, cut: Shard, answer: ServerReply, limit_s: float) -> None:
-        """Have the values of an answer in `parameters`; a near server may have put them there."""
+        """Copy the values of an answer to `parameters`, unless a local server has done so."""
         if cut.index in self.local_shards:
             return
         values: NDArray[np.uint8] = self._transport.get(answer.payload[0], limit_s)

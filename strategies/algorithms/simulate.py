@@ -79,7 +79,7 @@ class Span:
 
 @dataclass(frozen=True)
 class Simulation:
-    """What a schedule came to."""
+    """The result of simulating a schedule."""
 
     spans: tuple[tuple[Span, ...], ...]
     """Of each stage, in order."""

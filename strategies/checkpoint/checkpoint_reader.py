@@ -49,7 +49,7 @@ class SavedState:
 
     @property
     def left_out(self) -> Checksums | None:
-        """What stands nowhere in it, and its checksums; None: it is whole."""
+        """Checksums of the parameters that it leaves out; None: it is whole."""
         return self.state.get(FROZEN)
 
     def check_data(self, samples: int) -> None:

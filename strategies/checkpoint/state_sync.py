@@ -27,7 +27,7 @@ class ModuleSlot:
 
     @property
     def tensor(self) -> Tensor | None:
-        """What is there now."""
+        """The present value."""
         found: Tensor | None = self.where.get(self.key)
         return found
 
@@ -39,7 +39,7 @@ class ModuleSlot:
         return (now.shape, now.dtype) == (other.shape, other.dtype)
 
     def take(self, value: Tensor | None) -> None:
-        """Have these values here: in place where that can be."""
+        """Take these values over, in place where possible."""
         now = self.tensor
         if now is None or value is None or not self.same_kind(value) or _overlaps(now):
             if isinstance(now, nn.Parameter) and value is not None:

@@ -68,7 +68,7 @@ class Exchange(ABC):
         """
 
     def take(self, optimizer: Optimizer) -> None:
-        """Be told of an optimizer that was prepared; its updates are those of each rank."""
+        """Called with each optimizer that is prepared; its updates are those of each rank."""
         return
 
     def check(self, optimizer: Optimizer) -> None:
@@ -82,7 +82,7 @@ class Exchange(ABC):
 
     def before_step(self, optimizer: Optimizer) -> None:
         """
-        Be told that an optimizer is about to step.
+        Called when an optimizer is about to step.
 
         Raises:
             NonFiniteError: it would apply gradients that are not finite.
@@ -100,7 +100,7 @@ class Exchange(ABC):
         """
 
     def leave(self) -> None:
-        """Be told that this rank's function has returned."""
+        """Called when this rank's function has returned."""
         return
 
     @abstractmethod
@@ -170,7 +170,7 @@ class GradientAverage(ABC):
         self.flat = flat = FlatModel(model, owned=True)
         check_same_model(model, flat.digest(), self._group, flat.params.device)
         flat.begin_step()
-        self._house()
+        self._move_vectors()
         self._holders = [one._buffers for one in model.modules()]
         frozen = [one.data for one in model.parameters() if not one.requires_grad and one.numel()]
         take_over([*flat.typed(flat.params), *frozen, *self._buffers()], self._group)
@@ -194,10 +194,10 @@ class GradientAverage(ABC):
 
     @abstractmethod
     def _begin(self, index: int) -> None:
-        """Be told of a slot's gradient in a backward that averages."""
+        """Called with a slot's gradient in a backward that averages."""
 
-    def _house(self) -> None:
-        """Have the vectors where the ranks' gradients meet, if that is known already."""
+    def _move_vectors(self) -> None:
+        """Move the vectors to where the ranks' gradients are summed, if that is known already."""
         return
 
     def _has_left(self, index: int) -> bool:
@@ -209,7 +209,7 @@ class GradientAverage(ABC):
             self._begin(index)
 
     def gather(self) -> StepControl:
-        """Have this rank's gradients in the vector, and zeros for the others; say which."""
+        """Copy this rank's gradients to the vector, zeros for missing ones; say which are there."""
         flat = self.flat
         if self._group.world > 1:
             self._refuse_graphs()
@@ -249,7 +249,7 @@ class GradientAverage(ABC):
             torch.mul(total, scale, out=grad)
 
     def finish(self) -> None:
-        """Be told that all gradients are handed out; the buffers follow."""
+        """Called when all gradients are handed out; the buffers follow."""
         take_over(self._buffers(), self._group)
         self._backwards += 1
         if self._backwards in (1, *_COMPARED):
@@ -269,7 +269,7 @@ class GradientAverage(ABC):
                 raise SpecError(Problem(("task",), f"{text} its ranks to share statistics", hint))
 
     def before_step(self) -> None:
-        """Be told that an optimizer of this model steps, and that no backward has averaged yet."""
+        """Called when an optimizer of this model steps before any backward has averaged."""
         self._steps += 1
         if self._steps in _COMPARED:
             self.check_alike(f"at step {self._steps}, and no backward() before it,")
@@ -350,7 +350,7 @@ class BucketAverage(GradientAverage):
         super().close()
 
     @override
-    def _house(self) -> None:
+    def _move_vectors(self) -> None:
         self.flat.move(self.flat.params, self._group.share(self.flat.grads))
 
     @override
@@ -366,7 +366,7 @@ class BucketAverage(GradientAverage):
         return self._reducer.has_left(index)
 
     def _average(self) -> None:
-        """Be told that backward is over: gradients of all ranks are summed, then divided."""
+        """Called after backward: gradients of all ranks are summed, then divided."""
         self._under_way = False
         local = self.gather()
         present, given = local.present, (1.0 / self._group.world, self.flat.grads)
@@ -436,7 +436,7 @@ def check_same_model(
 
 @torch.no_grad()
 def take_over(tensors: Sequence[Tensor], group: Collective) -> None:
-    """Have what rank 0 has, in place, by a message for each type; every rank calls this."""
+    """Broadcast rank 0's tensors, in place, by a message for each type; every rank calls this."""
     by_type: dict[torch.dtype, list[Tensor]] = {}
     for one in tensors if group.world > 1 else ():
         by_type.setdefault(one.dtype, []).append(one)

@@ -136,7 +136,7 @@ class ServerSum:
         self.members.append(member)
 
     def begin(self) -> None:
-        """Be told of a gradient; the first one of a backward begins the exchange at its end."""
+        """Called with each gradient; the first one of a backward begins the exchange at its end."""
         if not self._under_way:
             self._under_way = True
             for one in self.members:
@@ -144,7 +144,7 @@ class ServerSum:
             after_backward(self._exchange)
 
     def leave(self) -> None:
-        """Be told that this rank's loop is over; who waits for its gradient is told so."""
+        """Called when this rank's loop is over; who waits for its gradient is told so."""
         if self.members:
             self._connect()
             self._shards.leave()
@@ -163,7 +163,7 @@ class ServerSum:
         return vectors
 
     def _exchange(self) -> None:
-        """Be told that backward is over: the gradients of all models are averaged."""
+        """Called after backward: the gradients of all models are averaged."""
         self._under_way = False
         vectors, context = self._connect(), self.context
         present = [one.gather().present for one in self.members]

@@ -133,7 +133,7 @@ class Sums:
             self.counts[name] = self.counts.get(name, 0.0) + weight
 
     def put(self, figures: Mapping[str, float]) -> None:
-        """Have these figures, each of all samples."""
+        """Set these figures, each a mean over all samples."""
         self.sums |= figures
         self.counts |= dict.fromkeys(figures, 1.0)
 

@@ -145,7 +145,7 @@ class Gathering:
         self._calls = 0  #: in it
 
     def begin(self, step: int) -> Gathering:
-        """Be told which step's forwards come next."""
+        """Called with the step whose forwards come next."""
         self._step, self._calls = step, 0
         return self
 

@@ -26,7 +26,7 @@ from distplat.strategies.task import Task
 
 @dataclass
 class Prepared:
-    """What a worker has before it knows the others."""
+    """A worker's task, model and data, before it connects to the others."""
 
     job: Job
     task: Task

@@ -62,7 +62,7 @@ def seeded_itself(seed: int) -> bool:
 
 
 def seed_again(seed: int) -> None:
-    """Have generators begin anew that nobody has seeded since `seed_function`."""
+    """Seed again those generators that nobody has seeded since `seed_function`."""
     _seed_unseeded(seed, seed ^ _OURS, seed ^ _ASIDE)
 
 

@@ -36,7 +36,7 @@ class Snapshot(Generic[T]):
 
 
 class SnapshotPublisher(Generic[T]):
-    """What a worker shows; asked by any thread, offered to by the one that trains."""
+    """Publishes a worker's parameters: any thread asks, the one that trains offers."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()

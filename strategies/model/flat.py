@@ -243,7 +243,7 @@ class FlatModel:
 
     def before_backward(self) -> None:
         """
-        Be told that forward and loss of a micro-batch are over, and that its backward comes.
+        Called after forward and loss of a micro-batch, before its backward.
 
         Raises:
             SpecError: see `Gradients.before_backward`.
@@ -254,7 +254,7 @@ class FlatModel:
 
     def collect(self) -> None:
         """
-        Be told that a backward is over: `grads` and `present` are then right.
+        Called after a backward: `grads` and `present` are then right.
 
         Raises:
             SpecError: see `Gradients.collect`.

@@ -221,7 +221,7 @@ class Gradients:
 
 @torch.no_grad()
 def _copy(view: Tensor, grad: Tensor | None) -> None:
-    """Have a gradient in its place; one that is not there is zero."""
+    """Copy a gradient to its view; a missing one is zero."""
     if grad is None:
         view.zero_()
     else:

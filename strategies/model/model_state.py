@@ -228,7 +228,7 @@ class ModelState:
             raise StateLost(f"{lost[0].slot.name!r} as it was before the step in flight")
 
     def finish(self, version: int, *, skipped: bool) -> None:
-        """Be told that a step is over: of one that is passed over what forwards wrote is undone."""
+        """Called when a step is over: of one that is passed over what forwards wrote is undone."""
         if skipped:
             self.restore()
         self.keep(version)
@@ -299,7 +299,7 @@ class ModelState:
             raise self._refused(written)
 
     def end_forwards(self, step: int) -> None:
-        """Be told that this rank has made its forwards and backwards; before gradients are met."""
+        """Called after this rank's forwards and backwards; before gradients are met."""
         if self._norms is not None:
             self._norms.finish(step)
 

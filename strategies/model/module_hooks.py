@@ -98,7 +98,7 @@ class _Idle:
 
 
 class _DDPInterface(DistributedDataParallel):
-    """What a wrapper is besides its own class, which averages where a flag of it is set."""
+    """The interface of DDP for a wrapper of any class; a flag says whether backward averages."""
 
     _enable: Callable[[bool], None]
     _enabled = True

@@ -105,7 +105,7 @@ class SyncNorms:
             layer.__dict__.pop("forward", None)
 
     def begin(self, step: int) -> None:
-        """Be told which step's forwards come next."""
+        """Called with the step whose forwards come next."""
         self._step, self._made = step, 0
 
     def finish(self, step: int) -> None:
@@ -187,7 +187,7 @@ class SyncNorms:
             self._made += 1
 
     def _forward(self, layer: nn.SyncBatchNorm, x: Tensor) -> Tensor:
-        """Be the `forward` of a layer."""
+        """Replace the `forward` of a layer."""
         if not layer.training:
             return type(layer).forward(layer, x)
         check_input(layer, x)

@@ -229,7 +229,7 @@ class TaskUpdate(LocalOptimizer):
         return average + sum(value.nbytes for value in kept if isinstance(value, Tensor))
 
     def _update(self, step: int, present: Presence) -> None:
-        """Have each make its step, with random numbers that are the same on every rank."""
+        """Let each optimizer step, with random numbers that are the same on every rank."""
         flat, rates = self._flat, iter(rate_of(self._job, step, self._total))
         updated = self._at_first if present is None else np.asarray(present, np.bool_)
         before = [parameter.grad for parameter in flat.parameters]

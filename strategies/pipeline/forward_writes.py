@@ -37,7 +37,7 @@ class ForwardWrites:
         self._compares = False
 
     def begin_step(self, *, thorough: bool) -> None:
-        """Be told that a step's forwards follow; `thorough`: whether values are compared."""
+        """Called when a step's forwards follow; `thorough`: whether values are compared."""
         self._versions, self._compares = self._now(), thorough
 
     @contextmanager

@@ -78,7 +78,7 @@ class HybridOptions(Options):
 
     @property
     def grid(self) -> Grid:
-        """Who is where."""
+        """The position of each rank."""
         return Grid(self.pipeline, self.tensor, self.data)
 
     @property

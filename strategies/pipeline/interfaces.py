@@ -113,7 +113,7 @@ class GradSync(BackwardListener, Protocol):
         """Give the squared 2-norm of the sum; what counts for another slice is left out."""
 
     def ready(self, norm: float | None) -> None:
-        """Be told the norm of the whole model's gradient, where the job clips; `update` is next."""
+        """Called with the norm of the whole gradient, where the job clips; `update` is next."""
 
     def update(self, step: int, total: StepControl) -> None:
         """Make the update of a step, unless the record says that it is left out."""

@@ -116,7 +116,7 @@ class GradientReach:
 
     def stepped(self) -> None:
         """
-        Be told that a step's gradients are there.
+        Called when a step's gradients are there.
 
         Raises:
             SpecError: a parameter that was frozen now asks for gradients.

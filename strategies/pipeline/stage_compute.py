@@ -38,7 +38,7 @@ _WINDOW = 32
 
 @dataclass(frozen=True)
 class StageSettings:
-    """What a pipeline is told."""
+    """Settings of one rank of a pipeline."""
 
     at: Position
     stages: int

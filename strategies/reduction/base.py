@@ -32,7 +32,7 @@ class Reducer(Protocol):
     """
 
     def last_backward(self) -> None:
-        """Be told that the step's last backward begins; skipped on a rank without samples."""
+        """Called when the step's last backward begins; skipped on a rank without samples."""
 
     def finish(self, local: StepControl) -> StepControl:
         """
@@ -80,7 +80,7 @@ class Meter:
         self._is_new = True
 
     def begin(self) -> None:
-        """Be told that a step begins: what setting up has cost before the first is no step's."""
+        """Called when a step begins: what setting up has cost before the first is no step's."""
         if self._is_new:
             self._is_new = False
             self.lap()

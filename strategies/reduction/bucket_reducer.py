@@ -213,7 +213,7 @@ class BucketReducer(Reducer):
         return self._begun and self._release.has_left(index)
 
     def pause(self) -> None:
-        """Be told that the backward is over, and that another one which is not the last follows."""
+        """Called after a backward that is followed by another one, not the last."""
         self._listening = False
 
     @override

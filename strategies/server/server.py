@@ -242,7 +242,7 @@ class Server(Generic[S]):
         self._pushes.pop(rank, None)
 
     def _apply(self, seq: int, norm: float | None, began: float) -> None:
-        """Have what is staged applied, here and at the backup."""
+        """Apply what is staged, here and at the backup."""
         if self.store.commit(seq, norm):
             apply_s = time.perf_counter() - began
             for rank, queued in self._queued.items():

@@ -118,7 +118,7 @@ class ReplicatedStore(Protocol):
         """Copy it; the server's lock is held."""
 
     def load_snapshot(self, snapshot: StoreSnapshot) -> None:
-        """Be equal to the store of which that is a copy; it is used up."""
+        """Take over the state of a copy of another store; the copy is used up."""
 
     def follow(self, change: Change, gradient: Any) -> None:
         """As a backup, do what the primary does."""

@@ -85,7 +85,7 @@ class Lookups(RowSource):
         return steps
 
     def begin(self, version: int) -> None:
-        """Have rows from now on, those that so many steps have left."""
+        """Begin to serve rows, of the version after so many steps."""
         self._tables.begin(version)
         for module in self._modules.values():
             module.source = self
@@ -296,7 +296,7 @@ class RowPush:
             self._push(skip=False, scale=1.0)
 
     def after(self, total: StepControl) -> None:
-        """Have the rows leave now, unless they have; return when all servers have the step."""
+        """Push the rows now, unless that was done; return when all servers have the step."""
         if not self._pushed:
             self._push(skip=total.skip, scale=total.scale)
         self._wait()

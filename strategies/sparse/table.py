@@ -204,7 +204,7 @@ class Table:
         return {"columns": self.copy(), "updates": self.updates, "before": before, "kept": kept}
 
     def load(self, snapshot: Mapping[str, Any]) -> None:
-        """Be equal to the table of which that is a `snapshot`; this one is empty."""
+        """Take over the state of a `snapshot` of another table; this one is empty."""
         columns = dict(snapshot["columns"])
         self.restore(columns.pop("ids"), columns)
         self.updates, self._before = snapshot["updates"], snapshot["before"]

@@ -177,7 +177,7 @@ class TensorParallelRegion:
         self.forget()
 
     def forget(self) -> None:
-        """Be outside without more ado, as before a forward: the one before may have failed."""
+        """Reset to the state before a forward: the one before may have failed."""
         self._generator = self._outside = self._way_in = None
 
 

@@ -137,7 +137,7 @@ class MicroBatch:
 
 
 class ReferenceSamples(NamedTuple):
-    """What an epoch has."""
+    """The samples of an epoch."""
 
     size: int
     order: TaskOrder | None = None
@@ -180,7 +180,7 @@ class Recipe:
 
 @dataclass
 class Trained:
-    """What came out; a run of the engine is brought into the same form."""
+    """The result of a training; that of a run of the engine has the same form."""
 
     states: dict[int, Tensors]
     """The model's state by steps done; of a run some may be missing, not the last."""

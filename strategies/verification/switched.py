@@ -28,7 +28,7 @@ ENTRY = f"{__name__}:Switched"
 
 @dataclass(frozen=True)
 class Switches:
-    """What is changed."""
+    """What is switched off or changed in a task."""
 
     double: bool = False
     """Model and samples in float64."""
