@@ -356,7 +356,9 @@ def replay_run(directory: Path, working_dir: Path) -> Replayed:
     if found or len(logs) != roles.servers:
         raise StorageError(f"{directory / FILE_NAME}: {(found or ['shards are missing'])[0]}")
     plan = ShardPlan(first.job, "replay", 0, world, steps, len(logs), roles.consistency)
-    threads = max(1, int(job.scaling.resources()["CPU"]))
+    threads = torch.get_num_threads()  # a run in its driver's process leaves them as they are
+    if job.scaling.num_workers:
+        threads = max(1, int(job.scaling.resources()["CPU"]))
     model = replay(plan, logs, prepare_rank, threads)
     name, difference = _compare(
         load(saved_model(model.state_dict())), directory / "model.safetensors"

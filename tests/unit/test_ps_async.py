@@ -4,18 +4,22 @@ import sys
 import threading
 import time
 from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from dealing import desk_of
-from jobs import job_of
+from jobs import fields_of, job_of
 from leads import largest_lead
 from local_run import Attempt, LocalRun, train
 from local_servers import Servers
 from rank_threads import on_ranks
 from test_equivalence import STEPS, Classify, Conv, Dropout, Mlp, distance, plain, same_bits
 
+from distplat import Trainer
+from distplat.actors.verifying import replay_run
 from distplat.platform.apply_log import Applied, ApplyLog, log_flaws, staleness_counts
 from distplat.platform.errors import SpecError, StorageError
 from distplat.platform.progress import AnyReport, EvalReport, StepReport
@@ -394,3 +398,47 @@ def test_what_a_task_raises_ends_a_replay() -> None:
 
     with pytest.raises(KeyError, match="17"):
         again(run, of, Broken)
+
+
+NOTES_THREADS = """
+import torch
+from pathlib import Path
+from torch import nn
+from torch.utils.data import TensorDataset
+from distplat import Task
+
+class NotesThreads(Task):
+    def __init__(self, path):
+        self.path = Path(path)
+    def model(self):
+        return nn.Linear(4, 1)
+    def train_data(self):
+        return TensorDataset(torch.ones(8, 4), torch.ones(8, 1))
+    def loss(self, outputs, targets):
+        with self.path.open("a") as file:
+            file.write(f"{torch.get_num_threads()} ")
+        return nn.functional.mse_loss(outputs, targets)
+"""
+
+
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("two_threads")
+def test_a_run_in_this_process_is_replayed_with_as_many_threads(tmp_path: Path) -> None:
+    """Sums of matrix products differ in their last bits with another number."""
+    (tmp_path / "notes_threads.py").write_text(NOTES_THREADS)
+    notes = tmp_path / "threads"
+    fields = fields_of("ps-async", 0, epochs=None, steps=3, global_batch_size=4)
+    fields |= {"task": "notes_threads:NotesThreads", "task_args": {"path": str(notes)}}
+    fields["storage_path"] = str(tmp_path / "runs")
+    run = Trainer(fields, working_dir=tmp_path, progress=False).fit()
+    assert {*notes.read_text().split()} == {"2"}
+    notes.unlink()
+    assert replay_run(run.path, tmp_path).differing is None
+    assert {*notes.read_text().split()} == {"2"}
