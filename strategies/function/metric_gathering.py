@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from distplat.platform.errors import Problem, SpecError
 from distplat.strategies.collective import Collective, gather_bytes
+from distplat.strategies.loop.containers import items_in, rebuilt
 
 
 def gather_for_metrics(
@@ -20,7 +21,7 @@ def gather_for_metrics(
     Give the values of all ranks, in the form of this one's; every rank calls this.
 
     Args:
-        values: tensors, in dicts, lists and tuples; numbers count as tensors.
+        values: tensors, in dicts, lists, tuples and dataclasses; numbers count as tensors.
         group: all ranks.
         device: this rank's.
         batch: this rank's last batch: its samples, and how many of them are no repetition.
@@ -51,17 +52,13 @@ def gather_for_metrics(
 
 
 def _mapped(tree: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    """Give nested dicts, lists and tuples with each tensor changed, always in the same order."""
+    """Give nested containers with each tensor changed, always in the same order."""
     if isinstance(tree, Tensor):
         return change(tree)
     if isinstance(tree, bool | int | float):
         return change(torch.tensor(tree))
-    if isinstance(tree, Mapping):
-        return {key: _mapped(value, change) for key, value in tree.items()}
-    if isinstance(tree, tuple) and hasattr(tree, "_fields"):
-        return type(tree)(*(_mapped(one, change) for one in tree))
-    if isinstance(tree, list | tuple):
-        return type(tree)(_mapped(one, change) for one in tree)
+    if (items := items_in(tree)) is not None:
+        return rebuilt(tree, [_mapped(one, change) for one in items])
     text = f"gather_for_metrics() got a {type(tree).__name__}"
-    hint = "it takes tensors and numbers, in dicts, lists and tuples"
+    hint = "it takes tensors and numbers, in dicts, lists, tuples and dataclasses"
     raise SpecError(Problem(("task",), text, hint))

@@ -18,6 +18,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import Dataset, IterableDataset
 from typing_extensions import override
 
+from distplat.strategies.loop.containers import items_in, rebuilt
 from distplat.strategies.loop.seeding import generators_kept
 from distplat.strategies.loop.streams import is_stream, rows_of
 from distplat.strategies.task import Task, overrides
@@ -158,13 +159,8 @@ def _converted(value: Any) -> Any:
         return value.double() if value.is_floating_point() else value
     if isinstance(value, np.ndarray):
         return value.astype(np.float64) if value.dtype.kind == "f" else value
-    if isinstance(value, Mapping):
-        return type(value)({key: _converted(item) for key, item in value.items()})  # type: ignore[call-arg]
-    if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*map(_converted, value))
-    if isinstance(value, list | tuple):
-        return type(value)(map(_converted, value))
-    return value
+    items = items_in(value)
+    return value if items is None else rebuilt(value, [*map(_converted, items)])
 
 
 def _convert_own(task: Any, *kinds: type) -> None:

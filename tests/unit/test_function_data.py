@@ -1,6 +1,7 @@
 """What prepared loaders give to a train function, and what is gathered behind them."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import pytest
@@ -200,6 +201,25 @@ def test_tensors_of_any_type_and_length_are_gathered(kind: torch.dtype) -> None:
         assert bool(found.all())
 
     call_on_ranks(train, 3)
+
+
+@dataclass
+class Outputs:
+    logits: Tensor
+    loss: float
+
+
+def test_dataclasses_are_gathered_field_by_field() -> None:
+    found: list[Outputs] = []
+
+    def train(config: Mapping[str, Any]) -> None:
+        rank = distplat.get_context().rank
+        found.append(distplat.gather_for_metrics(Outputs(torch.full((2,), rank), rank + 1.0)))
+
+    call_on_ranks(train, 2)
+    for one in found:
+        assert type(one) is Outputs and one.logits.tolist() == [0, 0, 1, 1]
+        assert torch.as_tensor(one.loss).tolist() == [1.0, 2.0]
 
 
 def test_what_cannot_be_gathered_is_named() -> None:
