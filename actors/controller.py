@@ -37,7 +37,14 @@ from distplat.platform.job import (
     Resize,
     Tick,
 )
-from distplat.platform.progress import FailureEvent, Recovery, ReportAggregator, Resized, Summary
+from distplat.platform.progress import (
+    EarlyStopReached,
+    FailureEvent,
+    Recovery,
+    ReportAggregator,
+    Resized,
+    Summary,
+)
 from distplat.platform.recovery import Policy, Restart
 from distplat.platform.scaling import ScaleRequest, ScaleRequests, ScaleStatus
 from distplat.platform.spec import Failure
@@ -183,8 +190,10 @@ class Controller:
         return self._requests.status()
 
     def _report_checkpoints(self) -> None:
-        for saved in self._checkpoints.take_finished():
-            self._report(saved)
+        for finished in self._checkpoints.take_finished():
+            if isinstance(finished, EarlyStopReached):
+                self.end_early()  # the driver asks for it, too, some steps later
+            self._report(finished)
 
     def _repair(self) -> None:
         """Carry out what the state has decided about a failure."""

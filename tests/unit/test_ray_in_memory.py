@@ -100,7 +100,7 @@ def test_a_run_has_the_bits_of_ranks_without_a_driver(
     assert bool(result.failures) == bool(killed)
 
 
-def test_the_controller_counts_the_evaluations_and_the_driver_ends_the_run(
+def test_the_controller_counts_the_evaluations_and_ends_the_run(
     cluster: InMemoryRay, tmp_path: Path
 ) -> None:
     fields = {"steps": 3000, "evaluation": {"every_steps": 1}, "storage_path": str(tmp_path)}
