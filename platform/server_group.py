@@ -116,7 +116,7 @@ class Promote:
 
 
 @dataclass(frozen=True)
-class GoAlone:
+class DropBackup:
     """Tell a primary that it has no backup any more."""
 
     shard: int
@@ -124,7 +124,7 @@ class GoAlone:
     term: int
 
 
-Order = MakeBackup | Fill | Promote | GoAlone
+Order = MakeBackup | Fill | Promote | DropBackup
 
 
 @dataclass(frozen=True)
@@ -244,7 +244,7 @@ class ServerGroup:
         orders: list[Order] = []
         for assignment in self.assignments:
             if assignment.term > 1:
-                orders.append(GoAlone(assignment.shard, assignment.primary, assignment.term))
+                orders.append(DropBackup(assignment.shard, assignment.primary, assignment.term))
             orders += self._make(assignment)
         return orders
 
@@ -271,7 +271,7 @@ class ServerGroup:
             if server == assignment.backup:
                 assignment.backup, assignment.ready = None, False
                 assignment.term += 1
-                alone = GoAlone(assignment.shard, assignment.primary, assignment.term)
+                alone = DropBackup(assignment.shard, assignment.primary, assignment.term)
                 return [alone, *self._make_again(assignment)]
             if server == assignment.making:
                 assignment.making = None
@@ -279,7 +279,7 @@ class ServerGroup:
                     return self._make_again(assignment)
                 assignment.losses += 1
                 assignment.term += 1
-                return [GoAlone(assignment.shard, assignment.primary, assignment.term)]
+                return [DropBackup(assignment.shard, assignment.primary, assignment.term)]
         return []
 
     def _lose_primary(self, assignment: ShardAssignment) -> list[Order]:

@@ -24,8 +24,8 @@ from distplat.actors.servers.health_check import TICK_S, Heartbeats
 from distplat.actors.transport import Transport, TransportError
 from distplat.platform.errors import ActorLost, DistplatError, NotReadyError
 from distplat.platform.server_group import (
+    DropBackup,
     Fill,
-    GoAlone,
     MakeBackup,
     Order,
     Promote,
@@ -153,8 +153,8 @@ class ReplicationManager:
                 work = partial(self._fill, order)
             case Promote(server=suspect):
                 work = partial(self._promote, order)
-            case GoAlone(server=suspect):
-                work = partial(self._leave_alone, order)
+            case DropBackup(server=suspect):
+                work = partial(self._drop_backup, order)
         try:
             self._events.put(work())
         except Exception as error:  # of ours, or a fault of ours: the order has failed either way
@@ -212,7 +212,7 @@ class ReplicationManager:
 
         return announce
 
-    def _leave_alone(self, order: GoAlone) -> Callable[[], list[Order]]:
+    def _drop_backup(self, order: DropBackup) -> Callable[[], list[Order]]:
         self._wait_for_promotion(order.server)
         self._ask(order.server, "going on alone", "alone", order.term)
         return list

@@ -10,8 +10,8 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 from distplat.platform.errors import FencedError, NotReadyError
 from distplat.platform.server_group import (
     MOST_LOSSES,
+    DropBackup,
     Fill,
-    GoAlone,
     MakeBackup,
     Order,
     Promote,
@@ -57,7 +57,7 @@ def test_a_lost_primary_is_followed_by_its_backup() -> None:
 def test_a_lost_backup_is_made_again_and_the_map_stays() -> None:
     group = running()
     assert group.lost("server-1") == [
-        GoAlone(0, "server-0", 3),
+        DropBackup(0, "server-0", 3),
         MakeBackup(0, "server-2", "server-0"),
     ]
     assert group.version == 1
@@ -92,7 +92,7 @@ def test_a_crash_loop_of_backups_ends() -> None:
         orders = group.lost(orders[-1].server)
         made += 1
     assert made == MOST_LOSSES
-    assert orders == [GoAlone(0, "server-0", 2)]  # it need not wait for its first one any more
+    assert orders == [DropBackup(0, "server-0", 2)]  # it need not wait for its first one any more
 
 
 def test_a_part_refuses_what_is_not_its_own() -> None:
@@ -174,7 +174,7 @@ def test_a_manager_that_follows_another_asks_the_servers(
         assert (term, group.begin()) == (1, [make])
     else:
         assert term > max(one.term for one in held) + 1000
-        assert group.begin() == [GoAlone(0, primary, term), make]
+        assert group.begin() == [DropBackup(0, primary, term), make]
 
 
 @dataclass
@@ -294,7 +294,7 @@ class Losses(RuleBasedStateMachine):
                 self._begin(self.group.made(server))
             case Fill():
                 self._fill(order)
-            case Promote(server=server, term=term) | GoAlone(server=server, term=term):
+            case Promote(server=server, term=term) | DropBackup(server=server, term=term):
                 node = self.nodes[server]
                 if node.answers and node.part.change(Role.ALONE, term):
                     node.backup_link = None
