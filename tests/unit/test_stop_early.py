@@ -109,7 +109,7 @@ def test_a_resumed_train_function_goes_on_with_early_stop_and_its_own_counters(
         first = (distplat.get_checkpoint() or {"made": 0, "best": math.inf})["made"]
         for made, score in enumerate(scores[first:], first + 1):
             distplat.report({"score": score}, checkpoint={"made": made, "best": -math.inf})
-            while not [*tmp_path.rglob(f"*{made}/state.json")]:
+            while not [*tmp_path.glob(f"*/checkpoints/*{made}/state.json")]:
                 time.sleep(0.01)  # else some would be skipped
             if distplat.should_stop():
                 break
@@ -149,7 +149,7 @@ def test_the_best_checkpoint_of_a_train_function_is_that_of_the_best_report(
     def train(config: dict[str, Any]) -> None:
         for number, score in enumerate([1.0, 3.0, 2.0, 2.5, 1.5]):
             distplat.report({"score": score}, checkpoint={"number": number})
-            while not [*tmp_path.rglob(f"*{2 * number + 1}/state.json")]:
+            while not [*tmp_path.glob(f"*/checkpoints/*{2 * number + 1}/state.json")]:
                 time.sleep(0.01)  # else some would be skipped
             distplat.report({"loss": 1.0})
 
