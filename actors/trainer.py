@@ -11,7 +11,7 @@ import shutil
 import tempfile
 import time
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,13 @@ from distplat.platform.recovery import policy_of
 from distplat.platform.remote_storage import is_url, local_folder, url_of
 from distplat.platform.resume import check_libraries, start_from, start_from_url
 from distplat.platform.run_directory import CURVES, RunDirectory, new_run_name
-from distplat.platform.run_upload import NOT_UPLOADED, RunUpload, not_uploaded, upload_of
+from distplat.platform.run_upload import (
+    NOT_UPLOADED,
+    RunUpload,
+    check_access,
+    not_uploaded,
+    upload_of,
+)
 from distplat.platform.spec import Job
 from distplat.strategies.catalog import complete, load_strategy_file, make_job, make_strategy
 from distplat.strategies.task import Task
@@ -172,9 +178,7 @@ class Trainer:
     def _fit(self, directory: RunDirectory, result: Result, callbacks: Callbacks) -> None:
         """Train to the end; `result` takes what comes of it."""
         began, run = time.monotonic(), directory.path.name
-        writers = _writers(directory)
-        upload = self._upload(directory.path)
-        result.url = upload.url if upload is not None else None
+        writers, upload = _writers(directory), None
 
         def tell(summary: Summary) -> None:
             if isinstance(summary, EvalSummary):
@@ -194,6 +198,8 @@ class Trainer:
         handlers = RunHandlers(tell, save, directory.keep, callbacks.ending)
         with Stopping() as stopping:
             try:
+                upload = self._upload(directory.path, stopping.check)
+                result.url = upload.url if upload is not None else None
                 with stopping.at_once():  # a callback may wait for a network, or a password
                     callbacks.start(self.job, run, directory.path)
                 self._train(run, directory.path, handlers, stopping)
@@ -250,12 +256,18 @@ class Trainer:
             stopping.check()
             raise lost
 
-    def _upload(self, folder: Path) -> RunUpload | None:
-        """Begin to keep a copy of the run directory where the job names a URL."""
-        url = self.job.storage_path
+    def _upload(self, folder: Path, check: Callable[[], None]) -> RunUpload | None:
+        """
+        Begin to keep a copy of the run directory where the job names a URL.
+
+        Raises:
+            StorageError: nothing can be written there, now or later.
+        """
+        url, limit_s = self.job.storage_path, self.job.failure.storage_timeout_s
         if not is_url(url):
             return None
-        return upload_of(folder, url, self.job.failure.storage_timeout_s, logger.warning)
+        check_access(folder, url, limit_s, check)
+        return upload_of(folder, url, limit_s, logger.warning)
 
     def _train(self, run: str, folder: Path, handlers: RunHandlers, stopping: Stopping) -> None:
         launch = Launch(
