@@ -38,7 +38,7 @@ from distplat.actors.controller_client import ControllerClient, RunHandlers
 from distplat.actors.head_watch import HeadWatch
 from distplat.actors.messages import rendezvous_key
 from distplat.actors.ray_errors import as_ours
-from distplat.actors.ray_folder import RayFolder, remove_left
+from distplat.actors.ray_folder import RayFolder
 from distplat.actors.ray_transport import RayTransport
 from distplat.actors.role_output import role_output
 from distplat.actors.spawn import spawn_controller
@@ -389,9 +389,7 @@ def _start(scaling: Scaling, *, logs: bool, keep_in: Path | None) -> RayFolder:
         ray_compat.own_signals(),
         _failures_of_start(),
     ):
-        base = ray_compat.temporary_folder()
-        remove_left(base)
-        folder = RayFolder(base)
+        folder = RayFolder(ray_compat.temporary_folder())
         try:
             _check_room(folder.path.parent)
             ray.init(

@@ -7,8 +7,6 @@ The driver imports neither torch nor the user's code: both are slow, and both be
 from __future__ import annotations
 
 import logging
-import shutil
-import tempfile
 import time
 import weakref
 from collections.abc import Callable, Mapping, Sequence
@@ -25,9 +23,10 @@ from distplat.actors.stopping import Stopping
 from distplat.actors.task_check import check_task
 from distplat.actors.task_loading import TrainFunction
 from distplat.actors.view import View, view_here
-from distplat.platform.disk import CLOSE_S, BackgroundWriter, Moved, with_deadline
+from distplat.platform.disk import CLOSE_S, BackgroundWriter, Moved, in_thread, with_deadline
 from distplat.platform.errors import Interrupted, Problem, SpecError, StorageError
 from distplat.platform.evaluations import EARLY_STOP, EarlyStopping, check_metrics
+from distplat.platform.owned_folder import OwnedFolder, remove_left
 from distplat.platform.progress import EvalSummary, Summary
 from distplat.platform.recovery import policy_of
 from distplat.platform.remote_storage import is_url, local_folder, url_of
@@ -45,6 +44,9 @@ from distplat.strategies.catalog import complete, load_strategy_file, make_job, 
 from distplat.strategies.task import Task
 
 logger = logging.getLogger(__name__)
+
+_RESUMED = ".resumed-"
+"""Names of directories with checkpoints that were brought from a URL begin so."""
 
 
 class Trainer:
@@ -135,16 +137,17 @@ class Trainer:
         """Make a directory that goes with this object."""
         parent = self._storage_dir / local_folder(self.job.storage_path)
 
-        def make(moved: Moved) -> str:
+        def make(moved: Moved) -> OwnedFolder:
             parent.mkdir(parents=True, exist_ok=True)
-            return tempfile.mkdtemp(prefix=".resumed-", dir=parent)
+            return OwnedFolder(parent, _RESUMED)
 
         try:
             folder = with_deadline(make, parent, self.job.failure.storage_timeout_s)
         except OSError as error:
             raise StorageError(f"cannot make a directory in {parent}: {error.strerror}") from error
-        weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
-        return Path(folder)
+        weakref.finalize(self, folder.remove)
+        in_thread("left checkpoints", lambda: remove_left(parent, _RESUMED))
+        return folder.path
 
     def fit(self) -> Result:
         """

@@ -13,7 +13,7 @@ import pytest
 
 from distplat.actors import launch, ray_compat
 from distplat.actors.launch import local_ray, ray_for_run
-from distplat.actors.ray_folder import RayFolder, remove_left
+from distplat.actors.ray_folder import RayFolder
 from distplat.actors.stopping import Stopping
 from distplat.platform.errors import ActorLost, InfrastructureError, Interrupted, UserCodeError
 from distplat.platform.spec import Scaling
@@ -109,7 +109,7 @@ def test_what_ray_logged_before_it_did_not_start_is_kept(
         pass
     assert (tmp_path / "ray.log").read_text() == "==> gcs_server.out <==\nno such port\n\n"
     [left] = files.iterdir()  # Ray's words for why name files
-    remove_left(files)
+    RayFolder(files).remove()
     assert not left.exists()
 
 

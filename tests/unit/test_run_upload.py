@@ -24,6 +24,7 @@ from distplat.cli.main import run as command
 from distplat.platform import run_upload
 from distplat.platform.checkpoints import MANIFEST, STATE, Catalogue
 from distplat.platform.errors import Interrupted, SpecError, StorageError
+from distplat.platform.owned_folder import OwnedFolder
 from distplat.platform.remote_storage import (
     PART_BYTES,
     NoAnswer,
@@ -91,6 +92,9 @@ def test_the_copy_is_the_run_directory_and_a_run_goes_on_from_it(tmp_path: Path)
     assert not any("step-000010" in name for name in copy), "deleted here, so deleted there"
 
     other = tmp_path / "empty"
+    (other / "runs").mkdir(parents=True)
+    left = OwnedFolder(other / "runs", ".resumed-")
+    left.leave()  # of a driver that was killed
     step = f"{whole.url}/checkpoints/step-000015"
     resumed = fit(other, f"file://{there}", resume=step)
     assert resumed.checkpoint is not None and whole.checkpoint is not None
@@ -102,6 +106,7 @@ def test_the_copy_is_the_run_directory_and_a_run_goes_on_from_it(tmp_path: Path)
     last = f"{whole.url}/checkpoints/step-000020"
     assert json.loads((longer.path / "result.json").read_text())["resumed_from"] == last
     assert longer.url is None
+    wait_for(lambda: not left.path.exists())
 
 
 def test_a_storage_that_hangs_costs_the_copy_and_not_the_run(
