@@ -48,6 +48,8 @@ _MOST_FAILED = 4
 """So many attempts in a row that bring nothing are enough at the end, where the storage answers."""
 _FIRST_S = 10.0
 """How long the start of a run waits to hear whether the storage takes anything."""
+_ONCE_MORE_S = 0.5
+"""After so long a storage that refuses is asked once more."""
 _SAID_S = 5.0
 """After which the end says what it waits for."""
 _LIST_S = 5.0
@@ -395,7 +397,14 @@ def check_access(
         with (folder / JOB).open("rb") as file:
             storage.put(JOB, file, os.fstat(file.fileno()).st_size)
 
-    first = in_thread("first upload", put)
+    def put_again() -> None:
+        try:
+            put()
+        except (ObjectNotFound, AccessRefused):  # keys may be late
+            time.sleep(_ONCE_MORE_S)
+            put()
+
+    first = in_thread("first upload", put_again)
     until = time.monotonic() + _FIRST_S
     while not wait([first], 0.05).done and time.monotonic() < until:
         check()

@@ -142,21 +142,25 @@ def test_a_storage_that_takes_nothing_is_told_before_anything_is_trained(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
+    tried = []
+
     def refuse(*args: Any, **more: Any) -> None:
+        tried.append(args)
         raise error
 
     monkeypatch.setattr(Odd, "_open", refuse)
     with pytest.raises(StorageError, match=f"{what}.*; nothing was trained: make what `storage"):
         fit(tmp_path, "odd://bucket/runs", failure={"storage_timeout_s": 4})
     (result,) = tmp_path.glob("runs/*/result.json")
-    assert json.loads(result.read_text())["status"] == "FAILED"
+    assert json.loads(result.read_text())["status"] == "FAILED" and len(tried) == 2
     assert (result.parent / "metrics.jsonl").read_text() == "" and not caplog.text
 
 
 def test_a_storage_that_is_not_there_for_a_moment_ends_no_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    failures, opened = [ConnectionRefusedError("no server"), TimeoutError()], Odd._open
+    failures = [ConnectionRefusedError("no server"), TimeoutError(), PermissionError("too early")]
+    opened = Odd._open
 
     def fail(self: Odd, *args: Any, **more: Any) -> Any:
         if failures:
