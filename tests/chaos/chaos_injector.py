@@ -261,8 +261,11 @@ class Injector(threading.Thread):
         if not deed.hold:
             self._answer(number, "")
         time.sleep(deed.delay_s)
+        # The primary of a shard is waited for until its backup is ready; that is no recovery.
+        wait = deed.victim == "primary"
+        victims = self._victims(number, deed) if wait else None
         at = time.time()
-        proof = self._do(number, deed)
+        proof = self._do(number, deed, victims)
         if proof:
             self.fired.append(Fired(deed, at, proof))
         else:
@@ -275,7 +278,7 @@ class Injector(threading.Thread):
         part.write_text(text)
         part.rename(self.scene.folder / f"done-{number}")
 
-    def _do(self, number: int, deed: Deed) -> str:
+    def _do(self, number: int, deed: Deed, found: list[psutil.Process] | None) -> str:
         if deed.victim == "disk":
             disk = self.scene.disk
             assert disk is not None
@@ -287,7 +290,7 @@ class Injector(threading.Thread):
             proof = self.scene.nodes.hit_node(deed.action)
             self._later(deed, self.scene.nodes.mend)
             return proof
-        victims = self._victims(number, deed)
+        victims = self._victims(number, deed) if found is None else found
         if deed.action == STARVE:
             return ", ".join(starve(process) for process in victims)
         assert isinstance(deed.action, int)
