@@ -22,7 +22,7 @@ import resource
 import secrets
 import shutil
 import stat
-from collections.abc import Callable, Iterator, MutableMapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -38,19 +38,24 @@ from distplat.actors.controller_client import ControllerClient, RunHandlers
 from distplat.actors.head_watch import HeadWatch
 from distplat.actors.messages import rendezvous_key
 from distplat.actors.ray_errors import as_ours
+from distplat.actors.ray_folder import RayFolder
 from distplat.actors.ray_transport import RayTransport
 from distplat.actors.role_output import role_output
 from distplat.actors.spawn import spawn_controller
 from distplat.actors.stopping import Stopping, end_each
 from distplat.actors.task_check import TaskCheck, task_check
 from distplat.actors.task_pickling import check_pickles
-from distplat.platform.disk import reserve
-from distplat.platform.errors import DistplatError, InfrastructureError
+from distplat.platform.disk import reserve, with_deadline, write_whole
+from distplat.platform.errors import DistplatError, InfrastructureError, StorageError
 from distplat.platform.spec import Scaling
 
 TOKEN_ELSEWHERE = ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
 """Variables that Ray takes the token from instead."""
 AUTH_MODE = "RAY_AUTH_MODE"
+RAY_LOG = "ray.log"
+"""In the run directory: the ends of the logs of a Ray of our own that failed."""
+_KEEP_S = 10.0
+"""How long the disk may take to write them."""
 _LITTLE_BYTES = 64 * 2**20
 """With less room for its files Ray may not start."""
 _LEAST_BYTES = 2**20
@@ -139,7 +144,7 @@ def train_on_ray(launch: Launch, handlers: RunHandlers, stopping: Stopping) -> N
         check_pickles(launch.task)
     with (
         _task_check(launch) as checking,
-        ray_for_run(stopping, launch.job.scaling) as head,
+        ray_for_run(stopping, launch.job.scaling, keep_in=launch.folder) as head,
         role_output(launch.job.name, launch.folder, logger.warning, shown=launch.log_to_driver),
     ):
         launch = replace(launch, checked=launch.checked or checking is not None)
@@ -154,7 +159,9 @@ def train_on_ray(launch: Launch, handlers: RunHandlers, stopping: Stopping) -> N
 
 
 @contextmanager
-def ray_for_run(stopping: Stopping, scaling: Scaling, *, logs: bool = True) -> Iterator[HeadWatch]:
+def ray_for_run(
+    stopping: Stopping, scaling: Scaling, *, logs: bool = True, keep_in: Path | None = None
+) -> Iterator[HeadWatch]:
     """
     Be connected to Ray for a run, and know whether its head is there; see `local_ray`.
 
@@ -162,6 +169,7 @@ def ray_for_run(stopping: Stopping, scaling: Scaling, *, logs: bool = True) -> I
         stopping: entered before: a signal is noted while Ray starts, too.
         scaling: has so many workers at most.
         logs: see `local_ray`.
+        keep_in: the run directory; see `local_ray`.
 
     Raises:
         Interrupted: a signal came before the run began, or the second one, which does not wait.
@@ -169,7 +177,7 @@ def ray_for_run(stopping: Stopping, scaling: Scaling, *, logs: bool = True) -> I
     """
     try:
         with (
-            local_ray(scaling, logs=logs),
+            local_ray(scaling, logs=logs, keep_in=keep_in),
             failures_of_ray(),
             HeadWatch(ray.get_runtime_context().gcs_address) as head,
         ):
@@ -289,13 +297,16 @@ def _check_room(folder: Path) -> None:
 
 
 @contextmanager
-def local_ray(scaling: Scaling, *, logs: bool = True) -> Iterator[None]:
+def local_ray(
+    scaling: Scaling, *, logs: bool = True, keep_in: Path | None = None
+) -> Iterator[None]:
     """
     Be connected to Ray: as we are, or to a local instance that ends with the block.
 
     Args:
         scaling: has so many workers at most.
         logs: whether what a local instance's workers print comes to this process.
+        keep_in: a directory that gets the ends of its logs where it fails, or we do.
 
     Raises:
         InfrastructureError: Ray cannot be started; it gives itself 30 s, which nothing changes.
@@ -308,19 +319,55 @@ def local_ray(scaling: Scaling, *, logs: bool = True) -> Iterator[None]:
         logger.warning("%s", warning)
     with hash_seed.inherited():
         _tell_of_long_name(ray_compat.wanted_folder())
-        folder = _start(scaling, logs=logs)
+        folder = _start(scaling, logs=logs, keep_in=keep_in)
+        kept: Path | None = None
         try:
             yield
+        except Exception as error:
+            kept = keep_in if _may_be_rays(error) else None
+            raise
         finally:
-            _end(folder)
+            _end(folder, kept)
 
 
-def _end(folder: Path) -> None:
+def _may_be_rays(error: Exception) -> bool:
+    """Say whether Ray's logs may tell more of an error: the cluster's, or one of ours."""
+    return getattr(error, "exit_code", None) in (
+        None,
+        DistplatError.exit_code,
+        InfrastructureError.exit_code,
+    )
+
+
+def _end(folder: RayFolder, keep_in: Path | None = None) -> None:
     """End the Ray of this process; its files go, too."""
     try:
         ray.shutdown()
     finally:
-        shutil.rmtree(folder.parent, ignore_errors=True)
+        _keep_logs(folder, keep_in)
+        folder.remove()
+
+
+def _keep_logs(folder: RayFolder, keep_in: Path | None) -> None:
+    """Write the ends of a Ray's logs into a run directory, if they are wanted and it takes them."""
+    if keep_in is None:
+        return
+    path = keep_in / RAY_LOG
+    with suppress(OSError, StorageError):
+        if not (text := folder.ends_of_logs(_token(Path.home(), os.environ))):
+            return
+        with_deadline(lambda moved: write_whole(path, text), path, _KEEP_S)
+        logger.warning("what Ray logged at the end is in %s", path)
+
+
+def _token(home: Path, environment: Mapping[str, str]) -> str:
+    """Give the token of Ray's authentication, which no log is to hold; empty: none is known."""
+    if token := environment.get(TOKEN_ELSEWHERE[0]):
+        return token
+    path = Path(environment.get(TOKEN_ELSEWHERE[1]) or home / ".ray" / "auth_token")
+    with suppress(OSError, UnicodeDecodeError):
+        return path.read_text().strip()
+    return ""
 
 
 def _tell_of_long_name(folder: Path) -> None:
@@ -333,7 +380,7 @@ def _tell_of_long_name(folder: Path) -> None:
         logger.warning(text, ray_compat.temporary_folder(), folder, ray_compat.FOLDER_BYTES)
 
 
-def _start(scaling: Scaling, *, logs: bool) -> Path:
+def _start(scaling: Scaling, *, logs: bool, keep_in: Path | None) -> RayFolder:
     """Start a Ray; give the directory of its files."""
     cpus = scaling.num_workers * scaling.resources()["CPU"]
     with (
@@ -342,21 +389,21 @@ def _start(scaling: Scaling, *, logs: bool) -> Path:
         ray_compat.own_signals(),
         _failures_of_start(),
     ):
-        folder = ray_compat.folder_for_ray()
+        folder = RayFolder(ray_compat.temporary_folder())
         try:
-            _check_room(folder.parent)
+            _check_room(folder.path.parent)
             ray.init(
                 address="local",
                 include_dashboard=False,
                 num_cpus=max(os.cpu_count() or 1, int(np.ceil(cpus))),
                 log_to_driver=logs,
                 logging_level="error",  # Ray warns of its own token file at every start
-                _temp_dir=str(folder),
+                _temp_dir=str(folder.path),
             )
         except Exception:
             ray.shutdown()  # a notebook would keep what there is of it
-            with suppress(OSError):
-                folder.parent.rmdir()  # or there are files, which Ray's words for why may name
+            _keep_logs(folder, keep_in)
+            folder.close()  # Ray's words for why may name files
             raise
         except BaseException:
             _end(folder)

@@ -10,7 +10,6 @@ import logging
 import os
 import signal
 import sys
-import tempfile
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -192,21 +191,6 @@ def own_signals() -> Iterator[None]:
         ours = signal.getsignal(signal.SIGTERM)
         if threading.current_thread() is threading.main_thread() and ours is not None:
             signal.signal(signal.SIGTERM, ours)
-
-
-def folder_for_ray() -> Path:
-    """
-    Name a directory for the files of a Ray that starts, in one that nobody but this user enters.
-
-    Ray makes it, and all in it, for everybody to write, sockets and logs too: whoever may put
-    another socket there can have workers run code.
-
-    Raises:
-        OSError: it cannot be made.
-    """
-    base = temporary_folder()
-    base.mkdir(parents=True, exist_ok=True)
-    return Path(tempfile.mkdtemp(prefix="ray-", dir=base)) / "r"
 
 
 def address_file() -> Path:

@@ -86,8 +86,8 @@ _CAUSES: dict[type[exceptions.RayError], str] = {
 _GUESSES = re.compile(r" (?:Some common causes|There are some potential root causes)")
 """What follows in Ray's own words says how processes die in general."""
 
-_ENDED = "unexpectedly exits with a connection error"
-"""Ray's words for a process that was killed, or that crashed: it does not see by which signal."""
+_ENDED = "its process ended without a word"
+"""Ray does not see by which signal."""
 
 UNREACHABLE = (
     "the cluster cannot call the process that made it: a firewall is between them, or one of them "
@@ -96,6 +96,10 @@ UNREACHABLE = (
 )
 _PLAIN = {
     "because all references to the actor were removed": UNREACHABLE,
+    "unexpectedly exits with a connection error": (
+        f"{_ENDED}: it was killed, or crashed in native code; if the kernel killed it for memory, "
+        "`dmesg` on its node says so"
+    ),
     "Actor creation cancelled": f"its start was cancelled: the cluster ends, or {UNREACHABLE}",
 }
 """What Ray says, and what it means. Nobody asks an actor without a reference: so Ray says this of

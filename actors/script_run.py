@@ -350,7 +350,7 @@ def train_script(job: ScriptJob, terminal: Terminal) -> ScriptResult:
         raise StorageError(f"cannot make the run directory {path}: {error}") from error
     logs = _Logs(path, terminal)
     try:
-        restarts = _run(job, run, logs)
+        restarts = _run(job, path, logs)
     except BaseException as error:
         stopped = isinstance(error, Interrupted | KeyboardInterrupt)
         status = "STOPPED" if stopped else "FAILED"
@@ -363,8 +363,12 @@ def train_script(job: ScriptJob, terminal: Terminal) -> ScriptResult:
     return ScriptResult(path, restarts, seconds)
 
 
-def _run(job: ScriptJob, run: str, logs: _Logs) -> int:
-    with Stopping() as stopping, ray_for_run(stopping, job.scaling, logs=False) as head:
+def _run(job: ScriptJob, path: Path, logs: _Logs) -> int:
+    run = path.name
+    with (
+        Stopping() as stopping,
+        ray_for_run(stopping, job.scaling, logs=False, keep_in=path) as head,
+    ):
         shipped = ray.get_runtime_context().runtime_env.get("working_dir")
         folder = None if shipped else str(job.working_dir)
         script = Script(job.command, run, folder, job.max_restarts)

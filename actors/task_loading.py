@@ -1,12 +1,17 @@
 """Find the user's task, train function or script."""
 
+import dis
 import importlib
 import inspect
 import runpy
 import sys
-from collections.abc import Callable, Collection, Mapping
+from collections import deque
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import suppress
+from importlib.machinery import SourceFileLoader
+from importlib.util import resolve_name
 from pathlib import Path
-from types import FunctionType, ModuleType
+from types import CodeType, FunctionType, ModuleType
 from typing import Any, TypeAlias, cast
 
 from distplat.platform.errors import Problem, SpecError
@@ -111,8 +116,11 @@ def _nothing(module: ModuleType, what: str, name: str, there: list[str]) -> Spec
 def _imported(entry: str, search_path: str) -> tuple[ModuleType, str]:
     """Import the module of an entry point; give it, and the name to look for in it."""
     module_name, _, name = entry.partition(":")
+    folder = Path(search_path or ".")
     if search_path:
         _import_from(search_path)
+    if (path := _file_of(module_name, folder)) is not None:
+        _check_imports(module_name, path, folder)
     try:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
@@ -123,13 +131,81 @@ def _imported(entry: str, search_path: str) -> tuple[ModuleType, str]:
         message = f"could not import {module_name!r} from {search_path or 'the import path'}"
         raise SpecError(Problem(("task",), message, near)) from None
     if isinstance(module, ModuleType):  # it may have put another object in its place
-        _check_location(module, Path(search_path or "."))
+        _check_location(module, folder)
     return module, name
 
 
 def _import_from(folder: str) -> None:
     """Have modules of a folder come first, before those of these names that PYTHONPATH has."""
     sys.path[:] = [folder, *(one for one in sys.path if one != folder)]
+
+
+def _check_imports(name: str, path: Path, folder: Path) -> None:
+    """
+    Refuse a file that imports a module of its folder of which another is here: an earlier job's.
+
+    Of the standard library's names Python has many itself when it starts; there its rules hold.
+
+    Args:
+        name: of the module that the file is.
+        path: of the file.
+        folder: files of its own that are imported one by another are looked at.
+
+    Raises:
+        SpecError: see `_check_location`.
+    """
+    left, seen = [(name, path)], {path}
+    while left:
+        for found in _names_imported(*left.pop()):
+            there = _file_of(found, folder)
+            if there is None or there in seen or found.split(".")[0] in sys.stdlib_module_names:
+                continue
+            seen.add(there)
+            left.append((found, there))
+            if isinstance(module := sys.modules.get(found), ModuleType):
+                _check_location(module, folder)
+
+
+def _names_imported(name: str, path: Path) -> set[str]:
+    """
+    Give all modules that a module's file may import by their full names, and their packages.
+
+    Its code says so. Trees of `ast` would, too; until 3.11.7 CPython builds them in one thread at a
+    time only, and others build some whenever they show a traceback.
+    """
+    try:
+        code = SourceFileLoader(name, str(path)).get_code(name)
+    except (OSError, SyntaxError, ValueError):
+        return set()  # who imports it hears of that
+    package = name if path.name == "__init__.py" else name.rpartition(".")[0]
+    found = set()
+    for level, base, names in _imports_in(code) if code is not None else ():
+        with suppress(ImportError):  # more dots than packages
+            base = resolve_name("." * level + base, package)
+            found |= {base, *(f"{base}.{one}" for one in names)}
+    parts = [one.split(".") for one in found]
+    return {".".join(one[:end]) for one in parts for end in range(1, len(one) + 1)}
+
+
+def _imports_in(code: CodeType) -> Iterator[tuple[int, str, tuple[str, ...]]]:
+    """Give the imports of a piece of code: dots, name, and what comes `from` there."""
+    before: deque[Any] = deque(maxlen=2)
+    for one in dis.get_instructions(code):
+        if one.opname == "IMPORT_NAME":
+            level, names = before
+            yield level, one.argval, names or ()
+        if one.opname != "EXTENDED_ARG":
+            before.append(one.argval)
+    for inner in code.co_consts:
+        if isinstance(inner, CodeType):
+            yield from _imports_in(inner)
+
+
+def _file_of(module: str, folder: Path) -> Path | None:
+    """Give the file of a folder that a module comes from; None: it has none."""
+    path = folder.joinpath(*module.split("."))
+    there = [one for one in (path / "__init__.py", path.with_suffix(".py")) if one.is_file()]
+    return there[0] if there else None
 
 
 def _check_location(module: ModuleType, folder: Path) -> None:
@@ -139,12 +215,11 @@ def _check_location(module: ModuleType, folder: Path) -> None:
     Raises:
         SpecError: it is another one, such as the standard library's or another run's.
     """
-    path = folder.joinpath(*module.__name__.split("."))
-    there = [one for one in (path / "__init__.py", path.with_suffix(".py")) if one.is_file()]
+    there = _file_of(module.__name__, folder)
     loaded = getattr(module, "__file__", None)
-    if there and not (loaded and _is_at(Path(loaded), there[0])):
+    if there is not None and not (loaded and _is_at(Path(loaded), there)):
         where = "is built into Python" if loaded is None else f"was imported before, from {loaded}"
-        text = f"{there[0]} would not be used: a module {module.__name__!r} {where}"
+        text = f"{there} would not be used: a module {module.__name__!r} {where}"
         hint = "rename the file, or run it in a process of its own"
         raise SpecError(Problem(("task",), text, hint))
 
@@ -177,6 +252,7 @@ def _script_function(entry: str, search_path: str) -> Callable[[], None]:
         text = f"there is no script {name!r} in {search_path or 'the current directory'}"
         raise SpecError(Problem(("task",), text, hint_of(path.name, there) if there else ""))
     compile(path.read_bytes(), str(path), "exec")
+    _check_imports("__main__", path, path.parent)
 
     def script() -> None:
         before = sys.argv

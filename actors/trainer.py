@@ -7,11 +7,9 @@ The driver imports neither torch nor the user's code: both are slow, and both be
 from __future__ import annotations
 
 import logging
-import shutil
-import tempfile
 import time
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -25,20 +23,30 @@ from distplat.actors.stopping import Stopping
 from distplat.actors.task_check import check_task
 from distplat.actors.task_loading import TrainFunction
 from distplat.actors.view import View, view_here
-from distplat.platform.disk import CLOSE_S, BackgroundWriter, Moved, with_deadline
+from distplat.platform.disk import CLOSE_S, BackgroundWriter, Moved, in_thread, with_deadline
 from distplat.platform.errors import Interrupted, Problem, SpecError, StorageError
 from distplat.platform.evaluations import EARLY_STOP, EarlyStopping, check_metrics
+from distplat.platform.owned_folder import OwnedFolder, remove_left
 from distplat.platform.progress import EvalSummary, Summary
 from distplat.platform.recovery import policy_of
 from distplat.platform.remote_storage import is_url, local_folder, url_of
 from distplat.platform.resume import check_libraries, start_from, start_from_url
 from distplat.platform.run_directory import CURVES, RunDirectory, new_run_name
-from distplat.platform.run_upload import NOT_UPLOADED, RunUpload, not_uploaded, upload_of
+from distplat.platform.run_upload import (
+    NOT_UPLOADED,
+    RunUpload,
+    check_access,
+    not_uploaded,
+    upload_of,
+)
 from distplat.platform.spec import Job
 from distplat.strategies.catalog import complete, load_strategy_file, make_job, make_strategy
 from distplat.strategies.task import Task
 
 logger = logging.getLogger(__name__)
+
+_RESUMED = ".resumed-"
+"""Names of directories with checkpoints that were brought from a URL begin so."""
 
 
 class Trainer:
@@ -129,16 +137,17 @@ class Trainer:
         """Make a directory that goes with this object."""
         parent = self._storage_dir / local_folder(self.job.storage_path)
 
-        def make(moved: Moved) -> str:
+        def make(moved: Moved) -> OwnedFolder:
             parent.mkdir(parents=True, exist_ok=True)
-            return tempfile.mkdtemp(prefix=".resumed-", dir=parent)
+            return OwnedFolder(parent, _RESUMED)
 
         try:
             folder = with_deadline(make, parent, self.job.failure.storage_timeout_s)
         except OSError as error:
             raise StorageError(f"cannot make a directory in {parent}: {error.strerror}") from error
-        weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
-        return Path(folder)
+        weakref.finalize(self, folder.remove)
+        in_thread("left checkpoints", lambda: remove_left(parent, _RESUMED))
+        return folder.path
 
     def fit(self) -> Result:
         """
@@ -172,9 +181,7 @@ class Trainer:
     def _fit(self, directory: RunDirectory, result: Result, callbacks: Callbacks) -> None:
         """Train to the end; `result` takes what comes of it."""
         began, run = time.monotonic(), directory.path.name
-        writers = _writers(directory)
-        upload = self._upload(directory.path)
-        result.url = upload.url if upload is not None else None
+        writers, upload = _writers(directory), None
 
         def tell(summary: Summary) -> None:
             if isinstance(summary, EvalSummary):
@@ -194,6 +201,8 @@ class Trainer:
         handlers = RunHandlers(tell, save, directory.keep, callbacks.ending)
         with Stopping() as stopping:
             try:
+                upload = self._upload(directory.path, stopping.check)
+                result.url = upload.url if upload is not None else None
                 with stopping.at_once():  # a callback may wait for a network, or a password
                     callbacks.start(self.job, run, directory.path)
                 self._train(run, directory.path, handlers, stopping)
@@ -250,12 +259,18 @@ class Trainer:
             stopping.check()
             raise lost
 
-    def _upload(self, folder: Path) -> RunUpload | None:
-        """Begin to keep a copy of the run directory where the job names a URL."""
-        url = self.job.storage_path
+    def _upload(self, folder: Path, check: Callable[[], None]) -> RunUpload | None:
+        """
+        Begin to keep a copy of the run directory where the job names a URL.
+
+        Raises:
+            StorageError: nothing can be written there, now or later.
+        """
+        url, limit_s = self.job.storage_path, self.job.failure.storage_timeout_s
         if not is_url(url):
             return None
-        return upload_of(folder, url, self.job.failure.storage_timeout_s, logger.warning)
+        check_access(folder, url, limit_s, check)
+        return upload_of(folder, url, limit_s, logger.warning)
 
     def _train(self, run: str, folder: Path, handlers: RunHandlers, stopping: Stopping) -> None:
         launch = Launch(

@@ -19,9 +19,11 @@ from typing import TYPE_CHECKING
 from distplat.actors import ray_compat
 from distplat.actors.messages import PollResult, WorkOrder
 from distplat.actors.process_setup import keep_freed_memory, quick_imports
+from distplat.actors.ray_transport import host_here
 from distplat.actors.retrying_calls import Outbox
 from distplat.actors.weights import Reply
 from distplat.platform.checkpoints import Delivery
+from distplat.platform.errors import DistplatError, InfrastructureError
 from distplat.platform.parted_ranks import LoopState
 from distplat.platform.progress import AnyReport
 from distplat.platform.stop_order import StopOrder
@@ -48,6 +50,7 @@ class Worker:
         self._beginning = threading.Lock()
         self._urgent = threading.Event()  #: there is something that is not to be kept back
         self._thread: threading.Thread | None = None
+        self._broken: DistplatError | None = None  #: why there is no session, and will be none
 
     def __repr__(self) -> str:
         """Name in Ray's logs."""
@@ -96,6 +99,8 @@ class Worker:
             if ready is None:
                 ready = self._ready = Future()
                 self._take(partial(work, ready=ready))
+        if self._broken is not None:
+            raise self._broken
         ready.result(order.job.failure.start_timeout_s)
 
     def _take(self, work: Callable[[Session], None]) -> None:
@@ -126,7 +131,8 @@ class Worker:
         if not self._ended.is_set():
             self._urgent.clear()
         if self._session is None:
-            return PollResult([], -1, 0, 0, finished=False, error=None)
+            attempt = self._begun if self._broken is not None else -1
+            return PollResult([], attempt, 0, 0, finished=False, error=self._broken)
         state = self._session.state  # before the reports: what came first is told first
         items = self._outbox.take(number)
         # Else the question was asked before: the next answer has the rest.
@@ -168,12 +174,27 @@ class Worker:
 
     def _train(self) -> None:
         keep_freed_memory()
-        with quick_imports():
-            from distplat.actors.training import Session  # torch comes with it
-
+        try:
+            with quick_imports():
+                from distplat.actors.training import Session  # torch comes with it
+        except Exception as error:  # nobody else would hear of it
+            self._break(error)
+            return
         self._session = Session(self._outbox.put, self._deliver)
         while True:  # the actor is ended from outside; nobody waits for this thread
             self._orders.get()(self._session)
+
+    def _break(self, error: Exception) -> None:
+        """Have everybody who asks told that this process can be no worker."""
+        who, why = self._name.partition("/")[2] or self._name, f"{type(error).__name__}: {error}"
+        remedy = "every node needs the packages that distplat does: pip install distplat"
+        text = f"{who} cannot begin on {host_here()}: {why}; {remedy}"
+        with self._beginning:
+            self._broken = InfrastructureError(text)
+            if self._ready is not None:
+                self._ready.set_exception(self._broken)
+        self._ended.set()
+        self._urgent.set()
 
     def _work(self, order: WorkOrder, session: Session) -> None:
         self._ended.clear()

@@ -67,6 +67,14 @@ class ObjectNotFound(StorageError):
     """There is no such file, directory or bucket."""
 
 
+class AccessRefused(StorageError):
+    """The storage does not let us: to try again is of no use."""
+
+
+_NOT_LET_IN = ("NoCredentialsError", "PartialCredentialsError", "ProfileNotFound")
+"""Names of botocore's errors where it does not know as whom to ask."""
+
+
 class RemoteStorage:
     """
     All below one URL; names are relative to it, with `/`.
@@ -230,7 +238,13 @@ class RemoteStorage:
 
     def _as_ours(self, name: str, error: BaseException) -> StorageError:
         text = _USER.sub("//***@", str(error) or repr(error)).splitlines()[0]
-        kind = ObjectNotFound if isinstance(error, FileNotFoundError) else StorageError
+        kind = StorageError
+        if isinstance(error, FileNotFoundError):
+            kind = ObjectNotFound
+        elif isinstance(error, PermissionError | NotADirectoryError):
+            kind = AccessRefused
+        elif type(error).__name__ in _NOT_LET_IN:
+            kind = AccessRefused
         return kind(f"{self.url}/{name}: {text}")
 
     # Object stores show an object when it is complete; a directory shows every byte at once.

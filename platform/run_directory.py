@@ -12,6 +12,7 @@ The run directory: what a run leaves on disk.
         pipeline_trace.json     of pipelines: when each rank did what in one step
         apply_log.safetensors   of asynchronous runs: in which order each shard applied gradients
         checkpoints/        step-000120/ and others: to resume from (platform/checkpoints.py)
+        ray.log             the ends of the logs of its own Ray, where that failed
         result.json         how it ended: status, last figures, or the error
 
 Metrics are flushed with every line: they are there when the run is not any more. A disk that hangs

@@ -18,6 +18,7 @@ import stat
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import wait
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -25,11 +26,16 @@ from pathlib import Path
 from typing import IO, Any
 
 from distplat.platform.checkpoints import FOLDER, MANIFEST, Catalogue
-from distplat.platform.disk import SETTING, with_deadline
+from distplat.platform.disk import SETTING, in_thread, with_deadline
 from distplat.platform.errors import StorageError
-from distplat.platform.remote_storage import NoAnswer, RemoteStorage
+from distplat.platform.remote_storage import (
+    AccessRefused,
+    NoAnswer,
+    ObjectNotFound,
+    RemoteStorage,
+)
 
-RESULT = "result.json"
+JOB, RESULT = "job.yaml", "result.json"
 NOT_UPLOADED = "not_uploaded"
 """Field of `result.json`: what is not there, of a run that has ended well otherwise."""
 _POLL_S = 1.0
@@ -40,6 +46,10 @@ _SHARE = 20
 _LONGEST_PAUSE_S = 30.0
 _MOST_FAILED = 4
 """So many attempts in a row that bring nothing are enough at the end, where the storage answers."""
+_FIRST_S = 10.0
+"""How long the start of a run waits to hear whether the storage takes anything."""
+_ONCE_MORE_S = 0.5
+"""After so long a storage that refuses is asked once more."""
 _SAID_S = 5.0
 """After which the end says what it waits for."""
 _LIST_S = 5.0
@@ -359,8 +369,48 @@ def upload_of(
         limit_s: `failure.storage_timeout_s`.
         warn: is told of failures.
     """
-    url = f"{storage_url.rstrip('/')}/{folder.name}"
-    return RunUpload(folder, RemoteStorage(url, limit_s), warn)
+    return RunUpload(folder, _storage_of(folder, storage_url, limit_s), warn)
+
+
+def _storage_of(folder: Path, storage_url: str, limit_s: float) -> RemoteStorage:
+    return RemoteStorage(f"{storage_url.rstrip('/')}/{folder.name}", limit_s)
+
+
+def check_access(
+    folder: Path, storage_url: str, limit_s: float, check: Callable[[], object]
+) -> None:
+    """
+    See that a storage takes a run's first file; one that hangs, or is not there, may come back.
+
+    Args:
+        folder: the run directory.
+        storage_url: the `storage_path`.
+        limit_s: `failure.storage_timeout_s`.
+        check: called while it is waited for; what it raises ends the wait.
+
+    Raises:
+        StorageError: there is no such bucket or directory, or we may not write to it.
+    """
+    storage = _storage_of(folder, storage_url, limit_s)
+
+    def put() -> None:
+        with (folder / JOB).open("rb") as file:
+            storage.put(JOB, file, os.fstat(file.fileno()).st_size)
+
+    def put_again() -> None:
+        try:
+            put()
+        except (ObjectNotFound, AccessRefused):  # keys may be late
+            time.sleep(_ONCE_MORE_S)
+            put()
+
+    first = in_thread("first upload", put_again)
+    until = time.monotonic() + _FIRST_S
+    while not wait([first], 0.05).done and time.monotonic() < until:
+        check()
+    if first.done() and isinstance(error := first.exception(), ObjectNotFound | AccessRefused):
+        hint = "make what `storage_path` names, or see that it may be written to"
+        raise StorageError(f"{error}; nothing was trained: {hint}") from error
 
 
 def not_uploaded(missing: str, model: Path | None) -> StorageError:

@@ -45,13 +45,13 @@ _ALL = (1 << 32) - 1
 _LOOK_S = 0.5
 """How often a server looks whether the worker lives and is still to be listened to."""
 
-_SLICE_S = 0.1
+_SLICE_S = 0.05
 """How often who waits for an answer looks whether the server lives."""
 _REASON_S = 5.0
 """How long a standing call may take to say why a request failed."""
 
 Look = Callable[[], object]
-"""Called ten times a second while an answer is missing; what it raises ends the wait."""
+"""Called twenty times a second while an answer is missing; what it raises ends the wait."""
 Listen = Callable[[int, MemoryAddress, int], Any]
 """Makes the standing call to the server of a shard: shard, segment of mailboxes, slot."""
 

@@ -45,11 +45,11 @@ class Serving(ABC, Generic[AnyServer]):
         """Let go of what a process's end would free, where there is such a thing."""
 
     def poll(self, number: int, hold_s: float) -> None:
-        """Answer the controller, after so many seconds: alive."""
+        """Answer the controller or the server manager, after so many seconds: alive."""
         time.sleep(hold_s)
 
     def where(self) -> str:
-        """Give the name of this server's node; also the answer that says: alive."""
+        """Give the name of this server's node."""
         return self._node
 
     def log(self) -> NDArray[Any] | None:

@@ -15,7 +15,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 
@@ -104,6 +104,8 @@ def line(outcome: Outcome) -> str:
     recovery = "-" if outcome.recovery_s is None else f"{outcome.recovery_s:.1f}"
     head = f"{outcome.row:<15} {outcome.strategy:<9} seed {outcome.seed:<4} {outcome.verdict:<9}"
     text = f"{head} recovery {recovery:>5} s, run {outcome.seconds:5.1f} s"
+    if outcome.found_s is not None:
+        text += f", found after {outcome.found_s:.1f} s"
     if outcome.verdict == "ok":
         return text
     deeds = [f"deed: {deed}" for deed in outcome.deeds]
@@ -114,27 +116,39 @@ def line(outcome: Outcome) -> str:
 
 
 def table(outcomes: list[Outcome]) -> str:
-    """Make the table in Markdown: a row for each fault, a column for each strategy."""
-    lines = [f"| row | fault | {' | '.join(ALL)} |", "|---|---|" + "---|" * len(ALL)]
-    for name, row in ROWS.items():
-        cells = [
-            _figures([one for one in outcomes if (one.row, one.strategy) == (name, strategy)])
-            for strategy in ALL
-        ]
-        if any(cells):
-            lines.append(f"| {name} | {row.what} | {' | '.join(cells)} |")
+    """Make tables in Markdown: a row for each fault, a column for each strategy."""
+    lines = _rows(outcomes, lambda one: one.recovery_s)
+    found = [one for one in outcomes if one.found_s is not None]
+    if found:
+        lines += ["", "Frozen processes, until a log says so:", ""]
+        lines += _rows(found, lambda one: one.found_s)
     wrong = sum(one.verdict == "wrong" for one in outcomes)
     missed = sum(one.verdict == "not fired" for one in outcomes)
     end = f"{len(outcomes)} trials: {wrong} wrong, {missed} without their fault"
     return "\n".join([*lines, "", f"{end}; recovery: median, and the longest of several."])
 
 
-def _figures(outcomes: list[Outcome]) -> str:
+def _rows(outcomes: list[Outcome], time_of: Callable[[Outcome], float | None]) -> list[str]:
+    """Give the lines of one table of times."""
+    lines = [f"| row | fault | {' | '.join(ALL)} |", "|---|---|" + "---|" * len(ALL)]
+    for name, row in ROWS.items():
+        cells = [
+            _figures(
+                [one for one in outcomes if (one.row, one.strategy) == (name, strategy)], time_of
+            )
+            for strategy in ALL
+        ]
+        if any(cells):
+            lines.append(f"| {name} | {row.what} | {' | '.join(cells)} |")
+    return lines
+
+
+def _figures(outcomes: list[Outcome], time_of: Callable[[Outcome], float | None]) -> str:
     """Give `ok/trials, median to maximum` of one row under one strategy."""
     if not outcomes:
         return ""
     good = [one for one in outcomes if one.verdict == "ok"]
-    times = [one.recovery_s for one in good if one.recovery_s]
+    times = [seconds for one in good if (seconds := time_of(one))]
     count = f"{len(good)}/{len(outcomes)}"
     if not times:
         return count

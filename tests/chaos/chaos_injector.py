@@ -33,6 +33,11 @@ TITLES = {
 }
 """Roles, and the classes of their actors as Ray writes them into the title of a process."""
 
+STARVE = "starve"
+"""Instead of a signal: memory is refused."""
+CGROUPS = Path("/sys/fs/cgroup/memory")
+"""Of version 1."""
+
 ASKED = ("data", "model", "renewed", "forward", "between", "backward", "evaluation")
 """
 Moments that a worker gets to; `between` a forward and its backward, where a step is the number of a
@@ -55,8 +60,8 @@ class Deed:
     """`self`, `worker-1`, `workers` (all of them), `server`, `servers`, `primary` (of a shard whose
     backup is ready), a role of `TITLES`, `driver`, `disk`, `node`, `head` (of the cluster)."""
     action: int | str = signal.SIGKILL
-    """A signal; for `self` also what the task does itself, for `disk` an action of `Disk`, for
-    the link of a `node` `cut` or `slow`."""
+    """A signal, or `STARVE`; for `self` also what the task does itself, for `disk` an action of
+    `Disk`, for the link of a `node` `cut` or `slow`."""
     hold: bool = True
     """Whether who gets there waits until it is done; else only for what it waits for itself."""
     delay_s: float = 0.0
@@ -256,8 +261,11 @@ class Injector(threading.Thread):
         if not deed.hold:
             self._answer(number, "")
         time.sleep(deed.delay_s)
+        # The primary of a shard is waited for until its backup is ready; that is no recovery.
+        wait = deed.victim == "primary"
+        victims = self._victims(number, deed) if wait else None
         at = time.time()
-        proof = self._do(number, deed)
+        proof = self._do(number, deed, victims)
         if proof:
             self.fired.append(Fired(deed, at, proof))
         else:
@@ -270,7 +278,7 @@ class Injector(threading.Thread):
         part.write_text(text)
         part.rename(self.scene.folder / f"done-{number}")
 
-    def _do(self, number: int, deed: Deed) -> str:
+    def _do(self, number: int, deed: Deed, found: list[psutil.Process] | None) -> str:
         if deed.victim == "disk":
             disk = self.scene.disk
             assert disk is not None
@@ -282,8 +290,10 @@ class Injector(threading.Thread):
             proof = self.scene.nodes.hit_node(deed.action)
             self._later(deed, self.scene.nodes.mend)
             return proof
+        victims = self._victims(number, deed) if found is None else found
+        if deed.action == STARVE:
+            return ", ".join(starve(process) for process in victims)
         assert isinstance(deed.action, int)
-        victims = self._victims(number, deed)
         for process in victims:
             process.send_signal(deed.action)
         if deed.action == signal.SIGSTOP:
@@ -402,6 +412,30 @@ def _proof(process: psutil.Process, number: int) -> str:
             return f"process {process.pid} is gone"
         time.sleep(0.001)
     return ""
+
+
+def starve(process: psutil.Process) -> str:
+    """
+    Have the kernel kill a process for memory, by a group (cgroup) that is given none; give a proof.
+
+    Raises:
+        OSError: there are no such groups here, or they are not ours to make.
+    """
+    group = CGROUPS / f"chaos-{process.pid}"
+    group.mkdir()
+    try:
+        (group / "memory.limit_in_bytes").write_text("0")
+        (group / "cgroup.procs").write_text(str(process.pid))
+        if not _proof(process, signal.SIGKILL):
+            return ""
+        killed = re.search(r"^oom_kill ([1-9])", (group / "memory.oom_control").read_text(), re.M)
+        return f"the kernel killed process {process.pid} for memory" if killed else ""
+    finally:
+        until = time.monotonic() + GONE_WITHIN_S
+        while group.exists() and time.monotonic() < until:
+            with contextlib.suppress(OSError):  # its last process is not all gone yet
+                group.rmdir()
+            time.sleep(0.01)
 
 
 def _wake(processes: list[psutil.Process]) -> None:

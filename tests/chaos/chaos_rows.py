@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from random import Random
 from typing import Any
 
-from chaos_injector import Deed
+from chaos_injector import STARVE, Deed
 
 STEPS, EVERY, BATCH = 24, 4, 12
 KILL, STOP = int(signal.SIGKILL), int(signal.SIGSTOP)
@@ -396,6 +396,16 @@ def _without_disk(strategy: str, action: str, draw: Random) -> Plan:
 def _(strategy: str, draw: Random) -> Plan:
     deed = Deed("forward", 0, 3 * EVERY + 2, "driver", int(signal.SIGINT), saved=True)
     return Plan((deed,), resumes=True, codes=(130,), damage=draw.choice(("flip", "cut")))
+
+
+@row("F32", "the kernel kills a server, or a worker of strategies without one, for memory")
+def _(strategy: str, draw: Random) -> Plan:
+    if strategy in SERVED:
+        at, victim = late_step(strategy, draw), "server"
+    else:
+        at, victim = some_step(draw), f"worker-{rank_of(strategy, draw)}"
+    deed = Deed("forward", 0, at, victim, STARVE, hold=False, saved=victim == "server")
+    return Plan((deed,))
 
 
 @row("F34", "a task that raises: exit code 1, at once")

@@ -5,6 +5,7 @@ import hashlib
 import io
 import json
 import math
+import re
 import shutil
 import signal
 import subprocess
@@ -41,6 +42,8 @@ LIMIT_S = 120.0
 """A run that takes longer hangs."""
 GONE_WITHIN_S = 20.0
 DISK_MB = 256
+_FOUND = re.compile(r"frozen|has not answered|missing[: ]|was lost")
+"""In what a driver and its actors say of one that gives no answer."""
 HUGE_CODES = (70, -6, -11)
 """An error inside distplat, an abort and a crash of the driver: never right."""
 
@@ -61,6 +64,8 @@ class Outcome:
     """From the last deed to the end of the longest pause after it, of any worker."""
     seconds: float
     folder: Path
+    found_s: float | None = None
+    """From the deed that froze somebody until a driver's log says so; None: it does not."""
 
     @property
     def verdict(self) -> str:
@@ -134,6 +139,7 @@ class Runs:
             run.recovery(),
             lasted,
             folder,
+            run.found_s,
         )
 
     def undisturbed(self, strategy: str, plan: Plan) -> str:
@@ -168,6 +174,7 @@ class OneRun:
         self._injector = Injector(scene, plan.deeds)
         self._drivers = 0
         self._ended_at = 0.0
+        self.found_s: float | None = None  #: see `Outcome`
 
     @property
     def fired(self) -> list[Fired]:
@@ -279,13 +286,27 @@ class OneRun:
         with log.open("wb") as out:
             process = self._cluster.start_driver(submit, stdout=out, stderr=subprocess.STDOUT)
         self._scene.driver = process.pid
-        try:
-            return process.wait(LIMIT_S)
-        except subprocess.TimeoutExpired:
-            process.send_signal(signal.SIGCONT)
-            process.kill()
-            process.wait()
-            return f"none after {LIMIT_S:g} s"
+        until, read = time.monotonic() + LIMIT_S, 0
+        while (code := process.poll()) is None and time.monotonic() < until:
+            read = self._listen(log, read)
+            time.sleep(0.05)
+        self._listen(log, read)
+        if code is not None:
+            return code
+        process.send_signal(signal.SIGCONT)
+        process.kill()
+        process.wait()
+        return f"none after {LIMIT_S:g} s"
+
+    def _listen(self, log: Path, read: int) -> int:
+        """Note when somebody is told to be frozen; give up to where the log was read."""
+        frozen = [one.at for one in self.fired if one.deed.action == signal.SIGSTOP]
+        with log.open("rb") as file:
+            file.seek(read)
+            new = file.read()
+        if frozen and self.found_s is None and _FOUND.search(new.decode(errors="replace")):
+            self.found_s = time.time() - max(frozen)
+        return read + new.rfind(b"\n") + 1  # a line may come in pieces
 
     def _last_words(self) -> str:
         text = (self._folder / f"driver-{self._drivers}.log").read_text(errors="replace")

@@ -21,6 +21,7 @@ from ray.job_submission import JobSubmissionClient
 from torch import Tensor, nn
 
 from distplat.actors import ray_compat as of_ray
+from distplat.actors.ray_folder import RayFolder
 from distplat.strategies import torch_compat as of_torch
 from distplat.strategies.model import module_hooks
 
@@ -142,9 +143,11 @@ def test_the_files_of_a_ray_of_ours_are_our_own(monkeypatch: pytest.MonkeyPatch)
         longest = f"{short}/{'x' * (of_ray.FOLDER_BYTES - len(short) - 1)}"
         for base, there in ((longest, longest), ("new", f"{short}/new"), (f"{longest}x", "/tmp")):
             monkeypatch.setenv("RAY_TMPDIR", base)
-            folder = of_ray.folder_for_ray().parent
+            made = RayFolder(of_ray.temporary_folder())
+            folder = made.path.parent
             assert (folder.parent, folder.stat().st_mode & 0o777) == (Path(there), 0o700)
-            folder.rmdir()
+            made.remove()
+            assert not folder.exists()
 
 
 def test_ray_notes_its_address_where_it_is_looked_for(

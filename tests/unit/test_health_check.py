@@ -18,10 +18,10 @@ FROZEN = Fault(delay_s=1e6)
 
 
 class Server:
-    """Says where it is."""
+    """Says that it lives."""
 
-    def where(self) -> str:
-        return "here"
+    def poll(self, number: int, hold_s: float) -> None:
+        time.sleep(hold_s)
 
 
 def servers(count: int) -> tuple[LocalCluster, list[Actor]]:
@@ -40,12 +40,26 @@ def test_a_dead_server_is_noted_at_once() -> None:
     assert "server-1 was lost" in str(watch.lost)
 
 
+def test_a_question_is_open_when_a_server_dies() -> None:
+    """Else its death would be noted half a second later, when it is asked again."""
+    cluster, actors = servers(1)
+    beats, named = Heartbeats(cluster.transport(), 60.0), {"server-0": actors[0]}
+    until = time.monotonic() + SOON_S
+    while not beats.has_heard("server-0"):
+        assert beats.look(named, ()) == {}
+        assert time.monotonic() < until
+    assert beats.look(named, ()) == {}
+    assert len(cluster.open_calls()) == 1
+    actors[0].die("for a test")
+    assert list(beats.look(named, ())) == ["server-0"]
+
+
 @pytest.mark.parametrize(
     ("fault", "why"), [(FROZEN, "frozen or cut off"), (Fault(lose="reply"), "its answer got lost")]
 )
 def test_silence_counts_when_servers_have_their_shards(fault: Fault, why: str) -> None:
     cluster, actors = servers(1)
-    inject(cluster, "where", fault, times=1000)
+    inject(cluster, "poll", fault, times=1000)
     losing = threading.Event()
     watch = HealthCheck(cluster.transport(), actors, 0.1, losing)
     assert not losing.wait(0.5), "it is starting"
@@ -57,7 +71,7 @@ def test_silence_counts_when_servers_have_their_shards(fault: Fault, why: str) -
 
 def test_a_lost_answer_is_no_lost_server() -> None:
     cluster, actors = servers(1)
-    inject(cluster, "where", Fault(lose="reply"))
+    inject(cluster, "poll", Fault(lose="reply"))
     losing = threading.Event()
     watch = HealthCheck(cluster.transport(), actors, 60.0, losing)
     watch.begin()

@@ -7,13 +7,15 @@ import shutil
 import signal
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
-from distplat.actors import ray_compat
+from distplat.actors import launch, ray_compat
 from distplat.actors.launch import local_ray, ray_for_run
+from distplat.actors.ray_folder import RayFolder
 from distplat.actors.stopping import Stopping
-from distplat.platform.errors import InfrastructureError, Interrupted
+from distplat.platform.errors import ActorLost, InfrastructureError, Interrupted, UserCodeError
 from distplat.platform.spec import Scaling
 
 ITS_WORDS = "The current node timed out during startup. This\ncould happen because"
@@ -23,21 +25,92 @@ def start(error: BaseException, monkeypatch: pytest.MonkeyPatch, home: Path) -> 
     """Have a Ray fail to start; what there is of it is ended, for a notebook goes on."""
     ended: list[bool] = []
 
-    def fail(**settings: object) -> None:
+    def fail(**settings: Any) -> None:
         if not isinstance(error, Exception):
-            (files / "r").mkdir()  # it was under way
+            Path(settings["_temp_dir"]).mkdir()  # it was under way
         raise error
 
     monkeypatch.setattr("ray.init", fail)
     monkeypatch.setattr("ray.shutdown", lambda: ended.append(True))
-    monkeypatch.setenv("HOME", str(home))
-    (files := home / "ray").mkdir()
-    monkeypatch.setattr(ray_compat, "folder_for_ray", lambda: files / "r")
+    files = at_home(monkeypatch, home)
     try:
         with local_ray(Scaling(num_workers=1)):
             pass
     finally:
-        assert ended == [True] and not files.exists()
+        assert ended == [True] and list(files.iterdir()) == []
+
+
+def at_home(monkeypatch: pytest.MonkeyPatch, home: Path) -> Path:
+    """Have Ray's files and its token lie in a directory of the test's; give where the files are."""
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.setattr(launch, "RayFolder", lambda base: RayFolder(home / "ray"))
+    return home / "ray"
+
+
+def lines_of(folder: str, name: str, text: str) -> None:
+    """Log as Ray does."""
+    logs = Path(folder, "session_2026-01-01_00-00-00_000000_17", "logs")
+    logs.mkdir(parents=True, exist_ok=True)
+    (logs / name).write_text(text)
+
+
+@pytest.mark.parametrize(
+    ("error", "kept"),
+    [
+        (ActorLost("worker-1", 3, "killed"), True),
+        (KeyError("inside distplat"), True),
+        (UserCodeError(0, 3, "it raised", ""), False),
+        (Interrupted(2), False),
+    ],
+)
+def test_what_ray_logged_is_kept_where_the_cluster_failed_or_distplat(
+    error: Exception,
+    kept: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def init(**settings: Any) -> None:
+        token = (tmp_path / ".ray/auth_token").read_text()
+        lines_of(settings["_temp_dir"], "worker-17.out", "printed by the task")
+        lines_of(settings["_temp_dir"], "log_monitor.log", f"token {token}")
+        lines_of(settings["_temp_dir"], "raylet.out", "x" * 100_000 + "killed")
+
+    monkeypatch.setattr("ray.init", init)
+    monkeypatch.setattr("ray.shutdown", lambda: None)
+    for name in (*launch.TOKEN_ELSEWHERE, launch.AUTH_MODE):
+        monkeypatch.delenv(name, raising=False)
+    files = at_home(monkeypatch, tmp_path)
+    (run := tmp_path / "run").mkdir()
+    with pytest.raises(type(error)), local_ray(Scaling(num_workers=1), keep_in=run):
+        raise error
+    assert list(files.iterdir()) == []
+    told = [one.message for one in caplog.records if str(run) in one.message]
+    assert told == kept * [f"what Ray logged at the end is in {run}/ray.log"]
+    if kept:
+        logged = (run / "ray.log").read_text()
+        first, second = logged.split("\n\n")[:2]
+        assert first.startswith("==> raylet.out <==\nxxx") and first.endswith("xkilled")
+        assert second == "==> log_monitor.log <==\ntoken ***"
+        assert len(logged) < 20_000
+
+
+def test_what_ray_logged_before_it_did_not_start_is_kept(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def fail(**settings: Any) -> None:
+        lines_of(settings["_temp_dir"], "gcs_server.out", "no such port")
+        raise RuntimeError(ITS_WORDS)
+
+    monkeypatch.setattr("ray.init", fail)
+    monkeypatch.setattr("ray.shutdown", lambda: None)
+    files = at_home(monkeypatch, tmp_path)
+    with pytest.raises(InfrastructureError), local_ray(Scaling(num_workers=1), keep_in=tmp_path):
+        pass
+    assert (tmp_path / "ray.log").read_text() == "==> gcs_server.out <==\nno such port\n\n"
+    [left] = files.iterdir()  # Ray's words for why name files
+    RayFolder(files).remove()
+    assert not left.exists()
 
 
 def test_ray_that_does_not_start(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -70,7 +143,9 @@ def test_without_any_room_ray_is_not_even_started(
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(os, "posix_fallocate", full)
-    with pytest.raises(InfrastructureError, match=rf"{tmp_path}/ray: No space left.*RAY_TMPDIR"):
+    with pytest.raises(
+        InfrastructureError, match=rf"{tmp_path}/ray/\S+: No space left.*RAY_TMPDIR"
+    ):
         start(AssertionError("it was started"), monkeypatch, tmp_path)
 
 

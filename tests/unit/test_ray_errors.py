@@ -186,6 +186,7 @@ def test_where_to_look_when_ray_does_not_know_how_a_worker_ended(
     error = exceptions.RayActorError(error_msg=f"The actor died.\n\tpid: 17\n{said}")
     found = advice_for(role, cause_of(error))
     assert bool(found) == advised
+    assert ("`dmesg`" in cause_of(error)) == ("exits" in said)
     if advised:
         told = str(ActorLost(role, 3, cause_of(error), found))
         assert "logs/worker-1.log tells of SIGABRT" in told and "different sizes" in told

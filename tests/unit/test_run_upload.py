@@ -14,14 +14,17 @@ from typing import Any
 
 import pytest
 import yaml
+from botocore.exceptions import NoCredentialsError
 from jobs import fields_of
 from storages import Odd
 
 from distplat.actors.result import Result
 from distplat.actors.trainer import Trainer
 from distplat.cli.main import run as command
+from distplat.platform import run_upload
 from distplat.platform.checkpoints import MANIFEST, STATE, Catalogue
-from distplat.platform.errors import SpecError, StorageError
+from distplat.platform.errors import Interrupted, SpecError, StorageError
+from distplat.platform.owned_folder import OwnedFolder
 from distplat.platform.remote_storage import (
     PART_BYTES,
     NoAnswer,
@@ -31,7 +34,7 @@ from distplat.platform.remote_storage import (
     missing_library,
     url_problem,
 )
-from distplat.platform.run_upload import RunUpload
+from distplat.platform.run_upload import RunUpload, check_access
 
 TASKS = Path(__file__).parents[1] / "cluster"
 
@@ -89,6 +92,9 @@ def test_the_copy_is_the_run_directory_and_a_run_goes_on_from_it(tmp_path: Path)
     assert not any("step-000010" in name for name in copy), "deleted here, so deleted there"
 
     other = tmp_path / "empty"
+    (other / "runs").mkdir(parents=True)
+    left = OwnedFolder(other / "runs", ".resumed-")
+    left.leave()  # of a driver that was killed
     step = f"{whole.url}/checkpoints/step-000015"
     resumed = fit(other, f"file://{there}", resume=step)
     assert resumed.checkpoint is not None and whole.checkpoint is not None
@@ -100,6 +106,7 @@ def test_the_copy_is_the_run_directory_and_a_run_goes_on_from_it(tmp_path: Path)
     last = f"{whole.url}/checkpoints/step-000020"
     assert json.loads((longer.path / "result.json").read_text())["resumed_from"] == last
     assert longer.url is None
+    wait_for(lambda: not left.path.exists())
 
 
 def test_a_storage_that_hangs_costs_the_copy_and_not_the_run(
@@ -117,6 +124,68 @@ def test_a_storage_that_hangs_costs_the_copy_and_not_the_run(
     assert facts["status"] == "FAILED" and facts["error"] == str(raised.value)
     assert caplog.text.count("cannot upload") == 1
     assert len(list((model.parent / "checkpoints").glob("step-*"))) == 2
+
+
+@pytest.mark.parametrize(
+    ("error", "what"),
+    [
+        (FileNotFoundError("The specified bucket does not exist"), "bucket does not exist"),
+        (PermissionError("Access Denied"), "Access Denied"),
+        (NoCredentialsError(), "Unable to locate credentials"),
+        (NotADirectoryError(errno.ENOTDIR, "Not a directory"), "Not a directory"),
+    ],
+)
+def test_a_storage_that_takes_nothing_is_told_before_anything_is_trained(
+    error: Exception,
+    what: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    tried = []
+
+    def refuse(*args: Any, **more: Any) -> None:
+        tried.append(args)
+        raise error
+
+    monkeypatch.setattr(Odd, "_open", refuse)
+    with pytest.raises(StorageError, match=f"{what}.*; nothing was trained: make what `storage"):
+        fit(tmp_path, "odd://bucket/runs", failure={"storage_timeout_s": 4})
+    (result,) = tmp_path.glob("runs/*/result.json")
+    assert json.loads(result.read_text())["status"] == "FAILED" and len(tried) == 2
+    assert (result.parent / "metrics.jsonl").read_text() == "" and not caplog.text
+
+
+def test_a_storage_that_is_not_there_for_a_moment_ends_no_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    failures = [ConnectionRefusedError("no server"), TimeoutError(), PermissionError("too early")]
+    opened = Odd._open
+
+    def fail(self: Odd, *args: Any, **more: Any) -> Any:
+        if failures:
+            raise failures.pop()
+        return opened(self, *args, **more)
+
+    monkeypatch.setattr(Odd, "_open", fail)
+    result = fit(tmp_path, "odd://bucket/runs")
+    assert not failures and any("result.json" in path for path in Odd.done)
+    assert result.url == f"odd://bucket/runs/{result.path.name}"
+
+
+def test_a_storage_that_is_waited_for_in_vain_holds_up_no_signal(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Odd.hold = threading.Event()
+    (tmp_path / "job.yaml").write_text("name: a")
+
+    def interrupted() -> None:
+        raise Interrupted(2)
+
+    with pytest.raises(Interrupted):
+        check_access(tmp_path, "odd://bucket/runs", 600.0, interrupted)
+    monkeypatch.setattr(run_upload, "_FIRST_S", 0.1)
+    check_access(tmp_path, "odd://bucket/runs", 600.0, lambda: None)
 
 
 def closed(upload: RunUpload, within_s: float = 30.0) -> str:

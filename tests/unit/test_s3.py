@@ -12,7 +12,7 @@ from moto.server import ThreadedMotoServer
 from distplat.platform.checkpoints import MANIFEST, Catalogue
 from distplat.platform.errors import SpecError, StorageError
 from distplat.platform.remote_storage import PART_BYTES, NoAnswer, RemoteStorage, fetch
-from distplat.platform.run_upload import RunUpload
+from distplat.platform.run_upload import RunUpload, check_access
 
 LIMIT_S = 120.0
 
@@ -119,6 +119,24 @@ def test_a_server_that_accepts_and_never_answers(
         )  # in the words of the last try, if one ended
         with pytest.raises(NoAnswer):
             RemoteStorage("s3://runs/run", 0.4).size("a")
+
+
+def test_what_takes_nothing_is_told_before_a_run_begins(
+    bucket: tuple[ThreadedMotoServer, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (run := tmp_path / "run").mkdir()
+    (run / "job.yaml").write_text("name: a")
+    nothing = lambda: None  # noqa: E731
+    check_access(run, "s3://runs/a", LIMIT_S, nothing)
+    assert RemoteStorage("s3://runs/a/run", LIMIT_S).read("job.yaml", 0, 99) == b"name: a"
+    with pytest.raises(StorageError, match="bucket does not exist; nothing was trained"):
+        check_access(run, "s3://nobody/a", LIMIT_S, nothing)
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    with pytest.raises(StorageError, match="Unable to locate credentials; nothing was trained"):
+        check_access(run, "s3://runs/a", LIMIT_S, nothing)
 
 
 @pytest.mark.parametrize("gone", [False, True])

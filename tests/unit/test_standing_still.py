@@ -136,7 +136,7 @@ def test_a_controller_that_stood_still_waits_for_the_answers(
 
 def test_who_watches_servers_and_stood_still_waits_for_them(clock: Time) -> None:
     cluster, actors = servers(2)
-    inject(cluster, "where", Fault(delay_s=0.2), times=2)
+    inject(cluster, "poll", Fault(delay_s=0.2), times=2)
     named = {f"server-{number}": one for number, one in enumerate(actors)}
     beats = Heartbeats(cluster.transport(), 5.0)
     assert beats.look(named, ()) == {}

@@ -376,7 +376,7 @@ def test_a_frozen_server_is_replaced(make: Callable[..., TableServers]) -> None:
         while not heartbeats.has_heard("embedding-server-0"):  # who starts is given time
             assert time.monotonic() < until
             time.sleep(0.01)
-        for method in ("where", "pull", "push"):
+        for method in ("poll", "pull", "push"):
             inject(servers.cluster, method, Fault(delay_s=1e6), actor="embedding-server-0")
 
     assert run(servers, 1, HERE, freeze) == undisturbed(1, False)

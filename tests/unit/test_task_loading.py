@@ -1,9 +1,12 @@
 """Finding the user's task, and showing the user's errors from the user's first line on."""
 
+import gc
 import importlib
 import shutil
 import signal
 import sys
+import threading
+import time
 import traceback
 from argparse import ArgumentParser
 from collections.abc import Callable, Iterator
@@ -19,7 +22,7 @@ import torch
 from jobs import job_of
 from safetensors.torch import save_model
 
-from distplat.actors.task_loading import load_task_class
+from distplat.actors.task_loading import load_task_class, load_train_function
 from distplat.actors.training import search_path
 from distplat.actors.user_errors import as_user_error, killed_loader, lost_peer
 from distplat.platform.errors import SpecError, UserCodeError
@@ -100,6 +103,101 @@ def test_a_module_that_is_not_the_folders_is_not_trained(
         load_task_class(f"{name}:Digits", str(tmp_path))
     said = f"{tmp_path / name}.py would not be used: a module {name!r} "
     assert str(caught.value).startswith(f"task: {said}{where.format(folder=tmp_path)}")
+
+
+@pytest.mark.parametrize(
+    "imports",
+    [
+        "import utask_helpers",
+        "from utask_helpers import SIZE",
+        "def model():\n    from utask_helpers import SIZE",
+        "import utask_middle.part",
+        "from utask_middle import part",
+    ],
+)
+def test_a_module_of_an_earlier_jobs_folder_is_not_imported_instead(
+    imports: str, tmp_path: Path
+) -> None:
+    """In one process a second job imports what is there, whatever its own folder has."""
+    for folder, size in (("one", 1), ("two", 2)):
+        write(tmp_path, f"{folder}/utask_helpers.py", f"SIZE = {size}\n")
+        write(tmp_path, f"{folder}/utask_middle/part.py", "from utask_helpers import SIZE\n")
+    write(tmp_path, "one/utask_one.py", GOOD + "import utask_helpers\n")
+    write(tmp_path, "two/utask_two.py", GOOD + imports + "\n")
+    write(tmp_path, "two/train.py", imports + "\n")
+    one, two = (str(tmp_path / name) for name in ("one", "two"))
+    load_task_class("utask_one:Digits", one)
+    said = (
+        f"{two}/utask_helpers.py would not be used: a module 'utask_helpers' was imported before, "
+        f"from {one}/utask_helpers.py"
+    )
+    for load, entry in ((load_task_class, "utask_two:Digits"), (load_train_function, "train.py")):
+        with pytest.raises(SpecError) as caught:
+            load(entry, two)
+        assert said in str(caught.value)
+    assert load_task_class("utask_one:Digits", one)
+
+
+def test_a_module_of_an_earlier_jobs_package_is_not_imported_instead(tmp_path: Path) -> None:
+    for folder in ("one", "two"):
+        write(tmp_path, f"{folder}/utask_shared/sizes.py", "SIZE = 3\n")
+        task = GOOD + "from .sizes import SIZE\n"
+        write(tmp_path, f"{folder}/utask_shared/task_{folder}.py", task)
+    load_task_class("utask_shared.task_one:Digits", str(tmp_path / "one"))
+    with pytest.raises(SpecError, match=r"two/utask_shared/sizes.py would not be used"):
+        load_task_class("utask_shared.task_two:Digits", str(tmp_path / "two"))
+
+
+class _Garbage:
+    """Lets another thread run when it is collected, which may be while a tree is built."""
+
+    def __init__(self) -> None:
+        self.me = self
+
+    def __del__(self) -> None:
+        time.sleep(0)
+
+
+def test_imports_are_looked_at_in_several_threads(tmp_path: Path) -> None:
+    """Ranks of tests are threads; CPython counts something of `ast` once for all of them."""
+    nested = "x = " + "[" * 30 + "1" + "]" * 30 + "\n"
+    write(tmp_path, "utask.py", GOOD + nested * 100)
+    failed: list[BaseException] = []
+
+    def load() -> None:
+        try:
+            for _ in range(10):
+                _Garbage()
+                load_task_class("utask:Digits", str(tmp_path))
+        except BaseException as error:
+            failed.append(error)
+
+    before = gc.get_threshold()
+    gc.set_threshold(50, 5, 1000)
+    try:
+        threads = [threading.Thread(target=load, daemon=True) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(60)
+    finally:
+        gc.set_threshold(*before)
+    assert not failed and not any(thread.is_alive() for thread in threads)
+
+
+def test_what_a_folder_has_and_the_task_does_not_import_is_no_matter(tmp_path: Path) -> None:
+    write(tmp_path, "one/utask_helpers.py", GOOD)
+    load_task_class("utask_helpers:Digits", str(tmp_path / "one"))
+    for name in ("utask_helpers", "torch", "random"):
+        write(tmp_path, f"two/{name}.py", "raise AssertionError('it was imported')\n")
+    write(tmp_path, "two/utask_two.py", GOOD + "import random\nfrom . import utask_helpers\n")
+    with pytest.raises(ImportError, match="relative import"):
+        load_task_class("utask_two:Digits", str(tmp_path / "two"))
+    write(tmp_path, "two/utask_other.py", GOOD + "import random\nfrom utask_gone import one\n")
+    with pytest.raises(ModuleNotFoundError, match="utask_gone"):
+        load_task_class("utask_other:Digits", str(tmp_path / "two"))
+    write(tmp_path, "two/utask_third.py", GOOD + "import random\n")
+    assert load_task_class("utask_third:Digits", str(tmp_path / "two"))
 
 
 def test_a_module_that_was_compiled_beside_its_source_is_the_folders(tmp_path: Path) -> None:

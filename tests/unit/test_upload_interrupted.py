@@ -17,17 +17,21 @@ from pathlib import Path
 from storages import Odd
 from jobs import fields_of
 from distplat.actors.trainer import Trainer
+from distplat.platform import run_upload
 from distplat.platform.errors import DistplatError
 
 first, second, when = sys.argv[1:]
 logging.basicConfig(level=logging.WARNING, format="%(message)s")
 Odd.hold = threading.Event()
+run_upload._FIRST_S = 0.1
 folder = Path.cwd()
 
 def strike():
     until = time.monotonic() + 60
     marks = {"upload": "result.json", "training": "metrics.jsonl"}
-    while not list(folder.glob(f"runs/*/{marks[when]}")) and time.monotonic() < until:
+    def there():
+        return [one for one in folder.glob(f"runs/*/{marks[when]}") if one.stat().st_size]
+    while not there() and time.monotonic() < until:
         time.sleep(0.01)
     time.sleep(0.3)
     os.kill(os.getpid(), getattr(signal, first))

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import sys
 import threading
 import time
 from types import SimpleNamespace
@@ -22,7 +23,12 @@ from distplat.actors.transport import ActorDied, AnswerPending
 from distplat.actors.weights import Reply
 from distplat.actors.worker import Worker
 from distplat.platform.checkpoints import Delivery
-from distplat.platform.errors import Abandoned, DeadlineExceeded, StateLost
+from distplat.platform.errors import (
+    Abandoned,
+    DeadlineExceeded,
+    InfrastructureError,
+    StateLost,
+)
 from distplat.platform.progress import StepReport
 from distplat.platform.stop_order import StopOrder
 from distplat.strategies.loop.loop import Progress
@@ -70,6 +76,27 @@ def test_the_end_is_told_at_once() -> None:
     for _ in range(3):
         worker.poll(1, 60)
     assert time.monotonic() - began < 60
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("first", ["start", "prepare"])
+def test_a_worker_without_torch_says_so(first: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a node whose Python lacks a package: the run waited for `start_timeout_s` in vain."""
+    monkeypatch.setitem(sys.modules, "distplat.actors.training", None)
+    worker = Worker("digits/worker-1")
+    limits = SimpleNamespace(failure=SimpleNamespace(start_timeout_s=600.0))
+    order: Any = SimpleNamespace(attempt=2, job=limits)
+    says = r"worker-1 cannot begin on .*: ModuleNotFoundError: .*; every node needs the packages"
+    for _ in range(2) if first == "prepare" else ():
+        with pytest.raises(InfrastructureError, match=says):
+            worker.prepare(order)
+    worker.start(order)
+    found = [worker.poll(number, 600.0) for number in (1, 1, 2)]
+    assert [one.attempt for one in found] == [2, 2, 2]
+    with pytest.raises(InfrastructureError, match=says):
+        worker.import_task(order)
+    for one in found:
+        assert isinstance(one.error, InfrastructureError) and "worker-1" in str(one.error)
 
 
 def told(worker: Worker) -> StopOrder:
