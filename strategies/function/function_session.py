@@ -245,8 +245,7 @@ class FunctionSession:
             if sharded.sampler.num_replicas > 1:
                 check_same_data(loader.dataset, self.group, context.device)
         if context.is_main_process:
-            if isinstance(sharded, NumberedLoader):
-                self._epochs.loader(sharded.sampler)
+            self._epochs.loader(sharded, loader)
             size, world = sharded.batch_size, context.world
             text = "a batch of %d samples on each of %d workers: %d in all"
             logger.info(text, size, world, size * world)

@@ -16,17 +16,25 @@ import threading
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from contextlib import suppress
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
-from torch.utils.data import ConcatDataset, DistributedSampler, Subset, TensorDataset
+from torch.utils.data import (
+    ConcatDataset,
+    DataLoader,
+    DistributedSampler,
+    Subset,
+    TensorDataset,
+)
 
 from distplat.platform.errors import Problem, SpecError, hint
 from distplat.platform.spec import Job
 from distplat.strategies.collective import Collective, gather_values
+from distplat.strategies.function.sharded_loader import LoaderUse, NumberedLoader, ShardedLoader
 from distplat.strategies.loop.sample_hash import hash_of
 
 logger = logging.getLogger(__name__)
@@ -174,12 +182,19 @@ class EpochWatch:
     def __init__(self, world: int) -> None:
         self._world, self._warned = world, False
         self._samplers: deque[DistributedSampler[Any]] = deque(maxlen=2)
+        self._loaders: list[_Lengths] = []
         self._schedulers: list[LRScheduler] = []
 
-    def loader(self, sampler: DistributedSampler[Any]) -> None:
-        """Be told of a loader that was prepared; the third one in a row of the same data shows."""
-        if not sampler.shuffle:
-            return
+    def loader(self, prepared: ShardedLoader, given: DataLoader[Any]) -> None:
+        """Be told of a loader that was prepared, and of what."""
+        if isinstance(prepared, NumberedLoader) and prepared.sampler.shuffle:
+            self._sampler(prepared.sampler)
+        with suppress(TypeError):  # a stream without a length
+            lengths = prepared.batches_of_pass(), len(given)
+            self._loaders.append(_Lengths(*lengths, prepared.use))
+
+    def _sampler(self, sampler: DistributedSampler[Any]) -> None:
+        """Look at the order of a loader; the third one in a row of the same data shows."""
         before = [one for one in self._samplers if one.dataset is sampler.dataset]
         alike = [one for one in before if one.epoch == 0 == sampler.epoch]
         if len(alike) == self._samplers.maxlen and not self._warned:
@@ -192,14 +207,15 @@ class EpochWatch:
 
     def scheduler(self, scheduler: LRScheduler) -> None:
         """Be told of a scheduler that was prepared."""
-        self._schedulers.append(scheduler)
+        if not any(one.use.asked for one in self._loaders):  # else it is made by what is right
+            self._schedulers.append(scheduler)
 
     def over(self) -> None:
         """Be told that the function has returned."""
         for one in self._schedulers:
             steps: Any = getattr(one, "total_steps", None) or getattr(one, "T_max", None)
             made = getattr(one, "last_epoch", 0)  # a ChainedScheduler counts nothing
-            if steps and 0 < made < steps and round(steps / made) == self._world:
+            if steps and 0 < made < steps and self._are_of_all_ranks(steps, made):
                 logger.warning(
                     "%s was made for %d steps, and made %d: with len(loader), make it of the "
                     "loader that prepare() gives, which has the batches of one of %d workers",
@@ -208,6 +224,39 @@ class EpochWatch:
                     made,
                     self._world,
                 )
+
+    def _are_of_all_ranks(self, steps: int, made: int) -> bool:
+        """
+        Whether so many steps are those of the batches of all ranks, of the passes that were made.
+
+        Any other number is the loop's own: that of a run which has ended earlier, for example, or
+        of a schedule by epochs.
+        """
+        if made <= max((one.use.passes for one in self._loaders), default=0):
+            return False
+        return any(
+            _are_of_all_ranks(some, steps, made)
+            for some in (*([one] for one in self._loaders), self._loaders)
+        )
+
+
+class _Lengths(NamedTuple):
+    """Batches of a pass over a loader."""
+
+    own: int
+    """Of this rank."""
+    whole: int
+    """Of the loader that `prepare` got."""
+    use: LoaderUse
+
+
+def _are_of_all_ranks(loaders: Sequence[_Lengths], steps: int, made: int) -> bool:
+    """See `EpochWatch._are_of_all_ranks`; these were gone through side by side, or in turn."""
+    passes = sum(one.use.passes for one in loaders)
+    own = sum(one.use.passes * one.own for one in loaders)
+    whole = sum(one.use.passes * one.whole for one in loaders)
+    batches = max(1, round(own / made))  # of a step: it may accumulate gradients
+    return own < whole and abs(steps * batches - whole) <= passes * (batches - 1) + batches
 
 
 class ReportWatch:

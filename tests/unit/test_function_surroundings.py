@@ -235,29 +235,48 @@ def test_a_loader_that_is_prepared_anew_for_each_epoch_is_told(
     assert caplog.text.count("each begins with the order of epoch 0") == warned
 
 
+SCHEDULES: dict[str, tuple[Callable[[Any, Any], int], int, bool]] = {
+    # Of 24 samples: 12 batches of the loader that the script has made, 6 of each of two workers.
+    "epochs of what was given": (lambda given, loader: 2 * len(given), 1, True),
+    "one more": (lambda given, loader: 2 * len(given) + 1, 1, True),
+    "several batches a step": (lambda given, loader: 2 * (len(given) // 2), 2, True),
+    "epochs of what is prepared": (lambda given, loader: 2 * len(loader), 1, False),
+    "half a wave": (lambda given, loader: 4 * len(loader), 1, False),
+    "a number": (lambda given, loader: 26, 1, False),
+    "by epochs": (lambda given, loader: 4, 6, False),
+}
+"""By name the steps that a loop of two epochs makes a schedule for, the batches of a step, and
+whether it is a mistake."""
+
+
 @pytest.mark.parametrize("kind", ["OneCycleLR", "CosineAnnealingLR"])
-@pytest.mark.parametrize("before", [True, False])
+@pytest.mark.parametrize("name", SCHEDULES)
 def test_a_schedule_for_the_batches_of_all_workers_is_told(
-    kind: str, before: bool, caplog: pytest.LogCaptureFixture
+    kind: str, name: str, caplog: pytest.LogCaptureFixture
 ) -> None:
+    length, every, told = SCHEDULES[name]
+
     def train(config: Mapping[str, Any]) -> None:
         model, given = nn.Linear(4, 1), DataLoader(data(), 2)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
         loader = distplat.prepare(given)
-        steps = len(given if before else loader)
+        steps = length(given, loader)
         schedulers = torch.optim.lr_scheduler
         scheduler: Any = schedulers.CosineAnnealingLR(optimizer, steps)
         if kind == "OneCycleLR":
             scheduler = schedulers.OneCycleLR(optimizer, 0.1, total_steps=steps)
         model, optimizer, scheduler = distplat.prepare(model, optimizer, scheduler)
-        for inputs, targets in loader:
-            optimizer.zero_grad()
-            backward(loss_of(model, inputs, targets))
-            optimizer.step()
-            scheduler.step()
+        for _ in range(2):
+            for number, (inputs, targets) in enumerate(loader, 1):
+                backward(loss_of(model, inputs, targets))
+                if number % every == 0:
+                    optimizer.step()
+                    scheduler.step()
+                    optimizer.zero_grad()
+            assert len(loader) == 6  # what is asked now has made no schedule
 
     call_on_ranks(train, 2)
-    assert caplog.text.count(f"{kind} was made for") == before
+    assert caplog.text.count(f"{kind} was made for") == told
 
 
 def test_schedulers_of_every_kind_are_prepared() -> None:
