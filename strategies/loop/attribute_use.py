@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+import threading
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,8 @@ _SHOWS = {
 """Functions, and methods of loggers, tqdm and TensorBoard, that show what they are given."""
 _LIBRARIES = {"torch", "distplat", "typing", "typing_extensions", "builtins", "abc", "collections"}
 """Top packages whose classes compute with no attribute of the user's."""
+_PARSER = threading.Lock()
+"""One thread at a time: Python 3.11 counts the depth of what it parses for all threads together."""
 
 
 class AttributeUse:
@@ -61,7 +64,7 @@ class AttributeUse:
         """
         try:
             own, every = self._read([type(holder)]), self._read(self._kinds)
-        except (OSError, SyntaxError, ValueError):
+        except (OSError, SyntaxError, ValueError, RecursionError, SystemError):
             return False
         if not own or any(one.lends_itself() for one in own):
             return False
@@ -81,9 +84,7 @@ class AttributeUse:
         Read the files of classes.
 
         Raises:
-            OSError: there is none, or none any more.
-            SyntaxError: one is not Python's.
-            ValueError: neither.
+            OSError: there is none, or none any more; see `_Source` for others.
         """
         paths = {path for kind in kinds for path in _files_of(kind)}
         for path in paths - self._sources.keys():
@@ -128,10 +129,15 @@ class _Source:
         OSError: it is not there.
         SyntaxError: it is not Python's.
         ValueError: neither.
+        RecursionError: it is nested too deep.
+        SystemError: another thread, not of ours, parsed at the same time.
     """
 
     def __init__(self, path: str) -> None:
-        self._nodes = [*ast.walk(ast.parse(Path(path).read_text(encoding="utf-8")))]
+        text = Path(path).read_text(encoding="utf-8")
+        with _PARSER:
+            tree = ast.parse(text)
+        self._nodes = [*ast.walk(tree)]
         self._above = {below: one for one in self._nodes for below in ast.iter_child_nodes(one)}
 
     def lends_itself(self) -> bool:

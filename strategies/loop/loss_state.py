@@ -113,9 +113,16 @@ class NewState(TorchFunctionMode):
         values = {name: vars(holder)[key] for name, (holder, key) in attributes.items()}
         self._attributes = {name: attributes[name] for name, one in values.items() if _tells(one)}
         self._values = {name: values[name] for name in self._attributes}
-        self._names = {id(t): n for n, one in self._values.items() for t in tensors_in(one)}
+        self._names = {id(t): n for n, one in self._values.items() for t in _kept_in(one)}
+        self._marks = {
+            n: [*map(mark_of, _kept_in(v))]
+            for n, v in self._values.items()
+            if isinstance(v, nn.Module)
+        }
         self._copies = {
-            n: [t.detach().clone() for t in tensors_in(v)] for n, v in self._values.items()
+            n: [t.detach().clone() for t in tensors_in(v)]
+            for n, v in self._values.items()
+            if n not in self._marks
         }
         self._read: set[str] = {name for name, one in self._values.items() if _is_number(one)}
 
@@ -137,6 +144,8 @@ class NewState(TorchFunctionMode):
         now, before = vars(holder).get(key), self._values[name]
         if _is_number(before):
             return _is_number(now) and now != before
+        if name in self._marks:
+            return [*map(mark_of, _kept_in(now))] != self._marks[name]
         tensors, copies = [*tensors_in(now)], self._copies[name]
         if not all(map(_is_plain, tensors)):
             return True
@@ -145,10 +154,21 @@ class NewState(TorchFunctionMode):
 
 
 def _tells(value: object) -> bool:
-    """Whether a value is a number or small tensors, alone or in a pair as an LSTM's state is."""
-    tensors = [*tensors_in(value)]
+    """Whether a value is a module, a number, or small tensors: in a pair as an LSTM's state is."""
+    tensors = [*_kept_in(value)]
     size = sum(one.numel() for one in tensors)
+    if isinstance(value, nn.Module):  # such as a teacher, a copy of the model
+        return size > 0
     return _is_number(value) or (all(map(_is_plain, tensors)) and 0 < size <= _COPIED_ELEMENTS)
+
+
+def _kept_in(value: object) -> Iterator[Tensor]:
+    """Give the tensors in a value; of a module those that gradients do not train."""
+    if not isinstance(value, nn.Module):
+        yield from tensors_in(value)
+        return
+    yield from value.buffers()
+    yield from (one for one in value.parameters() if not one.requires_grad)
 
 
 def _is_plain(tensor: Tensor) -> bool:
