@@ -12,9 +12,13 @@ is looked at: what it gives depends on parameters if something that it is given 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import itertools
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
+import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakIdKeyDictionary
@@ -27,17 +31,29 @@ _IGNORED_LABEL = -100
 """`ignore_index` of torch's cross entropy, and of Hugging Face's models."""
 _READ = {"item", "__float__", "__int__", "__index__"}
 """Methods that give a number of Python's."""
+_LEAVES = {"numpy", "tolist", "__array__"}
+"""Methods that give values to numpy or Python, where nobody sees what is made of them."""
+_LEFT_ELEMENTS = 1 << 16
+"""Of all tensors of which copies are kept for that."""
+_EXPONENTS = 1e-3, 700.0
+"""Losses of which a perplexity can be told from 1, and is finite."""
 _OF_FIRST = {"to", "type_as", "expand_as", "view_as", "reshape_as"}
 """Calls that take no values of their later arguments."""
 
 
 class ModelDependence(TorchFunctionMode):
-    """While entered, notes which tensors and numbers depend on trained parameters."""
+    """
+    While entered, notes which tensors and numbers depend on trained parameters.
+
+    Numpy and Python are not looked into. Of what leaves torch for them, the number of predictions
+    that are as the labels is compared.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self._found = WeakIdKeyDictionary()  #: such tensors that have no gradient
         self._numbers: set[float] = set()
+        self._left: dict[bool, list[Tensor]] = {True: [], False: []}  #: for numpy; which depend
 
     @override
     def __torch_function__(
@@ -56,7 +72,22 @@ class ModelDependence(TorchFunctionMode):
                     self._found[one] = True
             if getattr(func, "__name__", "") in _READ and isinstance(found, int | float):
                 self._numbers.add(float(found))
+        if getattr(func, "__name__", "") in _LEAVES and args and isinstance(args[0], Tensor):
+            self._leaves(args[0], depends=depends)
         return found
+
+    def _leaves(self, tensor: Tensor, *, depends: bool) -> None:
+        kept = sum(one.numel() for some in self._left.values() for one in some)
+        if kept + tensor.numel() <= _LEFT_ELEMENTS and tensor.layout is torch.strided:
+            self._left[depends].append(tensor.detach().cpu().clone())
+
+    def _right(self) -> Iterator[float]:
+        """Count the predictions that are as labels, of which both have left torch."""
+        given = self._left[True]
+        chosen = [one.argmax(1) for one in given if one.ndim > 1 and one.is_floating_point()]
+        for one, other in itertools.product([*given, *chosen], self._left[False]):
+            if one.shape == other.shape:
+                yield float((one == other).sum())
 
     def _depends(
         self, func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]
@@ -75,7 +106,8 @@ class ModelDependence(TorchFunctionMode):
 
     def has(self, weight: object, samples: int) -> bool:
         """
-        Say whether a number depends on parameters, itself or as a share or a percentage.
+        Say whether a number depends on parameters: itself, as a share or a percentage, or as `exp`
+        of one, which a perplexity is.
 
         Args:
             weight: a tensor, or a number of Python's.
@@ -83,10 +115,12 @@ class ModelDependence(TorchFunctionMode):
         """
         if isinstance(weight, Tensor):
             return self._is_found(weight)
-        if not isinstance(weight, int | float) or weight == samples:
+        if not isinstance(weight, int | float | np.generic) or weight == samples:
             return False
-        shares = (one * by for one in self._numbers for by in (1, 100, 1 / samples, 100 / samples))
-        return any(abs(weight - one) <= 1e-6 * abs(one) for one in shares)
+        found = {*self._numbers, *self._right()}
+        made = [one * by for one in found for by in (1, 100, 1 / samples, 100 / samples)]
+        made += [math.exp(one) for one in made if _EXPONENTS[0] < one < _EXPONENTS[1]]
+        return any(abs(float(weight) - one) <= 1e-6 * abs(one) for one in made)
 
 
 def weight_warning(made: BatchResult, samples: int) -> str | None:

@@ -1,8 +1,10 @@
 """A weight that a `step` gives may be a figure: that it depends on parameters tells."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from jobs import job_of
@@ -28,6 +30,22 @@ FIGURES: dict[str, Callable[[Tensor, Any], Any]] = {
         100.0 * (outputs.argmax(1) == batch[1]).sum().item() / len(batch[1])
     ),
     "perplexity": lambda outputs, batch: cross_entropy(outputs, batch).exp().detach(),
+    "right, by numpy": lambda outputs, batch: float(
+        (outputs.detach().numpy().argmax(1) == batch[1].numpy()).sum()
+    ),
+    "right, of predictions": lambda outputs, batch: float(
+        np.mean(outputs.argmax(1).numpy() == np.asarray(batch[1])) * 100
+    ),
+    "right, by Python": lambda outputs, batch: sum(
+        one == other
+        for one, other in zip(outputs.argmax(1).tolist(), batch[1].tolist(), strict=True)
+    ),
+    "perplexity, a number": lambda outputs, batch: math.exp(
+        cross_entropy(outputs, batch).item() / len(outputs)
+    ),
+    "perplexity of a mean": lambda outputs, batch: math.exp(
+        nn.functional.cross_entropy(outputs, batch[1]).item()
+    ),
     "norm": lambda outputs, batch: outputs.data.norm(),
 }
 WEIGHTS: dict[str, Callable[[Tensor, Any], Any]] = {
@@ -38,6 +56,11 @@ WEIGHTS: dict[str, Callable[[Tensor, Any], Any]] = {
     "of the type": lambda outputs, batch: (batch[1] != 1).sum().to(outputs),
     "ones": lambda outputs, batch: torch.ones_like(outputs).sum().detach(),
     "of all": lambda outputs, batch: broadcast(outputs, batch[1][:, None] != 1)[1].sum(),
+    "labels, by numpy": lambda outputs, batch: int((batch[1].numpy() != 1).sum()),
+    "labels, while predictions are shown": lambda outputs, batch: (
+        outputs.argmax(1).tolist() and sum(one != 1 for one in batch[1].tolist())
+    ),
+    "one": lambda outputs, batch: max(1.0, 0.0 * (outputs[0, 0] > 99).sum().item()),
     "of samples": lambda outputs, batch: outputs.new_tensor(batch[1].tolist()).sum(),
 }
 
