@@ -10,7 +10,6 @@ And reports that lack what the job goes by: `checkpoint.keep_best`, `early_stop`
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import threading
 import weakref
@@ -24,18 +23,14 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 from torch.utils.data import (
-    ConcatDataset,
     DataLoader,
     DistributedSampler,
-    Subset,
-    TensorDataset,
 )
 
 from distplat.platform.errors import Problem, SpecError, hint
 from distplat.platform.spec import Job
 from distplat.strategies.collective import Collective, gather_values
 from distplat.strategies.function.sharded_loader import LoaderUse, NumberedLoader, ShardedLoader
-from distplat.strategies.loop.sample_hash import hash_of
 
 logger = logging.getLogger(__name__)
 
@@ -48,8 +43,6 @@ processors of two kinds may round updates differently. Ranks that train their ow
 an update, which of a small learning rate is below a thousandth of a parameter.
 """
 _SHOWN = 3
-_ROWS = 16
-"""Samples of a TensorDataset that are compared, over all of its length."""
 
 
 class OptimizerWatch:
@@ -300,57 +293,3 @@ class ReportWatch:
             text = f"no report() had a {self._stop.metric!r}"
             name = hint(self._stop.metric, self._names)
             raise SpecError(Problem(("early_stop", "metric"), text, name))
-
-
-def check_same_data(data: Any, group: Collective, device: torch.device) -> None:
-    """
-    See that all ranks have the data that `prepare` is to deal out; every rank calls this.
-
-    A part that each rank has cut for itself would be dealt out once more: most samples would come
-    to nobody. And `random_split` behind `prepare(model)`, which seeds each rank differently, cuts
-    on each rank elsewhere. Only torch's own data sets are looked into: a sample of the user's may
-    be costly, or another one each time.
-
-    Args:
-        data: of a loader that is to be prepared.
-        group: all ranks.
-        device: this rank's.
-
-    Raises:
-        SpecError: names a rank that has another one than rank 0.
-    """
-    mine = [_length_of(data), _described(data)]
-    every = gather_values(mine, group, device) if group.world > 1 else [mine]
-    size = every[0][0]
-    for rank, its in enumerate(every):
-        if its != every[0]:
-            text = f"{its[0]} samples on rank {rank}, {size} on rank 0"
-            if its[0] == size:
-                text = f"other samples on rank {rank} than on rank 0"
-            advice = (
-                "it deals one data set out to all ranks, so give each of them the whole: do not "
-                "cut it by rank, and call random_split before prepare(model), or with a "
-                "generator of a fixed seed"
-            )
-            raise SpecError(Problem(("task",), f"prepare() got a DataLoader with {text}", advice))
-
-
-def _length_of(data: Any) -> int | None:
-    """Count samples; None: it does not say, and a sampler of the user's does."""
-    try:
-        return len(data)
-    except (TypeError, NotImplementedError):
-        return None
-
-
-def _described(data: Any) -> list[Any]:
-    """Say which samples a data set has, without a call of the user's code."""
-    if isinstance(data, Subset):
-        numbers = hashlib.sha256(repr([int(one) for one in data.indices]).encode()).hexdigest()
-        return ["of", numbers[:16], _described(data.dataset)]
-    if isinstance(data, ConcatDataset):
-        return ["and", *map(_described, data.datasets)]
-    if type(data) is TensorDataset:
-        size = len(data)
-        return [size, [hash_of(data[one]) for one in range(0, size, max(1, size // _ROWS))]]
-    return []

@@ -1,6 +1,6 @@
 """What ranks of a train function must have alike: data, buffers, and no parameters of their own."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import pytest
@@ -63,9 +63,43 @@ def joined_in_another_order() -> Dataset[Any]:
     return ConcatDataset(parts[:: -1 if rank() else 1])
 
 
+class Files(Dataset[Any]):
+    """Knows a file, and a class, for each sample."""
+
+    def __init__(
+        self, numbers: Sequence[int], folder: str = "/data", *, table: bool = False
+    ) -> None:
+        self.folder, self.opened = folder, rank()
+        self.files = [(f"{folder}/{number}.png", number % 3) for number in numbers]
+        self.frame: Any = None
+        if table:
+            pandas = pytest.importorskip("pandas")
+            self.frame = pandas.DataFrame({"file": [*map(str, numbers)], "kind": 0})
+            self.files = []
+
+    def __len__(self) -> int:
+        return len(self.files if self.frame is None else self.frame)
+
+    def __getitem__(self, index: int) -> Any:
+        raise AssertionError("no sample is read to compare data sets")
+
+
+def of_hugging_face(numbers: Sequence[int]) -> Any:
+    datasets = pytest.importorskip("datasets")
+    return datasets.Dataset.from_dict({"x": [[float(number)] for number in numbers]})
+
+
+def own_numbers() -> range:
+    return range(rank(), SAMPLES, 2)
+
+
 @pytest.mark.parametrize(
     ("make", "text"),
     [
+        (lambda: Files(own_numbers()), "other samples on rank 1 than on rank 0"),
+        (lambda: Files(own_numbers(), table=True), "other samples on rank 1 than on rank 0"),
+        (lambda: [torch.tensor(one) for one in own_numbers()], "other samples on rank 1 than on"),
+        (lambda: of_hugging_face(own_numbers()), "other samples on rank 1 than on rank 0"),
         (cut_by_rank, "other samples on rank 1 than on rank 0"),
         (split_at_random, "other samples on rank 1 than on rank 0"),
         (longer_on_rank_1, "25 samples on rank 1, 24 on rank 0"),
@@ -81,6 +115,47 @@ def test_data_of_one_rank_alone_are_not_dealt_out(
     with pytest.raises(SpecError, match=text):
         call_on_ranks(train, 2)
     call_on_ranks(train, 1)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: Files(range(SAMPLES), f"/scratch/node-{rank()}"),
+        lambda: Files(range(SAMPLES), table=True),
+        lambda: [*range(SAMPLES)],
+        lambda: of_hugging_face(range(SAMPLES)),
+        lambda: Subset(Files(range(SAMPLES)), range(6)),
+    ],
+)
+def test_the_same_data_on_all_ranks_are_dealt_out(make: Callable[[], Any]) -> None:
+    call_on_ranks(lambda config: distplat.prepare(DataLoader(make(), batch_size=2)), 2)
+
+
+class Remembers(Dataset[Any]):
+    """Keeps samples that it has read, each rank its own."""
+
+    def __init__(self) -> None:
+        self.numbers = [*range(SAMPLES)]
+        self.read: list[Tensor | None] = [None] * SAMPLES
+        self.counts = torch.zeros(SAMPLES)
+
+    def __len__(self) -> int:
+        return SAMPLES
+
+    def __getitem__(self, index: int) -> Any:
+        self.counts[index] += 1
+        self.read[index] = found = torch.rand(2)
+        return found
+
+
+def test_what_ranks_have_read_meanwhile_is_not_compared() -> None:
+    def train(config: Mapping[str, Any]) -> None:
+        samples = Remembers()
+        for _ in range(2):
+            assert len([*distplat.prepare(DataLoader(samples, batch_size=2))]) == 6
+        assert len([*distplat.prepare(DataLoader(Subset(samples, range(8)), batch_size=2))]) == 2
+
+    call_on_ranks(train, 2)
 
 
 def test_the_same_part_of_the_data_on_all_ranks_is_dealt_out() -> None:
