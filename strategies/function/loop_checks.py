@@ -147,7 +147,8 @@ def check_alike(model: nn.Module, group: Collective, when: str, steps: int = 0) 
                     f"{when} {name!r} of rank {rank} is not that of rank 0: each trains its own. "
                     "Gradients are averaged in backward(); what torch.autograd.grad gives is this "
                     "rank's alone, and so is what a backward() in no_sync() leaves, what is "
-                    "written into a parameter otherwise, and a step() that not all ranks make"
+                    "written into a parameter otherwise, a step() that not all ranks make, and one "
+                    "that goes by a rank's own loss, as a line search does"
                 )
 
 

@@ -11,7 +11,7 @@ from torch.autograd import backward
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset, TensorDataset, random_split
 
 import distplat
-from distplat.platform.errors import SpecError
+from distplat.platform.errors import MismatchError, SpecError
 
 SAMPLES = 24
 
@@ -283,6 +283,41 @@ def test_gradients_of_one_rank_are_found_however_small_the_steps(
 
     with pytest.raises(ValueError, match=r"at (step|backward) 3.* each trains its own"):
         call_on_ranks(train, job=function_job(2, strategy=strategy))
+
+
+def searched(loader: Any, model: nn.Module, mean: Callable[[Tensor], Tensor]) -> None:
+    """Train by line searches, each of which goes by the losses that a closure gives."""
+    optimizer = torch.optim.LBFGS(model.parameters(), max_iter=6, line_search_fn="strong_wolfe")
+    for _ in range(2):
+        for batch in loader:
+
+            def closure(batch: Any = batch) -> Any:
+                optimizer.zero_grad()
+                loss = loss_of(model, *batch)
+                backward(loss)
+                return mean(loss.detach())
+
+            optimizer.step(closure)  # type: ignore[no-untyped-call]
+
+
+@pytest.mark.parametrize("strategy", ["ring", "ps-sync"])
+def test_a_line_search_goes_by_the_mean_loss_of_all_ranks(strategy: str) -> None:
+    own = function_job(2, strategy=strategy)
+    as_double = TensorDataset(*(one.double() for one in data().tensors))
+    plain = model_of().double()
+    searched(DataLoader(as_double, 12), plain, lambda loss: loss)
+
+    def train(config: Mapping[str, Any], *, gathers: bool = True) -> None:
+        loader = DataLoader(as_double, 6)
+        model, loader = distplat.prepare(model_of().double(), loader)
+        mean = lambda loss: distplat.gather_for_metrics(loss[None]).mean()  # noqa: E731
+        searched(loader, model, mean if gathers else lambda loss: loss)
+
+    for found in call_on_ranks(train, job=own).trained:
+        for name, value in plain.state_dict().items():
+            torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-4)
+    with pytest.raises((ValueError, MismatchError)):
+        call_on_ranks(lambda config: train(config, gathers=False), job=own)
 
 
 @pytest.mark.parametrize(
