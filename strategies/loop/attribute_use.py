@@ -22,12 +22,20 @@ from typing import Any
 
 _PASSES = (
     *(ast.BinOp, ast.UnaryOp, ast.Compare, ast.Tuple, ast.List),
-    *(ast.JoinedStr, ast.FormattedValue, ast.keyword),
+    *(ast.JoinedStr, ast.FormattedValue, ast.keyword, ast.Subscript, ast.Slice),
 )
 """Expressions that give a value made of their parts, and do nothing else."""
-_FUNCTIONS = {"abs", "float", "format", "int", "len", "max", "min", "round", "str", "sum"}
-_METHODS = {"clone", "cpu", "detach", "format", "item", "mean", "sum", "tolist"}
+_FUNCTIONS = {
+    *("abs", "float", "format", "int", "len", "list", "max", "min", "round", "sorted", "str"),
+    "sum",
+}
+_METHODS = {
+    *("cat", "clone", "cpu", "detach", "exp", "format", "item", "mean", "median", "norm", "numpy"),
+    *("sqrt", "stack", "std", "sum", "tolist"),
+}
 """Calls that do so."""
+_KEEPS = {"append", "appendleft", "clear", "extend"}
+"""Methods that put values into a list, as an assignment does into a variable."""
 _SHOWS = {
     *("critical", "debug", "error", "info", "log", "print", "warning", "write"),
     *("add_scalar", "set_description", "set_postfix"),
@@ -201,9 +209,10 @@ class _Source:
         """Say whether an expression does no more than to give a value, or to show it."""
         above = self._above[one]
         if isinstance(one, ast.Attribute):
-            return isinstance(above, ast.Call) and above.func is one and one.attr in _METHODS
+            known = _METHODS | _KEEPS
+            return isinstance(above, ast.Call) and above.func is one and one.attr in known
         if isinstance(one, ast.Call) and isinstance(above, ast.Expr):
-            return _shows(one)
+            return _shows(one) or bool(_kept_by(one))
         if isinstance(one, ast.BoolOp | ast.IfExp):  # it may leave a call out
             return _is_plain(one)
         return isinstance(one, _PASSES) or _is_plain_call(one)
@@ -230,7 +239,8 @@ def _made_by(one: ast.stmt) -> set[str] | None:
     if isinstance(one, ast.Pass):
         return set()
     if isinstance(one, ast.Expr):
-        return set() if _shows(one.value) or isinstance(one.value, ast.Constant) else None
+        shown = _shows(one.value) or isinstance(one.value, ast.Constant)
+        return _kept_by(one.value) or (set() if shown else None)
     if isinstance(one, ast.AugAssign):  # of a name it may write into a tensor of another's
         return {f".{one.target.attr}"} if isinstance(one.target, ast.Attribute) else None
     targets = one.targets if isinstance(one, ast.Assign) else []
@@ -256,11 +266,24 @@ def _values_of(one: ast.stmt) -> Iterator[ast.expr]:
 
 def _shows(one: ast.expr) -> bool:
     """Say whether something is printed or logged, and not by a method of the user's own."""
-    if not isinstance(one, ast.Call) or _called(one) not in _SHOWS:
-        return False
-    return not (isinstance(one.func, ast.Attribute) and isinstance(one.func.value, ast.Name)) or (
-        one.func.value.id != "self"
+    return isinstance(one, ast.Call) and _called(one) in _SHOWS and not _is_own(one)
+
+
+def _is_own(one: ast.Call) -> bool:
+    """Say whether a method of the user's own is called, whatever its name."""
+    method = one.func
+    return (
+        isinstance(method, ast.Attribute)
+        and isinstance(method.value, ast.Name)
+        and method.value.id == "self"
     )
+
+
+def _kept_by(one: ast.expr) -> set[str]:
+    """Give the variable, a list, into which a call puts its arguments; empty: into none."""
+    if not isinstance(one, ast.Call) or not isinstance(one.func, ast.Attribute):
+        return set()
+    return {_variable(one.func.value)} - {""} if one.func.attr in _KEEPS else set()
 
 
 def _is_plain(value: ast.expr) -> bool:
@@ -273,7 +296,7 @@ def _is_plain(value: ast.expr) -> bool:
 
 
 def _is_plain_call(one: ast.AST) -> bool:
-    if not isinstance(one, ast.Call):
+    if not isinstance(one, ast.Call) or _is_own(one):
         return False
     known = _FUNCTIONS if isinstance(one.func, ast.Name) else _METHODS
     return _called(one) in known

@@ -33,6 +33,7 @@ class Model(nn.Linear):
 class Some(distplat.Task):
     def __init__(self):
         self.steps, self.last, self.total, self.mean = 0, 0.0, 0.0, 0.0
+        self.history = []
 
     def model(self):
         return Model(4, 3)
@@ -66,6 +67,15 @@ SHOWN = {
             self.mean = self.last
         self.steps = self.steps + 1
         """,
+    "one of a list": "self.steps += 1; self.last = [1.0, 2.0][self.steps % 2]",
+    "a history": """
+        self.steps += 1
+        self.last = loss.detach()
+        self.history.append(self.last)
+        if len(self.history) == 10:
+            print(torch.stack(self.history).mean().item(), self.history[-1])
+            self.history.clear()
+        """,
 }
 COMPUTED = {
     "a factor": "self.steps += 1; loss = loss * min(1.0, self.steps / 9)",
@@ -92,13 +102,20 @@ COMPUTED = {
     "as a whole": "self.steps += 1; loss = scaled(self, loss)",
     "all attributes": 'self.steps += 1; loss = loss * self.__dict__["steps"]',
     "a method of its own": "self.steps += 1; self.log(self.steps); loss = loss * self.mean",
+    "one that is named like torch's": "self.steps += 1; shown = self.norm(self.steps)",
     "what is drawn": """
         self.steps += 1
         if self.steps > 1000:
             self.last = torch.rand(())
         """,
     "a call that is left out": "self.steps += 1; self.last = self.steps > 9 and torch.rand(())",
-    "a list": "self.steps += 1; self.last = [1.0, 2.0][self.steps % 2]",
+    "a list": "self.steps += 1; loss = loss * [1.0, 2.0][self.steps % 2]",
+    "a history of it": """
+        self.steps += 1
+        self.history.append(self.steps)
+        loss = loss / len(self.history)
+        """,
+    "put elsewhere": "self.steps += 1; self.others().append(self.steps)",
     "a loop": """
         self.steps += 1
         for _ in range(self.steps):
@@ -107,6 +124,12 @@ COMPUTED = {
 }
 TAIL = """
         return loss
+
+    def norm(self, value):
+        self.mean = value
+
+    def others(self):
+        return []
 
     def log(self, value):
         self.mean = value
