@@ -31,6 +31,7 @@ from distplat.platform.errors import Problem, SpecError, hint
 from distplat.platform.spec import Job
 from distplat.strategies.collective import Collective, gather_values
 from distplat.strategies.function.sharded_loader import LoaderUse, NumberedLoader, ShardedLoader
+from distplat.strategies.torch_compat import not_compiled
 
 logger = logging.getLogger(__name__)
 
@@ -75,6 +76,7 @@ class OptimizerWatch:
         """Look no more."""
         self._hook.remove()
 
+    @not_compiled
     def _before_step(self, optimizer: Optimizer, *_: Any) -> None:
         """
         Be called before each step, of any thread.

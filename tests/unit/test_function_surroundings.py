@@ -12,6 +12,13 @@ from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset, TensorD
 
 import distplat
 from distplat.platform.errors import MismatchError, SpecError
+from distplat.strategies.function.fused_kernel import FusedSteps
+from distplat.strategies.function.gradient_average import BucketAverage
+from distplat.strategies.function.loop_checks import OptimizerWatch
+from distplat.strategies.function.server_sum import ServerSum
+from distplat.strategies.function.server_updates import ServerUpdates
+from distplat.strategies.model.flat import FlatModel
+from distplat.strategies.reduction.bucket_reducer import listen
 
 SAMPLES = 24
 
@@ -283,6 +290,17 @@ def test_gradients_of_one_rank_are_found_however_small_the_steps(
 
     with pytest.raises(ValueError, match=r"at (step|backward) 3.* each trains its own"):
         call_on_ranks(train, job=function_job(2, strategy=strategy))
+
+
+def test_a_loop_may_compile_its_whole_step() -> None:
+    """With backward and the update: what of ours is called there stays out of it."""
+    hooks: list[Any] = [OptimizerWatch._before_step, BucketAverage._average, ServerSum._exchange]
+    hooks += [FusedSteps._before_step, FusedSteps._after_step]
+    hooks += [ServerUpdates._before_step, ServerUpdates._after_step]
+    flat = FlatModel(nn.Linear(1, 1))
+    listen(flat, lambda index, name: None)
+    hooks += getattr(flat.parameters[0], "_post_accumulate_grad_hooks").values()  # noqa: B009
+    assert len(hooks) == 8 and all(one._torchdynamo_disable for one in hooks)
 
 
 def searched(loader: Any, model: nn.Module, mean: Callable[[Tensor], Tensor]) -> None:
