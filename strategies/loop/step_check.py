@@ -37,6 +37,7 @@ _LEFT_ELEMENTS = 1 << 16
 """Of all tensors of which copies are kept for that."""
 _EXPONENTS = 1e-3, 700.0
 """Losses of which a perplexity can be told from 1, and is finite."""
+_ADDS = {"add", "iadd", "neg", "radd", "rsub", "sub"}
 _OF_FIRST = {"to", "type_as", "expand_as", "view_as", "reshape_as"}
 """Calls that take no values of their later arguments."""
 
@@ -122,6 +123,75 @@ class ModelDependence(TorchFunctionMode):
         made += [math.exp(one) for one in made if _EXPONENTS[0] < one < _EXPONENTS[1]]
         return any(abs(float(weight) - one) <= 1e-6 * abs(one) for one in made)
 
+    def warning(self, made: BatchResult, samples: int) -> str | None:
+        """
+        Say that what a `step` gives beside its loss seems to be a figure, no weight; None: no.
+
+        Args:
+            made: what task and model made of a micro-batch.
+            samples: of it.
+        """
+        outputs = made.outputs
+        given = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
+        if not made.term.weighted or not isinstance(given, list | tuple) or len(given) != 2:
+            return None
+        if not self.has(given[1], samples):
+            return None
+        return (
+            f"step() gives a pair, a loss and {made.term.weight:g} for {samples} samples, which is "
+            "taken as (sum, weight): the loss is divided by it. It depends on what the model gave, "
+            "as a number of right answers does: if it is such a figure, return the loss alone, or "
+            '{"loss": loss, "right": right}. It is a weight only where the loss is a sum of so '
+            "many terms, which the model has chosen"
+        )
+
+
+class SumTrace(TorchFunctionMode):
+    """While entered, notes which scalars are sums that a loss function of torch was asked for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._rows = WeakIdKeyDictionary()  #: of each the rows of what was summed up
+
+    @override
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        """Make a call of torch, and note a sum; with another one added it still is one."""
+        found = func(*args, **(kwargs or {}))
+        if not isinstance(found, Tensor) or found.ndim:
+            return found
+        tensors = [one for one in args if isinstance(one, Tensor)]
+        if (kwargs or {}).get("reduction") == "sum" and tensors and tensors[0].ndim:
+            self._rows[found] = len(tensors[0])
+        elif getattr(func, "__name__", "").strip("_") in _ADDS:
+            known = [self._rows[one] for one in tensors if one in self._rows]
+            if known:
+                self._rows[found] = known[0]
+        return found
+
+    def warning(self, made: BatchResult, samples: int) -> str | None:
+        """
+        Say that a loss is a sum over samples; None: nobody can tell.
+
+        Args:
+            made: what task and model made of a micro-batch.
+            samples: of it.
+        """
+        loss = made.term.value
+        summed = loss in self._rows and self._rows[loss] == samples > 1
+        if made.term.weighted or not summed:
+            return None
+        return (
+            f"step() gives a sum over {samples} samples, by reduction='sum', which is taken for "
+            "their mean: the result depends on the number of workers and micro-batches. Give the "
+            "mean, or return (sum, number of samples)"
+        )
+
 
 def weight_warning(made: BatchResult, samples: int) -> str | None:
     """
@@ -138,30 +208,6 @@ def weight_warning(made: BatchResult, samples: int) -> str | None:
         f"step() gives a pair, a loss and {weight:g} for {samples} samples, which is taken as "
         "(sum, weight): the loss is divided by it. If it is a figure such as an accuracy, return "
         'the loss alone, or {"loss": loss, "accuracy": accuracy}'
-    )
-
-
-def dependence_warning(found: ModelDependence, made: BatchResult, samples: int) -> str | None:
-    """
-    Say that what a `step` gives beside its loss seems to be a figure and no weight; None: no.
-
-    Args:
-        found: was entered while the step was made.
-        made: what task and model made of a micro-batch.
-        samples: of it.
-    """
-    outputs = made.outputs
-    given = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
-    if not made.term.weighted or not isinstance(given, list | tuple) or len(given) != 2:
-        return None
-    if not found.has(given[1], samples):
-        return None
-    return (
-        f"step() gives a pair, a loss and {made.term.weight:g} for {samples} samples, which is "
-        "taken as (sum, weight): the loss is divided by it. It depends on what the model gave, as "
-        "a number of right answers does: if it is such a figure, return the loss alone, or "
-        '{"loss": loss, "right": right}. It is a weight only where the loss is a sum of so many '
-        "terms, which the model has chosen"
     )
 
 

@@ -87,3 +87,48 @@ def test_a_weight_that_the_model_decides_is_told(
     train(given, Pair)
     told = caplog.text.count("It depends on what the model gave")
     assert told == (name in FIGURES)
+
+
+def kl(outputs: Tensor) -> Tensor:
+    return -0.5 * torch.sum(1 + outputs - outputs.exp())
+
+
+SUMS: dict[str, Callable[[Tensor, Any], Any]] = {
+    "a sum": cross_entropy,
+    "a sum, by a module": lambda outputs, batch: nn.CrossEntropyLoss(reduction="sum")(
+        outputs, batch[1]
+    ),
+    "an autoencoder's": lambda outputs, batch: cross_entropy(outputs, batch) + 0.1 * kl(outputs),
+    "in a dict": lambda outputs, batch: {"loss": kl(outputs) + cross_entropy(outputs, batch)},
+}
+MEANS: dict[str, Callable[[Tensor, Any], Any]] = {
+    "a mean": lambda outputs, batch: nn.functional.cross_entropy(outputs, batch[1]),
+    "by samples": lambda outputs, batch: cross_entropy(outputs, batch) / len(outputs),
+    "by a factor": lambda outputs, batch: cross_entropy(outputs, batch) * (1 / len(outputs)),
+    "with a weight": lambda outputs, batch: (cross_entropy(outputs, batch), len(outputs)),
+    "of features": lambda outputs, batch: nn.functional.mse_loss(
+        outputs.mean(0), torch.ones(3), reduction="sum"
+    ),
+    "of shares": lambda outputs, batch: (
+        outputs.square().mean(1) * torch.full((len(outputs),), 1 / len(outputs))
+    ).sum(),
+}
+
+
+@pytest.mark.parametrize("name", [*SUMS, *MEANS])
+def test_a_sum_that_a_step_gives_as_its_mean_is_told(
+    name: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Summed(Task):
+        def model(self) -> nn.Module:
+            return nn.Linear(3, 3)
+
+        def train_data(self) -> Any:
+            inputs = torch.randn(32, 3, generator=torch.Generator().manual_seed(3))
+            return TensorDataset(inputs, inputs.argmax(1))
+
+        def step(self, model: nn.Module, batch: Any) -> Any:
+            return (SUMS | MEANS)[name](model(batch[0]), batch)
+
+    train(job_of("ring", 1, global_batch_size=16, steps=3, gradient_accumulation=2), Summed)
+    assert caplog.text.count("by reduction='sum', which is taken for their mean") == (name in SUMS)
