@@ -77,6 +77,14 @@ def compiled_module(module: nn.Module) -> nn.Module | None:
     return None
 
 
+def is_compiled(value: object) -> bool:
+    """Whether something is what `torch.compile` has made of a function or a module."""
+    if isinstance(value, nn.Module):
+        inside = compiled_module(value) is not None
+        return inside or getattr(value, "_compiled_call_impl", None) is not None
+    return "_torchdynamo_orig_callable" in getattr(value, "__dict__", {})
+
+
 def call_compiled(module: nn.Module, context: Callable[..., Any]) -> None:
     """Have a module's calls compiled in place, as `module.compile()` does, by a given compiler."""
     call: Callable[..., object] = module._call_impl

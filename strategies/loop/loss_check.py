@@ -30,6 +30,7 @@ from distplat.strategies.loop.seeding import generators_kept, state_of_generator
 from distplat.strategies.loop.step_check import (
     ModelDependence,
     SumTrace,
+    has_compiled,
     labels_warning,
     weight_warning,
 )
@@ -81,7 +82,7 @@ class MeanCheck:
         self._begun: NewState | None = None  #: what the first micro-batch has put where nothing was
         self._compared = False  #: the state after the first micro-batch with that before it
         self._evaluated = 0  #: batches whose metrics were looked at
-        self._compiled = frames_compiled()
+        self._compiled = -1 if has_compiled(task, model) else frames_compiled()
 
     def begin(self, step: int) -> None:
         """Note the state before a micro-batch of a step, which `look` may be called with."""

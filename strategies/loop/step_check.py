@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -26,6 +27,8 @@ from typing_extensions import override
 
 from distplat.strategies.loop.containers import tensors_in
 from distplat.strategies.loop.losses import BatchResult
+from distplat.strategies.task import Task
+from distplat.strategies.torch_compat import is_compiled
 
 _IGNORED_LABEL = -100
 """`ignore_index` of torch's cross entropy, and of Hugging Face's models."""
@@ -191,6 +194,18 @@ class SumTrace(TorchFunctionMode):
             "their mean: the result depends on the number of workers and micro-batches. Give the "
             "mean, or return (sum, number of samples)"
         )
+
+
+def has_compiled(task: Task, model: nn.Module) -> bool:
+    """
+    Say whether a task calls what was compiled, maybe by a run before it in this process.
+
+    Dynamo compiles it anew while somebody looks at the calls, and fails with `fullgraph`.
+    """
+    module = sys.modules.get(type(task).__module__)
+    holders = [task, *type(task).__mro__, *([] if module is None else [module])]
+    values = [one for holder in holders for one in vars(holder).values()]
+    return any(map(is_compiled, (*values, *model.modules())))
 
 
 def weight_warning(made: BatchResult, samples: int) -> str | None:

@@ -1,6 +1,7 @@
 """A weight that a `step` gives may be a figure: that it depends on parameters tells."""
 
 import math
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +13,7 @@ from local_run import train
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
+from distplat.strategies.loop.step_check import has_compiled
 from distplat.strategies.task import Task
 
 
@@ -132,3 +134,33 @@ def test_a_sum_that_a_step_gives_as_its_mean_is_told(
 
     train(job_of("ring", 1, global_batch_size=16, steps=3, gradient_accumulation=2), Summed)
     assert caplog.text.count("by reduction='sum', which is taken for their mean") == (name in SUMS)
+
+
+class Whole(Task):
+    def model(self) -> nn.Module:
+        return nn.Sequential(nn.Linear(1, 1))
+
+    def train_data(self) -> Any:
+        raise NotImplementedError
+
+    def step(self, model: nn.Module, batch: Any) -> Any:
+        return model(batch)
+
+
+@pytest.mark.parametrize("where", ["attribute", "module", "model", "part", "nowhere"])
+def test_what_was_compiled_is_not_looked_into(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run before this one may have compiled it already, for calls that nobody looks at."""
+    compiled: Any = lambda outputs: outputs.sum()  # noqa: E731
+    compiled._torchdynamo_orig_callable = compiled  # as torch.compile leaves it
+    task = Whole()
+    model = task.model()
+    if where == "attribute":
+        monkeypatch.setattr(task, "loss_of", compiled, raising=False)
+    elif where == "module":
+        monkeypatch.setattr(sys.modules[__name__], "loss_of", compiled, raising=False)
+    elif where == "part":
+        model.get_submodule("0")._compiled_call_impl = compiled
+    elif where == "model":
+        inside, model = model, type("OptimizedModule", (nn.Module,), {})()
+        model.add_module("_orig_mod", inside)
+    assert has_compiled(task, model) == (where != "nowhere")
