@@ -51,14 +51,14 @@ class DataComparison:
         Raises:
             SpecError: names a rank that has another one than rank 0.
         """
-        mine = [_length_of(data), self._described(data)]
+        description = [_length_of(data), self._described(data)]
         alone = self._group.world == 1
-        every = [mine] if alone else gather_values(mine, self._group, self._device)
-        size, what = every[0]
-        for rank, its in enumerate(every):
-            text = f"{its[0]} samples on rank {rank}, {size} on rank 0"
-            if its[0] == size:
-                if not _differ(its[1], what):
+        every = [description] if alone else gather_values(description, self._group, self._device)
+        size, samples = every[0]
+        for rank, other in enumerate(every):
+            text = f"{other[0]} samples on rank {rank}, {size} on rank 0"
+            if other[0] == size:
+                if not _differ(other[1], samples):
                     continue
                 text = f"other samples on rank {rank} than on rank 0"
             advice = (

@@ -223,14 +223,14 @@ def _under_a_condition(body: Iterable[ast.stmt]) -> set[str] | None:
     found: set[str] = set()
     for one in body:
         if isinstance(one, ast.If):
-            made = _under_a_condition([*one.body, *one.orelse])
+            targets = _under_a_condition([*one.body, *one.orelse])
             parts = [one.test]
         else:
-            made = _made_by(one)
+            targets = _made_by(one)
             parts = [*_values_of(one)]
-        if made is None or not all(map(_is_plain, parts)):
+        if targets is None or not all(map(_is_plain, parts)):
             return None
-        found |= made
+        found |= targets
     return found
 
 

@@ -122,9 +122,9 @@ class ModelDependence(TorchFunctionMode):
         if not isinstance(weight, int | float | np.generic) or weight == samples:
             return False
         found = {*self._numbers, *self._right()}
-        made = [one * by for one in found for by in (1, 100, 1 / samples, 100 / samples)]
-        made += [math.exp(one) for one in made if _EXPONENTS[0] < one < _EXPONENTS[1]]
-        return any(abs(float(weight) - one) <= 1e-6 * abs(one) for one in made)
+        figures = [one * by for one in found for by in (1, 100, 1 / samples, 100 / samples)]
+        figures += [math.exp(one) for one in figures if _EXPONENTS[0] < one < _EXPONENTS[1]]
+        return any(abs(float(weight) - one) <= 1e-6 * abs(one) for one in figures)
 
     def warning(self, made: BatchResult, samples: int) -> str | None:
         """
