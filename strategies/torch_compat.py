@@ -18,7 +18,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any, TypeGuard
+from typing import Any, TypeGuard, TypeVar
 from urllib.parse import parse_qs, urlsplit
 
 import torch
@@ -34,6 +34,7 @@ from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from distplat.strategies.collective import ReduceOp
 
+FunctionT = TypeVar("FunctionT", bound=Any)
 COLLATE_RULES: dict[Any, Callable[..., Any]] = default_collate_fn_map
 """torch's rules by type; public is only the function that applies them to everything."""
 
@@ -76,6 +77,14 @@ def compiled_module(module: nn.Module) -> nn.Module | None:
     return None
 
 
+def is_compiled(value: object) -> bool:
+    """Whether something is what `torch.compile` has made of a function or a module."""
+    if isinstance(value, nn.Module):
+        inside = compiled_module(value) is not None
+        return inside or getattr(value, "_compiled_call_impl", None) is not None
+    return "_torchdynamo_orig_callable" in getattr(value, "__dict__", {})
+
+
 def call_compiled(module: nn.Module, context: Callable[..., Any]) -> None:
     """Have a module's calls compiled in place, as `module.compile()` does, by a given compiler."""
     call: Callable[..., object] = module._call_impl
@@ -104,6 +113,23 @@ def frames_compiled() -> int:
     """Count what was compiled in this process so far, by whomever."""
     counting = sys.modules.get("torch._dynamo.utils")  # imported by who compiles
     return 0 if counting is None else int(counting.curr_frame)
+
+
+def not_compiled(function: FunctionT) -> FunctionT:
+    """
+    Have a hook of ours, and what it calls, run as it is where a compiled function comes upon it.
+
+    A loop may compile its whole step, with `backward()` and `optimizer.step()`. Dynamo would go on
+    into our hooks, for minutes, and fail there. `torch.compiler.disable` says the same, and takes
+    seconds to import. Where torch has changed this, dynamo goes into the hooks again.
+    """
+    found = getattr(torch._C._dynamo.eval_frame, "set_code_exec_strategy", None)
+    if found is not None:
+        frames: Any = torch._C._dynamo.eval_frame
+        skip = frames._FrameAction.SKIP  # of this frame, and of all within
+        found(function.__code__, frames._FrameExecStrategy(skip, skip))
+    function._torchdynamo_disable = True  # nor is it put into what is compiled
+    return function
 
 
 def spare_the_compiler() -> None:

@@ -30,6 +30,7 @@ from distplat.strategies.checkpoint.parts import tensors_part
 from distplat.strategies.collective import Collective
 from distplat.strategies.directory_checkpoint import Checkpoint, of_directory
 from distplat.strategies.function.averages import Averages
+from distplat.strategies.function.data_comparison import DataComparison
 from distplat.strategies.function.dealt_sampler import DealtSampler, check_order
 from distplat.strategies.function.fused_kernel import FusedSteps
 from distplat.strategies.function.gradient_average import Exchange, SessionContext, take_over
@@ -37,7 +38,6 @@ from distplat.strategies.function.loop_checks import (
     EpochWatch,
     OptimizerWatch,
     ReportWatch,
-    check_same_data,
 )
 from distplat.strategies.function.metric_gathering import gather_for_metrics
 from distplat.strategies.function.server_updates import ServerUpdates
@@ -172,6 +172,7 @@ class FunctionSession:
         self._batch = RankBatch(None, 0, 0)  #: the last one, without what it holds
         self._passes: dict[object, RankBatch] = {}  #: those under way, by their last one
         self._watched, self._epochs = ReportWatch(job), EpochWatch(group.world)
+        self._comparison = DataComparison(group, context.device)
         self._outlived: list[Any] = []
         """
         Groups of wrappers. A wrapper that is the last to let go of its group waits for the group's
@@ -243,10 +244,9 @@ class FunctionSession:
             if isinstance(sharded.sampler, DealtSampler):
                 check_order(sharded.sampler, self.group, context.device)
             if sharded.sampler.num_replicas > 1:
-                check_same_data(loader.dataset, self.group, context.device)
+                self._comparison.check(loader.dataset)
         if context.is_main_process:
-            if isinstance(sharded, NumberedLoader):
-                self._epochs.loader(sharded.sampler)
+            self._epochs.loader(sharded, loader)
             size, world = sharded.batch_size, context.world
             text = "a batch of %d samples on each of %d workers: %d in all"
             logger.info(text, size, world, size * world)

@@ -17,6 +17,7 @@ from torch.optim.optimizer import Optimizer
 
 from distplat.strategies.model.optim import FUSED, FUSED_TYPES
 from distplat.strategies.model.parameter_layout import dtype_name
+from distplat.strategies.torch_compat import not_compiled
 
 
 class FusedSteps:
@@ -34,6 +35,7 @@ class FusedSteps:
             optimizer.register_step_pre_hook(self._before_step)
             optimizer.register_step_post_hook(self._after_step)
 
+    @not_compiled
     def _before_step(self, optimizer: Optimizer, *_: Any) -> None:
         groups = optimizer.param_groups
         # Of this type are the counters of steps that the kernels read.
@@ -42,6 +44,7 @@ class FusedSteps:
             for group in groups:
                 group["fused"] = True
 
+    @not_compiled
     def _after_step(self, optimizer: Optimizer, *_: Any) -> None:
         if self._switched:
             self._switched = False

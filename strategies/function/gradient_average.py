@@ -38,7 +38,7 @@ from distplat.strategies.model.parameter_layout import fill, is_finite
 from distplat.strategies.model.sync_batch_norm import SyncNorms
 from distplat.strategies.reduction.bucket_reducer import BucketReducer, listen
 from distplat.strategies.ring import RingOptions
-from distplat.strategies.torch_compat import after_backward
+from distplat.strategies.torch_compat import after_backward, not_compiled
 
 
 class Exchange(ABC):
@@ -365,6 +365,7 @@ class BucketAverage(GradientAverage):
     def _has_left(self, index: int) -> bool:
         return self._reducer.has_left(index)
 
+    @not_compiled
     def _average(self) -> None:
         """Called after backward: gradients of all ranks are summed, then divided."""
         self._under_way = False

@@ -10,24 +10,28 @@ And reports that lack what the job goes by: `checkpoint.keep_best`, `early_stop`
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import threading
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from contextlib import suppress
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
-from torch.utils.data import ConcatDataset, DistributedSampler, Subset, TensorDataset
+from torch.utils.data import (
+    DataLoader,
+    DistributedSampler,
+)
 
 from distplat.platform.errors import Problem, SpecError, hint
 from distplat.platform.spec import Job
 from distplat.strategies.collective import Collective, gather_values
-from distplat.strategies.loop.sample_hash import hash_of
+from distplat.strategies.function.sharded_loader import LoaderUse, NumberedLoader, ShardedLoader
+from distplat.strategies.torch_compat import not_compiled
 
 logger = logging.getLogger(__name__)
 
@@ -40,8 +44,6 @@ processors of two kinds may round updates differently. Ranks that train their ow
 an update, which of a small learning rate is below a thousandth of a parameter.
 """
 _SHOWN = 3
-_ROWS = 16
-"""Samples of a TensorDataset that are compared, over all of its length."""
 
 
 class OptimizerWatch:
@@ -74,6 +76,7 @@ class OptimizerWatch:
         """Look no more."""
         self._hook.remove()
 
+    @not_compiled
     def _before_step(self, optimizer: Optimizer, *_: Any) -> None:
         """
         Be called before each step, of any thread.
@@ -146,7 +149,8 @@ def check_alike(model: nn.Module, group: Collective, when: str, steps: int = 0) 
                     f"{when} {name!r} of rank {rank} is not that of rank 0: each trains its own. "
                     "Gradients are averaged in backward(); what torch.autograd.grad gives is this "
                     "rank's alone, and so is what a backward() in no_sync() leaves, what is "
-                    "written into a parameter otherwise, and a step() that not all ranks make"
+                    "written into a parameter otherwise, a step() that not all ranks make, and one "
+                    "that goes by a rank's own loss, as a line search does"
                 )
 
 
@@ -174,12 +178,19 @@ class EpochWatch:
     def __init__(self, world: int) -> None:
         self._world, self._warned = world, False
         self._samplers: deque[DistributedSampler[Any]] = deque(maxlen=2)
+        self._loaders: list[_Lengths] = []
         self._schedulers: list[LRScheduler] = []
 
-    def loader(self, sampler: DistributedSampler[Any]) -> None:
-        """Be told of a loader that was prepared; the third one in a row of the same data shows."""
-        if not sampler.shuffle:
-            return
+    def loader(self, prepared: ShardedLoader, given: DataLoader[Any]) -> None:
+        """Be told of a loader that was prepared, and of what."""
+        if isinstance(prepared, NumberedLoader) and prepared.sampler.shuffle:
+            self._sampler(prepared.sampler)
+        with suppress(TypeError):  # a stream without a length
+            lengths = prepared.batches_of_pass(), len(given)
+            self._loaders.append(_Lengths(*lengths, prepared.use))
+
+    def _sampler(self, sampler: DistributedSampler[Any]) -> None:
+        """Look at the order of a loader; the third one in a row of the same data shows."""
         before = [one for one in self._samplers if one.dataset is sampler.dataset]
         alike = [one for one in before if one.epoch == 0 == sampler.epoch]
         if len(alike) == self._samplers.maxlen and not self._warned:
@@ -192,14 +203,15 @@ class EpochWatch:
 
     def scheduler(self, scheduler: LRScheduler) -> None:
         """Be told of a scheduler that was prepared."""
-        self._schedulers.append(scheduler)
+        if not any(one.use.asked for one in self._loaders):  # else it is made by what is right
+            self._schedulers.append(scheduler)
 
     def over(self) -> None:
         """Be told that the function has returned."""
         for one in self._schedulers:
             steps: Any = getattr(one, "total_steps", None) or getattr(one, "T_max", None)
             made = getattr(one, "last_epoch", 0)  # a ChainedScheduler counts nothing
-            if steps and 0 < made < steps and round(steps / made) == self._world:
+            if steps and 0 < made < steps and self._are_of_all_ranks(steps, made):
                 logger.warning(
                     "%s was made for %d steps, and made %d: with len(loader), make it of the "
                     "loader that prepare() gives, which has the batches of one of %d workers",
@@ -208,6 +220,39 @@ class EpochWatch:
                     made,
                     self._world,
                 )
+
+    def _are_of_all_ranks(self, steps: int, made: int) -> bool:
+        """
+        Whether so many steps are those of the batches of all ranks, of the passes that were made.
+
+        Any other number is the loop's own: that of a run which has ended earlier, for example, or
+        of a schedule by epochs.
+        """
+        if made <= max((one.use.passes for one in self._loaders), default=0):
+            return False
+        return any(
+            _are_of_all_ranks(some, steps, made)
+            for some in (*([one] for one in self._loaders), self._loaders)
+        )
+
+
+class _Lengths(NamedTuple):
+    """Batches of a pass over a loader."""
+
+    own: int
+    """Of this rank."""
+    whole: int
+    """Of the loader that `prepare` got."""
+    use: LoaderUse
+
+
+def _are_of_all_ranks(loaders: Sequence[_Lengths], steps: int, made: int) -> bool:
+    """See `EpochWatch._are_of_all_ranks`; these were gone through side by side, or in turn."""
+    passes = sum(one.use.passes for one in loaders)
+    own = sum(one.use.passes * one.own for one in loaders)
+    whole = sum(one.use.passes * one.whole for one in loaders)
+    batches = max(1, round(own / made))  # of a step: it may accumulate gradients
+    return own < whole and abs(steps * batches - whole) <= passes * (batches - 1) + batches
 
 
 class ReportWatch:
@@ -251,57 +296,3 @@ class ReportWatch:
             text = f"no report() had a {self._stop.metric!r}"
             name = hint(self._stop.metric, self._names)
             raise SpecError(Problem(("early_stop", "metric"), text, name))
-
-
-def check_same_data(data: Any, group: Collective, device: torch.device) -> None:
-    """
-    See that all ranks have the data that `prepare` is to deal out; every rank calls this.
-
-    A part that each rank has cut for itself would be dealt out once more: most samples would come
-    to nobody. And `random_split` behind `prepare(model)`, which seeds each rank differently, cuts
-    on each rank elsewhere. Only torch's own data sets are looked into: a sample of the user's may
-    be costly, or another one each time.
-
-    Args:
-        data: of a loader that is to be prepared.
-        group: all ranks.
-        device: this rank's.
-
-    Raises:
-        SpecError: names a rank that has another one than rank 0.
-    """
-    mine = [_length_of(data), _described(data)]
-    every = gather_values(mine, group, device) if group.world > 1 else [mine]
-    size = every[0][0]
-    for rank, its in enumerate(every):
-        if its != every[0]:
-            text = f"{its[0]} samples on rank {rank}, {size} on rank 0"
-            if its[0] == size:
-                text = f"other samples on rank {rank} than on rank 0"
-            advice = (
-                "it deals one data set out to all ranks, so give each of them the whole: do not "
-                "cut it by rank, and call random_split before prepare(model), or with a "
-                "generator of a fixed seed"
-            )
-            raise SpecError(Problem(("task",), f"prepare() got a DataLoader with {text}", advice))
-
-
-def _length_of(data: Any) -> int | None:
-    """Count samples; None: it does not say, and a sampler of the user's does."""
-    try:
-        return len(data)
-    except (TypeError, NotImplementedError):
-        return None
-
-
-def _described(data: Any) -> list[Any]:
-    """Say which samples a data set has, without a call of the user's code."""
-    if isinstance(data, Subset):
-        numbers = hashlib.sha256(repr([int(one) for one in data.indices]).encode()).hexdigest()
-        return ["of", numbers[:16], _described(data.dataset)]
-    if isinstance(data, ConcatDataset):
-        return ["and", *map(_described, data.datasets)]
-    if type(data) is TensorDataset:
-        size = len(data)
-        return [size, [hash_of(data[one]) for one in range(0, size, max(1, size // _ROWS))]]
-    return []

@@ -28,7 +28,7 @@ from distplat.strategies.loop.control import ELSEWHERE, NonFiniteSteps
 from distplat.strategies.model.flat import FlatModel
 from distplat.strategies.model.parameter_layout import first_non_finite, is_finite, typed_views
 from distplat.strategies.ports import LoopOptimizer, LoopShards
-from distplat.strategies.torch_compat import after_backward
+from distplat.strategies.torch_compat import after_backward, not_compiled
 
 _LINE, _BLOCK = 64, 4096
 """Bytes: models begin at multiples of a cache line; a vector of several types is one of a block."""
@@ -162,6 +162,7 @@ class ServerSum:
             flat.move(flat.params, vectors.of_model(vectors.grads, number, flat))
         return vectors
 
+    @not_compiled
     def _exchange(self) -> None:
         """Called after backward: the gradients of all models are averaged."""
         self._under_way = False

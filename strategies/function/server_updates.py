@@ -47,6 +47,7 @@ from distplat.strategies.model.flat import FlatModel
 from distplat.strategies.model.optimizer_state import NUMBERS, PER_PARAMETER, USED
 from distplat.strategies.model.sync_batch_norm import refuse_sync_batch_norm
 from distplat.strategies.ports import LoopOptimizer, LoopShards, Pushed
+from distplat.strategies.torch_compat import not_compiled
 
 _LOOK_S = 0.1
 """How often who is ready asks whether the others are."""
@@ -127,6 +128,7 @@ class ServerUpdates(Exchange):
     def enable(self, on: bool, model: nn.Module | None = None) -> None:
         """Gradients are this rank's own in any case."""
 
+    @not_compiled
     def _before_step(
         self, optimizer: Optimizer, args: Any, kwargs: Mapping[str, Any]
     ) -> tuple[Any, Any]:
@@ -151,6 +153,7 @@ class ServerUpdates(Exchange):
             one.grad = None
         return args, kwargs
 
+    @not_compiled
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         for one, grad in self._taken:
             one.grad = grad

@@ -6,6 +6,7 @@ import itertools
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -64,6 +65,16 @@ Read = Callable[[object, RankBatch | None, float, int], None]
 """Told of each batch of a pass, the seconds waited for it, and the epoch; None: it is over."""
 
 
+@dataclass
+class LoaderUse:
+    """What a loop has done with a prepared loader."""
+
+    passes: int = 0
+    """Begun with gradients: an evaluation trains on none."""
+    asked: bool = False
+    """It knows the length: it has called `len`."""
+
+
 class ShardedLoader(ABC):
     """
     Gives a rank's batches, on its device.
@@ -82,6 +93,8 @@ class ShardedLoader(ABC):
         """The user's, whole."""
         self.batch_size = batches_of(loader).batch_size
         """Samples of this rank's batch."""
+        self.use = LoaderUse()
+        """By the loop."""
         self._given = loader
         self._cut, self._device, self._read = cut, device, read
         self._epoch = self._first = 0  #: the next pass, and its batches that are passed over
@@ -93,7 +106,6 @@ class ShardedLoader(ABC):
             return getattr(self._given, name)
         raise AttributeError(f"a prepared DataLoader has no {name!r}", name=name, obj=self)
 
-    @abstractmethod
     def __len__(self) -> int:
         """
         Give the batches of a pass.
@@ -101,6 +113,12 @@ class ShardedLoader(ABC):
         Raises:
             TypeError: it is a stream without a length.
         """
+        self.use.asked = True
+        return self.batches_of_pass()
+
+    @abstractmethod
+    def batches_of_pass(self) -> int:
+        """Give what `len` gives."""
 
     @abstractmethod
     def _batches(self, epoch: int, first: int) -> Iterator[RankBatch]:
@@ -149,6 +167,7 @@ class ShardedLoader(ABC):
         epoch, first = self._epoch, self._first
         self._epoch, self._first = epoch + 1, 0
         self._at = epoch, first
+        self.use.passes += torch.is_grad_enabled()
         batches, this_pass = self._batches(epoch, first), object()
         try:
             for number in itertools.count(first + 1):
@@ -196,7 +215,7 @@ class NumberedLoader(ShardedLoader):
         self._epoch = self._noted = self.sampler.epoch
 
     @override
-    def __len__(self) -> int:
+    def batches_of_pass(self) -> int:
         return len(self._loader)
 
     @override
@@ -304,7 +323,7 @@ def check_whole(loader: NumberedLoader) -> None:
         SpecError: it leaves all of them out; says what to do.
     """
     size, world = len(loader.sampler.dataset), loader.sampler.num_replicas  # type: ignore[arg-type]
-    if size and not len(loader):
+    if size and not loader.batches_of_pass():
         text = f"gives no batch: of {size} samples each of {world} workers has less than a batch "
         text += f"of {loader.batch_size}, and drop_last is set"
         raise refused(text, "take a smaller batch_size or fewer workers, or leave drop_last out")

@@ -111,7 +111,7 @@ class StreamLoader(ShardedLoader):
         return DataLoader(part, batch_size=None, collate_fn=self._collate, **self._kept)
 
     @override
-    def __len__(self) -> int:
+    def batches_of_pass(self) -> int:
         size = length_of(self.dataset)
         if size is None:
             raise TypeError("a prepared DataLoader has no len() where its stream has none")

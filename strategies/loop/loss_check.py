@@ -29,7 +29,8 @@ from distplat.strategies.loop.losses import BatchResult, EvalBatch
 from distplat.strategies.loop.seeding import generators_kept, state_of_generators
 from distplat.strategies.loop.step_check import (
     ModelDependence,
-    dependence_warning,
+    SumTrace,
+    has_compiled,
     labels_warning,
     weight_warning,
 )
@@ -75,12 +76,13 @@ class MeanCheck:
         self._task, self._model = task, model
         self._looked: set[int] = set()  #: steps
         self._state: LossState | None = None  #: before the micro-batch that is looked at
-        self._depends: ModelDependence | None = None  #: of the micro-batch that is looked at
-        self._weighted = False  #: the first step of the task's own gave a weight
+        #: of a task with a step of its own: how a later one is looked at, once
+        self._next: type[ModelDependence | SumTrace] | None = None
+        self._trace: ModelDependence | SumTrace | None = None  #: of the one that is looked at
         self._begun: NewState | None = None  #: what the first micro-batch has put where nothing was
         self._compared = False  #: the state after the first micro-batch with that before it
         self._evaluated = 0  #: batches whose metrics were looked at
-        self._compiled = frames_compiled()
+        self._compiled = -1 if has_compiled(task, model) else frames_compiled()
 
     def begin(self, step: int) -> None:
         """Note the state before a micro-batch of a step, which `look` may be called with."""
@@ -89,23 +91,22 @@ class MeanCheck:
 
     def watching(self, step: int) -> AbstractContextManager[None]:
         """
-        Note what the second micro-batch reads, and what depends on parameters in a later one.
+        Note what the second micro-batch reads, and what a `step` computes in a later one.
 
         Not where the first one has compiled calls: torch compiles none while somebody looks at
         them, and fails with `fullgraph`.
         """
         if frames_compiled() != self._compiled:
-            self._weighted, self._begun = False, None
-        wanted = step > 0 and self._weighted
-        if self._begun is None and not wanted:
+            self._next = self._begun = None
+        if step > 0 and self._next is not None:
+            self._trace, self._next = self._next(), None
+        if self._begun is None and self._trace is None:
             return nullcontext()
-        if wanted:
-            self._weighted, self._depends = False, ModelDependence()
         return self._watched()
 
     @contextmanager
     def _watched(self) -> Iterator[None]:
-        with self._begun or nullcontext(), self._depends or nullcontext():
+        with self._begun or nullcontext(), self._trace or nullcontext():
             yield
 
     def look(self, step: int, made: BatchResult, samples: int) -> None:
@@ -130,10 +131,11 @@ class MeanCheck:
         text = labels_warning(made, samples)
         if text is None and has_step(self._task):
             text = weight_warning(made, samples)
-            self._weighted = made.term.weighted and step == 0 and text is None
-            depends, self._depends = self._depends, None
-            if text is None and depends is not None:
-                text = dependence_warning(depends, made, samples)
+            if step == 0 and text is None:
+                self._next = ModelDependence if made.term.weighted else SumTrace
+            trace, self._trace = self._trace, None
+            if text is None and trace is not None:
+                text = trace.warning(made, samples)
         elif text is None:
             term, states = made.term, states_of(self._task, self._model)
             loss = (term.value, term.weight) if term.weighted else term.value

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from typing_extensions import override
 
+from distplat.strategies.loop.attribute_use import AttributeUse
 from distplat.strategies.loop.containers import tensors_in
 from distplat.strategies.loop.task_settings import named_task_modules
 from distplat.strategies.model.trials import TORCHS, mark_of
@@ -27,8 +28,8 @@ _COPIED_ELEMENTS = 1 << 20
 """Tensors up to this size are copied."""
 _SHOWN = 4
 
-Holder = tuple[str, dict[str, Any]]
-"""A dictionary that holds values by name, and how those names begin in messages."""
+Holder = tuple[str, Task | nn.Module]
+"""What has attributes, and how their names begin in messages."""
 
 
 class LossState:
@@ -42,14 +43,16 @@ class LossState:
 
     def __init__(self, task: Task, model: nn.Module) -> None:
         own = [*_of_task(task, model)]
-        self._own = [(held, _values(held)) for _, held in own]
+        self._own = [(vars(holder), _values(vars(holder))) for _, holder in own]
         self._tensors = [*_untrained(task, model)]
         every = [*own, *_of_model(model)]
-        self._marks = [(name, held, _marks(held)) for name, held in every]
+        self._use = AttributeUse(holder for _, holder in every)
+        self._marks = [(name, holder, _marks(vars(holder))) for name, holder in every]
         self._every = [
-            (name, held, {k for k, v in held.items() if v is None}) for name, held in every
+            (name, holder, {k for k, v in vars(holder).items() if v is None})
+            for name, holder in every
         ]
-        self._known = [{*held} for _, held in every]
+        self._known = [{*vars(holder)} for _, holder in every]
         self._moved = [(name, tensor, mark_of(tensor)) for name, tensor in self._tensors]
         small = sum(tensor.numel() for _, tensor in self._tensors) <= _COPIED_ELEMENTS
         self._copies = [(t, t.detach().clone()) for _, t in self._tensors] if small else []
@@ -58,21 +61,22 @@ class LossState:
         """Give the names of what is another number or another tensor now."""
         found = [
             f"{name}{key}"
-            for name, held, marks in self._marks
+            for name, holder, marks in self._marks
             for key, mark in marks.items()
-            if key in held and _differs(mark, held[key])
+            if key in vars(holder) and _differs(mark, vars(holder)[key])
+            if not self._use.is_shown_only(holder, key)
         ]
         return found + [name for name, tensor, mark in self._moved if mark_of(tensor) != mark]
 
     def begun(self) -> NewState | None:
         """Give what is now where there was nothing; None: nothing new."""
         found = {
-            f"{name}{key}": (held, key)
-            for (name, held, empty), known in zip(self._every, self._known, strict=True)
-            for key in held
+            f"{name}{key}": (holder, key)
+            for (name, holder, empty), known in zip(self._every, self._known, strict=True)
+            for key in vars(holder)
             if (key in empty or key not in known) and key not in TORCHS
         }
-        return NewState(found) if found else None
+        return NewState(found, self._use) if found else None
 
     def begin_again(self, twin: dict[str, Any]) -> None:
         """Have the attributes of a copy of the task, and its modules, hold it."""
@@ -98,16 +102,27 @@ class NewState(TorchFunctionMode):
 
     Args:
         attributes: by name in messages: who holds it, and under which key.
+        use: says of which nothing is computed.
     """
 
-    def __init__(self, attributes: Mapping[str, tuple[dict[str, Any], str]]) -> None:
+    def __init__(
+        self, attributes: Mapping[str, tuple[Task | nn.Module, str]], use: AttributeUse
+    ) -> None:
         super().__init__()
-        values = {name: held[key] for name, (held, key) in attributes.items()}
+        self._use = use
+        values = {name: vars(holder)[key] for name, (holder, key) in attributes.items()}
         self._attributes = {name: attributes[name] for name, one in values.items() if _tells(one)}
         self._values = {name: values[name] for name in self._attributes}
-        self._names = {id(t): n for n, one in self._values.items() for t in tensors_in(one)}
+        self._names = {id(t): n for n, one in self._values.items() for t in _kept_in(one)}
+        self._marks = {
+            n: [*map(mark_of, _kept_in(v))]
+            for n, v in self._values.items()
+            if isinstance(v, nn.Module)
+        }
         self._copies = {
-            n: [t.detach().clone() for t in tensors_in(v)] for n, v in self._values.items()
+            n: [t.detach().clone() for t in tensors_in(v)]
+            for n, v in self._values.items()
+            if n not in self._marks
         }
         self._read: set[str] = {name for name, one in self._values.items() if _is_number(one)}
 
@@ -121,13 +136,16 @@ class NewState(TorchFunctionMode):
 
     def carried(self) -> list[str]:
         """Give the names of what was read and is another now; a number may have been."""
-        return [name for name in self._attributes if name in self._read and self._other(name)]
+        found = (name for name in self._attributes if name in self._read and self._other(name))
+        return [name for name in found if not self._use.is_shown_only(*self._attributes[name])]
 
     def _other(self, name: str) -> bool:
-        held, key = self._attributes[name]
-        now, before = held.get(key), self._values[name]
+        holder, key = self._attributes[name]
+        now, before = vars(holder).get(key), self._values[name]
         if _is_number(before):
             return _is_number(now) and now != before
+        if name in self._marks:
+            return [*map(mark_of, _kept_in(now))] != self._marks[name]
         tensors, copies = [*tensors_in(now)], self._copies[name]
         if not all(map(_is_plain, tensors)):
             return True
@@ -136,10 +154,21 @@ class NewState(TorchFunctionMode):
 
 
 def _tells(value: object) -> bool:
-    """Whether a value is a number or small tensors, alone or in a pair as an LSTM's state is."""
-    tensors = [*tensors_in(value)]
+    """Whether a value is a module, a number, or small tensors: in a pair as an LSTM's state is."""
+    tensors = [*_kept_in(value)]
     size = sum(one.numel() for one in tensors)
+    if isinstance(value, nn.Module):  # such as a teacher, a copy of the model
+        return size > 0
     return _is_number(value) or (all(map(_is_plain, tensors)) and 0 < size <= _COPIED_ELEMENTS)
+
+
+def _kept_in(value: object) -> Iterator[Tensor]:
+    """Give the tensors in a value; of a module those that gradients do not train."""
+    if not isinstance(value, nn.Module):
+        yield from tensors_in(value)
+        return
+    yield from value.buffers()
+    yield from (one for one in value.parameters() if not one.requires_grad)
 
 
 def _is_plain(tensor: Tensor) -> bool:
@@ -163,22 +192,22 @@ def state_warning(names: Sequence[str]) -> str | None:
 
 def _of_task(task: Task, model: nn.Module) -> Iterator[Holder]:
     """Give the task's attributes, then those of its own modules that are no metrics."""
-    yield "self.", vars(task)
+    yield "self.", task
     for name, module in named_task_modules(task, model):
         if not (hasattr(module, "update") and hasattr(module, "compute")):
             for path, one in module.named_modules():
-                yield f"self.{name}.{path}.".replace("..", "."), vars(one)
+                yield f"self.{name}.{path}.".replace("..", "."), one
 
 
 def _of_model(model: nn.Module) -> Iterator[Holder]:
     for path, one in model.named_modules():
-        yield f"the model's {path}.".replace("'s .", "'s "), vars(one)
+        yield f"the model's {path}.".replace("'s .", "'s "), one
 
 
 def _untrained(task: Task, model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Give buffers and frozen parameters of modules that the task keeps itself."""
-    for start, held in [*_of_task(task, model)][1:]:
-        for tensors in (held["_buffers"], held["_parameters"]):
+    for start, holder in [*_of_task(task, model)][1:]:
+        for tensors in (vars(holder)["_buffers"], vars(holder)["_parameters"]):
             for name, tensor in tensors.items():
                 if tensor is not None and not tensor.requires_grad:
                     yield f"{start}{name}", tensor

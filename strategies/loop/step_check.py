@@ -12,9 +12,14 @@ is looked at: what it gives depends on parameters if something that it is given 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import itertools
+import math
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
+import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakIdKeyDictionary
@@ -22,22 +27,37 @@ from typing_extensions import override
 
 from distplat.strategies.loop.containers import tensors_in
 from distplat.strategies.loop.losses import BatchResult
+from distplat.strategies.task import Task
+from distplat.strategies.torch_compat import is_compiled
 
 _IGNORED_LABEL = -100
 """`ignore_index` of torch's cross entropy, and of Hugging Face's models."""
 _READ = {"item", "__float__", "__int__", "__index__"}
 """Methods that give a number of Python's."""
+_LEAVES = {"numpy", "tolist", "__array__"}
+"""Methods that give values to numpy or Python, where nobody sees what is made of them."""
+_LEFT_ELEMENTS = 1 << 16
+"""Of all tensors of which copies are kept for that."""
+_EXPONENTS = 1e-3, 700.0
+"""Losses of which a perplexity can be told from 1, and is finite."""
+_ADDS = {"add", "iadd", "neg", "radd", "rsub", "sub"}
 _OF_FIRST = {"to", "type_as", "expand_as", "view_as", "reshape_as"}
 """Calls that take no values of their later arguments."""
 
 
 class ModelDependence(TorchFunctionMode):
-    """While entered, notes which tensors and numbers depend on trained parameters."""
+    """
+    While entered, notes which tensors and numbers depend on trained parameters.
+
+    Numpy and Python are not looked into. Of what leaves torch for them, the number of predictions
+    that are as the labels is compared.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self._found = WeakIdKeyDictionary()  #: such tensors that have no gradient
         self._numbers: set[float] = set()
+        self._left: dict[bool, list[Tensor]] = {True: [], False: []}  #: for numpy; which depend
 
     @override
     def __torch_function__(
@@ -56,7 +76,22 @@ class ModelDependence(TorchFunctionMode):
                     self._found[one] = True
             if getattr(func, "__name__", "") in _READ and isinstance(found, int | float):
                 self._numbers.add(float(found))
+        if getattr(func, "__name__", "") in _LEAVES and args and isinstance(args[0], Tensor):
+            self._leaves(args[0], depends=depends)
         return found
+
+    def _leaves(self, tensor: Tensor, *, depends: bool) -> None:
+        kept = sum(one.numel() for some in self._left.values() for one in some)
+        if kept + tensor.numel() <= _LEFT_ELEMENTS and tensor.layout is torch.strided:
+            self._left[depends].append(tensor.detach().cpu().clone())
+
+    def _right(self) -> Iterator[float]:
+        """Count the predictions that are as labels, of which both have left torch."""
+        given = self._left[True]
+        chosen = [one.argmax(1) for one in given if one.ndim > 1 and one.is_floating_point()]
+        for one, other in itertools.product([*given, *chosen], self._left[False]):
+            if one.shape == other.shape:
+                yield float((one == other).sum())
 
     def _depends(
         self, func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]
@@ -75,7 +110,8 @@ class ModelDependence(TorchFunctionMode):
 
     def has(self, weight: object, samples: int) -> bool:
         """
-        Say whether a number depends on parameters, itself or as a share or a percentage.
+        Say whether a number depends on parameters: itself, as a share or a percentage, or as `exp`
+        of one, which a perplexity is.
 
         Args:
             weight: a tensor, or a number of Python's.
@@ -83,10 +119,93 @@ class ModelDependence(TorchFunctionMode):
         """
         if isinstance(weight, Tensor):
             return self._is_found(weight)
-        if not isinstance(weight, int | float) or weight == samples:
+        if not isinstance(weight, int | float | np.generic) or weight == samples:
             return False
-        shares = (one * by for one in self._numbers for by in (1, 100, 1 / samples, 100 / samples))
-        return any(abs(weight - one) <= 1e-6 * abs(one) for one in shares)
+        found = {*self._numbers, *self._right()}
+        figures = [one * by for one in found for by in (1, 100, 1 / samples, 100 / samples)]
+        figures += [math.exp(one) for one in figures if _EXPONENTS[0] < one < _EXPONENTS[1]]
+        return any(abs(float(weight) - one) <= 1e-6 * abs(one) for one in figures)
+
+    def warning(self, made: BatchResult, samples: int) -> str | None:
+        """
+        Say that what a `step` gives beside its loss seems to be a figure, no weight; None: no.
+
+        Args:
+            made: what task and model made of a micro-batch.
+            samples: of it.
+        """
+        outputs = made.outputs
+        given = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
+        if not made.term.weighted or not isinstance(given, list | tuple) or len(given) != 2:
+            return None
+        if not self.has(given[1], samples):
+            return None
+        return (
+            f"step() gives a pair, a loss and {made.term.weight:g} for {samples} samples, which is "
+            "taken as (sum, weight): the loss is divided by it. It depends on what the model gave, "
+            "as a number of right answers does: if it is such a figure, return the loss alone, or "
+            '{"loss": loss, "right": right}. It is a weight only where the loss is a sum of so '
+            "many terms, which the model has chosen"
+        )
+
+
+class SumTrace(TorchFunctionMode):
+    """While entered, notes which scalars are sums that a loss function of torch was asked for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._rows = WeakIdKeyDictionary()  #: of each the rows of what was summed up
+
+    @override
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        """Make a call of torch, and note a sum; with another one added it still is one."""
+        found = func(*args, **(kwargs or {}))
+        if not isinstance(found, Tensor) or found.ndim:
+            return found
+        tensors = [one for one in args if isinstance(one, Tensor)]
+        if (kwargs or {}).get("reduction") == "sum" and tensors and tensors[0].ndim:
+            self._rows[found] = len(tensors[0])
+        elif getattr(func, "__name__", "").strip("_") in _ADDS:
+            known = [self._rows[one] for one in tensors if one in self._rows]
+            if known:
+                self._rows[found] = known[0]
+        return found
+
+    def warning(self, made: BatchResult, samples: int) -> str | None:
+        """
+        Say that a loss is a sum over samples; None: nobody can tell.
+
+        Args:
+            made: what task and model made of a micro-batch.
+            samples: of it.
+        """
+        loss = made.term.value
+        summed = loss in self._rows and self._rows[loss] == samples > 1
+        if made.term.weighted or not summed:
+            return None
+        return (
+            f"step() gives a sum over {samples} samples, by reduction='sum', which is taken for "
+            "their mean: the result depends on the number of workers and micro-batches. Give the "
+            "mean, or return (sum, number of samples)"
+        )
+
+
+def has_compiled(task: Task, model: nn.Module) -> bool:
+    """
+    Say whether a task calls what was compiled, maybe by a run before it in this process.
+
+    Dynamo compiles it anew while somebody looks at the calls, and fails with `fullgraph`.
+    """
+    module = sys.modules.get(type(task).__module__)
+    holders = [task, *type(task).__mro__, *([] if module is None else [module])]
+    values = [one for holder in holders for one in vars(holder).values()]
+    return any(map(is_compiled, (*values, *model.modules())))
 
 
 def weight_warning(made: BatchResult, samples: int) -> str | None:
@@ -104,30 +223,6 @@ def weight_warning(made: BatchResult, samples: int) -> str | None:
         f"step() gives a pair, a loss and {weight:g} for {samples} samples, which is taken as "
         "(sum, weight): the loss is divided by it. If it is a figure such as an accuracy, return "
         'the loss alone, or {"loss": loss, "accuracy": accuracy}'
-    )
-
-
-def dependence_warning(found: ModelDependence, made: BatchResult, samples: int) -> str | None:
-    """
-    Say that what a `step` gives beside its loss seems to be a figure and no weight; None: no.
-
-    Args:
-        found: was entered while the step was made.
-        made: what task and model made of a micro-batch.
-        samples: of it.
-    """
-    outputs = made.outputs
-    given = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
-    if not made.term.weighted or not isinstance(given, list | tuple) or len(given) != 2:
-        return None
-    if not found.has(given[1], samples):
-        return None
-    return (
-        f"step() gives a pair, a loss and {made.term.weight:g} for {samples} samples, which is "
-        "taken as (sum, weight): the loss is divided by it. It depends on what the model gave, as "
-        "a number of right answers does: if it is such a figure, return the loss alone, or "
-        '{"loss": loss, "right": right}. It is a weight only where the loss is a sum of so many '
-        "terms, which the model has chosen"
     )
 
 

@@ -299,7 +299,10 @@ def _problem(virtual_stage: int, text: str, hint: str) -> SpecError:
 
 def _shown(structure: Any) -> str:
     """Show a structure with `*` for leaves, such as `(*, {'mask': *})`."""
-    return repr(tree_unflatten([_Leaf()] * structure.num_leaves, structure))
+    try:
+        return repr(tree_unflatten([_Leaf()] * structure.num_leaves, structure))
+    except Exception:  # of a class that looks at what it is made of, as PackedSequence does
+        return " ".join(str(structure).split())
 
 
 class _Leaf:

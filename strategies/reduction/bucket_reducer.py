@@ -40,6 +40,7 @@ from distplat.strategies.reduction.base import (
     several_types,
     time_all_reduce,
 )
+from distplat.strategies.torch_compat import not_compiled
 
 
 def listen(flat: FlatModel, heard: Callable[[int, str], None]) -> list[RemovableHandle]:
@@ -51,7 +52,7 @@ def listen(flat: FlatModel, heard: Callable[[int, str], None]) -> list[Removable
     """
 
     def hook(index: int, name: str) -> Callable[[Tensor], None]:
-        return lambda _: heard(index, name)
+        return not_compiled(lambda _: heard(index, name))
 
     return [
         flat.parameters[index].register_post_accumulate_grad_hook(  # type: ignore[no-untyped-call]

@@ -44,7 +44,7 @@ def split_heads(name: str, module: nn.Module, inside: TensorParallelRegion) -> P
     layout = getattr(module, "head_layout", None)
     if not isinstance(layout, HeadLayout):
         text = f"{name} ({type(module).__name__}) does not say where its heads are"
-        raise SpecError(Problem((), text, "give it a `head_layout`: docs/tensor_parallel.md"))
+        raise SpecError(Problem((), text, _what_to_give(module)))
     heads = _number(name, module, layout)
     parts: Parts = {}
     for layer in layout.inwards:
@@ -59,6 +59,17 @@ def split_heads(name: str, module: nn.Module, inside: TensorParallelRegion) -> P
     group = inside.group
     setattr(module, layout.count, slice_of(name, 0, heads, heads, group.rank, group.world).extent)
     return parts
+
+
+def _what_to_give(module: nn.Module) -> str:
+    """Say how a module of another library is told where its heads are, too."""
+    layers = [name for name, one in module.named_modules() if isinstance(one, nn.Linear)]
+    if not layers:
+        return "it has no nn.Linear, and others are not sliced: leave it whole"
+    return (
+        "give it a `head_layout`, in model() if its class is not yours: which of "
+        f"{', '.join(layers)} give heads, and which one takes them (docs/tensor_parallel.md)"
+    )
 
 
 def _number(name: str, module: nn.Module, layout: HeadLayout) -> int:

@@ -427,13 +427,30 @@ def test_operations_that_draw_are_seen() -> None:
     assert len(seen) == 3
 
 
-def test_what_was_compiled_is_counted() -> None:
+def test_what_was_compiled_is_counted_and_hooks_are_left_out() -> None:
     ask = """import torch
-from distplat.strategies.torch_compat import frames_compiled
+from distplat.strategies.torch_compat import frames_compiled, not_compiled
 before = frames_compiled()
 compiled = torch.compile(lambda one: one + 1, backend="eager")
 assert compiled(torch.ones(1)).item() == 2.0
-assert frames_compiled() == before + 1"""
+assert frames_compiled() == before + 1
+made = []
+
+def backend(graph, inputs):
+    made.append(graph.code)
+    return graph.forward
+
+def deeper(grad):
+    grad.erfinv()
+
+for mark, seen in ((lambda call: call, True), (not_compiled, False)):
+    parameter = torch.nn.Parameter(torch.zeros(3))
+    parameter.register_post_accumulate_grad_hook(mark(lambda one: deeper(one.grad)))
+    step = torch.compile(lambda x: (parameter * x).sum().backward(), backend=backend)
+    step(torch.tensor(0.5))
+    assert any("erfinv" in one for one in made) == seen, made
+    made.clear()
+    torch._dynamo.reset()"""
     assert_runs(ask)
 
 

@@ -15,6 +15,7 @@ from torch.utils.data import Dataset
 from distplat import Task
 from distplat.platform.errors import SpecError
 from distplat.platform.sampler import Sampler
+from distplat.strategies.tensor.parallel_plan import HeadLayout
 
 transformers = pytest.importorskip("transformers")
 
@@ -173,6 +174,25 @@ MLP = "model.layers.*.mlp"
 def test_linear_layers_of_theirs_are_sliced() -> None:
     plan = {f"{MLP}.gate_proj": "colwise", f"{MLP}.up_proj": "colwise"}
     assert_equal(Llama, tensor=2, tensor_plan={**plan, f"{MLP}.down_proj": "rowwise"})
+
+
+class Grouped(Llama):
+    """Two heads of queries for each of keys and values, as docs/tensor_parallel.md has it."""
+
+    more = {"num_attention_heads": 4, "num_key_value_heads": 2}  # noqa: RUF012
+
+    def model(self) -> nn.Module:
+        model = super().model()
+        blocks: Any = model.get_submodule("model.layers")
+        inwards = dict.fromkeys(("q_proj", "k_proj", "v_proj"), "heads features")
+        for layer in blocks:
+            layer.self_attn.heads = self.more["num_attention_heads"]
+            layer.self_attn.head_layout = HeadLayout(inwards=inwards, outwards="o_proj")
+        return model
+
+
+def test_their_heads_are_sliced_once_they_are_named() -> None:
+    assert_equal(Grouped, tensor=2, tensor_plan={"model.layers.*.self_attn": "heads"})
 
 
 @pytest.mark.parametrize(

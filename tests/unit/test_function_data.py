@@ -25,7 +25,6 @@ from torch.utils.data import (
     DataLoader,
     Dataset,
     DistributedSampler,
-    RandomSampler,
     SequentialSampler,
 )
 
@@ -177,12 +176,19 @@ def test_a_pass_that_the_loop_has_left_goes_on_there_or_is_over(ends: bool) -> N
     call_on_ranks(train, 2)
 
 
-@pytest.mark.parametrize("sampler", [None, RandomSampler])
+class Backwards(SequentialSampler):
+    """Draws nothing: ranks share a process here, and its generators."""
+
+    def __iter__(self) -> Any:
+        return reversed(range(len(self)))
+
+
+@pytest.mark.parametrize("sampler", [None, Backwards])
 @pytest.mark.parametrize("now", [6, 14])
 def test_data_whose_length_changes_is_refused(now: int, sampler: Any) -> None:
     def train(config: Mapping[str, Any]) -> None:
         samples = [*range(10)]
-        own = None if sampler is None else sampler(samples, replacement=True)
+        own = None if sampler is None else sampler(samples)
         loader = distplat.prepare(DataLoader(samples, 2, sampler=own))  # type: ignore[arg-type]
         assert len([*loader]) == 3
         samples[:] = range(now)

@@ -1,6 +1,6 @@
 """What ranks of a train function must have alike: data, buffers, and no parameters of their own."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import pytest
@@ -11,7 +11,14 @@ from torch.autograd import backward
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset, TensorDataset, random_split
 
 import distplat
-from distplat.platform.errors import SpecError
+from distplat.platform.errors import MismatchError, SpecError
+from distplat.strategies.function.fused_kernel import FusedSteps
+from distplat.strategies.function.gradient_average import BucketAverage
+from distplat.strategies.function.loop_checks import OptimizerWatch
+from distplat.strategies.function.server_sum import ServerSum
+from distplat.strategies.function.server_updates import ServerUpdates
+from distplat.strategies.model.flat import FlatModel
+from distplat.strategies.reduction.bucket_reducer import listen
 
 SAMPLES = 24
 
@@ -63,9 +70,43 @@ def joined_in_another_order() -> Dataset[Any]:
     return ConcatDataset(parts[:: -1 if rank() else 1])
 
 
+class Files(Dataset[Any]):
+    """Knows a file, and a class, for each sample."""
+
+    def __init__(
+        self, numbers: Sequence[int], folder: str = "/data", *, table: bool = False
+    ) -> None:
+        self.folder, self.opened = folder, rank()
+        self.files = [(f"{folder}/{number}.png", number % 3) for number in numbers]
+        self.frame: Any = None
+        if table:
+            pandas = pytest.importorskip("pandas")
+            self.frame = pandas.DataFrame({"file": [*map(str, numbers)], "kind": 0})
+            self.files = []
+
+    def __len__(self) -> int:
+        return len(self.files if self.frame is None else self.frame)
+
+    def __getitem__(self, index: int) -> Any:
+        raise AssertionError("no sample is read to compare data sets")
+
+
+def of_hugging_face(numbers: Sequence[int]) -> Any:
+    datasets = pytest.importorskip("datasets")
+    return datasets.Dataset.from_dict({"x": [[float(number)] for number in numbers]})
+
+
+def own_numbers() -> range:
+    return range(rank(), SAMPLES, 2)
+
+
 @pytest.mark.parametrize(
     ("make", "text"),
     [
+        (lambda: Files(own_numbers()), "other samples on rank 1 than on rank 0"),
+        (lambda: Files(own_numbers(), table=True), "other samples on rank 1 than on rank 0"),
+        (lambda: [torch.tensor(one) for one in own_numbers()], "other samples on rank 1 than on"),
+        (lambda: of_hugging_face(own_numbers()), "other samples on rank 1 than on rank 0"),
         (cut_by_rank, "other samples on rank 1 than on rank 0"),
         (split_at_random, "other samples on rank 1 than on rank 0"),
         (longer_on_rank_1, "25 samples on rank 1, 24 on rank 0"),
@@ -81,6 +122,47 @@ def test_data_of_one_rank_alone_are_not_dealt_out(
     with pytest.raises(SpecError, match=text):
         call_on_ranks(train, 2)
     call_on_ranks(train, 1)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: Files(range(SAMPLES), f"/scratch/node-{rank()}"),
+        lambda: Files(range(SAMPLES), table=True),
+        lambda: [*range(SAMPLES)],
+        lambda: of_hugging_face(range(SAMPLES)),
+        lambda: Subset(Files(range(SAMPLES)), range(6)),
+    ],
+)
+def test_the_same_data_on_all_ranks_are_dealt_out(make: Callable[[], Any]) -> None:
+    call_on_ranks(lambda config: distplat.prepare(DataLoader(make(), batch_size=2)), 2)
+
+
+class Remembers(Dataset[Any]):
+    """Keeps samples that it has read, each rank its own."""
+
+    def __init__(self) -> None:
+        self.numbers = [*range(SAMPLES)]
+        self.read: list[Tensor | None] = [None] * SAMPLES
+        self.counts = torch.zeros(SAMPLES)
+
+    def __len__(self) -> int:
+        return SAMPLES
+
+    def __getitem__(self, index: int) -> Any:
+        self.counts[index] += 1
+        self.read[index] = found = torch.rand(2)
+        return found
+
+
+def test_what_ranks_have_read_meanwhile_is_not_compared() -> None:
+    def train(config: Mapping[str, Any]) -> None:
+        samples = Remembers()
+        for _ in range(2):
+            assert len([*distplat.prepare(DataLoader(samples, batch_size=2))]) == 6
+        assert len([*distplat.prepare(DataLoader(Subset(samples, range(8)), batch_size=2))]) == 2
+
+    call_on_ranks(train, 2)
 
 
 def test_the_same_part_of_the_data_on_all_ranks_is_dealt_out() -> None:
@@ -210,6 +292,52 @@ def test_gradients_of_one_rank_are_found_however_small_the_steps(
         call_on_ranks(train, job=function_job(2, strategy=strategy))
 
 
+def test_a_loop_may_compile_its_whole_step() -> None:
+    """With backward and the update: what of ours is called there stays out of it."""
+    hooks: list[Any] = [OptimizerWatch._before_step, BucketAverage._average, ServerSum._exchange]
+    hooks += [FusedSteps._before_step, FusedSteps._after_step]
+    hooks += [ServerUpdates._before_step, ServerUpdates._after_step]
+    flat = FlatModel(nn.Linear(1, 1))
+    listen(flat, lambda index, name: None)
+    hooks += getattr(flat.parameters[0], "_post_accumulate_grad_hooks").values()  # noqa: B009
+    assert len(hooks) == 8 and all(one._torchdynamo_disable for one in hooks)
+
+
+def searched(loader: Any, model: nn.Module, mean: Callable[[Tensor], Tensor]) -> None:
+    """Train by line searches, each of which goes by the losses that a closure gives."""
+    optimizer = torch.optim.LBFGS(model.parameters(), max_iter=6, line_search_fn="strong_wolfe")
+    for _ in range(2):
+        for batch in loader:
+
+            def closure(batch: Any = batch) -> Any:
+                optimizer.zero_grad()
+                loss = loss_of(model, *batch)
+                backward(loss)
+                return mean(loss.detach())
+
+            optimizer.step(closure)  # type: ignore[no-untyped-call]
+
+
+@pytest.mark.parametrize("strategy", ["ring", "ps-sync"])
+def test_a_line_search_goes_by_the_mean_loss_of_all_ranks(strategy: str) -> None:
+    own = function_job(2, strategy=strategy)
+    as_double = TensorDataset(*(one.double() for one in data().tensors))
+    plain = model_of().double()
+    searched(DataLoader(as_double, 12), plain, lambda loss: loss)
+
+    def train(config: Mapping[str, Any], *, gathers: bool = True) -> None:
+        loader = DataLoader(as_double, 6)
+        model, loader = distplat.prepare(model_of().double(), loader)
+        mean = lambda loss: distplat.gather_for_metrics(loss[None]).mean()  # noqa: E731
+        searched(loader, model, mean if gathers else lambda loss: loss)
+
+    for found in call_on_ranks(train, job=own).trained:
+        for name, value in plain.state_dict().items():
+            torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-4)
+    with pytest.raises((ValueError, MismatchError)):
+        call_on_ranks(lambda config: train(config, gathers=False), job=own)
+
+
 @pytest.mark.parametrize(
     ("once", "numbered", "shuffle", "warned"),
     [
@@ -235,29 +363,48 @@ def test_a_loader_that_is_prepared_anew_for_each_epoch_is_told(
     assert caplog.text.count("each begins with the order of epoch 0") == warned
 
 
+SCHEDULES: dict[str, tuple[Callable[[Any, Any], int], int, bool]] = {
+    # Of 24 samples: 12 batches of the loader that the script has made, 6 of each of two workers.
+    "epochs of what was given": (lambda given, loader: 2 * len(given), 1, True),
+    "one more": (lambda given, loader: 2 * len(given) + 1, 1, True),
+    "several batches a step": (lambda given, loader: 2 * (len(given) // 2), 2, True),
+    "epochs of what is prepared": (lambda given, loader: 2 * len(loader), 1, False),
+    "half a wave": (lambda given, loader: 4 * len(loader), 1, False),
+    "a number": (lambda given, loader: 26, 1, False),
+    "by epochs": (lambda given, loader: 4, 6, False),
+}
+"""By name the steps that a loop of two epochs makes a schedule for, the batches of a step, and
+whether it is a mistake."""
+
+
 @pytest.mark.parametrize("kind", ["OneCycleLR", "CosineAnnealingLR"])
-@pytest.mark.parametrize("before", [True, False])
+@pytest.mark.parametrize("name", SCHEDULES)
 def test_a_schedule_for_the_batches_of_all_workers_is_told(
-    kind: str, before: bool, caplog: pytest.LogCaptureFixture
+    kind: str, name: str, caplog: pytest.LogCaptureFixture
 ) -> None:
+    length, every, told = SCHEDULES[name]
+
     def train(config: Mapping[str, Any]) -> None:
         model, given = nn.Linear(4, 1), DataLoader(data(), 2)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
         loader = distplat.prepare(given)
-        steps = len(given if before else loader)
+        steps = length(given, loader)
         schedulers = torch.optim.lr_scheduler
         scheduler: Any = schedulers.CosineAnnealingLR(optimizer, steps)
         if kind == "OneCycleLR":
             scheduler = schedulers.OneCycleLR(optimizer, 0.1, total_steps=steps)
         model, optimizer, scheduler = distplat.prepare(model, optimizer, scheduler)
-        for inputs, targets in loader:
-            optimizer.zero_grad()
-            backward(loss_of(model, inputs, targets))
-            optimizer.step()
-            scheduler.step()
+        for _ in range(2):
+            for number, (inputs, targets) in enumerate(loader, 1):
+                backward(loss_of(model, inputs, targets))
+                if number % every == 0:
+                    optimizer.step()
+                    scheduler.step()
+                    optimizer.zero_grad()
+            assert len(loader) == 6  # what is asked now has made no schedule
 
     call_on_ranks(train, 2)
-    assert caplog.text.count(f"{kind} was made for") == before
+    assert caplog.text.count(f"{kind} was made for") == told
 
 
 def test_schedulers_of_every_kind_are_prepared() -> None:

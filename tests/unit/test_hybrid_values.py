@@ -378,8 +378,12 @@ def test_a_gradient_that_would_be_lost_is_told() -> None:
             {(1, 2): torch.ones(1)},
             r"virtual stage 3 is of containers that cannot be told .*\{\(1, 2\): \*\}",
         ),
+        (
+            (nn.utils.rnn.pack_sequence([torch.ones(2)]), None),
+            r"virtual stage 3 is of containers that cannot be told .*PackedSequence",
+        ),
     ],
-    ids=["object", "constants", "uint16", "sparse", "keys"],
+    ids=["object", "constants", "uint16", "sparse", "keys", "packed"],
 )
 def test_values_that_no_message_takes_are_refused(value: Any, told: str) -> None:
     with pytest.raises(SpecError, match=told):

@@ -261,6 +261,31 @@ class Sparse(Plain):
         return found
 
 
+class Follows(Small):
+    """Makes a teacher in its first step, which then follows the model."""
+
+    rate = 0.1
+
+    def __init__(self) -> None:
+        self.teacher: Any = None
+
+    def step(self, model: nn.Module, batch: Any) -> Tensor:
+        if self.teacher is None:
+            self.teacher = copy.deepcopy(model).requires_grad_(False)
+        with torch.no_grad():
+            pairs = zip(model.parameters(), self.teacher.parameters(), strict=True)
+            for one, its in pairs if self.rate else ():
+                its.lerp_(one, self.rate)
+        outputs = model(batch[0])
+        return F.mse_loss(outputs, batch[1]) + F.mse_loss(outputs, self.teacher(batch[0]))
+
+
+class Stands(Follows):
+    """Has one that stays as it was."""
+
+    rate = 0.0
+
+
 class Shows(Plain):
     """Keeps what nothing depends on: the last batch, and a mask that is made once."""
 
@@ -284,6 +309,8 @@ class Shows(Plain):
         (Recurrent, "changes self.state:"),
         (Scaled, "changes self.scale:"),
         (Sparse, "changes self.scale"),
+        (Follows, "changes self.teacher:"),
+        (Stands, ""),
         (Shows, ""),
     ],
 )

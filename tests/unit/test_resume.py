@@ -5,13 +5,16 @@ from typing import Any
 
 import pytest
 import torch
-from jobs import job_of
+from jobs import fields_of, job_of
 from local_run import LocalRun, train
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
+from distplat import Trainer
 from distplat.platform.checkpoints import Catalogue
 from distplat.platform.errors import SpecError, StorageError
+from distplat.platform.progress import StepReport
 from distplat.platform.resume import mismatches, start_from
 from distplat.platform.spec import Job
 from distplat.platform.tensor_slices import RawTensor, TensorSlice
@@ -97,6 +100,90 @@ def test_the_same_bits(strategy: object, optimizer: object, clip: float | None) 
         expected = {step: loss for step, loss in losses(unfailed).items() if step >= version}
         assert losses(resumed) == expected
         assert sorted(resumed.checkpoints) == [v for v in (5, 10, 12) if v > version]
+
+
+class Steep(Plain):
+    """Overflows in float16 at the first loss scales; evaluated on what it trains on."""
+
+    def eval_data(self) -> TensorDataset:
+        return self.train_data()
+
+    def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        return super().loss(outputs, targets) * 30
+
+
+class TwoTerms(Plain):
+    """Means over all samples, and over those of some classes."""
+
+    def weights(self, batch: Any) -> dict[str, Any]:
+        return {"all": len(batch[1]), "some": (batch[1] != 0).sum()}
+
+    def loss(self, outputs: Tensor, targets: Tensor) -> Any:
+        each = nn.functional.cross_entropy(outputs, targets, reduction="none")
+        return {"all": each.sum(), "some": (each * (targets != 0)).sum()}
+
+
+EVALUATED: dict[str, Any] = {"evaluation": {"every_steps": 2}}
+PLATEAU = {"name": "ReduceLROnPlateau", "metric": "loss", "patience": 0, "threshold": 0.1}
+FEATURES: dict[str, tuple[type[Task], dict[str, Any]]] = {
+    "fp16": (Steep, {"precision": "fp16", "clip_norm": 0.5}),
+    "ema": (Steep, {"precision": "fp16", "ema": {"decay": 0.9}, **EVALUATED}),
+    "plateau": (Steep, {"lr_schedule": PLATEAU, **EVALUATED}),
+    "terms": (TwoTerms, {"gradient_accumulation": 2}),
+}
+BY_TENSOR = {"name": "hybrid", "tensor": 2, "tensor_plan": {"0": "colwise", "2": "rowwise"}}
+UNDER: list[tuple[str, dict[str, Any], int]] = [
+    ("fp16", {"name": "ring"}, 3),
+    ("fp16", {"name": "ring", "shard_optimizer": True}, 2),
+    ("fp16", {"name": "ps-sync", "num_servers": 2, "replication": 2}, 2),
+    ("ema", {"name": "ring", "shard_optimizer": True}, 2),
+    ("ema", {"name": "ps-sync", "num_servers": 2}, 2),
+    ("plateau", {"name": "ps-sync"}, 3),
+    ("plateau", {"name": "hybrid", "pipeline": 2, "cut": ["2"]}, 2),
+    ("plateau", BY_TENSOR, 2),
+    ("terms", {"name": "ring", "compression": "bf16"}, 2),
+    ("terms", {"name": "ps-sync"}, 2),
+    ("terms", {"name": "ps-async"}, 1),
+]
+
+
+@pytest.mark.parametrize(("name", "strategy", "world"), UNDER)
+def test_what_a_run_has_beside_its_optimizer_goes_on(
+    name: str, strategy: dict[str, Any], world: int
+) -> None:
+    task, more = FEATURES[name]
+    given = job(strategy, world, **{"lr_schedule": {"name": "wsd", "decay_steps": 4}, **more})
+    whole = train(given, task)
+    if given.precision == "fp16":
+        assert len({one[2] for one in figures(whole).values()}) > 1, "the loss scale moves"
+    resumed = train(given, task, saved=whole.checkpoints[HALF])
+    assert all(map(equal, resumed.trained, whole.trained))
+    assert figures(resumed) == {n: one for n, one in figures(whole).items() if n >= HALF}
+
+
+def figures(run: LocalRun) -> dict[int, Any]:
+    """Give what rank 0 tells of each step, but what it costs."""
+    told = "lr", "loss_scale", "grad_norm", "skipped_steps"
+    steps = (one for one in run.reports[0] if isinstance(one, StepReport))
+    return {one.step: (repr(one.loss), *(one.figures.get(name) for name in told)) for one in steps}
+
+
+@pytest.mark.parametrize("name", ["ema", "plateau"])
+def test_runs_that_their_time_cuts_off_are_one_run(name: str, tmp_path: Path) -> None:
+    task, more = FEATURES[name]
+    best = {"every_steps": 1, "keep_best": {"metric": "loss", "mode": "min"}}
+    given = fields_of("ring", 0, steps=5, global_batch_size=8, optimizer=ADAMW, **more)
+    given |= {"checkpoint": best, "evaluation": {"every_steps": 1}, "storage_path": str(tmp_path)}
+    whole, last = Trainer(given, task).fit(), None
+    for step in range(1, 6):
+        run = Trainer({**given, "max_time_s": 1e-9}, task, resume=last).fit()
+        assert [one.step for one in run.history] == [step]
+        assert (run.stopped is None) == (step == 5)
+        assert run.best_checkpoint == Catalogue(run.path / "checkpoints").path(step), "its own"
+        last = run.path
+    found = [load_file(one.path / "model.safetensors") for one in (run, whole)]
+    assert equal(*found)
+    assert run.metrics == whole.metrics
 
 
 def test_dropout_goes_on_alike() -> None:

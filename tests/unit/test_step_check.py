@@ -1,8 +1,11 @@
 """A weight that a `step` gives may be a figure: that it depends on parameters tells."""
 
+import math
+import sys
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from jobs import job_of
@@ -10,6 +13,7 @@ from local_run import train
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
+from distplat.strategies.loop.step_check import has_compiled
 from distplat.strategies.task import Task
 
 
@@ -28,6 +32,22 @@ FIGURES: dict[str, Callable[[Tensor, Any], Any]] = {
         100.0 * (outputs.argmax(1) == batch[1]).sum().item() / len(batch[1])
     ),
     "perplexity": lambda outputs, batch: cross_entropy(outputs, batch).exp().detach(),
+    "right, by numpy": lambda outputs, batch: float(
+        (outputs.detach().numpy().argmax(1) == batch[1].numpy()).sum()
+    ),
+    "right, of predictions": lambda outputs, batch: float(
+        np.mean(outputs.argmax(1).numpy() == np.asarray(batch[1])) * 100
+    ),
+    "right, by Python": lambda outputs, batch: sum(
+        one == other
+        for one, other in zip(outputs.argmax(1).tolist(), batch[1].tolist(), strict=True)
+    ),
+    "perplexity, a number": lambda outputs, batch: math.exp(
+        cross_entropy(outputs, batch).item() / len(outputs)
+    ),
+    "perplexity of a mean": lambda outputs, batch: math.exp(
+        nn.functional.cross_entropy(outputs, batch[1]).item()
+    ),
     "norm": lambda outputs, batch: outputs.data.norm(),
 }
 WEIGHTS: dict[str, Callable[[Tensor, Any], Any]] = {
@@ -38,6 +58,11 @@ WEIGHTS: dict[str, Callable[[Tensor, Any], Any]] = {
     "of the type": lambda outputs, batch: (batch[1] != 1).sum().to(outputs),
     "ones": lambda outputs, batch: torch.ones_like(outputs).sum().detach(),
     "of all": lambda outputs, batch: broadcast(outputs, batch[1][:, None] != 1)[1].sum(),
+    "labels, by numpy": lambda outputs, batch: int((batch[1].numpy() != 1).sum()),
+    "labels, while predictions are shown": lambda outputs, batch: (
+        outputs.argmax(1).tolist() and sum(one != 1 for one in batch[1].tolist())
+    ),
+    "one": lambda outputs, batch: max(1.0, 0.0 * (outputs[0, 0] > 99).sum().item()),
     "of samples": lambda outputs, batch: outputs.new_tensor(batch[1].tolist()).sum(),
 }
 
@@ -64,3 +89,78 @@ def test_a_weight_that_the_model_decides_is_told(
     train(given, Pair)
     told = caplog.text.count("It depends on what the model gave")
     assert told == (name in FIGURES)
+
+
+def kl(outputs: Tensor) -> Tensor:
+    return -0.5 * torch.sum(1 + outputs - outputs.exp())
+
+
+SUMS: dict[str, Callable[[Tensor, Any], Any]] = {
+    "a sum": cross_entropy,
+    "a sum, by a module": lambda outputs, batch: nn.CrossEntropyLoss(reduction="sum")(
+        outputs, batch[1]
+    ),
+    "an autoencoder's": lambda outputs, batch: cross_entropy(outputs, batch) + 0.1 * kl(outputs),
+    "in a dict": lambda outputs, batch: {"loss": kl(outputs) + cross_entropy(outputs, batch)},
+}
+MEANS: dict[str, Callable[[Tensor, Any], Any]] = {
+    "a mean": lambda outputs, batch: nn.functional.cross_entropy(outputs, batch[1]),
+    "by samples": lambda outputs, batch: cross_entropy(outputs, batch) / len(outputs),
+    "by a factor": lambda outputs, batch: cross_entropy(outputs, batch) * (1 / len(outputs)),
+    "with a weight": lambda outputs, batch: (cross_entropy(outputs, batch), len(outputs)),
+    "of features": lambda outputs, batch: nn.functional.mse_loss(
+        outputs.mean(0), torch.ones(3), reduction="sum"
+    ),
+    "of shares": lambda outputs, batch: (
+        outputs.square().mean(1) * torch.full((len(outputs),), 1 / len(outputs))
+    ).sum(),
+}
+
+
+@pytest.mark.parametrize("name", [*SUMS, *MEANS])
+def test_a_sum_that_a_step_gives_as_its_mean_is_told(
+    name: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Summed(Task):
+        def model(self) -> nn.Module:
+            return nn.Linear(3, 3)
+
+        def train_data(self) -> Any:
+            inputs = torch.randn(32, 3, generator=torch.Generator().manual_seed(3))
+            return TensorDataset(inputs, inputs.argmax(1))
+
+        def step(self, model: nn.Module, batch: Any) -> Any:
+            return (SUMS | MEANS)[name](model(batch[0]), batch)
+
+    train(job_of("ring", 1, global_batch_size=16, steps=3, gradient_accumulation=2), Summed)
+    assert caplog.text.count("by reduction='sum', which is taken for their mean") == (name in SUMS)
+
+
+class Whole(Task):
+    def model(self) -> nn.Module:
+        return nn.Sequential(nn.Linear(1, 1))
+
+    def train_data(self) -> Any:
+        raise NotImplementedError
+
+    def step(self, model: nn.Module, batch: Any) -> Any:
+        return model(batch)
+
+
+@pytest.mark.parametrize("where", ["attribute", "module", "model", "part", "nowhere"])
+def test_what_was_compiled_is_not_looked_into(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run before this one may have compiled it already, for calls that nobody looks at."""
+    compiled: Any = lambda outputs: outputs.sum()  # noqa: E731
+    compiled._torchdynamo_orig_callable = compiled  # as torch.compile leaves it
+    task = Whole()
+    model = task.model()
+    if where == "attribute":
+        monkeypatch.setattr(task, "loss_of", compiled, raising=False)
+    elif where == "module":
+        monkeypatch.setattr(sys.modules[__name__], "loss_of", compiled, raising=False)
+    elif where == "part":
+        model.get_submodule("0")._compiled_call_impl = compiled
+    elif where == "model":
+        inside, model = model, type("OptimizedModule", (nn.Module,), {})()
+        model.add_module("_orig_mod", inside)
+    assert has_compiled(task, model) == (where != "nowhere")

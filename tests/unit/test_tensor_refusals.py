@@ -44,6 +44,8 @@ def headless() -> nn.Module:
         (nn.Embedding(4, 4, sparse=True), "embedding", "`sparse` cannot be split"),
         (nn.Embedding(4, 4, max_norm=1.0), "embedding", "`max_norm` cannot be split"),
         (headless(), "heads", "0 (Attention) does not say where its heads are"),
+        (headless(), "heads", "in model() if its class is not yours: which of qkv give heads"),
+        (nn.GELU(), "heads", "it has no nn.Linear, and others are not sliced: leave it whole"),
         (nn.MultiheadAttention(4, 1), "heads", "1 cannot be shared out to 2 ranks"),
         (nn.MultiheadAttention(4, 2, add_zero_attn=True), "heads", "`add_zero_attn`"),
         (nn.Linear(4, 4), "branches", "the model: 1 branches cannot be shared out to 2 ranks"),
