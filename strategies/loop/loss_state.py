@@ -4,13 +4,15 @@ What a loss may count in beside parameters and the model's buffers, such as `sel
 It is in no checkpoint, and each worker has its own. So the first micro-batch is looked at, and what
 it changed is told by name. What it put where nothing was, such as the hidden state of a recurrent
 layer, may be kept to be looked at only: it counts if the second one reads it, and leaves another
-there. A loss that is computed again for parts of a batch begins with it, too.
+there. A loss that is computed again for parts of a batch begins with it, too. What no code reads,
+such as `self.last = loss.item()`, is no state.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -18,7 +20,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from typing_extensions import override
 
-from distplat.strategies.loop.attribute_use import AttributeUse
+from distplat.strategies.loop.attribute_reads import AttributeReads
 from distplat.strategies.loop.containers import tensors_in
 from distplat.strategies.loop.task_settings import named_task_modules
 from distplat.strategies.model.trials import TORCHS, mark_of
@@ -46,7 +48,6 @@ class LossState:
         self._own = [(vars(holder), _values(vars(holder))) for _, holder in own]
         self._tensors = [*_untrained(task, model)]
         every = [*own, *_of_model(model)]
-        self._use = AttributeUse(holder for _, holder in every)
         self._marks = [(name, holder, _marks(vars(holder))) for name, holder in every]
         self._every = [
             (name, holder, {k for k, v in vars(holder).items() if v is None})
@@ -64,7 +65,7 @@ class LossState:
             for name, holder, marks in self._marks
             for key, mark in marks.items()
             if key in vars(holder) and _differs(mark, vars(holder)[key])
-            if not self._use.is_shown_only(holder, key)
+            if self._reads.may_read(holder, key)
         ]
         return found + [name for name, tensor, mark in self._moved if mark_of(tensor) != mark]
 
@@ -75,8 +76,13 @@ class LossState:
             for (name, holder, empty), known in zip(self._every, self._known, strict=True)
             for key in vars(holder)
             if (key in empty or key not in known) and key not in TORCHS
+            if self._reads.may_read(holder, key)
         }
-        return NewState(found, self._use) if found else None
+        return NewState(found) if found else None
+
+    @cached_property
+    def _reads(self) -> AttributeReads:
+        return AttributeReads(holder for _, holder, _ in self._every)
 
     def begin_again(self, twin: dict[str, Any]) -> None:
         """Have the attributes of a copy of the task, and its modules, hold it."""
@@ -102,14 +108,10 @@ class NewState(TorchFunctionMode):
 
     Args:
         attributes: by name in messages: who holds it, and under which key.
-        use: says of which nothing is computed.
     """
 
-    def __init__(
-        self, attributes: Mapping[str, tuple[Task | nn.Module, str]], use: AttributeUse
-    ) -> None:
+    def __init__(self, attributes: Mapping[str, tuple[Task | nn.Module, str]]) -> None:
         super().__init__()
-        self._use = use
         values = {name: vars(holder)[key] for name, (holder, key) in attributes.items()}
         self._attributes = {name: attributes[name] for name, one in values.items() if _tells(one)}
         self._values = {name: values[name] for name in self._attributes}
@@ -136,8 +138,7 @@ class NewState(TorchFunctionMode):
 
     def carried(self) -> list[str]:
         """Give the names of what was read and is another now; a number may have been."""
-        found = (name for name in self._attributes if name in self._read and self._other(name))
-        return [name for name in found if not self._use.is_shown_only(*self._attributes[name])]
+        return [name for name in self._attributes if name in self._read and self._other(name)]
 
     def _other(self, name: str) -> bool:
         holder, key = self._attributes[name]
