@@ -23,6 +23,8 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 FOLDERS = {"platform", "strategies", "actors"}
+HEALTH_CHECKS = {"watch", "poll"}
+"""Threads: of the server manager, and of what it asks servers at any time."""
 STEP = 1  # buckets have been agreed on, and what is made once has been made
 
 
@@ -39,7 +41,8 @@ class Trace:
         code, thread = frame.f_code, threading.get_ident()
         if event == "call" and code is self._exchange and self._is_step(frame):
             self._rank = thread
-        if self._rank is not None and event == "call":
+        beside = threading.current_thread().name in HEALTH_CHECKS
+        if self._rank is not None and event == "call" and not beside:
             files = self.worker if thread == self._rank else self.servers
             name = named(code.co_filename)
             if name not in files and name.split("/")[0] in FOLDERS:
