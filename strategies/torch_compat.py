@@ -79,10 +79,14 @@ def compiled_module(module: nn.Module) -> nn.Module | None:
 
 def is_compiled(value: object) -> bool:
     """Whether something is what `torch.compile` has made of a function or a module."""
-    if isinstance(value, nn.Module):
-        inside = compiled_module(value) is not None
-        return inside or getattr(value, "_compiled_call_impl", None) is not None
-    return "_torchdynamo_orig_callable" in getattr(value, "__dict__", {})
+    if issubclass(type(value), nn.Module):  # what else is asked for its class may fail
+        module: Any = value
+        inside = compiled_module(module) is not None
+        return inside or getattr(module, "_compiled_call_impl", None) is not None
+    try:
+        return "_torchdynamo_orig_callable" in object.__getattribute__(value, "__dict__")
+    except AttributeError:
+        return False
 
 
 def call_compiled(module: nn.Module, context: Callable[..., Any]) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable
+from collections import UserDict
+from collections.abc import Callable, MutableMapping
 from typing import Any
 
 import torch
@@ -57,6 +58,8 @@ def _mapped(tree: Any, change: Callable[[Tensor], Tensor]) -> Any:
         return change(tree)
     if isinstance(tree, bool | int | float):
         return change(torch.tensor(tree))
+    if isinstance(tree, MutableMapping) and not isinstance(tree, dict | UserDict):
+        tree = dict(tree)  # a copy of another kind may share what it holds
     if (items := items_in(tree)) is not None:
         return rebuilt(tree, [_mapped(one, change) for one in items])
     text = f"gather_for_metrics() got a {type(tree).__name__}"

@@ -48,12 +48,13 @@ def rebuilt(value: Any, items: list[Any]) -> Any:
 def _mapping(value: Mapping[Any, Any], items: dict[Any, Any]) -> Mapping[Any, Any]:
     if type(value) is dict:
         return items
-    if is_dataclass(value):  # such as the outputs of Hugging Face's models
-        return type(value)(**items)
     if isinstance(value, MutableMapping):
         clone = copy.copy(value)  # it may have more than items: a default, an encoding
-        clone.update(items)
+        for key, item in items.items():  # `update` of a Counter adds, of a ModelOutput fails
+            clone[key] = item
         return clone
+    if is_dataclass(value):
+        return with_fields(value, items)
     try:
         return type(value)(items)  # type: ignore[call-arg]
     except TypeError:

@@ -168,8 +168,18 @@ class MeanCheck:
 def _keeps_metrics(task: Task) -> bool:
     """Whether a task keeps objects that count what they are shown, as torchmetrics has them."""
     kept = [*vars(task).values(), *task_modules(task, nn.Module())]
-    kept += [one for items in map(items_in, kept) for one in items or ()]
-    return any(hasattr(one, "update") and hasattr(one, "compute") for one in kept)
+    # Not in any mapping: to go through one that is a file reads all of it.
+    kept += [
+        o for some in kept if isinstance(some, list | tuple | dict) for o in items_in(some) or ()
+    ]
+    return any(map(_counts, kept))
+
+
+def _counts(value: Any) -> bool:
+    try:
+        return hasattr(value, "update") and hasattr(value, "compute")
+    except Exception:  # such as the KeyError of a dict that takes attributes for keys
+        return False
 
 
 def states_of(task: Task, model: nn.Module) -> list[Tensor]:

@@ -168,13 +168,16 @@ class SumTrace(TorchFunctionMode):
         found = func(*args, **(kwargs or {}))
         if not isinstance(found, Tensor) or found.ndim:
             return found
-        tensors = [one for one in args if isinstance(one, Tensor)]
-        if (kwargs or {}).get("reduction") == "sum" and tensors and tensors[0].ndim:
+        tensors, asked = [one for one in args if isinstance(one, Tensor)], kwargs or {}
+        weighted = asked.get("weight") is not None  # by shares of the batch, maybe
+        if asked.get("reduction") == "sum" and tensors and tensors[0].ndim and not weighted:
             self._rows[found] = len(tensors[0])
         elif getattr(func, "__name__", "").strip("_") in _ADDS:
             known = [self._rows[one] for one in tensors if one in self._rows]
             if known:
                 self._rows[found] = known[0]
+        elif found in self._rows:  # by a call in place: a division by their number
+            del self._rows[found]
         return found
 
     def warning(self, made: BatchResult, samples: int) -> str | None:

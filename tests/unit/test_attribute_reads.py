@@ -1,9 +1,12 @@
 """What a loss only writes is no state of it; what it may read is told."""
 
+import functools
 import importlib.util
 import sys
 import textwrap
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +18,8 @@ from distplat.strategies.loop.attribute_reads import AttributeReads
 from distplat.strategies.task import Task
 
 HEAD = """
+import functools
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -23,11 +28,37 @@ import distplat
 import losses_of_mine
 
 
+class Answers(dict):
+    __getattr__ = dict.__getitem__
+
+
 class Model(nn.Linear):
-    pass
+    settings = Answers(rate=1)
+
+
+class Outside:
+    @property
+    def __class__(self):
+        raise RuntimeError("outside of its context")
+
+
+class Tool:
+    def scaled(self, task, loss):
+        return loss * min(1.0, task.last)
+
+
+tool, outside = Tool(), Outside()
 
 
 class Base(distplat.Task):
+    @functools.cached_property
+    def kept(self):
+        return self.of_kept
+
+    @torch.no_grad()
+    def decorated(self):
+        return self.of_decorated
+
     @property
     def shown(self):
         return self.of_property
@@ -35,7 +66,8 @@ class Base(distplat.Task):
 
 class Some(Base):
     def __init__(self):
-        self.last, self.steps, self.of_property = 0.0, 0, 0
+        self.last, self.steps, self.settings = 0.0, 0, Answers(rate=1)
+        self.of_property = self.of_kept = self.of_decorated = self.first = self.h1 = 0
 
     def model(self):
         return Model(4, 3)
@@ -50,6 +82,7 @@ TAIL = """
         return loss
 
 
+@torch.enable_grad()
 def scaled(task, loss):
     return loss * min(1.0, task.steps / 9)
 """
@@ -61,6 +94,8 @@ WRITTEN = {
     "a number": "self.last = loss.item()",
     "a tensor": "self.last = loss.detach()",
     "a new one": "self.now = loss.detach()",
+    "beside another one": "self.last = loss.item(); getattr(self.settings, 'rate', self)",
+    "beside a proxy": "self.last = loss.item(); outside",
 }
 READ = {
     "itself": "self.steps += 1",
@@ -70,7 +105,17 @@ READ = {
     "by a function": "self.steps = 5; loss = scaled(self, loss)",
     "by another module's function": "self.last = 0.5; loss = losses_of_mine.scaled(self, loss)",
     "by a function inside": "self.last = 0.5; loss = (lambda: loss * self.last)()",
+    "by an object's method": "self.last = 0.5; loss = tool.scaled(self, loss)",
+    "by a function that is imported there": (
+        "self.last = 0.5; from losses_of_mine import scaled; loss = scaled(self, loss)"
+    ),
+    "by one of several names": (
+        "self.first = 5; loss = loss * sum(getattr(self, one) for one in ('first', 'steps'))"
+    ),
+    "by a name that is computed": "self.h1 = 5; loss = loss * getattr(self, f'h{self.steps + 1}')",
     "by a base's property": "self.of_property = 5",
+    "by a base's cached property": "self.of_kept = 5",
+    "by a decorated method": "self.of_decorated = 5",
 }
 
 
@@ -123,3 +168,52 @@ def test_others_may_read_it() -> None:
 
 def test_what_a_library_writes_it_may_read() -> None:
     assert AttributeReads([]).may_read(nn.BatchNorm1d(1), "anything")
+
+
+def helped() -> type:
+    def reads(other: Any) -> Any:
+        return other.of_closure
+
+    class Helped:
+        def __call__(self) -> Any:
+            return reads(self)
+
+    return Helped
+
+
+class Changes(nn.Dropout):
+    """Its base reads `p`."""
+
+
+class Matches:
+    of_match: Any
+
+    first = functools.partialmethod(lambda self: self.of_partial)
+
+    def second(self) -> Any:
+        match self:
+            case Matches(of_match=found):
+                return found
+
+
+def hooked() -> object:
+    holder = Writes()
+    holder.register_forward_hook(lambda self, *_: self.of_hook)
+    return holder
+
+
+@pytest.mark.parametrize(
+    ("make", "name"),
+    [
+        (helped(), "of_closure"),
+        (Changes, "p"),
+        (Matches, "of_partial"),
+        (Matches, "of_match"),
+        (hooked, "of_hook"),
+    ],
+)
+def test_code_is_found_wherever_it_is(make: Callable[[], Any], name: str) -> None:
+    holder = make()
+    reads = AttributeReads([holder])
+    assert reads.may_read(holder, name)
+    assert not reads.may_read(holder, f"{name}_{'not'}")

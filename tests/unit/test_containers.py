@@ -1,6 +1,7 @@
 """The tensors in nested values, whatever holds them, and the same containers with other items."""
 
-from collections import OrderedDict, UserDict, namedtuple
+from collections import Counter, OrderedDict, UserDict, namedtuple
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
@@ -44,6 +45,29 @@ def test_tensors_are_found_in_order_and_containers_rebuilt(kind: Any) -> None:
     assert type(other) is type(value)
     assert [*map(id, tensors_in(other))] == [id(c), id(b)]
     assert [*map(id, tensors_in(value))] == [id(a), id(b)]
+
+
+@dataclass(frozen=True)
+class Encoded(Mapping[str, Any]):
+    """Has more than it gives as a mapping."""
+
+    first: Any
+    second: Any
+    name: str
+
+    def __getitem__(self, key: str) -> Any:
+        return getattr(self, key)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(("first", "second"))
+
+    def __len__(self) -> int:
+        return 2
+
+
+def test_mappings_of_another_kind_have_the_other_items() -> None:
+    assert rebuilt(Counter(a=3), [5]) == Counter(a=5)
+    assert rebuilt(Encoded(1, 2, "text"), [3, 4]) == Encoded(3, 4, "text")
 
 
 def test_a_list_that_holds_itself_ends() -> None:

@@ -1,6 +1,7 @@
 """What prepared loaders give to a train function, and what is gathered behind them."""
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping, MutableMapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -226,6 +227,37 @@ def test_dataclasses_are_gathered_field_by_field() -> None:
     for one in found:
         assert type(one) is Outputs and one.logits.tolist() == [0, 0, 1, 1]
         assert torch.as_tensor(one.loss).tolist() == [1.0, 2.0]
+
+
+def test_mappings_of_another_kind_stay_as_they_are() -> None:
+    def train(config: Mapping[str, Any]) -> None:
+        given: dict[str, Any] = {"rank": torch.tensor([distplat.get_context().rank])}
+        found = distplat.gather_for_metrics(Shared(given))
+        assert found["rank"].tolist() == [0, 1]
+        assert len(given["rank"]) == 1
+        assert distplat.gather_for_metrics(Counter(right=2))["right"].tolist() == [2, 2]
+
+    call_on_ranks(train, 2)
+
+
+class Shared(MutableMapping[str, Any]):
+    def __init__(self, held: MutableMapping[str, Any]) -> None:
+        self.held = held
+
+    def __getitem__(self, key: str) -> Any:
+        return self.held[key]
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        self.held[key] = value
+
+    def __delitem__(self, key: str) -> None:
+        del self.held[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.held)
+
+    def __len__(self) -> int:
+        return len(self.held)
 
 
 def test_what_cannot_be_gathered_is_named() -> None:

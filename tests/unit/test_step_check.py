@@ -107,6 +107,10 @@ MEANS: dict[str, Callable[[Tensor, Any], Any]] = {
     "a mean": lambda outputs, batch: nn.functional.cross_entropy(outputs, batch[1]),
     "by samples": lambda outputs, batch: cross_entropy(outputs, batch) / len(outputs),
     "by a factor": lambda outputs, batch: cross_entropy(outputs, batch) * (1 / len(outputs)),
+    "by samples, in place": lambda outputs, batch: cross_entropy(outputs, batch).div_(len(outputs)),
+    "by shares": lambda outputs, batch: nn.functional.binary_cross_entropy_with_logits(
+        outputs, torch.zeros_like(outputs), torch.full((1,), 1 / outputs.numel()), reduction="sum"
+    ),
     "with a weight": lambda outputs, batch: (cross_entropy(outputs, batch), len(outputs)),
     "of features": lambda outputs, batch: nn.functional.mse_loss(
         outputs.mean(0), torch.ones(3), reduction="sum"
