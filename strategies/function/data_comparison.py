@@ -11,6 +11,7 @@ such as a list of files.
 from __future__ import annotations
 
 import hashlib
+import math
 import weakref
 from collections.abc import Iterable
 from pathlib import Path, PurePath
@@ -24,10 +25,15 @@ from torch.utils.data import ConcatDataset, Subset, TensorDataset
 from distplat.platform.errors import Problem, SpecError
 from distplat.strategies.collective import Collective, gather_values
 from distplat.strategies.loop.sample_hash import hash_of
-from distplat.strategies.torch_compat import tree_map
 
 _ROWS = 16
 """Samples that are compared, over all of the data's length."""
+_DEPTH = 8
+"""Of collections within each other."""
+_ITEMS = 64
+"""Of a list within one, over all of its length."""
+_ELEMENTS = 1 << 16
+"""Of an array or a tensor within one, or bytes."""
 
 
 class DataComparison:
@@ -63,26 +69,25 @@ class DataComparison:
                 text = f"other samples on rank {rank} than on rank 0"
             advice = (
                 "it deals one data set out to all ranks, so give each of them the whole: do not "
-                "cut it by rank, and call random_split before prepare(model), or with a "
-                "generator of a fixed seed; or leave the loader out of prepare(), if each rank has "
-                "samples of its own"
+                "cut it by rank, sort the files of a directory, and call random_split before "
+                "prepare(model), or with a generator of a fixed seed; or leave the loader out of "
+                "prepare(), if each rank has samples of its own"
             )
             raise SpecError(Problem(("task",), f"prepare() got a DataLoader with {text}", advice))
 
     def _described(self, data: Any) -> Any:
         """Say which samples a data set has, without a call of the user's code."""
         if isinstance(data, Subset):
-            numbers = hashlib.sha256(repr([int(one) for one in data.indices]).encode()).hexdigest()
-            return ["of", numbers[:16], self._described(data.dataset)]
+            return ["of", _numbers_of(data.indices), self._described(data.dataset)]
         if isinstance(data, ConcatDataset):
             return ["and", *map(self._described, data.datasets)]
         size = _length_of(data)
         if not size:
             return []
         rows = range(0, size, max(1, size // _ROWS))
-        if type(data) is TensorDataset or isinstance(data, list | tuple):
+        if type(data) in (TensorDataset, list, tuple):
             return [size, [_hash_of(data[one]) for one in rows]]
-        if _is_of("datasets", data):  # Hugging Face's
+        if type(data).__module__ == "datasets.arrow_dataset":  # Hugging Face's
             table = data.with_format("arrow")  # as it is stored: nothing is decoded
             return [size, [_hash_of(table[one].to_pydict()) for one in rows]]
         return self._kept(data, size, rows)
@@ -116,30 +121,62 @@ def _length_of(data: Any) -> int | None:
         return None
 
 
+def _numbers_of(indices: Any) -> str:
+    """Hash what a Subset has of samples: numbers, or keys of a data set that has such."""
+    try:
+        numbers = np.fromiter(map(int, indices), np.int64, len(indices))
+    except (TypeError, ValueError):
+        return hash_of([_sketch(one) for one in indices])
+    return hashlib.sha256(numbers.tobytes()).hexdigest()[:16]
+
+
 def _rows_of(value: Any, size: int, rows: Iterable[int]) -> list[str]:
     """Hash some of a sequence that has as many entries as the data has samples; else none."""
-    table = getattr(value, "iloc", None) if _is_of("pandas", value) else None
-    if table is None and not isinstance(value, list | tuple | np.ndarray | Tensor):
+    kind = type(value)
+    pandas = str(kind.__module__).partition(".")[0] == "pandas"
+    table = getattr(value, "iloc", None) if pandas else None
+    if table is None and not issubclass(kind, list | tuple | np.ndarray | Tensor):
         return []
-    if getattr(value, "ndim", 1) == 0 or len(value) != size:
+    try:
+        if getattr(value, "ndim", 1) == 0 or len(value) != size:
+            return []
+        found = [value[one] if table is None else [*np.ravel(table[one])] for one in rows]
+        if any(one is None for one in found):  # samples that were read are put there
+            return []
+        return [_hash_of(one) for one in found]
+    except Exception:  # of the user's, which may be of any kind: it is not compared
         return []
-    found = [value[one] if table is None else [*np.ravel(table[one])] for one in rows]
-    if any(one is None for one in found):  # samples that were read are put there
-        return []
-    return [_hash_of(one) for one in found]
 
 
 def _hash_of(sample: Any) -> str:
     """Hash what is kept of a sample, as far as it is text, numbers, arrays and tensors."""
-    return hash_of(tree_map(_plain, sample))
+    return hash_of(_sketch(sample))
 
 
-def _plain(leaf: Any) -> Any:
-    if isinstance(leaf, str | PurePath):
-        return Path(leaf).name  # of a path the last part: nodes may have folders of their own
-    known = bool, int, float, complex, bytes, type(None), Tensor, np.ndarray, np.generic
-    return leaf if isinstance(leaf, known) else type(leaf).__qualname__
+def _sketch(value: Any, depth: int = 0) -> Any:
+    """Give what is hashed of a value: little of a large one, and no address of an object."""
+    kind = type(value)
+    if issubclass(kind, str | PurePath):
+        return Path(value).name  # of a path the last part: nodes may have folders of their own
+    if issubclass(kind, np.ndarray | np.generic) and value.dtype.hasobject:
+        return _sketch(_middle(value).tolist(), depth + 1)  # a text of it would have addresses
+    if issubclass(kind, Tensor | np.ndarray):
+        return [[*value.shape], _middle(value)]
+    if issubclass(kind, bytes):
+        return [len(value), value[:_ELEMENTS]]
+    if depth < _DEPTH and issubclass(kind, dict):
+        return [[_sketch(one, depth + 1) for one in pair] for pair in [*value.items()][:_ITEMS]]
+    if depth < _DEPTH and issubclass(kind, list | tuple):
+        every = max(1, len(value) // _ITEMS)
+        return [len(value), [_sketch(one, depth + 1) for one in value[::every]]]
+    known = bool, int, float, complex, type(None), np.generic
+    return value if issubclass(kind, known) else kind.__qualname__
 
 
-def _is_of(package: str, value: object) -> bool:
-    return type(value).__module__.partition(".")[0] == package
+def _middle(array: Any) -> Any:
+    """Give a part of an array or a tensor, in one piece: it may lie in a file."""
+    while (total := math.prod(array.shape)) > _ELEMENTS:
+        size = len(array)
+        kept = size * _ELEMENTS // total
+        array = array[size // 2 : size // 2 + kept] if kept else array[size // 2]
+    return array

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from function_ranks import call_on_ranks, function_job
@@ -91,6 +92,37 @@ class Files(Dataset[Any]):
         raise AssertionError("no sample is read to compare data sets")
 
 
+class OfOwnModule(Files):
+    """Of a user's own `datasets.py`."""
+
+    __module__ = "datasets"
+
+
+class Keeps(Dataset[Any]):
+    """Has something by sample."""
+
+    def __init__(self, values: Any, samples: int = SAMPLES) -> None:
+        self.values, self.samples = values, samples
+
+    def __len__(self) -> int:
+        return self.samples
+
+
+class Named(Dataset[Any]):
+    """Has samples by name."""
+
+    names: Any = ("one", "two", "three", "four")
+
+    def __getitem__(self, name: str) -> Any:
+        return torch.ones(1)
+
+
+def holding_itself() -> list[Any]:
+    values: list[Any] = [*range(SAMPLES - 1)]
+    values.append(values)
+    return values
+
+
 def of_hugging_face(numbers: Sequence[int]) -> Any:
     datasets = pytest.importorskip("datasets")
     return datasets.Dataset.from_dict({"x": [[float(number)] for number in numbers]})
@@ -107,6 +139,14 @@ def own_numbers() -> range:
         (lambda: Files(own_numbers(), table=True), "other samples on rank 1 than on rank 0"),
         (lambda: [torch.tensor(one) for one in own_numbers()], "other samples on rank 1 than on"),
         (lambda: of_hugging_face(own_numbers()), "other samples on rank 1 than on rank 0"),
+        (
+            lambda: Subset(Named(), Named.names[rank() :: 2]),
+            "other samples on rank 1 than on rank 0",
+        ),
+        (
+            lambda: Keeps([[10, n] for n in own_numbers()], 12),
+            "other samples on rank 1 than on rank 0",
+        ),
         (cut_by_rank, "other samples on rank 1 than on rank 0"),
         (split_at_random, "other samples on rank 1 than on rank 0"),
         (longer_on_rank_1, "25 samples on rank 1, 24 on rank 0"),
@@ -132,6 +172,13 @@ def test_data_of_one_rank_alone_are_not_dealt_out(
         lambda: [*range(SAMPLES)],
         lambda: of_hugging_face(range(SAMPLES)),
         lambda: Subset(Files(range(SAMPLES)), range(6)),
+        lambda: Subset(Named(), Named.names),
+        lambda: OfOwnModule(range(SAMPLES)),
+        lambda: Keeps(np.ma.array(np.zeros(SAMPLES), mask=True)),
+        lambda: Keeps(torch.ones(SAMPLES, dtype=torch.complex64).conj()),
+        lambda: Keeps([[[object()]] * 2] * SAMPLES),
+        lambda: Keeps(np.array([[object()] * 2] * SAMPLES)),
+        lambda: Keeps(holding_itself()),
     ],
 )
 def test_the_same_data_on_all_ranks_are_dealt_out(make: Callable[[], Any]) -> None:
@@ -153,6 +200,13 @@ class Remembers(Dataset[Any]):
         self.counts[index] += 1
         self.read[index] = found = torch.rand(2)
         return found
+
+
+def test_little_is_read_of_large_samples() -> None:
+    array = np.broadcast_to(np.ones(1), (1 << 20, 1 << 30))
+    tensor = torch.ones(1).expand(1 << 20, 1 << 30)
+    samples: Any = [array, tensor, [[*range(1 << 20)]] * 1000]
+    call_on_ranks(lambda config: distplat.prepare(DataLoader(samples, batch_size=1)), 2)
 
 
 def test_what_ranks_have_read_meanwhile_is_not_compared() -> None:
