@@ -168,8 +168,8 @@ class Strategy(Generic[OptionsT]):
 
 
 def refuse_old_names(cls: type, names: Mapping[str, str]) -> None:
-    """Refuse a class with a method that was renamed: it would never be called."""
-    for old in names.keys() & vars(cls).keys():
+    """Refuse a class with a method that was renamed, or a base's: it would never be called."""
+    for old in (name for name in names if hasattr(cls, name)):
         raise TypeError(f"{cls.__name__}.{old}() is called {names[old]}() now")
 
 

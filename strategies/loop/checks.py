@@ -411,8 +411,16 @@ def checked_metrics(
 
 def has_state(value: object) -> bool:
     """Say whether what metrics() gives is a metric with state, not a number."""
-    methods = "update", "compute", "reset"
-    return not isinstance(value, type) and all(callable(getattr(value, m, None)) for m in methods)
+    return has_methods(value, "update", "compute", "reset")
+
+
+def has_methods(value: object, *names: str) -> bool:
+    """Say whether an object has methods, whatever it answers who asks for an attribute."""
+    try:
+        found = [getattr(value, name, None) for name in names]
+    except Exception:  # such as the KeyError of a dict that takes attributes for keys
+        return False
+    return not isinstance(value, type) and all(map(callable, found))
 
 
 def checked_number(value: object, said: str, name: str) -> float:

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
+from distplat.strategies.loop.checks import has_methods
 from distplat.strategies.loop.containers import items_in, rebuilt, tensors_in
 from distplat.strategies.loop.loss_state import LossState, NewState, state_warning
 from distplat.strategies.loop.losses import BatchResult, EvalBatch
@@ -172,14 +173,7 @@ def _keeps_metrics(task: Task) -> bool:
     kept += [
         o for some in kept if isinstance(some, list | tuple | dict) for o in items_in(some) or ()
     ]
-    return any(map(_counts, kept))
-
-
-def _counts(value: Any) -> bool:
-    try:
-        return hasattr(value, "update") and hasattr(value, "compute")
-    except Exception:  # such as the KeyError of a dict that takes attributes for keys
-        return False
+    return any(has_methods(one, "update", "compute") for one in kept)
 
 
 def states_of(task: Task, model: nn.Module) -> list[Tensor]:

@@ -143,6 +143,34 @@ def test_what_may_be_read_is_told(
     assert ("no checkpoint has" in caplog.text) == (name in READ)
 
 
+class Answers(dict[str, Any]):
+    __getattr__ = dict.__getitem__
+
+
+class Keeps(Task):
+    def __init__(self) -> None:
+        self.settings = Answers(rate=1)
+
+    def model(self) -> nn.Module:
+        return nn.Linear(4, 4)
+
+    def train_data(self) -> Any:
+        return [(torch.ones(4), torch.zeros(4))] * 8
+
+    eval_data = train_data
+
+    def loss(self, outputs: Any, targets: Any) -> Any:
+        return (outputs - targets).square().mean()
+
+    def metrics(self, outputs: Any, targets: Any) -> Any:
+        return {"error": self.loss(outputs, targets)}
+
+
+def test_a_kept_dict_may_take_attributes_for_keys() -> None:
+    run = train(job_of("ring", 1, steps=2, global_batch_size=4), Keeps)
+    assert run.trained
+
+
 class Writes(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         self.read_elsewhere = self.read_nowhere = x

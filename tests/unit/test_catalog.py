@@ -284,6 +284,9 @@ class Halved(Strategy):
 def test_a_method_that_was_renamed_is_refused_by_both_names(base: Any, old: str, new: str) -> None:
     with pytest.raises(TypeError, match=rf"Mine\.{old}\(\) is called {new}\(\) now"):
         type("Mine", (base,), {old: lambda self: True})
+    mixin = type("Mixin", (), {old: lambda self: True})
+    with pytest.raises(TypeError, match=rf"Mine\.{old}\(\) is called {new}\(\) now"):
+        type("Mine", (mixin, base), {})
 
 
 @pytest.mark.parametrize("text", [OLD_IMPORT, OLD_CLASS], ids=["import", "class"])
