@@ -69,9 +69,9 @@ class DataComparison:
                 text = f"other samples on rank {rank} than on rank 0"
             advice = (
                 "it deals one data set out to all ranks, so give each of them the whole: do not "
-                "cut it by rank, sort the files of a directory, and call random_split before "
-                "prepare(model), or with a generator of a fixed seed; or leave the loader out of "
-                "prepare(), if each rank has samples of its own"
+                "cut it by rank, sort the files of a directory, and draw what it keeps, and call "
+                "random_split, before prepare(model), or with a generator of a fixed seed; or "
+                "leave the loader out of prepare(), if each rank has samples of its own"
             )
             raise SpecError(Problem(("task",), f"prepare() got a DataLoader with {text}", advice))
 

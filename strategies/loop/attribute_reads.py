@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dis
 import functools
+import inspect
 import re
 import sys
 from collections import OrderedDict
@@ -59,7 +60,7 @@ class AttributeReads:
         for code in _code_of(one for holder in objects for one in (holder, *_held(holder))):
             steps = [*dis.get_instructions(code)]
             self._names.update(i.argval for i in steps if i.opname in _LOADS)
-            self._names.update(_texts(code.co_consts))
+            self._names.update(_texts(code))
             self._all |= not _OF_ALL.isdisjoint(code.co_names) or _computes_a_name(steps)
         self._all |= not _OF_ALL.isdisjoint(self._names)
 
@@ -68,13 +69,15 @@ class AttributeReads:
         return self._all or name in self._names or _is_library(type(holder))
 
 
-def _texts(constants: Iterable[object]) -> Iterator[str]:
-    """Give the texts among constants: of the tuple that a loop goes through, too."""
-    for one in constants:
+def _texts(code: CodeType) -> Iterator[str]:
+    """Give the texts in code: of a tuple that a loop goes through, too; not of a class's slots."""
+    left: list[object] = [*code.co_consts]
+    while left:
+        one = left.pop()
         if isinstance(one, str):
             yield one
-        elif isinstance(one, tuple | frozenset):
-            yield from _texts(one)
+        elif isinstance(one, tuple | frozenset) and code.co_flags & inspect.CO_OPTIMIZED:
+            left += one
 
 
 def _computes_a_name(steps: list[dis.Instruction]) -> bool:
@@ -189,7 +192,9 @@ def _is_installed(module: str) -> bool:
 
 
 def _nested(code: CodeType) -> Iterator[CodeType]:
-    """Give code, and that of functions in it."""
+    """Give code, and that of functions in it; not of annotations, which name what they are of."""
+    if code.co_name == "__annotate__":
+        return
     yield code
     for one in code.co_consts:
         if isinstance(one, CodeType):

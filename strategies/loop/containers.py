@@ -49,16 +49,28 @@ def _mapping(value: Mapping[Any, Any], items: dict[Any, Any]) -> Mapping[Any, An
     if type(value) is dict:
         return items
     if isinstance(value, MutableMapping):
-        clone = copy.copy(value)  # it may have more than items: a default, an encoding
-        for key, item in items.items():  # `update` of a Counter adds, of a ModelOutput fails
-            clone[key] = item
-        return clone
-    if is_dataclass(value):
-        return with_fields(value, items)
+        value = _filled(value, items)
+    if is_dataclass(value):  # such as the outputs of Hugging Face's models
+        own = {key: items[key] for key in _fields(value) if key in items}
+        return with_fields(value, own)
+    if isinstance(value, MutableMapping):
+        return value
     try:
         return type(value)(items)  # type: ignore[call-arg]
     except TypeError:
         return items
+
+
+def _filled(value: MutableMapping[Any, Any], items: Mapping[Any, Any]) -> Mapping[Any, Any]:
+    clone = copy.copy(value)  # it may have more than items: a default, an encoding
+    if getattr(value, "__dict__", None) is value:  # its items are its attributes
+        clone.__dict__ = clone  # type: ignore[assignment]
+    for name, held in [*getattr(clone, "__dict__", {}).items()]:
+        if isinstance(held, dict):  # where the items are, which a copy shares
+            vars(clone)[name] = copy.copy(held)
+    for key, item in items.items():  # `update` of a Counter adds, of a ModelOutput fails
+        clone[key] = item
+    return clone
 
 
 def _sequence(value: list[Any] | tuple[Any, ...], items: list[Any]) -> Any:

@@ -36,8 +36,8 @@ _READ = {"item", "__float__", "__int__", "__index__"}
 """Methods that give a number of Python's."""
 _LEAVES = {"numpy", "tolist", "__array__"}
 """Methods that give values to numpy or Python, where nobody sees what is made of them."""
-_LEFT_ELEMENTS = 1 << 16
-"""Of all tensors of which copies are kept for that."""
+_LEFT_ELEMENTS, _LEFT_TENSORS = 1 << 16, 64
+"""Of all tensors of which copies are kept for that; each that depends is compared with the rest."""
 _EXPONENTS = 1e-3, 700.0
 """Losses of which a perplexity can be told from 1, and is finite."""
 _ADDS = {"add", "iadd", "neg", "radd", "rsub", "sub"}
@@ -82,7 +82,8 @@ class ModelDependence(TorchFunctionMode):
 
     def _leaves(self, tensor: Tensor, *, depends: bool) -> None:
         kept = sum(one.numel() for some in self._left.values() for one in some)
-        if kept + tensor.numel() <= _LEFT_ELEMENTS and tensor.layout is torch.strided:
+        few = len(self._left[depends]) < _LEFT_TENSORS and kept + tensor.numel() <= _LEFT_ELEMENTS
+        if few and tensor.layout is torch.strided:
             self._left[depends].append(tensor.detach().cpu().clone())
 
     def _right(self) -> Iterator[float]:

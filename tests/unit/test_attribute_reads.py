@@ -224,6 +224,19 @@ class Matches:
                 return found
 
 
+class Makes:
+    def __call__(self) -> Any:
+        class Made:
+            __slots__ = ("of_slots",)
+
+        self.of_slots = 1
+        return Made()
+
+
+def test_the_slots_of_a_class_are_no_reads() -> None:
+    assert not AttributeReads([Makes()]).may_read(Makes(), f"of_{'slots'}")
+
+
 def hooked() -> object:
     holder = Writes()
     holder.register_forward_hook(lambda self, *_: self.of_hook)

@@ -11,9 +11,10 @@ import torch
 from jobs import job_of
 from local_run import train
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils.data import TensorDataset
 
-from distplat.strategies.loop.step_check import has_compiled
+from distplat.strategies.loop.step_check import ModelDependence, has_compiled
 from distplat.strategies.task import Task
 
 
@@ -89,6 +90,27 @@ def test_a_weight_that_the_model_decides_is_told(
     train(given, Pair)
     told = caplog.text.count("It depends on what the model gave")
     assert told == (name in FIGURES)
+
+
+def test_few_of_many_tensors_that_leave_torch_are_compared() -> None:
+    """A step may give each sample to Python by itself."""
+    found = ModelDependence()
+    outputs, compared = nn.Linear(1, 1)(torch.ones(600, 1)), 0
+    with found:
+        for some in (outputs, torch.ones(600, 1)):
+            _ = [one.tolist() for one in some]
+
+    class Counts(TorchFunctionMode):
+        def __torch_function__(
+            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            nonlocal compared
+            compared += 1
+            return func(*args, **(kwargs or {}))
+
+    with Counts():
+        found.has(3.0, 600)
+    assert compared < 1e5
 
 
 def kl(outputs: Tensor) -> Tensor:
