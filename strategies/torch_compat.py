@@ -85,7 +85,7 @@ def is_compiled(value: object) -> bool:
         return inside or getattr(module, "_compiled_call_impl", None) is not None
     try:
         return "_torchdynamo_orig_callable" in object.__getattribute__(value, "__dict__")
-    except AttributeError:
+    except Exception:  # it has none, or a proxy asks for what it stands for
         return False
 
 

@@ -28,6 +28,7 @@ from distplat.strategies.loop.sample_hash import hash_of
 
 _ROWS = 16
 """Samples that are compared, over all of the data's length."""
+_PLAIN = list.__getitem__, tuple.__getitem__
 _DEPTH = 8
 """Of collections within each other."""
 _ITEMS = 64
@@ -136,6 +137,8 @@ def _rows_of(value: Any, size: int, rows: Iterable[int]) -> list[str]:
     pandas = str(kind.__module__).partition(".")[0] == "pandas"
     table = getattr(value, "iloc", None) if pandas else None
     if table is None and not issubclass(kind, list | tuple | np.ndarray | Tensor):
+        return []
+    if issubclass(kind, list | tuple) and kind.__getitem__ not in _PLAIN:  # it may read files
         return []
     try:
         if getattr(value, "ndim", 1) == 0 or len(value) != size:

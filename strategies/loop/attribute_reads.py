@@ -170,7 +170,7 @@ def _attributes(value: object) -> Mapping[str, Any]:
     """Give what an object has itself, whatever it answers who asks for an attribute."""
     try:
         found = object.__getattribute__(value, "__dict__")
-    except AttributeError:
+    except Exception:  # it has none, or a proxy asks for what it stands for
         return {}
     return found if isinstance(found, dict | MappingProxyType) else {}
 

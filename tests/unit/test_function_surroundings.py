@@ -108,6 +108,16 @@ class Keeps(Dataset[Any]):
         return self.samples
 
 
+class Reads(list[int]):
+    """Reads each of its entries from a file."""
+
+    reads = 0
+
+    def __getitem__(self, index: Any) -> Any:
+        self.reads += 1
+        return rank()
+
+
 class Named(Dataset[Any]):
     """Has samples by name."""
 
@@ -200,6 +210,15 @@ class Remembers(Dataset[Any]):
         self.counts[index] += 1
         self.read[index] = found = torch.rand(2)
         return found
+
+
+def test_a_list_that_reads_its_entries_is_left_alone() -> None:
+    def train(config: Mapping[str, Any]) -> None:
+        values = Reads(range(SAMPLES))
+        distplat.prepare(DataLoader(Keeps(values), batch_size=2))
+        assert values.reads == 0
+
+    call_on_ranks(train, 2)
 
 
 def test_little_is_read_of_large_samples() -> None:
