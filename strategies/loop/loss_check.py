@@ -81,6 +81,7 @@ class MeanCheck:
         self._next: type[ModelDependence | SumTrace] | None = None
         self._trace: ModelDependence | SumTrace | None = None  #: of the one that is looked at
         self._begun: NewState | None = None  #: what the first micro-batch has put where nothing was
+        self._watching = False  #: since the last `look`
         self._compared = False  #: the state after the first micro-batch with that before it
         self._evaluated = 0  #: batches whose metrics were looked at
         self._compiled = -1 if has_compiled(task, model) else frames_compiled()
@@ -99,10 +100,13 @@ class MeanCheck:
         """
         if frames_compiled() != self._compiled:
             self._next = self._begun = None
+        if self._watching:  # nobody looked: that one has gathered, and so may all that follow
+            self._begun = self._trace = None
         if step > 0 and self._next is not None:
             self._trace, self._next = self._next(), None
         if self._begun is None and self._trace is None:
             return nullcontext()
+        self._watching = True
         return self._watched()
 
     @contextmanager
@@ -119,7 +123,7 @@ class MeanCheck:
             made: what task and model made of it.
             samples: of the micro-batch.
         """
-        state, self._state = self._state, None
+        self._watching, state, self._state = False, self._state, None
         begun, self._begun = self._begun, None
         names = [] if begun is None else begun.carried()
         if state is not None and not self._compared:

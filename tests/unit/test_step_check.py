@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.data import TensorDataset
 
+import distplat
 from distplat.strategies.loop.step_check import ModelDependence, has_compiled
 from distplat.strategies.task import Task
 
@@ -111,6 +112,28 @@ def test_few_of_many_tensors_that_leave_torch_are_compared() -> None:
     with Counts():
         found.has(3.0, 600)
     assert compared < 1e5
+
+
+def test_a_step_that_gathers_later_is_watched_once() -> None:
+    """Nobody looks at one that gathers, whose loss is no mean over samples."""
+    watched: list[bool] = []
+
+    class Gathers(Task):
+        def model(self) -> nn.Module:
+            return nn.Linear(3, 3)
+
+        def train_data(self) -> Any:
+            return TensorDataset(torch.ones(32, 3), torch.zeros(32, 3))
+
+        def step(self, model: nn.Module, batch: Any) -> Any:
+            watched.append(torch._C._len_torch_function_stack() > 0)
+            outputs = model(batch[0])
+            if len(watched) > 1:
+                outputs = distplat.all_gather(outputs)
+            return outputs.square().mean()
+
+    train(job_of("ring", 1, global_batch_size=8, steps=4), Gathers)
+    assert watched == [False, True, False, False]
 
 
 def kl(outputs: Tensor) -> Tensor:
