@@ -4,15 +4,13 @@ What a loss may count in beside parameters and the model's buffers, such as `sel
 It is in no checkpoint, and each worker has its own. So the first micro-batch is looked at, and what
 it changed is told by name. What it put where nothing was, such as the hidden state of a recurrent
 layer, may be kept to be looked at only: it counts if the second one reads it, and leaves another
-there. A loss that is computed again for parts of a batch begins with it, too. What no code reads,
-such as `self.last = loss.item()`, is no state.
+there. A loss that is computed again for parts of a batch begins with it, too.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -20,7 +18,6 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from typing_extensions import override
 
-from distplat.strategies.loop.attribute_reads import AttributeReads
 from distplat.strategies.loop.containers import tensors_in
 from distplat.strategies.loop.task_settings import named_task_modules
 from distplat.strategies.model.trials import TORCHS, mark_of
@@ -30,8 +27,8 @@ _COPIED_ELEMENTS = 1 << 20
 """Tensors up to this size are copied."""
 _SHOWN = 4
 
-Holder = tuple[str, Task | nn.Module]
-"""What has attributes, and how their names begin in messages."""
+Holder = tuple[str, dict[str, Any]]
+"""A dictionary that holds values by name, and how those names begin in messages."""
 
 
 class LossState:
@@ -45,15 +42,14 @@ class LossState:
 
     def __init__(self, task: Task, model: nn.Module) -> None:
         own = [*_of_task(task, model)]
-        self._own = [(vars(holder), _values(vars(holder))) for _, holder in own]
+        self._own = [(held, _values(held)) for _, held in own]
         self._tensors = [*_untrained(task, model)]
         every = [*own, *_of_model(model)]
-        self._marks = [(name, holder, _marks(vars(holder))) for name, holder in every]
+        self._marks = [(name, held, _marks(held)) for name, held in every]
         self._every = [
-            (name, holder, {k for k, v in vars(holder).items() if v is None})
-            for name, holder in every
+            (name, held, {k for k, v in held.items() if v is None}) for name, held in every
         ]
-        self._known = [{*vars(holder)} for _, holder in every]
+        self._known = [{*held} for _, held in every]
         self._moved = [(name, tensor, mark_of(tensor)) for name, tensor in self._tensors]
         small = sum(tensor.numel() for _, tensor in self._tensors) <= _COPIED_ELEMENTS
         self._copies = [(t, t.detach().clone()) for _, t in self._tensors] if small else []
@@ -62,27 +58,21 @@ class LossState:
         """Give the names of what is another number or another tensor now."""
         found = [
             f"{name}{key}"
-            for name, holder, marks in self._marks
+            for name, held, marks in self._marks
             for key, mark in marks.items()
-            if key in vars(holder) and _differs(mark, vars(holder)[key])
-            if self._reads.may_read(holder, key)
+            if key in held and _differs(mark, held[key])
         ]
         return found + [name for name, tensor, mark in self._moved if mark_of(tensor) != mark]
 
     def begun(self) -> NewState | None:
         """Give what is now where there was nothing; None: nothing new."""
         found = {
-            f"{name}{key}": (holder, key)
-            for (name, holder, empty), known in zip(self._every, self._known, strict=True)
-            for key in vars(holder)
+            f"{name}{key}": (held, key)
+            for (name, held, empty), known in zip(self._every, self._known, strict=True)
+            for key in held
             if (key in empty or key not in known) and key not in TORCHS
-            if self._reads.may_read(holder, key)
         }
         return NewState(found) if found else None
-
-    @cached_property
-    def _reads(self) -> AttributeReads:
-        return AttributeReads(holder for _, holder, _ in self._every)
 
     def begin_again(self, twin: dict[str, Any]) -> None:
         """Have the attributes of a copy of the task, and its modules, hold it."""
@@ -110,9 +100,9 @@ class NewState(TorchFunctionMode):
         attributes: by name in messages: who holds it, and under which key.
     """
 
-    def __init__(self, attributes: Mapping[str, tuple[Task | nn.Module, str]]) -> None:
+    def __init__(self, attributes: Mapping[str, tuple[dict[str, Any], str]]) -> None:
         super().__init__()
-        values = {name: vars(holder)[key] for name, (holder, key) in attributes.items()}
+        values = {name: held[key] for name, (held, key) in attributes.items()}
         self._attributes = {name: attributes[name] for name, one in values.items() if _tells(one)}
         self._values = {name: values[name] for name in self._attributes}
         self._names = {id(t): n for n, one in self._values.items() for t in _kept_in(one)}
@@ -141,8 +131,8 @@ class NewState(TorchFunctionMode):
         return [name for name in self._attributes if name in self._read and self._other(name)]
 
     def _other(self, name: str) -> bool:
-        holder, key = self._attributes[name]
-        now, before = vars(holder).get(key), self._values[name]
+        held, key = self._attributes[name]
+        now, before = held.get(key), self._values[name]
         if _is_number(before):
             return _is_number(now) and now != before
         if name in self._marks:
@@ -193,22 +183,22 @@ def state_warning(names: Sequence[str]) -> str | None:
 
 def _of_task(task: Task, model: nn.Module) -> Iterator[Holder]:
     """Give the task's attributes, then those of its own modules that are no metrics."""
-    yield "self.", task
+    yield "self.", vars(task)
     for name, module in named_task_modules(task, model):
         if not (hasattr(module, "update") and hasattr(module, "compute")):
             for path, one in module.named_modules():
-                yield f"self.{name}.{path}.".replace("..", "."), one
+                yield f"self.{name}.{path}.".replace("..", "."), vars(one)
 
 
 def _of_model(model: nn.Module) -> Iterator[Holder]:
     for path, one in model.named_modules():
-        yield f"the model's {path}.".replace("'s .", "'s "), one
+        yield f"the model's {path}.".replace("'s .", "'s "), vars(one)
 
 
 def _untrained(task: Task, model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Give buffers and frozen parameters of modules that the task keeps itself."""
-    for start, holder in [*_of_task(task, model)][1:]:
-        for tensors in (vars(holder)["_buffers"], vars(holder)["_parameters"]):
+    for start, held in [*_of_task(task, model)][1:]:
+        for tensors in (held["_buffers"], held["_parameters"]):
             for name, tensor in tensors.items():
                 if tensor is not None and not tensor.requires_grad:
                     yield f"{start}{name}", tensor
