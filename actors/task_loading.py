@@ -154,7 +154,8 @@ def _check_imports(name: str, path: Path, folder: Path) -> None:
     Raises:
         SpecError: see `_check_location`.
     """
-    left, seen = [(name, path)], {path}
+    others = _others_here(folder)
+    left, seen = [(name, path)] if others else [], {path}
     while left:
         for found in _names_imported(*left.pop()):
             there = _file_of(found, folder)
@@ -162,8 +163,27 @@ def _check_imports(name: str, path: Path, folder: Path) -> None:
                 continue
             seen.add(there)
             left.append((found, there))
-            if isinstance(module := sys.modules.get(found), ModuleType):
-                _check_location(module, folder)
+            if found in others:
+                _check_location(others[found], folder)
+
+
+def _others_here(folder: Path) -> dict[str, ModuleType]:
+    """
+    Give the modules that are here in place of a folder's own, by name; ours is everybody's.
+
+    Mostly there are none, and no file need be read: of a large library that takes half a minute.
+    """
+    own: set[str] = set()
+    with suppress(OSError):
+        own = {one.name.partition(".")[0] for one in folder.iterdir()}
+    own -= {*sys.stdlib_module_names, "distplat"}
+    return {
+        name: module
+        for name, module in sys.modules.copy().items()  # at once: other threads import, too
+        if name.partition(".")[0] in own
+        and isinstance(module, ModuleType)
+        and _unused_because_of(module, folder) is not None
+    }
 
 
 def _names_imported(name: str, path: Path) -> set[str]:
@@ -215,13 +235,21 @@ def _check_location(module: ModuleType, folder: Path) -> None:
     Raises:
         SpecError: it is another one, such as the standard library's or another run's.
     """
-    there = _file_of(module.__name__, folder)
-    loaded = getattr(module, "__file__", None)
-    if there is not None and not (loaded and _is_at(Path(loaded), there)):
+    if (there := _unused_because_of(module, folder)) is not None:
+        loaded = getattr(module, "__file__", None)
         where = "is built into Python" if loaded is None else f"was imported before, from {loaded}"
         text = f"{there} would not be used: a module {module.__name__!r} {where}"
         hint = "rename the file, or run it in a process of its own"
         raise SpecError(Problem(("task",), text, hint))
+
+
+def _unused_because_of(module: ModuleType, folder: Path) -> Path | None:
+    """Give the file of a folder that a module was not loaded from; None: it has none, or was."""
+    there = _file_of(module.__name__, folder)
+    loaded = getattr(module, "__file__", None)
+    if there is None or (loaded and _is_at(Path(loaded), there)):
+        return None
+    return there
 
 
 def _is_at(loaded: Path, path: Path) -> bool:
