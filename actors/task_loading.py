@@ -21,6 +21,8 @@ from distplat.strategies.task import Task
 
 TrainFunction: TypeAlias = Callable[..., object]
 """A loop of the user's own; see `call_train_function`."""
+SHIPPED = "_ray_pkg_"
+"""Names of folders that Ray has brought to a node begin so."""
 
 
 def load_task_class(entry: str, search_path: str) -> type[Task]:
@@ -255,7 +257,20 @@ def _unused_because_of(module: ModuleType, folder: Path) -> Path | None:
 def _is_at(loaded: Path, path: Path) -> bool:
     """Say whether a file is that of a path, or compiled from it and beside it, as by Cython."""
     pairs = (loaded, path), (loaded.parent, path.parent)
-    return any(one.exists() and one.samefile(other) for one, other in pairs)
+    at = any(one.exists() and one.samefile(other) for one, other in pairs)
+    return at or (_is_shipped(loaded) and not _is_shipped(path) and _are_equal(loaded, path))
+
+
+def _is_shipped(path: Path) -> bool:
+    """Say whether Ray has brought a file here; beside the driver its original is here as well."""
+    return any(part.startswith(SHIPPED) for part in path.parts)
+
+
+def _are_equal(one: Path, other: Path) -> bool:
+    try:
+        return one.read_bytes() == other.read_bytes()
+    except OSError:
+        return False
 
 
 def _script_function(entry: str, search_path: str) -> Callable[[], None]:

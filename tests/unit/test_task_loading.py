@@ -218,6 +218,22 @@ def test_a_task_imports_the_distplat_that_runs_it(tmp_path: Path) -> None:
     assert issubclass(load_task_class("utask:Digits", str(tmp_path)), Task)
 
 
+def test_what_ray_has_shipped_of_the_folder_is_the_folders(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A worker beside the driver has both; a file with strategies imports what was shipped."""
+    shipped = tmp_path / "working_dir_files/_ray_pkg_17"
+    for folder in (tmp_path, shipped):
+        write(folder, "utask_helpers.py", "SIZE = 3\n")
+    write(tmp_path, "utask.py", GOOD + "from utask_helpers import SIZE\n")
+    monkeypatch.syspath_prepend(shipped)
+    importlib.import_module("utask_helpers")
+    assert load_task_class("utask:Digits", str(tmp_path))
+    write(tmp_path, "utask_helpers.py", "SIZE = 4\n")
+    with pytest.raises(SpecError, match=r"utask_helpers.py would not be used: .*_ray_pkg_17"):
+        load_task_class("utask:Digits", str(tmp_path))
+
+
 def test_what_a_folder_has_and_the_task_does_not_import_is_no_matter(tmp_path: Path) -> None:
     write(tmp_path, "one/utask_helpers.py", GOOD)
     load_task_class("utask_helpers:Digits", str(tmp_path / "one"))
