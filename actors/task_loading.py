@@ -171,14 +171,15 @@ def _check_imports(name: str, path: Path, folder: Path) -> None:
 
 def _others_here(folder: Path) -> dict[str, ModuleType]:
     """
-    Give the modules that are here in place of a folder's own, by name; ours is everybody's.
+    Give the modules that are here in place of a folder's own, by name.
 
-    Mostly there are none, and no file need be read: of a large library that takes half a minute.
+    Ours is everybody's, and `__main__` is what runs. Mostly there are none, and no file need be
+    read: of a large library that takes half a minute.
     """
     own: set[str] = set()
     with suppress(OSError):
         own = {one.name.partition(".")[0] for one in folder.iterdir()}
-    own -= {*sys.stdlib_module_names, "distplat"}
+    own -= {*sys.stdlib_module_names, "distplat", "__main__"}
     return {
         name: module
         for name, module in sys.modules.copy().items()  # at once: other threads import, too

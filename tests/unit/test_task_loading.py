@@ -211,10 +211,11 @@ def test_where_nothing_else_is_here_no_file_is_read(
     assert read == ["utask"]
 
 
-def test_a_task_imports_the_distplat_that_runs_it(tmp_path: Path) -> None:
+def test_a_task_imports_the_distplat_and_the_main_module_that_run_it(tmp_path: Path) -> None:
     """Beside a task there may be a checkout of ours."""
-    write(tmp_path, "distplat/__init__.py", "raise AssertionError('it was imported')\n")
-    write(tmp_path, "utask.py", GOOD)
+    for name in ("distplat/__init__.py", "__main__.py"):
+        write(tmp_path, name, "raise AssertionError('it was imported')\n")
+    write(tmp_path, "utask.py", GOOD + "import __main__\n")
     assert issubclass(load_task_class("utask:Digits", str(tmp_path)), Task)
 
 
