@@ -252,6 +252,7 @@ class Tracking(Callback):
 
     def __init__(self, specs: Sequence[TrackerSpec], before: Path | None) -> None:
         self._specs, self._before = specs, before
+        self._writers: dict[str, BackgroundWriter[_Told]] = {}  #: none before the start
 
     @override
     def on_start(self, job: Job, run: str, path: Path) -> None:

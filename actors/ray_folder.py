@@ -24,6 +24,8 @@ _MOST_FILES, _MOST_BYTES = 64, 16 * 2**10
 """So many logs are kept, and so many bytes at the end of each: a megabyte in all."""
 _FIRST = ("raylet.", "gcs_server.")
 """The logs that tell why a cluster failed come before the others."""
+_LEFT_OUT = ("worker-", "runtime_env_agent.log", "runtime_env_setup-")
+"""What workers printed is in the run directory; the others show `env_vars`, which may be secret."""
 
 
 class RayFolder:
@@ -58,15 +60,13 @@ class RayFolder:
         """
         Give the last lines of Ray's logs, one log below the other; empty: there are none.
 
-        What workers printed is not among them: it is in the run directory.
-
         Args:
             hidden: a text that is left out: Ray's token.
         """
         logs = [
             path
             for path in self.path.glob("session_2*/logs/*")
-            if path.is_file() and not path.name.startswith("worker-")
+            if path.is_file() and not path.name.startswith(_LEFT_OUT)
         ]
         logs.sort(key=lambda path: (not path.name.startswith(_FIRST), -path.stat().st_mtime))
         text = "".join(_ends(logs[:_MOST_FILES]))

@@ -21,6 +21,8 @@ from distplat.strategies.task import Task
 
 TrainFunction: TypeAlias = Callable[..., object]
 """A loop of the user's own; see `call_train_function`."""
+SHIPPED = "_ray_pkg_"
+"""Names of folders that Ray has brought to a node begin so."""
 
 
 def load_task_class(entry: str, search_path: str) -> type[Task]:
@@ -154,7 +156,8 @@ def _check_imports(name: str, path: Path, folder: Path) -> None:
     Raises:
         SpecError: see `_check_location`.
     """
-    left, seen = [(name, path)], {path}
+    others = _others_here(folder)
+    left, seen = [(name, path)] if others else [], {path}
     while left:
         for found in _names_imported(*left.pop()):
             there = _file_of(found, folder)
@@ -162,8 +165,28 @@ def _check_imports(name: str, path: Path, folder: Path) -> None:
                 continue
             seen.add(there)
             left.append((found, there))
-            if isinstance(module := sys.modules.get(found), ModuleType):
-                _check_location(module, folder)
+            if found in others:
+                _check_location(others[found], folder)
+
+
+def _others_here(folder: Path) -> dict[str, ModuleType]:
+    """
+    Give the modules that are here in place of a folder's own, by name.
+
+    Ours is everybody's, and `__main__` is what runs. Mostly there are none, and no file need be
+    read: of a large library that takes half a minute.
+    """
+    own: set[str] = set()
+    with suppress(OSError):
+        own = {one.name.partition(".")[0] for one in folder.iterdir()}
+    own -= {*sys.stdlib_module_names, "distplat", "__main__"}
+    return {
+        name: module
+        for name, module in sys.modules.copy().items()  # at once: other threads import, too
+        if name.partition(".")[0] in own
+        and isinstance(module, ModuleType)
+        and _unused_because_of(module, folder) is not None
+    }
 
 
 def _names_imported(name: str, path: Path) -> set[str]:
@@ -215,19 +238,40 @@ def _check_location(module: ModuleType, folder: Path) -> None:
     Raises:
         SpecError: it is another one, such as the standard library's or another run's.
     """
-    there = _file_of(module.__name__, folder)
-    loaded = getattr(module, "__file__", None)
-    if there is not None and not (loaded and _is_at(Path(loaded), there)):
+    if (there := _unused_because_of(module, folder)) is not None:
+        loaded = getattr(module, "__file__", None)
         where = "is built into Python" if loaded is None else f"was imported before, from {loaded}"
         text = f"{there} would not be used: a module {module.__name__!r} {where}"
         hint = "rename the file, or run it in a process of its own"
         raise SpecError(Problem(("task",), text, hint))
 
 
+def _unused_because_of(module: ModuleType, folder: Path) -> Path | None:
+    """Give the file of a folder that a module was not loaded from; None: it has none, or was."""
+    there = _file_of(module.__name__, folder)
+    loaded = getattr(module, "__file__", None)
+    if there is None or (loaded and _is_at(Path(loaded), there)):
+        return None
+    return there
+
+
 def _is_at(loaded: Path, path: Path) -> bool:
     """Say whether a file is that of a path, or compiled from it and beside it, as by Cython."""
     pairs = (loaded, path), (loaded.parent, path.parent)
-    return any(one.exists() and one.samefile(other) for one, other in pairs)
+    at = any(one.exists() and one.samefile(other) for one, other in pairs)
+    return at or (_is_shipped(loaded) and not _is_shipped(path) and _are_equal(loaded, path))
+
+
+def _is_shipped(path: Path) -> bool:
+    """Say whether Ray has brought a file here; beside the driver its original is here as well."""
+    return any(part.startswith(SHIPPED) for part in path.parts)
+
+
+def _are_equal(one: Path, other: Path) -> bool:
+    try:
+        return one.read_bytes() == other.read_bytes()
+    except OSError:
+        return False
 
 
 def _script_function(entry: str, search_path: str) -> Callable[[], None]:

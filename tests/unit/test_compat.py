@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from distplat.actors import ray_compat as of_ray
 from distplat.actors.ray_folder import RayFolder
+from distplat.actors.task_loading import SHIPPED
 from distplat.strategies import torch_compat as of_torch
 from distplat.strategies.model import module_hooks
 
@@ -246,6 +247,12 @@ def test_every_request_of_the_job_client_goes_through_one_place(
     with pytest.raises(requests.Timeout):
         of_ray.with_requests(JobSubmissionClient, request)("http://127.0.0.1:1")
     assert sent == [("GET", "http://127.0.0.1:1/api/version", 5)]
+
+
+def test_what_ray_has_shipped_is_known_by_its_name() -> None:
+    from ray._private.runtime_env import packaging
+
+    assert packaging.RAY_PKG_PREFIX == SHIPPED
 
 
 def test_the_loggers_of_uploads_have_these_names() -> None:

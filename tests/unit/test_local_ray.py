@@ -73,6 +73,8 @@ def test_what_ray_logged_is_kept_where_the_cluster_failed_or_distplat(
     def init(**settings: Any) -> None:
         token = (tmp_path / ".ray/auth_token").read_text()
         lines_of(settings["_temp_dir"], "worker-17.out", "printed by the task")
+        for name in ("runtime_env_agent.log", "runtime_env_setup-01000000.log"):
+            lines_of(settings["_temp_dir"], name, "env_vars: {'SOME_KEY': 'secret'}")
         lines_of(settings["_temp_dir"], "log_monitor.log", f"token {token}")
         lines_of(settings["_temp_dir"], "raylet.out", "x" * 100_000 + "killed")
 
@@ -92,7 +94,7 @@ def test_what_ray_logged_is_kept_where_the_cluster_failed_or_distplat(
         first, second = logged.split("\n\n")[:2]
         assert first.startswith("==> raylet.out <==\nxxx") and first.endswith("xkilled")
         assert second == "==> log_monitor.log <==\ntoken ***"
-        assert len(logged) < 20_000
+        assert len(logged) < 20_000 and "secret" not in logged
 
 
 def test_what_ray_logged_before_it_did_not_start_is_kept(

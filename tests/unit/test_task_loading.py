@@ -22,6 +22,7 @@ import torch
 from jobs import job_of
 from safetensors.torch import save_model
 
+from distplat.actors import task_loading
 from distplat.actors.task_loading import load_task_class, load_train_function
 from distplat.actors.training import search_path
 from distplat.actors.user_errors import as_user_error, killed_loader, lost_peer
@@ -161,6 +162,9 @@ class _Garbage:
 def test_imports_are_looked_at_in_several_threads(tmp_path: Path) -> None:
     """Ranks of tests are threads; CPython counts something of `ast` once for all of them."""
     nested = "x = " + "[" * 30 + "1" + "]" * 30 + "\n"
+    for folder in ("one", "."):  # else no file is looked into
+        write(tmp_path, f"{folder}/utask_helpers.py", GOOD)
+    load_task_class("utask_helpers:Digits", str(tmp_path / "one"))
     write(tmp_path, "utask.py", GOOD + nested * 100)
     failed: list[BaseException] = []
 
@@ -183,6 +187,52 @@ def test_imports_are_looked_at_in_several_threads(tmp_path: Path) -> None:
     finally:
         gc.set_threshold(*before)
     assert not failed and not any(thread.is_alive() for thread in threads)
+
+
+def test_where_nothing_else_is_here_no_file_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A folder may have a large library, each of whose files takes milliseconds."""
+    read: list[str] = []
+
+    def imported(name: str, path: Path) -> set[str]:
+        read.append(name)
+        return set()
+
+    monkeypatch.setattr(task_loading, "_names_imported", imported)
+    write(tmp_path, "utask_helpers.py", "SIZE = 3\n")
+    write(tmp_path, "string/__init__.py", "")
+    write(tmp_path, "utask.py", GOOD + "from utask_helpers import SIZE\n")
+    for _ in range(2):  # the second time its imports are here, from the same folder
+        assert load_task_class("utask:Digits", str(tmp_path))
+    assert not read
+    write(tmp_path, "torch.py", "")
+    load_task_class("utask:Digits", str(tmp_path))
+    assert read == ["utask"]
+
+
+def test_a_task_imports_the_distplat_and_the_main_module_that_run_it(tmp_path: Path) -> None:
+    """Beside a task there may be a checkout of ours."""
+    for name in ("distplat/__init__.py", "__main__.py"):
+        write(tmp_path, name, "raise AssertionError('it was imported')\n")
+    write(tmp_path, "utask.py", GOOD + "import __main__\n")
+    assert issubclass(load_task_class("utask:Digits", str(tmp_path)), Task)
+
+
+def test_what_ray_has_shipped_of_the_folder_is_the_folders(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A worker beside the driver has both; a file with strategies imports what was shipped."""
+    shipped = tmp_path / "working_dir_files/_ray_pkg_17"
+    for folder in (tmp_path, shipped):
+        write(folder, "utask_helpers.py", "SIZE = 3\n")
+    write(tmp_path, "utask.py", GOOD + "from utask_helpers import SIZE\n")
+    monkeypatch.syspath_prepend(shipped)
+    importlib.import_module("utask_helpers")
+    assert load_task_class("utask:Digits", str(tmp_path))
+    write(tmp_path, "utask_helpers.py", "SIZE = 4\n")
+    with pytest.raises(SpecError, match=r"utask_helpers.py would not be used: .*_ray_pkg_17"):
+        load_task_class("utask:Digits", str(tmp_path))
 
 
 def test_what_a_folder_has_and_the_task_does_not_import_is_no_matter(tmp_path: Path) -> None:

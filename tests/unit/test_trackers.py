@@ -19,7 +19,7 @@ from distplat import Job, Result, Task, Trainer
 from distplat.actors import callbacks
 from distplat.platform import trackers
 from distplat.platform.disk import BackgroundWriter
-from distplat.platform.errors import Interrupted, SpecError, UserCodeError
+from distplat.platform.errors import Interrupted, SpecError, StorageError, UserCodeError
 from distplat.platform.progress import EvalSummary, StepSummary
 from distplat.platform.trackers import Trackio, WandB, points_of
 
@@ -107,6 +107,16 @@ def test_a_run_that_fails_is_shown_as_one(book: type[Book], tmp_path: Path) -> N
     with pytest.raises(UserCodeError):
         Trainer(spec(tmp_path, task_args={"fails": True}), Lin).fit()
     assert [one.failed for one in book.opened] == [True]
+
+
+def test_a_run_that_ends_before_its_trackers_begin_is_not_shown(
+    book: type[Book], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "file").touch()
+    never = {**spec(tmp_path), "storage_path": f"file://{tmp_path}/file/below"}
+    with caplog.at_level(logging.WARNING), pytest.raises(StorageError, match="nothing was trained"):
+        Trainer(never, Lin, storage_dir=tmp_path).fit()
+    assert not caplog.text and not book.opened
 
 
 def test_a_tracker_that_fails_costs_no_step(
