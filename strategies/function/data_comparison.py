@@ -58,9 +58,10 @@ class DataComparison:
         Raises:
             SpecError: names a rank that has another one than rank 0.
         """
+        if self._group.world == 1:
+            return
         description = [_length_of(data), self._described(data)]
-        alone = self._group.world == 1
-        every = [description] if alone else gather_values(description, self._group, self._device)
+        every = gather_values(description, self._group, self._device)
         size, samples = every[0]
         for rank, other in enumerate(every):
             text = f"{other[0]} samples on rank {rank}, {size} on rank 0"

@@ -1,7 +1,7 @@
 """The tensors in nested values, whatever holds them, and the same containers with other items."""
 
 from collections import Counter, OrderedDict, UserDict, namedtuple
-from collections.abc import Iterator, Mapping, MutableMapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pack_sequence
+from wrapped_mapping import WrappedMapping
 
 from distplat.strategies.loop.containers import items_in, rebuilt, tensors_in
 
@@ -65,26 +66,6 @@ class Encoded(Mapping[str, Any]):
         return 2
 
 
-class Wrapped(MutableMapping[str, Any]):
-    def __init__(self, held: dict[str, Any]) -> None:
-        self.held = held
-
-    def __getitem__(self, key: str) -> Any:
-        return self.held[key]
-
-    def __setitem__(self, key: str, value: Any) -> None:
-        self.held[key] = value
-
-    def __delitem__(self, key: str) -> None:
-        del self.held[key]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.held)
-
-    def __len__(self) -> int:
-        return len(self.held)
-
-
 class Attributes(dict[str, Any]):
     """Its items are its attributes."""
 
@@ -99,8 +80,8 @@ def test_a_dict_that_is_its_own_attributes_stays_one() -> None:
 
 
 def test_mappings_of_another_kind_have_the_other_items() -> None:
-    other = rebuilt(value := Wrapped({"a": 1, "b": 2}), [3, 4])
-    assert type(other) is Wrapped
+    other = rebuilt(value := WrappedMapping({"a": 1, "b": 2}), [3, 4])
+    assert type(other) is WrappedMapping
     assert (value.held, other.held) == ({"a": 1, "b": 2}, {"a": 3, "b": 4})
     assert rebuilt(Counter(a=3), [5]) == Counter(a=5)
     assert rebuilt(Encoded(1, 2, "text"), [3, 4]) == Encoded(3, 4, "text")

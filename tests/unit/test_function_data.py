@@ -1,7 +1,7 @@
 """What prepared loaders give to a train function, and what is gathered behind them."""
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, MutableMapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -28,6 +28,7 @@ from torch.utils.data import (
     DistributedSampler,
     SequentialSampler,
 )
+from wrapped_mapping import WrappedMapping
 
 import distplat
 from distplat.platform.errors import MismatchError, SpecError
@@ -232,32 +233,12 @@ def test_dataclasses_are_gathered_field_by_field() -> None:
 def test_mappings_of_another_kind_stay_as_they_are() -> None:
     def train(config: Mapping[str, Any]) -> None:
         given: dict[str, Any] = {"rank": torch.tensor([distplat.get_context().rank])}
-        found = distplat.gather_for_metrics(Shared(given))
+        found = distplat.gather_for_metrics(WrappedMapping(given))
         assert found["rank"].tolist() == [0, 1]
         assert len(given["rank"]) == 1
         assert distplat.gather_for_metrics(Counter(right=2))["right"].tolist() == [2, 2]
 
     call_on_ranks(train, 2)
-
-
-class Shared(MutableMapping[str, Any]):
-    def __init__(self, held: MutableMapping[str, Any]) -> None:
-        self.held = held
-
-    def __getitem__(self, key: str) -> Any:
-        return self.held[key]
-
-    def __setitem__(self, key: str, value: Any) -> None:
-        self.held[key] = value
-
-    def __delitem__(self, key: str) -> None:
-        del self.held[key]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.held)
-
-    def __len__(self) -> int:
-        return len(self.held)
 
 
 def test_what_cannot_be_gathered_is_named() -> None:

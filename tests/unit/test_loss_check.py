@@ -3,7 +3,7 @@
 import importlib
 import random
 from collections import OrderedDict, UserDict, namedtuple
-from collections.abc import Callable, Iterator, MutableMapping
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
 from types import MethodType
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pack_sequence
 from torch.utils.data import default_collate
+from wrapped_mapping import WrappedMapping
 
 from distplat.nn import connect
 from distplat.strategies.loop.loss_check import MeanCheck, loss_warning, states_of
@@ -182,26 +183,11 @@ def test_what_cannot_be_cut_is_passed_over(outputs: Any, targets: Any, samples: 
     assert loss_warning(loss, *given, samples=samples) is None
 
 
-class Inside(MutableMapping[str, Any]):
+class Inside(WrappedMapping):
     """A mapping of the user's own, whose copy shares what it holds."""
 
     def __init__(self, **items: Any) -> None:
-        self.items_ = items
-
-    def __getitem__(self, key: str) -> Any:
-        return self.items_[key]
-
-    def __setitem__(self, key: str, value: Any) -> None:
-        self.items_[key] = value
-
-    def __delitem__(self, key: str) -> None:
-        del self.items_[key]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.items_)
-
-    def __len__(self) -> int:
-        return len(self.items_)
+        super().__init__(items)
 
 
 @pytest.mark.parametrize("kind", [Inside, UserDict, OrderedDict, dict])

@@ -1,0 +1,38 @@
+"""A mapping of a user's own that keeps its items in another one, which a shallow copy shares."""
+
+from collections.abc import Iterator, MutableMapping
+from typing import Any
+
+from typing_extensions import override
+
+
+class WrappedMapping(MutableMapping[str, Any]):
+    """
+    Has the items of another mapping.
+
+    Args:
+        held: the other one.
+    """
+
+    def __init__(self, held: MutableMapping[str, Any]) -> None:
+        self.held = held
+
+    @override
+    def __getitem__(self, key: str) -> Any:
+        return self.held[key]
+
+    @override
+    def __setitem__(self, key: str, value: Any) -> None:
+        self.held[key] = value
+
+    @override
+    def __delitem__(self, key: str) -> None:
+        del self.held[key]
+
+    @override
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.held)
+
+    @override
+    def __len__(self) -> int:
+        return len(self.held)
