@@ -101,8 +101,10 @@ def test_a_run_has_the_bits_of_ranks_without_a_driver(
 
 
 def test_the_controller_counts_the_evaluations_and_ends_the_run(
-    cluster: InMemoryRay, tmp_path: Path
+    cluster: InMemoryRay, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Without the driver, which asks it to end the run, too, but later."""
+    monkeypatch.setattr(ControllerActor, "end_early", lambda self: None)
     fields = {"steps": 3000, "evaluation": {"every_steps": 1}, "storage_path": str(tmp_path)}
     rule = {"metric": "loss", "mode": "max", "patience": 2}
     given = make_job(fields_of("ring", 2, early_stop=rule, **fields))
