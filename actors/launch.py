@@ -306,13 +306,19 @@ def local_ray(
     Args:
         scaling: has so many workers at most.
         logs: whether what a local instance's workers print comes to this process.
-        keep_in: a directory that gets the ends of its logs where it fails, or we do.
+        keep_in: a directory that gets the ends of its logs where it fails, or we do; those of
+            another Ray stay where they are, which is said then.
 
     Raises:
         InfrastructureError: Ray cannot be started; it gives itself 30 s, which nothing changes.
     """
     if ray.is_initialized():
-        yield
+        try:
+            yield
+        except Exception as error:
+            if keep_in and _may_be_rays(error) and (there := ray_compat.log_folder()):
+                logger.warning("Ray's own logs are in %s of each node", there)
+            raise
         return
     # More workers than cores is slow but right: on a laptop that is what trying out means.
     if warning := secure_token(Path.home(), os.environ):

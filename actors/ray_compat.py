@@ -139,6 +139,12 @@ def ray_is_ours() -> bool:
     return node is not None and bool(node.head)
 
 
+def log_folder() -> str | None:
+    """Give where Ray's processes log, on each node; None: this process is not connected."""
+    node = ray._private.worker._global_node
+    return None if node is None else str(node.get_logs_dir_path())
+
+
 @contextmanager
 def loopback() -> Iterator[None]:
     """

@@ -110,7 +110,7 @@ def test_killed_server(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_killed_controller(tmp_path: Path) -> None:
+def test_killed_controller(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """The census finds what it leaves: its actors and the driver's are all to be gone."""
 
     def two_checkpoints() -> bool:  # of which the first one is whole
@@ -121,6 +121,8 @@ def test_killed_controller(tmp_path: Path) -> None:
     with pytest.raises(ActorLost, match=r"controller was lost after step \d+.*--resume") as caught:
         train(spec, tmp_path, callbacks=(killer,))
     assert caught.value.exit_code == 4
+    logs = [one.args for one in caplog.records if one.msg.startswith("Ray's own logs are in")]
+    assert [Path(*map(str, folder), "raylet.out").is_file() for folder in logs if folder] == [True]
     (folder,) = tmp_path.rglob("checkpoints")
     saved = Catalogue(folder).newest(lambda *said: None)
     assert saved is not None and saved.step > 0

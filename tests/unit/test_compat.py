@@ -116,6 +116,14 @@ def test_a_ray_is_ours_if_this_process_has_its_head(monkeypatch: pytest.MonkeyPa
     assert "self.head = " in inspect.getsource(ray._private.node.Node)
 
 
+def test_rays_logs_are_where_its_node_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert of_ray.log_folder() is None
+    node = SimpleNamespace(get_logs_dir_path=lambda: Path("/there/logs"))
+    monkeypatch.setattr(ray._private.worker, "_global_node", node)
+    assert of_ray.log_folder() == "/there/logs"
+    assert callable(ray._private.node.Node.get_logs_dir_path)
+
+
 def test_a_ray_of_ours_takes_loopback_for_its_address() -> None:
     from ray._private import services
 

@@ -97,6 +97,23 @@ def test_what_ray_logged_is_kept_where_the_cluster_failed_or_distplat(
         assert len(logged) < 20_000 and "secret" not in logged
 
 
+@pytest.mark.parametrize(
+    ("error", "said"), [(ActorLost("worker-1", 3, "killed"), True), (Interrupted(2), False)]
+)
+def test_where_another_ray_logs_is_said(
+    error: Exception,
+    said: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr("ray.is_initialized", lambda: True)
+    monkeypatch.setattr("distplat.actors.ray_compat.log_folder", lambda: "/there/logs")
+    with pytest.raises(type(error)), local_ray(Scaling(num_workers=1), keep_in=tmp_path):
+        raise error
+    assert caplog.messages == said * ["Ray's own logs are in /there/logs of each node"]
+
+
 def test_what_ray_logged_before_it_did_not_start_is_kept(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
