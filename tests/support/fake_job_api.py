@@ -98,4 +98,4 @@ def fake_job_api() -> Iterator[FakeJobApi]:
     finally:
         server.shutdown()
         server.server_close()
-        thread.join(5)
+        thread.join(60)

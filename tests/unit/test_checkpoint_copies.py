@@ -152,7 +152,7 @@ def test_a_service_waits_for_ranks_that_are_behind() -> None:
     for thread in [*threads]:
         thread.start()
     for thread in [*threads, waiting]:
-        thread.join(5)
+        thread.join(60)
     [(steps, kept)] = found
     assert steps == 1
     assert kept is not None

@@ -259,7 +259,7 @@ def test_a_rollback_waits_for_a_slow_writer_and_nothing_is_deleted_while_it_read
     launch = replace(launch, job=launch.job.model_copy(update={"checkpoint": keep}))
 
     def slowly(ref: Any) -> Any:
-        assert ref[0][0] < 20 or gate.wait(10)
+        assert ref[0][0] < 20 or gate.wait(60)
         return ref
 
     checkpoints = Checkpoints(launch, 2, slowly)
@@ -297,7 +297,7 @@ def test_a_rollback_says_for_what_it_waits_and_goes_on_without_it(
     gate = threading.Event()
 
     def slowly(ref: Any) -> Any:
-        assert ref[0][0] < 20 or gate.wait(10)
+        assert ref[0][0] < 20 or gate.wait(60)
         return ref
 
     checkpoints = Checkpoints(hasty(launch, 0.3), 2, slowly)
@@ -316,7 +316,7 @@ def test_a_disk_that_hangs_while_it_is_read_ends_the_run(
 ) -> None:
     gate = threading.Event()
     checkpoints = Checkpoints(hasty(launch, 0.2), 2, lambda ref: ref)
-    monkeypatch.setattr(checkpoints._catalogue, "newest", lambda *_: gate.wait(10))
+    monkeypatch.setattr(checkpoints._catalogue, "newest", lambda *_: gate.wait(60))
     with pytest.raises(StorageError, match=r"within 0\.2 s: its disk does") as raised:
         checkpoints.newest()
     gate.set()
@@ -329,7 +329,7 @@ def test_what_the_disk_cannot_keep_up_with_is_skipped(
     gate = threading.Event()
 
     def slowly(ref: Any) -> Any:
-        assert gate.wait(10)
+        assert gate.wait(60)
         return ref
 
     checkpoints = Checkpoints(launch, 2, slowly)
@@ -355,14 +355,14 @@ def test_small_checkpoints_wait_for_a_slow_disk(
 
     def slowly(ref: Any) -> Any:
         begun.set()
-        assert gate.wait(10)
+        assert gate.wait(60)
         return ref
 
     checkpoints = Checkpoints(launch, 2, slowly)
     for version in range(1, 8):
         for rank in range(2):
             checkpoints.take(delivery(rank, version))
-        assert begun.wait(10)  # the first one is being written, and does not wait
+        assert begun.wait(60)  # the first one is being written, and does not wait
     gate.set()
     checkpoints.drain()
     written = [saved.step for saved in checkpoints.take_finished()]

@@ -10,7 +10,7 @@ from torch import Tensor
 from distplat.actors.memory.device_copy import DeviceTransfer, DirectTransfer
 from distplat.platform.errors import DeadlineExceeded
 
-LIMIT_S = 5.0
+LIMIT_S = 60.0
 
 
 class Stream:

@@ -13,7 +13,7 @@ from distplat.platform.errors import ActorLost
 from distplat.platform.server_group import Order, ServerGroup
 from distplat.platform.spec import Failure
 
-SOON_S = 5.0
+SOON_S = 60.0
 FROZEN = Fault(delay_s=1e6)
 
 

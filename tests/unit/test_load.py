@@ -129,7 +129,7 @@ def test_asynchronous_pushes_queue_for_each_other(clock: Clock) -> None:
 
     def body(rank: int) -> ServerReply:
         if rank:
-            assert inside.wait(5)
+            assert inside.wait(60)
         deliver: Callable[[Any, int], None] = nowhere if rank else slow
         return service.push(PushId("run", 1, rank, 0, rank), noise(SIZE, rank, 0), RECORD, deliver)
 

@@ -17,7 +17,7 @@ from distplat.actors.memory.memfd import MemorySegment
 from distplat.platform.errors import GapError
 from distplat.platform.ledger import ServerReply
 
-LIMIT_S = 5.0
+LIMIT_S = 60.0
 
 
 @pytest.fixture

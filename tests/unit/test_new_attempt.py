@@ -39,7 +39,7 @@ def both(to: ShardServer, seq: int, attempt: int) -> None:
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(10)
+        thread.join(60)
         assert not thread.is_alive()
 
 
@@ -58,11 +58,11 @@ def test_who_waits_for_a_lost_rank_is_let_go() -> None:
 
     thread = threading.Thread(target=wait)
     thread.start()
-    assert waits.wait(5)
+    assert waits.wait(60)
     while not service.exclusively(lambda: _staged(service) == [0]):
         pass
     service.exclusively(lambda: service.renew(2))
-    thread.join(5)
+    thread.join(60)
     assert not thread.is_alive()
     assert ["attempt 1 is over" in str(error) for error in errors] == [True]
 

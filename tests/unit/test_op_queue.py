@@ -56,7 +56,7 @@ def test_never_two_at_a_time(queue: OpQueue) -> None:
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(10.0)
+        thread.join(60)
         assert not thread.is_alive()
     queue.run(work)
     queue.close(5.0)

@@ -196,15 +196,15 @@ def test_a_thread_in_torch_distributed_shows_its_frames() -> None:
     @_exception_logger
     def all_reduce() -> None:
         inside.set()
-        over.wait(10)
+        over.wait(60)
 
     thread = threading.Thread(target=call_train_function, args=(lambda config: all_reduce(), {}))
     assert frames_of_wait(threading.main_thread()) == ""
     thread.start()
     try:
-        assert inside.wait(10)
+        assert inside.wait(60)
         assert "in <lambda>" in frames_of_wait(thread).splitlines()[1]
     finally:
         over.set()
-        thread.join(10)
+        thread.join(60)
     assert frames_of_wait(thread) == ""

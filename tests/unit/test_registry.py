@@ -96,7 +96,7 @@ def test_whoever_looks_up_meanwhile_waits_for_the_discovery() -> None:
 
     def discover() -> None:
         begun.set()
-        go_on.wait(10)
+        go_on.wait(60)
         registry.register("ring")(make("Ring"))
 
     registry: Registry[type] = Registry("strategy", discover)
@@ -104,9 +104,9 @@ def test_whoever_looks_up_meanwhile_waits_for_the_discovery() -> None:
     threads = [threading.Thread(target=lambda: found.append(registry.names())) for _ in range(2)]
     for thread in threads:
         thread.start()
-        assert begun.wait(10)
+        assert begun.wait(60)
     threads[1].join(0.05)
     go_on.set()
     for thread in threads:
-        thread.join(10)
+        thread.join(60)
     assert found == [["ring"], ["ring"]]

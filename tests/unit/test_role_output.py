@@ -194,7 +194,7 @@ def test_the_last_lines_come_after_the_end(
     ended = threading.Event()
 
     def late() -> None:
-        assert ended.wait(20)
+        assert ended.wait(60)
         last = batch("digits/worker-0", "Traceback")
         ray_logging.global_worker_stdstream_dispatcher.emit(last)
 
@@ -209,5 +209,5 @@ def test_the_last_lines_come_after_the_end(
         ended.set()
         if fails:
             raise ValueError
-    thread.join(10)
+    thread.join(60)
     assert (tmp_path / "logs" / "worker-0.log").read_text() == "Traceback\n"

@@ -24,7 +24,7 @@ from distplat.strategies.algorithms.pipeline_schedule import (
 from distplat.strategies.model.layers import Stage, layers_of
 from distplat.strategies.model.module_options import recomputed
 
-WAIT_S = 20.0
+WAIT_S = 60.0
 WIDTH = 6
 
 

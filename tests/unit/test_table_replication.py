@@ -338,7 +338,7 @@ class _WithALoss(Attempt):
         if step == LOST_AT and rank == 0:
             self.run.tables.nodes[0].die("killed by the test")
         if step == 1:
-            assert self.filled.wait(10)
+            assert self.filled.wait(60)
         return StopOrder.NONE
 
 

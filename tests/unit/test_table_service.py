@@ -180,7 +180,7 @@ def test_who_waits_when_the_next_attempt_begins_comes_out() -> None:
     thread.start()
     time.sleep(0.05)
     service.open(plan(attempt=1))
-    thread.join(5)
+    thread.join(60)
     assert len(errors) == 1
     both(service, 0, attempt=1)
     assert value(service, 0, attempt=1) == -2.0  # what was staged before is not in it

@@ -185,9 +185,9 @@ def test_a_newcomer_makes_itself_ready_once_however_often_it_is_asked() -> None:
     askers = [threading.Thread(target=worker.prepare, args=(order,)) for _ in range(2)]
     for asker in askers:
         asker.start()
-    worker._orders.get(timeout=10).keywords["ready"].set_result(None)
+    worker._orders.get(timeout=60).keywords["ready"].set_result(None)
     for asker in askers:
-        asker.join(10)
+        asker.join(60)
         assert not asker.is_alive()
     assert worker._orders.empty()
     worker.prepare(order)  # once more, after the end
@@ -204,8 +204,8 @@ def test_a_spare_imports_once_and_becomes_the_worker_that_it_is_told_to_be(
     asker = threading.Thread(target=worker.import_task, args=(SimpleNamespace(attempt=0, job=job),))
     asker.start()
     session = SimpleNamespace(import_task=lambda order, ready: ready.set_result(None))
-    worker._orders.get(timeout=10)(session)
-    asker.join(10)
+    worker._orders.get(timeout=60)(session)
+    asker.join(60)
     assert not asker.is_alive()
     assert worker._orders.empty()
     worker.start(SimpleNamespace(attempt=2, job=job, actor_name="job/worker-1/attempt-2"))
