@@ -1,6 +1,7 @@
 """Unit tests start no processes of Ray and keep to one core."""
 
 import gc
+import logging
 import os
 import random
 import threading
@@ -63,14 +64,17 @@ def few_descriptors() -> Iterator[None]:
 
 
 @pytest.fixture
-def caplog(caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
+def caplog(caplog: pytest.LogCaptureFixture) -> Iterator[pytest.LogCaptureFixture]:
     """Keep out what threads say that an earlier test has left."""
     me = threading.current_thread()
     earlier = [thread for thread in threading.enumerate() if thread is not me]
-    caplog.handler.addFilter(
-        lambda record: all(record.thread != one.ident for one in earlier if one.is_alive())
-    )
-    return caplog
+
+    def is_own(record: logging.LogRecord) -> bool:
+        return all(record.thread != one.ident for one in earlier if one.is_alive())
+
+    caplog.handler.addFilter(is_own)
+    yield caplog
+    caplog.handler.removeFilter(is_own)  # the handler is that of all tests
 
 
 @pytest.fixture(scope="session")
