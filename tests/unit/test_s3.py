@@ -30,6 +30,7 @@ def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[ThreadedMotoServer
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "hush")
     monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")  # the library's own take seconds
+    monkeypatch.setattr("distplat.platform.run_upload._SAID_S", LIMIT_S)  # however busy we are
     server, port = start()
     monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{port}")
     boto3.client("s3").create_bucket(Bucket="runs")
