@@ -80,7 +80,7 @@ def find_runs(name: str) -> list[RunName]:
     found = [RunName(run, job) for run, job in runs.items() if name in (run, job)]
     if not found:
         known = {*runs, *runs.values()}
-        near = hint(name, known) if known else "nothing runs there"
+        near = hint(name, known, "running") if known else "nothing runs there"
         raise NoSuchRun(Problem((), f"no run or job {name!r} is running", near))
     return found  # names of runs end with the time
 

@@ -18,6 +18,21 @@ Address = Annotated[
         "Else RAY_API_SERVER_ADDRESS, RAY_ADDRESS, a cluster of this machine, a local Ray."
     ),
 ]
+RunAddress = Annotated[
+    str | None,
+    typer.Option(
+        help="http://HOST:8265 (job API), HOST:6379 or auto (join as driver). "
+        "Else RAY_API_SERVER_ADDRESS, RAY_ADDRESS, the clusters of this machine."
+    ),
+]
+JobApi = Annotated[
+    str | None,
+    typer.Option(
+        metavar="URL",
+        help="http://HOST:8265, of a job API. "
+        "Else RAY_API_SERVER_ADDRESS, RAY_ADDRESS, the job API of this machine.",
+    ),
+]
 Output = Annotated[str, typer.Option("-o", "--output", metavar="text|json", help="Form of stdout.")]
 Settings = Annotated[
     list[str] | None,

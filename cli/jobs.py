@@ -12,9 +12,9 @@ import typer
 
 from distplat.cli import remote, run_folders
 from distplat.cli.address import VERSION_KEY, Info, target_of
-from distplat.cli.common_options import Address, JobId, Output, is_json
+from distplat.cli.common_options import JobApi, JobId, Output, RunAddress, is_json
 from distplat.cli.render import print_pairs, print_result, print_table
-from distplat.cli.run_folders import ended_run, last_run_ended, local_runs, run_called
+from distplat.cli.run_folders import ended_run, last_run, last_run_ended, local_runs, run_called
 from distplat.cli.running import role_facts, role_lines, roles_of, stop_run
 from distplat.platform.errors import (
     ActorLost,
@@ -68,7 +68,7 @@ def open_jobs(address: str | None) -> "Jobs":
 
 
 def list_jobs(
-    address: Address = None,
+    address: JobApi = None,
     status: Annotated[
         str | None, typer.Option(help="PENDING, RUNNING, SUCCEEDED, FAILED or STOPPED.")
     ] = None,
@@ -103,7 +103,7 @@ def list_jobs(
     print_table([name.upper() for name in _COLUMNS], rows)
 
 
-def status(job_id: JobId, address: Address = None, output: Output = "text") -> None:
+def status(job_id: JobId, address: RunAddress = None, output: Output = "text") -> None:
     """
     Show how a job stands, and its roles.
 
@@ -185,6 +185,13 @@ def _truer(address: str | None, of_jobs: DistplatError, of_ray: DistplatError) -
     return of_jobs if named or not isinstance(of_jobs, ClusterUnreachable) else of_ray
 
 
+def _nowhere(address: str | None, name: str, of_jobs: DistplatError) -> DistplatError:
+    """Say that no run here has a name, too, where nobody has named the job API that is silent."""
+    if target_of(address, os.environ).origin or not isinstance(of_jobs, ClusterUnreachable):
+        return of_jobs
+    return ClusterUnreachable(f"no run or job {name!r} is below runs/, nor at a job API: {of_jobs}")
+
+
 def _pairs(info: Info) -> list[tuple[str, str]]:
     row = _row(_facts(info))
     code = info["driver_exit_code"]
@@ -198,21 +205,22 @@ def _pairs(info: Info) -> list[tuple[str, str]]:
 
 def logs(
     job_id: JobId,
-    address: Address = None,
+    address: JobApi = None,
     follow: Annotated[bool, typer.Option("-f", "--follow", help="Until the job ends.")] = False,
 ) -> None:
     """
     Print a job's log.
 
-    ID is a submission id, or the name or directory of a run below `runs/`.
+    ID is a submission id; or the name or directory of a run below `runs/`, or the name of its job,
+    of which the newest run is meant.
     """
     try:
         jobs = open_jobs(address)
         remote.find(jobs, job_id)
-    except (SpecError, ClusterUnreachable):
-        path = run_called(job_id)
-        if path is None or address is not None:
-            raise
+    except (SpecError, ClusterUnreachable) as error:
+        path = None if address is not None else run_called(job_id) or last_run(job_id)
+        if path is None:
+            raise _nowhere(address, job_id, error) from None
         _print_run_logs(path, follow=follow)
         return
     reader = remote.LogReader(lambda line: print(printable(line), flush=True))
@@ -245,7 +253,7 @@ def _print_run_logs(path: Path, *, follow: bool) -> None:
 
 def stop(
     job_id: JobId,
-    address: Address = None,
+    address: RunAddress = None,
     wait: Annotated[bool, typer.Option(help="Wait until it has ended.")] = True,
 ) -> None:
     """

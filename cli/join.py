@@ -123,7 +123,9 @@ def own_ray_address() -> str:
         with unset("RAY_ADDRESS"):
             address = ray_compat.address_of_auto()
     except ConnectionError as error:
-        raise ClusterUnreachable(f"cannot join Ray at this machine: {one_line(error)}") from error
+        raise ClusterUnreachable(
+            f"no Ray can be joined on this machine: {one_line(error)}"
+        ) from error
     if why := _foreign(address):
         hint = f"`--address {address}` joins it all the same"
         raise ClusterUnreachable(f"not joining the Ray at {address}: {why}; {hint}")

@@ -106,6 +106,11 @@ def last_run_ended(job: str) -> dict[str, Any] | None:
     return None if newest is None or newest["end_time"] is None else newest
 
 
+def last_run(job: str) -> Path | None:
+    """Give the directory of a job's newest run below `runs/`; None: there is none."""
+    return next((HOME / one["id"] for one in _runs() if one["name"] == job), None)
+
+
 def print_logs(path: Path, write: Callable[[str], None], *, follow: bool) -> int:
     """
     Print what the roles of a run have printed, each line after its role's name.

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from distplat.cli.address import LOOPBACK, Target, bring_token, host_and_port, target_of
-from distplat.cli.common_options import Address, Output, is_json
+from distplat.cli.common_options import Output, RunAddress, is_json
 from distplat.cli.render import table_lines
 from distplat.platform.errors import (
     ClusterUnreachable,
@@ -135,7 +135,7 @@ def scale(
     workers: Annotated[
         int, typer.Option("--workers", metavar="N", help="How many workers there are to be.")
     ],
-    address: Address = None,
+    address: RunAddress = None,
     wait_s: Annotated[
         float, typer.Option("--wait-s", min=0, help="How long to wait for it; 0: not at all.")
     ] = 120.0,

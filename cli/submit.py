@@ -76,6 +76,20 @@ class JobSource:
             found = (replace(one, file=names.get(one.file, one.file)) for one in error.problems)
             raise SpecError(*found) from None
 
+    def read_with_task(self) -> Job:
+        """
+        Read a job that is to run.
+
+        Raises:
+            SpecError: everything that is wrong with it; or it names no task.
+        """
+        job = self.read()
+        if job.task is None:
+            text = "is not set, and only `Trainer(job, MyTask)` in Python can do without"
+            hint = "give `module:Class`, `module:function` or a script, as docs/job_file.md says"
+            raise SpecError(Problem(("task",), text, hint, file=str(self.job_file)))
+        return job
+
 
 @dataclass(frozen=True)
 class RemoteOptions:
@@ -137,7 +151,9 @@ def validate(source: JobSource) -> None:
     """
     job = source.read()
     check_libraries(job)
-    if job.task is not None:
+    if job.task is None:
+        remote.say("warning: task: is not set: `Trainer(job, MyTask)` takes this job, not `submit`")
+    else:
         from distplat.actors.task_check import task_check
 
         with task_check(job, str(source.folder), shown=True) as check:
@@ -155,7 +171,7 @@ def submit(request: SubmitRequest) -> None:
         DistplatError: why the run failed.
         typer.Exit: a remote job failed or was left; carries the exit code.
     """
-    job = request.source.read()
+    job = request.source.read_with_task()
     target = _target(request, job)
     _check_options(request, target)
     if target.kind == "jobs":
@@ -183,7 +199,7 @@ def dry_run(request: SubmitRequest) -> None:
     Raises:
         SpecError: see `submit`.
     """
-    job = request.source.read()
+    job = request.source.read_with_task()
     target = _target(request, job)
     _check_options(request, target)
     start = None

@@ -14,7 +14,7 @@ import typer
 from distplat.cli.common_options import JobFile, Output, Settings, StrategyFile, WorkingDir, is_json
 from distplat.cli.remote import say
 from distplat.cli.render import print_pairs, print_table
-from distplat.platform.errors import Problem, SpecError, printable
+from distplat.platform.errors import printable
 from distplat.platform.progress import to_json
 
 if TYPE_CHECKING:
@@ -52,9 +52,7 @@ def verify(
 
     as_json = is_json(output)
     source = JobSource(job_file, settings, strategy_file=strategy_file, working_dir=working_dir)
-    job = source.read()
-    if job.task is None:
-        raise SpecError(Problem(("task",), "name a task in the job"))
+    job = source.read_with_task()
     from distplat.actors.verifying import VerifyRequest, verify  # torch and Ray
 
     names = tuple(name.strip() for name in strategies.split(",")) if strategies else ()

@@ -402,11 +402,11 @@ def nearest(name: str, known: Iterable[str]) -> str | None:
     return by_folded[hits[0]] if hits else None
 
 
-def hint(name: str, known: Iterable[str]) -> str:
+def hint(name: str, known: Iterable[str], they_are: str = "allowed") -> str:
     """Give `did you mean 'ring'? allowed: ps-sync, ring`; without a near name only the list."""
     names = sorted(known)
     near = nearest(name, names)
-    allowed = f"allowed: {', '.join(names)}" if names else "none is allowed here"
+    allowed = f"{they_are}: {', '.join(names)}" if names else f"none is {they_are} here"
     return f"did you mean {near!r}? {allowed}" if near else allowed
 
 

@@ -96,6 +96,7 @@ NO_RAY_CLIENT = (
     "error: --address: Ray Client (ray://) is not supported\n"
     "  hint: use the job API, http://HOST:8265, or HOST:6379 on a machine of the cluster\n"
 )
+NO_TASK = ["--set", "task=null"]
 NO_JOB_API = (
     "error: --address: local is no job API, and a job has to be looked for in one\n"
     "  hint: give http://HOST:8265\n"
@@ -146,6 +147,13 @@ NO_JOB_API = (
             ["submit", "job.yaml", "--address", "local", "--working-dir", "nowhere"],
             "error: --working-dir: ",
         ),
+        (
+            ["submit", "job.yaml", *NO_TASK, "--address", "local"],
+            "error: job.yaml: task: is not set",
+        ),
+        (["submit", "job.yaml", *NO_TASK, "--address", "http://127.0.0.1:9"], "task: is not set"),
+        (["submit", "job.yaml", *NO_TASK, "--dry-run"], "task: is not set"),
+        (["verify", "job.yaml", *NO_TASK], "task: is not set"),
         (["submit", "job.yaml", "--strategy-file", "s.py"], "error: --strategy-file: s.py is not"),
         (["drive"], "error: `drive` runs inside a cluster only"),
     ],
@@ -169,6 +177,15 @@ def test_every_problem_is_named_with_its_place(capsys: pytest.CaptureFixture[str
     assert lines[0] == "error: job.yaml:5:24: optimizer.lr: must be > 0 (got -1)"
     assert lines[1] == "error: job.yaml:5:32: optimizer.momentun: unknown field (value 0.9)"
     assert lines[2].startswith("  hint: did you mean 'momentum'?")
+
+
+def test_a_job_for_python_alone_is_valid_and_said_to_be(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["validate", "job.yaml", *NO_TASK]) == 0
+    printed = capsys.readouterr()
+    assert printed.err.startswith(
+        "warning: task: is not set: `Trainer(job, MyTask)` takes this job"
+    )
+    assert "task: null" in printed.out
 
 
 def resolved(args: list[str], capsys: pytest.CaptureFixture[str]) -> Any:

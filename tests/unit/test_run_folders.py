@@ -101,6 +101,23 @@ def test_logs_prints_each_role(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert run(["logs", str(path)]) == 0, "what was printed is there, whatever else is gone"
 
 
+def test_logs_of_a_job_are_those_of_its_newest_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, age_s in (("old-1", 7200), ("new-2", 60)):
+        path = named(tmp_path, name, age_s, "SUCCEEDED")
+        (path / "logs").mkdir(exist_ok=True)
+        (path / "logs" / "worker-0.log").write_text(f"of {name}\n")
+    (job,) = {one["name"] for one in local_runs(9)}
+    assert run(["logs", job]) == 0
+    assert capsys.readouterr().out == "(worker-0) of new-2\n"
+    assert run(["logs", "another"]) == 3
+    told = capsys.readouterr().err
+    assert "no run or job 'another' is below runs/, nor at a job API: cannot reach" in told
+    assert run(["logs", job, "--address", "http://127.0.0.1:9"]) == 3, "it was to be asked"
+    assert "below runs/" not in capsys.readouterr().err
+
+
 def test_a_run_is_followed_to_its_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = named(tmp_path, "going-1", 5, None)
     (path / "logs").mkdir(exist_ok=True)
