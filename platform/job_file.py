@@ -7,15 +7,16 @@ remember the origin of each value is that of `git config --show-origin`.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
+from pydantic import TypeAdapter, ValidationError
 
 from distplat.platform.errors import Problem, SpecError
 from distplat.platform.own_loop import OF_TASKS
-from distplat.platform.spec import Job
+from distplat.platform.spec import Job, StrategyField, StrategySpec
 from distplat.platform.spec_messages import problems_of, show
 from distplat.platform.yaml_source import (
     MAX_BYTES,
@@ -32,10 +33,12 @@ SourcePosition = tuple[str, int, int]
 """File, line and column; the name of the variable or override, 0 and 0 for what is in no file."""
 
 _STRATEGY_NAME = {("strategy",), ("strategy", "name")}
+_STRATEGY: TypeAdapter[StrategySpec] = TypeAdapter(StrategyField)
 Check = Callable[[Job], list[Problem]]
+StrategyCheck = Callable[[StrategySpec], list[Problem]]
 
 
-def _nothing_more(job: Job) -> list[Problem]:
+def _nothing_more(job: Job | StrategySpec) -> list[Problem]:
     return []
 
 
@@ -45,6 +48,7 @@ def read_job(
     overrides: Sequence[str] = (),
     environ: Mapping[str, str] = {},
     check: Check = _nothing_more,
+    check_strategy: StrategyCheck = _nothing_more,
 ) -> Job:
     """
     Read a job.
@@ -57,6 +61,8 @@ def read_job(
             in lower case: a key with capitals, as in `resources_per_worker`, has to come inside
             the value of the field around it.
         check: finds what the job's own model cannot see.
+        check_strategy: finds what of that is wrong with the strategy alone; it is asked where the
+            rest of the job cannot be read, so that all mistakes come at once.
 
     Raises:
         SpecError: all that is wrong.
@@ -70,19 +76,29 @@ def read_job(
     draft = _Draft(file, data, {where: (file, *mark) for where, mark in marks.items()})
     found = draft.apply(_from_environment(environ))
     settings, unread = _from_overrides(overrides)
-    return _finish(draft, [*found, *unread, *draft.apply(settings)], check)
+    return _finish(draft, [*found, *unread, *draft.apply(settings)], check, check_strategy)
 
 
-def job_of(data: Mapping[str, object], *, check: Check = _nothing_more) -> Job:
+def job_of(
+    data: Mapping[str, object],
+    *,
+    check: Check = _nothing_more,
+    check_strategy: StrategyCheck = _nothing_more,
+) -> Job:
     """
     Make a job of plain values, with the messages of a job file but without its lines.
+
+    Args:
+        data: the values.
+        check: see `read_job`.
+        check_strategy: see `read_job`.
 
     Raises:
         SpecError: all that is wrong.
     """
     if not isinstance(data, Mapping):
         raise SpecError(f"a job must be a mapping of fields (got {show(data)})")
-    return _finish(_Draft("", dict(data)), [], check)
+    return _finish(_Draft("", dict(data)), [], check, check_strategy)
 
 
 def render_job(job: Job) -> str:
@@ -219,7 +235,9 @@ def _from_overrides(overrides: Sequence[str]) -> tuple[list[_Setting], list[Prob
     return settings, found
 
 
-def _finish(draft: _Draft, found: list[Problem], check: Check) -> Job:
+def _finish(
+    draft: _Draft, found: list[Problem], check: Check, check_strategy: StrategyCheck
+) -> Job:
     """
     Validate what all layers gave together.
 
@@ -227,6 +245,7 @@ def _finish(draft: _Draft, found: list[Problem], check: Check) -> Job:
         draft: the layers.
         found: what is known to be wrong already.
         check: see `read_job`.
+        check_strategy: see `read_job`.
 
     Raises:
         SpecError: anything is wrong.
@@ -236,6 +255,8 @@ def _finish(draft: _Draft, found: list[Problem], check: Check) -> Job:
         job = Job.model_validate(draft.data)
     except ValidationError as error:
         found = found + problems_of(error, Job)
+        with suppress(ValidationError):  # then it is one of these problems
+            found += check_strategy(_STRATEGY.validate_python(draft.data.get("strategy")))
     if job is not None:
         found = found + job.problems() + check(job)
     if job is None or found:

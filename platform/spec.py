@@ -112,6 +112,10 @@ def _strategy(value: object) -> object:
     raise PydanticCustomError("strategy_type", "must be a name, or a mapping with `name`")
 
 
+StrategyField = Annotated[StrategySpec, BeforeValidator(_strategy)]
+"""`strategy` as it stands in a job file."""
+
+
 class Scaling(Spec):
     """How many workers, and what each of them takes of the cluster (Ray Train's names)."""
 
@@ -265,7 +269,7 @@ class Job(Spec):
     of `optimizer`, `global_batch_size`, `epochs` and `steps`."""
     task_args: dict[str, Any] = Field(default_factory=dict)
     """Keyword arguments of the task's constructor; of a train function its `config`."""
-    strategy: Annotated[StrategySpec, BeforeValidator(_strategy)]
+    strategy: StrategyField
     """The architecture: a name, or a mapping with the name and the strategy's options."""
     scaling: Scaling = Scaling()
     optimizer: JobOptimizer

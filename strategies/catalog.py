@@ -22,7 +22,7 @@ from distplat.platform.errors import Problem, SpecError, StorageError, hint
 from distplat.platform.job_file import job_of, read_job
 from distplat.platform.lr_schedules import ReduceLROnPlateau
 from distplat.platform.optimizers import TaskOptimizer
-from distplat.platform.spec import Job
+from distplat.platform.spec import Job, StrategySpec
 from distplat.platform.spec_messages import problems_of
 from distplat.strategies.strategy_spec import NEW_WAY, Roles, Strategy
 
@@ -195,13 +195,8 @@ def make_strategy(job: Job) -> Strategy[Any]:
     Raises:
         SpecError: unknown name, wrong options, or a job that the strategy cannot do.
     """
-    kind = strategies.get(job.strategy.name)
-    try:
-        options = kind.options_type.model_validate(dict(job.strategy.options))
-    except ValidationError as error:
-        found = problems_of(error, kind.options_type, prefix=("strategy",))
-        raise SpecError(*(_of_another_strategy(one, kind) for one in found)) from None
-    strategy = kind(options)
+    strategy = _strategy_of(job.strategy)
+    kind = type(strategy)
     found = _kind_problems(job, kind)
     if job.failure.spare_workers and (job.own_loop or not strategy.survives_worker_loss()):
         text = (
@@ -214,6 +209,31 @@ def make_strategy(job: Job) -> Strategy[Any]:
     if found:
         raise SpecError(*found)
     return strategy
+
+
+def _strategy_of(chosen: StrategySpec) -> Strategy[Any]:
+    """
+    Build a strategy, whatever the rest of the job is.
+
+    Raises:
+        SpecError: unknown name, or wrong options.
+    """
+    kind = strategies.get(chosen.name)
+    try:
+        options = kind.options_type.model_validate(dict(chosen.options))
+    except ValidationError as error:
+        found = problems_of(error, kind.options_type, prefix=("strategy",))
+        raise SpecError(*(_of_another_strategy(one, kind) for one in found)) from None
+    return kind(options)
+
+
+def _option_problems(chosen: StrategySpec) -> list[Problem]:
+    """List what is wrong with a strategy's name and options alone."""
+    try:
+        _strategy_of(chosen)
+    except SpecError as error:
+        return [*error.problems]
+    return []
 
 
 def _of_another_strategy(problem: Problem, kind: type[Strategy[Any]]) -> Problem:
@@ -316,7 +336,15 @@ def load_job(
         SpecError: everything that is wrong, with file, line and column.
     """
     given = environ or {}
-    return complete(read_job(Path(path), overrides=overrides, environ=given, check=_problems))
+    return complete(
+        read_job(
+            Path(path),
+            overrides=overrides,
+            environ=given,
+            check=_problems,
+            check_strategy=_option_problems,
+        )
+    )
 
 
 def make_job(data: Mapping[str, object]) -> Job:
@@ -326,4 +354,4 @@ def make_job(data: Mapping[str, object]) -> Job:
     Raises:
         SpecError: everything that is wrong.
     """
-    return complete(job_of(data, check=_problems))
+    return complete(job_of(data, check=_problems, check_strategy=_option_problems))

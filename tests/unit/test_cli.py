@@ -179,6 +179,29 @@ def test_every_problem_is_named_with_its_place(capsys: pytest.CaptureFixture[str
     assert lines[2].startswith("  hint: did you mean 'momentum'?")
 
 
+@pytest.mark.parametrize(
+    ("strategy", "wrong"),
+    [
+        ("rnig", "job.yaml:3:1: strategy: unknown strategy 'rnig'"),
+        (
+            "{name: ring, staleness: 4}",
+            "job.yaml:3:24: strategy.staleness: unknown field (value 4)",
+        ),
+    ],
+)
+def test_a_strategys_mistakes_come_with_those_of_the_other_fields(
+    strategy: str, wrong: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = JOB.replace("{name: ps-sync, num_servers: 2}", strategy).replace("steps: 10", "steps: x")
+    Path("job.yaml").write_text(text)
+    assert run(["validate", "job.yaml"]) == 2
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error")]
+    assert errors == [
+        f"error: {wrong}",
+        "error: job.yaml:6:1: steps: must be a whole number (got 'x')",
+    ]
+
+
 def test_a_job_for_python_alone_is_valid_and_said_to_be(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["validate", "job.yaml", *NO_TASK]) == 0
     printed = capsys.readouterr()
