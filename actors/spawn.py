@@ -289,7 +289,9 @@ def lacks(job: Job, more: int) -> str:
         for name, amount in job.scaling.resources().items()
         if amount * more > free.get(name, 0.0)
     ]
-    return f"{more} more workers need " + "; ".join(short) if short else ""
+    who = "1 more worker needs" if more == 1 else f"{more} more workers need"
+    remedy = "the job's `scaling.resources_per_worker` says what one takes"
+    return f"{who} {', and '.join(short)}; {remedy}" if short else ""
 
 
 def actor_name(job: Job, role: str, attempt: int | str) -> str:

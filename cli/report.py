@@ -13,6 +13,7 @@ import typer
 from distplat.cli.common_options import Output, is_json, report_extra
 from distplat.cli.figures import facts, figure_rows, mean_figures, restart_lines, strategy
 from distplat.cli.render import print_pairs
+from distplat.cli.run_folders import last_run
 from distplat.platform import run_report
 from distplat.platform.errors import SpecError, StorageError
 from distplat.platform.progress import first_line, to_json
@@ -27,7 +28,11 @@ PERFETTO = "pipeline_perfetto.json"
 
 def report(
     run_directory: Annotated[
-        Path, typer.Argument(metavar="RUN", help="Its directory, or its name below runs/.")
+        Path,
+        typer.Argument(
+            metavar="RUN",
+            help="Its directory, its name below runs/, or its job's name: the newest run there.",
+        ),
     ],
     output: Output = "text",
 ) -> None:
@@ -39,7 +44,7 @@ def report(
     pipeline_perfetto.json too, for ui.perfetto.dev.
     """
     as_json = is_json(output)
-    record, now = read_run(find_run(run_directory)), time.time()
+    record, now = read_run(_run_of(run_directory)), time.time()
     pipeline, problem = _pipeline(record)
     written: dict[str, Path] = {}
     missing: SpecError | None = None
@@ -63,6 +68,22 @@ def report(
         print_pairs([*rows, *((name, str(path)) for name, path in written.items())])
     if missing:
         raise missing
+
+
+def _run_of(given: Path) -> Path:
+    """
+    Find a run by its directory, its name below `runs/`, or its job's name: the newest one.
+
+    Raises:
+        SpecError: there is none.
+    """
+    try:
+        return find_run(given)
+    except SpecError:
+        newest = last_run(str(given))
+        if newest is None:
+            raise
+        return newest.resolve()
 
 
 def write_new(path: Path, text: str) -> Path:

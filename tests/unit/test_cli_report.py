@@ -1,6 +1,7 @@
 """`distplat report`: the page and the table, whatever state the run is in."""
 
 import json
+import os
 import re
 import sys
 from html.parser import HTMLParser
@@ -92,6 +93,18 @@ def test_figures_as_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert facts["restarts"][0]["seconds"] == 2.5
     assert facts["figures"]["sent_bytes"] == 4e6
     assert facts["pipeline"][0]["bubble"] == pytest.approx(0.2)
+
+
+def test_a_jobs_name_means_its_newest_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name, begun in (("b-1", 100), ("a-2", 200)):
+        path = made_run(tmp_path / "runs", [step(0)], job='{"name": "lin"}', name=name)
+        os.utime(path / "job.yaml", (begun, begun))
+    assert run(["report", "lin", "-o", "json"]) == 0
+    assert json.loads(capsys.readouterr().out)["run"] == "a-2"
+    assert run(["report", "line"]) == 2, "neither a run nor a job"
 
 
 def test_what_users_wrote_is_text_and_nothing_else(tmp_path: Path) -> None:

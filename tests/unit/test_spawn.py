@@ -98,3 +98,12 @@ def test_what_no_waiting_will_bring_is_refused(
     with pytest.raises(SpecError, match="scaling: ") as raised:
         spawn._check_room(needs)
     assert problem in str(raised.value)
+
+
+def test_who_may_not_come_is_told_what_decides_on_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray, "available_resources", lambda: {"CPU": 1.0})
+    job, remedy = job_of("ring", 2), "the job's `scaling.resources_per_worker` says what one takes"
+    assert spawn.lacks(job, 1) == ""
+    assert spawn.lacks(job, 2) == f"2 more workers need 2 CPU, of which 1 are free; {remedy}"
+    monkeypatch.setattr(ray, "available_resources", dict)
+    assert spawn.lacks(job, 1) == f"1 more worker needs 1 CPU, of which 0 are free; {remedy}"
