@@ -115,7 +115,8 @@ def not_prepared(optimizer: Optimizer, strange: Sequence[Tensor]) -> SpecError:
         f"shape {shapes}: each worker would train its own"
     )
     hint = (
-        "hand prepare() the model; a parameter by itself belongs into one, such as a ParameterList"
+        "call distplat.prepare(model, optimizer) before the first step; a parameter by itself "
+        "belongs into a model, such as a ParameterList"
     )
     return SpecError(Problem(("task",), text, hint))
 
