@@ -15,6 +15,7 @@ is for users.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -36,6 +37,7 @@ from distplat.strategies.model.sync_batch_norm import SyncNorms
 from distplat.strategies.model.written_tensors import (
     BufferRule,
     CappedTables,
+    RankComparison,
     TensorValues,
     VersionCounters,
     Watched,
@@ -44,6 +46,8 @@ from distplat.strategies.model.written_tensors import (
     first_written,
     watch_tensor,
 )
+
+logger = logging.getLogger(__name__)
 
 _FIRST_STEPS = 3
 """Steps after a start in which checksums are compared."""
@@ -102,6 +106,7 @@ class ModelState:
         self._until = _FIRST_STEPS
         self.version: int | None = None  #: of what is kept; None: nothing is
         self._synchronized: int | None = None  #: version that the tensors are of, if it counts
+        self._comparison = RankComparison()
 
     @property
     def needs_group(self) -> bool:
@@ -372,14 +377,25 @@ class ModelState:
         """Exchange what ranks wrote; `wrote`: what this rank has now written for the first time."""
         samples = self.shares.samples(step)
         self._average(group, samples)
-        slots = [one.slot for one in self._those("rank0")]
+        those = {one.slot.name: one for one in self._those("rank0")}
+        slots = [one.slot for one in those.values()]
         together = cat_bytes([slot.tensor for slot in slots], self._device)
         if together.numel():
             group.broadcast(together, self._source(step))
+            looks = self._looks(group.rank, step)
             for slot, value in cut_bytes(together, slots):
+                if looks and (text := self._comparison.look(those[slot.name], value)) is not None:
+                    logger.warning("%s", text)
                 slot.take(value)
         for one in self._those("written"):
             _reconcile(one, group, wrote=self._watched.index(one) in wrote)
+
+    def _looks(self, rank: int, step: int) -> bool:
+        """Whether this rank compares what it has with the source's: one says it for all."""
+        samples, parts = self.shares.samples(step), self.shares.micro_batches(step)
+        source = self._source(step)
+        others = [n for n, one in enumerate(samples) if one and n != source]
+        return rank in others[:1] and parts[rank] == parts[source]  # else counters would differ
 
     def _average(self, group: Collective, samples: Sequence[int]) -> None:
         share = samples[group.rank] / max(1, sum(samples))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from functools import partial
 from typing import Any, Literal
@@ -123,6 +124,7 @@ class Watched:
         copied: whether there is a copy from the start, for a step that is repeated.
         capped: whether it is the table of an embedding with `max_norm`.
         silent: whether its version counter does not tell: torch's batch norm writes without it.
+        chosen: whether the task said the rule.
     """
 
     def __init__(
@@ -133,8 +135,9 @@ class Watched:
         copied: bool,
         capped: bool,
         silent: bool = False,
+        chosen: bool = False,
     ) -> None:
-        self.slot, self._rule = slot, rule
+        self.slot, self._rule, self.chosen = slot, rule, chosen
         self.copied, self.capped, self.silent = copied, capped, silent
         self.has_copy = False  #: `kept` is one, of a buffer that may be None
         self.kept: Tensor | None = None
@@ -186,6 +189,54 @@ class Watched:
     def restore(self) -> None:
         """Put back what was kept."""
         self.slot.take(self.kept)
+
+
+_LOOKS = 3
+"""Steps in which a tensor's values are compared."""
+_ROUNDINGS = 64
+"""By so many ranks may differ that compute the same on processors of two kinds."""
+
+
+class RankComparison:
+    """Whether ranks compute of their own samples what all then have as one rank left it."""
+
+    def __init__(self) -> None:
+        self._looks: Counter[str] = Counter()
+        self._told = False
+
+    def look(self, one: Watched, given: Tensor) -> str | None:
+        """
+        Compare a tensor before it is replaced.
+
+        Args:
+            one: as this rank's forward left it.
+            given: what all have from now on.
+
+        Returns:
+            A warning, once; None: they are the same, or nobody asks.
+        """
+        name, now = one.slot.name, one.slot.tensor
+        if self._told or one.chosen or now is None or self._looks[name] == _LOOKS:
+            return None
+        self._looks[name] += 1
+        if not _apart(now.detach(), given):
+            return None
+        self._told = True
+        return (
+            f"each worker's forward writes other values into {name!r}, by its own samples or "
+            "random numbers, and all go on with those of one worker, as under "
+            "DistributedDataParallel: the result depends on the number of workers. "
+            "distplat.all_gather() gives a forward the rows of all workers; the task's "
+            "buffers(name) may give 'mean', or 'rank0' if it is meant so"
+        )
+
+
+def _apart(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors of a kind differ by more than roundings."""
+    if not one.is_floating_point() and not one.is_complex():
+        return not torch.equal(one, other)
+    allowed = _ROUNDINGS * torch.finfo(one.dtype).eps * other.abs().max() if one.numel() else 0
+    return bool(((one - other).abs() > allowed).any())
 
 
 class TensorValues:
@@ -300,17 +351,19 @@ def watch_tensor(
         tensor = slot.tensor
         parameter, key = isinstance(tensor, nn.Parameter), id(tensor)
         rule: BufferRule = "written"
+        chosen: str | None = None
         if not (parameter and tensor is not None and tensor.requires_grad):
-            rule = _chosen(choose, slot.name, averaged=key in averaged)
+            chosen = choose(slot.name)
+            rule = _rule_of(chosen, slot.name, averaged=key in averaged)
         small = rule != "written" and tensor is not None and tensor.nbytes <= _SMALL_BYTES
         copied, silent = not parameter or key in capped or small, key in running
-        yield Watched(slot, rule, copied=copied, capped=key in capped, silent=silent)
+        how = {"copied": copied, "capped": key in capped, "silent": silent}
+        yield Watched(slot, rule, **how, chosen=chosen is not None)
     for name in beside:
         yield Watched(ModuleSlot(beside, name, name), "written", copied=False, capped=False)
 
 
-def _chosen(choose: Callable[[str], str | None], name: str, *, averaged: bool) -> BufferRule:
-    chosen = choose(name)
+def _rule_of(chosen: str | None, name: str, *, averaged: bool) -> BufferRule:
     if chosen is None:
         return "mean" if averaged else "rank0"
     for rule in _CHOICES:
