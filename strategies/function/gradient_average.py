@@ -16,6 +16,7 @@ another has not counts there as zero; one that no rank has stays None, and its o
 
 from __future__ import annotations
 
+import logging
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -34,11 +35,14 @@ from distplat.strategies.collective import Collective, ranks_apart
 from distplat.strategies.function.loop_checks import check_alike
 from distplat.strategies.loop.control import NonFiniteSteps, StepControl
 from distplat.strategies.model.flat import FlatModel
+from distplat.strategies.model.module_hooks import hooks_warning
 from distplat.strategies.model.parameter_layout import fill, is_finite
 from distplat.strategies.model.sync_batch_norm import SyncNorms
 from distplat.strategies.reduction.bucket_reducer import BucketReducer, listen
 from distplat.strategies.ring import RingOptions
 from distplat.strategies.torch_compat import after_backward, not_compiled
+
+logger = logging.getLogger(__name__)
 
 
 class Exchange(ABC):
@@ -254,6 +258,8 @@ class GradientAverage(ABC):
         self._backwards += 1
         if self._backwards in (1, *_COMPARED):
             self._refuse_later_norms()
+        if self._backwards == 1 and self._group.world > 1 and self._group.rank == 0:
+            self._warn_of_hooks()
         if self._backwards in _COMPARED:
             self.check_alike(f"at backward {self._backwards}")
         self.context.done()
@@ -267,6 +273,11 @@ class GradientAverage(ABC):
                 )
                 hint = "call convert_sync_batchnorm(model) before prepare(model)"
                 raise SpecError(Problem(("task",), f"{text} its ranks to share statistics", hint))
+
+    def _warn_of_hooks(self) -> None:
+        part = "each worker's part of the batch, before the mean over the workers is taken"
+        if text := hooks_warning(self.model, part):
+            logger.warning("%s. When backward() has returned, .grad is the mean", text)
 
     def before_step(self) -> None:
         """Called when an optimizer of this model steps before any backward has averaged."""
@@ -389,7 +400,10 @@ class BucketAverage(GradientAverage):
 def _changed(name: str) -> SpecError:
     """Say that a gradient is another one than was sent."""
     text = f"a hook changed the gradient of {name!r} in backward, after it was sent"
-    hint = "register the hook before prepare(), or set `overlap: false`"
+    hint = (
+        "register the hook before prepare(), or set `overlap: false`; models that share the "
+        "parameter go into one call of prepare()"
+    )
     return SpecError(Problem(("task",), text, hint))
 
 

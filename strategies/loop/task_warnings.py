@@ -16,7 +16,7 @@ from distplat.strategies.loop.loaders import held_generators
 from distplat.strategies.loop.sample_hash import hash_of
 from distplat.strategies.loop.seeding import generators_kept, seed_sample
 from distplat.strategies.loop.streams import StreamSamples
-from distplat.strategies.model.module_hooks import tensor_hooks
+from distplat.strategies.model.module_hooks import hooks_warning
 from distplat.strategies.sparse.modules import dense_parameters
 
 _STEPS, _FACTOR = "total_steps", "lr_factor"
@@ -90,19 +90,13 @@ def length_warning(job: Job, steps: int, state: Mapping[str, Any]) -> str:
     )
 
 
-def hooks_warning(job: Job, model: nn.Module) -> str:
+def parts_warning(job: Job, model: nn.Module) -> str:
     """Say that a parameter's hook sees parts of a batch; empty: none does."""
     if job.scaling.world == 1 and job.gradient_accumulation == 1:
         return ""
-    found = ((name, tensor_hooks(one)) for name, one in model.named_parameters())
-    name, hooks = next(((name, hooks) for name, hooks in found if hooks), ("", []))
-    if not hooks:
-        return ""
-    return (
-        f"{hooks[0]} on the parameter {name!r} is shown the gradient of each worker's part of the "
-        "batch, or of a micro-batch, before they are added up: as on the whole batch only where "
-        "it multiplies by a constant. `clip_norm` is of the whole"
-    )
+    part = "each worker's part of the batch, or of a micro-batch, before they are added up"
+    found = hooks_warning(model, part)
+    return f"{found}. `clip_norm` is of the whole" if found else ""
 
 
 def modes_warning(model: nn.Module) -> str:
@@ -181,7 +175,7 @@ def reading_warning(data: Dataset[Any], positions: Sequence[int]) -> str:
 
 def model_warnings(job: Job, model: nn.Module) -> list[str]:
     """Give what is no error in a model and probably not meant, as `job_warnings` does."""
-    found = hooks_warning(job, model), modes_warning(model), matrices_warning(job, model)
+    found = parts_warning(job, model), modes_warning(model), matrices_warning(job, model)
     return [*filter(None, found)]
 
 

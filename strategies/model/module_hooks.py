@@ -44,8 +44,31 @@ def saved_hooks(module: nn.Module) -> list[str]:
 
 
 def tensor_hooks(tensor: Tensor) -> list[str]:
-    """Name what hangs on this tensor object, and would not on another in its place."""
-    return [told for name, told in _TENSOR.items() if getattr(tensor, name, None)]
+    """Name what of the user's hangs on this tensor object, and would not on another instead."""
+    found = {told: getattr(tensor, name, None) or {} for name, told in _TENSOR.items()}
+    return [told for told, hooks in found.items() if not all(map(_is_ours, hooks.values()))]
+
+
+def _is_ours(hook: object) -> bool:
+    return str(getattr(hook, "__module__", "")).startswith("distplat.")
+
+
+def hooks_warning(model: nn.Module, part: str) -> str:
+    """
+    Say that a parameter's hook sees the gradient of a part of the batch; empty: there is none.
+
+    Args:
+        model: of one worker of several, or whose batches are cut.
+        part: what of the batch it sees, and what becomes of the parts.
+    """
+    found = ((name, tensor_hooks(one)) for name, one in model.named_parameters())
+    name, hooks = next(((name, hooks) for name, hooks in found if hooks), ("", []))
+    if not hooks:
+        return ""
+    return (
+        f"{hooks[0]} on the parameter {name!r} is shown the gradient of {part}: as on the whole "
+        "batch only where it multiplies by a constant"
+    )
 
 
 def has_hook_after_backward(tensor: Tensor | None) -> bool:

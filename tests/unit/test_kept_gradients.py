@@ -1,6 +1,7 @@
 """Gradients that a train function keeps over its next backward, as in plain torch."""
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import pytest
@@ -156,6 +157,63 @@ def test_a_hook_behind_ours_changes_what_is_sent_or_is_told() -> None:
         told(late, "ps-sync")
     with pytest.raises(SpecError, match=r"'2.weight' in backward, after it was sent"):
         told(True, bucket_mb=0.0001)
+
+
+def look(_: Tensor) -> None:
+    """Look at a parameter, and change nothing."""
+
+
+HOOKS: dict[str, Callable[[Any], object]] = {
+    "a hook": lambda model: model[0].weight.register_hook(lambda one: one.clamp(-0.1, 0.1)),
+    "a post-accumulate hook": lambda model: model[2].bias.register_post_accumulate_grad_hook(look),
+    "none": lambda model: model[1].register_full_backward_hook(lambda *_: None),
+}
+
+
+@pytest.mark.parametrize("late", [False, True])
+@pytest.mark.parametrize("kind", HOOKS)
+@pytest.mark.parametrize(("strategy", "workers"), [("ring", 2), ("ps-sync", 2), ("ring", 1)])
+def test_a_hook_that_sees_a_workers_gradient_is_warned_of_once(
+    kind: str, late: bool, strategy: str, workers: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    def train(config: Mapping[str, Any]) -> None:
+        model = model_of()
+        if not late:
+            HOOKS[kind](model)
+        model = distplat.prepare(model)
+        if late:
+            HOOKS[kind](model)
+        for _ in range(2):
+            backward(loss_of(model, *data()[:BATCH]))
+
+    call_on_ranks(train, job=function_job(workers, strategy=strategy))
+    said = f"{kind} on the parameter" if kind != "none" else "on the parameter"
+    assert caplog.text.count(said) == (workers > 1 and kind != "none")
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_a_layer_and_its_model_are_prepared_in_one_call(strategy: Any) -> None:
+    def train(config: Mapping[str, Any], *, together: bool = True) -> None:
+        model = model_of()
+        if together:
+            _, model = distplat.prepare(model.get_submodule("0"), model)
+        else:
+            distplat.prepare(model.get_submodule("0"))
+            model = distplat.prepare(model)
+        rank, whole = distplat.get_context().rank, data()[:BATCH]
+        for _ in range(3):
+            wanted = torch.autograd.grad(loss_of(model, *whole), [*model.parameters()])
+            backward(loss_of(model, *(one[rank::2] for one in whole)))
+            for one, grad in zip(model.parameters(), wanted, strict=True):
+                torch.testing.assert_close(one.grad, grad)
+            model.zero_grad()
+
+    job = function_job(2, strategy=strategy)
+    call_on_ranks(train, job=job)
+    apart = partial(train, together=False)
+    if strategy == "ring":
+        with pytest.raises(SpecError, match="go into one call of prepare"):
+            call_on_ranks(apart, job=job)
 
 
 def test_gradients_that_stay_sparse_are_told() -> None:

@@ -70,7 +70,7 @@ def job(strategy: Any, world: int, **more: Any) -> Job:
     return job_of(strategy, world, steps=STEPS, global_batch_size=BATCH, **more)
 
 
-def check_plain(run: LocalRun, task: distplat.Task) -> None:
+def check_plain(run: LocalRun, task: Centring) -> None:
     """Compare all ranks with a plain loop over whole batches."""
     torch.manual_seed(0)
     model, data = task.model(), task.train_data()
