@@ -58,19 +58,33 @@ class FilteredBatch(NamedTuple):
 
 def samples_of(batch: Any, given: Sequence[Any]) -> int:
     """
-    Say how many samples a batch is of: a `collate` may leave out those that are None.
+    Say how many samples a batch is of: a `collate` may leave some out.
 
-    It may as well put others in their place, or make a batch of nothing but None: then the batch
-    has as many as were given.
+    It may leave out those that are None, or any others of which the batch has a row for each. It
+    may as well put others in their place, or make a batch of nothing but None: then the batch has
+    as many as were given.
 
     Args:
         batch: what `collate` has given.
         given: what it was given.
     """
-    kept = sum(one is not None for one in given)
+    known = [one for one in given if one is not None]
     lengths = {len(one) for one in tree_leaves(batch) if isinstance(one, Tensor) and one.dim()}
-    filled = len(given) in lengths and kept not in lengths
-    return len(given) if filled or not kept else kept
+    if known and len(lengths) == 1 and 0 < min(lengths) < len(known):
+        rows = min(lengths)
+        return rows if _are_rows(batch, rows, known) else len(known)
+    filled = len(given) in lengths and len(known) not in lengths
+    return len(given) if filled or not known else len(known)
+
+
+def _are_rows(batch: Any, rows: int, samples: Sequence[Any]) -> bool:
+    """Whether a batch has so many samples: each row is like a field of one, and all are alike."""
+    shapes = [[getattr(one, "shape", ()) for one in tree_leaves(sample)] for sample in samples]
+    parts = [one for one in tree_leaves(batch) if not isinstance(one, Tensor) or one.dim()]
+    return all(one == shapes[0] for one in shapes) and all(
+        isinstance(part, Tensor) and len(part) == rows and part.shape[1:] in shapes[0]
+        for part in parts
+    )
 
 
 def counted(batch: Any, samples: int) -> tuple[Any, int]:

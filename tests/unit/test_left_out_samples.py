@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, IterableDataset, default_collate
 
 from distplat import Task
+from distplat.strategies.loop.batches import samples_of
 
 SAMPLES, BATCH, STEPS = 22, 12, 4
 
@@ -64,6 +65,26 @@ class Streamed(Filtering):
     data = Rows
 
 
+class Marked(Dataset[Any]):
+    """The same, which can all be read: a mark says which are no good."""
+
+    def __len__(self) -> int:
+        return SAMPLES
+
+    def __getitem__(self, at: int) -> Any:
+        data = Broken()
+        return {"x": data.x[at], "y": data.y[at], "bad": data[at] is None}
+
+
+class Choosing(Filtering):
+    """Leaves samples out by what is in them."""
+
+    data = Marked
+
+    def collate(self, samples: list[Any]) -> Any:
+        return default_collate([(one["x"], one["y"]) for one in samples if not one["bad"]])
+
+
 class Summed(Filtering):
     """Its weight is its own."""
 
@@ -101,6 +122,10 @@ CUT = {"name": "hybrid", "pipeline": 2, "micro_batches": 2, "cut": "even"}
         ("ring", 2, Filtering, {"gradient_accumulation": 2}),
         ("ring", 2, Streamed, {}),
         ("ring", 2, Summed, {}),
+        ("ring", 3, Choosing, {}),
+        ("ring", 2, Choosing, {"gradient_accumulation": 2}),
+        ("ps-sync", 2, Choosing, {}),
+        (CUT, 2, Choosing, {}),
         ("ps-sync", 2, Filtering, {}),
         ("ps-async", 1, Filtering, {}),
         (CUT, 2, Filtering, {}),
@@ -119,6 +144,28 @@ def test_a_run_takes_the_mean_over_the_others(
     last = evaluations(run)[-1]
     assert last.samples == SAMPLES
     assert dict(last.metrics) == pytest.approx(figures, rel=1e-9)
+
+
+X, Y = torch.zeros(3), torch.zeros(1)
+FOUR, TWO = [(X, Y)] * 4, torch.zeros(2, 3)
+COUNTED: dict[str, tuple[Any, list[Any], int]] = {
+    "two are left out": ([TWO, torch.zeros(2, 1)], FOUR, 2),
+    "of numbers": (torch.zeros(3), [1.0] * 4, 3),
+    "with a constant beside": ([TWO, torch.tensor(0.5)], FOUR, 2),
+    "two None, and one left out": (TWO, [None, X, X, None, X], 2),
+    "time first": (torch.zeros(2, 4, 3), [torch.zeros(2, 3)] * 4, 4),
+    "packed": (torch.zeros(2, 5), [torch.zeros(5), *[torch.zeros(2)] * 3], 4),
+    "a list of rows": ([TWO[0], TWO[1]], FOUR, 4),
+    "other rows": (torch.zeros(2, 7), FOUR, 4),
+    "text beside": ([TWO, "ab"], FOUR, 4),
+    "more rows": (torch.zeros(6, 3), FOUR, 4),
+}
+
+
+@pytest.mark.parametrize("name", COUNTED)
+def test_rows_are_samples_where_each_is_like_one(name: str) -> None:
+    batch, given, wanted = COUNTED[name]
+    assert samples_of(batch, given) == wanted
 
 
 class Made(Filtering):
