@@ -27,6 +27,7 @@ from distplat.strategies.loop.checks import has_methods
 from distplat.strategies.loop.containers import items_in, rebuilt, tensors_in
 from distplat.strategies.loop.loss_state import LossState, NewState, state_warning
 from distplat.strategies.loop.losses import BatchResult, EvalBatch
+from distplat.strategies.loop.row_check import rows_of, rows_warning
 from distplat.strategies.loop.seeding import generators_kept, state_of_generators
 from distplat.strategies.loop.step_check import (
     ModelDependence,
@@ -218,8 +219,15 @@ def loss_warning(
         if whole is None or not _finite(whole):
             return None
         with nullcontext() if begun is None else begun.kept():
-            a, b = _of_halves(task_loss, _read_loss, (outputs, targets), samples, states, begun)
-        return _compared(a, b, whole, samples, _tolerance((outputs, loss)))
+            given, rows = (outputs, targets), rows_of((outputs, targets), samples)
+            a, b = _of_halves(task_loss, _read_loss, given, rows or samples, states, begun)
+        tolerance = _tolerance((outputs, loss))
+        if rows is None:
+            return _compared(a, b, whole, samples, tolerance)
+        ends = a.sum, b.sum  # where they are equal any mean of them is
+        by_row = whole.weight is None and _is_mean(whole.sum, *ends, rows, tolerance)
+        equal = _close(*ends, [], tolerance)
+        return rows_warning(rows, samples) if by_row and not equal else None
     except Exception:  # the user's code on a batch that may be unusual; training goes on
         return None
 
