@@ -11,7 +11,7 @@ from distplat.actors.stopping import Stopping
 from distplat.cli.remote import say
 from distplat.cli.report import write_new
 from distplat.platform.errors import Problem, SpecError, StorageError, printable
-from distplat.platform.remote_storage import is_url, missing_library, url_problem
+from distplat.platform.remote_storage import check_url, is_url
 from distplat.platform.run_record import RunRecord, find_run, read_run
 from distplat.platform.run_upload import RESULT, completed, upload_of
 from distplat.platform.spec import Failure
@@ -59,9 +59,7 @@ def _where(record: RunRecord) -> tuple[str, float]:
     if not isinstance(url, str) or not is_url(url):
         text = f"{record.path / 'job.yaml'} names no URL as `storage_path`"
         raise SpecError(Problem(("storage_path",), text, "copy the directory as it is"))
-    for text, hint in (url_problem(url), missing_library(url)):
-        if text:
-            raise SpecError(Problem(("storage_path",), text, hint))
+    check_url(url, "storage_path")
     try:
         given = {"storage_timeout_s": record.job["failure"]["storage_timeout_s"]}
         return url, Failure.model_validate(given).storage_timeout_s

@@ -109,7 +109,7 @@ class RemoteStorage:
             OSError: `file` could not be read.
         """
         part = max(PART_BYTES, -(-size // _MOST_PARTS))
-        out = self._do(name, partial(self._begin, name, part), asked=False)
+        out = self._do(name, partial(self._begin, part), asked=False)
         try:
             left = size
             while left:
@@ -118,12 +118,12 @@ class RemoteStorage:
                     raise OSError(f"{name} has become shorter")
                 self._do(name, partial(_write, out, data), asked=len(data) == part)
                 left -= len(data)
-            self._do(name, partial(self._commit, name, out))
+            self._do(name, partial(self._commit, out))
         except NoAnswer:
             raise
         except BaseException:
             with suppress(StorageError):  # of what was never begun the storage hears nothing
-                self._do(name, partial(self._discard, name, out), asked=False)
+                self._do(name, partial(self._discard, out), asked=False)
             raise
         if (found := self.size(name)) != size:
             raise StorageError(f"{self.url}/{name} has {found} bytes, {size} were written")
@@ -136,7 +136,7 @@ class RemoteStorage:
             ObjectNotFound: there is no such file.
             StorageError: it cannot be read.
         """
-        return bytes(self._do(name, lambda fs, p: fs.cat_file(p(name), start=start, end=stop)))
+        return bytes(self._do(name, lambda fs, path: fs.cat_file(path, start=start, end=stop)))
 
     def size(self, name: str) -> int:
         """
@@ -146,7 +146,7 @@ class RemoteStorage:
             ObjectNotFound: there is no such file.
             StorageError: the storage does not say.
         """
-        return self._do(name, lambda fs, path_of: int(fs.info(path_of(name))["size"]))
+        return self._do(name, lambda fs, path: int(fs.info(path)["size"]))
 
     def names(self, folder: str) -> list[str]:
         """
@@ -156,7 +156,7 @@ class RemoteStorage:
             StorageError: the storage does not say.
         """
         with suppress(ObjectNotFound):
-            paths = self._do(folder, lambda fs, path_of: fs.ls(path_of(folder), detail=False))
+            paths = self._do(folder, lambda fs, path: fs.ls(path, detail=False))
             return [str(path).rstrip("/").rpartition("/")[2] for path in paths]
         return []
 
@@ -168,7 +168,7 @@ class RemoteStorage:
             StorageError: it may be there still.
         """
         with suppress(ObjectNotFound):
-            self._do(name, lambda fs, path_of: fs.rm(path_of(name), recursive=True))
+            self._do(name, lambda fs, path: fs.rm(path, recursive=True))
 
     def patiently(self, work: Callable[[], T]) -> T:
         """
@@ -187,15 +187,13 @@ class RemoteStorage:
                 time.sleep(min(0.5 * 4**n, self.limit_s / 8))
         return work()
 
-    def _do(
-        self, name: str, work: Callable[[Any, Callable[[str], str]], T], *, asked: bool = True
-    ) -> T:
+    def _do(self, name: str, work: Callable[[Any, str], T], *, asked: bool = True) -> T:
         """
         Have a thread do something with the file system, and wait for it within reason.
 
         Args:
-            name: of the file, for errors.
-            work: gets the file system, and what makes a path of a name.
+            name: of the file.
+            work: called with fsspec's file system, and the file's path in it.
             asked: whether that asks the storage itself, and no buffer alone.
         """
         limit_s = self.limit_s / 4
@@ -203,7 +201,7 @@ class RemoteStorage:
         if len(self._hanging) >= _MOST_HANGING:
             raise NoAnswer(f"{self.url}/{name}: {_MOST_HANGING} operations before it still hang")
         self._load(name)
-        done = in_thread("remote storage", lambda: work(*self._connected()))
+        done = in_thread("remote storage", lambda: work(*self._connected(name)))
         if not wait([done], limit_s).done:
             self._hanging.append(done)
             self._opened = None
@@ -225,51 +223,53 @@ class RemoteStorage:
             raise self._as_ours(name, error) from error
         logging.getLogger(found.__module__.partition(".")[0]).addFilter(_is_new)
 
-    def _connected(self) -> tuple[Any, Callable[[str], str]]:
-        """Give the file system, and what makes a path there of a name."""
+    def _connected(self, name: str) -> tuple[Any, str]:
+        """Give the file system, and a file's path in it."""
         if self._opened is None:
             from fsspec.core import url_to_fs
 
             more = {"auto_mkdir": True} if self._local else {}
-            found = url_to_fs(self.url, skip_instance_cache=True, use_listings_cache=False, **more)
-            self._opened = found[0], str(found[1]).rstrip("/")
+            fs, root = url_to_fs(
+                self.url, skip_instance_cache=True, use_listings_cache=False, **more
+            )
+            self._opened = fs, str(root).rstrip("/")
         fs, root = self._opened
-        return fs, lambda name: f"{root}/{name}" if name else root
+        return fs, f"{root}/{name}" if name else root
 
     def _as_ours(self, name: str, error: BaseException) -> StorageError:
-        text = _USER.sub("//***@", str(error) or repr(error)).splitlines()[0]
-        kind = StorageError
+        text = (
+            f"{self.url}/{name}: {_USER.sub('//***@', str(error) or repr(error)).splitlines()[0]}"
+        )
         if isinstance(error, FileNotFoundError):
-            kind = ObjectNotFound
-        elif isinstance(error, PermissionError | NotADirectoryError):
-            kind = AccessRefused
-        elif type(error).__name__ in _NOT_LET_IN:
-            kind = AccessRefused
-        return kind(f"{self.url}/{name}: {text}")
+            return ObjectNotFound(text)
+        refused = isinstance(error, PermissionError | NotADirectoryError)
+        if refused or type(error).__name__ in _NOT_LET_IN:
+            return AccessRefused(text)
+        return StorageError(text)
 
     # Object stores show an object when it is complete; a directory shows every byte at once.
 
-    def _begin(self, name: str, part: int, fs: Any, path_of: Callable[[str], str]) -> Any:
+    def _begin(self, part: int, fs: Any, path: str) -> Any:
         if self._local:
-            return fs.open(path_of(name) + ".partial", "wb")
-        return fs.open(path_of(name), "wb", block_size=part, autocommit=False)
+            return fs.open(path + ".partial", "wb")
+        return fs.open(path, "wb", block_size=part, autocommit=False)
 
-    def _commit(self, name: str, out: Any, fs: Any, path_of: Callable[[str], str]) -> None:
+    def _commit(self, out: Any, fs: Any, path: str) -> None:
         out.close()
         if self._local:
-            fs.mv(path_of(name) + ".partial", path_of(name))
+            fs.mv(path + ".partial", path)
         else:
             out.commit()
 
-    def _discard(self, name: str, out: Any, fs: Any, path_of: Callable[[str], str]) -> None:
+    def _discard(self, out: Any, fs: Any, path: str) -> None:
         if self._local:
             out.close()
-            fs.rm_file(path_of(name) + ".partial")
+            fs.rm_file(path + ".partial")
         else:
             out.discard()
 
 
-def _write(out: Any, data: bytes, fs: Any, path_of: Callable[[str], str]) -> None:
+def _write(out: Any, data: bytes, fs: Any, path: str) -> None:
     out.write(data)
 
 
@@ -348,6 +348,22 @@ def _missing_for(scheme: str) -> tuple[str, str]:
     return "", ""
 
 
+def check_url(url: str, *where: str) -> None:
+    """
+    See that a URL can be used here.
+
+    Args:
+        url: any.
+        where: the field or option that names it.
+
+    Raises:
+        SpecError: it is refused, or the library of its scheme is missing.
+    """
+    for text, hint in (url_problem(url), missing_library(url)):
+        if text:
+            raise SpecError(Problem(where, text, hint))
+
+
 _MANIFEST_BYTES = PART_BYTES
 
 
@@ -379,9 +395,7 @@ def fetch(
         StorageError: all are damaged, the storage or the local disk does not answer, or that is
             full.
     """
-    for text, hint in (url_problem(url), missing_library(url)):
-        if text:
-            raise SpecError(Problem(("--resume",), text, hint))
+    check_url(url, "--resume")
     storage, names = _named_by(url.rstrip("/"), limit_s)
     damaged = 0
     for name in names:

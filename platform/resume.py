@@ -14,7 +14,7 @@ from distplat.platform.checkpoints import STATE, StoredCheckpoint, find
 from distplat.platform.disk import with_deadline
 from distplat.platform.errors import Problem, SpecError, StorageError, nearest
 from distplat.platform.evaluations import EARLY_STOP
-from distplat.platform.remote_storage import fetch, is_url, missing_library
+from distplat.platform.remote_storage import check_url, fetch, is_url
 from distplat.platform.spec import Job
 from distplat.platform.trackers import missing_trackers
 
@@ -128,9 +128,7 @@ def check_libraries(job: Job) -> None:
     if problems := missing_trackers(job):
         raise SpecError(*problems)
     if is_url(job.storage_path):
-        text, hint = missing_library(job.storage_path)
-        if text:
-            raise SpecError(Problem(("storage_path",), text, hint))
+        check_url(job.storage_path, "storage_path")
 
 
 def compared(job: Job, found: StoredCheckpoint) -> StoredCheckpoint:
