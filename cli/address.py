@@ -13,7 +13,6 @@ import ipaddress
 import os
 import re
 import socket
-import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -22,6 +21,7 @@ from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
+from distplat.platform.disk import in_thread
 from distplat.platform.errors import ClusterUnreachable, Problem, SpecError
 
 _VARIABLES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
@@ -176,24 +176,13 @@ def check_listening(address: str) -> None:
     Raises:
         ClusterUnreachable: nobody does, or it takes too long to find out.
     """
-    host, port = host_and_port(address)
-    outcome: list[OSError | None] = []
-
-    def connect() -> None:
-        try:
-            socket.create_connection((host, port), timeout=_REACH_S).close()
-            outcome.append(None)
-        except OSError as error:
-            outcome.append(error)
-
-    thread = threading.Thread(target=connect, daemon=True)
-    thread.start()
-    thread.join(_REACH_S + 1)
-    error = outcome[0] if outcome else TimeoutError()
-    if error is not None:
-        raise ClusterUnreachable(
-            f"cannot reach Ray at {address} ({_cause(error)}); {_advice(error)}"
-        )
+    where = host_and_port(address)
+    connecting = in_thread("connect", lambda: socket.create_connection(where, _REACH_S).close())
+    try:
+        connecting.result(_REACH_S + 1)
+    except (OSError, UnicodeError) as error:  # `TimeoutError` is an `OSError`
+        text = f"cannot reach Ray at {address} ({_cause(error)}); {_advice(error)}"
+        raise ClusterUnreachable(text) from None
 
 
 def check_is_ray(address: str, environ: Mapping[str, str], limit_s: float = _GREETING_S) -> None:
@@ -225,18 +214,18 @@ def check_is_ray(address: str, environ: Mapping[str, str], limit_s: float = _GRE
         raise ClusterUnreachable(f"{text}; is the port right?")
 
 
-def _cause(error: OSError) -> str:
+def _cause(error: OSError | UnicodeError) -> str:
     if isinstance(error, TimeoutError):
         return f"no answer within {_REACH_S:g} s"
     if isinstance(error, ConnectionRefusedError):
         return "connection refused"
-    if isinstance(error, socket.gaierror):
+    if isinstance(error, socket.gaierror | UnicodeError):  # a label of a name may be too long
         return "no such host"
     return error.strerror or str(error)
 
 
-def _advice(error: OSError) -> str:
-    if isinstance(error, socket.gaierror):
+def _advice(error: OSError | UnicodeError) -> str:
+    if isinstance(error, socket.gaierror | UnicodeError):
         return "is the name right?"
     return "is `ray start --head` running there, and is the port right?"
 

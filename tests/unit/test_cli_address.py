@@ -365,3 +365,8 @@ def test_lines_of_workers_have_no_colours_where_they_are_redirected(
         monkeypatch.setattr(stream, "isatty", lambda: terminal)
     with connection(Target("local", "", ""), Path(), None, None, lambda package: None):
         assert (os.environ.get("RAY_COLOR_PREFIX") == "0") == plain
+
+
+def test_a_name_with_a_label_that_is_too_long_is_no_host() -> None:
+    with pytest.raises(ClusterUnreachable, match="no such host.*is the name right"):
+        check_listening(f"{'a' * 64}:6379")
