@@ -178,19 +178,25 @@ def _read_metrics(record: RunRecord, *, steps: bool) -> None:
 def _read_lines(record: RunRecord, file: IO[bytes]) -> None:
     steps, evaluations = _Thinned[StepSummary](), _Thinned[EvalSummary]()
     damaged = 0
+    events: dict[type, list[Any]] = {
+        FailureEvent: record.failures,
+        Recovery: record.recoveries,
+        Resized: record.resizes,
+        Saved: record.saved,
+    }
     thinned: dict[str, _Thinned[Any]] = {"step": steps, "evaluation": evaluations}
     for line in _without_dropped(_lines(file), thinned):
         try:
-            found = _summary(json.loads(line))
+            summary = _summary(json.loads(line))
         except _DAMAGE:
             damaged += 1
             continue
-        if isinstance(found, StepSummary):
-            steps.put(found.step, found)
-        elif isinstance(found, EvalSummary):
-            evaluations.put(found.step, found)
-        else:
-            _keep(record, found)
+        if isinstance(summary, StepSummary):
+            steps.put(summary.step, summary)
+        elif isinstance(summary, EvalSummary):
+            evaluations.put(summary.step, summary)
+        elif type(summary) in events:
+            events[type(summary)].append(summary)
     record.steps, record.every = steps.found(), steps.every
     record.evaluations = evaluations.found()
     if steps.every > 1:
@@ -233,18 +239,6 @@ class _Thinned(Generic[S]):
         """Give what is kept, in the order of steps."""
         kept = self._by_step | (dict([self._last]) if self._last is not None else {})
         return [kept[step] for step in sorted(kept)]
-
-
-def _keep(record: RunRecord, found: object) -> None:
-    match found:
-        case FailureEvent():
-            record.failures.append(found)
-        case Recovery():
-            record.recoveries.append(found)
-        case Resized():
-            record.resizes.append(found)
-        case Saved():
-            record.saved.append(found)
 
 
 def _summary(line: Any) -> object:
