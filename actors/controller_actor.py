@@ -122,9 +122,9 @@ class ControllerActor:
         """
         with self._beginning:
             if self._thread is None:
-                work = self._work, (actor_group, checkpoint_step)
-                self._thread = threading.Thread(target=work[0], args=work[1], name="run")
-                self._thread.daemon = True
+                self._thread = threading.Thread(
+                    target=self._work, args=(actor_group, checkpoint_step), name="run", daemon=True
+                )
                 self._thread.start()
 
     def _work(self, actor_group: ActorGroup, checkpoint_step: int) -> None:

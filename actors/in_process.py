@@ -8,7 +8,6 @@ import logging
 from collections.abc import Callable
 from contextlib import ExitStack, closing
 from dataclasses import replace
-from functools import partial
 
 from distplat.actors.actor_group import Launch
 from distplat.actors.checkpoint_uploader import CheckpointUploader
@@ -108,12 +107,17 @@ def _train(
     saved = _saved(checkpoints.newest())
     with ExitStack() as ending:
         others = _OtherRoles(job, launch, every, ending)
-        ports = others.ports(prepared.total_steps, saved)
-        kept = CheckpointPorts(saved, take=uploader.take)
-        meets = partial(join, prepared, strategy, 0, ports, progress=progress, checkpoints=kept)
-        report_and_count = others.counted(report, handlers)
-        ending_by = lambda step: StopOrder.END if handlers.ending() else StopOrder.NONE  # noqa: E731
-        meets(report=report_and_count, stop=ending_by).run()
+        loop = join(
+            prepared,
+            strategy,
+            0,
+            others.ports(prepared.total_steps, saved),
+            report=others.counted(report, handlers),
+            progress=progress,
+            checkpoints=CheckpointPorts(saved, take=uploader.take),
+            stop=lambda step: StopOrder.END if handlers.ending() else StopOrder.NONE,
+        )
+        loop.run()
         uploader.flush()
         handlers.on_model(saved_model(trained_model(prepared, strategy, 0)))
     _settle(checkpoints, handlers)

@@ -248,12 +248,8 @@ def spawn_controller(controller: type, job: Job, run: str) -> Any:
 
 def _nodes_but(node: str, needs: dict[str, float]) -> list[str]:
     """Give the other nodes that have room now."""
-
-    def has_room(free: dict[str, float]) -> bool:
-        return all(free.get(name, 0.0) >= amount for name, amount in needs.items())
-
     nodes = ray_compat.free_resources().items()
-    return sorted(name for name, free in nodes if name != node and has_room(free))
+    return sorted(name for name, free in nodes if name != node and _fits(needs, free))
 
 
 def spawn_worker(

@@ -447,5 +447,4 @@ def _task_class(order: WorkOrder) -> type[Task]:
 
 def saved_model(tensors: Mapping[str, torch.Tensor]) -> bytes:
     """Give a model's state in the safetensors format; copies, so that tensors share no memory."""
-    state = {name: value.detach().cpu().clone() for name, value in tensors.items()}
-    return save({name: value.contiguous() for name, value in state.items()})
+    return save({k: value.detach().cpu().clone().contiguous() for k, value in tensors.items()})

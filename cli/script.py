@@ -26,14 +26,13 @@ from distplat.cli.render import print_pairs
 from distplat.platform.errors import Problem, SpecError, naming_path, printable
 from distplat.platform.progress import to_json
 from distplat.platform.remote_storage import is_url
-from distplat.platform.spec import Scaling
+from distplat.platform.spec import NAME_PATTERN, Scaling
 
 if TYPE_CHECKING:
     from distplat.actors.script_run import ScriptJob, ScriptResult
 
 COMMAND = "submit-script"
 """Name of the command to which `submit ... -- COMMAND` goes."""
-_NAME = re.compile(r"[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?")
 
 
 def routed(args: list[str]) -> list[str]:
@@ -177,7 +176,7 @@ def _name(name: str | None, command: list[str]) -> str:
     if name is None:
         script = next((arg for arg in command if arg.endswith(".py")), command[0])
         name = re.sub(r"[^a-z0-9]+", "-", Path(script).stem.lower()).strip("-")[:63] or "script"
-    if not _NAME.fullmatch(name):
+    if not re.fullmatch(NAME_PATTERN, name):
         text = f"must be lower-case letters, digits and '-' (got {name!r})"
         raise SpecError(Problem(("--name",), text))
     return name

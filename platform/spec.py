@@ -77,7 +77,8 @@ SYNCHRONOUS = Consistency()
 """One update for all workers' gradients of a step."""
 
 
-Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?$")]
+NAME_PATTERN = r"^[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?$"
+Name = Annotated[str, StringConstraints(pattern=NAME_PATTERN)]
 EntryPoint = Annotated[
     str,
     StringConstraints(

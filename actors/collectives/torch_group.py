@@ -370,8 +370,7 @@ class TorchGroup(CollectiveGroup):
         for group, rank, world in list(self._connections):
             for peer in (other for other in range(world) if other != rank):
                 with suppress(RuntimeError):
-                    nothing = group.recv([torch.empty(1)], peer, _NOBODY)
-                    nothing.wait(timedelta(milliseconds=1))
+                    group.recv([torch.empty(1)], peer, _NOBODY).wait(timedelta(milliseconds=1))
 
     def _leave(self) -> None:
         """Close the connections; what is under way ends."""
