@@ -193,7 +193,7 @@ class ActorGroup:
             if restart.world is not None:
                 self._resize(restart.world)
             self._replace_coordinators(restart)
-        self._introduce()
+        self._send_controller()
         self._give_orders(restart.attempt, saved, checkpoint_step)
 
     def _replacement(self, attempt: int, rank: int) -> Any:
@@ -237,21 +237,21 @@ class ActorGroup:
 
     def _replace_coordinators(self, restart: Restart) -> None:
         launch, handles = self.launch, self._handles
-        given = self._made_for, launch.roles, launch.run, restart.attempt
+        arguments = self._made_for, launch.roles, launch.run, restart.attempt
         if "server-manager" in restart.coordinators:
             ray.kill(handles.manager)  # it may only be frozen
-            handles.manager = spawn_manager(*given, handles, adopts=True)
+            handles.manager = spawn_manager(*arguments, handles, adopts=True)
             self._manager_attempt = restart.attempt
         if "task-scheduler" in restart.coordinators:
             ray.kill(handles.scheduler)
-            handles.scheduler = spawn_scheduler(*given)
+            handles.scheduler = spawn_scheduler(*arguments)
 
     def begin(self, controller: Any) -> None:
         """Take the controller: the manager asks it for new servers."""
         self._controller = controller
-        self._introduce()
+        self._send_controller()
 
-    def _introduce(self) -> None:
+    def _send_controller(self) -> None:
         """Tell the manager who the controller is: this one, or a new one, has not been told."""
         if self._handles.manager is not None:
             manager = self._handles.manager
@@ -275,8 +275,8 @@ class ActorGroup:
         tables = server.startswith("embedding-")
         servers = handles.embedding_servers if tables else handles.servers
         if server not in servers:
-            given = self._made_for, launch.roles, launch.run, self._attempt
-            servers[server] = spawn_server(*given, server, beside)
+            arguments = self._made_for, launch.roles, launch.run, self._attempt
+            servers[server] = spawn_server(*arguments, server, beside)
         return servers[server]
 
     def grow(self, count: int, checkpoint_step: int) -> list[int]:
@@ -307,7 +307,7 @@ class ActorGroup:
     def _give_orders(
         self, attempt: int, saved: StoredCheckpoint | None, checkpoint_step: int
     ) -> None:
-        handle = _in_store(saved) if saved is not None else None
+        handle = _put_checkpoint(saved) if saved is not None else None
         self._start_workers(
             [self._order(attempt, rank, handle, checkpoint_step) for rank in self._handles.workers]
         )
@@ -342,7 +342,7 @@ class ActorGroup:
         )
 
 
-def _in_store(saved: StoredCheckpoint) -> SavedHandle:
+def _put_checkpoint(saved: StoredCheckpoint) -> SavedHandle:
     """
     Put a checkpoint where all ranks reach it.
 

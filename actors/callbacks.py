@@ -115,19 +115,19 @@ def check_callbacks(callbacks: Sequence[object]) -> None:
     Raises:
         SpecError: one is no `Callback`, or has a method that would never be called.
     """
-    found = []
-    for number, one in enumerate(callbacks):
-        where, name = ("callbacks", number), type(one).__name__
-        if not isinstance(one, Callback):
+    problems = []
+    for number, callback in enumerate(callbacks):
+        where, name = ("callbacks", number), type(callback).__name__
+        if not isinstance(callback, Callback):
             text = f"{name} is no distplat.Callback"
-            found.append(Problem(where, text, "hand in objects of a class that derives from it"))
+            problems.append(Problem(where, text, "hand in objects of a class that derives from it"))
             continue
-        for method in dir(one):
+        for method in dir(callback):
             if method.startswith("on_") and method not in _EVENTS:
                 text = f"{name}.{method} would never be called"
-                found.append(Problem(where, text, hint(method, sorted(_EVENTS))))
-    if found:
-        raise SpecError(*found)
+                problems.append(Problem(where, text, hint(method, sorted(_EVENTS))))
+    if problems:
+        raise SpecError(*problems)
 
 
 class Callbacks:
@@ -146,7 +146,7 @@ class Callbacks:
         max_time_s: float | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._present = list(callbacks)
+        self._active = list(callbacks)
         self._max_time_s, self._clock = max_time_s, clock
         self._began, self._stepped = clock(), False
         self.stop: str | None = None  #: why the run is to end before its last step
@@ -164,44 +164,44 @@ class Callbacks:
     def start(self, job: Job, run: str, path: Path) -> None:
         """Call `on_start` of each."""
         threading.Thread(target=self._watch_calls, name="callbacks", daemon=True).start()
-        self._each(lambda one: one.on_start(job, run, path))
+        self._call_each(lambda one: one.on_start(job, run, path))
 
     def tell(self, summary: Summary) -> None:
         """Tell all of what happened."""
         match summary:
             case StepSummary():
                 self._stepped = True
-                self._each(lambda one: one.on_step(summary))
-                self._each(self._ask)
+                self._call_each(lambda one: one.on_step(summary))
+                self._call_each(self._ask)
             case EvalSummary():
-                self._each(lambda one: one.on_evaluation(summary))
-                self._each(self._ask)
+                self._call_each(lambda one: one.on_evaluation(summary))
+                self._call_each(self._ask)
             case Saved():
-                self._each(lambda one: one.on_checkpoint(summary))
+                self._call_each(lambda one: one.on_checkpoint(summary))
             case FailureEvent():
-                self._each(lambda one: one.on_failure(summary))
+                self._call_each(lambda one: one.on_failure(summary))
             case Recovery():
-                self._each(lambda one: one.on_recovery(summary))
+                self._call_each(lambda one: one.on_recovery(summary))
             case Resized():
-                self._each(lambda one: one.on_resize(summary))
+                self._call_each(lambda one: one.on_resize(summary))
             case EarlyStopReached():
                 self.stop = self.stop or summary.reason
 
-    def _ask(self, one: Callback) -> None:
+    def _ask(self, callback: Callback) -> None:
         """See whether one wants the run to end; what the first says is the reason."""
-        if self.stop is None and (wanted := one.should_stop()):
-            name = type(one).__name__
-            self.stop = wanted if isinstance(wanted, str) else f"{name}.should_stop()"
+        if self.stop is None and (answer := callback.should_stop()):
+            name = type(callback).__name__
+            self.stop = answer if isinstance(answer, str) else f"{name}.should_stop()"
 
     def end(self, result: Result, error: BaseException | None) -> None:
         """Call `on_end` of each."""
         try:
-            self._each(lambda one: one.on_end(result, error))
+            self._call_each(lambda one: one.on_end(result, error))
         finally:
             self._over.set()
 
-    def _each(self, tell: Callable[[Callback], object]) -> None:
-        for callback in list(self._present):
+    def _call_each(self, tell: Callable[[Callback], object]) -> None:
+        for callback in list(self._active):
             self._called = callback, self._clock()
             try:
                 tell(callback)
@@ -209,7 +209,7 @@ class Callbacks:
                 raise
             except BaseException as error:  # sys.exit() too: the run would end with its code
                 # Not `remove`: two callbacks of a dataclass may be equal.
-                self._present = [one for one in self._present if one is not callback]
+                self._active = [one for one in self._active if one is not callback]
                 name, kind = type(callback).__name__, type(error).__name__
                 text = "the callback %s raised %s: %s; the run goes on without it"
                 logger.warning(text, name, kind, error)
@@ -218,14 +218,14 @@ class Callbacks:
 
     def _watch_calls(self) -> None:
         """Name a callback that does not return: without it the run would just seem to stand."""
-        said: list[Callback] = []
+        warned: list[Callback] = []
         while not self._over.wait(_LOOK_S):
             callback, since = self._called or (None, 0.0)
             if callback is None or self._clock() - since < _LONG_S:
                 continue
-            if any(one is callback for one in said):
+            if any(one is callback for one in warned):
                 continue
-            said.append(callback)
+            warned.append(callback)
             text = (
                 "the callback %s has not returned for %.0f s: the driver waits for it, workers do "
                 "not; Ctrl-C, if need be twice, ends the run"
@@ -252,17 +252,17 @@ class Tracking(Callback):
 
     def __init__(self, specs: Sequence[TrackerSpec], before: Path | None) -> None:
         self._specs, self._before = specs, before
-        self._writers: dict[str, BackgroundWriter[_Told]] = {}  #: none before the start
+        self._writers: dict[str, BackgroundWriter[_TrackerEvent]] = {}  #: none before the start
 
     @override
     def on_start(self, job: Job, run: str, path: Path) -> None:
         self._writers = {spec.name: self._writer(spec, job, path) for spec in self._specs}
 
-    def _writer(self, spec: TrackerSpec, job: Job, path: Path) -> BackgroundWriter[_Told]:
+    def _writer(self, spec: TrackerSpec, job: Job, path: Path) -> BackgroundWriter[_TrackerEvent]:
         """Begin: the library is imported in the thread, for that takes seconds."""
-        shown = _Shown(partial(open_tracker, spec, job, path, self._before))
+        tracker_writer = _TrackerWriter(partial(open_tracker, spec, job, path, self._before))
         warn = partial(logger.warning, "%s: %s", spec.name)
-        return BackgroundWriter(shown, warn, where="its server")
+        return BackgroundWriter(tracker_writer, warn, where="its server")
 
     @override
     def on_step(self, step: StepSummary) -> None:
@@ -279,22 +279,24 @@ class Tracking(Callback):
         stopped = isinstance(error, Interrupted | KeyboardInterrupt)
         limit_s = _CLOSE_STOPPED_S if stopped else _CLOSE_S
         until = time.monotonic() + limit_s
-        if late := [name for name, one in self._writers.items() if not one.wait(_SAY_AFTER_S)]:
+        if late := [
+            name for name, writer in self._writers.items() if not writer.wait(_SAY_AFTER_S)
+        ]:
             text = "the run is over; its last figures are on their way to %s, %.0f s at most"
             logger.warning(text, ", ".join(late), max(0.0, until - time.monotonic()))
-        for one in self._writers.values():
-            one.close(max(0.0, until - time.monotonic()))
+        for writer in self._writers.values():
+            writer.close(max(0.0, until - time.monotonic()))
 
-    def _tell(self, what: _Told) -> None:
-        for one in self._writers.values():
-            one.put(what)
+    def _tell(self, event: _TrackerEvent) -> None:
+        for writer in self._writers.values():
+            writer.put(event)
 
 
-_Told: TypeAlias = StepSummary | EvalSummary | bool
+_TrackerEvent: TypeAlias = StepSummary | EvalSummary | bool
 """A flag says that the run is over, and whether it failed."""
 
 
-class _Shown:
+class _TrackerWriter:
     """
     Shows in one tracker what it is called with.
 
@@ -307,7 +309,7 @@ class _Shown:
         self._tracker: Tracker | None = None
         self._error: BaseException | None = None  #: why it could not be opened
 
-    def __call__(self, what: _Told) -> None:
+    def __call__(self, event: _TrackerEvent) -> None:
         if self._error is not None:
             raise self._error
         if self._tracker is None:
@@ -316,7 +318,7 @@ class _Shown:
             except BaseException as error:  # once: it may take long, or ask for a password
                 self._error = error
                 raise
-        if isinstance(what, bool):
-            self._tracker.close(what)
+        if isinstance(event, bool):
+            self._tracker.close(event)
         else:
-            self._tracker.write(what.step, points_of(what))
+            self._tracker.write(event.step, points_of(event))

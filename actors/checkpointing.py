@@ -96,27 +96,27 @@ class Checkpoints:
         self._waiting: deque[tuple[Sequence[Delivery], float]] = deque()
         self._skipped = 0
         self._writing, self._writing_since = False, 0.0
-        self._late = False  #: it was said that one takes long
-        self._undeleted = False  #: and that some stay
+        self._warned_late = False  #: it was said that one takes long
+        self._warned_of_undeleted = False  #: and that some stay
         self._thread: Thread | None = None
         self._pruning = threading.Lock()  #: held while one is read, and while some are deleted
         self._best = BestCheckpoint(launch.job.checkpoint.keep_best)
         rule = launch.job.early_stop
         self._stopping = EarlyStopping(rule, launch.evaluated) if rule is not None else None
-        self._judging = threading.Lock()  #: held while these two are used
-        self._told_best: int | None = None
-        self._told_stop = False
+        self._evaluating = threading.Lock()  #: held while these two are used
+        self._reported_best: int | None = None
+        self._reported_stop = False
         self._finished: deque[Saved | Best | EarlyStopReached] = deque()
         self._failures: dict[int, str] = {}  #: step -> why it has none, since the last one came
         self._failed_at = -math.inf
-        self._left_alone = False  #: the end of the run waits for the writer no more
+        self._gave_up_waiting = False  #: the end of the run waits for the writer no more
         self._written = 0  #: step of the newest one that this run wrote
         self.step = 0  #: of the newest one; 0: there is none
 
     def begin(self, attempt: int, job: Job) -> None:
         """Called when another attempt begins; `job`: with the number of workers that it has."""
-        more = job.scaling.world != self._job.scaling.world
-        self._collecting.begin(attempt, job.scaling.world if more else None)
+        resized = job.scaling.world != self._job.scaling.world
+        self._collecting.begin(attempt, job.scaling.world if resized else None)
         self._failures.clear()  # a loss, perhaps: the restart budget counts those
         self._job = job
 
@@ -156,24 +156,24 @@ class Checkpoints:
             metrics = reported(summary)
         else:
             return
-        with self._judging:
+        with self._evaluating:
             if self._stopping is not None and self._stopping.metric in metrics:
-                self._tell_stop(summary.step, self._stopping.evaluated(summary.step, metrics))
+                self._report_stop(summary.step, self._stopping.evaluated(summary.step, metrics))
             self._best.evaluated(summary.step, metrics)
-            self._tell_best()
+            self._report_best()
 
-    def _tell_best(self) -> None:
+    def _report_best(self) -> None:
         """Tell which checkpoint is the best, if that is another one than before."""
         step, rule = self._best.step, self._job.checkpoint.keep_best
-        if step is not None and rule is not None and step != self._told_best:
-            self._told_best = step
+        if step is not None and rule is not None and step != self._reported_best:
+            self._reported_best = step
             path = str(self._catalogue.path(step))
             self._finished.append(Best(step, path, rule.metric, self._best.figure))
 
-    def _tell_stop(self, step: int, reason: str | None) -> None:
+    def _report_stop(self, step: int, reason: str | None) -> None:
         """Tell, once, that the run is to end."""
-        if reason is not None and not self._told_stop:
-            self._told_stop = True
+        if reason is not None and not self._reported_stop:
+            self._reported_stop = True
             self._finished.append(EarlyStopReached(step, reason))
 
     def take_finished(self) -> list[Saved | Best | EarlyStopReached]:
@@ -205,8 +205,8 @@ class Checkpoints:
         """Wait until all that is complete is on the disk, within reason; in vain only once."""
         limit_s = min(_DRAIN_S, self._job.failure.storage_timeout_s)
         with self._changed:
-            if not self._left_alone and not self._changed.wait_for(self._idle, limit_s):
-                self._left_alone = True
+            if not self._gave_up_waiting and not self._changed.wait_for(self._idle, limit_s):
+                self._gave_up_waiting = True
                 logger.warning("a checkpoint is still being written after %g s", limit_s)
 
     def _idle(self) -> bool:
@@ -248,9 +248,9 @@ class Checkpoints:
                     self._catalogue.set_aside(found.step)
                 except OSError as error:
                     logger.warning("damaged checkpoints could not be renamed: %s", error)
-                with self._judging:
+                with self._evaluating:
                     self._best.left(self._catalogue.steps())
-                    self._tell_best()
+                    self._report_best()
         return found
 
     def _read(self, moved: Moved) -> StoredCheckpoint | None:
@@ -284,7 +284,7 @@ class Checkpoints:
     def _write(self, parts: Sequence[Delivery], began: float) -> None:
         step = parts[0].version
         try:
-            path = self._put(step, parts)
+            path = self._write_checkpoint(step, parts)
             size = sum(file.stat().st_size for file in path.iterdir())
         except OSError as error:
             why = error.strerror or str(error)
@@ -297,25 +297,25 @@ class Checkpoints:
             self._failures.clear()
             self.step = self._written = step
             self._finished.append(Saved(step, str(path), size, time.monotonic() - began))
-            with self._judging:
-                self._tell_best()
+            with self._evaluating:
+                self._report_best()
 
-    def _put(self, step: int, parts: Sequence[Delivery]) -> Path:
+    def _write_checkpoint(self, step: int, parts: Sequence[Delivery]) -> Path:
         launch = self._launch
-        broken = [part.facts[NOT_FINITE] for part in parts if NOT_FINITE in part.facts]
-        if broken:
-            raise ValueError(f"{broken[0]!r} holds NaN or infinity; the checkpoints before stay")
+        names = [part.facts[NOT_FINITE] for part in parts if NOT_FINITE in part.facts]
+        if names:
+            raise ValueError(f"{names[0]!r} holds NaN or infinity; the checkpoints before stay")
         bundles = [
             (self._fetch(ref), entries)
             for part in parts
             for ref, entries in zip(part.refs, part.entries, strict=True)
         ]
-        found = by_file(put_together(bundles))
-        tensors = {name: found.get(name, {}) for name in (*_FILES, *found)}
+        tensors_by_file = by_file(put_together(bundles))
+        tensors = {name: tensors_by_file.get(name, {}) for name in (*_FILES, *tensors_by_file)}
         files = {f"{name}.safetensors": encode(held) for name, held in tensors.items()}
         facts = {**parts[0].facts, **self._evaluated(step, parts[0].facts)}
         path = self._catalogue.write(step, files, state_of(self._job, launch.run, facts))
-        with self._judging:
+        with self._evaluating:
             self._best.saved(step)
         self._prune(step)
         return path
@@ -326,20 +326,20 @@ class Checkpoints:
             return {}
         job = self._job
         every = 1 if job.own_loop else job.evaluation.period(facts["steps_per_epoch"])
-        with self._judging:
+        with self._evaluating:
             return {EARLY_STOP: self._stopping.saved(step, every)}
 
     def _prune(self, written: int) -> None:
         """Delete those that are too many."""
-        with self._judging:
+        with self._evaluating:
             protected = self._best.protected
         with self._pruning:
             why = self._catalogue.prune(self._job.checkpoint.num_to_keep, written, protected)
             left = self._catalogue.steps()
-        if why and not self._undeleted:
-            self._undeleted = True
+        if why and not self._warned_of_undeleted:
+            self._warned_of_undeleted = True
             logger.warning("old checkpoints could not be deleted, and take room: %s", why)
-        with self._judging:
+        with self._evaluating:
             self._best.left(left)
 
     def _fail(self, step: int, why: str) -> None:
@@ -358,8 +358,9 @@ class Checkpoints:
     def _look_at_writer(self) -> None:
         """Say that one takes long: a disk that hangs does not say so itself."""
         limit_s = self._job.failure.storage_timeout_s
-        if self._late or not self._writing or time.monotonic() - self._writing_since < limit_s:
+        writing_s = time.monotonic() - self._writing_since
+        if self._warned_late or not self._writing or writing_s < limit_s:
             return
-        self._late = True
+        self._warned_late = True
         text = "a checkpoint is still being written to %s after %g s (`%s`); the run goes on"
         logger.warning(text, self._catalogue.folder, limit_s, SETTING)

@@ -85,7 +85,7 @@ class Controller:
         self._open: dict[Any, tuple[str, float]] = {}  #: call -> (role, when it was asked)
         self._unreached: dict[str, float] = {}  #: role -> when its first call was lost, of late
         self._answers: dict[str, int] = {}  #: role -> number of its last answer
-        self._up: set[str] = set()  #: roles that have answered: the others may still be starting
+        self._alive: set[str] = set()  #: roles that have answered: the others may still be starting
         # Of a train function rank 0 alone reports.
         reporting = 1 if actor_group.job.own_loop else actor_group.world
         self._aggregator = ReportAggregator(
@@ -128,8 +128,8 @@ class Controller:
         self._report = observe
         while not self._state.over:
             self._check()
-            self._ask_everybody()
-            self._listen()
+            self._poll_actors()
+            self._collect_answers()
             for role, error in self._actor_group.look():
                 self._actors.pop(role, None)
                 self._state.handle(Failed(role, error, dead=True), self._clock.now())
@@ -201,7 +201,7 @@ class Controller:
         if state.phase is Phase.SETTLING:
             self._stop_workers(now)
         if state.restart is not None:
-            self._go_on(state.restart)
+            self._carry_out_restart(state.restart)
         if state.phase is Phase.RUNNING and self._failed_at is not None:
             self._report(Recovery(state.attempt, now - self._failed_at))
             self._failed_at = None
@@ -237,7 +237,7 @@ class Controller:
             self._actors[f"worker-{rank}"] = self._actor_group.workers[rank]
             self._state.handle(Joined(rank), self._clock.now())
 
-    def _go_on(self, restart: Restart) -> None:
+    def _carry_out_restart(self, restart: Restart) -> None:
         replaced = *(f"worker-{rank}" for rank in restart.replace), *restart.coordinators
         saved = self._checkpoints.newest() if restart.everything else None
         if restart.everything:
@@ -257,7 +257,7 @@ class Controller:
         self._actors = self._actor_group.roles
         renewed = set(self._actors) if restart.everything else set(replaced)
         renewed |= before ^ set(self._actors)
-        self._up -= renewed
+        self._alive -= renewed
         for role in renewed:
             self._answers.pop(role, None)
         self._unreached.clear()
@@ -284,7 +284,7 @@ class Controller:
         if restart.world is not None or restart.everything:
             self._aggregator.resize(world, step)
 
-    def _ask_everybody(self) -> None:
+    def _poll_actors(self) -> None:
         """Keep one question open to every actor."""
         asked = {role for role, _ in self._open.values()}
         now = self._clock.now()
@@ -295,7 +295,7 @@ class Controller:
                 number = self._answers.get(role, 0) + 1
                 self._open[actor.poll.remote(number, hold_s)] = (role, now)
 
-    def _listen(self) -> None:
+    def _collect_answers(self) -> None:
         """Take the answers of one tick."""
         began = time.monotonic()
         answered, silent = [], []
@@ -310,7 +310,7 @@ class Controller:
         now = self._clock.now()
         for call in silent:
             role, asked_at = self._open[call]
-            if role in self._up:
+            if role in self._alive:
                 self._state.handle(PollUnanswered(role, now - asked_at), now)
         if not silent:
             time.sleep(max(0.0, tick_s - (time.monotonic() - began)))
@@ -320,7 +320,7 @@ class Controller:
             answer = ray.get(call, timeout=self._limits.heartbeat_timeout_s)
         except ray.exceptions.RayError as error:
             return [self._unanswered(role, error)]
-        self._up.add(role)
+        self._alive.add(role)
         self._answers[role] = self._answers.get(role, 0) + 1
         self._unreached.pop(role, None)
         if isinstance(answer, DistplatError):
@@ -330,13 +330,13 @@ class Controller:
 
     def _unanswered(self, role: str, error: ray.exceptions.RayError) -> Event:
         """Tell why a question has no answer: one that was lost on its way is asked again."""
-        found = meaning(error)
-        if found in (Meaning.UNANSWERED, Meaning.LATE):
+        error_meaning = meaning(error)
+        if error_meaning in (Meaning.UNANSWERED, Meaning.LATE):
             now = self._clock.now()
             return PollUnanswered(role, now - self._unreached.setdefault(role, now))
         del self._actors[role]
         lost: DistplatError = as_ours(error)
-        if found is Meaning.LOST:
+        if error_meaning is Meaning.LOST:
             cause = cause_of(error)
             advice = advice_for(role, cause)
             lost = ActorLost(role, self._state.steps_done or None, cause, advice)
@@ -369,12 +369,12 @@ class Controller:
     def _result(self) -> bytes:
         """Fetch the model; where it is cut, each part, and put them together by name."""
         everybody = tuple(range(self._actor_group.world))
-        parts = [self._part_of(ranks) for ranks in self._holders or (everybody,)]
+        parts = [self._model_part(ranks) for ranks in self._holders or (everybody,)]
         if len(parts) == 1:
             return parts[0]
         return b"".join(encode({k: v for part in parts for k, v in decode(part).items()}))
 
-    def _part_of(self, holders: tuple[int, ...]) -> bytes:
+    def _model_part(self, holders: tuple[int, ...]) -> bytes:
         """Ask the first rank that has a part; where it was lost at the last moment, the next."""
         lost: DistplatError | None = None
         for rank in holders:

@@ -100,7 +100,7 @@ class ControllerActor:
 
     def __init__(self, name: str, submission: str | None = None) -> None:
         self._name, self._submission = name, submission
-        self._outbox: Outbox[RunEvent] = Outbox(_MOST, _spare)
+        self._outbox: Outbox[RunEvent] = Outbox(_MOST, _may_drop)
         self._controller: Controller | None = None
         self._beginning = threading.Lock()
         self._thread: threading.Thread | None = None
@@ -273,12 +273,12 @@ class ControllerActor:
             keep_tables(_table_servers(actor_group, launch.job), launch.job.seed, keep)
 
 
-def _spare(event: RunEvent) -> bool:
+def _may_drop(event: RunEvent) -> bool:
     """Say whether a driver that is away may miss it: memory ends before a long run does."""
     return isinstance(event, StepSummary | logging.LogRecord)
 
 
-class _Sender(QueueHandler):
+class _OutboxHandler(QueueHandler):
     """Puts log records into an outbox."""
 
     def __init__(self, outbox: Outbox[Any]) -> None:
@@ -292,7 +292,7 @@ class _Sender(QueueHandler):
 def _send_records(outbox: Outbox[Any]) -> None:
     """Have this package's log records appear in the driver, which alone knows what is shown."""
     ours = logging.getLogger("distplat")
-    ours.handlers = [_Sender(outbox)]
+    ours.handlers = [_OutboxHandler(outbox)]
     ours.setLevel(logging.INFO)
     ours.propagate = False
 

@@ -67,7 +67,7 @@ def train_in_process(launch: Launch, handlers: RunHandlers, stopping: Stopping) 
         for summary in aggregator.add(part):
             checkpoints.observe(summary)
             handlers.on_summary(summary)
-            _tell_finished(checkpoints, handlers)
+            _report_finished(checkpoints, handlers)
 
     def save(model: bytes) -> None:
         with stopping.not_at_once():
@@ -80,8 +80,8 @@ def train_in_process(launch: Launch, handlers: RunHandlers, stopping: Stopping) 
         raise
     except (Exception, SystemExit) as error:  # sys.exit(0) in a task is no success
         at, evaluating = progress.at, progress.evaluating
-        found = killed_loader(error) or as_user_error(error, 0, at, evaluating=evaluating)
-        raise found from error
+        user_error = killed_loader(error) or as_user_error(error, 0, at, evaluating=evaluating)
+        raise user_error from error
 
 
 def _train(
@@ -102,11 +102,11 @@ def _train(
     job = prepared.job
     for warning in prepared.warnings:
         logger.warning("%s", warning)
-    every = job.checkpoint.period(prepared.sampler.steps_per_epoch)
+    checkpoint_every = job.checkpoint.period(prepared.sampler.steps_per_epoch)
     uploader = _uploader(checkpoints, job)
     saved = _saved(checkpoints.newest())
     with ExitStack() as ending:
-        others = _OtherRoles(job, launch, every, ending)
+        others = _OtherRoles(job, launch, checkpoint_every, ending)
         loop = join(
             prepared,
             strategy,
@@ -120,7 +120,7 @@ def _train(
         loop.run()
         uploader.flush()
         handlers.on_model(saved_model(trained_model(prepared, strategy, 0)))
-    _settle(checkpoints, handlers)
+    _finish_checkpoints(checkpoints, handlers)
     others.keep_files(handlers, resumed=saved is not None)
 
 
@@ -139,7 +139,7 @@ class _OtherRoles:
         self._job, self._launch, self._every = job, launch, every
         roles = launch.roles
         self._tables = ending.enter_context(
-            closing(TableServers(_kept_once(job), launch.run, every=every))
+            closing(TableServers(_without_table_backups(job), launch.run, every=every))
         )
         self._servers: Servers | None = None
         self._scheduler: LocalTaskScheduler | None = None
@@ -202,9 +202,9 @@ def _train_function(
     def load() -> TrainFunction:
         if launch.task is not None and not isinstance(launch.task, type):
             return launch.task
-        found = load_train_function(launch.job.task or "", launch.working_dir)
-        check_task(found, launch.job)
-        return found
+        function = load_train_function(launch.job.task or "", launch.working_dir)
+        check_task(function, launch.job)
+        return function
 
     saved = _saved(checkpoints.newest())
     ports = SessionPorts(report, uploader.take, progress, saved, handlers.ending)
@@ -216,7 +216,7 @@ def _train_function(
         trained = run_function(launch.job, load, group, "here", ports, shards, store_of_one)
     uploader.flush()
     handlers.on_model(saved_model(trained))
-    _settle(checkpoints, handlers)
+    _finish_checkpoints(checkpoints, handlers)
 
 
 def _uploader(checkpoints: Checkpoints, job: Job) -> CheckpointUploader:
@@ -229,7 +229,7 @@ def _servers(job: Job, launch: Launch) -> Servers:
     return Servers(job, replace(launch.roles, split_by_load=False, replication=1), launch.run)
 
 
-def _kept_once(job: Job) -> Job:
+def _without_table_backups(job: Job) -> Job:
     """Give the job without backups of its tables: see `_servers`."""
     if job.embeddings is None:
         return job
@@ -237,26 +237,26 @@ def _kept_once(job: Job) -> Job:
     return job.model_copy(update={"embeddings": tables})
 
 
-def _settle(checkpoints: Checkpoints, handlers: RunHandlers) -> None:
+def _finish_checkpoints(checkpoints: Checkpoints, handlers: RunHandlers) -> None:
     """After the end of a run that ended well, wait for checkpoints, and tell of them."""
     checkpoints.drain()
     checkpoints.settle()
-    _tell_finished(checkpoints, handlers)
+    _report_finished(checkpoints, handlers)
 
 
-def _tell_finished(checkpoints: Checkpoints, handlers: RunHandlers) -> None:
-    for told in checkpoints.take_finished():
-        handlers.on_summary(told)
+def _report_finished(checkpoints: Checkpoints, handlers: RunHandlers) -> None:
+    for summary in checkpoints.take_finished():
+        handlers.on_summary(summary)
 
 
 def _task_class(launch: Launch) -> type[Task]:
     """Give the task's class, looked at; say what is no error, unless that was done."""
     given = launch.task if isinstance(launch.task, type) else None
-    found = given or load_task_class(launch.job.task or "", launch.working_dir)
-    said = check_task(found, launch.job)
-    for line in () if launch.checked else said:
+    task_class = given or load_task_class(launch.job.task or "", launch.working_dir)
+    warnings = check_task(task_class, launch.job)
+    for line in () if launch.checked else warnings:
         logger.warning("%s", line)
-    return found
+    return task_class
 
 
 def _saved(stored: StoredCheckpoint | None) -> SavedState | None:

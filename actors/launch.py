@@ -56,9 +56,9 @@ RAY_LOG = "ray.log"
 """In the run directory: the ends of the logs of a Ray of our own that failed."""
 _KEEP_S = 10.0
 """How long the disk may take to write them."""
-_LITTLE_BYTES = 64 * 2**20
+_LOW_DISK_BYTES = 64 * 2**20
 """With less room for its files Ray may not start."""
-_LEAST_BYTES = 2**20
+_MIN_DISK_BYTES = 2**20
 """With less room it does not."""
 
 
@@ -84,7 +84,7 @@ def secure_token(home: Path, environment: MutableMapping[str, str]) -> str:
     path = home / ".ray" / "auth_token"
     try:
         path.parent.mkdir(mode=0o700, exist_ok=True)
-        _make(path)
+        _create_token(path)
     except OSError as error:
         environment[TOKEN_ELSEWHERE[0]] = secrets.token_hex(32)
         return (
@@ -92,37 +92,37 @@ def secure_token(home: Path, environment: MutableMapping[str, str]) -> str:
             f"its own processes alone, and `distplat status` and `stop` cannot reach it"
         )
     try:
-        return _close_to_others(path)
+        return _restrict_permissions(path)
     except OSError as error:
         return f"{path} could not be secured: {error.strerror}"
 
 
-def _make(path: Path) -> None:
+def _create_token(path: Path) -> None:
     """Make the file with a new token, unless there is one."""
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
     try:
-        file = os.open(path, flags, 0o600)
+        descriptor = os.open(path, flags, 0o600)
     except FileExistsError:
         return
-    with open(file, "w") as text:
+    with open(descriptor, "w") as text:
         text.write(secrets.token_hex(32))
 
 
-def _close_to_others(path: Path) -> str:
+def _restrict_permissions(path: Path) -> str:
     """Take the rights of others away, where the file is the user's own."""
-    file = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
     try:
-        about = os.fstat(file)
-        if not stat.S_IMODE(about.st_mode) & 0o077:
+        stat_result = os.fstat(descriptor)
+        if not stat.S_IMODE(stat_result.st_mode) & 0o077:
             return ""
-        if about.st_uid != os.geteuid():
+        if stat_result.st_uid != os.geteuid():
             return f"{path} belongs to another user, and others may read it"
-        os.fchmod(file, 0o600)
+        os.fchmod(descriptor, 0o600)
         return (
             f"{path} could be read by other users, and no longer can; whoever read it still has it"
         )
     finally:
-        os.close(file)
+        os.close(descriptor)
 
 
 logger = logging.getLogger(__name__)
@@ -205,10 +205,10 @@ def _follow(
         controller.follow(check, handlers)
     finally:
         # Without a head nothing of that can be done: all ends with this process.
-        end_each(_if_answers(head, ending) for ending in endings)
+        end_each(_if_head_answers(head, ending) for ending in endings)
 
 
-def _if_answers(head: HeadWatch, ending: Callable[[], object]) -> Callable[[], object]:
+def _if_head_answers(head: HeadWatch, ending: Callable[[], object]) -> Callable[[], object]:
     return lambda: ending() if head.answers() else None
 
 
@@ -266,16 +266,16 @@ def _failures_of_start() -> Iterator[None]:
 
 def _shortages() -> list[str]:
     """Say what Ray may have too little of: its own words for that are of time."""
-    found = []
+    shortages = []
     addresses, _ = resource.getrlimit(resource.RLIMIT_AS)
     if addresses != resource.RLIM_INFINITY:
-        found.append(f"`ulimit -v` allows {addresses / 2**30:.1f} GiB of addresses")
+        shortages.append(f"`ulimit -v` allows {addresses / 2**30:.1f} GiB of addresses")
     folder = ray_compat.temporary_folder()
     with suppress(OSError):
         free = shutil.disk_usage(folder).free
-        if free < _LITTLE_BYTES:
-            found.append(f"{folder} has {free // 2**20} MiB free")
-    return found
+        if free < _LOW_DISK_BYTES:
+            shortages.append(f"{folder} has {free // 2**20} MiB free")
+    return shortages
 
 
 def _check_room(folder: Path) -> None:
@@ -286,7 +286,7 @@ def _check_room(folder: Path) -> None:
         InfrastructureError: there is none.
     """
     try:
-        reserve(folder, _LEAST_BYTES).close()
+        reserve(folder, _MIN_DISK_BYTES).close()
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             return  # Ray makes the folder, or says what is wrong with it
@@ -316,7 +316,7 @@ def local_ray(
         try:
             yield
         except Exception as error:
-            if keep_in and _may_be_rays(error) and (there := ray_compat.log_folder()):
+            if keep_in and _may_be_rays_fault(error) and (there := ray_compat.log_folder()):
                 logger.warning("Ray's own logs are in %s of each node", there)
             raise
         return
@@ -324,19 +324,19 @@ def local_ray(
     if warning := secure_token(Path.home(), os.environ):
         logger.warning("%s", warning)
     with hash_seed.inherited():
-        _tell_of_long_name(ray_compat.wanted_folder())
-        folder = _start(scaling, logs=logs, keep_in=keep_in)
+        _warn_of_long_name(ray_compat.wanted_folder())
+        folder = _start_ray(scaling, logs=logs, keep_in=keep_in)
         kept: Path | None = None
         try:
             yield
         except Exception as error:
-            kept = keep_in if _may_be_rays(error) else None
+            kept = keep_in if _may_be_rays_fault(error) else None
             raise
         finally:
-            _end(folder, kept)
+            _shut_down(folder, kept)
 
 
-def _may_be_rays(error: Exception) -> bool:
+def _may_be_rays_fault(error: Exception) -> bool:
     """Say whether Ray's logs may tell more of an error: the cluster's, or one of ours."""
     return getattr(error, "exit_code", None) in (
         None,
@@ -345,7 +345,7 @@ def _may_be_rays(error: Exception) -> bool:
     )
 
 
-def _end(folder: RayFolder, keep_in: Path | None = None) -> None:
+def _shut_down(folder: RayFolder, keep_in: Path | None = None) -> None:
     """End the Ray of this process; its files go, too."""
     try:
         ray.shutdown()
@@ -376,7 +376,7 @@ def _token(home: Path, environment: Mapping[str, str]) -> str:
     return ""
 
 
-def _tell_of_long_name(folder: Path) -> None:
+def _warn_of_long_name(folder: Path) -> None:
     """Say where the files of a Ray lie, if that is not where its user wants them."""
     if ray_compat.has_long_name(folder):
         text = (
@@ -386,7 +386,7 @@ def _tell_of_long_name(folder: Path) -> None:
         logger.warning(text, ray_compat.temporary_folder(), folder, ray_compat.FOLDER_BYTES)
 
 
-def _start(scaling: Scaling, *, logs: bool, keep_in: Path | None) -> RayFolder:
+def _start_ray(scaling: Scaling, *, logs: bool, keep_in: Path | None) -> RayFolder:
     """Start a Ray; give the directory of its files."""
     cpus = scaling.num_workers * scaling.resources()["CPU"]
     with (
@@ -412,6 +412,6 @@ def _start(scaling: Scaling, *, logs: bool, keep_in: Path | None) -> RayFolder:
             folder.close()  # Ray's words for why may name files
             raise
         except BaseException:
-            _end(folder)
+            _shut_down(folder)
             raise
     return folder

@@ -77,20 +77,20 @@ def find_runs(name: str) -> list[RunName]:
         for run, names in sorted(named_actors().items())
         if "/" in names[0]
     }
-    found = [RunName(run, job) for run, job in runs.items() if name in (run, job)]
-    if not found:
+    matches = [RunName(run, job) for run, job in runs.items() if name in (run, job)]
+    if not matches:
         known = {*runs, *runs.values()}
-        near = hint(name, known, "running") if known else "nothing runs there"
-        raise NoSuchRun(Problem((), f"no run or job {name!r} is running", near))
-    return found  # names of runs end with the time
+        advice = hint(name, known, "running") if known else "nothing runs there"
+        raise NoSuchRun(Problem((), f"no run or job {name!r} is running", advice))
+    return matches  # names of runs end with the time
 
 
 def named_actors() -> dict[str, list[str]]:
     """Give the names of all named actors by namespace, which for ours is the run."""
-    found: dict[str, list[str]] = {}
+    names: dict[str, list[str]] = {}
     for actor in ray.util.list_named_actors(all_namespaces=True):
-        found.setdefault(actor["namespace"], []).append(actor["name"])
-    return found
+        names.setdefault(actor["namespace"], []).append(actor["name"])
+    return names
 
 
 def _attempt(name: str) -> tuple[int, ...]:
@@ -124,11 +124,11 @@ def one_run(name: str) -> RunName:
     Raises:
         SpecError: there is none, or there are several of that job.
     """
-    found = find_runs(name)
-    if len(found) > 1:
+    runs = find_runs(name)
+    if len(runs) > 1:
         text = f"several runs of job {name!r} go on"
-        raise SpecError(Problem((), text, "name one: " + ", ".join(one.run for one in found)))
-    return found[0]
+        raise SpecError(Problem((), text, "name one: " + ", ".join(one.run for one in runs)))
+    return runs[0]
 
 
 def overview(run: RunName) -> Overview:
@@ -138,10 +138,10 @@ def overview(run: RunName) -> Overview:
     Raises:
         ActorLost, DeadlineExceeded: they are gone, or do not answer.
     """
-    seen = _ask(run, "server-manager", "seen")
+    servers = _ask(run, "server-manager", "seen")
     scheduler = _ask(run, "task-scheduler", "status")
     status = _ask(run, "controller", "scale_status")
-    return Overview(run.run, run.job, seen, scheduler, status or NOBODY_ASKED)
+    return Overview(run.run, run.job, servers, scheduler, status or NOBODY_ASKED)
 
 
 def scale(run: RunName, workers: int, wait_s: float) -> Overview:
@@ -167,7 +167,7 @@ def scale(run: RunName, workers: int, wait_s: float) -> Overview:
         scheduler = _ask(run, "task-scheduler", "status")
         if status is None or scheduler is None:
             raise ActorLost("controller", None, f"run {run.run} is over")
-        _check_stands(request, status)
+        _check_pending(request, status)
         if wait_s == 0 or (not status.pending and len(scheduler.workers) == workers):
             return Overview(run.run, run.job, None, scheduler, status)
         if time.monotonic() > until:
@@ -189,10 +189,10 @@ def submitted_run(submission: str, job: str) -> RunName:
     """
     for run in find_runs(job):
         try:
-            theirs = _ask(run, "controller", "submission")
+            id_there = _ask(run, "controller", "submission")
         except InfrastructureError:  # another that is just over, or hangs
             continue
-        if theirs == submission:
+        if id_there == submission:
             return run
     raise SpecError(Problem((), f"{submission!r} has no run that goes on"))
 
@@ -217,17 +217,17 @@ def stop(run: RunName, wait_s: float) -> str:
     return status
 
 
-def _check_stands(request: ScaleRequest, status: ScaleStatus) -> None:
+def _check_pending(request: ScaleRequest, status: ScaleStatus) -> None:
     """
     Look whether a request is still to be carried out.
 
     Raises:
         SpecError: it was refused, or there is a later one.
     """
-    last = status.request
+    latest = status.request
     # The same number once more may be this request: it was carried out twice on its way.
-    if last is not None and last.number > request.number and last.workers != request.workers:
-        text = f"{last.workers} workers were asked for meanwhile"
+    if latest is not None and latest.number > request.number and latest.workers != request.workers:
+        text = f"{latest.workers} workers were asked for meanwhile"
         raise SpecError(Problem(("--workers",), text))
     if status.refused:
         raise SpecError(Problem(("--workers",), status.refused))

@@ -116,7 +116,7 @@ class SyncScaler:
             resizing.made(rank)
         for rank in list(self._calls):
             if rank in self._calls:  # else it was let go with one that was lost
-                self._look_after(rank)
+                self._check_newcomer(rank)
         if resizing.granted:
             self._answer("")
         return resizing.due
@@ -129,7 +129,7 @@ class SyncScaler:
         self._number = request.number
         self._resizing.request(request.workers)
 
-    def _look_after(self, rank: int) -> None:
+    def _check_newcomer(self, rank: int) -> None:
         coming = self._calls[rank]
         if not ray.wait([coming.reply], timeout=0)[0]:
             if time.monotonic() > coming.until:

@@ -93,25 +93,25 @@ class Result:
 
     def rows(self) -> list[tuple[str, str]]:
         """Give names and values of the short table."""
-        found = [("steps", steps_text(self.totals.steps))]
+        table = [("steps", steps_text(self.totals.steps))]
         if self.stopped is not None:
-            found.append(("stopped early", self.stopped))
-        found += [(name, f"{value:.4g}") for name, value in self.metrics.items()]
-        found.append(("took", f"{self.seconds:.1f} s"))
+            table.append(("stopped early", self.stopped))
+        table += [(name, f"{value:.4g}") for name, value in self.metrics.items()]
+        table.append(("took", f"{self.seconds:.1f} s"))
         if self.failures:
-            found.append(("restarts", str(len(self.failures))))
+            table.append(("restarts", str(len(self.failures))))
         if self.resizes:
-            found.append(("workers", f"{self.resizes[-1].workers} at the end"))
+            table.append(("workers", f"{self.resizes[-1].workers} at the end"))
         if self.checkpoints:
-            found.append(("last checkpoint", self.checkpoints[-1].path))
+            table.append(("last checkpoint", self.checkpoints[-1].path))
         if self.best_checkpoint is not None:
-            found.append(("best checkpoint", str(self.best_checkpoint)))
-        found.append(("run directory", str(self.path)))
+            table.append(("best checkpoint", str(self.best_checkpoint)))
+        table.append(("run directory", str(self.path)))
         if self.url is not None:
-            found.append(("copy", self.url))
+            table.append(("copy", self.url))
         if self.checkpoint is not None:
-            found.append(("model", str(self.checkpoint)))
-        return found
+            table.append(("model", str(self.checkpoint)))
+        return table
 
     def __str__(self) -> str:
         """Give the table as lines: a name and its value on each."""
@@ -129,8 +129,8 @@ class Result:
         return f"<table>{''.join(cells)}</table>"
 
 
-def _append(kept: list[T], one: T) -> None:
+def _append(items: list[T], item: T) -> None:
     """Add to what is kept of a run, and let go of the oldest: a run may have millions of steps."""
-    kept.append(one)
-    if len(kept) >= 2 * KEPT:
-        del kept[:KEPT]
+    items.append(item)
+    if len(items) >= 2 * KEPT:
+        del items[:KEPT]

@@ -113,13 +113,13 @@ class PendingCall:
         while missing:
             left = max(0.0, self._limit_s - self._clock.now())
             calls = [self._open[index] for index in missing]
-            come = self._transport.wait(calls, min(left, LOOK_S))
-            if not come:
+            arrived = self._transport.wait(calls, min(left, LOOK_S))
+            if not arrived:
                 self._check(missing[0], left)
                 continue
-            index = missing[calls.index(come[0])]
+            index = missing[calls.index(arrived[0])]
             try:
-                answer = self._transport.get(come[0], left)
+                answer = self._transport.get(arrived[0], left)
             except AnswerPending:  # large, still on its way: `get` has waited until the deadline
                 self._check(index, 0.0)
             except Unanswered:
@@ -145,9 +145,9 @@ class PendingCall:
         if self._look is not None:
             self._look()
         if not left:
-            here = self._transport.wait(self._open, 0.0, everything=True)
-            late = [number for number, call in enumerate(self._open) if call not in here]
-            missing = tuple(self._names[number] for number in late or [index])
+            arrived = self._transport.wait(self._open, 0.0, everything=True)
+            unanswered = [number for number, call in enumerate(self._open) if call not in arrived]
+            missing = tuple(self._names[number] for number in unanswered or [index])
             setting = f"failure.{self._setting}" if self._setting else ""
             raise DeadlineExceeded(self._what, missing, self._limit_s, setting) from None
 
@@ -265,9 +265,9 @@ class Orders:
     def look(self) -> list[tuple[str, DistplatError]]:
         """Give those again that were lost; give the roles that could not carry one out, and why."""
         replies = [order.reply for order in self._open]
-        come = self._transport.wait(replies, 0.0, everything=True) if replies else []
+        arrived = self._transport.wait(replies, 0.0, everything=True) if replies else []
         failed: list[tuple[str, DistplatError]] = []
-        for order in [one for one in self._open if one.reply in come]:
+        for order in [one for one in self._open if one.reply in arrived]:
             try:
                 self._transport.get(order.reply, _FETCH_S)
             except (Unanswered, AnswerPending):

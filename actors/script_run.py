@@ -120,7 +120,7 @@ class Attempt:
         self._script, self._transport, self._terminal = script, transport, terminal
         self._actors, self._check = actors, check
         self._ranks: list[_Rank] = []
-        self._warned = False  #: see `_tell_who_runs_on`
+        self._warned = False  #: see `_warn_of_running_ranks`
         self._all_ran_at = time.monotonic()
         self._clock = AwakeClock()
 
@@ -137,14 +137,14 @@ class Attempt:
         ranks = ranks_of(locations)
         first = ranks.index(0)
         [port] = self._ask("finding a port", "port", only=first)
-        given = environments(
+        variables = environments(
             locations, TorchrunLaunch(script.run, port, restarts, script.max_restarts)
         )
-        for error in self._ask("starting the script", "start", given):
+        for error in self._ask("starting the script", "start", variables):
             if error:
                 raise ScriptFailed(f"{script.command[0]} cannot be started: {error}")
         self._ranks = [_Rank(a, rank) for a, rank in zip(self._actors, ranks, strict=True)]
-        while not all(one.over for one in self._ranks):
+        while not all(process.over for process in self._ranks):
             self._check()
             self._take()
             self._raise_failure()
@@ -152,13 +152,13 @@ class Attempt:
     def end(self) -> None:
         """End what still runs, and take what it has to say; raises nothing."""
         for method, limit_s in (("terminate", GRACE_S), ("kill", _OUTPUT_S)):
-            left = [one for one in self._ranks if not one.over]
-            for one in left:
-                self._transport.call(one.actor, method)
+            running = [process for process in self._ranks if not process.over]
+            for process in running:
+                self._transport.call(process.actor, method)
             until = time.monotonic() + limit_s
-            while left and time.monotonic() < until:
+            while running and time.monotonic() < until:
                 self._take()
-                left = [one for one in left if not one.over]
+                running = [process for process in running if not process.over]
 
     def _ask(
         self,
@@ -171,58 +171,58 @@ class Attempt:
         script, call = self._script, self._transport.call
         calls = {}
         for number in range(len(self._actors)) if only is None else [only]:
-            more: tuple[Any, ...] = ()
+            arguments: tuple[Any, ...] = ()
             if environments is not None:
-                more = script.command, environments[number], script.folder
-            calls[f"process {number}"] = partial(call, self._actors[number], method, *more)
+                arguments = script.command, environments[number], script.folder
+            calls[f"process {number}"] = partial(call, self._actors[number], method, *arguments)
         return ask(self._transport, what, calls, script.start_timeout_s, _SETTING, self._check)
 
     def _take(self) -> None:
         """Take what was printed, and how processes have ended."""
-        open_ranks = [one for one in self._ranks if not one.over]
+        open_ranks = [process for process in self._ranks if not process.over]
         now = self._clock.now()  # once: a terminal that takes lines slowly is no rank's silence
-        for one in open_ranks:
-            if one.reply is None:
-                question = one.actor, "output", one.taken, _OUTPUT_S
-                one.reply = self._transport.call(*question)
-                one.heard_at = one.heard_at or now
-        replies = [one.reply for one in open_ranks]
-        come = self._transport.wait(replies, _TICK_S) if replies else []
-        if come:  # that was one of them, and who prints much would come before others again
-            come = self._transport.wait(replies, 0.0, everything=True)
-        for one in open_ranks:
-            if one.reply in come:
-                self._take_answer(one, now)
-            elif now - one.heard_at > _SILENT_S:
-                one.lost = f"it has not answered for {_SILENT_S:.0f} s"
+        for process in open_ranks:
+            if process.reply is None:
+                question = process.actor, "output", process.taken, _OUTPUT_S
+                process.reply = self._transport.call(*question)
+                process.heard_at = process.heard_at or now
+        replies = [process.reply for process in open_ranks]
+        answered = self._transport.wait(replies, _TICK_S) if replies else []
+        if answered:  # that was one of them, and who prints much would come before others again
+            answered = self._transport.wait(replies, 0.0, everything=True)
+        for process in open_ranks:
+            if process.reply in answered:
+                self._take_answer(process, now)
+            elif now - process.heard_at > _SILENT_S:
+                process.lost = f"it has not answered for {_SILENT_S:.0f} s"
 
-    def _take_answer(self, one: _Rank, now: float) -> None:
-        reply, one.reply = one.reply, None
+    def _take_answer(self, process: _Rank, now: float) -> None:
+        reply, process.reply = process.reply, None
         try:
-            found: ProcessOutput = self._transport.get(reply, _OUTPUT_S)
+            output: ProcessOutput = self._transport.get(reply, _OUTPUT_S)
         except ActorDied as error:
-            one.lost = str(error) or "its node or actor died"
+            process.lost = str(error) or "its node or actor died"
             return
         except (Unanswered, TransportError):
             return  # asked again: what was not taken is given again
-        one.heard_at = now
-        one.taken += len(found.lines)
-        for text in found.lines:
-            self._terminal.line(one.rank, text)
-        if not found.lines:
-            one.exit_code = found.exit_code
+        process.heard_at = now
+        process.taken += len(output.lines)
+        for text in output.lines:
+            self._terminal.line(process.rank, text)
+        if not output.lines:
+            process.exit_code = output.exit_code
 
     def _raise_failure(self) -> None:
-        for one in self._ranks:
-            if one.lost:
-                raise ActorLost(f"the process of rank {one.rank}", None, one.lost)
-        ended = sorted(one.rank for one in self._ranks if one.exit_code == 0)
-        for one in self._ranks:
-            if one.exit_code:
-                raise ScriptFailed.of(one.rank, one.exit_code, ended)
-        self._tell_who_runs_on(ended)
+        for process in self._ranks:
+            if process.lost:
+                raise ActorLost(f"the process of rank {process.rank}", None, process.lost)
+        ended = sorted(process.rank for process in self._ranks if process.exit_code == 0)
+        for process in self._ranks:
+            if process.exit_code:
+                raise ScriptFailed.of(process.rank, process.exit_code, ended)
+        self._warn_of_running_ranks(ended)
 
-    def _tell_who_runs_on(self, ended: Sequence[int]) -> None:
+    def _warn_of_running_ranks(self, ended: Sequence[int]) -> None:
         """Say once that some processes are done and others not: they may wait for those."""
         if not ended:
             self._all_ran_at = time.monotonic()

@@ -60,22 +60,22 @@ class Spares:
     ) -> None:
         self._transport, self._make, self._order = transport, make, order
         self._answer_s = answer_s
-        self._there: dict[str, _Spare] = {}  #: by node
-        self._without: set[str] = set()  #: nodes on which the imports have failed
+        self._by_node: dict[str, _Spare] = {}  #: by node
+        self._failed_nodes: set[str] = set()  #: nodes on which the imports have failed
         self._made = 0
 
     def keep(self, nodes: Iterable[str]) -> None:
         """Keep one on each of these nodes, except where its imports have failed."""
         self._look()
-        for node in sorted({*nodes} - self._there.keys() - self._without):
+        for node in sorted({*nodes} - self._by_node.keys() - self._failed_nodes):
             actor = self._make(node, self._made)
             self._made += 1
             reply = self._transport.call(actor, "import_task", self._order())
-            self._there[node] = _Spare(actor, reply)
+            self._by_node[node] = _Spare(actor, reply)
 
     def take(self, node: str) -> Any:
         """Give the spare of a node, which is no spare any more; None: there is none that lives."""
-        spare = self._there.pop(node, None)
+        spare = self._by_node.pop(node, None)
         if spare is None:
             return None
         try:
@@ -88,14 +88,14 @@ class Spares:
 
     def end(self) -> None:
         """End all of them."""
-        there, self._there = self._there, {}
-        end_each([partial(self._transport.kill, spare.actor) for spare in there.values()])
+        spares, self._by_node = self._by_node, {}
+        end_each([partial(self._transport.kill, spare.actor) for spare in spares.values()])
 
     def _look(self) -> None:
         """Let those go whose imports have failed: a worker that has to do the same says why."""
-        replies = {spare.reply: node for node, spare in self._there.items()}
-        come = self._transport.wait([*replies], 0.0, everything=True) if replies else []
-        for reply in come:
+        replies = {spare.reply: node for node, spare in self._by_node.items()}
+        answered = self._transport.wait([*replies], 0.0, everything=True) if replies else []
+        for reply in answered:
             node = replies[reply]
             try:
                 self._transport.get(reply, self._answer_s)
@@ -103,5 +103,5 @@ class Spares:
                 pass  # nobody is sure; `take` asks
             except (TransportError, DistplatError) as error:
                 logger.warning("no spare worker on node %s: %s", node[:8], error)
-                self._without.add(node)
-                self._transport.kill(self._there.pop(node).actor)
+                self._failed_nodes.add(node)
+                self._transport.kill(self._by_node.pop(node).actor)

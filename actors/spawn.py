@@ -241,8 +241,8 @@ def spawn_scheduler(job: Job, roles: Roles, run: str, attempt: int) -> Any:
 def spawn_controller(controller: type, job: Job, run: str) -> Any:
     """Ask Ray for the controller, on this process's own node: no other node's end takes it."""
     name = actor_name(job, "controller", 0)
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    options = _options(run, name, _NOTHING, _CONTROLLER_THREADS) | {"scheduling_strategy": here}
+    own_node = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    options = _options(run, name, _NOTHING, _CONTROLLER_THREADS) | {"scheduling_strategy": own_node}
     return ray.remote(controller).options(**options).remote(name, ray_compat.submission_id())
 
 
@@ -266,8 +266,8 @@ def spawn_worker(
 
 def spawn_spare(job: Job, run: str, node: str, number: int) -> Any:
     """Ask Ray for a process on a node that may become a worker; returns before it is up."""
-    there = NodeAffinitySchedulingStrategy(node, soft=False)
-    return _worker(run, actor_name(job, f"spare-{number}", 0), _NOTHING, there)
+    affinity = NodeAffinitySchedulingStrategy(node, soft=False)
+    return _worker(run, actor_name(job, f"spare-{number}", 0), _NOTHING, affinity)
 
 
 def _worker(run: str, name: str, needs: dict[str, float], where: object | None) -> Any:
@@ -280,14 +280,14 @@ def _worker(run: str, name: str, needs: dict[str, float], where: object | None) 
 def lacks(job: Job, more: int) -> str:
     """Say what the cluster lacks now for so many more workers; empty: nothing."""
     free = ray.available_resources()
-    short = [
+    missing = [
         f"{amount * more:g} {name}, of which {free.get(name, 0.0):g} are free"
         for name, amount in job.scaling.resources().items()
         if amount * more > free.get(name, 0.0)
     ]
     who = "1 more worker needs" if more == 1 else f"{more} more workers need"
     remedy = "the job's `scaling.resources_per_worker` says what one takes"
-    return f"{who} {', and '.join(short)}; {remedy}" if short else ""
+    return f"{who} {', and '.join(missing)}; {remedy}" if missing else ""
 
 
 def actor_name(job: Job, role: str, attempt: int | str) -> str:
@@ -313,15 +313,15 @@ def _options(
     run: str, name: str, needs: dict[str, float], threads: int | None = None
 ) -> dict[str, Any]:
     """Give the arguments of `options` for an actor; `threads`: calls that run at once."""
-    found = {"namespace": run, "name": name, "max_restarts": 0, "max_task_retries": 0}
-    found |= _resources(needs)
-    return found if threads is None else found | {"max_concurrency": threads}
+    options = {"namespace": run, "name": name, "max_restarts": 0, "max_task_retries": 0}
+    options |= _resources(needs)
+    return options if threads is None else options | {"max_concurrency": threads}
 
 
 def _resources(needs: dict[str, float]) -> dict[str, Any]:
     """Translate Ray Train's resource names into the arguments of `options`."""
-    own = ("CPU", "GPU", "memory")  # of these `options` has arguments, and refuses the names
-    rest = {name: amount for name, amount in needs.items() if name not in own}
+    named = ("CPU", "GPU", "memory")  # of these `options` has arguments, and refuses the names
+    rest = {name: amount for name, amount in needs.items() if name not in named}
     options = {"num_cpus": needs.get("CPU", 0), "num_gpus": needs.get("GPU", 0), "resources": rest}
     return options | ({"memory": int(needs["memory"])} if needs.get("memory") else {})
 
@@ -343,15 +343,15 @@ def _check_room(needs: Sequence[Mapping[str, float]]) -> None:
     Raises:
         SpecError: it will never have that much.
     """
-    wanted: dict[str, float] = {}
+    total: dict[str, float] = {}
     for need in needs:
         for name, amount in need.items():
-            wanted[name] = wanted.get(name, 0.0) + amount
-    there = ray.cluster_resources()
-    short = {name: amount for name, amount in wanted.items() if amount > there.get(name, 0.0)}
-    if short:
-        lacks = ", ".join(f"{amount:g} {name}" for name, amount in short.items())
-        has = ", ".join(f"{there.get(name, 0.0):g} {name}" for name in short)
+            total[name] = total.get(name, 0.0) + amount
+    available = ray.cluster_resources()
+    missing = {name: amount for name, amount in total.items() if amount > available.get(name, 0.0)}
+    if missing:
+        lacks = ", ".join(f"{amount:g} {name}" for name, amount in missing.items())
+        has = ", ".join(f"{available.get(name, 0.0):g} {name}" for name in missing)
         hint = "lower scaling.num_workers or scaling.resources_per_worker, or add nodes"
         raise SpecError(
             Problem(("scaling",), f"the job needs {lacks}; the cluster has {has}", hint)
@@ -360,12 +360,12 @@ def _check_room(needs: Sequence[Mapping[str, float]]) -> None:
     for need in needs:
         if not any(_fits(need, node) for node in nodes):
             wants = ", ".join(f"{amount:g} {name}" for name, amount in need.items() if amount)
-            most = ", ".join(
+            largest = ", ".join(
                 f"{max(node.get(name, 0.0) for node in nodes):g} {name}"
                 for name, amount in need.items()
                 if amount
             )
-            text = f"one process needs {wants}, which no node has; at most, a node has {most}"
+            text = f"one process needs {wants}, which no node has; at most, a node has {largest}"
             hint = "lower scaling.resources_per_worker or resources_per_server, or add such a node"
             raise SpecError(Problem(("scaling",), text, hint))
 

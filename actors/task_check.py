@@ -64,14 +64,14 @@ def said_by_job(job: Job) -> list[str]:
     return [*schedule, TASKS if isinstance(job.optimizer, TaskOptimizer) else "optimizer"]
 
 
-def check_class(kind: object, given: Iterable[str], said: Iterable[str] = ()) -> list[str]:
+def check_class(task: object, task_args: Iterable[str], fields: Iterable[str] = ()) -> list[str]:
     """
     Look at a task's class.
 
     Args:
-        kind: what should be one.
-        given: names in `task_args`.
-        said: see `said_by_job`.
+        task: what should be one.
+        task_args: names in `task_args`.
+        fields: see `said_by_job`.
 
     Returns:
         What is no error, but probably not meant: a sentence each.
@@ -79,26 +79,27 @@ def check_class(kind: object, given: Iterable[str], said: Iterable[str] = ()) ->
     Raises:
         SpecError: it is no class of a task, lacks methods, or does not take these arguments.
     """
-    if isinstance(kind, Task):
-        name = type(kind).__name__
+    if isinstance(task, Task):
+        name = type(task).__name__
         text = f"must be the task's class, got an instance of {name}: each worker makes its own"
         raise SpecError(Problem(("task",), text, f"give {name}; its arguments go to `task_args`"))
-    if not (isinstance(kind, type) and issubclass(kind, Task)):
-        got = kind.__name__ if isinstance(kind, type) else f"a {type(kind).__name__}"
+    if not (isinstance(task, type) and issubclass(task, Task)):
+        got = task.__name__ if isinstance(task, type) else f"a {type(task).__name__}"
         raise SpecError(Problem(("task",), f"must be a subclass of distplat.Task, got {got}"))
-    problems = [*_missing(kind), *_arguments(kind, [*given]), *_said_twice(kind, [*said])]
+    problems = _missing_methods(task) + _argument_problems(task, [*task_args])
+    problems += _conflicts(task, [*fields])
     if problems:
         raise SpecError(*problems)
-    return unheard(kind)
+    return unheard(task)
 
 
-def check_function(function: object, given: Iterable[str]) -> list[str]:
+def check_function(function: object, task_args: Iterable[str]) -> list[str]:
     """
     Look at a train function; gives nothing to say, as `check_class` does where all is meant.
 
     Args:
         function: what should be one.
-        given: names in `task_args`.
+        task_args: names in `task_args`.
 
     Raises:
         SpecError: it is no function, or one that does not take these arguments.
@@ -110,12 +111,12 @@ def check_function(function: object, given: Iterable[str]) -> list[str]:
     if inspect.iscoroutinefunction(function) or inspect.isgeneratorfunction(function):
         text = f"{name} is a coroutine or a generator: nothing in it would run"
         raise SpecError(Problem(("task",), text, "write a plain function"))
-    given = [*given]
-    if takes_names(function, given):
+    task_args = [*task_args]
+    if takes_names(function, task_args):
         if any(p.kind is p.POSITIONAL_ONLY for p in needed_arguments(function)):
             text = f"{name} takes positional-only arguments, and `task_args` has names"
             raise SpecError(Problem(("task",), text, "remove the / from its parameters"))
-        if problems := _arguments(function, given):
+        if problems := _argument_problems(function, task_args):
             raise SpecError(*problems)
     return []
 
@@ -127,38 +128,38 @@ def check_task(task: object, job: Job) -> list[str]:
     return check_class(task, job.task_args, said_by_job(job))
 
 
-def _missing(kind: type[Task]) -> list[Problem]:
+def _missing_methods(task: type[Task]) -> list[Problem]:
     """List the methods that a task must have and this one has not."""
-    missing = set(getattr(kind, "__abstractmethods__", ()))
-    written = [name for name in dir(kind) if not name.startswith("_") and name not in dir(Task)]
-    meant = {hook: name for name in written if (hook := near_miss(name, missing))}
+    missing = set(getattr(task, "__abstractmethods__", ()))
+    own_methods = [name for name in dir(task) if not name.startswith("_") and name not in dir(Task)]
+    near_misses = {hook: name for name in own_methods if (hook := near_miss(name, missing))}
     return [
         Problem(
             ("task",),
-            f"{kind.__name__} has no {name}()",
-            f"did you mean {meant[name]}() to be it?" if name in meant else "",
+            f"{task.__name__} has no {name}()",
+            f"did you mean {near_misses[name]}() to be it?" if name in near_misses else "",
         )
         for name in sorted(missing)
     ]
 
 
-def _arguments(kind: Callable[..., object], given: list[str]) -> list[Problem]:
+def _argument_problems(target: Callable[..., object], task_args: list[str]) -> list[Problem]:
     """Compare `task_args` with a task's constructor, or with a train function."""
     try:
-        parameters = inspect.signature(kind).parameters.values()
+        parameters = inspect.signature(target).parameters.values()
     except (TypeError, ValueError):
         return []  # written in C, or with a signature of its own
     named = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
     names = [p.name for p in named]
-    called = getattr(kind, "__name__", "the function")
+    called = getattr(target, "__name__", "the function")
     problems = []
     if not any(p.kind is p.VAR_KEYWORD for p in parameters):
         problems = [
             Problem(("task_args", name), f"{called} takes no such argument", hint(name, names))
-            for name in given
+            for name in task_args
             if name not in names
         ]
-    lacking = [p.name for p in named if p.default is p.empty and p.name not in given]
+    lacking = [p.name for p in named if p.default is p.empty and p.name not in task_args]
     problems += [
         Problem(("task_args",), f"{called} needs the argument {name!r}", "give it a value")
         for name in lacking
@@ -166,20 +167,21 @@ def _arguments(kind: Callable[..., object], given: list[str]) -> list[Problem]:
     return problems
 
 
-def _said_twice(kind: type[Task], said: list[str]) -> list[Problem]:
+def _conflicts(task: type[Task], fields: list[str]) -> list[Problem]:
     """Compare what the job says with what the class says itself."""
-    found, name = [], kind.__name__
-    if "lr_schedule" in said and overrides(kind, "lr"):
+    problems, name = [], task.__name__
+    if "lr_schedule" in fields and overrides(task, "lr"):
         text = f"{name} has lr(), which says the rates itself"
-        found.append(Problem(("lr_schedule",), text, "remove one of the two"))
-    if "optimizer" in said and overrides(kind, "optimizer"):
+        problems.append(Problem(("lr_schedule",), text, "remove one of the two"))
+    if "optimizer" in fields and overrides(task, "optimizer"):
         text = f"{name} has optimizer(), which makes it itself"
         hint = "write `optimizer: {name: task}`, or remove the method"
-        found.append(Problem(("optimizer",), text, hint))
-    if TASKS in said and not overrides(kind, "optimizer"):
+        problems.append(Problem(("optimizer",), text, hint))
+    if TASKS in fields and not overrides(task, "optimizer"):
         text = f"{name} has no optimizer(named_parameters), and the job asks for it"
-        found.append(Problem(("optimizer", "name"), text, "write it, or name one of torch.optim"))
-    return found
+        hint = "write it, or name one of torch.optim"
+        problems.append(Problem(("optimizer", "name"), text, hint))
+    return problems
 
 
 class TaskCheck:
@@ -254,7 +256,7 @@ class TaskCheck:
                 self._child.wait(_REST_S)
             what = f"the import of {self._entry!r} ended the process, exit code"
             raise UserCodeError(None, None, f"{what} {self._child.returncode}", "") from None
-        return _read(answer)
+        return _parse_answer(answer)
 
     def _line(self, limit_s: float) -> bytes | None:
         """
@@ -263,22 +265,22 @@ class TaskCheck:
         The answer is one line, and not all until the pipe ends: processes that the module has
         forked hold its other end for as long as they live.
         """
-        found, until = b"", time.monotonic() + limit_s
+        received, until = b"", time.monotonic() + limit_s
         assert self._child.stdout is not None, "it is a pipe"
         with selectors.DefaultSelector() as selector:
             selector.register(self._child.stdout, selectors.EVENT_READ)
-            while not found.endswith(b"\n"):
+            while not received.endswith(b"\n"):
                 ended = self._child.poll() is not None
                 left_s = until - time.monotonic()
                 if not selector.select(min(_LOOK_S, max(0.0, left_s))):
                     if ended or left_s <= 0:
                         return None
                     continue
-                part = os.read(self._child.stdout.fileno(), 2**16)
-                if not part:
+                chunk = os.read(self._child.stdout.fileno(), 2**16)
+                if not chunk:
                     break
-                found += part
-        return found
+                received += chunk
+        return received
 
     def end(self) -> None:
         """End the child, if it goes on; one that hangs in a disk ends when that answers."""
@@ -293,8 +295,8 @@ class TaskCheck:
 @contextmanager
 def task_check(job: Job, folder: str, *, shown: bool) -> Iterator[TaskCheck]:
     """Have the task that a job names looked at, until the block ends; see `TaskCheck`."""
-    given = job.task or "", folder, job.task_args
-    check = TaskCheck(*given, shown=shown, function=job.own_loop, said=said_by_job(job))
+    arguments = job.task or "", folder, job.task_args
+    check = TaskCheck(*arguments, shown=shown, function=job.own_loop, said=said_by_job(job))
     try:
         yield check
     finally:
@@ -313,30 +315,30 @@ def answer() -> None:
     out = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     request = json.loads(sys.argv[2])
-    found: dict[str, Any] = {}
+    result: dict[str, Any] = {}
     try:
         where = request["entry"], request["folder"]
         if request["function"]:
             os.environ.update(_TORCHRUN)  # many a script reads them when it is imported
-            found["unheard"] = check_function(load_train_function(*where), request["given"])
+            result["unheard"] = check_function(load_train_function(*where), request["given"])
         else:
             kind = load_task_class(*where)
-            found["unheard"] = check_class(kind, request["given"], request["said"])
+            result["unheard"] = check_class(kind, request["given"], request["said"])
     except SpecError as error:
-        found["problems"] = [asdict(problem) for problem in error.problems]
+        result["problems"] = [asdict(problem) for problem in error.problems]
     except (Exception, SystemExit) as error:
         from distplat.actors.user_errors import as_user_error
 
         user = as_user_error(error, None, None)
         summary, frames = user.summary[:_LONGEST], user.traceback[-_LONGEST:]
-        found["user"] = {"summary": summary, "traceback": frames, "hint": user.remedy}
+        result["user"] = {"summary": summary, "traceback": frames, "hint": user.remedy}
     sys.stdout.flush()
-    out.write(json.dumps(found) + "\n")
+    out.write(json.dumps(result) + "\n")
     out.close()
     os._exit(0)  # at once: torch takes its time to end, and the answer is out
 
 
-def _read(answer: dict[str, Any]) -> list[str]:
+def _parse_answer(answer: dict[str, Any]) -> list[str]:
     if "problems" in answer:
         problems = [Problem(**{**one, "where": tuple(one["where"])}) for one in answer["problems"]]
         raise SpecError(*problems)

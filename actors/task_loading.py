@@ -33,17 +33,17 @@ def load_task_class(entry: str, search_path: str) -> type[Task]:
         SpecError: no such module or class, or the class is no `Task`. What the module itself
             raises while it is imported passes through.
     """
-    module, name = _imported(entry, search_path)
-    found = getattr(module, name, None)
-    if isinstance(found, type) and issubclass(found, Task):
-        return found
-    if callable(found) and not isinstance(found, type):
+    module, name = _import_module(entry, search_path)
+    attribute = getattr(module, name, None)
+    if isinstance(attribute, type) and issubclass(attribute, Task):
+        return attribute
+    if callable(attribute) and not isinstance(attribute, type):
         text = f"{entry} is a function, and the job has the fields of a task"
         hint = "remove optimizer, global_batch_size, epochs and steps: a train function has its own"
         raise SpecError(Problem(("task",), text, hint))
     tasks = [n for n, v in vars(module).items() if isinstance(v, type) and issubclass(v, Task)]
-    what = "has no class" if found is None else "has no subclass of distplat.Task called"
-    raise _nothing(module, what, name, [one for one in tasks if one != "Task"])
+    problem = "has no class" if attribute is None else "has no subclass of distplat.Task called"
+    raise _not_found(module, problem, name, [one for one in tasks if one != "Task"])
 
 
 def load_train_function(entry: str, search_path: str) -> TrainFunction:
@@ -56,9 +56,9 @@ def load_train_function(entry: str, search_path: str) -> TrainFunction:
     """
     if script_of(entry):
         return _script_function(entry, search_path)
-    module, name = _imported(entry, search_path)
-    found = getattr(module, name, None)
-    if isinstance(found, type) and issubclass(found, Task):
+    module, name = _import_module(entry, search_path)
+    attribute = getattr(module, name, None)
+    if isinstance(attribute, type) and issubclass(attribute, Task):
         raise SpecError(
             *(
                 Problem((field,), f"required, but missing: {entry} is a Task")
@@ -66,20 +66,20 @@ def load_train_function(entry: str, search_path: str) -> TrainFunction:
             ),
             Problem(("epochs",), "give `epochs` or `steps`, got neither"),
         )
-    if callable(found) and not isinstance(found, type):
-        return cast(TrainFunction, found)
-    there = [n for n, v in vars(module).items() if isinstance(v, FunctionType)]
-    what = "has no function" if found is None else "has no function called"
-    raise _nothing(module, what, name, there)
+    if callable(attribute) and not isinstance(attribute, type):
+        return cast(TrainFunction, attribute)
+    functions = [n for n, v in vars(module).items() if isinstance(v, FunctionType)]
+    problem = "has no function" if attribute is None else "has no function called"
+    raise _not_found(module, problem, name, functions)
 
 
 def needed_arguments(function: TrainFunction) -> list[inspect.Parameter]:
     """Give the parameters of a function that have no default."""
     parameters = inspect.signature(function).parameters.values()
-    return [p for p in parameters if p.default is p.empty and p.kind not in _OPEN]
+    return [p for p in parameters if p.default is p.empty and p.kind not in _VARIADIC]
 
 
-def takes_names(function: TrainFunction, given: Collection[str]) -> bool:
+def takes_names(function: TrainFunction, names: Collection[str]) -> bool:
     """
     Say whether a function takes `task_args` one by one.
 
@@ -87,14 +87,14 @@ def takes_names(function: TrainFunction, given: Collection[str]) -> bool:
 
     Args:
         function: of the user's.
-        given: names in `task_args`.
+        names: names in `task_args`.
     """
     needed = needed_arguments(function)
     parameters = inspect.signature(function).parameters.values()
     by_name = [p for p in parameters if p.kind in (p.KEYWORD_ONLY, p.VAR_KEYWORD)]
     only_names = bool(by_name) and len(by_name) == len(parameters)
-    meant = bool(given) and {p.name for p in needed} <= {*given} <= {p.name for p in parameters}
-    return len(needed) > 1 or any(p.kind is p.KEYWORD_ONLY for p in needed) or only_names or meant
+    match = bool(names) and {p.name for p in needed} <= {*names} <= {p.name for p in parameters}
+    return len(needed) > 1 or any(p.kind is p.KEYWORD_ONLY for p in needed) or only_names or match
 
 
 def call_train_function(function: TrainFunction, config: Mapping[str, Any]) -> None:
@@ -107,20 +107,20 @@ def call_train_function(function: TrainFunction, config: Mapping[str, Any]) -> N
         function()
 
 
-_OPEN = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+_VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 
 
-def _nothing(module: ModuleType, what: str, name: str, there: list[str]) -> SpecError:
-    message = f"module {getattr(module, '__name__', module)!r} {what} {name!r}"
-    return SpecError(Problem(("task",), message, hint_of(name, there)))
+def _not_found(module: ModuleType, problem: str, name: str, known: list[str]) -> SpecError:
+    message = f"module {getattr(module, '__name__', module)!r} {problem} {name!r}"
+    return SpecError(Problem(("task",), message, hint_of(name, known)))
 
 
-def _imported(entry: str, search_path: str) -> tuple[ModuleType, str]:
+def _import_module(entry: str, search_path: str) -> tuple[ModuleType, str]:
     """Import the module of an entry point; give it, and the name to look for in it."""
     module_name, _, name = entry.partition(":")
     folder = Path(search_path or ".")
     if search_path:
-        _import_from(search_path)
+        _prepend_to_path(search_path)
     if (path := _file_of(module_name, folder)) is not None:
         _check_imports(module_name, path, folder)
     try:
@@ -128,16 +128,16 @@ def _imported(entry: str, search_path: str) -> tuple[ModuleType, str]:
     except ModuleNotFoundError as error:
         if error.name is None or not (module_name + ".").startswith(error.name + "."):
             raise  # the user's module exists; one that it imports does not
-        there = [path.stem for path in Path(search_path or ".").glob("*.py")]
-        near = hint_of(module_name, there) if there else "no Python file is there"
+        file_names = [path.stem for path in Path(search_path or ".").glob("*.py")]
+        advice = hint_of(module_name, file_names) if file_names else "no Python file is there"
         message = f"could not import {module_name!r} from {search_path or 'the import path'}"
-        raise SpecError(Problem(("task",), message, near)) from None
+        raise SpecError(Problem(("task",), message, advice)) from None
     if isinstance(module, ModuleType):  # it may have put another object in its place
         _check_location(module, folder)
     return module, name
 
 
-def _import_from(folder: str) -> None:
+def _prepend_to_path(folder: str) -> None:
     """Have modules of a folder come first, before those of these names that PYTHONPATH has."""
     sys.path[:] = [folder, *(one for one in sys.path if one != folder)]
 
@@ -156,36 +156,36 @@ def _check_imports(name: str, path: Path, folder: Path) -> None:
     Raises:
         SpecError: see `_check_location`.
     """
-    others = _others_here(folder)
-    left, seen = [(name, path)] if others else [], {path}
-    while left:
-        for found in _names_imported(*left.pop()):
-            there = _file_of(found, folder)
-            if there is None or there in seen or found.split(".")[0] in sys.stdlib_module_names:
+    shadowing = _shadowing_modules(folder)
+    queue, seen = [(name, path)] if shadowing else [], {path}
+    while queue:
+        for imported in _names_imported(*queue.pop()):
+            file = _file_of(imported, folder)
+            if file is None or file in seen or imported.split(".")[0] in sys.stdlib_module_names:
                 continue
-            seen.add(there)
-            left.append((found, there))
-            if found in others:
-                _check_location(others[found], folder)
+            seen.add(file)
+            queue.append((imported, file))
+            if imported in shadowing:
+                _check_location(shadowing[imported], folder)
 
 
-def _others_here(folder: Path) -> dict[str, ModuleType]:
+def _shadowing_modules(folder: Path) -> dict[str, ModuleType]:
     """
     Give the modules that are here in place of a folder's own, by name.
 
     Ours is everybody's, and `__main__` is what runs. Mostly there are none, and no file need be
     read: of a large library that takes half a minute.
     """
-    own: set[str] = set()
+    folder_names: set[str] = set()
     with suppress(OSError):
-        own = {one.name.partition(".")[0] for one in folder.iterdir()}
-    own -= {*sys.stdlib_module_names, "distplat", "__main__"}
+        folder_names = {one.name.partition(".")[0] for one in folder.iterdir()}
+    folder_names -= {*sys.stdlib_module_names, "distplat", "__main__"}
     return {
         name: module
         for name, module in sys.modules.copy().items()  # at once: other threads import, too
-        if name.partition(".")[0] in own
+        if name.partition(".")[0] in folder_names
         and isinstance(module, ModuleType)
-        and _unused_because_of(module, folder) is not None
+        and _shadowed_file(module, folder) is not None
     }
 
 
@@ -201,24 +201,24 @@ def _names_imported(name: str, path: Path) -> set[str]:
     except (OSError, SyntaxError, ValueError):
         return set()  # who imports it hears of that
     package = name if path.name == "__init__.py" else name.rpartition(".")[0]
-    found = set()
+    names_found = set()
     for level, base, names in _imports_in(code) if code is not None else ():
         with suppress(ImportError):  # more dots than packages
             base = resolve_name("." * level + base, package)
-            found |= {base, *(f"{base}.{one}" for one in names)}
-    parts = [one.split(".") for one in found]
+            names_found |= {base, *(f"{base}.{one}" for one in names)}
+    parts = [one.split(".") for one in names_found]
     return {".".join(one[:end]) for one in parts for end in range(1, len(one) + 1)}
 
 
 def _imports_in(code: CodeType) -> Iterator[tuple[int, str, tuple[str, ...]]]:
     """Give the imports of a piece of code: dots, name, and what comes `from` there."""
-    before: deque[Any] = deque(maxlen=2)
-    for one in dis.get_instructions(code):
-        if one.opname == "IMPORT_NAME":
-            level, names = before
-            yield level, one.argval, names or ()
-        if one.opname != "EXTENDED_ARG":
-            before.append(one.argval)
+    arguments: deque[Any] = deque(maxlen=2)
+    for instruction in dis.get_instructions(code):
+        if instruction.opname == "IMPORT_NAME":
+            level, names = arguments
+            yield level, instruction.argval, names or ()
+        if instruction.opname != "EXTENDED_ARG":
+            arguments.append(instruction.argval)
     for inner in code.co_consts:
         if isinstance(inner, CodeType):
             yield from _imports_in(inner)
@@ -227,8 +227,8 @@ def _imports_in(code: CodeType) -> Iterator[tuple[int, str, tuple[str, ...]]]:
 def _file_of(module: str, folder: Path) -> Path | None:
     """Give the file of a folder that a module comes from; None: it has none."""
     path = folder.joinpath(*module.split("."))
-    there = [one for one in (path / "__init__.py", path.with_suffix(".py")) if one.is_file()]
-    return there[0] if there else None
+    files = [file for file in (path / "__init__.py", path.with_suffix(".py")) if file.is_file()]
+    return files[0] if files else None
 
 
 def _check_location(module: ModuleType, folder: Path) -> None:
@@ -238,28 +238,28 @@ def _check_location(module: ModuleType, folder: Path) -> None:
     Raises:
         SpecError: it is another one, such as the standard library's or another run's.
     """
-    if (there := _unused_because_of(module, folder)) is not None:
-        loaded = getattr(module, "__file__", None)
-        where = "is built into Python" if loaded is None else f"was imported before, from {loaded}"
-        text = f"{there} would not be used: a module {module.__name__!r} {where}"
+    if (file := _shadowed_file(module, folder)) is not None:
+        origin = getattr(module, "__file__", None)
+        where = "is built into Python" if origin is None else f"was imported before, from {origin}"
+        text = f"{file} would not be used: a module {module.__name__!r} {where}"
         hint = "rename the file, or run it in a process of its own"
         raise SpecError(Problem(("task",), text, hint))
 
 
-def _unused_because_of(module: ModuleType, folder: Path) -> Path | None:
+def _shadowed_file(module: ModuleType, folder: Path) -> Path | None:
     """Give the file of a folder that a module was not loaded from; None: it has none, or was."""
-    there = _file_of(module.__name__, folder)
-    loaded = getattr(module, "__file__", None)
-    if there is None or (loaded and _is_at(Path(loaded), there)):
+    file = _file_of(module.__name__, folder)
+    origin = getattr(module, "__file__", None)
+    if file is None or (origin and _is_loaded_from(Path(origin), file)):
         return None
-    return there
+    return file
 
 
-def _is_at(loaded: Path, path: Path) -> bool:
+def _is_loaded_from(loaded: Path, path: Path) -> bool:
     """Say whether a file is that of a path, or compiled from it and beside it, as by Cython."""
     pairs = (loaded, path), (loaded.parent, path.parent)
-    at = any(one.exists() and one.samefile(other) for one, other in pairs)
-    return at or (_is_shipped(loaded) and not _is_shipped(path) and _are_equal(loaded, path))
+    same_file = any(one.exists() and one.samefile(other) for one, other in pairs)
+    return same_file or (_is_shipped(loaded) and not _is_shipped(path) and _are_equal(loaded, path))
 
 
 def _is_shipped(path: Path) -> bool:
@@ -289,19 +289,19 @@ def _script_function(entry: str, search_path: str) -> Callable[[], None]:
         SpecError: there is no such file.
         SyntaxError: it is no Python.
     """
-    name, *words = script_of(entry)
+    name, *arguments = script_of(entry)
     path = (Path(search_path or ".") / name).resolve()
     if not path.is_file():
-        there = [one.name for one in path.parent.glob("*.py")]
+        scripts = [one.name for one in path.parent.glob("*.py")]
         text = f"there is no script {name!r} in {search_path or 'the current directory'}"
-        raise SpecError(Problem(("task",), text, hint_of(path.name, there) if there else ""))
+        raise SpecError(Problem(("task",), text, hint_of(path.name, scripts) if scripts else ""))
     compile(path.read_bytes(), str(path), "exec")
     _check_imports("__main__", path, path.parent)
 
     def script() -> None:
         before = sys.argv
-        sys.argv = [str(path), *words]
-        _import_from(str(path.parent))
+        sys.argv = [str(path), *arguments]
+        _prepend_to_path(str(path.parent))
         try:
             runpy.run_path(str(path), run_name="__main__")
         except SystemExit as ended:

@@ -105,7 +105,7 @@ class Trainer:
         if task is None and self.job.task is None:
             raise SpecError(Problem(("task",), "name a task in the job, or hand Trainer a class"))
         self._task = task
-        self._unheard = [] if task is None else check_task(task, self.job)
+        self._task_warnings = [] if task is None else check_task(task, self.job)
         self._dir = Path(working_dir or ".").resolve()
         self._storage_dir = Path(storage_dir or self._dir).resolve()
         self._callbacks = tuple(callbacks)
@@ -114,26 +114,26 @@ class Trainer:
         self._log_to_driver = log_to_driver
         check_libraries(self.job)
         self._evaluated: Mapping[str, Any] | None = None  #: of the checkpoint, see `Launch`
-        self._resumed = self._find(resume) if resume is not None else None
+        self._resumed = self._find_checkpoint(resume) if resume is not None else None
 
-    def _find(self, where: str | Path) -> Path:
+    def _find_checkpoint(self, resume: str | Path) -> Path:
         """Find the checkpoint to go on from, and compare it with the job."""
         if not self._has_checkpoints:
             text = f"the strategy {self.job.strategy.name!r} cannot go on from a checkpoint"
             raise SpecError(Problem(("strategy",), text))
-        if isinstance(where, str) and is_url(where):
-            found = start_from_url(self.job, where, self._scratch(), logger.warning)
-            self._resumed_from = url_of(where, found)
+        if isinstance(resume, str) and is_url(resume):
+            checkpoint = start_from_url(self.job, resume, self._temporary_folder(), logger.warning)
+            self._resumed_from = url_of(resume, checkpoint)
         else:
-            path = self._storage_dir / Path(where).expanduser()
-            found = start_from(self.job, path, logger.warning)
-            self._resumed_from = str(found.path)
-        self._evaluated = found.state.get(EARLY_STOP)
+            path = self._storage_dir / Path(resume).expanduser()
+            checkpoint = start_from(self.job, path, logger.warning)
+            self._resumed_from = str(checkpoint.path)
+        self._evaluated = checkpoint.state.get(EARLY_STOP)
         if self.job.early_stop is not None:
             EarlyStopping(self.job.early_stop, self._evaluated)  # damaged: before there is a run
-        return found.path
+        return checkpoint.path
 
-    def _scratch(self) -> Path:
+    def _temporary_folder(self) -> Path:
         """Make a directory that goes with this object."""
         parent = self._storage_dir / local_folder(self.job.storage_path)
 
@@ -160,13 +160,13 @@ class Trainer:
             StorageError: the run directory cannot be written.
             Interrupted: SIGINT, SIGTERM or SIGHUP; the second one does not wait for an orderly end.
         """
-        for line in self._unheard:
+        for line in self._task_warnings:
             logger.warning("%s", line)
         directory = RunDirectory(self.job, new_run_name(self.job.name), self._storage_dir)
         result = Result(directory.path, None, reported=self.job.own_loop)
         # Of the run that this one goes on from, which may be gone by now.
-        before = None if self._resumed is None else self._resumed.parent.parent
-        trackers = [Tracking(self.job.trackers, before)] if self.job.trackers else []
+        resumed_run = None if self._resumed is None else self._resumed.parent.parent
+        trackers = [Tracking(self.job.trackers, resumed_run)] if self.job.trackers else []
         view = View() if self._progress else view_here() if self._progress is None else None
         views = [] if view is None else [view]
         callbacks = Callbacks((*views, *trackers, *self._callbacks), self.job.max_time_s)
@@ -244,7 +244,7 @@ class Trainer:
         try:
             directory.finish("SUCCEEDED", facts)
         except StorageError:
-            _tell_model(result)
+            _warn_where_model_is(result)
             raise
         finally:  # where the local disk is full the model is to come there all the more
             if upload is not None:
@@ -315,7 +315,7 @@ def _close(writers: Sequence[BackgroundWriter[Summary]]) -> None:
         writer.close(max(0.0, until - time.monotonic()))
 
 
-def _tell_model(result: Result) -> None:
+def _warn_where_model_is(result: Result) -> None:
     """Say where the model is, of a run that fails once that is saved."""
     if result.checkpoint is not None:
         logger.warning("the trained model is in %s all the same", result.checkpoint)
@@ -328,7 +328,7 @@ def _record_failure(directory: RunDirectory, result: Result, error: BaseExceptio
         facts["best_checkpoint"] = str(result.best_checkpoint)
     if result.checkpoint is not None:  # it is the tables or a checkpoint that failed
         facts["model"] = str(result.checkpoint)
-        _tell_model(result)
+        _warn_where_model_is(result)
     with suppress(StorageError):  # the run's own error is the one to tell
         stopped = isinstance(error, Interrupted | KeyboardInterrupt)
         directory.finish("STOPPED" if stopped else "FAILED", facts)

@@ -122,17 +122,19 @@ def loaded(order: WorkOrder) -> TrainFunction:
     Raises:
         SpecError: see `load_train_function`, `check_function`.
     """
-    found: TrainFunction = _given(order, load_train_function)
-    check_task(found, order.job)
-    return found
+    function: TrainFunction = _load_task(order, load_train_function)
+    check_task(function, order.job)
+    return function
 
 
 def _train_context(job: str, group: Collective, node: str, device: torch.device) -> TrainContext:
     nodes = gather_bytes(node.encode(), group, device)
-    here = [rank for rank, one in enumerate(nodes) if one == node.encode()]
-    every = list(dict.fromkeys(nodes))
-    local, at = here.index(group.rank), every.index(node.encode())
-    return TrainContext(group.rank, group.world, local, len(here), device, at, len(every), job)
+    local_ranks = [rank for rank, name in enumerate(nodes) if name == node.encode()]
+    hosts = list(dict.fromkeys(nodes))
+    local, node_rank = local_ranks.index(group.rank), hosts.index(node.encode())
+    return TrainContext(
+        group.rank, group.world, local, len(local_ranks), device, node_rank, len(hosts), job
+    )
 
 
 logger = logging.getLogger(__name__)
@@ -175,10 +177,10 @@ class Session:
         self._prepared: Prepared | None = None
         self._strategy: WorkerStrategy[Any] | None = None
         self._connection = Connection(RayTransport(), -1)
-        self._boxing = threading.Lock()
-        self._box: tuple[int, list[Any]] = -1, []  #: the last version that was shown
+        self._storing = threading.Lock()
+        self._stored_model: tuple[int, list[Any]] = -1, []  #: the last version that was shown
         self._shown: SnapshotPublisher[dict[str, torch.Tensor]] = SnapshotPublisher()
-        self._part_shown: SnapshotPublisher[Bundle] = SnapshotPublisher()
+        self._part_snapshots: SnapshotPublisher[Bundle] = SnapshotPublisher()
 
     @property
     def prepared(self) -> bool:
@@ -194,25 +196,25 @@ class Session:
         """
         attempt, prepared, strategy = self.state, self._prepared, self._strategy
         if prepared is not None and strategy is not None and strategy.cuts_model:
-            passed, part = self._part_shown.exactly(version)
+            passed, part = self._part_snapshots.exactly(version)
             ranks, total = tuple(range(prepared.roles.group_size)), prepared.total_steps
             content = part.content if part is not None else None
             return Reply(passed, version, None, ranks, total, content)
         steps, model = attempt.progress.step, attempt.model
         if model is not None:
-            return Reply(steps, steps, self._boxed(steps, lambda: model))
+            return Reply(steps, steps, self._store_model(steps, lambda: model))
         copy = self._shown.ask(version)
         if copy is None:
             return Reply(steps)
         state = copy.content
-        return Reply(steps, copy.version, self._boxed(copy.version, lambda: save(state)))
+        return Reply(steps, copy.version, self._store_model(copy.version, lambda: save(state)))
 
-    def _boxed(self, version: int, pack: Callable[[], bytes]) -> list[Any]:
+    def _store_model(self, version: int, pack: Callable[[], bytes]) -> list[Any]:
         """Put a model into Ray's store, once for all who ask for this version."""
-        with self._boxing:
-            if self._box[0] != version:
-                self._box = version, [ray.put(pack())]
-            return self._box[1]
+        with self._storing:
+            if self._stored_model[0] != version:
+                self._stored_model = version, [ray.put(pack())]
+            return self._stored_model[1]
 
     def _offer(self, version: int, prepared: Prepared) -> None:
         """Show what this rank has now, between two steps."""
@@ -221,7 +223,7 @@ class Session:
             self._shown.offer(version, lambda: state_copy(flat.model))
             return
         copy = lambda: part_copy(model_part(flat, prepared.holding))  # noqa: E731
-        self._part_shown.offer(version, copy, last=version == prepared.total_steps)
+        self._part_snapshots.offer(version, copy, last=version == prepared.total_steps)
 
     def work(self, order: WorkOrder, *, called_off: bool = False) -> None:
         """
@@ -239,25 +241,25 @@ class Session:
             model = self._attempt(order, self.state.progress)
             self.state = replace(self.state, model=model)
         except BaseException as error:  # SystemExit of user code too: it would end only a thread
-            at = self.state.progress
+            progress = self.state.progress
             shown = traceback_of_call(error) if self.own_loop else ""
             if isinstance(error, DistplatError):
                 found: DistplatError = error.with_traceback(None)
             else:
                 found = _of_platform(error) or as_user_error(
-                    error, order.rank, at.at, evaluating=at.evaluating
+                    error, order.rank, progress.at, evaluating=progress.evaluating
                 )
             self.state = replace(self.state, error=found, traceback=shown)
 
     def prepare(self, order: WorkOrder, ready: Future[None]) -> None:
         """Build model and data for an attempt that is to come; tell `ready` how that ended."""
-        self._ahead(order, ready, self._prepare)
+        self._run_ahead(order, ready, self._prepare)
 
     def import_task(self, order: WorkOrder, ready: Future[None]) -> None:
         """Import what any rank needs, and make nothing; tell `ready` how that ended."""
-        self._ahead(order, ready, self._import)
+        self._run_ahead(order, ready, self._import)
 
-    def _ahead(
+    def _run_ahead(
         self, order: WorkOrder, ready: Future[None], work: Callable[[WorkOrder], object]
     ) -> None:
         try:
@@ -301,7 +303,7 @@ class Session:
                 checkpoints=CheckpointPorts(_saved(order), order.checkpoint_step, uploader.take),
                 stop=lambda step: connection.stop_order,
             )
-            self._say_what(order, prepared, loop.start)
+            self._log_start(order, prepared, loop.start)
             stopped = loop.run()
             uploader.flush()
             if stopped is StopOrder.RESIZE:
@@ -312,7 +314,7 @@ class Session:
 
     def _function(self, order: WorkOrder, progress: Progress) -> bytes:
         """Make an attempt of a train function."""
-        self._settle(order)
+        self._set_up_process(order)
         self.own_loop = True
         limit_s = order.job.failure.step_timeout_s
         uploader = CheckpointUploader(order.rank, order.attempt, _put, self._deliver, limit_s)
@@ -333,7 +335,7 @@ class Session:
         finally:
             connection.close()
 
-    def _say_what(self, order: WorkOrder, prepared: Prepared, start: int) -> None:
+    def _log_start(self, order: WorkOrder, prepared: Prepared, start: int) -> None:
         if order.attempt > 0:
             logger.info("rank %d goes on after step %d", order.rank, start)
             return
@@ -356,7 +358,7 @@ class Session:
             resize(self._prepared, order.job, self._strategy)
             return self._prepared, self._strategy
         job = order.job
-        self._settle(order)
+        self._set_up_process(order)
         self._strategy = make_worker_strategy(job)
         task = make_task(job, lambda: self._task or _task_class(order))
         device = "cuda" if job.scaling.use_gpu else "cpu"
@@ -365,12 +367,12 @@ class Session:
         return self._prepared, self._strategy
 
     def _import(self, order: WorkOrder) -> None:
-        self._settle(order)
+        self._set_up_process(order)
         seed_all(order.job.seed)  # as `make_task` does
         make_worker_strategy(order.job)  # for what it imports
         self._task = _task_class(order)
 
-    def _settle(self, order: WorkOrder) -> None:
+    def _set_up_process(self, order: WorkOrder) -> None:
         """Make this process one of the run, before the user's code is imported."""
         log_to_stderr()
         self.node, self.host = RayTransport().node, host_here()
@@ -425,7 +427,7 @@ def search_path(order: WorkOrder) -> str:
     return str(_BEGAN_IN)
 
 
-def _given(order: WorkOrder, load: Callable[[str, str], Any]) -> Any:
+def _load_task(order: WorkOrder, load: Callable[[str, str], Any]) -> Any:
     if isinstance(order.task, bytes):
         return pickle.loads(order.task)  # noqa: S301  our own driver pickled it
     return load(order.task, search_path(order))
@@ -438,11 +440,11 @@ def _task_class(order: WorkOrder) -> type[Task]:
     Raises:
         SpecError: see `load_task_class`, `check_class`.
     """
-    found: type[Task] = _given(order, load_task_class)
-    said = check_task(found, order.job)
-    for line in said if order.rank == 0 and not order.checked else ():
+    task_class: type[Task] = _load_task(order, load_task_class)
+    warnings = check_task(task_class, order.job)
+    for line in warnings if order.rank == 0 and not order.checked else ():
         logger.warning("%s", line)
-    return found
+    return task_class
 
 
 def saved_model(tensors: Mapping[str, torch.Tensor]) -> bytes:

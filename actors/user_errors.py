@@ -130,44 +130,44 @@ def as_user_error(
         on_ranks: see `UserCodeError`.
     """
     try:
-        summary, shown, remedy = _described(error)
+        summary, shown, remedy = _describe(error)
     except Exception:  # its own code raises when it is looked at
         summary = shown = f"{type(error).__name__}, which raises when it is shown"
         remedy = ""
     return UserCodeError(rank, step, summary, shown, remedy, evaluating, on_ranks)
 
 
-def _described(error: BaseException) -> tuple[str, str, str]:
+def _describe(error: BaseException) -> tuple[str, str, str]:
     """Give an exception's summary, its traceback with the user's frames, and the remedy."""
-    found = traceback.TracebackException.from_exception(error)
-    for one in _with_causes(found):
-        one.stack = traceback.StackSummary.from_list(
-            [frame for frame in one.stack if not (_passes_on(frame.filename) or _is_made(frame))]
+    exception = traceback.TracebackException.from_exception(error)
+    for exc in _with_causes(exception):
+        exc.stack = traceback.StackSummary.from_list(
+            [f for f in exc.stack if not (_passes_on(f.filename) or _is_generated(f))]
         )
-    shown = "".join(found.format())
-    if not found.stack:
-        shown = shown.replace("Traceback (most recent call last):\n", "", 1)
-    found.__notes__ = []
-    summary = list(found.format_exception_only())[-1].strip()
+    text = "".join(exception.format())
+    if not exception.stack:
+        text = text.replace("Traceback (most recent call last):\n", "", 1)
+    exception.__notes__ = []
+    summary = list(exception.format_exception_only())[-1].strip()
     of_loader = _LOADER in summary
     if of_loader:
-        shown = _of_loader(summary.partition(_LOADER)[2])
-    shown, samples = _samples(shown)
+        text = _loader_traceback(summary.partition(_LOADER)[2])
+    text, samples = _split_sample_notes(text)
     if of_loader:
-        summary = shown.strip().splitlines()[-1]
+        summary = text.strip().splitlines()[-1]
     if samples:
-        shown = f"{shown}{samples if shown.endswith(summary) else ''}\n"
-    return summary + samples, shown, _remedy(error)
+        text = f"{text}{samples if text.endswith(summary) else ''}\n"
+    return summary + samples, text, _remedy(error)
 
 
-def _samples(shown: str) -> tuple[str, str]:
+def _split_sample_notes(shown: str) -> tuple[str, str]:
     """Take the note of samples out of a traceback's text; give it as the end of a sentence."""
     lines = shown.splitlines()
     notes = [line.removeprefix(_SAMPLES) for line in lines if line.startswith(_SAMPLES)]
     if not notes:
         return shown, ""
-    kept = "\n".join(line for line in lines if not line.startswith(_SAMPLES))
-    return kept.rstrip(), f" ({notes[0]} of the data set)"
+    text = "\n".join(line for line in lines if not line.startswith(_SAMPLES))
+    return text.rstrip(), f" ({notes[0]} of the data set)"
 
 
 def _text(error: BaseException) -> str:
@@ -184,7 +184,7 @@ def traceback_of_call(error: BaseException) -> str:
 
     Empty: the user's code has not called what failed.
     """
-    frames = _to_call(traceback.extract_tb(error.__traceback__))
+    frames = _frames_to_call(traceback.extract_tb(error.__traceback__))
     return f"{frames}{type(error).__name__}: {error}\n" if frames else ""
 
 
@@ -193,10 +193,10 @@ def frames_of_wait(thread: threading.Thread) -> str:
     now = sys._current_frames().get(thread.ident or 0)
     stack = traceback.extract_stack(now) if now is not None else []
     inside = (_in_torch(frame.filename) or "" for frame in stack)
-    return _to_call(stack) if any(path.startswith("distributed/") for path in inside) else ""
+    return _frames_to_call(stack) if any(path.startswith("distributed/") for path in inside) else ""
 
 
-def _to_call(stack: Iterable[traceback.FrameSummary]) -> str:
+def _frames_to_call(stack: Iterable[traceback.FrameSummary]) -> str:
     """Show the frames of a train function down to where it calls ours or torch's; empty: none."""
     frames: list[traceback.FrameSummary] = []
     for frame in itertools.dropwhile(lambda one: one.name != _CALLER, stack):
@@ -224,12 +224,12 @@ def killed_loader(error: BaseException) -> InfrastructureError | None:
 
 def lost_peer(error: BaseException) -> PeerLost | None:
     """Give our error where torch.distributed failed as another rank is gone; else None."""
-    shown = _text(error)
-    of_torch = isinstance(error, RuntimeError) and ("gloo" in shown or "NCCL" in shown)
-    if not of_torch or not any(how in shown.lower() for how in _LOST_PEER):
+    message = _text(error)
+    of_torch = isinstance(error, RuntimeError) and ("gloo" in message or "NCCL" in message)
+    if not of_torch or not any(how in message.lower() for how in _LOST_PEER):
         return None
     text = "torch.distributed, called by the function, lost another rank: "
-    return PeerLost(text + shown.splitlines()[0])
+    return PeerLost(text + message.splitlines()[0])
 
 
 def _ended_by(number: signal.Signals, error: BaseException) -> bool:
@@ -248,11 +248,11 @@ def _ended_by(number: signal.Signals, error: BaseException) -> bool:
     return -number in loader_exit_codes(error)
 
 
-def _with_causes(found: traceback.TracebackException) -> Iterator[traceback.TracebackException]:
-    one: traceback.TracebackException | None = found
-    while one is not None:
-        yield one
-        one = one.__cause__ or one.__context__
+def _with_causes(exception: traceback.TracebackException) -> Iterator[traceback.TracebackException]:
+    current: traceback.TracebackException | None = exception
+    while current is not None:
+        yield current
+        current = current.__cause__ or current.__context__
 
 
 def _passes_on(filename: str) -> bool:
@@ -263,7 +263,7 @@ def _passes_on(filename: str) -> bool:
     return inner is not None and inner.startswith(_PASSES_ON)
 
 
-def _is_made(frame: traceback.FrameSummary) -> bool:
+def _is_generated(frame: traceback.FrameSummary) -> bool:
     """Whether a frame is of a constructor that `dataclass` has made: nobody wrote its lines."""
     return (frame.filename, frame.name) == ("<string>", "__init__")
 
@@ -282,22 +282,22 @@ def _in_torch(filename: str) -> str | None:
     return path.relative_to(folder).as_posix() if path.is_relative_to(folder) else None
 
 
-def _of_loader(text: str) -> str:
+def _loader_traceback(text: str) -> str:
     """Leave out of a traceback's text the frames that are none of the user's."""
-    kept, keep = [], True
+    lines, keep = [], True
     for line in text.splitlines():
         if line.startswith('  File "'):
             keep = not _passes_on(line.split('"')[1])
         elif not line.startswith("    "):
             keep = True
         if keep:
-            kept.append(line)
+            lines.append(line)
     head = (
         _LOADER.removeprefix("Original ")
-        if any(line.startswith('  File "') for line in kept)
+        if any(line.startswith('  File "') for line in lines)
         else ""
     )
-    return head + "\n".join(kept) + "\n"
+    return head + "\n".join(lines) + "\n"
 
 
 def _remedy(error: BaseException) -> str:

@@ -86,50 +86,52 @@ class VerifyRequest:
     strategy_file: Path | None = None
 
 
-def verify(wanted: VerifyRequest, say: Callable[[str], object]) -> Iterator[Row]:
+def verify(request: VerifyRequest, say: Callable[[str], object]) -> Iterator[Row]:
     """
     Verify a job, strategy by strategy.
 
     Args:
-        wanted: what.
+        request: what.
         say: told what is under way.
 
     Raises:
         SpecError: the job cannot be run so.
         UserCodeError: the task fails by itself.
     """
-    names = wanted.strategies or tuple(dict.fromkeys([wanted.job.strategy.name, *DEFAULT]))
-    jobs = {name: job_for(wanted, name) for name in names}
+    names = request.strategies or tuple(dict.fromkeys([request.job.strategy.name, *DEFAULT]))
+    jobs = {name: job_for(request, name) for name in names}
     exact = {n: j for n, j in jobs.items() if isinstance(j, Job) and not inexact(j)}
     with TemporaryDirectory(prefix="distplat-verify-") as temporary:
         folder = Path(temporary)
-        runner = _TrainerEngine(wanted, folder)
-        for line in _checked(wanted):
+        runner = _TrainerEngine(request, folder)
+        for line in _checked(request):
             say(line)
         say("references: a plain loop")
-        failed: UserCodeError | None = None
-        known: dict[str, ReferenceResult] = {}
+        reference_error: UserCodeError | None = None
+        references: dict[str, ReferenceResult] = {}
         try:
-            known = dict(zip(exact, _references(wanted, [*exact.values()], folder), strict=True))
+            references = dict(
+                zip(exact, _references(request, [*exact.values()], folder), strict=True)
+            )
         except UserCodeError as error:
-            failed = error
+            reference_error = error
         with _quiet_ray([job for job in jobs.values() if isinstance(job, Job)]):
-            if failed is not None:
+            if reference_error is not None:
                 for short in exact.values():
                     runner(short, Switches())  # says it better, where it fails too
-                raise failed
+                raise reference_error
             for name, job in jobs.items():
                 say(f"{name}: runs")
-                yield from _rows(name, job, known.get(name), wanted, runner)
+                yield from _rows(name, job, references.get(name), request, runner)
 
 
-def _checked(wanted: VerifyRequest) -> list[str]:
+def _checked(request: VerifyRequest) -> list[str]:
     """Look at the task's class: the runs see a subclass of it."""
-    job = wanted.job
+    job = request.job
     if job.own_loop:
         text = "verify compares a task with plain loops; a train function is such a loop itself"
         raise SpecError(Problem(("task",), text))
-    with task_check(job, str(wanted.folder), shown=False) as check:
+    with task_check(job, str(request.folder), shown=False) as check:
         return check.result(job.failure.start_timeout_s)
 
 
@@ -153,22 +155,22 @@ def _quiet_ray(jobs: Sequence[Job]) -> Iterator[None]:
 def _rows(
     name: str,
     job: Job | SpecError,
-    known: ReferenceResult | None,
-    wanted: VerifyRequest,
+    reference: ReferenceResult | None,
+    request: VerifyRequest,
     runner: _TrainerEngine,
 ) -> list[Row]:
-    asked = name in (*wanted.strategies, wanted.job.strategy.name)
-    if isinstance(known, str) and not asked:
-        return [Row(name, "run", NOT_COMPARED, reason=known)]
+    requested = name in (*request.strategies, request.job.strategy.name)
+    if isinstance(reference, str) and not requested:
+        return [Row(name, "run", NOT_COMPARED, reason=reference)]
     if isinstance(job, SpecError):
         rows = [refused(name, job)]
-    elif known is None or isinstance(known, str):
-        rows = watch_losses(job, inexact(job) or str(known), runner)
+    elif reference is None or isinstance(reference, str):
+        rows = watch_losses(job, inexact(job) or str(reference), runner)
     else:
-        rows = judge(job, known, runner)
-    rows += not_compared(name, wanted.job) if isinstance(job, Job) else []
+        rows = judge(job, reference, runner)
+    rows += not_compared(name, request.job) if isinstance(job, Job) else []
     # Of strategies that nobody named a refusal is no failure.
-    unasked = [row for row in rows if row.verdict == REFUSED and not asked]
+    unasked = [row for row in rows if row.verdict == REFUSED and not requested]
     return [Row(name, "run", NOT_COMPARED, reason=row.reason) for row in unasked] or rows
 
 
@@ -188,11 +190,11 @@ def _without_evaluations(job: Job) -> dict[str, Any]:
     return {"evaluation": Evaluation(every_epochs=0), "early_stop": None, "lr_schedule": schedule}
 
 
-def job_for(wanted: VerifyRequest, name: str) -> Job | SpecError:
+def job_for(request: VerifyRequest, name: str) -> Job | SpecError:
     """Give the short job of a strategy, or why there is none."""
-    job, own = wanted.job, wanted.job.strategy.name == name
+    job, own = request.job, request.job.strategy.name == name
     spec = job.strategy if own else StrategySpec(name=name)
-    workers, accumulation = wanted.workers, job.gradient_accumulation
+    workers, accumulation = request.workers, job.gradient_accumulation
     if name == "hybrid" and own:
         workers = HybridOptions.model_validate(spec.options).grid.world
     elif name == "hybrid":
@@ -206,9 +208,9 @@ def job_for(wanted: VerifyRequest, name: str) -> Job | SpecError:
             "scaling": Scaling(num_workers=workers),
             "gradient_accumulation": accumulation,
             "storage_path": "runs",
-            "steps": wanted.steps,
+            "steps": request.steps,
             "epochs": None,
-            "checkpoint": CheckpointConfig(every_steps=1, num_to_keep=wanted.steps + 1),
+            "checkpoint": CheckpointConfig(every_steps=1, num_to_keep=request.steps + 1),
             **_without_evaluations(job),
             "failure": job.failure.model_copy(update={"max_failures": 0, "max_preemptions": 0}),
         }
@@ -227,8 +229,8 @@ def job_for(wanted: VerifyRequest, name: str) -> Job | SpecError:
 class _TrainerEngine:
     """Runs jobs of the user's task (see `Engine`)."""
 
-    def __init__(self, wanted: VerifyRequest, folder: Path) -> None:
-        self._wanted, self._folder = wanted, folder
+    def __init__(self, request: VerifyRequest, folder: Path) -> None:
+        self._wanted, self._folder = request, folder
 
     def __call__(self, job: Job, switches: Switches) -> EngineRun:
         fields = task_fields(job.task or "", job.task_args, switches)
@@ -250,8 +252,8 @@ def _trained(result: Result) -> Trained:
     assert result.checkpoint is not None, "save_final is on"
     folders = (result.path / FOLDER).glob("step-*")
     states = {int(at.name[5:]): load_file(at / "model.safetensors") for at in folders}
-    kept = result.checkpoint.with_name(TASK_FILE)
-    own = load_file(kept) if kept.exists() else {}
+    task_file = result.checkpoint.with_name(TASK_FILE)
+    own = load_file(task_file) if task_file.exists() else {}
     task = {TASK_PREFIX + name: value for name, value in own.items()}
     states[len(result.history)] = {**load_file(result.checkpoint), **task}
     history = sorted(result.history, key=lambda one: one.step)
@@ -277,7 +279,7 @@ def _references(wanted: VerifyRequest, jobs: Sequence[Job], folder: Path) -> lis
     paths = os.pathsep.join([home, *filter(None, [os.environ.get("PYTHONPATH")])])
     limit = job.failure.start_timeout_s + 10 * wanted.steps * job.failure.step_timeout_s
     try:
-        done = subprocess.run(
+        process = subprocess.run(
             [sys.executable, "-m", "distplat.strategies.verification.child", str(folder)],
             cwd=wanted.folder,
             env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", NAME: chosen()},
@@ -290,11 +292,11 @@ def _references(wanted: VerifyRequest, jobs: Sequence[Job], folder: Path) -> lis
         raise DeadlineExceeded(
             "the references", ("their process",), limit, "step_timeout_s"
         ) from None
-    if done.returncode:
-        lines = done.stderr.strip().splitlines() or ["its process ended"]
-        raise UserCodeError(0, None, lines[-1], done.stderr)
-    found: list[ReferenceResult] = torch.load(folder / ANSWER, weights_only=False)
-    return found
+    if process.returncode:
+        lines = process.stderr.strip().splitlines() or ["its process ended"]
+        raise UserCodeError(0, None, lines[-1], process.stderr)
+    results: list[ReferenceResult] = torch.load(folder / ANSWER, weights_only=False)
+    return results
 
 
 @dataclass(frozen=True)
@@ -352,9 +354,9 @@ def replay_run(directory: Path, working_dir: Path) -> Replayed:
 
     first = prepare_rank()
     world, steps = job.scaling.world, first.total_steps
-    found = [flaw for log in logs for flaw in log_flaws(log, world, steps)]
-    if found or len(logs) != roles.servers:
-        raise StorageError(f"{directory / FILE_NAME}: {(found or ['shards are missing'])[0]}")
+    flaws = [flaw for log in logs for flaw in log_flaws(log, world, steps)]
+    if flaws or len(logs) != roles.servers:
+        raise StorageError(f"{directory / FILE_NAME}: {(flaws or ['shards are missing'])[0]}")
     plan = ShardPlan(first.job, "replay", 0, world, steps, len(logs), roles.consistency)
     threads = torch.get_num_threads()  # a run in its driver's process leaves them as they are
     if job.scaling.num_workers:
@@ -367,19 +369,19 @@ def replay_run(directory: Path, working_dir: Path) -> Replayed:
     return Replayed(facts.get("run", ""), len(logs[0]), len(logs), counts, name, difference)
 
 
-def _compare(found: dict[str, Tensor], path: Path) -> tuple[str | None, float]:
+def _compare(tensors: dict[str, Tensor], path: Path) -> tuple[str | None, float]:
     check_regular(path)
     try:
         expected = load_file(path)
     except Exception as error:  # safetensors has an error of its own, and raises OSError
         raise StorageError(f"cannot read {path}: {error}") from None
-    if found.keys() != expected.keys():
+    if tensors.keys() != expected.keys():
         raise StorageError(f"{path} is not of this job: it has other tensors")
     differing, largest = None, 0.0
     for name, tensor in expected.items():
-        if not torch.equal(_bits(tensor), _bits(found[name])):
+        if not torch.equal(_bits(tensor), _bits(tensors[name])):
             differing = differing or name
-            gap = (tensor.double() - found[name].double()).abs()
+            gap = (tensor.double() - tensors[name].double()).abs()
             largest = max(largest, float(gap.max()))
     return differing, largest
 

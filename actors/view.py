@@ -68,7 +68,7 @@ class View(Callback):
     def __init__(self, out: TextIO | None = None, *, quiet: bool = False) -> None:
         self._out: TextIO | None = out or sys.stderr  # None where a process began with it closed
         self.quiet = quiet or self._out is None
-        self._pace = _Pace()
+        self._pace = _Throughput()
         self._last_drawn = float("-inf")
         self._progress: Progress | None = None
         if not quiet and is_terminal(self._out):
@@ -79,7 +79,7 @@ class View(Callback):
         """Begin to draw; say what is about to run."""
         if self._progress is not None:
             self._progress.start()
-        self._say(f"run {run}: {_what_runs(job)}, starting")
+        self._say(f"run {run}: {_describe(job)}, starting")
 
     def on_step(self, step: StepSummary) -> None:
         """Show a step; those that come too fast to read are passed over."""
@@ -95,15 +95,15 @@ class View(Callback):
 
     def on_evaluation(self, evaluation: EvalSummary) -> None:
         """Show an evaluation."""
-        shown = [f"{name} {number_text(value)}" for name, value in evaluation.metrics.items()]
-        self._say("  ".join([f"evaluation after step {evaluation.step}", *shown]))
+        figures = [f"{name} {number_text(value)}" for name, value in evaluation.metrics.items()]
+        self._say("  ".join([f"evaluation after step {evaluation.step}", *figures]))
 
     def on_failure(self, failure: FailureEvent) -> None:
         """Say that workers were lost."""
-        who = ", ".join(failure.replaced) or "nobody"
+        replaced = ", ".join(failure.replaced) or "nobody"
         self._say(
             f"failure: {first_line(failure.cause)}\n"
-            f"attempt {failure.attempt}: replacing {who}, going on after step {failure.step}"
+            f"attempt {failure.attempt}: replacing {replaced}, going on after step {failure.step}"
         )
 
     def on_recovery(self, recovery: Recovery) -> None:
@@ -147,7 +147,7 @@ class View(Callback):
             self.quiet = True
 
 
-class _Pace:
+class _Throughput:
     """Samples per second of the last steps, and how long the rest will take."""
 
     def __init__(self) -> None:
@@ -186,7 +186,7 @@ def _progress(console: Console) -> Progress:
     )
 
 
-def _what_runs(job: Job) -> str:
+def _describe(job: Job) -> str:
     count = job.scaling.num_workers
     workers = "1 worker" if count == 1 else f"{count} workers"
     detail = make_strategy(job).detail()

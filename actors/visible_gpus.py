@@ -60,8 +60,8 @@ def own_device() -> torch.device:
     """Give the device of this worker, and make it the current one of this thread."""
     if not _own:
         return torch.device("cuda")
-    seen = len(os.environ[_VISIBLE].split(","))
-    if torch.cuda.device_count() != seen:
+    visible = len(os.environ[_VISIBLE].split(","))
+    if torch.cuda.device_count() != visible:
         logger.warning("CUDA was in use before: this worker sees its own GPU alone, cuda:0")
         return torch.device("cuda")
     device = torch.device("cuda", _own[0])

@@ -155,10 +155,10 @@ class Weights:
     def _worker(self, rank: int, timeout_s: float) -> Any:
         """Ask the controller for a worker: one that was a spare has a spare's name with Ray."""
         transport, controller = RayTransport(), self._name.actor("controller")
-        found = transport.get(transport.call(controller, "worker", rank), timeout_s)
-        if found is None:
+        worker = transport.get(transport.call(controller, "worker", rank), timeout_s)
+        if worker is None:
             raise ActorDied(f"worker-{rank} has left")
-        return found
+        return worker
 
     def _over(self) -> ActorLost:
         remedy = "if it ended well, its directory has the trained model"

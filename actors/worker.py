@@ -42,7 +42,7 @@ class Worker:
         self._outbox: Outbox[AnyReport | Delivery] = Outbox()
         self._session: Session | None = None
         self._given_up = -1  #: the last attempt that was called off
-        self._begun = -1  #: the last attempt that it was told to begin
+        self._last_attempt = -1  #: the last attempt that it was told to begin
         self._ready: Future[None] | None = None  #: of what was asked for before the first attempt
         self._spare = False  #: it is nobody yet
         self._beats = 0  #: at the last question
@@ -50,7 +50,7 @@ class Worker:
         self._beginning = threading.Lock()
         self._urgent = threading.Event()  #: there is something that is not to be kept back
         self._thread: threading.Thread | None = None
-        self._broken: DistplatError | None = None  #: why there is no session, and will be none
+        self._failure: DistplatError | None = None  #: why there is no session, and will be none
 
     def __repr__(self) -> str:
         """Name in Ray's logs."""
@@ -59,12 +59,12 @@ class Worker:
     def start(self, order: WorkOrder) -> None:
         """Begin an attempt, the first or the next one, and return at once; twice does nothing."""
         with self._beginning:
-            if order.attempt > self._begun:
-                self._begun = order.attempt
+            if order.attempt > self._last_attempt:
+                self._last_attempt = order.attempt
                 if self._spare:
                     self._spare, self._name = False, order.actor_name
                     ray_compat.log_as(self._name)
-                self._take(partial(self._work, order))
+                self._enqueue(partial(self._work, order))
 
     def prepare(self, order: WorkOrder) -> None:
         """
@@ -75,7 +75,7 @@ class Worker:
         Raises:
             DistplatError: why there is none.
         """
-        self._first(order, lambda session, ready: session.prepare(order, ready))
+        self._run_first(order, lambda session, ready: session.prepare(order, ready))
 
     def import_task(self, order: WorkOrder) -> None:
         """
@@ -86,24 +86,24 @@ class Worker:
         Raises:
             DistplatError: why that is not possible.
         """
-        self._spare = self._begun < 0
-        self._first(order, lambda session, ready: session.import_task(order, ready))
+        self._spare = self._last_attempt < 0
+        self._run_first(order, lambda session, ready: session.import_task(order, ready))
 
     def is_there(self) -> None:
         """Answer."""
 
-    def _first(self, order: WorkOrder, work: Callable[..., None]) -> None:
+    def _run_first(self, order: WorkOrder, work: Callable[..., None]) -> None:
         """Have the training thread do something before the first attempt, once; wait for it."""
         with self._beginning:
             ready = self._ready
             if ready is None:
                 ready = self._ready = Future()
-                self._take(partial(work, ready=ready))
-        if self._broken is not None:
-            raise self._broken
+                self._enqueue(partial(work, ready=ready))
+        if self._failure is not None:
+            raise self._failure
         ready.result(order.job.failure.start_timeout_s)
 
-    def _take(self, work: Callable[[Session], None]) -> None:
+    def _enqueue(self, work: Callable[[Session], None]) -> None:
         self._orders.put(work)
         if self._thread is None:
             self._thread = threading.Thread(target=self._train, name="train", daemon=True)
@@ -131,8 +131,8 @@ class Worker:
         if not self._ended.is_set():
             self._urgent.clear()
         if self._session is None:
-            attempt = self._begun if self._broken is not None else -1
-            return PollResult([], attempt, 0, 0, finished=False, error=self._broken)
+            attempt = self._last_attempt if self._failure is not None else -1
+            return PollResult([], attempt, 0, 0, finished=False, error=self._failure)
         state = self._session.state  # before the reports: what came first is told first
         items = self._outbox.take(number)
         # Else the question was asked before: the next answer has the rest.
@@ -178,21 +178,21 @@ class Worker:
             with quick_imports():
                 from distplat.actors.training import Session  # torch comes with it
         except Exception as error:  # nobody else would hear of it
-            self._break(error)
+            self._fail(error)
             return
         self._session = Session(self._outbox.put, self._deliver)
         while True:  # the actor is ended from outside; nobody waits for this thread
             self._orders.get()(self._session)
 
-    def _break(self, error: Exception) -> None:
+    def _fail(self, error: Exception) -> None:
         """Have everybody who asks told that this process can be no worker."""
         who, why = self._name.partition("/")[2] or self._name, f"{type(error).__name__}: {error}"
         remedy = "every node needs the packages that distplat does: pip install distplat"
         text = f"{who} cannot begin on {host_here()}: {why}; {remedy}"
         with self._beginning:
-            self._broken = InfrastructureError(text)
+            self._failure = InfrastructureError(text)
             if self._ready is not None:
-                self._ready.set_exception(self._broken)
+                self._ready.set_exception(self._failure)
         self._ended.set()
         self._urgent.set()
 

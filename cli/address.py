@@ -58,8 +58,8 @@ def target_of(option: str | None, environ: Mapping[str, str]) -> Target:
     Raises:
         SpecError: the address has none of the forms that we know.
     """
-    given = [("--address", option or "")] + [(name, environ.get(name, "")) for name in _VARIABLES]
-    for origin, text in given:
+    pairs = [("--address", option or "")] + [(name, environ.get(name, "")) for name in _VARIABLES]
+    for origin, text in pairs:
         if text:
             return _parse(text, origin)
     return Target("local", "local", "")
@@ -99,8 +99,8 @@ def _parse(text: str, origin: str) -> Target:
     is_url = text.startswith(("http://", "https://"))
     if (is_url or _HOST_PORT.fullmatch(text)) and _is_sound(text):
         return Target("jobs" if is_url else "driver", text.rstrip("/"), origin)
-    shown = text if text.isprintable() else repr(text)
-    raise SpecError(Problem((origin,), f"{shown[:80]!r} is no address", f"one of {FORMS}"))
+    quoted = text if text.isprintable() else repr(text)
+    raise SpecError(Problem((origin,), f"{quoted[:80]!r} is no address", f"one of {FORMS}"))
 
 
 def is_host_port(text: str) -> bool:
@@ -131,9 +131,9 @@ def is_this_machine(host: str) -> bool:
         if ip.is_loopback:
             return True
         family = socket.AF_INET6 if ip.version == 6 else socket.AF_INET
-        with socket.socket(family, socket.SOCK_DGRAM) as way:
-            way.connect((host, 9))  # sends nothing, but finds the way
-            return bool(way.getsockname()[0] == host)
+        with socket.socket(family, socket.SOCK_DGRAM) as probe:
+            probe.connect((host, 9))  # sends nothing, but finds the way
+            return bool(probe.getsockname()[0] == host)
     except (ValueError, OSError):
         return False
 
@@ -157,14 +157,14 @@ def why_untrusted(path: Path, stat: os.stat_result) -> str:
 
 def _listeners(port: int) -> set[int]:
     """Give the users who listen on a port of this machine; where the kernel does not tell, none."""
-    found = set()
+    uids = set()
     for table in _LISTENERS:
         with suppress(OSError):
             for line in table.read_text().splitlines()[1:]:
                 fields = line.split()
                 if fields[3] == "0A" and int(fields[1].rpartition(":")[2], 16) == port:
-                    found.add(int(fields[7]))
-    return found
+                    uids.add(int(fields[7]))
+    return uids
 
 
 def check_listening(address: str) -> None:
@@ -201,15 +201,15 @@ def check_is_ray(address: str, environ: Mapping[str, str], limit_s: float = _GRE
     """
     if environ.get("RAY_USE_TLS", "0").lower() in ("1", "true"):
         return
-    heard, until = b"", time.monotonic() + limit_s
-    with suppress(OSError), socket.create_connection(host_and_port(address), limit_s) as way:
-        while len(heard) < _FRAME and (left_s := until - time.monotonic()) > 0:
-            way.settimeout(left_s)
-            more = way.recv(_FRAME - len(heard))
-            if not more:
+    received, until = b"", time.monotonic() + limit_s
+    with suppress(OSError), socket.create_connection(host_and_port(address), limit_s) as connection:
+        while len(received) < _FRAME and (left_s := until - time.monotonic()) > 0:
+            connection.settimeout(left_s)
+            chunk = connection.recv(_FRAME - len(received))
+            if not chunk:
                 break
-            heard += more
-    if heard[3:] != _SETTINGS:
+            received += chunk
+    if received[3:] != _SETTINGS:
         text = f"what listens at {address} is no Ray: it does not begin as one does"
         raise ClusterUnreachable(f"{text}; is the port right?")
 
@@ -233,11 +233,11 @@ def _advice(error: OSError | UnicodeError) -> str:
 @contextmanager
 def unset(*names: str) -> Iterator[None]:
     """Take variables of Ray away that would win over an address given to it."""
-    kept = {name: os.environ.pop(name) for name in names if name in os.environ}
+    saved = {name: os.environ.pop(name) for name in names if name in os.environ}
     try:
         yield
     finally:
-        os.environ.update(kept)
+        os.environ.update(saved)
 
 
 def one_line(error: BaseException) -> str:

@@ -103,18 +103,18 @@ def request(
             limit_s = limits.answer_s + (sent + answer.received) / SLOWEST
             left_s = began + limit_s - time.monotonic()
             if left_s <= 0:
-                raise _unfit(address, f"gave no whole answer within {limit_s:.0f} s")
+                raise _unreachable(address, f"gave no whole answer within {limit_s:.0f} s")
             wait([done], left_s)
         return done.result()
     except _TooLarge:
-        raise _unfit(address, f"sends more than {limits.most_bytes // 2**20} MiB") from None
+        raise _unreachable(address, f"sends more than {limits.most_bytes // 2**20} MiB") from None
     except (requests.Timeout, urllib3.exceptions.TimeoutError):
-        raise _unfit(address, "took a connection but gave no answer") from None
+        raise _unreachable(address, "took a connection but gave no answer") from None
     except (requests.RequestException, urllib3.exceptions.HTTPError) as error:
-        raise _unfit(address, f"broke off ({type(error).__name__})") from None
+        raise _unreachable(address, f"broke off ({type(error).__name__})") from None
     finally:
         answer.given_up.set()
 
 
-def _unfit(address: str, what: str) -> ClusterUnreachable:
+def _unreachable(address: str, what: str) -> ClusterUnreachable:
     return ClusterUnreachable(f"{address} {what}; is it a Ray dashboard? {_NAMED_BY}")

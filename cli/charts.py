@@ -68,8 +68,8 @@ def chart(spans: Spans, width: int | None = None) -> list[Text]:
 
 def _natural_scale(spans: Spans) -> float:
     """Columns per unit of time at which every label has room, and a gap behind it."""
-    every = [span for row in spans for span in row if span.end > span.start]
-    return max(((len(str(s.action)) + 1) / (s.end - s.start) for s in every), default=1.0)
+    spans_drawn = [span for row in spans for span in row if span.end > span.start]
+    return max(((len(str(s.action)) + 1) / (s.end - s.start) for s in spans_drawn), default=1.0)
 
 
 def _cells(
@@ -220,22 +220,24 @@ def curves(
         for mark in marks:
             line = axes.axvline(mark.x, color=_MARK, linestyle="--", gid=tips.add(mark.text))
             line.set(marker="v", markersize=9, markevery=[1], clip_on=False)  # at its upper end
-        for one in series:
-            xs = [x for x, _ in one.points]
-            ys = [y if _drawable(y) else math.nan for _, y in one.points]
-            width, alpha = (1.0, 0.3) if one.faint else (2.0, 1.0)
-            axes.plot(xs, ys, color=one.colour, linewidth=width, alpha=alpha)
-            for x, y in one.points if one.dots else ():
-                if _drawable(y):
-                    tip = tips.add(f"{one.name} {y:.4g} at {x:g}")
-                    axes.plot([x], [y], "o", color=one.colour, clip_on=False, gid=tip)
+        for curve in series:
+            xs = [x for x, _ in curve.points]
+            ys = [y if _is_drawable(y) else math.nan for _, y in curve.points]
+            width, alpha = (1.0, 0.3) if curve.faint else (2.0, 1.0)
+            axes.plot(xs, ys, color=curve.colour, linewidth=width, alpha=alpha)
+            for x, y in curve.points if curve.dots else ():
+                if _is_drawable(y):
+                    tip = tips.add(f"{curve.name} {y:.4g} at {x:g}")
+                    axes.plot([x], [y], "o", color=curve.colour, clip_on=False, gid=tip)
         svg = _svg(figure, tips, themed=True)
-    legend = [(one.name, f"{one.colour}4d" if one.faint else one.colour) for one in series]
+    legend = [
+        (curve.name, f"{curve.colour}4d" if curve.faint else curve.colour) for curve in series
+    ]
     return Chart(svg, legend if len(series) > 1 else ())
 
 
 def _limits(axes: Axes, series: Sequence[Series], marks: Sequence[Marker], from_zero: bool) -> None:
-    points = [(x, y) for one in series for x, y in one.points if _drawable(y)]
+    points = [(x, y) for curve in series for x, y in curve.points if _is_drawable(y)]
     axes.set_xlim(0.0, max([0.0, *(x for x, _ in points), *(mark.x for mark in marks)]) or 1.0)
     ys = [y for _, y in points] or [0.0, 1.0]
     low, high = min(ys), max(ys)
@@ -288,12 +290,12 @@ def _stack_text(stack: Stack, unit: str) -> str:
     return f"{text} ({parts})" if len(stack.values) > 1 else text
 
 
-def _drawable(value: float) -> bool:
+def _is_drawable(value: float) -> bool:
     return abs(value) <= LARGEST  # NaN is not
 
 
 def _or_zero(value: float) -> float:
-    return value if _drawable(value) else 0.0
+    return value if _is_drawable(value) else 0.0
 
 
 def bars_of(spans: Spans, scale: float = 1.0) -> list[Bar]:
@@ -301,14 +303,14 @@ def bars_of(spans: Spans, scale: float = 1.0) -> list[Bar]:
     return [
         Bar(
             stage,
-            one.action.kind,
-            one.action.chunk,
-            f"{one.action}",
-            one.start * scale,
-            one.end * scale,
+            span.action.kind,
+            span.action.chunk,
+            f"{span.action}",
+            span.start * scale,
+            span.end * scale,
         )
         for stage, row in enumerate(spans)
-        for one in row
+        for span in row
     ]
 
 
@@ -323,53 +325,55 @@ def pipeline_chart(
         unit: of the times.
         themed: colours are a page's; else the drawing is a file of its own, on white.
     """
-    every = [bar for bars in timelines.values() for bar in bars]
-    stages = 1 + max((bar.stage for bar in every), default=0)
+    all_bars = [bar for bars in timelines.values() for bar in bars]
+    stages = 1 + max((bar.stage for bar in all_bars), default=0)
     zeros = [min((bar.start for bar in bars), default=0.0) for bars in timelines.values()]
     ends = [max((bar.end for bar in bars), default=0.0) for bars in timelines.values()]
-    whole = max(end - zero for zero, end in zip(zeros, ends, strict=True)) or 1.0
+    duration = max(end - zero for zero, end in zip(zeros, ends, strict=True)) or 1.0
     width, height = float(_WIDTH), len(timelines) * (stages * _ROW + 76) + 40
     if not themed:  # wide enough for all labels, within reason
-        wanted = [_label_width(bar) / (bar.end - bar.start) for bar in every if bar.end > bar.start]
-        width = min(max(_WIDTH, 100 + whole * max(wanted, default=0.0)), 4 * _WIDTH)
+        scales = [
+            _label_width(bar) / (bar.end - bar.start) for bar in all_bars if bar.end > bar.start
+        ]
+        width = min(max(_WIDTH, 100 + duration * max(scales, default=0.0)), 4 * _WIDTH)
     tips = _Tooltips()
     with matplotlib.style.context(["default", _STYLE]):
         figure = Figure((width / 72, height / 72), layout="constrained")
         rows = figure.subplots(len(timelines), 1, squeeze=False)[:, 0]
         for axes, (title, bars), zero in zip(rows, timelines.items(), zeros, strict=True):
-            axes.set(xlim=(0.0, whole), ylim=(stages - 0.5, -0.5))
+            axes.set(xlim=(0.0, duration), ylim=(stages - 0.5, -0.5))
             axes.set_title(title, loc="left")
             axes.set_yticks(range(stages), [f"stage {stage}" for stage in range(stages)])
             axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}" + unit))
-            axes.barh(range(stages), whole, height=0.84, color=_GRID)
-            _bars(axes, bars, zero, unit, tips, whole / (width - 100))
-        kinds = {bar.kind for bar in every}
-        shown = [Patch(color=c, label=name) for kind, (name, c) in KINDS.items() if kind in kinds]
-        shown.append(Patch(color=_GRID, label="idle"))
-        figure.legend(handles=shown, loc="outside lower left", ncols=len(shown), frameon=False)
-        chunks = any(bar.chunk > 0 for bar in every)
+            axes.barh(range(stages), duration, height=0.84, color=_GRID)
+            _draw_bars(axes, bars, zero, unit, tips, duration / (width - 100))
+        kinds = {bar.kind for bar in all_bars}
+        handles = [Patch(color=c, label=name) for kind, (name, c) in KINDS.items() if kind in kinds]
+        handles.append(Patch(color=_GRID, label="idle"))
+        figure.legend(handles=handles, loc="outside lower left", ncols=len(handles), frameon=False)
+        chunks = any(bar.chunk > 0 for bar in all_bars)
         note = "numbers: micro-batches" + (", primes and paler: later chunks" if chunks else "")
         rows[-1].set_xlabel(note, loc="left")
         return _svg(figure, tips, themed)
 
 
-def _bars(
+def _draw_bars(
     axes: Axes, bars: Sequence[Bar], zero: float, unit: str, tips: _Tooltips, pixel: float
 ) -> None:
     """Draw what stages did: computing in their rows, all else as strips below."""
     for bar in bars:
         length, later = bar.end - bar.start, max(bar.chunk, 0) % 3
         below = len(bar.kind) > 1
-        colour = _paler(KINDS[bar.kind][1], 0.65**later)
+        colour = _lighten(KINDS[bar.kind][1], 0.65**later)
         inset = 0.0 if below else min(pixel / 2, length / 4)
-        (drawn,) = axes.barh(
+        (rectangle,) = axes.barh(
             bar.stage + (0.47 if below else 0.0),
             max(length - 2 * inset, pixel / 2),
             left=bar.start - zero + inset,
             height=0.1 if below else 0.84,
             color=colour,
         )
-        drawn.set_gid(tips.add(f"{bar.text}: {bar.start:g} to {bar.end:g}{unit}"))
+        rectangle.set_gid(tips.add(f"{bar.text}: {bar.start:g} to {bar.end:g}{unit}"))
         if not below and length >= _label_width(bar) * pixel * (1 - 1e-9):
             ink = "#000000" if later or bar.kind == "B" else "#ffffff"
             middle = (bar.start + bar.end) / 2 - zero
@@ -381,7 +385,7 @@ def _label_width(bar: Bar) -> float:
     return (len(bar.text) - 1) * _DIGIT
 
 
-def _paler(colour: str, part: float) -> str:
+def _lighten(colour: str, part: float) -> str:
     red, green, blue = (part * c + (1 - part) for c in to_rgb(colour))
     return to_hex((red, green, blue))
 

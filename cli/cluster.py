@@ -43,7 +43,7 @@ _MOST_LOG_BYTES = 2**30
 """Of a job's log, of which Ray's job API gives all or nothing."""
 _FAILED = re.compile(r"status code 5\d\d\b")
 """Ray's client's words for a fault of the cluster; what the user has to mend it answers by 400."""
-_ASKED_TO_END = 143
+_STOPPED_EXIT_CODE = 143
 """A driver of ours exits so when it is asked to end; Ray calls only that STOPPED which it ends."""
 _NEEDS_TOKEN = "set RAY_AUTH_TOKEN, or RAY_AUTH_MODE=token with the token in ~/.ray/auth_token"
 _NOT_SENT = (
@@ -70,7 +70,7 @@ def _request(
         if "Authentication failed" in str(error):
             message = f"{address} does not accept our token; {_NEEDS_TOKEN}"
             raise ClusterUnreachable(message) from None
-        raise _TokenWanted(f"{address} requires a token: {_NEEDS_TOKEN}") from None
+        raise _TokenRequired(f"{address} requires a token: {_NEEDS_TOKEN}") from None
 
 
 _UNREADABLE = (ValueError, LookupError, TypeError, AttributeError, RecursionError)
@@ -79,7 +79,7 @@ _Client = ray_compat.with_requests(JobSubmissionClient, _request)
 _Client.answer_s = _FIRST_ANSWER_S
 
 
-class _TokenWanted(ClusterUnreachable):
+class _TokenRequired(ClusterUnreachable):
     """The cluster asked for a token and we sent none."""
 
 
@@ -99,12 +99,12 @@ class Jobs:
         check_listening(address)
         try:
             self._client = _connect(address, {})
-        except _TokenWanted:
+        except _TokenRequired:
             token = token_at_hand(address, os.environ)
             if token is None:
-                stranger = foreign_listener(address)
-                if stranger and "RAY_AUTH_MODE" not in os.environ:
-                    raise ClusterUnreachable(f"{address} {_NOT_SENT.format(stranger)}") from None
+                foreign = foreign_listener(address)
+                if foreign and "RAY_AUTH_MODE" not in os.environ:
+                    raise ClusterUnreachable(f"{address} {_NOT_SENT.format(foreign)}") from None
                 raise
             self._client = _connect(address, {"Authorization": f"Bearer {token}"})
         self._client.answer_s = _ANSWER_S
@@ -117,13 +117,13 @@ class Jobs:
             ClusterUnreachable: it does not say which Ray.
         """
         try:
-            running = str(self._client.ask("/api/version").json()["ray_version"])
+            ray_version_there = str(self._client.ask("/api/version").json()["ray_version"])
         except _UNREADABLE as error:
-            raise _no_ray(self.address, error) from error
+            raise _not_a_dashboard(self.address, error) from error
         with suppress(*_UNREADABLE):  # a proxy may let job requests through only
-            about = self._client.ask("/api/v0/cluster_metadata").json()["data"]
-            return Versions(running, str(about["pythonVersion"]))
-        return Versions(running, "")
+            metadata = self._client.ask("/api/v0/cluster_metadata").json()["data"]
+            return Versions(ray_version_there, str(metadata["pythonVersion"]))
+        return Versions(ray_version_there, "")
 
     def submit(self, **what: Any) -> str:
         """
@@ -147,7 +147,7 @@ class Jobs:
         Raises:
             NoSuchJob: the cluster does not know it.
         """
-        with _answer_of(self.address):
+        with _errors_of(self.address):
             return _plain(self._client.get_job_info(job_id))
 
     def logs(self, job_id: str) -> str:
@@ -157,7 +157,7 @@ class Jobs:
         Raises:
             NoSuchJob: the cluster does not know it.
         """
-        with _answer_of(self.address):
+        with _errors_of(self.address):
             return str(self._client.get_job_logs(job_id))
 
     def stop(self, job_id: str) -> None:
@@ -167,14 +167,14 @@ class Jobs:
         Raises:
             NoSuchJob: the cluster does not know it.
         """
-        with _answer_of(self.address):
+        with _errors_of(self.address):
             self._client.stop_job(job_id)
 
     def list(self) -> list[Info]:
         """Give all jobs that were handed in through the API, newest first."""
-        with _answer_of(self.address):
-            found = [_plain(job) for job in self._client.list_jobs()]
-        submitted = [job for job in found if job["submission_id"]]
+        with _errors_of(self.address):
+            jobs = [_plain(job) for job in self._client.list_jobs()]
+        submitted = [job for job in jobs if job["submission_id"]]
         return sorted(submitted, key=lambda job: job["start_time"] or 0, reverse=True)
 
 
@@ -191,11 +191,11 @@ def _connect(address: str, headers: dict[str, str]) -> Any:
         try:
             return _Client(address, headers=headers)
         except (requests.RequestException, RuntimeError, *_UNREADABLE) as error:
-            raise _no_ray(address, error) from error
+            raise _not_a_dashboard(address, error) from error
 
 
 @contextmanager
-def _answer_of(address: str) -> Iterator[None]:
+def _errors_of(address: str) -> Iterator[None]:
     """
     Tell a job that is not there, and what no Ray answers, from other refusals.
 
@@ -206,16 +206,16 @@ def _answer_of(address: str) -> Iterator[None]:
     try:
         yield
     except RecursionError as error:
-        raise _no_ray(address, error) from None
+        raise _not_a_dashboard(address, error) from None
     except RuntimeError as error:
         if "status code 404" in str(error):
             raise NoSuchJob from None
         raise ClusterUnreachable(f"the cluster failed: {one_line(error)}") from error
     except _UNREADABLE as error:
-        raise _no_ray(address, error) from error
+        raise _not_a_dashboard(address, error) from error
 
 
-def _no_ray(address: str, error: Exception) -> ClusterUnreachable:
+def _not_a_dashboard(address: str, error: Exception) -> ClusterUnreachable:
     return ClusterUnreachable(
         f"what answers at {address} is not a Ray dashboard ({one_line(error)})"
     )
@@ -225,7 +225,7 @@ def _plain(details: Any) -> Info:
     fields: Info = details.model_dump() if hasattr(details, "model_dump") else details.dict()
     status = str(getattr(fields["status"], "value", fields["status"]))
     metadata = fields["metadata"] or {}
-    asked = fields["driver_exit_code"] == _ASKED_TO_END
-    if VERSION_KEY in metadata and status == "FAILED" and asked:
+    asked_to_end = fields["driver_exit_code"] == _STOPPED_EXIT_CODE
+    if VERSION_KEY in metadata and status == "FAILED" and asked_to_end:
         status = "STOPPED"
     return {**fields, "status": status, "metadata": metadata}

@@ -57,8 +57,8 @@ def figure_rows(figures: StepFigures) -> list[tuple[str, str]]:
 
 def restart_text(failure: FailureEvent) -> str:
     """Say which workers were replaced, and from where the run went on."""
-    who = ", ".join(failure.replaced) or "nobody"
-    return f"{who} replaced, went on after step {failure.step}"
+    replaced = ", ".join(failure.replaced) or "nobody"
+    return f"{replaced} replaced, went on after step {failure.step}"
 
 
 def _servers(figures: StepFigures) -> list[tuple[str, str]]:
@@ -75,11 +75,11 @@ def _servers(figures: StepFigures) -> list[tuple[str, str]]:
     return rows
 
 
-def _load(figures: StepFigures, start: str) -> str:
-    of = {name: figures[start + name] for name in _LOAD}
+def _load(figures: StepFigures, prefix: str) -> str:
+    apply_s, queue_s, depth, in_bytes, out_bytes = (figures[prefix + name] for name in _LOAD)
     return (
-        f"{_ms(of['apply_s'])} applying, {_ms(of['queue_s'])} queue, {of['queue_depth']:.2g} deep; "
-        f"{size_text(of['in_bytes'])} in, {size_text(of['out_bytes'])} out per worker and step"
+        f"{_ms(apply_s)} applying, {_ms(queue_s)} queue, {depth:.2g} deep; "
+        f"{size_text(in_bytes)} in, {size_text(out_bytes)} out per worker and step"
     )
 
 
@@ -100,8 +100,8 @@ def _pipeline(figures: StepFigures) -> str:
 
 
 def _compression(figures: StepFigures) -> str:
-    whole = figures["saved_bytes"] + figures["sent_bytes"]
-    share = figures["saved_bytes"] / whole if whole else 0.0
+    uncompressed = figures["saved_bytes"] + figures["sent_bytes"]
+    share = figures["saved_bytes"] / uncompressed if uncompressed else 0.0
     parts = [f"{share:.0%} of the bytes saved"]
     if "compress_s" in figures:
         parts.append(f"{_ms(figures['compress_s'])} compressing")
@@ -128,58 +128,58 @@ def size_text(count: float) -> str:
 
 def facts(record: RunRecord) -> list[tuple[str, str]]:
     """Give what a run is and what came of it, in a few pairs."""
-    found = [
+    rows = [
         ("strategy", strategy(record)),
         ("workers", _workers(record)),
         ("steps", _steps(record)),
     ]
     rate = samples_per_s(record.steps)
-    found.append(("speed", f"{rate:.0f} samples/s" if rate else ""))
+    rows.append(("speed", f"{rate:.0f} samples/s" if rate else ""))
     if record.steps:
-        found.append(("last loss", number(record.steps[-1].loss)))
+        rows.append(("last loss", number(record.steps[-1].loss)))
     for metric in metrics(record.evaluations):
-        found.append((f"evaluation: {metric.name}", number(metric.points[-1][1])))
-    found += [("then", resize_text(one)) for one in record.resizes]
+        rows.append((f"evaluation: {metric.name}", number(metric.points[-1][1])))
+    rows += [("then", resize_text(one)) for one in record.resizes]
     if record.saved:
         last = record.saved[-1]
-        found.append(("last checkpoint", f"after step {last.step}, {size_text(last.size)}"))
+        rows.append(("last checkpoint", f"after step {last.step}, {size_text(last.size)}"))
     resumed = (record.result or {}).get("resumed_from")
     if resumed:
-        found.append(("resumed from", str(resumed)))
+        rows.append(("resumed from", str(resumed)))
     seconds = (record.result or {}).get("seconds")
     if isinstance(seconds, int | float):
-        found.append(("took", clock(float(seconds))))
-    return [(name, value) for name, value in found if value]
+        rows.append(("took", clock(float(seconds))))
+    return [(name, value) for name, value in rows if value]
 
 
 def strategy(record: RunRecord) -> str:
     """Give the strategy's name with the options that say most about it."""
-    chosen = record.job.get("strategy")
-    if not isinstance(chosen, Mapping):
+    spec = record.job.get("strategy")
+    if not isinstance(spec, Mapping):
         return ""
-    name = str(chosen.get("name", ""))
+    name = str(spec.get("name", ""))
     if name != "hybrid":
         return name
-    sizes = [f"{axis} {chosen[axis]}" for axis in ("pipeline", "tensor", "data") if axis in chosen]
+    sizes = [f"{axis} {spec[axis]}" for axis in ("pipeline", "tensor", "data") if axis in spec]
     return f"{name}: {', '.join(sizes)}"
 
 
 def checkpoint_lines(saved: Sequence[Saved]) -> list[list[str]]:
     """Give step, size and how long it took."""
-    return [[str(one.step), size_text(one.size), f"{one.seconds:.2f} s"] for one in saved]
+    return [[str(entry.step), size_text(entry.size), f"{entry.seconds:.2f} s"] for entry in saved]
 
 
-def restart_lines(found: Sequence[RestartRecord]) -> list[list[str]]:
+def restart_lines(restarts: Sequence[RestartRecord]) -> list[list[str]]:
     """Give attempt, step, cause, who was replaced, and how long it took."""
     return [
         [
-            str(one.failure.attempt),
-            str(one.failure.step),
-            one.failure.cause,
-            ", ".join(one.failure.replaced) or "nobody",
-            f"after {one.recovery.seconds:.1f} s" if one.recovery else "not yet, or never",
+            str(restart.failure.attempt),
+            str(restart.failure.step),
+            restart.failure.cause,
+            ", ".join(restart.failure.replaced) or "nobody",
+            f"after {restart.recovery.seconds:.1f} s" if restart.recovery else "not yet, or never",
         ]
-        for one in found
+        for restart in restarts
     ]
 
 

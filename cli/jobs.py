@@ -40,7 +40,7 @@ DASHBOARD = "http://127.0.0.1:8265"
 _STOP_S = 40.0
 """How long a run may take to end: as its driver allows it, and a little."""
 
-_WRITTEN_S, _AGAIN_S = 3.0, 0.2
+_WRITTEN_S, _RETRY_S = 3.0, 0.2
 """How long to look for the result of a run that is over, and how often."""
 
 _COLUMNS = {
@@ -78,28 +78,28 @@ def list_jobs(
 ) -> None:
     """List the jobs of a cluster, and the runs below `runs/`, newest first."""
     as_json = is_json(output)
-    wanted = status.upper() if status else None
-    if wanted is not None and wanted not in remote.STATUSES:
+    wanted_status = status.upper() if status else None
+    if wanted_status is not None and wanted_status not in remote.STATUSES:
         raise SpecError(
-            Problem(("--status",), f"unknown {status!r}", hint(wanted, remote.STATUSES))
+            Problem(("--status",), f"unknown {status!r}", hint(wanted_status, remote.STATUSES))
         )
     named = bool(target_of(address, os.environ).origin)
-    here = [] if named else local_runs(limit, wanted)
+    runs = [] if named else local_runs(limit, wanted_status)
     try:
-        found = [
+        cluster_jobs = [
             _facts(job)
             for job in open_jobs(address).list()
-            if (every or VERSION_KEY in job["metadata"]) and wanted in (None, job["status"])
+            if (every or VERSION_KEY in job["metadata"]) and wanted_status in (None, job["status"])
         ]
     except ClusterUnreachable:
-        if not here:
+        if not runs:
             raise
-        found = []
-    shown = sorted([*found, *here], key=lambda one: -(one["start_time"] or 0))[:limit]
+        cluster_jobs = []
+    jobs = sorted([*cluster_jobs, *runs], key=lambda one: -(one["start_time"] or 0))[:limit]
     if as_json:
-        print(to_json({"version": OUTPUT_VERSION, "jobs": shown}))
+        print(to_json({"version": OUTPUT_VERSION, "jobs": jobs}))
         return
-    rows = [[row[name] for name in _COLUMNS] for row in map(_row, shown)]
+    rows = [[row[name] for name in _COLUMNS] for row in map(_row, jobs)]
     print_table([name.upper() for name in _COLUMNS], rows)
 
 
@@ -113,33 +113,33 @@ def status(job_id: JobId, address: RunAddress = None, output: Output = "text") -
     the name or directory of a run below `runs/` that has ended, or the name of its job.
     """
     as_json = is_json(output)
-    info, trouble = _look_up(address, job_id)
-    seen: Overview | None = None
-    silence = ""
+    info, trouble = _find_job(address, job_id)
+    overview: Overview | None = None
+    roles_error = ""
     if info is None or info["status"] == "RUNNING":
         try:
             name = job_id if info is None else info["metadata"].get("job_name", job_id)
-            seen = roles_of(address, name)
+            overview = roles_of(address, name)
         except DistplatError as error:
             ended = ended_run(job_id) if address is None else None
-            ended = ended or _last_ended(address, job_id, error)
+            ended = ended or _last_ended_run(address, job_id, error)
             if ended is not None:
                 _print_ended(ended, as_json=as_json)
                 return
             if trouble is not None:
-                raise _truer(address, trouble, error) from None
-            silence = " ".join(str(error).split())
+                raise _choose_error(address, trouble, error) from None
+            roles_error = " ".join(str(error).split())
     if as_json:
         facts = {} if info is None else _facts(info)
-        roles = None if seen is None else role_facts(seen)
+        roles = None if overview is None else role_facts(overview)
         print(to_json({"version": OUTPUT_VERSION, **facts, "roles": roles}))
         return
     if info is not None:
         print_pairs(_pairs(info))
-    if silence:
-        remote.say(f"its roles are not shown: {silence}")
-    if seen is not None:
-        lines = role_lines(seen) if info is None else ["", *role_lines(seen)]
+    if roles_error:
+        remote.say(f"its roles are not shown: {roles_error}")
+    if overview is not None:
+        lines = role_lines(overview) if info is None else ["", *role_lines(overview)]
         print(printable("\n".join(lines)))
 
 
@@ -153,7 +153,7 @@ def _print_ended(facts: Mapping[str, Any], *, as_json: bool) -> None:
     print_pairs([*pairs, ("message", _cell(facts["message"]))] if facts["message"] else pairs)
 
 
-def _look_up(address: str | None, job_id: str) -> tuple[Info, None] | tuple[None, DistplatError]:
+def _find_job(address: str | None, job_id: str) -> tuple[Info, None] | tuple[None, DistplatError]:
     """Ask the job API for a job; or give why it does not have it."""
     try:
         return remote.find(open_jobs(address), job_id), None
@@ -161,7 +161,7 @@ def _look_up(address: str | None, job_id: str) -> tuple[Info, None] | tuple[None
         return None, error
 
 
-def _last_ended(address: str | None, job: str, unknown: DistplatError) -> dict[str, Any] | None:
+def _last_ended_run(address: str | None, job: str, unknown: DistplatError) -> dict[str, Any] | None:
     """
     Give the facts of a job's last run here, where no Ray has one that goes on; else None.
 
@@ -179,7 +179,9 @@ def _last_ended(address: str | None, job: str, unknown: DistplatError) -> dict[s
     return last_run_ended(job) if nowhere or isinstance(unknown, NoSuchRun) else None
 
 
-def _truer(address: str | None, of_jobs: DistplatError, of_ray: DistplatError) -> DistplatError:
+def _choose_error(
+    address: str | None, of_jobs: DistplatError, of_ray: DistplatError
+) -> DistplatError:
     """Choose what to say where neither knows a run: nobody may have meant the job API."""
     named = target_of(address, os.environ).origin
     return of_jobs if named or not isinstance(of_jobs, ClusterUnreachable) else of_ray
@@ -317,9 +319,9 @@ def _stop_unsubmitted(
     except ActorLost:  # it was over before it could say how
         return "", _over(name)
     except (SpecError, ClusterUnreachable) as error:
-        if (ended := _last_ended(address, name, error)) is not None:
+        if (ended := _last_ended_run(address, name, error)) is not None:
             return ended["status"], ended["status"]
-        raise _truer(address, unknown, error) from None
+        raise _choose_error(address, unknown, error) from None
     if wait_s and status not in remote.ENDED:
         raise DeadlineExceeded(f"stopping {name}", (name,), wait_s, "--no-wait")
     return "", status
@@ -335,7 +337,7 @@ def _over(name: str) -> str:
     while time.monotonic() < until:
         if (ended := ended_run(name)) is not None:
             return str(ended["status"])
-        time.sleep(_AGAIN_S)
+        time.sleep(_RETRY_S)
     return "over"
 
 
@@ -363,8 +365,8 @@ def _row(facts: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _cell(value: object) -> str:
-    shown = "-" if value is None else str(value)
-    return " ".join(remote.clean_lines(shown))
+    text = "-" if value is None else str(value)
+    return " ".join(remote.clean_lines(text))
 
 
 def _age(start_ms: int | None) -> str | None:

@@ -49,16 +49,16 @@ def without_job_environment() -> Iterator[bool]:
     Yields:
         Whether something is hidden: who joins a larger cluster must join again with it.
     """
-    given = os.environ.get(JOB_CONFIG_VARIABLE)
-    config = json.loads(given) if given else {}
-    if given is None or not replaceable(config.get("runtime_env", {})):
+    job_config = os.environ.get(JOB_CONFIG_VARIABLE)
+    config = json.loads(job_config) if job_config else {}
+    if job_config is None or not replaceable(config.get("runtime_env", {})):
         yield False
         return
     os.environ[JOB_CONFIG_VARIABLE] = json.dumps({**config, "runtime_env": {}})
     try:
         yield True
     finally:
-        os.environ[JOB_CONFIG_VARIABLE] = given
+        os.environ[JOB_CONFIG_VARIABLE] = job_config
 
 
 def replaceable(environment: Mapping[str, Any]) -> bool:
@@ -93,21 +93,21 @@ def running_here(say: Callable[[str], None]) -> str | None:
             if file is None:
                 return None
             address = file.read(300).decode(errors="replace").strip()
-            why = why_untrusted(path, os.fstat(file.fileno()))
+            reason = why_untrusted(path, os.fstat(file.fileno()))
     except StorageError as error:
-        address, why = "", one_line(error)
-    if not why and not is_host_port(address):
+        address, reason = "", one_line(error)
+    if not reason and not is_host_port(address):
         return None
-    if not why:
+    if not reason:
         try:
             check_listening(address)
         except ClusterUnreachable:  # the file outlives a cluster that was killed
             return None
         if is_this_machine(host_and_port(address)[0]):
-            why = foreign_listener(address)
-    if why:
+            reason = foreign_listener(address)
+    if reason:
         remedy = f"; `--address {address}` joins it all the same" if is_host_port(address) else ""
-        say(f"not joining the Ray of this machine: {why}{remedy}")
+        say(f"not joining the Ray of this machine: {reason}{remedy}")
         return None
     return address
 
@@ -134,8 +134,8 @@ def own_ray_address() -> str:
 
 def rays_here() -> list[str]:
     """Give the addresses of the Rays of this machine that this user, or root, has started."""
-    found = ray_compat.addresses_here()
-    return sorted(address for address in found if not _foreign(address))
+    addresses = ray_compat.addresses_here()
+    return sorted(address for address in addresses if not _foreign(address))
 
 
 def _foreign(address: str) -> str:
@@ -236,7 +236,7 @@ def connected(
     try:
         with unset("RAY_ADDRESS"):  # Ray would let it win over `auto`
             _check_ray(address)
-            if not (replaceable(runtime_env) and _joined_light(address)):
+            if not (replaceable(runtime_env) and _joined_without_shipping(address)):
                 if runtime_env:
                     folder = Path(runtime_env["working_dir"])
                     shipping(measure(folder, runtime_env["excludes"], ignores))
@@ -271,7 +271,7 @@ def _check_ray(address: str) -> None:
         raise ClusterUnreachable(f"{text}; {hint}") from None
 
 
-def _joined_light(address: str) -> bool:
+def _joined_without_shipping(address: str) -> bool:
     """Connect and ship nothing, if the cluster is one node; False: not connected."""
     with without_job_environment() as hidden:
         if not hidden and ray_compat.JOB_CONFIG_VARIABLE in os.environ:

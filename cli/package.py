@@ -43,12 +43,12 @@ SECRETS = (
 """Names that are known to hold keys and passwords: all users of a cluster could read them."""
 
 
-def _in_any_case(pattern: str) -> str:
+def _case_insensitive(pattern: str) -> str:
     """Give a pattern that takes `ID_RSA` for `id_rsa`: Ray tells the two apart."""
     return "".join(f"[{c}{c.upper()}]" if c.isalpha() else c for c in pattern)
 
 
-_SECRETS = tuple(map(_in_any_case, SECRETS))
+_SECRETS = tuple(map(_case_insensitive, SECRETS))
 EXCLUDES = (".git", ".venv", "venv", "__pycache__", "runs", ".ray", *_SECRETS)
 MAX_PACKAGE = 100 * 2**20
 MAX_ENTRIES = 200_000
@@ -80,12 +80,12 @@ class Package:
     def __str__(self) -> str:
         """`shipping 12 files, 3.2 MB, of /home/me/job; the largest: weights.bin 3 MB`."""
         count = "1 file" if self.files == 1 else f"{self.files} files"
-        end = f"; the largest: {self.largest}" if self.largest else ""
+        details = f"; the largest: {self.largest}" if self.largest else ""
         if self.kept_back:
             names = [str(path.relative_to(self.folder)) for path in self.kept_back[:_SHOWN]]
             more = ", ..." if len(self.kept_back) > _SHOWN else ""
-            end += f"; not shipped, for they may hold keys: {', '.join(names)}{more}"
-        return f"shipping {count}, {size_text(self.size)}, of {self.folder}{end}"
+            details += f"; not shipped, for they may hold keys: {', '.join(names)}{more}"
+        return f"shipping {count}, {size_text(self.size)}, of {self.folder}{details}"
 
 
 def refuse_home(folder: Path) -> None:
@@ -126,9 +126,9 @@ def measure(working_dir: Path, excludes: Sequence[str], ignores: Ignores) -> Pac
         message = f"{working_dir} has {total / 2**20:.0f} MiB; a cluster takes {MAX_PACKAGE >> 20}"
         hint = f"list what the job does not need in .rayignore there; the largest: {shown}"
         raise SpecError(Problem(("--working-dir",), f"{message} MiB", hint))
-    first = f"{largest[0][0].name} {size_text(largest[0][1])}" if largest else ""
-    stays = tuple(sorted(kept_back))
-    return Package(working_dir, len(files), total, first, frozenset(files), stays)
+    largest_text = f"{largest[0][0].name} {size_text(largest[0][1])}" if largest else ""
+    secrets = tuple(sorted(kept_back))
+    return Package(working_dir, len(files), total, largest_text, frozenset(files), secrets)
 
 
 def check_imports(task: str, package: Package) -> None:
@@ -139,14 +139,14 @@ def check_imports(task: str, package: Package) -> None:
         SpecError: names the files, who imports them, and why they stay.
     """
     problems = []
-    for one in unshipped_imports(task, package.folder, package.paths):
-        name, importer = (path.relative_to(package.folder) for path in (one.path, one.importer))
-        who = "the task" if one.path == one.importer else f"{importer}:{one.line}"
+    for item in unshipped_imports(task, package.folder, package.paths):
+        name, importer = (path.relative_to(package.folder) for path in (item.path, item.importer))
+        who = "the task" if item.path == item.importer else f"{importer}:{item.line}"
         message = f"{name}, which {who} imports, is not shipped to the cluster"
-        kept = [part for part in name.parts if _names(EXCLUDES).match(part)]
+        excluded = [part for part in name.parts if _name_pattern(EXCLUDES).match(part)]
         hint = "a .gitignore, a .rayignore or `excludes` lists it: take it off, or move the file"
-        if kept:
-            hint = f"{kept[0]} is never shipped: such names hold keys, or runs; rename it"
+        if excluded:
+            hint = f"{excluded[0]} is never shipped: such names hold keys, or runs; rename it"
         problems.append(Problem(("--working-dir",), message, hint))
     if problems:
         raise SpecError(*problems)
@@ -178,13 +178,13 @@ def _shipped(
     Yields:
         Each file and its bytes.
     """
-    names = _names(tuple(excludes))
+    names = _name_pattern(tuple(excludes))
     waiting = [_Folder(working_dir, (), frozenset())]
     seen = 0
     while waiting:
         folder = waiting.pop()
         tests, above, paths = folder.tests, folder.above, list[Path]()
-        with _readable(folder.path):
+        with _reading(folder.path):
             stat = folder.path.stat()
             if (stat.st_dev, stat.st_ino) in folder.above:
                 _refuse(folder.path, "leads back to a folder that it is in")
@@ -198,9 +198,9 @@ def _shipped(
             if any(test(path) for test in tests):
                 continue
             if names.match(path.name):
-                kept_back += [path] * bool(_names(_SECRETS).match(path.name))
+                kept_back += [path] * bool(_name_pattern(_SECRETS).match(path.name))
                 continue
-            with _readable(path):
+            with _reading(path):
                 _refuse_secret(path, working_dir)
                 stat = path.stat()
                 if S_ISDIR(stat.st_mode):
@@ -220,24 +220,24 @@ def _refuse_secret(path: Path, working_dir: Path) -> None:
     Raises:
         SpecError: it is one.
     """
-    about = path.stat()
+    stat = path.stat()
     if path.is_symlink():
-        end, top = path.resolve(), working_dir.resolve()
-        parts = (end.relative_to(top) if end.is_relative_to(top) else end).parts
-        if any(map(_names(_SECRETS).match, parts)):
-            _refuse(path, f"leads to {end}, which may hold a key")
-    if S_ISREG(about.st_mode) and about.st_size <= _KEY_BYTES and os.access(path, os.R_OK):
+        target, top = path.resolve(), working_dir.resolve()
+        parts = (target.relative_to(top) if target.is_relative_to(top) else target).parts
+        if any(map(_name_pattern(_SECRETS).match, parts)):
+            _refuse(path, f"leads to {target}, which may hold a key")
+    if S_ISREG(stat.st_mode) and stat.st_size <= _KEY_BYTES and os.access(path, os.R_OK):
         if _PRIVATE_KEY.search(path.read_bytes()):
             _refuse(path, "holds a private key, which all users of the cluster could read")
 
 
 @cache
-def _names(patterns: tuple[str, ...]) -> re.Pattern[str]:
+def _name_pattern(patterns: tuple[str, ...]) -> re.Pattern[str]:
     return re.compile("|".join(fnmatch.translate(one.rstrip("/")) for one in patterns) or r"\Z.")
 
 
 @contextmanager
-def _readable(path: Path) -> Iterator[None]:
+def _reading(path: Path) -> Iterator[None]:
     """
     Pass over what has gone meanwhile, and links to nothing.
 
@@ -289,7 +289,7 @@ def unshipped_imports(
     if script := script_of(task):
         path = folder / script[0]
         folder, module = path.parent, path.stem
-    waiting = [(path, path, 1) for path in _files(folder, module)]
+    waiting = [(path, path, 1) for path in _module_files(folder, module)]
     seen: set[Path] = set()
     while waiting:
         path, importer, line = waiting.pop()
@@ -299,33 +299,33 @@ def unshipped_imports(
         if path not in shipped:
             yield UnshippedImport(path, importer, line)
             continue
-        for name, at in _imported(path, folder):
-            waiting += [(found, path, at) for found in _files(folder, name)]
+        for name, at in _imports_of(path, folder):
+            waiting += [(found, path, at) for found in _module_files(folder, name)]
 
 
-def _files(folder: Path, module: str) -> list[Path]:
+def _module_files(folder: Path, module: str) -> list[Path]:
     """Give the files that an import of `a.b.c` runs, of those below the folder."""
-    found, parent = [], folder
+    files, parent = [], folder
     for part in module.split("."):
         package, file = parent / part / "__init__.py", parent / f"{part}.py"
         if package.is_file():
-            found.append(package)
+            files.append(package)
         elif file.is_file():
-            return [*found, file]
+            return [*files, file]
         parent /= part
         if not parent.is_dir():
             break
-    return found
+    return files
 
 
-def _imported(path: Path, folder: Path) -> Iterator[tuple[str, int]]:
+def _imports_of(path: Path, folder: Path) -> Iterator[tuple[str, int]]:
     """Give the modules that a file imports, and the lines; a name may be one, or an attribute."""
     try:
         tree = ast.parse(path.read_bytes())
     except (OSError, SyntaxError, ValueError):  # the check of the task tells of it
         return
     package = path.relative_to(folder).parent.parts
-    for node in _needed(tree):
+    for node in _executed_nodes(tree):
         if isinstance(node, ast.Import):
             yield from ((alias.name, node.lineno) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -337,7 +337,7 @@ def _imported(path: Path, folder: Path) -> Iterator[tuple[str, int]]:
             yield from ((f"{base}.{name}" if base else name, node.lineno) for name in names)
 
 
-def _needed(node: ast.AST) -> Iterator[ast.AST]:
+def _executed_nodes(node: ast.AST) -> Iterator[ast.AST]:
     """Go through a tree, but not through what may fail or is never run."""
     for child in ast.iter_child_nodes(node):
         if isinstance(child, ast.Try) and any(map(_catches_import_errors, child.handlers)):
@@ -345,7 +345,7 @@ def _needed(node: ast.AST) -> Iterator[ast.AST]:
         if isinstance(child, ast.If) and "TYPE_CHECKING" in ast.unparse(child.test):
             continue
         yield child
-        yield from _needed(child)
+        yield from _executed_nodes(child)
 
 
 def _catches_import_errors(handler: ast.ExceptHandler) -> bool:

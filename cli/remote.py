@@ -64,10 +64,10 @@ def find(jobs: "Jobs", job_id: str) -> Info:
         return jobs.info(check_id(job_id))
     except NoSuchJob:
         pass
-    known = [job["submission_id"] for job in jobs.list()]
-    near = nearest(job_id, known)
-    recent = f"latest: {', '.join(known[:3])}" if known else "no job was submitted there yet"
-    hint = f"did you mean {near!r}? {recent}" if near else recent
+    ids = [job["submission_id"] for job in jobs.list()]
+    closest = nearest(job_id, ids)
+    recent = f"latest: {', '.join(ids[:3])}" if ids else "no job was submitted there yet"
+    hint = f"did you mean {closest!r}? {recent}" if closest else recent
     raise SpecError(Problem((), f"no job {job_id!r} at {jobs.address}", hint))
 
 
@@ -83,30 +83,30 @@ def follow(jobs: "Jobs", job_id: str, write: Callable[[str], None]) -> Info:
     Raises:
         ClusterUnreachable: the cluster was gone for longer than a passing trouble of the net.
     """
-    done = 0
+    printed = 0
     began = time.monotonic()
-    noted = False
+    said_pending = False
     while True:
         # Before the log: what was logged before the end is then seen.
-        info = _insist(lambda: jobs.info(job_id))
+        info = _retry(lambda: jobs.info(job_id))
         ended = info["status"] in ENDED
         if info["status"] == "PENDING":
-            if not noted and time.monotonic() - began > _PENDING_NOTE_S:
-                noted = True
+            if not said_pending and time.monotonic() - began > _PENDING_NOTE_S:
+                said_pending = True
                 write("still waiting for the cluster to start the driver")
             time.sleep(_POLL_S)
             continue
-        text = _insist(lambda: jobs.logs(job_id))
+        text = _retry(lambda: jobs.logs(job_id))
         stop = len(text) if ended else text.rfind("\n") + 1
-        for line in clean_lines(text[done:stop]):
+        for line in clean_lines(text[printed:stop]):
             write(line)
-        done = max(done, stop)
+        printed = max(printed, stop)
         if ended:
             return info
         time.sleep(_POLL_S + len(text) / _LOG_BYTES_PER_S)
 
 
-def _insist(ask: Callable[[], Answer]) -> Answer:
+def _retry(call: Callable[[], Answer]) -> Answer:
     """
     Ask again while the cluster cannot be reached: the job goes on without us.
 
@@ -116,7 +116,7 @@ def _insist(ask: Callable[[], Answer]) -> Answer:
     give_up = time.monotonic() + _PATIENCE_S
     while True:
         try:
-            return ask()
+            return call()
         except ClusterUnreachable:
             if time.monotonic() > give_up:
                 raise

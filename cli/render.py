@@ -197,11 +197,11 @@ _SIGNS = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
 
 def print_strategies(*, as_json: bool) -> None:
     """Print names, one line each, and the options with type, default and meaning."""
-    found = [_described(name) for name in strategies.names()]
+    described = [_described(name) for name in strategies.names()]
     if as_json:
-        print(to_json(found))
+        print(to_json(described))
         return
-    for number, strategy in enumerate(found):
+    for number, strategy in enumerate(described):
         print(printable(f"{chr(10) if number else ''}{strategy['name']}  {strategy['summary']}"))
         for option in strategy["options"]:
             print(printable(f"    {option['name']}: {option['type']}, default {option['default']}"))
@@ -231,14 +231,14 @@ def field_rows(model: type[BaseModel]) -> list[dict[str, Any]]:
 
 def _bounds(field: FieldInfo) -> list[str]:
     """Give `1 to 256`, `> 0`; a schema lacks them where a validator of ours stands before."""
-    found = {sign: getattr(m, sign) for m in field.metadata for sign in _SIGNS if hasattr(m, sign)}
+    bounds = {sign: getattr(m, sign) for m in field.metadata for sign in _SIGNS if hasattr(m, sign)}
     if tops := [m.le for m in field.metadata if hasattr(m, "le")]:
-        found["le"] = min(tops)
-    if found.get("le", 0) >= _NO_LIMIT:
-        del found["le"]
-    if {"ge", "le"} <= found.keys():
-        return [f"{_shown(found['ge'])} to {_shown(found['le'])}"]
-    return [", ".join(f"{_SIGNS[sign]} {_shown(at)}" for sign, at in found.items())] * bool(found)
+        bounds["le"] = min(tops)
+    if bounds.get("le", 0) >= _NO_LIMIT:
+        del bounds["le"]
+    if {"ge", "le"} <= bounds.keys():
+        return [f"{_shown(bounds['ge'])} to {_shown(bounds['le'])}"]
+    return [", ".join(f"{_SIGNS[sign]} {_shown(at)}" for sign, at in bounds.items())] * bool(bounds)
 
 
 def _shown(bound: float) -> str:

@@ -145,10 +145,10 @@ def _pipeline_rows(
         return [("pipeline", problem)]
     step = record.trace.step if record.trace else 0
     rows = []
-    for one in pipeline:
-        ideal = f", ideal {one.ideal.bubble:.1%}" if one.ideal else ""
-        text = f"replica {one.replica}, step {step}: {one.pipeline_s * 1e3:.1f} ms"
-        rows.append(("pipeline", f"{text}, bubble {one.bubble:.1%}{ideal}"))
+    for gantt in pipeline:
+        ideal = f", ideal {gantt.ideal.bubble:.1%}" if gantt.ideal else ""
+        text = f"replica {gantt.replica}, step {step}: {gantt.pipeline_s * 1e3:.1f} ms"
+        rows.append(("pipeline", f"{text}, bubble {gantt.bubble:.1%}{ideal}"))
     return rows
 
 
@@ -186,12 +186,12 @@ def _facts(record: RunRecord, now: float, pipeline: "list[Gantt]") -> dict[str, 
 def _pipeline_facts(pipeline: "list[Gantt]") -> list[dict[str, object]]:
     return [
         {
-            "replica": one.replica,
-            "step_s": one.step_s,
-            "pipeline_s": one.pipeline_s,
-            "bubble": one.bubble,
-            "ideal_pipeline_s": one.ideal.makespan if one.ideal else None,
-            "ideal_bubble": one.ideal.bubble if one.ideal else None,
+            "replica": gantt.replica,
+            "step_s": gantt.step_s,
+            "pipeline_s": gantt.pipeline_s,
+            "bubble": gantt.bubble,
+            "ideal_pipeline_s": gantt.ideal.makespan if gantt.ideal else None,
+            "ideal_bubble": gantt.ideal.bubble if gantt.ideal else None,
         }
-        for one in pipeline
+        for gantt in pipeline
     ]

@@ -69,7 +69,7 @@ def page(record: RunRecord, now_s: float, pipeline: Sequence[Gantt], problem: st
         title=str(record.job.get("name", record.path.name)),
         status=status_of(record, now_s),
         facts=facts(record),
-        loss=_loss(record),
+        loss=_loss_chart(record),
         metrics=[metric.name for metric in measured],
         evaluations=[
             [str(one.step), *(number(one.metrics.get(metric.name)) for metric in measured)]
@@ -78,12 +78,12 @@ def page(record: RunRecord, now_s: float, pipeline: Sequence[Gantt], problem: st
         metric_charts=list(_metric_charts(record)),
         parts=parts,
         colours=_colours(parts),
-        time=_time(record, parts),
+        time=_time_chart(record, parts),
         exchange=figure_rows(mean_figures(record.steps)),
-        waits=_waits(record),
+        waits=_wait_chart(record),
         staleness=_staleness_text(record),
-        stale=_staleness(record),
-        replicas=[(one, _pipeline(one)) for one in pipeline],
+        stale=_staleness_chart(record),
+        replicas=[(one, _pipeline_timelines(one)) for one in pipeline],
         problem=problem,
         restarts=restart_lines(restarts(record)),
         checkpoints=checkpoint_lines(record.saved),
@@ -92,7 +92,7 @@ def page(record: RunRecord, now_s: float, pipeline: Sequence[Gantt], problem: st
     )
 
 
-def _loss(record: RunRecord) -> Chart | None:
+def _loss_chart(record: RunRecord) -> Chart | None:
     if not record.steps:
         return None
     means = binned(record.steps, 1000, lambda step: step.loss)
@@ -122,7 +122,7 @@ def _colours(parts: Sequence[PhaseTime]) -> dict[str, str]:
     return {part.name: _PARTS.get(part.name, PALETTE[3]) for part in parts}
 
 
-def _time(record: RunRecord, parts: Sequence[PhaseTime]) -> Chart | None:
+def _time_chart(record: RunRecord, parts: Sequence[PhaseTime]) -> Chart | None:
     """Draw milliseconds per step."""
     if not parts:
         return None
@@ -138,7 +138,7 @@ def _time(record: RunRecord, parts: Sequence[PhaseTime]) -> Chart | None:
     return columns(colours, stacks, most, "steps", "ms")
 
 
-def _waits(record: RunRecord) -> Chart | None:
+def _wait_chart(record: RunRecord) -> Chart | None:
     """Draw milliseconds per step of the rank with the most; the first step apart."""
     names = {"waiting_s": ("waiting for others", 1), "working_s": ("working", 0)}
     series = []
@@ -158,7 +158,7 @@ def _figure(name: str) -> Callable[[StepSummary], float]:
     return lambda step: step.figures.get(name, math.nan) * 1e3
 
 
-def _staleness(record: RunRecord) -> Chart | None:
+def _staleness_chart(record: RunRecord) -> Chart | None:
     counts = staleness(record.steps)
     if not counts:
         return None
@@ -183,18 +183,18 @@ def _staleness_text(record: RunRecord) -> str:
     return f"Mean {mean:.2f}, largest {max(counts)}, over {counts.total()} steps."
 
 
-def _pipeline(one: Gantt) -> Chart:
+def _pipeline_timelines(gantt: Gantt) -> Chart:
     strips = [
         Bar(stage, event.kind, 0, event.kind, event.start_s * 1e3, event.end_s * 1e3)
-        for stage, row in enumerate(one.others)
+        for stage, row in enumerate(gantt.others)
         for event in row
         if event.kind in KINDS
     ]
-    title = f"measured: {one.pipeline_s * 1e3:.1f} ms, bubble {one.bubble:.1%}"
-    timelines = {title: bars_of(one.measured, 1e3) + strips}
-    if one.ideal:
-        title = f"ideal: {one.ideal.makespan * 1e3:.1f} ms, bubble {one.ideal.bubble:.1%}"
-        timelines[title] = bars_of(one.ideal.spans, 1e3)
+    title = f"measured: {gantt.pipeline_s * 1e3:.1f} ms, bubble {gantt.bubble:.1%}"
+    timelines = {title: bars_of(gantt.measured, 1e3) + strips}
+    if gantt.ideal:
+        title = f"ideal: {gantt.ideal.makespan * 1e3:.1f} ms, bubble {gantt.ideal.bubble:.1%}"
+        timelines[title] = bars_of(gantt.ideal.spans, 1e3)
     return Chart(pipeline_chart(timelines, " ms"))
 
 

@@ -31,21 +31,21 @@ def local_runs(limit: int, status: str | None = None) -> list[dict[str, Any]]:
         limit: at most so many.
         status: only those; None: all.
     """
-    return list(islice((one for one in _runs() if status in (None, one["status"])), limit))
+    return list(islice((run for run in _runs() if status in (None, run["status"])), limit))
 
 
 def _runs() -> Iterator[dict[str, Any]]:
     """Give the facts of the runs below `runs/`, newest first."""
-    begun = {path: at for path in _folders() if (at := _written(path / "job.yaml")) is not None}
-    for path in sorted(begun, key=begun.__getitem__, reverse=True):
+    started = {path: at for path in _run_folders() if (at := _mtime(path / "job.yaml")) is not None}
+    for path in sorted(started, key=started.__getitem__, reverse=True):
         try:
-            facts = _facts(read_run(path, steps=False), begun[path])
+            facts = _facts(read_run(path, steps=False), started[path])
         except DistplatError:  # another program's, or it may not be read
             continue
         yield facts
 
 
-def _folders() -> list[Path]:
+def _run_folders() -> list[Path]:
     """
     Give what lies in `runs/`.
 
@@ -56,7 +56,7 @@ def _folders() -> list[Path]:
         return [*HOME.iterdir()] if HOME.is_dir() else []
 
 
-def _written(path: Path) -> float | None:
+def _mtime(path: Path) -> float | None:
     """Say when a file was written last; None: it is not there, or nobody may know."""
     try:
         return path.stat().st_mtime
@@ -64,10 +64,10 @@ def _written(path: Path) -> float | None:
         return None
 
 
-def _facts(record: RunRecord, begun: float) -> dict[str, Any]:
+def _facts(record: RunRecord, started: float) -> dict[str, Any]:
     job, state = record.job, status_of(record, time.time())
     strategy, scaling = job.get("strategy"), job.get("scaling")
-    ended = _written(record.path / "result.json")
+    ended = _mtime(record.path / "result.json")
     return {
         "id": record.path.name,
         "name": job.get("name"),
@@ -76,7 +76,7 @@ def _facts(record: RunRecord, begun: float) -> dict[str, Any]:
         "num_workers": scaling.get("num_workers") if isinstance(scaling, dict) else None,
         "exit_code": None,
         "message": state.error or state.detail,
-        "start_time": int(begun * 1000),
+        "start_time": int(started * 1000),
         "end_time": None if ended is None else int(ended * 1000),
     }
 
@@ -97,7 +97,7 @@ def ended_run(name: str) -> dict[str, Any] | None:
     if path is None:
         return None
     record = read_run(path, steps=False)
-    return None if record.result is None else _facts(record, _written(path / "job.yaml") or 0.0)
+    return None if record.result is None else _facts(record, _mtime(path / "job.yaml") or 0.0)
 
 
 def last_run_ended(job: str) -> dict[str, Any] | None:
@@ -159,14 +159,14 @@ class _LogTail:
             with open_regular(path) as file:
                 if file is None:
                     continue
-                at = self._read.get(path, 0)
-                if os.fstat(file.fileno()).st_size < at:  # it became `.log.1`, and another began
-                    at = 0
-                file.seek(at)
+                offset = self._read.get(path, 0)
+                if os.fstat(file.fileno()).st_size < offset:
+                    offset = 0  # it became `.log.1`, and another began
+                file.seek(offset)
                 while line := file.readline(MOST_LINE):
                     if not line.endswith(b"\n") and len(line) < MOST_LINE:
                         break  # it is being written
-                    at += len(line)
-                    self._read[path] = at
+                    offset += len(line)
+                    self._read[path] = offset
                     for text in line.decode(errors="replace").splitlines():
                         yield f"({path.stem}) {text}"

@@ -31,25 +31,25 @@ if TYPE_CHECKING:
     from distplat.platform.server_group import ServersSeen, ShardAssignment
 
 
-def role_lines(seen: Overview) -> list[str]:
+def role_lines(overview: Overview) -> list[str]:
     """Give the lines of a run's roles."""
-    lines = [f"run {seen.run}"]
-    if seen.servers is not None:
-        lines += ["", *_server_lines(seen.servers)]
-    if seen.scheduler is not None:
-        lines += ["", *_worker_lines(seen.scheduler, seen.scale)]
-    if seen.servers is None and seen.scheduler is None:
+    lines = [f"run {overview.run}"]
+    if overview.servers is not None:
+        lines += ["", *_server_lines(overview.servers)]
+    if overview.scheduler is not None:
+        lines += ["", *_worker_lines(overview.scheduler, overview.scale)]
+    if overview.servers is None and overview.scheduler is None:
         lines += ["its strategy has neither servers nor a task scheduler"]
     return lines
 
 
-def role_facts(seen: Overview) -> dict[str, Any]:
+def role_facts(overview: Overview) -> dict[str, Any]:
     """Give the roles for JSON output."""
-    tasks = seen.scheduler
+    scheduler = overview.scheduler
     return {
-        "run": seen.run,
-        "servers": None if seen.servers is None else asdict(seen.servers),
-        "scheduler": None if tasks is None else asdict(tasks) | asdict(seen.scale),
+        "run": overview.run,
+        "servers": None if overview.servers is None else asdict(overview.servers),
+        "scheduler": None if scheduler is None else asdict(scheduler) | asdict(overview.scale),
     }
 
 
@@ -92,8 +92,8 @@ def _worker_lines(scheduler: SchedulerStatus, scale: ScaleStatus) -> list[str]:
         f"task scheduler    step {scheduler.done} of {scheduler.steps}, attempt {scheduler.attempt}"
     )
     if scheduler.dynamic_tasks:
-        twice = f"{scheduler.duplicates} were made twice"
-        head += f", tasks of 1/{scheduler.parts} step are leased, {twice}"
+        duplicates = f"{scheduler.duplicates} were made twice"
+        head += f", tasks of 1/{scheduler.parts} step are leased, {duplicates}"
     else:
         head += ", each worker makes its part of every step"
     unit = "TASKS" if scheduler.dynamic_tasks else "STEPS"
@@ -107,23 +107,23 @@ def _worker_lines(scheduler: SchedulerStatus, scale: ScaleStatus) -> list[str]:
 
 
 def _row(entry: WorkerRow, scheduler: SchedulerStatus) -> list[str]:
-    one = entry.stats
-    lease = f"part {one.rank} of {scheduler.parts}"
+    stats = entry.stats
+    lease = f"part {stats.rank} of {scheduler.parts}"
     if scheduler.dynamic_tasks:
         lease = "-"
         if entry.lease is not None:
             first, last, count = entry.lease
             lease = f"{first}" if count == 1 else f"{first}..{last} ({count})"
-    marks = [("straggler", one.straggler), ("leaving", entry.leaving)]
-    marks += [(f"silent for {one.silent_s:.0f} s", one.silent_s >= _SILENT_S)]
+    flags = [("straggler", stats.straggler), ("leaving", entry.leaving)]
+    flags += [(f"silent for {stats.silent_s:.0f} s", stats.silent_s >= _SILENT_S)]
     return [
-        f"worker-{one.rank}",
-        str(one.step),
-        str(one.made),
-        "-" if one.per_s is None else f"{one.per_s:.1f}",
-        "-" if one.step_s is None else f"{one.step_s * 1e3:.1f} ms",
+        f"worker-{stats.rank}",
+        str(stats.step),
+        str(stats.made),
+        "-" if stats.per_s is None else f"{stats.per_s:.1f}",
+        "-" if stats.step_s is None else f"{stats.step_s * 1e3:.1f} ms",
         lease,
-        ", ".join(word for word, marked in marks if marked),
+        ", ".join(word for word, marked in flags if marked),
     ]
 
 
@@ -151,11 +151,11 @@ def scale(
     with joined(address, job) as run:
         from distplat.actors.overview import scale as change
 
-        seen = change(run, workers, wait_s)
+        overview = change(run, workers, wait_s)
     if as_json:
-        print(to_json(role_facts(seen)))
+        print(to_json(role_facts(overview)))
     else:
-        print(printable("\n".join(role_lines(seen))))
+        print(printable("\n".join(role_lines(overview))))
 
 
 def roles_of(address: str | None, name: str) -> Overview:
@@ -216,15 +216,15 @@ def joined(address: str | None, name: str, submission: str | None = None) -> Ite
         SpecError: there is no such run, or several; or the address cannot be joined from here.
         ClusterUnreachable: no Ray runs there.
     """
-    target = _joinable(address)
+    target = _target_to_join(address)
     bring_token(target)
-    with redirect_stdout(sys.stderr), _way(target, name, submission):
+    with redirect_stdout(sys.stderr), _connection(target, name, submission):
         from distplat.actors.overview import one_run, submitted_run
 
         yield one_run(name) if submission is None else submitted_run(submission, name)
 
 
-def _joinable(address: str | None) -> Target:
+def _target_to_join(address: str | None) -> Target:
     """
     Give where to go.
 
@@ -241,7 +241,7 @@ def _joinable(address: str | None) -> Target:
     return target
 
 
-def _way(target: Target, name: str, submission: str | None) -> AbstractContextManager[None]:
+def _connection(target: Target, name: str, submission: str | None) -> AbstractContextManager[None]:
     """Give the way to the Ray that was named; or to that of the Rays here which has the run."""
     from distplat.cli.join import connected_here, connected_to, rays_here
 
@@ -251,10 +251,10 @@ def _way(target: Target, name: str, submission: str | None) -> AbstractContextMa
     rays = [] if target.kind == "jobs" else rays_here()
     if len(rays) < 2:
         return connected_here()
-    return connected_to(_ray_of(rays, name, submission), own=True)
+    return connected_to(_address_of_run(rays, name, submission), own=True)
 
 
-def _ray_of(rays: Sequence[str], name: str, submission: str | None) -> str:
+def _address_of_run(rays: Sequence[str], name: str, submission: str | None) -> str:
     """
     Ask several Rays of this machine for a run; give the address of the one that has it.
 
@@ -265,26 +265,26 @@ def _ray_of(rays: Sequence[str], name: str, submission: str | None) -> str:
     from distplat.actors.overview import NoSuchRun, find_runs, submitted_run
     from distplat.cli.join import connected_to
 
-    found: list[tuple[str, str]] = []
-    unknown: list[Problem] = []
-    silent: list[DistplatError] = []
+    matches: list[tuple[str, str]] = []
+    not_found: list[Problem] = []
+    unreachable: list[DistplatError] = []
     for address in rays:
         try:
             with connected_to(address, own=True):
                 runs = find_runs(name) if submission is None else [submitted_run(submission, name)]
-            found += [(address, one.run) for one in runs]
+            matches += [(address, one.run) for one in runs]
         except SpecError as error:
-            told = (replace(one, message=f"{one.message} at {address}") for one in error.problems)
-            unknown += told
+            for problem in error.problems:
+                not_found.append(replace(problem, message=f"{problem.message} at {address}"))
         except (ClusterUnreachable, InfrastructureError) as error:  # or it is just ending
-            silent.append(error)
-    if not found and not unknown and silent:
-        raise silent[0]
-    if not found and not silent:
-        raise NoSuchRun(*unknown)
-    if not found:
-        raise SpecError(*unknown, *(Problem((), str(error)) for error in silent))
-    if len({address for address, _ in found}) > 1:
-        named = ", ".join(f"{run} at {address}" for address, run in found)
+            unreachable.append(error)
+    if not matches and not not_found and unreachable:
+        raise unreachable[0]
+    if not matches and not unreachable:
+        raise NoSuchRun(*not_found)
+    if not matches:
+        raise SpecError(*not_found, *(Problem((), str(error)) for error in unreachable))
+    if len({address for address, _ in matches}) > 1:
+        named = ", ".join(f"{run} at {address}" for address, run in matches)
         raise SpecError(Problem((), f"several runs of job {name!r} go on", f"name one: {named}"))
-    return found[0][0]
+    return matches[0][0]

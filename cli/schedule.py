@@ -52,18 +52,18 @@ def schedule(
     as_json = is_json(output)
     costs = _costs(forward, backward, weight, send)
     try:
-        chosen = build(name, stages, micro_batches, virtual)
+        plan = build(name, stages, micro_batches, virtual)
     except ValueError as error:
         raise SpecError(str(error)) from error
-    found = simulate(chosen, costs, buffer)
+    simulation = simulate(plan, costs, buffer)
     if svg is not None:
-        _write(svg, chosen, found)
+        _write(svg, plan, simulation)
     if as_json:
         from distplat.platform.progress import to_json
 
-        print(to_json({**_facts(chosen, found), "spans": _spans(found)}))
+        print(to_json({**_facts(plan, simulation), "spans": _spans(simulation)}))
     else:
-        _print(chosen, found)
+        _print(plan, simulation)
 
 
 def _costs(forward: float, backward: float, weight: float | None, send: float) -> "Costs":
@@ -77,68 +77,68 @@ def _costs(forward: float, backward: float, weight: float | None, send: float) -
     return Costs(forward, backward - late, late, send)
 
 
-def _facts(chosen: "PipelineSchedule", found: "Simulation") -> dict[str, Any]:
+def _facts(plan: "PipelineSchedule", simulation: "Simulation") -> dict[str, Any]:
     return {
-        "schedule": chosen.name,
-        "stages": chosen.stages,
-        "micro_batches": chosen.micro_batches,
-        "virtual": chosen.chunks,
-        "makespan": found.makespan,
-        "bubble": found.bubble,
-        "peak_activations": list(found.peak_activations),
+        "schedule": plan.name,
+        "stages": plan.stages,
+        "micro_batches": plan.micro_batches,
+        "virtual": plan.chunks,
+        "makespan": simulation.makespan,
+        "bubble": simulation.bubble,
+        "peak_activations": list(simulation.peak_activations),
     }
 
 
-def _spans(found: "Simulation") -> list[list[dict[str, Any]]]:
+def _spans(simulation: "Simulation") -> list[list[dict[str, Any]]]:
     return [
         [{**asdict(span.action), "start": span.start, "end": span.end} for span in row]
-        for row in found.spans
+        for row in simulation.spans
     ]
 
 
-def _title(chosen: "PipelineSchedule") -> str:
-    chunks = f" of {chosen.chunks} chunks" if chosen.chunks > 1 else ""
-    return f"{chosen.name}: {chosen.stages} stages{chunks}, {chosen.micro_batches} micro-batches"
+def _title(plan: "PipelineSchedule") -> str:
+    chunks = f" of {plan.chunks} chunks" if plan.chunks > 1 else ""
+    return f"{plan.name}: {plan.stages} stages{chunks}, {plan.micro_batches} micro-batches"
 
 
-def _rows(chosen: "PipelineSchedule", found: "Simulation") -> list[tuple[str, str]]:
-    live = ", ".join(map(str, found.peak_activations))
-    unit = f" (of 1/{chosen.chunks} stage each)" if chosen.chunks > 1 else ""
+def _rows(plan: "PipelineSchedule", simulation: "Simulation") -> list[tuple[str, str]]:
+    live = ", ".join(map(str, simulation.peak_activations))
+    unit = f" (of 1/{plan.chunks} stage each)" if plan.chunks > 1 else ""
     return [
-        ("makespan", f"{found.makespan:.4g}"),
-        ("bubble", f"{found.bubble:.1%}"),
+        ("makespan", f"{simulation.makespan:.4g}"),
+        ("bubble", f"{simulation.bubble:.1%}"),
         ("peak activations", f"{live} micro-batches{unit}, by stage"),
     ]
 
 
-def _print(chosen: "PipelineSchedule", found: "Simulation") -> None:
+def _print(plan: "PipelineSchedule", simulation: "Simulation") -> None:
     from distplat.cli.charts import chart
     from distplat.cli.render import print_pairs, terminal
 
     console = terminal()
-    print(printable(_title(chosen)))
+    print(printable(_title(plan)))
     print()
     if console is not None:
-        for line in chart(found.spans, console.width):
+        for line in chart(simulation.spans, console.width):
             console.print(line, crop=False)
     else:
-        for line in chart(found.spans):
+        for line in chart(simulation.spans):
             print(printable(line.plain.rstrip()))
     print()
-    weights = ", W gradient of the weights" if chosen.splits_backward else ""
-    primes = ", a prime for each further chunk" if chosen.chunks > 1 else ""
+    weights = ", W gradient of the weights" if plan.splits_backward else ""
+    primes = ", a prime for each further chunk" if plan.chunks > 1 else ""
     print(printable(f"F forward, B backward{weights}, the micro-batch behind it{primes}, . idle"))
-    print_pairs(_rows(chosen, found))
+    print_pairs(_rows(plan, simulation))
 
 
-def _write(path: Path, chosen: "PipelineSchedule", found: "Simulation") -> None:
+def _write(path: Path, plan: "PipelineSchedule", simulation: "Simulation") -> None:
     from distplat.cli.common_options import report_extra
 
     with report_extra():
         from distplat.cli.charts import bars_of, pipeline_chart
-    figures = ";  ".join(f"{name} {value}" for name, value in _rows(chosen, found))
-    title = f"{_title(chosen)}\n{figures}"
-    drawing = pipeline_chart({title: bars_of(found.spans)}, themed=False)
+    figures = ";  ".join(f"{name} {value}" for name, value in _rows(plan, simulation))
+    title = f"{_title(plan)}\n{figures}"
+    drawing = pipeline_chart({title: bars_of(simulation.spans)}, themed=False)
     try:
         path.write_text(drawing, encoding="utf-8")
     except OSError as error:

@@ -113,8 +113,8 @@ def submit_script(
     as_json, folder = is_json(output), _folder(working_dir, command)
     resources = {"CPU": cpus_per_worker, "GPU": gpus_per_worker}
     scaling = Scaling(num_workers=num_workers, resources_per_worker=resources)
-    given = tuple(command), folder, _storage(storage_path), scaling, max_restarts
-    job = ScriptJob(_name(name, command), *given)
+    job_fields = tuple(command), folder, _storage(storage_path), scaling, max_restarts
+    job = ScriptJob(_name(name, command), *job_fields)
     lines = Lines(sys.stderr if as_json else sys.stdout, num_workers, quiet=quiet)
     with _ray(address, folder, (runtime_env, runtime_env_json), quiet=quiet):
         result = train_script(job, lines)
@@ -147,8 +147,8 @@ def _folder(working_dir: Path | None, command: list[str]) -> Path:
         raise SpecError(Problem(("--",), f"{command[0]} is a job file and no command", hint))
     with naming_path(working_dir or "the current directory", "--working-dir"):
         folder = (working_dir or Path.cwd()).resolve()
-        found = folder.is_dir()
-    if not found:
+        exists = folder.is_dir()
+    if not exists:
         raise SpecError(Problem(("--working-dir",), f"{folder} is no directory"))
     return folder
 

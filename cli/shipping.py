@@ -115,22 +115,22 @@ def read_runtime_env(file: Path | None, text: str | None) -> dict[str, Any]:
     marks: Positions = {}
     try:
         if file:
-            found, marks = parse_yaml(read_text(file), str(file))
+            environment, marks = parse_yaml(read_text(file), str(file))
         else:
-            found = json.loads(text or "{}")
+            environment = json.loads(text or "{}")
     except (ValueError, RecursionError, SpecError) as error:
         raise SpecError(Problem((option,), f"cannot be read: {error}")) from None
-    if not isinstance(found, dict):
+    if not isinstance(environment, dict):
         raise SpecError(Problem((option,), "must be a mapping"))
-    if "working_dir" in found:
+    if "working_dir" in environment:
         raise SpecError(Problem((option, "working_dir"), "is set by --working-dir"))
-    wrong = [problem for key in found for problem in _mistyped(key, found[key])]
-    if wrong:
-        raise SpecError(*(_placed(problem, option, file, marks) for problem in wrong))
-    return found
+    problems = [problem for key in environment for problem in _type_problems(key, environment[key])]
+    if problems:
+        raise SpecError(*(_with_position(problem, option, file, marks) for problem in problems))
+    return environment
 
 
-def _mistyped(key: str, value: object) -> list[Problem]:
+def _type_problems(key: str, value: object) -> list[Problem]:
     """Check what `with_folders` adds to: a text would be taken apart into its letters."""
     if key in ("excludes", "py_modules"):
         if not isinstance(value, list):
@@ -142,18 +142,18 @@ def _mistyped(key: str, value: object) -> list[Problem]:
         items = value
     else:
         return []
-    wrong = [
+    problems = [
         Problem((key, name), f"must be a text (got {show(item)})", "quote it")
         for name, item in items.items()
         if not isinstance(item, str)
     ]
     names = [name for name in items if isinstance(name, str) and not _VARIABLE.fullmatch(name)]
-    wrong += [Problem((key,), f"{show(name)} is no name of a variable") for name in names]
+    problems += [Problem((key,), f"{show(name)} is no name of a variable") for name in names]
     texts = [name for name, item in items.items() if isinstance(item, str) and "\0" in item]
-    return wrong + [Problem((key, name), "may hold no NUL character") for name in texts]
+    return problems + [Problem((key, name), "may hold no NUL character") for name in texts]
 
 
-def _placed(problem: Problem, option: str, file: Path | None, marks: Positions) -> Problem:
+def _with_position(problem: Problem, option: str, file: Path | None, marks: Positions) -> Problem:
     line, column = marks.get(problem.where, (0, 0))
     where = problem.where if file else (option, *problem.where)
     return replace(problem, where=where, file=str(file or ""), line=line, column=column)

@@ -67,14 +67,14 @@ class JobSource:
             ("--num-workers", "scaling.num_workers", self.num_workers),
             ("--name", "name", self.name),
         ]
-        given = [f"{field}={value}" for _, field, value in flags if value is not None]
-        overrides = [*(self.settings or ()), *given]
+        flag_overrides = [f"{field}={value}" for _, field, value in flags if value is not None]
+        overrides = [*(self.settings or ()), *flag_overrides]
         try:
             return load_job(self.job_file, overrides=overrides, environ=os.environ)
         except SpecError as error:  # a flag's problem names the flag, not the `--set` for it
             names = {f"--set {field}": flag for flag, field, _ in flags}
-            found = (replace(one, file=names.get(one.file, one.file)) for one in error.problems)
-            raise SpecError(*found) from None
+            problems = (replace(p, file=names.get(p.file, p.file)) for p in error.problems)
+            raise SpecError(*problems) from None
 
     def read_with_task(self) -> Job:
         """
@@ -179,8 +179,8 @@ def submit(request: SubmitRequest) -> None:
         return
     request.say(f"running on {_named(target, job)}")
     view = View(quiet=request.quiet)
-    user = request.runtime_env, request.runtime_env_json
-    with connection(target, request.source.folder, *user, partial(request.shipping, job.task)):
+    user_env = request.runtime_env, request.runtime_env_json
+    with connection(target, request.source.folder, *user_env, partial(request.shipping, job.task)):
         facts = train(
             job,
             view,
@@ -205,7 +205,7 @@ def dry_run(request: SubmitRequest) -> None:
     start = None
     if target.kind != "jobs":
         check_libraries(job)
-        start = _start(request, job)
+        start = _start_step(request, job)
     roles = make_strategy(job).roles(job)
     started = {"num_workers": job.scaling.num_workers, "num_servers": roles.servers}
     if request.as_json:
@@ -221,7 +221,7 @@ def dry_run(request: SubmitRequest) -> None:
         request.say(f"would go on after step {start}, of {request.resume}")
 
 
-def _start(request: SubmitRequest, job: Job) -> int | None:
+def _start_step(request: SubmitRequest, job: Job) -> int | None:
     """Give the step that a run would go on after; None: it would begin with the first."""
     if request.resume is None:
         return None
@@ -257,8 +257,8 @@ def choose_target(address: str | None, say: Callable[[str], None], *, with_ray: 
 
     if target.address == "auto":
         return Target("here", own_ray_address(), target.origin)
-    found = running_here(say)
-    return Target("here", found, "") if found else target
+    local_address = running_here(say)
+    return Target("here", local_address, "") if local_address else target
 
 
 def _named(target: Target, job: Job) -> str:
@@ -301,11 +301,11 @@ def connection(
     from distplat.actors.ray_compat import use_token_at_hand
     from distplat.cli.join import check_environment, connected
 
-    user = shipping.read_runtime_env(runtime_env, runtime_env_json)
-    check_environment(user)
+    user_env = shipping.read_runtime_env(runtime_env, runtime_env_json)
+    check_environment(user_env)
     if target.kind == "here":
         use_token_at_hand()
-    return connected(target.address, shipping.with_folders(folder, user), on_package)
+    return connected(target.address, shipping.with_folders(folder, user_env), on_package)
 
 
 def _check_options(request: SubmitRequest, target: Target) -> None:
@@ -321,19 +321,19 @@ def _check_options(request: SubmitRequest, target: Target) -> None:
         "--no-wait": not request.remote.wait,
         "--entrypoint-*": request.remote.resources,
     }
-    idle = [option for option, given in remote_only.items() if given and target.kind != "jobs"]
+    unused = [option for option, given in remote_only.items() if given and target.kind != "jobs"]
     if target.kind == "local" and (request.runtime_env or request.runtime_env_json):
-        idle.append("--runtime-env")
-    if idle:
+        unused.append("--runtime-env")
+    if unused:
         hint = "give --address http://HOST:8265"
         raise SpecError(
-            *(Problem((option,), "has effect on a cluster only", hint) for option in idle)
+            *(Problem((option,), "has effect on a cluster only", hint) for option in unused)
         )
     with naming_path("the current directory"):
         Path.cwd()
     with naming_path(request.source.folder, "--working-dir"):
-        found = request.source.folder.is_dir()
-    if not found:
+        exists = request.source.folder.is_dir()
+    if not exists:
         raise SpecError(Problem(("--working-dir",), f"{request.source.folder} is no directory"))
 
 
@@ -345,23 +345,23 @@ def _send(request: SubmitRequest, job: Job, target: Target) -> tuple["Jobs", str
         SpecError: something is wrong with the options, or with what would be shipped.
         ClusterUnreachable: nobody answers, or the cluster is too old.
     """
-    given = shipping.read_runtime_env(request.runtime_env, request.runtime_env_json)
+    user_env = shipping.read_runtime_env(request.runtime_env, request.runtime_env_json)
     metadata = _metadata(request.remote.metadata_json, job)
     from distplat.cli.cluster import OURS, Jobs
     from distplat.cli.join import check_environment, ignores
 
-    check_environment(given)
+    check_environment(user_env)
     jobs = Jobs(target.address)
-    if differs := check_cluster(target.address, jobs.versions(), OURS, given):
+    if differs := check_cluster(target.address, jobs.versions(), OURS, user_env):
         request.say(differs)
-    return jobs, send(jobs, job, request, given, metadata, ignores)
+    return jobs, send(jobs, job, request, user_env, metadata, ignores)
 
 
 def send(
     jobs: "Jobs",
     job: Job,
     request: SubmitRequest,
-    given: Mapping[str, Any],
+    user_env: Mapping[str, Any],
     metadata: Mapping[str, str],
     ignores: Ignores,
 ) -> str:
@@ -372,7 +372,7 @@ def send(
         jobs: where.
         job: what.
         request: how.
-        given: the user's own runtime environment.
+        user_env: the user's own runtime environment.
         metadata: of the job at the API.
         ignores: what Ray will leave out of the folder.
 
@@ -381,7 +381,7 @@ def send(
     """
     job_id = remote.check_id(request.remote.submission_id or f"{job.name}-{secrets.token_hex(3)}")
     strategy_file, resume = request.source.strategy_file, request.resume
-    environment = shipping.runtime_env(job, request.source.folder, strategy_file, given, resume)
+    environment = shipping.runtime_env(job, request.source.folder, strategy_file, user_env, resume)
     package = measure(request.source.folder, environment["excludes"], ignores)
     request.shipping(job.task, package)
     return jobs.submit(
@@ -400,16 +400,16 @@ def _submit_remote(request: SubmitRequest, job: Job, target: Target) -> None:
     if not Path(folder).is_absolute():
         request.say(f"run directory: below {STORAGE / folder} of the driver's machine")
     if not request.remote.wait:
-        _print_left(job_id, target, request)
+        _print_job_id(job_id, target, request)
         return
     reader = remote.LogReader(request.say)
     try:
         info = remote.follow(jobs, job_id, reader)
     except KeyboardInterrupt:
-        _leave(f"\ndetached; the job {job_id} goes on", job_id, target)
+        _say_detached(f"\ndetached; the job {job_id} goes on", job_id, target)
         raise remote.Detached from None
     except ClusterUnreachable:
-        _leave(f"lost sight of the job {job_id}, which may go on", job_id, target)
+        _say_detached(f"lost sight of the job {job_id}, which may go on", job_id, target)
         raise
     if reader.facts is not None:
         _print(reader.facts, request, job_id)
@@ -419,7 +419,7 @@ def _submit_remote(request: SubmitRequest, job: Job, target: Target) -> None:
         raise typer.Exit(code)
 
 
-def _print_left(job_id: str, target: Target, request: SubmitRequest) -> None:
+def _print_job_id(job_id: str, target: Target, request: SubmitRequest) -> None:
     for line in _next_commands(job_id, target):
         request.say(line)
     if request.as_json:
@@ -428,7 +428,7 @@ def _print_left(job_id: str, target: Target, request: SubmitRequest) -> None:
         print(printable(job_id))
 
 
-def _leave(why: str, job_id: str, target: Target) -> None:
+def _say_detached(why: str, job_id: str, target: Target) -> None:
     for line in (why, *_next_commands(job_id, target)):
         remote.say(line)
 
@@ -451,10 +451,10 @@ def _metadata(text: str | None, job: Job) -> dict[str, str]:
     """
     option = ("--metadata-json",)
     try:
-        found = json.loads(text or "{}")
+        fields = json.loads(text or "{}")
     except (ValueError, RecursionError) as error:
         raise SpecError(Problem(option, f"is not JSON: {error}")) from None
-    if not isinstance(found, dict) or not all(isinstance(value, str) for value in found.values()):
+    if not isinstance(fields, dict) or not all(isinstance(value, str) for value in fields.values()):
         raise SpecError(Problem(option, "must be a mapping of text to text"))
     ours = {
         "job_name": job.name,  # Ray's own key: the dashboard shows it
@@ -462,9 +462,9 @@ def _metadata(text: str | None, job: Job) -> dict[str, str]:
         "num_workers": str(job.scaling.num_workers),
         VERSION_KEY: distplat.__version__,
     }
-    for key in sorted(ours.keys() & found):
+    for key in sorted(ours.keys() & fields):
         raise SpecError(Problem((*option, key), "is set by distplat itself"))
-    return {**found, **ours}
+    return {**fields, **ours}
 
 
 def _print(facts: Facts, request: SubmitRequest, job_id: str | None = None) -> None:

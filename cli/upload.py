@@ -29,16 +29,16 @@ def upload(run: Run) -> None:
     path = find_run(run)
     record = read_run(path, steps=False)
     url, limit_s = _where(record)
-    before, whole = record.result, False
+    before, complete = record.result, False
     if before is not None:
         _write_result(path, completed(before))
     try:
         with Stopping() as stopping:
             copy = upload_of(path, url, limit_s, lambda text: say(f"warning: {text}"))
             missing = copy.close(lambda: stopping.asked)
-            whole = not missing
+            complete = not missing
     finally:
-        if before is not None and not whole:
+        if before is not None and not complete:
             _write_result(path, before)
     if missing and stopping.asked:
         say(f"error: {missing}")
@@ -61,8 +61,8 @@ def _where(record: RunRecord) -> tuple[str, float]:
         raise SpecError(Problem(("storage_path",), text, "copy the directory as it is"))
     check_url(url, "storage_path")
     try:
-        given = {"storage_timeout_s": record.job["failure"]["storage_timeout_s"]}
-        return url, Failure.model_validate(given).storage_timeout_s
+        fields = {"storage_timeout_s": record.job["failure"]["storage_timeout_s"]}
+        return url, Failure.model_validate(fields).storage_timeout_s
     except (LookupError, TypeError, ValueError):
         return url, Failure().storage_timeout_s
 

@@ -56,8 +56,8 @@ def verify(
     from distplat.actors.verifying import VerifyRequest, verify  # torch and Ray
 
     names = tuple(name.strip() for name in strategies.split(",")) if strategies else ()
-    wanted = VerifyRequest(job, source.folder, names, steps, workers, strategy_file)
-    rows = list(verify(wanted, say if not quiet else lambda line: None))
+    request = VerifyRequest(job, source.folder, names, steps, workers, strategy_file)
+    rows = list(verify(request, say if not quiet else lambda line: None))
     if as_json:
         print(to_json([facts(row) for row in rows]))
     else:
@@ -77,8 +77,8 @@ def exit_code(rows: Sequence[Row]) -> int:
 def facts(row: Row) -> dict[str, object]:
     """Give a row as JSON has it."""
     fields = ("strategy", "check", "verdict", "failed", "difference", "floor", "name", "step")
-    found: dict[str, object] = {field: getattr(row, field) for field in fields}
-    return {**found, "reason": row.reason}
+    values: dict[str, object] = {field: getattr(row, field) for field in fields}
+    return {**values, "reason": row.reason}
 
 
 def print_rows(rows: Sequence[Row]) -> None:
@@ -126,31 +126,31 @@ def replay(
     as_json = is_json(output)
     from distplat.actors.verifying import replay_run  # torch
 
-    found = replay_run(run_directory, working_dir)
+    result = replay_run(run_directory, working_dir)
     if as_json:
-        staleness = [dict(sorted(counts.items())) for counts in found.staleness]
-        facts = {**vars(found), "same_bits": found.differing is None, "staleness": staleness}
+        staleness = [dict(sorted(counts.items())) for counts in result.staleness]
+        facts = {**vars(result), "same_bits": result.differing is None, "staleness": staleness}
         print(to_json(facts))
     else:
         verdict = "the same bits"
-        if found.differing is not None:
-            verdict = f"DIFFERS, first in {found.differing}, by up to {found.difference:.3g}"
+        if result.differing is not None:
+            verdict = f"DIFFERS, first in {result.differing}, by up to {result.difference:.3g}"
         rows = [
-            ("run", found.run),
-            ("updates", f"{found.updates} on each of {found.shards} shards"),
+            ("run", result.run),
+            ("updates", f"{result.updates} on each of {result.shards} shards"),
         ]
         rows += [
             (f"staleness of worker-{rank}", _histogram(counts))
-            for rank, counts in enumerate(found.staleness)
+            for rank, counts in enumerate(result.staleness)
         ]
         print_pairs([*rows, ("model", verdict)])
-    if found.differing is not None:
+    if result.differing is not None:
         raise typer.Exit(1)
 
 
 def _histogram(counts: Counter[int]) -> str:
     """`0: 12%  1: 80%  2: 8%`."""
     total = max(1, counts.total())
-    shown = [f"{value}: {count / total:.0%}" for value, count in sorted(counts.items())]
-    more = ["..."] if len(shown) > _SHOWN else []
-    return "  ".join([*shown[:_SHOWN], *more])
+    parts = [f"{value}: {count / total:.0%}" for value, count in sorted(counts.items())]
+    more = ["..."] if len(parts) > _SHOWN else []
+    return "  ".join([*parts[:_SHOWN], *more])

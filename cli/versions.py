@@ -33,7 +33,7 @@ class Versions:
         return f"Ray {self.ray} on Python {self.python}" if self.python else f"Ray {self.ray}"
 
 
-def check_cluster(address: str, theirs: Versions, ours: Versions, given: Collection[str]) -> str:
+def check_cluster(address: str, theirs: Versions, ours: Versions, env_keys: Collection[str]) -> str:
     """
     See whether a job that is handed to a cluster's job API can run there.
 
@@ -41,7 +41,7 @@ def check_cluster(address: str, theirs: Versions, ours: Versions, given: Collect
         address: of the job API.
         theirs: what the cluster has.
         ours: what is here.
-        given: the parts of the runtime environment that the user gave.
+        env_keys: the parts of the runtime environment that the user gave.
 
     Returns:
         What is worth a word; empty: the same versions are here and there.
@@ -50,8 +50,8 @@ def check_cluster(address: str, theirs: Versions, ours: Versions, given: Collect
         ClusterUnreachable: the cluster is too old.
     """
     old = _numbers(theirs.ray)[:2] < OLDEST_RAY
-    brought = bool(_BRINGS_PYTHON & set(given))
-    if theirs.python and not brought and _numbers(theirs.python)[:2] < OLDEST_PYTHON:
+    brings_python = bool(_BRINGS_PYTHON & set(env_keys))
+    if theirs.python and not brings_python and _numbers(theirs.python)[:2] < OLDEST_PYTHON:
         old = True
     if old:
         ray, python = (".".join(map(str, one)) for one in (OLDEST_RAY, OLDEST_PYTHON))
@@ -59,7 +59,7 @@ def check_cluster(address: str, theirs: Versions, ours: Versions, given: Collect
             f"the cluster at {address} has {theirs}, and distplat needs Ray {ray} and Python "
             f"{python} there, or later; this machine has {ours}: start the cluster with that"
         )
-    same_python = brought or not theirs.python or _minor(theirs.python) == _minor(ours.python)
+    same_python = brings_python or not theirs.python or _minor(theirs.python) == _minor(ours.python)
     if theirs.ray == ours.ray and same_python:
         return ""
     return f"the cluster has {theirs}, this machine {ours}: the job runs with the cluster's"
@@ -73,10 +73,10 @@ def driver_mismatch(address: str, text: str) -> str:
         address: of the cluster.
         text: Ray's words.
     """
-    found = [Versions(*pair) for pair in _RAYS_OWN.findall(text)]
-    if len(found) != 2:
+    versions = [Versions(*pair) for pair in _RAYS_OWN.findall(text)]
+    if len(versions) != 2:
         return ""
-    cluster, ours = found
+    cluster, ours = versions
     if cluster.ray == ours.ray and _minor(cluster.python) == _minor(ours.python):
         remedy = f"set {_LEVEL}=minor, which lets a driver of another patch release of Python join"
     else:

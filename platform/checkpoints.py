@@ -108,8 +108,8 @@ class CheckpointAssembly:
 
     def skipped(self) -> list[int]:
         """Give the versions that came to no checkpoint though no part of them failed, each once."""
-        found, self._skipped = self._skipped, []
-        return found
+        versions, self._skipped = self._skipped, []
+        return versions
 
 
 class CommonVersion:
@@ -222,8 +222,8 @@ class Catalogue:
         """Give the steps that have a checkpoint, whole or damaged, oldest first."""
         if not self.folder.is_dir():
             return []
-        found = [step_of(path.name) for path in self.folder.iterdir()]
-        return sorted(step for step in found if step is not None)
+        numbers = [step_of(path.name) for path in self.folder.iterdir()]
+        return sorted(step for step in numbers if step is not None)
 
     def path(self, step: int) -> Path:
         """Give the directory of a step's checkpoint."""
@@ -242,15 +242,15 @@ class Catalogue:
             OSError: the disk is full, or the directory is gone.
         """
         target, disk = self.path(step), self._disk
-        self._tidy()
+        self._remove_leftovers()
         if target.is_dir():
             if not flaws(target):
                 return target
-            self._drop(target)
+            self._delete(target)
         partial = target.with_name(target.name + _PARTIAL)
-        content = {**files, STATE: [_canonical({**state, "step": step})]}
+        content = {**files, STATE: [_to_json({**state, "step": step})]}
         try:
-            self._fill(partial, content)
+            self._write_files(partial, content)
             disk.rename(partial, target)
         except OSError:
             with contextlib.suppress(OSError):
@@ -274,17 +274,17 @@ class Catalogue:
         Raises:
             OSError: it is damaged, so nothing is deleted.
         """
-        why, too_many = "", surplus(self.steps(), keep, written, protected)
-        if not too_many:
-            return why
-        if found := shortfall(self.path(written)):
-            raise OSError(f"{found}; nothing was deleted")
-        for step in too_many:
+        reason, deletable = "", surplus(self.steps(), keep, written, protected)
+        if not deletable:
+            return reason
+        if problem := shortfall(self.path(written)):
+            raise OSError(f"{problem}; nothing was deleted")
+        for step in deletable:
             try:
-                self._drop(self.path(step))
+                self._delete(self.path(step))
             except OSError as error:  # on NFS, for example, while somebody reads it
-                why = f"{self.path(step)}: {error.strerror or error}"
-        return why
+                reason = f"{self.path(step)}: {error.strerror or error}"
+        return reason
 
     def set_aside(self, after: int) -> None:
         """
@@ -333,24 +333,24 @@ class Catalogue:
             raise StorageError(f"{self.folder}: all {len(steps)} checkpoints are damaged")
         return None
 
-    def _fill(self, partial: Path, files: Mapping[str, FileContent]) -> None:
+    def _write_files(self, partial: Path, files: Mapping[str, FileContent]) -> None:
         """Write all files, then what they should be, then their names."""
         self._disk.make(partial)
-        about = {}
+        entries = {}
         for name, content in files.items():
             size, digest = self._disk.write(partial / name, content)
-            about[name] = {"bytes": size, "sha256": digest}
-        manifest = _canonical({"files": about, "format": FORMAT})
+            entries[name] = {"bytes": size, "sha256": digest}
+        manifest = _to_json({"files": entries, "format": FORMAT})
         self._disk.write(partial / MANIFEST, [manifest])
         self._disk.sync(partial)
 
-    def _drop(self, path: Path) -> None:
+    def _delete(self, path: Path) -> None:
         """Take the name away first: what is half deleted must not look like a damaged one."""
         gone = path.with_name(path.name + _DELETED)
         self._disk.rename(path, gone)
         self._disk.remove(gone)
 
-    def _tidy(self) -> None:
+    def _remove_leftovers(self) -> None:
         """Remove what a crash has left."""
         if not self.folder.is_dir():
             self._disk.make(self.folder)
@@ -373,7 +373,7 @@ def read(path: Path, moved: Moved = lambda: None) -> StoredCheckpoint:
         StorageError: it is damaged; names what is wrong.
     """
     manifest = listed(path)
-    files = {name: _checked(path / name, facts, moved) for name, facts in manifest.items()}
+    files = {name: _read_verified(path / name, facts, moved) for name, facts in manifest.items()}
     try:
         state = json.loads(files.pop(STATE))
         assert isinstance(state["step"], int)
@@ -418,16 +418,16 @@ def find(
         StorageError: there are some, and all are damaged.
     """
     with naming_path(path, "--resume"):
-        is_one, there = (path / MANIFEST).is_file(), path.is_dir()
-    if is_one or step_of(path.name) is not None:
-        if not there:
+        is_checkpoint, exists = (path / MANIFEST).is_file(), path.is_dir()
+    if is_checkpoint or step_of(path.name) is not None:
+        if not exists:
             raise SpecError(Problem(("--resume",), f"there is no {path}"))
         return read(path, moved)
     catalogue = Catalogue(path if path.name == FOLDER else path / FOLDER)
-    found = catalogue.newest(warn, moved)
-    if found is not None:
-        return found
-    what = f"no checkpoint in {path}" if there else f"there is no directory {path}"
+    stored = catalogue.newest(warn, moved)
+    if stored is not None:
+        return stored
+    what = f"no checkpoint in {path}" if exists else f"there is no directory {path}"
     hint = "give a run directory, or a directory step-... of its checkpoints"
     raise SpecError(Problem(("--resume",), what, hint))
 
@@ -448,9 +448,9 @@ def listed(path: Path) -> dict[str, dict[str, Any]]:
         files: dict[str, dict[str, Any]] = manifest["files"]
         good = isinstance(version, int) and all(
             _FILE.fullmatch(name)
-            and isinstance(about["bytes"], int)
-            and _SHA256.fullmatch(about["sha256"])
-            for name, about in files.items()
+            and isinstance(entry["bytes"], int)
+            and _SHA256.fullmatch(entry["sha256"])
+            for name, entry in files.items()
         )
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         good = False
@@ -459,7 +459,7 @@ def listed(path: Path) -> dict[str, dict[str, Any]]:
     return dict(files)
 
 
-def _checked(path: Path, facts: Mapping[str, Any], moved: Moved) -> bytes:
+def _read_verified(path: Path, facts: Mapping[str, Any], moved: Moved) -> bytes:
     content, digest = _bytes_of(path, facts, moved)
     if digest != facts["sha256"]:
         raise StorageError(f"{path}: SHA-256 is {digest[:8]}.., expected {facts['sha256'][:8]}..")
@@ -496,5 +496,5 @@ def _bytes_of(
         raise StorageError(f"cannot read {path}: it does not fit into memory") from None
 
 
-def _canonical(facts: Mapping[str, Any]) -> bytes:
+def _to_json(facts: Mapping[str, Any]) -> bytes:
     return (json.dumps(facts, indent=2, sort_keys=True) + "\n").encode()

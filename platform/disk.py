@@ -136,10 +136,10 @@ class Records:
         Raises:
             OSError: the disk is full; the file ends with the record before.
         """
-        left = memoryview(record)
+        remaining = memoryview(record)
         try:
-            while left:
-                left = left[os.write(self._file, left) :]
+            while remaining:
+                remaining = remaining[os.write(self._file, remaining) :]
         except OSError:
             with contextlib.suppress(OSError):
                 os.ftruncate(self._file, self.size)
@@ -190,28 +190,28 @@ def with_deadline(work: Callable[[Moved], T], where: Path, limit_s: float) -> T:
         nonlocal moved_at
         moved_at = time.monotonic()
 
-    done = in_thread("disk", lambda: work(moved))
-    while not done.done():
+    future = in_thread("disk", lambda: work(moved))
+    while not future.done():
         left_s = moved_at + limit_s - time.monotonic()
         if left_s <= 0:
             text = f"no answer within {limit_s:g} s: its disk does not answer"
             raise DiskHangs(f"{where}: {text}; `{SETTING}` changes this deadline")
-        wait([done], left_s)
-    return done.result()
+        wait([future], left_s)
+    return future.result()
 
 
 def in_thread(name: str, work: Callable[[], T]) -> Future[T]:
     """Run something that may never end in a thread of its own; nobody has to wait for it."""
-    done = Future[T]()
+    future = Future[T]()
 
     def run() -> None:
         try:
-            done.set_result(work())
+            future.set_result(work())
         except BaseException as error:
-            done.set_exception(error)
+            future.set_exception(error)
 
     Thread(target=run, name=name, daemon=True).start()
-    return done
+    return future
 
 
 def write_whole(path: Path, data: bytes, moved: Moved = lambda: None) -> None:
@@ -285,7 +285,7 @@ class BackgroundWriter(Generic[Record]):
         try:
             self._waiting.put_nowait(record)
         except queue.Full:
-            self._lose(f"{self._where} does not answer")
+            self._drop(f"{self._where} does not answer")
 
     def wait(self, limit_s: float) -> bool:
         """Wait for what is to be written; say whether all of it is."""
@@ -308,7 +308,7 @@ class BackgroundWriter(Generic[Record]):
         self._closed = True
         return idle
 
-    def _lose(self, why: str) -> None:
+    def _drop(self, why: str) -> None:
         if not self._lost:
             self._warn(f"{self._what} are lost, and the run goes on without them: {why}")
         self._lost += 1
@@ -320,6 +320,6 @@ class BackgroundWriter(Generic[Record]):
                 if not self._closed:
                     self._write(record)
             except BaseException as error:  # sys.exit() of a library would end the thread
-                self._lose(str(error) or repr(error))
+                self._drop(str(error) or repr(error))
             finally:
                 self._waiting.task_done()

@@ -201,21 +201,21 @@ class ScriptFailed(DistplatError):
     exit_code = 1
 
     @classmethod
-    def of(cls, rank: int, code: int, before: Collection[int] = ()) -> Self:
+    def of(cls, rank: int, code: int, ended: Collection[int] = ()) -> Self:
         """
         Say how a process ended.
 
         Args:
             rank: the process's.
             code: its exit code; a negative one is that of a signal.
-            before: ranks that had ended by then, with 0: whoever waits for them fails.
+            ended: ranks that had ended by then, with 0: whoever waits for them fails.
         """
         if code > 0:
             text = f"rank {rank} ended with exit code {code}; its last lines say why"
-            return cls(f"{text}. {ranks_text(before)} had ended before, with 0" if before else text)
+            return cls(f"{text}. {ranks_text(ended)} had ended before, with 0" if ended else text)
         hint = "; was it the system's out-of-memory killer?" if -code == signal.SIGKILL else ""
-        known = {one.value: one.name for one in signal.Signals}
-        return cls(f"rank {rank} was killed by {known.get(-code, f'signal {-code}')}{hint}")
+        signal_names = {one.value: one.name for one in signal.Signals}
+        return cls(f"rank {rank} was killed by {signal_names.get(-code, f'signal {-code}')}{hint}")
 
 
 class NonFiniteError(DistplatError):
@@ -257,8 +257,8 @@ class ActorLost(InfrastructureError):
     @property
     def dead_node(self) -> str:
         """Ray's number of the node that died, and this process with it; empty: it stands."""
-        found = _DEAD_NODE.search(self.cause)
-        return found[1] if found else ""
+        match = _DEAD_NODE.search(self.cause)
+        return match[1] if match else ""
 
     def __str__(self) -> str:
         """Who, when, why, and what to do."""
@@ -276,8 +276,8 @@ class DeadlineExceeded(InfrastructureError):
 
     def __str__(self) -> str:
         """What was waited for, for how long, and who did not come."""
-        who = ", ".join(self.missing) or "nobody (a late answer)"
-        text = f"{self.what}: waited {self.seconds:g} s, missing: {who}"
+        missing = ", ".join(self.missing) or "nobody (a late answer)"
+        text = f"{self.what}: waited {self.seconds:g} s, missing: {missing}"
         return f"{text}; `{self.setting}` changes this deadline" if self.setting else text
 
 

@@ -130,7 +130,7 @@ class _Stagnation(NamedTuple):
     """Evaluations since the best one."""
 
 
-def _read(saved: Mapping[str, Any]) -> _Stagnation:
+def _parse_state(saved: Mapping[str, Any]) -> _Stagnation:
     try:
         at, best_step, worse = map(int, saved["state"])
         best = None if saved["best"] is None else float(saved["best"])
@@ -152,14 +152,14 @@ class EarlyStopping:
     """
 
     def __init__(self, rule: EarlyStop, saved: Mapping[str, Any] | None = None) -> None:
-        self._rule, self._now = rule, _Stagnation()
+        self._rule, self._state = rule, _Stagnation()
         if saved is not None and (saved.get("metric"), saved.get("mode")) == (
             rule.metric,
             rule.mode,
         ):
-            self._now = _read(saved)
-        self._counted = self._now.at  #: evaluations up to this step were before
-        self._after = {self._now.at: self._now}  #: by step, in the order in which they came
+            self._state = _parse_state(saved)
+        self._resumed_at = self._state.at  #: evaluations up to this step were before
+        self._states = {self._state.at: self._state}  #: by step, in the order in which they came
 
     @property
     def metric(self) -> str:
@@ -168,19 +168,19 @@ class EarlyStopping:
 
     def evaluated(self, step: int, metrics: Mapping[str, float]) -> str | None:
         """Take an evaluation; give why the run is to end, or None."""
-        if step <= self._counted:
+        if step <= self._resumed_at:
             return None  # it is made again
-        (at, best, best_step, worse), rule = self._now, self._rule
+        (at, best, best_step, worse), rule = self._state, self._rule
         better = rule.better(figure := metrics[rule.metric], best, rule.min_delta)
         after = (figure, step, 0) if better else (best, best_step, worse + 1)
-        self._now = _Stagnation(max(at, step), *after)
-        self._after[step] = self._now
-        if len(self._after) > _KEPT:
-            del self._after[next(iter(self._after))]
-        if better or self._now.worse < rule.patience:
+        self._state = _Stagnation(max(at, step), *after)
+        self._states[step] = self._state
+        if len(self._states) > _KEPT:
+            del self._states[next(iter(self._states))]
+        if better or self._state.worse < rule.patience:
             return None
         since = f"since step {best_step}" if best is not None else "at all"
-        return f"{rule.metric} got no better {since}, in {self._now.worse} evaluations"
+        return f"{rule.metric} got no better {since}, in {self._state.worse} evaluations"
 
     def saved(self, step: int, every: int) -> dict[str, Any]:
         """
@@ -191,23 +191,23 @@ class EarlyStopping:
             every: steps from one evaluation to the next; one at the end alone is not there in a
                 longer run, which this may become.
         """
-        known = [(at, one) for at, one in self._after.items() if at <= step]
-        there = [one for at, one in known if at == self._counted or at % max(1, every) == 0]
-        *_, found = (_Stagnation(), *there)
-        best = None if found.best is None else repr(found.best)
-        state = [found.at, found.best_step, found.worse]
+        known = [(at, one) for at, one in self._states.items() if at <= step]
+        repeated = [one for at, one in known if at == self._resumed_at or at % max(1, every) == 0]
+        *_, last = (_Stagnation(), *repeated)
+        best = None if last.best is None else repr(last.best)
+        state = [last.at, last.best_step, last.worse]
         return {"metric": self._rule.metric, "mode": self._rule.mode, "best": best, "state": state}
 
 
 def watching(job: Any) -> list[tuple[tuple[str, ...], str]]:
     """Give what a job decides by evaluations: the fields, and the figure that each goes by."""
     schedule = job.lr_schedule
-    found: list[tuple[tuple[str, ...], MetricRule | ReduceLROnPlateau | None]] = [
+    rules: list[tuple[tuple[str, ...], MetricRule | ReduceLROnPlateau | None]] = [
         (("checkpoint", "keep_best"), job.checkpoint.keep_best),
         (("early_stop",), job.early_stop),
         (("lr_schedule",), schedule if isinstance(schedule, ReduceLROnPlateau) else None),
     ]
-    return [(field, rule.metric) for field, rule in found if rule is not None]
+    return [(field, rule.metric) for field, rule in rules if rule is not None]
 
 
 def evaluation_problems(job: Any) -> list[Problem]:
@@ -245,13 +245,13 @@ def check_metrics(job: Any, metrics: Mapping[str, float]) -> None:
     Raises:
         SpecError: it does not.
     """
-    found = [
+    problems = [
         Problem((*field, "metric"), f"the evaluation gives no {metric!r}", hint(metric, metrics))
         for field, metric in watching(job)
         if metric not in metrics
     ]
-    if found:
-        raise SpecError(*found)
+    if problems:
+        raise SpecError(*problems)
 
 
 def period_problems(checkpoint: int, evaluation: int) -> list[Problem]:

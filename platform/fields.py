@@ -58,19 +58,19 @@ _OF_RAY = ("bundle", "object_store_memory")
 def _countable(needs: dict[str, float]) -> dict[str, float]:
     """Refuse what Ray would refuse only when an actor is asked for."""
     for name, amount in needs.items():
-        wrong = ""
+        problem = ""
         if not name or name in _OF_RAY or name.startswith(tuple(f"{one}_" for one in _OF_RAY)):
-            wrong = "is a name of Ray's own"
+            problem = "is a name of Ray's own"
         elif 0 < amount < _SMALLEST:
-            wrong = f"must be 0 or at least {_SMALLEST:.4f}: Ray counts no finer"
+            problem = f"must be 0 or at least {_SMALLEST:.4f}: Ray counts no finer"
         elif name == "CPU" and amount > _MOST_CPUS:
-            wrong = f"must be <= {_MOST_CPUS}: one process is on one machine"
+            problem = f"must be <= {_MOST_CPUS}: one process is on one machine"
         elif name == "GPU" and amount > 1 and amount % 1:
-            wrong = "must be a whole number above 1: a worker has one GPU or a part of it"
+            problem = "must be a whole number above 1: a worker has one GPU or a part of it"
         elif name == "memory" and amount % 1:
-            wrong = "must be a whole number of bytes"
-        if wrong:
-            raise PydanticCustomError("resource", "{text}", {"text": f"{name!r} {wrong}"})
+            problem = "must be a whole number of bytes"
+        if problem:
+            raise PydanticCustomError("resource", "{text}", {"text": f"{name!r} {problem}"})
     return needs
 
 

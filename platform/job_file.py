@@ -74,9 +74,11 @@ def read_job(
     if not isinstance(data, dict):
         raise _unreadable(path, f"must be a mapping of fields (got {show(data)})")
     draft = _Draft(file, data, {where: (file, *mark) for where, mark in marks.items()})
-    found = draft.apply(_from_environment(environ))
-    settings, unread = _from_overrides(overrides)
-    return _finish(draft, [*found, *unread, *draft.apply(settings)], check, check_strategy)
+    problems = draft.apply(_from_environment(environ))
+    settings, unreadable = _from_overrides(overrides)
+    return _validated(
+        draft, [*problems, *unreadable, *draft.apply(settings)], check, check_strategy
+    )
 
 
 def job_of(
@@ -98,7 +100,7 @@ def job_of(
     """
     if not isinstance(data, Mapping):
         raise SpecError(f"a job must be a mapping of fields (got {show(data)})")
-    return _finish(_Draft("", dict(data)), [], check, check_strategy)
+    return _validated(_Draft("", dict(data)), [], check, check_strategy)
 
 
 def render_job(job: Job) -> str:
@@ -146,14 +148,14 @@ class _Draft:
         A strategy's new name comes before its options, whatever the order they are written in:
         it drops the options of the layers below, which were meant for another strategy.
         """
-        found: list[Problem] = []
+        problems: list[Problem] = []
         for setting in sorted(settings, key=lambda one: one.path not in _STRATEGY_NAME):
             try:
                 value, _ = parse_yaml(setting.text, setting.source)
                 self._set(setting.path, value, setting.source)
             except SpecError as error:
-                found.extend(error.problems)
-        return found
+                problems.extend(error.problems)
+        return problems
 
     def locate(self, problem: Problem) -> Problem:
         """Add the place of the problem's field, or of the nearest field around it."""
@@ -189,7 +191,7 @@ class _Draft:
             here[str(part)] = inner
             here = inner
         here[str(path[-1])] = value
-        self._move(path, source)
+        self._set_origin(path, source)
 
     def _open_strategy(self, path: FieldPath, value: object, source: str) -> FieldPath:
         """Make `strategy` a mapping, without the options of a strategy that is replaced."""
@@ -201,10 +203,10 @@ class _Draft:
         same = isinstance(present, dict) and present.get("name") == value
         if path == ("strategy", "name") and not same:
             self.data["strategy"] = {}
-            self._move(("strategy",), source)
+            self._set_origin(("strategy",), source)
         return path
 
-    def _move(self, path: FieldPath, source: str) -> None:
+    def _set_origin(self, path: FieldPath, source: str) -> None:
         """Let a field and all below it come from `source`."""
         below = [position for position in self.positions if position[: len(path)] == path]
         for position in below:
@@ -223,7 +225,7 @@ def _from_environment(environ: Mapping[str, str]) -> list[_Setting]:
 
 def _from_overrides(overrides: Sequence[str]) -> tuple[list[_Setting], list[Problem]]:
     """Read `a.b=c`; give also what could not be read."""
-    settings, found = [], []
+    settings, problems = [], []
     for override in overrides:
         name, equals, text = override.partition("=")
         path = tuple(part.strip() for part in name.split("."))
@@ -231,19 +233,19 @@ def _from_overrides(overrides: Sequence[str]) -> tuple[list[_Setting], list[Prob
             settings.append(_Setting(path, f"--set {'.'.join(path)}", text))
         else:
             message = f"must be field=value or field.subfield=value (got {show(override)})"
-            found.append(Problem((), message, file="--set"))
-    return settings, found
+            problems.append(Problem((), message, file="--set"))
+    return settings, problems
 
 
-def _finish(
-    draft: _Draft, found: list[Problem], check: Check, check_strategy: StrategyCheck
+def _validated(
+    draft: _Draft, problems: list[Problem], check: Check, check_strategy: StrategyCheck
 ) -> Job:
     """
     Validate what all layers gave together.
 
     Args:
         draft: the layers.
-        found: what is known to be wrong already.
+        problems: what is known to be wrong already.
         check: see `read_job`.
         check_strategy: see `read_job`.
 
@@ -254,13 +256,13 @@ def _finish(
     try:
         job = Job.model_validate(draft.data)
     except ValidationError as error:
-        found = found + problems_of(error, Job)
+        problems = problems + problems_of(error, Job)
         with suppress(ValidationError):  # then it is one of these problems
-            found += check_strategy(_STRATEGY.validate_python(draft.data.get("strategy")))
+            problems += check_strategy(_STRATEGY.validate_python(draft.data.get("strategy")))
     if job is not None:
-        found = found + job.problems() + check(job)
-    if job is None or found:
-        located = [draft.locate(problem) for problem in found]
+        problems = problems + job.problems() + check(job)
+    if job is None or problems:
+        located = [draft.locate(problem) for problem in problems]
         raise SpecError(*sorted(located, key=lambda one: (one.line, one.column)))
     return job
 

@@ -108,9 +108,9 @@ class Schedule(LRSchedule):
             case "linear" | "cosine" as shape:
                 return base * self._fallen(shape, step, steps - 1)
 
-    def _fallen(self, shape: str, made: int, of: int) -> float:
+    def _fallen(self, shape: str, step: int, steps: int) -> float:
         """Give the factor after so many steps of those in which it falls."""
-        done, final = min(1.0, max(0.0, made / max(1, of))), self.final_factor
+        done, final = min(1.0, max(0.0, step / max(1, steps))), self.final_factor
         if shape == "cosine":
             return _cosine(1.0, final, done)
         return 1.0 - (1.0 - final) * (math.sqrt(done) if shape == "sqrt" else done)
@@ -336,17 +336,17 @@ def schedule_problems(schedule: LRSchedule, steps: int | None) -> list[Problem]:
         return [Problem(("lr_schedule", "warmup_steps"), text, "remove it")]
     if not isinstance(schedule, Schedule):
         return []
-    found = [
+    problems = [
         Problem(
             ("lr_schedule", field), f"has no effect on the schedule {schedule.name!r}", "remove it"
         )
         for field in sorted(schedule.idle_fields() & schedule.model_fields_set)
     ]
-    if schedule.name == "step" and not schedule.every_steps:
-        found.append(Problem(("lr_schedule", "every_steps"), "the schedule 'step' needs it, >= 1"))
-    if schedule.name == "wsd" and not schedule.decay_steps:
-        found.append(Problem(("lr_schedule", "decay_steps"), "the schedule 'wsd' needs it, >= 1"))
-    return found if steps is None else [*found, *length_problems(schedule, steps)]
+    for name, field in (("step", "every_steps"), ("wsd", "decay_steps")):
+        if schedule.name == name and not getattr(schedule, field):
+            text = f"the schedule {name!r} needs it, >= 1"
+            problems.append(Problem(("lr_schedule", field), text))
+    return problems if steps is None else [*problems, *length_problems(schedule, steps)]
 
 
 def length_problems(schedule: LRSchedule, steps: int) -> list[Problem]:

@@ -6,65 +6,66 @@ from fnmatch import fnmatchcase
 from distplat.platform.errors import Problem, hint, nearest
 from distplat.platform.optimizers import SGD, Optimizer
 
-_REMEMBERED = ("momentum", "amsgrad", "centered")
+_STATE_ARGUMENTS = ("momentum", "amsgrad", "centered")
 """Arguments that decide what an optimizer remembers: on for all parameters, or off for all."""
 
 
 def optimizer_problems(rule: Optimizer) -> list[Problem]:
     """Check an optimizer and its groups, without a model."""
-    if found := _group_problems(rule):
-        return found
-    for number, one in enumerate(rule.variants()):
-        if isinstance(one, SGD) and one.nesterov and (one.momentum == 0 or one.dampening != 0):
+    if problems := _group_problems(rule):
+        return problems
+    for number, variant in enumerate(rule.variants()):
+        if not isinstance(variant, SGD) or not variant.nesterov:
+            continue
+        momentum, dampening = variant.momentum, variant.dampening
+        if momentum == 0 or dampening != 0:
             where = ("groups", number - 1) if number else ()
-            message = (
-                f"needs momentum > 0 and dampening 0 (got {one.momentum:g} and {one.dampening:g})"
-            )
-            return [Problem(("optimizer", *where, "nesterov"), message)]
+            text = f"needs momentum > 0 and dampening 0 (got {momentum:g} and {dampening:g})"
+            return [Problem(("optimizer", *where, "nesterov"), text)]
     return []
 
 
 def _group_problems(rule: Optimizer) -> list[Problem]:
-    found: list[Problem] = []
+    problems: list[Problem] = []
     first: dict[str, int] = {}
     for number, group in enumerate(rule.groups):
         where = "optimizer", "groups", number
         for pattern in group.patterns:
             if not pattern:
                 text = f"has an empty pattern (got {group.match!r})"
-                found.append(Problem((*where, "match"), text, "write 'a.*,b.*'"))
+                problems.append(Problem((*where, "match"), text, "write 'a.*,b.*'"))
             elif pattern in first:
                 text = f"{pattern!r} stands in groups.{first[pattern]} already"
-                found.append(Problem((*where, "match"), text, "remove one of the two"))
+                problems.append(Problem((*where, "match"), text, "remove one of the two"))
             else:
                 first[pattern] = number
-        found += _argument_problems(rule, number)
-    return found
+        problems += _argument_problems(rule, number)
+    return problems
 
 
 def _argument_problems(rule: Optimizer, number: int) -> list[Problem]:
     where, group = ("optimizer", "groups", number), rule.groups[number]
-    kind, given = rule.kinds()[number + 1], group.arguments()
-    known = kind.model_fields.keys() - {"name", "groups"} - kind.not_in_groups
-    found = [
-        Problem((*where, name), f"is no argument of {kind.__name__}", hint(name, known))
-        for name in given
+    optimizer_class, arguments = rule.kinds()[number + 1], group.arguments()
+    known = optimizer_class.model_fields.keys() - {"name", "groups"} - optimizer_class.not_in_groups
+    problems = [
+        Problem((*where, name), f"is no argument of {optimizer_class.__name__}", hint(name, known))
+        for name in arguments
         if name not in known
     ]
     if group.name is not None:
-        return found + _name_problems(rule, number)
-    for name in _REMEMBERED:
+        return problems + _name_problems(rule, number)
+    for name in _STATE_ARGUMENTS:
         own = getattr(rule, name, None)
-        if own is not None and name in given and bool(given[name]) != bool(own):
+        if own is not None and name in arguments and bool(arguments[name]) != bool(own):
             text = (
-                f"is {'on' if given[name] else 'off'} here and {'on' if own else 'off'} in the "
+                f"is {'on' if arguments[name] else 'off'} here and {'on' if own else 'off'} in the "
                 f"optimizer: what is remembered of a parameter is the same in all groups"
             )
-            found.append(Problem((*where, name), text))
-    if not given and not any(one.name for one in rule.groups[number + 1 :]):
+            problems.append(Problem((*where, name), text))
+    if not arguments and not any(one.name for one in rule.groups[number + 1 :]):
         text = "changes nothing: give it an argument beside `match`"
-        found.append(Problem(where, text))
-    return found
+        problems.append(Problem(where, text))
+    return problems
 
 
 def _name_problems(rule: Optimizer, number: int) -> list[Problem]:
@@ -95,26 +96,30 @@ def match_problems(
         other_names: of parameters that have several names, those not in `names`, with the one that
             is.
     """
-    found: list[Problem] = []
-    left = [*names]
+    problems: list[Problem] = []
+    remaining = [*names]
     for number, group in enumerate(rule.groups):
         where = "optimizer", "groups", number, "match"
         for pattern in group.patterns:
-            if any(fnmatchcase(name, pattern) for name in left):
+            if any(fnmatchcase(name, pattern) for name in remaining):
                 continue
             if any(fnmatchcase(name, pattern) for name in names):
                 text = f"{pattern!r} matches parameters of earlier groups only"
-                found.append(Problem(where, text, "a parameter belongs to the first that matches"))
-            elif not any(fnmatchcase(one, pattern) for called in tables.values() for one in called):
+                problems.append(
+                    Problem(where, text, "a parameter belongs to the first that matches")
+                )
+            elif not any(
+                fnmatchcase(one, pattern) for table_names in tables.values() for one in table_names
+            ):
                 text = f"{pattern!r} matches no parameter"
-                found.append(Problem(where, text, _advice(pattern, names, other_names)))
-        for path, called in tables.items():
-            if any(map(group.matches, called)):
+                problems.append(Problem(where, text, _advice(pattern, names, other_names)))
+        for path, table_names in tables.items():
+            if any(map(group.matches, table_names)):
                 text = f"{group.match!r} matches the embedding table {path!r}"
                 advice = "its rows are updated as `embeddings.optimizer` says: match less"
-                found.append(Problem(where, text, advice))
-        left = [name for name in left if not group.matches(name)]
-    return found
+                problems.append(Problem(where, text, advice))
+        remaining = [name for name in remaining if not group.matches(name)]
+    return problems
 
 
 def shape_problems(rule: Optimizer, shapes: Mapping[str, Sequence[int]]) -> list[Problem]:
@@ -125,22 +130,21 @@ def shape_problems(rule: Optimizer, shapes: Mapping[str, Sequence[int]]) -> list
         rule: the optimizer.
         shapes: of the parameters, by name.
     """
-    found = []
-    for number, kind in enumerate(rule.kinds()):
+    problems = []
+    for number, optimizer in enumerate(rule.kinds()):
         wrong = [
             n for n, s in shapes.items() if rule.group_of(n) == number and not rule.takes(n, s)
         ]
         if wrong:
             where = ("optimizer", "groups", number - 1, "name") if number else ("optimizer", "name")
             more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
-            text = (
-                f"{kind.__name__} takes matrices, and {wrong[0]!r} is {[*shapes[wrong[0]]]}{more}"
-            )
+            shape = [*shapes[wrong[0]]]
+            text = f"{optimizer.__name__} takes matrices, and {wrong[0]!r} is {shape}{more}"
             names = ",".join(wrong[:4]) + (",..." if len(wrong) > 4 else "")
             own = f'match: "{names}"'  # in no other group they have the job's optimizer
             own = f"{{{own}, name: AdamW, lr: 3e-4}}" if rule.matrices else f"{{{own}}}"
-            found.append(Problem(where, text, f"put them into an earlier group: {own}"))
-    return found
+            problems.append(Problem(where, text, f"put them into an earlier group: {own}"))
+    return problems
 
 
 def _advice(pattern: str, names: Sequence[str], other_names: Mapping[str, str]) -> str:

@@ -132,8 +132,8 @@ class Optimizer(Spec):
 
     def group_of(self, name: str) -> int:
         """Give the number of the group of a parameter, from 1; 0: it is in none."""
-        found = (number for number, one in enumerate(self.groups, 1) if one.matches(name))
-        return next(found, 0)
+        matches = (number for number, one in enumerate(self.groups, 1) if one.matches(name))
+        return next(matches, 0)
 
     def kinds(self) -> "list[type[Optimizer]]":
         """Give the class of parameters that are in no group, then that of each group."""
@@ -157,11 +157,11 @@ class Optimizer(Spec):
             ValidationError: a group has an argument that its optimizer has not.
         """
         own = {"name": self.name, **self.arguments()}
-        given = [own]
+        arguments = [own]
         for group in self.groups:
             base = own if group.name is None else {"name": group.name}
-            given.append(base | group.arguments())
-        return [kind.model_validate(one) for kind, one in zip(self.kinds(), given, strict=True)]
+            arguments.append(base | group.arguments())
+        return [kind.model_validate(one) for kind, one in zip(self.kinds(), arguments, strict=True)]
 
     def rates(self) -> tuple[float, ...]:
         """Give `lr` of parameters that are in no group, then that of each group."""

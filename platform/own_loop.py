@@ -70,17 +70,17 @@ def script_problems(job: Any) -> list[Problem]:
     return [Problem(("task_args",), text, hint)] if job.task_args else []
 
 
-def filled(given: Mapping[str, Any]) -> Mapping[str, Any]:
+def filled(fields: Mapping[str, Any]) -> Mapping[str, Any]:
     """
     Have the fields of a job do without those of a loop, where it has none of them.
 
     Args:
-        given: as they were written.
+        fields: as they were written.
     """
-    bare = bool(given.get("task")) and not given.keys() & {*_LOOP}
-    if given.get("own_loop") is True or ("own_loop" not in given and bare):
-        return {"own_loop": True, **_FILLED, **given}
-    return given
+    has_no_loop_fields = bool(fields.get("task")) and not fields.keys() & {*_LOOP}
+    if fields.get("own_loop") is True or ("own_loop" not in fields and has_no_loop_fields):
+        return {"own_loop": True, **_FILLED, **fields}
+    return fields
 
 
 def problems(job: Any, bare: Any) -> list[Problem]:

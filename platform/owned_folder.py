@@ -78,8 +78,8 @@ def remove_left(base: Path, prefix: str) -> None:
 
 
 def _remove_if_left(folder: Path) -> None:
-    about = folder.lstat()
-    if about.st_uid != os.geteuid() or stat.S_IMODE(about.st_mode) & 0o077:
+    stat_result = folder.lstat()
+    if stat_result.st_uid != os.geteuid() or stat.S_IMODE(stat_result.st_mode) & 0o077:
         return
     with open_regular(folder / _LOCK) as file:
         if file is not None and file.read(300) == _kernel() and _is_free(file):

@@ -283,12 +283,12 @@ class ReportAggregator:
     """
 
     def __init__(self, world: int, first: int | None = None) -> None:
-        self._turn = first
-        self._lossy = 0  #: of steps before this one, reports may have been lost
+        self._next_step = first
+        self._lost_before = 0  #: of steps before this one, reports may have been lost
         self._steps = _Waiting[StepReport](world)
         self._evals = _Waiting[EvalReport](world, in_order=first is None)
         self._traces = _Waiting[TraceReport](world)
-        self._held: list[EvalSummary] = []  #: complete, but steps before them are not
+        self._pending_evals: list[EvalSummary] = []  #: complete, but steps before them are not
 
     def add(self, report: AnyReport) -> list[StepSummary | EvalSummary | Trace]:
         """Take one report; give the summaries that it completes, oldest first."""
@@ -296,16 +296,16 @@ class ReportAggregator:
             traces = self._traces.add(report)
             return [join_traces(traces)] if traces else []
         if isinstance(report, StepReport):
-            if self._turn is not None:
-                return self._in_turn(report, self._turn)
+            if self._next_step is not None:
+                return self._in_turn(report, self._next_step)
             steps = self._steps.add(report)
             if not steps:
                 return []
-            return [*self._partial(report.step), _join_steps(steps), *self._released()]
+            return [*self._incomplete_steps(report.step), _join_steps(steps), *self._ready_evals()]
         # Ranks may report an evaluation for each other: it says nothing of who reported which step.
         if evaluations := self._evals.add(report):
-            self._held.append(join_evals(evaluations))
-        return [*self._released()]
+            self._pending_evals.append(join_evals(evaluations))
+        return [*self._ready_evals()]
 
     def resize(self, world: int, step: int) -> None:
         """
@@ -320,32 +320,32 @@ class ReportAggregator:
 
     def lost(self) -> None:
         """Called when a rank was lost: what it had done and not yet reported never comes."""
-        self._lossy = self._steps.highest + 1
+        self._lost_before = self._steps.highest + 1
 
     def _in_turn(self, report: StepReport, turn: int) -> list[StepSummary | EvalSummary | Trace]:
-        found: list[StepSummary | EvalSummary | Trace] = []
+        summaries: list[StepSummary | EvalSummary | Trace] = []
         complete = self._steps.put(report)
-        if complete and turn < self._lossy <= report.step:
-            found += self._partial(self._lossy)
-            turn = self._lossy
+        if complete and turn < self._lost_before <= report.step:
+            summaries += self._incomplete_steps(self._lost_before)
+            turn = self._lost_before
         while steps := self._steps.complete(turn):
-            found.append(_join_steps(steps))
+            summaries.append(_join_steps(steps))
             turn += 1
-        self._turn = turn
-        return found
+        self._next_step = turn
+        return summaries
 
     def rest(self) -> list[StepSummary | EvalSummary]:
         """Give what is left of the steps when the run is over."""
-        return [*self._partial(None), *self._released()]
+        return [*self._incomplete_steps(None), *self._ready_evals()]
 
-    def _released(self) -> list[EvalSummary]:
+    def _ready_evals(self) -> list[EvalSummary]:
         """Give the evaluations that wait for no step any more."""
-        oldest = None if self._turn is not None else self._steps.oldest
-        free = [one for one in self._held if oldest is None or one.step <= oldest]
-        self._held = [one for one in self._held if one not in free]
+        oldest = None if self._next_step is not None else self._steps.oldest
+        free = [one for one in self._pending_evals if oldest is None or one.step <= oldest]
+        self._pending_evals = [one for one in self._pending_evals if one not in free]
         return free
 
-    def _partial(self, before: int | None) -> list[StepSummary | EvalSummary]:
+    def _incomplete_steps(self, before: int | None) -> list[StepSummary | EvalSummary]:
         return [_join_steps(reports) for reports in self._steps.before(before)]
 
 
@@ -360,7 +360,7 @@ class _Waiting(Generic[Report]):
 
     def __init__(self, world: int, *, in_order: bool = True) -> None:
         self._in_order = in_order
-        self._given: set[int] = set()  #: steps that were given out, where they come in any order:
+        self._emitted: set[int] = set()  #: steps that were given out, where they come in any order:
         # the last ones, for a run may have very many
         self._worlds = [(0, world)]  #: from which step on how many reports are all, ascending
         self._by_step: dict[int, dict[int, Report]] = {}
@@ -375,7 +375,7 @@ class _Waiting(Generic[Report]):
     def resize(self, world: int, step: int) -> None:
         """From this step on so many reports are all; those that there are of it do not count."""
         self._worlds = [one for one in self._worlds if one[0] < step] + [(step, world)]
-        self._by_step = {s: found for s, found in self._by_step.items() if s < step}
+        self._by_step = {s: reports for s, reports in self._by_step.items() if s < step}
 
     def _whole(self, step: int) -> bool:
         world = next(world for first, world in reversed(self._worlds) if first <= step)
@@ -387,7 +387,7 @@ class _Waiting(Generic[Report]):
 
     def put(self, report: Report) -> bool:
         """Take a report; say whether its step is complete, and was not given out."""
-        if report.step in self._given or report.step < self._next:
+        if report.step in self._emitted or report.step < self._next:
             return False
         self.highest = max(self.highest, report.step)
         self._by_step.setdefault(report.step, {})[report.rank] = report
@@ -407,11 +407,11 @@ class _Waiting(Generic[Report]):
         if self._in_order:
             self._next = max(self._next, step + 1)
             return [reports[rank] for rank in sorted(reports)]
-        self._given.add(step)
-        if len(self._given) >= 2 * _GIVEN:
-            last = sorted(self._given)[-_GIVEN:]
-            self._next, self._given = last[0], set(last)
-            self._by_step = {s: found for s, found in self._by_step.items() if s >= last[0]}
+        self._emitted.add(step)
+        if len(self._emitted) >= 2 * _GIVEN:
+            last = sorted(self._emitted)[-_GIVEN:]
+            self._next, self._emitted = last[0], set(last)
+            self._by_step = {s: newer for s, newer in self._by_step.items() if s >= last[0]}
         return [reports[rank] for rank in sorted(reports)]
 
 
@@ -436,7 +436,7 @@ def join_evals(reports: Sequence[EvalReport]) -> EvalSummary:
     names = dict.fromkeys(name for r in reports for name in r.sums)
     means = {}
     for name in names:
-        giving = [r for r in reports if name in r.sums]
-        count = sum(r.counts.get(name, r.samples) for r in giving)
-        means[name] = sum(r.sums[name] for r in giving) / (count or 1.0)
+        reporting = [r for r in reports if name in r.sums]
+        count = sum(r.counts.get(name, r.samples) for r in reporting)
+        means[name] = sum(r.sums[name] for r in reporting) / (count or 1.0)
     return EvalSummary(reports[0].step, sum(r.samples for r in reports), means)

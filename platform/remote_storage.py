@@ -47,15 +47,15 @@ _MOST_TEXTS = 1000
 _USER = re.compile(r"//[^/@\s]+@")
 
 
-_said: set[str] = set()  #: texts that were let through
+_logged: set[str] = set()  #: texts that were let through
 
 
-def _is_new(record: logging.LogRecord) -> bool:
+def _logs_once(record: logging.LogRecord) -> bool:
     """Let each text through once: gcsfs warns in every operation of what it may not ask for."""
     text = record.getMessage()
-    new = text not in _said
-    if new and len(_said) < _MOST_TEXTS:
-        _said.add(text)
+    new = text not in _logged
+    if new and len(_logged) < _MOST_TEXTS:
+        _logged.add(text)
     return new
 
 
@@ -71,7 +71,7 @@ class AccessRefused(StorageError):
     """The storage does not let us: to try again is of no use."""
 
 
-_NOT_LET_IN = ("NoCredentialsError", "PartialCredentialsError", "ProfileNotFound")
+_CREDENTIAL_ERRORS = ("NoCredentialsError", "PartialCredentialsError", "ProfileNotFound")
 """Names of botocore's errors where it does not know as whom to ask."""
 
 
@@ -109,24 +109,24 @@ class RemoteStorage:
             OSError: `file` could not be read.
         """
         part = max(PART_BYTES, -(-size // _MOST_PARTS))
-        out = self._do(name, partial(self._begin, part), asked=False)
+        out = self._run(name, partial(self._begin, part), asked=False)
         try:
-            left = size
-            while left:
-                data = file.read(min(part, left))
+            remaining = size
+            while remaining:
+                data = file.read(min(part, remaining))
                 if not data:
                     raise OSError(f"{name} has become shorter")
-                self._do(name, partial(_write, out, data), asked=len(data) == part)
-                left -= len(data)
-            self._do(name, partial(self._commit, out))
+                self._run(name, partial(_write, out, data), asked=len(data) == part)
+                remaining -= len(data)
+            self._run(name, partial(self._commit, out))
         except NoAnswer:
             raise
         except BaseException:
             with suppress(StorageError):  # of what was never begun the storage hears nothing
-                self._do(name, partial(self._discard, out), asked=False)
+                self._run(name, partial(self._discard, out), asked=False)
             raise
-        if (found := self.size(name)) != size:
-            raise StorageError(f"{self.url}/{name} has {found} bytes, {size} were written")
+        if (stored := self.size(name)) != size:
+            raise StorageError(f"{self.url}/{name} has {stored} bytes, {size} were written")
 
     def read(self, name: str, start: int, stop: int) -> bytes:
         """
@@ -136,7 +136,7 @@ class RemoteStorage:
             ObjectNotFound: there is no such file.
             StorageError: it cannot be read.
         """
-        return bytes(self._do(name, lambda fs, path: fs.cat_file(path, start=start, end=stop)))
+        return bytes(self._run(name, lambda fs, path: fs.cat_file(path, start=start, end=stop)))
 
     def size(self, name: str) -> int:
         """
@@ -146,7 +146,7 @@ class RemoteStorage:
             ObjectNotFound: there is no such file.
             StorageError: the storage does not say.
         """
-        return self._do(name, lambda fs, path: int(fs.info(path)["size"]))
+        return self._run(name, lambda fs, path: int(fs.info(path)["size"]))
 
     def names(self, folder: str) -> list[str]:
         """
@@ -156,7 +156,7 @@ class RemoteStorage:
             StorageError: the storage does not say.
         """
         with suppress(ObjectNotFound):
-            paths = self._do(folder, lambda fs, path: fs.ls(path, detail=False))
+            paths = self._run(folder, lambda fs, path: fs.ls(path, detail=False))
             return [str(path).rstrip("/").rpartition("/")[2] for path in paths]
         return []
 
@@ -168,7 +168,7 @@ class RemoteStorage:
             StorageError: it may be there still.
         """
         with suppress(ObjectNotFound):
-            self._do(name, lambda fs, path: fs.rm(path, recursive=True))
+            self._run(name, lambda fs, path: fs.rm(path, recursive=True))
 
     def patiently(self, work: Callable[[], T]) -> T:
         """
@@ -187,7 +187,7 @@ class RemoteStorage:
                 time.sleep(min(0.5 * 4**n, self.limit_s / 8))
         return work()
 
-    def _do(self, name: str, work: Callable[[Any, str], T], *, asked: bool = True) -> T:
+    def _run(self, name: str, work: Callable[[Any, str], T], *, asked: bool = True) -> T:
         """
         Have a thread do something with the file system, and wait for it within reason.
 
@@ -201,27 +201,27 @@ class RemoteStorage:
         if len(self._hanging) >= _MOST_HANGING:
             raise NoAnswer(f"{self.url}/{name}: {_MOST_HANGING} operations before it still hang")
         self._load(name)
-        done = in_thread("remote storage", lambda: work(*self._connected(name)))
-        if not wait([done], limit_s).done:
-            self._hanging.append(done)
+        operation = in_thread("remote storage", lambda: work(*self._connected(name)))
+        if not wait([operation], limit_s).done:
+            self._hanging.append(operation)
             self._opened = None
             late = DeadlineExceeded(f"{self.url}/{name}", ("its storage",), limit_s, SETTING)
             raise NoAnswer(str(late))
-        if (error := done.exception()) is not None:
-            raise self._as_ours(name, error) from error
+        if (error := operation.exception()) is not None:
+            raise self._storage_error(name, error) from error
         if asked:
             self.answered_at = time.monotonic()
-        return done.result()
+        return operation.result()
 
     def _load(self, name: str) -> None:
         """Import the scheme's library, which takes a second and is not the storage's fault."""
         from fsspec import get_filesystem_class
 
         try:
-            found = get_filesystem_class(self.url.partition("://")[0])
+            filesystem = get_filesystem_class(self.url.partition("://")[0])
         except Exception as error:  # for example one that does not go with another that it needs
-            raise self._as_ours(name, error) from error
-        logging.getLogger(found.__module__.partition(".")[0]).addFilter(_is_new)
+            raise self._storage_error(name, error) from error
+        logging.getLogger(filesystem.__module__.partition(".")[0]).addFilter(_logs_once)
 
     def _connected(self, name: str) -> tuple[Any, str]:
         """Give the file system, and a file's path in it."""
@@ -236,14 +236,14 @@ class RemoteStorage:
         fs, root = self._opened
         return fs, f"{root}/{name}" if name else root
 
-    def _as_ours(self, name: str, error: BaseException) -> StorageError:
+    def _storage_error(self, name: str, error: BaseException) -> StorageError:
         text = (
             f"{self.url}/{name}: {_USER.sub('//***@', str(error) or repr(error)).splitlines()[0]}"
         )
         if isinstance(error, FileNotFoundError):
             return ObjectNotFound(text)
         refused = isinstance(error, PermissionError | NotADirectoryError)
-        if refused or type(error).__name__ in _NOT_LET_IN:
+        if refused or type(error).__name__ in _CREDENTIAL_ERRORS:
             return AccessRefused(text)
         return StorageError(text)
 
@@ -299,20 +299,20 @@ def url_problem(url: str) -> tuple[str, str]:
     """
     match = _URL.match(url)
     assert match is not None, "is_url was asked"
-    scheme, rest = match[1].lower(), url[match.end() :]
-    if "@" in rest.partition("/")[0]:
+    scheme, location = match[1].lower(), url[match.end() :]
+    if "@" in location.partition("/")[0]:
         hint = "leave it out: the library of the scheme reads its environment and files"
         return "a URL must hold no user or password", hint
-    if any(sign in rest for sign in ("?", "#", "::", "://")):
+    if any(sign in location for sign in ("?", "#", "::", "://")):
         return "a URL must hold no query, fragment or second URL", "write scheme://bucket/prefix"
     if scheme in ("http", "https"):
         hint = "for a server that speaks S3 write s3://bucket/prefix and set AWS_ENDPOINT_URL"
         return f"{scheme}:// cannot be written to", hint
     if scheme == "memory":
         return "memory:// is gone with the process", "for example s3://, gs:// or file://"
-    if ".." in rest.split("/") or not rest.strip("/"):
+    if ".." in location.split("/") or not location.strip("/"):
         return "a URL must name a bucket or directory, without `..`", "write scheme://bucket/prefix"
-    if scheme in ("file", "local") and not rest.startswith("/"):
+    if scheme in ("file", "local") and not location.startswith("/"):
         return f"{scheme}:// needs an absolute path", f"write {scheme}:///home/me/runs"
     return "", ""
 
@@ -326,18 +326,18 @@ def missing_library(url: str) -> tuple[str, str]:
         return "", ""
     if scheme not in known_implementations:
         return f"fsspec knows no {scheme}://", "for example s3://, gs:// or file://"
-    about = known_implementations[scheme]
-    module = str(about["class"]).partition(".")[0]
+    implementation = known_implementations[scheme]
+    module = str(implementation["class"]).partition(".")[0]
     if module == "fsspec":
-        return _missing_for(scheme)
+        return _missing_dependency(scheme)
     if find_spec(module) is not None:
         return "", ""
     extra = _EXTRAS.get(scheme)
-    hint = f"pip install 'distplat[{extra}]'" if extra else str(about.get("err", ""))
+    hint = f"pip install 'distplat[{extra}]'" if extra else str(implementation.get("err", ""))
     return f"{scheme}:// needs the package {module}, which is not installed", hint
 
 
-def _missing_for(scheme: str) -> tuple[str, str]:
+def _missing_dependency(scheme: str) -> tuple[str, str]:
     """Say the same of a scheme that is fsspec's own, and may want another package all the same."""
     from fsspec import get_filesystem_class
 
@@ -367,14 +367,14 @@ def check_url(url: str, *where: str) -> None:
 _MANIFEST_BYTES = PART_BYTES
 
 
-def _named_by(url: str, limit_s: float) -> tuple[RemoteStorage, list[str]]:
+def _checkpoint_names(url: str, limit_s: float) -> tuple[RemoteStorage, list[str]]:
     """Give the storage of checkpoints that a URL names, and their names, the newest first."""
     base, _, last = url.rpartition("/")
     if step_of(last) is not None:
         return RemoteStorage(base, limit_s), [last]
     storage = RemoteStorage(url if last == FOLDER else f"{url}/{FOLDER}", limit_s)
-    found = storage.patiently(lambda: storage.names(""))
-    steps = {step: name for name in found if (step := step_of(name)) is not None}
+    names = storage.patiently(lambda: storage.names(""))
+    steps = {step: name for name in names if (step := step_of(name)) is not None}
     return storage, [steps[step] for step in sorted(steps, reverse=True)]
 
 
@@ -396,11 +396,11 @@ def fetch(
             full.
     """
     check_url(url, "--resume")
-    storage, names = _named_by(url.rstrip("/"), limit_s)
+    storage, names = _checkpoint_names(url.rstrip("/"), limit_s)
     damaged = 0
     for name in names:
         try:
-            if (stored := _brought(storage, name, folder / name)) is not None:
+            if (stored := _download(storage, name, folder / name)) is not None:
                 return stored
         except _Damaged as error:
             damaged += 1
@@ -412,25 +412,25 @@ def fetch(
     raise SpecError(Problem(("--resume",), f"no whole checkpoint at {url}", hint))
 
 
-def url_of(url: str, found: StoredCheckpoint) -> str:
+def url_of(url: str, stored: StoredCheckpoint) -> str:
     """
     Give the URL of a checkpoint.
 
     Args:
         url: what `fetch` was given.
-        found: what it gave.
+        stored: what it gave.
     """
     base, _, last = url.rstrip("/").rpartition("/")
     if step_of(last) is not None:
         return url.rstrip("/")
-    return "/".join([base, last, *([] if last == FOLDER else [FOLDER]), found.path.name])
+    return "/".join([base, last, *([] if last == FOLDER else [FOLDER]), stored.path.name])
 
 
 class _Damaged(Exception):
     """A checkpoint does not go with its manifest."""
 
 
-def _brought(storage: RemoteStorage, name: str, target: Path) -> StoredCheckpoint | None:
+def _download(storage: RemoteStorage, name: str, target: Path) -> StoredCheckpoint | None:
     """Bring one and read it; None: it has no manifest."""
     try:
         size = storage.patiently(lambda: storage.size(f"{name}/{MANIFEST}"))
@@ -440,7 +440,7 @@ def _brought(storage: RemoteStorage, name: str, target: Path) -> StoredCheckpoin
         raise _Damaged(f"its manifest has {size} bytes")
     try:
         _on_disk(storage, target, lambda: target.mkdir(mode=0o700))
-        _copy(storage, f"{name}/{MANIFEST}", target / MANIFEST, size)
+        _download_file(storage, f"{name}/{MANIFEST}", target / MANIFEST, size)
         try:
             files = _on_disk(storage, target, lambda: listed(target))
         except DiskHangs:
@@ -448,7 +448,7 @@ def _brought(storage: RemoteStorage, name: str, target: Path) -> StoredCheckpoin
         except StorageError as error:
             raise _Damaged(error) from None
         for file, facts in files.items():
-            _copy(storage, f"{name}/{file}", target / file, facts["bytes"])
+            _download_file(storage, f"{name}/{file}", target / file, facts["bytes"])
     except OSError as error:
         raise StorageError(f"cannot write {target}: {error.strerror or error}") from error
     try:
@@ -464,19 +464,19 @@ def _on_disk(storage: RemoteStorage, where: Path, work: Callable[[], T]) -> T:
     return with_deadline(lambda moved: work(), where, storage.limit_s)
 
 
-def _copy(storage: RemoteStorage, name: str, target: Path, size: object) -> None:
+def _download_file(storage: RemoteStorage, name: str, target: Path, size: object) -> None:
     """Copy a file that is to have so many bytes."""
     try:
-        found = storage.patiently(lambda: storage.size(name))
+        actual_size = storage.patiently(lambda: storage.size(name))
     except ObjectNotFound:
         raise _Damaged(f"there is no {name}") from None
-    if found != size:
-        raise _Damaged(f"{name} has {found} bytes, expected {size}")
+    if actual_size != size:
+        raise _Damaged(f"{name} has {actual_size} bytes, expected {size}")
     file = _on_disk(storage, target, lambda: target.open("xb"))
     try:
-        for start in range(0, found, PART_BYTES):
-            stop = min(start + PART_BYTES, found)
-            part = storage.patiently(partial(storage.read, name, start, stop))
-            _on_disk(storage, target, partial(file.write, part))
+        for start in range(0, actual_size, PART_BYTES):
+            stop = min(start + PART_BYTES, actual_size)
+            chunk = storage.patiently(partial(storage.read, name, start, stop))
+            _on_disk(storage, target, partial(file.write, chunk))
     finally:
         _on_disk(storage, target, file.close)

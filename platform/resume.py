@@ -47,9 +47,9 @@ def state_of(job: Job, run: str, facts: Mapping[str, Any]) -> dict[str, Any]:
         "num_workers": job.scaling.num_workers,
         "seed": job.seed,
         "global_batch_size": job.global_batch_size,
-        "data": _order(job),
+        "data": _data_order(job),
         "optimizer": job.optimizer.model_dump(mode="json"),
-        **_tables(job),
+        **_embedding_fields(job),
         **facts,
     }
 
@@ -61,20 +61,20 @@ def mismatches(state: Mapping[str, Any], job: Job) -> list[Problem]:
     The model itself is compared in the workers, which have one.
     """
     if job.own_loop or FUNCTION in state:
-        return _of_function(state, job)
-    found = []
+        return _function_mismatches(state, job)
+    problems = []
     for field in _SAME:
         if state.get(field) != getattr(job, field):
-            found.append(_differs((field,), state.get(field), getattr(job, field)))
-    for field, value in _order(job).items():
+            problems.append(_mismatch((field,), state.get(field), getattr(job, field)))
+    for field, value in _data_order(job).items():
         had = state.get("data", {}).get(field)
         if had != value:
-            found.append(_differs(("data", field), had, value))
-    found += _optimizer(state.get("optimizer", {}), job) + _embeddings(state, job)
-    return found + _length(state, job)
+            problems.append(_mismatch(("data", field), had, value))
+    problems += _optimizer_mismatches(state.get("optimizer", {}), job)
+    return problems + _embedding_mismatches(state, job) + _length_mismatch(state, job)
 
 
-def _of_function(state: Mapping[str, Any], job: Job) -> list[Problem]:
+def _function_mismatches(state: Mapping[str, Any], job: Job) -> list[Problem]:
     """Compare for a train function: what it kept is its own, a task's checkpoint it cannot read."""
     if job.own_loop and FUNCTION in state:
         return []
@@ -131,7 +131,7 @@ def check_libraries(job: Job) -> None:
         check_url(job.storage_path, "storage_path")
 
 
-def compared(job: Job, found: StoredCheckpoint) -> StoredCheckpoint:
+def compared(job: Job, stored: StoredCheckpoint) -> StoredCheckpoint:
     """
     Give a checkpoint that the job may go on from.
 
@@ -139,11 +139,11 @@ def compared(job: Job, found: StoredCheckpoint) -> StoredCheckpoint:
         SpecError: the job does not go with it.
         StorageError: it was made by something else.
     """
-    if not _well_formed(found.state):
-        raise StorageError(f"{found.path / STATE} is damaged, or of no run of distplat")
-    if problems := mismatches(found.state, job):
+    if not _well_formed(stored.state):
+        raise StorageError(f"{stored.path / STATE} is damaged, or of no run of distplat")
+    if problems := mismatches(stored.state, job):
         raise SpecError(*problems)
-    return found
+    return stored
 
 
 def _well_formed(state: Mapping[str, Any]) -> bool:
@@ -160,64 +160,64 @@ def _well_formed(state: Mapping[str, Any]) -> bool:
     )
 
 
-def names_differ(had: set[str], has: set[str]) -> list[str]:
+def names_differ(checkpoint_names: set[str], model_names: set[str]) -> list[str]:
     """Say which of a checkpoint's names a model lacks, and the other way round."""
     lines = []
-    for name in sorted(has - had)[:5]:
-        near = nearest(name, sorted(had - has))
+    for name in sorted(model_names - checkpoint_names)[:5]:
+        near = nearest(name, sorted(checkpoint_names - model_names))
         lines.append(f"no {name!r} in the checkpoint" + (f", but {near!r}" if near else ""))
-    lines += [f"no {name!r} in the model" for name in sorted(had - has)[:5]]
+    lines += [f"no {name!r} in the model" for name in sorted(checkpoint_names - model_names)[:5]]
     return lines
 
 
-def _order(job: Job) -> dict[str, Any]:
+def _data_order(job: Job) -> dict[str, Any]:
     return {"shuffle": job.data.shuffle, "drop_last": job.data.drop_last}
 
 
-def _optimizer(had: Mapping[str, Any], job: Job) -> list[Problem]:
-    has = job.optimizer.model_dump(mode="json")
-    if had.get("name") != has["name"]:
-        return [_differs(("optimizer", "name"), had.get("name"), has["name"])]
+def _optimizer_mismatches(old: Mapping[str, Any], job: Job) -> list[Problem]:
+    new = job.optimizer.model_dump(mode="json")
+    if old.get("name") != new["name"]:
+        return [_mismatch(("optimizer", "name"), old.get("name"), new["name"])]
     return [
-        _differs(("optimizer", field), had.get(field), has[field])
-        for field, value in _memory(has).items()
-        if _memory(had).get(field) != value
+        _mismatch(("optimizer", field), old.get(field), new[field])
+        for field, value in _state_options(new).items()
+        if _state_options(old).get(field) != value
     ]
 
 
-def _tables(job: Job) -> dict[str, Any]:
+def _embedding_fields(job: Job) -> dict[str, Any]:
     chosen = job.embeddings
     return {} if chosen is None else {"embeddings": chosen.model_dump(mode="json")}
 
 
-def _embeddings(state: Mapping[str, Any], job: Job) -> list[Problem]:
+def _embedding_mismatches(state: Mapping[str, Any], job: Job) -> list[Problem]:
     """Compare the rows' optimizers; number of servers and partition may change."""
-    had, has = state.get("embeddings"), _tables(job).get("embeddings")
-    if (had is None) != (has is None):
+    old, new = state.get("embeddings"), _embedding_fields(job).get("embeddings")
+    if (old is None) != (new is None):
         text = "the checkpoint has no embedding tables, the job has the field"
-        if has is None:
+        if new is None:
             text = "the checkpoint has embedding tables, the job has not the field"
         return [Problem(("embeddings",), text, "set it as it was, or start without --resume")]
-    if had is None or has is None or had["optimizer"]["name"] == has["optimizer"]["name"]:
+    if old is None or new is None or old["optimizer"]["name"] == new["optimizer"]["name"]:
         return []
-    names = had["optimizer"]["name"], has["optimizer"]["name"]
-    return [_differs(("embeddings", "optimizer", "name"), *names)]
+    names = old["optimizer"]["name"], new["optimizer"]["name"]
+    return [_mismatch(("embeddings", "optimizer", "name"), *names)]
 
 
-def _memory(optimizer: Mapping[str, Any]) -> dict[str, Any]:
+def _state_options(optimizer: Mapping[str, Any]) -> dict[str, Any]:
     """Give what decides which tensors an optimizer remembers."""
     fields = ("momentum", "amsgrad", "centered")
-    found: dict[str, Any] = {f: bool(optimizer[f]) for f in fields if f in optimizer}
+    options: dict[str, Any] = {f: bool(optimizer[f]) for f in fields if f in optimizer}
     groups = [(one.get("match"), one.get("name")) for one in optimizer.get("groups", ())]
-    return found | {"groups": groups if any(name for _, name in groups) else []}
+    return options | {"groups": groups if any(name for _, name in groups) else []}
 
 
-def _differs(where: tuple[str, ...], had: Any, has: Any) -> Problem:
+def _mismatch(where: tuple[str, ...], had: Any, has: Any) -> Problem:
     hint = "set it as it was, or start without --resume"
     return Problem(where, f"the checkpoint was made with {had!r}, the job has {has!r}", hint)
 
 
-def _length(state: Mapping[str, Any], job: Job) -> list[Problem]:
+def _length_mismatch(state: Mapping[str, Any], job: Job) -> list[Problem]:
     field = "steps" if job.steps is not None else "epochs"
     per_epoch = int(state.get("steps_per_epoch", 0))
     steps = job.steps if job.steps is not None else (job.epochs or 0) * per_epoch

@@ -43,7 +43,7 @@ from distplat.platform.trackers import points_of
 
 _RESULT_BYTES = 64 * 2**10
 """Room on the disk that is kept for `result.json` from the start."""
-_ONCE_MORE_S = 2.0
+_RETRY_S = 2.0
 """What a disk that was waited for in vain is given once more."""
 
 TASK_FILE = "task.safetensors"
@@ -78,9 +78,9 @@ class RunDirectory:
 
     def __init__(self, job: Job, run: str, base: Path) -> None:
         self.path = base / local_folder(job.storage_path) / run
-        self._limit_s, self._silent = job.failure.storage_timeout_s, False
+        self._limit_s, self._disk_hangs = job.failure.storage_timeout_s, False
         self._board: _TensorBoard | None = None
-        self._patiently("make the run directory", self.path, lambda moved: self._make(job))
+        self._with_deadline("make the run directory", self.path, lambda moved: self._make(job))
 
     def _make(self, job: Job) -> None:
         self.path = self.path.resolve()
@@ -89,16 +89,16 @@ class RunDirectory:
         self._metrics = Records(self.path / "metrics.jsonl")
         self._reserve = reserve(self.path, _RESULT_BYTES)
 
-    def _patiently(self, what: str, path: Path, work: Callable[[Moved], object]) -> None:
+    def _with_deadline(self, what: str, path: Path, work: Callable[[Moved], object]) -> None:
         """Do something with the disk; what it refuses is told with its path."""
-        limit_s = min(self._limit_s, _ONCE_MORE_S) if self._silent else self._limit_s
-        self._silent = True
+        limit_s = min(self._limit_s, _RETRY_S) if self._disk_hangs else self._limit_s
+        self._disk_hangs = True
         try:
             with_deadline(work, path, limit_s)
         except OSError as error:
-            self._silent = False
-            raise _refused(f"{what} {path}", error) from error
-        self._silent = False
+            self._disk_hangs = False
+            raise _storage_error(f"{what} {path}", error) from error
+        self._disk_hangs = False
 
     def record(self, summary: Summary) -> None:
         """
@@ -114,7 +114,7 @@ class RunDirectory:
         try:
             self._metrics.write(line.encode())
         except OSError as error:
-            raise _refused(f"write {self._metrics.path}", error) from error
+            raise _storage_error(f"write {self._metrics.path}", error) from error
 
     def draw(self, summary: Summary) -> None:
         """
@@ -131,7 +131,7 @@ class RunDirectory:
                 self._board = _TensorBoard(target)
             self._board.add(summary)
         except OSError as error:
-            raise _refused(f"write {target}", error) from error
+            raise _storage_error(f"write {target}", error) from error
 
     def save_model(self, model: bytes, saved: Callable[[Path], object] = lambda path: None) -> Path:
         """
@@ -148,15 +148,15 @@ class RunDirectory:
         Raises:
             StorageError: the disk is full, or the directory is gone.
         """
-        model, average = split_task_tensors(model, EMA_PREFIX)
+        model, ema = split_task_tensors(model, EMA_PREFIX)
         model, task = split_task_tensors(model)
         path = self.keep("model.safetensors", model)
         saved(path)
         if task is not None:
             self.keep(TASK_FILE, task)
-        if average is not None:
-            average, task = split_task_tensors(average)
-            self.keep(EMA_FILE, average)
+        if ema is not None:
+            ema, task = split_task_tensors(ema)
+            self.keep(EMA_FILE, ema)
             if task is not None:
                 self.keep("task_ema.safetensors", task)
         return path
@@ -169,7 +169,7 @@ class RunDirectory:
             StorageError: the disk is full, or the directory is gone.
         """
         path = self.path / name
-        self._patiently("write", path, lambda moved: write_whole(path, data, moved))
+        self._with_deadline("write", path, lambda moved: write_whole(path, data, moved))
         return path
 
     def finish(self, status: str, facts: Mapping[str, Any]) -> None:
@@ -189,7 +189,7 @@ class RunDirectory:
             finally:
                 self._close()
 
-        self._patiently("write", path, work)
+        self._with_deadline("write", path, work)
 
     def _close(self) -> None:
         """Close metrics and curves; what they hold was written with every record."""
@@ -199,7 +199,7 @@ class RunDirectory:
                     file.close()
 
 
-def _refused(what: str, error: OSError) -> StorageError:
+def _storage_error(what: str, error: OSError) -> StorageError:
     """Say what could not be done, why, and what helps where the disk is full."""
     full = error.errno in (errno.ENOSPC, errno.EDQUOT)
     remedy = "; free some, or have `storage_path` lead to another disk" if full else ""

@@ -40,7 +40,7 @@ _DAMAGE = (ValueError, TypeError, KeyError, ArithmeticError, RecursionError)
 """What reading a damaged line raises; the last two by numbers beyond all bounds and deep JSON."""
 _MOST = 2**53
 """No step, count or size is larger; a float holds it exactly."""
-_SETBACK = "setback"
+_OLD_FAILURE_KIND = "setback"
 """What a failure was called before 0.1.0 was released."""
 _NUMBERED = re.compile(r'\{"kind": "(step|evaluation)", "step": (\d{1,16}),')
 """How a line of a step, and of an evaluation, begins."""
@@ -78,22 +78,22 @@ class RunRecord:
     """What is missing or damaged."""
 
 
-def find_run(given: Path) -> Path:
+def find_run(name: Path) -> Path:
     """
     Find a run directory by its path, or by its name below `runs/`.
 
     Raises:
         SpecError: there is none; names the nearest.
     """
-    with naming_path(given):
-        for path in (given, Path("runs") / given):
+    with naming_path(name):
+        for path in (name, Path("runs") / name):
             if path.is_dir():
                 return path.resolve()
-        home = given.parent if given.parent.is_dir() and given.parent != Path() else Path("runs")
-        there = [path.name for path in home.iterdir() if path.is_dir()] if home.is_dir() else []
-    near = nearest(given.name, there)
-    hint = f"did you mean '{home / near}'?" if near else "give the directory that `submit` printed"
-    raise SpecError(Problem((), f"{given}: there is no such run directory", hint))
+        base = name.parent if name.parent.is_dir() and name.parent != Path() else Path("runs")
+        names = [path.name for path in base.iterdir() if path.is_dir()] if base.is_dir() else []
+    near = nearest(name.name, names)
+    hint = f"did you mean '{base / near}'?" if near else "give the directory that `submit` printed"
+    raise SpecError(Problem((), f"{name}: there is no such run directory", hint))
 
 
 def read_run(path: Path, *, steps: bool = True) -> RunRecord:
@@ -115,10 +115,10 @@ def read_run(path: Path, *, steps: bool = True) -> RunRecord:
         text = f"{path} holds no run: there is no job.yaml, metrics.jsonl or result.json in it"
         raise SpecError(Problem((), text, "give the directory that `submit` printed"))
     record = RunRecord(path)
-    record.job = _part(record, "job.yaml", _job) or {}
+    record.job = _read_file(record, "job.yaml", _job) or {}
     _read_metrics(record, steps=steps)
-    record.result = _part(record, "result.json", lambda text: _mapping(json.loads(text)))
-    record.trace = _part(record, TRACE_FILE, _trace) if steps else None
+    record.result = _read_file(record, "result.json", lambda text: _mapping(json.loads(text)))
+    record.trace = _read_file(record, TRACE_FILE, _trace) if steps else None
     if "metrics.jsonl" not in names:
         record.notes.append("metrics.jsonl is missing: no losses and no times")
     if not record.job and "job.yaml" not in names:
@@ -153,7 +153,7 @@ def _lines(file: IO[bytes]) -> Iterator[str]:
         # else it is being written
 
 
-def _part(record: RunRecord, name: str, parse: Callable[[str], T]) -> T | None:
+def _read_file(record: RunRecord, name: str, parse: Callable[[str], T]) -> T | None:
     """Read one file; None, with a note where it is damaged."""
     text = _text(record, name)
     if text is None:
@@ -176,7 +176,7 @@ def _read_metrics(record: RunRecord, *, steps: bool) -> None:
 
 
 def _read_lines(record: RunRecord, file: IO[bytes]) -> None:
-    steps, evaluations = _Thinned[StepSummary](), _Thinned[EvalSummary]()
+    steps, evaluations = _Downsampled[StepSummary](), _Downsampled[EvalSummary]()
     damaged = 0
     events: dict[type, list[Any]] = {
         FailureEvent: record.failures,
@@ -184,10 +184,10 @@ def _read_lines(record: RunRecord, file: IO[bytes]) -> None:
         Resized: record.resizes,
         Saved: record.saved,
     }
-    thinned: dict[str, _Thinned[Any]] = {"step": steps, "evaluation": evaluations}
-    for line in _without_dropped(_lines(file), thinned):
+    thinned: dict[str, _Downsampled[Any]] = {"step": steps, "evaluation": evaluations}
+    for line in _skip_dropped(_lines(file), thinned):
         try:
-            summary = _summary(json.loads(line))
+            summary = _parse_line(json.loads(line))
         except _DAMAGE:
             damaged += 1
             continue
@@ -197,15 +197,15 @@ def _read_lines(record: RunRecord, file: IO[bytes]) -> None:
             evaluations.put(summary.step, summary)
         elif type(summary) in events:
             events[type(summary)].append(summary)
-    record.steps, record.every = steps.found(), steps.every
-    record.evaluations = evaluations.found()
+    record.steps, record.every = steps.values(), steps.every
+    record.evaluations = evaluations.values()
     if steps.every > 1:
         record.notes.append(f"of so many steps one in {steps.every} is counted")
     if damaged:
         record.notes.append(f"metrics.jsonl: {damaged} damaged lines are left out")
 
 
-def _without_dropped(lines: Iterable[str], thinned: Mapping[str, _Thinned[Any]]) -> Iterator[str]:
+def _skip_dropped(lines: Iterable[str], thinned: Mapping[str, _Downsampled[Any]]) -> Iterator[str]:
     """Leave out, unread, what would be dropped: reading all of millions of steps takes minutes."""
     dropped: dict[str, str] = {}
     for line in lines:
@@ -216,7 +216,7 @@ def _without_dropped(lines: Iterable[str], thinned: Mapping[str, _Thinned[Any]])
     yield from dropped.values()  # they may be the last ones
 
 
-class _Thinned(Generic[S]):
+class _Downsampled(Generic[S]):
     """Values by step: all, or of too many every second, fourth, ... and the last."""
 
     def __init__(self) -> None:
@@ -224,33 +224,33 @@ class _Thinned(Generic[S]):
         self._by_step: dict[int, S] = {}
         self._last: tuple[int, S] | None = None
 
-    def put(self, step: int, one: S) -> None:
+    def put(self, step: int, value: S) -> None:
         """Take one; of the same step the later one counts."""
         if self._last is None or step >= self._last[0]:
-            self._last = step, one
+            self._last = step, value
         if step % self.every:
             return
-        self._by_step[step] = one
+        self._by_step[step] = value
         if len(self._by_step) > MOST_STEPS:
             self.every *= 2
             self._by_step = {s: o for s, o in self._by_step.items() if s % self.every == 0}
 
-    def found(self) -> list[S]:
+    def values(self) -> list[S]:
         """Give what is kept, in the order of steps."""
         kept = self._by_step | (dict([self._last]) if self._last is not None else {})
         return [kept[step] for step in sorted(kept)]
 
 
-def _summary(line: Any) -> object:
+def _parse_line(line: Any) -> object:
     """Read one line; None for a kind that is not known here."""
     fields = _mapping(line)
     name = fields["kind"]
-    kind = KINDS.get("failure" if name == _SETBACK else name)
-    return None if kind is None else _reader(kind).validate_python(_plain(fields))
+    kind = KINDS.get("failure" if name == _OLD_FAILURE_KIND else name)
+    return None if kind is None else _adapter(kind).validate_python(_checked_numbers(fields))
 
 
 @cache
-def _reader(kind: type) -> TypeAdapter[Any]:
+def _adapter(kind: type) -> TypeAdapter[Any]:
     return TypeAdapter(kind)
 
 
@@ -260,12 +260,12 @@ def _job(text: str) -> Mapping[str, Any]:
 
 
 def _trace(text: str) -> Trace:
-    fields = _plain(_mapping(json.loads(text)), least=-1)  # -1: none
-    found: Trace = _reader(Trace).validate_python(fields)
-    for one in found.events:
-        if not -math.inf < one.start_s <= one.end_s < math.inf:
-            raise ValueError(f"an event from {one.start_s} to {one.end_s}")
-    return found
+    fields = _checked_numbers(_mapping(json.loads(text)), least=-1)  # -1: none
+    trace: Trace = _adapter(Trace).validate_python(fields)
+    for event in trace.events:
+        if not -math.inf < event.start_s <= event.end_s < math.inf:
+            raise ValueError(f"an event from {event.start_s} to {event.end_s}")
+    return trace
 
 
 def _mapping(value: Any) -> Mapping[str, Any]:
@@ -274,12 +274,12 @@ def _mapping(value: Any) -> Mapping[str, Any]:
     return value
 
 
-def _plain(value: Any, least: int = 0) -> Any:
+def _checked_numbers(value: Any, least: int = 0) -> Any:
     """Refuse counts beyond all bounds; null stands for a number that was not finite."""
     if isinstance(value, dict):
-        return {name: _plain(one, least) for name, one in value.items()}
+        return {name: _checked_numbers(one, least) for name, one in value.items()}
     if isinstance(value, list):
-        return [_plain(one, least) for one in value]
+        return [_checked_numbers(one, least) for one in value]
     if isinstance(value, int) and not least <= value < _MOST:
         raise ValueError(f"{value:.3g} where a count belongs")
     return math.nan if value is None else value

@@ -85,12 +85,12 @@ def status_of(record: RunRecord, now_s: float) -> Status:
     if record.result is not None:
         word = str(record.result.get("status", "UNKNOWN"))
         return Status(word, "", str(record.result.get("error", "")))
-    silent = None if record.last_sign_s is None else now_s - record.last_sign_s
-    if silent is None:
+    silent_s = None if record.last_sign_s is None else now_s - record.last_sign_s
+    if silent_s is None:
         return Status("UNKNOWN", "it has not ended by itself, and has written no metrics")
-    if silent < _patience(record):
-        return Status("RUNNING", f"last line {silent:.0f} s ago")
-    ago = f"{silent / 60:.0f} min" if silent < 7200 else f"{silent / 3600:.0f} h"
+    if silent_s < _patience(record):
+        return Status("RUNNING", f"last line {silent_s:.0f} s ago")
+    ago = f"{silent_s / 60:.0f} min" if silent_s < 7200 else f"{silent_s / 3600:.0f} h"
     return Status("UNKNOWN", f"no result; last line {ago} ago: stalled, or its driver was killed")
 
 
@@ -110,12 +110,12 @@ def time_parts(steps: Sequence[StepSummary], every: int = 1) -> list[PhaseTime]:
     """
     names = list(dict.fromkeys(name for step in steps for name in step.seconds))
     series = {name: [_or_zero(step.seconds.get(name, 0.0)) for step in steps] for name in names}
-    whole = sum(map(sum, series.values())) or 1.0
+    total_s = sum(map(sum, series.values())) or 1.0
     return [
         PhaseTime(
             name,
             sum(values) * every,
-            sum(values) / whole,
+            sum(values) / total_s,
             median(values[1:] or values),
             _p95(values[1:] or values),
         )
@@ -135,17 +135,17 @@ def samples_per_s(steps: Sequence[StepSummary]) -> float | None:
 
 def figure_rows(steps: Sequence[StepSummary]) -> list[FigureRow]:
     """Give all figures that any step has; values that are not finite do not count."""
-    found: dict[str, list[float]] = {}
+    series: dict[str, list[float]] = {}
     first = {name for step in steps[:1] for name in step.figures}
     for step in steps:
         for name, value in step.figures.items():
-            found.setdefault(name, []).append(value)
+            series.setdefault(name, []).append(value)
     rows = []
-    for name, every in found.items():
-        settled = every[1:] if name in first and len(every) > 1 else every
+    for name, values in series.items():
+        settled = values[1:] if name in first and len(values) > 1 else values
         finite = [value for value in settled if math.isfinite(value)]
         if finite:
-            rows.append(FigureRow(name, fmean(finite), min(finite), max(finite), every[-1]))
+            rows.append(FigureRow(name, fmean(finite), min(finite), max(finite), values[-1]))
     return rows
 
 
@@ -183,13 +183,13 @@ def smoothed(values: Sequence[float], reach: int) -> list[float]:
         finite = math.isfinite(value)
         sums.append(sums[-1] + (value if finite else 0.0))
         counts.append(counts[-1] + finite)
-    found = []
+    means = []
     for index, value in enumerate(values):
         near = min(reach, index, len(values) - 1 - index)
         first, stop = index - near, index + near + 1
         mean = (sums[stop] - sums[first]) / max(1, counts[stop] - counts[first])
-        found.append(mean if math.isfinite(value) else value)
-    return found
+        means.append(mean if math.isfinite(value) else value)
+    return means
 
 
 def binned(
@@ -202,13 +202,13 @@ def binned(
         (first step, step behind the last, mean) of each run; not finite where no value is.
     """
     size = max(1, math.ceil(len(steps) / most))
-    found = []
+    bins = []
     for start in range(0, len(steps), size):
-        run = steps[start : start + size]
-        finite = [v for v in map(value, run) if math.isfinite(v)]
+        chunk = steps[start : start + size]
+        finite = [v for v in map(value, chunk) if math.isfinite(v)]
         mean = fmean(finite) if finite else math.nan
-        found.append((run[0].step, run[-1].step + 1, mean))
-    return found
+        bins.append((chunk[0].step, chunk[-1].step + 1, mean))
+    return bins
 
 
 def usual_most(values: Iterable[float]) -> float:

@@ -48,7 +48,7 @@ _MOST_FAILED = 4
 """So many attempts in a row that bring nothing are enough at the end, where the storage answers."""
 _FIRST_S = 10.0
 """How long the start of a run waits to hear whether the storage takes anything."""
-_ONCE_MORE_S = 0.5
+_RETRY_S = 0.5
 """After so long a storage that refuses is asked once more."""
 _SAID_S = 5.0
 """After which the end says what it waits for."""
@@ -90,7 +90,7 @@ class RunUpload:
         self._poll_s = poll_s
         self._sent: dict[str, _Sent] = {}
         self._checkpoints = _CheckpointUploads(folder / FOLDER, storage)
-        self._why = ""  #: of the last failure; empty: the last attempt brought all that was due
+        self._error = ""  #: of the last failure; empty: the last attempt brought all that was due
         self._failed_attempts = 0  #: at the end of the run, since there was progress
         self._progress_at = time.monotonic()
         self._closing, self._ended = threading.Event(), threading.Event()
@@ -126,14 +126,16 @@ class RunUpload:
             self._given_up.set()
         if self._ended.is_set():
             return ""
-        why = self._why or f"the storage does not answer (`{SETTING}`)"
+        cause = self._error or f"the storage does not answer (`{SETTING}`)"
         if asked():
-            why = "its upload was broken off"
+            cause = "its upload was broken off"
         try:
             missing = with_deadline(lambda moved: self._missing(), self._folder, _LIST_S)
         except (OSError, StorageError) as error:
-            missing, why = "the run directory", str(error)
-        return f"{missing} not uploaded to {self._storage.url}: {why}; {upload_hint(self._folder)}"
+            missing, cause = "the run directory", str(error)
+        return (
+            f"{missing} not uploaded to {self._storage.url}: {cause}; {upload_hint(self._folder)}"
+        )
 
     def _wait_for_it(self, asked: Callable[[], bool]) -> None:
         """Return when all is there, or nothing more can be hoped for."""
@@ -160,45 +162,45 @@ class RunUpload:
         while not self._given_up.is_set():
             closing = self._closing.is_set()
             try:
-                why = self._attempt(closing)
+                reason = self._attempt(closing)
             except OSError as error:  # of the local disk, which may be there again
-                why = f"{self._folder}: {error}"
-            if why and not failures:
+                reason = f"{self._folder}: {error}"
+            if reason and not failures:
                 text = "cannot upload: %s; the run goes on, and it is tried again"
-                self._warn(text % why)
-            elif failures and not why:
+                self._warn(text % reason)
+            elif failures and not reason:
                 self._warn(f"{self._storage.url} answers again")
-            self._why, failures = why, failures + 1 if why else 0
-            if closing and not why:
+            self._error, failures = reason, failures + 1 if reason else 0
+            if closing and not reason:
                 self._ended.set()
                 return
             self._failed_attempts += closing
             pause_s = self._poll_s
-            if why:
+            if reason:
                 longest_s = min(_LONGEST_PAUSE_S, self._storage.limit_s / 8)
                 pause_s = min(0.5 * 2 ** min(failures, 10), longest_s)
             (self._given_up if closing else self._closing).wait(pause_s)
 
     def _attempt(self, closing: bool) -> str:
         """Bring all that is due; say why something is not there yet."""
-        why = ""
-        for bring in self._due(closing):
-            if self._given_up.is_set() or (why and bring == self._send_result):
-                return why
+        reason = ""
+        for upload in self._due(closing):
+            if self._given_up.is_set() or (reason and upload == self._send_result):
+                return reason
             try:
-                bring()
-                if bring != self._checkpoints.retire:
+                upload()
+                if upload != self._checkpoints.retire:
                     self._failed_attempts, self._progress_at = 0, time.monotonic()
             except NoAnswer as error:
                 return str(error)  # the others would hang as well
             except Exception as error:
-                why = str(error) or repr(error)
-        return why
+                reason = str(error) or repr(error)
+        return reason
 
     def _due(self, closing: bool) -> Iterator[Callable[[], object]]:
         """Give what is to be done, in its order."""
         for name, path in self._files():
-            if name != RESULT and self._changed(name, path) and (closing or self._rested(name)):
+            if name != RESULT and self._changed(name, path) and (closing or self._may_resend(name)):
                 yield partial(self._send, name, path)
         for _ in self._checkpoints.missing():
             yield self._checkpoints.bring_newest
@@ -212,19 +214,19 @@ class RunUpload:
 
     def _files(self) -> list[tuple[str, Path]]:
         """Give all files but checkpoints, by the names that they have there; the model first."""
-        found = []
+        files = []
         for folder, folders, names in os.walk(self._folder):
             top = Path(folder) == self._folder
             folders[:] = [one for one in folders if not (top and one == FOLDER)]
             paths = [Path(folder, name) for name in names if not name.endswith(".partial")]
-            found += [(str(path.relative_to(self._folder)), path) for path in paths]
-        return sorted(found, key=lambda one: (not one[0].startswith("model."), one[0]))
+            files += [(str(path.relative_to(self._folder)), path) for path in paths]
+        return sorted(files, key=lambda one: (not one[0].startswith("model."), one[0]))
 
     def _changed(self, name: str, path: Path) -> bool:
-        found, sent = signature_of(path), self._sent.get(name)
-        return found is not None and (sent is None or sent.signature != found)
+        signature, sent = signature_of(path), self._sent.get(name)
+        return signature is not None and (sent is None or sent.signature != signature)
 
-    def _rested(self, name: str) -> bool:
+    def _may_resend(self, name: str) -> bool:
         sent = self._sent.get(name)
         if sent is None:
             return True
@@ -237,10 +239,10 @@ class RunUpload:
         except FileNotFoundError:
             return
         with file:
-            about = os.fstat(file.fileno())
-            self._storage.put(name, file, about.st_size)
+            stat_result = os.fstat(file.fileno())
+            self._storage.put(name, file, stat_result.st_size)
         now = time.monotonic()
-        self._sent[name] = _Sent(_signature(about), now, now - began)
+        self._sent[name] = _Sent(_signature(stat_result), now, now - began)
 
 
 class _CheckpointUploads:
@@ -253,18 +255,18 @@ class _CheckpointUploads:
 
     def __init__(self, folder: Path, storage: RemoteStorage) -> None:
         self._catalogue, self._storage = Catalogue(folder), storage
-        self._there: dict[int, Signature] = {}  #: step -> manifest of a whole one
-        self._begun: set[int] = set()  #: steps of which there may be files
+        self._uploaded: dict[int, Signature] = {}  #: step -> manifest of a whole one
+        self._started_steps: set[int] = set()  #: steps of which there may be files
         self._held: _OpenCheckpoint | None = None
 
     def missing(self) -> list[str]:
         """Give the names of those that are here and not there."""
-        local = self._local()
+        local = self._local_checkpoints()
         return [self._catalogue.path(step).name for step in self._missing(local)]
 
     def bring_newest(self) -> None:
         """Bring the newest that is not there."""
-        local = self._local()
+        local = self._local_checkpoints()
         if not (missing := self._missing(local)):
             return
         step = max(missing)
@@ -276,25 +278,25 @@ class _CheckpointUploads:
             except FileNotFoundError:  # deleted a moment ago
                 self._held = None
                 return
-        self._bring(self._held)
-        self._there[step] = local[step]
+        self._upload(self._held)
+        self._uploaded[step] = local[step]
         self._held.close()
         self._held = None
 
     def retire(self) -> None:
         """Remove what is not here any more, and what was begun and left."""
-        local = self._local()
-        kept = [step for step, signature in self._there.items() if local.get(step) == signature]
-        for step in sorted(self._begun - local.keys()):
+        local = self._local_checkpoints()
+        kept = [step for step, signature in self._uploaded.items() if local.get(step) == signature]
+        for step in sorted(self._started_steps - local.keys()):
             if kept and step < max(kept):
-                self._there.pop(step, None)
+                self._uploaded.pop(step, None)
                 self._remove(step)
 
-    def _bring(self, held: _OpenCheckpoint) -> None:
+    def _upload(self, held: _OpenCheckpoint) -> None:
         folder = f"{FOLDER}/{self._catalogue.path(held.step).name}"
-        if self._there.pop(held.step, None) is not None:  # made again, after a rollback
+        if self._uploaded.pop(held.step, None) is not None:  # made again, after a rollback
             self._remove(held.step)
-        self._begun.add(held.step)
+        self._started_steps.add(held.step)
         for name, file in held.files.items():
             if name not in held.sent:
                 file.seek(0)
@@ -306,18 +308,18 @@ class _CheckpointUploads:
         folder = f"{FOLDER}/{self._catalogue.path(step).name}"
         self._storage.remove(f"{folder}/{MANIFEST}")
         self._storage.remove(folder)
-        self._begun.discard(step)
+        self._started_steps.discard(step)
 
-    def _local(self) -> dict[int, Signature]:
-        found = {}
+    def _local_checkpoints(self) -> dict[int, Signature]:
+        signatures = {}
         with suppress(FileNotFoundError):
             for step in self._catalogue.steps():
                 if (signature := signature_of(self._catalogue.path(step) / MANIFEST)) is not None:
-                    found[step] = signature
-        return found
+                    signatures[step] = signature
+        return signatures
 
     def _missing(self, local: dict[int, Signature]) -> list[int]:
-        return [step for step, found in local.items() if self._there.get(step) != found]
+        return [step for step, found in local.items() if self._uploaded.get(step) != found]
 
 
 class _OpenCheckpoint:
@@ -342,14 +344,14 @@ class _OpenCheckpoint:
 def signature_of(path: Path) -> Signature | None:
     """Give what tells a file from others of its name; None: there is no regular file."""
     try:
-        about = path.lstat()
+        stat_result = path.lstat()
     except OSError:
         return None
-    return _signature(about) if stat.S_ISREG(about.st_mode) else None
+    return _signature(stat_result) if stat.S_ISREG(stat_result.st_mode) else None
 
 
-def _signature(about: os.stat_result) -> Signature:
-    return about.st_ino, about.st_size, about.st_mtime_ns
+def _signature(stat_result: os.stat_result) -> Signature:
+    return stat_result.st_ino, stat_result.st_size, stat_result.st_mtime_ns
 
 
 def upload_hint(folder: Path) -> str:
@@ -401,14 +403,14 @@ def check_access(
         try:
             put()
         except (ObjectNotFound, AccessRefused):  # keys may be late
-            time.sleep(_ONCE_MORE_S)
+            time.sleep(_RETRY_S)
             put()
 
-    first = in_thread("first upload", put_again)
+    upload = in_thread("first upload", put_again)
     until = time.monotonic() + _FIRST_S
-    while not wait([first], 0.05).done and time.monotonic() < until:
+    while not wait([upload], 0.05).done and time.monotonic() < until:
         check()
-    if first.done() and isinstance(error := first.exception(), ObjectNotFound | AccessRefused):
+    if upload.done() and isinstance(error := upload.exception(), ObjectNotFound | AccessRefused):
         hint = "make what `storage_path` names, or see that it may be written to"
         raise StorageError(f"{error}; nothing was trained: {hint}") from error
 

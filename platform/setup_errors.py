@@ -54,10 +54,10 @@ class SetupErrors:
         """
         if not self.has(error) or len(ranks) == 1:
             return error
-        has_it = sorted(rank for rank, one in self._failed.items() if _alike(one, error))
-        if len(has_it) == len(ranks):
-            return error if isinstance(error, SpecError) else _placed(error, "every rank", "")
-        return _placed(error, self._places(has_it), self._remedy(has_it))
+        affected = sorted(rank for rank, one in self._failed.items() if _is_same_error(one, error))
+        if len(affected) == len(ranks):
+            return error if isinstance(error, SpecError) else _with_ranks(error, "every rank", "")
+        return _with_ranks(error, self._places(affected), self._remedy(affected))
 
     def _places(self, ranks: Collection[int]) -> str:
         """`rank 1`, or `ranks 1, 3 (node gpu-2, 10.0.0.7)` where there are several nodes."""
@@ -83,13 +83,13 @@ class SetupErrors:
         return sorted({self._nodes[rank] for rank in ranks} - {""})
 
 
-def _alike(one: DistplatError, other: DistplatError) -> bool:
+def _is_same_error(one: DistplatError, other: DistplatError) -> bool:
     if isinstance(one, UserCodeError) and isinstance(other, UserCodeError):
         return one.summary == other.summary
     return type(one) is type(other) and str(one) == str(other)
 
 
-def _placed(error: DistplatError, on_ranks: str, remedy: str) -> DistplatError:
+def _with_ranks(error: DistplatError, on_ranks: str, remedy: str) -> DistplatError:
     match error:
         case UserCodeError():
             fields = error.rank, error.step, error.summary, error.traceback

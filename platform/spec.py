@@ -167,16 +167,16 @@ class Data(Spec):
 
     @model_validator(mode="before")
     @classmethod
-    def _rename(cls, given: Any) -> Any:
+    def _rename(cls, fields: Any) -> Any:
         """Take the name that `num_workers` had before."""
-        if not isinstance(given, Mapping) or _OLD_WORKERS not in given:
-            return given
-        if "num_workers" in given:
+        if not isinstance(fields, Mapping) or _OLD_WORKERS not in fields:
+            return fields
+        if "num_workers" in fields:
             raise PydanticCustomError(
                 "renamed", f"{_OLD_WORKERS} is the old name of num_workers: give one"
             )
         logger.warning("data.%s is called data.num_workers now, as in torch", _OLD_WORKERS)
-        return {"num_workers" if k == _OLD_WORKERS else k: v for k, v in given.items()}
+        return {"num_workers" if k == _OLD_WORKERS else k: v for k, v in fields.items()}
 
 
 class Evaluation(Spec):
@@ -319,9 +319,9 @@ class Job(Spec):
 
     @model_validator(mode="before")
     @classmethod
-    def _fill(cls, given: Any) -> Any:
+    def _fill(cls, fields: Any) -> Any:
         """Have a job of a train function do without the fields of a loop."""
-        return own_loop.filled(given) if isinstance(given, Mapping) else given
+        return own_loop.filled(fields) if isinstance(fields, Mapping) else fields
 
     def with_workers(self, number: int) -> "Job":
         """Give the same job with another number of workers; `problems` is to be asked of it."""
@@ -331,14 +331,14 @@ class Job(Spec):
     @property
     def task_schedule(self) -> TaskSchedule | None:
         """The rates that the task says itself, once it has been asked; None: the job does."""
-        found: Any = self.lr_schedule
-        return found if isinstance(found, TaskSchedule) else None
+        schedule: Any = self.lr_schedule
+        return schedule if isinstance(schedule, TaskSchedule) else None
 
     @property
     def plateau(self) -> Plateau | None:
         """What evaluations have made of the rates, in a worker; None: nothing goes by them."""
-        found: Any = self.lr_schedule
-        return found if isinstance(found, Plateau) else None
+        schedule: Any = self.lr_schedule
+        return schedule if isinstance(schedule, Plateau) else None
 
     def with_plateau(self) -> "Job":
         """Give a process's own job, if its rates go by evaluations; else the job as it is."""
@@ -353,8 +353,8 @@ class Job(Spec):
     def problems(self) -> list[Problem]:
         """Check what no single field can see; empty: the job holds together."""
         if self.own_loop:
-            given = {"name": self.name, "strategy": self.strategy, "own_loop": True}
-            found = own_loop.problems(self, Job.model_validate(given))
+            fields = {"name": self.name, "strategy": self.strategy, "own_loop": True}
+            found = own_loop.problems(self, Job.model_validate(fields))
             found += own_loop.script_problems(self)
             return [*found, *_gpu_problems(self), *tracker_problems(self)]
         return [
@@ -407,28 +407,28 @@ def _gpu_problems(job: Job) -> list[Problem]:
 def _precision_problems(job: Job) -> list[Problem]:
     if job.precision != "fp16":
         return []
-    found = []
+    problems = []
     if job.embeddings is not None:
         text = "cannot be combined with `embeddings`: gradients of rows would be scaled"
-        found.append(Problem(("precision",), text, "use bf16"))
+        problems.append(Problem(("precision",), text, "use bf16"))
     if job.failure.non_finite == "ignore":
         text = "cannot be `ignore` with `precision: fp16`, whose loss scale goes by it"
-        found.append(Problem(("failure", "non_finite"), text, "allowed: stop, skip"))
-    return found
+        problems.append(Problem(("failure", "non_finite"), text, "allowed: stop, skip"))
+    return problems
 
 
 def _data_problems(job: Job) -> list[Problem]:
     """What torch refuses in the workers, or passes over with a warning."""
-    data, written = job.data, job.data.model_fields_set
-    found = [
+    data, fields_set = job.data, job.data.model_fields_set
+    problems = [
         Problem(("data", field), "has no effect without loader processes", "give num_workers, too")
-        for field in sorted(data.idle_fields() & written)
+        for field in sorted(data.idle_fields() & fields_set)
         if field != "persistent_workers" or data.persistent_workers
     ]
     if data.pin_memory and not job.scaling.use_gpu:
         text = "has no effect without GPUs: torch pins no memory then"
-        found.append(Problem(("data", "pin_memory"), text, "remove it, or set scaling.use_gpu"))
-    return found
+        problems.append(Problem(("data", "pin_memory"), text, "remove it, or set scaling.use_gpu"))
+    return problems
 
 
 def _evaluation_problems(job: Job) -> list[Problem]:
@@ -461,13 +461,13 @@ def _embedding_problems(job: Job) -> list[Problem]:
     """What would hold for a part of the model only."""
     if job.embeddings is None:
         return []
-    found = []
+    problems = []
     if job.clip_norm is not None:
         text = "cannot be combined with `embeddings`: the norm would lack the rows' gradients"
         hint = "remove it, and lower the learning rates if need be"
-        found.append(Problem(("clip_norm",), text, hint))
+        problems.append(Problem(("clip_norm",), text, hint))
     if job.ema is not None:
         text = "cannot be combined with `embeddings`: rows of tables are not averaged"
         hint = "remove it, or use nn.Embedding"
-        found.append(Problem(("ema",), text, hint))
-    return found
+        problems.append(Problem(("ema",), text, hint))
+    return problems

@@ -80,30 +80,30 @@ def problems_of(
         prefix: where in the job it stands, for example `("strategy",)`.
     """
     details = error.errors(include_url=False)
-    found = _joined(_problem(one, model, prefix) for one in details[:MAX_PROBLEMS])
+    problems = _merged(_problem(detail, model, prefix) for detail in details[:MAX_PROBLEMS])
     if len(details) > MAX_PROBLEMS:
-        found.append(Problem(prefix, f"and {len(details) - MAX_PROBLEMS} more problems"))
-    return found
+        problems.append(Problem(prefix, f"and {len(details) - MAX_PROBLEMS} more problems"))
+    return problems
 
 
-def _joined(problems: Iterable[Problem]) -> list[Problem]:
+def _merged(problems: Iterable[Problem]) -> list[Problem]:
     """
     Say once what a field of several types may be: pydantic has a complaint for each of them.
 
     Where it complains of an item, too, the value is of that type, and only the item is wrong.
     """
-    found: list[Problem] = []
-    for one in problems:
-        if found and one.where[:-1] == found[-1].where and _MUST_BE.fullmatch(found[-1].message):
-            found.pop()
-        before = _MUST_BE.fullmatch(found[-1].message) if found else None
-        this = _MUST_BE.fullmatch(one.message)
-        if before and this and found[-1].where == one.where and before[2] == this[2]:
-            message = f"must be {before[1]} or {this[1]} (got {this[2]})"
-            found[-1] = replace(one, message=message, hint=found[-1].hint or one.hint)
+    kept: list[Problem] = []
+    for item in problems:
+        if kept and item.where[:-1] == kept[-1].where and _MUST_BE.fullmatch(kept[-1].message):
+            kept.pop()
+        previous = _MUST_BE.fullmatch(kept[-1].message) if kept else None
+        current = _MUST_BE.fullmatch(item.message)
+        if previous and current and kept[-1].where == item.where and previous[2] == current[2]:
+            message = f"must be {previous[1]} or {current[1]} (got {current[2]})"
+            kept[-1] = replace(item, message=message, hint=kept[-1].hint or item.hint)
         else:
-            found.append(one)
-    return found
+            kept.append(item)
+    return kept
 
 
 def show(value: object) -> str:
@@ -119,29 +119,29 @@ def show(value: object) -> str:
     return text if len(text) <= MAX_SHOWN else f"{text[: MAX_SHOWN - 3]}..."
 
 
-def _problem(one: ErrorDetails, root: type[BaseModel], prefix: FieldPath) -> Problem:
-    where, holder, field = _locate(one["loc"], root)
-    kind, value = one["type"], one["input"]
-    if kind.startswith("union_tag") and field is not None:
+def _problem(detail: ErrorDetails, root: type[BaseModel], prefix: FieldPath) -> Problem:
+    where, holder, field = _locate(detail["loc"], root)
+    error_type, value = detail["type"], detail["input"]
+    if error_type.startswith("union_tag") and field is not None:
         where, message, advice = _tag_problem(where, value, field)
-    elif kind == "extra_forbidden":
+    elif error_type == "extra_forbidden":
         known, name = holder.model_fields if holder else (), str(where[-1])
         removed: Mapping[str, str] = getattr(holder, "removed_fields", {})
         message = f"unknown field (value {show(value)})"
         advice = removed[name] if name in removed else hint(name, known)
-    elif kind == "literal_error":
-        expected = str(one["ctx"]["expected"])
+    elif error_type == "literal_error":
+        expected = str(detail["ctx"]["expected"])
         near = (
             nearest(value, re.findall(r"'([^']*)'", expected)) if isinstance(value, str) else None
         )
         advice = f"did you mean {near!r}?" if near else _quote_hint(value)
         message = f"must be {expected} (got {show(value)})"
-    elif kind == "missing":
+    elif error_type == "missing":
         message, advice = "required, but missing", ""
-    elif kind.startswith("model_") and field is not None and isinstance(value, str):
+    elif error_type.startswith("model_") and field is not None and isinstance(value, str):
         message, advice = f"must be a mapping (got {show(value)})", "write {name: ..., lr: ...}"
     else:
-        message, advice = _wrong_value(where, one)
+        message, advice = _wrong_value(where, detail)
     return Problem((*prefix, *where), message, advice)
 
 
@@ -160,27 +160,27 @@ def _tag_problem(where: FieldPath, value: Any, field: FieldInfo) -> tuple[FieldP
     return inner, message, hint(name, known)
 
 
-def _wrong_value(where: FieldPath, one: ErrorDetails) -> tuple[str, str]:
+def _wrong_value(where: FieldPath, detail: ErrorDetails) -> tuple[str, str]:
     """Give message and hint for a value of the wrong type, size or form."""
-    kind, value, context = one["type"], one["input"], one.get("ctx", {})
+    error_type, value, context = detail["type"], detail["input"], detail.get("ctx", {})
     got = f" (got {show(value)})"
-    if (where and one["loc"][-1] == "[key]") or kind == "invalid_key":
+    if (where and detail["loc"][-1] == "[key]") or error_type == "invalid_key":
         return f"a key must be text{got}", "quote it"
-    if kind in _KINDS:
-        return f"must be {_KINDS[kind]}{got}", _type_hint(_KINDS[kind], value)
-    if kind in _BOUNDS:
-        name, sign = _BOUNDS[kind]
+    if error_type in _KINDS:
+        return f"must be {_KINDS[error_type]}{got}", _type_hint(_KINDS[error_type], value)
+    if error_type in _BOUNDS:
+        name, sign = _BOUNDS[error_type]
         bound = context[name]
         return f"must be {sign} {int(bound) if bound == int(bound) else bound}{got}", ""
-    if kind in _LENGTHS:
-        name, sign, what = _LENGTHS[kind]
+    if error_type in _LENGTHS:
+        name, sign, unit = _LENGTHS[error_type]
         plural = "s" if context[name] != 1 else ""
-        return f"must have {sign} {context[name]} {what}{plural} (got {len(value)})", ""
-    if kind == "string_pattern_mismatch":
+        return f"must have {sign} {context[name]} {unit}{plural} (got {len(value)})", ""
+    if error_type == "string_pattern_mismatch":
         return _PATTERNS.get(where, f"must match {context['pattern']}") + got, ""
-    if kind in ("value_error", "assertion_error"):  # the model's own words
+    if error_type in ("value_error", "assertion_error"):  # the model's own words
         return str(context["error"]), ""
-    return one["msg"] + got, _quote_hint(value)
+    return detail["msg"] + got, _quote_hint(value)
 
 
 def _type_hint(expected: str, value: object) -> str:
@@ -205,13 +205,13 @@ def _locate(
     """
     where: list[str | int] = []
     holder: type[BaseModel] | None = None
-    here: type[BaseModel] | None = root
+    model: type[BaseModel] | None = root
     field: FieldInfo | None = None
     for part in loc:
         if part == "[key]":
             break
         if field is not None and field.discriminator and part in _tags(field):
-            here, field = _tags(field)[str(part)], None
+            model, field = _tags(field)[str(part)], None
             continue
         if isinstance(part, str) and field is not None and _is_one_of_several(field):
             continue  # says of which type the complaint is
@@ -219,8 +219,8 @@ def _locate(
         if isinstance(part, int):  # an item of a list: of the model that the list's field names
             field = None
             continue
-        holder, field = here, here.model_fields.get(str(part)) if here else None
-        here = _model_in(field.annotation) if field else None
+        holder, field = model, model.model_fields.get(str(part)) if model else None
+        model = _model_in(field.annotation) if field else None
     return tuple(where), holder, field
 
 
@@ -233,9 +233,9 @@ def _is_one_of_several(field: FieldInfo) -> bool:
 
 def _model_in(annotation: object) -> type[BaseModel] | None:
     """Give the model that a field holds, also where it may be left out (`Model | None`)."""
-    for kind in get_args(annotation) or (annotation,):
-        if isinstance(kind, type) and issubclass(kind, BaseModel):
-            return kind
+    for candidate in get_args(annotation) or (annotation,):
+        if isinstance(candidate, type) and issubclass(candidate, BaseModel):
+            return candidate
     return None
 
 

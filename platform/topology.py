@@ -108,10 +108,10 @@ class Choice:
 
 def by_node(locations: Sequence[RankLocation]) -> list[list[int]]:
     """Give the ranks of each node in rising order; nodes in the order of their first rank."""
-    found: dict[str, list[int]] = {}
+    nodes: dict[str, list[int]] = {}
     for rank, location in enumerate(locations):
-        found.setdefault(location.node, []).append(rank)
-    return list(found.values())
+        nodes.setdefault(location.node, []).append(rank)
+    return list(nodes.values())
 
 
 def gpus_of_node(locations: Sequence[RankLocation], rank: int) -> list[str]:
@@ -125,11 +125,11 @@ def gpus_of_node(locations: Sequence[RankLocation], rank: int) -> list[str]:
     Returns:
         Ids; none where ranks share a GPU, have none, or this one is alone.
     """
-    here = [location.gpus for location in locations if location.node == locations[rank].node]
-    first = [gpus[0] for gpus in here if gpus]
-    if len(here) == 1 or len({*first}) < len(here):
+    node_gpus = [location.gpus for location in locations if location.node == locations[rank].node]
+    first = [gpus[0] for gpus in node_gpus if gpus]
+    if len(node_gpus) == 1 or len({*first}) < len(node_gpus):
         return []
-    return list(dict.fromkeys([*first, *(gpu for gpus in here for gpu in gpus)]))
+    return list(dict.fromkeys([*first, *(gpu for gpus in node_gpus for gpu in gpus)]))
 
 
 def choose(locations: Sequence[RankLocation]) -> Choice:

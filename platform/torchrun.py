@@ -62,14 +62,14 @@ def environments(
     ranks = ranks_of(locations)
     nodes = list(dict.fromkeys(location.node for location in locations))
     master = locations[ranks.index(0)].host
-    found = []
+    variables = []
     for location, rank in zip(locations, ranks, strict=True):
-        here = [index for index, other in enumerate(locations) if other.node == location.node]
+        local = [index for index, other in enumerate(locations) if other.node == location.node]
         values = {
             "RANK": rank,
             "WORLD_SIZE": len(locations),
-            "LOCAL_RANK": rank - min(ranks[index] for index in here),
-            "LOCAL_WORLD_SIZE": len(here),
+            "LOCAL_RANK": rank - min(ranks[index] for index in local),
+            "LOCAL_WORLD_SIZE": len(local),
             "GROUP_RANK": nodes.index(location.node),
             "GROUP_WORLD_SIZE": len(nodes),
             "ROLE_RANK": rank,
@@ -82,11 +82,11 @@ def environments(
             "TORCHELASTIC_RUN_ID": launch.run,
             "TORCHELASTIC_USE_AGENT_STORE": False,  # rank 0 opens the store
         }
-        gpus = sorted({gpu for index in here for gpu in locations[index].gpus}, key=_number)
+        gpus = sorted({gpu for index in local for gpu in locations[index].gpus}, key=_number)
         if gpus:
             values["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)
-        found.append({name: str(value) for name, value in values.items()})
-    return found
+        variables.append({name: str(value) for name, value in values.items()})
+    return variables
 
 
 def _number(gpu: str) -> tuple[int, str]:

@@ -102,29 +102,29 @@ def open_tracker(spec: TrackerSpec, job: Any, folder: Path, before: Path | None)
         folder: the run directory.
         before: that of the run that this one goes on from.
     """
-    known = None
+    known_id = None
     if before is not None and (file := id_file(before, spec.name)).is_file():
-        known = str(json.loads(file.read_text())["id"])
-    kinds: dict[str, type[MLflow | Trackio | WandB]]
-    kinds = {"mlflow": MLflow, "trackio": Trackio, "wandb": WandB}
-    found = kinds[spec.name](spec.project or job.name, job, folder, known)
-    write_whole(id_file(folder, spec.name), json.dumps({"id": found.id}).encode())
-    return found
+        known_id = str(json.loads(file.read_text())["id"])
+    classes: dict[str, type[MLflow | Trackio | WandB]]
+    classes = {"mlflow": MLflow, "trackio": Trackio, "wandb": WandB}
+    tracker = classes[spec.name](spec.project or job.name, job, folder, known_id)
+    write_whole(id_file(folder, spec.name), json.dumps({"id": tracker.id}).encode())
+    return tracker
 
 
-def _shown(job: Any) -> dict[str, Any]:
+def _public_fields(job: Any) -> dict[str, Any]:
     """Give a job's fields for who looks at the tracker: a key in `task_args` is not for them."""
-    found: dict[str, Any] = blanked(job.model_dump(mode="json"))
-    return found
+    fields: dict[str, Any] = blanked(job.model_dump(mode="json"))
+    return fields
 
 
-def _flat(fields: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def _flatten(fields: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Give `optimizer.lr` and the like for nested fields."""
-    found: dict[str, Any] = {}
+    flat: dict[str, Any] = {}
     for name, value in fields.items():
         inner = isinstance(value, Mapping) and bool(value)
-        found |= _flat(value, f"{prefix}{name}.") if inner else {prefix + name: value}
-    return found
+        flat |= _flatten(value, f"{prefix}{name}.") if inner else {prefix + name: value}
+    return flat
 
 
 class MLflow(Tracker):
@@ -135,22 +135,24 @@ class MLflow(Tracker):
         project: the experiment's name.
         job: of the run.
         folder: the run directory.
-        known: id of the run to go on with; None: there is none.
+        run_id: id of the run to go on with; None: there is none.
     """
 
-    def __init__(self, project: str, job: Any, folder: Path, known: str | None) -> None:
+    def __init__(self, project: str, job: Any, folder: Path, run_id: str | None) -> None:
         from mlflow.entities import Metric, Param
         from mlflow.tracking import MlflowClient
 
         self._client, self._metric = MlflowClient(), Metric
-        if known is not None:
-            self.id = known
-            self._client.update_run(known, status="RUNNING")
+        if run_id is not None:
+            self.id = run_id
+            self._client.update_run(run_id, status="RUNNING")
             return
         experiment = self._client.get_experiment_by_name(project)
-        where = experiment.experiment_id if experiment else self._client.create_experiment(project)
-        self.id = str(self._client.create_run(where, run_name=folder.name).info.run_id)
-        fields = _flat(_shown(job))
+        experiment_id = (
+            experiment.experiment_id if experiment else self._client.create_experiment(project)
+        )
+        self.id = str(self._client.create_run(experiment_id, run_name=folder.name).info.run_id)
+        fields = _flatten(_public_fields(job))
         params = [Param(name, str(value)[:6000]) for name, value in fields.items()]
         for start in range(0, len(params), 100):  # so many it takes at once
             self._client.log_batch(self.id, params=params[start : start + 100])
@@ -176,19 +178,19 @@ class Trackio(Tracker):
         project: its name.
         job: of the run.
         folder: the run directory.
-        known: name of the run to go on with; None: there is none.
+        run_name: name of the run to go on with; None: there is none.
     """
 
-    def __init__(self, project: str, job: Any, folder: Path, known: str | None) -> None:
+    def __init__(self, project: str, job: Any, folder: Path, run_name: str | None) -> None:
         import trackio
 
-        self.id = known or folder.name
+        self.id = run_name or folder.name
         with redirect_stdout(sys.stderr):  # stdout is for the result
             self._run = trackio.init(
                 project,
                 name=self.id,
                 resume="allow",
-                config=_shown(job),
+                config=_public_fields(job),
                 embed=False,
                 auto_log_cpu=False,
                 auto_log_gpu=False,
@@ -212,20 +214,20 @@ class WandB(Tracker):
         project: its name.
         job: of the run.
         folder: the run directory.
-        known: id of the run to go on with; None: there is none.
+        run_id: id of the run to go on with; None: there is none.
     """
 
-    def __init__(self, project: str, job: Any, folder: Path, known: str | None) -> None:
+    def __init__(self, project: str, job: Any, folder: Path, run_id: str | None) -> None:
         import wandb
 
         quiet = wandb.Settings(silent=True, console="off")  # stdout is for the result
         self._run = wandb.init(
             project=project,
             name=folder.name,
-            id=known,
+            id=run_id,
             resume="allow",
             dir=str(folder),
-            config=_shown(job),
+            config=_public_fields(job),
             settings=quiet,
         )
         self.id = str(self._run.id)

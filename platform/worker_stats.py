@@ -117,14 +117,14 @@ class WorkerTable:
         paces = {rank: self.step_s(rank) for rank in self._beats}
         known = [pace for pace in paces.values() if pace is not None]
         usual = median_low(known) if known else 0.0
-        found = []
+        rows = []
         for rank, beats in sorted(self._beats.items()):
             heard_at, last = beats[-1]
             pace, wall_s = paces[rank], self.wall_s(rank)
             per_s = 1 / wall_s if wall_s else None
             slow = pace is not None and pace > STRAGGLES * usual > 0
             before = self._base.get(rank, 0)
-            found.append(
+            rows.append(
                 WorkerStats(rank, last.step, before + last.made, per_s, pace, now - heard_at, slow)
             )
-        return found
+        return rows

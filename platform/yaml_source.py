@@ -105,19 +105,19 @@ class _Reader(yaml.SafeLoader):
         return self._scalar(node, path)
 
     def _mapping(self, node: MappingNode, path: FieldPath) -> dict[str, object]:
-        found: dict[str, object] = {}
+        fields: dict[str, object] = {}
         for key_node, value_node in node.value:
             key = self._key(key_node, path)
             if key is None:
                 continue
             where = (*path, key)
-            if key in found:
-                first, again = self.positions[where][0], _position(key_node)[0]
-                self._note(where, f"set twice: in line {first} and in line {again}", key_node)
+            if key in fields:
+                first, second = self.positions[where][0], _position(key_node)[0]
+                self._note(where, f"set twice: in line {first} and in line {second}", key_node)
                 continue
             self.positions[where] = _position(key_node)
-            found[key] = self._value(value_node, where)
-        return found
+            fields[key] = self._value(value_node, where)
+        return fields
 
     def _key(self, node: Node, path: FieldPath) -> str | None:
         """Give the key's text; None, and a problem, where it has none."""
@@ -238,9 +238,9 @@ def _misread(error: MarkedYAMLError, file: str) -> SpecError:
     """Say what PyYAML found, and where."""
     mark: Any = error.problem_mark or error.context_mark
     message, hint = error.problem or error.context or "is not YAML", ""
-    known = next((said for found, said in _WORDING.items() if found in message), None)
-    if known:
-        message, hint = known
+    wording = next((said for found, said in _WORDING.items() if found in message), None)
+    if wording:
+        message, hint = wording
     elif error.context and error.context_mark and error.context_mark.line != mark.line:
         message += f" ({error.context} of line {error.context_mark.line + 1})"
     return _at(mark, message[:200], hint, file)
@@ -257,6 +257,6 @@ def _unprintable(error: ReaderError, text: str, file: str) -> SpecError:
 def _at(mark: Mark, message: str, hint: str, file: str) -> SpecError:
     """Show the line of a mark with a caret below."""
     snippet = mark.get_snippet(indent=4, max_length=100) or ""
-    shown = "".join(c if c.isprintable() or c == "\n" else " " for c in snippet)
+    printable_snippet = "".join(c if c.isprintable() or c == "\n" else " " for c in snippet)
     where = (file, mark.line + 1, mark.column + 1)
-    return SpecError(Problem((), f"{message}\n{shown}", hint, *where))
+    return SpecError(Problem((), f"{message}\n{printable_snippet}", hint, *where))

@@ -158,8 +158,8 @@ def check_headers(group: str, rank: int, headers: Sequence[Header]) -> None:
     counts = Counter(headers)  # keeps the order in which they come: the first wins a tie
     if len(counts) <= 1:
         return
-    most = counts.most_common(1)[0][0]
-    differ = tuple(offset for offset, one in enumerate(headers) if one != most)
+    majority = counts.most_common(1)[0][0]
+    differing = tuple(offset for offset, one in enumerate(headers) if one != majority)
     show_numbers = len({one.number for one in headers}) > 1
     parts = []
     for kind in counts:
@@ -168,7 +168,7 @@ def check_headers(group: str, rank: int, headers: Sequence[Header]) -> None:
     if len({one.operation for one in counts}) == 1 and len({one.digest for one in counts}) > 1:
         parts.append("the sizes of the ranks' parts differ, or their offsets")
     own = headers[rank]
-    raise MismatchError(group, own.name, own.number, differ, "; ".join(parts))
+    raise MismatchError(group, own.name, own.number, differing, "; ".join(parts))
 
 
 def check_message(group: str, source: int, rank: int, sent: Header, expected: Header) -> None:

@@ -58,7 +58,7 @@ class HierarchicalGroup(TorchGroup):
         self._ring: Any = None  #: the leaders, if this rank is one of several
         self._queue = OpQueue(f"hierarchical {self.name}")
         self._counted = Traffic()
-        self._once = threading.Lock()
+        self._lock = threading.Lock()
         self._in_node = True
         try:
             self._find_neighbours(member)
@@ -164,18 +164,19 @@ class HierarchicalGroup(TorchGroup):
         self._average(tensor, op)
 
     def _broadcast(self, tensor: Tensor, source: int) -> None:
-        home = next(n for n, ranks in enumerate(self._nodes) if source in ranks)
-        here, nodes = home == self._node, len(self._nodes)
-        first = self._local.index(source) if here else 0
+        source_node = next(n for n, ranks in enumerate(self._nodes) if source in ranks)
+        is_source_node, nodes = source_node == self._node, len(self._nodes)
+        first = self._local.index(source) if is_source_node else 0
 
         def work(fail: Fail) -> None:
-            if here and self._node_group is not None:  # first to the leader, and to all on the way
+            # Where the source is: first to the leader, and to all on the way.
+            if is_source_node and self._node_group is not None:
                 self._node_group.broadcast(tensor, first)
             if self._ring is not None and tensor.numel():
-                moved = (tensor.nbytes * (nodes - 1), 0) if here else (0, tensor.nbytes)
-                ring = torch_compat.broadcast(self._ring, tensor, home)
+                moved = (tensor.nbytes * (nodes - 1), 0) if is_source_node else (0, tensor.nbytes)
+                ring = torch_compat.broadcast(self._ring, tensor, source_node)
                 self._work([ring], fail, moved).wait()
-            if not here and self._node_group is not None:
+            if not is_source_node and self._node_group is not None:
                 self._node_group.broadcast(tensor, first)
 
         self._perform(header("broadcast", [tensor], root=source), work)
@@ -192,7 +193,7 @@ class HierarchicalGroup(TorchGroup):
             work(fail)
         except MismatchError as error:
             self._cut()  # the other nodes wait for this one
-            raise self._seen_from_outside(error) from None
+            raise self._with_group_ranks(error) from None
         except (CollectiveError, RuntimeError) as error:
             raise fail(error) from None
         finally:
@@ -202,11 +203,11 @@ class HierarchicalGroup(TorchGroup):
         try:
             work()
         except CollectiveError as error:
-            raise self._seen_from_outside(error) from None
+            raise self._with_group_ranks(error) from None
         finally:
             self._account()
 
-    def _seen_from_outside(self, error: CollectiveError) -> CollectiveError:
+    def _with_group_ranks(self, error: CollectiveError) -> CollectiveError:
         """Name the ranks by their ranks in this group."""
         missing = tuple(self._local[local_rank] for local_rank in error.missing)
         cause = f"{error.cause} (on one node, where 0.. are ranks {self._local})"
@@ -223,7 +224,7 @@ class HierarchicalGroup(TorchGroup):
         self._queue.close(_CLOSE_S)
 
     def _leave_node(self) -> None:
-        with self._once:
+        with self._lock:
             stays, self._in_node = self._in_node, False
         if stays and self._node_group is not None:
             self._node_group.close()
@@ -232,7 +233,7 @@ class HierarchicalGroup(TorchGroup):
         """Count what went through this node's memory."""
         if self._node_group is None:
             return
-        with self._once:
+        with self._lock:
             now, last = replace(self._node_group.traffic), self._counted
             self._counted = now
             self._meter.add(

@@ -66,8 +66,8 @@ class StoreServer:
         self.port: int = listener.getsockname()[1]
         self.values: dict[str, str] = {}
         self._secret, self._connections_left = secret, ranks
-        self._strangers: dict[asyncio.StreamWriter, None] = {}  #: in the order in which they came
-        self._talks: set[asyncio.Task[None]] = set()
+        self._pending: dict[asyncio.StreamWriter, None] = {}  #: in the order in which they came
+        self._connections: set[asyncio.Task[None]] = set()
         self._more = asyncio.Condition()  #: there are new keys
         self._ended = asyncio.Event()
         self._runner = asyncio.Runner(loop_factory=asyncio.new_event_loop)
@@ -88,27 +88,27 @@ class StoreServer:
             self._runner.run(self._serve(listener))
 
     async def _serve(self, listener: socket.socket) -> None:
-        self._server = await asyncio.start_server(self._came, sock=listener, start_serving=False)
+        self._server = await asyncio.start_server(self._accept, sock=listener, start_serving=False)
         await self._server.start_serving()
         await self._ended.wait()
         self._server.close()
 
-    def _came(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """Begin to talk: in a task of ours, as Python 3.11 complains of its own at the end."""
-        talk = self.loop.create_task(self._talk(reader, writer))
-        self._talks.add(talk)  # nobody else may hold it while it waits
-        talk.add_done_callback(self._talks.discard)
+        talk = self.loop.create_task(self._handle(reader, writer))
+        self._connections.add(talk)  # nobody else may hold it while it waits
+        talk.add_done_callback(self._connections.discard)
 
-    async def _talk(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def _handle(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """Answer whoever has connected, once it has proved that it is a rank."""
-        self._strangers[writer] = None
-        if len(self._strangers) > _STRANGERS + self._connections_left:  # all ranks may come at once
-            oldest = next(iter(self._strangers))
-            del self._strangers[oldest]
+        self._pending[writer] = None
+        if len(self._pending) > _STRANGERS + self._connections_left:  # all ranks may come at once
+            oldest = next(iter(self._pending))
+            del self._pending[oldest]
             oldest.transport.abort()
         try:
             async with asyncio.timeout(_HELLO_S):
-                await self._prove(reader, writer)
+                await self._verify(reader, writer)
             while True:
                 length = int.from_bytes(await reader.readexactly(_LENGTH_BYTES), "big")
                 request = json.loads(await reader.readexactly(length))
@@ -116,10 +116,10 @@ class StoreServer:
         except (OSError, EOFError):  # it is gone, or was no rank
             pass
         finally:
-            self._strangers.pop(writer, None)
+            self._pending.pop(writer, None)
             writer.transport.abort()
 
-    async def _prove(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def _verify(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """Compare what comes with what only a rank can send; answer in kind."""
         keepers_nonce = secrets.token_bytes(_NONCE_BYTES)
         writer.write(keepers_nonce)
@@ -128,9 +128,9 @@ class StoreServer:
             await reader.readexactly(_PROOF_BYTES),
         )
         right = hmac.compare_digest(proof, _proof(self._secret, "rank", keepers_nonce, nonce))
-        if not right or writer not in self._strangers:  # or it has just been ended
+        if not right or writer not in self._pending:  # or it has just been ended
             raise PermissionError
-        del self._strangers[writer]
+        del self._pending[writer]
         writer.write(_proof(self._secret, "keeper", keepers_nonce, nonce))
         self._connections_left -= 1
         if self._connections_left == 0:

@@ -104,9 +104,9 @@ def wait_for(
     """
     clock = AwakeClock()
     while (waited := clock.now()) < settings.rendezvous_s:
-        found = look()
-        if found is not None:
-            return found
+        value = look()
+        if value is not None:
+            return value
         # Where all are there it takes milliseconds; many long waits must not keep Ray's store busy.
         if settings.abandoned.wait(min(max(waited / 20, _SHORTEST_LOOK_S), _LONGEST_LOOK_S)):
             raise CollectiveError(group_name, "rendezvous", 0, tuple(missing()), GIVEN_UP)
@@ -135,31 +135,31 @@ def exchange_locations(member: GroupMember) -> tuple[RankLocation, ...]:
     """
     if member.world == 1:
         return (location_of_this_process(),)
-    word = _word(member.name, member.rank)
+    key = _location_key(member.name, member.rank)
     own_location = json.dumps(asdict(location_of_this_process())).encode()
-    ray_compat.put(word, own_location)
+    ray_compat.put(key, own_location)
     try:
         if member.rank == 0:
-            _publish(member)
+            _publish_table(member)
         table = wait_for(
-            lambda: ray_compat.get(_table(member.name)),
+            lambda: ray_compat.get(_table_key(member.name)),
             member.name,
-            lambda: _absent(member) or (0,),
+            lambda: _absent_ranks(member) or (0,),
             member.settings,
         )
     except DistplatError:
-        ray_compat.delete(word)
+        ray_compat.delete(key)
         raise
-    return tuple(map(_read, json.loads(table)))
+    return tuple(map(_parse_location, json.loads(table)))
 
 
-def _read(location: dict[str, Any]) -> RankLocation:
+def _parse_location(location: dict[str, Any]) -> RankLocation:
     return RankLocation(**{**location, "gpus": tuple(location["gpus"])})
 
 
 def delete_locations(group_name: str) -> None:
     """Delete the table; for rank 0, once all have read it."""
-    ray_compat.delete(_table(group_name))
+    ray_compat.delete(_table_key(group_name))
 
 
 def location_of_this_process() -> RankLocation:
@@ -171,32 +171,34 @@ def location_of_this_process() -> RankLocation:
     return RankLocation(context.get_node_id(), nccl, shared_memory_works(), gpus)
 
 
-def _publish(member: GroupMember) -> None:
+def _publish_table(member: GroupMember) -> None:
     """Wait for all words, then write them as one table; who gives up takes its word back."""
-    words = [_word(member.name, rank) for rank in range(member.world)]
+    keys = [_location_key(member.name, rank) for rank in range(member.world)]
 
     def table() -> bytes | None:
-        if _absent(member):
+        if _absent_ranks(member):
             return None
-        found = [ray_compat.get(word) for word in words]
-        here = [word for word in found if word is not None]
-        return b"[%s]" % b",".join(here) if len(here) == len(words) else None
+        entries = [ray_compat.get(key) for key in keys]
+        here = [key for key in entries if key is not None]
+        return b"[%s]" % b",".join(here) if len(here) == len(keys) else None
 
-    whole = wait_for(table, member.name, lambda: _absent(member), member.settings)
-    ray_compat.put(_table(member.name), whole)
-    for word in words:
-        ray_compat.delete(word)
+    complete = wait_for(table, member.name, lambda: _absent_ranks(member), member.settings)
+    ray_compat.put(_table_key(member.name), complete)
+    for key in keys:
+        ray_compat.delete(key)
 
 
-def _absent(member: GroupMember) -> tuple[int, ...]:
+def _absent_ranks(member: GroupMember) -> tuple[int, ...]:
     """Give the ranks that have not said where they are."""
-    come = set(ray_compat.keys(rendezvous_key(f"{member.name}#location/")))
-    return tuple(rank for rank in range(member.world) if _word(member.name, rank) not in come)
+    keys = set(ray_compat.keys(rendezvous_key(f"{member.name}#location/")))
+    return tuple(
+        rank for rank in range(member.world) if _location_key(member.name, rank) not in keys
+    )
 
 
-def _word(group_name: str, rank: int) -> bytes:
+def _location_key(group_name: str, rank: int) -> bytes:
     return rendezvous_key(f"{group_name}#location/{rank}")
 
 
-def _table(group_name: str) -> bytes:
+def _table_key(group_name: str) -> bytes:
     return rendezvous_key(f"{group_name}#locations")

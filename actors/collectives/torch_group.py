@@ -66,7 +66,7 @@ class TorchGroup(CollectiveGroup):
         self._failure: tuple[type[CollectiveError], tuple[int, ...], str] | None = None
         self._aborted = False
         # Gloo matches operations by their order: a thread must count and begin in one go.
-        self._order, self._looking = threading.RLock(), threading.Lock()
+        self._order_lock, self._failing = threading.RLock(), threading.Lock()
         self._connections: list[tuple[Any, int, int]] = []
         form = partial(self._form, member)
         self._store = run_unless_given_up(form, member.name, member.settings)
@@ -230,7 +230,7 @@ class TorchGroup(CollectiveGroup):
         Raises:
             CollectiveError: see `Collective`.
         """
-        with self._order:
+        with self._order_lock:
             number = self._enter(head)
             head = head._replace(number=number)
             fail = partial(self._failed, head.name, number=number, head=head)
@@ -276,7 +276,7 @@ class TorchGroup(CollectiveGroup):
 
     def _enter(self, head: Header) -> int:
         """Count an operation of all ranks, compare it with theirs if it is time; its number."""
-        with self._order:
+        with self._order_lock:
             self._begun += 1
             number = self._begun
             self._refuse_if_broken(head.name, number)
@@ -321,7 +321,7 @@ class TorchGroup(CollectiveGroup):
         head: Header | None = None,
     ) -> CollectiveError:
         """Find out who is missing, once for all that is under way, and say it."""
-        with self._looking:
+        with self._failing:
             if self._failure is None:
                 self._cut()  # nobody shall wait for this rank
                 still_s = self._heartbeat.stood_still_s()
@@ -334,13 +334,13 @@ class TorchGroup(CollectiveGroup):
                 if still_s:
                     was = f"this process stood still for {still_s:.0f} s"
                     cause = f"{was} (stopped, or without a processor); {cause}"
-                self._failure = self._apart() or (CollectiveError, missing, cause)
+                self._failure = self._header_mismatch() or (CollectiveError, missing, cause)
                 if self._given_up:
                     self._failure = CollectiveError, (), GIVEN_UP
         kind, missing, cause = self._failure
         return kind(self.name, operation, number, missing, cause)
 
-    def _apart(self) -> tuple[type[CollectiveError], tuple[int, ...], str] | None:
+    def _header_mismatch(self) -> tuple[type[CollectiveError], tuple[int, ...], str] | None:
         """Say that ranks were in different operations, which are compared only now."""
         heads = [Header(*map(int, one.split())) for one in self._heartbeat.said]
         if len({one.number for one in heads}) > 1:

@@ -41,7 +41,7 @@ INTERVAL_S = 0.5
 SILENT_S = 4 * INTERVAL_S
 """A rank without a heartbeat for so long is missing."""
 
-_TOLD_S = 0.1
+_WAIT_SLICE_S = 0.1
 """For so long a rank that meets the others does not hear that it is to give up."""
 _FOUND = "missing"
 
@@ -121,63 +121,63 @@ class Heartbeat:
             gave_up: whether nobody wants the answer any more.
             says: what the others are told of the operation; empty: nothing.
         """
-        here = self.stood_still_s() == 0
+        awake = self.stood_still_s() == 0
         # In a thread of its own: a frozen rank 0 leaves a question to its store open for ever.
-        look = in_thread("missing ranks", partial(self._look, number, partner, here, says))
+        look = in_thread("missing ranks", partial(self._search, number, partner, awake, says))
         deadline = time.monotonic() + 2 * SILENT_S
         while not wait([look], 0.05).done and time.monotonic() < deadline:
             if gave_up():
                 return ()
         return look.result() if look.done() else (0,)
 
-    def _look(self, number: int, partner: int | None, here: bool, says: str) -> tuple[int, ...]:
+    def _search(self, number: int, partner: int | None, awake: bool, says: str) -> tuple[int, ...]:
         try:
             if says:
                 self._store.set(f"says/{self._rank}", says)
-            found = self._found()
-            if found is None:
-                found = self._compare(number, partner, here)
-                if found:
-                    self._store.set(_FOUND, " ".join(map(str, found)))
+            missing = self._found_by_others()
+            if missing is None:
+                missing = self._compare(number, partner, awake)
+                if missing:
+                    self._store.set(_FOUND, " ".join(map(str, missing)))
             keys = [f"says/{rank}" for rank in range(self._world)]
-            if says and not found and self._store.check(keys):
+            if says and not missing and self._store.check(keys):
                 self.said = [self._store.get(key).decode() for key in keys]
         except (RuntimeError, ValueError):
             return (0,)
         # The others gave up on this rank; it came late, and misses nobody.
-        return () if self._rank in found else found
+        return () if self._rank in missing else missing
 
-    def _found(self) -> tuple[int, ...] | None:
+    def _found_by_others(self) -> tuple[int, ...] | None:
         """Give what another rank found out."""
         if not self._store.check([_FOUND]):
             return None
         return tuple(int(rank) for rank in self._store.get(_FOUND).decode().split())
 
-    def _compare(self, number: int, partner: int | None, here: bool) -> tuple[int, ...]:
+    def _compare(self, number: int, partner: int | None, awake: bool) -> tuple[int, ...]:
         before = self._read()
         deadline = time.monotonic() + SILENT_S
         while (left := deadline - time.monotonic()) > 0:
             time.sleep(min(left, 0.1))
-            if (found := self._found()) is not None:
+            if (found := self._found_by_others()) is not None:
                 return found
         after = self._read()
         others = [rank for rank in range(self._world) if rank != self._rank]
         silent = [r for r in others if before[r] == after[r] and not after[r].left]
-        if not here:
+        if not awake:
             return tuple(silent)
         late = [r for r in others if after[r].number < number and not after[r].left]
         left_us = [r for r in others if after[r].left]
         return tuple(silent or ([partner] if partner is not None else late) or left_us)
 
     def _run(self) -> None:
-        while not self._waited():
+        while not self._wait_for_next_beat():
             self._on_beat()
             self._beats += 1
             if not self._publish(str(self._beats)):
                 return  # rank 0 has closed the store: the group is over
         self._publish("left")
 
-    def _waited(self) -> bool:
+    def _wait_for_next_beat(self) -> bool:
         """Wait until the next beat; say whether there is to be none."""
         began = self._waits_since = time.monotonic()
         over = self._stopped.wait(INTERVAL_S)
@@ -225,7 +225,7 @@ class Store:
         self._name, self._rank, self._world = member.name, member.rank, member.world
         self._settings = member.settings
         self._server: StoreServer | None = None
-        self.host = _address()
+        self.host = _listen_address()
         """Address that this rank listens on."""
         try:
             host, port, secret = self._serve() if self._rank == 0 else self._find()
@@ -272,7 +272,7 @@ class Store:
         def complete() -> bytes | None:
             # The server tells: a hundred ranks that ask again and again keep it from answering.
             try:
-                self.client.wait(everybody, timedelta(seconds=_TOLD_S))
+                self.client.wait(everybody, timedelta(seconds=_WAIT_SLICE_S))
             except StoreTimeout:
                 return None
             return b""
@@ -308,7 +308,7 @@ def run_unless_given_up(make: Callable[[], T], group_name: str, settings: GroupS
     raise DeadlineExceeded(what, ("worker-0",), limit, "failure.start_timeout_s")
 
 
-def _address() -> str:
+def _listen_address() -> str:
     """Address to listen on: loopback where the cluster is one node, else this node's own."""
     alive = [node for node in ray.nodes() if node["Alive"]]
     return "127.0.0.1" if len(alive) == 1 else str(ray.util.get_node_ip_address())

@@ -68,8 +68,8 @@ class MailboxRequest(NamedTuple):
 
 def control_of(segment: MemorySegment, size: int) -> NDArray[np.float64]:
     """View the control record behind the mailboxes of a segment, shape [size]."""
-    found: NDArray[np.float64] = segment.tensor.numpy()[segment.address.elements - 8 * size :]
-    return found.view(np.float64)
+    record: NDArray[np.float64] = segment.tensor.numpy()[segment.address.elements - 8 * size :]
+    return record.view(np.float64)
 
 
 class Mailbox:
@@ -112,8 +112,8 @@ class Mailbox:
     def read(self) -> ServerReply | None:
         """Give the answer that is there; None: the request failed, the standing call says why."""
         values = _ANSWER_LAYOUT.unpack_from(self._memory, _ANSWER)
-        good, committed, version, has_norm, squared, *rest, has_total = values[:-HEAD_SIZE]
-        if not good:
+        succeeded, committed, version, has_norm, squared, *rest, has_total = values[:-HEAD_SIZE]
+        if not succeeded:
             return None
         norm, total = squared if has_norm else None, values[-HEAD_SIZE:] if has_total else ()
         return ServerReply(version, committed, norm, *(*rest, total))
@@ -127,25 +127,25 @@ class Mailbox:
 
     def answer(self, answer: ServerReply | None) -> None:
         """Answer the present request; None: it failed."""
-        given = answer or ServerReply(0)
-        norm = given.squared_norm
+        reply = answer or ServerReply(0)
+        norm = reply.squared_norm
         _ANSWER_LAYOUT.pack_into(
             self._memory,
             _ANSWER,
             answer is not None,
-            given.committed,
-            given.version,
+            reply.committed,
+            reply.version,
             norm is not None,
             norm or 0.0,
-            given.staleness,
-            given.waiting_s,
-            given.apply_s,
-            given.queue_s,
-            given.queue_depth,
-            given.dropped,
-            given.done,
-            bool(given.total),
-            *(given.total or _NO_TOTAL),
+            reply.staleness,
+            reply.waiting_s,
+            reply.apply_s,
+            reply.queue_s,
+            reply.queue_depth,
+            reply.dropped,
+            reply.done,
+            bool(reply.total),
+            *(reply.total or _NO_TOTAL),
         )
         self._answered.post()
 

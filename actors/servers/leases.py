@@ -57,7 +57,7 @@ class RemoteLeases(Leases):
         self._beat = WorkerHeartbeat(0, 0, 0.0)
         self._number = 0  #: of the next question
         self._question: Any = None  #: the answer to it is on its way
-        self._said = 0, 0  #: tasks and evaluations that it told of
+        self._reported = 0, 0  #: tasks and evaluations that it told of
         self._given = self._left = 0  #: tasks of the present lease, and those not done
         self._closed = threading.Event()
 
@@ -99,13 +99,13 @@ class RemoteLeases(Leases):
             self._evaluations += evaluations
         self._left -= len(tasks)
         if self._eager:
-            self._say()
+            self._send_heartbeat()
         elif self._question is None and 0 < self._left <= max(1, self._given // 4):
             self._question = self._ask()
 
     def _ask(self) -> Any:
         tasks, evaluations = self._done()
-        self._said = len(tasks), len(evaluations)
+        self._reported = len(tasks), len(evaluations)
         where = self._rank, self._attempt, self._number
         return self._transport.call(self._scheduler, "work", *where, tasks, evaluations)
 
@@ -133,14 +133,14 @@ class RemoteLeases(Leases):
         except ActorDied as error:
             raise ActorLost(_NAME, None, str(error)) from None
         with self._lock:  # it knows of these now
-            del self._tasks[: self._said[0]], self._evaluations[: self._said[1]]
+            del self._tasks[: self._reported[0]], self._evaluations[: self._reported[1]]
         return work
 
     def _done(self) -> tuple[tuple[int, ...], tuple[tuple[int, int], ...]]:
         with self._lock:
             return tuple(self._tasks), tuple(self._evaluations)
 
-    def _say(self) -> None:
+    def _send_heartbeat(self) -> None:
         done = self._done()
         who = self._rank, self._attempt
         self._transport.call(self._scheduler, "beat", *who, self._beat, *done)
@@ -151,4 +151,4 @@ class RemoteLeases(Leases):
 
     def _send_heartbeats(self) -> None:
         while not self._closed.wait(HEARTBEAT_S):
-            self._say()
+            self._send_heartbeat()

@@ -81,17 +81,17 @@ def adopt(
         What the servers say; those that are gone, or do not answer in time, are left out.
     """
     calls = {transport.call(server, "held"): name for name, server in servers.items()}
-    held = []
+    reports = []
     for call in transport.wait(list(calls), limit_s, everything=True):
         try:
-            held.append(replace(transport.get(call, limit_s), server=calls[call]))
+            reports.append(replace(transport.get(call, limit_s), server=calls[call]))
         except TransportError as error:
             logger.warning("%s: %s", calls[call], error)
-    held.sort(key=lambda one: one.server)
-    for useless in group.adopt(held, servers, generation):
+    reports.sort(key=lambda one: one.server)
+    for useless in group.adopt(reports, servers, generation):
         logger.info("%s is not needed any more", useless)
         transport.kill(servers[useless])
-    return held
+    return reports
 
 
 logger = logging.getLogger(__name__)
@@ -135,18 +135,18 @@ class ServerManager:
         self._division = roles.division(job.scaling.world)
         self._joining = threading.Lock()
         self._facts: dict[int, ModelFacts] = {}  #: by part
-        self._first: dict[int, Membership] = {}  #: by part, the map as it was at first
+        self._first_maps: dict[int, Membership] = {}  #: by part, the map as it was at first
         self._cuts: dict[int, ShardMap] = {}  #: by part
         self._assigned = [threading.Event() for _ in self._division.parts]
         self._replication: ReplicationManager | None = None
-        self._watch: HealthCheck | None = None
+        self._health: HealthCheck | None = None
         self._losing = threading.Event()  #: a server is lost for good
         limit = job.failure.start_timeout_s
         self._provisioning = ServerProvisioning(self._transport, attempt, limit)
-        self._tables = self._look_after_tables(tables or {}, adopts=adopts)
+        self._tables = self._replicate_tables(tables or {}, adopts=adopts)
         group, limit = ServerGroup(roles.servers), job.failure.heartbeat_timeout_s
         held = adopt(self._transport, group, servers, attempt, limit) if adopts and servers else []
-        self._found = {one.shard: one.cut for one in held if one.cut is not None}
+        self._old_cuts = {one.shard: one.cut for one in held if one.cut is not None}
         # As they were at first.
         self._servers = [servers[assigned.primary] for assigned in group.assignments]
         if roles.replication > 1:
@@ -155,9 +155,9 @@ class ServerManager:
                 self._transport, group, servers, job.failure, make, assign, self._losing
             )
         elif servers:
-            self._watch = HealthCheck(self._transport, self._servers, limit, self._losing)
+            self._health = HealthCheck(self._transport, self._servers, limit, self._losing)
 
-    def _look_after_tables(
+    def _replicate_tables(
         self, servers: dict[str, Any], *, adopts: bool
     ) -> ReplicationManager | None:
         """Keep the servers of embedding tables going; None: there are none, or without backups."""
@@ -192,7 +192,7 @@ class ServerManager:
             hold_s: the same.
         """
         self._losing.wait(hold_s)
-        watching = (self._replication, self._tables, self._watch)
+        watching = (self._replication, self._tables, self._health)
         return next((one.lost for one in watching if one is not None and one.lost), None)
 
     def table_servers(self, version: int, limit_s: float) -> TableMap | None:
@@ -224,18 +224,18 @@ class ServerManager:
         """
         part = self._division.part_of(rank)
         with self._joining:
-            if part not in self._first:
-                self._first[part] = self._assign(part, facts)
+            if part not in self._first_maps:
+                self._first_maps[part] = self._assign(part, facts)
                 self._facts[part] = facts
                 self._assigned[part].set()
-                if self._watch is not None and len(self._first) == len(self._assigned):
-                    self._watch.begin()
+                if self._health is not None and len(self._first_maps) == len(self._assigned):
+                    self._health.begin()
         if facts != self._facts[part]:
             raise ProtocolError(
                 f"rank {rank} built another model or data set than the first rank to come: "
                 f"{facts} against {self._facts[part]}; model() must not depend on the process"
             )
-        return self._present(part, self._division.part_rank_of(rank))
+        return self._membership(part, self._division.part_rank_of(rank))
 
     def follow(self, part: int, part_rank: int, version: int, limit_s: float) -> Membership | None:
         """
@@ -256,7 +256,7 @@ class ServerManager:
             return None
         if replicas.lost is not None:
             raise replicas.lost
-        return self._present(part, part_rank)
+        return self._membership(part, part_rank)
 
     def assignments(self) -> list[ShardAssignment]:
         """Tell who keeps which shard; empty where no shard is kept twice."""
@@ -273,16 +273,17 @@ class ServerManager:
         assignments = self.assignments() or [
             ShardAssignment(index, f"server-{index}") for index in range(count)
         ]
-        if len(self._first) < len(self._division.parts):
+        if len(self._first_maps) < len(self._division.parts):
             return ServersSeen(0, (), tuple(assignments), replicated, tables)
-        maps = [self._present(part, 0).shard_map for part in range(len(self._first))]
+        maps = [self._membership(part, 0).shard_map for part in range(len(self._first_maps))]
         cuts = [cut for one in maps for cut in one.shards]
         shards = tuple(replace(cut, index=index) for index, cut in enumerate(cuts))
         return ServersSeen(maps[0].version, shards, tuple(assignments), replicated, tables)
 
-    def _present(self, part: int, part_rank: int) -> Membership:
+    def _membership(self, part: int, part_rank: int) -> Membership:
         """Give the map of a part as it is now; somebody has joined with it."""
-        first, replicas = replace(self._first[part], part_rank=part_rank), self._replication
+        first = replace(self._first_maps[part], part_rank=part_rank)
+        replicas = self._replication
         if replicas is None:
             return first
         version, everybody = replicas.primaries()
@@ -326,11 +327,11 @@ class ServerManager:
 
     def _cut(self, facts: ModelFacts, everybody: list[int]) -> ShardMap:
         """Cut the vector: evenly, or as fast as the servers are when all measure at once."""
-        found = [self._found[number] for number in everybody if number in self._found]
-        if len(found) == len(everybody):
-            return ShardMap(1, facts.size, tuple(found))
+        adopted = [self._old_cuts[number] for number in everybody if number in self._old_cuts]
+        if len(adopted) == len(everybody):
+            return ShardMap(1, facts.size, tuple(adopted))
         speeds = []
-        if self._roles.split_by_load and found:  # they could not be cut in the same way again
+        if self._roles.split_by_load and adopted:  # they could not be cut in the same way again
             cause = "its manager was lost before every server had its shard"
             raise ActorLost(f"server-{everybody[0]}", None, cause)
         if self._roles.split_by_load:
@@ -406,16 +407,16 @@ class ServerManager:
 
     def logs(self) -> list[NDArray[np.int64]]:
         """Give the shards' orders of updates, where they are kept; none from a lost server."""
-        if not self._first:
+        if not self._first_maps:
             return []
-        servers = self._present(0, 0).servers  # a model that is cut keeps none
+        servers = self._membership(0, 0).servers  # a model that is cut keeps none
         logs = self._ask(list(range(len(servers))), [self._call(one, "log") for one in servers])
         return [log for log in logs if log is not None]
 
     def close(self) -> None:
         """Look after the servers no more; a process's end does as much."""
-        if self._watch is not None:
-            self._watch.close()
+        if self._health is not None:
+            self._health.close()
         for group in (self._replication, self._tables):
             if group is not None:
                 group.close()

@@ -105,9 +105,9 @@ class ServerWatch(Generic[Map]):
             except _LOSSES as error:
                 if self._ask is None:
                     raise
-                self._follow(error, go_over)
+                self._fail_over(error, go_over)
 
-    def _follow(self, error: Exception, go_over: Callable[[Map], object]) -> None:
+    def _fail_over(self, error: Exception, go_over: Callable[[Map], object]) -> None:
         while True:
             newest = self._next_map(error)
             try:

@@ -128,16 +128,16 @@ class ReplicationManager:
             self._losing.set()
 
     def _look_after(self) -> None:
-        self._start(self._group.begin())
+        self._start_orders(self._group.begin())
         while self._group.broken is None and not self._closed:
             try:
                 event = self._events.get(timeout=TICK_S)
             except queue.Empty:
                 self._watch()
             else:
-                self._start(event())
+                self._start_orders(event())
 
-    def _start(self, orders: list[Order]) -> None:
+    def _start_orders(self, orders: list[Order]) -> None:
         for order in orders:
             logger.info("%s", order)
             if isinstance(order, Promote):
@@ -162,7 +162,7 @@ class ReplicationManager:
                 return
             foreseen = isinstance(error, DistplatError | TransportError)
             logger.warning("%s failed: %s", order, error, exc_info=not foreseen)
-            self._events.put(partial(self._lose, suspect))
+            self._events.put(partial(self._on_lost, suspect))
         finally:
             if isinstance(order, Promote):
                 self._promotions[order.server].set()
@@ -230,9 +230,9 @@ class ReplicationManager:
             if self._closed:  # the run is over: its servers end
                 return
             logger.warning("%s: %s", name, cause)
-            self._start(self._lose(name))
+            self._start_orders(self._on_lost(name))
 
-    def _lose(self, name: str) -> list[Order]:
+    def _on_lost(self, name: str) -> list[Order]:
         if self._closed:  # the run is over: its servers end
             return []
         orders = self._group.lost(name)

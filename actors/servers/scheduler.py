@@ -137,12 +137,12 @@ class Scheduler:
         while True:
             self._check(attempt)
             self._take_from_the_silent(scheduler)
-            found = scheduler.work(rank, number, self.lease_size(rank, scheduler))
-            left = until - time.monotonic()
-            if found is not None or left <= 0:
-                return found
+            lease = scheduler.work(rank, number, self.lease_size(rank, scheduler))
+            left_s = until - time.monotonic()
+            if lease is not None or left_s <= 0:
+                return lease
             try:
-                await asyncio.wait_for(self._changed.wait(), left)
+                await asyncio.wait_for(self._changed.wait(), left_s)
             except TimeoutError:
                 continue
 

@@ -365,8 +365,8 @@ class ShardServing(Serving[ShardServer]):
         """Put a version's bytes where workers get them, once, whoever asks for them."""
         if self._published is None or self._published[0] != version:
             # `put` copies, so the shard may go on and write into its vector.
-            found = self._transport.put(as_bytes(as_type(values, self._plan.wire)))
-            self._published = version, found
+            reference = self._transport.put(as_bytes(as_type(values, self._plan.wire)))
+            self._published = version, reference
         return self._published[1]
 
     def _mine(self, segment: MemorySegment) -> Tensor:

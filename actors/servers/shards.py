@@ -118,7 +118,7 @@ class RemoteShards(Shards, LoopShards):
             known = joined.part, joined.part_rank
             ask_map = partial(self._transport.call, self._order.manager, "follow", *known)
             self._watch.begin(ask_map, joined.version)
-        self._take_over(self._attach(joined), joined.private, state)
+        self._load_parameters(self._attach(joined), joined.private, state)
 
     def close(self) -> None:
         """Give up what this attempt needs and the next one does not."""
@@ -162,7 +162,7 @@ class RemoteShards(Shards, LoopShards):
         logger.info("servers reached by shared memory: %s, in calls: %s", local, remote)
         return [answer.version for answer in attached]
 
-    def _take_over(
+    def _load_parameters(
         self, versions: list[int | None], private: bool, state: Mapping[str, Tensor]
     ) -> None:
         """
@@ -195,7 +195,7 @@ class RemoteShards(Shards, LoopShards):
         self._flat.version = min(answer.done for answer in answers)
         if not private:
             self.step_back(self._flat.version)
-        self._move_in()
+        self._adopt_vectors()
 
     @override
     def step_back(self, version: int) -> None:
@@ -211,9 +211,9 @@ class RemoteShards(Shards, LoopShards):
             as_bytes(part(self._vectors.parameters, cut))[:] = values
         if self._on_device:
             self._flat.params.copy_(self._vectors.parameters)
-        self._move_in()
+        self._adopt_vectors()
 
-    def _move_in(self) -> None:
+    def _adopt_vectors(self) -> None:
         """Move the model's parameters into these vectors."""
         if not self._on_device:
             self._flat.move(self._vectors.parameters, self._vectors.gradients)
@@ -228,7 +228,7 @@ class RemoteShards(Shards, LoopShards):
         if self._plateau is not None:
             control = replace(control, settings=np.array(self._plateau.state, np.float64))
         self._control = control
-        return self._following(lambda: self._push(step, task))
+        return self._failover(lambda: self._push(step, task))
 
     def _push(self, step: int, task: int | None = None) -> Pushed:
         fan_out, vectors, order = self._fan_out, self._vectors, self._order
@@ -264,7 +264,7 @@ class RemoteShards(Shards, LoopShards):
             asked.send(self._fan_out.cuts)
             return self._pushed(asked)
 
-        return self._following(commit)
+        return self._failover(commit)
 
     def _pushed(self, asked: FanOutCall) -> Pushed:
         answers = self._answers(asked)
@@ -289,38 +289,39 @@ class RemoteShards(Shards, LoopShards):
 
     @override
     def refresh(self) -> None:
-        self._following(lambda: self._pull("step_timeout_s"))
+        self._failover(lambda: self._pull("step_timeout_s"))
 
     @override
     def seen(self) -> NDArray[np.bool_]:
-        found: NDArray[np.bool_] = self._following(partial(self._ask_first, "seen"))
-        return found
+        mask: NDArray[np.bool_] = self._failover(partial(self._ask_first, "seen"))
+        return mask
 
     @override
     def settings(self) -> tuple[float, ...]:
-        found: tuple[float, ...] = self._following(partial(self._ask_first, "settings"))
-        return found
+        values: tuple[float, ...] = self._failover(partial(self._ask_first, "settings"))
+        return values
 
     def _ask_first(self, what: str) -> Any:
         return self._fan_out.ask(what, self._fan_out.each(what), self._fan_out.cuts[:1])[0]
 
     @override
     def average(self) -> Tensor:
-        found = self._following(lambda: self._fan_out.ask("average", self._fan_out.each("average")))
-        whole = torch.zeros_like(self._flat.params, device="cpu")
-        for cut, values in zip(self._fan_out.cuts, found, strict=True):
-            as_bytes(part(whole, cut))[:] = values
-        return whole.to(self._flat.params.device)
+        parts = self._failover(lambda: self._fan_out.ask("average", self._fan_out.each("average")))
+        vector = torch.zeros_like(self._flat.params, device="cpu")
+        for cut, values in zip(self._fan_out.cuts, parts, strict=True):
+            as_bytes(part(vector, cut))[:] = values
+        return vector.to(self._flat.params.device)
 
     @override
     def leave(self) -> int:
-        left: list[int] = self._fan_out.ask("leave", self._fan_out.each("leave", self._order.rank))
-        return max(left)
+        question = self._fan_out.each("leave", self._order.rank)
+        active: list[int] = self._fan_out.ask("leave", question)
+        return max(active)
 
     @override
     def optimizer_state(self) -> dict[str, Tensor]:
-        found = self._fan_out.ask("the optimizer's state", self._fan_out.each("optimizer_state"))
-        return joined_state(found, self._fan_out.cuts, self._flat.layout)
+        states = self._fan_out.ask("the optimizer's state", self._fan_out.each("optimizer_state"))
+        return joined_state(states, self._fan_out.cuts, self._flat.layout)
 
     @override
     def copies(self, version: int) -> list[ShardCopy] | None:
@@ -333,18 +334,18 @@ class RemoteShards(Shards, LoopShards):
         asks = [partial(ask_one, cut) for cut in self._fan_out.cuts]
         return fetch_copies(asks, version, self._limits.step_timeout_s)
 
-    def _following(self, action: Callable[[], Result]) -> Result:
+    def _failover(self, action: Callable[[], Result]) -> Result:
         """Do something with the servers that there are; see `ServerWatch`."""
-        return self._watch.following(action, self._go_over)
+        return self._watch.following(action, self._reconnect)
 
-    def _go_over(self, joined: Membership) -> None:
+    def _reconnect(self, joined: Membership) -> None:
         """Go over to the servers that keep the shards now; the step's gradient comes along."""
         self.close()
         # New memory: a server that was frozen and wakes up writes where nobody looks.
         self._attach(joined)
         if not self._on_device:
             self._vectors.gradients.copy_(self._flat.grads)
-        self._move_in()
+        self._adopt_vectors()
 
     def _pull(self, setting: str) -> list[ServerReply]:
         """Bring the newest parameters."""

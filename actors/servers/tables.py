@@ -128,7 +128,7 @@ class RemoteTables(Tables):
         self._pulled = 0
         if order.job.embeddings is not None and order.job.embeddings.replication > 1:
             self._start_watching()
-        return self._plan, self._following(self._open)
+        return self._plan, self._failover(self._open)
 
     def _use(self, servers: Sequence[Any], names: Sequence[str]) -> None:
         self._calls = ServerCalls(self._transport, self._limits, servers, names, self._watch.look)
@@ -140,9 +140,9 @@ class RemoteTables(Tables):
             transport, self._limits, [manager], ["server-manager"], self._watch.look
         )
         ask = calls.each("table_servers", 0, 0.0)
-        found: TableMap = calls.start("map of tables", ask, setting=_START).answers()[0]
-        self._use(found.servers, found.names)
-        self._watch.begin(partial(transport.call, manager, "table_servers"), found.version)
+        table_map: TableMap = calls.start("map of tables", ask, setting=_START).answers()[0]
+        self._use(table_map.servers, table_map.names)
+        self._watch.begin(partial(transport.call, manager, "table_servers"), table_map.version)
 
     def _new_memory(self) -> None:
         node = self._transport.node
@@ -162,11 +162,11 @@ class RemoteTables(Tables):
         logger.info("tables %s; by shared memory: %s, in the call: %s", names, local, remote)
         return min(answer.steps for answer in opened)
 
-    def _following(self, action: Callable[[], Result]) -> Result:
+    def _failover(self, action: Callable[[], Result]) -> Result:
         """Do something with the servers that there are; see `ServerWatch`."""
-        return self._watch.following(action, self._go_over)
+        return self._watch.following(action, self._reconnect)
 
-    def _go_over(self, newest: TableMap) -> None:
+    def _reconnect(self, newest: TableMap) -> None:
         """Go over to the servers that keep the tables now."""
         self._use(newest.servers, newest.names)
         # A server that was frozen and wakes up writes where nobody looks.
@@ -180,7 +180,7 @@ class RemoteTables(Tables):
 
         def go_over(newest: TableMap) -> None:
             turn[0] = again
-            self._go_over(newest)
+            self._reconnect(newest)
 
         self._watch.following(lambda: turn[0](), go_over)
 
@@ -191,11 +191,11 @@ class RemoteTables(Tables):
             what = f"going on after step {version}"
             self._calls.start(what, question, setting=_START).wait()
 
-        self._following(begin)
+        self._failover(begin)
 
     @override
     def pull(self, table: int, ids: Routed, *, keep: bool) -> NDArray[np.float32]:
-        return self._following(lambda: self._pull(table, ids, keep=keep))
+        return self._failover(lambda: self._pull(table, ids, keep=keep))
 
     def _pull(self, table: int, ids: Routed, *, keep: bool) -> NDArray[np.float32]:
         count, width = len(ids.ids), self._plan.tables[table].width
@@ -241,8 +241,8 @@ class RemoteTables(Tables):
 
         def question(server: Any, k: int) -> Any:
             transfers = [
-                self._transfer(k, given.table, routed, given.values, at)
-                for (routed, given), at in zip(gradients, offsets, strict=True)
+                self._transfer(k, grads.table, routed, grads.values, at)
+                for (routed, grads), at in zip(gradients, offsets, strict=True)
             ]
             return self._transport.call(server, "push", push, transfers, *control)
 
@@ -272,14 +272,14 @@ class RemoteTables(Tables):
 
     def _write(self, gradients: Sequence[tuple[Routed, RowGradients]]) -> list[tuple[int, int]]:
         """Bring ids and gradients to where servers reach them; give where each table's begin."""
-        ids, _ = self._ids.room(sum(len(given.ids) for _, given in gradients))
-        values, _ = self._values.room(sum(given.values.size for _, given in gradients))
+        ids, _ = self._ids.room(sum(len(grads.ids) for _, grads in gradients))
+        values, _ = self._values.room(sum(grads.values.size for _, grads in gradients))
         offsets, first_id, first_value = [], 0, 0
-        for _, given in gradients:
+        for _, grads in gradients:
             offsets.append((first_id, first_value))
-            stop_id, stop_value = first_id + len(given.ids), first_value + given.values.size
-            ids[first_id:stop_id] = given.ids
-            values[first_value:stop_value] = given.values.reshape(-1)
+            stop_id, stop_value = first_id + len(grads.ids), first_value + grads.values.size
+            ids[first_id:stop_id] = grads.ids
+            values[first_value:stop_value] = grads.values.reshape(-1)
             first_id, first_value = stop_id, stop_value
         return offsets
 

@@ -187,27 +187,29 @@ def run_of(state: Mapping[str, Tensor], cut: Shard) -> dict[str, RawTensor]:
 
 
 def joined_state(
-    found: Sequence[Mapping[str, RawTensor]], cuts: Sequence[Shard], layout: Layout
+    states: Sequence[Mapping[str, RawTensor]], cuts: Sequence[Shard], layout: Layout
 ) -> dict[str, Tensor]:
     """
     Put together what the optimizers of all shards remember; see `FlatOptimizer.state`.
 
     Args:
-        found: by shard; empty where nothing is remembered.
+        states: by shard; empty where nothing is remembered.
         cuts: the shards.
         layout: of the whole vector.
     """
-    whole: dict[str, Tensor] = {}
-    for one, cut in zip(found, cuts, strict=True):
-        state = {name: from_bytes(raw.data, getattr(torch, raw.dtype)) for name, raw in one.items()}
+    joined: dict[str, Tensor] = {}
+    for raws, cut in zip(states, cuts, strict=True):
+        state = {
+            name: from_bytes(raw.data, getattr(torch, raw.dtype)) for name, raw in raws.items()
+        }
         for name, values in state.items():
             if name.startswith(PER_PARAMETER):
-                into = whole.setdefault(name, torch.zeros(layout.parameters, dtype=values.dtype))
+                into = joined.setdefault(name, torch.zeros(layout.parameters, dtype=values.dtype))
                 into[state[USED]] = values[state[USED]]
             else:
-                into = whole.setdefault(name, torch.zeros(layout.size, dtype=values.dtype))
+                into = joined.setdefault(name, torch.zeros(layout.size, dtype=values.dtype))
                 into[cut.start : cut.stop] = values
-    return whole
+    return joined
 
 
 def as_bytes(vector: Tensor) -> NDArray[np.uint8]:

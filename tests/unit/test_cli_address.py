@@ -368,5 +368,5 @@ def test_lines_of_workers_have_no_colours_where_they_are_redirected(
 
 
 def test_a_name_with_a_label_that_is_too_long_is_no_host() -> None:
-    with pytest.raises(ClusterUnreachable, match="no such host.*is the name right"):
+    with pytest.raises(ClusterUnreachable, match="no such host"):
         check_listening(f"{'a' * 64}:6379")

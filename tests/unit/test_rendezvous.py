@@ -36,16 +36,16 @@ def store(monkeypatch: pytest.MonkeyPatch) -> Iterator[Store]:
 
 def test_a_table_has_the_words_of_all(store: Store) -> None:
     for rank in range(3):
-        store[rendezvous._word("g", rank)] = b'"%d"' % rank
-    rendezvous._publish(GroupMember("g", 0, 3, GroupSettings(rendezvous_s=5.0)))
-    assert store == {rendezvous._table("g"): b'["0","1","2"]'}
+        store[rendezvous._location_key("g", rank)] = b'"%d"' % rank
+    rendezvous._publish_table(GroupMember("g", 0, 3, GroupSettings(rendezvous_s=5.0)))
+    assert store == {rendezvous._table_key("g"): b'["0","1","2"]'}
 
 
 def test_a_word_that_is_taken_back_meanwhile_is_waited_for(store: Store) -> None:
     """Else the table would have a hole, and reading it would fail on all ranks."""
     for rank in range(3):
-        store[rendezvous._word("g", rank)] = b'"%d"' % rank
-    store.fickle = rendezvous._word("g", 2)
+        store[rendezvous._location_key("g", rank)] = b'"%d"' % rank
+    store.fickle = rendezvous._location_key("g", 2)
     with pytest.raises(DeadlineExceeded, match="missing: worker-2"):
-        rendezvous._publish(GroupMember("g", 0, 3, GroupSettings(rendezvous_s=0.2)))
-    assert rendezvous._table("g") not in store
+        rendezvous._publish_table(GroupMember("g", 0, 3, GroupSettings(rendezvous_s=0.2)))
+    assert rendezvous._table_key("g") not in store

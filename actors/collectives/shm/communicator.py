@@ -93,45 +93,47 @@ class ShmCommunicator:
 
     def reduce(self, flat: Tensor, op: ReduceOp, root: int, *, shared: bool) -> Bytes:
         """Combine into the root's `flat`, shape [n]; the others' stay as they are."""
-        here = self._rank == root
+        is_root = self._rank == root
         if shared:
             parts = self.vectors.views(flat)
-            self._pipeline.in_place(lambda: self._combine_here(parts, flat, op) if here else None)
+            self._pipeline.in_place(
+                lambda: self._combine_here(parts, flat, op) if is_root else None
+            )
         else:
             pieces = self._blocks(flat)
 
             def put(block: int, slot: int) -> None:
-                if not here:
+                if not is_root:
                     self._own(pieces[block], slot).copy_(pieces[block])
 
             def take(block: int, slot: int) -> None:
-                if here:
+                if is_root:
                     parts = self._everybodys(pieces[block], slot)
                     parts[root] = pieces[block]
                     combine(parts, pieces[block], op, self._scratch)
 
             self._pipeline.exchange(len(pieces), put, take)
-        return flat.nbytes * (not here), flat.nbytes * len(self._others) * here
+        return flat.nbytes * (not is_root), flat.nbytes * len(self._others) * is_root
 
     def broadcast(self, flat: Tensor, root: int, *, shared: bool) -> Bytes:
         """Copy the root's `flat`, shape [n], into the others'."""
-        here = self._rank == root
+        is_root = self._rank == root
         if shared:
             source = self.vectors.views(flat)[root]
-            self._pipeline.in_place(lambda: None if here else _copy(source, flat))
+            self._pipeline.in_place(lambda: None if is_root else _copy(source, flat))
         else:
             pieces = self._blocks(flat)
 
             def put(block: int, slot: int) -> None:
-                if here:
+                if is_root:
                     self._own(pieces[block], slot).copy_(pieces[block])
 
             def take(block: int, slot: int) -> None:
-                if not here:
+                if not is_root:
                     pieces[block].copy_(self._of(root, pieces[block], slot))
 
             self._pipeline.exchange(len(pieces), put, take)
-        return flat.nbytes * len(self._others) * here, flat.nbytes * (not here)
+        return flat.nbytes * len(self._others) * is_root, flat.nbytes * (not is_root)
 
     def all_gather(self, outputs: Sequence[Tensor], flat: Tensor, *, shared: bool) -> Bytes:
         """Copy rank r's `flat` into everybody's `outputs[r]`, shape [n_r]."""

@@ -81,7 +81,8 @@ class PointToPoint:
 
     def send(self, flat: Tensor, to: int) -> RunningOp:
         """Copy `flat`, shape [n], for rank `to`; waits only if two messages are untaken."""
-        channel = self._outgoing.get(to) or self._open(self._outgoing, to, self._segment.rank, to)
+        channel = self._outgoing.get(to)
+        channel = channel or self._channel(self._outgoing, to, self._segment.rank, to)
         op = RunningOp("send", channel.messages)
         self._liveness.check(op)
         number, message = channel.messages, flat.view(torch.uint8)
@@ -105,7 +106,7 @@ class PointToPoint:
             CollectiveError: see `LivenessMonitor`.
         """
         channel = self._incoming.get(source)
-        channel = channel or self._open(self._incoming, source, source, self._segment.rank)
+        channel = channel or self._channel(self._incoming, source, source, self._segment.rank)
         op = RunningOp("recv", channel.messages)
         self._liveness.check(op)
         slot: Tensor | None = None
@@ -113,7 +114,7 @@ class PointToPoint:
             channel.posted += 1
             self._liveness.wait_for(channel.pieces, channel.posted & _ALL, source, op)
             if slot is None:
-                slot = self._arrived(channel, flat, source, op)
+                slot = self._find_slot(channel, flat, source, op)
             piece.copy_(slot[start : start + piece.numel()])
         channel.messages += 1
         channel.taken.post()
@@ -139,7 +140,7 @@ class PointToPoint:
         self._outgoing.clear()
         self._incoming.clear()
 
-    def _open(self, end: dict[int, _P2PChannel], peer: int, source: int, to: int) -> _P2PChannel:
+    def _channel(self, end: dict[int, _P2PChannel], peer: int, source: int, to: int) -> _P2PChannel:
         return end.setdefault(peer, _P2PChannel(self._segment, source, to))
 
     def _slot(self, channel: _P2PChannel, number: int, size: int) -> MemorySegment:
@@ -154,7 +155,7 @@ class PointToPoint:
             channel.segments[number % 2] = segment
         return segment
 
-    def _arrived(self, channel: _P2PChannel, flat: Tensor, source: int, op: RunningOp) -> Tensor:
+    def _find_slot(self, channel: _P2PChannel, flat: Tensor, source: int, op: RunningOp) -> Tensor:
         """Compare the message with what is wanted, and give its slot."""
         number = channel.messages
         (fd, size, inode), sent = channel.announced(number)

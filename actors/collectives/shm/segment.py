@@ -220,10 +220,10 @@ class SharedVectors:
 
         [] if one of them lies elsewhere than the others.
         """
-        found = [self.offset(part) for part in parts if part.numel()]
-        if STAGED in found or len({vector_of(offset) for offset in found}) != 1:
+        positions = [self.offset(part) for part in parts if part.numel()]
+        if STAGED in positions or len({vector_of(offset) for offset in positions}) != 1:
             return []
-        return found
+        return positions
 
     def views(self, mine: Tensor) -> list[Tensor]:
         """Give, in rank order, what lies in all ranks' vectors where `mine` lies in this rank's."""
