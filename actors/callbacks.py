@@ -99,7 +99,7 @@ class Callback:
 
 
 _LONG_S = 120.0
-"""After so long in one call a callback is named, once."""
+"""Seconds in one call after which a warning names the callback, once."""
 _LOOK_S = 1.0
 
 _EVENTS = {name for name in vars(Callback) if name.startswith("on_")}
@@ -236,9 +236,9 @@ class Callbacks:
 _CLOSE_S = 60.0
 """How long the end of a run waits for its trackers, all together."""
 _CLOSE_STOPPED_S = 10.0
-"""The same where somebody asked for the end, who may be about to kill the process."""
+"""How long it waits where somebody asked for the end, and may be about to kill the process."""
 _SAY_AFTER_S = 2.0
-"""After so long it is said what is waited for."""
+"""Seconds after which a warning says what is waited for."""
 
 
 class Tracking(Callback):

@@ -55,8 +55,8 @@ _TICK_S = 0.1
 _SETTLING_TICK_S = 0.02
 """While workers stop and begin again nothing is computed."""
 _HOLD_S = 0.5
-"""For so long an actor keeps its answer back while training goes on: a death or an end of its own
-comes at once all the same, and ten questions a second cost the workers a part of their time."""
+"""Seconds for which an actor holds a poll open while training goes on: its death or its end is told
+at once all the same, and ten polls a second would take processor time from the workers."""
 
 
 class Controller:

@@ -29,7 +29,7 @@ from distplat.platform.errors import (
 from distplat.platform.progress import StepSummary, Summary
 
 _HOLD_S = 0.5
-"""For so long the controller keeps its answer back while nothing happens."""
+"""Seconds for which the controller holds a poll open while nothing happens."""
 _END_S = 35.0
 """How long the controller may take to write what is complete and to end the actors."""
 _NAME = "controller"

@@ -18,7 +18,7 @@ from distplat.platform.errors import ActorLost
 _SETTING = "RAY_gcs_rpc_server_reconnect_timeout_s"
 _RAYS_OWN_S = 60.0
 _SHARE = 2 / 3
-"""Of what Ray waits: the rest is for an orderly end."""
+"""Share of Ray's time-out after which the head counts as lost: the rest is for an orderly end."""
 _KNOCK_S = 2.0
 _HEAD = "the head of the Ray cluster"
 

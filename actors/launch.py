@@ -57,9 +57,9 @@ RAY_LOG = "ray.log"
 _KEEP_S = 10.0
 """How long the disk may take to write them."""
 _LOW_DISK_BYTES = 64 * 2**20
-"""With less room for its files Ray may not start."""
+"""With less free disk than this Ray may not start: the error says how much there is."""
 _MIN_DISK_BYTES = 2**20
-"""With less room it does not."""
+"""With less free disk than this Ray does not start."""
 
 
 def secure_token(home: Path, environment: MutableMapping[str, str]) -> str:

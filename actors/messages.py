@@ -43,7 +43,7 @@ class MemoryAddress:
     dtype: str
     """Name in torch, for example `float32`."""
     inode: int = 0
-    """Of the memory: pid and descriptor may be another one's by now. 0: not known."""
+    """Inode of the memory: pid and descriptor may be reused by now. 0: not known."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class AttachReply:
     shares_memory: bool
     """Whether the server reaches it; else bytes are sent."""
     version: int | None
-    """Of the shard's parameters; None: it has none yet."""
+    """Version of the shard's parameters; None: it has none yet."""
 
 
 @dataclass(frozen=True)
@@ -127,7 +127,7 @@ class PollResult:
     prepared: bool = False
     """It has made its model and data."""
     loop: LoopState = field(default_factory=LoopState)
-    """Of a train function."""
+    """Where the loop of a train function is."""
     traceback: str = ""
     """The user's frames of `error`; of a train function."""
 
@@ -179,13 +179,13 @@ class Membership:
 
     @property
     def version(self) -> int:
-        """Of the map."""
+        """Version of the shard map."""
         return self.shard_map.version
 
 
 @dataclass(frozen=True)
 class TableMap:
-    """Who keeps which part of the embedding tables."""
+    """The server that keeps each part of the embedding tables."""
 
     version: int
     """Grows when a lost server is followed by its backup."""

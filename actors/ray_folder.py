@@ -21,7 +21,7 @@ from distplat.platform.owned_folder import OwnedFolder, remove_left
 
 _PREFIX = "ray-"
 _MOST_FILES, _MOST_BYTES = 64, 16 * 2**10
-"""So many logs are kept, and so many bytes at the end of each: a megabyte in all."""
+"""Number of logs that are kept, and bytes at the end of each: a megabyte in all."""
 _FIRST = ("raylet.", "gcs_server.")
 """The logs that tell why a cluster failed come before the others."""
 _LEFT_OUT = ("worker-", "runtime_env_agent.log", "runtime_env_setup-")

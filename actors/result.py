@@ -53,7 +53,7 @@ class Result:
     seconds: float = 0.0
     """From `fit` to the trained model."""
     url: str | None = None
-    """Of the run directory's copy, where `storage_path` is a URL."""
+    """URL of the run directory's copy, where `storage_path` is a URL."""
 
     def add(self, summary: Summary) -> None:
         """Take one more piece of the run's history."""

@@ -50,11 +50,11 @@ from distplat.platform.torchrun import ProcessLocation, TorchrunLaunch, environm
 _OUTPUT_S = 1.0
 _TICK_S = 0.1
 _SILENT_S = 60.0
-"""Who has not answered for so long is frozen or cut off; answers are held back for `_OUTPUT_S`."""
+"""A process without an answer for so long counts as lost; answers are held back for `_OUTPUT_S`."""
 GRACE_S = 10.0
 """How long processes have to end after SIGTERM."""
 _ALONE_S = 60.0
-"""After so long it is said that some processes have ended and others have not."""
+"""Seconds after which a notice says that some processes have ended and others have not."""
 _SETTING = "start_timeout_s"
 
 

@@ -37,7 +37,7 @@ A new process would only begin with that.
 class _Spare:
     actor: Any
     reply: Any
-    """Of its imports."""
+    """Reply of the call that has it import torch and the task."""
 
 
 class Spares:

@@ -55,7 +55,7 @@ _REST_S = 5.0
 """What a child is given that has ended, or was killed."""
 
 TASKS = "the task's optimizer"
-"""Of a job with `optimizer: {name: task}`."""
+"""Stands for `optimizer` in the list of a job with `optimizer: {name: task}`."""
 
 
 def said_by_job(job: Job) -> list[str]:

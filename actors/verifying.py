@@ -305,7 +305,7 @@ class Replayed:
 
     run: str
     updates: int
-    """Of each shard."""
+    """Number of updates of each shard."""
     shards: int
     staleness: list[Counter[int]]
     """By rank: how often a gradient had which staleness, over all shards."""

@@ -50,7 +50,7 @@ class Reply:
     """Steps that the rank has finished."""
     version: int = 0
     model: list[Any] | None = None
-    """With the reference of bytes in the safetensors format; None: ask again."""
+    """List with the reference of bytes in the safetensors format; None: ask again."""
     ranks: tuple[int, ...] = ()
     """Ranks that hold a shard of the model; empty where each rank holds all of it."""
     total: int = 0

@@ -35,7 +35,7 @@ class AnswerLimits:
     answer_s: float
     """Until it is there, and a second more for every `SLOWEST` bytes on their way."""
     most_bytes: int
-    """Of it, when it is unpacked."""
+    """The most bytes of an answer, when it is unpacked."""
 
 
 class _TooLarge(Exception):

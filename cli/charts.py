@@ -31,7 +31,7 @@ from distplat.strategies.algorithms.pipeline_schedule import ActionKind
 from distplat.strategies.algorithms.simulate import Span, makespan
 
 Spans = Sequence[Sequence[Span]]
-"""Of each stage, in order of time."""
+"""Spans of each stage, in order of time."""
 
 STYLES = {
     ActionKind.FORWARD: "white on blue",
@@ -40,7 +40,7 @@ STYLES = {
 }
 _IDLE = "."
 _MAX_COLUMNS = 2000
-"""Of a chart that goes to a file, where no terminal sets a limit."""
+"""The most columns of a chart that goes to a file, where no terminal sets a limit."""
 
 
 def chart(spans: Spans, width: int | None = None) -> list[Text]:
@@ -106,13 +106,13 @@ KINDS = {
     "send": ("send (below)", "#56b4e9"),
     "reduce": ("reduce (below)", "#d55e00"),
 }
-"""Of what a stage does: name and colour."""
+"""Name and colour of each thing that a stage does."""
 _MARK, _INK, _GRID = "#d01030", "#1a1a1a", "#e6e6e6"
 THEMED = {_INK: "ink", _GRID: "grid"}
 """Colours that are CSS variables on a page: a dark scheme has others."""
 
 _WIDTH, _ROW, _DIGIT = 1000, 36, 6.6
-"""Of a chart, a stage's row and a label's digit, in the SVG's units: points for matplotlib."""
+"""Width of a chart, height of a stage's row, width of a digit, in matplotlib's points."""
 LARGEST = 1e150
 """Beyond that matplotlib's arithmetic with an axis overflows, and it draws nothing at all."""
 _LEAST_RATIO_FOR_LOG = 30.0
@@ -156,7 +156,7 @@ class Stack(NamedTuple):
     text: str
     """What it is of, for its tooltip."""
     values: Mapping[str, float]
-    """Of each layer."""
+    """Value of each layer."""
 
 
 class Bar(NamedTuple):

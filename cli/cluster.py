@@ -38,9 +38,9 @@ OURS = Versions(ray_version, ".".join(map(str, sys.version_info[:3])))
 _ANSWER_S = 30.0
 _FIRST_ANSWER_S = 4.0
 _MOST_BYTES = 64 * 2**20
-"""Of an answer. A list of jobs has what each was given: up to 50 kB of ours."""
+"""The most bytes of an answer. A list of jobs has what each was given: up to 50 kB of ours."""
 _MOST_LOG_BYTES = 2**30
-"""Of a job's log, of which Ray's job API gives all or nothing."""
+"""The most bytes of a job's log, of which Ray's job API gives all or nothing."""
 _FAILED = re.compile(r"status code 5\d\d\b")
 """Ray's client's words for a fault of the cluster; what the user has to mend it answers by 400."""
 _STOPPED_EXIT_CODE = 143

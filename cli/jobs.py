@@ -47,7 +47,7 @@ _COLUMNS = {
     **{name: name for name in ("id", "name", "status", "strategy")},
     **{"workers": "num_workers", "age": "start_time"},
 }
-"""Of the table: name, and the field that it shows."""
+"""Columns of the table: name, and the field that it shows."""
 
 
 def open_jobs(address: str | None) -> "Jobs":

@@ -265,7 +265,7 @@ class UnshippedImport:
     importer: Path
     """The file that imports it; the same one: it is the task's own."""
     line: int
-    """Of the import, from 1."""
+    """Line of the import, from 1."""
 
 
 def unshipped_imports(

@@ -52,7 +52,7 @@ from distplat.platform.yaml_source import dump_yaml
 from distplat.strategies.algorithms.gantt import Gantt
 
 _COLUMNS = 160
-"""Of a chart: more could not be told apart."""
+"""The most columns of a chart: more could not be told apart."""
 _PARTS = {"data": "#56b4e9", "compute": "#0072b2", "exchange": "#d55e00", "update": "#009e73"}
 
 

@@ -104,7 +104,7 @@ class RemoteOptions:
 
     @property
     def resources(self) -> dict[str, float]:
-        """Of the driver, by Ray's argument names."""
+        """Resources of the driver, by Ray's argument names."""
         fields = {name: value for name, value in vars(self).items() if name.startswith("entry")}
         return {name: value for name, value in fields.items() if value is not None}
 

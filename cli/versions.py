@@ -22,7 +22,7 @@ _LEVEL = "RAY_DEFAULT_PYTHON_VERSION_MATCH_LEVEL"
 
 @dataclass(frozen=True)
 class Versions:
-    """Of Ray and of the Python that it runs in."""
+    """Versions of Ray and of the Python that it runs in."""
 
     ray: str
     python: str

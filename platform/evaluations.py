@@ -76,7 +76,7 @@ class BestCheckpoint:
 
     @property
     def step(self) -> int | None:
-        """Of the best one, of equals the first; None: none was evaluated."""
+        """Step of the best checkpoint, of equals the first; None: none was evaluated."""
         best: int | None = None
         for step in sorted(self._saved & self._figures.keys()):
             assert self._rule is not None, "nothing is noted without one"

@@ -48,7 +48,7 @@ Fraction = Annotated[float, BeforeValidator(_no_bool), Field(ge=0, lt=1)]
 Count = Annotated[int, BeforeValidator(_whole), Field(ge=1, le=2**40)]
 Index = Annotated[int, BeforeValidator(_whole), Field(ge=0, le=2**40)]
 _SMALLEST = 1e-4
-"""Of which Ray counts resources."""
+"""The smallest amount of a resource that Ray counts."""
 _MOST_CPUS = 4096
 """More than any machine has. Ray starts as many threads in a process as it has CPUs."""
 _OF_RAY = ("bundle", "object_store_memory")

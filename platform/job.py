@@ -122,7 +122,7 @@ class PollAnswered:
     node: str = ""
     """Where it is, for people to read; empty: not known."""
     loop: LoopState = field(default_factory=LoopState)
-    """Of a train function."""
+    """Where the loop of a train function is."""
 
 
 @dataclass(frozen=True)
@@ -167,7 +167,7 @@ class Left:
 
 @dataclass(frozen=True)
 class Resize:
-    """So many workers there are to be; those that come are ready to begin."""
+    """The run is to have this number of workers; those that join are ready to begin."""
 
     world: int
 

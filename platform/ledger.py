@@ -82,7 +82,7 @@ class PullId:
     attempt: int
     rank: int
     number: int
-    """Of this worker's pulls in the attempt, from 0."""
+    """Number of this pull among the worker's in the attempt, from 0."""
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ class ServerReply:
     committed: bool = True
     """False: a commit must follow, with the norm over all shards."""
     squared_norm: float | None = None
-    """Of the summed gradient on this server; None: nobody needs it."""
+    """Squared 2-norm of the summed gradient on this server; None: nobody needs it."""
     staleness: int = 0
     """Updates between the worker's pull and its gradient's turn."""
     waiting_s: float = 0.0
@@ -149,7 +149,7 @@ class Ledger(ABC):
 
     @property
     def schedule_step(self) -> int:
-        """Of the next update, in steps of the learning rate's schedule: one for each worker's."""
+        """Step of the learning rate's schedule for the next update: one for each worker's."""
         return self.updates // self.world if self.asynchronous else self.updates
 
     @property

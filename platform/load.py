@@ -22,9 +22,9 @@ class ShardLoad:
     """What one push of one rank cost one shard."""
 
     in_bytes: int = 0
-    """Of the gradient, as it travelled or lay in shared memory."""
+    """Bytes of the gradient, as it travelled or lay in shared memory."""
     out_bytes: int = 0
-    """Of the parameters that were brought; none where the worker computes on the server's own."""
+    """Bytes of the parameters that came back; 0 where the worker computes on the server's own."""
     apply_s: float = 0.0
     """What summing and updating took."""
     queue_s: float = 0.0

@@ -24,7 +24,7 @@ class TraceEvent:
     kind: str
     """`F`, `B`, `W`, `send`, `recv` as in a schedule; `reduce`: standing still for the exchange."""
     chunk: int
-    """Of the rank's chunks of layers; -1 for `reduce`."""
+    """Number of the chunk, among the rank's chunks of layers; -1 for `reduce`."""
     micro_batch: int
     """-1 for `reduce`."""
     start_s: float

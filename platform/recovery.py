@@ -62,7 +62,7 @@ _TOLD = 100
 STEPS_FOR_ONE = 100
 """Steps, beyond the furthest one so far, for which a failure and a preemption are given back."""
 SAME_STEP_LIMIT = 3
-"""So many failures at the same step end the run: what comes next would fail there too."""
+"""Failures at the same step that end the run: another attempt would fail there, too."""
 COORDINATORS = frozenset({"server-manager", "task-scheduler"})
 """What they know, they can be told again by the servers and the workers: without them no state is
 lost."""

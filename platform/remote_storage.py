@@ -43,7 +43,7 @@ _MOST_HANGING = 8
 _TRIES = 4
 """How often something is read that somebody waits for."""
 _MOST_TEXTS = 1000
-"""Of a library that are kept, to say each once."""
+"""Log texts of a library that are remembered, to print each once."""
 _USER = re.compile(r"//[^/@\s]+@")
 
 

@@ -49,7 +49,7 @@ MOST_STEPS = 20_000
 MOST_LINE = 2**22
 """Bytes of a line that are held at a time."""
 _MOST_BYTES = 2**26
-"""Of a file that is no table of steps."""
+"""Size of the largest file that is read whole: `metrics.jsonl` is read by lines."""
 
 
 @dataclass

@@ -16,7 +16,7 @@ from distplat.platform.progress import EvalSummary, FailureEvent, Recovery, Step
 from distplat.platform.run_record import RunRecord
 
 SILENT_S = 120.0
-"""Without a line for so long a run is said to be silent, unless its job gives a step longer."""
+"""A run without a line for this long is reported as silent, unless its job gives a step longer."""
 
 
 @dataclass(frozen=True)
@@ -38,9 +38,9 @@ class PhaseTime:
     name: str
     total_s: float
     share: float
-    """Of all parts, 0 to 1."""
+    """Share of the time of all parts, 0 to 1."""
     median_s: float
-    """Of a step, the first one apart."""
+    """Median over the steps, without the first one."""
     p95_s: float
 
 

@@ -45,13 +45,13 @@ _SHARE = 20
 """Nor more often than takes one part in so many of the time."""
 _LONGEST_PAUSE_S = 30.0
 _MOST_FAILED = 4
-"""So many attempts in a row that bring nothing are enough at the end, where the storage answers."""
+"""Failed attempts in a row after which the end of a run gives up, where the storage answers."""
 _FIRST_S = 10.0
 """How long the start of a run waits to hear whether the storage takes anything."""
 _RETRY_S = 0.5
-"""After so long a storage that refuses is asked once more."""
+"""Seconds after which a storage that refuses is asked once more."""
 _SAID_S = 5.0
-"""After which the end says what it waits for."""
+"""Seconds after which a warning says what the end of the run waits for."""
 _LIST_S = 5.0
 """How long the local disk may take to say what is there."""
 
@@ -100,7 +100,7 @@ class RunUpload:
 
     @property
     def url(self) -> str:
-        """Of the copy."""
+        """URL of the copy."""
         return self._storage.url
 
     def close(self, asked: Callable[[], bool] = lambda: False) -> str:

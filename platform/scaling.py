@@ -92,7 +92,7 @@ class ScaleRequest:
     """A number of workers that somebody has asked for."""
 
     number: int
-    """Of the request, from 1."""
+    """Number of the request, from 1."""
     workers: int
 
 

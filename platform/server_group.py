@@ -82,9 +82,9 @@ class ReplicaState:
 
 
 MOST_LOSSES = 8
-"""So many servers lost for one shard, and no further backup is made: something else is wrong."""
+"""Servers lost for one shard after which no further backup is made: something else is wrong."""
 _TERMS = 1 << 20
-"""Of one manager, far more than it will need: a later one's are above all of them."""
+"""Terms of one manager, far more than it will need: a later manager's are above all of them."""
 
 
 @dataclass(frozen=True)
@@ -137,7 +137,7 @@ class ServerReport:
     role: Role = Role.WAITING
     term: int = 0
     backup: str | None = None
-    """Of a primary that has a backup."""
+    """Name of the backup, of a primary that has one."""
     cut: Shard | None = None
     """Which run of its part's vector the shard is."""
 
@@ -162,7 +162,7 @@ class ServersSeen:
     """The server group, as it is shown."""
 
     version: int
-    """Of the shard map; 0: no shard was given out yet."""
+    """Version of the shard map; 0: no shard was given out yet."""
     cuts: tuple[Shard, ...]
     assignments: tuple[ShardAssignment, ...]
     """By shard, who keeps it; empty: the strategy has no shards."""
@@ -185,7 +185,7 @@ class ServerGroup:
     shards: int
     prefix: str = "server"
     version: int = 1
-    """Of the map of primaries: a client with an older one asks again."""
+    """Version of the map of primaries: a client with an older one asks again."""
     broken: str | None = None
     """A server that was lost with all that it kept; the group cannot go on."""
     assignments: list[ShardAssignment] = field(init=False)

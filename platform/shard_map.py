@@ -176,7 +176,7 @@ class ShardPlan:
     wire: str | None = None
     """Name in torch of the type that travels to other nodes; None: the parameters' own."""
     number: int = 0
-    """Of the shard, among those of all parts of the model."""
+    """Number of the shard, among those of all parts of the model."""
     layout: Layout | None = None
     """What lies where in the shard; None: it is as if it were a single parameter."""
     own_loop: OwnLoop | None = None

@@ -29,7 +29,7 @@ from distplat.platform.ledger import IntervalSet
 LEASE_S = 0.5
 """A lease is about so much work: a question to the scheduler costs a thousandth of it."""
 MOST_TASKS = 256
-"""Of one lease."""
+"""The most tasks of one lease."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class TaskPlan:
     """What there is to do in a run; the same on all workers."""
 
     steps: int
-    """Of the run."""
+    """Steps of the run."""
     parts: int
     """Tasks of a step."""
     first: int = 0
@@ -47,7 +47,7 @@ class TaskPlan:
 
     @property
     def tasks(self) -> int:
-        """Of the run."""
+        """Tasks of the run."""
         return self.steps * self.parts
 
 
@@ -56,9 +56,9 @@ class Lease:
     """What a worker is given; `over` says that nothing more will come."""
 
     number: int
-    """Of the question that it answers."""
+    """Number of the question that it answers."""
     tasks: range = range(0)
-    """To be made in this order."""
+    """Tasks, to be made in this order."""
     evaluations: tuple[tuple[int, int], ...] = ()
     """(Steps, part): to be evaluated with the newest parameters, before the tasks."""
     reach: int = 0
@@ -66,7 +66,7 @@ class Lease:
     trained: bool = False
     """Every task is done: the parameters are the final ones."""
     steps: int = 0
-    """Of the run, once every task is done: fewer than planned where it ends early."""
+    """Steps of the run, once every task is done: fewer than planned where it ends early."""
     over: bool = False
 
 

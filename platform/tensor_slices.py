@@ -56,7 +56,7 @@ class TensorSlice:
     """Where a part lies in a whole tensor."""
 
     shape: tuple[int, ...]
-    """Of the whole tensor."""
+    """Shape of the whole tensor."""
     slab: tuple[int, int, int] | None = None
     """Dimension, first and last index (exclusive) within a block of it; None: all of the tensor."""
     run: tuple[int, int] | None = None

@@ -78,7 +78,7 @@ class Tracker(Protocol):
     """A run as one tracker shows it."""
 
     id: str
-    """By which the tracker knows it."""
+    """Id by which the tracker knows the run."""
 
     def write(self, step: int, points: Points) -> None:
         """Show the points of a step."""

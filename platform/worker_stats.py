@@ -22,7 +22,7 @@ WINDOW_S = 10.0
 STRAGGLES = 2.0
 """A worker is marked whose step takes more than so many times the (lower) median."""
 _LEAST_STEPS = 3
-"""Of fewer in the window nothing is concluded."""
+"""Steps in the window that a worker's speed needs at least."""
 
 
 @dataclass(frozen=True)

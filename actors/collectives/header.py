@@ -56,7 +56,7 @@ class Header(NamedTuple):
     """The rank that gives or takes all; -1: none does."""
     elements: int
     digest: int
-    """Of the single tensors' sizes, and of their offsets; 0: there is one tensor at most."""
+    """CRC of the single tensors' sizes, and of their offsets; 0: there is one tensor at most."""
     offset: int
     """Where in the shared vectors the tensor lies, see `offset_of`; or `STAGED`."""
 

@@ -34,7 +34,7 @@ from typing_extensions import override
 _NONCE_BYTES = _PROOF_BYTES = 32
 _LENGTH_BYTES = 4
 _HELLO_S = 5.0
-"""Who has not proved itself by then is no rank."""
+"""Deadline for a new connection to prove that it is a rank."""
 _STRANGERS = 64
 """Connections at a time, beside those of all ranks, that have not proved themselves; beyond them
 the oldest one ends."""

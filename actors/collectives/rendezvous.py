@@ -57,7 +57,7 @@ class GroupMember:
     """A rank of a group, as it comes to meet the others."""
 
     name: str
-    """Of the group: unique on the cluster."""
+    """Name of the group: unique on the cluster."""
     rank: int
     world: int
     """Ranks in the group."""

@@ -34,7 +34,7 @@ from distplat.strategies.algorithms.reduce import traffic_elements
 from distplat.strategies.collective import ReduceOp
 
 COMPARED = 20
-"""So many operations of a group are compared between the ranks without `debug`."""
+"""Number of a group's first operations that are compared between the ranks without `debug`."""
 
 _PAYLOAD, _HEADER, _NOBODY = 0, 1, 2**31 - 1
 """Tags of messages; nobody sends with the last one."""

@@ -42,7 +42,7 @@ SILENT_S = 4 * INTERVAL_S
 """A rank without a heartbeat for so long is missing."""
 
 _WAIT_SLICE_S = 0.1
-"""For so long a rank that meets the others does not hear that it is to give up."""
+"""Seconds of one wait in the rendezvous; in between a rank sees whether it is to give up."""
 _FOUND = "missing"
 
 

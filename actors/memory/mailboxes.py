@@ -61,7 +61,7 @@ class MailboxRequest(NamedTuple):
 
     seq: int
     norm: float | None = None
-    """Of the whole gradient, if this is a commit; None: a push."""
+    """2-norm of the whole gradient, if this is a commit; None: this is a push."""
     task: int | None = None
     """What a push is of, where tasks are leased."""
 

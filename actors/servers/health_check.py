@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 TICK_S = 0.05
 """Period of a look at the answers."""
 _HOLD_S = 0.5
-"""For so long a server keeps its answer back, once it has answered at all."""
+"""Seconds for which a server holds a poll open, once it has answered a first one."""
 
 
 class Heartbeats:

@@ -24,8 +24,7 @@ from distplat.platform.worker_stats import WorkerHeartbeat, WorkerStats, WorkerT
 HOLD_S = 1.0
 """How long a question for work is kept while there is none."""
 ROOM = 16
-"""So many workers more than at the start may be there at once; the servers' threads are made for
-them."""
+"""Number of workers that may join beyond those at the start; the servers have threads for them."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +33,7 @@ class WorkerRow:
 
     stats: WorkerStats
     lease: tuple[int, int, int] | None
-    """Of what it holds the first task, the last one, and how many; None: nothing."""
+    """First task, last task and number of tasks that it holds; None: it holds nothing."""
     leaving: bool
 
 
@@ -46,9 +45,9 @@ class SchedulerStatus:
     dynamic_tasks: bool
     """Whether tasks are leased; else each worker makes its part of every step."""
     steps: int
-    """Of the run; 0: nobody has come yet."""
+    """Steps of the run; 0: no worker has joined yet."""
     parts: int
-    """Of a step."""
+    """Parts of a step."""
     done: int
     """Steps that are made."""
     duplicates: int

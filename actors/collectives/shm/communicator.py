@@ -28,7 +28,7 @@ from distplat.strategies.collective import ReduceOp
 _CACHED_BYTES = 256 * 1024
 """Shared vectors are combined in pieces of so many bytes, which stay in a core's cache."""
 _SMALL_BYTES = 4 * 1024
-"""Up to this size each rank reduces all by itself: one exchange is quicker than two."""
+"""Tensors up to this size are reduced whole by each rank: one exchange is quicker than two."""
 _IN_PLACE = 2
 """The first two ranks' parts may hold the sum: it begins with them, and one stream less is read."""
 _VIEWS_KEPT = 4096

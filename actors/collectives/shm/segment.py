@@ -31,7 +31,7 @@ from distplat.actors.memory.memfd import MemorySegment
 from distplat.actors.messages import MemoryAddress
 
 SLOTS = 4
-"""Of each rank; block_pipeline.py says why four."""
+"""Number of slots of each rank; block_pipeline.py says why four."""
 _SLOT = 512 * 1024
 """Measured: quickest are blocks that stay in the caches; smaller ones have too many waits."""
 _ROOM_PER_RANK = 16 * 1024
