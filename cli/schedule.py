@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from distplat.cli.common_options import Output, is_json
+from distplat.cli.common_options import Output, is_json, report_extra
 from distplat.platform.errors import SpecError, printable
+from distplat.platform.progress import to_json
 
 if TYPE_CHECKING:
     from distplat.strategies.algorithms.pipeline_schedule import PipelineSchedule
@@ -59,9 +60,7 @@ def schedule(
     if svg is not None:
         _write(svg, plan, simulation)
     if as_json:
-        from distplat.platform.progress import to_json
-
-        print(to_json({**_facts(plan, simulation), "spans": _spans(simulation)}))
+        print(to_json(_facts(plan, simulation)))
     else:
         _print(plan, simulation)
 
@@ -86,14 +85,11 @@ def _facts(plan: "PipelineSchedule", simulation: "Simulation") -> dict[str, Any]
         "makespan": simulation.makespan,
         "bubble": simulation.bubble,
         "peak_activations": list(simulation.peak_activations),
+        "spans": [
+            [{**asdict(span.action), "start": span.start, "end": span.end} for span in row]
+            for row in simulation.spans
+        ],
     }
-
-
-def _spans(simulation: "Simulation") -> list[list[dict[str, Any]]]:
-    return [
-        [{**asdict(span.action), "start": span.start, "end": span.end} for span in row]
-        for row in simulation.spans
-    ]
 
 
 def _title(plan: "PipelineSchedule") -> str:
@@ -132,8 +128,6 @@ def _print(plan: "PipelineSchedule", simulation: "Simulation") -> None:
 
 
 def _write(path: Path, plan: "PipelineSchedule", simulation: "Simulation") -> None:
-    from distplat.cli.common_options import report_extra
-
     with report_extra():
         from distplat.cli.charts import bars_of, pipeline_chart
     figures = ";  ".join(f"{name} {value}" for name, value in _rows(plan, simulation))

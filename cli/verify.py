@@ -76,9 +76,18 @@ def exit_code(rows: Sequence[Row]) -> int:
 
 def facts(row: Row) -> dict[str, object]:
     """Give a row as JSON has it."""
-    fields = ("strategy", "check", "verdict", "failed", "difference", "floor", "name", "step")
-    values: dict[str, object] = {field: getattr(row, field) for field in fields}
-    return {**values, "reason": row.reason}
+    fields = (
+        "strategy",
+        "check",
+        "verdict",
+        "failed",
+        "difference",
+        "floor",
+        "name",
+        "step",
+        "reason",
+    )
+    return {field: getattr(row, field) for field in fields}
 
 
 def print_rows(rows: Sequence[Row]) -> None:
