@@ -18,6 +18,16 @@ from distplat.strategies.loop.session import Ports
 from distplat.strategies.ports import RunStore
 from distplat.strategies.strategy_spec import GroupSpec
 
+if TYPE_CHECKING:
+    from distplat.actors.collectives.default_group import DefaultGroup
+    from distplat.actors.collectives.group import CollectiveGroup
+    from distplat.actors.collectives.rendezvous import GroupMember
+    from distplat.actors.servers.leases import RemoteLeases
+    from distplat.actors.servers.shards import RemoteShards
+    from distplat.actors.servers.tables import RemoteTables
+
+logger = logging.getLogger(__name__)
+
 
 class RayRunStore(RunStore):
     """
@@ -36,17 +46,6 @@ class RayRunStore(RunStore):
         ray_compat.put_first(key, value)
         found = ray_compat.get(key)
         return value if found is None else found
-
-
-logger = logging.getLogger(__name__)
-
-if TYPE_CHECKING:
-    from distplat.actors.collectives.default_group import DefaultGroup
-    from distplat.actors.collectives.group import CollectiveGroup
-    from distplat.actors.collectives.rendezvous import GroupSettings
-    from distplat.actors.servers.leases import RemoteLeases
-    from distplat.actors.servers.shards import RemoteShards
-    from distplat.actors.servers.tables import RemoteTables
 
 
 class Connection:
@@ -100,24 +99,20 @@ class Connection:
         from distplat.actors.visible_gpus import ask_without_cuda, show_gpus
 
         ask_without_cuda()
-        name, world = f"{order.run}/{order.attempt}/gpus", order.job.scaling.world
-        settings = self._settings(order, order.collective)
-        member = rendezvous.GroupMember(name, order.rank, world, settings)
+        member = self._member(order, order.collective, "/gpus")
         show_gpus(rendezvous.exchange_locations(member), order.rank)  # before a group uses CUDA
         group = self._form(order, order.collective)
         if order.rank == 0:
-            rendezvous.delete_locations(name)
+            rendezvous.delete_locations(member.name)
         return group
 
     def default_group(self, order: WorkOrder) -> "DefaultGroup":
         """Make a train function's way into torch's default process group; nobody is met yet."""
         from distplat.actors.collectives.default_group import DefaultGroup
-        from distplat.actors.collectives.rendezvous import GroupMember
 
         assert order.collective is not None, "see `group`"
-        settings = self._settings(order, order.collective)
-        name, world = f"{order.run}/{order.attempt}/torch.distributed", order.job.scaling.world
-        self._default_group = DefaultGroup(GroupMember(name, order.rank, world, settings))
+        member = self._member(order, order.collective, "/torch.distributed")
+        self._default_group = DefaultGroup(member)
         return self._default_group
 
     def shards(self, order: WorkOrder) -> "RemoteShards | None":
@@ -144,16 +139,19 @@ class Connection:
     def _form(self, order: WorkOrder, spec: GroupSpec) -> "CollectiveGroup":
         from distplat.actors.collectives.ray_groups import create_group  # only who needs it
 
-        name, world = f"{order.run}/{order.attempt}", order.job.scaling.world
-        settings = self._settings(order, spec)
-        self._group = create_group(name, spec.backend, order.rank, world, settings)
+        member = self._member(order, spec)
+        self._group = create_group(
+            member.name, spec.backend, member.rank, member.world, member.settings
+        )
         return self._group
 
-    def _settings(self, order: WorkOrder, spec: GroupSpec) -> "GroupSettings":
-        from distplat.actors.collectives.rendezvous import GroupSettings
+    def _member(self, order: WorkOrder, spec: GroupSpec, suffix: str = "") -> "GroupMember":
+        """Describe this rank in a group of the attempt; `suffix`: of the group's name."""
+        from distplat.actors.collectives.rendezvous import GroupMember, GroupSettings
 
-        start_s = order.job.failure.start_timeout_s
-        return GroupSettings(spec.timeout_s, start_s, spec.debug, self._abandoned, spec.setting)
+        name, start_s = f"{order.run}/{order.attempt}{suffix}", order.job.failure.start_timeout_s
+        settings = GroupSettings(spec.timeout_s, start_s, spec.debug, self._abandoned, spec.setting)
+        return GroupMember(name, order.rank, order.job.scaling.world, settings)
 
     def _reach_tables(self, order: WorkOrder, every: int) -> "RemoteTables | None":
         """Give the way to the embedding tables; None where the job has none."""

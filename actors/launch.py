@@ -49,6 +49,8 @@ from distplat.platform.disk import reserve, with_deadline, write_whole
 from distplat.platform.errors import DistplatError, InfrastructureError, StorageError
 from distplat.platform.spec import Scaling
 
+logger = logging.getLogger(__name__)
+
 TOKEN_ELSEWHERE = ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
 """Variables that Ray takes the token from instead."""
 AUTH_MODE = "RAY_AUTH_MODE"
@@ -123,9 +125,6 @@ def _restrict_permissions(path: Path) -> str:
         )
     finally:
         os.close(descriptor)
-
-
-logger = logging.getLogger(__name__)
 
 
 def train_on_ray(launch: Launch, handlers: RunHandlers, stopping: Stopping) -> None:

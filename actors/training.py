@@ -75,6 +75,8 @@ from distplat.strategies.ports import LoopShards
 from distplat.strategies.task import Task
 from distplat.strategies.worker_strategy import WorkerStrategy, make_worker_strategy
 
+logger = logging.getLogger(__name__)
+
 
 def run_function(
     job: Job,
@@ -136,8 +138,6 @@ def _train_context(job: str, group: Collective, node: str, device: torch.device)
         group.rank, group.world, local, len(local_ranks), device, node_rank, len(hosts), job
     )
 
-
-logger = logging.getLogger(__name__)
 
 _BEGAN_IN = Path.cwd()
 """Where Ray has put this process: in what it has shipped, if it has shipped anything."""

@@ -60,6 +60,9 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 
+logger = logging.getLogger(__name__)
+
+
 def adopt(
     transport: Transport,
     group: ServerGroup,
@@ -94,7 +97,6 @@ def adopt(
     return reports
 
 
-logger = logging.getLogger(__name__)
 _SETTING = "start_timeout_s"
 
 

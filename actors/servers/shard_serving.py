@@ -46,6 +46,8 @@ from distplat.strategies.ports import ShardCopy
 from distplat.strategies.server.answers import shard_copy
 from distplat.strategies.server.server import Deliver, ServerLimits, ShardServer
 
+logger = logging.getLogger(__name__)
+
 _ELEMENTS = 1 << 18
 _ROUNDS = 7
 _MOST_GRADIENTS = 8
@@ -74,9 +76,6 @@ def elements_per_s(
         optimizer.step(rate_of(job, step, _ROUNDS))
         seconds.append(clock() - began)
     return _ELEMENTS / max(1e-9, statistics.median(seconds[1:]))  # the first touches new memory
-
-
-logger = logging.getLogger(__name__)
 
 
 class ShardServing(Serving[ShardServer]):
