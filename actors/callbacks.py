@@ -223,7 +223,7 @@ class Callbacks:
             callback, since = self._called or (None, 0.0)
             if callback is None or self._clock() - since < _LONG_S:
                 continue
-            if any(one is callback for one in warned):
+            if any(other is callback for other in warned):
                 continue
             warned.append(callback)
             text = (

@@ -242,33 +242,33 @@ class Checkpoints:
 
     def _roll_back(self, moved: Moved) -> StoredCheckpoint | None:
         with self._pruning:
-            found = self._read(moved)
-            if found is not None:
+            saved = self._read(moved)
+            if saved is not None:
                 try:
-                    self._catalogue.set_aside(found.step)
+                    self._catalogue.set_aside(saved.step)
                 except OSError as error:
                     logger.warning("damaged checkpoints could not be renamed: %s", error)
                 with self._evaluating:
                     self._best.left(self._catalogue.steps())
                     self._report_best()
-        return found
+        return saved
 
     def _read(self, moved: Moved) -> StoredCheckpoint | None:
         """Read the newest whole one: of this run, else what it began from."""
         began_from = self._launch.resumed
         try:
-            found = self._catalogue.newest(logger.warning, moved)
+            saved = self._catalogue.newest(logger.warning, moved)
         except StorageError as error:
             if began_from is None:
                 raise
             logger.warning("%s; taking what the run was resumed from", error)
-            found = None
-        if found is None and began_from is not None:
+            saved = None
+        if saved is None and began_from is not None:
             return read(began_from, moved)
-        if found is None and self._written:
+        if saved is None and self._written:
             gone = self._catalogue.path(self._written)
             raise StorageError(f"{gone} is gone, and there is no other checkpoint")
-        return found
+        return saved
 
     def _work(self) -> None:
         while True:

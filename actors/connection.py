@@ -44,8 +44,8 @@ class RayRunStore(RunStore):
     def first(self, name: str, value: bytes) -> bytes:
         key = rendezvous_key(f"{self._run}#{name}")
         ray_compat.put_first(key, value)
-        found = ray_compat.get(key)
-        return value if found is None else found
+        stored = ray_compat.get(key)
+        return value if stored is None else stored
 
 
 class Connection:

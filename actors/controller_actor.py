@@ -328,8 +328,8 @@ def _table_servers(actor_group: ActorGroup, job: Job) -> list[PartSource]:
         names = [f"embedding-server-{index}" for index in range(job.embeddings.servers)]
         return [_TableSource(actor_group.roles[name], name, limit_s) for name in names]
     manager = _TableSource(actor_group.roles["server-manager"], "server-manager", limit_s)
-    found: TableMap = manager.ask("table_servers", 0, 0.0)
-    pairs = zip(found.servers, found.names, strict=True)
+    table_map: TableMap = manager.ask("table_servers", 0, 0.0)
+    pairs = zip(table_map.servers, table_map.names, strict=True)
     return [_TableSource(handle, name, limit_s) for handle, name in pairs]
 
 
@@ -341,13 +341,13 @@ class _TableSource(PartSource):
 
     @override
     def sizes(self) -> list[tuple[TableSpec, int]]:
-        found: list[tuple[TableSpec, int]] = self.ask("sizes")
-        return found
+        sizes: list[tuple[TableSpec, int]] = self.ask("sizes")
+        return sizes
 
     @override
     def part(self, table: int, first: int, count: int) -> bytes:
-        found: bytes = self.ask("part", table, first, count)
-        return found
+        content: bytes = self.ask("part", table, first, count)
+        return content
 
     def ask(self, method: str, *args: Any) -> Any:
         """Call a method, and wait for its answer."""

@@ -19,8 +19,8 @@ NAME = "PYTHONHASHSEED"
 
 def chosen() -> str:
     """Give the user's seed, if this process has one; else 0."""
-    given = os.environ.get(NAME, "")
-    return given if given.isdigit() else "0"
+    seed = os.environ.get(NAME, "")
+    return seed if seed.isdigit() else "0"
 
 
 def inherited() -> AbstractContextManager[None]:

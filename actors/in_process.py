@@ -220,7 +220,7 @@ def _train_function(
 
 
 def _uploader(checkpoints: Checkpoints, job: Job) -> CheckpointUploader:
-    copied = lambda arrays: [one.copy() for one in arrays]  # noqa: E731
+    copied = lambda arrays: [array.copy() for array in arrays]  # noqa: E731
     return CheckpointUploader(0, 0, copied, checkpoints.take, job.failure.step_timeout_s)
 
 
@@ -251,8 +251,8 @@ def _report_finished(checkpoints: Checkpoints, handlers: RunHandlers) -> None:
 
 def _task_class(launch: Launch) -> type[Task]:
     """Give the task's class, looked at; say what is no error, unless that was done."""
-    given = launch.task if isinstance(launch.task, type) else None
-    task_class = given or load_task_class(launch.job.task or "", launch.working_dir)
+    own = launch.task if isinstance(launch.task, type) else None
+    task_class = own or load_task_class(launch.job.task or "", launch.working_dir)
     warnings = check_task(task_class, launch.job)
     for line in () if launch.checked else warnings:
         logger.warning("%s", line)

@@ -325,14 +325,14 @@ def local_ray(
     with hash_seed.inherited():
         _warn_of_long_name(ray_compat.wanted_folder())
         folder = _start_ray(scaling, logs=logs, keep_in=keep_in)
-        kept: Path | None = None
+        logs_to: Path | None = None
         try:
             yield
         except Exception as error:
-            kept = keep_in if _may_be_rays_fault(error) else None
+            logs_to = keep_in if _may_be_rays_fault(error) else None
             raise
         finally:
-            _shut_down(folder, kept)
+            _shut_down(folder, logs_to)
 
 
 def _may_be_rays_fault(error: Exception) -> bool:

@@ -221,9 +221,9 @@ def outcome(actor: Actor, method: str, args: Packed) -> tuple[Any, Exception | N
     except (DistplatError, TransportError) as error:
         return None, error
     except BaseException as error:
-        found = InfrastructureError(f"error inside {actor.name}: {type(error).__name__}: {error}")
-        found.__cause__ = error
-        return None, found
+        wrapped = InfrastructureError(f"error inside {actor.name}: {type(error).__name__}: {error}")
+        wrapped.__cause__ = error
+        return None, wrapped
 
 
 class Packed:

@@ -52,8 +52,8 @@ LOGGERS = ("ray.dashboard.modules.dashboard_sdk", "ray._private.runtime_env")
 def submission_id() -> str | None:
     """Give the id under which the job API started this process; None: it did not."""
     config = json.loads(os.environ.get(JOB_CONFIG_VARIABLE) or "{}")
-    found: str | None = config.get("metadata", {}).get("job_submission_id")
-    return found
+    submission: str | None = config.get("metadata", {}).get("job_submission_id")
+    return submission
 
 
 def put_first(key: bytes, value: bytes) -> None:
@@ -79,8 +79,8 @@ def keys(prefix: bytes) -> list[bytes]:
 
 def get(key: bytes) -> bytes | None:
     """Read a key; None: there is none."""
-    found: bytes | None = _internal_kv_get(key)
-    return found
+    value: bytes | None = _internal_kv_get(key)
+    return value
 
 
 def delete_all(prefix: bytes) -> None:
@@ -129,8 +129,8 @@ def print_batch(batch: Mapping[str, Any], *, colored: bool) -> None:
 
 def free_resources() -> dict[str, dict[str, float]]:
     """Give what is free by node: `ray.available_resources` sums over the cluster."""
-    found: dict[str, dict[str, float]] = available_resources_per_node()
-    return found
+    by_node: dict[str, dict[str, float]] = available_resources_per_node()
+    return by_node
 
 
 def ray_is_ours() -> bool:
@@ -230,8 +230,8 @@ def address_of_auto() -> str:
     Raises:
         ConnectionError: there is none.
     """
-    found: str = get_ray_address_from_environment("auto", None)
-    return found
+    address: str = get_ray_address_from_environment("auto", None)
+    return address
 
 
 def use_token_at_hand() -> None:
@@ -260,18 +260,18 @@ def addresses_here() -> set[str]:
     As their processes were told them. Ray's own search believes the processes of every user, who
     may name any address.
     """
-    found: set[str] = set()
+    addresses: set[str] = set()
     for process in services.psutil.process_iter(["cmdline", "uids"]):
         line, uids = process.info["cmdline"], process.info["uids"]
         if uids is not None and uids.real in (0, os.getuid()) and services._is_raylet_process(line):
-            found |= {one.partition("=")[2] for one in line if one.startswith("--gcs-address=")}
-    return found - {"", "None"}
+            addresses |= {arg.partition("=")[2] for arg in line if arg.startswith("--gcs-address=")}
+    return addresses - {"", "None"}
 
 
 def ignore_tests(folder: Path, logger: logging.Logger) -> list[Callable[[Path], bool]]:
     """Give Ray's tests of a folder's ignore files, to count what it will pack before it does."""
-    found: list[Callable[[Path], bool]] = get_excludes_from_ignore_files(folder, True, logger)
-    return found
+    tests: list[Callable[[Path], bool]] = get_excludes_from_ignore_files(folder, True, logger)
+    return tests
 
 
 def job_config(folder: str) -> JobConfig:

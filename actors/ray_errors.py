@@ -124,12 +124,12 @@ def cause_of(error: exceptions.RayError) -> str:
         return f"what it kept is gone with it ({type(error).__name__})"
     lines = str(error).strip().splitlines()
     reasons = [line for line in lines[1:] if not line.startswith("\t")]  # the others name the actor
-    said = _GUESSES.split((reasons or lines or [type(error).__name__])[0])[0]
+    reason = _GUESSES.split((reasons or lines or [type(error).__name__])[0])[0]
     if lines and getattr(error, "actor_init_failed", False):
-        said = f"it could not be made: {lines[-1].strip()}"
-    said = next((plain for words, plain in _PLAIN.items() if words in said), said)
+        reason = f"it could not be made: {lines[-1].strip()}"
+    reason = next((plain for words, plain in _PLAIN.items() if words in reason), reason)
     before = _CAUSES.get(type(error))
-    return f"{before}: {said}" if before else said
+    return f"{before}: {reason}" if before else reason
 
 
 def advice_for(role: str, cause: str) -> str:
@@ -161,15 +161,15 @@ def as_ours(error: exceptions.RayError) -> DistplatError:
     What a method raised comes out of it; where that is none of our errors, something is wrong in
     the actor, and neither the user's task nor whoever asked is to blame.
     """
-    found, cause = meaning(error), cause_of(error)
+    kind, cause = meaning(error), cause_of(error)
     remedy = _REMEDIES.get(type(error), "")
-    if found is Meaning.RAISED:
+    if kind is Meaning.RAISED:
         return _raised(error)
-    if found is Meaning.USER:
+    if kind is Meaning.USER:
         return SpecError(Problem(("--runtime-env",), str(error).strip(), remedy))
-    if found is Meaning.OURS:
+    if kind is Meaning.OURS:
         return DistplatError(f"error inside distplat: {type(error).__name__}: {cause}")
-    head = "a process of the cluster was lost" if found is Meaning.LOST else "the cluster fails"
+    head = "a process of the cluster was lost" if kind is Meaning.LOST else "the cluster fails"
     return InfrastructureError(f"{head}: {cause}" + (f"; {remedy}" if remedy else ""))
 
 

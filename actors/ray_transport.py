@@ -33,8 +33,8 @@ class RayTransport(Transport):
         self, replies: Sequence[Any], timeout_s: float, *, everything: bool = False
     ) -> list[Any]:
         count = len(replies) if everything else 1
-        found: list[Any] = ray.wait(list(replies), num_returns=count, timeout=timeout_s)[0]
-        return found
+        ready: list[Any] = ray.wait(list(replies), num_returns=count, timeout=timeout_s)[0]
+        return ready
 
     @override
     def get(self, reference: Any, timeout_s: float) -> Any:

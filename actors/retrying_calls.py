@@ -99,8 +99,8 @@ class PendingCall:
             ActorLost, DeadlineExceeded: somebody is gone, or frozen.
             DistplatError: what the other side or `look` raised.
         """
-        found = dict(self.arrivals())
-        return [found[index] for index in range(len(self._calls))]
+        answers = dict(self.arrivals())
+        return [answers[index] for index in range(len(self._calls))]
 
     def arrivals(self) -> Iterator[tuple[int, Any]]:
         """

@@ -60,9 +60,9 @@ class ScriptProcess:
 
     def port(self) -> int:
         """Find a port that is free now."""
-        with socket.socket() as found:
-            found.bind(("", 0))
-            port: int = found.getsockname()[1]
+        with socket.socket() as listener:
+            listener.bind(("", 0))
+            port: int = listener.getsockname()[1]
             return port
 
     def start(self, command: Sequence[str], environment: dict[str, str], folder: str | None) -> str:

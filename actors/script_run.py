@@ -391,7 +391,7 @@ def _run(job: ScriptJob, path: Path, logs: _Logs) -> int:
 
 def _finish(path: Path, job: ScriptJob, status: str, facts: dict[str, object]) -> None:
     """Write down how it ended; where the disk is full, the exit code says it."""
-    known = {"status": status, "name": job.name, "command": list(job.command)}
-    content = json.dumps({**known, **facts}, indent=2).encode()
+    fields = {"status": status, "name": job.name, "command": list(job.command)}
+    content = json.dumps({**fields, **facts}, indent=2).encode()
     with suppress(OSError, StorageError):
         with_deadline(lambda moved: write_whole(path / "result.json", content), path, _STORAGE_S)

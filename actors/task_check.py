@@ -209,8 +209,8 @@ class TaskCheck:
     ) -> None:
         self._entry = entry
         home = str(Path(distplat.__file__).resolve().parent.parent)
-        wanted = {"entry": entry, "folder": folder, "given": [*given], "function": function}
-        request = json.dumps({**wanted, "said": [*said]})
+        fields = {"entry": entry, "folder": folder, "given": [*given], "function": function}
+        request = json.dumps({**fields, "said": [*said]})
         # -P: what lies in the task's folder must not stand in for the standard library.
         self._child = subprocess.Popen(
             [sys.executable, "-P", "-c", _CHILD, home, request],

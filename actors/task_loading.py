@@ -43,7 +43,7 @@ def load_task_class(entry: str, search_path: str) -> type[Task]:
         raise SpecError(Problem(("task",), text, hint))
     tasks = [n for n, v in vars(module).items() if isinstance(v, type) and issubclass(v, Task)]
     problem = "has no class" if attribute is None else "has no subclass of distplat.Task called"
-    raise _not_found(module, problem, name, [one for one in tasks if one != "Task"])
+    raise _not_found(module, problem, name, [task for task in tasks if task != "Task"])
 
 
 def load_train_function(entry: str, search_path: str) -> TrainFunction:
@@ -139,7 +139,7 @@ def _import_module(entry: str, search_path: str) -> tuple[ModuleType, str]:
 
 def _prepend_to_path(folder: str) -> None:
     """Have modules of a folder come first, before those of these names that PYTHONPATH has."""
-    sys.path[:] = [folder, *(one for one in sys.path if one != folder)]
+    sys.path[:] = [folder, *(entry for entry in sys.path if entry != folder)]
 
 
 def _check_imports(name: str, path: Path, folder: Path) -> None:
@@ -178,7 +178,7 @@ def _shadowing_modules(folder: Path) -> dict[str, ModuleType]:
     """
     folder_names: set[str] = set()
     with suppress(OSError):
-        folder_names = {one.name.partition(".")[0] for one in folder.iterdir()}
+        folder_names = {entry.name.partition(".")[0] for entry in folder.iterdir()}
     folder_names -= {*sys.stdlib_module_names, "distplat", "__main__"}
     return {
         name: module
@@ -205,9 +205,9 @@ def _names_imported(name: str, path: Path) -> set[str]:
     for level, base, names in _imports_in(code) if code is not None else ():
         with suppress(ImportError):  # more dots than packages
             base = resolve_name("." * level + base, package)
-            names_found |= {base, *(f"{base}.{one}" for one in names)}
-    parts = [one.split(".") for one in names_found]
-    return {".".join(one[:end]) for one in parts for end in range(1, len(one) + 1)}
+            names_found |= {base, *(f"{base}.{dotted}" for dotted in names)}
+    parts = [dotted.split(".") for dotted in names_found]
+    return {".".join(dotted[:end]) for dotted in parts for end in range(1, len(dotted) + 1)}
 
 
 def _imports_in(code: CodeType) -> Iterator[tuple[int, str, tuple[str, ...]]]:
@@ -292,7 +292,7 @@ def _script_function(entry: str, search_path: str) -> Callable[[], None]:
     name, *arguments = script_of(entry)
     path = (Path(search_path or ".") / name).resolve()
     if not path.is_file():
-        scripts = [one.name for one in path.parent.glob("*.py")]
+        scripts = [file.name for file in path.parent.glob("*.py")]
         text = f"there is no script {name!r} in {search_path or 'the current directory'}"
         raise SpecError(Problem(("task",), text, hint_of(path.name, scripts) if scripts else ""))
     compile(path.read_bytes(), str(path), "exec")

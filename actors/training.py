@@ -242,14 +242,14 @@ class Session:
             self.state = replace(self.state, model=model)
         except BaseException as error:  # SystemExit of user code too: it would end only a thread
             progress = self.state.progress
-            shown = traceback_of_call(error) if self.own_loop else ""
+            user_frames = traceback_of_call(error) if self.own_loop else ""
             if isinstance(error, DistplatError):
-                found: DistplatError = error.with_traceback(None)
+                final: DistplatError = error.with_traceback(None)
             else:
-                found = _of_platform(error) or as_user_error(
+                final = _of_platform(error) or as_user_error(
                     error, order.rank, progress.at, evaluating=progress.evaluating
                 )
-            self.state = replace(self.state, error=found, traceback=shown)
+            self.state = replace(self.state, error=final, traceback=user_frames)
 
     def prepare(self, order: WorkOrder, ready: Future[None]) -> None:
         """Build model and data for an attempt that is to come; tell `ready` how that ended."""
@@ -269,8 +269,8 @@ class Session:
             ready.set_exception(error)
         except BaseException as error:  # see `work`
             on_ranks = f"rank {order.rank} (node {self.host})"  # the others have made theirs
-            found = _of_platform(error) or as_user_error(error, order.rank, None, on_ranks=on_ranks)
-            ready.set_exception(found)
+            final = _of_platform(error) or as_user_error(error, order.rank, None, on_ranks=on_ranks)
+            ready.set_exception(final)
 
     def stop(self, attempt: int, how: StopOrder) -> None:
         """Stop in this attempt; from any thread."""

@@ -302,7 +302,7 @@ def _loader_traceback(text: str) -> str:
 
 def _remedy(error: BaseException) -> str:
     if isinstance(error, SystemExit):
-        if any(one.name == "parse_args" for one in traceback.extract_tb(error.__traceback__)):
+        if any(frame.name == "parse_args" for frame in traceback.extract_tb(error.__traceback__)):
             return _COMMAND_LINE
         return "sys.exit() was called: code of a task returns, or raises what went wrong"
     text = _text(error)
@@ -312,8 +312,8 @@ def _remedy(error: BaseException) -> str:
 
 
 def _more_shared_memory() -> str:
-    found = os.statvfs("/dev/shm")
-    size = found.f_frsize * found.f_blocks // 2**20
+    stats = os.statvfs("/dev/shm")
+    size = stats.f_frsize * stats.f_blocks // 2**20
     return (
         f"loader processes hand batches over in /dev/shm, which has {size} MiB here and is full: "
         "give a container more (docker: `--shm-size 8g`, Kubernetes: an emptyDir of medium Memory "

@@ -256,8 +256,8 @@ def _trained(result: Result) -> Trained:
     own = load_file(task_file) if task_file.exists() else {}
     task = {TASK_PREFIX + name: value for name, value in own.items()}
     states[len(result.history)] = {**load_file(result.checkpoint), **task}
-    history = sorted(result.history, key=lambda one: one.step)
-    return Trained(states, [one.loss for one in history])
+    history = sorted(result.history, key=lambda step: step.step)
+    return Trained(states, [step.loss for step in history])
 
 
 def _references(wanted: VerifyRequest, jobs: Sequence[Job], folder: Path) -> list[ReferenceResult]:
@@ -272,7 +272,7 @@ def _references(wanted: VerifyRequest, jobs: Sequence[Job], folder: Path) -> lis
         return []
     job, own = wanted.job, wanted.strategy_file
     file = str(own.resolve()) if own is not None else None
-    fields = [one.model_dump(mode="json") for one in jobs]
+    fields = [short.model_dump(mode="json") for short in jobs]
     request = ChildRequest(fields, job.task or "", job.task_args, str(wanted.folder), file)
     (folder / REQUEST).write_text(json.dumps(asdict(request)))
     home = str(Path(distplat.__file__).parent.parent.absolute())

@@ -95,8 +95,8 @@ class Weights:
             elif reply is not None and reply.model is not None:
                 if reply.version < at_least:
                     raise self._over()
-                if (found := self._snapshot(reply, until)) is not None:
-                    return found
+                if (snapshot := self._snapshot(reply, until)) is not None:
+                    return snapshot
             else:
                 time.sleep(_AGAIN_S)
         raise self._too_late(newer_than, (0,), timeout_s)

@@ -138,13 +138,13 @@ class Worker:
         # Else the question was asked before: the next answer has the rest.
         drained = not self._outbox.waiting
         return PollResult(
-            [one for one in items if not isinstance(one, Delivery)],
+            [item for item in items if not isinstance(item, Delivery)],
             state.attempt,
             state.progress.beats,
             state.progress.step,
             finished=drained and state.model is not None,
             error=state.error if drained else None,
-            deliveries=[one for one in items if isinstance(one, Delivery)],
+            deliveries=[item for item in items if isinstance(item, Delivery)],
             left=drained and state.progress.left,
             node=self._session.node,
             host=self._session.host,

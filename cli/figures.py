@@ -139,7 +139,7 @@ def facts(record: RunRecord) -> list[tuple[str, str]]:
         rows.append(("last loss", number(record.steps[-1].loss)))
     for metric in metrics(record.evaluations):
         rows.append((f"evaluation: {metric.name}", number(metric.points[-1][1])))
-    rows += [("then", resize_text(one)) for one in record.resizes]
+    rows += [("then", resize_text(resized)) for resized in record.resizes]
     if record.saved:
         last = record.saved[-1]
         rows.append(("last checkpoint", f"after step {last.step}, {size_text(last.size)}"))

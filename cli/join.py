@@ -164,8 +164,8 @@ def check_environment(given: Mapping[str, Any]) -> None:
         SpecError: says what is wrong with it.
     """
     option = "--runtime-env"
-    known = set(RuntimeEnv.known_fields)
-    near = {key: nearest(key, known) for key in given if key not in known}
+    fields = set(RuntimeEnv.known_fields)
+    near = {key: nearest(key, fields) for key in given if key not in fields}
     if wrong := [
         Problem((option, key), "unknown key", f"did you mean '{meant}'?")
         for key, meant in near.items()

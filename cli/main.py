@@ -149,8 +149,8 @@ def submit(
     source = command.JobSource(job_file, *layers, strategy_file, working_dir)
     driver = entrypoint_num_cpus, entrypoint_num_gpus, entrypoint_memory
     remote = command.RemoteOptions(submission_id, metadata_json, wait, *driver)
-    environment, shown = (runtime_env, runtime_env_json), (is_json(output), quiet)
-    request = command.SubmitRequest(source, address, resume, *environment, remote, *shown)
+    environment, output_options = (runtime_env, runtime_env_json), (is_json(output), quiet)
+    request = command.SubmitRequest(source, address, resume, *environment, remote, *output_options)
     (command.dry_run if dry_run else command.submit)(request)
 
 

@@ -47,9 +47,9 @@ def problem() -> str | None:
 
 def main() -> None:
     """Be the driver of the job that the environment holds."""
-    found = problem()
-    if found is not None:
-        sys.stderr.write(f"error: {found}\n")  # who reads the log makes it harmless
+    text = problem()
+    if text is not None:
+        sys.stderr.write(f"error: {text}\n")  # who reads the log makes it harmless
         sys.exit(EXIT_CODE)
     from distplat.cli.main import main as command_line
 

@@ -180,7 +180,7 @@ def _shipped(
     """
     names = _name_pattern(tuple(excludes))
     waiting = [_Folder(working_dir, (), frozenset())]
-    seen = 0
+    entries = 0
     while waiting:
         folder = waiting.pop()
         tests, above, paths = folder.tests, folder.above, list[Path]()
@@ -191,8 +191,8 @@ def _shipped(
             above |= {(stat.st_dev, stat.st_ino)}
             tests = (*tests, *ignores(folder.path))
             paths = list(folder.path.iterdir())
-        seen += len(paths)
-        if seen > MAX_ENTRIES:
+        entries += len(paths)
+        if entries > MAX_ENTRIES:
             _refuse(working_dir, f"holds more than {MAX_ENTRIES} files and folders")
         for path in paths:
             if any(test(path) for test in tests):
@@ -233,7 +233,7 @@ def _refuse_secret(path: Path, working_dir: Path) -> None:
 
 @cache
 def _name_pattern(patterns: tuple[str, ...]) -> re.Pattern[str]:
-    return re.compile("|".join(fnmatch.translate(one.rstrip("/")) for one in patterns) or r"\Z.")
+    return re.compile("|".join(fnmatch.translate(name.rstrip("/")) for name in patterns) or r"\Z.")
 
 
 @contextmanager
@@ -300,7 +300,7 @@ def unshipped_imports(
             yield UnshippedImport(path, importer, line)
             continue
         for name, at in _imports_of(path, folder):
-            waiting += [(found, path, at) for found in _module_files(folder, name)]
+            waiting += [(file, path, at) for file in _module_files(folder, name)]
 
 
 def _module_files(folder: Path, module: str) -> list[Path]:

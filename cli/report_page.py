@@ -105,7 +105,7 @@ def _loss_chart(record: RunRecord) -> Chart | None:
     for metric in metrics(record.evaluations):
         if metric.name == "loss":
             series.append(Series("evaluation", metric.points, PALETTE[5], dots=True))
-    failures = [one.failure for one in restarts(record)]
+    failures = [restart.failure for restart in restarts(record)]
     marks = [Marker(s.step, f"after step {s.step}: {first_line(s.cause)}") for s in failures]
     return curves(series, marks)
 

@@ -102,7 +102,7 @@ def ended_run(name: str) -> dict[str, Any] | None:
 
 def last_run_ended(job: str) -> dict[str, Any] | None:
     """Give the facts of a job's newest run below `runs/`, if it has ended; else None."""
-    newest = next((one for one in _runs() if one["name"] == job), None)
+    newest = next((run for run in _runs() if run["name"] == job), None)
     return None if newest is None or newest["end_time"] is None else newest
 
 

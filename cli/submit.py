@@ -321,7 +321,7 @@ def _check_options(request: SubmitRequest, target: Target) -> None:
         "--no-wait": not request.remote.wait,
         "--entrypoint-*": request.remote.resources,
     }
-    unused = [option for option, given in remote_only.items() if given and target.kind != "jobs"]
+    unused = [option for option, value in remote_only.items() if value and target.kind != "jobs"]
     if target.kind == "local" and (request.runtime_env or request.runtime_env_json):
         unused.append("--runtime-env")
     if unused:

@@ -54,7 +54,7 @@ def check_cluster(address: str, theirs: Versions, ours: Versions, env_keys: Coll
     if theirs.python and not brings_python and _numbers(theirs.python)[:2] < OLDEST_PYTHON:
         old = True
     if old:
-        ray, python = (".".join(map(str, one)) for one in (OLDEST_RAY, OLDEST_PYTHON))
+        ray, python = (".".join(map(str, version)) for version in (OLDEST_RAY, OLDEST_PYTHON))
         raise ClusterUnreachable(
             f"the cluster at {address} has {theirs}, and distplat needs Ray {ray} and Python "
             f"{python} there, or later; this machine has {ours}: start the cluster with that"

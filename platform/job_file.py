@@ -178,9 +178,9 @@ class _Draft:
             raise SpecError(Problem((), f"nested deeper than {MAX_DEPTH}", file=source))
         if path[0] == "strategy":
             path = self._open_strategy(path, value, source)
-        here = self.data
+        mapping = self.data
         for length, part in enumerate(path[:-1], 1):
-            inner = here.get(str(part))
+            inner = mapping.get(str(part))
             if inner is None:
                 inner = {}
                 self.positions[path[:length]] = (source, 0, 0)
@@ -188,9 +188,9 @@ class _Draft:
                 around = ".".join(map(str, path[:length]))
                 message = f"cannot be set: {around} is {show(inner)}, not a mapping"
                 raise SpecError(Problem(path, message, file=source))
-            here[str(part)] = inner
-            here = inner
-        here[str(path[-1])] = value
+            mapping[str(part)] = inner
+            mapping = inner
+        mapping[str(path[-1])] = value
         self._set_origin(path, source)
 
     def _open_strategy(self, path: FieldPath, value: object, source: str) -> FieldPath:

@@ -42,7 +42,7 @@ def load_figures(loads: Sequence[ShardLoad]) -> dict[str, float]:
     """
     if not loads:
         return {}
-    found = {
+    figures = {
         "apply_s": max(load.apply_s for load in loads),
         "queue_s": max(load.queue_s for load in loads),
         "queue_depth": float(max(load.queue_depth for load in loads)),
@@ -51,8 +51,8 @@ def load_figures(loads: Sequence[ShardLoad]) -> dict[str, float]:
     }
     if 1 < len(loads) <= MOST_SHOWN:
         for index, load in enumerate(loads):
-            found |= {f"shard_{index}_{name}": float(v) for name, v in asdict(load).items()}
-    return found
+            figures |= {f"shard_{index}_{name}": float(v) for name, v in asdict(load).items()}
+    return figures
 
 
 class QueuedPush:

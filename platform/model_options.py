@@ -23,8 +23,8 @@ class Compile(Spec):
 
     def arguments(self) -> dict[str, Any]:
         """Give the arguments of `torch.compile`; it takes no mode but for its own compiler."""
-        found = self.model_dump()
-        return found if self.mode != "default" else {**found, "mode": None}
+        arguments = self.model_dump()
+        return arguments if self.mode != "default" else {**arguments, "mode": None}
 
 
 def compile_of(value: object) -> object:

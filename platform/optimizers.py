@@ -132,18 +132,18 @@ class Optimizer(Spec):
 
     def group_of(self, name: str) -> int:
         """Give the number of the group of a parameter, from 1; 0: it is in none."""
-        matches = (number for number, one in enumerate(self.groups, 1) if one.matches(name))
+        matches = (number for number, group in enumerate(self.groups, 1) if group.matches(name))
         return next(matches, 0)
 
     def kinds(self) -> "list[type[Optimizer]]":
         """Give the class of parameters that are in no group, then that of each group."""
         own = type(self)
-        return [own, *(options_of(one.name) if one.name else own for one in self.groups)]
+        return [own, *(options_of(group.name) if group.name else own for group in self.groups)]
 
     @property
     def whole(self) -> bool:
         """Whether it needs whole tensors: one of its classes does, or there are several."""
-        return len({*self.kinds()}) > 1 or any(one.of_tensors for one in self.kinds())
+        return len({*self.kinds()}) > 1 or any(kind.of_tensors for kind in self.kinds())
 
     def takes(self, name: str, shape: Sequence[int]) -> bool:
         """Say whether a parameter has a shape that its optimizer can update."""
@@ -165,12 +165,12 @@ class Optimizer(Spec):
 
     def rates(self) -> tuple[float, ...]:
         """Give `lr` of parameters that are in no group, then that of each group."""
-        return self.lr, *(self.lr if one.lr is None else one.lr for one in self.groups)
+        return self.lr, *(self.lr if group.lr is None else group.lr for group in self.groups)
 
     def figures(self) -> tuple[str, ...]:
         """Name each of `rates` as it is reported; empty: it is the first one."""
         own = enumerate(self.groups)
-        return "lr", *("" if one.lr is None else f"lr_group_{n}" for n, one in own)
+        return "lr", *("" if group.lr is None else f"lr_group_{n}" for n, group in own)
 
 
 class _Signed(Optimizer):

@@ -92,7 +92,7 @@ def problems(job: Any, bare: Any) -> list[Problem]:
         bare: another, with nothing but its name and strategy.
     """
     text, hint = "has no effect on a train function, which has its own loop", "remove it"
-    found = [
+    ineffective = [
         Problem((field,), text, hint)
         for field in OF_TASKS
         if getattr(job, field) != getattr(bare, field)
@@ -100,10 +100,10 @@ def problems(job: Any, bare: Any) -> list[Problem]:
     for field in ("every_steps", "every_epochs"):
         if getattr(job.checkpoint, field) is not None:
             how = "a train function says when: report(metrics, checkpoint=...)"
-            found.append(Problem(("checkpoint", field), how, hint))
+            ineffective.append(Problem(("checkpoint", field), how, hint))
     if job.checkpoint.trained_only:
-        found.append(Problem(("checkpoint", "trained_only"), text, hint))
+        ineffective.append(Problem(("checkpoint", "trained_only"), text, hint))
     if job.failure.non_finite == "skip":
         how = "a train function cannot leave a step out"
-        found.append(Problem(("failure", "non_finite"), how, "allowed: stop, ignore"))
-    return found
+        ineffective.append(Problem(("failure", "non_finite"), how, "allowed: stop, ignore"))
+    return ineffective

@@ -123,10 +123,10 @@ class Plateau:
             version: with which it begins.
             known: what ranks and servers have.
         """
-        there = [one for one in known if one.at <= version]
+        usable = [state for state in known if state.at <= version]
         if not version:
-            there = [first_state(self.rule)]
-        self.known = max(there, key=lambda one: one.at, default=None)
+            usable = [first_state(self.rule)]
+        self.known = max(usable, key=lambda state: state.at, default=None)
         return self.known is not None
 
     def saved(self) -> dict[str, Any]:

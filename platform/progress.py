@@ -341,8 +341,8 @@ class ReportAggregator:
     def _ready_evals(self) -> list[EvalSummary]:
         """Give the evaluations that wait for no step any more."""
         oldest = None if self._next_step is not None else self._steps.oldest
-        free = [one for one in self._pending_evals if oldest is None or one.step <= oldest]
-        self._pending_evals = [one for one in self._pending_evals if one not in free]
+        free = [held for held in self._pending_evals if oldest is None or held.step <= oldest]
+        self._pending_evals = [held for held in self._pending_evals if held not in free]
         return free
 
     def _incomplete_steps(self, before: int | None) -> list[StepSummary | EvalSummary]:

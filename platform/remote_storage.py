@@ -228,9 +228,9 @@ class RemoteStorage:
         if self._opened is None:
             from fsspec.core import url_to_fs
 
-            more = {"auto_mkdir": True} if self._local else {}
+            options = {"auto_mkdir": True} if self._local else {}
             fs, root = url_to_fs(
-                self.url, skip_instance_cache=True, use_listings_cache=False, **more
+                self.url, skip_instance_cache=True, use_listings_cache=False, **options
             )
             self._opened = fs, str(root).rstrip("/")
         fs, root = self._opened

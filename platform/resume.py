@@ -208,7 +208,7 @@ def _state_options(optimizer: Mapping[str, Any]) -> dict[str, Any]:
     """Give what decides which tensors an optimizer remembers."""
     fields = ("momentum", "amsgrad", "centered")
     options: dict[str, Any] = {f: bool(optimizer[f]) for f in fields if f in optimizer}
-    groups = [(one.get("match"), one.get("name")) for one in optimizer.get("groups", ())]
+    groups = [(group.get("match"), group.get("name")) for group in optimizer.get("groups", ())]
     return options | {"groups": groups if any(name for _, name in groups) else []}
 
 

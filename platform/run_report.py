@@ -151,7 +151,7 @@ def figure_rows(steps: Sequence[StepSummary]) -> list[FigureRow]:
 
 def metrics(evaluations: Sequence[EvalSummary]) -> list[Metric]:
     """Give each figure of the evaluations as a curve."""
-    names = list(dict.fromkeys(name for one in evaluations for name in one.metrics))
+    names = list(dict.fromkeys(name for evaluation in evaluations for name in evaluation.metrics))
     return [
         Metric(name, tuple((e.step, e.metrics[name]) for e in evaluations if name in e.metrics))
         for name in names
@@ -161,7 +161,7 @@ def metrics(evaluations: Sequence[EvalSummary]) -> list[Metric]:
 def restarts(record: RunRecord) -> list[RestartRecord]:
     """Put each failure together with what became of it."""
     ended = {recovery.attempt: recovery for recovery in record.recoveries}
-    return [RestartRecord(one, ended.get(one.attempt)) for one in record.failures]
+    return [RestartRecord(failure, ended.get(failure.attempt)) for failure in record.failures]
 
 
 def staleness(steps: Sequence[StepSummary]) -> Counter[int]:

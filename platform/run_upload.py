@@ -139,11 +139,11 @@ class RunUpload:
 
     def _wait_for_it(self, asked: Callable[[], bool]) -> None:
         """Return when all is there, or nothing more can be hoped for."""
-        began, limit_s, said = time.monotonic(), self._storage.limit_s, False
+        began, limit_s, warned = time.monotonic(), self._storage.limit_s, False
         while not self._ended.wait(0.05) and not asked():
             now = time.monotonic()
-            if not said and now - began > _SAID_S:
-                said = True
+            if not warned and now - began > _SAID_S:
+                warned = True
                 text = "the end of the run waits for its copy at %s; `%s` says for how long in vain"
                 self._warn(text % (self._storage.url, SETTING))
             hopeless = (
@@ -319,7 +319,7 @@ class _CheckpointUploads:
         return signatures
 
     def _missing(self, local: dict[int, Signature]) -> list[int]:
-        return [step for step, found in local.items() if self._uploaded.get(step) != found]
+        return [step for step, manifest in local.items() if self._uploaded.get(step) != manifest]
 
 
 class _OpenCheckpoint:

@@ -96,8 +96,8 @@ def _with_ranks(error: DistplatError, on_ranks: str, remedy: str) -> DistplatErr
             return UserCodeError(*fields, error.remedy or remedy, error.evaluating, on_ranks)
         case SpecError():
             problems = [
-                replace(one, message=f"{one.message}, on {on_ranks}", hint=remedy or one.hint)
-                for one in error.problems
+                replace(p, message=f"{p.message}, on {on_ranks}", hint=remedy or p.hint)
+                for p in error.problems
             ]
             return SpecError(*problems)
         case _:

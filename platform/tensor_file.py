@@ -29,16 +29,16 @@ def encode(tensors: Mapping[str, RawTensor]) -> Iterator[bytes]:
 
     A checkpoint's files are asked for one after the other, so that memory holds one of them.
     """
-    data = {name: np.ascontiguousarray(whole.data) for name, whole in tensors.items()}
+    data = {name: np.ascontiguousarray(tensor.data) for name, tensor in tensors.items()}
     yield serialize(
         {
             name: TensorSpec(
-                dtype=whole.dtype,
-                shape=list(whole.shape),
+                dtype=tensor.dtype,
+                shape=list(tensor.shape),
                 data_ptr=data[name].ctypes.data,  # `data` keeps it alive
                 data_len=data[name].nbytes,
             )
-            for name, whole in tensors.items()
+            for name, tensor in tensors.items()
         }
     )
 
@@ -53,11 +53,11 @@ def decode(content: bytes) -> dict[str, RawTensor]:
     try:
         return {
             name: RawTensor(
-                _NAMES[found["dtype"]],
-                tuple(found["shape"]),
-                np.frombuffer(found["data"], np.uint8),
+                _NAMES[entry["dtype"]],
+                tuple(entry["shape"]),
+                np.frombuffer(entry["data"], np.uint8),
             )
-            for name, found in deserialize(content)  # type: ignore[no-untyped-call]
+            for name, entry in deserialize(content)  # type: ignore[no-untyped-call]
         }
     except SafetensorError as error:
         raise ValueError(str(error)) from None

@@ -130,16 +130,16 @@ def put_together(bundles: Iterable[Bundle]) -> dict[str, RawTensor]:
                 is_all = tensor_slice.slab is None and tensor_slice.run is None
                 data = part if is_all else np.zeros(math.prod(tensor_slice.shape) * size, np.uint8)
                 wholes[key], covered[key] = RawTensor(entry.dtype, tensor_slice.shape, data), 0
-            whole = wholes[key]
-            if (whole.dtype, whole.shape) != (entry.dtype, tensor_slice.shape):
+            tensor = wholes[key]
+            if (tensor.dtype, tensor.shape) != (entry.dtype, tensor_slice.shape):
                 raise ProtocolError(f"parts of {key!r} are of different tensors")
-            if whole.data is not part and covered[key] < math.prod(whole.shape):
-                _put(whole, tensor_slice, part)
+            if tensor.data is not part and covered[key] < math.prod(tensor.shape):
+                _put(tensor, tensor_slice, part)
             covered[key] += tensor_slice.size
-    for key, whole in wholes.items():
-        if covered[key] != math.prod(whole.shape):
+    for key, tensor in wholes.items():
+        if covered[key] != math.prod(tensor.shape):
             raise ProtocolError(
-                f"the parts of {key!r} have {covered[key]} of {math.prod(whole.shape)} elements"
+                f"the parts of {key!r} have {covered[key]} of {math.prod(tensor.shape)} elements"
             )
     return wholes
 
@@ -152,9 +152,9 @@ def take_out(whole: RawTensor, tensor_slice: TensorSlice) -> Bytes:
 def by_file(wholes: Mapping[str, RawTensor]) -> dict[str, dict[str, RawTensor]]:
     """Sort tensors by the file that their key names: `model/0.weight` is `0.weight` of `model`."""
     files: dict[str, dict[str, RawTensor]] = {}
-    for key, whole in wholes.items():
+    for key, tensor in wholes.items():
         file, _, name = key.partition("/")
-        files.setdefault(file, {})[name] = whole
+        files.setdefault(file, {})[name] = tensor
     return files
 
 

@@ -80,8 +80,8 @@ class Grid:
 
     def parts(self) -> tuple[tuple[int, ...], ...]:
         """Give the peers of every part of the model, those of stage 0 first."""
-        every = [(s, t) for s in range(self.stages) for t in range(self.slices)]
-        return tuple(self.dp_ranks(stage, part) for stage, part in every)
+        positions = [(s, t) for s in range(self.stages) for t in range(self.slices)]
+        return tuple(self.dp_ranks(stage, part) for stage, part in positions)
 
 
 @dataclass(frozen=True)

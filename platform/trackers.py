@@ -44,7 +44,7 @@ class TrackerSpec(Spec):
 
 def tracker_problems(job: Any) -> list[Problem]:
     """Name trackers that a job has twice."""
-    names = [one.name for one in job.trackers]
+    names = [tracker.name for tracker in job.trackers]
     return [
         Problem(("trackers", number), f"{name!r} is there twice", "remove one")
         for number, name in enumerate(names)
@@ -57,11 +57,11 @@ def missing_trackers(job: Any) -> list[Problem]:
     return [
         Problem(
             ("trackers", number),
-            f"needs the package {one.name}, which is not installed",
-            f"pip install 'distplat[{one.name}]'",
+            f"needs the package {tracker.name}, which is not installed",
+            f"pip install 'distplat[{tracker.name}]'",
         )
-        for number, one in enumerate(job.trackers)
-        if find_spec(one.name) is None
+        for number, tracker in enumerate(job.trackers)
+        if find_spec(tracker.name) is None
     ]
 
 

@@ -58,7 +58,7 @@ class Layout:
     @property
     def starts(self) -> tuple[int, ...]:
         """First elements of all parameters."""
-        return tuple(one.start for one in self.pieces)
+        return tuple(piece.start for piece in self.pieces)
 
     @property
     def tail_size(self) -> int:

@@ -238,7 +238,7 @@ def _misread(error: MarkedYAMLError, file: str) -> SpecError:
     """Say what PyYAML found, and where."""
     mark: Any = error.problem_mark or error.context_mark
     message, hint = error.problem or error.context or "is not YAML", ""
-    wording = next((said for found, said in _WORDING.items() if found in message), None)
+    wording = next((text for part, text in _WORDING.items() if part in message), None)
     if wording:
         message, hint = wording
     elif error.context and error.context_mark and error.context_mark.line != mark.line:

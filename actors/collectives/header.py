@@ -159,13 +159,13 @@ def check_headers(group: str, rank: int, headers: Sequence[Header]) -> None:
     if len(counts) <= 1:
         return
     majority = counts.most_common(1)[0][0]
-    differing = tuple(offset for offset, one in enumerate(headers) if one != majority)
-    show_numbers = len({one.number for one in headers}) > 1
+    differing = tuple(offset for offset, head in enumerate(headers) if head != majority)
+    show_numbers = len({head.number for head in headers}) > 1
     parts = []
     for kind in counts:
-        who = ranks_text([offset for offset, one in enumerate(headers) if one == kind])
+        who = ranks_text([offset for offset, head in enumerate(headers) if head == kind])
         parts.append(f"{who} in {kind}" + (f" (#{kind.number})" if show_numbers else ""))
-    if len({one.operation for one in counts}) == 1 and len({one.digest for one in counts}) > 1:
+    if len({h.operation for h in counts}) == 1 and len({h.digest for h in counts}) > 1:
         parts.append("the sizes of the ranks' parts differ, or their offsets")
     own = headers[rank]
     raise MismatchError(group, own.name, own.number, differing, "; ".join(parts))

@@ -278,8 +278,8 @@ class KeyValueStore(Store):
     def compare_set(
         self, key: str, expected_value: str | bytes, desired_value: str | bytes
     ) -> bytes:
-        found = self._ask("compare_set", key, _text(expected_value), _text(desired_value))
-        return str(found).encode("latin-1")
+        value = self._ask("compare_set", key, _text(expected_value), _text(desired_value))
+        return str(value).encode("latin-1")
 
     @override
     def check(self, keys: list[str]) -> bool:

@@ -179,8 +179,8 @@ def _publish_table(member: GroupMember) -> None:
         if _absent_ranks(member):
             return None
         entries = [ray_compat.get(key) for key in keys]
-        here = [key for key in entries if key is not None]
-        return b"[%s]" % b",".join(here) if len(here) == len(keys) else None
+        present = [key for key in entries if key is not None]
+        return b"[%s]" % b",".join(present) if len(present) == len(keys) else None
 
     complete = wait_for(table, member.name, lambda: _absent_ranks(member), member.settings)
     ray_compat.put(_table_key(member.name), complete)

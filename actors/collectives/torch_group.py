@@ -87,12 +87,12 @@ class TorchGroup(CollectiveGroup):
 
     def reduce(self, tensor: Tensor, op: ReduceOp, root: int) -> None:
         """Combine into the root's tensor; the others' hold parts of sums then."""
-        here = self.rank == root
+        is_root = self.rank == root
         others = tensor.nbytes * (self.world - 1)
         self._start(
             header("reduce", [tensor], op, root=root),
             self._moving(torch_compat.reduce, tensor, summed(op), root),
-            (0, others) if here else (tensor.nbytes, 0),
+            (0, others) if is_root else (tensor.nbytes, 0),
         ).wait()
 
     def broadcast(self, tensor: Tensor, source: int = 0) -> None:

@@ -160,8 +160,8 @@ class DeviceTransfer(DirectTransfer):
         """End it; parts that were not sent yet are dropped."""
         self._pending.put(None)
         self._side.mark().synchronize()
-        for one in self._pinned:
-            unpin(one)
+        for memory in self._pinned:
+            unpin(memory)
         self._pinned = ()
 
     def _send(self) -> None:

@@ -127,9 +127,9 @@ class FanOut(ServerCalls):
             ActorLost, DeadlineExceeded: a server is gone, or frozen.
             DistplatError: what a server raised.
         """
-        asked = [cut.index for cut in (self.cuts if cuts is None else cuts)]
+        shards = [cut.index for cut in (self.cuts if cuts is None else cuts)]
         call = lambda server, index: question(server, self.cuts[index])  # noqa: E731
-        return self.start(what, call, asked).answers()
+        return self.start(what, call, shards).answers()
 
     def _listen(self, shard: int, mailboxes: MemoryAddress, slot: int) -> Any:
         order, server = self._order, self.servers[shard]
@@ -194,18 +194,18 @@ class FanOutCall:
             DistplatError: what a server raised.
         """
         self._asked.start_again()
-        found: dict[int, ServerReply] = {}
+        replies: dict[int, ServerReply] = {}
         if self._mailboxes is not None:
             limit_s = self._fan_out.limit_s(self._setting)
             arrived = self._mailboxes.answers(self._notified, self._what, limit_s, self._setting)
             for index, answer in arrived:
                 self._take(self._fan_out.cuts[index], answer)
-                found[index] = answer
+                replies[index] = answer
         for number, answer in self._asked.arrivals():
             cut = self._called[number]
             self._take(cut, answer)
-            found[cut.index] = answer
-        return [found[cut.index] for cut in self._fan_out.cuts]
+            replies[cut.index] = answer
+        return [replies[cut.index] for cut in self._fan_out.cuts]
 
     def _call_made(self, number: int, reply: Any) -> None:
         """Fetch an answer's values to this node once it is there, whoever is waited for."""

@@ -88,8 +88,8 @@ class Heartbeats:
     def _answers(self, now: float) -> dict[str, str]:
         """Take the answers that are here; give who is lost by them."""
         questions, lost = list(self._open), {}
-        here = self._transport.wait(questions, 0.0, everything=True) if questions else []
-        for question in here:
+        answered = self._transport.wait(questions, 0.0, everything=True) if questions else []
+        for question in answered:
             name, _ = self._open.pop(question)
             try:
                 self._transport.get(question, 0.0)

@@ -125,8 +125,8 @@ class ServerWatch(Generic[Map]):
                 raise error
             if self._transport.wait([self._question], LOOK_S):
                 self._take_answer()
-        found, self._newer = self._newer, None
-        return found
+        newest, self._newer = self._newer, None
+        return newest
 
     def _take_answer(self) -> None:
         assert self._ask is not None, "there is a question"

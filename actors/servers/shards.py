@@ -242,12 +242,12 @@ class RemoteShards(Shards, LoopShards):
             return self._transport.call(server, "push", push, gradient, record)
 
         request = MailboxRequest(step, task=task)
-        asked = FanOutCall(fan_out, f"push {step}", question, self._take, request, self._setting)
+        call = FanOutCall(fan_out, f"push {step}", question, self._take, request, self._setting)
         for cut in fan_out.cuts:
-            send = partial(asked.send, [cut])
+            send = partial(call.send, [cut])
             self._transfer.to_host(part(vectors.gradients, cut), cut.start, send)
         self._transfer.wait(self._limits.step_timeout_s)
-        result = self._pushed(asked)
+        result = self._pushed(call)
         self._setting = "step_timeout_s"
         return result
 
@@ -352,6 +352,6 @@ class RemoteShards(Shards, LoopShards):
         pull = PullId(self._order.attempt, self._order.rank, self._pulls)
         self._pulls += 1  # also where it fails: the next one is not this one again
         what, question = f"pull {pull.number}", self._fan_out.each("pull", pull)
-        asked = FanOutCall(self._fan_out, what, question, self._take, setting=setting)
-        asked.send(self._fan_out.cuts)
-        return self._answers(asked)
+        call = FanOutCall(self._fan_out, what, question, self._take, setting=setting)
+        call.send(self._fan_out.cuts)
+        return self._answers(call)

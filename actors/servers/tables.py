@@ -153,8 +153,8 @@ class RemoteTables(Tables):
         """Join the attempt at all servers; give the steps that each of them has at least."""
         who = self._plan, self._order.rank, self._ids.address, *self._saved
         question = self._calls.each("open", *who)
-        asked = self._calls.start("connecting to tables", question, setting=_START)
-        opened: list[OpenReply] = asked.answers()
+        call = self._calls.start("connecting to tables", question, setting=_START)
+        opened: list[OpenReply] = call.answers()
         self._shares_memory = [answer.shares_memory for answer in opened]
         names = ", ".join(table.name for table in self._plan.tables)
         local = [k for k, shares in enumerate(self._shares_memory) if shares]
@@ -205,15 +205,15 @@ class RemoteTables(Tables):
             self._kept = start + flat.size
         pull = PullId(self._plan.attempt, self._order.rank, self._pulled)
         self._pulled += 1
-        asked = [k for k in range(len(self._calls.servers)) if ids.cuts[k] < ids.cuts[k + 1]]
+        servers = [k for k in range(len(self._calls.servers)) if ids.cuts[k] < ids.cuts[k + 1]]
 
         def question(server: Any, k: int) -> Any:
             transfer = self._transfer(k, table, ids, None, (0, start))
             return self._transport.call(server, "pull", pull, transfer)
 
-        answers = self._calls.start(f"pull {pull.number}", question, asked).answers()
+        answers = self._calls.start(f"pull {pull.number}", question, servers).answers()
         rows: NDArray[np.float32] = flat.reshape(count, width)
-        for k, answer in zip(asked, answers, strict=True):
+        for k, answer in zip(servers, answers, strict=True):
             if answer is not None:
                 rows[ids.part(k)] = answer
         return rows
@@ -253,8 +253,8 @@ class RemoteTables(Tables):
         def ask_one(k: int, limit_s: float) -> TablesCopy:
             what, look = f"tables after {version} steps", self._watch.check
             question = self._calls.each("kept", version, limit_s)
-            asked = self._calls.start(what, question, [k], look=look)
-            answer: TablesCopy = asked.answers()[0]
+            call = self._calls.start(what, question, [k], look=look)
+            answer: TablesCopy = call.answers()[0]
             return answer
 
         asks = [partial(ask_one, k) for k in range(len(self._calls.servers))]

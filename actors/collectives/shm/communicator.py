@@ -189,11 +189,11 @@ class ShmCommunicator:
         results = cut_evenly(output, blocks)
 
         def starts(block: int) -> list[int]:
-            begin, found = 0, []
+            begin, offsets = 0, []
             for cut in cuts:
-                found.append(begin)
+                offsets.append(begin)
                 begin += -(-cut[block].numel() // ALIGN) * ALIGN
-            return found
+            return offsets
 
         def put(block: int, slot: int) -> None:
             for rank, start in enumerate(starts(block)):

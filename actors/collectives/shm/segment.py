@@ -197,8 +197,8 @@ class SharedVectors:
         Raises:
             OSError: a part cannot be reached any more.
         """
-        here = mine.address
-        addresses = [replace(here, pid=pid, fd=fd, inode=inode) for pid, fd, inode in offers]
+        own = mine.address
+        addresses = [replace(own, pid=pid, fd=fd, inode=inode) for pid, fd, inode in offers]
         self._bytes.append([self._map(mine, address) for address in addresses])
         start = mine.tensor.data_ptr()
         self._ranges.append((start, start + mine.tensor.numel()))
