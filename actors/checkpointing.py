@@ -158,7 +158,10 @@ class Checkpoints:
             return
         with self._evaluating:
             if self._stopping is not None and self._stopping.metric in metrics:
-                self._report_stop(summary.step, self._stopping.evaluated(summary.step, metrics))
+                reason = self._stopping.evaluated(summary.step, metrics)
+                if reason is not None and not self._reported_stop:
+                    self._reported_stop = True
+                    self._finished.append(EarlyStopReached(summary.step, reason))
             self._best.evaluated(summary.step, metrics)
             self._report_best()
 
@@ -169,12 +172,6 @@ class Checkpoints:
             self._reported_best = step
             path = str(self._catalogue.path(step))
             self._finished.append(Best(step, path, rule.metric, self._best.figure))
-
-    def _report_stop(self, step: int, reason: str | None) -> None:
-        """Tell, once, that the run is to end."""
-        if reason is not None and not self._reported_stop:
-            self._reported_stop = True
-            self._finished.append(EarlyStopReached(step, reason))
 
     def take_finished(self) -> list[Saved | Best | EarlyStopReached]:
         """

@@ -55,7 +55,8 @@ from distplat.strategies.sparse.files import PartSource, keep_tables
 logger = logging.getLogger(__name__)
 
 _MOST = 100_000
-"""Events that wait for a driver that does not ask, some 50 MB."""
+"""Events that wait for a driver that does not ask, some 50 MB; beyond them steps and log lines are
+left out, for memory ends before a long run does."""
 _BEGIN_S = 5.0
 """How long a question waits for the run to begin."""
 
@@ -91,7 +92,7 @@ class RunPollResult:
 
 class ControllerActor:
     """
-    See the top of the file.
+    The controller's actor: its methods answer while `Controller.run` goes on in a thread.
 
     Args:
         name: of the actor.
@@ -100,7 +101,9 @@ class ControllerActor:
 
     def __init__(self, name: str, submission: str | None = None) -> None:
         self._name, self._submission = name, submission
-        self._outbox: Outbox[RunEvent] = Outbox(_MOST, _may_drop)
+        self._outbox: Outbox[RunEvent] = Outbox(
+            _MOST, lambda event: isinstance(event, StepSummary | logging.LogRecord)
+        )
         self._controller: Controller | None = None
         self._beginning = threading.Lock()
         self._thread: threading.Thread | None = None
@@ -271,11 +274,6 @@ class ControllerActor:
             _keep_log(actor_group, keep)
         if launch.job.embeddings is not None and launch.job.checkpoint.save_final:
             keep_tables(_table_servers(actor_group, launch.job), launch.job.seed, keep)
-
-
-def _may_drop(event: RunEvent) -> bool:
-    """Say whether a driver that is away may miss it: memory ends before a long run does."""
-    return isinstance(event, StepSummary | logging.LogRecord)
 
 
 class _OutboxHandler(QueueHandler):

@@ -155,11 +155,10 @@ class Servers(_Actors):
         self.nodes: dict[str, Actor] = {}
         for number in range(self.roles.servers):
             self._make_node(f"server-{number}")
-        self.manager = self.cluster.spawn("server-manager", HERE, self._make_manager)
-
-    def _make_manager(self, transport: LocalTransport) -> ServerManager:
-        who = "server-manager", self.job, self.run, 0, dict(self.nodes)
-        return ServerManager(*who, self.roles, transport=transport)
+        arguments = "server-manager", job, run, 0, dict(self.nodes), self.roles
+        self.manager = self.cluster.spawn(
+            arguments[0], HERE, lambda transport: ServerManager(*arguments, transport=transport)
+        )
 
     def _make_node(self, name: str, node: str = HERE) -> Actor:
         self.nodes[name] = self.cluster.spawn(name, node, partial(ServerNode, name))

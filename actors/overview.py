@@ -46,13 +46,15 @@ class RunName:
         Raises:
             ValueError: there is none, or no more.
         """
-        names = [name for name in named_actors().get(self.run, []) if self._is(name, role)]
+        first = f"{self.job}/{role}"
+        names = [
+            name
+            for name in named_actors().get(self.run, [])
+            if name == first or name.startswith(f"{first}/attempt-")
+        ]
         if not names:
             raise ValueError(f"run {self.run} has no {role}")
         return ray.get_actor(max(names, key=_attempt), namespace=self.run)
-
-    def _is(self, name: str, role: str) -> bool:
-        return name == f"{self.job}/{role}" or name.startswith(f"{self.job}/{role}/attempt-")
 
 
 class NoSuchRun(SpecError):

@@ -36,6 +36,9 @@ _SAMPLES = "of the data set: "
 _CALLER = "call_train_function"
 """Which frame's callee is the user's; of `task_loading.py`, which imports torch."""
 
+_DATACLASS = "<string>", "__init__"
+"""File and name of a frame in a constructor that `dataclass` has made: nobody wrote its lines."""
+
 _SHARED_MEMORY = (
     *("unable to allocate shared memory", "unable to write to file </torch_"),
     "unable to open shared memory object",
@@ -142,7 +145,11 @@ def _describe(error: BaseException) -> tuple[str, str, str]:
     exception = traceback.TracebackException.from_exception(error)
     for exc in _with_causes(exception):
         exc.stack = traceback.StackSummary.from_list(
-            [f for f in exc.stack if not (_passes_on(f.filename) or _is_generated(f))]
+            [
+                f
+                for f in exc.stack
+                if not _passes_on(f.filename) and (f.filename, f.name) != _DATACLASS
+            ]
         )
     text = "".join(exception.format())
     if not exception.stack:
@@ -261,11 +268,6 @@ def _passes_on(filename: str) -> bool:
         return True
     inner = _in_torch(filename)
     return inner is not None and inner.startswith(_PASSES_ON)
-
-
-def _is_generated(frame: traceback.FrameSummary) -> bool:
-    """Whether a frame is of a constructor that `dataclass` has made: nobody wrote its lines."""
-    return (frame.filename, frame.name) == ("<string>", "__init__")
 
 
 def _is_ours(filename: str) -> bool:

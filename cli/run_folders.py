@@ -35,25 +35,21 @@ def local_runs(limit: int, status: str | None = None) -> list[dict[str, Any]]:
 
 
 def _runs() -> Iterator[dict[str, Any]]:
-    """Give the facts of the runs below `runs/`, newest first."""
-    started = {path: at for path in _run_folders() if (at := _mtime(path / "job.yaml")) is not None}
+    """
+    Give the facts of the runs below `runs/`, newest first.
+
+    Raises:
+        SpecError: `runs/` may not be read.
+    """
+    with naming_path(HOME):
+        paths = [*HOME.iterdir()] if HOME.is_dir() else []
+    started = {path: at for path in paths if (at := _mtime(path / "job.yaml")) is not None}
     for path in sorted(started, key=started.__getitem__, reverse=True):
         try:
             facts = _facts(read_run(path, steps=False), started[path])
         except DistplatError:  # another program's, or it may not be read
             continue
         yield facts
-
-
-def _run_folders() -> list[Path]:
-    """
-    Give what lies in `runs/`.
-
-    Raises:
-        SpecError: it may not be read.
-    """
-    with naming_path(HOME):
-        return [*HOME.iterdir()] if HOME.is_dir() else []
 
 
 def _mtime(path: Path) -> float | None:

@@ -13,7 +13,6 @@ import json
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
 
 import ray
 import torch
@@ -150,11 +149,7 @@ def exchange_locations(member: GroupMember) -> tuple[RankLocation, ...]:
     except DistplatError:
         ray_compat.delete(key)
         raise
-    return tuple(map(_parse_location, json.loads(table)))
-
-
-def _parse_location(location: dict[str, Any]) -> RankLocation:
-    return RankLocation(**{**location, "gpus": tuple(location["gpus"])})
+    return tuple(RankLocation(**{**one, "gpus": tuple(one["gpus"])}) for one in json.loads(table))
 
 
 def delete_locations(group_name: str) -> None:

@@ -102,7 +102,7 @@ _SETTING = "start_timeout_s"
 
 class ServerManager:
     """
-    See the top of the file.
+    The server manager: gives out shards, and tells workers who keeps what.
 
     Args:
         name: of the actor.

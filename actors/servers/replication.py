@@ -47,7 +47,7 @@ class Backup:
 
 class Replication(BackupLink):
     """
-    See the top of the file; it is the store's `BackupLink`.
+    One server's side of a pair that keeps a store twice; it is the store's `BackupLink`.
 
     Args:
         name: of this server.

@@ -57,7 +57,7 @@ class SchedulerStatus:
 
 class Scheduler:
     """
-    See the top of the file.
+    The task scheduler: leases tasks to workers, and collects their heartbeats.
 
     Args:
         name: of the actor.

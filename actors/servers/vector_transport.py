@@ -105,7 +105,7 @@ class VectorTransport(ABC):
 
 
 class SharedMemoryTransport(VectorTransport):
-    """See the top of the file."""
+    """Parameters in memory that servers and workers of a node share."""
 
     def __init__(self, transport: Transport, facts: ModelFacts, joined: Membership) -> None:
         super().__init__(transport, facts, joined)
@@ -153,7 +153,7 @@ class SharedMemoryTransport(VectorTransport):
 
 
 class CopyTransport(VectorTransport):
-    """See the top of the file."""
+    """Parameters that each worker has a copy of, as servers change while it computes."""
 
     def __init__(self, transport: Transport, facts: ModelFacts, joined: Membership) -> None:
         super().__init__(transport, facts, joined)

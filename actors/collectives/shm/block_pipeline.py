@@ -123,7 +123,7 @@ class BlockPipeline:
             if turn <= blocks:
                 posted = self.post()
 
-    def in_place(self, work: Callable[[], None]) -> None:
+    def in_place(self, work: Callable[[], object]) -> None:
         """Work on the ranks' vectors themselves, between two meetings of all ranks."""
         self.barrier()
         work()

@@ -120,7 +120,7 @@ class ShmCommunicator:
         is_root = self._rank == root
         if shared:
             source = self.vectors.views(flat)[root]
-            self._pipeline.in_place(lambda: None if is_root else _copy(source, flat))
+            self._pipeline.in_place(lambda: None if is_root else flat.copy_(source))
         else:
             pieces = self._blocks(flat)
 
@@ -305,7 +305,3 @@ class ShmCommunicator:
             view = self._segment.slots(piece.dtype)[slot][rank][start : start + piece.numel()]
             self._views[key] = view
         return view
-
-
-def _copy(source: Tensor, target: Tensor) -> None:
-    target.copy_(source)
