@@ -206,7 +206,7 @@ class ActorGroup:
         return spawn_worker(self.job, self.launch.run, attempt, rank, placement)
 
     def _resize(self, world: int) -> None:
-        """End who is not to go on, and take those in who have made themselves ready."""
+        """Kill the workers of ranks from `world` on, and make ready newcomers workers."""
         for rank in [one for one in self._handles.workers if one >= world]:
             self.end_worker(rank)
         for rank in range(world):
@@ -252,7 +252,7 @@ class ActorGroup:
         self._send_controller()
 
     def _send_controller(self) -> None:
-        """Tell the manager who the controller is: this one, or a new one, has not been told."""
+        """Send the controller's handle to the server manager, which may be a new one."""
         if self._handles.manager is not None:
             manager = self._handles.manager
             self._orders.give("server-manager", manager, "begin", self._controller)
@@ -281,7 +281,7 @@ class ActorGroup:
 
     def grow(self, count: int, checkpoint_step: int) -> list[int]:
         """
-        Have workers join, with ranks that nobody had before; give these.
+        Start workers that join, with new ranks; return the ranks.
 
         Args:
             count: how many.

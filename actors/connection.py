@@ -107,7 +107,7 @@ class Connection:
         return group
 
     def default_group(self, order: WorkOrder) -> "DefaultGroup":
-        """Make a train function's way into torch's default process group; nobody is met yet."""
+        """Make what forms torch's default process group, once a train function asks for it."""
         from distplat.actors.collectives.default_group import DefaultGroup
 
         assert order.collective is not None, "see `group`"
@@ -183,7 +183,7 @@ class Connection:
         return StopOrder.ABANDON if self._abandoned.is_set() else self._stop_order
 
     def stop(self, how: StopOrder) -> None:
-        """Note what the worker is told; an attempt that is abandoned ends all waits for others."""
+        """Note the worker's stop order; abandoning the attempt ends all waits for others."""
         if how is not StopOrder.ABANDON:
             self._stop_order = max(self._stop_order, how)
             return

@@ -66,7 +66,7 @@ _MIN_DISK_BYTES = 2**20
 
 def secure_token(home: Path, environment: MutableMapping[str, str]) -> str:
     """
-    See that a Ray that starts now has a token that nobody else can read.
+    Make sure that a Ray that starts now has a token that only this user can read.
 
     Args:
         home: the user's directory; where nothing can be written there, as in many a container, the

@@ -61,7 +61,7 @@ class Actor:
             reply.set_exception(ActorDied(self.died))
 
     def expect(self, reply: Future[Any]) -> None:
-        """Have a reply told when this actor dies."""
+        """Make a reply fail if this actor dies."""
         with self._changing:
             if not self.died:
                 self._open.add(reply)

@@ -57,7 +57,7 @@ def submission_id() -> str | None:
 
 
 def put_first(key: bytes, value: bytes) -> None:
-    """Write a key that nobody has written: ranks agree without an actor to ask."""
+    """Write a key unless it exists: ranks agree without an actor to ask."""
     _internal_kv_put(key, value, overwrite=False)
 
 
@@ -242,7 +242,7 @@ def use_token_at_hand() -> None:
 
 def check_gcs(address: str, limit_s: float) -> None:
     """
-    See that a Ray answers at an address, and takes the token at hand.
+    Check that a Ray answers at an address, and accepts the user's token.
 
     `ray.init` tries for minutes, and does not say which of the two it was.
 

@@ -156,7 +156,7 @@ def taken_away(error: exceptions.RayError) -> bool:
 
 def as_ours(error: exceptions.RayError) -> DistplatError:
     """
-    Give our error for one of Ray's that nobody can do anything about.
+    Translate an error of Ray's that no retry helps into one of distplat's.
 
     What a method raised comes out of it; where that is none of our errors, something is wrong in
     the actor, and neither the user's task nor whoever asked is to blame.

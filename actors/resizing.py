@@ -74,7 +74,7 @@ class SyncScaler:
         return self._resizing.world
 
     def refusal(self, workers: int) -> str:
-        """Say why there cannot be so many workers; empty: there can."""
+        """Give the reason why there cannot be `workers` workers; empty: there can."""
         more = workers - self._resizing.world - len(self._resizing.newcomers)
         job = self._actors.job.with_workers(workers)
         for problem in [*job.problems(), *strategy_problems(job)]:
@@ -202,16 +202,16 @@ class AsyncScaler:
         self._leaving: set[int] = set()
 
     def refusal(self, workers: int) -> str:
-        """Say why there cannot be so many workers; empty: there can."""
+        """Give the reason why there cannot be `workers` workers; empty: there can."""
         more = workers - len(self._staying())
         return lacks(self._actors.job, more) if more > 0 else ""
 
     def all_restarted(self) -> None:
-        """All actors are made anew: nobody is leaving any more."""
+        """All actors were restarted: no worker is leaving any more."""
         self._leaving.clear()
 
     def tell_again(self) -> None:
-        """The task scheduler is another one: it does not know who is leaving."""
+        """Tell a new task scheduler which workers are leaving."""
         self._actors.tell_scheduler("dismiss", tuple(self._leaving))
 
     def carry_out(self, checkpoint_step: int) -> list[int]:

@@ -130,7 +130,7 @@ class Result:
 
 
 def _append(items: list[T], item: T) -> None:
-    """Add to what is kept of a run, and let go of the oldest: a run may have millions of steps."""
+    """Append to a bounded list; the oldest half goes when it is full."""
     items.append(item)
     if len(items) >= 2 * KEPT:
         del items[:KEPT]

@@ -84,7 +84,7 @@ class PendingCall:
         self._open.append(self._make(len(self._open)))
 
     def start_again(self) -> None:
-        """Restart the deadline: only now somebody waits."""
+        """Restart the deadline: the wait begins now."""
         self._clock = AwakeClock()
 
     def wait(self) -> None:
@@ -141,7 +141,7 @@ class PendingCall:
         return reply
 
     def _check(self, index: int, left: float) -> None:
-        """Give up where nobody wants the answers any more, or no time was left to wait for them."""
+        """Raise where `look` ends the wait, or the deadline has passed."""
         if self._look is not None:
             self._look()
         if not left:
@@ -169,7 +169,7 @@ Item = TypeVar("Item")
 
 class Outbox(Generic[Item]):
     """
-    Things to be told, from any thread, to one who asks.
+    Queue of items for one reader that polls; any thread may add to it.
 
     Args:
         most: while so many wait to be told, what `spare` says yes to is counted, not kept.
@@ -194,20 +194,20 @@ class Outbox(Generic[Item]):
             self._changed.notify_all()
 
     def left_out(self) -> int:
-        """Give how many things nobody will be told since this was asked last."""
+        """Give the number of items that were dropped since the last call."""
         with self._changed:
             count, self._left_out = self._left_out, 0
             return count
 
     def close(self) -> None:
-        """Nothing more will come: nobody is to wait."""
+        """Say that no more items will come, and wake waiting polls."""
         with self._changed:
             self._closed = True
             self._changed.notify_all()
 
     @property
     def drained(self) -> bool:
-        """Whether all has been told that will ever be."""
+        """Whether it is closed and every item was handed out."""
         with self._changed:
             return self._closed and not self._fresh
 

@@ -74,7 +74,7 @@ class _RoleFile:
 
 class RoleFiles:
     """
-    Files of what each role printed, written by a thread: a disk that hangs holds nobody up.
+    Log files of each role, written by a thread: a disk that hangs blocks no caller.
 
     Args:
         folder: where they are made.

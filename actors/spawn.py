@@ -278,7 +278,7 @@ def _worker(run: str, name: str, needs: dict[str, float], where: object | None) 
 
 
 def lacks(job: Job, more: int) -> str:
-    """Say what the cluster lacks now for so many more workers; empty: nothing."""
+    """Say what the cluster lacks now for `more` workers; empty: nothing."""
     free = ray.available_resources()
     missing = [
         f"{amount * more:g} {name}, of which {free.get(name, 0.0):g} are free"

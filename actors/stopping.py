@@ -55,7 +55,7 @@ class Stopping:
 
     def check(self) -> None:
         """
-        Return if nobody asked to stop.
+        Return if no signal came.
 
         Raises:
             Interrupted: somebody did.
@@ -65,7 +65,7 @@ class Stopping:
 
     @property
     def asked(self) -> bool:
-        """Whether somebody asked to stop."""
+        """Whether a signal came."""
         return self._seen is not None
 
     def count_anew(self) -> None:

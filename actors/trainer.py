@@ -301,7 +301,7 @@ class Trainer:
 
 
 def _writers(directory: RunDirectory) -> list[BackgroundWriter[Summary]]:
-    """Give who writes metrics down, and who draws them: each fails for itself."""
+    """Make the writers of metrics and of TensorBoard's curves: each fails by itself."""
     return [
         BackgroundWriter(directory.record, logger.warning),
         BackgroundWriter(directory.draw, logger.warning, what=CURVES),

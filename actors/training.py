@@ -210,7 +210,7 @@ class Session:
         return Reply(steps, copy.version, self._store_model(copy.version, lambda: save(state)))
 
     def _store_model(self, version: int, pack: Callable[[], bytes]) -> list[Any]:
-        """Put a model into Ray's store, once for all who ask for this version."""
+        """Put a model into Ray's store, once for each version."""
         with self._storing:
             if self._stored_model[0] != version:
                 self._stored_model = version, [ray.put(pack())]

@@ -185,7 +185,7 @@ class Worker:
             self._orders.get()(self._session)
 
     def _fail(self, error: Exception) -> None:
-        """Have everybody who asks told that this process can be no worker."""
+        """Report, to every poll from now on, that this process cannot be a worker."""
         who, why = self._name.partition("/")[2] or self._name, f"{type(error).__name__}: {error}"
         remedy = "every node needs the packages that distplat does: pip install distplat"
         text = f"{who} cannot begin on {host_here()}: {why}; {remedy}"

@@ -43,7 +43,7 @@ LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 @dataclass(frozen=True)
 class Target:
-    """Where to run, and who said so."""
+    """Where to run, and what chose it."""
 
     kind: Literal["local", "here", "driver", "jobs"]
     address: str
@@ -139,7 +139,7 @@ def is_this_machine(host: str) -> bool:
 
 
 def foreign_listener(address: str) -> str:
-    """Say who listens at an address beside this user and root; empty: nobody that is known."""
+    """Say which other user listens at an address; empty: none that is known."""
     host, port = host_and_port(address)
     if not is_this_machine(host):
         return f"{host} is another machine"
@@ -169,7 +169,7 @@ def _listeners(port: int) -> set[int]:
 
 def check_listening(address: str) -> None:
     """
-    See that somebody listens at an address.
+    Check that a process listens at an address.
 
     In a thread of its own: a name that no server knows may keep the resolver for a minute.
 
@@ -187,7 +187,7 @@ def check_listening(address: str) -> None:
 
 def check_is_ray(address: str, environ: Mapping[str, str], limit_s: float = _GREETING_S) -> None:
     """
-    See that who listens at an address begins as Ray does, with the settings of gRPC.
+    Check that the listener at an address begins as Ray does, with gRPC's settings frame.
 
     Ray itself would wait 15 s for who says nothing.
 

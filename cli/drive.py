@@ -18,7 +18,7 @@ STORAGE = Path("~/distplat")
 
 
 def flush_or_discard(stream: TextIO) -> None:
-    """Write out what a stream holds; where nobody reads it, it goes nowhere from now on."""
+    """Flush a stream; if that fails, redirect it to the null device."""
     try:
         stream.flush()
     except OSError:

@@ -182,7 +182,7 @@ def _last_ended_run(address: str | None, job: str, unknown: DistplatError) -> di
 def _choose_error(
     address: str | None, of_jobs: DistplatError, of_ray: DistplatError
 ) -> DistplatError:
-    """Choose what to say where neither knows a run: nobody may have meant the job API."""
+    """Choose the error where neither the job API nor Ray knows a run."""
     named = target_of(address, os.environ).origin
     return of_jobs if named or not isinstance(of_jobs, ClusterUnreachable) else of_ray
 
@@ -359,7 +359,7 @@ def _facts(job: Info) -> dict[str, Any]:
 
 
 def _row(facts: Mapping[str, Any]) -> dict[str, str]:
-    """Give the cells of the table; everything in them was written by somebody else."""
+    """Give the cells of the table, without control characters."""
     cells = {name: facts[field] for name, field in _COLUMNS.items()}
     return {name: _cell(value) for name, value in {**cells, "age": _age(cells["age"])}.items()}
 

@@ -223,7 +223,7 @@ def _open_streams() -> None:
 
 
 class _Printable(logging.Formatter):
-    """Formats a warning for a terminal: it may quote a file of somebody else."""
+    """Formats a warning without control characters: it may quote any file."""
 
     @override
     def format(self, record: logging.LogRecord) -> str:

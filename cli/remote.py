@@ -192,10 +192,10 @@ def exit_code(info: Info) -> int:
 
 
 class Detached(KeyboardInterrupt):
-    """The user stopped following a job, and was told that it goes on."""
+    """The user stopped following a job, which goes on."""
 
 
 def say(line: str) -> None:
-    """Write to stderr at once; where nobody reads it any more, nothing happens."""
+    """Write a line to stderr and flush; a closed stderr is ignored."""
     with suppress(OSError):
         print(printable(line), file=sys.stderr, flush=True)

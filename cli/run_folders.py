@@ -53,7 +53,7 @@ def _runs() -> Iterator[dict[str, Any]]:
 
 
 def _mtime(path: Path) -> float | None:
-    """Say when a file was written last; None: it is not there, or nobody may know."""
+    """Give a file's modification time; None: it is not there, or not readable."""
     try:
         return path.stat().st_mtime
     except OSError:

@@ -468,7 +468,7 @@ def _metadata(text: str | None, job: Job) -> dict[str, str]:
 
 
 def _print(facts: Facts, request: SubmitRequest, job_id: str | None = None) -> None:
-    """Say what a run came to; it has ended well, whether somebody reads it or not."""
+    """Print the result of a run that succeeded; a closed stdout is ignored."""
     with suppress(OSError):
         if request.as_json:
             print(to_json(facts if job_id is None else {**facts, "id": job_id}))

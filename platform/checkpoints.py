@@ -164,7 +164,7 @@ _PIECE_BYTES = 8 * 2**20
 
 
 def is_due(version: int, every: int, total_steps: int) -> bool:
-    """Say whether a checkpoint is taken after so many steps; `every` 0: there are none."""
+    """Say whether a checkpoint is taken after step `version`; `every` 0: there are none."""
     return every > 0 and version > 0 and (version % every == 0 or version == total_steps)
 
 

@@ -147,7 +147,7 @@ class Records:
         self.size += len(record)
 
     def flush(self) -> None:
-        """Nothing is held back; here for those who write to any file."""
+        """Do nothing: nothing is buffered. For callers that write to any file."""
 
     def close(self) -> None:
         """Close it; a second time does nothing."""
@@ -201,7 +201,7 @@ def with_deadline(work: Callable[[Moved], T], where: Path, limit_s: float) -> T:
 
 
 def in_thread(name: str, work: Callable[[], T]) -> Future[T]:
-    """Run something that may never end in a thread of its own; nobody has to wait for it."""
+    """Run something that may never end in a daemon thread of its own."""
     future = Future[T]()
 
     def run() -> None:

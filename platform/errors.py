@@ -268,7 +268,7 @@ class ActorLost(InfrastructureError):
 
 
 class DeadlineExceeded(InfrastructureError):
-    """A wait ran out. Names who was missing and the setting that changes it; empty: none does."""
+    """A wait ran out. Names what was missing, and the deadline's setting; empty: it has none."""
 
     def __init__(self, what: str, missing: tuple[str, ...], seconds: float, setting: str) -> None:
         super().__init__(what, missing, seconds, setting)

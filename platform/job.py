@@ -276,7 +276,7 @@ class JobState:
 
     @property
     def halted(self) -> bool:
-        """Whether somebody has stopped for a resize."""
+        """Whether a rank has stopped for a resize."""
         return self._wanted is not None and bool(self._waiting)
 
     @property

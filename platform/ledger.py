@@ -169,7 +169,7 @@ class Ledger(ABC):
 
     @abstractmethod
     def restore(self, steps: int) -> None:
-        """Parameters with so many steps behind them are in place; pushes are taken from now on."""
+        """Open for pushes: the parameters are in place, with `steps` steps behind them."""
 
     @abstractmethod
     def renew(self, attempt: int, world: int | None = None) -> None:

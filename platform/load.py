@@ -77,7 +77,7 @@ class PushQueue:
         self._lock, self._here = threading.Lock(), 0
 
     def count(self, change: int) -> int:
-        """Add so many; give how many there are now."""
+        """Add `change` to the number of waiting pushes; return it."""
         with self._lock:
             self._here += change
             return self._here

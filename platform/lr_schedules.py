@@ -264,7 +264,7 @@ class ReduceLROnPlateau(LRSchedule):
 
     def reduced(self, base: float, times: int) -> float:
         """
-        Give a rate that was reduced so many times.
+        Give a rate that was reduced `times` times.
 
         Args:
             base: `lr` of the optimizer, or of one of its groups.

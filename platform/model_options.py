@@ -43,7 +43,7 @@ class EMA(Spec):
     """Begin with a smaller decay: after t updates `min(decay, (1 + t) / (10 + t))`."""
 
     def decay_after(self, updates: int) -> float:
-        """Give the decay of an update that comes after so many."""
+        """Give the decay of the update that follows `updates` updates."""
         return min(self.decay, (1 + updates) / (10 + updates)) if self.warmup else self.decay
 
 

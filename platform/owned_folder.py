@@ -30,7 +30,7 @@ _LOCK = ".distplat-owner"
 
 class OwnedFolder:
     """
-    Makes a directory that nobody but this user enters.
+    Makes a directory that only this user can enter.
 
     Args:
         base: where.

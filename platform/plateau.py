@@ -117,7 +117,7 @@ class Plateau:
 
     def sync(self, version: int, known: Iterable[PlateauState]) -> bool:
         """
-        Have what is known of a version when an attempt begins; False: nobody knows it.
+        Take the newest known state of a version when an attempt begins; False: there is none.
 
         Args:
             version: with which it begins.

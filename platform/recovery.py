@@ -30,7 +30,7 @@ from distplat.platform.spec import Failure
 
 
 def repairable(error: DistplatError) -> bool:
-    """Say whether new processes could help; nobody would come to a second start either."""
+    """Say whether a restart could help; one that was late to start would be late again."""
     if isinstance(error, MismatchError):
         return False
     if isinstance(error, DeadlineExceeded) and error.setting == "failure.start_timeout_s":

@@ -172,7 +172,7 @@ class RemoteStorage:
 
     def patiently(self, work: Callable[[], T]) -> T:
         """
-        Try something several times, for somebody who waits for it.
+        Retry something a few times, with pauses.
 
         Raises:
             ObjectNotFound: see `work`; asked once.
@@ -465,7 +465,7 @@ def _on_disk(storage: RemoteStorage, where: Path, work: Callable[[], T]) -> T:
 
 
 def _download_file(storage: RemoteStorage, name: str, target: Path, size: object) -> None:
-    """Copy a file that is to have so many bytes."""
+    """Copy a file that must have `size` bytes."""
     try:
         actual_size = storage.patiently(lambda: storage.size(name))
     except ObjectNotFound:

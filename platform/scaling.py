@@ -32,7 +32,7 @@ class Resizing:
         self.newcomers: dict[int, bool] = {}  #: rank -> whether it is ready
 
     def request(self, workers: int) -> None:
-        """Change to so many ranks, from now on."""
+        """Request a change to `workers` ranks."""
         self.wanted = workers
 
     def give_up(self) -> None:
@@ -41,13 +41,13 @@ class Resizing:
 
     @property
     def to_make(self) -> list[int]:
-        """Ranks that are to be made ready, and nobody has begun with."""
+        """Ranks of newcomers that are wanted and not started yet."""
         wanted = range(self.world, self.wanted or 0)
         return [rank for rank in wanted if rank not in self.newcomers]
 
     @property
     def to_drop(self) -> list[int]:
-        """Newcomers that nobody wants any more."""
+        """Newcomers that are not wanted any more."""
         wanted = range(self.world, self.wanted or 0)
         return [rank for rank in self.newcomers if rank not in wanted]
 
@@ -89,7 +89,7 @@ class Resizing:
 
 @dataclass(frozen=True)
 class ScaleRequest:
-    """A number of workers that somebody has asked for."""
+    """A request for a number of workers."""
 
     number: int
     """Number of the request, from 1."""

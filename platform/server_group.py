@@ -144,7 +144,7 @@ class ServerReport:
 
 @dataclass
 class ShardAssignment:
-    """One shard and who keeps it."""
+    """One shard and the servers that keep it."""
 
     shard: int
     primary: str

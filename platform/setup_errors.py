@@ -67,7 +67,7 @@ class SetupErrors:
         return ranks_text(ranks)
 
     def _remedy(self, failed: Collection[int]) -> str:
-        """Name who has no such error; empty: nobody, or ranks of the same node."""
+        """Name the ranks without this error; empty: there are none, or on the same node."""
         nodes = self._nodes_of(failed)
         there = {self._nodes[rank] for rank in self._made} - {""}
         if not there or there & set(nodes):  # then it is not for the node

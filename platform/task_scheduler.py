@@ -127,7 +127,7 @@ class TaskScheduler:
 
     @property
     def left(self) -> int:
-        """Tasks that nobody holds."""
+        """Tasks that no worker holds."""
         return self.plan.tasks - self._next + len(self._again)
 
     def held(self, worker: int) -> list[int]:
@@ -250,7 +250,7 @@ class TaskScheduler:
         return Lease(number, tasks, reach=self._next // self.plan.parts)
 
     def _lease(self, most: int) -> range:
-        """Take the lowest run of tasks that nobody holds, as long as it may be."""
+        """Take the lowest run of tasks that no worker holds, at most `most` of them."""
         if self._again:
             first, count = self._again[0], 1
             while count < min(most, len(self._again)) and self._again[count] == first + count:

@@ -113,7 +113,7 @@ def open_tracker(spec: TrackerSpec, job: Any, folder: Path, before: Path | None)
 
 
 def _public_fields(job: Any) -> dict[str, Any]:
-    """Give a job's fields for who looks at the tracker: a key in `task_args` is not for them."""
+    """Give a job's fields without secrets, as trackers show them."""
     fields: dict[str, Any] = blanked(job.model_dump(mode="json"))
     return fields
 

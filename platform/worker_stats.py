@@ -93,7 +93,7 @@ class WorkerTable:
         self._base.pop(rank, None)  # another process may come to have this rank
 
     def silent(self, now: float, limit_s: float) -> list[int]:
-        """Give who was not heard of for longer than that."""
+        """Give the ranks without a heartbeat for longer than `limit_s`."""
         return [rank for rank, beats in self._beats.items() if now - beats[-1][0] > limit_s]
 
     def step_s(self, rank: int) -> float | None:

@@ -95,7 +95,7 @@ class CollectiveGroup(ABC):
 
     def abort(self) -> None:
         """
-        Make whoever waits in this rank's operations fail soon; from any thread.
+        Make this rank's pending operations fail soon; may be called from any thread.
 
         This ends all groups that have these settings: sub-groups, and the one this was cut from.
         """
@@ -122,7 +122,7 @@ class CollectiveGroup(ABC):
 
     @abstractmethod
     def _abort(self) -> None:
-        """Make whoever waits in this group's operations fail soon."""
+        """Make pending operations of this group fail soon."""
 
     @abstractmethod
     def _leave(self) -> None:

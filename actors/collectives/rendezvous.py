@@ -120,7 +120,7 @@ def wait_for(
 def wait_for_all(
     group_name: str, absent: Callable[[], Sequence[int]], settings: GroupSettings
 ) -> None:
-    """Wait until nobody is absent; raises as `wait_for`."""
+    """Wait until all ranks have come; raises as `wait_for`."""
     wait_for(lambda: None if absent() else b"", group_name, absent, settings)
 
 
@@ -167,7 +167,7 @@ def location_of_this_process() -> RankLocation:
 
 
 def _publish_table(member: GroupMember) -> None:
-    """Wait for all words, then write them as one table; who gives up takes its word back."""
+    """Wait for the locations of all ranks, then write them as one table."""
     keys = [_location_key(member.name, rank) for rank in range(member.world)]
 
     def table() -> bytes | None:

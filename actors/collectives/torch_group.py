@@ -185,7 +185,7 @@ class TorchGroup(CollectiveGroup):
         return store
 
     def _connect(self, store: Store, purpose: str, rank: int, world: int) -> tuple[Any, int, int]:
-        """Connect some of the ranks by gloo; `rank`: of this rank among so many."""
+        """Connect `world` of the ranks by gloo, of which this one has number `rank`."""
         limit = self.settings.operation_s
         try:
             group = torch_compat.gloo_group(store.client, purpose, rank, world, limit, store.host)
@@ -320,7 +320,7 @@ class TorchGroup(CollectiveGroup):
         partner: int | None = None,
         head: Header | None = None,
     ) -> CollectiveError:
-        """Find out who is missing, once for all that is under way, and say it."""
+        """Find the missing ranks, once for all pending operations; give the error."""
         with self._failing:
             if self._failure is None:
                 self._cut()  # nobody shall wait for this rank
@@ -353,7 +353,7 @@ class TorchGroup(CollectiveGroup):
 
     @property
     def _given_up(self) -> bool:
-        """Whether this rank was told that nobody wants the group any more."""
+        """Whether this rank's group was aborted, or the attempt abandoned."""
         return self._aborted or self.settings.abandoned.is_set()
 
     def _abort(self) -> None:
@@ -456,7 +456,7 @@ class NcclGroup(TorchGroup):
             raise RuntimeError("the communicators were aborted")  # the values are not good
 
     def _when_done(self, work: Any, callback: Callable[[], None]) -> None:
-        """Not told: torch calls back when NCCL's operation is queued, not when it is over."""
+        """Do nothing: torch calls back when NCCL's operation is queued, not when it is over."""
 
     def _cut(self) -> None:
         super()._cut()

@@ -110,7 +110,7 @@ class Heartbeat:
         self, number: int, partner: int | None, gave_up: Callable[[], bool], says: str = ""
     ) -> tuple[int, ...]:
         """
-        Find out because of whom an operation failed; takes about two seconds if nobody else has.
+        Find the ranks that made an operation fail; takes two seconds if no other rank has.
 
         Rank 0 keeps the store: if that does not answer, rank 0 is missing. If this process stood
         still, deadlines of its peers are over because of itself: only who is silent is missing.

@@ -157,7 +157,7 @@ class TrafficMeter:
         return stop
 
     def end(self, sent: int, received: int) -> None:
-        """One is over, and has moved so many bytes."""
+        """Count an operation as over, and its bytes."""
         self.add(sent, received)
         with self._lock:
             self.under_way -= 1

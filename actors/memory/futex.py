@@ -76,14 +76,14 @@ class Word:
         return self._cell[0]
 
     def post(self) -> None:
-        """Add one, visible after all that this thread has written, and wake who waits."""
+        """Add one, visible after all that this thread has written, and wake all waiters."""
         address = self._address
         # val 2^31-1 wakes all on the first address; the second number of sleepers to wake is 0.
         if _syscall(_NUMBER, address, _WAKE_OP, _EVERYBODY, None, address, _ADD_ONE) < 0:
             raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
 
     def wake(self) -> None:
-        """Wake who waits without a change: they look round and sleep on."""
+        """Wake all waiters without a change: they check and sleep on."""
         _syscall(_NUMBER, self._address, _WAKE, _EVERYBODY, None, None, 0)
 
     def wait(self, target: int, slice_s: float) -> bool:

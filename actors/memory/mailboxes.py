@@ -102,11 +102,11 @@ class Mailbox:
 
     @property
     def closed(self) -> bool:
-        """Whether nobody will send a request any more."""
+        """Whether the worker sends no more requests."""
         return bool(self._memory[_CLOSED])
 
     def answered(self, slice_s: float) -> bool:
-        """Wait at most so many seconds for the answer; say whether it is there."""
+        """Wait at most `slice_s` seconds for the answer; return whether it is there."""
         return self._answered.wait(self._asked.value, slice_s)
 
     def read(self) -> ServerReply | None:
@@ -119,7 +119,7 @@ class Mailbox:
         return ServerReply(version, committed, norm, *(*rest, total))
 
     def asked(self, slice_s: float) -> MailboxRequest | None:
-        """Wait at most so many seconds for a request that is not answered yet."""
+        """Wait at most `slice_s` seconds for a request that is not answered yet."""
         if not self._asked.wait(self._answered.value + 1 & _ALL, slice_s):
             return None
         seq, is_commit, norm, task = _REQUEST_LAYOUT.unpack_from(self._memory, _REQUEST)

@@ -71,5 +71,5 @@ class MemorySegment:
         return segment
 
     def seal(self) -> None:
-        """Close the descriptor: nobody new can map the segment, who has it keeps it."""
+        """Close the descriptor: the segment cannot be mapped any more; existing maps stay."""
         self._close()

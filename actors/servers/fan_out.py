@@ -208,5 +208,5 @@ class FanOutCall:
         return [replies[cut.index] for cut in self._fan_out.cuts]
 
     def _call_made(self, number: int, reply: Any) -> None:
-        """Fetch an answer's values to this node once it is there, whoever is waited for."""
+        """Prefetch an answer's values to this node as soon as the answer is there."""
         self._fan_out.transport.prefetch(reply, lambda answer: answer.payload and answer.payload[0])

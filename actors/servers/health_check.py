@@ -86,7 +86,7 @@ class Heartbeats:
                 self._open[question] = name, now + hold_s
 
     def _answers(self, now: float) -> dict[str, str]:
-        """Take the answers that are here; give who is lost by them."""
+        """Take the answers that have arrived; give the servers that they show to be lost."""
         questions, lost = list(self._open), {}
         answered = self._transport.wait(questions, 0.0, everything=True) if questions else []
         for question in answered:
@@ -137,7 +137,7 @@ class HealthCheck:
         self._closed.set()
 
     def _watch(self) -> None:
-        """Look until somebody is lost, or this manager is of no use."""
+        """Check until a server is lost, or this is closed."""
         try:
             while self.lost is None and not self._closed.wait(TICK_S):
                 starting = () if self._begun else self._servers

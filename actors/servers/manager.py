@@ -182,7 +182,7 @@ class ServerManager:
         return self._name
 
     def begin(self, controller: Any) -> None:
-        """Take the controller, who makes new servers; twice does nothing."""
+        """Take the controller's handle, which makes new servers; idempotent."""
         self._provisioning.begin(controller)
 
     def poll(self, number: int, hold_s: float) -> DistplatError | None:
@@ -261,15 +261,15 @@ class ServerManager:
         return self._membership(part, part_rank)
 
     def assignments(self) -> list[ShardAssignment]:
-        """Tell who keeps which shard; empty where no shard is kept twice."""
+        """List the servers of each shard; empty where no shard is replicated."""
         return [] if self._replication is None else self._replication.assignments()
 
     def table_assignments(self) -> list[ShardAssignment]:
-        """Tell who keeps which part of the tables; empty where none is kept twice."""
+        """List the servers of each part of the tables; empty where none is replicated."""
         return [] if self._tables is None else self._tables.assignments()
 
     def seen(self) -> ServersSeen:
-        """Tell who keeps which shard, for those who look."""
+        """Describe the server group, for `distplat status`."""
         count, replicated = len(self._servers), self._replication is not None
         tables = tuple(self.table_assignments())
         assignments = self.assignments() or [
@@ -283,7 +283,7 @@ class ServerManager:
         return ServersSeen(maps[0].version, shards, tuple(assignments), replicated, tables)
 
     def _membership(self, part: int, part_rank: int) -> Membership:
-        """Give the map of a part as it is now; somebody has joined with it."""
+        """Give the present shard map of a part, with which a worker has joined."""
         first = replace(self._first_maps[part], part_rank=part_rank)
         replicas = self._replication
         if replicas is None:
@@ -390,7 +390,7 @@ class ServerManager:
         return self._call(server, "assign", plan, cut, facts.size, facts.dtype, segment, role)
 
     def _assign_backup(self, server: Any, shard: int) -> MemoryAddress:
-        """Give a backup its shard, once a worker has told what the model is."""
+        """Assign a backup its shard, once a worker has described the model."""
         part, _ = self._division.shard_of(shard)
         self._assigned[part].wait()  # where nobody comes, `start_timeout_s` ends the run and this
         call = self._assignment(server, self._facts[part], shard, None, Role.BACKUP)
@@ -441,7 +441,7 @@ class ServerProvisioning:
         self._asking = threading.Lock()  # many questions at once would take all its threads
 
     def begin(self, controller: Any) -> None:
-        """Take the controller, who is made after the first manager; twice does nothing."""
+        """Take the controller's handle, which exists after the first manager; idempotent."""
         self._controller = controller
         self._begun.set()
 

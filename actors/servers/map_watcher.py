@@ -36,7 +36,7 @@ _LOSSES = (ActorLost, FencedError, MapChanged)
 
 class ServerWatch(Generic[Map]):
     """
-    Whether a worker's waits for servers are still of use, and who serves after a loss.
+    Whether a worker's waits for servers may still succeed, and which servers follow a loss.
 
     Args:
         transport: the worker's.
@@ -77,7 +77,7 @@ class ServerWatch(Generic[Map]):
 
     def look(self) -> None:
         """
-        See whether a wait is still of use; called now and then by who waits for a server.
+        Check whether a wait may still succeed; called repeatedly while a server is waited for.
 
         Raises:
             Abandoned: the attempt is not on any more.

@@ -84,12 +84,12 @@ class ReplicationManager:
         threading.Thread(target=self._run, name="replication", daemon=True).start()
 
     def primaries(self) -> tuple[int, list[str]]:
-        """Give the map's version, and by shard who serves."""
+        """Give the map's version, and the primary of each shard."""
         with self._changed:
             return self._map
 
     def assignments(self) -> list[ShardAssignment]:
-        """Tell who keeps which shard."""
+        """List the servers of each shard."""
         return [replace(assignment) for assignment in self._group.assignments]
 
     def address(self, server: str) -> MemoryAddress | None:
@@ -106,7 +106,7 @@ class ReplicationManager:
         return self._map[0] > version or self.lost is not None
 
     def close(self) -> None:
-        """Look after the servers no more, and let go who waits for news of them."""
+        """Stop watching the servers, and end waits for newer maps."""
         with self._changed:
             self._closed = True
             self._changed.notify_all()
@@ -223,7 +223,7 @@ class ReplicationManager:
         return ask(self._transport, what, {server: call}, limit, "step_timeout_s")[0]
 
     def _watch(self) -> None:
-        """See who is lost; who has not answered once is starting, and given time."""
+        """Find lost servers; one that has not answered yet is starting, and given time."""
         handles = {name: self.handles[name] for name in self._group.servers if name in self.handles}
         starting = [name for name in handles if not self._heartbeats.has_heard(name)]
         for name, cause in self._heartbeats.look(handles, starting).items():

@@ -230,6 +230,6 @@ class Scheduler:
             scheduler.lose(rank)
 
     def _wake(self) -> None:
-        """Wake whoever waits for work."""
+        """Wake the workers that wait for a lease."""
         self._changed.set()
         self._changed = asyncio.Event()

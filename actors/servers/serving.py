@@ -45,7 +45,7 @@ class Serving(ABC, Generic[AnyServer]):
         """Let go of what a process's end would free, where there is such a thing."""
 
     def poll(self, number: int, hold_s: float) -> None:
-        """Answer the controller or the server manager, after so many seconds: alive."""
+        """Answer a poll after `hold_s` seconds: this process lives."""
         time.sleep(hold_s)
 
     def where(self) -> str:

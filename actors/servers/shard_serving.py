@@ -186,7 +186,7 @@ class ShardServing(Serving[ShardServer]):
         return self._server.exclusively(change)
 
     def _begin(self, attempt: int, world: int) -> None:
-        """Begin an attempt, unless it has begun; let go of the memory of those who left."""
+        """Begin an attempt, unless it has begun; unmap the memory of workers that left."""
         if self._server.renew(attempt, world) and not self._plan.consistency.dynamic_tasks:
             self._gradients = {r: one for r, one in self._gradients.items() if r < world}
             self._parameters = {r: one for r, one in self._parameters.items() if r < world}
@@ -342,7 +342,7 @@ class ShardServing(Serving[ShardServer]):
             listener.close()
 
     def close(self) -> None:
-        """Answer no mailbox any more, let nobody map the segment; a process's end does as much."""
+        """Stop answering mailboxes, and seal the segment; a process's end does as much."""
         with self._turn:
             self._listening.clear()
         if self._segment is not None:
@@ -361,7 +361,7 @@ class ShardServing(Serving[ShardServer]):
         return deliver
 
     def _publish(self, values: Tensor, version: int) -> Any:
-        """Put a version's bytes where workers get them, once, whoever asks for them."""
+        """Put a version's bytes into the object store, once for all workers."""
         if self._published is None or self._published[0] != version:
             # `put` copies, so the shard may go on and write into its vector.
             reference = self._transport.put(as_bytes(as_type(values, self._plan.wire)))

@@ -132,7 +132,7 @@ class RemoteShards(Shards, LoopShards):
         return self._reached
 
     def _attach(self, joined: Membership) -> list[int | None]:
-        """Lay out memory, attach it at all servers; give their versions, None of who has none."""
+        """Lay out memory, attach it at all servers; give their versions, None of an empty one."""
         self._reached = fan_out = FanOut(self._transport, self._order, joined, self._watch.look)
         kind = CopyTransport if joined.private else SharedMemoryTransport
         self._vectors = vectors = kind(self._transport, self._facts, joined)

@@ -45,7 +45,7 @@ class _GrowingSegment:
 
     def room(self, elements: int, after: int = 0) -> tuple[Any, int]:
         """
-        Give an array of so many elements, and where it begins.
+        Give an array of `elements` elements, and where it begins.
 
         Args:
             elements: how many.
@@ -58,7 +58,7 @@ class _GrowingSegment:
         return self._segment.tensor.numpy()[after : after + elements], after
 
     def close(self) -> None:
-        """Let nobody map it any more."""
+        """Seal the segment: no server can map it any more."""
         self._segment.seal()
 
 
@@ -134,7 +134,7 @@ class RemoteTables(Tables):
         self._calls = ServerCalls(self._transport, self._limits, servers, names, self._watch.look)
 
     def _start_watching(self) -> None:
-        """Learn who keeps the tables now, and hear when that changes."""
+        """Get the present map of the tables' servers, and watch for newer ones."""
         manager, transport = self._order.manager, self._transport
         calls = ServerCalls(
             transport, self._limits, [manager], ["server-manager"], self._watch.look

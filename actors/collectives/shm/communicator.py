@@ -59,7 +59,7 @@ class ShmCommunicator:
         self._views: dict[tuple[torch.dtype, int, int, int, int], Tensor] = {}
 
     def enter(self) -> None:
-        """Say that this rank is here; nothing else may be called before nobody is absent."""
+        """Announce this rank; nothing else may be called before all ranks have."""
         self._segment.enter()
         self._pipeline.post()
 

@@ -32,7 +32,7 @@ def in_pieces(vector: Tensor, length: int) -> Sequence[Tensor]:
 
 
 def cut_evenly(vector: Tensor, parts: int) -> Sequence[Tensor]:
-    """Cut a vector into so many views of nearly one length, at `ALIGN`; some may be empty."""
+    """Cut a vector into `parts` views of nearly one length, at `ALIGN`; some may be empty."""
     bounds = split_evenly(vector.numel(), parts, align=ALIGN)
     return torch.split_with_sizes(vector, [b - a for a, b in bounds])
 

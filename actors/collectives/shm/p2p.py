@@ -132,7 +132,7 @@ class PointToPoint:
                 self._liveness.wait_for(channel.taken, channel.messages & _ALL, to, op)
 
     def close(self) -> None:
-        """Let go of the slots; messages that nobody has taken are lost."""
+        """Free the slots; messages that were not received are lost."""
         for channel in self._outgoing.values():
             for segment in channel.segments:
                 if segment is not None:

@@ -57,7 +57,7 @@ class SegmentLayout(NamedTuple):
 
     @classmethod
     def of(cls, world: int) -> "SegmentLayout":
-        """Give the layout for so many ranks; a slot has room for a piece of every rank's part."""
+        """Give the layout for `world` ranks; a slot has room for a piece of every rank's part."""
         return cls(world, max(_SLOT, world * _ROOM_PER_RANK))
 
     @property
@@ -121,12 +121,12 @@ class GroupSegment:
         return [rank for rank, word in enumerate(self.words) if not word.wait(1, 0.0)]
 
     def leave(self) -> None:
-        """Say that this rank will post no more, and wake who waits for it."""
+        """Announce that this rank posts no more, and wake the ranks that wait for it."""
         self._set(_STATE, LEFT)
         self.wake()
 
     def wake(self) -> None:
-        """Wake all who wait for a rank's posts, so that they look round."""
+        """Wake all waits for posts, so that they check for lost ranks."""
         for word in self.words:
             word.wake()
 

@@ -165,7 +165,7 @@ class ShmGroup(CollectiveGroup):
         self._liveness.give_up(GIVEN_UP)
 
     def _leave(self) -> None:
-        """Leave the group once what it sent is taken; who waits for this rank fails soon."""
+        """Leave the group once its messages are received; waits for this rank fail soon."""
         self._messages.drain()
         self._liveness.give_up("this rank has left the group")
         self._segment.leave()
@@ -200,7 +200,7 @@ class ShmGroup(CollectiveGroup):
             raise
 
     def _break(self, error: BaseException, operation: str) -> None:
-        """Let nobody wait for this rank: it is out of step."""
+        """Make the other ranks' waits for this one fail: it is out of step."""
         missing = error.missing if isinstance(error, CollectiveError) else ()
         self._liveness.give_up(f"the group failed before, in {operation}: {error}", missing)
         self._segment.leave()
