@@ -69,7 +69,7 @@ def check_class(task: object, task_args: Iterable[str], fields: Iterable[str] = 
     Look at a task's class.
 
     Args:
-        task: what should be one.
+        task: what should be a task's class.
         task_args: names in `task_args`.
         fields: see `said_by_job`.
 

@@ -244,12 +244,12 @@ class Session:
             progress = self.state.progress
             user_frames = traceback_of_call(error) if self.own_loop else ""
             if isinstance(error, DistplatError):
-                final: DistplatError = error.with_traceback(None)
+                failure: DistplatError = error.with_traceback(None)
             else:
-                final = _of_platform(error) or as_user_error(
+                failure = _of_platform(error) or as_user_error(
                     error, order.rank, progress.at, evaluating=progress.evaluating
                 )
-            self.state = replace(self.state, error=final, traceback=user_frames)
+            self.state = replace(self.state, error=failure, traceback=user_frames)
 
     def prepare(self, order: WorkOrder, ready: Future[None]) -> None:
         """Build model and data for an attempt that is to come; tell `ready` how that ended."""
@@ -269,8 +269,10 @@ class Session:
             ready.set_exception(error)
         except BaseException as error:  # see `work`
             on_ranks = f"rank {order.rank} (node {self.host})"  # the others have made theirs
-            final = _of_platform(error) or as_user_error(error, order.rank, None, on_ranks=on_ranks)
-            ready.set_exception(final)
+            failure = _of_platform(error) or as_user_error(
+                error, order.rank, None, on_ranks=on_ranks
+            )
+            ready.set_exception(failure)
 
     def stop(self, attempt: int, how: StopOrder) -> None:
         """Stop in this attempt; from any thread."""
