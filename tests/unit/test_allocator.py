@@ -35,7 +35,7 @@ thread.join()
 def faults(what: str, **environment: str) -> tuple[bool, int]:
     command = [sys.executable, "-c", BLOCKS, what]
     env = {k: v for k, v in os.environ.items() if not k.startswith("MALLOC_")} | environment
-    out = subprocess.run(command, env=env, capture_output=True, text=True, timeout=60, check=True)
+    out = subprocess.run(command, env=env, capture_output=True, text=True, timeout=100, check=True)
     kept, count = out.stdout.split()
     return kept == "True", int(count)
 

@@ -83,7 +83,7 @@ def test_a_command_that_needs_neither_ray_nor_torch_loads_neither() -> None:
         "    if code or loaded: sys.exit(f'{line}: {code} {loaded}')\n"
         "    print('end of', *line)"
     )
-    done = subprocess.run([sys.executable, "-c", ask], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", ask], capture_output=True, text=True, timeout=100)
     assert done.returncode == 0, done.stderr
     for line in lines:  # each has printed something
         printed, _, rest = done.stdout.partition(f"end of {' '.join(line)}\n")
@@ -330,7 +330,7 @@ def test_a_reader_that_leaves_is_no_error() -> None:
     reader, writer = os.pipe()
     os.close(reader)
     done = subprocess.run(
-        [*COMMAND, "strategies"], stdout=writer, stderr=subprocess.PIPE, timeout=60
+        [*COMMAND, "strategies"], stdout=writer, stderr=subprocess.PIPE, timeout=100
     )
     os.close(writer)
     assert (done.returncode, done.stderr) == (141, b"")
@@ -340,14 +340,14 @@ def test_a_reader_that_leaves_is_no_error() -> None:
 @pytest.mark.parametrize("args", [["strategies"], ["strategies", "-o", "json"], ["--help"]])
 def test_a_log_on_a_full_disk_is_told(args: list[str]) -> None:
     with open("/dev/full", "w") as full:
-        done = subprocess.run([*COMMAND, *args], stdout=full, stderr=subprocess.PIPE, timeout=60)
+        done = subprocess.run([*COMMAND, *args], stdout=full, stderr=subprocess.PIPE, timeout=100)
     assert done.returncode == 5
     assert done.stderr == b"error: what is printed cannot be written: No space left on device\n"
 
 
 def test_streams_that_the_caller_has_closed_are_no_error() -> None:
     closed = 'exec "$@" <&- >&- 2>&-'
-    done = subprocess.run(["sh", "-c", closed, "sh", *COMMAND, "strategies"], timeout=60)
+    done = subprocess.run(["sh", "-c", closed, "sh", *COMMAND, "strategies"], timeout=100)
     assert done.returncode == 0
 
 
@@ -365,7 +365,7 @@ def test_a_run_that_ended_well_has_its_exit_code_though_nobody_can_read_it(
             [sys.executable, "-c", script, str(tmp_path)],
             stdout=full,
             stderr=subprocess.PIPE,
-            timeout=60,
+            timeout=100,
         )
     assert (done.returncode, done.stderr) == (0, b"")
 

@@ -39,7 +39,7 @@ from distplat.cli.main import run
 run({ASK!r})
 sys.exit([name for name in ("torch", "ray") if name in sys.modules] or 0)"""
     done = subprocess.run(
-        [sys.executable, "-c", ask], capture_output=True, text=True, timeout=60, check=False
+        [sys.executable, "-c", ask], capture_output=True, text=True, timeout=100, check=False
     )
     assert done.returncode == 0, done.stderr
 

@@ -167,7 +167,7 @@ def test_no_folder_is_imported_by_its_bare_name() -> None:
 
 def run(code: str, cwd: Path) -> str:
     done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, cwd=cwd, timeout=60
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=cwd, timeout=100
     )
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()

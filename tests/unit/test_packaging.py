@@ -32,7 +32,7 @@ pytestmark = pytest.mark.packaging
 
 
 def run(command: list[str], cwd: Path) -> str:
-    done = subprocess.run(command, capture_output=True, text=True, cwd=cwd, timeout=60)
+    done = subprocess.run(command, capture_output=True, text=True, cwd=cwd, timeout=100)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout.strip()
 

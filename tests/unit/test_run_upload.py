@@ -111,8 +111,9 @@ def test_the_copy_is_the_run_directory_and_a_run_goes_on_from_it(tmp_path: Path)
 
 
 def test_a_storage_that_hangs_costs_the_copy_and_not_the_run(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
+    local_disks_have_time(monkeypatch)
     Odd.hold = threading.Event()
     failure = {"storage_timeout_s": 0.8}
     with caplog.at_level(logging.WARNING), pytest.raises(StorageError) as raised:

@@ -57,7 +57,7 @@ print("before", signal.getsignal(signal.SIGINT) is signal.default_int_handler)
 )
 def test_the_second_signal_waits_for_nothing_and_ends_everything(signals: str, said: str) -> None:
     done = subprocess.run(
-        [sys.executable, "-c", SCRIPT, signals], capture_output=True, text=True, timeout=60
+        [sys.executable, "-c", SCRIPT, signals], capture_output=True, text=True, timeout=100
     )
     assert done.stdout.splitlines() == [said, "before True"]
     assert "no such actor" in done.stderr
@@ -81,7 +81,7 @@ def test_a_command_without_a_run_ends_in_order_too(name: str, code: int, tmp_pat
     while not (tmp_path / "begun").exists() and process.poll() is None:
         time.sleep(0.05)
     process.send_signal(getattr(signal, name))
-    _, said = process.communicate(timeout=60)
+    _, said = process.communicate(timeout=100)
     assert (process.returncode, said) == (code, f"error: interrupted by {name}\n")
     assert not psutil.pid_exists(int((tmp_path / "begun").read_text()))
 
@@ -97,6 +97,6 @@ def test_what_nohup_ignores_stays_ignored() -> None:
     script = "import signal; signal.signal(signal.SIGHUP, signal.SIG_IGN)\n" + SCRIPT
     script = script.replace("signals[0])", "signal.SIGHUP)")
     done = subprocess.run(
-        [sys.executable, "-c", script, "SIGINT"], capture_output=True, text=True, timeout=60
+        [sys.executable, "-c", script, "SIGINT"], capture_output=True, text=True, timeout=100
     )
     assert done.stdout.splitlines() == ["before True"], "nobody was asked to stop"

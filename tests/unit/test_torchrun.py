@@ -63,7 +63,7 @@ def test_no_variable_of_torchrun_is_missing(tmp_path: Path) -> None:
     script.write_text("import json, os; print(json.dumps(dict(os.environ)))")
     plain, torchrun = [sys.executable, str(script)], ["-m", "torch.distributed.run", "--standalone"]
     before, theirs = (
-        json.loads(subprocess.run(command, capture_output=True, timeout=60, check=True).stdout)
+        json.loads(subprocess.run(command, capture_output=True, timeout=100, check=True).stdout)
         for command in (plain, [plain[0], *torchrun, plain[1]])
     )
     [ours] = environments([location("a")], TorchrunLaunch("run", 1))
