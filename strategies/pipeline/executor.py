@@ -81,10 +81,6 @@ def evaluation_plan(stages: int, micro_batches: int, chunks: int) -> Plan:
     return with_communication(PipelineSchedule("evaluation", micro_batches, chunks, False, orders))
 
 
-PlanOf = Callable[[int], Plan]
-"""The plan for a number of micro-batches."""
-
-
 @dataclass(frozen=True)
 class StageContext:
     """Where a rank sits in its pipeline, and what it works with."""

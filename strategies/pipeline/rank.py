@@ -25,7 +25,6 @@ from torch import Tensor, nn
 
 from distplat.platform.pipeline_trace import TraceEvent, TraceReport
 from distplat.platform.topology import Grid, Position
-from distplat.strategies.algorithms.pipeline_schedule import Plan
 from distplat.strategies.algorithms.simulate import simulate
 from distplat.strategies.checkpoint.checkpoint_types import CheckpointPart, Holding
 from distplat.strategies.collective import Collective, gather_numbers
@@ -35,19 +34,14 @@ from distplat.strategies.loop.prepared import Prepared
 from distplat.strategies.model.flat import FlatModel
 from distplat.strategies.model.meta import on_meta
 from distplat.strategies.pipeline.channel import Channel
-from distplat.strategies.pipeline.executor import (
-    Executor,
-    StageContext,
-    evaluation_plan,
-    training_plan,
-)
+from distplat.strategies.pipeline.executor import Executor, StageContext, training_plan
 from distplat.strategies.pipeline.grad_sync import AllReduceGradSync, PsGradSync
 from distplat.strategies.pipeline.hybrid_options import HybridOptions
 from distplat.strategies.pipeline.interfaces import GradSync, TraceSpan
 from distplat.strategies.pipeline.limits import GradientReach, refuse_weights
 from distplat.strategies.pipeline.model_partition import agreed_part
 from distplat.strategies.pipeline.rank_model import ModelPart
-from distplat.strategies.pipeline.stage_compute import Pipeline, StageSettings
+from distplat.strategies.pipeline.stage_compute import Pipeline
 from distplat.strategies.reduction.base import Meter
 from distplat.strategies.task import Task
 from distplat.strategies.tensor.parallel_layers import gather_full
@@ -217,19 +211,7 @@ class HybridWorker(WorkerStrategy[HybridOptions]):
         self._executor = Executor(
             stage_context, GradientReach([self._own.module], self._prepared.task, self._own.names)
         )
-        settings = StageSettings(
-            at,
-            grid.stages,
-            grid.replicas,
-            options.micro(context.job),
-            self._plan,
-            lambda count: evaluation_plan(grid.stages, count, options.chunks),
-        )
-        return Pipeline(self._prepared, settings, self._executor, self._synced)
-
-    def _plan(self, count: int) -> Plan:
-        options = self.options
-        return training_plan(options.schedule, options.pipeline, count, options.chunks)
+        return Pipeline(self._prepared, options, at, self._executor, self._synced)
 
     def compute(self, prepared: Prepared, context: Context) -> Compute:
         """Give this rank's part of the pipeline."""
@@ -288,7 +270,9 @@ class HybridWorker(WorkerStrategy[HybridOptions]):
     @cached_property
     def _ideal(self) -> float:
         """Bubble of the schedule with a full batch."""
-        return simulate(self._plan(self.options.micro(self._prepared.job))).bubble
+        options, micro_batches = self.options, self.options.micro(self._prepared.job)
+        name, stages = options.schedule, options.pipeline
+        return simulate(training_plan(name, stages, micro_batches, options.chunks)).bubble
 
     def _trace(self, step: int) -> None:
         """Report when what was done in the step just made, if it is the one."""

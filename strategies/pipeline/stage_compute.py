@@ -8,8 +8,8 @@ are known on the last stage only; each sample is counted by one rank, its first 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -27,7 +27,8 @@ from distplat.strategies.loop.loss_check import MeanCheck
 from distplat.strategies.loop.losses import BatchResult, EvalBatch, LossTerm, judged, loss_term
 from distplat.strategies.loop.metric_states import TaskMetrics
 from distplat.strategies.loop.prepared import Prepared
-from distplat.strategies.pipeline.executor import Executor, PlanOf
+from distplat.strategies.pipeline.executor import Executor, evaluation_plan, training_plan
+from distplat.strategies.pipeline.hybrid_options import HybridOptions
 from distplat.strategies.pipeline.interfaces import BackwardListener, Source
 from distplat.strategies.pipeline.limits import as_pair, entering
 from distplat.strategies.task import overrides
@@ -36,17 +37,8 @@ _WINDOW = 32
 """Evaluation micro-batches of one plan."""
 
 
-@dataclass(frozen=True)
-class StageSettings:
-    """Settings of one rank of a pipeline."""
-
-    at: Position
-    stages: int
-    replicas: int
-    micro_batches: int
-    """Of a step, at most; a short batch has fewer."""
-    training: PlanOf
-    evaluation: PlanOf
+LossOf = Callable[[Any, Any, int, int], Any]
+"""Gives the loss of outputs, targets, samples whose mean it is, and samples that were read."""
 
 
 class Pipeline(Compute):
@@ -55,7 +47,8 @@ class Pipeline(Compute):
 
     Args:
         prepared: data and task.
-        settings: where in the grid.
+        options: of the strategy.
+        at: this rank's position in the grid.
         executor: follows the lists.
         listener: told when gradients become final.
     """
@@ -63,60 +56,63 @@ class Pipeline(Compute):
     def __init__(
         self,
         prepared: Prepared,
-        settings: StageSettings,
+        options: HybridOptions,
+        at: Position,
         executor: Executor,
         listener: BackwardListener,
     ) -> None:
-        self._p, self._settings, self._executor, self._listener = (
-            prepared,
-            settings,
-            executor,
-            listener,
-        )
-        self._device = torch.device(prepared.device)
-        self._begins = settings.at.stage == 0
-        self._ends = settings.at.stage == settings.stages - 1
+        self.prepared, self.options, self._at = prepared, options, at
+        self._executor, self._listener = executor, listener
+        self._micro_batches = options.micro(prepared.job)
+        self.device = torch.device(prepared.device)
+        self._is_first, self.is_last = at.stage == 0, at.stage == options.pipeline - 1
         self._batches: Iterator[Any] = iter(())
         self._mean_check = MeanCheck(prepared.task, prepared.flat.model)
-        self._evaluated = EvalLoader(prepared.job, prepared.task)
+        self._eval_loader = EvalLoader(prepared.job, prepared.task)
         self._metrics = TaskMetrics(prepared.task)
         self.share = Share()  #: what this rank had of the last step
 
     @override
     def start(self, steps: range) -> None:
-        p, s = self._p, self._settings
-        if self._begins or self._ends:
+        p, replica = self.prepared, self._at.replica
+        if self._is_first or self.is_last:
             data = batches_by(p.task, p.data)
             self._batches = micro_batches(
-                p.job, data, p.sampler, s.at.replica, steps, s.micro_batches
+                p.job, data, p.sampler, replica, steps, self._micro_batches
             )
 
     @override
     def gradients(self, step: int, clock: Stopwatch) -> Share:
-        sampler, s = self._p.sampler, self._settings
-        plan = sampler.micro_batches(step, s.at.replica, s.micro_batches)
-        sizes = [len(ids) for ids in plan]
+        p, options, replica = self.prepared, self.options, self._at.replica
+        sizes = [len(ids) for ids in p.sampler.micro_batches(step, replica, self._micro_batches)]
         self._executor.spans = []
         self.share = Share()
         if not sizes:
             return self.share
-        seed = mixed(self._p.job.seed, step, s.at.replica)
-        part = 1.0 / sampler.batch_size(step)
-        source = _Training(self, step, self._batches, sizes, seed, part)
+        scale = 1.0 / p.sampler.batch_size(step)
+        terms: list[LossTerm] = []  # in order: so micro-batches come to the last stage
+
+        def loss(outputs: Any, targets: Any, samples: int, size: int) -> Tensor:
+            term = self._loss_term(step, outputs, targets, samples)
+            terms.append(replace(term, value=term.value.detach()))
+            return term.value * (term.factor * scale)
+
+        seed = mixed(p.job.seed, step, replica)
+        source = _MicroBatches(self, self._batches, sizes, loss, lambda number: mixed(seed, number))
+        plan = training_plan(options.schedule, options.pipeline, len(sizes), options.chunks)
         self._mean_check.begin(step)
-        given = s.training(len(sizes)), source, self._listener
-        self._executor.train(*given, thorough=self._thorough(step))
+        self._executor.train(plan, source, self._listener, thorough=self._thorough(step))
         clock.lap("compute")
         clock.move("compute", "data", source.loading_s)
-        if self._ends and s.at.slice == 0:
-            for term, size in zip(source.terms, sizes, strict=True):
+        if self.is_last and self._at.slice == 0:
+            for term, size in zip(terms, sizes, strict=True):
                 self.share = self.share.plus(term, size)
-            self.share = self.share.of(self._p.data)
+            self.share = self.share.of(p.data)
         return self.share
 
     def _thorough(self, step: int) -> bool:
         """Say whether what a step trained is kept: then it is looked at."""
-        state, last = self._p.state, self._p.total_steps
+        state, last = self.prepared.state, self.prepared.total_steps
         return step + 1 == last or (state is not None and state.shares.checkpoint_due(step + 1))
 
     @override
@@ -127,60 +123,81 @@ class Pipeline(Compute):
     @override
     def evaluate(self, data: Dataset[Any]) -> Sums:
         """Micro-batches are as large as in training, so no more memory is held."""
-        s, found = self._settings, Sums()
-        self._metrics.begin(self._device)
-        start, stop = split_evenly(len(data), s.replicas)[s.at.replica]  # type: ignore[arg-type]
-        size = max(1, self._p.job.global_batch_size // (s.replicas * s.micro_batches))
-        sizes = [min(size, stop - at) for at in range(start, stop, size)]
+        options, sums, replicas = self.options, Sums(), self.options.data
+        self._metrics.begin(self.device)
+        start, stop = split_evenly(len(data), replicas)[self._at.replica]  # type: ignore[arg-type]
+        batch_size = self.prepared.job.global_batch_size
+        size = max(1, batch_size // (replicas * self._micro_batches))
+        sizes = [min(size, stop - first) for first in range(start, stop, size)]
         batches: Iterator[Any] = iter(())
-        if self._begins or self._ends:
-            loaded = self._evaluated.batches(data, range(start, stop), size)
+        if self._is_first or self.is_last:
+            loaded = self._eval_loader.batches(data, range(start, stop), size)
             batches = (batch for batch, _ in loaded)
-        for at in range(0, len(sizes), _WINDOW):
-            some = sizes[at : at + _WINDOW]
-            source = _EvalSource(self, batches, some, found)
-            self._executor.evaluate(s.evaluation(len(some)), source)
-        found.states = self._metrics.states(found.kept)
-        return found if s.at.slice == 0 else Sums()
 
-    def pair(self, batch: Any) -> tuple[Any, Any]:
-        """Take a batch apart, on this rank's device."""
-        return as_pair(self._p.task, moved(batch, self._device))
+        def add_figures(outputs: Any, targets: Any, samples: int, size: int) -> Any:
+            sums.add(self._figures(outputs, targets, samples), size)
+            return outputs
 
-    def differentiated(self, step: int, outputs: Any, targets: Any, samples: int) -> LossTerm:
+        for first in range(0, len(sizes), _WINDOW):
+            window = sizes[first : first + _WINDOW]
+            source = _MicroBatches(self, batches, window, add_figures, lambda _: 0)  # none is drawn
+            plan = evaluation_plan(options.pipeline, len(window), options.chunks)
+            self._executor.evaluate(plan, source)
+        sums.states = self._metrics.states(sums.kept)
+        return sums if self._at.slice == 0 else Sums()
+
+    def _loss_term(self, step: int, outputs: Any, targets: Any, samples: int) -> LossTerm:
         """Give the loss of a micro-batch."""
-        with precision(self._p.job, self._device):
-            term = loss_term(self._p.task, outputs, targets, samples)
-            if self._settings.at.slice == 0:
+        with precision(self.prepared.job, self.device):
+            term = loss_term(self.prepared.task, outputs, targets, samples)
+            if self._at.slice == 0:
                 self._mean_check.look(step, BatchResult(outputs, targets, term), samples)
             return term
 
-    def figures_of(self, outputs: Any, targets: Any, samples: int) -> EvalBatch:
+    def _figures(self, outputs: Any, targets: Any, samples: int) -> EvalBatch:
         """Give the figures of an evaluation micro-batch."""
-        with precision(self._p.job, self._device):
-            term = loss_term(self._p.task, outputs, targets, samples)
+        with precision(self.prepared.job, self.device):
+            term = loss_term(self.prepared.task, outputs, targets, samples)
             result = BatchResult(outputs, targets, term)
-            found = judged(self._p.task, result, samples)
-            if self._settings.at.slice == 0:
-                self._mean_check.look_at_metrics(result, found, samples)
-            return found
+            figures = judged(self.prepared.task, result, samples)
+            if self._at.slice == 0:
+                self._mean_check.look_at_metrics(result, figures, samples)
+            return figures
 
 
-class _Loaded(Source):
-    """Micro-batches, read one after the other when they are first wanted."""
+class _MicroBatches(Source):
+    """
+    Micro-batches of a plan, read one after the other when they are first wanted.
 
-    def __init__(self, owner: Pipeline, batches: Iterator[Any], sizes: Sequence[int]) -> None:
-        self._owner, self._batches, self.sizes = owner, batches, sizes
-        self.varies = overrides(type(owner._p.task), "collate")  # which may pad
+    Args:
+        pipeline: of this rank.
+        batches: as a loader gives them.
+        sizes: samples of each.
+        loss_of: what is made of outputs and targets.
+        seed_of: gives the seed of a micro-batch by its number.
+    """
+
+    def __init__(
+        self,
+        pipeline: Pipeline,
+        batches: Iterator[Any],
+        sizes: Sequence[int],
+        loss_of: LossOf,
+        seed_of: Callable[[int], int],
+    ) -> None:
+        self._pipeline, self._batches, self.sizes = pipeline, batches, sizes
+        self._loss_of, self._seed_of = loss_of, seed_of
+        self._task = pipeline.prepared.task
+        self.varies = overrides(type(self._task), "collate")  # which may pad
         self._read = 0
-        self._pairs: dict[int, tuple[Any, Any]] = {}
-        self.kept = [*sizes]  #: samples of each micro-batch that is read, see `counted`
+        self._pairs: dict[int, tuple[Any, Any]] = {}  #: inputs and targets
+        self._samples = [*sizes]  #: of each micro-batch that is read, see `counted`
         self.loading_s = 0.0
 
     @override
     def inputs(self, micro_batch: int) -> Any:
         inputs = self.peek(micro_batch)
-        if not self._owner._ends:
+        if not self._pipeline.is_last:
             del self._pairs[micro_batch]
         return inputs
 
@@ -189,68 +206,23 @@ class _Loaded(Source):
         """Of a model that is cut tensors and constants only."""
         self._read_up_to(micro_batch)
         inputs = self._pairs[micro_batch][0]
-        return entering(inputs) if self._owner._settings.stages > 1 else inputs
+        return entering(inputs) if self._pipeline.options.pipeline > 1 else inputs
 
-    def targets(self, micro_batch: int) -> Any:
-        """Give a micro-batch's targets; once."""
+    @override
+    def loss(self, micro_batch: int, outputs: Any) -> Any:
         self._read_up_to(micro_batch)
-        return self._pairs.pop(micro_batch)[1]
+        _, targets = self._pairs.pop(micro_batch)
+        counts = self._samples[micro_batch], self.sizes[micro_batch]
+        return self._loss_of(outputs, targets, *counts)
+
+    @override
+    def seed(self, micro_batch: int) -> int:
+        return self._seed_of(micro_batch)
 
     def _read_up_to(self, micro_batch: int) -> None:
         while self._read <= micro_batch:
-            began = time.perf_counter()
-            batch, self.kept[self._read] = counted(next(self._batches), self.sizes[self._read])
-            self._pairs[self._read] = self._owner.pair(batch)
+            began, number = time.perf_counter(), self._read
+            batch, self._samples[number] = counted(next(self._batches), self.sizes[number])
+            self._pairs[number] = as_pair(self._task, moved(batch, self._pipeline.device))
             self._read += 1
             self.loading_s += time.perf_counter() - began
-
-
-class _Training(_Loaded, Source):
-    """Micro-batches of a step."""
-
-    def __init__(
-        self,
-        owner: Pipeline,
-        step: int,
-        batches: Iterator[Any],
-        sizes: Sequence[int],
-        seed: int,
-        part: float,
-    ) -> None:
-        super().__init__(owner, batches, sizes)
-        self._step, self._seed, self._part = step, seed, part
-        self.terms: list[LossTerm] = []  #: in order; micro-batches come to the last stage so
-
-    def loss(self, micro_batch: int, outputs: Any) -> Tensor:
-        """Give the loss, summed and divided by the global batch."""
-        targets = self.targets(micro_batch)
-        kept = self.kept[micro_batch]
-        term = self._owner.differentiated(self._step, outputs, targets, kept)
-        self.terms.append(replace(term, value=term.value.detach()))
-        return term.value * (term.factor * self._part)
-
-    @override
-    def seed(self, micro_batch: int) -> int:
-        return mixed(self._seed, micro_batch)
-
-
-class _EvalSource(_Loaded, Source):
-    """Micro-batches of an evaluation."""
-
-    def __init__(
-        self, owner: Pipeline, batches: Iterator[Any], sizes: Sequence[int], found: Sums
-    ) -> None:
-        super().__init__(owner, batches, sizes)
-        self._found = found
-
-    def loss(self, micro_batch: int, outputs: Any) -> Any:
-        """Add the figures up."""
-        targets = self.targets(micro_batch)
-        figures = self._owner.figures_of(outputs, targets, self.kept[micro_batch])
-        self._found.add(figures, self.sizes[micro_batch])
-        return outputs
-
-    @override
-    def seed(self, micro_batch: int) -> int:
-        """Nothing is drawn."""
-        return 0
