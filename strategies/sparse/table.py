@@ -14,9 +14,9 @@ under SGD, Adagrad and SparseAdam, up to rounding. SparseAdam alone counts steps
 it counts the table's: those in which it had a gradient.
 """
 
-from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -35,99 +35,77 @@ from distplat.strategies.sparse.rows import Rows, initial_rows, make_index
 Block = NDArray[np.float32]
 
 
-class RowRule(ABC):
-    """An update rule. Blocks are of shape [n, width]; those of a state may have width 1."""
+Update = Callable[[Block, Sequence[Block], Block, float, int], None]
+"""
+Updates rows and their states in place; the gradient is not ours and stays as it is. It gets:
 
-    names: tuple[str, ...] = ()
-    """Of the states, as torch calls them."""
-
-    def states(self, width: int) -> list[tuple[int, float]]:
-        """Give width and first value of each state that a row of this width needs."""
-        return []
-
-    @abstractmethod
-    def update(
-        self, rows: Block, states: Sequence[Block], gradient: Block, rate: float, step: int
-    ) -> None:
-        """
-        Update rows and their states in place; the gradient is not ours and stays as it is.
-
-        Args:
-            rows: shape [n, width].
-            states: one for each of `states`.
-            gradient: shape [n, width].
-            rate: learning rate of the step.
-            step: updates that the table has behind it, not steps of the run.
-        """
+    rows       shape [n, width]
+    states     one of shape [n, its width] for each name
+    gradient   shape [n, width]
+    rate       learning rate of the step
+    step       updates that the table has behind it, not steps of the run
+"""
 
 
-class _SGD(RowRule):
-    def update(
-        self, rows: Block, states: Sequence[Block], gradient: Block, rate: float, step: int
-    ) -> None:
-        rows -= np.float32(rate) * gradient
+@dataclass(frozen=True)
+class RowRule:
+    """An optimizer of rows."""
 
-
-class _Adagrad(RowRule):
-    names = ("sum",)
-
-    def __init__(self, options: RowAdagrad | RowWiseAdagrad) -> None:
-        self._first, self._eps = options.initial_accumulator_value, np.float32(options.eps)
-
-    def states(self, width: int) -> list[tuple[int, float]]:
-        return [(width, self._first)]
-
-    def update(
-        self, rows: Block, states: Sequence[Block], gradient: Block, rate: float, step: int
-    ) -> None:
-        (squares,) = states
-        squares += self._squared(gradient)
-        rows -= np.float32(rate) * gradient / (np.sqrt(squares) + self._eps)
-
-    def _squared(self, gradient: Block) -> Block:
-        return gradient * gradient
-
-
-class _RowWiseAdagrad(_Adagrad):
-    def states(self, width: int) -> list[tuple[int, float]]:
-        return super().states(1)
-
-    def _squared(self, gradient: Block) -> Block:
-        means: Block = np.square(gradient).mean(axis=1, keepdims=True)
-        return means
-
-
-class _SparseAdam(RowRule):
-    names = ("exp_avg", "exp_avg_sq")
-
-    def __init__(self, options: RowSparseAdam) -> None:
-        self._betas, self._eps = options.betas, np.float32(options.eps)
-
-    def states(self, width: int) -> list[tuple[int, float]]:
-        return [(width, 0.0), (width, 0.0)]
-
-    def update(
-        self, rows: Block, states: Sequence[Block], gradient: Block, rate: float, step: int
-    ) -> None:
-        mean, square = states
-        first, second = self._betas
-        mean += np.float32(1 - first) * (gradient - mean)
-        square += np.float32(1 - second) * (gradient * gradient - square)
-        corrected = rate * (1 - second ** (step + 1)) ** 0.5 / (1 - first ** (step + 1))
-        rows -= np.float32(corrected) * mean / (np.sqrt(square) + self._eps)
+    update: Update
+    states: Mapping[str, float] = field(default_factory=dict)
+    """First value of each state that a row has, by torch's name."""
+    per_row: bool = False
+    """Whether a state is one number for each row, else of the row's width."""
 
 
 def make_rule(options: AnyRowOptimizer) -> RowRule:
     """Make the rule that a job names."""
     match options:
         case RowSGD():
-            return _SGD()
+            return RowRule(_sgd)
         case RowAdagrad():
-            return _Adagrad(options)
+            return RowRule(partial(_adagrad, options), {"sum": options.initial_accumulator_value})
         case RowWiseAdagrad():
-            return _RowWiseAdagrad(options)
+            first = {"sum": options.initial_accumulator_value}
+            return RowRule(partial(_adagrad, options), first, per_row=True)
         case RowSparseAdam():
-            return _SparseAdam(options)
+            return RowRule(partial(_sparse_adam, options), {"exp_avg": 0.0, "exp_avg_sq": 0.0})
+
+
+def _sgd(rows: Block, states: Sequence[Block], gradient: Block, rate: float, step: int) -> None:
+    rows -= np.float32(rate) * gradient
+
+
+def _adagrad(
+    options: RowAdagrad | RowWiseAdagrad,
+    rows: Block,
+    states: Sequence[Block],
+    gradient: Block,
+    rate: float,
+    step: int,
+) -> None:
+    (sums,) = states
+    if isinstance(options, RowWiseAdagrad):
+        sums += np.square(gradient).mean(axis=1, keepdims=True)
+    else:
+        sums += gradient * gradient
+    rows -= np.float32(rate) * gradient / (np.sqrt(sums) + np.float32(options.eps))
+
+
+def _sparse_adam(
+    options: RowSparseAdam,
+    rows: Block,
+    states: Sequence[Block],
+    gradient: Block,
+    rate: float,
+    step: int,
+) -> None:
+    mean, square = states
+    first, second = options.betas
+    mean += np.float32(1 - first) * (gradient - mean)
+    square += np.float32(1 - second) * (gradient * gradient - square)
+    corrected = rate * (1 - second ** (step + 1)) ** 0.5 / (1 - first ** (step + 1))
+    rows -= np.float32(corrected) * mean / (np.sqrt(square) + np.float32(options.eps))
 
 
 _BLOCK_BYTES = 1 << 17
@@ -164,9 +142,10 @@ class Table:
         self.spec, self._seed, self._rule = spec, seed, rule
         self.updates = 0  #: steps in which some rank used the table, torch's `step` of a parameter
         self._index = make_index(spec.rows)
-        states = [Rows(width, fill) for width, fill in rule.states(spec.width)]
+        width = 1 if rule.per_row else spec.width
+        states = [Rows(width, first) for first in rule.states.values()]
         self._arrays = [Rows(spec.width), *states]
-        self._columns = ("rows", *rule.names)
+        self._columns = ("rows", *rule.states)
         self._summed = np.zeros(0, np.int64)  #: by slot: 1 + its index in the sum being made
         self._block = max(1, _BLOCK_BYTES // (4 * spec.width))
         self._sorted = np.zeros(0, np.int64)
