@@ -26,21 +26,21 @@ from distplat.strategies.tensor.parallel_layers import (
 from distplat.strategies.tensor.parallel_plan import HeadLayout, slice_of
 
 
-def split_heads(name: str, module: nn.Module, inside: TensorParallelRegion) -> Parts:
+def split_heads(name: str, module: nn.Module, region: TensorParallelRegion) -> Parts:
     """
     Leave a rank its own heads of an attention module.
 
     Args:
         name: in the model, for errors.
         module: torch's `nn.MultiheadAttention`, or one with a `head_layout`.
-        inside: of the model.
+        region: of the model.
 
     Raises:
         SpecError: it does not say where its heads are, or has fewer than there are ranks.
     """
     if type(module).forward is nn.MultiheadAttention.forward:
         assert isinstance(module, nn.MultiheadAttention)
-        return _split_multihead(name, module, inside)
+        return _split_multihead(name, module, region)
     layout = getattr(module, "head_layout", None)
     if not isinstance(layout, HeadLayout):
         text = f"{name} ({type(module).__name__}) does not say where its heads are"
@@ -50,13 +50,13 @@ def split_heads(name: str, module: nn.Module, inside: TensorParallelRegion) -> P
     for layer in layout.inwards:
         linear = _layer(name, module, layer)
         own = split_columns(
-            f"{name}.{layer}", linear, inside, units=heads, blocks=layout.blocks(layer)
+            f"{name}.{layer}", linear, region, units=heads, blocks=layout.blocks(layer)
         )
         parts |= {f"{layer}.{parameter}": spec for parameter, spec in own.items()}
     linear = _layer(name, module, layout.outwards)
-    own = split_rows(f"{name}.{layout.outwards}", linear, inside, units=heads)
+    own = split_rows(f"{name}.{layout.outwards}", linear, region, units=heads)
     parts |= {f"{layout.outwards}.{parameter}": spec for parameter, spec in own.items()}
-    group = inside.group
+    group = region.group
     setattr(module, layout.count, slice_of(name, 0, heads, heads, group.rank, group.world).extent)
     return parts
 
@@ -89,12 +89,12 @@ def _layer(name: str, module: nn.Module, layer: str) -> nn.Module:
 
 
 def _split_multihead(
-    name: str, module: nn.MultiheadAttention, inside: TensorParallelRegion
+    name: str, module: nn.MultiheadAttention, region: TensorParallelRegion
 ) -> Parts:
     if module.bias_k is not None or module.add_zero_attn:
         text = f"{name}: attention with `add_bias_kv` or `add_zero_attn` cannot be split"
         raise SpecError(Problem((), text, "leave it out of the plan"))
-    group = inside.group
+    group = region.group
     heads, size, ranks = module.num_heads, module.embed_dim, range(group.world)
     own = [slice_of(name, 0, heads, size, r, group.world) for r in ranks][group.rank]
     fused = slice_of(name, 0, heads, 3 * size, group.rank, group.world, blocks=3)
@@ -106,10 +106,10 @@ def _split_multihead(
     if module.in_proj_bias is not None:
         parts["in_proj_bias"] = fused
     keep(module, parts)
-    rows = split_rows(f"{name}.out_proj", module.out_proj, inside, units=heads)
+    rows = split_rows(f"{name}.out_proj", module.out_proj, region, units=heads)
     split = set_class(module, SplitMultiheadAttention)
     each = [slice_of(name, 0, heads, heads, r, group.world) for r in ranks]
-    split.inside = inside
+    split.region = region
     split.bounds = [(spec.start, spec.stop) for spec in each]
     split.num_heads = each[group.rank].extent
     return parts | {f"out_proj.{parameter}": spec for parameter, spec in rows.items()}
@@ -118,7 +118,7 @@ def _split_multihead(
 class SplitMultiheadAttention(nn.MultiheadAttention):
     """A rank's own heads of torch's module; the same arguments, the same results."""
 
-    inside: TensorParallelRegion
+    region: TensorParallelRegion
     bounds: Bounds
     """Heads, by rank."""
 
@@ -142,7 +142,7 @@ class SplitMultiheadAttention(nn.MultiheadAttention):
             key_padding_mask = key_padding_mask.unsqueeze(0)
         mask = self._mask(attn_mask, key_padding_mask, q)
         if self.training:
-            self.inside.begin(q.device)
+            self.region.begin(q.device)
         dropout = self.dropout if self.training else 0.0
         weights = None
         if need_weights:
@@ -161,7 +161,7 @@ class SplitMultiheadAttention(nn.MultiheadAttention):
 
     def _project(self, query: Tensor, key: Tensor, value: Tensor) -> list[Tensor]:
         """Give query, key and value of the own heads; each input is exchanged once in backward."""
-        inputs = {id(t): copy_forward(t, self.inside.group) for t in (query, key, value)}
+        inputs = {id(t): copy_forward(t, self.region.group) for t in (query, key, value)}
         biases: list[Tensor | None] = [None] * 3
         if self.in_proj_bias is not None:
             biases = list(self.in_proj_bias.chunk(3))
@@ -189,7 +189,7 @@ class SplitMultiheadAttention(nn.MultiheadAttention):
         if mask is not None:
             mask = _additive(mask, query.dtype)
             if mask.dim() == 3:  # [N x all heads, L, S]
-                start, stop = self.bounds[self.inside.group.rank]
+                start, stop = self.bounds[self.region.group.rank]
                 mask = mask.reshape(-1, self.bounds[-1][1], *mask.shape[1:])[:, start:stop]
         if padding is None:
             return mask
@@ -199,8 +199,8 @@ class SplitMultiheadAttention(nn.MultiheadAttention):
     def _of_all_heads(self, weights: Tensor, average: bool) -> Tensor:
         """[N, own heads, L, S] -> [N, L, S], or [N, all heads, L, S]."""
         if average:
-            return sum_forward(weights.sum(1).contiguous(), self.inside.group) / self.bounds[-1][1]
-        last = gathered(weights.permute(0, 2, 3, 1), self.bounds, self.inside.group)
+            return sum_forward(weights.sum(1).contiguous(), self.region.group) / self.bounds[-1][1]
+        last = gathered(weights.permute(0, 2, 3, 1), self.bounds, self.region.group)
         return last.permute(0, 3, 1, 2)
 
 

@@ -79,16 +79,16 @@ class Branches:
     Args:
         title: the module, for errors.
         owners: rank of each branch.
-        inside: of the model.
+        region: of the model.
         trains: whether any branch has a parameter to train.
     """
 
     def __init__(
-        self, title: str, owners: Sequence[int], inside: TensorParallelRegion, trains: bool
+        self, title: str, owners: Sequence[int], region: TensorParallelRegion, trains: bool
     ) -> None:
         self.modules: list[Branch] = []
         self._title, self._owners = title, owners
-        self.inside, self._trains = inside, trains
+        self.region, self._trains = region, trains
         self._forms: dict[object, list[_Form]] = {}
         self._given: Tensor | None = None
         self._ready: dict[int, Tensor] = {}
@@ -96,7 +96,7 @@ class Branches:
     def forget(self) -> None:
         """Drop outputs that nobody has fetched, as after a forward that has failed."""
         self._given, self._ready = None, {}
-        self.inside.forget()
+        self.region.forget()
 
     def output(self, index: int, inputs: Tensor) -> Tensor:
         """
@@ -117,26 +117,26 @@ class Branches:
         return self._ready.pop(index)
 
     def _compute(self, inputs: Tensor) -> tuple[Tensor, ...]:
-        shared = copy_forward(inputs, self.inside.group)
+        shared = copy_forward(inputs, self.region.group)
         modules = [
             m for m, owner in zip(self.modules, self._owners, strict=True) if self._has(owner)
         ]
         if modules[0].training:
-            self.inside.begin(inputs.device)
+            self.region.begin(inputs.device)
         own = [branch.compute(shared) for branch in modules]
-        self.inside.end()
+        self.region.end()
         forms = self._agree(inputs, own)
         # All ranks must agree on whether there is a backward, also one whose branches have none.
         lever = shared
         if not shared.requires_grad and self._trains:
             lever = torch.zeros((), device=inputs.device, requires_grad=True)
         outputs: tuple[Tensor, ...] = _Exchanged.apply(  # type: ignore[no-untyped-call]
-            lever, self.inside.group, self._owners, forms, *own
+            lever, self.region.group, self._owners, forms, *own
         )
         return outputs
 
     def _has(self, owner: int) -> bool:
-        return owner == self.inside.group.rank
+        return owner == self.region.group.rank
 
     def _agree(self, inputs: Tensor, own: Sequence[Tensor]) -> list[_Form]:
         """Learn the forms of all outputs: asked once for each kind of input."""
@@ -144,13 +144,13 @@ class Branches:
         kind = (inputs.shape, inputs.dtype, torch.is_autocast_enabled(inputs.device.type))
         if kind not in self._forms:
             shapes = [(form.shape, form.dtype) for form in local]
-            by_rank = [*map(iter, gather_values(shapes, self.inside.group, inputs.device))]
+            by_rank = [*map(iter, gather_values(shapes, self.region.group, inputs.device))]
             given = [next(by_rank[owner]) for owner in self._owners]
             self._forms[kind] = [_Form(tuple(shape), dtype) for shape, dtype in given]
         forms = self._forms[kind]
         if local != [f for f, owner in zip(forms, self._owners, strict=True) if self._has(owner)]:
             raise ValueError(
-                f"{self._title}: a branch on rank {self.inside.group.rank} gave {forms} for one "
+                f"{self._title}: a branch on rank {self.region.group.rank} gave {forms} for one "
                 f"kind of input, and now {local}; on several ranks, shapes must follow from it"
             )
         return forms
@@ -192,14 +192,14 @@ class _Exchanged(Function):
 
 
 def split_branches(
-    modules: Mapping[str, nn.Module], inside: TensorParallelRegion
+    modules: Mapping[str, nn.Module], region: TensorParallelRegion
 ) -> tuple[Branches, Parts]:
     """
     Leave a rank its own branches; the parameters of the others become empty.
 
     Args:
         modules: the branches of one module, by name.
-        inside: of the model.
+        region: of the model.
 
     Returns:
         What the branches go through, and which tensors, by name, the rank has.
@@ -207,14 +207,14 @@ def split_branches(
     Raises:
         SpecError: fewer branches than ranks, or a parameter without a dimension.
     """
-    title, group = next(iter(modules)).rpartition(".")[0] or "the model", inside.group
+    title, group = next(iter(modules)).rpartition(".")[0] or "the model", region.group
     if len(modules) < group.world:
         text = f"{title}: {len(modules)} branches cannot be shared out to {group.world} ranks"
         raise SpecError(Problem((), text, f"take a tensor size of {len(modules)} or less"))
     costs = [sum(p.numel() for p in branch.parameters()) for branch in modules.values()]
     trains = any(p.requires_grad for branch in modules.values() for p in branch.parameters())
     owners = share_out(costs, group.world)
-    around = Branches(title, owners, inside, trains)
+    around = Branches(title, owners, region, trains)
     parts: Parts = {}
     for index, (name, branch) in enumerate(modules.items()):
         has = owners[index] == group.rank

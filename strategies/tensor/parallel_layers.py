@@ -142,7 +142,7 @@ def set_class(module: nn.Module, kind: type[_Module]) -> _Module:
 class ColumnLinear(nn.Linear):
     """A rank's columns of a linear layer; the input is complete."""
 
-    inside: TensorParallelRegion
+    region: TensorParallelRegion
     bounds: Bounds
     gathers: bool
     """Whether the output is put together, or left split."""
@@ -150,11 +150,11 @@ class ColumnLinear(nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         """[..., in] -> [..., own columns], or [..., out] where they are put together."""
         if self.gathers:
-            outputs = super().forward(copy_forward(input, self.inside.group))
-            return gathered(outputs, self.bounds, self.inside.group)
-        outputs = super().forward(self.inside.enter(input))
+            outputs = super().forward(copy_forward(input, self.region.group))
+            return gathered(outputs, self.bounds, self.region.group)
+        outputs = super().forward(self.region.enter(input))
         if self.training:
-            self.inside.begin(outputs.device)
+            self.region.begin(outputs.device)
         return outputs
 
 
@@ -182,7 +182,7 @@ def lone_columns(module: nn.Module) -> list[tuple[str, str]]:
 class RowLinear(nn.Linear):
     """A rank's rows of a linear layer; the input is split as a column layer leaves it, or whole."""
 
-    inside: TensorParallelRegion
+    region: TensorParallelRegion
     bounds: Bounds
     title: str
 
@@ -190,15 +190,15 @@ class RowLinear(nn.Linear):
         """[..., own rows] or [..., in] -> [..., out]."""
         width, size = input.shape[-1], self.bounds[-1][1]
         if width == size:
-            input = scattered(input, self.bounds, self.inside.group)
+            input = scattered(input, self.bounds, self.region.group)
         elif width != self.in_features:
             raise ValueError(
                 f"{self.title} (rowwise) has {self.in_features} of {size} inputs on this rank and "
                 f"was given {width}: what comes before must be `colwise` or complete"
             )
         else:
-            self.inside.end()
-        outputs = sum_forward(F.linear(input, self.weight).contiguous(), self.inside.group)
+            self.region.end()
+        outputs = sum_forward(F.linear(input, self.weight).contiguous(), self.region.group)
         if self.bias is None:
             return outputs
         return outputs + self.bias.to(outputs.dtype)
@@ -207,7 +207,7 @@ class RowLinear(nn.Linear):
 class VocabularyEmbedding(nn.Embedding):
     """A rank's rows of an embedding: zeros for those of others, and the sum is complete."""
 
-    inside: TensorParallelRegion
+    region: TensorParallelRegion
     start: int
     """Number of the rank's first row."""
     size: int
@@ -221,13 +221,13 @@ class VocabularyEmbedding(nn.Embedding):
         nowhere = (input < 0) | (input >= self.size)
         own = own.masked_fill(elsewhere, 0).masked_fill(nowhere, self.num_embeddings)
         rows = super().forward(own).masked_fill(elsewhere.unsqueeze(-1), 0.0)
-        return sum_forward(rows, self.inside.group)
+        return sum_forward(rows, self.region.group)
 
 
 def split_columns(
     name: str,
     linear: nn.Module,
-    inside: TensorParallelRegion,
+    region: TensorParallelRegion,
     *,
     gathers: bool = False,
     units: int | None = None,
@@ -239,7 +239,7 @@ def split_columns(
     Args:
         name: in the model, for errors.
         linear: complete, the same on all ranks.
-        inside: of the model.
+        region: of the model.
         gathers: put the output together.
         units: columns that stay together are one unit; None: each is one.
         blocks: equal parts of the columns that are cut alike.
@@ -249,20 +249,20 @@ def split_columns(
     """
     layer = _plain(name, linear, nn.Linear, "colwise")
     size = layer.out_features
-    group = inside.group
+    group = region.group
     ranks = range(group.world)
     specs = [slice_of(name, 0, units or size, size, r, group.world, blocks=blocks) for r in ranks]
     parts = {p: specs[group.rank] for p in ("weight", "bias") if getattr(layer, p) is not None}
     keep(layer, parts)
     layer.out_features = specs[group.rank].extent
     split = set_class(layer, ColumnLinear)
-    split.inside, split.gathers = inside, gathers
+    split.region, split.gathers = region, gathers
     split.bounds = [(spec.start, spec.stop) for spec in specs]
     return parts
 
 
 def split_rows(
-    name: str, linear: nn.Module, inside: TensorParallelRegion, *, units: int | None = None
+    name: str, linear: nn.Module, region: TensorParallelRegion, *, units: int | None = None
 ) -> Parts:
     """
     Make a linear layer one of rows; its bias stays whole and is added once.
@@ -271,18 +271,18 @@ def split_rows(
         SpecError: no linear layer, or more ranks than units.
     """
     layer = _plain(name, linear, nn.Linear, "rowwise")
-    size, group = layer.in_features, inside.group
+    size, group = layer.in_features, region.group
     specs = [slice_of(name, 1, units or size, size, r, group.world) for r in range(group.world)]
     parts = {"weight": specs[group.rank]}
     keep(layer, parts)
     layer.in_features = specs[group.rank].extent
     split = set_class(layer, RowLinear)
-    split.inside, split.title = inside, name
+    split.region, split.title = region, name
     split.bounds = [(spec.start, spec.stop) for spec in specs]
     return parts
 
 
-def split_vocabulary(name: str, embedding: nn.Module, inside: TensorParallelRegion) -> Parts:
+def split_vocabulary(name: str, embedding: nn.Module, region: TensorParallelRegion) -> Parts:
     """
     Make an embedding one of the rank's rows.
 
@@ -294,7 +294,7 @@ def split_vocabulary(name: str, embedding: nn.Module, inside: TensorParallelRegi
         if getattr(table, option):
             text = f"{name}: an embedding with `{option}` cannot be split"
             raise SpecError(Problem((), text, "leave it out of the plan"))
-    size, group = table.num_embeddings, inside.group
+    size, group = table.num_embeddings, region.group
     spec = slice_of(name, 0, size, size, group.rank, group.world)
     keep(table, {"weight": spec})
     table.num_embeddings = spec.extent
@@ -302,7 +302,7 @@ def split_vocabulary(name: str, embedding: nn.Module, inside: TensorParallelRegi
         here = spec.start <= table.padding_idx < spec.stop
         table.padding_idx = table.padding_idx - spec.start if here else None
     split = set_class(table, VocabularyEmbedding)
-    split.inside, split.start, split.size = inside, spec.start, size
+    split.region, split.start, split.size = region, spec.start, size
     return {"weight": spec}
 
 

@@ -11,6 +11,7 @@ All ranks of the group are given the same inputs and have the same outputs. Grad
 split are the same bits on every rank, so replicas stay equal without an exchange.
 """
 
+import functools
 from collections import defaultdict
 from collections.abc import Mapping
 
@@ -62,13 +63,13 @@ def parallelize(
         return {}
     _refuse_lost(modules, styles)
     tied = _tied(module)
-    splitting = _Splitting(modules, TensorParallelRegion(group))
-    specs = splitting.all(styles)
+    region = TensorParallelRegion(group)
+    specs, branches = _split_all(modules, styles, region)
     _tie_again(module, tied, specs)
     for one in modules.values():
         if isinstance(one, nn.TransformerEncoderLayer):
             one.activation_relu_or_gelu = 0  # else evaluation takes a way past our layers
-    module.register_forward_pre_hook(_ResetBeforeForward(splitting.inside, splitting.branches))
+    module.register_forward_pre_hook(functools.partial(_reset, region, branches))
     return specs
 
 
@@ -84,70 +85,65 @@ def reconnect(module: nn.Module, group: Collective) -> None:
         if isinstance(
             one, ColumnLinear | RowLinear | SplitMultiheadAttention | VocabularyEmbedding
         ):
-            one.inside.group = group
-            one.inside.forget()
+            one.region.group = group
+            one.region.forget()
         elif isinstance(one, Branch):
-            one.around.inside.group = group
+            one.around.region.group = group
             one.around.forget()
 
 
-class _ResetBeforeForward:
-    """Has nothing left of the forward before, which may have failed; called before each."""
-
-    def __init__(self, inside: TensorParallelRegion, branches: list[Branches]) -> None:
-        self._inside, self._branches = inside, branches
-
-    def __call__(self, *_: object) -> None:
-        self._inside.forget()
-        for branches in self._branches:
-            branches.forget()
+def _reset(region: TensorParallelRegion, branches: list[Branches], *_: object) -> None:
+    """Leave nothing of the forward before, which may have failed; called before each."""
+    region.forget()
+    for one in branches:
+        one.forget()
 
 
-class _Splitting:
-    """Splits module after module, and collects what is wrong."""
+def _split_all(
+    modules: Mapping[str, nn.Module], styles: Mapping[str, str], region: TensorParallelRegion
+) -> tuple[dict[str, ShardSpec], list[Branches]]:
+    """
+    Split module after module.
 
-    def __init__(self, modules: Mapping[str, nn.Module], inside: TensorParallelRegion) -> None:
-        self._modules, self.inside = modules, inside
-        self.branches: list[Branches] = []
-
-    def all(self, styles: Mapping[str, str]) -> dict[str, ShardSpec]:
-        specs: dict[str, ShardSpec] = {}
-        problems: list[Problem] = []
-        branches = siblings([name for name, style in styles.items() if style == "branches"])
-        for name, style in styles.items():
-            if style != "branches":
-                try:
-                    parts = self._split(name, self._modules[name], style)
-                except SpecError as error:
-                    problems += error.problems
-                else:
-                    specs |= {f"{name}.{own}": spec for own, spec in parts.items()}
-        for names in branches.values():
+    Raises:
+        SpecError: holds every problem found.
+    """
+    specs: dict[str, ShardSpec] = {}
+    branches: list[Branches] = []
+    problems: list[Problem] = []
+    for name, style in styles.items():
+        if style != "branches":
             try:
-                around, parts = split_branches(
-                    {name: self._modules[name] for name in names}, self.inside
-                )
+                parts = _split(name, modules[name], style, region)
             except SpecError as error:
                 problems += error.problems
             else:
-                self.branches.append(around)
-                specs |= parts
-        if problems:
-            raise SpecError(*problems)
-        return specs
+                specs |= {f"{name}.{own}": spec for own, spec in parts.items()}
+    grouped = siblings([name for name, style in styles.items() if style == "branches"])
+    for names in grouped.values():
+        try:
+            around, parts = split_branches({name: modules[name] for name in names}, region)
+        except SpecError as error:
+            problems += error.problems
+        else:
+            branches.append(around)
+            specs |= parts
+    if problems:
+        raise SpecError(*problems)
+    return specs, branches
 
-    def _split(self, name: str, module: nn.Module, style: str) -> Parts:
-        match style:
-            case "colwise" | "colwise_gather":
-                gathers = style == "colwise_gather"
-                return split_columns(name, module, self.inside, gathers=gathers)
-            case "rowwise":
-                return split_rows(name, module, self.inside)
-            case "embedding":
-                return split_vocabulary(name, module, self.inside)
-            case "heads":
-                return split_heads(name, module, self.inside)
-        raise AssertionError(style)
+
+def _split(name: str, module: nn.Module, style: str, region: TensorParallelRegion) -> Parts:
+    match style:
+        case "colwise" | "colwise_gather":
+            return split_columns(name, module, region, gathers=style == "colwise_gather")
+        case "rowwise":
+            return split_rows(name, module, region)
+        case "embedding":
+            return split_vocabulary(name, module, region)
+        case "heads":
+            return split_heads(name, module, region)
+    raise AssertionError(style)
 
 
 def _check_pairs(modules: Mapping[str, nn.Module], styles: Mapping[str, str]) -> None:
