@@ -29,8 +29,8 @@ from distplat.strategies.model.flat import FlatModel
 NonFinitePolicy = Literal["stop", "skip", "ignore"]
 """`failure.non_finite` of the job."""
 
-(_SAMPLES, _WEIGHT, _COUNT, _RANK, _SLOT, _STATE, _UNFROZEN) = range(7)
-(_RESIZE, _END, _BATCH, _READERS, HEAD_SIZE) = range(7, 12)
+HEAD_SIZE = 11
+"""Numbers of a packed record before `present`, see `StepControl.head`."""
 
 ELSEWHERE = -2
 """`StepControl.slot` of a gradient that is not this rank's: its parameter has no name here."""
@@ -128,48 +128,48 @@ class StepControl:
 
     def pack(self) -> NDArray[np.float64]:
         """Give it as a vector, shape [11 + slots + settings]; without settings it can be summed."""
-        slots = len(self.present)
-        more = 0 if self.settings is None else len(self.settings)
-        vector = np.empty(HEAD_SIZE + slots + more)
-        vector[_SAMPLES], vector[_WEIGHT], vector[_COUNT] = (
-            self.samples,
-            self.weight,
-            self.non_finite,
-        )
-        # Counted from 1, and only by those who are not finite: a sum of one is its number.
-        vector[_RANK] = self.rank + 1 if self.non_finite else 0
-        vector[_SLOT] = self.slot + 1 if self.non_finite else 0
-        vector[_STATE], vector[_UNFROZEN] = self.state_changed, self.unfrozen
-        vector[_RESIZE], vector[_END] = self.stop is StopOrder.RESIZE, self.stop is StopOrder.END
-        vector[_BATCH], vector[_READERS] = self.batch, self.readers
-        vector[HEAD_SIZE : HEAD_SIZE + slots] = self.present
-        if self.settings is not None:
-            vector[HEAD_SIZE + slots :] = self.settings
-        return vector
+        settings = () if self.settings is None else self.settings
+        return np.concatenate([self.head, self.present, settings], dtype=np.float64)
 
     @property
     def head(self) -> tuple[float, ...]:
         """Give what `pack` begins with: all but `present`; `unpack` reads it, too."""
-        return tuple(self.pack()[:HEAD_SIZE].tolist())
+        broken = self.non_finite > 0
+        return (
+            float(self.samples),
+            float(self.weight),
+            float(self.non_finite),
+            # Counted from 1, and only by those who are not finite: a sum of one is its number.
+            float(self.rank + 1 if broken else 0),
+            float(self.slot + 1 if broken else 0),
+            float(self.state_changed),
+            float(self.unfrozen),
+            float(self.stop is StopOrder.RESIZE),
+            float(self.stop is StopOrder.END),
+            float(self.batch),
+            float(self.readers),
+        )
 
     @classmethod
     def unpack(cls, vector: NDArray[np.float64], settings: int = 0) -> Self:
         """Read a vector of `pack`, or a sum of such; `settings` of its last values are some."""
-        count, stop = int(vector[_COUNT]), len(vector) - settings
-        one = count == 1
+        head, end = vector[:HEAD_SIZE].tolist(), len(vector) - settings
+        samples, weight, count, rank, slot, changed, unfrozen, resizes, ends, batch, readers = head
+        # The largest stop order that any rank was told.
+        stop = StopOrder.END if ends else StopOrder.RESIZE if resizes else StopOrder.NONE
         return cls(
-            float(vector[_SAMPLES]),
-            float(vector[_WEIGHT]),
-            count,
-            int(vector[_RANK]) - 1 if one else -1,
-            int(vector[_SLOT]) - 1 if one else -1,
-            bool(vector[_STATE]),
-            bool(vector[_UNFROZEN]),
-            _stop_order(vector),
-            vector[HEAD_SIZE:stop] > 0,
-            settings=vector[stop:] if settings else None,
-            batch=int(vector[_BATCH]),
-            readers=int(vector[_READERS]),
+            samples,
+            weight,
+            int(count),
+            int(rank) - 1 if count == 1 else -1,
+            int(slot) - 1 if count == 1 else -1,
+            bool(changed),
+            bool(unfrozen),
+            stop,
+            vector[HEAD_SIZE:end] > 0,
+            settings=vector[end:] if settings else None,
+            batch=int(batch),
+            readers=int(readers),
         )
 
     @classmethod
@@ -179,13 +179,6 @@ class StepControl:
         for vector in vectors[1:]:
             summed += vector
         return cls.unpack(summed)
-
-
-def _stop_order(vector: NDArray[np.float64]) -> StopOrder:
-    """Give the largest that any rank was told."""
-    if vector[_END]:
-        return StopOrder.END
-    return StopOrder.RESIZE if vector[_RESIZE] else StopOrder.NONE
 
 
 def sum_heads(local: StepControl, collective: Collective, device: torch.device) -> StepControl:
