@@ -401,8 +401,12 @@ class LocalOptimizer:
         if self._job.clip_norm is not None:
             self.grad_norm = self._norm() * scale
             scale *= clip_factor(self.grad_norm, self._job.clip_norm)
-        scale_in_place(self._flat.typed(self._flat.grads), scale)
+        scale_in_place(self._updated_gradients(), scale)
         self._update(step, present)
+
+    def _updated_gradients(self) -> list[Tensor]:
+        """Give what of the gradient this rank updates by, each segment in its own type."""
+        return self._flat.typed(self._flat.grads)
 
     def _update(self, step: int, present: Presence) -> None:
         """Make the update of a gradient that is clipped."""

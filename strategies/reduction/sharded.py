@@ -26,14 +26,12 @@ from typing_extensions import override
 from distplat.platform.even_split import cut_at, split_evenly
 from distplat.platform.spec import Job
 from distplat.platform.vector_layout import Segment
-from distplat.strategies.algorithms.reduce import clip_factor
 from distplat.strategies.collective import Collective
 from distplat.strategies.loop.control import StepControl
 from distplat.strategies.model.flat import FlatModel
-from distplat.strategies.model.optim import LocalOptimizer, optimizer_of, rate_of
+from distplat.strategies.model.optim import LocalOptimizer, optimizer_of
 from distplat.strategies.model.optimizer_state import Presence
 from distplat.strategies.model.parameter_layout import (
-    scale_in_place,
     squared_norm_of,
     typed,
     typed_views,
@@ -102,23 +100,19 @@ class ShardedUpdate(LocalOptimizer, Reducer):
         self._exchange_s = time.perf_counter() - began
         return total
 
-    def step(self, step: int, present: Presence = None, scale: float = 1.0) -> None:
-        """
-        Clip, update this rank's part, and take the other parts over from the other ranks.
+    @override
+    def _updated_gradients(self) -> list[Tensor]:
+        return typed_views(self._gradient, self._layout.segments)
 
-        Args:
-            step: see `LocalOptimizer.step`.
-            present: see `LocalOptimizer.step`.
-            scale: see `LocalOptimizer.step`.
+    @override
+    def _update(self, step: int, present: Presence) -> None:
+        """
+        Update this rank's part, and take the other parts over from the other ranks.
 
         Raises:
             CollectiveError: a rank is missing.
         """
-        if self._job.clip_norm is not None:
-            self.grad_norm = self._norm() * scale
-            scale *= clip_factor(self.grad_norm, self._job.clip_norm)
-        scale_in_place(typed_views(self._gradient, self._layout.segments), scale)
-        self._optimizer.step(rate_of(self._job, step, self._total), present)
+        super()._update(step, present)
         began = time.perf_counter()
         if self._group.world > 1:
             self._group.all_gather(self._parameters, self._part)
@@ -150,11 +144,7 @@ class ShardedUpdate(LocalOptimizer, Reducer):
         """Give nothing: each rank has a part, and no rank can hand over what another needs."""
         return {}
 
-    @property
-    def state_bytes(self) -> int:
-        """Memory that this rank's part of the state takes."""
-        return self._optimizer.state_bytes
-
+    @override
     def _norm(self) -> float:
         """Give the 2-norm of the summed gradient over all parts, the same bits on every rank."""
         square = torch.tensor(
