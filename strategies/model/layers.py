@@ -54,7 +54,7 @@ def layers_of(model: nn.Module, modules: Sequence[nn.Module] | None = None) -> l
             )
         modules = list(model)
     names: dict[int, str] = {}
-    for name, part in (*model.named_modules(), *_tensors(model)):
+    for name, part in (*model.named_modules(), *named_tensors(model)):
         names.setdefault(id(part), name)
     seen: dict[int, int] = {}
     layers = []
@@ -78,7 +78,7 @@ def _parts(
     if name:  # "" is the model
         yield name, module
         return
-    for own, tensor in _tensors(module, recurse=False):
+    for own, tensor in named_tensors(module, recurse=False):
         if id(tensor) not in names:
             raise _problem(
                 f"{layer} has a parameter or buffer that the model does not have: {own}",
@@ -157,13 +157,14 @@ def _named(layer: Layer) -> Iterator[tuple[str, Tensor]]:
                 for path, module in part.named_modules()
                 for own in module._non_persistent_buffers_set
             }
-            kept = ((own, tensor) for own, tensor in _tensors(part) if own not in computed)
+            kept = ((own, tensor) for own, tensor in named_tensors(part) if own not in computed)
             yield from ((f"{name}.{own}", tensor) for own, tensor in kept)
         else:
             yield name, part
 
 
-def _tensors(module: nn.Module, *, recurse: bool = True) -> Iterator[tuple[str, Tensor]]:
+def named_tensors(module: nn.Module, *, recurse: bool = True) -> Iterator[tuple[str, Tensor]]:
+    """Give parameters and buffers by all of their names."""
     yield from module.named_parameters(recurse=recurse, remove_duplicate=False)
     yield from module.named_buffers(recurse=recurse, remove_duplicate=False)
 

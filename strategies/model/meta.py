@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from distplat.platform.errors import Problem, SpecError
-from distplat.strategies.model.layers import Layer
+from distplat.strategies.model.layers import Layer, named_tensors
 from distplat.strategies.model.module_hooks import tensor_hooks
 
 _RESET = ("reset_parameters", "_reset_parameters")
@@ -114,10 +114,7 @@ def _check(layers: Sequence[Layer]) -> None:
 
 def _own(module: nn.Module) -> list[tuple[str, Tensor]]:
     """Give parameters and buffers of a module, those of its children apart."""
-    return [
-        *module.named_parameters(recurse=False, remove_duplicate=False),
-        *module.named_buffers(recurse=False, remove_duplicate=False),
-    ]
+    return [*named_tensors(module, recurse=False)]
 
 
 def _shared(layers: Sequence[Layer]) -> list[list[tuple[nn.Module, str]]]:

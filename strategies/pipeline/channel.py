@@ -15,7 +15,8 @@ Neither message waits for the other to be taken, so for the schedule they are on
 """
 
 from collections import defaultdict, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -163,26 +164,30 @@ class Channel:
         """Wait for what is under way."""
         for to, pending in self._under_way.items():
             while pending:
-                self._guarded(pending.popleft()[0].wait, to)
+                self._wait_for_oldest(to)
 
     def _send(self, message: Tensor, to: int) -> None:
         pending = self._under_way[to]
         if len(pending) >= _ROOM:
-            self._guarded(pending.popleft()[0].wait, to)
-        handle: list[Handle] = []
-        peer = self._peers[to]
-        self._guarded(lambda: handle.append(self._group.start_send(message, peer)), to)
-        pending.append((handle[0], message))
+            self._wait_for_oldest(to)
+        with self._naming_ranks(to):
+            pending.append((self._group.start_send(message, self._peers[to]), message))
+
+    def _wait_for_oldest(self, to: int) -> None:
+        handle, _ = self._under_way[to].popleft()
+        with self._naming_ranks(to):
+            handle.wait()
 
     def _receive(self, tensor: Tensor, source: int) -> None:
-        peer = self._peers[source]
-        self._guarded(lambda: self._group.recv(tensor, peer), source)
+        with self._naming_ranks(source):
+            self._group.recv(tensor, self._peers[source])
 
-    def _guarded(self, work: Callable[[], None], stage: int) -> None:
-        """Name ranks by their numbers in the run, and the stage that did not come."""
+    @contextmanager
+    def _naming_ranks(self, stage: int) -> Iterator[None]:
+        """Have errors name ranks by their numbers in the run, and the stage that did not come."""
         try:
-            work()
+            yield
         except CollectiveError as error:
-            missing = tuple(self._names[stage] for stage in error.missing)
+            missing = tuple(self._names[rank] for rank in error.missing)
             cause = f"{error.cause}; waiting for stage {stage}"
             raise type(error)(error.group, error.operation, error.number, missing, cause) from None

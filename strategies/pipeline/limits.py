@@ -9,7 +9,7 @@ What a pipeline cannot do, found and named: nothing that a stage leaves out goes
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -19,6 +19,9 @@ from distplat.strategies.loop.task_settings import task_parameters
 from distplat.strategies.model.model_call import Batch
 from distplat.strategies.pipeline.values import is_value
 from distplat.strategies.task import Task, kind_of, overrides, own_call
+
+NamesById = Mapping[int, tuple[str, Callable[[], Tensor | None]]]
+"""By `id` of a parameter: its name, and a weak reference, for an `id` may be given out again."""
 
 
 def as_pair(task: Task, batch: Any) -> tuple[Any, Any]:
@@ -81,9 +84,7 @@ class GradientReach:
         names: of the whole model's parameters; see `names_of`.
     """
 
-    def __init__(
-        self, modules: Iterable[nn.Module], task: Task, names: Mapping[int, ParameterName]
-    ) -> None:
+    def __init__(self, modules: Iterable[nn.Module], task: Task, names: NamesById) -> None:
         own = {n: p for module in modules for n, p in module.named_parameters()}
         self._own = {id(p) for p in own.values()}
         self._frozen = [(n, p) for n, p in own.items() if not p.requires_grad]
@@ -109,9 +110,9 @@ class GradientReach:
                 text = f"the loss uses a parameter that the task keeps: `self.{of_task[id(leaf)]}`"
                 hint = "make it a part of the model's last layer, or use `ring` or `ps-sync`"
                 raise refused(text, hint)
-            known = self._names.get(id(leaf))
-            if known is not None and known.ref() is leaf:
-                text = f"a stage uses {known.name}, which is in none of its layers"
+            name, parameter = self._names.get(id(leaf), ("", lambda: None))
+            if parameter() is leaf:
+                text = f"a stage uses {name}, which is in none of its layers"
                 raise refused(text, "hold it in the layer that uses it, or set `pipeline: 1`")
 
     def stepped(self) -> None:
@@ -129,16 +130,9 @@ class GradientReach:
             raise SpecError(Problem(("strategy", "name"), text, hint))
 
 
-class ParameterName:
-    """A parameter's name, as long as the parameter is there."""
-
-    def __init__(self, name: str, parameter: nn.Parameter) -> None:
-        self.name, self.ref = name, weakref.ref(parameter)
-
-
-def names_of(model: nn.Module) -> dict[int, ParameterName]:
-    """Give the names of a model's parameters, by `id`; keeps none of them alive."""
-    return {id(p): ParameterName(name, p) for name, p in model.named_parameters()}
+def names_of(model: nn.Module) -> NamesById:
+    """Give the names of a model's parameters; keeps none of them alive."""
+    return {id(p): (name, weakref.ref(p)) for name, p in model.named_parameters()}
 
 
 def leaves(outputs: Sequence[Tensor]) -> Iterator[Tensor]:

@@ -21,6 +21,7 @@ from distplat.strategies.model.layers import (
     found_layers,
     layers_around_blocks,
     layers_of,
+    named_tensors,
     refuse_tied,
     with_all_names,
     with_unread_buffers,
@@ -30,7 +31,7 @@ from distplat.strategies.model.model_call import Batch, ModelCall, TakesBatch
 from distplat.strategies.model.module_hooks import called_hooks, saved_hooks
 from distplat.strategies.model.module_options import recomputed
 from distplat.strategies.model.parameter_layout import GroupOf
-from distplat.strategies.pipeline.limits import ParameterName
+from distplat.strategies.pipeline.limits import NamesById
 from distplat.strategies.pipeline.slicing_trial import BeforeSlicing
 from distplat.strategies.pipeline.values import copied
 from distplat.strategies.task import Task, overrides, own_call
@@ -325,7 +326,7 @@ class ModelPart:
     """Of the whole model's parts; see `call_order.py`. None: nobody has asked."""
     specs: dict[str, ShardSpec] = field(default_factory=dict)
     """Which slice of a tensor this rank has; what is not in it is whole."""
-    names: dict[int, ParameterName] = field(default_factory=dict)
+    names: NamesById = field(default_factory=dict)
     """Of the whole model's parameters, for errors."""
     trial: BeforeSlicing | None = None
     """To be compared once, by all slices together; None: there is nothing to compare."""
@@ -375,7 +376,7 @@ def layers_for(task: Task, model: nn.Module, order: CallOrder | None = None) -> 
     """
     find = _layers_of_own_call if own_call(task) else _listed_or_found
     layers = find(task, model, order)
-    inside = {id(t) for layer in layers for t in _tensors(layer.module)}
+    inside = {id(t) for layer in layers for _, t in named_tensors(layer.module)}
     inside |= {id(p) for layer in layers for p in layer.parts.values() if isinstance(p, Tensor)}
     outside = [name for name, tensor in model.named_parameters() if id(tensor) not in inside]
     if outside:
@@ -423,10 +424,6 @@ def _refuse_other_draws(task: Task) -> None:
         text = f"{type(task).__name__}.{method}() names `{min(named)}`, and runs on two stages"
         hint = "draw numbers in collate(), or set `pipeline: 1`"
         raise SpecError(Problem(("task",), text, hint))
-
-
-def _tensors(module: nn.Module) -> list[Tensor]:
-    return [*module.parameters(), *module.buffers()]
 
 
 def take_part(
