@@ -51,6 +51,11 @@ class RingOptions(Options):
     shard_optimizer: Flag = False
     """Each worker keeps 1/N of the optimizer's state and updates its part (ZeRO-1)."""
 
+    @property
+    def wire_dtype(self) -> str | None:
+        """Name of the type in torch to which gradients are cast; None: they are not."""
+        return {"fp16": "float16", "bf16": "bfloat16"}.get(self.compression)
+
 
 @register("ring")
 class Ring(Strategy[RingOptions]):

@@ -148,8 +148,7 @@ def _reducer(
         return TopKReducer(flat, collective, options.topk_density, look=look)
     if options.compression == "powersgd":
         return PowerSGDReducer(flat, collective, options.powersgd_rank, look=look)
-    wire = {"none": None, "fp16": "float16", "bf16": "bfloat16"}[options.compression]
-    bucket_bytes = int(options.bucket_mb * 2**20)
+    wire, bucket_bytes = options.wire_dtype, int(options.bucket_mb * 2**20)
     return BucketReducer(
         flat, collective, bucket_bytes, overlap=overlap, wire_dtype=wire, look=look
     )

@@ -343,13 +343,12 @@ class BucketAverage(GradientAverage):
     ) -> None:
         super().__init__(model, context, number)
         self._under_way = False
-        wire = {"none": None, "fp16": "float16", "bf16": "bfloat16"}[options.compression]
         self._reducer = BucketReducer(
             self.flat,
             self._group,
             int(options.bucket_mb * 2**20),
             overlap=alone and not number and options.overlap,
-            wire_dtype=wire,
+            wire_dtype=options.wire_dtype,
             look=self._policy.looks,
         )
         for one in self.flat.parameters:

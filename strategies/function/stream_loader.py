@@ -16,6 +16,7 @@ import copy
 import itertools
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -101,7 +102,7 @@ class StreamLoader(ShardedLoader):
         self._part = _Part(stream, cut, self.batch_size, drops=batches_of(loader).drop_last)
         self._kept = {name: getattr(loader, name) for name in KEPT}
         if loader.worker_init_fn is not None:
-            self._kept["worker_init_fn"] = _WithoutSharding(loader.worker_init_fn)
+            self._kept["worker_init_fn"] = partial(_without_sharding, loader.worker_init_fn)
         self._collate: Any = _Collate(loader)
         self._loader = self._made()
         self._mark: StreamPosition | None = None  #: before the last batch that was given
@@ -253,15 +254,10 @@ class _Collate(Collate):
         return told._replace(batch=super().__call__(samples)), mark
 
 
-class _WithoutSharding:
-    """Calls a `worker_init_fn` that may want to cut the stream: every loader reads all of it."""
-
-    def __init__(self, call: Callable[[int], object]) -> None:
-        self._call = call
-
-    def __call__(self, loader: int) -> None:
-        with outside_loaders():
-            self._call(loader)
+def _without_sharding(init: Callable[[int], object], loader: int) -> None:
+    """Call a `worker_init_fn` that may want to cut the stream: every loader reads all of it."""
+    with outside_loaders():
+        init(loader)
 
 
 def _check(loader: DataLoader[Any]) -> None:

@@ -13,7 +13,7 @@ code 1). What no strategy or file could hold is a `SpecError` (exit code 2): not
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -28,6 +28,7 @@ from distplat.platform.sampler import ENDLESS, Sampler
 from distplat.platform.spec import Job
 from distplat.platform.tensor_slices import ITEM_BYTES
 from distplat.strategies.collective import SENDABLE
+from distplat.strategies.loop.containers import tensors_in
 from distplat.strategies.loop.streams import StreamSamples, StreamSeeds, is_ray_data, is_stream
 from distplat.strategies.model.module_hooks import unwrapped
 from distplat.strategies.task import Task, overrides
@@ -88,17 +89,13 @@ def checked_model(task: Task, model: object) -> nn.Module:
 
 def without_shape(model: nn.Module) -> str:
     """Name what of a model has no shape yet; empty: all has one."""
-    lazy = [name for name, one in _tensors(model) if is_lazy(one)]
+    named = (*model.named_parameters(), *model.named_buffers())
+    lazy = [name for name, tensor in named if is_lazy(tensor)]
     if not lazy:
         return ""
     has = "has" if len(lazy) == 1 else "have"
     names = f"{quoted(lazy)} of the model {has}"
     return f"{names} no shape yet, as lazy modules do before their first batch"
-
-
-def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    yield from model.named_parameters()
-    yield from model.named_buffers()
 
 
 def check_state(model: nn.Module, *, sent: bool, named: str = "model()") -> None:
@@ -359,26 +356,13 @@ def _no_tensor(loss: object, method: str) -> str:
 
 
 def _cut_off(outputs: object) -> str:
-    if any(one.requires_grad for one in _within(outputs)):
+    held = getattr(outputs, "__dict__", None)  # outputs may be an object of any class
+    if any(tensor.requires_grad for tensor in tensors_in((outputs, held))):
         return "what the model gave has one; .detach(), no_grad(), argmax and the like cut it off"
     return (
         "what the model gave has none either: its forward() detaches it, runs under no_grad(), or "
         "uses frozen parameters only"
     )
-
-
-def _within(value: object) -> Iterator[Tensor]:
-    """Give the tensors in lists, tuples, mappings and objects with fields."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, Mapping):
-        for one in value.values():
-            yield from _within(one)
-    elif isinstance(value, list | tuple):
-        for one in value:
-            yield from _within(one)
-    elif hasattr(value, "__dict__"):
-        yield from (one for one in vars(value).values() if isinstance(one, Tensor))
 
 
 def checked_metrics(
