@@ -13,6 +13,7 @@ from distplat.platform.errors import StateLost
 from distplat.strategies.collective import Collective, broadcast_value, gather_numbers
 from distplat.strategies.model.flat import TORN, FlatModel
 from distplat.strategies.model.optim import LocalOptimizer
+from distplat.strategies.model.parameter_layout import dtype_name
 
 
 @dataclass(frozen=True)
@@ -144,7 +145,7 @@ def cut_bytes(together: Tensor, slots: Sequence[ModuleSlot]) -> Iterator[tuple[M
 def _kind(tensor: Tensor | None) -> tuple[str, list[int]] | None:
     if tensor is None:
         return None
-    return str(tensor.dtype).removeprefix("torch."), list(tensor.shape)
+    return dtype_name(tensor), list(tensor.shape)
 
 
 def take_over_newest(
@@ -198,7 +199,7 @@ def _broadcast_state(
     state: dict[str, Tensor], source: int, group: Collective, device: torch.device
 ) -> dict[str, Tensor]:
     """Copy the source's tensors to all, whatever the others have: a new worker has none yet."""
-    kinds = [(name, str(t.dtype).split(".")[1], [*t.shape]) for name, t in state.items()]
+    kinds = [(name, dtype_name(t), [*t.shape]) for name, t in state.items()]
     received = {}
     for name, dtype, shape in broadcast_value(kinds, source, group, device):
         if group.rank == source:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -12,15 +11,10 @@ from typing_extensions import override
 
 from distplat.platform.errors import Problem, SpecError
 from distplat.strategies.function.gradient_average import (
-    BucketAverage,
     Exchange,
     GradientAverage,
-    SessionContext,
 )
 from distplat.strategies.function.loop_checks import parameters_of
-from distplat.strategies.function.server_sum import ServerAverage, ServerSum
-from distplat.strategies.ports import LoopShards
-from distplat.strategies.ring import RingOptions
 
 
 class Averages(Exchange):
@@ -28,29 +22,18 @@ class Averages(Exchange):
     Ranks average gradients in backward; each makes the same update.
 
     Args:
-        made: makes what averages a model's; is given the model, its number, and whether no other
-            one comes with it.
-        left: is told that this rank's function has returned.
+        average_of: makes what averages a model's gradients; is given the model, its number, and
+            whether no other one comes with it.
+        on_leave: called when this rank's function has returned.
     """
 
     def __init__(
         self,
-        made: Callable[[nn.Module, int, bool], GradientAverage],
-        left: Callable[[], None] = lambda: None,
+        average_of: Callable[[nn.Module, int, bool], GradientAverage],
+        on_leave: Callable[[], None] = lambda: None,
     ) -> None:
-        self._made, self._left = made, left
+        self._average_of, self._on_leave = average_of, on_leave
         self._averages: list[GradientAverage] = []
-
-    @classmethod
-    def of_group(cls, context: SessionContext, options: RingOptions) -> Averages:
-        """Give averages by the group, see `BucketAverage`."""
-        return cls(partial(BucketAverage, context=context, options=options))
-
-    @classmethod
-    def of_servers(cls, context: SessionContext, shards: LoopShards) -> Averages:
-        """Give averages by servers, see `server_sum.py`."""
-        servers = ServerSum(context, shards)
-        return cls(lambda model, number, _: ServerAverage(model, servers, number), servers.leave)
 
     @property
     @override
@@ -65,13 +48,13 @@ class Averages(Exchange):
     @override
     def add(self, model: nn.Module, *, alone: bool) -> None:
         grads = [(one, one.grad) for one in model.parameters()]  # the loop's, as ever
-        self._averages.append(self._made(model, len(self._averages), alone))
+        self._averages.append(self._average_of(model, len(self._averages), alone))
         for one, grad in grads:
             one.grad = grad
 
     @override
     def leave(self) -> None:
-        self._left()
+        self._on_leave()
 
     @override
     def check(self, optimizer: Optimizer) -> None:

@@ -25,6 +25,7 @@ from torch.utils.data import ConcatDataset, Subset, TensorDataset
 from distplat.platform.errors import Problem, SpecError
 from distplat.strategies.collective import Collective, gather_values
 from distplat.strategies.loop.sample_hash import hash_of
+from distplat.strategies.loop.streams import length_of
 
 _ROWS = 16
 """Samples that are compared, over all of the data's length."""
@@ -60,7 +61,7 @@ class DataComparison:
         """
         if self._group.world == 1:
             return
-        description = [_length_of(data), self._described(data)]
+        description = [length_of(data), self._described(data)]
         every = gather_values(description, self._group, self._device)
         size, samples = every[0]
         for rank, other in enumerate(every):
@@ -83,7 +84,7 @@ class DataComparison:
             return ["of", _numbers_of(data.indices), self._described(data.dataset)]
         if isinstance(data, ConcatDataset):
             return ["and", *map(self._described, data.datasets)]
-        size = _length_of(data)
+        size = length_of(data)
         if not size:
             return []
         rows = range(0, size, max(1, size // _ROWS))
@@ -113,14 +114,6 @@ def _differ(one: Any, other: Any) -> bool:
     if isinstance(one, list) and isinstance(other, list):
         return len(one) != len(other) or any(map(_differ, one, other))
     return bool(one != other)
-
-
-def _length_of(data: Any) -> int | None:
-    """Count samples; None: it does not say, and a sampler of the user's does."""
-    try:
-        return len(data)
-    except (TypeError, NotImplementedError):
-        return None
 
 
 def _numbers_of(indices: Any) -> str:

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -33,13 +34,19 @@ from distplat.strategies.function.averages import Averages
 from distplat.strategies.function.data_comparison import DataComparison
 from distplat.strategies.function.dealt_sampler import DealtSampler, check_order
 from distplat.strategies.function.fused_kernel import FusedSteps
-from distplat.strategies.function.gradient_average import Exchange, SessionContext, take_over
+from distplat.strategies.function.gradient_average import (
+    BucketAverage,
+    Exchange,
+    SessionContext,
+    take_over,
+)
 from distplat.strategies.function.loop_checks import (
     EpochWatch,
     OptimizerWatch,
     ReportWatch,
 )
 from distplat.strategies.function.metric_gathering import gather_for_metrics
+from distplat.strategies.function.server_sum import ServerAverage, ServerSum
 from distplat.strategies.function.server_updates import ServerUpdates
 from distplat.strategies.function.sharded_loader import (
     Cut,
@@ -400,10 +407,11 @@ def _exchange_of(context: SessionContext, shards: LoopShards | None) -> Exchange
     """Make what the job's strategy does with models and optimizers."""
     strategy = make_strategy(context.job)
     if shards is None:
-        return Averages.of_group(context, strategy.options)
+        return Averages(partial(BucketAverage, context=context, options=strategy.options))
     if strategy.roles(context.job).consistency.asynchronous:
         return ServerUpdates(context, shards)
-    return Averages.of_servers(context, shards)
+    servers = ServerSum(context, shards)
+    return Averages(lambda model, number, _: ServerAverage(model, servers, number), servers.leave)
 
 
 def _number(name: str, value: Any) -> float:

@@ -25,7 +25,8 @@ from distplat.platform.errors import Problem, SpecError
 from distplat.strategies.checkpoint.state_sync import untrained_slots
 from distplat.strategies.loop.sample_hash import hash_of
 from distplat.strategies.loop.seeding import generators_kept, seed_sample, state_of_generators
-from distplat.strategies.loop.streams import StreamSamples
+from distplat.strategies.loop.streams import StreamSamples, length_of
+from distplat.strategies.model.parameter_layout import dtype_name
 from distplat.strategies.model.written_tensors import checksum
 from distplat.strategies.ports import RunStore
 from distplat.strategies.task import Task
@@ -190,10 +191,8 @@ def _count(size: int) -> str:
 
 
 def _length(data: Any) -> int:
-    try:
-        return len(data)
-    except TypeError:
-        return -1
+    size = length_of(data)
+    return -1 if size is None else size
 
 
 def _model(model: nn.Module) -> tuple[tuple[str, str], ...]:
@@ -208,7 +207,7 @@ def _model(model: nn.Module) -> tuple[tuple[str, str], ...]:
 def _kind(tensor: Tensor) -> str:
     if isinstance(tensor, nn.UninitializedParameter | nn.UninitializedBuffer):
         return "not initialised"
-    return f"{str(tensor.dtype).removeprefix('torch.')} {[*tensor.shape]}"
+    return f"{dtype_name(tensor)} {[*tensor.shape]}"
 
 
 def _code(task: Task) -> tuple[str, str]:

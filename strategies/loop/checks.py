@@ -31,6 +31,7 @@ from distplat.strategies.collective import SENDABLE
 from distplat.strategies.loop.containers import tensors_in
 from distplat.strategies.loop.streams import StreamSamples, StreamSeeds, is_ray_data, is_stream
 from distplat.strategies.model.module_hooks import unwrapped
+from distplat.strategies.model.parameter_layout import dtype_name
 from distplat.strategies.task import Task, overrides
 from distplat.strategies.task_methods import source_location
 
@@ -119,7 +120,7 @@ def check_state(model: nn.Module, *, sent: bool, named: str = "model()") -> None
             hint = "get_extra_state() must return a tensor, or hold such state in the task"
             problems.append(Problem(("task",), f"{text}: only tensors are kept", hint))
             continue
-        kind = str(value.dtype).removeprefix("torch.")
+        kind = dtype_name(value)
         hint = _REAL if value.is_complex() else "use another type"
         if value.layout is not torch.strided:
             kind, hint = f"{kind}, {value.layout}", "keep its indices and its values in two of them"
@@ -318,7 +319,7 @@ def checked_loss(task: Task, loss: object, outputs: Any, method: str) -> Tensor:
             f"got shape {[*loss.shape]}: take its mean()"
         )
     if not loss.is_floating_point():
-        kind = str(loss.dtype).removeprefix("torch.")
+        kind = dtype_name(loss)
         raise ValueError(f"{where}{method}() must return a real number, got one of type {kind}")
     if torch.is_grad_enabled() and not loss.requires_grad:
         why = _cut_off(outputs) if method == "loss" else _CUT_OFF
@@ -421,7 +422,7 @@ def checked_number(value: object, said: str, name: str) -> float:
     """
     wanted = "wanted is one number, the mean over the batch"
     if isinstance(value, Tensor) and (value.numel() != 1 or value.is_complex()):
-        kind = str(value.dtype).removeprefix("torch.")
+        kind = dtype_name(value)
         several = f"; give one entry for each, such as '{name}_0'" if value.numel() > 1 else ""
         text = f"{said} as a tensor of shape {[*value.shape]}, {kind}: {wanted}{several}"
         raise ValueError(text)

@@ -183,15 +183,9 @@ def loss_term(
         ValueError: it is neither a scalar nor (sum, weight).
     """
     if has_step(task):
-        value = checked_step(task, outputs)
-        return _term(task, "step", value, outputs, samples, terms)
-    return _term(task, "loss", task.loss(outputs, targets), outputs, samples, terms)
-
-
-def _term(
-    task: Task, method: str, value: Any, outputs: Any, samples: int, terms: Terms | None
-) -> LossTerm:
-    """Read what a method of the task gave as loss."""
+        method, value = "step", checked_step(task, outputs)
+    else:
+        method, value = "loss", task.loss(outputs, targets)
     if terms is not None:
         together = _together(task, method, value, outputs, terms.totals)
         return LossTerm(together, float(terms.samples), float(samples))

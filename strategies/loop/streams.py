@@ -119,7 +119,7 @@ def is_ray_data(data: object) -> bool:
 
 
 def length_of(data: Any) -> int | None:
-    """Give the samples of a pass, where a stream says them."""
+    """Give the samples of a data set, or of a pass over a stream; None: it does not say."""
     try:
         return len(data)
     except (TypeError, AttributeError, NotImplementedError):

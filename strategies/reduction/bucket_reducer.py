@@ -31,7 +31,12 @@ from distplat.strategies.algorithms.reduce import traffic_elements
 from distplat.strategies.collective import Collective, Handle
 from distplat.strategies.loop.control import StepControl
 from distplat.strategies.model.flat import FlatModel
-from distplat.strategies.model.parameter_layout import first_non_finite, is_finite, typed
+from distplat.strategies.model.parameter_layout import (
+    dtype_name,
+    first_non_finite,
+    is_finite,
+    typed,
+)
 from distplat.strategies.reduction.base import (
     ControlSum,
     Meter,
@@ -94,8 +99,7 @@ class Wire:
     def __init__(self, gradients: Tensor, dtype: str, collective: Collective) -> None:
         kind: torch.dtype = getattr(torch, dtype)
         if kind.itemsize >= gradients.itemsize:
-            name = str(gradients.dtype).removeprefix("torch.")
-            text = f"{dtype} is no smaller than the gradients, which are {name}"
+            text = f"{dtype} is no smaller than the gradients, which are {dtype_name(gradients)}"
             raise SpecError(Problem(("strategy", "compression"), text, "remove it"))
         self._gradients = gradients
         self._vector = collective.share(torch.empty_like(gradients, dtype=kind))

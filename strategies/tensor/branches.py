@@ -20,6 +20,7 @@ from torch.autograd import Function
 
 from distplat.platform.errors import Problem, SpecError
 from distplat.strategies.collective import Collective, gather_values
+from distplat.strategies.model.parameter_layout import dtype_name
 from distplat.strategies.tensor.exchange import TensorParallelRegion, copy_forward
 from distplat.strategies.tensor.parallel_layers import Parts, set_class
 from distplat.strategies.tensor.parallel_plan import ShardSpec, share_out
@@ -37,7 +38,7 @@ class _Form:
 
     @classmethod
     def of(cls, tensor: Tensor) -> "_Form":
-        return cls(tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."))
+        return cls(tuple(tensor.shape), dtype_name(tensor))
 
     @property
     def room(self) -> int:
