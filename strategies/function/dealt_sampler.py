@@ -15,7 +15,7 @@ from distplat.platform.errors import Problem, SpecError
 from distplat.strategies.algorithms.seeds import order_seed
 from distplat.strategies.collective import Collective, ranks_apart
 from distplat.strategies.loop.sample_hash import fingerprint_of
-from distplat.strategies.loop.seeding import generators_kept, seed_quickly
+from distplat.strategies.loop.seeding import preserve_rng_state, seed_quickly
 
 
 class DealtSampler(DistributedSampler[Any]):
@@ -77,7 +77,7 @@ class DealtSampler(DistributedSampler[Any]):
         given: Any = self._given
         if self._numbered:
             given.set_epoch(self.epoch)
-        with generators_kept():
+        with preserve_rng_state():
             seed_quickly(order_seed(self.seed, self.epoch))
             order = list(given)
         if len(order) != len(given):

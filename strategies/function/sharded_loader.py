@@ -22,7 +22,7 @@ from typing_extensions import override
 
 from distplat.platform.errors import Problem, SpecError
 from distplat.strategies.function.dealt_sampler import DealtSampler
-from distplat.strategies.loop.collate import moved, sent
+from distplat.strategies.loop.collate import sendable, to_device
 from distplat.strategies.loop.loaders import known_alike
 
 KEPT = (
@@ -175,7 +175,7 @@ class ShardedLoader(ABC):
                 found = next(batches, None)
                 if found is None:
                     break
-                batch = moved(found.batch, self._device)
+                batch = to_device(found.batch, self._device)
                 self._at = epoch, number
                 self._read(this_pass, found, time.perf_counter() - began, epoch)
                 yield batch
@@ -262,7 +262,7 @@ class Collate:
 
     def __call__(self, samples: Any) -> Any:
         """Make the batch of some samples."""
-        return sent(self._collate(samples))
+        return sendable(self._collate(samples))
 
 
 class _From(Sampler[Any]):

@@ -36,7 +36,7 @@ from distplat.strategies.function.sharded_loader import (
     refused,
 )
 from distplat.strategies.loop.sample_hash import fingerprint_of, hash_of
-from distplat.strategies.loop.seeding import generators_kept
+from distplat.strategies.loop.seeding import preserve_rng_state
 from distplat.strategies.loop.streams import (
     OVER,
     StreamPosition,
@@ -181,14 +181,14 @@ class _Part(IterableDataset[Any]):
         mark, leads = self.mark, self._cut.rank == 0
         if mark is not None and (mark.turn != turn or mark.place > first * size):
             mark = None
-        with generators_kept():
+        with preserve_rng_state():
             here = stream.begin_pass(turn, mark)
             if here.place < first * size:
                 for _ in range(here.place, first * size):
                     stream.next_of_pass()
                 here = stream.here(stateful=leads)
         while True:
-            with generators_kept():
+            with preserve_rng_state():
                 block = self._block(stream, here, size)
                 whole = block.count == size
                 if whole:
@@ -224,7 +224,7 @@ class _Part(IterableDataset[Any]):
         if own < -(-block.count // world):
             place = block.mark.place + own * world + self._cut.rank
             every = block.mark.place + block.count
-            with generators_kept():
+            with preserve_rng_state():
                 stream.begin_pass(block.mark.turn)
                 for _ in range((place - every) % every):
                     stream.next_of_pass()

@@ -24,7 +24,7 @@ from torch.utils.data import Dataset
 from distplat.platform.errors import Problem, SpecError
 from distplat.strategies.checkpoint.state_sync import untrained_slots
 from distplat.strategies.loop.sample_hash import hash_of
-from distplat.strategies.loop.seeding import generators_kept, seed_sample, state_of_generators
+from distplat.strategies.loop.seeding import preserve_rng_state, rng_states, seed_sample
 from distplat.strategies.loop.streams import StreamSamples, length_of
 from distplat.strategies.model.parameter_layout import dtype_name
 from distplat.strategies.model.written_tensors import checksum
@@ -232,16 +232,16 @@ def hash_samples(data: Dataset[Any], positions: Sequence[int]) -> dict[int, str]
     if isinstance(data, StreamSamples):
         return {position: data.hashes[position] for position in positions}
     found, own = {}, secrets.randbits(63)
-    with generators_kept():
+    with preserve_rng_state():
         seed_sample(own, 0)
-        before = state_of_generators()
+        before = rng_states()
         for number, position in enumerate(positions, start=1):
             try:
                 found[position] = hash_of(data[position])
             except Exception as error:
                 found[position] = f"raises {type(error).__name__}"
-            if state_of_generators() != before:
+            if rng_states() != before:
                 found[position] = _DRAWS
                 seed_sample(own, number)  # the next one may leave them as this one has
-                before = state_of_generators()
+                before = rng_states()
     return found

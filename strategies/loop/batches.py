@@ -20,9 +20,9 @@ from distplat.platform.checkpoints import is_due
 from distplat.platform.sampler import Sampler
 from distplat.platform.spec import Job
 from distplat.strategies.algorithms.seeds import collate_seed, epoch_seed, evaluation_data_seed
-from distplat.strategies.loop.collate import collated, sent
+from distplat.strategies.loop.collate import collated, sendable
 from distplat.strategies.loop.loaders import ByValue, LoaderContext, importable
-from distplat.strategies.loop.seeding import generators_kept, seed_quickly, seed_sample
+from distplat.strategies.loop.seeding import preserve_rng_state, seed_quickly, seed_sample
 from distplat.strategies.loop.streams import StreamItem, StreamSamples
 from distplat.strategies.loop.task_settings import TaskOrder
 from distplat.strategies.task import Task
@@ -87,7 +87,7 @@ def _are_rows(batch: Any, rows: int, samples: Sequence[Any]) -> bool:
     )
 
 
-def counted(batch: Any, samples: int) -> tuple[Any, int]:
+def batch_and_samples(batch: Any, samples: int) -> tuple[Any, int]:
     """
     Give a batch, and the samples whose mean its loss is.
 
@@ -98,7 +98,7 @@ def counted(batch: Any, samples: int) -> tuple[Any, int]:
     return (batch.batch, batch.samples) if isinstance(batch, FilteredBatch) else (batch, samples)
 
 
-def runs(
+def sample_runs(
     sampler: Sampler, step: int, rank: int, parts: int, *, marked: bool = False
 ) -> Iterator[SampleRun]:
     """Give the samples of each micro-batch of a rank's step, and where they are in the epoch."""
@@ -159,13 +159,13 @@ def micro_batches(
     every, total = job.checkpoint.period(sampler.steps_per_epoch), total_steps(job, sampler)
     due = (rank == 0 and is_due(step + 1, every, total) for step in steps)
     by_step = (
-        runs(sampler, step, rank, parts, marked=marked)
+        sample_runs(sampler, step, rank, parts, marked=marked)
         for step, marked in zip(steps, due, strict=True)
     )
-    return unmarked(data, Loader(job, data).batches(chain.from_iterable(by_step)))
+    return note_positions(data, Loader(job, data).batches(chain.from_iterable(by_step)))
 
 
-def unmarked(data: Dataset[Any], batches: Iterator[Any]) -> Iterator[Any]:
+def note_positions(data: Dataset[Any], batches: Iterator[Any]) -> Iterator[Any]:
     """Give batches, and have their stream note what came with them."""
     stream = data.data if isinstance(data, TaskBatches) else data
     return _noted(stream, batches) if isinstance(stream, StreamSamples) else batches
@@ -187,7 +187,7 @@ def fingerprint_of_batch(data: Dataset[Any]) -> int:
 
 def one_batch(data: Dataset[Any], ids: list[int]) -> Any:
     """Give some samples, collated."""
-    return counted(Samples(data).__getitems__(SampleRun(0, 0, ids)), len(ids))[0]
+    return batch_and_samples(Samples(data).__getitems__(SampleRun(0, 0, ids)), len(ids))[0]
 
 
 class _RunSampler:
@@ -217,7 +217,7 @@ class Loader:
         self._loader = DataLoader(
             Samples(data),
             batch_sampler=self._plan,  # type: ignore[arg-type]
-            collate_fn=sent,  # batches are made where their samples are read
+            collate_fn=sendable,  # batches are made where their samples are read
             num_workers=count,
             prefetch_factor=job.data.prefetch_factor if count else None,
             multiprocessing_context=self._context,
@@ -298,7 +298,7 @@ class Samples(Dataset[Any]):
             with _naming(run.ids):
                 return collated(self._read(self._data, run.ids))
         # In this process dropout goes on as if no data had been read.
-        with generators_kept() if get_worker_info() is None else nullcontext():
+        with preserve_rng_state() if get_worker_info() is None else nullcontext():
             with _errors_that_travel():
                 if isinstance(self._data, StreamSamples):
                     return self._of_stream(self._data, run)

@@ -46,14 +46,14 @@ def collated(samples: list[Any]) -> Any:
     return collate_by(_RULES, samples)
 
 
-def sent(batch: Any) -> Any:
+def sendable(batch: Any) -> Any:
     """Give a batch, in a loader process in a form that reaches the worker."""
     if get_worker_info() is None or all_importable(batch):
         return batch
     return ByValue(batch)
 
 
-def moved(value: Any, device: torch.device) -> Any:
+def to_device(value: Any, device: torch.device) -> Any:
     """
     Move tensors to a device: alone, in containers, in dataclasses, in what has a method `to`.
 
@@ -65,6 +65,6 @@ def moved(value: Any, device: torch.device) -> Any:
     if not isinstance(value, Mapping) and callable(getattr(value, "to", None)):
         return value.to(device)  # a PackedSequence for one
     items = items_in(value) or []
-    there = [moved(item, device) for item in items]
+    there = [to_device(item, device) for item in items]
     same = all(new is old for new, old in zip(there, items, strict=True))
     return value if same else rebuilt(value, there)

@@ -19,14 +19,14 @@ from distplat.strategies.loop.batches import (
     EvalLoader,
     Loader,
     SampleRun,
+    batch_and_samples,
     batches_by,
-    counted,
     fingerprint_of_batch,
     micro_batches,
-    runs,
-    unmarked,
+    note_positions,
+    sample_runs,
 )
-from distplat.strategies.loop.collate import moved
+from distplat.strategies.loop.collate import to_device
 from distplat.strategies.loop.control import StepControl
 from distplat.strategies.loop.gathering import calls
 from distplat.strategies.loop.loss_check import MeanCheck
@@ -35,8 +35,8 @@ from distplat.strategies.loop.losses import (
     LossTerm,
     Terms,
     TermWeights,
-    judged,
-    made_of,
+    evaluate_batch,
+    run_batch,
     weights_of,
 )
 from distplat.strategies.loop.metric_states import MetricState, TaskMetrics
@@ -204,14 +204,14 @@ class WholeModel(Compute):
         if self._weights is not None:
             batches, terms = self._weighed(step, sizes, self._weights)
         for number, size in enumerate(sizes, 1):
-            batch, kept = counted(moved(next(batches), self.flat.params.device), size)
+            batch, kept = batch_and_samples(to_device(next(batches), self.flat.params.device), size)
             kept = kept if terms is None else size  # weights of terms are the task's own
             clock.lap("data")
             asked = calls()
             self._mean_check.begin(step)
             with precision(self.job, self.flat.params.device):
                 with self._mean_check.watching(step):
-                    result = made_of(self.task, self.flat.model, batch, kept, terms)
+                    result = run_batch(self.task, self.flat.model, batch, kept, terms)
                 # Else it is no mean over samples, and the others wait.
                 if calls() == asked and terms is None:
                     self._mean_check.look(step, result, kept)
@@ -232,7 +232,9 @@ class WholeModel(Compute):
     ) -> tuple[Iterator[Any], Terms]:
         """Read the micro-batches of a step, and give them with the weights of all ranks'."""
         device = self.flat.params.device
-        found = [counted(moved(next(self._batches), device), size)[0] for size in sizes]
+        found = [
+            batch_and_samples(to_device(next(self._batches), device), size)[0] for size in sizes
+        ]
         samples = sum(sizes), self.sampler.batch_size(step)
         return iter(found), weights.of_step(found, *samples, device)
 
@@ -250,13 +252,13 @@ class WholeModel(Compute):
         self.metrics.begin(self.flat.params.device)
         found = Sums()
         for batch, size in self._eval_batches(data):
-            given, kept = counted(moved(batch, self.flat.params.device), size)
+            given, kept = batch_and_samples(to_device(batch, self.flat.params.device), size)
             with precision(self.job, self.flat.params.device):
                 own = None if self._weights is None else Terms(weights_of(self.task, given), size)
-                result = made_of(
+                result = run_batch(
                     self.task, self.flat.model, given, kept if own is None else size, own
                 )
-                figures = judged(self.task, result, kept)
+                figures = evaluate_batch(self.task, result, kept)
                 found.add(figures, size)
                 self._mean_check.look_at_metrics(result, figures, kept)
             self.alive()
@@ -307,13 +309,13 @@ class TaskModel(WholeModel, Compute):
         data = batches_by(self.task, self.data)
         if self._loader is None:
             self._loader = Loader(self.job, data, persistent=True)
-        self._batches = unmarked(data, self._loader.batches(self._runs(tasks)))
+        self._batches = note_positions(data, self._loader.batches(self._runs(tasks)))
 
     def _runs(self, tasks: range) -> Iterator[SampleRun]:
         for task in tasks:
             step, part = divmod(task, self.sampler.world)
             micro, marked = self.job.gradient_accumulation, self.job.checkpoint.wanted
-            yield from runs(self.sampler, step, part, micro, marked=marked)
+            yield from sample_runs(self.sampler, step, part, micro, marked=marked)
 
     def close(self) -> None:
         """End the loader's processes: they would outlive this one if it is killed."""

@@ -28,7 +28,7 @@ from distplat.strategies.loop.containers import items_in, rebuilt, tensors_in
 from distplat.strategies.loop.loss_state import LossState, NewState, state_warning
 from distplat.strategies.loop.losses import BatchResult, EvalBatch
 from distplat.strategies.loop.row_check import rows_of, rows_warning
-from distplat.strategies.loop.seeding import generators_kept, state_of_generators
+from distplat.strategies.loop.seeding import preserve_rng_state, rng_states
 from distplat.strategies.loop.step_check import (
     ModelDependence,
     SumTrace,
@@ -309,12 +309,12 @@ def _of_halves(
     if samples < 2 or sum(state.numel() for state in states) > _COPIED_ELEMENTS:
         raise _CannotTell
     found = []
-    with torch.no_grad(), generators_kept(), _kept(states):
-        before = state_of_generators()
+    with torch.no_grad(), preserve_rng_state(), _kept(states):
+        before = rng_states()
         for half in (slice(0, samples // 2), slice(samples // 2, samples)):
             outputs, targets = (_part(one, samples, half) for one in given)
             value = read(_on_a_copy(method, begun)(outputs, targets))
-            if value is None or state_of_generators() != before:
+            if value is None or rng_states() != before:
                 raise _CannotTell
             found.append(value)
     return found

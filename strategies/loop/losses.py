@@ -145,7 +145,7 @@ class BatchResult(NamedTuple):
     term: LossTerm
 
 
-def made_of(
+def run_batch(
     task: Task, model: nn.Module, batch: Any, samples: int, terms: Terms | None
 ) -> BatchResult:
     """
@@ -177,7 +177,7 @@ def loss_term(
         outputs: what the model gave, or `step`.
         targets: as loaded.
         samples: of the micro-batch.
-        terms: see `made_of`.
+        terms: see `run_batch`.
 
     Raises:
         ValueError: it is neither a scalar nor (sum, weight).
@@ -227,7 +227,7 @@ class EvalBatch(NamedTuple):
     """The task's metrics with state, by name."""
 
 
-def judged(task: Task, made: BatchResult, samples: int) -> EvalBatch:
+def evaluate_batch(task: Task, made: BatchResult, samples: int) -> EvalBatch:
     """
     Give loss and metrics of one evaluation batch.
 

@@ -185,7 +185,7 @@ def _folded(seed: int) -> int:
 
 
 @contextmanager
-def generators_kept() -> Iterator[None]:
+def preserve_rng_state() -> Iterator[None]:
     """Put the global generators back where they were before the block; about 60 us."""
     of_python, of_numpy = random.getstate(), np.random.get_state(legacy=False)
     of_torch = torch.default_generator.get_state()
@@ -199,7 +199,7 @@ def generators_kept() -> Iterator[None]:
         torch.cuda.set_rng_state_all(of_cuda)
 
 
-def state_of_generators() -> tuple[object, ...]:
+def rng_states() -> tuple[object, ...]:
     """Give what the global generators will draw next, to be compared; about 60 us."""
     of_numpy = np.random.get_state(legacy=False)
     state = of_numpy["state"]

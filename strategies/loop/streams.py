@@ -28,7 +28,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 from distplat.platform.sampler import ENDLESS
 from distplat.strategies.algorithms.seeds import epoch_seed, evaluation_data_seed, mixed, order_seed
 from distplat.strategies.loop.sample_hash import fingerprint_of, hash_of
-from distplat.strategies.loop.seeding import generators_kept, seed_quickly, seed_sample
+from distplat.strategies.loop.seeding import preserve_rng_state, seed_quickly, seed_sample
 from distplat.strategies.torch_compat import outside_loaders
 
 logger = logging.getLogger(__name__)
@@ -201,7 +201,7 @@ class StreamSamples(Dataset[Any]):
         """
         found, until = 0, time.monotonic() + limit_s
         counts &= self._size is None
-        with generators_kept(), outside_loaders():
+        with preserve_rng_state(), outside_loaders():
             self._begin(0, 0)
             for found in itertools.count():
                 try:

@@ -25,7 +25,7 @@ from distplat.platform.sampler import Sampler
 from distplat.platform.spec import Job
 from distplat.strategies.algorithms.seeds import order_seed
 from distplat.strategies.loop.checks import method_location, no_return
-from distplat.strategies.loop.seeding import generators_kept, seed_all, seed_quickly
+from distplat.strategies.loop.seeding import preserve_rng_state, seed_all, seed_quickly
 from distplat.strategies.task import Task, method_of, overrides
 
 _EPOCHS = 2
@@ -84,7 +84,7 @@ class TaskOrder:
         return hashlib.sha256(self(0).tobytes()).hexdigest()[:16]
 
     def _read(self, epoch: int) -> NDArray[np.int64]:
-        with generators_kept():
+        with preserve_rng_state():
             seed_quickly(order_seed(self._seed, epoch))
             found = self._task.sampler(self._data, epoch)
             order = self._numbers(found)

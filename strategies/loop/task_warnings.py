@@ -14,7 +14,7 @@ from distplat.platform.spec import Job
 from distplat.strategies.loop.checks import quoted
 from distplat.strategies.loop.loaders import held_generators
 from distplat.strategies.loop.sample_hash import hash_of
-from distplat.strategies.loop.seeding import generators_kept, seed_sample
+from distplat.strategies.loop.seeding import preserve_rng_state, seed_sample
 from distplat.strategies.loop.streams import StreamSamples
 from distplat.strategies.model.module_hooks import hooks_warning
 from distplat.strategies.sparse.modules import dense_parameters
@@ -153,7 +153,7 @@ def reading_warning(data: Dataset[Any], positions: Sequence[int]) -> str:
     if not positions or isinstance(data, StreamSamples) or held_generators(data):
         return ""
     base, position = secrets.randbits(63), positions[0]
-    with generators_kept():
+    with preserve_rng_state():
         try:
             seed_sample(base, 0)
             first = data[position]

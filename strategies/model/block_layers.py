@@ -51,16 +51,16 @@ from typing_extensions import override
 from distplat.platform.errors import SpecError
 from distplat.strategies.model.model_call import Batch, ModelCall, changed_modes, torch_modes
 from distplat.strategies.model.placeholders import (
+    AllBlocksCalled,
     Ancestors,
-    Between,
-    Called,
+    ComputesBetweenBlocks,
     Placeholder,
     ancestors_of,
-    answering,
-    lost,
-    refuse_lost,
-    unfit,
-    unwritten,
+    check_unwritten,
+    nan_like,
+    not_of_blocks,
+    refuse_nan,
+    with_answers,
 )
 from distplat.strategies.model.trials import Runner
 from distplat.strategies.torch_compat import tree_leaves
@@ -287,18 +287,18 @@ class BeforeBlocks(Runner):
             return self._run(inputs)
         except SpecError:
             raise
-        except (Between, Exception) as error:
+        except (ComputesBetweenBlocks, Exception) as error:
             first = error
         for generator, state in states:
             generator.set_state(state)
         self._form.tuples = not self._form.tuples
         try:
             return self._run(inputs)
-        except (Between, Exception):
+        except (ComputesBetweenBlocks, Exception):
             self._form.tuples = not self._form.tuples
             if isinstance(first, Exception):
                 raise first from None  # of the user's own: a sample that the embedding has not
-            raise unfit(f"its forward {first}") from None
+            raise not_of_blocks(f"its forward {first}") from None
 
     def _run(self, inputs: Any) -> list[CallArguments]:
         """Run forward until it has called all blocks."""
@@ -307,22 +307,24 @@ class BeforeBlocks(Runner):
 
         def record(_: int, *args: Any, **kwargs: Any) -> Any:
             if not calls and (changed := changed_modes(modes)):
-                raise unfit(f"its blocks run inside of {changed}")
+                raise not_of_blocks(f"its blocks run inside of {changed}")
             calls.append((args, kwargs))
             features = _features_of_call(*calls[0])
             if _features_of_call(args, kwargs) is not features:
-                raise Between(f"computes something between blocks {len(calls) - 2} and the next")
+                raise ComputesBetweenBlocks(
+                    f"computes something between blocks {len(calls) - 2} and the next"
+                )
             if len(calls) == self._blocks:
-                raise Called
+                raise AllBlocksCalled
             return (features,) if self._form.tuples else features
 
-        with unwritten(self._ancestors):
+        with check_unwritten(self._ancestors):
             try:
-                with answering(self.model, record, None):
+                with with_answers(self.model, record, None):
                     self._call.of_part(self.model, inputs)
-            except Called:
+            except AllBlocksCalled:
                 return calls
-        raise unfit(f"its forward calls {len(calls)} of {self._blocks} blocks")
+        raise not_of_blocks(f"its forward calls {len(calls)} of {self._blocks} blocks")
 
 
 class BlockLayer(nn.Module):
@@ -383,7 +385,7 @@ class AfterBlocks(Runner):
         """Give what the model gives."""
         outputs = value["outputs"]
         features = _features(outputs)
-        before, others = features.new_full(features.shape, math.nan), lost(outputs)
+        before, others = features.new_full(features.shape, math.nan), nan_like(outputs)
 
         def given(number: int, *args: Any, **kwargs: Any) -> Any:
             return outputs if number == self._last else others
@@ -392,14 +394,14 @@ class AfterBlocks(Runner):
             for held, name, number in self._missing:
                 held[name] = value["tied"][number]
             inputs = Batch(value["inputs"]) if value["whole"] else value["inputs"]
-            with unwritten(self._ancestors), answering(self.model, given, before):
+            with check_unwritten(self._ancestors), with_answers(self.model, given, before):
                 found = self._call.of_part(self.model, inputs)
         finally:
             for held, name, _ in self._missing:
                 held[name] = None
         if self.training and self._looks:
             self._looks = False
-            refuse_lost(features, found)
+            refuse_nan(features, found)
         return found
 
 
@@ -420,7 +422,9 @@ def _features(outputs: Any) -> Tensor:
     """Give the features of what a block gave: a tensor, or a tuple that begins with them."""
     found = outputs[0] if isinstance(outputs, tuple | list) and outputs else outputs
     if not isinstance(found, Tensor):
-        raise unfit(f"its blocks take or give {type(found).__name__} for a tensor of features")
+        raise not_of_blocks(
+            f"its blocks take or give {type(found).__name__} for a tensor of features"
+        )
     return found
 
 
@@ -440,7 +444,9 @@ def _encoded(tree: Any, where: str, features: Tensor, shared: list[Tensor]) -> A
             shared.append(tree)
         return {"shared": numbers[0] if numbers else len(shared) - 1}
     if isinstance(tree, list | dict) and not tree:
-        raise unfit(f"its blocks are called with {where}, an empty container, which they may fill")
+        raise not_of_blocks(
+            f"its blocks are called with {where}, an empty container, which they may fill"
+        )
     if isinstance(tree, tuple | list):
         kind = "tuple" if isinstance(tree, tuple) else "list"
         return {kind: [_encoded(one, where, features, shared) for one in tree]}
@@ -450,7 +456,7 @@ def _encoded(tree: Any, where: str, features: Tensor, shared: list[Tensor]) -> A
         return tree
     if type(tree).__name__.endswith("Cache"):
         return None  # Hugging Face's caches of keys and values are empty when a forward begins
-    raise unfit(
+    raise not_of_blocks(
         f"its blocks are called with {where}, a {type(tree).__name__}, and stages hand on"
         " tensors and constants"
     )

@@ -16,11 +16,11 @@ from distplat.platform.errors import Problem, SpecError
 from distplat.strategies.torch_compat import tree_leaves, tree_map
 
 
-class Called(BaseException):
+class AllBlocksCalled(BaseException):
     """All blocks are called; no `except Exception` of the model's is to catch it."""
 
 
-class Between(BaseException):
+class ComputesBetweenBlocks(BaseException):
     """A block is called with something else than what the one before has given."""
 
 
@@ -53,7 +53,9 @@ class Placeholder(nn.Module):
         """
         found = getattr(self.__dict__["_like"][0], name)
         if self.__dict__["is_behind"] and (found is None or isinstance(found, float | Tensor)):
-            raise unfit(f"behind its blocks its forward reads what they may have kept, `{name}`")
+            raise not_of_blocks(
+                f"behind its blocks its forward reads what they may have kept, `{name}`"
+            )
         return found
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -63,11 +65,11 @@ class Placeholder(nn.Module):
 
 def _not_called(*args: Any, **kwargs: Any) -> Any:
     text = "its forward goes on before all blocks are called, or its parts are in another order"
-    raise unfit(text)
+    raise not_of_blocks(text)
 
 
 @contextmanager
-def answering(model: nn.Module, block: Callable[..., Any], other: Any) -> Iterator[None]:
+def with_answers(model: nn.Module, block: Callable[..., Any], other: Any) -> Iterator[None]:
     """
     Have a model's stand-ins answer: those of blocks by a call, others with a value.
 
@@ -85,7 +87,7 @@ def answering(model: nn.Module, block: Callable[..., Any], other: Any) -> Iterat
     def in_turn(number: int, *args: Any, **kwargs: Any) -> Any:
         if number != len(called):
             text = "its forward calls blocks in another order than they are listed in, or again"
-            raise unfit(text)
+            raise not_of_blocks(text)
         called.append(number)
         return block(number, *args, **kwargs)
 
@@ -115,7 +117,7 @@ def ancestors_of(model: nn.Module, path: str) -> Ancestors:
 
 
 @contextmanager
-def unwritten(ancestors: Ancestors) -> Iterator[None]:
+def check_unwritten(ancestors: Ancestors) -> Iterator[None]:
     """
     See that a forward writes no tensor of the modules that have the blocks inside.
 
@@ -127,7 +129,7 @@ def unwritten(ancestors: Ancestors) -> Iterator[None]:
     now = _own_tensors(ancestors)
     for name, (tensor, version) in before.items():
         if name not in now or now[name][0] is not tensor or now[name][1] != version:
-            raise unfit(f"its forward writes `{name}`, and two stages run it")
+            raise not_of_blocks(f"its forward writes `{name}`, and two stages run it")
 
 
 def _own_tensors(ancestors: Ancestors) -> dict[str, tuple[Tensor, int]]:
@@ -140,7 +142,7 @@ def _own_tensors(ancestors: Ancestors) -> dict[str, tuple[Tensor, int]]:
     }
 
 
-def lost(outputs: Any) -> Any:
+def nan_like(outputs: Any) -> Any:
     """Give what has the form of a block's outputs, and is not a number: whoever uses it notices."""
 
     def one(value: Any) -> Any:
@@ -150,18 +152,18 @@ def lost(outputs: Any) -> Any:
     return tree_map(one, outputs)
 
 
-def refuse_lost(features: Tensor, outputs: Any) -> None:
+def refuse_nan(features: Tensor, outputs: Any) -> None:
     """
     See that a model's outputs are numbers where what its last block gave is.
 
     Raises:
-        SpecError: they come of what only other stages have, see `lost`.
+        SpecError: they come of what only other stages have, see `nan_like`.
     """
     floats = [one for one in tree_leaves(outputs) if isinstance(one, Tensor)]
     if bool(features.isnan().any()) or not any(map(_is_lost, floats)):
         return
     text = "in training its forward uses behind the blocks what comes before them, or what another "
-    raise unfit(f"{text}than the last one has given")
+    raise not_of_blocks(f"{text}than the last one has given")
 
 
 def _is_lost(tensor: Tensor) -> bool:
@@ -169,7 +171,7 @@ def _is_lost(tensor: Tensor) -> bool:
     return tensor.is_meta or bool(tensor.isnan().any())
 
 
-def unfit(text: str) -> SpecError:
+def not_of_blocks(text: str) -> SpecError:
     """Give the error of a model that is not one of blocks, and why it is not."""
     hint = "give the task a `stages(model)` that lists the parts in order"
     return SpecError(Problem(("strategy", "cut"), f"the model is not one of blocks: {text}", hint))

@@ -27,7 +27,7 @@ from distplat.strategies.model.parameter_layout import bits_of, fill
 
 _CONTAINERS = (list, dict, set, deque, OrderedDict, defaultdict)
 _PLAIN = (bool, int, float, str)
-TORCHS = frozenset(vars(nn.Module()))
+MODULE_ATTRIBUTES = frozenset(vars(nn.Module()))
 """Attributes that every module has."""
 _OWN = ("_parameters", "_buffers", "_modules")
 """Attributes of `nn.Module` whose keys are the names that users know."""
@@ -244,7 +244,7 @@ class ReadAgain:
         self._have(self._after)
 
     def _values(self) -> list[Attributes]:
-        return [_attributes(one, TORCHS) for one in self._modules]
+        return [_attributes(one, MODULE_ATTRIBUTES) for one in self._modules]
 
     def _have(self, values: list[Attributes]) -> None:
         for module, held in zip(self._modules, values, strict=True):
@@ -252,7 +252,7 @@ class ReadAgain:
 
 
 @contextmanager
-def attributes_kept(*holders: object) -> Iterator[None]:
+def preserve_attributes(*holders: object) -> Iterator[None]:
     """Have objects' attributes, and what containers among them contain, be as before at the end."""
     before = [(one, _attributes(one, ())) for one in holders]
     try:
@@ -278,7 +278,7 @@ def untouched(*modules: nn.Module) -> Iterator[None]:
     devices = sorted({t.device.index for t in tensors if t.is_cuda})
     runners = (one for one in every if isinstance(one, Runner))
     beside = {id(holder): holder for one in runners for holder in one.beside()}
-    with torch.random.fork_rng(devices=devices), attributes_kept(*beside.values()):
+    with torch.random.fork_rng(devices=devices), preserve_attributes(*beside.values()):
         for one in every:
             one.training = False
         try:

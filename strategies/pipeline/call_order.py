@@ -20,7 +20,7 @@ from torch import nn
 from distplat.strategies.collective import Collective, broadcast_value, gather_values
 from distplat.strategies.model.block_layers import CallOrder, beside_blocks, list_of_blocks
 from distplat.strategies.model.model_call import ModelCall
-from distplat.strategies.model.trials import attributes_kept, untouched
+from distplat.strategies.model.trials import preserve_attributes, untouched
 from distplat.strategies.pipeline.values import copied, on_device
 from distplat.strategies.task import Task, overrides
 
@@ -77,7 +77,7 @@ def call_order_of(model: nn.Module, call: ModelCall, inputs: Callable[[], Any]) 
     if found is None:
         return {}
     path, blocks = found
-    with attributes_kept(*call.holders):
+    with preserve_attributes(*call.holders):
         behind = _called_behind(model, blocks, lambda: call(model, _given(model, inputs)))
     order = {}
     for name, child, registered in beside_blocks(model, path):

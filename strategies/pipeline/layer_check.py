@@ -15,14 +15,14 @@ import torch
 from torch import Tensor, nn
 
 from distplat.platform.errors import SpecError
-from distplat.strategies.loop.seeding import generators_kept, seed_quickly
+from distplat.strategies.loop.seeding import preserve_rng_state, seed_quickly
 from distplat.strategies.model.block_layers import BeforeBlocks
 from distplat.strategies.model.layers import Layer
 from distplat.strategies.model.model_call import ModelCall
 from distplat.strategies.model.trials import (
     Runner,
     WithoutDropout,
-    attributes_kept,
+    preserve_attributes,
     stop_dropping,
     untouched,
 )
@@ -104,7 +104,7 @@ class _Trial:
             work: may write into its inputs.
             seed: what draws random numbers gives something else with another one.
         """
-        with untouched(*self._modules), generators_kept(), torch.enable_grad():
+        with untouched(*self._modules), preserve_rng_state(), torch.enable_grad():
             seed_quickly(seed)
             for module in self._modules:
                 for part in module.modules():
@@ -169,7 +169,7 @@ def _one_after_the_other(model: nn.Module, layers: Sequence[Layer], value: Any) 
         for layer in layers:
             # Stages have each a task of their own, which may count.
             beside = layer.module.beside() if isinstance(layer.module, Runner) else ()
-            with attributes_kept(*beside):
+            with preserve_attributes(*beside):
                 value = layer.module(value)
     except SpecError:
         raise

@@ -20,7 +20,7 @@ from distplat.platform.topology import Position
 from distplat.strategies.algorithms.partition import bounds, partition
 from distplat.strategies.collective import Collective, broadcast_value, gather_values
 from distplat.strategies.loop.batches import batches_by, one_batch
-from distplat.strategies.loop.collate import moved
+from distplat.strategies.loop.collate import to_device
 from distplat.strategies.loop.prepared import Prepared
 from distplat.strategies.model.block_layers import CallOrder
 from distplat.strategies.model.layers import Layer, tracing
@@ -433,7 +433,7 @@ class _Cutting:
         p = self._prepared
         ids = p.sampler.micro_batches(0, 0, self._options.micro(p.job))[0][:most]
         batch = one_batch(batches_by(p.task, p.data), ids.tolist())
-        return as_pair(p.task, moved(batch, self._device))[0]
+        return as_pair(p.task, to_device(batch, self._device))[0]
 
 
 @torch.no_grad()

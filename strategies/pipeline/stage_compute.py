@@ -20,11 +20,22 @@ from typing_extensions import override
 from distplat.platform.even_split import split_evenly
 from distplat.platform.topology import Position
 from distplat.strategies.algorithms.seeds import mixed
-from distplat.strategies.loop.batches import EvalLoader, batches_by, counted, micro_batches
-from distplat.strategies.loop.collate import moved
+from distplat.strategies.loop.batches import (
+    EvalLoader,
+    batch_and_samples,
+    batches_by,
+    micro_batches,
+)
+from distplat.strategies.loop.collate import to_device
 from distplat.strategies.loop.compute import Compute, Share, Stopwatch, Sums, precision
 from distplat.strategies.loop.loss_check import MeanCheck
-from distplat.strategies.loop.losses import BatchResult, EvalBatch, LossTerm, judged, loss_term
+from distplat.strategies.loop.losses import (
+    BatchResult,
+    EvalBatch,
+    LossTerm,
+    evaluate_batch,
+    loss_term,
+)
 from distplat.strategies.loop.metric_states import TaskMetrics
 from distplat.strategies.loop.prepared import Prepared
 from distplat.strategies.pipeline.executor import Executor, evaluation_plan, training_plan
@@ -159,7 +170,7 @@ class Pipeline(Compute):
         with precision(self.prepared.job, self.device):
             term = loss_term(self.prepared.task, outputs, targets, samples)
             result = BatchResult(outputs, targets, term)
-            figures = judged(self.prepared.task, result, samples)
+            figures = evaluate_batch(self.prepared.task, result, samples)
             if self._at.slice == 0:
                 self._mean_check.look_at_metrics(result, figures, samples)
             return figures
@@ -191,7 +202,7 @@ class _MicroBatches(Source):
         self.varies = overrides(type(self._task), "collate")  # which may pad
         self._read = 0
         self._pairs: dict[int, tuple[Any, Any]] = {}  #: inputs and targets
-        self._samples = [*sizes]  #: of each micro-batch that is read, see `counted`
+        self._samples = [*sizes]  #: of each micro-batch that is read, see `batch_and_samples`
         self.loading_s = 0.0
 
     @override
@@ -222,7 +233,9 @@ class _MicroBatches(Source):
     def _read_up_to(self, micro_batch: int) -> None:
         while self._read <= micro_batch:
             began, number = time.perf_counter(), self._read
-            batch, self._samples[number] = counted(next(self._batches), self.sizes[number])
-            self._pairs[number] = as_pair(self._task, moved(batch, self._pipeline.device))
+            batch, self._samples[number] = batch_and_samples(
+                next(self._batches), self.sizes[number]
+            )
+            self._pairs[number] = as_pair(self._task, to_device(batch, self._pipeline.device))
             self._read += 1
             self.loading_s += time.perf_counter() - began

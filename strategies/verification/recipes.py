@@ -35,8 +35,8 @@ from distplat.strategies.algorithms.seeds import (
 )
 from distplat.strategies.catalog import make_strategy
 from distplat.strategies.hybrid import Hybrid
-from distplat.strategies.loop.batches import SampleRun, runs, samples_of
-from distplat.strategies.loop.seeding import generators_kept
+from distplat.strategies.loop.batches import SampleRun, sample_runs, samples_of
+from distplat.strategies.loop.seeding import preserve_rng_state
 from distplat.strategies.loop.streams import is_stream, rows_of
 from distplat.strategies.loop.task_settings import TaskOrder
 from distplat.strategies.model.tensor_optimizer import class_of
@@ -265,7 +265,7 @@ def parts(job: Job, samples: ReferenceSamples, *, merged: bool = False) -> Batch
     for step in range(job.steps or 0):
         ranks = []
         for rank in range(world):
-            cut = runs(sampler, step, rank, micro)
+            cut = sample_runs(sampler, step, rank, micro)
             first = step_seed(job.seed, step, rank)
             ranks.append([_forward(run, None if at else first) for at, run in enumerate(cut)])
         found.append([_join(ranks)] if merged else ranks)
@@ -275,7 +275,7 @@ def parts(job: Job, samples: ReferenceSamples, *, merged: bool = False) -> Batch
 def union(job: Job, samples: ReferenceSamples) -> Batches:
     """Give whole batches, to one rank."""
     sampler, steps = _sampler(job, samples, 1), range(job.steps or 0)
-    return [[[_forward(run, None) for run in runs(sampler, step, 0, 1)]] for step in steps]
+    return [[[_forward(run, None) for run in sample_runs(sampler, step, 0, 1)]] for step in steps]
 
 
 def _forward(run: SampleRun, seed: int | None) -> MicroBatch:
@@ -306,7 +306,7 @@ def numbered(data: Any, schedule: Batches, seed: int) -> Any:
         return data
     last = max(max(forward.ids) for ranks in schedule for one in ranks for forward in one)
     found: list[Any] = []
-    with generators_kept():
+    with preserve_rng_state():
         for turn in itertools.count():
             seed_all(order_seed(seed, turn))
             if hasattr(data, "set_epoch"):
@@ -331,7 +331,7 @@ def read(task: Task, data: Any, forward: MicroBatch) -> tuple[Any, int]:
         The batch, and how many samples it is of; see `samples_of`.
     """
     many = None if isinstance(data, Subset) else getattr(data, "__getitems__", None)
-    with generators_kept():
+    with preserve_rng_state():
         if many is not None:
             seed_all(forward.sample_seeds[0])
             samples = many(forward.ids)

@@ -19,7 +19,7 @@ from torch.utils.data import Dataset, IterableDataset
 from typing_extensions import override
 
 from distplat.strategies.loop.containers import items_in, rebuilt
-from distplat.strategies.loop.seeding import generators_kept
+from distplat.strategies.loop.seeding import preserve_rng_state
 from distplat.strategies.loop.streams import is_stream, rows_of
 from distplat.strategies.task import Task, overrides
 
@@ -56,7 +56,7 @@ class Switched(Task):
             switches: fields of `Switches`.
         """
         module, _, name = entry.partition(":")
-        with generators_kept():  # the constructor draws what it would after the import
+        with preserve_rng_state():  # the constructor draws what it would after the import
             kind = getattr(importlib.import_module(module), name)
         return switched(kind, Switches(**switches))(**task_args)
 

@@ -24,7 +24,7 @@ from distplat.platform.spec import Job
 from distplat.strategies.fakes import InMemoryRunStore
 from distplat.strategies.loop.agreement import agree, facts_of, hash_samples
 from distplat.strategies.loop.sample_hash import hash_of
-from distplat.strategies.loop.seeding import state_of_generators
+from distplat.strategies.loop.seeding import rng_states
 from distplat.strategies.task import Task
 
 STRATEGIES: list[Any] = [
@@ -205,9 +205,9 @@ class Drawing(Dataset[Any]):
 def test_samples_that_draw_are_not_compared_and_leave_the_generators_alone() -> None:
     Drawing.drawn.clear()
     torch.manual_seed(5)
-    before = state_of_generators()
+    before = rng_states()
     one = hash_samples(Drawing(), [0, 1, 2, 3, 7, 8])
-    assert state_of_generators() == before
+    assert rng_states() == before
     other = hash_samples(Drawing(), [8, 7, 3, 2, 1, 0])
     assert one == other
     assert one[7] == "raises OSError" and one[3] != one[8]

@@ -14,7 +14,7 @@ from local_run import train
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_sequence
 
-from distplat.strategies.loop.collate import collated, moved
+from distplat.strategies.loop.collate import collated, to_device
 from distplat.strategies.task import Task
 
 META = torch.device("meta")
@@ -54,28 +54,28 @@ def ones() -> Tensor:
 
 
 def test_types_are_kept_on_the_way_to_a_device() -> None:
-    pair = moved(Pair(ones(), 1), META)
+    pair = to_device(Pair(ones(), 1), META)
     assert type(pair) is Pair
     assert (pair.a.device, pair.b) == (META, 1)
-    frozen = moved(Frozen(ones()), META)
+    frozen = to_device(Frozen(ones()), META)
     assert type(frozen) is Frozen
     assert (frozen.a.device, frozen.name) == (META, "x")
-    slotted = moved(Slotted(ones(), [Pair(1, ones())]), META)
+    slotted = to_device(Slotted(ones(), [Pair(1, ones())]), META)
     assert type(slotted) is Slotted
     assert slotted.inner[0].b.device == META
-    encoding = moved(Encoding({"ids": ones()}, encodings="kept"), META)
+    encoding = to_device(Encoding({"ids": ones()}, encodings="kept"), META)
     assert type(encoding) is Encoding
     assert (encoding["ids"].device, encoding.encodings) == (META, "kept")
     mappings: list[Any] = [OrderedDict(a=ones()), defaultdict(ones, a=ones())]
     for mapping in [*mappings, MappingProxyType({"a": 1})]:
-        assert type(moved(mapping, META)) is type(mapping)
-    assert moved(MappingProxyType({"a": ones()}), META)["a"].device == META
-    packed = moved(pack_sequence([ones(), ones()]), META)
+        assert type(to_device(mapping, META)) is type(mapping)
+    assert to_device(MappingProxyType({"a": ones()}), META)["a"].device == META
+    packed = to_device(pack_sequence([ones(), ones()]), META)
     assert isinstance(packed, PackedSequence)
     assert packed.data.device == META
     assert packed.batch_sizes.device == CPU
-    assert type(moved(torch.Size([1, 2]), META)) is torch.Size
-    assert [one.device for one in moved(Odd(ones(), ones()), META)] == [META, META]
+    assert type(to_device(torch.Size([1, 2]), META)) is torch.Size
+    assert [one.device for one in to_device(Odd(ones(), ones()), META)] == [META, META]
 
 
 @pytest.mark.parametrize(
@@ -83,13 +83,13 @@ def test_types_are_kept_on_the_way_to_a_device() -> None:
     [Odd(ones(), 1), Pair(ones(), {"a": ones()}), Encoding({"a": ones()}), Frozen(ones()), "text"],
 )
 def test_what_need_not_move_is_given_back_as_it_is(value: Any) -> None:
-    assert moved(value, CPU) is value
+    assert to_device(value, CPU) is value
 
 
 def test_the_source_stays_as_it_was() -> None:
     value = {"a": [ones()], "b": Frozen(ones())}
     before = copy.copy(value)
-    moved(value, META)
+    to_device(value, META)
     assert value == before
     assert value["a"][0].device == CPU  # type: ignore[index]
 

@@ -14,7 +14,7 @@ from test_random_numbers import Dropping, job
 from torch.utils.data import Dataset, Subset, TensorDataset
 
 from distplat.strategies.loop.loaders import held_generators
-from distplat.strategies.loop.seeding import state_of_generators
+from distplat.strategies.loop.seeding import rng_states
 from distplat.strategies.loop.session import describe, prepare
 from distplat.strategies.loop.task_warnings import reading_warning
 
@@ -143,11 +143,11 @@ def doubled_in_place_and_copied(x: torch.Tensor) -> torch.Tensor:
 def test_a_sample_that_reading_changes_is_told(
     change: Callable[[torch.Tensor], torch.Tensor], told: str
 ) -> None:
-    data, before = Stored(change), state_of_generators()
+    data, before = Stored(change), rng_states()
     found = reading_warning(data, [3, 1])
     assert told in found and bool(found) == bool(told)
     assert "sample 3" in found or not told
-    assert state_of_generators() == before, "training goes on with the same numbers"
+    assert rng_states() == before, "training goes on with the same numbers"
 
 
 def test_rank_0_says_so_before_the_first_step() -> None:

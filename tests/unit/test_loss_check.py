@@ -20,7 +20,7 @@ from wrapped_mapping import WrappedMapping
 
 from distplat.nn import connect
 from distplat.strategies.loop.loss_check import MeanCheck, loss_warning, states_of
-from distplat.strategies.loop.losses import BatchResult, LossTerm, judged
+from distplat.strategies.loop.losses import BatchResult, LossTerm, evaluate_batch
 from distplat.strategies.task import Task
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -416,7 +416,7 @@ def judged_by(task: Task, check: MeanCheck, size: int) -> None:
     outputs, targets = classes(size, torch.float64)
     outputs = outputs.detach()
     made = BatchResult(outputs, targets, LossTerm(torch.zeros(()), float(size), float(size)))
-    check.look_at_metrics(made, judged(task, made, size), size)
+    check.look_at_metrics(made, evaluate_batch(task, made, size), size)
 
 
 @pytest.mark.parametrize("size", SIZES)

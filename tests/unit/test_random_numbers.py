@@ -24,7 +24,7 @@ from distplat.strategies.loop.batches import (
     one_batch,
 )
 from distplat.strategies.loop.compute import Stopwatch, WholeModel
-from distplat.strategies.loop.seeding import generators_kept, seed_all, seed_step
+from distplat.strategies.loop.seeding import preserve_rng_state, seed_all, seed_step
 from distplat.strategies.loop.session import make_task, prepare
 from distplat.strategies.task import Task
 
@@ -137,7 +137,7 @@ def test_reading_data_leaves_the_generators_where_they_were() -> None:
     one_batch(Noise(), [1, 2])
     assert (first, draws()) == expected
     seed_all(3)
-    with generators_kept():
+    with preserve_rng_state():
         seed_all(4)
         draws()
     assert draws() == expected[0]

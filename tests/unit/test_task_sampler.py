@@ -21,7 +21,7 @@ from torch.utils.data import (
 from distplat.platform.errors import SpecError
 from distplat.platform.spec import Job
 from distplat.strategies.loop.batches import make_sampler
-from distplat.strategies.loop.seeding import state_of_generators
+from distplat.strategies.loop.seeding import rng_states
 from distplat.strategies.loop.task_settings import TaskOrder
 from distplat.strategies.task import Task
 from distplat.strategies.task_methods import unheard
@@ -140,9 +140,9 @@ FORMS: list[tuple[Give, list[int] | None]] = [
 @pytest.mark.parametrize(("give", "expected"), FORMS)
 def test_what_it_may_give(give: Give, expected: list[int] | None) -> None:
     """What draws does so by seed and epoch, and takes nothing from the training's generators."""
-    before = state_of_generators()
+    before = rng_states()
     one, again, other = (TaskOrder(task_of(give), DATA, seed) for seed in (3, 3, 4))
-    assert state_of_generators() == before
+    assert rng_states() == before
     for epoch in (1, 0, 2, 0):
         assert one(epoch).tolist() == again(epoch).tolist()
         assert expected is None or one(epoch).tolist() == expected
