@@ -87,7 +87,7 @@ def _are_rows(batch: Any, rows: int, samples: Sequence[Any]) -> bool:
     )
 
 
-def batch_and_samples(batch: Any, samples: int) -> tuple[Any, int]:
+def unpack_batch(batch: Any, samples: int) -> tuple[Any, int]:
     """
     Give a batch, and the samples whose mean its loss is.
 
@@ -187,7 +187,7 @@ def fingerprint_of_batch(data: Dataset[Any]) -> int:
 
 def one_batch(data: Dataset[Any], ids: list[int]) -> Any:
     """Give some samples, collated."""
-    return batch_and_samples(Samples(data).__getitems__(SampleRun(0, 0, ids)), len(ids))[0]
+    return unpack_batch(Samples(data).__getitems__(SampleRun(0, 0, ids)), len(ids))[0]
 
 
 class _RunSampler:

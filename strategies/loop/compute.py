@@ -19,7 +19,7 @@ from distplat.strategies.loop.batches import (
     EvalLoader,
     Loader,
     SampleRun,
-    batch_and_samples,
+    unpack_batch,
     batches_by,
     fingerprint_of_batch,
     micro_batches,
@@ -204,7 +204,7 @@ class WholeModel(Compute):
         if self._weights is not None:
             batches, terms = self._weighed(step, sizes, self._weights)
         for number, size in enumerate(sizes, 1):
-            batch, kept = batch_and_samples(to_device(next(batches), self.flat.params.device), size)
+            batch, kept = unpack_batch(to_device(next(batches), self.flat.params.device), size)
             kept = kept if terms is None else size  # weights of terms are the task's own
             clock.lap("data")
             asked = calls()
@@ -232,9 +232,7 @@ class WholeModel(Compute):
     ) -> tuple[Iterator[Any], Terms]:
         """Read the micro-batches of a step, and give them with the weights of all ranks'."""
         device = self.flat.params.device
-        found = [
-            batch_and_samples(to_device(next(self._batches), device), size)[0] for size in sizes
-        ]
+        found = [unpack_batch(to_device(next(self._batches), device), size)[0] for size in sizes]
         samples = sum(sizes), self.sampler.batch_size(step)
         return iter(found), weights.of_step(found, *samples, device)
 
@@ -252,7 +250,7 @@ class WholeModel(Compute):
         self.metrics.begin(self.flat.params.device)
         found = Sums()
         for batch, size in self._eval_batches(data):
-            given, kept = batch_and_samples(to_device(batch, self.flat.params.device), size)
+            given, kept = unpack_batch(to_device(batch, self.flat.params.device), size)
             with precision(self.job, self.flat.params.device):
                 own = None if self._weights is None else Terms(weights_of(self.task, given), size)
                 result = run_batch(

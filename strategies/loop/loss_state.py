@@ -20,7 +20,7 @@ from typing_extensions import override
 
 from distplat.strategies.loop.containers import tensors_in
 from distplat.strategies.loop.task_settings import named_task_modules
-from distplat.strategies.model.trials import MODULE_ATTRIBUTES, mark_of
+from distplat.strategies.model.trials import MODULE_VARS, mark_of
 from distplat.strategies.task import Task
 
 _COPIED_ELEMENTS = 1 << 20
@@ -70,7 +70,7 @@ class LossState:
             f"{name}{key}": (held, key)
             for (name, held, empty), known in zip(self._every, self._known, strict=True)
             for key in held
-            if (key in empty or key not in known) and key not in MODULE_ATTRIBUTES
+            if (key in empty or key not in known) and key not in MODULE_VARS
         }
         return NewState(found) if found else None
 
@@ -214,9 +214,7 @@ def _is_tensor(value: object) -> bool:
 
 def _watched(held: dict[str, Any]) -> dict[str, Any]:
     return {
-        n: v
-        for n, v in held.items()
-        if n not in MODULE_ATTRIBUTES and (_is_number(v) or _is_tensor(v))
+        n: v for n, v in held.items() if n not in MODULE_VARS and (_is_number(v) or _is_tensor(v))
     }
 
 

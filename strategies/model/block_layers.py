@@ -51,14 +51,14 @@ from typing_extensions import override
 from distplat.platform.errors import SpecError
 from distplat.strategies.model.model_call import Batch, ModelCall, changed_modes, torch_modes
 from distplat.strategies.model.placeholders import (
-    AllBlocksCalled,
+    AllCalled,
     Ancestors,
-    ComputesBetweenBlocks,
+    BetweenBlocks,
     Placeholder,
     ancestors_of,
     check_unwritten,
     nan_like,
-    not_of_blocks,
+    no_blocks,
     refuse_nan,
     with_answers,
 )
@@ -287,18 +287,18 @@ class BeforeBlocks(Runner):
             return self._run(inputs)
         except SpecError:
             raise
-        except (ComputesBetweenBlocks, Exception) as error:
+        except (BetweenBlocks, Exception) as error:
             first = error
         for generator, state in states:
             generator.set_state(state)
         self._form.tuples = not self._form.tuples
         try:
             return self._run(inputs)
-        except (ComputesBetweenBlocks, Exception):
+        except (BetweenBlocks, Exception):
             self._form.tuples = not self._form.tuples
             if isinstance(first, Exception):
                 raise first from None  # of the user's own: a sample that the embedding has not
-            raise not_of_blocks(f"its forward {first}") from None
+            raise no_blocks(f"its forward {first}") from None
 
     def _run(self, inputs: Any) -> list[CallArguments]:
         """Run forward until it has called all blocks."""
@@ -307,24 +307,24 @@ class BeforeBlocks(Runner):
 
         def record(_: int, *args: Any, **kwargs: Any) -> Any:
             if not calls and (changed := changed_modes(modes)):
-                raise not_of_blocks(f"its blocks run inside of {changed}")
+                raise no_blocks(f"its blocks run inside of {changed}")
             calls.append((args, kwargs))
             features = _features_of_call(*calls[0])
             if _features_of_call(args, kwargs) is not features:
-                raise ComputesBetweenBlocks(
+                raise BetweenBlocks(
                     f"computes something between blocks {len(calls) - 2} and the next"
                 )
             if len(calls) == self._blocks:
-                raise AllBlocksCalled
+                raise AllCalled
             return (features,) if self._form.tuples else features
 
         with check_unwritten(self._ancestors):
             try:
                 with with_answers(self.model, record, None):
                     self._call.of_part(self.model, inputs)
-            except AllBlocksCalled:
+            except AllCalled:
                 return calls
-        raise not_of_blocks(f"its forward calls {len(calls)} of {self._blocks} blocks")
+        raise no_blocks(f"its forward calls {len(calls)} of {self._blocks} blocks")
 
 
 class BlockLayer(nn.Module):
@@ -422,9 +422,7 @@ def _features(outputs: Any) -> Tensor:
     """Give the features of what a block gave: a tensor, or a tuple that begins with them."""
     found = outputs[0] if isinstance(outputs, tuple | list) and outputs else outputs
     if not isinstance(found, Tensor):
-        raise not_of_blocks(
-            f"its blocks take or give {type(found).__name__} for a tensor of features"
-        )
+        raise no_blocks(f"its blocks take or give {type(found).__name__} for a tensor of features")
     return found
 
 
@@ -444,7 +442,7 @@ def _encoded(tree: Any, where: str, features: Tensor, shared: list[Tensor]) -> A
             shared.append(tree)
         return {"shared": numbers[0] if numbers else len(shared) - 1}
     if isinstance(tree, list | dict) and not tree:
-        raise not_of_blocks(
+        raise no_blocks(
             f"its blocks are called with {where}, an empty container, which they may fill"
         )
     if isinstance(tree, tuple | list):
@@ -456,7 +454,7 @@ def _encoded(tree: Any, where: str, features: Tensor, shared: list[Tensor]) -> A
         return tree
     if type(tree).__name__.endswith("Cache"):
         return None  # Hugging Face's caches of keys and values are empty when a forward begins
-    raise not_of_blocks(
+    raise no_blocks(
         f"its blocks are called with {where}, a {type(tree).__name__}, and stages hand on"
         " tensors and constants"
     )

@@ -16,11 +16,11 @@ from distplat.platform.errors import Problem, SpecError
 from distplat.strategies.torch_compat import tree_leaves, tree_map
 
 
-class AllBlocksCalled(BaseException):
+class AllCalled(BaseException):
     """All blocks are called; no `except Exception` of the model's is to catch it."""
 
 
-class ComputesBetweenBlocks(BaseException):
+class BetweenBlocks(BaseException):
     """A block is called with something else than what the one before has given."""
 
 
@@ -53,7 +53,7 @@ class Placeholder(nn.Module):
         """
         found = getattr(self.__dict__["_like"][0], name)
         if self.__dict__["is_behind"] and (found is None or isinstance(found, float | Tensor)):
-            raise not_of_blocks(
+            raise no_blocks(
                 f"behind its blocks its forward reads what they may have kept, `{name}`"
             )
         return found
@@ -65,7 +65,7 @@ class Placeholder(nn.Module):
 
 def _not_called(*args: Any, **kwargs: Any) -> Any:
     text = "its forward goes on before all blocks are called, or its parts are in another order"
-    raise not_of_blocks(text)
+    raise no_blocks(text)
 
 
 @contextmanager
@@ -87,7 +87,7 @@ def with_answers(model: nn.Module, block: Callable[..., Any], other: Any) -> Ite
     def in_turn(number: int, *args: Any, **kwargs: Any) -> Any:
         if number != len(called):
             text = "its forward calls blocks in another order than they are listed in, or again"
-            raise not_of_blocks(text)
+            raise no_blocks(text)
         called.append(number)
         return block(number, *args, **kwargs)
 
@@ -129,7 +129,7 @@ def check_unwritten(ancestors: Ancestors) -> Iterator[None]:
     now = _own_tensors(ancestors)
     for name, (tensor, version) in before.items():
         if name not in now or now[name][0] is not tensor or now[name][1] != version:
-            raise not_of_blocks(f"its forward writes `{name}`, and two stages run it")
+            raise no_blocks(f"its forward writes `{name}`, and two stages run it")
 
 
 def _own_tensors(ancestors: Ancestors) -> dict[str, tuple[Tensor, int]]:
@@ -163,7 +163,7 @@ def refuse_nan(features: Tensor, outputs: Any) -> None:
     if bool(features.isnan().any()) or not any(map(_is_lost, floats)):
         return
     text = "in training its forward uses behind the blocks what comes before them, or what another "
-    raise not_of_blocks(f"{text}than the last one has given")
+    raise no_blocks(f"{text}than the last one has given")
 
 
 def _is_lost(tensor: Tensor) -> bool:
@@ -171,7 +171,7 @@ def _is_lost(tensor: Tensor) -> bool:
     return tensor.is_meta or bool(tensor.isnan().any())
 
 
-def not_of_blocks(text: str) -> SpecError:
+def no_blocks(text: str) -> SpecError:
     """Give the error of a model that is not one of blocks, and why it is not."""
     hint = "give the task a `stages(model)` that lists the parts in order"
     return SpecError(Problem(("strategy", "cut"), f"the model is not one of blocks: {text}", hint))

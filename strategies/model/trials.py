@@ -27,7 +27,7 @@ from distplat.strategies.model.parameter_layout import bits_of, fill
 
 _CONTAINERS = (list, dict, set, deque, OrderedDict, defaultdict)
 _PLAIN = (bool, int, float, str)
-MODULE_ATTRIBUTES = frozenset(vars(nn.Module()))
+MODULE_VARS = frozenset(vars(nn.Module()))
 """Attributes that every module has."""
 _OWN = ("_parameters", "_buffers", "_modules")
 """Attributes of `nn.Module` whose keys are the names that users know."""
@@ -244,7 +244,7 @@ class ReadAgain:
         self._have(self._after)
 
     def _values(self) -> list[Attributes]:
-        return [_attributes(one, MODULE_ATTRIBUTES) for one in self._modules]
+        return [_attributes(one, MODULE_VARS) for one in self._modules]
 
     def _have(self, values: list[Attributes]) -> None:
         for module, held in zip(self._modules, values, strict=True):

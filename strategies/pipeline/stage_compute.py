@@ -22,7 +22,7 @@ from distplat.platform.topology import Position
 from distplat.strategies.algorithms.seeds import mixed
 from distplat.strategies.loop.batches import (
     EvalLoader,
-    batch_and_samples,
+    unpack_batch,
     batches_by,
     micro_batches,
 )
@@ -202,7 +202,7 @@ class _MicroBatches(Source):
         self.varies = overrides(type(self._task), "collate")  # which may pad
         self._read = 0
         self._pairs: dict[int, tuple[Any, Any]] = {}  #: inputs and targets
-        self._samples = [*sizes]  #: of each micro-batch that is read, see `batch_and_samples`
+        self._samples = [*sizes]  #: of each micro-batch that is read, see `unpack_batch`
         self.loading_s = 0.0
 
     @override
@@ -233,9 +233,7 @@ class _MicroBatches(Source):
     def _read_up_to(self, micro_batch: int) -> None:
         while self._read <= micro_batch:
             began, number = time.perf_counter(), self._read
-            batch, self._samples[number] = batch_and_samples(
-                next(self._batches), self.sizes[number]
-            )
+            batch, self._samples[number] = unpack_batch(next(self._batches), self.sizes[number])
             self._pairs[number] = as_pair(self._task, to_device(batch, self._pipeline.device))
             self._read += 1
             self.loading_s += time.perf_counter() - began
