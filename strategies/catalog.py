@@ -197,17 +197,17 @@ def make_strategy(job: Job) -> Strategy[Any]:
     """
     strategy = _strategy_of(job.strategy)
     kind = type(strategy)
-    found = _kind_problems(job, kind)
+    problems = _kind_problems(job, kind)
     if job.failure.spare_workers and (job.own_loop or not strategy.survives_worker_loss()):
         text = (
             "after a loss all workers of such a job are made anew, and none takes another's place"
         )
-        found.append(Problem(("failure", "spare_workers"), text, "remove it"))
-    found += strategy.own_loop_problems(job) if job.own_loop else strategy.problems(job)
+        problems.append(Problem(("failure", "spare_workers"), text, "remove it"))
+    problems += strategy.own_loop_problems(job) if job.own_loop else strategy.problems(job)
     roles = strategy.roles(job)
-    found += [*_embedding_problems(job, roles), *_plateau_problems(job, roles)]
-    if found:
-        raise SpecError(*found)
+    problems += [*_embedding_problems(job, roles), *_plateau_problems(job, roles)]
+    if problems:
+        raise SpecError(*problems)
     return strategy
 
 
@@ -222,8 +222,8 @@ def _strategy_of(chosen: StrategySpec) -> Strategy[Any]:
     try:
         options = kind.options_type.model_validate(dict(chosen.options))
     except ValidationError as error:
-        found = problems_of(error, kind.options_type, prefix=("strategy",))
-        raise SpecError(*(_of_another_strategy(one, kind) for one in found)) from None
+        problems = problems_of(error, kind.options_type, prefix=("strategy",))
+        raise SpecError(*(_of_another_strategy(one, kind) for one in problems)) from None
     return kind(options)
 
 
@@ -260,22 +260,22 @@ def strategy_problems(job: Job) -> list[Problem]:
 
 def _kind_problems(job: Job, kind: type[Strategy[Any]]) -> list[Problem]:
     """Name what in a job a strategy has not at all, whatever its options."""
-    found: list[Problem] = []
+    problems: list[Problem] = []
     if job.checkpoint.wanted and not kind.has_checkpoints:
         text = f"the strategy {job.strategy.name!r} has no checkpoints during the run"
         field = "every_steps" if job.checkpoint.every_steps else "every_epochs"
-        found.append(Problem(("checkpoint", field), text, "remove it"))
+        problems.append(Problem(("checkpoint", field), text, "remove it"))
     if job.precision == "fp16" and not kind.scales_loss:
         text = f"fp16 has no loss scale under {job.strategy.name!r}"
-        found.append(Problem(("precision",), text, "use bf16, or `strategy: ring` or `ps-sync`"))
+        problems.append(Problem(("precision",), text, "use bf16, or `strategy: ring` or `ps-sync`"))
     if job.ema is not None and not kind.averages:
         text = f"the strategy {job.strategy.name!r} keeps no average of the weights"
-        found.append(Problem(("ema",), text, "use `strategy: ring` or `ps-sync`, or remove it"))
+        problems.append(Problem(("ema",), text, "use `strategy: ring` or `ps-sync`, or remove it"))
     if isinstance(job.optimizer, TaskOptimizer) and not kind.updates_whole:
         text = f"under {job.strategy.name!r} no worker updates whole parameters of the whole model"
         hint = "use `strategy: ring`, or name it in the job, if it is one of torch.optim"
-        found.append(Problem(("optimizer", "name"), text, hint))
-    return found
+        problems.append(Problem(("optimizer", "name"), text, hint))
+    return problems
 
 
 def _embedding_problems(job: Job, roles: Roles) -> list[Problem]:

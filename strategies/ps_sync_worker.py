@@ -113,8 +113,8 @@ class PsSyncWorker(WorkerStrategy[PsSyncOptions]):
 
     def figures(self) -> dict[str, float]:
         """Give how long servers held this rank up, what they did, and what gradients came to."""
-        found = {"waiting_s": self._pushed.waiting_s, **load_figures(self._pushed.loads)}
-        found |= norm_figures(self._pushed.grad_norm)
+        figures = {"waiting_s": self._pushed.waiting_s, **load_figures(self._pushed.loads)}
+        figures |= norm_figures(self._pushed.grad_norm)
         if self.options.backup_workers:
-            found |= {"dropped": float(self._pushed.dropped), "skipped": float(self._skipped)}
-        return found
+            figures |= {"dropped": float(self._pushed.dropped), "skipped": float(self._skipped)}
+        return figures

@@ -82,44 +82,44 @@ class Ring(Strategy[RingOptions]):
     def problems(self, job: Job) -> list[Problem]:
         """Refuse options that would have no effect."""
         chosen, given = self.options, self.options.model_fields_set
-        found = []
+        problems = []
         for option, method in (("topk_density", "topk"), ("powersgd_rank", "powersgd")):
             if option in given and chosen.compression != method:
                 text = f"has effect only with `compression: {method}` (got {chosen.compression})"
-                found.append(Problem(("strategy", option), text, "remove it"))
+                problems.append(Problem(("strategy", option), text, "remove it"))
         if chosen.shard_optimizer and chosen.compression != "none":
             text = "cannot be combined with `shard_optimizer: true`"
-            found.append(Problem(("strategy", "compression"), text, "choose one of the two"))
+            problems.append(Problem(("strategy", "compression"), text, "choose one of the two"))
         if chosen.shard_optimizer and "overlap" in given and chosen.overlap:
             text = "has no effect with `shard_optimizer: true`: gradients go when all are there"
-            found.append(Problem(("strategy", "overlap"), text, "remove it"))
+            problems.append(Problem(("strategy", "overlap"), text, "remove it"))
         if chosen.shard_optimizer and isinstance(job.optimizer, TaskOptimizer):
             text = "cuts parameters, and the task's own optimizer sees them whole"
-            found.append(Problem(("strategy", "shard_optimizer"), text, "remove it"))
+            problems.append(Problem(("strategy", "shard_optimizer"), text, "remove it"))
         if chosen.compression != "none" and job.precision == "fp16":
             text = f"{chosen.compression!r} cannot send what a loss scale has made larger"
-            found.append(Problem(("strategy", "compression"), text, "remove it, or use bf16"))
+            problems.append(Problem(("strategy", "compression"), text, "remove it, or use bf16"))
         if "overlap" in given and chosen.overlap and rows_come_first(job):
             text = "has no effect with `embeddings.asynchronous: true`: rows go before gradients"
-            found.append(Problem(("strategy", "overlap"), text, "remove it"))
+            problems.append(Problem(("strategy", "overlap"), text, "remove it"))
         if chosen.backend == "nccl" and not job.scaling.use_gpu:
             text = "`nccl` runs between GPUs only"
             hint = "set scaling.use_gpu: true, or `backend: auto`"
-            found.append(Problem(("strategy", "backend"), text, hint))
-        return found
+            problems.append(Problem(("strategy", "backend"), text, hint))
+        return problems
 
     def own_loop_problems(self, job: Job) -> list[Problem]:
         """Refuse what belongs to an update, which a train function makes itself."""
         chosen = self.options
-        found = []
+        problems = []
         if chosen.shard_optimizer:
             text = "is for tasks: a train function has an optimizer of its own"
-            found.append(Problem(("strategy", "shard_optimizer"), text, "remove it"))
+            problems.append(Problem(("strategy", "shard_optimizer"), text, "remove it"))
         if chosen.compression in ("topk", "powersgd"):
             text = f"{chosen.compression!r} keeps what a step owes to the next, and is for tasks"
             hint = "a train function can have none, fp16, bf16"
-            found.append(Problem(("strategy", "compression"), text, hint))
-        return found
+            problems.append(Problem(("strategy", "compression"), text, hint))
+        return problems
 
     def survives_worker_loss(self) -> bool:
         """Say whether each worker holds all state; parts of a sharded optimizer die with one."""

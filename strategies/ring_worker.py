@@ -128,9 +128,9 @@ class RingWorker(WorkerStrategy[RingOptions]):
         """Give the model, and the average of its weights."""
         if not self._averages:
             return flat.state_dict()
-        found = with_average(flat, self.average())
+        state = with_average(flat, self.average())
         self._collective.barrier()
-        return found
+        return state
 
     def figures(self) -> dict[str, float]:
         """Give the exchange's figures and the optimizer's memory."""

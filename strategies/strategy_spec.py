@@ -122,9 +122,9 @@ class Strategy(Generic[OptionsT]):
     def __init_subclass__(cls, **more: Any) -> None:
         """Refuse a class that was written when a strategy was one class."""
         super().__init_subclass__(**more)
-        found = [f"{name}()" for name in _OF_A_WORKER if name in vars(cls)]
-        if found:
-            text = f"{cls.__name__} is a Strategy and has {', '.join(found)}"
+        methods = [f"{name}()" for name in _OF_A_WORKER if name in vars(cls)]
+        if methods:
+            text = f"{cls.__name__} is a Strategy and has {', '.join(methods)}"
             raise TypeError(f"{text}: {NEW_WAY}")
         refuse_old_names(cls, {"survivors_go_on": "survives_worker_loss"})
 

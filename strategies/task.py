@@ -245,8 +245,8 @@ class Task(ABC):
 
 def overrides(kind: type[Task], method: str) -> bool:
     """Say whether a class has a method of its own; `lr = 0.1` is a number that it keeps."""
-    found = getattr(kind, method)
-    return callable(found) and found is not getattr(Task, method)
+    attribute = getattr(kind, method)
+    return callable(attribute) and attribute is not getattr(Task, method)
 
 
 def has_step(task: Task) -> bool:

@@ -107,13 +107,13 @@ def unheard(kind: type[Task]) -> list[str]:
     """
     check_methods(kind)
     used = {name for _, member in _members(kind) for name in names_in(member)}
-    found = []
+    sentences = []
     for name, member in _members(kind):
         instead = _BESIDE_STEP if name == "forward" and overrides(kind, "step") else _instead(name)
         if name not in used and instead:
             location = source_location(member)
-            found.append(f"{location}{kind.__name__}.{name}() is never called: {instead}")
-    return found
+            sentences.append(f"{location}{kind.__name__}.{name}() is never called: {instead}")
+    return sentences
 
 
 def check_methods(kind: type[Task]) -> None:

@@ -90,8 +90,8 @@ class SavedState:
 
     def file(self, name: str) -> dict[str, Tensor]:
         """Give the tensors of a file by name, each whole; copies, which may be written to."""
-        found = self._load(name).items()
-        return {k: tensor_of(v, TensorSlice(v.shape)).view(v.shape).clone() for k, v in found}
+        raw = self._load(name).items()
+        return {k: tensor_of(v, TensorSlice(v.shape)).view(v.shape).clone() for k, v in raw}
 
     def tables(self) -> Iterator[Mapping[str, RawTensor]]:
         """Give the embedding tables, a file at a time."""
@@ -109,15 +109,15 @@ class SavedState:
         Raises:
             SpecError: it is another model; says what differs.
         """
-        found = self._load("model")
+        saved = self._load("model")
         state = flat.state_dict()
-        left_out = {n: sums for n, sums in (self.left_out or {}).items() if n not in found}
+        left_out = {n: sums for n, sums in (self.left_out or {}).items() if n not in saved}
         check_base(state, left_out)
         state = {name: tensor for name, tensor in state.items() if name not in left_out}
-        _check_model(found, state, slices)
+        _check_model(saved, state, slices)
         for name, tensor in state.items():
             tensor_slice = (slices or {}).get(name, TensorSlice(tuple(tensor.shape)))
-            tensor.copy_(tensor_of(found[name], tensor_slice).view(tensor.shape))
+            tensor.copy_(tensor_of(saved[name], tensor_slice).view(tensor.shape))
         flat.fill_tail()
         flat.version = self.step
 
@@ -141,29 +141,29 @@ class SavedState:
             See `FlatOptimizer.state`; a parameter of which the checkpoint has nothing begins anew.
             Of a task's own optimizer all of it, see `TaskUpdate.memory`.
         """
-        found = self._load("optimizer")
-        if not found:
+        saved = self._load("optimizer")
+        if not saved:
             return {}
-        if TREE in found:
+        if TREE in saved:
             return self.file("optimizer")
         stop = flat.size if stop is None else stop
         used = torch.zeros(len(flat.slots), dtype=torch.bool)
         result: dict[str, Tensor] = {}
-        for kind in dict.fromkeys(key.partition("/")[0] for key in found):
+        for kind in dict.fromkeys(key.partition("/")[0] for key in saved):
             if kind == WHOLE.rstrip("/"):
-                result |= _whole_tensors(found, flat, (start, stop))
-            elif kind in found or kind in NUMBERS:
-                result[PER_PARAMETER + kind] = _numbers(found, kind, flat, used)
+                result |= _whole_tensors(saved, flat, (start, stop))
+            elif kind in saved or kind in NUMBERS:
+                result[PER_PARAMETER + kind] = _numbers(saved, kind, flat, used)
             else:
-                result[kind] = _vector(found, kind, flat, (start, stop), used, slices or {})
+                result[kind] = _vector(saved, kind, flat, (start, stop), used, slices or {})
         return {**result, USED: used}
 
 
-def _numbers(found: Mapping[str, RawTensor], kind: str, flat: FlatModel, used: Tensor) -> Tensor:
+def _numbers(saved: Mapping[str, RawTensor], kind: str, flat: FlatModel, used: Tensor) -> Tensor:
     """Give a number for each parameter; older checkpoints have one for all. Notes who has one."""
-    shared = kind in found
+    shared = kind in saved
     keys = [kind if shared else f"{kind}/{slot.name}" for slot in flat.slots]
-    values = [tensor_of(found[key], TensorSlice(())) if key in found else None for key in keys]
+    values = [tensor_of(saved[key], TensorSlice(())) if key in saved else None for key in keys]
     dtype = next((value.dtype for value in values if value is not None), torch.float32)
     result = torch.zeros(len(keys), dtype=dtype)
     for index, value in enumerate(values):
@@ -174,13 +174,13 @@ def _numbers(found: Mapping[str, RawTensor], kind: str, flat: FlatModel, used: T
 
 
 def _whole_tensors(
-    found: Mapping[str, RawTensor], flat: FlatModel, run: tuple[int, int]
+    saved: Mapping[str, RawTensor], flat: FlatModel, run: tuple[int, int]
 ) -> dict[str, Tensor]:
     """Give what is remembered in tensors of any shape, of the parameters that lie in a run."""
     start, stop = run
     numbers = {s.name: n for n, s in enumerate(flat.slots) if start <= s.offset and s.stop <= stop}
     result = {}
-    for key, raw in found.items():
+    for key, raw in saved.items():
         kind, _, name = key.removeprefix(WHOLE).partition("/")
         if key.startswith(WHOLE) and name in numbers:
             values = tensor_of(raw, TensorSlice(raw.shape)).view(raw.shape)
@@ -189,7 +189,7 @@ def _whole_tensors(
 
 
 def _vector(
-    found: Mapping[str, RawTensor],
+    saved: Mapping[str, RawTensor],
     kind: str,
     flat: FlatModel,
     run: tuple[int, int],
@@ -199,18 +199,18 @@ def _vector(
     """Give a run of a vector; notes the parameters of which the optimizer remembers something."""
     start, stop = run
     for index, slot in enumerate(flat.slots):
-        used[index] |= f"{kind}/{slot.name}" in found and kind != AVERAGE
+        used[index] |= f"{kind}/{slot.name}" in saved and kind != AVERAGE
     result = flat.params.new_zeros(stop - start, device="cpu")
     if kind == AVERAGE:  # of what is frozen it is what it averages
         result.copy_(flat.params[start:stop])
     for index, first, last in flat.slots_in(start, stop):
         slot = flat.slots[index]
         key = f"{kind}/{slot.name}"
-        if key in found:
+        if key in saved:
             part, _ = flat.elements_of(slot, first, last, start)
             where = replace(slices.get(slot.name, TensorSlice(slot.shape)), run=part)
             target = result[first - start : last - start]
-            values = tensor_of(found[key], where).reshape(-1)
+            values = tensor_of(saved[key], where).reshape(-1)
             (target.view(slot.dtype) if flat.mixed else target).copy_(values)
     return result
 
@@ -223,16 +223,16 @@ def tensor_of(whole: RawTensor, tensor_slice: TensorSlice) -> Tensor:
 
 
 def _check_model(
-    found: Mapping[str, RawTensor],
+    saved: Mapping[str, RawTensor],
     mine: Mapping[str, Tensor],
     slices: Mapping[str, TensorSlice] | None,
 ) -> None:
     """Compare names, shapes and types; where `slices` are given the model may be a part."""
-    names = {*found} & {*mine} if slices is not None else {*found}
+    names = {*saved} & {*mine} if slices is not None else {*saved}
     lines = names_differ(names, {*mine})
-    for name in found.keys() & mine.keys():
+    for name in saved.keys() & mine.keys():
         tensor_slice = (slices or {}).get(name, TensorSlice(tuple(mine[name].shape)))
-        had, has = found[name], mine[name]
+        had, has = saved[name], mine[name]
         if had.shape != tensor_slice.shape:
             lines.append(
                 f"{name!r} is {[*had.shape]} in the checkpoint, {[*tensor_slice.shape]} here"

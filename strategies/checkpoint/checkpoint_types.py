@@ -39,9 +39,9 @@ class CheckpointPart:
         first = self.fetch or (lambda: [])
 
         def both() -> ArrayRefs | None:
-            found = first()
-            rest = more() if found is not None else None
-            return None if found is None or rest is None else [*found, *rest]
+            own = first()
+            rest = more() if own is not None else None
+            return None if own is None or rest is None else [*own, *rest]
 
         return replace(self, fetch=both)
 

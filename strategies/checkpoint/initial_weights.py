@@ -75,40 +75,40 @@ def initial_weights(job: Job, model: nn.Module, extra: Mapping[str, Tensor]) -> 
     wanted = job.initial_weights
     assert wanted is not None, "asked for only where the job names some"
     with tempfile.TemporaryDirectory(prefix="distplat-weights-") as folder:
-        found = _together(wanted, Path(folder), job.failure.storage_timeout_s)
-        found = {name: one for name, one in found.items() if not name.startswith(EMA_PREFIX)}
+        weights = _together(wanted, Path(folder), job.failure.storage_timeout_s)
+        weights = {name: one for name, one in weights.items() if not name.startswith(EMA_PREFIX)}
         state = {**model.state_dict(keep_vars=True), **extra}
         own = {name: one for name, one in state.items() if isinstance(one, Tensor)}
-        found = _renamed(found, own)
-        _check_tensors(found, own, wanted)
-        missing, unknown = sorted(own.keys() - found.keys()), sorted(found.keys() - own.keys())
+        weights = _renamed(weights, own)
+        _check_tensors(weights, own, wanted)
+        missing, unknown = sorted(own.keys() - weights.keys()), sorted(weights.keys() - own.keys())
         if not any(one.is_meta for one in own.values()):
-            missing, unknown = _filled(model, extra, found)
-        _check_names(_but_for_tied(missing, own), unknown, {*found}, wanted)
-        return {name: one.clone() for name, one in found.items() if name in own}
+            missing, unknown = _filled(model, extra, weights)
+        _check_names(_but_for_tied(missing, own), unknown, {*weights}, wanted)
+        return {name: one.clone() for name, one in weights.items() if name in own}
 
 
 def _filled(
-    model: nn.Module, extra: Mapping[str, Tensor], found: Mapping[str, Tensor]
+    model: nn.Module, extra: Mapping[str, Tensor], weights: Mapping[str, Tensor]
 ) -> tuple[list[str], list[str]]:
     """Fill a model as torch does, whose modules may know older names; give what one side lacks."""
     try:
-        left = model.load_state_dict({k: v for k, v in found.items() if k not in extra}, False)
+        left = model.load_state_dict({k: v for k, v in weights.items() if k not in extra}, False)
     except RuntimeError as error:
         raise _problem(f"they are of another model: {_reason(error)}") from None
-    for name in extra.keys() & found.keys():
-        extra[name].data.copy_(found[name])
-    missing = [*left.missing_keys, *(extra.keys() - found.keys())]
+    for name in extra.keys() & weights.keys():
+        extra[name].data.copy_(weights[name])
+    missing = [*left.missing_keys, *(extra.keys() - weights.keys())]
     return sorted(missing), sorted(left.unexpected_keys)
 
 
 def _together(wanted: InitialWeights, folder: Path, limit_s: float) -> dict[str, Tensor]:
-    found: dict[str, Tensor] = {}
+    weights: dict[str, Tensor] = {}
     for number, path in enumerate(wanted.path):
         target = folder / str(number)
         target.mkdir()
-        found |= _read(_on_disk(path, target, limit_s))
-    return found
+        weights |= _read(_on_disk(path, target, limit_s))
+    return weights
 
 
 def _said(wanted: InitialWeights) -> str:
@@ -142,14 +142,14 @@ def _problem(text: str, advice: str = "") -> SpecError:
 def _on_disk(path: str, folder: Path, limit_s: float) -> Path:
     """Give the file or directory; of a URL a copy of what is read there."""
     if not is_url(path):
-        found = Path(path).expanduser()
-        if not found.exists():
-            near = nearest(found.name, [one.name for one in found.parent.glob("*")])
+        local = Path(path).expanduser()
+        if not local.exists():
+            near = nearest(local.name, [one.name for one in local.parent.glob("*")])
             advice = f"did you mean {near!r}? " if near else ""
-            where = "" if found.is_absolute() else f", looked for in {Path.cwd()}"
-            text = f"there is no {found}{where}"
+            where = "" if local.is_absolute() else f", looked for in {Path.cwd()}"
+            text = f"there is no {local}{where}"
             raise _problem(text, f"{advice}every worker reads it, on its own node")
-        return found
+        return local
     for text, advice in (url_problem(path), missing_library(path)):
         if text:
             raise _problem(text, advice)
@@ -185,12 +185,12 @@ def _read(path: Path) -> dict[str, Tensor]:
         raise _problem(f"{path} has none of {', '.join(_FILES)}", "give the file itself")
     if not name.endswith(".json"):
         return _read_file(path / name)
-    found: dict[str, Tensor] = {}
+    weights: dict[str, Tensor] = {}
     for shard in _shards(path / name):
         if Path(shard).name != shard or not (path / shard).is_file():
             raise _problem(f"{path / name} names {shard!r}, which is not there")
-        found |= _read_file(path / shard)
-    return found
+        weights |= _read_file(path / shard)
+    return weights
 
 
 def _shards(index: Path) -> list[str]:
@@ -238,10 +238,10 @@ def _state_dict(given: Any, path: Path) -> dict[str, Tensor]:
     raise _problem(text, "save model.state_dict()")
 
 
-def _renamed(found: Mapping[str, Tensor], mine: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _renamed(weights: Mapping[str, Tensor], mine: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Leave out what wrappers put before names: `module.` of DDP, `_orig_mod.` of torch.compile."""
     renamed: dict[str, Tensor] = {}
-    for name, tensor in found.items():
+    for name, tensor in weights.items():
         new = name
         if name not in mine:
             new = name.replace("_orig_mod.", "")
@@ -254,18 +254,18 @@ def _renamed(found: Mapping[str, Tensor], mine: Mapping[str, Tensor]) -> dict[st
 
 
 def _check_tensors(
-    found: Mapping[str, Tensor], mine: Mapping[str, Tensor], wanted: InitialWeights
+    weights: Mapping[str, Tensor], mine: Mapping[str, Tensor], wanted: InitialWeights
 ) -> None:
     """Compare shapes and kinds: whole numbers for weights are those of a quantized model."""
-    there = sorted(found.keys() & mine.keys())
+    there = sorted(weights.keys() & mine.keys())
     others = [
-        f"{name!r} is {_kind(found[name])} there, {_kind(mine[name])} in the model"
+        f"{name!r} is {_kind(weights[name])} there, {_kind(mine[name])} in the model"
         for name in there
-        if _kind(found[name]) != _kind(mine[name])
+        if _kind(weights[name]) != _kind(mine[name])
     ]
     if others:
         raise _problem(f"{_said(wanted)} is of another model: {_listed(others)}")
-    _check_shared(found, mine, wanted)
+    _check_shared(weights, mine, wanted)
 
 
 def _kind(tensor: Tensor) -> str:
@@ -275,7 +275,7 @@ def _kind(tensor: Tensor) -> str:
 
 
 def _check_names(
-    missing: Sequence[str], unknown: Sequence[str], found: Set[str], wanted: InitialWeights
+    missing: Sequence[str], unknown: Sequence[str], names: Set[str], wanted: InitialWeights
 ) -> None:
     """Say what one side lacks."""
     if not missing and not unknown:
@@ -283,7 +283,7 @@ def _check_names(
     lines = [f"no {name!r} in the file{_near(name, unknown)}" for name in missing]
     lines += [f"no {name!r} in the model" for name in unknown]
     text = f"{_said(wanted)}: {_listed(lines, of=len(missing))}"
-    if found <= {*unknown}:
+    if names <= {*unknown}:
         raise _problem(text, _prefix(unknown, missing) or "it has none of the model's names")
     if wanted.strict:
         advice = _prefix(unknown, missing)
@@ -292,13 +292,13 @@ def _check_names(
 
 
 def _check_shared(
-    found: Mapping[str, Tensor], mine: Mapping[str, Tensor], wanted: InitialWeights
+    weights: Mapping[str, Tensor], mine: Mapping[str, Tensor], wanted: InitialWeights
 ) -> None:
     """See that names of one tensor, such as tied embeddings, have one value."""
     for names in _shared(mine):
-        there = [name for name in names if name in found]
+        there = [name for name in names if name in weights]
         for name in there[1:]:
-            if not torch.equal(found[there[0]], found[name]):
+            if not torch.equal(weights[there[0]], weights[name]):
                 text = f"{there[0]!r} and {name!r} are one tensor of the model, and two values in"
                 raise _problem(
                     f"{text} {_said(wanted)}", "the file is of a model that ties them not"

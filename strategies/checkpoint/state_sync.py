@@ -29,8 +29,8 @@ class ModuleSlot:
     @property
     def tensor(self) -> Tensor | None:
         """The present value."""
-        found: Tensor | None = self.where.get(self.key)
-        return found
+        tensor: Tensor | None = self.where.get(self.key)
+        return tensor
 
     def same_kind(self, other: Tensor | None) -> bool:
         """Say whether a tensor could be copied into the one that is there."""
@@ -69,7 +69,7 @@ def untrained_slots(model: nn.Module) -> list[ModuleSlot]:
 
 def slots_of(model: nn.Module) -> list[ModuleSlot]:
     """Give all parameters and buffers, each once, in an order that is the same on all ranks."""
-    found, seen = [], set()
+    slots, seen = [], set()
     for prefix, module in model.named_modules():
         for where in (module._parameters, module._buffers):
             for key, tensor in where.items():
@@ -77,8 +77,8 @@ def slots_of(model: nn.Module) -> list[ModuleSlot]:
                     continue
                 if tensor is None or id(tensor) not in seen:
                     seen.add(id(tensor))
-                    found.append(ModuleSlot(where, key, f"{prefix}.{key}" if prefix else key))
-    return found
+                    slots.append(ModuleSlot(where, key, f"{prefix}.{key}" if prefix else key))
+    return slots
 
 
 def broadcast_slots(

@@ -120,9 +120,9 @@ def running(session: FunctionSession) -> Iterator[None]:
 
 
 def _session() -> FunctionSession:
-    found: FunctionSession | None = getattr(_of_thread, "session", None)
-    if found is None:
+    session: FunctionSession | None = getattr(_of_thread, "session", None)
+    if session is None:
         text = "this is not the thread of a train function that distplat runs"
         hint = "call it in the function that Trainer(job, train) or `task: module:train` names"
         raise SpecError(Problem(("task",), text, hint))
-    return found
+    return session

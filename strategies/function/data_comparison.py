@@ -137,10 +137,10 @@ def _rows_of(value: Any, size: int, rows: Iterable[int]) -> list[str]:
     try:
         if getattr(value, "ndim", 1) == 0 or len(value) != size:
             return []
-        found = [value[one] if table is None else [*np.ravel(table[one])] for one in rows]
-        if any(one is None for one in found):  # samples that were read are put there
+        entries = [value[one] if table is None else [*np.ravel(table[one])] for one in rows]
+        if any(one is None for one in entries):  # samples that were read are put there
             return []
-        return [_hash_of(one) for one in found]
+        return [_hash_of(one) for one in entries]
     except Exception:  # of the user's, which may be of any kind: it is not compared
         return []
 

@@ -196,11 +196,11 @@ class FunctionSession:
         """Make models, optimizers, loaders and schedulers ready; see `api.prepare`."""
         models = [one for one in things if isinstance(one, nn.Module)]
         ready = {id(one): self._model(one, alone=len(models) == 1) for one in models}
-        found = tuple(ready[id(one)] if id(one) in ready else self._other(one) for one in things)
+        prepared = tuple(ready[id(one)] if id(one) in ready else self._other(one) for one in things)
         seed = self.job.seed
         if models and self.group.world > 1:  # they are made alike
             seed_rank(seed, self._progress.step, self.context.rank)
-        return found[0] if len(found) == 1 else found
+        return prepared[0] if len(prepared) == 1 else prepared
 
     def _model(self, given: nn.Module, *, alone: bool) -> nn.Module:
         wrapped = isinstance(given, nn.parallel.DistributedDataParallel)
@@ -328,8 +328,8 @@ class FunctionSession:
         if saved is None:
             return None
         tree = saved.state[FUNCTION]
-        found = saved.file(_FILE) if has_tensors(tree) else {}  # else there is no such file
-        return unpack(tree, [found[str(n)] for n in range(len(found))])
+        tensors = saved.file(_FILE) if has_tensors(tree) else {}  # else there is no such file
+        return unpack(tree, [tensors[str(n)] for n in range(len(tensors))])
 
     def should_stop(self) -> bool:
         """Say whether the loop is to end; see `api.should_stop`."""

@@ -142,7 +142,7 @@ def check_alike(model: nn.Module, group: Collective, when: str, steps: int = 0) 
     device = named[0][1].device if named else torch.device("cpu")
     every = gather_values(mine, group, device)
     for position, (name, one) in enumerate(named):
-        first, *others = (found[position] for found in every)
+        first, *others = (sums[position] for sums in every)
         allowed = _allowed(one.dtype, steps) * first[-1]
         for rank, its in enumerate(others, 1):
             if max(abs(a - b) for a, b in zip(first, its, strict=True)) > allowed:

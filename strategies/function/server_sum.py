@@ -85,14 +85,14 @@ class SummedVectors:
     @property
     def flags(self) -> Tensor:
         """By slot of all models, whether this rank has a gradient."""
-        (found,) = typed_views(self.grads, [self._flags])
-        return found
+        (flags,) = typed_views(self.grads, [self._flags])
+        return flags
 
     @property
     def summed_flags(self) -> Tensor:
         """By slot of all models, how many ranks have a gradient."""
-        (found,) = typed_views(self.params, [self._flags])
-        return found
+        (flags,) = typed_views(self.params, [self._flags])
+        return flags
 
     def of_model(self, vector: Tensor, number: int, flat: FlatModel) -> Tensor:
         """Give a model's part of a vector, with the elements of the model's own."""

@@ -145,8 +145,8 @@ class ServerUpdates(Exchange):
             args, kwargs = (optimizer, lambda: loss), {}
         params = parameters_of(optimizer)
         self._taken = [(one, one.grad) for one in params]
-        found = getattr(optimizer, "found_inf", None)  # of a GradScaler, for a fused kernel
-        if found is None or not float(found):
+        found_inf = getattr(optimizer, "found_inf", None)  # of a GradScaler, for a fused kernel
+        if found_inf is None or not float(found_inf):
             scale = getattr(optimizer, "grad_scale", None)
             self._push({id(one) for one in params}, 1.0 if scale is None else 1.0 / float(scale))
         for one in params:
@@ -375,11 +375,11 @@ class _Written:
         """Give the indices of parameters that have changed since."""
         versions, values = self._read()
         pairs = zip(versions, self._versions, strict=True)
-        found = {slot for slot, (now, then) in enumerate(pairs) if now != then}
+        changed = {slot for slot, (now, then) in enumerate(pairs) if now != then}
         if not torch.equal(values, self._values):
             others = (values != self._values).any(1).cpu().numpy()
-            found.update(self._slot_of[others].tolist())
-        return sorted(found)
+            changed.update(self._slot_of[others].tolist())
+        return sorted(changed)
 
     def _read(self) -> tuple[list[int], Tensor]:
         values = self._flat.params[self._indices].unsqueeze(1)
@@ -388,7 +388,7 @@ class _Written:
 
 def _state_of(flat: FlatModel, optimizers: list[Optimizer]) -> dict[str, Tensor]:
     """Give what optimizers remember of a model, see `FlatOptimizer.state`."""
-    found: dict[str, Tensor] = {}
+    state_dict: dict[str, Tensor] = {}
     used = torch.zeros(len(flat.slots), dtype=torch.bool)
     for index, (slot, one) in enumerate(zip(flat.slots, flat.parameters, strict=True)):
         state = next((dict(o.state[one]) for o in optimizers if one in o.state), {})
@@ -397,12 +397,12 @@ def _state_of(flat: FlatModel, optimizers: list[Optimizer]) -> dict[str, Tensor]
                 continue
             used[index] = True
             if name not in NUMBERS:
-                whole = found.setdefault(name, torch.zeros_like(flat.params, device="cpu"))
+                whole = state_dict.setdefault(name, torch.zeros_like(flat.params, device="cpu"))
                 slot.view(whole).copy_(value)
             else:
                 zeros = torch.zeros(len(flat.slots), dtype=value.dtype)
-                found.setdefault(PER_PARAMETER + name, zeros)[index] = value
-    return {**found, USED: used} if found else {}
+                state_dict.setdefault(PER_PARAMETER + name, zeros)[index] = value
+    return {**state_dict, USED: used} if state_dict else {}
 
 
 _SPECS: TypeAdapter[Any] = TypeAdapter(AnyOptimizer)

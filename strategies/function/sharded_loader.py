@@ -146,8 +146,8 @@ class ShardedLoader(ABC):
         Raises:
             ValueError: it is no such state, or a batch of this run would not begin there.
         """
-        found = state if isinstance(state, Mapping) else {}
-        epoch, samples = found.get("epoch"), found.get("samples")
+        given = state if isinstance(state, Mapping) else {}
+        epoch, samples = given.get("epoch"), given.get("samples")
         if not (isinstance(epoch, int) and isinstance(samples, int)):
             raise ValueError(
                 "load_state_dict() of a prepared loader takes what its state_dict() gave, with "
@@ -172,12 +172,12 @@ class ShardedLoader(ABC):
         try:
             for number in itertools.count(first + 1):
                 began = time.perf_counter()
-                found = next(batches, None)
-                if found is None:
+                rank_batch = next(batches, None)
+                if rank_batch is None:
                     break
-                batch = to_device(found.batch, self._device)
+                batch = to_device(rank_batch.batch, self._device)
                 self._at = epoch, number
-                self._read(this_pass, found, time.perf_counter() - began, epoch)
+                self._read(this_pass, rank_batch, time.perf_counter() - began, epoch)
                 yield batch
             self._at = None
         finally:
@@ -221,9 +221,9 @@ class NumberedLoader(ShardedLoader):
     @override
     def __iter__(self) -> Iterator[Any]:
         one = self.sampler
-        told = one.told_epoch() if isinstance(one, DealtSampler) else one.epoch
-        if told != self._noted:  # the loop has told its own sampler
-            self.set_epoch(told)
+        epoch = one.told_epoch() if isinstance(one, DealtSampler) else one.epoch
+        if epoch != self._noted:  # the loop has told its own sampler
+            self.set_epoch(epoch)
         return super().__iter__()
 
     @override

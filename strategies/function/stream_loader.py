@@ -122,17 +122,17 @@ class StreamLoader(ShardedLoader):
     @override
     def _batches(self, epoch: int, first: int) -> Iterator[RankBatch]:
         self._part.begin(epoch, first)
-        for found, mark in self._loader:
+        for rank_batch, mark in self._loader:
             self._mark = mark
-            yield found
+            yield rank_batch
 
     @override
     def state_dict(self) -> dict[str, Any]:
         """With the position in the stream, of rank 0; all read the same one."""
-        found = super().state_dict()
+        state = super().state_dict()
         mark = self._mark if self._at is not None else self._part.mark
-        near = mark is not None and mark.turn == found["epoch"]
-        return {**found, "stream": mark.saved() if mark is not None and near else None}
+        near = mark is not None and mark.turn == state["epoch"]
+        return {**state, "stream": mark.saved() if mark is not None and near else None}
 
     @override
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -200,7 +200,7 @@ class _Part(IterableDataset[Any]):
 
     def _block(self, stream: StreamSamples, here: StreamPosition, size: int) -> _Block:
         """Read what all ranks' next batches are made of."""
-        found, hashes = _Block(here, []), []
+        block, hashes = _Block(here, []), []
         for place in range(size):
             sample = stream.next_of_pass()
             if sample is OVER:
@@ -208,13 +208,13 @@ class _Part(IterableDataset[Any]):
             if place < _HASHED and self._cut.rank == 0 and not here.hashes:
                 hashes.append(hash_of(sample))
             if not place and self._cut.world > 1:
-                found.fingerprint = fingerprint_of(sample)
+                block.fingerprint = fingerprint_of(sample)
             if place % self._cut.world == self._cut.rank:
-                found.mine.append(sample)
-            found.count += 1
+                block.mine.append(sample)
+            block.count += 1
         if hashes:
-            found.mark = here._replace(hashes=tuple(hashes))
-        return found
+            block.mark = here._replace(hashes=tuple(hashes))
+        return block
 
     def _filled(
         self, stream: StreamSamples, block: _Block
@@ -248,10 +248,10 @@ class _Collate(Collate):
 
     @override
     def __call__(
-        self, found: tuple[list[Any], RankBatch, StreamPosition]
+        self, read: tuple[list[Any], RankBatch, StreamPosition]
     ) -> tuple[RankBatch, StreamPosition]:
-        samples, told, mark = found
-        return told._replace(batch=super().__call__(samples)), mark
+        samples, rank_batch, mark = read
+        return rank_batch._replace(batch=super().__call__(samples)), mark
 
 
 def _without_sharding(init: Callable[[int], object], loader: int) -> None:

@@ -117,42 +117,42 @@ def agree(
     if other_facts == mine:
         return
     me, other = f"worker-{rank}", f"worker-{first}"
-    found = _differences(mine, other_facts, me, other)
-    if not found:
-        found = _other_samples(mine, other_facts, me, other, again)
-    if found:
+    differences = _differences(mine, other_facts, me, other)
+    if not differences:
+        differences = _other_samples(mine, other_facts, me, other, again)
+    if differences:
         hint = "every worker must build the same model and data: what differs between them?"
-        raise SpecError(*(Problem(("task",), text, hint) for text in found))
+        raise SpecError(*(Problem(("task",), text, hint) for text in differences))
 
 
 def _differences(mine: RankFacts, theirs: RankFacts, me: str, other: str) -> list[str]:
     """Say what differs but for the samples themselves."""
-    found = []
+    differences = []
     if mine.code != theirs.code:
-        found.append(f"{me} runs another {mine.code[0] or 'task'} than {other}")
+        differences.append(f"{me} runs another {mine.code[0] or 'task'} than {other}")
     for kind in ("samples", "eval_samples"):
         has, had = getattr(mine, kind), getattr(theirs, kind)
         if has != had:
             what = "training samples" if kind == "samples" else "evaluation samples"
-            found.append(f"{me} has {_count(has)} {what}, {other} has {_count(had)}")
+            differences.append(f"{me} has {_count(has)} {what}, {other} has {_count(had)}")
     has_model, had_model = dict(mine.model), dict(theirs.model)
     names = [n for n in has_model | had_model if has_model.get(n) != had_model.get(n)]
     for name in names[:_SHOWN]:
         has_it, had_it = (m.get(name, "not there") for m in (has_model, had_model))
-        found.append(f"{name!r} of the model is {has_it} on {me}, {had_it} on {other}")
+        differences.append(f"{name!r} of the model is {has_it} on {me}, {had_it} on {other}")
     if len(names) > _SHOWN:
-        found.append(f"{len(names) - _SHOWN} more parameters and buffers differ")
+        differences.append(f"{len(names) - _SHOWN} more parameters and buffers differ")
     has_values, had_values = dict(mine.values), dict(theirs.values)
     for name in [n for n in has_values if has_values[n] != had_values.get(n)][:1]:
         where = f"on {me} than on {other}, and under this strategy nobody sends them"
-        found.append(f"{name!r} of the model has other values {where}")
-    if mine.order != theirs.order and not found:
-        found.append(f"sampler() gives {me} another order of samples than {other}")
+        differences.append(f"{name!r} of the model has other values {where}")
+    if mine.order != theirs.order and not differences:
+        differences.append(f"sampler() gives {me} another order of samples than {other}")
     for method, _ in sorted({*mine.said} - {*theirs.said}):
-        found.append(f"{method}() gives {me} something else than {other}")
+        differences.append(f"{method}() gives {me} something else than {other}")
     if not names and mine.model != theirs.model:
-        found.append(f"{me} has the parameters of the model in another order than {other}")
-    return found
+        differences.append(f"{me} has the parameters of the model in another order than {other}")
+    return differences
 
 
 def _other_samples(
@@ -196,12 +196,12 @@ def _length(data: Any) -> int:
 
 
 def _model(model: nn.Module) -> tuple[tuple[str, str], ...]:
-    found = []
+    described = []
     for name, parameter in model.named_parameters():
         kind = "trained" if parameter.requires_grad else "frozen"
-        found.append((name, f"a {kind} parameter, {_kind(parameter)}"))
-    found += [(name, f"a buffer, {_kind(buffer)}") for name, buffer in model.named_buffers()]
-    return tuple(found)
+        described.append((name, f"a {kind} parameter, {_kind(parameter)}"))
+    described += [(name, f"a buffer, {_kind(buffer)}") for name, buffer in model.named_buffers()]
+    return tuple(described)
 
 
 def _kind(tensor: Tensor) -> str:
@@ -231,17 +231,17 @@ def hash_samples(data: Dataset[Any], positions: Sequence[int]) -> dict[int, str]
     """
     if isinstance(data, StreamSamples):
         return {position: data.hashes[position] for position in positions}
-    found, own = {}, secrets.randbits(63)
+    hashes, own = {}, secrets.randbits(63)
     with preserve_rng_state():
         seed_sample(own, 0)
         before = rng_states()
         for number, position in enumerate(positions, start=1):
             try:
-                found[position] = hash_of(data[position])
+                hashes[position] = hash_of(data[position])
             except Exception as error:
-                found[position] = f"raises {type(error).__name__}"
+                hashes[position] = f"raises {type(error).__name__}"
             if rng_states() != before:
-                found[position] = _DRAWS
+                hashes[position] = _DRAWS
                 seed_sample(own, number)  # the next one may leave them as this one has
                 before = rng_states()
-    return found
+    return hashes

@@ -322,8 +322,8 @@ class Samples(Dataset[Any]):
     def _read(self, data: Any, ids: list[int]) -> list[Any]:
         many = getattr(data, "__getitems__", None)
         if many is not None:
-            found: list[Any] = many(list(ids))
-            return found
+            samples: list[Any] = many(list(ids))
+            return samples
         return [data[index] for index in ids]
 
     def _read_seeded(self, run: SampleRun) -> list[Any]:

@@ -153,8 +153,8 @@ def checked_data(job: Job, task: Task, data: object, method: str) -> Dataset[Any
         fault = "has no samples: return None for no evaluation"
     if fault:
         raise ValueError(f"{method_location(task, method)}{method}() {fault}")
-    found: Dataset[Any] = data  # type: ignore[assignment]
-    return found
+    data_set: Dataset[Any] = data  # type: ignore[assignment]
+    return data_set
 
 
 def _checked_stream(job: Job, task: Task, data: object, method: str) -> StreamSamples:
@@ -169,13 +169,13 @@ def _checked_stream(job: Job, task: Task, data: object, method: str) -> StreamSa
             "train_data() gives a stream, which has its own: remove one of the two"
         )
     where = f"{method_location(task, method)}{method}()"
-    found = StreamSamples(data, StreamSeeds(job.seed, evaluates), where)
+    samples = StreamSamples(data, StreamSeeds(job.seed, evaluates), where)
     counts = evaluates or job.epochs is not None
-    found.survey(counts=counts, limit_s=job.failure.start_timeout_s / 2)
-    if len(found) == ENDLESS and job.checkpoint.every_epochs is not None:
+    samples.survey(counts=counts, limit_s=job.failure.start_timeout_s / 2)
+    if len(samples) == ENDLESS and job.checkpoint.every_epochs is not None:
         text = "the training data is a stream without a length, which has no epochs"
         raise SpecError(Problem(("checkpoint", "every_epochs"), text, "give `every_steps`"))
-    return found
+    return samples
 
 
 def check_frequencies(model: nn.Module, parts: int) -> None:
@@ -190,14 +190,14 @@ def check_frequencies(model: nn.Module, parts: int) -> None:
         SpecError: names each that does.
     """
     named = model.named_modules() if parts > 1 else ()
-    found = [name for name, one in named if getattr(one, "scale_grad_by_freq", False) is True]
+    names = [name for name, one in named if getattr(one, "scale_grad_by_freq", False) is True]
     text = (
         "model() has {!r} with `scale_grad_by_freq`: its gradient is divided by how often a row is "
         f"in a micro-batch, and this job makes {parts} of a batch"
     )
     hint = "leave it out, or use one worker without gradient_accumulation"
-    if found:
-        raise SpecError(*(Problem(("task",), text.format(name), hint) for name in found))
+    if names:
+        raise SpecError(*(Problem(("task",), text.format(name), hint) for name in names))
 
 
 def check_evaluations(job: Job, sampler: Sampler, eval_data: object) -> None:
@@ -290,8 +290,8 @@ def checked_step(task: Task, given: object) -> object:
             f"{method_location(task, 'step')}step() must have the loss in what it returns, as "
             f"'loss'; got a {type(given).__name__} of {names}"
         )
-    found: object = given["loss"]
-    return found
+    loss: object = given["loss"]
+    return loss
 
 
 _CUT_OFF = ".detach(), no_grad(), .item() and the like cut it off, or all that it uses is frozen"
@@ -377,14 +377,14 @@ def checked_metrics(
     """
     figures: dict[str, float] = {}
     kept: dict[str, Any] = {}
-    found = task.metrics(outputs, targets)
+    metrics = task.metrics(outputs, targets)
     where = method_location(task, "metrics")
-    if not isinstance(found, Mapping):
+    if not isinstance(metrics, Mapping):
         raise ValueError(
             f"{where}metrics() must return a mapping of names to numbers, "
-            f"got {_named(found)}{no_return(found)}"
+            f"got {_named(metrics)}{no_return(metrics)}"
         )
-    for name, value in found.items():
+    for name, value in metrics.items():
         if not isinstance(name, str):
             raise ValueError(f"{where}a name in metrics() must be text, got {name!r}")
         if has_state(value):
@@ -402,19 +402,19 @@ def has_state(value: object) -> bool:
 def has_methods(value: object, *names: str) -> bool:
     """Say whether an object has methods, whatever it answers who asks for an attribute."""
     try:
-        found = [getattr(value, name, None) for name in names]
+        methods = [getattr(value, name, None) for name in names]
     except Exception:  # such as the KeyError of a dict that takes attributes for keys
         return False
-    return not isinstance(value, type) and all(map(callable, found))
+    return not isinstance(value, type) and all(map(callable, methods))
 
 
-def checked_number(value: object, said: str, name: str) -> float:
+def checked_number(value: object, prefix: str, name: str) -> float:
     """
     Give a figure.
 
     Args:
         value: what there is in its place.
-        said: begins the message, `metrics() gives 'accuracy'`.
+        prefix: begins the message, `metrics() gives 'accuracy'`.
         name: of the figure.
 
     Raises:
@@ -424,14 +424,14 @@ def checked_number(value: object, said: str, name: str) -> float:
     if isinstance(value, Tensor) and (value.numel() != 1 or value.is_complex()):
         kind = dtype_name(value)
         several = f"; give one entry for each, such as '{name}_0'" if value.numel() > 1 else ""
-        text = f"{said} as a tensor of shape {[*value.shape]}, {kind}: {wanted}{several}"
+        text = f"{prefix} as a tensor of shape {[*value.shape]}, {kind}: {wanted}{several}"
         raise ValueError(text)
     try:
         if isinstance(value, str):
             raise TypeError
         return float(value)  # type: ignore[arg-type]
     except (TypeError, ValueError):
-        raise ValueError(f"{said} as {_named(value)}: {wanted}") from None
+        raise ValueError(f"{prefix} as {_named(value)}: {wanted}") from None
 
 
 def method_location(task: Task, method: str) -> str:

@@ -19,12 +19,12 @@ from distplat.strategies.loop.batches import (
     EvalLoader,
     Loader,
     SampleRun,
-    unpack_batch,
     batches_by,
     fingerprint_of_batch,
     micro_batches,
     note_positions,
     sample_runs,
+    unpack_batch,
 )
 from distplat.strategies.loop.collate import to_device
 from distplat.strategies.loop.control import StepControl
@@ -199,7 +199,7 @@ class WholeModel(Compute):
         for module in self._modules:
             module.train()
         sizes = [len(ids) for ids in self._plan(step)]
-        share, part = Share(), 1.0 / self.sampler.batch_size(step)
+        share, batch_scale = Share(), 1.0 / self.sampler.batch_size(step)
         batches, terms = self._batches, None
         if self._weights is not None:
             batches, terms = self._weighed(step, sizes, self._weights)
@@ -207,20 +207,20 @@ class WholeModel(Compute):
             batch, kept = unpack_batch(to_device(next(batches), self.flat.params.device), size)
             kept = kept if terms is None else size  # weights of terms are the task's own
             clock.lap("data")
-            asked = calls()
+            calls_before = calls()
             self._mean_check.begin(step)
             with precision(self.job, self.flat.params.device):
                 with self._mean_check.watching(step):
                     result = run_batch(self.task, self.flat.model, batch, kept, terms)
                 # Else it is no mean over samples, and the others wait.
-                if calls() == asked and terms is None:
+                if calls() == calls_before and terms is None:
                     self._mean_check.look(step, result, kept)
             term = result.term
             self.flat.before_backward()
             if number == len(sizes):
                 self.last_backward()
             scale = 1.0 if self._scale is None else self._scale.value
-            torch.autograd.backward(term.value * (term.factor * part * scale))
+            torch.autograd.backward(term.value * (term.factor * batch_scale * scale))
             self.flat.collect()
             share = share.plus(term, size)
             self.alive()
@@ -232,9 +232,9 @@ class WholeModel(Compute):
     ) -> tuple[Iterator[Any], Terms]:
         """Read the micro-batches of a step, and give them with the weights of all ranks'."""
         device = self.flat.params.device
-        found = [unpack_batch(to_device(next(self._batches), device), size)[0] for size in sizes]
+        batches = [unpack_batch(to_device(next(self._batches), device), size)[0] for size in sizes]
         samples = sum(sizes), self.sampler.batch_size(step)
-        return iter(found), weights.of_step(found, *samples, device)
+        return iter(batches), weights.of_step(batches, *samples, device)
 
     @override
     def skip(self, step: int) -> None:
@@ -248,20 +248,20 @@ class WholeModel(Compute):
         for module in self._modules:
             module.eval()
         self.metrics.begin(self.flat.params.device)
-        found = Sums()
+        sums = Sums()
         for batch, size in self._eval_batches(data):
             given, kept = unpack_batch(to_device(batch, self.flat.params.device), size)
             with precision(self.job, self.flat.params.device):
-                own = None if self._weights is None else Terms(weights_of(self.task, given), size)
+                terms = None if self._weights is None else Terms(weights_of(self.task, given), size)
                 result = run_batch(
-                    self.task, self.flat.model, given, kept if own is None else size, own
+                    self.task, self.flat.model, given, kept if terms is None else size, terms
                 )
                 figures = evaluate_batch(self.task, result, kept)
-                found.add(figures, size)
+                sums.add(figures, size)
                 self._mean_check.look_at_metrics(result, figures, kept)
             self.alive()
-        found.states = self.metrics.states(found.kept)
-        return found
+        sums.states = self.metrics.states(sums.kept)
+        return sums
 
     def _plan(self, step: int) -> list[Any]:
         return self.sampler.micro_batches(step, self.rank, self.job.gradient_accumulation)
@@ -328,9 +328,9 @@ class TaskModel(WholeModel, Compute):
     def evaluate_part(self, data: Dataset[Any], part: int) -> Sums:
         """Evaluate one of as many parts of the data as a step has."""
         self.rank = part
-        found = self.evaluate(data)
-        found.put(self.metrics.figures([found.states]))
-        return found
+        sums = self.evaluate(data)
+        sums.put(self.metrics.figures([sums.states]))
+        return sums
 
     @override
     def _eval_part(self, samples: int) -> range:

@@ -192,8 +192,8 @@ class Gathering:
             raise SpecError(_UNHEARD)
         self._calls += 1
         apply: Any = _Gather.apply
-        found: Tensor = apply(tensor, self, self._calls)
-        return found
+        rows: Tensor = apply(tensor, self, self._calls)
+        return rows
 
     def rows_of_all(self, mine: Tensor, call: int) -> tuple[Tensor, slice]:
         """Give the rows of all ranks, and which of them are this one's."""
@@ -240,10 +240,10 @@ class Gathering:
         known = {rank: one for rank, one in enumerate(words) if one.kind != _NOTHING}
         first = {one.common: rank for rank, one in reversed(known.items())}
         if len(first) > 1:
-            said = ", ".join(f"rank {rank} {words[rank]}" for rank in sorted(first.values()))
+            texts = ", ".join(f"rank {rank} {words[rank]}" for rank in sorted(first.values()))
             raise RuntimeError(
-                f"workers do not call all_gather() alike: {said}. Whether and in which order it is "
-                "called, and the shape of a row, must not depend on the samples"
+                f"workers do not call all_gather() alike: {texts}. Whether and in which order it "
+                "is called, and the shape of a row, must not depend on the samples"
             )
         return [*known.values()]
 

@@ -275,7 +275,7 @@ def held_generators(data: Dataset[Any]) -> list[str]:
         Names such as `self.data.transform.transforms[0].rng`.
     """
     seen: set[int] = {id(one) for one in _global()}
-    found = []
+    paths = []
     left: list[tuple[str, Any, int]] = [("self", data, 0)]
     while left and len(seen) < _OBJECTS:
         name, value, depth = left.pop(0)
@@ -283,10 +283,10 @@ def held_generators(data: Dataset[Any]) -> list[str]:
             continue
         seen.add(id(value))
         if isinstance(value, _KINDS):
-            found.append(name)
+            paths.append(name)
         elif depth < _DEPTH:
             left += [(f"{name}{path}", one, depth + 1) for path, one in _inside(value)]
-    return found
+    return paths
 
 
 def warning_of(data: Dataset[Any], what: str) -> str | None:

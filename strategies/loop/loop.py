@@ -94,10 +94,10 @@ class StepExchange:
 
     def figures(self) -> dict[str, float]:
         """Give the figures of tables and skipped steps, and the loss scale of the next step."""
-        found = self._steps.figures()
+        figures = self._steps.figures()
         if self._scale is not None:
-            found["loss_scale"] = self._scale.value
-        return found if self._lookups is None else {**found, **self._lookups.figures()}
+            figures["loss_scale"] = self._scale.value
+        return figures if self._lookups is None else {**figures, **self._lookups.figures()}
 
 
 @dataclass
@@ -225,10 +225,10 @@ class Loop(_AnyLoop):
 
     def _unreported_share(self) -> Share | None:
         """Give this rank's part of the step before the first, where no attempt has reported it."""
-        given, self.strategy.given = self.strategy.given, None
+        computed, self.strategy.given = self.strategy.given, None
         if self.strategy.replayed is not None:
             return self.strategy.replayed
-        return given[1] if given is not None and given[0] == self.start - 1 else None
+        return computed[1] if computed is not None and computed[0] == self.start - 1 else None
 
     def _stop_order(self, step: int) -> StopOrder:
         stop_order = self.stop(step)
@@ -286,18 +286,18 @@ class Loop(_AnyLoop):
     def _evaluate(self, data: Dataset[Any], step: int) -> None:
         """Run this rank's part of the evaluation data; the controller puts the parts together."""
         self.progress.evaluating = True
-        found = self.compute.evaluate(data)
+        sums = self.compute.evaluate(data)
         self.state.discard()
         if self.job.ema is not None:
             with self.flat.with_params(self.strategy.average()):
-                found.merge(self.compute.evaluate(data), "ema_")
+                sums.merge(self.compute.evaluate(data), "ema_")
             self.state.discard()
-        self._merge_states(found)
+        self._merge_states(sums)
         self.progress.evaluating = False
-        report = EvalReport(self.rank, step, found.samples, found.sums, found.counts)
+        report = EvalReport(self.rank, step, sums.samples, sums.sums, sums.counts)
         parts = [report] if self.group is None else self._gathered(report, self.group)
-        for one in parts:
-            self.report(one)
+        for part in parts:
+            self.report(part)
         # One at the end alone is not there in a longer run, which this may become.
         if self.job.plateau is not None and self._is_period(step):
             self.job.plateau.evaluated(step, join_evals(parts).metrics)
@@ -306,13 +306,13 @@ class Loop(_AnyLoop):
         every = gather_values(asdict(mine), group, self.flat.params.device)
         return [EvalReport(**fields) for fields in every]
 
-    def _merge_states(self, found: Sums) -> None:
+    def _merge_states(self, sums: Sums) -> None:
         """Have rank 0's part hold the figures of metrics with state, of the data of all."""
         if not self.metrics.found():
             return
-        parts = self.metrics.gathered(found.states, self.flat.params.device)
+        parts = self.metrics.gathered(sums.states, self.flat.params.device)
         if self.rank == 0:
-            found.put(self.metrics.figures(parts))
+            sums.put(self.metrics.figures(parts))
 
 
 def task_plan(job: Job, sampler: Sampler, steps: int, first: int, evaluates: bool) -> TaskPlan:
@@ -408,10 +408,10 @@ class LeasedLoop(_AnyLoop):
         if not self._final:
             self.strategy.synchronize()
         self.progress.evaluating = True
-        found = self.compute.evaluate_part(self.eval_data, part)
+        sums = self.compute.evaluate_part(self.eval_data, part)
         self.progress.evaluating = False
         self.state.discard()
-        self.report(EvalReport(part, version, found.samples, found.sums, found.counts))
+        self.report(EvalReport(part, version, sums.samples, sums.sums, sums.counts))
         self.leases.finish((), ((version, part),))
         self.progress.beat()
 

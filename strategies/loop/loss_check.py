@@ -145,23 +145,28 @@ class MeanCheck:
         elif text is None:
             term, states = made.term, states_of(self._task, self._model)
             loss = (term.value, term.weight) if term.weighted else term.value
-            given = self._task.loss, made.outputs, made.targets, loss
-            text = loss_warning(*given, samples=samples, states=states, begun=state)
+            compared = self._task.loss, made.outputs, made.targets, loss
+            text = loss_warning(*compared, samples=samples, states=states, begun=state)
         if text is not None:
             self._looked.update(range(_FIRST_STEPS))
             logger.warning("%s", text)
 
-    def look_at_metrics(self, made: BatchResult, found: EvalBatch, samples: int) -> None:
+    def look_at_metrics(self, made: BatchResult, figures: EvalBatch, samples: int) -> None:
         """
         Look at one of the first batches of evaluations.
 
         Args:
             made: what task and model made of it.
-            found: its figures.
+            figures: loss and metrics of the batch.
             samples: of the batch.
         """
-        means = {n: total / weight for n, (total, weight) in found.figures.items() if n != "loss"}
-        if self._evaluated >= _FIRST_STEPS or not means or found.kept or _keeps_metrics(self._task):
+        means = {n: total / weight for n, (total, weight) in figures.figures.items() if n != "loss"}
+        if (
+            self._evaluated >= _FIRST_STEPS
+            or not means
+            or figures.kept
+            or _keeps_metrics(self._task)
+        ):
             return
         self._evaluated += 1
         given, states = (made.outputs, made.targets), states_of(self._task, self._model)
@@ -283,7 +288,7 @@ class _CannotTell(Exception):
 def _of_halves(
     method: Callable[[Any, Any], Any],
     read: Callable[[Any], _T | None],
-    given: tuple[Any, Any],
+    batch: tuple[Any, Any],
     samples: int,
     states: Sequence[Tensor],
     begun: LossState | None = None,
@@ -297,7 +302,7 @@ def _of_halves(
     Args:
         method: of the task, called with outputs and targets.
         read: reads what it gave; None: it is of no kind that we know.
-        given: outputs and targets of the whole batch.
+        batch: outputs and targets of the whole batch.
         samples: size of the batch.
         states: see `states_of`.
         begun: what the copy of the task begins with; None: with what the task has now.
@@ -308,16 +313,16 @@ def _of_halves(
     """
     if samples < 2 or sum(state.numel() for state in states) > _COPIED_ELEMENTS:
         raise _CannotTell
-    found = []
+    values = []
     with torch.no_grad(), preserve_rng_state(), _kept(states):
         before = rng_states()
         for half in (slice(0, samples // 2), slice(samples // 2, samples)):
-            outputs, targets = (_part(one, samples, half) for one in given)
+            outputs, targets = (_part(one, samples, half) for one in batch)
             value = read(_on_a_copy(method, begun)(outputs, targets))
             if value is None or rng_states() != before:
                 raise _CannotTell
-            found.append(value)
-    return found
+            values.append(value)
+    return values
 
 
 def _compared(
@@ -401,8 +406,8 @@ def _read_metrics(metrics: Any) -> dict[str, float] | None:
 
 def _tolerance(tree: Any) -> float:
     """Give the relative tolerance for the coarsest type in a tree."""
-    found = [t for t in tensors_in(tree) if t.is_floating_point()]
-    return max((_TOLERANCES.get(t.dtype, _COARSE) for t in found), default=_COARSE)
+    floats = [t for t in tensors_in(tree) if t.is_floating_point()]
+    return max((_TOLERANCES.get(t.dtype, _COARSE) for t in floats), default=_COARSE)
 
 
 def _part(tree: Any, size: int, cut: slice) -> Any:

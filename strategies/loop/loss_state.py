@@ -56,23 +56,23 @@ class LossState:
 
     def changed(self) -> list[str]:
         """Give the names of what is another number or another tensor now."""
-        found = [
+        names = [
             f"{name}{key}"
             for name, held, marks in self._marks
             for key, mark in marks.items()
             if key in held and _differs(mark, held[key])
         ]
-        return found + [name for name, tensor, mark in self._moved if mark_of(tensor) != mark]
+        return names + [name for name, tensor, mark in self._moved if mark_of(tensor) != mark]
 
     def begun(self) -> NewState | None:
         """Give what is now where there was nothing; None: nothing new."""
-        found = {
+        attributes = {
             f"{name}{key}": (held, key)
             for (name, held, empty), known in zip(self._every, self._known, strict=True)
             for key in held
             if (key in empty or key not in known) and key not in MODULE_VARS
         }
-        return NewState(found) if found else None
+        return NewState(attributes) if attributes else None
 
     def begin_again(self, twin: dict[str, Any]) -> None:
         """Have the attributes of a copy of the task, and its modules, hold it."""

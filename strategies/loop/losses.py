@@ -101,12 +101,12 @@ def weights_of(task: Task, batch: Any) -> dict[str, float]:
     Raises:
         ValueError: it gave something else; says what.
     """
-    found = method_of(task, "weights")(batch)
-    if not isinstance(found, Mapping) or not all(isinstance(name, str) for name in found):
-        what = "None: is there a `return`?" if found is None else f"a {type(found).__name__}"
+    weights = method_of(task, "weights")(batch)
+    if not isinstance(weights, Mapping) or not all(isinstance(name, str) for name in weights):
+        what = "None: is there a `return`?" if weights is None else f"a {type(weights).__name__}"
         text = "weights() must return a mapping of terms to numbers; got"
         raise ValueError(f"{method_location(task, 'weights')}{text} {what}")
-    return {name: checked_weight(task, one, "weights") for name, one in found.items()}
+    return {name: checked_weight(task, weight, "weights") for name, weight in weights.items()}
 
 
 def _added(parts: Any) -> dict[str, float]:
@@ -212,8 +212,8 @@ def _together(
         text = f"must give a sum for each term that weights() names ({wanted}) as its loss"
         raise ValueError(f"{where} {text}; got {got}")
     shares = {name: 1.0 / weight if weight else 0.0 for name, weight in totals.items()}
-    for name, one in value.items():
-        if not isinstance(one, Tensor) or one.ndim:
+    for name, term in value.items():
+        if not isinstance(term, Tensor) or term.ndim:
             raise ValueError(f"{where} must give a scalar tensor, the sum, as {name!r}")
     parts = [value[name] * share for name, share in shares.items()]
     return checked_loss(task, torch.stack(parts).sum(), outputs, method)

@@ -120,9 +120,9 @@ class TaskMetrics:
             trees = [unpack(state.tree, state.tensors) for state in states]
             _merge_modules(metric, trees) if _is_torchmetric(metric) else _merge(metric, trees)
             value = metric.compute()
-            said = f"compute() of the metric {name!r} gives"
+            prefix = f"compute() of the metric {name!r} gives"
             for key, one in _named(name, value):
-                figures[key] = checked_number(one, said, key)
+                figures[key] = checked_number(one, prefix, key)
             metric.reset()
         return figures
 

@@ -309,23 +309,23 @@ def tasks_by_rank(logs: Sequence[ApplyLog]) -> dict[int, list[int]]:
     Raises:
         StorageError: shards disagree: a worker was lost when only some of them had its gradient.
     """
-    found: list[dict[int, list[int]]] = []
+    by_log: list[dict[int, list[int]]] = []
     for log in logs:
         tasks: dict[int, list[int]] = {0: []}
         for applied in log:
             tasks.setdefault(applied.rank, []).append(applied.task)
-        found.append(tasks)
-    if any(tasks != found[0] for tasks in found):
+        by_log.append(tasks)
+    if any(tasks != by_log[0] for tasks in by_log):
         raise StorageError(
             "the shards' logs name other tasks of a rank: it was lost between two shards, and what "
             "it computed on there is not known"
         )
-    return found[0]
+    return by_log[0]
 
 
 def _pulled_by_rank(log: ApplyLog) -> dict[int, list[int]]:
     """Give by rank, in the order of its pushes, the version at which each was computed."""
-    found: dict[int, list[int]] = {}
+    versions: dict[int, list[int]] = {}
     for applied in log:
-        found.setdefault(applied.rank, []).append(applied.pulled)
-    return found
+        versions.setdefault(applied.rank, []).append(applied.pulled)
+    return versions

@@ -148,17 +148,17 @@ def prepare(
     spec = make_strategy(job) if strategy is None else strategy.strategy
     roles = spec.roles(job)
     model = checked_model(task, task.model() if strategy is None else strategy.build_model(task))
-    said = model_warnings(job, model)
+    warnings = model_warnings(job, model)
     check_frequencies(model, roles.replicas(job.scaling.world) * spec.micro_batches(job))
     check_state(model, sent=roles.collective is not None and job.scaling.world > 1)
     check_device(device)
     lookups = lookups_of(model, job)
     whole = strategy is None or not strategy.cuts_model
     unfreezes = strategy is not None and strategy.can_unfreeze()
-    own = task_parameters(task, model)
-    if own and not whole:
-        raise SpecError(_kept_in_task(job, [*own]))
-    extra = {TASK_PREFIX + name: one for name, one in own.items()}
+    task_extra = task_parameters(task, model)
+    if task_extra and not whole:
+        raise SpecError(_kept_in_task(job, [*task_extra]))
+    extra = {TASK_PREFIX + name: one for name, one in task_extra.items()}
     check_groups(job.optimizer, model, extra)
     initial = {} if job.initial_weights is None else initial_weights(job, model, extra)
     check_memory(model, {n: p for n, p in dense_parameters(model) if p.requires_grad} | extra, task)
@@ -169,12 +169,14 @@ def prepare(
         raise SpecError(*problems)
     check_evaluations(job, sampler, eval_data)
     loaders_ready()
-    left = None if whole else model
-    found = Prepared(job, task, left, data, eval_data, sampler, steps, device, roles, part, lookups)
-    found.initial = initial if any(one.is_meta for one in model.parameters()) else {}
-    found = _with_own_updates(found)
-    found.warnings = [*said, *job_warnings(found.job, sampler)]
-    return found
+    uncut = None if whole else model
+    prepared = Prepared(
+        job, task, uncut, data, eval_data, sampler, steps, device, roles, part, lookups
+    )
+    prepared.initial = initial if any(one.is_meta for one in model.parameters()) else {}
+    prepared = _with_own_updates(prepared)
+    prepared.warnings = [*warnings, *job_warnings(prepared.job, sampler)]
+    return prepared
 
 
 def _flat_model(
@@ -198,10 +200,11 @@ def _data(job: Job, task: Task, roles: Roles) -> tuple[Any, Any, Sampler]:
     eval_data = task.eval_data()
     if eval_data is not None:
         eval_data = checked_data(job, task, eval_data, "eval_data")
-    for one, what in ((data, "train_data"), (eval_data, "eval_data")):
-        if one is not None and not isinstance(one, StreamSamples):  # that is read twice, compared
-            if warning := warning_of(one, what):
-                logger.warning(warning)
+    for samples, method in ((data, "train_data"), (eval_data, "eval_data")):
+        if samples is None or isinstance(samples, StreamSamples):  # that is read twice, compared
+            continue
+        if warning := warning_of(samples, method):
+            logger.warning(warning)
     return data, eval_data, sampler
 
 
@@ -226,11 +229,11 @@ def describe(prepared: Prepared) -> None:
     p = prepared
     model = p.model if p.model is not None else p.flat.model
     sent = not p.roles.consistency.dynamic_tasks
-    found = facts_of(p.task, model, p.data, p.eval_data, p.job.seed, sent=sent)
+    facts = facts_of(p.task, model, p.data, p.eval_data, p.job.seed, sent=sent)
     optimizer = optimizers_digest(p.made, p.flat) if p.made else ""
-    said = ("lr", schedule_digest(p.job)), ("optimizer", optimizer)
-    p.facts = replace(found, order=digest_of(p.sampler), said=said)
-    if warning := reading_warning(p.data, [position for position, _ in found.hashes]):
+    digests = ("lr", schedule_digest(p.job)), ("optimizer", optimizer)
+    p.facts = replace(facts, order=digest_of(p.sampler), said=digests)
+    if warning := reading_warning(p.data, [position for position, _ in facts.hashes]):
         p.warnings.append(warning)
 
 
@@ -421,12 +424,12 @@ def _set_up(
 
 def trained_model(p: Prepared, strategy: WorkerStrategy[Any], rank: int) -> dict[str, Tensor]:
     """Give this rank's part of the trained model, without what the job leaves out."""
-    found = strategy.trained(p.flat)
+    state = strategy.trained(p.flat)
     if (rank == 0 or p.holding is not None) and (name := p.not_finite()) is not None:
         text = "the trained model holds NaN or infinity, in %r: its last step made it so"
         logger.warning(text, name)
     left_out = p.frozen.unchanged() if p.frozen is not None else {}
-    return {n: one for n, one in found.items() if n.removeprefix(EMA_PREFIX) not in left_out}
+    return {n: one for n, one in state.items() if n.removeprefix(EMA_PREFIX) not in left_out}
 
 
 def _load(p: Prepared, saved: SavedState | None) -> None:

@@ -69,16 +69,16 @@ class ModelDependence(TorchFunctionMode):
     ) -> Any:
         """Make a call of torch, and note what it gives."""
         depends = self._depends(func, args, kwargs or {})
-        found = func(*args, **(kwargs or {}))
+        result = func(*args, **(kwargs or {}))
         if depends:
-            for one in tensors_in(found):
+            for one in tensors_in(result):
                 if not one.requires_grad:
                     self._found[one] = True
-            if getattr(func, "__name__", "") in _READ and isinstance(found, int | float):
-                self._numbers.add(float(found))
+            if getattr(func, "__name__", "") in _READ and isinstance(result, int | float):
+                self._numbers.add(float(result))
         if getattr(func, "__name__", "") in _LEAVES and args and isinstance(args[0], Tensor):
             self._leaves(args[0], depends=depends)
-        return found
+        return result
 
     def _leaves(self, tensor: Tensor, *, depends: bool) -> None:
         kept = sum(one.numel() for some in self._left.values() for one in some)
@@ -88,9 +88,9 @@ class ModelDependence(TorchFunctionMode):
 
     def _right(self) -> Iterator[float]:
         """Count the predictions that are as labels, of which both have left torch."""
-        given = self._left[True]
-        chosen = [one.argmax(1) for one in given if one.ndim > 1 and one.is_floating_point()]
-        for one, other in itertools.product([*given, *chosen], self._left[False]):
+        dependent = self._left[True]
+        chosen = [one.argmax(1) for one in dependent if one.ndim > 1 and one.is_floating_point()]
+        for one, other in itertools.product([*dependent, *chosen], self._left[False]):
             if one.shape == other.shape:
                 yield float((one == other).sum())
 
@@ -102,8 +102,8 @@ class ModelDependence(TorchFunctionMode):
             return False  # of the shape alone
         if name == "broadcast_tensors":
             return False  # each is of one of them, and by the shapes of the others
-        given = args[:1] if name in _OF_FIRST else (*args, *kwargs.values())
-        return any(map(self._is_found, tensors_in(given)))
+        read = args[:1] if name in _OF_FIRST else (*args, *kwargs.values())
+        return any(map(self._is_found, tensors_in(read)))
 
     def _is_found(self, tensor: Tensor) -> bool:
         trained = tensor.requires_grad and (not tensor.is_leaf or isinstance(tensor, nn.Parameter))
@@ -122,8 +122,8 @@ class ModelDependence(TorchFunctionMode):
             return self._is_found(weight)
         if not isinstance(weight, int | float | np.generic) or weight == samples:
             return False
-        found = {*self._numbers, *self._right()}
-        figures = [one * by for one in found for by in (1, 100, 1 / samples, 100 / samples)]
+        numbers = {*self._numbers, *self._right()}
+        figures = [one * by for one in numbers for by in (1, 100, 1 / samples, 100 / samples)]
         figures += [math.exp(one) for one in figures if _EXPONENTS[0] < one < _EXPONENTS[1]]
         return any(abs(float(weight) - one) <= 1e-6 * abs(one) for one in figures)
 
@@ -136,10 +136,10 @@ class ModelDependence(TorchFunctionMode):
             samples: of it.
         """
         outputs = made.outputs
-        given = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
-        if not made.term.weighted or not isinstance(given, list | tuple) or len(given) != 2:
+        pair = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
+        if not made.term.weighted or not isinstance(pair, list | tuple) or len(pair) != 2:
             return None
-        if not self.has(given[1], samples):
+        if not self.has(pair[1], samples):
             return None
         return (
             f"step() gives a pair, a loss and {made.term.weight:g} for {samples} samples, which is "
@@ -166,20 +166,20 @@ class SumTrace(TorchFunctionMode):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         """Make a call of torch, and note a sum; with another one added it still is one."""
-        found = func(*args, **(kwargs or {}))
-        if not isinstance(found, Tensor) or found.ndim:
-            return found
+        result = func(*args, **(kwargs or {}))
+        if not isinstance(result, Tensor) or result.ndim:
+            return result
         tensors, asked = [one for one in args if isinstance(one, Tensor)], kwargs or {}
         weighted = asked.get("weight") is not None  # by shares of the batch, maybe
         if asked.get("reduction") == "sum" and tensors and tensors[0].ndim and not weighted:
-            self._rows[found] = len(tensors[0])
+            self._rows[result] = len(tensors[0])
         elif getattr(func, "__name__", "").strip("_") in _ADDS:
             known = [self._rows[one] for one in tensors if one in self._rows]
             if known:
-                self._rows[found] = known[0]
-        elif found in self._rows:  # by a call in place: a division by their number
-            del self._rows[found]
-        return found
+                self._rows[result] = known[0]
+        elif result in self._rows:  # by a call in place: a division by their number
+            del self._rows[result]
+        return result
 
     def warning(self, made: BatchResult, samples: int) -> str | None:
         """

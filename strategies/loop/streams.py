@@ -199,22 +199,22 @@ class StreamSamples(Dataset[Any]):
         Raises:
             ValueError: there are none, or too many to count.
         """
-        found, until = 0, time.monotonic() + limit_s
+        count, until = 0, time.monotonic() + limit_s
         counts &= self._size is None
         with preserve_rng_state(), outside_loaders():
             self._begin(0, 0)
-            for found in itertools.count():
+            for count in itertools.count():
                 try:
-                    sample = self._draw(found)
+                    sample = self._draw(count)
                 except StopIteration:
                     break
-                if found < _FIRST:
+                if count < _FIRST:
                     self.hashes.append(hash_of(sample))
                 elif not counts:
                     break
                 elif time.monotonic() > until:
                     raise self._wrong(
-                        f"gave {found} samples in {limit_s:g} s and goes on: `epochs` needs their "
+                        f"gave {count} samples in {limit_s:g} s and goes on: `epochs` needs their "
                         "number. Give `steps` instead, or the data a __len__, or raise "
                         "`failure.start_timeout_s`"
                     )
@@ -222,7 +222,7 @@ class StreamSamples(Dataset[Any]):
         if not self.hashes:
             raise self._wrong("gave no samples")
         if counts:
-            self._size = found
+            self._size = count
 
     def read(
         self, first: int, count: int, *, mark: bool = False, look_at: int | None = None
@@ -387,22 +387,22 @@ class StreamSamples(Dataset[Any]):
 
     def _follows(self, mark: StreamPosition) -> bool:
         """Say whether the mark's samples come next."""
-        self._place, found = mark.place, []
+        self._place, samples = mark.place, []
         for place in range(mark.place, mark.place + len(mark.hashes)):
             try:
-                found.append(self._draw(place))
+                samples.append(self._draw(place))
             except StopIteration:
                 return False
-        self._ahead = found
-        return tuple(map(hash_of, found)) == mark.hashes
+        self._ahead = samples
+        return tuple(map(hash_of, samples)) == mark.hashes
 
     def _mark(self) -> StreamPosition:
         state = ""
         if self._stateful and self._place and not self._ahead:
-            given = self._reader.state_dict()
+            state_dict = self._reader.state_dict()
             try:
-                state = json.dumps(given)
-                if json.loads(state) != given:
+                state = json.dumps(state_dict)
+                if json.loads(state) != state_dict:
                     raise TypeError("it changes on its way through JSON")
             except (TypeError, ValueError) as error:
                 self._stateful = False

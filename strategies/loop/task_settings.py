@@ -86,8 +86,8 @@ class TaskOrder:
     def _read(self, epoch: int) -> NDArray[np.int64]:
         with preserve_rng_state():
             seed_quickly(order_seed(self._seed, epoch))
-            found = self._task.sampler(self._data, epoch)
-            order = self._numbers(found)
+            indices = self._task.sampler(self._data, epoch)
+            order = self._numbers(indices)
         size = len(self._data)  # type: ignore[arg-type]
         outside = order[(order < 0) | (order >= size)]
         if len(outside):
@@ -96,14 +96,14 @@ class TaskOrder:
         order.setflags(write=False)
         return order
 
-    def _numbers(self, found: Any) -> NDArray[np.int64]:
+    def _numbers(self, indices: Any) -> NDArray[np.int64]:
         """Take what it gave: numbers in a tensor, an array, a list, or from a sampler of torch."""
-        if isinstance(found, torch.Tensor):
-            found = found.detach().cpu().numpy()
-        if not isinstance(found, Iterable):
-            what = f"a {type(found).__name__}{no_return(found)}"
+        if isinstance(indices, torch.Tensor):
+            indices = indices.detach().cpu().numpy()
+        if not isinstance(indices, Iterable):
+            what = f"a {type(indices).__name__}{no_return(indices)}"
             raise self._wrong(f"must give numbers of samples, got {what}")
-        listed = found if isinstance(found, np.ndarray) else list(found)
+        listed = indices if isinstance(indices, np.ndarray) else list(indices)
         try:
             order = np.asarray(listed)
         except ValueError:  # lists of several lengths
@@ -153,12 +153,12 @@ def task_parameters(task: Task, model: nn.Module) -> dict[str, Tensor]:
         By path of attributes, such as `log_var` or `heads.0.weight`; each tensor once.
     """
     seen = {id(parameter) for parameter in model.parameters()}
-    found: dict[str, Tensor] = {}
+    parameters: dict[str, Tensor] = {}
     for name, tensor in _tensors(vars(task)):
         if id(tensor) not in seen:
             seen.add(id(tensor))
-            found[name] = tensor
-    return found
+            parameters[name] = tensor
+    return parameters
 
 
 def task_modules(task: Task, model: nn.Module) -> list[nn.Module]:
@@ -232,12 +232,12 @@ def schedule_digest(job: Job) -> str:
     return "" if own is None else hashlib.sha256(own.factors.tobytes()).hexdigest()[:16]
 
 
-def _factor(task: Task, found: object, step: int) -> float:
+def _factor(task: Task, value: object, step: int) -> float:
     wrong = f"{method_location(task, 'lr')}lr() must give a number, 0 or more"
-    if not isinstance(found, Real) or isinstance(found, bool):
-        what = f"a {type(found).__name__} for step {step}{no_return(found)}"
+    if not isinstance(value, Real) or isinstance(value, bool):
+        what = f"a {type(value).__name__} for step {step}{no_return(value)}"
         raise ValueError(f"{wrong}; got {what}")
-    factor = float(found)
+    factor = float(value)
     if not (math.isfinite(factor) and factor >= 0):
         raise ValueError(f"{wrong}; got {factor} for step {step}")
     return factor

@@ -95,8 +95,8 @@ def parts_warning(job: Job, model: nn.Module) -> str:
     if job.scaling.world == 1 and job.gradient_accumulation == 1:
         return ""
     part = "each worker's part of the batch, or of a micro-batch, before they are added up"
-    found = hooks_warning(model, part)
-    return f"{found}. `clip_norm` is of the whole" if found else ""
+    warning = hooks_warning(model, part)
+    return f"{warning}. `clip_norm` is of the whole" if warning else ""
 
 
 def modes_warning(model: nn.Module) -> str:
@@ -125,17 +125,17 @@ def matrices_warning(job: Job, model: nn.Module) -> str:
         return ""
     embeddings = [one for one in model.modules() if isinstance(one, nn.Embedding | nn.EmbeddingBag)]
     tables = {id(one.weight) for one in embeddings if one.weight.requires_grad}
-    found = [
+    names = [
         name
         for name, one in dense_parameters(model)
         if id(one) in tables and kinds[job.optimizer.group_of(name)] is Muon
     ]
-    if not found:
+    if not names:
         return ""
     return (
-        f"Muon updates {quoted(found)}, rows of an embedding: its authors have it for the matrices "
+        f"Muon updates {quoted(names)}, rows of an embedding: its authors have it for the matrices "
         "of hidden layers, and AdamW for embeddings and heads. Give them a group with a name, such "
-        f"as {{match: {found[0]!r}, name: AdamW, lr: 3e-4}}"
+        f"as {{match: {names[0]!r}, name: AdamW, lr: 3e-4}}"
     )
 
 
@@ -175,8 +175,8 @@ def reading_warning(data: Dataset[Any], positions: Sequence[int]) -> str:
 
 def model_warnings(job: Job, model: nn.Module) -> list[str]:
     """Give what is no error in a model and probably not meant, as `job_warnings` does."""
-    found = parts_warning(job, model), modes_warning(model), matrices_warning(job, model)
-    return [*filter(None, found)]
+    warnings = parts_warning(job, model), modes_warning(model), matrices_warning(job, model)
+    return [*filter(None, warnings)]
 
 
 def job_warnings(job: Job, sampler: Sampler) -> list[str]:

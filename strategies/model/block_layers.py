@@ -85,10 +85,10 @@ def block_modules(
         call: how it is called.
         order: see `CallOrder`.
     """
-    found = list_of_blocks(model)
-    if found is None:
+    path_and_blocks = list_of_blocks(model)
+    if path_and_blocks is None:
         return None
-    path, blocks = found
+    path, blocks = path_and_blocks
     before, after, anywhere = _sides(model, path, order or {})
     first = {id(p) for one in before.values() for p in one.parameters()}
     of_both = [p for one in after.values() for p in one.parameters() if id(p) in first]
@@ -106,8 +106,8 @@ def block_modules(
 
 def most_blocks(model: nn.Module) -> int:
     """Give the number of blocks in a model's list; 0: it has none."""
-    found = list_of_blocks(model)
-    return len(found[1]) if found is not None else 0
+    path_and_blocks = list_of_blocks(model)
+    return len(path_and_blocks[1]) if path_and_blocks is not None else 0
 
 
 def list_of_blocks(model: nn.Module) -> tuple[str, list[nn.Module]] | None:
@@ -175,45 +175,45 @@ def _with_stand_ins(
         tied: by id, tensors that the copy does not have.
     """
     step, _, rest = path.partition(".")
-    found = _copy_without(model, tied)
+    clone = _copy_without(model, tied)
     for name, child in model._modules.items():
         if name != step and child is not None:
             stands_in = id(child) in absent
-            found._modules[name] = Placeholder(child) if stands_in else _lacking(child, tied)
+            clone._modules[name] = Placeholder(child) if stands_in else _lacking(child, tied)
     inner = model.get_submodule(step)
     if rest:
-        found._modules[step] = _with_stand_ins(inner, rest, absent, tied)
+        clone._modules[step] = _with_stand_ins(inner, rest, absent, tied)
     else:
         blocks = (Placeholder(block, number=n) for n, block in enumerate(inner.children()))
-        found._modules[step] = nn.ModuleList(blocks)
-    return found
+        clone._modules[step] = nn.ModuleList(blocks)
+    return clone
 
 
 def _lacking(module: nn.Module, tied: Mapping[int, Tensor]) -> nn.Module:
     """Give a module without some tensors: itself where it has none of them, else a copy."""
     if not any(id(one) in tied for one in (*module.parameters(), *module.buffers())):
         return module
-    found = _copy_without(module, tied)
+    clone = _copy_without(module, tied)
     for name, child in module._modules.items():
-        found._modules[name] = None if child is None else _lacking(child, tied)
-    return found
+        clone._modules[name] = None if child is None else _lacking(child, tied)
+    return clone
 
 
 def _copy_without(module: nn.Module, tied: Mapping[int, Tensor]) -> nn.Module:
     """Copy a module, with the same children, without some of its own tensors."""
-    found = copy.copy(module)
-    found._modules = dict(module._modules)
+    clone = copy.copy(module)
+    clone._modules = dict(module._modules)
     for kind in ("_parameters", "_buffers"):
         held: dict[str, Tensor | None] = getattr(module, kind)
         kept = {name: None if id(one) in tied else one for name, one in held.items()}
-        setattr(found, kind, kept)
-    return found
+        setattr(clone, kind, kept)
+    return clone
 
 
 def _missing(model: nn.Module, copied: nn.Module, tied: Sequence[int]) -> list[Missing]:
     """Say where in a copy of the model which of the tied tensors are missing."""
     numbers = {one: number for number, one in enumerate(tied)}
-    found = []
+    missing = []
     tensors = (
         *model.named_parameters(remove_duplicate=False),
         *model.named_buffers(remove_duplicate=False),
@@ -226,8 +226,8 @@ def _missing(model: nn.Module, copied: nn.Module, tied: Sequence[int]) -> list[M
             continue  # inside of a stand-in
         for held in (module._parameters, module._buffers):
             if id(tensor) in numbers and name in held and held[name] is None:
-                found.append((held, name, numbers[id(tensor)]))
-    return found
+                missing.append((held, name, numbers[id(tensor)]))
+    return missing
 
 
 class BeforeBlocks(Runner):
@@ -395,35 +395,40 @@ class AfterBlocks(Runner):
                 held[name] = value["tied"][number]
             inputs = Batch(value["inputs"]) if value["whole"] else value["inputs"]
             with check_unwritten(self._ancestors), with_answers(self.model, given, before):
-                found = self._call.of_part(self.model, inputs)
+                result = self._call.of_part(self.model, inputs)
         finally:
             for held, name, _ in self._missing:
                 held[name] = None
         if self.training and self._looks:
             self._looks = False
-            refuse_nan(features, found)
-        return found
+            refuse_nan(features, result)
+        return result
 
 
 def _generators(inputs: Any) -> list[tuple[torch.Generator, Tensor]]:
     """Give torch's generators that a forward on these inputs may draw from, with their states."""
     cuda = {one.device.index for one in tree_leaves(inputs) if getattr(one, "is_cuda", False)}
-    found = [torch.default_generator, *(torch.cuda.default_generators[n] for n in sorted(cuda))]
-    return [(generator, generator.get_state()) for generator in found]
+    generators = [
+        torch.default_generator,
+        *(torch.cuda.default_generators[n] for n in sorted(cuda)),
+    ]
+    return [(generator, generator.get_state()) for generator in generators]
 
 
 def _features_of_call(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor:
     """Give the first argument of a block's call."""
-    found = args[0] if args else next(iter(kwargs.values()), None)
-    return _features(found)
+    first = args[0] if args else next(iter(kwargs.values()), None)
+    return _features(first)
 
 
 def _features(outputs: Any) -> Tensor:
     """Give the features of what a block gave: a tensor, or a tuple that begins with them."""
-    found = outputs[0] if isinstance(outputs, tuple | list) and outputs else outputs
-    if not isinstance(found, Tensor):
-        raise no_blocks(f"its blocks take or give {type(found).__name__} for a tensor of features")
-    return found
+    features = outputs[0] if isinstance(outputs, tuple | list) and outputs else outputs
+    if not isinstance(features, Tensor):
+        raise no_blocks(
+            f"its blocks take or give {type(features).__name__} for a tensor of features"
+        )
+    return features
 
 
 def _encoded_call(args: Sequence[Any], kwargs: Mapping[str, Any], shared: list[Tensor]) -> Any:
@@ -477,5 +482,5 @@ def _decoded(encoded: Any, features: Tensor, shared: Sequence[Tensor]) -> Any:
 @lru_cache(maxsize=64)
 def _parsed(text: str) -> list[Any]:
     """Read the calls that `BeforeBlocks` has written; equal for all micro-batches of a size."""
-    found: list[Any] = json.loads(text)
-    return found
+    calls: list[Any] = json.loads(text)
+    return calls

@@ -74,9 +74,9 @@ class AveragedVector:
 
     def load(self, state: Mapping[str, Tensor]) -> None:
         """Take over what `state` of an equal one gave; copied. Nothing: begin with the next."""
-        found = state.get(AVERAGE)
-        self._average = None if found is None else torch.empty_like(self._vector).copy_(found)
-        self._updates = 0 if found is None else int(state[AVERAGED].max())
+        average = state.get(AVERAGE)
+        self._average = None if average is None else torch.empty_like(self._vector).copy_(average)
+        self._updates = 0 if average is None else int(state[AVERAGED].max())
 
 
 def with_average(flat: FlatModel, average: Tensor) -> dict[str, Tensor]:

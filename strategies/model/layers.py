@@ -133,14 +133,14 @@ def refuse_tied(layers: Sequence[Layer], points: Sequence[int]) -> None:
     Raises:
         SpecError: names every such tensor with all its names and stages.
     """
-    found: defaultdict[int, dict[str, int]] = defaultdict(dict)
+    stages_by_name: defaultdict[int, dict[str, int]] = defaultdict(dict)
     for number, (start, stop) in enumerate(bounds(points, len(layers))):
         for layer in layers[start:stop]:
             for name, tensor in _named(layer):
                 # The same name in two stages is a module that runs in both.
-                found[id(tensor)].setdefault(f"{name} (stage {number})", number)
+                stages_by_name[id(tensor)].setdefault(f"{name} (stage {number})", number)
     problems = []
-    for names in found.values():
+    for names in stages_by_name.values():
         if len({*names.values()}) > 1:
             hint = "cut so that they are in one stage, or give each layer a parameter of its own"
             problems.append(Problem((), f"{' and '.join(names)} are one tensor", hint))

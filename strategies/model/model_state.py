@@ -144,15 +144,15 @@ class ModelState:
         """Have lookups that scale rows of tables which servers keep made in copies."""
         if self._tables is not None:
             self._tables.close()
-        found = False
+        any_table = False
         for number, one in enumerate(self._watched):
             one.refresh()
             if one.capped and one.trained and self._served:
                 if not one_memory:
                     raise self._refused(one.slot.name)
-                found, one.copied = True, False
+                any_table, one.copied = True, False
                 self._known.discard(number)
-        return CappedTables(self._flat.model) if found else None
+        return CappedTables(self._flat.model) if any_table else None
 
     def settle(self, version: int) -> bool:
         """
@@ -184,10 +184,10 @@ class ModelState:
         has = self.settle(version)
         group = self._group
         if group is not None and group.world > 1:
-            found = torch.zeros(group.world, dtype=torch.int32, device=self._device)
-            found[group.rank] = has
-            group.all_reduce(found)
-            holders = [rank for rank, one in enumerate(found.tolist()) if one]
+            settled = torch.zeros(group.world, dtype=torch.int32, device=self._device)
+            settled[group.rank] = has
+            group.all_reduce(settled)
+            holders = [rank for rank, one in enumerate(settled.tolist()) if one]
             if not holders and version != first and self._untrained():
                 raise StateLost("the model's buffers and frozen parameters")
             if len(holders) < group.world:
@@ -315,18 +315,18 @@ class ModelState:
         Raises:
             SpecError: it wrote a trained parameter that servers keep, or a hook updates one.
         """
-        found = self._moved() - self._known
+        written = self._moved() - self._known
         if self._thorough(step):
-            found |= {n for n, one in enumerate(self._watched) if one.differs()}
-            found |= self._values.differ() if self._values is not None else set()
-            found -= self._known
-        self._refuse([self._watched[number] for number in sorted(found)])
-        updated = found & self._hooked
+            written |= {n for n, one in enumerate(self._watched) if one.differs()}
+            written |= self._values.differ() if self._values is not None else set()
+            written -= self._known
+        self._refuse([self._watched[number] for number in sorted(written)])
+        updated = written & self._hooked
         if updated and sum(self.shares.micro_batches(step)) > 1:
             self._refuse_updates(updated)
         copied = [n for n in self._known if self._watched[n].has_copy]
         shaped = {n for n in copied if not self._watched[n].slot.same_kind(self._watched[n].kept)}
-        self._new |= found | shaped
+        self._new |= written | shaped
         return bool(self._new)
 
     def synchronize(self, step: int, changed: bool | None = None) -> None:
@@ -430,9 +430,9 @@ class ModelState:
 
     def _moved(self) -> set[int]:
         """Give the numbers of what was written since it was marked, as far as that shows."""
-        found = self._marks.moved()
+        moved = self._marks.moved()
         silent = [n for n in self._silent if n not in self._known]
-        return found | {n for n in silent if self._watched[n].differs()}
+        return moved | {n for n in silent if self._watched[n].differs()}
 
     def _mark(self) -> None:
         self._marks.renew([n for n, one in enumerate(self._watched) if not one.trained])

@@ -35,18 +35,21 @@ _TENSOR = {
 def called_hooks(module: nn.Module) -> list[str]:
     """Name what only a call of the module itself brings about."""
     own = ["a `forward` of its own object"] if "forward" in vars(module) else []
-    return [*own, *(told for name, told in _CALLED.items() if getattr(module, name, None))]
+    return [
+        *own,
+        *(description for name, description in _CALLED.items() if getattr(module, name, None)),
+    ]
 
 
 def saved_hooks(module: nn.Module) -> list[str]:
     """Name what only `state_dict()` of the module itself brings about."""
-    return [told for name, told in _SAVED.items() if getattr(module, name, None)]
+    return [description for name, description in _SAVED.items() if getattr(module, name, None)]
 
 
 def tensor_hooks(tensor: Tensor) -> list[str]:
     """Name what of the user's hangs on this tensor object, and would not on another instead."""
-    found = {told: getattr(tensor, name, None) or {} for name, told in _TENSOR.items()}
-    return [told for told, hooks in found.items() if not all(map(_is_ours, hooks.values()))]
+    hooks_by_kind = {kind: getattr(tensor, name, None) or {} for name, kind in _TENSOR.items()}
+    return [kind for kind, hooks in hooks_by_kind.items() if not all(map(_is_ours, hooks.values()))]
 
 
 def _is_ours(hook: object) -> bool:
@@ -61,8 +64,8 @@ def hooks_warning(model: nn.Module, part: str) -> str:
         model: of one worker of several, or whose batches are cut.
         part: what of the batch it sees, and what becomes of the parts.
     """
-    found = ((name, tensor_hooks(one)) for name, one in model.named_parameters())
-    name, hooks = next(((name, hooks) for name, hooks in found if hooks), ("", []))
+    by_name = ((name, tensor_hooks(one)) for name, one in model.named_parameters())
+    name, hooks = next(((name, hooks) for name, hooks in by_name if hooks), ("", []))
     if not hooks:
         return ""
     return (

@@ -166,15 +166,15 @@ def recomputed(stage: nn.Module, inputs: Any) -> Any:
 
 def _state(stage: nn.Module) -> dict[str, tuple[int, int]]:
     """Give by name what tells that a tensor that is not trained was written, or replaced."""
-    found = {}
+    versions = {}
     for path, module in stage.named_modules():
         own = dict(module._parameters)
         if not has_running_statistics(module):  # of norms, the second forward has copies
             own |= module._buffers
         for name, tensor in own.items():
             if tensor is not None and not tensor.requires_grad:
-                found[_name_in_model(path, name)] = id(tensor), tensor._version
-    return found
+                versions[_name_in_model(path, name)] = id(tensor), tensor._version
+    return versions
 
 
 def _kept_in_attributes(stage: nn.Module) -> Iterator[tuple[str, Tensor, int]]:
@@ -212,8 +212,8 @@ class _ReentrantContext:
 
 def _there(buffer: _BufferKey) -> Tensor | None:
     where, key = buffer
-    found = where.get(key)
-    return found if isinstance(found, Tensor) else None
+    value = where.get(key)
+    return value if isinstance(value, Tensor) else None
 
 
 def _clone(tensor: Tensor | None) -> Tensor | None:

@@ -65,8 +65,8 @@ class _Range:
     @property
     def state(self) -> dict[str, Any]:
         """What torch remembers of it."""
-        found: dict[str, Any] = self.optimizer.state.get(self.parameter, {})
-        return found
+        state: dict[str, Any] = self.optimizer.state.get(self.parameter, {})
+        return state
 
     def of(self, vector: Tensor) -> Tensor:
         """Give the elements of a vector, in their type."""
@@ -152,15 +152,15 @@ class FlatOptimizer(VectorOptimizer):
             return {}
         self._read_scalars()
         count = self._layout.parameters
-        found = dict(self._vectors)
+        state = dict(self._vectors)
         used = torch.zeros(count, dtype=torch.bool)
         indices = torch.from_numpy(self._slots)
         used[indices] = torch.from_numpy(self._used)
         for name, values in self._scalars.items():
             of_all = torch.zeros(count, dtype=values.dtype)
             of_all[indices] = values.cpu()
-            found[PER_PARAMETER + name] = of_all
-        return {**found, **average, USED: used}
+            state[PER_PARAMETER + name] = of_all
+        return {**state, **average, USED: used}
 
     @override
     def load(self, state: Mapping[str, Tensor]) -> None:
@@ -193,12 +193,12 @@ class FlatOptimizer(VectorOptimizer):
         """
         rates, given = [0.0], iter(values.tolist())
         for number, wanted in enumerate(names, 1):
-            found = dict(zip(wanted, given, strict=False))
-            rates.append(found.pop("lr"))
-            if "beta1" in found:
-                found["betas"] = found.pop("beta1"), found.pop("beta2")
+            arguments = dict(zip(wanted, given, strict=False))
+            rates.append(arguments.pop("lr"))
+            if "beta1" in arguments:
+                arguments["betas"] = arguments.pop("beta1"), arguments.pop("beta2")
             for optimizer in self._optimizers.values():
-                optimizer.param_groups[number].update(found)
+                optimizer.param_groups[number].update(arguments)
         return tuple(rates)
 
     @override
@@ -421,7 +421,7 @@ def sync_plateau(
     plateau: Plateau,
     version: int,
     group: Collective | None,
-    told: Sequence[float],
+    server_settings: Sequence[float],
     device: torch.device,
 ) -> None:
     """
@@ -431,15 +431,15 @@ def sync_plateau(
         plateau: this rank's.
         version: with which the attempt begins.
         group: all ranks; None: there is one.
-        told: what servers say of the rates; empty: nothing.
+        server_settings: what servers know of the rates; empty: nothing.
         device: of the model.
 
     Raises:
         StateLost: who knew the rates of this version is gone.
     """
     known = [] if plateau.known is None else [plateau.known]
-    if told:
-        known.append(PlateauState.of(told))
+    if server_settings:
+        known.append(PlateauState.of(server_settings))
     if group is not None and group.world > 1:
         every = gather_values(known, group, device)
         known = [PlateauState.of(one) for some in every for one in some]

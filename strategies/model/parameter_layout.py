@@ -180,17 +180,17 @@ def trainable(model: nn.Module, extra: Mapping[str, Tensor]) -> NamedParams:
     if twice:
         text = f"the model has a tensor of the name {min(twice)!r}, which is that of the task's own"
         raise SpecError(Problem(("task",), text, "rename the submodule"))
-    found = [(name, p) for name, p in dense_parameters(model) if p.requires_grad and p.numel()]
-    known = {id(p) for _, p in found}
-    found += [
+    named = [(name, p) for name, p in dense_parameters(model) if p.requires_grad and p.numel()]
+    known = {id(p) for _, p in named}
+    named += [
         (name, cast(nn.Parameter, p))
         for name, p in extra.items()
         if id(p) not in known and p.requires_grad and p.numel()
     ]
-    if not found:
+    if not named:
         raise ValueError("the model has no trainable parameter")
-    first_name, first = found[0]
-    for name, p in found:
+    first_name, first = named[0]
+    for name, p in named:
         if p.device != first.device:
             raise ValueError(
                 f"trainable parameters must share a device: {first_name} is on {first.device}, "
@@ -200,7 +200,7 @@ def trainable(model: nn.Module, extra: Mapping[str, Tensor]) -> NamedParams:
             text = f"trainable parameters must be real numbers: {name!r} is {p.dtype}"
             hint = "keep a complex one as real numbers, and use torch.view_as_complex in forward"
             raise SpecError(Problem(("task",), text, hint))
-    return found
+    return named
 
 
 def by_type(named: NamedParams) -> NamedParams:
@@ -220,7 +220,7 @@ def room_for(frozen: NamedParams, trained: NamedParams, model: nn.Module) -> Nam
     holders = Counter(t.untyped_storage().data_ptr() for t in tensors if t.numel())
     types = {p.dtype for _, p in trained}
     device = trained[0][1].device
-    found = [
+    may_move = [
         (name, p)
         for name, p in frozen
         if p.numel()
@@ -230,7 +230,7 @@ def room_for(frozen: NamedParams, trained: NamedParams, model: nn.Module) -> Nam
         and holders[p.untyped_storage().data_ptr()] == 1
     ]
     limit = max(_TAIL_BYTES, sum(p.nbytes for _, p in trained))
-    return found if sum(p.nbytes for _, p in found) <= limit else []
+    return may_move if sum(p.nbytes for _, p in may_move) <= limit else []
 
 
 def lay_out(
@@ -277,13 +277,13 @@ Owner = tuple[dict[str, nn.Parameter | None], str, str, nn.Parameter]
 def owners_of(model: nn.Module, parameters: Sequence[nn.Parameter]) -> list[Owner]:
     """Give where the modules hold each parameter."""
     wanted = {id(parameter) for parameter in parameters}
-    found: list[Owner] = []
+    owners: list[Owner] = []
     for prefix, module in model.named_modules():
         for key, parameter in module._parameters.items():
             if parameter is not None and id(parameter) in wanted:
                 name = f"{prefix}.{key}" if prefix else key
-                found.append((module._parameters, key, name, parameter))
-    return found
+                owners.append((module._parameters, key, name, parameter))
+    return owners
 
 
 def unfreeze_error(step: int, what: str) -> SpecError:

@@ -51,12 +51,14 @@ class Placeholder(nn.Module):
         Raises:
             SpecError: it may be what the block's forward has left, such as `aux_loss`.
         """
-        found = getattr(self.__dict__["_like"][0], name)
-        if self.__dict__["is_behind"] and (found is None or isinstance(found, float | Tensor)):
+        attribute = getattr(self.__dict__["_like"][0], name)
+        if self.__dict__["is_behind"] and (
+            attribute is None or isinstance(attribute, float | Tensor)
+        ):
             raise no_blocks(
                 f"behind its blocks its forward reads what they may have kept, `{name}`"
             )
-        return found
+        return attribute
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Answer as it is told to."""
@@ -109,11 +111,11 @@ Ancestors = Sequence[tuple[str, nn.Module]]
 
 def ancestors_of(model: nn.Module, path: str) -> Ancestors:
     """Give a model and what it has on the way to the list of this name."""
-    found, prefix = [], ""
+    ancestors, prefix = [], ""
     for step in path.split("."):
-        found.append((prefix, model))
+        ancestors.append((prefix, model))
         model, prefix = model.get_submodule(step), f"{prefix}{step}."
-    return found
+    return ancestors
 
 
 @contextmanager

@@ -124,13 +124,13 @@ def make_optimizers(job: Job, task: Task, flat: FlatModel) -> tuple[MadeOptimize
     """
     seed_all(job.seed)
     named = [*dense_parameters(flat.model), *flat.extra.items()]
-    found = method_of(task, "optimizer")(named)
-    given = [*found] if isinstance(found, list | tuple) else [found]
+    returned = method_of(task, "optimizer")(named)
+    given = [*returned] if isinstance(returned, list | tuple) else [returned]
     where = f"{method_location(task, 'optimizer')}optimizer()"
     if not given or not all(isinstance(one, torch.optim.Optimizer) for one in given):
         kinds = ", ".join(type(one).__name__ for one in given) or "nothing"
         wanted = "must return a torch.optim.Optimizer, or a list of them"
-        raise ValueError(f"{where} {wanted}; got {kinds}{no_return(found)}")
+        raise ValueError(f"{where} {wanted}; got {kinds}{no_return(returned)}")
     for one in given:
         _check_step(one, where)
     optimizers = [MadeOptimizer(one) for one in given]
@@ -293,14 +293,16 @@ def _check_step(made: torch.optim.Optimizer, where: str) -> None:
 def _check_parameters(made: MadeOptimizers, flat: FlatModel, where: str) -> None:
     """See that every trainable parameter is in one group, and nothing else."""
     names = _names(flat)
-    found = [p for group in _groups(made) for p in group["params"]]
-    if any(id(p) not in names for p in found):
+    parameters = [p for group in _groups(made) for p in group["params"]]
+    if any(id(p) not in names for p in parameters):
         text = "has a tensor that is none of `named_parameters`"
         raise ValueError(f"{where} {text}: give the optimizer those that it got")
-    twice = next((p for n, p in enumerate(found) if any(p is one for one in found[:n])), None)
+    twice = next(
+        (p for n, p in enumerate(parameters) if any(p is one for one in parameters[:n])), None
+    )
     if twice is not None:
         raise ValueError(f"{where} has {names[id(twice)]!r} in two optimizers")
-    here = {id(p) for p in found}
+    here = {id(p) for p in parameters}
     for slot, parameter in zip(flat.trained_slots, flat.parameters, strict=False):
         if id(parameter) not in here:
             hint = "give it to one, or freeze it in model() with requires_grad_(False)"
@@ -308,11 +310,11 @@ def _check_parameters(made: MadeOptimizers, flat: FlatModel, where: str) -> None
 
 
 def _rate(group: Mapping[str, Any], where: str) -> float:
-    found = group.get("lr")
-    if isinstance(found, Tensor) and found.numel() == 1:
-        found = float(found)
-    rate = float(found) if isinstance(found, Real) else math.nan
+    lr = group.get("lr")
+    if isinstance(lr, Tensor) and lr.numel() == 1:
+        lr = float(lr)
+    rate = float(lr) if isinstance(lr, Real) else math.nan
     if not (math.isfinite(rate) and rate >= 0):
-        text = f"has a param group whose lr is {found!r}: the run's schedule sets it in each step"
+        text = f"has a param group whose lr is {lr!r}: the run's schedule sets it in each step"
         raise ValueError(f"{where} {text}, so it must be a number")
     return rate

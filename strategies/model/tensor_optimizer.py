@@ -82,8 +82,8 @@ class VectorOptimizer(ABC):
 
     def _averaged(self) -> dict[str, Tensor]:
         """Give what `state` has of the average; nothing before the first update."""
-        found = {} if self._average is None else self._average.state()
-        return {AVERAGE: found[AVERAGE], UPDATES: found[AVERAGED]} if found else {}
+        state = {} if self._average is None else self._average.state()
+        return {AVERAGE: state[AVERAGE], UPDATES: state[AVERAGED]} if state else {}
 
     def _load_average(self, state: Mapping[str, Tensor]) -> None:
         if self._average is not None:
@@ -161,7 +161,7 @@ class TensorOptimizer(VectorOptimizer):
     @override
     def state(self) -> dict[str, Tensor]:
         """Give what it remembers, see `WHOLE`; tensors are no copies."""
-        found = {
+        state_dict = {
             f"{WHOLE}{name}/{slot}": value
             for slot, state, parameter in zip(
                 self._slots.tolist(), self._states, self._parameters, strict=True
@@ -169,7 +169,7 @@ class TensorOptimizer(VectorOptimizer):
             for name, value in state.get(parameter, {}).items()
             if isinstance(value, Tensor)
         }
-        return found | self._averaged()
+        return state_dict | self._averaged()
 
     @override
     def load(self, state: Mapping[str, Tensor]) -> None:

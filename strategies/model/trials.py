@@ -80,11 +80,11 @@ class Runner(nn.Module):
 
 def _every(*modules: nn.Module) -> list[nn.Module]:
     """Give all modules in these, and those that they run, each once."""
-    found: dict[int, nn.Module] = {}
+    modules_by_id: dict[int, nn.Module] = {}
     for one in (part for module in modules for part in module.modules()):
         run = one.in_order if isinstance(one, Runner) else ()
-        found |= {id(part): part for top in (one, *run) for part in top.modules()}
-    return [*found.values()]
+        modules_by_id |= {id(part): part for top in (one, *run) for part in top.modules()}
+    return [*modules_by_id.values()]
 
 
 class ModuleSnapshot:

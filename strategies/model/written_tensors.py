@@ -262,23 +262,23 @@ class TensorValues:
 
     def differ(self) -> set[int]:
         """Give the numbers of those that hold something else now."""
-        found = set()
+        numbers = set()
         for number, slot in self._large.items():
             now = slot.tensor
             if now is None or checksum(now) != self._sums[number]:
-                found.add(number)
+                numbers.add(number)
         now_small = self._together()
         if now_small is None or self._copy is None:
-            return found | {n for n in self._small if now_small is not self._copy}
+            return numbers | {n for n in self._small if now_small is not self._copy}
         if torch.equal(now_small, self._copy):
-            return found
+            return numbers
         pieces = zip(
             self._small,
             torch.split(now_small, self._sizes),
             torch.split(self._copy, self._sizes),
             strict=True,
         )
-        return found | {number for number, one, other in pieces if not torch.equal(one, other)}
+        return numbers | {number for number, one, other in pieces if not torch.equal(one, other)}
 
     def _together(self) -> Tensor | None:
         """Give the small ones' bytes; None: one has another size now, or there is none."""
@@ -316,9 +316,9 @@ class VersionCounters:
         pairs = zip(
             zip(now[0], now[1], strict=True), zip(then[0], then[1], strict=True), strict=True
         )
-        found = {number for number, (one, other) in enumerate(pairs) if one != other}
+        moved = {number for number, (one, other) in enumerate(pairs) if one != other}
         addresses = zip(self._movable, now[2], then[2], strict=True)
-        return found | {number for number, one, other in addresses if one != other}
+        return moved | {number for number, one, other in addresses if one != other}
 
     def _now(self) -> tuple[list[int], list[int], list[int]]:
         tensors = [slot.where.get(slot.key) for slot in self._slots]
@@ -389,8 +389,8 @@ def checksum(tensor: Tensor) -> tuple[int, ...]:
     width = 256
     whole = words.numel() // width * width
     rows = words[:whole].view(-1, width)
-    found = []
+    sums_by_kind = []
     for sums in (rows.sum(0, dtype=torch.int64), rows.sum(1, dtype=torch.int64), words[whole:]):
         weights = torch.arange(1, sums.numel() + 1, device=words.device)
-        found.append(int((sums.long() * weights).sum()))
-    return tuple(found)
+        sums_by_kind.append(int((sums.long() * weights).sum()))
+    return tuple(sums_by_kind)

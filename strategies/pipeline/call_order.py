@@ -52,9 +52,9 @@ def agreed_order(
         CollectiveError: a rank is missing.
     """
     every: list[CallOrder | None] = gather_values(known, group, device)
-    told = next((one for one in every if one is not None), None)
-    if told is not None:
-        return told
+    agreed_before = next((one for one in every if one is not None), None)
+    if agreed_before is not None:
+        return agreed_before
     own = tried() if group.rank == 0 and tried is not None else {}
     agreed: CallOrder = broadcast_value(own, 0, group, device)
     return agreed
@@ -73,10 +73,10 @@ def call_order_of(model: nn.Module, call: ModelCall, inputs: Callable[[], Any]) 
         The parts that are registered elsewhere, and whether they are behind; nothing where the
         model has no blocks, or cannot be called.
     """
-    found = list_of_blocks(model)
-    if found is None:
+    path_and_blocks = list_of_blocks(model)
+    if path_and_blocks is None:
         return {}
-    path, blocks = found
+    path, blocks = path_and_blocks
     with preserve_attributes(*call.holders):
         behind = _called_behind(model, blocks, lambda: call(model, _given(model, inputs)))
     order = {}
@@ -97,13 +97,13 @@ def _called_behind(
 ) -> dict[int, bool]:
     """Give by `id` of a module whether it is first called when blocks have been."""
     inside = {id(one) for block in blocks for one in block.modules()}
-    found: dict[int, bool] = {}
+    called_after: dict[int, bool] = {}
 
     def note(begun: list[bool], module: nn.Module, _: object) -> None:
         if id(module) in inside:
             begun.append(True)
         else:
-            found.setdefault(id(module), bool(begun))
+            called_after.setdefault(id(module), bool(begun))
 
     hook = partial(note, [])
     handles = [one.register_forward_pre_hook(hook) for one in model.modules()]
@@ -115,4 +115,4 @@ def _called_behind(
     finally:
         for handle in handles:
             handle.remove()
-    return found
+    return called_after

@@ -75,8 +75,8 @@ class ForwardWrites:
         return _refused(names) if names else error
 
     def _now(self) -> dict[int, int]:
-        found = ((number, slot.tensor) for number, slot in self._slots.items())
-        return {number: -1 if one is None else one._version for number, one in found}
+        tensors = ((number, slot.tensor) for number, slot in self._slots.items())
+        return {number: -1 if one is None else one._version for number, one in tensors}
 
 
 def _refused(names: list[str]) -> SpecError:

@@ -168,9 +168,9 @@ class AllReduceGradSync(GradSync):
     def figures(self) -> dict[str, float]:
         """Give the exchange's figures and the optimizer's memory."""
         assert self._optimizer is not None, "sync_state() comes first"
-        found = {} if self._reducer is None else self._reducer.figures()
-        found |= norm_figures(self._optimizer.grad_norm)
-        return {**found, "optimizer_state_bytes": float(self._optimizer.state_bytes)}
+        figures = {} if self._reducer is None else self._reducer.figures()
+        figures |= norm_figures(self._optimizer.grad_norm)
+        return {**figures, "optimizer_state_bytes": float(self._optimizer.state_bytes)}
 
 
 class PsGradSync(GradSync):
@@ -209,9 +209,9 @@ class PsGradSync(GradSync):
         shards.connect(flat, context.saved, self._holding)
         self._state = context.state
         self._state.connect(group, served="use `data_strategy: ring`")
-        found = versions(flat.version)
-        own_version, version = flat.version, min(found)
-        if max(found) > version + 1:
+        all_versions = versions(flat.version)
+        own_version, version = flat.version, min(all_versions)
+        if max(all_versions) > version + 1:
             raise StateLost(f"some part of the model at step {version + 1}")
         # Whoever filled the servers had not what the others began with.
         if version < context.checkpoint_step:
@@ -319,6 +319,6 @@ class PsGradSync(GradSync):
 
     def figures(self) -> dict[str, float]:
         """Give how long servers held this rank up, and what they did: all of its part together."""
-        found = {"waiting_s": self._pushed.waiting_s, **load_figures(self._pushed.loads)}
-        found |= norm_figures(self._grad_norm)
-        return {name: value for name, value in found.items() if not name.startswith("shard_")}
+        figures = {"waiting_s": self._pushed.waiting_s, **load_figures(self._pushed.loads)}
+        figures |= norm_figures(self._grad_norm)
+        return {name: value for name, value in figures.items() if not name.startswith("shard_")}

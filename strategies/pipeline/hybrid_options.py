@@ -156,20 +156,20 @@ def _sizes(chosen: HybridOptions, job: Job) -> list[Problem]:
 
 
 def _micro_batches(chosen: HybridOptions, job: Job) -> list[Problem]:
-    found = []
+    problems = []
     if job.gradient_accumulation > 1:
         text = f"`hybrid` cuts batches into `micro_batches` (got {job.gradient_accumulation})"
-        found.append(Problem(("gradient_accumulation",), text, "give one of the two"))
+        problems.append(Problem(("gradient_accumulation",), text, "give one of the two"))
     micro, batch = chosen.micro(job), job.global_batch_size
     if batch < chosen.data * micro:
         text = f"{batch} samples cannot be cut into {chosen.data} replicas x {micro} micro-batches"
-        found.append(_problem("micro_batches", text, f"at most {batch // chosen.data}"))
+        problems.append(_problem("micro_batches", text, f"at most {batch // chosen.data}"))
     if chosen.schedule == "interleaved" and micro % chosen.pipeline:
         lower = micro // chosen.pipeline * chosen.pipeline
         near = f"{lower} or {lower + chosen.pipeline}" if lower else f"{chosen.pipeline}"
         text = f"interleaved needs a multiple of its {chosen.pipeline} stages (got {micro})"
-        found.append(_problem("micro_batches", text, f"take {near}, or `schedule: 1f1b`"))
-    return found
+        problems.append(_problem("micro_batches", text, f"take {near}, or `schedule: 1f1b`"))
+    return problems
 
 
 def _optimizer(chosen: HybridOptions, job: Job) -> list[Problem]:
@@ -186,43 +186,45 @@ def _cut(chosen: HybridOptions) -> list[Problem]:
         near = hint(chosen.cut, ("auto", "even"))
         text = f"must be `auto`, `even` or a list of layers (got {chosen.cut!r})"
         return [_problem("cut", text, near)]
-    found = []
+    problems = []
     if len(chosen.cut) != chosen.virtual_stages - 1:
         count = chosen.virtual_stages
         text = f"{count} pieces begin with {count - 1} layers besides the first"
-        found.append(_problem("cut", f"{text} (got {len(chosen.cut)} names)", "name as many"))
+        problems.append(_problem("cut", f"{text} (got {len(chosen.cut)} names)", "name as many"))
     if len({*chosen.cut}) < len(chosen.cut):
-        found.append(_problem("cut", "a layer is named twice", "name each once"))
-    return found
+        problems.append(_problem("cut", "a layer is named twice", "name each once"))
+    return problems
 
 
 def _combinations(chosen: HybridOptions, job: Job) -> list[Problem]:
-    found = []
+    problems = []
     if chosen.schedule == "interleaved" and chosen.virtual == 1:
         text = "interleaved needs 2 or more pieces per stage (got 1)"
-        found.append(_problem("virtual", text, "take 2, or `schedule: 1f1b`, which has one"))
+        problems.append(_problem("virtual", text, "take 2, or `schedule: 1f1b`, which has one"))
     if chosen.recompute and chosen.schedule == "zb-h1":
         text = "cannot be combined with `schedule: zb-h1`, which would compute forward three times"
-        found.append(_problem("recompute", text, "take `schedule: 1f1b`"))
+        problems.append(_problem("recompute", text, "take `schedule: 1f1b`"))
     if job.embeddings is not None:
         text = "cannot be combined with `hybrid`: rows are looked up by whole models only"
-        found.append(Problem(("embeddings",), text, "take `ring` or a parameter server"))
+        problems.append(Problem(("embeddings",), text, "take `ring` or a parameter server"))
     if job.checkpoint.trained_only:
         text = "cannot be combined with `hybrid`, whose ranks have parts of the model"
-        found.append(Problem(("checkpoint", "trained_only"), text, "remove it, or take `ring`"))
+        problems.append(Problem(("checkpoint", "trained_only"), text, "remove it, or take `ring`"))
     if job.compile is not None:
         text = "cannot be combined with `hybrid`, which calls the model's layers one by one"
-        found.append(Problem(("compile",), text, "remove it, or take `ring`"))
+        problems.append(Problem(("compile",), text, "remove it, or take `ring`"))
     if job.activation_checkpointing is not None:
         text = "has no effect with `hybrid`, which computes whole stages again"
-        found.append(Problem(("activation_checkpointing",), text, "set strategy.recompute: true"))
+        problems.append(
+            Problem(("activation_checkpointing",), text, "set strategy.recompute: true")
+        )
     if chosen.backend == "nccl" and not job.scaling.use_gpu:
         hint_ = "set scaling.use_gpu: true, or `backend: auto`"
-        found.append(_problem("backend", "`nccl` runs between GPUs only", hint_))
+        problems.append(_problem("backend", "`nccl` runs between GPUs only", hint_))
     if chosen.tensor > 1 and not chosen.tensor_plan:
         text = f"tensor: {chosen.tensor} needs it: nothing says which layers are sliced"
-        found.append(_problem("tensor_plan", text, 'such as {"blocks.*.mlp.1": colwise}'))
-    return [*found, *check_styles(chosen.tensor_plan, ("strategy", "tensor_plan"))]
+        problems.append(_problem("tensor_plan", text, 'such as {"blocks.*.mlp.1": colwise}'))
+    return [*problems, *check_styles(chosen.tensor_plan, ("strategy", "tensor_plan"))]
 
 
 def _without_effect(chosen: HybridOptions) -> list[Problem]:

@@ -235,10 +235,10 @@ NamedGradients = Mapping[str, Tensor | None]
 
 def gradients_of(outputs: Any, trained: Mapping[str, Tensor]) -> NamedGradients:
     """Give those of some sum of the outputs."""
-    found = [one for one in tensor_leaves(outputs) if one.requires_grad]
-    if not trained or not found:
+    differentiable = [one for one in tensor_leaves(outputs) if one.requires_grad]
+    if not trained or not differentiable:
         return {}
-    total = torch.stack([_some_sum(one) for one in found]).sum()
+    total = torch.stack([_some_sum(one) for one in differentiable]).sum()
     gradients = torch.autograd.grad(total, [*trained.values()], allow_unused=True)
     return dict(zip(trained, gradients, strict=True))
 

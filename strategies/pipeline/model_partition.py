@@ -381,9 +381,11 @@ class _Cutting:
             return [start for start, _ in split_evenly(len(layers), stages)[1:]]
         if not isinstance(wanted, str):
             return points_before(layers, wanted)
-        found = [points for points in gather_values(known, self._group, self._device) if points]
-        if found:
-            return list(found[0])
+        known_points = [
+            points for points in gather_values(known, self._group, self._device) if points
+        ]
+        if known_points:
+            return list(known_points[0])
         points = self._quickest(layers, self._costs(layers))
         if self._group.rank == 0:
             logger.info("the model is cut before %s", ", ".join(layers[p].name for p in points))
@@ -446,20 +448,22 @@ def _inputs_of(layers: Sequence[Layer], starts: Mapping[int, int], inputs: Any) 
         starts: by virtual stage, the number of its first layer.
         inputs: of the model.
     """
-    found: dict[int, Any] = {}
+    inputs_by_stage: dict[int, Any] = {}
     some = layers[: max(starts.values())]
     device = tensor_leaves(inputs)[0].device
     values = on_device(inputs, next((p.device for p in layers[0].module.parameters()), device))
     with untouched(*(layer.module for layer in some)):
         for number in range(len(some) + 1):
-            found |= {
+            inputs_by_stage |= {
                 virtual_stage: copied(values)
                 for virtual_stage, start in starts.items()
                 if start == number
             }
             if number < len(some):
                 values = some[number].module(values)
-    return {virtual_stage: on_device(value, device) for virtual_stage, value in found.items()}
+    return {
+        virtual_stage: on_device(value, device) for virtual_stage, value in inputs_by_stage.items()
+    }
 
 
 def _shared(inputs: Any, slices: Collective) -> Any:

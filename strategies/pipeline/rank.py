@@ -262,10 +262,10 @@ class HybridWorker(WorkerStrategy[HybridOptions]):
 
     def figures(self) -> dict[str, float]:
         """Give the figures of pipeline and exchange."""
-        found = self._synced.figures()
+        figures = self._synced.figures()
         if self.options.pipeline > 1:
-            found |= self._measures.figures(self._executor.spans, self._ideal)
-        return found
+            figures |= self._measures.figures(self._executor.spans, self._ideal)
+        return figures
 
     @cached_property
     def _ideal(self) -> float:

@@ -60,14 +60,14 @@ def with_hooks(model: nn.Module, layers: Sequence[Layer]) -> list[Layer]:
         problems.append(_problem(text, "register them on the layers that they are for"))
     if problems:
         raise SpecError(*problems)
-    found = list(layers)
+    hooked = list(layers)
     if model._forward_pre_hooks:
         hooks = list(model._forward_pre_hooks.values())
-        found[0] = replace(found[0], module=_Before(found[0].module, hooks))
+        hooked[0] = replace(hooked[0], module=_Before(hooked[0].module, hooks))
     if model._forward_hooks:
         hooks = list(model._forward_hooks.values())
-        found[-1] = replace(found[-1], module=_After(found[-1].module, hooks))
-    return found
+        hooked[-1] = replace(hooked[-1], module=_After(hooked[-1].module, hooks))
+    return hooked
 
 
 def _of_the_whole(model: nn.Module, layers: Sequence[Layer]) -> list[Problem]:
@@ -126,7 +126,7 @@ def _sets_modes_only(module: nn.Module) -> bool:
 def _between(model: nn.Module, layers: Sequence[Layer]) -> list[Problem]:
     """Find what is on modules of which only the parts are called."""
     inside = {id(module) for layer in layers for module in layer.module.modules()}
-    found = []
+    problems = []
     for name, module in model.named_modules():
         if id(module) in inside or module is model:
             continue
@@ -135,8 +135,8 @@ def _between(model: nn.Module, layers: Sequence[Layer]) -> list[Problem]:
         kinds += _own_ways(module, layers)
         text = f"{name} ({type(module).__name__}) has {{}}, and a pipeline calls its parts only"
         hint = f"have the task's `stages` name {name} itself, or set `pipeline: 1`"
-        found += [_problem(text.format(kind), hint) for kind in kinds]
-    return found
+        problems += [_problem(text.format(kind), hint) for kind in kinds]
+    return problems
 
 
 def _problem(message: str, hint: str) -> Problem:

@@ -54,13 +54,13 @@ class BeforeSlicing:
         self._expected: dict[tuple[int, bool], tuple[Any, NamedGradients]] = {}
         for virtual_stage, training in itertools.product(inputs, (False, True)):
             try:
-                found, again = (
+                expected, again = (
                     self._run(virtual_stage, seed, training=training) for seed in (0, 1)
                 )
             except Exception:  # such inputs are not for evaluation; in training it comes again
                 continue
-            if alike(found[0], again[0]):
-                self._expected[virtual_stage, training] = found
+            if alike(expected[0], again[0]):
+                self._expected[virtual_stage, training] = expected
 
     def compare(self) -> None:
         """
@@ -72,14 +72,14 @@ class BeforeSlicing:
         """
         for (virtual_stage, training), (outputs, gradients) in self._expected.items():
             try:
-                found, its = self._run(virtual_stage, 0, training=training)
+                sliced_outputs, sliced_gradients = self._run(virtual_stage, 0, training=training)
             except DistplatError:
                 raise
             except Exception as error:
                 raise self._sliced(f"fail where they do not whole: {error}") from error
-            if not alike(found, outputs):
+            if not alike(sliced_outputs, outputs):
                 raise self._sliced("compute otherwise than whole" + " in training" * training)
-            differ = other_gradients(its, gradients)
+            differ = other_gradients(sliced_gradients, gradients)
             if differ:
                 raise self._sliced(f"give {', '.join(differ)} another gradient than whole")
 

@@ -22,9 +22,9 @@ from distplat.platform.topology import Position
 from distplat.strategies.algorithms.seeds import mixed
 from distplat.strategies.loop.batches import (
     EvalLoader,
-    unpack_batch,
     batches_by,
     micro_batches,
+    unpack_batch,
 )
 from distplat.strategies.loop.collate import to_device
 from distplat.strategies.loop.compute import Compute, Share, Stopwatch, Sums, precision

@@ -81,11 +81,11 @@ class Packing:
         """Give the tensors; they lie in the message."""
         if self._as_it_is:
             return [message]
-        found = []
+        tensors = []
         for start, (dtype, shape) in zip(self._offsets, self.forms, strict=True):
             stop = start + prod(shape) * dtype.itemsize
-            found.append(message[start:stop].view(dtype).view(shape))
-        return found
+            tensors.append(message[start:stop].view(dtype).view(shape))
+        return tensors
 
 
 class _TensorForm(NamedTuple):
@@ -166,7 +166,7 @@ class ValueLayout:
                 virtual_stage, f"has no tensor ({type(value).__name__})", "cut elsewhere"
             )
         depends = any(tensor.requires_grad for tensor in tensors)
-        found = [
+        forms = [
             _TensorForm(
                 where,
                 leaf.dtype,
@@ -177,7 +177,7 @@ class ValueLayout:
             else _Constant(where, leaf)
             for where, leaf in zip(paths, leaves, strict=True)
         ]
-        return cls(virtual_stage, structure, found)
+        return cls(virtual_stage, structure, forms)
 
     @property
     def key(self) -> tuple[Any, ...]:
@@ -214,13 +214,13 @@ class ValueLayout:
     def from_bytes(cls, virtual_stage: int, text: bytes) -> "ValueLayout":
         """Give the form that another rank has told."""
         structure, leaves = json.loads(text)
-        found: list[_TensorForm | _Constant] = []
+        forms: list[_TensorForm | _Constant] = []
         for where, *rest in leaves:
             if len(rest) == 1:
-                found.append(_Constant(where, rest[0]))
+                forms.append(_Constant(where, rest[0]))
             else:
-                found.append(_TensorForm(where, _TRAVELLING[rest[0]], tuple(rest[1]), rest[2]))
-        return cls(virtual_stage, structure_from_text(structure), found)
+                forms.append(_TensorForm(where, _TRAVELLING[rest[0]], tuple(rest[1]), rest[2]))
+        return cls(virtual_stage, structure_from_text(structure), forms)
 
     def value(self, tensors: Sequence[Tensor]) -> Any:
         """Put a value together; `tensors` are in order."""
@@ -243,7 +243,7 @@ class ValueLayout:
             leaves, structure = tree_flatten(value)
             if structure != self._structure:
                 raise self._other(f"it is {_shown(structure)}, not {_shown(self._structure)}")
-        found = []
+        tensors = []
         for known, leaf in zip(self._leaves, leaves, strict=True):
             if isinstance(known, _Constant):
                 if not isinstance(leaf, _CONSTANTS) or repr(leaf) != repr(known.value):
@@ -255,8 +255,8 @@ class ValueLayout:
             if leaf.requires_grad and not known.gradient:
                 text = f"{known.where or 'it'} needs a gradient, and did not when first computed"
                 raise self._other(text)
-            found.append(leaf)
-        return found
+            tensors.append(leaf)
+        return tensors
 
     def _differs(self, known: _TensorForm | _Constant, leaf: Any) -> SpecError:
         got = repr(leaf) if isinstance(leaf, _CONSTANTS) else type(leaf).__name__

@@ -61,19 +61,19 @@ def keep_tables(
         seed: of the job.
         keep: writes a file of that name.
     """
-    found: dict[str, dict[str, object]] = {}
+    tables: dict[str, dict[str, object]] = {}
     files: dict[str, list[str]] = {}
     for server, source in enumerate(sources):
         for number, (spec, rows) in enumerate(source.sizes()):
-            found[spec.name] = asdict(spec)
+            tables[spec.name] = asdict(spec)
             names = files.setdefault(spec.name, [])
             count = max(1, PART_BYTES // (4 * spec.width))
             for part, first in enumerate(range(0, rows, count)):
                 names.append(f"{_stem(number, spec.name)}.{server}.{part:04d}.safetensors")
                 keep(names[-1], source.part(number, first, count))
-    for name, facts in found.items():
+    for name, facts in tables.items():
         facts["files"] = files[name]
-    text = json.dumps({"seed": seed, "tables": list(found.values())}, indent=2)
+    text = json.dumps({"seed": seed, "tables": list(tables.values())}, indent=2)
     keep(LIST_NAME, text.encode())  # last: who finds it finds all
 
 
@@ -118,8 +118,8 @@ def read_part(path: Path, table: Table) -> None:
         ids, rows = part["ids"], part["rows"]
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise StorageError(f"{path} is no part of an embedding table: {error}") from error
-    if said := _unlike(table.spec, ids, rows):
-        raise StorageError(f"{path} is no part of table {table.spec.name!r}: it has {said}")
+    if mismatch := _unlike(table.spec, ids, rows):
+        raise StorageError(f"{path} is no part of table {table.spec.name!r}: it has {mismatch}")
     table.put(ids, rows)
 
 

@@ -132,21 +132,23 @@ class Lookups(RowSource):
                 asynchronous tables leave out this rank's push alone.
             scale: what gradients are multiplied by: makes them those of a weighted mean.
         """
-        found = [] if skip else self._gradients()
+        gradients = [] if skip else self._gradients()
         if scale != 1.0:
-            found = [(ids, replace(rows, values=rows.values * scale)) for ids, rows in found]
+            gradients = [
+                (ids, replace(rows, values=rows.values * scale)) for ids, rows in gradients
+            ]
         self._clear()
         self._figures = {
-            "rows": float(sum(len(ids.ids) for ids, _ in found)),
+            "rows": float(sum(len(ids.ids) for ids, _ in gradients)),
             "rows_pull_s": self._pull_s,
         }
         self._pull_s = 0.0
-        return self._tables.push(step, found, task, skip)
+        return self._tables.push(step, gradients, task, skip)
 
     def copies(self, version: int) -> ArrayRefs | None:
         """Fetch what the servers have kept of a version, for a checkpoint; from any thread."""
-        found = self._tables.copies(version)
-        return None if found is None else [(copy.ref, copy.entries) for copy in found]
+        copies = self._tables.copies(version)
+        return None if copies is None else [(copy.ref, copy.entries) for copy in copies]
 
     def figures(self) -> dict[str, float]:
         """Give rows that the step just made has updated for this rank, and seconds of pulls."""

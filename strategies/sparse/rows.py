@@ -169,9 +169,9 @@ class ArrayIndex(RowIndex):
 
     @override
     def find(self, ids: Ids) -> Slots:
-        found = self._slots[ids].astype(np.int64)
-        found -= 1
-        return found
+        slots = self._slots[ids].astype(np.int64)
+        slots -= 1
+        return slots
 
     @override
     def add(self, ids: Ids) -> Slots:
@@ -190,13 +190,13 @@ class HashIndex(RowIndex):
     @override
     def find(self, ids: Ids) -> Slots:
         positions = self._first_positions(ids)
-        found, pending = self._look(ids, positions)
+        slots_of_ids, pending = self._look(ids, positions)
         while len(pending):
             positions[pending] = (positions[pending] + 1) & self._mask
             slots, still = self._look(ids[pending], positions[pending])
-            found[pending] = slots
+            slots_of_ids[pending] = slots
             pending = pending[still]
-        return found
+        return slots_of_ids
 
     @override
     def add(self, ids: Ids) -> Slots:

@@ -298,14 +298,14 @@ class Table:
     def _add_up(self, parts: Sequence[RowGradients]) -> tuple[NDArray[np.int64], Values]:
         """Give slots, each once, and the sums of their gradients (I2)."""
         parts = [part for part in parts if len(part.ids)] or parts[:1]
-        found = [self._slots(part.ids) for part in parts]
+        slots_by_part = [self._slots(part.ids) for part in parts]
         if len(parts) == 1:
-            return found[0], parts[0].values
+            return slots_by_part[0], parts[0].values
         if len(self._summed) < len(self):
             self._summed = np.zeros(len(self) * 5 // 4, np.int64)
-        slots = np.empty(sum(map(len, found)), np.int64)
+        slots = np.empty(sum(map(len, slots_by_part)), np.int64)
         sums, count = np.empty((len(slots), self.spec.width), np.float32), 0
-        for part_slots, part in zip(found, parts, strict=True):
+        for part_slots, part in zip(slots_by_part, parts, strict=True):
             positions = self._summed[part_slots] - 1
             new = positions < 0
             more = slice(count, count + int(new.sum()))

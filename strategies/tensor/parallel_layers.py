@@ -165,18 +165,18 @@ def lone_columns(module: nn.Module) -> list[tuple[str, str]]:
     Returns:
         Names of both, as a plan of a gated MLP has them that leaves one of its two out.
     """
-    found = []
+    pairs = []
     for prefix, parent in module.named_modules():
         layers = [(f"{prefix}.{own}".strip("."), one) for own, one in parent.named_children()]
         for split, columns in layers:
             if isinstance(columns, ColumnLinear) and not columns.gathers:
                 sizes = columns.in_features, columns.bounds[-1][1]
-                found += [
+                pairs += [
                     (split, name)
                     for name, one in layers
                     if type(one) is nn.Linear and (one.in_features, one.out_features) == sizes
                 ]
-    return found
+    return pairs
 
 
 class RowLinear(nn.Linear):

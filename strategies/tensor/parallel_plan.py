@@ -120,15 +120,15 @@ def check_styles(plan: Mapping[str, str], where: Sequence[str] = ()) -> list[Pro
         plan: pattern -> style.
         where: the field that holds the plan, for the messages.
     """
-    found = []
+    problems = []
     for pattern, style in plan.items():
         if style not in STYLES:
             text = f"unknown style {style!r}"
-            found.append(Problem((*where, pattern), text, hint(style, STYLES)))
+            problems.append(Problem((*where, pattern), text, hint(style, STYLES)))
         if not all(pattern.split(".")):
             text = f"{pattern!r} is no pattern of module names"
-            found.append(Problem((*where, pattern), text, "such as `blocks.*.mlp.up`"))
-    return found
+            problems.append(Problem((*where, pattern), text, "such as `blocks.*.mlp.up`"))
+    return problems
 
 
 def matches(pattern: str, name: str) -> bool:
@@ -154,26 +154,28 @@ def resolve(
             two styles or lies inside another one of the plan.
     """
     problems = check_styles(plan)
-    found: dict[str, str] = {}
-    said_by: dict[str, str] = {}
+    styles: dict[str, str] = {}
+    pattern_of: dict[str, str] = {}
     for pattern, style in plan.items():
         named = [name for name in names if matches(pattern, name)]
         if not named and not partial:
             problems.append(_names_nothing(pattern, names))
         for name in named:
-            if found.setdefault(name, style) != style:
-                text = f"{name} is {found[name]} by {said_by[name]!r} and {style} by {pattern!r}"
+            if styles.setdefault(name, style) != style:
+                text = (
+                    f"{name} is {styles[name]} by {pattern_of[name]!r} and {style} by {pattern!r}"
+                )
                 problems.append(Problem((), text, "let one pattern name it"))
-            said_by.setdefault(name, pattern)
+            pattern_of.setdefault(name, pattern)
     problems += [
-        Problem((), f"{inner} ({found[inner]}) lies inside {outer} ({found[outer]})", "split one")
-        for outer in found
-        for inner in found
+        Problem((), f"{inner} ({styles[inner]}) lies inside {outer} ({styles[outer]})", "split one")
+        for outer in styles
+        for inner in styles
         if inner.startswith(f"{outer}.")
     ]
     if problems:
         raise SpecError(*problems)
-    return {name: found[name] for name in names if name in found}
+    return {name: styles[name] for name in names if name in styles}
 
 
 def _names_nothing(pattern: str, names: Collection[str]) -> Problem:

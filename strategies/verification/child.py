@@ -55,13 +55,13 @@ def answer(request: ChildRequest) -> list[ReferenceResult]:
         task: Task = kind(request.entry, request.task_args, asdict(switches))
         return task
 
-    found: list[ReferenceResult] = []
+    results: list[ReferenceResult] = []
     for fields in request.jobs:
         job = Job.model_validate(fields)
         seed_all(job.seed)
         why = _uncut(job, make(Switches())) if isinstance(make_strategy(job), Hybrid) else ""
-        found.append(why or references(job, make))
-    return found
+        results.append(why or references(job, make))
+    return results
 
 
 def _uncut(job: Job, task: Task) -> str:

@@ -107,14 +107,14 @@ def is_finite(trained: Trained) -> bool:
 
 def _gaps(run: Trained, reference: Trained, reversed_: Trained, least: float) -> Sequence[_Gap]:
     floors: dict[str, float] = {}
-    found = []
+    gaps = []
     eps = max(map(_eps, reference.states[0].values()), default=0.0)
     for step in range(1, len(reference.losses) + 1):
         losses = [each.losses[step - 1] for each in (run, reference, reversed_)]
         drift = eps * math.sqrt(step) / 4
         floor = max(abs(losses[1] - losses[2]), drift * abs(losses[1]))
         floors[LOSS] = floor = max(floor, floors.get(LOSS, 0.0), _least(least, abs(losses[1])))
-        found.append(_Gap(step, LOSS, abs(losses[0] - losses[1]), floor))
+        gaps.append(_Gap(step, LOSS, abs(losses[0] - losses[1]), floor))
         other_state = run.states.get(step)
         for name, value in reference.states.get(step, {}).items():
             size = _largest(value)
@@ -122,8 +122,8 @@ def _gaps(run: Trained, reference: Trained, reversed_: Trained, least: float) ->
             floor = max(floor, floors.get(name, 0.0), _least(least, size))
             floors[name] = floor
             if other_state is not None:
-                found.append(_Gap(step, name, _distance(other_state[name], value), floor))
-    return found
+                gaps.append(_Gap(step, name, _distance(other_state[name], value), floor))
+    return gaps
 
 
 def _least(part: float, size: float) -> float:

@@ -117,10 +117,10 @@ class _PlainRowSource(RowSource):
 
     @override
     def rows(self, module: Sharded, ids: Tensor) -> tuple[Tensor, Tensor | None]:
-        found = nn.functional.embedding(ids, self._weight, sparse=True)
+        rows = nn.functional.embedding(ids, self._weight, sparse=True)
         if module.padding_idx is not None:
-            found = found * (ids != module.padding_idx).unsqueeze(1)
-        return found, None
+            rows = rows * (ids != module.padding_idx).unsqueeze(1)
+        return rows, None
 
 
 @dataclass(frozen=True)
@@ -224,8 +224,8 @@ def _rates(job: Job, task: Task) -> list[Callable[[float], float]]:
 def _tasks(task: Task, named: Tensors) -> Sequence[torch.optim.Optimizer]:
     """Have the task make it; among the tensors are buffers."""
     kinds = nn.Parameter
-    found = task.optimizer([(n, p) for n, p in named.items() if isinstance(p, kinds)])
-    return found if isinstance(found, list | tuple) else [found]
+    returned = task.optimizer([(n, p) for n, p in named.items() if isinstance(p, kinds)])
+    return returned if isinstance(returned, list | tuple) else [returned]
 
 
 def _optimizer(spec: Optimizer, task: Task, named: Tensors) -> Sequence[torch.optim.Optimizer]:
@@ -261,15 +261,15 @@ def parts(job: Job, samples: ReferenceSamples, *, merged: bool = False) -> Batch
     if isinstance(strategy, Hybrid):
         micro = strategy.options.micro(job)
     sampler = _sampler(job, samples, world)
-    found = []
+    schedule = []
     for step in range(job.steps or 0):
         ranks = []
         for rank in range(world):
             cut = sample_runs(sampler, step, rank, micro)
             first = step_seed(job.seed, step, rank)
             ranks.append([_forward(run, None if at else first) for at, run in enumerate(cut)])
-        found.append([_join(ranks)] if merged else ranks)
-    return found
+        schedule.append([_join(ranks)] if merged else ranks)
+    return schedule
 
 
 def union(job: Job, samples: ReferenceSamples) -> Batches:
@@ -286,13 +286,13 @@ def _forward(run: SampleRun, seed: int | None) -> MicroBatch:
 
 def _join(ranks: list[list[MicroBatch]]) -> list[MicroBatch]:
     most = max(len(forwards) for forwards in ranks)
-    found = []
+    joined = []
     for at in range(most):
         group = [forward for forwards in ranks for forward in forwards[at : at + 1]]
         ids = [index for forward in group for index in forward.ids]
         seeds = [seed for forward in group for seed in forward.sample_seeds]
-        found.append(MicroBatch(ids, seeds, group[0].collate_seed, group[0].seed))
-    return found
+        joined.append(MicroBatch(ids, seeds, group[0].collate_seed, group[0].seed))
+    return joined
 
 
 def _sampler(job: Job, samples: ReferenceSamples, world: int) -> Sampler:
@@ -305,7 +305,7 @@ def numbered(data: Any, schedule: Batches, seed: int) -> Any:
     if not is_stream(data):
         return data
     last = max(max(forward.ids) for ranks in schedule for one in ranks for forward in one)
-    found: list[Any] = []
+    samples_read: list[Any] = []
     with preserve_rng_state():
         for turn in itertools.count():
             seed_all(order_seed(seed, turn))
@@ -315,11 +315,11 @@ def numbered(data: Any, schedule: Batches, seed: int) -> Any:
             for position in itertools.count():
                 seed_all(mixed(epoch_seed(seed, turn), position))
                 try:
-                    found.append(next(samples))
+                    samples_read.append(next(samples))
                 except StopIteration:
                     break
-                if len(found) > last:
-                    return found
+                if len(samples_read) > last:
+                    return samples_read
     raise AssertionError("it goes on until all are read")
 
 

@@ -33,11 +33,11 @@ class Rank:
 
     def named(self) -> Tensors:
         """Give parameters and buffers by name, each once; those that the task keeps come last."""
-        found = [(name[1:], tensor) for name, tensor in tensors_of("", self.model)]
+        tensors = [(name[1:], tensor) for name, tensor in tensors_of("", self.model)]
         for name, value in vars(self.task).items():
-            found += tensors_of(f"task:{name}", value)
-        names = {tensor: name for name, tensor in reversed(found)}
-        return {name: tensor for name, tensor in found if names[tensor] == name}
+            tensors += tensors_of(f"task:{name}", value)
+        names = {tensor: name for name, tensor in reversed(tensors)}
+        return {name: tensor for name, tensor in tensors if names[tensor] == name}
 
     def snapshot(self) -> Tensors:
         """Copy the model's state, and what the task trains beside it."""
@@ -70,7 +70,7 @@ def train(make: MakeTask, schedule: Batches, recipe: Recipe, *, reverse: bool = 
     dense = {name: one for name, one in parameters.items() if name not in rows}
     made = recipe.optimizer(ranks[0].task, dense)
     optimizers = [*made, *([recipe.rows([*rows.values()])] if rows else [])]
-    found, rounding = Trained({0: ranks[0].snapshot()}), 0.75 if reverse else 1.0
+    trained, rounding = Trained({0: ranks[0].snapshot()}), 0.75 if reverse else 1.0
     for step, rate in zip(schedule, recipe.rates, strict=True):
         before = {name: tensor.detach().clone() for name, tensor in ranks[0].named().items()}
         sizes = [sum(len(forward.ids) for forward in forwards) for forwards in step]
@@ -78,15 +78,15 @@ def train(make: MakeTask, schedule: Batches, recipe: Recipe, *, reverse: bool = 
         parts, terms = [], recipes.terms_of(ranks[0].task, data, step)
         for rank, forwards in zip(ranks, step, strict=True):
             rank.model.train()
-            parts += [compute(rank, data, each, recipe, scale, found, terms) for each in forwards]
+            parts += [compute(rank, data, each, recipe, scale, trained, terms) for each in forwards]
         spread(ranks, settled(ranks, before, sizes))
         total = sum(weight for _, _, weight in parts)
-        found.losses.append(sum(loss for _, loss, _ in parts) / total if total else math.nan)
+        trained.losses.append(sum(loss for _, loss, _ in parts) / total if total else math.nan)
         for name, parameter in parameters.items():
             given = [gradients[name] for gradients, _, _ in parts if name in gradients]
             summed = reduce(torch.add, given[::-1] if reverse else given) if given else None
             parameter.grad = None if summed is None else summed * (sum(sizes) / total / rounding)
-        found.used.append({name for name, p in parameters.items() if p.grad is not None})
+        trained.used.append({name for name, p in parameters.items() if p.grad is not None})
         if recipe.clip_norm is not None:
             nn.utils.clip_grad_norm_([*dense.values()], recipe.clip_norm)
         for optimizer in optimizers:
@@ -95,9 +95,9 @@ def train(make: MakeTask, schedule: Batches, recipe: Recipe, *, reverse: bool = 
             optimizer.step()
             optimizer.zero_grad()
         spread(ranks, ranks[0].named())
-        if (done := len(found.losses)) % recipe.every == 0 or done == len(schedule):
-            found.states[done] = ranks[0].snapshot()
-    return found
+        if (done := len(trained.losses)) % recipe.every == 0 or done == len(schedule):
+            trained.states[done] = ranks[0].snapshot()
+    return trained
 
 
 def compute(
@@ -128,16 +128,16 @@ def settled(ranks: Sequence[Rank], before: Tensors, sizes: Sequence[int]) -> Ten
     """Join what forwards wrote: the first rank's with samples; means of running statistics."""
     norms = [n for n, module in ranks[0].model.named_modules() if isinstance(module, _NormBase)]
     each = [(rank.named(), size) for rank, size in zip(ranks, sizes, strict=True) if size]
-    found = dict(each[0][0])
+    joined = dict(each[0][0])
     for name, old in before.items():
-        if found[name].requires_grad:
-            found[name] = old
+        if joined[name].requires_grad:
+            joined[name] = old
             for tensors, _ in reversed(each):
-                found[name] = torch.where(tensors[name] != old, tensors[name], found[name])
+                joined[name] = torch.where(tensors[name] != old, tensors[name], joined[name])
         elif name.startswith(tuple(norms)) and name.endswith(("running_mean", "running_var")):
             means = [tensors[name] * (size / sum(sizes)) for tensors, size in each]
-            found[name] = torch.stack(means).sum(0)
-    return found
+            joined[name] = torch.stack(means).sum(0)
+    return joined
 
 
 @torch.no_grad()

@@ -149,7 +149,7 @@ def meaning_job(job: Job) -> Job:
 
 
 def _add_whole(
-    found: References,
+    references: References,
     job: Job,
     recipe: Recipe,
     make: MakeSwitched,
@@ -166,15 +166,15 @@ def _add_whole(
         for samples in dict.fromkeys((ragged, None)):
             switches = Switches(double, dropout=False, frozen_norm=True, samples=samples)
             with contextlib.suppress(Exception):
-                whole = _whole(found, job, recipe, make, switches, every, merged)
+                whole = _whole(references, job, recipe, make, switches, every, merged)
                 if not whole.differs or samples is None:
-                    found.whole = whole
+                    references.whole = whole
                     return
-    found.notes.append(("whole batch", "the task cannot be computed on one"))
+    references.notes.append(("whole batch", "the task cannot be computed on one"))
 
 
 def _whole(
-    found: References,
+    references: References,
     job: Job,
     recipe: Recipe,
     make: MakeSwitched,
@@ -191,7 +191,7 @@ def _whole(
     if whole.draws:
         return WholeBatch(switches, whole, backwards, drawn=True)
     least = MEANING_TOLERANCE if switches.double else 0.0
-    comparison = compare(split, whole, backwards, found.trainable, least)
+    comparison = compare(split, whole, backwards, references.trainable, least)
     if not comparison.parts or not is_finite(whole):
         return WholeBatch(switches, whole, backwards)
     before = [sum(map(len, ranks)) for ranks in schedule[: comparison.step]]
@@ -223,9 +223,9 @@ def _recorded(make: MakeSwitched, switches: Switches, into: list[Tensor]) -> Cal
         model, collate = task.model, task.collate
 
         def watched() -> nn.Module:
-            found: nn.Module = model()
-            found.register_forward_hook(note)
-            return found
+            built: nn.Module = model()
+            built.register_forward_hook(note)
+            return built
 
         def begun(samples: list[Any]) -> Any:
             into.append(torch.zeros(0))

@@ -149,8 +149,8 @@ def _repeat(name: str, first: Trained, second: Trained) -> Row:
 
 def digest(trained: Trained) -> str:
     """Give the hash of a trained model."""
-    found = hashlib.sha256()
+    sha = hashlib.sha256()
     for name, value in sorted(last(trained).items()):
-        found.update(name.encode())
-        found.update(value.detach().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return found.hexdigest()
+        sha.update(name.encode())
+        sha.update(value.detach().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return sha.hexdigest()
