@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence, Set
+from collections.abc import Iterator, Mapping, Sequence
 
 from torch import Tensor, nn
 
@@ -21,15 +21,22 @@ class FrozenBase:
     The frozen parameters of a model, as a run began with them.
 
     Args:
-        flat: the model.
-        changed: names of those that are in the checkpoint that it was filled from.
+        flat: the model, before it is trained.
+        saved: of the checkpoint that it was filled from; None: of none that leaves something out.
+
+    Raises:
+        SpecError: there is nothing to leave out.
     """
 
-    def __init__(self, flat: FlatModel, changed: Set[str]) -> None:
+    def __init__(self, flat: FlatModel, saved: Checksums | None) -> None:
         self._flat = flat
-        self._sums = {
-            name: checksum(one) for name, one in _frozen(flat.model) if name not in changed
-        }
+        frozen = dict(_frozen(flat.model))
+        if not frozen:
+            where = "checkpoint", "trained_only"
+            text = "has no effect: the model has no frozen parameters"
+            raise SpecError(Problem(where, text, "remove it"))
+        names = frozen.keys() if saved is None else frozen.keys() & saved.keys()
+        self._sums = {name: checksum(frozen[name]) for name in names}
 
     def unchanged(self) -> dict[str, tuple[int, ...]]:
         """Give the checksums, by name, of those that nothing has written or begun to train."""
@@ -39,25 +46,6 @@ class FrozenBase:
             for name, one in _frozen(self._flat.model)
             if name in self._sums and name not in trained and checksum(one) == self._sums[name]
         }
-
-
-def begun(flat: FlatModel, saved: Checksums | None) -> FrozenBase:
-    """
-    Look at a model that is about to be trained.
-
-    Args:
-        flat: the model.
-        saved: of the checkpoint that it was filled from; None: of none that leaves something out.
-
-    Raises:
-        SpecError: there is nothing to leave out.
-    """
-    names = {name for name, _ in _frozen(flat.model)}
-    if not names:
-        where = "checkpoint", "trained_only"
-        text = "has no effect: the model has no frozen parameters"
-        raise SpecError(Problem(where, text, "remove it"))
-    return FrozenBase(flat, frozenset() if saved is None else names - saved.keys())
 
 
 def check_base(model: Mapping[str, Tensor], saved: Checksums) -> None:

@@ -46,10 +46,9 @@ class LossState:
         self._tensors = [*_untrained(task, model)]
         every = [*own, *_of_model(model)]
         self._marks = [(name, held, _marks(held)) for name, held in every]
-        self._every = [
-            (name, held, {k for k, v in held.items() if v is None}) for name, held in every
+        self._set = [
+            (name, held, {k for k, v in held.items() if v is not None}) for name, held in every
         ]
-        self._known = [{*held} for _, held in every]
         self._moved = [(name, tensor, mark_of(tensor)) for name, tensor in self._tensors]
         small = sum(tensor.numel() for _, tensor in self._tensors) <= _COPIED_ELEMENTS
         self._copies = [(t, t.detach().clone()) for _, t in self._tensors] if small else []
@@ -68,9 +67,9 @@ class LossState:
         """Give what is now where there was nothing; None: nothing new."""
         attributes = {
             f"{name}{key}": (held, key)
-            for (name, held, empty), known in zip(self._every, self._known, strict=True)
+            for name, held, before in self._set
             for key in held
-            if (key in empty or key not in known) and key not in MODULE_VARS
+            if key not in before and key not in MODULE_VARS
         }
         return NewState(attributes) if attributes else None
 

@@ -31,7 +31,7 @@ from distplat.platform.tensor_file import EMA_PREFIX, TASK_PREFIX
 from distplat.strategies.catalog import make_strategy
 from distplat.strategies.checkpoint.checkpoint_reader import SavedState
 from distplat.strategies.checkpoint.checkpoint_types import Take
-from distplat.strategies.checkpoint.frozen_base import FROZEN, begun
+from distplat.strategies.checkpoint.frozen_base import FROZEN, FrozenBase
 from distplat.strategies.checkpoint.initial_weights import fill_part, initial_weights
 from distplat.strategies.collective import Collective
 from distplat.strategies.loop.agreement import agree, facts_of, hash_samples
@@ -448,7 +448,7 @@ def _load(p: Prepared, saved: SavedState | None) -> None:
     if p.job.plateau is not None and saved is not None:
         p.job.plateau.load(saved.state.get(PLATEAU))
     if p.job.checkpoint.trained_only and p.frozen is None:
-        p.frozen = begun(p.flat, None if saved is None else saved.left_out)
+        p.frozen = FrozenBase(p.flat, None if saved is None else saved.left_out)
     if p.state is None:
         p.state = ModelState(p.flat, _shares_of(p), p.task.buffers)
 

@@ -162,13 +162,13 @@ class FlatModel:
     @contextmanager
     def with_params(self, params: Tensor) -> Iterator[None]:
         """Have the model compute with other parameters for a while, shape [n], between steps."""
-        slots = [self.slots[index] for index in self._live()]
-        for slot, parameter in zip(slots, self._housed, strict=True):
+        housed = [*zip(self._housed_slots, self._housed, strict=True)]
+        for slot, parameter in housed:
             parameter.data = slot.view(params)
         try:
             yield
         finally:
-            for slot, parameter in zip(slots, self._housed, strict=True):
+            for slot, parameter in housed:
                 parameter.data = slot.view(self.params)
 
     def written(self, params: Tensor, before: Tensor) -> str | None:
@@ -179,8 +179,7 @@ class FlatModel:
             params: what the model computes with, shape [n].
             before: a copy of them from the time before.
         """
-        slots = [self.slots[index] for index in self._live()]
-        for slot, parameter in zip(slots, self._housed, strict=True):
+        for slot, parameter in zip(self._housed_slots, self._housed, strict=True):
             view, old = slot.view(params), bits_of(slot.view(before))
             if parameter.data_ptr() != view.data_ptr() or not torch.equal(bits_of(view), old):
                 return slot.name
@@ -327,7 +326,7 @@ class FlatModel:
 
     def trained_names(self) -> frozenset[str]:
         """Give the names of the parameters that live in the vector by now."""
-        return frozenset(self.slots[index].name for index in self._live())
+        return frozenset(slot.name for slot in self._housed_slots)
 
     @property
     def unfreezes(self) -> bool:
@@ -441,7 +440,7 @@ class FlatModel:
     def _point(self) -> None:
         """Make parameters and gradients views of the present vectors."""
         live = self._live()
-        slots = [self.slots[index] for index in live]
+        slots = self._housed_slots = [self.slots[index] for index in live]
         self._housed = [self.parameters[index] for index in live]
         behind = np.flatnonzero(~self.active) + self._trained
         self._frozen = [self.parameters[index] for index in behind.tolist()]

@@ -271,13 +271,6 @@ class PsGradSync(GradSync):
         if len(holders) < group.world:
             self._state.take_from(holders[0] if holders else 0)
 
-    def last_backward(self) -> None:
-        """Nothing leaves before all gradients are there."""
-
-    @override
-    def pause(self) -> None:
-        """Nothing leaves before all gradients are there."""
-
     @override
     def begin(self, step: int, local: StepControl) -> StepControl:
         """Servers decide by all parts' records, so nothing is pushed yet."""

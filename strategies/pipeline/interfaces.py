@@ -48,10 +48,12 @@ class BackwardListener(Protocol):
     """Told when gradients become final."""
 
     def last_backward(self) -> None:
-        """What the backward that begins now makes is final."""
+        """What the backward that begins now makes is final; nothing is done by default."""
+        return
 
     def pause(self) -> None:
         """It is over."""
+        return
 
 
 class GradSync(BackwardListener, Protocol):

@@ -23,6 +23,7 @@ from distplat.strategies.loop.batches import batches_by, one_batch
 from distplat.strategies.loop.collate import to_device
 from distplat.strategies.loop.prepared import Prepared
 from distplat.strategies.model.block_layers import CallOrder
+from distplat.strategies.model.flat import FlatModel
 from distplat.strategies.model.layers import Layer, tracing
 from distplat.strategies.model.meta import materialise
 from distplat.strategies.model.model_call import ModelCall
@@ -283,7 +284,7 @@ def agreed_part(
                 planned = resolve(options.tensor_plan, here, partial=True)
                 part.trial = BeforeSlicing(part.module, part.chunks, inputs, planned)
             part.specs = parallelize(part.module, options.tensor_plan, slices, partial=True)
-        part.finish(prepared.job.optimizer.group_of)
+        part.flat = FlatModel(part.module, group_of=prepared.job.optimizer.group_of)
     elif options.virtual_stages > 1:
         cutting.points([], part.points)
     return part

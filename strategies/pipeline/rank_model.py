@@ -30,7 +30,6 @@ from distplat.strategies.model.meta import materialise
 from distplat.strategies.model.model_call import Batch, ModelCall, TakesBatch
 from distplat.strategies.model.module_hooks import called_hooks, saved_hooks
 from distplat.strategies.model.module_options import recomputed
-from distplat.strategies.model.parameter_layout import GroupOf
 from distplat.strategies.pipeline.limits import NamesById
 from distplat.strategies.pipeline.slicing_trial import BeforeSlicing
 from distplat.strategies.pipeline.values import copied
@@ -331,6 +330,7 @@ class ModelPart:
     trial: BeforeSlicing | None = None
     """To be compared once, by all slices together; None: there is nothing to compare."""
     flat: FlatModel = field(init=False)
+    """`module` on flat vectors; once it is sliced, for then no parameter is exchanged any more."""
 
     def holding(self, part: int) -> Holding:
         """
@@ -350,15 +350,6 @@ class ModelPart:
             if (not self.specs[name].extent if name in self.specs else part > 0)
         }
         return Holding(slices, others)
-
-    def finish(self, group_of: GroupOf) -> None:
-        """
-        Move the parameters onto flat vectors; they are not exchanged by others afterwards.
-
-        Args:
-            group_of: see `FlatModel`.
-        """
-        self.flat = FlatModel(self.module, group_of=group_of)
 
 
 def layers_for(task: Task, model: nn.Module, order: CallOrder | None = None) -> list[Layer]:

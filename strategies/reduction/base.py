@@ -32,7 +32,12 @@ class Reducer(Protocol):
     """
 
     def last_backward(self) -> None:
-        """Called when the step's last backward begins; skipped on a rank without samples."""
+        """
+        Called when the step's last backward begins; skipped on a rank without samples.
+
+        Does nothing, unless gradients are sent while it goes on.
+        """
+        return
 
     def finish(self, local: StepControl) -> StepControl:
         """
@@ -61,6 +66,7 @@ class Reducer(Protocol):
 
         Either no operation is under way, or the group was given up: then its vectors are too.
         """
+        return
 
 
 _ROUNDS = 3

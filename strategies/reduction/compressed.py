@@ -71,10 +71,6 @@ class CompressedReducer(Reducer):
         """
 
     @override
-    def last_backward(self) -> None:
-        """What is to be sent is known only when all gradients are there."""
-
-    @override
     def finish(self, local: StepControl) -> StepControl:
         """The control record goes first: of a step that is not finite nothing is sent, so residuals
         stay as they are.
@@ -105,10 +101,6 @@ class CompressedReducer(Reducer):
     @override
     def figures(self) -> dict[str, float]:
         return {**self._step.lap(), **self._figures}
-
-    @override
-    def close(self) -> None:
-        """There are no hooks."""
 
     def inherit(self, old: "CompressedReducer") -> None:
         """

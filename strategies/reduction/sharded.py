@@ -77,10 +77,6 @@ class ShardedUpdate(LocalOptimizer, Reducer):
         self._meter = Meter(group)
         self._exchange_s = 0.0
 
-    @override
-    def last_backward(self) -> None:
-        """Nothing goes before all gradients are there."""
-
     def finish(self, local: StepControl) -> StepControl:
         """
         Sum the gradients of this rank's part over all ranks, in place; see `Reducer`.
@@ -135,10 +131,6 @@ class ShardedUpdate(LocalOptimizer, Reducer):
     @override
     def figures(self) -> dict[str, float]:
         return {**self._meter.lap(), "exposed_s": self._exchange_s}
-
-    @override
-    def close(self) -> None:
-        """There are no hooks to take off."""
 
     def state(self) -> dict[str, Tensor]:
         """Give nothing: each rank has a part, and no rank can hand over what another needs."""
