@@ -32,6 +32,9 @@ SAMPLES = "of the data set: "
 """Begins a note at an error of the user's: the samples that were read, or put together."""
 _SHOWN = 8
 
+Collate = Callable[[list[Any]], Any]
+"""Makes a batch of samples."""
+
 
 class SampleRun(NamedTuple):
     """Samples that follow each other in an epoch's order: those of a micro-batch."""
@@ -143,7 +146,13 @@ def total_steps(job: Job, sampler: Sampler) -> int:
 
 
 def micro_batches(
-    job: Job, data: Dataset[Any], sampler: Sampler, rank: int, steps: range, parts: int
+    job: Job,
+    data: Dataset[Any],
+    sampler: Sampler,
+    rank: int,
+    steps: range,
+    parts: int,
+    collate: Collate | None = None,
 ) -> Iterator[Any]:
     """
     Give the collated micro-batches of one rank, in the order in which its steps want them.
@@ -155,6 +164,7 @@ def micro_batches(
         rank: number among those that the sampler cuts the batch for.
         steps: in this order.
         parts: micro-batches of a step.
+        collate: see `collate_of`.
     """
     every, total = job.checkpoint.period(sampler.steps_per_epoch), total_steps(job, sampler)
     due = (rank == 0 and is_due(step + 1, every, total) for step in steps)
@@ -162,13 +172,13 @@ def micro_batches(
         sample_runs(sampler, step, rank, parts, marked=marked)
         for step, marked in zip(steps, due, strict=True)
     )
-    return note_positions(data, Loader(job, data).batches(chain.from_iterable(by_step)))
+    batches = Loader(job, data, collate).batches(chain.from_iterable(by_step))
+    return note_positions(data, batches)
 
 
 def note_positions(data: Dataset[Any], batches: Iterator[Any]) -> Iterator[Any]:
     """Give batches, and have their stream note what came with them."""
-    stream = data.data if isinstance(data, TaskBatches) else data
-    return _noted(stream, batches) if isinstance(stream, StreamSamples) else batches
+    return _noted(data, batches) if isinstance(data, StreamSamples) else batches
 
 
 def _noted(stream: StreamSamples, batches: Iterator[Any]) -> Iterator[Any]:
@@ -185,9 +195,10 @@ def fingerprint_of_batch(data: Dataset[Any]) -> int:
     return data.fingerprint if isinstance(data, StreamSamples) else 0
 
 
-def one_batch(data: Dataset[Any], ids: list[int]) -> Any:
+def one_batch(data: Dataset[Any], ids: list[int], collate: Collate | None = None) -> Any:
     """Give some samples, collated."""
-    return unpack_batch(Samples(data).__getitems__(SampleRun(0, 0, ids)), len(ids))[0]
+    batch = Samples(data, collate).__getitems__(SampleRun(0, 0, ids))
+    return unpack_batch(batch, len(ids))[0]
 
 
 class _RunSampler:
@@ -206,16 +217,24 @@ class Loader:
     Args:
         job: how the data is loaded.
         data: the samples.
+        collate: see `collate_of`.
         persistent: whether there are several plans, one after the other: processes live on.
     """
 
-    def __init__(self, job: Job, data: Dataset[Any], *, persistent: bool = False) -> None:
+    def __init__(
+        self,
+        job: Job,
+        data: Dataset[Any],
+        collate: Collate | None = None,
+        *,
+        persistent: bool = False,
+    ) -> None:
         count = job.data.num_workers
         self._context = LoaderContext() if count else None
         self._timeout_s = job.failure.start_timeout_s
         self._plan = _RunSampler()
         self._loader = DataLoader(
-            Samples(data),
+            Samples(data, collate),
             batch_sampler=self._plan,  # type: ignore[arg-type]
             collate_fn=sendable,  # batches are made where their samples are read
             num_workers=count,
@@ -264,9 +283,9 @@ class EvalLoader:
 
     def _planned(self, data: Dataset[Any], plan: Iterable[SampleRun]) -> Iterator[Any]:
         if not self._job.data.persistent_workers:
-            return Loader(self._job, batches_by(self._task, data)).batches(plan)
+            return Loader(self._job, data, collate_of(self._task)).batches(plan)
         if self._kept is None or self._kept[0] is not data:
-            loader = Loader(self._job, batches_by(self._task, data), persistent=True)
+            loader = Loader(self._job, data, collate_of(self._task), persistent=True)
             self._kept = data, loader
         return self._kept[1].batches(plan)
 
@@ -276,16 +295,14 @@ class Samples(Dataset[Any]):
     The user's data, read run by run, each sample with global generators of its own seed.
 
     Args:
-        data: the samples, perhaps with the task's way to make batches. Its own `__getitems__` is
-            used if it has one; then a whole run has the seed of its first sample. A `Subset` is
-            looked through.
+        data: the samples. Its own `__getitems__` is used if it has one; then a whole run has the
+            seed of its first sample. A `Subset` is looked through.
+        collate: see `collate_of`.
     """
 
-    def __init__(self, data: Dataset[Any]) -> None:
+    def __init__(self, data: Dataset[Any], collate: Collate | None = None) -> None:
         self._data: Any = data
-        self._collate: Callable[[list[Any]], Any] | None = None
-        if isinstance(data, TaskBatches):
-            self._data, self._collate = data.data, data.collate
+        self._collate = collate
 
     def __getstate__(self) -> dict[str, Any]:
         """Go to a loader process, the classes of a script with it."""
@@ -375,30 +392,9 @@ def _errors_that_travel() -> Iterator[None]:
         raise RuntimeError(f"{type(error).__name__}: {error}") from error
 
 
-class TaskBatches(Dataset[Any]):
-    """
-    A data set whose batches its task makes.
-
-    Args:
-        data: the samples.
-        collate: the task's.
-    """
-
-    def __init__(self, data: Any, collate: Callable[[list[Any]], Any]) -> None:
-        self.data, self.collate = data, collate
-
-    def __len__(self) -> int:
-        return len(self.data)
-
-    def __getitem__(self, index: int) -> Any:
-        return self.data[index]
-
-
-def batches_by(task: Task, data: Dataset[Any]) -> Dataset[Any]:
-    """Have a data set's batches made by the task, if it has a `collate` of its own."""
-    if type(task).collate is Task.collate:
-        return data
-    return TaskBatches(data, task.collate)
+def collate_of(task: Task) -> Collate | None:
+    """Give a task's own `collate`; None: batches are made by torch's rules."""
+    return None if type(task).collate is Task.collate else task.collate
 
 
 def may_draw(data: Any) -> bool:

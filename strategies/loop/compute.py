@@ -19,7 +19,7 @@ from distplat.strategies.loop.batches import (
     EvalLoader,
     Loader,
     SampleRun,
-    batches_by,
+    collate_of,
     fingerprint_of_batch,
     micro_batches,
     note_positions,
@@ -190,8 +190,8 @@ class WholeModel(Compute):
     @override
     def start(self, steps: range) -> None:
         parts = self.job.gradient_accumulation
-        data = batches_by(self.task, self.data)
-        self._batches = micro_batches(self.job, data, self.sampler, self.rank, steps, parts)
+        plan = self.sampler, self.rank, steps, parts
+        self._batches = micro_batches(self.job, self.data, *plan, collate_of(self.task))
 
     @override
     def gradients(self, step: int, clock: Stopwatch) -> Share:
@@ -304,10 +304,9 @@ class TaskModel(WholeModel, Compute):
         """Begin to read the data of these tasks; all those before have been made."""
         if not tasks:
             return
-        data = batches_by(self.task, self.data)
         if self._loader is None:
-            self._loader = Loader(self.job, data, persistent=True)
-        self._batches = note_positions(data, self._loader.batches(self._runs(tasks)))
+            self._loader = Loader(self.job, self.data, collate_of(self.task), persistent=True)
+        self._batches = note_positions(self.data, self._loader.batches(self._runs(tasks)))
 
     def _runs(self, tasks: range) -> Iterator[SampleRun]:
         for task in tasks:

@@ -19,7 +19,7 @@ from distplat.platform.even_split import split_evenly
 from distplat.platform.topology import Position
 from distplat.strategies.algorithms.partition import bounds, partition
 from distplat.strategies.collective import Collective, broadcast_value, gather_values
-from distplat.strategies.loop.batches import batches_by, one_batch
+from distplat.strategies.loop.batches import collate_of, one_batch
 from distplat.strategies.loop.collate import to_device
 from distplat.strategies.loop.prepared import Prepared
 from distplat.strategies.model.block_layers import CallOrder
@@ -435,7 +435,7 @@ class _Cutting:
         """Give inputs of the run's first samples, or with None of its first micro-batch."""
         p = self._prepared
         ids = p.sampler.micro_batches(0, 0, self._options.micro(p.job))[0][:most]
-        batch = one_batch(batches_by(p.task, p.data), ids.tolist())
+        batch = one_batch(p.data, ids.tolist(), collate_of(p.task))
         return as_pair(p.task, to_device(batch, self._device))[0]
 
 

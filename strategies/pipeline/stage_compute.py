@@ -22,7 +22,7 @@ from distplat.platform.topology import Position
 from distplat.strategies.algorithms.seeds import mixed
 from distplat.strategies.loop.batches import (
     EvalLoader,
-    batches_by,
+    collate_of,
     micro_batches,
     unpack_batch,
 )
@@ -87,10 +87,8 @@ class Pipeline(Compute):
     def start(self, steps: range) -> None:
         p, replica = self.prepared, self._at.replica
         if self._is_first or self.is_last:
-            data = batches_by(p.task, p.data)
-            self._batches = micro_batches(
-                p.job, data, p.sampler, replica, steps, self._micro_batches
-            )
+            plan = p.sampler, replica, steps, self._micro_batches
+            self._batches = micro_batches(p.job, p.data, *plan, collate_of(p.task))
 
     @override
     def gradients(self, step: int, clock: Stopwatch) -> Share:

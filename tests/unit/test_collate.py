@@ -16,7 +16,7 @@ from torch.utils.data import Dataset, TensorDataset
 
 from distplat import Task
 from distplat.platform.sampler import Sampler
-from distplat.strategies.loop.batches import EvalLoader, batches_by
+from distplat.strategies.loop.batches import EvalLoader, collate_of
 
 pytestmark = pytest.mark.usefixtures("loader_server")
 
@@ -167,8 +167,7 @@ def test_a_task_without_one_has_its_samples_stacked() -> None:
     class Plain(Padded):
         collate = Task.collate
 
-    data = Classified(SAMPLES)
-    assert batches_by(Plain(), data) is data
+    assert collate_of(Plain()) is None
     pairs = [(torch.ones(2), 1), (torch.zeros(2), 0)]
     inputs, targets = Plain().collate(pairs)
     assert inputs.shape == (2, 2) and targets.tolist() == [1, 0]
