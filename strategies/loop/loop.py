@@ -295,16 +295,15 @@ class Loop(_AnyLoop):
         self._merge_states(sums)
         self.progress.evaluating = False
         report = EvalReport(self.rank, step, sums.samples, sums.sums, sums.counts)
-        parts = [report] if self.group is None else self._gathered(report, self.group)
+        parts = [report]
+        if self.group is not None:
+            every = gather_values(asdict(report), self.group, self.flat.params.device)
+            parts = [EvalReport(**fields) for fields in every]
         for part in parts:
             self.report(part)
         # One at the end alone is not there in a longer run, which this may become.
         if self.job.plateau is not None and self._is_period(step):
             self.job.plateau.evaluated(step, join_evals(parts).metrics)
-
-    def _gathered(self, mine: EvalReport, group: Collective) -> list[EvalReport]:
-        every = gather_values(asdict(mine), group, self.flat.params.device)
-        return [EvalReport(**fields) for fields in every]
 
     def _merge_states(self, sums: Sums) -> None:
         """Have rank 0's part hold the figures of metrics with state, of the data of all."""

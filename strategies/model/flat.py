@@ -30,7 +30,6 @@ from distplat.platform.vector_layout import Segment
 from distplat.strategies.model.gradients import Gradients
 from distplat.strategies.model.parameter_layout import (
     GroupOf,
-    NamedParams,
     Slot,
     bits_of,
     by_type,
@@ -103,7 +102,8 @@ class FlatModel:
         frozen = [(n, p) for n, p in model.named_parameters() if not p.requires_grad]
         may_unfreeze = [(n, p) for n, p in frozen if unfreezes and takes(n, p.shape)]
         tail = by_type(room_for(may_unfreeze, named, model))
-        self._fixed = _others(frozen, tail)
+        movable = {id(p) for _, p in tail}
+        self._fixed = [(name, p) for name, p in frozen if id(p) not in movable]
         self.parameters = [p for _, p in named + tail]  #: in the order of `slots`
         self._trained = len(named)  #: how many of them are no tail
         self.slots, self.layout, dtype = lay_out(named, tail, group_of)
@@ -456,12 +456,6 @@ class FlatModel:
         self.gradients.point(views, copied, looks=self._looks)
         used = self.size if self.active.any() else self.layout.tail
         self._zeroed = [*_without(self.grads[:used], [self.slots[index] for index in copied])]
-
-
-def _others(named: NamedParams, left_out: NamedParams) -> NamedParams:
-    """Give the parameters of `named` that are not in `left_out`."""
-    known = {id(p) for _, p in left_out}
-    return [(name, p) for name, p in named if id(p) not in known]
 
 
 def _without(vector: Tensor, slots: Sequence[Slot]) -> Iterator[Tensor]:

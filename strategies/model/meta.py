@@ -52,7 +52,8 @@ def materialise(layers: Sequence[Layer], first: int, seed: int, device: str = "c
             torch.manual_seed(_layer_seed(seed, number))
             layer.module.to_empty(device="cpu")
             for module in _children_first(layer.module):
-                _reset(module)
+                if _own(module):
+                    next(getattr(module, name) for name in _RESET if hasattr(module, name))()
     for (home, name), *others in groups:
         for other, its_name in others:
             setattr(other, its_name, getattr(home, name))
@@ -77,11 +78,6 @@ def _children_first(module: nn.Module) -> Iterator[nn.Module]:
             yield one
 
     return walk(module)
-
-
-def _reset(module: nn.Module) -> None:
-    if _own(module):
-        next(getattr(module, name) for name in _RESET if hasattr(module, name))()
 
 
 def _check(layers: Sequence[Layer]) -> None:

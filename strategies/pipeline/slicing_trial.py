@@ -95,19 +95,16 @@ class BeforeSlicing:
 
     @torch.enable_grad()
     def _run(self, virtual_stage: int, seed: int, *, training: bool) -> tuple[Any, NamedGradients]:
+        """Give outputs, and the gradients of some sum of them, of what is whole on all slices."""
         chunk = self._chunks[virtual_stage]
         with untouched(chunk), WithoutDropout():
             chunk.set_mode(training=training)
             stop_dropping(chunk)
             outputs = chunk.run(copied(self._inputs[virtual_stage]), seed)
-            gradients = self._gradients(outputs)
+            named = dict(self._module.named_parameters())
+            trained = {name: named[name] for name in self._whole if named[name].requires_grad}
+            gradients = gradients_of(outputs, trained)
         return tree_map(_detached, outputs), gradients
-
-    def _gradients(self, outputs: Any) -> NamedGradients:
-        """Give those of some sum of the outputs, of what is whole on all slices."""
-        named = dict(self._module.named_parameters())
-        trained = {name: named[name] for name in self._whole if named[name].requires_grad}
-        return gradients_of(outputs, trained)
 
 
 def _detached(leaf: Any) -> Any:
