@@ -4,10 +4,10 @@
     forward    every rank: its rows ────────▶ the rows of all, in rank order
     backward   every rank: gradient of all the rows ── sum ──▶ that of its own rows
 
-Each operation begins with a word of every rank on what it is. So ranks that do not do the same are
-told, and a rank without samples in a step takes part in what the others do: it hears what comes,
-until they say that there is nothing more. That costs an operation in each step, so it is done where
-the code of task or model names `all_gather`, or where a step before has called it.
+Each operation begins with an announcement of every rank. So ranks that do not do the same end with
+an error, and a rank without samples in a step takes part in the others' operations, until they
+announce the end. That costs an operation in each step, so it is done where the code of task or
+model names `all_gather`, or where a step before has called it.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _DIMENSIONS = 8
 """Of a tensor, at most."""
 _TYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.int32]
 
-_UNHEARD = Problem(
+_NOT_EXPECTED = Problem(
     ("task",),
     "all_gather() is called first in a step in which a worker has no samples, and does not know it",
     "name it in a method of the task or in the model's forward(), or set data.drop_last: true",
@@ -72,7 +72,7 @@ def calls() -> int:
 
 
 class _Announcement(NamedTuple):
-    """What a rank says before an operation."""
+    """What a rank announces before an operation."""
 
     kind: int
     call: int = 0
@@ -109,7 +109,7 @@ class _Announcement(NamedTuple):
 
     @property
     def common(self) -> tuple[object, ...]:
-        """What all ranks must say; of a backward they have the rows of all."""
+        """What all ranks must announce alike; of a backward they have the rows of all."""
         rows = self.rows if self.kind == _BACKWARD else 0
         return self.kind, self.call, self.type, rows, self.row
 
@@ -166,14 +166,14 @@ class Gathering:
             CollectiveError: a rank is missing.
             RuntimeError: another rank calls once more.
         """
-        if self._world == 1 or not self._listens:
+        if self._world == 1 or not self._all_take_part:
             return
-        if self._parts(self._step)[self._joined().rank]:
-            self._say(_Announcement(_END), device)
+        if self._parts(self._step)[self._subgroup().rank]:
+            self._announce(_Announcement(_END), device)
             return
-        while (word := self._say(_Announcement(_NOTHING), device)[0]).kind != _END:
-            rows = sum(self._rows) if word.kind == _FORWARD else word.rows
-            self._joined().all_reduce(word.zeros(rows, device))
+        while (other := self._announce(_Announcement(_NOTHING), device)[0]).kind != _END:
+            rows = sum(self._rows) if other.kind == _FORWARD else other.rows
+            self._subgroup().all_reduce(other.zeros(rows, device))
 
     def gather(self, tensor: Tensor) -> Tensor:
         """Give all ranks' tensors in rank order, with gradient; what `distplat.all_gather` does."""
@@ -188,8 +188,8 @@ class Gathering:
             return self.gather(tensor.int()).bool()
         if tensor.dtype not in _TYPES:
             raise ValueError(f"all_gather() takes no tensor of type {tensor.dtype}")
-        if not self._listens and min(self._parts(self._step)) == 0:
-            raise SpecError(_UNHEARD)
+        if not self._all_take_part and min(self._parts(self._step)) == 0:
+            raise SpecError(_NOT_EXPECTED)
         self._calls += 1
         apply: Any = _Gather.apply
         rows: Tensor = apply(tensor, self, self._calls)
@@ -197,29 +197,29 @@ class Gathering:
 
     def rows_of_all(self, mine: Tensor, call: int) -> tuple[Tensor, slice]:
         """Give the rows of all ranks, and which of them are this one's."""
-        word = _Announcement.of(_FORWARD, call, mine)
-        self._say(word, mine.device)
+        announcement = _Announcement.of(_FORWARD, call, mine)
+        self._announce(announcement, mine.device)
         ends = [*accumulate(self._rows)]
-        rank = self._joined().rank
+        rank = self._subgroup().rank
         own = slice(ends[rank] - self._rows[rank], ends[rank])
-        whole = word.zeros(ends[-1], mine.device)
+        whole = announcement.zeros(ends[-1], mine.device)
         whole[own] = mine.detach()
-        self._joined().all_reduce(whole)
+        self._subgroup().all_reduce(whole)
         return whole, own
 
     def sum_over_ranks(self, gradient: Tensor, call: int) -> Tensor:
         """Give the sum of the ranks' gradients of all rows."""
-        self._say(_Announcement.of(_BACKWARD, call, gradient), gradient.device)
+        self._announce(_Announcement.of(_BACKWARD, call, gradient), gradient.device)
         total = gradient.clone(memory_format=torch.contiguous_format)
-        self._joined().all_reduce(total)
+        self._subgroup().all_reduce(total)
         return total
 
     @property
-    def _listens(self) -> bool:
+    def _all_take_part(self) -> bool:
         """Whether ranks without samples know that there may be calls; the same on all."""
         return self._expected or self._group is not None
 
-    def _joined(self) -> Collective:
+    def _subgroup(self) -> Collective:
         if self._group is None:
             group = self._make_group()
             assert group is not None, "strategies whose ranks gather have a group, or can make one"
@@ -227,20 +227,20 @@ class Gathering:
             self._group = group.subgroup("all-gather", range(group.world))
         return self._group
 
-    def _say(self, word: _Announcement, device: torch.device) -> list[_Announcement]:
+    def _announce(self, mine: _Announcement, device: torch.device) -> list[_Announcement]:
         """
-        Tell what comes next, and hear the others; give the words of those who know.
+        Exchange announcements of the next operation; give those of ranks that know of one.
 
         Raises:
-            RuntimeError: they are not all about the same.
+            RuntimeError: ranks announce different operations.
         """
-        group = self._joined()
-        words = [_Announcement.read(row) for row in gather_numbers(word.numbers(), group, device)]
-        self._rows = [one.rows for one in words]
-        known = {rank: one for rank, one in enumerate(words) if one.kind != _NOTHING}
+        group = self._subgroup()
+        every = [_Announcement.read(row) for row in gather_numbers(mine.numbers(), group, device)]
+        self._rows = [one.rows for one in every]
+        known = {rank: one for rank, one in enumerate(every) if one.kind != _NOTHING}
         first = {one.common: rank for rank, one in reversed(known.items())}
         if len(first) > 1:
-            texts = ", ".join(f"rank {rank} {words[rank]}" for rank in sorted(first.values()))
+            texts = ", ".join(f"rank {rank} {every[rank]}" for rank in sorted(first.values()))
             raise RuntimeError(
                 f"workers do not call all_gather() alike: {texts}. Whether and in which order it "
                 "is called, and the shape of a row, must not depend on the samples"

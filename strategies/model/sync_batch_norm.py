@@ -9,10 +9,10 @@ the worker's model get another `forward`; class, names and values stay.
 
 A rank that has fewer micro-batches than another takes part in the operations of those that it does
 not have, with a count of zero. It learns which they are: where a micro-batch is not everybody's,
-each operation begins with a word on what it is, and the last word of a step is that there is none.
+each operation begins with an announcement of it, and a step ends with the announcement of its end.
 
-    rank 0  (2 micro-batches)   op   op  | say op   say op   | say the end
-    rank 1  (1 micro-batch)     op   op  | hear op  hear op  | hear the end
+    rank 0  (2 micro-batches)   op   op  | announces op, op   | announces the end
+    rank 1  (1 micro-batch)     op   op  | takes part         | until then
 """
 
 from __future__ import annotations
@@ -118,14 +118,14 @@ class SyncNorms:
         counts = self._micro_batches(step)
         most = max(counts)
         if counts[self._group.rank] < most:
-            while (word := self._words(_NOTHING, 0)[0])[0] != _END:
-                kind, width = word
+            while (other := self._announcements(_NOTHING, 0)[0])[0] != _END:
+                kind, width = other
                 if kind == _FORWARD:
                     self._gather(self._zeros(2 * width + 1))
                 else:
                     self._group.all_reduce(self._zeros(2 * width))
         elif min(counts) < most:
-            self._say(_END, 0)
+            self._announce(_END, 0)
         self.begin(step + 1)
 
     def statistics(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -136,7 +136,7 @@ class SyncNorms:
             x: this rank's part, shape [N, C, ...].
         """
         channels = x.shape[1]
-        self._announce(_FORWARD, channels)
+        self._announce_if_needed(_FORWARD, channels)
         wide, over = x.detach().to(_wide(x)), _all_but_channels(x)
         count = x.numel() // max(1, channels)
         mean = wide.mean(over) if count else wide.new_zeros(channels)
@@ -151,7 +151,7 @@ class SyncNorms:
 
     def sum_over_ranks(self, sums: Tensor) -> Tensor:
         """Give the sums of a backward over all ranks, shape [2C], float64."""
-        self._announce(_BACKWARD, sums.numel() // 2)
+        self._announce_if_needed(_BACKWARD, sums.numel() // 2)
         sums = sums.to(torch.float64, copy=True)
         self._group.all_reduce(sums)
         return sums
@@ -164,21 +164,21 @@ class SyncNorms:
     def _zeros(self, size: int) -> Tensor:
         return torch.zeros(size, dtype=torch.float64, device=self._device)
 
-    def _announce(self, kind: int, channels: int) -> None:
+    def _announce_if_needed(self, kind: int, channels: int) -> None:
         """Tell what is computed, where a rank that does not know takes part in it."""
         if min(self._micro_batches(self._step)) < self._made:
-            self._say(kind, channels)
+            self._announce(kind, channels)
 
-    def _say(self, kind: int, channels: int) -> None:
+    def _announce(self, kind: int, channels: int) -> None:
         """Tell what comes next; the others that know must be there too."""
-        words = self._words(kind, channels)
-        if any(word != (kind, channels) for word in words):
+        announced = self._announcements(kind, channels)
+        if any(one != (kind, channels) for one in announced):
             raise RuntimeError(
                 "ranks do not compute the same nn.SyncBatchNorm layers in the same order: "
-                f"{words}; which layers a forward uses must not depend on its samples"
+                f"{announced}; which layers a forward uses must not depend on its samples"
             )
 
-    def _words(self, kind: int, channels: int) -> list[tuple[int, int]]:
+    def _announcements(self, kind: int, channels: int) -> list[tuple[int, int]]:
         rows = gather_numbers([kind, channels], self._group, self._device)
         return [(kind, width) for kind, width in rows if kind != _NOTHING]
 
