@@ -204,7 +204,7 @@ def loss_warning(
     begun: LossState | None = None,
 ) -> str | None:
     """
-    Compare the loss of a batch with those of its halves; see `_of_halves`.
+    Compare the loss of a batch with those of its halves; see `_on_halves`.
 
     Args:
         task_loss: the task's `loss`.
@@ -225,7 +225,7 @@ def loss_warning(
             return None
         with nullcontext() if begun is None else begun.kept():
             given, rows = (outputs, targets), rows_of((outputs, targets), samples)
-            a, b = _of_halves(task_loss, _read_loss, given, rows or samples, states, begun)
+            a, b = _on_halves(task_loss, _read_loss, given, rows or samples, states, begun)
         tolerance = _tolerance((outputs, loss))
         if rows is None:
             return _compared(a, b, whole, samples, tolerance)
@@ -258,7 +258,7 @@ def metrics_warning(
         states: see `states_of`.
     """
     try:
-        a, b = _of_halves(task.metrics, _read_metrics, (outputs, targets), samples, states)
+        a, b = _on_halves(task.metrics, _read_metrics, (outputs, targets), samples, states)
         tolerance = max(_tolerance(outputs), _TOLERANCES[torch.float32])
         named = [
             f"{name!r} ({a[name]:.6g} and {b[name]:.6g}, the whole {value:.6g})"
@@ -281,11 +281,11 @@ def metrics_warning(
 _T = TypeVar("_T")
 
 
-class _CannotTell(Exception):
+class _NotComparable(Exception):
     """The batch cannot be cut, or the task called twice without a trace."""
 
 
-def _of_halves(
+def _on_halves(
     method: Callable[[Any, Any], Any],
     read: Callable[[Any], _T | None],
     batch: tuple[Any, Any],
@@ -308,19 +308,19 @@ def _of_halves(
         begun: what the copy of the task begins with; None: with what the task has now.
 
     Raises:
-        _CannotTell: there are no halves, the method draws random numbers, or the task keeps large
-            tensors or generators.
+        _NotComparable: there are no halves, the method draws random numbers, or the task keeps
+            large tensors or generators.
     """
     if samples < 2 or sum(state.numel() for state in states) > _COPIED_ELEMENTS:
-        raise _CannotTell
+        raise _NotComparable
     values = []
     with torch.no_grad(), preserve_rng_state(), _kept(states):
         before = rng_states()
         for half in (slice(0, samples // 2), slice(samples // 2, samples)):
-            outputs, targets = (_part(one, samples, half) for one in batch)
-            value = read(_on_a_copy(method, begun)(outputs, targets))
+            outputs, targets = (_take_samples(one, samples, half) for one in batch)
+            value = read(_method_of_copy(method, begun)(outputs, targets))
             if value is None or rng_states() != before:
-                raise _CannotTell
+                raise _NotComparable
             values.append(value)
     return values
 
@@ -410,7 +410,7 @@ def _tolerance(tree: Any) -> float:
     return max((_TOLERANCES.get(t.dtype, _COARSE) for t in floats), default=_COARSE)
 
 
-def _part(tree: Any, size: int, cut: slice) -> Any:
+def _take_samples(tree: Any, size: int, cut: slice) -> Any:
     """
     Copy some samples of a batch.
 
@@ -420,20 +420,20 @@ def _part(tree: Any, size: int, cut: slice) -> Any:
         cut: which samples.
 
     Raises:
-        _CannotTell: something in it is not by sample.
+        _NotComparable: something in it is not by sample.
     """
     if isinstance(tree, Tensor | np.ndarray):
         if tree.ndim and len(tree) != size:
-            raise _CannotTell
+            raise _NotComparable
         return _copied(tree[cut] if tree.ndim else tree)
     if isinstance(tree, _ATOMS):
         return tree
     items = items_in(tree)
     if items is None or isinstance(tree, PackedSequence):
-        raise _CannotTell
+        raise _NotComparable
     if isinstance(tree, list | tuple) and len(tree) == size and not _is_by_tensor(tree, size):
         return type(tree)(map(_copied, tree[cut]))  # an entry for each sample
-    return _rebuilt(tree, [_part(item, size, cut) for item in items])
+    return _rebuild(tree, [_take_samples(item, size, cut) for item in items])
 
 
 def _copied(tree: Any) -> Any:
@@ -441,7 +441,7 @@ def _copied(tree: Any) -> Any:
     if isinstance(tree, Tensor):
         return tree.detach().clone()
     items = items_in(tree)
-    return copy.deepcopy(tree) if items is None else _rebuilt(tree, [*map(_copied, items)])
+    return copy.deepcopy(tree) if items is None else _rebuild(tree, [*map(_copied, items)])
 
 
 def _is_by_tensor(items: Any, size: int) -> bool:
@@ -450,13 +450,13 @@ def _is_by_tensor(items: Any, size: int) -> bool:
     return lengths == {size}
 
 
-def _rebuilt(tree: Any, items: list[Any]) -> Any:
+def _rebuild(tree: Any, items: list[Any]) -> Any:
     if isinstance(tree, Mapping) and not isinstance(tree, dict | UserDict):
-        raise _CannotTell  # a copy of another may share what it holds
+        raise _NotComparable  # a copy of another may share what it holds
     return rebuilt(tree, items)
 
 
-def _on_a_copy(task_loss: Callable[..., Any], begun: LossState | None) -> Callable[..., Any]:
+def _method_of_copy(task_loss: Callable[..., Any], begun: LossState | None) -> Callable[..., Any]:
     """Give the same method of a copy of its task as it was, for it may keep figures there."""
     task, function = getattr(task_loss, "__self__", None), getattr(task_loss, "__func__", None)
     if function is None or not hasattr(task, "__dict__"):
@@ -464,10 +464,10 @@ def _on_a_copy(task_loss: Callable[..., Any], begun: LossState | None) -> Callab
     copied = copy.copy(task)
     for name, value in vars(task).items():
         if isinstance(value, _CONSUMED):
-            raise _CannotTell
+            raise _NotComparable
         if isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
             if value.numel() > _COPIED_ELEMENTS:
-                raise _CannotTell
+                raise _NotComparable
             vars(copied)[name] = value.detach().clone()
         elif type(value) in _CONTAINERS:
             vars(copied)[name] = copy.copy(value)

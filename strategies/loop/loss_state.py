@@ -102,11 +102,13 @@ class NewState(TorchFunctionMode):
     def __init__(self, attributes: Mapping[str, tuple[dict[str, Any], str]]) -> None:
         super().__init__()
         values = {name: held[key] for name, (held, key) in attributes.items()}
-        self._attributes = {name: attributes[name] for name, one in values.items() if _tells(one)}
+        self._attributes = {
+            name: attributes[name] for name, one in values.items() if _is_comparable(one)
+        }
         self._values = {name: values[name] for name in self._attributes}
-        self._names = {id(t): n for n, one in self._values.items() for t in _kept_in(one)}
+        self._names = {id(t): n for n, one in self._values.items() for t in _untrained_tensors(one)}
         self._marks = {
-            n: [*map(mark_of, _kept_in(v))]
+            n: [*map(mark_of, _untrained_tensors(v))]
             for n, v in self._values.items()
             if isinstance(v, nn.Module)
         }
@@ -127,15 +129,15 @@ class NewState(TorchFunctionMode):
 
     def carried(self) -> list[str]:
         """Give the names of what was read and is another now; a number may have been."""
-        return [name for name in self._attributes if name in self._read and self._other(name)]
+        return [name for name in self._attributes if name in self._read and self._has_changed(name)]
 
-    def _other(self, name: str) -> bool:
+    def _has_changed(self, name: str) -> bool:
         held, key = self._attributes[name]
         now, before = held.get(key), self._values[name]
         if _is_number(before):
             return _is_number(now) and now != before
         if name in self._marks:
-            return [*map(mark_of, _kept_in(now))] != self._marks[name]
+            return [*map(mark_of, _untrained_tensors(now))] != self._marks[name]
         tensors, copies = [*tensors_in(now)], self._copies[name]
         if not all(map(_is_plain, tensors)):
             return True
@@ -143,16 +145,16 @@ class NewState(TorchFunctionMode):
         return kinds[0] != kinds[1] or not all(map(torch.equal, tensors, copies))
 
 
-def _tells(value: object) -> bool:
+def _is_comparable(value: object) -> bool:
     """Whether a value is a module, a number, or small tensors: in a pair as an LSTM's state is."""
-    tensors = [*_kept_in(value)]
+    tensors = [*_untrained_tensors(value)]
     size = sum(one.numel() for one in tensors)
     if isinstance(value, nn.Module):  # such as a teacher, a copy of the model
         return size > 0
     return _is_number(value) or (all(map(_is_plain, tensors)) and 0 < size <= _COPIED_ELEMENTS)
 
 
-def _kept_in(value: object) -> Iterator[Tensor]:
+def _untrained_tensors(value: object) -> Iterator[Tensor]:
     """Give the tensors in a value; of a module those that gradients do not train."""
     if not isinstance(value, nn.Module):
         yield from tensors_in(value)

@@ -213,14 +213,14 @@ class StreamSamples(Dataset[Any]):
                 elif not counts:
                     break
                 elif time.monotonic() > until:
-                    raise self._wrong(
+                    raise self._error(
                         f"gave {count} samples in {limit_s:g} s and goes on: `epochs` needs their "
                         "number. Give `steps` instead, or the data a __len__, or raise "
                         "`failure.start_timeout_s`"
                     )
         self._samples = None
         if not self.hashes:
-            raise self._wrong("gave no samples")
+            raise self._error("gave no samples")
         if counts:
             self._size = count
 
@@ -267,7 +267,7 @@ class StreamSamples(Dataset[Any]):
             if mark is None:
                 self._begin(turn, 0)
                 return self.here()
-            self._go_on(mark)
+            self._resume_at(mark)
             return mark
 
     def next_of_pass(self) -> Any:
@@ -320,7 +320,7 @@ class StreamSamples(Dataset[Any]):
         """Begin a pass, or go on at a mark, before a sample."""
         mark = self.mark_before(number)
         if mark is not None and mark.place and turn in (None, mark.turn):
-            self._go_on(mark)
+            self._resume_at(mark)
         elif turn is None:
             self._begin(0, 0)
         else:
@@ -338,7 +338,7 @@ class StreamSamples(Dataset[Any]):
             self._reader.load_state_dict(json.loads(state))
         self._samples = iter(self._reader)
         if self._samples is self._reader:
-            raise self._wrong(
+            raise self._error(
                 f"{self._kind} is its own iterator, so it can be read only once: __iter__ must "
                 "begin anew each time, as a generator function does"
             )
@@ -357,7 +357,7 @@ class StreamSamples(Dataset[Any]):
                 )
         return self._source
 
-    def _go_on(self, mark: StreamPosition) -> None:
+    def _resume_at(self, mark: StreamPosition) -> None:
         """
         Read on at a mark.
 
@@ -380,7 +380,7 @@ class StreamSamples(Dataset[Any]):
         except StopIteration:
             pass  # what follows is looked at
         if not self._follows(mark):
-            raise self._wrong(
+            raise self._error(
                 f"gives other samples than before from number {mark.place} of pass {mark.turn} on: "
                 "a run that goes on must read what it would have read"
             )
@@ -433,13 +433,13 @@ class StreamSamples(Dataset[Any]):
         try:
             sample = self._ahead.pop(0) if self._ahead else self._draw(self._place)
         except StopIteration:
-            self._over()
+            self._begin_next_pass()
             return self._next()
         if self._origin + self._place == self._looks_at:
             self._seen = fingerprint_of(sample)
         self._place += 1
         if self._place == self._size:
-            self._see_the_end()
+            self._check_end()
         return sample
 
     def _draw(self, place: int) -> Any:
@@ -448,7 +448,7 @@ class StreamSamples(Dataset[Any]):
         seed_sample(self._seeds.of_samples(self._turn), place)
         sample = next(self._samples)
         if self._turn == 0 and place < len(self.hashes) and hash_of(sample) != self.hashes[place]:
-            raise self._wrong(
+            raise self._error(
                 f"gave another sample {place} when it was read anew. Every worker reads it, and so "
                 "does a run that goes on: __iter__ must begin at the same sample each time. What "
                 "it draws must come from random, numpy or torch, whose global generators are "
@@ -456,10 +456,10 @@ class StreamSamples(Dataset[Any]):
             )
         return sample
 
-    def _over(self) -> None:
+    def _begin_next_pass(self) -> None:
         """Begin the next pass, if the stream may end here."""
         if self._size is not None:
-            raise self._wrong(
+            raise self._error(
                 f"ended after {self._place} samples in pass {self._turn}, and {self._size} were "
                 "expected: by its len(), or as many as it had before. Every epoch must have as "
                 "many; without __len__ and with `steps` it is read over and over, whatever it has"
@@ -468,23 +468,23 @@ class StreamSamples(Dataset[Any]):
             raise self._empty(self._turn)
         self._begin(self._turn + 1, self._origin + self._place)
 
-    def _see_the_end(self) -> None:
+    def _check_end(self) -> None:
         """See that there is no sample after the last one: nobody would train on it."""
         try:
             self._draw(self._place)
         except StopIteration:
             self._samples = None
             return
-        raise self._wrong(
+        raise self._error(
             f"gives more than the {self._size} samples of its len(), or that it had before: "
             "without __len__ and with `steps` it is read over and over, whatever it has"
         )
 
     def _empty(self, turn: int) -> ValueError:
-        return self._wrong(
+        return self._error(
             f"gave no samples when it was begun anew for pass {turn}: __iter__ must begin anew "
             "each time, as a generator function does"
         )
 
-    def _wrong(self, text: str) -> ValueError:
+    def _error(self, text: str) -> ValueError:
         return ValueError(f"{self._where} {text}")

@@ -112,22 +112,22 @@ class WrittenBuffers:
     @contextmanager
     def _around_first(self, read: _Read) -> Iterator[None]:
         copied = range(len(self._buffers)) if self._seen < _LEARNING else self._written
-        values = {number: _clone(_there(self._buffers[number])) for number in copied}
-        before = [_mark(buffer) for buffer in self._buffers]
+        values = {number: _clone(_tensor_at(self._buffers[number])) for number in copied}
+        before = [_identity_and_version(buffer) for buffer in self._buffers]
         yield
         self._seen += torch.is_grad_enabled()
         for number, buffer in enumerate(self._buffers):
-            if _mark(buffer) != before[number]:
+            if _identity_and_version(buffer) != before[number]:
                 if number not in values:
-                    raise _late(buffer[1])
+                    raise _late_write(buffer[1])
                 self._written.add(number)
                 read.append((buffer, values[number]))
 
     @contextmanager
     def _with_copies(self, read: _Read, attributes: ReadAgain) -> Iterator[None]:
         copies = [(buffer, _clone(value)) for buffer, value in read]
-        copies += [(buffer, _clone(_there(buffer))) for buffer in self._statistics]
-        after = [_there(buffer) for buffer, _ in copies]
+        copies += [(buffer, _clone(_tensor_at(buffer))) for buffer in self._statistics]
+        after = [_tensor_at(buffer) for buffer, _ in copies]
         with attributes:
             for (where, key), value in copies:
                 where[key] = value
@@ -210,7 +210,7 @@ class _ReentrantContext:
         self._entered.pop().__exit__(*error)
 
 
-def _there(buffer: _BufferKey) -> Tensor | None:
+def _tensor_at(buffer: _BufferKey) -> Tensor | None:
     where, key = buffer
     value = where.get(key)
     return value if isinstance(value, Tensor) else None
@@ -220,13 +220,13 @@ def _clone(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.detach().clone()
 
 
-def _mark(buffer: _BufferKey) -> tuple[int, int]:
+def _identity_and_version(buffer: _BufferKey) -> tuple[int, int]:
     """Tell whether a buffer was written, or another one put in its place."""
-    tensor = _there(buffer)
+    tensor = _tensor_at(buffer)
     return id(tensor), -1 if tensor is None else tensor._version
 
 
-def _late(name: str) -> ValueError:
+def _late_write(name: str) -> ValueError:
     return ValueError(
         f"the forward writes the buffer {name!r} now, and did not in its first calls: its "
         "activations cannot be computed again from what it has read (activation_checkpointing)"

@@ -113,7 +113,9 @@ class ModuleSnapshot:
     def changed(self) -> list[str]:
         """Give the names of what is another than it was, in the order of the modules."""
         written = {key for key, (one, copied) in self._copies.items() if not _equal(one, copied)}
-        written |= {key for key, (one, wanted) in self._wanted.items() if _switched(one, wanted)}
+        written |= {
+            key for key, (one, wanted) in self._wanted.items() if _freeze_changed(one, wanted)
+        }
         written |= {key for key, (one, mark) in self._marks.items() if mark_of(one) != mark}
         return [
             f"{path}.{name}".lstrip(".")
@@ -128,9 +130,9 @@ class ModuleSnapshot:
             now = vars(module)
             for name in now.keys() - held.keys() - {"training"}:
                 del now[name]
-            _have(module, held)
+            _restore_attributes(module, held)
         for tensor, wanted in self._wanted.values():
-            if _switched(tensor, wanted):
+            if _freeze_changed(tensor, wanted):
                 tensor.requires_grad_(wanted)
         for tensor, copied in self._copies.values():
             if not _equal(tensor, copied):
@@ -173,7 +175,7 @@ def _differs(old: Mapping[Any, Any], new: Mapping[Any, Any], key: Any, written: 
     return not both or not _same(old[key], new[key]) or id(new[key]) in written
 
 
-def _alike(one: Any, other: Any) -> bool:
+def _same_content(one: Any, other: Any) -> bool:
     old, new = _parts(one), _parts(other)
     return [*old] == [*new] and all(map(_same, old.values(), new.values()))
 
@@ -185,11 +187,11 @@ def _same(one: Any, other: Any) -> bool:
     return type(one) is type(other) and type(one) in _PLAIN and bool(one == other)
 
 
-def _have(holder: object, held: Attributes) -> None:
+def _restore_attributes(holder: object, held: Attributes) -> None:
     """Have an object's attributes be these; it may have others, too."""
     for name, (value, content) in held.items():
         vars(holder)[name] = value
-        if content is not None and not _alike(content, value):
+        if content is not None and not _same_content(content, value):
             _refill(value, content)
 
 
@@ -202,7 +204,7 @@ def _refill(container: Any, content: Any) -> None:
         container.extend(content)
 
 
-def _switched(tensor: Tensor, wanted: bool) -> bool:
+def _freeze_changed(tensor: Tensor, wanted: bool) -> bool:
     """Whether a tensor was frozen or unfrozen; one that was computed is none of the model's."""
     return tensor.is_leaf and tensor.requires_grad != wanted
 
@@ -238,17 +240,17 @@ class ReadAgain:
 
     def __enter__(self) -> None:
         self._after = self._values()
-        self._have(self._found)
+        self._restore_attributes(self._found)
 
     def __exit__(self, *error: object) -> None:
-        self._have(self._after)
+        self._restore_attributes(self._after)
 
     def _values(self) -> list[Attributes]:
         return [_attributes(one, MODULE_VARS) for one in self._modules]
 
-    def _have(self, values: list[Attributes]) -> None:
+    def _restore_attributes(self, values: list[Attributes]) -> None:
         for module, held in zip(self._modules, values, strict=True):
-            _have(module, held)
+            _restore_attributes(module, held)
 
 
 @contextmanager
@@ -261,7 +263,7 @@ def preserve_attributes(*holders: object) -> Iterator[None]:
         for one, held in before:
             for name in vars(one).keys() - held.keys():
                 del vars(one)[name]
-            _have(one, held)
+            _restore_attributes(one, held)
 
 
 @contextmanager

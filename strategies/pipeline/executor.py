@@ -247,7 +247,7 @@ class ScheduleRun:
             held = self._have.pop(_activation(number, virtual_stage))
             buffer = held.buffer
             layout, trains = self._layout(virtual_stage, number), self._listener is not None
-            given, inputs = entered(layout, held.tensors, differentiated=trains)
+            given, inputs = chunk_inputs(layout, held.tensors, differentiated=trains)
         with context.autocast(), self._watched(virtual_stage):
             outputs = context.chunks[virtual_stage].run(given, source.seed(number))
         if buffer is not None and _share_memory(buffer, tensor_leaves(outputs)):
@@ -339,7 +339,7 @@ class ScheduleRun:
                 self._channel.give_back(one.buffer)
 
 
-def entered(
+def chunk_inputs(
     layout: ValueLayout, tensors: Sequence[Tensor], *, differentiated: bool
 ) -> tuple[Any, list[Tensor]]:
     """
@@ -360,11 +360,11 @@ def entered(
     inputs: list[Tensor] = []
     for n in layout.wanted if differentiated else ():
         inputs.append(tensors[n].detach().requires_grad_())
-        given[n] = _Entered.apply(inputs[-1])  # type: ignore[no-untyped-call]
+        given[n] = _NoLeaf.apply(inputs[-1])  # type: ignore[no-untyped-call]
     return layout.value(given), inputs
 
 
-class _Entered(Function):
+class _NoLeaf(Function):
     @staticmethod
     def forward(ctx: Any, inputs: Tensor) -> Tensor:
         return inputs.data  # no view: autograd refuses to write into one of a leaf
@@ -482,7 +482,7 @@ class Executor:
                     buffer = channel.receive(layout.values, before)
                     assert buffer is not None, "a value has tensors"
                     arrived = layout.values.unpack(buffer)
-                inputs, _ = entered(layout, arrived, differentiated=True)
+                inputs, _ = chunk_inputs(layout, arrived, differentiated=True)
             if virtual_stage + 1 == context.depth:
                 continue
             with context.autocast():

@@ -47,7 +47,7 @@ def as_pair(task: Task, batch: Any) -> tuple[Any, Any]:
     raise SpecError(Problem(("task",), text, hint))
 
 
-def entering(inputs: Any) -> Any:
+def check_inputs(inputs: Any) -> Any:
     """
     Check what the data gives as inputs of a model that is cut.
 

@@ -33,9 +33,9 @@ from distplat.strategies.pipeline.call_order import agreed_order, call_order_of,
 from distplat.strategies.pipeline.executor import training_plan
 from distplat.strategies.pipeline.hybrid_options import HybridOptions
 from distplat.strategies.pipeline.layer_check import check_layers
-from distplat.strategies.pipeline.limits import as_pair, entering, names_of
+from distplat.strategies.pipeline.limits import as_pair, check_inputs, names_of
 from distplat.strategies.pipeline.rank_model import ModelPart, layers_for, take_part, take_whole
-from distplat.strategies.pipeline.slicing_trial import BeforeSlicing
+from distplat.strategies.pipeline.slicing_trial import SlicingTrial
 from distplat.strategies.pipeline.values import copied, on_device, tensor_leaves
 from distplat.strategies.tensor.parallel_plan import resolve
 from distplat.strategies.tensor.parallelize import parallelize
@@ -268,21 +268,21 @@ def agreed_part(
         SpecError: the model cannot be cut, or sliced, as the job says.
         CollectiveError: a rank is missing.
     """
-    cutting = _Cutting(options, prepared, everybody)
+    cutting = _Partitioner(options, prepared, everybody)
     order = cutting.order(known)
     tries = slices is not None and _all_new(known is None, slices, prepared.device)
     together, part = slices if tries else None, known
     if part is None:
         assert prepared.model is not None, "a model that was built and not yet cut"
         names = names_of(prepared.model)
-        part, inputs = cutting.taken(prepared.model, order, at, together)
+        part, inputs = cutting.make_part(prepared.model, order, at, together)
         part.names, part.order = names, order
         prepared.model = None
         if slices is not None:
             if together is not None:
                 here = [name for name, _ in part.module.named_modules()]
                 planned = resolve(options.tensor_plan, here, partial=True)
-                part.trial = BeforeSlicing(part.module, part.chunks, inputs, planned)
+                part.trial = SlicingTrial(part.module, part.chunks, inputs, planned)
             part.specs = parallelize(part.module, options.tensor_plan, slices, partial=True)
         part.flat = FlatModel(part.module, group_of=prepared.job.optimizer.group_of)
     elif options.virtual_stages > 1:
@@ -297,7 +297,7 @@ def _all_new(new: bool, slices: Collective, device: str) -> bool:
     return not int(old)
 
 
-class _Cutting:
+class _Partitioner:
     """
     How a rank comes to its part of the model; every rank makes the same calls.
 
@@ -322,7 +322,7 @@ class _Cutting:
             tried = partial(call_order_of, p.model, ModelCall(p.task), self._samples)
         return agreed_order(tried, known.order if known else None, self._group, self._device)
 
-    def taken(
+    def make_part(
         self, model: nn.Module, order: CallOrder | None, at: Position, together: Collective | None
     ) -> tuple[ModelPart, dict[int, Any]]:
         """
@@ -346,12 +346,12 @@ class _Cutting:
         layers = layers_for(task, model, order)
         if self._group.rank == 0 and seed is None:
             with tracing:
-                check_layers(model, layers, lambda: entering(self._samples()), ModelCall(task))
+                check_layers(model, layers, lambda: check_inputs(self._samples()), ModelCall(task))
         points = self.points(layers, None)
         own = range(at.stage, options.virtual_stages, options.pipeline)
         inputs = {}
         if tried is not None:
-            some = _shared(entering(self._samples()), tried)
+            some = _shared(check_inputs(self._samples()), tried)
             with tracing:
                 inputs = _inputs_of(layers, {stage: [0, *points][stage] for stage in own}, some)
         part = take_part(layers, points, own, recompute=recompute, seed=seed, device=device)
@@ -394,7 +394,7 @@ class _Cutting:
 
     def _costs(self, layers: Sequence[Layer]) -> list[LayerCost]:
         """Have rank 0 measure the layers, with a micro-batch."""
-        values = entering(self._samples(None)) if self._group.rank == 0 else None
+        values = check_inputs(self._samples(None)) if self._group.rank == 0 else None
         costs = []
         for number, layer in enumerate(layers):
             fields = {}

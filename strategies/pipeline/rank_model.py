@@ -31,7 +31,7 @@ from distplat.strategies.model.model_call import Batch, ModelCall, TakesBatch
 from distplat.strategies.model.module_hooks import called_hooks, saved_hooks
 from distplat.strategies.model.module_options import recomputed
 from distplat.strategies.pipeline.limits import NamesById
-from distplat.strategies.pipeline.slicing_trial import BeforeSlicing
+from distplat.strategies.pipeline.slicing_trial import SlicingTrial
 from distplat.strategies.pipeline.values import copied
 from distplat.strategies.task import Task, overrides, own_call
 from distplat.strategies.task_methods import names_in
@@ -40,7 +40,7 @@ from distplat.strategies.tensor.parallel_plan import ShardSpec
 from distplat.strategies.torch_compat import any_hook_for_all_modules
 
 _WHERE = ("strategy", "pipeline")
-_KEPT = {"a forward pre-hook", "a forward hook"}
+_SUPPORTED_HOOKS = {"a forward pre-hook", "a forward hook"}
 
 Hook = Callable[..., Any]
 
@@ -53,7 +53,7 @@ def with_hooks(model: nn.Module, layers: Sequence[Layer]) -> list[Layer]:
         SpecError: the model, or a module between it and its layers, has something that a call of
             the layers alone would leave out; names each.
     """
-    problems = [*_of_the_whole(model, layers), *_between(model, layers)]
+    problems = [*_hooks_of_whole(model, layers), *_hooks_between(model, layers)]
     if any_hook_for_all_modules():
         text = "there are hooks for all modules (`register_module_..._hook`)"
         problems.append(_problem(text, "register them on the layers that they are for"))
@@ -62,16 +62,16 @@ def with_hooks(model: nn.Module, layers: Sequence[Layer]) -> list[Layer]:
     hooked = list(layers)
     if model._forward_pre_hooks:
         hooks = list(model._forward_pre_hooks.values())
-        hooked[0] = replace(hooked[0], module=_Before(hooked[0].module, hooks))
+        hooked[0] = replace(hooked[0], module=_WithPreHooks(hooked[0].module, hooks))
     if model._forward_hooks:
         hooks = list(model._forward_hooks.values())
-        hooked[-1] = replace(hooked[-1], module=_After(hooked[-1].module, hooks))
+        hooked[-1] = replace(hooked[-1], module=_WithForwardHooks(hooked[-1].module, hooks))
     return hooked
 
 
-def _of_the_whole(model: nn.Module, layers: Sequence[Layer]) -> list[Problem]:
-    kinds = [kind for kind in called_hooks(model) if kind not in _KEPT]
-    kinds += [*saved_hooks(model), *_own_ways(model, layers)]
+def _hooks_of_whole(model: nn.Module, layers: Sequence[Layer]) -> list[Problem]:
+    kinds = [kind for kind in called_hooks(model) if kind not in _SUPPORTED_HOOKS]
+    kinds += [*saved_hooks(model), *_own_overrides(model, layers)]
     others: Mapping[str, object] = {
         "a hook `with_kwargs`": model._forward_pre_hooks_with_kwargs
         or model._forward_hooks_with_kwargs,
@@ -84,7 +84,7 @@ def _of_the_whole(model: nn.Module, layers: Sequence[Layer]) -> list[Problem]:
     return [_problem(text.format(type(model).__name__, kind), hint) for kind in kinds]
 
 
-def _own_ways(module: nn.Module, layers: Sequence[Layer]) -> list[str]:
+def _own_overrides(module: nn.Module, layers: Sequence[Layer]) -> list[str]:
     """
     Name what a module does for all its parts, where that is more than to do it for each.
 
@@ -122,7 +122,7 @@ def _sets_modes_only(module: nn.Module) -> bool:
     return as_usual
 
 
-def _between(model: nn.Module, layers: Sequence[Layer]) -> list[Problem]:
+def _hooks_between(model: nn.Module, layers: Sequence[Layer]) -> list[Problem]:
     """Find what is on modules of which only the parts are called."""
     inside = {id(module) for layer in layers for module in layer.module.modules()}
     problems = []
@@ -131,7 +131,7 @@ def _between(model: nn.Module, layers: Sequence[Layer]) -> list[Problem]:
             continue
         never_called = type(module).forward is nn.Module.forward
         kinds = [*([] if never_called else called_hooks(module)), *saved_hooks(module)]
-        kinds += _own_ways(module, layers)
+        kinds += _own_overrides(module, layers)
         text = f"{name} ({type(module).__name__}) has {{}}, and a pipeline calls its parts only"
         hint = f"have the task's `stages` name {name} itself, or set `pipeline: 1`"
         problems += [_problem(text.format(kind), hint) for kind in kinds]
@@ -142,7 +142,7 @@ def _problem(message: str, hint: str) -> Problem:
     return Problem(_WHERE, message, hint)
 
 
-class _Before(nn.Module):
+class _WithPreHooks(nn.Module):
     """The model's first layer behind the whole model's forward pre-hooks."""
 
     def __init__(self, module: nn.Module, hooks: Sequence[Hook]) -> None:
@@ -154,7 +154,7 @@ class _Before(nn.Module):
             text = "the whole model has a forward pre-hook, and is called with a whole batch"
             raise SpecError(_problem(text, "hang it on a layer, or set `pipeline: 1`"))
         for hook in self._hooks:
-            given = hook(_Elsewhere(self), (inputs,))
+            given = hook(_NotOnThisRank(self), (inputs,))
             if isinstance(given, tuple):  # of arguments, as torch takes it
                 if len(given) != 1:
                     text = f"a forward pre-hook of the model gives {len(given)} arguments"
@@ -166,7 +166,7 @@ class _Before(nn.Module):
         return self.module(inputs)
 
 
-class _After(nn.Module):
+class _WithForwardHooks(nn.Module):
     """The model's last layer before the whole model's forward hooks."""
 
     def __init__(self, module: nn.Module, hooks: Sequence[Hook]) -> None:
@@ -176,13 +176,13 @@ class _After(nn.Module):
     def forward(self, inputs: Any) -> Any:
         outputs = self.module(inputs)
         for hook in self._hooks:
-            given = hook(_Elsewhere(self), _Elsewhere(), outputs)
+            given = hook(_NotOnThisRank(self), _NotOnThisRank(), outputs)
             if given is not None:
                 outputs = given
         return outputs
 
 
-class _Elsewhere:
+class _NotOnThisRank:
     """
     Stands for the whole model, or its inputs, where a rank has a part of them.
 
@@ -327,7 +327,7 @@ class ModelPart:
     """Which slice of a tensor this rank has; what is not in it is whole."""
     names: NamesById = field(default_factory=dict)
     """Of the whole model's parameters, for errors."""
-    trial: BeforeSlicing | None = None
+    trial: SlicingTrial | None = None
     """To be compared once, by all slices together; None: there is nothing to compare."""
     flat: FlatModel = field(init=False)
     """`module` on flat vectors; once it is sliced, for then no parameter is exchanged any more."""

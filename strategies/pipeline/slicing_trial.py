@@ -30,7 +30,7 @@ from distplat.strategies.tensor.parallel_layers import lone_columns
 from distplat.strategies.torch_compat import tree_map
 
 
-class BeforeSlicing:
+class SlicingTrial:
     """
     What chunks give while their layers are whole, and the gradients of what stays so.
 

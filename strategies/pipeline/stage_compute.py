@@ -41,7 +41,7 @@ from distplat.strategies.loop.prepared import Prepared
 from distplat.strategies.pipeline.executor import Executor, evaluation_plan, training_plan
 from distplat.strategies.pipeline.hybrid_options import HybridOptions
 from distplat.strategies.pipeline.interfaces import BackwardListener, Source
-from distplat.strategies.pipeline.limits import as_pair, entering
+from distplat.strategies.pipeline.limits import as_pair, check_inputs
 from distplat.strategies.task import overrides
 
 _WINDOW = 32
@@ -215,7 +215,7 @@ class _MicroBatches(Source):
         """Of a model that is cut tensors and constants only."""
         self._read_up_to(micro_batch)
         inputs = self._pairs[micro_batch][0]
-        return entering(inputs) if self._pipeline.options.pipeline > 1 else inputs
+        return check_inputs(inputs) if self._pipeline.options.pipeline > 1 else inputs
 
     @override
     def loss(self, micro_batch: int, outputs: Any) -> Any:
