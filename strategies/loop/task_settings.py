@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import math
 from array import array
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from numbers import Real
 from typing import Any
 
@@ -154,10 +154,14 @@ def task_parameters(task: Task, model: nn.Module) -> dict[str, Tensor]:
     """
     seen = {id(parameter) for parameter in model.parameters()}
     parameters: dict[str, Tensor] = {}
-    for name, tensor in _tensors(vars(task)):
-        if id(tensor) not in seen:
-            seen.add(id(tensor))
-            parameters[name] = tensor
+    for name, leaf in _leaves(vars(task)):
+        named = {"": leaf} if isinstance(leaf, Tensor) and leaf.is_leaf else {}
+        if isinstance(leaf, nn.Module):
+            named = {f".{path}": p for path, p in leaf.named_parameters()}
+        for path, tensor in named.items():
+            if tensor.requires_grad and id(tensor) not in seen:
+                seen.add(id(tensor))
+                parameters[name + path] = tensor
     return parameters
 
 
@@ -169,41 +173,22 @@ def task_modules(task: Task, model: nn.Module) -> list[nn.Module]:
 def named_task_modules(task: Task, model: nn.Module) -> list[tuple[str, nn.Module]]:
     """Give them with the paths of attributes at which they are."""
     own = {id(module) for module in model.modules()}
-    return [(name, module) for name, module in _modules(vars(task)) if id(module) not in own]
+    modules = ((name, leaf) for name, leaf in _leaves(vars(task)) if isinstance(leaf, nn.Module))
+    return [(name, module) for name, module in modules if id(module) not in own]
 
 
-def _items(value: object, within: Sequence[object]) -> Iterator[tuple[str, object]]:
-    """Give what a container holds, unless it holds itself: it is among those around it then."""
-    if any(value is one for one in within):
-        return
+def _leaves(value: object, *within: object) -> Iterator[tuple[str, object]]:
+    """Give what nested mappings, lists and tuples hold, with paths; one in itself is left out."""
+    items: Iterable[tuple[object, object]] = ()
     if isinstance(value, Mapping):
-        yield from ((str(key), item) for key, item in value.items())
+        items = value.items()
     elif isinstance(value, list | tuple):
-        yield from ((str(number), item) for number, item in enumerate(value))
-
-
-def _modules(value: object, *within: object) -> Iterator[tuple[str, nn.Module]]:
-    for name, item in _items(value, within):
-        if isinstance(item, nn.Module):
-            yield name, item
-        else:
-            yield from (
-                (f"{name}.{rest}", module) for rest, module in _modules(item, value, *within)
-            )
-
-
-def _tensors(value: object, *within: object) -> Iterator[tuple[str, Tensor]]:
-    for name, item in _items(value, within):
-        if isinstance(item, Tensor):
-            if item.requires_grad and item.is_leaf:
-                yield name, item
-        elif isinstance(item, nn.Module):
-            named = item.named_parameters()
-            yield from ((f"{name}.{path}", p) for path, p in named if p.requires_grad)
-        else:
-            yield from (
-                (f"{name}.{rest}", tensor) for rest, tensor in _tensors(item, value, *within)
-            )
+        items = enumerate(value)
+    for key, item in items:
+        if isinstance(item, nn.Module) or not isinstance(item, Mapping | list | tuple):
+            yield str(key), item
+        elif not any(item is one for one in (value, *within)):
+            yield from ((f"{key}.{rest}", leaf) for rest, leaf in _leaves(item, value, *within))
 
 
 def with_task_schedule(job: Job, task: Task, steps: int) -> Job:
