@@ -166,6 +166,18 @@ def broadcast_value(value: Any, source: int, group: Collective, device: torch.de
     return json.loads(bytes(text.cpu().numpy()))
 
 
+def gather_tensors(tensor: Tensor, group: Collective) -> list[Tensor]:
+    """
+    Give every rank the tensors of all, in rank order; all are of one shape and type.
+
+    Raises:
+        CollectiveError: a rank is missing.
+    """
+    every = [torch.zeros_like(tensor) for _ in range(group.world)]
+    group.all_gather(every, tensor)
+    return every
+
+
 def gather_bytes(data: bytes, group: Collective, device: torch.device) -> list[bytes]:
     """
     Give every rank the bytes of all, in rank order.
@@ -177,9 +189,7 @@ def gather_bytes(data: bytes, group: Collective, device: torch.device) -> list[b
     # Of one size, that of the longest: not every backend gathers uneven tensors quickly.
     padded = torch.zeros(max(lengths), dtype=torch.uint8, device=device)
     padded[: len(data)].copy_(_tensor(data))
-    texts = [torch.zeros_like(padded) for _ in range(group.world)]
-    group.all_gather(texts, padded)
-    pairs = zip(texts, lengths, strict=True)
+    pairs = zip(gather_tensors(padded, group), lengths, strict=True)
     return [bytes(text[:length].cpu().numpy()) for text, length in pairs]
 
 
@@ -203,10 +213,7 @@ def gather_numbers(
     Raises:
         CollectiveError: a rank is missing.
     """
-    own = torch.tensor(numbers, device=device)
-    table = [torch.zeros_like(own) for _ in range(group.world)]
-    group.all_gather(table, own)
-    return [row.tolist() for row in table]
+    return [row.tolist() for row in gather_tensors(torch.tensor(numbers, device=device), group)]
 
 
 def ranks_apart(facts: Any, group: Collective, device: torch.device) -> list[int]:

@@ -95,13 +95,8 @@ def unwrapped(model: nn.Module) -> nn.Module:
         model = inner
     for module in list(model.modules()):
         for name, child in list(module.named_children()):
-            plain = child
-            while (inner := _inside(plain)) is not None:
-                _keep(plain, inner)
-                plain = inner
-            if plain is not child:
-                module._modules[name] = plain
-                unwrapped(plain)
+            if _inside(child) is not None:
+                module._modules[name] = unwrapped(child)
     return model
 
 

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from distplat.platform.errors import Problem, SpecError
-from distplat.strategies.collective import Collective, gather_numbers
+from distplat.strategies.collective import Collective, gather_numbers, gather_tensors
 from distplat.strategies.torch_compat import check_input
 
 _NOTHING, _FORWARD, _BACKWARD, _END = range(4)
@@ -121,7 +121,7 @@ class SyncNorms:
             while (other := self._announcements(_NOTHING, 0)[0])[0] != _END:
                 kind, width = other
                 if kind == _FORWARD:
-                    self._gather(self._zeros(2 * width + 1))
+                    gather_tensors(self._zeros(2 * width + 1), self._group)
                 else:
                     self._group.all_reduce(self._zeros(2 * width))
         elif min(counts) < most:
@@ -142,7 +142,7 @@ class SyncNorms:
         mean = wide.mean(over) if count else wide.new_zeros(channels)
         spread = (wide - _along(mean, x)).square().sum(over)
         own = torch.cat([mean.new_tensor([count]), mean, spread]).double()
-        table = self._gather(own)
+        table = torch.stack(gather_tensors(own, self._group))
         counts, means, spreads = table[:, :1], table[:, 1 : channels + 1], table[:, channels + 1 :]
         total = counts.sum()
         together = (counts * means).sum(0) / total
@@ -155,11 +155,6 @@ class SyncNorms:
         sums = sums.to(torch.float64, copy=True)
         self._group.all_reduce(sums)
         return sums
-
-    def _gather(self, mine: Tensor) -> Tensor:
-        table = [torch.zeros_like(mine) for _ in range(self._group.world)]
-        self._group.all_gather(table, mine)
-        return torch.stack(table)
 
     def _zeros(self, size: int) -> Tensor:
         return torch.zeros(size, dtype=torch.float64, device=self._device)

@@ -201,14 +201,10 @@ class _NotOnThisRank:
     def __setattr__(self, name: str, value: object) -> None:
         self._refuse(f"`{name}` of the whole model, to write it" if self._here else "inputs")
 
-    def __getitem__(self, index: object) -> Any:
+    def _refuse_items(self, *_: object) -> Any:
         self._refuse("inputs" if self._here is None else "parts of the whole model")
 
-    def __iter__(self) -> Any:
-        self._refuse("inputs" if self._here is None else "parts of the whole model")
-
-    def __len__(self) -> int:
-        self._refuse("inputs" if self._here is None else "parts of the whole model")
+    __getitem__ = __iter__ = __len__ = _refuse_items
 
     def __call__(self, *_: object) -> Any:
         self._refuse("a call of the whole model")
