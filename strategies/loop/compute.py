@@ -67,14 +67,14 @@ class Stopwatch:
 
 @dataclass(frozen=True)
 class Share:
-    """What a rank's part of a step came to."""
+    """One rank's share of a step: its loss, samples and weight."""
 
     loss_sum: float = 0.0
     """Over the samples, or as loss() summed it."""
     samples: int = 0
     """Each sample of a step is counted on one rank."""
     weight: float = 0.0
-    """What the sum is divided by: the samples, unless loss() gave weights."""
+    """By which `loss_sum` is divided: the samples, unless loss() gave weights."""
     weighted: bool = False
     """Whether loss() gave them."""
     batch: int = 0
@@ -107,7 +107,7 @@ class Share:
         return Share(*figures, self.batch)
 
     def of(self, data: Dataset[Any]) -> Share:
-        """Have the fingerprint of the batch that was read last, where there were samples."""
+        """Note the fingerprint of the batch that was read last, if this rank had samples."""
         return replace(self, batch=fingerprint_of_batch(data)) if self.samples else self
 
 
@@ -133,7 +133,7 @@ class Sums:
             self.counts[name] = self.counts.get(name, 0.0) + weight
 
     def put(self, figures: Mapping[str, float]) -> None:
-        """Set these figures, each a mean over all samples."""
+        """Set figures, each of which is a mean over all samples already."""
         self.sums |= figures
         self.counts |= dict.fromkeys(figures, 1.0)
 
@@ -145,7 +145,7 @@ class Sums:
 
 
 class Compute(Protocol):
-    """One rank's computing; the loop calls it, strategies that cut the model bring their own."""
+    """Computes one rank's gradients and evaluations; where the model is cut, the strategy's own."""
 
     def start(self, steps: range) -> None:
         """Begin to read the data of these steps; once, before the first of them."""
@@ -325,7 +325,7 @@ class TaskModel(WholeModel, Compute):
         return super().gradients(step, clock)
 
     def evaluate_part(self, data: Dataset[Any], part: int) -> Sums:
-        """Evaluate one of as many parts of the data as a step has."""
+        """Evaluate one part of the data, which is cut into as many parts as a step has."""
         self.rank = part
         sums = self.evaluate(data)
         sums.put(self.metrics.figures([sums.states]))

@@ -53,14 +53,14 @@ class StepExchange:
         stop: StopOrder = StopOrder.NONE,
     ) -> StepControl:
         """
-        Give the control record of all ranks, decided upon.
+        Exchange a step; give the summed control record, which says whether the step is skipped.
 
         Args:
             step: from 0.
-            share: what this rank's part of it came to.
+            share: this rank's loss, samples and weight of the step.
             number: of the push to embedding tables.
-            task: what the exchange is of, where tasks are leased.
-            stop: what this rank was told.
+            task: number of the leased task; None: tasks are not leased.
+            stop: this rank's stop order.
 
         Raises:
             NonFiniteError: the run ends here.
@@ -130,12 +130,11 @@ class Progress:
 
 
 @dataclass
-class _AnyLoop:
+class _LoopBase:
     """
-    What the loops have in common.
+    What `Loop` and `LeasedLoop` have in common.
 
-    Everything that is reported goes through `report`, which must be quick and may be called from
-    this thread only.
+    All reports go through `report`, which must be quick and may be called from this thread only.
     """
 
     prepared: Prepared
@@ -146,9 +145,9 @@ class _AnyLoop:
     start: int
     """Steps that were made before."""
     checkpoint: Callable[[int], object]
-    """Told how many steps are done: a checkpoint may be due."""
+    """Called with the number of steps done; takes a checkpoint if one is due."""
     gathering: Gathering
-    """This rank's part in what a loss gathers from all."""
+    """This rank's state of `distplat.all_gather`."""
 
     def __post_init__(self) -> None:
         p = self.prepared
@@ -157,7 +156,7 @@ class _AnyLoop:
         self.total_steps, self.eval_data = p.total_steps, p.eval_data
         self._exchange = StepExchange(p, self.strategy, self.rank)
 
-    def _tell(
+    def _report_step(
         self, part: int, step: int, share: Share, clock: Stopwatch, more: Mapping[str, float]
     ) -> None:
         """Report a part of a step."""
@@ -170,15 +169,15 @@ class _AnyLoop:
 
 
 @dataclass
-class Loop(_AnyLoop):
+class Loop(_LoopBase):
     """Trains one worker's model, or its part of one."""
 
     compute: Compute
     stop: Callable[[int], StopOrder]
-    """Asked before each step for what this rank was told; all ranks stop after the same step."""
+    """Gives this rank's stop order before each step; all ranks stop after the same step."""
     group: Collective | None
-    """All ranks, over which evaluations are gathered: what every rank has, no rank can take with
-    it. None: the ranks have no group."""
+    """All ranks: evaluation results are gathered over them, so that a lost rank loses none. None:
+    the ranks have no group."""
     metrics: TaskMetrics
     """The task's metrics with state."""
 
@@ -224,7 +223,7 @@ class Loop(_AnyLoop):
         return StopOrder.NONE
 
     def _unreported_share(self) -> Share | None:
-        """Give this rank's part of the step before the first, where no attempt has reported it."""
+        """Give this rank's share of the step before `start`, if no attempt has reported it yet."""
         computed, self.strategy.given = self.strategy.given, None
         if self.strategy.replayed is not None:
             return self.strategy.replayed
@@ -265,7 +264,7 @@ class Loop(_AnyLoop):
     def _end_step(self, step: int, share: Share, clock: Stopwatch) -> None:
         self.flat.version = self.progress.step = step + 1
         self.progress.beat()
-        self._tell(self.rank, step, share, clock, {})
+        self._report_step(self.rank, step, share, clock, {})
         self.strategy.given = None
 
     def _skip(self, step: int) -> None:
@@ -279,7 +278,7 @@ class Loop(_AnyLoop):
         return step + 1 == self.total_steps or self._is_period(step + 1)
 
     def _is_period(self, steps: int) -> bool:
-        """Say whether it is the job that wants an evaluation after so many steps, not the end."""
+        """Say whether the job's evaluation period ends after so many steps."""
         every = self.job.evaluation.period(self.sampler.steps_per_epoch)
         return every > 0 and steps % every == 0
 
@@ -306,7 +305,7 @@ class Loop(_AnyLoop):
             self.job.plateau.evaluated(step, join_evals(parts).metrics)
 
     def _merge_states(self, sums: Sums) -> None:
-        """Have rank 0's part hold the figures of metrics with state, of the data of all."""
+        """Compute metrics with state over all ranks' data; they are put into rank 0's sums."""
         if not self.metrics.found():
             return
         parts = self.metrics.gathered(sums.states, self.flat.params.device)
@@ -316,7 +315,7 @@ class Loop(_AnyLoop):
 
 def task_plan(job: Job, sampler: Sampler, steps: int, first: int, evaluates: bool) -> TaskPlan:
     """
-    Say what there is to do in a run.
+    Give the task scheduler's plan of a run: steps, parts of a step, evaluations.
 
     Args:
         job: the run.
@@ -333,18 +332,18 @@ def task_plan(job: Job, sampler: Sampler, steps: int, first: int, evaluates: boo
 
 
 @dataclass
-class LeasedLoop(_AnyLoop):
-    """Trains one worker's model on what it is given."""
+class LeasedLoop(_LoopBase):
+    """Trains one worker's model on the tasks that the task scheduler leases to it."""
 
     compute: TaskModel
     leases: Leases
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._made = 0  #: tasks, in this attempt: the number of the next push
+        self._pushes = 0  #: of this attempt: the number of the next one
 
     def run(self) -> StopOrder:
-        """Work until there is nothing more to do; the task scheduler says when that is."""
+        """Train until the task scheduler says that the run is over."""
         try:
             self._work()
         finally:
@@ -355,32 +354,32 @@ class LeasedLoop(_AnyLoop):
         self.progress.step = self._offered = self.start
         self.progress.begun = True
         self._final, self._idle_s = False, 0.0
-        while not (work := self._next()).over:
-            self._make_final(work)
-            for version, part in work.evaluations:
+        while not (lease := self._next()).over:
+            self._take_final_parameters(lease)
+            for version, part in lease.evaluations:
                 self._evaluate(version, part)
-            self.compute.read(work.tasks)
-            for task in work.tasks:
-                self._make(task)
-            self._offer_checkpoints(work.reach)
-        self._make_final(work)
-        self.progress.left = not work.trained
+            self.compute.read(lease.tasks)
+            for task in lease.tasks:
+                self._train_task(task)
+            self._offer_checkpoints(lease.reach)
+        self._take_final_parameters(lease)
+        self.progress.left = not lease.trained
 
     def _next(self) -> Lease:
         began = time.perf_counter()
-        work = self.leases.next(self.progress.beat)
+        lease = self.leases.next(self.progress.beat)
         self._idle_s += time.perf_counter() - began
-        return work
+        return lease
 
-    def _make(self, task: int) -> None:
+    def _train_task(self, task: int) -> None:
         self.flat.begin_step()
         clock = Stopwatch()
         with self.gathering, self.state.on_a_copy():
             share = self.compute.gradients(task, clock)
         step, part = divmod(task, self.sampler.world)
         self.flat.check_layout(step)
-        total = self._exchange.exchange(step, share, number=self._made, task=task)
-        self._made += 1
+        total = self._exchange.exchange(step, share, number=self._pushes, task=task)
+        self._pushes += 1
         clock.lap("exchange")
         self.strategy.update(task, total)
         clock.lap("update")
@@ -389,18 +388,18 @@ class LeasedLoop(_AnyLoop):
         self.flat.version = self.progress.step
         self.progress.beat()
         idle_s, self._idle_s = self._idle_s, 0.0
-        self._tell(part, step, share, clock, {"lease_s": idle_s})
+        self._report_step(part, step, share, clock, {"lease_s": idle_s})
 
-    def _make_final(self, work: Lease) -> None:
-        """Take the final parameters, once every task is done."""
-        if not work.trained or self._final:
+    def _take_final_parameters(self, lease: Lease) -> None:
+        """Take over the final parameters once all tasks are done; offer the last checkpoints."""
+        if not lease.trained or self._final:
             return
         self._final = True
         self.strategy.synchronize()
-        self.progress.step = self.flat.version = work.steps
-        if self.rank == 0 and self.start < work.steps:
-            self._offer_checkpoints(work.steps - 1)
-            self.checkpoint(work.steps)
+        self.progress.step = self.flat.version = lease.steps
+        if self.rank == 0 and self.start < lease.steps:
+            self._offer_checkpoints(lease.steps - 1)
+            self.checkpoint(lease.steps)
 
     def _evaluate(self, version: int, part: int) -> None:
         assert self.eval_data is not None, "evaluations are asked for only where there is data"
@@ -415,7 +414,7 @@ class LeasedLoop(_AnyLoop):
         self.progress.beat()
 
     def _offer_checkpoints(self, reach: int) -> None:
-        """Rank 0 asks for the copies early: shards have the newest ones only."""
+        """Rank 0 fetches copies as early as it can: shards keep those of the newest versions."""
         if self.rank == 0:
             for version in range(self._offered + 1, min(reach, self.total_steps - 1) + 1):
                 self.checkpoint(version)

@@ -267,7 +267,7 @@ def test_ranks_join_and_leave() -> None:
         if rank == 2:
             assert dismissed.wait(60)
         loop = run.loop(rank)
-        made, make = 0, loop._make
+        made, make = 0, loop._train_task
 
         def counted(task: int) -> None:
             nonlocal made
@@ -283,7 +283,7 @@ def test_ranks_join_and_leave() -> None:
             if rank == 0 and made == 6:
                 assert begun[2].wait(60)
 
-        loop._make = counted  # type: ignore[method-assign]
+        loop._train_task = counted  # type: ignore[method-assign]
         loop.run()
         assert loop.progress.left == (rank == 1)
 
