@@ -1,4 +1,4 @@
-"""What ranks give to a checkpoint, and what of the whole model a rank has: values, no work."""
+"""Types of checkpoints: the part that a rank gives, the part of the model that it holds."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ ArrayRefs = list[tuple[Any, tuple[TensorEntry, ...]]]
 
 @dataclass(frozen=True)
 class CheckpointPart:
-    """What one rank is responsible for."""
+    """The tensors that one rank gives to a checkpoint."""
 
     tensors: tuple[Tensor, ...] = ()
-    """Live, not copies; each contiguous or small."""
+    """The live tensors, not copies; each is contiguous or small."""
     entries: tuple[TensorEntry, ...] = ()
-    """What is in them; `TensorEntry.array` counts `tensors`."""
+    """Content of `tensors`; `TensorEntry.array` is an index of `tensors`."""
     fetch: Callable[[], ArrayRefs | None] | None = None
-    """Gives what servers have kept of this version; may wait. None: they have it no more."""
+    """Fetches the servers' copies of this version; may wait. It gives None if they are gone."""
     may_skip: bool = False
     """Whether this rank goes on without a checkpoint rather than wait until its last part left."""
 
@@ -35,7 +35,7 @@ class CheckpointPart:
         return replace(self, tensors=self.tensors + other.tensors, entries=self.entries + moved)
 
     def also(self, more: Callable[[], ArrayRefs | None]) -> CheckpointPart:
-        """Have what other servers keep of this version fetched, too."""
+        """Fetch other servers' copies of this version, too."""
         first = self.fetch or (lambda: [])
 
         def both() -> ArrayRefs | None:
@@ -48,15 +48,15 @@ class CheckpointPart:
 
 @dataclass(frozen=True)
 class Holding:
-    """What of the whole model a rank has."""
+    """The part of the whole model that a rank holds."""
 
     slices: Mapping[str, TensorSlice] = field(default_factory=dict)
-    """Where a tensor lies in the whole one, for those of which this rank has a slab."""
+    """By name: the position of this rank's slice in the whole tensor; others are held whole."""
     others: Set[str] = frozenset()
-    """Tensors that are here and that count for another rank, in checkpoints and in norms."""
+    """Names of tensors that another rank counts in norms and gives to checkpoints."""
 
     def duplicate_ranges(self, flat: FlatModel) -> tuple[tuple[int, int], ...]:
-        """Give the runs of the flat vector that count for another rank."""
+        """Give the ranges of the flat vector that another rank counts."""
         slots = [slot for slot in flat.slots if slot.name in self.others]
         return tuple((slot.offset, slot.stop) for slot in slots)
 

@@ -1,4 +1,4 @@
-"""What a worker has before it knows the others, and keeps through all attempts."""
+"""A worker's task, model and data: made before it meets other ranks, kept over all attempts."""
 
 from __future__ import annotations
 
@@ -40,31 +40,31 @@ class Prepared:
     roles: Roles
     """Of the strategy."""
     part: FlatModel | None = None
-    """What this worker trains; None: the strategy has yet to cut it."""
+    """The parameters that this worker trains; None: the strategy has not cut the model yet."""
     lookups: Lookups | None = None
     """The model's embedding tables, if it has some."""
     state: ModelState | None = None
-    """What `part` has beside what gradients train; there once that is known."""
+    """Buffers and frozen parameters of `part`; None before `join`."""
     facts: RankFacts | None = None
-    """What this worker has, to be compared with what the others have; see `describe`."""
+    """Fingerprints of model, data and code, to be compared with other ranks'; see `describe`."""
     made: MadeOptimizers = ()
-    """What the task's `optimizer` gave; empty: the job names one."""
+    """Optimizers that the task made; empty: the job names the optimizer."""
     weights: TermWeights | None = None
-    """Of a loss of several terms, in the present attempt; None: it is one."""
+    """Weights of a loss of several terms, in the present attempt; None: the loss is one term."""
     loss_scale: LossScale | None = None
     """Of a run in float16."""
     frozen: FrozenBase | None = None
-    """What checkpoints and the trained model leave out, once the model has its values."""
+    """Frozen parameters that checkpoints and the trained model leave out, if the job says so."""
     initial: Mapping[str, torch.Tensor] = field(default_factory=dict)
-    """Values of the job's `initial_weights`, while the model has none of its own."""
+    """Values of the job's `initial_weights`, as long as the model is on `meta`."""
     holding: Holding | None = None
-    """What of the whole model `part` is; None: all of it."""
+    """Which part of the whole model `part` is; None: all of it."""
     warnings: list[str] = field(default_factory=list)
-    """What is no error and probably not meant."""
+    """Warnings that rank 0 logs."""
 
     @property
     def flat(self) -> FlatModel:
-        """What this worker trains; only once it is known."""
+        """The parameters that this worker trains, once the strategy has cut the model."""
         assert self.part is not None, "join() comes first: the strategy cuts the model"
         return self.part
 

@@ -85,7 +85,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Ports:
-    """What connects a worker to others in one attempt; None: job and strategy do without it."""
+    """A worker's ports in one attempt; None: neither the job nor the strategy needs the port."""
 
     collective: Collective | None = None
     """To the other ranks."""
@@ -96,21 +96,21 @@ class Ports:
     leases: Leases | None = None
     """To the task scheduler."""
     peers: Callable[[], Collective] | None = None
-    """Makes a group of all workers, for a strategy that has none; see `Context.peers`."""
+    """Makes a group of all workers, for strategies without a group; see `Context.peers`."""
     run_store: RunStore | None = None
-    """Where the ranks of a run learn whether they have the same."""
+    """Store in which ranks compare their model, data and code."""
 
 
 @dataclass(frozen=True)
 class CheckpointPorts:
-    """The checkpoints before and after."""
+    """The checkpoint that a worker begins from, and where its new ones go."""
 
     saved: SavedState | None = None
-    """The one to begin from; None: the model as it was built, or as this worker has it."""
+    """The checkpoint to begin from; None: the model is as built, or as this worker has it."""
     checkpoint_step: int = 0
-    """Steps of the newest one."""
+    """Step of the newest checkpoint."""
     take: Take | None = None
-    """Takes this rank's parts of new ones; None: there are none."""
+    """Takes this rank's parts of new checkpoints; None: the job wants none."""
 
 
 FRESH = CheckpointPorts()
@@ -191,7 +191,7 @@ def _flat_model(
 
 
 def _data(job: Job, task: Task, roles: Roles) -> tuple[Any, Any, Sampler]:
-    """Give the data sets, the second one or None, and which samples of the first come when."""
+    """Give training data, evaluation data or None, and the sampler of the training data."""
     seed_all(job.seed)
     data = checked_data(job, task, task.train_data(), "train_data")
     order = order_of(task, data, job.seed)
@@ -209,7 +209,7 @@ def _data(job: Job, task: Task, roles: Roles) -> tuple[Any, Any, Sampler]:
 
 
 def _with_own_updates(p: Prepared) -> Prepared:
-    """Ask the task for rates and optimizer, where it says them itself."""
+    """Ask the task for its learning rates and its optimizer, if it has its own."""
     p.job = with_task_schedule(p.job, p.task, p.total_steps).with_plateau()
     if p.part is not None and isinstance(p.job.optimizer, TaskOptimizer):
         p.made, p.job = make_optimizers(p.job, p.task, p.part)
@@ -225,7 +225,7 @@ def _kept_in_task(job: Job, names: Sequence[str]) -> Problem:
 
 
 def describe(prepared: Prepared) -> None:
-    """Write down what this worker has, once it is prepared, for `join` to compare."""
+    """Fingerprint this worker's model, data and code, for `join` to compare with other ranks'."""
     p = prepared
     model = p.model if p.model is not None else p.flat.model
     sent = not p.roles.consistency.dynamic_tasks
@@ -246,7 +246,7 @@ def resize(prepared: Prepared, job: Job, strategy: WorkerStrategy[Any]) -> None:
 
 
 def _cut(p: Prepared, strategy: WorkerStrategy[Any], rank: int, group: Collective | None) -> None:
-    """Keep this rank's part of the model, filled with the initial weights."""
+    """Cut the model: keep this rank's part, and fill it with the initial weights."""
     p.part, p.holding = strategy.cut_model(p, rank, group)
     fill_part(p.part, p.initial, p.holding.slices)
     p.initial = {}  # the first attempt's: later ones go on with what was trained
@@ -305,7 +305,7 @@ def _sync_with_others(
     group: Collective | None,
     make_group: Callable[[], Collective | None],
 ) -> Collective | None:
-    """Have the others' rate and loss scale as an attempt begins; give the group."""
+    """Agree with the other ranks on learning rate and loss scale; give the group."""
     device = p.flat.params.device
     if (plateau := p.job.plateau) is not None:
         group = make_group() if group is None else group  # its ranks gather evaluations
@@ -317,13 +317,13 @@ def _sync_with_others(
 
 
 def _group_of_all(p: Prepared, context: Context) -> Callable[[], Collective | None]:
-    """Give the way to a group of all ranks, which some strategies have already."""
+    """Give a function that makes a group of all ranks, or gives the strategy's own."""
     has_group = p.roles.collective is not None
     return (lambda: context.collective) if has_group else context.peers
 
 
 def _gathering(p: Prepared, strategy: WorkerStrategy[Any], context: Context) -> Gathering:
-    """Give what a loss may gather, or why it may not."""
+    """Give this rank's state of `all_gather`, with the reason if it is refused."""
     refused = None
     if apart := _apart(p, strategy):
         text = f"all_gather() does not go together with {apart}: workers are not in one step"
@@ -338,7 +338,7 @@ def _gathering(p: Prepared, strategy: WorkerStrategy[Any], context: Context) -> 
 
 
 def _apart(p: Prepared, strategy: WorkerStrategy[Any]) -> str:
-    """Name what has workers compute different steps; empty: all are in one."""
+    """Name what lets workers be in different steps; empty: all are in the same step."""
     if p.roles.consistency.backup_workers:
         return "`backup_workers`"
     return "" if strategy.strategy.gathers else f"the strategy {p.job.strategy.name!r}"
@@ -348,7 +348,7 @@ def _term_weights(
     p: Prepared, strategy: WorkerStrategy[Any], context: Context
 ) -> TermWeights | None:
     """
-    Give the way to the weights of a loss of several terms; None: it is one.
+    Give what computes the weights of a loss of several terms; None: the loss is one term.
 
     Raises:
         SpecError: workers are not in one step, and do not push by themselves either.
@@ -413,7 +413,7 @@ def _context(
 def _set_up(
     p: Prepared, strategy: WorkerStrategy[Any], context: Context, tables: Tables | None
 ) -> int:
-    """Give the step from which the strategy goes on, and the tables, if there are some, with it."""
+    """Set the strategy up, and embedding tables if there are any; give the step to go on from."""
     if p.lookups is None or tables is None:
         return strategy.setup(context)
     steps = p.lookups.connect(tables, p.total_steps, context.saved)
@@ -433,7 +433,7 @@ def trained_model(p: Prepared, strategy: WorkerStrategy[Any], rank: int) -> dict
 
 
 def _load(p: Prepared, saved: SavedState | None) -> None:
-    """Begin from a checkpoint, where there is one; then look after what is not trained."""
+    """Load the checkpoint, if there is one; make loss scale, frozen base and model state."""
     if saved is not None:
         saved.check_data(p.sampler.size)
         mark = StreamPosition.read(saved.state.get(STREAM))
@@ -456,7 +456,7 @@ def _load(p: Prepared, saved: SavedState | None) -> None:
 def _checkpoints(
     p: Prepared, strategy: WorkerStrategy[Any], rank: int, take: Take | None
 ) -> Callable[[int], None]:
-    """Have the rank's part taken after each step that ends with a checkpoint."""
+    """Give a function that takes this rank's part of a checkpoint if a step ends with one."""
     if take is None:
         return lambda version: None
     every = p.job.checkpoint.period(p.sampler.steps_per_epoch)
@@ -475,7 +475,7 @@ def _checkpoints(
 
 
 def _facts(p: Prepared, version: int) -> dict[str, Any]:
-    """Give what a checkpoint's `state.json` says of a version; have the rest left out of it."""
+    """Give the facts for a checkpoint's `state.json`; mark frozen parameters it leaves out."""
     facts: dict[str, Any] = {
         "epoch": p.sampler.epoch_of(version),
         "steps_per_epoch": p.sampler.steps_per_epoch,

@@ -35,7 +35,7 @@ Kind = tuple[int, int]
 
 class Channel:
     """
-    One rank's way to the other stages.
+    One rank's messages to and from the other stages of its replica.
 
     Args:
         group: the ranks of the replica.
@@ -57,7 +57,7 @@ class Channel:
 
     def learn(self, kind: Kind, value: Any) -> ValueLayout:
         """
-        Note what enters a virtual stage.
+        Note the layout of a virtual stage's input.
 
         Raises:
             SpecError: it cannot be sent; see `ValueLayout.of`.
@@ -66,17 +66,17 @@ class Channel:
         return layout
 
     def layout(self, kind: Kind) -> ValueLayout:
-        """Give the form of what enters a virtual stage, as it was learnt or heard."""
+        """Give the layout of a virtual stage's input, which was learnt or received."""
         return self._layouts[kind]
 
     def send_layout(self, kind: Kind, to: int) -> None:
-        """Tell a stage the form of what enters its place."""
+        """Send a stage the layout of its input."""
         text = torch.frombuffer(bytearray(self._layouts[kind].to_bytes()), dtype=torch.uint8)
         self._send(torch.tensor([len(text), self.varies], device=self._device), to)
         self._send(text.to(self._device), to)
 
     def receive_layout(self, kind: Kind, source: int) -> ValueLayout:
-        """Hear from a stage the form of what enters a virtual stage of this one."""
+        """Receive from a stage the layout of an input of this one."""
         head = torch.zeros(2, dtype=torch.int64, device=self._device)
         self._receive(head, source)
         length, varies = head.tolist()
@@ -88,7 +88,7 @@ class Channel:
 
     def send(self, packing: Packing, tensors: Sequence[Tensor], to: int) -> None:
         """
-        Hand tensors to a stage, as one message; waits for room, not for it to be taken.
+        Send tensors to a stage as one message; waits for room, not for its receipt.
 
         Raises:
             CollectiveError: the stage is gone, or took nothing for too long.
@@ -100,10 +100,10 @@ class Channel:
         self, virtual_stage: int, layout: ValueLayout, tensors: Sequence[Tensor], to: int
     ) -> None:
         """
-        Hand a stage what enters its place, with its form; see `send`.
+        Send a stage its input, with the layout; see `send`.
 
         Raises:
-            SpecError: the form cannot be told.
+            SpecError: the layout cannot be serialized.
         """
         known, key = self._sent[virtual_stage], layout.key
         packing, encoded = layout.values, b""
@@ -121,7 +121,7 @@ class Channel:
     def receive_with_layout(
         self, virtual_stage: int, source: int
     ) -> tuple[ValueLayout, list[Tensor]]:
-        """Take what enters a virtual stage of this stage, with its form; see `receive`."""
+        """Receive an input of this stage, with its layout; see `receive`."""
         head = torch.zeros(3, dtype=torch.int64, device=self._device)
         self._receive(head, source)
         number, length, size = head.tolist()
@@ -139,7 +139,7 @@ class Channel:
 
     def receive(self, packing: Packing, source: int) -> Tensor | None:
         """
-        Take a stage's next message, in a buffer to be given back; None: there is nothing to send.
+        Receive a stage's next message, in a buffer to be given back; None: it has no tensors.
 
         Raises:
             CollectiveError: the stage is gone, or sent nothing for too long.
@@ -156,12 +156,12 @@ class Channel:
         return buffer
 
     def give_back(self, buffer: Tensor) -> None:
-        """Let a buffer be used again, where there will be more of its form."""
+        """Let a buffer be used again for messages of its shape."""
         if not self.varies:
             self._free[buffer.dtype, tuple(buffer.shape)].append(buffer)
 
     def finish(self) -> None:
-        """Wait for what is under way."""
+        """Wait for the sends under way."""
         for to, pending in self._under_way.items():
             while pending:
                 self._wait_for_oldest(to)

@@ -83,7 +83,7 @@ def evaluation_plan(stages: int, micro_batches: int, chunks: int) -> Plan:
 
 @dataclass(frozen=True)
 class StageContext:
-    """Where a rank sits in its pipeline, and what it works with."""
+    """One rank's position in its pipeline, its chunks and its channel."""
 
     chunks: dict[int, Chunk]
     """This rank's, by virtual stage."""
@@ -95,9 +95,9 @@ class StageContext:
     autocast: Callable[[], AbstractContextManager[object]]
     """Gives the context in which forwards run."""
     alive: Callable[[], None]
-    """Called after each thing done."""
+    """Called after each step of the plan."""
     flat: FlatModel
-    """What backward adds gradients to."""
+    """The parameters and gradients of the chunks."""
 
     @property
     def depth(self) -> int:
@@ -113,19 +113,19 @@ class _Live(NamedTuple):
     """A micro-batch between forward and backward."""
 
     inputs: list[Tensor]
-    """Those whose gradients go back to the virtual stage before."""
+    """Tensors whose gradients are sent to the virtual stage before."""
     outputs: list[Tensor]
-    """Those whose gradients come from the virtual stage behind; on the last one the loss."""
+    """Tensors whose gradients come from the next virtual stage; on the last one the loss."""
     buffer: Tensor | None
-    """What `inputs` lie in, if it is to be given back."""
+    """The receive buffer that holds `inputs`, if it is to be given back."""
 
 
 class _Held(NamedTuple):
-    """A message that is here, to be sent or used."""
+    """The tensors of a message that is to be sent or used."""
 
     tensors: list[Tensor]
     buffer: Tensor | None = None
-    """What they lie in, if it is to be given back."""
+    """The receive buffer that holds them, if it is to be given back."""
 
 
 class ScheduleRun:
@@ -165,7 +165,7 @@ class ScheduleRun:
 
     def run(self) -> list[TraceSpan]:
         """
-        Do it; give what was done, and when.
+        Follow the plan to its end; give what was done, and when.
 
         Raises:
             CollectiveError: a stage is missing.
@@ -279,7 +279,7 @@ class ScheduleRun:
         return [tensors[n] for n in layout.wanted]
 
     def _backward(self, number: int, virtual_stage: int) -> None:
-        """Where backward is split, the gradients of the inputs alone."""
+        """Compute gradients; where backward is split, those of the inputs alone."""
         live = self._live.pop((number, virtual_stage))
         last = self._context.is_last(virtual_stage)
         held = _Held([]) if last else self._have.pop(_gradient(number, virtual_stage))

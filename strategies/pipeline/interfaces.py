@@ -1,4 +1,4 @@
-"""What the executor of a pipeline asks of those around it, and what it tells them."""
+"""Protocols between a pipeline's executor, the micro-batches and the exchange of gradients."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
@@ -9,11 +9,11 @@ from distplat.strategies.loop.control import StepControl
 from distplat.strategies.worker_strategy import Context
 
 GatherVersions = Callable[[int], list[int]]
-"""Tells all ranks of the grid the version of this one's part; gives those of all, in rank order."""
+"""Gathers the version of each rank's part over all ranks of the grid, in rank order."""
 
 
 class TraceSpan(NamedTuple):
-    """What was done, and when; seconds of the process's clock."""
+    """One action of a rank, and when it ran; seconds of the process's clock."""
 
     kind: str
     """`F`, `B`, `W`, `send`, `recv`."""
@@ -24,35 +24,35 @@ class TraceSpan(NamedTuple):
 
 
 class Source(Protocol):
-    """Gives the micro-batches of a step, and takes what comes of them."""
+    """Gives the micro-batches of a plan, and the loss of the last stage's outputs."""
 
     sizes: Sequence[int]
     """Samples of each micro-batch."""
     varies: bool
-    """Whether micro-batches of one size may differ in form; known where they are read."""
+    """Whether micro-batches of one size may differ in shape; known on ranks that read data."""
 
     def inputs(self, micro_batch: int) -> Any:
-        """Give what enters the first place; asked on its rank."""
+        """Give the inputs of a micro-batch, once; called on ranks of the first stage."""
 
     def peek(self, micro_batch: int) -> Any:
-        """Give the same, which will be asked for once more."""
+        """Give the same inputs, before `inputs` gives them."""
 
     def loss(self, micro_batch: int, outputs: Any) -> Any:
-        """Give what is to be differentiated; asked on the last place's rank."""
+        """Give the loss, to be differentiated; called on ranks of the last stage."""
 
     def seed(self, micro_batch: int) -> int:
-        """Seed the micro-batch's dropout."""
+        """Give the seed of the micro-batch's dropout."""
 
 
 class BackwardListener(Protocol):
-    """Told when gradients become final."""
+    """Called when gradients become final."""
 
     def last_backward(self) -> None:
-        """What the backward that begins now makes is final; nothing is done by default."""
+        """Called when a backward begins whose gradients are final; by default does nothing."""
         return
 
     def pause(self) -> None:
-        """It is over."""
+        """Called when that backward is over; by default does nothing."""
         return
 
 
@@ -83,14 +83,14 @@ class GradSync(BackwardListener, Protocol):
 
     def begin(self, step: int, local: StepControl) -> StepControl:
         """
-        Look at this rank's gradients of a step, and sum what needs no word of other parts.
+        Check this rank's gradients for NaN, and sum them if other parts need not agree first.
 
         Args:
             step: the present one.
             local: this rank's control record.
 
         Returns:
-            The record, with what was found in the gradients.
+            The record, with the parameter whose gradient is not finite, if there is one.
 
         Raises:
             CollectiveError: a rank is missing.
@@ -112,7 +112,7 @@ class GradSync(BackwardListener, Protocol):
         """
 
     def squares(self) -> float:
-        """Give the squared 2-norm of the sum; what counts for another slice is left out."""
+        """Give the squared 2-norm of the sum, without what another slice counts."""
 
     def ready(self, norm: float | None) -> None:
         """Called with the norm of the whole gradient, where the job clips; `update` is next."""
