@@ -40,7 +40,7 @@ def check_layers(
     model: nn.Module,
     layers: Sequence[Layer],
     inputs: Callable[[], Any],
-    call: ModelCall | None = None,
+    call: ModelCall,
 ) -> None:
     """
     See whether layers one after the other give what the model gives.
@@ -54,12 +54,11 @@ def check_layers(
         model: with values.
         layers: of it.
         inputs: gives a few samples.
-        call: how the model is called; None: with its inputs.
+        call: how the model is called.
 
     Raises:
         SpecError: they do not.
     """
-    call = call or ModelCall()
     device = next(model.parameters()).device
     given = on_device(inputs(), device)
     for training in (False, True):

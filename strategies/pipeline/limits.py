@@ -9,7 +9,7 @@ What a pipeline cannot do, found and named: nothing that a stage leaves out goes
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -79,15 +79,14 @@ class GradientReach:
     Watches that backward reaches the rank's own parameters, and all that it is to train.
 
     Args:
-        modules: of this rank.
+        module: this rank's part of the model.
         task: whose loss may use parameters of its own.
         names: of the whole model's parameters; see `names_of`.
     """
 
-    def __init__(self, modules: Iterable[nn.Module], task: Task, names: NamesById) -> None:
-        own = {n: p for module in modules for n, p in module.named_parameters()}
-        self._own = {id(p) for p in own.values()}
-        self._frozen = [(n, p) for n, p in own.items() if not p.requires_grad]
+    def __init__(self, module: nn.Module, task: Task, names: NamesById) -> None:
+        self._own = {id(p) for p in module.parameters()}
+        self._frozen = [(n, p) for n, p in module.named_parameters() if not p.requires_grad]
         self._task, self._names = task, names
         self._looks = True
 

@@ -209,7 +209,7 @@ class HybridWorker(WorkerStrategy[HybridOptions]):
             self._own.flat,
         )
         self._executor = Executor(
-            stage_context, GradientReach([self._own.module], self._prepared.task, self._own.names)
+            stage_context, GradientReach(self._own.module, self._prepared.task, self._own.names)
         )
         return Pipeline(self._prepared, options, at, self._executor, self._synced)
 
