@@ -164,28 +164,28 @@ class FunctionSession:
     ) -> None:
         self.job, self.context, self.group = job, context, group
         self._ports, self._progress, saved = ports, ports.progress, ports.saved
-        around = SessionContext(
+        session_context = SessionContext(
             job,
             group,
             self._exchanged,
             lambda: self._progress.step,
             lambda: self._batch.fingerprint,
         )
-        self._exchange = exchange = _exchange_of(around, shards)
+        self._exchange = exchange = _exchange_of(session_context, shards)
         watched = self._before_first_step, exchange.before_step
         alone = group.world == 1
-        self._watch = OptimizerWatch(lambda: exchange.parameters, *watched, alone=alone)
+        self._optimizer_watch = OptimizerWatch(lambda: exchange.parameters, *watched, alone=alone)
         self._samples = self._epoch = 0
         self._batch = RankBatch(None, 0, 0)  #: the last one, without what it holds
-        self._passes: dict[object, RankBatch] = {}  #: those under way, by their last one
-        self._watched, self._epochs = ReportWatch(job), EpochWatch(group.world)
+        self._last_of_pass: dict[object, RankBatch] = {}  #: those under way, by their last one
+        self._report_watch, self._epoch_watch = ReportWatch(job), EpochWatch(group.world)
         self._comparison = DataComparison(group, context.device)
-        self._outlived: list[Any] = []
+        self._kept_groups: list[Any] = []
         """
         Groups of wrappers. A wrapper that is the last to let go of its group waits for the group's
         threads with the GIL held, and one that frees a tensor waits for the GIL: torch's own hangs.
         """
-        self._asks = self._warned = self._data_checked = False
+        self._asks_to_stop = self._warned = self._data_checked = False
         self._waited_s, self._last = 0.0, time.perf_counter()
         self._exchanges = 0
         self._progress.step = saved.step if saved is not None else 0
@@ -195,20 +195,22 @@ class FunctionSession:
     def prepare(self, *things: Any) -> Any:
         """Make models, optimizers, loaders and schedulers ready; see `api.prepare`."""
         models = [one for one in things if isinstance(one, nn.Module)]
-        ready = {id(one): self._model(one, alone=len(models) == 1) for one in models}
-        prepared = tuple(ready[id(one)] if id(one) in ready else self._other(one) for one in things)
+        ready = {id(one): self._prepare_model(one, alone=len(models) == 1) for one in models}
+        prepared = tuple(
+            ready[id(one)] if id(one) in ready else self._prepare_other(one) for one in things
+        )
         seed = self.job.seed
         if models and self.group.world > 1:  # they are made alike
             seed_rank(seed, self._progress.step, self.context.rank)
         return prepared[0] if len(prepared) == 1 else prepared
 
-    def _model(self, given: nn.Module, *, alone: bool) -> nn.Module:
+    def _prepare_model(self, given: nn.Module, *, alone: bool) -> nn.Module:
         wrapped = isinstance(given, nn.parallel.DistributedDataParallel)
         model = given.get_submodule("module") if wrapped else given
         for one in given.modules():
             if isinstance(one, nn.parallel.DistributedDataParallel):
                 passing_on(one, lambda on: self._exchange.enable(on, model))
-                self._outlived.append(one.process_group)
+                self._kept_groups.append(one.process_group)
         if any(one is model for one in self._exchange.models):
             raise _refused("a model that it got before", "prepare each model once")
         if cut := cut_elsewhere(model):
@@ -224,9 +226,9 @@ class FunctionSession:
         self._exchange.add(model, alone=alone)
         return given
 
-    def _other(self, thing: Any) -> Any:
+    def _prepare_other(self, thing: Any) -> Any:
         if isinstance(thing, DataLoader):
-            return self._loader(thing)
+            return self._prepare_loader(thing)
         if isinstance(thing, torch.optim.Optimizer):
             inner = getattr(thing, "optimizer", thing)  # Accelerate and Lightning wrap it
             optimizer = inner if isinstance(inner, torch.optim.Optimizer) else thing
@@ -234,26 +236,26 @@ class FunctionSession:
             FusedSteps(optimizer)
             return thing
         if isinstance(thing, torch.optim.lr_scheduler.LRScheduler):
-            self._epochs.scheduler(thing)
+            self._epoch_watch.scheduler(thing)
             return thing  # it changes the optimizer, which is looked at when it steps
         hint = "a model, optimizer, DataLoader, or scheduler of torch.optim.lr_scheduler"
         raise _refused(f"a {type(thing).__name__}", f"it takes {hint}")
 
-    def _loader(self, loader: DataLoader[Any]) -> ShardedLoader:
+    def _prepare_loader(self, loader: DataLoader[Any]) -> ShardedLoader:
         context = self.context
         cut = Cut(context.rank, context.world, self.job.seed)
         sharded: ShardedLoader
         if is_stream(loader.dataset):
-            sharded = StreamLoader(loader, cut, context.device, self._read, self.group)
+            sharded = StreamLoader(loader, cut, context.device, self._note_batch, self.group)
         else:
-            sharded = NumberedLoader(loader, cut, context.device, self._read)
+            sharded = NumberedLoader(loader, cut, context.device, self._note_batch)
             check_whole(sharded)
             if isinstance(sharded.sampler, DealtSampler):
                 check_order(sharded.sampler, self.group, context.device)
             if sharded.sampler.num_replicas > 1:
                 self._comparison.check(loader.dataset)
         if context.is_main_process:
-            self._epochs.loader(sharded, loader)
+            self._epoch_watch.loader(sharded, loader)
             size, world = sharded.batch_size, context.world
             text = "a batch of %d samples on each of %d workers: %d in all"
             logger.info(text, size, world, size * world)
@@ -272,12 +274,14 @@ class FunctionSession:
             )
         self._data_checked = True
 
-    def _read(self, one: object, batch: RankBatch | None, waited_s: float, epoch: int) -> None:
-        self._passes.pop(one, None)
+    def _note_batch(
+        self, one: object, batch: RankBatch | None, waited_s: float, epoch: int
+    ) -> None:
+        self._last_of_pass.pop(one, None)
         if batch is None:
             return
         self._epoch, self._batch = epoch, batch._replace(batch=None)
-        self._passes[one] = self._batch
+        self._last_of_pass[one] = self._batch
         if torch.is_grad_enabled():  # an evaluation trains on none
             self._samples += batch.samples
         self._waited_s += waited_s
@@ -290,7 +294,7 @@ class FunctionSession:
             raise SpecError(Problem(("task",), text, 'report({"loss": loss})'))
         figures = {name: _number(name, value) for name, value in metrics.items()}
         checkpoint = of_directory(checkpoint)
-        self._watched.reported(figures, kept=checkpoint is not None)
+        self._report_watch.reported(figures, kept=checkpoint is not None)
         step = self._progress.step
         self._progress.step = step + 1
         self._progress.beat()
@@ -304,7 +308,7 @@ class FunctionSession:
                 text = "rank %d reported files (%s, ...), which are not kept: rank 0's are"
                 logger.warning(text, self.context.rank, next(iter(checkpoint.files)))
             return
-        if self._ports.ending() and not self._asks and not self._warned:
+        if self._ports.ending() and not self._asks_to_stop and not self._warned:
             self._warned = True
             logger.warning("the run is to end, and its loop never asks distplat.should_stop()")
         loss = figures.pop("loss", math.nan)
@@ -333,7 +337,7 @@ class FunctionSession:
 
     def should_stop(self) -> bool:
         """Say whether the loop is to end; see `api.should_stop`."""
-        self._asks = True
+        self._asks_to_stop = True
         wanted = self._ports.ending()
         if self._exchange.together and self.group.world > 1:
             flag = torch.tensor([int(wanted)], device=self.context.device)
@@ -344,7 +348,7 @@ class FunctionSession:
     def gather(self, values: Any) -> Any:
         """Give what all ranks have; see `api.gather_for_metrics`."""
         # What was counted over a pass may be as long as its last batch.
-        *_, last = (RankBatch(None, 0, 0), *self._passes.values())
+        *_, last = (RankBatch(None, 0, 0), *self._last_of_pass.values())
         batch = last.samples, last.own
         return gather_for_metrics(values, self.group, self.context.device, batch)
 
@@ -375,9 +379,9 @@ class FunctionSession:
         Raises:
             SpecError: no report had what the job goes by.
         """
-        self._watched.over()
+        self._report_watch.over()
         if self.context.is_main_process and self.group.world > 1:
-            self._epochs.over()
+            self._epoch_watch.over()
         self._exchange.leave()
         # Who leaves early takes its memory with it. Another rank may be in a barrier() of its loop:
         # the second one is not met by what comes then, and harms no operation over gloo.
@@ -399,7 +403,7 @@ class FunctionSession:
 
     def close(self) -> None:
         """Let go of the models; the group goes next."""
-        self._watch.close()
+        self._optimizer_watch.close()
         self._exchange.close()
 
 
