@@ -60,13 +60,7 @@ class ModelDependence(TorchFunctionMode):
         self._left: dict[bool, list[Tensor]] = {True: [], False: []}  #: for numpy; which depend
 
     @override
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Any,
-        args: Sequence[Any] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Make a call of torch, and note what it gives."""
         depends = self._depends(func, args, kwargs or {})
         result = func(*args, **(kwargs or {}))
@@ -158,13 +152,7 @@ class SumTrace(TorchFunctionMode):
         self._rows = WeakIdKeyDictionary()  #: of each the rows of what was summed up
 
     @override
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Any,
-        args: Sequence[Any] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Make a call of torch, and note a sum; with another one added it still is one."""
         result = func(*args, **(kwargs or {}))
         if not isinstance(result, Tensor) or result.ndim:
