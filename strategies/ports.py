@@ -303,10 +303,7 @@ class Tables(Protocol):
     """The servers of embedding tables as one worker sees them (docs/embeddings.md)."""
 
     def connect(
-        self,
-        tables: tuple[TableSpec, ...],
-        total_steps: int,
-        saved: SavedState | None = None,
+        self, tables: tuple[TableSpec, ...], total_steps: int, saved: SavedState | None = None
     ) -> tuple[TablePlan, int]:
         """
         Join an attempt: from now on the servers take nothing of an earlier one.

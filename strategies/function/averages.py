@@ -10,10 +10,7 @@ from torch.optim.optimizer import Optimizer
 from typing_extensions import override
 
 from distplat.platform.errors import Problem, SpecError
-from distplat.strategies.function.gradient_average import (
-    Exchange,
-    GradientAverage,
-)
+from distplat.strategies.function.gradient_average import Exchange, GradientAverage
 from distplat.strategies.function.loop_checks import parameters_of
 
 

@@ -40,11 +40,7 @@ from distplat.strategies.function.gradient_average import (
     SessionContext,
     take_over,
 )
-from distplat.strategies.function.loop_checks import (
-    EpochWatch,
-    OptimizerWatch,
-    ReportWatch,
-)
+from distplat.strategies.function.loop_checks import EpochWatch, OptimizerWatch, ReportWatch
 from distplat.strategies.function.metric_gathering import gather_for_metrics
 from distplat.strategies.function.server_sum import ServerAverage, ServerSum
 from distplat.strategies.function.server_updates import ServerUpdates

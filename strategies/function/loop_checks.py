@@ -22,10 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
-from torch.utils.data import (
-    DataLoader,
-    DistributedSampler,
-)
+from torch.utils.data import DataLoader, DistributedSampler
 
 from distplat.platform.errors import Problem, SpecError, hint
 from distplat.platform.spec import Job

@@ -83,12 +83,7 @@ class StreamLoader(ShardedLoader):
     """
 
     def __init__(
-        self,
-        loader: DataLoader[Any],
-        cut: Cut,
-        device: torch.device,
-        read: Read,
-        group: Collective,
+        self, loader: DataLoader[Any], cut: Cut, device: torch.device, read: Read, group: Collective
     ) -> None:
         super().__init__(loader, cut, device, read)
         _check(loader)

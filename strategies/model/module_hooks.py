@@ -26,10 +26,7 @@ _SAVED = {
     "_state_dict_pre_hooks": "a state_dict pre-hook",
     "_state_dict_hooks": "a state_dict hook",
 }
-_TENSOR = {
-    "_backward_hooks": "a hook",
-    "_post_accumulate_grad_hooks": "a post-accumulate hook",
-}
+_TENSOR = {"_backward_hooks": "a hook", "_post_accumulate_grad_hooks": "a post-accumulate hook"}
 
 
 def called_hooks(module: nn.Module) -> list[str]:

@@ -327,11 +327,7 @@ def _forget_parameters(optimizer: torch.optim.Optimizer) -> None:
 
 
 def optimizer_of(
-    spec: Optimizer,
-    vector: Tensor,
-    gradient: Tensor,
-    layout: Layout | None,
-    ema: EMA | None,
+    spec: Optimizer, vector: Tensor, gradient: Tensor, layout: Layout | None, ema: EMA | None
 ) -> VectorOptimizer:
     """Make the optimizer of a run of the flat vector; see both for the arguments."""
     kind: type[TensorOptimizer | FlatOptimizer]

@@ -61,10 +61,7 @@ class SyncNorms:
     """
 
     def __init__(
-        self,
-        model: nn.Module,
-        group: Collective,
-        micro_batches: Callable[[int], Sequence[int]],
+        self, model: nn.Module, group: Collective, micro_batches: Callable[[int], Sequence[int]]
     ) -> None:
         self._group, self._micro_batches = group, micro_batches
         self._layers = sync_layers(model)

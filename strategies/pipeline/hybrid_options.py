@@ -23,7 +23,7 @@ class HybridOptions(Options):
     """Options of `hybrid`."""
 
     removed_fields: ClassVar[Mapping[str, str]] = {
-        "pack_weights": "it was removed: each micro-batch's products are made at once",
+        "pack_weights": "it was removed: each micro-batch's products are made at once"
     }
 
     pipeline: Count = Field(1, le=1024)

@@ -37,10 +37,7 @@ _CLOSE = 1e-3
 
 
 def check_layers(
-    model: nn.Module,
-    layers: Sequence[Layer],
-    inputs: Callable[[], Any],
-    call: ModelCall,
+    model: nn.Module, layers: Sequence[Layer], inputs: Callable[[], Any], call: ModelCall
 ) -> None:
     """
     See whether layers one after the other give what the model gives.

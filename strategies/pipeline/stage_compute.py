@@ -20,12 +20,7 @@ from typing_extensions import override
 from distplat.platform.even_split import split_evenly
 from distplat.platform.topology import Position
 from distplat.strategies.algorithms.seeds import mixed
-from distplat.strategies.loop.batches import (
-    EvalLoader,
-    collate_of,
-    micro_batches,
-    unpack_batch,
-)
+from distplat.strategies.loop.batches import EvalLoader, collate_of, micro_batches, unpack_batch
 from distplat.strategies.loop.collate import to_device
 from distplat.strategies.loop.compute import Compute, Share, Stopwatch, Sums, precision
 from distplat.strategies.loop.loss_check import MeanCheck

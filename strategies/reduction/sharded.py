@@ -31,11 +31,7 @@ from distplat.strategies.loop.control import StepControl
 from distplat.strategies.model.flat import FlatModel
 from distplat.strategies.model.optim import LocalOptimizer, optimizer_of
 from distplat.strategies.model.optimizer_state import Presence
-from distplat.strategies.model.parameter_layout import (
-    squared_norm_of,
-    typed,
-    typed_views,
-)
+from distplat.strategies.model.parameter_layout import squared_norm_of, typed, typed_views
 from distplat.strategies.reduction.base import ControlSum, Meter, Reducer
 
 _ALIGN = 16
