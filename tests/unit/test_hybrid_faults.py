@@ -21,7 +21,7 @@ from distplat.strategies.fakes import Fabric
 
 @pytest.fixture(scope="module")
 def unfailed() -> dict[str, Tensor]:
-    model = Workers().attempt(Fabric(WORLD))
+    model = Workers().attempt()
     assert model is not None
     return model
 
@@ -50,7 +50,7 @@ def test_one_is_lost_at_any_operation(
     fabric.kill(victim, after=after, group=group)
     assert workers.attempt(fabric) is None
     workers.renew(victim)
-    model = workers.attempt(Fabric(WORLD))
+    model = workers.attempt()
     assert model is not None and same(model, unfailed)
     assert min(workers.starts) == max(workers.starts) > 0, "survivors keep what they have"
     assert samples(workers, workers.job) == [16, 16, 13] * 2
@@ -68,7 +68,7 @@ def test_some_have_made_the_update_and_some_not(
     versions = [workers.ranks[rank].prepared.flat.version for rank in range(WORLD)]
     assert versions == [3 if rank in deaf else 4 for rank in range(WORLD)]
     workers.renew(victim)
-    model = workers.attempt(Fabric(WORLD))
+    model = workers.attempt()
     assert model is not None and same(model, unfailed)
     assert workers.starts == [4] * WORLD
     lost = 0 if victim % 2 == 0 or victim not in deaf else 8  # with the rank its report is lost

@@ -31,7 +31,7 @@ def workers_of(clip: float | None, servers: int = 1, **more: Any) -> Workers:
 
 @cache
 def unfailed(clip: float | None) -> dict[str, Tensor]:
-    model = workers_of(clip).attempt(Fabric(WORLD))
+    model = workers_of(clip).attempt()
     assert model is not None
     return model
 
@@ -40,7 +40,7 @@ def goes_on(workers: Workers, lost: Set[int], clip: float | None, untold: int = 
     """Replace ranks, and compare what all come to; `untold`: samples whose report was lost."""
     for rank in lost:
         workers.renew(rank)
-    model = workers.attempt(Fabric(WORLD))
+    model = workers.attempt()
     assert model is not None and same(model, unfailed(clip))
     assert min(workers.starts) == max(workers.starts), "no part is ahead of another"
     told = samples(workers, workers.job)
@@ -238,8 +238,8 @@ def test_a_lost_server_takes_all_back_to_the_checkpoint(part: int, servers: int)
     assert workers.attempt(Fabric(WORLD), around=around) is None
     assert [*workers.checkpoints] == [2]
     workers.start_over()
-    model = workers.attempt(Fabric(WORLD), saved=workers.checkpoints[2])
-    expected = workers_of(0.5, servers).attempt(Fabric(WORLD))
+    model = workers.attempt(saved=workers.checkpoints[2])
+    expected = workers_of(0.5, servers).attempt()
     assert model is not None and expected is not None and same(model, expected)
     assert workers.starts == [2] * WORLD
 

@@ -285,12 +285,12 @@ def test_hooks_of_the_whole_model_are_called_once_or_refused() -> None:
 @pytest.mark.parametrize("victim", [0, 3])
 def test_a_lost_rank_learns_the_order_of_parts_and_the_forms(victim: int) -> None:
     """Forms are told anew in each attempt; a norm that is called last is where the others know."""
-    unfailed = Workers(of_blocks(Own)).attempt(Fabric(WORLD))
+    unfailed = Workers(of_blocks(Own)).attempt()
     workers, fabric = Workers(of_blocks(Own)), Fabric(WORLD)
     fabric.kill(victim, after=12, group="world")
     assert workers.attempt(fabric) is None
     workers.renew(victim)
-    model = workers.attempt(Fabric(WORLD))
+    model = workers.attempt()
     assert model is not None and unfailed is not None and same(model, unfailed)
     assert min(workers.starts) == max(workers.starts) > 0, "survivors keep what they have"
 
