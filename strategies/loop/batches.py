@@ -84,6 +84,8 @@ def _are_rows(batch: Any, rows: int, samples: Sequence[Any]) -> bool:
     """Whether a batch has so many samples: each row is like a field of one, and all are alike."""
     shapes = [[getattr(one, "shape", ()) for one in tree_leaves(sample)] for sample in samples]
     parts = [one for one in tree_leaves(batch) if not isinstance(one, Tensor) or one.dim()]
+    if all(getattr(part, "shape", None) in shapes[0] for part in parts):
+        return False  # a list of samples, or lists of their fields
     return all(one == shapes[0] for one in shapes) and all(
         isinstance(part, Tensor) and len(part) == rows and part.shape[1:] in shapes[0]
         for part in parts

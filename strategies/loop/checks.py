@@ -28,7 +28,7 @@ from distplat.platform.sampler import ENDLESS, Sampler
 from distplat.platform.spec import Job
 from distplat.platform.tensor_slices import ITEM_BYTES
 from distplat.strategies.collective import SENDABLE
-from distplat.strategies.loop.containers import tensors_in
+from distplat.strategies.loop.containers import items_in, tensors_in
 from distplat.strategies.loop.streams import StreamSamples, StreamSeeds, is_ray_data, is_stream
 from distplat.strategies.model.module_hooks import unwrapped
 from distplat.strategies.model.parameter_layout import dtype_name
@@ -357,7 +357,8 @@ def _no_tensor(loss: object, method: str) -> str:
 
 
 def _cut_off(outputs: object) -> str:
-    held = getattr(outputs, "__dict__", None)  # outputs may be an object of any class
+    objects = [one for one in (outputs, *(items_in(outputs) or ())) if hasattr(one, "__dict__")]
+    held = [vars(one) for one in objects if not isinstance(one, Tensor | Mapping)]
     if any(tensor.requires_grad for tensor in tensors_in((outputs, held))):
         return "what the model gave has one; .detach(), no_grad(), argmax and the like cut it off"
     return (

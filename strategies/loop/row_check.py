@@ -16,8 +16,8 @@ def rows_of(tree: Any, samples: int) -> int | None:
         samples: of the batch.
 
     Returns:
-        None: the batch is by sample, each sample may have as many rows, or nobody can tell. So it
-        is where time comes first: some dimension is the number of samples then.
+        None: the batch is by sample, each sample may have as many rows, or nobody can tell. A
+        batch that has time first has its samples in another dimension, and is by sample.
     """
     shapes = [one.shape for one in tensors_in(tree) if one.ndim]
     lengths = {one[0] for one in shapes}
@@ -30,7 +30,7 @@ def rows_of(tree: Any, samples: int) -> int | None:
 def rows_warning(rows: int, samples: int) -> str:
     """Say that a loss is a mean over rows."""
     return (
-        f"loss() is a mean over {rows} rows that {samples} samples have: some have more rows than "
-        "others, and a scalar is taken for a mean over samples, so the result depends on the "
-        "number of workers and micro-batches. Return (sum, number of rows) instead"
+        f"loss() is a mean over {rows} rows of {samples} samples, which are not a multiple of "
+        "them: a scalar is taken for a mean over samples, so the result depends on the number of "
+        "workers and micro-batches. Return (sum, number of rows) instead"
     )

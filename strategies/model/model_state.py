@@ -346,9 +346,15 @@ class ModelState:
         if group is None or group.world == 1:
             self._learn(own)
         else:
+            if self._looks(group.rank, step):
+                numbers = sorted(own | self._moved())
+                written = [self._watched[number] for number in numbers]
+                self._comparison.note(one for one in written if one.rule == "rank0")
             if self._asked(group, changed_here) if changed is None else changed:
                 self._agree(group, step)
             self._exchange(group, step, own)
+            if (text := self._comparison.differing()) is not None:
+                logger.warning("%s", text)
         if self._tables is not None:
             self._tables.write(group)
         self._synchronized = step + 1
@@ -377,15 +383,11 @@ class ModelState:
         """Exchange what ranks wrote; `wrote`: what this rank has now written for the first time."""
         samples = self.shares.samples(step)
         self._average(group, samples)
-        those = {one.slot.name: one for one in self._those("rank0")}
-        slots = [one.slot for one in those.values()]
+        slots = [one.slot for one in self._those("rank0")]
         together = cat_bytes([slot.tensor for slot in slots], self._device)
         if together.numel():
             group.broadcast(together, self._source(step))
-            looks = self._looks(group.rank, step)
             for slot, value in cut_bytes(together, slots):
-                if looks and (text := self._comparison.look(those[slot.name], value)) is not None:
-                    logger.warning("%s", text)
                 slot.take(value)
         for one in self._those("written"):
             _reconcile(one, group, wrote=self._watched.index(one) in wrote)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from functools import partial
 from typing import Any, Literal
 
@@ -158,8 +158,12 @@ class Watched:
 
     @property
     def rule(self) -> BufferRule:
-        """What ranks do with it."""
-        return "written" if self.capped or self.trained else self._rule
+        """What ranks do with it; of whole numbers, such as counters, there is no mean."""
+        if self.capped or self.trained:
+            return "written"
+        now = self.slot.tensor
+        counts = now is not None and not (now.is_floating_point() or now.is_complex())
+        return "rank0" if counts and self._rule == "mean" else self._rule
 
     def differs(self) -> bool:
         """Say whether the values are others than those kept; False: there is no copy."""
@@ -192,7 +196,9 @@ class Watched:
 
 
 _LOOKS = 3
-"""Steps in which a tensor's values are compared."""
+"""Steps that write a tensor in which its values are compared."""
+_COMPARED = 1 << 20
+"""So many elements of each."""
 _ROUNDINGS = 64
 """By so many ranks may differ that compute the same on processors of two kinds."""
 
@@ -202,24 +208,28 @@ class RankComparison:
 
     def __init__(self) -> None:
         self._looks: Counter[str] = Counter()
+        self._own: list[tuple[Watched, Tensor]] = []
         self._told = False
 
-    def look(self, one: Watched, given: Tensor) -> str | None:
-        """
-        Compare a tensor before it is replaced.
+    def note(self, written: Iterable[Watched]) -> None:
+        """Copy what this rank's forward has written in this step, before it is replaced."""
+        for one in written:
+            name, now = one.slot.name, one.slot.tensor
+            if not (self._told or one.chosen or now is None or self._looks[name] == _LOOKS):
+                self._looks[name] += 1
+                self._own.append((one, _beginning(now).clone()))
 
-        Args:
-            one: as this rank's forward left it.
-            given: what all have from now on.
+    def differing(self) -> str | None:
+        """
+        Compare what was noted with what all ranks have from now on.
 
         Returns:
             A warning, once; None: they are the same, or nobody asks.
         """
-        name, now = one.slot.name, one.slot.tensor
-        if self._told or one.chosen or now is None or self._looks[name] == _LOOKS:
-            return None
-        self._looks[name] += 1
-        if not _apart(now.detach(), given):
+        own, self._own = self._own, []
+        apart = (one.slot.name for one, values in own if _apart(values, one.slot.tensor))
+        name = next(apart, None)
+        if name is None:
             return None
         self._told = True
         return (
@@ -231,12 +241,23 @@ class RankComparison:
         )
 
 
-def _apart(one: Tensor, other: Tensor) -> bool:
-    """Whether two tensors of a kind differ by more than roundings."""
-    if not one.is_floating_point() and not one.is_complex():
-        return not torch.equal(one, other)
-    allowed = _ROUNDINGS * torch.finfo(one.dtype).eps * other.abs().max() if one.numel() else 0
-    return bool(((one - other).abs() > allowed).any())
+def _beginning(tensor: Tensor) -> Tensor:
+    """Give the first elements of a tensor, in one dimension."""
+    return tensor.detach().reshape(-1)[:_COMPARED]
+
+
+def _apart(values: Tensor, whole: Tensor | None) -> bool:
+    """Whether the first elements of a tensor were others, by more than roundings."""
+    if whole is None:
+        return True
+    others = _beginning(whole).to(values.device)
+    if (values.shape, values.dtype) != (others.shape, others.dtype):
+        return True
+    exact = not values.is_floating_point() and not values.is_complex()
+    if exact or values.itemsize < 2:  # torch does not compute with floats of a byte
+        return not torch.equal(bits_of(values), bits_of(others))
+    allowed = _ROUNDINGS * torch.finfo(values.dtype).eps * others.abs().max() if len(others) else 0
+    return bool(((values - others).abs() > allowed).any())
 
 
 class TensorValues:

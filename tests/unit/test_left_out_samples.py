@@ -146,7 +146,7 @@ def test_a_run_takes_the_mean_over_the_others(
     assert dict(last.metrics) == pytest.approx(figures, rel=1e-9)
 
 
-X, Y = torch.zeros(3), torch.zeros(1)
+X, Y, NUMBER = torch.zeros(3), torch.zeros(1), torch.tensor(0.5)
 FOUR, TWO = [(X, Y)] * 4, torch.zeros(2, 3)
 COUNTED: dict[str, tuple[Any, list[Any], int]] = {
     "two are left out": ([TWO, torch.zeros(2, 1)], FOUR, 2),
@@ -156,6 +156,10 @@ COUNTED: dict[str, tuple[Any, list[Any], int]] = {
     "time first": (torch.zeros(2, 4, 3), [torch.zeros(2, 3)] * 4, 4),
     "packed": (torch.zeros(2, 5), [torch.zeros(5), *[torch.zeros(2)] * 3], 4),
     "a list of rows": ([TWO[0], TWO[1]], FOUR, 4),
+    "lists of fields": ([[X] * 4, [NUMBER] * 4], [(X, NUMBER)] * 4, 4),
+    "a list of samples": ([(X, NUMBER)] * 4, [(X, NUMBER)] * 4, 4),
+    "a list of dicts": ([{"x": X, "y": NUMBER}] * 4, [{"x": X, "y": NUMBER}] * 4, 4),
+    "numbers of as many as there are fields": ([TWO.T, X], [(TWO[:, 0], NUMBER)] * 4, 3),
     "other rows": (torch.zeros(2, 7), FOUR, 4),
     "text beside": ([TWO, "ab"], FOUR, 4),
     "more rows": (torch.zeros(6, 3), FOUR, 4),

@@ -17,6 +17,7 @@ from torch.utils.data import TensorDataset
 import distplat
 from distplat.platform.sampler import Sampler
 from distplat.platform.spec import Job
+from distplat.strategies.model.written_tensors import RankComparison, watch_tensor
 
 SAMPLES, BATCH, STEPS = 17, 8, 6
 WIDE = torch.float64
@@ -25,19 +26,23 @@ TOLD = "each worker's forward writes other values into 'centre', by its own samp
 
 
 class Centred(nn.Module):
-    """Subtracts a moving mean, as DINO does; `way` says of what."""
+    """Subtracts a moving mean, as DINO does; `way` says of what, `every` in which steps."""
 
     centre: Tensor
+    calls: Tensor
 
-    def __init__(self, way: str) -> None:
+    def __init__(self, way: str, every: int = 1) -> None:
         super().__init__()
-        self.way, self.out = way, nn.Linear(6, 3, dtype=WIDE)
+        self.way, self.every, self.out = way, every, nn.Linear(6, 3, dtype=WIDE)
         self.register_buffer("centre", torch.zeros(3, dtype=WIDE))
+        self.register_buffer("calls", torch.tensor(0))
 
     def forward(self, x: Tensor) -> Tensor:
         outputs: Tensor = self.out(x)
-        if self.training:
+        if self.training and self.calls % self.every == 0:
             self.centre.mul_(0.9).add_(self._seen(outputs.detach()), alpha=0.1)
+        if self.training:
+            self.calls += 1
         return outputs - self.centre
 
     def _seen(self, outputs: Tensor) -> Tensor:
@@ -49,10 +54,10 @@ class Centred(nn.Module):
 
 
 class Centring(distplat.Task):
-    way, rule, samples = "own samples", None, SAMPLES
+    way, rule, samples, every = "own samples", None, SAMPLES, 1
 
     def model(self) -> nn.Module:
-        return Centred(self.way)
+        return Centred(self.way, self.every)
 
     def train_data(self) -> TensorDataset:
         generator = torch.Generator().manual_seed(1)
@@ -94,10 +99,52 @@ def test_a_buffer_of_a_ranks_own_samples_is_warned_of_once(
     assert caplog.text.count(TOLD) == 1
 
 
+@pytest.mark.parametrize("every", [4, 100])
+def test_one_that_few_steps_write_is_warned_of_too(
+    every: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As a codebook that the first batch begins, or that is renewed now and then."""
+    train(job(RING, 2), type("Seldom", (Centring,), {"every": every}))
+    assert caplog.text.count(TOLD) == 1
+
+
+@pytest.mark.parametrize(
+    ("own", "others", "told"),
+    [
+        (torch.ones(3), torch.ones(3) + 1e-6, False),
+        (torch.ones(3), torch.ones(3) + 1e-3, True),
+        (torch.ones(3), torch.ones(4), True),
+        (torch.ones(3), None, True),
+        (torch.arange(3), torch.arange(3), False),
+        (torch.arange(3), torch.zeros(3, dtype=torch.int64), True),
+        (torch.ones(3).to(torch.float8_e4m3fn), torch.ones(3).to(torch.float8_e4m3fn), False),
+        (torch.ones(3).to(torch.float8_e4m3fn), torch.zeros(3).to(torch.float8_e4m3fn), True),
+        (torch.zeros(0), torch.zeros(0), False),
+        (torch.ones(3, dtype=torch.complex64), torch.ones(3, dtype=torch.complex64) * 1j, True),
+    ],
+    ids=str,
+)
+def test_what_differs_by_more_than_roundings_is_told_once(
+    own: Tensor, others: Tensor | None, told: bool
+) -> None:
+    module = nn.Module()
+    module.register_buffer("centre", own)
+    (one,) = watch_tensor(module, lambda name: None, {})
+    comparison = RankComparison()
+    for expected in (told, False):
+        one.slot.take(own)
+        comparison.note([one])
+        one.slot.take(others)
+        assert (comparison.differing() is not None) == expected
+
+
 @pytest.mark.parametrize("rule", ["rank0", "mean", "local"])
 def test_one_with_a_rule_of_the_task_is_not(rule: str, caplog: pytest.LogCaptureFixture) -> None:
-    train(job(RING, 2), type("Ruled", (Centring,), {"rule": rule}))
+    """Which is for all buffers; that of whole numbers is no mean, of a rank without samples too."""
+    run = train(job(RING, 2), type("Ruled", (Centring,), {"rule": rule}))
     assert TOLD not in caplog.text
+    calls = [int(one.prepared.flat.model.get_buffer("calls")) for one in run.ranks]
+    assert calls == ([STEPS, STEPS - 2] if rule == "local" else [STEPS, STEPS])
 
 
 @pytest.mark.parametrize("strategy", [RING, "ps-sync"])

@@ -28,7 +28,7 @@ def asked(loss: Callable[[Any, Any], Any], rows: int, samples: int) -> str | Non
 @pytest.mark.parametrize(("rows", "samples"), [(9, 4), (7, 3), (3, 4)])
 def test_a_mean_over_rows_is_told(loss: Callable[[Any, Any], Any], rows: int, samples: int) -> None:
     told = asked(loss, rows, samples)
-    assert told is not None and told.startswith(f"{TOLD} {rows} rows that {samples} samples have")
+    assert told is not None and told.startswith(f"{TOLD} {rows} rows of {samples} samples")
 
 
 LOSSES: dict[str, Callable[[Any, Any], Any]] = {
