@@ -220,7 +220,7 @@ def logs(
         jobs = open_jobs(address)
         remote.find(jobs, job_id)
     except (SpecError, ClusterUnreachable) as error:
-        path = None if address is not None else run_called(job_id) or last_run(job_id)
+        path = None if address is not None else last_run(job_id) or run_called(job_id)
         if path is None:
             raise _nowhere(address, job_id, error) from None
         _print_run_logs(path, follow=follow)

@@ -77,13 +77,8 @@ def _run_of(given: Path) -> Path:
     Raises:
         SpecError: there is none.
     """
-    try:
-        return find_run(given)
-    except SpecError:
-        newest = last_run(str(given))
-        if newest is None:
-            raise
-        return newest.resolve()
+    newest = last_run(str(given))
+    return find_run(given) if newest is None else newest.resolve()
 
 
 def write_new(path: Path, text: str) -> Path:

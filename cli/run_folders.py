@@ -103,8 +103,23 @@ def last_run_ended(job: str) -> dict[str, Any] | None:
 
 
 def last_run(job: str) -> Path | None:
-    """Give the directory of a job's newest run below `runs/`; None: there is none."""
-    return next((HOME / one["id"] for one in _runs() if one["name"] == job), None)
+    """
+    Give the directory of a job's newest run below `runs/`.
+
+    It comes before a folder of that name here: many a project has one for each job.
+
+    Args:
+        job: its name, as a command got it.
+
+    Returns:
+        None: there is none, or it is a path, or a run itself has that name.
+    """
+    try:
+        if Path(job).name != job or (HOME / job).is_dir():
+            return None
+        return next((HOME / one["id"] for one in _runs() if one["name"] == job), None)
+    except (SpecError, OSError):  # `runs/` may not be read
+        return None
 
 
 def print_logs(path: Path, write: Callable[[str], None], *, follow: bool) -> int:

@@ -80,13 +80,13 @@ class RunRecord:
 
 def find_run(name: Path) -> Path:
     """
-    Find a run directory by its path, or by its name below `runs/`.
+    Find a run directory by its name below `runs/`, or by its path.
 
     Raises:
         SpecError: there is none; names the nearest.
     """
     with naming_path(name):
-        for path in (name, Path("runs") / name):
+        for path in (Path("runs") / name, name):
             if path.is_dir():
                 return path.resolve()
         base = name.parent if name.parent.is_dir() and name.parent != Path() else Path("runs")

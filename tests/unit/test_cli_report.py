@@ -102,8 +102,11 @@ def test_a_jobs_name_means_its_newest_run(
     for name, begun in (("b-1", 100), ("a-2", 200)):
         path = made_run(tmp_path / "runs", [step(0)], job='{"name": "lin"}', name=name)
         os.utime(path / "job.yaml", (begun, begun))
+    (tmp_path / "lin").mkdir()  # the job's own folder is no run
+    (tmp_path / "lin" / "job.yaml").write_text("name: lin")
     assert run(["report", "lin", "-o", "json"]) == 0
     assert json.loads(capsys.readouterr().out)["run"] == "a-2"
+    assert [one.name for one in (tmp_path / "lin").iterdir()] == ["job.yaml"]
     assert run(["report", "line"]) == 2, "neither a run nor a job"
 
 

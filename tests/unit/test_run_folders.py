@@ -109,6 +109,8 @@ def test_logs_of_a_job_are_those_of_its_newest_run(
         (path / "logs").mkdir(exist_ok=True)
         (path / "logs" / "worker-0.log").write_text(f"of {name}\n")
     (job,) = {one["name"] for one in local_runs(9)}
+    Path(job).mkdir()  # the job's own folder is no run
+    Path(job, "job.yaml").touch()
     assert run(["logs", job]) == 0
     assert capsys.readouterr().out == "(worker-0) of new-2\n"
     assert run(["logs", "another"]) == 3
