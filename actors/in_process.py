@@ -107,7 +107,7 @@ def _train(
     saved = _saved(checkpoints.newest())
     with ExitStack() as ending:
         others = _OtherRoles(job, launch, checkpoint_every, ending)
-        loop = join(
+        join(
             prepared,
             strategy,
             0,
@@ -116,8 +116,7 @@ def _train(
             progress=progress,
             checkpoints=CheckpointPorts(saved, take=uploader.take),
             stop=lambda step: StopOrder.END if handlers.ending() else StopOrder.NONE,
-        )
-        loop.run()
+        ).run()
         uploader.flush()
         handlers.on_model(saved_model(trained_model(prepared, strategy, 0)))
     _finish_checkpoints(checkpoints, handlers)

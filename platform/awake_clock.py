@@ -18,7 +18,7 @@ _LOOK_S = 0.5
 
 
 class AwakeClock:
-    """Seconds since it was made; a gap between two readings does not count. For one thread."""
+    """Seconds since it was made, at most `HALTED_S` of a gap between readings; for one thread."""
 
     def __init__(self) -> None:
         self._now, self._read = 0.0, time.monotonic()

@@ -403,7 +403,14 @@ def nearest(name: str, known: Iterable[str]) -> str | None:
 
 
 def hint(name: str, known: Iterable[str], they_are: str = "allowed") -> str:
-    """Give `did you mean 'ring'? allowed: ps-sync, ring`; without a near name only the list."""
+    """
+    Give `did you mean 'ring'? allowed: ps-sync, ring`; without a near name only the list.
+
+    Args:
+        name: what was given.
+        known: what there is.
+        they_are: the word before the list.
+    """
     names = sorted(known)
     near = nearest(name, names)
     allowed = f"{they_are}: {', '.join(names)}" if names else f"none is {they_are} here"

@@ -77,7 +77,7 @@ class PushQueue:
         self._lock, self._here = threading.Lock(), 0
 
     def count(self, change: int) -> int:
-        """Add `change` to the number of waiting pushes; return it."""
+        """Add `change` to the number of waiting pushes; return the new number."""
         with self._lock:
             self._here += change
             return self._here

@@ -121,7 +121,7 @@ def test_killed_controller(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> 
     with pytest.raises(ActorLost, match=r"controller was lost after step \d+.*--resume") as caught:
         train(spec, tmp_path, callbacks=(killer,))
     assert caught.value.exit_code == 4
-    logs = [one.args for one in caplog.records if one.msg.startswith("Ray's own logs are in")]
+    logs = [one.args for one in caplog.records if str(one.msg).startswith("Ray's own logs are in")]
     assert [Path(*map(str, folder), "raylet.out").is_file() for folder in logs if folder] == [True]
     (folder,) = tmp_path.rglob("checkpoints")
     saved = Catalogue(folder).newest(lambda *said: None)

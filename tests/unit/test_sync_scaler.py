@@ -153,14 +153,14 @@ def test_when_one_cannot_come_all_are_let_go(
     [
         (9, "global_batch_size: 8 samples cannot be cut into 9 workers"),
         (1, "strategy.backup_workers: must be less than the 1 workers (got 1)"),
-        (3, "1 more workers need 1 CPU"),
+        (3, "1 more worker needs 1 CPU"),
     ],
 )
 def test_what_cannot_be_had_is_refused_and_the_wish_before_stands(
     actor_group: FakeActorGroup, lacking: list[str], workers: int, said: str
 ) -> None:
     resizer = made(actor_group, 4)
-    lacking.append("1 more workers need 1 CPU" if workers == 3 else "")
+    lacking.append("1 more worker needs 1 CPU" if workers == 3 else "")
     if workers == 3:  # nobody has come yet
         resizer = SyncScaler(cast(ActorGroup, actor_group), actor_group.requests)
         actor_group.newcomers.clear()
