@@ -5,6 +5,7 @@ Frames of ours, and those of torch that only pass a call on, are left out, of ca
 of a loader process comes as text inside another one; what is shown is the error itself.
 """
 
+import gc
 import itertools
 import os
 import signal
@@ -13,6 +14,7 @@ import threading
 import traceback
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from types import FrameType
 
 import distplat
 from distplat.platform.errors import InfrastructureError, PeerLost, UserCodeError
@@ -195,9 +197,31 @@ def traceback_of_call(error: BaseException) -> str:
     return f"{frames}{type(error).__name__}: {error}\n" if frames else ""
 
 
+_looking = threading.Lock()
+"""Held while no garbage is collected: the one who came first knows whether it was before."""
+
+
+def frame_of(thread: threading.Thread) -> FrameType | None:
+    """
+    Give what a thread is executing; None: it has ended.
+
+    Until Python 3.12 `sys._current_frames` allocates while it holds a lock of the interpreter. A
+    collection that begins there may let another thread run, and one that starts a thread waits for
+    that lock with the GIL held: then nothing in the process goes on (python/cpython#106883).
+    """
+    with _looking:
+        collects = gc.isenabled()
+        gc.disable()
+        try:
+            return sys._current_frames().get(thread.ident or 0)
+        finally:
+            if collects:
+                gc.enable()
+
+
 def frames_of_wait(thread: threading.Thread) -> str:
     """Give the user's frames of a thread in an operation of torch.distributed; empty: it is not."""
-    now = sys._current_frames().get(thread.ident or 0)
+    now = frame_of(thread)
     stack = traceback.extract_stack(now) if now is not None else []
     inside = (_in_torch(frame.filename) or "" for frame in stack)
     return _frames_to_call(stack) if any(path.startswith("distributed/") for path in inside) else ""

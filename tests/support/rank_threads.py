@@ -1,6 +1,5 @@
 """Ranks as threads of the test: started together, waited for with a deadline, errors passed on."""
 
-import sys
 import threading
 import time
 import traceback
@@ -8,6 +7,8 @@ from collections.abc import Callable, Mapping
 from typing import TypeVar
 
 from hypothesis import Phase
+
+from distplat.actors.user_errors import frame_of
 
 T = TypeVar("T")
 
@@ -65,9 +66,9 @@ def on_ranks(
 
 def stacks_of(threads: Mapping[int, threading.Thread]) -> list[str]:
     """Give what each rank's thread is doing, innermost call last."""
-    frames = sys._current_frames()
+    frames = {rank: frame_of(thread) for rank, thread in threads.items()}
     return [
-        f"rank {rank} is in:\n{''.join(traceback.format_stack(frames[thread.ident]))}"
-        for rank, thread in threads.items()
-        if thread.ident in frames
+        f"rank {rank} is in:\n{''.join(traceback.format_stack(frame))}"
+        for rank, frame in frames.items()
+        if frame is not None
     ]

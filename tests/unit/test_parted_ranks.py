@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -18,7 +19,7 @@ from torch.distributed.c10d_logger import _exception_logger
 import distplat
 from distplat import Trainer
 from distplat.actors.task_loading import call_train_function
-from distplat.actors.user_errors import frames_of_wait
+from distplat.actors.user_errors import frame_of, frames_of_wait
 from distplat.platform import job
 from distplat.platform.errors import (
     ActorLost,
@@ -208,3 +209,24 @@ def test_a_thread_in_torch_distributed_shows_its_frames() -> None:
         over.set()
         thread.join(60)
     assert frames_of_wait(thread) == ""
+
+
+@pytest.mark.parametrize("collects", [True, False])
+def test_no_garbage_is_collected_while_the_interpreter_lists_frames(
+    collects: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else a thread that starts meanwhile may keep the whole process for ever."""
+    seen: list[bool] = []
+
+    def frames() -> dict[int, Any]:
+        seen.append(gc.isenabled())
+        return {}
+
+    monkeypatch.setattr("sys._current_frames", frames)
+    try:
+        if not collects:
+            gc.disable()
+        assert frame_of(threading.main_thread()) is None
+        assert (seen, gc.isenabled()) == ([False], collects)
+    finally:
+        gc.enable()
