@@ -205,9 +205,10 @@ def frame_of(thread: threading.Thread) -> FrameType | None:
     """
     Give what a thread is executing; None: it has ended.
 
-    Until Python 3.12 `sys._current_frames` allocates while it holds a lock of the interpreter. A
-    collection that begins there may let another thread run, and one that starts a thread waits for
-    that lock with the GIL held: then nothing in the process goes on (python/cpython#106883).
+    `sys._current_frames` of Python 3.11.7, for one, allocates while it holds a lock of the
+    interpreter. A collection that begins there may let another thread run, and one that starts a
+    thread waits for that lock with the GIL held: then nothing in the process goes on
+    (python/cpython#106883).
     """
     with _looking:
         collects = gc.isenabled()
