@@ -63,8 +63,8 @@ def script_problems(job: Any) -> list[Problem]:
     if not script_of(job.task):
         return []
     if not job.own_loop:
-        text = f"{job.task} is a script, which has its own loop, and the job has fields of a task"
-        return [Problem(("task",), text, f"remove {', '.join(_LOOP)}")]
+        text = f"{job.task} is a script, which has its own loop"
+        return [Problem(("own_loop",), text, "remove it, or write true")]
     hint = f"write them as on a command line: `task: {job.task} --name value`"
     text = "a script takes its arguments from `task`"
     return [Problem(("task_args",), text, hint)] if job.task_args else []
@@ -72,13 +72,15 @@ def script_problems(job: Any) -> list[Problem]:
 
 def filled(fields: Mapping[str, Any]) -> Mapping[str, Any]:
     """
-    Have the fields of a job do without those of a loop, where it has none of them.
+    Have the fields of a job do without those of a loop, where it has none or its task is a script.
 
     Args:
         fields: as they were written.
     """
-    has_no_loop_fields = bool(fields.get("task")) and not fields.keys() & {*_LOOP}
-    if fields.get("own_loop") is True or ("own_loop" not in fields and has_no_loop_fields):
+    task = fields.get("task")
+    is_script = isinstance(task, str) and task.partition(" ")[0].endswith(".py")
+    has_own_loop = is_script or (bool(task) and not fields.keys() & {*_LOOP})
+    if fields.get("own_loop", has_own_loop) is True:
         return {"own_loop": True, **_FILLED, **fields}
     return fields
 
@@ -91,7 +93,8 @@ def problems(job: Any, bare: Any) -> list[Problem]:
         job: a job of a train function.
         bare: another, with nothing but its name and strategy.
     """
-    text, hint = "has no effect on a train function, which has its own loop", "remove it"
+    kind = "script" if script_of(job.task) else "train function"
+    text, hint = f"has no effect on a {kind}, which has its own loop", "remove it"
     ineffective = [
         Problem((field,), text, hint)
         for field in OF_TASKS
@@ -99,11 +102,11 @@ def problems(job: Any, bare: Any) -> list[Problem]:
     ]
     for field in ("every_steps", "every_epochs"):
         if getattr(job.checkpoint, field) is not None:
-            how = "a train function says when: report(metrics, checkpoint=...)"
+            how = f"a {kind} says when: report(metrics, checkpoint=...)"
             ineffective.append(Problem(("checkpoint", field), how, hint))
     if job.checkpoint.trained_only:
         ineffective.append(Problem(("checkpoint", "trained_only"), text, hint))
     if job.failure.non_finite == "skip":
-        how = "a train function cannot leave a step out"
+        how = f"a {kind} cannot leave a step out"
         ineffective.append(Problem(("failure", "non_finite"), how, "allowed: stop, ignore"))
     return ineffective

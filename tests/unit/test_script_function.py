@@ -113,6 +113,9 @@ def test_a_script_is_looked_at_and_not_run(folder: Path) -> None:
     assert "ends.py" in caught.value.problems[0].hint
 
 
+LOOP = {"steps": 1, "global_batch_size": 1, "optimizer": {"name": "SGD", "lr": 1}}
+
+
 @pytest.mark.parametrize(
     ("fields", "text"),
     [
@@ -120,15 +123,9 @@ def test_a_script_is_looked_at_and_not_run(folder: Path) -> None:
         ({"task": "train.txt"}, "'script.py --its arguments'"),
         ({"task": "-m train.py"}, "'script.py --its arguments'"),
         ({"task": "train.py", "task_args": {"lr": 1}}, "takes its arguments from `task`"),
-        (
-            {
-                "task": "train.py",
-                "steps": 1,
-                "global_batch_size": 1,
-                "optimizer": {"name": "SGD", "lr": 1},
-            },
-            "is a script, which has its own loop",
-        ),
+        ({"task": "train.py", "steps": 10}, "steps: has no effect on a script, which has its own"),
+        ({"task": "train.py", "ema": {"decay": 0.9}}, "ema: has no effect on a script"),
+        ({"task": "train.py", "own_loop": False, **LOOP}, "own_loop: train.py is a script"),
     ],
 )
 def test_what_a_script_does_not_go_with_is_refused(fields: dict[str, Any], text: str) -> None:
