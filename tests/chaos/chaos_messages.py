@@ -2,6 +2,7 @@
 Row F25: a quarter of all requests and a quarter of all answers lost; some late, some twice.
 
 In memory: the real servers, manager, scheduler and clients over `LocalTransport`, ranks as threads.
+Ranks are on another node than servers, so pushes and what servers answer are messages, too.
 On real processes Ray takes seconds to notice a lost message (`tests/cluster/test_lost_replies.py`).
 """
 
@@ -81,7 +82,7 @@ def run(strategy: str, seed: int | None) -> tuple[str, list[str], Counter[str]]:
     if seed is not None:
         for cluster in (made.servers.cluster, made.desk.cluster):
             add_rule(cluster, rule)
-    Attempt(made).make()
+    Attempt(made, apart=True).make()
     stores = [service.store for service in made.servers.shard_servers()]
     problems = [f"a shard made {one.version} updates" for one in stores if one.version != STEPS]
     if strategy == "ps-async":
