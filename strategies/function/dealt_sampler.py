@@ -1,7 +1,12 @@
-"""The order of a loader's own sampler, of which each rank takes its part."""
+"""
+The order of a loader's own sampler, or the batches of its own `batch_sampler`: each rank's part.
+
+One that deals out by rank itself gives this rank's part already, as `DistributedSampler` does.
+"""
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -44,7 +49,9 @@ class DealtSampler(DistributedSampler[Any]):
             raise _refused(f"{self._name}, which has no length", "give it a __len__")
         made: Any = given  # in place of a data set: its length is asked for
         super().__init__(made, world, rank, shuffle=True, seed=seed, drop_last=drop_last)
-        self._size = len(made)
+        self.size = len(made)
+        """Of the order that was drawn last, of all ranks."""
+        self._shown: int | None = None  #: the epoch that the user's has had since it was read
         self.epoch = self.told_epoch()
         self.fingerprint = fingerprint_of(_comparable(self._order()))
         """Of the order of the pass that was begun last."""
@@ -65,29 +72,104 @@ class DealtSampler(DistributedSampler[Any]):
 
     def told_epoch(self) -> int:
         """Give the epoch that was told last: this one, or the user's, where one can see it."""
-        known = getattr(self._given, "epoch", None)
-        return known if self._numbered and isinstance(known, int) else int(self.epoch)
-
-    @property
-    def _numbered(self) -> bool:
-        return callable(getattr(self._given, "set_epoch", None))
+        known = _told_epoch(self._given, int(self.epoch))
+        return int(self.epoch) if known == self._shown else known
 
     def _order(self) -> list[Any]:
         """Give the epoch's, of all ranks."""
-        given: Any = self._given
-        if self._numbered:
-            given.set_epoch(self.epoch)
+        _tell_epoch(self._given, self.epoch)
         with preserve_rng_state():
             seed_quickly(order_seed(self.seed, self.epoch))
-            order = list(given)
+            order = list(self._given)
+        self._shown = _told_epoch(self._given, int(self.epoch))  # it may count passes itself
+        self._counted(order)
+        return order
+
+    def _counted(self, order: list[Any]) -> None:
+        """
+        Be told of an order that was drawn.
+
+        Raises:
+            SpecError: it has another length than the sampler says, or than before.
+        """
+        given: Any = self._given
         if len(order) != len(given):
             text = f"{self._name}, which gives {len(order)} samples and whose length is"
             raise _refused(f"{text} {len(given)}", "have __len__ give as many")
-        if len(order) != self._size:
-            text = f"{self._name}, which gives {len(order)} samples now, and had {self._size} when"
+        if len(order) != self.size:
+            text = f"{self._name}, which gives {len(order)} samples now, and had {self.size} when"
             hint = "prepare a loader of each length, and call its set_epoch(epoch)"
             raise _refused(f"{text} it was prepared", hint)
-        return order
+
+
+class DealtBatches(DealtSampler):
+    """
+    Deals out the batches of a `batch_sampler`: rank r of N gets the batches r, r + N, r + 2N, ...
+
+    A pass may have another number of them than the one before.
+    """
+
+    @override
+    def _counted(self, order: list[Any]) -> None:
+        order[:] = [one if hasattr(one, "__len__") else [*one] for one in order]
+        self.size, world = len(order), self.num_replicas
+        self.num_samples = self.size // world if self.drop_last else -(-self.size // world)
+        self.total_size = self.num_samples * world
+
+
+class RankSampler(DistributedSampler[Any]):
+    """
+    A sampler, or a `batch_sampler`, that deals out by rank itself; it is taken as it is.
+
+    Args:
+        given: the user's.
+        dealer: says of which rank it gives the part; see `dealer_in`.
+    """
+
+    def __init__(self, given: Any, dealer: Any) -> None:
+        self._given = given
+        self._numbered = given if callable(getattr(given, "set_epoch", None)) else dealer
+        made: Any = range(len(given) * dealer.num_replicas)
+        super().__init__(made, dealer.num_replicas, dealer.rank, shuffle=False)
+        self.epoch = self.told_epoch()
+
+    @override
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self._given)
+
+    @override
+    def set_epoch(self, epoch: int) -> None:
+        super().set_epoch(epoch)
+        _tell_epoch(self._numbered, epoch)
+        self.num_samples = len(self._given)
+        self.total_size = self.num_samples * self.num_replicas
+        made: Any = range(self.total_size)
+        self.dataset = made
+
+    def told_epoch(self) -> int:
+        """Give the epoch that was told last, as `DealtSampler.told_epoch`."""
+        return _told_epoch(self._numbered, int(self.epoch))
+
+
+def dealer_in(given: Any) -> Any:
+    """Give what deals a sampler's part out by rank, itself or its `sampler`; None: nothing does."""
+    for one in (given, getattr(given, "sampler", None)):
+        numbers = getattr(one, "rank", None), getattr(one, "num_replicas", None)
+        if all(isinstance(number, int) for number in numbers):
+            return one
+    return None
+
+
+def _told_epoch(given: Any, known: int) -> int:
+    """Give the epoch that a sampler says it was told; else the one that is known."""
+    epoch = getattr(given, "epoch", None)
+    numbered = callable(getattr(given, "set_epoch", None))
+    return epoch if numbered and isinstance(epoch, int) else known
+
+
+def _tell_epoch(given: Any, epoch: int) -> None:
+    if callable(set_epoch := getattr(given, "set_epoch", None)):
+        set_epoch(epoch)
 
 
 def check_order(sampler: DealtSampler, group: Collective, device: torch.device) -> None:
@@ -100,11 +182,18 @@ def check_order(sampler: DealtSampler, group: Collective, device: torch.device) 
     if others := ranks_apart(sampler.fingerprint, group, device):
         names = ", ".join(map(str, others))
         text = f"sampler that gives another order on rank {names} than on rank 0"
-        raise _refused(text, "have it give the order of all samples, the same on all ranks")
+        hint = (
+            "have it give the order of all samples, the same on all ranks; one that deals out by "
+            "rank itself is taken as it is if it has the attributes rank and num_replicas"
+        )
+        raise _refused(text, hint)
 
 
 def _comparable(order: list[Any]) -> Any:
-    """Give an order in a form that is hashed quickly."""
+    """Give an order, of samples or of batches, in a form that is hashed quickly."""
+    if order and all(isinstance(one, list | tuple) for one in order):
+        lengths = np.fromiter(map(len, order), np.int64, len(order))
+        return [lengths, _comparable([*itertools.chain(*order)])]
     numbers = all(isinstance(one, int | np.integer) for one in order)
     return np.asarray(order, np.int64) if numbers else order
 

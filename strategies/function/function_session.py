@@ -31,6 +31,7 @@ from distplat.strategies.checkpoint.parts import tensors_part
 from distplat.strategies.collective import Collective
 from distplat.strategies.directory_checkpoint import Checkpoint, of_directory
 from distplat.strategies.function.averages import Averages
+from distplat.strategies.function.batched_loader import BatchedLoader
 from distplat.strategies.function.data_comparison import DataComparison
 from distplat.strategies.function.dealt_sampler import DealtSampler, check_order
 from distplat.strategies.function.fused_kernel import FusedSteps
@@ -50,6 +51,7 @@ from distplat.strategies.function.sharded_loader import (
     RankBatch,
     ShardedLoader,
     check_whole,
+    is_batched_otherwise,
 )
 from distplat.strategies.function.stream_loader import StreamLoader
 from distplat.strategies.loop.checks import check_state, without_shape
@@ -244,7 +246,8 @@ class FunctionSession:
         if is_stream(loader.dataset):
             sharded = StreamLoader(loader, cut, context.device, self._note_batch, self.group)
         else:
-            sharded = NumberedLoader(loader, cut, context.device, self._note_batch)
+            kind = BatchedLoader if is_batched_otherwise(loader) else NumberedLoader
+            sharded = kind(loader, cut, context.device, self._note_batch)
             check_whole(sharded)
             if isinstance(sharded.sampler, DealtSampler):
                 check_order(sharded.sampler, self.group, context.device)
@@ -252,9 +255,7 @@ class FunctionSession:
                 self._comparison.check(loader.dataset)
         if context.is_main_process:
             self._epoch_watch.loader(sharded, loader)
-            size, world = sharded.batch_size, context.world
-            text = "a batch of %d samples on each of %d workers: %d in all"
-            logger.info(text, size, world, size * world)
+            logger.info("%s", sharded.described())
         return sharded
 
     def _before_first_step(self, optimizer: torch.optim.Optimizer) -> None:

@@ -21,7 +21,7 @@ from torch.utils.data import (
 from typing_extensions import override
 
 from distplat.platform.errors import Problem, SpecError
-from distplat.strategies.function.dealt_sampler import DealtSampler
+from distplat.strategies.function.dealt_sampler import DealtSampler, RankSampler, dealer_in
 from distplat.strategies.loop.collate import sendable, to_device
 from distplat.strategies.loop.loaders import known_alike
 
@@ -88,11 +88,14 @@ class ShardedLoader(ABC):
         read: told of each batch.
     """
 
+    counted = "samples"
+    """What a position counts."""
+
     def __init__(self, loader: DataLoader[Any], cut: Cut, device: torch.device, read: Read) -> None:
         self.dataset: Any = loader.dataset
         """The user's, whole."""
-        self.batch_size = batches_of(loader).batch_size
-        """Samples of this rank's batch."""
+        self.batch_size: Any = getattr(_batches_in(loader), "batch_size", None)
+        """Samples of this rank's batch; None: batches are of several sizes."""
         self.use = LoaderUse()
         """By the loop."""
         self._given = loader
@@ -124,6 +127,11 @@ class ShardedLoader(ABC):
     def _batches(self, epoch: int, first: int) -> Iterator[RankBatch]:
         """Give this rank's batches of a pass, from one on."""
 
+    def described(self) -> str:
+        """Say what a step has, for the log."""
+        size, world = self.batch_size, self._cut.world
+        return f"a batch of {size} samples on each of {world} workers: {size * world} in all"
+
     def set_epoch(self, epoch: int) -> None:
         """Say which epoch the next pass is: after a restart, for example."""
         if epoch != self._epoch:
@@ -134,7 +142,7 @@ class ShardedLoader(ABC):
     def state_dict(self) -> dict[str, Any]:
         """Give the place of the loop in the data, for a checkpoint; good for all ranks."""
         epoch, batches = self._at or (self._epoch, self._first)
-        return {"epoch": epoch, "samples": batches * self.batch_size * self._cut.world}
+        return {"epoch": epoch, self.counted: batches * self._of_a_step}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """
@@ -147,21 +155,30 @@ class ShardedLoader(ABC):
             ValueError: it is no such state, or a batch of this run would not begin there.
         """
         given = state if isinstance(state, Mapping) else {}
-        epoch, samples = given.get("epoch"), given.get("samples")
-        if not (isinstance(epoch, int) and isinstance(samples, int)):
+        epoch, passed = given.get("epoch"), given.get(self.counted)
+        if not (isinstance(epoch, int) and isinstance(passed, int)):
             raise ValueError(
                 "load_state_dict() of a prepared loader takes what its state_dict() gave, with "
-                f"'epoch' and 'samples'; got {_named(state)}"
+                f"'epoch' and {self.counted!r}; got {_named(state)}"
             )
-        size, world = self.batch_size, self._cut.world
-        first, rest = divmod(samples, size * world)
+        first, rest = divmod(passed, self._of_a_step)
         if rest:
-            raise ValueError(
-                f"load_state_dict(): {samples} samples into epoch {epoch} no batch begins, of "
-                f"{size} on each of {world} workers: take a batch size of which that many are a "
-                f"part of {samples}, or begin the epoch anew, with set_epoch({epoch})"
-            )
+            where = f"load_state_dict(): {passed} {self.counted} into epoch {epoch}"
+            anew = f"or begin the epoch anew, with set_epoch({epoch})"
+            raise ValueError(f"{where} {self._parts(passed)}, {anew}")
         self._epoch, self._first, self._at = epoch, first, None
+
+    @property
+    def _of_a_step(self) -> int:
+        """What all ranks' batches that come together have of what is counted."""
+        return int(self.batch_size) * self._cut.world
+
+    def _parts(self, passed: int) -> str:
+        """Say which parts of an epoch have no border at a position."""
+        return (
+            f"no batch begins, of {self.batch_size} on each of {self._cut.world} workers: take a "
+            f"batch size of which that many are a part of {passed}"
+        )
 
     def __iter__(self) -> Iterator[Any]:
         epoch, first = self._epoch, self._first
@@ -200,19 +217,31 @@ class NumberedLoader(ShardedLoader):
 
     def __init__(self, loader: DataLoader[Any], cut: Cut, device: torch.device, read: Read) -> None:
         super().__init__(loader, cut, device, read)
-        self.sampler: DistributedSampler[Any] = _sampler_of(loader, cut)
+        self.sampler: DistributedSampler[Any] = self._sampler_of(loader)
         self._size = self._length()
-        self._order = _From(self.sampler)
+        self._order = self._rest()
         kept = {name: getattr(loader, name) for name in KEPT}
         self._loader: DataLoader[Any] = DataLoader(
-            loader.dataset,
-            batch_size=self.batch_size,
-            sampler=self._order,
-            drop_last=batches_of(loader).drop_last,
-            collate_fn=Collate(loader),
-            **kept,
+            loader.dataset, **self._batching(loader), collate_fn=Collate(loader), **kept
         )
         self._epoch = self._noted = self.sampler.epoch
+
+    def _sampler_of(self, loader: DataLoader[Any]) -> DistributedSampler[Any]:
+        """Give what deals out the samples."""
+        return _sampler_of(loader, self._cut)
+
+    def _rest(self) -> RestOfOrder:
+        """Give the order without what is passed over."""
+        return RestOfOrder(self.sampler)
+
+    def _batching(self, loader: DataLoader[Any]) -> dict[str, Any]:
+        """Say how the loader within makes batches."""
+        batches = batches_of(loader)
+        if loader.batch_sampler is None:  # the data set is asked for whole batches
+            whole = BatchSampler(self._order, batches.batch_size, batches.drop_last)
+            return {"batch_size": None, "sampler": whole}
+        sizes = {"batch_size": batches.batch_size, "drop_last": batches.drop_last}
+        return {**sizes, "sampler": self._order}
 
     @override
     def batches_of_pass(self) -> int:
@@ -221,7 +250,7 @@ class NumberedLoader(ShardedLoader):
     @override
     def __iter__(self) -> Iterator[Any]:
         one = self.sampler
-        epoch = one.told_epoch() if isinstance(one, DealtSampler) else one.epoch
+        epoch = one.told_epoch() if isinstance(one, DealtSampler | RankSampler) else one.epoch
         if epoch != self._noted:  # the loop has told its own sampler
             self.set_epoch(epoch)
         return super().__iter__()
@@ -243,12 +272,13 @@ class NumberedLoader(ShardedLoader):
 
     def _length(self) -> int | None:
         """Count the samples; None: another sampler says itself what there is."""
-        return None if isinstance(self.sampler, DealtSampler) else len(self.dataset)
+        own = isinstance(self.sampler, DealtSampler | RankSampler)
+        return None if own else len(self.dataset)
 
     def _own_samples(self) -> int:
         """Count this rank's samples of an epoch; those behind them are others' once more."""
         sampler = self.sampler
-        size = len(sampler.dataset)  # type: ignore[arg-type]
+        size = _size_of(sampler)
         return min(sampler.num_samples, -(-(size - sampler.rank) // sampler.num_replicas))
 
 
@@ -265,7 +295,7 @@ class Collate:
         return sendable(self._collate(samples))
 
 
-class _From(Sampler[Any]):
+class RestOfOrder(Sampler[Any]):
     """A sampler's order without the first samples."""
 
     def __init__(self, sampler: DistributedSampler[Any]) -> None:
@@ -278,17 +308,36 @@ class _From(Sampler[Any]):
         return itertools.islice(self._sampler, self.first, None)
 
 
+def is_batched_otherwise(loader: DataLoader[Any]) -> bool:
+    """Say whether a `batch_sampler` that is not torch's own says what is in a batch."""
+    batches = _batches_in(loader)
+    return batches is not None and type(batches) is not BatchSampler
+
+
 def batches_of(loader: DataLoader[Any]) -> BatchSampler:
     """
     Give what makes a loader's batches: torch's own, made by the loader or by the user.
 
     Raises:
-        SpecError: batches are not all of one size, or there are none.
+        SpecError: there are none, or they are made by another `batch_sampler`.
     """
-    batches = loader.batch_sampler
+    batches = _batches_in(loader)
+    if batches is None:
+        hint = (
+            "give batch_size; where the data gives whole batches, batch_size=1 and a collate_fn "
+            "that returns the one that it gets"
+        )
+        raise refused("has batch_size=None", hint)
     if type(batches) is not BatchSampler:
-        raise refused("has a batch_sampler of its own, or batch_size=None", "give batch_size")
+        raise refused("has a batch_sampler, over a stream", "give batch_size")
     return batches
+
+
+def _batches_in(loader: DataLoader[Any]) -> Any:
+    """Give what makes a loader's batches; None: nothing does."""
+    if loader.batch_sampler is not None:
+        return loader.batch_sampler
+    return loader.sampler if isinstance(loader.sampler, BatchSampler) else None
 
 
 def _sampler_of(loader: DataLoader[Any], cut: Cut) -> DistributedSampler[Any]:
@@ -296,6 +345,8 @@ def _sampler_of(loader: DataLoader[Any], cut: Cut) -> DistributedSampler[Any]:
     given: Any = batches.sampler
     if isinstance(given, DistributedSampler):
         return given
+    if (dealer := dealer_in(given)) is not None:
+        return RankSampler(given, dealer)
     plain = type(given) is SequentialSampler
     shuffled = type(given) is RandomSampler and not given.replacement
     if not (plain or shuffled) or len(given) != len(loader.dataset):  # type: ignore[arg-type]
@@ -310,6 +361,11 @@ def _sampler_of(loader: DataLoader[Any], cut: Cut) -> DistributedSampler[Any]:
     )
 
 
+def _size_of(sampler: DistributedSampler[Any]) -> int:
+    """Count what a sampler deals out to all ranks."""
+    return sampler.size if isinstance(sampler, DealtSampler) else len(sampler.dataset)  # type: ignore[arg-type]
+
+
 def refused(what: str, hint: str) -> SpecError:
     """Say that a loader cannot be prepared, and what to do."""
     return SpecError(Problem(("task",), f"prepare() got a DataLoader that {what}", hint))
@@ -322,11 +378,12 @@ def check_whole(loader: NumberedLoader) -> None:
     Raises:
         SpecError: it leaves all of them out; says what to do.
     """
-    size, world = len(loader.sampler.dataset), loader.sampler.num_replicas  # type: ignore[arg-type]
+    size, world = _size_of(loader.sampler), loader.sampler.num_replicas
     if size and not loader.batches_of_pass():
-        text = f"gives no batch: of {size} samples each of {world} workers has less than a batch "
-        text += f"of {loader.batch_size}, and drop_last is set"
-        raise refused(text, "take a smaller batch_size or fewer workers, or leave drop_last out")
+        text = f"gives no batch: of {size} {loader.counted} each of {world} workers has less than "
+        text += f"a batch of {loader.batch_size}" if loader.batch_size is not None else "one"
+        hint = "take a smaller batch_size or fewer workers, or leave drop_last out"
+        raise refused(f"{text}, and drop_last is set", hint)
 
 
 def _named(state: Any) -> str:

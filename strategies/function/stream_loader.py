@@ -111,7 +111,7 @@ class StreamLoader(ShardedLoader):
         size = length_of(self.dataset)
         if size is None:
             raise TypeError("a prepared DataLoader has no len() where its stream has none")
-        batch = self.batch_size * self._cut.world
+        batch = int(self.batch_size) * self._cut.world
         return size // batch if self._part.drops else -(-size // batch)
 
     @override

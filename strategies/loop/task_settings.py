@@ -31,7 +31,10 @@ from distplat.strategies.task import Task, method_of, overrides
 _EPOCHS = 2
 """That are kept: loaders read ahead into the next one."""
 
-_BATCHES = "must give one sample after the other, not batches: the job has `global_batch_size`"
+_BATCHES = (
+    "must give one sample after the other, not batches: the job has `global_batch_size`. A train "
+    "function takes batches of any size, by a DataLoader with a batch_sampler"
+)
 
 
 class TaskOrder:

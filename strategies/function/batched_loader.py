@@ -1,0 +1,100 @@
+"""
+A DataLoader with a `batch_sampler` of its own, of which each rank gets its part of the batches.
+
+    batch_sampler  [3 5] [0 1 4] [2] [6 7] [8]      2 ranks
+    rank 0         [3 5]         [2]       [8]
+    rank 1               [0 1 4]     [6 7] [3 5]    the first ones again: all have as many
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator
+from typing import Any
+
+from torch.utils.data import DataLoader, DistributedSampler
+from typing_extensions import override
+
+from distplat.strategies.function.dealt_sampler import DealtBatches, RankSampler, dealer_in
+from distplat.strategies.function.sharded_loader import NumberedLoader, RankBatch, RestOfOrder
+
+
+class BatchedLoader(NumberedLoader):
+    """
+    Of a map-style data set whose batches a `batch_sampler` makes.
+
+    One that deals out by rank itself is taken as it is. See `NumberedLoader` for the arguments.
+    """
+
+    counted = "batches"
+
+    @property
+    def batch_sampler(self) -> DistributedSampler[Any]:
+        """What gives this rank's batches; has `set_epoch`."""
+        return self.sampler
+
+    @override
+    def _sampler_of(self, loader: DataLoader[Any]) -> DistributedSampler[Any]:
+        given: Any = loader.sampler if loader.batch_sampler is None else loader.batch_sampler
+        if (dealer := dealer_in(given)) is not None:
+            return RankSampler(given, dealer)
+        rank, world, seed = self._cut
+        drops = bool(getattr(given, "drop_last", False))
+        return DealtBatches(given, rank, world, seed, drop_last=drops)
+
+    @override
+    def _rest(self) -> RestOfOrder:
+        self._noted_order = _NotedOrder(self.sampler)
+        return self._noted_order
+
+    @override
+    def _batching(self, loader: DataLoader[Any]) -> dict[str, Any]:
+        if loader.batch_sampler is None:  # the data set is asked for whole batches
+            return {"batch_size": None, "sampler": self._order}
+        return {"batch_sampler": self._order}
+
+    @override
+    def described(self) -> str:
+        return f"a batch of the batch_sampler on each of {self._cut.world} workers in a step"
+
+    @property
+    @override
+    def _of_a_step(self) -> int:
+        return self._cut.world
+
+    @override
+    def _parts(self, passed: int) -> str:
+        return (
+            f"no step begins of {self._cut.world} workers with a batch each: take a number of "
+            f"workers of which {passed} is a multiple"
+        )
+
+    @override
+    def _batches(self, epoch: int, first: int) -> Iterator[RankBatch]:
+        sampler = self.sampler
+        sampler.set_epoch(epoch)
+        self._noted, self._order.first = epoch, first
+        batches = iter(self._loader)
+        sizes, alike = self._noted_order.sizes, getattr(sampler, "fingerprint", 0)
+        own = self._own_samples()  # of this rank's batches those that are no repetition
+        for number, batch in enumerate(batches, first):
+            size = sizes.popleft()
+            yield RankBatch(batch, size, size if number < own else 0, alike)
+
+
+class _NotedOrder(RestOfOrder):
+    """Batches, of which it is noted how many samples each one has."""
+
+    sizes: deque[int]
+    """Of the pass that was begun last, of those that were drawn and not taken yet."""
+
+    @override
+    def __iter__(self) -> Iterator[Any]:
+        sizes: deque[int] = deque()
+        self.sizes = sizes
+
+        def noted(batch: Any) -> Any:
+            sizes.append(len(batch))
+            return batch
+
+        return map(noted, super().__iter__())
