@@ -13,15 +13,8 @@ from typing import Any
 
 from distplat.platform.errors import Problem, SpecError
 from distplat.strategies.function.function_session import FunctionSession, TrainContext
-from distplat.strategies.loop.gathering import Gathering
 
 _of_thread = threading.local()
-
-_NO_GATHERING = Problem(
-    ("task",),
-    "all_gather() is for the loss of a Task, and gathers nothing in a train function",
-    "write the loop as a Task, whose step() calls it",
-)
 
 
 def prepare(*things: Any) -> Any:
@@ -113,7 +106,7 @@ def running(session: FunctionSession) -> Iterator[None]:
     """Have a session answer in this thread."""
     _of_thread.session = session
     try:
-        with Gathering(refused=_NO_GATHERING):
+        with session.gathering():
             yield
     finally:
         _of_thread.session = None

@@ -55,6 +55,7 @@ from distplat.strategies.function.sharded_loader import (
 )
 from distplat.strategies.function.stream_loader import StreamLoader
 from distplat.strategies.loop.checks import check_state, without_shape
+from distplat.strategies.loop.gathering import Gathering
 from distplat.strategies.loop.loop import Progress
 from distplat.strategies.loop.seeding import seed_rank
 from distplat.strategies.loop.streams import is_stream
@@ -357,6 +358,22 @@ class FunctionSession:
             yield
         finally:
             self._exchange.enable(True)
+
+    def gathering(self) -> Gathering:
+        """
+        Give this rank's state of `all_gather`.
+
+        A rank's gradient of all rows is the sum over the ranks, and parameters have the mean of the
+        ranks' gradients: so they have the gradient of the mean of the ranks' losses.
+        """
+        refused = None
+        if not self._exchange.together:
+            text = f"all_gather() does not go together with {self.job.strategy.name!r}: workers are"
+            hint = "use `strategy: ring` or `ps-sync`"
+            refused = Problem(("strategy",), f"{text} not in one step", hint)
+        group = self.group
+        everybody = [1] * group.world  # has rows each time
+        return Gathering(lambda: group, group.world, lambda step: everybody, refused=refused)
 
     def _exchanged(self) -> None:
         self._exchanges += 1

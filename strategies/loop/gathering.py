@@ -49,7 +49,7 @@ def all_gather(tensor: Tensor) -> Tensor:
 
     Gradients flow back to the workers whose rows they are of. Every worker that has samples in a
     step must call it alike. Outside of a training step, in evaluations too, and with one worker it
-    gives the tensor itself.
+    gives the tensor itself. In a train function it gathers each time, and every worker calls it.
 
     Args:
         tensor: shape [rows, ...]; workers may have different numbers of rows.

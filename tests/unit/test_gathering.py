@@ -4,7 +4,6 @@ from typing import Any
 
 import pytest
 import torch
-from function_ranks import call_on_ranks
 from jobs import job_of
 from local_run import train
 from torch import Tensor, nn
@@ -186,14 +185,6 @@ def test_a_number_has_no_rows() -> None:
 
     with pytest.raises(ValueError, match="takes 1 to 8 dimensions, rows first; got a tensor of 0"):
         train(job("ring", 1), Number)
-
-
-def test_a_train_function_is_told_that_it_gathers_nothing() -> None:
-    def function(config: Any) -> None:
-        distplat.all_gather(torch.zeros(1))
-
-    with pytest.raises(SpecError, match="gathers nothing in a train function"):
-        call_on_ranks(function, 2)
 
 
 def test_verify_computes_the_batch_as_one() -> None:
