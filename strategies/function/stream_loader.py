@@ -92,7 +92,12 @@ class StreamLoader(ShardedLoader):
         if others := ranks_apart(stream.hashes, group, device):
             names = ", ".join(f"worker-{rank}" for rank in others)
             text = f"{_WHERE} gives {names} other samples than worker-0"
-            hint = "every worker reads all of the stream and gets its part: do not cut it by rank"
+            hint = (
+                "every worker reads all of the stream and gets its part: do not cut it by rank "
+                "(leave split_dataset_by_node out; WebDataset: nodesplitter=None), and shuffle it "
+                "by the global generators or by a seed that all workers have. Leave the loader out "
+                "of prepare() if each worker is to read samples of its own"
+            )
             raise SpecError(Problem(("task",), text, hint))
         self._part = _Part(stream, cut, self.batch_size, drops=batches_of(loader).drop_last)
         self._kept = {name: getattr(loader, name) for name in KEPT}

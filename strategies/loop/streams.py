@@ -452,7 +452,8 @@ class StreamSamples(Dataset[Any]):
                 f"gave another sample {place} when it was read anew. Every worker reads it, and so "
                 "does a run that goes on: __iter__ must begin at the same sample each time. What "
                 "it draws must come from random, numpy or torch, whose global generators are "
-                "seeded before each pass and each sample, or from one that __iter__ makes itself"
+                "seeded before each pass and each sample, or from one that __iter__ makes itself: "
+                "give a library's shuffle a seed that __iter__ draws"
             )
         return sample
 

@@ -335,6 +335,41 @@ def test_ranks_that_cut_the_stream_themselves_are_told() -> None:
         trained(lambda rank: Rows(rows()[rank:]), "ring", 3)
 
 
+@pytest.mark.parametrize("strategy", ["ring", "ps-sync"])
+def test_ranks_may_read_streams_of_their_own_and_end_with_the_first_that_is_over(
+    strategy: str,
+) -> None:
+    """By a loader that is not prepared, as docs/streams.md shows it."""
+    parts, made = (rows()[:14], rows()[14:]), [0, 0]
+
+    def train(config: Mapping[str, Any]) -> None:
+        rank, model = distplat.get_context().rank, model_of()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.02)
+        model, optimizer = distplat.prepare(model, optimizer)
+        for _ in range(2):
+            batches = iter(DataLoader(Rows(parts[rank]), batch_size=2))
+            while distplat.gather_for_metrics((batch := next(batches, None)) is not None).all():
+                assert batch is not None
+                backward((model(batch[0]) - batch[1]).square().mean())
+                optimizer.step()
+                optimizer.zero_grad()
+                made[rank] += 1
+
+    found = call_on_ranks(train, job=function_job(2, strategy=strategy)).trained[1]
+    assert made == [8, 8], "four batches of the shorter one, twice"
+    model = model_of()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.02)
+    for step in range(8):
+        first = step % 4 * 2
+        batch = [*parts[0][first : first + 2], *parts[1][first : first + 2]]
+        inputs, targets = (torch.stack(one) for one in zip(*batch, strict=True))
+        backward((model(inputs) - targets).square().mean())
+        optimizer.step()
+        optimizer.zero_grad()
+    for name, value in model.state_dict().items():
+        torch.testing.assert_close(found[name], value, rtol=1e-10, atol=1e-10)
+
+
 class Once(IterableDataset[int]):
     def __init__(self) -> None:
         self._left = iter(range(COUNT))

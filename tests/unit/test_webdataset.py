@@ -1,0 +1,148 @@
+"""Streams of WebDataset: what docs/streams.md says of them, with the library itself."""
+
+import random
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from function_ranks import call_on_ranks
+from jobs import job_of
+from local_run import train
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, IterableDataset
+
+import distplat
+from distplat.platform.errors import SpecError
+from distplat.strategies.fakes import Fabric
+from distplat.strategies.function.sharded_loader import Cut
+from distplat.strategies.function.stream_loader import StreamLoader
+from distplat.strategies.task import Task
+
+wds: Any = pytest.importorskip("webdataset")
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
+
+SHARDS, EACH = 5, 6
+SAMPLES = SHARDS * EACH
+
+
+@pytest.fixture(scope="module")
+def urls(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    folder: Path = tmp_path_factory.mktemp("shards")
+    names = [str(folder / f"{shard}.tar") for shard in range(SHARDS)]
+    for shard, name in enumerate(names):
+        with wds.TarWriter(name) as writer:
+            for number in range(EACH * shard, EACH * (shard + 1)):
+                writer.write({"__key__": f"{number:03}", "cls": str(number)})
+    return names
+
+
+@pytest.fixture(autouse=True)
+def as_under_torchrun(monkeypatch: pytest.MonkeyPatch) -> None:
+    """WebDataset looks at these; a train function has them."""
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+
+
+class Shuffled(IterableDataset[Any]):
+    """As in docs/streams.md."""
+
+    def __init__(self, urls: list[str]) -> None:
+        self.urls = urls
+
+    def __iter__(self) -> Iterator[Any]:
+        first, second = random.randrange(2**32), random.randrange(2**32)
+        data = wds.WebDataset(self.urls, nodesplitter=None, shardshuffle=100, seed=first)
+        return iter(data.shuffle(8, seed=second))
+
+
+def plain(urls: list[str]) -> Any:
+    return wds.WebDataset(urls, nodesplitter=None, shardshuffle=False)
+
+
+def numbers_of(rows: list[dict[str, Any]]) -> Tensor:
+    return torch.tensor([int(row["cls"]) for row in rows])
+
+
+@pytest.mark.parametrize(("make", "shuffled"), [(plain, False), (Shuffled, True)])
+def test_ranks_of_a_train_function_read_each_sample_once(
+    make: Callable[[list[str]], Any], shuffled: bool, urls: list[str]
+) -> None:
+    """One rank after the other: here they would share the generators of a process."""
+    passes: list[list[list[int]]] = []
+    for rank in range(2):
+        given = DataLoader(make(urls), 3, collate_fn=numbers_of)
+        group, told = Fabric(1).collective(0), lambda *_: None
+        loader = StreamLoader(given, Cut(rank, 2, 5), torch.device("cpu"), told, group)
+        passes.append([torch.cat([*loader]).tolist() for _ in range(2)])
+    for number in range(2):
+        assert sorted(n for rank in passes for n in rank[number]) == [*range(SAMPLES)]
+    assert (passes[0][0] != passes[0][1]) == shuffled
+
+
+class Numbers(Task):
+    """Notes what it trains on."""
+
+    def __init__(self, make: Callable[[], Any], seen: list[int]) -> None:
+        self.make, self.seen = make, seen
+
+    def model(self) -> nn.Module:
+        return nn.Linear(1, 1)
+
+    def train_data(self) -> Any:
+        return self.make()
+
+    def collate(self, rows: Any) -> Any:
+        return numbers_of(rows)
+
+    def step(self, model: nn.Module, batch: Any) -> Tensor:
+        self.seen += batch.tolist()
+        loss: Tensor = model(batch[:, None] / SAMPLES).square().mean()
+        return loss
+
+
+@pytest.mark.parametrize(("make", "workers"), [(plain, 2), (Shuffled, 1)])
+def test_a_task_trains_on_each_sample_in_each_pass(
+    make: Callable[[list[str]], Any], workers: int, urls: list[str]
+) -> None:
+    seen: list[int] = []
+    job = job_of("ring", workers, epochs=2, global_batch_size=6)
+    train(job, partial(Numbers, partial(make, urls), seen))  # type: ignore[arg-type]
+    assert sorted(seen) == sorted([*range(SAMPLES)] * 2)
+    assert seen[:SAMPLES] != seen[SAMPLES:] or make is plain
+
+
+DRAWING: dict[str, Callable[[list[str]], Any]] = {
+    "shuffle": lambda urls: plain(urls).shuffle(8),
+    "detshuffle": lambda urls: wds.WebDataset(
+        urls, nodesplitter=None, shardshuffle=100, detshuffle=True, seed=3
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", DRAWING)
+def test_what_draws_from_a_generator_of_its_own_is_told(kind: str, urls: list[str]) -> None:
+    def function(config: Mapping[str, Any]) -> None:
+        data = DRAWING[kind](urls)
+        list(distplat.prepare(DataLoader(data, 3, collate_fn=numbers_of)))
+
+    with pytest.raises(
+        ValueError, match=r"(?s)gave another sample \d+ when.*a seed that __iter__ draws"
+    ):
+        call_on_ranks(function)
+
+
+def test_shards_that_are_cut_by_rank_are_told_what_to_write(urls: list[str]) -> None:
+    """As `split_by_node` does, which the library's own error asks for."""
+
+    def function(config: Mapping[str, Any]) -> None:
+        rank = distplat.get_context().rank
+        cut = lambda shards: islice(shards, rank, None, 2)  # noqa: E731
+        data = wds.WebDataset(urls, nodesplitter=cut, shardshuffle=False)
+        distplat.prepare(DataLoader(data, 3, collate_fn=numbers_of))
+
+    with pytest.raises(SpecError, match=r"(?s)worker-1 other samples.*nodesplitter=None"):
+        call_on_ranks(function, 2)
