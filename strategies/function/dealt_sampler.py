@@ -58,8 +58,8 @@ class DealtSampler(DistributedSampler[Any]):
         if self.fingerprint != fingerprint_of(_comparable(self._order())):
             text = f"{self._name}, which gives another order each time that it is asked for one"
             hint = (
-                "draw from the global generators, which are seeded before each pass, or seed its "
-                "generator in set_epoch(epoch)"
+                "draw from the global generators, which are seeded before each pass (leave out a "
+                "`generator` of torch's samplers), or seed its generator in set_epoch(epoch)"
             )
             raise _refused(text, hint)
 
@@ -124,9 +124,14 @@ class RankSampler(DistributedSampler[Any]):
     Args:
         given: the user's.
         dealer: says of which rank it gives the part; see `dealer_in`.
+
+    Raises:
+        SpecError: it has no length.
     """
 
     def __init__(self, given: Any, dealer: Any) -> None:
+        if not hasattr(given, "__len__"):
+            raise _refused(f"{type(given).__name__}, which has no length", "give it a __len__")
         self._given = given
         self._numbered = given if callable(getattr(given, "set_epoch", None)) else dealer
         made: Any = range(len(given) * dealer.num_replicas)

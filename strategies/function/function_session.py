@@ -50,6 +50,7 @@ from distplat.strategies.function.sharded_loader import (
     NumberedLoader,
     RankBatch,
     ShardedLoader,
+    check_kind,
     check_whole,
     is_batched_otherwise,
 )
@@ -243,6 +244,7 @@ class FunctionSession:
     def _prepare_loader(self, loader: DataLoader[Any]) -> ShardedLoader:
         context = self.context
         cut = Cut(context.rank, context.world, self.job.seed)
+        check_kind(loader)
         sharded: ShardedLoader
         if is_stream(loader.dataset):
             sharded = StreamLoader(loader, cut, context.device, self._note_batch, self.group)

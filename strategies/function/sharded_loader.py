@@ -371,6 +371,25 @@ def refused(what: str, hint: str) -> SpecError:
     return SpecError(Problem(("task",), f"prepare() got a DataLoader that {what}", hint))
 
 
+def check_kind(loader: DataLoader[Any]) -> None:
+    """
+    See that a loader goes through its batches as torch's does: no other code of it is called.
+
+    Raises:
+        SpecError: it does something else; says what to do.
+    """
+    kind = type(loader)
+    for name in ("__iter__", "_get_iterator"):
+        owner = next(one for one in kind.__mro__ if name in vars(one))
+        if owner is not DataLoader and not owner.__module__.startswith("torchdata."):
+            text = f"is a {kind.__name__}, whose {name}() a prepared one would not call"
+            hint = (
+                "do in collate_fn what it does to a batch, or around the prepared loader; or leave "
+                "it out of prepare(), if each rank reads samples of its own"
+            )
+            raise refused(text, hint)
+
+
 def check_whole(loader: NumberedLoader) -> None:
     """
     See that a loader of some samples gives a batch at all.

@@ -274,6 +274,40 @@ def test_a_prepared_loader_tells_what_the_given_one_does() -> None:
     call_on_ranks(train, 1)
 
 
+class Doubling(DataLoader[Any]):
+    """Changes batches on their way."""
+
+    def __iter__(self) -> Any:
+        return (2 * batch for batch in super().__iter__())
+
+
+class Inner(DataLoader[Any]):
+    """As loaders of graphs do, which filter what loader processes send."""
+
+    def _get_iterator(self) -> Any:
+        return iter([torch.zeros(1)])
+
+
+class Named(DataLoader[Any]):
+    """Is made otherwise, and goes through its batches as torch's."""
+
+    def __init__(self, count: int) -> None:
+        super().__init__(range(count), 2)  # type: ignore[arg-type]
+
+
+def test_a_loader_that_changes_its_batches_itself_is_refused() -> None:
+    """A prepared one would give them as they were."""
+
+    def train(config: Mapping[str, Any]) -> None:
+        samples: Any = range(4)
+        for kind, name in ((Doubling, "__iter__"), (Inner, "_get_iterator")):
+            with pytest.raises(SpecError, match=rf"a {kind.__name__}, whose {name}\(\)"):
+                distplat.prepare(kind(samples))
+        assert [batch.tolist() for batch in distplat.prepare(Named(4))] == [[0, 1], [2, 3]]
+
+    call_on_ranks(train)
+
+
 @pytest.mark.parametrize("last", ["backward", "barrier"])
 def test_a_loop_that_ends_earlier_is_named(last: str) -> None:
     def train(config: Mapping[str, Any]) -> None:
