@@ -121,7 +121,11 @@ def agree(
     if not differences:
         differences = _other_samples(mine, other_facts, me, other, again)
     if differences:
-        hint = "every worker must build the same model and data: what differs between them?"
+        hint = (
+            "every worker must build the same model and the whole data, of which it gets its part "
+            "later: cut no data by rank, sort what glob and listdir give, and shuffle by the "
+            "global generators or by a seed that all workers have"
+        )
         raise SpecError(*(Problem(("task",), text, hint) for text in differences))
 
 
