@@ -37,6 +37,7 @@ from ray.experimental.internal_kv import (
 from ray.job_config import JobConfig
 
 from distplat.actors.process_setup import variables
+from distplat.platform.errors import encodable
 
 JOB_CONFIG_VARIABLE: str = RAY_JOB_CONFIG_JSON_ENV_VAR
 """Has what the job API gave its driver; nothing public tells of it."""
@@ -124,7 +125,9 @@ def print_batch(batch: Mapping[str, Any], *, colored: bool) -> None:
     """Print lines of an actor as Ray does, but those too that another actor has printed alike."""
     plain = not colored and _COLORS not in os.environ
     with variables({_COLORS: "0"} if plain else {}):  # what the user's own print is none of ours
-        print_worker_logs(dict(batch), sys.stderr if batch["is_err"] else sys.stdout)
+        stream = sys.stderr if batch["is_err"] else sys.stdout
+        lines = [encodable(line, stream) for line in batch["lines"]]
+        print_worker_logs({**batch, "lines": lines}, stream)
 
 
 def free_resources() -> dict[str, dict[str, float]]:

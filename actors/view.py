@@ -19,7 +19,7 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
 from rich.text import Text
 
 from distplat.actors.callbacks import Callback
-from distplat.platform.errors import printable
+from distplat.platform.errors import encodable, printable
 from distplat.platform.progress import (
     EvalSummary,
     FailureEvent,
@@ -142,7 +142,8 @@ class View(Callback):
             if self._progress is not None:
                 self._progress.console.print(Text(printable(line)))
             else:
-                print(printable(line), file=self._out, flush=True)
+                assert self._out is not None, "it is quiet then"
+                print(encodable(printable(line), self._out), file=self._out, flush=True)
         except (OSError, ValueError):  # nobody reads any more, or the file was closed
             self.quiet = True
 

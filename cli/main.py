@@ -10,6 +10,7 @@ import os
 import sys
 import traceback
 from contextlib import suppress
+from io import TextIOWrapper
 from typing import Annotated
 
 import typer
@@ -60,6 +61,8 @@ from distplat.platform.errors import (
 )
 
 _STDERR = 2
+_RAISING = ("strict", "surrogateescape")
+"""Error handlers that raise for a letter which the stream's encoding lacks."""
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 _EPILOG = """
 \b
@@ -213,13 +216,21 @@ def main() -> None:
 
 
 def _open_streams() -> None:
-    """Open what the caller has closed (`>&-`): else the next file opened is taken for it."""
+    """
+    Have streams that take any text.
+
+    What the caller has closed (`>&-`) is opened: else the next file opened is taken for it. What
+    an encoding lacks (`LC_ALL=C`, `PYTHONIOENCODING=latin-1`) is printed as `\\u2588`, not raised.
+    """
     while (number := os.open(os.devnull, os.O_RDWR)) <= _STDERR:
         pass
     os.close(number)
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, mode))
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper) and stream.errors in _RAISING:
+            stream.reconfigure(errors="backslashreplace")
 
 
 class _Printable(logging.Formatter):

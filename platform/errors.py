@@ -34,7 +34,7 @@ from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from difflib import get_close_matches
-from typing import Self
+from typing import Self, TextIO
 
 _CONTROL = re.compile(
     r"\x1b\[[0-9;?]*[ -/]*[@-~]"  # colours, cursor
@@ -52,6 +52,12 @@ def printable(text: str) -> str:
     somebody else.
     """
     return _SURROGATE.sub("\ufffd", _CONTROL.sub("", text))
+
+
+def encodable(text: str, stream: TextIO) -> str:
+    """Write letters that a stream's encoding lacks as `\\u2588`: else its `write` may raise."""
+    encoding = getattr(stream, "encoding", None) or "utf-8"
+    return text.encode(encoding, "backslashreplace").decode(encoding)
 
 
 @dataclass(frozen=True)

@@ -180,7 +180,7 @@ def load_strategy_file(path: Path) -> LoadedStrategyFile:
         if path.suffix != ".py":
             raise ValueError("its name does not end in .py")
         check_regular(path)
-        file = LoadedStrategyFile(str(path), path.read_text())
+        file = LoadedStrategyFile(str(path), path.read_text(encoding="utf-8"))
     except (OSError, ValueError, StorageError) as error:
         problem = Problem(("--strategy-file",), f"{path} is not a Python file: {error}")
         raise SpecError(problem) from None

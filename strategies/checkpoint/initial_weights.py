@@ -195,7 +195,8 @@ def _read(path: Path) -> dict[str, Tensor]:
 
 def _shards(index: Path) -> list[str]:
     try:
-        return sorted({str(name) for name in json.loads(index.read_text())["weight_map"].values()})
+        named = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+        return sorted({str(name) for name in named})
     except (ValueError, KeyError, TypeError, AttributeError, OSError, RecursionError) as error:
         raise _problem(f"{index} is no index of shards: {error!r}") from None
 
