@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from distplat.actors import ray_compat
-from distplat.actors.view import is_terminal
+from distplat.actors.view import has_colors
 from distplat.platform.disk import CLOSE_S, BackgroundWriter, Records
 
 FOLDER = "logs"
@@ -138,7 +138,7 @@ def role_output(
         last = time.monotonic()
         files.write(role, batch["lines"])
         if shown and not alike and role != RAYLET:
-            ray_compat.print_batch(batch, colored=_colored())
+            ray_compat.print_batch(batch, colored=has_colors(sys.stdout, sys.stderr))
         return not alike
 
     try:
@@ -167,10 +167,3 @@ def role_of(job: str, batch: Mapping[str, Any]) -> str | None:
     if batch.get("pid") == RAYLET and all(_LOSS in line for line in batch["lines"]):
         return RAYLET
     return None
-
-
-def _colored() -> bool:
-    if "NO_COLOR" in os.environ:
-        return False
-    shown = is_terminal(sys.stdout) and is_terminal(sys.stderr)
-    return bool(os.environ.get("FORCE_COLOR")) or shown

@@ -7,6 +7,7 @@ per evaluation, fit for a log file. Nothing here knows where the run runs.
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections import deque
@@ -54,6 +55,17 @@ def is_terminal(stream: TextIO | None) -> bool:
         return stream is not None and stream.isatty()
     except (AttributeError, OSError, ValueError):
         return False
+
+
+def has_colors(*streams: TextIO | None) -> bool:
+    """
+    Say whether what is printed has colours: NO_COLOR, then FORCE_COLOR, else all are terminals.
+
+    As for rich, a variable that is empty says nothing.
+    """
+    if os.environ.get("NO_COLOR"):
+        return False
+    return bool(os.environ.get("FORCE_COLOR")) or all(is_terminal(one) for one in streams)
 
 
 class View(Callback):

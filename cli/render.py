@@ -1,9 +1,9 @@
 """
 What commands print: how a run ended, the strategies that there are; tables, or JSON.
 
-Tables are rich's: bold and coloured on a terminal, aligned text elsewhere. rich hears NO_COLOR and
-TERM. What is piped has no ANSI codes, whatever FORCE_COLOR says, and no line of it is wrapped: a
-program may read it.
+Tables are rich's: bold and coloured on a terminal, aligned text elsewhere. rich hears NO_COLOR,
+FORCE_COLOR and TERM. What is piped has ANSI codes for FORCE_COLOR alone, and no line of it is
+wrapped: a program may read it.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from rich.table import Table
 from rich.text import Text
 from typing_extensions import TypedDict
 
+from distplat.actors.view import has_colors, is_terminal
 from distplat.cli.figures import figure_rows, restart_text
 from distplat.platform.checkpoints import FOLDER
 from distplat.platform.errors import printable
@@ -36,8 +37,10 @@ _UNWRAPPED = 1_000_000
 
 
 def terminal() -> Console | None:
-    """Give the terminal behind stdout; None: it is a file or a pipe."""
-    return Console() if sys.stdout.isatty() else None
+    """Give what prints colours to stdout; None: it gets plain text, being a file or a pipe."""
+    if is_terminal(sys.stdout):
+        return Console()
+    return Console(width=_UNWRAPPED) if has_colors(sys.stdout) else None
 
 
 def print_pairs(rows: Sequence[tuple[str, str]]) -> None:

@@ -1,5 +1,6 @@
 """`distplat schedule`: what a pipeline schedule looks like, and what it costs, before any run."""
 
+import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -108,6 +109,7 @@ def _rows(plan: "PipelineSchedule", simulation: "Simulation") -> list[tuple[str,
 
 
 def _print(plan: "PipelineSchedule", simulation: "Simulation") -> None:
+    from distplat.actors.view import is_terminal
     from distplat.cli.charts import chart
     from distplat.cli.render import print_pairs, terminal
 
@@ -115,7 +117,8 @@ def _print(plan: "PipelineSchedule", simulation: "Simulation") -> None:
     print(printable(_title(plan)))
     print()
     if console is not None:
-        for line in chart(simulation.spans, console.width):
+        width = (console.width,) if is_terminal(sys.stdout) else ()
+        for line in chart(simulation.spans, *width):
             console.print(line, crop=False)
     else:
         for line in chart(simulation.spans):

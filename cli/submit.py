@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 import distplat
-from distplat.actors.view import View
+from distplat.actors.view import View, has_colors
 from distplat.cli import remote, shipping
 from distplat.cli.address import VERSION_KEY, Target, bring_token, target_of
 from distplat.cli.drive import STORAGE, flush_or_discard, train
@@ -294,7 +294,7 @@ def connection(
     Raises:
         SpecError: something is wrong with the runtime environment.
     """
-    if "NO_COLOR" in os.environ or not (sys.stdout.isatty() and sys.stderr.isatty()):
+    if not has_colors(sys.stdout, sys.stderr):
         os.environ.setdefault("RAY_COLOR_PREFIX", "0")  # of the lines that workers print
     if target.kind == "local":
         return nullcontext()

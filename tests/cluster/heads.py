@@ -87,7 +87,8 @@ def make_folder(path: Path) -> Path:
 def clean_environ(home: Path, mode: str) -> dict[str, str]:
     """An environment without a trace of other clusters; Ray's default folder is `home` too."""
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "DISTPLAT_"))}
-    kept.pop("PYTHONPATH", None)
+    for name in ("PYTHONPATH", "FORCE_COLOR"):
+        kept.pop(name, None)
     path = f"{BIN}{os.pathsep}{kept['PATH']}"  # the job's `python` is to be this one
     token = home / "token"
     token.write_text(TOKEN)

@@ -20,6 +20,7 @@ from hypothesis import HealthCheck, settings
 from distplat.strategies.loop.loaders import LoaderContext
 
 signal_defaults.reset()
+os.environ.pop("FORCE_COLOR", None)  # many a CI sets it: tests read what is printed
 torch.set_num_threads(1)
 # A busy machine makes an example slow, and drawing it.
 _PATIENT: dict[str, Any] = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}

@@ -351,12 +351,19 @@ def test_a_private_ray_is_joined_over_loopback(
 
 @pytest.mark.parametrize(
     ("terminal", "environ", "plain"),
-    [(False, {}, True), (True, {}, False), (True, {"NO_COLOR": "1"}, True)],
+    [
+        (False, {}, True),
+        (True, {}, False),
+        (True, {"NO_COLOR": "1"}, True),
+        (True, {"NO_COLOR": ""}, False),
+        (False, {"FORCE_COLOR": "1"}, False),
+        (False, {"FORCE_COLOR": "1", "NO_COLOR": "1"}, True),
+    ],
 )
 def test_lines_of_workers_have_no_colours_where_they_are_redirected(
     terminal: bool, environ: dict[str, str], plain: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name in ("NO_COLOR", "RAY_COLOR_PREFIX"):
+    for name in ("NO_COLOR", "FORCE_COLOR", "RAY_COLOR_PREFIX"):
         monkeypatch.setenv(name, "")  # put back afterwards, whatever becomes of it here
         monkeypatch.delenv(name)
     for name, value in environ.items():

@@ -1,10 +1,12 @@
 """Tables on a terminal and in a pipe."""
 
 import io
+import re
 import sys
 
 import pytest
 
+from distplat.cli.main import run
 from distplat.cli.render import print_pairs, print_table, table_lines, terminal
 
 ROWS = [("a", "1"), ("longer", "[red]x[/red]")]
@@ -30,7 +32,6 @@ def shown(monkeypatch: pytest.MonkeyPatch, columns: int = 60, **environ: str) ->
 def test_without_a_terminal_it_is_aligned_text(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("FORCE_COLOR", "1")
     monkeypatch.setenv("COLUMNS", "20")
     assert terminal() is None
     print_table(("NAME", "VALUE"), [*ROWS, ("", "")], ["", "red", ""])
@@ -44,6 +45,35 @@ def test_without_a_terminal_it_is_aligned_text(
         "no",
         "",
     ]
+
+
+@pytest.mark.parametrize(
+    ("environ", "colored"),
+    [
+        ({"FORCE_COLOR": "1"}, True),
+        ({"FORCE_COLOR": ""}, False),
+        ({"FORCE_COLOR": "1", "NO_COLOR": ""}, True),
+        ({"FORCE_COLOR": "1", "NO_COLOR": "1"}, False),
+    ],
+)
+def test_who_wants_colours_in_a_pipe_gets_them_in_lines_as_they_are(
+    environ: dict[str, str],
+    colored: bool,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name, value in {"COLUMNS": "20", "TERM": "xterm-256color", **environ}.items():
+        monkeypatch.setenv(name, value)
+    print_table(("NAME", "VALUE"), ROWS, ["", "red"])
+    print_pairs([("path", "/x" * 400)])
+    assert run(["schedule", "1f1b", "--stages", "2", "--micro-batches", "40"]) == 0
+    text = capsys.readouterr().out
+    assert ("\x1b[1mNAME" in text, "\x1b[31mlonger" in text) == (colored, colored)
+    assert ("\x1b" in text) == colored
+    lines = text.splitlines()
+    assert len([line for line in lines if "/x" * 400 in line]) == 1
+    [first] = [line for line in lines if "stage 0" in line]
+    assert re.sub("\x1b[^m]*m", "", first).count("F") == 40
 
 
 def test_a_table_without_rows_is_its_heads(capsys: pytest.CaptureFixture[str]) -> None:
