@@ -52,7 +52,7 @@ class PendingCall:
         what: is asked, for messages.
         calls: to be made now, by the name of who is asked.
         limit_s: deadline of all of them, from now.
-        setting: the field of `failure` that changes it; empty: none does.
+        setting: the field of `failure` that changes it, or an option, `--name`; empty: none does.
         look: called ten times a second while an answer is missing; what it raises ends the wait.
         made: told of each call that is made its number and its reply.
     """
@@ -148,7 +148,8 @@ class PendingCall:
             arrived = self._transport.wait(self._open, 0.0, everything=True)
             unanswered = [number for number, call in enumerate(self._open) if call not in arrived]
             missing = tuple(self._names[number] for number in unanswered or [index])
-            setting = f"failure.{self._setting}" if self._setting else ""
+            of_job = self._setting and not self._setting.startswith("--")
+            setting = f"failure.{self._setting}" if of_job else self._setting
             raise DeadlineExceeded(self._what, missing, self._limit_s, setting) from None
 
 

@@ -47,6 +47,8 @@ from distplat.platform.run_directory import new_run_name
 from distplat.platform.spec import Scaling
 from distplat.platform.torchrun import ProcessLocation, TorchrunLaunch, environments, ranks_of
 
+START_S = 120.0
+"""How long processes may take to start, where `--start-timeout` says nothing else."""
 _OUTPUT_S = 1.0
 _TICK_S = 0.1
 _SILENT_S = 60.0
@@ -55,7 +57,7 @@ GRACE_S = 10.0
 """How long processes have to end after SIGTERM."""
 _ALONE_S = 60.0
 """Seconds after which a notice says that some processes have ended and others have not."""
-_SETTING = "start_timeout_s"
+_SETTING = "--start-timeout"
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,7 @@ class Script:
     folder: str | None
     """Where to; None: where the actors are."""
     max_restarts: int = 0
-    start_timeout_s: float = 120.0
+    start_timeout_s: float = START_S
 
 
 class Terminal(Protocol):
@@ -275,8 +277,8 @@ def run_script(
             terminal.notice(f"{error}; starting anew, {restarts} of {script.max_restarts}")
 
 
-_STORAGE_S = 120.0
-"""How long the disk of the run directory may give no answer."""
+_STORAGE = 120.0, ""
+"""How long the disk of the run directory may give no answer; nothing changes it."""
 _MOST_LINES = 100_000
 """That may wait for it."""
 
@@ -292,6 +294,7 @@ class ScriptJob:
     """Where run directories are made."""
     scaling: Scaling = field(default_factory=Scaling)
     max_restarts: int = 0
+    start_timeout_s: float = START_S
 
 
 @dataclass(frozen=True)
@@ -345,7 +348,7 @@ def train_script(job: ScriptJob, terminal: Terminal) -> ScriptResult:
     run, began = new_run_name(job.name), time.monotonic()
     path = job.storage_path.absolute() / run
     try:
-        with_deadline(lambda moved: path.mkdir(parents=True, mode=0o700), path, _STORAGE_S)
+        with_deadline(lambda moved: path.mkdir(parents=True, mode=0o700), path, *_STORAGE)
     except OSError as error:
         raise StorageError(f"cannot make the run directory {path}: {error}") from error
     logs = _Logs(path, terminal)
@@ -371,7 +374,7 @@ def _run(job: ScriptJob, path: Path, logs: _Logs) -> int:
     ):
         shipped = ray.get_runtime_context().runtime_env.get("working_dir")
         folder = None if shipped else str(job.working_dir)
-        script = Script(job.command, run, folder, job.max_restarts)
+        script = Script(job.command, run, folder, job.max_restarts, job.start_timeout_s)
 
         @contextmanager
         def spawn(attempt: int) -> Iterator[Sequence[Any]]:
@@ -394,4 +397,4 @@ def _finish(path: Path, job: ScriptJob, status: str, facts: dict[str, object]) -
     fields = {"status": status, "name": job.name, "command": list(job.command)}
     content = json.dumps({**fields, **facts}, indent=2).encode()
     with suppress(OSError, StorageError):
-        with_deadline(lambda moved: write_whole(path / "result.json", content), path, _STORAGE_S)
+        with_deadline(lambda moved: write_whole(path / "result.json", content), path, *_STORAGE)

@@ -154,7 +154,7 @@ def spawn_script(scaling: Scaling, run: str, attempt: int) -> ScriptActors:
     """
     needs = scaling.resources()
     bundles = [needs] * scaling.num_workers
-    _check_room(bundles)
+    _check_room(bundles, _OF_SCRIPT)
     actors = ScriptActors([], placement_group(bundles, strategy="PACK"))
     try:
         for index in range(scaling.num_workers):
@@ -336,13 +336,25 @@ def _check_feasible(job: Job, roles: Roles) -> None:
     _check_room(needs)
 
 
-def _check_room(needs: Sequence[Mapping[str, float]]) -> None:
+_OF_JOB = "scaling", "scaling.num_workers", "scaling.resources_per_worker or resources_per_server"
+_OF_SCRIPT = "--num-workers", "--num-workers", "--cpus-per-worker or --gpus-per-worker"
+"""What asks for too much; what says how many, and how large each is."""
+
+
+def _check_room(
+    needs: Sequence[Mapping[str, float]], settings: tuple[str, str, str] = _OF_JOB
+) -> None:
     """
     Compare what actors need with what the cluster has, and the largest with what one node has.
+
+    Args:
+        needs: of each actor.
+        settings: which the error names; see `_OF_JOB`.
 
     Raises:
         SpecError: it will never have that much.
     """
+    where, count, size = settings
     total: dict[str, float] = {}
     for need in needs:
         for name, amount in need.items():
@@ -352,10 +364,9 @@ def _check_room(needs: Sequence[Mapping[str, float]]) -> None:
     if missing:
         lacks = ", ".join(f"{amount:g} {name}" for name, amount in missing.items())
         has = ", ".join(f"{available.get(name, 0.0):g} {name}" for name in missing)
-        hint = "lower scaling.num_workers or scaling.resources_per_worker, or add nodes"
-        raise SpecError(
-            Problem(("scaling",), f"the job needs {lacks}; the cluster has {has}", hint)
-        )
+        hint = f"lower {count}, {size}, or add nodes"
+        text = f"the job needs {lacks}; the cluster has {has}"
+        raise SpecError(Problem((where,), text, hint))
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     for need in needs:
         if not any(_fits(need, node) for node in nodes):
@@ -366,8 +377,7 @@ def _check_room(needs: Sequence[Mapping[str, float]]) -> None:
                 if amount
             )
             text = f"one process needs {wants}, which no node has; at most, a node has {largest}"
-            hint = "lower scaling.resources_per_worker or resources_per_server, or add such a node"
-            raise SpecError(Problem(("scaling",), text, hint))
+            raise SpecError(Problem((where,), text, f"lower {size}, or add such a node"))
 
 
 def _fits(need: Mapping[str, float], node: Mapping[str, float]) -> bool:

@@ -81,6 +81,16 @@ Gpus = Annotated[float, typer.Option(min=0, help="GPUs of each process.")]
 Restarts = Annotated[
     int, typer.Option(min=0, help="How often all begin anew after one has failed.")
 ]
+StartTimeout = Annotated[
+    float,
+    typer.Option(
+        "--start-timeout",
+        metavar="SECONDS",
+        min=1,
+        max=86_400,
+        help="How long processes may take to start: for Ray to find room, and to install packages.",
+    ),
+]
 StoragePath = Annotated[str, typer.Option(help="Where run directories are made; no URL.")]
 ScriptFolder = Annotated[
     Path | None, typer.Option(help="Folder of the script; default: the current one.")
@@ -93,6 +103,7 @@ def submit_script(
     cpus_per_worker: Cpus = 1.0,
     gpus_per_worker: Gpus = 0.0,
     max_restarts: Restarts = 0,
+    start_timeout: StartTimeout = 120.0,
     name: Name = None,
     storage_path: StoragePath = "runs",
     address: Address = None,
@@ -113,8 +124,8 @@ def submit_script(
     as_json, folder = is_json(output), _folder(working_dir, command)
     resources = {"CPU": cpus_per_worker, "GPU": gpus_per_worker}
     scaling = Scaling(num_workers=num_workers, resources_per_worker=resources)
-    job_fields = tuple(command), folder, _storage(storage_path), scaling, max_restarts
-    job = ScriptJob(_name(name, command), *job_fields)
+    job_fields = tuple(command), folder, _storage(storage_path), scaling
+    job = ScriptJob(_name(name, command), *job_fields, max_restarts, start_timeout)
     lines = Lines(sys.stderr if as_json else sys.stdout, num_workers, quiet=quiet)
     with _ray(address, folder, (runtime_env, runtime_env_json), quiet=quiet):
         result = train_script(job, lines)

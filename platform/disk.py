@@ -172,14 +172,17 @@ def reserve(folder: Path, size: int) -> IO[bytes]:
     return file
 
 
-def with_deadline(work: Callable[[Moved], T], where: Path, limit_s: float) -> T:
+def with_deadline(
+    work: Callable[[Moved], T], where: Path, limit_s: float, setting: str = SETTING
+) -> T:
     """
     Have a thread work on a disk, and wait for it: nothing else ends a call to a disk that hangs.
 
     Args:
         work: may tell that the disk has done something, and the deadline begins anew.
         where: file or directory, for the error.
-        limit_s: `failure.storage_timeout_s`.
+        limit_s: `failure.storage_timeout_s`, mostly.
+        setting: what changes it; empty: nothing does.
 
     Raises:
         DiskHangs: the disk has done nothing for so long. The thread is left to it.
@@ -195,7 +198,8 @@ def with_deadline(work: Callable[[Moved], T], where: Path, limit_s: float) -> T:
         left_s = moved_at + limit_s - time.monotonic()
         if left_s <= 0:
             text = f"no answer within {limit_s:g} s: its disk does not answer"
-            raise DiskHangs(f"{where}: {text}; `{SETTING}` changes this deadline")
+            change = f"; `{setting}` changes this deadline" if setting else ""
+            raise DiskHangs(f"{where}: {text}{change}")
         wait([future], left_s)
     return future.result()
 

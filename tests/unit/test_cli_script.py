@@ -2,10 +2,13 @@
 
 import errno
 import io
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 
+from distplat.actors import script_run
+from distplat.cli import script
 from distplat.cli.main import run
 from distplat.cli.script import Lines, routed
 
@@ -68,3 +71,19 @@ def test_lines_say_whose_they_are_and_a_closed_pipe_is_left_alone() -> None:
     closed = Lines(Closed(), 2, quiet=False)
     closed.line(0, "once")
     closed.line(0, "and again")
+
+
+@pytest.mark.parametrize(("args", "seconds"), [([], 120.0), (["--start-timeout", "600"], 600.0)])
+def test_the_time_that_a_start_may_take_is_an_option(
+    args: list[str], seconds: float, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    jobs: list[script_run.ScriptJob] = []
+
+    def train(job: script_run.ScriptJob, terminal: object) -> script_run.ScriptResult:
+        jobs.append(job)
+        return script_run.ScriptResult(tmp_path, 0, 1.0)
+
+    monkeypatch.setattr(script, "_ray", lambda *given, **options: nullcontext())
+    monkeypatch.setattr(script_run, "train_script", train)
+    assert run(["submit", *args, "--", "python", "train.py"]) == 0
+    assert [job.start_timeout_s for job in jobs] == [seconds]

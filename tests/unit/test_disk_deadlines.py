@@ -96,6 +96,8 @@ def test_who_moves_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
 
     with pytest.raises(StorageError, match=rf"^/there: no answer within {LIMIT_S} s") as raised:
         with_deadline(hang, Path("/there"), LIMIT_S)
+    with pytest.raises(StorageError, match=r"its disk does not answer$"):
+        with_deadline(hang, Path("/there"), LIMIT_S, setting="")
     over.set()
     assert "`failure.storage_timeout_s` changes this deadline" in str(raised.value)
     with pytest.raises(KeyError, match="'a'"):

@@ -59,7 +59,7 @@ def test_a_script_that_cannot_be_spawned_leaves_nothing(monkeypatch: pytest.Monk
     kind = Kind()
     monkeypatch.setattr(ray, "remote", lambda actor: kind)
     monkeypatch.setattr(ray, "kill", ended.append)
-    monkeypatch.setattr(spawn, "_check_room", lambda needs: None)
+    monkeypatch.setattr(spawn, "_check_room", lambda needs, settings: None)
     monkeypatch.setattr(spawn, "placement_group", lambda bundles, strategy: "group")
     monkeypatch.setattr(spawn, "remove_placement_group", ended.append)
     with pytest.raises(KeyboardInterrupt):
@@ -98,6 +98,20 @@ def test_what_no_waiting_will_bring_is_refused(
     with pytest.raises(SpecError, match="scaling: ") as raised:
         spawn._check_room(needs)
     assert problem in str(raised.value)
+
+
+def test_a_script_that_asks_for_too_much_is_told_its_own_options(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    nodes = [{"Alive": True, "Resources": {"CPU": 2.0}}] * 2
+    monkeypatch.setattr(ray, "nodes", lambda: nodes)
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 4.0})
+    told = r"(?s)^--num-workers: .*hint: lower .*--cpus-per-worker"
+    for workers, cpus in ((5, 1.0), (1, 3.0)):
+        scaling = Scaling(num_workers=workers, resources_per_worker={"CPU": cpus})
+        with pytest.raises(SpecError, match=told) as raised:
+            spawn.spawn_script(scaling, "run", 0)
+        assert "scaling" not in str(raised.value)
 
 
 def test_who_may_not_come_is_told_what_decides_on_it(monkeypatch: pytest.MonkeyPatch) -> None:
