@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import signal
 import socket
@@ -24,6 +23,8 @@ _LINE_BYTES = 1 << 16
 _REST_S = 1.0
 """How long output is waited for once the script has ended: a child may keep the pipe open."""
 _PYTHONS = ("python", "python3")
+_WATCHER = str(Path(__file__).with_name("script_watcher.py"))
+"""What starts the command; `-I -S`: it imports nothing of the user's or of what is installed."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ class ProcessOutput:
 
 class ScriptProcess:
     """
-    Runs a command in a process of its own, which ends with this one.
+    Runs a command in a process of its own, which ends with this one, as does all that it starts.
 
     Args:
         where: says where this object is.
@@ -51,7 +52,7 @@ class ScriptProcess:
         self._taken = 0  #: lines that the driver has
         self._exit_code: int | None = None
         self._error = ""
-        self._process: subprocess.Popen[str] | None = None
+        self._control: socket.socket | None = None  #: to the watcher, see `script_watcher.py`
         self._thread: threading.Thread | None = None
 
     def location(self) -> ProcessLocation:
@@ -104,21 +105,20 @@ class ScriptProcess:
             return ProcessOutput(tuple(self._lines), self._exit_code)
 
     def terminate(self) -> None:
-        """Ask the process, and those that it has started, to end."""
-        self._signal(signal.SIGTERM)
+        """Ask the process, and those of its group, to end."""
+        if self._control is not None:
+            with suppress(OSError):  # all have ended
+                self._control.sendall(bytes([signal.SIGTERM]))
 
     def kill(self) -> None:
-        """End them at once."""
-        self._signal(signal.SIGKILL)
+        """End at once everything that was started."""
+        if self._control is not None:
+            with suppress(OSError):
+                self._control.shutdown(socket.SHUT_WR)
 
     def close(self) -> None:
-        """End with everything that was started."""
+        """See `kill`; where this process ends without that, the kernel closes the socket."""
         self.kill()
-
-    def _signal(self, number: int) -> None:
-        if self._process is not None:
-            with suppress(ProcessLookupError):
-                os.killpg(self._process.pid, number)
 
     def _run(
         self,
@@ -127,34 +127,40 @@ class ScriptProcess:
         folder: str | None,
         begun: threading.Event,
     ) -> None:
-        """Start the process and wait for it: it ends with the thread that has started it."""
+        """Start the process and wait for it."""
         try:
-            self._process = subprocess.Popen(  # the user's own command
-                command,
-                env={"PYTHONUNBUFFERED": "1", **environment},
-                cwd=folder,
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-                encoding="utf-8",
-                errors="replace",
-                start_new_session=True,
-                preexec_fn=_end_with_parent,  # it calls the kernel only
-            )
+            self._control, watcher_end = socket.socketpair()
+            told = self._control.makefile("r", encoding="utf-8", errors="replace")
+            with watcher_end:
+                watcher = subprocess.Popen(
+                    [sys.executable, "-I", "-S", _WATCHER, *command],
+                    env={"PYTHONUNBUFFERED": "1", **environment},
+                    cwd=folder,
+                    stdin=watcher_end.fileno(),
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.STDOUT,
+                    text=True,
+                    encoding="utf-8",
+                    errors="replace",
+                    start_new_session=True,
+                )
+            assert watcher.stdout is not None, "it is a pipe"
+            first = told.readline()
+            if first != "\n":
+                raise OSError(first.strip() or watcher.stdout.read().strip())
         except Exception as error:  # also what Python itself refuses, such as a NUL character
             self._error = str(error) or repr(error)
             return
         finally:
             begun.set()
-        assert self._process.stdout is not None, "it is a pipe"
-        reader = threading.Thread(target=self._read, args=(self._process.stdout,), daemon=True)
+        reader = threading.Thread(target=self._read, args=(watcher.stdout,), daemon=True)
         reader.start()
-        code = self._process.wait()
+        code = told.readline()
         reader.join(_REST_S)
-        with self._changed:
-            self._exit_code = code
+        with self._changed:  # the kernel kills a command whose watcher was killed
+            self._exit_code = int(code) if code else -signal.SIGKILL
             self._changed.notify_all()
+        watcher.wait()
 
     def _read(self, stream: IO[str]) -> None:
         while line := stream.readline(_LINE_BYTES):
@@ -170,12 +176,3 @@ def with_python(command: Sequence[str]) -> list[str]:
     if first in _PYTHONS:
         return [sys.executable, *rest]
     return [sys.executable, first, *rest] if Path(first).suffix == ".py" else [first, *rest]
-
-
-_PR_SET_PDEATHSIG = 1  # prctl(2)
-
-
-def _end_with_parent() -> None:
-    """Have the kernel kill this process when the thread ends that has started it; on Linux."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)

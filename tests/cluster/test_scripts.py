@@ -72,20 +72,44 @@ def test_ctrl_c_ends_all_processes(environ: dict[str, str], tmp_path: Path) -> N
     assert json.loads((run / "result.json").read_text())["status"] == "STOPPED"
 
 
-@pytest.mark.slow
-def test_a_killed_actor_takes_its_script_along_and_all_begin_anew(
+def family_of(pid: int) -> list[psutil.Process]:
+    """Give a process and all that it has started."""
+    first = psutil.Process(pid)
+    return [first, *first.children(recursive=True)]
+
+
+def actor_of(pid: int) -> psutil.Process:
+    """Give the process of the actor that has started a script."""
+    return next(one for one in psutil.Process(pid).parents() if "ScriptProcess" in one.name())
+
+
+def test_a_killed_actor_takes_all_of_its_script_along_and_all_begin_anew(
     environ: dict[str, str], tmp_path: Path
 ) -> None:
+    """The script is a shell's child, as under many launchers."""
     (tmp_path / "wait.py").write_text(WAITING)
-    given = ["submit", "--num-workers", "2", "--max-restarts", "1", "--", "python", "wait.py"]
+    (tmp_path / "run.sh").write_text("python wait.py\nexit $?\n")
+    given = ["submit", "--num-workers", "2", "--max-restarts", "1", "--", "bash", "run.sh"]
     process = start(given, environ, tmp_path)
     scripts = [psutil.Process(pid) for pid in pids(process, 2)]
-    actor = scripts[0].parent()
-    assert actor is not None
-    actor.kill()
+    actor_of(scripts[0].pid).kill()
     rest, _ = process.communicate(timeout=90)
     assert process.returncode == 0, rest
     assert "starting anew, 1 of 1" in rest
     assert rest.count("pid") == 2
+    _, alive = psutil.wait_procs(scripts, timeout=30)
+    assert alive == []
+
+
+def test_a_killed_driver_leaves_nothing_that_does_not_hear_sigterm(
+    environ: dict[str, str], tmp_path: Path
+) -> None:
+    (tmp_path / "run.sh").write_text('trap "" TERM\nsleep 999 &\necho pid $$\nwait\n')
+    process = start(["submit", "--", "bash", "run.sh"], environ, tmp_path)
+    [shell] = pids(process, 1)
+    scripts = family_of(shell)
+    assert len(scripts) == 2
+    process.kill()
+    process.communicate(timeout=90)
     _, alive = psutil.wait_procs(scripts, timeout=30)
     assert alive == []

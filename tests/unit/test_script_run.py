@@ -1,11 +1,15 @@
 """Scripts in real processes, over the transport that loses answers on request."""
 
+import os
 import random
+import signal
+import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,7 +21,7 @@ from distplat.actors import script_run
 from distplat.actors.local_transport import Actor, LocalCluster
 from distplat.actors.script_process import ProcessOutput, ScriptProcess, with_python
 from distplat.actors.script_run import Attempt, Script, _Rank, run_script
-from distplat.platform.errors import ActorLost, Interrupted, ScriptFailed
+from distplat.platform.errors import ActorLost, DeadlineExceeded, Interrupted, ScriptFailed
 from distplat.platform.torchrun import ProcessLocation
 
 NODES = ("node-0", "node-1", "node-0")
@@ -265,6 +269,16 @@ def test_a_slow_terminal_is_no_silence_of_a_rank(monkeypatch: pytest.MonkeyPatch
     assert len(heard.of(0)) == 10 and not any(one.lost for one in attempt._ranks)
 
 
+def test_a_start_that_takes_too_long_names_the_option_that_gives_more() -> None:
+    run = Run(HELLO)
+    run.script = replace(run.script, start_timeout_s=0.2)
+    lost = Fault(lose="request")
+    add_rule(run.cluster, lambda call: lost if call.actor == "process-1" else None)
+    text = r"starting processes: waited 0.2 s, missing: process 1; `--start-timeout` changes"
+    with pytest.raises(DeadlineExceeded, match=text):
+        run.go()
+
+
 def test_an_interruption_ends_all() -> None:
     run = Run(SLEEPING)
     once_all_are_heard(run, run.interrupt.set)
@@ -298,19 +312,95 @@ def test_the_interpreter_is_that_of_the_worker() -> None:
     assert with_python(["bash", "train.sh"]) == ["bash", "train.sh"]
 
 
+def read(note: Path, limit_s: float = 30.0) -> list[int]:
+    """Wait for a file with numbers of processes, the last of which is followed by a newline."""
+    until = time.monotonic() + limit_s
+    while not (note.exists() and note.read_text().endswith("\n")):
+        assert time.monotonic() < until, "nobody has written it"
+        time.sleep(0.02)
+    return [int(word) for word in note.read_text().split()]
+
+
+DEAF = """
+trap "" TERM
+sleep 999 > /dev/null 2>&1 &
+setsid sleep 999 > /dev/null 2>&1 &
+echo $$ $! $(jobs -p) > {note}
+{then}
+"""
+"""A shell script with a child in its group, one in a session of its own; none hears SIGTERM."""
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="the kernel's part is Linux's")
-def test_the_script_ends_with_the_process_that_started_it(tmp_path: Path) -> None:
-    note = tmp_path / "pid"
-    inner = f"import os, time; open({str(note)!r}, 'w').write(str(os.getpid())); time.sleep(60)"
+def test_all_that_a_script_starts_ends_with_the_process_of_its_actor(tmp_path: Path) -> None:
+    note = tmp_path / "pids"
+    script = DEAF.format(note=note, then="wait; true")
     outer = f"""
 import os, time
 from distplat.actors.script_process import ScriptProcess
-ScriptProcess(None).start(["python", "-c", {inner!r}], {{}}, None)
-while not os.path.exists({str(note)!r}) or not open({str(note)!r}).read():
+ScriptProcess(None).start(["bash", "-c", {script!r}], {{}}, None)
+while not os.path.exists({str(note)!r}) or not open({str(note)!r}).read().endswith("\\n"):
     time.sleep(0.02)
 os.kill(os.getpid(), 9)
 """
-    run = Run(outer, nodes=["node-0"])
-    with pytest.raises(ScriptFailed, match="SIGKILL"):
-        run.go()
-    assert gone(int(note.read_text()))
+    subprocess.run([sys.executable, "-c", outer], timeout=60, check=False)
+    pids = read(note)
+    assert len(pids) == 4
+    assert all(gone(pid) for pid in pids)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the kernel's part is Linux's")
+def test_what_a_rank_leaves_running_ends_with_the_attempt(tmp_path: Path) -> None:
+    note = tmp_path / "pids"
+    run = Run("", nodes=["node-0"])
+    run.script = Script(("bash", "-c", DEAF.format(note=note, then="exit 0")), "run", None)
+    assert run.go() == 0
+    assert all(gone(pid) for pid in read(note))
+
+
+def start(*command: str) -> ScriptProcess:
+    process = ScriptProcess(lambda: ProcessLocation("node-0", "127.0.0.1"))
+    assert process.start(command, {}, None) == ""
+    return process
+
+
+def end_of(process: ScriptProcess) -> tuple[list[str], int]:
+    """Give the lines of a process, and its exit code."""
+    lines: list[str] = []
+    until = time.monotonic() + 30
+    while time.monotonic() < until:
+        output = process.output(len(lines), 1.0)
+        lines += output.lines
+        if output.exit_code is not None and not output.lines:
+            return lines, output.exit_code
+    raise AssertionError("it has not ended")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the kernel's part is Linux's")
+def test_a_script_ends_with_its_watcher() -> None:
+    process = start("bash", "-c", "echo $$ $PPID; exec sleep 999")
+    [line] = process.output(0, 30.0).lines
+    script, watcher = (int(word) for word in line.split())
+    os.kill(watcher, signal.SIGKILL)
+    assert end_of(process) == ([line], -signal.SIGKILL)
+    assert gone(script)
+
+
+@pytest.mark.parametrize(("do", "code"), [("exit 3", 3), ("kill -SEGV $$", -11), ("cat", 0)])
+def test_exit_codes_are_the_commands_own(do: str, code: int) -> None:
+    assert end_of(start("bash", "-c", do)) == ([], code)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="it reads /proc")
+def test_a_command_finds_what_it_would_find_without_a_watcher() -> None:
+    """Signals, limits, variables, open files, folder."""
+    looks = "grep Sig /proc/self/status; ulimit -a; env | sort; ls /proc/self/fd; umask; pwd"
+    alone = subprocess.run(
+        ["bash", "-c", looks],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        env={"PYTHONUNBUFFERED": "1", **os.environ},
+        check=True,
+    )
+    assert end_of(start("bash", "-c", looks)) == (alone.stdout.splitlines(), 0)
