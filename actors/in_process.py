@@ -28,6 +28,7 @@ from distplat.platform.progress import AnyReport, ReportAggregator, StepReport
 from distplat.platform.spec import Job
 from distplat.platform.stop_order import StopOrder
 from distplat.platform.tensor_file import decode
+from distplat.platform.torchrun import ProcessLocation
 from distplat.strategies.checkpoint.checkpoint_reader import SavedState
 from distplat.strategies.fakes import Fabric
 from distplat.strategies.function.function_session import SessionPorts
@@ -212,7 +213,8 @@ def _train_function(
         if launch.roles.servers:
             shards = ending.enter_context(closing(_servers(launch.job, launch))).shards(0, 1)
         group = Fabric(1).collective(0)
-        trained = run_function(launch.job, load, group, "here", ports, shards, store_of_one)
+        here = ProcessLocation("here", "127.0.0.1")
+        trained = run_function(launch.job, load, group, here, ports, shards, store_of_one)
     uploader.flush()
     handlers.on_model(saved_model(trained))
     _finish_checkpoints(checkpoints, handlers)

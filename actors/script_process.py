@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from distplat.platform.torchrun import ProcessLocation
+from distplat.platform.torchrun import ProcessLocation, free_port
 
 _MOST_LINES = 10_000
 """Lines that are kept for the driver; beyond them the script waits in its `print`."""
@@ -23,6 +23,8 @@ _LINE_BYTES = 1 << 16
 _REST_S = 1.0
 """How long output is waited for once the script has ended: a child may keep the pipe open."""
 _PYTHONS = ("python", "python3")
+_BY_DEFAULT = {"PYTHONUNBUFFERED": "1", "TORCH_NCCL_ASYNC_ERROR_HANDLING": "1"}
+"""Variables that a script gets where the node does not set them; the second as from torchrun."""
 _WATCHER = str(Path(__file__).with_name("script_watcher.py"))
 """What starts the command; `-I -S`: it imports nothing of the user's or of what is installed."""
 
@@ -60,11 +62,8 @@ class ScriptProcess:
         return self._where()
 
     def port(self) -> int:
-        """Find a port that is free now."""
-        with socket.socket() as listener:
-            listener.bind(("", 0))
-            port: int = listener.getsockname()[1]
-            return port
+        """See `free_port`."""
+        return free_port()
 
     def start(self, command: Sequence[str], environment: dict[str, str], folder: str | None) -> str:
         """
@@ -134,7 +133,7 @@ class ScriptProcess:
             with watcher_end:
                 watcher = subprocess.Popen(
                     [sys.executable, "-I", "-S", _WATCHER, *command],
-                    env={"PYTHONUNBUFFERED": "1", **environment},
+                    env={**_BY_DEFAULT, **environment},
                     cwd=folder,
                     stdin=watcher_end.fileno(),
                     stdout=subprocess.PIPE,

@@ -37,6 +37,7 @@ from distplat.platform.errors import Problem, SpecError, UserCodeError, hint
 from distplat.platform.lr_schedules import Schedule
 from distplat.platform.optimizers import TaskOptimizer
 from distplat.platform.spec import Job
+from distplat.platform.torchrun import ALONE
 from distplat.strategies.task import Task, overrides
 from distplat.strategies.task_methods import near_miss, unheard
 
@@ -303,13 +304,6 @@ def task_check(job: Job, folder: str, *, shown: bool) -> Iterator[TaskCheck]:
         check.end()
 
 
-_TORCHRUN = {
-    **dict.fromkeys(("RANK", "LOCAL_RANK", "GROUP_RANK"), "0"),
-    **dict.fromkeys(("WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_WORLD_SIZE"), "1"),
-    "TORCHELASTIC_RUN_ID": "check",
-}
-
-
 def answer() -> None:
     """Run as the child: answer on stdout, and let the user's module print on stderr."""
     out = os.fdopen(os.dup(1), "w")
@@ -319,7 +313,7 @@ def answer() -> None:
     try:
         where = request["entry"], request["folder"]
         if request["function"]:
-            os.environ.update(_TORCHRUN)  # many a script reads them when it is imported
+            os.environ.update(ALONE)  # many a script reads them when it is imported
             result["unheard"] = check_function(load_train_function(*where), request["given"])
         else:
             kind = load_task_class(*where)

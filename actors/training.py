@@ -30,7 +30,7 @@ from distplat.actors.connection import Connection
 from distplat.actors.messages import WorkOrder
 from distplat.actors.process_setup import log_to_stderr
 from distplat.actors.ray_errors import of_platform
-from distplat.actors.ray_transport import RayTransport, host_here
+from distplat.actors.ray_transport import RayTransport, host_here, location_here
 from distplat.actors.task_check import check_task
 from distplat.actors.task_loading import (
     TrainFunction,
@@ -45,12 +45,14 @@ from distplat.actors.weights import Reply
 from distplat.platform.checkpoints import Delivery
 from distplat.platform.errors import Abandoned, DeadlineExceeded, DistplatError, StateLost
 from distplat.platform.progress import AnyReport, StepReport
+from distplat.platform.recovery import policy_of
 from distplat.platform.spec import Job
 from distplat.platform.stop_order import StopOrder
 from distplat.platform.tensor_slices import Bundle, Bytes
+from distplat.platform.torchrun import ProcessLocation, TorchrunLaunch, free_port, variables_of
 from distplat.strategies.checkpoint.checkpoint_reader import SavedState
 from distplat.strategies.checkpoint.parts import model_part
-from distplat.strategies.collective import Collective, gather_bytes
+from distplat.strategies.collective import Collective, gather_values
 from distplat.strategies.function.api import running
 from distplat.strategies.function.function_session import (
     FunctionSession,
@@ -82,10 +84,11 @@ def run_function(
     job: Job,
     load: Callable[[], TrainFunction],
     group: Collective,
-    node: str,
+    location: ProcessLocation,
     ports: SessionPorts,
     shards: LoopShards | None,
     rendezvous: Callable[[], Any] | None = None,
+    attempt: int = 0,
 ) -> dict[str, Tensor]:
     """
     Call a train function; give the state of what it has prepared. Raises what it raises.
@@ -94,14 +97,15 @@ def run_function(
         job: the run.
         load: gives the function; seeded before, as for a task.
         group: all ranks.
-        node: this rank's.
+        location: this rank's.
         ports: to the worker.
         shards: the way to parameter servers; None: the strategy has none.
         rendezvous: see `as_torchrun`; None: torch.distributed has no group, as ranks are threads.
+        attempt: see `WorkOrder`.
     """
     check_device("cuda" if job.scaling.use_gpu else "cpu")
     device = own_device() if job.scaling.use_gpu else torch.device("cpu")
-    context = _train_context(job.name, group, node, device)
+    context = _train_context(job, attempt, group, location, device)
     session = FunctionSession(job, context, group, ports, shards)
     try:
         with as_torchrun(context, rendezvous) if rendezvous is not None else nullcontext():
@@ -129,14 +133,18 @@ def loaded(order: WorkOrder) -> TrainFunction:
     return function
 
 
-def _train_context(job: str, group: Collective, node: str, device: torch.device) -> TrainContext:
-    nodes = gather_bytes(node.encode(), group, device)
-    local_ranks = [rank for rank, name in enumerate(nodes) if name == node.encode()]
-    hosts = list(dict.fromkeys(nodes))
-    local, node_rank = local_ranks.index(group.rank), hosts.index(node.encode())
-    return TrainContext(
-        group.rank, group.world, local, len(local_ranks), device, node_rank, len(hosts), job
-    )
+def _train_context(
+    job: Job, attempt: int, group: Collective, location: ProcessLocation, device: torch.device
+) -> TrainContext:
+    port = free_port() if group.rank == 0 else 0
+    told = gather_values([location.node, location.host, port], group, device)
+    locations = [ProcessLocation(node, host) for node, host, _ in told]  # GPUs are there already
+    restarts = policy_of(job.failure, survives_worker_loss=False, checkpoints=True).max_failures
+    launch = TorchrunLaunch(job.name, told[0][2], attempt, restarts)
+    said = variables_of(group.rank, locations, launch)
+    local = int(said["LOCAL_RANK"]), int(said["LOCAL_WORLD_SIZE"])
+    nodes = int(said["GROUP_RANK"]), int(said["GROUP_WORLD_SIZE"])
+    return TrainContext(group.rank, group.world, *local, device, *nodes, said)
 
 
 _BEGAN_IN = Path.cwd()
@@ -327,10 +335,11 @@ class Session:
                 order.job,
                 lambda: loaded(order),
                 connection.group(order),
-                RayTransport().node,
+                location_here(),
                 SessionPorts(self._report, uploader.take, progress, _saved(order), ending),
                 connection.shards(order),
                 connection.default_group(order).rendezvous,
+                order.attempt,
             )
             uploader.flush()
             return saved_model(trained)

@@ -18,6 +18,7 @@ from types import FrameType
 
 import distplat
 from distplat.platform.errors import InfrastructureError, PeerLost, UserCodeError
+from distplat.platform.torchrun import ALONE
 
 _OURS = [
     (Path(distplat.__file__).parent / part).resolve()
@@ -76,8 +77,7 @@ _LOST_PEER = (
 _REMEDIES = (
     ("Default process group has not been initialized", _GROUP),
     ("using env:// rendezvous", _GROUP),
-    ("'LOCAL_RANK'", _GROUP),
-    ("'WORLD_SIZE'", _GROUP),
+    *((f"'{name}'", _GROUP) for name in ALONE),
     (
         "object has no attribute 'module'",
         "prepare() gives the model that it got, without a wrapper around it: for "

@@ -6,6 +6,7 @@ Names and meanings: https://docs.pytorch.org/docs/stable/elastic/run.html#enviro
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -53,41 +54,63 @@ def ranks_of(locations: Sequence[ProcessLocation]) -> list[int]:
 def environments(
     locations: Sequence[ProcessLocation], launch: TorchrunLaunch
 ) -> list[dict[str, str]]:
+    """Number processes by `ranks_of`; give the variables of each, in the order of the locations."""
+    ranks = ranks_of(locations)
+    by_rank = [locations[ranks.index(rank)] for rank in range(len(ranks))]
+    return [variables_of(rank, by_rank, launch) for rank in ranks]
+
+
+def variables_of(
+    rank: int, locations: Sequence[ProcessLocation], launch: TorchrunLaunch
+) -> dict[str, str]:
     """
-    Give the variables of each process, in the order of the locations.
+    Give the variables of a process.
 
     On a node with GPUs each process sees those of all of them, so that
     `torch.cuda.set_device(LOCAL_RANK)` is right.
+
+    Args:
+        rank: of the process.
+        locations: of all ranks, in their order.
+        launch: what they share.
     """
-    ranks = ranks_of(locations)
     nodes = list(dict.fromkeys(location.node for location in locations))
-    master = locations[ranks.index(0)].host
-    variables = []
-    for location, rank in zip(locations, ranks, strict=True):
-        local = [index for index, other in enumerate(locations) if other.node == location.node]
-        values = {
-            "RANK": rank,
-            "WORLD_SIZE": len(locations),
-            "LOCAL_RANK": rank - min(ranks[index] for index in local),
-            "LOCAL_WORLD_SIZE": len(local),
-            "GROUP_RANK": nodes.index(location.node),
-            "GROUP_WORLD_SIZE": len(nodes),
-            "ROLE_RANK": rank,
-            "ROLE_WORLD_SIZE": len(locations),
-            "ROLE_NAME": "default",
-            "MASTER_ADDR": master,
-            "MASTER_PORT": launch.port,
-            "TORCHELASTIC_RESTART_COUNT": launch.restarts,
-            "TORCHELASTIC_MAX_RESTARTS": launch.max_restarts,
-            "TORCHELASTIC_RUN_ID": launch.run,
-            "TORCHELASTIC_USE_AGENT_STORE": False,  # rank 0 opens the store
-        }
-        gpus = sorted({gpu for index in local for gpu in locations[index].gpus}, key=_number)
-        if gpus:
-            values["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)
-        variables.append({name: str(value) for name, value in values.items()})
-    return variables
+    node = locations[rank].node
+    local = [other for other, location in enumerate(locations) if location.node == node]
+    values = {
+        "RANK": rank,
+        "WORLD_SIZE": len(locations),
+        "LOCAL_RANK": local.index(rank),
+        "LOCAL_WORLD_SIZE": len(local),
+        "GROUP_RANK": nodes.index(node),
+        "GROUP_WORLD_SIZE": len(nodes),
+        "ROLE_RANK": rank,
+        "ROLE_WORLD_SIZE": len(locations),
+        "ROLE_NAME": "default",
+        "MASTER_ADDR": locations[0].host,
+        "MASTER_PORT": launch.port,
+        "TORCHELASTIC_RESTART_COUNT": launch.restarts,
+        "TORCHELASTIC_MAX_RESTARTS": launch.max_restarts,
+        "TORCHELASTIC_RUN_ID": launch.run,
+        "TORCHELASTIC_USE_AGENT_STORE": False,  # rank 0 opens the store
+    }
+    gpus = sorted({gpu for other in local for gpu in locations[other].gpus}, key=_number)
+    if gpus:
+        values["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)
+    return {name: str(value) for name, value in values.items()}
+
+
+def free_port() -> int:
+    """Find a port of this node that is free now."""
+    with socket.socket() as listener:
+        listener.bind(("", 0))
+        port: int = listener.getsockname()[1]
+        return port
 
 
 def _number(gpu: str) -> tuple[int, str]:
     return (int(gpu), gpu) if gpu.isdigit() else (-1, gpu)
+
+
+ALONE = variables_of(0, [ProcessLocation("", "127.0.0.1")], TorchrunLaunch("check", 29500))
+"""What a process would have that is the only one: for code that reads them when it is imported."""

@@ -12,7 +12,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -84,8 +84,8 @@ class TrainContext:
     node_rank: int = 0
     """Of its node, among those that have workers."""
     nodes: int = 1
-    job: str = ""
-    """Its name."""
+    variables: Mapping[str, str] = field(default_factory=dict, repr=False, compare=False)
+    """Torchrun's, for the environment."""
 
     def get_world_rank(self) -> int:
         """Give this worker's number, from 0."""
@@ -111,19 +111,6 @@ class TrainContext:
     def is_main_process(self) -> bool:
         """Whether this is rank 0, whose reports are the run's metrics."""
         return self.rank == 0
-
-    @property
-    def variables(self) -> dict[str, str]:
-        """What scripts read of torchrun's environment variables."""
-        return {
-            "RANK": str(self.rank),
-            "WORLD_SIZE": str(self.world),
-            "LOCAL_RANK": str(self.local_rank),
-            "LOCAL_WORLD_SIZE": str(self.local_world),
-            "GROUP_RANK": str(self.node_rank),
-            "GROUP_WORLD_SIZE": str(self.nodes),
-            "TORCHELASTIC_RUN_ID": self.job,  # by this Lightning goes by the others
-        }
 
 
 @dataclass(frozen=True)

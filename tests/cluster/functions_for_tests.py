@@ -15,6 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, TensorDataset
 
 import distplat
+from distplat.platform.torchrun import ALONE
 
 
 def data_of() -> TensorDataset:
@@ -112,6 +113,7 @@ def script(batch_size: int, folder: str, *, kill_in: int = -1, raise_in: int = -
     dist.init_process_group("gloo")
     rank = int(os.environ["RANK"])
     assert (rank, LOCAL_RANK) == (dist.get_rank(), int(os.environ["LOCAL_RANK"]))
+    assert ALONE.keys() <= os.environ.keys()
     inner = model_of()
     optimizer = torch.optim.AdamW(inner.parameters(), lr=0.05)
     model = DistributedDataParallel(inner)

@@ -16,6 +16,7 @@ from distplat.actors.training import run_function
 from distplat.platform.checkpoints import Delivery
 from distplat.platform.progress import AnyReport
 from distplat.platform.spec import Job
+from distplat.platform.torchrun import ProcessLocation
 from distplat.strategies.catalog import make_job, make_strategy
 from distplat.strategies.checkpoint.checkpoint_reader import SavedState
 from distplat.strategies.fakes import Fabric
@@ -69,7 +70,7 @@ def call_on_ranks(
             job,
             lambda: function,
             fabric.collective(rank),
-            nodes(rank),
+            ProcessLocation(nodes(rank), f"{nodes(rank)}.cluster"),
             SessionPorts(
                 found.reports.append, uploader.take, Progress(), saved, lambda: ending(rank)
             ),

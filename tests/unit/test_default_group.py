@@ -297,6 +297,11 @@ def test_the_variables_of_torchrun_say_where_a_worker_is(rank: int, local: str, 
     assert mine["node"] == node
     assert mine["LOCAL_WORLD_SIZE"] == ("1" if rank == 1 else "2")
     assert mine["TORCHELASTIC_RUN_ID"] == "test"
+    assert (mine["ROLE_RANK"], mine["ROLE_WORLD_SIZE"]) == (str(rank), "3")
+    assert (mine["TORCHELASTIC_RESTART_COUNT"], mine["TORCHELASTIC_MAX_RESTARTS"]) == ("0", "3")
+    assert {one["MASTER_ADDR"] for one in found.values()} == {"a.cluster"}
+    [port] = {int(one["MASTER_PORT"]) for one in found.values()}
+    assert port > 1023
 
 
 def test_a_group_that_was_there_before_stays() -> None:

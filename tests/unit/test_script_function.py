@@ -1,5 +1,6 @@
 """A script as a train function: `task: train.py --lr 0.1`."""
 
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +16,7 @@ from distplat.actors.task_check import TaskCheck
 from distplat.actors.task_loading import load_train_function
 from distplat.platform.errors import SpecError, UserCodeError
 from distplat.platform.own_loop import script_of
+from distplat.platform.torchrun import ALONE
 from distplat.strategies.catalog import make_job
 
 SCRIPT = """
@@ -95,6 +97,24 @@ def test_a_script_that_exits_with_a_code_has_failed(
 ) -> None:
     with pytest.raises(UserCodeError, match=text):
         fit(folder, f"loops/train.py {arguments}")
+
+
+def test_a_script_finds_all_that_torchrun_tells(
+    folder: Path, capsys: CaptureFixture[str], monkeypatch: MonkeyPatch
+) -> None:
+    for name in ALONE:
+        monkeypatch.delenv(name, raising=False)
+    tells = f"\nimport os; print('told:', *(os.environ[name] for name in {[*ALONE]}))\n"
+    (folder / "loops" / "train.py").write_text(tells + SCRIPT)
+    fit(folder, "loops/train.py")
+    [line] = [one for one in capsys.readouterr().out.splitlines() if one.startswith("told:")]
+    told = dict(zip(ALONE, line.split()[1:], strict=True))
+    given = {"MASTER_PORT", "TORCHELASTIC_RUN_ID", "TORCHELASTIC_MAX_RESTARTS"}
+    assert {name: told[name] for name in {*ALONE} - given} == {
+        name: value for name, value in ALONE.items() if name not in given
+    }
+    assert told["TORCHELASTIC_MAX_RESTARTS"] == "3"
+    assert "MASTER_ADDR" not in os.environ
 
 
 def checked(folder: Path, entry: str) -> list[str]:

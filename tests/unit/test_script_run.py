@@ -400,7 +400,17 @@ def test_a_command_finds_what_it_would_find_without_a_watcher() -> None:
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
-        env={"PYTHONUNBUFFERED": "1", **os.environ},
+        env={"PYTHONUNBUFFERED": "1", "TORCH_NCCL_ASYNC_ERROR_HANDLING": "1", **os.environ},
         check=True,
     )
     assert end_of(start("bash", "-c", looks)) == (alone.stdout.splitlines(), 0)
+
+
+def test_torchs_way_with_errors_of_nccl_is_torchruns_unless_it_is_set(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    name = "TORCH_NCCL_ASYNC_ERROR_HANDLING"
+    monkeypatch.delenv(name, raising=False)
+    assert end_of(start("bash", "-c", f"echo ${name}")) == (["1"], 0)
+    monkeypatch.setenv(name, "0")
+    assert end_of(start("bash", "-c", f"echo ${name}")) == (["0"], 0)

@@ -457,12 +457,13 @@ def test_a_full_dev_shm_is_named_with_its_size(text: str, monkeypatch: pytest.Mo
         "torch.distributed.init_process_group('gloo')",
         "torch.utils.data.DistributedSampler([1, 2])",
         "os.environ['LOCAL_RANK']",
+        "os.environ['MASTER_ADDR']",
     ],
 )
 def test_what_a_ddp_script_asks_for_is_told_what_stands_for_it(
     line: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR"):
         monkeypatch.delenv(name, raising=False)
     remedy = caught(exec, "import os, torch\n" + line).remedy
     assert "distplat.get_context()" in remedy and "distplat.prepare" in remedy
