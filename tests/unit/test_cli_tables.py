@@ -62,6 +62,8 @@ def test_who_wants_colours_in_a_pipe_gets_them_in_lines_as_they_are(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    for name in ("NO_COLOR", "TTY_COMPATIBLE"):
+        monkeypatch.delenv(name, raising=False)
     for name, value in {"COLUMNS": "20", "TERM": "xterm-256color", **environ}.items():
         monkeypatch.setenv(name, value)
     print_table(("NAME", "VALUE"), ROWS, ["", "red"])
