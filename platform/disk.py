@@ -80,6 +80,27 @@ def _sync(folder: Path) -> None:
         os.close(directory)
 
 
+def regular_file(path: Path) -> IO[bytes]:
+    """
+    Open a file that somebody else may have written; the caller closes it.
+
+    Raises:
+        FileNotFoundError: it is not there.
+        StorageError: it may not be read, or is a link, a pipe or a device.
+    """
+    try:
+        # No links: they could lead to a file of ours. Without waiting: a pipe has no end.
+        file = open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW), "rb")
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise _unreadable(path, error) from error
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise StorageError(f"cannot read {path}: it is no regular file")
+    return file
+
+
 @contextlib.contextmanager
 def open_regular(path: Path) -> Iterator[IO[bytes] | None]:
     """
@@ -89,17 +110,20 @@ def open_regular(path: Path) -> Iterator[IO[bytes] | None]:
         StorageError: it may not be read, or is a link, a pipe or a device.
     """
     try:
-        # No links: they could lead to a file of ours. Without waiting: a pipe has no end.
-        flags = os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW
-        with open(os.open(path, flags), "rb") as file:
-            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-                raise StorageError(f"cannot read {path}: it is no regular file")
-            yield file
+        file = regular_file(path)
     except FileNotFoundError:
         yield None
-    except OSError as error:
-        why = "it is a link" if error.errno == errno.ELOOP else error.strerror
-        raise StorageError(f"cannot read {path}: {why}") from error
+        return
+    with file:
+        try:
+            yield file
+        except OSError as error:
+            raise _unreadable(path, error) from error
+
+
+def _unreadable(path: Path, error: OSError) -> StorageError:
+    why = "it is a link" if error.errno == errno.ELOOP else error.strerror
+    return StorageError(f"cannot read {path}: {why}")
 
 
 def check_regular(path: Path) -> None:

@@ -25,8 +25,8 @@ from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
-from distplat.platform.checkpoints import FOLDER, MANIFEST, Catalogue
-from distplat.platform.disk import SETTING, in_thread, with_deadline
+from distplat.platform.checkpoints import FOLDER, MANIFEST, Catalogue, listed
+from distplat.platform.disk import SETTING, in_thread, regular_file, with_deadline
 from distplat.platform.errors import StorageError
 from distplat.platform.remote_storage import (
     AccessRefused,
@@ -235,7 +235,7 @@ class RunUpload:
     def _send(self, name: str, path: Path) -> None:
         began = time.monotonic()
         try:
-            file = path.open("rb")
+            file = regular_file(path)
         except FileNotFoundError:
             return
         with file:
@@ -265,23 +265,47 @@ class _CheckpointUploads:
         return [self._catalogue.path(step).name for step in self._missing(local)]
 
     def bring_newest(self) -> None:
-        """Bring the newest that is not there."""
-        local = self._local_checkpoints()
-        if not (missing := self._missing(local)):
-            return
-        step = max(missing)
-        if self._held is None or self._held.signature != local[step]:
-            if self._held is not None:
-                self._held.close()
+        """
+        Bring the newest that is not there and can be read.
+
+        Raises:
+            StorageError: all that are not there cannot be read.
+        """
+        local, unreadable = self._local_checkpoints(), None
+        for step in sorted(self._missing(local), reverse=True):
             try:
-                self._held = _OpenCheckpoint(self._catalogue.path(step), step, local[step])
-            except FileNotFoundError:  # deleted a moment ago
-                self._held = None
+                held = self._open(step, local[step])
+            except StorageError as error:
+                unreadable = unreadable or error
+                continue
+            if held is not None:
+                self._upload(held)
+                self._uploaded[step] = local[step]
+                self._release()
                 return
-        self._upload(self._held)
-        self._uploaded[step] = local[step]
-        self._held.close()
-        self._held = None
+        if unreadable is not None:
+            raise unreadable
+
+    def _open(self, step: int, signature: Signature) -> _OpenCheckpoint | None:
+        """Hold a checkpoint open; None: it was deleted a moment ago."""
+        if self._held is not None and (self._held.step, self._held.signature) == (step, signature):
+            return self._held
+        self._release()
+        path = self._catalogue.path(step)
+        try:
+            self._held = _OpenCheckpoint(path, step, signature)
+        except (FileNotFoundError, StorageError) as error:
+            if signature_of(path / MANIFEST) != signature:
+                return None
+            if isinstance(error, FileNotFoundError):
+                raise StorageError(f"cannot read {error.filename}: {error.strerror}") from error
+            raise
+        return self._held
+
+    def _release(self) -> None:
+        if self._held is not None:
+            self._held.close()
+            self._held = None
 
     def retire(self) -> None:
         """Remove what is not here any more, and what was begun and left."""
@@ -326,17 +350,24 @@ class _OpenCheckpoint:
     """
     A checkpoint whose files are open, the manifest as the last.
 
+    Only what the manifest lists, and nothing behind a link: whoever gave the run to the user names
+    the URL in its `job.yaml`, too.
+
     Raises:
         FileNotFoundError: it is not there any more.
+        StorageError: its manifest is damaged, or it holds a link, a pipe or a device.
     """
 
     def __init__(self, path: Path, step: int, signature: Signature) -> None:
         self.step, self.signature = step, signature
         self.sent: set[str] = set()
+        for folder in (path.parent, path):
+            if folder.is_symlink():
+                raise StorageError(f"cannot read {folder}: it is a link")
         with ExitStack() as stack:
-            names = sorted(os.listdir(path), key=lambda name: (name == MANIFEST, name))
             self.files: dict[str, IO[bytes]] = {
-                name: stack.enter_context((path / name).open("rb")) for name in names
+                name: stack.enter_context(regular_file(path / name))
+                for name in [*sorted(listed(path)), MANIFEST]
             }
             self.close = stack.pop_all().close
 
@@ -396,7 +427,7 @@ def check_access(
     storage = _storage_of(folder, storage_url, limit_s)
 
     def put() -> None:
-        with (folder / JOB).open("rb") as file:
+        with regular_file(folder / JOB) as file:
             storage.put(JOB, file, os.fstat(file.fileno()).st_size)
 
     def put_again() -> None:
