@@ -88,18 +88,20 @@ class Package:
         return f"shipping {count}, {size_text(self.size)}, of {self.folder}{details}"
 
 
-def refuse_home(folder: Path) -> None:
+def refuse_home(folder: Path, why: str) -> None:
     """
-    Refuse to ship a whole home directory, or the root, because a job file lies there.
+    Refuse to ship a home directory, or a folder that one lies in, which nobody has named.
+
+    Args:
+        folder: would be shipped.
+        why: for the message.
 
     Raises:
         SpecError: it is one of them.
     """
-    home = Path(os.path.expanduser("~")).resolve()
-    if folder.resolve() in (home, Path(folder.resolve().anchor)):
-        message = (
-            f"{folder} would be shipped to the cluster as a whole, for the job file lies there"
-        )
+    shipped, home = folder.resolve(), Path(os.path.expanduser("~")).resolve()
+    if home.is_relative_to(shipped) or shipped == Path(shipped.anchor):
+        message = f"{folder} would be shipped to the cluster as a whole, for {why}"
         hint = "move the job to a folder of its own, or name the folder with --working-dir"
         raise SpecError(Problem(("--working-dir",), message, hint))
 

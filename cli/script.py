@@ -22,6 +22,7 @@ from distplat.cli.common_options import (
     is_json,
 )
 from distplat.cli.drive import flush_or_discard
+from distplat.cli.package import Package, refuse_home
 from distplat.cli.render import print_pairs
 from distplat.platform.errors import Problem, SpecError, naming_path, printable
 from distplat.platform.progress import to_json
@@ -127,7 +128,8 @@ def submit_script(
     job_fields = tuple(command), folder, _storage(storage_path), scaling
     job = ScriptJob(_name(name, command), *job_fields, max_restarts, start_timeout)
     lines = Lines(sys.stderr if as_json else sys.stdout, num_workers, quiet=quiet)
-    with _ray(address, folder, (runtime_env, runtime_env_json), quiet=quiet):
+    user_env, asked = (runtime_env, runtime_env_json), working_dir is not None
+    with _ray(address, folder, user_env, folder_named=asked, quiet=quiet):
         result = train_script(job, lines)
     with suppress(OSError):  # it has ended well, whether somebody reads it or not
         _print(job, result, as_json=as_json)
@@ -194,10 +196,22 @@ def _name(name: str | None, command: list[str]) -> str:
 
 
 def _ray(
-    address: str | None, folder: Path, user: tuple[Path | None, str | None], *, quiet: bool
+    address: str | None,
+    folder: Path,
+    user: tuple[Path | None, str | None],
+    *,
+    folder_named: bool,
+    quiet: bool,
 ) -> AbstractContextManager[None]:
     """
     Connect to the cluster; a local Ray is started by the run itself.
+
+    Args:
+        address: `--address`.
+        folder: of the script.
+        user: `--runtime-env` and `--runtime-env-json`.
+        folder_named: `--working-dir` names it; a home directory is refused otherwise.
+        quiet: says nothing.
 
     Raises:
         SpecError: a job API, which this command does not speak; options without effect.
@@ -214,4 +228,10 @@ def _ray(
         hint = "give --address"
         raise SpecError(Problem(("--runtime-env",), "has effect on a cluster only", hint))
     say(f"running on {named(target)}")
-    return connection(target, folder, *user, lambda package: say(str(package)))
+
+    def shipping(package: Package) -> None:
+        if not folder_named:
+            refuse_home(package.folder, "the command is run from there")
+        say(str(package))
+
+    return connection(target, folder, *user, shipping)

@@ -31,7 +31,7 @@ says how many files and bytes. Left out are what `.gitignore` and `.rayignore` n
 `*.env`, `.netrc`, `.aws`, `.config`, `.ssh`, `*.pem`, `id_rsa`, `token`, `credentials.json`, ...;
 the list is `SECRETS` in `cli/package.py`); `submit` names the latter. A link to such a file, and
 a file that holds a private key under another name, are refused: list them in `.rayignore`. A home
-directory is refused unless `--working-dir` names it. Ray keeps the package where every user of the
+directory, and one that it lies in, is refused unless `--working-dir` names it. Ray keeps the package where every user of the
 cluster can read it. A file that the task imports and that would be left out is named before the
 upload.
 

@@ -2,15 +2,19 @@
 
 import errno
 import io
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from distplat.actors import script_run
-from distplat.cli import script
+from distplat.cli import script, submit
+from distplat.cli.address import Target
 from distplat.cli.main import run
+from distplat.cli.package import Package
 from distplat.cli.script import Lines, routed
+from distplat.platform.errors import Interrupted
 
 
 @pytest.mark.parametrize(
@@ -51,6 +55,40 @@ def test_refused_before_anything_starts(
     assert run(["submit", *args.split()]) == 2
     assert told in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("kind", ["driver", "here"])
+@pytest.mark.parametrize(
+    ("folder", "named", "refused"),
+    [(".", False, True), ("..", False, True), ("job", False, False), (".", True, False)],
+)
+def test_a_home_directory_is_shipped_only_if_it_was_named(
+    kind: Any,
+    folder: str,
+    named: bool,
+    refused: bool,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """To several nodes, also of a Ray that nobody named."""
+    home = tmp_path / "home"
+    (home / "job").mkdir(parents=True)
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.chdir(home / folder)
+    shipped: list[Package] = []
+
+    def connection(target: Target, folder: Path, *args: Any) -> AbstractContextManager[None]:
+        shipped.append(Package(folder, 1, 1, ""))
+        args[-1](shipped[0])
+        raise Interrupted(2)  # far enough
+
+    target = Target(kind, "HOST:6379", "--address")
+    monkeypatch.setattr(submit, "choose_target", lambda *args, **more: target)
+    monkeypatch.setattr(submit, "connection", connection)
+    options = ["--working-dir", "."] if named else []
+    code = run(["submit", *options, "--", "python", "x.py"])
+    assert shipped[0].folder == (home / folder).resolve()
+    assert code == (2 if refused else 130)
 
 
 class Closed(io.StringIO):

@@ -203,10 +203,11 @@ def test_a_home_directory_is_shipped_only_if_it_was_named(
     ):
         SubmitRequest(JobSource(folder / "job.yaml")).shipping(None, package)
     SubmitRequest(JobSource(folder / "job.yaml", working_dir=folder)).shipping(None, package)
-    with pytest.raises(SpecError, match="--working-dir: / would be shipped"):
-        refuse_home(Path("/"))
+    for above in (Path("/"), folder.parent):
+        with pytest.raises(SpecError, match=f"--working-dir: {above} would be shipped.*, for why"):
+            refuse_home(above, "why")
     (folder / "job").mkdir()
-    refuse_home(folder / "job")
+    refuse_home(folder / "job", "why")
 
 
 @pytest.mark.parametrize(
