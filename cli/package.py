@@ -26,19 +26,23 @@ from distplat.platform.errors import Problem, SpecError
 from distplat.platform.own_loop import script_of
 
 SECRETS = (
-    *(".env", ".env.*", "*.env", ".envrc", "*.pem", "*.key", "*.p12", "*.pfx", "*.jks", "*.kdbx"),
-    *("*.ppk", "*.keystore", "id_rsa*", "id_dsa*", "id_ecdsa*", "id_ed25519*", ".ssh", ".gnupg"),
-    *(".aws", ".azure", ".gcloud", ".config", ".kube", ".docker", ".dockercfg", ".kaggle"),
-    *(".huggingface", ".databrickscfg", "*.tfstate", ".terraformrc", ".*_history", ".rhistory"),
-    *(".netrc", "_netrc", ".pgpass", ".my.cnf", ".pypirc", ".pip", "pip.conf", ".condarc"),
-    *(".npmrc", ".git-credentials", ".htpasswd", ".boto", ".s3cfg", ".vault-token", "token"),
-    *("auth_token", "credentials.json", "client_secret*.json", "service?account*.json"),
-    *("*[-_]credentials.json", "credentials.csv", "credentials.toml", "rootkey.csv"),
-    *("*accesskeys*.csv", "kaggle.json", "application_default_credentials.json"),
-    *("secrets.json", "secrets.toml", "secrets.yaml", "secrets.yml", ".secrets", ".secrets.*"),
-    *(".token", "token.json", "token.txt", "hf_token", ".hf_token", "hf_token.txt"),
-    *("*api?key.txt", "*apikey.txt", "*.keytab", "krb5cc_*", "*.p8", "*.gpg", "*.tfvars"),
-    *(".passwd*", ".vault_pass*", "rclone.conf", ".oci", ".yarnrc.yml", ".modal.toml"),
+    *(".env*", "*.env", "*.env~", "*.env.bak", "*.pem", "*.key", "*.p12", "*.pfx", "*.jks"),
+    *("*.kdbx", "*.ppk", "*.keystore", "*.ovpn*", "wg[0-9].conf", "*.keytab", "krb5cc_*"),
+    *("*.p8", "*.gpg", "id_rsa*", "id_dsa*", "id_ecdsa*", "id_ed25519*", ".ssh", ".gnupg"),
+    *(".aws", ".azure", ".gcloud", ".config", ".kube", ".docker", ".dockercfg*", ".kaggle"),
+    *(".huggingface", ".databrickscfg*", "*.tfstate*", ".terraformrc*", "*.tfvars*"),
+    *("kubeconfig", "kubeconfig~", "kubeconfig.bak", "kubeconfig.y*ml*", "kube?config.y*ml*"),
+    *("*.kubeconfig*", ".netrc*", "_netrc*", ".pgpass*", ".my.cnf*", ".pypirc*", ".pip"),
+    *("pip.conf*", ".condarc*", ".npmrc*", ".git-credentials*", ".htpasswd*", ".boto*"),
+    *(".s3cfg*", ".vault-token*", ".vault_pass*", "token", "token~", "auth_token"),
+    *("credentials.json*", "client_secret*.json*", "service?account*.json*"),
+    *("*[-_]credentials.json*", "credentials.csv*", "credentials.toml*", "rootkey.csv*"),
+    *("*accesskeys*.csv*", "kaggle.json*", "application_default_credentials.json*"),
+    *("secret.json*", "secret.toml*", "secret.y*ml*", "*[-_]secret.y*ml*", ".secrets*"),
+    *("secrets.json*", "secrets.toml*", "secrets.y*ml*", "*[-_]secrets.y*ml*"),
+    *(".token", "token.json", "token.txt", "hf_token", ".hf_token*", "hf_token.txt"),
+    *("*api?key.txt", "*apikey.txt", "cookies.txt", ".*_history", ".rhistory"),
+    *(".passwd*", "rclone.conf*", ".oci", ".yarnrc.yml*", ".modal.toml*"),
 )
 """Names that are known to hold keys and passwords: all users of a cluster could read them."""
 
@@ -53,7 +57,13 @@ EXCLUDES = (".git", ".venv", "venv", "__pycache__", "runs", ".ray", *_SECRETS)
 MAX_PACKAGE = 100 * 2**20
 MAX_ENTRIES = 200_000
 """Files and folders that are looked at; Ray would pack more for minutes."""
-_PRIVATE_KEY = re.compile(rb"^-----BEGIN (?:[A-Z0-9]+ )*PRIVATE KEY", re.MULTILINE)
+_PRIVATE_KEY = re.compile(
+    rb"^-----BEGIN (?:[A-Z0-9]+ )*PRIVATE KEY"
+    rb"|^PuTTY-User-Key-File-\d"
+    # Within a line, or indented, it may be a word about keys: there a part of the key must follow.
+    rb"|-----BEGIN (?:[A-Z0-9]+ )*PRIVATE KEY-----(?:\\[nr]|\s)+[A-Za-z0-9+/]{40}",
+    re.MULTILINE,
+)
 _KEY_BYTES = 2**16
 """No file with a private key is larger, and most files are."""
 _SHOWN = 5

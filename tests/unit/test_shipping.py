@@ -76,6 +76,17 @@ def folder(tmp_path: Path) -> Iterator[Path]:
         "me.keytab",
         ".secrets.toml",
         "prod.tfvars",
+        ".env-prod",
+        ".env~",
+        "prod.env.bak",
+        ".netrc.bak",
+        ".pypirc~",
+        "terraform.tfstate.backup",
+        "kubeconfig.yaml",
+        "secret.yaml",
+        "db-secret.yml",
+        "credentials.json.old",
+        "client.ovpn",
     ],
 )
 def test_a_known_secret_is_not_shipped(secret: str, folder: Path) -> None:
@@ -100,6 +111,12 @@ def test_a_known_secret_is_not_shipped(secret: str, folder: Path) -> None:
         "tokenizer.json",
         "api_keys.py",
         "accesskeys.py",
+        "kubeconfig.py",
+        "environment.yml",
+        "envs/pole.py",
+        "base.env.yaml",
+        "token.jsonl",
+        "secret_santa.yaml",
     ],
 )
 def test_what_only_sounds_like_a_secret_is_shipped(name: str, folder: Path) -> None:
@@ -165,6 +182,42 @@ def test_a_private_key_under_another_name_is_refused(kind: str, folder: Path) ->
     text = "subject=CN = me\n-----BEGIN {}PRIVATE KEY-----\nMIIE\n"
     (folder / "deploy").write_text(text.format(kind))
     assert f"{folder / 'deploy'} holds a private key" in refusal(folder)
+
+
+BODY = "MIIEvQIBADANBgkqhkiG9w0BAQEFAASCBKcwggSjAgEAAoIBAQC7VJTUt9Us8cKj"
+HEAD = "-----BEGIN PRIVATE KEY-----"
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("proj-4f3a2b1c9d8e.json", '{"private_key": "' + HEAD + "\\n" + BODY + '\\n"}'),
+        ("values.yaml", f"tls:\n  key: |\n    {HEAD}\n    {BODY}\n"),
+        ("windows.yaml", f"tls:\r\n  key: |\r\n    {HEAD}\r\n    {BODY}\r\n"),
+        ("deploy", "PuTTY-User-Key-File-3: ssh-ed25519\nEncryption: none\n"),
+    ],
+)
+def test_a_private_key_within_a_file_is_refused(name: str, text: str, folder: Path) -> None:
+    (folder / name).write_bytes(text.encode())
+    assert f"{folder / name} holds a private key" in refusal(folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("test_keys.py", f'KEY = "{HEAD}\\nabc\\n"\n    {HEAD}\n'),
+        ("check.py", f'if text.startswith("{HEAD}"):\n    {BODY} = 1\n'),
+        ("README.md", f"Begin with `{HEAD}`.\n\n    {HEAD}\n    ...\n"),
+        ("public.txt", f"-----BEGIN PUBLIC KEY-----\n{BODY}\n"),
+        (
+            "config.json",
+            json.dumps({"private_key": "path/to/key", "note": "PuTTY-User-Key-File-3"}),
+        ),
+    ],
+)
+def test_words_about_keys_are_shipped(name: str, text: str, folder: Path) -> None:
+    (folder / name).write_text(text)
+    assert names(folder) == {"lin.py", name}
 
 
 @pytest.mark.parametrize("inside", [True, False])
