@@ -30,7 +30,7 @@ from distplat.cli.address import (
     unset,
     why_untrusted,
 )
-from distplat.cli.package import Package, measure
+from distplat.cli.package import Package, measure_environment
 from distplat.cli.shipping import JOB_VARIABLE
 from distplat.cli.versions import driver_mismatch
 from distplat.platform.disk import open_regular
@@ -238,8 +238,7 @@ def connected(
             _check_ray(address)
             if not (replaceable(runtime_env) and _joined_without_shipping(address)):
                 if runtime_env:
-                    folder = Path(runtime_env["working_dir"])
-                    shipping(measure(folder, runtime_env["excludes"], ignores))
+                    shipping(measure_environment(runtime_env, ignores))
                 _join(address, runtime_env)
     except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
         text = driver_mismatch(address, str(error))

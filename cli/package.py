@@ -13,13 +13,13 @@ import ast
 import fnmatch
 import os
 import re
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from stat import S_ISDIR, S_ISREG
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from distplat.cli.figures import size_text
 from distplat.platform.errors import Problem, SpecError
@@ -87,15 +87,21 @@ class Package:
     kept_back: tuple[Path, ...] = ()
     """Files and folders that stay, for their names are those of secrets."""
 
+    modules: "tuple[Package, ...]" = ()
+    """What goes beside it: the user's `py_modules`."""
+
     def __str__(self) -> str:
         """`shipping 12 files, 3.2 MB, of /home/me/job; the largest: weights.bin 3 MB`."""
+        return f"shipping {'; and '.join(map(Package._facts, (self, *self.modules)))}"
+
+    def _facts(self) -> str:
         count = "1 file" if self.files == 1 else f"{self.files} files"
         details = f"; the largest: {self.largest}" if self.largest else ""
         if self.kept_back:
             names = [str(path.relative_to(self.folder)) for path in self.kept_back[:_SHOWN]]
             more = ", ..." if len(self.kept_back) > _SHOWN else ""
             details += f"; not shipped, for they may hold keys: {', '.join(names)}{more}"
-        return f"shipping {count}, {size_text(self.size)}, of {self.folder}{details}"
+        return f"{count}, {size_text(self.size)}, of {self.folder}{details}"
 
 
 def refuse_home(folder: Path, why: str) -> None:
@@ -109,11 +115,51 @@ def refuse_home(folder: Path, why: str) -> None:
     Raises:
         SpecError: it is one of them.
     """
-    shipped, home = folder.resolve(), Path(os.path.expanduser("~")).resolve()
-    if home.is_relative_to(shipped) or shipped == Path(shipped.anchor):
+    if _holds_home(folder):
         message = f"{folder} would be shipped to the cluster as a whole, for {why}"
         hint = "move the job to a folder of its own, or name the folder with --working-dir"
         raise SpecError(Problem(("--working-dir",), message, hint))
+
+
+def _holds_home(folder: Path) -> bool:
+    whole, home = folder.resolve(), Path(os.path.expanduser("~")).resolve()
+    return home.is_relative_to(whole) or whole == Path(whole.anchor)
+
+
+def measure_environment(environment: Mapping[str, Any], ignores: Ignores) -> Package:
+    """
+    See what a cluster gets of this machine: the folder, and beside it the `py_modules`.
+
+    Args:
+        environment: `shipping.with_folders` gave it: the first module is distplat itself.
+        ignores: see `Ignores`.
+
+    Raises:
+        SpecError: see `measure`; or a module is a home directory.
+    """
+    excludes = environment["excludes"]
+    package = measure(Path(environment["working_dir"]), excludes, ignores)
+    paths = [Path(name) for name in environment["py_modules"][1:] if "://" not in name]
+    try:
+        modules = [_module(path, excludes, ignores) for path in paths if path.exists()]
+    except SpecError as error:
+        where = ("--runtime-env", "py_modules")
+        raise SpecError(*(replace(one, where=where) for one in error.problems)) from None
+    return replace(package, modules=tuple(modules))
+
+
+def _module(path: Path, excludes: Sequence[str], ignores: Ignores) -> Package:
+    """Measure one of `py_modules`: a directory, or a file."""
+    if _holds_home(path):
+        _refuse(path, "holds a home directory")
+    if _name_pattern(_SECRETS).match(path.resolve().name):
+        _refuse(path, "may hold a key")
+    _refuse_secret(path, path.parent)
+    if path.is_dir():
+        return measure(path, excludes, ignores)
+    if not path.is_file():
+        _refuse(path, "is a pipe, a socket or a device, and no file")
+    return Package(path, 1, path.stat().st_size, "")
 
 
 def measure(working_dir: Path, excludes: Sequence[str], ignores: Ignores) -> Package:
@@ -265,7 +311,7 @@ def _reading(path: Path) -> Iterator[None]:
 
 
 def _refuse(path: Path, why: str) -> NoReturn:
-    hint = "list it in .rayignore, or give another --working-dir"
+    hint = "list it in .rayignore, or ship another folder"
     raise SpecError(Problem(("--working-dir",), f"{path} {why}", hint))
 
 

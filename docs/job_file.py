@@ -34,7 +34,8 @@ a link to such a file, and a file of at most 64 KiB in which a private key is re
 (indented or in a JSON string, too) or in PuTTY's format. List them in `.rayignore`. A home
 directory, and one that it lies in, is refused unless `--working-dir` names it. Ray keeps the
 package where every user of the cluster can read it. A file that the task imports and that would be
-left out is named before the upload.
+left out is named before the upload. Directories and files that a runtime environment names as
+`py_modules` are counted, searched and refused in the same way, and a home directory always is.
 
 The cluster's own Python has to have what distplat imports. What it lacks is named, with its path
 (exit code 3); `--runtime-env-json '{"pip": ["typer"]}'` brings a package along.

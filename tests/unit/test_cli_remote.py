@@ -224,7 +224,7 @@ def test_a_job_is_sent_without_a_value_in_the_shell_line(
     environment = sent["runtime_env"]
     assert environment["working_dir"] == str(folder)
     assert [Path(module).name for module in environment["py_modules"]] == ["distplat", "m"]
-    assert {".git", ".[eE][nN][vV]", "*.[pP][eE][mM]", "data"} <= set(environment["excludes"])
+    assert {".git", ".[eE][nN][vV]*", "*.[pP][eE][mM]", "data"} <= set(environment["excludes"])
     assert environment["env_vars"]["A"] == "1"
     monkeypatch.chdir(folder)
     assert shipping.received_job(environment["env_vars"]) == Received(JOB, None, None)

@@ -12,7 +12,7 @@ from distplat.cli import join, shipping
 from distplat.cli import package as package_module
 from distplat.cli.address import Target
 from distplat.cli.main import run
-from distplat.cli.package import EXCLUDES, measure, refuse_home
+from distplat.cli.package import EXCLUDES, Package, measure, measure_environment, refuse_home
 from distplat.cli.shipping import read_runtime_env, with_folders
 from distplat.cli.submit import JobSource, SubmitRequest, connection
 from distplat.platform.errors import SpecError
@@ -261,6 +261,55 @@ def test_a_home_directory_is_shipped_only_if_it_was_named(
             refuse_home(above, "why")
     (folder / "job").mkdir()
     refuse_home(folder / "job", "why")
+
+
+def measured(folder: Path, *modules: Path | str) -> Package:
+    user = {"py_modules": [str(module) for module in modules]}
+    return measure_environment(with_folders(folder, user), nothing)
+
+
+def test_modules_beside_the_folder_are_counted_and_said(tmp_path: Path) -> None:
+    folder, lib, one = tmp_path / "job", tmp_path / "lib", tmp_path / "one.py"
+    for path in (folder / "lin.py", lib / "a.py", lib / ".env", one):
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("x")
+    package = measured(folder, lib, one, "s3://bucket/far.zip", "gone")
+    assert [(module.folder, module.files) for module in package.modules] == [(lib, 1), (one, 1)]
+    assert str(package) == (
+        f"shipping 1 file, 1 B, of {folder}; the largest: lin.py 1 B"
+        f"; and 1 file, 1 B, of {lib}; the largest: a.py 1 B"
+        f"; not shipped, for they may hold keys: .env; and 1 file, 1 B, of {one}"
+    )
+
+
+@pytest.mark.parametrize(
+    ("module", "why"),
+    [
+        ("home", "home holds a home directory"),
+        (".", "holds a home directory"),
+        ("home/.aws", ".aws may hold a key"),
+        ("home/cloud", "cloud may hold a key"),
+        ("home/linked", "config leads to .*, which may hold a key"),
+        ("home/lib", "deploy holds a private key"),
+        ("home/key.py", "key.py holds a private key"),
+        ("home/pipe.py", "pipe.py is a pipe"),
+    ],
+)
+def test_modules_are_looked_into_as_the_folder_is(
+    module: str, why: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home, folder = tmp_path / "home", tmp_path / "job"
+    for path in (home / ".aws", home / "lib", home / "linked", folder):
+        path.mkdir(parents=True)
+    (home / ".aws" / "config").write_text("key")
+    (home / "cloud").symlink_to(home / ".aws")
+    (home / "linked" / "config").symlink_to(home / ".aws" / "config")
+    for name in ("lib/deploy", "key.py"):
+        (home / name).write_text("-----BEGIN PRIVATE KEY-----\nMIIE\n")
+    os.mkfifo(home / "pipe.py")
+    monkeypatch.setenv("HOME", str(home))
+    with pytest.raises(SpecError, match=rf"^--runtime-env\.py_modules: .*{why}"):
+        measured(folder, tmp_path / module)
 
 
 @pytest.mark.parametrize(
