@@ -20,7 +20,7 @@ from typing import Any
 
 from distplat.actors import ray_compat
 from distplat.actors.view import has_colors
-from distplat.platform.disk import CLOSE_S, BackgroundWriter, Records
+from distplat.platform.disk import CLOSE_S, FOLDER_MODE, BackgroundWriter, Records
 
 FOLDER = "logs"
 RAYLET = "raylet"
@@ -62,7 +62,7 @@ class _RoleFile:
             self._path.replace(self._path.with_suffix(".log.1"))
         if records is None:
             with suppress(FileExistsError):  # if that is no folder, the next line says so
-                self._path.parent.mkdir()
+                self._path.parent.mkdir(FOLDER_MODE)
             self._records = records = Records(self._path)
         records.write(record)
 

@@ -34,7 +34,7 @@ from distplat.actors.spawn import spawn_script
 from distplat.actors.stopping import Stopping
 from distplat.actors.transport import ActorDied, Transport, TransportError, Unanswered
 from distplat.platform.awake_clock import AwakeClock
-from distplat.platform.disk import with_deadline, write_whole
+from distplat.platform.disk import FOLDER_MODE, with_deadline, write_whole
 from distplat.platform.errors import (
     ActorLost,
     InfrastructureError,
@@ -348,7 +348,7 @@ def train_script(job: ScriptJob, terminal: Terminal) -> ScriptResult:
     run, began = new_run_name(job.name), time.monotonic()
     path = job.storage_path.absolute() / run
     try:
-        with_deadline(lambda moved: path.mkdir(parents=True, mode=0o700), path, *_STORAGE)
+        with_deadline(lambda moved: path.mkdir(FOLDER_MODE, parents=True), path, *_STORAGE)
     except OSError as error:
         raise StorageError(f"cannot make the run directory {path}: {error}") from error
     logs = _Logs(path, terminal)

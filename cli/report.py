@@ -15,6 +15,7 @@ from distplat.cli.figures import facts, figure_rows, mean_figures, restart_lines
 from distplat.cli.render import print_pairs
 from distplat.cli.run_folders import last_run
 from distplat.platform import run_report
+from distplat.platform.disk import FILE_MODE
 from distplat.platform.errors import SpecError, StorageError
 from distplat.platform.progress import first_line, to_json
 from distplat.platform.run_record import RunRecord, find_run, read_run
@@ -92,7 +93,7 @@ def write_new(path: Path, text: str) -> Path:
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
     try:
         try:
-            with os.fdopen(os.open(partial, flags, 0o666), "wb") as file:
+            with os.fdopen(os.open(partial, flags, FILE_MODE), "wb") as file:
                 file.write(text.encode("utf-8", errors="replace"))
             partial.replace(path)
         finally:

@@ -32,6 +32,8 @@ FileContent = Iterable[bytes | memoryview]
 Moved = Callable[[], object]
 """Called by who works on a disk, whenever it has done something."""
 SETTING = "failure.storage_timeout_s"
+FOLDER_MODE, FILE_MODE = 0o770, 0o660
+"""What a run makes, less the umask: others have no right to it, the group what the umask leaves."""
 _PIECE_BYTES = 64 * 2**20
 """What is written at a time, where somebody waits for a large file."""
 
@@ -44,13 +46,13 @@ class Disk:
     """The operations that a crash may come between, one method each: tests make them fail."""
 
     def make(self, path: Path) -> None:
-        """Make a directory, for its owner alone."""
-        path.mkdir(mode=0o700)
+        """Make a directory; see `FOLDER_MODE`."""
+        path.mkdir(mode=FOLDER_MODE)
 
     def write(self, path: Path, content: FileContent) -> tuple[int, str]:
         """Write a file and sync it; give its size and SHA-256."""
         size, digest = 0, hashlib.sha256()
-        with path.open("xb") as file:
+        with open(path, "xb", opener=opener) as file:
             for part in content:
                 file.write(part)
                 digest.update(part)
@@ -70,6 +72,11 @@ class Disk:
     def remove(self, path: Path) -> None:
         """Remove a directory with all in it."""
         shutil.rmtree(path)
+
+
+def opener(path: str, flags: int) -> int:
+    """Open a file of a run, as `open` asks its `opener` to; see `FILE_MODE`."""
+    return os.open(path, flags, FILE_MODE)
 
 
 def _sync(folder: Path) -> None:
@@ -150,7 +157,7 @@ class Records:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
+        self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, FILE_MODE)
         self.size = os.fstat(self._file).st_size
 
     def write(self, record: bytes) -> None:
@@ -256,7 +263,7 @@ def write_whole(path: Path, data: bytes, moved: Moved = lambda: None) -> None:
     """
     partial = path.with_suffix(path.suffix + ".partial")
     try:
-        with partial.open("wb") as file:
+        with open(partial, "wb", opener=opener) as file:
             for start in range(0, len(data) or 1, _PIECE_BYTES):
                 file.write(memoryview(data)[start : start + _PIECE_BYTES])
                 file.flush()

@@ -29,7 +29,14 @@ from pathlib import Path
 from typing import IO, Any, TypeVar
 
 from distplat.platform.checkpoints import FOLDER, MANIFEST, StoredCheckpoint, listed, read, step_of
-from distplat.platform.disk import SETTING, DiskHangs, in_thread, with_deadline
+from distplat.platform.disk import (
+    FOLDER_MODE,
+    SETTING,
+    DiskHangs,
+    in_thread,
+    opener,
+    with_deadline,
+)
 from distplat.platform.errors import DeadlineExceeded, Problem, SpecError, StorageError
 
 T = TypeVar("T")
@@ -109,7 +116,7 @@ class RemoteStorage:
             OSError: `file` could not be read.
         """
         part = max(PART_BYTES, -(-size // _MOST_PARTS))
-        out = self._run(name, partial(self._begin, part), asked=False)
+        out = self._run(name, partial(self._begin, part, name), asked=False)
         try:
             remaining = size
             while remaining:
@@ -228,10 +235,7 @@ class RemoteStorage:
         if self._opened is None:
             from fsspec.core import url_to_fs
 
-            options = {"auto_mkdir": True} if self._local else {}
-            fs, root = url_to_fs(
-                self.url, skip_instance_cache=True, use_listings_cache=False, **options
-            )
+            fs, root = url_to_fs(self.url, skip_instance_cache=True, use_listings_cache=False)
             self._opened = fs, str(root).rstrip("/")
         fs, root = self._opened
         return fs, f"{root}/{name}" if name else root
@@ -249,9 +253,11 @@ class RemoteStorage:
 
     # Object stores show an object when it is complete; a directory shows every byte at once.
 
-    def _begin(self, part: int, fs: Any, path: str) -> Any:
+    def _begin(self, part: int, name: str, fs: Any, path: str) -> Any:
         if self._local:
-            return fs.open(path + ".partial", "wb")
+            for folder in reversed(Path(path).parents[: name.count("/") + 1]):
+                folder.mkdir(FOLDER_MODE, parents=True, exist_ok=True)
+            return open(path + ".partial", "wb", opener=opener)
         return fs.open(path, "wb", block_size=part, autocommit=False)
 
     def _commit(self, out: Any, fs: Any, path: str) -> None:

@@ -16,7 +16,8 @@ The run directory: what a run leaves on disk.
         result.json         how it ended: status, last figures, or the error
 
 Metrics are flushed with every line: they are there when the run is not any more. A disk that hangs
-costs a run `failure.storage_timeout_s`, once.
+costs a run `failure.storage_timeout_s`, once. Who may read all this says the umask, and others of
+the machine never may (`disk.FOLDER_MODE`).
 """
 
 import contextlib
@@ -31,7 +32,14 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from distplat.platform.disk import Moved, Records, reserve, with_deadline, write_whole
+from distplat.platform.disk import (
+    FOLDER_MODE,
+    Moved,
+    Records,
+    reserve,
+    with_deadline,
+    write_whole,
+)
 from distplat.platform.errors import StorageError
 from distplat.platform.job_file import render_job
 from distplat.platform.pipeline_trace import TRACE_FILE, Trace
@@ -84,7 +92,7 @@ class RunDirectory:
 
     def _make(self, job: Job) -> None:
         self.path = self.path.resolve()
-        self.path.mkdir(parents=True, mode=0o700)
+        self.path.mkdir(parents=True, mode=FOLDER_MODE)
         write_whole(self.path / "job.yaml", render_job(job).encode())
         self._metrics = Records(self.path / "metrics.jsonl")
         self._reserve = reserve(self.path, _RESULT_BYTES)
@@ -222,7 +230,9 @@ class _TensorBoard:
         from tensorboard.summary.writer.record_writer import RecordWriter
 
         self._event, self._summary = Event, Summary
-        path.mkdir(exist_ok=True)  # the disk may have been full when this was tried before
+        path.mkdir(
+            FOLDER_MODE, exist_ok=True
+        )  # the disk may have been full when this was tried before
         now = time.time()
         name = f"events.out.tfevents.{int(now):010d}.{socket.gethostname()}.{os.getpid()}.0"
         self._writer = RecordWriter(Records(path / name))

@@ -75,7 +75,7 @@ def test_what_a_run_leaves(tmp_path: Path) -> None:
     directory.finish("SUCCEEDED", {"metrics": {"loss": 0.5}, "seconds": 3.0})
     left = sorted(path.name for path in directory.path.iterdir())
     assert left == ["job.yaml", "metrics.jsonl", "model.safetensors", "result.json", "tensorboard"]
-    assert directory.path.stat().st_mode & 0o777 == 0o700
+    assert directory.path.stat().st_mode & 0o007 == 0
     assert json.loads((directory.path / "result.json").read_text()) == {
         "status": "SUCCEEDED",
         "metrics": {"loss": 0.5},
