@@ -35,7 +35,6 @@ from distplat.actors.trainer import Trainer
 from distplat.actors.training import saved_model
 from distplat.platform.apply_log import FILE_NAME, log_flaws, read_logs, staleness_counts
 from distplat.platform.checkpoints import FOLDER
-from distplat.platform.disk import check_regular
 from distplat.platform.errors import (
     DeadlineExceeded,
     Problem,
@@ -43,6 +42,7 @@ from distplat.platform.errors import (
     StorageError,
     UserCodeError,
 )
+from distplat.platform.free_memory import check_whole_file
 from distplat.platform.lr_schedules import NamedSchedule, ReduceLROnPlateau, Schedule
 from distplat.platform.run_directory import TASK_FILE
 from distplat.platform.shard_map import ShardPlan
@@ -370,7 +370,7 @@ def replay_run(directory: Path, working_dir: Path) -> Replayed:
 
 
 def _compare(tensors: dict[str, Tensor], path: Path) -> tuple[str | None, float]:
-    check_regular(path)
+    check_whole_file(path)
     try:
         expected = load_file(path)
     except Exception as error:  # safetensors has an error of its own, and raises OSError

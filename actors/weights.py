@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from distplat.actors.overview import RunName, find_runs, named_actors
 from distplat.actors.ray_transport import RayTransport
 from distplat.actors.transport import ActorDied, AnswerPending, TransportError, Unanswered
-from distplat.platform.checkpoints import CommonVersion
+from distplat.platform.common_version import CommonVersion
 from distplat.platform.errors import ActorLost, DeadlineExceeded, NotReadyError
 from distplat.platform.tensor_file import EMA_PREFIX
 from distplat.platform.tensor_slices import Bundle, TensorSlice, by_file, put_together

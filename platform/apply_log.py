@@ -23,8 +23,8 @@ from numpy.typing import NDArray
 from safetensors import safe_open
 from safetensors.numpy import save
 
-from distplat.platform.disk import check_regular
 from distplat.platform.errors import StorageError
+from distplat.platform.free_memory import check_whole_file
 from distplat.platform.ledger import IntervalSet
 
 FILE_NAME = "apply_log.safetensors"
@@ -123,7 +123,7 @@ def read_logs(path: str) -> tuple[list[ApplyLog], dict[str, str]]:
     Raises:
         StorageError: there is no such file, or it is not one of ours.
     """
-    check_regular(Path(path))
+    check_whole_file(Path(path))
     try:
         with safe_open(path, "numpy") as file:
             facts = dict(file.metadata() or {})

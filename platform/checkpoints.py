@@ -32,6 +32,7 @@ from typing import Any
 
 from distplat.platform.disk import Disk, FileContent, Moved, open_regular
 from distplat.platform.errors import Problem, SpecError, StorageError, naming_path
+from distplat.platform.free_memory import DoesNotFit, check_fits
 from distplat.platform.tensor_slices import ITEM_BYTES, Bytes, TensorEntry
 
 
@@ -110,44 +111,6 @@ class CheckpointAssembly:
         """Give the versions that came to no checkpoint though no part of them failed, each once."""
         versions, self._skipped = self._skipped, []
         return versions
-
-
-class CommonVersion:
-    """
-    State of one question for weights; reads no clock and talks to nobody.
-
-    Args:
-        at_least: no older version will do.
-        total: steps of the run: that version is kept by every rank.
-    """
-
-    def __init__(self, at_least: int, total: int) -> None:
-        self._at_least, self._total = at_least, total
-        self._lead = 1
-        self.target = 0  #: what every rank is to be asked for; 0: where they are, to begin with
-
-    @property
-    def hopeless(self) -> bool:
-        """Whether the run ends before there is such a version."""
-        return self._at_least > self._total
-
-    def observe(self, passed: Mapping[int, int], held: Set[int]) -> bool:
-        """
-        Take what all ranks have answered; say whether each has the target.
-
-        Args:
-            passed: by rank, the last version that it has passed.
-            held: ranks that have given their part of the target; `target` may be another after this
-                call, and then they must be asked anew.
-        """
-        if self.target and held >= passed.keys():
-            return True
-        late = any(version >= self.target for rank, version in passed.items() if rank not in held)
-        if late:
-            ahead = min(max(passed.values()) + self._lead, self._total)
-            self.target = max(self._at_least, ahead)
-            self._lead *= 2
-        return False
 
 
 FOLDER = "checkpoints"
@@ -308,7 +271,7 @@ class Catalogue:
                 self._disk.rename(path, aside)
 
     def newest(
-        self, warn: Callable[[str], object], moved: Moved = lambda: None
+        self, warn: Callable[[str], object], moved: Moved = lambda: None, *, given: bool = False
     ) -> StoredCheckpoint | None:
         """
         Read the newest one that is whole; None: there is none, whole or damaged.
@@ -316,9 +279,11 @@ class Catalogue:
         Args:
             warn: is told of each that is damaged.
             moved: see `with_deadline`.
+            given: see `read`.
 
         Raises:
             StorageError: there are some, and none can be read.
+            DoesNotFit: see `read`; an older one would cost work.
         """
         try:
             steps = self.steps()
@@ -326,7 +291,9 @@ class Catalogue:
             raise StorageError(f"cannot read {self.folder}: {error.strerror}") from error
         for step in reversed(steps):
             try:
-                return read(self.path(step), moved)
+                return read(self.path(step), moved, given=given)
+            except DoesNotFit:
+                raise
             except StorageError as error:
                 warn(f"{error}; taking the one before")
         if steps:
@@ -361,18 +328,22 @@ class Catalogue:
                     self._disk.remove(path)
 
 
-def read(path: Path, moved: Moved = lambda: None) -> StoredCheckpoint:
+def read(path: Path, moved: Moved = lambda: None, *, given: bool = False) -> StoredCheckpoint:
     """
     Read one checkpoint, every byte against its manifest.
 
     Args:
         path: its directory.
         moved: see `with_deadline`.
+        given: it may be another's, and only as large as it says: it has to fit into free memory.
 
     Raises:
         StorageError: it is damaged; names what is wrong.
+        DoesNotFit: it was given, and is larger than what is free.
     """
     manifest = listed(path)
+    if given:
+        check_fits(path, sum(facts["bytes"] for facts in manifest.values()))
     files = {name: _read_verified(path / name, facts, moved) for name, facts in manifest.items()}
     try:
         state = json.loads(files.pop(STATE))
@@ -422,9 +393,9 @@ def find(
     if is_checkpoint or step_of(path.name) is not None:
         if not exists:
             raise SpecError(Problem(("--resume",), f"there is no {path}"))
-        return read(path, moved)
+        return read(path, moved, given=True)
     catalogue = Catalogue(path if path.name == FOLDER else path / FOLDER)
-    stored = catalogue.newest(warn, moved)
+    stored = catalogue.newest(warn, moved, given=True)
     if stored is not None:
         return stored
     what = f"no checkpoint in {path}" if exists else f"there is no directory {path}"

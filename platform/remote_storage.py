@@ -38,6 +38,7 @@ from distplat.platform.disk import (
     with_deadline,
 )
 from distplat.platform.errors import DeadlineExceeded, Problem, SpecError, StorageError
+from distplat.platform.free_memory import check_fits
 
 T = TypeVar("T")
 
@@ -453,6 +454,7 @@ def _download(storage: RemoteStorage, name: str, target: Path) -> StoredCheckpoi
             raise
         except StorageError as error:
             raise _Damaged(error) from None
+        check_fits(target, sum(facts["bytes"] for facts in files.values()))
         for file, facts in files.items():
             _download_file(storage, f"{name}/{file}", target / file, facts["bytes"])
     except OSError as error:

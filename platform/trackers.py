@@ -7,6 +7,7 @@ own environment variables: none of them is in a job file.
 
 import json
 import math
+import re
 import sys
 import time
 from collections.abc import Mapping
@@ -19,12 +20,16 @@ from pydantic import Field, model_validator
 from typing_extensions import override
 
 from distplat.platform.blanking import blanked
-from distplat.platform.disk import write_whole
-from distplat.platform.errors import Problem
+from distplat.platform.disk import open_regular, write_whole
+from distplat.platform.errors import Problem, StorageError
 from distplat.platform.fields import Spec
 from distplat.platform.progress import EvalSummary, StepSummary
 
 Points = dict[str, float]
+
+_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,255}")
+"""Ids of MLflow and Weights & Biases, and names of our runs: no part of a path or URL."""
+_ID_BYTES = 4096
 
 
 class TrackerSpec(Spec):
@@ -101,15 +106,31 @@ def open_tracker(spec: TrackerSpec, job: Any, folder: Path, before: Path | None)
         job: of the run.
         folder: the run directory.
         before: that of the run that this one goes on from.
+
+    Raises:
+        StorageError: that one has no id of the form that trackers give.
     """
-    known_id = None
-    if before is not None and (file := id_file(before, spec.name)).is_file():
-        known_id = str(json.loads(file.read_text())["id"])
+    known_id = None if before is None else _known_id(id_file(before, spec.name))
     classes: dict[str, type[MLflow | Trackio | WandB]]
     classes = {"mlflow": MLflow, "trackio": Trackio, "wandb": WandB}
     tracker = classes[spec.name](spec.project or job.name, job, folder, known_id)
     write_whole(id_file(folder, spec.name), json.dumps({"id": tracker.id}).encode())
     return tracker
+
+
+def _known_id(path: Path) -> str | None:
+    """Read what `open_tracker` wrote in a run that somebody else may have made; None: nothing."""
+    with open_regular(path) as file:
+        text = None if file is None else file.read(_ID_BYTES)
+    if text is None:
+        return None
+    try:
+        known = json.loads(text)["id"]
+    except (ValueError, LookupError, TypeError, RecursionError):
+        known = None
+    if not isinstance(known, str) or not _ID.fullmatch(known):
+        raise StorageError(f"{path} has no id of a tracker's run")
+    return known
 
 
 def _public_fields(job: Any) -> dict[str, Any]:

@@ -55,6 +55,8 @@ _SUFFIXES = (_SAFETENSORS, ".pt", ".pth", ".bin", ".ckpt")
 _WITHIN = ("state_dict", "model_state_dict", "model", "module")
 """Where a file that has more than a state dict keeps it."""
 _SHOWN = 5
+_INDEX_BYTES = 64 * 2**20
+"""The largest index that is read: half a million tensors."""
 
 
 def initial_weights(job: Job, model: nn.Module, extra: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -194,6 +196,8 @@ def _read(path: Path) -> dict[str, Tensor]:
 
 
 def _shards(index: Path) -> list[str]:
+    if index.stat().st_size > _INDEX_BYTES:
+        raise _problem(f"{index} has more than {_INDEX_BYTES} bytes")
     try:
         named = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
         return sorted({str(name) for name in named})

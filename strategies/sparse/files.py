@@ -23,13 +23,16 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save
 
-from distplat.platform.disk import check_regular
+from distplat.platform.disk import open_regular
 from distplat.platform.errors import StorageError
+from distplat.platform.free_memory import check_whole_file
 from distplat.platform.shard_map import TableSpec
 from distplat.strategies.sparse.table import Table
 
 LIST_NAME = "embeddings.json"
 PART_BYTES = 64 * 2**20
+_LIST_BYTES = 64 * 2**20
+"""The largest list that is read: a million parts."""
 
 
 class PartSource(Protocol):
@@ -89,10 +92,8 @@ def read_list(run: Path) -> tuple[int, dict[str, tuple[TableSpec, list[Path]]]]:
     Raises:
         StorageError: there is no list, or it is not one of ours.
     """
-    path = run / LIST_NAME
-    check_regular(path)
     try:
-        facts = json.loads(path.read_text())
+        facts = json.loads(_list_text(run / LIST_NAME))
         tables = {}
         for entry in facts["tables"]:
             names = entry.pop("files")
@@ -105,6 +106,14 @@ def read_list(run: Path) -> tuple[int, dict[str, tuple[TableSpec, list[Path]]]]:
         raise StorageError(f"no embedding tables in {run}: {error}") from error
 
 
+def _list_text(path: Path) -> bytes:
+    with open_regular(path) as file:
+        text = b"" if file is None else file.read(_LIST_BYTES + 1)
+    if file is None or len(text) > _LIST_BYTES:
+        raise ValueError(f"{path} is not there, or has more than {_LIST_BYTES} bytes")
+    return text
+
+
 def read_part(path: Path, table: Table) -> None:
     """
     Put the rows of one file into a table.
@@ -112,7 +121,7 @@ def read_part(path: Path, table: Table) -> None:
     Raises:
         StorageError: it cannot be read.
     """
-    check_regular(path)
+    check_whole_file(path)
     try:
         part = load_file(path)
         ids, rows = part["ids"], part["rows"]

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from distplat.platform.checkpoints import CommonVersion
+from distplat.platform.common_version import CommonVersion
 
 
 @pytest.mark.parametrize(

@@ -13,10 +13,12 @@ from made_runs import FAILURE, RECOVERY, RESIZED, SAVED, evaluation, made_run, m
 
 from distplat.actors.verifying import _compare
 from distplat.cli.main import run
+from distplat.platform import free_memory
 from distplat.platform.apply_log import read_logs
 from distplat.platform.errors import SpecError, StorageError
 from distplat.platform.pipeline_trace import TRACE_FILE
 from distplat.strategies.checkpoint.initial_weights import _read_file
+from distplat.strategies.sparse import files
 from distplat.strategies.sparse.files import LIST_NAME, read_list, read_part
 
 FIGURES = {"sent_bytes": 4e6, "waiting_s": 0.01, "working_s": 0.02, "exposed_s": 0.01}
@@ -162,6 +164,30 @@ def test_other_files_of_a_foreign_run_are_files(
     path = tmp_path / LIST_NAME
     os.mkfifo(path)
     with pytest.raises((StorageError, SpecError), match="is no regular file"):
+        read(path)
+
+
+@pytest.mark.parametrize(
+    "read",
+    [
+        lambda path: read_logs(str(path)),
+        lambda path: read_part(path, mock.Mock()),
+        lambda path: read_list(path.parent),
+        lambda path: _compare({}, path),
+    ],
+)
+def test_other_files_of_a_foreign_run_are_no_links_and_fit_into_memory(
+    read: Callable[[Path], Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / LIST_NAME
+    path.write_bytes(bytes(100))
+    monkeypatch.setattr(free_memory, "available_memory", lambda: 99)
+    monkeypatch.setattr(files, "_LIST_BYTES", 99)
+    with pytest.raises(StorageError, match=r"memory has 99 free|more than 99 bytes"):
+        read(path)
+    path.unlink()
+    path.symlink_to(tmp_path / "mine")
+    with pytest.raises(StorageError, match="it is a link"):
         read(path)
 
 

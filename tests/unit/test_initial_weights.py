@@ -184,6 +184,12 @@ def test_a_file_that_is_none_is_told(tmp_path: Path) -> None:
     assert "there is no file" in refused(f"file://{tmp_path}/gone.pt")
 
 
+def test_an_index_of_any_size_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    in_shards(base(), tmp_path)
+    monkeypatch.setattr("distplat.strategies.checkpoint.initial_weights._INDEX_BYTES", 20)
+    assert "index.json has more than 20 bytes" in refused(tmp_path)
+
+
 @pytest.mark.parametrize("zipped", [True, False])
 def test_a_damaged_file_is_told(zipped: bool, tmp_path: Path) -> None:
     """torch's readers raise whatever they stumble at; its older format they read byte by byte."""

@@ -24,6 +24,7 @@ from distplat.cli.main import run as command
 from distplat.platform import run_upload
 from distplat.platform.checkpoints import MANIFEST, STATE, Catalogue
 from distplat.platform.errors import Interrupted, SpecError, StorageError
+from distplat.platform.free_memory import DoesNotFit
 from distplat.platform.owned_folder import OwnedFolder
 from distplat.platform.remote_storage import (
     PART_BYTES,
@@ -372,6 +373,17 @@ def test_a_damaged_one_is_named_and_the_one_before_is_taken(damage: str, tmp_pat
     (tmp_path / "b").mkdir()
     with pytest.raises(StorageError, match="all 2 checkpoints are damaged"):
         fetch(url, tmp_path / "b", 20.0, warnings.append)
+
+
+def test_a_checkpoint_that_does_not_fit_into_memory_is_not_brought(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url = brought(tmp_path, (1, 200))
+    (tmp_path / "a").mkdir()
+    monkeypatch.setattr("distplat.platform.free_memory.available_memory", lambda: 900)
+    with pytest.raises(DoesNotFit, match="step-000200: it has"):
+        fetch(url, tmp_path / "a", 20.0, pytest.fail)
+    assert [path.name for path in (tmp_path / "a").rglob("*.*")] == [MANIFEST]
 
 
 def test_a_storage_that_does_not_answer_is_no_reason_for_an_older_one(tmp_path: Path) -> None:

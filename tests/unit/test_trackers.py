@@ -11,7 +11,7 @@ from unittest.mock import MagicMock
 
 import pytest
 import torch
-from jobs import fields_of
+from jobs import fields_of, job_of
 from torch import Tensor, nn
 from torch.utils.data import Dataset, TensorDataset
 
@@ -21,7 +21,7 @@ from distplat.platform import trackers
 from distplat.platform.disk import BackgroundWriter
 from distplat.platform.errors import Interrupted, SpecError, StorageError, UserCodeError
 from distplat.platform.progress import EvalSummary, StepSummary
-from distplat.platform.trackers import Trackio, WandB, points_of
+from distplat.platform.trackers import TrackerSpec, Trackio, WandB, points_of
 
 
 class Lin(Task):
@@ -101,6 +101,35 @@ def test_a_run_is_one_run_and_goes_on_as_one(book: type[Book], tmp_path: Path) -
     assert (begun.project, begun.known, begun.failed) == ("test", None, False)
     assert (resumed.project, resumed.known, resumed.failed) == ("digits", begun.id, False)
     assert json.loads((first.path / "tracker_mlflow.json").read_text()) == {"id": begun.id}
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        *('{"id": "../other"}', '{"id": "a/b"}', '{"id": ""}', '{"id": 5}', "[]", "{}", "[" * 9000),
+        '{"id": "' + "a" * 300 + '"}',
+    ],
+)
+def test_an_id_of_no_tracker_is_not_gone_on_with(
+    content: str, book: type[Book], tmp_path: Path
+) -> None:
+    (tmp_path / "tracker_mlflow.json").write_text(content)
+    with pytest.raises(StorageError, match=r"tracker_mlflow.json has no id of a tracker's run"):
+        _open(tmp_path)
+    assert not book.opened
+
+
+def test_an_id_behind_a_link_is_not_read(book: type[Book], tmp_path: Path) -> None:
+    (tmp_path / "mine").write_text('{"id": "mine"}')
+    (tmp_path / "tracker_mlflow.json").symlink_to(tmp_path / "mine")
+    with pytest.raises(StorageError, match="it is a link"):
+        _open(tmp_path)
+    assert not book.opened
+
+
+def _open(before: Path) -> Any:
+    job = job_of("ring", 0)
+    return trackers.open_tracker(TrackerSpec(name="mlflow", project=None), job, before, before)
 
 
 def test_a_run_that_fails_is_shown_as_one(book: type[Book], tmp_path: Path) -> None:
