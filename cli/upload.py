@@ -29,6 +29,7 @@ def upload(run: Run) -> None:
     path = find_run(run)
     record = read_run(path, steps=False)
     url, limit_s = _where(record)
+    say(f"uploading {path} to {url.rstrip('/')}/{path.name}")
     before, complete = record.result, False
     if before is not None:
         _write_result(path, completed(before))

@@ -511,7 +511,9 @@ def test_a_copy_that_is_not_complete_is_completed_later(
     before = (run / "result.json").read_text()
     assert json.loads(before)["status"] == "FAILED"
     assert command(["upload", run.name]) == 5, "it hangs still"
-    assert f"not uploaded to odd://bucket/a/{run.name}" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert told.startswith(f"uploading {run} to odd://bucket/a/{run.name}\n")
+    assert f"not uploaded to odd://bucket/a/{run.name}" in told
     assert (run / "result.json").read_text() == before
     Odd.hold = None
     assert command(["upload", run.name]) == 0
