@@ -125,7 +125,7 @@ def test_a_run_whose_disk_hangs_ends_with_its_cause(
     """From the third step on: checkpoints, the model and `result.json` do not come to the disk."""
     hung.patch(os, "fsync")
     if operation == "open":
-        hung.patch(Path, "open")
+        hung.patch(disk, "opener")
 
     class Third(Lin):
         def loss(self, outputs: Any, targets: Any) -> Any:

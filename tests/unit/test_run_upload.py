@@ -382,7 +382,7 @@ def test_a_checkpoint_that_does_not_fit_into_memory_is_not_brought(
     (tmp_path / "a").mkdir()
     monkeypatch.setattr("distplat.platform.free_memory.available_memory", lambda: 900)
     with pytest.raises(DoesNotFit, match="step-000200: it has"):
-        fetch(url, tmp_path / "a", 20.0, pytest.fail)
+        fetch(url, tmp_path / "a", 240.0, pytest.fail)
     assert [path.name for path in (tmp_path / "a").rglob("*.*")] == [MANIFEST]
 
 
