@@ -229,7 +229,7 @@ def _shipped(
 
     Args:
         working_dir: where it begins.
-        excludes: names that are passed over.
+        excludes: names that are passed over; `!name` takes one back, as in an ignore file.
         ignores: see `Ignores`.
         kept_back: takes what has the name of a secret.
 
@@ -237,6 +237,8 @@ def _shipped(
         Each file and its bytes.
     """
     names = _name_pattern(tuple(excludes))
+    taken_back = [one[1:].rstrip("/").rpartition("/")[2] for one in excludes if one[:1] == "!"]
+    shipped_anyway = _name_pattern(tuple(taken_back))
     waiting = [_Folder(working_dir, (), frozenset())]
     entries = 0
     while waiting:
@@ -255,7 +257,7 @@ def _shipped(
         for path in paths:
             if any(test(path) for test in tests):
                 continue
-            if names.match(path.name):
+            if names.match(path.name) and not shipped_anyway.match(path.name):
                 kept_back += [path] * bool(_name_pattern(_SECRETS).match(path.name))
                 continue
             with _reading(path):

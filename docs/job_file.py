@@ -29,13 +29,14 @@ The folder of the job file, or `--working-dir`, at most 100 MiB, and distplat it
 says how many files and bytes. Left out are what `.gitignore` and `.rayignore` name, `.git`,
 `.venv`, `runs` and files whose names, in upper or lower case, are known to hold secrets (`.env*`,
 `*.env`, `.netrc*`, `.aws`, `.config`, `.ssh`, `*.pem`, `id_rsa*`, `token`, `credentials.json*`,
-...; the list is `SECRETS` in `cli/package.py`); `submit` names the latter. Two things are refused:
-a link to such a file, and a file of at most 64 KiB in which a private key is recognized, in PEM
-(indented or in a JSON string, too) or in PuTTY's format. List them in `.rayignore`. A home
-directory, and one that it lies in, is refused unless `--working-dir` names it. Ray keeps the
-package where every user of the cluster can read it. A file that the task imports and that would be
-left out is named before the upload. Directories and files that a runtime environment names as
-`py_modules` are counted, searched and refused in the same way, and a home directory always is.
+...; the list is `SECRETS` in `cli/package.py`); `submit` names the latter. It ships one all the
+same with `--runtime-env-json '{"excludes": ["!token.json"]}'`. Two things are refused: a link to
+such a file, and a file of at most 64 KiB in which a private key is recognized, in PEM (indented or
+in a JSON string, too) or in PuTTY's format. List them in `.rayignore`. A home directory, and one
+that it lies in, is refused unless `--working-dir` names it. Ray keeps the package where every user
+of the cluster can read it. A file that the task imports and that would be left out is named before
+the upload. Directories and files that a runtime environment names as `py_modules` are counted,
+searched and refused in the same way, and a home directory always is.
 
 The cluster's own Python has to have what distplat imports. What it lacks is named, with its path
 (exit code 3); `--runtime-env-json '{"pip": ["typer"]}'` brings a package along.

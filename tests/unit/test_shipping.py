@@ -177,6 +177,24 @@ def test_what_stays_for_its_name_is_said_too(folder: Path) -> None:
     assert str(measure(folder, EXCLUDES, nothing)).endswith("3.pem, 4.pem, ...")
 
 
+def test_what_the_user_takes_back_is_counted_as_ray_ships_it(folder: Path) -> None:
+    packaging = pytest.importorskip("ray._private.runtime_env.packaging")
+    for name in (".env", "a/token.json", "a/kaggle.json"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text("x")
+    excludes = [*EXCLUDES, "!.env", "!a/token.json"]
+    taken: set[Path] = set()
+    packaging._dir_travel(
+        folder,
+        [packaging._get_excludes(folder, excludes)],
+        lambda path: taken.add(path) if path.is_file() else None,
+        include_gitignore=True,
+    )
+    package = measure(folder, excludes, nothing)
+    assert package.paths == taken and folder / "a/token.json" in taken
+    assert [path.name for path in package.kept_back] == ["kaggle.json"]
+
+
 @pytest.mark.parametrize("kind", ["", "RSA ", "OPENSSH ", "ENCRYPTED "])
 def test_a_private_key_under_another_name_is_refused(kind: str, folder: Path) -> None:
     text = "subject=CN = me\n-----BEGIN {}PRIVATE KEY-----\nMIIE\n"
