@@ -97,15 +97,15 @@ def regular_file(path: Path) -> IO[bytes]:
     """
     try:
         # No links: they could lead to a file of ours. Without waiting: a pipe has no end.
-        file = open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW), "rb")
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW)
     except FileNotFoundError:
         raise
     except OSError as error:
         raise _unreadable(path, error) from error
-    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-        file.close()
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
         raise StorageError(f"cannot read {path}: it is no regular file")
-    return file
+    return open(descriptor, "rb")
 
 
 @contextlib.contextmanager

@@ -207,7 +207,8 @@ class RemoteStorage:
         limit_s = self.limit_s / 4
         self._hanging = [one for one in self._hanging if not one.done()]
         if len(self._hanging) >= _MOST_HANGING:
-            raise NoAnswer(f"{self.url}/{name}: {_MOST_HANGING} operations before it still hang")
+            text = f"{_MOST_HANGING} operations before it still hang"
+            raise NoAnswer(f"{self.url}/{name}: {text}; `{SETTING}` changes their deadline")
         self._load(name)
         operation = in_thread("remote storage", lambda: work(*self._connected(name)))
         if not wait([operation], limit_s).done:

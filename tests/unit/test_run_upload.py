@@ -386,6 +386,16 @@ def test_a_checkpoint_that_does_not_fit_into_memory_is_not_brought(
     assert [path.name for path in (tmp_path / "a").rglob("*.*")] == [MANIFEST]
 
 
+def test_a_storage_where_much_hangs_is_asked_no_more(tmp_path: Path) -> None:
+    Odd.hold = threading.Event()
+    storage = RemoteStorage("odd://bucket/run", 0.04)
+    for _ in range(8):
+        with pytest.raises(NoAnswer, match=r"missing: its storage; `failure\.storage_timeout_s`"):
+            storage.names("a")
+    with pytest.raises(NoAnswer, match=r"8 operations before it still hang; `failure\.storage_t"):
+        storage.names("a")
+
+
 def test_a_storage_that_does_not_answer_is_no_reason_for_an_older_one(tmp_path: Path) -> None:
     url = brought(tmp_path, (1, 2))
     Odd.hold = threading.Event()
@@ -512,10 +522,13 @@ def test_a_copy_that_is_not_complete_is_completed_later(
     assert json.loads(before)["status"] == "FAILED"
     assert command(["upload", run.name]) == 5, "it hangs still"
     told = capsys.readouterr().err
-    assert told.startswith(f"uploading {run} to odd://bucket/a/{run.name}\n")
+    assert f"uploading {run} to odd://bucket/a/{run.name}\n" in told
     assert f"not uploaded to odd://bucket/a/{run.name}" in told
     assert (run / "result.json").read_text() == before
     Odd.hold = None
+    job = yaml.safe_load((run / "job.yaml").read_text())
+    job["failure"]["storage_timeout_s"] = 240  # it is well now, however busy the machine is
+    (run / "job.yaml").write_text(yaml.safe_dump(job))
     assert command(["upload", run.name]) == 0
     assert capsys.readouterr().out == f"odd://bucket/a/{run.name}\n"
     facts = json.loads((run / "result.json").read_text())
