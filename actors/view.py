@@ -108,7 +108,8 @@ class View(Callback):
     def on_evaluation(self, evaluation: EvalSummary) -> None:
         """Show an evaluation."""
         figures = [f"{name} {number_text(value)}" for name, value in evaluation.metrics.items()]
-        self._say("  ".join([f"evaluation after step {evaluation.step}", *figures]))
+        when = f"after step {evaluation.step}" if evaluation.step else "before the first step"
+        self._say("  ".join([f"evaluation {when}", *figures]))
 
     def on_failure(self, failure: FailureEvent) -> None:
         """Say that workers were lost."""

@@ -99,7 +99,8 @@ are those of a plain loop with torch's class, to the bit. Each group's `lr` fall
 does that of `embeddings.optimizer`; `min_lr` is one number for all.
 
 - An evaluation counts once, also where it is made again after a failure. One that is there only
-  because the run ends does not count: a longer run would not have it.
+  because the run ends does not count: a longer run would not have it. That of
+  `evaluation.before_first` does not either: a loop steps the scheduler after training.
 - What it has seen is in checkpoints. A run that goes on from one with another `metric` or `mode`
   keeps the rate, and begins to look for the best figure anew.
 - Under `ring`, `hybrid` and `ps-sync`, whose servers are told with each push. Refused by name:

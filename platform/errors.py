@@ -194,6 +194,7 @@ class UserCodeError(DistplatError):
         """Rank, step and summary, and the remedy on a line of its own."""
         where = "in the evaluation after" if self.evaluating else "in"
         at = "before the first step" if self.step is None else f"{where} step {self.step}"
+        at = "in the evaluation before the first step" if self.step == 0 else at
         on = self.on_ranks or f"rank {self.rank}"
         text = f"your task failed on {on}, {at}: {self.summary}"
         if self.rank is None:

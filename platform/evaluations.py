@@ -121,8 +121,8 @@ class BestCheckpoint:
 class _Stagnation(NamedTuple):
     """The state of early stopping after an evaluation."""
 
-    at: int = 0
-    """Step of the last one that is in it; 0: there was none."""
+    at: int = -1
+    """Step of the last one that is in it; -1: there was none."""
     best: float | None = None
     """Best figure so far; None: there is none but NaN."""
     best_step: int = 0

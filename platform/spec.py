@@ -186,6 +186,8 @@ class Evaluation(Spec):
     """Evaluate every N epochs; 0: only after the last step."""
     every_steps: Count | None = None
     """Evaluate every N steps and after the last one, instead of by epochs."""
+    before_first: Flag = False
+    """Evaluate before the first step, too, at step 0; `lr_schedule` does not go by that one."""
 
     def period(self, steps_per_epoch: int) -> int:
         """Give the steps between two evaluations; 0: there is only that after the last step."""

@@ -13,6 +13,7 @@ them at a time; what a lost worker held is leased again, before anything new.
 
 A worker that asks is given a run of tasks, or a part of an evaluation, or nothing for now. With a
 bound, no task is leased that is more than so many steps ahead of the oldest one that is not done.
+Before an evaluation of step 0 is done no task is leased: its parameters are the initial ones.
 
 The class reads no clock and talks to nobody. A worker numbers its questions: the same number gets
 the same answer, so that an answer that was lost on its way costs nothing.
@@ -43,7 +44,7 @@ class TaskPlan:
     first: int = 0
     """Steps that were made before."""
     evaluations: tuple[int, ...] = ()
-    """After how many steps there is one."""
+    """After how many steps there is one, ascending; 0: before any task is leased."""
 
     @property
     def tasks(self) -> int:
@@ -126,6 +127,13 @@ class TaskScheduler:
         return self.trained and len(self._evaluated) == every
 
     @property
+    def _has_baseline(self) -> bool:
+        """Whether the evaluation before the first step is done, if there is to be one."""
+        if 0 not in self.plan.evaluations[:1]:
+            return True
+        return all((0, part) in self._evaluated for part in range(self.plan.parts))
+
+    @property
     def left(self) -> int:
         """Tasks that no worker holds."""
         return self.plan.tasks - self._next + len(self._again)
@@ -171,7 +179,7 @@ class TaskScheduler:
         if steps >= plan.steps:
             return
         due = tuple(one for one in plan.evaluations if one < steps)
-        if plan.evaluations and steps:
+        if plan.evaluations and (steps or plan.evaluations[0] == 0):
             due = (*due, steps)
         self.plan = replace(plan, steps=steps, evaluations=due)
         waiting = {one for one in self._evaluations if one[0] <= steps}
@@ -244,7 +252,7 @@ class TaskScheduler:
             evaluation = self._evaluations.pop(0)
             evaluations = (evaluation,)
             return Lease(number, range(0), evaluations, reach, trained, steps)
-        tasks = self._lease(most)
+        tasks = self._lease(most) if self._has_baseline else range(0)
         if not tasks:
             return None
         return Lease(number, tasks, reach=self._next // self.plan.parts)

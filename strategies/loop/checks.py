@@ -202,7 +202,7 @@ def check_frequencies(model: nn.Module, parts: int) -> None:
 
 def check_evaluations(job: Job, sampler: Sampler, eval_data: object) -> None:
     """
-    See whether the evaluations that a job decides by are made.
+    See whether the evaluations that a job decides by, or asks for by name, are made.
 
     Raises:
         SpecError: the task has no data for them, or a checkpoint has none of its step.
@@ -219,6 +219,8 @@ def check_evaluations(job: Job, sampler: Sampler, eval_data: object) -> None:
     fields = [field for field, _ in watching(job)]
     if job.data.persistent_workers:
         fields.append(("data", "persistent_workers"))
+    if job.evaluation.before_first:
+        fields.append(("evaluation", "before_first"))
     if eval_data is None and fields:
         text = "needs evaluations, and the task's eval_data() gives no data"
         raise SpecError(*(Problem(field, text, "write eval_data()") for field in fields))

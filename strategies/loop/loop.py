@@ -200,8 +200,8 @@ class Loop(_LoopBase):
         share = self._unreported_share()
         if share is not None:
             self._end_step(self.start - 1, share, Stopwatch())
-        if self.start and self.eval_data is not None and self._evaluates_after(self.start - 1):
-            self._evaluate(self.eval_data, self.start)  # it may have been cut off
+        if self.eval_data is not None and self._evaluates_at_start():
+            self._evaluate(self.eval_data, self.start)
         steps = range(self.start, self.total_steps)
         self.compute.start(steps)
         for step in steps:
@@ -274,6 +274,11 @@ class Loop(_LoopBase):
         clock.lap("data")
         self._end_step(step, Share(), clock)
 
+    def _evaluates_at_start(self) -> bool:
+        if self.start:
+            return self._evaluates_after(self.start - 1)  # it may have been cut off
+        return self.job.evaluation.before_first
+
     def _evaluates_after(self, step: int) -> bool:
         return step + 1 == self.total_steps or self._is_period(step + 1)
 
@@ -328,6 +333,8 @@ def task_plan(job: Job, sampler: Sampler, steps: int, first: int, evaluates: boo
     times = {*(range(every, steps, every) if every else ()), steps} if evaluates else set()
     # One that falls on the first step may have been cut off.
     due = tuple(sorted(time for time in times if time >= max(1, first)))
+    if evaluates and job.evaluation.before_first and first == 0:
+        due = (0, *due)
     return TaskPlan(steps, sampler.world, first, due)
 
 

@@ -138,6 +138,40 @@ def test_evaluations_are_leased_when_their_steps_are_done() -> None:
     assert [work.over for work in ends if work] == [True, True]
 
 
+def test_no_task_is_leased_before_the_evaluation_of_step_0_is_done() -> None:
+    scheduler = TaskScheduler(TaskPlan(2, 2, evaluations=(0, 2)))
+    first = scheduler.work(0, 0, 9)
+    assert first is not None and (first.evaluations, first.tasks) == (((0, 0),), range(0))
+    second = scheduler.work(1, 0, 9)
+    assert second is not None and second.evaluations == ((0, 1),)
+    scheduler.finish(0, (), ((0, 0),))
+    assert scheduler.work(0, 1, 9) is None, "the other part is not done"
+    scheduler.lose(1)
+    again = scheduler.work(0, 1, 9)
+    assert again is not None and again.evaluations == ((0, 1),)
+    assert scheduler.work(1, 1, 9) is None
+    scheduler.finish(0, (), ((0, 1),))
+    assert tasks(scheduler.work(1, 1, 9)) == [0, 1, 2, 3]
+    scheduler.lose(1)
+    scheduler.renew(1)
+    assert tasks(scheduler.work(0, 0, 9)) == [0, 1, 2, 3], "it is not made again"
+
+
+@pytest.mark.parametrize("evaluated", [0, 1, 2])
+def test_a_run_that_ends_before_its_first_task_has_one_evaluation(evaluated: int) -> None:
+    scheduler, number = TaskScheduler(TaskPlan(2, 2, evaluations=(0, 2))), 0
+    for number in range(evaluated):
+        lease = scheduler.work(0, number, 9)
+        assert lease is not None
+        scheduler.finish(0, (), lease.evaluations)
+    scheduler.end_early()
+    made = evaluated
+    while (lease := scheduler.work(0, number + 1, 9)) and not lease.over:
+        made, number = made + len(lease.evaluations), number + 1
+        scheduler.finish(0, (), lease.evaluations)
+    assert lease is not None and (lease.steps, made) == (0, 2)
+
+
 def test_a_worker_that_is_dismissed_gets_nothing_more() -> None:
     scheduler = TaskScheduler(TaskPlan(4, 1))
     scheduler.work(0, 0)
