@@ -44,6 +44,7 @@ from distplat.platform.errors import (
 )
 from distplat.platform.free_memory import check_whole_file
 from distplat.platform.lr_schedules import NamedSchedule, ReduceLROnPlateau, Schedule
+from distplat.platform.progress import UNBOUNDED
 from distplat.platform.run_directory import TASK_FILE
 from distplat.platform.shard_map import ShardPlan
 from distplat.platform.spec import CheckpointConfig, Evaluation, Job, Scaling, StrategySpec
@@ -354,6 +355,8 @@ def replay_run(directory: Path, working_dir: Path) -> Replayed:
 
     first = prepare_rank()
     world, steps = job.scaling.world, first.total_steps
+    if steps == UNBOUNDED and logs:  # all tasks of the steps that were begun were made
+        steps = -(-len(logs[0]) // world)
     flaws = [flaw for log in logs for flaw in log_flaws(log, world, steps)]
     if flaws or len(logs) != roles.servers:
         raise StorageError(f"{directory / FILE_NAME}: {(flaws or ['shards are missing'])[0]}")

@@ -22,7 +22,7 @@ from distplat.platform.errors import (
     SpecError,
     printable,
 )
-from distplat.platform.progress import to_json
+from distplat.platform.progress import UNBOUNDED, to_json
 
 if TYPE_CHECKING:
     from distplat.actors.overview import Overview, RunName
@@ -88,9 +88,8 @@ def _backup(assignment: ShardAssignment) -> str:
 def _worker_lines(scheduler: SchedulerStatus, scale: ScaleStatus) -> list[str]:
     if not scheduler.steps:
         return ["task scheduler    no worker has come yet"]
-    head = (
-        f"task scheduler    step {scheduler.done} of {scheduler.steps}, attempt {scheduler.attempt}"
-    )
+    of = f" of {scheduler.steps}" if scheduler.steps < UNBOUNDED else ""
+    head = f"task scheduler    step {scheduler.done}{of}, attempt {scheduler.attempt}"
     if scheduler.dynamic_tasks:
         duplicates = f"{scheduler.duplicates} were made twice"
         head += f", tasks of 1/{scheduler.parts} step are leased, {duplicates}"

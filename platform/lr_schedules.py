@@ -46,6 +46,11 @@ class LRSchedule(Spec):
         """Give the fields that have no effect on a schedule of this name."""
         return set()
 
+    @property
+    def needs_length(self) -> bool:
+        """Whether a rate depends on how many steps the run has."""
+        return False
+
     def rate(self, base: float, step: int, total_steps: int) -> float:
         """
         Give the learning rate of a step.
@@ -95,6 +100,11 @@ class Schedule(LRSchedule):
             "wsd": {"final_factor", "decay_steps", "decay"},
         }[self.name]
         return {"final_factor", "every_steps", "gamma", "decay_steps", "decay"} - used
+
+    @property
+    @override
+    def needs_length(self) -> bool:
+        return self.name in ("linear", "cosine", "wsd")
 
     def _after(self, base: float, step: int, steps: int) -> float:
         match self.name:
@@ -224,6 +234,11 @@ class OneCycleLR(LRSchedule):
     final_div_factor: Positive = 1e4
     three_phase: Flag = False
 
+    @property
+    @override
+    def needs_length(self) -> bool:
+        return True
+
     def _after(self, base: float, step: int, steps: int) -> float:
         first = base / self.div_factor
         last, top = first / self.final_div_factor, self.pct_start * steps - 1.0
@@ -347,6 +362,15 @@ def schedule_problems(schedule: LRSchedule, steps: int | None) -> list[Problem]:
             text = f"the schedule {name!r} needs it, >= 1"
             problems.append(Problem(("lr_schedule", field), text))
     return problems if steps is None else [*problems, *length_problems(schedule, steps)]
+
+
+def unbounded_problems(schedule: LRSchedule) -> list[Problem]:
+    """Name a schedule that needs to know how many steps a run has which only its time ends."""
+    if not schedule.needs_length:
+        return []
+    text = f"{schedule.name!r} follows the number of steps, which `max_time_s` alone does not say"
+    hint = "give `steps` or `epochs` beside max_time_s, or another schedule: constant, or by steps"
+    return [Problem(("lr_schedule",), text, hint)]
 
 
 def length_problems(schedule: LRSchedule, steps: int) -> list[Problem]:

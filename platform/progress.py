@@ -14,6 +14,9 @@ from typing import Generic, TypeVar
 
 from distplat.platform.pipeline_trace import Trace, TraceReport, join_traces
 
+UNBOUNDED = 1 << 40
+"""Steps of a run that only its time ends: none makes so many."""
+
 
 @dataclass(frozen=True)
 class StepReport:

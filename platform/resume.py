@@ -218,6 +218,8 @@ def _mismatch(where: tuple[str, ...], had: Any, has: Any) -> Problem:
 
 
 def _length_mismatch(state: Mapping[str, Any], job: Job) -> list[Problem]:
+    if job.steps is None and job.epochs is None:
+        return []  # its time alone ends it
     field = "steps" if job.steps is not None else "epochs"
     per_epoch = int(state.get("steps_per_epoch", 0))
     steps = job.steps if job.steps is not None else (job.epochs or 0) * per_epoch

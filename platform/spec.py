@@ -24,6 +24,7 @@ from distplat.platform.lr_schedules import (
     Schedule,
     TaskSchedule,
     schedule_problems,
+    unbounded_problems,
 )
 from distplat.platform.model_options import (
     EMA,
@@ -282,9 +283,9 @@ class Job(Spec):
     initial_weights: Annotated[InitialWeights | None, BeforeValidator(initial_weights_of)] = None
     """Weights to begin from: a path, or a mapping; None: those that the task's model() makes."""
     epochs: Count | None = None
-    """Passes over the training data; give this or `steps`."""
+    """Passes over the training data; give this or `steps`, or `max_time_s` alone."""
     steps: Count | None = None
-    """Optimizer updates; give this or `epochs`."""
+    """Optimizer updates; give this or `epochs`, or `max_time_s` alone."""
     global_batch_size: Count = Field(le=2**30)
     """Samples of one update, over all workers."""
     gradient_accumulation: Count = Field(1, le=2**20)
@@ -310,7 +311,8 @@ class Job(Spec):
     """When evaluations get no better the run ends; None: it makes all its steps."""
     max_time_s: Positive | None = None
     """The run ends, as after its last step, once so many seconds have passed since it began; None:
-    it makes all its steps. It makes one at least."""
+    it makes all its steps. It makes one at least. Without `epochs` and `steps` its time alone ends
+    it."""
     failure: Failure = Failure()
     trackers: tuple[TrackerSpec, ...] = ()
     """Experiment trackers beside TensorBoard: `mlflow`, `trackio`, `wandb`, or mappings with their
@@ -377,10 +379,13 @@ class Job(Spec):
 
 
 def _length_problems(job: Job) -> list[Problem]:
-    if (job.epochs is None) == (job.steps is None):
-        got = "neither" if job.epochs is None else "both"
-        return [Problem(("epochs",), f"give `epochs` or `steps`, got {got}")]
-    return []
+    if job.epochs is not None and job.steps is not None:
+        return [Problem(("epochs",), "give `epochs` or `steps`, got both")]
+    if job.epochs is not None or job.steps is not None:
+        return []
+    if job.max_time_s is None:
+        return [Problem(("epochs",), "give `epochs`, `steps` or `max_time_s`, got none")]
+    return unbounded_problems(job.lr_schedule)
 
 
 def _batch_problems(job: Job) -> list[Problem]:

@@ -22,7 +22,9 @@ the same answer, so that an answer that was lost on its way costs nothing.
 from __future__ import annotations
 
 import bisect
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from itertools import takewhile
 
 from distplat.platform.errors import ProtocolError, StaleError
 from distplat.platform.ledger import IntervalSet
@@ -43,7 +45,7 @@ class TaskPlan:
     """Tasks of a step."""
     first: int = 0
     """Steps that were made before."""
-    evaluations: tuple[int, ...] = ()
+    evaluations: Sequence[int] = ()
     """After how many steps there is one, ascending; 0: before any task is leased."""
 
     @property
@@ -109,8 +111,8 @@ class TaskScheduler:
         self.duplicates = 0  #: tasks that were made once more, for nothing
         self._next = self.done.low  #: everything from here on was never leased
         self._again: list[int] = []  #: tasks to be leased once more, ascending
-        parts = range(plan.parts)
-        self._evaluations = [(steps, part) for steps in plan.evaluations for part in parts]
+        self._evaluations: list[tuple[int, int]] = []  #: to be leased, ascending
+        self._due = 0  #: evaluations of the plan whose steps are done
         self._evaluated: set[tuple[int, int]] = set()
         self._holdings: dict[int, _WorkerTasks] = {}
         self._leaving: set[int] = set()
@@ -178,14 +180,10 @@ class TaskScheduler:
         steps = max(plan.first, -(-self._next // plan.parts))
         if steps >= plan.steps:
             return
-        due = tuple(one for one in plan.evaluations if one < steps)
+        due = tuple(takewhile(lambda one: one < steps, plan.evaluations))
         if plan.evaluations and (steps or plan.evaluations[0] == 0):
             due = (*due, steps)
         self.plan = replace(plan, steps=steps, evaluations=due)
-        waiting = {one for one in self._evaluations if one[0] <= steps}
-        held = {one for holding in self._holdings.values() for one in holding.evaluations}
-        last = {(steps, part) for part in range(plan.parts)} if steps in due else set()
-        self._evaluations = sorted(waiting | (last - held - self._evaluated))
 
     def work(self, worker: int, number: int, most: int = 1) -> Lease | None:
         """
@@ -248,7 +246,8 @@ class TaskScheduler:
             return None
         if worker in self._leaving or self.over:
             return Lease(number, reach=reach, trained=trained, steps=steps, over=True)
-        if self._evaluations and self._evaluations[0][0] * self.plan.parts <= self.done.low:
+        self._note_due()
+        if self._evaluations:
             evaluation = self._evaluations.pop(0)
             evaluations = (evaluation,)
             return Lease(number, range(0), evaluations, reach, trained, steps)
@@ -256,6 +255,14 @@ class TaskScheduler:
         if not tasks:
             return None
         return Lease(number, tasks, reach=self._next // self.plan.parts)
+
+    def _note_due(self) -> None:
+        """Have those evaluations leased whose steps are done."""
+        planned, parts = self.plan.evaluations, range(self.plan.parts)
+        while self._due < len(planned) and planned[self._due] * len(parts) <= self.done.low:
+            found = [(planned[self._due], part) for part in parts]
+            self._evaluations += [one for one in found if one not in self._evaluated]
+            self._due += 1
 
     def _lease(self, most: int) -> range:
         """Take the lowest run of tasks that no worker holds, at most `most` of them."""

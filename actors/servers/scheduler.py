@@ -45,7 +45,7 @@ class SchedulerStatus:
     dynamic_tasks: bool
     """Whether tasks are leased; else each worker makes its part of every step."""
     steps: int
-    """Steps of the run; 0: no worker has joined yet."""
+    """Steps of the run; 0: no worker has joined yet, `UNBOUNDED`: its time alone ends it."""
     parts: int
     """Parts of a step."""
     done: int

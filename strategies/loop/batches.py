@@ -17,6 +17,7 @@ from torch.utils.data import (
 )
 
 from distplat.platform.checkpoints import is_due
+from distplat.platform.progress import UNBOUNDED
 from distplat.platform.sampler import Sampler
 from distplat.platform.spec import Job
 from distplat.strategies.algorithms.seeds import collate_seed, epoch_seed, evaluation_data_seed
@@ -143,8 +144,10 @@ def make_sampler(
 
 
 def total_steps(job: Job, sampler: Sampler) -> int:
-    """Give the number of updates in the run."""
-    return job.steps if job.steps is not None else (job.epochs or 0) * sampler.steps_per_epoch
+    """Give the number of updates in the run; `UNBOUNDED` where only its time ends it."""
+    if job.steps is not None:
+        return job.steps
+    return UNBOUNDED if job.epochs is None else job.epochs * sampler.steps_per_epoch
 
 
 def micro_batches(

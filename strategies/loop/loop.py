@@ -10,7 +10,7 @@ from typing import Any
 from torch.utils.data import Dataset
 
 from distplat.platform.errors import Abandoned
-from distplat.platform.progress import AnyReport, EvalReport, StepReport, join_evals
+from distplat.platform.progress import UNBOUNDED, AnyReport, EvalReport, StepReport, join_evals
 from distplat.platform.sampler import Sampler
 from distplat.platform.spec import Job
 from distplat.platform.stop_order import StopOrder
@@ -160,9 +160,10 @@ class _LoopBase:
         self, part: int, step: int, share: Share, clock: Stopwatch, more: Mapping[str, float]
     ) -> None:
         """Report a part of a step."""
-        epoch, of = self.sampler.epoch_of(step), self.total_steps
+        epoch, total = self.sampler.epoch_of(step), self.total_steps
+        of = 0 if total == UNBOUNDED else total
         figures = {**self.strategy.figures(), **more, **self._exchange.figures()}
-        figures |= rate_figures(self.prepared.job, step, of)
+        figures |= rate_figures(self.prepared.job, step, total)
         mean, samples, weight = share.loss, share.samples, share.weight
         seconds = clock.seconds
         self.report(StepReport(part, step, epoch, mean, samples, seconds, of, figures, weight))
@@ -329,13 +330,15 @@ def task_plan(job: Job, sampler: Sampler, steps: int, first: int, evaluates: boo
         first: steps that were made before.
         evaluates: whether there is evaluation data.
     """
-    every = job.evaluation.period(sampler.steps_per_epoch)
-    times = {*(range(every, steps, every) if every else ()), steps} if evaluates else set()
+    if not evaluates:
+        return TaskPlan(steps, sampler.world, first)
+    every = job.evaluation.period(sampler.steps_per_epoch) or steps
     # One that falls on the first step may have been cut off.
-    due = tuple(sorted(time for time in times if time >= max(1, first)))
-    if evaluates and job.evaluation.before_first and first == 0:
-        due = (0, *due)
-    return TaskPlan(steps, sampler.world, first, due)
+    begin = -(-max(1, first) // every) * every
+    begin = 0 if job.evaluation.before_first and first == 0 else begin
+    if steps == UNBOUNDED:  # too many for a list; the run's end says which is the last
+        return TaskPlan(steps, sampler.world, first, range(begin, steps + 1, every))
+    return TaskPlan(steps, sampler.world, first, (*range(begin, steps, every), steps))
 
 
 @dataclass

@@ -20,7 +20,9 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from distplat.platform.errors import Problem, SpecError
 from distplat.platform.lr_schedules import TaskSchedule
+from distplat.platform.progress import UNBOUNDED
 from distplat.platform.sampler import Sampler
 from distplat.platform.spec import Job
 from distplat.strategies.algorithms.seeds import order_seed
@@ -204,10 +206,14 @@ def with_task_schedule(job: Job, task: Task, steps: int) -> Job:
         steps: of the run.
 
     Raises:
+        SpecError: the run has no number of steps.
         ValueError: a factor is no number, negative or not finite; names the step.
     """
     if not overrides(type(task), "lr"):
         return job
+    if steps == UNBOUNDED:
+        text = "alone does not say how many steps there are, and the task's lr(step, total) asks"
+        raise SpecError(Problem(("max_time_s",), text, "give `steps` or `epochs`, too"))
     seed_all(job.seed)
     own = method_of(task, "lr")
     factors = array("d", (_factor(task, own(step, steps), step) for step in range(steps)))

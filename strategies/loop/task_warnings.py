@@ -9,6 +9,7 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from distplat.platform.optimizers import Muon
+from distplat.platform.progress import UNBOUNDED
 from distplat.platform.sampler import Sampler
 from distplat.platform.spec import Job
 from distplat.strategies.loop.checks import quoted
@@ -82,9 +83,10 @@ def length_warning(job: Job, steps: int, state: Mapping[str, Any]) -> str:
     now = job.lr_schedule.rate(1.0, step - 1, steps)
     if math.isclose(now, factor, rel_tol=1e-6, abs_tol=1e-12):
         return ""
+    length, old = [f"{n} steps" if n < UNBOUNDED else "no number of steps" for n in (steps, had)]
     return (
-        f"the learning rate follows the length of the run: that of the checkpoint had {had} steps, "
-        f"and lr x {factor:.4g} in its step {step}; in this one, of {steps} steps, that step would "
+        f"the learning rate follows the length of the run: that of the checkpoint had {old}, "
+        f"and lr x {factor:.4g} in its step {step}; in this one, of {length}, that step would "
         f"have had lr x {now:.4g}, and it goes on from there. To have no break, set the length "
         "from the beginning, or a schedule that does not depend on it until its last steps (wsd)"
     )

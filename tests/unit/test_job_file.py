@@ -132,7 +132,11 @@ def test_a_job_is_read() -> None:
         ("steps: 10", "steps: 2.5", "job.yaml:10:1: steps: must be a whole number (got 2.5)"),
         ("steps: 10", "steps: '10'", "job.yaml:10:1: steps: must be a whole number (got '10')"),
         ("steps: 10", "steps: 0", "job.yaml:10:1: steps: must be >= 1 (got 0)"),
-        ("steps: 10", "seed: 1", "job.yaml: epochs: give `epochs` or `steps`, got neither"),
+        (
+            "steps: 10",
+            "seed: 1",
+            "job.yaml: epochs: give `epochs`, `steps` or `max_time_s`, got none",
+        ),
         (
             "steps: 10",
             "steps: 10\nprecision: fp23",

@@ -29,7 +29,7 @@ def job(**changes: Any) -> Job:
     [
         ({}, []),
         ({"epochs": 3}, ["epochs: give `epochs` or `steps`, got both"]),
-        ({"steps": None}, ["epochs: give `epochs` or `steps`, got neither"]),
+        ({"steps": None}, ["epochs: give `epochs`, `steps` or `max_time_s`, got none"]),
         ({"steps": None, "epochs": 3}, []),
         ({"scaling": {"num_workers": 64}}, []),
         (

@@ -1,0 +1,207 @@
+"""A run with `max_time_s` alone: no number of steps ends it, and nothing needs to know one."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from jobs import job_of
+from line_task import FIELDS, Evaluated
+from local_run import Attempt, LocalRun, evaluations, train
+from safetensors.torch import load_file
+from torch.utils.data import Dataset, IterableDataset
+
+from distplat import Callback, Trainer
+from distplat.platform.checkpoints import Catalogue
+from distplat.platform.errors import SpecError
+from distplat.platform.progress import UNBOUNDED, StepReport, StepSummary
+from distplat.platform.resume import mismatches
+from distplat.platform.sampler import Sampler
+from distplat.platform.spec import Job
+from distplat.platform.stop_order import StopOrder
+from distplat.platform.task_scheduler import TaskPlan, TaskScheduler
+from distplat.strategies.loop.loop import task_plan
+from distplat.strategies.loop.task_warnings import length_warning, schedule_facts
+
+END = 5
+STRATEGIES: list[Any] = [
+    "ring",
+    {"name": "ring", "shard_optimizer": True},
+    {"name": "ps-sync", "num_servers": 2, "replication": 2},
+    {"name": "hybrid", "pipeline": 1, "data": 2},
+]
+
+
+def fields(**more: Any) -> dict[str, Any]:
+    return {**FIELDS, "steps": None, "max_time_s": 3600, **more}
+
+
+def job(strategy: Any, **more: Any) -> Job:
+    given = {"steps": None, "max_time_s": 3600, "evaluation": {"every_steps": 2}, **more}
+    return job_of(strategy, 2, **given)
+
+
+class Over(Attempt):
+    """The time is over in step END on all ranks."""
+
+    def before(self, rank: int, step: int) -> StopOrder:
+        return StopOrder.END if step >= END - 1 else StopOrder.NONE
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES, ids=str)
+def test_the_model_is_that_of_a_run_of_so_many_steps(strategy: Any) -> None:
+    schedule = {"name": "StepLR", "step_size": 2, "gamma": 0.5, "warmup_steps": 1}
+    run = LocalRun(job(strategy, lr_schedule=schedule), Evaluated)
+    assert Over(run).make()
+    run.close()
+    more = {"steps": END, "max_time_s": None, "lr_schedule": schedule}
+    whole = train(job(strategy, **more), Evaluated)
+    for mine, other in zip(run.trained, whole.trained, strict=True):
+        torch.testing.assert_close(mine, other, rtol=0.0, atol=0.0)
+    assert evaluations(run) == evaluations(whole)
+    assert {one.of for one in run.reports[0] if isinstance(one, StepReport)} == {0}
+
+
+class Telling(Attempt):
+    def report(self, rank: int, report: Any) -> None:
+        super().report(rank, report)
+        if isinstance(report, StepReport) and report.step == 1:
+            self.run.desk.call("end_early")
+
+
+@pytest.mark.parametrize("evaluation", [{"every_steps": 2}, {"every_epochs": 0}])
+def test_where_tasks_are_leased_the_steps_that_were_begun_are_made(
+    evaluation: dict[str, int],
+) -> None:
+    more = {**evaluation, "before_first": True}
+    run = LocalRun(job("ps-async", evaluation=more), Evaluated)
+    assert Telling(run).make()
+    run.close()
+    steps = {one.step for told in run.reports for one in told if isinstance(one, StepReport)}
+    made = max(steps) + 1
+    assert steps == set(range(made)), "all tasks of the steps that were begun"
+    every = range(0, made, 2) if "every_steps" in evaluation else [0]
+    assert [one.step for one in evaluations(run)] == [*every, made]
+
+
+def plan_of(first: int = 0, **evaluation: Any) -> TaskPlan:
+    return task_plan(
+        job("ps-async", evaluation=evaluation), Sampler(8, 4, 2), UNBOUNDED, first, evaluates=True
+    )
+
+
+def due_of(plan: TaskPlan) -> tuple[int, int, int]:
+    due = plan.evaluations
+    assert isinstance(due, range)
+    return due.start, due.stop, due.step
+
+
+def test_evaluations_of_a_run_without_an_end_are_no_list() -> None:
+    assert due_of(plan_of(every_steps=3)) == (3, UNBOUNDED + 1, 3)
+    assert due_of(plan_of(4, every_steps=3)) == (6, UNBOUNDED + 1, 3)
+    assert due_of(plan_of(6, every_epochs=2)) == (8, UNBOUNDED + 1, 4)
+    assert due_of(plan_of(every_epochs=2, before_first=True)) == (0, UNBOUNDED + 1, 4)
+    scheduler = TaskScheduler(plan_of(every_epochs=0))
+    assert scheduler.work(0, 0, 3) is not None
+    scheduler.finish(0, (0, 1, 2))
+    scheduler.end_early()
+    assert (scheduler.plan.steps, scheduler.plan.evaluations) == (2, (2,))
+
+
+class Enough(Callback):
+    def on_step(self, step: StepSummary) -> None:
+        self.step = step.step
+
+    def should_stop(self) -> bool:
+        return self.step >= 3
+
+
+@pytest.mark.parametrize("strategy", ["ring", "ps-sync", "ps-async", "hybrid"])
+def test_a_run_ends_by_its_time_or_a_callback_and_goes_on(strategy: str, tmp_path: Path) -> None:
+    checkpoint = {"every_steps": 1}
+    given = fields(strategy=strategy, storage_path=str(tmp_path), checkpoint=checkpoint)
+    short = Trainer({**given, "max_time_s": 1e-9}, Evaluated).fit()
+    made = short.totals.steps
+    assert made == 1 if strategy != "ps-async" else made >= 1
+    assert short.stopped == "max_time_s: 1e-09 s are over"
+    assert max(one.step for one in short.evaluations) == made
+    assert json.loads((short.path / "result.json").read_text())["status"] == "SUCCEEDED"
+    again = Trainer(given, Evaluated, resume=short.path, callbacks=[Enough()]).fit()
+    newest = Catalogue(short.path / "checkpoints").steps()[-1]
+    assert again.history[0].step == newest + 1
+    assert again.stopped == "Enough.should_stop()"
+    if strategy == "ring":
+        plain = Trainer({**given, "max_time_s": None, "steps": 3}, Evaluated).fit()
+        mine, other = [load_file(one.path / "model.safetensors") for one in (again, plain)]
+        assert all(torch.equal(mine[name], other[name]) for name in other)
+
+
+class Stream(IterableDataset[Any]):
+    def __iter__(self) -> Any:
+        yield from ((torch.ones(4) * i, torch.ones(1)) for i in range(10))
+
+
+class Streamed(Evaluated):
+    def train_data(self) -> Dataset[Any]:
+        return Stream()
+
+    def eval_data(self) -> Any:
+        return None
+
+
+def test_a_stream_is_read_over_and_over(tmp_path: Path) -> None:
+    given = fields(storage_path=str(tmp_path), global_batch_size=4)
+    result = Trainer(given, Streamed, callbacks=[Enough()]).fit()
+    assert [step.samples for step in result.history] == [4, 4, 4], "no batch is short"
+
+
+@pytest.mark.parametrize(
+    "schedule",
+    [
+        {"name": "linear"},
+        {"name": "cosine"},
+        {"name": "wsd", "decay_steps": 2},
+        {"name": "OneCycleLR", "cycle_momentum": False},
+    ],
+    ids=lambda one: one["name"],
+)
+def test_a_schedule_over_the_whole_run_is_refused(schedule: dict[str, Any]) -> None:
+    with pytest.raises(SpecError) as refused:
+        job("ring", lr_schedule=schedule)
+    (problem,) = refused.value.problems
+    assert problem.where == ("lr_schedule",)
+    assert f"{schedule['name']!r} follows the number of steps" in problem.message
+    job("ring", lr_schedule=schedule, steps=4)
+
+
+@pytest.mark.parametrize(
+    "schedule",
+    [
+        {"name": "constant", "warmup_steps": 2},
+        {"name": "step", "every_steps": 2},
+        {"name": "CosineAnnealingLR", "T_max": 5},
+    ],
+)
+def test_a_schedule_by_steps_is_not(schedule: dict[str, Any]) -> None:
+    assert job("ring", lr_schedule=schedule).lr_schedule.name == schedule["name"]
+
+
+class OwnRates(Evaluated):
+    def lr(self, step: int, total: int) -> float:
+        return 1.0 - step / total
+
+
+def test_a_task_whose_rates_ask_for_the_number_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(SpecError, match=r"max_time_s: alone does not say how many steps"):
+        Trainer(fields(storage_path=str(tmp_path)), OwnRates).fit()
+
+
+def test_what_a_checkpoint_of_it_says_to_a_run_with_a_length() -> None:
+    endless = job("ring")
+    state = {"step": 3, **schedule_facts(endless, 3, UNBOUNDED)}
+    assert length_warning(endless, UNBOUNDED, state) == ""
+    longer = job("ring", steps=9, lr_schedule={"name": "linear"})
+    assert "that of the checkpoint had no number of steps" in length_warning(longer, 9, state)
+    problems = [str(one) for one in mismatches({**state, "steps_per_epoch": 2}, endless)]
+    assert not [one for one in problems if "nothing" in one or "steps" in one]
