@@ -1,5 +1,6 @@
 """The base of all job-file models, and the kinds of value that their fields share."""
 
+import math
 from collections.abc import Mapping
 from typing import Annotated, ClassVar
 
@@ -9,6 +10,7 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    PlainSerializer,
     StrictBool,
     StringConstraints,
 )
@@ -43,6 +45,13 @@ Flag = StrictBool
 Folder = Annotated[str, StringConstraints(pattern=r"^[^\x00-\x1f\x7f]+$", max_length=1024)]
 Number = Annotated[float, BeforeValidator(_no_bool)]
 Positive = Annotated[float, BeforeValidator(_no_bool), Field(gt=0)]
+Limit = Annotated[
+    float,
+    Field(gt=0, allow_inf_nan=True),
+    BeforeValidator(_no_bool),
+    PlainSerializer(lambda limit: "inf" if limit == math.inf else limit, when_used="json"),
+]
+"""A number > 0, `.inf` in YAML for no limit; JSON has no infinity, so there it is text."""
 NonNegative = Annotated[float, BeforeValidator(_no_bool), Field(ge=0)]
 Fraction = Annotated[float, BeforeValidator(_no_bool), Field(ge=0, lt=1)]
 Count = Annotated[int, BeforeValidator(_whole), Field(ge=1, le=2**40)]

@@ -17,7 +17,17 @@ from pydantic_core import PydanticCustomError
 from distplat.platform import own_loop
 from distplat.platform.errors import Problem
 from distplat.platform.evaluations import EarlyStop, KeepBest, evaluation_problems
-from distplat.platform.fields import Count, Flag, Folder, Index, Positive, Resources, Seconds, Spec
+from distplat.platform.fields import (
+    Count,
+    Flag,
+    Folder,
+    Index,
+    Limit,
+    Positive,
+    Resources,
+    Seconds,
+    Spec,
+)
 from distplat.platform.lr_schedules import (
     NamedSchedule,
     ReduceLROnPlateau,
@@ -290,8 +300,9 @@ class Job(Spec):
     """Samples of one update, over all workers."""
     gradient_accumulation: Count = Field(1, le=2**20)
     """Micro-batches into which each worker cuts its part of the batch."""
-    clip_norm: Positive | None = None
-    """Scale gradients down to this 2-norm over all parameters; None: never."""
+    clip_norm: Limit | None = None
+    """Scale gradients down to this 2-norm over all parameters; `.inf`: never, but have the norm as
+    `grad_norm` in the metrics; None: neither."""
     ema: EMA | None = None
     """An average of the weights beside them, evaluated and saved too; None: there is none."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"

@@ -118,7 +118,7 @@ def test_problems(changes: dict[str, Any], problems: list[str]) -> None:
         ("seed", [0, 2.0, 2**40], [-1, 2.5, "1", True, 2**40 + 1, float("nan")]),
         ("gradient_accumulation", [1, 64], [0, 2**20 + 1, 4e9]),
         ("global_batch_size", [2**30], [0, 2**30 + 1]),
-        ("clip_norm", [None, 1, 1e-300], [0, -1, True, float("inf")]),
+        ("clip_norm", [None, 1, 1e-300, float("inf")], [0, -1, True, float("nan")]),
         ("data", [{"num_workers": 256}], [{"num_workers": 257}, {"prefetch_factor": 2000}]),
         ("scaling", [{"num_workers": 1024}], [{"num_workers": 1025}, {"num_workers": "2"}]),
     ],
