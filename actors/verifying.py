@@ -43,7 +43,12 @@ from distplat.platform.errors import (
     UserCodeError,
 )
 from distplat.platform.free_memory import check_whole_file
-from distplat.platform.lr_schedules import NamedSchedule, ReduceLROnPlateau, Schedule
+from distplat.platform.lr_schedules import (
+    NamedSchedule,
+    OneCycleLR,
+    ReduceLROnPlateau,
+    Schedule,
+)
 from distplat.platform.progress import UNBOUNDED
 from distplat.platform.run_directory import TASK_FILE
 from distplat.platform.shard_map import ShardPlan
@@ -184,10 +189,12 @@ def not_compared(name: str, job: Job) -> list[Row]:
 
 
 def _without_evaluations(job: Job) -> dict[str, Any]:
-    """Give the fields of a job that is not evaluated, with nothing that goes by evaluations."""
+    """Give the fields of a short run that is not evaluated, so that nothing goes by evaluations."""
     schedule: NamedSchedule = job.lr_schedule
     if isinstance(schedule, ReduceLROnPlateau):
         schedule = Schedule()  # so its rates are, until evaluations come
+    if isinstance(schedule, OneCycleLR):
+        schedule = schedule.model_copy(update={"total_steps": None})  # it is over these few steps
     return {"evaluation": Evaluation(every_epochs=0), "early_stop": None, "lr_schedule": schedule}
 
 

@@ -69,22 +69,37 @@ SCHEDULERS = """
 ## lr_schedule, by torch
 
 A class of `torch.optim.lr_scheduler` with its arguments and torch's defaults; it is stepped once
-after each step. `warmup_steps` may stand beside them: the scheduler begins when the warm-up is
+after each step. `warmup_steps` may stand beside most: the scheduler begins when the warm-up is
 over. [`ReduceLROnPlateau`](#reducelronplateau) is stepped after evaluations instead, and stands
 alone.
 
 ```yaml
 lr_schedule: {name: CosineAnnealingLR, T_max: 1000, eta_min: 1e-5, warmup_steps: 100}
-lr_schedule: {name: OneCycleLR, cycle_momentum: false}     # lr is its max_lr, the run its length
+lr_schedule: {name: OneCycleLR, max_lr: 0.1, cycle_momentum: false}     # over all steps of the run
 lr_schedule: {name: wsd, warmup_steps: 100, decay_steps: 200, decay: sqrt}     # a shape from above
 lr_schedule: {name: ReduceLROnPlateau, factor: 0.5, patience: 3}     # of the evaluations' loss
 ```
 
-`OneCycleLR` is over the run after the warm-up, and leaves momentum alone: `cycle_momentum: false`
-must stand there, for torch's default is true. Not here: schedulers made of others, and `CyclicLR`,
-which replaces the learning rates of optimizer and groups. A function of the step, as for
-`LambdaLR`, is `lr(step, total)` of the [task](task.md#the-learning-rate), and stands in place of
-`lr_schedule`.
+`OneCycleLR` is over the run after the warm-up: `total_steps` may be left out, and must be the run's
+where it is given. Its `max_lr`, and `base_lr` and `max_lr` of `CyclicLR`, are one number for all,
+in place of each `lr` of optimizer, groups and `embeddings.optimizer`, as in torch; without `max_lr`
+each `lr` is that of its group. Both leave momentum alone: `cycle_momentum: false` must stand there,
+for torch's default is true. `CyclicLR` has no warm-up beside it.
+
+`SequentialLR` has one scheduler after the other, each from the beginning at its milestone:
+
+```yaml
+lr_schedule:
+  name: SequentialLR
+  schedulers:
+    - {name: LinearLR, start_factor: 0.01, total_iters: 100}
+    - {name: CosineAnnealingLR, T_max: 900}
+  milestones: [100]
+```
+
+Not among them are those with rates of their own: `OneCycleLR`, `CyclicLR`. Not here at all:
+`ChainedScheduler`. A function of the step, as for `LambdaLR` and `scale_fn` of `CyclicLR`, is
+`lr(step, total)` of the [task](task.md#the-learning-rate), and stands in place of `lr_schedule`.
 
 | name | arguments |
 |---|---|

@@ -12,6 +12,7 @@ from abc import abstractmethod
 from array import array
 from bisect import bisect_right
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field
@@ -23,14 +24,13 @@ from distplat.platform.fields import Count, Flag, Index, NonNegative, Number, Po
 UnitInterval = Annotated[Number, Field(ge=0, le=1)]
 """A number from 0 to 1."""
 
-WARMUP = "`warmup_steps` may stand beside all but ReduceLROnPlateau"
+WARMUP = "`warmup_steps` may stand beside all but CyclicLR and ReduceLROnPlateau"
 METHOD = "write lr(step, total) in the task"
 REFUSED_SCHEDULES = {
     "LambdaLR": f"it needs a function, which a job file cannot hold; {METHOD}",
     "MultiplicativeLR": f"it needs a function, which a job file cannot hold; {METHOD}",
-    "SequentialLR": f"it is made of others; {WARMUP}",
-    "ChainedScheduler": f"it is made of others; {WARMUP}",
-    "CyclicLR": "it replaces the learning rates of optimizer and groups",
+    "ChainedScheduler": f"it multiplies others; SequentialLR has one after the other, {WARMUP}, or "
+    f"{METHOD}",
 }
 """Schedulers of torch that a job may not name, and why."""
 
@@ -224,9 +224,16 @@ class CosineAnnealingWarmRestarts(LRSchedule):
 
 
 class OneCycleLR(LRSchedule):
-    """Up to `lr` and down again over the run (Smith & Topin, 2018); `lr` is torch's `max_lr`."""
+    """
+    Up and down again over the run (Smith & Topin, 2018).
+
+    `max_lr` stands in place of the rates of optimizer and groups, as in torch; without it each
+    `lr` is the `max_lr` of its group.
+    """
 
     name: Literal["OneCycleLR"]
+    max_lr: Positive | None = None
+    total_steps: Count | None = None
     pct_start: UnitInterval = 0.3
     anneal_strategy: Literal["cos", "linear"] = "cos"
     cycle_momentum: Flag = True
@@ -238,6 +245,10 @@ class OneCycleLR(LRSchedule):
     @override
     def needs_length(self) -> bool:
         return True
+
+    @override
+    def rate(self, base: float, step: int, total_steps: int) -> float:
+        return super().rate(self.max_lr or base, step, total_steps)
 
     def _after(self, base: float, step: int, steps: int) -> float:
         first = base / self.div_factor
@@ -253,6 +264,55 @@ class OneCycleLR(LRSchedule):
         if self.anneal_strategy == "linear":
             return (end_rate - start_rate) * done + start_rate
         return _cosine(start_rate, end_rate, done)
+
+
+class CyclicLR(LRSchedule):
+    """Up and down again and again (Smith, 2017), between rates that stand in place of `lr`."""
+
+    name: Literal["CyclicLR"]
+    base_lr: NonNegative
+    max_lr: Positive
+    step_size_up: Count = 2000
+    step_size_down: Count | None = None
+    mode: Literal["triangular", "triangular2", "exp_range"] = "triangular"
+    gamma: Positive = 1.0
+    cycle_momentum: Flag = True
+
+    def _after(self, base: float, step: int, steps: int) -> float:
+        length = self.step_size_up + (self.step_size_down or self.step_size_up)
+        cycle, rising = math.floor(1 + step / length), self.step_size_up / length
+        done = 1.0 + step / length - cycle
+        height = done / rising if done <= rising else (done - 1.0) / (rising - 1.0)
+        scale = 1.0 if self.mode == "triangular" else _power(0.5, cycle - 1)
+        scale = _power(self.gamma, step) if self.mode == "exp_range" else scale
+        return self.base_lr + (self.max_lr - self.base_lr) * height * scale
+
+
+Alone = Annotated[
+    ConstantLR
+    | LinearLR
+    | PolynomialLR
+    | StepLR
+    | MultiStepLR
+    | ExponentialLR
+    | CosineAnnealingLR
+    | CosineAnnealingWarmRestarts,
+    Field(discriminator="name"),
+]
+"""Schedulers that begin with the rates of optimizer and groups, and so may follow each other."""
+
+
+class SequentialLR(LRSchedule):
+    """One scheduler after the other; each begins anew at its milestone."""
+
+    name: Literal["SequentialLR"]
+    schedulers: tuple[Alone, ...] = Field(min_length=1)
+    milestones: tuple[Count, ...]
+
+    def _after(self, base: float, step: int, steps: int) -> float:
+        index = bisect_right(self.milestones, step)
+        begin = self.milestones[index - 1] if index else 0
+        return self.schedulers[index].rate(base, step - begin, steps - begin)
 
 
 class ReduceLROnPlateau(LRSchedule):
@@ -308,6 +368,8 @@ AnySchedule = (
     | CosineAnnealingLR
     | CosineAnnealingWarmRestarts
     | OneCycleLR
+    | CyclicLR
+    | SequentialLR
     | ReduceLROnPlateau
 )
 
@@ -343,12 +405,19 @@ def schedule_problems(schedule: LRSchedule, steps: int | None) -> list[Problem]:
         schedule: the job's.
         steps: of the run; None: not known yet.
     """
-    if isinstance(schedule, OneCycleLR) and schedule.cycle_momentum:
+    if isinstance(schedule, OneCycleLR | CyclicLR) and schedule.cycle_momentum:
         text = "must be false, which is not torch's default: momentum stays as the optimizer has it"
         return [Problem(("lr_schedule", "cycle_momentum"), text, "write cycle_momentum: false")]
+    if isinstance(schedule, CyclicLR) and schedule.warmup_steps:
+        text = "cannot stand beside CyclicLR, which has rates of its own"
+        return [Problem(("lr_schedule", "warmup_steps"), text, "remove it")]
+    if isinstance(schedule, SequentialLR):
+        return _sequence_problems(schedule)
     if isinstance(schedule, ReduceLROnPlateau) and schedule.warmup_steps:
         text = "cannot stand beside ReduceLROnPlateau, which torch chains with no other scheduler"
         return [Problem(("lr_schedule", "warmup_steps"), text, "remove it")]
+    if isinstance(schedule, OneCycleLR) and steps is not None:
+        return length_problems(schedule, steps)
     if not isinstance(schedule, Schedule):
         return []
     problems = [
@@ -381,12 +450,29 @@ def length_problems(schedule: LRSchedule, steps: int) -> list[Problem]:
         schedule: the job's.
         steps: of the run.
     """
+    if isinstance(schedule, OneCycleLR):
+        own, left = schedule.total_steps, steps - schedule.warmup_steps
+        if own is None or own == left:
+            return []
+        after = " after the warm-up" if schedule.warmup_steps else ""
+        text = f"is {own}, and the run has {left} steps{after}"
+        return [Problem(("lr_schedule", "total_steps"), text, "remove it: the run's are taken")]
     if not isinstance(schedule, Schedule) or schedule.name != "wsd":
         return []
     if schedule.warmup_steps + schedule.decay_steps <= steps:
         return []
     text = f"with `warmup_steps` more than all steps of the run, which are {steps}"
     return [Problem(("lr_schedule", "decay_steps"), text)]
+
+
+def _sequence_problems(schedule: SequentialLR) -> list[Problem]:
+    where, milestones = ("lr_schedule", "milestones"), schedule.milestones
+    if len(milestones) != len(schedule.schedulers) - 1:
+        text = f"must be one fewer than `schedulers`, and are {len(milestones)}"
+        return [Problem(where, f"{text} for {len(schedule.schedulers)}")]
+    if any(after <= before for before, after in pairwise(milestones)):
+        return [Problem(where, f"must grow from one to the next (got {[*milestones]})")]
+    return []
 
 
 def _cosine(start: float, end: float, done: float) -> float:

@@ -10,7 +10,7 @@ import reprlib
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from types import UnionType
-from typing import Any, Union, get_args, get_origin
+from typing import Annotated, Any, Union, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
@@ -154,7 +154,8 @@ def _tag_problem(where: FieldPath, value: Any, field: FieldInfo) -> tuple[FieldP
     name = value[chooser]
     if not isinstance(name, str):
         return inner, f"must be text (got {show(name)})", _quote_hint(name)
-    message = f"unknown {where[-1]} {show(name)}"
+    kind = next(part for part in reversed(where) if isinstance(part, str))
+    message = f"unknown {kind.removesuffix('s')} {show(name)}"
     if name in _REFUSED:
         return inner, message, f"{_REFUSED[name]}; allowed: {', '.join(known)}"
     return inner, message, hint(name, known)
@@ -217,11 +218,18 @@ def _locate(
             continue  # says of which type the complaint is
         where.append(part)
         if isinstance(part, int):  # an item of a list: of the model that the list's field names
-            field = None
+            field = _item_of(field)
             continue
         holder, field = model, model.model_fields.get(str(part)) if model else None
         model = _model_in(field.annotation) if field else None
     return tuple(where), holder, field
+
+
+def _item_of(field: FieldInfo | None) -> FieldInfo | None:
+    """Give an item of a list like a field, where a name in it chooses its model; else None."""
+    item: Any = next(iter(get_args(field.annotation)), None) if field is not None else None
+    found = FieldInfo.from_annotation(item) if get_origin(item) is Annotated else None
+    return found if found is not None and found.discriminator else None
 
 
 def _is_one_of_several(field: FieldInfo) -> bool:

@@ -3,6 +3,7 @@
 import inspect
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from random import Random
 from typing import Any, get_args
 
@@ -17,6 +18,7 @@ from test_parameter_groups import BATCH, SAMPLES, Small
 from torch.optim import lr_scheduler
 from torch.optim.lr_scheduler import ConstantLR, CosineAnnealingLR, LinearLR, LRScheduler, StepLR
 
+from distplat.actors.verifying import VerifyRequest, job_for
 from distplat.platform.errors import SpecError
 from distplat.platform.job_file import read_job, render_job
 from distplat.platform.lr_schedules import (
@@ -27,16 +29,23 @@ from distplat.platform.lr_schedules import (
     ReduceLROnPlateau,
     Schedule,
 )
+from distplat.platform.progress import StepReport
 from distplat.platform.sampler import Sampler
+from distplat.platform.spec import Job
 from distplat.strategies.loop.session import prepare
 
 LR, STEPS = 0.8, 30
 KINDS: TypeAdapter[LRSchedule] = TypeAdapter(NamedSchedule)
 OF_TORCH: list[type[LRSchedule]] = [one for one in get_args(AnySchedule) if one is not Schedule]
+WITH_THEIR_OWN_RATES = {"OneCycleLR", "CyclicLR", "SequentialLR"}
 OF_STEPS = [kind for kind in OF_TORCH if kind is not ReduceLROnPlateau]
 NOT_OURS = {"optimizer", "last_epoch"}
-OF_THE_RUN = {"max_lr", "total_steps", "epochs", "steps_per_epoch", "base_momentum", "max_momentum"}
-"""Of OneCycleLR: `lr`, the length of the run, and what belongs to momentum."""
+OF_MOMENTUM = {"base_momentum", "max_momentum"}
+NOT_ALIKE = {
+    "OneCycleLR": {"max_lr", "total_steps", "epochs", "steps_per_epoch"} | OF_MOMENTUM,
+    "CyclicLR": {"scale_fn", "scale_mode"} | OF_MOMENTUM,
+}
+"""What has a default here: `lr`, the length of the run; functions; and what belongs to momentum."""
 
 
 def of_torch(
@@ -151,7 +160,7 @@ def _is_public(one: Any) -> bool:
 @pytest.mark.parametrize("kind", OF_TORCH)
 def test_arguments_and_defaults_are_torchs(kind: type[LRSchedule]) -> None:
     assert get_args(kind.model_fields["name"].annotation) == (kind.__name__,)
-    left_out = NOT_OURS | (OF_THE_RUN if kind.__name__ == "OneCycleLR" else set())
+    left_out = NOT_OURS | NOT_ALIKE.get(kind.__name__, set())
     parameters = inspect.signature(getattr(lr_scheduler, kind.__name__)).parameters.values()
     theirs = {
         one.name: (one.default is one.empty, None if one.default is one.empty else one.default)
@@ -161,14 +170,23 @@ def test_arguments_and_defaults_are_torchs(kind: type[LRSchedule]) -> None:
     ours = {
         name: (one.is_required(), None if one.is_required() else one.default)
         for name, one in kind.model_fields.items()
-        if name not in ("name", "warmup_steps", "metric")
+        if name not in {"name", "warmup_steps", "metric", *left_out}
     }
     assert ours == theirs
 
 
 def drawn(random: Random) -> dict[str, Any]:
     """Draw a scheduler of torch with arguments."""
-    name = random.choice(OF_STEPS).__name__
+    return drawn_of(random, random.choice(OF_STEPS).__name__)
+
+
+def drawn_of(random: Random, name: str) -> dict[str, Any]:
+    if name == "SequentialLR":
+        kinds = [one.__name__ for one in OF_STEPS if one.__name__ not in WITH_THEIR_OWN_RATES]
+        count = random.randint(1, 3)
+        parts = [drawn_of(random, random.choice(kinds)) for _ in range(count)]
+        milestones = sorted(random.sample(range(1, 20), count - 1))
+        return {"name": name, "schedulers": parts, "milestones": milestones}
     some: dict[str, dict[str, Any]] = {
         "ConstantLR": {
             "factor": random.choice([0.01, 0.3, 1]),
@@ -200,29 +218,53 @@ def drawn(random: Random) -> dict[str, Any]:
             "final_div_factor": random.choice([1e4, 2]),
             "three_phase": random.random() < 0.3,
         },
+        "CyclicLR": {
+            "base_lr": random.choice([0.0, 0.01]),
+            "max_lr": random.choice([0.005, 0.3]),
+            "step_size_up": random.randint(1, 9),
+            "step_size_down": random.choice([None, 1, 7]),
+            "mode": random.choice(["triangular", "triangular2", "exp_range"]),
+            "gamma": random.choice([1.0, 0.9]),
+            "cycle_momentum": False,
+        },
     }
     return {"name": name, **some[name]}
+
+
+def made(optimizer: torch.optim.Optimizer, fields: dict[str, Any]) -> LRScheduler:
+    """Make torch's scheduler of a job's fields."""
+    arguments = {key: value for key, value in fields.items() if key != "name"}
+    if fields["name"] == "SequentialLR":
+        arguments["schedulers"] = [made(optimizer, one) for one in fields["schedulers"]]
+    scheduler: LRScheduler = getattr(lr_scheduler, fields["name"])(optimizer, **arguments)
+    return scheduler
 
 
 @settings(max_examples=400, deadline=None)
 @given(st.randoms(use_true_random=True))
 def test_each_step_has_torchs_rate(random: Random) -> None:
     fields, steps = drawn(random), random.randint(12, 60)
-    base = random.choice([0.8, 3e-4])
-    ours = KINDS.validate_python(fields)
-    arguments = {key: value for key, value in fields.items() if key != "name"}
+    base, more = random.choice([0.8, 3e-4]), {}
     if fields["name"] == "OneCycleLR":
-        arguments |= {"max_lr": base, "total_steps": steps}
-    kind = getattr(lr_scheduler, fields["name"])
+        fields |= random.choice([{}, {"max_lr": 0.3}, {"max_lr": 0.3, "total_steps": steps}])
+        more = {"max_lr": fields.get("max_lr", base), "total_steps": steps}
+    ours = KINDS.validate_python(fields)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        expected = of_torch(lambda optimizer: kind(optimizer, **arguments), steps, base)
+        expected = of_torch(lambda optimizer: made(optimizer, {**fields, **more}), steps, base)
     found = [ours.rate(base, step, steps) for step in range(steps)]
     assert found == pytest.approx(expected, rel=1e-9, abs=1e-12 * base), fields
+    if fields["name"] == "CyclicLR":
+        return
     # Behind a warm-up it is the same, later.
+    base = fields.get("max_lr", base)
     later = KINDS.validate_python({**fields, "warmup_steps": 3})
     warm = [later.rate(base, step, steps + 3) for step in range(steps + 3)]
     assert warm == pytest.approx([base / 3, base * 2 / 3, base, *found], rel=1e-12)
+
+
+CYCLES = {"name": "CyclicLR", "base_lr": 0.1, "max_lr": 1}
+ONE_CYCLE = {"name": "OneCycleLR", "cycle_momentum": False, "max_lr": 0.1}
 
 
 def test_a_rate_that_grows_without_end_is_infinite() -> None:
@@ -233,8 +275,20 @@ def test_a_rate_that_grows_without_end_is_infinite() -> None:
 @pytest.mark.parametrize(
     ("schedule", "message"),
     [
-        ({"name": "CyclicLR"}, "lr_schedule.name: unknown lr_schedule 'CyclicLR'\n  hint: it "
-         "replaces the learning rates of optimizer and groups"),
+        ({"name": "ChainedScheduler"}, "lr_schedule.name: unknown lr_schedule 'ChainedScheduler'"
+         "\n  hint: it multiplies others; SequentialLR has one after the other"),
+        ({"name": "CyclicLR", "max_lr": 1}, "lr_schedule.base_lr: required, but missing"),
+        (CYCLES, "lr_schedule.cycle_momentum: must be false, which is not"),
+        ({**CYCLES, "cycle_momentum": False, "warmup_steps": 1}, "lr_schedule.warmup_steps: cannot "
+         "stand beside CyclicLR, which has rates of its own"),
+        ({"name": "SequentialLR", "schedulers": [{"name": "OneCycleLR"}], "milestones": []},
+         "lr_schedule.schedulers.0.name: unknown scheduler 'OneCycleLR'\n  hint: allowed: "),
+        ({"name": "SequentialLR", "schedulers": [{"name": "StepLR"}], "milestones": []},
+         "lr_schedule.schedulers.0.step_size: required, but missing"),
+        ({"name": "SequentialLR", "schedulers": [{"name": "LinearLR"}], "milestones": [2]},
+         "lr_schedule.milestones: must be one fewer than `schedulers`, and are 1 for 1"),
+        ({"name": "SequentialLR", "schedulers": 3 * [{"name": "LinearLR"}], "milestones": [2, 2]},
+         "lr_schedule.milestones: must grow from one to the next (got [2, 2])"),
         ({"name": "LambdaLR"}, "lr_schedule.name: unknown lr_schedule 'LambdaLR'\n  hint: it needs "
          "a function, which a job file cannot hold"),
         ({"name": "cosin"}, "lr_schedule.name: unknown lr_schedule 'cosin'\n  hint: did you mean "
@@ -244,7 +298,11 @@ def test_a_rate_that_grows_without_end_is_infinite() -> None:
          "\n  hint: did you mean 'gamma'? allowed: gamma, name, step_size, warmup_steps"),
         ({"name": "MultiStepLR", "milestones": []}, "lr_schedule.milestones: must have at least 1"),
         ({"name": "OneCycleLR"}, "lr_schedule.cycle_momentum: must be false, which is not"),
-        ({"name": "OneCycleLR", "max_lr": 1}, "lr_schedule.max_lr: unknown field"),
+        ({"name": "OneCycleLR", "max_lr": [1]}, "lr_schedule.max_lr: must be a number (got [1])"),
+        ({**ONE_CYCLE, "total_steps": 10}, "lr_schedule.total_steps: is 10, and the run has 4 "
+         "steps\n  hint: remove it: the run's are taken"),
+        ({**ONE_CYCLE, "total_steps": 4, "warmup_steps": 1}, "lr_schedule.total_steps: is 4, and "
+         "the run has 3 steps after the warm-up"),
         ({"name": "wsd"}, "lr_schedule.decay_steps: the schedule 'wsd' needs it, >= 1"),
         ({"name": "wsd", "decay_steps": 3, "warmup_steps": 2}, "lr_schedule.decay_steps: with "
          "`warmup_steps` more than all steps of the run, which are 4"),
@@ -267,21 +325,47 @@ def test_where_epochs_say_how_long_a_run_is_the_decay_must_fit_too() -> None:
         prepare(of, Small())
 
 
-@pytest.mark.parametrize("seed", range(8))
-def test_a_job_with_it_reads_back(seed: int, tmp_path: Any) -> None:
-    job = job_of(lr_schedule={**drawn(Random(seed)), "warmup_steps": 2})
+@pytest.mark.parametrize("kind", OF_STEPS)
+def test_a_job_with_it_reads_back(kind: type[LRSchedule], tmp_path: Any) -> None:
+    warmup = {} if kind.__name__ == "CyclicLR" else {"warmup_steps": 2}
+    job = job_of(lr_schedule={**drawn_of(Random(0), kind.__name__), **warmup})
     (tmp_path / "job.yaml").write_text(render_job(job))
     assert read_job(tmp_path / "job.yaml") == job
     assert fields_of(lr_schedule={})["lr_schedule"] == {} and job_of(lr_schedule={}).lr_schedule
 
 
+def test_verify_has_one_cycle_over_its_few_steps() -> None:
+    of = job_of(lr_schedule={**ONE_CYCLE, "total_steps": 40}, steps=40)
+    short = job_for(VerifyRequest(of, Path(), steps=4), "ring")
+    assert isinstance(short, Job), "no SpecError"
+    expected = [job_of(lr_schedule=ONE_CYCLE).lr_schedule.rate(0.1, n, 4) for n in range(4)]
+    assert [short.lr_schedule.rate(0.1, step, 4) for step in range(4)] == expected
+
+
+IN_GROUPS: list[dict[str, Any]] = [
+    {"name": "CosineAnnealingLR", "T_max": 4, "eta_min": 0.02},
+    {**ONE_CYCLE, "total_steps": 6},
+    {**CYCLES, "step_size_up": 2, "mode": "triangular2", "cycle_momentum": False},
+    {
+        "name": "SequentialLR",
+        "schedulers": [
+            {"name": "LinearLR", "start_factor": 0.1, "total_iters": 2},
+            {"name": "CosineAnnealingLR", "T_max": 4, "eta_min": 0.02},
+        ],
+        "milestones": [2],
+    },
+]
+
+
+@pytest.mark.parametrize("schedule", IN_GROUPS, ids=lambda one: one["name"])
 @pytest.mark.parametrize(
     ("strategy", "world"),
     [("ring", 2), ({"name": "ps-sync", "num_servers": 2}, 2), ("ps-async", 1)],
 )
-def test_a_run_has_torchs_rates_in_each_group(strategy: Any, world: int) -> None:
+def test_a_run_has_torchs_rates_in_each_group(
+    strategy: Any, world: int, schedule: dict[str, Any]
+) -> None:
     """`eta_min` is the same for all groups, so no factor on their rates gives this."""
-    schedule = {"name": "CosineAnnealingLR", "T_max": 4, "eta_min": 0.02}
     optimizer = {"name": "SGD", "lr": 0.2, "groups": [{"match": "head.*", "lr": 0.05}]}
     more = {"global_batch_size": BATCH, "seed": 5, "evaluation": {"every_epochs": 0}}
     of = job_of(strategy, world, optimizer=optimizer, lr_schedule=schedule, steps=6, **more)
@@ -292,14 +376,23 @@ def test_a_run_has_torchs_rates_in_each_group(strategy: Any, world: int) -> None
     rest = [p for name, p in model.named_parameters() if not name.startswith("head.")]
     groups: list[dict[str, Any]] = [{"params": rest}, {"params": [*head.parameters()], "lr": 0.05}]
     plain = torch.optim.SGD(groups, lr=0.2)
-    scheduler = CosineAnnealingLR(plain, T_max=4, eta_min=0.02)
+    scheduler, rates = made(plain, schedule), []
     sampler = Sampler(SAMPLES, BATCH, 1, seed=5)
     for step in range(6):
         inputs, targets = zip(*(data[int(i)] for i in sampler.batch_ids(step)), strict=True)
         plain.zero_grad()
         torch.autograd.backward(task.loss(model(torch.stack(inputs)), torch.stack(targets)))
         plain.step()
-        scheduler.step()
-    found = train(of, Small).parameters()
+        rates.append([float(group["lr"]) for group in plain.param_groups])
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # OneCycleLR counts a step after the last
+            if step < 5:
+                scheduler.step()
+    run = train(of, Small)
+    told = [one for one in run.reports[0] if isinstance(one, StepReport)]
+    for one, expected in zip(told, rates, strict=True):
+        got = one.figures["lr"], one.figures["lr_group_0"]
+        assert got == pytest.approx(expected, rel=1e-9, abs=1e-15)
+    found = run.parameters()
     for name, value in model.state_dict().items():
         torch.testing.assert_close(found[name], value, rtol=1e-9, atol=1e-9)
