@@ -30,11 +30,17 @@ from distplat.platform.fields import (
     Spec,
 )
 
+_OF_THE_TASK = (
+    "write {name: task}, under ring, and make it in the task: "
+    "optimizer(named_parameters), docs/task.md"
+)
 REFUSED_OPTIMIZERS = {
+    "ASGD": _OF_THE_TASK,
+    "Rprop": _OF_THE_TASK,
     "LBFGS": "it asks for the loss several times in a step",
     "SparseAdam": "it is for embedding tables: `embeddings.optimizer`",
 }
-"""Optimizers of torch that a job may not name, and why."""
+"""Optimizers of torch that a job may not name, and why, or what to write."""
 
 
 OptimizerName = Literal[

@@ -135,6 +135,7 @@ def _problem(detail: ErrorDetails, root: type[BaseModel], prefix: FieldPath) -> 
             nearest(value, re.findall(r"'([^']*)'", expected)) if isinstance(value, str) else None
         )
         advice = f"did you mean {near!r}?" if near else _quote_hint(value)
+        advice = _REFUSED.get(value, advice) if isinstance(value, str) else advice
         message = f"must be {expected} (got {show(value)})"
     elif error_type == "missing":
         message, advice = "required, but missing", ""
@@ -157,7 +158,8 @@ def _tag_problem(where: FieldPath, value: Any, field: FieldInfo) -> tuple[FieldP
     kind = next(part for part in reversed(where) if isinstance(part, str))
     message = f"unknown {kind.removesuffix('s')} {show(name)}"
     if name in _REFUSED:
-        return inner, message, f"{_REFUSED[name]}; allowed: {', '.join(known)}"
+        why = "" if where[0] == "embeddings" else f"{_REFUSED[name]}; "  # rows have others
+        return inner, message, f"{why}allowed: {', '.join(known)}"
     return inner, message, hint(name, known)
 
 

@@ -6,9 +6,11 @@ from typing import Any, get_args
 
 import pytest
 import torch
+from jobs import job_of
 from pydantic import BaseModel, ValidationError
 
 from distplat.platform import optimizers
+from distplat.platform.errors import SpecError
 from distplat.platform.optimizers import (
     LAMB,
     OPTIMIZERS,
@@ -121,4 +123,34 @@ def test_the_others_are_torchs_too() -> None:
     assert REFUSED_OPTIMIZERS.keys().isdisjoint(kind.__name__ for kind in [*KINDS, *WHOLE])
     theirs = {n for n, one in vars(torch.optim).items() if isinstance(one, type)} - {"Optimizer"}
     ours = REFUSED_OPTIMIZERS.keys() | {kind.__name__ for kind in [*KINDS, *WHOLE]}
-    assert theirs - ours == {"ASGD", "Rprop"}  # nobody has asked for them
+    assert theirs == ours
+
+
+OF_TORCH = [n for n, one in vars(torch.optim).items() if isinstance(one, type)]
+
+
+@pytest.mark.parametrize("name", sorted({*OF_TORCH} - {"Optimizer"}))
+def test_a_job_that_names_one_of_torchs_has_it_or_is_told_what_to_do(name: str) -> None:
+    """No other class is proposed in its place: it would train otherwise."""
+    try:
+        job_of(optimizer={"name": name, "lr": 0.1})
+    except SpecError as error:
+        (problem,) = error.problems
+        assert problem.where == ("optimizer", "name")
+        assert "did you mean" not in problem.hint
+        assert problem.hint.startswith(REFUSED_OPTIMIZERS[name])
+
+
+@pytest.mark.parametrize("name", ["ASGD", "Rprop"])
+def test_what_a_task_can_make_is_said(name: str) -> None:
+    told = (
+        r"write \{name: task\}, under ring, and make it in the task: optimizer\(named_parameters\)"
+    )
+    group = {"match": "*", "name": name, "lr": 0.1}
+    for optimizer in ({"name": name, "lr": 0.1}, {"name": "SGD", "lr": 0.1, "groups": [group]}):
+        with pytest.raises(SpecError, match=told):
+            job_of(optimizer=optimizer)
+    with pytest.raises(SpecError) as caught:
+        job_of(embeddings={"optimizer": {"name": name, "lr": 0.1}})
+    (problem,) = caught.value.problems
+    assert problem.hint.startswith("allowed: "), "a task makes none for tables"

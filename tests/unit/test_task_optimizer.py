@@ -81,6 +81,20 @@ class Two(Small):
         return [torch.optim.Muon(matrices, lr=0.05), torch.optim.AdamW(flat, lr=0.01)]
 
 
+class Averaged(Small):
+    """No name of a job file: see `REFUSED_OPTIMIZERS`."""
+
+    def optimizer(self, named_parameters: Named) -> Any:
+        return torch.optim.ASGD(named_parameters, lr=0.05, t0=2)
+
+
+class Signed(Small):
+    """Nor is this."""
+
+    def optimizer(self, named_parameters: Named) -> Any:
+        return torch.optim.Rprop(named_parameters, lr=0.05)
+
+
 class OwnBend(Own, Factored):
     """A parameter of the task's, too."""
 
@@ -134,7 +148,7 @@ def state_of(run: LocalRun, rank: int = 0) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("clip_norm", [None, 0.5])
 @pytest.mark.parametrize(("world", "parts"), [(1, 1), (3, 1), (2, 2)])
-@pytest.mark.parametrize("kind", [Lambs, Factored, OwnBend, Idle])
+@pytest.mark.parametrize("kind", [Lambs, Factored, OwnBend, Idle, Averaged, Signed])
 def test_a_run_is_a_plain_loop_with_it(
     kind: type[Small], world: int, parts: int, clip_norm: float | None
 ) -> None:
