@@ -81,7 +81,10 @@ def train_in_process(launch: Launch, handlers: RunHandlers, stopping: Stopping) 
         raise
     except (Exception, SystemExit) as error:  # sys.exit(0) in a task is no success
         at, evaluating = progress.at, progress.evaluating
-        user_error = killed_loader(error) or as_user_error(error, 0, at, evaluating=evaluating)
+        own = launch.job.own_loop
+        user_error = killed_loader(error, own_loop=own) or as_user_error(
+            error, 0, at, evaluating=evaluating, own_loop=own
+        )
         raise user_error from error
 
 

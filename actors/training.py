@@ -254,8 +254,9 @@ class Session:
             if isinstance(error, DistplatError):
                 failure: DistplatError = error.with_traceback(None)
             else:
-                failure = _of_platform(error) or as_user_error(
-                    error, order.rank, progress.at, evaluating=progress.evaluating
+                own = order.job.own_loop
+                failure = _of_platform(error, own) or as_user_error(
+                    error, order.rank, progress.at, evaluating=progress.evaluating, own_loop=own
                 )
             self.state = replace(self.state, error=failure, traceback=user_frames)
 
@@ -277,8 +278,9 @@ class Session:
             ready.set_exception(error)
         except BaseException as error:  # see `work`
             on_ranks = f"rank {order.rank} (node {self.host})"  # the others have made theirs
-            failure = _of_platform(error) or as_user_error(
-                error, order.rank, None, on_ranks=on_ranks
+            own = order.job.own_loop
+            failure = _of_platform(error, own) or as_user_error(
+                error, order.rank, None, on_ranks=on_ranks, own_loop=own
             )
             ready.set_exception(failure)
 
@@ -395,9 +397,9 @@ class Session:
             order.strategy_file.load()
 
 
-def _of_platform(error: BaseException) -> DistplatError | None:
+def _of_platform(error: BaseException, own_loop: bool) -> DistplatError | None:
     """Give our error for what the user's code is not to blame for; else None."""
-    return of_platform(error) or killed_loader(error) or lost_peer(error)
+    return of_platform(error) or killed_loader(error, own_loop=own_loop) or lost_peer(error)
 
 
 def _put(arrays: list[Bytes]) -> list[Any]:

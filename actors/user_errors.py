@@ -58,6 +58,27 @@ _MEMORY = (
     "the batch, or lower `global_batch_size`; `activation_checkpointing` and `precision: bf16` "
     "take less memory, too"
 )
+_BATCH_NORM = (
+    "a batch norm got one sample: `data.drop_last: true` leaves out a short last batch; or "
+    "take a larger `global_batch_size`, fewer workers, or less `gradient_accumulation`"
+)
+_LOADER_ENDED = (
+    "a loader process ended: sys.exit() in the data set, or the system killed it for want of "
+    "memory; `data.num_workers: 0` loads in the worker itself"
+)
+_OF_OWN_LOOP = {
+    _COLLATE: "samples of a batch are put together by torch's default_collate: they must have one "
+    "shape and hold tensors, arrays or numbers. Or give the DataLoader a `collate_fn`, which sees "
+    "the samples of a batch: pad them there",
+    _MEMORY: "a smaller `batch_size` of the DataLoader takes less; `distplat.no_sync()` around all "
+    "but the last backward makes up for it with several batches per step; "
+    "`torch.utils.checkpoint` and `torch.autocast` with bfloat16 take less memory, too",
+    _BATCH_NORM: "a batch norm got one sample: `DataLoader(drop_last=True)` leaves out a short "
+    "last batch; or take a larger `batch_size`",
+    _LOADER_ENDED: "a loader process ended: sys.exit() in the data set, or the system killed it "
+    "for want of memory; `DataLoader(num_workers=0)` loads in the worker itself",
+}
+"""What a train function does instead: its job has no such fields."""
 _GROUP = (
     "torch.distributed has no group in a worker, and needs none; a train function that wants one "
     "calls `torch.distributed.init_process_group()`. In a train function "
@@ -83,19 +104,11 @@ _REMEDIES = (
         "prepare() gives the model that it got, without a wrapper around it: for "
         "`model.module.state_dict()` write `model.state_dict()`",
     ),
-    (
-        "Expected more than 1 value per channel",
-        "a batch norm got one sample: `data.drop_last: true` leaves out a short last batch; or "
-        "take a larger `global_batch_size`, fewer workers, or less `gradient_accumulation`",
-    ),
+    ("Expected more than 1 value per channel", _BATCH_NORM),
     ("stack expects each tensor to be equal size", _COLLATE),
     ("each element in list of batch should be of equal size", _COLLATE),
     ("default_collate: batch must contain", _COLLATE),
-    (
-        "DataLoader worker (pid",
-        "a loader process ended: sys.exit() in the data set, or the system killed it for want of "
-        "memory; `data.num_workers: 0` loads in the worker itself",
-    ),
+    ("DataLoader worker (pid", _LOADER_ENDED),
     ("out of memory", _MEMORY),
     ("not enough memory: you tried to allocate", _MEMORY),
     ("can't allocate memory: you tried to allocate", _MEMORY),
@@ -123,6 +136,7 @@ def as_user_error(
     *,
     evaluating: bool = False,
     on_ranks: str = "",
+    own_loop: bool = False,
 ) -> UserCodeError:
     """
     Wrap what user code raised.
@@ -133,16 +147,17 @@ def as_user_error(
         step: see `UserCodeError`.
         evaluating: whether it was in the evaluation after that step.
         on_ranks: see `UserCodeError`.
+        own_loop: whether it is a train function, or a script, and no task.
     """
     try:
-        summary, shown, remedy = _describe(error)
+        summary, shown, remedy = _describe(error, own_loop=own_loop)
     except Exception:  # its own code raises when it is looked at
         summary = shown = f"{type(error).__name__}, which raises when it is shown"
         remedy = ""
     return UserCodeError(rank, step, summary, shown, remedy, evaluating, on_ranks)
 
 
-def _describe(error: BaseException) -> tuple[str, str, str]:
+def _describe(error: BaseException, *, own_loop: bool) -> tuple[str, str, str]:
     """Give an exception's summary, its traceback with the user's frames, and the remedy."""
     exception = traceback.TracebackException.from_exception(error)
     for exc in _with_causes(exception):
@@ -166,7 +181,7 @@ def _describe(error: BaseException) -> tuple[str, str, str]:
         summary = text.strip().splitlines()[-1]
     if samples:
         text = f"{text}{samples if text.endswith(summary) else ''}\n"
-    return summary + samples, text, _remedy(error)
+    return summary + samples, text, _remedy(error, own_loop=own_loop)
 
 
 def _split_sample_notes(shown: str) -> tuple[str, str]:
@@ -242,7 +257,7 @@ def _frames_to_call(stack: Iterable[traceback.FrameSummary]) -> str:
     return f"Traceback (most recent call last):\n{lines}" if frames else ""
 
 
-def killed_loader(error: BaseException) -> InfrastructureError | None:
+def killed_loader(error: BaseException, *, own_loop: bool = False) -> InfrastructureError | None:
     """
     Give our error where the system has killed a loader process; else None.
 
@@ -250,8 +265,9 @@ def killed_loader(error: BaseException) -> InfrastructureError | None:
     """
     if not _ended_by(signal.SIGKILL, error):
         return None
+    fewer = "`num_workers` of the DataLoader" if own_loop else "`data.num_workers`"
     text = "a loader process was killed, most likely for want of memory: "
-    return InfrastructureError(text + "fewer `data.num_workers` take less")
+    return InfrastructureError(f"{text}fewer {fewer} take less")
 
 
 def lost_peer(error: BaseException) -> PeerLost | None:
@@ -327,22 +343,24 @@ def _loader_traceback(text: str) -> str:
     return head + "\n".join(lines) + "\n"
 
 
-def _remedy(error: BaseException) -> str:
+def _remedy(error: BaseException, *, own_loop: bool) -> str:
     if isinstance(error, SystemExit):
         if any(frame.name == "parse_args" for frame in traceback.extract_tb(error.__traceback__)):
             return _COMMAND_LINE
         return "sys.exit() was called: code of a task returns, or raises what went wrong"
     text = _text(error)
     if any(part in text for part in _SHARED_MEMORY) or _ended_by(signal.SIGBUS, error):
-        return _more_shared_memory()
-    return next((remedy for part, remedy in _REMEDIES if part in text), "")
+        return _more_shared_memory(own_loop=own_loop)
+    found = next((remedy for part, remedy in _REMEDIES if part in text), "")
+    return _OF_OWN_LOOP.get(found, found) if own_loop else found
 
 
-def _more_shared_memory() -> str:
+def _more_shared_memory(*, own_loop: bool) -> str:
     stats = os.statvfs("/dev/shm")
     size = stats.f_frsize * stats.f_blocks // 2**20
+    none = "DataLoader(num_workers=0)" if own_loop else "data.num_workers: 0"
     return (
         f"loader processes hand batches over in /dev/shm, which has {size} MiB here and is full: "
         "give a container more (docker: `--shm-size 8g`, Kubernetes: an emptyDir of medium Memory "
-        "at /dev/shm), load smaller batches, or in the worker itself with `data.num_workers: 0`"
+        f"at /dev/shm), load smaller batches, or in the worker itself with `{none}`"
     )

@@ -230,18 +230,24 @@ class NonFiniteError(DistplatError):
 
     exit_code = 1
 
-    def __init__(self, rank: int, step: int, what: str) -> None:
-        super().__init__(rank, step, what)
-        self.rank, self.step, self.what = rank, step, what
+    def __init__(self, rank: int, step: int, what: str, own_loop: bool = False) -> None:
+        super().__init__(rank, step, what, own_loop)
+        self.rank, self.step, self.what, self.own_loop = rank, step, what, own_loop
 
     def __str__(self) -> str:
         """Where it happened, what was found, and what to do."""
         who = f"rank {self.rank}" if self.rank >= 0 else "several ranks"
-        return (
-            f"step {self.step + 1}, {who}: {self.what}; the step was not applied "
-            "(lower the learning rate or set `clip_norm`; `failure.non_finite: skip` leaves such "
-            "steps out, `ignore` applies them)"
+        advice = (
+            "set `clip_norm`; `failure.non_finite: skip` leaves such steps out, `ignore` applies "
+            "them"
         )
+        if self.own_loop:
+            advice = (
+                "call `torch.nn.utils.clip_grad_norm_` before the step; `failure.non_finite: "
+                "ignore` applies such steps"
+            )
+        found = f"step {self.step + 1}, {who}: {self.what}; the step was not applied"
+        return f"{found} (lower the learning rate or {advice})"
 
 
 class InfrastructureError(DistplatError):

@@ -210,17 +210,18 @@ class NonFiniteSteps:
     Args:
         policy: `failure.non_finite` of the job.
         budget: steps that may be skipped.
+        own_loop: whether they are a train function's.
     """
 
-    def __init__(self, policy: NonFinitePolicy, budget: int) -> None:
-        self._policy, self._budget = policy, budget
+    def __init__(self, policy: NonFinitePolicy, budget: int, own_loop: bool = False) -> None:
+        self._policy, self._budget, self._own_loop = policy, budget, own_loop
         self.skipped = 0
         """Steps left out so far."""
 
     @classmethod
     def of(cls, job: Job) -> Self:
         """Take policy and budget from a job."""
-        return cls(job.failure.non_finite, job.failure.max_skipped_steps)
+        return cls(job.failure.non_finite, job.failure.max_skipped_steps, job.own_loop)
 
     def figures(self) -> dict[str, float]:
         """Give the steps skipped so far, once there are some."""
@@ -251,7 +252,7 @@ class NonFiniteSteps:
         if total.finite or self._policy == "ignore":
             return total
         if self._policy == "stop":
-            raise NonFiniteError(total.rank, step, _finding(total, name))
+            raise NonFiniteError(total.rank, step, _finding(total, name), self._own_loop)
         self.skipped += 1
         if self.skipped > self._budget:
             what = f"{_finding(total, name)}; {self._budget} steps were skipped before"

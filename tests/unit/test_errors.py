@@ -21,7 +21,7 @@ ARGUMENTS: dict[str, tuple[object, ...]] = {
     "SpecError": (PROBLEM, "and more"),
     "UserCodeError": (3, 17, "ValueError: x", "Traceback:\n  x\n", "try y", True, "ranks 1, 2"),
     "ActorLost": ("worker 1", 12, "process died", "resubmit"),
-    "NonFiniteError": (1, 6, "the loss is NaN or infinite"),
+    "NonFiniteError": (1, 6, "the loss is NaN or infinite", True),
     "DeadlineExceeded": ("pull", ("server 0", "server 2"), 30.0, "failure.step_timeout_s"),
     "CollectiveError": ("world", "all_reduce", 12, (1, 3), "timed out"),
     "MismatchError": ("world", "all_reduce", 12, (1,), "rank 1 is in broadcast"),
