@@ -58,6 +58,7 @@ bench: $(VENV)/.installed-bench
 	$(BIN)/python benchmarks/all_reduce.py
 	$(BIN)/python benchmarks/ring_step.py
 	$(BIN)/python benchmarks/step_overhead.py
+	for s in ring ps-sync ps-async; do $(BIN)/python benchmarks/train_function.py --strategy $$s || exit; done
 	$(BIN)/python benchmarks/overlap.py
 	$(BIN)/python benchmarks/compression.py
 	$(BIN)/python benchmarks/tensor_parallel.py

@@ -24,6 +24,15 @@ def test_links_lead_somewhere(page: Path) -> None:
         assert (page.parent / target).exists(), target
 
 
+def test_make_bench_runs_every_benchmark() -> None:
+    _, _, bench = (ROOT / "Makefile").read_text().partition("\nbench: ")
+    run = {*re.findall(r"benchmarks/(\w+\.py)", bench)}
+    there = {path.name for path in (ROOT / "benchmarks").glob("*.py")} - {"common.py"}
+    page = (ROOT / "docs" / "benchmarks.md").read_text()
+    described = {*re.findall(r"(?m)^## .*\(`benchmarks/(\w+\.py)`\)$", page)}
+    assert run == there == described
+
+
 def test_every_test_that_a_guarantee_names_is_there() -> None:
     text = (ROOT / "docs" / "guarantees.md").read_text()
     named = re.findall(r"`(test_\w+\.py)::(test_\w+)`", text)
