@@ -7,6 +7,8 @@ The controller's side of checkpoints: collects the ranks' parts, and writes them
 
 Training never waits for the disk. A checkpoint that was due and failed is warned of, whatever the
 cause; `PATIENCE` in a row end the run, for a run that trusts in checkpoints must not go on without.
+One that is skipped because a disk is slow is no failure. Once that disk has taken nothing for
+`failure.storage_timeout_s`, what waits for it and what is skipped counts as failed.
 """
 
 from __future__ import annotations
@@ -16,12 +18,13 @@ import math
 import threading
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from threading import Thread
 from typing import Any
 
 from distplat.actors.actor_group import Launch
+from distplat.platform.awake_clock import AwakeClock
 from distplat.platform.checkpoints import (
     FOLDER,
     Catalogue,
@@ -46,7 +49,7 @@ from distplat.platform.progress import (
 from distplat.platform.resume import NOT_FINITE, state_of
 from distplat.platform.spec import Job
 from distplat.platform.tensor_file import encode
-from distplat.platform.tensor_slices import by_file, put_together
+from distplat.platform.tensor_slices import Bundle, by_file, put_together
 
 logger = logging.getLogger(__name__)
 
@@ -85,18 +88,30 @@ class Checkpoints:
         launch: the run; `launch.resumed` is what it began from.
         world: number of ranks.
         fetch: fetches arrays that a delivery names.
+        now: gives seconds, to who calls `take_finished`; None: those that this process is awake.
     """
 
-    def __init__(self, launch: Launch, world: int, fetch: FetchArrays) -> None:
+    def __init__(
+        self,
+        launch: Launch,
+        world: int,
+        fetch: FetchArrays,
+        now: Callable[[], float] | None = None,
+    ) -> None:
         self._launch, self._fetch = launch, fetch
         self._job = launch.job
-        self._catalogue = Catalogue(launch.folder / FOLDER)
+        self._catalogue = Catalogue(launch.folder / FOLDER, moved=self._moved)
         self._collecting = CheckpointAssembly(world)
         self._changed = threading.Condition()
         self._waiting: deque[tuple[Sequence[Delivery], float]] = deque()
-        self._skipped = 0
-        self._writing, self._writing_since = False, 0.0
-        self._warned_late = False  #: it was said that one takes long
+        self._writing: int | None = None  #: step of the one that the thread is at
+        self._fetching = False  #: its parts are on their way, which has a deadline of its own
+        self._behind: list[int] = []  #: steps of those that were skipped since it was begun
+        self._moves = self._moves_seen = 0  #: what the disk has done, now and when it last grew
+        self._now = now or AwakeClock().now
+        self._moved_at = self._now()
+        self._warned_skipped = False  #: it was said that some are
+        self._warned_late = False  #: and that the disk takes nothing
         self._warned_of_undeleted = False  #: and that some stay
         self._thread: Thread | None = None
         self._pruning = threading.Lock()  #: held while one is read, and while some are deleted
@@ -107,7 +122,7 @@ class Checkpoints:
         self._reported_best: int | None = None
         self._reported_stop = False
         self._finished: deque[Saved | Best | EarlyStopReached] = deque()
-        self._failures: dict[int, str] = {}  #: step -> why it has none, since the last one came
+        self._failures: list[tuple[int, str]] = []  #: steps without one since the last, and why
         self._failed_at = -math.inf
         self._gave_up_waiting = False  #: the end of the run waits for the writer no more
         self._written = 0  #: step of the newest one that this run wrote
@@ -117,7 +132,6 @@ class Checkpoints:
         """Called when another attempt begins; `job`: with the number of workers that it has."""
         resized = job.scaling.world != self._job.scaling.world
         self._collecting.begin(attempt, job.scaling.world if resized else None)
-        self._failures.clear()  # a loss, perhaps: the restart budget counts those
         self._job = job
 
     def take(self, delivery: Delivery) -> None:
@@ -180,10 +194,9 @@ class Checkpoints:
         Raises:
             StorageError: checkpoints fail again and again.
         """
-        self._look_at_writer()
-        failures = dict(self._failures)
+        failures = [*self._failures, *self._overdue()]
         if len(failures) >= PATIENCE:
-            step, why = list(failures.items())[-1]
+            step, why = failures[-1]
             text = f"{PATIENCE} checkpoints in a row could not be written to"
             raise StorageError(f"{text} {self._catalogue.folder}: step {step}: {why}")
         return [self._finished.popleft() for _ in range(len(self._finished))]
@@ -207,7 +220,7 @@ class Checkpoints:
                 logger.warning("a checkpoint is still being written after %g s", limit_s)
 
     def _idle(self) -> bool:
-        return not self._waiting and not self._writing
+        return not self._waiting and self._writing is None
 
     def newest(self) -> StoredCheckpoint | None:
         """
@@ -272,10 +285,11 @@ class Checkpoints:
             with self._changed:
                 self._changed.wait_for(lambda: bool(self._waiting))
                 parts, began = self._waiting.popleft()
-                self._writing, self._writing_since = True, time.monotonic()
+                self._writing, self._behind = parts[0].version, []
+                self._moved()
             self._write(parts, began)
             with self._changed:
-                self._writing = False
+                self._writing = None
                 self._changed.notify_all()
 
     def _write(self, parts: Sequence[Delivery], began: float) -> None:
@@ -285,13 +299,14 @@ class Checkpoints:
             size = sum(file.stat().st_size for file in path.iterdir())
         except OSError as error:
             why = error.strerror or str(error)
-            self._failures[step] = why
+            self._failures.append((step, why))
             logger.warning("no checkpoint of step %d in %s: %s", step, self._catalogue.folder, why)
         except Exception as error:  # the parts' owner is lost, for example: the next may be better
             logger.warning("no checkpoint of step %d: %s", step, error)
             self._fail(step, str(error) or repr(error))
         else:
             self._failures.clear()
+            self._warned_late = False
             self.step = self._written = step
             self._finished.append(Saved(step, str(path), size, time.monotonic() - began))
             with self._evaluating:
@@ -302,20 +317,32 @@ class Checkpoints:
         names = [part.facts[NOT_FINITE] for part in parts if NOT_FINITE in part.facts]
         if names:
             raise ValueError(f"{names[0]!r} holds NaN or infinity; the checkpoints before stay")
-        bundles = [
-            (self._fetch(ref), entries)
-            for part in parts
-            for ref, entries in zip(part.refs, part.entries, strict=True)
-        ]
-        tensors_by_file = by_file(put_together(bundles))
+        tensors_by_file = by_file(put_together(self._bundles(parts)))
         tensors = {name: tensors_by_file.get(name, {}) for name in (*_FILES, *tensors_by_file)}
         files = {f"{name}.safetensors": encode(held) for name, held in tensors.items()}
         facts = {**parts[0].facts, **self._evaluated(step, parts[0].facts)}
-        path = self._catalogue.write(step, files, state_of(self._job, launch.run, facts))
+        state = state_of(self._job, launch.run, facts)
+        path = self._catalogue.write(step, files, state)
         with self._evaluating:
             self._best.saved(step)
         self._prune(step)
         return path
+
+    def _bundles(self, parts: Sequence[Delivery]) -> list[Bundle]:
+        """Bring what the ranks gave."""
+        self._fetching = True
+        try:
+            return [
+                (self._fetch(ref), entries)
+                for part in parts
+                for ref, entries in zip(part.refs, part.entries, strict=True)
+            ]
+        finally:
+            self._fetching = False
+            self._moved()
+
+    def _moved(self) -> None:
+        self._moves += 1
 
     def _evaluated(self, step: int, facts: Mapping[str, Any]) -> dict[str, Any]:
         """Give what evaluations had come to by the step of a checkpoint."""
@@ -343,21 +370,31 @@ class Checkpoints:
         """Count a checkpoint that failed though the disk had no part in it."""
         now = time.monotonic()
         if now - self._failed_at >= _ONE_CAUSE_S:
-            self._failures[step] = why
+            self._failures.append((step, why))
             self._failed_at = now
 
     def _skip(self, step: int) -> None:
-        self._skipped += 1
-        if self._skipped == 1:
+        self._behind.append(step)
+        if not self._warned_skipped:
+            self._warned_skipped = True
             text = "checkpoints come faster than they are written: step %d is skipped"
             logger.warning(text, step)
 
-    def _look_at_writer(self) -> None:
-        """Say that one takes long: a disk that hangs does not say so itself."""
-        limit_s = self._job.failure.storage_timeout_s
-        writing_s = time.monotonic() - self._writing_since
-        if self._warned_late or not self._writing or writing_s < limit_s:
-            return
-        self._warned_late = True
-        text = "a checkpoint is still being written to %s after %g s (`%s`); the run goes on"
-        logger.warning(text, self._catalogue.folder, limit_s, SETTING)
+    def _overdue(self) -> list[tuple[int, str]]:
+        """Give the steps whose checkpoints do not come because the disk hangs, and what to say."""
+        now, limit_s = self._now(), self._job.failure.storage_timeout_s
+        with self._changed:
+            idle = self._writing is None or self._fetching
+            if idle or self._moves != self._moves_seen:
+                self._moves_seen, self._moved_at = self._moves, now
+            if idle or now - self._moved_at < limit_s:
+                return []
+            waiting = [parts[0].version for parts, _ in self._waiting]
+            steps = [self._writing, *self._behind, *waiting]
+        if not self._warned_late:  # a disk that hangs does not say so itself
+            self._warned_late = True
+            text = "the disk of %s has taken nothing for %g s (`%s`); the run goes on until "
+            text += "%d checkpoints do not come"
+            logger.warning(text, self._catalogue.folder, limit_s, SETTING, PATIENCE)
+        why = f"its disk has taken nothing for {limit_s:g} s (`{SETTING}`)"
+        return [(step, why) for step in steps if step is not None]

@@ -11,9 +11,8 @@ The catalogue of a run's checkpoints: how one comes to the disk, which are whole
         step-000160.damaged/        was found damaged by a run that went back to step 140
 
 Written in this order (I7): files, each synced; manifest, synced; the directory; its name; the
-directory around it. So after a crash at any moment a name stands for a whole checkpoint, or is not
-there. A disk may still lose bits: everything is compared with the manifest before it is used.
-Nothing here is ever unpickled.
+directory around it. So after a crash a name stands for a whole checkpoint, or is not there. A disk
+may still lose bits: everything is compared with the manifest before it is used; nothing unpickled.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from distplat.platform.disk import Disk, FileContent, Moved, open_regular
+from distplat.platform.disk import Disk, FileContent, Moved, in_pieces, open_regular
 from distplat.platform.errors import Problem, SpecError, StorageError, naming_path
 from distplat.platform.free_memory import DoesNotFit, check_fits
 from distplat.platform.tensor_slices import ITEM_BYTES, Bytes, TensorEntry
@@ -175,11 +174,12 @@ class Catalogue:
     Args:
         folder: of the checkpoints; made when the first is written.
         disk: for tests.
+        moved: told whenever the disk has done a piece of what `write` does; see `with_deadline`.
     """
 
-    def __init__(self, folder: Path, disk: Disk | None = None) -> None:
+    def __init__(self, folder: Path, disk: Disk | None = None, moved: Moved = lambda: None) -> None:
         self.folder = folder
-        self._disk = disk or Disk()
+        self._disk, self._moved = disk or Disk(), moved
 
     def steps(self) -> list[int]:
         """Give the steps that have a checkpoint, whole or damaged, oldest first."""
@@ -207,7 +207,7 @@ class Catalogue:
         target, disk = self.path(step), self._disk
         self._remove_leftovers()
         if target.is_dir():
-            if not flaws(target):
+            if not flaws(target, self._moved):
                 return target
             self._delete(target)
         partial = target.with_name(target.name + _PARTIAL)
@@ -305,7 +305,7 @@ class Catalogue:
         self._disk.make(partial)
         entries = {}
         for name, content in files.items():
-            size, digest = self._disk.write(partial / name, content)
+            size, digest = self._disk.write(partial / name, in_pieces(content, self._moved))
             entries[name] = {"bytes": size, "sha256": digest}
         manifest = _to_json({"files": entries, "format": FORMAT})
         self._disk.write(partial / MANIFEST, [manifest])
@@ -353,10 +353,10 @@ def read(path: Path, moved: Moved = lambda: None, *, given: bool = False) -> Sto
     return StoredCheckpoint(path, state, files)
 
 
-def flaws(path: Path) -> list[str]:
+def flaws(path: Path, moved: Moved = lambda: None) -> list[str]:
     """Say what is wrong with a checkpoint, every byte read; empty: it is whole."""
     try:
-        read(path)
+        read(path, moved)
     except StorageError as error:
         return [str(error)]
     return []

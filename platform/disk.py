@@ -57,6 +57,9 @@ class Disk:
                 file.write(part)
                 digest.update(part)
                 size += len(part)
+                if len(part) == _PIECE_BYTES:  # else the last sync is for all, and takes as long
+                    file.flush()
+                    os.fsync(file.fileno())
             file.flush()
             os.fsync(file.fileno())
         return size, digest.hexdigest()
@@ -77,6 +80,15 @@ class Disk:
 def opener(path: str, flags: int) -> int:
     """Open a file of a run, as `open` asks its `opener` to; see `FILE_MODE`."""
     return os.open(path, flags, FILE_MODE)
+
+
+def in_pieces(content: FileContent, moved: Moved) -> Iterator[memoryview]:
+    """Cut a file's parts; `moved` is told when the next piece is asked for: one is written."""
+    for part in content:
+        view = memoryview(part).cast("B")
+        for start in range(0, len(view), _PIECE_BYTES):
+            yield view[start : start + _PIECE_BYTES]
+            moved()
 
 
 def _sync(folder: Path) -> None:

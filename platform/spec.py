@@ -261,7 +261,8 @@ class Failure(Spec):
     storage_timeout_s: Seconds = 120.0
     """How long the end of a run goes on with uploads while the storage of a URL does not answer.
     One operation, of 8 MiB at most, has a quarter of it. So long, too, a run that goes back waits
-    for a checkpoint to be written; who reads one, or ends, for the disk to give or take bytes."""
+    for a checkpoint to be written; who reads one, or ends, for the disk to give or take bytes. Once
+    a disk has taken nothing of a checkpoint for so long, those that do not come have failed."""
     non_finite: Literal["stop", "skip", "ignore"] = "stop"
     """A step with a loss or gradient that is NaN or infinite: `stop` ends the run before it is
     applied, `skip` leaves it out on all ranks, `ignore` applies it."""

@@ -407,27 +407,3 @@ def test_a_part_that_failed_is_not_said_to_come_too_fast(
     for rank in range(2):
         checkpoints.take(delivery(rank, 2, skipped=rank == 1))
     assert [record.args for record in caplog.records] == [(2,)]
-
-
-def test_a_checkpoint_that_takes_long_is_said_once(
-    launch: Launch, caplog: pytest.LogCaptureFixture
-) -> None:
-    gate, begun = threading.Event(), threading.Event()
-
-    def slowly(ref: Any) -> Any:
-        begun.set()
-        assert gate.wait(30)
-        return ref
-
-    limits = launch.job.failure.model_copy(update={"storage_timeout_s": 1e-9})
-    launch = replace(launch, job=launch.job.model_copy(update={"failure": limits}))
-    checkpoints = Checkpoints(launch, 2, slowly)
-    assert checkpoints.take_finished() == []
-    for rank in range(2):
-        checkpoints.take(delivery(rank, 1))
-    assert begun.wait(30)
-    for _ in range(2):
-        assert checkpoints.take_finished() == []
-    gate.set()
-    (said,) = [record.message for record in caplog.records]
-    assert "checkpoints after 1e-09 s (`failure.storage_timeout_s`); the run goes on" in said

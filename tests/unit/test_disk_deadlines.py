@@ -136,7 +136,7 @@ def test_a_run_whose_disk_hangs_ends_with_its_cause(
 
     began = time.monotonic()
     with pytest.raises(StorageError, match="its disk does not answer") as raised:
-        Trainer(fields(tmp_path, checkpoint={"every_steps": 2}), Third).fit()
+        Trainer(fields(tmp_path, checkpoint={"every_steps": 3}), Third).fit()
     assert raised.value.exit_code == 5 and "model.safetensors" in str(raised.value)
     assert time.monotonic() - began < 25
 

@@ -1,0 +1,131 @@
+"""Checkpoints that are due and do not come: they end a run, whatever the cause."""
+
+import threading
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from jobs import job_of
+from test_checkpointing import Full, delivery, give, hasty
+
+from distplat.actors.actor_group import Launch
+from distplat.actors.checkpointing import Checkpoints
+from distplat.platform.disk import Disk
+from distplat.platform.errors import StorageError
+from distplat.platform.recovery import Policy
+from distplat.strategies.strategy_spec import Roles
+
+
+@pytest.fixture
+def launch(tmp_path: Path) -> Launch:
+    job = job_of("ring", 2, steps=9, checkpoint={"every_steps": 1})
+    return Launch(job, "run", Roles(), Policy(), None, "", None, tmp_path)
+
+
+def drain(checkpoints: Checkpoints) -> None:
+    """Wait for the writer, however short the deadline of the run's disk."""
+    with checkpoints._changed:
+        assert checkpoints._changed.wait_for(checkpoints._idle, 60)
+
+
+class Hanging(Disk):
+    """Begins no write before it may; `begun` counts those that wait for that."""
+
+    def __init__(self) -> None:
+        self.begun, self.may = threading.Semaphore(0), threading.Semaphore(0)
+
+    def write(self, path: Path, content: Any) -> tuple[int, str]:
+        self.begun.release()
+        assert self.may.acquire(timeout=60)
+        return super().write(path, content)
+
+
+def on_a_hanging_disk(launch: Launch, now: list[float]) -> tuple[Checkpoints, Hanging]:
+    """A run's checkpoints on such a disk, with a deadline of 5 s; the first is under way."""
+    checkpoints = Checkpoints(hasty(launch, 5.0), 2, lambda ref: ref, lambda: now[0])
+    disk = checkpoints._catalogue._disk = Hanging()
+    add(checkpoints, 1)
+    assert disk.begun.acquire(timeout=60)
+    return checkpoints, disk
+
+
+def add(checkpoints: Checkpoints, *versions: int, attempt: int = 0) -> None:
+    for version in versions:
+        for rank in range(2):
+            checkpoints.take(delivery(rank, version, attempt))
+
+
+@pytest.mark.parametrize("keep", [1, 9])
+def test_a_disk_that_hangs_ends_the_run(
+    keep: int, launch: Launch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Those that wait for it count, and so do those that are skipped."""
+    fewer = launch.job.checkpoint.model_copy(update={"num_to_keep": keep})
+    launch = replace(launch, job=launch.job.model_copy(update={"checkpoint": fewer}))
+    now = [0.0]
+    checkpoints, disk = on_a_hanging_disk(launch, now)
+    assert checkpoints.take_finished() == []
+    now[0] = 5.0
+    for _ in range(2):
+        assert checkpoints.take_finished() == [], "one is missing"
+    (said,) = [record.message for record in caplog.records]
+    assert "checkpoints has taken nothing for 5 s (`failure.storage_timeout_s`)" in said
+    add(checkpoints, 2)
+    assert checkpoints.take_finished() == [], "two are"
+    add(checkpoints, 3)
+    with pytest.raises(StorageError, match=r"3 checkpoints .*: step 3: its disk has taken nothing"):
+        checkpoints.take_finished()
+    disk.may.release(100)
+    drain(checkpoints)
+    assert checkpoints.take_finished(), "it answers again"
+
+
+def test_a_disk_that_is_slow_ends_no_run(launch: Launch) -> None:
+    """Each of a checkpoint's files takes nearly as long as may pass, and most are skipped."""
+    now = [0.0]
+    checkpoints, disk = on_a_hanging_disk(launch, now)
+    for version in (2, 4, 6):  # of its files there are four
+        add(checkpoints, version, version + 1)
+        now[0] += 4.0
+        assert checkpoints.take_finished() == []
+        disk.may.release()
+        assert disk.begun.acquire(timeout=60)
+        assert checkpoints.take_finished() == []
+    disk.may.release(100)
+    drain(checkpoints)
+    written = [saved.step for saved in checkpoints.take_finished()]
+    assert written == [1, 6, 7], "the others came too fast"
+
+
+def test_a_part_that_takes_long_to_come_is_not_the_disks_fault(launch: Launch) -> None:
+    now, begun, gate = [0.0], threading.Event(), threading.Event()
+
+    def slowly(ref: Any) -> Any:
+        begun.set()
+        assert gate.wait(60)
+        return ref
+
+    checkpoints = Checkpoints(hasty(launch, 5.0), 2, slowly, lambda: now[0])
+    add(checkpoints, 1)
+    assert begun.wait(60)
+    add(checkpoints, *range(2, 8))
+    for _ in range(4):
+        assert checkpoints.take_finished() == []
+        now[0] += 100.0
+    gate.set()
+    drain(checkpoints)
+    assert [saved.step for saved in checkpoints.take_finished()] == [1, 6, 7]
+
+
+def test_failures_count_over_restarts(launch: Launch) -> None:
+    """A disk that is full, and a worker that is lost before each third checkpoint."""
+    checkpoints = Checkpoints(launch, 2, lambda ref: ref)
+    checkpoints._catalogue._disk = Full()
+    give(checkpoints, 1, 2)
+    checkpoints.begin(1, launch.job)
+    assert checkpoints.take_finished() == []
+    add(checkpoints, 2, attempt=1)  # the same step once more, for all went back
+    drain(checkpoints)
+    with pytest.raises(StorageError, match=r"3 checkpoints .* step 2: No space left"):
+        checkpoints.take_finished()
