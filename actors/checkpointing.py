@@ -18,10 +18,13 @@ import math
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from threading import Thread
 from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from distplat.actors.actor_group import Launch
 from distplat.platform.awake_clock import AwakeClock
@@ -47,9 +50,10 @@ from distplat.platform.progress import (
     reported,
 )
 from distplat.platform.resume import NOT_FINITE, state_of
+from distplat.platform.shard_map import TABLES
 from distplat.platform.spec import Job
 from distplat.platform.tensor_file import encode
-from distplat.platform.tensor_slices import Bundle, by_file, put_together
+from distplat.platform.tensor_slices import Bundle, RawTensor, by_file, put_together
 
 logger = logging.getLogger(__name__)
 
@@ -65,6 +69,10 @@ _QUEUE = 2
 _QUEUE_BYTES = 64 * 2**20
 """Bytes of those that may wait beyond these."""
 _FILES = ("model", "optimizer")
+_ROWS = "/rows"
+"""Ends the names of a table's rows, behind its name."""
+_PIECE = 2**20
+"""Elements that are looked at at a time."""
 
 
 def newest_checkpoint(launch: Launch) -> StoredCheckpoint | None:
@@ -314,10 +322,9 @@ class Checkpoints:
 
     def _write_checkpoint(self, step: int, parts: Sequence[Delivery]) -> Path:
         launch = self._launch
-        names = [part.facts[NOT_FINITE] for part in parts if NOT_FINITE in part.facts]
-        if names:
-            raise ValueError(f"{names[0]!r} holds NaN or infinity; the checkpoints before stay")
+        _refuse([part.facts[NOT_FINITE] for part in parts if NOT_FINITE in part.facts])
         tensors_by_file = by_file(put_together(self._bundles(parts)))
+        _refuse(_tables_not_finite(tensors_by_file))
         tensors = {name: tensors_by_file.get(name, {}) for name in (*_FILES, *tensors_by_file)}
         files = {f"{name}.safetensors": encode(held) for name, held in tensors.items()}
         facts = {**parts[0].facts, **self._evaluated(step, parts[0].facts)}
@@ -398,3 +405,25 @@ class Checkpoints:
             logger.warning(text, self._catalogue.folder, limit_s, SETTING, PATIENCE)
         why = f"its disk has taken nothing for {limit_s:g} s (`{SETTING}`)"
         return [(step, why) for step in steps if step is not None]
+
+
+def _refuse(names: Sequence[str]) -> None:
+    """Raise if something that was trained is not finite: a run could not go on from it."""
+    if names:
+        raise ValueError(f"{names[0]!r} holds NaN or infinity; the checkpoints before stay")
+
+
+def _tables_not_finite(tensors_by_file: Mapping[str, Mapping[str, RawTensor]]) -> list[str]:
+    """Give the embedding tables whose rows hold NaN or infinity."""
+    return [
+        name.removesuffix(_ROWS)
+        for file, tensors in tensors_by_file.items()
+        for name, tensor in tensors.items()
+        if file.startswith(TABLES) and name.endswith(_ROWS)
+        if not all(np.isfinite(part).all() for part in _pieces(tensor.data.view(np.float32)))
+    ]
+
+
+def _pieces(values: NDArray[np.float32]) -> Iterator[NDArray[np.float32]]:
+    """Cut a vector, so that what is asked of all elements takes little memory."""
+    return (values[at : at + _PIECE] for at in range(0, len(values), _PIECE))

@@ -231,9 +231,13 @@ class TablePlan:
     """Steps between two checkpoints; 0: there are none."""
 
 
+TABLES = "embeddings-"
+"""Begins the names of the files of embedding servers in a checkpoint."""
+
+
 def file_of(server: int) -> str:
     """Give the name of a server's file in a checkpoint, without its ending."""
-    return f"embeddings-{server}"
+    return f"{TABLES}{server}"
 
 
 def plan_of(

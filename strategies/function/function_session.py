@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader
 
 from distplat.platform.errors import Problem, SpecError
 from distplat.platform.progress import AnyReport, StepReport
-from distplat.platform.resume import FUNCTION
+from distplat.platform.resume import FUNCTION, NOT_FINITE
 from distplat.platform.spec import Job
 from distplat.strategies.catalog import make_strategy
 from distplat.strategies.checkpoint.checkpoint_reader import SavedState
@@ -61,6 +61,7 @@ from distplat.strategies.loop.loop import Progress
 from distplat.strategies.loop.seeding import seed_rank
 from distplat.strategies.loop.streams import is_stream
 from distplat.strategies.model.module_hooks import cut_elsewhere, passing_on
+from distplat.strategies.model.parameter_layout import is_finite
 from distplat.strategies.ports import LoopShards
 from distplat.strategies.state_tree import has_tensors, pack, unpack
 from distplat.strategies.torch_compat import has_default_group
@@ -311,7 +312,22 @@ class FunctionSession:
         tree, tensors = pack(checkpoint)
         part = tensors_part(_FILE, {str(n): one for n, one in enumerate(tensors)})
         facts = {FUNCTION: tree, "versions": {"torch": str(torch.__version__)}}
+        if (name := self._not_finite()) is not None:
+            facts[NOT_FINITE] = name
         self._ports.take(version, part, facts)
+
+    def _not_finite(self) -> str | None:
+        """
+        Give the name of the first trained parameter that holds NaN or infinity; None: none does.
+
+        Of models, not of what is reported: an attention's mask or a history may hold either.
+        """
+        for model in self._exchange.models:
+            for name, one in model.named_parameters():
+                values = torch.view_as_real(one) if one.is_complex() else one
+                if one.requires_grad and not is_finite(values.detach()):
+                    return name
+        return None
 
     def checkpoint(self) -> Any:
         """Give what was reported last before this attempt; see `api.get_checkpoint`."""
@@ -399,6 +415,9 @@ class FunctionSession:
             ValueError: ranks have trained other models.
         """
         self._exchange.settle()
+        if self.context.is_main_process and (name := self._not_finite()) is not None:
+            text = "the trained model holds NaN or infinity, in %r: its last step made it so"
+            logger.warning(text, name)
         models = self._exchange.models
         if len(models) == 1:
             return dict(models[0].state_dict())

@@ -5,15 +5,18 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from jobs import job_of
 from test_checkpointing import Full, delivery, give, hasty
 
 from distplat.actors.actor_group import Launch
 from distplat.actors.checkpointing import Checkpoints
+from distplat.platform.checkpoints import Delivery
 from distplat.platform.disk import Disk
 from distplat.platform.errors import StorageError
 from distplat.platform.recovery import Policy
+from distplat.platform.tensor_slices import TensorEntry, TensorSlice
 from distplat.strategies.strategy_spec import Roles
 
 
@@ -129,3 +132,27 @@ def test_failures_count_over_restarts(launch: Launch) -> None:
     drain(checkpoints)
     with pytest.raises(StorageError, match=r"3 checkpoints .* step 2: No space left"):
         checkpoints.take_finished()
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "refused"),
+    [
+        ("embeddings-0/users/rows", np.nan, True),
+        ("embeddings-1/users/rows", -np.inf, True),
+        ("embeddings-0/users/rows", 3e38, False),
+        ("embeddings-0/users/sum", np.inf, False),
+        ("model/mask", -np.inf, False),
+    ],
+)
+def test_tables_that_are_not_finite_are_no_checkpoint(
+    key: str, value: float, refused: bool, launch: Launch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Whose rows are not: a run could not go on from them. A buffer may well be infinite."""
+    entry = TensorEntry(key, TensorSlice((3, 2)), "float32", 0)
+    values = np.array([1, 2, 3, 4, value, value], np.float32).view(np.uint8)
+    checkpoints = Checkpoints(launch, 1, lambda ref: ref)
+    checkpoints.take(Delivery(0, 0, 1, ([values],), ((entry,),)))
+    drain(checkpoints)
+    assert [saved.step for saved in checkpoints.take_finished()] == ([] if refused else [1])
+    told = "no checkpoint of step 1: 'users' holds NaN or infinity; the checkpoints before stay"
+    assert (told in caplog.text) is refused

@@ -1,16 +1,18 @@
 """A step with NaN or infinity: stopped, skipped or applied, on all ranks and servers alike."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import Any
 
 import pytest
 import torch
+from function_ranks import call_on_ranks, function_job
 from jobs import job_of
 from local_run import LocalRun, train
 from torch import Tensor, nn
 from torch.utils.data import Dataset, TensorDataset, default_collate
 
+import distplat
 from distplat.platform.errors import NonFiniteError
 from distplat.platform.progress import StepReport
 from distplat.platform.resume import NOT_FINITE
@@ -228,3 +230,40 @@ def test_a_last_step_that_overflows_is_told(large: float, caplog: pytest.LogCapt
     )
     train(job, Spoiled)
     assert ("the trained model holds NaN or infinity" in caplog.text) is (large > 1.0)
+
+
+@pytest.mark.parametrize("strategy", ["ring", "ps-sync", "ps-async"])
+@pytest.mark.parametrize("overflows", [False, True])
+def test_a_reported_checkpoint_tells_that_parameters_are_not_finite(
+    strategy: str, overflows: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    """
+    A gradient that is infinite and ignored, or a step that overflows, with no backward after it.
+
+    What is reported besides may be infinite: a mask, a figure that nothing was better than.
+    """
+    kept = {
+        "mask": torch.full((2,), -torch.inf),
+        "best": torch.inf,
+        "bias": torch.tensor(torch.nan),
+    }
+
+    def train(config: Mapping[str, Any]) -> None:
+        model = nn.Linear(3, 1)
+        model, optimizer = distplat.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1))
+        for step in range(3):
+            loss = model(torch.ones(2, 3)).square().mean()
+            if step == 1 and overflows:
+                optimizer.param_groups[0]["lr"] = 1e39
+            torch.autograd.backward(loss * (torch.inf if step == 1 and not overflows else 1.0))
+            optimizer.step()
+            optimizer.zero_grad()
+            distplat.report({"loss": 0.0}, {**kept, "model": model.state_dict()})
+            if overflows and step == 1:
+                return
+
+    failure = {"non_finite": "stop" if overflows else "ignore"}
+    run = call_on_ranks(train, job=function_job(1, strategy={"name": strategy}, failure=failure))
+    told = {version: NOT_FINITE in saved.state for version, saved in run.checkpoints.items()}
+    assert told == {1: False, 2: True, **({} if overflows else {3: True})}
+    assert caplog.text.count("the trained model holds NaN or infinity, in 'weight'") == 1
