@@ -26,12 +26,13 @@ from distplat.actors.view import View, view_here
 from distplat.platform.disk import CLOSE_S, BackgroundWriter, Moved, in_thread, with_deadline
 from distplat.platform.errors import Interrupted, Problem, SpecError, StorageError
 from distplat.platform.evaluations import EARLY_STOP, EarlyStopping, check_metrics
+from distplat.platform.memory_upload import bring
 from distplat.platform.owned_folder import OwnedFolder, remove_left
 from distplat.platform.progress import EvalSummary, Summary
 from distplat.platform.recovery import policy_of
 from distplat.platform.remote_storage import is_url, local_folder, url_of
 from distplat.platform.resume import check_libraries, start_from, start_from_url
-from distplat.platform.run_directory import CURVES, RunDirectory, new_run_name
+from distplat.platform.run_directory import CURVES, MODEL_FILE, RunDirectory, new_run_name
 from distplat.platform.run_upload import (
     NOT_UPLOADED,
     RunUpload,
@@ -191,14 +192,13 @@ class Trainer:
                 writer.put(summary)
             callbacks.tell(summary)
 
-        def saved(path: Path) -> None:
-            result.checkpoint = path
+        files = _TrainedFiles(directory, result, self.job.failure.storage_timeout_s)
 
         def save(model: bytes) -> None:
             if self.job.checkpoint.save_final:
-                directory.save_model(model, saved)
+                directory.save_model(model, files.keep)
 
-        handlers = RunHandlers(tell, save, directory.keep, callbacks.ending)
+        handlers = RunHandlers(tell, save, files.keep, callbacks.ending)
         with Stopping() as stopping:
             try:
                 upload = self._upload(directory.path, stopping.check)
@@ -207,10 +207,11 @@ class Trainer:
                     callbacks.start(self.job, run, directory.path)
                 self._train(run, directory.path, handlers, stopping)
                 _close(writers)
+                files.check()
             except BaseException as error:
                 stopping.count_anew()
                 _close(writers)
-                _record_failure(directory, result, error)
+                _record_failure(directory, result, error, files.model)
                 if upload is not None and (missing := upload.close(lambda: stopping.asked)):
                     logger.warning("%s", missing)
                 raise
@@ -300,6 +301,64 @@ class Trainer:
             train_on_ray(launch, handlers, stopping)
 
 
+class _TrainedFiles:
+    """
+    What a run has trained, on its way to the run directory; to its URL, if that does not take it.
+
+    Args:
+        directory: the run directory.
+        result: knows the URL, if there is one, and is told where the model is.
+        limit_s: `failure.storage_timeout_s`.
+    """
+
+    def __init__(self, directory: RunDirectory, result: Result, limit_s: float) -> None:
+        self._directory, self._result, self._limit_s = directory, result, limit_s
+        self._refused: list[str] = []  #: names of files that are at the URL alone
+        self._error: StorageError | None = None  #: of the local disk, the first one
+        self.model = ""  #: where the model is; empty: nowhere
+
+    def keep(self, name: str, data: bytes) -> None:
+        """
+        Write a file.
+
+        Raises:
+            StorageError: neither place takes it.
+        """
+        where = ""
+        try:
+            where = str(path := self._directory.keep(name, data))
+            if name == MODEL_FILE:
+                self._result.checkpoint = path
+        except StorageError as error:
+            where = self._bring(name, data, error)
+        if name == MODEL_FILE:
+            self.model = where
+
+    def _bring(self, name: str, data: bytes, error: StorageError) -> str:
+        """Write a file to the URL, which needs no local disk."""
+        if (url := self._result.url) is None:
+            raise error
+        logger.warning("%s; %s is written to %s", error, name, url)
+        try:
+            bring(url, name, data, self._limit_s)
+        except StorageError as other:
+            raise StorageError(f"{error}; nor to the URL: {other}") from error
+        self._error = self._error or error
+        self._refused.append(name)
+        return f"{url}/{name}"
+
+    def check(self) -> None:
+        """
+        Called when all is kept.
+
+        Raises:
+            StorageError: the local disk has not taken something; says where it is.
+        """
+        if self._error is not None:
+            names, url = ", ".join(self._refused), self._result.url
+            raise StorageError(f"{self._error}; what was trained is at {url}: {names}")
+
+
 def _writers(directory: RunDirectory) -> list[BackgroundWriter[Summary]]:
     """Make the writers of metrics and of TensorBoard's curves: each fails by itself."""
     return [
@@ -321,13 +380,15 @@ def _warn_where_model_is(result: Result) -> None:
         logger.warning("the trained model is in %s all the same", result.checkpoint)
 
 
-def _record_failure(directory: RunDirectory, result: Result, error: BaseException) -> None:
+def _record_failure(
+    directory: RunDirectory, result: Result, error: BaseException, model: str
+) -> None:
     """Write down how a run failed, and where its model is if it has one."""
     facts = {"error": str(error)}
     if result.best_checkpoint is not None:
         facts["best_checkpoint"] = str(result.best_checkpoint)
-    if result.checkpoint is not None:  # it is the tables or a checkpoint that failed
-        facts["model"] = str(result.checkpoint)
+    if model:  # it is the tables, a checkpoint or the local disk that failed
+        facts["model"] = model
         _warn_where_model_is(result)
     with suppress(StorageError):  # the run's own error is the one to tell
         stopped = isinstance(error, Interrupted | KeyboardInterrupt)

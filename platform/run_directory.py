@@ -54,6 +54,9 @@ _RESULT_BYTES = 64 * 2**10
 _RETRY_S = 2.0
 """What a disk that was waited for in vain is given once more."""
 
+MODEL_FILE = "model.safetensors"
+"""The trained model."""
+
 TASK_FILE = "task.safetensors"
 """Parameters that the task keeps itself."""
 
@@ -141,14 +144,14 @@ class RunDirectory:
         except OSError as error:
             raise _storage_error(f"write {target}", error) from error
 
-    def save_model(self, model: bytes, saved: Callable[[Path], object] = lambda path: None) -> Path:
+    def save_model(self, model: bytes, keep: Callable[[str, bytes], object] | None = None) -> Path:
         """
         Write the trained model, whole or not at all; then what the task has trained beside it, and
         the averages of both.
 
         Args:
             model: in the safetensors format, with all of that.
-            saved: told of the model's file once it is there, whatever becomes of the others.
+            keep: writes each file; None: `keep` of this class.
 
         Returns:
             The model's file.
@@ -156,18 +159,18 @@ class RunDirectory:
         Raises:
             StorageError: the disk is full, or the directory is gone.
         """
+        keep = keep or self.keep
         model, ema = split_task_tensors(model, EMA_PREFIX)
         model, task = split_task_tensors(model)
-        path = self.keep("model.safetensors", model)
-        saved(path)
+        keep(MODEL_FILE, model)
         if task is not None:
-            self.keep(TASK_FILE, task)
+            keep(TASK_FILE, task)
         if ema is not None:
             ema, task = split_task_tensors(ema)
-            self.keep(EMA_FILE, ema)
+            keep(EMA_FILE, ema)
             if task is not None:
-                self.keep("task_ema.safetensors", task)
-        return path
+                keep("task_ema.safetensors", task)
+        return self.path / MODEL_FILE
 
     def keep(self, name: str, data: bytes) -> Path:
         """

@@ -276,8 +276,8 @@ def test_what_stands_beside_the_model_costs_it_nothing(
     names = {"w": torch.ones(2), "ema:w": torch.zeros(2)}
     directory, saved = make(tmp_path), list[Path]()
 
-    def full(path: Path) -> None:
-        saved.append(path)
+    def full(name: str, data: bytes) -> None:
+        saved.append(directory.keep(name, data))
         fill_the_disk(monkeypatch)
 
     with pytest.raises(StorageError, match=r"model_ema\.safetensors.*No space left"):
