@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import ray
@@ -18,6 +19,7 @@ import ray
 from distplat.actors.actor_group import ActorGroup
 from distplat.actors.checkpointing import Checkpoints
 from distplat.actors.messages import PollResult
+from distplat.actors.model_pieces import ModelPiece, in_pieces
 from distplat.actors.ray_errors import Meaning, advice_for, as_ours, cause_of, meaning, taken_away
 from distplat.actors.ray_transport import RayTransport
 from distplat.actors.resizing import AsyncScaler, SyncScaler, check_scalable
@@ -382,11 +384,14 @@ class Controller:
             if worker is None:
                 continue  # it has left
             try:
-                limit, setting = self._limits.start_timeout_s, "start_timeout_s"
-                calls = {f"worker-{rank}": worker.result.remote}
-                model: bytes = ask(RayTransport(), "the trained model", calls, limit, setting)[0]
-                return model
+                return in_pieces(partial(self._model_piece, rank, worker))
             except DistplatError as error:
                 lost = error
         assert lost is not None, "a part has at least one holder"
         raise lost
+
+    def _model_piece(self, rank: int, worker: Any, first: int) -> ModelPiece:
+        limit, setting = self._limits.start_timeout_s, "start_timeout_s"
+        calls = {f"worker-{rank}": partial(worker.result.remote, first)}
+        piece: ModelPiece = ask(RayTransport(), "the trained model", calls, limit, setting)[0]
+        return piece

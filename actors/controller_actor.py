@@ -32,6 +32,7 @@ from distplat.actors.actor_group import ActorGroup
 from distplat.actors.checkpointing import Checkpoints
 from distplat.actors.controller import Controller
 from distplat.actors.messages import TableMap
+from distplat.actors.model_pieces import ModelPiece, piece_of
 from distplat.actors.ray_errors import as_ours
 from distplat.actors.ray_transport import RayTransport
 from distplat.actors.retrying_calls import Outbox, ask
@@ -186,10 +187,10 @@ class ControllerActor:
         over = self._outbox.drained  # after them: what is told again is not all there is
         return RunPollResult(events, over, self._error if over else None)
 
-    def result(self) -> bytes:
-        """Give the trained model; only once it is there."""
+    def result(self, first: int) -> ModelPiece:
+        """Give the trained model from byte `first` on; only once it is there."""
         assert self._model is not None, "the driver asks once it is told so"
-        return self._model
+        return piece_of(self._model, first)
 
     def stop(self, timeout_s: float) -> str:
         """

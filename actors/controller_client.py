@@ -17,6 +17,7 @@ from typing import Any
 
 from distplat.actors.actor_group import ActorGroup
 from distplat.actors.controller_actor import FileToKeep, ModelReady, RunPollResult
+from distplat.actors.model_pieces import in_pieces
 from distplat.actors.ray_errors import UNREACHABLE
 from distplat.actors.retrying_calls import ask
 from distplat.actors.transport import Transport
@@ -89,7 +90,7 @@ class ControllerClient:
             polled: RunPollResult = self._ask(check, "poll", number, _HOLD_S)
             for event in polled.events:
                 if isinstance(event, ModelReady):
-                    handlers.on_model(self._ask(check, "result"))
+                    handlers.on_model(in_pieces(partial(self._ask, check, "result")))
                 else:
                     self._hand_on(event, handlers)
             if polled.over:

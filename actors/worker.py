@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 
 from distplat.actors import ray_compat
 from distplat.actors.messages import PollResult, WorkOrder
+from distplat.actors.model_pieces import ModelPiece, piece_of
 from distplat.actors.process_setup import keep_freed_memory, quick_imports
 from distplat.actors.ray_transport import host_here
 from distplat.actors.retrying_calls import Outbox
@@ -162,11 +163,11 @@ class Worker:
 
         return frames_of_wait(self._thread)
 
-    def result(self) -> bytes:
-        """Give the trained model, as safetensors; only once `finished`."""
+    def result(self, first: int) -> ModelPiece:
+        """Give the trained model, as safetensors, from byte `first` on; only once `finished`."""
         model = self._session.state.model if self._session is not None else None
         assert model is not None, "the controller asks only a worker that has finished"
-        return model
+        return piece_of(model, first)
 
     def weights(self, version: int) -> Reply:
         """Show the parameters, of this version or a later one (see `actors/weights.py`)."""

@@ -252,7 +252,8 @@ class Failure(Spec):
     place in about a second. It takes memory for that, and no processor time; not with GPUs."""
 
     start_timeout_s: Seconds = 120.0
-    """From asking Ray for the actors to the first step."""
+    """From asking Ray for the actors to the first step. So long, too, each 64 MiB of the trained
+    model may take to come to the driver's node."""
     step_timeout_s: Seconds = 120.0
     """How long a rank or a server node may be waited for inside a step; so long, too, a rank's part
     of a checkpoint may take to leave its process, and to come to the driver's node."""

@@ -4,6 +4,7 @@ import logging
 import random
 import threading
 import time
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -11,10 +12,11 @@ import pytest
 from call_faults import Call, Fault, add_rule, inject
 from jobs import job_of
 
-from distplat.actors import controller_actor, retrying_calls
+from distplat.actors import controller_actor, model_pieces, retrying_calls
 from distplat.actors.controller_actor import ControllerActor, FileToKeep, ModelReady
 from distplat.actors.controller_client import ControllerClient, RunHandlers
 from distplat.actors.local_transport import Actor, LocalCluster
+from distplat.actors.model_pieces import ModelPiece, in_pieces, piece_of
 from distplat.actors.ray_errors import UNREACHABLE
 from distplat.actors.retrying_calls import Outbox
 from distplat.platform.errors import (
@@ -120,6 +122,30 @@ def test_a_question_of_each_kind_that_is_lost(method: str, lost: Any) -> None:
     driver.follow()
     driver.client.end()
     assert driver.heard == ALL
+
+
+@pytest.mark.parametrize("size", [1, 4, 8, 9, 10])
+def test_a_large_model_comes_in_pieces(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each is asked for by itself, again where it is lost, and has a deadline of its own."""
+    monkeypatch.setattr(model_pieces, "PIECE_BYTES", size)
+    driver, asked = Driver(), list[int]()
+    add_rule(driver.cluster, lossy(size))
+    monkeypatch.setattr(driver.actor.body, "result", noting(asked, driver.actor.body.result))
+    driver.follow()
+    assert driver.heard == ALL
+    assert sorted(set(asked)) == list(range(0, len(b"the model"), size))
+
+
+def noting(asked: list[int], real: Callable[[int], ModelPiece]) -> Callable[[int], ModelPiece]:
+    def result(first: int) -> ModelPiece:
+        asked.append(first)
+        return real(first)
+
+    return result
+
+
+def test_an_empty_model_is_one_piece() -> None:
+    assert in_pieces(lambda first: piece_of(b"", first)) == b""
 
 
 def test_the_model_is_kept_whatever_fails_after_it() -> None:

@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import distplat
 from distplat import Task, Trainer
+from distplat.actors import model_pieces
 from distplat.actors.actor_group import ActorGroup
 from distplat.actors.controller_actor import ControllerActor
 from distplat.actors.result import Result
@@ -88,9 +89,14 @@ def fit(ray: InMemoryRay, strategy: object, folder: Path) -> Result:
 @pytest.mark.parametrize("killed", ["", "worker-0"])
 @pytest.mark.parametrize("strategy", STRATEGIES, ids=["ring", "ps-sync"])
 def test_a_run_has_the_bits_of_ranks_without_a_driver(
-    cluster: InMemoryRay, tmp_path: Path, strategy: object, killed: str
+    cluster: InMemoryRay,
+    tmp_path: Path,
+    strategy: object,
+    killed: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     Told.killed = killed
+    monkeypatch.setattr(model_pieces, "PIECE_BYTES", 50)
     result = fit(cluster, strategy, tmp_path)
     expected = train(job(strategy, tmp_path), Told).parameters()
     assert result.checkpoint is not None
