@@ -45,6 +45,7 @@ from distplat.platform.progress import (
     Recovery,
     ReportAggregator,
     Resized,
+    Saved,
     Summary,
 )
 from distplat.platform.recovery import Policy, Restart
@@ -195,6 +196,8 @@ class Controller:
         for finished in self._checkpoints.take_finished():
             if isinstance(finished, EarlyStopReached):
                 self.end_early()  # the driver asks for it, too, some steps later
+            if isinstance(finished, Saved) and self._actor_group.job.own_loop:
+                self._state.checkpoint_saved(finished.step)
             self._report(finished)
 
     def _repair(self) -> None:

@@ -333,6 +333,10 @@ class JobState:
             self._policy = replace(self._policy, holders=())
         self._begin(now)
 
+    def checkpoint_saved(self, step: int) -> None:
+        """Called when a checkpoint of a train function has come to the disk."""
+        self._budget.checkpoint_saved(step)
+
     def _resize(self, world: int, now: float) -> None:
         """Stop all workers for a resize; a failure and the end of the run come first."""
         if self.phase is Phase.RUNNING and not self._finished and not self.ending:

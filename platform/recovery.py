@@ -8,7 +8,9 @@ Whether a run goes on after a failure, and how long it waits before: the restart
 
 A machine that its owner takes away (preemption) is nobody's failure, and has a budget of its own.
 Progress fills both up again: for each hundred new steps one failure and one preemption are given
-back, so that a run of weeks does not end of what happened in its first days.
+back, so that a run of weeks does not end of what happened in its first days. The steps of a train
+function are its reports, of which a long run may have few: each checkpoint that it reports past the
+furthest step before gives one back, too.
 """
 
 from collections import deque
@@ -144,6 +146,7 @@ class Budget:
         self._failures = 0
         self._preemptions = 0
         self._credited_to = 0  #: steps for which something was given back, or nothing was to be
+        self._saved_to = 0  #: checkpoints up to this step give nothing back
         self._last_step = -1
         self._at_same_step = 0
         self._counted = False  #: whether the last one was
@@ -180,6 +183,7 @@ class Budget:
         if self._is_paid(consequence, node):
             return 0.0
         self._give_back(step)
+        self._saved_to = max(self._saved_to, step)
         if preempted:
             self._preemptions += 1
             if self._preemptions > self._policy.max_preemptions:
@@ -203,5 +207,20 @@ class Budget:
             return
         earned = max(0, step - self._credited_to) // STEPS_FOR_ONE
         self._credited_to += earned * STEPS_FOR_ONE
-        self._failures = max(0, self._failures - earned)
-        self._preemptions = max(0, self._preemptions - earned)
+        self._fill_up(earned)
+
+    def checkpoint_saved(self, step: int) -> None:
+        """
+        Give one back for a checkpoint that a train function has reported.
+
+        Args:
+            step: of the checkpoint. Where one of it or of a later step has come before, or a
+                failure, its steps were made again, which is no progress.
+        """
+        if step > self._saved_to:
+            self._saved_to = step
+            self._fill_up(1)
+
+    def _fill_up(self, count: int) -> None:
+        self._failures = max(0, self._failures - count)
+        self._preemptions = max(0, self._preemptions - count)

@@ -241,8 +241,9 @@ class Failure(Spec):
 
     max_failures: Index | None = None
     """Restarts after lost workers, servers or nodes, of which one is given back for each 100 steps
-    of progress; None: 3 where survivors keep their state (not with a sharded optimizer, nor without
-    replicas) or there are checkpoints, else 0."""
+    of progress, and for each new checkpoint that a train function reports; None: 3 where survivors
+    keep their state (not with a sharded optimizer, nor without replicas) or there are checkpoints,
+    else 0."""
     max_preemptions: Index | None = None
     """Restarts after machines were taken away, counted apart and given back alike; None: 100 where
     `max_failures` is 3 by default, else 0."""

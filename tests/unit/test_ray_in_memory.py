@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -20,13 +20,14 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import distplat
-from distplat import Task, Trainer
+from distplat import Callback, Task, Trainer
 from distplat.actors import model_pieces
 from distplat.actors.actor_group import ActorGroup
 from distplat.actors.controller_actor import ControllerActor
 from distplat.actors.result import Result
 from distplat.actors.retrying_calls import LOOK_S
 from distplat.platform.errors import ActorLost
+from distplat.platform.progress import Saved
 from distplat.platform.spec import Job
 from distplat.strategies.catalog import make_job
 
@@ -228,3 +229,36 @@ def test_a_train_function_that_lost_a_worker_has_the_same_bits(
     expected, result = trained(""), trained("worker-0")
     assert expected.checkpoint is not None and result.checkpoint is not None
     assert expected.checkpoint.read_bytes() == result.checkpoint.read_bytes()
+
+
+class Noting(Callback):
+    """Tells the workers, which are threads here, that a checkpoint is on the disk."""
+
+    saved: dict[int, threading.Event] = {}  # noqa: RUF012
+
+    def on_checkpoint(self, checkpoint: Saved) -> None:
+        self.saved[checkpoint.step].set()
+
+
+def often_lost(config: Mapping[str, Any]) -> None:
+    """Report six epochs; the worker is killed after each of the first five, once it is kept."""
+    before = distplat.get_checkpoint()
+    for epoch in range(1 if before is None else before["epoch"] + 1, 7):
+        distplat.report({"loss": 0.0}, {"epoch": epoch})
+        process = process_here()
+        if process is not None and epoch < 6:
+            assert Noting.saved[epoch].wait(60)
+            Told.ray.kill_process(process.name)
+            process.check()
+
+
+def test_a_train_function_that_saves_between_failures_goes_on(
+    cluster: InMemoryRay, tmp_path: Path
+) -> None:
+    """More failures than three, and after each one a checkpoint that is new."""
+    Noting.saved = {epoch: threading.Event() for epoch in range(1, 7)}
+    job = {"name": "test", "strategy": "ring", "scaling": {"num_workers": 1}}
+    given = {**job, "storage_path": str(tmp_path)}
+    more: Any = {"progress": False, "log_to_driver": False, "callbacks": [Noting()]}
+    result: Result = cluster.as_driver(Trainer(given, often_lost, **more).fit)
+    assert len(result.failures) == 5

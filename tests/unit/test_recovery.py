@@ -114,6 +114,34 @@ def test_progress_gives_failures_back(steps: tuple[int, ...], ends: bool) -> Non
 
 
 @pytest.mark.parametrize(
+    ("events", "ends"),
+    [
+        ("saved 4, lost 5, saved 6, lost 20, saved 21, lost 35, saved 36, lost 50", False),
+        ("lost 5, lost 20, lost 35", True),
+        ("lost 5, lost 6, saved 5, saved 6, lost 7", True),
+        ("lost 5, lost 6, saved 7, lost 8", False),
+        ("lost 5, lost 6, saved 7, saved 7, lost 8, lost 9", True),
+        ("lost 5, lost 6, saved 7, saved 8, lost 9, lost 10", False),
+        ("saved 1, saved 2, saved 3, lost 4, lost 5, lost 6", True),
+        ("lost 5, lost 9, saved 6, saved 9, lost 10", True),
+        ("lost 5, saved 6, lost 6, saved 6, lost 7, lost 8", True),
+    ],
+)
+def test_a_new_checkpoint_of_a_loop_gives_a_failure_back(events: str, ends: bool) -> None:
+    """Two are allowed. A checkpoint that is made again after a rollback is no progress."""
+    for preempted in (False, True):
+        budget, answers = Budget(Policy(max_failures=2, max_preemptions=2)), []
+        for event in events.split(", "):
+            kind, step = event.split()
+            if kind == "saved":
+                budget.checkpoint_saved(int(step))
+            else:
+                answers += spend(budget, int(step), preempted=preempted)
+        assert isinstance(answers[-1], str) is ends
+        assert not any(isinstance(answer, str) for answer in answers[:-1])
+
+
+@pytest.mark.parametrize(
     ("failure", "survives_worker_loss", "policy"),
     [
         (Failure(), True, Policy(3, 100, True, may_start_over=False)),
