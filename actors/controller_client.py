@@ -27,7 +27,7 @@ from distplat.platform.errors import (
     DeadlineExceeded,
     DistplatError,
 )
-from distplat.platform.progress import StepSummary, Summary
+from distplat.platform.progress import Saved, StepSummary, Summary
 
 _HOLD_S = 0.5
 """Seconds for which the controller holds a poll open while nothing happens."""
@@ -68,6 +68,7 @@ class ControllerClient:
         self._begin = actor_group, checkpoint_step
         self._limits = actor_group.launch.job.failure
         self._step: int | None = None  #: the last one that is known to be made
+        self._saved = checkpoint_step > 0  #: there is a checkpoint to go on from
         self._up = False  #: it has answered, and was not lost since
 
     def follow(self, check: Callable[[], None], handlers: RunHandlers) -> None:
@@ -122,14 +123,19 @@ class ControllerClient:
                 raise ClusterUnreachable(
                     f"no process of this run can be used: {error.cause}"
                 ) from None
-            trained = self._step is not None
-            remedy = "go on from the last checkpoint: submit --resume" if trained else ""
-            raise ActorLost(_NAME, self._step, error.cause, remedy) from None
+            raise ActorLost(_NAME, self._step, error.cause, self._remedy) from None
         except DeadlineExceeded:
             self._up = False
             raise
         self._up = True
         return answer
+
+    @property
+    def _remedy(self) -> str:
+        """What to do about a controller that is lost."""
+        if self._saved:
+            return "go on from the last checkpoint: submit --resume"
+        return "" if self._step is None else "there is no checkpoint to go on from"
 
     def _hand_on(
         self, event: Summary | FileToKeep | logging.LogRecord, handlers: RunHandlers
@@ -143,6 +149,7 @@ class ControllerClient:
         else:
             if isinstance(event, StepSummary):
                 self._step = event.step
+            self._saved |= isinstance(event, Saved)
             handlers.on_summary(event)
 
     def end(self, look: Callable[[], object] = lambda: None) -> None:

@@ -26,7 +26,7 @@ from distplat.platform.errors import (
     Interrupted,
     StorageError,
 )
-from distplat.platform.progress import StepSummary
+from distplat.platform.progress import Saved, StepSummary
 
 STEPS = 30
 GROUP: Any = SimpleNamespace(
@@ -161,14 +161,26 @@ def test_a_fault_of_the_controller_itself_is_told() -> None:
     assert getattr(caught.value, "exit_code", None) == 70
 
 
-def test_a_controller_that_dies_is_named_with_the_last_step() -> None:
-    driver = Driver()
+class Saving(Run):
+    """Has made a checkpoint before its first step."""
+
+    def _run(self, actor_group: object, checkpoint_step: int) -> None:
+        self._outbox.put(Saved(0, "step-000000", 1, 0.1))
+        super()._run(actor_group, checkpoint_step)
+
+
+@pytest.mark.parametrize(
+    ("kind", "remedy"),
+    [(Saving, "last checkpoint: submit --resume"), (Run, "there is no checkpoint to go on from")],
+)
+def test_a_controller_that_dies_is_named_with_the_last_step(kind: type[Run], remedy: str) -> None:
+    driver = Driver(kind)
 
     def check() -> None:
         if 5 in driver.heard:
             driver.actor.die("killed by the test")
 
-    with pytest.raises(ActorLost, match=r"controller was lost after step \d+: .*--resume"):
+    with pytest.raises(ActorLost, match=rf"controller was lost after step \d+: .*{remedy}"):
         driver.follow(check)
     driver.client.end()
 
