@@ -2,7 +2,7 @@
 Callbacks: what a user has called in the driver while a run goes on.
 
 They are guests: one that raises is warned of once, and the run goes on without it. One that does
-not return is waited for, and named.
+not return is waited for, and named; on Ray workers go on, and their model is written all the same.
 
 A job's trackers are callbacks, each in a thread of its own, so that a slow server holds nobody up.
 """
@@ -227,8 +227,8 @@ class Callbacks:
                 continue
             warned.append(callback)
             text = (
-                "the callback %s has not returned for %.0f s: the driver waits for it, workers do "
-                "not; Ctrl-C, if need be twice, ends the run"
+                "the callback %s has not returned for %.0f s: the driver waits for it, workers and "
+                "what they have trained do not; Ctrl-C, if need be twice, ends the run"
             )
             logger.warning(text, type(callback).__name__, _LONG_S)
 

@@ -1,26 +1,31 @@
 """
 The driver's side of a run on Ray: follows the controller, and ends it.
 
-The driver keeps one question open to the controller and looks for signals meanwhile. Questions are
-numbered, so that one that is lost is asked again and each event is told once. A controller that
-dies takes along the actors that it has made; those that the driver made, the driver ends.
+A thread keeps one question open to the controller, and writes the files that the run leaves. The
+thread that called `fit()` looks for signals and tells callbacks of the rest: one that hangs, or a
+terminal that takes no more, does not keep a model from the disk. Questions are numbered, so that
+one that is lost is asked again and each event is told once. A controller that dies takes along the
+actors that it has made; those that the driver made, the driver ends.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import wait
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 from distplat.actors.actor_group import ActorGroup
-from distplat.actors.controller_actor import FileToKeep, ModelReady, RunPollResult
+from distplat.actors.controller_actor import FileToKeep, ModelReady, RunEvent, RunPollResult
 from distplat.actors.model_pieces import in_pieces
 from distplat.actors.ray_errors import UNREACHABLE
-from distplat.actors.retrying_calls import ask
+from distplat.actors.retrying_calls import LOOK_S, Outbox, ask
 from distplat.actors.transport import Transport
+from distplat.platform.disk import in_thread
 from distplat.platform.errors import (
     ActorLost,
     ClusterUnreachable,
@@ -34,16 +39,24 @@ _HOLD_S = 0.5
 _END_S = 35.0
 """How long the controller may take to write what is complete and to end the actors."""
 _NAME = "controller"
+_MOST = 100_000
+"""Events that wait while a callback holds the driver up; beyond them steps and log lines are left
+out."""
+_LEAVE_S = 2.0
+"""How long the thread may take to see that nobody follows the run any more."""
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class RunHandlers:
-    """Callbacks for the events and results of a run."""
+    """Callbacks for the events and results of a run; `on_model` and `on_file` of any thread."""
 
     on_summary: Callable[[Summary], None]
     """Takes each step, evaluation, checkpoint and failure."""
     on_model: Callable[[bytes], object]
-    """Takes the trained model, once and before anything else that a trained run leaves."""
+    """Takes the trained model, once and before anything else that a trained run leaves; does not
+    wait for `on_summary`."""
     on_file: Callable[[str, bytes], object]
     """Takes the embedding tables and the log of updates by name, of runs that have them."""
     ending: Callable[[], bool] = lambda: False
@@ -70,6 +83,11 @@ class ControllerClient:
         self._step: int | None = None  #: the last one that is known to be made
         self._saved = checkpoint_step > 0  #: there is a checkpoint to go on from
         self._up = False  #: it has answered, and was not lost since
+        self._left = threading.Event()  #: nobody follows the run any more
+        self._keeping = threading.Lock()  #: held while something is written
+        self._news: Outbox[Summary | logging.LogRecord] = Outbox(
+            _MOST, lambda event: isinstance(event, StepSummary | logging.LogRecord)
+        )
 
     def follow(self, check: Callable[[], None], handlers: RunHandlers) -> None:
         """
@@ -84,23 +102,62 @@ class ControllerClient:
                 `ClusterUnreachable` where the cluster could not have it.
         """
         self._ask(check, "begin", *self._begin)
+        listening = in_thread("follow", lambda: self._listen(handlers))
         number, ending = 0, False
-        while True:
-            check()
-            number += 1
-            polled: RunPollResult = self._ask(check, "poll", number, _HOLD_S)
-            for event in polled.events:
-                if isinstance(event, ModelReady):
-                    handlers.on_model(in_pieces(partial(self._ask, check, "result")))
-                else:
-                    self._hand_on(event, handlers)
-            if polled.over:
-                if polled.error is not None:
-                    raise polled.error
-                return
-            if not ending and handlers.ending():
-                ending = True
-                self._ask(check, "end_early")
+        try:
+            while not self._news.drained:
+                check()
+                number += 1
+                self._hand_on(self._news.take(number, LOOK_S), handlers)
+                if not ending and not listening.done() and handlers.ending():
+                    ending = True
+                    self._ask(check, "end_early")
+            if (error := listening.result()) is not None:
+                raise error
+        except BaseException as error:
+            self._left.set()
+            if not isinstance(error, KeyboardInterrupt):  # that is of who cannot wait
+                with self._keeping:
+                    pass
+            wait([listening], _LEAVE_S)
+            raise
+
+    def _listen(self, handlers: RunHandlers) -> DistplatError | None:
+        """Hear what happens until the run is over; give why it failed."""
+        number = 0
+        try:
+            while True:
+                self._look()
+                number += 1
+                polled: RunPollResult = self._ask(self._look, "poll", number, _HOLD_S)
+                for event in polled.events:
+                    self._take(event, handlers)
+                if polled.over:
+                    return polled.error
+        finally:
+            self._news.close()
+
+    def _take(self, event: RunEvent, handlers: RunHandlers) -> None:
+        """Keep what is to be kept; the rest is news."""
+        if isinstance(event, ModelReady):
+            model = in_pieces(partial(self._ask, self._look, "result"))
+            self._keep(lambda: handlers.on_model(model))
+        elif isinstance(event, FileToKeep):
+            self._keep(lambda: handlers.on_file(event.name, event.content))
+        else:
+            if isinstance(event, StepSummary):
+                self._step = event.step
+            self._saved |= isinstance(event, Saved)
+            self._news.put(event)
+
+    def _keep(self, write: Callable[[], object]) -> None:
+        with self._keeping:
+            self._look()
+            write()
+
+    def _look(self) -> None:
+        if self._left.is_set():
+            raise DistplatError("nobody follows the run any more")
 
     def _ask(self, check: Callable[[], None], method: str, *args: Any) -> Any:
         """
@@ -138,19 +195,18 @@ class ControllerClient:
         return "" if self._step is None else "there is no checkpoint to go on from"
 
     def _hand_on(
-        self, event: Summary | FileToKeep | logging.LogRecord, handlers: RunHandlers
+        self, events: Sequence[Summary | logging.LogRecord], handlers: RunHandlers
     ) -> None:
-        if isinstance(event, logging.LogRecord):
-            logger = logging.getLogger(event.name)
-            if logger.isEnabledFor(event.levelno):
-                logger.handle(event)
-        elif isinstance(event, FileToKeep):
-            handlers.on_file(event.name, event.content)
-        else:
-            if isinstance(event, StepSummary):
-                self._step = event.step
-            self._saved |= isinstance(event, Saved)
-            handlers.on_summary(event)
+        if left_out := self._news.left_out():
+            text = "%d steps and log lines are not told: a callback held the driver up"
+            logger.warning(text, left_out)
+        for event in events:
+            if not isinstance(event, logging.LogRecord):
+                handlers.on_summary(event)
+                continue
+            log = logging.getLogger(event.name)
+            if log.isEnabledFor(event.levelno):
+                log.handle(event)
 
     def end(self, look: Callable[[], object] = lambda: None) -> None:
         """

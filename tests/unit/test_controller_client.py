@@ -12,7 +12,7 @@ import pytest
 from call_faults import Call, Fault, add_rule, inject
 from jobs import job_of
 
-from distplat.actors import controller_actor, model_pieces, retrying_calls
+from distplat.actors import controller_actor, controller_client, model_pieces, retrying_calls
 from distplat.actors.controller_actor import ControllerActor, FileToKeep, ModelReady
 from distplat.actors.controller_client import ControllerClient, RunHandlers
 from distplat.actors.local_transport import Actor, LocalCluster
@@ -23,7 +23,10 @@ from distplat.platform.errors import (
     ActorLost,
     ClusterUnreachable,
     DeadlineExceeded,
+    DistplatError,
     Interrupted,
+    Problem,
+    SpecError,
     StorageError,
 )
 from distplat.platform.progress import Saved, StepSummary
@@ -146,6 +149,58 @@ def noting(asked: list[int], real: Callable[[int], ModelPiece]) -> Callable[[int
 
 def test_an_empty_model_is_one_piece() -> None:
     assert in_pieces(lambda first: piece_of(b"", first)) == b""
+
+
+def test_a_callback_that_hangs_keeps_no_model_from_the_disk() -> None:
+    """Who cannot wait for it any longer has the model, and the tables."""
+    driver, all_kept = Driver(), threading.Event()
+
+    def hang(summary: object) -> None:
+        assert all_kept.wait(60)
+        raise KeyboardInterrupt
+
+    def keep(name: str, content: bytes) -> None:
+        driver.heard.append(name)
+        if name == "table-2":
+            all_kept.set()
+
+    handlers = RunHandlers(hang, driver.heard.append, keep)
+    with pytest.raises(KeyboardInterrupt):
+        driver.client.follow(lambda: None, handlers)
+    assert driver.heard == ALL[STEPS:]
+
+
+def test_a_signal_waits_for_what_is_being_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(controller_client, "_LEAVE_S", 0.0)
+    driver, writing = Driver(), threading.Event()
+
+    def check() -> None:
+        if writing.is_set():
+            raise Interrupted(15)
+
+    def write(model: bytes) -> None:
+        writing.set()
+        assert driver.client._left.wait(60)
+        driver.heard.append(model)
+
+    handlers = RunHandlers(lambda summary: None, write, lambda name, content: None)
+    with pytest.raises(Interrupted):
+        driver.client.follow(check, handlers)
+    assert driver.heard == [b"the model"], "it was waited for"
+
+
+def test_what_a_callback_raises_ends_the_run_once_the_thread_has_left() -> None:
+    driver = Driver()
+
+    def refuse(summary: object) -> None:
+        raise SpecError(Problem(("early_stop", "metric"), "there is no such figure"))
+
+    handlers = RunHandlers(refuse, driver.heard.append, lambda name, content: None)
+    with pytest.raises(SpecError, match="no such figure"):
+        driver.client.follow(lambda: None, handlers)
+    with pytest.raises(DistplatError, match="nobody follows"):
+        driver.client._keep(lambda: driver.heard.append("late"))
+    assert "late" not in driver.heard
 
 
 def test_the_model_is_kept_whatever_fails_after_it() -> None:
