@@ -192,6 +192,17 @@ def test_a_large_checkpoint_is_read_piece_by_piece(
     assert len(moves) > 10
 
 
+def test_a_large_checkpoint_is_written_piece_by_piece(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(disk, "_PIECE_BYTES", 10)
+    moves: list[int] = []
+    catalogue = Catalogue(tmp_path, moved=lambda: moves.append(1))
+    path = catalogue.write(1, {"a.safetensors": [b"x" * 45, b"", memoryview(b"y" * 50)]}, {})
+    assert (path / "a.safetensors").read_bytes() == b"x" * 45 + b"y" * 50
+    assert len(moves) >= 10
+
+
 @pytest.mark.parametrize("operation", ["mkdir", "open"])
 def test_what_comes_from_a_url_waits_for_no_local_disk(
     operation: str, hung: Hung, tmp_path: Path
