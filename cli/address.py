@@ -9,8 +9,10 @@ Where a job goes: the address that was given, or what runs on this machine.
 The order of precedence is Ray's: `--address`, RAY_API_SERVER_ADDRESS, RAY_ADDRESS.
 """
 
+import grp
 import ipaddress
 import os
+import pwd
 import re
 import socket
 import time
@@ -151,8 +153,17 @@ def why_untrusted(path: Path, stat: os.stat_result) -> str:
     """Say why others may have written a file that names a Ray; empty: nobody else can have."""
     if stat.st_uid not in (0, os.geteuid()):
         return f"{path} belongs to user {stat.st_uid}"
-    shared = stat.st_gid not in (0, os.getegid()) and stat.st_mode & 0o020
+    shared = stat.st_mode & 0o020 and not _is_own_group(stat.st_uid, stat.st_gid)
     return f"others may write {path}" if shared or stat.st_mode & 0o002 else ""
+
+
+def _is_own_group(uid: int, gid: int) -> bool:
+    """Say whether a group is a user's own, as `useradd` makes one: of that name, with no other."""
+    try:
+        user, group = pwd.getpwuid(uid).pw_name, grp.getgrgid(gid)
+    except KeyError:
+        return False
+    return group.gr_name == user and set(group.gr_mem) <= {user}
 
 
 def _listeners(port: int) -> set[int]:

@@ -82,7 +82,8 @@ def running_here(say: Callable[[str], None]) -> str | None:
 
     Not `ray.init(address="auto")`: that finds the private Ray of another `submit` too, which ends
     with that run and would take ours along. Anybody may write where Ray notes the address, and a
-    driver runs what its cluster sends: so only a Ray of this user or root is joined unasked.
+    driver runs what its cluster sends: so only a Ray of this user or root is joined unasked. The
+    note outlives its Ray, too, and the address of a head elsewhere may be somebody else's by now.
 
     Args:
         say: is told of one that is not.
@@ -103,8 +104,7 @@ def running_here(say: Callable[[str], None]) -> str | None:
             check_listening(address)
         except ClusterUnreachable:  # the file outlives a cluster that was killed
             return None
-        if is_this_machine(host_and_port(address)[0]):
-            reason = foreign_listener(address)
+        reason = _foreign(address)
     if reason:
         remedy = f"; `--address {address}` joins it all the same" if is_host_port(address) else ""
         say(f"not joining the Ray of this machine: {reason}{remedy}")

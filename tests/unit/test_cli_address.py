@@ -1,6 +1,8 @@
 """Where a job goes: what the address says, who said it, and whether anybody is there."""
 
+import grp
 import os
+import pwd
 import socket
 import subprocess
 import sys
@@ -10,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from stat import S_IFREG
+from types import SimpleNamespace
 
 import pytest
 from ray._private import ray_constants
@@ -191,21 +194,38 @@ def test_a_port_of_ones_own_belongs_to_no_stranger() -> None:
         assert foreign_listener(f"127.0.0.1:{mine.getsockname()[1]}") == ""
 
 
-ME, GROUP = os.geteuid(), os.getegid()
+ME = os.geteuid()
+OWN, OTHERS_TOO, USERS, NAMELESS = 1001, 1002, 100, 54321
+GROUPS = {
+    0: ("root", []),
+    OWN: ("ann", ["ann"]),
+    OTHERS_TOO: ("ann", ["bob"]),
+    USERS: ("users", []),
+}
+NAMES = {0: "root", ME: "ann"}
+OPEN, GROUP_MAY = S_IFREG | 0o644, S_IFREG | 0o664
 
 
 @pytest.mark.parametrize(
     ("mode", "uid", "gid", "why"),
     [
-        (S_IFREG | 0o644, ME, GROUP, ""),
-        (S_IFREG | 0o664, ME, GROUP, ""),  # umask 002, where each user has a group
-        (S_IFREG | 0o644, 0, 0, ""),
-        (S_IFREG | 0o664, ME, 54321, "others may write f"),
-        (S_IFREG | 0o666, ME, GROUP, "others may write f"),
-        (S_IFREG | 0o644, 54321, GROUP, "f belongs to user 54321"),
+        (OPEN, ME, USERS, ""),
+        (GROUP_MAY, ME, OWN, ""),  # umask 002, where each user has a group
+        (GROUP_MAY, ME, OTHERS_TOO, "others may write f"),
+        (GROUP_MAY, ME, USERS, "others may write f"),  # where all have the same
+        (GROUP_MAY, ME, NAMELESS, "others may write f"),
+        (OPEN, 0, 0, ""),
+        (S_IFREG | 0o666, ME, OWN, "others may write f"),
+        (OPEN, 54321, OWN, "f belongs to user 54321"),
     ],
 )
-def test_whose_word_is_taken_for_where_ray_is(mode: int, uid: int, gid: int, why: str) -> None:
+def test_whose_word_is_taken_for_where_ray_is(
+    mode: int, uid: int, gid: int, why: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "getegid", lambda: gid)
+    monkeypatch.setattr(pwd, "getpwuid", lambda uid: SimpleNamespace(pw_name=NAMES[uid]))
+    groups = {gid: SimpleNamespace(gr_name=name, gr_mem=of) for gid, (name, of) in GROUPS.items()}
+    monkeypatch.setattr(grp, "getgrgid", lambda gid: groups[gid])
     stat = os.stat_result((mode, 0, 0, 1, uid, gid, 0, 0, 0, 0))
     assert why_untrusted(Path("f"), stat) == why
 
@@ -286,6 +306,21 @@ def test_a_head_elsewhere_is_joined_where_a_part_of_it_here_is_ours(
         own_ray_address()
     with pytest.raises(ClusterUnreachable, match=f"`--address {head}` joins it all the same"):
         choose_target("auto", print, with_ray=True)
+
+
+@pytest.mark.parametrize("ours", [True, False])
+def test_a_noted_head_elsewhere_is_joined_only_where_a_part_of_it_here_is_ours(
+    ours: bool, noted: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The note stays where a node is killed, and the head's address gets another owner."""
+    head, told = "192.0.2.7:6379", list[str]()
+    noted.write_text(head)
+    monkeypatch.setattr(join, "check_listening", lambda address: None)
+    monkeypatch.setattr(ray_compat, "addresses_here", lambda: {head} if ours else set())
+    assert running_here(told.append) == (head if ours else None)
+    why = "it is on another machine, and no process of it here is yours or root's"
+    remedy = f"`--address {head}` joins it all the same"
+    assert told == ([] if ours else [f"not joining the Ray of this machine: {why}; {remedy}"])
 
 
 @pytest.mark.parametrize(
