@@ -46,6 +46,7 @@ _SOCKET = "/ray-12345678/r/session_2026-01-01_00-00-00_000000_1234567/sockets/pl
 FOLDER_BYTES = (107 if sys.platform == "linux" else 103) - len(_SOCKET)
 """The longest name that this directory may have: that of a socket has a limit."""
 _COLORS = "RAY_COLOR_PREFIX"
+_ONE_MACHINE = "distplat_one_machine"
 LOGGERS = ("ray.dashboard.modules.dashboard_sdk", "ray._private.runtime_env")
 """They log each upload at level INFO, which is no part of a command's output."""
 
@@ -277,9 +278,22 @@ def ignore_tests(folder: Path, logger: logging.Logger) -> list[Callable[[Path], 
     return tests
 
 
-def job_config(folder: str) -> JobConfig:
-    """Have workers find modules in a folder of this machine, without a runtime environment."""
-    return JobConfig(_py_driver_sys_path=[folder])
+def job_config(folder: str, *, one_machine: bool) -> JobConfig:
+    """
+    Have workers find modules in a folder of this machine, without a runtime environment.
+
+    Args:
+        folder: where modules are.
+        one_machine: see `stays_on_machine`.
+    """
+    metadata = {_ONE_MACHINE: "1"} if one_machine else {}
+    return JobConfig(_py_driver_sys_path=[folder], metadata=metadata)
+
+
+def stays_on_machine() -> bool:
+    """Say whether this driver, or that of this actor, has joined for its own machine alone."""
+    worker = ray._private.worker.global_worker  # nothing public gives an actor its job's metadata
+    return _ONE_MACHINE in worker.core_worker.get_job_config().metadata
 
 
 def with_requests(kind: type[Any], request: Callable[..., Any]) -> type[Any]:

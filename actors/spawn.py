@@ -44,6 +44,12 @@ _SERVER_THREADS = 8
 """Threads of a server node beside two per worker: for the manager's and the controller's calls."""
 
 
+_LEAST = 0.0001
+"""Of a resource: less Ray does not count."""
+_WHY_THERE = (
+    "where the run stays: it began on a cluster of one node, and shipped nothing to others; "
+    "stop it, and `submit --resume` uses all nodes"
+)
 _NOTHING = {"CPU": 0.0}
 """Resources of an actor that works while others wait."""
 
@@ -153,8 +159,8 @@ def spawn_script(scaling: Scaling, run: str, attempt: int) -> ScriptActors:
         SpecError: the cluster will never have what is asked for.
     """
     needs = scaling.resources()
-    bundles = [needs] * scaling.num_workers
-    _check_room(bundles, _OF_SCRIPT)
+    _check_room([needs] * scaling.num_workers, _OF_SCRIPT)
+    bundles = [needs | _where()] * scaling.num_workers
     actors = ScriptActors([], placement_group(bundles, strategy="PACK"))
     try:
         for index in range(scaling.num_workers):
@@ -202,7 +208,7 @@ def spawn_server(
     # Two per worker: one answers its mailbox, one its calls.
     needs, part = _server_needs(job, roles, role)
     options = _options(run, name, needs, _threads(job, roles))
-    others = _nodes_but(beside, needs) if beside is not None else []
+    others = _nodes_but(beside, needs | _where()) if beside is not None else []
     if others:
         turn = int(role.rpartition("-")[2]) % len(others)
         # A soft affinity would read better, but Ray 2.60 often does not follow it for actors.
@@ -278,16 +284,31 @@ def _worker(run: str, name: str, needs: dict[str, float], where: object | None) 
 
 
 def lacks(job: Job, more: int) -> str:
-    """Say what the cluster lacks now for `more` workers; empty: nothing."""
-    free = ray.available_resources()
+    """Say what is missing now for `more` workers where the run may be; empty: nothing."""
+    where, nodes = _where(), ray_compat.free_resources().values()
+    ours = [node for node in nodes if _fits(where, node)]
     missing = [
-        f"{amount * more:g} {name}, of which {free.get(name, 0.0):g} are free"
+        f"{amount * more:g} {name}, of which {free:g} are free"
         for name, amount in job.scaling.resources().items()
-        if amount * more > free.get(name, 0.0)
+        if amount * more > (free := sum(node.get(name, 0.0) for node in ours))
     ]
     who = "1 more worker needs" if more == 1 else f"{more} more workers need"
-    remedy = "the job's `scaling.resources_per_worker` says what one takes"
-    return f"{who} {', and '.join(missing)}; {remedy}" if missing else ""
+    remedy = "; the job's `scaling.resources_per_worker` says what one takes"
+    if len(ours) < len(nodes):
+        remedy = f" on the driver's machine, {_WHY_THERE}"
+    return f"{who} {', and '.join(missing)}{remedy}" if missing else ""
+
+
+def _where() -> dict[str, float]:
+    """
+    Give what an actor needs beside its own resources: that of the driver's machine, or nothing.
+
+    To one machine nothing is shipped. Other nodes may join later, and a folder of the same path
+    may be there, last week's or somebody else's.
+    """
+    if not ray_compat.stays_on_machine():
+        return {}
+    return {f"node:{ray.util.get_node_ip_address()}": _LEAST}  # each node has 1 of its address
 
 
 def actor_name(job: Job, role: str, attempt: int | str) -> str:
@@ -304,7 +325,7 @@ def _placement_groups(job: Job, group_size: int) -> list[Any]:
     needs = {name: amount for name, amount in job.scaling.resources().items() if amount}
     if (group_size == 1 and not job.failure.spare_workers) or not needs:
         return []
-    bundles = [needs] * group_size
+    bundles = [needs | _where()] * group_size
     groups = job.scaling.num_workers // group_size
     return [placement_group(bundles, strategy="PACK") for _ in range(groups)]
 
@@ -314,7 +335,7 @@ def _options(
 ) -> dict[str, Any]:
     """Give the arguments of `options` for an actor; `threads`: calls that run at once."""
     options = {"namespace": run, "name": name, "max_restarts": 0, "max_task_retries": 0}
-    options |= _resources(needs)
+    options |= _resources(needs | _where())
     return options if threads is None else options | {"max_concurrency": threads}
 
 

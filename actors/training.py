@@ -431,7 +431,8 @@ def search_path(order: WorkOrder) -> str:
     """
     Say where the user's code is: with the driver its own folder, elsewhere what Ray has shipped.
 
-    Where nothing was shipped the nodes share their disks, and the path is the same everywhere.
+    Where nothing was shipped all workers are on the driver's machine (`actors/spawn.py`). Or the
+    user has called `ray.init`, the nodes share their disks, and the path is the same everywhere.
     """
     context = ray.get_runtime_context()
     shipped = dict(context.runtime_env).get("working_dir")

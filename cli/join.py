@@ -220,7 +220,8 @@ def connected(
     Be a driver of a cluster.
 
     On a cluster of one node nothing is shipped: workers find the user's folder and distplat where
-    the driver has them, and start a second earlier than behind a runtime environment.
+    the driver has them, and start a second earlier than behind a runtime environment. Nodes of
+    other machines that join later get no part of the run: what is there nobody knows.
 
     Args:
         address: HOST:PORT or `auto`.
@@ -275,20 +276,20 @@ def _joined_without_shipping(address: str) -> bool:
     with without_job_environment() as hidden:
         if not hidden and ray_compat.JOB_CONFIG_VARIABLE in os.environ:
             return False
-        _join(address, {})
+        _join(address, {}, one_machine=True)
     if sum(node["Alive"] for node in ray.nodes()) == 1:
         return True
     ray.shutdown()
     return False
 
 
-def _join(address: str, runtime_env: Mapping[str, Any]) -> None:
+def _join(address: str, runtime_env: Mapping[str, Any], *, one_machine: bool = False) -> None:
     # The cluster's Python may know no distplat: workers look for it where the driver has it.
     home = str(Path(distplat.__file__).resolve().parent.parent)
     with ray_compat.own_signals():
         ray.init(
             address=address,
             runtime_env=dict(runtime_env),
-            job_config=ray_compat.job_config(home),
+            job_config=ray_compat.job_config(home, one_machine=one_machine),
             logging_level="warning",
         )

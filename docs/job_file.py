@@ -25,7 +25,10 @@ with the job. What a URL does: [checkpoints](checkpoints.md#a-copy-at-a-url).
 
 ## What goes to a cluster
 
-The folder of the job file, or `--working-dir`, at most 100 MiB, and distplat itself. `submit`
+The folder of the job file, or `--working-dir`, at most 100 MiB, and distplat itself; to a cluster
+of one node only where it is reached by its job API (`http://...`). A run that begins on a cluster
+of one node stays on that machine, also where others join later, unless its runtime environment has
+packages or variables of its own. `submit`
 says how many files and bytes. Left out are what `.gitignore` and `.rayignore` name, `.git`,
 `.venv`, `runs` and files whose names, in upper or lower case, are known to hold secrets (`.env*`,
 `*.env`, `.netrc*`, `.aws`, `.config`, `.ssh`, `*.pem`, `id_rsa*`, `token`, `credentials.json*`,

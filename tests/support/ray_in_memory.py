@@ -300,7 +300,7 @@ class InMemoryRay:
             (ray.util, {"get_node_ip_address": lambda: "127.0.0.1"}),
             (ray_compat, {name: getattr(self, f"word_{name}") for name in words}),
             (ray_compat, {"free_resources": self.free_resources, "log_as": lambda name: None}),
-            (ray_compat, {"submission_id": lambda: None}),
+            (ray_compat, {"submission_id": lambda: None, "stays_on_machine": lambda: False}),
             (spawn, {**groups, "remove_placement_group": lambda group: None}),
             (RayTransport, {"prefetch": lambda *args: None}),  # every object is everywhere
             (hash_seed, {"options": dict}),

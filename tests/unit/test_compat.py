@@ -227,9 +227,20 @@ def test_ignore_files_are_read_as_ray_reads_them(tmp_path: Path) -> None:
 
 
 def test_a_job_config_tells_where_modules_are() -> None:
-    config = of_ray.job_config("/home/user")
+    config = of_ray.job_config("/home/user", one_machine=False)
     assert "/home/user" in config._py_driver_sys_path
     assert b"/home/user" in config._get_proto_job_config().SerializeToString()
+
+
+@pytest.mark.parametrize("one_machine", [True, False])
+def test_actors_learn_from_the_job_whether_it_is_for_one_machine(
+    one_machine: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That they get it, in `Worker.core_worker`, shows `test_jobs.py`."""
+    sent = of_ray.job_config("/home/user", one_machine=one_machine)._get_proto_job_config()
+    core = SimpleNamespace(get_job_config=lambda: sent)
+    monkeypatch.setattr(ray._private.worker, "global_worker", SimpleNamespace(core_worker=core))
+    assert of_ray.stays_on_machine() is one_machine
 
 
 def test_the_variable_of_a_job_is_the_one_that_ray_reads() -> None:

@@ -1,14 +1,23 @@
 """What Ray is asked for, of what a job says."""
 
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 import ray
 from jobs import job_of
 
-from distplat.actors import spawn
+from distplat.actors import hash_seed, ray_compat, spawn
 from distplat.actors.spawn import _resources
 from distplat.platform.errors import SpecError
 from distplat.platform.spec import Job, Scaling
 from distplat.strategies.catalog import make_strategy
+
+
+@pytest.fixture(autouse=True)
+def anywhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Be a driver whose actors may be anywhere."""
+    monkeypatch.setattr(ray_compat, "stays_on_machine", lambda: False)
 
 
 @pytest.mark.parametrize("needs", [{"CPU": 1, "memory": 2e9, "slot": 0.5}, {"memory": 0}, {}])
@@ -115,9 +124,73 @@ def test_a_script_that_asks_for_too_much_is_told_its_own_options(
 
 
 def test_who_may_not_come_is_told_what_decides_on_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ray, "available_resources", lambda: {"CPU": 1.0})
+    monkeypatch.setattr(ray_compat, "free_resources", lambda: {"a": {"CPU": 1.0}, "b": {}})
     job, remedy = job_of("ring", 2), "the job's `scaling.resources_per_worker` says what one takes"
     assert spawn.lacks(job, 1) == ""
     assert spawn.lacks(job, 2) == f"2 more workers need 2 CPU, of which 1 are free; {remedy}"
-    monkeypatch.setattr(ray, "available_resources", dict)
+    monkeypatch.setattr(ray_compat, "free_resources", dict)
     assert spawn.lacks(job, 1) == f"1 more worker needs 1 CPU, of which 0 are free; {remedy}"
+
+
+DRIVERS, BESIDE, ELSEWHERE = (f"{number:056x}" for number in (1, 2, 3))
+FREE = {
+    DRIVERS: {"CPU": 1.0, "node:10.0.0.1": 0.9},
+    BESIDE: {"CPU": 1.0, "node:10.0.0.1": 1.0},
+    ELSEWHERE: {"CPU": 8.0, "node:10.0.0.2": 1.0},
+}
+HERE = {"node:10.0.0.1": 0.0001}
+
+
+@pytest.fixture
+def one_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Be a driver that has shipped nothing, on a cluster to which another machine has come."""
+    monkeypatch.setattr(ray_compat, "stays_on_machine", lambda: True)
+    monkeypatch.setattr(ray_compat, "free_resources", lambda: FREE)
+    monkeypatch.setattr(ray.util, "get_node_ip_address", lambda: "10.0.0.1")
+
+
+def test_what_is_free_on_a_machine_that_was_sent_nothing_does_not_count(one_machine: None) -> None:
+    job, why = job_of("ring", 2), "on the driver's machine, where the run stays: it began on"
+    assert spawn.lacks(job, 2) == ""
+    assert spawn.lacks(job, 3).startswith(f"3 more workers need 3 CPU, of which 2 are free {why}")
+    assert spawn.lacks(job, 3).endswith("stop it, and `submit --resume` uses all nodes")
+
+
+def test_all_processes_stay_on_the_machine_that_has_the_code(
+    one_machine: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Servers and scripts, too: another machine may have another distplat at the same path."""
+    groups: list[list[dict[str, float]]] = []
+    made: list[dict[str, Any]] = []
+
+    class Kind:
+        def options(self, **options: Any) -> "Kind":
+            made.append(options)
+            return self
+
+        def remote(self, *args: object, **more: object) -> "Kind":
+            return self
+
+    def remote(*kind: object, **options: object) -> Any:
+        return Kind() if kind else lambda kind: Kind()
+
+    def group(bundles: list[dict[str, float]], strategy: str) -> object:
+        groups.append(bundles)
+        return SimpleNamespace(bundle_count=len(bundles), bundle_specs=bundles)
+
+    monkeypatch.setattr(ray, "remote", remote)
+    monkeypatch.setattr(spawn, "placement_group", group)
+    monkeypatch.setattr(spawn, "_check_room", lambda needs, *hints: None)
+    monkeypatch.setattr(hash_seed, "options", dict)
+    job = job_of({"name": "ps-sync", "num_servers": 1, "replication": 2}, 2)
+    job = job.model_copy(update={"failure": job.failure.model_copy(update={"spare_workers": 1})})
+    roles = make_strategy(job).roles(job)
+    spawn.spawn(job, roles, "run", 0)
+    spawn.spawn_server(job, roles, "run", 1, "server-0", beside=DRIVERS)
+    spawn.spawn_spare(job, "run", DRIVERS, 0)
+    spawn.spawn_script(Scaling(num_workers=2), "run", 0)
+    assert len(made) == 9 and all(HERE.items() <= one["resources"].items() for one in made)
+    assert len(groups) == 3
+    assert all(HERE.items() <= bundle.items() for bundles in groups for bundle in bundles)
+    [backup] = [one for one in made if one["name"].endswith("server-0/attempt-1")]
+    assert backup["scheduling_strategy"].node_id == BESIDE

@@ -413,7 +413,7 @@ def test_a_chain_of_causes_is_kept(tmp_path: Path) -> None:
     [
         ("driver's", "", "folder"),
         ("driver's", "gcs://_ray_pkg_1.zip", "folder"),
-        ("another", "", "folder"),
+        ("another", "", "folder"),  # of the same machine, or disks are shared: `test_spawn.py`
         ("another", "gcs://_ray_pkg_1.zip", "here"),
     ],
 )
