@@ -7,10 +7,6 @@ From a job to a run on Ray: connect, spawn, give orders, follow the controller, 
     WorkOrder      ->            worker: import torch, build model and data, join, train
     begin, poll    <->           controller: what happened; at the end the trained model
                                  controller <-> workers: PollResult: steps, evaluations, errors
-
-The token of Ray's authentication lies in `~/.ray/auth_token`: who can read it may run code in the
-user's name. Ray writes the file for everybody to read. Here it is made for its owner alone before
-Ray looks for it, and one that Ray has made is closed to others.
 """
 
 from __future__ import annotations
@@ -19,10 +15,8 @@ import errno
 import logging
 import os
 import resource
-import secrets
 import shutil
-import stat
-from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -39,6 +33,7 @@ from distplat.actors.head_watch import HeadWatch
 from distplat.actors.messages import rendezvous_key
 from distplat.actors.ray_errors import as_ours
 from distplat.actors.ray_folder import RayFolder
+from distplat.actors.ray_token import MODE, secure_token, token_of
 from distplat.actors.ray_transport import RayTransport
 from distplat.actors.role_output import role_output
 from distplat.actors.spawn import spawn_controller
@@ -46,14 +41,11 @@ from distplat.actors.stopping import Stopping, end_each
 from distplat.actors.task_check import TaskCheck, task_check
 from distplat.actors.task_pickling import check_pickles
 from distplat.platform.disk import reserve, with_deadline, write_whole
-from distplat.platform.errors import DistplatError, InfrastructureError, StorageError
+from distplat.platform.errors import DistplatError, InfrastructureError, SpecError, StorageError
 from distplat.platform.spec import Scaling
 
 logger = logging.getLogger(__name__)
 
-TOKEN_ELSEWHERE = ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
-"""Variables that Ray takes the token from instead."""
-AUTH_MODE = "RAY_AUTH_MODE"
 RAY_LOG = "ray.log"
 """In the run directory: the ends of the logs of a Ray of our own that failed."""
 _KEEP_S = 10.0
@@ -62,69 +54,6 @@ _LOW_DISK_BYTES = 64 * 2**20
 """With less free disk than this Ray may not start: the error says how much there is."""
 _MIN_DISK_BYTES = 2**20
 """With less free disk than this Ray does not start."""
-
-
-def secure_token(home: Path, environment: MutableMapping[str, str]) -> str:
-    """
-    Make sure that a Ray that starts now has a token that only this user can read.
-
-    Args:
-        home: the user's directory; where nothing can be written there, as in many a container, the
-            token is in the environment of this process and its children alone.
-        environment: of this process.
-
-    Returns:
-        A warning; empty: the token is safe.
-    """
-    if environment.get(AUTH_MODE, "token").lower() != "token":
-        return (
-            f"{AUTH_MODE}={environment[AUTH_MODE]}: every user of this machine can run code "
-            f"in this run; unset it to have Ray ask for a token"
-        )
-    if any(environment.get(name) for name in TOKEN_ELSEWHERE):
-        return ""
-    path = home / ".ray" / "auth_token"
-    try:
-        path.parent.mkdir(mode=0o700, exist_ok=True)
-        _create_token(path)
-    except OSError as error:
-        environment[TOKEN_ELSEWHERE[0]] = secrets.token_hex(32)
-        return (
-            f"{path} cannot be made ({error.strerror}): the token of this run's Ray is known to "
-            f"its own processes alone, and `distplat status` and `stop` cannot reach it"
-        )
-    try:
-        return _restrict_permissions(path)
-    except OSError as error:
-        return f"{path} could not be secured: {error.strerror}"
-
-
-def _create_token(path: Path) -> None:
-    """Make the file with a new token, unless there is one."""
-    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
-    try:
-        descriptor = os.open(path, flags, 0o600)
-    except FileExistsError:
-        return
-    with open(descriptor, "w") as text:
-        text.write(secrets.token_hex(32))
-
-
-def _restrict_permissions(path: Path) -> str:
-    """Take the rights of others away, where the file is the user's own."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
-    try:
-        stat_result = os.fstat(descriptor)
-        if not stat.S_IMODE(stat_result.st_mode) & 0o077:
-            return ""
-        if stat_result.st_uid != os.geteuid():
-            return f"{path} belongs to another user, and others may read it"
-        os.fchmod(descriptor, 0o600)
-        return (
-            f"{path} could be read by other users, and no longer can; whoever read it still has it"
-        )
-    finally:
-        os.close(descriptor)
 
 
 def train_on_ray(launch: Launch, handlers: RunHandlers, stopping: Stopping) -> None:
@@ -310,6 +239,7 @@ def local_ray(
 
     Raises:
         InfrastructureError: Ray cannot be started; it gives itself 30 s, which nothing changes.
+        SpecError: the user's token cannot be read.
     """
     if ray.is_initialized():
         try:
@@ -320,8 +250,7 @@ def local_ray(
             raise
         return
     # More workers than cores is slow but right: on a laptop that is what trying out means.
-    if warning := secure_token(Path.home(), os.environ):
-        logger.warning("%s", warning)
+    _secure()
     with hash_seed.inherited():
         _warn_of_long_name(ray_compat.wanted_folder())
         folder = _start_ray(scaling, logs=logs, keep_in=keep_in)
@@ -357,22 +286,28 @@ def _keep_logs(folder: RayFolder, keep_in: Path | None) -> None:
     """Write the ends of a Ray's logs into a run directory, if they are wanted and it takes them."""
     if keep_in is None:
         return
-    path = keep_in / RAY_LOG
+    path, token = keep_in / RAY_LOG, ""
+    with suppress(SpecError):
+        token = token_of(Path.home(), os.environ)
     with suppress(OSError, StorageError):
-        if not (text := folder.ends_of_logs(_token(Path.home(), os.environ))):
+        if not (text := folder.ends_of_logs(token)):
             return
         with_deadline(lambda moved: write_whole(path, text), path, _KEEP_S)
         logger.warning("what Ray logged at the end is in %s", path)
 
 
-def _token(home: Path, environment: Mapping[str, str]) -> str:
-    """Give the token of Ray's authentication, which no log is to hold; empty: none is known."""
-    if token := environment.get(TOKEN_ELSEWHERE[0]):
-        return token
-    path = Path(environment.get(TOKEN_ELSEWHERE[1]) or home / ".ray" / "auth_token")
-    with suppress(OSError, UnicodeDecodeError):
-        return path.read_text().strip()
-    return ""
+def _secure() -> None:
+    """
+    Have a Ray that starts now ask for a token that only this user can read.
+
+    Raises:
+        SpecError: see `token_of`.
+    """
+    if warning := secure_token(Path.home(), os.environ):
+        logger.warning("%s", warning)
+    ray_compat.ask_for_token()
+    if os.environ[MODE].lower() == "token":
+        token_of(Path.home(), os.environ)
 
 
 def _warn_of_long_name(folder: Path) -> None:

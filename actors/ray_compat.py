@@ -37,7 +37,7 @@ from ray.experimental.internal_kv import (
 from ray.job_config import JobConfig
 
 from distplat.actors.process_setup import variables
-from distplat.platform.errors import encodable
+from distplat.platform.errors import SpecError, encodable
 
 JOB_CONFIG_VARIABLE: str = RAY_JOB_CONFIG_JSON_ENV_VAR
 """Has what the job API gave its driver; nothing public tells of it."""
@@ -238,10 +238,25 @@ def address_of_auto() -> str:
     return address
 
 
+def ask_for_token() -> None:
+    """Have a Ray that starts here ask for a token, unless the user has chosen; as Ray 2.60 does."""
+    if authentication_token_setup.AUTH_MODE_ENV_VAR not in os.environ:
+        authentication_token_setup._enable_token_auth()
+
+
 def use_token_at_hand() -> None:
-    """Have Ray send the user's token, as it does for `auto`, but for its warning that it does."""
+    """
+    Have Ray send the user's token, as it does for `auto`, but for its warning that it does.
+
+    Raises:
+        SpecError: a variable names a file in which there is none.
+    """
     logging.getLogger(authentication_token_setup.__name__).setLevel(logging.ERROR)
-    authentication_token_setup.maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
+    use = authentication_token_setup.maybe_enable_token_auth_if_token_available
+    try:
+        use(warn_if_disabled=False)
+    except ray.exceptions.AuthenticationError as error:
+        raise SpecError(str(error).partition(". ")[0]) from None
 
 
 def check_gcs(address: str, limit_s: float) -> None:

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
+from distplat.actors.ray_token import MODE, token_of
 from distplat.platform.disk import in_thread
 from distplat.platform.errors import ClusterUnreachable, Problem, SpecError
 
@@ -73,20 +74,19 @@ def token_at_hand(address: str, environ: Mapping[str, str]) -> str | None:
 
     It opens the user's own clusters. So it goes to no other machine and to no port of another user,
     unless RAY_AUTH_MODE=token says so: then Ray itself sends it to whatever address is given.
+
+    Raises:
+        SpecError: see `token_of`.
     """
-    if "RAY_AUTH_MODE" in environ or (address != "auto" and foreign_listener(address)):
+    if MODE in environ or (address != "auto" and foreign_listener(address)):
         return None
-    token = environ.get("RAY_AUTH_TOKEN", "").strip()
-    path = Path(environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
-    if not token and path.is_file():
-        token = path.read_text().strip()
-    return token or None
+    return token_of(Path.home(), environ) or None
 
 
 def bring_token(target: Target) -> None:
     """Have Ray use the token at hand for an address that it is given; before it is imported."""
     if target.kind == "driver" and token_at_hand(target.address, os.environ):
-        os.environ["RAY_AUTH_MODE"] = "token"  # Ray reads it once
+        os.environ[MODE] = "token"  # Ray reads it once
 
 
 def _parse(text: str, origin: str) -> Target:

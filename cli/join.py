@@ -39,6 +39,7 @@ from distplat.platform.errors import ClusterUnreachable, Problem, SpecError, Sto
 _REPLACEABLE = {"working_dir", "py_modules", "excludes", "env_vars"}
 """Parts of a runtime environment that come to the same thing on the driver's own node."""
 _GCS_S = 5.0
+_NONE_HERE = "no Ray can be joined on this machine"
 
 
 @contextmanager
@@ -70,10 +71,19 @@ def replaceable(environment: Mapping[str, Any]) -> bool:
 
 
 def ignores(folder: Path) -> list[Callable[[Path], bool]]:
-    """Give the tests that Ray takes from the ignore files of a folder when it packs it."""
+    """
+    Give the tests that Ray takes from the ignore files of a folder when it packs it.
+
+    Raises:
+        SpecError: one of them is no text, or holds no pattern of such a file.
+    """
     logger = logging.getLogger("distplat.ignores")
     logger.setLevel(logging.ERROR)  # or each file that it reads is named
-    return ray_compat.ignore_tests(folder, logger)
+    try:
+        return ray_compat.ignore_tests(folder, logger)
+    except ValueError as error:
+        text = f"Ray cannot read .gitignore or .rayignore of {folder}: {one_line(error)}"
+        raise SpecError(Problem(("--working-dir",), text)) from None
 
 
 def running_here(say: Callable[[str], None]) -> str | None:
@@ -122,10 +132,10 @@ def own_ray_address() -> str:
     try:
         with unset("RAY_ADDRESS"):
             address = ray_compat.address_of_auto()
-    except ConnectionError as error:
-        raise ClusterUnreachable(
-            f"no Ray can be joined on this machine: {one_line(error)}"
-        ) from error
+    except (OSError, ValueError) as error:  # everybody may write where it is noted
+        raise ClusterUnreachable(f"{_NONE_HERE}: {one_line(error)}") from error
+    if not is_host_port(address):
+        raise ClusterUnreachable(f"{_NONE_HERE}: {ray_compat.address_file()} holds no address")
     if why := _foreign(address):
         hint = f"`--address {address}` joins it all the same"
         raise ClusterUnreachable(f"not joining the Ray at {address}: {why}; {hint}")
@@ -174,7 +184,7 @@ def check_environment(given: Mapping[str, Any]) -> None:
         raise SpecError(*wrong)
     try:
         RuntimeEnv(**given)
-    except (TypeError, ValueError, AttributeError, LookupError) as error:
+    except (TypeError, ValueError, AttributeError, LookupError, OSError) as error:
         raise SpecError(Problem((option,), one_line(error))) from error
 
 

@@ -12,12 +12,20 @@ import pytest
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(180)]
 
 DRIVER = """
-import json, os, socket, sys
+import json, os, socket, subprocess, sys
 from pathlib import Path
 import psutil, ray
 from jobs import job_of
 from members import Member
 from distplat.actors.launch import local_ray
+
+ray._private.worker.enable_token_auth_by_default = lambda: False  # as in a release that has it off
+
+def told_without_token():
+    ask = "from ray._raylet import InnerGcsClient as C; C.standalone(%r, None, 5000)"
+    command = [sys.executable, "-c", ask % ray.get_runtime_context().gcs_address]
+    env = {**os.environ, "RAY_AUTH_MODE": "disabled"}
+    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=60).stderr
 
 def listeners(mine):
     return [c.laddr for c in psutil.net_connections("tcp")
@@ -48,6 +56,7 @@ with local_ray(job_of("ring", 2).scaling):
         "files": [str(files), [p.stat().st_mode & 0o777 for p in reach]],
         "listeners": sorted({one.ip.removeprefix("::ffff:") for one in listeners(mine)}),
         "mode": os.environ["RAY_AUTH_MODE"],
+        "told without token": told_without_token(),
         "said": sorted({one for each in said for one in each}),
         "ports": len(said),
         "in our group": [p for p in mine - {os.getpid()} if os.getpgid(p) == os.getpgid(0)],
@@ -78,7 +87,9 @@ def told(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 
 def test_it_listens_on_loopback_alone_and_asks_for_a_token(told: dict[str, Any]) -> None:
+    """Whatever the default of the installed Ray is."""
     assert (told["listeners"], told["mode"]) == (["127.0.0.1"], "token")
+    assert "AuthenticationError" in told["told without token"]
     assert told["token mode"] == 0o600
 
 

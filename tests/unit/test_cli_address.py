@@ -87,6 +87,12 @@ def test_the_token_is_taken_where_ray_looks(
     assert token_at_hand("auto", environ) == expected
 
 
+def test_a_file_that_holds_no_token_is_the_users_mistake(tmp_path: Path) -> None:
+    (tmp_path / "token").write_bytes(b"\xff")
+    with pytest.raises(SpecError, match="token holds no token"):
+        token_at_hand("http://127.0.0.1:1", {"RAY_AUTH_TOKEN_PATH": str(tmp_path / "token")})
+
+
 def test_a_closed_port_is_told_at_once() -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
@@ -306,6 +312,28 @@ def test_a_head_elsewhere_is_joined_where_a_part_of_it_here_is_ours(
         own_ray_address()
     with pytest.raises(ClusterUnreachable, match=f"`--address {head}` joins it all the same"):
         choose_target("auto", print, with_ray=True)
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        (b"\xff:1", "'utf-8' codec can't decode"),
+        (b"10.0.0.1:x", "holds no address"),
+        (b"", "holds"),
+    ],
+)
+def test_a_note_that_is_none_is_no_error_inside_distplat(
+    content: bytes, told: str, noted: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    noted.write_bytes(content)
+    monkeypatch.setattr(ray_compat, "address_of_auto", noted.read_text)
+    with pytest.raises(ClusterUnreachable, match=told):
+        own_ray_address()
+    noted.unlink()
+    noted.mkdir()
+    with pytest.raises(ClusterUnreachable, match="Is a directory"):
+        own_ray_address()
+    assert running_here(lambda line: None) is None
 
 
 @pytest.mark.parametrize("ours", [True, False])

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from distplat.actors import launch, ray_compat
+from distplat.actors import launch, ray_compat, ray_token
 from distplat.actors.launch import local_ray, ray_for_run
 from distplat.actors.ray_folder import RayFolder
 from distplat.actors.stopping import Stopping
@@ -43,6 +43,7 @@ def start(error: BaseException, monkeypatch: pytest.MonkeyPatch, home: Path) -> 
 def at_home(monkeypatch: pytest.MonkeyPatch, home: Path) -> Path:
     """Have Ray's files and its token lie in a directory of the test's; give where the files are."""
     monkeypatch.setenv("HOME", str(home))
+    monkeypatch.setenv(ray_token.MODE, "token")  # as Ray would set it for this whole process
     monkeypatch.setattr(launch, "RayFolder", lambda base: RayFolder(home / "ray"))
     return home / "ray"
 
@@ -80,7 +81,7 @@ def test_what_ray_logged_is_kept_where_the_cluster_failed_or_distplat(
 
     monkeypatch.setattr("ray.init", init)
     monkeypatch.setattr("ray.shutdown", lambda: None)
-    for name in (*launch.TOKEN_ELSEWHERE, launch.AUTH_MODE):
+    for name in (ray_token.TOKEN, ray_token.TOKEN_PATH):
         monkeypatch.delenv(name, raising=False)
     files = at_home(monkeypatch, tmp_path)
     (run := tmp_path / "run").mkdir()

@@ -358,6 +358,7 @@ def test_keys_of_a_wrong_type_are_refused(environment: dict[str, Any], problem: 
         ({"pip": 5}, "--runtime-env: runtime_env['pip'] must be of type"),
         ({"config": 7}, "--runtime-env: runtime_env['config'] must be of type"),
         ({"pip": ["a"], "conda": "b"}, "--runtime-env: The 'pip' field, 'uv' field, and 'conda'"),
+        ({"pip": "a" * 300}, "--runtime-env: "),  # no file can be called so
         ({"env_var": {}}, "--runtime-env.env_var: unknown key\n  hint: did you mean 'env_vars'?"),
     ],
 )
@@ -394,6 +395,16 @@ def test_what_is_right_is_merged() -> None:
     assert environment["excludes"][-1] == "*.ckpt"
     assert environment["py_modules"][1:] == ["m"]
     assert environment["env_vars"] == {"A": "1"}
+
+
+@pytest.mark.parametrize("name", [".gitignore", ".rayignore"])
+def test_an_ignore_file_that_is_no_text_is_named(name: str, folder: Path) -> None:
+    (folder / "below").mkdir()
+    (folder / "below" / name).write_bytes(b"\xff\xfe")
+    with pytest.raises(SpecError) as raised:
+        measure(folder, EXCLUDES, join.ignores)
+    told = f"--working-dir: Ray cannot read .gitignore or .rayignore of {folder / 'below'}: 'utf-8'"
+    assert str(raised.value).startswith(told)
 
 
 @pytest.mark.parametrize("text", ["[" * 100_000, '{"a":' * 100_000])

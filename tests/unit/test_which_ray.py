@@ -167,6 +167,34 @@ def test_the_token_at_hand_is_used_without_a_word(
     assert caplog.records == []
 
 
+def test_a_variable_that_names_no_token_is_the_users_mistake(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    told = "RAY_AUTH_TOKEN_PATH is set but file cannot be opened or is empty: /none"
+
+    def use(*, warn_if_disabled: bool) -> None:
+        raise ray.exceptions.AuthenticationError(told)
+
+    monkeypatch.setattr(setup, "maybe_enable_token_auth_if_token_available", use)
+    with pytest.raises(SpecError) as raised:
+        ray_compat.use_token_at_hand()
+    assert str(raised.value) == told
+
+
+@pytest.mark.parametrize("mode", [None, "disabled"])
+def test_a_ray_of_ours_asks_for_a_token_unless_the_user_has_chosen(
+    mode: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That a Ray does so then shows `test_private_ray.py`."""
+    monkeypatch.setenv("RAY_AUTH_MODE", mode or "")
+    if mode is None:
+        monkeypatch.delenv("RAY_AUTH_MODE")
+    chosen: list[bool] = []
+    monkeypatch.setattr(setup, "_enable_token_auth", lambda: chosen.append(True))
+    ray_compat.ask_for_token()
+    assert chosen == ([True] if mode is None else [])
+
+
 def test_where_nothing_runs_no_name_is_offered(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ray, "is_initialized", lambda: True)
     monkeypatch.setattr(overview, "named_actors", lambda: {})

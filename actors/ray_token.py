@@ -1,0 +1,132 @@
+"""
+The token of Ray's authentication: who can read it may run code in the user's name.
+
+It lies in `~/.ray/auth_token`, which Ray writes for everybody to read. Here it is made for its
+owner alone before Ray looks for it, and one that Ray has made is closed to others.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import stat
+from collections.abc import Mapping, MutableMapping
+from pathlib import Path
+
+from distplat.platform.errors import Problem, SpecError, naming_path
+
+MODE = "RAY_AUTH_MODE"
+TOKEN, TOKEN_PATH = "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"
+"""Variables that Ray takes the token, or its file, from instead."""
+_MAX_BYTES = 2**16
+_NO_TOKEN = "holds no token, which is one line of ASCII"
+
+
+def token_of(home: Path, environment: Mapping[str, str]) -> str:
+    """
+    Give the token that Ray finds; empty: there is none.
+
+    Args:
+        home: the user's directory.
+        environment: of this process.
+
+    Raises:
+        SpecError: the file cannot be read, or what is there is none: no message could hold it.
+    """
+    if token := environment.get(TOKEN, "").strip():
+        where = TOKEN
+    else:
+        path = _path(home, environment)
+        where = str(path)
+        with naming_path(path):
+            token = _first_bytes(path).decode("latin-1").strip() if path.is_file() else ""
+    if not (token.isascii() and token.isprintable()):
+        hint = f"mend it, or set {MODE}=disabled for a cluster that asks for none"
+        raise SpecError(Problem((), f"{where} {_NO_TOKEN}", hint))
+    return token
+
+
+def secure_token(home: Path, environment: MutableMapping[str, str]) -> str:
+    """
+    Make sure that a Ray that starts now has a token that only this user can read.
+
+    Args:
+        home: the user's directory; where nothing can be written there, as in many a container, the
+            token is in the environment of this process and its children alone.
+        environment: of this process.
+
+    Returns:
+        A warning; empty: the token is safe.
+    """
+    if environment.get(MODE, "token").lower() != "token":
+        return (
+            f"{MODE}={environment[MODE]}: every user of this machine can run code "
+            f"in this run; unset it to have Ray ask for a token"
+        )
+    if environment.get(TOKEN):
+        return ""
+    path = _path(home, environment)
+    if environment.get(TOKEN_PATH):
+        return _warn_of_readers(path)
+    try:
+        path.parent.mkdir(mode=0o700, exist_ok=True)
+        _create_token(path)
+    except OSError as error:
+        environment[TOKEN] = secrets.token_hex(32)
+        return (
+            f"{path} cannot be made ({error.strerror}): the token of this run's Ray is known to "
+            f"its own processes alone, and `distplat status` and `stop` cannot reach it"
+        )
+    try:
+        return _restrict_permissions(path)
+    except OSError as error:
+        return f"{path} could not be secured: {error.strerror}"
+
+
+def _path(home: Path, environment: Mapping[str, str]) -> Path:
+    return Path(environment.get(TOKEN_PATH) or home / ".ray" / "auth_token")
+
+
+def _first_bytes(path: Path) -> bytes:
+    with path.open("rb") as file:
+        return file.read(_MAX_BYTES)
+
+
+def _warn_of_readers(path: Path) -> str:
+    """Say that others may read a file which the user has named, and which is left as it is."""
+    try:
+        others = path.stat().st_mode & 0o044
+        closed = any(not folder.stat().st_mode & 0o011 for folder in path.absolute().parents)
+    except OSError:
+        return ""  # Ray says so
+    if not others or closed:
+        return ""
+    return f"{path} ({TOKEN_PATH}) can be read by other users, who may run code in this run then"
+
+
+def _create_token(path: Path) -> None:
+    """Make the file with a new token, unless there is one."""
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
+    try:
+        descriptor = os.open(path, flags, 0o600)
+    except FileExistsError:
+        return
+    with open(descriptor, "w") as text:
+        text.write(secrets.token_hex(32))
+
+
+def _restrict_permissions(path: Path) -> str:
+    """Take the rights of others away, where the file is the user's own."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        stat_result = os.fstat(descriptor)
+        if not stat.S_IMODE(stat_result.st_mode) & 0o077:
+            return ""
+        if stat_result.st_uid != os.geteuid():
+            return f"{path} belongs to another user, and others may read it"
+        os.fchmod(descriptor, 0o600)
+        return (
+            f"{path} could be read by other users, and no longer can; whoever read it still has it"
+        )
+    finally:
+        os.close(descriptor)
