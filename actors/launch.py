@@ -337,7 +337,7 @@ def _start_ray(scaling: Scaling, *, logs: bool, keep_in: Path | None) -> RayFold
                 include_dashboard=False,
                 num_cpus=max(os.cpu_count() or 1, int(np.ceil(cpus))),
                 log_to_driver=logs,
-                logging_level="error",  # Ray warns of its own token file at every start
+                logging_level="error",  # what it warns of at a start is for who keeps clusters
                 _temp_dir=str(folder.path),
             )
         except Exception:

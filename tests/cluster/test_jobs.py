@@ -18,6 +18,7 @@ from heads import (
     Head,
     clean_environ,
     distplat,
+    end,
     make_folder,
     read_until,
     running_head,
@@ -267,3 +268,34 @@ def test_roles_are_shown_and_workers_join(open_head: Head, folder: Path) -> None
     unknown = ask("scale", "elastics", "--workers", "2", "--address", head.gcs, code=2)
     assert "no run or job 'elastics' is running" in unknown.stderr
     ask("stop", "roles", "--address", head.url)
+
+
+@pytest.mark.slow
+def test_a_run_that_shipped_nothing_stays_on_its_machine(
+    token_head: Head, folder: Path, tmp_path: Path
+) -> None:
+    """A node with another address joins, and has room: what lies there at the folder's path?"""
+    head, environ = token_head, token_head.environ
+    whole = ["--set", "scaling.resources_per_worker.CPU=2", "--strategy", "ps-sync"]
+    command = ["submit", str(folder / "job.yaml"), "--name", "stays", *whole, *SLOW]
+    process = start(command, environ, tmp_path)
+    join = f"ray start --address={head.gcs} --node-ip-address=127.0.0.2 --num-cpus=4 --block"
+    nodes: list[subprocess.Popen[bytes]] = []
+    reading = threading.Thread(target=process.communicate, daemon=True)
+    try:
+        read_until(process, "step 1/5000")
+        reading.start()  # or it would wait for a reader
+        with (tmp_path / "node.log").open("wb") as log:
+            where = {"env": environ, "cwd": tmp_path, "start_new_session": True}
+            nodes.append(subprocess.Popen(join.split(), stdout=log, stderr=log, **where))
+        deadline, told = time.monotonic() + 90, ""
+        while "of which 0 are free on the driver's machine, where the run stays" not in told:
+            assert time.monotonic() < deadline, told
+            scaled = distplat("scale", "stays", "--workers", "2", environ=environ, cwd=tmp_path)
+            told = scaled.stderr
+            assert scaled.returncode == 2, scaled.stdout  # no room, before the node comes and after
+    finally:
+        os.killpg(process.pid, signal.SIGINT)
+        process.wait(90)
+        for node in nodes:
+            end(node)
