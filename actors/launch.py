@@ -33,7 +33,7 @@ from distplat.actors.head_watch import HeadWatch
 from distplat.actors.messages import rendezvous_key
 from distplat.actors.ray_errors import as_ours
 from distplat.actors.ray_folder import RayFolder
-from distplat.actors.ray_token import MODE, secure_token, token_of
+from distplat.actors.ray_token import check_token, secure_token, token_of
 from distplat.actors.ray_transport import RayTransport
 from distplat.actors.role_output import role_output
 from distplat.actors.spawn import spawn_controller
@@ -301,13 +301,12 @@ def _secure() -> None:
     Have a Ray that starts now ask for a token that only this user can read.
 
     Raises:
-        SpecError: see `token_of`.
+        SpecError: see `check_token`.
     """
     if warning := secure_token(Path.home(), os.environ):
         logger.warning("%s", warning)
     ray_compat.ask_for_token()
-    if os.environ[MODE].lower() == "token":
-        token_of(Path.home(), os.environ)
+    check_token(Path.home(), os.environ)
 
 
 def _warn_of_long_name(folder: Path) -> None:

@@ -46,6 +46,19 @@ def token_of(home: Path, environment: Mapping[str, str]) -> str:
     return token
 
 
+def check_token(home: Path, environment: Mapping[str, str]) -> None:
+    """
+    See that there is a token, where Ray is to send one: at some it ends the process (SIGABRT).
+
+    Raises:
+        SpecError: see `token_of`; or a variable names a file in which there is none.
+    """
+    if environment.get(MODE, "").lower() != "token" or token_of(home, environment):
+        return
+    if environment.get(TOKEN_PATH):
+        raise SpecError(f"{environment[TOKEN_PATH]} ({TOKEN_PATH}) is not there, or is empty")
+
+
 def secure_token(home: Path, environment: MutableMapping[str, str]) -> str:
     """
     Make sure that a Ray that starts now has a token that only this user can read.

@@ -11,6 +11,7 @@ import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -19,6 +20,7 @@ from ray import __version__ as ray_version
 from ray.job_submission import JobSubmissionClient
 
 from distplat.actors import ray_compat
+from distplat.actors.ray_token import check_token
 from distplat.cli import bounded_answers
 from distplat.cli.address import (
     VERSION_KEY,
@@ -92,11 +94,13 @@ class Jobs:
 
     Raises:
         ClusterUnreachable: it cannot be reached, is no Ray, or refuses our token.
+        SpecError: the user's token cannot be sent.
     """
 
     def __init__(self, address: str) -> None:
         self.address = address
         check_listening(address)
+        check_token(Path.home(), os.environ)
         try:
             self._client = _connect(address, {})
         except _TokenRequired:

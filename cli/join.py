@@ -18,6 +18,7 @@ from ray.runtime_env import RuntimeEnv
 import distplat
 from distplat.actors import ray_compat
 from distplat.actors.ray_compat import JOB_CONFIG_VARIABLE
+from distplat.actors.ray_token import check_token
 from distplat.cli.address import (
     LOOPBACK,
     check_is_ray,
@@ -239,7 +240,7 @@ def connected(
         shipping: is told of the user's folder before it is shipped, and may refuse it.
 
     Raises:
-        SpecError: the folder in it cannot be shipped.
+        SpecError: the folder in it cannot be shipped, or the user's token cannot be sent.
         ClusterUnreachable: it cannot be reached, is another version, or refuses our token.
     """
     if address != "auto":
@@ -267,11 +268,13 @@ def _check_ray(address: str) -> None:
 
     Raises:
         ClusterUnreachable: it wants another token, or is no Ray.
+        SpecError: see `check_token`.
         RayError, ConnectionError: nobody is there.
     """
     if address == "auto":
         address = ray_compat.address_of_auto()
         ray_compat.use_token_at_hand()  # as Ray does for it
+    check_token(Path.home(), os.environ)
     check_is_ray(address, os.environ)
     try:
         ray_compat.check_gcs(address, _GCS_S)

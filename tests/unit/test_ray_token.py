@@ -2,12 +2,15 @@
 
 import errno
 import os
+from contextlib import nullcontext
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import pytest
 
-from distplat.actors.ray_token import secure_token, token_of
+from distplat.actors import ray_compat
+from distplat.actors.ray_token import check_token, secure_token, token_of
+from distplat.cli import cluster, join
 from distplat.platform.errors import SpecError
 
 
@@ -98,6 +101,45 @@ def test_a_token_that_may_not_be_read_is_named(
     with pytest.raises(SpecError) as raised:
         token_of(tmp_path, {})
     assert str(raised.value) == f"{file}: Permission denied"
+
+
+@pytest.mark.parametrize(
+    ("mode", "content", "told"),
+    [
+        ("token", b"\xff", "holds no token"),
+        ("TOKEN", b" \n", r"\(RAY_AUTH_TOKEN_PATH\) is not there, or is empty"),
+        ("token", b"mine\n", ""),
+        ("disabled", b"\xff", ""),
+        ("", b"\xff", ""),
+    ],
+)
+def test_a_token_that_is_to_be_sent_can_be(
+    mode: str, content: bytes, told: str, tmp_path: Path
+) -> None:
+    (tmp_path / "token").write_bytes(content)
+    environment = {"RAY_AUTH_MODE": mode, "RAY_AUTH_TOKEN_PATH": str(tmp_path / "token")}
+    with pytest.raises(SpecError, match=told) if told else nullcontext():
+        check_token(tmp_path, environment)
+
+
+@pytest.mark.parametrize("way", ["the job API", "a driver"])
+def test_nobody_is_asked_with_a_token_at_which_ray_would_end_the_process(
+    way: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "two\nlines")
+    asked: list[object] = []
+    monkeypatch.setattr(cluster, "_connect", lambda *what: asked.append(what))
+    monkeypatch.setattr(ray_compat, "check_gcs", lambda *what: asked.append(what))
+    for module in (cluster, join):
+        monkeypatch.setattr(module, "check_listening", lambda address: None)
+    monkeypatch.setattr(join, "check_is_ray", lambda address, environ: None)
+    with pytest.raises(SpecError, match="RAY_AUTH_TOKEN holds no token"):
+        if way == "a driver":
+            join.connected("127.0.0.1:1", {}).__enter__()
+        else:
+            cluster.Jobs("http://127.0.0.1:1")
+    assert asked == []
 
 
 @pytest.mark.parametrize("kind", ["nothing", "a directory", "empty"])
