@@ -36,6 +36,10 @@ RESULT_MARK = "distplat-result: "
 _POLL_S = 0.15
 _LOG_BYTES_PER_S = 4e6
 _PENDING_NOTE_S = 10.0
+_NO_ENVIRONMENT = "RUNTIME_ENV_SETUP_FAILURE"
+"""Ray's word for a job whose runtime environment cannot be set up."""
+_MESSAGE_LINES = 40
+"""Of a message of the cluster's: what has failed stands at the end of a traceback."""
 _PATIENCE_S = 30.0
 _STOP_TIMEOUT_S = 30.0
 _ID = re.compile(r"[\w.-]{1,128}", re.ASCII)
@@ -102,6 +106,8 @@ def follow(jobs: "Jobs", job_id: str, write: Callable[[str], None]) -> Info:
             write(line)
         printed = max(printed, stop)
         if ended:
+            for line in _why_without_driver(info):
+                write(line)
             return info
         time.sleep(_POLL_S + len(text) / _LOG_BYTES_PER_S)
 
@@ -183,10 +189,19 @@ def stop(
     return status
 
 
+def _why_without_driver(info: Info) -> list[str]:
+    """Give what the cluster says of a job whose driver did not start, and so has logged nothing."""
+    if info["status"] != "FAILED" or info.get("driver_exit_code") is not None:
+        return []
+    return clean_lines(str(info.get("message") or ""))[-_MESSAGE_LINES:]
+
+
 def exit_code(info: Info) -> int:
     """Give the exit code of `submit` for an ended job: the driver's own, where there is one."""
     if info["status"] == "SUCCEEDED":
         return 0
+    if info.get("error_type") == _NO_ENVIRONMENT:
+        return SpecError.exit_code
     code = info.get("driver_exit_code")
     return code if info["status"] == "FAILED" and code and code > 0 else 4
 

@@ -140,6 +140,8 @@ def _type_problems(key: str, value: object) -> list[Problem]:
         if not isinstance(value, dict):
             return [Problem((key,), f"must be a mapping of text to text (got {show(value)})")]
         items = value
+    elif key == "py_executable" and not isinstance(value, str):  # Ray would begin again and again
+        return [Problem((key,), f"must be a text (got {show(value)})")]
     else:
         return []
     problems = [

@@ -9,6 +9,7 @@ from typing import Any, cast
 import pytest
 from jobs import job_of
 from made_runs import FACTS
+from ray.job_submission import JobErrorType
 
 from distplat.cli import cluster, package, remote, shipping, submit
 from distplat.cli.address import NoSuchJob
@@ -105,6 +106,23 @@ def test_a_passing_trouble_of_the_net_does_not_end_the_following(
     monkeypatch.setattr(remote, "_PATIENCE_S", -1.0)
     with pytest.raises(ClusterUnreachable):
         follow(as_jobs(Flaky(("RUNNING", ""))), "lin-1", lines.append)
+
+
+@pytest.mark.parametrize("code", [None, 1])
+def test_why_a_driver_did_not_start_is_what_the_cluster_says(code: int | None) -> None:
+    """Nobody has logged it. The log of a driver that did says why it failed."""
+    said = "".join(f"line {n}\n" for n in range(100)) + "\x1b[31mno conda here"
+    more = {"message": said, "error_type": JobErrorType.RUNTIME_ENV_SETUP_FAILURE.value}
+
+    class Broken(FakeJobs):
+        def info(self, job_id: str) -> dict[str, Any]:
+            return {**super().info(job_id), **(more if self.code is None else {"message": said})}
+
+    lines: list[str] = []
+    info = follow(as_jobs(Broken(("FAILED", ""), code=code)), "lin-1", lines.append)
+    assert lines[-1:] == ([] if code else ["no conda here"])
+    assert len(lines) < 50
+    assert exit_code(info) == (code or 2)
 
 
 @pytest.mark.parametrize(

@@ -344,6 +344,7 @@ def test_modules_are_looked_into_as_the_folder_is(
         ({"env_vars": {"": "x"}}, "env_vars: '' is no name of a variable"),
         ({"env_vars": {"A=B": "x"}}, "env_vars: 'A=B' is no name of a variable"),
         ({"env_vars": {"A": "x\0y"}}, "env_vars.A: may hold no NUL character"),
+        ({"py_executable": 3}, "py_executable: must be a text (got 3)"),
     ],
 )
 def test_keys_of_a_wrong_type_are_refused(environment: dict[str, Any], problem: str) -> None:
