@@ -240,6 +240,23 @@ def test_a_users_environment_reaches_the_workers(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("way", ["job API", "driver"])
+def test_an_environment_that_cannot_be_set_up_is_told_with_its_installers_words(
+    way: str, token_head: Head, folder: Path, tmp_path: Path
+) -> None:
+    environment = json.dumps({"conda": "no-such-environment"})
+    done = distplat(
+        *("submit", str(folder / "job.yaml"), "--runtime-env-json", environment),
+        *("--address", token_head.url if way == "job API" else token_head.gcs),
+        environ=token_head.environ,
+        cwd=tmp_path,
+    )
+    assert done.returncode == 2, done.stderr
+    assert "ValueError: " in done.stderr  # of what Ray asks conda, or of its not being there
+    assert "no-such-environment" in done.stderr or "Could not find Conda" in done.stderr
+
+
+@pytest.mark.slow
 def test_roles_are_shown_and_workers_join(open_head: Head, folder: Path) -> None:
     """By the id of a job that was handed in to the job API, and by the name of the job."""
     head = open_head
