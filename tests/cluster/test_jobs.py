@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from typing import Any
 
 import pytest
 from heads import (
@@ -297,18 +298,19 @@ def test_a_run_that_shipped_nothing_stays_on_its_machine(
     command = ["submit", str(folder / "job.yaml"), "--name", "stays", *whole, *SLOW]
     process = start(command, environ, tmp_path)
     join = f"ray start --address={head.gcs} --node-ip-address=127.0.0.2 --num-cpus=4 --block"
+    scale = ["scale", "stays", "--workers", "2", "--address", head.gcs]
     nodes: list[subprocess.Popen[bytes]] = []
     reading = threading.Thread(target=process.communicate, daemon=True)
     try:
         read_until(process, "step 1/5000")
         reading.start()  # or it would wait for a reader
         with (tmp_path / "node.log").open("wb") as log:
-            where = {"env": environ, "cwd": tmp_path, "start_new_session": True}
+            where: dict[str, Any] = {"env": environ, "cwd": tmp_path, "start_new_session": True}
             nodes.append(subprocess.Popen(join.split(), stdout=log, stderr=log, **where))
         deadline, told = time.monotonic() + 90, ""
         while "of which 0 are free on the driver's machine, where the run stays" not in told:
             assert time.monotonic() < deadline, told
-            scaled = distplat("scale", "stays", "--workers", "2", environ=environ, cwd=tmp_path)
+            scaled = distplat(*scale, environ=environ, cwd=tmp_path)
             told = scaled.stderr
             assert scaled.returncode == 2, scaled.stdout  # no room, before the node comes and after
     finally:
