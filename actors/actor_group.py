@@ -63,6 +63,8 @@ class Launch:
     """Whether what workers print appears in the driver, too."""
     checked: bool = False
     """The driver looks at the task's class, and says what is wrong with it."""
+    saves_at_stop: bool = False
+    """A run that is asked to stop takes a checkpoint first."""
 
 
 class ActorGroup:

@@ -53,20 +53,24 @@ class CheckpointUploader:
         self._staging = Staging()
         self._thread: threading.Thread | None = None
         self._began = 0.0  #: when it did
+        self._version = -1  #: of the last part that was taken
 
     def take(self, version: int, part: CheckpointPart, facts: Mapping[str, Any]) -> None:
         """
-        Copy a part and go on.
+        Copy a part and go on; a version that was taken before is passed over.
 
         Raises:
             DeadlineExceeded: the part before does not leave.
         """
+        if version == self._version:
+            return
         if self._busy and part.may_skip:
             late = "" if time.monotonic() - self._began < self._limit_s else str(self._late())
             skipped = Delivery(self._rank, self._attempt, version, skipped=True, failure=late)
             self._send(skipped)
             return
         self.flush()
+        self._version = version
         arrays, self._began = self._staging.copy(part.tensors), time.monotonic()
         self._thread = threading.Thread(
             target=self._deliver, args=(version, part, arrays, dict(facts)), daemon=True

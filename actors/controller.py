@@ -7,6 +7,8 @@ while the others go on being asked. `scale`, `scale_status`, `worker` and `make_
 called from any thread.
 """
 
+import logging
+import signal
 import threading
 import time
 from collections.abc import Callable
@@ -25,7 +27,7 @@ from distplat.actors.ray_transport import RayTransport
 from distplat.actors.resizing import AsyncScaler, SyncScaler, check_scalable
 from distplat.actors.retrying_calls import ask
 from distplat.platform.awake_clock import AwakeClock
-from distplat.platform.errors import ActorLost, DistplatError, Problem, SpecError
+from distplat.platform.errors import ActorLost, DistplatError, Interrupted, Problem, SpecError
 from distplat.platform.job import (
     End,
     Event,
@@ -46,6 +48,7 @@ from distplat.platform.progress import (
     ReportAggregator,
     Resized,
     Saved,
+    StepSummary,
     Summary,
 )
 from distplat.platform.recovery import Policy, Restart
@@ -54,6 +57,11 @@ from distplat.platform.spec import Failure
 from distplat.platform.stop_order import StopOrder
 from distplat.platform.tensor_file import decode, encode
 
+logger = logging.getLogger(__name__)
+
+SAVE_S = 30.0
+"""How long a run that is asked to stop may take to end a step, with a checkpoint of it."""
+_AGAIN = "a second signal does not wait for it"
 _TICK_S = 0.1
 _SETTLING_TICK_S = 0.02
 """While workers stop and begin again nothing is computed."""
@@ -70,7 +78,8 @@ class Controller:
         actor_group: its actors, which have their orders.
         limits: the job's deadlines.
         policy: what is done about failures.
-        check: called once per tick; raises to end the run.
+        told: asked once per tick: whether somebody wants the run to stop, at once (`ABANDON`) or
+            with a checkpoint (`SAVE`).
         checkpoints: takes the ranks' parts, and has what all go back to when state is lost.
     """
 
@@ -79,10 +88,10 @@ class Controller:
         actor_group: ActorGroup,
         limits: Failure,
         policy: Policy,
-        check: Callable[[], None],
+        told: Callable[[], StopOrder],
         checkpoints: Checkpoints,
     ) -> None:
-        self._actor_group, self._limits, self._check = actor_group, limits, check
+        self._actor_group, self._limits, self._told = actor_group, limits, told
         self._actors = actor_group.roles
         self._making = threading.Lock()  #: held by who makes servers, or ends and makes all
         self._open: dict[Any, tuple[str, float]] = {}  #: call -> (role, when it was asked)
@@ -107,6 +116,8 @@ class Controller:
         self._halted_at: float | None = None  #: when the first worker stopped for a resize
         self._resized: Resized | None = None  #: to be told when all are at work
         self._ending = False  #: somebody wants the run to end before its last step
+        self._stop_until: float | None = None  #: it was asked to stop: until when it takes a step
+        self._trained = False  #: the last step was told
         self._holders = policy.holders
         self._checkpoints = checkpoints
         self.checkpoint_step = checkpoints.step  #: from which the present servers began
@@ -122,13 +133,34 @@ class Controller:
 
         Raises:
             DistplatError: why it failed.
+            Interrupted: it was asked to stop; a checkpoint of its last step is on the disk, where
+                the job may have one and `SAVE_S` were enough.
         """
 
         def observe(summary: Summary) -> None:
+            if isinstance(summary, StepSummary):
+                self._trained = summary.step == summary.of
             self._checkpoints.observe(summary)
             report(summary)
 
         self._report = observe
+        try:
+            self._watch()
+        except Interrupted:
+            self._checkpoints.drain()
+            self._report_checkpoints()
+            raise
+        if self._state.error is not None:
+            raise self._state.error
+        return self._result()
+
+    def _watch(self) -> None:
+        """
+        Ask and repair until the run is over.
+
+        Raises:
+            Interrupted: it was asked to stop, and did so before its last step.
+        """
         while not self._state.over:
             self._check()
             self._poll_actors()
@@ -139,17 +171,38 @@ class Controller:
             self._state.handle(Tick(), self._clock.now())
             self._repair()
             if self._state.phase is Phase.RUNNING and self._ending:
-                self._state.handle(End(), self._clock.now())
+                self._state.handle(End(self._stop_until is not None), self._clock.now())
                 self._stop_workers(time.monotonic())
             elif self._state.phase is Phase.RUNNING:
                 self._scale()
                 self._actor_group.keep_spares()
             self._report_checkpoints()
-        if self._state.error is not None:
-            raise self._state.error
-        for summary in self._aggregator.rest():
-            self._report(summary)
-        return self._result()
+        if self._state.error is None:
+            self._report_rest()
+        if self._stop_until is not None and not self._trained:
+            if self._state.error is not None:
+                logger.warning("no checkpoint was taken at the stop: %s", self._state.error)
+            raise Interrupted(signal.SIGTERM)
+
+    def _check(self) -> None:
+        """
+        See whether the run is asked to stop: then it ends after a step, with a checkpoint.
+
+        Raises:
+            Interrupted: none can be taken, or the step takes too long.
+        """
+        order, now = self._told(), self._clock.now()
+        if order is StopOrder.NONE:
+            return
+        if self._stop_until is None:
+            begun = self._state.phase is Phase.RUNNING
+            unsaved = begun or self._state.furthest > self._checkpoints.step
+            saves = self._actor_group.launch.saves_at_stop and unsaved and order is StopOrder.SAVE
+            self._stop_until, self._ending = now + (SAVE_S if saves else 0.0), True
+            if saves:
+                logger.warning("stopping after this step, with a checkpoint; %s", _AGAIN)
+        if now >= self._stop_until or order is StopOrder.ABANDON:
+            raise Interrupted(signal.SIGTERM)
 
     def settle(self) -> None:
         """
@@ -192,6 +245,10 @@ class Controller:
         """Tell what became of the last request; any thread may ask."""
         return self._requests.status()
 
+    def _report_rest(self) -> None:
+        for summary in self._aggregator.rest():
+            self._report(summary)
+
     def _report_checkpoints(self) -> None:
         for finished in self._checkpoints.take_finished():
             if isinstance(finished, EarlyStopReached):
@@ -226,8 +283,9 @@ class Controller:
             self._failed_at = self._failed_at or now
             if not state.may_go_on:
                 return
-        if state.stop_order is StopOrder.END and self._actor_group.dynamic_tasks:
-            self._actor_group.tell_scheduler("end_early")
+        ends = state.stop_order in (StopOrder.END, StopOrder.SAVE)
+        if ends and self._actor_group.dynamic_tasks:
+            self._actor_group.tell_scheduler("end_early", state.stop_order is StopOrder.SAVE)
         else:
             self._actor_group.stop(*order)
 

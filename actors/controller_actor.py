@@ -50,6 +50,7 @@ from distplat.platform.progress import StepSummary, Summary
 from distplat.platform.scaling import NOBODY_ASKED, ScaleRequest, ScaleStatus
 from distplat.platform.shard_map import TableSpec
 from distplat.platform.spec import Job
+from distplat.platform.stop_order import StopOrder
 from distplat.platform.tensor_slices import Bytes
 from distplat.strategies.sparse.files import PartSource, keep_tables
 
@@ -110,7 +111,8 @@ class ControllerActor:
         self._thread: threading.Thread | None = None
         self._model: bytes | None = None
         self._error: DistplatError | None = None  #: why the run failed
-        self._begun, self._stopping, self._over = (threading.Event() for _ in range(3))
+        self._stop_order = StopOrder.NONE  #: what the whole run is told
+        self._begun, self._over = threading.Event(), threading.Event()
 
     def __repr__(self) -> str:
         """Name in Ray's logs."""
@@ -161,7 +163,11 @@ class ControllerActor:
         checkpoints.step = checkpoint_step
         try:
             self._controller = Controller(
-                actor_group, launch.job.failure, launch.policy, self._check, checkpoints
+                actor_group,
+                launch.job.failure,
+                launch.policy,
+                lambda: self._stop_order,
+                checkpoints,
             )
             self._begun.set()
             self._model = self._controller.run(self._outbox.put)
@@ -192,16 +198,22 @@ class ControllerActor:
         assert self._model is not None, "the driver asks once it is told so"
         return piece_of(self._model, first)
 
-    def stop(self, timeout_s: float) -> str:
+    def stop(self, timeout_s: float, saves: bool = False) -> str:
         """
         End the run and its actors; returns when they are ended, or after so long.
+
+        Args:
+            timeout_s: that long.
+            saves: whether it first takes a checkpoint, where `Launch.saves_at_stop`.
 
         Returns:
             `STOPPED`, `SUCCEEDED` or `FAILED`; `RUNNING`: not yet.
         """
-        if not self._stopping.is_set() and not self._over.is_set():
+        if not self._stop_order and not self._over.is_set():
             logger.warning("the run is asked to stop")
-        self._stopping.set()
+        order = StopOrder.SAVE if saves else StopOrder.ABANDON
+        with self._beginning:
+            self._stop_order = max(self._stop_order, order)
         if not self._over.wait(timeout_s):
             return "RUNNING"
         if self._error is None:
@@ -258,10 +270,6 @@ class ControllerActor:
         if not self._begun.wait(wait_s) or self._controller is None:
             raise NotReadyError(f"{self._name}: the run has not begun yet")
         return self._controller
-
-    def _check(self) -> None:
-        if self._stopping.is_set():
-            raise Interrupted(15)
 
     def _keep_files(self, actor_group: ActorGroup) -> None:
         """Send the driver the embedding tables and the log of updates, of runs that have them."""

@@ -12,14 +12,16 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import wait
+from concurrent.futures import Future, wait
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 from distplat.actors.actor_group import ActorGroup
+from distplat.actors.controller import SAVE_S
 from distplat.actors.controller_actor import FileToKeep, ModelReady, RunEvent, RunPollResult
 from distplat.actors.model_pieces import in_pieces
 from distplat.actors.ray_errors import UNREACHABLE
@@ -31,6 +33,7 @@ from distplat.platform.errors import (
     ClusterUnreachable,
     DeadlineExceeded,
     DistplatError,
+    Interrupted,
 )
 from distplat.platform.progress import Saved, StepSummary, Summary
 
@@ -80,6 +83,9 @@ class ControllerClient:
         self._transport, self._controller = transport, controller
         self._begin = actor_group, checkpoint_step
         self._limits = actor_group.launch.job.failure
+        self._saves = actor_group.launch.saves_at_stop
+        self._number = 0  #: of the last question for news
+        self._hurried = False  #: a second signal came: nothing is waited for
         self._step: int | None = None  #: the last one that is known to be made
         self._saved = checkpoint_step > 0  #: there is a checkpoint to go on from
         self._up = False  #: it has answered, and was not lost since
@@ -89,13 +95,20 @@ class ControllerClient:
             _MOST, lambda event: isinstance(event, StepSummary | logging.LogRecord)
         )
 
-    def follow(self, check: Callable[[], None], handlers: RunHandlers) -> None:
+    def follow(
+        self,
+        check: Callable[[], None],
+        handlers: RunHandlers,
+        look: Callable[[], None] = lambda: None,
+    ) -> None:
         """
         Hand on what happens until the run is over.
 
         Args:
-            check: called ten times a second; raises to end the run, for example on Ctrl-C.
+            check: called ten times a second; raises to end the run. Where that is `Interrupted`,
+                for a first signal, a run that can takes a checkpoint before.
             handlers: called with what comes.
+            look: called instead of `check` meanwhile.
 
         Raises:
             DistplatError: why the run failed; `ActorLost` where the controller itself is gone,
@@ -103,23 +116,60 @@ class ControllerClient:
         """
         self._ask(check, "begin", *self._begin)
         listening = in_thread("follow", lambda: self._listen(handlers))
-        number, ending = 0, False
         try:
-            while not self._news.drained:
-                check()
-                number += 1
-                self._hand_on(self._news.take(number, LOOK_S), handlers)
-                if not ending and not listening.done() and handlers.ending():
-                    ending = True
-                    self._ask(check, "end_early")
-            if (error := listening.result()) is not None:
-                raise error
+            self._tell(check, handlers, listening)
         except BaseException as error:
+            if isinstance(error, Interrupted) and self._saves:
+                self._stop(look, handlers, listening)
             self._left.set()
             if not isinstance(error, KeyboardInterrupt):  # that is of who cannot wait
                 with self._keeping:
                     pass
             wait([listening], _LEAVE_S)
+            raise
+
+    def _tell(
+        self,
+        check: Callable[[], None],
+        handlers: RunHandlers,
+        listening: Future[DistplatError | None],
+    ) -> None:
+        """Tell callbacks what happens until the run is over; raises why it failed."""
+        ending = False
+        while not self._news.drained:
+            check()
+            self._number += 1
+            self._hand_on(self._news.take(self._number, LOOK_S), handlers)
+            if not ending and not listening.done() and handlers.ending():
+                ending = True
+                self._ask(check, "end_early")
+        if (error := listening.result()) is not None:
+            raise error
+
+    def _stop(
+        self,
+        look: Callable[[], None],
+        handlers: RunHandlers,
+        listening: Future[DistplatError | None],
+    ) -> None:
+        """Have the run stop with a checkpoint, and tell what happens until its end."""
+        until = time.monotonic() + SAVE_S + _END_S
+
+        def check() -> None:
+            look()
+            if time.monotonic() > until:
+                raise DeadlineExceeded("an orderly end", (_NAME,), SAVE_S + _END_S, "")
+
+        try:
+            self._ask(check, "stop", 0.0, True)
+            self._tell(check, handlers, listening)
+        except Interrupted:
+            return
+        except DistplatError as error:
+            logger.warning("while the run was stopped: %s", error)
+        except KeyboardInterrupt:
+            self._hurried = True
+            self._left.set()
             raise
 
     def _listen(self, handlers: RunHandlers) -> DistplatError | None:
@@ -168,7 +218,7 @@ class ControllerClient:
         """
         call = partial(self._transport.call, self._controller, method, *args)
         limit, setting = self._limits.start_timeout_s, "start_timeout_s"
-        if method == "poll":
+        if method in ("poll", "stop"):
             limit, setting = self._limits.heartbeat_timeout_s, "heartbeat_timeout_s"
         try:
             answer = ask(self._transport, "an answer", {_NAME: call}, limit, setting, check)[0]
@@ -215,7 +265,7 @@ class ControllerClient:
         Args:
             look: called while it is waited for; raises where that is in vain.
         """
-        if self._up:
+        if self._up and not self._hurried:
             stop = partial(self._transport.call, self._controller, "stop", _END_S)
             with suppress(DistplatError):
                 ask(self._transport, "the end", {_NAME: stop}, _END_S, "", look)

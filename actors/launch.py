@@ -77,13 +77,16 @@ def train_on_ray(launch: Launch, handlers: RunHandlers, stopping: Stopping) -> N
     ):
         launch = replace(launch, checked=launch.checked or checking is not None)
 
-        def check() -> None:
-            stopping.check()
+        def look() -> None:
             head.check()
             for line in checking.poll() if checking is not None else ():
                 logger.warning("%s", line)
 
-        _follow(launch, check, handlers, head)
+        def check() -> None:
+            stopping.check()
+            look()
+
+        _follow(launch, check, look, handlers, head)
 
 
 @contextmanager
@@ -117,7 +120,11 @@ def ray_for_run(
 
 
 def _follow(
-    launch: Launch, check: Callable[[], None], handlers: RunHandlers, head: HeadWatch
+    launch: Launch,
+    check: Callable[[], None],
+    look: Callable[[], None],
+    handlers: RunHandlers,
+    head: HeadWatch,
 ) -> None:
     saved = newest_checkpoint(launch)
     actor_group = ActorGroup(launch, saved)
@@ -130,7 +137,7 @@ def _follow(
         checkpoint_step = saved.step if saved else 0
         controller = ControllerClient(RayTransport(), handle, actor_group, checkpoint_step)
         endings.insert(0, lambda: controller.end(head.insist))
-        controller.follow(check, handlers)
+        controller.follow(check, handlers, look)
     finally:
         # Without a head nothing of that can be done: all ends with this process.
         end_each(_if_head_answers(head, ending) for ending in endings)

@@ -201,7 +201,7 @@ def submitted_run(submission: str, job: str) -> RunName:
 
 def stop(run: RunName, wait_s: float) -> str:
     """
-    End a run in order, as Ctrl-C does at its driver.
+    End a run in order, as Ctrl-C does at its driver: with a checkpoint.
 
     Args:
         run: which.
@@ -213,7 +213,7 @@ def stop(run: RunName, wait_s: float) -> str:
     Raises:
         ActorLost, DeadlineExceeded: it has no controller, or that does not answer.
     """
-    status: str | None = _ask(run, "controller", "stop", wait_s, takes_s=wait_s)
+    status: str | None = _ask(run, "controller", "stop", wait_s, True, takes_s=wait_s)
     if status is None:
         raise ActorLost("controller", None, f"run {run.run} has none")
     return status

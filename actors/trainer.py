@@ -212,6 +212,9 @@ class Trainer:
                 stopping.count_anew()
                 _close(writers)
                 _record_failure(directory, result, error, files.model)
+                if isinstance(error, Interrupted) and result.checkpoints:
+                    step = result.checkpoints[-1].step
+                    logger.warning("--resume %s goes on after step %d", directory.path, step)
                 if upload is not None and (missing := upload.close(lambda: stopping.asked)):
                     logger.warning("%s", missing)
                 raise
@@ -292,6 +295,7 @@ class Trainer:
             self._evaluated,
             log_to_driver=self._log_to_driver,
             checked=self._task is not None,
+            saves_at_stop=self._has_checkpoints and _wants_model(self.job),
         )
         if self.job.scaling.num_workers == 0:
             from distplat.actors.in_process import train_in_process  # torch
@@ -357,6 +361,11 @@ class _TrainedFiles:
         if self._error is not None:
             names, url = ", ".join(self._refused), self._result.url
             raise StorageError(f"{self._error}; what was trained is at {url}: {names}")
+
+
+def _wants_model(job: Job) -> bool:
+    """Say whether a run that is stopped takes a checkpoint: not of a loop that reports its own."""
+    return not job.own_loop and (job.checkpoint.wanted or job.checkpoint.save_final)
 
 
 def _writers(directory: RunDirectory) -> list[BackgroundWriter[Summary]]:

@@ -37,7 +37,7 @@ OUTPUT_VERSION = 2
 DASHBOARD = "http://127.0.0.1:8265"
 """Where Ray's job API is on the machine of the head, if nobody said otherwise."""
 
-_STOP_S = 40.0
+_STOP_S = 70.0
 """How long a run may take to end: as its driver allows it, and a little."""
 
 _WRITTEN_S, _RETRY_S = 3.0, 0.2
@@ -259,7 +259,7 @@ def stop(
     wait: Annotated[bool, typer.Option(help="Wait until it has ended.")] = True,
 ) -> None:
     """
-    End a job in order, as Ctrl-C does: checkpoints that are complete are kept.
+    End a job in order, as Ctrl-C does: after the step under way, with a checkpoint of it.
 
     One that has ended is left alone. On a machine of the cluster the run's controller is called,
     and has the time that it needs. Elsewhere, and before the run has begun, Ray's job API ends the

@@ -176,6 +176,9 @@ class Resize:
 class End:
     """The run is to end before its last step, all ranks after the same one."""
 
+    saves: bool = False
+    """With a checkpoint of it: the run was asked to stop."""
+
 
 @dataclass(frozen=True)
 class Tick:
@@ -224,7 +227,7 @@ class JobState:
         self.attempt = 0
         self.error: DistplatError | None = None  #: the best explanation so far
         self.restart: Restart | None = None  #: to be carried out, then `restarted` called
-        self.ending = False  #: it is to end before its last step
+        self.ending = StopOrder.NONE  #: how it is to end before its last step, if it is
         self._world, self._limits = world, limits
         self._members = set(range(world))
         self._policy = policy or Policy()
@@ -271,8 +274,7 @@ class JobState:
         """What all workers are to be told about this attempt."""
         if self.phase is Phase.SETTLING:
             return StopOrder.RESIZE if self._resizing else StopOrder.ABANDON
-        ends = self.ending and self.phase is Phase.RUNNING
-        return StopOrder.END if ends else StopOrder.NONE
+        return self.ending if self.phase is Phase.RUNNING else StopOrder.NONE
 
     @property
     def halted(self) -> bool:
@@ -312,8 +314,8 @@ class JobState:
                 self._part_with(rank)
             case Resize(world=world):
                 self._resize(world, now)
-            case End():
-                self.ending = True
+            case End(saves=saves):
+                self.ending = max(self.ending, StopOrder.SAVE if saves else StopOrder.END)
             case Tick():
                 self._watch(now)
 

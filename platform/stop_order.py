@@ -23,5 +23,7 @@ class StopOrder(IntEnum):
     """Stop after a step, and wait: the next attempt has another number of workers."""
     END = 2
     """Stop after a step: the run ends there, as after its last step."""
-    ABANDON = 3
+    SAVE = 3
+    """Stop after a step, and take a checkpoint of it: the run was asked to stop, and ends there."""
+    ABANDON = 4
     """Stop at once, wherever the worker waits."""

@@ -71,6 +71,8 @@ class Lease:
     steps: int = 0
     """Steps of the run, once every task is done: fewer than planned where it ends early."""
     over: bool = False
+    saves: bool = False
+    """The run was asked to stop: once `trained`, a checkpoint is taken."""
 
 
 @dataclass
@@ -116,6 +118,7 @@ class TaskScheduler:
         self._evaluated: set[tuple[int, int]] = set()
         self._holdings: dict[int, _WorkerTasks] = {}
         self._leaving: set[int] = set()
+        self._saves = False
 
     @property
     def trained(self) -> bool:
@@ -126,7 +129,7 @@ class TaskScheduler:
     def over(self) -> bool:
         """Whether everything is done."""
         every = len(self.plan.evaluations) * self.plan.parts
-        return self.trained and len(self._evaluated) == every
+        return self.trained and (self._saves or len(self._evaluated) == every)
 
     @property
     def _has_baseline(self) -> bool:
@@ -174,8 +177,14 @@ class TaskScheduler:
         """
         self._leaving.add(worker)
 
-    def end_early(self) -> None:
-        """Lease no step of which no task was leased; the run ends after the others."""
+    def end_early(self, *, saves: bool = False) -> None:
+        """
+        Lease no step of which no task was leased; the run ends after the others.
+
+        Args:
+            saves: it ends with a checkpoint, and without the evaluations that are not begun.
+        """
+        self._saves = self._saves or saves
         plan = self.plan
         steps = max(plan.first, -(-self._next // plan.parts))
         if steps >= plan.steps:
@@ -245,9 +254,9 @@ class TaskScheduler:
         if worker in self._leaving and not self.over and (holding.tasks or holding.evaluations):
             return None
         if worker in self._leaving or self.over:
-            return Lease(number, reach=reach, trained=trained, steps=steps, over=True)
+            return Lease(number, range(0), (), reach, trained, steps, True, self._saves)
         self._note_due()
-        if self._evaluations:
+        if self._evaluations and not self._saves:
             evaluation = self._evaluations.pop(0)
             evaluations = (evaluation,)
             return Lease(number, range(0), evaluations, reach, trained, steps)

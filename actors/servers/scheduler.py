@@ -173,10 +173,10 @@ class Scheduler:
                 self._scheduler.dismiss(rank)
         self._wake()
 
-    async def end_early(self) -> None:
-        """Lease no step that nobody has begun."""
+    async def end_early(self, saves: bool = False) -> None:
+        """Lease no step that nobody has begun; `saves`: see `TaskScheduler.end_early`."""
         if self._scheduler is not None:
-            self._scheduler.end_early()
+            self._scheduler.end_early(saves=saves)
         self._wake()
 
     async def forget(self, rank: int) -> None:

@@ -29,7 +29,7 @@ from distplat.strategies.model.flat import FlatModel
 NonFinitePolicy = Literal["stop", "skip", "ignore"]
 """`failure.non_finite` of the job."""
 
-HEAD_SIZE = 11
+HEAD_SIZE = 12
 """Numbers of a packed record before `present`, see `StepControl.head`."""
 
 ELSEWHERE = -2
@@ -127,7 +127,7 @@ class StepControl:
             )
 
     def pack(self) -> NDArray[np.float64]:
-        """Give it as a vector, shape [11 + slots + settings]; without settings it can be summed."""
+        """Give it as a vector, shape [12 + slots + settings]; without settings it can be summed."""
         settings = () if self.settings is None else self.settings
         return np.concatenate([self.head, self.present, settings], dtype=np.float64)
 
@@ -146,6 +146,7 @@ class StepControl:
             float(self.unfrozen),
             float(self.stop is StopOrder.RESIZE),
             float(self.stop is StopOrder.END),
+            float(self.stop is StopOrder.SAVE),
             float(self.batch),
             float(self.readers),
         )
@@ -154,9 +155,10 @@ class StepControl:
     def unpack(cls, vector: NDArray[np.float64], settings: int = 0) -> Self:
         """Read a vector of `pack`, or a sum of such; `settings` of its last values are some."""
         head, end = vector[:HEAD_SIZE].tolist(), len(vector) - settings
-        samples, weight, count, rank, slot, changed, unfrozen, resizes, ends, batch, readers = head
+        samples, weight, count, rank, slot, changed, unfrozen, *told, batch, readers = head
+        orders = zip((StopOrder.RESIZE, StopOrder.END, StopOrder.SAVE), told, strict=True)
         # The largest stop order that any rank was told.
-        stop = StopOrder.END if ends else StopOrder.RESIZE if resizes else StopOrder.NONE
+        stop = max((order for order, ranks in orders if ranks), default=StopOrder.NONE)
         return cls(
             samples,
             weight,

@@ -144,8 +144,9 @@ class _LoopBase:
     progress: Progress
     start: int
     """Steps that were made before."""
-    checkpoint: Callable[[int], object]
-    """Called with the number of steps done; takes a checkpoint if one is due."""
+    checkpoint: Callable[[int, bool], object]
+    """Called with the number of steps done, and whether the run is asked to stop there; takes a
+    checkpoint if so, or if one is due."""
     gathering: Gathering
     """This rank's state of `distplat.all_gather`."""
 
@@ -214,13 +215,14 @@ class Loop(_LoopBase):
             else:
                 self._step(step, stop_order)
             if step + 1 < self.total_steps:
-                self.checkpoint(step + 1)
+                self.checkpoint(step + 1, False)
             if self.eval_data is not None and self._evaluates_after(step):
                 self.strategy.synchronize()
                 self._evaluate(self.eval_data, step + 1)
         self.strategy.synchronize()
         if steps:
-            self.checkpoint(self.total_steps)  # now no rank is behind, whatever the strategy
+            # Now no rank is behind, whatever the strategy.
+            self.checkpoint(self.total_steps, False)
         return StopOrder.NONE
 
     def _unreported_share(self) -> Share | None:
@@ -240,8 +242,11 @@ class Loop(_LoopBase):
 
     def _stop(self, step: int) -> StopOrder:
         """Stop before this step; a run that ends here ends as after a last one."""
-        if self._agreed is StopOrder.END:
+        if self._agreed is StopOrder.SAVE and step > self.start:
+            self.checkpoint(step, True)
+        if self._agreed is not StopOrder.RESIZE:
             self.strategy.synchronize()
+        if self._agreed is StopOrder.END:
             evaluated = step == 0 or self._evaluates_after(step - 1)
             if self.eval_data is not None and not evaluated:
                 self._evaluate(self.eval_data, step)
@@ -409,7 +414,7 @@ class LeasedLoop(_LoopBase):
         self.progress.step = self.flat.version = lease.steps
         if self.rank == 0 and self.start < lease.steps:
             self._offer_checkpoints(lease.steps - 1)
-            self.checkpoint(lease.steps)
+            self.checkpoint(lease.steps, lease.saves)
 
     def _evaluate(self, version: int, part: int) -> None:
         assert self.eval_data is not None, "evaluations are asked for only where there is data"
@@ -427,5 +432,5 @@ class LeasedLoop(_LoopBase):
         """Rank 0 fetches copies as early as it can: shards keep those of the newest versions."""
         if self.rank == 0:
             for version in range(self._offered + 1, min(reach, self.total_steps - 1) + 1):
-                self.checkpoint(version)
+                self.checkpoint(version, False)
                 self._offered = version

@@ -455,19 +455,19 @@ def _load(p: Prepared, saved: SavedState | None) -> None:
 
 def _checkpoints(
     p: Prepared, strategy: WorkerStrategy[Any], rank: int, take: Take | None
-) -> Callable[[int], None]:
-    """Give a function that takes this rank's part of a checkpoint if a step ends with one."""
+) -> Callable[[int, bool], None]:
+    """Give what takes this rank's part of a checkpoint, see `Loop.checkpoint`."""
     if take is None:
-        return lambda version: None
+        return lambda version, stops: None
     every = p.job.checkpoint.period(p.sampler.steps_per_epoch)
 
-    def checkpoint(version: int) -> None:
-        if is_due(version, every, p.total_steps):
+    def checkpoint(version: int, stops: bool) -> None:
+        if stops or is_due(version, every, p.total_steps):
             facts = _facts(p, version)
             part = strategy.checkpoint(version)
             if p.lookups is not None and rank == 0:  # one of them, for all
                 part = part.also(partial(p.lookups.copies, version))
-            if version == p.total_steps:  # waited for: by now all ranks have made their steps
+            if stops or version == p.total_steps:  # waited for: all ranks have made their steps
                 part = replace(part, may_skip=False)
             take(version, part, facts)
 

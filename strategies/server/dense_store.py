@@ -188,7 +188,7 @@ class DenseStore(ServerStore, ReplicatedStore):
         """Those of an asynchronous shard were made when the last task of step
         `version - 1` was applied, and later tasks may be in them, too.
         """
-        return self._keeping.give(version)
+        return self._keeping.give(version, self.steps, self._copy)
 
     @override
     def worker(self, part_rank: int) -> str:

@@ -221,6 +221,13 @@ class CheckpointCopies(Generic[T]):
             while len(self._kept) > _VERSIONS:
                 del self._kept[min(self._kept)]
 
-    def give(self, version: int) -> T | None:
-        """Give the copies of a version, and forget them; None: they are not here."""
+    def give(self, version: int, present: int, copy: Callable[[], T]) -> T | None:
+        """
+        Give the copies of a version, and forget them; None: they are not here.
+
+        A version of which none is due is copied now, if it is the `present` one: the run stops
+        there.
+        """
+        if version == present and not is_due(version, self._every, self._total):
+            return copy()
         return self._kept.pop(version, None)

@@ -224,7 +224,7 @@ class TableStore(ServerStore, ReplicatedStore):
 
     @override
     def kept(self, version: int) -> Bundle | None:
-        return self._keeping.give(version)
+        return self._keeping.give(version, self.ledger.steps, self._copy)
 
     @override
     def worker(self, part_rank: int) -> str:
@@ -289,7 +289,10 @@ class TableStore(ServerStore, ReplicatedStore):
             else:
                 table.forget()
         for version in range(before + 1, self.ledger.steps + 1):  # several, after a slow rank
-            self._keeping.reached(version, lambda: copies_of(self.tables, self.index))
+            self._keeping.reached(version, self._copy)
+
+    def _copy(self) -> Bundle:
+        return copies_of(self.tables, self.index)
 
     def _step_back(self, version: int) -> None:
         self.ledger.restore(version)

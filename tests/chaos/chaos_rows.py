@@ -65,6 +65,8 @@ class Plan:
     max_failures: int = 6
     quiet: bool = False
     """Nothing of it may be taken for a failure."""
+    saves: bool = False
+    """The run that ends takes a checkpoint of its last step."""
 
 
 @dataclass(frozen=True)
@@ -283,14 +285,16 @@ def _(strategy: str, draw: Random) -> Plan:
     return _ended(strategy, "driver", KILL, draw, codes=(-signal.SIGKILL,))
 
 
-@row("F16", "SIGINT to the driver; resume")
+@row("F16", "SIGINT to the driver: a checkpoint of the last step; resume")
 def _(strategy: str, draw: Random) -> Plan:
-    return _ended(strategy, "driver", int(signal.SIGINT), draw, codes=(130,))
+    more: dict[str, Any] = {"codes": (130,), "saves": True, "pause_s": 0.1}
+    return _ended(strategy, "driver", int(signal.SIGINT), draw, **more)
 
 
-@row("F17", "SIGTERM to the driver; resume")
+@row("F17", "SIGTERM to the driver: a checkpoint of the last step; resume")
 def _(strategy: str, draw: Random) -> Plan:
-    return _ended(strategy, "driver", int(signal.SIGTERM), draw, codes=(143,))
+    more: dict[str, Any] = {"codes": (143,), "saves": True, "pause_s": 0.1}
+    return _ended(strategy, "driver", int(signal.SIGTERM), draw, **more)
 
 
 def _ended(strategy: str, victim: str, number: int, draw: Random, **more: Any) -> Plan:
@@ -395,7 +399,8 @@ def _without_disk(strategy: str, action: str, draw: Random) -> Plan:
 @row("F30", "stopped, its newest checkpoint damaged, resumed from the one before")
 def _(strategy: str, draw: Random) -> Plan:
     deed = Deed("forward", 0, 3 * EVERY + 2, "driver", int(signal.SIGINT), saved=True)
-    return Plan((deed,), resumes=True, codes=(130,), damage=draw.choice(("flip", "cut")))
+    damage = draw.choice(("flip", "cut"))
+    return Plan((deed,), resumes=True, codes=(130,), damage=damage, pause_s=0.1)
 
 
 @row("F32", "the kernel kills a server, or a worker of strategies without one, for memory")

@@ -200,7 +200,7 @@ class OneRun:
         if code not in codes:
             problems.append(f"exit code {code}, not one of {codes}: {self._last_words()}")
         elif self._plan.resumes:
-            problems += self._damage()
+            problems += self._unsaved() + self._damage()
             self._cluster.before_run()  # where its head has died
             code = self._drive(("--resume", str(self._directories()[0])))
             if code != 0:
@@ -311,6 +311,17 @@ class OneRun:
     def _last_words(self) -> str:
         text = (self._folder / f"driver-{self._drivers}.log").read_text(errors="replace")
         return " | ".join(text.strip().splitlines()[-3:])[-500:]
+
+    def _unsaved(self) -> list[str]:
+        """Compare the last step of a run that was stopped with its newest checkpoint's."""
+        if not self._plan.saves:
+            return []
+        directory = self._directories()[0]
+        told = map(json.loads, (directory / "metrics.jsonl").read_text().splitlines())
+        made = max(one["step"] for one in told if one["kind"] == "step")
+        saved = max(path.name for path in directory.glob("checkpoints/step-" + "[0-9]" * 6))
+        same = saved == f"step-{made:06d}"
+        return [] if same else [f"stopped after step {made}, and the newest checkpoint is {saved}"]
 
     def _damage(self) -> list[str]:
         """Spoil the newest checkpoint, where there is an older one."""

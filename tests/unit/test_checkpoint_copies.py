@@ -2,6 +2,7 @@
 
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -59,18 +60,21 @@ def test_copies_are_of_the_two_newest_due_versions_and_given_once() -> None:
         seen.append([*keeping._kept])
     assert seen == [[], [2], [2], [2, 4], [4, 5]]
     value.fill_(9)
-    assert keeping.give(2) is None
+    late: Callable[[], dict[str, Tensor]] = lambda: pytest.fail("copied")  # noqa: E731
+    assert keeping.give(2, 5, late) is None
     for version in (4, 5):
-        kept = keeping.give(version)
+        kept = keeping.give(version, 5, late)
         assert kept is not None
         assert kept[""].tolist() == [version, version]
-        assert keeping.give(version) is None
+        assert keeping.give(version, 5, late) is None
 
 
-def test_without_checkpoints_nothing_is_copied() -> None:
+def test_without_checkpoints_nothing_is_copied_but_where_the_run_stops() -> None:
     keeping = CheckpointCopies[dict[str, Tensor]](0, 5)
+    value = {"": torch.ones(2)}
     keeping.reached(5, lambda: pytest.fail("copied"))
-    assert keeping.give(5) is None
+    assert keeping.give(4, 5, lambda: pytest.fail("copied")) is None, "it is another by now"
+    assert keeping.give(5, 5, lambda: value) is value
 
 
 def test_a_synchronous_shard_goes_on_to_the_same_bits() -> None:

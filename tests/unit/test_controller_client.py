@@ -30,10 +30,14 @@ from distplat.platform.errors import (
     StorageError,
 )
 from distplat.platform.progress import Saved, StepSummary
+from distplat.platform.stop_order import StopOrder
 
 STEPS = 30
 GROUP: Any = SimpleNamespace(
-    launch=SimpleNamespace(job=job_of(failure={"start_timeout_s": 20})),
+    launch=SimpleNamespace(job=job_of(failure={"start_timeout_s": 20}), saves_at_stop=False),
+)
+SAVES: Any = SimpleNamespace(
+    launch=SimpleNamespace(**{**vars(GROUP.launch), "saves_at_stop": True})
 )
 
 
@@ -68,6 +72,26 @@ class Broken(Run):
         raise KeyError("a fault")
 
 
+class Stops(Run):
+    """Makes steps until it is told to stop, and then one more."""
+
+    last = 0
+    asked: tuple[StopOrder, ...] = ()
+
+    def stop(self, timeout_s: float, saves: bool = False) -> str:
+        self.asked += (StopOrder.SAVE if saves else StopOrder.ABANDON,)
+        return super().stop(timeout_s, saves)
+
+    def _run(self, actor_group: object, checkpoint_step: int) -> None:
+        while not self._stop_order:
+            self.last += 1
+            self._outbox.put(StepSummary(self.last, 0, 0.5, 8, {}, 10**9))
+            time.sleep(0.002)
+        self.last += 1
+        self._outbox.put(StepSummary(self.last, 0, 0.5, 8, {}, 10**9))
+        raise Interrupted(15)
+
+
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(retrying_calls, "AGAIN_S", 0.001)
@@ -78,19 +102,20 @@ def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
 class Driver:
     """Follows a controller, and notes what it hears in order."""
 
-    def __init__(self, kind: type[Run] = Run) -> None:
+    def __init__(self, kind: type[Run] = Run, *, saves: bool = False) -> None:
         self.cluster = LocalCluster()
         self.actor: Actor = self.cluster.spawn("controller", "here", lambda _: kind("controller"))
-        self.client = ControllerClient(self.cluster.transport(), self.actor, GROUP, 0)
+        group = SAVES if saves else GROUP
+        self.client = ControllerClient(self.cluster.transport(), self.actor, group, 0)
         self.heard: list[object] = []
 
-    def follow(self, check: Any = lambda: None) -> None:
+    def follow(self, check: Any = lambda: None, look: Any = lambda: None) -> None:
         handlers = RunHandlers(
             lambda summary: self.heard.append(cast(StepSummary, summary).step),
             lambda model: self.heard.append(model),
             lambda name, content: self.heard.append(name),
         )
-        self.client.follow(check, handlers)
+        self.client.follow(check, handlers, look)
 
 
 ALL = [*range(1, STEPS + 1), b"the model", "table-0", "table-1", "table-2"]
@@ -296,6 +321,55 @@ def test_a_signal_is_seen_while_an_answer_is_missing() -> None:
     with pytest.raises(Interrupted):
         driver.follow(check)
     assert time.monotonic() - began < 5
+
+
+def interrupted_at_five(driver: Driver, look: Any = lambda: None) -> BaseException:
+    """Have a driver get a signal when it hears of the fifth step; give what it ends with."""
+
+    def check() -> None:
+        if 5 in driver.heard:
+            raise Interrupted(2)
+
+    with pytest.raises((Interrupted, KeyboardInterrupt)) as caught:
+        driver.follow(check, look)
+    driver.client.end()
+    return caught.value
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_after_a_signal_all_is_told_until_the_run_has_stopped(seed: int) -> None:
+    driver = Driver(Stops, saves=True)
+    add_rule(driver.cluster, lossy(seed))
+    error = interrupted_at_five(driver)
+    assert getattr(error, "exit_code", None) == 130, "the driver's own signal"
+    assert driver.heard == [*range(1, driver.actor.body.last + 1)]
+    assert driver.actor.body.asked[0] is StopOrder.SAVE
+
+
+def test_a_run_that_takes_no_checkpoint_at_a_signal_is_ended_at_once() -> None:
+    driver = Driver(Stops)
+    assert isinstance(interrupted_at_five(driver), Interrupted)
+    assert {*driver.actor.body.asked} == {StopOrder.ABANDON}
+
+
+def test_after_a_second_signal_nothing_is_waited_for() -> None:
+    driver = Driver(Stops, saves=True)
+
+    def again() -> None:
+        raise KeyboardInterrupt
+
+    assert isinstance(interrupted_at_five(driver, again), KeyboardInterrupt)
+    assert {*driver.actor.body.asked} <= {StopOrder.SAVE}, "`end` has asked for nothing"
+    driver.actor.body.stop(60.0)
+
+
+def test_a_controller_that_is_gone_does_not_hide_the_signal(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    driver = Driver(Stops, saves=True)
+    inject(driver.cluster, "stop", Fault(kill="before"))
+    assert isinstance(interrupted_at_five(driver), Interrupted)
+    assert "while the run was stopped: controller was lost after step" in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -269,6 +269,17 @@ def test_a_run_that_is_to_end_early_tells_its_workers_and_changes_no_more() -> N
     assert state.phase is Phase.SUCCEEDED
 
 
+def test_a_run_that_is_to_stop_with_a_checkpoint_says_so_also_after_an_early_end() -> None:
+    state = JobState(3, LIMITS, 0.0, GO_ON)
+    for rank in range(3):
+        state.handle(heard(rank), 0.0)
+    for end, order in ((End(), StopOrder.END), (End(saves=True), StopOrder.SAVE)):
+        state.handle(end, 1.0)
+        assert state.stop_order is order
+    state.handle(End(), 1.0)
+    assert state.stop_order is StopOrder.SAVE
+
+
 def test_who_is_lost_on_the_way_to_an_early_end_is_replaced_and_all_are_told_again() -> None:
     state = JobState(3, LIMITS, 0.0, GO_ON)
     for rank in range(3):

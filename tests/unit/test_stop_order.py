@@ -13,7 +13,7 @@ from distplat.platform.spec import Failure
 from distplat.platform.stop_order import StopOrder
 from distplat.strategies.loop.control import StepControl
 
-NONE, RESIZE, END, ABANDON = StopOrder
+NONE, RESIZE, END, SAVE, ABANDON = StopOrder
 
 
 @pytest.mark.parametrize(
@@ -24,6 +24,8 @@ NONE, RESIZE, END, ABANDON = StopOrder
         ([RESIZE, RESIZE, RESIZE], RESIZE),
         ([NONE, NONE, END], END),
         ([RESIZE, END, NONE], END),
+        ([NONE, SAVE, NONE], SAVE),
+        ([END, SAVE, RESIZE], SAVE),
     ],
 )
 def test_what_one_rank_was_told_all_ranks_do(told: list[StopOrder], done: StopOrder) -> None:

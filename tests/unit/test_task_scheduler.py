@@ -484,3 +484,17 @@ def test_what_a_worker_holds_is_made_before_an_early_end() -> None:
     scheduler.finish(1, (0, 1, 2))
     last = scheduler.work(1, 2)
     assert last is not None and (last.over, last.steps) == (True, 2)
+
+
+def test_a_run_that_is_to_stop_evaluates_no_more_and_saves() -> None:
+    scheduler = TaskScheduler(TaskPlan(5, 2, evaluations=(1, 5)))
+    assert tasks(scheduler.work(0, 0, 3)) == [0, 1, 2]
+    scheduler.end_early(saves=True)
+    scheduler.finish(0, (0, 1, 2))
+    assert tasks(scheduler.work(0, 1, 9)) == [3], "no evaluation, though one was due"
+    scheduler.finish(0, (3,))
+    last = scheduler.work(0, 2)
+    assert last is not None and (last.over, last.trained, last.steps) == (True, True, 2)
+    assert last.saves
+    scheduler.end_early(saves=False)
+    assert (again := scheduler.work(0, 3)) is not None and again.saves, "asked twice"

@@ -33,7 +33,7 @@ from distplat.platform.progress import StepReport
 from distplat.platform.stop_order import StopOrder
 from distplat.strategies.loop.loop import Progress
 
-NONE, RESIZE, END, ABANDON = StopOrder
+NONE, RESIZE, END, SAVE, ABANDON = StopOrder
 
 
 def working() -> Worker:
