@@ -15,6 +15,7 @@ import pytest
 import torch
 from jobs import fields_of
 from local_run import train
+from marks import slow
 from ray_in_memory import InMemoryRay, process_here
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -181,7 +182,9 @@ STRATEGIES: dict[str, tuple[object, int]] = {
 }
 
 
-@pytest.mark.parametrize("kind", STRATEGIES)
+@pytest.mark.parametrize(
+    "kind", ["ring", slow("ring in shards"), slow("one worker"), "ps-sync", "hybrid", "ps-async"]
+)
 def test_a_run_that_was_stopped_goes_on_to_the_bits_of_one_that_was_not(
     cluster: InMemoryRay, tmp_path: Path, kind: str, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -199,7 +202,7 @@ def test_a_run_that_was_stopped_goes_on_to_the_bits_of_one_that_was_not(
     assert all(torch.equal(found[name], value) for name, value in expected.items())
 
 
-@pytest.mark.parametrize("asks", ["signal", "distplat stop"])
+@pytest.mark.parametrize("asks", [slow("signal"), "distplat stop"])
 def test_under_ps_async_each_step_is_made_once(
     cluster: InMemoryRay, tmp_path: Path, asks: str
 ) -> None:
