@@ -157,7 +157,8 @@ def _(strategy: str, draw: Random) -> Plan:
     ("ps-sync", "hybrid"),
 )
 def _(strategy: str, draw: Random) -> Plan:
-    """A rank holds still before its own push; one of another replica waits for it, and is hit."""
+    """A rank holds still before its own push; one of another replica waits for it, and is hit.
+    Under `ps-async` nobody waits for another's push."""
     rank = draw.choice((0, WORLD[strategy] - 1))
     other = WORLD[strategy] - 1 - rank
     deed = Deed("backward", rank, some_step(draw), f"worker-{other}", delay_s=0.5)
@@ -270,9 +271,10 @@ def _(strategy: str, draw: Random) -> Plan:
     return Plan((deed,), STORES_AT.get(strategy, {}))
 
 
-@row("F13-scheduler", "SIGKILL the task scheduler", SERVED)
+@row("F13-scheduler", "SIGKILL the task scheduler", (*SERVED, "hybrid"))
 def _(strategy: str, draw: Random) -> Plan:
-    return Plan((Deed(inside(draw), 0, some_step(draw), "task-scheduler"),))
+    deed = Deed(inside(draw), 0, some_step(draw), "task-scheduler")
+    return Plan((deed,), STORES_AT.get(strategy, {}))
 
 
 @row("F13-controller", "SIGKILL the controller; resume")
@@ -345,9 +347,10 @@ def _(strategy: str, draw: Random) -> Plan:
     return Plan((deed,), STORES_AT.get(strategy, {}))
 
 
-@row("F24-scheduler", "SIGSTOP the task scheduler for good", SERVED)
+@row("F24-scheduler", "SIGSTOP the task scheduler for good", (*SERVED, "hybrid"))
 def _(strategy: str, draw: Random) -> Plan:
-    return Plan((Deed(inside(draw), 0, some_step(draw), "task-scheduler", STOP),))
+    deed = Deed(inside(draw), 0, some_step(draw), "task-scheduler", STOP)
+    return Plan((deed,), STORES_AT.get(strategy, {}))
 
 
 @row("F24-controller", "SIGSTOP the controller for good; resume")
@@ -435,6 +438,7 @@ def _user(strategy: str, action: str, draw: Random, **more: Any) -> Plan:
 
 @row("F40", "a worker that dies in the same step again and again: exit code 4", SYNCHRONOUS)
 def _(strategy: str, draw: Random) -> Plan:
+    """Under `ps-async` others make the lost task, and steps: that is progress."""
     rank, step = rank_of(strategy, draw), some_step(draw)
     return Plan(tuple(Deed("forward", rank, step) for _ in range(3)), codes=(4,))
 
@@ -488,9 +492,8 @@ def _no_plan(strategy: str, draw: Random) -> Plan:
     return Plan(())
 
 
-row("F25", "in memory: 25 % of requests, 25 % of answers lost, some late or twice", SERVED, 0)(
-    _no_plan
-)
+_LOSSY = "in memory: 25 % of requests, 25 % of answers lost, some late or twice"
+row("F25", _LOSSY, (*SERVED, "hybrid"), 0)(_no_plan)
 row("B1", "200 mutants of a job file: exit code 0 or 2", ("ring",), 0)(_no_plan)
 row(
     "B2", "12 damaged checkpoints to go on from: exit code 2 or 5, or the same model", ("ring",), 0

@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
@@ -44,6 +44,9 @@ GONE_WITHIN_S = 20.0
 DISK_MB = 256
 _FOUND = re.compile(r"frozen|has not answered|missing[: ]|was lost")
 """In what a driver and its actors say of one that gives no answer."""
+FOUND_LATE_S = 3.0
+"""By how much a frozen process may be found after its deadline: the second that is promised, and
+two for the driver's log and a machine whose cores others want."""
 HUGE_CODES = (70, -6, -11)
 """An error inside distplat, an abort and a crash of the driver: never right."""
 
@@ -206,6 +209,7 @@ class OneRun:
             if code != 0:
                 problems.append(f"resumed: exit code {code}: {self._last_words()}")
         self._ended_at = time.time()
+        problems += found_late(self._plan.deeds, self.found_s)
         problems += self._left_behind()
         if code == 0 and not problems:
             problems += self._compare(expected)
@@ -393,6 +397,21 @@ class OneRun:
         code, said = quietly(["replay", str(directory), "--working-dir", str(HERE)])
         followed = code == 0 or (code == 5 and bool(failures))  # a task made by two workers
         return [] if followed else [f"`distplat replay`: exit code {code} {said}"]
+
+
+def found_late(deeds: Sequence[Deed], found_s: float | None) -> list[str]:
+    """
+    Say if a process that was frozen for good was found too late.
+
+    Args:
+        deeds: that were planned.
+        found_s: see `Outcome`; None: the driver was told nothing, as where a backup goes on.
+    """
+    frozen = any(deed.action == signal.SIGSTOP and not deed.undo_s for deed in deeds)
+    limit_s = HEARTBEAT_S + FOUND_LATE_S
+    if not frozen or found_s is None or found_s <= limit_s:
+        return []
+    return [f"a frozen process was found after {found_s:.1f} s, not within {limit_s:g} s"]
 
 
 def _anew(folder: Path) -> None:

@@ -1,6 +1,7 @@
-"""What the command of `make soak` says of its trials."""
+"""What the commands of `make soak` and `make chaos` say of their trials."""
 
 import importlib
+import signal
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -26,3 +27,23 @@ def test_trials_in_which_no_fault_fired_are_no_success(
     monkeypatch.syspath_prepend(str(CHAOS))
     exit_code: Any = importlib.import_module("chaos_memory").exit_code
     assert exit_code([SimpleNamespace(fired=f, problems=p) for f, p in outcomes]) == code
+
+
+@pytest.mark.parametrize(
+    ("action", "undo_s", "found_s", "late"),
+    [
+        (signal.SIGSTOP, 0.0, 10.9, False),
+        (signal.SIGSTOP, 0.0, 11.1, True),
+        (signal.SIGSTOP, 0.0, None, False),
+        (signal.SIGSTOP, 1.5, 11.1, False),
+        (signal.SIGKILL, 0.0, 11.1, False),
+    ],
+    ids=["in time", "late", "nobody was told", "it went on", "nobody was frozen"],
+)
+def test_who_is_frozen_for_good_is_found_within_the_deadline_and_what_is_said(
+    action: int, undo_s: float, found_s: float | None, late: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(CHAOS))
+    trial: Any = importlib.import_module("chaos_trial")
+    deeds = [SimpleNamespace(action=int(action), undo_s=undo_s)]
+    assert bool(trial.found_late(deeds, found_s)) == late
