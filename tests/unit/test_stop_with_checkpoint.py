@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from distplat import Task, Trainer
-from distplat.actors import controller
+from distplat.actors import controller, controller_client
 from distplat.actors.callbacks import Callback
 from distplat.actors.result import Result
 from distplat.actors.servers.scheduler import Scheduler
@@ -132,6 +132,8 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[InMemoryRay]:
         if saves:
             Held.gate.told(ranks=9)
 
+    for module in (controller, controller_client):  # a busy machine may take its time
+        monkeypatch.setattr(module, "SAVE_S", 300.0)
     monkeypatch.setattr(Session, "stop", told)
     monkeypatch.setattr(Scheduler, "end_early", scheduler_told)
     with InMemoryRay() as ray:
