@@ -315,7 +315,7 @@ class Job(Spec):
     """`true`, or a mapping: forward and backward are compiled by `torch.compile`."""
     activation_checkpointing: str | None = Field(None, min_length=1)
     """Modules that keep only their inputs, and compute again in backward, to save memory: patterns
-    of names with commas between, such as "blocks.*"."""
+    of names with commas between, such as "blocks.*". Under `hybrid` whole stages do so."""
     seed: Index = 0
     """Seeds model, data, their order and dropout; the same seed gives the same bits."""
     data: Data = Data()

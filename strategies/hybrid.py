@@ -33,11 +33,17 @@ class Hybrid(Strategy[HybridOptions]):
 
     @classmethod
     def complete(cls, job: Job) -> Job:
-        """Choose sizes that the job does not give; its accumulated parts are micro-batches here."""
+        """
+        Choose sizes that the job does not give.
+
+        Its accumulated parts are micro-batches here, and activations are those of whole stages.
+        """
         options = complete(job.strategy.options, job.scaling.world)
         parts = job.gradient_accumulation
         if parts > 1 and "micro_batches" not in options:
             options["micro_batches"], parts = parts, 1
+        if job.activation_checkpointing is not None:
+            options.setdefault("recompute", True)
         strategy = job.strategy.model_copy(update={"options": options})
         return job.model_copy(update={"strategy": strategy, "gradient_accumulation": parts})
 

@@ -38,14 +38,24 @@ def apply_module_options(job: Job, model: nn.Module) -> None:
     Raises:
         SpecError: a pattern that no module's name matches.
     """
-    if job.activation_checkpointing is not None:
-        patterns = [pattern.strip() for pattern in job.activation_checkpointing.split(",")]
-        for module in _outermost(model, patterns):
-            checkpoint_activations(module)
+    for module in checkpointed_modules(job, model):
+        checkpoint_activations(module)
     if job.compile is not None:
         if not job.compile.fullgraph:
             fall_back_to_eager()
         call_compiled(model, partial(torch.compile, **job.compile.arguments()))
+
+
+def checkpointed_modules(job: Job, model: nn.Module) -> list[nn.Module]:
+    """
+    Give the modules that `activation_checkpointing` names; none where the job does not have it.
+
+    Raises:
+        SpecError: a pattern that no module's name matches.
+    """
+    if job.activation_checkpointing is None:
+        return []
+    return _outermost(model, [one.strip() for one in job.activation_checkpointing.split(",")])
 
 
 def checkpoint_activations(module: nn.Module) -> None:
@@ -160,7 +170,8 @@ def recomputed(stage: nn.Module, inputs: Any) -> Any:
     names += [name for name, tensor, version in kept if tensor._version != version]
     if names:
         text = f"forward writes into {', '.join(names)}, and `recompute` runs it twice"
-        raise SpecError(Problem(("strategy", "recompute"), text, "leave `recompute` out"))
+        hint = "leave out `recompute`, or the job's `activation_checkpointing`"
+        raise SpecError(Problem(("strategy", "recompute"), text, hint))
     return outputs
 
 

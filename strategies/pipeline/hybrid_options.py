@@ -60,7 +60,8 @@ class HybridOptions(Options):
     init: Literal["build", "meta"] = "build"
     """`meta`: no process ever holds the whole model; needs modules with `reset_parameters`."""
     recompute: Flag = False
-    """Keep a stage's input only, and compute its activations again in backward."""
+    """Keep a stage's input only, and compute its activations again in backward; also where the job
+    has `activation_checkpointing`."""
     tensor_plan: dict[str, str] = Field(default_factory=dict)
     """How layers are sliced, by patterns of their names, such as "blocks.*.mlp.1": colwise."""
     backend: Backend = "auto"
@@ -201,9 +202,14 @@ def _combinations(chosen: HybridOptions, job: Job) -> list[Problem]:
     if chosen.schedule == "interleaved" and chosen.virtual == 1:
         text = "interleaved needs 2 or more pieces per stage (got 1)"
         problems.append(_problem("virtual", text, "take 2, or `schedule: 1f1b`, which has one"))
+    checkpoints = job.activation_checkpointing is not None
     if chosen.recompute and chosen.schedule == "zb-h1":
+        where = ("activation_checkpointing",) if checkpoints else ("strategy", "recompute")
         text = "cannot be combined with `schedule: zb-h1`, which would compute forward three times"
-        problems.append(_problem("recompute", text, "take `schedule: 1f1b`"))
+        problems.append(Problem(where, text, "take `schedule: 1f1b`"))
+    if checkpoints and not chosen.recompute:
+        text = "is false, and `activation_checkpointing` asks for it"
+        problems.append(_problem("recompute", text, "remove one of the two"))
     if job.embeddings is not None:
         text = "cannot be combined with `hybrid`: rows are looked up by whole models only"
         problems.append(Problem(("embeddings",), text, "take `ring` or a parameter server"))
@@ -213,11 +219,6 @@ def _combinations(chosen: HybridOptions, job: Job) -> list[Problem]:
     if job.compile is not None:
         text = "cannot be combined with `hybrid`, which calls the model's layers one by one"
         problems.append(Problem(("compile",), text, "remove it, or take `ring`"))
-    if job.activation_checkpointing is not None:
-        text = "has no effect with `hybrid`, which computes whole stages again"
-        problems.append(
-            Problem(("activation_checkpointing",), text, "set strategy.recompute: true")
-        )
     if chosen.backend == "nccl" and not job.scaling.use_gpu:
         hint_ = "set scaling.use_gpu: true, or `backend: auto`"
         problems.append(_problem("backend", "`nccl` runs between GPUs only", hint_))

@@ -27,6 +27,7 @@ from distplat.strategies.model.flat import FlatModel
 from distplat.strategies.model.layers import Layer, tracing
 from distplat.strategies.model.meta import materialise
 from distplat.strategies.model.model_call import ModelCall
+from distplat.strategies.model.module_options import checkpointed_modules
 from distplat.strategies.model.sync_batch_norm import refuse_sync_batch_norm
 from distplat.strategies.model.trials import untouched
 from distplat.strategies.pipeline.call_order import agreed_order, call_order_of, has_order
@@ -338,6 +339,7 @@ class _Partitioner:
         why = "which `hybrid` does not compute over its replicas"
         refuse_sync_batch_norm(model, why, "use nn.BatchNorm, or `strategy: ring`")
         resolve(options.tensor_plan, [name for name, _ in model.named_modules()])
+        checkpointed_modules(self._prepared.job, model)  # for its errors: whole stages are
         tried = together if seed is None else None
         recompute, device = options.recompute, self._prepared.device
         if options.virtual_stages == 1:

@@ -3,6 +3,7 @@
 from typing import Any
 
 import pytest
+import torch
 from hybrid_models import (
     BATCH,
     CONV_PLAN,
@@ -23,7 +24,9 @@ from hybrid_models import (
 )
 from local_run import LocalRun, train
 from marks import slow
+from torch import nn
 
+from distplat.platform.errors import SpecError
 from distplat.platform.progress import EvalReport, StepReport
 from distplat.strategies.loop.control import StepControl
 from distplat.strategies.reduction.bucket_reducer import BucketReducer
@@ -101,6 +104,35 @@ def test_slices_give_what_one_process_gives(
     expected, plain_losses = plain(kind, clip)
     assert distance(whole(run), expected) < 1e-5
     assert losses(run) == pytest.approx(plain_losses, rel=1e-4)
+
+
+@pytest.mark.parametrize("pipeline", [1, 2])
+def test_checkpointed_activations_are_those_of_whole_stages(pipeline: int) -> None:
+    """The pattern names no module of the last stage, whose forwards are counted."""
+    calls: list[str] = []
+
+    class Counted(Mlp):
+        def model(self) -> nn.Module:
+            model = super().model()
+            count = lambda *_: calls.append("head") if torch.is_grad_enabled() else None  # noqa: E731
+            model.get_submodule("5").register_forward_pre_hook(count)
+            return model
+
+    options, workers = grid_of(pipeline, 1, 1)
+    expected = whole(train(hybrid_job(options, workers, steps=3), Counted))
+    once = len(calls)
+    found = whole(
+        train(hybrid_job(options, workers, steps=3, activation_checkpointing="1, 2.*"), Counted)
+    )
+    assert len(calls) - once > once
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+
+
+def test_a_pattern_that_no_module_matches_is_refused() -> None:
+    options, workers = grid_of(2, 1, 1)
+    with pytest.raises(SpecError, match=r"activation_checkpointing.*'9' matches no module"):
+        train(hybrid_job(options, workers, activation_checkpointing="9"), Mlp)
 
 
 @pytest.mark.parametrize("name", ["2x1x2", "3x1x1", "2x1x2-interleaved"])

@@ -93,6 +93,22 @@ WRONG: list[tuple[dict[str, Any], int, dict[str, Any], str, str, str]] = [
         "cannot be combined with `schedule: zb-h1`",
         "1f1b",
     ),
+    (
+        {"pipeline": 2, "schedule": "zb-h1", "recompute": True},
+        2,
+        {"activation_checkpointing": "1"},
+        "activation_checkpointing",
+        "cannot be combined with `schedule: zb-h1`",
+        "1f1b",
+    ),
+    (
+        {"pipeline": 2, "recompute": False},
+        2,
+        {"activation_checkpointing": "1"},
+        "strategy.recompute",
+        "`activation_checkpointing` asks for it",
+        "one of the two",
+    ),
     ({"data": 2, "backend": "nccl"}, 2, {}, "strategy.backend", "between GPUs", "use_gpu"),
     ({"tensor": 2}, 2, {}, "strategy.tensor_plan", "needs it", "colwise"),
     (
