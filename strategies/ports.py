@@ -205,7 +205,7 @@ class Shards(Protocol):
         Fetch the average of the parameters after the last update, shape [n], on their device.
 
         Only where the job has an `ema`, and between two steps: no rank begins the next one before
-        all have what they want.
+        all have what they want. Of asynchronous shards at any time, each by itself.
         """
 
     def copies(self, version: int) -> list[ShardCopy] | None:

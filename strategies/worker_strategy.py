@@ -225,7 +225,8 @@ class WorkerStrategy(ABC, Generic[OptionsT]):
         """
         Give the average that the job's `ema` asks for, shape [n], as it is between two steps.
 
-        Every rank calls this. Only where the driver's half says that it `averages`.
+        Every rank calls this; where tasks are leased, who evaluates. Only where the driver's half
+        says that it `averages`.
         """
         raise NotImplementedError(f"{type(self).__name__} keeps no average of the weights")
 

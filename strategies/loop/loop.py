@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any
 
 from torch.utils.data import Dataset
@@ -169,6 +170,16 @@ class _LoopBase:
         seconds = clock.seconds
         self.report(StepReport(part, step, epoch, mean, samples, seconds, of, figures, weight))
 
+    def _evaluated(self, evaluate: Callable[[], Sums]) -> Sums:
+        """Evaluate with the weights, and with their average if there is one; leave no trace."""
+        sums = evaluate()
+        self.state.discard()
+        if self.prepared.job.ema is not None:
+            with self.flat.with_params(self.strategy.average()):
+                sums.merge(evaluate(), "ema_")
+            self.state.discard()
+        return sums
+
 
 @dataclass
 class Loop(_LoopBase):
@@ -296,12 +307,7 @@ class Loop(_LoopBase):
     def _evaluate(self, data: Dataset[Any], step: int) -> None:
         """Run this rank's part of the evaluation data; the controller puts the parts together."""
         self.progress.evaluating = True
-        sums = self.compute.evaluate(data)
-        self.state.discard()
-        if self.job.ema is not None:
-            with self.flat.with_params(self.strategy.average()):
-                sums.merge(self.compute.evaluate(data), "ema_")
-            self.state.discard()
+        sums = self._evaluated(partial(self.compute.evaluate, data))
         self._merge_states(sums)
         self.progress.evaluating = False
         report = EvalReport(self.rank, step, sums.samples, sums.sums, sums.counts)
@@ -421,9 +427,8 @@ class LeasedLoop(_LoopBase):
         if not self._final:
             self.strategy.synchronize()
         self.progress.evaluating = True
-        sums = self.compute.evaluate_part(self.eval_data, part)
+        sums = self._evaluated(partial(self.compute.evaluate_part, self.eval_data, part))
         self.progress.evaluating = False
-        self.state.discard()
         self.report(EvalReport(part, version, sums.samples, sums.sums, sums.counts))
         self.leases.finish((), ((version, part),))
         self.progress.beat()

@@ -237,8 +237,8 @@ class ReplayShards(Shards):
 
     @override
     def average(self) -> Tensor:
-        """Asynchronous shards have none."""
-        raise NotImplementedError("asynchronous shards keep no average")
+        """Nothing is evaluated, and the parameters alone are compared."""
+        raise NotImplementedError("a run that is made again is not evaluated")
 
     @override
     def copies(self, version: int) -> None:

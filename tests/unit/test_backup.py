@@ -29,7 +29,7 @@ OPTIMIZERS: list[dict[str, Any]] = [
 ]
 
 
-def plan(consistency: Consistency, optimizer: dict[str, Any]) -> ShardPlan:
+def plan(consistency: Consistency, optimizer: dict[str, Any], **more: Any) -> ShardPlan:
     job = job_of(
         "ps-sync",
         WORLD,
@@ -38,6 +38,7 @@ def plan(consistency: Consistency, optimizer: dict[str, Any]) -> ShardPlan:
         steps=STEPS,
         global_batch_size=8,
         clip_norm=None if consistency.asynchronous else 0.7,
+        **more,
     )
     return ShardPlan(job, "run", 1, WORLD, STEPS, 1, consistency)
 
@@ -121,9 +122,10 @@ def test_a_promoted_backup_has_the_bits_of_a_run_without_a_loss(
     ],
 )
 def test_an_asynchronous_backup_has_the_order_too(how: Consistency, moment: str) -> None:
-    facts = plan(how, OPTIMIZERS[1])
+    facts = plan(how, OPTIMIZERS[1], ema={"decay": 0.5})
     whole = opened(facts)
     train(whole)
+    assert "optimizer/ema" in whole.store.snapshot().vectors
     primary, backup = opened(facts), service(facts)
     backup_link = InMemoryBackup(primary.store, backup.store)
     primary.store.backup_link = backup_link

@@ -24,6 +24,7 @@ from distplat.platform.tensor_file import EMA_PREFIX, decode, encode
 from distplat.strategies.checkpoint.parts import whole_of
 from distplat.strategies.fakes import Fabric
 from distplat.strategies.model.optim import FlatOptimizer
+from distplat.strategies.server.dense_store import DenseStore
 from distplat.strategies.task import Task
 
 WIDE = torch.float64
@@ -132,6 +133,8 @@ WORLDS = [
     ("ps-sync", 3, {}),
     (THREE, 2, {"clip_norm": 0.5}),
     ({**THREE, "replication": 2}, 2, {}),
+    ("ps-async", 1, {}),  # of several workers see below
+    ({"name": "ps-async", "num_servers": 3, "replication": 2}, 1, {"clip_norm": 0.5}),
 ]
 
 
@@ -189,6 +192,46 @@ def test_it_goes_on_from_a_checkpoint(strategy: Any, to: Any, optimizer: str) ->
         assert torch.allclose(rest.trained[0][name], value, rtol=0, atol=1e-10), name
 
 
+@pytest.mark.parametrize("to", ["ps-async", "ps-sync", "ring"])
+def test_an_asynchronous_one_goes_on_from_a_checkpoint(to: str) -> None:
+    given: dict[str, Any] = {"ema": {"decay": DECAY, "warmup": True}}
+    of = job("ps-async", 1, "adam", checkpoint={"every_steps": EVERY}, **given)
+    whole = train(of, Norms)
+    rest = train(job(to, 1, "adam", **given), Norms, saved=whole.checkpoints[EVERY])
+    for name, value in whole.trained[0].items():
+        assert torch.equal(rest.trained[0][name], value), name
+
+
+def test_each_update_of_an_asynchronous_shard_moves_its_part(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Whichever worker's gradient it is of; one that is there in the end has all of them."""
+    made: dict[int, list[Tensor]] = {}  # by shard, its parameters after each update
+    update = DenseStore._update
+
+    def noting(store: DenseStore, *arguments: Any) -> None:
+        update(store, *arguments)
+        made.setdefault(id(store), []).append(store.params.clone())
+
+    monkeypatch.setattr(DenseStore, "_update", noting)
+    run = train(job({"name": "ps-async", "num_servers": 2}, 2), Norms)
+    assert [len(values) for values in made.values()] == [2 * STEPS] * 2
+    for index in range(2):
+        store = run.servers.shard_server(index).store
+        values = made[id(store)]
+        expected = values[0].clone()
+        for one in values[1:]:
+            expected.mul_(DECAY).add_(one, alpha=1 - DECAY)
+        assert torch.allclose(store.optimizer.average, expected, rtol=0, atol=1e-12)
+    parts = [run.servers.shard_server(index).store.optimizer.average for index in range(2)]
+    flat = run.ranks[0].prepared.flat
+    with flat.with_params(torch.cat(parts)):
+        expected_state = {k: v.clone() for k, v in flat.model.state_dict().items()}
+    for trained in run.trained:
+        for name, value in average_of(trained).items():
+            assert torch.equal(value, expected_state[name]), name
+
+
 def test_it_begins_and_ends_with_a_resumed_run() -> None:
     without = job("ring", 2, ema=None, checkpoint={"every_steps": EVERY})
     begun = train(job("ring", 2), Norms, saved=train(without, Norms).checkpoints[EVERY])
@@ -233,7 +276,6 @@ def test_warm_up_is_of_the_decay() -> None:
 
 
 REFUSED: list[tuple[Any, dict[str, Any], str]] = [
-    ("ps-async", {}, "'ps-async' keeps no average of the weights.*use `strategy: ring`"),
     ("hybrid", {}, "'hybrid' keeps no average of the weights.*use `strategy: ring`"),
     ({"name": "ps-sync", "backup_workers": 1}, {}, "does not go together with `backup_workers`"),
     (
