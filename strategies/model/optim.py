@@ -124,14 +124,9 @@ class FlatOptimizer(VectorOptimizer):
         self._present: NDArray[np.bool_] | None = None  #: by piece; None: all
 
     @override
-    def step(self, rates: Sequence[float], present: Presence = None) -> None:
-        """
-        Make an update from `gradient`.
-
-        Args:
-            rates: learning rates, see `rate_of`.
-            present: see `Presence`.
-        """
+    def step(
+        self, rates: Sequence[float], present: Presence = None, *, applied: bool = True
+    ) -> None:
         ranges = self._ranges_of(present)
         with torch.no_grad():
             for optimizer in self._optimizers.values():
@@ -139,7 +134,7 @@ class FlatOptimizer(VectorOptimizer):
                     group["lr"] = rate
                 if any(group["params"] for group in optimizer.param_groups):
                     inspect.unwrap(type(optimizer).step)(optimizer)
-            if self._average is not None and (present is None or np.any(present)):
+            if self._average is not None and applied:
                 self._average.update(tail=any(one.start >= self._layout.tail for one in ranges))
         if not all(one.used for one in ranges):
             self._keep_new_states(ranges)

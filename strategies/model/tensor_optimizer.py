@@ -44,13 +44,17 @@ class VectorOptimizer(ABC):
         self._average = None if ema is None else AveragedVector(ema, vector, self._layout)
 
     @abstractmethod
-    def step(self, rates: Sequence[float], present: Presence = None) -> None:
+    def step(
+        self, rates: Sequence[float], present: Presence = None, *, applied: bool = True
+    ) -> None:
         """
         Make an update from `gradient`.
 
         Args:
             rates: learning rates, see `rate_of`.
             present: see `Presence`.
+            applied: False: the step is left out, so that the average stays, too. In another one it
+                moves, also where this run of the vector has no gradient.
         """
 
     @abstractmethod
@@ -145,7 +149,9 @@ class TensorOptimizer(VectorOptimizer):
         """What is remembered of a parameter stands there, by the parameter."""
 
     @override
-    def step(self, rates: Sequence[float], present: Presence = None) -> None:
+    def step(
+        self, rates: Sequence[float], present: Presence = None, *, applied: bool = True
+    ) -> None:
         """Update the parameters by torch's optimizer; `rates`: by parameter group."""
         updated = self._at_first if present is None else np.asarray(present, np.bool_)[self._slots]
         for parameter, own, has in zip(self._parameters, self._gradients, updated, strict=True):
@@ -155,7 +161,7 @@ class TensorOptimizer(VectorOptimizer):
         with torch.no_grad():
             for one in self._torch:
                 inspect.unwrap(type(one).step)(one)
-            if self._average is not None and (present is None or np.any(present)):
+            if self._average is not None and applied:
                 self._average.update(tail=bool((updated & ~self._at_first).any()))
 
     @override

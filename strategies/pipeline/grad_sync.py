@@ -165,6 +165,11 @@ class AllReduceGradSync(GradSync):
         memory = self._optimizer.memory()
         return model_part(flat, holding).plus(optimizer_part(flat, memory, 0, holding))
 
+    @override
+    def average(self) -> Tensor:
+        assert self._optimizer is not None, "sync_state() comes first"
+        return self._optimizer.average()
+
     def figures(self) -> dict[str, float]:
         """Give the exchange's figures and the optimizer's memory."""
         assert self._optimizer is not None, "sync_state() comes first"
@@ -309,6 +314,10 @@ class PsGradSync(GradSync):
     @override
     def part(self, version: int) -> CheckpointPart:
         return server_part(self._flat, self._shards, version, may_skip=False, holding=self._holding)
+
+    @override
+    def average(self) -> Tensor:
+        return self._shards.average()
 
     def figures(self) -> dict[str, float]:
         """Give how long servers held this rank up, and what they did: all of its part together."""

@@ -3,6 +3,8 @@
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
+from torch import Tensor
+
 from distplat.strategies.checkpoint.checkpoint_types import CheckpointPart
 from distplat.strategies.collective import Collective
 from distplat.strategies.loop.control import StepControl
@@ -122,6 +124,9 @@ class GradSync(BackwardListener, Protocol):
 
     def part(self, version: int) -> CheckpointPart:
         """Give the part for a checkpoint."""
+
+    def average(self) -> Tensor:
+        """Give the average of the part, shape [n]; see `WorkerStrategy.average`."""
 
     def figures(self) -> dict[str, float]:
         """Give the figures of the step just made."""

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from distplat.platform.pipeline_trace import TraceEvent, TraceReport
+from distplat.platform.tensor_file import EMA_PREFIX
 from distplat.platform.topology import Grid, Position
 from distplat.strategies.algorithms.simulate import simulate
 from distplat.strategies.checkpoint.checkpoint_types import CheckpointPart, Holding
@@ -31,6 +32,7 @@ from distplat.strategies.collective import Collective, gather_numbers
 from distplat.strategies.loop.compute import Compute, precision
 from distplat.strategies.loop.control import ELSEWHERE, StepControl, sum_heads
 from distplat.strategies.loop.prepared import Prepared
+from distplat.strategies.model.ema import with_average
 from distplat.strategies.model.flat import FlatModel
 from distplat.strategies.model.meta import on_meta
 from distplat.strategies.pipeline.channel import Channel
@@ -288,12 +290,19 @@ class HybridWorker(WorkerStrategy[HybridOptions]):
         Raises:
             CollectiveError: a rank is missing.
         """
-        state = flat.model.state_dict()
+        state, specs = flat.model.state_dict(), self._own.specs
+        if self._prepared.job.ema is not None:
+            state = with_average(flat, self.average())
+            specs = specs | {EMA_PREFIX + name: spec for name, spec in specs.items()}
         if self._slices is not None:
-            state = gather_full(state, self._own.specs, self._slices)
+            state = gather_full(state, specs, self._slices)
         # Who leaves takes with it what it has sent and nobody has read yet.
         self._everybody.barrier()
         return state
+
+    def average(self) -> Tensor:
+        """Give that of this rank's part; its optimizer has it, or the part's servers."""
+        return self._synced.average()
 
     def checkpoint(self, version: int) -> CheckpointPart:
         """Give this rank's part for a checkpoint: those of the first replica give theirs."""

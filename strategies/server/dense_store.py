@@ -261,7 +261,8 @@ class DenseStore(ServerStore, ReplicatedStore):
             if limit is not None and norm is not None:
                 scale *= clip_factor(norm, limit)
             scale_in_place(self._typed(self._sum), scale)
-            update = Update(version, present=self._present, settings=self.settings)
+            applied = applies(self.total, self._plan.job.failure.non_finite)
+            update = Update(version, present=self._present, settings=self.settings, applied=applied)
         else:
             assert self._pushed is not None and self._present is not None, "a push was staged"
             update = self.staleness.update(self._pushed, version, self._present)
@@ -319,7 +320,7 @@ class DenseStore(ServerStore, ReplicatedStore):
             schedule_step = update.version // self._ledger.world
             self.optimizer.use(self._sum)  # may be the worker's own vector: it is only read
         rates = [rate * scale for rate in self._rates(schedule_step)]
-        self.optimizer.step(rates, from_flags(update.present))
+        self.optimizer.step(rates, from_flags(update.present), applied=update.applied)
         for steps in range(before + 1, self.steps + 1):  # several, after a slow rank
             self._keeping.reached(steps, self._copy)
 
@@ -407,8 +408,13 @@ def flags_of(total: StepControl, policy: NonFinitePolicy) -> bytes:
     Returns:
         A byte for each parameter.
     """
-    applied = total.finite or policy == "ignore"
-    return (total.present if applied else np.zeros_like(total.present)).tobytes()
+    present = total.present
+    return (present if applies(total, policy) else np.zeros_like(present)).tobytes()
+
+
+def applies(total: StepControl, policy: NonFinitePolicy) -> bool:
+    """Say whether a step is applied, and not left out; see `flags_of`."""
+    return total.finite or policy == "ignore"
 
 
 def from_flags(flags: bytes | None) -> NDArray[np.bool_] | None:

@@ -95,7 +95,8 @@ class Staleness:
     def update(self, push: PushId, version: int, present: bytes) -> Update:
         """Describe a rank's update, with the pulls since the last one."""
         pulls, self._pulls = tuple(self._pulls), []
-        return Update(version, push, pulls, self.pulled[push.rank], present)
+        applied = b"\1" in present
+        return Update(version, push, pulls, self.pulled[push.rank], present, applied=applied)
 
     def follow(self, update: Update, rank: int, params: Tensor) -> None:
         """As a backup, note what an update says; the parameters are those before it."""

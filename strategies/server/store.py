@@ -45,6 +45,8 @@ class Update:
     """A byte for each parameter of the model, 1: it has a gradient; None: all have."""
     settings: tuple[float, ...] = ()
     """What came with the pushes that it is of."""
+    applied: bool = True
+    """Of a shard: the step is not left out, so that an average of the parameters moves, too."""
 
 
 @dataclass(frozen=True)

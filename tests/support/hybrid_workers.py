@@ -43,9 +43,8 @@ class Workers(LocalRun):
     ) -> None:
         options = {**EVEN, **(options or {})}
         world = options["pipeline"] * options.get("tensor", 1) * options["data"]
-        super().__init__(
-            hybrid_job(options, world, **{"steps": STEPS, "clip_norm": 0.5, **more}), kind
-        )
+        fields = {"steps": STEPS, "clip_norm": 0.5, "ema": {"decay": 0.8}, **more}
+        super().__init__(hybrid_job(options, world, **fields), kind)
         self.starts: list[int] = []  #: of the last attempt
         self.division = self.roles.division(world)
 

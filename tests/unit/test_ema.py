@@ -23,6 +23,7 @@ from distplat.platform.spec import Job
 from distplat.platform.tensor_file import EMA_PREFIX, decode, encode
 from distplat.strategies.checkpoint.parts import whole_of
 from distplat.strategies.fakes import Fabric
+from distplat.strategies.hybrid import Hybrid
 from distplat.strategies.model.optim import FlatOptimizer
 from distplat.strategies.server.dense_store import DenseStore
 from distplat.strategies.task import Task
@@ -260,8 +261,8 @@ def test_a_step_that_is_left_out_does_not_move_it() -> None:
     vector, gradient = torch.zeros(3), torch.ones(3)
     one = FlatOptimizer(SGD(name="SGD", lr=1.0), vector, gradient, ema=EMA(decay=0.5))
     seen = []
-    for present in (None, [True], [False], [True]):
-        one.step([1.0], present)
+    for present, applied in ((None, True), ([True], True), ([False], False), ([True], True)):
+        one.step([1.0], present, applied=applied)
         seen.append(float(one.average[0]))
     assert seen == [-1.0, -1.5, -1.5, -2.25]
 
@@ -276,7 +277,6 @@ def test_warm_up_is_of_the_decay() -> None:
 
 
 REFUSED: list[tuple[Any, dict[str, Any], str]] = [
-    ("hybrid", {}, "'hybrid' keeps no average of the weights.*use `strategy: ring`"),
     ({"name": "ps-sync", "backup_workers": 1}, {}, "does not go together with `backup_workers`"),
     (
         "ring",
@@ -291,6 +291,12 @@ REFUSED: list[tuple[Any, dict[str, Any], str]] = [
 def test_what_has_none_is_refused(strategy: Any, more: dict[str, Any], text: str) -> None:
     with pytest.raises(SpecError, match=f"(?s){text}"):
         job(strategy, 2, **more)
+
+
+def test_a_strategy_that_keeps_none_is_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Hybrid, "averages", False)
+    with pytest.raises(SpecError, match="'hybrid' keeps no average of the weights"):
+        job("hybrid", 2)
 
 
 def test_it_has_a_file_of_its_own(tmp_path: Path) -> None:

@@ -10,17 +10,21 @@ from function_ranks import call_on_ranks, function_job
 from jobs import job_of
 from local_run import LocalRun, train
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import Dataset, TensorDataset, default_collate
 
 import distplat
 from distplat.platform.errors import NonFiniteError
+from distplat.platform.model_options import EMA
 from distplat.platform.progress import StepReport
 from distplat.platform.resume import NOT_FINITE
 from distplat.platform.sampler import Sampler
 from distplat.platform.spec import CheckpointConfig, Job
+from distplat.platform.tensor_file import EMA_PREFIX
 from distplat.strategies.task import Task
 
 SAMPLES, BATCH, STEPS = 22, 6, 7
+DECAY = 0.8
 
 
 class Spoiled(Task):
@@ -88,6 +92,16 @@ WORLDS: list[tuple[dict[str, Any], int]] = [
     ({"name": "ps-sync"}, 2),
     ({"name": "ps-sync", "num_servers": 3}, 2),
     ({"name": "hybrid", "pipeline": 2, "micro_batches": 2, "cut": "even"}, 2),
+    (
+        {
+            "name": "hybrid",
+            "pipeline": 2,
+            "micro_batches": 2,
+            "cut": "even",
+            "data_strategy": "ps-sync",
+        },
+        2,
+    ),
 ]
 
 
@@ -120,11 +134,13 @@ def batches_with(bad: tuple[int, ...]) -> list[bool]:
 
 @cache
 def plain(bad: tuple[int, ...], norm: bool) -> dict[str, Tensor]:
-    """Train in one process, leaving the bad batches out: for model, buffers and optimizer."""
+    """Train in one process, leaving the bad batches out: for model, buffers and the average."""
     task = Spoiled(bad, norm=norm)
     torch.manual_seed(0)
     model, data = task.model(), task.train_data()
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.05, weight_decay=0.1)
+    by: Any = get_ema_multi_avg_fn
+    average = AveragedModel(model, multi_avg_fn=by(DECAY))
     sampler = Sampler(SAMPLES, BATCH, 1, 0, False, False)
     for step, spoiled in enumerate(batches_with(bad)):
         if not spoiled:
@@ -132,7 +148,9 @@ def plain(bad: tuple[int, ...], norm: bool) -> dict[str, Tensor]:
             optimizer.zero_grad()
             torch.autograd.backward(task.loss(model(inputs), targets))
             optimizer.step()
-    return {name: value.detach() for name, value in model.state_dict().items()}
+            average.update_parameters(model)
+    averaged = {EMA_PREFIX + name: value for name, value in average.module.named_parameters()}
+    return {k: v.detach() for k, v in (model.state_dict() | averaged).items()}
 
 
 BAD = [(14,), (1, 8), tuple(range(SAMPLES))]
@@ -143,9 +161,13 @@ BAD = [(14,), (1, 8), tuple(range(SAMPLES))]
 def test_a_skipped_step_leaves_nothing_behind(
     strategy: dict[str, Any], workers: int, bad: tuple[int, ...]
 ) -> None:
-    """Parameters, Adam's step and, on one rank, batch norm are as if the batch had not been."""
+    """
+    Parameters, their average, Adam's step and, on one rank, batch norm are as if the batch had not
+    been.
+    """
     norm = workers == 1
-    run = train(spoiled_job(strategy, workers, "skip", bad=bad, norm=norm), Spoiled)
+    job = spoiled_job(strategy, workers, "skip", bad=bad, norm=norm)
+    run = train(job.model_copy(update={"ema": EMA(decay=DECAY)}), Spoiled)
     found = {name: value for part in run.trained for name, value in part.items()}
     for name, value in plain(bad, norm).items():
         assert torch.allclose(found[name].double(), value.double(), rtol=0, atol=1e-12), name

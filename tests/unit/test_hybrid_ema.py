@@ -1,0 +1,201 @@
+"""The average of the weights of a model that is cut: put together, it is that of one process.
+
+That a lost worker leaves no trace in it `test_hybrid_faults.py` and `test_hybrid_server_faults.py`
+see, whose jobs have one.
+"""
+
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from hybrid_models import (
+    GPT_PLAN,
+    INCEPTION_PLAN,
+    Gpt,
+    NormedInception,
+    distance,
+    grid_of,
+    hybrid_job,
+    whole,
+)
+from local_run import LocalRun, evaluations, train
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.utils.data import TensorDataset
+
+from distplat.platform.spec import Job
+from distplat.platform.tensor_file import EMA_PREFIX
+from distplat.strategies.task import Task
+
+STEPS, HALF, BATCH = 6, 3, 16
+
+
+class Shifting(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(8, 8)
+
+    def forward(self, hidden: Tensor, shift: Tensor) -> Tensor:
+        return hidden + torch.tanh(self.inner(hidden)) * shift
+
+
+class TiedModel(nn.Module):
+    """Blocks between an embedding and a head that is tied to it, on two stages."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.head = nn.Embedding(11, 8), nn.Linear(8, 11, bias=False)
+        self.blocks = nn.ModuleList(Shifting() for _ in range(4))
+        self.head.weight = self.table.weight
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        hidden = self.table(inputs)
+        shift = inputs.unsqueeze(-1) / 11
+        for block in self.blocks:
+            hidden = block(hidden, shift)
+        outputs: Tensor = self.head(hidden[:, -1])
+        return outputs
+
+
+class Tied(Gpt):
+    def model(self) -> nn.Module:
+        return TiedModel()
+
+
+SERVED = {"data_strategy": "ps-sync", "num_servers": 2}
+GRIDS: dict[str, tuple[type[Task], dict[str, Any], int]] = {
+    "stages and replicas": (Gpt, *grid_of(2, 1, 2)),
+    "several chunks": (Gpt, *grid_of(2, 1, 1, schedule="interleaved")),
+    "slices": (Gpt, *grid_of(1, 2, 2, tensor_plan=GPT_PLAN)),
+    "branches": (NormedInception, *grid_of(2, 2, 1, tensor_plan=INCEPTION_PLAN, micro_batches=1)),
+    "servers": (Gpt, *grid_of(2, 1, 2, **SERVED)),
+    "servers of slices": (Gpt, *grid_of(2, 2, 1, tensor_plan=GPT_PLAN, **SERVED)),
+    "copies": (Gpt, *grid_of(1, 1, 2)),
+    "tied": (Tied, *grid_of(2, 1, 1)),
+    "one process": (Gpt, {"name": "ring"}, 1),
+}
+
+
+def job(grid: str, **more: Any) -> Job:
+    _, options, workers = GRIDS[grid]
+    fields: dict[str, Any] = {
+        "steps": STEPS,
+        "ema": {"decay": 0.8, "warmup": True},
+        "evaluation": {"every_steps": HALF},
+        "checkpoint": {"every_steps": HALF},
+        "clip_norm": 0.5,
+        **more,
+    }
+    return hybrid_job(options, workers, **fields)
+
+
+@cache
+def alone(kind: type[Task]) -> LocalRun:
+    """One process, by `ring`, whose average is torch's (`test_ema.py`)."""
+    return train(job("one process"), kind)
+
+
+@cache
+def unstopped(grid: str) -> LocalRun:
+    return train(job(grid), GRIDS[grid][0])
+
+
+def figures(run: LocalRun, name: str) -> list[float]:
+    return [one.metrics[name] for one in evaluations(run)]
+
+
+@pytest.mark.parametrize("grid", [name for name in GRIDS if name != "one process"])
+def test_it_is_that_of_one_process(grid: str) -> None:
+    run, expected = unstopped(grid), alone(GRIDS[grid][0])
+    found = whole(run)
+    assert any(name.startswith(EMA_PREFIX) for name in found)
+    assert distance(found, whole(expected)) < 1e-5
+    for name in ("loss", "ema_loss", "ema_accuracy"):
+        assert figures(run, name) == pytest.approx(figures(expected, name), rel=1e-4)
+    assert figures(run, "loss") != pytest.approx(figures(run, "ema_loss"), rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("origin", "to"),
+    [
+        ("stages and replicas", "stages and replicas"),
+        ("servers of slices", "servers of slices"),
+        ("slices", "servers"),
+        ("servers", "one process"),
+        ("one process", "slices"),
+    ],
+)
+def test_a_checkpoint_has_it_for_any_grid(origin: str, to: str) -> None:
+    expected = whole(unstopped(origin))
+    found = whole(train(job(to), Gpt, saved=unstopped(origin).checkpoints[HALF]))
+    assert distance(found, expected) < 1e-5
+    if to == origin:
+        assert all(torch.equal(found[name], value) for name, value in expected.items())
+
+
+class First(nn.Module):
+    """Hands on beside its outputs whether the next layer has anything to do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(4, 4)
+
+    def forward(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
+        return self.inner(inputs[:, 1:]), inputs[:, 0]
+
+
+class Now(nn.Module):
+    """Reached in some steps only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(4, 4)
+
+    def forward(self, value: tuple[Tensor, Tensor]) -> Tensor:
+        hidden, wanted = value
+        return hidden + self.inner(hidden) if wanted.any() else hidden
+
+
+class NowAndThen(Task):
+    """In every second batch nothing reaches the stage in the middle."""
+
+    def model(self) -> nn.Module:
+        return nn.Sequential(First(), Now(), nn.Linear(4, 2)).double()
+
+    def train_data(self) -> TensorDataset:
+        generator = torch.Generator().manual_seed(3)
+        inputs = torch.randn(4 * BATCH, 5, generator=generator).double()
+        inputs[:, 0] = torch.tensor([1, 0, 1, 0]).repeat_interleave(BATCH)
+        return TensorDataset(inputs, torch.randn(4 * BATCH, 2, generator=generator).double())
+
+    def loss(self, outputs: Any, targets: Any) -> Tensor:
+        return nn.functional.mse_loss(outputs, targets)
+
+
+@pytest.mark.parametrize(
+    "strategy",
+    [grid_of(3, 1, 1), grid_of(3, 1, 1, data_strategy="ps-sync"), ({"name": "ring"}, 1)],
+    ids=["ring", "servers", "one process"],
+)
+def test_that_of_a_stage_moves_in_steps_that_do_not_reach_it(
+    strategy: tuple[dict[str, Any], int],
+) -> None:
+    """Compared with torch's loop: an average comes nearer to weights that stand still, too."""
+    fields: dict[str, Any] = {"steps": 4, "data": {"shuffle": False}, "ema": {"decay": 0.8}}
+    found = whole(train(hybrid_job(*strategy, **fields), NowAndThen))
+    torch.manual_seed(5)
+    task = NowAndThen()
+    model = task.model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+    by: Any = get_ema_multi_avg_fn
+    average = AveragedModel(model, multi_avg_fn=by(0.8))
+    data = task.train_data()
+    for step in range(4):
+        inputs, targets = data[BATCH * step : BATCH * (step + 1)]
+        optimizer.zero_grad()
+        torch.autograd.backward(task.loss(model(inputs), targets))
+        optimizer.step()
+        average.update_parameters(model)
+    for name, value in average.module.state_dict().items():
+        torch.testing.assert_close(found[EMA_PREFIX + name], value, rtol=0, atol=1e-10)
