@@ -49,7 +49,7 @@ from distplat.platform.progress import (
     Summary,
     reported,
 )
-from distplat.platform.resume import NOT_FINITE, state_of
+from distplat.platform.resume import NOT_FINITE, joined_facts, state_of
 from distplat.platform.shard_map import TABLES
 from distplat.platform.spec import Job
 from distplat.platform.tensor_file import encode
@@ -327,7 +327,8 @@ class Checkpoints:
         _refuse(_tables_not_finite(tensors_by_file))
         tensors = {name: tensors_by_file.get(name, {}) for name in (*_FILES, *tensors_by_file)}
         files = {f"{name}.safetensors": encode(held) for name, held in tensors.items()}
-        facts = {**parts[0].facts, **self._evaluated(step, parts[0].facts)}
+        facts = joined_facts([part.facts for part in parts])
+        facts |= self._evaluated(step, facts)
         state = state_of(self._job, launch.run, facts)
         path = self._catalogue.write(step, files, state)
         with self._evaluating:

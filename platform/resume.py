@@ -6,7 +6,7 @@ must stay is what gives the tensors and the position in the data their meaning: 
 optimizer, batch size, seed, order of the data.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,22 @@ STREAM = "stream"
 """Fact of a run whose data is a stream: where it is read on."""
 
 
+FROZEN = "frozen"
+"""Fact of a rank: what its part of a checkpoint leaves out, by name, and the checksum of each."""
+
+
+def joined_facts(every: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """
+    Give the facts of a checkpoint: those of rank 0, and what any rank leaves out of its part.
+
+    Args:
+        every: of all ranks, in rank order.
+    """
+    left_out = [facts[FROZEN] for facts in every if FROZEN in facts]
+    names = {name: sums for one in left_out for name, sums in one.items()}
+    return {**every[0], **({FROZEN: names} if left_out else {})}
+
+
 FUNCTION = "function"
 """Fact of a train function's checkpoint: what it gave, without the tensors."""
 
@@ -38,8 +54,8 @@ def state_of(job: Job, run: str, facts: Mapping[str, Any]) -> dict[str, Any]:
     Args:
         job: the run's.
         run: its name.
-        facts: what rank 0 knows: `samples`, `steps_per_epoch`, `epoch`, `versions`, `tables`,
-            `STREAM`.
+        facts: see `joined_facts`: `samples`, `steps_per_epoch`, `epoch`, `versions`, `tables`,
+            `STREAM`, `FROZEN`.
     """
     return {
         "run": run,

@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 
 from distplat.platform.errors import Problem, SpecError
-from distplat.platform.resume import names_differ
+from distplat.platform.resume import FROZEN, names_differ
 from distplat.platform.sampler import ENDLESS
 from distplat.platform.shard_map import TableSpec, file_of
 from distplat.platform.tensor_slices import RawTensor, TensorSlice, take_out
-from distplat.strategies.checkpoint.frozen_base import FROZEN, Checksums, check_base
+from distplat.strategies.checkpoint.frozen_base import Checksums, check_base
 from distplat.strategies.model.ema import AVERAGE, AVERAGED
 from distplat.strategies.model.flat import FlatModel
 from distplat.strategies.model.optimizer_state import NUMBERS, PER_PARAMETER, TREE, USED, WHOLE

@@ -7,34 +7,25 @@ from collections.abc import Iterator, Mapping, Sequence
 from torch import Tensor, nn
 
 from distplat.platform.errors import Problem, SpecError
+from distplat.platform.spec import Job
 from distplat.strategies.model.flat import FlatModel
 from distplat.strategies.model.written_tensors import checksum
-
-FROZEN = "frozen"
-"""Fact of a checkpoint: what it leaves out, by name, and the checksum of each."""
 
 Checksums = Mapping[str, Sequence[int]]
 
 
 class FrozenBase:
     """
-    The frozen parameters of a model, as a run began with them.
+    The frozen parameters of a model, or of a rank's part of it, as a run began with them.
 
     Args:
         flat: the model, before it is trained.
         saved: of the checkpoint that it was filled from; None: of none that leaves something out.
-
-    Raises:
-        SpecError: there is nothing to leave out.
     """
 
     def __init__(self, flat: FlatModel, saved: Checksums | None) -> None:
         self._flat = flat
         frozen = dict(_frozen(flat.model))
-        if not frozen:
-            where = "checkpoint", "trained_only"
-            text = "has no effect: the model has no frozen parameters"
-            raise SpecError(Problem(where, text, "remove it"))
         names = frozen.keys() if saved is None else frozen.keys() & saved.keys()
         self._sums = {name: checksum(frozen[name]) for name in names}
 
@@ -46,6 +37,23 @@ class FrozenBase:
             for name, one in _frozen(self._flat.model)
             if name in self._sums and name not in trained and checksum(one) == self._sums[name]
         }
+
+
+def check_trained_only(job: Job, model: nn.Module) -> None:
+    """
+    See that `checkpoint.trained_only` has something to leave out.
+
+    Args:
+        job: the run.
+        model: the whole one.
+
+    Raises:
+        SpecError: there is nothing.
+    """
+    if job.checkpoint.trained_only and not any(_frozen(model)):
+        where = "checkpoint", "trained_only"
+        text = "has no effect: the model has no frozen parameters"
+        raise SpecError(Problem(where, text, "remove it"))
 
 
 def check_base(model: Mapping[str, Tensor], saved: Checksums) -> None:

@@ -23,7 +23,7 @@ from distplat.platform.lr_schedules import length_problems
 from distplat.platform.optimizers import TaskOptimizer
 from distplat.platform.plateau import PLATEAU
 from distplat.platform.progress import AnyReport
-from distplat.platform.resume import NOT_FINITE, STREAM
+from distplat.platform.resume import FROZEN, NOT_FINITE, STREAM
 from distplat.platform.sampler import Sampler
 from distplat.platform.spec import Job
 from distplat.platform.stop_order import StopOrder
@@ -31,7 +31,7 @@ from distplat.platform.tensor_file import EMA_PREFIX, TASK_PREFIX
 from distplat.strategies.catalog import make_strategy
 from distplat.strategies.checkpoint.checkpoint_reader import SavedState
 from distplat.strategies.checkpoint.checkpoint_types import Take
-from distplat.strategies.checkpoint.frozen_base import FROZEN, FrozenBase
+from distplat.strategies.checkpoint.frozen_base import FrozenBase, check_trained_only
 from distplat.strategies.checkpoint.initial_weights import fill_part, initial_weights
 from distplat.strategies.collective import Collective
 from distplat.strategies.loop.agreement import agree, facts_of, hash_samples
@@ -152,6 +152,7 @@ def prepare(
     check_frequencies(model, roles.replicas(job.scaling.world) * spec.micro_batches(job))
     check_state(model, sent=roles.collective is not None and job.scaling.world > 1)
     check_device(device)
+    check_trained_only(job, model)
     lookups = lookups_of(model, job)
     whole = strategy is None or not strategy.cuts_model
     unfreezes = strategy is not None and strategy.can_unfreeze()
@@ -440,8 +441,7 @@ def _load(p: Prepared, saved: SavedState | None) -> None:
         if mark is not None and isinstance(p.data, StreamSamples):
             p.data.keep(mark)
         saved.load_model(p.flat, None if p.holding is None else p.holding.slices)
-    if p.loss_scale is None:
-        p.loss_scale = LossScale.of(p.job, p.flat)
+    p.loss_scale = p.loss_scale or LossScale.of(p.job, p.flat)
     if p.loss_scale is not None and saved is not None and LOSS_SCALE in saved.state:
         scale, steps = saved.state[LOSS_SCALE]
         p.loss_scale.load(saved.step, (float(scale), int(steps)))

@@ -213,9 +213,9 @@ def _combinations(chosen: HybridOptions, job: Job) -> list[Problem]:
     if job.embeddings is not None:
         text = "cannot be combined with `hybrid`: rows are looked up by whole models only"
         problems.append(Problem(("embeddings",), text, "take `ring` or a parameter server"))
-    if job.checkpoint.trained_only:
-        text = "cannot be combined with `hybrid`, whose ranks have parts of the model"
-        problems.append(Problem(("checkpoint", "trained_only"), text, "remove it, or take `ring`"))
+    if job.checkpoint.trained_only and chosen.tensor > 1:
+        text = f"knows a base by its whole tensors, and `tensor: {chosen.tensor}` cuts them"
+        problems.append(Problem(("checkpoint", "trained_only"), text, "remove one of the two"))
     if job.compile is not None:
         text = "cannot be combined with `hybrid`, which calls the model's layers one by one"
         problems.append(Problem(("compile",), text, "remove it, or take `ring`"))

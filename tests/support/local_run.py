@@ -23,7 +23,7 @@ from distplat.actors.local_transport import fetch_arrays
 from distplat.platform.checkpoints import CheckpointAssembly, Delivery
 from distplat.platform.errors import Abandoned
 from distplat.platform.progress import AnyReport, EvalReport, EvalSummary, ReportAggregator
-from distplat.platform.resume import state_of
+from distplat.platform.resume import joined_facts, state_of
 from distplat.platform.spec import Job
 from distplat.platform.stop_order import StopOrder
 from distplat.platform.tensor_slices import by_file, put_together
@@ -372,5 +372,6 @@ def as_read(job: Job, version: int, parts: Sequence[Delivery]) -> SavedState:
     ]
     # As on the disk: these are always there.
     files = {"model": {}, "optimizer": {}, **by_file(put_together(pairs))}
-    state = {**state_of(job, "run", parts[0].facts), "step": version}
+    facts = joined_facts([part.facts for part in parts])
+    state = {**state_of(job, "run", facts), "step": version}
     return SavedState(state, lambda name: files[name])

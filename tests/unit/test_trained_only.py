@@ -93,6 +93,67 @@ def test_what_is_frozen_is_in_no_file_and_a_run_goes_on_as_ever(
         assert torch.equal(again.parameters()[name], value), name
 
 
+class Adapter(nn.Module):
+    """A frozen layer, and one beside it that is trained."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.base, self.own = nn.Linear(4, 4), nn.Linear(4, 4)
+        self.base.requires_grad_(requires_grad=False)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return torch.as_tensor(self.base(inputs) + self.own(inputs))
+
+
+class Stages(Lora):
+    """Each stage but the last one has something frozen."""
+
+    bias = 0.0
+
+    def model(self) -> nn.Module:
+        model = nn.Sequential(Adapter(), nn.BatchNorm1d(4), Adapter(), nn.Tanh(), nn.Linear(4, 2))
+        model.get_submodule("2.base").get_parameter("bias").data += self.bias
+        return model
+
+
+class OtherStages(Stages):
+    bias = 1.0
+
+
+STAGES = {"name": "hybrid", "pipeline": 3, "micro_batches": 2, "cut": ["2", "4"]}
+
+
+def trained(run: LocalRun) -> dict[str, Tensor]:
+    """Put the ranks' parts together."""
+    return {name: value for part in run.trained for name, value in part.items()}
+
+
+@pytest.mark.parametrize("data_strategy", ["ring", "ps-sync"])
+def test_stages_leave_out_what_is_frozen_of_each(data_strategy: str) -> None:
+    of = job({**STAGES, "data_strategy": data_strategy}, 3, ema={"decay": 0.5})
+    run = train(of, Stages)
+    every = {*Stages().model().state_dict()}
+    frozen = {name for name in every if ".base." in name}
+    assert len(frozen) == 4
+    assert names(run, 2) == every - frozen
+    assert {name.removeprefix("ema:") for name in trained(run)} == every - frozen
+    again = train(of, Stages, saved=run.checkpoints[2])
+    for name, value in trained(run).items():
+        assert torch.equal(trained(again)[name], value), name
+    with pytest.raises(SpecError, match=r"frozen parameter '2.base.bias' has other values here"):
+        train(of, OtherStages, saved=run.checkpoints[2])
+
+
+def test_whole_models_go_on_from_stages_and_the_other_way_round() -> None:
+    ring = job("ring", 1, ema={"decay": 0.5})
+    other = job({**STAGES, "micro_batches": 1}, 3, ema={"decay": 0.5})
+    for origin, to in ((ring, other), (other, ring)):
+        run = train(origin, Stages)
+        again = train(to, Stages, saved=run.checkpoints[2])
+        for name, value in trained(run).items():
+            torch.testing.assert_close(trained(again)[name], value)
+
+
 def test_an_average_is_of_what_is_trained() -> None:
     run = train(job(ema={"decay": 0.5}), Lora)
     averaged = {name.removeprefix("ema:") for name in run.trained[0] if name.startswith("ema:")}
@@ -141,7 +202,7 @@ def test_where_it_does_nothing_it_is_refused() -> None:
 
     with pytest.raises(SpecError, match="the model has no frozen parameters"):
         train(job(), Trained)
-    with pytest.raises(SpecError, match="cannot be combined with `hybrid`"):
-        job({"name": "hybrid", "pipeline": 2, "micro_batches": 2}, 2)
+    with pytest.raises(SpecError, match="`tensor: 2` cuts them"):
+        job({"name": "hybrid", "tensor": 2, "tensor_plan": {"0": "colwise"}}, 2)
     with pytest.raises(SpecError, match="without checkpoints and without `save_final`"):
         job_of(checkpoint={"trained_only": True, "save_final": False})
