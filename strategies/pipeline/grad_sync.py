@@ -80,7 +80,8 @@ class AllReduceGradSync(GradSync):
         newest = max(versions(flat.version))
         self.made = self._summed and flat.version == newest - 1
         if self.made:
-            self.update(flat.version, self._total)
+            skip = self._look and not self._total.finite  # or the others would have ended the run
+            self.update(flat.version, replace(self._total, skip=skip))
             flat.version = newest
         self._summed = False
 
@@ -200,6 +201,7 @@ class PsGradSync(GradSync):
         #: what they were after one more, if that was made
         self._ahead: list[Tensor | None] | None = None
         self._pushing = False  #: the step after them was pushed, or is about to be
+        self._left_out = False  #: and is left out, for it is not finite
         self.made = False
 
     @override
@@ -243,6 +245,8 @@ class PsGradSync(GradSync):
             ahead: whether this part's servers have made one more step.
         """
         own = self._state
+        if self._pushing and self._left_out:
+            own.restore()
         if not self._new and version > self._at:
             self._go_ahead(own, version)
         elif not self._new:
@@ -285,7 +289,7 @@ class PsGradSync(GradSync):
     def sum_gradients(self, step: int, total: StepControl) -> StepControl:
         """The servers have the sum, and without clipping they have used it."""
         self._state.synchronize(step)
-        self._pushing = True
+        self._pushing, self._left_out = True, self._look and not total.finite
         share = 1.0 / self._dp_world  # the servers of this part add the peers' records up
         record = replace(total, samples=total.samples * share, weight=total.weight * share)
         self._pushed = self._shards.push(step, record)

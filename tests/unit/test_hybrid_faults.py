@@ -10,12 +10,14 @@ from functools import cache
 from typing import Any, ClassVar
 
 import pytest
-from hybrid_models import CLASSES, Mlp
+from hybrid_models import BATCH, CLASSES, SAMPLES, Mlp, Normed
 from hybrid_workers import WORLD, Workers, same, samples
 from marks import slow
 from torch import Tensor, nn
+from torch.utils.data import TensorDataset
 
 from distplat.platform.errors import CollectiveError, StateLost
+from distplat.platform.sampler import Sampler
 from distplat.strategies.fakes import Fabric
 
 
@@ -73,6 +75,32 @@ def test_some_have_made_the_update_and_some_not(
     assert workers.starts == [4] * WORLD
     lost = 0 if victim % 2 == 0 or victim not in deaf else 8  # with the rank its report is lost
     assert samples(workers, workers.job)[3] == 16 - lost
+
+
+class Spoiled(Normed):
+    """A sample of the fourth batch, and of one before, makes NaN of loss and statistics."""
+
+    def train_data(self) -> TensorDataset:
+        inputs, targets = super().train_data().tensors
+        inputs[int(Sampler(SAMPLES, BATCH, 1, seed=5).batch_ids(3)[0])] = float("nan")
+        return TensorDataset(inputs, targets)
+
+
+@pytest.mark.parametrize("clip", [None, 0.5])
+@pytest.mark.parametrize("options", [{}, {"data_strategy": "ps-sync"}], ids=str)
+@pytest.mark.parametrize("deaf", [{0, 1}, {0, 2, 3}])
+def test_a_step_that_some_have_left_out_the_others_leave_out_too(
+    deaf: set[int], options: dict[str, Any], clip: float | None
+) -> None:
+    policy = {"non_finite": "skip", "max_skipped_steps": 2}
+    more: dict[str, Any] = {"options": options, "failure": policy, "clip_norm": clip}
+    expected = Workers(Spoiled, **more).attempt()
+    assert expected is not None and all(one.isfinite().all() for one in expected.values())
+    workers = Workers(Spoiled, **more)
+    assert workers.attempt(Fabric(WORLD), deaf) is None
+    model = workers.attempt()
+    assert model is not None and same(model, expected)
+    assert min(workers.starts) == max(workers.starts) > 2
 
 
 def test_a_part_without_a_holder_is_lost() -> None:
