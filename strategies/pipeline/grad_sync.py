@@ -57,7 +57,7 @@ class AllReduceGradSync(GradSync):
         self._norm: float | None = None  #: of the whole model's gradient, if it is to be clipped
         self._total = StepControl()  #: of the step in flight
         self._look = True
-        self.made = False
+        self.made: StepControl | None = None
 
     @override
     def sync_state(
@@ -78,8 +78,9 @@ class AllReduceGradSync(GradSync):
         """Make the update that others have made, if all that it needs is here."""
         flat = self._flat
         newest = max(versions(flat.version))
-        self.made = self._summed and flat.version == newest - 1
-        if self.made:
+        missed = self._summed and flat.version == newest - 1
+        self.made = self._total if missed else None
+        if missed:
             skip = self._look and not self._total.finite  # or the others would have ended the run
             self.update(flat.version, replace(self._total, skip=skip))
             flat.version = newest
@@ -201,8 +202,8 @@ class PsGradSync(GradSync):
         #: what they were after one more, if that was made
         self._ahead: list[Tensor | None] | None = None
         self._pushing = False  #: the step after them was pushed, or is about to be
-        self._left_out = False  #: and is left out, for it is not finite
-        self.made = False
+        self._total = StepControl()  #: of that step
+        self.made: StepControl | None = None
 
     @override
     def sync_state(
@@ -225,7 +226,7 @@ class PsGradSync(GradSync):
             raise StateLost(f"the state after step {context.checkpoint_step} and later")
         if own_version > version:
             shards.step_back(version)
-        self.made = self._pushing and version == self._at + 1
+        self.made = self._total if self._pushing and version == self._at + 1 else None
         self._settle_buffers(version, ahead=own_version > version)
         if group is not None:
             self._share_buffers(group, context)
@@ -245,8 +246,8 @@ class PsGradSync(GradSync):
             ahead: whether this part's servers have made one more step.
         """
         own = self._state
-        if self._pushing and self._left_out:
-            own.restore()
+        if self._pushing and self._look and not self._total.finite:
+            own.restore()  # it is left out
         if not self._new and version > self._at:
             self._go_ahead(own, version)
         elif not self._new:
@@ -261,7 +262,7 @@ class PsGradSync(GradSync):
 
     def _go_ahead(self, own: ModelState, version: int) -> None:
         """The step in flight was made: take what this rank's buffers were after it."""
-        if not self.made:
+        if self.made is None:
             if self._ahead is None or version > self._at + 1:
                 self._new = True
                 return
@@ -289,7 +290,7 @@ class PsGradSync(GradSync):
     def sum_gradients(self, step: int, total: StepControl) -> StepControl:
         """The servers have the sum, and without clipping they have used it."""
         self._state.synchronize(step)
-        self._pushing, self._left_out = True, self._look and not total.finite
+        self._pushing, self._total = True, total
         share = 1.0 / self._dp_world  # the servers of this part add the peers' records up
         record = replace(total, samples=total.samples * share, weight=total.weight * share)
         self._pushed = self._shards.push(step, record)

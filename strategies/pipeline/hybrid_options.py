@@ -210,6 +210,9 @@ def _combinations(chosen: HybridOptions, job: Job) -> list[Problem]:
     if checkpoints and not chosen.recompute:
         text = "is false, and `activation_checkpointing` asks for it"
         problems.append(_problem("recompute", text, "remove one of the two"))
+    if job.precision == "fp16" and chosen.wire != "exact":
+        text = "fp16 does not go together with a `wire`"
+        problems.append(Problem(("precision",), text, "remove it, or use bf16"))
     if job.embeddings is not None:
         text = "cannot be combined with `hybrid`: rows are looked up by whole models only"
         problems.append(Problem(("embeddings",), text, "take `ring` or a parameter server"))

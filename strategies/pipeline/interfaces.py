@@ -61,8 +61,9 @@ class BackwardListener(Protocol):
 class GradSync(BackwardListener, Protocol):
     """How the gradients of one part of the model become an update, over all attempts of a run."""
 
-    made: bool
-    """Whether the last `sync_state` found the step in flight made, with this rank's share."""
+    made: StepControl | None
+    """The record of all ranks of the step in flight, if the last `sync_state` found it made, with
+    this rank's share."""
 
     def sync_state(
         self, group: Collective | None, context: Context, versions: GatherVersions

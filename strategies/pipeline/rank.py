@@ -175,7 +175,10 @@ class HybridWorker(WorkerStrategy[HybridOptions]):
             name = f"dp-{at.stage}-{at.slice}"
             dp_group = everybody.subgroup(name, grid.dp_ranks(at.stage, at.slice))
         version = self._grad_sync.sync_state(dp_group, context, self._versions)
-        self.replayed = self._pipeline.share if self._grad_sync.made else None
+        made, scale = self._grad_sync.made, self._prepared.loss_scale
+        self.replayed = None if made is None else self._pipeline.share
+        if made is not None and scale is not None:
+            scale.passed(version - 1, made)
         self._measures.connect(self._replica)
         self._pipeline = self._make_pipeline(context, members)
         self._report = context.report

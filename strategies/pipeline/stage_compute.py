@@ -94,6 +94,7 @@ class Pipeline(Compute):
         if not sizes:
             return self.share
         scale = 1.0 / p.sampler.batch_size(step)
+        scale *= 1.0 if p.loss_scale is None else p.loss_scale.value
         terms: list[LossTerm] = []  # in order: so micro-batches come to the last stage
 
         def loss(outputs: Any, targets: Any, samples: int, size: int) -> Tensor:

@@ -119,6 +119,38 @@ def test_a_run_is_a_loop_with_torchs_scaler(strategy: Any, world: int, parts: in
         torch.testing.assert_close(found[name], value, rtol=0.02, atol=2e-3)
 
 
+GRID = {"name": "hybrid", "cut": "even", "pipeline": 2}
+GRIDS: list[tuple[dict[str, Any], int, int]] = [
+    ({**GRID, "micro_batches": 2}, 2, 2),
+    ({**GRID, "micro_batches": 1, "data": 2}, 4, 2),
+    ({**GRID, "micro_batches": 1, "data": 2, "data_strategy": "ps-sync"}, 4, 2),
+    ({"name": "hybrid", "pipeline": 1, "data": 3}, 3, 3),
+    (
+        {
+            "name": "hybrid",
+            "tensor": 2,
+            "tensor_plan": {"0": "colwise", "2": "rowwise"},
+            "data_strategy": "ps-sync",
+            "num_servers": 2,
+        },
+        2,
+        1,
+    ),
+]
+
+
+@pytest.mark.parametrize(("strategy", "world", "parts"), GRIDS, ids=str)
+def test_stages_and_slices_have_one_scale(strategy: Any, world: int, parts: int) -> None:
+    expected, steps = plain(Steep, parts)
+    run = train(job(strategy, world), Steep)
+    for rank in range(world):
+        assert scales(run, rank) == steps, "alike on all ranks"
+    found = {name: value for one in run.trained for name, value in one.items()}
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=0.02, atol=2e-3)
+
+
 @pytest.mark.parametrize("strategy", ["ring", "ps-sync"])
 def test_small_gradients_are_not_lost(strategy: str) -> None:
     rate = {"optimizer": {"name": "SGD", "lr": 5e4}, "clip_norm": None}
@@ -188,6 +220,31 @@ def test_a_lost_worker_and_a_resumed_run_leave_no_trace(strategy: str) -> None:
             assert torch.equal(run.parameters()[name], value), name
 
 
+@pytest.mark.parametrize(
+    ("data_strategy", "clip"), [("ring", CLIP), ("ps-sync", CLIP), ("ps-sync", None)]
+)
+@pytest.mark.parametrize(("deaf", "lost"), [({0, 1}, 2), ({0, 1}, 0), ({0, 2, 3}, 1)])
+def test_stages_that_had_not_heard_of_a_step_have_its_scale(
+    deaf: set[int], lost: int, data_strategy: str, clip: float | None
+) -> None:
+    """Of the fourth one, for which the scale was too large; also where who had heard is lost."""
+    chosen = {**GRID, "micro_batches": 1, "data": 2, "data_strategy": data_strategy}
+    of = job(chosen, 4, checkpoint={"every_steps": 6}, clip_norm=clip)
+    whole = train(of, Steep)
+    assert scales(whole)[3] < scales(whole)[2]
+    run = LocalRun(of, Steep)
+    assert not UntilOneIsLost(run, Fabric(4), deaf).make()
+    run.renew(lost)
+    assert UntilOneIsLost(run).make()
+    run.close()
+    again = train(of, Steep, saved=whole.checkpoints[6])
+    for one in (run, again):
+        for rank in range(4):
+            assert scales(one, rank)[-6:] == scales(whole)[-6:]
+            for name, value in whole.trained[rank].items():
+                assert torch.equal(one.trained[rank][name], value), name
+
+
 def record(**fields: Any) -> StepControl:
     return StepControl(samples=4, weight=4, **fields)
 
@@ -215,7 +272,11 @@ def test_the_scale_follows_what_came_of_the_steps(monkeypatch: pytest.MonkeyPatc
     ("strategy", "more", "message"),
     [
         ("ps-async", {}, "fp16 has no loss scale under 'ps-async'"),
-        ({"name": "hybrid", "data": 2}, {}, "fp16 has no loss scale under 'hybrid'"),
+        (
+            {"name": "hybrid", "data": 2, "data_strategy": "ps-sync", "wire": "bf16"},
+            {},
+            "together with a `wire`",
+        ),
         ({"name": "ring", "compression": "powersgd"}, {}, "a loss scale has made larger"),
         ({"name": "ps-sync", "wire": "fp16"}, {}, "nor with a `wire`"),
         ({"name": "ps-sync", "backup_workers": 1}, {}, "together with `backup_workers`"),
