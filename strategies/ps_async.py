@@ -41,6 +41,7 @@ class PsAsync(Strategy[PsAsyncOptions]):
     summary = "asynchronous data parallel: sharded parameter server, workers at their own pace"
     worker: ClassVar[str | type] = "distplat.strategies.ps_async_worker:PsAsyncWorker"
     has_checkpoints = True
+    scales_loss = True
     averages = True
     options_type = PsAsyncOptions
 

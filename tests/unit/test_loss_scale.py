@@ -103,6 +103,8 @@ WAYS: list[tuple[Any, int, int]] = [
     ({"name": "ring", "overlap": False}, 2, 1),
     ({"name": "ps-sync", "num_servers": 2}, 1, 1),
     ({"name": "ps-sync", "num_servers": 2}, 3, 1),
+    ({"name": "ps-async", "num_servers": 2}, 1, 1),
+    ("ps-async", 1, 2),
 ]
 
 
@@ -220,6 +222,24 @@ def test_a_lost_worker_and_a_resumed_run_leave_no_trace(strategy: str) -> None:
             assert torch.equal(run.parameters()[name], value), name
 
 
+def test_an_asynchronous_run_goes_on_with_its_scale() -> None:
+    of = job("ps-async", 1, checkpoint={"every_steps": 5})
+    whole = train(of, Steep)
+    assert len({*scales(whole)}) > 2
+    again = train(of, Steep, saved=whole.checkpoints[5])
+    assert scales(again) == scales(whole)[5:]
+    for name, value in whole.parameters().items():
+        assert torch.equal(again.parameters()[name], value), name
+
+
+def test_asynchronous_workers_have_scales_of_their_own() -> None:
+    """A push is decided by itself: one that overflows is left out, others are applied."""
+    run = train(job("ps-async", 3), Steep)
+    every = [one for rank in range(3) for one in scales(run, rank)]
+    assert len(every) == 3 * STEPS and min(every) < losses.FIRST_SCALE
+    assert all(one.isfinite().all() for one in run.parameters().values())
+
+
 @pytest.mark.parametrize(
     ("data_strategy", "clip"), [("ring", CLIP), ("ps-sync", CLIP), ("ps-sync", None)]
 )
@@ -271,7 +291,6 @@ def test_the_scale_follows_what_came_of_the_steps(monkeypatch: pytest.MonkeyPatc
 @pytest.mark.parametrize(
     ("strategy", "more", "message"),
     [
-        ("ps-async", {}, "fp16 has no loss scale under 'ps-async'"),
         (
             {"name": "hybrid", "data": 2, "data_strategy": "ps-sync", "wire": "bf16"},
             {},

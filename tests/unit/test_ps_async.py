@@ -297,6 +297,7 @@ def again(run: LocalRun, of: Job, task: type[Classify]) -> torch.nn.Module:
         ({"num_servers": 3}, {"optimizer": {"name": "AdamW", "lr": 0.01}, "clip_norm": 0.3}),
         ({"staleness": 1, "num_servers": 2}, {"gradient_accumulation": 2}),
         ({"staleness_lr": True, "delay_compensation": 0.5, "num_servers": 2}, {}),
+        ({"num_servers": 2}, {"precision": "fp16", "ema": {"decay": 0.9}}),
     ],
 )
 @pytest.mark.parametrize("workers", [1, 3])
