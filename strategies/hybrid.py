@@ -30,6 +30,7 @@ class Hybrid(Strategy[HybridOptions]):
     options_type: ClassVar[type[Options]] = HybridOptions
     worker: ClassVar[str | type] = "distplat.strategies.pipeline.rank:HybridWorker"
     has_checkpoints = True
+    gathers = True
     scales_loss = True
     averages = True
 

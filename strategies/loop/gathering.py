@@ -24,7 +24,9 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from distplat.platform.errors import Problem, SpecError
+from distplat.platform.spec import Job
 from distplat.strategies.collective import Collective, gather_numbers
+from distplat.strategies.strategy_spec import Roles
 from distplat.strategies.task import Task
 from distplat.strategies.task_methods import names_in
 
@@ -263,6 +265,23 @@ class _Gather(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
         """Give the gradient of this rank's rows."""
         return ctx.gathering.sum_over_ranks(gradient, ctx.call)[ctx.own], None, None
+
+
+def gathers_not_with(job: Job, roles: Roles, *, gathers: bool) -> str:
+    """
+    Name what keeps workers from having each a part of one step's batch, and why; empty: they have.
+
+    Args:
+        job: the run.
+        roles: what its strategy needs.
+        gathers: see `Strategy.gathers`.
+    """
+    if roles.group_size > 1:
+        return "stages or slices: workers have parts of the model"
+    if gathers and not roles.consistency.backup_workers:
+        return ""
+    name = "`backup_workers`" if gathers else f"the strategy {job.strategy.name!r}"
+    return f"{name}: workers are not in one step"
 
 
 def looks_gathering(task: Task, model: nn.Module) -> bool:

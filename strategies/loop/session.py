@@ -45,7 +45,7 @@ from distplat.strategies.loop.checks import (
     checked_model,
 )
 from distplat.strategies.loop.compute import TaskModel
-from distplat.strategies.loop.gathering import Gathering, looks_gathering
+from distplat.strategies.loop.gathering import Gathering, gathers_not_with, looks_gathering
 from distplat.strategies.loop.loaders import ready_loaders, warning_of
 from distplat.strategies.loop.loop import LeasedLoop, Loop, Progress, task_plan
 from distplat.strategies.loop.losses import LOSS_SCALE, LossScale, TermWeights
@@ -326,23 +326,18 @@ def _group_of_all(p: Prepared, context: Context) -> Callable[[], Collective | No
 def _gathering(p: Prepared, strategy: WorkerStrategy[Any], context: Context) -> Gathering:
     """Give this rank's state of `all_gather`, with the reason if it is refused."""
     refused = None
-    if apart := _apart(p, strategy):
-        text = f"all_gather() does not go together with {apart}: workers are not in one step"
+    if apart := gathers_not_with(p.job, p.roles, gathers=strategy.strategy.gathers):
+        text = f"all_gather() does not go together with {apart}"
         refused = Problem(("strategy",), text, "use `strategy: ring` or `ps-sync`")
-    elif p.job.gradient_accumulation > 1:
+    elif strategy.strategy.micro_batches(p.job) > 1:
         text = "all_gather() in a loss needs a worker's part of the batch at once"
-        refused = Problem(("gradient_accumulation",), text, "set it to 1")
+        hybrid = "strategy", "micro_batches"
+        where = hybrid if strategy.cuts_model else ("gradient_accumulation",)
+        refused = Problem(where, text, "set it to 1")
     make_group = _group_of_all(p, context)
     assert p.state is not None, "_load() makes it"
     expected = refused is None and p.sampler.world > 1 and looks_gathering(p.task, p.flat.model)
     return Gathering(make_group, p.sampler.world, p.state.shares.micro_batches, expected, refused)
-
-
-def _apart(p: Prepared, strategy: WorkerStrategy[Any]) -> str:
-    """Name what lets workers be in different steps; empty: all are in the same step."""
-    if p.roles.consistency.backup_workers:
-        return "`backup_workers`"
-    return "" if strategy.strategy.gathers else f"the strategy {p.job.strategy.name!r}"
 
 
 def _term_weights(
@@ -358,10 +353,8 @@ def _term_weights(
         return None
     if p.roles.consistency.dynamic_tasks:
         return TermWeights(p.task)
-    if apart := _apart(p, strategy):
-        text = (
-            f"weights() does not go together with {apart}: they are those of all workers' batches"
-        )
+    if apart := gathers_not_with(p.job, p.roles, gathers=strategy.strategy.gathers):
+        text = f"weights() does not go together with {apart}"
         hint = "use `strategy: ring`, `ps-sync` or `ps-async`"
         raise SpecError(Problem(("strategy",), text, hint))
     return TermWeights(p.task, _group_of_all(p, context), p.sampler.world)

@@ -70,7 +70,8 @@ def refuse_weights(task: Task) -> None:
         SpecError: the task has `weights`.
     """
     if overrides(type(task), "weights"):
-        text = f"{type(task).__name__}.weights() gets whole batches, which no rank of `hybrid` has"
+        text = f"{type(task).__name__}.weights() is asked before a step's first forward, and "
+        text += "`hybrid` reads a micro-batch when its turn comes"
         raise SpecError(Problem(("task",), text, "use `strategy: ring` or `strategy: ps-sync`"))
 
 

@@ -23,6 +23,7 @@ from distplat.strategies.algorithms.seeds import mixed
 from distplat.strategies.loop.batches import EvalLoader, collate_of, micro_batches, unpack_batch
 from distplat.strategies.loop.collate import to_device
 from distplat.strategies.loop.compute import Compute, Share, Stopwatch, Sums, precision
+from distplat.strategies.loop.gathering import calls
 from distplat.strategies.loop.loss_check import MeanCheck
 from distplat.strategies.loop.losses import (
     BatchResult,
@@ -75,6 +76,7 @@ class Pipeline(Compute):
         self._batches: Iterator[Any] = iter(())
         self._mean_check = MeanCheck(prepared.task, prepared.flat.model)
         self._eval_loader = EvalLoader(prepared.job, prepared.task)
+        self._calls = 0  #: of `all_gather` before the step
         self._metrics = TaskMetrics(prepared.task)
         self.share = Share()  #: what this rank had of the last step
 
@@ -106,6 +108,7 @@ class Pipeline(Compute):
         source = _MicroBatches(self, self._batches, sizes, loss, lambda number: mixed(seed, number))
         plan = training_plan(options.schedule, options.pipeline, len(sizes), options.chunks)
         self._mean_check.begin(step)
+        self._calls = calls()
         self._executor.train(plan, source, self._listener, thorough=self._thorough(step))
         clock.lap("compute")
         clock.move("compute", "data", source.loading_s)
@@ -155,7 +158,8 @@ class Pipeline(Compute):
         """Give the loss of a micro-batch."""
         with precision(self.prepared.job, self.device):
             term = loss_term(self.prepared.task, outputs, targets, samples)
-            if self._at.slice == 0:
+            # Else it is no mean over samples, and the others wait.
+            if self._at.slice == 0 and calls() == self._calls:
                 self._mean_check.look(step, BatchResult(outputs, targets, term), samples)
             return term
 

@@ -89,6 +89,9 @@ SHARDED = {"name": "ring", "shard_optimizer": True}
 TWO = {"name": "ps-sync", "num_servers": 2}
 WORLDS: list[tuple[Any, int]] = [(s, n) for s in (RING, "ps-sync") for n in (1, 2, 3)]
 WORLDS += [(SHARDED, 2), (TWO, 2)]
+REPLICAS = {"name": "hybrid", "pipeline": 1}
+WORLDS += [({**REPLICAS, "overlap": False}, 3), ({**REPLICAS, "data_strategy": "ps-sync"}, 2)]
+WORLDS += [({**REPLICAS, "overlap": False, "recompute": True}, 2)]
 
 
 @pytest.mark.sweep(2)
@@ -110,7 +113,8 @@ def test_without_it_the_result_would_be_another(monkeypatch: pytest.MonkeyPatch)
 REFUSED: list[tuple[Any, dict[str, Any], str]] = [
     ("ring", {"gradient_accumulation": 2}, "gradient_accumulation: all_gather.*hint: set it to 1"),
     ("ps-async", {}, "with the strategy 'ps-async'.*hint: use `strategy: ring` or `ps-sync`"),
-    ({"name": "ps-sync", "backup_workers": 1}, {}, "with `backup_workers`"),
+    ({"name": "ps-sync", "backup_workers": 1}, {}, "with `backup_workers`: workers are not in"),
+    ({"name": "hybrid", "pipeline": 1, "micro_batches": 2}, {}, "strategy.micro_batches: all_gath"),
 ]
 
 
@@ -123,6 +127,60 @@ def test_where_the_batch_is_not_at_hand_it_is_refused(
         workers = 2
     with pytest.raises(SpecError, match=f"(?s){text}"):
         train(job(strategy, workers, **more), Pairs)
+
+
+class ByLoss(Task):
+    """As `Pairs`, by a loss of outputs."""
+
+    def model(self) -> nn.Module:
+        return Pairs().model()
+
+    def train_data(self) -> TensorDataset:
+        return DATA
+
+    def forward(self, model: nn.Module, batch: Any) -> Any:
+        return model(batch[0]), model(batch[1])
+
+    def loss(self, outputs: Any, targets: Any) -> Tensor:
+        mine, theirs = outputs
+        scores = torch.logsumexp(mine @ distplat.all_gather(theirs).T, 1)
+        loss: Tensor = (scores - (mine * theirs).sum(1)).mean()
+        return loss
+
+
+@pytest.mark.parametrize("strategy", [RING, {**REPLICAS, "overlap": False}], ids=str)
+def test_whether_it_is_a_mean_over_samples_is_not_looked_at(
+    strategy: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    """It is none, and need not be; and the other workers would have to take part."""
+    found = train(job(strategy, 2), ByLoss).parameters()
+    assert not any("mean" in one for one in caplog.messages)
+    for name, value in plain(Pairs).items():
+        assert torch.allclose(found[name], value, rtol=0, atol=1e-10), name
+
+
+class Gathered(nn.Module):
+    """Gathers in a forward, and not in the loss."""
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return inputs - distplat.all_gather(inputs).mean(0)
+
+
+class InStages(Task):
+    def model(self) -> nn.Module:
+        return nn.Sequential(nn.Linear(4, 4), Gathered(), nn.Linear(4, 4)).to(WIDE)
+
+    def train_data(self) -> TensorDataset:
+        return DATA
+
+    def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        return nn.functional.mse_loss(outputs, targets)
+
+
+def test_workers_that_have_parts_of_the_model_do_not_gather() -> None:
+    of = job({"name": "hybrid", "pipeline": 2, "cut": "even", "micro_batches": 1}, 2)
+    with pytest.raises(SpecError, match=r"workers have parts of the model\n.*use `strategy: ring`"):
+        train(of, InStages)
 
 
 class Single(Pairs):
