@@ -47,8 +47,8 @@ class ModelCall:
 
     @property
     def holders(self) -> tuple[object, ...]:
-        """Give the task, whose attributes a call may change."""
-        return () if self._task is None else (self._task,)
+        """Give the task, whose attributes a call may change, where it calls the model itself."""
+        return () if self._task is None or own_call(self._task) is None else (self._task,)
 
     def of_part(self, model: nn.Module, inputs: Any) -> Any:
         """

@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from distplat.platform.errors import Problem, SpecError, nearest
 from distplat.platform.spec import Job
-from distplat.strategies.model.trials import ReadAgain
+from distplat.strategies.model.trials import ReadAgain, beside
 from distplat.strategies.torch_compat import (
     call_compiled,
     fall_back_to_eager,
@@ -190,8 +190,9 @@ def _state(stage: nn.Module) -> dict[str, tuple[int, int]]:
 
 def _kept_in_attributes(stage: nn.Module) -> Iterator[tuple[str, Tensor, int]]:
     """Give tensors in attributes, with their names and versions: `ReadAgain` puts them back."""
-    for path, module in stage.named_modules():
-        for name, value in vars(module).items():
+    holders = [*stage.named_modules(), *(("task", one) for one in beside(stage))]
+    for path, holder in holders:
+        for name, value in vars(holder).items():
             if isinstance(value, Tensor) and not value.requires_grad:
                 yield _name_in_model(path, name), value, value._version
 

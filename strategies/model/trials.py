@@ -87,6 +87,12 @@ def _every(*modules: nn.Module) -> list[nn.Module]:
     return [*modules_by_id.values()]
 
 
+def beside(*modules: nn.Module) -> list[object]:
+    """Give the objects, each once, whose attributes the runners among modules may change."""
+    runners = (one for one in _every(*modules) if isinstance(one, Runner))
+    return [*{id(holder): holder for one in runners for holder in one.beside()}.values()]
+
+
 class ModuleSnapshot:
     """
     What modules hold now.
@@ -227,7 +233,8 @@ class ReadAgain:
     """
     Has a second forward find the attributes that the first one found, and leave no trace in them.
 
-    A counter would be a step ahead, and count twice. A context, to be entered once for each time
+    A counter would be a step ahead, and count twice. So would one of what a `Runner` has beside. A
+    context, to be entered once for each time
     that activations are computed again.
 
     Args:
@@ -235,7 +242,7 @@ class ReadAgain:
     """
 
     def __init__(self, module: nn.Module) -> None:
-        self._modules = _every(module)
+        self._holders = [*_every(module), *beside(module)]
         self._found = self._values()
 
     def __enter__(self) -> None:
@@ -246,11 +253,11 @@ class ReadAgain:
         self._restore_attributes(self._after)
 
     def _values(self) -> list[Attributes]:
-        return [_attributes(one, MODULE_VARS) for one in self._modules]
+        return [_attributes(one, MODULE_VARS) for one in self._holders]
 
     def _restore_attributes(self, values: list[Attributes]) -> None:
-        for module, held in zip(self._modules, values, strict=True):
-            _restore_attributes(module, held)
+        for holder, held in zip(self._holders, values, strict=True):
+            _restore_attributes(holder, held)
 
 
 @contextmanager
@@ -278,9 +285,7 @@ def untouched(*modules: nn.Module) -> Iterator[None]:
     held = ModuleSnapshot(("", one) for one in every)
     tensors = (t for one in every for t in (*one.parameters(), *one.buffers()))
     devices = sorted({t.device.index for t in tensors if t.is_cuda})
-    runners = (one for one in every if isinstance(one, Runner))
-    beside = {id(holder): holder for one in runners for holder in one.beside()}
-    with torch.random.fork_rng(devices=devices), preserve_attributes(*beside.values()):
+    with torch.random.fork_rng(devices=devices), preserve_attributes(*beside(*modules)):
         for one in every:
             one.training = False
         try:

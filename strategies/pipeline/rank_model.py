@@ -30,6 +30,7 @@ from distplat.strategies.model.meta import materialise
 from distplat.strategies.model.model_call import Batch, ModelCall, TakesBatch
 from distplat.strategies.model.module_hooks import called_hooks, saved_hooks
 from distplat.strategies.model.module_options import recomputed
+from distplat.strategies.model.trials import Runner
 from distplat.strategies.pipeline.limits import NamesById
 from distplat.strategies.pipeline.slicing_trial import SlicingTrial
 from distplat.strategies.pipeline.values import copied
@@ -270,7 +271,7 @@ class Layers(Stage, Chunk):
             module.train(training)
 
 
-class WholeModelChunk(Chunk):
+class WholeModelChunk(Runner, Chunk):
     """
     The whole model, called as plain torch calls it: any inputs, any outputs, all of its hooks.
 
@@ -283,6 +284,10 @@ class WholeModelChunk(Chunk):
     def __init__(self, model: nn.Module, call: ModelCall, *, recompute: bool) -> None:
         super().__init__()
         self.model, self._call, self.recompute = model, call, recompute
+
+    @override
+    def beside(self) -> tuple[object, ...]:
+        return self._call.holders
 
     @override
     def seeded(self, inputs: Any, seed: int) -> Any:

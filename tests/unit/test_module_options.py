@@ -202,6 +202,26 @@ class Weighted(Deep):
         return nn.functional.mse_loss(model(inputs), targets, reduction="sum")
 
 
+class Written(Weighted):
+    """Keeps them in a tensor that it writes."""
+
+    def step(self, model: nn.Module, batch: Any) -> Any:
+        self.scale = torch.zeros(()) if self.scale is None else self.scale
+        loss = self.computed(model, *batch)
+        self.scale += loss.detach()
+        return loss
+
+
+def test_what_a_task_keeps_is_not_counted_twice() -> None:
+    """Under `hybrid` its `step` is a part of what is computed again."""
+    plain = train(options_job("hybrid"), Weighted).parameters()
+    saving = options_job("hybrid", activation_checkpointing="0")
+    found = train(saving, Weighted).parameters()
+    assert all(torch.equal(found[name], value) for name, value in plain.items())
+    with pytest.raises(SpecError, match=r"writes into task\.scale, and `recompute` runs it twice"):
+        train(saving, Written)
+
+
 class CompiledByTask(Weighted):
     computed = staticmethod(torch.compile(Weighted.computed, fullgraph=True, backend="eager"))
 
