@@ -40,6 +40,11 @@ def apply_module_options(job: Job, model: nn.Module) -> None:
     """
     for module in checkpointed_modules(job, model):
         checkpoint_activations(module)
+    compile_calls(job, model)
+
+
+def compile_calls(job: Job, model: nn.Module) -> None:
+    """Have a model's calls compiled, in place, if the job says so."""
     if job.compile is not None:
         if not job.compile.fullgraph:
             fall_back_to_eager()

@@ -219,8 +219,8 @@ def _combinations(chosen: HybridOptions, job: Job) -> list[Problem]:
     if job.checkpoint.trained_only and chosen.tensor > 1:
         text = f"knows a base by its whole tensors, and `tensor: {chosen.tensor}` cuts them"
         problems.append(Problem(("checkpoint", "trained_only"), text, "remove one of the two"))
-    if job.compile is not None:
-        text = "cannot be combined with `hybrid`, which calls the model's layers one by one"
+    if job.compile is not None and chosen.grid.group_size > 1:
+        text = "cannot be combined with stages, whose layers are called one by one, nor with slices"
         problems.append(Problem(("compile",), text, "remove it, or take `ring`"))
     if chosen.backend == "nccl" and not job.scaling.use_gpu:
         hint_ = "set scaling.use_gpu: true, or `backend: auto`"

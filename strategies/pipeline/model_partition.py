@@ -27,7 +27,7 @@ from distplat.strategies.model.flat import FlatModel
 from distplat.strategies.model.layers import Layer, tracing
 from distplat.strategies.model.meta import materialise
 from distplat.strategies.model.model_call import ModelCall
-from distplat.strategies.model.module_options import checkpointed_modules
+from distplat.strategies.model.module_options import checkpointed_modules, compile_calls
 from distplat.strategies.model.sync_batch_norm import refuse_sync_batch_norm
 from distplat.strategies.model.trials import untouched
 from distplat.strategies.pipeline.call_order import agreed_order, call_order_of, has_order
@@ -344,6 +344,7 @@ class _Partitioner:
         recompute, device = options.recompute, self._prepared.device
         if options.virtual_stages == 1:
             one = take_whole(task, model, recompute=recompute, seed=seed, device=device)
+            compile_calls(self._prepared.job, model)
             return one, {} if tried is None else {0: _shared(self._samples(), tried)}
         layers = layers_for(task, model, order)
         if self._group.rank == 0 and seed is None:

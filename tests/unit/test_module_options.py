@@ -268,7 +268,22 @@ def test_compile_may_be_a_flag_or_what_torch_is_told(given: Any, found: Compile 
         options_job(compile={"mode": "fast"})
 
 
-def test_hybrid_refuses_to_compile() -> None:
+def test_stages_are_not_compiled() -> None:
     data = options_job().model_dump()
-    with pytest.raises(SpecError, match="take `ring`"):
-        make_job({**data, "compile": True, "strategy": "hybrid"})
+    data |= {"strategy": {"name": "hybrid", "pipeline": 2}, "scaling": {"num_workers": 2}}
+    with pytest.raises(SpecError, match=r"(?s)compile: cannot.* with stages.*take `ring`"):
+        make_job({**data, "compile": True})
+
+
+def test_whole_models_of_hybrid_are_compiled() -> None:
+    graphs = []
+
+    def counting(graph: Any, inputs: Any) -> Any:
+        graphs.append(graph)
+        return graph
+
+    torch._dynamo.register_backend(counting, name="counting")
+    plain = train(options_job("hybrid"), Weighted).parameters()
+    found = train(options_job("hybrid", compile={"backend": "counting"}), Weighted).parameters()
+    assert graphs, "or nothing was compiled"
+    assert all(torch.equal(found[name], value) for name, value in plain.items())
