@@ -238,9 +238,8 @@ def test_whose_fault_an_attempt_ends_with(
 
     monkeypatch.setattr(Session, "_attempt", fail)
     one = Session(lambda report: None, lambda delivery: None)
-    order: Any = SimpleNamespace(
-        attempt=0, rank=0, job=SimpleNamespace(failure=SimpleNamespace(step_timeout_s=1.0))
-    )
+    job = SimpleNamespace(failure=SimpleNamespace(step_timeout_s=1.0), own_loop=False)
+    order: Any = SimpleNamespace(attempt=0, rank=0, job=job)
     one.work(order)
     assert one.state.error is not None
     assert one.state.error.exit_code == exit_code
@@ -268,7 +267,8 @@ def test_a_loader_process_that_the_system_killed_is_no_fault_of_the_task(
     monkeypatch.setattr(Session, "_attempt", read)
     one = Session(lambda report: None, lambda delivery: None)
     failure = SimpleNamespace(step_timeout_s=1.0)
-    order: Any = SimpleNamespace(attempt=0, rank=0, job=SimpleNamespace(failure=failure))
+    job = SimpleNamespace(failure=failure, own_loop=False)
+    order: Any = SimpleNamespace(attempt=0, rank=0, job=job)
     thread = threading.Thread(target=one.work, args=(order,))
     thread.start()
     thread.join(30)
