@@ -308,7 +308,8 @@ def job_config(folder: str, *, one_machine: bool) -> JobConfig:
 def stays_on_machine() -> bool:
     """Say whether this driver, or that of this actor, has joined for its own machine alone."""
     worker = ray._private.worker.global_worker  # nothing public gives an actor its job's metadata
-    return _ONE_MACHINE in worker.core_worker.get_job_config().metadata
+    core = getattr(worker, "core_worker", None)  # a driver of Ray Client has none, and no such mark
+    return core is not None and _ONE_MACHINE in core.get_job_config().metadata
 
 
 def with_requests(kind: type[Any], request: Callable[..., Any]) -> type[Any]:

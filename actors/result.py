@@ -74,9 +74,9 @@ class Result:
 
     @property
     def cut_short(self) -> bool:
-        """Whether the last step that was made is not the run's last, or none is known to be."""
+        """Whether the run's last step was not made, as far as is known."""
         last = self.history[-1] if self.history else None
-        return last is not None and (last.of == 0 or last.step < last.of)
+        return last is None or last.of == 0 or last.step < last.of
 
     @property
     def metrics(self) -> dict[str, float]:

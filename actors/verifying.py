@@ -218,6 +218,7 @@ def job_for(request: VerifyRequest, name: str) -> Job | SpecError:
             "storage_path": "runs",
             "steps": request.steps,
             "epochs": None,
+            "max_time_s": None,
             "checkpoint": CheckpointConfig(every_steps=1, num_to_keep=request.steps + 1),
             **_without_evaluations(job),
             "failure": job.failure.model_copy(update={"max_failures": 0, "max_preemptions": 0}),

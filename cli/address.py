@@ -161,8 +161,8 @@ def _is_own_group(uid: int, gid: int) -> bool:
     """Say whether a group is a user's own, as `useradd` makes one: of that name, with no other."""
     try:
         user, group = pwd.getpwuid(uid).pw_name, grp.getgrgid(gid)
-    except KeyError:
-        return False
+    except KeyError:  # a user whom a container has no name for is in root's group
+        return gid == 0
     return group.gr_name == user and set(group.gr_mem) <= {user}
 
 

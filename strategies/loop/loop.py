@@ -343,7 +343,7 @@ def task_plan(job: Job, sampler: Sampler, steps: int, first: int, evaluates: boo
     """
     if not evaluates:
         return TaskPlan(steps, sampler.world, first)
-    every = job.evaluation.period(sampler.steps_per_epoch) or steps
+    every = min(job.evaluation.period(sampler.steps_per_epoch) or steps, steps)
     # One that falls on the first step may have been cut off.
     begin = -(-max(1, first) // every) * every
     begin = 0 if job.evaluation.before_first and first == 0 else begin

@@ -83,12 +83,14 @@ def length_warning(job: Job, steps: int, state: Mapping[str, Any]) -> str:
     now = job.lr_schedule.rate(1.0, step - 1, steps)
     if math.isclose(now, factor, rel_tol=1e-6, abs_tol=1e-12):
         return ""
+    own_rate = job.lr_schedule.rate(2.0, step - 1, steps) == now  # in place of each `lr`
+    is_rate = "a rate of" if own_rate else "lr x"
     length, old = [f"{n} steps" if n < UNBOUNDED else "no number of steps" for n in (steps, had)]
     return (
         f"the learning rate follows the length of the run: that of the checkpoint had {old}, "
-        f"and lr x {factor:.4g} in its step {step}; in this one, of {length}, that step would "
-        f"have had lr x {now:.4g}, and it goes on from there. To have no break, set the length "
-        "from the beginning, or a schedule that does not depend on it until its last steps (wsd)"
+        f"and {is_rate} {factor:.4g} in its step {step}; in this one, of {length}, that step "
+        f"would have had {is_rate} {now:.4g}, and it goes on from there. To have no break, set the "
+        "length from the beginning, or a schedule that depends on it in its last steps alone (wsd)"
     )
 
 

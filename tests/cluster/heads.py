@@ -175,11 +175,11 @@ def end(process: "subprocess.Popen[bytes]") -> None:
     """End a head and all it started, and nothing else: other clusters may run here."""
     family = psutil.Process(process.pid).children(recursive=True)
     process.kill()  # a gentle end would drain the node first, for seconds
-    process.wait(10)
+    process.wait(30)
     for one in family:
         with suppress(psutil.NoSuchProcess):
             one.kill()
-    psutil.wait_procs(family, timeout=10)
+    psutil.wait_procs(family, timeout=30)
 
 
 def distplat(

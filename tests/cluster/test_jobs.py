@@ -8,6 +8,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
@@ -314,7 +315,8 @@ def test_a_run_that_shipped_nothing_stays_on_its_machine(
             told = scaled.stderr
             assert scaled.returncode == 2, scaled.stdout  # no room, before the node comes and after
     finally:
-        os.killpg(process.pid, signal.SIGINT)
+        with suppress(ProcessLookupError):  # it has ended, which is the failure to be told
+            os.killpg(process.pid, signal.SIGINT)
         process.wait(90)
         for node in nodes:
             end(node)

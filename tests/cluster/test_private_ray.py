@@ -22,10 +22,10 @@ from distplat.actors.launch import local_ray
 ray._private.worker.enable_token_auth_by_default = lambda: False  # as in a release that has it off
 
 def told_without_token():
-    ask = "from ray._raylet import InnerGcsClient as C; C.standalone(%r, None, 5000)"
+    ask = "from ray._raylet import InnerGcsClient as C; C.standalone(%r, None, 30000)"
     command = [sys.executable, "-c", ask % ray.get_runtime_context().gcs_address]
     env = {**os.environ, "RAY_AUTH_MODE": "disabled"}
-    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=60).stderr
+    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=90).stderr
 
 def listeners(mine):
     return [c.laddr for c in psutil.net_connections("tcp")

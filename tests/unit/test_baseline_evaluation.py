@@ -208,6 +208,21 @@ def test_it_is_told_before_the_first_step(
     assert result.best_checkpoint.name == "step-000002"
 
 
+class Satisfied(Callback):
+    def should_stop(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize("strategy", ["ring", "ps-sync", "ps-async", "hybrid"])
+def test_a_run_that_ends_at_it_says_so(strategy: str, tmp_path: Path) -> None:
+    given = fields(tmp_path, strategy=strategy, steps=40)
+    result = Trainer(given, Plain, callbacks=[Satisfied()]).fit()
+    assert result.totals.steps < 40
+    assert result.stopped == "Satisfied.should_stop()"
+    stopped = json.loads((result.path / "result.json").read_text())["stopped"]
+    assert stopped == "Satisfied.should_stop()"
+
+
 class Blind(Plain):
     def eval_data(self) -> Dataset[Any] | None:
         return None

@@ -243,6 +243,11 @@ def test_actors_learn_from_the_job_whether_it_is_for_one_machine(
     assert of_ray.stays_on_machine() is one_machine
 
 
+def test_a_driver_of_ray_client_has_joined_for_no_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray._private.worker, "global_worker", SimpleNamespace())
+    assert not of_ray.stays_on_machine()
+
+
 def test_the_variable_of_a_job_is_the_one_that_ray_reads() -> None:
     assert of_ray.JOB_CONFIG_VARIABLE == "RAY_JOB_CONFIG_JSON_ENV_VAR"
     source = inspect.getsource(ray._private.worker)

@@ -335,9 +335,10 @@ def test_a_job_with_it_reads_back(kind: type[LRSchedule], tmp_path: Any) -> None
 
 
 def test_verify_has_one_cycle_over_its_few_steps() -> None:
-    of = job_of(lr_schedule={**ONE_CYCLE, "total_steps": 40}, steps=40)
+    of = job_of(lr_schedule={**ONE_CYCLE, "total_steps": 40}, steps=40, max_time_s=1.0)
     short = job_for(VerifyRequest(of, Path(), steps=4), "ring")
     assert isinstance(short, Job), "no SpecError"
+    assert short.max_time_s is None, "no time ends it before its steps"
     expected = [job_of(lr_schedule=ONE_CYCLE).lr_schedule.rate(0.1, n, 4) for n in range(4)]
     assert [short.lr_schedule.rate(0.1, step, 4) for step in range(4)] == expected
 

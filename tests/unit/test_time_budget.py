@@ -17,7 +17,7 @@ from distplat.platform.checkpoints import Catalogue
 from distplat.platform.errors import SpecError
 from distplat.platform.progress import UNBOUNDED, StepReport, StepSummary
 from distplat.platform.resume import mismatches
-from distplat.platform.sampler import Sampler
+from distplat.platform.sampler import ENDLESS, Sampler
 from distplat.platform.spec import Job
 from distplat.platform.stop_order import StopOrder
 from distplat.platform.task_scheduler import TaskPlan, TaskScheduler
@@ -102,6 +102,13 @@ def test_evaluations_of_a_run_without_an_end_are_no_list() -> None:
     assert due_of(plan_of(4, every_steps=3)) == (6, UNBOUNDED + 1, 3)
     assert due_of(plan_of(6, every_epochs=2)) == (8, UNBOUNDED + 1, 4)
     assert due_of(plan_of(every_epochs=2, before_first=True)) == (0, UNBOUNDED + 1, 4)
+    stream = Sampler(ENDLESS, 4, 2, stream=True)
+    for default in (
+        job("ps-async", evaluation={}),
+        job("ps-async", evaluation={"every_epochs": 1}),
+    ):
+        plan = task_plan(default, stream, UNBOUNDED, 0, evaluates=True)
+        assert due_of(plan) == (UNBOUNDED, UNBOUNDED + 1, UNBOUNDED), "after the last step"
     scheduler = TaskScheduler(plan_of(every_epochs=0))
     assert scheduler.work(0, 0, 3) is not None
     scheduler.finish(0, (0, 1, 2))
@@ -110,6 +117,8 @@ def test_evaluations_of_a_run_without_an_end_are_no_list() -> None:
 
 
 class Enough(Callback):
+    step = 0
+
     def on_step(self, step: StepSummary) -> None:
         self.step = step.step
 
