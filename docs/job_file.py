@@ -85,9 +85,10 @@ lr_schedule: {name: ReduceLROnPlateau, factor: 0.5, patience: 3}     # of the ev
 
 `OneCycleLR` is over the run after the warm-up: `total_steps` may be left out, and must be the
 run's, less `warmup_steps`, where it is given. Its `max_lr`, and `base_lr` and `max_lr` of
-`CyclicLR`, are one number for all, in place of each `lr` of optimizer, groups and `embeddings.optimizer`, as in torch; without `max_lr`
-each `lr` is that of its group. Both leave momentum alone: `cycle_momentum: false` must stand there,
-for torch's default is true. `CyclicLR` has no warm-up beside it.
+`CyclicLR`, are one number for all, in place of each `lr` of optimizer, groups and
+`embeddings.optimizer`, as in torch; without `max_lr` each `lr` is that of its group. Both leave
+momentum alone: `cycle_momentum: false` must stand there, for torch's default is true. `CyclicLR`
+has no warm-up beside it.
 
 `SequentialLR` has one scheduler after the other, each from the beginning at its milestone:
 
