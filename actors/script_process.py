@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, TextIO
 
 from distplat.platform.torchrun import ProcessLocation, free_port
 
@@ -65,7 +65,13 @@ class ScriptProcess:
         """See `free_port`."""
         return free_port()
 
-    def start(self, command: Sequence[str], environment: dict[str, str], folder: str | None) -> str:
+    def start(
+        self,
+        command: Sequence[str],
+        environment: dict[str, str],
+        folder: str | None,
+        limit_s: float,
+    ) -> str:
         """
         Start the command; once.
 
@@ -74,6 +80,7 @@ class ScriptProcess:
                 run by it.
             environment: beside the variables of this process.
             folder: where to; None: the one of this process.
+            limit_s: how long its beginning may take.
 
         Returns:
             Why it cannot be started; empty: it runs.
@@ -84,7 +91,12 @@ class ScriptProcess:
                 given = with_python(command), {**os.environ, **environment}, folder, begun
                 self._thread = threading.Thread(target=self._run, args=given, daemon=True)
                 self._thread.start()
-                begun.wait()
+                if not begun.wait(limit_s):
+                    self._error = (
+                        f"it has not begun within {limit_s:g} s; `--start-timeout` changes "
+                        "this deadline"
+                    )
+                    self.kill()
         return self._error
 
     def output(self, taken: int, wait_s: float) -> ProcessOutput:
@@ -126,40 +138,62 @@ class ScriptProcess:
         folder: str | None,
         begun: threading.Event,
     ) -> None:
-        """Start the process and wait for it."""
+        """
+        Start the process and wait for it.
+
+        Once it has begun there is no deadline: a script, and what it leaves running, take their
+        time. The end of the actor ends both, and the watcher.
+        """
         try:
-            self._control, watcher_end = socket.socketpair()
-            told = self._control.makefile("r", encoding="utf-8", errors="replace")
-            with watcher_end:
-                watcher = subprocess.Popen(
-                    [sys.executable, "-I", "-S", _WATCHER, *command],
-                    env={**_BY_DEFAULT, **environment},
-                    cwd=folder,
-                    stdin=watcher_end.fileno(),
-                    stdout=subprocess.PIPE,
-                    stderr=subprocess.STDOUT,
-                    text=True,
-                    encoding="utf-8",
-                    errors="replace",
-                    start_new_session=True,
-                )
-            assert watcher.stdout is not None, "it is a pipe"
-            first = told.readline()
-            if first != "\n":
-                raise OSError(first.strip() or watcher.stdout.read().strip())
+            watcher, told = self._begin(command, environment, folder)
         except Exception as error:  # also what Python itself refuses, such as a NUL character
-            self._error = str(error) or repr(error)
+            self._error = self._error or str(error) or repr(error)
             return
         finally:
             begun.set()
         reader = threading.Thread(target=self._read, args=(watcher.stdout,), daemon=True)
         reader.start()
-        code = told.readline()
+        code = ""
+        with suppress(OSError):  # the watcher was killed before it has read a signal's number
+            code = told.readline()
         reader.join(_REST_S)
         with self._changed:  # the kernel kills a command whose watcher was killed
             self._exit_code = int(code) if code else -signal.SIGKILL
             self._changed.notify_all()
         watcher.wait()
+
+    def _begin(
+        self, command: list[str], environment: dict[str, str], folder: str | None
+    ) -> tuple[subprocess.Popen[str], TextIO]:
+        """
+        Start the watcher, and wait until it has started the command; `start` has the deadline.
+
+        Returns:
+            The watcher's process, whose output is the command's; what it tells of the command.
+
+        Raises:
+            OSError: the command cannot be started.
+        """
+        self._control, watcher_end = socket.socketpair()
+        told = self._control.makefile("r", encoding="utf-8", errors="replace")
+        with watcher_end:
+            watcher = subprocess.Popen(
+                [sys.executable, "-I", "-S", _WATCHER, *command],
+                env={**_BY_DEFAULT, **environment},
+                cwd=folder,
+                stdin=watcher_end.fileno(),
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                encoding="utf-8",
+                errors="replace",
+                start_new_session=True,
+            )
+        assert watcher.stdout is not None, "it is a pipe"
+        first = told.readline()
+        if first != "\n":
+            raise OSError(first.strip() or watcher.stdout.read().strip())
+        return watcher, told
 
     def _read(self, stream: IO[str]) -> None:
         while line := stream.readline(_LINE_BYTES):

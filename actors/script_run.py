@@ -175,7 +175,8 @@ class Attempt:
         for number in range(len(self._actors)) if only is None else [only]:
             arguments: tuple[Any, ...] = ()
             if environments is not None:
-                arguments = script.command, environments[number], script.folder
+                variables, limit_s = environments[number], script.start_timeout_s
+                arguments = script.command, variables, script.folder, limit_s
             calls[f"process {number}"] = partial(call, self._actors[number], method, *arguments)
         return ask(self._transport, what, calls, script.start_timeout_s, _SETTING, self._check)
 

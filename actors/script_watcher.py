@@ -16,6 +16,7 @@ socket:
 
 import ctypes
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -35,6 +36,7 @@ def main(command: list[str]) -> None:
         os.waitpid(watcher, 0)
         return
     _prctl(_PR_SET_CHILD_SUBREAPER, 1)
+    signals = _signals()
     try:
         script = subprocess.Popen(  # the user's own command
             command,
@@ -49,27 +51,67 @@ def main(command: list[str]) -> None:
     null = os.open(os.devnull, os.O_RDWR)
     for number in (1, 2):  # the output ends with the command
         os.dup2(null, number)
-    signal.signal(signal.SIGCHLD, lambda number, frame: _reap(script))
-    _reap(script)  # what has ended before
-    while sent := os.read(0, 1):
-        _signal_group(script, sent[0])
+    while _reap(script) and _hear(script, signals):
+        pass
     _signal_group(script, signal.SIGKILL)
     for _ in range(_TICKS):  # children of the killed ones become children of this process
+        if not _reap(script):
+            return
         for child in _children():
             with suppress(OSError):
                 os.kill(child, signal.SIGKILL)
         time.sleep(_TICK_S)
 
 
-def _reap(script: subprocess.Popen[bytes]) -> None:
-    """Take the exit codes of children; end this process with the last of them."""
+def _signals() -> int:
+    """
+    Give a pipe that can be read from after each signal, none of which ends this process any more.
+
+    The handlers do nothing: one that did could be interrupted by the next signal. The command has
+    none of them. What it is to ignore stays ignored: `exec` keeps that, and gives up handlers.
+    """
+    reading, writing = os.pipe()
+    for end in (reading, writing):
+        os.set_blocking(end, False)
+    signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
+    signal.signal(signal.SIGCHLD, lambda number, frame: None)
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):  # sent to all processes of a job
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, lambda number, frame: None)
+    return reading
+
+
+def _reap(script: subprocess.Popen[bytes]) -> bool:
+    """Take the exit codes of children that have ended; say whether there are others."""
     with suppress(ChildProcessError):
         while (ended := os.waitpid(-1, os.WNOHANG))[0]:
             if ended[0] == script.pid:
                 script.returncode = os.waitstatus_to_exitcode(ended[1])
                 _tell(str(script.returncode))
-        return
-    os._exit(0)
+        return True
+    return False
+
+
+def _hear(script: subprocess.Popen[bytes], signals: int) -> bool:
+    """
+    Wait until a child may have ended, or the actor sends a signal, and pass it on.
+
+    There is no deadline: a script runs as long as it runs.
+
+    Returns:
+        Whether the actor is there.
+    """
+    ready, _, _ = select.select([0, signals], [], [])
+    if signals in ready:
+        os.read(signals, 1 << 16)
+    if 0 in ready:
+        sent = b""
+        with suppress(OSError):  # the actor has ended without reading the exit code
+            sent = os.read(0, 1)
+        if not sent:
+            return False
+        _signal_group(script, sent[0])
+    return True
 
 
 def _signal_group(script: subprocess.Popen[bytes], number: int) -> None:
