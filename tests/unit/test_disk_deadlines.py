@@ -26,6 +26,8 @@ from distplat.platform.remote_storage import fetch
 from distplat.platform.run_upload import upload_of
 
 LIMIT_S = 0.5
+_HELD_S = 90.0
+"""How long an operation is held that the test does not release; less than a test may take."""
 
 
 class Hung:
@@ -38,6 +40,9 @@ class Hung:
 
     def __init__(self, patch: pytest.MonkeyPatch) -> None:
         self.at, self._over, self._patch = threading.Event(), threading.Event(), patch
+        self.ended = (
+            False  #: an operation was held for `_HELD_S`, so somebody may have waited for it
+        )
         self._since: float | None = None
         self.sleep = time.sleep
         patch.setattr(disk, "time", self)
@@ -51,7 +56,7 @@ class Hung:
         def work(*args: Any, **more: Any) -> Any:
             if self.at.is_set():
                 self._since = self._since or time.monotonic()
-                self._over.wait(30)
+                self.ended = not self._over.wait(_HELD_S) or self.ended
                 raise OSError("held until after the test")
             return real(*args, **more)
 
@@ -134,11 +139,10 @@ def test_a_run_whose_disk_hangs_ends_with_its_cause(
                 hung.at.set()
             return super().loss(outputs, targets)
 
-    began = time.monotonic()
     with pytest.raises(StorageError, match="its disk does not answer") as raised:
         Trainer(fields(tmp_path, checkpoint={"every_steps": 3}), Third).fit()
     assert raised.value.exit_code == 5 and "model.safetensors" in str(raised.value)
-    assert time.monotonic() - began < 25
+    assert not hung.ended
 
 
 def test_a_run_directory_that_cannot_be_made_is_not_waited_for(hung: Hung, tmp_path: Path) -> None:
@@ -245,11 +249,10 @@ def test_lines_of_workers_hold_nobody_up(hung: Hung, tmp_path: Path) -> None:
     hung.at.set()
     said: list[str] = []
     files = role_output.RoleFiles(tmp_path, said.append)
-    began = time.monotonic()
     for number in range(3):
         files.write("worker-0", [f"line {number}"])
     files.close(LIMIT_S)
-    assert time.monotonic() - began < 25
+    assert not hung.ended
     assert said == ["3 records of printed lines were not written"]
 
 
