@@ -61,11 +61,17 @@ def has_colors(*streams: TextIO | None) -> bool:
     """
     Say whether what is printed has colours: NO_COLOR, then FORCE_COLOR, else all are terminals.
 
-    As for rich, a variable that is empty says nothing.
+    A variable that is empty says nothing.
     """
     if os.environ.get("NO_COLOR"):
         return False
     return bool(os.environ.get("FORCE_COLOR")) or all(is_terminal(one) for one in streams)
+
+
+def terminal_console(stream: TextIO) -> Console:
+    """Give rich's console for a terminal; see `has_colors`."""
+    # For rich a FORCE_COLOR that is empty makes any stream no terminal.
+    return Console(file=stream, force_terminal=os.environ.get("FORCE_COLOR") == "" or None)
 
 
 class View(Callback):
@@ -83,8 +89,8 @@ class View(Callback):
         self._pace = _Throughput()
         self._last_drawn = float("-inf")
         self._progress: Progress | None = None
-        if not quiet and is_terminal(self._out):
-            self._progress = _progress(Console(file=self._out))
+        if not quiet and self._out is not None and is_terminal(self._out):
+            self._progress = _progress(terminal_console(self._out))
             self._bar = self._progress.add_task("starting", total=None, figures="")
 
     def on_start(self, job: Job, run: str, path: Path) -> None:

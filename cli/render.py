@@ -20,7 +20,7 @@ from rich.table import Table
 from rich.text import Text
 from typing_extensions import TypedDict
 
-from distplat.actors.view import has_colors, is_terminal
+from distplat.actors.view import has_colors, is_terminal, terminal_console
 from distplat.cli.figures import figure_rows, restart_text
 from distplat.platform.checkpoints import FOLDER
 from distplat.platform.errors import printable
@@ -39,7 +39,7 @@ _UNWRAPPED = 1_000_000
 def terminal() -> Console | None:
     """Give what prints colours to stdout; None: it gets plain text, being a file or a pipe."""
     if is_terminal(sys.stdout):
-        return Console()
+        return terminal_console(sys.stdout)
     return Console(width=_UNWRAPPED) if has_colors(sys.stdout) else None
 
 

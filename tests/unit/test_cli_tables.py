@@ -3,9 +3,11 @@
 import io
 import re
 import sys
+from typing import Any
 
 import pytest
 
+from distplat.actors.view import View, has_colors
 from distplat.cli.main import run
 from distplat.cli.render import print_pairs, print_table, table_lines, terminal
 
@@ -76,6 +78,18 @@ def test_who_wants_colours_in_a_pipe_gets_them_in_lines_as_they_are(
     assert len([line for line in lines if "/x" * 400 in line]) == 1
     [first] = [line for line in lines if "stage 0" in line]
     assert re.sub("\x1b[^m]*m", "", first).count("F") == 40
+
+
+@pytest.mark.parametrize("forced", [None, "", "1"])
+def test_a_terminal_has_colours_and_a_bar_whatever_forces_them(
+    forced: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An empty FORCE_COLOR says nothing; for rich alone it makes a terminal none."""
+    given: dict[str, Any] = {} if forced is None else {"FORCE_COLOR": forced}
+    assert "\x1b[1mNAME" in shown(monkeypatch, **given)
+    assert has_colors(sys.stdout)
+    view = View(Terminal())
+    assert view._progress is not None and view._progress.console.is_terminal
 
 
 def test_a_table_without_rows_is_its_heads(capsys: pytest.CaptureFixture[str]) -> None:
