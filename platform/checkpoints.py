@@ -419,7 +419,8 @@ def listed(path: Path) -> dict[str, dict[str, Any]]:
         files: dict[str, dict[str, Any]] = manifest["files"]
         good = isinstance(version, int) and all(
             _FILE.fullmatch(name)
-            and isinstance(entry["bytes"], int)
+            and type(entry["bytes"]) is int  # True is an int, too
+            and entry["bytes"] >= 0  # or a sum of sizes would hide a file that is too large
             and _SHA256.fullmatch(entry["sha256"])
             for name, entry in files.items()
         )

@@ -1,11 +1,13 @@
 """What is larger than free memory is refused before it is read: it may be a file of nothing."""
 
+import json
 from pathlib import Path
 
 import pytest
 
 from distplat.platform import free_memory
-from distplat.platform.checkpoints import FOLDER, Catalogue, find, read
+from distplat.platform.checkpoints import FOLDER, MANIFEST, Catalogue, find, listed, read
+from distplat.platform.errors import StorageError
 from distplat.platform.free_memory import DoesNotFit, available_memory, check_fits
 
 MEMINFO = "MemTotal: 9000 kB\nMemAvailable:   2000 kB\nSwapFree:   100 kB\nHugePages_Total: 0\n"
@@ -63,3 +65,16 @@ def test_a_checkpoint_that_does_not_fit_ends_a_resume(
     own = catalogue.newest(warnings.append)
     assert own is not None and own.step == read(catalogue.path(2)).step == 2
     assert not warnings
+
+
+@pytest.mark.parametrize("size", [-5000, True, 1.0])
+def test_sizes_that_are_none_hide_no_file(size: object, tmp_path: Path) -> None:
+    """A sum with a negative size would be small, and all of the large file be read."""
+    catalogue = Catalogue(tmp_path / FOLDER)
+    catalogue.write(1, {"model.safetensors": [bytes(5000)], "b.safetensors": [b""]}, {})
+    path = catalogue.path(1) / MANIFEST
+    manifest = json.loads(path.read_text())
+    manifest["files"]["b.safetensors"]["bytes"] = size
+    path.write_text(json.dumps(manifest))
+    with pytest.raises(StorageError, match=f"{MANIFEST} is damaged"):
+        listed(catalogue.path(1))
