@@ -25,26 +25,37 @@ from distplat.cli.figures import size_text
 from distplat.platform.errors import Problem, SpecError
 from distplat.platform.own_loop import script_of
 
+_SECRET_FOLDERS = (
+    *(".ssh", ".gnupg", ".aws", ".azure", ".gcloud", ".config", ".kube", ".docker", ".kaggle"),
+    *(".huggingface", ".pip", ".oci"),
+)
 SECRETS = (
     *(".env*", "*.env", "*.env~", "*.env.bak", "*.pem", "*.key", "*.p12", "*.pfx", "*.jks"),
     *("*.kdbx", "*.ppk", "*.keystore", "*.ovpn*", "wg[0-9].conf", "*.keytab", "krb5cc_*"),
-    *("*.p8", "*.gpg", "id_rsa*", "id_dsa*", "id_ecdsa*", "id_ed25519*", ".ssh", ".gnupg"),
-    *(".aws", ".azure", ".gcloud", ".config", ".kube", ".docker", ".dockercfg*", ".kaggle"),
-    *(".huggingface", ".databrickscfg*", "*.tfstate*", ".terraformrc*", "*.tfvars*"),
-    *("kubeconfig", "kubeconfig~", "kubeconfig.bak", "kubeconfig.y*ml*", "kube?config.y*ml*"),
-    *("*.kubeconfig*", ".netrc*", "_netrc*", ".pgpass*", ".my.cnf*", ".pypirc*", ".pip"),
+    *("*.p8", "*.gpg", "id_rsa*", "id_dsa*", "id_ecdsa*", "id_ed25519*", *_SECRET_FOLDERS),
+    *(".dockercfg*", ".databrickscfg*", "*.tfstate*", ".terraformrc*", "*.tfvars*"),
+    *("kubeconfig", "kubeconfig~", "kubeconfig.bak", "kubeconfig.y*ml", "kubeconfig.y*ml[.~]*"),
+    *("kube?config.y*ml", "kube?config.y*ml[.~]*"),
+    *("*.kubeconfig*", ".netrc*", "_netrc*", ".pgpass*", ".my.cnf*", ".pypirc*"),
     *("pip.conf*", ".condarc*", ".npmrc*", ".git-credentials*", ".htpasswd*", ".boto*"),
     *(".s3cfg*", ".vault-token*", ".vault_pass*", "token", "token~", "auth_token"),
-    *("credentials.json*", "client_secret*.json*", "service?account*.json*"),
-    *("*[-_]credentials.json*", "credentials.csv*", "credentials.toml*", "rootkey.csv*"),
-    *("*accesskeys*.csv*", "kaggle.json*", "application_default_credentials.json*"),
-    *("secret.json*", "secret.toml*", "secret.y*ml*", "*[-_]secret.y*ml*", ".secrets*"),
-    *("secrets.json*", "secrets.toml*", "secrets.y*ml*", "*[-_]secrets.y*ml*"),
-    *(".token", "token.json", "token.txt", "hf_token", ".hf_token*", "hf_token.txt"),
-    *("*api?key.txt", "*apikey.txt", "cookies.txt", ".*_history", ".rhistory"),
-    *(".passwd*", "rclone.conf*", ".oci", ".yarnrc.yml*", ".modal.toml*"),
+    *("credentials.json", "credentials.json[.~]*", "*[-_]credentials.json"),
+    *("*[-_]credentials.json[.~]*", "client_secret*.json", "client_secret*.json[.~]*"),
+    *("service?account*.json", "service?account*.json[.~]*", "credentials.csv*"),
+    *("credentials.toml*", "rootkey.csv*", "*accesskeys*.csv*", "kaggle.json*"),
+    *("application_default_credentials.json*", "secret.json", "secret.toml", "secret.y*ml"),
+    *("secret.y*ml[.~]*", "*[-_]secret.y*ml", "*[-_]secret.y*ml[.~]*", ".secrets*"),
+    *("secrets.json", "secrets.toml", "secrets.y*ml", "secrets.y*ml[.~]*"),
+    *("*[-_]secrets.y*ml", "*[-_]secrets.y*ml[.~]*", ".token", "token.json", "token.txt"),
+    *("hf_token", ".hf_token*", "hf_token.txt", "*api?key.txt", "*apikey.txt", "cookies.txt"),
+    *(".*_history", ".rhistory", ".passwd*", "rclone.conf*", ".yarnrc.yml*", ".modal.toml*"),
 )
 """Names that are known to hold keys and passwords: all users of a cluster could read them."""
+HARMLESS = (
+    *("*[-._]example", "*[-._]sample", "*[-._]template", "*.tmpl", "*.tpl", "*.j2", "*.dist"),
+    *("*.md", "*.rst", "*.html", ".secrets.baseline", ".environment"),
+)
+"""Of these names those that only tell what a secret looks like."""
 
 
 def _case_insensitive(pattern: str) -> str:
@@ -53,7 +64,12 @@ def _case_insensitive(pattern: str) -> str:
 
 
 _SECRETS = tuple(map(_case_insensitive, SECRETS))
-EXCLUDES = (".git", ".venv", "venv", "__pycache__", "runs", ".ray", *_SECRETS)
+_HARMLESS = tuple(map(_case_insensitive, HARMLESS))
+EXCLUDES = (
+    *(".git", ".venv", "venv", "__pycache__", "runs", ".ray", *_SECRETS),
+    *(f"!{name}" for name in _HARMLESS),
+)
+"""As lines of a .gitignore: the last one that matches counts."""
 MAX_PACKAGE = 100 * 2**20
 MAX_ENTRIES = 200_000
 """Files and folders that are looked at; Ray would pack more for minutes."""
@@ -104,26 +120,45 @@ class Package:
         return f"{count}, {size_text(self.size)}, of {self.folder}{details}"
 
 
-def refuse_home(folder: Path, why: str) -> None:
+def refuse_home(package: Package, why: str) -> None:
     """
-    Refuse to ship a home directory, or a folder that one lies in, which nobody has named.
+    Refuse to ship a home directory, or files of it, which nobody has named.
 
     Args:
-        folder: would be shipped.
+        package: would be shipped.
         why: for the message.
 
     Raises:
-        SpecError: it is one of them.
+        SpecError: it is or has such.
     """
-    if _holds_home(folder):
-        message = f"{folder} would be shipped to the cluster as a whole, for {why}"
-        hint = "move the job to a folder of its own, or name the folder with --working-dir"
+    message, hint = "", "name the folder with --working-dir"
+    if _is_home(package.folder):
+        message = f"{package.folder} would be shipped to the cluster as a whole, for {why}"
+        hint = f"move the job to a folder of its own, or {hint}"
+    elif _has_home(package):
+        message = f"files of the home directory {_home()} would be shipped to the cluster"
+        message += f" with {package.folder}, for {why}"
+        hint = f"list it in .rayignore, move the job to a folder of its own, or {hint}"
+    if message:
         raise SpecError(Problem(("--working-dir",), message, hint))
 
 
-def _holds_home(folder: Path) -> bool:
-    whole, home = folder.resolve(), Path(os.path.expanduser("~")).resolve()
-    return home.is_relative_to(whole) or whole == Path(whole.anchor)
+def _home() -> Path:
+    return Path(os.path.expanduser("~")).resolve()
+
+
+def _is_home(folder: Path) -> bool:
+    whole = folder.resolve()
+    return whole in (_home(), Path(whole.anchor))
+
+
+def _has_home(package: Package) -> bool:
+    """Say whether files of a home directory within the folder are shipped with it."""
+    whole, home = package.folder.resolve(), _home()
+    if not home.is_relative_to(whole):
+        return False
+    inside = package.folder / home.relative_to(whole)
+    return any(path.is_relative_to(inside) for path in package.paths)
 
 
 def measure_environment(environment: Mapping[str, Any], ignores: Ignores) -> Package:
@@ -150,13 +185,16 @@ def measure_environment(environment: Mapping[str, Any], ignores: Ignores) -> Pac
 
 def _module(path: Path, excludes: Sequence[str], ignores: Ignores) -> Package:
     """Measure one of `py_modules`: a directory, or a file."""
-    if _holds_home(path):
-        _refuse(path, "holds a home directory")
-    if _name_pattern(_SECRETS).match(path.resolve().name):
+    if _is_home(path):
+        _refuse(path, "is a home directory")
+    if _is_secret(path.resolve().name):
         _refuse(path, "may hold a key")
     _refuse_secret(path, path.parent)
     if path.is_dir():
-        return measure(path, excludes, ignores)
+        package = measure(path, excludes, ignores)
+        if _has_home(package):
+            _refuse(path, f"holds files of the home directory {_home()}")
+        return package
     if not path.is_file():
         _refuse(path, "is a pipe, a socket or a device, and no file")
     return Package(path, 1, path.stat().st_size, "")
@@ -258,7 +296,7 @@ def _shipped(
             if any(test(path) for test in tests):
                 continue
             if names.match(path.name) and not shipped_anyway.match(path.name):
-                kept_back += [path] * bool(_name_pattern(_SECRETS).match(path.name))
+                kept_back += [path] * _is_secret(path.name)
                 continue
             with _reading(path):
                 _refuse_secret(path, working_dir)
@@ -284,11 +322,17 @@ def _refuse_secret(path: Path, working_dir: Path) -> None:
     if path.is_symlink():
         target, top = path.resolve(), working_dir.resolve()
         parts = (target.relative_to(top) if target.is_relative_to(top) else target).parts
-        if any(map(_name_pattern(_SECRETS).match, parts)):
+        above = _name_pattern(tuple(map(_case_insensitive, _SECRET_FOLDERS)))
+        if _is_secret(target.name) or any(map(above.match, parts[:-1])):
             _refuse(path, f"leads to {target}, which may hold a key")
     if S_ISREG(stat.st_mode) and stat.st_size <= _KEY_BYTES and os.access(path, os.R_OK):
         if _PRIVATE_KEY.search(path.read_bytes()):
             _refuse(path, "holds a private key, which all users of the cluster could read")
+
+
+def _is_secret(name: str) -> bool:
+    secret, harmless = _name_pattern(_SECRETS).match(name), _name_pattern(_HARMLESS).match(name)
+    return secret is not None and harmless is None
 
 
 @cache

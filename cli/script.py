@@ -231,7 +231,7 @@ def _ray(
 
     def shipping(package: Package) -> None:
         if not folder_named:
-            refuse_home(package.folder, "the command is run from there")
+            refuse_home(package, "the command is run from there")
         say(str(package))
 
     return connection(target, folder, *user, shipping)

@@ -135,7 +135,7 @@ class SubmitRequest:
             SpecError: a home directory, which nobody named, or a file that the task imports stays.
         """
         if self.source.working_dir is None:
-            refuse_home(package.folder, "the job file lies there")
+            refuse_home(package, "the job file lies there")
         if task is not None:
             check_imports(task, package)
         self.say(str(package))

@@ -35,11 +35,13 @@ says how many files and bytes. Left out are what `.gitignore` and `.rayignore` n
 ...; the list is `SECRETS` in `cli/package.py`); `submit` names the latter. It ships one all the
 same with `--runtime-env-json '{"excludes": ["!token.json"]}'`. Two things are refused: a link to
 such a file, and a file of at most 64 KiB in which a private key is recognized, in PEM (indented or
-in a JSON string, too) or in PuTTY's format. List them in `.rayignore`. A home directory, and one
-that it lies in, is refused unless `--working-dir` names it. Ray keeps the package where every user
-of the cluster can read it. A file that the task imports and that would be left out is named before
+in a JSON string, too) or in PuTTY's format. List them in `.rayignore`. Templates (`.env.example`,
+`terraform.tfvars.sample`, ...; `HARMLESS` there) are shipped. A home directory, and a folder of which files
+in the home directory would be shipped, is refused unless `--working-dir` names it. Ray keeps the package where
+every user of the cluster can read it. A file that the task imports and that would be left out is named before
 the upload. Directories and files that a runtime environment names as `py_modules` are counted,
-searched and refused in the same way, and a home directory always is.
+searched and refused in the same way; one that has a home directory within it needs that in its `.rayignore`, and
+a home directory itself is always refused.
 
 The cluster's own Python has to have what distplat imports. What it lacks is named, with its path
 (exit code 3); `--runtime-env-json '{"pip": ["typer"]}'` brings a package along.

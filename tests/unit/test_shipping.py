@@ -87,6 +87,11 @@ def folder(tmp_path: Path) -> Iterator[Path]:
         "db-secret.yml",
         "credentials.json.old",
         "client.ovpn",
+        "db_secret.yml.orig",
+        "secret.yaml~",
+        ".env.prod",
+        ".envs/production",
+        "terraform.tfvars.json",
     ],
 )
 def test_a_known_secret_is_not_shipped(secret: str, folder: Path) -> None:
@@ -117,6 +122,15 @@ def test_a_known_secret_is_not_shipped(secret: str, folder: Path) -> None:
         "base.env.yaml",
         "token.jsonl",
         "secret_santa.yaml",
+        ".env.example",
+        ".env.local.sample",
+        ".env_template",
+        "terraform.tfvars.example",
+        ".secrets.baseline",
+        ".environment",
+        "my_secret.yaml.md",
+        "credentials.jsonl",
+        "kubeconfig.yaml.j2",
     ],
 )
 def test_what_only_sounds_like_a_secret_is_shipped(name: str, folder: Path) -> None:
@@ -252,6 +266,20 @@ def test_a_link_to_a_secret_is_refused(
     assert "settings leads to " in refusal(folder)
 
 
+@pytest.mark.parametrize("above", [".envs", "token", "id_rsa_test"])
+def test_a_link_below_a_name_that_only_files_have_is_followed(
+    above: str, folder: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    target = tmp_path_factory.mktemp("x") / above / "data"
+    target.mkdir(parents=True)
+    (target / "a").write_text("x")
+    (folder / "data").symlink_to(target)
+    assert names(folder) == {"lin.py", "data/a"}
+    (target / ".env").write_text("x")
+    (folder / "settings").symlink_to(target / ".env")
+    assert "settings leads to " in refusal(folder)
+
+
 def test_a_folder_below_one_with_a_secrets_name_may_have_links(tmp_path: Path) -> None:
     folder = tmp_path / ".config" / "job"
     (folder / "data").mkdir(parents=True)
@@ -274,11 +302,35 @@ def test_a_home_directory_is_shipped_only_if_it_was_named(
     ):
         SubmitRequest(JobSource(folder / "job.yaml")).shipping(None, package)
     SubmitRequest(JobSource(folder / "job.yaml", working_dir=folder)).shipping(None, package)
-    for above in (Path("/"), folder.parent):
-        with pytest.raises(SpecError, match=f"--working-dir: {above} would be shipped.*, for why"):
-            refuse_home(above, "why")
     (folder / "job").mkdir()
-    refuse_home(folder / "job", "why")
+    refuse_home(measure(folder / "job", EXCLUDES, nothing), "why")
+    for above in (Path("/"), folder.parent):
+        package = Package(above, 1, 1, "", frozenset({folder / "lin.py"}))
+        with pytest.raises(SpecError, match=f"--working-dir: .*{above}.* would be .*, for why"):
+            refuse_home(package, "why")
+
+
+def test_a_home_within_the_folder_may_stay_there_if_nothing_of_it_is_shipped(
+    folder: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Containers and sandboxes have such: HOME=/workspace/project/.home."""
+    home, job = folder / ".home", tmp_path_factory.mktemp("job")
+    monkeypatch.setenv("HOME", str(home))
+    (home / ".config").mkdir(parents=True)
+    (home / ".config/settings").write_text("x")
+    refuse_home(measure(folder, EXCLUDES, nothing), "why")
+    assert measured(job, folder).modules[0].files == 1
+    (home / ".cache").mkdir()
+    (home / ".cache/a").write_text("x")
+    with pytest.raises(SpecError, match=r"files of the home directory .*/\.home would be .*why"):
+        refuse_home(measure(folder, EXCLUDES, nothing), "why")
+    with pytest.raises(SpecError, match=r"py_modules: .* holds files of the home directory"):
+        measured(job, folder)
+    (folder / ".rayignore").write_text(".home/\n")
+    refuse_home(measure(folder, EXCLUDES, join.ignores), "why")
+    user = {"py_modules": [str(folder)]}
+    package = measure_environment(with_folders(job, user), join.ignores)
+    assert package.modules[0].files == 2
 
 
 def measured(folder: Path, *modules: Path | str) -> Package:
@@ -303,8 +355,8 @@ def test_modules_beside_the_folder_are_counted_and_said(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("module", "why"),
     [
-        ("home", "home holds a home directory"),
-        (".", "holds a home directory"),
+        ("home", "home is a home directory"),
+        ("above", "holds files of the home directory"),
         ("home/.aws", ".aws may hold a key"),
         ("home/cloud", "cloud may hold a key"),
         ("home/linked", "config leads to .*, which may hold a key"),
@@ -319,13 +371,15 @@ def test_modules_are_looked_into_as_the_folder_is(
     home, folder = tmp_path / "home", tmp_path / "job"
     for path in (home / ".aws", home / "lib", home / "linked", folder):
         path.mkdir(parents=True)
+    (tmp_path / "above/home").mkdir(parents=True)
+    (tmp_path / "above/home/notes").write_text("x")
     (home / ".aws" / "config").write_text("key")
     (home / "cloud").symlink_to(home / ".aws")
     (home / "linked" / "config").symlink_to(home / ".aws" / "config")
     for name in ("lib/deploy", "key.py"):
         (home / name).write_text("-----BEGIN PRIVATE KEY-----\nMIIE\n")
     os.mkfifo(home / "pipe.py")
-    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.setenv("HOME", str(tmp_path / "above/home" if module == "above" else home))
     with pytest.raises(SpecError, match=rf"^--runtime-env\.py_modules: .*{why}"):
         measured(folder, tmp_path / module)
 
