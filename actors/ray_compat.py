@@ -23,7 +23,10 @@ from ray._private import ray_constants, services, utils
 from ray._private.authentication import authentication_token_setup
 from ray._private.ray_logging import global_worker_stdstream_dispatcher
 from ray._private.runtime_env.constants import RAY_JOB_CONFIG_JSON_ENV_VAR
-from ray._private.runtime_env.packaging import get_excludes_from_ignore_files
+from ray._private.runtime_env.packaging import (
+    GCS_STORAGE_MAX_SIZE,
+    get_excludes_from_ignore_files,
+)
 from ray._private.services import get_ray_address_from_environment
 from ray._private.state import available_resources_per_node
 from ray._private.worker import print_worker_logs
@@ -45,6 +48,8 @@ _SOCKET = "/ray-12345678/r/session_2026-01-01_00-00-00_000000_1234567/sockets/pl
 """The longest name of a socket below the system's directory for such files."""
 FOLDER_BYTES = (107 if sys.platform == "linux" else 103) - len(_SOCKET)
 """The longest name that this directory may have: that of a socket has a limit."""
+MAX_PACKAGE: int = GCS_STORAGE_MAX_SIZE - 1
+"""Bytes of a folder or a module that a driver can ship: Ray refuses more when it has packed it."""
 _COLORS = "RAY_COLOR_PREFIX"
 _ONE_MACHINE = "distplat_one_machine"
 LOGGERS = ("ray.dashboard.modules.dashboard_sdk", "ray._private.runtime_env")

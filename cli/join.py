@@ -250,7 +250,7 @@ def connected(
             _check_ray(address)
             if not (replaceable(runtime_env) and _joined_without_shipping(address)):
                 if runtime_env:
-                    shipping(measure_environment(runtime_env, ignores))
+                    shipping(measure_environment(runtime_env, ignores, ray_compat.MAX_PACKAGE))
                 _join(address, runtime_env)
     except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
         text = driver_mismatch(address, str(error))

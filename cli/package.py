@@ -2,7 +2,7 @@
 What a cluster gets of a folder: measured, without what may hold a key, with what the task imports.
 
 Ray packs folders itself, following .gitignore and .rayignore; here is counted first what it will
-pack, for its server refuses more than 100 MiB only after the upload, with a bare HTTP error.
+pack, for its job API refuses more than 100 MiB only after the upload, with a bare HTTP error.
 
 Ray leaves out what .gitignore and .rayignore list, distplat what may hold a key. A module of the
 task among it would be missing on the cluster: an ImportError, minutes later. So the task's imports
@@ -71,6 +71,7 @@ EXCLUDES = (
 )
 """As lines of a .gitignore: the last one that matches counts."""
 MAX_PACKAGE = 100 * 2**20
+"""Bytes of a folder or a module that a job API takes; a driver (`--address HOST:6379`) has more."""
 MAX_ENTRIES = 200_000
 """Files and folders that are looked at; Ray would pack more for minutes."""
 _PRIVATE_KEY = re.compile(
@@ -161,29 +162,30 @@ def _has_home(package: Package) -> bool:
     return any(path.is_relative_to(inside) for path in package.paths)
 
 
-def measure_environment(environment: Mapping[str, Any], ignores: Ignores) -> Package:
+def measure_environment(environment: Mapping[str, Any], ignores: Ignores, limit: int) -> Package:
     """
     See what a cluster gets of this machine: the folder, and beside it the `py_modules`.
 
     Args:
         environment: `shipping.with_folders` gave it: the first module is distplat itself.
         ignores: see `Ignores`.
+        limit: bytes that a cluster takes of the folder, and of each module.
 
     Raises:
         SpecError: see `measure`; or a module is a home directory.
     """
     excludes = environment["excludes"]
-    package = measure(Path(environment["working_dir"]), excludes, ignores)
+    package = measure(Path(environment["working_dir"]), excludes, ignores, limit)
     paths = [Path(name) for name in environment["py_modules"][1:] if "://" not in name]
     try:
-        modules = [_module(path, excludes, ignores) for path in paths if path.exists()]
+        modules = [_module(path, excludes, ignores, limit) for path in paths if path.exists()]
     except SpecError as error:
         where = ("--runtime-env", "py_modules")
         raise SpecError(*(replace(one, where=where) for one in error.problems)) from None
     return replace(package, modules=tuple(modules))
 
 
-def _module(path: Path, excludes: Sequence[str], ignores: Ignores) -> Package:
+def _module(path: Path, excludes: Sequence[str], ignores: Ignores, limit: int) -> Package:
     """Measure one of `py_modules`: a directory, or a file."""
     if _is_home(path):
         _refuse(path, "is a home directory")
@@ -191,22 +193,26 @@ def _module(path: Path, excludes: Sequence[str], ignores: Ignores) -> Package:
         _refuse(path, "may hold a key")
     _refuse_secret(path, path.parent)
     if path.is_dir():
-        package = measure(path, excludes, ignores)
+        package = measure(path, excludes, ignores, limit)
         if _has_home(package):
             _refuse(path, f"holds files of the home directory {_home()}")
         return package
     if not path.is_file():
         _refuse(path, "is a pipe, a socket or a device, and no file")
+    _check_size(path, path.stat().st_size, limit, "name it by a URL that the cluster can read")
     return Package(path, 1, path.stat().st_size, "")
 
 
-def measure(working_dir: Path, excludes: Sequence[str], ignores: Ignores) -> Package:
+def measure(
+    working_dir: Path, excludes: Sequence[str], ignores: Ignores, limit: int = MAX_PACKAGE
+) -> Package:
     """
     See what a cluster gets of a folder; refuse what it would refuse, or what would hang Ray.
 
     Raises:
-        SpecError: more than 100 MiB, and names the five largest things in it; or a part of it
-            cannot be read, is a pipe or a device, leads back into itself, or holds a private key.
+        SpecError: more than `limit` bytes, and names the five largest things in it; or a part of
+            it cannot be read, is a pipe or a device, leads back into itself, or holds a private
+            key.
     """
     sizes: dict[Path, int] = {}
     files: set[Path] = set()
@@ -217,14 +223,19 @@ def measure(working_dir: Path, excludes: Sequence[str], ignores: Ignores) -> Pac
         files.add(path)
     total = sum(sizes.values())
     largest = sorted(sizes.items(), key=lambda item: -item[1])[:5]
-    if total > MAX_PACKAGE:
-        shown = ", ".join(f"{path.name} {size / 2**20:.0f} MiB" for path, size in largest)
-        message = f"{working_dir} has {total / 2**20:.0f} MiB; a cluster takes {MAX_PACKAGE >> 20}"
-        hint = f"list what the job does not need in .rayignore there; the largest: {shown}"
-        raise SpecError(Problem(("--working-dir",), f"{message} MiB", hint))
+    shown = ", ".join(f"{path.name} {size / 2**20:.0f} MiB" for path, size in largest)
+    hint = f"list what the job does not need in .rayignore there; the largest: {shown}"
+    _check_size(working_dir, total, limit, hint)
     largest_text = f"{largest[0][0].name} {size_text(largest[0][1])}" if largest else ""
     secrets = tuple(sorted(kept_back))
     return Package(working_dir, len(files), total, largest_text, frozenset(files), secrets)
+
+
+def _check_size(path: Path, size: int, limit: int, hint: str) -> None:
+    if size > limit:
+        most = f"{limit / 2**20:.0f} MiB"
+        message = f"{path} has {size / 2**20:.0f} MiB; a cluster takes {most} this way"
+        raise SpecError(Problem(("--working-dir",), message, hint))
 
 
 def check_imports(task: str, package: Package) -> None:

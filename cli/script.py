@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, TextIO
 import typer
 
 from distplat.cli import remote
+from distplat.cli.address import Target
 from distplat.cli.common_options import (
     Address,
     Name,
@@ -216,18 +217,10 @@ def _ray(
     Raises:
         SpecError: a job API, which this command does not speak; options without effect.
     """
-    from distplat.cli.submit import choose_target, connection, named
+    from distplat.cli.submit import connection
 
     say: Callable[[str], None] = (lambda line: None) if quiet else remote.say
-    target = choose_target(address, say, with_ray=True)
-    if target.kind == "jobs":
-        text = f"is a job API ({target.address}); a script is run by a driver in the cluster"
-        hint = "give --address HOST:6379, or use `ray job submit -- distplat submit ... -- COMMAND`"
-        raise SpecError(Problem(("--address",), text, hint))
-    if target.kind == "local" and any(user):
-        hint = "give --address"
-        raise SpecError(Problem(("--runtime-env",), "has effect on a cluster only", hint))
-    say(f"running on {named(target)}")
+    target = _target(address, say, own_environment=any(user))
 
     def shipping(package: Package) -> None:
         if not folder_named:
@@ -235,3 +228,19 @@ def _ray(
         say(str(package))
 
     return connection(target, folder, *user, shipping)
+
+
+def _target(address: str | None, say: Callable[[str], None], *, own_environment: bool) -> Target:
+    """Choose where the script runs, and say it; Raises: see `_ray`."""
+    from distplat.cli.submit import choose_target, named
+
+    target = choose_target(address, say, with_ray=True)
+    if target.kind == "jobs":
+        text = f"is a job API ({target.address}); a script is run by a driver in the cluster"
+        hint = "give --address HOST:6379, or use `ray job submit -- distplat submit ... -- COMMAND`"
+        raise SpecError(Problem(("--address",), text, hint))
+    if target.kind == "local" and own_environment:
+        hint = "give --address"
+        raise SpecError(Problem(("--runtime-env",), "has effect on a cluster only", hint))
+    say(f"running on {named(target)}")
+    return target

@@ -20,7 +20,14 @@ from distplat.actors.view import View, has_colors
 from distplat.cli import remote, shipping
 from distplat.cli.address import VERSION_KEY, Target, bring_token, target_of
 from distplat.cli.drive import STORAGE, flush_or_discard, train
-from distplat.cli.package import Ignores, Package, check_imports, measure_environment, refuse_home
+from distplat.cli.package import (
+    MAX_PACKAGE,
+    Ignores,
+    Package,
+    check_imports,
+    measure_environment,
+    refuse_home,
+)
 from distplat.cli.render import Facts, print_result
 from distplat.cli.versions import check_cluster
 from distplat.platform.errors import ClusterUnreachable, Problem, SpecError, naming_path, printable
@@ -382,7 +389,7 @@ def send(
     job_id = remote.check_id(request.remote.submission_id or f"{job.name}-{secrets.token_hex(3)}")
     strategy_file, resume = request.source.strategy_file, request.resume
     environment = shipping.runtime_env(job, request.source.folder, strategy_file, user_env, resume)
-    package = measure_environment(environment, ignores)
+    package = measure_environment(environment, ignores, MAX_PACKAGE)
     request.shipping(job.task, package)
     return jobs.submit(
         entrypoint=shlex.join(["python", "-m", "distplat.cli.on_cluster"]),

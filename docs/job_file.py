@@ -25,8 +25,10 @@ with the job. What a URL does: [checkpoints](checkpoints.md#a-copy-at-a-url).
 
 ## What goes to a cluster
 
-The folder of the job file, or `--working-dir`, at most 100 MiB, and distplat itself; to a cluster
-of one node only where it is reached by its job API (`http://...`). A run that begins on a cluster
+The folder of the job file, or `--working-dir`, and distplat itself; to a cluster of one node only
+where it is reached by its job API (`http://...`). Ray takes 100 MiB of it by that API, and 512 MiB
+by `--address HOST:6379`; as much of each of the `py_modules` of a runtime environment, which may be
+wheels, too. A run that begins on a cluster
 of one node stays on that machine, also where others join later, unless its runtime environment has
 packages or variables of its own. `submit`
 says how many files and bytes. Left out are what `.gitignore` and `.rayignore` name, `.git`,
@@ -36,12 +38,12 @@ says how many files and bytes. Left out are what `.gitignore` and `.rayignore` n
 same with `--runtime-env-json '{"excludes": ["!token.json"]}'`. Two things are refused: a link to
 such a file, and a file of at most 64 KiB in which a private key is recognized, in PEM (indented or
 in a JSON string, too) or in PuTTY's format. List them in `.rayignore`. Templates (`.env.example`,
-`terraform.tfvars.sample`, ...; `HARMLESS` there) are shipped. A home directory, and a folder of which files
-in the home directory would be shipped, is refused unless `--working-dir` names it. Ray keeps the package where
-every user of the cluster can read it. A file that the task imports and that would be left out is named before
-the upload. Directories and files that a runtime environment names as `py_modules` are counted,
-searched and refused in the same way; one that has a home directory within it needs that in its `.rayignore`, and
-a home directory itself is always refused.
+`terraform.tfvars.sample`, ...; `HARMLESS` there) are shipped. A home directory, and a folder with
+which files of the home directory would be shipped, is refused unless `--working-dir` names it. Ray
+keeps the package where every user of the cluster can read it. A file that the task imports and that
+would be left out is named before the upload. Directories and files that a runtime environment names
+as `py_modules` are counted, searched and refused in the same way. One with the home directory in it
+needs that in its `.rayignore`, and the home directory itself is always refused.
 
 The cluster's own Python has to have what distplat imports. What it lacks is named, with its path
 (exit code 3); `--runtime-env-json '{"pip": ["typer"]}'` brings a package along.

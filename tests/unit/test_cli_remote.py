@@ -11,7 +11,7 @@ from jobs import job_of
 from made_runs import FACTS
 from ray.job_submission import JobErrorType
 
-from distplat.cli import cluster, package, remote, shipping, submit
+from distplat.cli import cluster, remote, shipping, submit
 from distplat.cli.address import NoSuchJob
 from distplat.cli.remote import LogReader, clean_lines, exit_code, follow
 from distplat.cli.shipping import Received
@@ -286,7 +286,7 @@ def test_our_metadata_cannot_be_overwritten() -> None:
 def test_a_folder_that_is_too_large_is_refused_with_its_largest_parts(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(package, "MAX_PACKAGE", 3 * 2**20)
+    monkeypatch.setattr(submit, "MAX_PACKAGE", 3 * 2**20)
     for name in ("runs/a", "x.pem", "ignored", "pkg/ignored", ".git/b"):
         path = folder / name
         path.parent.mkdir(exist_ok=True)

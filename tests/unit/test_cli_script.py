@@ -78,7 +78,7 @@ def test_a_home_directory_is_shipped_only_if_it_was_named(
     shipped: list[Package] = []
 
     def connection(target: Target, folder: Path, *args: Any) -> AbstractContextManager[None]:
-        shipped.append(Package(folder, 1, 1, ""))
+        shipped.append(Package(folder, 1, 1, "", frozenset({home.resolve() / "notes"})))
         args[-1](shipped[0])
         raise Interrupted(2)  # far enough
 

@@ -12,7 +12,14 @@ from distplat.cli import join, shipping
 from distplat.cli import package as package_module
 from distplat.cli.address import Target
 from distplat.cli.main import run
-from distplat.cli.package import EXCLUDES, Package, measure, measure_environment, refuse_home
+from distplat.cli.package import (
+    EXCLUDES,
+    MAX_PACKAGE,
+    Package,
+    measure,
+    measure_environment,
+    refuse_home,
+)
 from distplat.cli.shipping import read_runtime_env, with_folders
 from distplat.cli.submit import JobSource, SubmitRequest, connection
 from distplat.platform.errors import SpecError
@@ -329,13 +336,13 @@ def test_a_home_within_the_folder_may_stay_there_if_nothing_of_it_is_shipped(
     (folder / ".rayignore").write_text(".home/\n")
     refuse_home(measure(folder, EXCLUDES, join.ignores), "why")
     user = {"py_modules": [str(folder)]}
-    package = measure_environment(with_folders(job, user), join.ignores)
+    package = measure_environment(with_folders(job, user), join.ignores, MAX_PACKAGE)
     assert package.modules[0].files == 2
 
 
-def measured(folder: Path, *modules: Path | str) -> Package:
+def measured(folder: Path, *modules: Path | str, limit: int = MAX_PACKAGE) -> Package:
     user = {"py_modules": [str(module) for module in modules]}
-    return measure_environment(with_folders(folder, user), nothing)
+    return measure_environment(with_folders(folder, user), nothing, limit)
 
 
 def test_modules_beside_the_folder_are_counted_and_said(tmp_path: Path) -> None:
@@ -382,6 +389,50 @@ def test_modules_are_looked_into_as_the_folder_is(
     monkeypatch.setenv("HOME", str(tmp_path / "above/home" if module == "above" else home))
     with pytest.raises(SpecError, match=rf"^--runtime-env\.py_modules: .*{why}"):
         measured(folder, tmp_path / module)
+
+
+def hollow(path: Path, size: int) -> Path:
+    """Make a file that has a size and takes no room."""
+    path.parent.mkdir(exist_ok=True)
+    path.touch()
+    os.truncate(path, size)
+    return path
+
+
+def test_each_module_may_be_as_large_as_the_folder(tmp_path: Path) -> None:
+    """By the job API; a wheel is uploaded as it is, a folder is packed."""
+    job, wheel = tmp_path / "job", hollow(tmp_path / "a-1-py3-none-any.whl", 101 * 2**20)
+    hollow(job / "a", 60 * 2**20)
+    hollow(tmp_path / "lib/a", 60 * 2**20)
+    assert measured(job, tmp_path / "lib").modules[0].size == 60 * 2**20
+    told = r"py_modules: .*whl has 101 MiB; a cluster takes 100 MiB this way"
+    with pytest.raises(SpecError, match=told):
+        measured(job, wheel)
+    hollow(tmp_path / "lib/b", 41 * 2**20)
+    with pytest.raises(SpecError, match=r"py_modules: .*lib has 101 MiB; a cluster takes 100 MiB"):
+        measured(job, tmp_path / "lib")
+
+
+def test_a_driver_ships_what_ray_takes_of_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    packaging = pytest.importorskip("ray._private.runtime_env.packaging")
+    for name in ("check_listening", "_check_ray", "_join"):
+        monkeypatch.setattr(join, name, lambda *args: None)
+    job, wheel = tmp_path / "job", hollow(tmp_path / "a.whl", 300 * 2**20)
+    hollow(job / "a", 300 * 2**20)
+    environment, told = with_folders(job, {"py_modules": [str(wheel)]}), list[Package]()
+    with join.connected("127.0.0.1:1", environment, told.append):
+        assert [one.size for one in (told[0], *told[0].modules)] == [300 * 2**20] * 2
+    hollow(wheel, packaging.GCS_STORAGE_MAX_SIZE)
+    with pytest.raises(SpecError, match=r"py_modules: .*a\.whl has 512 MiB; a cluster takes 512"):
+        with join.connected("127.0.0.1:1", environment, told.append):
+            pass
+
+
+def test_the_limit_of_a_job_api_is_rays() -> None:
+    constants = pytest.importorskip("ray._private.ray_constants")
+    assert constants.DASHBOARD_CLIENT_MAX_SIZE == MAX_PACKAGE
 
 
 @pytest.mark.parametrize(
