@@ -25,6 +25,7 @@ from ray._private.ray_logging import global_worker_stdstream_dispatcher
 from ray._private.runtime_env.constants import RAY_JOB_CONFIG_JSON_ENV_VAR
 from ray._private.runtime_env.packaging import (
     GCS_STORAGE_MAX_SIZE,
+    _get_excludes,
     get_excludes_from_ignore_files,
 )
 from ray._private.services import get_ray_address_from_environment
@@ -296,6 +297,12 @@ def ignore_tests(folder: Path, logger: logging.Logger) -> list[Callable[[Path], 
     """Give Ray's tests of a folder's ignore files, to count what it will pack before it does."""
     tests: list[Callable[[Path], bool]] = get_excludes_from_ignore_files(folder, True, logger)
     return tests
+
+
+def exclude_test(folder: Path, lines: list[str]) -> Callable[[Path], bool]:
+    """Give Ray's test of `excludes`, lines of a .gitignore, for what lies in a folder."""
+    test: Callable[[Path], bool] = _get_excludes(folder, lines)
+    return test
 
 
 def job_config(folder: str, *, one_machine: bool) -> JobConfig:

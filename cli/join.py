@@ -82,7 +82,7 @@ def ignores(folder: Path) -> list[Callable[[Path], bool]]:
     logger.setLevel(logging.ERROR)  # or each file that it reads is named
     try:
         return ray_compat.ignore_tests(folder, logger)
-    except ValueError as error:
+    except (ValueError, IndexError) as error:  # the latter for a line with `!` alone
         text = f"Ray cannot read .gitignore or .rayignore of {folder}: {one_line(error)}"
         raise SpecError(Problem(("--working-dir",), text)) from None
 

@@ -278,48 +278,74 @@ def _shipped(
 
     Args:
         working_dir: where it begins.
-        excludes: names that are passed over; `!name` takes one back, as in an ignore file.
+        excludes: what is passed over, as lines of a .gitignore there.
         ignores: see `Ignores`.
         kept_back: takes what has the name of a secret.
 
     Yields:
         Each file and its bytes.
     """
-    names = _name_pattern(tuple(excludes))
-    taken_back = [one[1:].rstrip("/").rpartition("/")[2] for one in excludes if one[:1] == "!"]
-    shipped_anyway = _name_pattern(tuple(taken_back))
-    waiting = [_Folder(working_dir, (), frozenset())]
+    excluded = _exclude_test(working_dir, excludes)
+    waiting = [] if excluded(working_dir) else [_Folder(working_dir, (), frozenset())]
     entries = 0
     while waiting:
-        folder = waiting.pop()
-        tests, above, paths = folder.tests, folder.above, list[Path]()
+        folder, paths = waiting.pop(), list[Path]()
         with _reading(folder.path):
-            stat = folder.path.stat()
-            if (stat.st_dev, stat.st_ino) in folder.above:
-                _refuse(folder.path, "leads back to a folder that it is in")
-            above |= {(stat.st_dev, stat.st_ino)}
-            tests = (*tests, *ignores(folder.path))
-            paths = list(folder.path.iterdir())
+            folder, paths = _entered(folder, ignores)
         entries += len(paths)
         if entries > MAX_ENTRIES:
             _refuse(working_dir, f"holds more than {MAX_ENTRIES} files and folders")
         for path in paths:
-            if any(test(path) for test in tests):
+            if any(test(path) for test in folder.tests):
                 continue
-            if names.match(path.name) and not shipped_anyway.match(path.name):
+            if excluded(path):
                 kept_back += [path] * _is_secret(path.name)
                 continue
             with _reading(path):
                 _refuse_secret(path, working_dir)
                 stat = path.stat()
                 if S_ISDIR(stat.st_mode):
-                    waiting.append(_Folder(path, tests, above))
-                elif not S_ISREG(stat.st_mode):
-                    _refuse(path, "is a pipe, a socket or a device, and no file")
-                elif not os.access(path, os.R_OK):
-                    _refuse(path, "may not be read")
+                    waiting.append(replace(folder, path=path))
                 else:
+                    _refuse_unreadable(path, stat.st_mode)
                     yield path, stat.st_size
+
+
+def _entered(folder: _Folder, ignores: Ignores) -> tuple[_Folder, list[Path]]:
+    """Add a folder's own ignore files, and itself to those around; give what lies in it, too."""
+    stat = folder.path.stat()
+    if (stat.st_dev, stat.st_ino) in folder.above:
+        _refuse(folder.path, "leads back to a folder that it is in")
+    above = folder.above | {(stat.st_dev, stat.st_ino)}
+    folder = _Folder(folder.path, (*folder.tests, *ignores(folder.path)), above)
+    left_out = any(test(folder.path) for test in folder.tests)  # by `.*`: Ray calls it `.`
+    return folder, [] if left_out else list(folder.path.iterdir())
+
+
+def _exclude_test(working_dir: Path, excludes: Sequence[str]) -> Callable[[Path], bool]:
+    """
+    Give the test of what Ray leaves out for its `excludes`: the last line that matches counts.
+
+    Raises:
+        SpecError: Ray cannot read them.
+    """
+    from distplat.actors import ray_compat  # imports Ray, which who ships has imported anyway
+
+    try:
+        excluded = ray_compat.exclude_test(working_dir, list(excludes))
+    except (ValueError, IndexError) as error:
+        text = f"Ray cannot read them, as lines of a .gitignore: {error}"
+        raise SpecError(Problem(("--runtime-env", "excludes"), text)) from None
+    own_lines, names = set(excludes) > set(EXCLUDES), _name_pattern(EXCLUDES)
+    # Ray's test takes half a millisecond. A name that no line of ours matches needs none.
+    return lambda path: (own_lines or names.match(path.name) is not None) and excluded(path)
+
+
+def _refuse_unreadable(path: Path, mode: int) -> None:
+    if not S_ISREG(mode):
+        _refuse(path, "is a pipe, a socket or a device, and no file")
+    if not os.access(path, os.R_OK):
+        _refuse(path, "may not be read")
 
 
 def _refuse_secret(path: Path, working_dir: Path) -> None:

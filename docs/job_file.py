@@ -35,7 +35,8 @@ says how many files and bytes. Left out are what `.gitignore` and `.rayignore` n
 `.venv`, `runs` and files whose names, in upper or lower case, are known to hold secrets (`.env*`,
 `*.env`, `.netrc*`, `.aws`, `.config`, `.ssh`, `*.pem`, `id_rsa*`, `token`, `credentials.json*`,
 ...; the list is `SECRETS` in `cli/package.py`); `submit` names the latter. It ships one all the
-same with `--runtime-env-json '{"excludes": ["!token.json"]}'`. Two things are refused: a link to
+same with `--runtime-env-json '{"excludes": ["!token.json"]}'`; these are lines as of a
+`.gitignore`, of which the last one that matches counts. Two things are refused: a link to
 such a file, and a file of at most 64 KiB in which a private key is recognized, in PEM (indented or
 in a JSON string, too) or in PuTTY's format. List them in `.rayignore`. Templates (`.env.example`,
 `terraform.tfvars.sample`, ...; `HARMLESS` there) are shipped. A home directory, and a folder with

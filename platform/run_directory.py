@@ -233,9 +233,8 @@ class _TensorBoard:
         from tensorboard.summary.writer.record_writer import RecordWriter
 
         self._event, self._summary = Event, Summary
-        path.mkdir(
-            FOLDER_MODE, exist_ok=True
-        )  # the disk may have been full when this was tried before
+        # The disk may have been full when this was tried before.
+        path.mkdir(FOLDER_MODE, exist_ok=True)
         now = time.time()
         name = f"events.out.tfevents.{int(now):010d}.{socket.gethostname()}.{os.getpid()}.0"
         self._writer = RecordWriter(Records(path / name))

@@ -198,13 +198,25 @@ def test_what_stays_for_its_name_is_said_too(folder: Path) -> None:
     assert str(measure(folder, EXCLUDES, nothing)).endswith("3.pem, 4.pem, ...")
 
 
-def test_what_the_user_takes_back_is_counted_as_ray_ships_it(folder: Path) -> None:
+@pytest.mark.parametrize(
+    ("lines", "shipped", "kept"),
+    [
+        (["!.env", "!a/token.json"], {".env", "a/token.json"}, {"a/kaggle.json", "b/token.json"}),
+        (["!token.json", "token.json"], set(), {".env", "a/kaggle.json", "*/token.json"}),
+        (["token.json", "!token.json"], {"*/token.json"}, {".env", "a/kaggle.json"}),
+        (["!.env", "/lin.py", "a/"], {".env"}, {"a/*.json", "b/token.json"}),
+        (["!/*/*.json", "#!.env"], {"a/kaggle.json", "*/token.json"}, {".env"}),
+        ([".*"], set(), set()),
+    ],
+)
+def test_what_the_user_takes_back_is_counted_as_ray_ships_it(
+    lines: list[str], shipped: set[str], kept: set[str], folder: Path
+) -> None:
     packaging = pytest.importorskip("ray._private.runtime_env.packaging")
-    for name in (".env", "a/token.json", "a/kaggle.json"):
+    for name in (".env", "a/token.json", "a/kaggle.json", "b/token.json"):
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_text("x")
-    excludes = [*EXCLUDES, "!.env", "!a/token.json"]
-    taken: set[Path] = set()
+    excludes, taken = [*EXCLUDES, *lines], set[Path]()
     packaging._dir_travel(
         folder,
         [packaging._get_excludes(folder, excludes)],
@@ -212,8 +224,30 @@ def test_what_the_user_takes_back_is_counted_as_ray_ships_it(folder: Path) -> No
         include_gitignore=True,
     )
     package = measure(folder, excludes, nothing)
-    assert package.paths == taken and folder / "a/token.json" in taken
-    assert [path.name for path in package.kept_back] == ["kaggle.json"]
+    everywhere = set() if {"/lin.py", ".*"} & {*lines} else {folder / "lin.py"}
+    assert package.paths == taken
+    assert taken - everywhere == {path for name in shipped for path in folder.glob(name)}
+    assert {*package.kept_back} == {path for name in kept for path in folder.glob(name)}
+
+
+def test_an_ignore_file_may_leave_out_its_own_folder(folder: Path) -> None:
+    packaging = pytest.importorskip("ray._private.runtime_env.packaging")
+    (folder / "a").mkdir()
+    (folder / "a/b.py").write_text("x")
+    (folder / "a/.gitignore").write_text(".*\n")  # the folder itself is `.` to Ray
+    taken = set[Path]()
+    packaging._dir_travel(
+        folder, [], lambda path: taken.add(path) if path.is_file() else None, True
+    )
+    assert measure(folder, EXCLUDES, join.ignores).paths == taken == {folder / "lin.py"}
+
+
+def test_excludes_that_ray_cannot_read_are_named(folder: Path) -> None:
+    with pytest.raises(SpecError, match=r"^--runtime-env\.excludes: Ray cannot read them"):
+        measure(folder, [*EXCLUDES, "!"], nothing)
+    (folder / ".rayignore").write_text("!\n")
+    with pytest.raises(SpecError, match=r"^--working-dir: Ray cannot read .gitignore or .rayignor"):
+        measure(folder, EXCLUDES, join.ignores)
 
 
 @pytest.mark.parametrize("kind", ["", "RSA ", "OPENSSH ", "ENCRYPTED "])
