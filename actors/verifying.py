@@ -42,7 +42,6 @@ from distplat.platform.errors import (
     StorageError,
     UserCodeError,
 )
-from distplat.platform.free_memory import check_whole_file
 from distplat.platform.lr_schedules import (
     NamedSchedule,
     OneCycleLR,
@@ -54,6 +53,7 @@ from distplat.platform.run_directory import TASK_FILE
 from distplat.platform.shard_map import ShardPlan
 from distplat.platform.spec import CheckpointConfig, Evaluation, Job, Scaling, StrategySpec
 from distplat.platform.tensor_file import TASK_PREFIX
+from distplat.platform.total_memory import check_whole_file
 from distplat.strategies.catalog import load_job, make_strategy
 from distplat.strategies.loop.prepared import Prepared
 from distplat.strategies.loop.replay import replay

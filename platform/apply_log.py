@@ -24,8 +24,8 @@ from safetensors import safe_open
 from safetensors.numpy import save
 
 from distplat.platform.errors import StorageError
-from distplat.platform.free_memory import check_whole_file
 from distplat.platform.ledger import IntervalSet
+from distplat.platform.total_memory import check_whole_file
 
 FILE_NAME = "apply_log.safetensors"
 _WIDTH = 3

@@ -31,8 +31,8 @@ from typing import Any
 
 from distplat.platform.disk import Disk, FileContent, Moved, in_pieces, open_regular
 from distplat.platform.errors import Problem, SpecError, StorageError, naming_path
-from distplat.platform.free_memory import DoesNotFit, check_fits
 from distplat.platform.tensor_slices import ITEM_BYTES, Bytes, TensorEntry
+from distplat.platform.total_memory import DoesNotFit, check_fits
 
 
 @dataclass(frozen=True)
@@ -335,11 +335,11 @@ def read(path: Path, moved: Moved = lambda: None, *, given: bool = False) -> Sto
     Args:
         path: its directory.
         moved: see `with_deadline`.
-        given: it may be another's, and only as large as it says: it has to fit into free memory.
+        given: it may be another's, and only as large as it says: it has to fit into all memory.
 
     Raises:
         StorageError: it is damaged; names what is wrong.
-        DoesNotFit: it was given, and is larger than what is free.
+        DoesNotFit: it was given, and is larger than memory and swap.
     """
     manifest = listed(path)
     if given:

@@ -38,7 +38,7 @@ from distplat.platform.disk import (
     with_deadline,
 )
 from distplat.platform.errors import DeadlineExceeded, Problem, SpecError, StorageError
-from distplat.platform.free_memory import check_fits
+from distplat.platform.total_memory import check_fits
 
 T = TypeVar("T")
 

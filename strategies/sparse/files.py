@@ -25,8 +25,8 @@ from safetensors.numpy import load_file, save
 
 from distplat.platform.disk import open_regular
 from distplat.platform.errors import StorageError
-from distplat.platform.free_memory import check_whole_file
 from distplat.platform.shard_map import TableSpec
+from distplat.platform.total_memory import check_whole_file
 from distplat.strategies.sparse.table import Table
 
 LIST_NAME = "embeddings.json"

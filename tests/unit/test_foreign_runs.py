@@ -13,7 +13,7 @@ from made_runs import FAILURE, RECOVERY, RESIZED, SAVED, evaluation, made_run, m
 
 from distplat.actors.verifying import _compare
 from distplat.cli.main import run
-from distplat.platform import free_memory
+from distplat.platform import total_memory
 from distplat.platform.apply_log import read_logs
 from distplat.platform.errors import SpecError, StorageError
 from distplat.platform.pipeline_trace import TRACE_FILE
@@ -181,9 +181,9 @@ def test_other_files_of_a_foreign_run_are_no_links_and_fit_into_memory(
 ) -> None:
     path = tmp_path / LIST_NAME
     path.write_bytes(bytes(100))
-    monkeypatch.setattr(free_memory, "available_memory", lambda: 99)
+    monkeypatch.setattr(total_memory, "memory_and_swap", lambda: 99)
     monkeypatch.setattr(files, "_LIST_BYTES", 99)
-    with pytest.raises(StorageError, match=r"memory has 99 free|more than 99 bytes"):
+    with pytest.raises(StorageError, match=r"memory and swap 99|more than 99 bytes"):
         read(path)
     path.unlink()
     path.symlink_to(tmp_path / "mine")

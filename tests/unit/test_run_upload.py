@@ -24,7 +24,6 @@ from distplat.cli.main import run as command
 from distplat.platform import run_upload
 from distplat.platform.checkpoints import MANIFEST, STATE, Catalogue
 from distplat.platform.errors import Interrupted, SpecError, StorageError
-from distplat.platform.free_memory import DoesNotFit
 from distplat.platform.owned_folder import OwnedFolder
 from distplat.platform.remote_storage import (
     PART_BYTES,
@@ -36,6 +35,7 @@ from distplat.platform.remote_storage import (
     url_problem,
 )
 from distplat.platform.run_upload import RunUpload, check_access
+from distplat.platform.total_memory import DoesNotFit
 
 TASKS = Path(__file__).parents[1] / "cluster"
 
@@ -380,7 +380,7 @@ def test_a_checkpoint_that_does_not_fit_into_memory_is_not_brought(
 ) -> None:
     url = brought(tmp_path, (1, 200))
     (tmp_path / "a").mkdir()
-    monkeypatch.setattr("distplat.platform.free_memory.available_memory", lambda: 900)
+    monkeypatch.setattr("distplat.platform.total_memory.memory_and_swap", lambda: 900)
     with pytest.raises(DoesNotFit, match="step-000200: it has"):
         fetch(url, tmp_path / "a", 240.0, pytest.fail)
     assert [path.name for path in (tmp_path / "a").rglob("*.*")] == [MANIFEST]

@@ -1,16 +1,17 @@
-"""What is larger than free memory is refused before it is read: it may be a file of nothing."""
+"""What is larger than all memory is refused before it is read: it may be a file of nothing."""
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
 
-from distplat.platform import free_memory
+from distplat.platform import total_memory
 from distplat.platform.checkpoints import FOLDER, MANIFEST, Catalogue, find, listed, read
 from distplat.platform.errors import StorageError
-from distplat.platform.free_memory import DoesNotFit, available_memory, check_fits
+from distplat.platform.total_memory import DoesNotFit, check_fits, memory_and_swap
 
-MEMINFO = "MemTotal: 9000 kB\nMemAvailable:   2000 kB\nSwapFree:   100 kB\nHugePages_Total: 0\n"
+MEMINFO = "MemTotal:    2000 kB\nMemAvailable:   5 kB\nSwapTotal:   100 kB\nHugePages_Total: 0\n"
 
 
 def kernel(folder: Path, meminfo: str, **cgroup: str) -> tuple[Path, Path]:
@@ -25,28 +26,35 @@ def kernel(folder: Path, meminfo: str, **cgroup: str) -> tuple[Path, Path]:
     ("meminfo", "cgroup", "expected"),
     [
         (MEMINFO, {}, 2100 * 1024),
-        (MEMINFO, {"max": "max\n", "current": "5\n", "stat": "file 0\nshmem 0\n"}, 2100 * 1024),
-        (MEMINFO, {"max": "900\n", "current": "500\n", "stat": "file 300\nshmem 100\n"}, 600),
-        (MEMINFO, {"max": "900\n", "current": "990\n", "stat": "file 0\nshmem 0\n"}, 0),
-        (MEMINFO, {"max": "9" * 15, "current": "5\n", "stat": "file 0\nshmem 0\n"}, 2100 * 1024),
-        (MEMINFO, {"max": "900\n"}, 2100 * 1024),
+        (MEMINFO, {"max": "max\n", "swap.max": "max\n"}, 2100 * 1024),
+        (MEMINFO, {"max": "900\n", "swap.max": "0\n"}, 900),
+        (MEMINFO, {"max": "900\n", "swap.max": "50\n", "current": "890\n"}, 950),
+        (MEMINFO, {"max": "900\n"}, 900 + 100 * 1024),  # a kernel without accounting of swap
+        (MEMINFO, {"max": "9" * 15, "swap.max": "9" * 15}, 2100 * 1024),
         ("MemTotal: 9000 kB\n", {}, None),
         ("no figures", {}, None),
     ],
 )
-def test_free_is_what_machine_and_container_leave(
+def test_total_is_what_machine_and_container_have(
     meminfo: str, cgroup: dict[str, str], expected: int | None, tmp_path: Path
 ) -> None:
-    assert available_memory(*kernel(tmp_path, meminfo, **cgroup)) == expected
+    """What others have taken at the moment does not count: they may give it back."""
+    assert memory_and_swap(*kernel(tmp_path, meminfo, **cgroup)) == expected
 
 
-def test_this_machine_says_what_is_free() -> None:
-    free = available_memory()
-    assert free is None or free > 0
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere nobody says")
+def test_this_machine_says_what_it_has() -> None:
+    total = memory_and_swap()
+    assert total is not None and total > 2**20
+    check_fits(Path("a"), 2**20)
+    with pytest.raises(
+        DoesNotFit, match="a: it has 1152921504606846976 bytes, and memory and swap"
+    ):
+        check_fits(Path("a"), 2**60)
 
 
 def test_where_nobody_says_everything_fits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(free_memory, "available_memory", lambda: None)
+    monkeypatch.setattr(total_memory, "memory_and_swap", lambda: None)
     check_fits(Path("a"), 2**60)
 
 
@@ -57,9 +65,9 @@ def test_a_checkpoint_that_does_not_fit_ends_a_resume(
     catalogue, warnings = Catalogue(tmp_path / FOLDER), list[str]()
     for step, size in ((1, 10), (2, 5000)):
         catalogue.write(step, {"model.safetensors": [bytes(size)]}, {})
-    monkeypatch.setattr(free_memory, "available_memory", lambda: 4000)
+    monkeypatch.setattr(total_memory, "memory_and_swap", lambda: 4000)
     for path in (tmp_path, catalogue.path(2)):
-        with pytest.raises(DoesNotFit, match=r"step-000002: it has 50\d\d bytes, and memory has"):
+        with pytest.raises(DoesNotFit, match=r"step-000002: it has 50\d\d bytes, and memory"):
             find(path, warnings.append)
     assert find(catalogue.path(1), warnings.append).step == 1
     own = catalogue.newest(warnings.append)
