@@ -256,7 +256,7 @@ class TaskScheduler:
         if worker in self._leaving or self.over:
             return Lease(number, range(0), (), reach, trained, steps, True, self._saves)
         self._note_due()
-        if self._evaluations and not self._saves:
+        if self._evaluations and not self._saves and self._is_turn(self._evaluations[0][0]):
             evaluation = self._evaluations.pop(0)
             evaluations = (evaluation,)
             return Lease(number, range(0), evaluations, reach, trained, steps)
@@ -264,6 +264,11 @@ class TaskScheduler:
         if not tasks:
             return None
         return Lease(number, tasks, reach=self._next // self.plan.parts)
+
+    def _is_turn(self, steps: int) -> bool:
+        """Whether no part of an earlier evaluation is under way: they are told in their order."""
+        holdings = self._holdings.values()
+        return all(held >= steps for holding in holdings for held, _ in holding.evaluations)
 
     def _note_due(self) -> None:
         """Have those evaluations leased whose steps are done."""

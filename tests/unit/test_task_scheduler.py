@@ -112,6 +112,20 @@ def test_no_lease_is_further_ahead_than_the_bound(bound: int | None, allowed: in
         assert tasks(scheduler.work(1, 0, 99)) == list(range(allowed, min(20, 2 * allowed)))
 
 
+def test_evaluations_are_told_in_their_order() -> None:
+    scheduler = TaskScheduler(TaskPlan(2, 1, evaluations=(1, 2)))
+    assert tasks(scheduler.work(0, 0, 1)) == [0]
+    scheduler.finish(0, (0,))
+    slow = scheduler.work(0, 1)
+    assert slow is not None and slow.evaluations == ((1, 0),)
+    assert tasks(scheduler.work(1, 0, 1)) == [1]
+    scheduler.finish(1, (1,))
+    assert scheduler.work(1, 1) is None, "the one before is under way"
+    scheduler.finish(0, (), ((1, 0),))
+    last = scheduler.work(1, 1)
+    assert last is not None and last.evaluations == ((2, 0),)
+
+
 def test_evaluations_are_leased_when_their_steps_are_done() -> None:
     scheduler = TaskScheduler(TaskPlan(2, 2, evaluations=(1, 2)))
     assert tasks(scheduler.work(0, 0, 2)) == [0, 1]
