@@ -295,7 +295,8 @@ def addresses_here() -> set[str]:
 
 def ignore_tests(folder: Path, logger: logging.Logger) -> list[Callable[[Path], bool]]:
     """Give Ray's tests of a folder's ignore files, to count what it will pack before it does."""
-    tests: list[Callable[[Path], bool]] = get_excludes_from_ignore_files(folder, True, logger)
+    heeds_git = os.environ.get("RAY_RUNTIME_ENV_IGNORE_GITIGNORE", "0") != "1"
+    tests: list[Callable[[Path], bool]] = get_excludes_from_ignore_files(folder, heeds_git, logger)
     return tests
 
 

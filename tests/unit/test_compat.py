@@ -16,6 +16,7 @@ import pytest
 import ray
 import requests
 import torch
+from ray._private.ray_constants import RAY_RUNTIME_ENV_IGNORE_GITIGNORE
 from ray.experimental import internal_kv
 from ray.job_submission import JobSubmissionClient
 from torch import Tensor, nn
@@ -224,6 +225,18 @@ def test_ignore_files_are_read_as_ray_reads_them(tmp_path: Path) -> None:
     tests = of_ray.ignore_tests(tmp_path, logging.getLogger("test"))
     assert any(test(tmp_path / "a.bin") for test in tests)
     assert not any(test(tmp_path / "a.py") for test in tests)
+
+
+@pytest.mark.parametrize(("told", "ignored"), [(None, True), ("0", True), ("1", False)])
+def test_rays_variable_says_whether_git_is_heeded(
+    told: str | None, ignored: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv(RAY_RUNTIME_ENV_IGNORE_GITIGNORE, raising=False)
+    if told is not None:
+        monkeypatch.setenv(RAY_RUNTIME_ENV_IGNORE_GITIGNORE, told)
+    (tmp_path / ".gitignore").write_text("*.bin\n")
+    tests = of_ray.ignore_tests(tmp_path, logging.getLogger("test"))
+    assert any(test(tmp_path / "a.bin") for test in tests) is ignored
 
 
 def test_a_job_config_tells_where_modules_are() -> None:
