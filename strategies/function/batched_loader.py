@@ -17,6 +17,7 @@ from typing_extensions import override
 
 from distplat.strategies.function.dealt_sampler import DealtBatches, RankSampler, dealer_in
 from distplat.strategies.function.sharded_loader import NumberedLoader, RankBatch, RestOfOrder
+from distplat.strategies.loop.streams import length_of
 
 
 class BatchedLoader(NumberedLoader):
@@ -40,7 +41,7 @@ class BatchedLoader(NumberedLoader):
             return RankSampler(given, dealer)
         rank, world, seed = self._cut
         drops = bool(getattr(given, "drop_last", False))
-        return DealtBatches(given, rank, world, seed, drop_last=drops)
+        return DealtBatches(given, length_of(self.dataset), rank, world, seed, drop_last=drops)
 
     @override
     def _rest(self) -> RestOfOrder:

@@ -6,6 +6,7 @@ One that deals out by rank itself gives this rank's part already, as `Distribute
 
 from __future__ import annotations
 
+import copy
 import itertools
 import math
 from collections.abc import Iterable, Iterator
@@ -13,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.utils.data import DistributedSampler
 from typing_extensions import override
 
@@ -21,6 +23,10 @@ from distplat.strategies.algorithms.seeds import order_seed
 from distplat.strategies.collective import Collective, ranks_apart
 from distplat.strategies.loop.sample_hash import fingerprint_of
 from distplat.strategies.loop.seeding import preserve_rng_state, seed_quickly
+from distplat.strategies.loop.streams import length_of
+
+_MANY = 100
+"""Times the batches that it says, or the samples of the data set: a `batch_sampler` has no end."""
 
 
 class DealtSampler(DistributedSampler[Any]):
@@ -45,10 +51,9 @@ class DealtSampler(DistributedSampler[Any]):
         self, given: Iterable[Any], rank: int, world: int, seed: int, *, drop_last: bool
     ) -> None:
         self._given, self._name = given, type(given).__name__
-        if not hasattr(given, "__len__"):
-            raise _refused(f"{self._name}, which has no length", "give it a __len__")
-        made: Any = given  # in place of a data set: its length is asked for
+        made: Any = range(self._length())  # in place of a data set: its length is asked for
         super().__init__(made, world, rank, shuffle=True, seed=seed, drop_last=drop_last)
+        self.dataset: Any = given
         self.size = len(made)
         """Of the order that was drawn last, of all ranks."""
         self._shown: int | None = None  #: the epoch that the user's has had since it was read
@@ -80,41 +85,84 @@ class DealtSampler(DistributedSampler[Any]):
         _tell_epoch(self._given, self.epoch)
         with preserve_rng_state():
             seed_quickly(order_seed(self.seed, self.epoch))
-            order = list(self._given)
+            order = self._drawn()
         self._shown = _told_epoch(self._given, int(self.epoch))  # it may count passes itself
-        self._counted(order)
         return order
 
-    def _counted(self, order: list[Any]) -> None:
+    def _length(self) -> int:
+        """Give what the user's says of itself."""
+        return _length_in(self._given)
+
+    def _drawn(self) -> list[Any]:
         """
-        Be told of an order that was drawn.
+        Ask the user's for an order.
 
         Raises:
             SpecError: it has another length than the sampler says, or than before.
         """
-        given: Any = self._given
-        if len(order) != len(given):
-            text = f"{self._name}, which gives {len(order)} samples and whose length is"
-            raise _refused(f"{text} {len(given)}", "have __len__ give as many")
-        if len(order) != self.size:
-            text = f"{self._name}, which gives {len(order)} samples now, and had {self.size} when"
+        length = self._length()
+        order = [_as_it_is(one) for one in itertools.islice(self._given, length + 1)]
+        if len(order) != length:
+            found = f"{len(order)} or more" if len(order) > length else len(order)
+            text = f"{self._name}, which gives {found} samples and whose length is {length}"
+            raise _refused(text, "have __len__ give as many")
+        if length != self.size:
+            text = f"{self._name}, which gives {length} samples now, and had {self.size} when"
             hint = "prepare a loader of each length, and call its set_epoch(epoch)"
             raise _refused(f"{text} it was prepared", hint)
+        return order
 
 
 class DealtBatches(DealtSampler):
     """
     Deals out the batches of a `batch_sampler`: rank r of N gets the batches r, r + N, r + 2N, ...
 
-    A pass may have another number of them than the one before.
+    A pass may have another number of them than the one before, and `__len__` need not say it.
+
+    Args:
+        given: the user's.
+        samples: of the data set; None: it does not say.
+        rank: see `DealtSampler`.
+        world: see there.
+        seed: see there.
+        drop_last: see there.
+
+    Raises:
+        SpecError: it gives batches without end, or others each time that it is asked.
     """
 
+    def __init__(
+        self,
+        given: Iterable[Any],
+        samples: int | None,
+        rank: int,
+        world: int,
+        seed: int,
+        *,
+        drop_last: bool,
+    ) -> None:
+        self._samples = samples
+        super().__init__(given, rank, world, seed, drop_last=drop_last)
+
     @override
-    def _counted(self, order: list[Any]) -> None:
-        order[:] = [one if hasattr(one, "__len__") else [*one] for one in order]
+    def _length(self) -> int:
+        return length_of(self._given) or 0
+
+    @override
+    def _drawn(self) -> list[Any]:
+        known = self._length() or self._samples
+        most = _MANY * max(1, _length_in(self._given) if known is None else known)
+        order = [
+            _as_it_is(one) if hasattr(one, "__len__") else [*one]
+            for one in itertools.islice(self._given, most + 1)
+        ]
+        if len(order) > most:
+            text = f"{self._name}, which gives more than {most} batches in a pass"
+            raise _refused(text, "have its __iter__ end, and its __len__ say how many it gives")
         self.size, world = len(order), self.num_replicas
         self.num_samples = self.size // world if self.drop_last else -(-self.size // world)
         self.total_size = self.num_samples * world
+        return order
 
 
 class RankSampler(DistributedSampler[Any]):
@@ -130,11 +178,9 @@ class RankSampler(DistributedSampler[Any]):
     """
 
     def __init__(self, given: Any, dealer: Any) -> None:
-        if not hasattr(given, "__len__"):
-            raise _refused(f"{type(given).__name__}, which has no length", "give it a __len__")
         self._given = given
         self._numbered = given if callable(getattr(given, "set_epoch", None)) else dealer
-        made: Any = range(len(given) * dealer.num_replicas)
+        made: Any = range(_length_in(given) * dealer.num_replicas)
         super().__init__(made, dealer.num_replicas, dealer.rank, shuffle=False)
         self.epoch = self.told_epoch()
 
@@ -146,7 +192,7 @@ class RankSampler(DistributedSampler[Any]):
     def set_epoch(self, epoch: int) -> None:
         super().set_epoch(epoch)
         _tell_epoch(self._numbered, epoch)
-        self.num_samples = len(self._given)
+        self.num_samples = _length_in(self._given)
         self.total_size = self.num_samples * self.num_replicas
         made: Any = range(self.total_size)
         self.dataset = made
@@ -192,6 +238,19 @@ def check_order(sampler: DealtSampler, group: Collective, device: torch.device) 
             "rank itself is taken as it is if it has the attributes rank and num_replicas"
         )
         raise _refused(text, hint)
+
+
+def _length_in(given: Any) -> int:
+    if (length := length_of(given)) is None:
+        raise _refused(f"{type(given).__name__}, which has no length", "give it a __len__")
+    return length
+
+
+def _as_it_is(one: Any) -> Any:
+    """Copy what a sampler gives where it may change: it may fill the same list or array again."""
+    if isinstance(one, int):
+        return one
+    return one.clone() if isinstance(one, Tensor) else copy.copy(one)
 
 
 def _comparable(order: list[Any]) -> Any:

@@ -183,7 +183,7 @@ class EpochWatch:
         """Be told of a loader that was prepared, and of what."""
         if isinstance(prepared, NumberedLoader) and prepared.sampler.shuffle:
             self._sampler(prepared.sampler)
-        with suppress(TypeError):  # a stream without a length
+        with suppress(TypeError, ValueError, NotImplementedError):  # it has no length
             lengths = prepared.batches_of_pass(), len(given)
             self._loaders.append(_Lengths(*lengths, prepared.use))
 

@@ -122,7 +122,7 @@ def length_of(data: Any) -> int | None:
     """Give the samples of a data set, or of a pass over a stream; None: it does not say."""
     try:
         return len(data)
-    except (TypeError, AttributeError, NotImplementedError):
+    except (TypeError, AttributeError, NotImplementedError, ValueError):
         return None
 
 

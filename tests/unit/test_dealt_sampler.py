@@ -1,5 +1,6 @@
 """Loaders of train functions that have a sampler of their own: ranks share its order."""
 
+import itertools
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -154,6 +155,19 @@ class Endless:
         return iter([0])
 
 
+class Unending:
+    def __len__(self) -> int:
+        return 5
+
+    def __iter__(self) -> Iterator[int]:
+        return itertools.chain(range(100), unbounded())
+
+
+def unbounded() -> Iterator[Any]:
+    raise AssertionError("it is asked for more than shows that it does not end")
+    yield
+
+
 def drawn() -> Any:
     return WeightedRandomSampler([1.0] * SAMPLES, 9, generator=torch.Generator().manual_seed(3))
 
@@ -163,7 +177,9 @@ def drawn() -> Any:
     [
         (drawn, "WeightedRandomSampler, which gives another order each time"),
         (Endless, "Endless, which has no length"),
-        (lambda: Turning(7), "Turning, which gives 22 samples and whose length is 7"),
+        (lambda: Turning(7), "Turning, which gives 8 or more samples and whose length is 7"),
+        (lambda: Turning(30), "Turning, which gives 22 samples and whose length is 30"),
+        (Unending, "Unending, which gives 6 or more samples and whose length is 5"),
     ],
 )
 def test_what_gives_no_order_is_refused(made: Callable[[], Any], message: str) -> None:

@@ -4,6 +4,7 @@ import random
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from function_ranks import call_on_ranks, function_job
@@ -196,6 +197,64 @@ def test_a_place_between_the_steps_is_told() -> None:
         loader.load_state_dict({"epoch": 1, "samples": 4})
 
 
+def list_used_again() -> Iterator[Any]:
+    batch: list[int] = []
+    for number in range(23):
+        batch.append(number)
+        if len(batch) == 4:
+            yield batch
+            batch.clear()
+    yield batch
+
+
+def array_used_again(buffer: Any) -> Iterator[Any]:
+    for first in range(0, 20, 2):
+        for place in range(2):
+            buffer[place] = first + place
+        yield buffer
+
+
+class Given(Sampler[Any]):
+    """Batches as a function gives them, with or without a length."""
+
+    def __init__(self, batches: Callable[[], Iterator[Any]], length: Any = None) -> None:
+        self.batches, self.length = batches, length
+
+    def __iter__(self) -> Iterator[Any]:
+        return self.batches()
+
+    def __len__(self) -> int:
+        if isinstance(self.length, Exception):
+            raise self.length
+        return int(self.length)  # TypeError: it is None
+
+
+@pytest.mark.parametrize(
+    "batches",
+    [
+        list_used_again,
+        lambda: array_used_again(np.empty(2, np.int64)),
+        lambda: array_used_again(torch.empty(2, dtype=torch.int64)),
+        lambda: map(iter, [[1, 2], [3], [4, 5], [6]]),
+    ],
+)
+def test_a_batch_is_what_it_was_when_it_was_given(batches: Callable[[], Iterator[Any]]) -> None:
+    wanted = [[int(number) for number in batch] for batch in batches()]
+    for rank in range(2):
+        assert a_pass(prepared(rank, 2, Given(batches, len(wanted))))[:2] == wanted[rank::2][:2]
+
+
+@pytest.mark.parametrize("error", [None, ValueError("num_steps"), NotImplementedError()])
+def test_batches_need_no_length(error: Exception | None) -> None:
+    def train(config: Mapping[str, Any]) -> None:
+        given = Given(lambda: iter(batches_of(0)), error)
+        loader = distplat.prepare(DataLoader(Odd(), batch_sampler=given))
+        wanted = [step[distplat.get_context().rank] for step in steps_of(0, 2, drop_last=False)]
+        assert a_pass(loader) == wanted and len(loader) == len(wanted)
+
+    call_on_ranks(train, 2)
+
+
 # --- one that deals out by rank itself -------------------------------------------------------
 
 
@@ -310,10 +369,10 @@ class Drawing(Buckets):
         return [[number] for number in self.generator.sample(range(9), 9)]
 
 
-class Endless:
-    def __iter__(self) -> Iterator[list[int]]:
-        while True:
-            yield [0]
+def unending(most: int) -> Iterator[list[int]]:
+    for _ in range(most + 1):
+        yield [0]
+    raise AssertionError("it is asked for more than shows that it does not end")
 
 
 class Own(Buckets):
@@ -324,7 +383,11 @@ class Own(Buckets):
 
 
 REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
-    "no length": (Endless, "a Endless, which has no length.*give it a __len__"),
+    "no end": (
+        lambda: Given(lambda: unending(500), 5),
+        "a Given, which gives more than 500 batches in a pass.*have its __iter__ end",
+    ),
+    "no end, no length": (lambda: Given(lambda: unending(2300)), "gives more than 2300 batches"),
     "draws": (Drawing, "a Drawing, which gives another order each time"),
     "by rank": (Own, "another order on rank 1 than on rank 0.*attributes rank and num_replicas"),
     "too few": (
