@@ -37,9 +37,9 @@ class BatchedLoader(NumberedLoader):
     @override
     def _sampler_of(self, loader: DataLoader[Any]) -> DistributedSampler[Any]:
         given: Any = loader.sampler if loader.batch_sampler is None else loader.batch_sampler
-        if (dealer := dealer_in(given)) is not None:
-            return RankSampler(given, dealer)
         rank, world, seed = self._cut
+        if (dealer := dealer_in(given, rank, world)) is not None:
+            return RankSampler(given, dealer)
         drops = bool(getattr(given, "drop_last", False))
         return DealtBatches(given, length_of(self.dataset), rank, world, seed, drop_last=drops)
 

@@ -202,11 +202,27 @@ class RankSampler(DistributedSampler[Any]):
         return _told_epoch(self._numbered, int(self.epoch))
 
 
-def dealer_in(given: Any) -> Any:
-    """Give what deals a sampler's part out by rank, itself or its `sampler`; None: nothing does."""
+def dealer_in(given: Any, rank: int, world: int) -> Any:
+    """
+    Give what deals a sampler's part out by rank, itself or its `sampler`; None: nothing does.
+
+    One that knows of a single rank gives the order of all, and is dealt out as any other.
+
+    Raises:
+        SpecError: it gives the part of another rank, or of another number of ranks.
+    """
     for one in (given, getattr(given, "sampler", None)):
         numbers = getattr(one, "rank", None), getattr(one, "num_replicas", None)
         if all(isinstance(number, int) for number in numbers):
+            if numbers == (0, 1) and world > 1:
+                return None
+            if numbers != (rank, world):
+                text = f"{type(one).__name__} of rank {numbers[0]}, num_replicas {numbers[1]}"
+                hint = (
+                    "make it with get_world_rank() and get_world_size() of distplat.get_context(), "
+                    "or with rank 0 and num_replicas 1: prepare() deals the order out then"
+                )
+                raise _refused(f"{text}, on rank {rank} of {world} workers", hint)
             return one
     return None
 

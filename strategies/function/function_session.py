@@ -242,7 +242,7 @@ class FunctionSession:
             check_whole(sharded)
             if isinstance(sharded.sampler, DealtSampler):
                 check_order(sharded.sampler, self.group, context.device)
-            if sharded.sampler.num_replicas > 1:
+            if context.world > 1:
                 self._comparison.check(loader.dataset)
         if context.is_main_process:
             self._epoch_watch.loader(sharded, loader)

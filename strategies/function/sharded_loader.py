@@ -343,10 +343,8 @@ def _batches_in(loader: DataLoader[Any]) -> Any:
 def _sampler_of(loader: DataLoader[Any], cut: Cut) -> DistributedSampler[Any]:
     batches = batches_of(loader)
     given: Any = batches.sampler
-    if isinstance(given, DistributedSampler):
-        return given
-    if (dealer := dealer_in(given)) is not None:
-        return RankSampler(given, dealer)
+    if (dealer := dealer_in(given, cut.rank, cut.world)) is not None:
+        return given if isinstance(given, DistributedSampler) else RankSampler(given, dealer)
     plain = type(given) is SequentialSampler
     shuffled = type(given) is RandomSampler and not given.replacement
     if not (plain or shuffled) or len(given) != len(loader.dataset):  # type: ignore[arg-type]

@@ -272,8 +272,8 @@ class Grouped(BatchSampler):
 class Mine(Sampler[Any]):
     """Its own rule, by rank and epoch; of numbers or of batches."""
 
-    def __init__(self, rank: int, *, batches: bool) -> None:
-        self.rank, self.num_replicas, self.batches, self.epoch = rank, 2, batches, 0
+    def __init__(self, rank: int, *, batches: bool, world: int = 2) -> None:
+        self.rank, self.num_replicas, self.batches, self.epoch = rank, world, batches, 0
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
@@ -312,6 +312,52 @@ def test_one_that_deals_out_by_rank_itself_is_taken_as_it_is(kind: str) -> None:
             assert [batch.tolist() for batch in loader] == [batch.tolist() for batch in plain]
 
     call_on_ranks(train, 2)
+
+
+def made_for(rank: int, world: int) -> dict[str, DataLoader[int]]:
+    """Give loaders of which each has a sampler with a rank and a number of ranks."""
+    dealing: DistributedSampler[int] = DistributedSampler(Odd(), world, rank, shuffle=False)
+    return {
+        "batches": DataLoader(Odd(), batch_sampler=Mine(rank, batches=True, world=world)),
+        "numbers": DataLoader(Odd(), 2, sampler=Mine(rank, batches=False, world=world)),
+        "grouped": DataLoader(Odd(), batch_sampler=Grouped(dealing, 3, drop_last=False)),
+        "torch's": DataLoader(Odd(), 4, sampler=dealing),
+    }
+
+
+DEALT = {
+    "batches": [[[0, 1]], [[2, 3, 4, 5]]],
+    "numbers": [[[0, 2], [4]], [[1, 3], [5]]],
+    "grouped": [[[0, 1, 2], [*range(8, 23)]], [[3, 4, 5, 6, 7], [0, 1, 2]]],
+    "torch's": [
+        [[0, 2, 4, 6], [8, 10, 12, 14], [16, 18, 20, 22]],
+        [[1, 3, 5, 7], [9, 11, 13, 15], [17, 19, 21, 0]],
+    ],
+}
+
+
+@pytest.mark.parametrize("kind", DEALT)
+def test_one_that_knows_of_a_single_rank_is_dealt_out(kind: str) -> None:
+    def train(config: Mapping[str, Any]) -> None:
+        loader, rank = distplat.prepare(made_for(0, 1)[kind]), distplat.get_context().rank
+        assert [batch.tolist() for batch in loader] == DEALT[kind][rank]
+
+    call_on_ranks(train, 2)
+
+
+@pytest.mark.parametrize("kind", made_for(0, 1))
+@pytest.mark.parametrize("shift", [(0, 3), (1, 2)])
+def test_one_of_another_rank_or_number_of_ranks_is_refused(
+    kind: str, shift: tuple[int, int]
+) -> None:
+    def train(config: Mapping[str, Any]) -> None:
+        other, world = shift
+        rank = (distplat.get_context().rank + other) % 2
+        distplat.prepare(made_for(rank, world)[kind])
+
+    text = r"of rank \d, num_replicas [23], on rank \d of 2 workers.*get_world_size\(\)"
+    with pytest.raises(SpecError, match=f"(?s){text}"):
+        call_on_ranks(train, 2)
 
 
 # --- a data set that is asked for whole batches ----------------------------------------------
