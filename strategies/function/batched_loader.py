@@ -8,15 +8,13 @@ A DataLoader with a `batch_sampler` of its own, of which each rank gets its part
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Iterator
 from typing import Any
 
 from torch.utils.data import DataLoader, DistributedSampler
 from typing_extensions import override
 
 from distplat.strategies.function.dealt_sampler import DealtBatches, RankSampler, dealer_in
-from distplat.strategies.function.sharded_loader import NumberedLoader, RankBatch, RestOfOrder
+from distplat.strategies.function.sharded_loader import NumberedLoader
 from distplat.strategies.loop.streams import length_of
 
 
@@ -44,15 +42,8 @@ class BatchedLoader(NumberedLoader):
         return DealtBatches(given, length_of(self.dataset), rank, world, seed, drop_last=drops)
 
     @override
-    def _rest(self) -> RestOfOrder:
-        self._noted_order = _NotedOrder(self.sampler)
-        return self._noted_order
-
-    @override
-    def _batching(self, loader: DataLoader[Any]) -> dict[str, Any]:
-        if loader.batch_sampler is None:  # the data set is asked for whole batches
-            return {"batch_size": None, "sampler": self._order}
-        return {"batch_sampler": self._order}
+    def _batches_of(self, loader: DataLoader[Any]) -> Any:
+        return self._order
 
     @override
     def described(self) -> str:
@@ -71,31 +62,5 @@ class BatchedLoader(NumberedLoader):
         )
 
     @override
-    def _batches(self, epoch: int, first: int) -> Iterator[RankBatch]:
-        sampler = self.sampler
-        sampler.set_epoch(epoch)
-        self._noted, self._order.first = epoch, first
-        batches = iter(self._loader)
-        sizes, alike = self._noted_order.sizes, getattr(sampler, "fingerprint", 0)
-        own = self._own_samples()  # of this rank's batches those that are no repetition
-        for number, batch in enumerate(batches, first):
-            size = sizes.popleft()
-            yield RankBatch(batch, size, size if number < own else 0, alike)
-
-
-class _NotedOrder(RestOfOrder):
-    """Batches, of which it is noted how many samples each one has."""
-
-    sizes: deque[int]
-    """Of the pass that was begun last, of those that were drawn and not taken yet."""
-
-    @override
-    def __iter__(self) -> Iterator[Any]:
-        sizes: deque[int] = deque()
-        self.sizes = sizes
-
-        def noted(batch: Any) -> Any:
-            sizes.append(len(batch))
-            return batch
-
-        return map(noted, super().__iter__())
+    def _own(self, number: int, size: int, whole: int) -> int:
+        return size if number < whole else 0

@@ -50,14 +50,15 @@ class DealtSampler(DistributedSampler[Any]):
     def __init__(
         self, given: Iterable[Any], rank: int, world: int, seed: int, *, drop_last: bool
     ) -> None:
-        self._given, self._name = given, type(given).__name__
+        self.given: Any = given
+        """The user's."""
+        self._name = type(given).__name__
         made: Any = range(self._length())  # in place of a data set: its length is asked for
         super().__init__(made, world, rank, shuffle=True, seed=seed, drop_last=drop_last)
         self.dataset: Any = given
         self.size = len(made)
         """Of the order that was drawn last, of all ranks."""
-        self._shown: int | None = None  #: the epoch that the user's has had since it was read
-        self.epoch = self.told_epoch()
+        self.epoch: int = OwnEpoch(epoch_of(given))
         self.fingerprint = fingerprint_of(_comparable(self._order()))
         """Of the order of the pass that was begun last."""
         if self.fingerprint != fingerprint_of(_comparable(self._order())):
@@ -75,23 +76,16 @@ class DealtSampler(DistributedSampler[Any]):
         repeated = order * math.ceil(self.total_size / max(1, len(order)))
         return iter(repeated[self.rank : self.total_size : self.num_replicas])
 
-    def told_epoch(self) -> int:
-        """Give the epoch that was told last: this one, or the user's, where one can see it."""
-        known = _told_epoch(self._given, int(self.epoch))
-        return int(self.epoch) if known == self._shown else known
-
     def _order(self) -> list[Any]:
         """Give the epoch's, of all ranks."""
-        _tell_epoch(self._given, self.epoch)
+        tell_epoch(self.given, self.epoch)
         with preserve_rng_state():
             seed_quickly(order_seed(self.seed, self.epoch))
-            order = self._drawn()
-        self._shown = _told_epoch(self._given, int(self.epoch))  # it may count passes itself
-        return order
+            return self._drawn()
 
     def _length(self) -> int:
         """Give what the user's says of itself."""
-        return _length_in(self._given)
+        return _length_in(self.given)
 
     def _drawn(self) -> list[Any]:
         """
@@ -101,7 +95,7 @@ class DealtSampler(DistributedSampler[Any]):
             SpecError: it has another length than the sampler says, or than before.
         """
         length = self._length()
-        order = [_as_it_is(one) for one in itertools.islice(self._given, length + 1)]
+        order = [_as_it_is(one) for one in itertools.islice(self.given, length + 1)]
         if len(order) != length:
             found = f"{len(order)} or more" if len(order) > length else len(order)
             text = f"{self._name}, which gives {found} samples and whose length is {length}"
@@ -145,21 +139,27 @@ class DealtBatches(DealtSampler):
         super().__init__(given, rank, world, seed, drop_last=drop_last)
 
     @override
+    def __len__(self) -> int:
+        if self._of_epoch != self.epoch:  # as of a schedule that is made before the pass
+            self._order()
+        return super().__len__()
+
+    @override
     def _length(self) -> int:
-        return length_of(self._given) or 0
+        return length_of(self.given) or 0
 
     @override
     def _drawn(self) -> list[Any]:
         known = self._length() or self._samples
-        most = _MANY * max(1, _length_in(self._given) if known is None else known)
+        most = _MANY * max(1, _length_in(self.given) if known is None else known)
         order = [
             _as_it_is(one) if hasattr(one, "__len__") else [*one]
-            for one in itertools.islice(self._given, most + 1)
+            for one in itertools.islice(self.given, most + 1)
         ]
         if len(order) > most:
             text = f"{self._name}, which gives more than {most} batches in a pass"
             raise _refused(text, "have its __iter__ end, and its __len__ say how many it gives")
-        self.size, world = len(order), self.num_replicas
+        self._of_epoch, self.size, world = int(self.epoch), len(order), self.num_replicas
         self.num_samples = self.size // world if self.drop_last else -(-self.size // world)
         self.total_size = self.num_samples * world
         return order
@@ -178,28 +178,24 @@ class RankSampler(DistributedSampler[Any]):
     """
 
     def __init__(self, given: Any, dealer: Any) -> None:
-        self._given = given
-        self._numbered = given if callable(getattr(given, "set_epoch", None)) else dealer
+        self.given: Any = given
+        """The user's."""
         made: Any = range(_length_in(given) * dealer.num_replicas)
         super().__init__(made, dealer.num_replicas, dealer.rank, shuffle=False)
-        self.epoch = self.told_epoch()
+        self.epoch = epoch_of(given)
 
     @override
     def __iter__(self) -> Iterator[Any]:
-        return iter(self._given)
+        yield from self.given  # asked when the first one is: loaders ask for an iterator twice
 
     @override
     def set_epoch(self, epoch: int) -> None:
         super().set_epoch(epoch)
-        _tell_epoch(self._numbered, epoch)
-        self.num_samples = _length_in(self._given)
+        tell_epoch(self.given, epoch)
+        self.num_samples = _length_in(self.given)
         self.total_size = self.num_samples * self.num_replicas
         made: Any = range(self.total_size)
         self.dataset = made
-
-    def told_epoch(self) -> int:
-        """Give the epoch that was told last, as `DealtSampler.told_epoch`."""
-        return _told_epoch(self._numbered, int(self.epoch))
 
 
 def dealer_in(given: Any, rank: int, world: int) -> Any:
@@ -227,16 +223,32 @@ def dealer_in(given: Any, rank: int, world: int) -> Any:
     return None
 
 
-def _told_epoch(given: Any, known: int) -> int:
-    """Give the epoch that a sampler says it was told; else the one that is known."""
-    epoch = getattr(given, "epoch", None)
-    numbered = callable(getattr(given, "set_epoch", None))
-    return epoch if numbered and isinstance(epoch, int) else known
+class OwnEpoch(int):
+    """An epoch that a loader tells a sampler: if a loop tells it the same number, that is seen."""
 
 
-def _tell_epoch(given: Any, epoch: int) -> None:
-    if callable(set_epoch := getattr(given, "set_epoch", None)):
-        set_epoch(epoch)
+def shown_epoch(given: Any) -> tuple[type, int] | None:
+    """Give what a sampler shows of the epoch that it was told last; another if it is told again."""
+    epoch = getattr(_numbered(given), "epoch", None)
+    return (type(epoch), epoch) if isinstance(epoch, int) else None
+
+
+def epoch_of(given: Any) -> int:
+    """Give the epoch that a sampler was told; 0: it has none."""
+    shown = shown_epoch(given)
+    return int(shown[1]) if shown is not None else 0
+
+
+def tell_epoch(given: Any, epoch: int) -> None:
+    """Tell a sampler the epoch of the next pass, if it takes one."""
+    if (numbered := _numbered(given)) is not None:
+        numbered.set_epoch(epoch)
+
+
+def _numbered(given: Any) -> Any:
+    """Give what is told the epoch, a sampler or its own `sampler`; None: neither is."""
+    both = given, getattr(given, "sampler", None)
+    return next((one for one in both if callable(getattr(one, "set_epoch", None))), None)
 
 
 def check_order(sampler: DealtSampler, group: Collective, device: torch.device) -> None:

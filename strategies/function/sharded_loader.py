@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import time
 from abc import ABC, abstractmethod
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -21,7 +22,13 @@ from torch.utils.data import (
 from typing_extensions import override
 
 from distplat.platform.errors import Problem, SpecError
-from distplat.strategies.function.dealt_sampler import DealtSampler, RankSampler, dealer_in
+from distplat.strategies.function.dealt_sampler import (
+    DealtSampler,
+    OwnEpoch,
+    RankSampler,
+    dealer_in,
+    shown_epoch,
+)
 from distplat.strategies.loop.collate import sendable, to_device
 from distplat.strategies.loop.loaders import known_alike
 
@@ -94,13 +101,15 @@ class ShardedLoader(ABC):
     def __init__(self, loader: DataLoader[Any], cut: Cut, device: torch.device, read: Read) -> None:
         self.dataset: Any = loader.dataset
         """The user's, whole."""
-        self.batch_size: Any = getattr(_batches_in(loader), "batch_size", None)
+        whole = not is_batched_otherwise(loader)
+        self.batch_size: Any = getattr(_batches_in(loader), "batch_size", None) if whole else None
         """Samples of this rank's batch; None: batches are of several sizes."""
         self.use = LoaderUse()
         """By the loop."""
         self._given = loader
         self._cut, self._device, self._read = cut, device, read
         self._epoch = self._first = 0  #: the next pass, and its batches that are passed over
+        self._said = False  #: whether the loop has said which pass is the next one
         self._at: tuple[int, int] | None = None  #: epoch and batches of a pass under way
 
     def __getattr__(self, name: str) -> Any:
@@ -134,6 +143,7 @@ class ShardedLoader(ABC):
 
     def set_epoch(self, epoch: int) -> None:
         """Say which epoch the next pass is: after a restart, for example."""
+        self._said = True
         if epoch != self._epoch:
             self._epoch, self._first = epoch, 0
         if self._at is not None and self._at[0] != epoch:
@@ -166,7 +176,7 @@ class ShardedLoader(ABC):
             where = f"load_state_dict(): {passed} {self.counted} into epoch {epoch}"
             anew = f"or begin the epoch anew, with set_epoch({epoch})"
             raise ValueError(f"{where} {self._parts(passed)}, {anew}")
-        self._epoch, self._first, self._at = epoch, first, None
+        self._epoch, self._first, self._at, self._said = epoch, first, None, True
 
     @property
     def _of_a_step(self) -> int:
@@ -182,7 +192,7 @@ class ShardedLoader(ABC):
 
     def __iter__(self) -> Iterator[Any]:
         epoch, first = self._epoch, self._first
-        self._epoch, self._first = epoch + 1, 0
+        self._epoch, self._first, self._said = epoch + 1, 0, False
         self._at = epoch, first
         self.use.passes += torch.is_grad_enabled()
         batches, this_pass = self._batches(epoch, first), object()
@@ -219,56 +229,113 @@ class NumberedLoader(ShardedLoader):
         super().__init__(loader, cut, device, read)
         self.sampler: DistributedSampler[Any] = self._sampler_of(loader)
         self._size = self._length()
-        self._order = self._rest()
+        self._order = RestOfOrder(self.sampler)
+        self._sized = SizedBatches(self._batches_of(loader))
+        whole = loader.batch_sampler is None  # the data set is asked for whole batches
+        how = {"batch_size": None, "sampler": self._sized}
         kept = {name: getattr(loader, name) for name in KEPT}
         self._loader: DataLoader[Any] = DataLoader(
-            loader.dataset, **self._batching(loader), collate_fn=Collate(loader), **kept
+            loader.dataset,
+            **(how if whole else {"batch_sampler": self._sized}),
+            collate_fn=Collate(loader),
+            **kept,
         )
-        self._epoch = self._noted = self.sampler.epoch
+        self._epoch = int(self.sampler.epoch)
+        self._note()
 
     def _sampler_of(self, loader: DataLoader[Any]) -> DistributedSampler[Any]:
         """Give what deals out the samples."""
         return _sampler_of(loader, self._cut)
 
-    def _rest(self) -> RestOfOrder:
-        """Give the order without what is passed over."""
-        return RestOfOrder(self.sampler)
-
-    def _batching(self, loader: DataLoader[Any]) -> dict[str, Any]:
-        """Say how the loader within makes batches."""
+    def _batches_of(self, loader: DataLoader[Any]) -> Any:
+        """Give this rank's batches of a pass, as numbers of samples."""
         batches = batches_of(loader)
-        if loader.batch_sampler is None:  # the data set is asked for whole batches
-            whole = BatchSampler(self._order, batches.batch_size, batches.drop_last)
-            return {"batch_size": None, "sampler": whole}
-        sizes = {"batch_size": batches.batch_size, "drop_last": batches.drop_last}
-        return {**sizes, "sampler": self._order}
+        return BatchSampler(self._order, batches.batch_size, batches.drop_last)
 
     @override
     def batches_of_pass(self) -> int:
-        return len(self._loader)
+        self._hear()
+        if self._said:
+            self.sampler.set_epoch(OwnEpoch(self._epoch))
+        count = len(self._loader)
+        self._note()
+        return count
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        """With the number of ranks, of a sampler that deals out by rules of its own."""
+        state = super().state_dict()
+        return state if self._repeats else {**state, "num_replicas": self._cut.world}
+
+    @override
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        given = state if isinstance(state, Mapping) else {}
+        before, world = given.get("num_replicas"), self._cut.world
+        if not self._repeats and given.get(self.counted) and before != world:
+            raise ValueError(
+                f"load_state_dict(): a {type(self._given_sampler).__name__} deals out by rank "
+                f"itself, and other parts to {world} workers than to {before or 'those before'}: "
+                f"begin the epoch anew, with set_epoch({given.get('epoch')})"
+            )
+        super().load_state_dict(state)
+        self._note()
 
     @override
     def __iter__(self) -> Iterator[Any]:
-        one = self.sampler
-        epoch = one.told_epoch() if isinstance(one, DealtSampler | RankSampler) else one.epoch
-        if epoch != self._noted:  # the loop has told its own sampler
-            self.set_epoch(epoch)
+        self._hear()
         return super().__iter__()
+
+    def _hear(self) -> None:
+        """Obey the epoch that the loop has told a sampler since, its own or the prepared one."""
+        for one, before in self._noted:
+            if (shown := shown_epoch(one)) != before and shown is not None:
+                self.set_epoch(int(shown[1]))
+                self._note()
+                return
+
+    def _note(self) -> None:
+        """Note what samplers show that the loop has not told them; one may count its passes."""
+        self._noted = [(one, shown_epoch(one)) for one in (self.sampler, self._given_sampler)]
+
+    @property
+    def _given_sampler(self) -> Any:
+        """The user's own."""
+        one = self.sampler
+        return one.given if isinstance(one, DealtSampler | RankSampler) else one
 
     @override
     def _batches(self, epoch: int, first: int) -> Iterator[RankBatch]:
         if (size := self._length()) != self._size:
             text = f"has {size} samples now, and had {self._size} when it was prepared"
             raise refused(text, "prepare a loader of the data as it is now, and set_epoch(epoch)")
-        self.sampler.set_epoch(epoch)
-        self._noted = epoch
-        self._order.first = passed = first * self.batch_size
-        left, own = self.sampler.num_samples - passed, self._own_samples() - passed
-        for batch in self._loader:
-            size = min(self.batch_size, left)
-            alike = getattr(self.sampler, "fingerprint", 0)
-            yield RankBatch(batch, size, max(0, min(size, own)), alike)
-            left, own = left - size, own - size
+        self.sampler.set_epoch(OwnEpoch(epoch))
+        self._order.first = first * self._of_batch
+        sizes, whole = self._sized.begin(), -1
+        for number, batch in enumerate(self._loader, first):
+            if whole < 0:
+                self._note()
+                whole = self._own_samples()
+            size, alike = sizes.popleft(), getattr(self.sampler, "fingerprint", 0)
+            own = self._own(number, size, whole) if self._repeats else size
+            yield RankBatch(batch, size, own, alike)
+        if whole < 0:  # a pass without a batch counts as well
+            self._note()
+
+    @property
+    def _of_batch(self) -> int:
+        """What a batch of this rank has of what is counted."""
+        return self._of_a_step // self._cut.world
+
+    def _own(self, number: int, size: int, whole: int) -> int:
+        """Count the samples of a batch that are no repetition, of so many in the whole pass."""
+        return max(0, min(size, whole - number * self._of_batch))
+
+    @property
+    def _repeats(self) -> bool:
+        """Whether ranks get parts of one order, whose first samples may come once more."""
+        sampler = self.sampler
+        as_torch = type(sampler).__iter__ is DistributedSampler.__iter__
+        return as_torch or isinstance(sampler, DealtSampler)
 
     def _length(self) -> int | None:
         """Count the samples; None: another sampler says itself what there is."""
@@ -306,6 +373,29 @@ class RestOfOrder(Sampler[Any]):
 
     def __iter__(self) -> Iterator[Any]:
         return itertools.islice(self._sampler, self.first, None)
+
+
+class SizedBatches(Sampler[Any]):
+    """Batches, of which it is noted how many samples each one has."""
+
+    def __init__(self, batches: Any) -> None:
+        self._batches = batches
+        self._sizes: deque[int] = deque()
+
+    def begin(self) -> deque[int]:
+        """Give what the sizes of the next pass come into, as batches are drawn."""
+        self._sizes = deque()
+        return self._sizes
+
+    def __len__(self) -> int:
+        return len(self._batches)
+
+    def __iter__(self) -> Iterator[Any]:
+        sizes = self._sizes
+        for one in self._batches:
+            batch = one if hasattr(one, "__len__") else [*one]
+            sizes.append(len(batch))
+            yield batch
 
 
 def is_batched_otherwise(loader: DataLoader[Any]) -> bool:

@@ -105,8 +105,11 @@ def test_a_step_has_the_mean_of_the_means_of_the_ranks_batches(
 
 
 class Odd(Dataset[int]):
+    def __init__(self, count: int = 23) -> None:
+        self.count = count
+
     def __len__(self) -> int:
-        return 23
+        return self.count
 
     def __getitem__(self, index: int) -> int:
         return index
@@ -145,6 +148,38 @@ def test_a_loop_may_tell_its_own_batch_sampler_the_epoch() -> None:
     for epoch in (4, 2):
         buckets.set_epoch(epoch)
         assert a_pass(loader)[0] == batches_of(epoch)[1]
+
+
+def test_the_same_epoch_may_be_told_again() -> None:
+    buckets = Buckets()
+    loader = prepared(1, 2, buckets)
+    for tell in (buckets.set_epoch, loader.sampler.set_epoch, loader.set_epoch):
+        for epoch in (0, 0, 0, 2, 2):
+            tell(epoch)
+            assert a_pass(loader)[0] == batches_of(epoch)[1]
+        assert a_pass(loader)[0] == batches_of(3)[1], "the next one follows"
+
+
+def test_the_length_is_that_of_the_epoch_that_was_told() -> None:
+    wanted = {epoch: -(-len(batches_of(epoch)) // 2) for epoch in range(9)}
+    buckets = Buckets()
+    loader = prepared(1, 2, buckets)
+    for epoch in range(9):
+        loader.set_epoch(epoch)
+        assert len(loader) == wanted[epoch]
+        loader.load_state_dict({"epoch": (epoch + 4) % 9, "batches": 2})
+        assert len(loader) == wanted[(epoch + 4) % 9]
+        buckets.set_epoch(epoch)
+        assert len(loader) == wanted[epoch]
+        assert len(a_pass(loader)) == wanted[epoch] == len(loader)
+    assert len({*wanted.values()}) > 2
+
+
+def test_the_end_of_a_pass_is_a_position_too() -> None:
+    loader = prepared(1, 2)
+    loader.load_state_dict({"epoch": 2, "batches": 2 * -(-len(batches_of(2)) // 2)})
+    assert a_pass(loader) == []
+    assert a_pass(loader)[0] == batches_of(3)[1]
 
 
 def test_one_that_counts_its_passes_itself_goes_on_where_it_was() -> None:
@@ -360,6 +395,112 @@ def test_one_of_another_rank_or_number_of_ranks_is_refused(
         call_on_ranks(train, 2)
 
 
+class Stale(Sampler[Any]):
+    """A rank's part of 24 numbers; its length is that of the pass before."""
+
+    def __init__(self, rank: int, *, batches: bool) -> None:
+        self.rank, self.num_replicas, self.batches, self.epoch = rank, 2, batches, 0
+        self.count = 1
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __iter__(self) -> Iterator[Any]:
+        order = [*range(24)][self.rank :: 2]
+        size = (6, 2, 3)[self.epoch]
+        given: list[Any] = [order[first : first + size] for first in range(0, 12, size)]
+        given = given if self.batches else order[: 2 * size]
+        self.count = len(given)
+        return iter(given)
+
+
+@pytest.mark.parametrize("batches", [False, True])
+def test_what_one_gives_that_deals_out_itself_counts_whatever_its_length_says(
+    batches: bool,
+) -> None:
+    def train(config: Mapping[str, Any]) -> None:
+        given = Stale(distplat.get_context().rank, batches=batches)
+        given.count = 12  # of no pass
+        loader = distplat.prepare(
+            DataLoader(Odd(24), batch_sampler=given)
+            if batches
+            else DataLoader(Odd(24), 5, sampler=given)
+        )
+        for epoch in range(3):
+            found, mine = [], 0
+            for batch in loader:
+                mine += len(batch)
+                found += distplat.gather_for_metrics(batch).tolist()
+            assert mine == (12 if batches else (12, 4, 6)[epoch])
+            assert sorted(found) == [*range(2 * mine)]
+            distplat.report({"loss": 0.0})
+
+    run = call_on_ranks(train, 2)
+    counted = [getattr(one, "samples", None) for one in run.reports]
+    assert counted == ([24] * 3 if batches else [24, 8, 12])
+
+
+class InPieces(DistributedSampler[Any]):
+    """Torch's with an order of its own: rank r has the r-th piece."""
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter([*range(23)][self.rank :: 2][:11])
+
+
+def test_torchs_own_with_another_order_repeats_nothing_either() -> None:
+    def train(config: Mapping[str, Any]) -> None:
+        given: Any = InPieces(Odd(21), 2, distplat.get_context().rank)
+        loader = distplat.prepare(DataLoader(Odd(21), 4, sampler=given))
+        found = [distplat.gather_for_metrics(batch) for batch in loader]
+        assert sorted(torch.cat(found).tolist()) == [*range(22)]
+
+    call_on_ranks(train, 2)
+
+
+@pytest.mark.parametrize("kind", DEALING)
+def test_the_position_in_one_that_deals_out_itself_is_for_as_many_ranks(kind: str) -> None:
+    def train(config: Mapping[str, Any]) -> None:
+        rank = distplat.get_context().rank
+        loader, counted = distplat.prepare(DEALING[kind](rank)), "batches"
+        if kind == "numbers":
+            counted = "samples"
+        passed = iter(loader)
+        next(passed)
+        state = loader.state_dict()
+        rest = [batch.tolist() for batch in passed]
+        loader.load_state_dict(state)
+        assert [batch.tolist() for batch in loader] == rest
+        for other in ({"num_replicas": 4}, {}):
+            earlier = {"epoch": 3, counted: 8, **other}
+            with pytest.raises(ValueError, match=r"to 2 workers than.*set_epoch\(3\)"):
+                loader.load_state_dict(earlier)
+            loader.load_state_dict({**earlier, counted: 0})  # no part has begun
+
+    call_on_ranks(train, 2)
+
+
+class Passes(Mine):
+    """Counts its passes itself."""
+
+    def __iter__(self) -> Iterator[Any]:
+        given = super().__iter__()
+        self.epoch += 1
+        return given
+
+
+@pytest.mark.parametrize("loaders", [0, 1])
+def test_a_position_that_is_loaded_stays_where_a_sampler_counts_its_passes(loaders: int) -> None:
+    given = Passes(0, batches=True, world=2)
+    loader = prepared(0, 2, given, num_workers=loaders)
+    wanted = [[batch.tolist() for batch in loader] for _ in range(3)]
+    assert [one[0] for one in wanted] == [[0, 1], [1, 2], [2, 3]]
+    loader.load_state_dict({"epoch": 1, "batches": 2, "num_replicas": 2})
+    assert [a_pass(loader) for _ in range(2)] == [wanted[1][1:], wanted[2]]
+
+
 # --- a data set that is asked for whole batches ----------------------------------------------
 
 
@@ -436,6 +577,10 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "no end, no length": (lambda: Given(lambda: unending(2300)), "gives more than 2300 batches"),
     "draws": (Drawing, "a Drawing, which gives another order each time"),
     "by rank": (Own, "another order on rank 1 than on rank 0.*attributes rank and num_replicas"),
+    "too few, of a size": (
+        lambda: Grouped(range(5), 4, drop_last=True),
+        "gives no batch: of 3 batches each of 4 workers has less than one, and drop_last",
+    ),
     "too few": (
         lambda: Buckets(1, drop_last=True),
         "gives no batch: of 1 batches each of 2 workers has less than one, and drop_last",
@@ -451,7 +596,7 @@ def test_what_cannot_be_dealt_out_is_told(name: str) -> None:
         distplat.prepare(DataLoader(Odd(), batch_sampler=make()))
 
     with pytest.raises(SpecError, match=f"(?s){text}"):
-        call_on_ranks(train, 2)
+        call_on_ranks(train, 4 if name == "too few, of a size" else 2)
 
 
 @pytest.mark.parametrize("strategy", ["ring", "ps-sync"])
