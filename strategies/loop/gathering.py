@@ -44,26 +44,49 @@ _NOT_EXPECTED = Problem(
 _here = threading.local()
 """`gathering`: of the step that this thread computes; `calls`: how often it has asked."""
 
+_ELSEWHERE = Problem(
+    ("task",),
+    "all_gather() is called in another thread than the one that trains, and would gather nothing",
+    "leave it out of what torch.utils.checkpoint computes again: a GPU's backward has a thread",
+)
+
+
+class _UnderWay:
+    """Gatherings of this process that are entered and have several ranks."""
+
+    def __init__(self) -> None:
+        self.count, self._counting = 0, threading.Lock()
+
+    def add(self, more: int) -> None:
+        with self._counting:
+            self.count += more
+
+
+_under_way = _UnderWay()
+
 
 def all_gather(tensor: Tensor) -> Tensor:
     """
     Give the rows of all workers' batches, in rank order; for a loss that needs all samples.
 
     Gradients flow back to the workers whose rows they are of. Every worker that has samples in a
-    step must call it alike. Outside of a training step, in evaluations too, and with one worker it
-    gives the tensor itself. In a train function it gathers each time, and every worker calls it.
+    step must call it alike. Outside of a training step, in evaluations too, it gives the tensor
+    itself. In a train function it gathers each time, and every worker calls it.
 
     Args:
-        tensor: shape [rows, ...]; workers may have different numbers of rows.
+        tensor: shape [rows, ...]; workers may have different numbers of rows. Of bool, int32,
+            int64 or a type of floating point numbers of 16 to 64 bits.
 
     Returns:
-        Shape [rows of all workers, ...].
+        Shape [rows of all workers, ...]; with one worker a copy.
 
     Raises:
-        SpecError: the batch of a step is cut by `gradient_accumulation`, or the strategy's workers
-            are not in the same step.
+        SpecError: the batch of a step is cut by `gradient_accumulation`, the strategy's workers
+            are not in the same step, or another thread trains.
     """
     _here.calls = calls() + 1
+    if _under_way.count and not hasattr(_here, "gathering"):
+        raise SpecError(_ELSEWHERE)
     now: Gathering | None = getattr(_here, "gathering", None)
     return tensor if now is None else now.gather(tensor)
 
@@ -142,6 +165,7 @@ class Gathering:
     ) -> None:
         self._make_group, self._world, self._parts = make_group, world, parts
         self._expected, self._refused = expected, refused
+        _here.gathering = getattr(_here, "gathering", None)  # this thread is the one that trains
         self._group: Collective | None = None
         self._step = 0  #: the one under way
         self._calls = 0  #: in it
@@ -153,9 +177,11 @@ class Gathering:
 
     def __enter__(self) -> None:
         _here.gathering = self
+        _under_way.add(int(self._world > 1))
 
     def __exit__(self, *error: object) -> None:
         _here.gathering = None
+        _under_way.add(-int(self._world > 1))
 
     def finish(self, device: torch.device) -> None:
         """
@@ -184,12 +210,14 @@ class Gathering:
         if not 1 <= tensor.ndim <= _DIMENSIONS:
             text = f"all_gather() takes 1 to {_DIMENSIONS} dimensions, rows first"
             raise ValueError(f"{text}; got a tensor of {tensor.ndim}")
+        if tensor.dtype not in (*_TYPES, torch.bool):
+            names = ", ".join(str(one).removeprefix("torch.") for one in (*_TYPES, torch.bool))
+            text = f"all_gather() takes no tensor of type {tensor.dtype}: convert it, with .long()"
+            raise ValueError(f"{text} for example, to one of {names}")
         if self._world == 1:
-            return tensor
+            return tensor.clone()  # as others give it: what is written there is not in the tensor
         if tensor.dtype is torch.bool:
             return self.gather(tensor.int()).bool()
-        if tensor.dtype not in _TYPES:
-            raise ValueError(f"all_gather() takes no tensor of type {tensor.dtype}")
         if not self._all_take_part and min(self._parts(self._step)) == 0:
             raise SpecError(_NOT_EXPECTED)
         self._calls += 1

@@ -1,6 +1,7 @@
 """`distplat.all_gather` in a train function: a loss over all ranks' samples is one process's."""
 
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ from function_ranks import call_on_ranks, function_job
 from plain_functions import assert_equal
 from torch import Tensor, nn
 from torch.autograd import backward
+from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, TensorDataset
 
 import distplat
@@ -114,6 +116,80 @@ def test_without_gradient_it_gathers_rows_of_any_number() -> None:
         assert distplat.all_gather(torch.tensor([rank > 0])).tolist() == [False, True, True]
 
     call_on_ranks(train, 3)
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_what_is_written_into_the_rows_is_not_in_the_tensor(world: int) -> None:
+    def train(config: Mapping[str, Any]) -> None:
+        given = torch.arange(3.0)
+        distplat.all_gather(given).add_(1)
+        assert given.tolist() == [0, 1, 2]
+
+    call_on_ranks(train, world)
+
+
+@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize("kind", [torch.uint8, torch.int16, torch.complex64])
+def test_a_type_that_it_does_not_take_is_told(world: int, kind: torch.dtype) -> None:
+    def train(config: Mapping[str, Any]) -> None:
+        distplat.all_gather(torch.zeros(2, dtype=kind))
+
+    with pytest.raises(ValueError, match=rf"{kind}: convert it, with \.long\(\) .* float32, "):
+        call_on_ranks(train, world)
+
+
+def in_another_thread(work: Callable[[], object]) -> None:
+    """Do some work in a thread of its own; raises what it raises."""
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(work).result(timeout=60)
+
+
+def test_in_another_thread_it_is_refused() -> None:
+    """Autograd's own threads compute checkpointed parts again on a GPU."""
+
+    def train(config: Mapping[str, Any]) -> None:
+        rows = torch.ones(2, 3, requires_grad=True)
+        again: Any = checkpoint(distplat.all_gather, rows, use_reentrant=True)
+        with pytest.raises(SpecError, match=r"another thread than the one that trains"):
+            in_another_thread(again.sum().backward)
+        assert len(distplat.all_gather(rows)) == 4, "in its own thread it gathers"
+
+    call_on_ranks(train, 2)
+    call_on_ranks(lambda config: in_another_thread(lambda: distplat.all_gather(torch.ones(1))))
+    in_another_thread(lambda: distplat.all_gather(torch.ones(1)))  # nothing is under way
+
+
+def accumulated(images: Tensor, texts: Tensor) -> None:
+    with distplat.no_sync():
+        backward(own_rows(images, texts) / 4, retain_graph=True)
+    backward(own_rows(images, texts) * 3 / 4)
+
+
+def in_two_backwards(images: Tensor, texts: Tensor) -> None:
+    loss = own_rows(images, texts)
+    backward(loss / 4, retain_graph=True)
+    backward(loss * 3 / 4)
+
+
+@pytest.mark.parametrize("strategy", ["ring", "ps-sync"])
+@pytest.mark.parametrize("step", [accumulated, in_two_backwards])
+def test_the_gradient_may_come_in_parts(
+    strategy: str, step: Callable[[Tensor, Tensor], None]
+) -> None:
+    grads: dict[int, list[Any]] = {}
+
+    def train(config: Mapping[str, Any]) -> None:
+        rank, model = distplat.get_context().rank, distplat.prepare(Clip())
+        part = [one[:BATCH][BATCH // 2 * rank :][: BATCH // 2] for one in data_of().tensors]
+        step(*model(part))
+        grads[rank] = [one.grad for one in model.parameters()]
+
+    call_on_ranks(train, job=function_job(2, strategy=strategy))
+    model = Clip()
+    backward(whole(*model([one[:BATCH] for one in data_of().tensors])))
+    for rank in range(2):
+        for found, one in zip(grads[rank], model.parameters(), strict=True):
+            torch.testing.assert_close(found, one.grad, rtol=1e-10, atol=1e-12)
 
 
 def test_ranks_that_call_it_otherwise_are_named() -> None:
