@@ -41,6 +41,7 @@ from distplat.strategies.function.gradient_average import (
     SessionContext,
     take_over,
 )
+from distplat.strategies.function.loader_kinds import check_kind, is_batched_otherwise
 from distplat.strategies.function.loop_checks import EpochWatch, OptimizerWatch, ReportWatch
 from distplat.strategies.function.metric_gathering import gather_for_metrics
 from distplat.strategies.function.server_sum import ServerAverage, ServerSum
@@ -50,9 +51,7 @@ from distplat.strategies.function.sharded_loader import (
     NumberedLoader,
     RankBatch,
     ShardedLoader,
-    check_kind,
     check_whole,
-    is_batched_otherwise,
 )
 from distplat.strategies.function.stream_loader import StreamLoader
 from distplat.strategies.loop.checks import check_state, without_shape

@@ -21,13 +21,18 @@ from torch.utils.data import (
 )
 from typing_extensions import override
 
-from distplat.platform.errors import Problem, SpecError
 from distplat.strategies.function.dealt_sampler import (
     DealtSampler,
     OwnEpoch,
     RankSampler,
     dealer_in,
     shown_epoch,
+)
+from distplat.strategies.function.loader_kinds import (
+    batches_in,
+    batches_of,
+    is_batched_otherwise,
+    refused,
 )
 from distplat.strategies.loop.collate import sendable, to_device
 from distplat.strategies.loop.loaders import known_alike
@@ -102,7 +107,7 @@ class ShardedLoader(ABC):
         self.dataset: Any = loader.dataset
         """The user's, whole."""
         whole = not is_batched_otherwise(loader)
-        self.batch_size: Any = getattr(_batches_in(loader), "batch_size", None) if whole else None
+        self.batch_size: Any = getattr(batches_in(loader), "batch_size", None) if whole else None
         """Samples of this rank's batch; None: batches are of several sizes."""
         self.use = LoaderUse()
         """By the loop."""
@@ -398,38 +403,6 @@ class SizedBatches(Sampler[Any]):
             yield batch
 
 
-def is_batched_otherwise(loader: DataLoader[Any]) -> bool:
-    """Say whether a `batch_sampler` that is not torch's own says what is in a batch."""
-    batches = _batches_in(loader)
-    return batches is not None and type(batches) is not BatchSampler
-
-
-def batches_of(loader: DataLoader[Any]) -> BatchSampler:
-    """
-    Give what makes a loader's batches: torch's own, made by the loader or by the user.
-
-    Raises:
-        SpecError: there are none, or they are made by another `batch_sampler`.
-    """
-    batches = _batches_in(loader)
-    if batches is None:
-        hint = (
-            "give batch_size; where the data gives whole batches, batch_size=1 and a collate_fn "
-            "that returns the one that it gets"
-        )
-        raise refused("has batch_size=None", hint)
-    if type(batches) is not BatchSampler:
-        raise refused("has a batch_sampler, over a stream", "give batch_size")
-    return batches
-
-
-def _batches_in(loader: DataLoader[Any]) -> Any:
-    """Give what makes a loader's batches; None: nothing does."""
-    if loader.batch_sampler is not None:
-        return loader.batch_sampler
-    return loader.sampler if isinstance(loader.sampler, BatchSampler) else None
-
-
 def _sampler_of(loader: DataLoader[Any], cut: Cut) -> DistributedSampler[Any]:
     batches = batches_of(loader)
     given: Any = batches.sampler
@@ -452,30 +425,6 @@ def _sampler_of(loader: DataLoader[Any], cut: Cut) -> DistributedSampler[Any]:
 def _size_of(sampler: DistributedSampler[Any]) -> int:
     """Count what a sampler deals out to all ranks."""
     return sampler.size if isinstance(sampler, DealtSampler) else len(sampler.dataset)  # type: ignore[arg-type]
-
-
-def refused(what: str, hint: str) -> SpecError:
-    """Say that a loader cannot be prepared, and what to do."""
-    return SpecError(Problem(("task",), f"prepare() got a DataLoader that {what}", hint))
-
-
-def check_kind(loader: DataLoader[Any]) -> None:
-    """
-    See that a loader goes through its batches as torch's does: no other code of it is called.
-
-    Raises:
-        SpecError: it does something else; says what to do.
-    """
-    kind = type(loader)
-    for name in ("__iter__", "_get_iterator"):
-        owner = next(one for one in kind.__mro__ if name in vars(one))
-        if owner is not DataLoader and not owner.__module__.startswith("torchdata."):
-            text = f"is a {kind.__name__}, whose {name}() a prepared one would not call"
-            hint = (
-                "do in collate_fn what it does to a batch, or around the prepared loader; or leave "
-                "it out of prepare(), if each rank reads samples of its own"
-            )
-            raise refused(text, hint)
 
 
 def check_whole(loader: NumberedLoader) -> None:

@@ -25,6 +25,7 @@ from typing_extensions import override
 
 from distplat.platform.errors import Problem, SpecError
 from distplat.strategies.collective import Collective, ranks_apart
+from distplat.strategies.function.loader_kinds import batches_of, refused
 from distplat.strategies.function.sharded_loader import (
     KEPT,
     Collate,
@@ -32,8 +33,6 @@ from distplat.strategies.function.sharded_loader import (
     RankBatch,
     Read,
     ShardedLoader,
-    batches_of,
-    refused,
 )
 from distplat.strategies.loop.sample_hash import fingerprint_of, hash_of
 from distplat.strategies.loop.seeding import preserve_rng_state

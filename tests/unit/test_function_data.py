@@ -295,13 +295,59 @@ class Named(DataLoader[Any]):
         super().__init__(range(count), 2)  # type: ignore[arg-type]
 
 
+class Numbering(DataLoader[Any]):
+    @property
+    def _index_sampler(self) -> Any:
+        return [[0], [1]]
+
+
+class Sharded(DataLoader[Any]):
+    """As Accelerate's."""
+
+    __module__ = "accelerate.data_loader"
+
+    def __iter__(self) -> Any:
+        return super().__iter__()
+
+
+CHANGING: dict[type[DataLoader[Any]], str] = {
+    Doubling: "whose __iter__ .*do in collate_fn",
+    Inner: "whose _get_iterator .*do in collate_fn",
+    Numbering: "whose _index_sampler .*do in collate_fn",
+    Sharded: "whose __iter__ .*the loader that Accelerate got",
+}
+
+
+class Stateful(DataLoader[Any]):
+    """As torchdata's: it keeps a position that it was given until the next pass."""
+
+    __module__ = "torchdata.stateful_dataloader"
+    next_iter_state: Any = None
+
+    def __iter__(self) -> Any:
+        return super().__iter__()
+
+
+def test_a_loader_of_torchdatas_is_taken_where_it_begins() -> None:
+    def train(config: Mapping[str, Any]) -> None:
+        given = Stateful(Odd(), 5)
+        assert len([*distplat.prepare(given)]) == 2
+        given.next_iter_state = {"_num_yielded": 1}
+        with pytest.raises(
+            SpecError, match=r"(?s)a Stateful at a position.*that prepare\(\) gives"
+        ):
+            distplat.prepare(given)
+
+    call_on_ranks(train)
+
+
 def test_a_loader_that_changes_its_batches_itself_is_refused() -> None:
     """A prepared one would give them as they were."""
 
     def train(config: Mapping[str, Any]) -> None:
         samples: Any = range(4)
-        for kind, name in ((Doubling, "__iter__"), (Inner, "_get_iterator")):
-            with pytest.raises(SpecError, match=rf"a {kind.__name__}, whose {name}\(\)"):
+        for kind, text in CHANGING.items():
+            with pytest.raises(SpecError, match=rf"(?s)a {kind.__name__}, {text}"):
                 distplat.prepare(kind(samples))
         assert [batch.tolist() for batch in distplat.prepare(Named(4))] == [[0, 1], [2, 3]]
 
