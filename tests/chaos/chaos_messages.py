@@ -88,7 +88,7 @@ def run(strategy: str, seed: int | None) -> tuple[str, list[str], Counter[str]]:
     """
     given = {"steps": STEPS, "global_batch_size": 8, "task_args": {"pause": 0.0}}
     job = job_of(PLANS[strategy], WORLD[strategy], **given)
-    made = LocalRun(job, Still, timeout_s=30.0)
+    made = LocalRun(job, Still, timeout_s=60.0)
     rule = Lossy(seed or 0)
     if seed is not None:
         for cluster in (made.servers.cluster, made.desk.cluster):
