@@ -132,7 +132,7 @@ def a_pass(loader: BatchedLoader) -> list[list[int]]:
 @pytest.mark.parametrize(("loaders", "ranks"), [(0, [0, 1, 2]), (1, [1])])
 def test_ranks_take_turns_with_the_batches_of_each_epoch(loaders: int, ranks: list[int]) -> None:
     for rank in ranks:
-        loader = prepared(rank, 3, num_workers=loaders)
+        loader = prepared(rank, 3, num_workers=loaders, persistent_workers=loaders > 0)
         for epoch in range(3):
             wanted = [step[rank] for step in steps_of(epoch, 3, drop_last=False)]
             assert a_pass(loader) == wanted
