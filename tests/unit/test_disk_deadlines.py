@@ -97,7 +97,7 @@ def test_who_moves_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def hang(moved: Moved) -> None:
         clock.now += 2 * LIMIT_S
-        over.wait(30)
+        assert over.wait(60)
 
     with pytest.raises(StorageError, match=rf"^/there: no answer within {LIMIT_S} s") as raised:
         with_deadline(hang, Path("/there"), LIMIT_S)
