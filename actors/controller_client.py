@@ -66,6 +66,10 @@ class RunHandlers:
     """Asked after news: whether the run is to end before its last step."""
 
 
+class _NotFollowed(DistplatError):
+    """`follow` was left: the thread that listens ends."""
+
+
 class ControllerClient:
     """
     One run's controller, seen from the driver.
@@ -88,6 +92,7 @@ class ControllerClient:
         self._hurried = False  #: a second signal came: nothing is waited for
         self._step: int | None = None  #: the last one that is known to be made
         self._saved = checkpoint_step > 0  #: there is a checkpoint to go on from
+        self._warned: DistplatError | None = None  #: why it did not stop in order
         self._up = False  #: it has answered, and was not lost since
         self._left = threading.Event()  #: nobody follows the run any more
         self._keeping = threading.Lock()  #: held while something is written
@@ -126,7 +131,20 @@ class ControllerClient:
                 with self._keeping:
                     pass
             wait([listening], _LEAVE_S)
+            self._add_cause(error, listening)
             raise
+
+    def _add_cause(
+        self, error: BaseException, listening: Future[DistplatError | None]
+    ) -> None:
+        """Say what the thread ran into meanwhile, which `error` would hide."""
+        if not listening.done():
+            return
+        other = listening.exception() or listening.result()
+        if other in (None, error, self._warned) or isinstance(other, Interrupted | _NotFollowed):
+            return
+        error.add_note(f"before that: {other}")
+        logger.warning("before that: %s", other)
 
     def _tell(
         self,
@@ -166,6 +184,7 @@ class ControllerClient:
         except Interrupted:
             return
         except DistplatError as error:
+            self._warned = error
             logger.warning("while the run was stopped: %s", error)
         except KeyboardInterrupt:
             self._hurried = True
@@ -207,7 +226,7 @@ class ControllerClient:
 
     def _look(self) -> None:
         if self._left.is_set():
-            raise DistplatError("nobody follows the run any more")
+            raise _NotFollowed("nobody follows the run any more")
 
     def _ask(self, check: Callable[[], None], method: str, *args: Any) -> Any:
         """

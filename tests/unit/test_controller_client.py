@@ -217,6 +217,28 @@ def test_a_signal_waits_for_what_is_being_written(monkeypatch: pytest.MonkeyPatc
     assert driver.heard == [b"the model"], "it was waited for"
 
 
+@pytest.mark.parametrize("raised", [KeyboardInterrupt(), Interrupted(2)])
+def test_a_disk_that_refuses_the_model_is_told_whatever_ends_the_run(
+    raised: BaseException, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A callback hangs until Ctrl-C, which is what `fit` raises; that the model is lost is news."""
+    monkeypatch.setattr(controller_client, "_LEAVE_S", 60.0)
+    driver, refused = Driver(), threading.Event()
+
+    def hang(summary: object) -> None:
+        assert refused.wait(60)
+        raise raised
+
+    def refuse(model: bytes) -> None:
+        refused.set()
+        raise StorageError("the disk is full")
+
+    with pytest.raises(type(raised)) as caught:
+        driver.client.follow(lambda: None, RunHandlers(hang, refuse, lambda name, content: None))
+    assert caught.value.__notes__ == ["before that: the disk is full"]
+    assert "before that: the disk is full" in caplog.text
+
+
 def test_what_a_callback_raises_ends_the_run_once_the_thread_has_left() -> None:
     driver = Driver()
 
