@@ -328,21 +328,23 @@ class _TrainedFiles:
         Raises:
             StorageError: neither place takes it.
         """
-        where = ""
+        refused: StorageError | None = None
         try:
             where = str(path := self._directory.keep(name, data))
             if name == MODEL_FILE:
                 self._result.checkpoint = path
         except StorageError as error:
+            refused = error
             where = self._bring(name, data, error)
         if name == MODEL_FILE:
             self.model = where
+        if refused is not None:  # last: a terminal that takes no more holds a warning up
+            logger.warning("%s; %s is written to %s", refused, name, self._result.url)
 
     def _bring(self, name: str, data: bytes, error: StorageError) -> str:
         """Write a file to the URL, which needs no local disk."""
         if (url := self._result.url) is None:
             raise error
-        logger.warning("%s; %s is written to %s", error, name, url)
         try:
             bring(url, name, data, self._limit_s)
         except StorageError as other:
@@ -393,7 +395,7 @@ def _record_failure(
     directory: RunDirectory, result: Result, error: BaseException, model: str
 ) -> None:
     """Write down how a run failed, and where its model is if it has one."""
-    facts = {"error": str(error)}
+    facts = {"error": "; ".join(filter(None, [str(error), *getattr(error, "__notes__", ())]))}
     if result.best_checkpoint is not None:
         facts["best_checkpoint"] = str(result.best_checkpoint)
     if model:  # it is the tables, a checkpoint or the local disk that failed

@@ -97,6 +97,34 @@ def test_each_file_goes_where_there_is_room(
         files.keep("task.safetensors", b"task")
 
 
+def test_a_terminal_that_takes_no_more_keeps_no_model_from_the_url(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A warning may wait for ever: it comes when the file is there, and is known to be."""
+    run = a_run(tmp_path)
+    directory, result = RunDirectory(run.job, "run", tmp_path), Result(tmp_path, None)
+    result.url = f"{URL}/run"
+    files = trainer._TrainedFiles(directory, result, 240.0)
+    fill_the_disk(monkeypatch, "model.safetensors")
+    told: list[object] = []
+
+    def warn(text: str, *args: object) -> None:
+        told.append((files.model, at(f"{URL}/run", "model.safetensors")))
+
+    monkeypatch.setattr(trainer.logger, "warning", warn)
+    files.keep("model.safetensors", b"model")
+    assert told == [(f"{URL}/run/model.safetensors", b"model")]
+
+
+def test_what_happened_before_a_second_signal_is_in_the_result(tmp_path: Path) -> None:
+    directory = RunDirectory(a_run(tmp_path).job, "run", tmp_path)
+    error = KeyboardInterrupt()
+    error.add_note("before that: the disk is full")
+    trainer._record_failure(directory, Result(tmp_path, None), error, "")
+    facts = json.loads((directory.path / "result.json").read_text())
+    assert facts == {"status": "STOPPED", "error": "before that: the disk is full"}
+
+
 def test_a_storage_that_fails_is_tried_again() -> None:
     Odd.failures = 1
     bring(URL, "model.safetensors", b"model" * 5, 240.0)
