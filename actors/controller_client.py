@@ -13,7 +13,8 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable
 from concurrent.futures import Future, wait
 from contextlib import suppress
 from dataclasses import dataclass
@@ -99,6 +100,7 @@ class ControllerClient:
         self._news: Outbox[Summary | logging.LogRecord] = Outbox(
             _MOST, lambda event: isinstance(event, StepSummary | logging.LogRecord)
         )
+        self._untold: deque[Summary | logging.LogRecord] = deque()  #: taken from the news
 
     def follow(
         self,
@@ -110,8 +112,8 @@ class ControllerClient:
         Hand on what happens until the run is over.
 
         Args:
-            check: called ten times a second; raises to end the run. Where that is `Interrupted`,
-                for a first signal, a run that can takes a checkpoint before.
+            check: called ten times a second and before each event; raises to end the run. Where
+                that is `Interrupted`, for a first signal, a run that can takes a checkpoint before.
             handlers: called with what comes.
             look: called instead of `check` meanwhile.
 
@@ -120,8 +122,9 @@ class ControllerClient:
                 `ClusterUnreachable` where the cluster could not have it.
         """
         self._ask(check, "begin", *self._begin)
-        listening = in_thread("follow", lambda: self._listen(handlers))
+        listening = Future[DistplatError | None]()
         try:
+            listening = in_thread("follow", lambda: self._listen(handlers))
             self._tell(check, handlers, listening)
         except BaseException as error:
             if isinstance(error, Interrupted) and self._saves:
@@ -134,9 +137,7 @@ class ControllerClient:
             self._add_cause(error, listening)
             raise
 
-    def _add_cause(
-        self, error: BaseException, listening: Future[DistplatError | None]
-    ) -> None:
+    def _add_cause(self, error: BaseException, listening: Future[DistplatError | None]) -> None:
         """Say what the thread ran into meanwhile, which `error` would hide."""
         if not listening.done():
             return
@@ -154,10 +155,14 @@ class ControllerClient:
     ) -> None:
         """Tell callbacks what happens until the run is over; raises why it failed."""
         ending = False
-        while not self._news.drained:
-            check()
-            self._number += 1
-            self._hand_on(self._news.take(self._number, LOOK_S), handlers)
+        while self._untold or not self._news.drained:
+            check()  # before each event: a callback may take its time for each of thousands
+            if not self._untold:
+                self._number += 1
+                self._untold.extend(self._news.take(self._number, LOOK_S))
+                self._warn_of_left_out()
+            if self._untold:
+                _hand_on(self._untold.popleft(), handlers)
             if not ending and not listening.done() and handlers.ending():
                 ending = True
                 self._ask(check, "end_early")
@@ -263,19 +268,10 @@ class ControllerClient:
             return "go on from the last checkpoint: submit --resume"
         return "" if self._step is None else "there is no checkpoint to go on from"
 
-    def _hand_on(
-        self, events: Sequence[Summary | logging.LogRecord], handlers: RunHandlers
-    ) -> None:
+    def _warn_of_left_out(self) -> None:
         if left_out := self._news.left_out():
             text = "%d steps and log lines are not told: a callback held the driver up"
             logger.warning(text, left_out)
-        for event in events:
-            if not isinstance(event, logging.LogRecord):
-                handlers.on_summary(event)
-                continue
-            log = logging.getLogger(event.name)
-            if log.isEnabledFor(event.levelno):
-                log.handle(event)
 
     def end(self, look: Callable[[], object] = lambda: None) -> None:
         """
@@ -288,3 +284,13 @@ class ControllerClient:
             stop = partial(self._transport.call, self._controller, "stop", _END_S)
             with suppress(DistplatError):
                 ask(self._transport, "the end", {_NAME: stop}, _END_S, "", look)
+
+
+def _hand_on(event: Summary | logging.LogRecord, handlers: RunHandlers) -> None:
+    """Tell callbacks of an event; have a line of the controller's log written here."""
+    if not isinstance(event, logging.LogRecord):
+        handlers.on_summary(event)
+        return
+    log = logging.getLogger(event.name)
+    if log.isEnabledFor(event.levelno):
+        log.handle(event)

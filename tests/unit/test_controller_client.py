@@ -85,6 +85,9 @@ class Stops(Run):
         self.asked += (StopOrder.SAVE if saves else StopOrder.ABANDON,)
         return super().stop(timeout_s, saves)
 
+    def end_early(self) -> None:
+        super().stop(0.0)
+
     def _run(self, actor_group: object, checkpoint_step: int) -> None:
         while not self._stop_order:
             self.last += 1
@@ -354,6 +357,41 @@ def test_a_signal_is_seen_while_an_answer_is_missing() -> None:
 
     with pytest.raises(Interrupted):
         driver.follow(check)
+
+
+@pytest.mark.parametrize("ends", ["signal", "early"])
+def test_what_ends_a_run_is_seen_between_two_events_of_one_answer(ends: str) -> None:
+    """A callback that takes long for each of thousands: nobody waits until it has had them all."""
+    driver, all_there = Driver(Stops, saves=True), threading.Event()
+    told, seen_after = list[int](), list[int]()
+
+    def tell(summary: Any) -> None:
+        assert all_there.wait(60)
+        told.append(summary.step)
+
+    def check() -> None:
+        if ends == "signal" and len(told) >= 10:
+            seen_after.append(len(told))
+            raise Interrupted(2)
+
+    def early() -> bool:
+        if ends == "early" and len(told) >= 10:
+            seen_after.append(len(told))
+            return True
+        return False
+
+    def rule(call: Call) -> Fault | None:
+        if driver.actor.body.last > 100:
+            all_there.set()
+        return None
+
+    add_rule(driver.cluster, rule)
+    handlers = RunHandlers(tell, lambda model: None, lambda name, content: None, early)
+    with pytest.raises(Interrupted):
+        driver.client.follow(check, handlers)
+    driver.client.end()
+    assert seen_after[0] == 10
+    assert told == [*range(1, driver.actor.body.last + 1)], "the others are told all the same"
 
 
 def interrupted_at_five(driver: Driver, look: Any = lambda: None) -> BaseException:
