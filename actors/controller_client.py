@@ -24,7 +24,7 @@ from typing import Any
 from distplat.actors.actor_group import ActorGroup
 from distplat.actors.controller import SAVE_S
 from distplat.actors.controller_actor import FileToKeep, ModelReady, RunEvent, RunPollResult
-from distplat.actors.model_pieces import in_pieces
+from distplat.actors.model_pieces import ModelPiece, in_pieces
 from distplat.actors.ray_errors import UNREACHABLE
 from distplat.actors.retrying_calls import LOOK_S, Outbox, ask
 from distplat.actors.transport import Transport
@@ -214,7 +214,7 @@ class ControllerClient:
     def _take(self, event: RunEvent, handlers: RunHandlers) -> None:
         """Keep what is to be kept; the rest is news."""
         if isinstance(event, ModelReady):
-            model = in_pieces(partial(self._ask, self._look, "result"))
+            model = in_pieces(self._piece)
             self._keep(lambda: handlers.on_model(model))
         elif isinstance(event, FileToKeep):
             self._keep(lambda: handlers.on_file(event.name, event.content))
@@ -223,6 +223,11 @@ class ControllerClient:
                 self._step = event.step
             self._saved |= isinstance(event, Saved)
             self._news.put(event)
+
+    def _piece(self, first: int) -> ModelPiece:
+        self._look()  # `ask` does so while it waits alone: pieces may come at once
+        piece: ModelPiece = self._ask(self._look, "result", first)
+        return piece
 
     def _keep(self, write: Callable[[], object]) -> None:
         with self._keeping:

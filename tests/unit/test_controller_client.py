@@ -170,6 +170,27 @@ def test_a_large_model_comes_in_pieces(size: int, monkeypatch: pytest.MonkeyPatc
     assert sorted(set(asked)) == list(range(0, len(b"the model"), size))
 
 
+def test_a_model_is_fetched_no_further_when_nobody_follows(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Its pieces come at once, and there are many."""
+    monkeypatch.setattr(model_pieces, "PIECE_BYTES", 1)
+    driver, asked = Driver(), list[int]()
+    driver.actor.body._model = b"the model"
+    real = noting(asked, driver.actor.body.result)
+
+    def result(first: int) -> ModelPiece:
+        if first == 3:
+            driver.client._left.set()
+        return real(first)
+
+    monkeypatch.setattr(driver.actor.body, "result", result)
+    handlers = RunHandlers(driver.heard.append, driver.heard.append, lambda name, content: None)
+    with pytest.raises(DistplatError, match="nobody follows"):
+        driver.client._take(ModelReady(), handlers)
+    assert asked == [0, 1, 2, 3] and driver.heard == []
+
+
 def noting(asked: list[int], real: Callable[[int], ModelPiece]) -> Callable[[int], ModelPiece]:
     def result(first: int) -> ModelPiece:
         asked.append(first)
