@@ -371,10 +371,15 @@ def _wants_model(job: Job) -> bool:
 
 
 def _writers(directory: RunDirectory) -> list[BackgroundWriter[Summary]]:
-    """Make the writers of metrics and of TensorBoard's curves: each fails by itself."""
+    """
+    Make the writers of metrics and of TensorBoard's curves: each fails by itself.
+
+    After a callback that held the driver up thousands of steps are told at once: a disk that takes
+    them is given the time.
+    """
     return [
-        BackgroundWriter(directory.record, logger.warning),
-        BackgroundWriter(directory.draw, logger.warning, what=CURVES),
+        BackgroundWriter(directory.record, logger.warning, patience_s=CLOSE_S),
+        BackgroundWriter(directory.draw, logger.warning, what=CURVES, patience_s=CLOSE_S),
     ]
 
 

@@ -299,7 +299,7 @@ Record = TypeVar("Record")
 
 class BackgroundWriter(Generic[Record]):
     """
-    Hands records on to a thread, in order, and never waits for it.
+    Hands records on to a thread, in order.
 
     The first failure is warned of. Later records are tried all the same, for a disk may have room
     again; at the end it is said how many were lost.
@@ -310,6 +310,8 @@ class BackgroundWriter(Generic[Record]):
         most: records that may wait; those that come then are lost.
         what: they are, in the plural.
         where: they go, for who is told that it does not answer.
+        patience_s: how long `put` may wait for room, all in all until the thread has caught up; 0:
+            it never waits.
     """
 
     def __init__(
@@ -319,9 +321,11 @@ class BackgroundWriter(Generic[Record]):
         most: int = MOST,
         what: str = "metrics",
         where: str = "the disk",
+        patience_s: float = 0.0,
     ) -> None:
         self._write, self._warn, self._what, self._where = write, warn, what, where
         self._waiting: queue.Queue[Record] = queue.Queue(most)
+        self._patience_s, self._waited_s = patience_s, 0.0
         self._lost = 0
         self._closed = False
         self._thread = threading.Thread(target=self._work, name=what, daemon=True)
@@ -329,10 +333,21 @@ class BackgroundWriter(Generic[Record]):
 
     def put(self, record: Record) -> None:
         """Have a record written."""
+        if self._waiting.empty():
+            self._waited_s = 0.0
         try:
             self._waiting.put_nowait(record)
         except queue.Full:
+            self._put_late(record)
+
+    def _put_late(self, record: Record) -> None:
+        """Wait for room as long as patience lasts."""
+        began = time.monotonic()
+        try:
+            self._waiting.put(record, timeout=max(0.0, self._patience_s - self._waited_s))
+        except queue.Full:
             self._drop(f"{self._where} does not answer")
+        self._waited_s += time.monotonic() - began
 
     def wait(self, limit_s: float) -> bool:
         """Wait for what is to be written; say whether all of it is."""

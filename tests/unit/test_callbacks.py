@@ -345,6 +345,40 @@ def test_a_disk_that_hangs_holds_nobody_up() -> None:
     goes_on.set()
 
 
+def test_a_burst_of_records_waits_for_a_disk_that_takes_them() -> None:
+    """Thousands of steps are told at once, after a callback that held the driver up."""
+    written: list[int] = []
+    writer = BackgroundWriter(written.append, pytest.fail, most=2, patience_s=60.0)
+    for record in range(5000):
+        writer.put(record)
+    assert writer.close(60.0)
+    assert written == list(range(5000))
+
+
+def test_a_disk_that_hangs_is_waited_for_once() -> None:
+    """The patience is for all records, until the disk has caught up."""
+    said: list[str] = []
+    hangs, goes_on = threading.Event(), threading.Event()
+
+    def write(record: int) -> None:
+        hangs.set()
+        assert goes_on.wait(60)
+
+    writer = BackgroundWriter(write, said.append, most=1, patience_s=0.1)
+    writer.put(0)
+    assert hangs.wait(60)
+    writer.put(1)
+    assert not said
+    for record in range(100):
+        writer.put(record)
+    assert writer._lost == 100
+    assert writer._waited_s >= 0.1
+    goes_on.set()
+    assert writer.wait(60.0)
+    writer.put(0)
+    assert writer._waited_s == 0.0, "it has caught up, and is waited for again"
+
+
 def test_records_are_written_in_order_before_the_end() -> None:
     written: list[int] = []
     writer = BackgroundWriter(written.append, pytest.fail)
