@@ -55,7 +55,7 @@ from distplat.platform.recovery import Policy, Restart
 from distplat.platform.scaling import ScaleRequest, ScaleRequests, ScaleStatus
 from distplat.platform.spec import Failure
 from distplat.platform.stop_order import StopOrder
-from distplat.platform.tensor_file import decode, encode
+from distplat.platform.tensor_file import decode, to_bytes
 
 logger = logging.getLogger(__name__)
 
@@ -435,7 +435,7 @@ class Controller:
         parts = [self._model_part(ranks) for ranks in self._holders or (everybody,)]
         if len(parts) == 1:
             return parts[0]
-        return b"".join(encode({k: v for part in parts for k, v in decode(part).items()}))
+        return to_bytes({k: v for part in parts for k, v in decode(part).items()})
 
     def _model_part(self, holders: tuple[int, ...]) -> bytes:
         """Ask the first rank that has a part; where it was lost at the last moment, the next."""

@@ -48,10 +48,11 @@ from distplat.platform.progress import AnyReport, StepReport
 from distplat.platform.recovery import policy_of
 from distplat.platform.spec import Job
 from distplat.platform.stop_order import StopOrder
-from distplat.platform.tensor_slices import Bundle, Bytes
+from distplat.platform.tensor_file import to_bytes
+from distplat.platform.tensor_slices import ITEM_BYTES, Bundle, Bytes
 from distplat.platform.torchrun import ProcessLocation, TorchrunLaunch, free_port, variables_of
 from distplat.strategies.checkpoint.checkpoint_reader import SavedState
-from distplat.strategies.checkpoint.parts import model_part
+from distplat.strategies.checkpoint.parts import model_part, whole_of
 from distplat.strategies.collective import Collective, gather_values
 from distplat.strategies.function.api import running
 from distplat.strategies.function.function_session import (
@@ -73,6 +74,7 @@ from distplat.strategies.loop.session import (
     trained_model,
 )
 from distplat.strategies.loop.snapshot_publisher import SnapshotPublisher, part_copy, state_copy
+from distplat.strategies.model.parameter_layout import dtype_name
 from distplat.strategies.ports import LoopShards
 from distplat.strategies.task import Task
 from distplat.strategies.worker_strategy import WorkerStrategy, make_worker_strategy
@@ -462,5 +464,12 @@ def _task_class(order: WorkOrder) -> type[Task]:
 
 
 def saved_model(tensors: Mapping[str, torch.Tensor]) -> bytes:
-    """Give a model's state in the safetensors format; copies, so that tensors share no memory."""
-    return save({k: value.detach().cpu().clone().contiguous() for k, value in tensors.items()})
+    """
+    Give a model's state in the safetensors format; tensors that share memory are written each.
+
+    Polls are answered meanwhile. The library, which answers none, writes what is rare.
+    """
+    here = {name: tensor.detach().cpu() for name, tensor in tensors.items()}
+    if all(one.layout is torch.strided and dtype_name(one) in ITEM_BYTES for one in here.values()):
+        return to_bytes({name: whole_of(one.contiguous()) for name, one in here.items()})
+    return save({name: one.clone().contiguous() for name, one in here.items()})

@@ -51,15 +51,16 @@ class Disk:
 
     def write(self, path: Path, content: FileContent) -> tuple[int, str]:
         """Write a file and sync it; give its size and SHA-256."""
-        size, digest = 0, hashlib.sha256()
+        size, synced, digest = 0, 0, hashlib.sha256()
         with open(path, "xb", opener=opener) as file:
             for part in content:
                 file.write(part)
                 digest.update(part)
                 size += len(part)
-                if len(part) == _PIECE_BYTES:  # else the last sync is for all, and takes as long
+                if size - synced >= _PIECE_BYTES:  # else one sync is for all, and takes as long
                     file.flush()
                     os.fsync(file.fileno())
+                    synced = size
             file.flush()
             os.fsync(file.fileno())
         return size, digest.hexdigest()

@@ -4,7 +4,10 @@ The safetensors format, bytes in and bytes out, without torch: the driver has no
 Tensors are bytes here (`RawTensor`), so that bfloat16, which numpy lacks, needs no case of its own.
 """
 
+import json
+import math
 from collections.abc import Iterator, Mapping
+from io import BytesIO
 
 import numpy as np
 from safetensors import SafetensorError, TensorSpec, deserialize, serialize
@@ -17,30 +20,58 @@ TASK_PREFIX = "task:"
 EMA_PREFIX = "ema:"
 """Begins the names of averaged weights, where they stand beside the weights."""
 
-_NAMES = {
-    TensorSpec(dtype=name, shape=[0], data_ptr=0, data_len=0).dtype: name for name in ITEM_BYTES
-}
+_PIECE_BYTES = 64 * 2**20
+"""What is copied at a time: other threads go on between two."""
+
+
+_EMPTY = {dtype: TensorSpec(dtype=dtype, shape=[0], data_ptr=0, data_len=0) for dtype in ITEM_BYTES}
+_ORDER = {dtype: number for number, dtype in enumerate(json.loads(serialize(_EMPTY)[8:]))}
+"""Which types the library writes first."""
+_FORMAT_NAMES = {dtype: spec.dtype for dtype, spec in _EMPTY.items()}
+_NAMES = {name: dtype for dtype, name in _FORMAT_NAMES.items()}
 """torch's names of types by the format's."""
 
 
-def encode(tensors: Mapping[str, RawTensor]) -> Iterator[bytes]:
+def encode(tensors: Mapping[str, RawTensor]) -> Iterator[bytes | memoryview]:
     """
-    Give a file's content, made when it is asked for.
+    Give a file's content in parts, which are made when they are asked for.
 
-    A checkpoint's files are asked for one after the other, so that memory holds one of them.
+    The bytes are the library's. That makes all of a file in one call, in which no other thread of
+    the process runs (`docs/decisions/tensor_files.md`).
+
+    Returns:
+        The header, then the elements of each tensor that has some, not copied.
+
+    Raises:
+        ValueError: a tensor's bytes are not as many as its shape has.
     """
-    data = {name: np.ascontiguousarray(tensor.data) for name, tensor in tensors.items()}
-    yield serialize(
-        {
-            name: TensorSpec(
-                dtype=tensor.dtype,
-                shape=list(tensor.shape),
-                data_ptr=data[name].ctypes.data,  # `data` keeps it alive
-                data_len=data[name].nbytes,
-            )
-            for name, tensor in tensors.items()
+    names = sorted(tensors, key=lambda name: (_ORDER[tensors[name].dtype], name))
+    header, end = dict[str, dict[str, object]](), 0
+    for name in names:
+        tensor, start = tensors[name], end
+        end += math.prod(tensor.shape) * ITEM_BYTES[tensor.dtype]
+        if end - start != tensor.data.nbytes:
+            raise ValueError(f"{name!r}: {tensor.data.nbytes} bytes for {end - start}")
+        header[name] = {
+            "dtype": _FORMAT_NAMES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [start, end],
         }
-    )
+    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    yield len(text).to_bytes(8, "little") + text
+    for name in names:
+        if tensors[name].data.nbytes:
+            yield np.ascontiguousarray(tensors[name].data).data.cast("B")
+
+
+def to_bytes(tensors: Mapping[str, RawTensor]) -> bytes:
+    """Give a file's content, see `encode`; other threads go on meanwhile."""
+    file = BytesIO()
+    for part in encode(tensors):
+        for start in range(0, len(part), _PIECE_BYTES):
+            file.write(part[start : start + _PIECE_BYTES])
+    return file.getvalue()
 
 
 def decode(content: bytes) -> dict[str, RawTensor]:
@@ -83,4 +114,4 @@ def split_task_tensors(content: bytes, prefix: str = TASK_PREFIX) -> tuple[bytes
     if not names:
         return content, None
     others = {name.removeprefix(prefix): tensors.pop(name) for name in names}
-    return b"".join(encode(tensors)), b"".join(encode(others))
+    return to_bytes(tensors), to_bytes(others)

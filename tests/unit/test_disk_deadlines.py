@@ -207,6 +207,25 @@ def test_a_large_checkpoint_is_written_piece_by_piece(
     assert len(moves) >= 10
 
 
+def test_a_large_file_of_small_parts_is_synced_as_it_grows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A disk is to show that it moves: all of a checkpoint in one sync takes longer than it may."""
+    monkeypatch.setattr(disk, "_PIECE_BYTES", 10)
+    synced: list[int] = []
+    real = os.fsync
+
+    def fsync(file: int) -> None:
+        if os.path.samestat(status := os.fstat(file), os.stat(tmp_path / "a")):
+            synced.append(status.st_size)
+        real(file)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    parts = disk.in_pieces([b"x" * 4] * 6 + [b"y" * 25], lambda: None)
+    assert disk.Disk().write(tmp_path / "a", parts)[0] == 49
+    assert synced == [12, 24, 34, 44, 49]
+
+
 @pytest.mark.parametrize("operation", ["mkdir", "open"])
 def test_what_comes_from_a_url_waits_for_no_local_disk(
     operation: str, hung: Hung, tmp_path: Path

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from jobs import job_of
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from distplat.actors.training import saved_model
@@ -159,14 +159,20 @@ def test_tensorboard_reads_the_curves(tmp_path: Path) -> None:
         torch.tensor([True, False]),
         torch.randn(5).half(),
         torch.randn(5).bfloat16(),
+        torch.ones(3, dtype=torch.uint8).view(torch.float8_e8m0fnu),
     ],
-    ids=["matrix", "nan", "0-d", "0-d-double", "transposed", "empty", "bool", "half", "bfloat16"],
+    ids=[
+        *("matrix", "nan", "0-d", "0-d-double", "transposed", "empty", "bool", "half", "bfloat16"),
+        "scales",
+    ],
 )
 def test_a_saved_model_is_bitwise_equal(value: torch.Tensor, tmp_path: Path) -> None:
     model = torch.nn.Module()
     model.register_buffer("first", value)
     model.register_buffer("tied", value)
-    path = make(tmp_path).save_model(saved_model(model.state_dict()))
+    content = saved_model(model.state_dict())
+    assert content == save({name: value.clone().contiguous() for name in ("first", "tied")})
+    path = make(tmp_path).save_model(content)
     read = load_file(path)
     assert sorted(read) == ["first", "tied"]
     for found in read.values():

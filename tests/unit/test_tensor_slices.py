@@ -12,8 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors import TensorSpec, serialize
 
+from distplat.platform import tensor_file
 from distplat.platform.errors import ProtocolError
-from distplat.platform.tensor_file import decode, encode
+from distplat.platform.tensor_file import decode, encode, to_bytes
 from distplat.platform.tensor_slices import (
     ITEM_BYTES,
     Bytes,
@@ -115,10 +116,51 @@ def test_torch_reads_what_is_written(dtype: str) -> None:
         assert read[name].dtype is tensor.dtype
         assert read[name].shape == tensor.shape
         assert torch.equal(bits_of(read[name]), bits_of(tensor))
+    assert to_bytes(wholes) == content == safetensors.torch.save(tensors)
     again = decode(content)
     assert {n: (w.dtype, w.shape, w.data.tobytes()) for n, w in again.items()} == {
         n: (w.dtype, w.shape, w.data.tobytes()) for n, w in wholes.items()
     }
+
+
+def test_the_order_and_the_names_are_the_librarys(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tensor_file, "_PIECE_BYTES", 3)
+    names = [
+        "w",
+        "W",
+        "w.10",
+        "w.2",
+        'a"\\\n\x01\x1f\x7f/',
+        "\xe9",
+        "\u2028",
+        "\ufffd",
+        "\U0001f600",
+    ]
+    tensors = {
+        f"{name}{suffix}": torch.full(shape, 1).to(getattr(torch, dtype))
+        for name in names
+        for suffix, dtype in enumerate(ITEM_BYTES)
+        for shape in [[(), (0,), (2, 3)][suffix % 3]]
+    }
+    wholes = {
+        name: RawTensor(str(t.dtype)[6:], tuple(t.shape), bits_of(t).numpy())
+        for name, t in tensors.items()
+    }
+    assert to_bytes(wholes) == b"".join(encode(wholes)) == safetensors.torch.save(tensors)
+    assert to_bytes({}) == safetensors.torch.save({})
+
+
+def test_tensors_are_not_copied_on_their_way_to_a_file() -> None:
+    data = np.arange(16, dtype=np.uint8)
+    _header, part = encode(
+        {"w": RawTensor("uint8", (16,), data), "x": RawTensor("uint8", (0,), data[:0])}
+    )
+    assert np.shares_memory(np.frombuffer(part, np.uint8), data)
+
+
+def test_a_tensor_with_too_few_bytes_is_not_written() -> None:
+    with pytest.raises(ValueError, match="'w': 15 bytes for 16"):
+        to_bytes({"w": RawTensor("float32", (4,), np.zeros(15, np.uint8))})
 
 
 def test_what_the_library_writes_is_read() -> None:
@@ -158,5 +200,6 @@ def test_a_type_that_torch_has_not_is_refused() -> None:
 
 def test_an_array_with_gaps_is_written_as_its_elements() -> None:
     data = np.arange(16, dtype=np.uint8)[::2]
-    (content,) = encode({"w": RawTensor("uint8", (8,), data)})
-    assert decode(content)["w"].data.tolist() == data.tolist()
+    assert (
+        decode(to_bytes({"w": RawTensor("uint8", (8,), data)}))["w"].data.tolist() == data.tolist()
+    )
