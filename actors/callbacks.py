@@ -46,7 +46,8 @@ class Callback:
     Base of callbacks; its methods do nothing, and a class of yours has those that it needs.
 
     They are called in the driver, one after the other, while workers go on. Each step is told once,
-    in order, however often it was made.
+    in order, however often it was made. Where a callback is so slow that 100,000 events wait, later
+    steps are not told until it has caught up, and a warning says how many.
     """
 
     def on_start(self, job: Job, run: str, path: Path) -> None:

@@ -44,8 +44,8 @@ _END_S = 35.0
 """How long the controller may take to write what is complete and to end the actors."""
 _NAME = "controller"
 _MOST = 100_000
-"""Events that wait while a callback holds the driver up; beyond them steps and log lines are left
-out."""
+"""Events that wait while a callback holds the driver up, from which on steps and log lines are left
+out; the others, which are few, all wait."""
 _LEAVE_S = 2.0
 """How long the thread may take to see that nobody follows the run any more."""
 

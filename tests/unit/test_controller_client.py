@@ -19,6 +19,7 @@ from distplat.actors.local_transport import Actor, LocalCluster
 from distplat.actors.model_pieces import ModelPiece, in_pieces, piece_of
 from distplat.actors.ray_errors import UNREACHABLE
 from distplat.actors.retrying_calls import Outbox
+from distplat.platform.disk import in_thread
 from distplat.platform.errors import (
     ActorLost,
     ClusterUnreachable,
@@ -263,8 +264,39 @@ def test_a_disk_that_refuses_the_model_is_told_whatever_ends_the_run(
     assert "before that: the disk is full" in caplog.text
 
 
-def test_what_a_callback_raises_ends_the_run_once_the_thread_has_left() -> None:
-    driver = Driver()
+def test_a_second_signal_does_not_wait_for_what_is_being_written(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(controller_client, "_LEAVE_S", 0.0)
+    driver, writing, over = Driver(), threading.Event(), threading.Event()
+
+    def check() -> None:
+        if writing.is_set():
+            raise KeyboardInterrupt
+
+    def write(model: bytes) -> None:
+        writing.set()
+        if not over.wait(60):
+            driver.heard.append("it was waited for")
+
+    handlers = RunHandlers(lambda summary: None, write, lambda name, content: None)
+    with pytest.raises(KeyboardInterrupt):
+        driver.client.follow(check, handlers)
+    over.set()
+    assert driver.heard == []
+
+
+def test_what_a_callback_raises_ends_the_run_once_the_thread_has_left(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(controller_client, "_LEAVE_S", 60.0)
+    driver, threads = Driver(), list[Any]()
+
+    def start(name: str, work: Callable[[], Any]) -> Any:
+        threads.append(in_thread(name, work))
+        return threads[-1]
+
+    monkeypatch.setattr(controller_client, "in_thread", start)
 
     def refuse(summary: object) -> None:
         raise SpecError(Problem(("early_stop", "metric"), "there is no such figure"))
@@ -272,6 +304,7 @@ def test_what_a_callback_raises_ends_the_run_once_the_thread_has_left() -> None:
     handlers = RunHandlers(refuse, driver.heard.append, lambda name, content: None)
     with pytest.raises(SpecError, match="no such figure"):
         driver.client.follow(lambda: None, handlers)
+    assert [thread.done() for thread in threads] == [True]
     with pytest.raises(DistplatError, match="nobody follows"):
         driver.client._keep(lambda: driver.heard.append("late"))
     assert "late" not in driver.heard
