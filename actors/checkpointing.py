@@ -134,6 +134,7 @@ class Checkpoints:
         self._failed_at = -math.inf
         self._gave_up_waiting = False  #: the end of the run waits for the writer no more
         self._written = 0  #: step of the newest one that this run wrote
+        self._given = 0  #: step of the newest one of which a part came
         self.step = 0  #: of the newest one; 0: there is none
 
     def begin(self, attempt: int, job: Job) -> None:
@@ -144,6 +145,7 @@ class Checkpoints:
 
     def take(self, delivery: Delivery) -> None:
         """Take a rank's part; hand the version to the thread when it is complete."""
+        self._given = max(self._given, delivery.version)
         if delivery.failure and delivery.attempt == self._collecting.attempt:
             self._fail(delivery.version, delivery.failure)
         parts = self._collecting.add(delivery)
@@ -159,6 +161,10 @@ class Checkpoints:
                 self._thread = Thread(target=self._work, name="checkpoints", daemon=True)
                 self._thread.start()
             self._changed.notify_all()
+
+    def began(self, step: int) -> bool:
+        """Say whether there is a checkpoint of this step or a later one, or a rank gave a part."""
+        return max(self.step, self._given) >= step
 
     def _too_many(self) -> bool:
         count, most = len(self._waiting), self._job.checkpoint.num_to_keep

@@ -149,6 +149,7 @@ class Controller:
         except Interrupted:
             self._checkpoints.drain()
             self._report_checkpoints()
+            self._warn_of_loss()
             raise
         if self._state.error is not None:
             raise self._state.error
@@ -177,12 +178,22 @@ class Controller:
                 self._scale()
                 self._actor_group.keep_spares()
             self._report_checkpoints()
+        ended = False  #: all had agreed on the run's end before they were asked to stop
         if self._state.error is None:
             self._report_rest()
-        if self._stop_until is not None and not self._trained:
-            if self._state.error is not None:
-                logger.warning("no checkpoint was taken at the stop: %s", self._state.error)
+            ended = not self._checkpoints.began(self._state.furthest)
+        if self._stop_until is not None and not (self._trained or ended):
             raise Interrupted(signal.SIGTERM)
+
+    def _warn_of_loss(self) -> None:
+        """Say so where a run that takes a checkpoint as it stops has none of its last step."""
+        last, newest = self._state.furthest, self._checkpoints.step
+        if not self._actor_group.launch.saves_at_stop or newest >= last:
+            return
+        there = f"the newest one is of step {newest}" if newest else "there is none"
+        why = "" if self._state.error is None else f" ({self._state.error})"
+        text = "the run stopped after step %d without a checkpoint of it%s; %s"
+        logger.warning(text, last, why, there)
 
     def _check(self) -> None:
         """

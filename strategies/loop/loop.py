@@ -150,6 +150,8 @@ class _LoopBase:
     checkpoint if so, or if one is due."""
     gathering: Gathering
     """This rank's state of `distplat.all_gather`."""
+    checkpoint_step: int
+    """Steps of the newest checkpoint, as known when the attempt began."""
 
     def __post_init__(self) -> None:
         p = self.prepared
@@ -225,9 +227,11 @@ class Loop(_LoopBase):
                 return self._stop(step)
             else:
                 self._step(step, stop_order)
+            saves = self._agreed is StopOrder.SAVE
             if step + 1 < self.total_steps:
-                self.checkpoint(step + 1, False)
-            if self.eval_data is not None and self._evaluates_after(step):
+                self._take_checkpoint(step + 1, saves)
+            # The run has little time to stop: an evaluation that is due is the resumed run's.
+            if self.eval_data is not None and self._evaluates_after(step) and not saves:
                 self.strategy.synchronize()
                 self._evaluate(self.eval_data, step + 1)
         self.strategy.synchronize()
@@ -253,8 +257,8 @@ class Loop(_LoopBase):
 
     def _stop(self, step: int) -> StopOrder:
         """Stop before this step; a run that ends here ends as after a last one."""
-        if self._agreed is StopOrder.SAVE and step > self.start:
-            self.checkpoint(step, True)
+        if self._agreed is StopOrder.SAVE and step > self.checkpoint_step:
+            self._take_checkpoint(step, True)
         if self._agreed is not StopOrder.RESIZE:
             self.strategy.synchronize()
         if self._agreed is StopOrder.END:
@@ -262,6 +266,11 @@ class Loop(_LoopBase):
             if self.eval_data is not None and not evaluated:
                 self._evaluate(self.eval_data, step)
         return self._agreed
+
+    def _take_checkpoint(self, steps: int, saves: bool) -> None:
+        self.checkpoint(steps, saves)
+        if saves:
+            self.checkpoint_step = steps
 
     def _step(self, step: int, stop_order: StopOrder) -> None:
         self.flat.begin_step()
@@ -413,12 +422,13 @@ class LeasedLoop(_LoopBase):
 
     def _take_final_parameters(self, lease: Lease) -> None:
         """Take over the final parameters once all tasks are done; offer the last checkpoints."""
-        if not lease.trained or self._final:
+        if not lease.trained or (self._final and not lease.saves):
             return
-        self._final = True
-        self.strategy.synchronize()
-        self.progress.step = self.flat.version = lease.steps
-        if self.rank == 0 and self.start < lease.steps:
+        if not self._final:
+            self._final = True
+            self.strategy.synchronize()
+            self.progress.step = self.flat.version = lease.steps
+        if self.rank == 0 and self.checkpoint_step < lease.steps:
             self._offer_checkpoints(lease.steps - 1)
             self.checkpoint(lease.steps, lease.saves)
 

@@ -288,7 +288,9 @@ def join(
     start = _set_up(p, strategy, context, ports.tables)
     checkpoint = _checkpoints(p, strategy, rank, checkpoints.take)
     gathering, p.weights = _gathering(p, strategy, context), _term_weights(p, strategy, context)
-    common = p, strategy, rank, report, progress, start, checkpoint, gathering
+    saved = checkpoints.saved
+    newest = max(checkpoints.checkpoint_step, saved.step if saved is not None else 0)
+    common = p, strategy, rank, report, progress, start, checkpoint, gathering, newest
     if leases is not None:
         leases.connect(task_plan(p.job, p.sampler, p.total_steps, start, p.eval_data is not None))
         if p.roles.consistency.dynamic_tasks:

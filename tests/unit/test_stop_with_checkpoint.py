@@ -96,6 +96,22 @@ class Held(Task):
         return nn.functional.cross_entropy(outputs, targets)
 
 
+class Ended(Held):
+    """Gets the signal in the evaluation at its end, which goes on when all are told of it."""
+
+    ends = False
+    signals: Iterator[Callable[[], None]]
+
+    def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        process = process_here()
+        if self.ends and process is not None and process.name.startswith("worker-"):
+            if not outputs.requires_grad:
+                for send in self.signals:  # one rank does
+                    send()
+                assert self.gate.opened.wait(WAIT_S)
+        return nn.functional.cross_entropy(outputs, targets)
+
+
 class Words(Held):
     """Has a table on servers."""
 
@@ -174,6 +190,21 @@ def recorded(run: Path, kind: str) -> list[int]:
     return [line["step"] for line in lines if line["kind"] == kind]
 
 
+ENDED: dict[str, object] = {"steps": 10**6, "evaluation": {"every_steps": 10**6}}
+
+
+def ended(ray: InMemoryRay, given: Job) -> tuple[Path, int]:
+    """Make a run that is stopped in the evaluation after an early end; and give its last step."""
+    Ended.ends, Ended.signals = False, iter((sigterm,))
+
+    def end() -> None:
+        Ended.ends = True
+        ray.ask("controller", "end_early")
+
+    run = stopped(ray, given, Ended, asks=end)
+    return run, recorded(run, "step")[-1]
+
+
 STRATEGIES: dict[str, tuple[object, int]] = {
     "ring": ("ring", 2),
     "ring in shards": ({"name": "ring", "shard_optimizer": True}, 2),
@@ -202,6 +233,35 @@ def test_a_run_that_was_stopped_goes_on_to_the_bits_of_one_that_was_not(
     assert result.checkpoint is not None
     found, expected = load_file(result.checkpoint), train(given, Held).parameters()
     assert all(torch.equal(found[name], value) for name, value in expected.items())
+
+
+def test_an_evaluation_that_is_due_is_left_to_the_resumed_run(
+    cluster: InMemoryRay, tmp_path: Path
+) -> None:
+    given = job("ring", tmp_path, evaluation={"every_steps": 1})
+    run = stopped(cluster, given)
+    (step,) = recorded(run, "checkpoint")
+    assert recorded(run, "evaluation") == [*range(1, step)]
+    resumed = fit(cluster, given, Held, resume=run).path
+    assert recorded(resumed, "evaluation") == [*range(step, STEPS + 1)]
+
+
+def test_a_signal_while_a_run_that_ended_early_evaluates_loses_no_model(
+    cluster: InMemoryRay, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run, last = ended(cluster, job("ring", tmp_path, **ENDED))
+    assert recorded(run, "evaluation") == [last] and not recorded(run, "checkpoint")
+    assert "without a checkpoint" not in caplog.text
+    plain = job("ring", tmp_path, steps=last)
+    found, expected = load_file(run / "model.safetensors"), train(plain, Held).parameters()
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+
+
+def test_under_ps_async_such_a_signal_takes_a_checkpoint(
+    cluster: InMemoryRay, tmp_path: Path
+) -> None:
+    run, last = ended(cluster, job("ps-async", tmp_path, **ENDED))
+    assert recorded(run, "checkpoint") == [last]
 
 
 @pytest.mark.parametrize("asks", [slow("signal"), "distplat stop"])
@@ -246,13 +306,17 @@ def test_who_is_lost_meanwhile_is_replaced_first(cluster: InMemoryRay, tmp_path:
 
 
 def test_a_step_that_does_not_end_is_not_waited_for(
-    cluster: InMemoryRay, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    cluster: InMemoryRay,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     monkeypatch.setattr(controller, "SAVE_S", 0.3)
     monkeypatch.setattr(Gate, "told", lambda gate, ranks=1: None)
     run = stopped(cluster, job("ring", tmp_path))
     assert not Held.gate.opened.is_set()
     assert recorded(run, "step") in ([1, 2], [1, 2, 3]) and not recorded(run, "checkpoint")
+    assert "without a checkpoint of it; there is none" in caplog.text
 
 
 def test_a_run_that_keeps_nothing_of_its_model_stops_at_once(
