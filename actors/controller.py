@@ -211,7 +211,8 @@ class Controller:
             saves = self._actor_group.launch.saves_at_stop and unsaved and order is StopOrder.SAVE
             self._stop_until, self._ending = now + (SAVE_S if saves else 0.0), True
             if saves:
-                logger.warning("stopping after this step, with a checkpoint; %s", _AGAIN)
+                text = "stopping after this step, with a checkpoint, if it ends within %g s; %s"
+                logger.warning(text, SAVE_S, _AGAIN)
         if now >= self._stop_until or order is StopOrder.ABANDON:
             raise Interrupted(signal.SIGTERM)
 

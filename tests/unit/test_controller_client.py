@@ -478,14 +478,23 @@ def test_a_run_that_takes_no_checkpoint_at_a_signal_is_ended_at_once() -> None:
 
 
 def test_after_a_second_signal_nothing_is_waited_for() -> None:
-    driver = Driver(Stops, saves=True)
+    class GoesOn(Stops):
+        def _run(self, actor_group: object, checkpoint_step: int) -> None:
+            while self._stop_order is not StopOrder.ABANDON:
+                self.last += 1
+                self._outbox.put(StepSummary(self.last, 0, 0.5, 8, {}, 10**9))
+                time.sleep(0.002)
+            raise Interrupted(15)
+
+    driver = Driver(GoesOn, saves=True)
 
     def again() -> None:
-        raise KeyboardInterrupt
+        if driver.actor.body.asked:
+            raise KeyboardInterrupt
 
     assert isinstance(interrupted_at_five(driver, again), KeyboardInterrupt)
-    assert {*driver.actor.body.asked} <= {StopOrder.SAVE}, "`end` has asked for nothing"
-    driver.actor.body.stop(60.0)
+    assert {*driver.actor.body.asked} == {StopOrder.SAVE}, "`end` has asked for nothing"
+    assert driver.actor.body.stop(60.0) == "STOPPED"
 
 
 def test_a_controller_that_is_gone_does_not_hide_the_signal(

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, TensorDataset
 
 from distplat import Task
+from distplat.platform.errors import Abandoned
 from distplat.platform.progress import EvalReport, StepReport
 from distplat.platform.stop_order import StopOrder
 
@@ -145,3 +146,34 @@ def test_where_tasks_are_leased_the_steps_that_were_begun_are_made() -> None:
     assert [rank.progress.step for rank in run.ranks] == [made, made]
     first, second = run.trained
     assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+class Resized(Attempt):
+    """Two ranks stop for a resize; the one that is left is asked to stop before its first step."""
+
+    ends = (Abandoned,)
+
+    def before(self, rank: int, step: int) -> StopOrder:
+        if self.world == 1:
+            return StopOrder.SAVE
+        return StopOrder.RESIZE if step >= END - 1 else StopOrder.NONE
+
+
+@pytest.mark.parametrize("newest", [0, END])
+def test_a_stop_keeps_steps_of_the_attempt_before(newest: int) -> None:
+    run = LocalRun(job("ps-sync", STEPS), Line)
+    Resized(run).make()
+    run.resize(1)
+    assert Resized(run, base=newest).make()
+    run.close()
+    assert [*run.checkpoints] == ([END] if newest < END else [])
+
+
+@pytest.mark.parametrize("newest", [0, STEPS])
+def test_so_does_one_where_tasks_are_leased(newest: int) -> None:
+    run = LocalRun(job("ps-async", STEPS), Line)
+    assert Attempt(run).make() and not run.checkpoints
+    run.desk.call("end_early", True)
+    assert Attempt(run, base=newest).make()
+    run.close()
+    assert [*run.checkpoints] == ([STEPS] if newest < STEPS else [])

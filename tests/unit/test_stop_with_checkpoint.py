@@ -190,11 +190,9 @@ def recorded(run: Path, kind: str) -> list[int]:
     return [line["step"] for line in lines if line["kind"] == kind]
 
 
-ENDED: dict[str, object] = {"steps": 10**6, "evaluation": {"every_steps": 10**6}}
-
-
-def ended(ray: InMemoryRay, given: Job) -> tuple[Path, int]:
+def ended(ray: InMemoryRay, strategy: str, folder: Path) -> tuple[Path, int]:
     """Make a run that is stopped in the evaluation after an early end; and give its last step."""
+    given = job(strategy, folder, steps=10**6, evaluation={"every_steps": 10**6})
     Ended.ends, Ended.signals = False, iter((sigterm,))
 
     def end() -> None:
@@ -249,7 +247,7 @@ def test_an_evaluation_that_is_due_is_left_to_the_resumed_run(
 def test_a_signal_while_a_run_that_ended_early_evaluates_loses_no_model(
     cluster: InMemoryRay, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    run, last = ended(cluster, job("ring", tmp_path, **ENDED))
+    run, last = ended(cluster, "ring", tmp_path)
     assert recorded(run, "evaluation") == [last] and not recorded(run, "checkpoint")
     assert "without a checkpoint" not in caplog.text
     plain = job("ring", tmp_path, steps=last)
@@ -260,7 +258,7 @@ def test_a_signal_while_a_run_that_ended_early_evaluates_loses_no_model(
 def test_under_ps_async_such_a_signal_takes_a_checkpoint(
     cluster: InMemoryRay, tmp_path: Path
 ) -> None:
-    run, last = ended(cluster, job("ps-async", tmp_path, **ENDED))
+    run, last = ended(cluster, "ps-async", tmp_path)
     assert recorded(run, "checkpoint") == [last]
 
 
