@@ -96,6 +96,12 @@ def calls() -> int:
     return getattr(_here, "calls", 0)
 
 
+def idle_ranks_wait() -> bool:
+    """Say whether ranks without samples in the step of this thread wait for the others' calls."""
+    now: Gathering | None = getattr(_here, "gathering", None)
+    return now is not None and now.idle_ranks_wait
+
+
 class _Announcement(NamedTuple):
     """What a rank announces before an operation."""
 
@@ -224,6 +230,11 @@ class Gathering:
         apply: Any = _Gather.apply
         rows: Tensor = apply(tensor, self, self._calls)
         return rows
+
+    @property
+    def idle_ranks_wait(self) -> bool:
+        """Whether ranks without samples in this step wait in `finish` for what the others do."""
+        return self._all_take_part and min(self._parts(self._step)) == 0
 
     def rows_of_all(self, mine: Tensor, call: int) -> tuple[Tensor, slice]:
         """Give the rows of all ranks, and which of them are this one's."""

@@ -30,6 +30,7 @@ from distplat.strategies.algorithms.buckets import FIRST_BYTES, Bucket, Release,
 from distplat.strategies.algorithms.reduce import traffic_elements
 from distplat.strategies.collective import Collective, Handle
 from distplat.strategies.loop.control import StepControl
+from distplat.strategies.loop.gathering import idle_ranks_wait
 from distplat.strategies.model.flat import FlatModel
 from distplat.strategies.model.parameter_layout import (
     dtype_name,
@@ -211,7 +212,9 @@ class BucketReducer(Reducer):
         if not self._alone:
             if not self._begun:
                 self._begin()
-            self._listening = True
+            # To begin an operation may wait for all ranks, as gloo's first ones do, and ranks
+            # without samples come to the buckets after the last call of `all_gather` only.
+            self._listening = not idle_ranks_wait()
 
     def has_left(self, index: int) -> bool:
         """Say whether a slot's gradient of the backward under way was sent already."""
