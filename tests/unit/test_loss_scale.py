@@ -1,19 +1,20 @@
 """`precision: fp16`: the same scale and the same steps left out as with torch's `GradScaler`."""
 
+import threading
 from typing import Any
 
 import pytest
 import torch
 from hybrid_workers import UntilOneIsLost
 from jobs import job_of
-from local_run import LocalRun, train
+from local_run import Attempt, LocalRun, train
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from distplat import Task
 from distplat.platform.errors import NonFiniteError, SpecError
 from distplat.platform.even_split import split_evenly
-from distplat.platform.progress import StepReport
+from distplat.platform.progress import AnyReport, StepReport
 from distplat.platform.sampler import Sampler
 from distplat.strategies.fakes import Fabric
 from distplat.strategies.loop import losses
@@ -232,12 +233,41 @@ def test_an_asynchronous_run_goes_on_with_its_scale() -> None:
         assert torch.equal(again.parameters()[name], value), name
 
 
-def test_asynchronous_workers_have_scales_of_their_own() -> None:
+def test_asynchronous_workers_have_scales_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
     """A push is decided by itself: one that overflows is left out, others are applied."""
-    run = train(job("ps-async", 3), Steep)
-    every = [one for rank in range(3) for one in scales(run, rank)]
-    assert len(every) == 3 * STEPS and min(every) < losses.FIRST_SCALE
-    assert all(one.isfinite().all() for one in run.parameters().values())
+    monkeypatch.setattr(losses, "GROWTH_INTERVAL", 10**6)
+    leased, made = threading.Event(), threading.Event()
+    """Rank 0 has its first task; rank 1 has made its first one, and rank 0 waits for that."""
+
+    class Overflows(Flat):
+        ranks = 0
+
+        def __init__(self) -> None:
+            self.rank = Overflows.ranks
+            Overflows.ranks += 1
+
+        def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
+            if self.rank == 0:
+                leased.set()
+            assert (made if self.rank == 0 else leased).wait(60)
+            broken = self.rank == 1 and outputs.requires_grad and not made.is_set()
+            return super().loss(outputs, targets) * (1e30 if broken else 1.0)
+
+    class Reporting(Attempt):
+        def report(self, rank: int, report: AnyReport) -> None:
+            super().report(rank, report)
+            if rank == 1:
+                made.set()
+
+    run = LocalRun(job("ps-async", 2), Overflows)
+    begun = run.parameters()
+    assert Reporting(run).make()
+    run.close()
+    first, steps = losses.FIRST_SCALE, [scales(run, rank) for rank in range(2)]
+    assert {*steps[0]} == {first} and {*steps[1]} == {first / 2}
+    assert len(steps[0]) + len(steps[1]) == 2 * STEPS
+    for name, value in run.parameters().items():
+        assert value.isfinite().all() and not torch.equal(value, begun[name]), name
 
 
 @pytest.mark.parametrize(
