@@ -261,7 +261,8 @@ def test_all_are_lost(moment: str, with_scheduler: bool) -> None:
 
 def test_ranks_join_and_leave() -> None:
     run = Counted(most=2)
-    begun, dismissed = [threading.Event() for _ in range(3)], threading.Event()
+    begun = [threading.Event() for _ in range(3)]
+    dismissed, gone = threading.Event(), threading.Event()
 
     def body(rank: int) -> None:
         if rank == 2:
@@ -280,12 +281,15 @@ def test_ranks_join_and_leave() -> None:
                 assert begun[1].wait(60)
                 run.desk.call("dismiss", (1,))
                 dismissed.set()
-            if rank == 0 and made == 6:
+            if rank == 0 and made == 6:  # the run is not over before
                 assert begun[2].wait(60)
+                assert gone.wait(60)
 
         loop._train_task = counted  # type: ignore[method-assign]
         loop.run()
         assert loop.progress.left == (rank == 1)
+        if rank == 1:
+            gone.set()
 
     on_ranks(3, body)
     run.check()

@@ -10,8 +10,10 @@ from fake_job_api import JOB, fake_job_api
 
 
 def test_commands_for_a_remote_cluster_need_no_linux(tmp_path: Path) -> None:
-    (tmp_path / "job.yaml").write_text(JOB)
-    (tmp_path / "lin.py").write_text("class Lin: ...\n")
+    folder = tmp_path / "job"  # beside the home, of which nothing is shipped
+    folder.mkdir()
+    (folder / "job.yaml").write_text(JOB)
+    (folder / "lin.py").write_text("class Lin: ...\n")
     with fake_job_api() as api:
         there = ["--address", api.url]
         commands = [
@@ -25,10 +27,10 @@ def test_commands_for_a_remote_cluster_need_no_linux(tmp_path: Path) -> None:
             ["logs", "-f", "lin-1", *there],
             ["stop", "lin-1", *there],
         ]
-        home = str(tmp_path / "home")  # the folder itself would not be shipped
+        home = str(tmp_path / "home")
         done = subprocess.run(
             [sys.executable, without_linux.__file__, json.dumps(commands)],
-            cwd=tmp_path,
+            cwd=folder,
             env={"PATH": "/usr/bin:/bin", "HOME": home, "RAY_AUTH_MODE": "disabled"},
             capture_output=True,
             text=True,
