@@ -127,6 +127,8 @@ class ControllerClient:
             listening = in_thread("follow", lambda: self._listen(handlers))
             self._tell(check, handlers, listening)
         except BaseException as error:
+            if isinstance(error, KeyboardInterrupt) and _is_asked(check):
+                self._hurried = True  # a second signal, before the first one was seen
             if isinstance(error, Interrupted) and self._saves:
                 self._stop(look, handlers, listening)
             self._left.set()
@@ -289,6 +291,17 @@ class ControllerClient:
             stop = partial(self._transport.call, self._controller, "stop", _END_S)
             with suppress(DistplatError):
                 ask(self._transport, "the end", {_NAME: stop}, _END_S, "", look)
+
+
+def _is_asked(check: Callable[[], None]) -> bool:
+    """Say whether a signal came: a callback's own `KeyboardInterrupt` is none."""
+    try:
+        check()
+    except Interrupted:
+        return True
+    except Exception:  # whatever else ends the run, nobody hurries
+        return False
+    return False
 
 
 def _hand_on(event: Summary | logging.LogRecord, handlers: RunHandlers) -> None:
