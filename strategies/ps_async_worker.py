@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-from torch import Tensor
-
 from distplat.platform.load import load_figures
 from distplat.strategies.algorithms.reduce import clip_factor
 from distplat.strategies.checkpoint.checkpoint_types import CheckpointPart
 from distplat.strategies.checkpoint.parts import server_part
 from distplat.strategies.loop.control import StepControl
-from distplat.strategies.model.ema import with_average
-from distplat.strategies.model.flat import FlatModel
 from distplat.strategies.model.model_state import ModelState
 from distplat.strategies.model.optim import norm_figures
 from distplat.strategies.model.sync_batch_norm import refuse_sync_batch_norm
 from distplat.strategies.ports import Pushed
 from distplat.strategies.ps_async import PsAsyncOptions
-from distplat.strategies.worker_strategy import Context, WorkerStrategy
+from distplat.strategies.ps_worker import PsWorker
+from distplat.strategies.worker_strategy import Context
 
 
-class PsAsyncWorker(WorkerStrategy[PsAsyncOptions]):
+class PsAsyncWorker(PsWorker[PsAsyncOptions]):
     """Push, have it applied, go on with the newest parameters."""
 
     _state: ModelState  #: there after `setup`
@@ -88,16 +85,6 @@ class PsAsyncWorker(WorkerStrategy[PsAsyncOptions]):
     def synchronize(self) -> None:
         """Take the newest parameters: at the end, once every task is done, the final ones."""
         self._shards.refresh()
-
-    def average(self) -> Tensor:
-        """Fetch what each shard has after its newest update, of whichever worker's gradient."""
-        return self._shards.average()
-
-    def trained(self, flat: FlatModel) -> dict[str, Tensor]:
-        """Give the model and the average of its weights; all tasks are made."""
-        if self._context.job.ema is None:
-            return flat.state_dict()
-        return with_average(flat, self.average())
 
     def figures(self) -> dict[str, float]:
         """Give the staleness of the push just made, its mean so far, and the wait for others."""

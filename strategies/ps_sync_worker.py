@@ -4,23 +4,20 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from torch import Tensor
-
 from distplat.platform.load import load_figures
 from distplat.strategies.checkpoint.checkpoint_types import CheckpointPart
 from distplat.strategies.checkpoint.parts import server_part
 from distplat.strategies.loop.control import StepControl
-from distplat.strategies.model.ema import with_average
-from distplat.strategies.model.flat import FlatModel
 from distplat.strategies.model.model_state import ModelState
 from distplat.strategies.model.optim import norm_figures
 from distplat.strategies.model.sync_batch_norm import refuse_sync_batch_norm
 from distplat.strategies.ports import Pushed
 from distplat.strategies.ps_sync import PsSyncOptions
-from distplat.strategies.worker_strategy import Context, WorkerStrategy
+from distplat.strategies.ps_worker import PsWorker
+from distplat.strategies.worker_strategy import Context
 
 
-class PsSyncWorker(WorkerStrategy[PsSyncOptions]):
+class PsSyncWorker(PsWorker[PsSyncOptions]):
     """Push gradients to all shards, commit, go on with the new version."""
 
     _state: ModelState  #: there after `setup`
@@ -100,16 +97,6 @@ class PsSyncWorker(WorkerStrategy[PsSyncOptions]):
         apart = self._pushed.version < self._context.total_steps
         if self.options.backup_workers and apart:
             self._shards.refresh()
-
-    def average(self) -> Tensor:
-        """Fetch what the servers have; they keep it, and workers do nothing for it in a step."""
-        return self._shards.average()
-
-    def trained(self, flat: FlatModel) -> dict[str, Tensor]:
-        """Give the model and the average of its weights; rank 0 may be lost before it is asked."""
-        if self._context.job.ema is None:
-            return flat.state_dict()
-        return with_average(flat, self.average())
 
     def figures(self) -> dict[str, float]:
         """Give how long servers held this rank up, what they did, and what gradients came to."""
