@@ -288,7 +288,7 @@ class CyclicLR(LRSchedule):
         return self.base_lr + (self.max_lr - self.base_lr) * height * scale
 
 
-Alone = Annotated[
+Chainable = (
     ConstantLR
     | LinearLR
     | PolynomialLR
@@ -296,9 +296,8 @@ Alone = Annotated[
     | MultiStepLR
     | ExponentialLR
     | CosineAnnealingLR
-    | CosineAnnealingWarmRestarts,
-    Field(discriminator="name"),
-]
+    | CosineAnnealingWarmRestarts
+)
 """Schedulers that begin with the rates of optimizer and groups, and so may follow each other."""
 
 
@@ -306,7 +305,7 @@ class SequentialLR(LRSchedule):
     """One scheduler after the other; each begins anew at its milestone."""
 
     name: Literal["SequentialLR"]
-    schedulers: tuple[Alone, ...] = Field(min_length=1)
+    schedulers: tuple[Annotated[Chainable, Field(discriminator="name")], ...] = Field(min_length=1)
     milestones: tuple[Count, ...]
 
     def _after(self, base: float, step: int, steps: int) -> float:
@@ -357,21 +356,7 @@ class ReduceLROnPlateau(LRSchedule):
         return base
 
 
-AnySchedule = (
-    Schedule
-    | ConstantLR
-    | LinearLR
-    | PolynomialLR
-    | StepLR
-    | MultiStepLR
-    | ExponentialLR
-    | CosineAnnealingLR
-    | CosineAnnealingWarmRestarts
-    | OneCycleLR
-    | CyclicLR
-    | SequentialLR
-    | ReduceLROnPlateau
-)
+AnySchedule = Schedule | Chainable | OneCycleLR | CyclicLR | SequentialLR | ReduceLROnPlateau
 
 
 def _with_name(value: object) -> object:
