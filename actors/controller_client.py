@@ -297,10 +297,8 @@ def _is_asked(check: Callable[[], None]) -> bool:
     """Say whether a signal came: a callback's own `KeyboardInterrupt` is none."""
     try:
         check()
-    except Interrupted:
-        return True
-    except Exception:  # whatever else ends the run, nobody hurries
-        return False
+    except Exception as error:  # whatever else ends the run, nobody hurries
+        return isinstance(error, Interrupted)
     return False
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from lin_task import TASK
 
 import distplat
 from distplat.cli import render
@@ -30,14 +31,6 @@ scaling: {num_workers: 2}
 optimizer: {name: SGD, lr: 0.1}
 steps: 10
 global_batch_size: 16
-"""
-TASK = """\
-from distplat import Task
-
-class Lin(Task):
-    def model(self): ...
-    def train_data(self): ...
-    def loss(self, outputs, targets): ...
 """
 COMMAND = [sys.executable, "-m", "distplat.cli.main"]
 

@@ -1,7 +1,9 @@
 """
 What bad input is answered by, to the letter: `golden_errors.txt` has all errors and exit codes.
 
-    python tests/unit/test_golden_errors.py     writes it anew, to be read in the diff
+    PYTHONPATH=tests/support python tests/unit/test_golden_errors.py
+
+writes it anew, to be read in the diff.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
+from lin_task import TASK
 
 from distplat.cli.main import run
 
@@ -27,14 +30,6 @@ scaling: {num_workers: 2}
 optimizer: {name: SGD, lr: 0.1}
 steps: 10
 global_batch_size: 16
-"""
-TASK = """\
-from distplat import Task
-
-class Lin(Task):
-    def model(self): ...
-    def train_data(self): ...
-    def loss(self, outputs, targets): ...
 """
 
 

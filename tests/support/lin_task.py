@@ -1,0 +1,10 @@
+"""A task's file that can be imported and checked, and trains nothing."""
+
+TASK = """\
+from distplat import Task
+
+class Lin(Task):
+    def model(self): ...
+    def train_data(self): ...
+    def loss(self, outputs, targets): ...
+"""
