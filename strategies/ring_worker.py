@@ -93,7 +93,10 @@ class RingWorker(WorkerStrategy[RingOptions]):
     def last_backward(self) -> None:
         """Let each bucket go as soon as its last gradient is there."""
         assert self._reducer is not None, "setup() comes first"
-        self._reducer.last_backward()
+        # To begin an operation may wait for all ranks, as gloo's first ones do, and ranks with
+        # fewer micro-batches come to the buckets after the others' last backward only.
+        if not self._state.ranks_wait:
+            self._reducer.last_backward()
 
     def exchange(self, step: int, local: StepControl) -> StepControl:
         """Sum the gradients; each rank's are already divided by the global batch."""

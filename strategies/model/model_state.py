@@ -303,6 +303,11 @@ class ModelState:
         if written is not None:
             raise self._refused(written)
 
+    @property
+    def ranks_wait(self) -> bool:
+        """Whether ranks wait in `end_forwards` for others' forwards and backwards in this step."""
+        return self._norms is not None and self._norms.ranks_wait
+
     def end_forwards(self, step: int) -> None:
         """Called after this rank's forwards and backwards; before gradients are met."""
         if self._norms is not None:

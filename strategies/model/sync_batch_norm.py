@@ -101,6 +101,12 @@ class SyncNorms:
         for layer in self._layers:
             layer.__dict__.pop("forward", None)
 
+    @property
+    def ranks_wait(self) -> bool:
+        """Whether ranks with fewer micro-batches in this step wait in `finish` for the others."""
+        counts = self._micro_batches(self._step)
+        return min(counts) < max(counts)
+
     def begin(self, step: int) -> None:
         """Called with the step whose forwards come next."""
         self._step, self._made = step, 0

@@ -97,17 +97,29 @@ def plain() -> dict[str, Tensor]:
     return {name: value.detach().clone() for name, value in model.state_dict().items()}
 
 
-# In memory an all-reduce that leaves early waits for the ranks that have no backward.
-RING = {"name": "ring", "overlap": False}
+# In memory a bucket is summed when its start returns: no rank may wait for another meanwhile.
+RING = {"name": "ring", "bucket_mb": 1e-4}
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 5])
-@pytest.mark.parametrize("strategy", [RING, "ps-sync"])
+@pytest.mark.parametrize("strategy", [RING, {**RING, "overlap": False}, "ps-sync"])
 def test_any_number_of_ranks_is_as_one_process(strategy: Any, world: int) -> None:
     run, wanted = train(job(strategy, world), Synchronised), plain()
     for rank in range(world):
         for name, value in run.parameters(rank).items():
             assert torch.allclose(value, wanted[name], rtol=0, atol=1e-10), (name, rank)
+
+
+def test_gradients_wait_where_ranks_have_unequal_numbers_of_micro_batches() -> None:
+    """Of the last three samples one rank has two, another has one."""
+    parts = {"global_batch_size": 5, "steps": 5, "gradient_accumulation": 2}
+    early, late = (
+        train(job({**RING, "overlap": overlap}, 2, **parts), Synchronised).parameters()
+        for overlap in (True, False)
+    )
+    assert early.keys() == late.keys()
+    for name, value in late.items():
+        assert torch.equal(early[name], value), name
 
 
 @pytest.mark.parametrize("micro_batches", [[2, 1, 0], [0, 3, 3], [1, 1, 2], [2, 2, 2]])
