@@ -200,6 +200,9 @@ class Shards(Protocol):
         Only where the learning rate goes by evaluations, see `PlateauState`.
         """
 
+    def left_out(self) -> bool:
+        """Say whether the last step that servers know of was left out, as one with NaN may be."""
+
     def average(self) -> Tensor:
         """
         Fetch the average of the parameters after the last update, shape [n], on their device.

@@ -50,7 +50,9 @@ class PsSyncWorker(PsWorker[PsSyncOptions]):
         group = context.peers() if state.needs_group and not backup else None
         served, shared = "use `strategy: ring`", context.shards.one_memory() and not backup
         state.connect(group, served=served, one_memory=shared, shifting=backup > 0)
-        state.sync(flat.version, context.saved.step if context.saved is not None else 0)
+        first = context.saved.step if context.saved is not None else 0
+        # Whoever was stopped before the servers answered does not know what became of the step.
+        state.sync(flat.version, first, left_out=self._shards.left_out())
 
     def skips(self, step: int) -> bool:
         """Say whether the others have made the step without this rank."""

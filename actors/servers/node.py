@@ -29,6 +29,7 @@ _OF_SHARDS = (
     "commit",
     "seen",
     "settings",
+    "left_out",
     "average",
     "listen",
     "leave",

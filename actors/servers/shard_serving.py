@@ -282,6 +282,12 @@ class ShardServing(Serving[ShardServer]):
         store = self._server.store
         return self._server.exclusively(lambda: store.settings)
 
+    def left_out(self) -> bool:
+        """Say whether the last step was left out; see `Shards.left_out`."""
+        self._replication.state.check_serves()
+        store = self._server.store
+        return self._server.exclusively(lambda: store.left_out)
+
     def average(self) -> NDArray[np.uint8]:
         """Give the bytes of the parameters' average; see `Shards.average`."""
         self._replication.state.check_serves()

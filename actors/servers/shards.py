@@ -305,6 +305,11 @@ class RemoteShards(Shards, LoopShards):
         return self._fan_out.ask(what, self._fan_out.each(what), self._fan_out.cuts[:1])[0]
 
     @override
+    def left_out(self) -> bool:
+        answer: bool = self._failover(partial(self._ask_first, "left_out"))
+        return answer
+
+    @override
     def average(self) -> Tensor:
         parts = self._failover(lambda: self._fan_out.ask("average", self._fan_out.each("average")))
         vector = torch.zeros_like(self._flat.params, device="cpu")

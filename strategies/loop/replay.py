@@ -236,6 +236,11 @@ class ReplayShards(Shards):
         return ()
 
     @override
+    def left_out(self) -> bool:
+        """Asked of synchronous shards only."""
+        return False
+
+    @override
     def average(self) -> Tensor:
         """Nothing is evaluated, and the parameters alone are compared."""
         raise NotImplementedError("a run that is made again is not evaluated")

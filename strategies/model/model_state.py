@@ -154,34 +154,40 @@ class ModelState:
                 self._known.discard(number)
         return CappedTables(self._flat.model) if any_table else None
 
-    def settle(self, version: int) -> bool:
+    def settle(self, version: int, *, left_out: bool = False) -> bool:
         """
         Have the tensors at this version, if this rank has that; False: it is as if it were new.
+
+        Args:
+            version: of the parameters.
+            left_out: whether the step before it was left out, so that it wrote nothing.
 
         Raises:
             StateLost: something was written for the first time by the step that is to be repeated.
         """
-        if self.version == version:
+        if self.version == version or (left_out and self._synchronized == version):
             self.restore()
+            self.version = version
         elif self._synchronized == version:
             self.keep(version)
         else:
             self.version = None
         return self.version == version
 
-    def sync(self, version: int, first: int) -> None:
+    def sync(self, version: int, first: int, *, left_out: bool = False) -> None:
         """
         Give ranks that are new the others' state; in a fresh run all have rank 0's.
 
         Args:
             version: of the parameters.
             first: the version with which the run began.
+            left_out: see `settle`.
 
         Raises:
             CollectiveError: a rank is missing.
             StateLost: nobody has the state of this version.
         """
-        has = self.settle(version)
+        has = self.settle(version, left_out=left_out)
         group = self._group
         if group is not None and group.world > 1:
             settled = torch.zeros(group.world, dtype=torch.int32, device=self._device)

@@ -59,6 +59,7 @@ _COPIED = (
     "_segments",
     "_unfreezing",
     "settings",
+    "left_out",
 )
 
 
@@ -94,6 +95,8 @@ class DenseStore(ServerStore, ReplicatedStore):
         self._sums = own is not None and own.optimizer is None
         self.settings: tuple[float, ...] = ()
         """What came with the pushes of the staged update, or of the one that was applied last."""
+        self.left_out = False
+        """Whether the last update moved nothing, because its step was left out."""
         self._gradients: dict[int, Tensor] = {}  #: rank -> what it has pushed of this step
         self._controls: dict[int, StepControl] = {}  #: rank -> its control record of this step
         self._pushed: PushId | None = None  #: asynchronous: whose gradient is staged
@@ -313,6 +316,7 @@ class DenseStore(ServerStore, ReplicatedStore):
         """Make the update of `_sum`, and copy what a checkpoint of a step just made wants."""
         if self._sums:
             return
+        self.left_out = not update.applied
         schedule_step, scale = update.version, 1.0
         if self.staleness is not None:
             scale = self.staleness.applied(update)

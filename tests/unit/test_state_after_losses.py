@@ -8,6 +8,7 @@ import torch
 from hybrid_workers import UntilOneIsLost
 from local_run import Attempt, LocalRun, train
 from test_model_state import WIDE, Data, Teacher, job
+from test_non_finite import Spoiled, spoiled_job
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
@@ -65,7 +66,7 @@ def test_one_is_lost_at_any_operation(strategy: str, after: int, victim: int) ->
 
 
 class CutOff(Attempt):
-    """All are told to stop when the servers have the gradients of a step, and nobody knows it."""
+    """All ranks come out of a step, each by itself."""
 
     ends = (Abandoned,)
 
@@ -96,6 +97,53 @@ def test_a_step_that_was_made_when_all_were_told_to_stop_is_reported() -> None:
         steps = [one.step for one in reports if isinstance(one, StepReport)]
         assert steps == [*range(run.job.steps or 0)]
     run.close()
+
+
+REPLICAS = {"name": "hybrid", "pipeline": 1}
+CUT_OFF: list[dict[str, Any]] = [
+    {"name": "ring"},
+    {"name": "ps-sync"},
+    {"name": "ps-sync", "num_servers": 2, "replication": 2},
+    REPLICAS,
+    {**REPLICAS, "data_strategy": "ps-sync"},
+]
+
+
+@pytest.mark.parametrize("told", [None, 1])
+@pytest.mark.parametrize("strategy", CUT_OFF, ids=str)
+def test_buffers_of_a_skipped_step_are_put_back_where_a_rank_does_not_hear_of_it(
+    strategy: dict[str, Any], told: int | None
+) -> None:
+    """The attempt ends in the step that is left out; one rank knows what became of it, or none."""
+    of = spoiled_job(strategy, 2, "skip", bad=(14,))
+    run, cut = LocalRun(of, Spoiled), 2
+    for number, rank in enumerate(run.ranks):
+        strategy_of: Any = rank.strategy
+        exchange, update = strategy_of.exchange, strategy_of.update
+
+        def stop(
+            step: int, local: StepControl, number: int = number, exchange: Any = exchange
+        ) -> Any:
+            total = exchange(step, local)
+            if step == cut and number != told:
+                raise Abandoned("another worker was lost")
+            return total
+
+        def stop_later(step: int, total: StepControl, update: Any = update) -> None:
+            update(step, total)
+            if step == cut:
+                raise Abandoned("another worker was lost")
+
+        strategy_of.exchange, strategy_of.update = stop, stop_later
+    assert not CutOff(run).make()
+    cut = -1
+    assert Attempt(run).make()
+    run.close()
+    whole = train(of, Spoiled)
+    for rank_number in range(2):
+        found = run.parameters(rank_number)
+        for name, value in whole.parameters(rank_number).items():
+            assert torch.equal(found[name], value), (name, rank_number)
 
 
 @pytest.mark.parametrize("after", [15, 25])
