@@ -184,7 +184,7 @@ def not_compared(name: str, job: Job) -> list[Row]:
     """Say what of a job no run has, for none is evaluated."""
     if not isinstance(job.lr_schedule, ReduceLROnPlateau):
         return []
-    why = "rates go by evaluations, which these runs leave out: all steps are at the first rate"
+    why = "rates go by evaluations, which these runs leave out: none is reduced"
     return [Row(name, "lr_schedule", NOT_COMPARED, reason=why)]
 
 
@@ -192,7 +192,7 @@ def _without_evaluations(job: Job) -> dict[str, Any]:
     """Give the fields of a short run that is not evaluated, so that nothing goes by evaluations."""
     schedule: NamedSchedule = job.lr_schedule
     if isinstance(schedule, ReduceLROnPlateau):
-        schedule = Schedule()  # so its rates are, until evaluations come
+        schedule = Schedule(warmup_steps=schedule.warmup_steps)  # so it is until evaluations come
     if isinstance(schedule, OneCycleLR):
         schedule = schedule.model_copy(update={"total_steps": None})  # it is over these few steps
     return {"evaluation": Evaluation(every_epochs=0), "early_stop": None, "lr_schedule": schedule}

@@ -78,8 +78,7 @@ SCHEDULERS = """
 
 A class of `torch.optim.lr_scheduler` with its arguments and torch's defaults; it is stepped once
 after each step. `warmup_steps` may stand beside most: the scheduler begins when the warm-up is
-over. [`ReduceLROnPlateau`](#reducelronplateau) is stepped after evaluations instead, and stands
-alone.
+over. [`ReduceLROnPlateau`](#reducelronplateau) is stepped after evaluations instead.
 
 ```yaml
 lr_schedule: {name: CosineAnnealingLR, T_max: 1000, eta_min: 1e-5, warmup_steps: 100}
@@ -129,9 +128,11 @@ does that of `embeddings.optimizer`; `min_lr` is one number for all.
   keeps the rate, and begins to look for the best figure anew.
 - Under `ring`, `hybrid` and `ps-sync`, whose servers are told with each push. Refused by name:
   under `ps-async`, where workers train on while one evaluates, so that no step is the first with
-  the new rate; with `backup_workers`, which evaluate different parameters; with `warmup_steps`, for
-  torch's own schedulers do not take it in either; where nothing is evaluated before the run's end.
-- `distplat verify` makes runs without evaluations, and so has its first rate.
+  the new rate; with `backup_workers`, which evaluate different parameters; where nothing is
+  evaluated before the run's end.
+- With `warmup_steps` it begins when they are over: evaluations after that many steps or fewer do
+  not count, as in timm. `SequentialLR` does not take it in, nor does torch's own.
+- `distplat verify` makes runs without evaluations, in which no rate is reduced.
 """
 STRATEGY = """
 ## strategy

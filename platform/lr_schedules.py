@@ -24,15 +24,16 @@ from distplat.platform.fields import Count, Flag, Index, NonNegative, Number, Po
 UnitInterval = Annotated[Number, Field(ge=0, le=1)]
 """A number from 0 to 1."""
 
-WARMUP = "`warmup_steps` may stand beside all but CyclicLR and ReduceLROnPlateau"
+WARMUP = "`warmup_steps` may stand beside all but CyclicLR"
 METHOD = "write lr(step, total) in the task"
 REFUSED_SCHEDULES = {
     "LambdaLR": f"it needs a function, which a job file cannot hold; {METHOD}",
     "MultiplicativeLR": f"it needs a function, which a job file cannot hold; {METHOD}",
     "ChainedScheduler": f"it multiplies others; SequentialLR has one after the other, {WARMUP}, or "
     f"{METHOD}",
+    "ReduceLROnPlateau": "with a warm-up it is {name: ReduceLROnPlateau, warmup_steps: ...}",
 }
-"""Schedulers of torch that a job may not name, and why."""
+"""Schedulers of torch that a job may not name, or not inside SequentialLR, and why."""
 
 
 class LRSchedule(Spec):
@@ -315,7 +316,7 @@ class SequentialLR(LRSchedule):
 
 
 class ReduceLROnPlateau(LRSchedule):
-    """Times `factor` once evaluations get no better; stepped after each of them."""
+    """Times `factor` once evaluations get no better; stepped after each behind the warm-up."""
 
     name: Literal["ReduceLROnPlateau"]
     metric: str = Field("loss", min_length=1)
@@ -398,9 +399,6 @@ def schedule_problems(schedule: LRSchedule, steps: int | None) -> list[Problem]:
         return [Problem(("lr_schedule", "warmup_steps"), text, "remove it")]
     if isinstance(schedule, SequentialLR):
         return _sequence_problems(schedule)
-    if isinstance(schedule, ReduceLROnPlateau) and schedule.warmup_steps:
-        text = "cannot stand beside ReduceLROnPlateau, which torch chains with no other scheduler"
-        return [Problem(("lr_schedule", "warmup_steps"), text, "remove it")]
     if isinstance(schedule, OneCycleLR) and steps is not None:
         return length_problems(schedule, steps)
     if not isinstance(schedule, Schedule):

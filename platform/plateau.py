@@ -55,7 +55,7 @@ def after_evaluation(
     rule: ReduceLROnPlateau, state: PlateauState, step: int, figure: float
 ) -> PlateauState:
     """
-    Give the state after one more evaluation; the same if that is in it.
+    Give the state after one more evaluation; the same if that is in it, or of the warm-up.
 
     Args:
         rule: of the job.
@@ -63,7 +63,7 @@ def after_evaluation(
         step: steps that the evaluated parameters have behind them.
         figure: what it gave.
     """
-    if step <= state.at:
+    if step <= max(state.at, rule.warmup_steps):
         return state
     _, reductions, best, bad, cooldown = state
     better = rule.better(figure, best)
@@ -96,7 +96,7 @@ class Plateau:
 
     def rate(self, base: float, step: int, total_steps: int) -> float:
         """Give the learning rate of the step under way; see `LRSchedule.rate`."""
-        return self.rule.reduced(base, self.state.reductions)
+        return self.rule.rate(self.rule.reduced(base, self.state.reductions), step, total_steps)
 
     def evaluated(self, step: int, metrics: Mapping[str, float]) -> None:
         """

@@ -283,6 +283,9 @@ def test_a_rate_that_grows_without_end_is_infinite() -> None:
          "stand beside CyclicLR, which has rates of its own"),
         ({"name": "SequentialLR", "schedulers": [{"name": "OneCycleLR"}], "milestones": []},
          "lr_schedule.schedulers.0.name: unknown scheduler 'OneCycleLR'\n  hint: allowed: "),
+        ({"name": "SequentialLR", "schedulers": [{"name": "ReduceLROnPlateau"}], "milestones": []},
+         "lr_schedule.schedulers.0.name: unknown scheduler 'ReduceLROnPlateau'\n  hint: with a "
+         "warm-up it is {name: ReduceLROnPlateau, warmup_steps: ...}; allowed: "),
         ({"name": "SequentialLR", "schedulers": [{"name": "StepLR"}], "milestones": []},
          "lr_schedule.schedulers.0.step_size: required, but missing"),
         ({"name": "SequentialLR", "schedulers": [{"name": "LinearLR"}], "milestones": [2]},

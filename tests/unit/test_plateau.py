@@ -17,6 +17,7 @@ from resized_run import train_resized
 from test_embedding_training import Local, table
 from test_embedding_training import job as table_job
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.lr_scheduler import ReduceLROnPlateau as OfTorch
 from torch.utils.data import IterableDataset, TensorDataset
 from words import Words
@@ -80,7 +81,9 @@ def job(strategy: Any = "ring", world: int = 1, **more: Any) -> Job:
     return job_of(strategy, world, **fields)
 
 
-def plain(rule: dict[str, Any]) -> tuple[dict[str, Tensor], list[list[float]]]:
+def plain(
+    rule: dict[str, Any], warmup_steps: int = 1
+) -> tuple[dict[str, Tensor], list[list[float]]]:
     """A loop by torch's documents; gives the rates of each step, too."""
     torch.manual_seed(0)
     model, task = Steep().model(), Steep()
@@ -90,6 +93,7 @@ def plain(rule: dict[str, Any]) -> tuple[dict[str, Tensor], list[list[float]]]:
     groups: Any = [{"params": rest}, {"params": [*head.parameters()], "lr": HEAD_LR}]
     optimizer = torch.optim.SGD(groups, lr=LR)
     arguments = {k: v for k, v in rule.items() if k not in ("name", "metric")}
+    grows = LambdaLR(optimizer, lambda step: min(step + 1, warmup_steps) / warmup_steps)
     scheduler, rates = OfTorch(optimizer, **arguments), []
     sampler = Sampler(SAMPLES, BATCH, 1, 0)
     for step in range(STEPS):
@@ -99,7 +103,9 @@ def plain(rule: dict[str, Any]) -> tuple[dict[str, Tensor], list[list[float]]]:
         inputs, targets = (torch.stack(one) for one in zip(*(data[i] for i in ids), strict=True))
         torch.autograd.backward(task.loss(model(inputs), targets))
         optimizer.step()
-        if (step + 1) % EVERY == 0:
+        if step + 1 <= warmup_steps:
+            grows.step()
+        elif (step + 1) % EVERY == 0:
             with torch.no_grad():
                 inputs, targets = evaluated.tensors
                 outputs = model(inputs)
@@ -142,6 +148,21 @@ def test_a_run_is_a_loop_with_torchs_scheduler(strategy: Any, world: int) -> Non
     found = {name: one for part in run.trained for name, one in part.items()}
     for name, value in expected.items():
         torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("warmup_steps", [7, 8])
+@pytest.mark.parametrize(("strategy", "world"), [("ring", 2), ("ps-sync", 2)])
+def test_it_begins_when_a_warm_up_is_over(strategy: str, world: int, warmup_steps: int) -> None:
+    """Of evaluations after steps 8 and 10, the first counts if the warm-up is over by then."""
+    rule = {**RULE, "patience": 0, "threshold": 0.3}
+    expected, of_torch = plain(rule, warmup_steps)
+    assert [one[0] for one in of_torch[:2]] == [LR * (1 / warmup_steps), LR * (2 / warmup_steps)]
+    assert of_torch != plain(rule, 15 - warmup_steps)[1] and of_torch[-1] == [0.06, 0.06]
+    run = train(job(strategy, world, lr_schedule={**rule, "warmup_steps": warmup_steps}), Steep)
+    for rank in range(world):
+        assert rates(run, rank) == of_torch, "bit by bit"
+    for name, value in expected.items():
+        torch.testing.assert_close(run.trained[0][name], value, rtol=1e-4, atol=1e-5)
 
 
 def test_the_figure_and_which_way_it_gets_better_are_chosen() -> None:
@@ -307,7 +328,6 @@ def test_a_task_without_evaluation_data() -> None:
         ("ps-async", {}, "ReduceLROnPlateau is not there under 'ps-async'.*\n.*: ps-sync`"),
         ({"name": "ps-sync", "backup_workers": 1}, {}, ".* be combined with `backup_workers`"),
         ("ring", {"evaluation": {"every_epochs": 0}}, "needs evaluations .*\n.*every_epochs`"),
-        ("ring", {"lr_schedule": {**RULE, "warmup_steps": 2}}, "cannot stand .*\n.*remove it"),
         ("ring", {"lr_schedule": {**RULE, "factor": 1}}, "must be"),
         ("ring", {"lr_schedule": {**RULE, "mode": "mean"}}, "must be"),
         ("ring", {"lr_schedule": {**RULE, "verbose": True}}, "unknown field"),
@@ -338,11 +358,13 @@ class Stream(IterableDataset[Any]):
             yield torch.ones(4), torch.ones(3)
 
 
-def test_verify_has_the_first_rate_in_its_runs_without_evaluations() -> None:
-    given = job(early_stop={"metric": "loss", "mode": "min"})
+def test_verify_reduces_no_rate_in_its_runs_without_evaluations() -> None:
+    rule = {**RULE, "warmup_steps": 3}
+    given = job(lr_schedule=rule, early_stop={"metric": "loss", "mode": "min"})
     for name in ("ring", "ps-sync"):
         short = job_for(VerifyRequest(given, Path()), name)
-        assert isinstance(short, Job) and short.lr_schedule == Schedule(), "no SpecError"
+        assert isinstance(short, Job), "no SpecError"
+        assert short.lr_schedule == Schedule(warmup_steps=3)
         [row] = not_compared(name, given)
         assert (row.check, row.verdict) == ("lr_schedule", NOT_COMPARED), "it says so"
         assert not_compared(name, short) == []
