@@ -50,6 +50,7 @@ from distplat.platform.lr_schedules import (
 )
 from distplat.platform.progress import UNBOUNDED
 from distplat.platform.run_directory import TASK_FILE
+from distplat.platform.run_record import read_run
 from distplat.platform.shard_map import ShardPlan
 from distplat.platform.spec import CheckpointConfig, Evaluation, Job, Scaling, StrategySpec
 from distplat.platform.tensor_file import TASK_PREFIX
@@ -363,9 +364,10 @@ def replay_run(directory: Path, working_dir: Path) -> Replayed:
 
     first = prepare_rank()
     world, steps = job.scaling.world, first.total_steps
-    if steps == UNBOUNDED and logs:  # all tasks of the steps that were begun were made
-        steps = -(-len(logs[0]) // world)
-    flaws = [flaw for log in logs for flaw in log_flaws(log, world, steps)]
+    made, result = steps, read_run(directory, steps=False).result or {}
+    if logs and (steps == UNBOUNDED or "stopped" in result):
+        made = -(-len(logs[0]) // world)  # all tasks of the steps that were begun were made
+    flaws = [flaw for log in logs for flaw in log_flaws(log, world, made)]
     if flaws or len(logs) != roles.servers:
         raise StorageError(f"{directory / FILE_NAME}: {(flaws or ['shards are missing'])[0]}")
     plan = ShardPlan(first.job, "replay", 0, world, steps, len(logs), roles.consistency)

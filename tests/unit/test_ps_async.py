@@ -443,3 +443,16 @@ def test_a_run_in_this_process_is_replayed_with_as_many_threads(tmp_path: Path) 
     notes.unlink()
     assert replay_run(run.path, tmp_path).differing is None
     assert {*notes.read_text().split()} == {"2"}
+
+
+def test_a_run_that_its_time_cut_short_is_replayed(tmp_path: Path) -> None:
+    """Its rates are those of all its steps: by the few that were made the last ones would fall."""
+    (tmp_path / "cut_short.py").write_text(NOTES_THREADS)
+    fields = fields_of("ps-async", 0, epochs=None, steps=10**5, global_batch_size=4)
+    fields |= {"task": "cut_short:NotesThreads", "task_args": {"path": str(tmp_path / "notes")}}
+    fields |= {"lr_schedule": {"name": "wsd", "decay_steps": 1}, "max_time_s": 1e-9}
+    fields["storage_path"] = str(tmp_path / "runs")
+    run = Trainer(fields, working_dir=tmp_path, progress=False).fit()
+    assert run.stopped is not None
+    made = replay_run(run.path, tmp_path)
+    assert (made.updates, made.differing) == (run.totals.steps, None)
