@@ -24,6 +24,7 @@ from distplat.actors.user_errors import as_user_error, killed_loader
 from distplat.platform.apply_log import FILE_NAME, pack_log
 from distplat.platform.checkpoints import StoredCheckpoint
 from distplat.platform.errors import DistplatError
+from distplat.platform.own_process import OwnProcess
 from distplat.platform.progress import AnyReport, ReportAggregator, StepReport
 from distplat.platform.spec import Job
 from distplat.platform.stop_order import StopOrder
@@ -99,10 +100,11 @@ def _train(
     if job.own_loop:
         _train_function(launch, report, progress, handlers, checkpoints)
         return
-    task = make_task(job, lambda: _task_class(launch))
-    strategy = make_worker_strategy(job)
     device = "cuda" if job.scaling.use_gpu else "cpu"
-    prepared = prepare(job, task, device, strategy)
+    with OwnProcess():
+        task = make_task(job, lambda: _task_class(launch))
+        strategy = make_worker_strategy(job)
+        prepared = prepare(job, task, device, strategy)
     job = prepared.job
     for warning in prepared.warnings:
         logger.warning("%s", warning)

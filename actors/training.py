@@ -44,6 +44,7 @@ from distplat.actors.visible_gpus import own_device
 from distplat.actors.weights import Reply
 from distplat.platform.checkpoints import Delivery
 from distplat.platform.errors import Abandoned, DeadlineExceeded, DistplatError, StateLost
+from distplat.platform.own_process import OwnProcess
 from distplat.platform.progress import AnyReport, StepReport
 from distplat.platform.recovery import policy_of
 from distplat.platform.spec import Job
@@ -114,7 +115,7 @@ def run_function(
             seed_function(job.seed)
             function = load()
             seed_again(job.seed)  # what its import has seeded stays
-            with running(session):
+            with running(session), OwnProcess():
                 call_train_function(function, job.task_args)
                 session.returned()
         session.leave()
@@ -375,9 +376,10 @@ class Session:
         job = order.job
         self._set_up_process(order)
         self._strategy = make_worker_strategy(job)
-        task = make_task(job, lambda: self._task or _task_class(order))
         device = "cuda" if job.scaling.use_gpu else "cpu"
-        self._prepared = prepare(job, task, device, self._strategy)
+        with OwnProcess():
+            task = make_task(job, lambda: self._task or _task_class(order))
+            self._prepared = prepare(job, task, device, self._strategy)
         describe(self._prepared)
         return self._prepared, self._strategy
 

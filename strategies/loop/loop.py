@@ -174,11 +174,13 @@ class _LoopBase:
 
     def _evaluated(self, evaluate: Callable[[], Sums]) -> Sums:
         """Evaluate with the weights, and with their average if there is one; leave no trace."""
-        sums = evaluate()
+        with self.flat.process:
+            sums = evaluate()
         self.state.discard()
         if self.prepared.job.ema is not None:
             with self.flat.with_params(self.strategy.average()):
-                sums.merge(evaluate(), "ema_")
+                with self.flat.process:
+                    sums.merge(evaluate(), "ema_")
             self.state.discard()
         return sums
 
@@ -275,7 +277,7 @@ class Loop(_LoopBase):
     def _step(self, step: int, stop_order: StopOrder) -> None:
         self.flat.begin_step()
         clock = Stopwatch()
-        with self.gathering.begin(step), self.state.on_a_copy():
+        with self.gathering.begin(step), self.state.on_a_copy(), self.flat.process:
             share = self.compute.gradients(step, clock)
         self.gathering.finish(self.flat.params.device)
         self.flat.check_layout(step)
@@ -404,7 +406,7 @@ class LeasedLoop(_LoopBase):
     def _train_task(self, task: int) -> None:
         self.flat.begin_step()
         clock = Stopwatch()
-        with self.gathering, self.state.on_a_copy():
+        with self.gathering, self.state.on_a_copy(), self.flat.process:
             share = self.compute.gradients(task, clock)
         step, part = divmod(task, self.sampler.world)
         self.flat.check_layout(step)
