@@ -129,6 +129,10 @@ _REMEDIES = (
 """What a message of torch means for a job."""
 
 
+_LONGEST_SUMMARY, _LONGEST_TRACEBACK = 2_000, 50_000
+"""Characters of a user's error that are kept: it goes to the terminal and into `result.json`."""
+
+
 def as_user_error(
     error: BaseException,
     rank: int | None,
@@ -154,7 +158,16 @@ def as_user_error(
     except Exception:  # its own code raises when it is looked at
         summary = shown = f"{type(error).__name__}, which raises when it is shown"
         remedy = ""
+    summary, shown = _shortened(summary, _LONGEST_SUMMARY), _shortened(shown, _LONGEST_TRACEBACK)
     return UserCodeError(rank, step, summary, shown, remedy, evaluating, on_ranks)
+
+
+def _shortened(text: str, most: int) -> str:
+    """Leave out the middle of a text that is longer, such as a message with a whole batch."""
+    if len(text) <= most:
+        return text
+    half = most // 2
+    return f"{text[:half]} [... {len(text) - 2 * half} characters ...] {text[-half:]}"
 
 
 def _describe(error: BaseException, *, own_loop: bool) -> tuple[str, str, str]:

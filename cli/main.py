@@ -82,8 +82,12 @@ Exit codes:
 Settings, strongest first: flags, --set, DISTPLAT_* variables, the job file, defaults.
 """
 
-_NO_THREAD = "can't start new thread"
-"""Python's `RuntimeError` where a limit to memory or processes is reached."""
+_NO_MEMORY = (
+    "can't start new thread",
+    "failed to map segment from shared object",
+    "Cannot allocate memory",
+)
+"""Ends of messages of Python, the loader of libraries and the system where a limit is reached."""
 
 app = typer.Typer(
     name="distplat",
@@ -288,7 +292,7 @@ def _report(error: Exception) -> int:
     if isinstance(error, OSError) and error.errno in _DISK_FULL and error.filename is None:
         _complain(f"error: what is printed cannot be written: {error.strerror}")
         return StorageError.exit_code
-    if isinstance(error, MemoryError) or str(error) == _NO_THREAD:
+    if isinstance(error, MemoryError) or str(error).endswith(_NO_MEMORY):
         _complain("error: this process gets no more memory or threads (see `ulimit -v` and `-u`)")
         return InfrastructureError.exit_code
     show = getattr(error, "show", None)

@@ -287,6 +287,12 @@ USER = UserCodeError(1, 3, "ValueError: no", 'Traceback:\n  File "m.py"\nValueEr
         (KeyboardInterrupt(), 130, ""),
         (MemoryError(), 4, "error: this process gets no more memory or threads"),
         (RuntimeError("can't start new thread"), 4, "error: this process gets no more memory or"),
+        (
+            ImportError("libtorch_cpu.so: failed to map segment from shared object"),
+            4,
+            "error: this process gets no more memory or",
+        ),
+        (OSError(12, "Cannot allocate memory"), 4, "error: this process gets no more memory or"),
         (ZeroDivisionError("ours"), 70, "error inside distplat: ZeroDivisionError: ours\n"),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, BaseException) else "",

@@ -395,6 +395,17 @@ def test_an_exception_that_raises_when_it_is_shown_is_told(kind: type[Exception]
     assert lost_peer(error) is None
 
 
+def test_the_middle_of_a_long_message_is_left_out() -> None:
+    """A message may have a whole batch in it: terminal and `result.json` would have it twice."""
+    found = as_user_error(ValueError("begin " + "x" * 1_000_000 + " end"), 1, 3)
+    assert len(found.summary) < 3_000 and len(found.traceback) < 60_000
+    for shown in (found.summary, found.traceback.rstrip()):
+        assert "ValueError: begin x" in shown and shown.endswith("x end")
+        assert "characters ...]" in shown
+    short = as_user_error(ValueError("y" * 1_500), 1, 3)
+    assert short.summary == "ValueError: " + "y" * 1_500
+
+
 def test_a_chain_of_causes_is_kept(tmp_path: Path) -> None:
     text = RAISES.replace(
         'raise ValueError("no layers today")',
