@@ -378,7 +378,6 @@ class Job(Spec):
         return [
             *own_loop.script_problems(self),
             *_length_problems(self),
-            *_batch_problems(self),
             *_data_problems(self),
             *_gpu_problems(self),
             *_precision_problems(self),
@@ -400,17 +399,6 @@ def _length_problems(job: Job) -> list[Problem]:
     if job.max_time_s is None:
         return [Problem(("epochs",), "give `epochs`, `steps` or `max_time_s`, got none")]
     return unbounded_problems(job.lr_schedule)
-
-
-def _batch_problems(job: Job) -> list[Problem]:
-    parts = job.scaling.world * job.gradient_accumulation
-    if job.global_batch_size < parts:
-        message = (
-            f"{job.global_batch_size} samples cannot be cut into {job.scaling.world} workers x "
-            f"{job.gradient_accumulation} micro-batches = {parts} parts"
-        )
-        return [Problem(("global_batch_size",), message, f"at least {parts}")]
-    return []
 
 
 def _gpu_problems(job: Job) -> list[Problem]:

@@ -205,6 +205,7 @@ def make_strategy(job: Job) -> Strategy[Any]:
         problems.append(Problem(("failure", "spare_workers"), text, "remove it"))
     problems += strategy.own_loop_problems(job) if job.own_loop else strategy.problems(job)
     roles = strategy.roles(job)
+    problems += _batch_problems(job, roles)
     problems += [*_embedding_problems(job, roles), *_plateau_problems(job, roles)]
     if problems:
         raise SpecError(*problems)
@@ -276,6 +277,19 @@ def _kind_problems(job: Job, kind: type[Strategy[Any]]) -> list[Problem]:
         hint = "use `strategy: ring`, or name it in the job, if it is one of torch.optim"
         problems.append(Problem(("optimizer", "name"), text, hint))
     return problems
+
+
+def _batch_problems(job: Job, roles: Roles) -> list[Problem]:
+    """Workers that hold one copy of the model together have one part of a batch."""
+    replicas, micro = roles.replicas(job.scaling.world), job.gradient_accumulation
+    if job.global_batch_size >= replicas * micro:
+        return []
+    who = "workers" if roles.group_size == 1 else "copies of the model"
+    text = (
+        f"{job.global_batch_size} samples cannot be cut into {replicas} {who} x "
+        f"{micro} micro-batches = {replicas * micro} parts"
+    )
+    return [Problem(("global_batch_size",), text, f"at least {replicas * micro}")]
 
 
 def _embedding_problems(job: Job, roles: Roles) -> list[Problem]:

@@ -162,7 +162,7 @@ def _micro_batches(chosen: HybridOptions, job: Job) -> list[Problem]:
         text = f"`hybrid` cuts batches into `micro_batches` (got {job.gradient_accumulation})"
         problems.append(Problem(("gradient_accumulation",), text, "give one of the two"))
     micro, batch = chosen.micro(job), job.global_batch_size
-    if batch < chosen.data * micro:
+    if chosen.data <= batch < chosen.data * micro:
         text = f"{batch} samples cannot be cut into {chosen.data} replicas x {micro} micro-batches"
         problems.append(_problem("micro_batches", text, f"at most {batch // chosen.data}"))
     if chosen.schedule == "interleaved" and micro % chosen.pipeline:

@@ -14,6 +14,7 @@ from distplat.platform.spec import Job
 from distplat.strategies import catalog
 from distplat.strategies.catalog import (
     Registry,
+    complete,
     load_strategy_file,
     make_job,
     make_strategy,
@@ -158,6 +159,43 @@ def test_a_job_from_python_is_checked_with_its_strategy() -> None:
     assert make_job(fields("ring")) == job("ring")
     with pytest.raises(SpecError, match=r"strategy\.timeout"):
         make_job(fields({"name": "ring", "timeout": 5}))
+
+
+@pytest.mark.parametrize(
+    ("strategy", "changes", "message"),
+    [
+        ("ring", {"scaling": {"num_workers": 64}}, ""),
+        (
+            "ring",
+            {"scaling": {"num_workers": 65}},
+            "64 samples cannot be cut into 65 workers x 1 micro-batches = 65 parts"
+            "\n  hint: at least 65",
+        ),
+        (
+            "ps-sync",
+            {"scaling": {"num_workers": 0}, "gradient_accumulation": 100},
+            "64 samples cannot be cut into 1 workers x 100 micro-batches = 100 parts"
+            "\n  hint: at least 100",
+        ),
+        (
+            {"name": "hybrid", "pipeline": 2, "data": 2},
+            {"scaling": {"num_workers": 4}, "global_batch_size": 2},
+            "",
+        ),
+        (
+            {"name": "hybrid", "pipeline": 2, "data": 2},
+            {"scaling": {"num_workers": 4}, "global_batch_size": 1},
+            "1 samples cannot be cut into 2 copies of the model x 1 micro-batches = 2 parts"
+            "\n  hint: at least 2",
+        ),
+    ],
+)
+def test_a_batch_has_a_part_for_each_copy_of_the_model(
+    strategy: object, changes: dict[str, Any], message: str
+) -> None:
+    given = Job.model_validate({**fields(strategy), "global_batch_size": 64, **changes})
+    said = [str(problem) for problem in strategy_problems(complete(given))]
+    assert said == ([f"global_batch_size: {message}"] if message else [])
 
 
 def test_a_strategy_may_refuse_a_job(own_catalog: Registry[type[Strategy[Any]]]) -> None:

@@ -80,6 +80,14 @@ def test_every_grid_gives_what_one_process_gives(name: str, kind: type[Task]) ->
     assert losses(run) == pytest.approx(plain_losses, rel=1e-4)
 
 
+@pytest.mark.parametrize("batch", [2, 3])
+def test_a_batch_may_have_less_samples_than_there_are_workers(batch: int) -> None:
+    options, workers = grid_of(2, 1, 2, micro_batches=1)
+    run = train(hybrid_job(options, workers, global_batch_size=batch), Mlp)
+    one = train(hybrid_job({"pipeline": 1}, 1, global_batch_size=batch), Mlp)
+    assert distance(whole(run), whole(one)) < 1e-5
+
+
 @pytest.mark.sweep(3)
 @pytest.mark.parametrize(
     ("kind", "plan", "pipeline", "data"),

@@ -31,21 +31,6 @@ def job(**changes: Any) -> Job:
         ({"epochs": 3}, ["epochs: give `epochs` or `steps`, got both"]),
         ({"steps": None}, ["epochs: give `epochs`, `steps` or `max_time_s`, got none"]),
         ({"steps": None, "epochs": 3}, []),
-        ({"scaling": {"num_workers": 64}}, []),
-        (
-            {"scaling": {"num_workers": 65}},
-            [
-                "global_batch_size: 64 samples cannot be cut into 65 workers x 1 micro-batches "
-                "= 65 parts\n  hint: at least 65"
-            ],
-        ),
-        (
-            {"scaling": {"num_workers": 0}, "gradient_accumulation": 100},
-            [
-                "global_batch_size: 64 samples cannot be cut into 1 workers x 100 micro-batches "
-                "= 100 parts\n  hint: at least 100"
-            ],
-        ),
         ({"scaling": {"use_gpu": True, "resources_per_worker": {"GPU": 0.5}}}, []),
         ({"scaling": {"resources_per_worker": {"GPU": 0}}}, []),
         ({"scaling": {"resources_per_worker": {"memory": 2e9, "CPU": 1e-4}}}, []),
@@ -90,14 +75,6 @@ def job(**changes: Any) -> Job:
         ({"data": {"num_workers": 1, "prefetch_factor": 4, "persistent_workers": True}}, []),
         ({"data": {"pin_memory": True}, "scaling": {"use_gpu": True}}, []),
         ({"data": {"pin_memory": False, "persistent_workers": False}}, []),
-        (
-            {"epochs": 1, "global_batch_size": 1, "gradient_accumulation": 2},
-            [
-                "epochs: give `epochs` or `steps`, got both",
-                "global_batch_size: 1 samples cannot be cut into 1 workers x 2 micro-batches "
-                "= 2 parts\n  hint: at least 2",
-            ],
-        ),
     ],
 )
 def test_problems(changes: dict[str, Any], problems: list[str]) -> None:
