@@ -20,7 +20,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from distplat.platform.checkpoints import Delivery
-from distplat.platform.errors import DeadlineExceeded
+from distplat.platform.errors import Abandoned, ActorLost, DeadlineExceeded
 from distplat.platform.tensor_slices import Bytes
 from distplat.strategies.checkpoint.checkpoint_types import CheckpointPart
 from distplat.strategies.checkpoint.parts import Staging
@@ -109,7 +109,8 @@ class CheckpointUploader:
             refs = [(self._put(arrays), part.entries), *kept] if part.entries else kept
         except Exception as error:  # for example a lost server: of that the training hears itself
             logger.warning("no checkpoint of step %d: %s", version, error)
-            self._send(Delivery(*where, skipped=True, failure=str(error) or repr(error)))
+            why, lost = str(error) or repr(error), isinstance(error, (ActorLost, Abandoned))
+            self._send(Delivery(*where, skipped=True, failure=why, lost=lost))
             return
         found, entries = (tuple(column) for column in zip(*refs, strict=True)) if refs else ((), ())
         self._send(Delivery(*where, found, entries, facts))

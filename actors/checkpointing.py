@@ -8,7 +8,8 @@ The controller's side of checkpoints: collects the ranks' parts, and writes them
 Training never waits for the disk. A checkpoint that was due and failed is warned of, whatever the
 cause; `PATIENCE` in a row end the run, for a run that trusts in checkpoints must not go on without.
 One that is skipped because a disk is slow is no failure. Once that disk has taken nothing for
-`failure.storage_timeout_s`, what waits for it and what is skipped counts as failed.
+`failure.storage_timeout_s`, what waits for it and what is skipped counts as failed. One whose parts
+went with a lost process counts until the next attempt begins: the restart budget counts losses.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from threading import Thread
 from typing import Any
@@ -27,6 +29,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from distplat.actors.actor_group import Launch
+from distplat.actors.transport import ActorDied
 from distplat.platform.awake_clock import AwakeClock
 from distplat.platform.checkpoints import (
     FOLDER,
@@ -73,6 +76,40 @@ _ROWS = "/rows"
 """Ends the names of a table's rows, behind its name."""
 _PIECE = 2**20
 """Elements that are looked at at a time."""
+
+
+@dataclass(frozen=True)
+class FailedCheckpoint:
+    """A checkpoint that was due and did not come."""
+
+    step: int
+    why: str
+    at: float
+    """When it failed, in seconds."""
+    refused: bool = False
+    """By the disk: it counts, however soon after another one."""
+    lost_in: int | None = None
+    """The attempt in which a process was lost, and a part with it; None: it had another cause."""
+
+
+def counting(failures: Sequence[FailedCheckpoint], attempt: int) -> list[tuple[int, str]]:
+    """
+    Give the steps of those that count towards `PATIENCE`, and why they failed.
+
+    Args:
+        failures: since the last checkpoint that came, oldest first.
+        attempt: the one last begun.
+    """
+    counted, last = list[tuple[int, str]](), -math.inf
+    for failure in failures:
+        if failure.lost_in is not None and failure.lost_in != attempt:
+            continue
+        if not failure.refused:
+            if failure.at - last < _ONE_CAUSE_S:
+                continue
+            last = failure.at
+        counted.append((failure.step, failure.why))
+    return counted
 
 
 def newest_checkpoint(launch: Launch) -> StoredCheckpoint | None:
@@ -130,8 +167,7 @@ class Checkpoints:
         self._reported_best: int | None = None
         self._reported_stop = False
         self._finished: deque[Saved | Best | EarlyStopReached] = deque()
-        self._failures: list[tuple[int, str]] = []  #: steps without one since the last, and why
-        self._failed_at = -math.inf
+        self._failures: list[FailedCheckpoint] = []  #: since the last one that came
         self._gave_up_waiting = False  #: the end of the run waits for the writer no more
         self._written = 0  #: step of the newest one that this run wrote
         self._given = 0  #: step of the newest one of which a part came
@@ -147,7 +183,8 @@ class Checkpoints:
         """Take a rank's part; hand the version to the thread when it is complete."""
         self._given = max(self._given, delivery.version)
         if delivery.failure and delivery.attempt == self._collecting.attempt:
-            self._fail(delivery.version, delivery.failure)
+            lost_in = delivery.attempt if delivery.lost else None
+            self._fail(delivery.version, delivery.failure, lost_in=lost_in)
         parts = self._collecting.add(delivery)
         for version in self._collecting.skipped():
             self._skip(version)
@@ -208,7 +245,8 @@ class Checkpoints:
         Raises:
             StorageError: checkpoints fail again and again.
         """
-        failures = [*self._failures, *self._overdue()]
+        failed = counting(list(self._failures), self._collecting.attempt)
+        failures = [*failed, *self._overdue()]
         if len(failures) >= PATIENCE:
             step, why = failures[-1]
             text = f"{PATIENCE} checkpoints in a row could not be written to"
@@ -313,11 +351,12 @@ class Checkpoints:
             size = sum(file.stat().st_size for file in path.iterdir())
         except OSError as error:
             why = error.strerror or str(error)
-            self._failures.append((step, why))
+            self._fail(step, why, refused=True)
             logger.warning("no checkpoint of step %d in %s: %s", step, self._catalogue.folder, why)
         except Exception as error:  # the parts' owner is lost, for example: the next may be better
             logger.warning("no checkpoint of step %d: %s", step, error)
-            self._fail(step, str(error) or repr(error))
+            lost_in = parts[0].attempt if isinstance(error, ActorDied) else None
+            self._fail(step, str(error) or repr(error), lost_in=lost_in)
         else:
             self._failures.clear()
             self._warned_late = False
@@ -380,12 +419,10 @@ class Checkpoints:
         with self._evaluating:
             self._best.left(left)
 
-    def _fail(self, step: int, why: str) -> None:
-        """Count a checkpoint that failed though the disk had no part in it."""
-        now = time.monotonic()
-        if now - self._failed_at >= _ONE_CAUSE_S:
-            self._failures.append((step, why))
-            self._failed_at = now
+    def _fail(
+        self, step: int, why: str, *, refused: bool = False, lost_in: int | None = None
+    ) -> None:
+        self._failures.append(FailedCheckpoint(step, why, time.monotonic(), refused, lost_in))
 
     def _skip(self, step: int) -> None:
         self._behind.append(step)

@@ -53,6 +53,8 @@ class Delivery:
     """The rank has no part of this version: there will be no such checkpoint."""
     failure: str = ""
     """Why it has none, if that was an error."""
+    lost: bool = False
+    """Whether that error was the loss of another process."""
 
     @property
     def nbytes(self) -> int:

@@ -9,7 +9,13 @@ import pytest
 
 from distplat.actors.checkpoint_uploader import CheckpointUploader
 from distplat.platform.checkpoints import Delivery
-from distplat.platform.errors import DeadlineExceeded
+from distplat.platform.errors import (
+    Abandoned,
+    ActorLost,
+    DeadlineExceeded,
+    DistplatError,
+    InfrastructureError,
+)
 from distplat.platform.tensor_slices import TensorEntry, TensorSlice
 from distplat.strategies.checkpoint.checkpoint_types import CheckpointPart
 
@@ -69,17 +75,29 @@ def test_the_next_part_waits_for_the_last_one_or_is_skipped(slow: Slow) -> None:
     assert [d.version for d in slow.sent] == [7, 8, 5, 9]
 
 
-@pytest.mark.parametrize("fault", ["gone", "raises"])
-def test_servers_that_have_nothing_more_cost_one_checkpoint(slow: Slow, fault: str) -> None:
+@pytest.mark.parametrize(
+    ("error", "lost"),
+    [
+        (None, False),
+        (DeadlineExceeded("kept", ("server-0",), 1.0, "x"), False),
+        (InfrastructureError("the cluster fails"), False),
+        (ActorLost("server-0", None, "killed"), True),
+        (Abandoned("kept"), True),
+    ],
+)
+def test_servers_that_have_nothing_more_cost_one_checkpoint(
+    slow: Slow, error: DistplatError | None, lost: bool
+) -> None:
     def fetch() -> None:
-        if fault == "raises":
-            raise DeadlineExceeded("kept", ("server-0",), 1.0, "x")
+        if error is not None:
+            raise error
 
     slow.gate.set()
     slow.uploader.take(5, part(1.0, fetch=fetch), {})
     slow.uploader.flush()
     assert [d.skipped for d in slow.sent] == [True]
-    assert bool(slow.sent[0].failure) is (fault == "raises")
+    assert slow.sent[0].failure == ("" if error is None else str(error))
+    assert slow.sent[0].lost is lost
 
 
 def test_a_rank_without_a_part_says_so(slow: Slow) -> None:

@@ -11,11 +11,13 @@ from jobs import job_of
 from test_checkpointing import Full, delivery, give, hasty
 
 from distplat.actors.actor_group import Launch
-from distplat.actors.checkpointing import Checkpoints
+from distplat.actors.checkpointing import Checkpoints, FailedCheckpoint, counting
+from distplat.actors.transport import ActorDied
 from distplat.platform.checkpoints import Delivery
 from distplat.platform.disk import Disk
 from distplat.platform.errors import StorageError
 from distplat.platform.recovery import Policy
+from distplat.platform.resume import NOT_FINITE
 from distplat.platform.tensor_slices import TensorEntry, TensorSlice
 from distplat.strategies.strategy_spec import Roles
 
@@ -131,6 +133,72 @@ def test_failures_count_over_restarts(launch: Launch) -> None:
     add(checkpoints, 2, attempt=1)  # the same step once more, for all went back
     drain(checkpoints)
     with pytest.raises(StorageError, match=r"3 checkpoints .* step 2: No space left"):
+        checkpoints.take_finished()
+
+
+def failed(at: float, lost_in: int | None = None, refused: bool = False) -> FailedCheckpoint:
+    """One whose step says when it failed."""
+    return FailedCheckpoint(int(at), "why", at, refused, lost_in)
+
+
+@pytest.mark.parametrize(
+    ("failures", "counted"),
+    [
+        ([], []),
+        ([failed(0, lost_in=1), failed(20, lost_in=1)], []),
+        ([failed(0, lost_in=1), failed(20, lost_in=2)], [20]),
+        ([failed(0, lost_in=2), failed(5, lost_in=2), failed(20, lost_in=2)], [0, 20]),
+        ([failed(0, lost_in=1), failed(5)], [5]),
+        ([failed(0), failed(20), failed(40)], [0, 20, 40]),
+        ([failed(0), failed(9), failed(18)], [0, 18]),
+        ([failed(0, refused=True), failed(1, refused=True)], [0, 1]),
+        ([failed(0, refused=True), failed(1), failed(2, refused=True)], [0, 1, 2]),
+    ],
+)
+def test_a_loss_counts_in_its_attempt_alone(
+    failures: list[FailedCheckpoint], counted: list[int]
+) -> None:
+    """The attempt last begun is number 2. All else counts, whatever began since."""
+    assert [step for step, _ in counting(failures, 2)] == counted
+
+
+def test_workers_that_are_lost_with_their_parts_end_no_run(
+    launch: Launch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One in each attempt, on the disk's side and on that of the rank that gives its part."""
+
+    def fetch(ref: Any) -> Any:
+        raise ActorDied("its node ended")
+
+    monkeypatch.setattr("distplat.actors.checkpointing._ONE_CAUSE_S", 0.0)
+    checkpoints = Checkpoints(launch, 2, fetch)
+    for attempt in range(6):
+        checkpoints.begin(attempt, launch.job)
+        add(checkpoints, 1, attempt=attempt)
+        drain(checkpoints)
+        told = {"skipped": True, "failure": "server-0 was lost", "lost": True}
+        checkpoints.take(delivery(0, 2, attempt, **told))
+        assert checkpoints.take_finished() == []
+    add(checkpoints, 3, attempt=5)  # and no attempt begins
+    drain(checkpoints)
+    with pytest.raises(StorageError, match=r"3 checkpoints .* step 3: its node ended"):
+        checkpoints.take_finished()
+
+
+def test_failures_that_are_no_loss_count_over_restarts(
+    launch: Launch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whether a rank could not give its part, or what it gave is not finite."""
+    monkeypatch.setattr("distplat.actors.checkpointing._ONE_CAUSE_S", 0.0)
+    checkpoints = Checkpoints(launch, 1, lambda ref: ref)
+    checkpoints.take(delivery(0, 1, skipped=True, failure="the object store is full"))
+    checkpoints.begin(1, launch.job)
+    checkpoints.take(delivery(0, 2, 1, facts={NOT_FINITE: "0.weight"}))
+    drain(checkpoints)
+    checkpoints.begin(2, launch.job)
+    assert checkpoints.take_finished() == []
+    checkpoints.take(delivery(0, 3, 2, skipped=True, failure="the object store is full"))
+    with pytest.raises(StorageError, match=r"3 checkpoints .* step 3: the object store is full"):
         checkpoints.take_finished()
 
 
