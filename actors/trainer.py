@@ -7,10 +7,12 @@ The driver imports neither torch nor the user's code: both are slow, and both be
 from __future__ import annotations
 
 import logging
+import threading
 import time
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -211,7 +213,7 @@ class Trainer:
             except BaseException as error:
                 stopping.count_anew()
                 _close(writers)
-                _record_failure(directory, result, error, files.model)
+                files.record(partial(_record_failure, directory, result, error))
                 if isinstance(error, Interrupted) and result.checkpoints:
                     step = result.checkpoints[-1].step
                     logger.warning("--resume %s goes on after step %d", directory.path, step)
@@ -319,6 +321,10 @@ class _TrainedFiles:
         self._directory, self._result, self._limit_s = directory, result, limit_s
         self._refused: list[str] = []  #: names of files that are at the URL alone
         self._error: StorageError | None = None  #: of the local disk, the first one
+        self._naming = (
+            threading.Lock()
+        )  #: held while it is noted, or written down, where the model is
+        self._write: Callable[[str], object] | None = None  #: see `record`
         self.model = ""  #: where the model is; empty: nowhere
 
     def keep(self, name: str, data: bytes) -> None:
@@ -337,9 +343,24 @@ class _TrainedFiles:
             refused = error
             where = self._bring(name, data, error)
         if name == MODEL_FILE:
-            self.model = where
+            with self._naming:
+                self.model = where
+                if self._write is not None:
+                    self._write(where)
         if refused is not None:  # last: a terminal that takes no more holds a warning up
             logger.warning("%s; %s is written to %s", refused, name, self._result.url)
+
+    def record(self, write: Callable[[str], object]) -> None:
+        """
+        Have the end of a run that failed written down, with where its model is.
+
+        Args:
+            write: takes that; called again where the model comes later, for nobody waits for it
+                after a second signal.
+        """
+        with self._naming:
+            self._write = write
+            write(self.model)
 
     def _bring(self, name: str, data: bytes, error: StorageError) -> str:
         """Write a file to the URL, which needs no local disk."""
@@ -405,7 +426,8 @@ def _record_failure(
         facts["best_checkpoint"] = str(result.best_checkpoint)
     if model:  # it is the tables, a checkpoint or the local disk that failed
         facts["model"] = model
-        _warn_where_model_is(result)
     with suppress(StorageError):  # the run's own error is the one to tell
         stopped = isinstance(error, Interrupted | KeyboardInterrupt)
         directory.finish("STOPPED" if stopped else "FAILED", facts)
+    if model:  # last: a terminal that takes no more holds a warning up
+        _warn_where_model_is(result)

@@ -13,6 +13,7 @@ from jobs import fields_of
 from storages import Odd
 
 from distplat.actors import trainer
+from distplat.actors.controller_client import RunHandlers
 from distplat.actors.result import Result
 from distplat.actors.trainer import Trainer
 from distplat.platform import disk, run_directory
@@ -123,6 +124,30 @@ def test_what_happened_before_a_second_signal_is_in_the_result(tmp_path: Path) -
     trainer._record_failure(directory, Result(tmp_path, None), error, "")
     facts = json.loads((directory.path / "result.json").read_text())
     assert facts == {"status": "STOPPED", "error": "before that: the disk is full"}
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_a_model_that_comes_after_a_second_signal_is_in_the_result(
+    full: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The thread that writes it is not waited for; the driver may live on, as in a notebook."""
+    late = list[Any]()
+
+    def train(self: Trainer, run: str, folder: Path, handlers: RunHandlers, *args: Any) -> None:
+        late.append(handlers)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Trainer, "_train", train)
+    if full:
+        fill_the_disk(monkeypatch, "model.safetensors")
+    with pytest.raises(KeyboardInterrupt):
+        a_run(tmp_path, storage_path=URL).fit()
+    (run,) = (tmp_path / "runs").iterdir()
+    facts = json.loads((run / "result.json").read_text())
+    assert "model" not in facts
+    late[0].on_model(b"model")
+    where = f"{URL}/{run.name}/model.safetensors" if full else str(run / "model.safetensors")
+    assert json.loads((run / "result.json").read_text()) == {**facts, "model": where}
 
 
 def test_a_storage_that_fails_is_tried_again() -> None:
