@@ -205,7 +205,7 @@ class ControllerClient:
             while True:
                 self._look()
                 number += 1
-                polled: RunPollResult = self._ask(self._look, "poll", number, _HOLD_S)
+                polled: RunPollResult = self._ask_listening("poll", number, _HOLD_S)
                 for event in polled.events:
                     self._take(event, handlers)
                 if polled.over:
@@ -228,7 +228,7 @@ class ControllerClient:
 
     def _piece(self, first: int) -> ModelPiece:
         self._look()  # `ask` does so while it waits alone: pieces may come at once
-        piece: ModelPiece = self._ask(self._look, "result", first)
+        piece: ModelPiece = self._ask_listening("result", first)
         return piece
 
     def _keep(self, write: Callable[[], object]) -> None:
@@ -240,7 +240,21 @@ class ControllerClient:
         if self._left.is_set():
             raise _NotFollowed("nobody follows the run any more")
 
-    def _ask(self, check: Callable[[], None], method: str, *args: Any) -> Any:
+    def _ask_listening(self, method: str, *args: Any) -> Any:
+        """Call a method in the thread that listens: a log may wait for a terminal."""
+        return self._ask(self._look, method, *args, warn=self._log_later)
+
+    def _log_later(self, text: str) -> None:
+        record = (logger.name, logging.WARNING, __file__, 0, text, (), None)
+        self._news.put(logger.makeRecord(*record))
+
+    def _ask(
+        self,
+        check: Callable[[], None],
+        method: str,
+        *args: Any,
+        warn: Callable[[str], object] = logger.warning,
+    ) -> Any:
         """
         Call a method, again where an answer is lost; every one of them may be called twice.
 
@@ -252,7 +266,8 @@ class ControllerClient:
         if method in ("poll", "stop"):
             limit, setting = self._limits.heartbeat_timeout_s, "heartbeat_timeout_s"
         try:
-            answer = ask(self._transport, "an answer", {_NAME: call}, limit, setting, check)[0]
+            calls = {_NAME: call}
+            answer = ask(self._transport, "an answer", calls, limit, setting, check, warn)[0]
         except ActorLost as error:
             never, self._up = not self._up, False
             if error.role != _NAME:  # that is what `check` has found

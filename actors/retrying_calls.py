@@ -55,6 +55,7 @@ class PendingCall:
         setting: the field of `failure` that changes it, or an option, `--name`; empty: none does.
         look: called ten times a second while an answer is missing; what it raises ends the wait.
         made: told of each call that is made its number and its reply.
+        warn: is told of calls that are made again.
     """
 
     def __init__(
@@ -66,10 +67,11 @@ class PendingCall:
         setting: str,
         look: Callable[[], object] | None,
         made: Callable[[int, Any], object] = lambda number, reply: None,
+        warn: Callable[[str], object] = logger.warning,
     ) -> None:
         self._transport = transport
         self._what, self._limit_s, self._setting = what, limit_s, setting
-        self._look, self._made = look, made
+        self._look, self._made, self._warn = look, made, warn
         self._calls: list[Call] = []
         self._names: list[str] = []
         self._open: list[Any] = []
@@ -124,9 +126,7 @@ class PendingCall:
                 self._check(index, 0.0)
             except Unanswered:
                 self._check(index, left)
-                logger.warning(
-                    "%s: no answer from %s, asking again", self._what, self._names[index]
-                )
+                self._warn(f"{self._what}: no answer from {self._names[index]}, asking again")
                 time.sleep(AGAIN_S)
                 self._open[index] = self._make(index)
             except ActorDied as error:
@@ -160,9 +160,10 @@ def ask(
     limit_s: float,
     setting: str,
     look: Callable[[], object] | None = None,
+    warn: Callable[[str], object] = logger.warning,
 ) -> list[Any]:
     """Make calls side by side, and wait for their answers; see `PendingCall`."""
-    return PendingCall(transport, what, calls, limit_s, setting, look).answers()
+    return PendingCall(transport, what, calls, limit_s, setting, look, warn=warn).answers()
 
 
 Item = TypeVar("Item")

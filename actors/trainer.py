@@ -321,9 +321,7 @@ class _TrainedFiles:
         self._directory, self._result, self._limit_s = directory, result, limit_s
         self._refused: list[str] = []  #: names of files that are at the URL alone
         self._error: StorageError | None = None  #: of the local disk, the first one
-        self._naming = (
-            threading.Lock()
-        )  #: held while it is noted, or written down, where the model is
+        self._naming = threading.Lock()  #: held while `model` is set, and while it is written down
         self._write: Callable[[str], object] | None = None  #: see `record`
         self.model = ""  #: where the model is; empty: nowhere
 

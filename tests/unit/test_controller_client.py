@@ -164,6 +164,27 @@ def test_a_question_of_each_kind_that_is_lost(method: str, lost: Any) -> None:
     assert driver.in_turn == ALL
 
 
+@pytest.mark.parametrize("method", ["begin", "poll", "result"])
+def test_a_call_that_is_made_again_is_logged_by_who_tells_callbacks(
+    method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A log may wait for a terminal that takes no more: that must not hold up who listens."""
+    driver, told = Driver(), list[tuple[str, int]]()
+
+    class Terminal(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            told.append((record.getMessage(), threading.get_ident()))
+
+    for module in (retrying_calls, controller_client):
+        monkeypatch.setattr(module.logger, "handlers", [Terminal(logging.WARNING)])
+    monkeypatch.setattr(retrying_calls.logger, "level", logging.WARNING)
+    inject(driver.cluster, method, Fault(lose="reply"))
+    driver.follow()
+    assert driver.in_turn == ALL
+    said = "an answer: no answer from controller, asking again"
+    assert told == [(said, threading.get_ident())]
+
+
 @pytest.mark.parametrize("size", [1, 4, 8, 9, 10])
 def test_a_large_model_comes_in_pieces(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each is asked for by itself, again where it is lost, and has a deadline of its own."""
