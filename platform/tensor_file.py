@@ -6,13 +6,14 @@ Tensors are bytes here (`RawTensor`), so that bfloat16, which numpy lacks, needs
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from io import BytesIO
+from typing import Any
 
 import numpy as np
-from safetensors import SafetensorError, TensorSpec, deserialize, serialize
+from safetensors import TensorSpec, serialize
 
-from distplat.platform.tensor_slices import ITEM_BYTES, RawTensor
+from distplat.platform.tensor_slices import ITEM_BYTES, Bytes, RawTensor
 
 TASK_PREFIX = "task:"
 """Begins the names of parameters that a task keeps itself, where they stand beside the model's."""
@@ -22,7 +23,12 @@ EMA_PREFIX = "ema:"
 
 _PIECE_BYTES = 64 * 2**20
 """What is copied at a time: other threads go on between two."""
-
+_LENGTH_BYTES = 8
+"""A file begins with the length of its header."""
+_HEADER_BYTES = 100_000_000
+"""The longest header that the library reads."""
+_METADATA = "__metadata__"
+"""Key of the header that names no tensor."""
 
 _EMPTY = {dtype: TensorSpec(dtype=dtype, shape=[0], data_ptr=0, data_len=0) for dtype in ITEM_BYTES}
 _ORDER = {dtype: number for number, dtype in enumerate(json.loads(serialize(_EMPTY)[8:]))}
@@ -78,22 +84,43 @@ def decode(content: bytes) -> dict[str, RawTensor]:
     """
     Read a file's content.
 
+    Tensors are not copied, and cannot be written to. The library copies all of them in one call, in
+    which no other thread of the process runs (`docs/decisions/tensor_files.md`).
+
     Raises:
         ValueError: it is no such file, or has a type that torch has not.
     """
+    first = _LENGTH_BYTES + int.from_bytes(content[:_LENGTH_BYTES], "little")
+    if not _LENGTH_BYTES < first <= min(len(content), _LENGTH_BYTES + _HEADER_BYTES):
+        raise ValueError("it has no header of tensors, or not all of it")
     try:
-        return {
-            name: RawTensor(
-                _NAMES[entry["dtype"]],
-                tuple(entry["shape"]),
-                np.frombuffer(entry["data"], np.uint8),
-            )
-            for name, entry in deserialize(content)  # type: ignore[no-untyped-call]
-        }
-    except SafetensorError as error:
-        raise ValueError(str(error)) from None
+        header = json.loads(content[_LENGTH_BYTES:first].decode())
+        header.pop(_METADATA, None)
+        bounds = sorted((*entry["data_offsets"], name) for name, entry in header.items())
+        return _views(header, bounds, np.frombuffer(content, np.uint8)[first:])
     except KeyError as error:
         raise ValueError(f"tensors of type {error} are not read") from None
+    except (AttributeError, TypeError, RecursionError) as error:
+        raise ValueError(f"its header is not one of tensors: {error}") from None
+
+
+def _views(
+    header: Mapping[str, Any], bounds: Sequence[tuple[int, int, str]], data: Bytes
+) -> dict[str, RawTensor]:
+    """Give each tensor its bytes, which lie one behind the other; see `decode`."""
+    tensors, end = dict[str, RawTensor](), 0
+    for start, stop, name in bounds:
+        dtype, shape = _NAMES[header[name]["dtype"]], tuple(header[name]["shape"])
+        if not all(type(size) is int and size >= 0 for size in (start, stop, *shape)):
+            raise ValueError(f"{name!r} has no shape")
+        if start != end or stop - start != math.prod(shape) * ITEM_BYTES[dtype]:
+            raise ValueError(f"{name!r} has bytes {start} to {stop}, and {shape} of {dtype}")
+        part, end = data[start:stop], stop
+        aligned = part.ctypes.data % ITEM_BYTES[dtype] == 0
+        tensors[name] = RawTensor(dtype, shape, part if aligned else part.copy())
+    if end != len(data):
+        raise ValueError(f"it has {len(data)} bytes of tensors, its header says {end}")
+    return tensors
 
 
 def split_task_tensors(content: bytes, prefix: str = TASK_PREFIX) -> tuple[bytes, bytes | None]:

@@ -10,7 +10,7 @@ import safetensors.torch
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from safetensors import TensorSpec, serialize
+from safetensors import SafetensorError, TensorSpec, deserialize, serialize
 
 from distplat.platform import tensor_file
 from distplat.platform.errors import ProtocolError
@@ -177,6 +177,17 @@ def test_what_the_library_writes_is_read() -> None:
         b'{"w":{"dtype":"F32","shape":[2],"data_offsets":[0,80]}}',
         b'{"w":{"dtype":"F99","shape":[2],"data_offsets":[0,8]}}',
         b'{"w":{"dtype":"F32"}}',
+        b'{"w":{"dtype":"F32","shape":[2.0],"data_offsets":[0,8]}}',
+        b'{"w":{"dtype":"F32","shape":[-1,-2],"data_offsets":[0,8]}}',
+        b'{"w":{"dtype":"F32","shape":[1],"data_offsets":[0,4]},'
+        b'"v":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}',
+        b'{"w":{"dtype":"F32","shape":[1],"data_offsets":[4,8]}}',
+        b'{"w":{"dtype":["F32"],"shape":[2],"data_offsets":[0,8]}}',
+        b'{"w":[]}',
+        b"[]",
+        b"5",
+        b'{"w":' + b"[" * 100_000,
+        b'{"\xff":{}}',
         b"nonsense",
     ],
 )
@@ -186,6 +197,60 @@ def test_a_strange_file_is_refused(header: bytes) -> None:
         decode(content)
     with pytest.raises(ValueError):
         decode(content[:5])
+
+
+def by_the_library(content: bytes) -> dict[str, tuple[str, tuple[int, ...], bytes]] | None:
+    """What the library reads: type, shape and bytes by name; None: it refuses the file."""
+    try:
+        tensors = deserialize(content)  # type: ignore[no-untyped-call]
+    except SafetensorError:
+        return None
+    return {n: (t["dtype"], tuple(t["shape"]), bytes(t["data"])) for n, t in tensors}
+
+
+def by_us(content: bytes) -> dict[str, tuple[str, tuple[int, ...], bytes]] | None:
+    try:
+        tensors = decode(content)
+    except ValueError:
+        return None
+    formats = tensor_file._FORMAT_NAMES
+    return {n: (formats[t.dtype], t.shape, t.data.tobytes()) for n, t in tensors.items()}
+
+
+def test_a_damaged_file_is_read_or_refused_as_by_the_library() -> None:
+    """Each bit of the header is flipped, and each byte of the file is its last one."""
+    tensors = {
+        "a.weight": torch.arange(6.0).reshape(2, 3),
+        "none": torch.zeros(0, 2, dtype=torch.int8),
+        "step": torch.ones((), dtype=torch.int64),
+        "w": torch.arange(3, dtype=torch.uint8),
+    }
+    content = safetensors.torch.save(tensors, {"who": "the library"})
+    assert by_us(content) == by_the_library(content) is not None
+    for bit in range(8 * (8 + int.from_bytes(content[:8], "little"))):
+        damaged = bytearray(content)
+        damaged[bit // 8] ^= 1 << bit % 8
+        assert by_us(bytes(damaged)) == by_the_library(bytes(damaged)), bytes(damaged)
+    for size in range(len(content)):
+        assert by_us(content[:size]) is by_the_library(content[:size]) is None
+    assert by_us(content + b"1") is by_the_library(content + b"1") is None
+
+
+def test_tensors_of_a_file_are_not_copied() -> None:
+    """The library's copy of them lets no other thread run."""
+    content = to_bytes({"w": RawTensor("float32", (4,), np.arange(16, dtype=np.uint8))})
+    data = decode(content)["w"].data
+    assert np.shares_memory(data, np.frombuffer(content, np.uint8))
+    assert not data.flags.writeable, "a file's content is nobody's to change"
+
+
+def test_elements_are_at_multiples_of_their_size() -> None:
+    """Also where a foreign file's header ends anywhere: torch may count on it."""
+    content = to_bytes({"w": RawTensor("float64", (1,), np.arange(8, dtype=np.uint8))})
+    length = int.from_bytes(content[:8], "little")
+    moved = (length + 1).to_bytes(8, "little") + content[8 : 8 + length] + b" " + content[-8:]
+    assert by_us(moved) == by_the_library(moved) == by_us(content)
+    assert all(decode(one)["w"].data.ctypes.data % 8 == 0 for one in (content, moved))
 
 
 def test_a_file_without_tensors_is_read() -> None:
