@@ -267,7 +267,8 @@ class ControllerClient:
             limit, setting = self._limits.heartbeat_timeout_s, "heartbeat_timeout_s"
         try:
             calls = {_NAME: call}
-            answer = ask(self._transport, "an answer", calls, limit, setting, check, warn)[0]
+            what = "start" if method == "begin" else "an answer"
+            answer = ask(self._transport, what, calls, limit, setting, check, warn)[0]
         except ActorLost as error:
             never, self._up = not self._up, False
             if error.role != _NAME:  # that is what `check` has found

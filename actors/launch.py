@@ -41,13 +41,23 @@ from distplat.actors.stopping import Stopping, end_each
 from distplat.actors.task_check import TaskCheck, task_check
 from distplat.actors.task_pickling import check_pickles
 from distplat.platform.disk import reserve, with_deadline, write_whole
-from distplat.platform.errors import DistplatError, InfrastructureError, SpecError, StorageError
+from distplat.platform.errors import (
+    DeadlineExceeded,
+    DistplatError,
+    InfrastructureError,
+    SpecError,
+    StorageError,
+)
 from distplat.platform.spec import Scaling
 
 logger = logging.getLogger(__name__)
 
 RAY_LOG = "ray.log"
 """In the run directory: the ends of the logs of a Ray of our own that failed."""
+_STARTS = ("start", "starting processes")
+"""What is waited for while processes start, in the error when they are late."""
+_PYTHONS = ("py_executable", "image_uri", "container")
+"""Fields of a runtime environment that Ray does not check."""
 _KEEP_S = 10.0
 """How long the disk may take to write them."""
 _LOW_DISK_BYTES = 64 * 2**20
@@ -160,6 +170,22 @@ def failures_of_ray() -> Iterator[None]:
         yield
     except ray.exceptions.RayError as error:
         raise as_ours(error) from error
+    except DeadlineExceeded as error:
+        if error.what not in _STARTS or not (advice := _advice_for_python()):
+            raise
+        late = error.missing, error.seconds, error.setting
+        raise DeadlineExceeded(error.what, *late, advice) from None
+
+
+def _advice_for_python() -> str:
+    """Say which Python Ray starts processes with, if that is not its own."""
+    keys = [key for key in _PYTHONS if ray.get_runtime_context().runtime_env.get(key)]
+    if not keys:
+        return ""
+    return (
+        f"Ray starts processes with `{keys[0]}` of the runtime environment, and does not tell "
+        "where that cannot be run: see that it is there on every node"
+    )
 
 
 @contextmanager

@@ -283,15 +283,19 @@ class ActorLost(InfrastructureError):
 class DeadlineExceeded(InfrastructureError):
     """A wait ran out. Names what was missing, and the deadline's setting; empty: it has none."""
 
-    def __init__(self, what: str, missing: tuple[str, ...], seconds: float, setting: str) -> None:
-        super().__init__(what, missing, seconds, setting)
+    def __init__(
+        self, what: str, missing: tuple[str, ...], seconds: float, setting: str, remedy: str = ""
+    ) -> None:
+        super().__init__(what, missing, seconds, setting, remedy)
         self.what, self.missing, self.seconds, self.setting = what, missing, seconds, setting
+        self.remedy = remedy
 
     def __str__(self) -> str:
-        """What was waited for, for how long, and who did not come."""
+        """What was waited for, for how long, who did not come, and what to do."""
         missing = ", ".join(self.missing) or "nobody (a late answer)"
         text = f"{self.what}: waited {self.seconds:g} s, missing: {missing}"
-        return f"{text}; `{self.setting}` changes this deadline" if self.setting else text
+        text += f"; `{self.setting}` changes this deadline" if self.setting else ""
+        return f"{text}; {self.remedy}" if self.remedy else text
 
 
 class Abandoned(InfrastructureError):

@@ -181,7 +181,8 @@ def test_a_call_that_is_made_again_is_logged_by_who_tells_callbacks(
     inject(driver.cluster, method, Fault(lose="reply"))
     driver.follow()
     assert driver.in_turn == ALL
-    said = "an answer: no answer from controller, asking again"
+    what = "start" if method == "begin" else "an answer"
+    said = f"{what}: no answer from controller, asking again"
     assert told == [(said, threading.get_ident())]
 
 

@@ -3,6 +3,8 @@
 import inspect
 import pickle
 import re
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import ray
@@ -22,7 +24,7 @@ ARGUMENTS: dict[str, tuple[object, ...]] = {
     "UserCodeError": (3, 17, "ValueError: x", "Traceback:\n  x\n", "try y", True, "ranks 1, 2"),
     "ActorLost": ("worker 1", 12, "process died", "resubmit"),
     "NonFiniteError": (1, 6, "the loss is NaN or infinite", True),
-    "DeadlineExceeded": ("pull", ("server 0", "server 2"), 30.0, "failure.step_timeout_s"),
+    "DeadlineExceeded": ("pull", ("server 0", "server 2"), 30.0, "failure.step_timeout_s", "x"),
     "CollectiveError": ("world", "all_reduce", 12, (1, 3), "timed out"),
     "MismatchError": ("world", "all_reduce", 12, (1,), "rank 1 is in broadcast"),
     "StateLost": ("stage 1",),
@@ -151,6 +153,10 @@ def test_a_spec_error_lists_all_its_problems() -> None:
             "pull: waited 30 s, missing: server 0; `failure.step_timeout_s` changes this deadline",
         ),
         (
+            errors.DeadlineExceeded("start", ("controller",), 30.0, "", "mend it"),
+            "start: waited 30 s, missing: controller; mend it",
+        ),
+        (
             errors.CollectiveError("world", "all_reduce", 12, (1, 3), "timed out"),
             "all_reduce #12 of group 'world' failed; missing ranks: 1, 3; timed out",
         ),
@@ -160,6 +166,27 @@ def test_a_spec_error_lists_all_its_problems() -> None:
 )
 def test_errors_in_words(error: DistplatError, text: str) -> None:
     assert str(error) == text
+
+
+@pytest.mark.parametrize(
+    ("what", "environment", "named"),
+    [
+        ("start", {"py_executable": "/nowhere"}, "py_executable"),
+        ("starting processes", {"env_vars": {"A": "1"}, "image_uri": "them/it"}, "image_uri"),
+        ("start", {"env_vars": {"A": "1"}}, ""),
+        ("a step", {"py_executable": "/nowhere"}, ""),
+    ],
+)
+def test_who_waits_for_processes_hears_of_a_python_that_may_not_be_there(
+    what: str, environment: dict[str, Any], named: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    context = SimpleNamespace(runtime_env=environment)
+    monkeypatch.setattr(ray, "get_runtime_context", lambda: context)
+    late = errors.DeadlineExceeded(what, ("worker-0",), 30.0, "failure.start_timeout_s")
+    with pytest.raises(errors.DeadlineExceeded) as caught, failures_of_ray():
+        raise late
+    told = str(caught.value).removeprefix(str(late))
+    assert told.startswith(f"; Ray starts processes with `{named}` of the") if named else not told
 
 
 def test_a_cluster_that_ends_is_no_error_of_ours() -> None:
