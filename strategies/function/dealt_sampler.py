@@ -27,6 +27,8 @@ from distplat.strategies.loop.streams import length_of
 
 _MANY = 100
 """Times the batches that it says, or the samples of the data set: a `batch_sampler` has no end."""
+_LONG = 10_000_000
+"""Numbers that are drawn for a pass in any case: as a list they take 0.4 GB."""
 
 
 class DealtSampler(DistributedSampler[Any]):
@@ -225,6 +227,30 @@ def dealer_in(given: Any, rank: int, world: int) -> Any:
 
 class OwnEpoch(int):
     """An epoch that a loader tells a sampler: if a loop tells it the same number, that is seen."""
+
+
+def check_ends(given: Any, samples: int | None) -> None:
+    """
+    See that a sampler's order is that of a pass, as every rank draws the whole of it at once.
+
+    A loop may have ``num_samples=int(1e10)`` to go on without epochs.
+
+    Args:
+        given: the user's.
+        samples: of the data set; None: it does not say.
+
+    Raises:
+        SpecError: it is that of many passes; says what to do.
+    """
+    length = length_of(given)
+    if samples is None or length is None or length <= max(_LONG, _MANY * samples):
+        return
+    text = f"{type(given).__name__}, which gives {length} samples in a pass over {samples}"
+    hint = (
+        "give it the num_samples of one pass, and have the loop begin the next one when a pass is "
+        "over; or leave the loader out of prepare(), if each rank draws samples of its own"
+    )
+    raise _refused(text, hint)
 
 
 def shown_epoch(given: Any) -> tuple[type, int] | None:

@@ -25,6 +25,7 @@ from distplat.strategies.function.dealt_sampler import (
     DealtSampler,
     OwnEpoch,
     RankSampler,
+    check_ends,
     dealer_in,
     shown_epoch,
 )
@@ -36,6 +37,7 @@ from distplat.strategies.function.loader_kinds import (
 )
 from distplat.strategies.loop.collate import sendable, to_device
 from distplat.strategies.loop.loaders import known_alike
+from distplat.strategies.loop.streams import length_of
 
 KEPT = (
     "num_workers",
@@ -411,6 +413,7 @@ def _sampler_of(loader: DataLoader[Any], cut: Cut) -> DistributedSampler[Any]:
     plain = type(given) is SequentialSampler
     shuffled = type(given) is RandomSampler and not given.replacement
     if not (plain or shuffled) or len(given) != len(loader.dataset):  # type: ignore[arg-type]
+        check_ends(given, length_of(loader.dataset))
         return DealtSampler(given, cut.rank, cut.world, cut.seed, drop_last=batches.drop_last)
     return DistributedSampler(
         loader.dataset,

@@ -163,6 +163,16 @@ class Unending:
         return itertools.chain(range(100), unbounded())
 
 
+class Long:
+    """Of many passes, so that a loop has no epochs."""
+
+    def __len__(self) -> int:
+        return 10**10
+
+    def __iter__(self) -> Iterator[int]:
+        return unbounded()
+
+
 def unbounded() -> Iterator[Any]:
     raise AssertionError("it is asked for more than shows that it does not end")
     yield
@@ -180,6 +190,7 @@ def drawn() -> Any:
         (lambda: Turning(7), "Turning, which gives 8 or more samples and whose length is 7"),
         (lambda: Turning(30), "Turning, which gives 22 samples and whose length is 30"),
         (Unending, "Unending, which gives 6 or more samples and whose length is 5"),
+        (Long, "Long, which gives 10000000000 samples in a pass over 22"),
     ],
 )
 def test_what_gives_no_order_is_refused(made: Callable[[], Any], message: str) -> None:
@@ -188,6 +199,14 @@ def test_what_gives_no_order_is_refused(made: Callable[[], Any], message: str) -
 
     with pytest.raises(SpecError, match=message):
         call_on_ranks(train, 1)
+
+
+def test_a_pass_may_have_each_sample_many_times() -> None:
+    def train(config: Mapping[str, Any]) -> None:
+        many = RandomSampler(data(), replacement=True, num_samples=SAMPLES * 101)
+        assert len(distplat.prepare(DataLoader(data(), 101, sampler=many))) == SAMPLES
+
+    call_on_ranks(train, 1)
 
 
 class Apart(Turning):
