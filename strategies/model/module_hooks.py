@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copyreg
 import logging
+from abc import ABCMeta
 from collections.abc import Callable
 from typing import Any
 
@@ -115,6 +117,22 @@ class _Idle:
         return lambda *args, **kwargs: None
 
 
+class _PickledAsGiven(ABCMeta):
+    """The type of a wrapper's class: pickle finds that by no name, and gets the user's instead."""
+
+
+def _class_given(kind: _PickledAsGiven) -> tuple[Callable[[type], type], tuple[type]]:
+    """Give what pickle makes of a wrapper's class; a copy keeps the class."""
+    return _itself, (kind.__bases__[-1],)
+
+
+def _itself(kind: type) -> type:
+    return kind
+
+
+copyreg.pickle(_PickledAsGiven, _class_given)  # type: ignore[arg-type]
+
+
 class _DDPInterface(DistributedDataParallel):
     """The interface of DDP for a wrapper of any class; a flag says whether backward averages."""
 
@@ -175,8 +193,9 @@ def passing_on(wrapper: DistributedDataParallel, enable: Callable[[bool], None])
     object.__setattr__(wrapper, "reducer", _Idle())
     vars(wrapper).pop("require_backward_grad_sync")  # the class has it from here on
     kind = type(wrapper)
-    wrapper.__class__ = type(kind.__name__, (_DDPInterface, kind), {})
-    object.__setattr__(wrapper, "_enable", enable)
+    members = {"_enable": staticmethod(enable)}  # of the class: the wrapper may be pickled
+    meta: Any = _PickledAsGiven if type(kind) is ABCMeta else type(kind)
+    wrapper.__class__ = meta(kind.__name__, (_DDPInterface, kind), members)
 
 
 def _inside(module: nn.Module) -> nn.Module | None:

@@ -5,6 +5,7 @@ import socket
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -238,6 +239,24 @@ def test_an_average_of_the_weights_may_copy_a_wrapper() -> None:
         before, after = model_of().state_dict()["weight"], model.module.weight
         assert torch.allclose(after, before - 0.3)  # 0.1, and 0.2: gradients add up
         assert torch.allclose(average.module.module.weight, before - 0.2)  # of both steps
+
+    call_on_ranks(train)
+
+
+@pytest.mark.usefixtures("_alone")
+def test_a_wrapper_may_be_saved_whole(tmp_path: Path) -> None:
+    """As some of PyTorch's examples do."""
+    dist.init_process_group("gloo")
+
+    def train(config: Mapping[str, Any]) -> None:
+        model: Any = DistributedDataParallel(model_of())
+        distplat.prepare(model)
+        backward(model(torch.ones(2, 3, dtype=torch.float64)).mean())
+        torch.save(model, tmp_path / "model.pt")
+        saved = torch.load(tmp_path / "model.pt", weights_only=False)
+        assert type(saved) is DistributedDataParallel
+        assert saved.require_backward_grad_sync
+        assert torch.equal(saved.module.weight, model.module.weight)
 
     call_on_ranks(train)
 
