@@ -43,9 +43,11 @@ class Averages(Exchange):
         return (one for average in self._averages for one in average.flat.parameters)
 
     @override
-    def add(self, model: nn.Module, *, alone: bool) -> None:
+    def add(self, model: nn.Module, *, alone: bool, own_buffers: bool) -> None:
         grads = [(one, one.grad) for one in model.parameters()]  # the loop's, as ever
-        self._averages.append(self._average_of(model, len(self._averages), alone))
+        average = self._average_of(model, len(self._averages), alone)
+        average.own_buffers = own_buffers
+        self._averages.append(average)
         for one, grad in grads:
             one.grad = grad
 

@@ -210,7 +210,8 @@ class FunctionSession:
             take_over([one for one in model.state_dict().values() if one.numel()], self.group)
             return given
         check_state(model, sent=False, named="a model that prepare() got")
-        self._exchange.add(model, alone=alone)
+        own_buffers = wrapped and not given.broadcast_buffers
+        self._exchange.add(model, alone=alone, own_buffers=own_buffers)
         return given
 
     def _prepare_other(self, thing: Any) -> Any:

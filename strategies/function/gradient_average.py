@@ -62,13 +62,14 @@ class Exchange(ABC):
         return (one for model in self.models for one in model.parameters())
 
     @abstractmethod
-    def add(self, model: nn.Module, *, alone: bool) -> None:
+    def add(self, model: nn.Module, *, alone: bool, own_buffers: bool) -> None:
         """
         Train a model; it is on its device.
 
         Args:
             model: has parameters to train.
             alone: whether no other one comes with it.
+            own_buffers: whether each rank keeps its own, once all have begun with rank 0's.
         """
 
     def take(self, optimizer: Optimizer) -> None:
@@ -167,6 +168,8 @@ class GradientAverage(ABC):
         self.model, self.context, self._group = model, context, context.group
         self.enabled = True
         """Whether a backward averages; see `no_sync`."""
+        self.own_buffers = False
+        """Whether each rank keeps its buffers; see `Exchange.add`."""
         self.broken: NonFiniteError | None = None
         """Why no optimizer may apply the gradients as they are; see `note`."""
         self._first_broken: NonFiniteError | None = None
@@ -254,7 +257,8 @@ class GradientAverage(ABC):
 
     def finish(self) -> None:
         """Called when all gradients are handed out; the buffers follow."""
-        take_over(self._buffers(), self._group)
+        if not self.own_buffers:
+            take_over(self._buffers(), self._group)
         self._backwards += 1
         if self._backwards in (1, *_COMPARED):
             self._refuse_later_norms()

@@ -84,7 +84,7 @@ class ServerUpdates(Exchange):
         return self._models
 
     @override
-    def add(self, model: nn.Module, *, alone: bool) -> None:
+    def add(self, model: nn.Module, *, alone: bool, own_buffers: bool) -> None:
         self._refuse_later("a model")
         why = "which waits for all ranks: here each goes at its own pace"
         refuse_sync_batch_norm(model, why, "use nn.BatchNorm, or `ring` or `ps-sync`")

@@ -244,6 +244,26 @@ def test_an_average_of_the_weights_may_copy_a_wrapper() -> None:
 
 
 @pytest.mark.usefixtures("_alone")
+@pytest.mark.parametrize("strategy", ["ring", "ps-sync"])
+@pytest.mark.parametrize("own", [False, True])
+def test_a_wrapper_says_whether_ranks_have_one_set_of_buffers(own: bool, strategy: str) -> None:
+    dist.init_process_group("gloo")
+
+    def train(config: Mapping[str, Any]) -> None:
+        rank = distplat.get_context().get_world_rank()
+        norm: Any = nn.BatchNorm1d(2, momentum=1.0)
+        norm.running_mean += rank
+        model = DistributedDataParallel(norm, forward_sync_buffers=not own)
+        distplat.prepare(model)
+        assert norm.running_mean.tolist() == [0.0, 0.0]
+        backward(model(torch.full((2, 2), rank + 1.0)).square().mean())
+        mean = rank + 1.0 if own else 1.0
+        assert norm.running_mean.tolist() == [mean, mean]
+
+    call_on_ranks(train, job=function_job(2, strategy=strategy))
+
+
+@pytest.mark.usefixtures("_alone")
 def test_a_wrapper_may_be_saved_whole(tmp_path: Path) -> None:
     """As some of PyTorch's examples do."""
     dist.init_process_group("gloo")
