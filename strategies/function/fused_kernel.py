@@ -39,7 +39,9 @@ class FusedSteps:
     def _before_step(self, optimizer: Optimizer, *_: Any) -> None:
         groups = optimizer.param_groups
         # Of this type are the counters of steps that the kernels read.
-        if torch.get_default_dtype() is torch.float32 and all(map(_may_fuse, groups)):
+        if torch.get_default_dtype() is torch.float32 and all(
+            _may_fuse(group) and _have_begun_alike(group, optimizer.state) for group in groups
+        ):
             self._switched = True
             for group in groups:
                 group["fused"] = True
@@ -58,6 +60,19 @@ def _may_fuse(group: Mapping[str, Any]) -> bool:
     special = group.get("capturable") or group.get("differentiable")
     plain = not isinstance(group["lr"], Tensor)
     return plain and not chosen and not special and all(map(_is_plain, group["params"]))
+
+
+def _have_begun_alike(group: Mapping[str, Any], state: Mapping[Tensor, Any]) -> bool:
+    """
+    Say whether all of a group have a momentum, or none has one yet.
+
+    torch's kernel of SGD raises a `TypeError` otherwise, as where layers were unfrozen, or the
+    first batches did not reach them.
+    """
+    if not group.get("momentum"):
+        return True
+    moved = [one for one in group["params"] if one.grad is not None]
+    return len({state.get(one, {}).get("momentum_buffer") is None for one in moved}) < 2
 
 
 def _is_plain(parameter: Tensor) -> bool:

@@ -15,15 +15,27 @@ class Own(AdamW):
     """A class of the loop's own may do anything with its groups."""
 
 
-def steps(make: Callable[..., Optimizer], fuse: bool, dtype: torch.dtype, **more: Any) -> Any:
-    """Make three steps; give the parameters, the state, and whether each step was a fused one."""
+def steps(
+    make: Callable[..., Optimizer], fuse: bool, dtype: torch.dtype, late: bool = False, **more: Any
+) -> Any:
+    """
+    Make three steps; give the parameters, the state, and whether each step was a fused one.
+
+    Args:
+        make: the optimizer's class.
+        fuse: whether its steps are to be fused.
+        dtype: of the parameters.
+        late: both are of one group, and the second has no gradient in the first step.
+        **more: what the class is given.
+    """
     generator = torch.Generator().manual_seed(0)
 
     def draw() -> Tensor:
         return torch.randn(5, 3, generator=generator).to(dtype)
 
     parameters = [nn.Parameter(draw()) for _ in range(2)]
-    optimizer = make([{"params": [one]} for one in parameters], lr=0.1, **more)
+    groups = [parameters] if late else [[one] for one in parameters]
+    optimizer = make([{"params": group} for group in groups], lr=0.1, **more)
     fused: list[bool] = []
     if fuse:
         FusedSteps(optimizer)
@@ -32,8 +44,8 @@ def steps(make: Callable[..., Optimizer], fuse: bool, dtype: torch.dtype, **more
         fused.append(all(group.get("fused") is True for group in one.param_groups))
 
     optimizer.register_step_pre_hook(note)
-    for _ in range(3):
-        for one in parameters:
+    for step in range(3):
+        for one in parameters[: 1 if late and step == 0 else 2]:
             one.grad = draw()
         optimizer.step()
     return parameters, optimizer.state_dict(), fused
@@ -51,6 +63,25 @@ def test_steps_are_fused_and_state_is_what_it_would_be(
     wanted, plain, _ = steps(make, False, dtype, **more)
     assert fused == [True] * 3
     assert state["param_groups"] == plain["param_groups"]
+    torch.testing.assert_close(found, wanted)
+    torch.testing.assert_close(state["state"], plain["state"])
+
+
+@pytest.mark.parametrize(
+    ("make", "more", "fused"),
+    [
+        (SGD, {"momentum": 0.9}, [True, False, True]),  # its kernel wants all momenta or none
+        (SGD, {}, [True] * 3),
+        (Adam, {}, [True] * 3),
+        (Adagrad, {}, [True] * 3),
+    ],
+)
+def test_a_parameter_may_have_its_first_gradient_later_than_others(
+    make: Callable[..., Optimizer], more: dict[str, Any], fused: list[bool]
+) -> None:
+    found, state, made = steps(make, True, torch.float32, late=True, **more)
+    wanted, plain, _ = steps(make, False, torch.float32, late=True, **more)
+    assert made == fused
     torch.testing.assert_close(found, wanted)
     torch.testing.assert_close(state["state"], plain["state"])
 
