@@ -28,6 +28,7 @@ class BatchedLoader(NumberedLoader):
     counted = "batches"
 
     @property
+    @override
     def batch_sampler(self) -> DistributedSampler[Any]:
         """What gives this rank's batches; has `set_epoch`."""
         return self.sampler

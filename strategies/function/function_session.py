@@ -226,8 +226,9 @@ class FunctionSession:
         if isinstance(thing, torch.optim.lr_scheduler.LRScheduler):
             self._epoch_watch.scheduler(thing)
             return thing  # it changes the optimizer, which is looked at when it steps
-        hint = "a model, optimizer, DataLoader, or scheduler of torch.optim.lr_scheduler"
-        raise _refused(f"a {type(thing).__name__}", f"it takes {hint}")
+        hint = "models, optimizers, DataLoaders and schedulers of torch.optim.lr_scheduler"
+        inside = "one by one; of an object that holds one, give what it holds, and leave others out"
+        raise _refused(f"a {type(thing).__name__}", f"it takes {hint}, {inside}")
 
     def _prepare_loader(self, loader: DataLoader[Any]) -> ShardedLoader:
         context = self.context

@@ -259,6 +259,12 @@ class NumberedLoader(ShardedLoader):
         batches = batches_of(loader)
         return BatchSampler(self._order, batches.batch_size, batches.drop_last)
 
+    @property
+    def batch_sampler(self) -> Any:
+        """Of this rank; a loop may tell its `sampler` the epoch."""
+        given = batches_of(self._given)
+        return BatchSampler(self.sampler, given.batch_size, given.drop_last)
+
     @override
     def batches_of_pass(self) -> int:
         self._hear()

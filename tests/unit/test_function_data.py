@@ -268,10 +268,30 @@ def test_a_prepared_loader_tells_what_the_given_one_does() -> None:
         loader = distplat.prepare(given)
         for name in ("num_workers", "drop_last", "prefetch_factor", "collate_fn", "pin_memory"):
             assert getattr(loader, name) == getattr(given, name)
-        with pytest.raises(AttributeError, match="has no 'batch_sampler'"):
-            _ = loader.batch_sampler  # it would be that of all ranks
+        with pytest.raises(AttributeError, match="has no 'shuffle'"):
+            _ = loader.shuffle
 
     call_on_ranks(train, 1)
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_a_loop_may_tell_the_sampler_of_the_batch_sampler_the_epoch(own: bool) -> None:
+    def train(config: Mapping[str, Any]) -> None:
+        rank = distplat.get_context().get_world_rank()
+        sampler: DistributedSampler[int] = DistributedSampler(Odd(), 2, rank, drop_last=True)
+        batches = BatchSampler(sampler, 2, drop_last=True)
+        given: Any = {"batch_sampler": batches} if own else {"batch_size": 2, "shuffle": True}
+        loader = distplat.prepare(DataLoader(Odd(), **given))
+        orders: list[list[Any]] = []
+        for epoch in (1, 0, 1):
+            loader.batch_sampler.sampler.set_epoch(epoch)
+            assert len(loader.batch_sampler) == len(loader)
+            expected = [*loader.batch_sampler]
+            orders.append([batch.tolist() for batch in loader])
+            assert orders[-1] == expected
+        assert orders[0] == orders[2] != orders[1]
+
+    call_on_ranks(train, 2)
 
 
 class Doubling(DataLoader[Any]):
