@@ -86,6 +86,11 @@ _GROUP = (
     "DistributedDataParallel and DistributedSampler, `distplat.gather_for_metrics` for all_reduce: "
     "docs/from/ddp.md. `distplat submit -- python train.py` runs a script as it is"
 )
+_SPAWN = (
+    "the workers are the processes of a script already: in place of "
+    "`mp.spawn(main, args=(world,), nprocs=world)` it calls `main(rank, world)`, with "
+    "get_world_rank() and get_world_size() of distplat.get_context(): docs/from/ddp.md"
+)
 _COMMAND_LINE = (
     "a worker has the command line of a script in the job, `task: train.py --lr 0.1`, or none: "
     "a train function gets the job's `task_args` as `config`, a task as arguments"
@@ -96,6 +101,7 @@ _LOST_PEER = (
 )
 """How torch says, in an operation of a group, that another rank is gone or does not come."""
 _REMEDIES = (
+    ("terminated with the following error", _SPAWN),  # first: what follows is a message as well
     ("Default process group has not been initialized", _GROUP),
     ("using env:// rendezvous", _GROUP),
     *((f"'{name}'", _GROUP) for name in ALONE),

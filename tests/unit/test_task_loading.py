@@ -21,6 +21,7 @@ import ray
 import torch
 from jobs import job_of
 from safetensors.torch import save_model
+from torch.multiprocessing.spawn import ProcessRaisedException
 
 from distplat.actors import task_loading
 from distplat.actors.task_loading import load_task_class, load_train_function
@@ -492,9 +493,15 @@ def part_of_a_vector() -> None:
     save_model(model, "nowhere")
 
 
+def spawned() -> None:
+    text = "\n\n-- Process 0 terminated with the following error:\nKeyError: 'LOCAL_RANK'\n"
+    raise ProcessRaisedException(text, 0, 7)
+
+
 @pytest.mark.parametrize(
     ("fail", "remedy"),
     [
+        (spawned, "in place of `mp.spawn"),
         (invalid_device, "distplat.get_context().device"),
         (part_of_a_vector, "safe_serialization=False"),
     ],
