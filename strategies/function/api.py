@@ -116,6 +116,9 @@ def _session() -> FunctionSession:
     session: FunctionSession | None = getattr(_of_thread, "session", None)
     if session is None:
         text = "this is not the thread of a train function that distplat runs"
-        hint = "call it in the function that Trainer(job, train) or `task: module:train` names"
+        hint = (
+            "call it in the function that Trainer(job, train) or `task: module:train` names, or in "
+            "the script of `task: train.py`, and have `distplat submit job.yaml` run that job"
+        )
         raise SpecError(Problem(("task",), text, hint))
     return session
