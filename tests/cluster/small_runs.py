@@ -10,9 +10,11 @@ from numpy.typing import NDArray
 from safetensors.numpy import load_file
 
 from distplat import Callback, Result, Trainer
-from distplat.platform.progress import StepSummary
+from distplat.platform.progress import FailureEvent, Recovery, StepSummary
 
 HERE = Path(__file__).parent
+FAILURE = {"step_timeout_s": 30, "heartbeat_timeout_s": 20}
+"""Deadlines of a run that notices a loss within a test's time."""
 
 
 def job(strategy: Any, workers: int, **more: Any) -> dict[str, Any]:
@@ -60,3 +62,17 @@ class BesideTraining(Callback, threading.Thread):
 
     def on_step(self, step: StepSummary) -> None:
         self.training.set()
+
+
+class Watch(Callback):
+    """Notes what disturbed a run. A `Callback`."""
+
+    def __init__(self) -> None:
+        self.failures: list[FailureEvent] = []
+        self.recoveries: list[Recovery] = []
+
+    def on_failure(self, failure: FailureEvent) -> None:
+        self.failures.append(failure)
+
+    def on_recovery(self, recovery: Recovery) -> None:
+        self.recoveries.append(recovery)

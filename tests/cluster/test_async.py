@@ -9,11 +9,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from killed_runs import Killer, misbehaving
 from leads import largest_lead
 from marks import slow
 from safetensors.numpy import load_file, save_file
 from small_runs import HERE, job, train
-from test_failures import Killer, misbehaving
 
 from distplat import Result
 from distplat.cli.main import run as command

@@ -11,8 +11,8 @@ from typing import Any
 import psutil
 import pytest
 import ray
+from server_losses import Losing, undisturbed
 from small_runs import HERE, job, train, weights
-from test_server_loss import Losing, undisturbed
 
 from distplat import Callback, Result
 from distplat.cli.main import run as command

@@ -6,31 +6,15 @@ from typing import Any
 import numpy as np
 import pytest
 from numpy.typing import NDArray
-from small_runs import job, train, weights
+from small_runs import FAILURE, Watch, job, train, weights
 
-from distplat import Callback, Result
+from distplat import Result
 from distplat.platform.errors import RestartsExhausted
-from distplat.platform.progress import FailureEvent, Recovery
 
 pytestmark = [pytest.mark.cluster, pytest.mark.usefixtures("local_ray"), pytest.mark.timeout(240)]
 
 STEPS = 30
 RING = {"name": "ring", "timeout_s": 4}
-FAILURE = {"step_timeout_s": 30, "heartbeat_timeout_s": 20}
-
-
-class Watch(Callback):
-    """Notes what disturbed a run. A `Callback`."""
-
-    def __init__(self) -> None:
-        self.failures: list[FailureEvent] = []
-        self.recoveries: list[Recovery] = []
-
-    def on_failure(self, failure: FailureEvent) -> None:
-        self.failures.append(failure)
-
-    def on_recovery(self, recovery: Recovery) -> None:
-        self.recoveries.append(recovery)
 
 
 def run(

@@ -10,8 +10,7 @@ import ray
 from numpy.typing import NDArray
 from ray import PlacementGroupID
 from ray.util.placement_group import PlacementGroup, remove_placement_group
-from small_runs import distance, job, train, weights
-from test_elastic import FAILURE, Watch
+from small_runs import FAILURE, Watch, distance, job, train, weights
 
 from distplat import Result
 from distplat.platform.progress import StepSummary

@@ -10,10 +10,10 @@ import pytest
 import ray
 from local_run import train as train_in_memory
 from ray.cluster_utils import Cluster
+from server_losses import Losing, long_job, undisturbed
 from small_runs import HERE, distance, job, train, weights
 from table_runs import tables, words
 from tasks_for_tests import Big, Huge
-from test_server_loss import Losing, long_job, undisturbed
 
 from distplat import Callback
 from distplat.cli.main import run

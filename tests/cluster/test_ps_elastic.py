@@ -9,10 +9,9 @@ import pytest
 import ray
 from control_records import record_of
 from numpy.typing import NDArray
-from small_runs import HERE, job, train, weights
+from server_losses import undisturbed
+from small_runs import HERE, Watch, job, train, weights
 from tasks_for_tests import Misbehaving, OfTerms, WithOptimizers
-from test_elastic import Watch
-from test_server_loss import undisturbed
 from torch import nn
 
 from distplat import Task

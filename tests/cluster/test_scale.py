@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 import ray
 from counting import BATCH, SAMPLES, counting
+from server_losses import undisturbed
 from small_runs import HERE, distance, job, train, weights
 from table_runs import tables
-from test_server_loss import undisturbed
 
 from distplat import Callback, Result
 from distplat.actors.overview import Overview, RunName, one_run, overview, scale

@@ -224,15 +224,6 @@ def whole(run: LocalRun) -> dict[str, Tensor]:
     return {name: value for part in run.trained for name, value in part.items()}
 
 
-def distance(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
-    assert found.keys() == expected.keys()
-    flat = [
-        torch.cat([state[name].reshape(-1).double() for name in sorted(expected)])
-        for state in (found, expected)
-    ]
-    return float((flat[0] - flat[1]).norm() / flat[1].norm())
-
-
 @cache
 def plain(kind: type[Task], clip: float | None = None) -> tuple[dict[str, Tensor], list[float]]:
     """

@@ -8,6 +8,7 @@ mailboxes, one on another node sends bytes in calls.
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -255,3 +256,11 @@ def _give_controller(cluster: LocalCluster, manager: Actor, make: Callable[[str]
     """Have a manager's new servers made by `make`."""
     controller = cluster.spawn("controller", HERE, lambda _: _ServerMaker(make))
     manager.body.begin(controller)
+
+
+def wait_for_backups(servers: Servers) -> None:
+    """Wait until each shard that has a backup may lose its primary."""
+    until = time.monotonic() + 60
+    while not all(assignment.ready for assignment in servers.manager.body.assignments()):
+        assert time.monotonic() < until
+        time.sleep(0.01)

@@ -5,10 +5,10 @@ from typing import Any
 
 import pytest
 import torch
+from classifiers import Mlp, job
+from comparison import same_bits
 from delayed import async_plan, noise
 from local_run import Attempt, LocalRun, train
-from test_equivalence import Mlp, same_bits
-from test_ps_async import job
 
 from distplat.platform.errors import (
     DeadlineExceeded,

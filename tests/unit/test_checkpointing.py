@@ -10,9 +10,9 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
 from damage import corrupt
+from deliveries import Full, delivery, give, hasty
 from jobs import job_of
 from safetensors.numpy import load_file
 
@@ -26,16 +26,9 @@ from distplat.platform.disk import Disk
 from distplat.platform.errors import DeadlineExceeded, StorageError
 from distplat.platform.recovery import Policy
 from distplat.platform.resume import NOT_FINITE
-from distplat.platform.tensor_slices import TensorEntry, TensorSlice
 from distplat.strategies.strategy_spec import Roles
 
 HERE = Path(__file__).parents[1] / "cluster"
-
-
-def delivery(rank: int, version: int, attempt: int = 0, **more: Any) -> Delivery:
-    entry = TensorEntry("model/w", TensorSlice((2,), run=(rank, rank + 1)), "uint8", 0)
-    ref = [np.array([10 * version + rank], np.uint8)]
-    return Delivery(rank, attempt, version, (ref,), ((entry,),), **more)
 
 
 def complete(*deliveries: Delivery, attempt: int = 0) -> tuple[list[int], list[int]]:
@@ -66,13 +59,6 @@ def launch(tmp_path: Path) -> Launch:
     return Launch(job, "run", Roles(), Policy(), None, "", None, tmp_path)
 
 
-def give(checkpoints: Checkpoints, *versions: int) -> None:
-    for version in versions:
-        for rank in range(2):
-            checkpoints.take(delivery(rank, version))
-        checkpoints.drain()
-
-
 def test_parts_become_files(launch: Launch) -> None:
     checkpoints = Checkpoints(launch, 2, lambda ref: ref)
     give(checkpoints, 1, 2, 3)
@@ -84,15 +70,6 @@ def test_parts_become_files(launch: Launch) -> None:
     assert load_file(found.path / "model.safetensors")["w"].tolist() == [30, 31]
     assert load_file(found.path / "optimizer.safetensors") == {}
     assert Catalogue(launch.folder / "checkpoints").steps() == [2, 3]
-
-
-class Full(Disk):
-    full = True
-
-    def write(self, path: Path, content: Any) -> tuple[int, str]:
-        if self.full:
-            raise OSError(errno.ENOSPC, "No space left on device", str(path))
-        return super().write(path, content)
 
 
 def test_a_full_disk_is_warned_of_then_ends_the_run(
@@ -281,11 +258,6 @@ def test_a_rollback_waits_for_a_slow_writer_and_nothing_is_deleted_while_it_read
     assert found is not None
     checkpoints.drain()
     assert checkpoints._catalogue.steps() == [2]
-
-
-def hasty(launch: Launch, limit_s: float) -> Launch:
-    failure = launch.job.failure.model_copy(update={"storage_timeout_s": limit_s})
-    return replace(launch, job=launch.job.model_copy(update={"failure": failure}))
 
 
 def test_a_rollback_says_for_what_it_waits_and_goes_on_without_it(

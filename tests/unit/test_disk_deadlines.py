@@ -12,7 +12,7 @@ import pytest
 import yaml
 from jobs import fields_of
 from line_task import Lin
-from test_run_upload import TASKS, brought
+from uploads import TASKS, uploaded
 
 from distplat import Trainer
 from distplat.actors import role_output
@@ -230,7 +230,7 @@ def test_a_large_file_of_small_parts_is_synced_as_it_grows(
 def test_what_comes_from_a_url_waits_for_no_local_disk(
     operation: str, hung: Hung, tmp_path: Path
 ) -> None:
-    url, target = brought(tmp_path, (1,)), tmp_path / "here"
+    url, target = uploaded(tmp_path, (1,)), tmp_path / "here"
     target.mkdir()
     hung.patch(Path, operation)
     hung.at.set()

@@ -5,13 +5,11 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from jobs import job_of
+from embedding_jobs import Local, job, table
 from local_run import Attempt, LocalRun, train
 from safetensors.torch import load_file
-from table_rows import table_rows
 from torch import Tensor, nn
 from torch.utils.data import Dataset, TensorDataset
 from words import ROWS, WIDTH, Net, Words
@@ -24,40 +22,6 @@ from distplat.strategies.loop.control import StepControl
 from distplat.strategies.ring import Ring, RingOptions
 from distplat.strategies.ring_worker import RingWorker
 from distplat.strategies.sparse.lookups import Lookups
-from distplat.strategies.sparse.rows import initial_rows
-
-
-class Local(Words):
-    """The same with `nn.Embedding`."""
-
-    def model(self) -> nn.Module:
-        sharded = super().model()
-        specs = Lookups(sharded, job(Words, 0)).specs
-        rows = [torch.from_numpy(initial_rows(spec, 0, np.arange(ROWS))) for spec in specs]
-        rows[1][0] = 0.0
-        words, tags = (nn.Parameter(r) for r in rows)
-        bag = nn.EmbeddingBag(ROWS, WIDTH, mode="sum", padding_idx=0, _weight=tags.data)
-        net = Net(nn.Embedding(ROWS, WIDTH, _weight=words.data), bag)
-        net.head.load_state_dict(sharded.head.state_dict())  # type: ignore[union-attr]
-        return net
-
-
-def job(task: type[Task], world: int, *, servers: int = 2, **more: Any) -> Any:
-    fields: dict[str, Any] = {
-        "optimizer": {"name": "SGD", "lr": 0.5},
-        "lr_schedule": {"name": "cosine"},
-        "global_batch_size": 9,
-        "epochs": 3,
-    }
-    if task is Words:
-        fields["embeddings"] = {"servers": servers, "optimizer": {"name": "SGD", "lr": 0.5}}
-    fields |= more
-    return job_of(workers=world, **fields)
-
-
-def table(run: LocalRun, number: int, rows: int = ROWS) -> Any:
-    """See `table_rows`."""
-    return table_rows(run.tables, number, rows)
 
 
 @pytest.fixture(scope="module")

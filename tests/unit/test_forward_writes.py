@@ -4,7 +4,8 @@ from typing import Any
 
 import pytest
 import torch
-from hybrid_models import Classify, distance, hybrid_job, plain, whole
+from comparison import distance
+from hybrid_models import Classify, hybrid_job, plain, whole
 from local_run import Attempt, LocalRun, train
 from torch import Tensor, nn
 

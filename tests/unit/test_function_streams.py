@@ -7,20 +7,17 @@ from typing import Any
 import pytest
 import torch
 from function_ranks import call_on_ranks, function_job
+from prepared_loaders import loader_of
 from torch import Tensor, nn
 from torch.autograd import backward
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 import distplat
 from distplat.platform.errors import SpecError
-from distplat.strategies.fakes import Fabric
 from distplat.strategies.function.sharded_loader import (
-    Cut,
-    NumberedLoader,
     RankBatch,
     ShardedLoader,
 )
-from distplat.strategies.function.stream_loader import StreamLoader
 
 pytestmark = pytest.mark.usefixtures("loader_server")
 
@@ -73,21 +70,6 @@ class Sharing(Plain):
         for place, number in enumerate(super().__iter__()):
             if info is None or place % info.num_workers == info.id:
                 yield number
-
-
-def told(one: object, batch: RankBatch | None, waited_s: float, epoch: int) -> None:
-    del batch, waited_s, epoch
-
-
-def loader_of(
-    data: Any, rank: int = 0, world: int = 1, batch: int = 3, read: Any = told, **options: Any
-) -> ShardedLoader:
-    """Prepare a loader as a rank does, without the others."""
-    given: DataLoader[Any] = DataLoader(data, batch_size=batch, **options)
-    cut, device = Cut(rank, world, 5), torch.device("cpu")
-    if isinstance(data, list):
-        return NumberedLoader(given, cut, device, read)
-    return StreamLoader(given, cut, device, read, Fabric(1, 10.0).collective(0))
 
 
 def a_pass(loader: ShardedLoader) -> list[list[int]]:

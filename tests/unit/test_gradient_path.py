@@ -11,9 +11,9 @@ from pathlib import Path
 from types import CodeType, FrameType
 from typing import Any
 
+from classifiers import Mlp
 from jobs import job_of
 from local_run import train
-from test_equivalence import Mlp
 
 from distplat.platform.spec import Job
 from distplat.strategies.loop.loop import StepExchange

@@ -5,8 +5,8 @@ import time
 
 import pytest
 from call_faults import Fault, inject
+from polled_servers import servers
 
-from distplat.actors.local_transport import Actor, LocalCluster
 from distplat.actors.servers.health_check import HealthCheck, Heartbeats
 from distplat.actors.servers.replication_manager import ReplicationManager
 from distplat.platform.errors import ActorLost
@@ -15,19 +15,6 @@ from distplat.platform.spec import Failure
 
 SOON_S = 60.0
 FROZEN = Fault(delay_s=1e6)
-
-
-class Server:
-    """Says that it lives."""
-
-    def poll(self, number: int, hold_s: float) -> None:
-        time.sleep(hold_s)
-
-
-def servers(count: int) -> tuple[LocalCluster, list[Actor]]:
-    cluster = LocalCluster()
-    names = [f"server-{number}" for number in range(count)]
-    return cluster, [cluster.spawn(name, "here", lambda _: Server()) for name in names]
 
 
 def test_a_dead_server_is_noted_at_once() -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from test_random_numbers import Dropping, job
+from random_draws import Dropping, job
 from torch.utils.data import Dataset, Subset, TensorDataset
 
 from distplat.strategies.loop.loaders import held_generators

@@ -5,10 +5,10 @@ from typing import Any
 
 import pytest
 import torch
+from comparison import same_bits
 from local_run import train
-from test_equivalence import same_bits
-from test_function_streams import loader_of
-from test_streams import BATCH, Numbered, job, read, tensors
+from prepared_loaders import loader_of
+from stream_task import BATCH, Numbered, job, read, tensors
 from torch import Tensor, nn
 
 from distplat.strategies.function.sharded_loader import ShardedLoader

@@ -5,16 +5,8 @@ from typing import Any
 
 import pytest
 import torch
-from hybrid_models import (
-    GPT_PLAN,
-    INCEPTION_PLAN,
-    Gpt,
-    NormedInception,
-    distance,
-    grid_of,
-    hybrid_job,
-    whole,
-)
+from comparison import distance
+from hybrid_models import GPT_PLAN, INCEPTION_PLAN, Gpt, NormedInception, grid_of, hybrid_job, whole
 from local_run import LocalRun, train
 from torch import Tensor
 

@@ -9,16 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from hybrid_models import (
-    GPT_PLAN,
-    INCEPTION_PLAN,
-    Gpt,
-    NormedInception,
-    distance,
-    grid_of,
-    hybrid_job,
-    whole,
-)
+from comparison import distance
+from hybrid_models import GPT_PLAN, INCEPTION_PLAN, Gpt, NormedInception, grid_of, hybrid_job, whole
 from local_run import LocalRun, evaluations, train
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn

@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+from comparison import distance
 from hybrid_models import (
     BATCH,
     CONV_PLAN,
@@ -16,7 +17,6 @@ from hybrid_models import (
     Gpt,
     Inception,
     Mlp,
-    distance,
     grid_of,
     hybrid_job,
     plain,

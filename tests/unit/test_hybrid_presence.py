@@ -7,7 +7,7 @@ import pytest
 import torch
 from hybrid_models import grid_of, hybrid_job, whole
 from local_run import train
-from test_hybrid_conditional import BATCH, Routed
+from routed_task import BATCH, Routed
 from torch import Tensor
 
 STEPS = 4

@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 import torch
+from grouped_task import STRATEGIES, Small, close
+from grouped_task import job as grouped_job
 from local_run import train
-from test_parameter_groups import STRATEGIES, Small, close
-from test_parameter_groups import job as grouped_job
 from torch import Tensor, nn
 
 from distplat.strategies.model.lamb import LAMB

@@ -232,6 +232,17 @@ def test_test_folders_are_no_packages(folder: str) -> None:
     assert not (ROOT / "tests" / folder / "__init__.py").exists()
 
 
+def test_no_test_file_imports_another() -> None:
+    """What two of them use is a module of `tests/support`, or one beside the cluster tests."""
+    wrong = [
+        f"{label(path)} imports {name}"
+        for path in sources("tests")
+        for name in imported(path)
+        if name.startswith(("test_", "conftest"))
+    ]
+    assert not wrong
+
+
 def test_test_modules_have_names_of_their_own() -> None:
     names = [path.stem for path in sources("tests") if path.stem != "conftest"]
     assert len(names) == len(set(names))

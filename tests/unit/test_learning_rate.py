@@ -9,12 +9,12 @@ from typing import Any, get_args
 
 import pytest
 import torch
+from grouped_task import BATCH, SAMPLES, Small
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jobs import fields_of, job_of
 from local_run import train
 from pydantic import TypeAdapter
-from test_parameter_groups import BATCH, SAMPLES, Small
 from torch.optim import lr_scheduler
 from torch.optim.lr_scheduler import ConstantLR, CosineAnnealingLR, LinearLR, LRScheduler, StepLR
 

@@ -16,7 +16,7 @@ import pytest
 import torch
 from function_ranks import call_on_ranks
 from marks import slow
-from test_random_numbers import Dropping, Noise, job
+from random_draws import Dropping, Noise, job
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
@@ -95,7 +95,7 @@ import os, signal, sys
 from multiprocessing import active_children, current_process, forkserver
 sys.path[:0] = {path!r}
 current_process()._config["semprefix"] = "/mp-killed-" + str(os.getpid())
-from test_random_numbers import Noise, job
+from random_draws import Noise, job
 from distplat.strategies.loop.batches import make_sampler, micro_batches
 if __name__ == "__main__":
     batches = micro_batches(job(loaders=2), Noise(), make_sampler(job(), Noise()), 0, range(6), 1)
@@ -108,7 +108,7 @@ if __name__ == "__main__":
 
 def test_a_killed_worker_leaves_no_process_and_no_semaphore(tmp_path: Path) -> None:
     script = tmp_path / "killed.py"
-    script.write_text(KILLED.format(path=[str(HERE), str(HERE.parent / "support")]))
+    script.write_text(KILLED.format(path=[str(HERE.parent / "support")]))
     child = subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, text=True)
     assert child.stdout is not None
     pids = child.stdout.readline().split()

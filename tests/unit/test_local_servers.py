@@ -17,7 +17,7 @@ from call_faults import Call, Fault, add_rule, drain, inject
 from control_records import full_record
 from jobs import job_of
 from local_run import impatient
-from local_servers import ELSEWHERE, Servers
+from local_servers import ELSEWHERE, Servers, wait_for_backups
 from rank_threads import on_ranks
 from torch import nn
 
@@ -324,13 +324,6 @@ def test_a_promoted_backup_has_every_update_once(
     steps_of((shards, flat), 0)
     assert len(counted) >= 2 and primary.died
     torch.testing.assert_close(flat.params, expected(1))
-
-
-def wait_for_backups(servers: Servers) -> None:
-    until = time.monotonic() + 10
-    while not all(assignment.ready for assignment in servers.manager.body.assignments()):
-        assert time.monotonic() < until
-        time.sleep(0.01)
 
 
 def test_a_dead_process_reaches_nobody_though_another_has_its_name() -> None:

@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from deliveries import Full, delivery, give, hasty
 from jobs import job_of
-from test_checkpointing import Full, delivery, give, hasty
 
 from distplat.actors.actor_group import Launch
 from distplat.actors.checkpointing import Checkpoints, FailedCheckpoint, counting

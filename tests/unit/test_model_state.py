@@ -12,40 +12,19 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from jobs import job_of
 from local_run import LocalRun, train
 from plain_loss import mean_loss
 from rank_threads import on_ranks
+from teacher_task import BATCH, SAMPLES, STEPS, WIDE, Data, Teacher, job
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from distplat.platform.errors import SpecError, StateLost
 from distplat.platform.sampler import Sampler
-from distplat.platform.spec import Job
 from distplat.strategies.fakes import Fabric
 from distplat.strategies.model.flat import FlatModel
 from distplat.strategies.model.model_state import ModelState, Shares
 from distplat.strategies.task import Task
-
-SAMPLES, BATCH = 25, 8
-STEPS = 8
-WIDE = torch.float64
-SGD = {"name": "SGD", "lr": 0.1, "momentum": 0.9}
-
-
-class Data(Task):
-    def train_data(self) -> TensorDataset:
-        generator = torch.Generator().manual_seed(1)
-        x = torch.randn(SAMPLES, 6, generator=generator, dtype=WIDE)
-        return TensorDataset(x, torch.randn(SAMPLES, 3, generator=generator, dtype=WIDE))
-
-    def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        return (outputs - targets).square().mean()
-
-
-def job(strategy: str | dict[str, Any], world: int, **more: Any) -> Job:
-    fields = {"optimizer": SGD, "steps": STEPS, "global_batch_size": BATCH, **more}
-    return job_of(strategy, world, **fields)
 
 
 def plain(kind: type[Task]) -> dict[str, Tensor]:
@@ -71,37 +50,6 @@ def same(run: LocalRun, wanted: Mapping[str, Tensor], tolerance: float = 1e-10) 
         for name, value in wanted.items():
             close = torch.allclose(found[name], value, rtol=0, atol=tolerance)
             assert close, f"{name!r} on rank {rank}: {found[name]} instead of {value}"
-
-
-class Teacher(nn.Module):
-    """A student, and its moving average, which is used."""
-
-    forwards: Tensor
-
-    def __init__(self, way: str, late: int = 0) -> None:
-        super().__init__()
-        self.way, self.late = way, late
-        self.student = nn.Linear(6, 3, dtype=WIDE)
-        self.teacher = copy.deepcopy(self.student).requires_grad_(requires_grad=False)
-        self.register_buffer("forwards", torch.zeros((), dtype=torch.int64))
-
-    def forward(self, x: Tensor) -> Tensor:
-        self.forwards += 1
-        if self.training and self.forwards > self.late:
-            self._follow()
-        outputs: Tensor = self.student(x) - 0.5 * self.teacher(x)
-        return outputs
-
-    @torch.no_grad()
-    def _follow(self) -> None:
-        pairs = zip(self.student.parameters(), self.teacher.parameters(), strict=True)
-        for own, slow in pairs:
-            if self.way == "in place":
-                slow.mul_(0.7).add_(own, alpha=0.3)
-            elif self.way == "data in place":
-                slow.data.mul_(0.7).add_(own.data, alpha=0.3)
-            else:
-                slow.data = slow.data * 0.7 + own.data * 0.3
 
 
 @pytest.mark.parametrize("late", [0, 5])

@@ -9,17 +9,16 @@ from typing import Any
 import pytest
 import torch
 from control_records import record_of
+from embedding_jobs import job as table_job
+from grouped_task import BATCH, SAMPLES, STEPS, STRATEGIES, Own, Small, close
+from grouped_task import job as grouped_job
 from hybrid_models import Gpt, grid_of, hybrid_job, whole
 from hybrid_workers import UntilOneIsLost
 from local_run import LocalRun, impatient, train
-from local_servers import Servers
+from local_servers import Servers, wait_for_backups
 from table_rows import table_rows
-from test_embedding_training import job as table_job
-from test_local_servers import wait_for_backups
-from test_parameter_groups import BATCH, SAMPLES, STEPS, STRATEGIES, Own, Small, close
-from test_parameter_groups import job as grouped_job
-from test_verification import rows
 from torch import Tensor, nn
+from verify_rows import rows
 from words import ROWS, Words
 
 from distplat.platform.errors import SpecError

@@ -1,6 +1,6 @@
 """A step with NaN or infinity: stopped, skipped or applied, on all ranks and servers alike."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import cache
 from typing import Any
 
@@ -9,9 +9,10 @@ import torch
 from function_ranks import call_on_ranks, function_job
 from jobs import job_of
 from local_run import LocalRun, train
+from spoiled_task import BATCH, SAMPLES, STEPS, Spoiled, spoiled_job
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-from torch.utils.data import Dataset, TensorDataset, default_collate
+from torch.utils.data import default_collate
 
 import distplat
 from distplat.platform.errors import NonFiniteError
@@ -19,70 +20,10 @@ from distplat.platform.model_options import EMA
 from distplat.platform.progress import StepReport
 from distplat.platform.resume import NOT_FINITE
 from distplat.platform.sampler import Sampler
-from distplat.platform.spec import CheckpointConfig, Job
+from distplat.platform.spec import CheckpointConfig
 from distplat.platform.tensor_file import EMA_PREFIX
-from distplat.strategies.task import Task
 
-SAMPLES, BATCH, STEPS = 22, 6, 7
 DECAY = 0.8
-
-
-class Spoiled(Task):
-    """
-    A few samples have an input that makes NaN of the gradient, of the loss too where asked.
-
-    Args:
-        bad: numbers of the samples.
-        loss_too: whether the loss is NaN, or the gradient alone.
-        norm: whether there is a batch norm.
-        large: what losses are multiplied by.
-    """
-
-    def __init__(
-        self,
-        bad: Sequence[int] = (),
-        loss_too: bool = False,
-        norm: bool = True,
-        large: float = 1.0,
-    ) -> None:
-        self.bad, self.loss_too, self.norm, self.large = bad, loss_too, norm, large
-
-    def model(self) -> nn.Module:
-        norm = nn.BatchNorm1d(6) if self.norm else nn.Identity()
-        # A bias before a batch norm has no gradient but noise, of which Adam makes whole steps.
-        first = nn.Linear(4, 6, bias=not self.norm)
-        return nn.Sequential(first, norm, nn.Tanh(), nn.Linear(6, 2)).double()
-
-    def train_data(self) -> Dataset[Any]:
-        draw = torch.Generator().manual_seed(1)
-        marks = torch.zeros(SAMPLES, dtype=torch.float64)
-        marks[list(self.bad)] = 1.0
-        inputs = torch.randn(SAMPLES, 4, generator=draw, dtype=torch.float64)
-        targets = torch.randn(SAMPLES, 2, generator=draw, dtype=torch.float64)
-        return TensorDataset(inputs, torch.cat([targets, marks[:, None]], 1))
-
-    def loss(self, outputs: Any, targets: Any) -> Tensor:
-        targets, marks = targets[:, :2], targets[:, 2]
-        loss: Tensor = (outputs - targets).square().mean() * self.large
-        if marks.any():
-            # sqrt(0) is 0, and its derivative infinite: times 0 that is NaN.
-            loss = loss + (outputs.sum() * 0.0).abs().sqrt()
-            if self.loss_too:
-                loss = loss * float("nan")
-        return loss
-
-
-def spoiled_job(strategy: dict[str, Any], workers: int, policy: str, **task: Any) -> Job:
-    return job_of(
-        strategy,
-        workers,
-        task_args=task,
-        optimizer={"name": "AdamW", "lr": 0.05, "weight_decay": 0.1},
-        steps=STEPS,
-        global_batch_size=BATCH,
-        data={"shuffle": False},
-        failure={"non_finite": policy, "max_skipped_steps": 5},
-    )
 
 
 WORLDS: list[tuple[dict[str, Any], int]] = [

@@ -11,12 +11,13 @@ from typing import Any
 
 import pytest
 import torch
+from classifiers import Classify, Conv, recipe_job
+from comparison import distance, same_bits
 from control_records import record_of
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from local_run import LocalRun, train
 from rank_threads import UNSHRUNK, on_ranks
-from test_equivalence import Classify, Conv, distance, recipe_job, same_bits
 from torch import Tensor, nn
 
 from distplat.platform.errors import CollectiveError

@@ -7,9 +7,9 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+from drawn_runs import compared
 from drawn_tasks import Drawn
 from in_memory_engine import engine, make
-from test_property_training import met
 
 from distplat.cli.verify import exit_code
 from distplat.strategies.loop.compute import WholeModel
@@ -164,9 +164,9 @@ FAULTS: dict[str, tuple[Callable[[Patch], None], Drawn]] = {
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_planted_fault_is_found(fault: str, monkeypatch: Patch) -> None:
     plant, drawn = FAULTS[fault]
-    assert not met(drawn).parts
+    assert not compared(drawn).parts
     plant(monkeypatch)
-    assert met(drawn).parts
+    assert compared(drawn).parts
 
 
 @pytest.mark.sweep(2)

@@ -8,14 +8,14 @@ from typing import Any
 
 import pytest
 import torch
+from embedding_jobs import Local, table
+from embedding_jobs import job as table_job
 from hybrid_workers import UntilOneIsLost, same
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jobs import job_of
 from local_run import Attempt, LocalRun, evaluations, train
 from resized_run import train_resized
-from test_embedding_training import Local, table
-from test_embedding_training import job as table_job
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.lr_scheduler import ReduceLROnPlateau as OfTorch

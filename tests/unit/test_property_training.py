@@ -14,24 +14,13 @@ from random import Random
 from typing import Any
 
 import pytest
+from drawn_runs import compared
 from drawn_tasks import BLOCKS, Drawn, build
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from in_memory_engine import make, trained
-from local_run import train as train_in_memory
 from rank_threads import UNSHRUNK
 
 from distplat.platform.errors import SpecError
-from distplat.strategies.verification.compare import Comparison, compare
-from distplat.strategies.verification.recipes import ReferenceSamples, parts, recipe_of
-from distplat.strategies.verification.reference import train
-from distplat.strategies.verification.switched import Switches
-
-TOLERANCE = 1e-9
-"""In float64, relative to a tensor's largest element; runs of six steps stay below 1e-13."""
-
-NARROW_TOLERANCE = 1e-5
-"""Where a layer is in float32."""
 
 RUNS = int(os.environ.get("DISTPLAT_DRAWN_RUNS", "15"))
 """`make test` draws the same ones each time, `make test-all` many others."""
@@ -124,28 +113,13 @@ def refused(drawn: Drawn) -> bool:
     return "unfrozen" in drawn.blocks and fixed
 
 
-def met(drawn: Drawn) -> Comparison:
-    """Train both ways and compare."""
-    job, kind = drawn.job(), drawn.task()
-    task = lambda: make(kind)(Switches())  # noqa: E731
-    schedule, recipe = (
-        parts(job, ReferenceSamples(drawn.samples)),
-        recipe_of(job, make(kind)(Switches())),
-    )
-    plain, backwards = (train(task, schedule, recipe, reverse=way) for way in (False, True))
-    run = trained(job, train_in_memory(job, kind))
-    names = sorted(set().union(*plain.used))
-    least = NARROW_TOLERANCE if "narrow" in drawn.blocks else TOLERANCE
-    return compare(run, plain, backwards, names, least)
-
-
 @pytest.mark.timeout(120 + RUNS)
 @settings(max_examples=RUNS, derandomize=RUNS <= 50, database=None, phases=UNSHRUNK)
 @given(drawn=st.randoms(use_true_random=True).map(drawn_by))
 def test_a_run_gives_what_a_plain_loop_gives(drawn: Drawn) -> None:
     if refused(drawn):
         with pytest.raises(SpecError):
-            met(drawn)
+            compared(drawn)
         return
-    found = met(drawn)
+    found = compared(drawn)
     assert not found.parts, found

@@ -10,13 +10,14 @@ from typing import Any
 
 import pytest
 import torch
+from classifiers import STEPS, Classify, Conv, Dropout, Mlp, job, plain
+from comparison import distance, same_bits
 from dealing import desk_of
-from jobs import fields_of, job_of
+from jobs import fields_of
 from leads import largest_lead
 from local_run import Attempt, LocalRun, train
 from local_servers import Servers
 from rank_threads import on_ranks
-from test_equivalence import STEPS, Classify, Conv, Dropout, Mlp, distance, plain, same_bits
 
 from distplat import Trainer
 from distplat.actors.verifying import replay_run
@@ -30,20 +31,6 @@ from distplat.strategies.loop.loop import Progress
 from distplat.strategies.loop.replay import replay
 from distplat.strategies.loop.session import Ports, join, prepare
 from distplat.strategies.worker_strategy import make_worker_strategy
-
-SGD = {"name": "SGD", "lr": 0.1, "momentum": 0.9}
-
-
-def job(strategy: Any, workers: int, **more: Any) -> Job:
-    fields = {
-        "optimizer": SGD,
-        "lr_schedule": {"name": "cosine", "warmup_steps": 3, "final_factor": 0.1},
-        "epochs": 3,
-        "global_batch_size": 9,
-        "seed": 5,
-        **more,
-    }
-    return job_of(strategy, workers, **fields)
 
 
 def logs_of(run: LocalRun) -> list[ApplyLog]:

@@ -9,11 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from jobs import job_of
+from random_draws import Dropping, Noise, draws, job
 from torch import Tensor, nn
-from torch.utils.data import ConcatDataset, Dataset, Subset, TensorDataset
+from torch.utils.data import ConcatDataset, Subset, TensorDataset
 
-import distplat
 from distplat.actors.task_loading import load_task_class
 from distplat.platform.spec import Job
 from distplat.strategies.loop.batches import (
@@ -26,38 +25,8 @@ from distplat.strategies.loop.batches import (
 from distplat.strategies.loop.compute import Stopwatch, WholeModel
 from distplat.strategies.loop.seeding import preserve_rng_state, seed_all, seed_step
 from distplat.strategies.loop.session import make_task, prepare
-from distplat.strategies.task import Task
 
 pytestmark = pytest.mark.usefixtures("loader_server")
-
-Drawn = tuple[float, float, float, float]
-
-
-def draws() -> Drawn:
-    """Draw from each global generator, and from one made for the sample."""
-    own = distplat.sample_rng()
-    return torch.rand(()).item(), float(np.random.randn()), random.random(), own.random()
-
-
-class Noise(Dataset[Any]):
-    """Eleven samples: three steps of four, the last one short."""
-
-    def __len__(self) -> int:
-        return 11
-
-    def __getitem__(self, index: int) -> tuple[int, Tensor]:
-        return index, torch.tensor(draws(), dtype=torch.float64)
-
-
-def job(world: int = 1, loaders: int = 0, accumulation: int = 1, **fields: Any) -> Job:
-    defaults = {
-        "epochs": 2,
-        "gradient_accumulation": accumulation,
-        "seed": 7,
-        "data": {"num_workers": loaders, "shuffle": True},
-    }
-    # Some have more ranks than the batch has samples, which a job file may not.
-    return job_of(**{**defaults, **fields}).with_workers(world)
 
 
 def drawn_in_a_run(one: Job, data: Any, start: int = 0) -> dict[tuple[int, int], tuple[float, ...]]:
@@ -150,50 +119,6 @@ def test_the_seed_is_the_one_that_a_plain_script_would_set() -> None:
     np.random.seed(5)
     random.seed(5)
     assert found == (torch.rand(2).tolist(), np.random.rand(2).tolist(), random.random())
-
-
-class Drops(nn.Linear):
-    """Draws in its forward from all generators."""
-
-    def __init__(self) -> None:
-        super().__init__(4, 1)
-        self.drawn: list[Drawn] = []
-
-    def forward(self, inputs: Tensor) -> Tensor:
-        self.drawn.append(draws())
-        return super().forward(inputs)
-
-
-class Dropping(Task):
-    def __init__(self, noise: bool = True) -> None:
-        self.noise = noise
-
-    def model(self) -> nn.Module:
-        return Drops()
-
-    def train_data(self) -> Any:
-        noisy = [(torch.zeros(4), torch.zeros(1))] * 11
-        return Silent(noisy) if not self.noise else Noisy(noisy)
-
-    def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        return ((outputs - targets) ** 2).mean()
-
-
-class Silent(Dataset[Any]):
-    def __init__(self, samples: list[Any]) -> None:
-        self.samples = samples
-
-    def __len__(self) -> int:
-        return len(self.samples)
-
-    def __getitem__(self, index: int) -> Any:
-        return self.samples[index]
-
-
-class Noisy(Silent):
-    def __getitem__(self, index: int) -> Any:
-        draws()
-        return super().__getitem__(index)
 
 
 def drawn_by_the_model(step: int, rank: int = 0, accumulation: int = 2, noise: bool = True) -> Any:

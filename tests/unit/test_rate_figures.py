@@ -4,8 +4,8 @@ from typing import Any
 
 import pytest
 import torch
+from grouped_task import ADAMW, BATCH, SAMPLES, SCALES, STEPS, STRATEGIES, Small, job
 from local_run import LocalRun, train
-from test_parameter_groups import ADAMW, BATCH, SAMPLES, SCALES, STEPS, STRATEGIES, Small, job
 from torch import nn
 
 from distplat.platform.progress import ReportAggregator, StepReport, StepSummary

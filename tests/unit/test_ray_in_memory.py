@@ -13,14 +13,14 @@ import pytest
 import torch
 from call_faults import Fault, inject
 from jobs import fields_of
+from killing_task import KillsInForward
 from local_run import train
 from ray_in_memory import InMemoryRay, process_here
 from safetensors.torch import load_file
-from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import distplat
-from distplat import Callback, Task, Trainer
+from distplat import Callback, Trainer
 from distplat.actors import model_pieces
 from distplat.actors.actor_group import ActorGroup
 from distplat.actors.controller_actor import ControllerActor
@@ -35,36 +35,7 @@ STEPS = 6
 STRATEGIES = ["ring", {"name": "ps-sync", "num_servers": 2}]
 
 
-class Told(Task):
-    """Tells of each forward; ranks are threads, so its model draws nothing."""
-
-    killed = ""
-    """Who is killed in its fourth forward; itself, or another process."""
-    ray: InMemoryRay
-
-    def model(self) -> nn.Module:
-        layer = nn.Linear(3, 2)
-        with torch.no_grad():
-            layer.weight.copy_(torch.arange(6.0).view(2, 3) / 7)
-            layer.bias.zero_()
-        self.forwards = 0
-        return nn.Sequential(layer)
-
-    def train_data(self) -> TensorDataset:
-        numbers = torch.arange(36.0).view(12, 3)
-        return TensorDataset(numbers.sin(), numbers[:, 0].long() % 2)
-
-    def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        self.forwards += 1
-        process = process_here()
-        if process is not None and process.name == "worker-1" and self.forwards == 4:
-            killed, Told.killed = Told.killed, ""
-            assert not killed or Told.ray.kill_process(killed)
-            process.check()
-        return nn.functional.cross_entropy(outputs, targets)
-
-
-class Evaluated(Told):
+class Evaluated(KillsInForward):
     def eval_data(self) -> TensorDataset:
         return self.train_data()
 
@@ -72,7 +43,7 @@ class Evaluated(Told):
 @pytest.fixture
 def cluster() -> Iterator[InMemoryRay]:
     with InMemoryRay() as ray:
-        Told.ray, Told.killed = ray, ""
+        KillsInForward.ray, KillsInForward.killed = ray, ""
         yield ray
 
 
@@ -82,7 +53,7 @@ def job(strategy: object, folder: Path) -> Job:
 
 
 def fit(ray: InMemoryRay, strategy: object, folder: Path) -> Result:
-    trainer = Trainer(job(strategy, folder), Told, progress=False, log_to_driver=False)
+    trainer = Trainer(job(strategy, folder), KillsInForward, progress=False, log_to_driver=False)
     result: Result = ray.as_driver(trainer.fit)
     return result
 
@@ -96,10 +67,10 @@ def test_a_run_has_the_bits_of_ranks_without_a_driver(
     killed: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    Told.killed = killed
+    KillsInForward.killed = killed
     monkeypatch.setattr(model_pieces, "PIECE_BYTES", 50)
     result = fit(cluster, strategy, tmp_path)
-    expected = train(job(strategy, tmp_path), Told).parameters()
+    expected = train(job(strategy, tmp_path), KillsInForward).parameters()
     assert result.checkpoint is not None
     found = load_file(result.checkpoint)
     assert all(torch.equal(found[name], value) for name, value in expected.items())
@@ -127,16 +98,18 @@ def test_the_controller_counts_the_evaluations_and_ends_the_run(
 def test_a_lost_worker_that_may_not_be_replaced_is_named(
     cluster: InMemoryRay, tmp_path: Path
 ) -> None:
-    Told.killed = "worker-1"
+    KillsInForward.killed = "worker-1"
     fields = {"steps": STEPS, "failure": {"max_failures": 0}, "storage_path": str(tmp_path)}
-    trainer = Trainer(fields_of("ring", 2, **fields), Told, progress=False, log_to_driver=False)
+    trainer = Trainer(
+        fields_of("ring", 2, **fields), KillsInForward, progress=False, log_to_driver=False
+    )
     with pytest.raises(ActorLost, match=r"worker-1 was lost.*killed") as caught:
         cluster.as_driver(trainer.fit)
     assert caught.value.exit_code == 4
 
 
 def test_a_lost_controller_takes_what_it_made_along(cluster: InMemoryRay, tmp_path: Path) -> None:
-    Told.killed = "controller"
+    KillsInForward.killed = "controller"
     with pytest.raises(ActorLost, match="controller was lost"):
         fit(cluster, "ring", tmp_path)
     assert cluster.living("") == ["driver"]
@@ -165,7 +138,7 @@ def test_the_model_is_saved_before_anything_else_may_fail(
     with pytest.raises(ActorLost, match="embedding-server-0"):
         fit(cluster, "ring", tmp_path)
     (model,) = tmp_path.glob("*/model.safetensors")
-    expected = train(job("ring", tmp_path), Told).parameters()
+    expected = train(job("ring", tmp_path), KillsInForward).parameters()
     assert all(torch.equal(load_file(model)[name], value) for name, value in expected.items())
     written = json.loads(model.with_name("result.json").read_text())
     assert (written["status"], written["model"]) == ("FAILED", str(model))
@@ -190,7 +163,7 @@ def test_who_is_frozen_answers_once_it_goes_on(cluster: InMemoryRay) -> None:
 
 def own_loop(config: dict[str, int]) -> None:
     """Train, and go on where the last checkpoint was."""
-    task = Told()
+    task = KillsInForward()
     model = task.model()
     optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
     loader = DataLoader(task.train_data(), 3)
@@ -217,7 +190,7 @@ def test_a_train_function_that_lost_a_worker_has_the_same_bits(
     cluster: InMemoryRay, tmp_path: Path, strategy: object
 ) -> None:
     def trained(killed: str) -> Result:
-        Told.killed = killed
+        KillsInForward.killed = killed
         fields = {"name": "test", "strategy": strategy, "scaling": {"num_workers": 2}}
         job = {**fields, "storage_path": str(tmp_path)}
         trainer = Trainer(job, own_loop, progress=False, log_to_driver=False)
@@ -248,7 +221,7 @@ def often_lost(config: Mapping[str, Any]) -> None:
         process = process_here()
         if process is not None and epoch < 6:
             assert Noting.saved[epoch].wait(60)
-            Told.ray.kill_process(process.name)
+            KillsInForward.ray.kill_process(process.name)
             process.check()
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from test_table_service import job
+from table_plans import job
 
 from distplat.actors.local_transport import LocalCluster
 from distplat.actors.messages import TablePart, WorkOrder

@@ -17,6 +17,7 @@ import yaml
 from botocore.exceptions import NoCredentialsError
 from jobs import fields_of
 from storages import Odd
+from uploads import TASKS, checkpoint, copy_of, uploaded
 
 from distplat.actors.result import Result
 from distplat.actors.trainer import Trainer
@@ -36,8 +37,6 @@ from distplat.platform.remote_storage import (
 )
 from distplat.platform.run_upload import RunUpload, check_access
 from distplat.platform.total_memory import DoesNotFit
-
-TASKS = Path(__file__).parents[1] / "cluster"
 
 
 @pytest.fixture(autouse=True)
@@ -69,16 +68,6 @@ def fit(folder: Path, url: str, resume: str | None = None, **more: Any) -> Resul
 def contents(folder: Path) -> dict[str, bytes]:
     files = (path for path in folder.rglob("*") if path.is_file())
     return {str(path.relative_to(folder)): path.read_bytes() for path in files}
-
-
-def checkpoint(catalogue: Catalogue, step: int) -> None:
-    catalogue.write(step, {"model.safetensors": [b"model" * step]}, {})
-
-
-def copy_of(folder: Path, warnings: list[str] | None = None, limit_s: float = 20.0) -> RunUpload:
-    storage = RemoteStorage(f"odd://bucket/{folder.name}", limit_s)
-    told = warnings if warnings is not None else []
-    return RunUpload(folder, storage, told.append, poll_s=0.01)
 
 
 def test_the_copy_is_the_run_directory_and_a_run_goes_on_from_it(tmp_path: Path) -> None:
@@ -327,18 +316,8 @@ def test_a_checkpoint_that_is_deleted_while_it_is_brought_comes_whole(tmp_path: 
     assert brought[:2] == ["step-000001", "step-000002"]
 
 
-def brought(tmp_path: Path, steps: tuple[int, ...]) -> str:
-    """Put checkpoints to `odd://bucket/run`; gives the URL."""
-    folder = tmp_path / "run"
-    folder.mkdir()
-    for step in steps:
-        checkpoint(Catalogue(folder / "checkpoints"), step)
-    assert copy_of(folder).close() == ""
-    return "odd://bucket/run"
-
-
 def test_a_checkpoint_without_manifest_is_passed_over(tmp_path: Path) -> None:
-    url, warnings = brought(tmp_path, (1, 2)), list[str]()
+    url, warnings = uploaded(tmp_path, (1, 2)), list[str]()
     RemoteStorage(url, 20.0).remove(f"checkpoints/step-000002/{MANIFEST}")
     (tmp_path / "a").mkdir()
     assert fetch(url, tmp_path / "a", 20.0, warnings.append).step == 1
@@ -351,7 +330,7 @@ def test_a_checkpoint_without_manifest_is_passed_over(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("damage", ["flipped", "short", "gone", "manifest"])
 def test_a_damaged_one_is_named_and_the_one_before_is_taken(damage: str, tmp_path: Path) -> None:
-    url, warnings = brought(tmp_path, (1, 2)), list[str]()
+    url, warnings = uploaded(tmp_path, (1, 2)), list[str]()
 
     def spoil(step: int) -> None:
         path = f"/bucket/run/checkpoints/step-00000{step}/model.safetensors"
@@ -378,7 +357,7 @@ def test_a_damaged_one_is_named_and_the_one_before_is_taken(damage: str, tmp_pat
 def test_a_checkpoint_that_does_not_fit_into_memory_is_not_brought(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    url = brought(tmp_path, (1, 200))
+    url = uploaded(tmp_path, (1, 200))
     (tmp_path / "a").mkdir()
     monkeypatch.setattr("distplat.platform.total_memory.memory_and_swap", lambda: 900)
     with pytest.raises(DoesNotFit, match="step-000200: it has"):
@@ -397,7 +376,7 @@ def test_a_storage_where_much_hangs_is_asked_no_more(tmp_path: Path) -> None:
 
 
 def test_a_storage_that_does_not_answer_is_no_reason_for_an_older_one(tmp_path: Path) -> None:
-    url = brought(tmp_path, (1, 2))
+    url = uploaded(tmp_path, (1, 2))
     Odd.hold = threading.Event()
     with pytest.raises(NoAnswer, match=r"missing: its storage; `failure\.storage_timeout_s`"):
         fetch(url, tmp_path, 0.1, pytest.fail)

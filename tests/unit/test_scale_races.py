@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 from jobs import fields_of
+from killing_task import KillsInForward
 from ray_in_memory import InMemoryRay
-from test_ray_in_memory import Told
 from torch import Tensor
 
 from distplat import Callback, Trainer
@@ -23,7 +23,7 @@ from distplat.platform.progress import StepSummary
 STEPS, LONG = 20, 1000
 
 
-class Slow(Told):
+class Slow(KillsInForward):
     """Its steps take so long that requests meet them."""
 
     def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
@@ -75,7 +75,7 @@ def lose(role: str, then: Deed) -> Deed:
 @pytest.fixture
 def cluster() -> Iterator[InMemoryRay]:
     with InMemoryRay() as ray:
-        Told.ray, Told.killed = ray, ""
+        KillsInForward.ray, KillsInForward.killed = ray, ""
         yield ray
 
 

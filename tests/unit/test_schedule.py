@@ -1,10 +1,10 @@
 """Pipeline schedules: the drawings above their code, what their sources say, their limits."""
 
 import inspect
-import re
 from collections.abc import Callable
 
 import pytest
+from drawn_schedules import CELL, action, schedules
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -25,8 +25,6 @@ from distplat.strategies.algorithms.simulate import Costs, simulate
 Rows = list[list[tuple[int, Action]]]
 """Of each stage, when which action starts."""
 
-CELL = re.compile(r"(?P<kind>[FBW])(?P<micro_batch>\d+)(?P<chunk>'*)")
-
 
 def drawing(function: Callable[..., PipelineSchedule]) -> Rows:
     """Read the rows of a docstring that have nothing but cells."""
@@ -36,32 +34,6 @@ def drawing(function: Callable[..., PipelineSchedule]) -> Rows:
         if cells and all(cell == "." or CELL.fullmatch(cell) for cell in cells):
             rows.append([(at, action(cell)) for at, cell in enumerate(cells) if cell != "."])
     return rows
-
-
-def action(cell: str) -> Action:
-    found = CELL.fullmatch(cell)
-    assert found, cell
-    return Action(ActionKind(found["kind"]), int(found["micro_batch"]), len(found["chunk"]))
-
-
-def schedules(
-    max_stages: int = 8, max_micro_batches: int = 32
-) -> st.SearchStrategy[PipelineSchedule]:
-    """Any schedule of any size that it takes."""
-
-    def make(name: str, stages: int, micro_batches: int, chunks: int) -> PipelineSchedule:
-        if name != "interleaved":
-            return build(name, stages, micro_batches)
-        whole = max(1, micro_batches // stages) * stages
-        return interleaved(stages, whole, chunks)
-
-    return st.builds(
-        make,
-        st.sampled_from(NAMES),
-        st.integers(1, max_stages),
-        st.integers(1, max_micro_batches),
-        st.integers(2, 4),
-    )
 
 
 DRAWN: list[tuple[Callable[..., PipelineSchedule], PipelineSchedule]] = [

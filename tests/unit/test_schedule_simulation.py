@@ -5,9 +5,9 @@ from itertools import pairwise
 from typing import Any
 
 import pytest
+from drawn_schedules import action, schedules
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_schedule import action, schedules
 
 from distplat.strategies.algorithms.pipeline_schedule import (
     NAMES,

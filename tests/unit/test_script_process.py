@@ -9,48 +9,17 @@ import time
 from pathlib import Path
 
 import pytest
+from script_processes import DEAF, gone, read
 
 from distplat.actors import script_process
 from distplat.actors.script_process import ScriptProcess, with_python
 from distplat.platform.torchrun import ProcessLocation
 
 
-def gone(pid: int, limit_s: float = 30.0) -> bool:
-    until = time.monotonic() + limit_s
-    while time.monotonic() < until:
-        try:
-            state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-        except FileNotFoundError:
-            return True
-        if state == "Z":
-            return True
-        time.sleep(0.02)
-    return False
-
-
 def test_the_interpreter_is_that_of_the_worker() -> None:
     assert with_python(["python", "-m", "x"]) == [sys.executable, "-m", "x"]
     assert with_python(["train.py", "--lr", "1"]) == [sys.executable, "train.py", "--lr", "1"]
     assert with_python(["bash", "train.sh"]) == ["bash", "train.sh"]
-
-
-def read(note: Path, limit_s: float = 30.0) -> list[int]:
-    """Wait for a file with numbers of processes, the last of which is followed by a newline."""
-    until = time.monotonic() + limit_s
-    while not (note.exists() and note.read_text().endswith("\n")):
-        assert time.monotonic() < until, "nobody has written it"
-        time.sleep(0.02)
-    return [int(word) for word in note.read_text().split()]
-
-
-DEAF = """
-trap "" TERM
-sleep 999 > /dev/null 2>&1 &
-setsid sleep 999 > /dev/null 2>&1 &
-echo $$ $! $(jobs -p) > {note}
-{then}
-"""
-"""A shell script with a child in its group, one in a session of its own; none hears SIGTERM."""
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the kernel's part is Linux's")

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 from call_faults import Call, Fault, add_rule
-from test_script_process import DEAF, gone, read
+from script_processes import DEAF, gone, read
 
 from distplat.actors import script_run
 from distplat.actors.local_transport import Actor, LocalCluster

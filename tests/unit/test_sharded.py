@@ -5,10 +5,11 @@ from typing import Any, get_args
 
 import pytest
 import torch
+from classifiers import Classify, Conv, Mlp, plain, recipe_job
+from comparison import distance
 from control_records import record_of
 from local_run import LocalRun, train
 from marks import slow
-from test_equivalence import Classify, Conv, Mlp, distance, plain, recipe_job
 from torch import nn
 
 from distplat.platform.optimizers import AnyOptimizer

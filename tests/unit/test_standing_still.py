@@ -14,9 +14,9 @@ from typing import Any, ClassVar
 import pytest
 from call_faults import Fault, drain, inject
 from jobs import fields_of, job_of
+from killing_task import KillsInForward
+from polled_servers import servers
 from ray_in_memory import InMemoryRay, process_here
-from test_health_check import servers
-from test_ray_in_memory import Told
 from torch import Tensor
 
 from distplat import Trainer
@@ -86,7 +86,7 @@ def test_a_wait_ends_at_its_deadline() -> None:
     assert time.monotonic() - began >= 0.2
 
 
-class Halted(Told):
+class Halted(KillsInForward):
     """Its host stands still in the third forward of rank 0."""
 
     stop: ClassVar[list[Callable[[], None]]] = []
@@ -121,7 +121,7 @@ def test_a_controller_that_stood_still_waits_for_the_answers(
             timer.daemon = True
             timer.start()
 
-    Told.killed, Halted.stop[:] = "", [stop]
+    KillsInForward.killed, Halted.stop[:] = "", [stop]
     failure = {"heartbeat_timeout_s": limit_s, "step_timeout_s": 20}
     job = fields_of("ring", 2, steps=6, storage_path=str(tmp_path), failure=failure)
     trainer = Trainer(job, Halted, progress=False, log_to_driver=False)

@@ -7,8 +7,8 @@ import pytest
 import torch
 from hybrid_workers import UntilOneIsLost
 from local_run import Attempt, LocalRun, train
-from test_model_state import WIDE, Data, Teacher, job
-from test_non_finite import Spoiled, spoiled_job
+from spoiled_task import Spoiled, spoiled_job
+from teacher_task import WIDE, Data, Teacher, job
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 

@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 import torch
+from comparison import distance, same_bits
 from local_run import Attempt, LocalRun, train
 from lost_ranks import Lost
-from test_equivalence import distance, same_bits
-from test_streams import BATCH, SAMPLES, Numbered, iterable, job, stream, tensors
+from stream_task import BATCH, SAMPLES, Numbered, iterable, job, stream, tensors
 from torch.utils.data import IterableDataset
 
 from distplat.platform.errors import Abandoned, CollectiveError, FencedError

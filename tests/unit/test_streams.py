@@ -9,44 +9,20 @@ from typing import Any, ClassVar
 import numpy as np
 import pytest
 import torch
+from comparison import distance, same_bits
 from hybrid_models import whole
-from jobs import job_of
 from local_run import Attempt, LocalRun, train
-from test_equivalence import distance, same_bits
+from stream_task import BATCH, SAMPLES, Numbered, iterable, job, read, stream, tensors
 from torch import Tensor, nn
 from torch.utils.data import Dataset, IterableDataset, TensorDataset, get_worker_info
 
 from distplat.platform.progress import EvalReport, StepReport
-from distplat.platform.spec import Job
 from distplat.platform.stop_order import StopOrder
-from distplat.strategies.loop.batches import make_sampler, micro_batches
 from distplat.strategies.loop.checks import checked_data
 from distplat.strategies.loop.streams import StreamSamples
 from distplat.strategies.task import Task
 
 pytestmark = pytest.mark.usefixtures("loader_server")
-
-SAMPLES, BATCH = 37, 9
-STATELESS = {"name": "SGD", "lr": 0.1, "momentum": 0.9}
-
-
-def tensors(count: int = SAMPLES) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(1)
-    inputs = torch.randn(count, 5, generator=generator)
-    return inputs, torch.randint(0, 3, (count,), generator=generator)
-
-
-class Numbered(Task):
-    """Samples by number."""
-
-    def model(self) -> nn.Module:
-        return nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 3))
-
-    def train_data(self) -> Any:
-        return TensorDataset(*tensors())
-
-    def loss(self, outputs: Any, targets: Any) -> Tensor:
-        return nn.functional.cross_entropy(outputs, targets)
 
 
 class Rows(IterableDataset[Any]):
@@ -79,12 +55,6 @@ class Repeated(Numbered):
     def train_data(self) -> Any:
         inputs, targets = tensors()
         return TensorDataset(inputs.repeat(3, 1)[: 11 * BATCH], targets.repeat(3)[: 11 * BATCH])
-
-
-def job(strategy: Any = "ring", workers: int = 1, **fields: Any) -> Job:
-    length = {} if "steps" in fields else {"epochs": 3}
-    given = {"optimizer": STATELESS, "global_batch_size": BATCH, "seed": 5, **length, **fields}
-    return job_of(strategy, workers, **{"data": {"shuffle": False}, **given})
 
 
 WORLDS = [("ring", 1), ("ring", 2), ("ring", 3), ("ps-sync", 1), ("ps-sync", 3), ("ps-async", 1)]
@@ -163,28 +133,6 @@ def test_asynchronous_workers_take_each_sample_once(workers: int) -> None:
 
 
 # --- readers ---------------------------------------------------------------------------------
-
-
-def stream(source: Any, **fields: Any) -> StreamSamples:
-    """Have a source looked at as a task's training data is."""
-    found = checked_data(job(**fields), Numbered(), source, "train_data")
-    assert isinstance(found, StreamSamples)
-    return found
-
-
-def read(source: Any, world: int = 1, parts: int = 1, **fields: Any) -> list[list[Any]]:
-    """Give the samples of each step over all ranks: batches are lists of what the source gave."""
-    given = job(workers=world, gradient_accumulation=parts, **fields)
-    data = stream(source, **fields)
-    sampler, steps = make_sampler(given, data), range(given.steps or 15)
-    found: list[list[Any]] = [[] for _ in steps]
-    for rank in range(world):
-        batches = micro_batches(given, data, sampler, rank, steps, parts)
-        for step in steps:
-            for _ in sampler.micro_batches(step, rank, parts):
-                random.random(), torch.rand(rank + 1)  # what others do
-                found[step] += next(batches).tolist()
-    return found
 
 
 class Drawing(IterableDataset[Any]):
@@ -364,16 +312,6 @@ def test_a_stream_shorter_than_a_batch(count: int) -> None:
 class Numbers2(Numbers):
     def __iter__(self) -> Iterator[Any]:
         return (torch.tensor(float(number)) for number in range(self.count))
-
-
-def iterable(*columns: Tensor) -> Any:
-    class Pairs:
-        """Any object that can be gone through anew; it needs not be torch's class."""
-
-        def __iter__(self) -> Iterator[Any]:
-            return zip(*columns, strict=True)
-
-    return Pairs()
 
 
 def test_a_sampler_beside_a_stream_is_refused() -> None:

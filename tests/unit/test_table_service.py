@@ -6,9 +6,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from jobs import job_of
 from local_servers import TableServers
 from rank_threads import on_ranks
+from table_plans import SPEC, job, plan
 
 from distplat.platform.errors import (
     ActorLost,
@@ -19,28 +19,10 @@ from distplat.platform.errors import (
     StaleError,
 )
 from distplat.platform.ledger import PullId, PushId
-from distplat.platform.shard_map import TablePlan, TableSpec, plan_of
-from distplat.platform.spec import Job
+from distplat.platform.shard_map import TableSpec, plan_of
 from distplat.strategies.server.table_store import TableServer
 from distplat.strategies.sparse.routing import route
 from distplat.strategies.sparse.table import RowGradients
-
-SPEC = TableSpec("t", 100, 4, 0.0)
-
-
-def job(world: int = 2, servers: int = 1, **more: Any) -> Job:
-    fields = {
-        "embeddings": {"servers": servers, "optimizer": {"name": "SGD", "lr": 1.0}},
-        "steps": 10,
-        "global_batch_size": world,
-        "failure": {"step_timeout_s": 0.5},
-        **more,
-    }
-    return job_of("ring", world, **fields)
-
-
-def plan(attempt: int = 0, *, rewinds: bool = True, **more: Any) -> TablePlan:
-    return plan_of(job(**more), "run", attempt, (SPEC,), 10, rewinds=rewinds)
 
 
 def ones(*ids: int) -> list[RowGradients]:

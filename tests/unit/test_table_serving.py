@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from test_table_service import plan
+from table_plans import plan
 
 from distplat.actors.local_transport import LocalCluster
 from distplat.actors.memory.memfd import MemorySegment

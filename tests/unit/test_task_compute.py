@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 import torch
+from classifiers import Mlp
 from jobs import job_of
-from test_equivalence import Mlp
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 

@@ -5,16 +5,16 @@ from typing import Any
 
 import pytest
 import torch
+from embedding_jobs import job as table_job
+from grouped_task import BATCH, SAMPLES, SCALES, STEPS, Own, Small, close
+from grouped_task import job as grouped_job
 from hybrid_workers import UntilOneIsLost
 from jobs import job_of
 from local_run import LocalRun, train
 from table_rows import table_rows
-from test_embedding_training import job as table_job
-from test_parameter_groups import BATCH, SAMPLES, SCALES, STEPS, Own, Small, close
-from test_parameter_groups import job as grouped_job
-from test_verification import rows
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from verify_rows import rows
 from words import ROWS, Words
 
 from distplat import Task, Trainer

@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 import torch
+from embedding_jobs import job as table_job
+from grouped_task import SCALES, STEPS, STRATEGIES, Small, close, job, plain
 from jobs import job_of
 from local_run import train
 from table_rows import table_rows
-from test_embedding_training import job as table_job
-from test_parameter_groups import SCALES, STEPS, STRATEGIES, Small, close, job, plain
 from words import ROWS, Words
 
 from distplat import Task, Trainer

@@ -4,14 +4,14 @@ from typing import Any
 
 import pytest
 import torch
+from grouped_task import BATCH, SAMPLES, SCALES, STEPS, STRATEGIES, Own, Small, close
+from grouped_task import job as grouped_job
 from hybrid_models import GPT_PLAN, Gpt, grid_of, hybrid_job, whole
 from hybrid_workers import UntilOneIsLost
 from jobs import job_of
 from local_run import LocalRun, train
-from test_parameter_groups import BATCH, SAMPLES, SCALES, STEPS, STRATEGIES, Own, Small, close
-from test_parameter_groups import job as grouped_job
-from test_verification import rows
 from torch import Tensor, nn
+from verify_rows import rows
 
 from distplat.platform.errors import SpecError
 from distplat.platform.even_split import cut_at

@@ -4,12 +4,12 @@ from typing import Any
 
 import pytest
 import torch
+from grouped_task import BATCH, GROUPED, SAMPLES, SCALES, STEPS, STRATEGIES, Small, close
+from grouped_task import job as grouped_job
 from hybrid_workers import UntilOneIsLost
 from local_run import LocalRun, train
-from test_parameter_groups import BATCH, GROUPED, SAMPLES, SCALES, STEPS, STRATEGIES, Small, close
-from test_parameter_groups import job as grouped_job
-from test_verification import rows
 from torch import Tensor, nn
+from verify_rows import rows
 
 from distplat import Task
 from distplat.platform.errors import SpecError

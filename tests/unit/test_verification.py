@@ -18,6 +18,7 @@ from drawn_tasks import Drawn
 from in_memory_engine import engine, make
 from torch import Tensor, nn
 from torch.utils.data import IterableDataset, TensorDataset
+from verify_rows import rows
 
 from distplat.cli.verify import exit_code
 from distplat.platform.errors import InfrastructureError, SpecError
@@ -63,12 +64,6 @@ class Classify(Task):
 
 def job(strategy: str, **more: Any) -> Job:
     return replace(RING, strategy=strategy, samples=23, batch=8, **more).job()
-
-
-def rows(kind: type[Task], drawn: Job) -> dict[str, Row]:
-    """By check."""
-    found = judge(drawn, references(drawn, make(kind)), engine(kind))
-    return {row.check: row for row in found}
 
 
 def test_the_reference_is_short_and_owes_nothing_to_the_engine() -> None:

@@ -7,12 +7,12 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from batch_forms import Dicts, Listed, Nested, Packed, Triples, of_the_end, padded, total
 from hybrid_models import grid_of, hybrid_job, whole
 from hybrid_workers import WORLD, Workers, same
 from jobs import job_of
 from local_run import LocalRun, train
 from sentences import WORDS, Sentences
-from test_task_step import Dicts, Listed, Nested, Packed, Triples, of_the_end, padded, total
 from torch import Tensor, nn
 
 from distplat import Task

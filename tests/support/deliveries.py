@@ -1,0 +1,42 @@
+"""Parts of checkpoints as ranks give them to the driver; a disk that is full."""
+
+import errno
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from distplat.actors.actor_group import Launch
+from distplat.actors.checkpointing import Checkpoints
+from distplat.platform.checkpoints import Delivery
+from distplat.platform.disk import Disk
+from distplat.platform.tensor_slices import TensorEntry, TensorSlice
+
+
+def delivery(rank: int, version: int, attempt: int = 0, **more: Any) -> Delivery:
+    entry = TensorEntry("model/w", TensorSlice((2,), run=(rank, rank + 1)), "uint8", 0)
+    ref = [np.array([10 * version + rank], np.uint8)]
+    return Delivery(rank, attempt, version, (ref,), ((entry,),), **more)
+
+
+def give(checkpoints: Checkpoints, *versions: int) -> None:
+    for version in versions:
+        for rank in range(2):
+            checkpoints.take(delivery(rank, version))
+        checkpoints.drain()
+
+
+class Full(Disk):
+    full = True
+
+    def write(self, path: Path, content: Any) -> tuple[int, str]:
+        if self.full:
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+        return super().write(path, content)
+
+
+def hasty(launch: Launch, limit_s: float) -> Launch:
+    """Give the launch another `storage_timeout_s`."""
+    failure = launch.job.failure.model_copy(update={"storage_timeout_s": limit_s})
+    return replace(launch, job=launch.job.model_copy(update={"failure": failure}))

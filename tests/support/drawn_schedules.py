@@ -1,0 +1,42 @@
+"""Pipeline schedules of any size, drawn by hypothesis or read from a line of text."""
+
+import re
+
+from hypothesis import strategies as st
+
+from distplat.strategies.algorithms.pipeline_schedule import (
+    NAMES,
+    Action,
+    ActionKind,
+    PipelineSchedule,
+    build,
+    interleaved,
+)
+
+CELL = re.compile(r"(?P<kind>[FBW])(?P<micro_batch>\d+)(?P<chunk>'*)")
+
+
+def action(cell: str) -> Action:
+    found = CELL.fullmatch(cell)
+    assert found, cell
+    return Action(ActionKind(found["kind"]), int(found["micro_batch"]), len(found["chunk"]))
+
+
+def schedules(
+    max_stages: int = 8, max_micro_batches: int = 32
+) -> st.SearchStrategy[PipelineSchedule]:
+    """Any schedule of any size that it takes."""
+
+    def make(name: str, stages: int, micro_batches: int, chunks: int) -> PipelineSchedule:
+        if name != "interleaved":
+            return build(name, stages, micro_batches)
+        whole = max(1, micro_batches // stages) * stages
+        return interleaved(stages, whole, chunks)
+
+    return st.builds(
+        make,
+        st.sampled_from(NAMES),
+        st.integers(1, max_stages),
+        st.integers(1, max_micro_batches),
+        st.integers(2, 4),
+    )

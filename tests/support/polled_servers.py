@@ -1,0 +1,18 @@
+"""Servers that answer a health check, and do nothing else."""
+
+import time
+
+from distplat.actors.local_transport import Actor, LocalCluster
+
+
+class Server:
+    """Says that it lives."""
+
+    def poll(self, number: int, hold_s: float) -> None:
+        time.sleep(hold_s)
+
+
+def servers(count: int) -> tuple[LocalCluster, list[Actor]]:
+    cluster = LocalCluster()
+    names = [f"server-{number}" for number in range(count)]
+    return cluster, [cluster.spawn(name, "here", lambda _: Server()) for name in names]

@@ -1,0 +1,76 @@
+"""A task and its samples, read from a stream."""
+
+import random
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from jobs import job_of
+from torch import Tensor, nn
+from torch.utils.data import TensorDataset
+
+from distplat.platform.spec import Job
+from distplat.strategies.loop.batches import make_sampler, micro_batches
+from distplat.strategies.loop.checks import checked_data
+from distplat.strategies.loop.streams import StreamSamples
+from distplat.strategies.task import Task
+
+SAMPLES, BATCH = 37, 9
+SGD = {"name": "SGD", "lr": 0.1, "momentum": 0.9}
+
+
+def tensors(count: int = SAMPLES) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    inputs = torch.randn(count, 5, generator=generator)
+    return inputs, torch.randint(0, 3, (count,), generator=generator)
+
+
+class Numbered(Task):
+    """Samples by number."""
+
+    def model(self) -> nn.Module:
+        return nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 3))
+
+    def train_data(self) -> Any:
+        return TensorDataset(*tensors())
+
+    def loss(self, outputs: Any, targets: Any) -> Tensor:
+        return nn.functional.cross_entropy(outputs, targets)
+
+
+def job(strategy: Any = "ring", workers: int = 1, **fields: Any) -> Job:
+    length = {} if "steps" in fields else {"epochs": 3}
+    given = {"optimizer": SGD, "global_batch_size": BATCH, "seed": 5, **length, **fields}
+    return job_of(strategy, workers, **{"data": {"shuffle": False}, **given})
+
+
+def stream(source: Any, **fields: Any) -> StreamSamples:
+    """Have a source looked at as a task's training data is."""
+    found = checked_data(job(**fields), Numbered(), source, "train_data")
+    assert isinstance(found, StreamSamples)
+    return found
+
+
+def read(source: Any, world: int = 1, parts: int = 1, **fields: Any) -> list[list[Any]]:
+    """Give the samples of each step over all ranks: batches are lists of what the source gave."""
+    given = job(workers=world, gradient_accumulation=parts, **fields)
+    data = stream(source, **fields)
+    sampler, steps = make_sampler(given, data), range(given.steps or 15)
+    found: list[list[Any]] = [[] for _ in steps]
+    for rank in range(world):
+        batches = micro_batches(given, data, sampler, rank, steps, parts)
+        for step in steps:
+            for _ in sampler.micro_batches(step, rank, parts):
+                random.random(), torch.rand(rank + 1)  # what others do
+                found[step] += next(batches).tolist()
+    return found
+
+
+def iterable(*columns: Tensor) -> Any:
+    class Pairs:
+        """Any object that can be gone through anew; it needs not be torch's class."""
+
+        def __iter__(self) -> Iterator[Any]:
+            return zip(*columns, strict=True)
+
+    return Pairs()
