@@ -1,19 +1,14 @@
 """
-What a cluster gets of a folder: measured, without what may hold a key, with what the task imports.
+What a cluster gets of a folder: measured, without what may hold a key.
 
 Ray packs folders itself, following .gitignore and .rayignore; here is counted first what it will
 pack, for its job API refuses more than 100 MiB only after the upload, with a bare HTTP error.
-
-Ray leaves out what .gitignore and .rayignore list, distplat what may hold a key. A module of the
-task among it would be missing on the cluster: an ImportError, minutes later. So the task's imports
-are followed first. Modules are read, not run.
 """
 
-import ast
 import fnmatch
 import os
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
@@ -23,7 +18,6 @@ from typing import Any, NoReturn
 
 from distplat.cli.figures import size_text
 from distplat.platform.errors import Problem, SpecError
-from distplat.platform.own_loop import script_of
 
 _SECRET_FOLDERS = (
     *(".ssh", ".gnupg", ".aws", ".azure", ".gcloud", ".config", ".kube", ".docker", ".kaggle"),
@@ -238,27 +232,6 @@ def _check_size(path: Path, size: int, limit: int, hint: str) -> None:
         raise SpecError(Problem(("--working-dir",), message, hint))
 
 
-def check_imports(task: str, package: Package) -> None:
-    """
-    Refuse a folder whose task imports files that are not shipped with it.
-
-    Raises:
-        SpecError: names the files, who imports them, and why they stay.
-    """
-    problems = []
-    for item in unshipped_imports(task, package.folder, package.paths):
-        name, importer = (path.relative_to(package.folder) for path in (item.path, item.importer))
-        who = "the task" if item.path == item.importer else f"{importer}:{item.line}"
-        message = f"{name}, which {who} imports, is not shipped to the cluster"
-        excluded = [part for part in name.parts if _name_pattern(EXCLUDES).match(part)]
-        hint = "a .gitignore, a .rayignore or `excludes` lists it: take it off, or move the file"
-        if excluded:
-            hint = f"{excluded[0]} is never shipped: such names hold keys, or runs; rename it"
-        problems.append(Problem(("--working-dir",), message, hint))
-    if problems:
-        raise SpecError(*problems)
-
-
 @dataclass(frozen=True)
 class _Folder:
     """A folder on the walk."""
@@ -336,9 +309,9 @@ def _exclude_test(working_dir: Path, excludes: Sequence[str]) -> Callable[[Path]
     except (ValueError, IndexError) as error:
         text = f"Ray cannot read them, as lines of a .gitignore: {error}"
         raise SpecError(Problem(("--runtime-env", "excludes"), text)) from None
-    own_lines, names = set(excludes) > set(EXCLUDES), _name_pattern(EXCLUDES)
+    own_lines = set(excludes) > set(EXCLUDES)
     # Ray's test takes half a millisecond. A name that no line of ours matches needs none.
-    return lambda path: (own_lines or names.match(path.name) is not None) and excluded(path)
+    return lambda path: (own_lines or in_excludes(path.name)) and excluded(path)
 
 
 def _refuse_unreadable(path: Path, mode: int) -> None:
@@ -365,6 +338,11 @@ def _refuse_secret(path: Path, working_dir: Path) -> None:
     if S_ISREG(stat.st_mode) and stat.st_size <= _KEY_BYTES and os.access(path, os.R_OK):
         if _PRIVATE_KEY.search(path.read_bytes()):
             _refuse(path, "holds a private key, which all users of the cluster could read")
+
+
+def in_excludes(name: str) -> bool:
+    """Say whether a line of `EXCLUDES` matches a name; a later one may take it back."""
+    return _name_pattern(EXCLUDES).match(name) is not None
 
 
 def _is_secret(name: str) -> bool:
@@ -396,99 +374,3 @@ def _reading(path: Path) -> Iterator[None]:
 def _refuse(path: Path, why: str) -> NoReturn:
     hint = "list it in .rayignore, or ship another folder"
     raise SpecError(Problem(("--working-dir",), f"{path} {why}", hint))
-
-
-@dataclass(frozen=True)
-class UnshippedImport:
-    """A file that is imported and not shipped."""
-
-    path: Path
-    importer: Path
-    """The file that imports it; the same one: it is the task's own."""
-    line: int
-    """Line of the import, from 1."""
-
-
-def unshipped_imports(
-    task: str, folder: Path, shipped: Collection[Path]
-) -> Iterator[UnshippedImport]:
-    """
-    Go from a task's module through all that it imports from its own folder.
-
-    An import that may fail (`try: ... except ImportError`), or that only a type checker reads, asks
-    for nothing.
-
-    Args:
-        task: `module:Class`, or a script.
-        folder: of the user's; where modules are looked for.
-        shipped: files below it that travel.
-
-    Yields:
-        Each file that does not travel, once.
-    """
-    module = task.partition(":")[0]
-    if script := script_of(task):
-        path = folder / script[0]
-        folder, module = path.parent, path.stem
-    waiting = [(path, path, 1) for path in _module_files(folder, module)]
-    seen: set[Path] = set()
-    while waiting:
-        path, importer, line = waiting.pop()
-        if path in seen:
-            continue
-        seen.add(path)
-        if path not in shipped:
-            yield UnshippedImport(path, importer, line)
-            continue
-        for name, at in _imports_of(path, folder):
-            waiting += [(file, path, at) for file in _module_files(folder, name)]
-
-
-def _module_files(folder: Path, module: str) -> list[Path]:
-    """Give the files that an import of `a.b.c` runs, of those below the folder."""
-    files, parent = [], folder
-    for part in module.split("."):
-        package, file = parent / part / "__init__.py", parent / f"{part}.py"
-        if package.is_file():
-            files.append(package)
-        elif file.is_file():
-            return [*files, file]
-        parent /= part
-        if not parent.is_dir():
-            break
-    return files
-
-
-def _imports_of(path: Path, folder: Path) -> Iterator[tuple[str, int]]:
-    """Give the modules that a file imports, and the lines; a name may be one, or an attribute."""
-    try:
-        tree = ast.parse(path.read_bytes())
-    except (OSError, SyntaxError, ValueError):  # the check of the task tells of it
-        return
-    package = path.relative_to(folder).parent.parts
-    for node in _executed_nodes(tree):
-        if isinstance(node, ast.Import):
-            yield from ((alias.name, node.lineno) for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            above = package[: len(package) - node.level + 1] if node.level else ()
-            base = ".".join([*above, *([node.module] if node.module else [])])
-            if base:
-                yield base, node.lineno
-            names = [alias.name for alias in node.names if alias.name != "*"]
-            yield from ((f"{base}.{name}" if base else name, node.lineno) for name in names)
-
-
-def _executed_nodes(node: ast.AST) -> Iterator[ast.AST]:
-    """Go through a tree, but not through what may fail or is never run."""
-    for child in ast.iter_child_nodes(node):
-        if isinstance(child, ast.Try) and any(map(_catches_import_errors, child.handlers)):
-            continue
-        if isinstance(child, ast.If) and "TYPE_CHECKING" in ast.unparse(child.test):
-            continue
-        yield child
-        yield from _executed_nodes(child)
-
-
-def _catches_import_errors(handler: ast.ExceptHandler) -> bool:
-    caught = "Exception" if handler.type is None else ast.unparse(handler.type)
-    return any(name in caught for name in ("ImportError", "ModuleNotFoundError", "Exception"))

@@ -24,11 +24,11 @@ from distplat.cli.package import (
     MAX_PACKAGE,
     Ignores,
     Package,
-    check_imports,
     measure_environment,
     refuse_home,
 )
 from distplat.cli.render import Facts, print_result
+from distplat.cli.task_imports import check_imports
 from distplat.cli.versions import check_cluster
 from distplat.platform.errors import ClusterUnreachable, Problem, SpecError, naming_path, printable
 from distplat.platform.job_file import render_job

@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 from distplat.cli.join import ignores
-from distplat.cli.package import EXCLUDES, check_imports, measure, unshipped_imports
+from distplat.cli.package import EXCLUDES, measure
+from distplat.cli.task_imports import check_imports, unshipped_imports
 from distplat.platform.errors import SpecError
 
 
