@@ -50,8 +50,9 @@ from chaos_memory_plan import (
     draw_deeds,
 )
 from chaos_trial import hash_of, quietly
+from in_memory_processes import Killed
 from rank_threads import stacks_of
-from ray_in_memory import InMemoryRay, Killed
+from ray_in_memory import InMemoryRay
 
 from distplat import Trainer
 from distplat.actors import retrying_calls

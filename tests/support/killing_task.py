@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import torch
-from ray_in_memory import InMemoryRay, process_here
+from in_memory_processes import process_here
+from ray_in_memory import InMemoryRay
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 

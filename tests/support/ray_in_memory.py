@@ -4,8 +4,8 @@ What distplat uses of Ray, answered in this process: a run without a cluster, bu
     driver, controller, actor group, workers, servers      distplat's own, unchanged
     ray.remote, get, wait, put, kill, ray_compat           here, over `LocalCluster`
 
-A process is a name that its threads inherit. One that is killed answers no more, and its threads
-come out at their next call to Ray; actors that it made end with it. A frozen one stands still then.
+A process is a name that its threads inherit, see `in_memory_processes`. Actors that it made end
+with it.
 """
 
 from __future__ import annotations
@@ -16,15 +16,16 @@ import inspect
 import re
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from contextlib import ExitStack, nullcontext, suppress
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
 import ray
 import torch
+from in_memory_processes import Killed, Process, process_here, this_process
 from ray import exceptions
 from ray._private import auto_init_hook
 
@@ -52,70 +53,6 @@ LATE_S = 5.0
 BLOCKED = ("checkpoints", "listen", "metrics", CURVES, "printed lines", "poll")
 """Threads that wait for long, and call nobody: for work, for a lost peer, or for a loop's end."""
 auto_init_hook.enable_auto_connect = False  # a thread that is late must not start a Ray
-_here = threading.local()
-
-
-class Killed(BaseException):
-    """Ends the threads of a process that is no more."""
-
-
-class Process:
-    """
-    A process of the cluster.
-
-    Args:
-        name: of its actor, or `driver`.
-        node: where it is.
-        owner: whose end is its end, too.
-    """
-
-    def __init__(self, name: str, node: str, owner: Process | None) -> None:
-        self.name, self.node, self.owner = name, node, owner
-        self.dead: Future[None] = Future()  #: done once it is killed
-        self._running = threading.Event()
-        self._running.set()
-
-    def check(self) -> None:
-        """Stand still while the process is frozen; raises `Killed` once it is dead."""
-        self._running.wait()
-        if self.dead.done():
-            raise Killed(self.name)
-
-    def freeze(self) -> None:
-        """Have its threads stand still, and its actor answer nobody."""
-        self._running.clear()
-
-    def go_on(self) -> None:
-        """Have it go on."""
-        self._running.set()
-
-    def end(self) -> None:
-        """Have its threads come out."""
-        if not self.dead.done():
-            self.dead.set_result(None)
-        self._running.set()
-
-    @contextmanager
-    def entered(self) -> Iterator[None]:
-        """Have what is called in this block be of this process."""
-        before = getattr(_here, "process", None)
-        _here.process = self
-        try:
-            yield
-        finally:
-            _here.process = before
-
-
-def this_process() -> Process:
-    """Give the process that the calling thread is of; raises `Killed` if it is dead."""
-    process: Process = _here.process
-    process.check()
-    return process
-
-
-def process_here() -> Process | None:
-    """Give the process that the calling thread is of; None: it is of none."""
-    return getattr(_here, "process", None)
 
 
 class _Body:
@@ -238,11 +175,10 @@ _start = threading.Thread.start
 
 def _start_of_this_process(thread: threading.Thread) -> None:
     """Have a thread be of the process that starts it."""
-    process, run = getattr(_here, "process", None), thread.run
+    process, run = process_here(), thread.run
 
     def body() -> None:
-        _here.process = process
-        with suppress(Killed):
+        with suppress(Killed), process.entered() if process is not None else nullcontext():
             run()
 
     thread.run = body  # type: ignore[method-assign]

@@ -58,6 +58,22 @@ def _reports(step: int, steps: int) -> Sequence[StepReport | EvalReport]:
     return found
 
 
+def _job_of(folder: Path, steps: int) -> dict[str, Any]:
+    return {
+        **fields_of(workers=RANKS),
+        "task": "tasks_for_tests:Blobs",
+        "storage_path": str(folder),
+        "trackers": ["mlflow"],
+        "early_stop": {"metric": "loss", "mode": "min", "patience": steps},
+        "evaluation": {"every_steps": _EVALUATED},
+        "checkpoint": {
+            "every_steps": 10 * _EVALUATED,
+            "keep_best": {"metric": "loss", "mode": "min"},
+        },
+        "max_time_s": 1e7,
+    }
+
+
 def run(
     folder: Path,
     steps: int,
@@ -102,18 +118,7 @@ def run(
     patch.setattr(BackgroundWriter, "put", wait)
     patch.setattr(trackers, "MLflow", Silent)
     patch.setattr("distplat.actors.trainer.check_libraries", lambda job: None)
-    fields = {
-        **fields_of(workers=RANKS),
-        "task": "tasks_for_tests:Blobs",
-        "storage_path": str(folder),
-        "trackers": ["mlflow"],
-        "early_stop": {"metric": "loss", "mode": "min", "patience": steps},
-        "evaluation": {"every_steps": _EVALUATED},
-        "checkpoint": {
-            "every_steps": 10 * _EVALUATED,
-            "keep_best": {"metric": "loss", "mode": "min"},
-        },
-        "max_time_s": 1e7,
-    }
     tasks = Path(__file__).parents[1] / "cluster"
-    return Trainer(fields, working_dir=tasks, callbacks=[Callback()], progress=True).fit()
+    return Trainer(
+        _job_of(folder, steps), working_dir=tasks, callbacks=[Callback()], progress=True
+    ).fit()

@@ -12,10 +12,11 @@ from typing import Any, Literal
 import pytest
 import torch
 from call_faults import Fault, inject
+from in_memory_processes import process_here
 from jobs import fields_of
 from killing_task import KillsInForward
 from local_run import train
-from ray_in_memory import InMemoryRay, process_here
+from ray_in_memory import InMemoryRay
 from safetensors.torch import load_file
 from torch.utils.data import DataLoader, TensorDataset
 

@@ -13,10 +13,11 @@ from typing import Any, ClassVar
 
 import pytest
 from call_faults import Fault, drain, inject
+from in_memory_processes import process_here
 from jobs import fields_of, job_of
 from killing_task import KillsInForward
 from polled_servers import servers
-from ray_in_memory import InMemoryRay, process_here
+from ray_in_memory import InMemoryRay
 from torch import Tensor
 
 from distplat import Trainer

@@ -13,10 +13,11 @@ from typing import Any
 
 import pytest
 import torch
+from in_memory_processes import process_here
 from jobs import fields_of
 from local_run import train
 from marks import slow
-from ray_in_memory import InMemoryRay, process_here
+from ray_in_memory import InMemoryRay
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
