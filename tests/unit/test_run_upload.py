@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import yaml
 from botocore.exceptions import NoCredentialsError
+from fsspec.registry import _registry
 from jobs import fields_of
 from storages import Odd
 from uploads import TASKS, checkpoint, copy_of, uploaded
@@ -432,6 +433,8 @@ def test_a_library_that_is_missing_is_named_with_the_extra(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     assert missing_library("file:///a") == ("", "")
+    for scheme in ("s3", "gs", "sftp"):  # another test may have used it
+        monkeypatch.delitem(_registry, scheme, raising=False)
     monkeypatch.setattr("distplat.platform.remote_storage.find_spec", lambda name: None)
     text, hint = missing_library("s3://bucket/a")
     assert "s3fs" in text and hint == "pip install 'distplat[s3]'"
