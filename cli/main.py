@@ -9,7 +9,6 @@ import logging
 import os
 import sys
 import traceback
-from contextlib import suppress
 from io import TextIOWrapper
 from typing import Annotated
 
@@ -43,7 +42,7 @@ from distplat.cli.common_options import (
     is_json,
 )
 from distplat.cli.drive import flush_or_discard
-from distplat.cli.remote import Detached
+from distplat.cli.remote import Detached, say
 from distplat.cli.report import report
 from distplat.cli.running import scale
 from distplat.cli.schedule import schedule
@@ -265,7 +264,7 @@ def run(args: list[str]) -> int:
     except KeyboardInterrupt:
         return 130
     except SystemExit as leaving:  # a strategy's file, a plug-in: nothing of ours does that
-        _complain(f"error: code that was loaded called sys.exit({leaving.code})")
+        say(f"error: code that was loaded called sys.exit({leaving.code})")
         return 1
     except Exception as error:
         if "--debug" in args:
@@ -277,36 +276,31 @@ def _report(error: Exception) -> int:
     """Say what went wrong; give the exit code."""
     if isinstance(error, SpecError):
         for problem in error.problems:
-            _complain(f"error: {problem}")
+            say(f"error: {problem}")
         return error.exit_code
     if isinstance(error, UserCodeError):
         frames = f"{error.frames}\n\n" if error.frames else ""
-        _complain(f"{frames}error: {error.text}")
+        say(f"{frames}error: {error.text}")
         return error.exit_code
     if isinstance(error, DistplatError):
         before, _, last = str(error).rpartition("\n")
-        _complain(f"{before}\nerror: {last}".lstrip())
+        say(f"{before}\nerror: {last}".lstrip())
         return error.exit_code
     if isinstance(error, OSError) and error.errno == errno.EPIPE:
         return 141  # nobody reads any more, for example `distplat list | head -1`; no word about it
     if isinstance(error, OSError) and error.errno in _DISK_FULL and error.filename is None:
-        _complain(f"error: what is printed cannot be written: {error.strerror}")
+        say(f"error: what is printed cannot be written: {error.strerror}")
         return StorageError.exit_code
     if isinstance(error, MemoryError) or str(error).endswith(_NO_MEMORY):
-        _complain("error: this process gets no more memory or threads (see `ulimit -v` and `-u`)")
+        say("error: this process gets no more memory or threads (see `ulimit -v` and `-u`)")
         return InfrastructureError.exit_code
     show = getattr(error, "show", None)
     if show is not None:  # click's own, wherever this version of typer keeps its click
         show()
         return int(getattr(error, "exit_code", 2))
-    _complain(f"error inside distplat: {type(error).__name__}: {error}")
-    _complain("  hint: distplat --debug ... shows where; please report it")
+    say(f"error inside distplat: {type(error).__name__}: {error}")
+    say("  hint: distplat --debug ... shows where; please report it")
     return 70
-
-
-def _complain(text: str) -> None:
-    with suppress(OSError):  # nobody reads any more: the exit code says it all the same
-        print(printable(text), file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

@@ -184,8 +184,8 @@ def _read_lines(record: RunRecord, file: IO[bytes]) -> None:
         Resized: record.resizes,
         Saved: record.saved,
     }
-    thinned: dict[str, _Downsampled[Any]] = {"step": steps, "evaluation": evaluations}
-    for line in _skip_dropped(_lines(file), thinned):
+    downsampled: dict[str, _Downsampled[Any]] = {"step": steps, "evaluation": evaluations}
+    for line in _skip_dropped(_lines(file), downsampled):
         try:
             summary = _parse_line(json.loads(line))
         except _DAMAGE:
@@ -205,11 +205,13 @@ def _read_lines(record: RunRecord, file: IO[bytes]) -> None:
         record.notes.append(f"metrics.jsonl: {damaged} damaged lines are left out")
 
 
-def _skip_dropped(lines: Iterable[str], thinned: Mapping[str, _Downsampled[Any]]) -> Iterator[str]:
+def _skip_dropped(
+    lines: Iterable[str], downsampled: Mapping[str, _Downsampled[Any]]
+) -> Iterator[str]:
     """Leave out, unread, what would be dropped: reading all of millions of steps takes minutes."""
     dropped: dict[str, str] = {}
     for line in lines:
-        if (at := _NUMBERED.match(line)) and int(at[2]) % thinned[at[1]].every:
+        if (at := _NUMBERED.match(line)) and int(at[2]) % downsampled[at[1]].every:
             dropped[at[1]] = line
         else:
             yield line

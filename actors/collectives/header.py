@@ -159,11 +159,11 @@ def check_headers(group: str, rank: int, headers: Sequence[Header]) -> None:
     if len(counts) <= 1:
         return
     majority = counts.most_common(1)[0][0]
-    differing = tuple(offset for offset, head in enumerate(headers) if head != majority)
+    differing = tuple(peer for peer, head in enumerate(headers) if head != majority)
     show_numbers = len({head.number for head in headers}) > 1
     parts = []
     for kind in counts:
-        who = ranks_text([offset for offset, head in enumerate(headers) if head == kind])
+        who = ranks_text([peer for peer, head in enumerate(headers) if head == kind])
         parts.append(f"{who} in {kind}" + (f" (#{kind.number})" if show_numbers else ""))
     if len({h.operation for h in counts}) == 1 and len({h.digest for h in counts}) > 1:
         parts.append("the sizes of the ranks' parts differ, or their offsets")

@@ -104,7 +104,7 @@ def block_modules(
     ]
 
 
-def most_blocks(model: nn.Module) -> int:
+def number_of_blocks(model: nn.Module) -> int:
     """Give the number of blocks in a model's list; 0: it has none."""
     path_and_blocks = list_of_blocks(model)
     return len(path_and_blocks[1]) if path_and_blocks is not None else 0

@@ -11,7 +11,7 @@ from torch import Tensor, fx, nn
 
 from distplat.platform.errors import Problem, SpecError
 from distplat.strategies.algorithms.partition import bounds
-from distplat.strategies.model.block_layers import CallOrder, block_modules, most_blocks
+from distplat.strategies.model.block_layers import CallOrder, block_modules, number_of_blocks
 from distplat.strategies.model.model_call import ModelCall, changed_modes, torch_modes
 from distplat.strategies.model.module_hooks import called_hooks
 from distplat.strategies.model.trials import ModuleSnapshot, Runner
@@ -255,7 +255,7 @@ def found_layers(
         if layers is None:
             raise
         return layers
-    if len(traced) >= most_blocks(model):
+    if len(traced) >= number_of_blocks(model):
         return traced
     return layers_around_blocks(model, call or ModelCall(), order) or traced
 
