@@ -205,7 +205,8 @@ def make_strategy(job: Job) -> Strategy[Any]:
         problems.append(Problem(("failure", "spare_workers"), text, "remove it"))
     problems += strategy.own_loop_problems(job) if job.own_loop else strategy.problems(job)
     roles = strategy.roles(job)
-    problems += _batch_problems(job, roles)
+    if not job.own_loop:  # whose batches are its loaders'
+        problems += _batch_problems(job, roles)
     problems += [*_embedding_problems(job, roles), *_plateau_problems(job, roles)]
     if problems:
         raise SpecError(*problems)
