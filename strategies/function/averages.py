@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Set
 
 import torch
 from torch import Tensor, nn
@@ -19,14 +19,14 @@ class Averages(Exchange):
     Ranks average gradients in backward; each makes the same update.
 
     Args:
-        average_of: makes what averages a model's gradients; is given the model, its number, and
-            whether no other one comes with it.
+        average_of: makes what averages a model's gradients; is given the model, its number,
+            whether no other one comes with it, and the modules whose buffers are each rank's own.
         on_leave: called when this rank's function has returned.
     """
 
     def __init__(
         self,
-        average_of: Callable[[nn.Module, int, bool], GradientAverage],
+        average_of: Callable[[nn.Module, int, bool, Set[nn.Module]], GradientAverage],
         on_leave: Callable[[], None] = lambda: None,
     ) -> None:
         self._average_of, self._on_leave = average_of, on_leave
@@ -43,10 +43,9 @@ class Averages(Exchange):
         return (one for average in self._averages for one in average.flat.parameters)
 
     @override
-    def add(self, model: nn.Module, *, alone: bool, own_buffers: bool) -> None:
+    def add(self, model: nn.Module, *, alone: bool, own_buffers: Set[nn.Module]) -> None:
         grads = [(one, one.grad) for one in model.parameters()]  # the loop's, as ever
-        average = self._average_of(model, len(self._averages), alone)
-        average.own_buffers = own_buffers
+        average = self._average_of(model, len(self._averages), alone, own_buffers)
         self._averages.append(average)
         for one, grad in grads:
             one.grad = grad

@@ -59,7 +59,12 @@ from distplat.strategies.loop.gathering import Gathering
 from distplat.strategies.loop.loop import Progress
 from distplat.strategies.loop.seeding import seed_rank
 from distplat.strategies.loop.streams import is_stream
-from distplat.strategies.model.module_hooks import cut_elsewhere, passing_on
+from distplat.strategies.model.module_hooks import (
+    cut_elsewhere,
+    passing_on,
+    with_own_buffers,
+    wrappers_in,
+)
 from distplat.strategies.model.parameter_layout import is_finite
 from distplat.strategies.ports import LoopShards
 from distplat.strategies.state_tree import has_tensors, pack, unpack
@@ -194,12 +199,12 @@ class FunctionSession:
     def _prepare_model(self, given: nn.Module, *, alone: bool) -> nn.Module:
         wrapped = isinstance(given, nn.parallel.DistributedDataParallel)
         model = given.get_submodule("module") if wrapped else given
-        for one in given.modules():
-            if isinstance(one, nn.parallel.DistributedDataParallel):
-                passing_on(one, lambda on: self._exchange.enable(on, model))
-                self._kept_groups.append(one.process_group)
+        wrappers = wrappers_in(given)
+        self._kept_groups += [one.process_group for one in wrappers]
         if any(one is model for one in self._exchange.models):
             raise _refused("a model that it got before", "prepare each model once")
+        for one in wrappers:
+            passing_on(one, lambda on: self._exchange.enable(on, model))
         if cut := cut_elsewhere(model):
             hint = "give it the whole model; `hybrid` cuts that of a Task"
             raise _refused(f"a model of which each rank has a part, by {cut}", hint)
@@ -210,8 +215,7 @@ class FunctionSession:
             take_over([one for one in model.state_dict().values() if one.numel()], self.group)
             return given
         check_state(model, sent=False, named="a model that prepare() got")
-        own_buffers = wrapped and not given.broadcast_buffers
-        self._exchange.add(model, alone=alone, own_buffers=own_buffers)
+        self._exchange.add(model, alone=alone, own_buffers=with_own_buffers(wrappers))
         return given
 
     def _prepare_other(self, thing: Any) -> Any:
@@ -438,7 +442,9 @@ def _exchange_of(context: SessionContext, shards: LoopShards | None) -> Exchange
     if strategy.roles(context.job).consistency.asynchronous:
         return ServerUpdates(context, shards)
     servers = ServerSum(context, shards)
-    return Averages(lambda model, number, _: ServerAverage(model, servers, number), servers.leave)
+    return Averages(
+        lambda model, number, _, own: ServerAverage(model, servers, number, own), servers.leave
+    )
 
 
 def _number(name: str, value: Any) -> float:

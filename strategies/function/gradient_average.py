@@ -19,7 +19,7 @@ from __future__ import annotations
 import logging
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from dataclasses import dataclass
 
 import numpy as np
@@ -62,14 +62,14 @@ class Exchange(ABC):
         return (one for model in self.models for one in model.parameters())
 
     @abstractmethod
-    def add(self, model: nn.Module, *, alone: bool, own_buffers: bool) -> None:
+    def add(self, model: nn.Module, *, alone: bool, own_buffers: Set[nn.Module]) -> None:
         """
         Train a model; it is on its device.
 
         Args:
             model: has parameters to train.
             alone: whether no other one comes with it.
-            own_buffers: whether each rank keeps its own, once all have begun with rank 0's.
+            own_buffers: the modules in it whose buffers stay each rank's own, from the start.
         """
 
     def take(self, optimizer: Optimizer) -> None:
@@ -159,17 +159,22 @@ class GradientAverage(ABC):
         model: on its device; its parameters stay the same objects, in other memory.
         context: the run, as far as it is the same for all models.
         number: of the model, in the order of `prepare`.
+        own_buffers: see `Exchange.add`.
 
     Raises:
         SpecError: the ranks have different models, or one that cannot be trained so.
     """
 
-    def __init__(self, model: nn.Module, context: SessionContext, number: int) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        context: SessionContext,
+        number: int,
+        own_buffers: Set[nn.Module],
+    ) -> None:
         self.model, self.context, self._group = model, context, context.group
         self.enabled = True
         """Whether a backward averages; see `no_sync`."""
-        self.own_buffers = False
-        """Whether each rank keeps its buffers; see `Exchange.add`."""
         self.broken: NonFiniteError | None = None
         """Why no optimizer may apply the gradients as they are; see `note`."""
         self._first_broken: NonFiniteError | None = None
@@ -178,7 +183,7 @@ class GradientAverage(ABC):
         check_same_model(model, flat.digest(), self._group, flat.params.device)
         flat.begin_step()
         self._move_vectors()
-        self._holders = [one._buffers for one in model.modules()]
+        self._holders = [one._buffers for one in model.modules() if one not in own_buffers]
         frozen = [one.data for one in model.parameters() if not one.requires_grad and one.numel()]
         take_over([*flat.typed(flat.params), *frozen, *self._buffers()], self._group)
         every = (sys.maxsize,) * self._group.world  # forwards of a loop are those of all ranks
@@ -257,8 +262,7 @@ class GradientAverage(ABC):
 
     def finish(self) -> None:
         """Called when all gradients are handed out; the buffers follow."""
-        if not self.own_buffers:
-            take_over(self._buffers(), self._group)
+        take_over(self._buffers(), self._group)
         self._backwards += 1
         if self._backwards in (1, *_COMPARED):
             self._refuse_later_norms()
@@ -295,7 +299,7 @@ class GradientAverage(ABC):
         return self._backwards > 0
 
     def _buffers(self) -> list[Tensor]:
-        """Give the buffers that there are now: a forward may put others in their place."""
+        """Give the ranks' common buffers as of now: a forward may put others in their place."""
         every = (one for held in self._holders for one in held.values())
         return [one for one in every if one is not None and one.numel()]
 
@@ -333,6 +337,7 @@ class BucketAverage(GradientAverage):
         number: see there.
         alone: whether no other model comes with it. Of the first one that does buckets may leave
             while backward goes on; those of several would come in another order on each rank.
+        own_buffers: see `GradientAverage`.
         context: see there.
         options: of `ring`.
     """
@@ -342,10 +347,11 @@ class BucketAverage(GradientAverage):
         model: nn.Module,
         number: int,
         alone: bool,
+        own_buffers: Set[nn.Module],
         context: SessionContext,
         options: RingOptions,
     ) -> None:
-        super().__init__(model, context, number)
+        super().__init__(model, context, number, own_buffers)
         self._under_way = False
         self._reducer = BucketReducer(
             self.flat,

@@ -12,7 +12,7 @@ al., OSDI 2020), and each worker makes the update with its own optimizer. So wha
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 
 import numpy as np
 import torch
@@ -217,10 +217,17 @@ class ServerAverage(GradientAverage):
         model: see `GradientAverage`.
         servers: the way to them.
         number: see there.
+        own_buffers: see there.
     """
 
-    def __init__(self, model: nn.Module, servers: ServerSum, number: int) -> None:
-        super().__init__(model, servers.context, number)
+    def __init__(
+        self,
+        model: nn.Module,
+        servers: ServerSum,
+        number: int,
+        own_buffers: Set[nn.Module],
+    ) -> None:
+        super().__init__(model, servers.context, number, own_buffers)
         self._servers = servers
         servers.add(self)
 

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from typing import Any
 
@@ -84,14 +84,16 @@ class ServerUpdates(Exchange):
         return self._models
 
     @override
-    def add(self, model: nn.Module, *, alone: bool, own_buffers: bool) -> None:
+    def add(self, model: nn.Module, *, alone: bool, own_buffers: Set[nn.Module]) -> None:
         self._refuse_later("a model")
         why = "which waits for all ranks: here each goes at its own pace"
         refuse_sync_batch_norm(model, why, "use nn.BatchNorm, or `ring` or `ps-sync`")
         group, named = self._context.group, [*model.named_parameters()]
         facts = repr([(n, p.shape, p.dtype, p.requires_grad) for n, p in named])
         check_same_model(model, facts, group, named[0][1].device)
-        tensors = [one.data for one in [*model.parameters(), *model.buffers()] if one.numel()]
+        sharing = (one for one in model.modules() if one not in own_buffers)
+        buffers = (buffer for one in sharing for buffer in one.buffers(recurse=False))
+        tensors = [one.data for one in [*model.parameters(), *buffers] if one.numel()]
         take_over(tensors, group)
         self._models.append(model)
         self._trained |= {id(one): one.requires_grad for one in model.parameters()}

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import copyreg
 import logging
+import operator
 from abc import ABCMeta
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -121,16 +122,12 @@ class _PickledAsGiven(ABCMeta):
     """The type of a wrapper's class: pickle finds that by no name, and gets the user's instead."""
 
 
-def _class_given(kind: _PickledAsGiven) -> tuple[Callable[[type], type], tuple[type]]:
-    """Give what pickle makes of a wrapper's class; a copy keeps the class."""
-    return _itself, (kind.__bases__[-1],)
+def _class_given(kind: _PickledAsGiven) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+    """Give what pickle makes of a wrapper's class, without a name of ours; a copy keeps it."""
+    return operator.getitem, ((kind.__bases__[-1],), 0)
 
 
-def _itself(kind: type) -> type:
-    return kind
-
-
-copyreg.pickle(_PickledAsGiven, _class_given)  # type: ignore[arg-type]
+copyreg.pickle(_PickledAsGiven, _class_given)
 
 
 class _DDPInterface(DistributedDataParallel):
@@ -139,6 +136,11 @@ class _DDPInterface(DistributedDataParallel):
     _enable: Callable[[bool], None]
     _enabled = True
     _calling = False
+
+    # Off: it would send buffers in a forward, and average after the first backward. What the user
+    # has set stays in the wrapper's `__dict__`, for pickle.
+    require_forward_param_sync = property(lambda self: False, lambda self, on: None)
+    static_graph = property(lambda self: False, lambda self, on: None)
 
     @property
     def require_backward_grad_sync(self) -> bool:
@@ -188,14 +190,27 @@ def passing_on(wrapper: DistributedDataParallel, enable: Callable[[bool], None])
             "a communication hook of DistributedDataParallel is not called: the strategy sends the "
             "gradients, and `ring` has `compression`"
         )
-    wrapper.require_forward_param_sync = False
-    wrapper.static_graph = False  # it would average after the first backward all the same
     object.__setattr__(wrapper, "reducer", _Idle())
-    vars(wrapper).pop("require_backward_grad_sync")  # the class has it from here on
+    vars(wrapper).pop("require_backward_grad_sync", None)  # the class has it from here on
     kind = type(wrapper)
+    if issubclass(kind, _DDPInterface):  # a copy of a wrapper that passes on
+        kind = kind.__bases__[-1]
     members = {"_enable": staticmethod(enable)}  # of the class: the wrapper may be pickled
     meta: Any = _PickledAsGiven if type(kind) is ABCMeta else type(kind)
     wrapper.__class__ = meta(kind.__name__, (_DDPInterface, kind), members)
+
+
+def wrappers_in(model: nn.Module) -> list[DistributedDataParallel]:
+    """Give a model's wrappers: itself, below `torch.compile`, or of parts of it."""
+    return [one for one in model.modules() if isinstance(one, DistributedDataParallel)]
+
+
+def with_own_buffers(wrappers: Sequence[DistributedDataParallel]) -> set[nn.Module]:
+    """Give the modules whose buffers no wrapper around them broadcasts."""
+    own, broadcast = set[nn.Module](), set[nn.Module]()
+    for one in wrappers:
+        (broadcast if one.broadcast_buffers else own).update(one.modules())
+    return own - broadcast
 
 
 def _inside(module: nn.Module) -> nn.Module | None:

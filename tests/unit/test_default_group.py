@@ -1,8 +1,11 @@
 """What scripts of DistributedDataParallel's find in a train function; the rest is on Ray."""
 
+import copy
 import gc
+import pickletools
 import socket
 import weakref
+import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -243,40 +246,121 @@ def test_an_average_of_the_weights_may_copy_a_wrapper() -> None:
     call_on_ranks(train)
 
 
+def alone(wrapper: DistributedDataParallel) -> nn.Module:
+    return wrapper
+
+
+class BesideAnother(nn.Module):
+    """The wrapper is a part of the model; the other part's buffers are rank 0's."""
+
+    def __init__(self, wrapper: DistributedDataParallel) -> None:
+        super().__init__()
+        self.wrapper, self.other = wrapper, nn.BatchNorm1d(2, momentum=1.0)
+        self.other.running_mean = means_of(wrapper).clone()
+
+
+def means_of(module: Any) -> torch.Tensor:
+    found: torch.Tensor = getattr(module, "module", module).running_mean
+    return found
+
+
 @pytest.mark.usefixtures("_alone")
-@pytest.mark.parametrize("strategy", ["ring", "ps-sync"])
+@pytest.mark.filterwarnings("ignore:`broadcast_buffers` is deprecated")
 @pytest.mark.parametrize("own", [False, True])
-def test_a_wrapper_says_whether_ranks_have_one_set_of_buffers(own: bool, strategy: str) -> None:
+@pytest.mark.parametrize(
+    ("strategy", "around"),
+    [
+        ("ring", alone),
+        ("ring", BesideAnother),
+        ("ps-sync", BesideAnother),
+        ("ps-async", alone),
+    ],
+)
+def test_a_wrapper_says_whether_ranks_have_one_set_of_buffers(
+    strategy: str, around: Callable[[DistributedDataParallel], nn.Module], own: bool
+) -> None:
     dist.init_process_group("gloo")
 
     def train(config: Mapping[str, Any]) -> None:
         rank = distplat.get_context().get_world_rank()
         norm: Any = nn.BatchNorm1d(2, momentum=1.0)
         norm.running_mean += rank
-        model = DistributedDataParallel(norm, forward_sync_buffers=not own)
+        wrapper = DistributedDataParallel(norm, broadcast_buffers=not own)
+        model: Any = around(wrapper)
+        others = [model.other] if isinstance(model, BesideAnother) else []
         distplat.prepare(model)
-        assert norm.running_mean.tolist() == [0.0, 0.0]
-        backward(model(torch.full((2, 2), rank + 1.0)).square().mean())
-        mean = rank + 1.0 if own else 1.0
-        assert norm.running_mean.tolist() == [mean, mean]
+        first = float(rank) if own else 0.0
+        assert norm.running_mean.tolist() == [first, first]
+        assert [means_of(one).tolist() for one in others] == [[0.0, 0.0]] * len(others)
+        if strategy == "ps-async":  # where each rank goes on with its own in any case
+            return
+        inputs = torch.full((2, 2), rank + 1.0)
+        backward(sum(one(inputs).square().mean() for one in (wrapper, *others)))
+        after = rank + 1.0 if own else 1.0
+        assert norm.running_mean.tolist() == [after, after]
+        assert [means_of(one).tolist() for one in others] == [[1.0, 1.0]] * len(others)
 
     call_on_ranks(train, job=function_job(2, strategy=strategy))
 
 
 @pytest.mark.usefixtures("_alone")
-def test_a_wrapper_may_be_saved_whole(tmp_path: Path) -> None:
+def test_a_buffer_that_any_wrapper_around_it_broadcasts_is_rank_0s() -> None:
+    dist.init_process_group("gloo")
+
+    def train(config: Mapping[str, Any]) -> None:
+        rank = distplat.get_context().get_world_rank()
+        norm: Any = nn.BatchNorm1d(2)
+        norm.running_mean += rank
+        inner = DistributedDataParallel(norm, forward_sync_buffers=False)
+        distplat.prepare(DistributedDataParallel(nn.Sequential(inner)))
+        assert norm.running_mean.tolist() == [0.0, 0.0]
+
+    call_on_ranks(train, job=function_job(2))
+
+
+@pytest.mark.usefixtures("_alone")
+@pytest.mark.parametrize("static", [False, True])
+def test_a_wrapper_may_be_saved_whole(tmp_path: Path, static: bool) -> None:
     """As some of PyTorch's examples do."""
     dist.init_process_group("gloo")
 
     def train(config: Mapping[str, Any]) -> None:
-        model: Any = DistributedDataParallel(model_of())
+        norm = nn.BatchNorm1d(1).double()
+        wrapped = nn.Sequential(model_of(), norm)
+        model: Any = DistributedDataParallel(wrapped, static_graph=static)
         distplat.prepare(model)
         backward(model(torch.ones(2, 3, dtype=torch.float64)).mean())
         torch.save(model, tmp_path / "model.pt")
+        with zipfile.ZipFile(tmp_path / "model.pt") as file:
+            [pickled] = [file.read(name) for name in file.namelist() if name.endswith("/data.pkl")]
+        named = [str(value) for _, value, _ in pickletools.genops(pickled)]
+        assert not [one for one in named if "distplat" in one], "it is loaded without distplat, too"
         saved = torch.load(tmp_path / "model.pt", weights_only=False)
         assert type(saved) is DistributedDataParallel
-        assert saved.require_backward_grad_sync
-        assert torch.equal(saved.module.weight, model.module.weight)
+        assert saved.require_backward_grad_sync and saved.will_sync_module_buffers()  # type: ignore[no-untyped-call]
+        assert saved.static_graph is static
+        assert not model.require_forward_param_sync and not model.static_graph
+        assert torch.equal(saved.module[0].weight, model.module[0].weight)
+
+    call_on_ranks(train)
+
+
+@pytest.mark.usefixtures("_alone")
+@pytest.mark.parametrize("wrap", [lambda model: model, DistributedDataParallel])
+def test_a_model_is_prepared_once_and_its_copy_as_a_teacher(
+    wrap: Callable[[nn.Module], nn.Module],
+) -> None:
+    dist.init_process_group("gloo")
+
+    def train(config: Mapping[str, Any]) -> None:
+        model = distplat.prepare(wrap(model_of()))
+        teacher = copy.deepcopy(model).requires_grad_(False)
+        assert distplat.prepare(teacher) is teacher
+        with pytest.raises(SpecError, match="prepare each model once"):
+            distplat.prepare(model)
+        inputs = torch.ones(2, 3, dtype=torch.float64)
+        backward((model(inputs) - teacher(inputs) + 1).square().mean())
+        assert all(one.grad is not None for one in model.parameters())
 
     call_on_ranks(train)
 
