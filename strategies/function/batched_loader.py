@@ -13,7 +13,12 @@ from typing import Any
 from torch.utils.data import DataLoader, DistributedSampler
 from typing_extensions import override
 
-from distplat.strategies.function.dealt_sampler import DealtBatches, RankSampler, dealer_in
+from distplat.strategies.function.dealt_sampler import (
+    DealtBatches,
+    RankSampler,
+    check_ends,
+    dealer_in,
+)
 from distplat.strategies.function.sharded_loader import NumberedLoader
 from distplat.strategies.loop.streams import length_of
 
@@ -30,7 +35,7 @@ class BatchedLoader(NumberedLoader):
     @property
     @override
     def batch_sampler(self) -> DistributedSampler[Any]:
-        """What gives this rank's batches; has `set_epoch`."""
+        """What gives this rank's batches; has `set_epoch`, and so has its `sampler`."""
         return self.sampler
 
     @override
@@ -39,8 +44,10 @@ class BatchedLoader(NumberedLoader):
         rank, world, seed = self._cut
         if (dealer := dealer_in(given, rank, world)) is not None:
             return RankSampler(given, dealer)
+        samples = length_of(self.dataset)
+        check_ends(given, samples, self.counted)
         drops = bool(getattr(given, "drop_last", False))
-        return DealtBatches(given, length_of(self.dataset), rank, world, seed, drop_last=drops)
+        return DealtBatches(given, samples, rank, world, seed, drop_last=drops)
 
     @override
     def _batches_of(self, loader: DataLoader[Any]) -> Any:

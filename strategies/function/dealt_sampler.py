@@ -140,6 +140,11 @@ class DealtBatches(DealtSampler):
         self._samples = samples
         super().__init__(given, rank, world, seed, drop_last=drop_last)
 
+    @property
+    def sampler(self) -> DealtBatches:
+        """What a loop tells the epoch, as it tells that of torch's `BatchSampler`."""
+        return self
+
     @override
     def __len__(self) -> int:
         if self._of_epoch != self.epoch:  # as of a schedule that is made before the pass
@@ -186,6 +191,11 @@ class RankSampler(DistributedSampler[Any]):
         super().__init__(made, dealer.num_replicas, dealer.rank, shuffle=False)
         self.epoch = epoch_of(given)
 
+    @property
+    def sampler(self) -> RankSampler:
+        """See `DealtBatches`."""
+        return self
+
     @override
     def __iter__(self) -> Iterator[Any]:
         yield from self.given  # asked when the first one is: loaders ask for an iterator twice
@@ -229,7 +239,7 @@ class OwnEpoch(int):
     """An epoch that a loader tells a sampler: if a loop tells it the same number, that is seen."""
 
 
-def check_ends(given: Any, samples: int | None) -> None:
+def check_ends(given: Any, samples: int | None, counted: str) -> None:
     """
     See that a sampler's order is that of a pass, as every rank draws the whole of it at once.
 
@@ -238,14 +248,16 @@ def check_ends(given: Any, samples: int | None) -> None:
     Args:
         given: the user's.
         samples: of the data set; None: it does not say.
+        counted: what the sampler gives, samples or batches.
 
     Raises:
         SpecError: it is that of many passes; says what to do.
     """
     length = length_of(given)
-    if samples is None or length is None or length <= max(_LONG, _MANY * samples):
+    if length is None or length <= max(_LONG, _MANY * (samples or 0)):
         return
-    text = f"{type(given).__name__}, which gives {length} samples in a pass over {samples}"
+    over = "" if samples is None else f" over {samples} samples"
+    text = f"{type(given).__name__}, which gives {length} {counted} in a pass{over}"
     hint = (
         "give it the num_samples of one pass, and have the loop begin the next one when a pass is "
         "over; or leave the loader out of prepare(), if each rank draws samples of its own"

@@ -263,7 +263,7 @@ class NumberedLoader(ShardedLoader):
     def batch_sampler(self) -> Any:
         """Of this rank; a loop may tell its `sampler` the epoch."""
         given = batches_of(self._given)
-        return BatchSampler(self.sampler, given.batch_size, given.drop_last)
+        return RankBatches(self.sampler, given.batch_size, given.drop_last)
 
     @override
     def batches_of_pass(self) -> int:
@@ -375,6 +375,22 @@ class Collate:
         return sendable(self._collate(samples))
 
 
+class RankBatches(BatchSampler):
+    """
+    What a prepared loader shows of its batches; what it reads is made of another object.
+
+    Raises:
+        AttributeError: it is to be changed.
+    """
+
+    @override
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in vars(self):
+            text = f"the {name} of a prepared DataLoader's batch_sampler cannot be set"
+            raise AttributeError(f"{text}: prepare a DataLoader that has this {name}")
+        super().__setattr__(name, value)
+
+
 class RestOfOrder(Sampler[Any]):
     """A sampler's order without the first samples."""
 
@@ -419,7 +435,7 @@ def _sampler_of(loader: DataLoader[Any], cut: Cut) -> DistributedSampler[Any]:
     plain = type(given) is SequentialSampler
     shuffled = type(given) is RandomSampler and not given.replacement
     if not (plain or shuffled) or len(given) != len(loader.dataset):  # type: ignore[arg-type]
-        check_ends(given, length_of(loader.dataset))
+        check_ends(given, length_of(loader.dataset), "samples")
         return DealtSampler(given, cut.rank, cut.world, cut.seed, drop_last=batches.drop_last)
     return DistributedSampler(
         loader.dataset,

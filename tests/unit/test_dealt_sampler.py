@@ -9,7 +9,9 @@ import torch
 from function_ranks import call_on_ranks, function_job
 from torch import Tensor, nn
 from torch.utils.data import (
+    BatchSampler,
     DataLoader,
+    Dataset,
     RandomSampler,
     Sampler,
     SequentialSampler,
@@ -196,6 +198,46 @@ def drawn() -> Any:
 def test_what_gives_no_order_is_refused(made: Callable[[], Any], message: str) -> None:
     def train(config: Mapping[str, Any]) -> None:
         distplat.prepare(DataLoader(data(), 2, sampler=made()))
+
+    with pytest.raises(SpecError, match=message):
+        call_on_ranks(train, 1)
+
+
+class OwnBatches(BatchSampler):
+    pass
+
+
+class Unsized(Dataset[int]):
+    def __getitem__(self, index: int) -> int:
+        return index
+
+
+@pytest.mark.parametrize(
+    ("made", "message"),
+    [
+        (
+            lambda: DataLoader(data(), batch_sampler=OwnBatches(Long(), 2, drop_last=False)),
+            "OwnBatches, which gives 5000000000 batches in a pass over 22 samples",
+        ),
+        (
+            lambda: DataLoader(data(), None, sampler=OwnBatches(Long(), 2, drop_last=False)),
+            "OwnBatches, which gives 5000000000 batches in a pass over 22 samples",
+        ),
+        (
+            lambda: DataLoader(Unsized(), 2, sampler=Long()),
+            "Long, which gives 10000000000 samples in a pass\n",
+        ),
+        (
+            lambda: DataLoader(Unsized(), batch_sampler=OwnBatches(Long(), 2, drop_last=False)),
+            "OwnBatches, which gives 5000000000 batches in a pass\n",
+        ),
+    ],
+)
+def test_batches_of_many_passes_are_refused_before_they_are_drawn(
+    made: Callable[[], DataLoader[Any]], message: str
+) -> None:
+    def train(config: Mapping[str, Any]) -> None:
+        distplat.prepare(made())
 
     with pytest.raises(SpecError, match=message):
         call_on_ranks(train, 1)

@@ -274,13 +274,20 @@ def test_a_prepared_loader_tells_what_the_given_one_does() -> None:
     call_on_ranks(train, 1)
 
 
-@pytest.mark.parametrize("own", [False, True])
-def test_a_loop_may_tell_the_sampler_of_the_batch_sampler_the_epoch(own: bool) -> None:
+class OwnBatches(BatchSampler):
+    pass
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+@pytest.mark.parametrize("kind", [None, BatchSampler, OwnBatches])
+def test_a_loop_may_tell_the_sampler_of_the_batch_sampler_the_epoch(
+    kind: type[BatchSampler] | None, parts: int
+) -> None:
     def train(config: Mapping[str, Any]) -> None:
-        rank = distplat.get_context().get_world_rank()
-        sampler: DistributedSampler[int] = DistributedSampler(Odd(), 2, rank, drop_last=True)
-        batches = BatchSampler(sampler, 2, drop_last=True)
-        given: Any = {"batch_sampler": batches} if own else {"batch_size": 2, "shuffle": True}
+        rank = distplat.get_context().get_world_rank() if parts > 1 else 0
+        sampler: DistributedSampler[int] = DistributedSampler(Odd(), parts, rank, drop_last=True)
+        batches = kind(sampler, 2, drop_last=True) if kind is not None else None
+        given: Any = {"batch_sampler": batches} if batches else {"batch_size": 2, "shuffle": True}
         loader = distplat.prepare(DataLoader(Odd(), **given))
         orders: list[list[Any]] = []
         for epoch in (1, 0, 1):
@@ -292,6 +299,16 @@ def test_a_loop_may_tell_the_sampler_of_the_batch_sampler_the_epoch(own: bool) -
         assert orders[0] == orders[2] != orders[1]
 
     call_on_ranks(train, 2)
+
+
+@pytest.mark.parametrize("name", ["batch_size", "drop_last", "sampler"])
+def test_what_a_prepared_loader_shows_of_its_batches_is_not_set(name: str) -> None:
+    def train(config: Mapping[str, Any]) -> None:
+        loader = distplat.prepare(DataLoader(Odd(), 2))
+        with pytest.raises(AttributeError, match=f"the {name} of .* cannot be set: prepare a"):
+            setattr(loader.batch_sampler, name, 3)
+
+    call_on_ranks(train, 1)
 
 
 class Doubling(DataLoader[Any]):
