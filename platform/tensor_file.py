@@ -110,8 +110,11 @@ def _views(
     """Give each tensor its bytes, which lie one behind the other; see `decode`."""
     tensors, end = dict[str, RawTensor](), 0
     for start, stop, name in bounds:
-        dtype, shape = _NAMES[header[name]["dtype"]], tuple(header[name]["shape"])
-        if not all(type(size) is int and size >= 0 for size in (start, stop, *shape)):
+        dtype, sizes = _NAMES[header[name]["dtype"]], header[name]["shape"]
+        shape = tuple(sizes)
+        if type(sizes) is not list or not all(
+            type(size) is int and size >= 0 for size in (start, stop, *shape)
+        ):
             raise ValueError(f"{name!r} has no shape")
         if start != end or stop - start != math.prod(shape) * ITEM_BYTES[dtype]:
             raise ValueError(f"{name!r} has bytes {start} to {stop}, and {shape} of {dtype}")

@@ -179,6 +179,10 @@ def test_what_the_library_writes_is_read() -> None:
         b'{"w":{"dtype":"F32"}}',
         b'{"w":{"dtype":"F32","shape":[2.0],"data_offsets":[0,8]}}',
         b'{"w":{"dtype":"F32","shape":[-1,-2],"data_offsets":[0,8]}}',
+        b'{"w":{"dtype":"F64","shape":"","data_offsets":[0,8]}}',
+        b'{"w":{"dtype":"F64","shape":{},"data_offsets":[0,8]}}',
+        b'{"w":{"dtype":"F64","shape":null,"data_offsets":[0,8]}}',
+        b'{"w":{"dtype":"F64","shape":[],"data_offsets":{"0":0,"8":8}}}',
         b'{"w":{"dtype":"F32","shape":[1],"data_offsets":[0,4]},'
         b'"v":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}',
         b'{"w":{"dtype":"F32","shape":[1],"data_offsets":[4,8]}}',
