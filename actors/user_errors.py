@@ -91,6 +91,10 @@ _SPAWN = (
     "`mp.spawn(main, args=(world,), nprocs=world)` it calls `main(rank, world)`, with "
     "get_world_rank() and get_world_size() of distplat.get_context(): docs/from/ddp.md"
 )
+_SPAWNED = "terminated with the following error"
+"""Of `mp.spawn`, before the traceback of its process."""
+_OF_A_RANK = "/torch/distributed/", "this is not the thread of a train function"
+"""What that traceback has where the process was to be a rank, and not to prepare data, say."""
 _COMMAND_LINE = (
     "a worker has the command line of a script in the job, `task: train.py --lr 0.1`, or none: "
     "a train function gets the job's `task_args` as `config`, a task as arguments"
@@ -101,7 +105,6 @@ _LOST_PEER = (
 )
 """How torch says, in an operation of a group, that another rank is gone or does not come."""
 _REMEDIES = (
-    ("terminated with the following error", _SPAWN),  # first: what follows is a message as well
     ("Default process group has not been initialized", _GROUP),
     ("using env:// rendezvous", _GROUP),
     *((f"'{name}'", _GROUP) for name in ALONE),
@@ -371,6 +374,9 @@ def _remedy(error: BaseException, *, own_loop: bool) -> str:
     if any(part in text for part in _SHARED_MEMORY) or _ended_by(signal.SIGBUS, error):
         return _more_shared_memory(own_loop=own_loop)
     found = next((remedy for part, remedy in _REMEDIES if part in text), "")
+    if own_loop and _SPAWNED in text:
+        is_rank = found == _GROUP or any(part in text for part in _OF_A_RANK)
+        found = _SPAWN if is_rank else found
     return _OF_OWN_LOOP.get(found, found) if own_loop else found
 
 

@@ -29,6 +29,7 @@ from distplat.actors.training import search_path
 from distplat.actors.user_errors import as_user_error, killed_loader, lost_peer
 from distplat.platform.errors import SpecError, UserCodeError
 from distplat.strategies import torch_compat
+from distplat.strategies.function import api
 from distplat.strategies.loop.batches import SampleRun, Samples
 from distplat.strategies.loop.session import prepare
 from distplat.strategies.task import Task
@@ -493,15 +494,9 @@ def part_of_a_vector() -> None:
     save_model(model, "nowhere")
 
 
-def spawned() -> None:
-    text = "\n\n-- Process 0 terminated with the following error:\nKeyError: 'LOCAL_RANK'\n"
-    raise ProcessRaisedException(text, 0, 7)
-
-
 @pytest.mark.parametrize(
     ("fail", "remedy"),
     [
-        (spawned, "in place of `mp.spawn"),
         (invalid_device, "distplat.get_context().device"),
         (part_of_a_vector, "safe_serialization=False"),
     ],
@@ -510,6 +505,36 @@ def test_what_is_otherwise_under_torchrun_has_its_remedy(
     fail: Callable[[], None], remedy: str
 ) -> None:
     assert remedy in caught(fail).remedy
+
+
+def outside_of_a_run() -> str:
+    with pytest.raises(SpecError) as refused:
+        api.get_context()
+    return str(refused.value)
+
+
+SPAWN = "in place of `mp.spawn"
+OF_GROUP = 'File "/opt/torch/distributed/rendezvous.py", line 1, in f\nOSError: address in use'
+
+
+@pytest.mark.parametrize(
+    ("inner", "own_loop", "remedy"),
+    [
+        (lambda: "KeyError: 'LOCAL_RANK'", True, SPAWN),
+        (lambda: OF_GROUP, True, SPAWN),
+        (outside_of_a_run, True, SPAWN),
+        (lambda: "RuntimeError: CUDA out of memory", True, "a smaller `batch_size`"),
+        (lambda: "RuntimeError: CUDA out of memory", False, "raise `gradient_accumulation`"),
+        (lambda: "KeyError: 'LOCAL_RANK'", False, "torch.distributed has no group"),
+        (lambda: "ValueError: a file is damaged", True, ""),
+    ],
+)
+def test_an_error_in_a_spawned_process_has_the_remedy_of_what_it_did(
+    inner: Callable[[], str], own_loop: bool, remedy: str
+) -> None:
+    text = f"\n\n-- Process 0 terminated with the following error:\n{inner()}\n"
+    error = as_user_error(ProcessRaisedException(text, 0, 7), 0, 3, own_loop=own_loop)
+    assert remedy in error.remedy and bool(error.remedy) is bool(remedy)
 
 
 def test_a_worker_has_no_command_line(monkeypatch: pytest.MonkeyPatch) -> None:
