@@ -52,6 +52,8 @@ KEPT = (
 """What a prepared loader has of the user's, whatever its data."""
 _SHOWN = (*KEPT, "collate_fn", "drop_last")
 """What it tells of the user's, as it would itself."""
+_FIXED = ("dataset", "batch_size", "sampler", "drop_last", "persistent_workers")
+"""What torch's DataLoader refuses to have set as well."""
 
 
 class Cut(NamedTuple):
@@ -124,6 +126,13 @@ class ShardedLoader(ABC):
         if name in _SHOWN:
             return getattr(self._given, name)
         raise AttributeError(f"a prepared DataLoader has no {name!r}", name=name, obj=self)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Refuse what would change no batch, but the position in the data, for one."""
+        if name in _FIXED and (name in vars(self) or name in _SHOWN):
+            text = f"the {name} of a prepared DataLoader cannot be set"
+            raise ValueError(f"{text}: prepare a DataLoader that has this {name}")
+        super().__setattr__(name, value)
 
     def __len__(self) -> int:
         """

@@ -307,6 +307,8 @@ def test_what_a_prepared_loader_shows_of_its_batches_is_not_set(name: str) -> No
         loader = distplat.prepare(DataLoader(Odd(), 2))
         with pytest.raises(AttributeError, match=f"the {name} of .* cannot be set: prepare a"):
             setattr(loader.batch_sampler, name, 3)
+        with pytest.raises(ValueError, match=f"the {name} of a prepared .* cannot be set"):
+            setattr(loader, name, 3)  # as torch's
 
     call_on_ranks(train, 1)
 
