@@ -96,6 +96,14 @@ class Collective(Protocol):
     def start_all_reduce(self, tensor: Tensor, op: ReduceOp = ReduceOp.SUM) -> Handle:
         """Begin an all-reduce and go on; `tensor` is not to be touched until the handle is done."""
 
+    @property
+    def start_waits(self) -> bool:
+        """
+        Whether the next operation's start may wait until the other ranks have started theirs.
+
+        Ranks may be told different things at a moment: it depends on what they have started so far.
+        """
+
     def reduce_scatter(
         self, output: Tensor, inputs: Sequence[Tensor], op: ReduceOp = ReduceOp.SUM
     ) -> None:

@@ -90,7 +90,7 @@ class Fabric:
                 return mailbox.get(timeout=min(_SLICE_S, self.timeout_s))
         return None
 
-    def rendezvous(
+    def start(
         self,
         group: str,
         operation: str,
@@ -98,13 +98,13 @@ class Fabric:
         ranks: Sequence[int],
         me: int,
         gift: Tensor | None,
-    ) -> list[Tensor | None]:
+    ) -> Callable[[], list[Tensor | None]]:
         """
-        Leave `gift`, wait for all ranks of the group, and give everybody's gifts in rank order.
+        Leave `gift`; give what waits for all ranks of the group, for their gifts in rank order.
 
         Raises:
-            CollectiveError: somebody did not come in time, or this rank was killed.
-            MismatchError: somebody came with another operation.
+            CollectiveError: this rank was killed, or, when waited for, somebody is late.
+            MismatchError: when waited for: somebody came with another operation.
         """
         after, prefix = self._dead_after.get(me, (number + 1, ""))
         if after <= number and group.rpartition("/")[2].startswith(prefix):
@@ -116,6 +116,17 @@ class Fabric:
             if len(round_) == len(ranks):
                 del self._rounds[group, number]  # the others have `met` in hand
             self._changed.notify_all()
+        return partial(self._wait, group, operation, number, ranks, round_)
+
+    def _wait(
+        self,
+        group: str,
+        operation: str,
+        number: int,
+        ranks: Sequence[int],
+        round_: dict[int, tuple[str, Tensor | None]],
+    ) -> list[Tensor | None]:
+        with self._changed:
             complete_or_over = partial(self._over, round_, len(ranks))
             self._changed.wait_for(complete_or_over, self.timeout_s)
             if len(round_) < len(ranks):
@@ -151,6 +162,13 @@ class _Done:
         """Return at once."""
 
 
+class _Started:
+    """A handle whose operation ends when it is waited for."""
+
+    def __init__(self, wait: Callable[[], None]) -> None:
+        self.wait = wait
+
+
 class InMemoryCollective(Collective):
     """One rank's end of a group (see `Collective`)."""
 
@@ -174,12 +192,15 @@ class InMemoryCollective(Collective):
         """Ranks in the group."""
         return len(self._members)
 
-    def _rendezvous(self, operation: str, gift: Tensor | None) -> list[Tensor]:
+    def _start(self, operation: str, gift: Tensor | None) -> Callable[[], list[Tensor]]:
         number, self._number = self._number, self._number + 1
         # A copy: the giver may go on and write into its tensor while others still read.
         copy = None if gift is None else gift.clone()
-        sent = self._fabric.rendezvous(self._name, operation, number, self._members, self._me, copy)
-        return [gift for gift in sent if gift is not None]
+        wait = self._fabric.start(self._name, operation, number, self._members, self._me, copy)
+        return lambda: [gift for gift in wait() if gift is not None]
+
+    def _rendezvous(self, operation: str, gift: Tensor | None) -> list[Tensor]:
+        return self._start(operation, gift)()
 
     @override
     def share(self, like: Tensor) -> Tensor:
@@ -193,15 +214,27 @@ class InMemoryCollective(Collective):
     @override
     def all_reduce(self, tensor: Tensor, op: ReduceOp = ReduceOp.SUM) -> None:
         """Counted as the ring does it."""
-        _combine(self._rendezvous("all_reduce", tensor), op, tensor)
-        sent, received = traffic_elements(tensor.numel(), self.rank, self.world)
-        self._count(sent * tensor.itemsize, received * tensor.itemsize)
+        self._start_all_reduce(tensor, op)()
+
+    @property
+    @override
+    def start_waits(self) -> bool:
+        return False
 
     @override
     def start_all_reduce(self, tensor: Tensor, op: ReduceOp = ReduceOp.SUM) -> Handle:
-        """Nothing overlaps in memory: it is over when it returns."""
-        self.all_reduce(tensor, op)
-        return _Done()
+        """Who waits for it adds."""
+        return _Started(self._start_all_reduce(tensor, op))
+
+    def _start_all_reduce(self, tensor: Tensor, op: ReduceOp) -> Callable[[], None]:
+        gifts = self._start("all_reduce", tensor)
+
+        def wait() -> None:
+            _combine(gifts(), op, tensor)
+            sent, received = traffic_elements(tensor.numel(), self.rank, self.world)
+            self._count(sent * tensor.itemsize, received * tensor.itemsize)
+
+        return wait
 
     @override
     def reduce_scatter(

@@ -93,7 +93,7 @@ class RingWorker(WorkerStrategy[RingOptions]):
     def last_backward(self) -> None:
         """Let each bucket go as soon as its last gradient is there."""
         assert self._reducer is not None, "setup() comes first"
-        # To begin an operation may wait for all ranks, as gloo's first ones do, and ranks with
+        # NCCL wants operations of several communicators in one order on all ranks, and ranks with
         # fewer micro-batches come to the buckets after the others' last backward only.
         if not self._state.ranks_wait:
             self._reducer.last_backward()

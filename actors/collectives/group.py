@@ -41,6 +41,11 @@ class CollectiveGroup(ABC):
         """Combine in place."""
         self.start_all_reduce(tensor, op).wait()
 
+    @property
+    def start_waits(self) -> bool:
+        """See `Collective`."""
+        return False
+
     @abstractmethod
     def start_all_reduce(self, tensor: Tensor, op: ReduceOp = ReduceOp.SUM) -> Work:
         """Begin to combine in place; any number may be under way."""

@@ -102,6 +102,11 @@ class HierarchicalGroup(TorchGroup):
         """Combine in place."""
         self._queue.run(partial(self._all_reduce, tensor, op))
 
+    @property
+    def start_waits(self) -> bool:
+        """The group's thread waits, not the caller."""
+        return False
+
     def start_all_reduce(self, tensor: Tensor, op: ReduceOp = ReduceOp.SUM) -> Work:
         """Begin to combine in place; the group's thread does it."""
         return self._queue.submit(partial(self._all_reduce, tensor, op))

@@ -74,8 +74,13 @@ class TorchGroup(CollectiveGroup):
             self._store.client, self.rank, self.world, lambda: self._begun, self._on_beat
         )
 
+    @property
+    def start_waits(self) -> bool:
+        """The first operations wait for the others' headers."""
+        return self._is_compared(self._begun + 1)
+
     def start_all_reduce(self, tensor: Tensor, op: ReduceOp = ReduceOp.SUM) -> Work:
-        """Begin to combine in place; the first ones wait for the others' headers."""
+        """Begin to combine in place; see `start_waits`."""
         sent, received = traffic_elements(tensor.numel(), self.rank, self.world)
         return self._start(
             header("all_reduce", [tensor], op),
@@ -280,9 +285,13 @@ class TorchGroup(CollectiveGroup):
             self._begun += 1
             number = self._begun
             self._refuse_if_broken(head.name, number)
-            if self.world > 1 and (self.settings.debug or number <= COMPARED):
+            if self._is_compared(number):
                 self._compare(head._replace(number=number))
             return number
+
+    def _is_compared(self, number: int) -> bool:
+        """Say whether an operation of all ranks begins by comparing headers."""
+        return self.world > 1 and (self.settings.debug or number <= COMPARED)
 
     def _compare(self, head: Header) -> None:
         table = torch.empty(self.world * LENGTH, dtype=torch.int64)

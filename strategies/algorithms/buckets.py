@@ -78,8 +78,14 @@ class Release:
         self._held = set(self.order)  #: buckets that leave at the end of backward only
         self.begin()
 
-    def begin(self) -> None:
-        """Expect the gradients of another backward."""
+    def begin(self, *, early: bool = True) -> None:
+        """
+        Expect the gradients of another backward.
+
+        Args:
+            early: whether buckets may leave before its end.
+        """
+        self._early = early
         self._open = [len(some) for some in self._members]
         self._seen: set[int] = set()
         self._again: set[int] = set()  #: buckets of which a gradient came more than once
@@ -106,6 +112,8 @@ class Release:
             return []
         self._seen.add(parameter)
         self._open[number] -= 1
+        if not self._early:
+            return []
         return self._next(lambda one: self._open[one] == 0 and one not in self._held)
 
     def rest(self) -> list[int]:

@@ -212,7 +212,7 @@ class BucketReducer(Reducer):
         if not self._alone:
             if not self._begun:
                 self._begin()
-            # To begin an operation may wait for all ranks, as gloo's first ones do, and ranks
+            # NCCL wants operations of several communicators in one order on all ranks, and ranks
             # without samples come to the buckets after the last call of `all_gather` only.
             self._listening = not idle_ranks_wait()
 
@@ -286,7 +286,9 @@ class BucketReducer(Reducer):
     def _begin(self) -> None:
         self._meter.begin()
         self._begun = True
-        self._release.begin()
+        # No hook may wait for the other ranks: one that does not reach a bucket's parameters sends
+        # it in `finish`, and may need this rank in the backward of a layer before.
+        self._release.begin(early=not self._collective.start_waits)
         self._overlap.begin()
         if self._wire is not None:
             self._wire.begin()

@@ -128,6 +128,9 @@ class Member:
             case "recv":
                 self.group.recv(tensor, other)
 
+    def start_waits(self) -> bool:
+        return self.group.start_waits
+
     def repeat(self, operation: str, times: int) -> None:
         for _ in range(times):
             self.act(operation)

@@ -206,6 +206,7 @@ def test_debug_compares_every_operation(members: Take) -> None:
     actors = members(2)
     join(actors, "debug", "gloo", True)
     everybody(actors, "repeat", "all_reduce", 30)
+    assert ray.get([a.start_waits.remote() for a in actors], timeout=60) == [True, True]
     calls = [a.act.remote("all_reduce", 7 + rank) for rank, a in enumerate(actors)]
     for call in calls:
         with pytest.raises(MismatchError, match="7 float32"):

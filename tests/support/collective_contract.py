@@ -67,6 +67,22 @@ def check_start_all_reduce(group: Collective, op: ReduceOp) -> None:
     torch.testing.assert_close(second, combined(parts[1:], op))
 
 
+def check_starts_that_do_not_wait(group: Collective) -> None:
+    """Where the group says that a start waits for nobody, rank 1 may need what comes behind it."""
+    for _ in range(30):
+        if group.start_waits:  # at the same place on all ranks
+            group.all_reduce(torch.ones(1))
+    assert not group.start_waits
+    tensor, news = part_of(group.rank), torch.zeros(7)
+    if group.rank == 1:
+        group.recv(news, 0)
+    handle = group.start_all_reduce(tensor)
+    if group.rank == 0:
+        group.send(news, 1)
+    handle.wait()
+    assert torch.equal(tensor, combined(all_parts(group, (7,), torch.float32), ReduceOp.SUM))
+
+
 def check_reduce_scatter(group: Collective, op: ReduceOp) -> None:
     """Rank r ends with the combination of everybody's r-th input; inputs stay as they are."""
     for shape, dtype in kinds(op):
@@ -199,6 +215,7 @@ CHECKS: dict[str, Check] = {
     "all_reduce-same-bits": check_all_reduce_same_bits,
     "all_reduce-view": check_all_reduce_of_a_view,
     **{f"start_all_reduce-{op}": partial(check_start_all_reduce, op=op) for op in ReduceOp},
+    "starts_that_do_not_wait": check_starts_that_do_not_wait,
     **{f"reduce_scatter-{op}": partial(check_reduce_scatter, op=op) for op in ReduceOp},
     "all_gather": check_all_gather,
     **PART_CHECKS,

@@ -34,6 +34,8 @@ class Recorder:
         """All-reduces of other tensors: of control records."""
         self.broken = False
         """Set it, and every operation fails."""
+        self.start_waits = False
+        """What the group says of its next start."""
         self.traffic = Traffic()
 
     def start_all_reduce(self, tensor: Tensor, op: ReduceOp = ReduceOp.SUM) -> Handle:

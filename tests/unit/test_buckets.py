@@ -73,6 +73,18 @@ def test_the_order_of_use_is_learned_in_the_first_step() -> None:
         assert rig.step() == ([LAST, MIDDLE, FIRST], [])
 
 
+def test_while_a_start_waits_for_other_ranks_all_leave_at_the_end() -> None:
+    """In the order that they will have: it is learned meanwhile."""
+    rig = Rig(Odd())
+    rig.group.start_waits = True
+    assert rig.step() == ([], [MIDDLE, FIRST, LAST])
+    for _ in range(2):
+        assert rig.step() == ([], [LAST, MIDDLE, FIRST])
+    rig.group.start_waits = False
+    for _ in range(2):
+        assert rig.step() == ([LAST, MIDDLE, FIRST], [])
+
+
 def test_without_overlap_all_leave_at_the_end() -> None:
     rig = Rig(Odd(), overlap=False)
     for _ in range(2):

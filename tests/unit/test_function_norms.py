@@ -5,9 +5,10 @@ from typing import Any
 
 import pytest
 import torch
+from blocking_starts import block_starts
 from function_ranks import call_on_ranks, function_job
 from plain_functions import data_of, model_of
-from torch import nn
+from torch import Tensor, nn
 from torch.autograd import backward
 
 import distplat
@@ -45,6 +46,44 @@ def test_synchronized_batch_norm_is_over_all_ranks(world: int, momentum: float |
         assert found.keys() == expected.keys()
         for name, value in expected.items():
             assert torch.allclose(found[name], value, rtol=1e-10, atol=1e-12), name
+
+
+class Branching(nn.Module):
+    """On rank 1 it does not reach `extra` in the second step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm = nn.Linear(3, 4).double(), nn.SyncBatchNorm(4).double()
+        self.out, self.extra = (nn.Linear(4, 4).double() for _ in range(2))
+
+    def forward(self, x: Tensor, extra: bool) -> Tensor:
+        y: Tensor = self.out(torch.relu(self.norm(self.first(x))))
+        return y + self.extra(y) if extra else y
+
+
+def test_a_parameter_that_one_rank_does_not_reach(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its bucket is complete on the other rank, whose hook may not wait: the layer needs both."""
+    initial = Branching()
+
+    def train(config: Any) -> None:
+        model = distplat.prepare(copy.deepcopy(initial))
+        rank = distplat.get_context().rank
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        for step in range(3):
+            inputs = torch.linspace(-1, 1 + rank, 12).double().reshape(4, 3)
+            optimizer.zero_grad()
+            backward(model(inputs, extra=(step, rank) != (1, 1)).square().mean())
+            optimizer.step()
+
+    def trained(overlap: bool) -> list[dict[str, Tensor]]:
+        strategy = {"name": "ring", "bucket_mb": 1e-4, "overlap": overlap}
+        return call_on_ranks(train, job=function_job(2, strategy=strategy)).trained
+
+    wanted = trained(overlap=False)
+    block_starts(monkeypatch, said=True)
+    for found, expected in zip(trained(overlap=True), wanted, strict=True):
+        for name, value in expected.items():
+            assert torch.equal(found[name], value), name
 
 
 def with_norm(*, synced: bool = False) -> nn.Module:

@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+from blocking_starts import block_starts
 from jobs import job_of
 from local_run import train
 from torch import Tensor, nn
@@ -84,7 +85,7 @@ def plain(kind: type[Task]) -> dict[str, Tensor]:
 
 
 RING = {"name": "ring", "bucket_mb": 1e-4}
-"""In memory a bucket is summed when its start returns: no rank may wait for another meanwhile."""
+"""With a bucket for each parameter, or nearly."""
 SHARDED = {"name": "ring", "shard_optimizer": True}
 TWO = {"name": "ps-sync", "num_servers": 2}
 WORLDS: list[tuple[Any, int]] = [(s, n) for s in (RING, "ps-sync") for n in (1, 2, 3)]
@@ -102,6 +103,19 @@ def test_the_batch_is_one(strategy: Any, workers: int, kind: type[Task]) -> None
     for rank in range(workers):
         for name, value in plain(kind).items():
             assert torch.allclose(run.parameters(rank)[name], value, rtol=0, atol=1e-10), name
+
+
+@pytest.mark.parametrize(
+    "strategy", [RING, {**REPLICAS, "bucket_mb": 1e-4}], ids=["ring", "hybrid"]
+)
+@pytest.mark.parametrize("said", [False, True])
+def test_gradients_wait_where_a_rank_has_no_samples(
+    strategy: Any, said: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    block_starts(monkeypatch, said=said)
+    found, wanted = train(job(strategy, 3), Pairs).parameters(), plain(Pairs)
+    for name, value in wanted.items():
+        assert torch.allclose(found[name], value, rtol=0, atol=1e-10), name
 
 
 def test_without_it_the_result_would_be_another(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -181,13 +181,13 @@ class Waiting(Fabric):
         super().__init__(WORLD)
         self._workers, self._victim = workers, victim
 
-    def rendezvous(
+    def start(
         self, group: str, operation: str, number: int, ranks: Any, me: int, gift: Any
-    ) -> list[Tensor | None]:
+    ) -> Callable[[], list[Tensor | None]]:
         if me == self._victim and "dp-" in group and number == 1:
             wait_until_made(self._workers, 1 - self._workers.division.part_of(me))
             raise CollectiveError(group, operation, number, (me,), "it is gone")
-        return super().rendezvous(group, operation, number, ranks, me, gift)
+        return super().start(group, operation, number, ranks, me, gift)
 
 
 @pytest.mark.parametrize(("first", "second"), [(0, 3), (1, 2)])

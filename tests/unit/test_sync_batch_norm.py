@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from blocking_starts import block_starts
 from jobs import job_of
 from local_run import train
 from rank_threads import on_ranks
@@ -97,8 +98,8 @@ def plain() -> dict[str, Tensor]:
     return {name: value.detach().clone() for name, value in model.state_dict().items()}
 
 
-# In memory a bucket is summed when its start returns: no rank may wait for another meanwhile.
 RING = {"name": "ring", "bucket_mb": 1e-4}
+"""With a bucket for each parameter, or nearly."""
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 5])
@@ -110,8 +111,11 @@ def test_any_number_of_ranks_is_as_one_process(strategy: Any, world: int) -> Non
             assert torch.allclose(value, wanted[name], rtol=0, atol=1e-10), (name, rank)
 
 
-def test_gradients_wait_where_ranks_have_unequal_numbers_of_micro_batches() -> None:
+def test_gradients_wait_where_ranks_have_unequal_numbers_of_micro_batches(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """Of the last three samples one rank has two, another has one."""
+    block_starts(monkeypatch, said=False)
     parts = {"global_batch_size": 5, "steps": 5, "gradient_accumulation": 2}
     early, late = (
         train(job({**RING, "overlap": overlap}, 2, **parts), Synchronised).parameters()
@@ -120,6 +124,40 @@ def test_gradients_wait_where_ranks_have_unequal_numbers_of_micro_batches() -> N
     assert early.keys() == late.keys()
     for name, value in late.items():
         assert torch.equal(early[name], value), name
+
+
+class Branching(Synchronised):
+    """One rank of two, in its second step, does not reach a parameter that the other does."""
+
+    def model(self) -> nn.Module:
+        class Net(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.first, self.out = nn.Linear(3, 4, dtype=WIDE), nn.Linear(4, 2, dtype=WIDE)
+                self.norm = nn.SyncBatchNorm(4, dtype=WIDE)
+                self.extra = nn.Linear(2, 2, dtype=WIDE)
+
+            def forward(self, x: Tensor) -> Tensor:
+                y: Tensor = self.out(torch.relu(self.norm(self.first(x))))
+                return y if (x[:, 0] > 0).any() else y + self.extra(y)
+
+        return Net()
+
+    def train_data(self) -> TensorDataset:
+        x = torch.randn(16, 3, generator=torch.Generator().manual_seed(1), dtype=WIDE)
+        x[:, 0] = -1.0
+        x[5, 0] = 1.0
+        return TensorDataset(x, torch.zeros(16, 2, dtype=WIDE))
+
+
+def test_a_parameter_that_one_rank_does_not_reach(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its bucket is complete on the other rank, whose hook may not wait: the layer needs both."""
+    parts = {"global_batch_size": 4, "steps": 3, "data": {"shuffle": False}}
+    wanted = train(job({**RING, "overlap": False}, 2, **parts), Branching).parameters()
+    block_starts(monkeypatch, said=True)
+    found = train(job(RING, 2, **parts), Branching).parameters()
+    for name, value in wanted.items():
+        assert torch.equal(found[name], value), name
 
 
 @pytest.mark.parametrize("micro_batches", [[2, 1, 0], [0, 3, 3], [1, 1, 2], [2, 2, 2]])
