@@ -198,6 +198,12 @@ def test_a_batch_has_a_part_for_each_copy_of_the_model(
     assert said == ([f"global_batch_size: {message}"] if message else [])
 
 
+def test_a_train_function_has_the_batches_of_its_loaders() -> None:
+    """Its job names none, and the field's default has no part for each worker."""
+    given = {"name": "own", "strategy": "ring", "own_loop": True, "scaling": {"num_workers": 4}}
+    assert strategy_problems(make_job(given)) == []
+
+
 def test_a_strategy_may_refuse_a_job(own_catalog: Registry[type[Strategy[Any]]]) -> None:
     problem = Problem(("scaling",), "needs two workers")
 
