@@ -178,6 +178,7 @@ class OneRun:
         self._drivers = 0
         self._ended_at = 0.0
         self.found_s: float | None = None  #: see `Outcome`
+        self._found_as = ""  #: what was said of it
 
     @property
     def fired(self) -> list[Fired]:
@@ -209,7 +210,7 @@ class OneRun:
             if code != 0:
                 problems.append(f"resumed: exit code {code}: {self._last_words()}")
         self._ended_at = time.time()
-        problems += found_late(self._plan.deeds, self.found_s)
+        problems += found_late(self._plan.deeds, self.found_s, self._found_as)
         problems += self._left_behind()
         if code == 0 and not problems:
             problems += self._compare(expected)
@@ -308,8 +309,9 @@ class OneRun:
         with log.open("rb") as file:
             file.seek(read)
             new = file.read()
-        if frozen and self.found_s is None and _FOUND.search(new.decode(errors="replace")):
-            self.found_s = time.time() - max(frozen)
+        text = new.decode(errors="replace")
+        if frozen and self.found_s is None and _FOUND.search(text):
+            self.found_s, self._found_as = time.time() - max(frozen), text
         return read + new.rfind(b"\n") + 1  # a line may come in pieces
 
     def _last_words(self) -> str:
@@ -399,16 +401,18 @@ class OneRun:
         return [] if followed else [f"`distplat replay`: exit code {code} {said}"]
 
 
-def found_late(deeds: Sequence[Deed], found_s: float | None) -> list[str]:
+def found_late(deeds: Sequence[Deed], found_s: float | None, text: str) -> list[str]:
     """
     Say if a process that was frozen for good was found too late.
 
     Args:
         deeds: that were planned.
         found_s: see `Outcome`; None: the driver was told nothing, as where a backup goes on.
+        text: what it was told: one that is asked when all steps are made, as the server manager is
+            for the log of updates, has no heartbeats any more, but the deadline that is named.
     """
     frozen = any(deed.action == signal.SIGSTOP and not deed.undo_s for deed in deeds)
-    limit_s = HEARTBEAT_S + FOUND_LATE_S
+    limit_s = FOUND_LATE_S + (STEP_S if "step_timeout_s" in text else HEARTBEAT_S)
     if not frozen or found_s is None or found_s <= limit_s:
         return []
     return [f"a frozen process was found after {found_s:.1f} s, not within {limit_s:g} s"]

@@ -29,21 +29,39 @@ def test_trials_in_which_no_fault_fired_are_no_success(
     assert exit_code([SimpleNamespace(fired=f, problems=p) for f, p in outcomes]) == code
 
 
+_LOG = "no apply_log.safetensors: log: waited 20 s; `failure.step_timeout_s` changes this deadline"
+
+
 @pytest.mark.parametrize(
-    ("action", "undo_s", "found_s", "late"),
+    ("action", "undo_s", "found_s", "text", "late"),
     [
-        (signal.SIGSTOP, 0.0, 10.9, False),
-        (signal.SIGSTOP, 0.0, 11.1, True),
-        (signal.SIGSTOP, 0.0, None, False),
-        (signal.SIGSTOP, 1.5, 11.1, False),
-        (signal.SIGKILL, 0.0, 11.1, False),
+        (signal.SIGSTOP, 0.0, 10.9, "worker-0 was lost", False),
+        (signal.SIGSTOP, 0.0, 11.1, "worker-0 was lost", True),
+        (signal.SIGSTOP, 0.0, 22.9, _LOG, False),
+        (signal.SIGSTOP, 0.0, 23.1, _LOG, True),
+        (signal.SIGSTOP, 0.0, None, "", False),
+        (signal.SIGSTOP, 1.5, 11.1, "worker-0 was lost", False),
+        (signal.SIGKILL, 0.0, 11.1, "worker-0 was lost", False),
     ],
-    ids=["in time", "late", "nobody was told", "it went on", "nobody was frozen"],
+    ids=[
+        "in time",
+        "late",
+        "asked after the last step",
+        "late after the last step",
+        "nobody was told",
+        "it went on",
+        "nobody was frozen",
+    ],
 )
 def test_who_is_frozen_for_good_is_found_within_the_deadline_and_what_is_said(
-    action: int, undo_s: float, found_s: float | None, late: bool, monkeypatch: pytest.MonkeyPatch
+    action: int,
+    undo_s: float,
+    found_s: float | None,
+    text: str,
+    late: bool,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.syspath_prepend(str(CHAOS))
     trial: Any = importlib.import_module("chaos_trial")
     deeds = [SimpleNamespace(action=int(action), undo_s=undo_s)]
-    assert bool(trial.found_late(deeds, found_s)) == late
+    assert bool(trial.found_late(deeds, found_s, text)) == late
