@@ -167,7 +167,9 @@ def as_user_error(
     except Exception:  # its own code raises when it is looked at
         summary = shown = f"{type(error).__name__}, which raises when it is shown"
         remedy = ""
-    summary, shown = _shortened(summary, _LONGEST_SUMMARY), _shortened(shown, _LONGEST_TRACEBACK)
+    alone = shown.rstrip() == summary
+    summary = _shortened(summary, _LONGEST_SUMMARY)
+    shown = f"{summary}\n" if alone else _shortened(shown, _LONGEST_TRACEBACK)
     return UserCodeError(rank, step, summary, shown, remedy, evaluating, on_ranks)
 
 

@@ -81,11 +81,8 @@ Exit codes:
 Settings, strongest first: flags, --set, DISTPLAT_* variables, the job file, defaults.
 """
 
-_NO_MEMORY = (
-    "can't start new thread",
-    "failed to map segment from shared object",
-    "Cannot allocate memory",
-)
+_NOT_MAPPED = "failed to map segment from shared object"
+_NO_MEMORY = ("can't start new thread", _NOT_MAPPED, "Cannot allocate memory")
 """Ends of messages of Python, the loader of libraries and the system where a limit is reached."""
 
 app = typer.Typer(
@@ -292,7 +289,10 @@ def _report(error: Exception) -> int:
         say(f"error: what is printed cannot be written: {error.strerror}")
         return StorageError.exit_code
     if isinstance(error, MemoryError) or str(error).endswith(_NO_MEMORY):
-        say("error: this process gets no more memory or threads (see `ulimit -v` and `-u`)")
+        limits = "this process gets no more memory or threads (see `ulimit -v` and `-u`)"
+        say(f"error: {limits}: {error}".removesuffix(": "))
+        if str(error).endswith(_NOT_MAPPED):
+            say("  hint: or that library is on a file system that is mounted `noexec`")
         return InfrastructureError.exit_code
     show = getattr(error, "show", None)
     if show is not None:  # click's own, wherever this version of typer keeps its click

@@ -155,8 +155,8 @@ class UserCodeError(DistplatError):
     Args:
         rank: whose; None: no rank's, when its module was imported to be looked at.
         step: in which, from 1; None: before the first.
-        summary: the exception and its message.
-        traceback: with the user's frames only; ends with the summary.
+        summary: the exception and its message; of a long one the middle is left out.
+        traceback: with the user's frames only; the summary, if there are none.
         remedy: what to do about it, where that is known.
         evaluating: it was in the evaluation after that step.
         on_ranks: which ranks it was, and where, for example `ranks 1, 3 (node gpu-2, 10.0.0.7)`;

@@ -338,7 +338,9 @@ class Loop(_LoopBase):
             return
         parts = self.metrics.gathered(sums.states, self.flat.params.device)
         if self.rank == 0:
-            sums.put(self.metrics.figures(parts))
+            with self.flat.process:
+                figures = self.metrics.figures(parts)
+            sums.put(figures)
 
 
 def task_plan(job: Job, sampler: Sampler, steps: int, first: int, evaluates: bool) -> TaskPlan:

@@ -290,7 +290,9 @@ USER = UserCodeError(1, 3, "ValueError: no", 'Traceback:\n  File "m.py"\nValueEr
         (
             ImportError("libtorch_cpu.so: failed to map segment from shared object"),
             4,
-            "error: this process gets no more memory or",
+            "error: this process gets no more memory or threads (see `ulimit -v` and `-u`): "
+            "libtorch_cpu.so: failed to map segment from shared object\n"
+            "  hint: or that library is on a file system that is mounted `noexec`\n",
         ),
         (OSError(12, "Cannot allocate memory"), 4, "error: this process gets no more memory or"),
         (ZeroDivisionError("ours"), 70, "error inside distplat: ZeroDivisionError: ours\n"),

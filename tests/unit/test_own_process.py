@@ -16,6 +16,7 @@ from distplat import Task
 from distplat.platform.own_process import OwnProcess
 from distplat.strategies.model.gradients import Gradients
 from distplat.strategies.model.model_state import ModelState
+from distplat.strategies.worker_strategy import WorkerStrategy
 
 ENDED, WENT_ON = 1, 77
 pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded:DeprecationWarning")
@@ -111,3 +112,47 @@ def test_a_fork_that_a_loss_returns_in_ends(
     expected = train(job, Line)
     for one, other in zip(run.ranks, expected.ranks, strict=True):
         assert torch.equal(one.prepared.flat.params, other.prepared.flat.params)
+
+
+class Counted:
+    """A metric with state that counts its updates."""
+
+    def __init__(self) -> None:
+        self.total = torch.zeros(1)
+
+    def reset(self) -> None:
+        self.total = torch.zeros(1)
+
+    def update(self) -> None:
+        self.total = self.total + 1
+
+    def merge(self, other: "Counted") -> None:
+        self.total = self.total + other.total
+
+    def compute(self) -> Tensor:
+        return self.total.sum()
+
+
+def test_a_fork_that_a_metric_returns_in_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    children: list[int] = []
+
+    class Forking(Counted):
+        def compute(self) -> Tensor:
+            if not children:
+                child = fork()
+                if not child:
+                    monkeypatch.setattr(WorkerStrategy, "synchronize", go_on)
+                children.append(child)
+            return super().compute()
+
+    class Measured(Line):
+        def __init__(self) -> None:
+            self.counted = Forking()
+
+        def metrics(self, outputs: Tensor, targets: Tensor) -> dict[str, Any]:
+            self.counted.update()
+            return {"counted": self.counted}
+
+    optimizer = {"name": "SGD", "lr": 0.1}
+    train(job_of("ring", 1, optimizer=optimizer, steps=4, evaluation={"every_epochs": 0}), Measured)
+    assert status_of(children[0]) == ENDED

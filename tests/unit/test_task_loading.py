@@ -406,6 +406,8 @@ def test_the_middle_of_a_long_message_is_left_out() -> None:
         assert "characters ...]" in shown
     short = as_user_error(ValueError("y" * 1_500), 1, 3)
     assert short.summary == "ValueError: " + "y" * 1_500
+    without_frames = as_user_error(ValueError("z" * 10_000), 1, 3)
+    assert without_frames.frames == "", "it is shown once"
 
 
 def test_a_chain_of_causes_is_kept(tmp_path: Path) -> None:
