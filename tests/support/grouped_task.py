@@ -73,6 +73,28 @@ SCALES = [0.5, 1.0, 1.0, 0.775, 0.325, 0.1]
 """Of the learning rate, by step."""
 
 
+def train_plainly(
+    task: Task,
+    model: nn.Module,
+    data: Any,
+    optimizer: torch.optim.Optimizer,
+    clip_norm: float | None,
+) -> None:
+    """Make the steps of the job as a loop that a user would write."""
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: [*SCALES, 0.0][step])
+    every = [one for group in optimizer.param_groups for one in group["params"]]
+    sampler = Sampler(SAMPLES, BATCH, 1, seed=5)
+    for step in range(STEPS):
+        inputs, targets = zip(*(data[int(i)] for i in sampler.batch_ids(step)), strict=True)
+        optimizer.zero_grad()
+        loss: Any = task.loss(model(torch.stack(inputs)), torch.stack(targets))
+        loss.backward()
+        if clip_norm is not None:
+            nn.utils.clip_grad_norm_(every, clip_norm)
+        optimizer.step()
+        schedule.step()
+
+
 def plain(kind: type[Task], clip_norm: float | None = None) -> dict[str, Tensor]:
     """The loop that a user would write, with torch's param groups."""
     task = kind()
@@ -88,19 +110,8 @@ def plain(kind: type[Task], clip_norm: float | None = None) -> dict[str, Tensor]
         {"params": [named[name] for name in sorted(second)], "lr": 0.01, "betas": (0.5, 0.9)},
         {"params": rest},
     ]
-    every = [p for group in groups for p in group["params"]]
     optimizer = torch.optim.AdamW(groups, lr=0.05, weight_decay=0.3)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: [*SCALES, 0.0][step])
-    sampler = Sampler(SAMPLES, BATCH, 1, seed=5)
-    for step in range(STEPS):
-        inputs, targets = zip(*(data[int(i)] for i in sampler.batch_ids(step)), strict=True)
-        optimizer.zero_grad()
-        loss: Any = task.loss(model(torch.stack(inputs)), torch.stack(targets))
-        loss.backward()
-        if clip_norm is not None:
-            nn.utils.clip_grad_norm_(every, clip_norm)
-        optimizer.step()
-        schedule.step()
+    train_plainly(task, model, data, optimizer, clip_norm)
     found = {name: value.detach().clone() for name, value in model.state_dict().items()}
     return {**found, "task:bend": task.bend.detach()} if isinstance(task, Own) else found
 

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from grouped_task import BATCH, SAMPLES, SCALES, STEPS, STRATEGIES, Own, Small, close
+from grouped_task import STRATEGIES, Own, Small, close, train_plainly
 from grouped_task import job as grouped_job
 from hybrid_models import GPT_PLAN, Gpt, grid_of, hybrid_job, whole
 from hybrid_workers import UntilOneIsLost
@@ -15,7 +15,6 @@ from verify_rows import rows
 
 from distplat.platform.errors import SpecError
 from distplat.platform.even_split import cut_at
-from distplat.platform.sampler import Sampler
 from distplat.platform.spec import CheckpointConfig, Job
 from distplat.platform.vector_layout import Layout, Piece, Segment
 from distplat.strategies.fakes import Fabric
@@ -46,17 +45,7 @@ def plain(kind: type[Small] = Small, clip_norm: float | None = None) -> dict[str
     ]
     made: Any = torch.optim.Adafactor
     optimizer = made(groups, lr=0.05, weight_decay=0.3, d=2)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: [*SCALES, 0.0][step])
-    sampler = Sampler(SAMPLES, BATCH, 1, seed=5)
-    for step in range(STEPS):
-        inputs, targets = zip(*(data[int(i)] for i in sampler.batch_ids(step)), strict=True)
-        optimizer.zero_grad()
-        loss: Any = task.loss(model(torch.stack(inputs)), torch.stack(targets))
-        loss.backward()
-        if clip_norm is not None:
-            nn.utils.clip_grad_norm_([*named.values()], clip_norm)
-        optimizer.step()
-        schedule.step()
+    train_plainly(task, model, data, optimizer, clip_norm)
     return {name: value.detach().clone() for name, value in named.items()}
 
 
