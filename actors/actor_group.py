@@ -183,7 +183,7 @@ class ActorGroup:
         self._attempt = restart.attempt
         if restart.world is not None:
             self.job = self.job.with_workers(restart.world)
-        if restart.everything:
+        if restart.restarts_all:
             self._handles.end()
             self._made_for = self.job
             self._handles = spawn(self.job, launch.roles, launch.run, restart.attempt)

@@ -40,7 +40,7 @@ from distplat.platform.checkpoints import (
     StoredCheckpoint,
     read,
 )
-from distplat.platform.disk import SETTING, Moved, with_deadline
+from distplat.platform.disk import SETTING, OnProgress, with_deadline
 from distplat.platform.errors import StorageError
 from distplat.platform.evaluations import EARLY_STOP, BestCheckpoint, EarlyStopping
 from distplat.platform.progress import (
@@ -50,13 +50,13 @@ from distplat.platform.progress import (
     Saved,
     StepSummary,
     Summary,
-    reported,
+    reported_metrics,
 )
 from distplat.platform.resume import NOT_FINITE, joined_facts, state_of
 from distplat.platform.shard_map import TABLES
 from distplat.platform.spec import Job
 from distplat.platform.tensor_file import encode
-from distplat.platform.tensor_slices import Bundle, RawTensor, by_file, put_together
+from distplat.platform.tensor_slices import Bundle, RawTensor, assemble_tensors, group_by_file
 
 logger = logging.getLogger(__name__)
 
@@ -122,7 +122,7 @@ def newest_checkpoint(launch: Launch) -> StoredCheckpoint | None:
     where, limit_s = launch.resumed, launch.job.failure.storage_timeout_s
     if where is None:
         return None
-    return with_deadline(lambda moved: read(where, moved), where, limit_s)
+    return with_deadline(lambda on_progress: read(where, on_progress), where, limit_s)
 
 
 class Checkpoints:
@@ -145,7 +145,7 @@ class Checkpoints:
     ) -> None:
         self._launch, self._fetch = launch, fetch
         self._job = launch.job
-        self._catalogue = Catalogue(launch.folder / FOLDER, moved=self._moved)
+        self._catalogue = Catalogue(launch.folder / FOLDER, on_progress=self._moved)
         self._collecting = CheckpointAssembly(world)
         self._changed = threading.Condition()
         self._waiting: deque[tuple[Sequence[Delivery], float]] = deque()
@@ -218,7 +218,7 @@ class Checkpoints:
         if isinstance(summary, EvalSummary):
             metrics = summary.metrics
         elif isinstance(summary, StepSummary) and self._job.own_loop:
-            metrics = reported(summary)
+            metrics = reported_metrics(summary)
         else:
             return
         with self._evaluating:
@@ -259,7 +259,7 @@ class Checkpoints:
             return
         limit, written = self._job.failure.storage_timeout_s, self._written
         try:
-            with_deadline(lambda moved: self._prune(written), self._catalogue.folder, limit)
+            with_deadline(lambda on_progress: self._prune(written), self._catalogue.folder, limit)
         except (OSError, StorageError) as error:
             logger.warning("checkpoints that are too many could not be deleted: %s", error)
 
@@ -302,9 +302,9 @@ class Checkpoints:
                 text = "it is still being written after %g s (`%s`): taking one from before"
                 logger.warning(text, limit_s, SETTING)
 
-    def _roll_back(self, moved: Moved) -> StoredCheckpoint | None:
+    def _roll_back(self, on_progress: OnProgress) -> StoredCheckpoint | None:
         with self._pruning:
-            saved = self._read(moved)
+            saved = self._read(on_progress)
             if saved is not None:
                 try:
                     self._catalogue.set_aside(saved.step)
@@ -315,18 +315,18 @@ class Checkpoints:
                     self._report_best()
         return saved
 
-    def _read(self, moved: Moved) -> StoredCheckpoint | None:
+    def _read(self, on_progress: OnProgress) -> StoredCheckpoint | None:
         """Read the newest whole one: of this run, else what it began from."""
         began_from = self._launch.resumed
         try:
-            saved = self._catalogue.newest(logger.warning, moved)
+            saved = self._catalogue.newest(logger.warning, on_progress)
         except StorageError as error:
             if began_from is None:
                 raise
             logger.warning("%s; taking what the run was resumed from", error)
             saved = None
         if saved is None and began_from is not None:
-            return read(began_from, moved)
+            return read(began_from, on_progress)
         if saved is None and self._written:
             gone = self._catalogue.path(self._written)
             raise StorageError(f"{gone} is gone, and there is no other checkpoint")
@@ -368,7 +368,7 @@ class Checkpoints:
     def _write_checkpoint(self, step: int, parts: Sequence[Delivery]) -> Path:
         launch = self._launch
         _refuse([part.facts[NOT_FINITE] for part in parts if NOT_FINITE in part.facts])
-        tensors_by_file = by_file(put_together(self._bundles(parts)))
+        tensors_by_file = group_by_file(assemble_tensors(self._bundles(parts)))
         _refuse(_tables_not_finite(tensors_by_file))
         tensors = {name: tensors_by_file.get(name, {}) for name in (*_FILES, *tensors_by_file)}
         files = {f"{name}.safetensors": encode(held) for name, held in tensors.items()}

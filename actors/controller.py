@@ -181,13 +181,13 @@ class Controller:
         ended = False  #: all had agreed on the run's end before they were asked to stop
         if self._state.error is None:
             self._report_rest()
-            ended = not self._checkpoints.began(self._state.furthest)
+            ended = not self._checkpoints.began(self._state.max_step)
         if self._stop_until is not None and not (self._trained or ended):
             raise Interrupted(signal.SIGTERM)
 
     def _warn_of_loss(self) -> None:
         """Say so where a run that takes a checkpoint as it stops has none of its last step."""
-        last, newest = self._state.furthest, self._checkpoints.step
+        last, newest = self._state.max_step, self._checkpoints.step
         if not self._actor_group.launch.saves_at_stop or newest >= last:
             return
         there = f"the newest one is of step {newest}" if newest else "there is none"
@@ -207,7 +207,7 @@ class Controller:
             return
         if self._stop_until is None:
             begun = self._state.phase is Phase.RUNNING
-            unsaved = begun or self._state.furthest > self._checkpoints.step
+            unsaved = begun or self._state.max_step > self._checkpoints.step
             saves = self._actor_group.launch.saves_at_stop and unsaved and order is StopOrder.SAVE
             self._stop_until, self._ending = now + (SAVE_S if saves else 0.0), True
             if saves:
@@ -258,7 +258,7 @@ class Controller:
         return self._requests.status()
 
     def _report_rest(self) -> None:
-        for summary in self._aggregator.rest():
+        for summary in self._aggregator.flush():
             self._report(summary)
 
     def _report_checkpoints(self) -> None:
@@ -286,14 +286,14 @@ class Controller:
     def _stop_workers(self, now: float) -> None:
         """Tell all to stop: after the same step if nothing failed, at once if something did."""
         state = self._state
-        self._halted_at = self._halted_at or (now if state.halted else None)
+        self._halted_at = self._halted_at or (now if state.resize_in_progress else None)
         order = state.attempt, state.stop_order
         if order <= self._last_order:
             return
         self._last_order = order
         if state.stop_order is StopOrder.ABANDON:
             self._failed_at = self._failed_at or now
-            if not state.may_go_on:
+            if not state.can_recover:
                 return
         ends = state.stop_order in (StopOrder.END, StopOrder.SAVE)
         if ends and self._actor_group.dynamic_tasks:
@@ -314,14 +314,14 @@ class Controller:
 
     def _carry_out_restart(self, restart: Restart) -> None:
         replaced = *(f"worker-{rank}" for rank in restart.replace), *restart.coordinators
-        saved = self._checkpoints.newest() if restart.everything else None
-        if restart.everything:
+        saved = self._checkpoints.newest() if restart.restarts_all else None
+        if restart.restarts_all:
             self.checkpoint_step = saved.step if saved is not None else 0
-        step = self.checkpoint_step if restart.everything else self._state.furthest
+        step = self.checkpoint_step if restart.restarts_all else self._state.max_step
         if self._state.error is not None:
             cause = str(self._state.error)
             self._report(FailureEvent(restart.attempt, step, cause, replaced, restart.wait_s))
-            self._aggregator.lost()
+            self._aggregator.rank_lost()
         until = time.monotonic() + restart.wait_s
         while time.monotonic() < until:
             self._check()
@@ -330,7 +330,7 @@ class Controller:
         with self._making:
             self._actor_group.carry_out(restart, saved, self._checkpoints.step)
         self._actors = self._actor_group.roles
-        renewed = set(self._actors) if restart.everything else set(replaced)
+        renewed = set(self._actors) if restart.restarts_all else set(replaced)
         renewed |= before ^ set(self._actors)
         self._alive -= renewed
         for role in renewed:
@@ -343,7 +343,7 @@ class Controller:
 
     def _renumber(self, restart: Restart, step: int) -> None:
         """Go on with as many workers as there are now."""
-        if restart.everything:
+        if restart.restarts_all:
             (self._async_scaler or self._sync_scaler).all_restarted()
         elif "task-scheduler" in restart.coordinators and self._async_scaler is not None:
             self._async_scaler.tell_again()
@@ -356,7 +356,7 @@ class Controller:
             self._resized = Resized(restart.attempt, step + 1, before, world, 0.0)
         if self._actor_group.job.own_loop:
             return
-        if restart.world is not None or restart.everything:
+        if restart.world is not None or restart.restarts_all:
             self._aggregator.resize(world, step)
 
     def _poll_actors(self) -> None:

@@ -47,7 +47,7 @@ from distplat.platform.errors import (
     NotReadyError,
 )
 from distplat.platform.progress import StepSummary, Summary
-from distplat.platform.scaling import NOBODY_ASKED, ScaleRequest, ScaleStatus
+from distplat.platform.scaling import NO_SCALE_REQUEST, ScaleRequest, ScaleStatus
 from distplat.platform.shard_map import TableSpec
 from distplat.platform.spec import Job
 from distplat.platform.stop_order import StopOrder
@@ -264,7 +264,7 @@ class ControllerActor:
 
     def scale_status(self) -> ScaleStatus:
         """Tell what became of the last request for another number of workers."""
-        return NOBODY_ASKED if self._controller is None else self._controller.scale_status()
+        return NO_SCALE_REQUEST if self._controller is None else self._controller.scale_status()
 
     def _running(self, wait_s: float = _BEGIN_S) -> Controller:
         if not self._begun.wait(wait_s) or self._controller is None:

@@ -28,7 +28,7 @@ from distplat.actors.model_pieces import ModelPiece, in_pieces
 from distplat.actors.ray_errors import UNREACHABLE
 from distplat.actors.retrying_calls import LOOK_S, Outbox, ask
 from distplat.actors.transport import Transport
-from distplat.platform.disk import in_thread
+from distplat.platform.disk import run_in_thread
 from distplat.platform.errors import (
     ActorLost,
     ClusterUnreachable,
@@ -124,7 +124,7 @@ class ControllerClient:
         self._ask(check, "begin", *self._begin)
         listening = Future[DistplatError | None]()
         try:
-            listening = in_thread("follow", lambda: self._listen(handlers))
+            listening = run_in_thread("follow", lambda: self._listen(handlers))
             self._tell(check, handlers, listening)
         except BaseException as error:
             if isinstance(error, KeyboardInterrupt) and _is_asked(check):

@@ -24,7 +24,7 @@ from distplat.actors.user_errors import as_user_error, killed_loader
 from distplat.platform.apply_log import FILE_NAME, pack_log
 from distplat.platform.checkpoints import StoredCheckpoint
 from distplat.platform.errors import DistplatError
-from distplat.platform.own_process import OwnProcess
+from distplat.platform.fork_guard import ForkGuard
 from distplat.platform.progress import AnyReport, ReportAggregator, StepReport
 from distplat.platform.spec import Job
 from distplat.platform.stop_order import StopOrder
@@ -101,7 +101,7 @@ def _train(
         _train_function(launch, report, progress, handlers, checkpoints)
         return
     device = "cuda" if job.scaling.use_gpu else "cpu"
-    with OwnProcess():
+    with ForkGuard():
         task = make_task(job, lambda: _task_class(launch))
         strategy = make_worker_strategy(job)
         prepared = prepare(job, task, device, strategy)

@@ -40,7 +40,7 @@ from distplat.actors.spawn import spawn_controller
 from distplat.actors.stopping import Stopping, end_each
 from distplat.actors.task_check import TaskCheck, task_check
 from distplat.actors.task_pickling import check_pickles
-from distplat.platform.disk import reserve, with_deadline, write_whole
+from distplat.platform.disk import reserve, with_deadline, write_atomically
 from distplat.platform.errors import (
     DeadlineExceeded,
     DistplatError,
@@ -325,7 +325,7 @@ def _keep_logs(folder: RayFolder, keep_in: Path | None) -> None:
     with suppress(OSError, StorageError):
         if not (text := folder.ends_of_logs(token)):
             return
-        with_deadline(lambda moved: write_whole(path, text), path, _KEEP_S)
+        with_deadline(lambda moved: write_atomically(path, text), path, _KEEP_S)
         logger.warning("what Ray logged at the end is in %s", path)
 
 

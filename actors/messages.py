@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from distplat.platform.parted_ranks import LoopState
+from distplat.platform.diverged_loops import LoopState
 
 if TYPE_CHECKING:
     import numpy as np

@@ -26,8 +26,8 @@ from distplat.platform.errors import (
     SpecError,
     hint,
 )
-from distplat.platform.scaling import NOBODY_ASKED, ScaleRequest, ScaleStatus
-from distplat.platform.server_group import ServersSeen
+from distplat.platform.scaling import NO_SCALE_REQUEST, ScaleRequest, ScaleStatus
+from distplat.platform.server_group import ServerGroupStatus
 
 
 @dataclass(frozen=True)
@@ -111,11 +111,11 @@ class Overview:
 
     run: str
     job: str
-    servers: ServersSeen | None
+    servers: ServerGroupStatus | None
     """None: the run has no server group."""
     scheduler: SchedulerStatus | None
     """None: it has no task scheduler."""
-    scale: ScaleStatus = NOBODY_ASKED
+    scale: ScaleStatus = NO_SCALE_REQUEST
     """What became of the last request for another number of workers."""
 
 
@@ -143,7 +143,7 @@ def overview(run: RunName) -> Overview:
     servers = _ask(run, "server-manager", "seen")
     scheduler = _ask(run, "task-scheduler", "status")
     status = _ask(run, "controller", "scale_status")
-    return Overview(run.run, run.job, servers, scheduler, status or NOBODY_ASKED)
+    return Overview(run.run, run.job, servers, scheduler, status or NO_SCALE_REQUEST)
 
 
 def scale(run: RunName, workers: int, wait_s: float) -> Overview:

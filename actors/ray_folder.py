@@ -17,7 +17,7 @@ from pathlib import Path
 
 from distplat.platform.disk import open_regular
 from distplat.platform.errors import StorageError
-from distplat.platform.owned_folder import OwnedFolder, remove_left
+from distplat.platform.owned_folder import OwnedFolder, remove_orphans
 
 _PREFIX = "ray-"
 _MOST_FILES, _MOST_BYTES = 64, 16 * 2**10
@@ -40,7 +40,7 @@ class RayFolder:
     """
 
     def __init__(self, base: Path) -> None:
-        remove_left(base, _PREFIX)
+        remove_orphans(base, _PREFIX)
         base.mkdir(parents=True, exist_ok=True)
         self._folder = OwnedFolder(base, _PREFIX)
         self.path = self._folder.path / "r"  #: for Ray, which makes it

@@ -107,13 +107,13 @@ class SyncScaler:
         request = self._requests.take()
         if request is not None:
             self._take(request)
-        for rank in resizing.to_drop:
+        for rank in resizing.ranks_to_stop:
             self._drop(rank)
-        for rank in resizing.to_make:
+        for rank in resizing.ranks_to_start:
             limit = self._actors.job.failure.start_timeout_s
             call = self._actors.start_newcomer(rank, checkpoint_step)
             self._calls[rank] = _Newcomer(call, call(), time.monotonic() + limit)
-            resizing.made(rank)
+            resizing.newcomer_started(rank)
         for rank in list(self._calls):
             if rank in self._calls:  # else it was let go with one that was lost
                 self._check_newcomer(rank)
@@ -152,7 +152,7 @@ class SyncScaler:
             self._give_up(rank, text.strip().splitlines()[0])
         else:
             del self._calls[rank]
-            self._resizing.ready(rank)
+            self._resizing.newcomer_ready(rank)
 
     def _give_up(self, rank: int, why: str) -> None:
         """A newcomer is lost: the run goes on as it was."""
@@ -161,12 +161,12 @@ class SyncScaler:
             self._drop(other)
 
     def _answer(self, refused: str) -> None:
-        self._resizing.give_up()
+        self._resizing.cancel()
         self._requests.answer(self._number, refused)
 
     def _drop(self, rank: int) -> None:
         self._calls.pop(rank, None)
-        self._resizing.dropped(rank)
+        self._resizing.newcomer_removed(rank)
         self._actors.end_newcomer(rank)
 
 

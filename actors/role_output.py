@@ -20,7 +20,7 @@ from typing import Any
 
 from distplat.actors import ray_compat
 from distplat.actors.view import has_colors
-from distplat.platform.disk import CLOSE_S, FOLDER_MODE, BackgroundWriter, Records
+from distplat.platform.disk import CLOSE_S, FOLDER_MODE, BackgroundWriter, RecordFile
 
 FOLDER = "logs"
 RAYLET = "raylet"
@@ -45,7 +45,7 @@ class _RoleFile:
 
     def __init__(self, path: Path, largest: int | None) -> None:
         self._path, self._largest = path, largest
-        self._records: Records | None = None
+        self._records: RecordFile | None = None
 
     def write(self, text: str) -> None:
         """
@@ -63,7 +63,7 @@ class _RoleFile:
         if records is None:
             with suppress(FileExistsError):  # if that is no folder, the next line says so
                 self._path.parent.mkdir(FOLDER_MODE)
-            self._records = records = Records(self._path)
+            self._records = records = RecordFile(self._path)
         records.write(record)
 
     def close(self) -> None:

@@ -34,7 +34,7 @@ from distplat.actors.spawn import spawn_script
 from distplat.actors.stopping import Stopping
 from distplat.actors.transport import ActorDied, Transport, TransportError, Unanswered
 from distplat.platform.awake_clock import AwakeClock
-from distplat.platform.disk import FOLDER_MODE, with_deadline, write_whole
+from distplat.platform.disk import FOLDER_MODE, with_deadline, write_atomically
 from distplat.platform.errors import (
     ActorLost,
     InfrastructureError,
@@ -398,4 +398,6 @@ def _finish(path: Path, job: ScriptJob, status: str, facts: dict[str, object]) -
     fields = {"status": status, "name": job.name, "command": list(job.command)}
     content = json.dumps({**fields, **facts}, indent=2).encode()
     with suppress(OSError, StorageError):
-        with_deadline(lambda moved: write_whole(path / "result.json", content), path, *_STORAGE)
+        with_deadline(
+            lambda moved: write_atomically(path / "result.json", content), path, *_STORAGE
+        )

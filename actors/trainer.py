@@ -25,11 +25,17 @@ from distplat.actors.stopping import Stopping
 from distplat.actors.task_check import check_task
 from distplat.actors.task_loading import TrainFunction
 from distplat.actors.view import View, view_here
-from distplat.platform.disk import CLOSE_S, BackgroundWriter, Moved, in_thread, with_deadline
+from distplat.platform.disk import (
+    CLOSE_S,
+    BackgroundWriter,
+    OnProgress,
+    run_in_thread,
+    with_deadline,
+)
 from distplat.platform.errors import Interrupted, Problem, SpecError, StorageError
 from distplat.platform.evaluations import EARLY_STOP, EarlyStopping, check_metrics
-from distplat.platform.memory_upload import bring
-from distplat.platform.owned_folder import OwnedFolder, remove_left
+from distplat.platform.memory_upload import upload_bytes
+from distplat.platform.owned_folder import OwnedFolder, remove_orphans
 from distplat.platform.progress import EvalSummary, Summary
 from distplat.platform.recovery import policy_of
 from distplat.platform.remote_storage import is_url, local_folder, url_of
@@ -39,7 +45,7 @@ from distplat.platform.run_upload import (
     NOT_UPLOADED,
     RunUpload,
     check_access,
-    not_uploaded,
+    incomplete_upload_error,
     upload_of,
 )
 from distplat.platform.spec import Job
@@ -140,7 +146,7 @@ class Trainer:
         """Make a directory that goes with this object."""
         parent = self._storage_dir / local_folder(self.job.storage_path)
 
-        def make(moved: Moved) -> OwnedFolder:
+        def make(on_progress: OnProgress) -> OwnedFolder:
             parent.mkdir(parents=True, exist_ok=True)
             return OwnedFolder(parent, _RESUMED)
 
@@ -149,7 +155,7 @@ class Trainer:
         except OSError as error:
             raise StorageError(f"cannot make a directory in {parent}: {error.strerror}") from error
         weakref.finalize(self, folder.remove)
-        in_thread("left checkpoints", lambda: remove_left(parent, _RESUMED))
+        run_in_thread("left checkpoints", lambda: remove_orphans(parent, _RESUMED))
         return folder.path
 
     def fit(self) -> Result:
@@ -256,7 +262,7 @@ class Trainer:
             if upload is not None:
                 missing = upload.close(lambda: stopping.asked)
         if missing:
-            lost = not_uploaded(missing, result.checkpoint)
+            lost = incomplete_upload_error(missing, result.checkpoint)
             if stopping.asked:
                 logger.warning("%s", lost)
             facts |= {"error": str(lost), NOT_UPLOADED: missing}
@@ -365,7 +371,7 @@ class _TrainedFiles:
         if (url := self._result.url) is None:
             raise error
         try:
-            bring(url, name, data, self._limit_s)
+            upload_bytes(url, name, data, self._limit_s)
         except StorageError as other:
             raise StorageError(f"{error}; nor to the URL: {other}") from error
         self._error = self._error or error

@@ -44,7 +44,7 @@ from distplat.actors.visible_gpus import own_device
 from distplat.actors.weights import Reply
 from distplat.platform.checkpoints import Delivery
 from distplat.platform.errors import Abandoned, DeadlineExceeded, DistplatError, StateLost
-from distplat.platform.own_process import OwnProcess
+from distplat.platform.fork_guard import ForkGuard
 from distplat.platform.progress import AnyReport, StepReport
 from distplat.platform.recovery import policy_of
 from distplat.platform.spec import Job
@@ -115,7 +115,7 @@ def run_function(
             seed_function(job.seed)
             function = load()
             seed_again(job.seed)  # what its import has seeded stays
-            with running(session), OwnProcess():
+            with running(session), ForkGuard():
                 call_train_function(function, job.task_args)
                 session.returned()
         session.leave()
@@ -377,7 +377,7 @@ class Session:
         self._set_up_process(order)
         self._strategy = make_worker_strategy(job)
         device = "cuda" if job.scaling.use_gpu else "cpu"
-        with OwnProcess():
+        with ForkGuard():
             task = make_task(job, lambda: self._task or _task_class(order))
             self._prepared = prepare(job, task, device, self._strategy)
         describe(self._prepared)

@@ -22,7 +22,7 @@ from distplat.actors.transport import ActorDied, AnswerPending, TransportError, 
 from distplat.platform.common_version import CommonVersion
 from distplat.platform.errors import ActorLost, DeadlineExceeded, NotReadyError
 from distplat.platform.tensor_file import EMA_PREFIX
-from distplat.platform.tensor_slices import Bundle, TensorSlice, by_file, put_together
+from distplat.platform.tensor_slices import Bundle, TensorSlice, assemble_tensors, group_by_file
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -119,7 +119,7 @@ class Weights:
                 return self._together(target, [parts[rank] for rank in ranks])
             if common.target != target:
                 parts.clear()
-            elif common.hopeless and min(passed.values(), default=0) == first.total:
+            elif common.is_unreachable and min(passed.values(), default=0) == first.total:
                 raise self._over()
             time.sleep(_AGAIN_S)
         raise self._too_late(at_least - 1, tuple(set(ranks) - parts.keys()), timeout_s)
@@ -181,7 +181,7 @@ class Weights:
             tensor_of,  # torch: see `_snapshot`
         )
 
-        model = by_file(put_together(parts))["model"]
+        model = group_by_file(assemble_tensors(parts))["model"]
         state = {
             name: tensor_of(whole, TensorSlice(whole.shape)).view(whole.shape)
             for name, whole in model.items()

@@ -24,8 +24,8 @@ from distplat.actors.ray_transport import host_here
 from distplat.actors.retrying_calls import Outbox
 from distplat.actors.weights import Reply
 from distplat.platform.checkpoints import Delivery
+from distplat.platform.diverged_loops import LoopState
 from distplat.platform.errors import DistplatError, InfrastructureError
-from distplat.platform.parted_ranks import LoopState
 from distplat.platform.progress import AnyReport
 from distplat.platform.stop_order import StopOrder
 

@@ -24,7 +24,7 @@ from typing import Any, Literal
 from urllib.parse import urlsplit
 
 from distplat.actors.ray_token import MODE, token_of
-from distplat.platform.disk import in_thread
+from distplat.platform.disk import run_in_thread
 from distplat.platform.errors import ClusterUnreachable, Problem, SpecError
 
 _VARIABLES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
@@ -188,7 +188,7 @@ def check_listening(address: str) -> None:
         ClusterUnreachable: nobody does, or it takes too long to find out.
     """
     where = host_and_port(address)
-    connecting = in_thread("connect", lambda: socket.create_connection(where, _REACH_S).close())
+    connecting = run_in_thread("connect", lambda: socket.create_connection(where, _REACH_S).close())
     try:
         connecting.result(_REACH_S + 1)
     except (OSError, UnicodeError) as error:  # `TimeoutError` is an `OSError`

@@ -18,7 +18,7 @@ import requests
 import urllib3
 
 from distplat.cli.address import host_and_port, is_this_machine
-from distplat.platform.disk import in_thread
+from distplat.platform.disk import run_in_thread
 from distplat.platform.errors import ClusterUnreachable
 
 SLOWEST = 100_000
@@ -97,7 +97,7 @@ def request(
     if is_this_machine(host_and_port(address)[0]):
         kwargs["proxies"] = {"no_proxy": "*"}  # it would hear the token, and not find the server
     began = time.monotonic()
-    done = in_thread("request", lambda: send(method, endpoint, **kwargs))
+    done = run_in_thread("request", lambda: send(method, endpoint, **kwargs))
     try:
         while not done.done():
             limit_s = limits.answer_s + (sent + answer.received) / SLOWEST

@@ -33,11 +33,12 @@ from distplat.cli.figures import (
     number,
     restart_lines,
 )
-from distplat.platform.blanking import blanked
 from distplat.platform.progress import StepSummary, first_line
+from distplat.platform.redaction import redact
 from distplat.platform.run_record import RunRecord
 from distplat.platform.run_report import (
     PhaseTime,
+    axis_limit,
     binned,
     metrics,
     restarts,
@@ -45,7 +46,6 @@ from distplat.platform.run_report import (
     staleness,
     status_of,
     time_parts,
-    usual_most,
 )
 from distplat.platform.run_report import figure_rows as all_figures
 from distplat.platform.yaml_source import dump_yaml
@@ -88,7 +88,7 @@ def page(record: RunRecord, now_s: float, pipeline: Sequence[Gantt], problem: st
         restarts=restart_lines(restarts(record)),
         checkpoints=checkpoint_lines(record.saved),
         figures=all_figures(record.steps),
-        job_text=dump_yaml(blanked(record.job)) if record.job else "",
+        job_text=dump_yaml(redact(record.job)) if record.job else "",
     )
 
 
@@ -134,7 +134,7 @@ def _time_chart(record: RunRecord, parts: Sequence[PhaseTime]) -> Chart | None:
         text = f"step {first}" if stop - first == 1 else f"steps {first} to {stop - 1}"
         means = dict(zip(colours, (mean for _, _, mean in runs), strict=True))
         stacks.append(Stack(first, stop, text, means))
-    most = usual_most(sum(stack.values.values()) for stack in stacks)
+    most = axis_limit(sum(stack.values.values()) for stack in stacks)
     return columns(colours, stacks, most, "steps", "ms")
 
 

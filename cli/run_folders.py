@@ -14,7 +14,7 @@ from typing import Any
 
 from distplat.platform.disk import open_regular
 from distplat.platform.errors import DistplatError, SpecError, naming_path
-from distplat.platform.run_record import MOST_LINE, RunRecord, find_run, read_run
+from distplat.platform.run_record import MAX_LINE_BYTES, RunRecord, find_run, read_run
 from distplat.platform.run_report import status_of
 
 HOME = Path("runs")
@@ -174,8 +174,8 @@ class _LogTail:
                 if os.fstat(file.fileno()).st_size < offset:
                     offset = 0  # it became `.log.1`, and another began
                 file.seek(offset)
-                while line := file.readline(MOST_LINE):
-                    if not line.endswith(b"\n") and len(line) < MOST_LINE:
+                while line := file.readline(MAX_LINE_BYTES):
+                    if not line.endswith(b"\n") and len(line) < MAX_LINE_BYTES:
                         break  # it is being written
                     offset += len(line)
                     self._read[path] = offset

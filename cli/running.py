@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from distplat.actors.overview import Overview, RunName
     from distplat.actors.servers.scheduler import SchedulerStatus, WorkerRow
     from distplat.platform.scaling import ScaleStatus
-    from distplat.platform.server_group import ServersSeen, ShardAssignment
+    from distplat.platform.server_group import ServerGroupStatus, ShardAssignment
 
 
 def role_lines(overview: Overview) -> list[str]:
@@ -53,7 +53,7 @@ def role_facts(overview: Overview) -> dict[str, Any]:
     }
 
 
-def _server_lines(servers: ServersSeen) -> list[str]:
+def _server_lines(servers: ServerGroupStatus) -> list[str]:
     lines = _shard_lines(servers) if servers.assignments else ["server manager    no shards"]
     if servers.tables:
         rows = [
@@ -64,7 +64,7 @@ def _server_lines(servers: ServersSeen) -> list[str]:
     return lines
 
 
-def _shard_lines(servers: ServersSeen) -> list[str]:
+def _shard_lines(servers: ServerGroupStatus) -> list[str]:
     if not servers.version:
         return ["server manager    no shard was given out yet: no worker has come"]
     total = servers.cuts[-1].stop if servers.cuts else 0

@@ -12,7 +12,7 @@ from distplat.cli.package import EXCLUDES
 from distplat.platform.errors import Problem, SpecError
 from distplat.platform.job_file import read_text, render_job
 from distplat.platform.spec import Job
-from distplat.platform.spec_messages import show
+from distplat.platform.spec_messages import format_value
 from distplat.platform.yaml_source import Positions, parse_yaml
 from distplat.strategies.catalog import load_strategy_file, make_job
 
@@ -134,23 +134,27 @@ def _type_problems(key: str, value: object) -> list[Problem]:
     """Check what `with_folders` adds to: a text would be taken apart into its letters."""
     if key in ("excludes", "py_modules"):
         if not isinstance(value, list):
-            return [Problem((key,), f"must be a list of texts (got {show(value)})")]
+            return [Problem((key,), f"must be a list of texts (got {format_value(value)})")]
         items: Mapping[str | int, object] = dict(enumerate(value))
     elif key == "env_vars":
         if not isinstance(value, dict):
-            return [Problem((key,), f"must be a mapping of text to text (got {show(value)})")]
+            return [
+                Problem((key,), f"must be a mapping of text to text (got {format_value(value)})")
+            ]
         items = value
     elif key == "py_executable" and not isinstance(value, str):  # Ray would begin again and again
-        return [Problem((key,), f"must be a text (got {show(value)})")]
+        return [Problem((key,), f"must be a text (got {format_value(value)})")]
     else:
         return []
     problems = [
-        Problem((key, name), f"must be a text (got {show(item)})", "quote it")
+        Problem((key, name), f"must be a text (got {format_value(item)})", "quote it")
         for name, item in items.items()
         if not isinstance(item, str)
     ]
     names = [name for name in items if isinstance(name, str) and not _VARIABLE.fullmatch(name)]
-    problems += [Problem((key,), f"{show(name)} is no name of a variable") for name in names]
+    problems += [
+        Problem((key,), f"{format_value(name)} is no name of a variable") for name in names
+    ]
     texts = [name for name, item in items.items() if isinstance(item, str) and "\0" in item]
     return problems + [Problem((key, name), "may hold no NUL character") for name in texts]
 

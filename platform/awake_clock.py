@@ -12,21 +12,21 @@ import time
 from collections.abc import Callable
 from threading import Condition
 
-HALTED_S = 1.0
+MAX_GAP_S = 1.0
 """As long as this, at most, counts between two readings; who waits looks round far more often."""
 _LOOK_S = 0.5
 
 
 class AwakeClock:
-    """Seconds since it was made, at most `HALTED_S` of a gap between readings; for one thread."""
+    """Seconds since it was made, at most `MAX_GAP_S` of a gap between readings; for one thread."""
 
     def __init__(self) -> None:
         self._now, self._read = 0.0, time.monotonic()
 
     def now(self) -> float:
-        """Read the clock; goes on by no more than `HALTED_S` since the last time."""
+        """Read the clock; goes on by no more than `MAX_GAP_S` since the last time."""
         read = time.monotonic()
-        self._now += min(read - self._read, HALTED_S)
+        self._now += min(read - self._read, MAX_GAP_S)
         self._read = read
         return self._now
 

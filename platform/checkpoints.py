@@ -29,7 +29,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from distplat.platform.disk import Disk, FileContent, Moved, in_pieces, open_regular
+from distplat.platform.disk import Disk, FileContent, OnProgress, iter_pieces, open_regular
 from distplat.platform.errors import Problem, SpecError, StorageError, naming_path
 from distplat.platform.tensor_slices import ITEM_BYTES, Bytes, TensorEntry
 from distplat.platform.total_memory import DoesNotFit, check_fits
@@ -138,7 +138,7 @@ def step_of(name: str) -> int | None:
     return int(match[1]) if match else None
 
 
-def surplus(
+def deletable_steps(
     steps: Iterable[int], keep: int, written: int, protected: Set[int] = frozenset()
 ) -> list[int]:
     """
@@ -176,12 +176,14 @@ class Catalogue:
     Args:
         folder: of the checkpoints; made when the first is written.
         disk: for tests.
-        moved: told whenever the disk has done a piece of what `write` does; see `with_deadline`.
+        on_progress: called after each piece that is written or read; see `with_deadline`.
     """
 
-    def __init__(self, folder: Path, disk: Disk | None = None, moved: Moved = lambda: None) -> None:
+    def __init__(
+        self, folder: Path, disk: Disk | None = None, on_progress: OnProgress = lambda: None
+    ) -> None:
         self.folder = folder
-        self._disk, self._moved = disk or Disk(), moved
+        self._disk, self._on_progress = disk or Disk(), on_progress
 
     def steps(self) -> list[int]:
         """Give the steps that have a checkpoint, whole or damaged, oldest first."""
@@ -209,7 +211,7 @@ class Catalogue:
         target, disk = self.path(step), self._disk
         self._remove_leftovers()
         if target.is_dir():
-            if not flaws(target, self._moved):
+            if not flaws(target, self._on_progress):
                 return target
             self._delete(target)
         partial = target.with_name(target.name + _PARTIAL)
@@ -239,10 +241,10 @@ class Catalogue:
         Raises:
             OSError: it is damaged, so nothing is deleted.
         """
-        reason, deletable = "", surplus(self.steps(), keep, written, protected)
+        reason, deletable = "", deletable_steps(self.steps(), keep, written, protected)
         if not deletable:
             return reason
-        if problem := shortfall(self.path(written)):
+        if problem := find_truncated_file(self.path(written)):
             raise OSError(f"{problem}; nothing was deleted")
         for step in deletable:
             try:
@@ -273,14 +275,18 @@ class Catalogue:
                 self._disk.rename(path, aside)
 
     def newest(
-        self, warn: Callable[[str], object], moved: Moved = lambda: None, *, given: bool = False
+        self,
+        warn: Callable[[str], object],
+        on_progress: OnProgress = lambda: None,
+        *,
+        given: bool = False,
     ) -> StoredCheckpoint | None:
         """
         Read the newest one that is whole; None: there is none, whole or damaged.
 
         Args:
             warn: is told of each that is damaged.
-            moved: see `with_deadline`.
+            on_progress: see `with_deadline`.
             given: see `read`.
 
         Raises:
@@ -293,7 +299,7 @@ class Catalogue:
             raise StorageError(f"cannot read {self.folder}: {error.strerror}") from error
         for step in reversed(steps):
             try:
-                return read(self.path(step), moved, given=given)
+                return read(self.path(step), on_progress, given=given)
             except DoesNotFit:
                 raise
             except StorageError as error:
@@ -307,7 +313,7 @@ class Catalogue:
         self._disk.make(partial)
         entries = {}
         for name, content in files.items():
-            size, digest = self._disk.write(partial / name, in_pieces(content, self._moved))
+            size, digest = self._disk.write(partial / name, iter_pieces(content, self._on_progress))
             entries[name] = {"bytes": size, "sha256": digest}
         manifest = _to_json({"files": entries, "format": FORMAT})
         self._disk.write(partial / MANIFEST, [manifest])
@@ -330,23 +336,27 @@ class Catalogue:
                     self._disk.remove(path)
 
 
-def read(path: Path, moved: Moved = lambda: None, *, given: bool = False) -> StoredCheckpoint:
+def read(
+    path: Path, on_progress: OnProgress = lambda: None, *, given: bool = False
+) -> StoredCheckpoint:
     """
     Read one checkpoint, every byte against its manifest.
 
     Args:
         path: its directory.
-        moved: see `with_deadline`.
+        on_progress: see `with_deadline`.
         given: it may be another's, and only as large as it says: it has to fit into all memory.
 
     Raises:
         StorageError: it is damaged; names what is wrong.
         DoesNotFit: it was given, and is larger than memory and swap.
     """
-    manifest = listed(path)
+    manifest = read_manifest(path)
     if given:
         check_fits(path, sum(facts["bytes"] for facts in manifest.values()))
-    files = {name: _read_verified(path / name, facts, moved) for name, facts in manifest.items()}
+    files = {
+        name: _read_verified(path / name, facts, on_progress) for name, facts in manifest.items()
+    }
     try:
         state = json.loads(files.pop(STATE))
         assert isinstance(state["step"], int)
@@ -355,19 +365,19 @@ def read(path: Path, moved: Moved = lambda: None, *, given: bool = False) -> Sto
     return StoredCheckpoint(path, state, files)
 
 
-def flaws(path: Path, moved: Moved = lambda: None) -> list[str]:
+def flaws(path: Path, on_progress: OnProgress = lambda: None) -> list[str]:
     """Say what is wrong with a checkpoint, every byte read; empty: it is whole."""
     try:
-        read(path, moved)
+        read(path, on_progress)
     except StorageError as error:
         return [str(error)]
     return []
 
 
-def shortfall(path: Path) -> str:
+def find_truncated_file(path: Path) -> str:
     """Say which file of a checkpoint is missing or too short; empty: none is."""
     try:
-        for name, facts in listed(path).items():
+        for name, facts in read_manifest(path).items():
             if (path / name).lstat().st_size != facts["bytes"]:
                 return f"{path / name} has not {facts['bytes']} bytes"
     except (StorageError, OSError) as error:
@@ -376,7 +386,7 @@ def shortfall(path: Path) -> str:
 
 
 def find(
-    path: Path, warn: Callable[[str], object], moved: Moved = lambda: None
+    path: Path, warn: Callable[[str], object], on_progress: OnProgress = lambda: None
 ) -> StoredCheckpoint:
     """
     Read what `--resume` names: a checkpoint, or the newest whole one of a run directory.
@@ -384,7 +394,7 @@ def find(
     Args:
         path: the directory.
         warn: is told of each that is damaged.
-        moved: see `with_deadline`.
+        on_progress: see `with_deadline`.
 
     Raises:
         SpecError: there is no checkpoint.
@@ -395,9 +405,9 @@ def find(
     if is_checkpoint or step_of(path.name) is not None:
         if not exists:
             raise SpecError(Problem(("--resume",), f"there is no {path}"))
-        return read(path, moved, given=True)
+        return read(path, on_progress, given=True)
     catalogue = Catalogue(path if path.name == FOLDER else path / FOLDER)
-    stored = catalogue.newest(warn, moved, given=True)
+    stored = catalogue.newest(warn, on_progress, given=True)
     if stored is not None:
         return stored
     what = f"no checkpoint in {path}" if exists else f"there is no directory {path}"
@@ -405,7 +415,7 @@ def find(
     raise SpecError(Problem(("--resume",), what, hint))
 
 
-def listed(path: Path) -> dict[str, dict[str, Any]]:
+def read_manifest(path: Path) -> dict[str, dict[str, Any]]:
     """
     Read which files a checkpoint's manifest lists, and what it says of each: `bytes`, `sha256`.
 
@@ -433,15 +443,15 @@ def listed(path: Path) -> dict[str, dict[str, Any]]:
     return dict(files)
 
 
-def _read_verified(path: Path, facts: Mapping[str, Any], moved: Moved) -> bytes:
-    content, digest = _bytes_of(path, facts, moved)
+def _read_verified(path: Path, facts: Mapping[str, Any], on_progress: OnProgress) -> bytes:
+    content, digest = _bytes_of(path, facts, on_progress)
     if digest != facts["sha256"]:
         raise StorageError(f"{path}: SHA-256 is {digest[:8]}.., expected {facts['sha256'][:8]}..")
     return content
 
 
 def _bytes_of(
-    path: Path, facts: Mapping[str, Any] | None = None, moved: Moved = lambda: None
+    path: Path, facts: Mapping[str, Any] | None = None, on_progress: OnProgress = lambda: None
 ) -> tuple[bytes, str]:
     """
     Read a file whose size is known before a byte of it is read; give its SHA-256, too.
@@ -449,7 +459,7 @@ def _bytes_of(
     Args:
         path: of the file.
         facts: what the manifest says of it; None: it is the manifest.
-        moved: told of each piece.
+        on_progress: told of each piece.
     """
     content, digest = io.BytesIO(), hashlib.sha256()
     try:
@@ -464,7 +474,7 @@ def _bytes_of(
             while piece := file.read(min(_PIECE_BYTES, size - content.tell())):
                 content.write(piece)
                 digest.update(piece)
-                moved()
+                on_progress()
             return content.getvalue(), digest.hexdigest()
     except MemoryError:
         raise StorageError(f"cannot read {path}: it does not fit into memory") from None

@@ -22,7 +22,7 @@ class CommonVersion:
         self.target = 0  #: what every rank is to be asked for; 0: where they are, to begin with
 
     @property
-    def hopeless(self) -> bool:
+    def is_unreachable(self) -> bool:
         """Whether the run ends before there is such a version."""
         return self._at_least > self._total
 

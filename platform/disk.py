@@ -29,7 +29,7 @@ T = TypeVar("T")
 
 FileContent = Iterable[bytes | memoryview]
 """A file, in parts."""
-Moved = Callable[[], object]
+OnProgress = Callable[[], object]
 """Called by who works on a disk, whenever it has done something."""
 SETTING = "failure.storage_timeout_s"
 FOLDER_MODE, FILE_MODE = 0o770, 0o660
@@ -83,13 +83,13 @@ def opener(path: str, flags: int) -> int:
     return os.open(path, flags, FILE_MODE)
 
 
-def in_pieces(content: FileContent, moved: Moved) -> Iterator[memoryview]:
+def iter_pieces(content: FileContent, on_progress: OnProgress) -> Iterator[memoryview]:
     """Cut a file's parts; `moved` is told when the next piece is asked for: one is written."""
     for part in content:
         view = memoryview(part).cast("B")
         for start in range(0, len(view), _PIECE_BYTES):
             yield view[start : start + _PIECE_BYTES]
-            moved()
+            on_progress()
 
 
 def _sync(folder: Path) -> None:
@@ -157,7 +157,7 @@ def check_regular(path: Path) -> None:
         raise StorageError(f"cannot read {path}: it is no regular file")
 
 
-class Records:
+class RecordFile:
     """
     A file that grows by whole records: what does not fit on the disk leaves no part of it behind.
 
@@ -217,7 +217,7 @@ def reserve(folder: Path, size: int) -> IO[bytes]:
 
 
 def with_deadline(
-    work: Callable[[Moved], T], where: Path, limit_s: float, setting: str = SETTING
+    work: Callable[[OnProgress], T], where: Path, limit_s: float, setting: str = SETTING
 ) -> T:
     """
     Have a thread work on a disk, and wait for it: nothing else ends a call to a disk that hangs.
@@ -233,11 +233,11 @@ def with_deadline(
     """
     moved_at = time.monotonic()
 
-    def moved() -> None:
+    def on_progress() -> None:
         nonlocal moved_at
         moved_at = time.monotonic()
 
-    future = in_thread("disk", lambda: work(moved))
+    future = run_in_thread("disk", lambda: work(on_progress))
     while not future.done():
         left_s = moved_at + limit_s - time.monotonic()
         if left_s <= 0:
@@ -248,7 +248,7 @@ def with_deadline(
     return future.result()
 
 
-def in_thread(name: str, work: Callable[[], T]) -> Future[T]:
+def run_in_thread(name: str, work: Callable[[], T]) -> Future[T]:
     """Run something that may never end in a daemon thread of its own."""
     future = Future[T]()
 
@@ -262,14 +262,14 @@ def in_thread(name: str, work: Callable[[], T]) -> Future[T]:
     return future
 
 
-def write_whole(path: Path, data: bytes, moved: Moved = lambda: None) -> None:
+def write_atomically(path: Path, data: bytes, on_progress: OnProgress = lambda: None) -> None:
     """
     Write a file, flush it to the disk, then give it its name: a reader sees all of it or none.
 
     Args:
         path: of the file.
         data: all of it.
-        moved: see `with_deadline`.
+        on_progress: see `with_deadline`.
 
     Raises:
         OSError: the disk is full, or the directory is gone; what was there before stays.
@@ -281,7 +281,7 @@ def write_whole(path: Path, data: bytes, moved: Moved = lambda: None) -> None:
                 file.write(memoryview(data)[start : start + _PIECE_BYTES])
                 file.flush()
                 os.fsync(file.fileno())
-                moved()
+                on_progress()
         partial.rename(path)
     except OSError:
         with contextlib.suppress(OSError):

@@ -3,7 +3,9 @@
 from collections.abc import Sequence
 
 
-def cut_at(bounds: Sequence[tuple[int, int]], boundaries: Sequence[int]) -> list[tuple[int, int]]:
+def snap_to_boundaries(
+    bounds: Sequence[tuple[int, int]], boundaries: Sequence[int]
+) -> list[tuple[int, int]]:
     """
     Move the bounds between ranges to the nearest of some boundaries; a range may be left empty.
 

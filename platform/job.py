@@ -25,6 +25,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from enum import Enum
 
+from distplat.platform.diverged_loops import LoopState, LoopTracker
 from distplat.platform.errors import (
     Abandoned,
     ActorLost,
@@ -35,8 +36,14 @@ from distplat.platform.errors import (
     StateLost,
     UserCodeError,
 )
-from distplat.platform.parted_ranks import Loops, LoopState
-from distplat.platform.recovery import COORDINATORS, Budget, Policy, Restart, repairable, weight
+from distplat.platform.recovery import (
+    COORDINATORS,
+    Budget,
+    Policy,
+    Restart,
+    error_priority,
+    is_recoverable,
+)
 from distplat.platform.setup_errors import SetupErrors
 from distplat.platform.spec import Failure
 from distplat.platform.stop_order import StopOrder
@@ -47,13 +54,7 @@ the exchange come first and know more."""
 
 
 class RankProgress:
-    """
-    How far each rank says that it has come, and when that last grew.
-
-    Args:
-        ranks: those that there are.
-        now: seconds on any clock that never goes back.
-    """
+    """Track the progress count of each rank, and when it last increased."""
 
     def __init__(self, ranks: Iterable[int], now: float) -> None:
         self._count = dict.fromkeys(ranks, 0)  #: 0: it has just joined
@@ -79,14 +80,7 @@ class RankProgress:
         return [rank for rank, count in self._count.items() if not count]
 
     def stalled(self, working: Iterable[int], now: float, limits: Failure) -> tuple[int, ...]:
-        """
-        Give the ranks that have not moved for longer than they may.
-
-        Args:
-            working: ranks that should.
-            now: on the same clock.
-            limits: the job's deadlines.
-        """
+        """Return the ranks in `working` without progress for longer than their timeout."""
         step_s, start_s = limits.step_timeout_s, max(limits.step_timeout_s, limits.start_timeout_s)
         patience_s = {rank: step_s if self._count[rank] else start_s for rank in working}
         return tuple(
@@ -96,7 +90,7 @@ class RankProgress:
         )
 
 
-def frozen(role: str, seconds: float, step: int | None) -> ActorLost:
+def unresponsive(role: str, seconds: float, step: int | None) -> ActorLost:
     """Tell of a role that does not answer."""
     cause = f"it has not answered for {seconds:.0f} s (frozen or cut off)"
     return ActorLost(role, step, cause, "`failure.heartbeat_timeout_s` changes this deadline")
@@ -247,7 +241,7 @@ class JobState:
         self._preempted = False
         self._state_lost = False
         self._wanted: int | None = None  #: ranks that there are to be in the next attempt
-        self._loops = Loops()
+        self._loops = LoopTracker()
         self._setup = SetupErrors()
 
     @property
@@ -256,13 +250,13 @@ class JobState:
         return self.phase in (Phase.SUCCEEDED, Phase.FAILED)
 
     @property
-    def may_go_on(self) -> bool:
+    def can_recover(self) -> bool:
         """Whether a failure of the kind seen so far can be repaired by this policy."""
         if self._resizing:
             return True
         allowed = self._policy.max_failures or (self._preempted and self._policy.max_preemptions)
-        kept = self._policy.may_start_over or not self._servers_lost
-        return bool(allowed) and kept and (self.error is None or repairable(self.error))
+        kept = self._policy.allows_restart_from_scratch or not self._servers_lost
+        return bool(allowed) and kept and (self.error is None or is_recoverable(self.error))
 
     @property
     def _resizing(self) -> bool:
@@ -277,7 +271,7 @@ class JobState:
         return self.ending if self.phase is Phase.RUNNING else StopOrder.NONE
 
     @property
-    def halted(self) -> bool:
+    def resize_in_progress(self) -> bool:
         """Whether a rank has stopped for a resize."""
         return self._wanted is not None and bool(self._waiting)
 
@@ -291,7 +285,7 @@ class JobState:
         return min(self._steps.values())
 
     @property
-    def furthest(self) -> int:
+    def max_step(self) -> int:
         """Steps that the foremost rank has done: where survivors go on."""
         return max(self._steps.values())
 
@@ -323,14 +317,14 @@ class JobState:
         """Called when `restart` is carried out; `step`: done before, where all was made anew."""
         assert self.restart is not None, "only after a restart was decided"
         self.attempt = self.restart.attempt
-        if self.restart.everything:
+        if self.restart.restarts_all:
             self._world = self.restart.world or self._world
             self._members = set(range(self._world))  # made anew as at the start
             self._steps, self._restoring = dict.fromkeys(self._members, step), step > 0
         elif self.restart.world is not None:
-            self._world, furthest = self.restart.world, self.furthest
+            self._world, max_step = self.restart.world, self.max_step
             self._members = set(range(self._world))
-            self._steps = {rank: self._steps.get(rank, furthest) for rank in self._members}
+            self._steps = {rank: self._steps.get(rank, max_step) for rank in self._members}
         if self.restart.world is not None:  # ranks that have all of the model each
             self._policy = replace(self._policy, holders=())
         self._begin(now)
@@ -388,16 +382,16 @@ class JobState:
 
     def _miss(self, role: str, seconds: float, now: float) -> None:
         failed = self.phase is Phase.SETTLING and not self._resizing
-        if failed and self.may_go_on and seconds > SETTLE_S:
+        if failed and self.can_recover and seconds > SETTLE_S:
             self._dead.add(role)
         elif seconds > self._limits.heartbeat_timeout_s:
             self._dead.add(role)
-            self._fail(frozen(role, seconds, self.steps_done or None), now)
+            self._fail(unresponsive(role, seconds, self.steps_done or None), now)
 
     def _fail(self, error: DistplatError, now: float) -> None:
         if self.error is None:
             self.phase, self._failed_at = Phase.SETTLING, now
-        if self.error is None or weight(error) > weight(self.error):
+        if self.error is None or error_priority(error) > error_priority(self.error):
             self.error = error
         if isinstance(self.error, UserCodeError):
             self._give_up(now)
@@ -412,7 +406,7 @@ class JobState:
 
     def _settle(self, now: float) -> None:
         waited_s = now - self._failed_at
-        if not self.may_go_on:
+        if not self.can_recover:
             self._give_up(now)
             return
         known = self._waiting | self._finished | {rank_of(role) for role in self._dead}
@@ -437,9 +431,9 @@ class JobState:
 
     def _parted(self) -> UserCodeError | None:
         """Say that ranks have left the others in their loops, and none was lost."""
-        if self.error is None or self._dead or weight(self.error) > 1:
+        if self.error is None or self._dead or error_priority(self.error) > 1:
             return None
-        return self._loops.parted(self._steps)
+        return self._loops.divergence_error(self._steps)
 
     def _decide(self) -> None:
         """Every rank is accounted for: go on, or give up."""
@@ -451,7 +445,7 @@ class JobState:
             return
         error = self.error
         answer = self._budget.spend(
-            self.furthest,
+            self.max_step,
             str(error),
             self._preempted,
             consequence=isinstance(error, StateLost),

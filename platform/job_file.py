@@ -17,7 +17,7 @@ from pydantic import TypeAdapter, ValidationError
 from distplat.platform.errors import Problem, SpecError
 from distplat.platform.own_loop import OF_TASKS
 from distplat.platform.spec import Job, StrategyField, StrategySpec
-from distplat.platform.spec_messages import problems_of, show
+from distplat.platform.spec_messages import format_value, problems_of
 from distplat.platform.yaml_source import (
     MAX_BYTES,
     MAX_DEPTH,
@@ -72,7 +72,7 @@ def read_job(
     if data is None:
         raise _unreadable(path, "is empty; a job needs at least name, strategy and optimizer")
     if not isinstance(data, dict):
-        raise _unreadable(path, f"must be a mapping of fields (got {show(data)})")
+        raise _unreadable(path, f"must be a mapping of fields (got {format_value(data)})")
     draft = _Draft(file, data, {where: (file, *mark) for where, mark in marks.items()})
     problems = draft.apply(_from_environment(environ))
     settings, unreadable = _from_overrides(overrides)
@@ -99,7 +99,7 @@ def job_of(
         SpecError: all that is wrong.
     """
     if not isinstance(data, Mapping):
-        raise SpecError(f"a job must be a mapping of fields (got {show(data)})")
+        raise SpecError(f"a job must be a mapping of fields (got {format_value(data)})")
     return _validated(_Draft("", dict(data)), [], check, check_strategy)
 
 
@@ -111,9 +111,9 @@ def render_job(job: Job) -> str:
         SpecError: a value from Python has no form in YAML.
     """
     unused: dict[str, Any] = {
-        "lr_schedule": job.lr_schedule.idle_fields(),
-        "evaluation": job.evaluation.idle_fields(),
-        "data": job.data.idle_fields(),
+        "lr_schedule": job.lr_schedule.unused_fields(),
+        "evaluation": job.evaluation.unused_fields(),
+        "data": job.data.unused_fields(),
         **dict.fromkeys(OF_TASKS if job.own_loop else ["own_loop"], True),
     }
     data = job.model_dump(exclude=unused)
@@ -186,7 +186,7 @@ class _Draft:
                 self.positions[path[:length]] = (source, 0, 0)
             if not isinstance(inner, dict):
                 around = ".".join(map(str, path[:length]))
-                message = f"cannot be set: {around} is {show(inner)}, not a mapping"
+                message = f"cannot be set: {around} is {format_value(inner)}, not a mapping"
                 raise SpecError(Problem(path, message, file=source))
             mapping[str(part)] = inner
             mapping = inner
@@ -232,7 +232,7 @@ def _from_overrides(overrides: Sequence[str]) -> tuple[list[_Setting], list[Prob
         if equals and all(path):
             settings.append(_Setting(path, f"--set {'.'.join(path)}", text))
         else:
-            message = f"must be field=value or field.subfield=value (got {show(override)})"
+            message = f"must be field=value or field.subfield=value (got {format_value(override)})"
             problems.append(Problem((), message, file="--set"))
     return settings, problems
 
@@ -316,4 +316,4 @@ def _plain(value: object, where: FieldPath) -> object:
         return [_plain(inner, (*where, i)) for i, inner in enumerate(value)]
     if value is None or type(value) in (bool, int, float, str):
         return value
-    raise SpecError(Problem(where, f"cannot be written as YAML (got {show(value)})"))
+    raise SpecError(Problem(where, f"cannot be written as YAML (got {format_value(value)})"))

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 
-MOST_SHOWN = 16
+MAX_SHOWN_SHARDS = 16
 """Shards of which a line of metrics tells each by itself."""
 
 
@@ -49,7 +49,7 @@ def load_figures(loads: Sequence[ShardLoad]) -> dict[str, float]:
         "in_bytes": float(sum(load.in_bytes for load in loads)),
         "out_bytes": float(sum(load.out_bytes for load in loads)),
     }
-    if 1 < len(loads) <= MOST_SHOWN:
+    if 1 < len(loads) <= MAX_SHOWN_SHARDS:
         for index, load in enumerate(loads):
             figures |= {f"shard_{index}_{name}": float(v) for name, v in asdict(load).items()}
     return figures

@@ -43,7 +43,7 @@ class LRSchedule(Spec):
     warmup_steps: Index = 0
     """Steps in which the rate grows linearly from 1/warmup_steps of `lr` to `lr`; 0: no warm-up."""
 
-    def idle_fields(self) -> set[str]:
+    def unused_fields(self) -> set[str]:
         """Give the fields that have no effect on a schedule of this name."""
         return set()
 
@@ -92,7 +92,7 @@ class Schedule(LRSchedule):
     """`wsd`: how it falls; `sqrt`: as 1 - sqrt (Hägele et al., NeurIPS 2024)."""
 
     @override
-    def idle_fields(self) -> set[str]:
+    def unused_fields(self) -> set[str]:
         used = {
             "constant": set(),
             "linear": {"final_factor"},
@@ -407,7 +407,7 @@ def schedule_problems(schedule: LRSchedule, steps: int | None) -> list[Problem]:
         Problem(
             ("lr_schedule", field), f"has no effect on the schedule {schedule.name!r}", "remove it"
         )
-        for field in sorted(schedule.idle_fields() & schedule.model_fields_set)
+        for field in sorted(schedule.unused_fields() & schedule.model_fields_set)
     ]
     for name, field in (("step", "every_steps"), ("wsd", "decay_steps")):
         if schedule.name == name and not getattr(schedule, field):

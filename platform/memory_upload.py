@@ -8,7 +8,7 @@ from concurrent.futures import wait
 from io import BytesIO
 from itertools import count
 
-from distplat.platform.disk import SETTING, in_thread
+from distplat.platform.disk import SETTING, run_in_thread
 from distplat.platform.errors import StorageError
 from distplat.platform.remote_storage import NoAnswer, RemoteStorage
 
@@ -16,7 +16,7 @@ _MOST_FAILED = 4
 """Failed attempts after which it is given up, where the storage answers."""
 
 
-def bring(url: str, name: str, data: bytes, limit_s: float) -> None:
+def upload_bytes(url: str, name: str, data: bytes, limit_s: float) -> None:
     """
     Write a file that the local disk has not taken to a run's copy, from memory.
 
@@ -42,7 +42,7 @@ def bring(url: str, name: str, data: bytes, limit_s: float) -> None:
                 if hopeless or given_up.wait(min(0.25 * 2 ** min(failures, 10), limit_s / 8)):
                     raise
 
-    upload = in_thread("upload of one file", put)
+    upload = run_in_thread("upload of one file", put)
     try:
         while not wait([upload], 0.05).done:
             if time.monotonic() - storage.answered_at > limit_s:

@@ -45,7 +45,7 @@ def _group_problems(rule: Optimizer) -> list[Problem]:
 
 def _argument_problems(rule: Optimizer, number: int) -> list[Problem]:
     where, group = ("optimizer", "groups", number), rule.groups[number]
-    optimizer_class, arguments = rule.kinds()[number + 1], group.arguments()
+    optimizer_class, arguments = rule.group_classes()[number + 1], group.arguments()
     known = optimizer_class.model_fields.keys() - {"name", "groups"} - optimizer_class.not_in_groups
     problems = [
         Problem((*where, name), f"is no argument of {optimizer_class.__name__}", hint(name, known))
@@ -131,7 +131,7 @@ def shape_problems(rule: Optimizer, shapes: Mapping[str, Sequence[int]]) -> list
         shapes: of the parameters, by name.
     """
     problems = []
-    for number, optimizer in enumerate(rule.kinds()):
+    for number, optimizer in enumerate(rule.group_classes()):
         wrong = [
             n for n, s in shapes.items() if rule.group_of(n) == number and not rule.takes(n, s)
         ]

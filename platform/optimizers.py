@@ -141,7 +141,7 @@ class Optimizer(Spec):
         matches = (number for number, group in enumerate(self.groups, 1) if group.matches(name))
         return next(matches, 0)
 
-    def kinds(self) -> "list[type[Optimizer]]":
+    def group_classes(self) -> "list[type[Optimizer]]":
         """Give the class of parameters that are in no group, then that of each group."""
         own = type(self)
         return [own, *(options_of(group.name) if group.name else own for group in self.groups)]
@@ -149,11 +149,13 @@ class Optimizer(Spec):
     @property
     def whole(self) -> bool:
         """Whether it needs whole tensors: one of its classes does, or there are several."""
-        return len({*self.kinds()}) > 1 or any(kind.of_tensors for kind in self.kinds())
+        return len({*self.group_classes()}) > 1 or any(
+            kind.of_tensors for kind in self.group_classes()
+        )
 
     def takes(self, name: str, shape: Sequence[int]) -> bool:
         """Say whether a parameter has a shape that its optimizer can update."""
-        return len(shape) == 2 or not self.kinds()[self.group_of(name)].matrices
+        return len(shape) == 2 or not self.group_classes()[self.group_of(name)].matrices
 
     def variants(self) -> "list[Optimizer]":
         """
@@ -167,7 +169,10 @@ class Optimizer(Spec):
         for group in self.groups:
             base = own if group.name is None else {"name": group.name}
             arguments.append(base | group.arguments())
-        return [kind.model_validate(one) for kind, one in zip(self.kinds(), arguments, strict=True)]
+        return [
+            kind.model_validate(one)
+            for kind, one in zip(self.group_classes(), arguments, strict=True)
+        ]
 
     def rates(self) -> tuple[float, ...]:
         """Give `lr` of parameters that are in no group, then that of each group."""

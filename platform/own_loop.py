@@ -44,7 +44,7 @@ def script_of(entry: str | None) -> list[str]:
     return [head, *shlex.split(rest)] if head.endswith(".py") else []
 
 
-def closed_quotes(entry: str) -> str:
+def check_quotes(entry: str) -> str:
     """
     Give a job's `task` back, whose arguments can be told apart.
 

@@ -62,7 +62,7 @@ class OwnedFolder:
             self._lock.close()
 
 
-def remove_left(base: Path, prefix: str) -> None:
+def remove_orphans(base: Path, prefix: str) -> None:
     """
     Remove what was left by processes that were killed since this machine started: this user's own.
 

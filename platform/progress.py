@@ -74,7 +74,7 @@ class StepSummary:
     """The strategy's own; of each the largest over the ranks."""
 
 
-def reported(step: StepSummary) -> dict[str, float]:
+def reported_metrics(step: StepSummary) -> dict[str, float]:
     """Give the figures that a train function has reported; a loss that is NaN may be none."""
     loss = {} if math.isnan(step.loss) else {"loss": step.loss}
     return {**step.figures, **loss}
@@ -321,7 +321,7 @@ class ReportAggregator:
         for reports in (self._steps, self._evals, self._traces):
             reports.resize(world, step)
 
-    def lost(self) -> None:
+    def rank_lost(self) -> None:
         """Called when a rank was lost: what it had done and not yet reported never comes."""
         self._lost_before = self._steps.highest + 1
 
@@ -337,7 +337,7 @@ class ReportAggregator:
         self._next_step = turn
         return summaries
 
-    def rest(self) -> list[StepSummary | EvalSummary]:
+    def flush(self) -> list[StepSummary | EvalSummary]:
         """Give what is left of the steps when the run is over."""
         return [*self._incomplete_steps(None), *self._ready_evals()]
 

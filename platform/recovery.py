@@ -31,7 +31,7 @@ from distplat.platform.errors import (
 from distplat.platform.spec import Failure
 
 
-def repairable(error: DistplatError) -> bool:
+def is_recoverable(error: DistplatError) -> bool:
     """Say whether a restart could help; one that was late to start would be late again."""
     if isinstance(error, MismatchError):
         return False
@@ -40,7 +40,7 @@ def repairable(error: DistplatError) -> bool:
     return isinstance(error, InfrastructureError)
 
 
-def weight(error: DistplatError) -> int:
+def error_priority(error: DistplatError) -> int:
     """
     How well an error explains a failed run: what no other process has caused comes first.
 
@@ -78,7 +78,7 @@ class Policy:
     max_preemptions: int = 0
     survives_worker_loss: bool = False
     """Whether ranks that were not lost keep their state; else all go back to a checkpoint."""
-    may_start_over: bool = True
+    allows_restart_from_scratch: bool = True
     """Whether the loss of a server, and of what it kept, may cost the run so far."""
     holders: tuple[tuple[int, ...], ...] = ()
     """For each part of the model, the ranks that have it; of each one must be left to go on.
@@ -109,7 +109,7 @@ def policy_of(
         by_default[0] if failures is None else failures,
         by_default[1] if preemptions is None else preemptions,
         survives_worker_loss,
-        may_start_over=failures is not None or checkpoints,
+        allows_restart_from_scratch=failures is not None or checkpoints,
         holders=holders,
     )
 
@@ -122,7 +122,7 @@ class Restart:
     """Its number from now on."""
     replace: tuple[int, ...]
     """Ranks that are made anew; the others keep their processes."""
-    everything: bool
+    restarts_all: bool
     """Servers are made anew too; all begin from the last checkpoint, or from the first step."""
     wait_s: float
     coordinators: tuple[str, ...] = ()

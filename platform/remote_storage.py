@@ -28,13 +28,20 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
-from distplat.platform.checkpoints import FOLDER, MANIFEST, StoredCheckpoint, listed, read, step_of
+from distplat.platform.checkpoints import (
+    FOLDER,
+    MANIFEST,
+    StoredCheckpoint,
+    read,
+    read_manifest,
+    step_of,
+)
 from distplat.platform.disk import (
     FOLDER_MODE,
     SETTING,
     DiskHangs,
-    in_thread,
     opener,
+    run_in_thread,
     with_deadline,
 )
 from distplat.platform.errors import DeadlineExceeded, Problem, SpecError, StorageError
@@ -210,7 +217,7 @@ class RemoteStorage:
             text = f"{_MOST_HANGING} operations before it still hang"
             raise NoAnswer(f"{self.url}/{name}: {text}; `{SETTING}` changes their deadline")
         self._load(name)
-        operation = in_thread("remote storage", lambda: work(*self._connected(name)))
+        operation = run_in_thread("remote storage", lambda: work(*self._connected(name)))
         if not wait([operation], limit_s).done:
             self._hanging.append(operation)
             self._opened = None
@@ -450,7 +457,7 @@ def _download(storage: RemoteStorage, name: str, target: Path) -> StoredCheckpoi
         _on_disk(storage, target, lambda: target.mkdir(mode=0o700))
         _download_file(storage, f"{name}/{MANIFEST}", target / MANIFEST, size)
         try:
-            files = _on_disk(storage, target, lambda: listed(target))
+            files = _on_disk(storage, target, lambda: read_manifest(target))
         except DiskHangs:
             raise
         except StorageError as error:
@@ -461,7 +468,7 @@ def _download(storage: RemoteStorage, name: str, target: Path) -> StoredCheckpoi
     except OSError as error:
         raise StorageError(f"cannot write {target}: {error.strerror or error}") from error
     try:
-        return with_deadline(lambda moved: read(target, moved), target, storage.limit_s)
+        return with_deadline(lambda on_progress: read(target, on_progress), target, storage.limit_s)
     except DiskHangs:
         raise
     except StorageError as error:
@@ -470,7 +477,7 @@ def _download(storage: RemoteStorage, name: str, target: Path) -> StoredCheckpoi
 
 def _on_disk(storage: RemoteStorage, where: Path, work: Callable[[], T]) -> T:
     """Run something on the local disk, within the deadline of the storage."""
-    return with_deadline(lambda moved: work(), where, storage.limit_s)
+    return with_deadline(lambda on_progress: work(), where, storage.limit_s)
 
 
 def _download_file(storage: RemoteStorage, name: str, target: Path, size: object) -> None:

@@ -112,7 +112,9 @@ def start_from(job: Job, path: Path, warn: Callable[[str], object]) -> StoredChe
         StorageError: all are damaged, it was made by something else, or the disk does not answer.
     """
     limit_s = job.failure.storage_timeout_s
-    return compared(job, with_deadline(lambda moved: find(path, warn, moved), path, limit_s))
+    return compared(
+        job, with_deadline(lambda on_progress: find(path, warn, on_progress), path, limit_s)
+    )
 
 
 def start_from_url(
@@ -176,7 +178,7 @@ def _well_formed(state: Mapping[str, Any]) -> bool:
     )
 
 
-def names_differ(checkpoint_names: set[str], model_names: set[str]) -> list[str]:
+def name_differences(checkpoint_names: set[str], model_names: set[str]) -> list[str]:
     """Say which of a checkpoint's names a model lacks, and the other way round."""
     lines = []
     for name in sorted(model_names - checkpoint_names)[:5]:

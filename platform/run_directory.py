@@ -34,11 +34,11 @@ from typing import Any
 
 from distplat.platform.disk import (
     FOLDER_MODE,
-    Moved,
-    Records,
+    OnProgress,
+    RecordFile,
     reserve,
     with_deadline,
-    write_whole,
+    write_atomically,
 )
 from distplat.platform.errors import StorageError
 from distplat.platform.job_file import render_job
@@ -91,16 +91,18 @@ class RunDirectory:
         self.path = base / local_folder(job.storage_path) / run
         self._limit_s, self._disk_hangs = job.failure.storage_timeout_s, False
         self._board: _TensorBoard | None = None
-        self._with_deadline("make the run directory", self.path, lambda moved: self._make(job))
+        self._with_deadline(
+            "make the run directory", self.path, lambda on_progress: self._make(job)
+        )
 
     def _make(self, job: Job) -> None:
         self.path = self.path.resolve()
         self.path.mkdir(parents=True, mode=FOLDER_MODE)
-        write_whole(self.path / "job.yaml", render_job(job).encode())
-        self._metrics = Records(self.path / "metrics.jsonl")
+        write_atomically(self.path / "job.yaml", render_job(job).encode())
+        self._metrics = RecordFile(self.path / "metrics.jsonl")
         self._reserve = reserve(self.path, _RESULT_BYTES)
 
-    def _with_deadline(self, what: str, path: Path, work: Callable[[Moved], object]) -> None:
+    def _with_deadline(self, what: str, path: Path, work: Callable[[OnProgress], object]) -> None:
         """Do something with the disk; what it refuses is told with its path."""
         limit_s = min(self._limit_s, _RETRY_S) if self._disk_hangs else self._limit_s
         self._disk_hangs = True
@@ -180,7 +182,9 @@ class RunDirectory:
             StorageError: the disk is full, or the directory is gone.
         """
         path = self.path / name
-        self._with_deadline("write", path, lambda moved: write_whole(path, data, moved))
+        self._with_deadline(
+            "write", path, lambda on_progress: write_atomically(path, data, on_progress)
+        )
         return path
 
     def finish(self, status: str, facts: Mapping[str, Any]) -> None:
@@ -193,10 +197,10 @@ class RunDirectory:
         text = to_json({"status": status, **facts}) + "\n"
         path = self.path / "result.json"
 
-        def work(moved: Moved) -> None:
+        def work(on_progress: OnProgress) -> None:
             self._reserve.close()  # where the disk is full this makes room
             try:
-                write_whole(path, text.encode())
+                write_atomically(path, text.encode())
             finally:
                 self._close()
 
@@ -237,7 +241,7 @@ class _TensorBoard:
         path.mkdir(FOLDER_MODE, exist_ok=True)
         now = time.time()
         name = f"events.out.tfevents.{int(now):010d}.{socket.gethostname()}.{os.getpid()}.0"
-        self._writer = RecordWriter(Records(path / name))
+        self._writer = RecordWriter(RecordFile(path / name))
         self._write(Event(wall_time=now, file_version="brain.Event:2"))
 
     def add(self, summary: StepSummary | EvalSummary) -> None:

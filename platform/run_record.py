@@ -44,9 +44,9 @@ _OLD_FAILURE_KIND = "setback"
 """What a failure was called before 0.1.0 was released."""
 _NUMBERED = re.compile(r'\{"kind": "(step|evaluation)", "step": (\d{1,16}),')
 """How a line of a step, and of an evaluation, begins."""
-MOST_STEPS = 20_000
+MAX_STEPS = 20_000
 """Steps, and evaluations, that are held at a time; with more a page took minutes and gigabytes."""
-MOST_LINE = 2**22
+MAX_LINE_BYTES = 2**22
 """Bytes of a line that are held at a time."""
 _MOST_BYTES = 2**26
 """Size of the largest file that is read whole: `metrics.jsonl` is read by lines."""
@@ -145,10 +145,10 @@ def _text(record: RunRecord, name: str) -> str | None:
 
 def _lines(file: IO[bytes]) -> Iterator[str]:
     """Give whole lines, one at a time; of one beyond all bounds its pieces, which are damaged."""
-    while line := file.readline(MOST_LINE):
+    while line := file.readline(MAX_LINE_BYTES):
         if line.endswith(b"\n"):
             yield line.decode("utf-8", errors="replace")
-        elif len(line) == MOST_LINE:
+        elif len(line) == MAX_LINE_BYTES:
             yield ""
         # else it is being written
 
@@ -233,7 +233,7 @@ class _Downsampled(Generic[S]):
         if step % self.every:
             return
         self._by_step[step] = value
-        if len(self._by_step) > MOST_STEPS:
+        if len(self._by_step) > MAX_STEPS:
             self.every *= 2
             self._by_step = {s: o for s, o in self._by_step.items() if s % self.every == 0}
 

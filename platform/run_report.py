@@ -211,7 +211,7 @@ def binned(
     return bins
 
 
-def usual_most(values: Iterable[float]) -> float:
+def axis_limit(values: Iterable[float]) -> float:
     """Give where an axis may end: the largest value, unless a few are far above all others."""
     finite = sorted(value for value in values if math.isfinite(value))
     if not finite:

@@ -25,8 +25,8 @@ from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
-from distplat.platform.checkpoints import FOLDER, MANIFEST, Catalogue, listed
-from distplat.platform.disk import SETTING, in_thread, regular_file, with_deadline
+from distplat.platform.checkpoints import FOLDER, MANIFEST, Catalogue, read_manifest
+from distplat.platform.disk import SETTING, regular_file, run_in_thread, with_deadline
 from distplat.platform.errors import StorageError
 from distplat.platform.remote_storage import (
     AccessRefused,
@@ -130,7 +130,7 @@ class RunUpload:
         if asked():
             cause = "its upload was broken off"
         try:
-            missing = with_deadline(lambda moved: self._missing(), self._folder, _LIST_S)
+            missing = with_deadline(lambda on_progress: self._missing(), self._folder, _LIST_S)
         except (OSError, StorageError) as error:
             missing, cause = "the run directory", str(error)
         return (
@@ -367,7 +367,7 @@ class _OpenCheckpoint:
         with ExitStack() as stack:
             self.files: dict[str, IO[bytes]] = {
                 name: stack.enter_context(regular_file(path / name))
-                for name in [*sorted(listed(path)), MANIFEST]
+                for name in [*sorted(read_manifest(path)), MANIFEST]
             }
             self.close = stack.pop_all().close
 
@@ -437,7 +437,7 @@ def check_access(
             time.sleep(_RETRY_S)
             put()
 
-    upload = in_thread("first upload", put_again)
+    upload = run_in_thread("first upload", put_again)
     until = time.monotonic() + _FIRST_S
     while not wait([upload], 0.05).done and time.monotonic() < until:
         check()
@@ -446,7 +446,7 @@ def check_access(
         raise StorageError(f"{error}; nothing was trained: {hint}") from error
 
 
-def not_uploaded(missing: str, model: Path | None) -> StorageError:
+def incomplete_upload_error(missing: str, model: Path | None) -> StorageError:
     """
     Say that a run has ended well and is not whole at its URL.
 

@@ -35,31 +35,31 @@ class Resizing:
         """Request a change to `workers` ranks."""
         self.wanted = workers
 
-    def give_up(self) -> None:
+    def cancel(self) -> None:
         """The request cannot be granted."""
         self.wanted = None
 
     @property
-    def to_make(self) -> list[int]:
+    def ranks_to_start(self) -> list[int]:
         """Ranks of newcomers that are wanted and not started yet."""
         wanted = range(self.world, self.wanted or 0)
         return [rank for rank in wanted if rank not in self.newcomers]
 
     @property
-    def to_drop(self) -> list[int]:
+    def ranks_to_stop(self) -> list[int]:
         """Newcomers that are not wanted any more."""
         wanted = range(self.world, self.wanted or 0)
         return [rank for rank in self.newcomers if rank not in wanted]
 
-    def made(self, rank: int) -> None:
+    def newcomer_started(self, rank: int) -> None:
         """A newcomer was asked for; it is starting."""
         self.newcomers[rank] = False
 
-    def ready(self, rank: int) -> None:
+    def newcomer_ready(self, rank: int) -> None:
         """It could begin at once."""
         self.newcomers[rank] = True
 
-    def dropped(self, rank: int) -> None:
+    def newcomer_removed(self, rank: int) -> None:
         """It was let go, or is lost."""
         self.newcomers.pop(rank, None)
 
@@ -108,7 +108,7 @@ class ScaleStatus:
     """Whether it is still to be answered."""
 
 
-NOBODY_ASKED = ScaleStatus()
+NO_SCALE_REQUEST = ScaleStatus()
 
 
 class ScaleRequests:

@@ -81,7 +81,7 @@ class ReplicaState:
         return True
 
 
-MOST_LOSSES = 8
+MAX_LOSSES = 8
 """Servers lost for one shard after which no further backup is made: something else is wrong."""
 _TERMS = 1 << 20
 """Terms of one manager, far more than it will need: a later manager's are above all of them."""
@@ -158,7 +158,7 @@ class ShardAssignment:
 
 
 @dataclass(frozen=True)
-class ServersSeen:
+class ServerGroupStatus:
     """The server group, as it is shown."""
 
     version: int
@@ -239,7 +239,7 @@ class ServerGroup:
         kept = {assignment.primary for assignment in self.assignments}
         return [one.server for one in held if one.server not in kept]
 
-    def begin(self) -> list[Order]:
+    def start_backups(self) -> list[Order]:
         """Give the orders that make a backup of each shard."""
         orders: list[Order] = []
         for assignment in self.assignments:
@@ -248,7 +248,7 @@ class ServerGroup:
             orders += self._make(assignment)
         return orders
 
-    def made(self, server: str) -> list[Order]:
+    def backup_started(self, server: str) -> list[Order]:
         """A backup was started: have it filled."""
         for assignment in self.assignments:
             if assignment.making == server:
@@ -257,13 +257,13 @@ class ServerGroup:
                 return [Fill(assignment.shard, assignment.primary, server, assignment.term)]
         return []
 
-    def filled(self, server: str, term: int) -> None:
+    def backup_filled(self, server: str, term: int) -> None:
         """A primary says that the backup has all it has, and gets all that comes."""
         for assignment in self.assignments:
             if (assignment.backup, assignment.term) == (server, term):
                 assignment.ready = True
 
-    def lost(self, server: str) -> list[Order]:
+    def server_lost(self, server: str) -> list[Order]:
         """A server died, or does not answer any more; told twice, it does nothing."""
         for assignment in self.assignments:
             if server == assignment.primary:
@@ -275,7 +275,7 @@ class ServerGroup:
                 return [alone, *self._make_again(assignment)]
             if server == assignment.making:
                 assignment.making = None
-                if assignment.losses + 1 < MOST_LOSSES:
+                if assignment.losses + 1 < MAX_LOSSES:
                     return self._make_again(assignment)
                 assignment.losses += 1
                 assignment.term += 1
@@ -296,7 +296,7 @@ class ServerGroup:
 
     def _make_again(self, assignment: ShardAssignment) -> list[Order]:
         assignment.losses += 1
-        return self._make(assignment) if assignment.losses < MOST_LOSSES else []
+        return self._make(assignment) if assignment.losses < MAX_LOSSES else []
 
     def _make(self, assignment: ShardAssignment) -> list[Order]:
         assignment.making = f"{self.prefix}-{self._made}"

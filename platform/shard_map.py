@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
-from distplat.platform.even_split import cut_at, split_evenly
+from distplat.platform.even_split import snap_to_boundaries, split_evenly
 from distplat.platform.lr_schedules import ReduceLROnPlateau
 from distplat.platform.optimizers import AnyOptimizer
 from distplat.platform.plateau import PlateauState
@@ -25,7 +25,7 @@ from distplat.platform.vector_layout import Layout
 _ALIGN = 16
 """Elements: shard bounds fall on cache lines for 4-byte elements, where vector kernels like it."""
 
-ALIKE = 1.25
+EQUAL_SPEED_RATIO = 1.25
 """Servers whose speeds differ less count as equal: so much two measurements of one may differ."""
 
 
@@ -73,12 +73,12 @@ def cut_shards(
     """
     whole, total = total, total - tail
     align = _ALIGN if total >= servers * _ALIGN else 1
-    if not speeds or max(speeds) <= ALIKE * min(speeds):
+    if not speeds or max(speeds) <= EQUAL_SPEED_RATIO * min(speeds):
         bounds = split_evenly(total, servers, align=align)
     else:
         bounds = _bounds_by_speed(total, speeds, align)
     if boundaries:
-        bounds = cut_at(bounds, [at for at in boundaries if at < total])
+        bounds = snap_to_boundaries(bounds, [at for at in boundaries if at < total])
     bounds[-1] = bounds[-1][0], whole
     shards = tuple(Shard(i, start, stop) for i, (start, stop) in enumerate(bounds))
     return ShardMap(1, whole, shards)

@@ -96,7 +96,7 @@ EntryPoint = Annotated[
         pattern=r"^(?:[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*:[A-Za-z_]\w*|[^\s:-][^\s:]*\.py(?: .*)?)$",
         max_length=2000,
     ),
-    AfterValidator(own_loop.closed_quotes),
+    AfterValidator(own_loop.check_quotes),
 ]
 StrategyName = Annotated[str, StringConstraints(min_length=1, max_length=63)]
 
@@ -172,7 +172,7 @@ class Data(Spec):
     """Put batches into page-locked memory, from which copies to a GPU go on beside the computing;
     None: with GPUs and loader processes. It needs GPUs."""
 
-    def idle_fields(self) -> set[str]:
+    def unused_fields(self) -> set[str]:
         """Name the fields that have no effect beside the others."""
         return set() if self.num_workers else {"prefetch_factor", "persistent_workers"}
 
@@ -204,7 +204,7 @@ class Evaluation(Spec):
         """Give the steps between two evaluations; 0: there is only that after the last step."""
         return self.every_steps or self.every_epochs * steps_per_epoch
 
-    def idle_fields(self) -> set[str]:
+    def unused_fields(self) -> set[str]:
         """Name the fields that have no effect beside the others."""
         return set() if self.every_steps is None else {"every_epochs"}
 
@@ -431,7 +431,7 @@ def _data_problems(job: Job) -> list[Problem]:
     data, fields_set = job.data, job.data.model_fields_set
     problems = [
         Problem(("data", field), "has no effect without loader processes", "give num_workers, too")
-        for field in sorted(data.idle_fields() & fields_set)
+        for field in sorted(data.unused_fields() & fields_set)
         if field != "persistent_workers" or data.persistent_workers
     ]
     if data.pin_memory and not job.scaling.use_gpu:
@@ -441,7 +441,7 @@ def _data_problems(job: Job) -> list[Problem]:
 
 
 def _evaluation_problems(job: Job) -> list[Problem]:
-    if job.evaluation.idle_fields() & job.evaluation.model_fields_set:
+    if job.evaluation.unused_fields() & job.evaluation.model_fields_set:
         return [Problem(("evaluation",), "give `every_steps` or `every_epochs`, got both")]
     return []
 

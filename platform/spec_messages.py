@@ -106,7 +106,7 @@ def _merged(problems: Iterable[Problem]) -> list[Problem]:
     return kept
 
 
-def show(value: object) -> str:
+def format_value(value: object) -> str:
     """Write a value for a message: as YAML has it, on one line, shortened."""
     if value is None:
         return "null"
@@ -127,7 +127,7 @@ def _problem(detail: ErrorDetails, root: type[BaseModel], prefix: FieldPath) -> 
     elif error_type == "extra_forbidden":
         known, name = holder.model_fields if holder else (), str(where[-1])
         removed: Mapping[str, str] = getattr(holder, "removed_fields", {})
-        message = f"unknown field (value {show(value)})"
+        message = f"unknown field (value {format_value(value)})"
         advice = removed[name] if name in removed else hint(name, known)
     elif error_type == "literal_error":
         expected = str(detail["ctx"]["expected"])
@@ -136,11 +136,14 @@ def _problem(detail: ErrorDetails, root: type[BaseModel], prefix: FieldPath) -> 
         )
         advice = f"did you mean {near!r}?" if near else _quote_hint(value)
         advice = _REFUSED.get(value, advice) if isinstance(value, str) else advice
-        message = f"must be {expected} (got {show(value)})"
+        message = f"must be {expected} (got {format_value(value)})"
     elif error_type == "missing":
         message, advice = "required, but missing", ""
     elif error_type.startswith("model_") and field is not None and isinstance(value, str):
-        message, advice = f"must be a mapping (got {show(value)})", "write {name: ..., lr: ...}"
+        message, advice = (
+            f"must be a mapping (got {format_value(value)})",
+            "write {name: ..., lr: ...}",
+        )
     else:
         message, advice = _wrong_value(where, detail)
     return Problem((*prefix, *where), message, advice)
@@ -154,9 +157,9 @@ def _tag_problem(where: FieldPath, value: Any, field: FieldInfo) -> tuple[FieldP
         return inner, "required, but missing", f"allowed: {', '.join(sorted(known))}"
     name = value[chooser]
     if not isinstance(name, str):
-        return inner, f"must be text (got {show(name)})", _quote_hint(name)
+        return inner, f"must be text (got {format_value(name)})", _quote_hint(name)
     kind = next(part for part in reversed(where) if isinstance(part, str))
-    message = f"unknown {kind.removesuffix('s')} {show(name)}"
+    message = f"unknown {kind.removesuffix('s')} {format_value(name)}"
     if name in _REFUSED:
         why = "" if where[0] == "embeddings" else f"{_REFUSED[name]}; "  # rows have others
         return inner, message, f"{why}allowed: {', '.join(known)}"
@@ -166,7 +169,7 @@ def _tag_problem(where: FieldPath, value: Any, field: FieldInfo) -> tuple[FieldP
 def _wrong_value(where: FieldPath, detail: ErrorDetails) -> tuple[str, str]:
     """Give message and hint for a value of the wrong type, size or form."""
     error_type, value, context = detail["type"], detail["input"], detail.get("ctx", {})
-    got = f" (got {show(value)})"
+    got = f" (got {format_value(value)})"
     if (where and detail["loc"][-1] == "[key]") or error_type == "invalid_key":
         return f"a key must be text{got}", "quote it"
     if error_type in _KINDS:

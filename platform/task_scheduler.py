@@ -31,7 +31,7 @@ from distplat.platform.ledger import IntervalSet
 
 LEASE_S = 0.5
 """A lease is about so much work: a question to the scheduler costs a thousandth of it."""
-MOST_TASKS = 256
+MAX_LEASE_TASKS = 256
 """The most tasks of one lease."""
 
 
@@ -94,7 +94,7 @@ def lease_size(task_s: float | None, left: int, workers: int) -> int:
         workers: that share them: towards the end leases get short, or all would wait for the last.
     """
     wanted = 1 if task_s is None else int(LEASE_S / max(task_s, 1e-6))
-    return max(1, min(wanted, MOST_TASKS, left // (2 * max(1, workers))))
+    return max(1, min(wanted, MAX_LEASE_TASKS, left // (2 * max(1, workers))))
 
 
 class TaskScheduler:

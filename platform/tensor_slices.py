@@ -108,7 +108,7 @@ Bundle = tuple[list[Bytes], tuple[TensorEntry, ...]]
 """Arrays, and what is in them."""
 
 
-def put_together(bundles: Iterable[Bundle]) -> dict[str, RawTensor]:
+def assemble_tensors(bundles: Iterable[Bundle]) -> dict[str, RawTensor]:
     """
     Make whole tensors of the parts that all ranks gave; a part that is all of one is not copied.
 
@@ -144,12 +144,12 @@ def put_together(bundles: Iterable[Bundle]) -> dict[str, RawTensor]:
     return wholes
 
 
-def take_out(whole: RawTensor, tensor_slice: TensorSlice) -> Bytes:
+def extract_part(whole: RawTensor, tensor_slice: TensorSlice) -> Bytes:
     """Copy a part out of a whole tensor, shape [its bytes]."""
     return np.array(_part(whole, tensor_slice), copy=True).reshape(-1)
 
 
-def by_file(wholes: Mapping[str, RawTensor]) -> dict[str, dict[str, RawTensor]]:
+def group_by_file(wholes: Mapping[str, RawTensor]) -> dict[str, dict[str, RawTensor]]:
     """Sort tensors by the file that their key names: `model/0.weight` is `0.weight` of `model`."""
     files: dict[str, dict[str, RawTensor]] = {}
     for key, tensor in wholes.items():

@@ -99,7 +99,7 @@ class RankLocation:
 
 
 @dataclass(frozen=True)
-class Choice:
+class BackendChoice:
     """A backend, and why it is the one."""
 
     backend: str
@@ -132,7 +132,7 @@ def gpus_of_node(locations: Sequence[RankLocation], rank: int) -> list[str]:
     return list(dict.fromkeys([*first, *(gpu for gpus in node_gpus for gpu in gpus)]))
 
 
-def choose(locations: Sequence[RankLocation]) -> Choice:
+def choose_backend(locations: Sequence[RankLocation]) -> BackendChoice:
     """
     Choose a backend.
 
@@ -141,18 +141,20 @@ def choose(locations: Sequence[RankLocation]) -> Choice:
     """
     world, nodes = len(locations), by_node(locations)
     if world > 1 and all(location.gpu for location in locations):
-        return Choice("nccl", f"all {world} workers have a GPU of their own")
+        return BackendChoice("nccl", f"all {world} workers have a GPU of their own")
     if len(nodes) == world > 1:
-        return Choice("gloo", f"all {world} workers are on nodes of their own")
+        return BackendChoice("gloo", f"all {world} workers are on nodes of their own")
     if not all(location.shm for location in locations):
-        return Choice("gloo", "shared memory does not work on every node")
+        return BackendChoice("gloo", "shared memory does not work on every node")
     if len(nodes) == 1:
         who = f"all {world} workers are" if world > 1 else "the only worker is"
-        return Choice("shm", f"{who} on one node")
-    return Choice("hierarchical", f"{world} workers are on {len(nodes)} nodes, some on the same")
+        return BackendChoice("shm", f"{who} on one node")
+    return BackendChoice(
+        "hierarchical", f"{world} workers are on {len(nodes)} nodes, some on the same"
+    )
 
 
-def chosen_by_user(backend: str, locations: Sequence[RankLocation]) -> Choice:
+def validate_backend(backend: str, locations: Sequence[RankLocation]) -> BackendChoice:
     """
     Take the backend that a job names, if it can work.
 
@@ -183,7 +185,7 @@ def chosen_by_user(backend: str, locations: Sequence[RankLocation]) -> Choice:
             f"worker {without} has not both",
             "set scaling.use_gpu: true, or choose `backend: auto`",
         )
-    return Choice(backend, "the job names it")
+    return BackendChoice(backend, "the job names it")
 
 
 def _ranks(locations: Sequence[RankLocation], quality: str) -> str:

@@ -19,11 +19,11 @@ from typing import Any, Literal, Protocol
 from pydantic import Field, model_validator
 from typing_extensions import override
 
-from distplat.platform.blanking import blanked
-from distplat.platform.disk import open_regular, write_whole
+from distplat.platform.disk import open_regular, write_atomically
 from distplat.platform.errors import Problem, StorageError
 from distplat.platform.fields import Spec
 from distplat.platform.progress import EvalSummary, StepSummary
+from distplat.platform.redaction import redact
 
 Points = dict[str, float]
 
@@ -114,7 +114,7 @@ def open_tracker(spec: TrackerSpec, job: Any, folder: Path, before: Path | None)
     classes: dict[str, type[MLflow | Trackio | WandB]]
     classes = {"mlflow": MLflow, "trackio": Trackio, "wandb": WandB}
     tracker = classes[spec.name](spec.project or job.name, job, folder, known_id)
-    write_whole(id_file(folder, spec.name), json.dumps({"id": tracker.id}).encode())
+    write_atomically(id_file(folder, spec.name), json.dumps({"id": tracker.id}).encode())
     return tracker
 
 
@@ -135,7 +135,7 @@ def _known_id(path: Path) -> str | None:
 
 def _public_fields(job: Any) -> dict[str, Any]:
     """Give a job's fields without secrets, as trackers show them."""
-    fields: dict[str, Any] = blanked(job.model_dump(mode="json"))
+    fields: dict[str, Any] = redact(job.model_dump(mode="json"))
     return fields
 
 

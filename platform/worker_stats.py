@@ -19,7 +19,7 @@ from statistics import median_low
 
 WINDOW_S = 10.0
 """Speed is that of so many seconds."""
-STRAGGLES = 2.0
+STRAGGLER_FACTOR = 2.0
 """A worker is marked whose step takes more than so many times the (lower) median."""
 _LEAST_STEPS = 3
 """Steps in the window that a worker's speed needs at least."""
@@ -122,7 +122,7 @@ class WorkerTable:
             heard_at, last = beats[-1]
             pace, wall_s = paces[rank], self.wall_s(rank)
             per_s = 1 / wall_s if wall_s else None
-            slow = pace is not None and pace > STRAGGLES * usual > 0
+            slow = pace is not None and pace > STRAGGLER_FACTOR * usual > 0
             before = self._base.get(rank, 0)
             rows.append(
                 WorkerStats(rank, last.step, before + last.made, per_s, pace, now - heard_at, slow)

@@ -72,7 +72,7 @@ class PsSync(Strategy[PsSyncOptions]):
             text = "fp16 does not go together with `backup_workers`, nor with a `wire`"
             return [Problem(("precision",), text, "remove it, or use bf16")]
         if self.options.split == "load" and job.optimizer.whole:
-            names = " and ".join({one.__name__: 0 for one in job.optimizer.kinds()})
+            names = " and ".join({one.__name__: 0 for one in job.optimizer.group_classes()})
             text = f"cannot measure a server's speed with {names}"
             return [Problem(("strategy", "split"), text, "remove it")]
         if self.options.split == "load" and self.options.num_servers == 1:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from distplat.actors.collectives.rendezvous import GroupMember
 from distplat.actors.collectives.work import TrafficMeter, Work
-from distplat.platform.topology import Choice
+from distplat.platform.topology import BackendChoice
 from distplat.strategies.collective import ReduceOp, Traffic
 
 
@@ -20,7 +20,7 @@ class CollectiveGroup(ABC):
         member: which rank, of which group.
     """
 
-    choice = Choice("", "it was made without `create_group`")
+    choice = BackendChoice("", "it was made without `create_group`")
     """Backend of the group, and why it is the one."""
 
     def __init__(self, member: GroupMember) -> None:

@@ -28,7 +28,7 @@ from distplat.actors.collectives.rendezvous import (
     exchange_locations,
 )
 from distplat.actors.collectives.shm.segment import shared_memory_works
-from distplat.platform.topology import RankLocation, choose, chosen_by_user
+from distplat.platform.topology import RankLocation, choose_backend, validate_backend
 from distplat.strategies import torch_compat
 from distplat.strategies.collective import ReduceOp
 
@@ -81,9 +81,9 @@ def create_group(
     if asks:
         locations = exchange_locations(GroupMember(name, rank, world, settings))
     if backend == "auto" and locations is not None:
-        choice = choose(locations)
+        choice = choose_backend(locations)
     else:
-        choice = chosen_by_user(backend, locations or ())
+        choice = validate_backend(backend, locations or ())
     if rank == 0:
         logger.info("collective %s: %s (%s)", name, choice.backend, choice.why)
     group: CollectiveGroup = _kind(choice.backend)(

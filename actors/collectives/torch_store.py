@@ -34,7 +34,7 @@ from distplat.actors.collectives.rendezvous import (
     withdraw_address,
 )
 from distplat.platform.awake_clock import AwakeClock
-from distplat.platform.disk import in_thread
+from distplat.platform.disk import run_in_thread
 from distplat.platform.errors import CollectiveError, DeadlineExceeded
 
 INTERVAL_S = 0.5
@@ -123,7 +123,7 @@ class Heartbeat:
         """
         awake = self.stood_still_s() == 0
         # In a thread of its own: a frozen rank 0 leaves a question to its store open for ever.
-        look = in_thread("missing ranks", partial(self._search, number, partner, awake, says))
+        look = run_in_thread("missing ranks", partial(self._search, number, partner, awake, says))
         deadline = time.monotonic() + 2 * SILENT_S
         while not wait([look], 0.05).done and time.monotonic() < deadline:
             if gave_up():
@@ -294,7 +294,7 @@ def run_unless_given_up(make: Callable[[], T], group_name: str, settings: GroupS
         DeadlineExceeded: rank 0, which serves the store, does not answer.
         Exception: what `make` raised.
     """
-    store = in_thread("rendezvous", make)
+    store = run_in_thread("rendezvous", make)
     limit = settings.rendezvous_s + settings.operation_s
     clock = AwakeClock()
     while clock.now() < limit and not settings.abandoned.is_set():

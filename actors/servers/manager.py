@@ -47,8 +47,8 @@ from distplat.platform.errors import (
 from distplat.platform.server_group import (
     Role,
     ServerGroup,
+    ServerGroupStatus,
     ServerReport,
-    ServersSeen,
     ShardAssignment,
 )
 from distplat.platform.shard_map import ShardMap, ShardPlan, clip_ranges, cut_shards
@@ -268,7 +268,7 @@ class ServerManager:
         """List the servers of each part of the tables; empty where none is replicated."""
         return [] if self._tables is None else self._tables.assignments()
 
-    def seen(self) -> ServersSeen:
+    def seen(self) -> ServerGroupStatus:
         """Describe the server group, for `distplat status`."""
         count, replicated = len(self._servers), self._replication is not None
         tables = tuple(self.table_assignments())
@@ -276,11 +276,11 @@ class ServerManager:
             ShardAssignment(index, f"server-{index}") for index in range(count)
         ]
         if len(self._first_maps) < len(self._division.parts):
-            return ServersSeen(0, (), tuple(assignments), replicated, tables)
+            return ServerGroupStatus(0, (), tuple(assignments), replicated, tables)
         maps = [self._membership(part, 0).shard_map for part in range(len(self._first_maps))]
         cuts = [cut for one in maps for cut in one.shards]
         shards = tuple(replace(cut, index=index) for index, cut in enumerate(cuts))
-        return ServersSeen(maps[0].version, shards, tuple(assignments), replicated, tables)
+        return ServerGroupStatus(maps[0].version, shards, tuple(assignments), replicated, tables)
 
     def _membership(self, part: int, part_rank: int) -> Membership:
         """Give the present shard map of a part, with which a worker has joined."""

@@ -128,7 +128,7 @@ class ReplicationManager:
             self._losing.set()
 
     def _look_after(self) -> None:
-        self._start_orders(self._group.begin())
+        self._start_orders(self._group.start_backups())
         while self._group.broken is None and not self._closed:
             try:
                 event = self._events.get(timeout=TICK_S)
@@ -177,7 +177,7 @@ class ReplicationManager:
         handle = self._make(order.server, beside)
         self.handles[order.server] = handle
         self._assign(handle, order.shard)
-        return partial(self._group.made, order.server)
+        return partial(self._group.backup_started, order.server)
 
     def _fill(self, order: Fill) -> Callable[[], list[Order]]:
         self._wait_for_promotion(order.primary)
@@ -193,7 +193,7 @@ class ReplicationManager:
                 time.sleep(TICK_S)
 
         def ready() -> list[Order]:
-            self._group.filled(order.backup, order.term)
+            self._group.backup_filled(order.backup, order.term)
             return []
 
         return ready
@@ -235,7 +235,7 @@ class ReplicationManager:
     def _on_lost(self, name: str) -> list[Order]:
         if self._closed:  # the run is over: its servers end
             return []
-        orders = self._group.lost(name)
+        orders = self._group.server_lost(name)
         handle = self.handles.get(name)
         if handle is not None:
             logger.warning("%s is lost", name)

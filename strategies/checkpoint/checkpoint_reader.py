@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from distplat.platform.errors import Problem, SpecError
-from distplat.platform.resume import FROZEN, names_differ
+from distplat.platform.resume import FROZEN, name_differences
 from distplat.platform.sampler import ENDLESS
 from distplat.platform.shard_map import TableSpec, file_of
-from distplat.platform.tensor_slices import RawTensor, TensorSlice, take_out
+from distplat.platform.tensor_slices import RawTensor, TensorSlice, extract_part
 from distplat.strategies.checkpoint.frozen_base import Checksums, check_base
 from distplat.strategies.model.ema import AVERAGE, AVERAGED
 from distplat.strategies.model.flat import FlatModel
@@ -74,7 +74,7 @@ class SavedState:
         """
         had = {facts["name"]: facts for facts in self.state.get("tables", [])}
         has = {table.name: asdict(table) for table in tables}
-        lines = names_differ({*had}, {*has})
+        lines = name_differences({*had}, {*has})
         for name in had.keys() & has.keys():
             differ = [f for f, value in has[name].items() if had[name].get(f) != value]
             lines += [f"{name!r} has {f} {has[name][f]}, had {had[name].get(f)}" for f in differ]
@@ -217,7 +217,7 @@ def _vector(
 
 def tensor_of(whole: RawTensor, tensor_slice: TensorSlice) -> Tensor:
     """Copy a part of a whole tensor, shape [its elements]; without dimensions if that has none."""
-    part = np.ascontiguousarray(take_out(whole, tensor_slice))
+    part = np.ascontiguousarray(extract_part(whole, tensor_slice))
     values = torch.from_numpy(part).view(getattr(torch, whole.dtype))
     return values if tensor_slice.shape else values.view(())
 
@@ -229,7 +229,7 @@ def _check_model(
 ) -> None:
     """Compare names, shapes and types; where `slices` are given the model may be a part."""
     names = {*saved} & {*mine} if slices is not None else {*saved}
-    lines = names_differ(names, {*mine})
+    lines = name_differences(names, {*mine})
     for name in saved.keys() & mine.keys():
         tensor_slice = (slices or {}).get(name, TensorSlice(tuple(mine[name].shape)))
         had, has = saved[name], mine[name]

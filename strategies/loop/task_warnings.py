@@ -124,7 +124,7 @@ def modes_warning(model: nn.Module) -> str:
 
 def matrices_warning(job: Job, model: nn.Module) -> str:
     """Say that Muon has the table of an embedding; empty: it has none."""
-    kinds = job.optimizer.kinds()
+    kinds = job.optimizer.group_classes()
     if Muon not in kinds:
         return ""
     embeddings = [one for one in model.modules() if isinstance(one, nn.Embedding | nn.EmbeddingBag)]

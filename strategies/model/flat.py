@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from distplat.platform.errors import Problem, SpecError
-from distplat.platform.own_process import OwnProcess
+from distplat.platform.fork_guard import ForkGuard
 from distplat.platform.vector_layout import Segment
 from distplat.strategies.model.gradients import Gradients
 from distplat.strategies.model.parameter_layout import (
@@ -96,7 +96,7 @@ class FlatModel:
         owned: bool = False,
     ) -> None:
         self.model, self._owned = model, owned
-        self.process = OwnProcess()  #: of these vectors, which others may share
+        self.process = ForkGuard()  #: of these vectors, which others may share
         named = by_type(trainable(model, extra or {}))
         trained = {name for name, _ in named}
         self.extra = {name: p for name, p in (extra or {}).items() if name in trained}
@@ -249,7 +249,7 @@ class FlatModel:
         Raises:
             SpecError: see `Gradients.before_backward`.
         """
-        self.process.end_if_forked()  # before backward writes into memory that a fork shares
+        self.process.exit_if_forked()  # before backward writes into memory that a fork shares
         self.gradients.before_backward()
         self._look_for_unfrozen()
         self.began = True
@@ -386,7 +386,7 @@ class FlatModel:
             SpecError: the model has other parameters than it had; or one that is frozen no more
                 has not the values that it had, which is what others have. Names it.
         """
-        self.process.end_if_forked()
+        self.process.exit_if_forked()
         self._check_objects(step)
         if any(map(_REQUIRES_GRAD, self._outside)):
             name = next(name for name, p in self._fixed if p.requires_grad)

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from distplat.platform.even_split import cut_at, split_evenly
+from distplat.platform.even_split import snap_to_boundaries, split_evenly
 from distplat.platform.spec import Job
 from distplat.platform.vector_layout import Segment
 from distplat.strategies.collective import Collective
@@ -55,7 +55,7 @@ class ShardedUpdate(LocalOptimizer, Reducer):
         self._group, self._rank = group, group.rank
         bounds = split_evenly(flat.size, group.world, align=_ALIGN)
         if job.optimizer.whole:
-            bounds = cut_at(bounds, flat.layout.starts)
+            bounds = snap_to_boundaries(bounds, flat.layout.starts)
         self._gradients = [
             [typed(flat.grads, a, b, one.dtype) for a, b in _cut_of(one, bounds)]
             for one in flat.layout.segments

@@ -26,7 +26,7 @@ from distplat.platform.progress import AnyReport, EvalReport, EvalSummary, Repor
 from distplat.platform.resume import joined_facts, state_of
 from distplat.platform.spec import Job
 from distplat.platform.stop_order import StopOrder
-from distplat.platform.tensor_slices import by_file, put_together
+from distplat.platform.tensor_slices import assemble_tensors, group_by_file
 from distplat.strategies.checkpoint.checkpoint_reader import SavedState
 from distplat.strategies.checkpoint.checkpoint_types import CheckpointPart
 from distplat.strategies.collective import Collective
@@ -371,7 +371,7 @@ def as_read(job: Job, version: int, parts: Sequence[Delivery]) -> SavedState:
         for ref, entries in zip(part.refs, part.entries, strict=True)
     ]
     # As on the disk: these are always there.
-    files = {"model": {}, "optimizer": {}, **by_file(put_together(pairs))}
+    files = {"model": {}, "optimizer": {}, **group_by_file(assemble_tensors(pairs))}
     facts = joined_facts([part.facts for part in parts])
     state = {**state_of(job, "run", facts), "step": version}
     return SavedState(state, lambda name: files[name])

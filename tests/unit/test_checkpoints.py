@@ -18,11 +18,11 @@ from hypothesis import strategies as st
 from distplat.platform.checkpoints import (
     Catalogue,
     StoredCheckpoint,
+    deletable_steps,
     find,
     flaws,
     is_due,
     read,
-    surplus,
 )
 from distplat.platform.disk import Disk, FileContent
 from distplat.platform.errors import SpecError, StorageError
@@ -122,12 +122,12 @@ def test_when_one_is_due(version: int, every: int, total: int, due: bool) -> Non
 
 @given(st.sets(st.integers(0, 99)), st.integers(1, 5))
 def test_the_newest_stay(steps: set[int], keep: int) -> None:
-    gone = surplus(steps, keep, max(steps, default=0))
+    gone = deletable_steps(steps, keep, max(steps, default=0))
     left = steps - set(gone)
     assert len(left) == min(keep, len(steps))
     assert not gone or max(gone) < min(left)
     for written in steps:
-        assert set(surplus(steps, keep, written)) == set(gone) - {written}
+        assert set(deletable_steps(steps, keep, written)) == set(gone) - {written}
 
 
 def test_what_is_written_is_read(tmp_path: Path) -> None:

@@ -45,7 +45,7 @@ def test_who_has_its_part_may_go_on() -> None:
 
 def test_what_no_run_of_this_length_comes_to() -> None:
     meeting = CommonVersion(101, 100)
-    assert meeting.hopeless and not CommonVersion(100, 100).hopeless
+    assert meeting.is_unreachable and not CommonVersion(100, 100).is_unreachable
     meeting.observe({0: 100, 1: 100}, set())
     assert meeting.target == 101, "not the last one: who asks has that"
 

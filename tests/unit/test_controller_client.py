@@ -19,7 +19,7 @@ from distplat.actors.local_transport import Actor, LocalCluster
 from distplat.actors.model_pieces import ModelPiece, in_pieces, piece_of
 from distplat.actors.ray_errors import UNREACHABLE
 from distplat.actors.retrying_calls import Outbox
-from distplat.platform.disk import in_thread
+from distplat.platform.disk import run_in_thread
 from distplat.platform.errors import (
     ActorLost,
     ClusterUnreachable,
@@ -320,10 +320,10 @@ def test_what_a_callback_raises_ends_the_run_once_the_thread_has_left(
     driver, threads = Driver(), list[Any]()
 
     def start(name: str, work: Callable[[], Any]) -> Any:
-        threads.append(in_thread(name, work))
+        threads.append(run_in_thread(name, work))
         return threads[-1]
 
-    monkeypatch.setattr(controller_client, "in_thread", start)
+    monkeypatch.setattr(controller_client, "run_in_thread", start)
 
     def refuse(summary: object) -> None:
         raise SpecError(Problem(("early_stop", "metric"), "there is no such figure"))

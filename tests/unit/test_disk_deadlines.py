@@ -20,7 +20,7 @@ from distplat.actors.checkpointing import Checkpoints, newest_checkpoint
 from distplat.cli.main import run as command
 from distplat.platform import checkpoints, disk
 from distplat.platform.checkpoints import Catalogue
-from distplat.platform.disk import Moved, Records, with_deadline, write_whole
+from distplat.platform.disk import OnProgress, RecordFile, with_deadline, write_atomically
 from distplat.platform.errors import StorageError
 from distplat.platform.remote_storage import fetch
 from distplat.platform.run_upload import upload_of
@@ -86,7 +86,7 @@ def test_who_moves_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = Clock()
     monkeypatch.setattr(disk, "time", clock)
 
-    def work(moved: Moved) -> str:
+    def work(moved: OnProgress) -> str:
         for _ in range(6):
             clock.now += LIMIT_S / 2
             moved()
@@ -95,7 +95,7 @@ def test_who_moves_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
     assert with_deadline(work, Path("/there"), LIMIT_S) == "done"
     over = threading.Event()
 
-    def hang(moved: Moved) -> None:
+    def hang(moved: OnProgress) -> None:
         clock.now += 2 * LIMIT_S
         assert over.wait(60)
 
@@ -112,7 +112,7 @@ def test_who_moves_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_large_file_moves_piece_by_piece(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(disk, "_PIECE_BYTES", 10)
     moves: list[int] = []
-    write_whole(tmp_path / "a", b"x" * 25, lambda: moves.append(1))
+    write_atomically(tmp_path / "a", b"x" * 25, lambda: moves.append(1))
     assert (tmp_path / "a").read_bytes() == b"x" * 25
     assert len(moves) == 3
 
@@ -201,7 +201,7 @@ def test_a_large_checkpoint_is_written_piece_by_piece(
 ) -> None:
     monkeypatch.setattr(disk, "_PIECE_BYTES", 10)
     moves: list[int] = []
-    catalogue = Catalogue(tmp_path, moved=lambda: moves.append(1))
+    catalogue = Catalogue(tmp_path, on_progress=lambda: moves.append(1))
     path = catalogue.write(1, {"a.safetensors": [b"x" * 45, b"", memoryview(b"y" * 50)]}, {})
     assert (path / "a.safetensors").read_bytes() == b"x" * 45 + b"y" * 50
     assert len(moves) >= 10
@@ -221,7 +221,7 @@ def test_a_large_file_of_small_parts_is_synced_as_it_grows(
         real(file)
 
     monkeypatch.setattr(os, "fsync", fsync)
-    parts = disk.in_pieces([b"x" * 4] * 6 + [b"y" * 25], lambda: None)
+    parts = disk.iter_pieces([b"x" * 4] * 6 + [b"y" * 25], lambda: None)
     assert disk.Disk().write(tmp_path / "a", parts)[0] == 49
     assert synced == [12, 24, 34, 44, 49]
 
@@ -264,7 +264,7 @@ def test_old_checkpoints_that_cannot_be_deleted_are_not_waited_for(
 
 def test_lines_of_workers_hold_nobody_up(hung: Hung, tmp_path: Path) -> None:
     """Ray waits for the thread that prints them when a driver ends."""
-    hung.patch(Records, "write")
+    hung.patch(RecordFile, "write")
     hung.at.set()
     said: list[str] = []
     files = role_output.RoleFiles(tmp_path, said.append)

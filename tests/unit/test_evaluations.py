@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, TensorDataset
 
 from distplat import Callback, Job, Result, Task, Trainer
-from distplat.platform.checkpoints import Catalogue, surplus
+from distplat.platform.checkpoints import Catalogue, deletable_steps
 from distplat.platform.errors import SpecError, StorageError
 from distplat.platform.evaluations import (
     BestCheckpoint,
@@ -106,8 +106,8 @@ def test_without_a_rule_nothing_is_kept() -> None:
 
 
 def test_the_protected_stay() -> None:
-    assert surplus([2, 4, 6, 8], 2, 8) == [2, 4]
-    assert surplus([2, 4, 6, 8], 2, 8, {2}) == [4]
+    assert deletable_steps([2, 4, 6, 8], 2, 8) == [2, 4]
+    assert deletable_steps([2, 4, 6, 8], 2, 8, {2}) == [4]
 
 
 BEST = {"metric": "score", "mode": "max"}

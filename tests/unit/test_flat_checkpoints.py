@@ -10,7 +10,7 @@ from jobs import job_of
 from torch import nn
 
 from distplat.platform.errors import ProtocolError
-from distplat.platform.tensor_slices import by_file, put_together
+from distplat.platform.tensor_slices import assemble_tensors, group_by_file
 from distplat.strategies.checkpoint.checkpoint_reader import SavedState
 from distplat.strategies.checkpoint.checkpoint_types import CheckpointPart
 from distplat.strategies.checkpoint.parts import as_array, model_part, optimizer_part
@@ -67,7 +67,7 @@ def steps(flat: FlatModel, of: list[Any], first: int, stop: int) -> None:
 
 def saved(parts: list[CheckpointPart], step: int) -> SavedState:
     bundles = [([as_array(t.clone()) for t in part.tensors], part.entries) for part in parts]
-    files = by_file(put_together(bundles))
+    files = group_by_file(assemble_tensors(bundles))
     return SavedState({"step": step}, lambda name: files.get(name, {}))
 
 

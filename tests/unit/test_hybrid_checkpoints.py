@@ -11,7 +11,7 @@ from local_run import LocalRun, train
 from torch import Tensor
 
 from distplat.platform.spec import Job
-from distplat.platform.tensor_slices import by_file, put_together
+from distplat.platform.tensor_slices import assemble_tensors, group_by_file
 from distplat.strategies.checkpoint.checkpoint_types import ALL
 from distplat.strategies.checkpoint.parts import model_part
 from distplat.strategies.loop.snapshot_publisher import part_copy
@@ -77,7 +77,7 @@ def test_what_ranks_show_is_the_whole_model(grid: str) -> None:
         part_copy(model_part(p.flat, p.holding or ALL))
         for p in (run.ranks[rank].prepared for rank in showing)
     ]
-    found, expected = by_file(put_together(copies))["model"], model_of(run)
+    found, expected = group_by_file(assemble_tensors(copies))["model"], model_of(run)
     assert found.keys() == expected.keys()
     for name, tensor in expected.items():
         assert found[name].data.tobytes() == tensor.contiguous().numpy().tobytes()

@@ -24,7 +24,7 @@ from distplat.platform.stop_order import StopOrder
 
 LIMITS = Failure(start_timeout_s=60, step_timeout_s=20, heartbeat_timeout_s=10)
 GO_ON = Policy(max_failures=1, survives_worker_loss=True, holders=((0, 1, 2),))
-NO_FAILURE = Policy(max_failures=0, survives_worker_loss=True, may_start_over=False)
+NO_FAILURE = Policy(max_failures=0, survives_worker_loss=True, allows_restart_from_scratch=False)
 STEP = 3
 TOLD = Abandoned("as it was told")
 History = Sequence[tuple[float, Event]]
@@ -63,14 +63,14 @@ def test_when_all_have_stopped_the_next_attempt_has_the_new_number(
         before = play(ALL_STOP[:stop], policy, world)
         assert (before.phase, before.restart, before.error) == (Phase.SETTLING, None, None)
     state = play(ALL_STOP, policy, world)
-    assert state.restart == Restart(1, (), everything=False, wait_s=0.0, world=world)
+    assert state.restart == Restart(1, (), restarts_all=False, wait_s=0.0, world=world)
     state.restarted(2.0)
     assert (state.phase, state.attempt, state.error) == (Phase.STARTING, 1, None)
     for rank in range(world):
         assert state.phase is Phase.STARTING
         state.handle(heard(rank, 4), 3.0)
     assert state.phase is Phase.RUNNING
-    assert (state.steps_done, state.furthest) == (4, 4)
+    assert (state.steps_done, state.max_step) == (4, 4)
 
 
 def test_it_costs_no_budget() -> None:
@@ -88,7 +88,7 @@ def test_it_costs_no_budget() -> None:
     state.handle(dead(1), 4.0)
     for event in (stopped(0), Tick()):
         state.handle(event, 4.0)
-    assert state.restart == Restart(7, (1,), everything=False, wait_s=0.0)
+    assert state.restart == Restart(7, (1,), restarts_all=False, wait_s=0.0)
 
 
 @pytest.mark.parametrize(
@@ -129,7 +129,7 @@ def test_a_failure_on_the_way_is_a_failure_and_the_number_changes_all_the_same(
 ) -> None:
     state = play(history, world=world)
     assert state.error is not None
-    assert state.restart == Restart(1, replace, everything=False, wait_s=0.0, world=world)
+    assert state.restart == Restart(1, replace, restarts_all=False, wait_s=0.0, world=world)
     assert play(history, NO_FAILURE, world).restart is None
     state.restarted(20)
     state.handle(dead(0), 20)  # the budget was of one
@@ -143,16 +143,16 @@ def test_a_failure_on_the_way_is_a_failure_and_the_number_changes_all_the_same(
 def test_a_lost_server_takes_all_back_and_the_number_changes_all_the_same() -> None:
     history = [(2.0, stopped(0)), (2.0, dead("server-0")), (2, stopped(1)), (2, stopped(2))]
     state = play([*history, (2, Tick())])
-    assert state.restart == Restart(1, tuple(range(5)), everything=True, wait_s=0.0, world=5)
+    assert state.restart == Restart(1, tuple(range(5)), restarts_all=True, wait_s=0.0, world=5)
     state.restarted(3.0, step=2)
-    assert (state.steps_done, state.furthest) == (2, 2)
+    assert (state.steps_done, state.max_step) == (2, 2)
 
 
 def test_a_lost_coordinator_is_replaced_and_the_number_changes_all_the_same() -> None:
     history: History = [(2, dead("task-scheduler")), *((2, stopped(rank)) for rank in range(3))]
     state = play([*history, (2, Tick())])
     lost = ("task-scheduler",)
-    assert state.restart == Restart(1, (), everything=False, wait_s=0, coordinators=lost, world=5)
+    assert state.restart == Restart(1, (), restarts_all=False, wait_s=0, coordinators=lost, world=5)
 
 
 def test_after_going_back_there_are_as_many_as_before() -> None:
@@ -164,7 +164,7 @@ def test_after_going_back_there_are_as_many_as_before() -> None:
     for rank in range(5):
         state.handle(stopped(rank), 3.0)
     state.handle(Tick(), 3.0)
-    assert state.restart == Restart(2, tuple(range(5)), everything=True, wait_s=0.0)
+    assert state.restart == Restart(2, tuple(range(5)), restarts_all=True, wait_s=0.0)
     state.restarted(4.0, step=2)
     for rank in range(5):
         assert state.phase is Phase.STARTING
@@ -180,7 +180,7 @@ def test_those_of_the_start_may_all_be_lost_when_others_have_come() -> None:
         state.handle(heard(rank), 3.0)
     for event in (dead(0), dead(1), dead(2), stopped(3), stopped(4), Tick()):
         state.handle(event, 3.0)
-    assert state.restart == Restart(2, (0, 1, 2), everything=False, wait_s=0.0)
+    assert state.restart == Restart(2, (0, 1, 2), restarts_all=False, wait_s=0.0)
 
 
 def test_a_busy_worker_is_waited_for_as_long_as_a_step_may_take() -> None:
@@ -192,7 +192,7 @@ def test_a_busy_worker_is_waited_for_as_long_as_a_step_may_take() -> None:
     state = play([*busy, (late + 0.1, Tick()), (late + 0.1, Tick())])
     assert isinstance(state.error, DeadlineExceeded)
     assert "worker-1" in str(state.error)
-    assert state.restart == Restart(1, (1,), everything=False, wait_s=0.0, world=5)
+    assert state.restart == Restart(1, (1,), restarts_all=False, wait_s=0.0, world=5)
 
 
 @pytest.mark.parametrize(
@@ -230,20 +230,24 @@ def test_a_run_that_ends_meanwhile_has_ended() -> None:
 
 def test_who_has_finished_counts_as_stopped() -> None:
     state = play([(1, heard(0, 9, finished=True)), (1, stopped(1)), (1, stopped(2)), (1, Tick())])
-    assert state.restart == Restart(1, (), everything=False, wait_s=0.0, world=5)
+    assert state.restart == Restart(1, (), restarts_all=False, wait_s=0.0, world=5)
 
 
 def test_workers_are_told_to_stop_for_a_resize_and_nothing_in_the_next_attempt() -> None:
     state = play([])
-    assert (state.stop_order, state.halted) == (StopOrder.RESIZE, False)
+    assert (state.stop_order, state.resize_in_progress) == (StopOrder.RESIZE, False)
     state.handle(stopped(1), 2)
-    assert (state.stop_order, state.halted, state.restart) == (StopOrder.RESIZE, True, None)
+    assert (state.stop_order, state.resize_in_progress, state.restart) == (
+        StopOrder.RESIZE,
+        True,
+        None,
+    )
     state.handle(dead(0), 2)
     assert state.stop_order is StopOrder.ABANDON
     state = play(ALL_STOP, world=3)
     state.restarted(2.0)
     for rank in range(3):
-        assert (state.stop_order, state.halted) == (StopOrder.NONE, False)
+        assert (state.stop_order, state.resize_in_progress) == (StopOrder.NONE, False)
         state.handle(heard(rank), 2.0)
     assert (state.phase, state.stop_order) == (Phase.RUNNING, StopOrder.NONE)
 
@@ -254,7 +258,7 @@ def test_who_stops_for_a_failure_has_not_halted_for_a_resize() -> None:
         state.handle(heard(rank), 1.0)
     for event in (dead(1), stopped(0)):
         state.handle(event, 1.0)
-    assert not state.halted
+    assert not state.resize_in_progress
 
 
 def test_a_run_that_is_to_end_early_tells_its_workers_and_changes_no_more() -> None:

@@ -88,7 +88,7 @@ def play(history: History, policy: Policy = GO_ON) -> JobState:
 )
 def test_who_is_replaced(history: History, replace: tuple[int, ...]) -> None:
     state = play(history)
-    assert state.restart == Restart(1, replace, everything=False, wait_s=0.0)
+    assert state.restart == Restart(1, replace, restarts_all=False, wait_s=0.0)
     assert not state.over
     before = play(history[:-1])
     assert before.restart is None, "decided before everybody was accounted for"
@@ -115,7 +115,7 @@ def test_a_busy_rank_is_waited_for() -> None:
 )
 def test_all_begin_anew(history: History, policy: Policy) -> None:
     state = play(history, policy)
-    assert state.restart == Restart(1, (0, 1, 2), everything=True, wait_s=0.0)
+    assert state.restart == Restart(1, (0, 1, 2), restarts_all=True, wait_s=0.0)
     assert state.steps_done == 3
     state.restarted(5)
     assert (state.phase, state.steps_done, state.attempt) == (Phase.STARTING, 0, 1)
@@ -125,12 +125,12 @@ def test_survivors_that_lack_state_go_back_too() -> None:
     """All are there and wait, but who had a part of the state is gone."""
     lost = StateLost("the state after step 10")
     state = play([(1, stopped(0, lost)), (1, stopped(1, lost)), (1, stopped(2, lost)), (1, Tick())])
-    assert state.restart == Restart(1, (0, 1, 2), everything=True, wait_s=0.0)
+    assert state.restart == Restart(1, (0, 1, 2), restarts_all=True, wait_s=0.0)
     state.restarted(2, step=10)
-    assert (state.steps_done, state.furthest) == (10, 10)
+    assert (state.steps_done, state.max_step) == (10, 10)
     lose(state, 3, 12)
     assert state.restart is not None
-    assert not state.restart.everything, "that was the attempt before"
+    assert not state.restart.restarts_all, "that was the attempt before"
 
 
 def test_two_losses_at_one_step_that_take_the_state_end_no_run() -> None:
@@ -145,7 +145,7 @@ def test_two_losses_at_one_step_that_take_the_state_end_no_run() -> None:
     state.handle(Tick(), 5)
     assert state.phase is not Phase.FAILED, state.error
     assert state.restart is not None
-    assert state.restart.everything
+    assert state.restart.restarts_all
 
 
 def test_a_node_whose_processes_are_missed_one_by_one_ends_no_run() -> None:
@@ -178,27 +178,31 @@ def test_until_all_are_at_work_a_loss_has_the_checkpoint_loaded_again(
     for now, event in [*again, (3.0, stopped(1)), (3.0, Tick())]:
         state.handle(event, now)
     assert state.restart is not None
-    assert (state.restart.everything, state.restart.replace) == (True, (0, 1, 2))
+    assert (state.restart.restarts_all, state.restart.replace) == (True, (0, 1, 2))
     state.restarted(4, step=10)
     lose(state, 5, 12)
     assert state.restart is not None
-    assert not state.restart.everything, "all were at work"
+    assert not state.restart.restarts_all, "all were at work"
 
 
 SERVER_LOST = ActorLost("server-0", 3, "killed")
 
 
 @pytest.mark.parametrize("first", [Failed("server-manager", SERVER_LOST), stopped(2, SERVER_LOST)])
-@pytest.mark.parametrize("may_start_over", [True, False])
+@pytest.mark.parametrize("allows_restart_from_scratch", [True, False])
 def test_what_a_server_kept_is_given_up_only_if_the_job_says_so(
-    first: Failed, may_start_over: bool
+    first: Failed, allows_restart_from_scratch: bool
 ) -> None:
     """Whoever notices the loss first, the manager or a worker."""
-    policy = Policy(max_failures=3, survives_worker_loss=True, may_start_over=may_start_over)
+    policy = Policy(
+        max_failures=3,
+        survives_worker_loss=True,
+        allows_restart_from_scratch=allows_restart_from_scratch,
+    )
     rest: list[Event] = [*(stopped(rank, SERVER_LOST) for rank in range(3)), Tick()]
     state = play([(1, first), *((1, event) for event in rest), (1 + SETTLE_S, Tick())], policy)
-    if may_start_over:
-        assert state.restart == Restart(1, (0, 1, 2), everything=True, wait_s=0.0)
+    if allows_restart_from_scratch:
+        assert state.restart == Restart(1, (0, 1, 2), restarts_all=True, wait_s=0.0)
     else:
         assert (state.phase, state.error) == (Phase.FAILED, SERVER_LOST)
 
@@ -235,7 +239,7 @@ def test_a_lost_coordinator_takes_no_state_with_it(
     state = play([*history, (1, dead(1)), *rest, (1, Tick())])
     assert state.restart == Restart(1, (1,), False, 0.0, coordinators)
     state = play([*history, (1, stopped(2, SERVER_LOST)), *rest, (1, Tick())])
-    assert state.restart == Restart(1, (0, 1, 2), everything=True, wait_s=0.0)
+    assert state.restart == Restart(1, (0, 1, 2), restarts_all=True, wait_s=0.0)
 
 
 def lose(state: JobState, now: float, step: int) -> None:

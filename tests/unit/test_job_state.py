@@ -239,4 +239,4 @@ def test_who_has_left_is_not_replaced_and_who_has_joined_is() -> None:
     for event in [*history, Tick()]:
         state.handle(event, 1.0)
     assert state.restart is not None
-    assert (state.restart.replace, state.restart.everything) == ((5,), False)
+    assert (state.restart.replace, state.restart.restarts_all) == ((5,), False)

@@ -129,7 +129,7 @@ def test_a_short_run_has_no_division_by_zero(name: str, warmup: int, total: int)
     ],
 )
 def test_fields_without_effect_on_a_schedule(name: str, idle: set[str]) -> None:
-    assert Schedule.model_validate({"name": name}).idle_fields() == idle
+    assert Schedule.model_validate({"name": name}).unused_fields() == idle
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from distplat.actors.servers.shard_serving import elements_per_s
 from distplat.cli.figures import figure_rows
 from distplat.platform import load
 from distplat.platform.ledger import PushId, ServerReply
-from distplat.platform.load import MOST_SHOWN, PushQueue, ShardLoad, load_figures
+from distplat.platform.load import MAX_SHOWN_SHARDS, PushQueue, ShardLoad, load_figures
 from distplat.platform.progress import StepReport
 from distplat.platform.spec import SYNCHRONOUS, Consistency
 from distplat.strategies.server import server
@@ -45,7 +45,7 @@ def test_figures_are_of_the_slowest_of_all_and_of_each() -> None:
     assert load_figures([]) == {}
 
 
-@pytest.mark.parametrize(("shards", "lines"), [(1, 5), (2, 15), (MOST_SHOWN + 1, 5)])
+@pytest.mark.parametrize(("shards", "lines"), [(1, 5), (2, 15), (MAX_SHOWN_SHARDS + 1, 5)])
 def test_one_shard_and_very_many_are_told_together(shards: int, lines: int) -> None:
     assert len(load_figures([ShardLoad()] * shards)) == lines
 

@@ -18,7 +18,7 @@ from distplat.actors.result import Result
 from distplat.actors.trainer import Trainer
 from distplat.platform import disk, run_directory
 from distplat.platform.errors import StorageError
-from distplat.platform.memory_upload import bring
+from distplat.platform.memory_upload import upload_bytes
 from distplat.platform.remote_storage import RemoteStorage
 from distplat.platform.run_directory import RunDirectory
 
@@ -43,12 +43,12 @@ def a_run(folder: Path, **more: Any) -> Trainer:
 def fill_the_disk(patch: pytest.MonkeyPatch, *names: str) -> None:
     """Have the local disk refuse files of these names."""
 
-    def write_whole(path: Path, *args: Any) -> None:
+    def write_atomically(path: Path, *args: Any) -> None:
         if path.name in names:
             raise OSError(ENOSPC, os.strerror(ENOSPC))
-        disk.write_whole(path, *args)
+        disk.write_atomically(path, *args)
 
-    patch.setattr(run_directory, "write_whole", write_whole)
+    patch.setattr(run_directory, "write_atomically", write_atomically)
 
 
 def at(url: str, name: str) -> bytes:
@@ -93,7 +93,9 @@ def test_each_file_goes_where_there_is_room(
     with pytest.raises(StorageError, match=rf"is at {URL}/run: embeddings\.safetensors$"):
         files.check()
     Odd.refuses = True
-    monkeypatch.setattr(trainer, "bring", lambda url, name, data, _: bring(url, name, data, 0.01))
+    monkeypatch.setattr(
+        trainer, "upload_bytes", lambda url, name, data, _: upload_bytes(url, name, data, 0.01)
+    )
     with pytest.raises(StorageError, match=r"No space left.*; nor to the URL: odd://bucket"):
         files.keep("task.safetensors", b"task")
 
@@ -152,11 +154,11 @@ def test_a_model_that_comes_after_a_second_signal_is_in_the_result(
 
 def test_a_storage_that_fails_is_tried_again() -> None:
     Odd.failures = 1
-    bring(URL, "model.safetensors", b"model" * 5, 240.0)
+    upload_bytes(URL, "model.safetensors", b"model" * 5, 240.0)
     assert at(URL, "model.safetensors") == b"model" * 5
 
 
 def test_a_storage_that_hangs_is_given_up() -> None:
     Odd.hold = threading.Event()
     with pytest.raises(StorageError, match=rf"{URL}/model\.safetensors"):
-        bring(URL, "model.safetensors", b"model", 0.2)
+        upload_bytes(URL, "model.safetensors", b"model", 0.2)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from distplat.platform.owned_folder import OwnedFolder, remove_left
+from distplat.platform.owned_folder import OwnedFolder, remove_orphans
 
 OWNER = """
 import sys
@@ -31,13 +31,13 @@ def test_of_a_process_that_was_killed_nothing_stays(tmp_path: Path) -> None:
     ) as owner:
         assert owner.stdout is not None
         folder = Path(owner.stdout.readline().strip())
-        remove_left(tmp_path, "ray-")
+        remove_orphans(tmp_path, "ray-")
         assert (folder / "r/session_2026/log").exists(), "its owner lives"
         os.kill(owner.pid, signal.SIGKILL)
         owner.wait(60)
-        remove_left(tmp_path, ".resumed-")
+        remove_orphans(tmp_path, ".resumed-")
         assert folder.exists(), "it has another name"
-        remove_left(tmp_path, "ray-")
+        remove_orphans(tmp_path, "ray-")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -63,15 +63,15 @@ def test_only_what_was_certainly_left_is_removed(tmp_path: Path) -> None:
     (base / "ray-link").symlink_to(left(elsewhere))
     (base / "ray-file").write_text("")
     (gone / "link").symlink_to(elsewhere)
-    remove_left(base, "ray-")
+    remove_orphans(base, "ray-")
     assert not gone.exists()
     assert all((one / "r").exists() for one in (*kept, *elsewhere.iterdir()))
-    remove_left(tmp_path / "none", "ray-")
+    remove_orphans(tmp_path / "none", "ray-")
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root makes files of another user")
 def test_what_is_another_users_stays(tmp_path: Path) -> None:
     folder = left(tmp_path)
     os.chown(folder, 12345, 12345)
-    remove_left(tmp_path, "ray-")
+    remove_orphans(tmp_path, "ray-")
     assert (folder / "r").exists()

@@ -69,10 +69,10 @@ def test_a_step_whose_report_was_lost_comes_with_the_next() -> None:
 def test_the_end_brings_what_is_left() -> None:
     gathering = ReportAggregator(2)
     assert steps(gathering, [step(0, 0), step(1, 0), step(0, 1)]) == [0]
-    [last] = gathering.rest()
+    [last] = gathering.flush()
     assert isinstance(last, StepSummary)
     assert (last.step, last.samples) == (2, 1)
-    assert gathering.rest() == []
+    assert gathering.flush() == []
 
 
 def test_what_is_done_again_is_not_given_out_again() -> None:
@@ -93,14 +93,14 @@ def test_an_evaluation_comes_after_the_steps_before_it_and_hurries_none() -> Non
     assert isinstance(first, StepSummary) and isinstance(second, StepSummary)
     assert (first.samples, second.samples) == (2, 2)
     assert evaluation == EvalSummary(2, 2, {})
-    assert gathering.rest() == []
+    assert gathering.flush() == []
 
 
 def test_an_evaluation_comes_at_the_end_where_a_step_before_it_stays_incomplete() -> None:
     gathering = ReportAggregator(2)
     assert steps(gathering, [step(0, 0)]) == []
     assert [gathering.add(EvalReport(rank, 1, 1, {})) for rank in range(2)] == [[], []]
-    partial, evaluation = gathering.rest()
+    partial, evaluation = gathering.flush()
     assert isinstance(partial, StepSummary) and isinstance(evaluation, EvalSummary)
 
 
@@ -137,7 +137,7 @@ def test_leased_steps_wait_their_turn() -> None:
 def test_a_report_that_was_lost_with_a_worker_holds_nothing_up() -> None:
     gathering = ReportAggregator(2, first=0)
     assert steps(gathering, [step(0, 0), step(0, 1), step(1, 1), step(0, 2)]) == []
-    gathering.lost()
+    gathering.rank_lost()
     assert steps(gathering, [step(1, 2)]) == []  # the others' reports of these may still come
     assert steps(gathering, [step(0, 3), step(1, 3)]) == [0, 1, 2, 3]
     assert steps(gathering, [step(1, 0)]) == []
@@ -147,7 +147,7 @@ def test_a_report_that_was_lost_with_a_worker_holds_nothing_up() -> None:
 def test_what_was_never_complete_comes_at_the_end() -> None:
     gathering = ReportAggregator(2, first=0)
     assert steps(gathering, [step(0, 0), step(0, 1), step(1, 1)]) == []
-    assert [summary.step for summary in gathering.rest()] == [1, 2]
+    assert [summary.step for summary in gathering.flush()] == [1, 2]
 
 
 def test_leased_evaluations_may_end_in_any_order() -> None:

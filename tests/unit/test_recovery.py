@@ -144,8 +144,8 @@ def test_a_new_checkpoint_of_a_loop_gives_a_failure_back(events: str, ends: bool
 @pytest.mark.parametrize(
     ("failure", "survives_worker_loss", "policy"),
     [
-        (Failure(), True, Policy(3, 100, True, may_start_over=False)),
-        (Failure(), False, Policy(0, 0, False, may_start_over=False)),
+        (Failure(), True, Policy(3, 100, True, allows_restart_from_scratch=False)),
+        (Failure(), False, Policy(0, 0, False, allows_restart_from_scratch=False)),
         (Failure(max_failures=7), False, Policy(7, 0, False)),
         (Failure(max_failures=7), True, Policy(7, 100, True)),
         (Failure(max_failures=0, max_preemptions=1), True, Policy(0, 1, True)),

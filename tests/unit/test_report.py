@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from distplat.platform.progress import EvalSummary, FailureEvent, Recovery, StepSummary
 from distplat.platform.run_record import RunRecord
 from distplat.platform.run_report import (
+    axis_limit,
     binned,
     figure_rows,
     metrics,
@@ -19,7 +20,6 @@ from distplat.platform.run_report import (
     staleness,
     status_of,
     time_parts,
-    usual_most,
 )
 
 NAN = math.nan
@@ -138,4 +138,4 @@ def test_bins_pass_over_what_is_not_finite() -> None:
     ],
 )
 def test_an_axis_is_not_made_for_outliers(values: list[float], most: float) -> None:
-    assert usual_most(values) == pytest.approx(most)
+    assert axis_limit(values) == pytest.approx(most)

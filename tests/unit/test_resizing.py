@@ -9,23 +9,23 @@ from distplat.platform.scaling import Resizing
 def asked(world: int, workers: int) -> Resizing:
     resizing = Resizing(world)
     resizing.request(workers)
-    for rank in resizing.to_make:
-        resizing.made(rank)
+    for rank in resizing.ranks_to_start:
+        resizing.newcomer_started(rank)
     return resizing
 
 
 def test_without_a_wish_nothing_is_due() -> None:
     resizing = Resizing(2)
-    assert (resizing.to_make, resizing.to_drop) == ([], [])
+    assert (resizing.ranks_to_start, resizing.ranks_to_stop) == ([], [])
     assert (resizing.due, resizing.granted) == (None, False)
 
 
 def test_newcomers_are_ready_before_the_number_changes() -> None:
     resizing = asked(2, 4)
     assert sorted(resizing.newcomers) == [2, 3]
-    resizing.ready(3)
-    assert (resizing.to_make, resizing.due) == ([], None)
-    resizing.ready(2)
+    resizing.newcomer_ready(3)
+    assert (resizing.ranks_to_start, resizing.due) == ([], None)
+    resizing.newcomer_ready(2)
     due = resizing.due
     assert (due, resizing.granted) == (4, False)
     resizing.resized(4)
@@ -39,31 +39,31 @@ def test_fewer_are_due_at_once() -> None:
 
 def test_as_many_as_there_are_is_granted_at_once() -> None:
     resizing = asked(3, 3)
-    assert (resizing.due, resizing.granted, resizing.to_make) == (None, True, [])
+    assert (resizing.due, resizing.granted, resizing.ranks_to_start) == (None, True, [])
 
 
 def test_a_later_wish_keeps_who_is_still_wanted() -> None:
     resizing = asked(2, 5)
-    resizing.ready(2)
+    resizing.newcomer_ready(2)
     resizing.request(3)
-    assert (resizing.to_make, resizing.to_drop, resizing.due) == ([], [3, 4], 3)
+    assert (resizing.ranks_to_start, resizing.ranks_to_stop, resizing.due) == ([], [3, 4], 3)
     resizing.request(1)
-    assert (resizing.to_drop, resizing.due) == ([2, 3, 4], 1)
+    assert (resizing.ranks_to_stop, resizing.due) == ([2, 3, 4], 1)
 
 
 def test_when_one_cannot_come_all_are_let_go() -> None:
     resizing = asked(2, 4)
-    resizing.ready(2)
-    resizing.dropped(3)
-    resizing.give_up()
-    assert (resizing.to_make, resizing.to_drop, resizing.due) == ([], [2], None)
+    resizing.newcomer_ready(2)
+    resizing.newcomer_removed(3)
+    resizing.cancel()
+    assert (resizing.ranks_to_start, resizing.ranks_to_stop, resizing.due) == ([], [2], None)
 
 
 def test_when_all_is_made_anew_the_wish_stands() -> None:
     resizing = asked(2, 4)
-    resizing.ready(2)
+    resizing.newcomer_ready(2)
     resizing.all_restarted(2)
-    assert (resizing.to_make, resizing.due) == ([2, 3], None)
+    assert (resizing.ranks_to_start, resizing.due) == ([2, 3], None)
 
 
 STEPS = st.one_of(
@@ -83,14 +83,14 @@ def test_only_who_is_wanted_is_made_and_only_who_is_ready_joins(
         if what == "request":
             resizing.request(number)
         elif what == "ready" and number in alive:
-            resizing.ready(number)
+            resizing.newcomer_ready(number)
             ready.add(number)
         elif what == "lost" and number in alive:
-            resizing.dropped(number)
-            resizing.give_up()
+            resizing.newcomer_removed(number)
+            resizing.cancel()
             alive.discard(number)
         elif what == "give_up":
-            resizing.give_up()
+            resizing.cancel()
         elif what == "anew":
             resizing.all_restarted(resizing.world)
             alive.clear()
@@ -99,12 +99,12 @@ def test_only_who_is_wanted_is_made_and_only_who_is_ready_joins(
             assert ready.issuperset(joining) and alive.issuperset(joining)
             alive.difference_update(joining)
             resizing.resized(resizing.due)
-        for rank in resizing.to_drop:
-            resizing.dropped(rank)
+        for rank in resizing.ranks_to_stop:
+            resizing.newcomer_removed(rank)
             alive.discard(rank)
-        for rank in resizing.to_make:
+        for rank in resizing.ranks_to_start:
             assert rank >= resizing.world and rank not in alive
-            resizing.made(rank)
+            resizing.newcomer_started(rank)
             alive.add(rank)
         ready &= alive
         assert set(resizing.newcomers) == alive

@@ -12,7 +12,7 @@ from distplat.cli.running import role_facts, role_lines
 from distplat.platform.errors import ActorLost, SpecError
 from distplat.platform.progress import to_json
 from distplat.platform.scaling import ScaleRequest, ScaleStatus
-from distplat.platform.server_group import ServersSeen, ShardAssignment
+from distplat.platform.server_group import ServerGroupStatus, ShardAssignment
 from distplat.platform.shard_map import Shard
 from distplat.platform.worker_stats import WorkerStats
 
@@ -60,7 +60,7 @@ def test_a_submitted_run_is_found_by_its_submission(monkeypatch: pytest.MonkeyPa
 
 
 def test_a_run_with_leases_and_backups() -> None:
-    seen = Overview("digits-1", "digits", ServersSeen(3, CUTS, SEATS, True), scheduler())
+    seen = Overview("digits-1", "digits", ServerGroupStatus(3, CUTS, SEATS, True), scheduler())
     assert role_lines(seen) == [
         "run digits-1",
         "",
@@ -83,7 +83,7 @@ def test_a_synchronous_run_without_backups() -> None:
     workers = (WorkerRow(FAST, None, False), WorkerRow(SLOW, None, False))
     told = scheduler(dynamic_tasks=False, attempt=0, workers=workers)
     lines = role_lines(
-        Overview("digits-1", "digits", ServersSeen(1, CUTS, assignments, False), told)
+        Overview("digits-1", "digits", ServerGroupStatus(1, CUTS, assignments, False), told)
     )
     assert lines[3:] == [
         "SHARD  ELEMENTS            SERVER",
@@ -105,7 +105,7 @@ def test_a_synchronous_run_without_backups() -> None:
     ],
 )
 def test_backups_that_are_not_there(backup: ShardAssignment, shown: str) -> None:
-    lines = role_lines(Overview("r", "j", ServersSeen(1, CUTS[:1], (backup,), True), None))
+    lines = role_lines(Overview("r", "j", ServerGroupStatus(1, CUTS[:1], (backup,), True), None))
     assert lines[-1].endswith(f"server-0  {shown}")
 
 
@@ -114,7 +114,7 @@ def test_backups_that_are_not_there(backup: ShardAssignment, shown: str) -> None
     [
         (Overview("r", "j", None, None), "its strategy has neither servers nor a task scheduler"),
         (
-            Overview("r", "j", ServersSeen(0, (), SEATS, True), None),
+            Overview("r", "j", ServerGroupStatus(0, (), SEATS, True), None),
             "server manager    no shard was given out yet: no worker has come",
         ),
         (Overview("r", "j", None, scheduler(steps=0)), "task scheduler    no worker has come yet"),
@@ -136,7 +136,7 @@ def test_what_is_not_there_is_said(seen: Overview, last: str) -> None:
 
 def test_tables_that_are_kept_twice_are_shown() -> None:
     tables = (ShardAssignment(0, "embedding-server-0", "embedding-server-1", ready=True),)
-    seen = ServersSeen(0, (), (), False, tables)
+    seen = ServerGroupStatus(0, (), (), False, tables)
     assert role_lines(Overview("r", "j", seen, None)) == [
         "run r",
         "",
@@ -148,7 +148,7 @@ def test_tables_that_are_kept_twice_are_shown() -> None:
 
 
 def test_json_has_all_of_it() -> None:
-    seen = Overview("digits-1", "digits", ServersSeen(3, CUTS, SEATS, True), scheduler())
+    seen = Overview("digits-1", "digits", ServerGroupStatus(3, CUTS, SEATS, True), scheduler())
     found = json.loads(to_json(role_facts(seen)))
     assert found["servers"]["assignments"][0]["backup"] == "server-3"
     assert found["scheduler"]["workers"][1]["stats"]["straggler"] is True

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from distplat.actors.training import saved_model
-from distplat.platform.disk import Records
+from distplat.platform.disk import RecordFile
 from distplat.platform.errors import StorageError
 from distplat.platform.job_file import read_job
 from distplat.platform.pipeline_trace import Trace
@@ -350,9 +350,9 @@ def test_files_that_cannot_be_closed_do_not_hide_the_result(
     directory = make(tmp_path)
     directory.record(STEPS[0])
 
-    def refuse(self: Records) -> None:
+    def refuse(self: RecordFile) -> None:
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
-    monkeypatch.setattr(Records, "close", refuse)
+    monkeypatch.setattr(RecordFile, "close", refuse)
     directory.finish("FAILED", {"error": "lost"})
     assert json.loads((directory.path / "result.json").read_text())["status"] == "FAILED"

@@ -174,7 +174,7 @@ def test_a_directory_that_may_not_be_read_is_said(tmp_path: Path) -> None:
 def test_a_run_of_very_many_steps_is_thinned_and_its_last_step_is_there(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(run_record, "MOST_STEPS", 100)
+    monkeypatch.setattr(run_record, "MAX_STEPS", 100)
     steps = 1003
     with (tmp_path / "metrics.jsonl").open("w") as file:
         for number in range(1, steps + 1):

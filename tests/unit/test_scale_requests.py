@@ -8,7 +8,7 @@ from distplat.actors import overview
 from distplat.actors.overview import RunName
 from distplat.platform.errors import SpecError
 from distplat.platform.scaling import (
-    NOBODY_ASKED,
+    NO_SCALE_REQUEST,
     ScaleRequest,
     ScaleRequests,
     ScaleStatus,
@@ -17,7 +17,7 @@ from distplat.platform.scaling import (
 
 def test_a_request_is_taken_once_and_is_pending_until_it_is_answered() -> None:
     requests = ScaleRequests()
-    assert (requests.take(), requests.status()) == (None, NOBODY_ASKED)
+    assert (requests.take(), requests.status()) == (None, NO_SCALE_REQUEST)
     request = requests.ask(3)
     assert request == ScaleRequest(1, 3)
     assert [requests.take(), requests.take()] == [request, None]

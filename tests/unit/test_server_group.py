@@ -9,7 +9,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from distplat.platform.errors import FencedError, NotReadyError
 from distplat.platform.server_group import (
-    MOST_LOSSES,
+    MAX_LOSSES,
     DropBackup,
     Fill,
     MakeBackup,
@@ -25,38 +25,38 @@ from distplat.platform.server_group import (
 def running(shards: int = 1) -> ServerGroup:
     """A group whose backups are all ready."""
     group = ServerGroup(shards)
-    for order in group.begin():
+    for order in group.start_backups():
         assert isinstance(order, MakeBackup)
-        for fill in group.made(order.server):
+        for fill in group.backup_started(order.server):
             assert isinstance(fill, Fill)
-            group.filled(fill.backup, fill.term)
+            group.backup_filled(fill.backup, fill.term)
     return group
 
 
 def test_every_shard_gets_a_backup_on_another_node() -> None:
     group = ServerGroup(2)
-    assert group.begin() == [
+    assert group.start_backups() == [
         MakeBackup(0, "server-2", "server-0"),
         MakeBackup(1, "server-3", "server-1"),
     ]
-    assert group.made("server-3") == [Fill(1, "server-1", "server-3", 2)]
+    assert group.backup_started("server-3") == [Fill(1, "server-1", "server-3", 2)]
     assert sorted(group.servers) == ["server-0", "server-1", "server-2", "server-3"]
 
 
 def test_a_lost_primary_is_followed_by_its_backup() -> None:
     group = running()
-    assert group.lost("server-0") == [
+    assert group.server_lost("server-0") == [
         Promote(0, "server-1", 3),
         MakeBackup(0, "server-2", "server-1"),
     ]
     assert (group.version, group.broken, group.assignments[0].primary) == (2, None, "server-1")
-    assert group.lost("server-0") == []  # told twice
-    assert group.made("server-2") == [Fill(0, "server-1", "server-2", 4)]
+    assert group.server_lost("server-0") == []  # told twice
+    assert group.backup_started("server-2") == [Fill(0, "server-1", "server-2", 4)]
 
 
 def test_a_lost_backup_is_made_again_and_the_map_stays() -> None:
     group = running()
-    assert group.lost("server-1") == [
+    assert group.server_lost("server-1") == [
         DropBackup(0, "server-0", 3),
         MakeBackup(0, "server-2", "server-0"),
     ]
@@ -66,32 +66,32 @@ def test_a_lost_backup_is_made_again_and_the_map_stays() -> None:
 @pytest.mark.parametrize("filled", [False, True])
 def test_a_backup_is_promoted_only_once_it_is_filled(filled: bool) -> None:
     group = ServerGroup(1)
-    group.begin()
-    (fill,) = group.made("server-1")
+    group.start_backups()
+    (fill,) = group.backup_started("server-1")
     assert isinstance(fill, Fill)
     if filled:
-        group.filled(fill.backup, fill.term)
-    group.lost("server-0")
+        group.backup_filled(fill.backup, fill.term)
+    group.server_lost("server-0")
     assert group.broken == (None if filled else "server-0")
 
 
 def test_word_of_an_earlier_term_makes_nothing_ready() -> None:
     group = running()
-    group.lost("server-1")
-    group.filled("server-1", 2)
-    group.made("server-2")
-    group.filled("server-2", 2)
+    group.server_lost("server-1")
+    group.backup_filled("server-1", 2)
+    group.backup_started("server-2")
+    group.backup_filled("server-2", 2)
     assert not group.assignments[0].ready
 
 
 def test_a_crash_loop_of_backups_ends() -> None:
     group = ServerGroup(1)
-    orders = group.begin()
+    orders = group.start_backups()
     made = 0
     while orders and isinstance(orders[-1], MakeBackup):
-        orders = group.lost(orders[-1].server)
+        orders = group.server_lost(orders[-1].server)
         made += 1
-    assert made == MOST_LOSSES
+    assert made == MAX_LOSSES
     assert orders == [DropBackup(0, "server-0", 2)]  # it need not wait for its first one any more
 
 
@@ -171,10 +171,10 @@ def test_a_manager_that_follows_another_asks_the_servers(
     term = group.assignments[0].term
     make = MakeBackup(0, "server-4", primary)  # a name that nobody had before
     if held[0].shard is None:
-        assert (term, group.begin()) == (1, [make])
+        assert (term, group.start_backups()) == (1, [make])
     else:
         assert term > max(one.term for one in held) + 1000
-        assert group.begin() == [DropBackup(0, primary, term), make]
+        assert group.start_backups() == [DropBackup(0, primary, term), make]
 
 
 @dataclass
@@ -208,7 +208,7 @@ class Losses(RuleBasedStateMachine):
         self.confirmed: list[tuple[str, int]] = []
         self.acknowledged: list[int] = []
         self.count = self.managers = 0
-        self._begin(self.group.begin())
+        self._begin(self.group.start_backups())
 
     def _begin(self, orders: list[Order]) -> None:
         for order in orders:
@@ -264,7 +264,7 @@ class Losses(RuleBasedStateMachine):
     def suspect(self, data: st.DataObject) -> None:
         """Rightly or not: a server that is cut off may live."""
         if self.group.broken is None:
-            self._begin(self.group.lost(data.draw(st.sampled_from(self.group.servers))))
+            self._begin(self.group.server_lost(data.draw(st.sampled_from(self.group.servers))))
 
     @rule(data=st.data(), again=st.booleans())
     def carry_out(self, data: st.DataObject, again: bool) -> None:
@@ -285,13 +285,13 @@ class Losses(RuleBasedStateMachine):
         while self.orders:
             self._carry_out(self.orders.pop(0))
         for word in self.confirmed:
-            self.group.filled(*word)
+            self.group.backup_filled(*word)
         self.orders = self.late  # one of them comes once more, much later
 
     def _carry_out(self, order: Order) -> None:
         match order:
             case MakeBackup(server=server):
-                self._begin(self.group.made(server))
+                self._begin(self.group.backup_started(server))
             case Fill():
                 self._fill(order)
             case Promote(server=server, term=term) | DropBackup(server=server, term=term):
@@ -328,12 +328,12 @@ class Losses(RuleBasedStateMachine):
             self.nodes[useless].up = False
         self.confirmed.clear()
         if self.group.broken is None:
-            self._begin(self.group.begin())
+            self._begin(self.group.start_backups())
 
     @rule(data=st.data())
     def confirm(self, data: st.DataObject) -> None:
         if self.confirmed:
-            self.group.filled(*data.draw(st.sampled_from(self.confirmed)))
+            self.group.backup_filled(*data.draw(st.sampled_from(self.confirmed)))
 
     @invariant()
     def nothing_acknowledged_is_lost(self) -> None:

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from distplat.platform.shard_map import ALIKE, Shard, ShardMap, cut_shards
+from distplat.platform.shard_map import EQUAL_SPEED_RATIO, Shard, ShardMap, cut_shards
 
 
 @given(st.integers(0, 100_000), st.integers(1, 64))
@@ -58,7 +58,7 @@ def test_a_map_by_speed_is_complete_and_in_proportion(total: int, speeds: list[f
     assert all(a.stop == b.start for a, b in pairwise(shards))
     if total >= 16 * len(speeds):
         assert all(shard.start % 16 == 0 or shard.start == total for shard in shards)
-    if max(speeds) > ALIKE * min(speeds):
+    if max(speeds) > EQUAL_SPEED_RATIO * min(speeds):
         wanted = [total * speed / sum(speeds) for speed in speeds]
         assert all(abs(s.size - w) <= 32 for s, w in zip(shards, wanted, strict=True))
 

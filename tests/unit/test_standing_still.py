@@ -29,7 +29,7 @@ from distplat.actors.collectives.torch_store import Heartbeat
 from distplat.actors.servers.health_check import Heartbeats
 from distplat.actors.servers.scheduler import Scheduler
 from distplat.platform import awake_clock
-from distplat.platform.awake_clock import HALTED_S, AwakeClock, wait_awake
+from distplat.platform.awake_clock import MAX_GAP_S, AwakeClock, wait_awake
 from distplat.platform.errors import CollectiveError, DeadlineExceeded
 from distplat.platform.spec import Consistency
 from distplat.platform.task_scheduler import TaskPlan
@@ -61,7 +61,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Time:
 
 def test_a_stop_counts_as_a_second(clock: Time) -> None:
     awake = AwakeClock()
-    for seconds, expected in ((0.4, 0.4), (0.4, 0.8), (LONG_S, 0.8 + HALTED_S), (0.2, 2.0)):
+    for seconds, expected in ((0.4, 0.4), (0.4, 0.8), (LONG_S, 0.8 + MAX_GAP_S), (0.2, 2.0)):
         clock.now += seconds
         assert awake.now() == pytest.approx(expected)
 
@@ -108,7 +108,7 @@ def test_a_controller_that_stood_still_waits_for_the_answers(
     back: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A host stands still for longer than the deadline; then its worker is there, later, or not."""
-    monkeypatch.setattr(awake_clock, "HALTED_S", 0.1)
+    monkeypatch.setattr(awake_clock, "MAX_GAP_S", 0.1)
     monkeypatch.setattr(controller, "_HOLD_S", 0.1)
     limit_s = 0.7
 
@@ -144,7 +144,7 @@ def test_who_watches_servers_and_stood_still_waits_for_them(clock: Time) -> None
     clock.now += LONG_S
     assert beats.look(named, ()) == {}, "their answers are on their way"
     for _ in range(5):
-        clock.now += HALTED_S
+        clock.now += MAX_GAP_S
         assert drain(cluster, 10.0)
         assert beats.look(named, ()) == {}
 

@@ -131,10 +131,10 @@ def test_all_stop_after_the_same_step_whenever_they_hear_of_it_and_whoever_is_lo
     if state.phase is Phase.SUCCEEDED:
         assert all(worker.step == steps for worker in run.workers)
     elif not lost:
-        assert state.restart == Restart(1, (), everything=False, wait_s=0.0, world=5)
-        assert state.furthest == state.steps_done < steps, "somebody has gone too far"
+        assert state.restart == Restart(1, (), restarts_all=False, wait_s=0.0, world=5)
+        assert state.max_step == state.steps_done < steps, "somebody has gone too far"
         assert not any(worker.within for worker in run.workers), "a gradient is made for nothing"
     else:
         assert state.restart is not None
-        assert (state.restart.replace, state.restart.everything) == (tuple(lost), False)
+        assert (state.restart.replace, state.restart.restarts_all) == (tuple(lost), False)
         assert state.restart.world == world

@@ -18,7 +18,7 @@ from distplat.platform.checkpoints import Catalogue
 from distplat.platform.errors import ProtocolError, SpecError
 from distplat.platform.ledger import PushId
 from distplat.platform.shard_map import TablePlan, TableSpec, plan_of
-from distplat.platform.tensor_slices import Bundle, put_together
+from distplat.platform.tensor_slices import Bundle, assemble_tensors
 from distplat.strategies.checkpoint.checkpoint_types import ArrayRefs, CheckpointPart
 from distplat.strategies.server.table_store import TableServer
 from distplat.strategies.sparse.table import RowGradients
@@ -169,7 +169,7 @@ def test_copies_are_of_their_step_and_given_once() -> None:
     steps, bundle = server.kept(4, 0.0)
     assert steps == 5
     assert bundle is not None
-    assert put_together([bundle])["embeddings-0/t/rows"].data.tobytes() == before
+    assert assemble_tensors([bundle])["embeddings-0/t/rows"].data.tobytes() == before
     assert server.kept(4, 0.0) == (5, None)
 
 
@@ -209,7 +209,7 @@ def test_a_checkpoint_without_its_tables_is_skipped() -> None:
 
 def files(bundle: Bundle | None) -> list[Any]:
     assert bundle is not None
-    return [{k.partition("/")[2]: v for k, v in put_together([bundle]).items()}]
+    return [{k.partition("/")[2]: v for k, v in assemble_tensors([bundle]).items()}]
 
 
 def test_tables_that_are_there_are_not_taken_from_a_checkpoint() -> None:

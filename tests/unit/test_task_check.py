@@ -20,7 +20,7 @@ from distplat.actors.task_check import TaskCheck
 from distplat.actors.task_pickling import check_pickles
 from distplat.cli.main import run
 from distplat.platform.errors import DistplatError, SpecError, UserCodeError
-from distplat.platform.recovery import weight
+from distplat.platform.recovery import error_priority
 
 JOB = """\
 name: checked
@@ -268,7 +268,9 @@ def test_what_cannot_be_pickled_is_named(members: dict[str, object], message: st
 
 
 def test_a_wrong_task_explains_a_failed_run_better_than_its_effects() -> None:
-    assert weight(SpecError("no such class")) == weight(UserCodeError(0, None, "x", ""))
+    assert error_priority(SpecError("no such class")) == error_priority(
+        UserCodeError(0, None, "x", "")
+    )
 
 
 def test_a_plug_in_that_ends_the_process_is_no_success(tmp_path: Path) -> None:

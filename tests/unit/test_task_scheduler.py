@@ -8,7 +8,13 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from distplat.platform.errors import FencedError, ProtocolError, StaleError
 from distplat.platform.ledger import IntervalSet, PushId, StepLedger, Verdict
 from distplat.platform.sampler import Sampler
-from distplat.platform.task_scheduler import MOST_TASKS, Lease, TaskPlan, TaskScheduler, lease_size
+from distplat.platform.task_scheduler import (
+    MAX_LEASE_TASKS,
+    Lease,
+    TaskPlan,
+    TaskScheduler,
+    lease_size,
+)
 
 
 def tasks(work: Lease | None) -> list[int]:
@@ -223,7 +229,7 @@ def test_who_is_dismissed_at_the_end_just_ends() -> None:
         (None, 1000, 2, 1),
         (0.1, 1000, 2, 5),
         (2.0, 1000, 2, 1),
-        (1e-9, 10**6, 2, MOST_TASKS),
+        (1e-9, 10**6, 2, MAX_LEASE_TASKS),
         (0.001, 40, 4, 5),
         (0.001, 3, 4, 1),
         (0.001, 0, 0, 1),

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from verify_rows import rows
 
 from distplat.platform.errors import SpecError
-from distplat.platform.even_split import cut_at
+from distplat.platform.even_split import snap_to_boundaries
 from distplat.platform.spec import CheckpointConfig, Job
 from distplat.platform.vector_layout import Layout, Piece, Segment
 from distplat.strategies.fakes import Fabric
@@ -164,7 +164,7 @@ def test_a_lost_worker_leaves_no_trace() -> None:
 def test_cut_at(
     bounds: list[tuple[int, int]], places: list[int], expected: list[tuple[int, int]]
 ) -> None:
-    assert cut_at(bounds, places) == expected
+    assert snap_to_boundaries(bounds, places) == expected
 
 
 def test_a_part_of_a_parameter_has_no_shape() -> None:

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rank_threads import on_ranks
 
-from distplat.platform.tensor_slices import TensorEntry, TensorSlice, put_together
+from distplat.platform.tensor_slices import TensorEntry, TensorSlice, assemble_tensors
 from distplat.strategies.checkpoint.checkpoint_reader import tensor_of
 from distplat.strategies.checkpoint.parts import as_array, whole_of
 from distplat.strategies.fakes import Fabric
@@ -43,7 +43,7 @@ def test_what_is_cut_can_be_joined(
         ([as_array(part.contiguous())], (entry,))
         for part, entry in zip(parts, entries, strict=True)
     ]
-    assert put_together(bundles)["model/w"].data.tobytes() == kept.data.tobytes()
+    assert assemble_tensors(bundles)["model/w"].data.tobytes() == kept.data.tobytes()
 
 
 def test_where_parts_of_branches_lie() -> None:

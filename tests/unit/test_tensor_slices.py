@@ -21,8 +21,8 @@ from distplat.platform.tensor_slices import (
     RawTensor,
     TensorEntry,
     TensorSlice,
-    put_together,
-    take_out,
+    assemble_tensors,
+    extract_part,
 )
 
 SHAPES = st.lists(st.integers(1, 5), min_size=1, max_size=3).map(tuple)
@@ -53,9 +53,9 @@ def test_any_cut_of_slabs_and_runs_comes_together_again(
         for run in [*cuts(TensorSlice(shape, slab, None, blocks).size, data.draw)]:
             tensor_slice = TensorSlice(shape, slab, data.draw(st.sampled_from([run])), blocks)
             entry = TensorEntry("model/w", tensor_slice, "int32", 0)
-            bundles.append(([take_out(tensor, tensor_slice)], (entry,)))
+            bundles.append(([extract_part(tensor, tensor_slice)], (entry,)))
     order = data.draw(st.permutations(bundles))
-    [(key, result)] = put_together(order).items()
+    [(key, result)] = assemble_tensors(order).items()
     assert key == "model/w"
     assert result.shape == shape
     assert np.array_equal(result.data, tensor.data)
@@ -82,14 +82,14 @@ def part(
 )
 def test_what_does_not_fit_is_refused(parts: Any, message: str) -> None:
     with pytest.raises(ProtocolError, match=message):
-        put_together(parts)
+        assemble_tensors(parts)
 
 
 def test_a_value_without_dimensions_may_come_twice() -> None:
     step = TensorSlice(())
     first, second = part(step), part(step)
     first[0][0][:] = 1
-    assert put_together([first, second])["model/w"].data.tolist() == [1, 1, 1, 1]
+    assert assemble_tensors([first, second])["model/w"].data.tolist() == [1, 1, 1, 1]
 
 
 def bits_of(tensor: torch.Tensor) -> torch.Tensor:

@@ -5,7 +5,13 @@ from typing import Any
 import pytest
 
 from distplat.platform.errors import SpecError
-from distplat.platform.topology import RankLocation, by_node, choose, chosen_by_user, gpus_of_node
+from distplat.platform.topology import (
+    RankLocation,
+    by_node,
+    choose_backend,
+    gpus_of_node,
+    validate_backend,
+)
 
 
 def at(nodes: str, **qualities: Any) -> list[RankLocation]:
@@ -33,7 +39,7 @@ def at(nodes: str, **qualities: Any) -> list[RankLocation]:
     ],
 )
 def test_choice(locations: list[RankLocation], backend: str, why: str) -> None:
-    choice = choose(locations)
+    choice = choose_backend(locations)
     assert (choice.backend, choice.why) == (backend, why)
 
 
@@ -54,7 +60,7 @@ def test_ranks_by_node_come_in_the_order_of_ranks() -> None:
     ],
 )
 def test_what_a_job_names_is_taken(backend: str, locations: list[RankLocation]) -> None:
-    assert chosen_by_user(backend, locations).backend == backend
+    assert validate_backend(backend, locations).backend == backend
 
 
 @pytest.mark.parametrize(
@@ -70,7 +76,7 @@ def test_what_cannot_work_is_refused(
     backend: str, locations: list[RankLocation], says: list[str]
 ) -> None:
     with pytest.raises(SpecError) as caught:
-        chosen_by_user(backend, locations)
+        validate_backend(backend, locations)
     assert caught.value.problems[0].where == ("strategy", "backend")
     for words in says:
         assert words in str(caught.value)

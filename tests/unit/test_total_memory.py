@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from distplat.platform import total_memory
-from distplat.platform.checkpoints import FOLDER, MANIFEST, Catalogue, find, listed, read
+from distplat.platform.checkpoints import FOLDER, MANIFEST, Catalogue, find, read, read_manifest
 from distplat.platform.errors import StorageError
 from distplat.platform.total_memory import DoesNotFit, check_fits, memory_and_swap
 
@@ -85,4 +85,4 @@ def test_sizes_that_are_none_hide_no_file(size: object, tmp_path: Path) -> None:
     manifest["files"]["b.safetensors"]["bytes"] = size
     path.write_text(json.dumps(manifest))
     with pytest.raises(StorageError, match=f"{MANIFEST} is damaged"):
-        listed(catalogue.path(1))
+        read_manifest(catalogue.path(1))

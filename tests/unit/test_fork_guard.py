@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, TensorDataset
 
 from distplat import Task
-from distplat.platform.own_process import OwnProcess
+from distplat.platform.fork_guard import ForkGuard
 from distplat.strategies.model.gradients import Gradients
 from distplat.strategies.model.model_state import ModelState
 from distplat.strategies.worker_strategy import WorkerStrategy
@@ -51,7 +51,7 @@ def raising() -> None:
 def test_a_fork_that_leaves_the_tasks_code_ends(
     called: Callable[[], None], capfd: pytest.CaptureFixture[str]
 ) -> None:
-    process = OwnProcess()
+    process = ForkGuard()
     child = fork()
     if not child:
         try:
@@ -65,9 +65,9 @@ def test_a_fork_that_leaves_the_tasks_code_ends(
 
 
 def test_the_process_itself_is_left_alone() -> None:
-    with OwnProcess():
+    with ForkGuard():
         pass
-    with pytest.raises(ValueError, match="in the child"), OwnProcess():
+    with pytest.raises(ValueError, match="in the child"), ForkGuard():
         raising()
 
 

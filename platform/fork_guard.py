@@ -16,7 +16,7 @@ _MESSAGE = (
 )
 
 
-class OwnProcess:
+class ForkGuard:
     """
     The process in which this was made; as a context: the task's code, called in that process.
 
@@ -26,7 +26,7 @@ class OwnProcess:
     def __init__(self) -> None:
         self._pid = os.getpid()
 
-    def end_if_forked(self) -> None:
+    def exit_if_forked(self) -> None:
         """End the calling process at once if it is another one: exit status 1, and a message."""
         here = os.getpid()
         if here != self._pid:
@@ -35,7 +35,7 @@ class OwnProcess:
             os._exit(1)
 
     def __enter__(self) -> None:
-        self.end_if_forked()
+        self.exit_if_forked()
 
     def __exit__(
         self,
@@ -43,4 +43,4 @@ class OwnProcess:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self.end_if_forked()
+        self.exit_if_forked()

@@ -20,12 +20,12 @@ from distplat.platform.errors import (
     ranks_text,
 )
 
-ALIKE = (
+_SAME_CALLS_HINT = (
     "every rank must call backward(), barrier(), gather_for_metrics(), should_stop() and what it "
     "calls of torch.distributed as often, in the same order, before its function ends: have all "
     "ranks end alike, by should_stop() or a gathered value"
 )
-LONGER = (
+_LONGER_WAIT_HINT = (
     "have all ranks end alike, by should_stop() or a gathered value; or, where a rank has more to "
     "do than others at the end, have them wait longer: `strategy.timeout_s` under `ring`, else "
     "`failure.step_timeout_s`"
@@ -43,7 +43,7 @@ class LoopState:
     Such an operation may wait longer than any deadline of ours."""
 
 
-class Loops:
+class LoopTracker:
     """
     The loops of all ranks, as far as they are known to part.
 
@@ -71,7 +71,7 @@ class Loops:
         """A rank has stopped; `traceback`: the user's frames, empty: none called what failed."""
         self._ended[rank] = error, traceback
 
-    def parted(self, steps: Mapping[int, int]) -> UserCodeError | None:
+    def divergence_error(self, steps: Mapping[int, int]) -> UserCodeError | None:
         """
         Tell that loops have parted; None: they have not, as far as can be seen.
 
@@ -88,7 +88,7 @@ class Loops:
                 continue
             if not waits:
                 summary = f"others did not end beside {self._left()}: {error}"
-                return UserCodeError(rank, steps[rank] + 1, summary, summary, LONGER)
+                return UserCodeError(rank, steps[rank] + 1, summary, summary, _LONGER_WAIT_HINT)
             of_others = True
         return self._error(waits, steps) if of_others else None
 
@@ -108,7 +108,9 @@ class Loops:
         first = min(waits)
         summary = f"waited for {self._left()}" if self._returned else "the ranks' loops have parted"
         who = ranks_text(sorted(waits))
-        return UserCodeError(first, steps[first] + 1, summary, shown, ALIKE, on_ranks=who)
+        return UserCodeError(
+            first, steps[first] + 1, summary, shown, _SAME_CALLS_HINT, on_ranks=who
+        )
 
     def _is_others_fault(self, error: DistplatError) -> bool:
         """Say whether an operation failed by what another rank's loop did, or left out."""

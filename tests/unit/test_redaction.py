@@ -2,7 +2,7 @@
 
 import pytest
 
-from distplat.platform.blanking import BLANK, blanked
+from distplat.platform.redaction import REDACTED, redact
 
 
 @pytest.mark.parametrize(
@@ -15,8 +15,8 @@ from distplat.platform.blanking import BLANK, blanked
     ],
 )
 def test_a_secret_by_its_name(key: str) -> None:
-    assert blanked({"task_args": {key: "canary"}}) == {"task_args": {key: BLANK}}
-    assert blanked({key: {"a": "canary"}}) == {key: BLANK}
+    assert redact({"task_args": {key: "canary"}}) == {"task_args": {key: REDACTED}}
+    assert redact({key: {"a": "canary"}}) == {key: REDACTED}
 
 
 @pytest.mark.parametrize(
@@ -32,7 +32,7 @@ def test_a_secret_by_its_name(key: str) -> None:
     ],
 )
 def test_a_secret_by_its_form(value: str) -> None:
-    assert blanked({"where": [value, {"x": value}]}) == {"where": [BLANK, {"x": BLANK}]}
+    assert redact({"where": [value, {"x": value}]}) == {"where": [REDACTED, {"x": REDACTED}]}
 
 
 @pytest.mark.parametrize(
@@ -55,4 +55,4 @@ def test_a_secret_by_its_form(value: str) -> None:
     ],
 )
 def test_what_only_sounds_like_one_is_shown(key: str, value: object) -> None:
-    assert blanked({key: value}) == {key: value}
+    assert redact({key: value}) == {key: value}

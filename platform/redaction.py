@@ -4,7 +4,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-BLANK = "***"
+REDACTED = "***"
 _NAMED = re.compile(
     r"(?i)(password|passwd|passphrase|secret|credentials?|(auth|access|api|hub|hf)_?token"
     r"|(api|access|private|secret|account|signing|encryption|auth|wandb|hf|openai|aws)_?key(_?id)?"
@@ -19,16 +19,16 @@ _KNOWN = re.compile(
 """Keys by their form, and URLs with a password, whatever they are called."""
 
 
-def blanked(value: Any) -> Any:
+def redact(value: Any) -> Any:
     """Give a job's fields with `***` for what looks like a secret, at any depth."""
     if isinstance(value, Mapping):
         return {
-            key: BLANK if _is_secret(str(key), item) else blanked(item)
+            key: REDACTED if _is_secret(str(key), item) else redact(item)
             for key, item in value.items()
         }
     if isinstance(value, list | tuple):
-        return [blanked(item) for item in value]
-    return BLANK if isinstance(value, str) and _KNOWN.search(value) else value
+        return [redact(item) for item in value]
+    return REDACTED if isinstance(value, str) and _KNOWN.search(value) else value
 
 
 def _is_secret(key: str, value: object) -> bool:

@@ -21,6 +21,7 @@ from distplat import Trainer
 from distplat.actors.task_loading import call_train_function
 from distplat.actors.user_errors import frame_of, frames_of_wait
 from distplat.platform import job
+from distplat.platform.diverged_loops import LoopState
 from distplat.platform.errors import (
     ActorLost,
     CollectiveError,
@@ -31,7 +32,6 @@ from distplat.platform.errors import (
     UserCodeError,
 )
 from distplat.platform.job import SETTLE_S, Event, Failed, JobState, Phase, PollAnswered, Tick
-from distplat.platform.parted_ranks import LoopState
 from distplat.platform.recovery import Policy
 from distplat.platform.spec import Failure
 
