@@ -125,6 +125,7 @@ def test_what_users_wrote_is_text_and_nothing_else(tmp_path: Path) -> None:
     assert text.count("&lt;script&gt;alert(1)") >= 10
 
 
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize(
     "name", ["$x$ $", "_hidden", "训练 🚀", "#1a1a1a", "{{ 1 }}", "\\frac", "\x00"]
 )

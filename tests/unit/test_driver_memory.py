@@ -13,7 +13,7 @@ import synthetic_run
 from distplat.actors import result
 from distplat.platform import evaluations, progress
 
-STEPS, SETTLED, EVERY = 5_000, 1_000, 5
+STEPS, SETTLED, EVERY = 3_000, 1_000, 5
 SUPPORT = Path(synthetic_run.__file__).parent
 
 

@@ -143,6 +143,7 @@ def answering(answer: Callable[[socket.socket], None]) -> Iterator[str]:
             listener.shutdown(socket.SHUT_RDWR)
 
 
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize(
     ("kind", "args"),
     [

@@ -37,6 +37,7 @@ from distplat.actors.local_actors import HERE
 from distplat.platform.progress import StepReport
 
 
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize("home", [HERE, ELSEWHERE])
 @pytest.mark.parametrize("make", [adam, momentum, adagrad])
 @pytest.mark.parametrize("world", [1, 3])

@@ -97,6 +97,7 @@ def figures(run: LocalRun, name: str) -> list[float]:
     return [one.metrics[name] for one in evaluations(run)]
 
 
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize("grid", [name for name in GRIDS if name != "one process"])
 def test_it_is_that_of_one_process(grid: str) -> None:
     run, expected = unstopped(grid), alone(GRIDS[grid][0])
@@ -108,6 +109,7 @@ def test_it_is_that_of_one_process(grid: str) -> None:
     assert figures(run, "loss") != pytest.approx(figures(run, "ema_loss"), rel=1e-3)
 
 
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize(
     ("origin", "to"),
     [

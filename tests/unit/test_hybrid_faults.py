@@ -86,6 +86,7 @@ class Spoiled(Normed):
         return TensorDataset(inputs, targets)
 
 
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize("clip", [None, 0.5])
 @pytest.mark.parametrize("options", [{}, {"data_strategy": "ps-sync"}], ids=str)
 @pytest.mark.parametrize("deaf", [{0, 1}, {0, 2, 3}])

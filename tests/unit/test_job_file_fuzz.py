@@ -57,6 +57,7 @@ def damaged(chance: random.Random) -> bytes:
     return text
 
 
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize("seed", range(20))
 def test_a_damaged_file_gives_a_job_or_says_what_is_wrong(seed: int, tmp_path: Path) -> None:
     chance, path = random.Random(seed), tmp_path / "job.yaml"

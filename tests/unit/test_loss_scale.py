@@ -270,6 +270,7 @@ def test_asynchronous_workers_have_scales_of_their_own(monkeypatch: pytest.Monke
         assert value.isfinite().all() and not torch.equal(value, begun[name]), name
 
 
+@pytest.mark.sweep(3)
 @pytest.mark.parametrize(
     ("data_strategy", "clip"), [("ring", CLIP), ("ps-sync", CLIP), ("ps-sync", None)]
 )

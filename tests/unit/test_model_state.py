@@ -52,6 +52,7 @@ def same(run: LocalRun, wanted: Mapping[str, Tensor], tolerance: float = 1e-10) 
             assert close, f"{name!r} on rank {rank}: {found[name]} instead of {value}"
 
 
+@pytest.mark.sweep(3)
 @pytest.mark.parametrize("late", [0, 5])
 @pytest.mark.parametrize("way", ["in place", "data in place", "data assigned"])
 @pytest.mark.parametrize("world", [2, 3])

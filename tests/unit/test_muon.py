@@ -162,6 +162,7 @@ RULES = [
 ]
 
 
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule["name"])
 def test_any_rule_may_stand_beside_it(rule: dict[str, Any]) -> None:
     """In a group, or with Muon in one; from a checkpoint on it has the same bits."""
@@ -266,6 +267,7 @@ MOVES = [
 ]
 
 
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize(("name", "to"), [*zip(SAVES, SAVES, strict=True), *MOVES])
 def test_it_goes_on_from_a_checkpoint_under_any_strategy(name: str, to: str) -> None:
     unfailed = train(job(*STRATEGIES[name], checkpoint={"every_steps": 2}), Deep)

@@ -22,7 +22,7 @@ from rank_threads import UNSHRUNK
 
 from distplat.platform.errors import SpecError
 
-RUNS = int(os.environ.get("DISTPLAT_DRAWN_RUNS", "15"))
+RUNS = int(os.environ.get("DISTPLAT_DRAWN_RUNS", "10"))
 """`make test` draws the same ones each time, `make test-all` many others."""
 
 OPTIMIZERS: list[dict[str, Any]] = [

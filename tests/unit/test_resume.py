@@ -147,6 +147,7 @@ UNDER: list[tuple[str, dict[str, Any], int]] = [
 ]
 
 
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize(("name", "strategy", "world"), UNDER)
 def test_what_a_run_has_beside_its_optimizer_goes_on(
     name: str, strategy: dict[str, Any], world: int

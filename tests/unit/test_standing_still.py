@@ -16,6 +16,7 @@ from call_faults import Fault, drain, inject
 from in_memory_processes import process_here
 from jobs import fields_of, job_of
 from killing_task import KillsInForward
+from marks import slow
 from polled_servers import servers
 from ray_in_memory import InMemoryRay
 from torch import Tensor
@@ -103,7 +104,7 @@ class Halted(KillsInForward):
         return super().loss(outputs, targets)
 
 
-@pytest.mark.parametrize("back", ["together", "late", "never"])
+@pytest.mark.parametrize("back", ["together", slow("late"), "never"])
 def test_a_controller_that_stood_still_waits_for_the_answers(
     back: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -109,6 +109,7 @@ CUT_OFF: list[dict[str, Any]] = [
 ]
 
 
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize("told", [None, 1])
 @pytest.mark.parametrize("strategy", CUT_OFF, ids=str)
 def test_buffers_of_a_skipped_step_are_put_back_where_a_rank_does_not_hear_of_it(

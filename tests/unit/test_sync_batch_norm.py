@@ -102,6 +102,7 @@ RING = {"name": "ring", "bucket_mb": 1e-4}
 """With a bucket for each parameter, or nearly."""
 
 
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize("world", [1, 2, 3, 5])
 @pytest.mark.parametrize("strategy", [RING, {**RING, "overlap": False}, "ps-sync"])
 def test_any_number_of_ranks_is_as_one_process(strategy: Any, world: int) -> None:

@@ -61,6 +61,7 @@ def trained(kind: type[Task], strategy: Any, workers: int, **fields: Any) -> Loc
     return train(job_of(strategy, workers, **given), kind)
 
 
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
     ("strategy", "workers", "fields"),

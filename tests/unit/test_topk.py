@@ -76,6 +76,7 @@ def hidden_from_the_sample() -> Tensor:
     return vector
 
 
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize("count", [1, 2, 3000, 150_000, LONG - 1, LONG])
 @pytest.mark.parametrize(
     "vector",

@@ -107,6 +107,7 @@ def assert_equal(run: LocalRun) -> None:
     assert total(ends, "loss") == pytest.approx(loss, rel=1e-9)
 
 
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize("grid", GRIDS, ids=str)
 def test_padded_dicts_train_as_a_plain_loop(grid: dict[str, Any]) -> None:
     """Micro-batches of one size have other lengths, and some need no mask."""
