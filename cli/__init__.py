@@ -1,1 +1,1 @@
-"""The command line: `distplat submit` and its family. No torch, and Ray only where it must be."""
+"""The command line. No module imports torch, and Ray is imported only by commands that need it."""

@@ -1,12 +1,12 @@
 """
-Where a job goes: the address that was given, or what runs on this machine.
+Cluster addresses: parsing, trust checks and connection checks.
 
     http://HOST:8265    job API of a cluster; the driver runs there    `cli/remote.py`
-    HOST:6379, auto     a cluster this machine belongs to; the driver runs here
-    local               a Ray of our own, for the time of the run
-    (nothing)           the cluster that `ray start` started here, else as `local`
+    HOST:6379, auto     a cluster of which this machine is a node; the driver runs here
+    local               a private Ray instance that lives as long as the run
+    (nothing)           the cluster that `ray start` started on this machine, else as `local`
 
-The order of precedence is Ray's: `--address`, RAY_API_SERVER_ADDRESS, RAY_ADDRESS.
+The order of precedence is the same as in Ray: `--address`, RAY_API_SERVER_ADDRESS, RAY_ADDRESS.
 """
 
 import grp
@@ -29,37 +29,37 @@ from distplat.platform.errors import ClusterUnreachable, Problem, SpecError
 
 _VARIABLES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
 _HOST_PORT = re.compile(r"(?:\[[0-9A-Fa-f:.]+\]|[\w.-]+):\d{1,5}")
-_REACH_S = 5.0
-_GREETING_S = 8.0
+_CONNECT_TIMEOUT_S = 5.0
+_FIRST_FRAME_TIMEOUT_S = 8.0
 _FRAME, _SETTINGS = 9, b"\4\0\0\0\0\0"
-"""Bytes of the head of a frame of HTTP/2; kind, flags and stream of settings, after the length."""
+"""Length of an HTTP/2 frame header; type, flags and stream id of a settings frame."""
 _LISTENERS = (Path("/proc/net/tcp"), Path("/proc/net/tcp6"))
 
 FORMS = "http://HOST:8265, HOST:6379, auto, or local"
 
 VERSION_KEY = "distplat_version"
-"""Metadata of a job at the job API that only our jobs have."""
+"""Job API metadata key that marks jobs submitted by distplat."""
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
-"""Hosts that are this machine and that no other reaches."""
+"""Hosts of the loopback interface."""
 
 
 @dataclass(frozen=True)
 class Target:
-    """Where to run, and what chose it."""
+    """Address to run at, and the setting that selected it."""
 
     kind: Literal["local", "here", "driver", "jobs"]
     address: str
     origin: str
-    """The option or variable that gave the address; empty: nothing did."""
+    """Option or environment variable with the address; empty: no address was given."""
 
 
 def target_of(option: str | None, environ: Mapping[str, str]) -> Target:
     """
-    Choose by option and environment alone; nothing given: `local`, with an empty `origin`.
+    Choose the target from the option and the environment; without an address: `local`.
 
     Raises:
-        SpecError: the address has none of the forms that we know.
+        SpecError: the address has an unknown format.
     """
     pairs = [("--address", option or "")] + [(name, environ.get(name, "")) for name in _VARIABLES]
     for origin, text in pairs:
@@ -70,10 +70,11 @@ def target_of(option: str | None, environ: Mapping[str, str]) -> Target:
 
 def token_at_hand(address: str, environ: Mapping[str, str]) -> str | None:
     """
-    Give the token that lies where Ray looks, for a cluster of this machine.
+    Return the user's Ray token, if the address is trusted: a cluster on this machine.
 
-    It opens the user's own clusters. So it goes to no other machine and to no port of another user,
-    unless RAY_AUTH_MODE=token says so: then Ray itself sends it to whatever address is given.
+    The token authorizes access to all clusters of the user. So it is not sent to other machines or
+    to ports of other users, unless RAY_AUTH_MODE=token is set: then Ray itself sends the token to
+    any address.
 
     Raises:
         SpecError: see `token_of`.
@@ -83,10 +84,10 @@ def token_at_hand(address: str, environ: Mapping[str, str]) -> str | None:
     return token_of(Path.home(), environ) or None
 
 
-def bring_token(target: Target) -> None:
-    """Have Ray use the token at hand for an address that it is given; before it is imported."""
+def enable_token(target: Target) -> None:
+    """Enable Ray's token authentication for a trusted address; call before importing Ray."""
     if target.kind == "driver" and token_at_hand(target.address, os.environ):
-        os.environ[MODE] = "token"  # Ray reads it once
+        os.environ[MODE] = "token"  # Ray reads the variable only once
 
 
 def _parse(text: str, origin: str) -> Target:
@@ -96,21 +97,22 @@ def _parse(text: str, origin: str) -> Target:
         hint = "use the job API, http://HOST:8265, or HOST:6379 on a machine of the cluster"
         raise SpecError(Problem((origin,), "Ray Client (ray://) is not supported", hint))
     if any(mark in text for mark in "@?#"):
-        message = "an address may have no user name, password, query or fragment"  # not repeated
+        # The message does not quote the address, which may contain a password.
+        message = "an address may have no user name, password, query or fragment"
         raise SpecError(Problem((origin,), message, "a token goes into RAY_AUTH_TOKEN"))
     is_url = text.startswith(("http://", "https://"))
-    if (is_url or _HOST_PORT.fullmatch(text)) and _is_sound(text):
+    if (is_url or _HOST_PORT.fullmatch(text)) and _is_valid(text):
         return Target("jobs" if is_url else "driver", text.rstrip("/"), origin)
     quoted = text if text.isprintable() else repr(text)
     raise SpecError(Problem((origin,), f"{quoted[:80]!r} is no address", f"one of {FORMS}"))
 
 
 def is_host_port(text: str) -> bool:
-    """Say whether a text is `HOST:PORT`."""
-    return bool(_HOST_PORT.fullmatch(text)) and _is_sound(text)
+    """Return whether a string has the form `HOST:PORT`."""
+    return bool(_HOST_PORT.fullmatch(text)) and _is_valid(text)
 
 
-def _is_sound(address: str) -> bool:
+def _is_valid(address: str) -> bool:
     try:
         host, _ = host_and_port(address)
     except ValueError:  # a port above 65535, half of an IPv6 address
@@ -119,13 +121,17 @@ def _is_sound(address: str) -> bool:
 
 
 def host_and_port(address: str) -> tuple[str, int]:
-    """Take `HOST:PORT` or a URL apart."""
+    """Split `HOST:PORT` or a URL into host and port."""
     parts = urlsplit(address if "://" in address else f"ray://{address}")
     return parts.hostname or "", parts.port or (443 if parts.scheme == "https" else 80)
 
 
 def is_this_machine(host: str) -> bool:
-    """Say whether a host is this machine; of names, which others could answer for, `localhost`."""
+    """
+    Return whether a host is this machine.
+
+    `localhost` is the only accepted name: another machine could answer for any other name.
+    """
     if host == "localhost":
         return True
     try:
@@ -134,14 +140,14 @@ def is_this_machine(host: str) -> bool:
             return True
         family = socket.AF_INET6 if ip.version == 6 else socket.AF_INET
         with socket.socket(family, socket.SOCK_DGRAM) as probe:
-            probe.connect((host, 9))  # sends nothing, but finds the way
+            probe.connect((host, 9))  # sends no packet, but selects the source address
             return bool(probe.getsockname()[0] == host)
     except (ValueError, OSError):
         return False
 
 
 def foreign_listener(address: str) -> str:
-    """Say which other user listens at an address; empty: none that is known."""
+    """Return a description of the other user that listens at an address, or an empty string."""
     host, port = host_and_port(address)
     if not is_this_machine(host):
         return f"{host} is another machine"
@@ -150,7 +156,7 @@ def foreign_listener(address: str) -> str:
 
 
 def why_untrusted(path: Path, stat: os.stat_result) -> str:
-    """Say why others may have written a file that names a Ray; empty: nobody else can have."""
+    """Return why a file with a Ray address is untrusted; empty: no other user can write it."""
     if stat.st_uid not in (0, os.geteuid()):
         return f"{path} belongs to user {stat.st_uid}"
     shared = stat.st_mode & 0o020 and not _is_own_group(stat.st_uid, stat.st_gid)
@@ -158,16 +164,16 @@ def why_untrusted(path: Path, stat: os.stat_result) -> str:
 
 
 def _is_own_group(uid: int, gid: int) -> bool:
-    """Say whether a group is a user's own, as `useradd` makes one: of that name, with no other."""
+    """Return whether a group is the user's private group: named like the user, no other members."""
     try:
         user, group = pwd.getpwuid(uid).pw_name, grp.getgrgid(gid)
-    except KeyError:  # a user whom a container has no name for is in root's group
+    except KeyError:  # in a container, a user without a passwd entry is in root's group
         return gid == 0
     return group.gr_name == user and set(group.gr_mem) <= {user}
 
 
 def _listeners(port: int) -> set[int]:
-    """Give the users who listen on a port of this machine; where the kernel does not tell, none."""
+    """Return the ids of users that listen on a local port; empty without /proc/net."""
     uids = set()
     for table in _LISTENERS:
         with suppress(OSError):
@@ -182,55 +188,59 @@ def check_listening(address: str) -> None:
     """
     Check that a process listens at an address.
 
-    In a thread of its own: a name that no server knows may keep the resolver for a minute.
+    The check runs in a thread: the resolver may block for a minute on an unknown name.
 
     Raises:
-        ClusterUnreachable: nobody does, or it takes too long to find out.
+        ClusterUnreachable: no process listens, or the connection times out.
     """
-    where = host_and_port(address)
-    connecting = run_in_thread("connect", lambda: socket.create_connection(where, _REACH_S).close())
+    endpoint = host_and_port(address)
+    connecting = run_in_thread(
+        "connect", lambda: socket.create_connection(endpoint, _CONNECT_TIMEOUT_S).close()
+    )
     try:
-        connecting.result(_REACH_S + 1)
+        connecting.result(_CONNECT_TIMEOUT_S + 1)
     except (OSError, UnicodeError) as error:  # `TimeoutError` is an `OSError`
         text = f"cannot reach Ray at {address} ({_cause(error)}); {_advice(error)}"
         raise ClusterUnreachable(text) from None
 
 
-def check_is_ray(address: str, environ: Mapping[str, str], limit_s: float = _GREETING_S) -> None:
+def check_is_ray(
+    address: str, environ: Mapping[str, str], limit_s: float = _FIRST_FRAME_TIMEOUT_S
+) -> None:
     """
-    Check that the listener at an address begins as Ray does, with gRPC's settings frame.
+    Check that the server at an address sends gRPC's settings frame first, as Ray does.
 
-    Ray itself would wait 15 s for who says nothing.
+    Ray's own client would wait 15 s for a server that sends nothing.
 
     Args:
         address: HOST:PORT.
-        environ: with `RAY_USE_TLS`, who connects speaks first, and nothing is heard.
-        limit_s: how long to listen.
+        environ: with `RAY_USE_TLS` the client has to send first, so the check is skipped.
+        limit_s: deadline.
 
     Raises:
-        ClusterUnreachable: it is something else.
+        ClusterUnreachable: the server is not Ray.
     """
     if environ.get("RAY_USE_TLS", "0").lower() in ("1", "true"):
         return
-    received, until = b"", time.monotonic() + limit_s
+    received, deadline = b"", time.monotonic() + limit_s
     with suppress(OSError), socket.create_connection(host_and_port(address), limit_s) as connection:
-        while len(received) < _FRAME and (left_s := until - time.monotonic()) > 0:
+        while len(received) < _FRAME and (left_s := deadline - time.monotonic()) > 0:
             connection.settimeout(left_s)
             chunk = connection.recv(_FRAME - len(received))
             if not chunk:
                 break
             received += chunk
     if received[3:] != _SETTINGS:
-        text = f"what listens at {address} is no Ray: it does not begin as one does"
+        text = f"the server at {address} is not Ray: it does not send Ray's first message"
         raise ClusterUnreachable(f"{text}; is the port right?")
 
 
 def _cause(error: OSError | UnicodeError) -> str:
     if isinstance(error, TimeoutError):
-        return f"no answer within {_REACH_S:g} s"
+        return f"no answer within {_CONNECT_TIMEOUT_S:g} s"
     if isinstance(error, ConnectionRefusedError):
         return "connection refused"
-    if isinstance(error, socket.gaierror | UnicodeError):  # a label of a name may be too long
+    if isinstance(error, socket.gaierror | UnicodeError):  # UnicodeError: a label is too long
         return "no such host"
     return error.strerror or str(error)
 
@@ -243,7 +253,7 @@ def _advice(error: OSError | UnicodeError) -> str:
 
 @contextmanager
 def unset(*names: str) -> Iterator[None]:
-    """Take variables of Ray away that would win over an address given to it."""
+    """Unset environment variables that Ray would prefer to an explicit address."""
     saved = {name: os.environ.pop(name) for name in names if name in os.environ}
     try:
         yield
@@ -252,13 +262,14 @@ def unset(*names: str) -> Iterator[None]:
 
 
 def one_line(error: BaseException) -> str:
-    """Put Ray's paragraphs into one line; a version mismatch is told in the third of them."""
+    """Join the first 300 characters of an error message into one line."""
+    # Ray reports a version mismatch in its third paragraph, so that all paragraphs are joined.
     return " ".join(str(error).split())[:300] or type(error).__name__
 
 
 Info = dict[str, Any]
-"""A job as the API gives it: the fields of Ray's `JobDetails`."""
+"""A job of the job API: the fields of Ray's `JobDetails`."""
 
 
 class NoSuchJob(Exception):
-    """The cluster knows no job of that id."""
+    """The cluster has no job with this id."""

@@ -1,9 +1,9 @@
 """
-Answers over HTTP of a server that may be nobody's friend: none takes for ever, none fills memory.
+HTTP requests with a total deadline and a size limit, for servers that are not trusted.
 
-The deadlines of `requests` are of one read or write. A server that sends a byte now and then meets
-them all, and so it does before the first byte of an answer's body, where nobody could look at it.
-Hence a thread asks, and who waits for it looks at the clock.
+The timeouts of `requests` apply to a single read or write. A server that sends one byte at a time
+meets them forever, also while it sends headers, before any of our code can run. Hence a thread
+sends the request, and the caller waits for the thread with a deadline.
 """
 
 import io
@@ -21,8 +21,8 @@ from distplat.cli.address import host_and_port, is_this_machine
 from distplat.platform.disk import run_in_thread
 from distplat.platform.errors import ClusterUnreachable
 
-SLOWEST = 100_000
-"""Bytes a second: what is sent or received faster has more time than `answer_s`."""
+MIN_BYTES_PER_S = 100_000
+"""Minimum transfer rate: the deadline grows by a second for this number of bytes."""
 _CHUNK_BYTES = 2**16
 _NAMED_BY = "`--address`, RAY_API_SERVER_ADDRESS or RAY_ADDRESS names it"
 _CONNECT_S = 5.0
@@ -30,35 +30,35 @@ _CONNECT_S = 5.0
 
 @dataclass(frozen=True)
 class AnswerLimits:
-    """What one answer may take."""
+    """Limits of one response."""
 
     answer_s: float
-    """Until it is there, and a second more for every `SLOWEST` bytes on their way."""
-    most_bytes: int
-    """The most bytes of an answer, when it is unpacked."""
+    """Deadline; a second is added for every `MIN_BYTES_PER_S` bytes sent or received."""
+    max_bytes: int
+    """Maximum size of the decompressed response."""
 
 
 class _TooLarge(Exception):
-    """There is more of an answer than was allowed."""
+    """The response exceeds its size limit."""
 
 
-class _Answer:
-    """Reads a response where `requests` hands it out, before anybody else does."""
+class _ResponseReader:
+    """Hook of `requests` that reads the response body up to a size limit."""
 
-    def __init__(self, most_bytes: int) -> None:
-        self._most = most_bytes
+    def __init__(self, max_bytes: int) -> None:
+        self._max_bytes = max_bytes
         self.received = 0
-        self.given_up = threading.Event()
+        self.cancelled = threading.Event()
 
     def __call__(self, response: requests.Response, *args: Any, **kwargs: Any) -> None:
-        """See the hook `response` of `requests`."""
+        """Read the response; see the hook `response` of `requests`."""
         content = io.BytesIO()
         for chunk in response.raw.stream(_CHUNK_BYTES, decode_content=True):
             self.received += len(chunk)
-            if self.received > self._most:
+            if self.received > self._max_bytes:
                 response.close()
                 raise _TooLarge
-            if self.given_up.is_set():
+            if self.cancelled.is_set():
                 response.close()
                 return
             content.write(chunk)
@@ -76,44 +76,44 @@ def request(
     **kwargs: Any,
 ) -> requests.Response:
     """
-    Send a request and read the answer, all of it.
+    Send a request and read the complete response.
 
     Args:
-        send: takes a method, a path and the keywords of `requests.request`.
-        address: of the server, for errors.
-        method: of HTTP.
-        endpoint: path.
-        limits: of the answer.
-        kwargs: more for `send`; `data` may be bytes.
+        send: called with a method, a path and the keywords of `requests.request`.
+        address: address of the server, for error messages.
+        method: HTTP method.
+        endpoint: path of the URL.
+        limits: limits of the response.
+        kwargs: further keywords of `send`; `data` may be bytes.
 
     Raises:
-        ClusterUnreachable: there is no answer, or it is too slow or too large.
+        ClusterUnreachable: the server sends no response, or one that is too slow or too large.
     """
     sent = len(kwargs.get("data") or b"")
-    answer = _Answer(limits.most_bytes)
-    # While a body is sent, `requests` has the deadline of connecting for all of it.
-    kwargs["timeout"] = (_CONNECT_S + sent / SLOWEST, limits.answer_s)
-    kwargs |= {"stream": True, "hooks": {"response": answer}}
+    reader = _ResponseReader(limits.max_bytes)
+    # `requests` applies the connect timeout to sending the whole body.
+    kwargs["timeout"] = (_CONNECT_S + sent / MIN_BYTES_PER_S, limits.answer_s)
+    kwargs |= {"stream": True, "hooks": {"response": reader}}
     if is_this_machine(host_and_port(address)[0]):
-        kwargs["proxies"] = {"no_proxy": "*"}  # it would hear the token, and not find the server
-    began = time.monotonic()
-    done = run_in_thread("request", lambda: send(method, endpoint, **kwargs))
+        kwargs["proxies"] = {"no_proxy": "*"}  # a proxy would see the token and not reach localhost
+    started = time.monotonic()
+    response = run_in_thread("request", lambda: send(method, endpoint, **kwargs))
     try:
-        while not done.done():
-            limit_s = limits.answer_s + (sent + answer.received) / SLOWEST
-            left_s = began + limit_s - time.monotonic()
+        while not response.done():
+            limit_s = limits.answer_s + (sent + reader.received) / MIN_BYTES_PER_S
+            left_s = started + limit_s - time.monotonic()
             if left_s <= 0:
-                raise _unreachable(address, f"gave no whole answer within {limit_s:.0f} s")
-            wait([done], left_s)
-        return done.result()
+                raise _unreachable(address, f"sent no complete response within {limit_s:.0f} s")
+            wait([response], left_s)
+        return response.result()
     except _TooLarge:
-        raise _unreachable(address, f"sends more than {limits.most_bytes // 2**20} MiB") from None
+        raise _unreachable(address, f"sends more than {limits.max_bytes // 2**20} MiB") from None
     except (requests.Timeout, urllib3.exceptions.TimeoutError):
-        raise _unreachable(address, "took a connection but gave no answer") from None
+        raise _unreachable(address, "accepted a connection but sent no response") from None
     except (requests.RequestException, urllib3.exceptions.HTTPError) as error:
-        raise _unreachable(address, f"broke off ({type(error).__name__})") from None
+        raise _unreachable(address, f"broke the connection ({type(error).__name__})") from None
     finally:
-        answer.given_up.set()
+        reader.cancelled.set()
 
 
 def _unreachable(address: str, what: str) -> ClusterUnreachable:

@@ -1,11 +1,11 @@
 """
-Charts: as SVG by matplotlib (curves, stacked columns, pipelines), and pipelines as text.
+Charts: SVG drawings with matplotlib (curves, stacked columns, pipelines), and pipelines as text.
 
-matplotlib draws no text of a run, for it would read `$` as mathematics and measure letters that its
-font lacks: names are in `Chart.legend` and in tooltips, which are escaped here.
+Names from a run are not drawn by matplotlib, which would parse `$` as math and warn about glyphs
+missing in its font. They are shown in `Chart.legend` and in tooltips, which are escaped here.
 
-A pipeline's chart for a terminal has a row per stage, time from left to right. It draws spans, and
-does not ask whether they were simulated or measured:
+The text chart of a pipeline has one row per stage, with time from left to right. The spans may be
+simulated or measured:
 
     stage 0  F0 F1 ......B0--- ...B1---
     stage 1  ...F0 B0--- F1 B1--- ......
@@ -40,7 +40,7 @@ STYLES = {
 }
 _IDLE = "."
 _MAX_COLUMNS = 2000
-"""The most columns of a chart that goes to a file, where no terminal sets a limit."""
+"""Maximum number of columns of a chart that is not printed to a terminal."""
 
 
 def chart(spans: Spans, width: int | None = None) -> list[Text]:
@@ -48,8 +48,8 @@ def chart(spans: Spans, width: int | None = None) -> list[Text]:
     Draw spans, one line per stage.
 
     Args:
-        spans: what to draw.
-        width: columns that there are; None: as many as the labels need.
+        spans: spans of each stage.
+        width: columns of the terminal; None: as many as the labels need.
     """
     names = [f"stage {stage}" for stage in range(len(spans))]
     margin = max(map(len, names), default=0) + 2
@@ -67,7 +67,7 @@ def chart(spans: Spans, width: int | None = None) -> list[Text]:
 
 
 def _natural_scale(spans: Spans) -> float:
-    """Columns per unit of time at which every label has room, and a gap behind it."""
+    """Return the columns per unit of time at which every label fits, with a gap after it."""
     spans_drawn = [span for row in spans for span in row if span.end > span.start]
     return max(((len(str(s.action)) + 1) / (s.end - s.start) for s in spans_drawn), default=1.0)
 
@@ -80,7 +80,7 @@ def _cells(
         start = max(round((span.start - zero) * scale), at)
         stop = round((span.end - zero) * scale)
         if stop <= start:
-            continue  # too short to be seen at this scale
+            continue  # too short for a column at this scale
         yield _IDLE * (start - at), None
         yield _label(span, stop - start), span.action.kind
         at = stop
@@ -97,7 +97,7 @@ def _label(span: Span, columns: int) -> str:
 
 
 PALETTE = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00")
-"""Okabe & Ito's: told apart by colour-blind readers too."""
+"""The palette of Okabe & Ito, which colour-blind readers can distinguish."""
 KINDS = {
     "F": ("forward", "#0072b2"),
     "B": ("backward", "#e69f00"),
@@ -106,16 +106,16 @@ KINDS = {
     "send": ("send (below)", "#56b4e9"),
     "reduce": ("reduce (below)", "#d55e00"),
 }
-"""Name and colour of each thing that a stage does."""
+"""Name and colour of each kind of event of a stage."""
 _MARK, _INK, _GRID = "#d01030", "#1a1a1a", "#e6e6e6"
 THEMED = {_INK: "ink", _GRID: "grid"}
-"""Colours that are CSS variables on a page: a dark scheme has others."""
+"""Colours replaced by CSS variables on a page, for its dark colour scheme."""
 
 _WIDTH, _ROW, _DIGIT = 1000, 36, 6.6
 """Width of a chart, height of a stage's row, width of a digit, in matplotlib's points."""
-LARGEST = 1e150
-"""Beyond that matplotlib's arithmetic with an axis overflows, and it draws nothing at all."""
-_LEAST_RATIO_FOR_LOG = 30.0
+MAX_VALUE = 1e150
+"""Largest value drawn: with larger values matplotlib's axis arithmetic overflows."""
+_MIN_RATIO_FOR_LOG = 30.0
 _STYLE = {
     "svg.fonttype": "none",  # text stays text
     "svg.hashsalt": "distplat",  # the same ids for the same content
@@ -135,7 +135,7 @@ class Series:
 
     name: str
     points: Sequence[tuple[float, float]]
-    """(x, y); a y that is not finite, or beyond `LARGEST`, breaks the line."""
+    """(x, y); a y that is not finite, or beyond `MAX_VALUE`, breaks the line."""
     colour: str = PALETTE[0]
     faint: bool = False
     dots: bool = False
@@ -154,42 +154,42 @@ class Stack(NamedTuple):
     start: float
     stop: float
     text: str
-    """What it is of, for its tooltip."""
+    """Title of its tooltip."""
     values: Mapping[str, float]
     """Value of each layer."""
 
 
 class Bar(NamedTuple):
-    """What a stage of a pipeline did."""
+    """An event of a pipeline stage."""
 
     stage: int
     kind: str
     """One of `KINDS`."""
     chunk: int
     text: str
-    """As an action is written: `F3'`."""
+    """Label in the notation of actions: `F3'`."""
     start: float
     end: float
 
 
 class Chart(NamedTuple):
-    """A drawing for a page, and what its colours mean."""
+    """A drawing for a page, and the legend of its colours."""
 
     svg: str
     legend: Sequence[tuple[str, str]] = ()
-    """(name, colour); the names are text of the run."""
+    """(name, colour); the names come from the run and are not escaped."""
 
 
 class _Tooltips(list[str]):
-    """Texts that a browser shows over a drawing: matplotlib names the elements, SVG has titles."""
+    """Tooltips of a drawing: matplotlib sets element ids, which are replaced by SVG titles."""
 
     def add(self, text: str) -> str:
-        """Take a text, and give the id that its element must have."""
+        """Add a tooltip and return the id for its element."""
         self.append(escape(text))
         return f"tip-{len(self) - 1}"
 
-    def put_into(self, svg: str) -> str:
-        """Write the titles, and drop all other ids of groups: several drawings share a page."""
+    def insert_titles(self, svg: str) -> str:
+        """Insert the titles, and remove all other group ids: several drawings share a page."""
         titled = re.sub(
             r'<g id="tip-(\d+)">', lambda m: f"<g><title>{self[int(m[1])]}</title>", svg
         )
@@ -198,7 +198,7 @@ class _Tooltips(list[str]):
 
 def curves(
     series: Sequence[Series],
-    marks: Sequence[Marker] = (),
+    markers: Sequence[Marker] = (),
     *,
     height: int = 280,
     from_zero: bool = False,
@@ -207,18 +207,18 @@ def curves(
     Draw curves over steps.
 
     Args:
-        series: all over one axis.
-        marks: what happened meanwhile.
-        height: of the drawing.
-        from_zero: begin the axis at 0; else it is as the values are, logarithmic where they span
-            decades.
+        series: curves, which share both axes.
+        markers: events, drawn as vertical lines.
+        height: height of the drawing.
+        from_zero: start the y axis at 0; otherwise it spans the values, and is logarithmic if they
+            span decades.
     """
     tips = _Tooltips()
     with matplotlib.style.context(["default", _STYLE]):
         figure, axes = _figure(height, "steps")
-        _limits(axes, series, marks, from_zero)
-        for mark in marks:
-            line = axes.axvline(mark.x, color=_MARK, linestyle="--", gid=tips.add(mark.text))
+        _set_limits(axes, series, markers, from_zero)
+        for marker in markers:
+            line = axes.axvline(marker.x, color=_MARK, linestyle="--", gid=tips.add(marker.text))
             line.set(marker="v", markersize=9, markevery=[1], clip_on=False)  # at its upper end
         for curve in series:
             xs = [x for x, _ in curve.points]
@@ -236,12 +236,14 @@ def curves(
     return Chart(svg, legend if len(series) > 1 else ())
 
 
-def _limits(axes: Axes, series: Sequence[Series], marks: Sequence[Marker], from_zero: bool) -> None:
+def _set_limits(
+    axes: Axes, series: Sequence[Series], markers: Sequence[Marker], from_zero: bool
+) -> None:
     points = [(x, y) for curve in series for x, y in curve.points if _is_drawable(y)]
-    axes.set_xlim(0.0, max([0.0, *(x for x, _ in points), *(mark.x for mark in marks)]) or 1.0)
+    axes.set_xlim(0.0, max([0.0, *(x for x, _ in points), *(m.x for m in markers)]) or 1.0)
     ys = [y for _, y in points] or [0.0, 1.0]
     low, high = min(ys), max(ys)
-    if not from_zero and low > 0 and high / low > _LEAST_RATIO_FOR_LOG:
+    if not from_zero and low > 0 and high / low > _MIN_RATIO_FOR_LOG:
         axes.set_yscale("log")
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high / low < 1e4 else (1,)))
         axes.minorticks_off()
@@ -254,24 +256,24 @@ def _limits(axes: Axes, series: Sequence[Series], marks: Sequence[Marker], from_
 
 
 def columns(
-    colours: Mapping[str, str], stacks: Sequence[Stack], most: float, x_title: str, unit: str
+    colours: Mapping[str, str], stacks: Sequence[Stack], max_value: float, x_title: str, unit: str
 ) -> Chart:
     """
-    Draw stacks side by side.
+    Draw stacked columns side by side.
 
     Args:
-        colours: of the layers, from below.
-        stacks: from left to right, without gaps.
-        most: where the axis ends; higher stacks are cut, and their value is written above them.
-        x_title: of the axis below.
-        unit: of the values.
+        colours: colour of each layer, from bottom to top.
+        stacks: columns from left to right, without gaps.
+        max_value: end of the y axis; higher columns are cut, and their value is written above them.
+        x_title: title of the x axis.
+        unit: unit of the values.
     """
     tips, levels = _Tooltips(), [0.0] * len(stacks)
     lefts, widths = [s.start for s in stacks], [0.92 * (s.stop - s.start) for s in stacks]
     with matplotlib.style.context(["default", _STYLE]):
         figure, axes = _figure(260, x_title)
-        most = min(most, LARGEST) or 1.0
-        axes.set(xlim=(stacks[0].start, stacks[-1].stop), ylim=(0.0, most))
+        max_value = min(max_value, MAX_VALUE) or 1.0
+        axes.set(xlim=(stacks[0].start, stacks[-1].stop), ylim=(0.0, max_value))
         for name, colour in colours.items():
             values = [_or_zero(stack.values.get(name, 0.0)) for stack in stacks]
             bars = axes.bar(lefts, values, widths, levels, align="edge", color=colour)
@@ -279,8 +281,8 @@ def columns(
                 bar.set_gid(tips.add(_stack_text(stack, unit)))
             levels = [level + value for level, value in zip(levels, values, strict=True)]
         for stack, level in zip(stacks, levels, strict=True):
-            if level > most * (1 + 1e-9):
-                axes.text(stack.start, most, f"▲ {level:.3g}", va="bottom")
+            if level > max_value * (1 + 1e-9):
+                axes.text(stack.start, max_value, f"▲ {level:.3g}", va="bottom")
         return Chart(_svg(figure, tips, themed=True), [*colours.items()])
 
 
@@ -291,7 +293,7 @@ def _stack_text(stack: Stack, unit: str) -> str:
 
 
 def _is_drawable(value: float) -> bool:
-    return abs(value) <= LARGEST  # NaN is not
+    return abs(value) <= MAX_VALUE  # False for NaN
 
 
 def _or_zero(value: float) -> float:
@@ -299,7 +301,7 @@ def _or_zero(value: float) -> float:
 
 
 def bars_of(spans: Spans, scale: float = 1.0) -> list[Bar]:
-    """Give what stages compute as bars; times are multiplied by `scale`."""
+    """Convert the computation spans of stages to bars; times are multiplied by `scale`."""
     return [
         Bar(
             stage,
@@ -318,12 +320,12 @@ def pipeline_chart(
     timelines: Mapping[str, Sequence[Bar]], unit: str = "", *, themed: bool = True
 ) -> str:
     """
-    Draw steps of a pipeline below each other, on one scale; each begins with its first bar.
+    Draw pipeline steps below each other, on one time scale; each starts with its first bar.
 
     Args:
-        timelines: bars of each step by its title.
-        unit: of the times.
-        themed: colours are a page's; else the drawing is a file of its own, on white.
+        timelines: bars of each step, by title.
+        unit: unit of the times.
+        themed: use the colours of the page; otherwise the drawing is a separate file, on white.
     """
     all_bars = [bar for bars in timelines.values() for bar in bars]
     stages = 1 + max((bar.stage for bar in all_bars), default=0)
@@ -360,7 +362,7 @@ def pipeline_chart(
 def _draw_bars(
     axes: Axes, bars: Sequence[Bar], zero: float, unit: str, tips: _Tooltips, pixel: float
 ) -> None:
-    """Draw what stages did: computing in their rows, all else as strips below."""
+    """Draw the events of stages: computation in the rows, communication as strips below."""
     for bar in bars:
         length, later = bar.end - bar.start, max(bar.chunk, 0) % 3
         below = len(bar.kind) > 1
@@ -407,4 +409,4 @@ def _svg(figure: Figure, tips: _Tooltips, themed: bool) -> str:
     svg = svg[svg.index("<svg") :]
     for colour, name in THEMED.items() if themed else ():
         svg = svg.replace(colour, f"var(--{name})")
-    return tips.put_into(svg)
+    return tips.insert_titles(svg)

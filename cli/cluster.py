@@ -1,8 +1,8 @@
 """
-Ray's job API, for the commands that need it: importing this imports Ray.
+Client of Ray's job API. Importing this module imports Ray.
 
-Ray's `JobSubmissionClient` is kept for what it does well, packing and uploading; around it stand
-deadlines, which it has not, and errors that say what to do.
+The client wraps Ray's `JobSubmissionClient`, which packs and uploads folders, with deadlines and
+with errors that name a remedy.
 """
 
 import logging
@@ -40,13 +40,13 @@ OURS = Versions(ray_version, ".".join(map(str, sys.version_info[:3])))
 _ANSWER_S = 30.0
 _FIRST_ANSWER_S = 4.0
 _MOST_BYTES = 64 * 2**20
-"""The most bytes of an answer. A list of jobs has what each was given: up to 50 kB of ours."""
+"""Maximum size of a response. A list of jobs contains each job's environment, up to 50 kB."""
 _MOST_LOG_BYTES = 2**30
-"""The most bytes of a job's log, of which Ray's job API gives all or nothing."""
-_FAILED = re.compile(r"status code 5\d\d\b")
-"""Ray's client's words for a fault of the cluster; what the user has to mend it answers by 400."""
+"""Maximum size of a job's log; Ray's job API returns only the whole log."""
+_SERVER_ERROR = re.compile(r"status code 5\d\d\b")
+"""Message of Ray's client for an error of the cluster; errors of the user have status 400."""
 _STOPPED_EXIT_CODE = 143
-"""A driver of ours exits so when it is asked to end; Ray calls only that STOPPED which it ends."""
+"""Exit code of a driver after SIGTERM; Ray reports STOPPED only for jobs that it stopped itself."""
 _NEEDS_TOKEN = "set RAY_AUTH_TOKEN, or RAY_AUTH_MODE=token with the token in ~/.ray/auth_token"
 _NOT_SENT = (
     "requires a token, and none was sent ({}): set RAY_AUTH_MODE=token if RAY_AUTH_TOKEN or "
@@ -58,14 +58,14 @@ def _request(
     client: Any, send: Callable[..., requests.Response], method: str, endpoint: str, **kwargs: Any
 ) -> requests.Response:
     """
-    Send one request of a client, with limits and our errors.
+    Send one request of a client, with limits and distplat's errors.
 
     Raises:
-        ClusterUnreachable: no answer, too much of it, or it does not take our token.
+        ClusterUnreachable: no response, a response that is too large, or a rejected token.
     """
     address = client.get_address()
-    most = _MOST_LOG_BYTES if endpoint.endswith("/logs") else _MOST_BYTES
-    limits = AnswerLimits(client.answer_s, most)
+    max_bytes = _MOST_LOG_BYTES if endpoint.endswith("/logs") else _MOST_BYTES
+    limits = AnswerLimits(client.answer_s, max_bytes)
     try:
         return bounded_answers.request(send, address, method, endpoint, limits, **kwargs)
     except ray.exceptions.AuthenticationError as error:
@@ -76,13 +76,13 @@ def _request(
 
 
 _UNREADABLE = (ValueError, LookupError, TypeError, AttributeError, RecursionError)
-"""What Ray's client raises at JSON of another shape than it expects."""
+"""Exceptions of Ray's client for JSON with an unexpected structure."""
 _Client = ray_compat.with_requests(JobSubmissionClient, _request)
 _Client.answer_s = _FIRST_ANSWER_S
 
 
 class _TokenRequired(ClusterUnreachable):
-    """The cluster asked for a token and we sent none."""
+    """The cluster requires a token and none was sent."""
 
 
 class Jobs:
@@ -90,10 +90,10 @@ class Jobs:
     The job API of one cluster.
 
     Args:
-        address: its URL.
+        address: URL of the job API.
 
     Raises:
-        ClusterUnreachable: it cannot be reached, is no Ray, or refuses our token.
+        ClusterUnreachable: the server cannot be reached, is not Ray, or rejects the token.
         SpecError: the user's token cannot be sent.
     """
 
@@ -115,67 +115,70 @@ class Jobs:
 
     def versions(self) -> Versions:
         """
-        Tell which Ray and Python the cluster has.
+        Return the versions of Ray and Python on the cluster.
 
         Raises:
-            ClusterUnreachable: it does not say which Ray.
+            ClusterUnreachable: the response has no Ray version.
         """
         try:
-            ray_version_there = str(self._client.ask("/api/version").json()["ray_version"])
+            cluster_ray = str(self._client.ask("/api/version").json()["ray_version"])
         except _UNREADABLE as error:
             raise _not_a_dashboard(self.address, error) from error
-        with suppress(*_UNREADABLE):  # a proxy may let job requests through only
+        with suppress(*_UNREADABLE):  # a proxy may forward only the requests of the job API
             metadata = self._client.ask("/api/v0/cluster_metadata").json()["data"]
-            return Versions(ray_version_there, str(metadata["pythonVersion"]))
-        return Versions(ray_version_there, "")
+            return Versions(cluster_ray, str(metadata["pythonVersion"]))
+        return Versions(cluster_ray, "")
 
-    def submit(self, **what: Any) -> str:
+    def submit(self, **kwargs: Any) -> str:
         """
-        Hand a job in; what Ray does not accept is the user's to mend.
+        Submit a job and return its id.
+
+        Args:
+            kwargs: arguments of Ray's `submit_job`.
 
         Raises:
-            SpecError: Ray refused the job, for example because the id is taken.
-            ClusterUnreachable: it could not take any.
+            SpecError: Ray rejected the job, for example because the id is taken.
+            ClusterUnreachable: the cluster failed.
         """
         try:
-            return str(self._client.submit_job(**what))
+            return str(self._client.submit_job(**kwargs))
         except (RuntimeError, ValueError, TypeError) as error:
-            if _FAILED.search(str(error)):
+            if _SERVER_ERROR.search(str(error)):
                 raise ClusterUnreachable(f"the cluster failed: {one_line(error)}") from error
             raise SpecError(f"the cluster refused the job: {one_line(error)}") from error
 
     def info(self, job_id: str) -> Info:
         """
-        Look one job up.
+        Return the details of one job.
 
         Raises:
-            NoSuchJob: the cluster does not know it.
+            NoSuchJob: the cluster has no such job.
         """
         with _errors_of(self.address):
             return _plain(self._client.get_job_info(job_id))
 
     def logs(self, job_id: str) -> str:
         """
-        Give all that a job has printed so far.
+        Return the complete log of a job.
 
         Raises:
-            NoSuchJob: the cluster does not know it.
+            NoSuchJob: the cluster has no such job.
         """
         with _errors_of(self.address):
             return str(self._client.get_job_logs(job_id))
 
     def stop(self, job_id: str) -> None:
         """
-        Ask a job to end; returns at once.
+        Request a job to stop, without waiting.
 
         Raises:
-            NoSuchJob: the cluster does not know it.
+            NoSuchJob: the cluster has no such job.
         """
         with _errors_of(self.address):
             self._client.stop_job(job_id)
 
     def list(self) -> list[Info]:
-        """Give all jobs that were handed in through the API, newest first."""
+        """Return all jobs that were submitted through the job API, newest first."""
         with _errors_of(self.address):
             jobs = [_plain(job) for job in self._client.list_jobs()]
         submitted = [job for job in jobs if job["submission_id"]]
@@ -184,14 +187,14 @@ class Jobs:
 
 def _connect(address: str, headers: dict[str, str]) -> Any:
     """
-    Make a client that has heard from its cluster.
+    Create a client and check that its cluster responds.
 
     Raises:
-        ClusterUnreachable: what answers is no Ray.
+        ClusterUnreachable: the server is not Ray.
     """
     for name in ray_compat.LOGGERS:
         logging.getLogger(name).setLevel(logging.WARNING)
-    with unset("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS"):  # they would win over `address`
+    with unset("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS"):  # Ray prefers them to `address`
         try:
             return _Client(address, headers=headers)
         except (requests.RequestException, RuntimeError, *_UNREADABLE) as error:
@@ -201,11 +204,11 @@ def _connect(address: str, headers: dict[str, str]) -> Any:
 @contextmanager
 def _errors_of(address: str) -> Iterator[None]:
     """
-    Tell a job that is not there, and what no Ray answers, from other refusals.
+    Convert the errors of Ray's client.
 
     Raises:
-        NoSuchJob: the cluster said 404.
-        ClusterUnreachable: it said something else, or nothing that Ray's client can read.
+        NoSuchJob: the response has status 404.
+        ClusterUnreachable: another error, or a response that Ray's client cannot parse.
     """
     try:
         yield
@@ -220,16 +223,14 @@ def _errors_of(address: str) -> Iterator[None]:
 
 
 def _not_a_dashboard(address: str, error: Exception) -> ClusterUnreachable:
-    return ClusterUnreachable(
-        f"what answers at {address} is not a Ray dashboard ({one_line(error)})"
-    )
+    return ClusterUnreachable(f"the server at {address} is not a Ray dashboard ({one_line(error)})")
 
 
 def _plain(details: Any) -> Info:
     fields: Info = details.model_dump() if hasattr(details, "model_dump") else details.dict()
     status = str(getattr(fields["status"], "value", fields["status"]))
     metadata = fields["metadata"] or {}
-    asked_to_end = fields["driver_exit_code"] == _STOPPED_EXIT_CODE
-    if VERSION_KEY in metadata and status == "FAILED" and asked_to_end:
+    is_stopped = fields["driver_exit_code"] == _STOPPED_EXIT_CODE
+    if VERSION_KEY in metadata and status == "FAILED" and is_stopped:
         status = "STOPPED"
     return {**fields, "status": status, "metadata": metadata}

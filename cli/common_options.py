@@ -1,4 +1,4 @@
-"""Options and arguments that more than one command takes, and how their values are read."""
+"""Options and arguments shared by several commands."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,31 +15,31 @@ Address = Annotated[
     str | None,
     typer.Option(
         help="http://HOST:8265 (job API), HOST:6379 or auto (join as driver), or local. "
-        "Else RAY_API_SERVER_ADDRESS, RAY_ADDRESS, a cluster of this machine, a local Ray."
+        "Default: RAY_API_SERVER_ADDRESS, RAY_ADDRESS, a cluster on this machine, a local Ray."
     ),
 ]
 RunAddress = Annotated[
     str | None,
     typer.Option(
         help="http://HOST:8265 (job API), HOST:6379 or auto (join as driver). "
-        "Else RAY_API_SERVER_ADDRESS, RAY_ADDRESS, the clusters of this machine."
+        "Default: RAY_API_SERVER_ADDRESS, RAY_ADDRESS, the clusters on this machine."
     ),
 ]
 JobApi = Annotated[
     str | None,
     typer.Option(
         metavar="URL",
-        help="http://HOST:8265, of a job API. "
-        "Else RAY_API_SERVER_ADDRESS, RAY_ADDRESS, the job API of this machine.",
+        help="Job API, http://HOST:8265. "
+        "Default: RAY_API_SERVER_ADDRESS, RAY_ADDRESS, the job API on this machine.",
     ),
 ]
-Output = Annotated[str, typer.Option("-o", "--output", metavar="text|json", help="Form of stdout.")]
+Output = Annotated[str, typer.Option("-o", "--output", metavar="text|json", help="Output format.")]
 Settings = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="A.B=C", help="Set a field of the job; may be repeated."),
 ]
 StrategyName = Annotated[
-    str | None, typer.Option("--strategy", help="Strategy, as `distplat strategies` lists them.")
+    str | None, typer.Option("--strategy", help="Strategy; `distplat strategies` lists them.")
 ]
 NumWorkers = Annotated[
     str | None,
@@ -50,8 +50,8 @@ Resume = Annotated[
     str | None,
     typer.Option(
         metavar="RUN",
-        help="Go on from a run directory's newest checkpoint, or from one of its checkpoints; "
-        "a relative path is taken from where run directories are made. Or the URL of one.",
+        help="Resume from a run directory (its newest checkpoint), a single checkpoint, or the URL "
+        "of either; relative paths start at the folder in which run directories are created.",
     ),
 ]
 WorkingDir = Annotated[
@@ -64,30 +64,31 @@ SubmissionId = Annotated[str | None, typer.Option(help="Id of a remote job.")]
 Metadata = Annotated[str | None, typer.Option("--metadata-json", help="Metadata of a remote job.")]
 DriverCpus = Annotated[
     float | None,
-    typer.Option("--entrypoint-num-cpus", min=0, help="CPUs that a remote job's driver takes."),
+    typer.Option("--entrypoint-num-cpus", min=0, help="CPUs of a remote job's driver."),
 ]
 DriverGpus = Annotated[
     float | None,
-    typer.Option("--entrypoint-num-gpus", min=0, help="GPUs that a remote job's driver takes."),
+    typer.Option("--entrypoint-num-gpus", min=0, help="GPUs of a remote job's driver."),
 ]
 DriverMemory = Annotated[
-    int | None, typer.Option("--entrypoint-memory", min=0, help="Bytes of memory that it takes.")
+    int | None,
+    typer.Option("--entrypoint-memory", min=0, help="Bytes of memory of a remote job's driver."),
 ]
 DryRun = Annotated[
     bool, typer.Option("--dry-run", help="Print the job with all defaults; start nothing.")
 ]
-Wait = Annotated[bool, typer.Option(help="Follow a remote job to its end.")]
+Wait = Annotated[bool, typer.Option(help="Follow a remote job until it ends.")]
 StrategyFile = Annotated[
-    Path | None, typer.Option(help="A Python file that registers strategies of your own.")
+    Path | None, typer.Option(help="Python file that registers custom strategies.")
 ]
 
 
 def is_json(output: str) -> bool:
     """
-    Read `--output`.
+    Return whether `--output` is `json`.
 
     Raises:
-        SpecError: it is neither `text` nor `json`.
+        SpecError: the value is neither `text` nor `json`.
     """
     if output not in ("text", "json"):
         raise SpecError(f"--output is {output!r}, allowed: text, json")
@@ -100,15 +101,15 @@ _REPORT = ("jinja2", "matplotlib")
 @contextmanager
 def report_extra() -> Iterator[None]:
     """
-    Import what draws in this context.
+    Context for imports of the drawing modules.
 
     Raises:
-        SpecError: a package of the extra `report` is missing; the hint installs it.
+        SpecError: a package of the extra `report` is missing; the hint shows how to install it.
     """
     try:
         yield
     except ModuleNotFoundError as error:
         if error.name is None or error.name.split(".")[0] not in _REPORT:
             raise
-        text = f"{error.name} is not installed, and draws pages and charts"
+        text = f"{error.name} is not installed; it draws pages and charts"
         raise SpecError(Problem((), text, "pip install 'distplat[report]'")) from error

@@ -1,4 +1,4 @@
-"""Being the driver of a run: in the user's own process, or inside a cluster for a remote job."""
+"""The driver of a run: in the user's process, or on the cluster for a remote job."""
 
 import os
 import sys
@@ -9,12 +9,12 @@ from typing import TextIO
 from distplat.actors.view import View
 from distplat.cli.remote import RESULT_MARK
 from distplat.cli.render import Facts, facts_of
-from distplat.cli.shipping import Received, received_job
+from distplat.cli.shipping import ReceivedJob, read_received_job
 from distplat.platform.progress import to_json
 from distplat.platform.spec import Job
 
 STORAGE = Path("~/distplat")
-"""What a remote job's `storage_path` is relative to: the job's own folder ends with the job."""
+"""Base folder of a remote job's `storage_path`: Ray deletes the job's working directory."""
 
 
 def flush_or_discard(stream: TextIO) -> None:
@@ -22,9 +22,9 @@ def flush_or_discard(stream: TextIO) -> None:
     try:
         stream.flush()
     except OSError:
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, stream.fileno())
-        os.close(nowhere)
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, stream.fileno())
+        os.close(null)
 
 
 def train(
@@ -37,12 +37,12 @@ def train(
     resume: str | None,
 ) -> Facts:
     """
-    Train to the end on the connected Ray, or on one of our own.
+    Train on the connected Ray, or on a private one, and return the results.
 
     Raises:
         DistplatError: see `Trainer.fit`.
     """
-    from distplat.actors.trainer import Trainer  # Ray comes with it
+    from distplat.actors.trainer import Trainer  # imports Ray
 
     trainer = Trainer(
         job,
@@ -54,7 +54,7 @@ def train(
         resume=resume,
         log_to_driver=not view.quiet,
     )
-    # Ray hands on what workers print; stdout is for the result alone.
+    # Ray prints the output of workers to stdout, which is reserved for the result.
     with redirect_stdout(sys.stderr):
         result = trainer.fit()
     return facts_of(job, result)
@@ -62,12 +62,12 @@ def train(
 
 def drive() -> None:
     """
-    Train the job that the environment holds, and write its result into the log.
+    Train the job from the environment variable, and write its result to the log.
 
     Raises:
         DistplatError: see `Trainer.fit`.
     """
-    received = received_job(os.environ)
+    received = read_received_job(os.environ)
     if received.job.scaling.num_workers == 0:
         facts = _train_here(received)
     else:
@@ -75,12 +75,12 @@ def drive() -> None:
 
         with connected(os.environ.get("RAY_ADDRESS", "auto"), {}):
             facts = _train_here(received)
-    with suppress(OSError):  # the job's log is on a disk that may be full
+    with suppress(OSError):  # the disk with the job's log may be full
         print(RESULT_MARK + to_json(facts, indent=None), flush=True)
     flush_or_discard(sys.stdout)
 
 
-def _train_here(received: Received) -> Facts:
+def _train_here(received: ReceivedJob) -> Facts:
     return train(
         received.job,
         View(sys.stderr),

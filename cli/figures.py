@@ -1,7 +1,7 @@
 """
-The figures of a run in words: for the table at its end, and for its report.
+Text for the metrics of a run: for the table at its end, and for its report.
 
-A strategy's figures are those of docs/metrics.md.
+docs/metrics.md describes the metrics of each strategy.
 """
 
 import re
@@ -25,11 +25,11 @@ StepFigures = dict[str, float]
 _SHARD = re.compile(r"shard_\d+_apply_s")
 _LOAD = ("apply_s", "queue_s", "queue_depth", "in_bytes", "out_bytes")
 _MOST_SHARDS = 4
-"""Rows for shards in the table at the end of a run."""
+"""Maximum number of shard rows in the table at the end of a run."""
 
 
 def mean_figures(history: Sequence[StepSummary]) -> StepFigures:
-    """Give each figure's mean over the steps that have it; see `StepTotals`."""
+    """Return the mean of each metric over the steps that report it; see `StepTotals`."""
     totals = StepTotals()
     for step in history:
         totals.add(step)
@@ -37,8 +37,8 @@ def mean_figures(history: Sequence[StepSummary]) -> StepFigures:
 
 
 def figure_rows(figures: StepFigures) -> list[tuple[str, str]]:
-    """Put the figures into the rows of a table; those that say nothing are left out."""
-    figures = defaultdict(float, figures)  # of a foreign run any of them may be missing
+    """Return table rows for the metrics; rows without information are omitted."""
+    figures = defaultdict(float, figures)  # a run of another version may lack some of them
     rows = []
     if figures.get("sent_bytes"):
         rows.append(("exchange", f"{size_text(figures['sent_bytes'])} sent per worker and step"))
@@ -56,13 +56,13 @@ def figure_rows(figures: StepFigures) -> list[tuple[str, str]]:
 
 
 def restart_text(failure: FailureEvent) -> str:
-    """Say which workers were replaced, and from where the run went on."""
+    """Return a text with the replaced workers and the step from which the run continued."""
     replaced = ", ".join(failure.replaced) or "nobody"
     return f"{replaced} replaced, went on after step {failure.step}"
 
 
 def _servers(figures: StepFigures) -> list[tuple[str, str]]:
-    """Say what each shard had to do; of many, those that had most."""
+    """Return rows with the load of each shard; with many shards, only the busiest."""
     if "queue_s" not in figures:
         return []
     count = sum(1 for name in figures if _SHARD.fullmatch(name))
@@ -106,8 +106,8 @@ def _compression(figures: StepFigures) -> str:
     if "compress_s" in figures:
         parts.append(f"{_ms(figures['compress_s'])} compressing")
     if "saved_s" in figures:
-        kind = "saved" if figures["saved_s"] >= 0 else "lost"
-        parts.append(f"{_ms(abs(figures['saved_s']))} {kind} per step")
+        verb = "saved" if figures["saved_s"] >= 0 else "lost"
+        parts.append(f"{_ms(abs(figures['saved_s']))} {verb} per step")
     if "error_norm" in figures:
         parts.append(f"error norm {figures['error_norm']:.2g}")
     return ", ".join(parts)
@@ -127,7 +127,7 @@ def size_text(count: float) -> str:
 
 
 def facts(record: RunRecord) -> list[tuple[str, str]]:
-    """Give what a run is and what came of it, in a few pairs."""
+    """Return (name, value) pairs that summarize a run."""
     rows = [
         ("strategy", strategy(record)),
         ("workers", _workers(record)),
@@ -153,7 +153,7 @@ def facts(record: RunRecord) -> list[tuple[str, str]]:
 
 
 def strategy(record: RunRecord) -> str:
-    """Give the strategy's name with the options that say most about it."""
+    """Return the strategy's name, with the grid sizes of `hybrid`."""
     spec = record.job.get("strategy")
     if not isinstance(spec, Mapping):
         return ""
@@ -165,12 +165,12 @@ def strategy(record: RunRecord) -> str:
 
 
 def checkpoint_lines(saved: Sequence[Saved]) -> list[list[str]]:
-    """Give step, size and how long it took."""
+    """Return step, size and duration of each checkpoint."""
     return [[str(entry.step), size_text(entry.size), f"{entry.seconds:.2f} s"] for entry in saved]
 
 
 def restart_lines(restarts: Sequence[RestartRecord]) -> list[list[str]]:
-    """Give attempt, step, cause, who was replaced, and how long it took."""
+    """Return attempt, step, cause, replaced workers and recovery time of each restart."""
     return [
         [
             str(restart.failure.attempt),
@@ -184,7 +184,7 @@ def restart_lines(restarts: Sequence[RestartRecord]) -> list[list[str]]:
 
 
 def number(value: float | None) -> str:
-    """`0.1234`; a word where it is no number."""
+    """`0.1234`; `not a number` for NaN."""
     if value is None:
         return ""
     return "not a number" if value != value else f"{value:.4g}"
@@ -208,5 +208,5 @@ def _workers(record: RunRecord) -> str:
 def _steps(record: RunRecord) -> str:
     if not record.steps:
         return steps_text(0)
-    done, of = record.steps[-1].step, record.steps[-1].of
-    return f"{done} of {of}" if of > done else str(done)
+    step, total = record.steps[-1].step, record.steps[-1].of
+    return f"{step} of {total}" if total > step else str(step)

@@ -1,4 +1,4 @@
-"""`distplat list`, `status`, `logs` and `stop`: looking after jobs that a cluster has."""
+"""`distplat list`, `status`, `logs` and `stop`: manage the jobs of a cluster and local runs."""
 
 import os
 import shlex
@@ -14,7 +14,13 @@ from distplat.cli import remote, run_folders
 from distplat.cli.address import VERSION_KEY, Info, target_of
 from distplat.cli.common_options import JobApi, JobId, Output, RunAddress, is_json
 from distplat.cli.render import print_pairs, print_result, print_table
-from distplat.cli.run_folders import ended_run, last_run, last_run_ended, local_runs, run_called
+from distplat.cli.run_folders import (
+    ended_run,
+    find_run_directory,
+    last_run,
+    last_run_ended,
+    local_runs,
+)
 from distplat.cli.running import role_facts, role_lines, roles_of, stop_run
 from distplat.platform.errors import (
     ActorLost,
@@ -33,34 +39,34 @@ if TYPE_CHECKING:
     from distplat.cli.cluster import Jobs
 
 OUTPUT_VERSION = 2
-"""Grows when a field of the JSON output changes its meaning or goes."""
+"""Incremented when a field of the JSON output changes its meaning or is removed."""
 DASHBOARD = "http://127.0.0.1:8265"
-"""Where Ray's job API is on the machine of the head, if nobody said otherwise."""
+"""Ray's default job API address on the head's machine."""
 
 _STOP_S = 70.0
-"""How long a run may take to end: as its driver allows it, and a little."""
+"""Deadline for stopping a run: slightly longer than the deadline of its driver."""
 
-_WRITTEN_S, _RETRY_S = 3.0, 0.2
-"""How long to look for the result of a run that is over, and how often."""
+_RESULT_S, _RETRY_S = 3.0, 0.2
+"""Deadline and interval of the search for the result of a finished run."""
 
 _COLUMNS = {
     **{name: name for name in ("id", "name", "status", "strategy")},
     **{"workers": "num_workers", "age": "start_time"},
 }
-"""Columns of the table: name, and the field that it shows."""
+"""Columns of the table: name, and the JSON field."""
 
 
 def open_jobs(address: str | None) -> "Jobs":
     """
-    Connect to the job API at an address, or to the one of this machine.
+    Connect to the job API at an address; default: the job API on this machine.
 
     Raises:
-        SpecError: the address is none of a job API.
-        ClusterUnreachable: nobody answers there.
+        SpecError: the address is not that of a job API.
+        ClusterUnreachable: no job API answers there.
     """
     target = target_of(address, os.environ)
     if target.kind != "jobs" and target.origin:
-        message = f"{target.address} is no job API, and a job has to be looked for in one"
+        message = f"{target.address} is not a job API, which is needed to find a job"
         raise SpecError(Problem((target.origin,), message, "give http://HOST:8265"))
     from distplat.cli.cluster import Jobs
 
@@ -72,8 +78,10 @@ def list_jobs(
     status: Annotated[
         str | None, typer.Option(help="PENDING, RUNNING, SUCCEEDED, FAILED or STOPPED.")
     ] = None,
-    limit: Annotated[int, typer.Option(min=1, help="At most so many.")] = 20,
-    every: Annotated[bool, typer.Option("--all", help="Other programs' jobs too.")] = False,
+    limit: Annotated[int, typer.Option(min=1, help="Maximum number of jobs.")] = 20,
+    all_jobs: Annotated[
+        bool, typer.Option("--all", help="Include jobs of other programs.")
+    ] = False,
     output: Output = "text",
 ) -> None:
     """List the jobs of a cluster, and the runs below `runs/`, newest first."""
@@ -83,19 +91,20 @@ def list_jobs(
         raise SpecError(
             Problem(("--status",), f"unknown {status!r}", hint(wanted_status, remote.STATUSES))
         )
-    named = bool(target_of(address, os.environ).origin)
-    runs = [] if named else local_runs(limit, wanted_status)
+    has_address = bool(target_of(address, os.environ).origin)
+    runs = [] if has_address else local_runs(limit, wanted_status)
     try:
         cluster_jobs = [
             _facts(job)
             for job in open_jobs(address).list()
-            if (every or VERSION_KEY in job["metadata"]) and wanted_status in (None, job["status"])
+            if (all_jobs or VERSION_KEY in job["metadata"])
+            and wanted_status in (None, job["status"])
         ]
     except ClusterUnreachable:
         if not runs:
             raise
         cluster_jobs = []
-    jobs = sorted([*cluster_jobs, *runs], key=lambda one: -(one["start_time"] or 0))[:limit]
+    jobs = sorted([*cluster_jobs, *runs], key=lambda job: -(job["start_time"] or 0))[:limit]
     if as_json:
         print(to_json({"version": OUTPUT_VERSION, "jobs": jobs}))
         return
@@ -105,15 +114,15 @@ def list_jobs(
 
 def status(job_id: JobId, address: RunAddress = None, output: Output = "text") -> None:
     """
-    Show how a job stands, and its roles.
+    Show the status of a job, and its roles.
 
-    Roles are shown on a machine of the cluster, while the job runs.
+    Roles are shown only on a machine of the cluster, and only while the job runs.
 
     ID is a submission id, or the name of a run or job that was not submitted through a job API; or
-    the name or directory of a run below `runs/` that has ended, or the name of its job.
+    the name or directory of a finished run below `runs/`, or the name of its job.
     """
     as_json = is_json(output)
-    info, trouble = _find_job(address, job_id)
+    info, lookup_error = _find_job(address, job_id)
     overview: Overview | None = None
     roles_error = ""
     if info is None or info["status"] == "RUNNING":
@@ -126,8 +135,8 @@ def status(job_id: JobId, address: RunAddress = None, output: Output = "text") -
             if ended is not None:
                 _print_ended(ended, as_json=as_json)
                 return
-            if trouble is not None:
-                raise _choose_error(address, trouble, error) from None
+            if lookup_error is not None:
+                raise _choose_error(address, lookup_error, error) from None
             roles_error = " ".join(str(error).split())
     if as_json:
         facts = {} if info is None else _facts(info)
@@ -144,7 +153,7 @@ def status(job_id: JobId, address: RunAddress = None, output: Output = "text") -
 
 
 def _print_ended(facts: Mapping[str, Any], *, as_json: bool) -> None:
-    """Print how a run stands that no job API knows, and that has ended."""
+    """Print the status of a finished run that was not submitted through a job API."""
     if as_json:
         print(to_json({"version": OUTPUT_VERSION, **facts, "roles": None}))
         return
@@ -154,44 +163,48 @@ def _print_ended(facts: Mapping[str, Any], *, as_json: bool) -> None:
 
 
 def _find_job(address: str | None, job_id: str) -> tuple[Info, None] | tuple[None, DistplatError]:
-    """Ask the job API for a job; or give why it does not have it."""
+    """Return the job from the job API, or the error of the lookup."""
     try:
         return remote.find(open_jobs(address), job_id), None
     except (SpecError, ClusterUnreachable) as error:
         return None, error
 
 
-def _last_ended_run(address: str | None, job: str, unknown: DistplatError) -> dict[str, Any] | None:
+def _last_ended_run(
+    address: str | None, job: str, ray_error: DistplatError
+) -> dict[str, Any] | None:
     """
-    Give the facts of a job's last run here, where no Ray has one that goes on; else None.
+    Return the facts of a job's last local run, if no Ray on this machine runs the job; else None.
 
     Args:
-        address: as given.
-        job: its name.
-        unknown: what was said where a Ray was asked for it.
+        address: `--address`.
+        job: name of the job.
+        ray_error: error of the search for the job through Ray.
     """
     if target_of(address, os.environ).origin:
         return None
     from distplat.actors.overview import NoSuchRun
     from distplat.cli.join import rays_here
 
-    nowhere = isinstance(unknown, ClusterUnreachable) and not rays_here()
-    return last_run_ended(job) if nowhere or isinstance(unknown, NoSuchRun) else None
+    no_ray = isinstance(ray_error, ClusterUnreachable) and not rays_here()
+    return last_run_ended(job) if no_ray or isinstance(ray_error, NoSuchRun) else None
 
 
 def _choose_error(
-    address: str | None, of_jobs: DistplatError, of_ray: DistplatError
+    address: str | None, jobs_error: DistplatError, ray_error: DistplatError
 ) -> DistplatError:
-    """Choose the error where neither the job API nor Ray knows a run."""
-    named = target_of(address, os.environ).origin
-    return of_jobs if named or not isinstance(of_jobs, ClusterUnreachable) else of_ray
+    """Return the error to report if neither the job API nor Ray has a run."""
+    has_address = target_of(address, os.environ).origin
+    use_jobs_error = has_address or not isinstance(jobs_error, ClusterUnreachable)
+    return jobs_error if use_jobs_error else ray_error
 
 
-def _nowhere(address: str | None, name: str, of_jobs: DistplatError) -> DistplatError:
-    """Say that no run here has a name, too, where nobody has named the job API that is silent."""
-    if target_of(address, os.environ).origin or not isinstance(of_jobs, ClusterUnreachable):
-        return of_jobs
-    return ClusterUnreachable(f"no run or job {name!r} is below runs/, nor at a job API: {of_jobs}")
+def _not_found_error(address: str | None, name: str, jobs_error: DistplatError) -> DistplatError:
+    """Return the error for a missing job; without an address it mentions local runs as well."""
+    if target_of(address, os.environ).origin or not isinstance(jobs_error, ClusterUnreachable):
+        return jobs_error
+    text = f"no run or job {name!r} is below runs/, nor at a job API: {jobs_error}"
+    return ClusterUnreachable(text)
 
 
 def _pairs(info: Info) -> list[tuple[str, str]]:
@@ -208,21 +221,23 @@ def _pairs(info: Info) -> list[tuple[str, str]]:
 def logs(
     job_id: JobId,
     address: JobApi = None,
-    follow: Annotated[bool, typer.Option("-f", "--follow", help="Until the job ends.")] = False,
+    follow: Annotated[
+        bool, typer.Option("-f", "--follow", help="Follow the log until the job ends.")
+    ] = False,
 ) -> None:
     """
     Print a job's log.
 
-    ID is a submission id; or the name or directory of a run below `runs/`, or the name of its job,
-    of which the newest run is meant.
+    ID is a submission id; or the name or directory of a run below `runs/`; or the name of a job,
+    which selects its newest run.
     """
     try:
         jobs = open_jobs(address)
         remote.find(jobs, job_id)
     except (SpecError, ClusterUnreachable) as error:
-        path = None if address is not None else last_run(job_id) or run_called(job_id)
+        path = None if address is not None else last_run(job_id) or find_run_directory(job_id)
         if path is None:
-            raise _nowhere(address, job_id, error) from None
+            raise _not_found_error(address, job_id, error) from None
         _print_run_logs(path, follow=follow)
         return
     reader = remote.LogReader(lambda line: print(printable(line), flush=True))
@@ -234,8 +249,9 @@ def logs(
         try:
             code = remote.exit_code(remote.follow(jobs, job_id, reader))
         except KeyboardInterrupt:
-            where = shlex.join([job_id, "--address", jobs.address])
-            remote.say(f"\nstopped reading; the job goes on\n  stop it: distplat stop {where}")
+            arguments = shlex.join([job_id, "--address", jobs.address])
+            text = f"\nstopped reading; the job continues\n  stop it: distplat stop {arguments}"
+            remote.say(text)
             raise remote.Detached from None
     if reader.facts is not None:
         print_result(reader.facts)
@@ -247,7 +263,8 @@ def _print_run_logs(path: Path, *, follow: bool) -> None:
     try:
         code = run_folders.print_logs(path, lambda line: print(printable(line)), follow=follow)
     except KeyboardInterrupt:
-        remote.say(f"\nstopped reading; the run goes on\n  stop it: distplat stop {path.name}")
+        text = f"\nstopped reading; the run continues\n  stop it: distplat stop {path.name}"
+        remote.say(text)
         raise remote.Detached from None
     if code:
         raise typer.Exit(code)
@@ -256,85 +273,88 @@ def _print_run_logs(path: Path, *, follow: bool) -> None:
 def stop(
     job_id: JobId,
     address: RunAddress = None,
-    wait: Annotated[bool, typer.Option(help="Wait until it has ended.")] = True,
+    wait: Annotated[bool, typer.Option(help="Wait until the job has ended.")] = True,
 ) -> None:
     """
-    End a job in order, as Ctrl-C does: after the step under way, with a checkpoint of it.
+    Stop a job gracefully, as Ctrl-C does: after the current step, with a checkpoint of it.
 
-    One that has ended is left alone. On a machine of the cluster the run's controller is called,
-    and has the time that it needs. Elsewhere, and before the run has begun, Ray's job API ends the
-    driver, with SIGTERM and 3 s later SIGKILL.
+    A finished job is left unchanged. On a machine of the cluster the run's controller is called, so
+    that the checkpoint is completed. Elsewhere, and before the run has started, Ray's job API stops
+    the driver, with SIGTERM and 3 s later SIGKILL.
 
     ID is a submission id, or the name of a run or job that was not submitted through a job API,
-    also of one below `runs/` that has ended.
+    also of a finished run below `runs/`.
     """
-    wait_s, before = _STOP_S if wait else 0.0, ""
+    wait_s, old_status = _STOP_S if wait else 0.0, ""
     try:
         jobs = open_jobs(address)
-        before = remote.find(jobs, job_id)["status"]
+        old_status = remote.find(jobs, job_id)["status"]
     except (SpecError, ClusterUnreachable) as error:
         ended = ended_run(job_id) if address is None else None
         if ended is not None:
-            before = now = ended["status"]
+            old_status = new_status = ended["status"]
         else:
-            before, now = _stop_unsubmitted(address, job_id, wait_s, error)
+            old_status, new_status = _stop_unsubmitted(address, job_id, wait_s, error)
     else:
-        call = partial(_stop_submitted, address, job_id, wait_s)
-        now = remote.stop(jobs, job_id, wait=wait, call=call)
-    already = "already " if before in remote.ENDED else ""
-    asked = "asked to stop, now " if now not in (*remote.ENDED, "over") else ""
-    print(printable(f"{job_id}: {already}{asked}{now}"))
+        call_controller = partial(_stop_submitted, address, job_id, wait_s)
+        new_status = remote.stop(jobs, job_id, wait=wait, call_controller=call_controller)
+    already = "already " if old_status in remote.ENDED else ""
+    asked = "asked to stop, now " if new_status not in (*remote.ENDED, "over") else ""
+    print(printable(f"{job_id}: {already}{asked}{new_status}"))
 
 
 def _stop_submitted(address: str | None, job_id: str, wait_s: float, info: Info) -> bool:
-    """Ask the controller of a job that the job API knows; False: it is not to be reached here."""
+    """Stop a submitted job through its controller; return False if it cannot be reached."""
     metadata = info["metadata"]
     if VERSION_KEY not in metadata:
         return False
     try:
         status = stop_run(address, metadata["job_name"], job_id, wait_s)
-    except DistplatError:  # no machine of the cluster, the run has not begun, or it hangs
+    except DistplatError:  # not a machine of the cluster, or the run has not started, or it hangs
         return False
     return not wait_s or status in remote.ENDED
 
 
 def _stop_unsubmitted(
-    address: str | None, name: str, wait_s: float, unknown: DistplatError
+    address: str | None, name: str, wait_s: float, jobs_error: DistplatError
 ) -> tuple[str, str]:
     """
-    Stop a run that no job API knows; give its status before, if it had ended, and now.
+    Stop a run that was not submitted through a job API.
 
     Args:
-        address: where.
-        name: of the job, or of the run.
-        wait_s: how long to wait for its end; 0: not at all.
-        unknown: what the job API said.
+        address: `--address`.
+        name: name of the job or of the run.
+        wait_s: deadline for the end of the run; 0: do not wait.
+        jobs_error: error of the lookup at the job API.
+
+    Returns:
+        The status before, empty for a running run, and the status now.
 
     Raises:
-        DistplatError: `unknown`, where Ray knows it neither.
-        DeadlineExceeded: it does not end.
+        DistplatError: `jobs_error`, if Ray has no such run either.
+        DeadlineExceeded: the run does not end.
     """
     try:
         status = stop_run(address, name, None, wait_s)
-    except ActorLost:  # it was over before it could say how
-        return "", _over(name)
+    except ActorLost:  # the run ended before it could report its status
+        return "", _final_status(name)
     except (SpecError, ClusterUnreachable) as error:
         if (ended := _last_ended_run(address, name, error)) is not None:
             return ended["status"], ended["status"]
-        raise _choose_error(address, unknown, error) from None
+        raise _choose_error(address, jobs_error, error) from None
     if wait_s and status not in remote.ENDED:
         raise DeadlineExceeded(f"stopping {name}", (name,), wait_s, "--no-wait")
     return "", status
 
 
-def _over(name: str) -> str:
+def _final_status(name: str) -> str:
     """
-    Say how a run ended whose controller is gone; `over`, where its directory is not known here.
+    Return the status of a run whose controller has ended; `over` without a local run directory.
 
-    The driver writes that down once the actors are ended.
+    The driver writes the status after all actors have ended.
     """
-    until = time.monotonic() + _WRITTEN_S
-    while time.monotonic() < until:
+    deadline = time.monotonic() + _RESULT_S
+    while time.monotonic() < deadline:
         if (ended := ended_run(name)) is not None:
             return str(ended["status"])
         time.sleep(_RETRY_S)
@@ -342,7 +362,7 @@ def _over(name: str) -> str:
 
 
 def _facts(job: Info) -> dict[str, Any]:
-    """Give the fields of the JSON output."""
+    """Return the fields of a job for the JSON output."""
     metadata = job["metadata"]
     workers = metadata.get("num_workers", "")
     return {
@@ -359,7 +379,7 @@ def _facts(job: Info) -> dict[str, Any]:
 
 
 def _row(facts: Mapping[str, Any]) -> dict[str, str]:
-    """Give the cells of the table, without control characters."""
+    """Return the table cells of a job, without control characters."""
     cells = {name: facts[field] for name, field in _COLUMNS.items()}
     return {name: _cell(value) for name, value in {**cells, "age": _age(cells["age"])}.items()}
 

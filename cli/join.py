@@ -1,7 +1,7 @@
 """
-Being a driver of a cluster, in this process. Importing this imports Ray.
+Connect this process to a Ray cluster as a driver. Importing this module imports Ray.
 
-Apart from `cli/cluster.py`, whose HTTP client a driver would load for nothing.
+Separate from `cli/cluster.py`, so that a driver does not import its HTTP client.
 """
 
 import json
@@ -38,7 +38,7 @@ from distplat.platform.disk import open_regular
 from distplat.platform.errors import ClusterUnreachable, Problem, SpecError, StorageError, nearest
 
 _REPLACEABLE = {"working_dir", "py_modules", "excludes", "env_vars"}
-"""Parts of a runtime environment that come to the same thing on the driver's own node."""
+"""Fields of a runtime environment that have no effect on the driver's own node."""
 _GCS_S = 5.0
 _NONE_HERE = "no Ray can be joined on this machine"
 
@@ -46,10 +46,10 @@ _NONE_HERE = "no Ray can be joined on this machine"
 @contextmanager
 def without_job_environment() -> Iterator[bool]:
     """
-    Hide the runtime environment that the job API left for its driver, if it can be done without.
+    Hide the runtime environment that the job API set for its driver, if it is not needed.
 
     Yields:
-        Whether something is hidden: who joins a larger cluster must join again with it.
+        Whether it is hidden. To use a cluster of several nodes, connect again without hiding it.
     """
     job_config = os.environ.get(JOB_CONFIG_VARIABLE)
     config = json.loads(job_config) if job_config else {}
@@ -64,40 +64,41 @@ def without_job_environment() -> Iterator[bool]:
 
 
 def replaceable(environment: Mapping[str, Any]) -> bool:
-    """Say whether the driver's own node has everything of a runtime environment anyway."""
-    ours_alone = set(environment.get("env_vars", {})) <= {JOB_VARIABLE}
-    one_module = len(environment.get("py_modules", {})) <= 1
+    """Return whether workers on the driver's node can run without a runtime environment."""
+    no_user_variables = set(environment.get("env_vars", {})) <= {JOB_VARIABLE}
+    no_user_modules = len(environment.get("py_modules", {})) <= 1
     public = {key for key in environment if not key.startswith("_")}
-    return ours_alone and one_module and public <= _REPLACEABLE
+    return no_user_variables and no_user_modules and public <= _REPLACEABLE
 
 
 def ignores(folder: Path) -> list[Callable[[Path], bool]]:
     """
-    Give the tests that Ray takes from the ignore files of a folder when it packs it.
+    Return the tests that Ray derives from the ignore files of a folder.
 
     Raises:
-        SpecError: one of them is no text, or holds no pattern of such a file.
+        SpecError: an ignore file is not text, or has an invalid pattern.
     """
     logger = logging.getLogger("distplat.ignores")
-    logger.setLevel(logging.ERROR)  # or each file that it reads is named
+    logger.setLevel(logging.ERROR)  # otherwise Ray logs the name of each ignore file
     try:
         return ray_compat.ignore_tests(folder, logger)
-    except (ValueError, IndexError) as error:  # the latter for a line with `!` alone
+    except (ValueError, IndexError) as error:  # IndexError: a line with only `!`
         text = f"Ray cannot read .gitignore or .rayignore of {folder}: {one_line(error)}"
         raise SpecError(Problem(("--working-dir",), text)) from None
 
 
 def running_here(say: Callable[[str], None]) -> str | None:
     """
-    Find the cluster that `ray start` started on this machine.
+    Return the address of the cluster that `ray start` started on this machine, or None.
 
-    Not `ray.init(address="auto")`: that finds the private Ray of another `submit` too, which ends
-    with that run and would take ours along. Anybody may write where Ray notes the address, and a
-    driver runs what its cluster sends: so only a Ray of this user or root is joined unasked. The
-    note outlives its Ray, too, and the address of a head elsewhere may be somebody else's by now.
+    `ray.init(address="auto")` would also find the private Ray of another `submit`, which ends
+    with that run. A driver executes code that its cluster sends, and any user can write the file
+    in which Ray records the address. So only a cluster of this user or root is joined without a
+    request. The file also outlives its cluster, so that the address of a remote head may belong
+    to another user by now.
 
     Args:
-        say: is told of one that is not.
+        say: called with the reason if a cluster is found but not joined.
     """
     path = ray_compat.address_file()
     try:
@@ -113,11 +114,11 @@ def running_here(say: Callable[[str], None]) -> str | None:
     if not reason:
         try:
             check_listening(address)
-        except ClusterUnreachable:  # the file outlives a cluster that was killed
+        except ClusterUnreachable:  # the file of a killed cluster remains
             return None
         reason = _foreign(address)
     if reason:
-        remedy = f"; `--address {address}` joins it all the same" if is_host_port(address) else ""
+        remedy = f"; `--address {address}` joins it anyway" if is_host_port(address) else ""
         say(f"not joining the Ray of this machine: {reason}{remedy}")
         return None
     return address
@@ -125,35 +126,35 @@ def running_here(say: Callable[[str], None]) -> str | None:
 
 def own_ray_address() -> str:
     """
-    Find what `auto` would join.
+    Return the address that `auto` stands for.
 
     Raises:
-        ClusterUnreachable: nothing runs on this machine, or somebody else's Ray does.
+        ClusterUnreachable: no Ray runs on this machine, or only a Ray of another user.
     """
     try:
         with unset("RAY_ADDRESS"):
             address = ray_compat.address_of_auto()
-    except (OSError, ValueError) as error:  # everybody may write where it is noted
+    except (OSError, ValueError) as error:  # any user can write the file with the address
         raise ClusterUnreachable(f"{_NONE_HERE}: {one_line(error)}") from error
     if not is_host_port(address):
         raise ClusterUnreachable(f"{_NONE_HERE}: {ray_compat.address_file()} holds no address")
-    if why := _foreign(address):
-        hint = f"`--address {address}` joins it all the same"
-        raise ClusterUnreachable(f"not joining the Ray at {address}: {why}; {hint}")
+    if reason := _foreign(address):
+        hint = f"`--address {address}` joins it anyway"
+        raise ClusterUnreachable(f"not joining the Ray at {address}: {reason}; {hint}")
     return address
 
 
 def rays_here() -> list[str]:
-    """Give the addresses of the Rays of this machine that this user, or root, has started."""
+    """Return the addresses of all Ray instances on this machine of this user or root."""
     addresses = ray_compat.addresses_here()
     return sorted(address for address in addresses if not _foreign(address))
 
 
 def _foreign(address: str) -> str:
     """
-    Say whose a Ray of this machine is, if it is neither this user's nor root's; else empty.
+    Return why a Ray instance is not this user's or root's; empty if it is.
 
-    Its head may be another machine: then a part of it here, which is ours, is what tells of it.
+    If the head is on another machine, a process of the cluster on this machine decides.
     """
     if is_this_machine(host_and_port(address)[0]):
         return foreign_listener(address)
@@ -162,29 +163,29 @@ def _foreign(address: str) -> str:
     return "it is on another machine, and no process of it here is yours or root's"
 
 
-def check_environment(given: Mapping[str, Any]) -> None:
+def check_environment(environment: Mapping[str, Any]) -> None:
     """
-    Refuse a runtime environment that Ray would refuse later, or of which it would pass over a part.
+    Validate a runtime environment before Ray does: Ray would fail later, or ignore unknown keys.
 
-    A key that is near none of Ray's may be that of a plug-in of the cluster's.
+    An unknown key that is similar to none of Ray's may belong to a plug-in of the cluster.
 
     Args:
-        given: the user's own part.
+        environment: the user's runtime environment.
 
     Raises:
-        SpecError: says what is wrong with it.
+        SpecError: the environment has a misspelled key, or Ray rejects it.
     """
     option = "--runtime-env"
     fields = set(RuntimeEnv.known_fields)
-    near = {key: nearest(key, fields) for key in given if key not in fields}
-    if wrong := [
-        Problem((option, key), "unknown key", f"did you mean '{meant}'?")
-        for key, meant in near.items()
-        if meant is not None
+    suggestions = {key: nearest(key, fields) for key in environment if key not in fields}
+    if problems := [
+        Problem((option, key), "unknown key", f"did you mean '{suggestion}'?")
+        for key, suggestion in suggestions.items()
+        if suggestion is not None
     ]:
-        raise SpecError(*wrong)
+        raise SpecError(*problems)
     try:
-        RuntimeEnv(**given)
+        RuntimeEnv(**environment)
     except (TypeError, ValueError, AttributeError, LookupError, OSError) as error:
         raise SpecError(Problem((option,), one_line(error))) from error
 
@@ -192,12 +193,14 @@ def check_environment(given: Mapping[str, Any]) -> None:
 @contextmanager
 def connected_to(address: str, *, own: bool = False) -> Iterator[None]:
     """
-    Be a driver at an address; that of a run's private Ray is a loopback one, and Ray puts the
-    machine's own in its place, where nobody listens.
+    Connect as a driver to an address, which may be that of a run's private Ray.
+
+    A private Ray listens only on loopback. Ray would replace a loopback address by the machine's
+    address, at which no process listens.
 
     Args:
-        address: where.
-        own: it is one of `rays_here`, which get the token at hand, as Ray gives it to `auto`.
+        address: HOST:PORT.
+        own: the address is one of `rays_here`: use the user's token, as Ray does for `auto`.
 
     Raises:
         ClusterUnreachable: see `connected`.
@@ -212,12 +215,13 @@ def connected_to(address: str, *, own: bool = False) -> Iterator[None]:
 @contextmanager
 def connected_here() -> Iterator[None]:
     """
-    Be a driver of what `auto` would join; a run's private Ray is reached over loopback alone.
+    Connect as a driver to the Ray that `auto` stands for, which may be a run's private Ray.
 
     Raises:
         ClusterUnreachable: see `own_ray_address` and `connected`.
     """
-    with connected_to(own_ray_address(), own=True):  # not `auto`: that may be another one by now
+    # Not `auto`, which might resolve to another instance than the one just checked.
+    with connected_to(own_ray_address(), own=True):
         yield
 
 
@@ -228,25 +232,25 @@ def connected(
     shipping: Callable[[Package], None] = lambda package: None,
 ) -> Iterator[None]:
     """
-    Be a driver of a cluster.
+    Connect as a driver to a cluster.
 
-    On a cluster of one node nothing is shipped: workers find the user's folder and distplat where
-    the driver has them, and start a second earlier than behind a runtime environment. Nodes of
-    other machines that join later get no part of the run: what is there nobody knows.
+    On a cluster of one node no files are uploaded: workers import the user's code and distplat from
+    the driver's folders, and start a second faster than with a runtime environment. Nodes on
+    other machines that join such a cluster later are not used, since they lack the code.
 
     Args:
         address: HOST:PORT or `auto`.
-        runtime_env: what workers on other machines need; empty: Ray has it from the job already.
-        shipping: is told of the user's folder before it is shipped, and may refuse it.
+        runtime_env: environment of workers on other machines; empty: Ray has it from the job.
+        shipping: called with the package before it is uploaded; may raise to refuse it.
 
     Raises:
-        SpecError: the folder in it cannot be shipped, or the user's token cannot be sent.
-        ClusterUnreachable: it cannot be reached, is another version, or refuses our token.
+        SpecError: the folder cannot be uploaded, or the user's token cannot be sent.
+        ClusterUnreachable: the cluster is unreachable, has another version, or rejects the token.
     """
     if address != "auto":
         check_listening(address)
     try:
-        with unset("RAY_ADDRESS"):  # Ray would let it win over `auto`
+        with unset("RAY_ADDRESS"):  # Ray prefers it to `auto`
             _check_ray(address)
             if not (replaceable(runtime_env) and _joined_without_shipping(address)):
                 if runtime_env:
@@ -264,28 +268,28 @@ def connected(
 
 def _check_ray(address: str) -> None:
     """
-    See that Ray would be joined in a moment.
+    Check that Ray can be joined without a long wait.
 
     Raises:
-        ClusterUnreachable: it wants another token, or is no Ray.
+        ClusterUnreachable: the cluster requires another token, or the server is not Ray.
         SpecError: see `check_token`.
-        RayError, ConnectionError: nobody is there.
+        RayError, ConnectionError: no cluster answers.
     """
     if address == "auto":
         address = ray_compat.address_of_auto()
-        ray_compat.use_token_at_hand()  # as Ray does for it
+        ray_compat.use_token_at_hand()  # as Ray does for `auto`
     check_token(Path.home(), os.environ)
     check_is_ray(address, os.environ)
     try:
         ray_compat.check_gcs(address, _GCS_S)
     except ray.exceptions.AuthenticationError:
-        text = f"cannot join Ray at {address}: it wants another token than the one at hand, or any"
+        text = f"cannot join Ray at {address}: it requires a token, or another one than yours"
         hint = "set RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH; `submit --address local` needs none"
         raise ClusterUnreachable(f"{text}; {hint}") from None
 
 
 def _joined_without_shipping(address: str) -> bool:
-    """Connect and ship nothing, if the cluster is one node; False: not connected."""
+    """Connect without an upload if the cluster has one node; return whether it is connected."""
     with without_job_environment() as hidden:
         if not hidden and ray_compat.JOB_CONFIG_VARIABLE in os.environ:
             return False
@@ -297,7 +301,7 @@ def _joined_without_shipping(address: str) -> bool:
 
 
 def _join(address: str, runtime_env: Mapping[str, Any], *, one_machine: bool = False) -> None:
-    # The cluster's Python may know no distplat: workers look for it where the driver has it.
+    # The cluster's Python may lack distplat: workers import it from the driver's folder.
     home = str(Path(distplat.__file__).resolve().parent.parent)
     with ray_compat.own_signals():
         ray.init(

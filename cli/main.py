@@ -1,7 +1,7 @@
 """
-The command `distplat`: its commands and options, and the exit code that each error becomes.
+The command `distplat`: its subcommands, their options, and the exit codes of errors.
 
-Ray and torch are imported by what a command does, never by this module: help is instant.
+Commands import Ray and torch when they run; this module does not, so that `--help` is fast.
 """
 
 import errno
@@ -61,29 +61,29 @@ from distplat.platform.errors import (
 
 _STDERR = 2
 _RAISING = ("strict", "surrogateescape")
-"""Error handlers that raise for a letter which the stream's encoding lacks."""
+"""Error handlers that raise for a character that the stream's encoding lacks."""
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 _EPILOG = """
 \b
 Exit codes:
     0  succeeded
     1  the task's own code failed
-    2  wrong command line, job file, option or task; nothing was trained
-    3  the cluster cannot be reached, refused our token, has a Ray or Python that does not
-       fit, or its Python lacks a package
+    2  invalid command line, job file, option or task; nothing was trained
+    3  the cluster cannot be reached, rejected the token, has an incompatible Ray or Python,
+       or its Python lacks a package
     4  a part of the platform was lost, or the job was stopped
-    5  the run directory, or what is printed, cannot be written, or all its checkpoints are
-       damaged; or the run has ended, and its copy at a URL is not complete
+    5  the run directory or the output cannot be written, or all checkpoints are damaged;
+       or the run has ended, and its copy at a URL is incomplete
    70  an error inside distplat
   130  Ctrl-C        143  SIGTERM        129  SIGHUP
-  141  nobody reads what is printed any more; a run goes on, and ends with its own code
+  141  the reader of the output closed its pipe; a run continues and ends with its own code
 
-Settings, strongest first: flags, --set, DISTPLAT_* variables, the job file, defaults.
+Settings by precedence, highest first: flags, --set, DISTPLAT_* variables, job file, defaults.
 """
 
 _NOT_MAPPED = "failed to map segment from shared object"
 _NO_MEMORY = ("can't start new thread", _NOT_MAPPED, "Cannot allocate memory")
-"""Ends of messages of Python, the loader of libraries and the system where a limit is reached."""
+"""Ends of error messages of Python, the dynamic linker and the system at a resource limit."""
 
 app = typer.Typer(
     name="distplat",
@@ -97,8 +97,8 @@ app = typer.Typer(
 )
 
 
-def _print_version(wanted: bool) -> None:
-    if wanted:
+def _print_version(is_set: bool) -> None:
+    if is_set:
         print(printable(f"distplat {distplat.__version__}"), flush=True)
         raise typer.Exit
 
@@ -113,7 +113,7 @@ def common(
     ] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks of errors.")] = False,
 ) -> None:
-    """Declare what stands before the command; `run` itself looks for `--debug`."""
+    """Declare the options before the command; `run` itself handles `--debug`."""
 
 
 @app.command()
@@ -140,11 +140,12 @@ def submit(
     quiet: Quiet = False,
 ) -> None:
     """
-    Train what a job file says: here, or on a Ray cluster.
+    Train the job of a job file, on this machine or on a Ray cluster.
 
     `distplat submit -- python train.py` runs a script: see `distplat submit --help -- python`. Run
-    directories are made below `storage_path`: of the current directory, or of ~/distplat on a
-    remote driver's machine. Where it is a URL, they are made in `runs`, and copied to the URL.
+    directories are created below `storage_path`, relative to the current directory, or to
+    ~/distplat on a remote driver's machine. If it is a URL, they are created in `runs` and copied
+    to the URL.
     """
     from distplat.cli import submit as command
 
@@ -169,7 +170,7 @@ def validate(
     """
     Check a job file and its task, and print the job with all defaults.
 
-    The task's module is imported in a process of its own, from the job file's folder.
+    The task's module is imported in a separate process, from the job file's folder.
     """
     from distplat.cli import submit as command
 
@@ -200,7 +201,7 @@ app.command(COMMAND, hidden=True, options_metavar="[OPTIONS] --")(submit_script)
 
 @app.command(hidden=True)
 def drive() -> None:
-    """Run inside a cluster as the driver of a job that was submitted there."""
+    """Run the driver of a submitted job inside a cluster."""
     from distplat.cli.drive import drive as command
 
     command()
@@ -211,16 +212,17 @@ def main() -> None:
     _open_streams()
     code = run(sys.argv[1:])
     for stream in (sys.stdout, sys.stderr):
-        flush_or_discard(stream)  # Python would fail at its end for a pipe that nobody reads
+        flush_or_discard(stream)  # with a closed pipe Python would fail at exit
     sys.exit(code)
 
 
 def _open_streams() -> None:
     """
-    Have streams that take any text.
+    Open closed standard streams, and make all of them accept any text.
 
-    What the caller has closed (`>&-`) is opened: else the next file opened is taken for it. What
-    an encoding lacks (`LC_ALL=C`, `PYTHONIOENCODING=latin-1`) is printed as `\\u2588`, not raised.
+    A stream closed by the caller (`>&-`) is reopened, since the next opened file would get its
+    descriptor. Characters missing in the encoding (`LC_ALL=C`, `PYTHONIOENCODING=latin-1`) are
+    printed as `\\u2588`.
     """
     while (number := os.open(os.devnull, os.O_RDWR)) <= _STDERR:
         pass
@@ -234,7 +236,7 @@ def _open_streams() -> None:
 
 
 class _Printable(logging.Formatter):
-    """Formats a warning without control characters: it may quote any file."""
+    """Format warnings without control characters, since they may quote any file."""
 
     @override
     def format(self, record: logging.LogRecord) -> str:
@@ -242,14 +244,14 @@ class _Printable(logging.Formatter):
 
 
 def run(args: list[str]) -> int:
-    """Run one command line; give its exit code."""
+    """Run one command line and return its exit code."""
     command = typer.main.get_command(app)
-    if logging.lastResort is not None:  # it writes warnings to stderr; nobody has set another one
+    if logging.lastResort is not None:  # prints warnings to stderr if no handler is configured
         logging.lastResort.setFormatter(_Printable())
     try:
-        # SIGTERM and SIGHUP end what is under way as Ctrl-C does: no process or file of it is left.
+        # SIGTERM and SIGHUP interrupt a command like Ctrl-C, so that it leaves no process or file.
         with Stopping() as stopping, stopping.at_once():
-            # Not `app()`: it would end the process with 1 for a pipe that nobody reads.
+            # Not `app()`, which would exit with 1 for a closed pipe.
             with command.make_context("distplat", routed(args)) as context:
                 command.invoke(context)
         sys.stdout.flush()
@@ -260,7 +262,7 @@ def run(args: list[str]) -> int:
         return leaving.exit_code
     except KeyboardInterrupt:
         return 130
-    except SystemExit as leaving:  # a strategy's file, a plug-in: nothing of ours does that
+    except SystemExit as leaving:  # from a strategy file or a plug-in; distplat raises typer.Exit
         say(f"error: code that was loaded called sys.exit({leaving.code})")
         return 1
     except Exception as error:
@@ -270,7 +272,7 @@ def run(args: list[str]) -> int:
 
 
 def _report(error: Exception) -> int:
-    """Say what went wrong; give the exit code."""
+    """Print an error and return its exit code."""
     if isinstance(error, SpecError):
         for problem in error.problems:
             say(f"error: {problem}")
@@ -284,18 +286,18 @@ def _report(error: Exception) -> int:
         say(f"{before}\nerror: {last}".lstrip())
         return error.exit_code
     if isinstance(error, OSError) and error.errno == errno.EPIPE:
-        return 141  # nobody reads any more, for example `distplat list | head -1`; no word about it
+        return 141  # closed pipe, for example `distplat list | head -1`: end without a message
     if isinstance(error, OSError) and error.errno in _DISK_FULL and error.filename is None:
-        say(f"error: what is printed cannot be written: {error.strerror}")
+        say(f"error: the output cannot be written: {error.strerror}")
         return StorageError.exit_code
     if isinstance(error, MemoryError) or str(error).endswith(_NO_MEMORY):
         limits = "this process gets no more memory or threads (see `ulimit -v` and `-u`)"
         say(f"error: {limits}: {error}".removesuffix(": "))
         if str(error).endswith(_NOT_MAPPED):
-            say("  hint: or that library is on a file system that is mounted `noexec`")
+            say("  hint: or the library is on a file system that is mounted `noexec`")
         return InfrastructureError.exit_code
     show = getattr(error, "show", None)
-    if show is not None:  # click's own, wherever this version of typer keeps its click
+    if show is not None:  # a click exception; typer versions bundle click under different names
         show()
         return int(getattr(error, "exit_code", 2))
     say(f"error inside distplat: {type(error).__name__}: {error}")

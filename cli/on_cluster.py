@@ -1,11 +1,11 @@
 """
-The first lines of a remote job: `python -m distplat.cli.on_cluster`, in the cluster's own Python.
+Entry point of a remote job: `python -m distplat.cli.on_cluster`, in the cluster's Python.
 
-distplat itself is shipped, what it imports is not. So nothing but the standard library is imported
-here before it is known that the rest is there.
+distplat itself is uploaded, its dependencies are not. So this module imports only the standard
+library until it has checked that all dependencies are installed.
 """
 
-from __future__ import annotations  # an older Python is to get as far as its name
+from __future__ import annotations  # lets an older Python get as far as the version check
 
 import sys
 from importlib.util import find_spec
@@ -24,32 +24,32 @@ NEEDED = {
     "tensorboard": "tensorboard",
     "typing_extensions": "typing-extensions",
 }
-"""Module -> the package that has it, as pyproject.toml names it."""
+"""Module -> its package, as in pyproject.toml."""
 OLDEST = (3, 11)
 EXIT_CODE = 3
 
 
 def problem() -> str | None:
-    """Say what this Python lacks, and the remedy; None: nothing."""
+    """Return what this Python lacks, with the remedy; None: nothing is missing."""
     version = ".".join(map(str, sys.version_info[:3]))
     where = f"the cluster's Python, {sys.executable} ({version})"
     if sys.version_info < OLDEST:
         return f"{where}, is too old: distplat needs {OLDEST[0]}.{OLDEST[1]} or later"
-    gone = [package for module, package in NEEDED.items() if find_spec(module) is None]
-    if not gone:
+    missing = [package for module, package in NEEDED.items() if find_spec(module) is None]
+    if not missing:
         return None
-    listed = ", ".join(f'"{package}"' for package in gone)
+    listed = ", ".join(f'"{package}"' for package in missing)
     return (
-        f"{where}, lacks what distplat needs: {', '.join(gone)}\n"
+        f"{where}, lacks packages that distplat needs: {', '.join(missing)}\n"
         f"install it there, or submit with --runtime-env-json '{{\"pip\": [{listed}]}}'"
     )
 
 
 def main() -> None:
-    """Be the driver of the job that the environment holds."""
+    """Run the driver of the job in the environment variable."""
     text = problem()
     if text is not None:
-        sys.stderr.write(f"error: {text}\n")  # who reads the log makes it harmless
+        sys.stderr.write(f"error: {text}\n")  # readers of the log remove control characters
         sys.exit(EXIT_CODE)
     from distplat.cli.main import main as command_line
 

@@ -1,8 +1,8 @@
 """
-What a cluster gets of a folder: measured, without what may hold a key.
+The package of a folder that is uploaded to a cluster: its size, without files that may hold keys.
 
-Ray packs folders itself, following .gitignore and .rayignore; here is counted first what it will
-pack, for its job API refuses more than 100 MiB only after the upload, with a bare HTTP error.
+Ray packs folders itself, following .gitignore and .rayignore. This module computes the package in
+advance, because Ray's job API rejects more than 100 MiB only after the upload, with an HTTP error.
 """
 
 import fnmatch
@@ -44,16 +44,16 @@ SECRETS = (
     *("hf_token", ".hf_token*", "hf_token.txt", "*api?key.txt", "*apikey.txt", "cookies.txt"),
     *(".*_history", ".rhistory", ".passwd*", "rclone.conf*", ".yarnrc.yml*", ".modal.toml*"),
 )
-"""Names that are known to hold keys and passwords: all users of a cluster could read them."""
+"""Names of files with keys and passwords, which all users of a cluster could read."""
 HARMLESS = (
     *("*[-._]example", "*[-._]sample", "*[-._]template", "*.tmpl", "*.tpl", "*.j2", "*.dist"),
     *("*.md", "*.rst", "*.html", ".secrets.baseline", ".environment"),
 )
-"""Of these names those that only tell what a secret looks like."""
+"""Exceptions from `SECRETS`: names of templates and documentation."""
 
 
 def _case_insensitive(pattern: str) -> str:
-    """Give a pattern that takes `ID_RSA` for `id_rsa`: Ray tells the two apart."""
+    """Return a case-insensitive pattern, since Ray's ignore patterns are case-sensitive."""
     return "".join(f"[{c}{c.upper()}]" if c.isalpha() else c for c in pattern)
 
 
@@ -63,43 +63,43 @@ EXCLUDES = (
     *(".git", ".venv", "venv", "__pycache__", "runs", ".ray", *_SECRETS),
     *(f"!{name}" for name in _HARMLESS),
 )
-"""As lines of a .gitignore: the last one that matches counts."""
+"""Excluded names, as lines of a .gitignore: the last matching line decides."""
 MAX_PACKAGE = 100 * 2**20
-"""Bytes of a folder or a module that a job API takes; a driver (`--address HOST:6379`) has more."""
+"""Maximum bytes of a folder or module at a job API; a driver (`--address HOST:6379`) has more."""
 MAX_ENTRIES = 200_000
-"""Files and folders that are looked at; Ray would pack more for minutes."""
+"""Maximum number of files and folders in a package; Ray would take minutes to pack more."""
 _PRIVATE_KEY = re.compile(
     rb"^-----BEGIN (?:[A-Z0-9]+ )*PRIVATE KEY"
     rb"|^PuTTY-User-Key-File-\d"
-    # Within a line, or indented, it may be a word about keys: there a part of the key must follow.
+    # Within a line, or indented, the header may be quoted text: there key data must follow.
     rb"|-----BEGIN (?:[A-Z0-9]+ )*PRIVATE KEY-----(?:\\[nr]|\s)+[A-Za-z0-9+/]{40}",
     re.MULTILINE,
 )
 _KEY_BYTES = 2**16
-"""No file with a private key is larger, and most files are."""
+"""Maximum size of a file that is searched for a private key; key files are smaller."""
 _SHOWN = 5
-"""Names of what is left out that are told."""
+"""Maximum number of withheld names in a message."""
 Ignores = Callable[[Path], list[Callable[[Path], bool]]]
-"""Gives, for a folder, the tests that its ignore files ask for."""
+"""Returns, for a folder, the tests of its ignore files."""
 
 
 @dataclass(frozen=True)
 class Package:
-    """What a cluster gets of a folder."""
+    """The files of a folder that are uploaded to a cluster."""
 
     folder: Path
     files: int
     size: int
-    """Bytes, before Ray packs them."""
+    """Bytes, uncompressed."""
     largest: str
-    """Name and size of the largest file or folder in it."""
+    """Name and size of the largest file or folder in the package."""
     paths: frozenset[Path] = frozenset()
-    """The files."""
-    kept_back: tuple[Path, ...] = ()
-    """Files and folders that stay, for their names are those of secrets."""
+    """Paths of the files."""
+    secrets: tuple[Path, ...] = ()
+    """Files and folders that are not uploaded, since their names are those of secrets."""
 
     modules: "tuple[Package, ...]" = ()
-    """What goes beside it: the user's `py_modules`."""
+    """Packages of the user's `py_modules`."""
 
     def __str__(self) -> str:
         """`shipping 12 files, 3.2 MB, of /home/me/job; the largest: weights.bin 3 MB`."""
@@ -108,31 +108,31 @@ class Package:
     def _facts(self) -> str:
         count = "1 file" if self.files == 1 else f"{self.files} files"
         details = f"; the largest: {self.largest}" if self.largest else ""
-        if self.kept_back:
-            names = [str(path.relative_to(self.folder)) for path in self.kept_back[:_SHOWN]]
-            more = ", ..." if len(self.kept_back) > _SHOWN else ""
+        if self.secrets:
+            names = [str(path.relative_to(self.folder)) for path in self.secrets[:_SHOWN]]
+            more = ", ..." if len(self.secrets) > _SHOWN else ""
             details += f"; not shipped, for they may hold keys: {', '.join(names)}{more}"
         return f"{count}, {size_text(self.size)}, of {self.folder}{details}"
 
 
-def refuse_home(package: Package, why: str) -> None:
+def refuse_home(package: Package, reason: str) -> None:
     """
-    Refuse to ship a home directory, or files of it, which nobody has named.
+    Refuse to upload a home directory, or files of it, without an explicit `--working-dir`.
 
     Args:
-        package: would be shipped.
-        why: for the message.
+        package: package to check.
+        reason: why this folder was selected, for the message.
 
     Raises:
-        SpecError: it is or has such.
+        SpecError: the package is a home directory or contains files of one.
     """
     message, hint = "", "name the folder with --working-dir"
     if _is_home(package.folder):
-        message = f"{package.folder} would be shipped to the cluster as a whole, for {why}"
+        message = f"{package.folder} would be shipped to the cluster as a whole, for {reason}"
         hint = f"move the job to a folder of its own, or {hint}"
     elif _has_home(package):
         message = f"files of the home directory {_home()} would be shipped to the cluster"
-        message += f" with {package.folder}, for {why}"
+        message += f" with {package.folder}, for {reason}"
         hint = f"list it in .rayignore, move the job to a folder of its own, or {hint}"
     if message:
         raise SpecError(Problem(("--working-dir",), message, hint))
@@ -143,27 +143,27 @@ def _home() -> Path:
 
 
 def _is_home(folder: Path) -> bool:
-    whole = folder.resolve()
-    return whole in (_home(), Path(whole.anchor))
+    resolved = folder.resolve()
+    return resolved in (_home(), Path(resolved.anchor))
 
 
 def _has_home(package: Package) -> bool:
-    """Say whether files of a home directory within the folder are shipped with it."""
-    whole, home = package.folder.resolve(), _home()
-    if not home.is_relative_to(whole):
+    """Return whether the package contains files of the user's home directory."""
+    resolved, home = package.folder.resolve(), _home()
+    if not home.is_relative_to(resolved):
         return False
-    inside = package.folder / home.relative_to(whole)
-    return any(path.is_relative_to(inside) for path in package.paths)
+    home_in_package = package.folder / home.relative_to(resolved)
+    return any(path.is_relative_to(home_in_package) for path in package.paths)
 
 
 def measure_environment(environment: Mapping[str, Any], ignores: Ignores, limit: int) -> Package:
     """
-    See what a cluster gets of this machine: the folder, and beside it the `py_modules`.
+    Compute the package of a runtime environment: the working directory and the `py_modules`.
 
     Args:
-        environment: `shipping.with_folders` gave it: the first module is distplat itself.
+        environment: result of `shipping.with_folders`: the first module is distplat itself.
         ignores: see `Ignores`.
-        limit: bytes that a cluster takes of the folder, and of each module.
+        limit: maximum bytes of the folder, and of each module.
 
     Raises:
         SpecError: see `measure`; or a module is a home directory.
@@ -175,12 +175,12 @@ def measure_environment(environment: Mapping[str, Any], ignores: Ignores, limit:
         modules = [_module(path, excludes, ignores, limit) for path in paths if path.exists()]
     except SpecError as error:
         where = ("--runtime-env", "py_modules")
-        raise SpecError(*(replace(one, where=where) for one in error.problems)) from None
+        raise SpecError(*(replace(problem, where=where) for problem in error.problems)) from None
     return replace(package, modules=tuple(modules))
 
 
 def _module(path: Path, excludes: Sequence[str], ignores: Ignores, limit: int) -> Package:
-    """Measure one of `py_modules`: a directory, or a file."""
+    """Compute the package of an entry of `py_modules`: a directory, or a file."""
     if _is_home(path):
         _refuse(path, "is a home directory")
     if _is_secret(path.resolve().name):
@@ -193,7 +193,7 @@ def _module(path: Path, excludes: Sequence[str], ignores: Ignores, limit: int) -
         return package
     if not path.is_file():
         _refuse(path, "is a pipe, a socket or a device, and no file")
-    _check_size(path, path.stat().st_size, limit, "name it by a URL that the cluster can read")
+    _check_size(path, path.stat().st_size, limit, "give a URL that the cluster can read")
     return Package(path, 1, path.stat().st_size, "")
 
 
@@ -201,17 +201,17 @@ def measure(
     working_dir: Path, excludes: Sequence[str], ignores: Ignores, limit: int = MAX_PACKAGE
 ) -> Package:
     """
-    See what a cluster gets of a folder; refuse what it would refuse, or what would hang Ray.
+    Compute the package of a folder.
 
     Raises:
-        SpecError: more than `limit` bytes, and names the five largest things in it; or a part of
-            it cannot be read, is a pipe or a device, leads back into itself, or holds a private
-            key.
+        SpecError: the package is larger than `limit` (the error names the five largest entries);
+            or an entry cannot be read, is a pipe or a device, is a link to a parent folder, or
+            holds a private key. The cluster would reject such a package, or Ray would hang.
     """
     sizes: dict[Path, int] = {}
     files: set[Path] = set()
-    kept_back: list[Path] = []
-    for path, size in _shipped(working_dir, excludes, ignores, kept_back):
+    secrets: list[Path] = []
+    for path, size in _shipped(working_dir, excludes, ignores, secrets):
         top = working_dir / path.relative_to(working_dir).parts[0]
         sizes[top] = sizes.get(top, 0) + size
         files.add(path)
@@ -221,42 +221,42 @@ def measure(
     hint = f"list what the job does not need in .rayignore there; the largest: {shown}"
     _check_size(working_dir, total, limit, hint)
     largest_text = f"{largest[0][0].name} {size_text(largest[0][1])}" if largest else ""
-    secrets = tuple(sorted(kept_back))
-    return Package(working_dir, len(files), total, largest_text, frozenset(files), secrets)
+    paths = frozenset(files)
+    return Package(working_dir, len(files), total, largest_text, paths, tuple(sorted(secrets)))
 
 
 def _check_size(path: Path, size: int, limit: int, hint: str) -> None:
     if size > limit:
         most = f"{limit / 2**20:.0f} MiB"
-        message = f"{path} has {size / 2**20:.0f} MiB; a cluster takes {most} this way"
+        message = f"{path} has {size / 2**20:.0f} MiB; the limit of an upload is {most}"
         raise SpecError(Problem(("--working-dir",), message, hint))
 
 
 @dataclass(frozen=True)
 class _Folder:
-    """A folder on the walk."""
+    """A folder of the directory walk."""
 
     path: Path
     tests: tuple[Callable[[Path], bool], ...]
-    """What the ignore files of the folders above leave out."""
-    above: frozenset[tuple[int, int]]
-    """Device and inode of the folders around it: one that comes again is a loop."""
+    """Tests of the ignore files of all parent folders."""
+    ancestors: frozenset[tuple[int, int]]
+    """Device and inode of all parent folders, to detect loops."""
 
 
 def _shipped(
-    working_dir: Path, excludes: Sequence[str], ignores: Ignores, kept_back: list[Path]
+    working_dir: Path, excludes: Sequence[str], ignores: Ignores, secrets: list[Path]
 ) -> Iterator[tuple[Path, int]]:
     """
-    Walk as Ray does: links are followed, ignore files count for all below them.
+    Walk a folder as Ray does: follow links, and apply ignore files to all folders below them.
 
     Args:
-        working_dir: where it begins.
-        excludes: what is passed over, as lines of a .gitignore there.
+        working_dir: root of the walk.
+        excludes: excluded paths, as lines of a .gitignore in the root.
         ignores: see `Ignores`.
-        kept_back: takes what has the name of a secret.
+        secrets: output list for paths with the name of a secret.
 
     Yields:
-        Each file and its bytes.
+        Each file and its size in bytes.
     """
     excluded = _exclude_test(working_dir, excludes)
     waiting = [] if excluded(working_dir) else [_Folder(working_dir, (), frozenset())]
@@ -272,7 +272,8 @@ def _shipped(
             if any(test(path) for test in folder.tests):
                 continue
             if excluded(path):
-                kept_back += [path] * _is_secret(path.name)
+                if _is_secret(path.name):
+                    secrets.append(path)
                 continue
             with _reading(path):
                 _refuse_secret(path, working_dir)
@@ -285,33 +286,34 @@ def _shipped(
 
 
 def _entered(folder: _Folder, ignores: Ignores) -> tuple[_Folder, list[Path]]:
-    """Add a folder's own ignore files, and itself to those around; give what lies in it, too."""
+    """Return the folder with its own ignore files and inode added, and its entries."""
     stat = folder.path.stat()
-    if (stat.st_dev, stat.st_ino) in folder.above:
+    inode = stat.st_dev, stat.st_ino
+    if inode in folder.ancestors:
         _refuse(folder.path, "leads back to a folder that it is in")
-    above = folder.above | {(stat.st_dev, stat.st_ino)}
-    folder = _Folder(folder.path, (*folder.tests, *ignores(folder.path)), above)
-    left_out = any(test(folder.path) for test in folder.tests)  # by `.*`: Ray calls it `.`
-    return folder, [] if left_out else list(folder.path.iterdir())
+    tests = (*folder.tests, *ignores(folder.path))
+    folder = _Folder(folder.path, tests, folder.ancestors | {inode})
+    is_ignored = any(test(folder.path) for test in folder.tests)  # `.*` matches Ray's name `.`
+    return folder, [] if is_ignored else list(folder.path.iterdir())
 
 
 def _exclude_test(working_dir: Path, excludes: Sequence[str]) -> Callable[[Path], bool]:
     """
-    Give the test of what Ray leaves out for its `excludes`: the last line that matches counts.
+    Return Ray's test for `excludes`: the last matching line decides.
 
     Raises:
-        SpecError: Ray cannot read them.
+        SpecError: Ray cannot parse the lines.
     """
-    from distplat.actors import ray_compat  # imports Ray, which who ships has imported anyway
+    from distplat.actors import ray_compat  # imports Ray, which an upload needs anyway
 
     try:
         excluded = ray_compat.exclude_test(working_dir, list(excludes))
     except (ValueError, IndexError) as error:
         text = f"Ray cannot read them, as lines of a .gitignore: {error}"
         raise SpecError(Problem(("--runtime-env", "excludes"), text)) from None
-    own_lines = set(excludes) > set(EXCLUDES)
-    # Ray's test takes half a millisecond. A name that no line of ours matches needs none.
-    return lambda path: (own_lines or in_excludes(path.name)) and excluded(path)
+    has_user_lines = set(excludes) > set(EXCLUDES)
+    # Ray's test takes half a millisecond, which names without a match in EXCLUDES can skip.
+    return lambda path: (has_user_lines or in_excludes(path.name)) and excluded(path)
 
 
 def _refuse_unreadable(path: Path, mode: int) -> None:
@@ -323,17 +325,17 @@ def _refuse_unreadable(path: Path, mode: int) -> None:
 
 def _refuse_secret(path: Path, working_dir: Path) -> None:
     """
-    Refuse a key under a name that does not tell: a link to one, or a file that holds one.
+    Refuse a key under a harmless name: a link to a secret, or a file with a private key.
 
     Raises:
-        SpecError: it is one.
+        SpecError: the path is such a link or file.
     """
     stat = path.stat()
     if path.is_symlink():
         target, top = path.resolve(), working_dir.resolve()
         parts = (target.relative_to(top) if target.is_relative_to(top) else target).parts
-        above = _name_pattern(tuple(map(_case_insensitive, _SECRET_FOLDERS)))
-        if _is_secret(target.name) or any(map(above.match, parts[:-1])):
+        secret_folders = _name_pattern(tuple(map(_case_insensitive, _SECRET_FOLDERS)))
+        if _is_secret(target.name) or any(map(secret_folders.match, parts[:-1])):
             _refuse(path, f"leads to {target}, which may hold a key")
     if S_ISREG(stat.st_mode) and stat.st_size <= _KEY_BYTES and os.access(path, os.R_OK):
         if _PRIVATE_KEY.search(path.read_bytes()):
@@ -341,7 +343,7 @@ def _refuse_secret(path: Path, working_dir: Path) -> None:
 
 
 def in_excludes(name: str) -> bool:
-    """Say whether a line of `EXCLUDES` matches a name; a later one may take it back."""
+    """Return whether any line of `EXCLUDES` matches a name; a later line may negate the match."""
     return _name_pattern(EXCLUDES).match(name) is not None
 
 
@@ -358,10 +360,10 @@ def _name_pattern(patterns: tuple[str, ...]) -> re.Pattern[str]:
 @contextmanager
 def _reading(path: Path) -> Iterator[None]:
     """
-    Pass over what has gone meanwhile, and links to nothing.
+    Ignore files that were deleted during the walk, and broken links.
 
     Raises:
-        SpecError: it cannot be read.
+        SpecError: the path cannot be read.
     """
     try:
         yield
@@ -371,6 +373,6 @@ def _reading(path: Path) -> Iterator[None]:
         _refuse(path, f"cannot be read: {error.strerror}")
 
 
-def _refuse(path: Path, why: str) -> NoReturn:
+def _refuse(path: Path, reason: str) -> NoReturn:
     hint = "list it in .rayignore, or ship another folder"
-    raise SpecError(Problem(("--working-dir",), f"{path} {why}", hint))
+    raise SpecError(Problem(("--working-dir",), f"{path} {reason}", hint))

@@ -1,8 +1,8 @@
 """
-A job on a cluster's job API: hand it in, follow it to its end, look after it later.
+Jobs of a cluster's job API: find a job, follow its log until it ends, stop it.
 
-Following asks for status and log again and again: Ray's own log stream has been seen to stop
-before the job does (ray issue 51601), and what is asked again cannot stop.
+Following a job polls its status and log: Ray's log stream may end before the job does (ray
+issue 51601).
 """
 
 import re
@@ -26,31 +26,31 @@ from distplat.platform.errors import (
 if TYPE_CHECKING:
     from distplat.cli.cluster import Jobs
 
-Answer = TypeVar("Answer")
+Result = TypeVar("Result")
 
 ENDED = ("SUCCEEDED", "FAILED", "STOPPED")
 STATUSES = ("PENDING", "RUNNING", *ENDED)
 RESULT_MARK = "distplat-result: "
-"""Begins the line of a job's log that holds its result as JSON."""
+"""Prefix of the line in a job's log that contains its result as JSON."""
 
 _POLL_S = 0.15
 _LOG_BYTES_PER_S = 4e6
 _PENDING_NOTE_S = 10.0
 _NO_ENVIRONMENT = "RUNTIME_ENV_SETUP_FAILURE"
-"""Ray's word for a job whose runtime environment cannot be set up."""
+"""Ray's error type for a job whose runtime environment cannot be set up."""
 _MESSAGE_LINES = 40
-"""Of a message of the cluster's: what has failed stands at the end of a traceback."""
-_PATIENCE_S = 30.0
+"""Number of lines printed from the end of a cluster's error message, often a traceback."""
+_RETRY_S = 30.0
 _STOP_TIMEOUT_S = 30.0
 _ID = re.compile(r"[\w.-]{1,128}", re.ASCII)
 
 
 def check_id(job_id: str) -> str:
     """
-    Let through what can be a job's id: it becomes part of a URL.
+    Validate a job id, which becomes part of a URL.
 
     Raises:
-        SpecError: it cannot.
+        SpecError: the id has other characters than letters, digits, `.`, `_` and `-`.
     """
     if not _ID.fullmatch(job_id):
         raise SpecError(Problem(("id",), f"{job_id[:60]!r} is no job id", "letters, digits, . _ -"))
@@ -59,10 +59,10 @@ def check_id(job_id: str) -> str:
 
 def find(jobs: "Jobs", job_id: str) -> Info:
     """
-    Look a job up.
+    Return a job by its id.
 
     Raises:
-        SpecError: there is none of that id; names the nearest, or the latest.
+        SpecError: no job has this id; the error names the most similar or the latest ids.
     """
     try:
         return jobs.info(check_id(job_id))
@@ -77,26 +77,29 @@ def find(jobs: "Jobs", job_id: str) -> Info:
 
 def follow(jobs: "Jobs", job_id: str, write: Callable[[str], None]) -> Info:
     """
-    Write a job's log as it grows; return when the job has ended.
+    Print a job's log as it grows, until the job has ended.
 
     Args:
-        jobs: where it runs.
-        job_id: which one.
-        write: takes whole lines, without control characters, without their ends.
+        jobs: job API of the cluster.
+        job_id: id of the job.
+        write: called with each line, without control characters and line end.
+
+    Returns:
+        The details of the finished job.
 
     Raises:
-        ClusterUnreachable: the cluster was gone for longer than a passing trouble of the net.
+        ClusterUnreachable: the cluster did not answer for longer than a transient network error.
     """
     printed = 0
-    began = time.monotonic()
-    said_pending = False
+    started = time.monotonic()
+    has_pending_note = False
     while True:
-        # Before the log: what was logged before the end is then seen.
+        # Read the status before the log: the log of an ended job is then complete.
         info = _retry(lambda: jobs.info(job_id))
         ended = info["status"] in ENDED
         if info["status"] == "PENDING":
-            if not said_pending and time.monotonic() - began > _PENDING_NOTE_S:
-                said_pending = True
+            if not has_pending_note and time.monotonic() - started > _PENDING_NOTE_S:
+                has_pending_note = True
                 write("still waiting for the cluster to start the driver")
             time.sleep(_POLL_S)
             continue
@@ -112,41 +115,41 @@ def follow(jobs: "Jobs", job_id: str, write: Callable[[str], None]) -> Info:
         time.sleep(_POLL_S + len(text) / _LOG_BYTES_PER_S)
 
 
-def _retry(call: Callable[[], Answer]) -> Answer:
+def _retry(call: Callable[[], Result]) -> Result:
     """
-    Ask again while the cluster cannot be reached: the job goes on without us.
+    Repeat a call while the cluster cannot be reached: the job continues meanwhile.
 
     Raises:
-        ClusterUnreachable: still not, after a while.
+        ClusterUnreachable: the cluster cannot be reached before the deadline.
     """
-    give_up = time.monotonic() + _PATIENCE_S
+    deadline = time.monotonic() + _RETRY_S
     while True:
         try:
             return call()
         except ClusterUnreachable:
-            if time.monotonic() > give_up:
+            if time.monotonic() > deadline:
                 raise
             time.sleep(_POLL_S * 5)
 
 
 def clean_lines(text: str) -> list[str]:
-    """Cut a log into lines, without what would move the reader's cursor or colour the terminal."""
+    """Split a log into lines, without control characters and ANSI codes."""
     lines = text.replace("\r\n", "\n").split("\n")
     return [printable(line) for line in (lines if lines[-1] else lines[:-1])]
 
 
 class LogReader:
-    """Passes a job's log on and keeps the result that its driver wrote into it."""
+    """Forwards the lines of a job's log, except the result of its driver, which is parsed."""
 
     def __init__(self, write: Callable[[str], None]) -> None:
         self._write = write
         self.facts: Facts | None = None
 
     def __call__(self, line: str) -> None:
-        """Take one line."""
+        """Process one line."""
         if line.startswith(RESULT_MARK):
             facts = read_facts(line.removeprefix(RESULT_MARK))
-            if facts is not None:  # the user's task may print what it likes
+            if facts is not None:  # otherwise the user's task printed the line
                 self.facts = facts
                 return
         if not line.startswith("Running entrypoint for job "):
@@ -154,35 +157,39 @@ class LogReader:
 
 
 def stop(
-    jobs: "Jobs", job_id: str, *, wait: bool, call: Callable[[Info], bool] = lambda info: False
+    jobs: "Jobs",
+    job_id: str,
+    *,
+    wait: bool,
+    call_controller: Callable[[Info], bool] = lambda info: False,
 ) -> str:
     """
-    End a job; one that has ended is left alone.
+    Stop a job, unless it has ended.
 
-    Ray kills a driver that has not ended 3 s after it was asked to: too soon for a checkpoint that
-    is being written. So the run's controller is asked first.
+    Ray kills a driver 3 s after SIGTERM, which may be too soon to complete a checkpoint. So the
+    run's controller is called first.
 
     Args:
-        jobs: where it runs.
-        job_id: which one.
-        wait: until it has ended.
-        call: asks the controller of a job that is running; says whether it could be asked.
+        jobs: job API of the cluster.
+        job_id: id of the job.
+        wait: wait until the job has ended.
+        call_controller: stops a running job through its controller; returns whether it succeeded.
 
     Returns:
-        Its status.
+        The status of the job.
 
     Raises:
-        DeadlineExceeded: it does not end.
+        DeadlineExceeded: the job does not end.
     """
     info = find(jobs, job_id)
     status = str(info["status"])
     if status in ENDED:
         return status
-    if status != "RUNNING" or not call(info):
+    if status != "RUNNING" or not call_controller(info):
         jobs.stop(job_id)
-    give_up = time.monotonic() + _STOP_TIMEOUT_S
+    deadline = time.monotonic() + _STOP_TIMEOUT_S
     while wait and status not in ENDED:
-        if time.monotonic() > give_up:
+        if time.monotonic() > deadline:
             raise DeadlineExceeded(f"stopping {job_id}", (job_id,), _STOP_TIMEOUT_S, "--no-wait")
         time.sleep(_POLL_S)
         status = str(jobs.info(job_id)["status"])
@@ -190,14 +197,14 @@ def stop(
 
 
 def _why_without_driver(info: Info) -> list[str]:
-    """Give what the cluster says of a job whose driver did not start, and so has logged nothing."""
+    """Return the cluster's message for a job whose driver did not start and has no log."""
     if info["status"] != "FAILED" or info.get("driver_exit_code") is not None:
         return []
     return clean_lines(str(info.get("message") or ""))[-_MESSAGE_LINES:]
 
 
 def exit_code(info: Info) -> int:
-    """Give the exit code of `submit` for an ended job: the driver's own, where there is one."""
+    """Return the exit code of `submit` for a finished job: that of the driver, if it started."""
     if info["status"] == "SUCCEEDED":
         return 0
     if info.get("error_type") == _NO_ENVIRONMENT:
@@ -207,7 +214,7 @@ def exit_code(info: Info) -> int:
 
 
 class Detached(KeyboardInterrupt):
-    """The user stopped following a job, which goes on."""
+    """The user stopped following a job, which continues."""
 
 
 def say(line: str) -> None:

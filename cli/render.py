@@ -1,9 +1,9 @@
 """
-What commands print: how a run ended, the strategies that there are; tables, or JSON.
+Output of commands: tables or JSON for the result of a run and for the list of strategies.
 
-Tables are rich's: bold and coloured on a terminal, aligned text elsewhere. rich hears NO_COLOR,
-FORCE_COLOR and TERM. What is piped has ANSI codes for FORCE_COLOR alone, and no line of it is
-wrapped: a program may read it.
+Tables are printed with rich: bold and coloured on a terminal, aligned text elsewhere. rich honours
+NO_COLOR, FORCE_COLOR and TERM. Piped output has ANSI codes only with FORCE_COLOR, and its lines are
+not wrapped, so that programs can parse it.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ if TYPE_CHECKING:
 
 
 _UNWRAPPED = 1_000_000
-"""Columns of a line that is not for a terminal."""
+"""Line width of output that is not printed to a terminal."""
 
 
 def terminal() -> Console | None:
-    """Give what prints colours to stdout; None: it gets plain text, being a file or a pipe."""
+    """Return the console for coloured stdout; None: stdout is a file or pipe for plain text."""
     if is_terminal(sys.stdout):
         return terminal_console(sys.stdout)
     return Console(width=_UNWRAPPED) if has_colors(sys.stdout) else None
@@ -57,15 +57,15 @@ def print_table(
     Print a table.
 
     Args:
-        heads: of the columns.
-        rows: their cells.
-        styles: of each row, as rich names them; empty: none.
+        heads: headers of the columns.
+        rows: cells of each row.
+        styles: rich style of each row; empty: no styles.
     """
     _print(_table(heads, rows, styles))
 
 
 def table_lines(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """Give a table as plain lines, without spaces at their ends."""
+    """Return a table as plain lines, without trailing spaces."""
     return _lines(_table(heads, rows))
 
 
@@ -99,7 +99,7 @@ def _lines(table: Table) -> list[str]:
 
 @with_config(ConfigDict(extra="forbid"))
 class Facts(TypedDict):
-    """How a run ended, in plain values: what `-o json` prints."""
+    """Result of a run, as printed by `-o json`."""
 
     status: str
     name: str
@@ -122,7 +122,7 @@ class Facts(TypedDict):
 
 
 def facts_of(job: Job, result: Result) -> Facts:
-    """Put together what a run came to."""
+    """Return the result of a run as JSON values."""
     totals = result.totals
     split, busy = totals.seconds, sum(totals.seconds.values())
     return {
@@ -137,8 +137,8 @@ def facts_of(job: Job, result: Result) -> Facts:
         "time_split": {part: round(s / busy, 4) for part, s in split.items()} if busy else {},
         "figures": totals.figures,
         "checkpoints": [saved.step for saved in result.checkpoints],
-        "restarts": [restart_text(one) for one in result.failures],
-        "resizes": [resize_text(one) for one in result.resizes],
+        "restarts": [restart_text(failure) for failure in result.failures],
+        "resizes": [resize_text(resize) for resize in result.resizes],
         "run_directory": str(result.path),
         "stopped": result.stopped,
         "best_checkpoint": str(result.best_checkpoint) if result.best_checkpoint else None,
@@ -148,12 +148,12 @@ def facts_of(job: Job, result: Result) -> Facts:
 
 
 def print_result(facts: Facts) -> None:
-    """Print how a run ended to stdout: a table on a terminal, aligned text elsewhere."""
+    """Print the result of a run to stdout: a table on a terminal, aligned text elsewhere."""
     print_pairs(_rows(facts))
 
 
 def read_facts(text: str) -> Facts | None:
-    """Read the JSON of `Facts`; None: it is something else, for anybody may print into a log."""
+    """Parse the JSON of `Facts`; None: other text, since user code may print the same prefix."""
     try:
         return TypeAdapter(Facts).validate_json(text, strict=True)
     except ValidationError:
@@ -194,12 +194,12 @@ def _rows(facts: Facts) -> list[tuple[str, str]]:
     return rows
 
 
-_NO_LIMIT = 2**40  # what a field says that means: any number that makes sense
+_NO_LIMIT = 2**40  # an upper bound from here on means that the field has no practical limit
 _SIGNS = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
 
 
 def print_strategies(*, as_json: bool) -> None:
-    """Print names, one line each, and the options with type, default and meaning."""
+    """Print the strategies, and their options with type, default and description."""
     described = [_described(name) for name in strategies.names()]
     if as_json:
         print(to_json(described))
@@ -212,12 +212,12 @@ def print_strategies(*, as_json: bool) -> None:
 
 
 def _described(name: str) -> dict[str, Any]:
-    kind = strategies.get(name)
-    return {"name": name, "summary": kind.summary, "options": field_rows(kind.options_type)}
+    cls = strategies.get(name)
+    return {"name": name, "summary": cls.summary, "options": field_rows(cls.options_type)}
 
 
 def field_rows(model: type[BaseModel]) -> list[dict[str, Any]]:
-    """Give name, type, default and description of a model's fields, in words."""
+    """Return name, type, default and description of a model's fields, for the user."""
     schema = model.model_json_schema()
     return [
         {
@@ -233,15 +233,16 @@ def field_rows(model: type[BaseModel]) -> list[dict[str, Any]]:
 
 
 def _bounds(field: FieldInfo) -> list[str]:
-    """Give `1 to 256`, `> 0`; a schema lacks them where a validator of ours stands before."""
+    """Return `1 to 256` or `> 0`; the JSON schema lacks the bounds of fields with validators."""
     bounds = {sign: getattr(m, sign) for m in field.metadata for sign in _SIGNS if hasattr(m, sign)}
-    if tops := [m.le for m in field.metadata if hasattr(m, "le")]:
-        bounds["le"] = min(tops)
+    if upper_bounds := [m.le for m in field.metadata if hasattr(m, "le")]:
+        bounds["le"] = min(upper_bounds)
     if bounds.get("le", 0) >= _NO_LIMIT:
         del bounds["le"]
     if {"ge", "le"} <= bounds.keys():
         return [f"{_shown(bounds['ge'])} to {_shown(bounds['le'])}"]
-    return [", ".join(f"{_SIGNS[sign]} {_shown(at)}" for sign, at in bounds.items())] * bool(bounds)
+    texts = [f"{_SIGNS[sign]} {_shown(bound)}" for sign, bound in bounds.items()]
+    return [", ".join(texts)] if texts else []
 
 
 def _shown(bound: float) -> str:
@@ -249,7 +250,7 @@ def _shown(bound: float) -> str:
 
 
 def _type(schema: dict[str, Any]) -> str:
-    """Put a JSON schema into words a user reads: `integer`, `'gloo' or 'nccl'`."""
+    """Return the type of a JSON schema as text: `integer`, `'gloo' or 'nccl'`."""
     if "anyOf" in schema:
         return " or ".join(_type(part) for part in schema["anyOf"])
     if "const" in schema:

@@ -1,4 +1,4 @@
-"""`distplat report`: what a run came to, as a page beside it and as a table."""
+"""`distplat report`: a report of a run, as an HTML page in its directory and as a table."""
 
 import json
 import os
@@ -32,17 +32,17 @@ def report(
         Path,
         typer.Argument(
             metavar="RUN",
-            help="Its directory, its name below runs/, or its job's name: the newest run there.",
+            help="Directory of a run, its name below runs/, or the name of a job (its newest run).",
         ),
     ],
     output: Output = "text",
 ) -> None:
     """
-    Say what a run came to, and write report.html beside its results.
+    Print the metrics of a run, and write report.html to its directory.
 
-    Works on runs that failed or still go on: with what there is so far. The page needs the extra
-    `report`; without it the figures are printed all the same. Of a pipeline it writes
-    pipeline_perfetto.json too, for ui.perfetto.dev.
+    Failed and running runs are supported, with the data recorded so far. The page needs the extra
+    `report`; without it only the metrics are printed. For a pipeline, pipeline_perfetto.json is
+    written for ui.perfetto.dev as well.
     """
     as_json = is_json(output)
     record, now = read_run(_run_of(run_directory)), time.time()
@@ -73,10 +73,10 @@ def report(
 
 def _run_of(given: Path) -> Path:
     """
-    Find a run by its directory, its name below `runs/`, or its job's name: the newest one.
+    Return the directory of a run, by its path, its name below `runs/`, or its job (newest run).
 
     Raises:
-        SpecError: there is none.
+        SpecError: there is no such run.
     """
     newest = last_run(str(given))
     return find_run(given) if newest is None else newest.resolve()
@@ -84,10 +84,10 @@ def _run_of(given: Path) -> Path:
 
 def write_new(path: Path, text: str) -> Path:
     """
-    Write a file whole; under a name that nobody can have put a link at, for the run may be foreign.
+    Write a file atomically, under a random temporary name: a foreign run may contain links.
 
     Raises:
-        StorageError: it cannot be written.
+        StorageError: the file cannot be written.
     """
     partial = path.with_name(f"{path.name}.{secrets.token_hex(8)}.partial")
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
@@ -104,7 +104,7 @@ def write_new(path: Path, text: str) -> Path:
 
 
 def _pipeline(record: RunRecord) -> "tuple[list[Gantt], str]":
-    """Give the traced step of each replica, and what is wrong with the trace."""
+    """Return the traced step of each replica, and the problem of an unusable trace."""
     from distplat.strategies.algorithms.gantt import gantts
 
     if record.trace is None:
@@ -165,15 +165,15 @@ def _facts(record: RunRecord, now: float, pipeline: "list[Gantt]") -> dict[str, 
         "figures": {row.name: row.mean for row in run_report.figure_rows(record.steps)},
         "restarts": [
             {
-                "attempt": one.failure.attempt,
-                "step": one.failure.step,
-                "cause": one.failure.cause,
-                "replaced": list(one.failure.replaced),
-                "seconds": one.recovery.seconds if one.recovery else None,
+                "attempt": restart.failure.attempt,
+                "step": restart.failure.step,
+                "cause": restart.failure.cause,
+                "replaced": list(restart.failure.replaced),
+                "seconds": restart.recovery.seconds if restart.recovery else None,
             }
-            for one in run_report.restarts(record)
+            for restart in run_report.restarts(record)
         ],
-        "resizes": [asdict(one) for one in record.resizes],
+        "resizes": [asdict(resize) for resize in record.resizes],
         "pipeline": _pipeline_facts(pipeline),
         "notes": record.notes,
     }

@@ -1,8 +1,8 @@
 """
-A run as one HTML page: everything is in it, nothing is fetched, no script runs.
+The report of a run as a self-contained HTML page, without scripts and external resources.
 
-The page is `report.html.j2`, which escapes all text of the run (names, paths, errors): a job may be
-called `<script>`. What it shows is put together here.
+The template `report.html.j2` escapes all text of the run (names, paths, errors): a job may be
+called `<script>`. This module computes the template's variables.
 """
 
 import math
@@ -52,12 +52,12 @@ from distplat.platform.yaml_source import dump_yaml
 from distplat.strategies.algorithms.gantt import Gantt
 
 _COLUMNS = 160
-"""The most columns of a chart: more could not be told apart."""
+"""Maximum number of columns of a chart; more would be too narrow."""
 _PARTS = {"data": "#56b4e9", "compute": "#0072b2", "exchange": "#d55e00", "update": "#009e73"}
 
 
 def page(record: RunRecord, now_s: float, pipeline: Sequence[Gantt], problem: str) -> str:
-    """Write the page; `problem` says what is wrong with the pipeline, the traced steps."""
+    """Return the HTML page; `problem` is the error of an unusable pipeline trace."""
     environment = Environment(
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
@@ -72,8 +72,8 @@ def page(record: RunRecord, now_s: float, pipeline: Sequence[Gantt], problem: st
         loss=_loss_chart(record),
         metrics=[metric.name for metric in measured],
         evaluations=[
-            [str(one.step), *(number(one.metrics.get(metric.name)) for metric in measured)]
-            for one in record.evaluations
+            [str(entry.step), *(number(entry.metrics.get(metric.name)) for metric in measured)]
+            for entry in record.evaluations
         ],
         metric_charts=list(_metric_charts(record)),
         parts=parts,
@@ -83,7 +83,7 @@ def page(record: RunRecord, now_s: float, pipeline: Sequence[Gantt], problem: st
         waits=_wait_chart(record),
         staleness=_staleness_text(record),
         stale=_staleness_chart(record),
-        replicas=[(one, _pipeline_timelines(one)) for one in pipeline],
+        replicas=[(gantt, _pipeline_timelines(gantt)) for gantt in pipeline],
         problem=problem,
         restarts=restart_lines(restarts(record)),
         checkpoints=checkpoint_lines(record.saved),
@@ -106,8 +106,8 @@ def _loss_chart(record: RunRecord) -> Chart | None:
         if metric.name == "loss":
             series.append(Series("evaluation", metric.points, PALETTE[5], dots=True))
     failures = [restart.failure for restart in restarts(record)]
-    marks = [Marker(s.step, f"after step {s.step}: {first_line(s.cause)}") for s in failures]
-    return curves(series, marks)
+    markers = [Marker(f.step, f"after step {f.step}: {first_line(f.cause)}") for f in failures]
+    return curves(series, markers)
 
 
 def _metric_charts(record: RunRecord) -> Iterator[tuple[str, Chart]]:
@@ -123,7 +123,7 @@ def _colours(parts: Sequence[PhaseTime]) -> dict[str, str]:
 
 
 def _time_chart(record: RunRecord, parts: Sequence[PhaseTime]) -> Chart | None:
-    """Draw milliseconds per step."""
+    """Draw the milliseconds of each part of a step."""
     if not parts:
         return None
     colours = _colours(parts)
@@ -139,7 +139,7 @@ def _time_chart(record: RunRecord, parts: Sequence[PhaseTime]) -> Chart | None:
 
 
 def _wait_chart(record: RunRecord) -> Chart | None:
-    """Draw milliseconds per step of the rank with the most; the first step apart."""
+    """Draw the milliseconds per step of the slowest rank, without the first step."""
     names = {"waiting_s": ("waiting for others", 1), "working_s": ("working", 0)}
     series = []
     for name, (label, colour) in names.items():
@@ -199,7 +199,7 @@ def _pipeline_timelines(gantt: Gantt) -> Chart:
 
 
 def _numeric(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> list[bool]:
-    """Tell of each column of a table with heads whether all its cells are numbers."""
+    """Return for each column whether all its cells are numbers; all False without headers."""
     width = max(map(len, [heads, *rows]))
     return [
         bool(heads) and all(row[n][:1].isdigit() or row[n][:1] == "-" for row in rows)

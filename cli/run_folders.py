@@ -1,8 +1,8 @@
 """
-Runs by their directories below `runs/`: for `list` and `logs` of what no job API has.
+Local runs below `runs/`, for `list`, `status` and `logs` without a job API.
 
-A run that `distplat submit` or `Trainer.fit` made here is known by its directory alone once it has
-ended. What the directory says is shown as the job API's jobs are.
+After a local run of `distplat submit` or `Trainer.fit` has ended, only its directory remains. The
+facts in the directory are returned with the same fields as the jobs of a job API.
 """
 
 import os
@@ -17,7 +17,7 @@ from distplat.platform.errors import DistplatError, SpecError, naming_path
 from distplat.platform.run_record import MAX_LINE_BYTES, RunRecord, find_run, read_run
 from distplat.platform.run_report import status_of
 
-HOME = Path("runs")
+RUNS = Path("runs")
 _POLL_S = 0.5
 _FAILED = 4
 """Exit code of `logs --follow` for a run that did not succeed, as for a job of the job API."""
@@ -25,35 +25,35 @@ _FAILED = 4
 
 def local_runs(limit: int, status: str | None = None) -> list[dict[str, Any]]:
     """
-    Give the runs below `runs/`, newest first, with the fields that a job of the job API has.
+    Return the runs below `runs/`, newest first, with the fields that a job of the job API has.
 
     Args:
-        limit: at most so many.
-        status: only those; None: all.
+        limit: maximum number of runs.
+        status: return only runs with this status; None: all.
     """
     return list(islice((run for run in _runs() if status in (None, run["status"])), limit))
 
 
 def _runs() -> Iterator[dict[str, Any]]:
     """
-    Give the facts of the runs below `runs/`, newest first.
+    Return the facts of the runs below `runs/`, newest first.
 
     Raises:
-        SpecError: `runs/` may not be read.
+        SpecError: `runs/` cannot be read.
     """
-    with naming_path(HOME):
-        paths = [*HOME.iterdir()] if HOME.is_dir() else []
-    started = {path: at for path in paths if (at := _mtime(path / "job.yaml")) is not None}
+    with naming_path(RUNS):
+        paths = [*RUNS.iterdir()] if RUNS.is_dir() else []
+    started = {path: mtime for path in paths if (mtime := _mtime(path / "job.yaml")) is not None}
     for path in sorted(started, key=started.__getitem__, reverse=True):
         try:
             facts = _facts(read_run(path, steps=False), started[path])
-        except DistplatError:  # another program's, or it may not be read
+        except DistplatError:  # a folder of another program, or an unreadable one
             continue
         yield facts
 
 
 def _mtime(path: Path) -> float | None:
-    """Give a file's modification time; None: it is not there, or not readable."""
+    """Return a file's modification time; None: the file does not exist or is not readable."""
     try:
         return path.stat().st_mtime
     except OSError:
@@ -77,8 +77,8 @@ def _facts(record: RunRecord, started: float) -> dict[str, Any]:
     }
 
 
-def run_called(name: str) -> Path | None:
-    """Give a run's directory by its path, or its name below `runs/`; None: there is none."""
+def find_run_directory(name: str) -> Path | None:
+    """Return a run's directory, by its path or its name below `runs/`; None: no such run."""
     try:
         path = find_run(Path(name))
     except SpecError:
@@ -88,8 +88,8 @@ def run_called(name: str) -> Path | None:
 
 
 def ended_run(name: str) -> dict[str, Any] | None:
-    """Give the facts of a run that has ended, by its directory or its name; None: no such run."""
-    path = run_called(name)
+    """Return the facts of a finished run, by its directory or its name; None: no such run."""
+    path = find_run_directory(name)
     if path is None:
         return None
     record = read_run(path, steps=False)
@@ -97,47 +97,48 @@ def ended_run(name: str) -> dict[str, Any] | None:
 
 
 def last_run_ended(job: str) -> dict[str, Any] | None:
-    """Give the facts of a job's newest run below `runs/`, if it has ended; else None."""
+    """Return the facts of a job's newest run below `runs/`, if it has ended; else None."""
     newest = next((run for run in _runs() if run["name"] == job), None)
     return None if newest is None or newest["end_time"] is None else newest
 
 
 def last_run(job: str) -> Path | None:
     """
-    Give the directory of a job's newest run below `runs/`.
+    Return the directory of a job's newest run below `runs/`.
 
-    It comes before a folder of that name here: many a project has one for each job.
+    The job takes precedence over a folder of the same name in the current directory, since many
+    projects have one folder for each job.
 
     Args:
-        job: its name, as a command got it.
+        job: argument of a command.
 
     Returns:
-        None: there is none, or it is a path, or a run itself has that name.
+        None: the job has no run, the argument is a path, or it is the name of a run.
     """
     try:
-        if Path(job).name != job or (HOME / job).is_dir():
+        if Path(job).name != job or (RUNS / job).is_dir():
             return None
-        return next((HOME / one["id"] for one in _runs() if one["name"] == job), None)
-    except (SpecError, OSError):  # `runs/` may not be read
+        return next((RUNS / run["id"] for run in _runs() if run["name"] == job), None)
+    except (SpecError, OSError):  # `runs/` is not readable
         return None
 
 
 def print_logs(path: Path, write: Callable[[str], None], *, follow: bool) -> int:
     """
-    Print what the roles of a run have printed, each line after its role's name.
+    Print the logs of all roles of a run, each line prefixed with the role.
 
     Args:
-        path: of the run directory.
-        write: is given each line.
-        follow: until the run has ended.
+        path: run directory.
+        write: called with each line.
+        follow: continue until the run has ended.
 
     Returns:
-        0; of a run that was followed and did not succeed, 4.
+        Exit code: 0; with `follow`, 4 for a run that did not succeed.
     """
-    reader = _LogTail(path / "logs")
+    tail = _LogTail(path / "logs")
     while True:
         record = read_run(path, steps=False) if follow else None
-        for line in reader.fresh():
+        for line in tail.new_lines():
             write(line)
         if record is None:
             return 0
@@ -149,35 +150,35 @@ def print_logs(path: Path, write: Callable[[str], None], *, follow: bool) -> int
 
 class _LogTail:
     """
-    Reads the files of a folder as they grow.
+    Reads growing log files.
 
     Args:
-        folder: of `<role>.log`.
+        folder: folder with the files `<role>.log`.
     """
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._read: dict[Path, int] = {}  #: bytes that were given out
+        self._offsets: dict[Path, int] = {}  #: position after the last line returned
 
-    def fresh(self) -> Iterator[str]:
+    def new_lines(self) -> Iterator[str]:
         """
-        Give whole lines that have come since.
+        Yield the complete lines written since the last call.
 
         Raises:
-            StorageError: one of the files may not be read, or is a pipe or a device.
+            StorageError: a log file is not readable, or is a pipe or a device.
         """
         for path in sorted(self._folder.glob("*.log")):
             with open_regular(path) as file:
                 if file is None:
                     continue
-                offset = self._read.get(path, 0)
+                offset = self._offsets.get(path, 0)
                 if os.fstat(file.fileno()).st_size < offset:
-                    offset = 0  # it became `.log.1`, and another began
+                    offset = 0  # the log was rotated to `.log.1`
                 file.seek(offset)
                 while line := file.readline(MAX_LINE_BYTES):
                     if not line.endswith(b"\n") and len(line) < MAX_LINE_BYTES:
-                        break  # it is being written
+                        break  # incomplete line
                     offset += len(line)
-                    self._read[path] = offset
+                    self._offsets[path] = offset
                     for text in line.decode(errors="replace").splitlines():
                         yield f"({path.stem}) {text}"

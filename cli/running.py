@@ -1,4 +1,4 @@
-"""`distplat scale`, `stop`, and the roles in `status`: runs are asked through Ray itself."""
+"""`distplat scale`, `stop`, and the roles in `status`: calls of a run's actors through Ray."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from distplat.cli.address import LOOPBACK, Target, bring_token, host_and_port, target_of
+from distplat.cli.address import LOOPBACK, Target, enable_token, host_and_port, target_of
 from distplat.cli.common_options import Output, RunAddress, is_json
 from distplat.cli.render import table_lines
 from distplat.platform.errors import (
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 
 def role_lines(overview: Overview) -> list[str]:
-    """Give the lines of a run's roles."""
+    """Return a text with a run's roles, as lines."""
     lines = [f"run {overview.run}"]
     if overview.servers is not None:
         lines += ["", *_server_lines(overview.servers)]
@@ -44,7 +44,7 @@ def role_lines(overview: Overview) -> list[str]:
 
 
 def role_facts(overview: Overview) -> dict[str, Any]:
-    """Give the roles for JSON output."""
+    """Return a run's roles as JSON values."""
     scheduler = overview.scheduler
     return {
         "run": overview.run,
@@ -66,14 +66,14 @@ def _server_lines(servers: ServerGroupStatus) -> list[str]:
 
 def _shard_lines(servers: ServerGroupStatus) -> list[str]:
     if not servers.version:
-        return ["server manager    no shard was given out yet: no worker has come"]
+        return ["server manager    no shards yet: no worker has registered"]
     total = servers.cuts[-1].stop if servers.cuts else 0
     head = f"server manager    map version {servers.version}, {total:,} elements"
     columns = ["SHARD", "ELEMENTS", "SERVER", "BACKUP"]
     rows = []
     for cut, assignment in zip(servers.cuts, servers.assignments, strict=True):
-        run = f"{cut.start:,}..{cut.stop:,}"
-        rows.append([str(cut.index), run, assignment.primary, _backup(assignment)])
+        elements = f"{cut.start:,}..{cut.stop:,}"
+        rows.append([str(cut.index), elements, assignment.primary, _backup(assignment)])
     if not servers.replicated:
         columns, rows = columns[:-1], [row[:-1] for row in rows]
     return [head, *table_lines(columns, rows)]
@@ -87,14 +87,14 @@ def _backup(assignment: ShardAssignment) -> str:
 
 def _worker_lines(scheduler: SchedulerStatus, scale: ScaleStatus) -> list[str]:
     if not scheduler.steps:
-        return ["task scheduler    no worker has come yet"]
+        return ["task scheduler    no worker has registered yet"]
     of = f" of {scheduler.steps}" if scheduler.steps < UNBOUNDED else ""
     head = f"task scheduler    step {scheduler.done}{of}, attempt {scheduler.attempt}"
     if scheduler.dynamic_tasks:
-        duplicates = f"{scheduler.duplicates} were made twice"
+        duplicates = f"{scheduler.duplicates} were computed twice"
         head += f", tasks of 1/{scheduler.parts} step are leased, {duplicates}"
     else:
-        head += ", each worker makes its part of every step"
+        head += ", each worker computes its part of every step"
     unit = "TASKS" if scheduler.dynamic_tasks else "STEPS"
     columns = ["WORKER", "STEP", unit, f"{unit}/S", "WORK", "LEASE", ""]
     lines = [head, *table_lines(columns, [_row(entry, scheduler) for entry in scheduler.workers])]
@@ -131,20 +131,20 @@ _SILENT_S = 3.0
 
 def scale(
     job: Annotated[str, typer.Argument(metavar="JOB", help="Name of the job, or of its run.")],
-    workers: Annotated[
-        int, typer.Option("--workers", metavar="N", help="How many workers there are to be.")
-    ],
+    workers: Annotated[int, typer.Option("--workers", metavar="N", help="New number of workers.")],
     address: RunAddress = None,
     wait_s: Annotated[
-        float, typer.Option("--wait-s", min=0, help="How long to wait for it; 0: not at all.")
+        float,
+        typer.Option("--wait-s", min=0, help="Deadline for the change in seconds; 0: do not wait."),
     ] = 120.0,
     output: Output = "text",
 ) -> None:
     """
-    Have workers join or leave a `ps-async` or `ps-sync` run.
+    Add workers to a `ps-async` or `ps-sync` run, or remove workers from it.
 
-    No other worker is restarted. Under `ps-async` nobody is disturbed; under `ps-sync` all change
-    between two steps, once newcomers are ready. To be called on a machine of the cluster.
+    No other worker is restarted. Under `ps-async` the other workers are not interrupted; under
+    `ps-sync` the run changes between two steps, once new workers are ready. Call this command on a
+    machine of the cluster.
     """
     as_json = is_json(output)
     with joined(address, job) as run:
@@ -159,15 +159,15 @@ def scale(
 
 def roles_of(address: str | None, name: str) -> Overview:
     """
-    Ask how the roles of a run are doing.
+    Return the status of a run's roles.
 
     Args:
         address: see `joined`.
-        name: of the job, or of the run.
+        name: name of the job or of the run.
 
     Raises:
-        SpecError: there is no such run, or several; or the address is not for this.
-        InfrastructureError: the cluster, or a role, does not answer.
+        SpecError: there is no such run, or several; or the address has the wrong type.
+        InfrastructureError: the cluster or a role does not answer.
     """
     with joined(address, name) as run:
         from distplat.actors.overview import overview
@@ -177,20 +177,20 @@ def roles_of(address: str | None, name: str) -> Overview:
 
 def stop_run(address: str | None, name: str, submission: str | None, wait_s: float) -> str:
     """
-    End a run by a call of its controller.
+    Stop a run by a call of its controller.
 
     Args:
         address: see `joined`.
-        name: of the job, or of the run.
-        submission: id of its job at the job API; None: it has none.
-        wait_s: how long to wait until it has ended.
+        name: name of the job or of the run.
+        submission: submission id at the job API; None: not submitted through a job API.
+        wait_s: deadline for the end of the run.
 
     Returns:
-        Its status; see `overview.stop`.
+        The status of the run; see `overview.stop`.
 
     Raises:
-        SpecError: there is no such run, or several; or the address is not for this.
-        InfrastructureError, ClusterUnreachable: the cluster, or the controller, does not answer.
+        SpecError: there is no such run, or several; or the address has the wrong type.
+        InfrastructureError, ClusterUnreachable: the cluster or the controller does not answer.
     """
     with joined(address, name, submission) as run:
         from distplat.actors.overview import stop
@@ -201,22 +201,22 @@ def stop_run(address: str | None, name: str, submission: str | None, wait_s: flo
 @contextmanager
 def joined(address: str | None, name: str, submission: str | None = None) -> Iterator[RunName]:
     """
-    Be connected to the Ray in which a run goes on, which must have a part on this machine.
+    Connect to the Ray cluster of a run; this machine must be a node of the cluster.
 
     Args:
-        address: as given; a job API's URL stands for the cluster on this machine that it serves.
-        name: of the job, or of the run.
-        submission: id of its job at the job API; None: it has none.
+        address: `--address`; the URL of a job API stands for its cluster on this machine.
+        name: name of the job or of the run.
+        submission: submission id at the job API; None: not submitted through a job API.
 
     Yields:
         The run.
 
     Raises:
         SpecError: there is no such run, or several; or the address cannot be joined from here.
-        ClusterUnreachable: no Ray runs there.
+        ClusterUnreachable: no Ray runs at the address.
     """
     target = _target_to_join(address)
-    bring_token(target)
+    enable_token(target)
     with redirect_stdout(sys.stderr), _connection(target, name, submission):
         from distplat.actors.overview import one_run, submitted_run
 
@@ -225,10 +225,10 @@ def joined(address: str | None, name: str, submission: str | None = None) -> Ite
 
 def _target_to_join(address: str | None) -> Target:
     """
-    Give where to go.
+    Return the target of an address.
 
     Raises:
-        SpecError: it cannot be joined from here.
+        SpecError: the address cannot be joined from this machine.
     """
     target = target_of(address, os.environ)
     if target.origin and target.kind == "local":
@@ -241,12 +241,12 @@ def _target_to_join(address: str | None) -> Target:
 
 
 def _connection(target: Target, name: str, submission: str | None) -> AbstractContextManager[None]:
-    """Give the way to the Ray that was named; or to that of the Rays here which has the run."""
+    """Return a connection to the target, or to the Ray instance on this machine with the run."""
     from distplat.cli.join import connected_here, connected_to, rays_here
 
     if target.kind == "driver" and target.address != "auto":
         return connected_to(target.address)
-    # A URL means one cluster, and no other is asked.
+    # The URL of a job API names one cluster: other instances are not searched.
     rays = [] if target.kind == "jobs" else rays_here()
     if len(rays) < 2:
         return connected_here()
@@ -255,11 +255,11 @@ def _connection(target: Target, name: str, submission: str | None) -> AbstractCo
 
 def _address_of_run(rays: Sequence[str], name: str, submission: str | None) -> str:
     """
-    Ask several Rays of this machine for a run; give the address of the one that has it.
+    Search several Ray instances on this machine for a run, and return the address of its instance.
 
     Raises:
-        SpecError: none has it, or several have one of that name.
-        ClusterUnreachable: none answers.
+        SpecError: no instance, or more than one, has a run of that name.
+        ClusterUnreachable: no instance answers.
     """
     from distplat.actors.overview import NoSuchRun, find_runs, submitted_run
     from distplat.cli.join import connected_to
@@ -271,11 +271,11 @@ def _address_of_run(rays: Sequence[str], name: str, submission: str | None) -> s
         try:
             with connected_to(address, own=True):
                 runs = find_runs(name) if submission is None else [submitted_run(submission, name)]
-            matches += [(address, one.run) for one in runs]
+            matches += [(address, run_name.run) for run_name in runs]
         except SpecError as error:
             for problem in error.problems:
                 not_found.append(replace(problem, message=f"{problem.message} at {address}"))
-        except (ClusterUnreachable, InfrastructureError) as error:  # or it is just ending
+        except (ClusterUnreachable, InfrastructureError) as error:  # e.g. the instance is stopping
             unreachable.append(error)
     if not matches and not not_found and unreachable:
         raise unreachable[0]
@@ -284,6 +284,7 @@ def _address_of_run(rays: Sequence[str], name: str, submission: str | None) -> s
     if not matches:
         raise SpecError(*not_found, *(Problem((), str(error)) for error in unreachable))
     if len({address for address, _ in matches}) > 1:
-        named = ", ".join(f"{run} at {address}" for address, run in matches)
-        raise SpecError(Problem((), f"several runs of job {name!r} go on", f"name one: {named}"))
+        listed = ", ".join(f"{run} at {address}" for address, run in matches)
+        text = f"several runs of job {name!r} are active"
+        raise SpecError(Problem((), text, f"name one: {listed}"))
     return matches[0][0]

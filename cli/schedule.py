@@ -1,4 +1,4 @@
-"""`distplat schedule`: what a pipeline schedule looks like, and what it costs, before any run."""
+"""`distplat schedule`: simulate and draw a pipeline schedule, without a run."""
 
 import sys
 from dataclasses import asdict
@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from distplat.strategies.algorithms.simulate import Costs, Simulation
 
 
-def _option(text: str, least: int = 0, **more: Any) -> Any:
-    return typer.Option(min=least, help=text, **more)
+def _option(text: str, minimum: int = 0, **kwargs: Any) -> Any:
+    return typer.Option(min=minimum, help=text, **kwargs)
 
 
 Schedule = Annotated[str, typer.Argument(metavar="NAME", help="gpipe, 1f1b, interleaved or zb-h1.")]
@@ -25,11 +25,11 @@ Stages = Annotated[int, _option("Stages of the pipeline.", 1, max=64)]
 MicroBatches = Annotated[int, _option("Micro-batches of a step.", 1, max=1024)]
 Chunks = Annotated[int | None, _option("Chunks of layers per stage (interleaved).", 1, max=16)]
 Forward = Annotated[float, _option("Time of a stage's forward of one micro-batch.")]
-Backward = Annotated[float, _option("Time of all of its backward.")]
-_WEIGHT = "Part of it for the weights' gradient (zb-h1)."
+Backward = Annotated[float, _option("Time of a stage's backward of one micro-batch.")]
+_WEIGHT = "Part of --backward for the weights' gradient (zb-h1)."
 Weight = Annotated[float | None, _option(_WEIGHT, show_default="half")]
 Send = Annotated[float, _option("Time of a message between stages.")]
-_BUFFER = "Messages under way between two stages."
+_BUFFER = "Maximum number of messages in flight between two stages."
 Buffer = Annotated[int | None, _option(_BUFFER, 1, show_default="any")]
 _SVG = "Draw the chart into this file; needs the extra `report`."
 
@@ -69,12 +69,13 @@ def schedule(
 def _costs(forward: float, backward: float, weight: float | None, send: float) -> "Costs":
     from distplat.strategies.algorithms.simulate import Costs
 
-    late = backward / 2 if weight is None else weight
-    if late > backward:
-        raise SpecError(f"--weight {late:g} is a part of --backward {backward:g}, and larger")
+    weight_cost = backward / 2 if weight is None else weight
+    if weight_cost > backward:
+        text = f"--weight {weight_cost:g} is a part of --backward {backward:g}, and larger"
+        raise SpecError(text)
     if forward + backward == 0:
         raise SpecError("--forward and --backward are both 0: there is nothing to draw")
-    return Costs(forward, backward - late, late, send)
+    return Costs(forward, backward - weight_cost, weight_cost, send)
 
 
 def _facts(plan: "PipelineSchedule", simulation: "Simulation") -> dict[str, Any]:
@@ -126,7 +127,7 @@ def _print(plan: "PipelineSchedule", simulation: "Simulation") -> None:
     print()
     weights = ", W gradient of the weights" if plan.splits_backward else ""
     primes = ", a prime for each further chunk" if plan.chunks > 1 else ""
-    print(printable(f"F forward, B backward{weights}, the micro-batch behind it{primes}, . idle"))
+    print(printable(f"F forward, B backward{weights}, then the micro-batch{primes}, . idle"))
     print_pairs(_rows(plan, simulation))
 
 

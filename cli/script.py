@@ -1,4 +1,4 @@
-"""`distplat submit -- COMMAND`: a script as it is, in as many processes as there are workers."""
+"""`distplat submit -- COMMAND`: run an unchanged script in several processes, like torchrun."""
 
 from __future__ import annotations
 
@@ -34,44 +34,44 @@ if TYPE_CHECKING:
     from distplat.actors.script_run import ScriptJob, ScriptResult
 
 COMMAND = "submit-script"
-"""Name of the command to which `submit ... -- COMMAND` goes."""
+"""Name of the hidden command that runs `submit ... -- COMMAND`."""
 
 
 def routed(args: list[str]) -> list[str]:
-    """Send `submit ... -- COMMAND` to its own command; other command lines are left alone."""
+    """Redirect `submit ... -- COMMAND` to the hidden command; return other arguments unchanged."""
     index = next((n for n, arg in enumerate(args) if not arg.startswith("-")), len(args))
     if args[index : index + 1] != ["submit"] or "--" not in args:
         return [*args]
     return [*args[:index], COMMAND, *args[index + 1 :]]
 
 
-class Lines:
+class RankOutput:
     """
-    Shows what ranks print: on stderr where stdout is for the result alone.
+    Prints the output of ranks.
 
     Args:
-        out: where to.
-        world: with several ranks each line says whose it is.
-        quiet: shows nothing.
+        out: stream to print to.
+        world: number of ranks; with more than one, each line is prefixed with its rank.
+        quiet: print nothing.
     """
 
     def __init__(self, out: TextIO, world: int, *, quiet: bool) -> None:
         self._out, self._world, self._quiet = out, world, quiet
 
     def line(self, rank: int, text: str) -> None:
-        """Show a line of a rank."""
-        self._show(f"[{rank}] {text}" if self._world > 1 else text)
+        """Print a line of a rank."""
+        self._print(f"[{rank}] {text}" if self._world > 1 else text)
 
     def notice(self, text: str) -> None:
-        """Show what the run itself has to say."""
-        self._show(f"distplat: {text}")
+        """Print a message of the run itself."""
+        self._print(f"distplat: {text}")
 
-    def _show(self, text: str) -> None:
+    def _print(self, text: str) -> None:
         if self._quiet:
             return
         try:
             print(printable(text), file=self._out, flush=True)
-        except OSError:  # nobody reads any more; the script goes on, its logs are in files
+        except OSError:  # closed pipe: the script continues, its output is in log files
             self._quiet = True
 
 
@@ -81,7 +81,7 @@ Processes = Annotated[
 Cpus = Annotated[float, typer.Option(min=0, help="CPUs of each process.")]
 Gpus = Annotated[float, typer.Option(min=0, help="GPUs of each process.")]
 Restarts = Annotated[
-    int, typer.Option(min=0, help="How often all begin anew after one has failed.")
+    int, typer.Option(min=0, help="Maximum number of restarts of all processes after a failure.")
 ]
 StartTimeout = Annotated[
     float,
@@ -90,10 +90,10 @@ StartTimeout = Annotated[
         metavar="SECONDS",
         min=1,
         max=86_400,
-        help="How long processes may take to start: for Ray to find room, and to install packages.",
+        help="Deadline for the start of processes: for Ray to schedule them and install packages.",
     ),
 ]
-StoragePath = Annotated[str, typer.Option(help="Where run directories are made; no URL.")]
+StoragePath = Annotated[str, typer.Option(help="Folder of run directories; no URL.")]
 ScriptFolder = Annotated[
     Path | None, typer.Option(help="Folder of the script; default: the current one.")
 ]
@@ -116,10 +116,10 @@ def submit_script(
     quiet: Quiet = False,
 ) -> None:
     """
-    Run a script as it is, as torchrun does: each process gets torchrun's variables.
+    Run an unchanged script, like torchrun: each process gets torchrun's environment variables.
 
-    It goes to a Ray cluster or to a local Ray. `python` is the Python of the workers. What ranks
-    print is shown, and kept in `rank-<n>.log` of the run directory.
+    The script runs on a Ray cluster or on a local Ray. `python` is the Python of the workers. The
+    output of ranks is printed, and saved in `rank-<n>.log` of the run directory.
     """
     from distplat.actors.script_run import ScriptJob, train_script
 
@@ -128,20 +128,26 @@ def submit_script(
     scaling = Scaling(num_workers=num_workers, resources_per_worker=resources)
     job_fields = tuple(command), folder, _storage(storage_path), scaling
     job = ScriptJob(_name(name, command), *job_fields, max_restarts, start_timeout)
-    lines = Lines(sys.stderr if as_json else sys.stdout, num_workers, quiet=quiet)
-    user_env, asked = (runtime_env, runtime_env_json), working_dir is not None
-    with _ray(address, folder, user_env, folder_named=asked, quiet=quiet):
-        result = train_script(job, lines)
-    with suppress(OSError):  # it has ended well, whether somebody reads it or not
+    output_lines = RankOutput(sys.stderr if as_json else sys.stdout, num_workers, quiet=quiet)
+    user_env, is_named = (runtime_env, runtime_env_json), working_dir is not None
+    with _ray(address, folder, user_env, is_folder_named=is_named, quiet=quiet):
+        result = train_script(job, output_lines)
+    with suppress(OSError):  # the run succeeded, even if the output cannot be printed
         _print(job, result, as_json=as_json)
     flush_or_discard(sys.stdout)
 
 
 def _print(job: ScriptJob, result: ScriptResult, *, as_json: bool) -> None:
     if as_json:
-        facts = {"status": "SUCCEEDED", "name": job.name, "num_workers": job.scaling.num_workers}
-        more = {"restarts": result.restarts, "seconds": result.seconds}
-        print(to_json({**facts, **more, "run_directory": str(result.path)}))
+        facts = {
+            "status": "SUCCEEDED",
+            "name": job.name,
+            "num_workers": job.scaling.num_workers,
+            "restarts": result.restarts,
+            "seconds": result.seconds,
+            "run_directory": str(result.path),
+        }
+        print(to_json(facts))
         return
     rows = [("processes", str(job.scaling.num_workers)), ("time", f"{result.seconds:.1f} s")]
     if result.restarts:
@@ -151,10 +157,10 @@ def _print(job: ScriptJob, result: ScriptResult, *, as_json: bool) -> None:
 
 def _folder(working_dir: Path | None, command: list[str]) -> Path:
     """
-    Say where the script is.
+    Return the folder of the script.
 
     Raises:
-        SpecError: nowhere, or it is none.
+        SpecError: the folder does not exist, or the command is a job file.
     """
     if Path(command[0]).suffix in (".yaml", ".yml"):
         hint = f"leave the -- out: distplat submit {command[0]}"
@@ -169,23 +175,23 @@ def _folder(working_dir: Path | None, command: list[str]) -> Path:
 
 def _storage(storage_path: str) -> Path:
     """
-    Say where the run directory is to be made.
+    Return the folder of run directories.
 
     Raises:
-        SpecError: at a URL, which only runs of job files take.
+        SpecError: the path is a URL, which only runs of job files support.
     """
     if is_url(storage_path):
         hint = "give a directory, and have the script upload what it saves"
-        raise SpecError(Problem(("--storage-path",), "a script's run takes no URL", hint))
+        raise SpecError(Problem(("--storage-path",), "cannot be a URL for a script", hint))
     return Path(storage_path)
 
 
 def _name(name: str | None, command: list[str]) -> str:
     """
-    Check the run's name, or take it from the script's.
+    Return the run's name; default: derived from the name of the script.
 
     Raises:
-        SpecError: it is none.
+        SpecError: the name has other characters than lower-case letters, digits and '-'.
     """
     if name is None:
         script = next((arg for arg in command if arg.endswith(".py")), command[0])
@@ -201,21 +207,21 @@ def _ray(
     folder: Path,
     user: tuple[Path | None, str | None],
     *,
-    folder_named: bool,
+    is_folder_named: bool,
     quiet: bool,
 ) -> AbstractContextManager[None]:
     """
-    Connect to the cluster; a local Ray is started by the run itself.
+    Connect to the cluster; a local Ray is started later, by the run itself.
 
     Args:
         address: `--address`.
-        folder: of the script.
+        folder: folder of the script.
         user: `--runtime-env` and `--runtime-env-json`.
-        folder_named: `--working-dir` names it; a home directory is refused otherwise.
-        quiet: says nothing.
+        is_folder_named: `--working-dir` is given; otherwise a home directory is refused.
+        quiet: print no messages.
 
     Raises:
-        SpecError: a job API, which this command does not speak; options without effect.
+        SpecError: the address is a job API, which is not supported; or an option has no effect.
     """
     from distplat.cli.submit import connection
 
@@ -223,7 +229,7 @@ def _ray(
     target = _target(address, say, own_environment=any(user))
 
     def shipping(package: Package) -> None:
-        if not folder_named:
+        if not is_folder_named:
             refuse_home(package, "the command is run from there")
         say(str(package))
 
@@ -231,8 +237,8 @@ def _ray(
 
 
 def _target(address: str | None, say: Callable[[str], None], *, own_environment: bool) -> Target:
-    """Choose where the script runs, and say it; Raises: see `_ray`."""
-    from distplat.cli.submit import choose_target, named
+    """Choose the target of the run, and print it; Raises: see `_ray`."""
+    from distplat.cli.submit import choose_target, describe_target
 
     target = choose_target(address, say, with_ray=True)
     if target.kind == "jobs":
@@ -242,5 +248,5 @@ def _target(address: str | None, say: Callable[[str], None], *, own_environment:
     if target.kind == "local" and own_environment:
         hint = "give --address"
         raise SpecError(Problem(("--runtime-env",), "has effect on a cluster only", hint))
-    say(f"running on {named(target)}")
+    say(f"running on {describe_target(target)}")
     return target

@@ -1,4 +1,4 @@
-"""What travels to a remote cluster beside the folder: its runtime environment, and the job."""
+"""The runtime environment of a remote job, which also contains the job itself."""
 
 import json
 import re
@@ -17,11 +17,11 @@ from distplat.platform.yaml_source import Positions, parse_yaml
 from distplat.strategies.catalog import load_strategy_file, make_job
 
 JOB_VARIABLE = "_DISTPLAT_JOB"
-"""Environment variable in which the job reaches its driver; not `DISTPLAT_`: it is no setting."""
-MAX_JOB = 48 * 2**10  # Ray hands it on inside one environment string, quoted; Linux takes 128 kB
+"""Environment variable with the job for its driver; not `DISTPLAT_`, the prefix of settings."""
+MAX_JOB = 48 * 2**10  # Ray passes it quoted in one environment string, which Linux limits to 128 kB
 
 _VARIABLE = re.compile(r"[^=\0]+")
-"""Names that an environment can have."""
+"""Valid names of environment variables."""
 
 
 def runtime_env(
@@ -35,14 +35,14 @@ def runtime_env(
     Build the runtime environment of a remote job.
 
     Args:
-        job: goes along in a variable, so no value of it ever meets a shell.
+        job: passed in an environment variable, so that no shell interprets its values.
         working_dir: the user's folder.
-        strategy_file: must lie in that folder.
-        user: the user's own runtime environment.
-        resume: what the run goes on from: a path on the machine of its driver, or a URL.
+        strategy_file: must be in `working_dir`.
+        user: the user's runtime environment.
+        resume: run or checkpoint to resume from: a path on the driver's machine, or a URL.
 
     Raises:
-        SpecError: the job is too large, or the strategy file lies elsewhere.
+        SpecError: the job is too large, or the strategy file is outside `working_dir`.
     """
     payload: dict[str, str | None] = {"job": render_job(job), "strategy_file": None}
     if resume is not None:
@@ -51,7 +51,7 @@ def runtime_env(
         try:
             payload["strategy_file"] = str(strategy_file.resolve().relative_to(working_dir))
         except ValueError:
-            message = f"{strategy_file} is not in {working_dir}, which is what the cluster gets"
+            message = f"{strategy_file} is not in {working_dir}, the folder that is uploaded"
             raise SpecError(Problem(("--strategy-file",), message)) from None
     text = json.dumps(payload)
     if len(text) > MAX_JOB:
@@ -74,21 +74,21 @@ def with_folders(working_dir: Path, user: Mapping[str, Any]) -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
-class Received:
-    """What `runtime_env` packed."""
+class ReceivedJob:
+    """The job that `runtime_env` packed."""
 
     job: Job
     strategy_file: Path | None
-    """It is loaded."""
+    """Already loaded."""
     resume: str | None
 
 
-def received_job(environ: Mapping[str, str]) -> Received:
+def read_received_job(environ: Mapping[str, str]) -> ReceivedJob:
     """
-    Unpack what `runtime_env` packed.
+    Unpack the job that `runtime_env` packed.
 
     Raises:
-        SpecError: there is nothing, or this cluster's plug-ins make it wrong.
+        SpecError: the variable is not set, or the job is invalid with this cluster's plug-ins.
     """
     if JOB_VARIABLE not in environ:
         raise SpecError("`drive` runs inside a cluster only; use `distplat submit`")
@@ -99,7 +99,7 @@ def received_job(environ: Mapping[str, str]) -> Received:
         load_strategy_file(strategy_file)
     fields, _ = parse_yaml(payload["job"], "job")
     assert isinstance(fields, dict), "render_job writes a mapping"
-    return Received(make_job(fields), strategy_file, payload.get("resume"))
+    return ReceivedJob(make_job(fields), strategy_file, payload.get("resume"))
 
 
 def read_runtime_env(file: Path | None, text: str | None) -> dict[str, Any]:
@@ -107,7 +107,7 @@ def read_runtime_env(file: Path | None, text: str | None) -> dict[str, Any]:
     Read the user's runtime environment.
 
     Raises:
-        SpecError: two are given, it cannot be read, or it holds what we set ourselves.
+        SpecError: both options are given, the value is invalid, or it has keys set by distplat.
     """
     option = "--runtime-env" if file else "--runtime-env-json"
     if file and text:
@@ -131,7 +131,7 @@ def read_runtime_env(file: Path | None, text: str | None) -> dict[str, Any]:
 
 
 def _type_problems(key: str, value: object) -> list[Problem]:
-    """Check what `with_folders` adds to: a text would be taken apart into its letters."""
+    """Check the types of the values that `with_folders` extends; unpacking splits a string."""
     if key in ("excludes", "py_modules"):
         if not isinstance(value, list):
             return [Problem((key,), f"must be a list of texts (got {format_value(value)})")]
@@ -142,7 +142,7 @@ def _type_problems(key: str, value: object) -> list[Problem]:
                 Problem((key,), f"must be a mapping of text to text (got {format_value(value)})")
             ]
         items = value
-    elif key == "py_executable" and not isinstance(value, str):  # Ray would begin again and again
+    elif key == "py_executable" and not isinstance(value, str):  # Ray would retry forever
         return [Problem((key,), f"must be a text (got {format_value(value)})")]
     else:
         return []

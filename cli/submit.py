@@ -1,4 +1,4 @@
-"""`distplat submit`: from the job file and the flags to a run, wherever it is to run."""
+"""`distplat submit`: read the job, choose the target, and train or submit to a cluster."""
 
 import json
 import os
@@ -18,7 +18,7 @@ import typer
 import distplat
 from distplat.actors.view import View, has_colors
 from distplat.cli import remote, shipping
-from distplat.cli.address import VERSION_KEY, Target, bring_token, target_of
+from distplat.cli.address import VERSION_KEY, Target, enable_token, target_of
 from distplat.cli.drive import STORAGE, flush_or_discard, train
 from distplat.cli.package import (
     MAX_PACKAGE,
@@ -44,11 +44,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class JobSource:
-    """Where a job comes from: a file, and what the command line changes of it."""
+    """A job file and the options that override its fields."""
 
     job_file: Path
     settings: Sequence[str] | None = None
-    """`--set`, as they stand."""
+    """Values of `--set`, unparsed."""
     strategy: str | None = None
     num_workers: str | None = None
     name: str | None = None
@@ -57,15 +57,15 @@ class JobSource:
 
     @property
     def folder(self) -> Path:
-        """Where the task's module lies."""
+        """Folder of the task's module."""
         return (self.working_dir or self.job_file.parent).resolve()
 
     def read(self) -> Job:
         """
-        Read the job with all its layers.
+        Read the job with all its layers of settings.
 
         Raises:
-            SpecError: everything that is wrong with it.
+            SpecError: all problems of the job.
         """
         if self.strategy_file is not None:
             load_strategy_file(self.strategy_file)
@@ -78,21 +78,21 @@ class JobSource:
         overrides = [*(self.settings or ()), *flag_overrides]
         try:
             return load_job(self.job_file, overrides=overrides, environ=os.environ)
-        except SpecError as error:  # a flag's problem names the flag, not the `--set` for it
+        except SpecError as error:  # name the flag in its problems, not the equivalent `--set`
             names = {f"--set {field}": flag for flag, field, _ in flags}
             problems = (replace(p, file=names.get(p.file, p.file)) for p in error.problems)
             raise SpecError(*problems) from None
 
     def read_with_task(self) -> Job:
         """
-        Read a job that is to run.
+        Read a job that must have a task.
 
         Raises:
-            SpecError: everything that is wrong with it; or it names no task.
+            SpecError: all problems of the job, or the job has no task.
         """
         job = self.read()
         if job.task is None:
-            text = "is not set, and only `Trainer(job, MyTask)` in Python can do without"
+            text = "is not set; only `Trainer(job, MyTask)` in Python works without it"
             hint = "give `module:Class`, `module:function` or a script, as docs/job_file.md says"
             raise SpecError(Problem(("task",), text, hint, file=str(self.job_file)))
         return job
@@ -100,7 +100,7 @@ class JobSource:
 
 @dataclass(frozen=True)
 class RemoteOptions:
-    """What only the job API of a cluster takes."""
+    """Options that only the job API of a cluster supports."""
 
     submission_id: str | None = None
     metadata_json: str | None = None
@@ -118,7 +118,7 @@ class RemoteOptions:
 
 @dataclass(frozen=True)
 class SubmitRequest:
-    """What the command line asked for."""
+    """Options of the command line."""
 
     source: JobSource
     address: str | None = None
@@ -130,16 +130,17 @@ class SubmitRequest:
     quiet: bool = False
 
     def say(self, line: str) -> None:
-        """Write to stderr, unless asked to be quiet."""
+        """Print to stderr, unless `--quiet` is set."""
         if not self.quiet:
             remote.say(line)
 
     def shipping(self, task: str | None, package: Package) -> None:
         """
-        Say what goes to the cluster.
+        Print what is uploaded to the cluster.
 
         Raises:
-            SpecError: a home directory, which nobody named, or a file that the task imports stays.
+            SpecError: the package is a home directory without an explicit `--working-dir`, or it
+                lacks a file that the task imports.
         """
         if self.source.working_dir is None:
             refuse_home(package, "the job file lies there")
@@ -153,8 +154,8 @@ def validate(source: JobSource) -> None:
     Check a job and its task, and print the job with all defaults.
 
     Raises:
-        SpecError: everything that is wrong with the job, or what is with the task.
-        UserCodeError: the task's module raised when it was imported.
+        SpecError: all problems of the job, or the problem of the task.
+        UserCodeError: the import of the task's module raised.
     """
     job = source.read()
     check_libraries(job)
@@ -171,12 +172,12 @@ def validate(source: JobSource) -> None:
 
 def submit(request: SubmitRequest) -> None:
     """
-    Run a job, and print what it came to.
+    Run a job, and print its result.
 
     Raises:
-        SpecError: something is wrong with the job or the options; nothing was started.
-        DistplatError: why the run failed.
-        typer.Exit: a remote job failed or was left; carries the exit code.
+        SpecError: the job or the options are invalid; nothing was started.
+        DistplatError: the run failed.
+        typer.Exit: a remote job failed; has the exit code.
     """
     job = request.source.read_with_task()
     target = _target(request, job)
@@ -184,7 +185,7 @@ def submit(request: SubmitRequest) -> None:
     if target.kind == "jobs":
         _submit_remote(request, job, target)
         return
-    request.say(f"running on {_named(target, job)}")
+    request.say(f"running on {_describe(target, job)}")
     view = View(quiet=request.quiet)
     user_env = request.runtime_env, request.runtime_env_json
     with connection(target, request.source.folder, *user_env, partial(request.shipping, job.task)):
@@ -201,7 +202,7 @@ def submit(request: SubmitRequest) -> None:
 
 def dry_run(request: SubmitRequest) -> None:
     """
-    Print the job as it would run, and what would be started; start nothing.
+    Print the job with all defaults, and the roles that it would start; start nothing.
 
     Raises:
         SpecError: see `submit`.
@@ -217,19 +218,19 @@ def dry_run(request: SubmitRequest) -> None:
     started = {"num_workers": job.scaling.num_workers, "num_servers": roles.servers}
     if request.as_json:
         fields = job.model_dump(mode="json")
-        print(to_json({"job": fields, "where": _named(target, job), "would_start": started}))
+        print(to_json({"job": fields, "where": _describe(target, job), "would_start": started}))
         return
     print(printable(render_job(job)), end="")
     request.say(
         f"would start {job.scaling.num_workers} workers and {roles.servers} server nodes "
-        f"({job.strategy.name}) on {_named(target, job)}"
+        f"({job.strategy.name}) on {_describe(target, job)}"
     )
     if start is not None:
-        request.say(f"would go on after step {start}, of {request.resume}")
+        request.say(f"would resume after step {start}, from {request.resume}")
 
 
 def _start_step(request: SubmitRequest, job: Job) -> int | None:
-    """Give the step that a run would go on after; None: it would begin with the first."""
+    """Return the step from which a run would resume; None: it would start from scratch."""
     if request.resume is None:
         return None
     if not is_url(request.resume):
@@ -245,19 +246,19 @@ def _target(request: SubmitRequest, job: Job) -> Target:
 
 def choose_target(address: str | None, say: Callable[[str], None], *, with_ray: bool) -> Target:
     """
-    Choose where to run: by option, by environment, a cluster of this machine, a local Ray.
+    Choose the target: by option, by environment, a cluster on this machine, or a local Ray.
 
     Args:
         address: `--address`.
-        say: is told of a Ray here that is not joined.
-        with_ray: whether the run needs one.
+        say: called with the reason if a Ray on this machine is not joined.
+        with_ray: whether the run needs Ray.
 
     Raises:
-        SpecError: the address has none of the forms that we know.
-        ClusterUnreachable: it is `auto`, and there is no Ray here, or somebody else's.
+        SpecError: the address has an unknown format.
+        ClusterUnreachable: the address is `auto`, and this machine has no Ray of this user.
     """
     target = target_of(address, os.environ)
-    bring_token(target)
+    enable_token(target)
     if target.address != "auto" and (target.origin or not with_ray):
         return target
     from distplat.cli.join import own_ray_address, running_here
@@ -268,12 +269,12 @@ def choose_target(address: str | None, say: Callable[[str], None], *, with_ray: 
     return Target("here", local_address, "") if local_address else target
 
 
-def _named(target: Target, job: Job) -> str:
-    return named(target) if job.scaling.num_workers else "this process, without Ray"
+def _describe(target: Target, job: Job) -> str:
+    return describe_target(target) if job.scaling.num_workers else "this process, without Ray"
 
 
-def named(target: Target) -> str:
-    """Say where a run is to run."""
+def describe_target(target: Target) -> str:
+    """Return a description of a target for messages."""
     if target.kind == "local":
         return "a local Ray, for this run only"
     if target.kind == "here":
@@ -289,20 +290,20 @@ def connection(
     on_package: Callable[[Package], None],
 ) -> AbstractContextManager[None]:
     """
-    Connect to a cluster; a local Ray is started by the run itself.
+    Connect to a cluster; a local Ray is started later, by the run itself.
 
     Args:
-        target: where to.
-        folder: is shipped.
+        target: target of the run.
+        folder: folder to upload.
         runtime_env: `--runtime-env`.
         runtime_env_json: `--runtime-env-json`.
-        on_package: of what is shipped.
+        on_package: called with the package before it is uploaded.
 
     Raises:
-        SpecError: something is wrong with the runtime environment.
+        SpecError: the runtime environment is invalid.
     """
     if not has_colors(sys.stdout, sys.stderr):
-        os.environ.setdefault("RAY_COLOR_PREFIX", "0")  # of the lines that workers print
+        os.environ.setdefault("RAY_COLOR_PREFIX", "0")  # plain prefixes of the workers' output
     if target.kind == "local":
         return nullcontext()
     from distplat.actors.ray_compat import use_token_at_hand
@@ -320,7 +321,7 @@ def _check_options(request: SubmitRequest, target: Target) -> None:
     Refuse options that would have no effect.
 
     Raises:
-        SpecError: names them.
+        SpecError: an option has no effect, or the working directory does not exist.
     """
     remote_only = {
         "--submission-id": request.remote.submission_id,
@@ -346,11 +347,11 @@ def _check_options(request: SubmitRequest, target: Target) -> None:
 
 def _send(request: SubmitRequest, job: Job, target: Target) -> tuple["Jobs", str]:
     """
-    Hand a job in at a job API; give its id there.
+    Connect to a job API, check versions and submit a job; return the client and the job's id.
 
     Raises:
-        SpecError: something is wrong with the options, or with what would be shipped.
-        ClusterUnreachable: nobody answers, or the cluster is too old.
+        SpecError: the options or the package are invalid.
+        ClusterUnreachable: the job API does not answer, or the cluster is too old.
     """
     user_env = shipping.read_runtime_env(request.runtime_env, request.runtime_env_json)
     metadata = _metadata(request.remote.metadata_json, job)
@@ -359,8 +360,8 @@ def _send(request: SubmitRequest, job: Job, target: Target) -> tuple["Jobs", str
 
     check_environment(user_env)
     jobs = Jobs(target.address)
-    if differs := check_cluster(target.address, jobs.versions(), OURS, user_env):
-        request.say(differs)
+    if note := check_cluster(target.address, jobs.versions(), OURS, user_env):
+        request.say(note)
     return jobs, send(jobs, job, request, user_env, metadata, ignores)
 
 
@@ -373,18 +374,18 @@ def send(
     ignores: Ignores,
 ) -> str:
     """
-    Hand a job in; returns its id.
+    Submit a job to a job API and return its id.
 
     Args:
-        jobs: where.
-        job: what.
-        request: how.
-        user_env: the user's own runtime environment.
-        metadata: of the job at the API.
-        ignores: what Ray will leave out of the folder.
+        jobs: client of the job API.
+        job: job to submit.
+        request: options of the command line.
+        user_env: the user's runtime environment.
+        metadata: metadata of the job at the job API.
+        ignores: see `Ignores`.
 
     Raises:
-        SpecError: the folder cannot be shipped, or the cluster refuses the job.
+        SpecError: the folder cannot be uploaded, or the cluster rejects the job.
     """
     job_id = remote.check_id(request.remote.submission_id or f"{job.name}-{secrets.token_hex(3)}")
     strategy_file, resume = request.source.strategy_file, request.resume
@@ -402,7 +403,7 @@ def send(
 
 def _submit_remote(request: SubmitRequest, job: Job, target: Target) -> None:
     jobs, job_id = _send(request, job, target)
-    request.say(f"job {job_id} is on {_named(target, job)}")
+    request.say(f"job {job_id} is on {_describe(target, job)}")
     folder = local_folder(job.storage_path)
     if not Path(folder).is_absolute():
         request.say(f"run directory: below {STORAGE / folder} of the driver's machine")
@@ -413,10 +414,11 @@ def _submit_remote(request: SubmitRequest, job: Job, target: Target) -> None:
     try:
         info = remote.follow(jobs, job_id, reader)
     except KeyboardInterrupt:
-        _say_detached(f"\ndetached; the job {job_id} goes on", job_id, target)
+        _say_detached(f"\ndetached; the job {job_id} continues", job_id, target)
         raise remote.Detached from None
     except ClusterUnreachable:
-        _say_detached(f"lost sight of the job {job_id}, which may go on", job_id, target)
+        text = f"lost the connection to the job {job_id}, which may continue"
+        _say_detached(text, job_id, target)
         raise
     if reader.facts is not None:
         _print(reader.facts, request, job_id)
@@ -435,8 +437,8 @@ def _print_job_id(job_id: str, target: Target, request: SubmitRequest) -> None:
         print(printable(job_id))
 
 
-def _say_detached(why: str, job_id: str, target: Target) -> None:
-    for line in (why, *_next_commands(job_id, target)):
+def _say_detached(reason: str, job_id: str, target: Target) -> None:
+    for line in (reason, *_next_commands(job_id, target)):
         remote.say(line)
 
 
@@ -451,10 +453,10 @@ def _next_commands(job_id: str, target: Target) -> list[str]:
 
 def _metadata(text: str | None, job: Job) -> dict[str, str]:
     """
-    Read `--metadata-json`, and add ours.
+    Parse `--metadata-json` and add distplat's metadata.
 
     Raises:
-        SpecError: it is no mapping of text to text, or has what we set ourselves.
+        SpecError: the value is not a mapping of text to text, or has keys set by distplat.
     """
     option = ("--metadata-json",)
     try:
@@ -463,15 +465,15 @@ def _metadata(text: str | None, job: Job) -> dict[str, str]:
         raise SpecError(Problem(option, f"is not JSON: {error}")) from None
     if not isinstance(fields, dict) or not all(isinstance(value, str) for value in fields.values()):
         raise SpecError(Problem(option, "must be a mapping of text to text"))
-    ours = {
-        "job_name": job.name,  # Ray's own key: the dashboard shows it
+    metadata = {
+        "job_name": job.name,  # a key of Ray, shown in the dashboard
         "strategy": job.strategy.name,
         "num_workers": str(job.scaling.num_workers),
         VERSION_KEY: distplat.__version__,
     }
-    for key in sorted(ours.keys() & fields):
+    for key in sorted(metadata.keys() & fields):
         raise SpecError(Problem((*option, key), "is set by distplat itself"))
-    return {**fields, **ours}
+    return {**fields, **metadata}
 
 
 def _print(facts: Facts, request: SubmitRequest, job_id: str | None = None) -> None:

@@ -1,9 +1,9 @@
 """
-Files that a task imports and a cluster does not get.
+Find files that a task imports but that are not uploaded to the cluster.
 
-Ray leaves out what .gitignore and .rayignore list, distplat what may hold a key. A module of the
-task among it would be missing on the cluster: an ImportError, minutes later. So the task's imports
-are followed first. Modules are read, not run.
+Ray excludes files listed in .gitignore and .rayignore, and distplat excludes files that may hold
+keys. If an excluded file is a module of the task, the job fails with an ImportError minutes later.
+So the task's imports are checked before the upload. Modules are parsed, not executed.
 """
 
 import ast
@@ -21,13 +21,13 @@ def check_imports(task: str, package: Package) -> None:
     Refuse a folder whose task imports files that are not shipped with it.
 
     Raises:
-        SpecError: names the files, who imports them, and why they stay.
+        SpecError: names the missing files, the imports, and the rules that exclude the files.
     """
     problems = []
     for item in unshipped_imports(task, package.folder, package.paths):
         name, importer = (path.relative_to(package.folder) for path in (item.path, item.importer))
-        who = "the task" if item.path == item.importer else f"{importer}:{item.line}"
-        message = f"{name}, which {who} imports, is not shipped to the cluster"
+        source = "the task" if item.path == item.importer else f"{importer}:{item.line}"
+        message = f"{name}, which {source} imports, is not shipped to the cluster"
         excluded = [part for part in name.parts if in_excludes(part)]
         hint = "a .gitignore, a .rayignore or `excludes` lists it: take it off, or move the file"
         if excluded:
@@ -39,31 +39,30 @@ def check_imports(task: str, package: Package) -> None:
 
 @dataclass(frozen=True)
 class UnshippedImport:
-    """A file that is imported and not shipped."""
+    """A file that is imported but not uploaded."""
 
     path: Path
     importer: Path
-    """The file that imports it; the same one: it is the task's own."""
+    """File with the import; equal to `path` for the task's own module."""
     line: int
-    """Line of the import, from 1."""
+    """Line of the import, starting at 1."""
 
 
 def unshipped_imports(
     task: str, folder: Path, shipped: Collection[Path]
 ) -> Iterator[UnshippedImport]:
     """
-    Go from a task's module through all that it imports from its own folder.
+    Follow the imports of a task's module within its folder.
 
-    An import that may fail (`try: ... except ImportError`), or that only a type checker reads, asks
-    for nothing.
+    Imports that may fail (`try: ... except ImportError`) and imports for type checkers are ignored.
 
     Args:
         task: `module:Class`, or a script.
-        folder: of the user's; where modules are looked for.
-        shipped: files below it that travel.
+        folder: the user's folder, in which modules are searched.
+        shipped: files of the folder that are uploaded.
 
     Yields:
-        Each file that does not travel, once.
+        Each file that is not uploaded, once.
     """
     module = task.partition(":")[0]
     if script := script_of(task):
@@ -84,7 +83,7 @@ def unshipped_imports(
 
 
 def _module_files(folder: Path, module: str) -> list[Path]:
-    """Give the files that an import of `a.b.c` runs, of those below the folder."""
+    """Return the files below the folder that an import of `a.b.c` executes."""
     files, parent = [], folder
     for part in module.split("."):
         package, file = parent / part / "__init__.py", parent / f"{part}.py"
@@ -99,18 +98,18 @@ def _module_files(folder: Path, module: str) -> list[Path]:
 
 
 def _imports_of(path: Path, folder: Path) -> Iterator[tuple[str, int]]:
-    """Give the modules that a file imports, and the lines; a name may be one, or an attribute."""
+    """Yield the modules that a file imports, with lines; `from` names may also be attributes."""
     try:
         tree = ast.parse(path.read_bytes())
-    except (OSError, SyntaxError, ValueError):  # the check of the task tells of it
+    except (OSError, SyntaxError, ValueError):  # the task check reports the error
         return
     package = path.relative_to(folder).parent.parts
     for node in _executed_nodes(tree):
         if isinstance(node, ast.Import):
             yield from ((alias.name, node.lineno) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            above = package[: len(package) - node.level + 1] if node.level else ()
-            base = ".".join([*above, *([node.module] if node.module else [])])
+            parents = package[: len(package) - node.level + 1] if node.level else ()
+            base = ".".join([*parents, *([node.module] if node.module else [])])
             if base:
                 yield base, node.lineno
             names = [alias.name for alias in node.names if alias.name != "*"]
@@ -118,7 +117,7 @@ def _imports_of(path: Path, folder: Path) -> Iterator[tuple[str, int]]:
 
 
 def _executed_nodes(node: ast.AST) -> Iterator[ast.AST]:
-    """Go through a tree, but not through what may fail or is never run."""
+    """Walk a syntax tree, except for blocks that may fail or are never executed."""
     for child in ast.iter_child_nodes(node):
         if isinstance(child, ast.Try) and any(map(_catches_import_errors, child.handlers)):
             continue

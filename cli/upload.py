@@ -1,4 +1,4 @@
-"""`distplat upload`: completes the copy at a URL of a run that has ended."""
+"""`distplat upload`: complete the copy of a finished run at its URL."""
 
 import json
 from collections.abc import Mapping
@@ -23,8 +23,8 @@ def upload(run: Run) -> None:
     """
     Complete the copy of a run whose `storage_path` is a URL.
 
-    For a run whose driver was broken off, or whose storage did not answer, before all was there.
-    Everything is uploaded once more.
+    Use this command if the driver was killed or the storage failed before the copy was complete.
+    All files are uploaded again.
     """
     path = find_run(run)
     record = read_run(path, steps=False)
@@ -51,14 +51,14 @@ def upload(run: Run) -> None:
 
 def _where(record: RunRecord) -> tuple[str, float]:
     """
-    Give the URL above the copy, and how long its storage may take.
+    Return the URL of the copy's parent folder, and the deadline of its storage.
 
     Raises:
-        SpecError: the job has none, or it cannot be written to.
+        SpecError: the job has no URL, or the URL is not writable.
     """
     url = record.job.get("storage_path")
     if not isinstance(url, str) or not is_url(url):
-        text = f"{record.path / 'job.yaml'} names no URL as `storage_path`"
+        text = f"{record.path / 'job.yaml'} has no URL as `storage_path`"
         raise SpecError(Problem(("storage_path",), text, "copy the directory as it is"))
     check_url(url, "storage_path")
     try:

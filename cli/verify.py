@@ -1,4 +1,4 @@
-"""`distplat verify`: does a run train what the task means? Its runs against plain torch."""
+"""`distplat verify`: compare short runs of a task with plain torch loops; `distplat replay`."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from distplat.strategies.verification.verdicts import Row
 
 
-_ALL = "Strategies; default: the job's own, ring, ps-sync and hybrid."
-StrategyNames = Annotated[str | None, typer.Option(metavar="A,B", help=_ALL)]
+_STRATEGIES = "Strategies; default: that of the job, ring, ps-sync and hybrid."
+StrategyNames = Annotated[str | None, typer.Option(metavar="A,B", help=_STRATEGIES)]
 Steps = Annotated[int, typer.Option(min=2, help="Steps of each run.")]
 Workers = Annotated[int, typer.Option(min=1, help="Workers of each run.")]
 TableOnly = Annotated[bool, typer.Option("-q", "--quiet", help="Print the table only.")]
@@ -40,13 +40,13 @@ def verify(
     quiet: TableOnly = False,
 ) -> None:
     """
-    Compare short runs of a task with plain loops of torch, before you trust a long one.
+    Compare short runs of a task with plain torch loops, before a long run.
 
-    Each strategy is compared with a loop over the same parts of each batch (its threshold is the
-    noise of rounding), with the whole batch in float64 without dropout, and with itself, run
-    twice. All on a local Ray, without GPUs; nothing is left on the disk.
+    Each strategy is compared with a loop over the same parts of each batch (the threshold is the
+    rounding noise), with the whole batch in float64 without dropout, and with a second run of
+    itself. All runs use a local Ray, without GPUs; no files are left on the disk.
 
-    Exit code 0: nothing parts. 1: something does. Else that of the error that a strategy gave.
+    Exit code 0: no differences. 1: differences. Otherwise that of a strategy's error.
     """
     from distplat.cli.submit import JobSource
 
@@ -67,7 +67,7 @@ def verify(
 
 
 def exit_code(rows: Sequence[Row]) -> int:
-    """Give 1 where something parts, else the code of the first error, else 0."""
+    """Return 1 if a comparison failed, else the code of the first error, else 0."""
     failed = [row for row in rows if row.failed]
     if any(row.error is None for row in failed):
         return 1
@@ -75,7 +75,7 @@ def exit_code(rows: Sequence[Row]) -> int:
 
 
 def facts(row: Row) -> dict[str, object]:
-    """Give a row as JSON has it."""
+    """Return a row as JSON values."""
     fields = (
         "strategy",
         "check",
@@ -91,8 +91,8 @@ def facts(row: Row) -> dict[str, object]:
 
 
 def print_rows(rows: Sequence[Row]) -> None:
-    """Print the table: drawn on a terminal, aligned elsewhere; reasons below it."""
-    heads = ("strategy", "check", "verdict", "difference", "noise", "first apart")
+    """Print the table, followed by the reasons of failed comparisons."""
+    heads = ("strategy", "check", "verdict", "difference", "noise", "first difference")
     cells = [_cells(row) for row in rows]
     print_table(heads, cells, ["red" if row.failed else "" for row in rows])
     for row in rows:
@@ -120,7 +120,7 @@ _SHOWN = 12
 
 def replay(
     run_directory: Annotated[
-        Path, typer.Argument(metavar="RUN_DIRECTORY", help="What `submit` printed.")
+        Path, typer.Argument(metavar="RUN_DIRECTORY", help="Run directory, as `submit` printed it.")
     ],
     working_dir: Annotated[
         Path, typer.Option(help="Folder of the task's module; default: the current one.")
@@ -128,9 +128,9 @@ def replay(
     output: Output = "text",
 ) -> None:
     """
-    Make a `ps-async` run again from its log of updates, in this process.
+    Repeat a `ps-async` run from its log of updates, in this process.
 
-    Exit code 0: to the same bits. 1: the model differs.
+    Exit code 0: the model is bit-identical. 1: the model differs.
     """
     as_json = is_json(output)
     from distplat.actors.verifying import replay_run  # torch

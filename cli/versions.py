@@ -1,8 +1,8 @@
 """
-Versions of Ray and Python, here and on a cluster, compared before anything is shipped.
+Compare the local versions of Ray and Python with those of a cluster, before an upload.
 
-A job that is handed to the job API runs in the cluster's Python: theirs must be new enough. A
-driver that joins a cluster must have the cluster's versions, which Ray itself checks.
+A job submitted to the job API runs in the cluster's Python, which must be new enough. A driver that
+joins a cluster must have the same versions as the cluster, which Ray itself checks.
 """
 
 import re
@@ -13,20 +13,20 @@ from distplat.platform.errors import ClusterUnreachable
 
 OLDEST_PYTHON = (3, 11)
 OLDEST_RAY = (2, 59)
-_BRINGS_PYTHON = {"conda", "container", "image_uri", "py_executable"}
-"""Parts of a runtime environment that may bring another Python than the cluster's."""
-_RAYS_OWN = re.compile(r"Ray: (\S+)\s+Python: (\S+)")
-"""How Ray's "Version mismatch" gives first the cluster's, then the driver's."""
+_REPLACES_PYTHON = {"conda", "container", "image_uri", "py_executable"}
+"""Fields of a runtime environment that may replace the cluster's Python."""
+_MISMATCH = re.compile(r"Ray: (\S+)\s+Python: (\S+)")
+"""Versions in Ray's "Version mismatch" error: first those of the cluster, then the driver's."""
 _LEVEL = "RAY_DEFAULT_PYTHON_VERSION_MATCH_LEVEL"
 
 
 @dataclass(frozen=True)
 class Versions:
-    """Versions of Ray and of the Python that it runs in."""
+    """Versions of Ray and its Python."""
 
     ray: str
     python: str
-    """Empty: not known."""
+    """Empty: unknown."""
 
     def __str__(self) -> str:
         """`Ray 2.60.0 on Python 3.11.9`."""
@@ -35,45 +35,44 @@ class Versions:
 
 def check_cluster(address: str, theirs: Versions, ours: Versions, env_keys: Collection[str]) -> str:
     """
-    See whether a job that is handed to a cluster's job API can run there.
+    Check whether a job can run in the Python of a cluster.
 
     Args:
-        address: of the job API.
-        theirs: what the cluster has.
-        ours: what is here.
-        env_keys: the parts of the runtime environment that the user gave.
+        address: address of the job API.
+        theirs: versions of the cluster.
+        ours: local versions.
+        env_keys: fields of the user's runtime environment.
 
     Returns:
-        What is worth a word; empty: the same versions are here and there.
+        A note about different versions; empty: the versions are equal.
 
     Raises:
         ClusterUnreachable: the cluster is too old.
     """
-    old = _numbers(theirs.ray)[:2] < OLDEST_RAY
-    brings_python = bool(_BRINGS_PYTHON & set(env_keys))
-    if theirs.python and not brings_python and _numbers(theirs.python)[:2] < OLDEST_PYTHON:
-        old = True
-    if old:
+    has_own_python = bool(_REPLACES_PYTHON & set(env_keys))
+    uses_python = theirs.python and not has_own_python
+    is_python_old = uses_python and _numbers(theirs.python)[:2] < OLDEST_PYTHON
+    if _numbers(theirs.ray)[:2] < OLDEST_RAY or is_python_old:
         ray, python = (".".join(map(str, version)) for version in (OLDEST_RAY, OLDEST_PYTHON))
         raise ClusterUnreachable(
             f"the cluster at {address} has {theirs}, and distplat needs Ray {ray} and Python "
             f"{python} there, or later; this machine has {ours}: start the cluster with that"
         )
-    same_python = brings_python or not theirs.python or _minor(theirs.python) == _minor(ours.python)
-    if theirs.ray == ours.ray and same_python:
+    is_same_python = not uses_python or _minor(theirs.python) == _minor(ours.python)
+    if theirs.ray == ours.ray and is_same_python:
         return ""
     return f"the cluster has {theirs}, this machine {ours}: the job runs with the cluster's"
 
 
 def driver_mismatch(address: str, text: str) -> str:
     """
-    Say in our words why Ray lets this process not join a cluster; empty: not for its versions.
+    Return a message for Ray's version mismatch error; empty: the error has another cause.
 
     Args:
-        address: of the cluster.
-        text: Ray's words.
+        address: address of the cluster.
+        text: Ray's error message.
     """
-    versions = [Versions(*pair) for pair in _RAYS_OWN.findall(text)]
+    versions = [Versions(*pair) for pair in _MISMATCH.findall(text)]
     if len(versions) != 2:
         return ""
     cluster, ours = versions
@@ -95,5 +94,5 @@ def _minor(version: str) -> tuple[int, ...]:
 
 
 def _numbers(version: str) -> tuple[int, ...]:
-    """Give the numbers of `2.60.0rc1`; what is no number ends them."""
+    """Return the numbers of a version: (2, 60, 0) for `2.60.0rc1`."""
     return tuple(map(int, re.findall(r"\d+", re.split(r"[^\d.]", version)[0])))

@@ -110,7 +110,7 @@ def test_ctrl_c_leaves_a_remote_job_running_until_it_is_stopped(
     os.killpg(process.pid, signal.SIGINT)
     _, printed = process.communicate(timeout=90)
     assert process.returncode == 130
-    assert "detached; the job slow goes on" in printed
+    assert "detached; the job slow continues" in printed
     follow = re.search(r"follow: distplat (.*)", printed)
     stop = re.search(r"stop:   distplat (.*)", printed)
     assert follow and stop
@@ -161,7 +161,7 @@ def test_a_driver_with_another_token_is_told_so_at_once(token_head: Head, folder
     environ = {**token_head.environ, "RAY_AUTH_TOKEN": f"not-{TOKEN}"}
     done = distplat("submit", "job.yaml", environ=environ, cwd=folder)
     assert done.returncode == 3
-    assert f"cannot join Ray at {token_head.gcs}: it wants another token" in done.stderr
+    assert f"cannot join Ray at {token_head.gcs}: it requires a token" in done.stderr
     assert "`submit --address local` needs none" in done.stderr
     assert TOKEN not in done.stderr
 

@@ -87,7 +87,7 @@ def test_the_command_line(
     file.write_text(yaml.safe_dump(spec(tmp_path, epochs=5)))
     line = ["submit", str(file), "--working-dir", str(HERE), "--resume"]
     assert command([*line, whole.path.name, "--dry-run"]) == 0
-    assert "would go on after step 20" in capfd.readouterr().err
+    assert "would resume after step 20" in capfd.readouterr().err
     assert command([*line, whole.path.name]) == 0
     told = capfd.readouterr().out
     assert "checkpoints    1 written, the last of step 25, in" in told

@@ -48,7 +48,7 @@ def _in_a_folder_with_a_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 def test_help_documents_the_exit_codes(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["--help"]) == 0
     shown = capsys.readouterr().out
-    for code in ("0  succeeded", "1  the task", "2  wrong", "3  the cluster", "70  an error"):
+    for code in ("0  succeeded", "1  the task", "2  invalid", "3  the cluster", "70  an error"):
         assert code in shown
     assert {"129", "130", "141", "143"} <= set(shown.split())
     assert "drive" not in shown  # for the cluster's use only
@@ -91,7 +91,7 @@ NO_RAY_CLIENT = (
 )
 NO_TASK = ["--set", "task=null"]
 NO_JOB_API = (
-    "error: --address: local is no job API, and a job has to be looked for in one\n"
+    "error: --address: local is not a job API, which is needed to find a job\n"
     "  hint: give http://HOST:8265\n"
 )
 
@@ -292,7 +292,7 @@ USER = UserCodeError(1, 3, "ValueError: no", 'Traceback:\n  File "m.py"\nValueEr
             4,
             "error: this process gets no more memory or threads (see `ulimit -v` and `-u`): "
             "libtorch_cpu.so: failed to map segment from shared object\n"
-            "  hint: or that library is on a file system that is mounted `noexec`\n",
+            "  hint: or the library is on a file system that is mounted `noexec`\n",
         ),
         (OSError(12, "Cannot allocate memory"), 4, "error: this process gets no more memory or"),
         (ZeroDivisionError("ours"), 70, "error inside distplat: ZeroDivisionError: ours\n"),
@@ -343,7 +343,7 @@ def test_a_log_on_a_full_disk_is_told(args: list[str]) -> None:
     with open("/dev/full", "w") as full:
         done = subprocess.run([*COMMAND, *args], stdout=full, stderr=subprocess.PIPE, timeout=100)
     assert done.returncode == 5
-    assert done.stderr == b"error: what is printed cannot be written: No space left on device\n"
+    assert done.stderr == b"error: the output cannot be written: No space left on device\n"
 
 
 def test_streams_that_the_caller_has_closed_are_no_error() -> None:

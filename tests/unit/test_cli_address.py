@@ -264,7 +264,7 @@ def test_a_ray_that_another_user_noted_is_not_joined(noted: Path) -> None:
         noted.write_text(address := f"127.0.0.1:{mine.getsockname()[1]}")
         os.chown(noted, 54321, 54321)
         assert running_here(told.append) is None
-    why = f"{noted} belongs to user 54321; `--address {address}` joins it all the same"
+    why = f"{noted} belongs to user 54321; `--address {address}` joins it anyway"
     assert told == [f"not joining the Ray of this machine: {why}"]
 
 
@@ -310,7 +310,7 @@ def test_a_head_elsewhere_is_joined_where_a_part_of_it_here_is_ours(
     monkeypatch.setattr(ray_compat, "addresses_here", set)
     with pytest.raises(ClusterUnreachable, match="no process of it here is yours or root's"):
         own_ray_address()
-    with pytest.raises(ClusterUnreachable, match=f"`--address {head}` joins it all the same"):
+    with pytest.raises(ClusterUnreachable, match=f"`--address {head}` joins it anyway"):
         choose_target("auto", print, with_ray=True)
 
 
@@ -347,7 +347,7 @@ def test_a_noted_head_elsewhere_is_joined_only_where_a_part_of_it_here_is_ours(
     monkeypatch.setattr(ray_compat, "addresses_here", lambda: {head} if ours else set())
     assert running_here(told.append) == (head if ours else None)
     why = "it is on another machine, and no process of it here is yours or root's"
-    remedy = f"`--address {head}` joins it all the same"
+    remedy = f"`--address {head}` joins it anyway"
     assert told == ([] if ours else [f"not joining the Ray of this machine: {why}; {remedy}"])
 
 
@@ -379,7 +379,7 @@ def test_what_is_no_ray_is_told_by_its_first_bytes(begin: bytes | None, is_ray: 
             check_is_ray(address, {}, limit_s)
         else:
             check_is_ray(address, {"RAY_USE_TLS": "1"}, limit_s)
-            with pytest.raises(ClusterUnreachable, match=f"listens at {address} is no Ray"):
+            with pytest.raises(ClusterUnreachable, match=f"server at {address} is not Ray"):
                 check_is_ray(address, {}, limit_s)
         thread.join(60)
 

@@ -14,7 +14,7 @@ from ray.job_submission import JobErrorType
 from distplat.cli import cluster, remote, shipping, submit
 from distplat.cli.address import NoSuchJob
 from distplat.cli.remote import LogReader, clean_lines, exit_code, follow
-from distplat.cli.shipping import Received
+from distplat.cli.shipping import ReceivedJob
 from distplat.cli.submit import JobSource, RemoteOptions, SubmitRequest, _metadata
 from distplat.platform.errors import ClusterUnreachable, SpecError
 
@@ -103,7 +103,7 @@ def test_a_passing_trouble_of_the_net_does_not_end_the_following(
     lines: list[str] = []
     assert follow(as_jobs(jobs), "lin-1", lines.append)["status"] == "SUCCEEDED"
     assert lines == ["one", "two"]
-    monkeypatch.setattr(remote, "_PATIENCE_S", -1.0)
+    monkeypatch.setattr(remote, "_RETRY_S", -1.0)
     with pytest.raises(ClusterUnreachable):
         follow(as_jobs(Flaky(("RUNNING", ""))), "lin-1", lines.append)
 
@@ -178,7 +178,7 @@ def test_ray_ends_the_driver_only_where_no_controller_can_be_asked(
     status: str, reached: bool, asked_ray: bool
 ) -> None:
     jobs = FakeJobs((status, ""), (status, ""), ("SUCCEEDED", ""))
-    found = remote.stop(as_jobs(jobs), "lin-1", wait=True, call=lambda info: reached)
+    found = remote.stop(as_jobs(jobs), "lin-1", wait=True, call_controller=lambda info: reached)
     assert found == ("STOPPED" if asked_ray else "SUCCEEDED")
 
 
@@ -245,7 +245,7 @@ def test_a_job_is_sent_without_a_value_in_the_shell_line(
     assert {".git", ".[eE][nN][vV]*", "*.[pP][eE][mM]", "data"} <= set(environment["excludes"])
     assert environment["env_vars"]["A"] == "1"
     monkeypatch.chdir(folder)
-    assert shipping.received_job(environment["env_vars"]) == Received(JOB, None, None)
+    assert shipping.read_received_job(environment["env_vars"]) == ReceivedJob(JOB, None, None)
 
 
 def test_a_strategy_file_travels_with_the_folder(
@@ -253,16 +253,16 @@ def test_a_strategy_file_travels_with_the_folder(
 ) -> None:
     environment = shipping.runtime_env(JOB, folder, folder / "strategy.py", {})
     monkeypatch.chdir(folder)
-    received = shipping.received_job(environment["env_vars"])
+    received = shipping.read_received_job(environment["env_vars"])
     assert received.strategy_file == folder / "strategy.py"
-    with pytest.raises(SpecError, match="which is what the cluster gets"):
+    with pytest.raises(SpecError, match="the folder that is uploaded"):
         shipping.runtime_env(JOB, folder, folder.parent / "strategy.py", {})
 
 
 def test_a_checkpoint_is_named_on_the_drivers_machine(folder: Path) -> None:
     jobs = FakeJobs()
     send(as_jobs(jobs), folder, resume="runs/lin-1")
-    received = shipping.received_job(jobs.submitted["runtime_env"]["env_vars"])
+    received = shipping.read_received_job(jobs.submitted["runtime_env"]["env_vars"])
     assert received.resume == "runs/lin-1"
 
 
@@ -296,7 +296,7 @@ def test_a_folder_that_is_too_large_is_refused_with_its_largest_parts(
         (folder / f"data{number}").write_bytes(bytes((number + 1) * 2**20))
     with pytest.raises(SpecError) as raised:
         send(as_jobs(FakeJobs()), folder)
-    assert "has 21 MiB; a cluster takes 3 MiB" in str(raised.value)
+    assert "has 21 MiB; the limit of an upload is 3 MiB" in str(raised.value)
     assert "the largest: data5 6 MiB, data4 5 MiB, data3 4 MiB, data2 3 MiB, data1 2 MiB" in str(
         raised.value
     )

@@ -25,7 +25,7 @@ def test_the_chart(capsys: pytest.CaptureFixture[str]) -> None:
         "stage 0  F0 F1 ......B0--- F2 B1--- ...B2---\n"
         "stage 1  ...F0 B0--- F1 B1--- F2 B2--- ......\n"
         "\n"
-        "F forward, B backward, the micro-batch behind it, . idle\n"
+        "F forward, B backward, then the micro-batch, . idle\n"
         "makespan          12\n"
         "bubble            25.0%\n"
         "peak activations  2, 1 micro-batches, by stage\n"

@@ -13,7 +13,7 @@ from distplat.cli import script, submit
 from distplat.cli.address import Target
 from distplat.cli.main import run
 from distplat.cli.package import Package
-from distplat.cli.script import Lines, routed
+from distplat.cli.script import RankOutput, routed
 from distplat.platform.errors import Interrupted
 
 
@@ -100,13 +100,13 @@ class Closed(io.StringIO):
 
 def test_lines_say_whose_they_are_and_a_closed_pipe_is_left_alone() -> None:
     out = io.StringIO()
-    several = Lines(out, 2, quiet=False)
+    several = RankOutput(out, 2, quiet=False)
     several.line(1, "loss 0.5")
     several.notice("starting anew")
-    Lines(out, 1, quiet=False).line(0, "alone")
-    Lines(out, 2, quiet=True).line(0, "unheard")
+    RankOutput(out, 1, quiet=False).line(0, "alone")
+    RankOutput(out, 2, quiet=True).line(0, "unheard")
     assert out.getvalue() == "[1] loss 0.5\ndistplat: starting anew\nalone\n"
-    closed = Lines(Closed(), 2, quiet=False)
+    closed = RankOutput(Closed(), 2, quiet=False)
     closed.line(0, "once")
     closed.line(0, "and again")
 

@@ -69,7 +69,7 @@ def test_what_is_no_ray_is_told_so(
                 assert code == 0, "it has no jobs"
             else:
                 assert code == 3, said
-                assert f"what answers at {url} is not a Ray dashboard" in said
+                assert f"the server at {url} is not a Ray dashboard" in said
             assert "\x1b" not in said
 
 
@@ -103,8 +103,14 @@ def pour(peer: socket.socket, first: bytes, piece: bytes) -> None:
 
 
 ENDLESS: dict[str, tuple[Callable[[socket.socket], None], str]] = {
-    "slow head": (lambda peer: drip(peer, b"HTTP/1.1 200 OK\r\nX:"), "whole answer within 1 s"),
-    "slow body": (lambda peer: drip(peer, b"HTTP/1.1 200 OK\r\n\r\n"), "whole answer within 1 s"),
+    "slow head": (
+        lambda peer: drip(peer, b"HTTP/1.1 200 OK\r\nX:"),
+        "complete response within 1 s",
+    ),
+    "slow body": (
+        lambda peer: drip(peer, b"HTTP/1.1 200 OK\r\n\r\n"),
+        "complete response within 1 s",
+    ),
     "much": (lambda peer: pour(peer, b"HTTP/1.1 200 OK\r\n\r\n", b" " * 2**16), "more than 1 MiB"),
     "packed": (
         lambda peer: pour(

@@ -30,7 +30,7 @@ def test_a_python_without_packages_is_told_with_its_path_and_the_remedy() -> Non
     assert done.returncode == on_cluster.EXIT_CODE
     lines = done.stderr.splitlines()
     assert lines[0].startswith(f"error: the cluster's Python, {sys.executable} (")
-    assert "lacks what distplat needs: ray[default], torch, numpy" in lines[0]
+    assert "lacks packages that distplat needs: ray[default], torch, numpy" in lines[0]
     assert lines[1].startswith('install it there, or submit with --runtime-env-json \'{"pip": [')
     assert len(lines) == 2
 

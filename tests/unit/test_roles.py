@@ -70,7 +70,7 @@ def test_a_run_with_leases_and_backups() -> None:
         "1      617,296..1,234,567  server-1  server-4",
         "",
         "task scheduler    step 118 of 400, attempt 1, tasks of 1/2 step are leased, "
-        "3 were made twice",
+        "3 were computed twice",
         "WORKER    STEP  TASKS  TASKS/S  WORK      LEASE",
         "worker-0  121   200    20.0     48.0 ms   240..249 (10)",
         "worker-1  119   40     4.0      250.0 ms  237            straggler, leaving",
@@ -90,7 +90,7 @@ def test_a_synchronous_run_without_backups() -> None:
         "0      0..617,296          server-0",
         "1      617,296..1,234,567  server-1",
         "",
-        "task scheduler    step 118 of 400, attempt 0, each worker makes its part of every step",
+        "task scheduler    step 118 of 400, attempt 0, each worker computes its part of every step",
         "WORKER    STEP  STEPS  STEPS/S  WORK      LEASE",
         "worker-0  121   200    20.0     48.0 ms   part 0 of 2",
         "worker-1  119   40     4.0      250.0 ms  part 1 of 2  straggler",
@@ -115,9 +115,12 @@ def test_backups_that_are_not_there(backup: ShardAssignment, shown: str) -> None
         (Overview("r", "j", None, None), "its strategy has neither servers nor a task scheduler"),
         (
             Overview("r", "j", ServerGroupStatus(0, (), SEATS, True), None),
-            "server manager    no shard was given out yet: no worker has come",
+            "server manager    no shards yet: no worker has registered",
         ),
-        (Overview("r", "j", None, scheduler(steps=0)), "task scheduler    no worker has come yet"),
+        (
+            Overview("r", "j", None, scheduler(steps=0)),
+            "task scheduler    no worker has registered yet",
+        ),
         (
             Overview("r", "j", None, scheduler(), ScaleStatus(ScaleRequest(2, 5), pending=True)),
             "5 workers were asked for",

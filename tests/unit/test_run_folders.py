@@ -157,7 +157,7 @@ def test_who_stops_reading_has_no_error(
     path = named(tmp_path, "going-1", 5, None)
     monkeypatch.setattr(run_folders, "print_logs", lambda *a, **k: signal.raise_signal(number))
     assert run(["logs", str(path), "--follow"]) == code
-    said = "\nstopped reading; the run goes on\n  stop it: distplat stop going-1\n"
+    said = "\nstopped reading; the run continues\n  stop it: distplat stop going-1\n"
     assert capsys.readouterr().err == said
 
 
@@ -229,7 +229,7 @@ def test_a_run_that_ends_before_it_can_say_how_has_been_stopped(
         raise ActorLost("controller", None, f"run {name} is over")
 
     monkeypatch.setattr("distplat.cli.jobs.stop_run", over)
-    monkeypatch.setattr("distplat.cli.jobs._WRITTEN_S", 0.3)
+    monkeypatch.setattr("distplat.cli.jobs._RESULT_S", 0.3)
     for name, how in (("quick-1", "STOPPED"), ("elsewhere", "over")):
         assert run(["stop", name]) == 0
         assert capsys.readouterr().out == f"{name}: {how}\n"

@@ -469,7 +469,7 @@ def test_the_command_line(
     url = json.loads(capfd.readouterr().out)["url"]
     more = ["--set", "epochs=5", "--resume", url]
     assert command([*line, *more, "--dry-run"]) == 0
-    assert f"would go on after step 20, of {url}" in capfd.readouterr().err
+    assert f"would resume after step 20, from {url}" in capfd.readouterr().err
     assert command([*line, *more]) == 0
     assert "copy           file:///" in capfd.readouterr().out
     for wrong in ("s3://key:hush@bucket", "nowhere://bucket"):

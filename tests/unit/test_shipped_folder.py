@@ -225,7 +225,7 @@ def test_what_the_user_takes_back_is_counted_as_ray_ships_it(
     everywhere = set() if {"/lin.py", ".*"} & {*lines} else {folder / "lin.py"}
     assert package.paths == taken
     assert taken - everywhere == {path for name in shipped for path in folder.glob(name)}
-    assert {*package.kept_back} == {path for name in kept for path in folder.glob(name)}
+    assert {*package.secrets} == {path for name in kept for path in folder.glob(name)}
 
 
 def test_an_ignore_file_may_leave_out_its_own_folder(folder: Path) -> None:
@@ -437,11 +437,13 @@ def test_each_module_may_be_as_large_as_the_folder(tmp_path: Path) -> None:
     hollow(job / "a", 60 * 2**20)
     hollow(tmp_path / "lib/a", 60 * 2**20)
     assert measured(job, tmp_path / "lib").modules[0].size == 60 * 2**20
-    told = r"py_modules: .*whl has 101 MiB; a cluster takes 100 MiB this way"
+    told = r"py_modules: .*whl has 101 MiB; the limit of an upload is 100 MiB"
     with pytest.raises(SpecError, match=told):
         measured(job, wheel)
     hollow(tmp_path / "lib/b", 41 * 2**20)
-    with pytest.raises(SpecError, match=r"py_modules: .*lib has 101 MiB; a cluster takes 100 MiB"):
+    with pytest.raises(
+        SpecError, match=r"py_modules: .*lib has 101 MiB; the limit of an upload is 100 MiB"
+    ):
         measured(job, tmp_path / "lib")
 
 
@@ -457,7 +459,9 @@ def test_a_driver_ships_what_ray_takes_of_it(
     with join.connected("127.0.0.1:1", environment, told.append):
         assert [one.size for one in (told[0], *told[0].modules)] == [300 * 2**20] * 2
     hollow(wheel, packaging.GCS_STORAGE_MAX_SIZE)
-    with pytest.raises(SpecError, match=r"py_modules: .*a\.whl has 512 MiB; a cluster takes 512"):
+    with pytest.raises(
+        SpecError, match=r"py_modules: .*a\.whl has 512 MiB; the limit of an upload is 512"
+    ):
         with join.connected("127.0.0.1:1", environment, told.append):
             pass
 

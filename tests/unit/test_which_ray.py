@@ -80,7 +80,7 @@ def test_runs_of_one_job_on_two_rays_are_both_named(rays: Rays) -> None:
     with pytest.raises(SpecError) as raised, joined(None, "lin"):
         pass
     assert str(raised.value) == (
-        f"several runs of job 'lin' go on\n  hint: name one: lin-1 at {A}, lin-2 at {B}"
+        f"several runs of job 'lin' are active\n  hint: name one: lin-1 at {A}, lin-2 at {B}"
     )
 
 
@@ -119,7 +119,7 @@ def test_why_a_ray_cannot_be_joined_is_told_at_once(
     monkeypatch.setattr(ray, "init", lambda **more: pytest.fail("it would not be of use"))
     monkeypatch.setattr(join, "check_listening", lambda address: None)
     monkeypatch.setattr(join, "check_is_ray", lambda address, environ: None)
-    said = "wants another token.*RAY_AUTH_TOKEN" if token else "Timed out while waiting"
+    said = "requires a token.*RAY_AUTH_TOKEN" if token else "Timed out while waiting"
     with pytest.raises(ClusterUnreachable, match=f"cannot join Ray at {A}: .*{said}"):
         with join.connected(A, {}):
             pass
