@@ -44,7 +44,7 @@ from distplat.strategies.loop.session import (
 )
 from distplat.strategies.sparse.files import keep_tables
 from distplat.strategies.task import Task
-from distplat.strategies.torch_compat import store_of_one
+from distplat.strategies.torch_compat import single_rank_store
 from distplat.strategies.worker_strategy import make_worker_strategy
 
 logger = logging.getLogger(__name__)
@@ -219,7 +219,7 @@ def _train_function(
             shards = ending.enter_context(closing(_servers(launch.job, launch))).shards(0, 1)
         group = Fabric(1).collective(0)
         here = ProcessLocation("here", "127.0.0.1")
-        trained = run_function(launch.job, load, group, here, ports, shards, store_of_one)
+        trained = run_function(launch.job, load, group, here, ports, shards, single_rank_store)
     uploader.flush()
     handlers.on_model(saved_model(trained))
     _finish_checkpoints(checkpoints, handlers)

@@ -39,7 +39,7 @@ from distplat.platform.optimizers import TaskOptimizer
 from distplat.platform.spec import Job
 from distplat.platform.torchrun import ALONE
 from distplat.strategies.task import Task, overrides
-from distplat.strategies.task_methods import near_miss, unheard
+from distplat.strategies.task_methods import near_miss, uncalled_hooks
 
 _CHILD = """
 import sys
@@ -91,7 +91,7 @@ def check_class(task: object, task_args: Iterable[str], fields: Iterable[str] = 
     problems += _conflicts(task, [*fields])
     if problems:
         raise SpecError(*problems)
-    return unheard(task)
+    return uncalled_hooks(task)
 
 
 def check_function(function: object, task_args: Iterable[str]) -> list[str]:

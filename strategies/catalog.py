@@ -106,13 +106,13 @@ logger = logging.getLogger(__name__)
 
 ENTRY_POINTS = "distplat.strategies"
 """Entry-point group under which other packages offer modules that register strategies."""
-OURS = ("hybrid", "ps_async", "ps_sync", "ring")
+BUILT_IN = ("hybrid", "ps_async", "ps_sync", "ring")
 """Modules of this folder that register a strategy."""
 
 
 def _discover() -> None:
     """Import our strategies, then every plug-in; a broken plug-in is only logged."""
-    for module in OURS:
+    for module in BUILT_IN:
         importlib.import_module(f"distplat.strategies.{module}")
     for plugin in entry_points(group=ENTRY_POINTS):
         try:

@@ -224,7 +224,7 @@ def gather_numbers(
     return [row.tolist() for row in gather_tensors(torch.tensor(numbers, device=device), group)]
 
 
-def ranks_apart(facts: Any, group: Collective, device: torch.device) -> list[int]:
+def mismatched_ranks(facts: Any, group: Collective, device: torch.device) -> list[int]:
     """
     Give the ranks that have other facts than rank 0, as `gather_values` takes them.
 

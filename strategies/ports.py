@@ -50,7 +50,7 @@ class Pushed:
     """The control records of all ranks, without `present`; None: of a push that was too late."""
 
 
-class VectorKind(NamedTuple):
+class VectorSpec(NamedTuple):
     """What one vector of a shard is."""
 
     key: str
@@ -70,7 +70,7 @@ class ShardCopy:
     """That the slowest rank has made at this shard."""
     start: int = 0
     """First element of the shard."""
-    kinds: tuple[VectorKind, ...] = ()
+    kinds: tuple[VectorSpec, ...] = ()
     ref: Any = None
     """Refers to the vectors, in the order of `kinds`; None: they are not here."""
     used: bytes = b""
@@ -289,7 +289,7 @@ class Leases(Protocol):
         """Tell what is done; returns at once."""
 
 
-class Sending(Protocol):
+class PendingPush(Protocol):
     """A push to embedding tables under way."""
 
     def wait(self) -> None:
@@ -354,7 +354,7 @@ class Tables(Protocol):
         gradients: Sequence[tuple[Routed, RowGradients]],
         task: int | None = None,
         skip: bool = False,
-    ) -> Sending:
+    ) -> PendingPush:
         """
         Begin to hand gradients over, an entry for each table that was used; every rank, every step.
 

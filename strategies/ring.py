@@ -23,7 +23,7 @@ from distplat.strategies.strategy_spec import (
     Options,
     Roles,
     Strategy,
-    rows_come_first,
+    rows_before_gradients,
 )
 
 Compression = Literal["none", "fp16", "bf16", "topk", "powersgd"]
@@ -99,7 +99,7 @@ class Ring(Strategy[RingOptions]):
         if chosen.compression != "none" and job.precision == "fp16":
             text = f"{chosen.compression!r} cannot send what a loss scale has made larger"
             problems.append(Problem(("strategy", "compression"), text, "remove it, or use bf16"))
-        if "overlap" in given and chosen.overlap and rows_come_first(job):
+        if "overlap" in given and chosen.overlap and rows_before_gradients(job):
             text = "has no effect with `embeddings.asynchronous: true`: rows go before gradients"
             problems.append(Problem(("strategy", "overlap"), text, "remove it"))
         if chosen.backend == "nccl" and not job.scaling.use_gpu:

@@ -21,7 +21,7 @@ from distplat.strategies.reduction.bucket_reducer import BucketReducer
 from distplat.strategies.reduction.compressed import CompressedReducer, PowerSGDReducer, TopKReducer
 from distplat.strategies.reduction.sharded import ShardedUpdate
 from distplat.strategies.ring import RingOptions
-from distplat.strategies.strategy_spec import rows_come_first
+from distplat.strategies.strategy_spec import rows_before_gradients
 from distplat.strategies.worker_strategy import Context, WorkerStrategy
 
 
@@ -77,7 +77,7 @@ class RingWorker(WorkerStrategy[RingOptions]):
             if context.saved is not None:
                 sharded.load(context.saved.optimizer(flat, *sharded.bounds))
         else:
-            early = self.options.overlap and not rows_come_first(context.job)
+            early = self.options.overlap and not rows_before_gradients(context.job)
             look = context.job.failure.non_finite != "ignore"
             self._reducer = _reducer(self.options, flat, collective, overlap=early, look=look)
             if isinstance(old, CompressedReducer) and isinstance(self._reducer, CompressedReducer):

@@ -206,7 +206,7 @@ class ServerOptions(Options):
         return Roles(*servers, consistency, **how)
 
 
-def rows_come_first(job: Job) -> bool:
+def rows_before_gradients(job: Job) -> bool:
     """
     Say whether gradients of a synchronous strategy must not leave before the step's rows are in.
 

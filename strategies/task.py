@@ -85,8 +85,9 @@ class Task(ABC):
             return model(batch[0])
         raise ValueError(
             "a batch must be a pair (inputs, targets) or a dict of the model's arguments: each "
-            f"sample of the data set, or what collate() gives; it is {kind_of(batch)}. For any "
-            f"other batch {type(self).__name__} needs forward(model, batch) or step(model, batch)"
+            f"sample of the data set, or what collate() gives; it is {describe_value(batch)}. "
+            f"For any other batch {type(self).__name__} needs forward(model, batch) or "
+            "step(model, batch)"
         )
 
     def loss(self, outputs: Any, targets: Any) -> Tensor | tuple[Tensor, Tensor | float]:
@@ -266,7 +267,7 @@ def method_of(task: Task, name: str) -> Callable[..., Any]:
     return getattr(task, name) if kept is None else MethodType(found, task)
 
 
-def own_call(task: Task) -> str | None:
+def model_call_method(task: Task) -> str | None:
     """Name the method by which a task calls the model itself; None: it leaves that to us."""
     if has_step(task):
         return "step"
@@ -275,10 +276,10 @@ def own_call(task: Task) -> str | None:
 
 def targets_of(task: Task, batch: Any) -> Any:
     """Give what `loss` and `metrics` get as targets."""
-    return batch if own_call(task) or isinstance(batch, Mapping) else batch[1]
+    return batch if model_call_method(task) or isinstance(batch, Mapping) else batch[1]
 
 
-def kind_of(batch: object) -> str:
+def describe_value(batch: object) -> str:
     """Name what a batch is."""
     many = f" of {len(batch)}" if isinstance(batch, list | tuple) else ""
     return f"a {type(batch).__name__}{many}"

@@ -90,12 +90,12 @@ _LONGER = 3
 """Letters by which a near miss may differ in length: `train_data_path` is a helper."""
 
 
-def our_hooks() -> list[str]:
+def hook_names() -> list[str]:
     """Give the names of a task's own hooks."""
     return [name for name in vars(Task) if not name.startswith("_")]
 
 
-def unheard(kind: type[Task]) -> list[str]:
+def uncalled_hooks(kind: type[Task]) -> list[str]:
     """
     Find methods that look like hooks and that nobody calls.
 
@@ -106,7 +106,7 @@ def unheard(kind: type[Task]) -> list[str]:
         SpecError: see `check_methods`.
     """
     check_methods(kind)
-    used = {name for _, member in _members(kind) for name in names_in(member)}
+    used = {name for _, member in _members(kind) for name in referenced_names(member)}
     sentences = []
     for name, member in _members(kind):
         instead = _BESIDE_STEP if name == "forward" and overrides(kind, "step") else _instead(name)
@@ -174,9 +174,9 @@ def near_miss(name: str, missing: set[str]) -> str | None:
 
 def _instead(name: str) -> str:
     """Say what to write instead of a method; empty: it looks like no hook."""
-    if name.startswith("_") or name in our_hooks():
+    if name.startswith("_") or name in hook_names():
         return ""
-    meant = near_miss(name, set(our_hooks()))
+    meant = near_miss(name, set(hook_names()))
     known = _REMEDY.get(name, "")
     if meant is not None:
         return f"did you mean {meant}()?" + (f" {known[0].upper()}{known[1:]}" if known else "")
@@ -197,7 +197,7 @@ def _members(kind: type[Task]) -> Iterator[tuple[str, Callable[..., object]]]:
                 yield name, inner
 
 
-def names_in(member: Callable[..., object]) -> set[str]:
+def referenced_names(member: Callable[..., object]) -> set[str]:
     """Give the attributes and globals that a function names, itself and within."""
     code = getattr(inspect.unwrap(member), "__code__", None)
     names: set[str] = set()

@@ -39,13 +39,13 @@ COLLATE_RULES: dict[Any, Callable[..., Any]] = default_collate_fn_map
 """torch's rules by type; public is only the function that applies them to everything."""
 
 
-def collate_by(rules: dict[Any, Callable[..., Any]], samples: list[Any]) -> Any:
+def collate_with_rules(rules: dict[Any, Callable[..., Any]], samples: list[Any]) -> Any:
     """Put samples together by rules of our own: `default_collate` takes none."""
     return collate(samples, collate_fn_map=rules)
 
 
 @contextmanager
-def outside_loaders() -> Iterator[None]:
+def without_worker_info() -> Iterator[None]:
     """Have `get_worker_info` give None: many a stream reads a loader's part of itself by it."""
     before = loader_worker._worker_info
     loader_worker._worker_info = None
@@ -65,7 +65,7 @@ def check_input(layer: nn.SyncBatchNorm, x: Tensor) -> None:
     layer._check_input_dim(x)
 
 
-def any_hook_for_all_modules() -> bool:
+def has_global_hooks() -> bool:
     """Whether there are hooks for every module of the process, of which nothing public tells."""
     return bool(nn.modules.module._has_any_global_hook())  # type: ignore[no-untyped-call]
 
@@ -136,7 +136,7 @@ def not_compiled(function: FunctionT) -> FunctionT:
     return function
 
 
-def spare_the_compiler() -> None:
+def avoid_compiler_import() -> None:
     """
     Keep torch from importing its compiler, which takes a second of every process's start.
 
@@ -158,7 +158,7 @@ def after_backward(call: Callable[[], None]) -> None:
     torch.autograd.Variable._execution_engine.queue_callback(call)
 
 
-class DrawWatch(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class RandomOpWatch(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """
     Has a function called before each operation of this thread that draws random numbers.
 
@@ -193,7 +193,7 @@ def tree_flatten(tree: Any) -> tuple[list[Any], Any]:
     return _pytree.tree_flatten(tree)
 
 
-def tree_places(tree: Any) -> list[str]:
+def tree_paths(tree: Any) -> list[str]:
     """Give where the leaves are, in order: `[1]['mask']`."""
     return [_pytree.keystr(path) for path, _ in _pytree.tree_flatten_with_path(tree)[0]]
 
@@ -231,22 +231,22 @@ _ERROR_HANDLING = "TORCH_NCCL_ASYNC_ERROR_HANDLING"
 """Unless it is 0, torch ends the process when an operation of NCCL is late."""
 
 
-def gloo_works() -> bool:
+def gloo_available() -> bool:
     """Whether this torch was built with gloo."""
     return bool(dist.is_gloo_available())
 
 
-def nccl_works() -> bool:
+def nccl_available() -> bool:
     """Whether this torch was built with NCCL, and there is a GPU."""
     return bool(dist.is_nccl_available() and torch.cuda.is_available())
 
 
-def within(store: Any, purpose: str) -> Any:
+def prefix_store(store: Any, purpose: str) -> Any:
     """Give a part of a store that no other purpose shares."""
     return dist.PrefixStore(purpose, store)
 
 
-def store_of_one() -> Any:
+def single_rank_store() -> Any:
     """Give a store for a group of one rank."""
     return dist.HashStore()
 
@@ -330,7 +330,7 @@ def nccl_group(store: Any, purpose: str, rank: int, world: int, operation_s: flo
             os.environ[_ERROR_HANDLING] = before
 
 
-def reason_of(error: BaseException) -> str:
+def error_reason(error: BaseException) -> str:
     """Give the reason in what gloo says, without its source file and its guess at who did it."""
     first = (str(error).splitlines() or [type(error).__name__])[0]
     return re.sub(r"^\[[^]]*\.(?:cc|h):\d+\] ", "", first).partition(" This is typically")[0]

@@ -70,7 +70,7 @@ class Context:
     report: Callable[[AnyReport], None] = lambda report: None
     """Takes what the strategy reports beside the loop's own; quick, and of the loop's thread."""
 
-    made: MadeOptimizers = ()
+    optimizers: MadeOptimizers = ()
     """What the task's `optimizer` gave; empty: the job names one."""
 
     @property
@@ -102,8 +102,8 @@ class Context:
 
     def local_optimizer(self) -> LocalOptimizer:
         """Build the optimizer, schedule and clipping over this worker's parameters."""
-        if self.made:
-            return TaskUpdate(self.flat, self.job, self.total_steps, self.made)
+        if self.optimizers:
+            return TaskUpdate(self.flat, self.job, self.total_steps, self.optimizers)
         return LocalOptimizer(self.flat, self.job, self.total_steps)
 
 
@@ -128,7 +128,7 @@ class WorkerStrategy(ABC, Generic[OptionsT]):
     """What this rank computed of the step before the one that `setup` gave: it had not made that
     step when the attempt before ended, and made it in `setup`. None: there is no such step."""
 
-    given: tuple[int, Share] | None = None
+    pending_share: tuple[int, Share] | None = None
     """A step, and what this rank has given to its exchange; None once it is reported. Where the
     attempt ended in between, the others or the servers may have made the step."""
 

@@ -54,7 +54,7 @@ class DefaultGroup:
             if (interface := _interface_of(self._store.host)) is not None:
                 os.environ.setdefault(_INTERFACE, interface)
         self._made += 1
-        return torch_compat.within(self._store.client, f"group-{self._made}")
+        return torch_compat.prefix_store(self._store.client, f"group-{self._made}")
 
     def close(self) -> None:
         """Serve the store no more."""

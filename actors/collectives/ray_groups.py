@@ -137,9 +137,9 @@ class RayGroup(BaseGroup):  # type: ignore[misc]  # Ray is not typed
     @classmethod
     def check_backend_availability(cls) -> bool:
         """Whether the backend works on this machine."""
-        gloo, memory = torch_compat.gloo_works, shared_memory_works
+        gloo, memory = torch_compat.gloo_available, shared_memory_works
         needs = {"gloo": [gloo], "shm": [memory], "hierarchical": [gloo, memory]}
-        return all(works() for works in needs.get(cls.kind, [torch_compat.nccl_works]))
+        return all(works() for works in needs.get(cls.kind, [torch_compat.nccl_available]))
 
     def destroy_group(self) -> None:
         """Leave; peers in an operation fail at once."""

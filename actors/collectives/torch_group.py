@@ -195,7 +195,7 @@ class TorchGroup(CollectiveGroup):
         try:
             group = torch_compat.gloo_group(store.client, purpose, rank, world, limit, store.host)
         except RuntimeError as error:
-            cause = f"gloo says: {torch_compat.reason_of(error)}"
+            cause = f"gloo says: {torch_compat.error_reason(error)}"
             raise CollectiveError(self.name, "rendezvous", 0, (), cause) from None
         return group, rank, world
 
@@ -336,7 +336,7 @@ class TorchGroup(CollectiveGroup):
                 still_s = self._heartbeat.stood_still_s()
                 says = "" if head is None else " ".join(map(str, head))
                 missing = self._heartbeat.missing(number, partner, lambda: self._given_up, says)
-                why = f"torch says: {torch_compat.reason_of(error)}"
+                why = f"torch says: {torch_compat.error_reason(error)}"
                 if isinstance(error, CollectiveError):  # of a group inside this one
                     why = error.cause
                 cause = f"{self.settings.deadline}; {why}"

@@ -35,7 +35,7 @@ from distplat.strategies.loop.control import HEAD_SIZE
 
 logger = logging.getLogger(__name__)
 
-SLOT = 512
+SLOT_BYTES = 512
 """Bytes of one mailbox; the two sides write to cache lines of their own."""
 _ASKED, _REQUEST, _CLOSED, _ANSWERED, _ANSWER = 0, 8, 64, 128, 136
 _REQUEST_LAYOUT = struct.Struct("<q?dq")
@@ -83,7 +83,7 @@ class Mailbox:
 
     def __init__(self, segment: MemorySegment, slot: int) -> None:
         memory = segment.tensor.numpy().data.cast("B")
-        self._memory = memory[slot * SLOT : (slot + 1) * SLOT]
+        self._memory = memory[slot * SLOT_BYTES : (slot + 1) * SLOT_BYTES]
         self._asked = Word(self._memory, _ASKED)
         self._answered = Word(self._memory, _ANSWERED)
 
@@ -231,7 +231,7 @@ class Mailboxes:
         self.shards = sorted(local_shards) if futex.supported() else []
         self._names, self._listen, self._look = names, listen, look
         # Not sealed: a standing call that got lost is made again, and opens it again.
-        size = SLOT * max(1, len(self.shards)) + 8 * control
+        size = SLOT_BYTES * max(1, len(self.shards)) + 8 * control
         self._segment = MemorySegment.create(transport.node, size, "uint8")
         self.control = control_of(self._segment, control)  #: written before a request is sent
         self._mailboxes = {s: Mailbox(self._segment, slot) for slot, s in enumerate(self.shards)}

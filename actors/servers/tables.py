@@ -20,7 +20,7 @@ from distplat.platform.errors import ActorLost
 from distplat.platform.ledger import PullId, PushId
 from distplat.platform.shard_map import TablePlan, TableSpec, plan_of
 from distplat.strategies.checkpoint.checkpoint_reader import SavedState
-from distplat.strategies.ports import Sending, Tables, TablesCopy
+from distplat.strategies.ports import PendingPush, Tables, TablesCopy
 from distplat.strategies.server.answers import fetch_copies
 from distplat.strategies.sparse.routing import Routed
 from distplat.strategies.sparse.table import RowGradients
@@ -62,9 +62,9 @@ class _GrowingSegment:
         self._segment.seal()
 
 
-class _Push(Sending):
+class _Push(PendingPush):
     """
-    A push under way. See `Sending`.
+    A push under way. See `PendingPush`.
 
     Args:
         send: hands the gradients over; again where a lost server is followed by another.

@@ -23,7 +23,7 @@ from distplat.strategies.model.ema import AVERAGE, AVERAGED
 from distplat.strategies.model.flat import FlatModel
 from distplat.strategies.model.optimizer_state import PER_PARAMETER, TREE, USED, WHOLE
 from distplat.strategies.model.parameter_layout import dtype_name
-from distplat.strategies.ports import Shards, VectorKind
+from distplat.strategies.ports import Shards, VectorSpec
 
 _OF_LIVE = {"model", f"optimizer/{AVERAGE}", f"optimizer/{AVERAGED}"}
 """Vectors that have something of every parameter that is trained."""
@@ -119,23 +119,23 @@ def server_part(
     return replace(buffer_part(flat, holding), fetch=fetch, may_skip=may_skip)
 
 
-def kinds_of(state: Mapping[str, Tensor]) -> tuple[list[VectorKind], bytes]:
+def kinds_of(state: Mapping[str, Tensor]) -> tuple[list[VectorSpec], bytes]:
     """Say what an optimizer's state is made of, and, a byte each, of which parameters it is."""
     kinds = [vector_kind_of(f"optimizer/{k}", v) for k, v in state.items() if k != USED]
     return kinds, state[USED].numpy().tobytes() if USED in state else b""
 
 
-def vector_kind_of(key: str, tensor: Tensor) -> VectorKind:
+def vector_kind_of(key: str, tensor: Tensor) -> VectorSpec:
     """Say what a vector, a number for each parameter, or a tensor of one parameter is."""
     if key.startswith(f"optimizer/{WHOLE}"):
-        return VectorKind(key, dtype_name(tensor), None, tuple(tensor.shape))
+        return VectorSpec(key, dtype_name(tensor), None, tuple(tensor.shape))
     plain = key.replace(f"optimizer/{PER_PARAMETER}", "optimizer/")
-    return VectorKind(plain, dtype_name(tensor), tensor.numel() if plain == key else None)
+    return VectorSpec(plain, dtype_name(tensor), tensor.numel() if plain == key else None)
 
 
 def vector_entries(
     flat: FlatModel,
-    kinds: Sequence[VectorKind],
+    kinds: Sequence[VectorSpec],
     start: int,
     used: bytes,
     holding: Holding,
@@ -177,7 +177,7 @@ def vector_entries(
     return entries
 
 
-def _of_parameter(flat: FlatModel, number: int, kind: VectorKind) -> TensorEntry:
+def _of_parameter(flat: FlatModel, number: int, kind: VectorSpec) -> TensorEntry:
     """Name a tensor that an optimizer remembers of one parameter: `kind.key` ends with its slot."""
     key, _, slot = kind.key.rpartition("/")
     assert kind.shape is not None, "it is of one parameter"

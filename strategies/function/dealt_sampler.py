@@ -20,7 +20,7 @@ from typing_extensions import override
 
 from distplat.platform.errors import Problem, SpecError
 from distplat.strategies.algorithms.seeds import order_seed
-from distplat.strategies.collective import Collective, ranks_apart
+from distplat.strategies.collective import Collective, mismatched_ranks
 from distplat.strategies.loop.sample_hash import fingerprint_of
 from distplat.strategies.loop.seeding import preserve_rng_state, seed_quickly
 from distplat.strategies.loop.streams import length_of
@@ -296,7 +296,7 @@ def check_order(sampler: DealtSampler, group: Collective, device: torch.device) 
     Raises:
         SpecError: names the ranks that have another one than rank 0.
     """
-    if others := ranks_apart(sampler.fingerprint, group, device):
+    if others := mismatched_ranks(sampler.fingerprint, group, device):
         names = ", ".join(map(str, others))
         text = f"sampler that gives another order on rank {names} than on rank 0"
         hint = (

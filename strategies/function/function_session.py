@@ -39,7 +39,7 @@ from distplat.strategies.function.gradient_average import (
     BucketAverage,
     Exchange,
     SessionContext,
-    take_over,
+    broadcast_from_rank0,
 )
 from distplat.strategies.function.loader_kinds import check_kind, is_batched_otherwise
 from distplat.strategies.function.loop_checks import EpochWatch, OptimizerWatch, ReportWatch
@@ -47,7 +47,7 @@ from distplat.strategies.function.metric_gathering import gather_for_metrics
 from distplat.strategies.function.server_sum import ServerAverage, ServerSum
 from distplat.strategies.function.server_updates import ServerUpdates
 from distplat.strategies.function.sharded_loader import (
-    Cut,
+    DataShard,
     NumberedLoader,
     RankBatch,
     ShardedLoader,
@@ -212,7 +212,9 @@ class FunctionSession:
             raise _refused(f"a model in which {lazy}", "run a batch through it before prepare()")
         model.to(self.context.device)
         if not any(one.requires_grad for one in model.parameters()):  # a teacher, for example
-            take_over([one for one in model.state_dict().values() if one.numel()], self.group)
+            broadcast_from_rank0(
+                [one for one in model.state_dict().values() if one.numel()], self.group
+            )
             return given
         check_state(model, sent=False, named="a model that prepare() got")
         self._exchange.add(model, alone=alone, own_buffers=with_own_buffers(wrappers))
@@ -236,7 +238,7 @@ class FunctionSession:
 
     def _prepare_loader(self, loader: DataLoader[Any]) -> ShardedLoader:
         context = self.context
-        cut = Cut(context.rank, context.world, self.job.seed)
+        cut = DataShard(context.rank, context.world, self.job.seed)
         check_kind(loader)
         sharded: ShardedLoader
         if is_stream(loader.dataset):

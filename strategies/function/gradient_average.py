@@ -31,7 +31,7 @@ from typing_extensions import override
 
 from distplat.platform.errors import NonFiniteError, Problem, SpecError
 from distplat.platform.spec import Job
-from distplat.strategies.collective import Collective, ranks_apart
+from distplat.strategies.collective import Collective, mismatched_ranks
 from distplat.strategies.function.loop_checks import check_alike
 from distplat.strategies.loop.control import NonFiniteSteps, StepControl
 from distplat.strategies.model.flat import FlatModel
@@ -185,7 +185,7 @@ class GradientAverage(ABC):
         self._move_vectors()
         self._holders = [one._buffers for one in model.modules() if one not in own_buffers]
         frozen = [one.data for one in model.parameters() if not one.requires_grad and one.numel()]
-        take_over([*flat.typed(flat.params), *frozen, *self._buffers()], self._group)
+        broadcast_from_rank0([*flat.typed(flat.params), *frozen, *self._buffers()], self._group)
         every = (sys.maxsize,) * self._group.world  # forwards of a loop are those of all ranks
         name = f"sync-batch-norm-{number}"
         self._norms = SyncNorms.of(model, self._group, lambda _: every, name)
@@ -262,7 +262,7 @@ class GradientAverage(ABC):
 
     def finish(self) -> None:
         """Called when all gradients are handed out; the buffers follow."""
-        take_over(self._buffers(), self._group)
+        broadcast_from_rank0(self._buffers(), self._group)
         self._backwards += 1
         if self._backwards in (1, *_COMPARED):
             self._refuse_later_norms()
@@ -451,7 +451,7 @@ def check_same_model(
             )
             raise SpecError(Problem(("task",), text, hint))
     buffers = repr([(n, b.shape, b.dtype) for n, b in model.named_buffers()])
-    if others := ranks_apart([digest, buffers], group, device):
+    if others := mismatched_ranks([digest, buffers], group, device):
         names = ", ".join(map(str, others))
         what = f"prepare() got another model on rank {names} than on rank 0"
         hint = "names, shapes, types and requires_grad must be the same on all ranks"
@@ -459,7 +459,7 @@ def check_same_model(
 
 
 @torch.no_grad()
-def take_over(tensors: Sequence[Tensor], group: Collective) -> None:
+def broadcast_from_rank0(tensors: Sequence[Tensor], group: Collective) -> None:
     """Broadcast rank 0's tensors, in place, by a message for each type; every rank calls this."""
     by_type: dict[torch.dtype, list[Tensor]] = {}
     for one in tensors if group.world > 1 else ():

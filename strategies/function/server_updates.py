@@ -38,8 +38,8 @@ from distplat.platform.shard_map import OwnLoop
 from distplat.strategies.function.gradient_average import (
     Exchange,
     SessionContext,
+    broadcast_from_rank0,
     check_same_model,
-    take_over,
 )
 from distplat.strategies.function.loop_checks import check_alike, not_prepared, parameters_of
 from distplat.strategies.loop.control import NonFiniteSteps, StepControl
@@ -94,7 +94,7 @@ class ServerUpdates(Exchange):
         sharing = (one for one in model.modules() if one not in own_buffers)
         buffers = (buffer for one in sharing for buffer in one.buffers(recurse=False))
         tensors = [one.data for one in [*model.parameters(), *buffers] if one.numel()]
-        take_over(tensors, group)
+        broadcast_from_rank0(tensors, group)
         self._models.append(model)
         self._trained |= {id(one): one.requires_grad for one in model.parameters()}
 

@@ -56,7 +56,7 @@ _FIXED = ("dataset", "batch_size", "sampler", "drop_last", "persistent_workers")
 """What torch's DataLoader refuses to have set as well."""
 
 
-class Cut(NamedTuple):
+class DataShard(NamedTuple):
     """Which part of the data is this rank's."""
 
     rank: int
@@ -107,7 +107,9 @@ class ShardedLoader(ABC):
     counted = "samples"
     """What a position counts."""
 
-    def __init__(self, loader: DataLoader[Any], cut: Cut, device: torch.device, read: Read) -> None:
+    def __init__(
+        self, loader: DataLoader[Any], cut: DataShard, device: torch.device, read: Read
+    ) -> None:
         self.dataset: Any = loader.dataset
         """The user's, whole."""
         whole = not is_batched_otherwise(loader)
@@ -241,7 +243,9 @@ class NumberedLoader(ShardedLoader):
         SpecError: a loader that cannot be cut into parts; says what to do.
     """
 
-    def __init__(self, loader: DataLoader[Any], cut: Cut, device: torch.device, read: Read) -> None:
+    def __init__(
+        self, loader: DataLoader[Any], cut: DataShard, device: torch.device, read: Read
+    ) -> None:
         super().__init__(loader, cut, device, read)
         self.sampler: DistributedSampler[Any] = self._sampler_of(loader)
         self._size = self._length()
@@ -436,7 +440,7 @@ class SizedBatches(Sampler[Any]):
             yield batch
 
 
-def _sampler_of(loader: DataLoader[Any], cut: Cut) -> DistributedSampler[Any]:
+def _sampler_of(loader: DataLoader[Any], cut: DataShard) -> DistributedSampler[Any]:
     batches = batches_of(loader)
     given: Any = batches.sampler
     if (dealer := dealer_in(given, cut.rank, cut.world)) is not None:

@@ -24,12 +24,12 @@ from torch.utils.data import DataLoader, IterableDataset, SequentialSampler, get
 from typing_extensions import override
 
 from distplat.platform.errors import Problem, SpecError
-from distplat.strategies.collective import Collective, ranks_apart
+from distplat.strategies.collective import Collective, mismatched_ranks
 from distplat.strategies.function.loader_kinds import batches_of, refused
 from distplat.strategies.function.sharded_loader import (
     KEPT,
     Collate,
-    Cut,
+    DataShard,
     RankBatch,
     Read,
     ShardedLoader,
@@ -44,7 +44,7 @@ from distplat.strategies.loop.streams import (
     is_ray_data,
     length_of,
 )
-from distplat.strategies.torch_compat import outside_loaders
+from distplat.strategies.torch_compat import without_worker_info
 
 _WHERE = "prepare() got a DataLoader whose data set"
 _HASHED = 2
@@ -82,13 +82,18 @@ class StreamLoader(ShardedLoader):
     """
 
     def __init__(
-        self, loader: DataLoader[Any], cut: Cut, device: torch.device, read: Read, group: Collective
+        self,
+        loader: DataLoader[Any],
+        cut: DataShard,
+        device: torch.device,
+        read: Read,
+        group: Collective,
     ) -> None:
         super().__init__(loader, cut, device, read)
         _check(loader)
         stream = StreamSamples(loader.dataset, StreamSeeds(cut.seed), _WHERE)
         stream.survey(counts=False, limit_s=0.0)
-        if others := ranks_apart(stream.hashes, group, device):
+        if others := mismatched_ranks(stream.hashes, group, device):
             names = ", ".join(f"worker-{rank}" for rank in others)
             text = f"{_WHERE} gives {names} other samples than worker-0"
             hint = (
@@ -151,7 +156,7 @@ class _Part(IterableDataset[Any]):
         drops: whether what is left for no whole batch of all ranks is left out.
     """
 
-    def __init__(self, stream: StreamSamples, cut: Cut, batch: int, *, drops: bool) -> None:
+    def __init__(self, stream: StreamSamples, cut: DataShard, batch: int, *, drops: bool) -> None:
         self.drops = drops
         """See the arguments."""
         self.mark: StreamPosition | None = None
@@ -255,7 +260,7 @@ class _Collate(Collate):
 
 def _without_sharding(init: Callable[[int], object], loader: int) -> None:
     """Call a `worker_init_fn` that may want to cut the stream: every loader reads all of it."""
-    with outside_loaders():
+    with without_worker_info():
         init(loader)
 
 

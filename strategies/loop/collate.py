@@ -11,7 +11,7 @@ from torch.utils.data import get_worker_info
 
 from distplat.strategies.loop.containers import items_in, rebuilt, with_fields
 from distplat.strategies.loop.loaders import ByValue, all_importable
-from distplat.strategies.torch_compat import COLLATE_RULES, collate_by
+from distplat.strategies.torch_compat import COLLATE_RULES, collate_with_rules
 
 _Rules = dict[type | tuple[type, ...], Callable[..., Any]]
 
@@ -29,7 +29,7 @@ def _by_field(batch: list[Any], *, collate_fn_map: _Rules | None = None) -> Any:
     for field in fields(batch[0]):
         values = [getattr(one, field.name, None) for one in batch]
         if any(value is not None for value in values):  # an optional field that nobody has set
-            together[field.name] = collate_by(collate_fn_map or {}, values)
+            together[field.name] = collate_with_rules(collate_fn_map or {}, values)
     return with_fields(batch[0], together)
 
 
@@ -43,7 +43,7 @@ def collated(samples: list[Any]) -> Any:
     Raises:
         TypeError: a sample holds what cannot be put together, None for one.
     """
-    return collate_by(_RULES, samples)
+    return collate_with_rules(_RULES, samples)
 
 
 def sendable(batch: Any) -> Any:

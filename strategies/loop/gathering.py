@@ -28,7 +28,7 @@ from distplat.platform.spec import Job
 from distplat.strategies.collective import Collective, gather_numbers
 from distplat.strategies.strategy_spec import Roles
 from distplat.strategies.task import Task
-from distplat.strategies.task_methods import names_in
+from distplat.strategies.task_methods import referenced_names
 
 _NOTHING, _FORWARD, _BACKWARD, _END = range(4)
 _DIMENSIONS = 8
@@ -339,4 +339,4 @@ def looks_gathering(task: Task, model: nn.Module) -> bool:
     bases = {base for kind in kinds for base in kind.__mro__ if base is not nn.Module}
     members = [member for base in bases for member in vars(base).values()]
     functions = [one for one in [*own, *members] if isinstance(one, FunctionType)]
-    return any(all_gather.__name__ in names_in(one) for one in functions)
+    return any(all_gather.__name__ in referenced_names(one) for one in functions)

@@ -25,7 +25,7 @@ from distplat.strategies.loop.prepared import Prepared
 from distplat.strategies.model.optim import rate_figures
 from distplat.strategies.ports import Leases
 from distplat.strategies.sparse.lookups import RowPush
-from distplat.strategies.strategy_spec import rows_come_first
+from distplat.strategies.strategy_spec import rows_before_gradients
 from distplat.strategies.worker_strategy import WorkerStrategy
 
 
@@ -74,7 +74,7 @@ class StepExchange:
         else:
             flat, slots = self._flat, len(self._flat.slots)
             rows = RowPush(self._lookups, self._steps, local, number, task, share.weighted, slots)
-            rows.before(waits=task is None and rows_come_first(self._job))
+            rows.before(waits=task is None and rows_before_gradients(self._job))
             total = self._strategy.exchange(index, rows.local)
             name = lambda slot: flat.name(slot) if slot < slots else rows.name(slot)  # noqa: E731
             total = self._steps.decide(total, step, name)
@@ -244,7 +244,7 @@ class Loop(_LoopBase):
 
     def _unreported_share(self) -> Share | None:
         """Give this rank's share of the step before `start`, if no attempt has reported it yet."""
-        computed, self.strategy.given = self.strategy.given, None
+        computed, self.strategy.pending_share = self.strategy.pending_share, None
         if self.strategy.replayed is not None:
             return self.strategy.replayed
         return computed[1] if computed is not None and computed[0] == self.start - 1 else None
@@ -281,7 +281,7 @@ class Loop(_LoopBase):
             share = self.compute.gradients(step, clock)
         self.gathering.finish(self.flat.params.device)
         self.flat.check_layout(step)
-        self.strategy.given = step, share
+        self.strategy.pending_share = step, share
         total = self._exchange.exchange(step, share, number=step, stop=stop_order)
         self._agreed = total.stop
         clock.lap("exchange")
@@ -293,7 +293,7 @@ class Loop(_LoopBase):
         self.flat.version = self.progress.step = step + 1
         self.progress.beat()
         self._report_step(self.rank, step, share, clock, {})
-        self.strategy.given = None
+        self.strategy.pending_share = None
 
     def _skip(self, step: int) -> None:
         """Leave a step out: the others have made it."""

@@ -402,7 +402,7 @@ def _context(
         model_state=p.state,
         connect_peers=ports.peers,
         report=report,
-        made=p.made,
+        optimizers=p.made,
     )
 
 

@@ -29,7 +29,7 @@ from distplat.platform.sampler import ENDLESS
 from distplat.strategies.algorithms.seeds import epoch_seed, evaluation_data_seed, mixed, order_seed
 from distplat.strategies.loop.sample_hash import fingerprint_of, hash_of
 from distplat.strategies.loop.seeding import preserve_rng_state, seed_quickly, seed_sample
-from distplat.strategies.torch_compat import outside_loaders
+from distplat.strategies.torch_compat import without_worker_info
 
 logger = logging.getLogger(__name__)
 
@@ -201,7 +201,7 @@ class StreamSamples(Dataset[Any]):
         """
         count, until = 0, time.monotonic() + limit_s
         counts &= self._size is None
-        with preserve_rng_state(), outside_loaders():
+        with preserve_rng_state(), without_worker_info():
             self._begin(0, 0)
             for count in itertools.count():
                 try:
@@ -241,7 +241,7 @@ class StreamSamples(Dataset[Any]):
         """
         if look_at is not None and look_at != self._looks_at:
             self._looks_at, self._seen = look_at, 0
-        with outside_loaders():
+        with without_worker_info():
             self._seek(first)
             here = self._mark() if mark else None
             samples, following = [], []
@@ -263,7 +263,7 @@ class StreamSamples(Dataset[Any]):
         Raises:
             ValueError: other samples follow than when the mark was made.
         """
-        with outside_loaders():
+        with without_worker_info():
             if mark is None:
                 self._begin(turn, 0)
                 return self.here()
@@ -277,7 +277,7 @@ class StreamSamples(Dataset[Any]):
         Raises:
             ValueError: it has none at all.
         """
-        with outside_loaders():
+        with without_worker_info():
             try:
                 sample = self._ahead.pop(0) if self._ahead else self._draw(self._place)
             except StopIteration:

@@ -15,8 +15,8 @@ from distplat.strategies.model.block_layers import CallOrder, block_modules, num
 from distplat.strategies.model.model_call import ModelCall, changed_modes, torch_modes
 from distplat.strategies.model.module_hooks import called_hooks
 from distplat.strategies.model.trials import ModuleSnapshot, Runner
-from distplat.strategies.task_methods import names_in
-from distplat.strategies.torch_compat import DrawWatch
+from distplat.strategies.task_methods import referenced_names
+from distplat.strategies.torch_compat import RandomOpWatch
 
 ModuleOrTensor = nn.Module | Tensor
 
@@ -315,7 +315,7 @@ def _trace(model: nn.Module) -> fx.Graph:
         for mode in (True, False):
             model.train(mode)
             # Once inside of autocast, so that one that is switched off is seen, too.
-            with tracing, torch.autocast("cpu", enabled=mode), DrawWatch(_refuse_draws):
+            with tracing, torch.autocast("cpu", enabled=mode), RandomOpWatch(_refuse_draws):
                 graphs.append(_Tracer().trace(model))
     except Exception as error:
         raise _problem(f"{type(model).__name__} cannot be traced: {error}", _LIST) from error
@@ -348,7 +348,7 @@ def _refuse_side_effects(model: nn.Module, changed: Sequence[str]) -> None:
     if written:
         text = f"{name} writes {', '.join(written)}, which a trace does once for all"
         raise _problem(text, f"write it in a part of the model that has a forward, or {_LIST}")
-    if named := names_in(type(model).forward) & {"random", "default_rng"}:
+    if named := referenced_names(type(model).forward) & {"random", "default_rng"}:
         text = f"{name} names `{min(named)}`, and a trace draws random numbers once for all"
         raise _problem(text, f"draw them in a part of the model that has a forward, or {_LIST}")
     if changed:

@@ -16,8 +16,8 @@ import torch
 from torch import nn
 
 from distplat.platform.errors import Problem, SpecError
-from distplat.strategies.task import Task, method_of, own_call
-from distplat.strategies.torch_compat import DrawWatch
+from distplat.strategies.task import Task, method_of, model_call_method
+from distplat.strategies.torch_compat import RandomOpWatch
 
 
 class Batch(NamedTuple):
@@ -36,7 +36,7 @@ class ModelCall:
 
     def __init__(self, task: Task | None = None) -> None:
         self._task = task
-        self._method = "forward" if task is None else own_call(task) or "forward"
+        self._method = "forward" if task is None else model_call_method(task) or "forward"
 
     def __call__(self, model: nn.Module, inputs: Any) -> Any:
         """Call a model with what enters it."""
@@ -48,7 +48,7 @@ class ModelCall:
     @property
     def holders(self) -> tuple[object, ...]:
         """Give the task, whose attributes a call may change, where it calls the model itself."""
-        return () if self._task is None or own_call(self._task) is None else (self._task,)
+        return () if self._task is None or model_call_method(self._task) is None else (self._task,)
 
     def of_part(self, model: nn.Module, inputs: Any) -> Any:
         """
@@ -57,10 +57,14 @@ class ModelCall:
         Raises:
             SpecError: the task draws random numbers before: another part would draw others.
         """
-        if self._task is None or own_call(self._task) is None or not isinstance(inputs, Batch):
+        if (
+            self._task is None
+            or model_call_method(self._task) is None
+            or not isinstance(inputs, Batch)
+        ):
             return self(model, inputs)
         watch = ExitStack()
-        watch.enter_context(DrawWatch(self._refuse_draws))
+        watch.enter_context(RandomOpWatch(self._refuse_draws))
         handle = model.register_forward_pre_hook(lambda *_: watch.close())
         try:
             return self(model, inputs)

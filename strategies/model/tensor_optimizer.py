@@ -19,7 +19,7 @@ from distplat.strategies.model.ema import AVERAGE, AVERAGED, AveragedVector
 from distplat.strategies.model.lamb import LAMB
 from distplat.strategies.model.optimizer_state import UPDATES, WHOLE, Presence
 from distplat.strategies.model.parameter_layout import dtype_name, segments_of, typed
-from distplat.strategies.torch_compat import spare_the_compiler
+from distplat.strategies.torch_compat import avoid_compiler_import
 
 
 class VectorOptimizer(ABC):
@@ -35,7 +35,7 @@ class VectorOptimizer(ABC):
     gradient: Tensor
 
     def __init__(self, vector: Tensor, layout: Layout | None, ema: EMA | None) -> None:
-        spare_the_compiler()
+        avoid_compiler_import()
         self._layout = layout or plain_layout(vector.numel(), dtype_name(vector))
         self._vector = vector
         self._slots = np.array([piece.slot for piece in self._layout.pieces], np.int64)

@@ -28,7 +28,7 @@ from distplat.strategies.model.trials import (
 )
 from distplat.strategies.pipeline.limits import leaves, refused
 from distplat.strategies.pipeline.values import copied, on_device, tensor_leaves
-from distplat.strategies.task import kind_of
+from distplat.strategies.task import describe_value
 
 _SMALL = 1 << 20
 """Elements of a parameter whose gradient is compared: not all those of a large model are held."""
@@ -117,7 +117,7 @@ def _compare_outputs(
     if not _to_write(layers):
         behind, whole = _of_both(behind, whole)
     elif not tensor_leaves(whole):
-        _refuse_guess(layers, f"it gives {kind_of(whole)}, and no tensors that are seen")
+        _refuse_guess(layers, f"it gives {describe_value(whole)}, and no tensors that are seen")
     if not alike(behind, whole):
         mode = " in training" if training else ""
         raise _layers_do(layers, f"compute otherwise than {type(model).__name__} does{mode}")

@@ -18,7 +18,7 @@ from distplat.platform.errors import Problem, SpecError
 from distplat.strategies.loop.task_settings import task_parameters
 from distplat.strategies.model.model_call import Batch
 from distplat.strategies.pipeline.values import is_value
-from distplat.strategies.task import Task, kind_of, overrides, own_call
+from distplat.strategies.task import Task, describe_value, model_call_method, overrides
 
 NamesById = Mapping[int, tuple[str, Callable[[], Tensor | None]]]
 """By `id` of a parameter: its name, and a weak reference, for an `id` may be given out again."""
@@ -33,13 +33,13 @@ def as_pair(task: Task, batch: Any) -> tuple[Any, Any]:
     Raises:
         SpecError: nobody says how the model is called with it.
     """
-    if own_call(task) is not None:
+    if model_call_method(task) is not None:
         return Batch(batch), batch
     if isinstance(batch, Mapping):
         return Batch(batch if type(batch) is dict else dict(batch)), batch
     if isinstance(batch, list | tuple) and len(batch) == 2:
         return batch[0], batch[1]
-    text = f"a batch is {kind_of(batch)}, and nobody says how the model is called with it"
+    text = f"a batch is {describe_value(batch)}, and nobody says how the model is called with it"
     hint = (
         "give a pair (inputs, targets) or a dict of the model's arguments, or write "
         "forward(model, batch)"
@@ -57,7 +57,7 @@ def check_inputs(inputs: Any) -> Any:
     if isinstance(inputs, Tensor) or is_value(inputs):
         return inputs
     given = inputs.batch if isinstance(inputs, Batch) else inputs
-    text = f"a pipeline takes tensors as inputs, train_data gives {kind_of(given)}"
+    text = f"a pipeline takes tensors as inputs, train_data gives {describe_value(given)}"
     hint = "give a tensor, or tensors in lists, tuples and dicts, or set `pipeline: 1`"
     raise refused(text, hint)
 

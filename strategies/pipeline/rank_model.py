@@ -34,11 +34,11 @@ from distplat.strategies.model.trials import Runner
 from distplat.strategies.pipeline.limits import NamesById
 from distplat.strategies.pipeline.slicing_trial import SlicingTrial
 from distplat.strategies.pipeline.values import copied
-from distplat.strategies.task import Task, overrides, own_call
-from distplat.strategies.task_methods import names_in
+from distplat.strategies.task import Task, model_call_method, overrides
+from distplat.strategies.task_methods import referenced_names
 from distplat.strategies.tensor.parallel_layers import tensor_slice_of
 from distplat.strategies.tensor.parallel_plan import ShardSpec
-from distplat.strategies.torch_compat import any_hook_for_all_modules
+from distplat.strategies.torch_compat import has_global_hooks
 
 _WHERE = ("strategy", "pipeline")
 _SUPPORTED_HOOKS = {"a forward pre-hook", "a forward hook"}
@@ -55,7 +55,7 @@ def with_hooks(model: nn.Module, layers: Sequence[Layer]) -> list[Layer]:
             the layers alone would leave out; names each.
     """
     problems = [*_hooks_of_whole(model, layers), *_hooks_between(model, layers)]
-    if any_hook_for_all_modules():
+    if has_global_hooks():
         text = "there are hooks for all modules (`register_module_..._hook`)"
         problems.append(_problem(text, "register them on the layers that they are for"))
     if problems:
@@ -366,7 +366,7 @@ def layers_for(task: Task, model: nn.Module, order: CallOrder | None = None) -> 
         SpecError: neither way works, a parameter of the model is in no layer, or the layers leave
             out what the model does around them.
     """
-    find = _layers_of_own_call if own_call(task) else _listed_or_found
+    find = _layers_of_own_call if model_call_method(task) else _listed_or_found
     layers = find(task, model, order)
     inside = {id(t) for layer in layers for _, t in named_tensors(layer.module)}
     inside |= {id(p) for layer in layers for p in layer.parts.values() if isinstance(p, Tensor)}
@@ -398,7 +398,7 @@ def _layers_of_own_call(task: Task, model: nn.Module, order: CallOrder | None) -
     if not overrides(type(task), "stages") and not called_hooks(model):
         layers = layers_around_blocks(model, ModelCall(task), order)
     if layers is None:
-        name = f"{type(task).__name__}.{own_call(task)}()"
+        name = f"{type(task).__name__}.{model_call_method(task)}()"
         text = f"{name} calls the whole model, and only models of blocks without hooks are cut so"
         hint = (
             "leave it out: give pairs (inputs, targets), or dicts of the model's arguments, and a "
@@ -410,8 +410,8 @@ def _layers_of_own_call(task: Task, model: nn.Module, order: CallOrder | None) -
 
 def _refuse_other_draws(task: Task) -> None:
     """Refuse numbers of python's or numpy's: what torch draws is seen when it is drawn."""
-    method = own_call(task) or ""
-    named = names_in(getattr(type(task), method)) & {"random", "default_rng"}
+    method = model_call_method(task) or ""
+    named = referenced_names(getattr(type(task), method)) & {"random", "default_rng"}
     if named:
         text = f"{type(task).__name__}.{method}() names `{min(named)}`, and runs on two stages"
         hint = "draw numbers in collate(), or set `pipeline: 1`"

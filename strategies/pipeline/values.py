@@ -28,7 +28,7 @@ from distplat.strategies.torch_compat import (
     tree_flatten,
     tree_leaves,
     tree_map,
-    tree_places,
+    tree_paths,
     tree_unflatten,
 )
 
@@ -156,7 +156,7 @@ class ValueLayout:
         Raises:
             SpecError: it has leaves that are no tensors and no constants, or no tensor.
         """
-        paths = tree_places(value)
+        paths = tree_paths(value)
         leaves, structure = tree_flatten(value)
         tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
         for where, leaf in zip(paths, leaves, strict=True):

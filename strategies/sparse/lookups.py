@@ -26,7 +26,7 @@ from distplat.platform.spec import Job
 from distplat.strategies.checkpoint.checkpoint_reader import SavedState
 from distplat.strategies.checkpoint.checkpoint_types import ArrayRefs
 from distplat.strategies.loop.control import NonFiniteSteps, StepControl
-from distplat.strategies.ports import Sending, Tables
+from distplat.strategies.ports import PendingPush, Tables
 from distplat.strategies.sparse.modules import RowSource, Sharded, tables_of
 from distplat.strategies.sparse.routing import Routed, route
 from distplat.strategies.sparse.table import RowGradients
@@ -121,7 +121,7 @@ class Lookups(RowSource):
 
     def push(
         self, step: int, task: int | None = None, *, skip: bool = False, scale: float = 1.0
-    ) -> Sending:
+    ) -> PendingPush:
         """
         Begin to push what the step's backwards have left.
 
@@ -280,7 +280,7 @@ class RowPush:
         self._row = lookups.first_non_finite() if steps.looks else None
         self.local = local if self._row is None else replace(local, non_finite=1, slot=slots)
         """The record, with what was found in the rows."""
-        self._sent: Sending | None = None
+        self._sent: PendingPush | None = None
         self._pushed = False
 
     def before(self, *, waits: bool) -> None:

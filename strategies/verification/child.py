@@ -17,7 +17,7 @@ import torch
 from distplat.platform.spec import Job
 from distplat.strategies.catalog import load_strategy_file, make_strategy
 from distplat.strategies.hybrid import Hybrid
-from distplat.strategies.task import Task, own_call
+from distplat.strategies.task import Task, model_call_method
 from distplat.strategies.verification.recipes import seed_all
 from distplat.strategies.verification.reference import Rank
 from distplat.strategies.verification.references import References, references
@@ -66,7 +66,7 @@ def answer(request: ChildRequest) -> list[ReferenceResult]:
 
 def _uncut(job: Job, task: Task) -> str:
     """Say why a pipeline cannot cut the model; empty: it can."""
-    if (own := own_call(task)) is not None:
+    if (own := model_call_method(task)) is not None:
         return f"the task calls the model itself, in {own}()"
     try:
         stages = task.stages(Rank(lambda: task, job.seed).model)

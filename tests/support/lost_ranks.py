@@ -24,7 +24,7 @@ from distplat.platform.ledger import PushId
 from distplat.platform.spec import Job
 from distplat.platform.stop_order import StopOrder
 from distplat.strategies.loop.control import StepControl
-from distplat.strategies.ports import Pushed, Sending, Shards, Tables
+from distplat.strategies.ports import PendingPush, Pushed, Shards, Tables
 from distplat.strategies.task import Task
 
 
@@ -81,7 +81,7 @@ class LossyRun:
 class _LastPush:
     """A push after which the rank is lost, or with which."""
 
-    def __init__(self, sent: Sending | None, *, lost: bool) -> None:
+    def __init__(self, sent: PendingPush | None, *, lost: bool) -> None:
         self._sent, self._lost = sent, lost
 
     def wait(self) -> None:

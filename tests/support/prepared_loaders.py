@@ -7,7 +7,7 @@ from torch.utils.data import DataLoader
 
 from distplat.strategies.fakes import Fabric
 from distplat.strategies.function.sharded_loader import (
-    Cut,
+    DataShard,
     NumberedLoader,
     RankBatch,
     ShardedLoader,
@@ -24,7 +24,7 @@ def loader_of(
 ) -> ShardedLoader:
     """Prepare a loader as a rank does, without the others."""
     given: DataLoader[Any] = DataLoader(data, batch_size=batch, **options)
-    cut, device = Cut(rank, world, 5), torch.device("cpu")
+    cut, device = DataShard(rank, world, 5), torch.device("cpu")
     if isinstance(data, list):
         return NumberedLoader(given, cut, device, read)
     return StreamLoader(given, cut, device, read, Fabric(1, 10.0).collective(0))

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from distplat.platform.sampler import Sampler
 from distplat.platform.spec import Job
 from distplat.strategies.task import Task
-from distplat.strategies.task_methods import unheard
+from distplat.strategies.task_methods import uncalled_hooks
 
 FOLDER = Path(__file__).parents[2] / "examples" / "causal_lm"
 SMALL = {"longest": 24, "layers": 2, "width": 16, "heads": 2, "lines": 60}
@@ -107,7 +107,7 @@ def test_a_model_of_transformers_is_trained_so(example: Any) -> None:
 
 def test_the_job_names_what_the_example_has(example: Any) -> None:
     job = Job.model_validate(yaml.safe_load((FOLDER / "job.yaml").read_text()))
-    assert job.task == "causal_lm:CausalLM" and unheard(example.CausalLM) == []
+    assert job.task == "causal_lm:CausalLM" and uncalled_hooks(example.CausalLM) == []
     task = example.CausalLM()
     lines = task.train_data()
     assert len(lines) + len(task.eval_data()) == task.lines > 2 * job.global_batch_size

@@ -338,17 +338,17 @@ def test_an_input_of_the_wrong_shape_is_refused() -> None:
 
 
 def test_hooks_for_all_modules_are_seen() -> None:
-    assert not of_torch.any_hook_for_all_modules()
+    assert not of_torch.has_global_hooks()
     handle = nn.modules.module.register_module_forward_hook(lambda *args: None)
     try:
-        assert of_torch.any_hook_for_all_modules()
+        assert of_torch.has_global_hooks()
     finally:
         handle.remove()
 
 
 def test_samples_are_collated_by_our_rules() -> None:
     rules = {**of_torch.COLLATE_RULES, str: lambda batch, **_: "".join(batch)}
-    together = of_torch.collate_by(
+    together = of_torch.collate_with_rules(
         rules, [{"x": torch.ones(1), "t": "a"}, {"x": torch.ones(1), "t": "b"}]
     )
     assert together["t"] == "ab" and together["x"].shape == (2, 1)
@@ -389,8 +389,8 @@ def test_calls_go_through_a_compiler_that_is_given() -> None:
 
 def test_the_first_step_of_an_optimizer_imports_no_compiler() -> None:
     ask = """import sys, torch
-from distplat.strategies.torch_compat import spare_the_compiler
-spare_the_compiler()
+from distplat.strategies.torch_compat import avoid_compiler_import
+avoid_compiler_import()
 torch.optim.SGD([torch.zeros(1)], lr=0.1)
 sys.exit("torch._dynamo" in sys.modules)"""
     assert_runs(ask)
@@ -424,7 +424,7 @@ def test_trees_are_gone_through_in_order() -> None:
     assert [leaf if not isinstance(leaf, Tensor) else "t" for leaf in leaves] == ["t", 2, None, 3]
     doubled = of_torch.tree_map(lambda leaf: leaf if leaf is None else leaf * 2, tree)
     assert doubled["b"][1] == (4, None) and doubled["a"] == 6
-    assert of_torch.tree_places(tree) == ["['b'][0]", "['b'][1][0]", "['b'][1][1]", "['a']"]
+    assert of_torch.tree_paths(tree) == ["['b'][0]", "['b'][1][0]", "['b'][1][1]", "['a']"]
 
 
 def test_a_tree_is_put_together_from_its_written_structure() -> None:
@@ -439,7 +439,7 @@ def test_a_stream_does_not_see_that_a_loader_reads_it(monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(worker, "_worker_info", "a loader")
     assert worker.get_worker_info() is not None
-    with of_torch.outside_loaders():
+    with of_torch.without_worker_info():
         assert worker.get_worker_info() is None
     assert worker.get_worker_info() is not None
 
@@ -461,7 +461,7 @@ def test_nothing_private_of_ray_or_torch_is_imported_elsewhere() -> None:
 
 def test_operations_that_draw_are_seen() -> None:
     seen: list[str] = []
-    with of_torch.DrawWatch(lambda: seen.append("drawn")):
+    with of_torch.RandomOpWatch(lambda: seen.append("drawn")):
         torch.ones(3) + 1
         assert seen == []
         torch.rand(2)

@@ -35,7 +35,7 @@ CONTEXT = TrainContext(0, 1, 0, 1, torch.device("cpu"))
 
 @pytest.fixture
 def _alone() -> Iterator[None]:
-    with as_torchrun(CONTEXT, torch_compat.store_of_one):
+    with as_torchrun(CONTEXT, torch_compat.single_rank_store):
         yield
     assert not dist.is_initialized()
 
@@ -428,9 +428,9 @@ def test_the_variables_of_torchrun_say_where_a_worker_is(rank: int, local: str, 
 
 
 def test_a_group_that_was_there_before_stays() -> None:
-    dist.init_process_group("gloo", store=torch_compat.store_of_one(), rank=0, world_size=1)
+    dist.init_process_group("gloo", store=torch_compat.single_rank_store(), rank=0, world_size=1)
     try:
-        with as_torchrun(CONTEXT, torch_compat.store_of_one):
+        with as_torchrun(CONTEXT, torch_compat.single_rank_store):
             assert dist.is_initialized()
         assert dist.is_initialized()
     finally:

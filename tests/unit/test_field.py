@@ -11,7 +11,7 @@ from jobs import job_of
 from local_run import evaluations, train
 
 from distplat.platform.spec import Job
-from distplat.strategies.task_methods import unheard
+from distplat.strategies.task_methods import uncalled_hooks
 
 FOLDER = Path(__file__).parents[2] / "examples" / "graph"
 
@@ -69,4 +69,4 @@ def test_two_workers_train_the_model_of_one(example: Any, strategy: Any) -> None
 def test_the_job_names_what_the_example_has(example: Any) -> None:
     job = Job.model_validate(yaml.safe_load((FOLDER / "job.yaml").read_text()))
     assert job.problems() == []
-    assert job.task == "field:Fields" and unheard(example.Fields) == []
+    assert job.task == "field:Fields" and uncalled_hooks(example.Fields) == []

@@ -16,7 +16,7 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset, Sampler
 import distplat
 from distplat.platform.errors import SpecError
 from distplat.strategies.function.batched_loader import BatchedLoader
-from distplat.strategies.function.sharded_loader import Cut, RankBatch
+from distplat.strategies.function.sharded_loader import DataShard, RankBatch
 
 pytestmark = pytest.mark.usefixtures("loader_server")
 
@@ -122,7 +122,7 @@ def prepared(rank: int = 0, world: int = 2, sampler: Any = None, **options: Any)
         del one, batch, waited_s, epoch
 
     given = DataLoader(Odd(), batch_sampler=sampler or Buckets(), **options)
-    return BatchedLoader(given, Cut(rank, world, 5), torch.device("cpu"), told)
+    return BatchedLoader(given, DataShard(rank, world, 5), torch.device("cpu"), told)
 
 
 def a_pass(loader: BatchedLoader) -> list[list[int]]:

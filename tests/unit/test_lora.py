@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from distplat.platform.sampler import Sampler
 from distplat.platform.spec import Job
 from distplat.strategies.task import Task
-from distplat.strategies.task_methods import unheard
+from distplat.strategies.task_methods import uncalled_hooks
 
 FOLDER = Path(__file__).parents[2] / "examples" / "lora"
 SMALL = {"length": 12, "layers": 1, "width": 8, "heads": 2, "samples": 40}
@@ -122,7 +122,7 @@ def test_an_adapter_is_a_product_beside_the_layer(example: Any) -> None:
 def test_the_jobs_name_what_the_example_has(example: Any) -> None:
     for file, kind in (("base.yaml", example.Base), ("job.yaml", example.Lora)):
         job = Job.model_validate(yaml.safe_load((FOLDER / file).read_text()))
-        assert job.task == f"lora:{kind.__name__}" and unheard(kind) == []
+        assert job.task == f"lora:{kind.__name__}" and uncalled_hooks(kind) == []
         task = kind()
         data = task.train_data()
         assert len(data) + len(task.eval_data()) == task.samples > 2 * job.global_batch_size

@@ -12,7 +12,7 @@ from dataclasses import replace
 
 import pytest
 
-from distplat.actors.memory.mailboxes import SLOT, Listener, Mailbox, MailboxRequest
+from distplat.actors.memory.mailboxes import SLOT_BYTES, Listener, Mailbox, MailboxRequest
 from distplat.actors.memory.memfd import MemorySegment
 from distplat.platform.errors import GapError
 from distplat.platform.ledger import ServerReply
@@ -22,7 +22,7 @@ LIMIT_S = 60.0
 
 @pytest.fixture
 def segment() -> Iterator[MemorySegment]:
-    made = MemorySegment.create("here", 2 * SLOT, "uint8")
+    made = MemorySegment.create("here", 2 * SLOT_BYTES, "uint8")
     yield made
     made.seal()
 
@@ -145,14 +145,14 @@ def test_of_two_listeners_the_later_answers_once(segment: MemorySegment) -> None
 def test_a_listener_ends_with_its_worker() -> None:
     code = (
         "import os, time; from distplat.actors.memory.memfd import MemorySegment; "
-        f"s = MemorySegment.create('here', {SLOT}, 'uint8'); "
+        f"s = MemorySegment.create('here', {SLOT_BYTES}, 'uint8'); "
         "print(s.address.fd, flush=True); time.sleep(60)"
     )
     worker = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     assert worker.stdout is not None
     try:
         fd = int(worker.stdout.readline())
-        own = MemorySegment.create("here", SLOT, "uint8")
+        own = MemorySegment.create("here", SLOT_BYTES, "uint8")
         own.seal()
         theirs = replace(own.address, pid=worker.pid, fd=fd, inode=0)
         listener = Listener(theirs, 0, 0)

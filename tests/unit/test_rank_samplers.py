@@ -11,7 +11,7 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset, DistributedSampl
 import distplat
 from distplat.platform.errors import SpecError
 from distplat.strategies.function.batched_loader import BatchedLoader
-from distplat.strategies.function.sharded_loader import Cut
+from distplat.strategies.function.sharded_loader import DataShard
 
 pytestmark = pytest.mark.usefixtures("loader_server")
 
@@ -228,7 +228,7 @@ class Passes(Mine):
 @pytest.mark.parametrize("loaders", [0, 1])
 def test_a_position_that_is_loaded_stays_where_a_sampler_counts_its_passes(loaders: int) -> None:
     given = DataLoader(Odd(), batch_sampler=Passes(0, batches=True), num_workers=loaders)
-    loader = BatchedLoader(given, Cut(0, 2, 5), torch.device("cpu"), lambda *read: None)
+    loader = BatchedLoader(given, DataShard(0, 2, 5), torch.device("cpu"), lambda *read: None)
 
     def a_pass() -> list[list[int]]:
         return [batch.tolist() for batch in loader]

@@ -11,7 +11,7 @@ from jobs import job_of
 from local_run import train
 
 from distplat.platform.spec import Job
-from distplat.strategies.task_methods import unheard
+from distplat.strategies.task_methods import uncalled_hooks
 
 FOLDER = Path(__file__).parents[2] / "examples" / "resnet"
 
@@ -60,7 +60,7 @@ def test_two_workers_train_the_model_of_one(example: Any) -> None:
 
 def test_the_job_names_what_the_example_has(example: Any) -> None:
     job = Job.model_validate(yaml.safe_load((FOLDER / "job.yaml").read_text()))
-    assert job.task == "resnet:ResNetDigits" and unheard(example.ResNetDigits) == []
+    assert job.task == "resnet:ResNetDigits" and uncalled_hooks(example.ResNetDigits) == []
     model = example.ResNetDigits(**job.task_args).model()
     (group,) = job.optimizer.groups
     norms = [one for one in model.modules() if isinstance(one, torch.nn.SyncBatchNorm)]

@@ -225,7 +225,7 @@ def test_who_was_stopped_itself_calls_no_rank_of_gloos_late(
     here.sleep = rest  # type: ignore[attr-defined]
     monkeypatch.setattr(torch_store, "time", here)
     monkeypatch.setattr(torch_store, "INTERVAL_S", 0.01)
-    store = torch_compat.store_of_one()
+    store = torch_compat.single_rank_store()
     store.set("heartbeat/1", "7 3")
     numbers = {0: 5, 2: 5} if frozen else {0: 5, 1: 3, 2: 5}
     beats = [
@@ -248,7 +248,7 @@ def test_a_reason_of_gloo_blames_nobody() -> None:
         "[/__w/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:553] Connection closed by peer "
         "[127.0.0.1]:27795. This is typically caused by a remote worker crashing. Check the logs"
     )
-    assert torch_compat.reason_of(RuntimeError(said)) == (
+    assert torch_compat.error_reason(RuntimeError(said)) == (
         "Connection closed by peer [127.0.0.1]:27795."
     )
-    assert torch_compat.reason_of(RuntimeError()) == "RuntimeError"
+    assert torch_compat.error_reason(RuntimeError()) == "RuntimeError"

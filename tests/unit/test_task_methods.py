@@ -13,7 +13,7 @@ from torch.utils.data import Dataset, TensorDataset
 
 from distplat import Task
 from distplat.platform.errors import Problem, SpecError
-from distplat.strategies.task_methods import unheard
+from distplat.strategies.task_methods import uncalled_hooks
 
 
 class Good(Task):
@@ -53,7 +53,7 @@ def with_method(name: str) -> type[Task]:
     ],
 )
 def test_a_hook_that_is_none_is_told_with_its_place(name: str, instead: str) -> None:
-    (told,) = unheard(with_method(name))
+    (told,) = uncalled_hooks(with_method(name))
     line = with_method.__code__.co_firstlineno + 1
     assert told.startswith(f"test_task_methods.py:{line}: Bert.{name}() is never called: ")
     assert instead in told
@@ -67,7 +67,7 @@ def test_a_hook_that_is_none_is_told_with_its_place(name: str, instead: str) -> 
     ).split(),
 )
 def test_a_helper_is_silent(name: str) -> None:
-    assert unheard(with_method(name)) == []
+    assert uncalled_hooks(with_method(name)) == []
 
 
 def test_our_own_hooks_are_silent() -> None:
@@ -76,7 +76,7 @@ def test_our_own_hooks_are_silent() -> None:
         def metrics(self, outputs: Any, targets: Any) -> Any: ...
         def stages(self, model: Any) -> Any: ...
 
-    assert unheard(Full) == []
+    assert uncalled_hooks(Full) == []
 
 
 def test_a_method_that_the_class_uses_is_a_helper() -> None:
@@ -86,7 +86,7 @@ def test_a_method_that_the_class_uses_is_a_helper() -> None:
 
         def criterion(self, output: Any, target: Any) -> Any: ...
 
-    assert unheard(Uses) == []
+    assert uncalled_hooks(Uses) == []
 
 
 class Bare(Task):
@@ -108,12 +108,12 @@ class Static(Bare):
 
 @pytest.mark.parametrize("kind", [Good, Stepping, Calling, Static])
 def test_a_task_has_a_loss_or_a_step(kind: type[Task]) -> None:
-    assert unheard(kind) == []
+    assert uncalled_hooks(kind) == []
 
 
 def refused(kind: type[Task]) -> Problem:
     with pytest.raises(SpecError) as caught:
-        unheard(kind)
+        uncalled_hooks(kind)
     (problem,) = caught.value.problems
     return problem
 
@@ -164,9 +164,9 @@ def test_a_forward_beside_a_step_is_called_by_it_or_by_nobody() -> None:
         def step(self, model: Any, batch: Any) -> Any:
             return self.forward(model, batch)
 
-    (told,) = unheard(Idle)
+    (told,) = uncalled_hooks(Idle)
     assert "Idle.forward() is never called: call it in step(model, batch)" in told
-    assert unheard(Used) == []
+    assert uncalled_hooks(Used) == []
 
 
 def test_what_is_inherited_or_assigned_is_told_once() -> None:
@@ -176,7 +176,7 @@ def test_what_is_inherited_or_assigned_is_told_once() -> None:
     class Derived(Base):
         predict_step = staticmethod(lambda inputs: inputs)
 
-    told = sorted(unheard(Derived))
+    told = sorted(uncalled_hooks(Derived))
     assert len(told) == 2
     assert "Derived.collate_fn()" in told[0]
     assert "Derived.predict_step()" in told[1]
@@ -196,7 +196,7 @@ def test_the_examples_are_silent(file: str) -> None:
     tasks = [kind for kind in kinds if kind is not Task]
     assert tasks
     for kind in tasks:
-        assert unheard(kind) == []
+        assert uncalled_hooks(kind) == []
 
 
 def test_what_a_class_keeps_under_the_name_of_a_method_is_its_own() -> None:
@@ -214,6 +214,6 @@ def test_what_a_class_keeps_under_the_name_of_a_method_is_its_own() -> None:
 
     own = {"lr": 0.1, "weights": torch.tensor([1.0, 2.0]), "optimizer": "Adam", "sampler": None}
     kind: Any = type("Keeps", (Weighted,), own)
-    assert unheard(kind) == []
+    assert uncalled_hooks(kind) == []
     run = train(job_of("ring", 2, steps=2), kind)
     assert all(value.isfinite().all() for value in run.trained[0].values())

@@ -24,7 +24,7 @@ from distplat.strategies.loop.batches import make_sampler
 from distplat.strategies.loop.seeding import rng_states
 from distplat.strategies.loop.task_settings import TaskOrder
 from distplat.strategies.task import Task
-from distplat.strategies.task_methods import unheard
+from distplat.strategies.task_methods import uncalled_hooks
 from distplat.strategies.verification.references import references
 from distplat.strategies.verification.switched import switched
 
@@ -208,7 +208,7 @@ def test_another_library_s_name_is_told() -> None:
     class Theirs(Weighted):
         def get_train_sampler(self) -> None: ...
 
-    (line,) = unheard(Theirs)
+    (line,) = uncalled_hooks(Theirs)
     assert "get_train_sampler() is never called: write sampler(data, epoch)" in line
 
 

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, IterableDataset
 import distplat
 from distplat.platform.errors import SpecError
 from distplat.strategies.fakes import Fabric
-from distplat.strategies.function.sharded_loader import Cut
+from distplat.strategies.function.sharded_loader import DataShard
 from distplat.strategies.function.stream_loader import StreamLoader
 from distplat.strategies.task import Task
 
@@ -76,7 +76,7 @@ def test_ranks_of_a_train_function_read_each_sample_once(
     for rank in range(2):
         given = DataLoader(make(urls), 3, collate_fn=numbers_of)
         group, told = Fabric(1).collective(0), lambda *_: None
-        loader = StreamLoader(given, Cut(rank, 2, 5), torch.device("cpu"), told, group)
+        loader = StreamLoader(given, DataShard(rank, 2, 5), torch.device("cpu"), told, group)
         passes.append([torch.cat([*loader]).tolist() for _ in range(2)])
     for number in range(2):
         assert sorted(n for rank in passes for n in rank[number]) == [*range(SAMPLES)]
