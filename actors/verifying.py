@@ -69,7 +69,7 @@ from distplat.strategies.verification.verdicts import (
     REFUSED,
     EngineRun,
     Row,
-    inexact,
+    inexact_reason,
     judge,
     refused,
     watch_losses,
@@ -107,7 +107,7 @@ def verify(request: VerifyRequest, say: Callable[[str], object]) -> Iterator[Row
     """
     names = request.strategies or tuple(dict.fromkeys([request.job.strategy.name, *DEFAULT]))
     jobs = {name: job_for(request, name) for name in names}
-    exact = {n: j for n, j in jobs.items() if isinstance(j, Job) and not inexact(j)}
+    exact = {n: j for n, j in jobs.items() if isinstance(j, Job) and not inexact_reason(j)}
     with TemporaryDirectory(prefix="distplat-verify-") as temporary:
         folder = Path(temporary)
         runner = _TrainerEngine(request, folder)
@@ -172,7 +172,7 @@ def _rows(
     if isinstance(job, SpecError):
         rows = [refused(name, job)]
     elif reference is None or isinstance(reference, str):
-        rows = watch_losses(job, inexact(job) or str(reference), runner)
+        rows = watch_losses(job, inexact_reason(job) or str(reference), runner)
     else:
         rows = judge(job, reference, runner)
     rows += not_compared(name, request.job) if isinstance(job, Job) else []

@@ -186,7 +186,7 @@ def _staleness_text(record: RunRecord) -> str:
 def _pipeline_timelines(gantt: Gantt) -> Chart:
     strips = [
         Bar(stage, event.kind, 0, event.kind, event.start_s * 1e3, event.end_s * 1e3)
-        for stage, row in enumerate(gantt.others)
+        for stage, row in enumerate(gantt.communication)
         for event in row
         if event.kind in KINDS
     ]

@@ -78,8 +78,10 @@ class RingWorker(WorkerStrategy[RingOptions]):
                 sharded.load(context.saved.optimizer(flat, *sharded.bounds))
         else:
             early = self.options.overlap and not rows_before_gradients(context.job)
-            look = context.job.failure.non_finite != "ignore"
-            self._reducer = _reducer(self.options, flat, collective, overlap=early, look=look)
+            check_finite = context.job.failure.non_finite != "ignore"
+            self._reducer = _reducer(
+                self.options, flat, collective, overlap=early, check_finite=check_finite
+            )
             if isinstance(old, CompressedReducer) and isinstance(self._reducer, CompressedReducer):
                 self._reducer.inherit(old)  # what it still owes, if this rank was there before
             self._optimizer = context.local_optimizer()
@@ -144,14 +146,19 @@ class RingWorker(WorkerStrategy[RingOptions]):
 
 
 def _reducer(
-    options: RingOptions, flat: FlatModel, collective: Collective, *, overlap: bool, look: bool
+    options: RingOptions,
+    flat: FlatModel,
+    collective: Collective,
+    *,
+    overlap: bool,
+    check_finite: bool,
 ) -> Reducer:
     """Make what `compression` names."""
     if options.compression == "topk":
-        return TopKReducer(flat, collective, options.topk_density, look=look)
+        return TopKReducer(flat, collective, options.topk_density, check_finite=check_finite)
     if options.compression == "powersgd":
-        return PowerSGDReducer(flat, collective, options.powersgd_rank, look=look)
+        return PowerSGDReducer(flat, collective, options.powersgd_rank, check_finite=check_finite)
     wire, bucket_bytes = options.wire_dtype, int(options.bucket_mb * 2**20)
     return BucketReducer(
-        flat, collective, bucket_bytes, overlap=overlap, wire_dtype=wire, look=look
+        flat, collective, bucket_bytes, overlap=overlap, wire_dtype=wire, check_finite=check_finite
     )

@@ -177,10 +177,10 @@ class ShardServing(Serving[ShardServer]):
                 shares_memory = self._map(rank, gradients, parameters)
                 self._attached[rank] = number, shares_memory
                 self._begin(number[0], world)
-                self._server.forget(rank)
+                self._server.forget_push_reply(rank)
                 if held is not None:
                     values = from_bytes(held[1], store.params.dtype)
-                    store.pull_elsewhere(rank, held[0], values)
+                    store.record_pull(rank, held[0], values)
             return AttachReply(shares_memory, store.ledger.version)
 
         return self._server.exclusively(change)
@@ -286,7 +286,7 @@ class ShardServing(Serving[ShardServer]):
         """Say whether the last step was left out; see `Shards.left_out`."""
         self._replication.state.check_serves()
         store = self._server.store
-        return self._server.exclusively(lambda: store.left_out)
+        return self._server.exclusively(lambda: store.skipped)
 
     def average(self) -> NDArray[np.uint8]:
         """Give the bytes of the parameters' average; see `Shards.average`."""

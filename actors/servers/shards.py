@@ -35,8 +35,8 @@ from distplat.strategies.checkpoint.checkpoint_types import ALL, Holding
 from distplat.strategies.loop.control import StepControl, control_size
 from distplat.strategies.model.flat import FlatModel
 from distplat.strategies.ports import LoopOptimizer, LoopShards, Pushed, ShardCopy, Shards, Vectors
-from distplat.strategies.reduction.base import several_types
-from distplat.strategies.server.answers import fetch_copies, pushed
+from distplat.strategies.reduction.base import mixed_dtypes_error
+from distplat.strategies.server.answers import fetch_copies, merge_push_replies
 
 logger = logging.getLogger(__name__)
 
@@ -112,7 +112,7 @@ class RemoteShards(Shards, LoopShards):
         join = calls.start("join", calls.each("join", *who), setting="start_timeout_s")
         joined: Membership = join.answers()[0]
         if joined.wire is not None and flat.mixed:
-            raise several_types(flat.layout, "wire")
+            raise mixed_dtypes_error(flat.layout, "wire")
         self._order = replace(self._order, rank=joined.part_rank)  # as its servers count
         if joined.replicated:
             known = joined.part, joined.part_rank
@@ -268,7 +268,9 @@ class RemoteShards(Shards, LoopShards):
 
     def _pushed(self, asked: FanOutCall) -> Pushed:
         answers = self._answers(asked)
-        return pushed(answers, [self._vectors.traffic(cut) for cut in self._fan_out.cuts])
+        return merge_push_replies(
+            answers, [self._vectors.traffic(cut) for cut in self._fan_out.cuts]
+        )
 
     def _answers(self, asked: FanOutCall) -> list[ServerReply]:
         answers = asked.answers()

@@ -71,7 +71,7 @@ class TableServing(Serving[TableServer], PartSource):
         if self._plan is None or plan.attempt > self._plan.attempt:
             self._mapped = {}  # every worker has new memory; of one that was lost none is held
         self._plan = plan
-        self._server.exclusively(lambda: self._server.forget(rank))
+        self._server.exclusively(lambda: self._server.forget_push_reply(rank))
         return OpenReply(self._reaches(rank, memory), steps)
 
     def begin(self, attempt: int, version: int) -> None:

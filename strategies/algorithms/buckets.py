@@ -93,7 +93,7 @@ class Release:
         self._ready = 0
         self._gone: set[int] = set()
 
-    def has_left(self, parameter: int) -> bool:
+    def was_sent(self, parameter: int) -> bool:
         """Whether the parameter's bucket was given out to be sent."""
         return self._home[parameter] in self._gone
 

@@ -65,7 +65,7 @@ def entries_sent(density: float, size: int) -> int:
     return max(1, round(density * size))
 
 
-def largest(vector: Tensor, count: int) -> Tensor:
+def largest_indices(vector: Tensor, count: int) -> Tensor:
     """
     Give the indices of the `count` entries of largest magnitude, in ascending order.
 

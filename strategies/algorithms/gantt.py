@@ -55,7 +55,7 @@ class Gantt:
     replica: int
     measured: BarRows
     """Of each stage, what it computed; of slices of a stage, the first one's."""
-    others: tuple[tuple[TraceEvent, ...], ...]
+    communication: tuple[tuple[TraceEvent, ...], ...]
     """Of each stage, sends, receives, packing and the reduction."""
     times: tuple[StageTimes, ...]
     ideal: Simulation | None
@@ -82,7 +82,7 @@ class Gantt:
     def step_s(self) -> float:
         """The same with messages and the reduction."""
         times = [(s.start, s.end) for row in self.measured for s in row]
-        times += [(e.start_s, e.end_s) for row in self.others for e in row]
+        times += [(e.start_s, e.end_s) for row in self.communication for e in row]
         if not times:
             return 0.0
         return max(end for _, end in times) - min(start for start, _ in times)
@@ -109,16 +109,16 @@ def _gantt(trace: Trace, replica: int) -> Gantt:
         if event.replica == replica and event.tensor == first:
             rows[event.stage].append(event)
     measured = tuple(tuple(_span(e) for e in row if e.kind in _COMPUTING) for row in rows)
-    others = tuple(tuple(e for e in row if e.kind not in _COMPUTING) for row in rows)
+    communication = tuple(tuple(e for e in row if e.kind not in _COMPUTING) for row in rows)
     try:
         schedule = _schedule(trace)
-        times = tuple(map(_times, measured, others, [schedule] * trace.stages))
+        times = tuple(map(_times, measured, communication, [schedule] * trace.stages))
         costs = [Costs(one.forward_s, one.backward_s, one.weight_s) for one in times]
         ideal = simulate(schedule, costs)
     except (ValueError, SpecError) as error:
-        times = tuple(map(_times, measured, others, [None] * trace.stages))
-        return Gantt(replica, measured, others, times, None, str(error))
-    return Gantt(replica, measured, others, times, ideal)
+        times = tuple(map(_times, measured, communication, [None] * trace.stages))
+        return Gantt(replica, measured, communication, times, None, str(error))
+    return Gantt(replica, measured, communication, times, ideal)
 
 
 def _span(event: TraceEvent) -> Span:
@@ -133,7 +133,7 @@ def _schedule(trace: Trace) -> PipelineSchedule:
 
 
 def _times(
-    row: Sequence[Span], others: Sequence[TraceEvent], schedule: PipelineSchedule | None
+    row: Sequence[Span], communication: Sequence[TraceEvent], schedule: PipelineSchedule | None
 ) -> StageTimes:
     chunks = schedule.chunks if schedule else 1
 
@@ -142,7 +142,7 @@ def _times(
         return sum(took) / len(took) * chunks if took else 0.0
 
     def total(kind: str) -> float:
-        return sum(e.end_s - e.start_s for e in others if e.kind == kind)
+        return sum(e.end_s - e.start_s for e in communication if e.kind == kind)
 
     return StageTimes(
         mean(ActionKind.FORWARD),

@@ -8,7 +8,7 @@ _STEP, _TRAINING_DATA, _EVALUATION_DATA, _EVALUATION, _COLLATE, _ORDER, _UPDATE 
 """What a seed is for: equal numbers for another purpose give another seed."""
 
 
-def mixed(*numbers: int) -> int:
+def derive_seed(*numbers: int) -> int:
     """
     Give a seed of 63 bits; any number that differs gives another one.
 
@@ -25,37 +25,37 @@ def mixed(*numbers: int) -> int:
 
 def step_seed(seed: int, step: int, rank: int) -> int:
     """Seed dropout and its like by step and rank: a repeated step draws the same numbers."""
-    return mixed(_STEP, seed, step, rank)
+    return derive_seed(_STEP, seed, step, rank)
 
 
 def update_seed(seed: int, step: int) -> int:
     """Seed what an optimizer draws in a step: every rank draws the same."""
-    return mixed(_UPDATE, seed, step)
+    return derive_seed(_UPDATE, seed, step)
 
 
 def evaluation_seed(seed: int, rank: int) -> int:
     """Seed what a model draws in an evaluation: the same numbers in each."""
-    return mixed(_EVALUATION, seed, rank)
+    return derive_seed(_EVALUATION, seed, rank)
 
 
 def epoch_seed(seed: int, epoch: int) -> int:
     """Seed the training samples of an epoch; a sample's own is mixed from it and its position."""
-    return mixed(_TRAINING_DATA, seed, epoch)
+    return derive_seed(_TRAINING_DATA, seed, epoch)
 
 
 def order_seed(seed: int, epoch: int) -> int:
     """Seed what a task draws while it says which samples an epoch has, and in which order."""
-    return mixed(_ORDER, seed, epoch)
+    return derive_seed(_ORDER, seed, epoch)
 
 
 def evaluation_data_seed(seed: int) -> int:
     """Seed the evaluation samples: each draws the same numbers in every evaluation."""
-    return mixed(_EVALUATION_DATA, seed)
+    return derive_seed(_EVALUATION_DATA, seed)
 
 
 def collate_seed(base: int, first: int) -> int:
     """Seed what is drawn while a micro-batch is put together: by epoch, and its first sample."""
-    return mixed(_COLLATE, base, first)
+    return derive_seed(_COLLATE, base, first)
 
 
 GOLDEN = np.uint64(0x9E3779B97F4A7C15)

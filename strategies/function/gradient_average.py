@@ -38,7 +38,7 @@ from distplat.strategies.model.flat import FlatModel
 from distplat.strategies.model.module_hooks import hooks_warning
 from distplat.strategies.model.parameter_layout import fill, is_finite
 from distplat.strategies.model.sync_batch_norm import SyncNorms
-from distplat.strategies.reduction.bucket_reducer import BucketReducer, listen
+from distplat.strategies.reduction.bucket_reducer import BucketReducer, register_gradient_hooks
 from distplat.strategies.ring import RingOptions
 from distplat.strategies.torch_compat import after_backward, not_compiled
 
@@ -191,7 +191,7 @@ class GradientAverage(ABC):
         self._norms = SyncNorms.of(model, self._group, lambda _: every, name)
         self._policy = NonFiniteSteps.of(context.job)
         #: before those of a reducer: the first gradient begins the reduction
-        self._hooks = listen(flat, self._came)
+        self._hooks = register_gradient_hooks(flat, self._came)
         for one in flat.parameters:
             one.grad = None
 
@@ -359,7 +359,7 @@ class BucketAverage(GradientAverage):
             int(options.bucket_mb * 2**20),
             overlap=alone and not number and options.overlap,
             wire_dtype=options.wire_dtype,
-            look=self._policy.looks,
+            check_finite=self._policy.looks,
         )
         for one in self.flat.parameters:
             one.grad = None
@@ -383,7 +383,7 @@ class BucketAverage(GradientAverage):
 
     @override
     def _has_left(self, index: int) -> bool:
-        return self._reducer.has_left(index)
+        return self._reducer.was_sent(index)
 
     @not_compiled
     def _average(self) -> None:
@@ -392,10 +392,10 @@ class BucketAverage(GradientAverage):
         local = self.gather()
         present, given = local.present, (1.0 / self._group.world, self.flat.grads)
 
-        def landed(slots: range) -> None:  # it is in the processor's cache
+        def on_bucket(slots: range) -> None:  # it is in the processor's cache
             self.hand_out((index for index in slots if present[index]), *given)
 
-        total = self._reducer.finish(local, landed)
+        total = self._reducer.finish(local, on_bucket)
         total.check_batch(local, self.context.step())
         try:
             self._policy.decide(total, self.context.step(), self.flat.name)

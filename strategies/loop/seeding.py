@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from distplat.strategies.algorithms.seeds import evaluation_seed, mixed, step_seed
+from distplat.strategies.algorithms.seeds import derive_seed, evaluation_seed, step_seed
 
 _BITS_32 = (1 << 32) - 1
 
@@ -146,7 +146,7 @@ def seed_sample(base: int, position: int) -> None:
         base: of the epoch, or of all evaluations.
         position: of the sample in the epoch's order.
     """
-    seed_quickly(mixed(base, position))
+    seed_quickly(derive_seed(base, position))
 
 
 def seed_quickly(seed: int) -> None:

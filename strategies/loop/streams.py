@@ -26,7 +26,12 @@ import cloudpickle
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from distplat.platform.sampler import ENDLESS
-from distplat.strategies.algorithms.seeds import epoch_seed, evaluation_data_seed, mixed, order_seed
+from distplat.strategies.algorithms.seeds import (
+    derive_seed,
+    epoch_seed,
+    evaluation_data_seed,
+    order_seed,
+)
 from distplat.strategies.loop.sample_hash import fingerprint_of, hash_of
 from distplat.strategies.loop.seeding import preserve_rng_state, seed_quickly, seed_sample
 from distplat.strategies.torch_compat import without_worker_info
@@ -98,7 +103,7 @@ class StreamSeeds:
 
     def of_pass(self, turn: int) -> int:
         """Give the seed before `iter()`."""
-        return mixed(self.of_samples(turn)) if self.evaluates else order_seed(self.seed, turn)
+        return derive_seed(self.of_samples(turn)) if self.evaluates else order_seed(self.seed, turn)
 
 
 def is_stream(data: object) -> bool:

@@ -56,7 +56,7 @@ class AllReduceGradSync(GradSync):
         self._summed = False  #: the summed gradients of the step in flight are there
         self._norm: float | None = None  #: of the whole model's gradient, if it is to be clipped
         self._total = StepControl()  #: of the step in flight
-        self._look = True
+        self._check_finite = True
         self.made: StepControl | None = None
 
     @override
@@ -81,7 +81,9 @@ class AllReduceGradSync(GradSync):
         missed = self._summed and flat.version == newest - 1
         self.made = self._total if missed else None
         if missed:
-            skip = self._look and not self._total.finite  # or the others would have ended the run
+            skip = (
+                self._check_finite and not self._total.finite
+            )  # or the others would have ended the run
             self.update(flat.version, replace(self._total, skip=skip))
             flat.version = newest
         self._summed = False
@@ -90,7 +92,7 @@ class AllReduceGradSync(GradSync):
         flat = self._flat
         old = self._optimizer
         before = old.state() if old is not None and flat.version > 0 else {}
-        self._look = context.job.failure.non_finite != "ignore"
+        self._check_finite = context.job.failure.non_finite != "ignore"
         if self._reducer is not None:
             self._reducer.close()
         if group is not None:
@@ -104,8 +106,10 @@ class AllReduceGradSync(GradSync):
         self._optimizer.load(before or saved)
         if group is None:
             return flat.version
-        bucket_bytes, look = self._bucket_bytes, self._look
-        self._reducer = BucketReducer(flat, group, bucket_bytes, overlap=self._overlap, look=look)
+        bucket_bytes, check_finite = self._bucket_bytes, self._check_finite
+        self._reducer = BucketReducer(
+            flat, group, bucket_bytes, overlap=self._overlap, check_finite=check_finite
+        )
         return take_over_newest(flat, self._optimizer, group, context.checkpoint_step)
 
     def last_backward(self) -> None:
@@ -124,7 +128,7 @@ class AllReduceGradSync(GradSync):
         # Without peers, too: evaluations put back what is known.
         changed = self._state.changed(step)
         if self._reducer is None:
-            record = local.looked_at(self._flat) if self._look else local
+            record = local.looked_at(self._flat) if self._check_finite else local
             self._total = record
             return record
         self._total = self._reducer.finish(replace(local, state_changed=changed))
@@ -194,7 +198,7 @@ class PsGradSync(GradSync):
         self._shards: Shards  #: there after `sync_state`, as is `_state`
         self._state: ModelState
         self._new = True  #: this rank's buffers are of no version
-        self._look, self._dp_world = True, 1
+        self._check_finite, self._dp_world = True, 1
         self._pushed = Pushed()
         self._norm: float | None = None
         self._grad_norm: float | None = None  #: of the step made last
@@ -211,7 +215,7 @@ class PsGradSync(GradSync):
     ) -> int:
         """Parameters are the servers', buffers the peers'."""
         flat = self._flat
-        self._look = context.job.failure.non_finite != "ignore"
+        self._check_finite = context.job.failure.non_finite != "ignore"
         self._dp_world = 1 if group is None else group.world
         shards = self._shards = context.shards
         shards.connect(flat, context.saved, self._holding)
@@ -246,7 +250,7 @@ class PsGradSync(GradSync):
             ahead: whether this part's servers have made one more step.
         """
         own = self._state
-        if self._pushing and self._look and not self._total.finite:
+        if self._pushing and self._check_finite and not self._total.finite:
             own.restore()  # it is left out
         if not self._new and version > self._at:
             self._go_ahead(own, version)
@@ -284,7 +288,7 @@ class PsGradSync(GradSync):
     @override
     def begin(self, step: int, local: StepControl) -> StepControl:
         """Servers decide by all parts' records, so nothing is pushed yet."""
-        return local.looked_at(self._flat) if self._look else local
+        return local.looked_at(self._flat) if self._check_finite else local
 
     @override
     def sum_gradients(self, step: int, total: StepControl) -> StepControl:

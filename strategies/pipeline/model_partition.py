@@ -61,7 +61,7 @@ class LayerCost:
     """What crosses a cut behind this layer, in each direction."""
 
 
-def measured(layer: Layer, inputs: Any, repeats: int) -> tuple[LayerCost, Any]:
+def measure_layer(layer: Layer, inputs: Any, repeats: int) -> tuple[LayerCost, Any]:
     """
     Measure a layer on one micro-batch; it and torch's generators stay as they were.
 
@@ -405,7 +405,7 @@ class _Partitioner:
                 one, seed = layer, self._seed
                 if seed is not None:
                     one = _filled(layer, number, seed, self._device)
-                cost, values = measured(one, values, _REPEATS)
+                cost, values = measure_layer(one, values, _REPEATS)
                 fields = asdict(cost)
             costs.append(LayerCost(**broadcast_value(fields, 0, self._group, self._device)))
         return costs

@@ -10,7 +10,7 @@ from typing_extensions import override
 
 from distplat.platform.errors import Problem, SpecError
 from distplat.strategies.algorithms.partition import bounds
-from distplat.strategies.algorithms.seeds import mixed
+from distplat.strategies.algorithms.seeds import derive_seed
 from distplat.strategies.checkpoint.checkpoint_types import Holding
 from distplat.strategies.loop.seeding import seed_quickly
 from distplat.strategies.model.block_layers import BeforeBlocks, CallOrder
@@ -260,7 +260,7 @@ class Layers(Stage, Chunk):
     def seeded(self, inputs: Any, seed: int) -> Any:
         """Each layer draws from a generator of its own."""
         for number, module in enumerate(self.in_order, start=self._first):
-            seed_quickly(mixed(seed, number))
+            seed_quickly(derive_seed(seed, number))
             inputs = module(inputs)
         return inputs
 
@@ -292,7 +292,7 @@ class WholeModelChunk(Runner, Chunk):
     @override
     def seeded(self, inputs: Any, seed: int) -> Any:
         """The whole model draws from one generator."""
-        seed_quickly(mixed(seed, 0))
+        seed_quickly(derive_seed(seed, 0))
         return self._call(self.model, inputs)
 
     @override

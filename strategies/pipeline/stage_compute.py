@@ -19,7 +19,7 @@ from typing_extensions import override
 
 from distplat.platform.even_split import split_evenly
 from distplat.platform.topology import Position
-from distplat.strategies.algorithms.seeds import mixed
+from distplat.strategies.algorithms.seeds import derive_seed
 from distplat.strategies.loop.batches import EvalLoader, collate_of, micro_batches, unpack_batch
 from distplat.strategies.loop.collate import to_device
 from distplat.strategies.loop.compute import Compute, Share, Stopwatch, Sums, precision
@@ -104,8 +104,10 @@ class Pipeline(Compute):
             terms.append(replace(term, value=term.value.detach()))
             return term.value * (term.factor * scale)
 
-        seed = mixed(p.job.seed, step, replica)
-        source = _MicroBatches(self, self._batches, sizes, loss, lambda number: mixed(seed, number))
+        seed = derive_seed(p.job.seed, step, replica)
+        source = _MicroBatches(
+            self, self._batches, sizes, loss, lambda number: derive_seed(seed, number)
+        )
         plan = training_plan(options.schedule, options.pipeline, len(sizes), options.chunks)
         self._mean_check.begin(step)
         self._calls = calls()

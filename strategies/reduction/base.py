@@ -16,7 +16,7 @@ from distplat.strategies.collective import Collective, Handle
 from distplat.strategies.loop.control import StepControl, control_size
 
 
-def several_types(layout: Layout, option: str = "compression") -> SpecError:
+def mixed_dtypes_error(layout: Layout, option: str = "compression") -> SpecError:
     """Say that an option is for gradients of one type."""
     types = sorted({segment.dtype for segment in layout.segments})
     text = f"is for models of one type; the trainable parameters are {' and '.join(types)}"

@@ -43,22 +43,24 @@ from distplat.strategies.reduction.base import (
     Meter,
     OverlapMeter,
     Reducer,
-    several_types,
+    mixed_dtypes_error,
     time_all_reduce,
 )
 from distplat.strategies.torch_compat import not_compiled
 
 
-def listen(flat: FlatModel, heard: Callable[[int, str], None]) -> list[RemovableHandle]:
+def register_gradient_hooks(
+    flat: FlatModel, on_gradient: Callable[[int, str], None]
+) -> list[RemovableHandle]:
     """
-    Call `heard` with index and name of each parameter whose gradient a backward has finished.
+    Call `on_gradient` with index and name of each parameter whose gradient a backward has finished.
 
     Returns:
         Hooks, to be removed when nobody listens any more.
     """
 
     def hook(index: int, name: str) -> Callable[[Tensor], None]:
-        return not_compiled(lambda _: heard(index, name))
+        return not_compiled(lambda _: on_gradient(index, name))
 
     return [
         flat.parameters[index].register_post_accumulate_grad_hook(  # type: ignore[no-untyped-call]
@@ -167,7 +169,7 @@ class BucketReducer(Reducer):
         bucket_bytes: about so much is sent at once; the first bucket is smaller.
         overlap: send while backward goes on.
         wire_dtype: `float16`, `bfloat16`, or None: gradients travel as they are.
-        look: look for NaN and infinity in each bucket before it leaves.
+        check_finite: look for NaN and infinity in each bucket before it leaves.
 
     Raises:
         SpecError: gradients that are as small as `wire_dtype` already, or of several types.
@@ -181,13 +183,13 @@ class BucketReducer(Reducer):
         *,
         overlap: bool = True,
         wire_dtype: str | None = None,
-        look: bool = True,
+        check_finite: bool = True,
     ) -> None:
         self._flat, self._grads, self._collective = flat, flat.grads, collective
         self._alone = collective.world == 1
         if wire_dtype is not None and flat.mixed:
-            raise several_types(flat.layout)
-        self._look = look
+            raise mixed_dtypes_error(flat.layout)
+        self._check_finite = check_finite
         self._broken: int | None = None  #: first parameter so far that is not finite here
         self.local = StepControl()
         """This rank's record of the last step, with what was found in its gradients."""
@@ -203,8 +205,10 @@ class BucketReducer(Reducer):
         self._meter, self._overlap = Meter(collective), OverlapMeter(collective)
         self._begun = self._listening = False
         self._agreed = not overlap
-        self._hooks = listen(flat, self._on_gradient) if overlap and not self._alone else []
-        flat.copy_when_ready(bool(self._hooks), looks=look)
+        self._hooks = (
+            register_gradient_hooks(flat, self._on_gradient) if overlap and not self._alone else []
+        )
+        flat.copy_when_ready(bool(self._hooks), looks=check_finite)
 
     @override
     def last_backward(self) -> None:
@@ -216,9 +220,9 @@ class BucketReducer(Reducer):
             # without samples come to the buckets after the last call of `all_gather` only.
             self._listening = not idle_ranks_wait()
 
-    def has_left(self, index: int) -> bool:
+    def was_sent(self, index: int) -> bool:
         """Say whether a slot's gradient of the backward under way was sent already."""
-        return self._begun and self._release.has_left(index)
+        return self._begun and self._release.was_sent(index)
 
     def pause(self) -> None:
         """Called after a backward that is followed by another one, not the last."""
@@ -226,17 +230,17 @@ class BucketReducer(Reducer):
 
     @override
     def finish(
-        self, local: StepControl, landed: Callable[[range], None] = lambda parameters: None
+        self, local: StepControl, on_bucket: Callable[[range], None] = lambda parameters: None
     ) -> StepControl:
         """
         The control record leaves behind the last bucket.
 
         Args:
             local: see `Reducer`.
-            landed: told of the slots of each bucket whose sum is there, while others are under way.
+            on_bucket: called with the slots of each bucket that has been reduced.
         """
         if self._alone:
-            self.local = local.looked_at(self._flat) if self._look else local
+            self.local = local.looked_at(self._flat) if self._check_finite else local
             return self.local
         if not self._begun:
             self._begin()
@@ -253,7 +257,7 @@ class BucketReducer(Reducer):
             self._handles.pop(number).wait()
             if self._wire is not None:
                 self._wire.unpack(self._cuts[number].start, self._cuts[number].stop)
-            landed(self._cuts[number].parameters)
+            on_bucket(self._cuts[number].parameters)
         total = self._control.wait()
         self._overlap.end(self._wire.seconds - cast_before if self._wire else 0.0)
         if not self._agreed:
@@ -261,7 +265,7 @@ class BucketReducer(Reducer):
         overflows = self._grads.dtype is torch.float16
         if self._wire is not None:
             overflows = self._wire.overflows
-        return total.overflowed(self._flat) if self._look and overflows else total
+        return total.overflowed(self._flat) if self._check_finite and overflows else total
 
     @override
     def figures(self) -> dict[str, float]:
@@ -295,7 +299,7 @@ class BucketReducer(Reducer):
 
     def _on_gradient(self, parameter: int, name: str) -> None:
         """Send what may go now that one more gradient is there; autograd calls this."""
-        if self._listening and self._release.has_left(parameter):
+        if self._listening and self._release.was_sent(parameter):
             raise came_again(name)
         self._flat.gradients.ready(parameter)
         if not self._listening:
@@ -304,7 +308,7 @@ class BucketReducer(Reducer):
             self._start(number)
 
     def _start(self, number: int) -> None:
-        if self._look:
+        if self._check_finite:
             self._look_at(number)
         cut = self._cuts[number]
         if self._wire is None:

@@ -11,7 +11,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from distplat.strategies.algorithms import compression
-from distplat.strategies.algorithms.compression import add_sparse, entries_sent, largest
+from distplat.strategies.algorithms.compression import add_sparse, entries_sent, largest_indices
 from distplat.strategies.algorithms.reduce import squared_norm, traffic_elements
 from distplat.strategies.collective import Collective
 from distplat.strategies.loop.control import StepControl
@@ -21,7 +21,7 @@ from distplat.strategies.reduction.base import (
     ControlSum,
     Meter,
     Reducer,
-    several_types,
+    mixed_dtypes_error,
     time_all_reduce,
 )
 
@@ -35,16 +35,18 @@ class CompressedReducer(Reducer):
     Args:
         flat: its gradients are set to zero: an all-reduce of them is timed here, as a baseline.
         collective: the group; every rank makes its reducer at the same time.
-        look: look for NaN and infinity in the gradients before they are exchanged.
+        check_finite: look for NaN and infinity in the gradients before they are exchanged.
 
     Raises:
         SpecError: the parameters are of several types.
     """
 
-    def __init__(self, flat: FlatModel, collective: Collective, *, look: bool = True) -> None:
+    def __init__(
+        self, flat: FlatModel, collective: Collective, *, check_finite: bool = True
+    ) -> None:
         if flat.mixed:
-            raise several_types(flat.layout)
-        self._flat, self._collective, self._look = flat, collective, look
+            raise mixed_dtypes_error(flat.layout)
+        self._flat, self._collective, self._check_finite = flat, collective, check_finite
         self._control = ControlSum(collective, len(flat.slots), flat.grads.device)
         self._grads = flat.grads[: flat.layout.tail]
         self.residual = torch.zeros_like(self._grads)
@@ -75,13 +77,13 @@ class CompressedReducer(Reducer):
         """The control record goes first: of a step that is not finite nothing is sent, so residuals
         stay as they are.
         """
-        local = local.looked_at(self._flat) if self._look else local
+        local = local.looked_at(self._flat) if self._check_finite else local
         if self._alone:
             return local
         self._step.begin()
         self._control.start(local)
         total = self._control.wait()
-        if self._look and not total.finite:
+        if self._check_finite and not total.finite:
             return total
         self._sending.lap()
         self._travel_s, began = 0.0, time.perf_counter()
@@ -143,18 +145,18 @@ class TopKReducer(CompressedReducer):
         flat: see `CompressedReducer`.
         collective: the group.
         density: part of the entries that is sent, above 0 and up to 1; at least one entry is.
-        look: see `CompressedReducer`.
+        check_finite: see `CompressedReducer`.
 
     Raises:
         ValueError: the model has more parameters than an int32 can number.
     """
 
     def __init__(
-        self, flat: FlatModel, collective: Collective, density: float, *, look: bool = True
+        self, flat: FlatModel, collective: Collective, density: float, *, check_finite: bool = True
     ) -> None:
         if flat.layout.tail > _MOST_ELEMENTS:
             raise ValueError(f"topk sends indices as int32: at most {_MOST_ELEMENTS} parameters")
-        super().__init__(flat, collective, look=look)
+        super().__init__(flat, collective, check_finite=check_finite)
         self._count = entries_sent(density, flat.layout.tail)
         # One message per rank, [values | indices], in words of 4 bytes whatever the values' dtype.
         words = _words(self._count, flat.grads.dtype) + self._count
@@ -165,7 +167,7 @@ class TopKReducer(CompressedReducer):
 
     @override
     def _send(self, meant: Tensor) -> float:
-        chosen = largest(meant, self._count)
+        chosen = largest_indices(meant, self._count)
         own_wire = self._wires[self._collective.rank]
         self._values(own_wire).copy_(meant[chosen])
         self._indices(own_wire).copy_(chosen)
@@ -221,9 +223,9 @@ class PowerSGDReducer(CompressedReducer):
     """
 
     def __init__(
-        self, flat: FlatModel, collective: Collective, rank: int, *, look: bool = True
+        self, flat: FlatModel, collective: Collective, rank: int, *, check_finite: bool = True
     ) -> None:
-        super().__init__(flat, collective, look=look)
+        super().__init__(flat, collective, check_finite=check_finite)
         shapes = [(slot, compression.matrix_shape(slot.shape, rank)) for slot in flat.trained_slots]
         large = [(slot, shape) for slot, shape in shapes if shape is not None]
         self._others = [slot for slot, shape in shapes if shape is None]

@@ -68,7 +68,7 @@ class ShardedUpdate(LocalOptimizer, Reducer):
         self._layout = flat.layout.cut(*self.bounds)
         vectors = self._part, self._gradient, self._layout
         self._optimizer = optimizer_of(job.optimizer, *vectors, job.ema)
-        self._look = job.failure.non_finite != "ignore"
+        self._check_finite = job.failure.non_finite != "ignore"
         self._control = ControlSum(group, len(flat.slots), flat.grads.device)
         self._meter = Meter(group)
         self._exchange_s = 0.0
@@ -84,7 +84,7 @@ class ShardedUpdate(LocalOptimizer, Reducer):
         """
         self._meter.begin()
         began = time.perf_counter()
-        self._control.start(local.looked_at(self._flat) if self._look else local)
+        self._control.start(local.looked_at(self._flat) if self._check_finite else local)
         if self._group.world > 1:
             for parts in self._gradients:
                 self._group.reduce_scatter(parts[self._rank], parts)

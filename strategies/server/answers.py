@@ -21,7 +21,9 @@ LOOK_S = 1.0
 Copy = TypeVar("Copy", ShardCopy, TablesCopy)
 
 
-def pushed(answers: Sequence[ServerReply], traffic: Sequence[tuple[int, int]]) -> Pushed:
+def merge_push_replies(
+    answers: Sequence[ServerReply], traffic: Sequence[tuple[int, int]]
+) -> Pushed:
     """
     Put together what all shards answered to a push, or to a commit.
 
@@ -48,7 +50,7 @@ def pushed(answers: Sequence[ServerReply], traffic: Sequence[tuple[int, int]]) -
 
 def shard_copy(start: int, server: ShardServer, version: int, limit_s: float) -> ShardCopy:
     """Give what a shard has kept of a version; its `ref` is the tensors themselves."""
-    steps, kept = server.kept(version, limit_s)
+    steps, kept = server.take_copies(version, limit_s)
     if kept is None:
         return ShardCopy(steps, start)
     state = {name: value for name, value in kept.items() if name}
@@ -60,7 +62,7 @@ def shard_copy(start: int, server: ShardServer, version: int, limit_s: float) ->
 
 def tables_copy(server: TableServer, version: int, limit_s: float) -> TablesCopy:
     """Give what an embedding server has kept of a version; its `ref` is the arrays themselves."""
-    steps, bundle = server.kept(version, limit_s)
+    steps, bundle = server.take_copies(version, limit_s)
     if bundle is None:
         return TablesCopy(steps)
     arrays, entries = bundle

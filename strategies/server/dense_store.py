@@ -59,7 +59,7 @@ _COPIED = (
     "_segments",
     "_unfreezing",
     "settings",
-    "left_out",
+    "skipped",
 )
 
 
@@ -95,7 +95,7 @@ class DenseStore(ServerStore, ReplicatedStore):
         self._sums = own is not None and own.optimizer is None
         self.settings: tuple[float, ...] = ()
         """What came with the pushes of the staged update, or of the one that was applied last."""
-        self.left_out = False
+        self.skipped = False
         """Whether the last update moved nothing, because its step was left out."""
         self._gradients: dict[int, Tensor] = {}  #: rank -> what it has pushed of this step
         self._controls: dict[int, StepControl] = {}  #: rank -> its control record of this step
@@ -115,7 +115,7 @@ class DenseStore(ServerStore, ReplicatedStore):
         apart = plan.shards > 1 or plan.job.embeddings is not None
         self._before = params.clone() if apart and not borrows else None
         self._before_version: int | None = None  #: version of `_before`
-        self._keeping = CheckpointCopies[dict[str, Tensor]](plan.checkpoint_every, plan.total_steps)
+        self._copies = CheckpointCopies[dict[str, Tensor]](plan.checkpoint_every, plan.total_steps)
 
     @property
     @override
@@ -187,11 +187,11 @@ class DenseStore(ServerStore, ReplicatedStore):
         raise kind(f"version {version} is not here: the shard is at {self.version}")
 
     @override
-    def kept(self, version: int) -> dict[str, Tensor] | None:
+    def take_copies(self, version: int) -> dict[str, Tensor] | None:
         """Those of an asynchronous shard were made when the last task of step
         `version - 1` was applied, and later tasks may be in them, too.
         """
-        return self._keeping.give(version, self.steps, self._copy)
+        return self._copies.take(version, self.steps, self._copy)
 
     @override
     def worker(self, part_rank: int) -> str:
@@ -217,11 +217,11 @@ class DenseStore(ServerStore, ReplicatedStore):
             self.staleness.pull(rank, self.version, self.params)
         return self.version
 
-    def pull_elsewhere(self, rank: int, version: int, values: Tensor) -> None:
+    def record_pull(self, rank: int, version: int, values: Tensor) -> None:
         """Note what a worker computes on; a synchronous shard has nothing to note."""
         if self.staleness is not None:
             self.staleness.make_room(rank, self.version, self.params)
-            self.staleness.pull_elsewhere(rank, version, values)
+            self.staleness.record_pull(rank, version, values)
 
     def push(self, push: PushId, gradient: Tensor, control: StepControl | None = None) -> Verdict:
         """
@@ -316,7 +316,7 @@ class DenseStore(ServerStore, ReplicatedStore):
         """Make the update of `_sum`, and copy what a checkpoint of a step just made wants."""
         if self._sums:
             return
-        self.left_out = not update.applied
+        self.skipped = not update.applied
         schedule_step, scale = update.version, 1.0
         if self.staleness is not None:
             scale = self.staleness.applied(update)
@@ -326,7 +326,7 @@ class DenseStore(ServerStore, ReplicatedStore):
         rates = [rate * scale for rate in self._rates(schedule_step)]
         self.optimizer.step(rates, from_flags(update.present), applied=update.applied)
         for steps in range(before + 1, self.steps + 1):  # several, after a slow rank
-            self._keeping.reached(steps, self._copy)
+            self._copies.copy_if_due(steps, self._copy)
 
     def _rates(self, schedule_step: int) -> Sequence[float]:
         """Give the learning rates of an update, before they are scaled."""

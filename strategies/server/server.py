@@ -77,7 +77,7 @@ class Server(Generic[S]):
         self._loads: dict[int, tuple[float, float, int]] = {}  #: by rank: see `ServerReply.apply_s`
         self._fenced_by: DistplatError | None = None  #: why this server may answer nothing more
 
-    def kept(self, version: int, limit_s: float) -> tuple[int, Any]:
+    def take_copies(self, version: int, limit_s: float) -> tuple[int, Any]:
         """
         Give the copies that were made of a version, once.
 
@@ -91,7 +91,7 @@ class Server(Generic[S]):
         with self._changed:
             ledger = self.store.ledger
             self._changed.wait_for(lambda: ledger.steps >= version, limit_s)
-            return ledger.steps, self.store.kept(version)
+            return ledger.steps, self.store.take_copies(version)
 
     def pull(self, pull: PullId, deliver: Deliver, *, again: bool = False) -> ServerReply:
         """
@@ -237,7 +237,7 @@ class Server(Generic[S]):
         if attempt != self.store.ledger.attempt:
             raise FencedError(f"{what} of attempt {attempt} refused by {self._name}")
 
-    def forget(self, rank: int) -> None:
+    def forget_push_reply(self, rank: int) -> None:
         """A worker has new vectors: deliver the answer to its last push once more when it asks."""
         self._pushes.pop(rank, None)
 

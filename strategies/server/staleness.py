@@ -57,7 +57,7 @@ class Staleness:
         if self.values:
             self.values[rank].copy_(params)
 
-    def pull_elsewhere(self, rank: int, version: int, values: Tensor) -> None:
+    def record_pull(self, rank: int, version: int, values: Tensor) -> None:
         """
         Note what a worker computes on, if a lost primary has told nobody of that pull any more.
 

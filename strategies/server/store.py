@@ -180,7 +180,7 @@ class ServerStore(ReplicatedStore, Protocol):
     def renew(self, attempt: int, world: int | None) -> None:
         """Begin a new attempt; what is staged is forgotten."""
 
-    def kept(self, version: int) -> Any:
+    def take_copies(self, version: int) -> Any:
         """Hand over the copies for a checkpoint; None: they are not there, or not any more."""
 
     def worker(self, part_rank: int) -> str:
@@ -216,14 +216,14 @@ class CheckpointCopies(Generic[T]):
         self._every, self._total = every, total_steps
         self._kept: dict[int, T] = {}  #: by version, the oldest first
 
-    def reached(self, version: int, copy: Callable[[], T]) -> None:
+    def copy_if_due(self, version: int, copy: Callable[[], T]) -> None:
         """Keep what `copy` gives if a checkpoint of this version is due."""
         if version > max(self._kept, default=-1) and is_due(version, self._every, self._total):
             self._kept[version] = copy()
             while len(self._kept) > _VERSIONS:
                 del self._kept[min(self._kept)]
 
-    def give(self, version: int, present: int, copy: Callable[[], T]) -> T | None:
+    def take(self, version: int, present: int, copy: Callable[[], T]) -> T | None:
         """
         Give the copies of a version, and forget them; None: they are not here.
 

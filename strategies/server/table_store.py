@@ -92,7 +92,7 @@ class TableStore(ServerStore, ReplicatedStore):
         self._skipped = False  #: whether some rank has the step under way left out
         self._settings: tuple[float, ...] = ()  #: of the update that is staged
         self._pushed: PushId | None = None  #: the last one that was staged
-        self._keeping = CheckpointCopies[Bundle](0, 0)
+        self._copies = CheckpointCopies[Bundle](0, 0)
 
     @property
     @override
@@ -223,8 +223,8 @@ class TableStore(ServerStore, ReplicatedStore):
         return 0
 
     @override
-    def kept(self, version: int) -> Bundle | None:
-        return self._keeping.give(version, self.ledger.steps, self._copy)
+    def take_copies(self, version: int) -> Bundle | None:
+        return self._copies.take(version, self.ledger.steps, self._copy)
 
     @override
     def worker(self, part_rank: int) -> str:
@@ -289,7 +289,7 @@ class TableStore(ServerStore, ReplicatedStore):
             else:
                 table.forget()
         for version in range(before + 1, self.ledger.steps + 1):  # several, after a slow rank
-            self._keeping.reached(version, self._copy)
+            self._copies.copy_if_due(version, self._copy)
 
     def _copy(self) -> Bundle:
         return copies_of(self.tables, self.index)
@@ -309,7 +309,7 @@ class TableStore(ServerStore, ReplicatedStore):
     def _take_plan(self, plan: TablePlan) -> None:
         self.plan, self._job = plan, plan.job.with_plateau()
         self._plateau = self._job.plateau
-        self._keeping = CheckpointCopies(plan.checkpoint_every, plan.total_steps)
+        self._copies = CheckpointCopies(plan.checkpoint_every, plan.total_steps)
 
     def _make_ledger(self, plan: TablePlan) -> Ledger:
         assert plan.job.embeddings is not None, "no servers without the field"

@@ -32,7 +32,7 @@ class Comparison:
     """The largest in terms of its floor: of all tensors and the loss, over all steps."""
     floor: float
     """Of the same tensor in the same step."""
-    parts: bool
+    diverges: bool
     """Whether it is more than rounding."""
     name: str = ""
     """The first tensor that parts, in the model's order, `(loss)` before all; else the farthest."""
@@ -50,7 +50,7 @@ class _Gap:
     floor: float
 
     @property
-    def parts(self) -> bool:
+    def diverges(self) -> bool:
         return not self.difference <= FACTOR * self.floor  # NaN parts
 
     @property
@@ -83,7 +83,7 @@ def compare(
         return Comparison(math.inf, 0.0, True, odd[0], reason="the models have other tensors")
     run = replace(run, states={0: reference.states[0], **run.states})
     gaps = list(_gaps(run, reference, reversed_, least))
-    parting = [gap for gap in gaps if gap.parts]
+    parting = [gap for gap in gaps if gap.diverges]
     if not parting:
         worst = max(gaps, key=lambda gap: gap.ratio)
         return Comparison(worst.difference, worst.floor, False, worst.name, worst.step)

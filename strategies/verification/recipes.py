@@ -28,8 +28,8 @@ from distplat.platform.sampler import Sampler
 from distplat.platform.spec import Job
 from distplat.strategies.algorithms.seeds import (
     collate_seed,
+    derive_seed,
     epoch_seed,
-    mixed,
     order_seed,
     step_seed,
 )
@@ -246,7 +246,7 @@ def _optimizer(spec: Optimizer, task: Task, named: Tensors) -> Sequence[torch.op
     return optimizers
 
 
-def parts(job: Job, samples: ReferenceSamples, *, merged: bool = False) -> Batches:
+def split_batches(job: Job, samples: ReferenceSamples, *, merged: bool = False) -> Batches:
     """
     Cut the batches as the job's strategy does.
 
@@ -272,7 +272,7 @@ def parts(job: Job, samples: ReferenceSamples, *, merged: bool = False) -> Batch
     return schedule
 
 
-def union(job: Job, samples: ReferenceSamples) -> Batches:
+def whole_batches(job: Job, samples: ReferenceSamples) -> Batches:
     """Give whole batches, to one rank."""
     sampler, steps = _sampler(job, samples, 1), range(job.steps or 0)
     return [[[_forward(run, None) for run in sample_runs(sampler, step, 0, 1)]] for step in steps]
@@ -280,7 +280,7 @@ def union(job: Job, samples: ReferenceSamples) -> Batches:
 
 def _forward(run: SampleRun, seed: int | None) -> MicroBatch:
     positions = range(run.first, run.first + len(run.ids))
-    seeds = [mixed(run.seed, position) for position in positions]
+    seeds = [derive_seed(run.seed, position) for position in positions]
     return MicroBatch(run.ids, seeds, collate_seed(run.seed, run.first), seed)
 
 
@@ -313,7 +313,7 @@ def numbered(data: Any, schedule: Batches, seed: int) -> Any:
                 data.set_epoch(turn)
             samples = iter(rows_of(data))
             for position in itertools.count():
-                seed_all(mixed(epoch_seed(seed, turn), position))
+                seed_all(derive_seed(epoch_seed(seed, turn), position))
                 try:
                     samples_read.append(next(samples))
                 except StopIteration:

@@ -31,9 +31,9 @@ from distplat.strategies.verification.recipes import (
     Recipe,
     ReferenceSamples,
     Trained,
-    parts,
     recipe_of,
-    union,
+    split_batches,
+    whole_batches,
     with_rows,
 )
 from distplat.strategies.verification.reference import Rank, train
@@ -100,11 +100,11 @@ def references(job: Job, make: MakeSwitched) -> References:
     merged = any(isinstance(module, nn.SyncBatchNorm) for module in norms)
     every = _every(first, job)
     switches, recipe = Switches(), recipe_of(job, first.task, every)
-    schedule, asked = parts(job, samples, merged=merged), calls()
+    schedule, asked = split_batches(job, samples, merged=merged), calls()
     plain = train(lambda: make(switches), schedule, recipe)
     if calls() > asked and not merged:  # a loss gathers what all ranks have
         merged = True
-        schedule = parts(job, samples, merged=True)
+        schedule = split_batches(job, samples, merged=True)
         plain = train(lambda: make(switches), schedule, recipe)
     whole = merged or isinstance(make_strategy(job), Hybrid)
     if plain.draws and whole:  # dropout is drawn in another way there
@@ -183,16 +183,16 @@ def _whole(
     merged: bool,
 ) -> WholeBatch:
     samples = every if switches.samples is None else ReferenceSamples(switches.samples)
-    schedule = parts(job, samples, merged=merged)
+    schedule = split_batches(job, samples, merged=merged)
     outputs: list[list[Tensor]] = [[], []]
-    whole = train(_recorded(make, switches, outputs[0]), union(job, samples), recipe)
+    whole = train(_recorded(make, switches, outputs[0]), whole_batches(job, samples), recipe)
     split = train(_recorded(make, switches, outputs[1]), schedule, recipe)
-    backwards = train(lambda: make(switches), union(job, samples), recipe, reverse=True)
+    backwards = train(lambda: make(switches), whole_batches(job, samples), recipe, reverse=True)
     if whole.draws:
         return WholeBatch(switches, whole, backwards, drawn=True)
     least = MEANING_TOLERANCE if switches.double else 0.0
     comparison = compare(split, whole, backwards, references.trainable, least)
-    if not comparison.parts or not is_finite(whole):
+    if not comparison.diverges or not is_finite(whole):
         return WholeBatch(switches, whole, backwards)
     before = [sum(map(len, ranks)) for ranks in schedule[: comparison.step]]
     split_outputs = outputs[1][sum(before[:-1]) : sum(before)]

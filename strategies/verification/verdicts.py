@@ -59,7 +59,7 @@ Engine = Callable[[Job, Switches], EngineRun]
 """Trains a job with such switches in its task."""
 
 
-def inexact(job: Job) -> str:
+def inexact_reason(job: Job) -> str:
     """Say why a job's runs are not to equal a plain loop; empty: they are."""
     strategy, options = make_strategy(job), job.strategy.options
     roles, kind = strategy.roles(job), worker_class(strategy)
@@ -129,16 +129,16 @@ def _meaning(name: str, run: EngineRun, whole: WholeBatch, trainable: list[str])
     least = MEANING_TOLERANCE if whole.switches.double else 0.0
     comparison = compare(run.trained, whole.union, whole.reversed_, trainable, least)
     row = _row(name, "whole batch", comparison)
-    if comparison.parts and whole.differs:
+    if comparison.diverges and whole.differs:
         return replace(row, verdict=MEANING, reason=whole.differs)
     return row
 
 
 def _row(name: str, check: str, met: Comparison) -> Row:
-    verdict = PARTS if met.parts else EQUAL
+    verdict = PARTS if met.diverges else EQUAL
     numbers = met.difference, met.floor
-    where = (met.name, met.step) if met.parts else ("", 0)
-    return Row(name, check, verdict, met.parts, *numbers, *where, met.reason)
+    where = (met.name, met.step) if met.diverges else ("", 0)
+    return Row(name, check, verdict, met.diverges, *numbers, *where, met.reason)
 
 
 def _repeat(name: str, first: Trained, second: Trained) -> Row:

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from distplat.strategies.algorithms.partition import bounds
 from distplat.strategies.model.layers import Layer, Stage, refuse_tied
-from distplat.strategies.pipeline.model_partition import LayerCost, measured
+from distplat.strategies.pipeline.model_partition import LayerCost, measure_layer
 
 
 def stages_of(layers: Sequence[Layer], points: Sequence[int]) -> list[Stage]:
@@ -25,6 +25,6 @@ def profile(layers: Sequence[Layer], inputs: Tensor, repeats: int = 5) -> list[L
     """Measure layers one after the other."""
     costs = []
     for layer in layers:
-        cost, inputs = measured(layer, inputs, repeats)
+        cost, inputs = measure_layer(layer, inputs, repeats)
         costs.append(cost)
     return costs

@@ -7,7 +7,7 @@ from in_memory_engine import make, trained
 from local_run import train as train_in_memory
 
 from distplat.strategies.verification.compare import Comparison, compare
-from distplat.strategies.verification.recipes import ReferenceSamples, parts, recipe_of
+from distplat.strategies.verification.recipes import ReferenceSamples, recipe_of, split_batches
 from distplat.strategies.verification.reference import train
 from distplat.strategies.verification.switched import Switches
 
@@ -22,7 +22,7 @@ def compared(drawn: Drawn) -> Comparison:
     job, kind = drawn.job(), drawn.task()
     task = lambda: make(kind)(Switches())  # noqa: E731
     schedule, recipe = (
-        parts(job, ReferenceSamples(drawn.samples)),
+        split_batches(job, ReferenceSamples(drawn.samples)),
         recipe_of(job, make(kind)(Switches())),
     )
     plain, backwards = (train(task, schedule, recipe, reverse=way) for way in (False, True))

@@ -137,7 +137,7 @@ def test_an_asynchronous_backup_has_the_order_too(how: Consistency, moment: str)
     with pytest.raises(ActorLost):
         push(primary, 0, LOST_AT)
     push(backup, 0, LOST_AT)  # a rank that is quicker: the other one is still computing
-    backup.store.pull_elsewhere(WORLD - 1, LOST_AT * WORLD, held)
+    backup.store.record_pull(WORLD - 1, LOST_AT * WORLD, held)
     for rank in range(1, WORLD):
         push(backup, rank, LOST_AT)
     train(backup, LOST_AT + 1)
@@ -151,7 +151,7 @@ def test_a_pull_that_the_backup_knows_of_stays_as_it_is() -> None:
     push(backup, 0, 0)
     shard = backup.store
     before = state(backup)
-    shard.pull_elsewhere(0, 0, torch.full((SIZE,), 9.0))  # a torn vector, of a push that counts
+    shard.record_pull(0, 0, torch.full((SIZE,), 9.0))  # a torn vector, of a push that counts
     assert shard.staleness is not None and shard.staleness.pulled == [1, 0]
     assert state(backup) == before
 
@@ -170,7 +170,7 @@ def test_a_backup_of_a_backup_has_late_pulls_too(moment: str) -> None:
     held = services[0].store.params.clone()
     second = InMemoryBackup(services[1].store, services[2].store)
     services[1].store.backup_link = second
-    services[1].store.pull_elsewhere(WORLD - 1, LOST_AT * WORLD, held)
+    services[1].store.record_pull(WORLD - 1, LOST_AT * WORLD, held)
     push(services[1], 0, LOST_AT)
     second.dies = LOST_AT * WORLD + 1, moment
     with pytest.raises(ActorLost):

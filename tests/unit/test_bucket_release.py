@@ -53,9 +53,9 @@ def agreed(members: list[list[int]], order: list[int], held: list[bool]) -> Rele
 def test_a_bucket_leaves_when_complete_and_all_before_it_have_left() -> None:
     release = agreed([[4, 5], [2, 3], [0, 1]], [0, 2, 1], [False] * 3)
     assert [release.gradient(p) for p in (0, 5, 1)] == [[], [], []]
-    assert not release.has_left(0)
+    assert not release.was_sent(0)
     assert release.gradient(4) == [0, 2]
-    assert release.has_left(0) and release.has_left(5) and not release.has_left(3)
+    assert release.was_sent(0) and release.was_sent(5) and not release.was_sent(3)
     assert release.gradient(2) == []
     assert release.rest() == [1]
     assert release.rest() == []

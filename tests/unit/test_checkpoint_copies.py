@@ -56,25 +56,25 @@ def test_copies_are_of_the_two_newest_due_versions_and_given_once() -> None:
     seen = []
     for version in range(1, 6):
         value.fill_(version)
-        keeping.reached(version, lambda: {"": value.clone()})
+        keeping.copy_if_due(version, lambda: {"": value.clone()})
         seen.append([*keeping._kept])
     assert seen == [[], [2], [2], [2, 4], [4, 5]]
     value.fill_(9)
     late: Callable[[], dict[str, Tensor]] = lambda: pytest.fail("copied")  # noqa: E731
-    assert keeping.give(2, 5, late) is None
+    assert keeping.take(2, 5, late) is None
     for version in (4, 5):
-        kept = keeping.give(version, 5, late)
+        kept = keeping.take(version, 5, late)
         assert kept is not None
         assert kept[""].tolist() == [version, version]
-        assert keeping.give(version, 5, late) is None
+        assert keeping.take(version, 5, late) is None
 
 
 def test_without_checkpoints_nothing_is_copied_but_where_the_run_stops() -> None:
     keeping = CheckpointCopies[dict[str, Tensor]](0, 5)
     value = {"": torch.ones(2)}
-    keeping.reached(5, lambda: pytest.fail("copied"))
-    assert keeping.give(4, 5, lambda: pytest.fail("copied")) is None, "it is another by now"
-    assert keeping.give(5, 5, lambda: value) is value
+    keeping.copy_if_due(5, lambda: pytest.fail("copied"))
+    assert keeping.take(4, 5, lambda: pytest.fail("copied")) is None, "it is another by now"
+    assert keeping.take(5, 5, lambda: value) is value
 
 
 def test_a_synchronous_shard_goes_on_to_the_same_bits() -> None:
@@ -83,7 +83,7 @@ def test_a_synchronous_shard_goes_on_to_the_same_bits() -> None:
     for seq in range(4):
         step(shard, seq)
     at_four = state(shard)
-    kept = shard.kept(4)
+    kept = shard.take_copies(4)
     assert kept is not None
     assert same(kept, at_four)
     step(shard, 4)
@@ -109,9 +109,9 @@ def test_a_shard_that_waited_for_one_old_task_copies_all_the_same() -> None:
     shard.restore(0)
     for seq, task in enumerate([0, 2, 3, 4, 5]):
         push_now(shard, PushId("run", 1, 0, seq, task), noise(SIZE, task))
-    assert (shard.steps, shard.kept(2)) == (0, None)
+    assert (shard.steps, shard.take_copies(2)) == (0, None)
     push_now(shard, PushId("run", 1, 1, 0, 1), noise(SIZE, 1))
-    kept = shard.kept(2)
+    kept = shard.take_copies(2)
     assert shard.steps == 3 and kept is not None
     again = DenseStore(plan(ASYNC), kept.pop(""))
     again.restore(2, kept)
@@ -124,11 +124,11 @@ def test_an_asynchronous_shard_copies_when_the_slowest_is_there() -> None:
     shard.restore(0)
     for rank, seq in [(0, 0), (0, 1), (0, 2), (1, 0)]:
         push_now(shard, push(rank, seq), noise(SIZE, rank, seq))
-        assert shard.kept(2) is None
+        assert shard.take_copies(2) is None
     push_now(shard, push(1, 1), noise(SIZE, 1, 1))
     at_two = state(shard)
     push_now(shard, push(0, 3), noise(SIZE, 0, 3))
-    kept = shard.kept(2)
+    kept = shard.take_copies(2)
     assert kept is not None
     assert same(kept, at_two)
     params = kept.pop("")
@@ -142,9 +142,9 @@ def test_an_asynchronous_shard_copies_when_the_slowest_is_there() -> None:
 def test_a_service_waits_for_ranks_that_are_behind() -> None:
     service = ShardServer("server-0", plan(SYNCHRONOUS, 1), ServerLimits(5, 5), torch.zeros(SIZE))
     service.restore(0, lambda params: params.fill_(1.0))
-    assert service.kept(1, 0.01) == (0, None)
+    assert service.take_copies(1, 0.01) == (0, None)
     found: list[tuple[int, dict[str, Tensor] | None]] = []
-    waiting = threading.Thread(target=lambda: found.append(service.kept(1, 5)))
+    waiting = threading.Thread(target=lambda: found.append(service.take_copies(1, 5)))
     waiting.start()
     threads = [
         threading.Thread(

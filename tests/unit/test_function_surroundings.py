@@ -19,7 +19,7 @@ from distplat.strategies.function.loop_checks import OptimizerWatch
 from distplat.strategies.function.server_sum import ServerSum
 from distplat.strategies.function.server_updates import ServerUpdates
 from distplat.strategies.model.flat import FlatModel
-from distplat.strategies.reduction.bucket_reducer import listen
+from distplat.strategies.reduction.bucket_reducer import register_gradient_hooks
 
 SAMPLES = 24
 
@@ -371,7 +371,7 @@ def test_a_loop_may_compile_its_whole_step() -> None:
     hooks += [FusedSteps._before_step, FusedSteps._after_step]
     hooks += [ServerUpdates._before_step, ServerUpdates._after_step]
     flat = FlatModel(nn.Linear(1, 1))
-    listen(flat, lambda index, name: None)
+    register_gradient_hooks(flat, lambda index, name: None)
     hooks += getattr(flat.parameters[0], "_post_accumulate_grad_hooks").values()  # noqa: B009
     assert len(hooks) == 8 and all(one._torchdynamo_disable for one in hooks)
 

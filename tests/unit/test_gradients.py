@@ -10,7 +10,7 @@ from torch.nn.utils import prune
 
 from distplat.platform.errors import SpecError
 from distplat.strategies.model.flat import FlatModel
-from distplat.strategies.reduction.bucket_reducer import listen
+from distplat.strategies.reduction.bucket_reducer import register_gradient_hooks
 
 COPIED_BYTES = "distplat.strategies.model.flat._COPIED_BYTES"
 
@@ -36,7 +36,7 @@ class Rig:
         torch.manual_seed(2)
         self.flat = FlatModel(kind())
         if self.copies:
-            listen(self.flat, lambda index, _: self.flat.gradients.ready(index))
+            register_gradient_hooks(self.flat, lambda index, _: self.flat.gradients.ready(index))
             self.flat.copy_when_ready(True)
         self.flat.grads.fill_(9.0)
         torch.manual_seed(2)

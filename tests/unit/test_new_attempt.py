@@ -94,7 +94,7 @@ def test_asynchronous_ranks_number_their_pushes_anew_and_tasks_stay_made() -> No
     assert [answer.done for answer in answers] == [1, 1]
     with pytest.raises(FencedError):
         push(service, 0, 3, 1, 2)
-    service.forget(0)  # it has new vectors
+    service.forget_push_reply(0)  # it has new vectors
     push(service, 0, 0, 2, 3)
     push(service, 1, 0, 2, 2)
     assert (service.store.version, service.store.steps) == (4, 2)
@@ -120,7 +120,7 @@ def test_a_worker_with_new_memory_gets_its_last_answer_delivered_again() -> None
     service.push(name, gradient, RECORD, deliver)
     service.push(name, gradient, RECORD, deliver)
     assert len(delivered) == 1
-    service.forget(0)
+    service.forget_push_reply(0)
     service.push(name, gradient, RECORD, deliver)
     assert len(delivered) == 2
     assert service.store.version == 1

@@ -166,27 +166,27 @@ def test_copies_are_of_their_step_and_given_once() -> None:
     server = service(plan(4), 4)
     before = server.store.tables[0].copy()["rows"].tobytes()
     server.add(PushId("run", 0, 0, 4), gradient(4))
-    steps, bundle = server.kept(4, 0.0)
+    steps, bundle = server.take_copies(4, 0.0)
     assert steps == 5
     assert bundle is not None
     assert assemble_tensors([bundle])["embeddings-0/t/rows"].data.tobytes() == before
-    assert server.kept(4, 0.0) == (5, None)
+    assert server.take_copies(4, 0.0) == (5, None)
 
 
 def test_newer_copies_take_the_place_of_those_before_the_last() -> None:
     server = service(plan(2), 6)
-    assert server.kept(2, 0.0) == (6, None)
-    assert server.kept(4, 0.0)[1] is not None
-    assert server.kept(6, 0.0)[1] is not None
-    assert server.kept(8, 0.01) == (6, None)
+    assert server.take_copies(2, 0.0) == (6, None)
+    assert server.take_copies(4, 0.0)[1] is not None
+    assert server.take_copies(6, 0.0)[1] is not None
+    assert server.take_copies(8, 0.01) == (6, None)
 
 
 def test_copies_of_asynchronous_tables_wait_for_the_slowest_rank() -> None:
     server = service(plan(2, world=2, asynchronous=True), 3)
-    assert server.kept(2, 0.01) == (0, None)
+    assert server.take_copies(2, 0.01) == (0, None)
     for step in range(2):
         server.add(PushId("run", 0, 1, step), gradient(step))
-    assert server.kept(2, 0.0)[1] is not None
+    assert server.take_copies(2, 0.0)[1] is not None
 
 
 def test_a_checkpoint_without_its_tables_is_skipped() -> None:
@@ -214,28 +214,28 @@ def files(bundle: Bundle | None) -> list[Any]:
 
 def test_tables_that_are_there_are_not_taken_from_a_checkpoint() -> None:
     server = service(plan(2), 3)
-    saved = files(server.kept(2, 0.0)[1])
+    saved = files(server.take_copies(2, 0.0)[1])
     now = server.store.tables[0].copy()["rows"].tobytes()
     assert server.open(plan(2, attempt=1), 2, saved) == 3
     assert server.store.tables[0].copy()["rows"].tobytes() == now
 
 
 def test_a_damaged_checkpoint_leaves_no_half_tables() -> None:
-    saved = files(service(plan(2), 2).kept(2, 0.0)[1])
+    saved = files(service(plan(2), 2).take_copies(2, 0.0)[1])
     del saved[0]["t/sum"]
     fresh = TableServer("server", 0)
     with pytest.raises(ProtocolError, match="no table 't' of width 3 in the checkpoint: 'sum'"):
         fresh.open(plan(2), 2, saved)
     other = replace(plan(2), tables=(replace(SPEC, width=4),))
     with pytest.raises(ProtocolError, match="no table 't' of width 4"):
-        fresh.open(other, 2, files(service(plan(2), 2).kept(2, 0.0)[1]))
-    fresh.open(plan(2), 2, files(service(plan(2), 2).kept(2, 0.0)[1]))
+        fresh.open(other, 2, files(service(plan(2), 2).take_copies(2, 0.0)[1]))
+    fresh.open(plan(2), 2, files(service(plan(2), 2).take_copies(2, 0.0)[1]))
     assert fresh.add(PushId("run", 0, 0, 2), gradient(2)).version == 3
 
 
 def test_whole_tables_come_back_whole() -> None:
     whole = replace(plan(2), tables=(replace(SPEC, whole=True),))
-    saved = files(service(whole, 2).kept(2, 0.0)[1])
+    saved = files(service(whole, 2).take_copies(2, 0.0)[1])
     fresh = TableServer("server", 0)
     fresh.open(whole, 2, saved)
     assert fresh.sizes()[0][1] == 50

@@ -120,7 +120,7 @@ def test_a_promoted_backup_has_the_bits_of_a_run_without_a_loss(
     backup.open(of)
     steps(backup, LOST_AT, STEPS)  # every rank makes the push again that nobody has acknowledged
     assert bits(backup) == bits(whole)
-    assert backup.kept(STEPS, 0.0)[0] == STEPS
+    assert backup.take_copies(STEPS, 0.0)[0] == STEPS
 
 
 @pytest.mark.parametrize("loss", ["before the new attempt", "after its first step"])

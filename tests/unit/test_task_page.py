@@ -14,10 +14,10 @@ from torch.utils.data import Dataset, TensorDataset
 from distplat import Task
 from distplat.strategies.algorithms.seeds import (
     collate_seed,
+    derive_seed,
     epoch_seed,
     evaluation_data_seed,
     evaluation_seed,
-    mixed,
     order_seed,
     step_seed,
 )
@@ -162,12 +162,16 @@ def test_seeds_and_shapes_of_a_model_that_is_cut() -> None:
     """Each layer has a generator of its own: what comes after goes on with the last one's."""
     hybrid = {"name": "hybrid", "pipeline": 1, "micro_batches": 2}
     said = run(Telling, hybrid, 1)
-    numbered = [mixed(mixed(SEED, step, 0), number) for step in range(STEPS) for number in (0, 1)]
+    numbered = [
+        derive_seed(derive_seed(SEED, step, 0), number)
+        for step in range(STEPS)
+        for number in (0, 1)
+    ]
     losses = of(said, "loss")
-    assert {seed for seed, _ in losses} >= {mixed(one, 0) for one in numbered}
+    assert {seed for seed, _ in losses} >= {derive_seed(one, 0) for one in numbered}
     assert repr([(2, 2), (2, 2)]) in {repr(shapes) for _, shapes in losses}
     figures = of(said, "metrics")
-    assert {seed for seed, _ in figures} == {mixed(0, 0)}, "whatever the job's seed is"
+    assert {seed for seed, _ in figures} == {derive_seed(0, 0)}, "whatever the job's seed is"
     shapes = {repr(shapes) for _, shapes in figures}
     assert repr([(2, 2), (2, 2)]) in shapes, "micro-batches are as large as in training"
     assert repr([(3, 2), (3, 2)]) not in shapes

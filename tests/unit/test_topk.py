@@ -9,7 +9,7 @@ from rank_threads import UNSHRUNK, on_ranks
 from torch import Tensor, nn
 
 from distplat.platform.errors import CollectiveError
-from distplat.strategies.algorithms.compression import add_sparse, entries_sent, largest
+from distplat.strategies.algorithms.compression import add_sparse, entries_sent, largest_indices
 from distplat.strategies.algorithms.reduce import traffic_elements
 from distplat.strategies.fakes import Fabric
 from distplat.strategies.loop.control import control_size
@@ -57,11 +57,11 @@ ENTRIES = st.lists(
 def test_largest_is_what_sorting_gives(entries: list[float], data: st.DataObject) -> None:
     count = data.draw(st.integers(1, len(entries)))
     vector = torch.tensor(entries, dtype=torch.float32)
-    assert largest(vector, count).tolist() == by_sorting(vector, count)
+    assert largest_indices(vector, count).tolist() == by_sorting(vector, count)
 
 
 def test_of_equal_entries_the_first_win() -> None:
-    assert largest(torch.tensor([1.0, -2.0, 2.0, 2.0, -2.0]), 3).tolist() == [1, 2, 3]
+    assert largest_indices(torch.tensor([1.0, -2.0, 2.0, 2.0, -2.0]), 3).tolist() == [1, 2, 3]
 
 
 LONG = 300_001
@@ -90,7 +90,7 @@ def hidden_from_the_sample() -> Tensor:
     ids=["random", "zeros", "ties", "one", "unlike-its-sample"],
 )
 def test_largest_of_a_long_vector(vector: Tensor, count: int) -> None:
-    assert largest(vector, count).tolist() == by_sorting(vector, count)
+    assert largest_indices(vector, count).tolist() == by_sorting(vector, count)
 
 
 def test_a_bad_sample_is_mended() -> None:
@@ -98,7 +98,7 @@ def test_a_bad_sample_is_mended() -> None:
     vector = torch.zeros(LONG)
     vector[::5] = 1.0 + torch.arange(LONG // 5 + 1)
     count = 100_000  # the sample thinks that all entries are as large
-    assert largest(vector, count).tolist() == by_sorting(vector, count)
+    assert largest_indices(vector, count).tolist() == by_sorting(vector, count)
 
 
 @pytest.mark.parametrize(
@@ -242,7 +242,7 @@ def test_a_nan_reaches_everybody() -> None:
 
     def body(rank: int) -> Tensor:
         flat = small_model()
-        reducer = TopKReducer(flat, fabric.collective(rank), 0.02, look=False)
+        reducer = TopKReducer(flat, fabric.collective(rank), 0.02, check_finite=False)
         flat.grads.copy_(gradient(flat, rank, 0))
         if rank == 1:
             flat.grads[5] = torch.nan

@@ -38,7 +38,7 @@ from distplat.strategies.verification.verdicts import (
     REFUSED,
     EngineRun,
     Row,
-    inexact,
+    inexact_reason,
     judge,
     watch_losses,
 )
@@ -327,7 +327,7 @@ TRAINABLE = ["used", "second", "unused"]
 
 def said(run: Trained, noise: Trained | None = None) -> tuple[str, int, str]:
     found = compare(run, trained(), noise or trained(), TRAINABLE)
-    assert found.parts
+    assert found.diverges
     return found.name, found.step, found.reason
 
 
@@ -337,9 +337,9 @@ def add(name: str, amount: float, first: int = 1) -> Callable[[int, dict[str, Te
 
 def test_rounding_is_no_difference_and_more_is_one() -> None:
     noise = trained(add("used", 1e-5))
-    assert not compare(trained(add("used", 1e-4)), trained(), noise, TRAINABLE).parts
-    assert compare(trained(add("used", 1e-3)), trained(), noise, TRAINABLE).parts
-    assert compare(trained(add("second", 1e-4)), trained(), noise, TRAINABLE).parts
+    assert not compare(trained(add("used", 1e-4)), trained(), noise, TRAINABLE).diverges
+    assert compare(trained(add("used", 1e-3)), trained(), noise, TRAINABLE).diverges
+    assert compare(trained(add("second", 1e-4)), trained(), noise, TRAINABLE).diverges
 
 
 def test_where_they_part_first_and_by_how_much() -> None:
@@ -477,6 +477,6 @@ def test_a_strategy_whose_ranks_differ_between_steps_is_watched(
     class Local(Ring):
         worker = Worker
 
-    assert not inexact(job("ps-sync")) and not inexact(job("ring"))
+    assert not inexact_reason(job("ps-sync")) and not inexact_reason(job("ring"))
     monkeypatch.setattr(verdicts, "make_strategy", lambda job: Local(RingOptions()))
-    assert "between steps" in inexact(job("ring"))
+    assert "between steps" in inexact_reason(job("ring"))
