@@ -238,7 +238,7 @@ class Controller:
         refused = (self._async_scaler or self._sync_scaler).refusal(workers)
         if refused:
             raise SpecError(Problem(("--workers",), refused))
-        return self._requests.ask(workers)
+        return self._requests.submit(workers)
 
     def end_early(self) -> None:
         """End the run soon, as after its last step; any thread may call this, more than once."""

@@ -82,7 +82,7 @@ def _shard_lines(servers: ServerGroupStatus) -> list[str]:
 def _backup(assignment: ShardAssignment) -> str:
     if assignment.backup is not None:
         return assignment.backup if assignment.ready else f"{assignment.backup} (being filled)"
-    return f"{assignment.making} (starting)" if assignment.making is not None else "-"
+    return f"{assignment.starting} (starting)" if assignment.starting is not None else "-"
 
 
 def _worker_lines(scheduler: SchedulerStatus, scale: ScaleStatus) -> list[str]:

@@ -1,5 +1,5 @@
 """
-In what order a shard applied gradients: what makes an asynchronous run repeatable.
+The order in which a shard applied gradients, which makes an asynchronous run reproducible.
 
     index   rank  task  pulled     `pulled`: the version at which the gradient was computed
       0      1     0      0        update 0 takes the shard from version 0 to version 1
@@ -7,9 +7,9 @@ In what order a shard applied gradients: what makes an asynchronous run repeatab
       2      1     2      1        after its push of update 0 rank 1 pulled version 1: staleness 1
       ...
 
-A task is one part of one step's batch: of N parts, part t % N of step t // N. The rest of a run
-follows from the job: which samples, which dropout, which learning rate. Kept in
-memory, 24 bytes an update; at the end all shards' logs go into one safetensors file.
+A task is one part of one step's batch: with N parts, task t is part t % N of step t // N. Samples,
+dropout and learning rate follow from the job. The log takes 24 bytes of memory per update; at the
+end of the run the logs of all shards are written to one safetensors file.
 """
 
 from array import array
@@ -37,20 +37,20 @@ class Applied(NamedTuple):
 
     rank: int
     task: int
-    """What the gradient was of."""
+    """Task of the gradient."""
     pulled: int
     """Version of the shard at which the gradient was computed."""
 
 
 class ApplyLog:
-    """The updates of one shard, in the order in which they were applied."""
+    """The updates of one shard, in the order of application."""
 
     def __init__(self, numbers: NDArray[np.int64] | None = None) -> None:
         flat = b"" if numbers is None else np.ascontiguousarray(numbers, np.int64).tobytes()
         self._numbers = array("q", flat)
 
     def add(self, applied: Applied) -> None:
-        """Note one more update."""
+        """Append an update."""
         self._numbers.extend(applied)
 
     def __len__(self) -> int:
@@ -65,12 +65,12 @@ class ApplyLog:
         return (self[index] for index in range(len(self)))
 
     def numbers(self) -> NDArray[np.int64]:
-        """Copy it as an array, shape [updates, 3]: rank, task, pulled."""
+        """Copy the log to an array, shape [updates, 3]: rank, task, pulled."""
         return np.array(self._numbers, dtype=np.int64).reshape(-1, _WIDTH)
 
 
 def staleness_counts(logs: Sequence[ApplyLog], world: int) -> list[Counter[int]]:
-    """Count by rank how often a gradient had which staleness, over all shards; at least `world`."""
+    """Return how often each staleness occurred, by rank (at least `world`), over all shards."""
     ranks = max([world, *(applied.rank + 1 for log in logs for applied in log)])
     counts: list[Counter[int]] = [Counter() for _ in range(ranks)]
     for log in logs:
@@ -81,21 +81,25 @@ def staleness_counts(logs: Sequence[ApplyLog], world: int) -> list[Counter[int]]
 
 def log_flaws(log: ApplyLog, parts: int, steps: int) -> list[str]:
     """
-    Say what is wrong with a finished run's log; empty: every task was applied exactly once.
+    Check that a finished run applied every task exactly once.
 
     Args:
         log: of one shard.
-        parts: tasks of a step.
+        parts: tasks per step.
         steps: of the run.
+
+    Returns:
+        The first problem; []: none.
     """
     done, since = IntervalSet(), dict[int, int]()
     for index, (rank, task, pulled) in enumerate(log):
         if rank < 0 or not 0 <= task < parts * steps:
             return [f"update {index} is task {task} of rank {rank}: the run has {parts * steps}"]
         if not done.add(task):
-            return [f"update {index} is task {task}, which was made before"]
+            return [f"update {index} is task {task}, which was applied before"]
         if not since.get(rank, 0) <= pulled <= index:
-            return [f"update {index} was computed at version {pulled}, which rank {rank} had not"]
+            text = f"at version {pulled}, which rank {rank} did not have"
+            return [f"update {index} was computed {text}"]
         since[rank] = index + 1
     missing = parts * steps - len(log)
     return [f"{missing} tasks are missing, the first is {done.low}"] if missing else []
@@ -103,11 +107,11 @@ def log_flaws(log: ApplyLog, parts: int, steps: int) -> list[str]:
 
 def pack_log(logs: Sequence[NDArray[np.int64]], facts: Mapping[str, str]) -> bytes:
     """
-    Give the file of a run.
+    Serialize the logs of a run.
 
     Args:
         logs: by shard, shape [updates, 3] each.
-        facts: what else is to be known, as text.
+        facts: metadata of the file.
     """
     arrays = {f"shard-{index}": numbers for index, numbers in enumerate(logs)}
     return save(arrays, {"columns": _COLUMNS, **facts})
@@ -115,20 +119,20 @@ def pack_log(logs: Sequence[NDArray[np.int64]], facts: Mapping[str, str]) -> byt
 
 def read_logs(path: str) -> tuple[list[ApplyLog], dict[str, str]]:
     """
-    Read what `pack_log` gave.
+    Read a file written by `pack_log`.
 
     Returns:
-        Logs by shard, and the facts.
+        Logs by shard, and the metadata.
 
     Raises:
-        StorageError: there is no such file, or it is not one of ours.
+        StorageError: the file is missing, or not a log.
     """
     check_whole_file(Path(path))
     try:
         with safe_open(path, "numpy") as file:
             facts = dict(file.metadata() or {})
             arrays = [file.get_tensor(f"shard-{i}") for i in range(len(file.keys()))]
-    except Exception as error:  # safetensors has an error of its own, and raises OSError
+    except Exception as error:  # safetensors raises its own error type, or OSError
         raise StorageError(f"cannot read {path}: {error}") from None
     if any(a.ndim != 2 or a.shape[1] != _WIDTH or a.dtype != np.int64 for a in arrays):
         raise StorageError(f"{path} is no log of updates")

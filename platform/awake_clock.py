@@ -1,9 +1,9 @@
 """
-A clock for deadlines, which counts only while this process is at work.
+A clock for deadlines that counts only while this process runs.
 
-A process that was stopped (SIGSTOP, Ctrl-Z, a laptop that sleeps) or had no share of the processor
-comes back to find that all deadlines are over. The others may have been stopped as well, or their
-answers wait to be read: that time must not count against them.
+After a process was stopped (SIGSTOP, Ctrl-Z, a suspended laptop) or starved of CPU time, all its
+deadlines have passed. Other processes may have been stopped as well, or their answers may be
+waiting to be read, so that time must not count.
 """
 
 from __future__ import annotations
@@ -13,18 +13,18 @@ from collections.abc import Callable
 from threading import Condition
 
 MAX_GAP_S = 1.0
-"""As long as this, at most, counts between two readings; who waits looks round far more often."""
-_LOOK_S = 0.5
+"""Most seconds counted between two readings; waiting code reads the clock far more often."""
+_POLL_S = 0.5
 
 
 class AwakeClock:
-    """Seconds since it was made, at most `MAX_GAP_S` of a gap between readings; for one thread."""
+    """Seconds since creation, at most `MAX_GAP_S` per gap between readings; single-threaded."""
 
     def __init__(self) -> None:
         self._now, self._read = 0.0, time.monotonic()
 
     def now(self) -> float:
-        """Read the clock; goes on by no more than `MAX_GAP_S` since the last time."""
+        """Read the clock."""
         read = time.monotonic()
         self._now += min(read - self._read, MAX_GAP_S)
         self._read = read
@@ -33,20 +33,20 @@ class AwakeClock:
 
 def wait_awake(changed: Condition, over: Callable[[], bool], limit_s: float) -> bool:
     """
-    Wait on a condition that is held, as its `wait_for` does, with a deadline of this kind.
+    Wait on a condition whose lock is held, like its `wait_for`, with a deadline on an `AwakeClock`.
 
     Args:
         changed: the condition.
-        over: what is waited for.
-        limit_s: for so long at most.
+        over: the predicate.
+        limit_s: the deadline.
 
     Returns:
-        What `over` said last.
+        The last value of `over`.
     """
     if over():
         return True
     clock = AwakeClock()
-    while not changed.wait_for(over, min(_LOOK_S, left := limit_s - clock.now())):
-        if left <= _LOOK_S and clock.now() >= limit_s:
+    while not changed.wait_for(over, min(_POLL_S, remaining_s := limit_s - clock.now())):
+        if remaining_s <= _POLL_S and clock.now() >= limit_s:
             return over()
     return True

@@ -1,18 +1,19 @@
 """
-The catalogue of a run's checkpoints: how one comes to the disk, which are whole, which may go.
+Checkpoints of a run on disk: atomic writes, verification, and deletion of old ones.
 
     checkpoints/
-        step-000120/                a name that is taken only when all below it is on the disk
+        step-000120/                renamed to this name only after all its files are synced
             model.safetensors       parameters and buffers, by the model's names
             optimizer.safetensors   the optimizer's state, `exp_avg/<parameter>`
             state.json              step, seed, batch, optimizer, versions
-            manifest.json           size and SHA-256 of the others
-        step-000140.partial/        being written, or what a crash left of it: counts for nothing
-        step-000160.damaged/        was found damaged by a run that went back to step 140
+            manifest.json           size and SHA-256 of the other files
+        step-000140.partial/        being written, or left by a crash: ignored
+        step-000160.damaged/        found damaged by a run that rolled back to step 140
 
-Written in this order (I7): files, each synced; manifest, synced; the directory; its name; the
-directory around it. So after a crash a name stands for a whole checkpoint, or is not there. A disk
-may still lose bits: everything is compared with the manifest before it is used; nothing unpickled.
+Order of operations (I7): write and sync each file; write and sync the manifest; sync the directory;
+rename it; sync its parent. So after a crash a name is a complete checkpoint, or does not exist. A
+disk may still corrupt data: all files are verified against the manifest before use, and nothing is
+unpickled.
 """
 
 from __future__ import annotations
@@ -37,39 +38,39 @@ from distplat.platform.total_memory import DoesNotFit, check_fits
 
 @dataclass(frozen=True)
 class Delivery:
-    """What one rank gives to a checkpoint; a rank that is responsible for nothing says so."""
+    """One rank's part of a checkpoint, or a notice that it has none."""
 
     rank: int
     attempt: int
     version: int
-    """Steps that it has behind it."""
+    """Steps done at the checkpoint."""
     refs: tuple[Any, ...] = ()
-    """References to arrays: each to a list of them."""
+    """References; each refers to a list of arrays."""
     entries: tuple[tuple[TensorEntry, ...], ...] = ()
-    """By reference, what is in its arrays."""
+    """By reference, the contents of its arrays."""
     facts: dict[str, Any] = field(default_factory=dict)
-    """What the rank knows of data and versions, for `state.json`."""
+    """Entries for `state.json`, such as data positions and versions."""
     skipped: bool = False
-    """The rank has no part of this version: there will be no such checkpoint."""
+    """Whether the rank has no part of this version: the checkpoint will not exist."""
     failure: str = ""
-    """Why it has none, if that was an error."""
+    """Error because of which the rank has no part; empty: none."""
     lost: bool = False
     """Whether that error was the loss of another process."""
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the part."""
+        """Size of the part in bytes."""
         entries = [entry for ref in self.entries for entry in ref]
         return sum(entry.tensor_slice.size * ITEM_BYTES[entry.dtype] for entry in entries)
 
 
 FetchArrays = Callable[[Any], list[Bytes]]
-"""Gives the arrays that a delivery refers to."""
+"""Fetches the arrays of a reference."""
 
 
 class CheckpointAssembly:
     """
-    Joins the deliveries of all ranks.
+    Collects the deliveries of all ranks.
 
     Args:
         world: number of ranks.
@@ -77,24 +78,24 @@ class CheckpointAssembly:
 
     def __init__(self, world: int) -> None:
         self._world = world
-        self.attempt = 0  #: parts of other attempts are not taken
-        self._parts: dict[int, dict[int, Delivery]] = {}  #: version -> rank -> its part
+        self.attempt = 0  #: deliveries of other attempts are ignored
+        self._parts: dict[int, dict[int, Delivery]] = {}  #: version -> rank -> delivery
         self._skipped: list[int] = []  #: see `skipped`
 
     def begin(self, attempt: int, world: int | None = None) -> None:
         """
-        Called when another attempt begins: what the one before left unfinished goes.
+        Start an attempt: incomplete checkpoints of earlier attempts are dropped.
 
         Args:
             attempt: its number.
-            world: its ranks; None: as many as before.
+            world: number of ranks; None: unchanged.
         """
         self.attempt = attempt
         self._world = world or self._world
         self._parts.clear()
 
     def add(self, delivery: Delivery) -> list[Delivery]:
-        """Take a part; give all of its version, in rank order, when it is the last of them."""
+        """Add a part; return all parts of its version, in rank order, if it completes them."""
         if delivery.attempt != self.attempt:
             return []
         parts = self._parts.setdefault(delivery.version, {})
@@ -109,7 +110,7 @@ class CheckpointAssembly:
         return [] if skipped else [parts[rank] for rank in range(self._world)]
 
     def skipped(self) -> list[int]:
-        """Give the versions that came to no checkpoint though no part of them failed, each once."""
+        """Return versions without a checkpoint although no part failed; each version once."""
         versions, self._skipped = self._skipped, []
         return versions
 
@@ -122,18 +123,18 @@ _STEP = re.compile(r"step-(\d{6,18})")
 _FILE = re.compile(r"[A-Za-z0-9_-]+\.(safetensors|json)")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _MANIFEST_BYTES = 16 * 2**20
-"""The largest manifest that is read: a foreign one may be of any size."""
+"""Size limit for a manifest, which may be foreign."""
 _PIECE_BYTES = 8 * 2**20
-"""What is read at a time, where somebody waits for a large file."""
+"""Bytes per read; `on_progress` is called after each."""
 
 
 def is_due(version: int, every: int, total_steps: int) -> bool:
-    """Say whether a checkpoint is taken after step `version`; `every` 0: there are none."""
+    """Return whether a checkpoint is taken after step `version`; `every` 0: never."""
     return every > 0 and version > 0 and (version % every == 0 or version == total_steps)
 
 
 def step_of(name: str) -> int | None:
-    """Give the step that a checkpoint's directory is named after; None: it is no such name."""
+    """Return the step in the name of a checkpoint's directory; None: it is another name."""
     match = _STEP.fullmatch(name)
     return int(match[1]) if match else None
 
@@ -142,39 +143,39 @@ def deletable_steps(
     steps: Iterable[int], keep: int, written: int, protected: Set[int] = frozenset()
 ) -> list[int]:
     """
-    Give the steps whose checkpoints may go, oldest first; the newest `keep` >= 1 stay.
+    Return the steps whose checkpoints may be deleted, oldest first; the newest `keep` >= 1 stay.
 
     Args:
-        steps: those that have one.
-        keep: how many stay.
-        written: the step of the one just written. It stays, too, even where older work had come
-            further.
-        protected: steps whose checkpoints stay, too.
+        steps: steps with a checkpoint.
+        keep: number of checkpoints to keep.
+        written: step of the checkpoint just written, which also stays. It may be older than others
+            after a rollback.
+        protected: steps whose checkpoints also stay.
     """
     return [step for step in sorted(steps)[:-keep] if step != written and step not in protected]
 
 
 @dataclass(frozen=True)
 class StoredCheckpoint:
-    """A checkpoint that was read and found whole."""
+    """A checkpoint that was read and verified."""
 
     path: Path
     state: dict[str, Any]
     files: dict[str, bytes]
-    """By name, without the manifest and `state.json`."""
+    """Contents by file name, without the manifest and `state.json`."""
 
     @property
     def step(self) -> int:
-        """Steps that it has behind it."""
+        """Steps done at the checkpoint."""
         return int(self.state["step"])
 
 
 class Catalogue:
     """
-    A run's checkpoints.
+    The checkpoints of a run.
 
     Args:
-        folder: of the checkpoints; made when the first is written.
+        folder: directory of the checkpoints; created with the first checkpoint.
         disk: for tests.
         on_progress: called after each piece that is written or read; see `with_deadline`.
     """
@@ -186,24 +187,24 @@ class Catalogue:
         self._disk, self._on_progress = disk or Disk(), on_progress
 
     def steps(self) -> list[int]:
-        """Give the steps that have a checkpoint, whole or damaged, oldest first."""
+        """Return the steps with a checkpoint, complete or damaged, oldest first."""
         if not self.folder.is_dir():
             return []
         numbers = [step_of(path.name) for path in self.folder.iterdir()]
         return sorted(step for step in numbers if step is not None)
 
     def path(self, step: int) -> Path:
-        """Give the directory of a step's checkpoint."""
+        """Return the directory of a step's checkpoint."""
         return self.folder / f"step-{step:06d}"
 
     def write(self, step: int, files: Mapping[str, FileContent], state: Mapping[str, Any]) -> Path:
         """
-        Write a checkpoint, whole or not at all; one that is there already stays.
+        Write a checkpoint atomically; an intact checkpoint of the same step is kept.
 
         Args:
-            step: steps that it has behind it.
-            files: content by name.
-            state: what `state.json` holds; `step` is added.
+            step: steps done at the checkpoint.
+            files: contents by name.
+            state: contents of `state.json`; `step` is added.
 
         Raises:
             OSError: the disk is full, or the directory is gone.
@@ -221,25 +222,26 @@ class Catalogue:
             disk.rename(partial, target)
         except OSError:
             with contextlib.suppress(OSError):
-                disk.remove(partial)  # a disk that is full must not stay so
+                disk.remove(partial)  # free the space of a full disk
             raise
         disk.sync(self.folder)
         return target
 
     def prune(self, keep: int, written: int, protected: Set[int] = frozenset()) -> str:
         """
-        Let the oldest go, once the one just written was looked at: its files have their lengths.
+        Delete the oldest checkpoints, after a check that the files just written have their full
+        size.
 
         Args:
-            keep: how many stay.
-            written: the step of the one just written.
-            protected: steps whose checkpoints stay, too.
+            keep: number of checkpoints to keep.
+            written: step of the checkpoint just written.
+            protected: steps whose checkpoints also stay.
 
         Returns:
-            Why one could not be deleted; empty: all are.
+            Why a checkpoint could not be deleted; empty: all were.
 
         Raises:
-            OSError: it is damaged, so nothing is deleted.
+            OSError: the checkpoint just written is damaged; nothing is deleted.
         """
         reason, deletable = "", deletable_steps(self.steps(), keep, written, protected)
         if not deletable:
@@ -249,7 +251,7 @@ class Catalogue:
         for step in deletable:
             try:
                 self._delete(self.path(step))
-            except OSError as error:  # on NFS, for example, while somebody reads it
+            except OSError as error:  # for example on NFS, while it is read
                 reason = f"{self.path(step)}: {error.strerror or error}"
         return reason
 
@@ -257,14 +259,14 @@ class Catalogue:
         """
         Rename the checkpoints of later steps, which a rollback could not read.
 
-        They would count as the newest otherwise, and what is written after the rollback would be
-        deleted for them. They stay on the disk: a read may have failed for another reason.
+        Otherwise they would count as the newest, and checkpoints written after the rollback would
+        be deleted instead. They stay on disk, because the read may have failed for another reason.
 
         Args:
-            after: the step that the run went back to.
+            after: step of the checkpoint that the run returned to.
 
         Raises:
-            OSError: the disk refuses.
+            OSError: a checkpoint could not be renamed.
         """
         for step in self.steps():
             if step > after:
@@ -282,16 +284,16 @@ class Catalogue:
         given: bool = False,
     ) -> StoredCheckpoint | None:
         """
-        Read the newest one that is whole; None: there is none, whole or damaged.
+        Read the newest intact checkpoint; None: there are no checkpoints.
 
         Args:
-            warn: is told of each that is damaged.
+            warn: called with a message about each damaged checkpoint.
             on_progress: see `with_deadline`.
             given: see `read`.
 
         Raises:
-            StorageError: there are some, and none can be read.
-            DoesNotFit: see `read`; an older one would cost work.
+            StorageError: there are checkpoints, but all are damaged.
+            DoesNotFit: see `read`; an older checkpoint would lose work.
         """
         try:
             steps = self.steps()
@@ -309,7 +311,7 @@ class Catalogue:
         return None
 
     def _write_files(self, partial: Path, files: Mapping[str, FileContent]) -> None:
-        """Write all files, then what they should be, then their names."""
+        """Write and sync all files, the manifest, and the directory."""
         self._disk.make(partial)
         entries = {}
         for name, content in files.items():
@@ -320,19 +322,19 @@ class Catalogue:
         self._disk.sync(partial)
 
     def _delete(self, path: Path) -> None:
-        """Take the name away first: what is half deleted must not look like a damaged one."""
+        """Rename the checkpoint first, so that a partly deleted one does not look damaged."""
         gone = path.with_name(path.name + _DELETED)
         self._disk.rename(path, gone)
         self._disk.remove(gone)
 
     def _remove_leftovers(self) -> None:
-        """Remove what a crash has left."""
+        """Remove leftovers of a crash."""
         if not self.folder.is_dir():
             self._disk.make(self.folder)
             self._disk.sync(self.folder.parent)
         for path in self.folder.iterdir():
             if path.suffix in (_PARTIAL, _DELETED):
-                with contextlib.suppress(OSError):  # it counts for nothing, and may go next time
+                with contextlib.suppress(OSError):  # it is ignored, and retried next time
                     self._disk.remove(path)
 
 
@@ -340,15 +342,16 @@ def read(
     path: Path, on_progress: OnProgress = lambda: None, *, given: bool = False
 ) -> StoredCheckpoint:
     """
-    Read one checkpoint, every byte against its manifest.
+    Read one checkpoint and verify every byte against its manifest.
 
     Args:
         path: its directory.
         on_progress: see `with_deadline`.
-        given: it may be another's, and only as large as it says: it has to fit into all memory.
+        given: whether the checkpoint may be foreign, so that its size must be checked against
+            memory.
 
     Raises:
-        StorageError: it is damaged; names what is wrong.
+        StorageError: it is damaged.
         DoesNotFit: it was given, and is larger than memory and swap.
     """
     manifest = read_manifest(path)
@@ -366,7 +369,7 @@ def read(
 
 
 def flaws(path: Path, on_progress: OnProgress = lambda: None) -> list[str]:
-    """Say what is wrong with a checkpoint, every byte read; empty: it is whole."""
+    """Return the problem of a checkpoint, after reading every byte; []: it is intact."""
     try:
         read(path, on_progress)
     except StorageError as error:
@@ -375,7 +378,7 @@ def flaws(path: Path, on_progress: OnProgress = lambda: None) -> list[str]:
 
 
 def find_truncated_file(path: Path) -> str:
-    """Say which file of a checkpoint is missing or too short; empty: none is."""
+    """Return a message about a missing or truncated file of a checkpoint; empty: none."""
     try:
         for name, facts in read_manifest(path).items():
             if (path / name).lstat().st_size != facts["bytes"]:
@@ -389,16 +392,16 @@ def find(
     path: Path, warn: Callable[[str], object], on_progress: OnProgress = lambda: None
 ) -> StoredCheckpoint:
     """
-    Read what `--resume` names: a checkpoint, or the newest whole one of a run directory.
+    Read the checkpoint that `--resume` names, or the newest intact one of a run directory.
 
     Args:
         path: the directory.
-        warn: is told of each that is damaged.
+        warn: called with a message about each damaged checkpoint.
         on_progress: see `with_deadline`.
 
     Raises:
         SpecError: there is no checkpoint.
-        StorageError: there are some, and all are damaged.
+        StorageError: there are checkpoints, but all are damaged.
     """
     with naming_path(path, "--resume"):
         is_checkpoint, exists = (path / MANIFEST).is_file(), path.is_dir()
@@ -417,49 +420,49 @@ def find(
 
 def read_manifest(path: Path) -> dict[str, dict[str, Any]]:
     """
-    Read which files a checkpoint's manifest lists, and what it says of each: `bytes`, `sha256`.
+    Return `bytes` and `sha256` of each file in a checkpoint's manifest.
 
     Raises:
         StorageError: it is damaged, or of another format.
     """
-    text, _ = _bytes_of(path / MANIFEST)
+    text, _ = _read_file(path / MANIFEST)
     try:
         manifest = json.loads(text)
         version = manifest["format"]
         if isinstance(version, int) and version != FORMAT:
             raise StorageError(f"{path} has format {version}, this distplat reads {FORMAT}")
         files: dict[str, dict[str, Any]] = manifest["files"]
-        good = isinstance(version, int) and all(
+        is_valid = isinstance(version, int) and all(
             _FILE.fullmatch(name)
-            and type(entry["bytes"]) is int  # True is an int, too
-            and entry["bytes"] >= 0  # or a sum of sizes would hide a file that is too large
+            and type(entry["bytes"]) is int  # not bool
+            and entry["bytes"] >= 0  # a negative size would hide a too large file in the sum
             and _SHA256.fullmatch(entry["sha256"])
             for name, entry in files.items()
         )
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        good = False
-    if not good:
+        is_valid = False
+    if not is_valid:
         raise StorageError(f"{path / MANIFEST} is damaged")
     return dict(files)
 
 
 def _read_verified(path: Path, facts: Mapping[str, Any], on_progress: OnProgress) -> bytes:
-    content, digest = _bytes_of(path, facts, on_progress)
+    content, digest = _read_file(path, facts, on_progress)
     if digest != facts["sha256"]:
         raise StorageError(f"{path}: SHA-256 is {digest[:8]}.., expected {facts['sha256'][:8]}..")
     return content
 
 
-def _bytes_of(
+def _read_file(
     path: Path, facts: Mapping[str, Any] | None = None, on_progress: OnProgress = lambda: None
 ) -> tuple[bytes, str]:
     """
-    Read a file whose size is known before a byte of it is read; give its SHA-256, too.
+    Read a file and return its content and SHA-256; its size is checked before it is read.
 
     Args:
         path: of the file.
-        facts: what the manifest says of it; None: it is the manifest.
-        on_progress: told of each piece.
+        facts: its entry in the manifest; None: it is the manifest.
+        on_progress: called after each piece.
     """
     content, digest = io.BytesIO(), hashlib.sha256()
     try:

@@ -1,7 +1,7 @@
 """
-Which version of the weights all ranks are asked for: one that none has reached yet.
+Chooses a version of the weights that every rank can return: one that no rank has passed yet.
 
-Decides only; who asks the ranks is `actors/weights.py`.
+`actors/weights.py` sends the requests to the ranks.
 """
 
 from collections.abc import Mapping, Set
@@ -9,31 +9,31 @@ from collections.abc import Mapping, Set
 
 class CommonVersion:
     """
-    State of one question for weights; reads no clock and talks to nobody.
+    State of one request for weights; reads no clock and does no I/O.
 
     Args:
-        at_least: no older version will do.
-        total: steps of the run: that version is kept by every rank.
+        at_least: oldest acceptable version.
+        total: steps of the run; every rank keeps the last version.
     """
 
     def __init__(self, at_least: int, total: int) -> None:
         self._at_least, self._total = at_least, total
         self._lead = 1
-        self.target = 0  #: what every rank is to be asked for; 0: where they are, to begin with
+        self.target = 0  #: version to request from every rank; 0: first ask for positions
 
     @property
     def is_unreachable(self) -> bool:
-        """Whether the run ends before there is such a version."""
+        """Whether the run ends before such a version exists."""
         return self._at_least > self._total
 
     def observe(self, passed: Mapping[int, int], held: Set[int]) -> bool:
         """
-        Take what all ranks have answered; say whether each has the target.
+        Process the answers of all ranks; return whether each has returned the target.
 
         Args:
             passed: by rank, the last version that it has passed.
-            held: ranks that have given their part of the target; `target` may be another after this
-                call, and then they must be asked anew.
+            held: ranks that have returned their part of the target. If `target` changes in this
+                call, all ranks must be asked again.
         """
         if self.target and held >= passed.keys():
             return True

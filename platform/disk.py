@@ -1,8 +1,8 @@
 """
-What is done to a disk, one operation at a time: a crash may come between two, or it is full.
+Disk operations, one method each: a crash may happen between two, or the disk may be full.
 
-`BackgroundWriter` writes in a thread what is told of a run: a disk that is full or hangs costs
-lines there, not steps.
+`BackgroundWriter` writes a run's records in a thread, so that a full or hanging disk costs records,
+not steps.
 """
 
 from __future__ import annotations
@@ -28,36 +28,36 @@ from distplat.platform.errors import StorageError
 T = TypeVar("T")
 
 FileContent = Iterable[bytes | memoryview]
-"""A file, in parts."""
+"""Content of a file, in pieces."""
 OnProgress = Callable[[], object]
-"""Called by who works on a disk, whenever it has done something."""
+"""Called after each piece of disk work."""
 SETTING = "failure.storage_timeout_s"
 FOLDER_MODE, FILE_MODE = 0o770, 0o660
-"""What a run makes, less the umask: others have no right to it, the group what the umask leaves."""
+"""Modes of a run's directories and files, before the umask: no access for others."""
 _PIECE_BYTES = 64 * 2**20
-"""What is written at a time, where somebody waits for a large file."""
+"""Bytes per write and sync; `on_progress` is called after each."""
 
 
 class DiskHangs(StorageError):
-    """The disk gives no answer."""
+    """The disk does not respond."""
 
 
 class Disk:
-    """The operations that a crash may come between, one method each: tests make them fail."""
+    """Disk operations of a checkpoint; tests make single operations fail."""
 
     def make(self, path: Path) -> None:
-        """Make a directory; see `FOLDER_MODE`."""
+        """Create a directory; see `FOLDER_MODE`."""
         path.mkdir(mode=FOLDER_MODE)
 
     def write(self, path: Path, content: FileContent) -> tuple[int, str]:
-        """Write a file and sync it; give its size and SHA-256."""
+        """Write and sync a file; return its size and SHA-256."""
         size, synced, digest = 0, 0, hashlib.sha256()
         with open(path, "xb", opener=opener) as file:
             for part in content:
                 file.write(part)
                 digest.update(part)
                 size += len(part)
-                if size - synced >= _PIECE_BYTES:  # else one sync is for all, and takes as long
+                if size - synced >= _PIECE_BYTES:  # one sync at the end would show no progress
                     file.flush()
                     os.fsync(file.fileno())
                     synced = size
@@ -66,25 +66,25 @@ class Disk:
         return size, digest.hexdigest()
 
     def sync(self, path: Path) -> None:
-        """Sync a directory: the names in it."""
+        """Sync a directory, for the names in it."""
         _sync(path)
 
     def rename(self, old: Path, new: Path) -> None:
-        """Give a directory another name, at once or not at all."""
+        """Rename a directory atomically."""
         old.rename(new)
 
     def remove(self, path: Path) -> None:
-        """Remove a directory with all in it."""
+        """Remove a directory tree."""
         shutil.rmtree(path)
 
 
 def opener(path: str, flags: int) -> int:
-    """Open a file of a run, as `open` asks its `opener` to; see `FILE_MODE`."""
+    """Open a file of a run with `FILE_MODE`; the `opener` argument of `open`."""
     return os.open(path, flags, FILE_MODE)
 
 
 def iter_pieces(content: FileContent, on_progress: OnProgress) -> Iterator[memoryview]:
-    """Cut a file's parts; `moved` is told when the next piece is asked for: one is written."""
+    """Split a file's content into pieces; `on_progress` is called after each was written."""
     for part in content:
         view = memoryview(part).cast("B")
         for start in range(0, len(view), _PIECE_BYTES):
@@ -102,14 +102,14 @@ def _sync(folder: Path) -> None:
 
 def regular_file(path: Path) -> IO[bytes]:
     """
-    Open a file that somebody else may have written; the caller closes it.
+    Open a file that another user may have written; the caller closes it.
 
     Raises:
-        FileNotFoundError: it is not there.
-        StorageError: it may not be read, or is a link, a pipe or a device.
+        FileNotFoundError: the file does not exist.
+        StorageError: it is not readable, or is a link, a pipe or a device.
     """
     try:
-        # No links: they could lead to a file of ours. Without waiting: a pipe has no end.
+        # O_NOFOLLOW: a link could lead to a private file. O_NONBLOCK: opening a pipe would block.
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW)
     except FileNotFoundError:
         raise
@@ -124,10 +124,10 @@ def regular_file(path: Path) -> IO[bytes]:
 @contextlib.contextmanager
 def open_regular(path: Path) -> Iterator[IO[bytes] | None]:
     """
-    Open a file that somebody else may have written; None: it is not there.
+    Open a file that another user may have written; None: it does not exist.
 
     Raises:
-        StorageError: it may not be read, or is a link, a pipe or a device.
+        StorageError: it is not readable, or is a link, a pipe or a device.
     """
     try:
         file = regular_file(path)
@@ -148,10 +148,10 @@ def _unreadable(path: Path, error: OSError) -> StorageError:
 
 def check_regular(path: Path) -> None:
     """
-    Refuse what is there and no file: a pipe would block, a device never end.
+    Refuse an existing path that is not a file: reading a pipe or a device may never end.
 
     Raises:
-        StorageError: it is one of them.
+        StorageError: the path exists and is not a regular file.
     """
     if path.exists() and not path.is_file():
         raise StorageError(f"cannot read {path}: it is no regular file")
@@ -159,10 +159,10 @@ def check_regular(path: Path) -> None:
 
 class RecordFile:
     """
-    A file that grows by whole records: what does not fit on the disk leaves no part of it behind.
+    An append-only file of complete records; a record that does not fit on the disk is not written.
 
     Args:
-        path: of the file; made where there is none.
+        path: of the file; created if missing.
 
     Raises:
         OSError: it cannot be opened.
@@ -175,10 +175,10 @@ class RecordFile:
 
     def write(self, record: bytes) -> None:
         """
-        Add a record; a reader sees it at once.
+        Append a record; readers see it at once.
 
         Raises:
-            OSError: the disk is full; the file ends with the record before.
+            OSError: the disk is full; the file keeps its previous records.
         """
         remaining = memoryview(record)
         try:
@@ -191,10 +191,10 @@ class RecordFile:
         self.size += len(record)
 
     def flush(self) -> None:
-        """Do nothing: nothing is buffered. For callers that write to any file."""
+        """Do nothing, as nothing is buffered; part of the file interface."""
 
     def close(self) -> None:
-        """Close it; a second time does nothing."""
+        """Close the file; idempotent."""
         file, self._file = self._file, -1
         if file >= 0:
             os.close(file)
@@ -202,10 +202,10 @@ class RecordFile:
 
 def reserve(folder: Path, size: int) -> IO[bytes]:
     """
-    Take room on a folder's disk, by a file without a name; closing it gives the room back.
+    Reserve disk space with an unnamed file; closing the file frees the space.
 
     Raises:
-        OSError: there is not so much.
+        OSError: there is not enough space.
     """
     file = tempfile.TemporaryFile(dir=folder)
     try:
@@ -220,16 +220,16 @@ def with_deadline(
     work: Callable[[OnProgress], T], where: Path, limit_s: float, setting: str = SETTING
 ) -> T:
     """
-    Have a thread work on a disk, and wait for it: nothing else ends a call to a disk that hangs.
+    Run disk work in a thread, with a deadline: a call to a hanging disk cannot be interrupted.
 
     Args:
-        work: may tell that the disk has done something, and the deadline begins anew.
+        work: receives a callback that restarts the deadline after each piece of work.
         where: file or directory, for the error.
-        limit_s: `failure.storage_timeout_s`, mostly.
-        setting: what changes it; empty: nothing does.
+        limit_s: usually `failure.storage_timeout_s`.
+        setting: field that changes the deadline; empty: none.
 
     Raises:
-        DiskHangs: the disk has done nothing for so long. The thread is left to it.
+        DiskHangs: there was no progress for `limit_s`. The thread is left running.
     """
     moved_at = time.monotonic()
 
@@ -239,17 +239,17 @@ def with_deadline(
 
     future = run_in_thread("disk", lambda: work(on_progress))
     while not future.done():
-        left_s = moved_at + limit_s - time.monotonic()
-        if left_s <= 0:
+        remaining_s = moved_at + limit_s - time.monotonic()
+        if remaining_s <= 0:
             text = f"no answer within {limit_s:g} s: its disk does not answer"
             change = f"; `{setting}` changes this deadline" if setting else ""
             raise DiskHangs(f"{where}: {text}{change}")
-        wait([future], left_s)
+        wait([future], remaining_s)
     return future.result()
 
 
 def run_in_thread(name: str, work: Callable[[], T]) -> Future[T]:
-    """Run something that may never end in a daemon thread of its own."""
+    """Run work that may never end in a new daemon thread."""
     future = Future[T]()
 
     def run() -> None:
@@ -264,15 +264,15 @@ def run_in_thread(name: str, work: Callable[[], T]) -> Future[T]:
 
 def write_atomically(path: Path, data: bytes, on_progress: OnProgress = lambda: None) -> None:
     """
-    Write a file, flush it to the disk, then give it its name: a reader sees all of it or none.
+    Write and sync a file under a temporary name, then rename it.
 
     Args:
         path: of the file.
-        data: all of it.
+        data: its content.
         on_progress: see `with_deadline`.
 
     Raises:
-        OSError: the disk is full, or the directory is gone; what was there before stays.
+        OSError: the disk is full, or the directory is gone; an existing file stays.
     """
     partial = path.with_suffix(path.suffix + ".partial")
     try:
@@ -285,47 +285,46 @@ def write_atomically(path: Path, data: bytes, on_progress: OnProgress = lambda: 
         partial.rename(path)
     except OSError:
         with contextlib.suppress(OSError):
-            partial.unlink()  # a disk that is full must not stay so
+            partial.unlink()  # free the space of a full disk
         raise
     _sync(path.parent)
 
 
-MOST = 10_000
-"""Records that may wait for the disk."""
+MAX_WAITING = 10_000
+"""Most records that may wait for the disk."""
 CLOSE_S = 10.0
-"""How long the end of a run waits for them."""
+"""How long to wait for waiting records at the end of a run."""
 
 Record = TypeVar("Record")
 
 
 class BackgroundWriter(Generic[Record]):
     """
-    Hands records on to a thread, in order.
+    Write records in a thread, in order.
 
-    The first failure is warned of. Later records are tried all the same, for a disk may have room
-    again; at the end it is said how many were lost.
+    The first failure is reported with a warning. Later records are still tried, because a disk may
+    have space again; `close` reports how many were lost.
 
     Args:
-        write: writes one record; what it raises costs that record.
-        warn: is told of what is lost.
-        most: records that may wait; those that come then are lost.
-        what: they are, in the plural.
-        where: they go, for who is told that it does not answer.
-        patience_s: how long `put` may wait for room, all in all until the thread has caught up; 0:
-            it never waits.
+        write: writes one record; an exception loses that record.
+        warn: called with each warning.
+        most: most records that may wait; more are lost.
+        what: the records' name in messages, plural.
+        where: their destination in messages.
+        patience_s: how long `put` may block in total until the thread catches up; 0: never.
     """
 
     def __init__(
         self,
         write: Callable[[Record], object],
         warn: Callable[[str], object],
-        most: int = MOST,
+        most: int = MAX_WAITING,
         what: str = "metrics",
         where: str = "the disk",
         patience_s: float = 0.0,
     ) -> None:
         self._write, self._warn, self._what, self._where = write, warn, what, where
-        self._waiting: queue.Queue[Record] = queue.Queue(most)
+        self._queue: queue.Queue[Record] = queue.Queue(most)
         self._patience_s, self._waited_s = patience_s, 0.0
         self._lost = 0
         self._closed = False
@@ -333,39 +332,39 @@ class BackgroundWriter(Generic[Record]):
         self._thread.start()
 
     def put(self, record: Record) -> None:
-        """Have a record written."""
-        if self._waiting.empty():
+        """Queue a record."""
+        if self._queue.empty():
             self._waited_s = 0.0
         try:
-            self._waiting.put_nowait(record)
+            self._queue.put_nowait(record)
         except queue.Full:
-            self._put_late(record)
+            self._put_blocking(record)
 
-    def _put_late(self, record: Record) -> None:
-        """Wait for room as long as patience lasts."""
-        began = time.monotonic()
+    def _put_blocking(self, record: Record) -> None:
+        """Wait for space in the queue, within `patience_s`."""
+        start = time.monotonic()
         try:
-            self._waiting.put(record, timeout=max(0.0, self._patience_s - self._waited_s))
+            self._queue.put(record, timeout=max(0.0, self._patience_s - self._waited_s))
         except queue.Full:
             self._drop(f"{self._where} does not answer")
-        self._waited_s += time.monotonic() - began
+        self._waited_s += time.monotonic() - start
 
     def wait(self, limit_s: float) -> bool:
-        """Wait for what is to be written; say whether all of it is."""
+        """Wait for queued records; return whether all are written."""
         until = time.monotonic() + limit_s
-        while self._waiting.unfinished_tasks and time.monotonic() < until:
+        while self._queue.unfinished_tasks and time.monotonic() < until:
             time.sleep(0.01)
-        return not self._waiting.unfinished_tasks
+        return not self._queue.unfinished_tasks
 
     def close(self, limit_s: float = CLOSE_S) -> bool:
         """
-        Wait for what is to be written, within reason; warn of what was lost, once.
+        Wait for queued records up to `limit_s`, and warn once about lost records.
 
         Returns:
-            Whether the disk answers: nothing waits for it any more.
+            Whether all records are written or dropped: the disk responds.
         """
         idle = self.wait(limit_s)
-        lost = self._lost + self._waiting.unfinished_tasks
+        lost = self._lost + self._queue.unfinished_tasks
         if lost and not self._closed:
             self._warn(f"{lost} records of {self._what} were not written")
         self._closed = True
@@ -377,12 +376,12 @@ class BackgroundWriter(Generic[Record]):
         self._lost += 1
 
     def _work(self) -> None:
-        while True:  # a daemon: nobody waits for it longer than `close` does
-            record = self._waiting.get()
+        while True:  # a daemon thread: only `close` waits for it
+            record = self._queue.get()
             try:
                 if not self._closed:
                     self._write(record)
-            except BaseException as error:  # sys.exit() of a library would end the thread
+            except BaseException as error:  # sys.exit() in a library would end the thread
                 self._drop(str(error) or repr(error))
             finally:
-                self._waiting.task_done()
+                self._queue.task_done()

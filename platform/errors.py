@@ -1,31 +1,31 @@
 """
-Every error that distplat raises on purpose, in one tree.
+All exceptions of distplat, as one class hierarchy.
 
-    DistplatError                  exit 70  something distplat did not foresee
-    |- SpecError                        2   bad job file, option, argument or task; nothing trained
-    |- ClusterUnreachable               3   no Ray there, or none that takes our version or token
+    DistplatError                  exit 70  an error that distplat did not foresee
+    |- SpecError                        2   invalid job file, option, argument or task; no training
+    |- ClusterUnreachable               3   no Ray cluster, or one with another version or token
     |- UserCodeError                    1   the user's task raised; never retried
-    |- ScriptFailed                     1   a script that is run as it is ended with an error
+    |- ScriptFailed                     1   a user's script exited with an error
     |- NonFiniteError                   1   a loss or gradient is NaN or infinite; never retried
     |- InfrastructureError              4   a part of the platform was lost
     |  |- ActorLost                         a worker, server node or the server manager died
-    |  |- DeadlineExceeded                  a wait ran out; names who was missing
-    |  |- Abandoned                         a wait was called off, for another rank was lost
+    |  |- DeadlineExceeded                  a wait timed out; names the missing roles
+    |  |- Abandoned                         a wait was canceled because another rank was lost
     |  |- CollectiveError                   a collective failed or timed out; names missing ranks
-    |  |  `- MismatchError                  ranks are in different operations; never retried
-    |  |- PeerLost                          the same, in a function's torch.distributed
-    |  |- StateLost                         no rank that is left has a part of the state
-    |  `- RestartsExhausted                 failures came back until the restart budget was spent
+    |  |  `- MismatchError                  ranks call different operations; never retried
+    |  |- PeerLost                          the same, in a train function's torch.distributed
+    |  |- StateLost                         no surviving rank has a part of the state
+    |  `- RestartsExhausted                 failures exhausted the restart budget
     |- ProtocolError                    4   a message that must not be applied
     |  |- GapError                          a push is missing before this one
-    |  |- StaleError                        a push older than the last one committed
+    |  |- StaleError                        a push older than the last committed one
     |  |- FencedError                       a message of an earlier attempt
-    |  `- NotReadyError                     a shard that has no parameters yet
+    |  `- NotReadyError                     a shard without parameters
     |- StorageError                     5   the run directory, or its copy, could not be written
     `- Interrupted              130/143/129 Ctrl-C, SIGTERM or SIGHUP
 
-Errors cross processes by pickle: every constructor hands all its arguments to `Exception`, so
-`DistplatError.__reduce__` can rebuild each of them; a test sends the whole tree round.
+Exceptions cross processes by pickle: every constructor passes all its arguments to `Exception`, so
+`DistplatError.__reduce__` can rebuild each of them; a test pickles the whole hierarchy.
 """
 
 import re
@@ -39,50 +39,50 @@ from typing import Self, TextIO
 _CONTROL = re.compile(
     r"\x1b\[[0-9;?]*[ -/]*[@-~]"  # colours, cursor
     r"|[\x00-\x08\x0b-\x1f\x7f\x80-\x9f]"
-    r"|[\u202a-\u202e\u2066-\u2069]"  # these turn the order of what follows
+    r"|[\u202a-\u202e\u2066-\u2069]"  # bidirectional controls, which reorder the text after them
 )
 _SURROGATE = re.compile(r"[\ud800-\udfff]")
 
 
 def printable(text: str) -> str:
     """
-    Take out of a text what would steer a terminal; ends of lines and tabs stay.
+    Remove terminal control sequences from a text; line ends and tabs stay.
 
-    Everything that a command prints goes through this, for names, errors and logs may be those of
-    somebody else.
+    Every output of a command passes through here, because names, errors and logs may come from
+    other users.
     """
     return _SURROGATE.sub("\ufffd", _CONTROL.sub("", text))
 
 
 def encodable(text: str, stream: TextIO) -> str:
-    """Write letters that a stream's encoding lacks as `\\u2588`: else its `write` may raise."""
+    """Escape letters that a stream's encoding lacks as `\\u2588`; `write` may raise otherwise."""
     encoding = getattr(stream, "encoding", None) or "utf-8"
     return text.encode(encoding, "backslashreplace").decode(encoding)
 
 
 @dataclass(frozen=True)
 class Problem:
-    """One thing that is wrong with what the user wrote."""
+    """One problem in the user's input."""
 
     where: tuple[str | int, ...]
     """Path of the field, for example `("optimizer", "lr")`; empty: the document itself."""
     message: str
-    """What is wrong and what is allowed, in one sentence."""
+    """The problem and the allowed values, in one sentence."""
     hint: str = ""
-    """What to do about it, for example `did you mean 'momentum'?`."""
+    """How to fix it, for example `did you mean 'momentum'?`."""
     file: str = ""
     line: int = 0
-    """1-based; 0: not known."""
+    """1-based; 0: unknown."""
     column: int = 0
-    """1-based; 0: not known."""
+    """1-based; 0: unknown."""
 
     @property
     def field(self) -> str:
-        """The dotted name, for example `optimizer.lr`, fit for a terminal."""
+        """Dotted name, for example `optimizer.lr`, safe for a terminal."""
         return ".".join(_visible(str(part)) for part in self.where)
 
     def __str__(self) -> str:
-        """`job.yaml:7:13: optimizer.momentun: unknown field` and, if there is one, a hint line."""
+        """`job.yaml:7:13: optimizer.momentun: unknown field`, and a hint line if there is one."""
         position = self.file
         if position and self.line:
             position += f":{self.line}:{self.column}"
@@ -91,27 +91,27 @@ class Problem:
 
 
 def _visible(part: str) -> str:
-    """Shorten a part of a name and escape what would move the cursor: users' typos come here."""
+    """Shorten a part of a name and escape non-printable characters."""
     plain = part if part.isprintable() else repr(part)[1:-1]
     return plain if len(plain) <= 60 else f"{plain[:57]}..."
 
 
 class DistplatError(Exception):
-    """Root of the tree: catch this to catch all of ours."""
+    """Base class of all exceptions of distplat."""
 
     exit_code: int = 70
 
     def __reduce__(self) -> tuple[type[Self], tuple[object, ...]]:
-        """Rebuild from `args`: a constructor of our own would otherwise break unpickling."""
+        """Rebuild from `args`; the default fails for constructors with other signatures."""
         return type(self), self.args
 
     def _render_traceback_(self) -> list[str]:
-        """Give what IPython shows in place of a traceback, whose frames would be all ours."""
+        """Return the message for IPython instead of a traceback of internal frames."""
         return [f"{type(self).__name__}: {self}"]
 
 
 class SpecError(DistplatError):
-    """The job file, an override or an option is wrong. Holds every problem found, not the first."""
+    """The job file, an override or an option is wrong. Holds all problems, not only the first."""
 
     exit_code = 2
 
@@ -120,18 +120,18 @@ class SpecError(DistplatError):
         self.problems = tuple(p if isinstance(p, Problem) else Problem((), p) for p in problems)
 
     def __str__(self) -> str:
-        """One line per problem, hints below."""
+        """One line per problem, with hints below."""
         return "\n".join(str(problem) for problem in self.problems)
 
 
 @contextmanager
 def naming_path(path: object, *where: str) -> Iterator[None]:
     """
-    Tell what the system says of a path that the user gave, for example that it is too long.
+    Convert an `OSError` about a user's path, for example a too long one, to a `SpecError`.
 
     Args:
-        path: as it is to be called.
-        where: what gave it, for example `--resume`.
+        path: name of the path in the message.
+        where: field or option with the path, for example `--resume`.
 
     Raises:
         SpecError: the block raised `OSError`.
@@ -143,24 +143,24 @@ def naming_path(path: object, *where: str) -> Iterator[None]:
 
 
 class ClusterUnreachable(DistplatError):
-    """No Ray cluster answers at the address, or none that takes our version or our token."""
+    """No Ray cluster answers at the address, or one with another version or token."""
 
     exit_code = 3
 
 
 class UserCodeError(DistplatError):
     """
-    The user's task raised. Carries the user's own traceback as text.
+    The user's task raised. Holds the user's traceback as text.
 
     Args:
-        rank: whose; None: no rank's, when its module was imported to be looked at.
-        step: in which, from 1; None: before the first.
-        summary: the exception and its message; of a long one the middle is left out.
-        traceback: with the user's frames only; the summary, if there are none.
-        remedy: what to do about it, where that is known.
-        evaluating: it was in the evaluation after that step.
-        on_ranks: which ranks it was, and where, for example `ranks 1, 3 (node gpu-2, 10.0.0.7)`;
-            empty: `rank` alone.
+        rank: the rank; None: the task's module failed to import outside of a rank.
+        step: the step, from 1; None: before the first step.
+        summary: the exception and its message; the middle of a long message is omitted.
+        traceback: the user's frames; equal to the summary if there are none.
+        remedy: a hint, if known.
+        evaluating: whether it raised in the evaluation after that step.
+        on_ranks: affected ranks and nodes, for example `ranks 1, 3 (node gpu-2, 10.0.0.7)`; empty:
+            only `rank`.
     """
 
     exit_code = 1
@@ -180,18 +180,18 @@ class UserCodeError(DistplatError):
         self.remedy, self.evaluating, self.on_ranks = remedy, evaluating, on_ranks
 
     def __str__(self) -> str:
-        """The traceback first, then what failed where."""
+        """The traceback, then rank, step and summary."""
         return f"{self.frames}\n\n{self.text}" if self.frames else self.text
 
     @property
     def frames(self) -> str:
-        """The traceback; empty where it says no more than the summary does."""
+        """The traceback; empty if it adds nothing to the summary."""
         text = self.traceback.rstrip()
         return "" if text == self.summary else text
 
     @property
     def text(self) -> str:
-        """Rank, step and summary, and the remedy on a line of its own."""
+        """Rank, step and summary, with the remedy on a line of its own."""
         where = "in the evaluation after" if self.evaluating else "in"
         at = "before the first step" if self.step is None else f"{where} step {self.step}"
         at = "in the evaluation before the first step" if self.step == 0 else at
@@ -203,30 +203,30 @@ class UserCodeError(DistplatError):
 
 
 class ScriptFailed(DistplatError):
-    """A process of a script that is run as it is ended with an error; the text says which."""
+    """A process of a user's script exited with an error."""
 
     exit_code = 1
 
     @classmethod
     def of(cls, rank: int, code: int, ended: Collection[int] = ()) -> Self:
         """
-        Say how a process ended.
+        Build the error for a process.
 
         Args:
-            rank: the process's.
-            code: its exit code; a negative one is that of a signal.
-            ended: ranks that had ended by then, with 0: whoever waits for them fails.
+            rank: of the process.
+            code: its exit code; negative: the number of a signal.
+            ended: ranks that exited with 0 before: other ranks that wait for them fail.
         """
         if code > 0:
             text = f"rank {rank} ended with exit code {code}; its last lines say why"
             return cls(f"{text}. {ranks_text(ended)} had ended before, with 0" if ended else text)
         hint = "; was it the system's out-of-memory killer?" if -code == signal.SIGKILL else ""
-        signal_names = {one.value: one.name for one in signal.Signals}
+        signal_names = {s.value: s.name for s in signal.Signals}
         return cls(f"rank {rank} was killed by {signal_names.get(-code, f'signal {-code}')}{hint}")
 
 
 class NonFiniteError(DistplatError):
-    """A loss or a gradient holds NaN or infinity. Names rank, step and first parameter."""
+    """A loss or a gradient is NaN or infinite. Names rank, step and first parameter."""
 
     exit_code = 1
 
@@ -235,7 +235,7 @@ class NonFiniteError(DistplatError):
         self.rank, self.step, self.what, self.own_loop = rank, step, what, own_loop
 
     def __str__(self) -> str:
-        """Where it happened, what was found, and what to do."""
+        """Step, rank, value, and how to avoid it."""
         who = f"rank {self.rank}" if self.rank >= 0 else "several ranks"
         advice = (
             "set `clip_norm`; `failure.non_finite: skip` leaves such steps out, `ignore` applies "
@@ -251,17 +251,17 @@ class NonFiniteError(DistplatError):
 
 
 class InfrastructureError(DistplatError):
-    """A part of the platform was lost; the user's code is not to blame."""
+    """A part of the platform was lost; not an error of the user's code."""
 
     exit_code = 4
 
 
 _DEAD_NODE = re.compile(r"node has died\. Node Id: (\w+)")
-"""Ray's words. Its errors have the number nowhere else."""
+"""Ray's message, the only place of the node's id."""
 
 
 class ActorLost(InfrastructureError):
-    """A process of the job died or no longer answers."""
+    """A process of the job died or does not answer."""
 
     def __init__(self, role: str, step: int | None, cause: str, remedy: str = "") -> None:
         super().__init__(role, step, cause, remedy)
@@ -269,19 +269,19 @@ class ActorLost(InfrastructureError):
 
     @property
     def dead_node(self) -> str:
-        """Ray's number of the node that died, and this process with it; empty: it stands."""
+        """Ray's id of the node that died with this process; empty: the node lives."""
         match = _DEAD_NODE.search(self.cause)
         return match[1] if match else ""
 
     def __str__(self) -> str:
-        """Who, when, why, and what to do."""
+        """Role, step, cause and remedy."""
         at = "" if self.step is None else f" after step {self.step}"
         tail = f"; {self.remedy}" if self.remedy else ""
         return f"{self.role} was lost{at}: {self.cause}{tail}"
 
 
 class DeadlineExceeded(InfrastructureError):
-    """A wait ran out. Names what was missing, and the deadline's setting; empty: it has none."""
+    """A wait timed out. Names the missing roles and the deadline's field, if it has one."""
 
     def __init__(
         self, what: str, missing: tuple[str, ...], seconds: float, setting: str, remedy: str = ""
@@ -291,7 +291,7 @@ class DeadlineExceeded(InfrastructureError):
         self.remedy = remedy
 
     def __str__(self) -> str:
-        """What was waited for, for how long, who did not come, and what to do."""
+        """What was waited for and how long, the missing roles, and the remedy."""
         missing = ", ".join(self.missing) or "nobody (a late answer)"
         text = f"{self.what}: waited {self.seconds:g} s, missing: {missing}"
         text += f"; `{self.setting}` changes this deadline" if self.setting else ""
@@ -299,7 +299,7 @@ class DeadlineExceeded(InfrastructureError):
 
 
 class Abandoned(InfrastructureError):
-    """This rank was told to stop: another one was lost, or their number changes. Orders follow."""
+    """This rank was told to stop: another rank was lost, or the number of ranks changes."""
 
 
 class CollectiveError(InfrastructureError):
@@ -322,10 +322,10 @@ class CollectiveError(InfrastructureError):
 
 
 class MismatchError(CollectiveError):
-    """Ranks are in different operations, or in one with different shapes. No retry helps."""
+    """Ranks call different operations, or one with different shapes; never retried."""
 
     def __str__(self) -> str:
-        """`all_reduce #12 of group g: ranks do not match: ...`; `missing` are those that differ."""
+        """`all_reduce #12 of group g: ranks do not match: ...`; `missing`: the differing ranks."""
         return (
             f"{self.operation} #{self.number} of group {self.group!r}: "
             f"ranks do not match: {self.cause}"
@@ -337,26 +337,26 @@ class PeerLost(InfrastructureError):
 
 
 class StateLost(InfrastructureError):
-    """No rank that is left has a part of the state: all must go back to the last checkpoint."""
+    """No surviving rank has a part of the state: all ranks must return to the last checkpoint."""
 
     def __init__(self, what: str) -> None:
         super().__init__(what)
         self.what = what
 
     def __str__(self) -> str:
-        """What is lost, and what follows."""
+        """The lost state, and the consequence."""
         return f"{self.what} was lost with its ranks: all go back to the last checkpoint"
 
 
 class RestartsExhausted(InfrastructureError):
-    """The run was restarted as often as it may be, and failed again."""
+    """The run failed again after its restart budget was exhausted."""
 
     def __init__(self, reason: str, failures: tuple[str, ...]) -> None:
         super().__init__(reason, failures)
         self.reason, self.failures = reason, failures
 
     def __str__(self) -> str:
-        """Why no further restart is made, then every failure on a line of its own."""
+        """Why there is no further restart, then one line per failure."""
         return "\n  ".join([f"gave up: {self.reason}; failures so far:", *self.failures])
 
 
@@ -367,11 +367,11 @@ class ProtocolError(DistplatError):
 
 
 class GapError(ProtocolError):
-    """A push came before the one it follows: applying it would lose the one between."""
+    """A push arrived before its predecessor: applying it would lose the missing one."""
 
 
 class StaleError(ProtocolError):
-    """A push older than the last one committed: applying it would count it twice."""
+    """A push older than the last committed one: applying it would count it twice."""
 
 
 class FencedError(ProtocolError):
@@ -379,7 +379,7 @@ class FencedError(ProtocolError):
 
 
 class NotReadyError(ProtocolError):
-    """A shard that holds no parameters yet: a fresh one, or one that was restarted."""
+    """A shard without parameters: new, or restarted."""
 
 
 class StorageError(DistplatError):
@@ -389,7 +389,7 @@ class StorageError(DistplatError):
 
 
 class Interrupted(DistplatError):
-    """The user (SIGINT), the system (SIGTERM) or an end of the session (SIGHUP) asks for an end."""
+    """The run was interrupted by SIGINT, SIGTERM or SIGHUP."""
 
     def __init__(self, signal_number: int) -> None:
         super().__init__(signal_number)
@@ -409,23 +409,23 @@ def ranks_text(ranks: Collection[int]) -> str:
 
 def nearest(name: str, known: Iterable[str]) -> str | None:
     """
-    Give the known name closest to `name`, or None where none is near.
+    Return the known name closest to `name`, or None if none is close.
 
-    Case and `-`/`_` do not count as a difference: `Ps_Sync` is near `ps-sync`.
+    Case and `-`/`_` are ignored: `Ps_Sync` is close to `ps-sync`.
     """
     by_folded = {_fold(k): k for k in known}
-    cutoff = 0.6 if len(name) > 2 else 0.5  # one wrong letter of two
+    cutoff = 0.6 if len(name) > 2 else 0.5  # allows one wrong letter of two
     hits = get_close_matches(_fold(name), by_folded, n=1, cutoff=cutoff)
     return by_folded[hits[0]] if hits else None
 
 
 def hint(name: str, known: Iterable[str], they_are: str = "allowed") -> str:
     """
-    Give `did you mean 'ring'? allowed: ps-sync, ring`; without a near name only the list.
+    Return `did you mean 'ring'? allowed: ps-sync, ring`; without a close name only the list.
 
     Args:
-        name: what was given.
-        known: what there is.
+        name: the given name.
+        known: all valid names.
         they_are: the word before the list.
     """
     names = sorted(known)

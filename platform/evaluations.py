@@ -1,8 +1,7 @@
 """
-What a run makes of its evaluations: which checkpoint is the best, and whether to stop early.
+Decisions based on evaluations: the best checkpoint and early stopping.
 
-The learning rate may go by them, too (`plateau.py`). The classes read no clock, no disk and talk to
-nobody.
+`plateau.py` has learning rates based on evaluations. The classes read no clock and do no I/O.
 """
 
 import math
@@ -16,28 +15,27 @@ from distplat.platform.fields import Count, Spec
 from distplat.platform.lr_schedules import ReduceLROnPlateau
 
 EARLY_STOP = "early_stop"
-"""What a checkpoint says of the evaluations before it, see `EarlyStopping.saved`."""
-_KEPT = 1000
-"""Evaluations whose figure is remembered: of later ones than the newest checkpoint, or told again
-by nobody after a rollback."""
+"""Key of early stopping's state in a checkpoint, see `EarlyStopping.saved`."""
+_MAX_KEPT = 1000
+"""Most evaluations whose metric is kept."""
 
 
 class MetricRule(Spec):
-    """A figure of evaluations, and which way it gets better."""
+    """A metric of evaluations, and the direction of improvement."""
 
     metric: str = Field(min_length=1)
-    """Figure of an evaluation: `loss`, or a name that the task's metrics() gives; of a train
-    function a figure of its reports."""
+    """Metric of an evaluation: `loss`, or a name that the task's metrics() returns; of a train
+    function, a metric of its reports."""
     mode: Literal["min", "max"]
-    """Whether a smaller or a larger figure is better."""
+    """Whether a smaller or a larger value is better."""
 
-    def better(self, figure: float, than: float | None, by: float = 0.0) -> bool:
+    def is_better(self, figure: float, than: float | None, by: float = 0.0) -> bool:
         """
-        Say whether a figure is better than another by more than so much; NaN is never.
+        Return whether a value is better than another by more than `by`; NaN is never better.
 
         Args:
-            figure: the new one.
-            than: the best so far; None: there is none.
+            figure: the new value.
+            than: the best value so far; None: none.
             by: at least 0.
         """
         if math.isnan(figure):
@@ -48,83 +46,83 @@ class MetricRule(Spec):
 
 
 class KeepBest(MetricRule):
-    """Which checkpoint stays beside the newest ones."""
+    """Which checkpoint is kept beside the newest ones."""
 
 
 class EarlyStop(MetricRule):
-    """When a run ends before its last step, because evaluations get no better."""
+    """When a run ends before its last step because evaluations do not improve."""
 
     patience: Count = 3
-    """Evaluations in a row without a better figure after which the run ends."""
+    """Consecutive evaluations without improvement after which the run ends."""
     min_delta: float = Field(0.0, ge=0, allow_inf_nan=False)
-    """A figure counts as better if it is by more than so much."""
+    """Smallest difference that counts as an improvement."""
 
 
 class BestCheckpoint:
     """
-    Which of a run's checkpoints is the best: of those after whose step there was an evaluation.
+    Finds the best of a run's checkpoints, among steps with an evaluation.
 
     Args:
-        rule: of the job; None: none is.
+        rule: the job's rule; None: disabled.
     """
 
     def __init__(self, rule: KeepBest | None) -> None:
         self._rule = rule
-        self._figures: dict[int, float] = {}  #: step -> what its evaluation gave, oldest first
-        self._saved: set[int] = set()  #: steps whose checkpoints may be the best, or may become it
-        self._evaluated = 0  #: the newest evaluation
+        self._figures: dict[int, float] = {}  #: step -> value of the metric, oldest first
+        self._saved: set[int] = set()  #: steps with a checkpoint
+        self._evaluated = 0  #: step of the newest evaluation
 
     @property
     def step(self) -> int | None:
-        """Step of the best checkpoint, of equals the first; None: none was evaluated."""
+        """Step of the best checkpoint, the first of equals; None: no checkpoint was evaluated."""
         best: int | None = None
         for step in sorted(self._saved & self._figures.keys()):
-            assert self._rule is not None, "nothing is noted without one"
+            assert self._rule is not None, "no values are recorded without a rule"
             figure = self._figures[step]
-            if self._rule.better(figure, None if best is None else self._figures[best]):
+            if self._rule.is_better(figure, None if best is None else self._figures[best]):
                 best = step
         return best
 
     @property
     def figure(self) -> float:
-        """What the evaluation of the best one gave."""
+        """Value of the best checkpoint's metric."""
         step = self.step
         return math.nan if step is None else self._figures[step]
 
     @property
     def protected(self) -> set[int]:
-        """Steps whose checkpoints stay: the best, and those whose evaluation is still to come."""
+        """Steps whose checkpoints are kept: the best, and those not evaluated yet."""
         best = self.step
         late = {step for step in self._saved if step > self._evaluated}
         return late if best is None else {*late, best}
 
     def evaluated(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Take an evaluation."""
+        """Record an evaluation."""
         if self._rule is None or self._rule.metric not in metrics:
             return
         self._figures[step] = metrics[self._rule.metric]
         self._evaluated = max(self._evaluated, step)
         best = self.step
-        while len(self._figures) > _KEPT:
-            del self._figures[next(one for one in self._figures if one != best)]
+        while len(self._figures) > _MAX_KEPT:
+            del self._figures[next(known for known in self._figures if known != best)]
 
     def saved(self, step: int) -> None:
-        """A checkpoint is on the disk."""
+        """Record that a checkpoint was written."""
         if self._rule is not None:
             self._saved.add(step)
 
     def left(self, steps: Iterable[int]) -> None:
-        """No other checkpoints than these are left."""
+        """Record which checkpoints remain on disk."""
         self._saved &= set(steps)
 
 
 class _Stagnation(NamedTuple):
-    """The state of early stopping after an evaluation."""
+    """State of early stopping after an evaluation."""
 
     at: int = -1
-    """Step of the last one that is in it; -1: there was none."""
+    """Step of the last evaluation; -1: none."""
     best: float | None = None
-    """Best figure so far; None: there is none but NaN."""
+    """Best value so far; None: none, or only NaN."""
     best_step: int = 0
     worse: int = 0
     """Evaluations since the best one."""
@@ -141,14 +139,14 @@ def _parse_state(saved: Mapping[str, Any]) -> _Stagnation:
 
 class EarlyStopping:
     """
-    Whether evaluations still get better, also since before a run was resumed.
+    Tracks whether evaluations still improve, also across a resume.
 
     Args:
-        rule: of the job.
-        saved: what the checkpoint has of `saved`; None: nothing, or the run begins.
+        rule: the job's rule.
+        saved: result of `saved` from the checkpoint; None: none.
 
     Raises:
-        StorageError: that is damaged.
+        StorageError: `saved` is damaged.
     """
 
     def __init__(self, rule: EarlyStop, saved: Mapping[str, Any] | None = None) -> None:
@@ -158,49 +156,55 @@ class EarlyStopping:
             rule.mode,
         ):
             self._state = _parse_state(saved)
-        self._resumed_at = self._state.at  #: evaluations up to this step were before
-        self._states = {self._state.at: self._state}  #: by step, in the order in which they came
+        self._resumed_at = self._state.at  #: evaluations up to this step are repeats
+        self._states = {self._state.at: self._state}  #: by step, in order
 
     @property
     def metric(self) -> str:
-        """Figure that it goes by."""
+        """Metric of the rule."""
         return self._rule.metric
 
     def evaluated(self, step: int, metrics: Mapping[str, float]) -> str | None:
-        """Take an evaluation; give why the run is to end, or None."""
+        """Record an evaluation; return the reason to stop, or None."""
         if step <= self._resumed_at:
-            return None  # it is made again
+            return None  # a repeat
         (at, best, best_step, worse), rule = self._state, self._rule
-        better = rule.better(figure := metrics[rule.metric], best, rule.min_delta)
-        after = (figure, step, 0) if better else (best, best_step, worse + 1)
+        is_better = rule.is_better(figure := metrics[rule.metric], best, rule.min_delta)
+        after = (figure, step, 0) if is_better else (best, best_step, worse + 1)
         self._state = _Stagnation(max(at, step), *after)
         self._states[step] = self._state
-        if len(self._states) > _KEPT:
+        if len(self._states) > _MAX_KEPT:
             del self._states[next(iter(self._states))]
-        if better or self._state.worse < rule.patience:
+        if is_better or self._state.worse < rule.patience:
             return None
         since = f"since step {best_step}" if best is not None else "at all"
         return f"{rule.metric} got no better {since}, in {self._state.worse} evaluations"
 
     def saved(self, step: int, every: int) -> dict[str, Any]:
         """
-        Give what a checkpoint needs; JSON has no infinity, so the best figure is text.
+        Return the state for a checkpoint; the best value is text, because JSON has no infinity.
 
         Args:
-            step: of the checkpoint; evaluations after it are made again.
-            every: steps from one evaluation to the next; one at the end alone is not there in a
-                longer run, which this may become.
+            step: of the checkpoint; later evaluations will be repeated.
+            every: steps between evaluations. An evaluation at the end of the run is not part of the
+                state, because a longer resumed run does not repeat it.
         """
-        known = [(at, one) for at, one in self._states.items() if at <= step]
-        repeated = [one for at, one in known if at == self._resumed_at or at % max(1, every) == 0]
-        *_, last = (_Stagnation(), *repeated)
+        last = _Stagnation()
+        for at, state in self._states.items():
+            if at <= step and (at == self._resumed_at or at % max(1, every) == 0):
+                last = state
         best = None if last.best is None else repr(last.best)
-        state = [last.at, last.best_step, last.worse]
-        return {"metric": self._rule.metric, "mode": self._rule.mode, "best": best, "state": state}
+        numbers = [last.at, last.best_step, last.worse]
+        return {
+            "metric": self._rule.metric,
+            "mode": self._rule.mode,
+            "best": best,
+            "state": numbers,
+        }
 
 
-def watching(job: Any) -> list[tuple[tuple[str, ...], str]]:
-    """Give what a job decides by evaluations: the fields, and the figure that each goes by."""
+def metric_fields(job: Any) -> list[tuple[tuple[str, ...], str]]:
+    """Return the fields of a job that depend on evaluations, each with its metric."""
     schedule = job.lr_schedule
     rules: list[tuple[tuple[str, ...], MetricRule | ReduceLROnPlateau | None]] = [
         (("checkpoint", "keep_best"), job.checkpoint.keep_best),
@@ -211,12 +215,12 @@ def watching(job: Any) -> list[tuple[tuple[str, ...], str]]:
 
 
 def evaluation_problems(job: Any) -> list[Problem]:
-    """Name what is wrong with what a job decides by evaluations, as far as it shows it itself."""
+    """Check the fields that depend on evaluations, as far as possible without running one."""
     evaluation = job.evaluation
     if evaluation.every_steps is None and evaluation.every_epochs == 0:
         text = "needs evaluations while the run goes on, and there is one at its end only"
         advice = "set `evaluation.every_epochs`"
-        return [Problem(field, text, advice) for field, _ in watching(job)]
+        return [Problem(field, text, advice) for field, _ in metric_fields(job)]
     return _keep_best_problems(job)
 
 
@@ -236,18 +240,18 @@ def _keep_best_problems(job: Any) -> list[Problem]:
 
 def check_metrics(job: Any, metrics: Mapping[str, float]) -> None:
     """
-    See whether an evaluation gives what a job decides by.
+    Check that an evaluation returns every metric that the job needs.
 
     Args:
         job: the run's.
         metrics: of an evaluation.
 
     Raises:
-        SpecError: it does not.
+        SpecError: a metric is missing.
     """
     problems = [
         Problem((*field, "metric"), f"the evaluation gives no {metric!r}", hint(metric, metrics))
-        for field, metric in watching(job)
+        for field, metric in metric_fields(job)
         if metric not in metrics
     ]
     if problems:
@@ -256,11 +260,11 @@ def check_metrics(job: Any, metrics: Mapping[str, float]) -> None:
 
 def period_problems(checkpoint: int, evaluation: int) -> list[Problem]:
     """
-    See that each checkpoint has an evaluation of the same step.
+    Check that each checkpoint has an evaluation of the same step.
 
     Args:
-        checkpoint: steps, or epochs, from one to the next.
-        evaluation: the same of evaluations.
+        checkpoint: steps, or epochs, between checkpoints.
+        evaluation: steps, or epochs, between evaluations.
     """
     if checkpoint % evaluation == 0:
         return []

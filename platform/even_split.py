@@ -1,4 +1,4 @@
-"""Cut a length into nearly equal parts: batches over ranks, parameters over shards, ring chunks."""
+"""Split a length into nearly equal parts, such as a batch over ranks or a vector over shards."""
 
 from collections.abc import Sequence
 
@@ -7,11 +7,11 @@ def snap_to_boundaries(
     bounds: Sequence[tuple[int, int]], boundaries: Sequence[int]
 ) -> list[tuple[int, int]]:
     """
-    Move the bounds between ranges to the nearest of some boundaries; a range may be left empty.
+    Move the inner bounds of ranges to the nearest allowed boundaries; a range may become empty.
 
     Args:
-        bounds: ranges that follow each other, from 0.
-        boundaries: where they may end, beside the last one's end; they rise.
+        bounds: consecutive ranges, from 0.
+        boundaries: allowed inner bounds, ascending.
     """
     total = bounds[-1][1]
     allowed = [*boundaries, total]
@@ -22,13 +22,13 @@ def snap_to_boundaries(
 
 def split_evenly(length: int, parts: int, *, align: int = 1) -> list[tuple[int, int]]:
     """
-    Give `parts` half-open ranges that cover 0..length in order, without gap or overlap.
+    Return `parts` half-open ranges that cover 0..length in order, without gap or overlap.
 
     Sizes differ by less than 2 * `align`; where length < parts * align, the last may be empty.
 
     Args:
-        length: what is cut, >= 0.
-        parts: how many ranges, >= 1.
+        length: the length to split, >= 0.
+        parts: number of ranges, >= 1.
         align: every inner bound is a multiple of it.
     """
     blocks = -(-length // align)

@@ -1,4 +1,4 @@
-"""The base of all job-file models, and the kinds of value that their fields share."""
+"""Base class of all job-file models, and the field types that they share."""
 
 import math
 from collections.abc import Mapping
@@ -18,24 +18,24 @@ from pydantic_core import PydanticCustomError
 
 
 class Spec(BaseModel):
-    """A part of a job file: frozen, and a key that it does not know is an error."""
+    """A part of a job file: frozen; unknown keys are errors."""
 
     model_config = ConfigDict(
         frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True
     )
     removed_fields: ClassVar[Mapping[str, str]] = {}
-    """Keys of earlier versions, and what is to be said to who still writes them."""
+    """Keys of earlier versions, each with the message for files that still use it."""
 
 
 def _no_bool(value: object) -> object:
-    """Refuse true/false where a number is meant: Python would count them as 1 and 0."""
+    """Refuse booleans where a number is expected: Python treats them as 1 and 0."""
     if isinstance(value, bool):
         raise PydanticCustomError("number_is_bool", "expected a number")
     return value
 
 
-def _whole(value: object) -> object:
-    """Refuse 2.5 and '2' where a whole number is meant; take 2.0, which YAML writes for 2e0."""
+def _check_integer(value: object) -> object:
+    """Refuse 2.5 and '2' where an integer is expected; accept 2.0, as YAML parses 2e0."""
     if isinstance(value, bool | str):
         raise PydanticCustomError("number_not_whole", "expected a whole number")
     return value
@@ -51,29 +51,29 @@ Limit = Annotated[
     BeforeValidator(_no_bool),
     PlainSerializer(lambda limit: "inf" if limit == math.inf else limit, when_used="json"),
 ]
-"""A number > 0, `.inf` in YAML for no limit; JSON has no infinity, so there it is text."""
+"""A number > 0, or `.inf` in YAML for no limit; text in JSON, which has no infinity."""
 NonNegative = Annotated[float, BeforeValidator(_no_bool), Field(ge=0)]
 Fraction = Annotated[float, BeforeValidator(_no_bool), Field(ge=0, lt=1)]
-Count = Annotated[int, BeforeValidator(_whole), Field(ge=1, le=2**40)]
-Index = Annotated[int, BeforeValidator(_whole), Field(ge=0, le=2**40)]
-_SMALLEST = 1e-4
-"""The smallest amount of a resource that Ray counts."""
-_MOST_CPUS = 4096
-"""More than any machine has. Ray starts as many threads in a process as it has CPUs."""
-_OF_RAY = ("bundle", "object_store_memory")
-"""Names that Ray gives to resources of its own."""
+Count = Annotated[int, BeforeValidator(_check_integer), Field(ge=1, le=2**40)]
+Index = Annotated[int, BeforeValidator(_check_integer), Field(ge=0, le=2**40)]
+_MIN_AMOUNT = 1e-4
+"""Ray's resolution of resources."""
+_MAX_CPUS = 4096
+"""More than any machine has; Ray starts one thread per CPU in a process."""
+_RESERVED = ("bundle", "object_store_memory")
+"""Reserved resource names of Ray."""
 
 
-def _countable(needs: dict[str, float]) -> dict[str, float]:
-    """Refuse what Ray would refuse only when an actor is asked for."""
+def _check_resources(needs: dict[str, float]) -> dict[str, float]:
+    """Refuse amounts that Ray would refuse only when it creates an actor."""
     for name, amount in needs.items():
         problem = ""
-        if not name or name in _OF_RAY or name.startswith(tuple(f"{one}_" for one in _OF_RAY)):
+        if not name or name in _RESERVED or name.startswith(tuple(f"{r}_" for r in _RESERVED)):
             problem = "is a name of Ray's own"
-        elif 0 < amount < _SMALLEST:
-            problem = f"must be 0 or at least {_SMALLEST:.4f}: Ray counts no finer"
-        elif name == "CPU" and amount > _MOST_CPUS:
-            problem = f"must be <= {_MOST_CPUS}: one process is on one machine"
+        elif 0 < amount < _MIN_AMOUNT:
+            problem = f"must be 0 or at least {_MIN_AMOUNT:.4f}: Ray counts no finer"
+        elif name == "CPU" and amount > _MAX_CPUS:
+            problem = f"must be <= {_MAX_CPUS}: one process is on one machine"
         elif name == "GPU" and amount > 1 and amount % 1:
             problem = "must be a whole number above 1: a worker has one GPU or a part of it"
         elif name == "memory" and amount % 1:
@@ -83,7 +83,7 @@ def _countable(needs: dict[str, float]) -> dict[str, float]:
     return needs
 
 
-Resources = Annotated[dict[str, NonNegative], AfterValidator(_countable)]
-"""Ray resources by name; `memory` is in bytes."""
+Resources = Annotated[dict[str, NonNegative], AfterValidator(_check_resources)]
+"""Ray resources by name; `memory` in bytes."""
 Seconds = Annotated[float, BeforeValidator(_no_bool), Field(gt=0, le=86_400)]
 Pair = tuple[Fraction, Fraction]

@@ -1,8 +1,9 @@
 """
-The process that trains, and forks of it, which have its memory and connections.
+Ends forks of the training process that return from the task's code.
 
-A child that a task forks, and that comes back from the task's code, would train on beside the
-worker: into the same shared memory and through the same sockets, as the same rank. So it ends.
+A child that a task forks shares the training process's memory and connections. If it returned from
+the task's code, it would continue training as the same rank, through the same shared memory and
+sockets. So such a child exits.
 """
 
 from __future__ import annotations
@@ -18,19 +19,19 @@ _MESSAGE = (
 
 class ForkGuard:
     """
-    The process in which this was made; as a context: the task's code, called in that process.
+    Context manager around the task's code: a fork of this process that leaves it exits.
 
-    Whoever leaves the context in a fork of that process ends there, also with an exception.
+    The fork exits also when it leaves the block with an exception.
     """
 
     def __init__(self) -> None:
         self._pid = os.getpid()
 
     def exit_if_forked(self) -> None:
-        """End the calling process at once if it is another one: exit status 1, and a message."""
+        """Exit with status 1 and a message if the calling process is a fork."""
         here = os.getpid()
         if here != self._pid:
-            # Neither logging nor print: another thread may have held their locks in the fork.
+            # No logging or print: another thread may have held their locks at the fork.
             os.write(2, (_MESSAGE % (here, self._pid, self._pid)).encode())
             os._exit(1)
 

@@ -1,24 +1,25 @@
 """
-The controller's state machine: events in, the run's state and decisions out.
+The controller's state machine: takes events, keeps the job's state, and decides on restarts.
 
     STARTING --all ranks stepped--> RUNNING --all ranks finished--> SUCCEEDED
         ^                              |
         |        a failure  -----------+
         |                              v
-        |                          SETTLING --not to be repaired, or the budget is spent--> FAILED
+        |                          SETTLING --not recoverable, or budget exhausted--> FAILED
         |                              |
-        +-- `restart`: who was lost is replaced; the attempt's number grows by one
+        +-- `restart`: lost processes are replaced; the attempt's number grows by one
 
-Where the number of ranks is to change all settle, too, though nothing failed: the next attempt
-begins with as many as there are to be, and costs no budget. A failure on the way is one; the next
-attempt has the new number all the same.
+A resize also goes through SETTLING, although nothing failed: the next attempt starts with the new
+number of ranks, and costs no budget. A failure during a resize counts as a failure; the next
+attempt has the new number of ranks nevertheless.
 
-One failure brings others: a rank that raises leaves its peers in a collective that then breaks.
-So a failure of the platform waits for a better explanation: until every rank is accounted for
-(lost, or stopped and waiting for orders), or no more than `SETTLE_S` where the run will not go on.
-A user's error waits for nothing; one before the first step for the other ranks, as long at most, to
-be told once with the nodes that have it. The class reads no clock and talks to nobody: `now` comes
-in, decisions go out.
+One failure causes others: a rank that raises leaves its peers in a collective that then breaks. So
+a platform failure is not final until every rank is accounted for (lost, or stopped and waiting for
+orders), or until `SETTLE_S` has passed where the job will not restart. A user's error ends the job
+at once. A user's error before the first step waits up to `SETTLE_S` for the other ranks, so that
+one error can name all nodes that have it.
+
+The classes read no clock and do no I/O: callers pass `now` and carry out the decisions.
 """
 
 from collections.abc import Iterable
@@ -49,34 +50,34 @@ from distplat.platform.spec import Failure
 from distplat.platform.stop_order import StopOrder
 
 STALL_GRACE = 1.25
-"""A stalled rank is given this much more than `step_timeout_s`: its peers' own time-outs inside
-the exchange come first and know more."""
+"""Factor on `step_timeout_s` before a rank counts as stalled: the timeouts of its peers inside the
+exchange expire first, and their errors are more precise."""
 
 
 class RankProgress:
     """Track the progress count of each rank, and when it last increased."""
 
     def __init__(self, ranks: Iterable[int], now: float) -> None:
-        self._count = dict.fromkeys(ranks, 0)  #: 0: it has just joined
+        self._count = dict.fromkeys(ranks, 0)  #: 0: no progress yet
         self._moved_at = dict.fromkeys(self._count, now)
 
     def join(self, rank: int, now: float) -> None:
-        """There is one more."""
+        """Add a rank."""
         self._count[rank], self._moved_at[rank] = 0, now
 
     def leave(self, rank: int) -> None:
-        """It is no more."""
+        """Remove a rank."""
         self._count.pop(rank, None)
         self._moved_at.pop(rank, None)
 
     def observe(self, rank: int, count: int, now: float) -> None:
-        """A rank tells its beats; it has moved if they are more than before."""
+        """Record a rank's progress count."""
         if count > self._count[rank]:
             self._count[rank], self._moved_at[rank] = count, now
 
     @property
-    def still(self) -> list[int]:
-        """Ranks that have not yet moved."""
+    def without_progress(self) -> list[int]:
+        """Ranks without any progress yet."""
         return [rank for rank, count in self._count.items() if not count]
 
     def stalled(self, working: Iterable[int], now: float, limits: Failure) -> tuple[int, ...]:
@@ -91,20 +92,20 @@ class RankProgress:
 
 
 def unresponsive(role: str, seconds: float, step: int | None) -> ActorLost:
-    """Tell of a role that does not answer."""
+    """Build the error for a role that does not answer."""
     cause = f"it has not answered for {seconds:.0f} s (frozen or cut off)"
     return ActorLost(role, step, cause, "`failure.heartbeat_timeout_s` changes this deadline")
 
 
 def rank_of(role: str) -> int | None:
-    """Give the rank of a worker's role; None for servers and their manager."""
+    """Return the rank of a worker's role, or None for servers and coordinators."""
     kind, _, number = role.partition("-")
     return int(number) if kind == "worker" and number.isdigit() else None
 
 
 @dataclass(frozen=True)
 class PollAnswered:
-    """An answer of a rank. `progress` counts its beats: it grows while the rank is at work."""
+    """A rank's answer to a poll. `progress` is a counter that grows while the rank works."""
 
     rank: int
     progress: int
@@ -112,34 +113,34 @@ class PollAnswered:
     """Steps done."""
     finished: bool
     prepared: bool = False
-    """It has made its model and data."""
+    """Whether the rank has built its model and data."""
     node: str = ""
-    """Where it is, for people to read; empty: not known."""
+    """Node of the rank, for messages; empty: unknown."""
     loop: LoopState = field(default_factory=LoopState)
-    """Where the loop of a train function is."""
+    """State of a train function's loop."""
 
 
 @dataclass(frozen=True)
 class Failed:
-    """A rank or a part of the server group reported an error, or was found dead."""
+    """A worker or a part of the server group reported an error, or was found dead."""
 
     role: str
     error: DistplatError
     dead: bool = False
-    """Its process is no more; else it waits for orders."""
+    """Whether the process has ended; else it waits for orders."""
     preempted: bool = False
-    """Its machine was taken away."""
+    """Whether its machine was preempted."""
     prepared: bool = True
-    """Before, it had made its model and data; of a worker."""
+    """Whether the worker had built its model and data before the failure."""
     node: str = ""
     """See `PollAnswered.node`."""
     traceback: str = ""
-    """The user's frames; of a train function."""
+    """The user's frames, for a train function."""
 
 
 @dataclass(frozen=True)
 class PollUnanswered:
-    """A role has not answered for `seconds`."""
+    """A role has not answered polls for `seconds`."""
 
     role: str
     seconds: float
@@ -147,31 +148,31 @@ class PollUnanswered:
 
 @dataclass(frozen=True)
 class Joined:
-    """A worker was asked for while the run goes on; it is starting."""
+    """A worker was added to the running job; it is starting."""
 
     rank: int
 
 
 @dataclass(frozen=True)
 class Left:
-    """A worker has finished what it had, and was ended as it was told."""
+    """A worker was removed on request, after it finished its tasks."""
 
     rank: int
 
 
 @dataclass(frozen=True)
 class Resize:
-    """The run is to have this number of workers; those that join are ready to begin."""
+    """Change the number of workers to `world`; new workers are ready to start."""
 
     world: int
 
 
 @dataclass(frozen=True)
 class End:
-    """The run is to end before its last step, all ranks after the same one."""
+    """End the job before its last step, all ranks after the same step."""
 
     saves: bool = False
-    """With a checkpoint of it: the run was asked to stop."""
+    """Whether to save a checkpoint of that step: the job was asked to stop."""
 
 
 @dataclass(frozen=True)
@@ -183,11 +184,12 @@ Event = PollAnswered | Failed | PollUnanswered | Joined | Left | Resize | End | 
 
 
 SETTLE_S = 2.0
-"""How long a broken peer may take to say why; a death is seen by polling, well within it."""
+"""How long to wait for an error that explains a failure better; polling detects a death well within
+this time."""
 
 
 class Phase(Enum):
-    """Where a run stands."""
+    """Phase of a job."""
 
     STARTING = "starting"
     RUNNING = "running"
@@ -198,14 +200,14 @@ class Phase(Enum):
 
 class JobState:
     """
-    State of one run.
+    State of one job.
 
     Args:
         world: number of ranks.
-        limits: the deadlines of the job.
-        now: seconds on any clock that never goes back.
-        policy: whether and how a failed run goes on.
-        step: of the checkpoint that it begins from; 0: it begins from none.
+        limits: the job's deadlines.
+        now: seconds of any monotonic clock.
+        policy: which failures the job recovers from.
+        step: step of the checkpoint that the job starts from; 0: none.
     """
 
     def __init__(
@@ -219,15 +221,15 @@ class JobState:
     ) -> None:
         self.phase = Phase.STARTING
         self.attempt = 0
-        self.error: DistplatError | None = None  #: the best explanation so far
-        self.restart: Restart | None = None  #: to be carried out, then `restarted` called
-        self.ending = StopOrder.NONE  #: how it is to end before its last step, if it is
+        self.error: DistplatError | None = None  #: the error that explains the failure best
+        self.restart: Restart | None = None  #: the caller carries it out, then calls `restarted`
+        self.ending = StopOrder.NONE  #: whether to end before the last step, and how
         self._world, self._limits = world, limits
         self._members = set(range(world))
         self._policy = policy or Policy()
         self._budget = Budget(self._policy)
         self._steps = dict.fromkeys(range(world), step)
-        self._restoring = step > 0  #: a checkpoint, and not all ranks are at work since
+        self._restoring = step > 0  #: started from a checkpoint, and not all ranks have stepped
         self._begin(now)
 
     def _begin(self, now: float) -> None:
@@ -236,22 +238,22 @@ class JobState:
         self._failed_at = 0.0
         self._beats = RankProgress(self._members, now)
         self._finished: set[int] = set()
-        self._dead: set[str] = set()  #: roles whose process is no more, or will be ended
-        self._waiting: set[int] = set()  #: ranks that stopped and wait for orders
+        self._dead: set[str] = set()  #: roles whose process has ended, or will be killed
+        self._waiting: set[int] = set()  #: ranks that have stopped and wait for orders
         self._preempted = False
         self._state_lost = False
-        self._wanted: int | None = None  #: ranks that there are to be in the next attempt
+        self._next_world: int | None = None  #: world of the next attempt
         self._loops = LoopTracker()
         self._setup = SetupErrors()
 
     @property
     def over(self) -> bool:
-        """Whether nothing more can happen."""
+        """Whether the job has ended."""
         return self.phase in (Phase.SUCCEEDED, Phase.FAILED)
 
     @property
     def can_recover(self) -> bool:
-        """Whether a failure of the kind seen so far can be repaired by this policy."""
+        """Whether the policy allows a restart after the failures so far."""
         if self._resizing:
             return True
         allowed = self._policy.max_failures or (self._preempted and self._policy.max_preemptions)
@@ -260,12 +262,12 @@ class JobState:
 
     @property
     def _resizing(self) -> bool:
-        """Whether all stop for no other reason than that there are to be more or fewer."""
-        return self._wanted is not None and self.error is None
+        """Whether ranks stop for a resize only, without a failure."""
+        return self._next_world is not None and self.error is None
 
     @property
     def stop_order(self) -> StopOrder:
-        """What all workers are to be told about this attempt."""
+        """Stop order for all workers of this attempt."""
         if self.phase is Phase.SETTLING:
             return StopOrder.RESIZE if self._resizing else StopOrder.ABANDON
         return self.ending if self.phase is Phase.RUNNING else StopOrder.NONE
@@ -273,7 +275,7 @@ class JobState:
     @property
     def resize_in_progress(self) -> bool:
         """Whether a rank has stopped for a resize."""
-        return self._wanted is not None and bool(self._waiting)
+        return self._next_world is not None and bool(self._waiting)
 
     @property
     def _servers_lost(self) -> bool:
@@ -286,85 +288,85 @@ class JobState:
 
     @property
     def max_step(self) -> int:
-        """Steps that the foremost rank has done: where survivors go on."""
+        """Steps of the most advanced rank: survivors continue from here."""
         return max(self._steps.values())
 
     def handle(self, event: Event, now: float) -> None:
-        """Take one event."""
+        """Process one event."""
         if self.over or self.restart is not None:
             return
         match event:
             case PollAnswered():
                 self._on_answer(event, now)
             case Failed():
-                self._take_failure(event, now)
+                self._on_failure(event, now)
             case PollUnanswered(role=role, seconds=seconds):
-                self._miss(role, seconds, now)
+                self._on_unanswered(role, seconds, now)
             case Joined(rank=rank):
                 self._members.add(rank)
                 self._steps[rank] = self.steps_done
                 self._beats.join(rank, now)
             case Left(rank=rank):
-                self._part_with(rank)
+                self._remove_rank(rank)
             case Resize(world=world):
                 self._resize(world, now)
             case End(saves=saves):
                 self.ending = max(self.ending, StopOrder.SAVE if saves else StopOrder.END)
             case Tick():
-                self._watch(now)
+                self._on_tick(now)
 
     def restarted(self, now: float, step: int = 0) -> None:
-        """Called when `restart` is carried out; `step`: done before, where all was made anew."""
+        """Start the next attempt, once `restart` is carried out; `step`: of a loaded checkpoint."""
         assert self.restart is not None, "only after a restart was decided"
         self.attempt = self.restart.attempt
         if self.restart.restarts_all:
             self._world = self.restart.world or self._world
-            self._members = set(range(self._world))  # made anew as at the start
+            self._members = set(range(self._world))  # all ranks are new
             self._steps, self._restoring = dict.fromkeys(self._members, step), step > 0
         elif self.restart.world is not None:
             self._world, max_step = self.restart.world, self.max_step
             self._members = set(range(self._world))
             self._steps = {rank: self._steps.get(rank, max_step) for rank in self._members}
-        if self.restart.world is not None:  # ranks that have all of the model each
+        if self.restart.world is not None:  # after a resize every rank holds the whole model
             self._policy = replace(self._policy, holders=())
         self._begin(now)
 
     def checkpoint_saved(self, step: int) -> None:
-        """Called when a checkpoint of a train function has come to the disk."""
+        """Record that a train function's checkpoint was written to disk."""
         self._budget.checkpoint_saved(step)
 
     def _resize(self, world: int, now: float) -> None:
-        """Stop all workers for a resize; a failure and the end of the run come first."""
+        """Stop all workers for a resize; a failure and the end of the job take precedence."""
         if self.phase is Phase.RUNNING and not self._finished and not self.ending:
-            self.phase, self._failed_at, self._wanted = Phase.SETTLING, now, world
+            self.phase, self._failed_at, self._next_world = Phase.SETTLING, now, world
 
-    def _part_with(self, rank: int) -> None:
+    def _remove_rank(self, rank: int) -> None:
         self._members.discard(rank)
         self._finished.discard(rank)
         self._steps.pop(rank, None)
         self._beats.leave(rank)
-        self._end_if_finished()
+        self._succeed_if_finished()
 
-    def _end_if_finished(self) -> None:
+    def _succeed_if_finished(self) -> None:
         failed = self.phase is Phase.SETTLING and not self._resizing
         if not failed and self._finished == self._members:
             self.phase = Phase.SUCCEEDED
 
     def _on_answer(self, answer: PollAnswered, now: float) -> None:
         if answer.rank not in self._members:
-            return  # it has left
+            return  # the rank was removed
         self._beats.observe(answer.rank, answer.progress, now)
         self._steps[answer.rank] = max(answer.step, self._steps[answer.rank])
         if answer.prepared:
-            self._setup.made(answer.rank, answer.node)
+            self._setup.setup_done(answer.rank, answer.node)
         if answer.finished:
             self._finished.add(answer.rank)
         self._loops.observe(answer.rank, answer.loop)
-        if self.phase is Phase.STARTING and not self._beats.still:
+        if self.phase is Phase.STARTING and not self._beats.without_progress:
             self.phase, self._restoring = Phase.RUNNING, False
-        self._end_if_finished()
+        self._succeed_if_finished()
 
-    def _take_failure(self, failed: Failed, now: float) -> None:
+    def _on_failure(self, failed: Failed, now: float) -> None:
         if failed.dead:
             self._dead.add(failed.role)
         elif (rank := rank_of(failed.role)) is not None:
@@ -373,14 +375,14 @@ class JobState:
             if not failed.prepared and isinstance(failed.error, UserCodeError | SpecError):
                 self._setup.failed(rank, failed.node, failed.error)
         if self._resizing and isinstance(failed.error, Abandoned):
-            return  # as it was told
+            return  # stopped on request
         if isinstance(failed.error, ActorLost) and rank_of(failed.error.role) is None:
-            self._dead.add(failed.error.role)  # a server, whoever noticed it first
+            self._dead.add(failed.error.role)  # a server, reported by another role
         self._preempted |= failed.preempted
         self._state_lost |= isinstance(failed.error, StateLost)
         self._fail(failed.error, now)
 
-    def _miss(self, role: str, seconds: float, now: float) -> None:
+    def _on_unanswered(self, role: str, seconds: float, now: float) -> None:
         failed = self.phase is Phase.SETTLING and not self._resizing
         if failed and self.can_recover and seconds > SETTLE_S:
             self._dead.add(role)
@@ -394,32 +396,32 @@ class JobState:
         if self.error is None or error_priority(error) > error_priority(self.error):
             self.error = error
         if isinstance(self.error, UserCodeError):
-            self._give_up(now)
+            self._fail_job(now)
 
-    def _watch(self, now: float) -> None:
+    def _on_tick(self, now: float) -> None:
         if self.phase is Phase.SETTLING:
             self._settle(now)
         elif self.phase is Phase.STARTING:
-            self._watch_start(now)
+            self._check_start(now)
         else:
-            self._watch_steps(now)
+            self._check_steps(now)
 
     def _settle(self, now: float) -> None:
         waited_s = now - self._failed_at
         if not self.can_recover:
-            self._give_up(now)
+            self._fail_job(now)
             return
-        known = self._waiting | self._finished | {rank_of(role) for role in self._dead}
+        accounted_for = self._waiting | self._finished | {rank_of(role) for role in self._dead}
         step_s = self._limits.step_timeout_s * STALL_GRACE
         patience_s = step_s if self._policy.survives_worker_loss else SETTLE_S
-        if self._resizing and not known >= self._members:
-            self._watch_steps(now)  # who evaluates, or makes the last step, is at work
-        elif known >= self._members or waited_s >= patience_s:
-            self._decide()
+        if self._resizing and not accounted_for >= self._members:
+            self._check_steps(now)  # ranks may still evaluate or finish their last step
+        elif accounted_for >= self._members or waited_s >= patience_s:
+            self._restart_or_fail()
 
-    def _give_up(self, now: float) -> None:
-        """End, unless there may soon be a better explanation, or more ranks that have this one."""
-        assert self.error is not None, "something has failed"
+    def _fail_job(self, now: float) -> None:
+        """Fail the job, unless a better explanation or other ranks with this error may follow."""
+        assert self.error is not None, "only after a failure"
         left = self._members - {rank_of(role) for role in self._dead}
         if self._setup.has(self.error):
             waits = self._setup.waits_for(left)
@@ -427,21 +429,21 @@ class JobState:
             waits = not isinstance(self.error, UserCodeError)
         if not waits or now - self._failed_at >= SETTLE_S:
             error = self._setup.with_ranks(self.error, self._members)
-            self.phase, self.error = Phase.FAILED, self._parted() or error
+            self.phase, self.error = Phase.FAILED, self._divergence_error() or error
 
-    def _parted(self) -> UserCodeError | None:
-        """Say that ranks have left the others in their loops, and none was lost."""
+    def _divergence_error(self) -> UserCodeError | None:
+        """Return the user's error if the ranks' loops diverged and no rank was lost, else None."""
         if self.error is None or self._dead or error_priority(self.error) > 1:
             return None
         return self._loops.divergence_error(self._steps)
 
-    def _decide(self) -> None:
-        """Every rank is accounted for: go on, or give up."""
+    def _restart_or_fail(self) -> None:
+        """Restart or fail, once every rank is accounted for."""
         if self.error is None:
-            self.restart = Restart(self.attempt + 1, (), False, 0.0, world=self._wanted)
+            self.restart = Restart(self.attempt + 1, (), False, 0.0, world=self._next_world)
             return
-        if (of_user := self._parted()) is not None:
-            self.phase, self.error = Phase.FAILED, of_user
+        if (divergence := self._divergence_error()) is not None:
+            self.phase, self.error = Phase.FAILED, divergence
             return
         error = self.error
         answer = self._budget.spend(
@@ -455,31 +457,31 @@ class JobState:
             self.error = RestartsExhausted(answer, tuple(self._budget.failures))
             self.phase = Phase.FAILED
             return
-        ranks = sorted(self._members) if self._wanted is None else [*range(self._wanted)]
+        ranks = sorted(self._members) if self._next_world is None else [*range(self._next_world)]
         gone = {rank_of(role) for role in self._dead}
-        usable = {rank for rank in self._waiting | self._finished if rank not in gone}
-        # Who has the checkpoint's model may not have its optimizer, nor servers their part of it.
+        survivors = {rank for rank in self._waiting | self._finished if rank not in gone}
+        # While restoring, a rank may have the model but not yet its optimizer or server state.
         kept = self._policy.survives_worker_loss and not self._state_lost and not self._restoring
-        everything = self._servers_lost or not self._policy.has_all(usable) or not kept
-        renew = tuple(rank for rank in ranks if everything or rank in self._members - usable)
+        everything = self._servers_lost or not self._policy.has_all(survivors) or not kept
+        renew = tuple(rank for rank in ranks if everything or rank in self._members - survivors)
         lost = () if everything else tuple(sorted(self._dead & COORDINATORS))
-        self.restart = Restart(self.attempt + 1, renew, everything, answer, lost, self._wanted)
+        self.restart = Restart(self.attempt + 1, renew, everything, answer, lost, self._next_world)
 
-    def _watch_start(self, now: float) -> None:
+    def _check_start(self, now: float) -> None:
         limit = self._limits.start_timeout_s
         if now - self._started_at > limit:
-            late = tuple(f"worker-{rank}" for rank in self._beats.still)
+            late = tuple(f"worker-{rank}" for rank in self._beats.without_progress)
             self._fail(DeadlineExceeded("start", late, limit, "failure.start_timeout_s"), now)
 
-    def _watch_steps(self, now: float) -> None:
+    def _check_steps(self, now: float) -> None:
         working = self._members - self._finished - self._waiting - self._loops.returned
         if late := self._beats.stalled(working, now, self._limits):
-            self._stall(late, now)
+            self._on_stalled(late, now)
 
-    def _stall(self, ranks: Iterable[int], now: float) -> None:
-        """Ranks were waited for too long: they are as good as lost."""
-        if (of_user := self._loops.stalled(ranks, self._steps)) is not None:
-            self._fail(of_user, now)
+    def _on_stalled(self, ranks: Iterable[int], now: float) -> None:
+        """Treat ranks without progress as lost."""
+        if (divergence := self._loops.stalled(ranks, self._steps)) is not None:
+            self._fail(divergence, now)
             return
         what = f"step {self.steps_done + 1}"
         late = tuple(f"worker-{rank}" for rank in sorted(ranks))

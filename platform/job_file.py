@@ -1,9 +1,9 @@
 """
-A job from a YAML file, the environment and `--set`, checked as a whole; and back to YAML.
+Reads a job from YAML, the environment and `--set`, validates it, and writes it back as YAML.
 
-Later layers win: file, environment, overrides. All that is wrong is reported at once, each problem
-with the place of its field: a line of the file, a variable, or an override. The idea of layers that
-remember the origin of each value is that of `git config --show-origin`.
+Later layers override earlier ones: file, environment, `--set`. All problems are reported at once,
+each with the position of its field: a line of the file, a variable, or an override. Like `git
+config --show-origin`, the layers remember the origin of each value.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -30,7 +30,7 @@ from distplat.platform.yaml_source import (
 ENV_PREFIX = "DISTPLAT_"
 
 SourcePosition = tuple[str, int, int]
-"""File, line and column; the name of the variable or override, 0 and 0 for what is in no file."""
+"""File, line and column; for values outside a file: name of the variable or override, 0 and 0."""
 
 _STRATEGY_NAME = {("strategy",), ("strategy", "name")}
 _STRATEGY: TypeAdapter[StrategySpec] = TypeAdapter(StrategyField)
@@ -38,7 +38,7 @@ Check = Callable[[Job], list[Problem]]
 StrategyCheck = Callable[[StrategySpec], list[Problem]]
 
 
-def _nothing_more(job: Job | StrategySpec) -> list[Problem]:
+def _no_problems(job: Job | StrategySpec) -> list[Problem]:
     return []
 
 
@@ -47,25 +47,25 @@ def read_job(
     *,
     overrides: Sequence[str] = (),
     environ: Mapping[str, str] = {},
-    check: Check = _nothing_more,
-    check_strategy: StrategyCheck = _nothing_more,
+    check: Check = _no_problems,
+    check_strategy: StrategyCheck = _no_problems,
 ) -> Job:
     """
-    Read a job.
+    Read and validate a job file.
 
     Args:
         path: the YAML file.
-        overrides: `a.b=c`, the values in YAML; they win over all else. A new name for `strategy`
-            drops the options that the file gave to the old one.
-        environ: variables; `DISTPLAT_SCALING__NUM_WORKERS=4` wins over the file. Names are read
-            in lower case: a key with capitals, as in `resources_per_worker`, has to come inside
-            the value of the field around it.
-        check: finds what the job's own model cannot see.
-        check_strategy: finds what of that is wrong with the strategy alone; it is asked where the
-            rest of the job cannot be read, so that all mistakes come at once.
+        overrides: `a.b=c` with YAML values, of the highest priority. A new name for `strategy`
+            drops the options of the file's strategy.
+        environ: variables; `DISTPLAT_SCALING__NUM_WORKERS=4` overrides the file. Names are read in
+            lower case: a key with capitals, as in `resources_per_worker`, must be part of the value
+            of its parent field.
+        check: further checks of the whole job.
+        check_strategy: those of `check` that need only the strategy; called when the rest of the
+            job is invalid, so that all problems are reported at once.
 
     Raises:
-        SpecError: all that is wrong.
+        SpecError: the job is invalid; holds all problems.
     """
     file = str(path)
     data, marks = parse_yaml(read_text(path), file)
@@ -84,11 +84,11 @@ def read_job(
 def job_of(
     data: Mapping[str, object],
     *,
-    check: Check = _nothing_more,
-    check_strategy: StrategyCheck = _nothing_more,
+    check: Check = _no_problems,
+    check_strategy: StrategyCheck = _no_problems,
 ) -> Job:
     """
-    Make a job of plain values, with the messages of a job file but without its lines.
+    Build a job from plain values; problems have no file positions.
 
     Args:
         data: the values.
@@ -96,7 +96,7 @@ def job_of(
         check_strategy: see `read_job`.
 
     Raises:
-        SpecError: all that is wrong.
+        SpecError: the job is invalid; holds all problems.
     """
     if not isinstance(data, Mapping):
         raise SpecError(f"a job must be a mapping of fields (got {format_value(data)})")
@@ -105,7 +105,7 @@ def job_of(
 
 def render_job(job: Job) -> str:
     """
-    Write a job as YAML, in the order of its fields, with all defaults that have an effect.
+    Serialize a job as YAML, in the order of its fields, with all defaults that have an effect.
 
     Raises:
         SpecError: a value from Python has no form in YAML.
@@ -123,33 +123,33 @@ def render_job(job: Job) -> str:
 
 @dataclass(frozen=True)
 class _Setting:
-    """One value given outside the file."""
+    """A value from outside the file."""
 
     path: FieldPath
     source: str
-    """What to call it in messages: `DISTPLAT_SEED`, `--set seed`."""
+    """Its name in messages: `DISTPLAT_SEED`, `--set seed`."""
     text: str
-    """The value, in YAML."""
+    """The value as YAML."""
 
 
 @dataclass
 class _Draft:
-    """A job in the making: plain values and their positions. It owns `data` and changes it."""
+    """Unvalidated values of a job, with their positions. Owns and modifies `data`."""
 
     file: str
-    """What to call the lowest layer; empty: it is no file."""
+    """Name of the lowest layer; empty: not a file."""
     data: dict[str, object]
     positions: dict[FieldPath, SourcePosition] = field(default_factory=dict)
 
     def apply(self, settings: Sequence[_Setting]) -> list[Problem]:
         """
-        Lay one layer over what is there, and give what could not be applied.
+        Apply one layer on top; return the problems of settings that could not be applied.
 
-        A strategy's new name comes before its options, whatever the order they are written in:
-        it drops the options of the layers below, which were meant for another strategy.
+        A strategy's new name is applied before its options, in whatever order they are given,
+        because it drops the options of the lower layers, which were for another strategy.
         """
         problems: list[Problem] = []
-        for setting in sorted(settings, key=lambda one: one.path not in _STRATEGY_NAME):
+        for setting in sorted(settings, key=lambda setting: setting.path not in _STRATEGY_NAME):
             try:
                 value, _ = parse_yaml(setting.text, setting.source)
                 self._set(setting.path, value, setting.source)
@@ -158,7 +158,7 @@ class _Draft:
         return problems
 
     def locate(self, problem: Problem) -> Problem:
-        """Add the place of the problem's field, or of the nearest field around it."""
+        """Add the position of the problem's field, or of its nearest parent, to a problem."""
         if problem.file:
             return problem
         for length in range(len(problem.where), 0, -1):
@@ -169,10 +169,10 @@ class _Draft:
 
     def _set(self, path: FieldPath, value: object, source: str) -> None:
         """
-        Set one field, making the mappings around it.
+        Set one field, and create its parent mappings.
 
         Raises:
-            SpecError: something around it is there and no mapping, or it is too deep.
+            SpecError: a parent is not a mapping, or the field is nested too deeply.
         """
         if len(path) > MAX_DEPTH:
             raise SpecError(Problem((), f"nested deeper than {MAX_DEPTH}", file=source))
@@ -185,8 +185,8 @@ class _Draft:
                 inner = {}
                 self.positions[path[:length]] = (source, 0, 0)
             if not isinstance(inner, dict):
-                around = ".".join(map(str, path[:length]))
-                message = f"cannot be set: {around} is {format_value(inner)}, not a mapping"
+                parent = ".".join(map(str, path[:length]))
+                message = f"cannot be set: {parent} is {format_value(inner)}, not a mapping"
                 raise SpecError(Problem(path, message, file=source))
             mapping[str(part)] = inner
             mapping = inner
@@ -194,7 +194,7 @@ class _Draft:
         self._set_origin(path, source)
 
     def _open_strategy(self, path: FieldPath, value: object, source: str) -> FieldPath:
-        """Make `strategy` a mapping, without the options of a strategy that is replaced."""
+        """Convert `strategy` to a mapping, and drop the options of a replaced strategy."""
         present = self.data.get("strategy")
         if isinstance(present, str):
             present = self.data["strategy"] = {"name": present}
@@ -207,7 +207,7 @@ class _Draft:
         return path
 
     def _set_origin(self, path: FieldPath, source: str) -> None:
-        """Let a field and all below it come from `source`."""
+        """Set `source` as the origin of a field and all fields below."""
         below = [position for position in self.positions if position[: len(path)] == path]
         for position in below:
             del self.positions[position]
@@ -215,7 +215,7 @@ class _Draft:
 
 
 def _from_environment(environ: Mapping[str, str]) -> list[_Setting]:
-    """Read `DISTPLAT_SCALING__NUM_WORKERS=4` as the setting `scaling.num_workers`."""
+    """Parse variables: `DISTPLAT_SCALING__NUM_WORKERS=4` sets `scaling.num_workers`."""
     return [
         _Setting(tuple(name.removeprefix(ENV_PREFIX).lower().split("__")), name, text)
         for name, text in sorted(environ.items())
@@ -224,7 +224,7 @@ def _from_environment(environ: Mapping[str, str]) -> list[_Setting]:
 
 
 def _from_overrides(overrides: Sequence[str]) -> tuple[list[_Setting], list[Problem]]:
-    """Read `a.b=c`; give also what could not be read."""
+    """Parse `a.b=c` overrides; also return the problems of invalid ones."""
     settings, problems = [], []
     for override in overrides:
         name, equals, text = override.partition("=")
@@ -241,43 +241,43 @@ def _validated(
     draft: _Draft, problems: list[Problem], check: Check, check_strategy: StrategyCheck
 ) -> Job:
     """
-    Validate what all layers gave together.
+    Validate the merged layers.
 
     Args:
         draft: the layers.
-        problems: what is known to be wrong already.
+        problems: problems found so far.
         check: see `read_job`.
         check_strategy: see `read_job`.
 
     Raises:
-        SpecError: anything is wrong.
+        SpecError: there is a problem.
     """
     job = None
     try:
         job = Job.model_validate(draft.data)
     except ValidationError as error:
         problems = problems + problems_of(error, Job)
-        with suppress(ValidationError):  # then it is one of these problems
+        with suppress(ValidationError):  # reported among these problems already
             problems += check_strategy(_STRATEGY.validate_python(draft.data.get("strategy")))
     if job is not None:
         problems = problems + job.problems() + check(job)
     if job is None or problems:
         located = [draft.locate(problem) for problem in problems]
-        raise SpecError(*sorted(located, key=lambda one: (one.line, one.column)))
+        raise SpecError(*sorted(located, key=lambda problem: (problem.line, problem.column)))
     return job
 
 
 def read_text(path: Path) -> str:
     """
-    Read a file that should be a text of sane size.
+    Read a text file of limited size.
 
     Raises:
-        SpecError: it cannot be read, or is none.
+        SpecError: it cannot be read, or is not text.
     """
     try:
         if path.is_dir():
             raise _unreadable(path, "is a directory, not a file")
-        if path.exists() and not path.is_file():  # a pipe would block, a device never end
+        if path.exists() and not path.is_file():  # reading a pipe or a device may never end
             raise _unreadable(path, "is not a regular file")
         with path.open("rb") as file:
             raw = file.read(MAX_BYTES + 1)
@@ -303,10 +303,10 @@ def _unreadable(path: Path, message: str) -> SpecError:
 
 def _plain(value: object, where: FieldPath) -> object:
     """
-    Turn tuples into lists.
+    Convert tuples to lists.
 
     Raises:
-        SpecError: there is something that YAML cannot give back.
+        SpecError: a value has no form in YAML.
     """
     if len(where) > MAX_DEPTH:
         raise SpecError(Problem(where[:2], f"nested deeper than {MAX_DEPTH}"))

@@ -1,26 +1,26 @@
 """
-A server's ledger: which pushes it has, and which it must not take (invariants I1, I3, I6).
+A server's ledger: which pushes were received, and which must be refused (invariants I1, I3, I6).
 
-Servers of parameters and of embedding tables book alike; only how they count differs.
+Servers of parameters and of embedding tables use the same ledgers, one class per kind of counting.
 
-A synchronous server lives through the same three moments for every step. `version` counts the
-updates it has applied, so it is also the sequence number of the pushes it waits for:
+A synchronous server repeats three states for every step. `version` counts applied updates, so it is
+also the sequence number of the pushes that the server waits for:
 
             push(seq=version)           all ranks staged            commit(seq=version)
     WAITING -----------------> STAGING ------------------> STAGED ---------------------> WAITING
                                                                                 version += 1
 
-Ray delivers a call at least once. What may arrive twice is answered as the first time; what would
-lose a push or count one twice is refused. The memory is O(ranks), however long the run is.
+Ray delivers a call at least once. A repeated push gets the answer of the first; a push that would
+be lost or counted twice is refused. Memory is O(ranks), independent of the length of the run.
 
-An asynchronous server applies each push when it comes. Every worker's pushes are numbered for
-themselves, and name the task that they are of; task p of step s of N parts is s * N + p:
+An asynchronous server applies each push when it arrives. Each worker numbers its own pushes, and
+each push names the task that its gradient is of; task p of step s of N parts is s * N + p:
 
     worker-0   0  1  2 |3|         push 2 again: the same answer      1: stale
     worker-1   0 |1|
 
-Tasks are leased to whoever asks for them, so two workers may make the same one: one that was taken
-for lost, and the one who got its lease. The first push of a task counts: what is pushed again
+Tasks are leased to any worker that asks, so two workers may compute the same task: one that was
+presumed lost, and one that received its lease. The first push of a task counts; a repeated push
 after a failure changes nothing.
 """
 
@@ -37,18 +37,18 @@ from distplat.platform.errors import FencedError, GapError, NotReadyError, Stale
 @dataclass
 class IntervalSet:
     """
-    Numbers from some first one on that are done.
+    The set of finished numbers, counted up from a first number.
 
-        low = 5   above = {7, 8}        5 is the lowest that is missing; 6 is missing, too
+        low = 5   above = {7, 8}        5 is the lowest unfinished number; 6 is unfinished, too
     """
 
     low: int = 0
-    """Everything below is done, and this one is not."""
+    """All numbers below it are finished; this one is not."""
     above: set[int] = field(default_factory=set)
-    """What is done above it."""
+    """Finished numbers above `low`."""
 
     def add(self, number: int) -> bool:
-        """Note one as done; False: it was done before."""
+        """Add a number; False: it was in the set already."""
         if number in self:
             return False
         self.above.add(number)
@@ -63,93 +63,94 @@ class IntervalSet:
 
 @dataclass(frozen=True)
 class PushId:
-    """Names one push, once and for all; the server adds its own index."""
+    """Unique name of a push; the server adds its own index."""
 
     job: str
     attempt: int
-    """Generation of the job: grows at each recovery."""
+    """Attempt of the job; grows at each recovery."""
     rank: int
     seq: int
-    """Number of this worker's push, from 0; in synchronous strategies the step."""
+    """Number of the worker's push, from 0; in synchronous strategies the step."""
     task: int | None = None
-    """What it is of, where tasks are leased: then pushes are numbered from 0 in each attempt."""
+    """Task of the gradient, where tasks are leased: then `seq` starts at 0 in each attempt."""
 
 
 @dataclass(frozen=True)
 class PullId:
-    """Names one pull: one that comes late, or again, must not write over newer values."""
+    """Unique name of a pull: a late or repeated pull must not overwrite newer values."""
 
     attempt: int
     rank: int
     number: int
-    """Number of this pull among the worker's in the attempt, from 0."""
+    """Number of the worker's pull in the attempt, from 0."""
 
 
 @dataclass(frozen=True)
 class ServerReply:
-    """What a server tells a worker: the answer to a push, a commit or a pull."""
+    """A server's answer to a push, a commit or a pull."""
 
     version: int
-    """Updates that the values have behind them that the worker now has."""
+    """Version of the values that the worker now has."""
     committed: bool = True
     """False: a commit must follow, with the norm over all shards."""
     squared_norm: float | None = None
-    """Squared 2-norm of the summed gradient on this server; None: nobody needs it."""
+    """Squared 2-norm of the summed gradient on this server; None: not needed."""
     staleness: int = 0
-    """Updates between the worker's pull and its gradient's turn."""
+    """Updates between the worker's pull and the application of its gradient."""
     waiting_s: float = 0.0
-    """How long the worker was held up for others."""
+    """Time that the worker waited for other workers."""
     apply_s: float = 0.0
-    """What summing and updating took."""
+    """Time for the sum and the update."""
     queue_s: float = 0.0
-    """How long the worker's push stood before the update that it is part of began."""
+    """Time between the arrival of the push and the start of its update."""
     queue_depth: int = 0
-    """Pushes that stood there when it came, itself included."""
+    """Pushes in the queue when this push arrived, including this one."""
     dropped: int = 0
-    """The worker's pushes so far that came too late for their step."""
+    """The worker's pushes so far that arrived too late for their step."""
     done: int = 0
-    """Steps of which the server has every gradient."""
+    """Steps for which the server has every gradient."""
     total: tuple[float, ...] = ()
-    """Head of the step's control record, summed over the ranks; empty: of no step."""
+    """First entries of the step's control record, summed over the ranks; empty: not the answer to a
+    step."""
     payload: Any = None
-    """How the values travel, where worker and server share no memory."""
+    """The values as they are sent where worker and server share no memory."""
 
 
 class Verdict(Enum):
-    """What a server does with a push that it does not refuse."""
+    """The server's decision on a push that is not refused."""
 
     NEW = "stage it"
-    REPEAT_STAGED = "it is staged already"
+    REPEAT_STAGED = "staged already"
     REPEAT_COMMITTED = "its step is committed already"
-    LATE = "its step was made without it: drop it"
+    LATE = "its step was applied without it: drop it"
 
 
 class Ledger(ABC):
     """
-    Book of one server. Starts unready: without parameters it takes nothing.
+    Record of one server's pushes. A ledger without parameters (`version` None) refuses every push.
 
     Args:
         job: name of the run.
-        attempt: the first one.
-        world: workers whose pushes make up a step, or tasks of one.
+        attempt: the first attempt.
+        world: workers whose pushes make up a step, or tasks of a step.
     """
 
     asynchronous: ClassVar[bool]
 
     def __init__(self, job: str, attempt: int, world: int) -> None:
         self.job, self.attempt, self.world = job, attempt, world
-        self.version: int | None = None  #: updates applied; None: no parameters yet
-        self.dropped: dict[int, int] = {}  #: rank -> its pushes that came too late
-        self.left: set[int] = set()  #: ranks whose train function is over: they push no more
+        self.version: int | None = None  #: applied updates; None: no parameters yet
+        self.dropped: dict[int, int] = {}  #: rank -> number of its late pushes
+        self.finished_ranks: set[int] = set()  #: ranks whose train function has returned
 
     @property
     def updates(self) -> int:
-        """Updates applied."""
+        """Number of applied updates."""
         return self.version or 0
 
     @property
     def schedule_step(self) -> int:
-        """Step of the learning rate's schedule for the next update: one for each worker's."""
+        """Step of the learning rate schedule; `world` asynchronous updates make one step."""
         return self.updates // self.world if self.asynchronous else self.updates
 
     @property
@@ -159,68 +160,69 @@ class Ledger(ABC):
 
     @property
     def drops_late(self) -> bool:
-        """Whether steps are made without ranks that are late."""
+        """Whether steps are applied without the pushes of late ranks."""
         return False
 
     @property
     @abstractmethod
     def complete(self) -> bool:
-        """Whether what is staged is to be applied."""
+        """Whether the staged pushes are ready to be applied."""
 
     @abstractmethod
     def restore(self, steps: int) -> None:
-        """Open for pushes: the parameters are in place, with `steps` steps behind them."""
+        """Accept pushes: the parameters are in place, after `steps` steps."""
 
     @abstractmethod
     def renew(self, attempt: int, world: int | None = None) -> None:
         """
-        Begin a later attempt: pushes of earlier ones are refused.
+        Start a later attempt: pushes of earlier attempts are refused.
 
         Args:
-            attempt: its number.
-            world: so many ranks from now on; None: as many as before.
+            attempt: the new attempt.
+            world: number of ranks from now on; None: unchanged.
         """
 
     @abstractmethod
     def offer(self, push: PushId) -> Verdict:
         """
-        Decide on a push and book it; `NEW` is to be staged.
+        Decide on a push and record it; the caller stages a `NEW` push.
 
         Raises:
             NotReadyError: no parameters yet.
-            FencedError: another job or attempt, or no sender of this run.
+            FencedError: the push is of another job, attempt or world.
             StaleError: older than the rank's last push.
-            GapError: newer than the one expected.
+            GapError: newer than the expected push.
         """
 
     @abstractmethod
     def commit(self, seq: int) -> bool:
         """
-        Book the update of what is staged. False: it is booked already, and must not be made again.
+        Record the update of the staged pushes. False: it was already recorded; do not apply it
+        again.
 
         Args:
-            seq: of the push that has completed it.
+            seq: of the push that completed the update.
 
         Raises:
             NotReadyError: no parameters yet.
-            StaleError, GapError: not the step that is staged.
+            StaleError, GapError: another step is staged.
         """
 
     def passed(self, push: PushId) -> bool:
-        """Whether the update is made that a booked push is part of, or was made without it."""
+        """Return whether the update of a recorded push is done, with or without the push."""
         return True
 
     def missing(self) -> list[int]:
-        """Ranks whose push is waited for."""
+        """Return the ranks whose push is missing."""
         return []
 
 
 class StepLedger(Ledger):
     """
-    Counts steps: one update of all ranks' pushes.
+    Counts steps: one update applies the pushes of all ranks.
 
-    With `backup` workers a step is complete without so many of the pushes. A worker whose push
-    came too late goes on with the newest version, so it may leave steps out.
+    With `backup` workers, a step is complete without that many pushes. A worker whose push came too
+    late continues with the newest version, so it may skip steps.
     """
 
     asynchronous = False
@@ -228,8 +230,8 @@ class StepLedger(Ledger):
     def __init__(self, job: str, attempt: int, world: int, backup: int = 0) -> None:
         super().__init__(job, attempt, world)
         self._backup = backup
-        self._last: dict[int, tuple[int, Verdict]] = {}  #: rank -> its last push, told again how
-        self._staged: set[int] = set()  #: ranks whose push for `version` is here
+        self._last: dict[int, tuple[int, Verdict]] = {}  #: rank -> last push, answer to a repeat
+        self._staged: set[int] = set()  #: ranks whose push for `version` has arrived
 
     @property
     @override
@@ -238,7 +240,7 @@ class StepLedger(Ledger):
 
     @property
     def complete(self) -> bool:
-        """Whether as many pushes for the present version are staged as a step needs."""
+        """Whether enough pushes for the present version are staged."""
         return len(self._staged) >= self.world - self._backup
 
     @override
@@ -248,7 +250,7 @@ class StepLedger(Ledger):
 
     @override
     def renew(self, attempt: int, world: int | None = None) -> None:
-        """All push what is not committed once more."""
+        """Start a later attempt: all ranks push uncommitted gradients again."""
         self.attempt = attempt
         self._staged.clear()
         if world is not None and world != self.world:
@@ -305,20 +307,20 @@ class StepLedger(Ledger):
 
 
 class TaskLedger(Ledger):
-    """Counts tasks: any rank may push, each push is an update, and of a task the first counts."""
+    """Counts tasks: any rank may push, a push is an update, and a task's first push counts."""
 
     asynchronous = True
 
     def __init__(self, job: str, attempt: int, world: int) -> None:
         super().__init__(job, attempt, world)
-        self.made = IntervalSet()  #: tasks that are in the parameters
-        self._next: dict[int, int] = {}  #: rank -> number of the push that is its turn
-        self._staged: int | None = None  #: the task whose update is to be made
+        self.applied = IntervalSet()  #: tasks whose gradients are applied
+        self._next: dict[int, int] = {}  #: rank -> number of its next push
+        self._staged: int | None = None  #: the task of the staged push
 
     @property
     @override
     def steps(self) -> int:
-        return self.made.low // self.world
+        return self.applied.low // self.world
 
     @property
     @override
@@ -327,38 +329,38 @@ class TaskLedger(Ledger):
 
     @property
     def partial(self) -> bool:
-        """Whether some step is made in part."""
-        return bool(self.made.low % self.world or self.made.above)
+        """Whether a step is applied in part."""
+        return bool(self.applied.low % self.world or self.applied.above)
 
     @override
     def restore(self, steps: int) -> None:
-        self.version, self.made = steps * self.world, IntervalSet(steps * self.world)
+        self.version, self.applied = steps * self.world, IntervalSet(steps * self.world)
         self._staged = None
 
     @override
     def renew(self, attempt: int, world: int | None = None) -> None:
-        """Each rank's pushes begin at 0, and what is made stays."""
+        """Start a later attempt: ranks number pushes from 0; applied tasks stay applied."""
         self.attempt, self._staged = attempt, None
         self._next.clear()
         if world is not None and world != self.world:
-            assert not self.partial, "the parts of a step that is made in part cannot be cut anew"
+            assert not self.partial, "a step that is applied in part cannot be split differently"
             steps, self.world = self.steps, world
             self.restore(steps)
 
     @override
     def offer(self, push: PushId) -> Verdict:
-        """A gap is not refused: a backup was not told of a push that was dropped."""
+        """See `Ledger.offer`. A gap is accepted: a backup does not receive dropped pushes."""
         _ready(self.version)
         _check_sender(push, self.job, self.attempt, push.rank + 1)
         if push.task is None:
-            raise FencedError(f"push {push.seq} of rank {push.rank} refused: it is of no task")
+            raise FencedError(f"push {push.seq} of rank {push.rank} refused: it names no task")
         expected = self._next.get(push.rank, 0)
         if push.seq == expected - 1:
             return Verdict.REPEAT_COMMITTED
         if push.seq < expected:
             raise _out_of_turn(push, expected)
         self._next[push.rank] = push.seq + 1
-        if push.task in self.made:
+        if push.task in self.applied:
             self.dropped[push.rank] = self.dropped.get(push.rank, 0) + 1
             return Verdict.LATE
         self._staged = push.task
@@ -369,19 +371,19 @@ class TaskLedger(Ledger):
         version = _ready(self.version)
         if self._staged is None:
             return False
-        self.made.add(self._staged)
+        self.applied.add(self._staged)
         self.version, self._staged = version + 1, None
         return True
 
 
 class LoopLedger(Ledger):
     """
-    Counts the pushes of train functions: each is an update, and each rank's are numbered from 0.
+    Counts pushes of train functions: a push is an update, and each rank numbers its own from 0.
 
         worker-0   0  1  2 |            with a bound of 2 the answer to push 2 waits for worker-1
         worker-1   |
 
-    A rank whose loop is over is waited for no more.
+    Ranks whose train function has returned are not waited for.
     """
 
     asynchronous = True
@@ -389,7 +391,7 @@ class LoopLedger(Ledger):
     def __init__(self, job: str, attempt: int, world: int, bound: int | None) -> None:
         super().__init__(job, attempt, world)
         self._bound = bound
-        self._next = dict.fromkeys(range(world), 0)  #: rank -> number of the push that is its turn
+        self._next = dict.fromkeys(range(world), 0)  #: rank -> number of its next push
         self._staged = False
 
     @property
@@ -403,7 +405,7 @@ class LoopLedger(Ledger):
 
     @override
     def renew(self, attempt: int, world: int | None = None) -> None:
-        """See `Ledger`; such an attempt has servers of its own, so nothing is there yet."""
+        """Start an attempt. It has new servers, so there is nothing to keep."""
         self.attempt, self._staged = attempt, False
 
     @override
@@ -429,20 +431,20 @@ class LoopLedger(Ledger):
 
     @override
     def passed(self, push: PushId) -> bool:
-        return self._bound is None or push.seq + 1 - self._slowest <= self._bound
+        return self._bound is None or push.seq + 1 - self._min_steps <= self._bound
 
     @override
     def missing(self) -> list[int]:
-        least = self._slowest
-        return [rank for rank, steps in self._at_work.items() if steps == least]
+        minimum = self._min_steps
+        return [rank for rank, steps in self._active_steps.items() if steps == minimum]
 
     @property
-    def _at_work(self) -> dict[int, int]:
-        return {rank: steps for rank, steps in self._next.items() if rank not in self.left}
+    def _active_steps(self) -> dict[int, int]:
+        return {r: steps for r, steps in self._next.items() if r not in self.finished_ranks}
 
     @property
-    def _slowest(self) -> int:
-        return min(self._at_work.values(), default=self.updates)
+    def _min_steps(self) -> int:
+        return min(self._active_steps.values(), default=self.updates)
 
 
 def _ready(version: int | None) -> int:
@@ -462,5 +464,5 @@ def _check_sender(push: PushId, job: str, attempt: int, world: int) -> None:
 
 
 def _out_of_turn(push: PushId, expected: int) -> GapError | StaleError:
-    kind = GapError if push.seq > expected else StaleError
-    return kind(f"push {push.seq} of rank {push.rank} refused: expected {expected}")
+    cls = GapError if push.seq > expected else StaleError
+    return cls(f"push {push.seq} of rank {push.rank} refused: expected {expected}")

@@ -1,10 +1,10 @@
 """
-The load of shards: bytes, seconds of work, and the queue of pushes.
+Load metrics of shards: bytes, update time, and the queue of pushes.
 
-    push comes ──▶ |  queue: others stand before it, or the step misses gradients  | apply |
-                   ^ depth: pushes that stand here now, this one too
+    push arrives ──▶ |  queue: earlier pushes, or gradients that the step lacks  | apply |
+                     ^ depth: pushes in the queue, including this one
 
-Measured at the server, push by push, and told in the answer; bytes are counted by the worker.
+Servers measure each push and return the metrics in the reply; workers count the bytes.
 """
 
 import threading
@@ -14,28 +14,28 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 
 MAX_SHOWN_SHARDS = 16
-"""Shards of which a line of metrics tells each by itself."""
+"""Most shards with metrics of their own in a line of metrics."""
 
 
 @dataclass(frozen=True)
 class ShardLoad:
-    """What one push of one rank cost one shard."""
+    """Load of one push on one shard."""
 
     in_bytes: int = 0
-    """Bytes of the gradient, as it travelled or lay in shared memory."""
+    """Bytes of the gradient, as sent or in shared memory."""
     out_bytes: int = 0
-    """Bytes of the parameters that came back; 0 where the worker computes on the server's own."""
+    """Bytes of the returned parameters; 0 where the worker shares the server's memory."""
     apply_s: float = 0.0
-    """What summing and updating took."""
+    """Time for the sum and the update."""
     queue_s: float = 0.0
-    """How long the push stood before the update that it is part of began."""
+    """Time between the arrival of the push and the start of its update."""
     queue_depth: int = 0
-    """Pushes that stood there when it came, itself included."""
+    """Pushes in the queue when this push arrived, including this one."""
 
 
 def load_figures(loads: Sequence[ShardLoad]) -> dict[str, float]:
     """
-    Give the figures of a step: of the slowest shard, of all together, and of each one.
+    Return the metrics of a step: of the slowest shard, of all shards together, and of each shard.
 
     Args:
         loads: by shard; empty: nothing was pushed.
@@ -56,35 +56,35 @@ def load_figures(loads: Sequence[ShardLoad]) -> dict[str, float]:
 
 
 class QueuedPush:
-    """One push from its arrival at a shard until the update that it is part of begins."""
+    """A push in the queue, from its arrival until its update starts."""
 
     def __init__(self, queue: "PushQueue") -> None:
         self._queue, self._waiting = queue, True
-        self.at = time.perf_counter()
+        self.arrived_at = time.perf_counter()
         self.depth = queue.count(1)
 
     def leave(self) -> None:
-        """Take the push out of the queue; idempotent."""
+        """Remove the push from the queue; idempotent."""
         if self._waiting:
             self._waiting = False
             self._queue.count(-1)
 
 
 class PushQueue:
-    """Counts the pushes that wait at a shard."""
+    """Counts the waiting pushes of a shard."""
 
     def __init__(self) -> None:
-        self._lock, self._here = threading.Lock(), 0
+        self._lock, self._depth = threading.Lock(), 0
 
     def count(self, change: int) -> int:
         """Add `change` to the number of waiting pushes; return the new number."""
         with self._lock:
-            self._here += change
-            return self._here
+            self._depth += change
+            return self._depth
 
     @contextmanager
     def enter(self) -> Iterator[QueuedPush]:
-        """Count a push as waiting until the block ends or it leaves."""
+        """Count a push as waiting until the block ends or the push leaves."""
         queued = QueuedPush(self)
         try:
             yield queued

@@ -1,4 +1,4 @@
-"""A file that goes to a run's URL from memory, for the local disk has not taken it."""
+"""Uploads a file from memory to a run's URL, when the local disk cannot store it."""
 
 from __future__ import annotations
 
@@ -12,34 +12,34 @@ from distplat.platform.disk import SETTING, run_in_thread
 from distplat.platform.errors import StorageError
 from distplat.platform.remote_storage import NoAnswer, RemoteStorage
 
-_MOST_FAILED = 4
-"""Failed attempts after which it is given up, where the storage answers."""
+_MAX_ATTEMPTS = 4
+"""Failed attempts before giving up, if the storage responds."""
 
 
 def upload_bytes(url: str, name: str, data: bytes, limit_s: float) -> None:
     """
-    Write a file that the local disk has not taken to a run's copy, from memory.
+    Upload a file from memory to a run's URL.
 
-    It is tried again while the storage takes something, and `limit_s` longer.
+    It is retried while the storage accepts data, and for `limit_s` afterwards.
 
     Args:
-        url: of the copy.
+        url: of the run's copy.
         name: of the file.
-        data: all of it.
+        data: its content.
         limit_s: `failure.storage_timeout_s`.
 
     Raises:
-        StorageError: the storage has not taken it.
+        StorageError: the upload failed.
     """
-    storage, given_up, began = RemoteStorage(url, limit_s), threading.Event(), time.monotonic()
+    storage, given_up, start = RemoteStorage(url, limit_s), threading.Event(), time.monotonic()
 
     def put() -> None:
         for failures in count(1):
             try:
                 return storage.put(name, BytesIO(data), len(data))
             except StorageError:
-                hopeless = failures >= _MOST_FAILED and time.monotonic() - began > limit_s
-                if hopeless or given_up.wait(min(0.25 * 2 ** min(failures, 10), limit_s / 8)):
+                is_exhausted = failures >= _MAX_ATTEMPTS and time.monotonic() - start > limit_s
+                if is_exhausted or given_up.wait(min(0.25 * 2 ** min(failures, 10), limit_s / 8)):
                     raise
 
     upload = run_in_thread("upload of one file", put)

@@ -1,4 +1,4 @@
-"""Fields of a job for the model that its task makes, and for its embedding tables."""
+"""Fields of a job for the task's model and its embedding tables."""
 
 from typing import Annotated, Any, Literal
 
@@ -8,83 +8,85 @@ from distplat.platform.fields import Flag, Folder, NonNegative, Pair, Positive, 
 
 
 class Compile(Spec):
-    """What `torch.compile` is told, by its own names."""
+    """Arguments of `torch.compile`, with the same names."""
 
     mode: Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"] = (
         "default"
     )
-    """How much time is given to make the code quick."""
+    """Trade-off between compile time and speed."""
     backend: str = "inductor"
-    """Compiler, by the name under which torch knows it."""
+    """Compiler backend, by its name in torch."""
     fullgraph: Flag = False
-    """Fail where the model cannot be compiled as a whole; else it falls back, with a warning."""
+    """Fail if the model cannot be compiled as a whole; else fall back, with a warning."""
     dynamic: Flag | None = None
-    """Code for batches of any size; None: once a second size has come."""
+    """Compile for batches of any size; None: after a second size occurs."""
 
     def arguments(self) -> dict[str, Any]:
-        """Give the arguments of `torch.compile`; it takes no mode but for its own compiler."""
+        """Return the arguments of `torch.compile`; the default mode is passed as None."""
         arguments = self.model_dump()
         return arguments if self.mode != "default" else {**arguments, "mode": None}
 
 
 def compile_of(value: object) -> object:
-    """Take `true` for all defaults, and `false` for nothing."""
+    """Accept `true` for all defaults, and `false` for none."""
     if isinstance(value, bool):
         return {} if value else None
     return value
 
 
 class EMA(Spec):
-    """An exponential moving average of the weights, as `torch.optim.swa_utils` makes it."""
+    """An exponential moving average of the weights, as in `torch.optim.swa_utils`."""
 
     decay: float = Field(0.999, ge=0, lt=1)
-    """How much of the average stays in an update; the weights after it make up the rest."""
+    """Weight of the previous average in each update."""
     warmup: Flag = False
-    """Begin with a smaller decay: after t updates `min(decay, (1 + t) / (10 + t))`."""
+    """Start with a smaller decay: after t updates `min(decay, (1 + t) / (10 + t))`."""
 
     def decay_after(self, updates: int) -> float:
-        """Give the decay of the update that follows `updates` updates."""
+        """Return the decay of the next update, after `updates` updates."""
         return min(self.decay, (1 + updates) / (10 + updates)) if self.warmup else self.decay
 
 
-def _listed(value: object) -> object:
-    """Take one path for a list of one."""
+def _as_tuple(value: object) -> object:
+    """Accept a single path as a list of one."""
     return (value,) if isinstance(value, str) else value
 
 
 class InitialWeights(Spec):
-    """Weights that a run begins from, instead of those that the task's model() has made."""
+    """Weights to start from, instead of those of the task's model()."""
 
-    path: Annotated[tuple[Folder, ...], BeforeValidator(_listed), Field(min_length=1)]
-    """A file `.safetensors` or `.pt`, or a directory or URL with one, such as a Hugging Face
-    checkpoint or a run directory; relative to the task's folder. Every worker reads it. Or a list
-    of them, such as a base and adapters: of a name that several have the last one counts."""
+    path: Annotated[tuple[Folder, ...], BeforeValidator(_as_tuple), Field(min_length=1)]
+    """A `.safetensors` or `.pt` file, or a directory or URL with one, such as a Hugging Face
+    checkpoint or a run directory; relative to the task's directory. Every worker reads it. Or a
+    list of these, such as a base and adapters: the last one wins where several have the same
+    name."""
     strict: Flag = True
-    """Their names must be the model's; else what one side lacks is passed over, and told."""
+    """The names must match the model's exactly; else missing and unexpected names are only
+    reported."""
 
 
 def initial_weights_of(value: object) -> object:
-    """Take a path for all defaults."""
+    """Accept a path for all defaults."""
     return {"path": value} if isinstance(value, str | list | tuple) else value
 
 
 class RowOptimizer(Spec):
-    """Fields that all have. Rows that a step does not use stay as they are, state included."""
+    """Fields of all row optimizers. Rows that a step does not use keep their values and state."""
 
     name: str
-    """A class of `torch.optim` as it treats sparse gradients, or `RowWiseAdagrad`."""
+    """A class of `torch.optim`, as it handles sparse gradients, or `RowWiseAdagrad`."""
     lr: Positive
-    """Learning rate before the factor of `lr_schedule`."""
+    """Learning rate, before the factor of `lr_schedule`."""
 
 
 class RowSGD(RowOptimizer):
-    """Stochastic gradient descent; no state."""
+    """Stochastic gradient descent, without state."""
 
     name: Literal["SGD"]
 
 
 class RowAdagrad(RowOptimizer):
-    """Adagrad, Duchi et al. 2011; as much state as the rows."""
+    """Adagrad, Duchi et al. 2011; its state is as large as the rows."""
 
     name: Literal["Adagrad"]
     initial_accumulator_value: NonNegative = 0.0
@@ -92,7 +94,7 @@ class RowAdagrad(RowOptimizer):
 
 
 class RowWiseAdagrad(RowOptimizer):
-    """Adagrad with one number of state per row: the mean over the row (as in FBGEMM)."""
+    """Adagrad with one state value per row, the mean over the row (as in FBGEMM)."""
 
     name: Literal["RowWiseAdagrad"]
     initial_accumulator_value: NonNegative = 0.0
@@ -100,7 +102,7 @@ class RowWiseAdagrad(RowOptimizer):
 
 
 class RowSparseAdam(RowOptimizer):
-    """Adam on the rows of a step alone; twice as much state as the rows."""
+    """Adam on a step's rows; its state is twice as large as the rows."""
 
     name: Literal["SparseAdam"]
     betas: Pair = (0.9, 0.999)
@@ -113,17 +115,18 @@ AnyRowOptimizer = Annotated[
 
 
 class Embeddings(Spec):
-    """The servers of the embedding tables, for models that have some."""
+    """Servers of embedding tables."""
 
     servers: int = Field(1, ge=1, le=256, strict=True)
-    """Server nodes that share the rows of every table."""
+    """Number of server nodes; they share the rows of every table."""
     optimizer: AnyRowOptimizer
-    """How rows are updated, on the servers."""
+    """Optimizer of the rows, on the servers."""
     replication: int = Field(1, ge=1, le=2, strict=True)
-    """2: each server's rows have a backup, which takes over when their server is lost."""
+    """2: each server has a backup, which takes over when the server is lost."""
     partition: Literal["hash", "range"] = "hash"
-    """Who keeps a row: `hash` spreads busy ids, `range` cuts 0..num_embeddings evenly."""
+    """How rows are split over servers: `hash` spreads popular ids, `range` cuts 0..num_embeddings
+    evenly."""
     asynchronous: Flag = False
-    """Apply each worker's gradients when they come; then runs do not repeat bit for bit."""
+    """Apply each worker's gradients on arrival; runs are then not bit-for-bit reproducible."""
     resources_per_server: Resources = Field(default_factory=lambda: {"CPU": 0.0})
-    """Ray resources of one server node; by default none, for it works while workers wait."""
+    """Ray resources of one server node; none by default, as it works while workers wait."""

@@ -1,9 +1,8 @@
 """
-What happened in a run, put together from what its ranks report, in the order of the steps.
+Aggregates the reports of all ranks into summaries, in the order of the steps.
 
-Ranks count the steps that they have behind them, so in what they report the first one is step 0.
-People count steps: in a summary, and in all that is shown of it, step n is the n-th update. The
-numbers change here, where reports become summaries.
+Ranks count finished steps, so reports start at step 0. Summaries, and everything derived from them,
+count from 1: step n is the n-th update. The numbers change where reports become summaries.
 """
 
 import json
@@ -15,44 +14,44 @@ from typing import Generic, TypeVar
 from distplat.platform.pipeline_trace import Trace, TraceReport, join_traces
 
 UNBOUNDED = 1 << 40
-"""Steps of a run that only its time ends: none makes so many."""
+"""Number of steps of a run that ends by time only: more than any run can do."""
 
 
 @dataclass(frozen=True)
 class StepReport:
-    """One rank's part of one step."""
+    """One rank's report of one step."""
 
     rank: int
-    """Whose; where tasks are leased, which part of the step it is, whoever made it."""
+    """The rank; where tasks are leased, the part of the step, whichever worker computed it."""
     step: int
-    """From 0."""
+    """Step, from 0."""
     epoch: int
-    """From 0."""
+    """Epoch, from 0."""
     loss: float
-    """Mean over this rank's weights; 0 where it had none."""
+    """Mean over this rank's samples, weighted by `weight`; 0 without samples."""
     samples: int
     seconds: dict[str, float]
-    """Wall time by part of the step: `data`, `compute`, `exchange`, `update`."""
+    """Wall time by phase of the step: `data`, `compute`, `exchange`, `update`."""
     of: int = 0
-    """Steps of the whole run; 0: not known."""
+    """Steps of the whole run; 0: unknown."""
     figures: dict[str, float] = field(default_factory=dict)
-    """The strategy's own, for example bytes on the wire."""
+    """The strategy's own metrics, for example bytes sent."""
     weight: float | None = None
-    """What the loss is a mean over; None: the samples."""
+    """Total weight of the loss's mean; None: the number of samples."""
 
 
 @dataclass(frozen=True)
 class EvalReport:
-    """One rank's part of one evaluation."""
+    """One rank's report of one evaluation."""
 
     rank: int
     step: int
-    """Steps done before it."""
+    """Steps done before the evaluation."""
     samples: int
     sums: dict[str, float]
-    """Figure -> sum over this rank's samples."""
+    """Metric -> sum over this rank's samples."""
     counts: dict[str, float] = field(default_factory=dict)
-    """Figure -> samples in its sum, those of the batches that gave it; not there: all samples."""
+    """Metric -> samples in its sum, from the batches that returned it; missing: all samples."""
 
 
 @dataclass(frozen=True)
@@ -60,37 +59,37 @@ class StepSummary:
     """One step over all ranks."""
 
     step: int
-    """From 1: the n-th update."""
+    """Step, from 1: the n-th update."""
     epoch: int
-    """From 0."""
+    """Epoch, from 0."""
     loss: float
     """Mean over the samples of all ranks."""
     samples: int
     seconds: dict[str, float]
-    """By part of the step, the slowest rank's; so the parts may add up to more than the step."""
+    """By phase, the time of the slowest rank; the phases may add up to more than the step."""
     of: int = 0
-    """Steps of the whole run; 0: not known."""
+    """Steps of the whole run; 0: unknown."""
     figures: dict[str, float] = field(default_factory=dict)
-    """The strategy's own; of each the largest over the ranks."""
+    """The strategy's own metrics; the largest value over the ranks."""
 
 
 def reported_metrics(step: StepSummary) -> dict[str, float]:
-    """Give the figures that a train function has reported; a loss that is NaN may be none."""
+    """Return the metrics that a train function reported; a NaN loss counts as not reported."""
     loss = {} if math.isnan(step.loss) else {"loss": step.loss}
     return {**step.figures, **loss}
 
 
 class StepTotals:
-    """Sums over the steps of a run: so much memory however many steps there are."""
+    """Sums over the steps of a run, in constant memory."""
 
     def __init__(self) -> None:
         self.steps = self.samples = 0
-        self.seconds: dict[str, float] = {}  #: by part of the step, see `StepSummary`
+        self.seconds: dict[str, float] = {}  #: by phase, see `StepSummary`
         self._first: dict[str, float] = {}
-        self._sums: dict[str, tuple[float, int]] = {}  #: figure -> its sum, and of how many steps
+        self._sums: dict[str, tuple[float, int]] = {}  #: metric -> (sum, number of steps)
 
     def add(self, step: StepSummary) -> None:
-        """Take one more step."""
+        """Add a step."""
         self.steps += 1
         self.samples += step.samples
         for part, seconds in step.seconds.items():
@@ -105,10 +104,10 @@ class StepTotals:
     @property
     def figures(self) -> dict[str, float]:
         """
-        Give each figure's mean over the steps that have it.
+        Mean of each metric over the steps that report it.
 
-        The first step is left out where there are others: in it ranks meet and memory is touched
-        first.
+        The first step is excluded if there are others: ranks connect and touch memory for the first
+        time.
         """
         if self.steps == 1:
             return dict(self._first)
@@ -116,7 +115,7 @@ class StepTotals:
 
 
 def steps_text(steps: int) -> str:
-    """Give a run's steps for people to read: a train function may train and report none."""
+    """Format the number of steps; a train function may report none."""
     return str(steps) if steps else "0 reported"
 
 
@@ -125,87 +124,88 @@ class EvalSummary:
     """One evaluation over all ranks."""
 
     step: int
-    """The one that it comes after; 0: before the first."""
+    """Steps done before the evaluation; 0: before the first step."""
     samples: int
     metrics: dict[str, float]
 
 
 @dataclass(frozen=True)
 class FailureEvent:
-    """A failure after which the run goes on."""
+    """A failure that the run recovers from."""
 
     attempt: int
-    """Number of the attempt that begins."""
+    """Number of the next attempt."""
     step: int
-    """Steps done: the last one that need not be made again."""
+    """Steps done and kept."""
     cause: str
     replaced: tuple[str, ...]
-    """Roles that are made anew."""
+    """Roles whose processes are replaced."""
     wait_s: float
-    """Pause before the attempt begins."""
+    """Delay before the next attempt."""
 
 
 @dataclass(frozen=True)
 class Recovery:
-    """All ranks are at work again."""
+    """All ranks work again after a failure."""
 
     attempt: int
     seconds: float
-    """Since the failure was noticed."""
+    """Time since the failure was detected."""
 
 
 @dataclass(frozen=True)
 class Resized:
-    """The run goes on with another number of workers."""
+    """The run continues with another number of workers."""
 
     attempt: int
-    """Number of the attempt that began with them."""
+    """Number of the first attempt with the new workers."""
     step: int
-    """The first that they make, from 1."""
+    """The first step with the new workers, from 1."""
     before: int
-    """Workers that there were."""
+    """Workers before."""
     workers: int
     seconds: float
-    """From the first worker that stopped until all were at work."""
+    """Time from the first worker that stopped until all workers ran again."""
 
 
 @dataclass(frozen=True)
 class Saved:
-    """A checkpoint is on the disk."""
+    """A checkpoint was written to disk."""
 
     step: int
-    """Steps that it has behind it."""
+    """Steps done at the checkpoint."""
     path: str
     size: int
-    """Bytes."""
+    """Size in bytes."""
     seconds: float
-    """From the last rank's part to the disk; training went on meanwhile."""
+    """Time from the last rank's part until the checkpoint was on disk; training continued
+    meanwhile."""
 
 
 @dataclass(frozen=True)
 class Best:
-    """Another checkpoint is the best one now."""
+    """A new best checkpoint."""
 
     step: int
-    """Steps that it has behind it."""
+    """Steps done at the checkpoint."""
     path: str
     metric: str
-    """What it is judged by."""
+    """Metric by which checkpoints are compared."""
     figure: float
-    """That the evaluation of this step gave."""
+    """Value of the metric at this step."""
 
 
 @dataclass(frozen=True)
 class EarlyStopReached:
-    """Evaluations got no better for as long as `early_stop` has patience: the run is to end."""
+    """Evaluations did not improve within the patience of `early_stop`: the run is to end."""
 
     step: int
-    """That the last of them comes after."""
+    """Step of the last evaluation."""
     reason: str
 
 
 AnyReport = StepReport | EvalReport | TraceReport
-"""What a rank reports."""
+"""Report of a rank."""
 
 Summary = (
     StepSummary
@@ -218,7 +218,7 @@ Summary = (
     | Best
     | EarlyStopReached
 )
-"""What is told of a run while it goes on."""
+"""Event of a run, for display, metrics.jsonl and callbacks."""
 KINDS = {
     "step": StepSummary,
     "evaluation": EvalSummary,
@@ -229,28 +229,28 @@ KINDS = {
     "best checkpoint": Best,
     "early stop": EarlyStopReached,
 }
-"""By `kind` of a line of metrics.jsonl."""
+"""Summary classes by `kind`, as in metrics.jsonl."""
 
-_GIVEN = 10_000
-"""Evaluations that come in any order: so many are told from those that are made again."""
+_MAX_EMITTED = 10_000
+"""Evaluations in any order that are remembered, to drop repeats."""
 
 Report = TypeVar("Report", StepReport, EvalReport, TraceReport)
 
 
-def resize_text(one: Resized) -> str:
-    """Say how many workers there are from which step on: `4 workers from step 120 on, ...`."""
-    count = f"{one.workers} worker" + ("s" if one.workers > 1 else "")
-    return f"{count} from step {one.step} on, stood still {one.seconds:.1f} s"
+def resize_text(resized: Resized) -> str:
+    """Format a resize: `4 workers from step 120 on, ...`."""
+    count = f"{resized.workers} worker" + ("s" if resized.workers > 1 else "")
+    return f"{count} from step {resized.step} on, stood still {resized.seconds:.1f} s"
 
 
 def first_line(text: str) -> str:
-    """Give the first line of a cause; words where it has none."""
+    """Return the first line of a cause, or a placeholder if it is empty."""
     lines = text.strip().splitlines()
     return lines[0] if lines else "no cause is known"
 
 
 def to_json(value: object, indent: int | None = 2) -> str:
-    """Write JSON; a number that is not finite, such as a diverged loss, becomes null."""
+    """Serialize to JSON; non-finite numbers, such as a diverged loss, become null."""
     return json.dumps(_finite(value), indent=indent, allow_nan=False)
 
 
@@ -263,38 +263,38 @@ def _finite(value: object) -> object:
 
 
 def number_text(value: float | None) -> str:
-    """`0.1234`; words where it is no number."""
+    """`0.1234`, or `not a number`."""
     return "not a number" if value is None or math.isnan(value) else f"{value:.4g}"
 
 
 class ReportAggregator:
     """
-    Joins the reports of all ranks; each step and evaluation is given out once, in order.
+    Joins the reports of all ranks, and emits each step and evaluation once, in order.
 
-    A step is given out when its last rank has reported it. Where a rank was lost between its part
-    and its report, that report never comes: then the step is given out without it, as soon as a
-    later step is complete, or at the end. What is done again after a restart is given out once.
+    A step is emitted when its last rank has reported it. A rank may be lost before it reports a
+    step that it has done. Such a step is emitted without that report once a later step is complete,
+    or at the end. A step that is repeated after a restart is emitted once.
 
-    An evaluation waits for the steps before it of which a rank's report is still to come.
+    An evaluation waits for the earlier steps with missing reports.
 
-    Where tasks are leased, later steps may be complete before earlier ones, which wait their turn.
-    Evaluations do not: there a later one may be given out first.
+    Where tasks are leased, a later step may be complete before an earlier one, and waits for it. A
+    later evaluation does not wait for an earlier one.
 
     Args:
-        world: number of ranks, or of a step's parts.
-        first: of the steps, where tasks are leased; None: ranks make one step after the other.
+        world: number of ranks, or of parts of a step.
+        first: first step, where tasks are leased; None: ranks do one step after the other.
     """
 
     def __init__(self, world: int, first: int | None = None) -> None:
         self._next_step = first
-        self._lost_before = 0  #: of steps before this one, reports may have been lost
-        self._steps = _Waiting[StepReport](world)
-        self._evals = _Waiting[EvalReport](world, in_order=first is None)
-        self._traces = _Waiting[TraceReport](world)
-        self._pending_evals: list[EvalSummary] = []  #: complete, but steps before them are not
+        self._lost_before = 0  #: reports of steps before this one may be lost
+        self._steps = _PendingReports[StepReport](world)
+        self._evals = _PendingReports[EvalReport](world, in_order=first is None)
+        self._traces = _PendingReports[TraceReport](world)
+        self._pending_evals: list[EvalSummary] = []  #: complete, but earlier steps are not
 
     def add(self, report: AnyReport) -> list[StepSummary | EvalSummary | Trace]:
-        """Take one report; give the summaries that it completes, oldest first."""
+        """Add a report; return the summaries that it completes, oldest first."""
         if isinstance(report, TraceReport):
             traces = self._traces.add(report)
             return [join_traces(traces)] if traces else []
@@ -305,24 +305,24 @@ class ReportAggregator:
             if not steps:
                 return []
             return [*self._incomplete_steps(report.step), _join_steps(steps), *self._ready_evals()]
-        # Ranks may report an evaluation for each other: it says nothing of who reported which step.
+        # A rank may report an evaluation for another: it does not show which ranks reported a step.
         if evaluations := self._evals.add(report):
             self._pending_evals.append(join_evals(evaluations))
         return [*self._ready_evals()]
 
     def resize(self, world: int, step: int) -> None:
         """
-        Called when the number of ranks changes from a step on; what there is of it is made anew.
+        Change the number of ranks from a step on; partial reports of later steps are dropped.
 
         Args:
-            world: ranks.
-            step: steps that are done.
+            world: new number of ranks.
+            step: number of finished steps.
         """
         for reports in (self._steps, self._evals, self._traces):
             reports.resize(world, step)
 
     def rank_lost(self) -> None:
-        """Called when a rank was lost: what it had done and not yet reported never comes."""
+        """Record that a rank was lost: its missing reports will never arrive."""
         self._lost_before = self._steps.highest + 1
 
     def _in_turn(self, report: StepReport, turn: int) -> list[StepSummary | EvalSummary | Trace]:
@@ -338,11 +338,11 @@ class ReportAggregator:
         return summaries
 
     def flush(self) -> list[StepSummary | EvalSummary]:
-        """Give what is left of the steps when the run is over."""
+        """Return the remaining steps and evaluations at the end of the run."""
         return [*self._incomplete_steps(None), *self._ready_evals()]
 
     def _ready_evals(self) -> list[EvalSummary]:
-        """Give the evaluations that wait for no step any more."""
+        """Return the evaluations that no longer wait for a step."""
         oldest = None if self._next_step is not None else self._steps.oldest
         free = [held for held in self._pending_evals if oldest is None or held.step <= oldest]
         self._pending_evals = [held for held in self._pending_evals if held not in free]
@@ -352,67 +352,68 @@ class ReportAggregator:
         return [_join_steps(reports) for reports in self._steps.before(before)]
 
 
-class _Waiting(Generic[Report]):
+class _PendingReports(Generic[Report]):
     """
-    Reports of one kind, by step and rank, until they are complete.
+    Incomplete reports of one class, by step and rank.
 
     Args:
-        world: reports of a step.
-        in_order: nothing comes of a step before one that was given out, unless it is made again.
+        world: reports per step.
+        in_order: whether no report of a step can arrive after a later step was emitted, except a
+            repeat.
     """
 
     def __init__(self, world: int, *, in_order: bool = True) -> None:
         self._in_order = in_order
-        self._emitted: set[int] = set()  #: steps that were given out, where they come in any order:
-        # the last ones, for a run may have very many
-        self._worlds = [(0, world)]  #: from which step on how many reports are all, ascending
+        self._emitted: set[int] = set()  #: recently emitted steps, if not in order
+        self._worlds = [(0, world)]  #: (first step, reports per step), ascending
         self._by_step: dict[int, dict[int, Report]] = {}
-        self._next = 0  #: nothing comes of a step before this one
-        self.highest = -1  #: the last step of which there is a report
+        self._next = 0  #: reports of earlier steps are repeats
+        self.highest = -1  #: the last step with a report
 
     @property
     def oldest(self) -> int | None:
-        """The first step of which there are reports, and not all; None: there is none."""
+        """The first incomplete step with reports, or None."""
         return min(self._by_step, default=None)
 
     def resize(self, world: int, step: int) -> None:
-        """From this step on so many reports are all; those that there are of it do not count."""
-        self._worlds = [one for one in self._worlds if one[0] < step] + [(step, world)]
+        """Change the number of reports per step from `step` on, and drop reports of these steps."""
+        self._worlds = [(first, count) for first, count in self._worlds if first < step]
+        self._worlds.append((step, world))
         self._by_step = {s: reports for s, reports in self._by_step.items() if s < step}
 
-    def _whole(self, step: int) -> bool:
+    def _is_complete(self, step: int) -> bool:
         world = next(world for first, world in reversed(self._worlds) if first <= step)
         return len(self._by_step.get(step, {})) == world
 
     def add(self, report: Report) -> list[Report]:
-        """Give the reports of all ranks, in rank order so that sums repeat; empty: some miss."""
-        return self._take(report.step) if self.put(report) else []
+        """Add a report; return all reports of its step in rank order, or [] if some are missing."""
+        return self._pop(report.step) if self.put(report) else []
 
     def put(self, report: Report) -> bool:
-        """Take a report; say whether its step is complete, and was not given out."""
+        """Add a report; return whether its step is complete and was not emitted before."""
         if report.step in self._emitted or report.step < self._next:
             return False
         self.highest = max(self.highest, report.step)
         self._by_step.setdefault(report.step, {})[report.rank] = report
-        return self._whole(report.step)
+        return self._is_complete(report.step)
 
     def complete(self, step: int) -> list[Report]:
-        """Give the reports of a step, if all are there; empty: some miss."""
-        return self._take(step) if self._whole(step) else []
+        """Return all reports of a step, or [] if some are missing."""
+        return self._pop(step) if self._is_complete(step) else []
 
     def before(self, step: int | None) -> list[list[Report]]:
-        """Give what there is of all steps before this one, oldest first; None: of all."""
+        """Return the reports of all steps before this one, oldest first; None: of all steps."""
         older = sorted(s for s in self._by_step if step is None or s < step)
-        return [self._take(s) for s in older]
+        return [self._pop(s) for s in older]
 
-    def _take(self, step: int) -> list[Report]:
+    def _pop(self, step: int) -> list[Report]:
         reports = self._by_step.pop(step)
         if self._in_order:
             self._next = max(self._next, step + 1)
             return [reports[rank] for rank in sorted(reports)]
         self._emitted.add(step)
-        if len(self._emitted) >= 2 * _GIVEN:
-            last = sorted(self._emitted)[-_GIVEN:]
+        if len(self._emitted) >= 2 * _MAX_EMITTED:
+            last = sorted(self._emitted)[-_MAX_EMITTED:]
             self._next, self._emitted = last[0], set(last)
             self._by_step = {s: newer for s, newer in self._by_step.items() if s >= last[0]}
         return [reports[rank] for rank in sorted(reports)]
@@ -432,9 +433,9 @@ def _join_steps(reports: list[StepReport]) -> StepSummary:
 
 def join_evals(reports: Sequence[EvalReport]) -> EvalSummary:
     """
-    Put the parts of an evaluation together, which are in rank order.
+    Merge the reports of one evaluation, given in rank order.
 
-    A figure's mean is over the samples of the batches that gave it, on whatever rank.
+    The mean of a metric is over the samples of the batches that returned it, on all ranks.
     """
     names = dict.fromkeys(name for r in reports for name in r.sums)
     means = {}

@@ -1,16 +1,15 @@
 """
-Whether a run goes on after a failure, and how long it waits before: the restart budget (I10).
+Decides whether a job restarts after a failure, and after which delay: the restart budget (I10).
 
     failure at step    7      7       7       9      12
-    waits              0 s    1 s     gives   0 s    0 s     a run that makes progress goes on at
-                                      up                     once; one that fails again where it
-                                                             failed before waits, then gives up
+    delay              0 s    1 s     job     0 s    0 s     after progress a job restarts at once;
+                                      fails                  repeated failures at the same step
+                                                             are delayed, and then end the job
 
-A machine that its owner takes away (preemption) is nobody's failure, and has a budget of its own.
-Progress fills both up again: for each hundred new steps one failure and one preemption are given
-back, so that a run of weeks does not end of what happened in its first days. The steps of a train
-function are its reports, of which a long run may have few: each checkpoint that it reports past the
-furthest step before gives one back, too.
+Preemptions are counted separately from failures. Progress refills both budgets: each 100 new steps
+return one failure and one preemption, so that a run of weeks does not end because of failures in
+its first days. The steps of a train function are its reports, and a long run may have few of them;
+so each checkpoint that a train function reports beyond the previous highest step also returns one.
 """
 
 from collections import deque
@@ -32,7 +31,7 @@ from distplat.platform.spec import Failure
 
 
 def is_recoverable(error: DistplatError) -> bool:
-    """Say whether a restart could help; one that was late to start would be late again."""
+    """Return whether a restart may help; a worker that started too late would be too late again."""
     if isinstance(error, MismatchError):
         return False
     if isinstance(error, DeadlineExceeded) and error.setting == "failure.start_timeout_s":
@@ -42,9 +41,10 @@ def is_recoverable(error: DistplatError) -> bool:
 
 def error_priority(error: DistplatError) -> int:
     """
-    How well an error explains a failed run: what no other process has caused comes first.
+    Return how well an error explains a failed job; root causes rank above their consequences.
 
-    A rank that comes out leaves others in operations that break, and theirs may be heard before.
+    A rank that fails leaves its peers in operations that break, and the errors of these peers may
+    arrive first.
     """
     match error:
         case UserCodeError() | SpecError() | NonFiniteError() | StorageError():
@@ -57,35 +57,34 @@ def error_priority(error: DistplatError) -> int:
             return 0
 
 
-FIRST_WAIT_S = 1.0
-LONGEST_WAIT_S = 60.0
-_TOLD = 100
-"""Failures that an error tells of at most."""
-STEPS_FOR_ONE = 100
-"""Steps, beyond the furthest one so far, for which a failure and a preemption are given back."""
+MIN_DELAY_S = 1.0
+MAX_DELAY_S = 60.0
+_MAX_LISTED = 100
+"""Most failures that an error lists."""
+STEPS_PER_REFILL = 100
+"""New steps, beyond the highest step so far, that return one failure and one preemption."""
 SAME_STEP_LIMIT = 3
-"""Failures at the same step that end the run: another attempt would fail there, too."""
+"""Failures at the same step that end the job."""
 COORDINATORS = frozenset({"server-manager", "task-scheduler"})
-"""What they know, they can be told again by the servers and the workers: without them no state is
-lost."""
+"""Roles without state of their own: servers and workers can restore what they know."""
 
 
 @dataclass(frozen=True)
 class Policy:
-    """Which failures a job allows, and what they may cost."""
+    """Which failures a job recovers from."""
 
     max_failures: int = 0
     max_preemptions: int = 0
     survives_worker_loss: bool = False
-    """Whether ranks that were not lost keep their state; else all go back to a checkpoint."""
+    """Whether surviving ranks keep their state; else all ranks return to a checkpoint."""
     allows_restart_from_scratch: bool = True
-    """Whether the loss of a server, and of what it kept, may cost the run so far."""
+    """Whether the job may restart without the state of a lost server."""
     holders: tuple[tuple[int, ...], ...] = ()
-    """For each part of the model, the ranks that have it; of each one must be left to go on.
-    Empty: every rank has all."""
+    """For each part of the model, the ranks that hold it; one of each must survive. Empty: every
+    rank holds the whole model."""
 
     def has_all(self, ranks: Set[int]) -> bool:
-        """Whether these ranks together have the whole model."""
+        """Return whether these ranks together hold the whole model."""
         if not self.holders:
             return bool(ranks)
         return all(any(rank in ranks for rank in some) for some in self.holders)
@@ -98,16 +97,16 @@ def policy_of(
     holders: tuple[tuple[int, ...], ...] = (),
 ) -> Policy:
     """
-    Fill in what a job leaves open.
+    Return the policy of a job, with defaults for fields that the job leaves out.
 
-    Where survivors keep their state a restart costs seconds, with checkpoints the steps since the
-    last one; elsewhere it costs the whole run so far, and must be asked for.
+    Where survivors keep their state, a restart costs seconds, and with checkpoints the steps since
+    the last one. Otherwise a restart loses all progress, so it must be requested explicitly.
     """
-    by_default = (3, 100) if survives_worker_loss or checkpoints else (0, 0)
+    defaults = (3, 100) if survives_worker_loss or checkpoints else (0, 0)
     failures, preemptions = failure.max_failures, failure.max_preemptions
     return Policy(
-        by_default[0] if failures is None else failures,
-        by_default[1] if preemptions is None else preemptions,
+        defaults[0] if failures is None else failures,
+        defaults[1] if preemptions is None else preemptions,
         survives_worker_loss,
         allows_restart_from_scratch=failures is not None or checkpoints,
         holders=holders,
@@ -116,45 +115,41 @@ def policy_of(
 
 @dataclass(frozen=True)
 class Restart:
-    """How a run goes on."""
+    """How a job continues after a failure or a resize."""
 
     attempt: int
-    """Its number from now on."""
+    """Number of the next attempt."""
     replace: tuple[int, ...]
-    """Ranks that are made anew; the others keep their processes."""
+    """Ranks whose processes are replaced; all other ranks keep theirs."""
     restarts_all: bool
-    """Servers are made anew too; all begin from the last checkpoint, or from the first step."""
+    """Whether servers are replaced too, and all ranks start from the last checkpoint or from
+    scratch."""
     wait_s: float
     coordinators: tuple[str, ...] = ()
-    """Roles that are made anew, too, though all else goes on: see `COORDINATORS`."""
+    """Coordinators that are replaced although the rest continues: see `COORDINATORS`."""
     world: int | None = None
-    """How many ranks there are from now on; None: as many as before."""
+    """Number of ranks in the next attempt; None: unchanged."""
 
 
 class Budget:
-    """
-    Counts failures against a policy.
-
-    Args:
-        policy: what the job allows.
-    """
+    """Count failures against a policy."""
 
     def __init__(self, policy: Policy) -> None:
         self._policy = policy
-        self.failures: deque[str] = deque(maxlen=_TOLD)  #: the last failures, in words
+        self.failures: deque[str] = deque(maxlen=_MAX_LISTED)  #: descriptions of the last failures
         self._attempt = 0
         self._failures = 0
         self._preemptions = 0
-        self._credited_to = 0  #: steps for which something was given back, or nothing was to be
-        self._saved_to = 0  #: checkpoints up to this step give nothing back
+        self._credited_to = 0  #: highest step that was already credited
+        self._saved_to = 0  #: highest step whose checkpoint was already credited
         self._last_step = -1
         self._at_same_step = 0
-        self._counted = False  #: whether the last one was
+        self._counted = False  #: whether the last failure was counted
         self._dead_nodes = set[str]()
 
-    def _is_paid(self, consequence: bool, node: str) -> bool:
-        """Say whether a failure before has paid for this one."""
-        if node in self._dead_nodes:  # Ray starts processes on a dead node until it knows
+    def _already_counted(self, consequence: bool, node: str) -> bool:
+        """Return whether an earlier failure already accounts for this one."""
+        if node in self._dead_nodes:  # Ray starts processes on a dead node until it notices
             return True
         self._dead_nodes |= {node} - {""}
         paid = consequence and self._counted
@@ -168,21 +163,21 @@ class Budget:
         Count one more failure.
 
         Args:
-            step: steps that were done; how far the run has come.
-            cause: what happened.
-            preempted: the machine was taken away.
-            consequence: nothing more was lost: survivors found out what was lost with the others.
-                It is free once after a failure that was paid for.
-            node: that died, and the process with it; it is paid for once.
+            step: highest step that was done.
+            cause: description of the failure.
+            preempted: whether the machine was preempted.
+            consequence: whether survivors only found out that state was lost with an earlier
+                failure. It is not counted if that failure was.
+            node: the node whose death caused the failure; each dead node counts once.
 
         Returns:
-            Seconds to wait before going on, or why the run must end.
+            Seconds to wait before the restart, or the reason why the job must end.
         """
         self.failures.append(f"attempt {self._attempt}, after step {step}: {cause}")
         self._attempt += 1
-        if self._is_paid(consequence, node):
+        if self._already_counted(consequence, node):
             return 0.0
-        self._give_back(step)
+        self._refill_for_steps(step)
         self._saved_to = max(self._saved_to, step)
         if preempted:
             self._preemptions += 1
@@ -198,29 +193,29 @@ class Budget:
             return f"failed {SAME_STEP_LIMIT} times after step {step}, without a step between"
         if self._at_same_step == 1:
             return 0.0
-        return float(min(LONGEST_WAIT_S, FIRST_WAIT_S * 2 ** (self._at_same_step - 2)))
+        return float(min(MAX_DELAY_S, MIN_DELAY_S * 2 ** (self._at_same_step - 2)))
 
-    def _give_back(self, step: int) -> None:
-        """Fill up for the steps that were made since; those that are made again count once."""
+    def _refill_for_steps(self, step: int) -> None:
+        """Refill the budget for new steps; repeated steps do not count again."""
         if not self._failures and not self._preemptions:
             self._credited_to = max(self._credited_to, step)
             return
-        earned = max(0, step - self._credited_to) // STEPS_FOR_ONE
-        self._credited_to += earned * STEPS_FOR_ONE
-        self._fill_up(earned)
+        refills = max(0, step - self._credited_to) // STEPS_PER_REFILL
+        self._credited_to += refills * STEPS_PER_REFILL
+        self._refill(refills)
 
     def checkpoint_saved(self, step: int) -> None:
         """
-        Give one back for a checkpoint that a train function has reported.
+        Refill by one for a checkpoint that a train function reported.
 
         Args:
-            step: of the checkpoint. Where one of it or of a later step has come before, or a
-                failure, its steps were made again, which is no progress.
+            step: of the checkpoint. Checkpoints up to the highest earlier checkpoint or failure
+                count as repeated work, not as progress.
         """
         if step > self._saved_to:
             self._saved_to = step
-            self._fill_up(1)
+            self._refill(1)
 
-    def _fill_up(self, count: int) -> None:
+    def _refill(self, count: int) -> None:
         self._failures = max(0, self._failures - count)
         self._preemptions = max(0, self._preemptions - count)

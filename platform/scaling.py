@@ -1,17 +1,17 @@
 """
-Another number of workers: requests that come in, and what becomes of one that all ranks share.
+Changing the number of workers: requests, and the state of a resize.
 
-    ask(4) ──▶ number 1, pending ── take ──▶ workers are made ── answer ──▶ granted, or why not
+    submit(4) ──▶ number 1, pending ── take ──▶ workers are started ── answer ──▶ granted or refused
 
-Where all ranks make every step together they change at the same step (`Resizing`):
+Where all ranks do every step together, they change at the same step (`Resizing`):
 
-    request 4     worker-2 and worker-3 are made, and the run goes on with two
-    both ready    due: the run is to stop before one step, and to go on with four
-    one lost      the request is given up, the other newcomer ended; the run went on all the time
-    request 1     nobody is to be made: due at once
+    request 4     worker-2 and worker-3 start, and the run continues with two
+    both ready    due: the run stops after a step, and continues with four
+    one lost      the request is canceled, the other newcomer stopped; the run was never stopped
+    request 1     no worker has to start: due at once
 
-A later request takes the place of an earlier one; who is being made and is still wanted, stays. The
-classes read no clock and talk to nobody.
+A later request replaces an earlier one; newcomers that are still needed are kept. The classes read
+no clock and do no I/O.
 """
 
 import threading
@@ -20,15 +20,15 @@ from dataclasses import dataclass
 
 class Resizing:
     """
-    Who is made ready to join, and when the number is to change.
+    State of a resize: which newcomers are starting, and when the number of ranks changes.
 
     Args:
-        world: ranks that there are.
+        world: present number of ranks.
     """
 
     def __init__(self, world: int) -> None:
         self.world = world
-        self.wanted: int | None = None  #: ranks that there are to be; None: no request is open
+        self.wanted: int | None = None  #: requested number of ranks; None: no open request
         self.newcomers: dict[int, bool] = {}  #: rank -> whether it is ready
 
     def request(self, workers: int) -> None:
@@ -36,36 +36,36 @@ class Resizing:
         self.wanted = workers
 
     def cancel(self) -> None:
-        """The request cannot be granted."""
+        """Cancel the request."""
         self.wanted = None
 
     @property
     def ranks_to_start(self) -> list[int]:
-        """Ranks of newcomers that are wanted and not started yet."""
+        """Ranks of newcomers that are needed and not started."""
         wanted = range(self.world, self.wanted or 0)
         return [rank for rank in wanted if rank not in self.newcomers]
 
     @property
     def ranks_to_stop(self) -> list[int]:
-        """Newcomers that are not wanted any more."""
+        """Ranks of newcomers that are no longer needed."""
         wanted = range(self.world, self.wanted or 0)
         return [rank for rank in self.newcomers if rank not in wanted]
 
     def newcomer_started(self, rank: int) -> None:
-        """A newcomer was asked for; it is starting."""
+        """Record that a newcomer is starting."""
         self.newcomers[rank] = False
 
     def newcomer_ready(self, rank: int) -> None:
-        """It could begin at once."""
+        """Record that a newcomer is ready to train."""
         self.newcomers[rank] = True
 
     def newcomer_removed(self, rank: int) -> None:
-        """It was let go, or is lost."""
+        """Record that a newcomer was stopped or lost."""
         self.newcomers.pop(rank, None)
 
     @property
     def due(self) -> int | None:
-        """Ranks to go on with, when there is nothing more to wait for; None: go on as it is."""
+        """New number of ranks, once all newcomers are ready; None: no change is due."""
         if self.wanted is None or self.wanted == self.world:
             return None
         wanted = range(self.world, self.wanted)
@@ -73,16 +73,16 @@ class Resizing:
 
     @property
     def granted(self) -> bool:
-        """Whether there are as many as were requested."""
+        """Whether the number of ranks is the requested one."""
         return self.wanted == self.world
 
     def resized(self, world: int) -> None:
-        """The run goes on with so many ranks; newcomers among them are no newcomers any more."""
+        """Record the new number of ranks; newcomers among them become regular ranks."""
         self.world = world
         self.newcomers = {rank: r for rank, r in self.newcomers.items() if rank >= world}
 
     def all_restarted(self, world: int) -> None:
-        """All processes were made anew, newcomers went with them; the request stands."""
+        """Record that all processes were replaced, without newcomers; the request stays open."""
         self.world = world
         self.newcomers = {}
 
@@ -98,29 +98,29 @@ class ScaleRequest:
 
 @dataclass(frozen=True)
 class ScaleStatus:
-    """What became of the last request."""
+    """Status of the last request."""
 
     request: ScaleRequest | None = None
-    """None: nobody has asked."""
+    """None: there was no request."""
     refused: str = ""
-    """Why it was not granted; empty: it was, or is about to be."""
+    """Why the request was refused; empty: it was not."""
     pending: bool = False
-    """Whether it is still to be answered."""
+    """Whether the request is still open."""
 
 
 NO_SCALE_REQUEST = ScaleStatus()
 
 
 class ScaleRequests:
-    """The requests of one run; every method may be called from any thread."""
+    """Requests of one run; thread-safe."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._status = ScaleStatus()
-        self._taken = 0  #: number of the last request that was taken
+        self._taken = 0  #: number of the last request returned by `take`
 
-    def ask(self, workers: int) -> ScaleRequest:
-        """Note a request; the one before counts no more."""
+    def submit(self, workers: int) -> ScaleRequest:
+        """Submit a request; it replaces an earlier one."""
         with self._lock:
             before = self._status.request
             request = ScaleRequest(1 if before is None else before.number + 1, workers)
@@ -128,7 +128,7 @@ class ScaleRequests:
             return request
 
     def take(self) -> ScaleRequest | None:
-        """Give the last request, once; None: there is no new one."""
+        """Return the last request, once; None: no new request."""
         with self._lock:
             last = self._status.request
             if last is None or last.number == self._taken:
@@ -137,13 +137,13 @@ class ScaleRequests:
             return last
 
     def answer(self, number: int, refused: str) -> None:
-        """Note what became of a request, unless there is a later one; no reason: it is granted."""
+        """Record the outcome of a request, unless a later one exists; empty: granted."""
         with self._lock:
             last = self._status.request
             if last is not None and last.number == number:
                 self._status = ScaleStatus(last, refused)
 
     def status(self) -> ScaleStatus:
-        """Tell what became of the last request."""
+        """Return the status of the last request."""
         with self._lock:
             return self._status

@@ -1,19 +1,19 @@
 """
-The server manager's state machine: who serves which shard, and what to do when one is lost.
+The server manager's state machine: which server keeps which shard, and how a loss is repaired.
 
     shard 0    server-0 primary  ══ every update ══▶  server-1 backup          term 2
                     ✗ lost
-               server-1 promoted; the map's version grows                      term 3
-               server-1 primary  ══ every update ══▶  server-2, made and filled  term 4
+               server-1 promoted; the version of the shard map grows           term 3
+               server-1 primary  ══ every update ══▶  server-2, new and filled  term 4
 
-A `ShardAssignment` is one shard's pair of servers. Its term grows with every change of who is in
-it, so that a message of an earlier pair is refused (see `ReplicaState`). Only this class decides
-that a primary may go on alone: one that misses its backup waits to be told. So there is never a
-moment in which the primary goes on without the backup while the backup is promoted (I4).
+A `ShardAssignment` is one shard's pair of servers. Its term grows with every change of the pair, so
+that messages of an earlier pair are refused (see `ReplicaState`). Only this class decides that a
+primary may continue without a backup: a primary that loses its backup waits for that decision. So a
+primary never continues alone while its backup is being promoted (I4).
 
-A manager that was lost is followed by another one, which asks the servers what they keep (`adopt`).
+A lost manager is followed by a new one, which asks the servers for their state (`adopt`).
 
-The class reads no clock and talks to nobody: news come in, orders go out.
+The class reads no clock and does no I/O: it takes events and returns orders.
 """
 
 from collections.abc import Collection, Sequence
@@ -25,21 +25,16 @@ from distplat.platform.shard_map import Shard
 
 
 class Role(Enum):
-    """What a server does with a shard."""
+    """Role of a server for one shard."""
 
     WAITING = "serves, but waits for its first backup before it acknowledges"
     ALONE = "serves"
-    PRIMARY = "serves, and has its backup keep up"
-    BACKUP = "keeps up with the primary"
+    PRIMARY = "serves, and replicates every update to its backup"
+    BACKUP = "applies the primary's updates"
 
 
 class ReplicaState:
-    """
-    What one server is to a store that is kept twice, and in which term.
-
-    Args:
-        role: the first one.
-    """
+    """Role and term of one replica of a store."""
 
     def __init__(self, role: Role) -> None:
         self.role = role
@@ -47,7 +42,7 @@ class ReplicaState:
 
     @property
     def settled(self) -> bool:
-        """Whether a primary knows what an acknowledgement needs."""
+        """Whether a primary knows if acknowledgements need a backup."""
         return self.role is not Role.WAITING
 
     def check_serves(self) -> None:
@@ -55,17 +50,17 @@ class ReplicaState:
         Refuse workers' calls to a backup.
 
         Raises:
-            NotReadyError: this server is no primary.
+            NotReadyError: this server is a backup.
         """
         if self.role is Role.BACKUP:
             raise NotReadyError("this server is a backup: it does not serve before its promotion")
 
     def check_update(self, term: int) -> None:
         """
-        Refuse a primary's updates that are not of this backup's term.
+        Refuse updates of a primary from another term.
 
         Raises:
-            FencedError: another server is the primary by now.
+            FencedError: this server is no backup, or of another term.
         """
         if self.role is not Role.BACKUP or term != self.term:
             raise FencedError(
@@ -74,7 +69,7 @@ class ReplicaState:
             )
 
     def change(self, role: Role, term: int) -> bool:
-        """Take a part; False: the message is older than the present one, or came before."""
+        """Change role and term; False: the message is older than the present term, or a repeat."""
         if term <= self.term:
             return False
         self.role, self.term = role, term
@@ -82,14 +77,14 @@ class ReplicaState:
 
 
 MAX_LOSSES = 8
-"""Servers lost for one shard after which no further backup is made: something else is wrong."""
-_TERMS = 1 << 20
-"""Terms of one manager, far more than it will need: a later manager's are above all of them."""
+"""Servers lost for one shard after which no more backups are started: the cause is systematic."""
+_TERMS_PER_MANAGER = 1 << 20
+"""Terms reserved for one manager; terms of a later manager start above them."""
 
 
 @dataclass(frozen=True)
 class MakeBackup:
-    """Make a server for the shard that is on another node than `beside`, where there is one."""
+    """Start a server for the shard, if possible on another node than `beside`."""
 
     shard: int
     server: str
@@ -98,7 +93,7 @@ class MakeBackup:
 
 @dataclass(frozen=True)
 class Fill:
-    """Have the primary fill the backup, and send it every update from then on."""
+    """Copy the primary's state to the backup, and replicate every later update."""
 
     shard: int
     primary: str
@@ -108,7 +103,7 @@ class Fill:
 
 @dataclass(frozen=True)
 class Promote:
-    """Have a backup serve, alone for now."""
+    """Make a backup the primary, without a backup of its own for now."""
 
     shard: int
     server: str
@@ -117,7 +112,7 @@ class Promote:
 
 @dataclass(frozen=True)
 class DropBackup:
-    """Tell a primary that it has no backup any more."""
+    """Tell a primary that it no longer has a backup."""
 
     shard: int
     server: str
@@ -129,47 +124,47 @@ Order = MakeBackup | Fill | Promote | DropBackup
 
 @dataclass(frozen=True)
 class ServerReport:
-    """What a server says of itself to a manager that was not there before."""
+    """A server's state, as reported to a new manager."""
 
     server: str
     shard: int | None
-    """Number of its shard, among those of all parts of the model; None: it was given none yet."""
+    """Number of its shard among those of all parts of the model; None: none assigned yet."""
     role: Role = Role.WAITING
     term: int = 0
     backup: str | None = None
-    """Name of the backup, of a primary that has one."""
+    """Name of a primary's backup, if any."""
     cut: Shard | None = None
-    """Which run of its part's vector the shard is."""
+    """Elements of the shard within the vector of its part."""
 
 
 @dataclass
 class ShardAssignment:
-    """One shard and the servers that keep it."""
+    """One shard and its servers."""
 
     shard: int
     primary: str
     backup: str | None = None
     ready: bool = False
-    """The backup has all that the primary has acknowledged, and will have: it may be promoted."""
+    """Whether the backup has every acknowledged update, and may be promoted."""
     term: int = 1
-    making: str | None = None
-    """A backup that is being started."""
+    starting: str | None = None
+    """Name of a backup that is being started."""
     losses: int = 0
 
 
 @dataclass(frozen=True)
 class ServerGroupStatus:
-    """The server group, as it is shown."""
+    """State of the server group, for display."""
 
     version: int
-    """Version of the shard map; 0: no shard was given out yet."""
+    """Version of the shard map; 0: no shard is assigned yet."""
     cuts: tuple[Shard, ...]
     assignments: tuple[ShardAssignment, ...]
-    """By shard, who keeps it; empty: the strategy has no shards."""
+    """Servers by shard; empty: the strategy has no shards."""
     replicated: bool
-    """Whether each shard is kept twice."""
+    """Whether each shard has a backup."""
     tables: tuple[ShardAssignment, ...] = ()
-    """By part of the embedding tables, who keeps it, where each part is kept twice."""
+    """Servers by part of the embedding tables, where tables are replicated."""
 
 
 @dataclass
@@ -178,93 +173,96 @@ class ServerGroup:
     State of a replicated server group.
 
     Args:
-        shards: how many: shards of the parameters, or servers of embedding tables.
-        prefix: of the servers' names; primaries are `server-0` and so on.
+        shards: number of shards of the parameters, or of servers of embedding tables.
+        prefix: of the servers' names; the first primaries are `server-0` and so on.
     """
 
     shards: int
     prefix: str = "server"
     version: int = 1
-    """Version of the map of primaries: a client with an older one asks again."""
+    """Version of the map of primaries; a client with an older map asks again."""
     broken: str | None = None
-    """A server that was lost with all that it kept; the group cannot go on."""
+    """Name of a server whose state is lost; the group cannot continue."""
     assignments: list[ShardAssignment] = field(init=False)
 
     def __post_init__(self) -> None:
-        self._made = self.shards  # servers named so far
+        self._next_number = self.shards  # number of the next server
         self.assignments = [
             ShardAssignment(index, f"{self.prefix}-{index}") for index in range(self.shards)
         ]
 
     @property
     def servers(self) -> list[str]:
-        """All that are to be watched."""
+        """Names of all servers to watch."""
         found: list[str] = []
         for assignment in self.assignments:
             found += [
                 name
-                for name in (assignment.primary, assignment.backup, assignment.making)
+                for name in (assignment.primary, assignment.backup, assignment.starting)
                 if name is not None
             ]
         return found
 
     def adopt(
-        self, held: Sequence[ServerReport], names: Collection[str], generation: int
+        self, reports: Sequence[ServerReport], names: Collection[str], generation: int
     ) -> list[str]:
         """
-        Take over, before anything else, what a manager before has left behind.
+        Take over the servers of a lost manager, before any other call.
 
-        Every shard stays with its primary, which is to go on alone in a term of this manager: so
-        whatever the one before has still on its way is refused. Backups are made anew.
+        Every shard keeps its primary, which continues without a backup in a term of this manager,
+        so that late orders of the lost manager are refused. Backups are started anew.
 
         Args:
-            held: what the servers say that answer.
-            names: of all servers that were ever made.
+            reports: of the servers that answered.
+            names: names of all servers that were ever started.
             generation: number of managers before this one.
 
         Returns:
-            Servers that are not needed any more. `broken` is set if some shard has certainly lost
-            its primary; a replicated primary that does not answer may have failed over.
+            Names of servers that are no longer needed. `broken` is set if some shard has certainly
+            lost its primary; a replicated primary that does not answer may have been replaced by
+            its backup.
         """
-        self._made = 1 + max(int(name.rpartition("-")[2]) for name in names)
+        self._next_number = 1 + max(int(name.rpartition("-")[2]) for name in names)
         for assignment in self.assignments:
-            reports = [one for one in held if one.shard == assignment.shard]
-            fresh = [one for one in held if one.shard is None and one.server == assignment.primary]
-            serving = [one for one in reports if one.role is not Role.BACKUP]
-            found = max(serving, key=lambda one: one.term, default=None)
-            if found is not None and _is_sure(found, reports):
-                assignment.primary, assignment.term = found.server, generation * _TERMS
-            elif reports or not fresh:
+            of_shard = [report for report in reports if report.shard == assignment.shard]
+            unassigned = any(
+                report.shard is None and report.server == assignment.primary for report in reports
+            )
+            serving = [report for report in of_shard if report.role is not Role.BACKUP]
+            found = max(serving, key=lambda report: report.term, default=None)
+            if found is not None and _is_certain(found, of_shard):
+                assignment.primary, assignment.term = found.server, generation * _TERMS_PER_MANAGER
+            elif of_shard or not unassigned:
                 self.broken = assignment.primary
-        kept = {assignment.primary for assignment in self.assignments}
-        return [one.server for one in held if one.server not in kept]
+        primaries = {assignment.primary for assignment in self.assignments}
+        return [report.server for report in reports if report.server not in primaries]
 
     def start_backups(self) -> list[Order]:
-        """Give the orders that make a backup of each shard."""
+        """Return the orders that start a backup for each shard."""
         orders: list[Order] = []
         for assignment in self.assignments:
             if assignment.term > 1:
                 orders.append(DropBackup(assignment.shard, assignment.primary, assignment.term))
-            orders += self._make(assignment)
+            orders += self._start_backup(assignment)
         return orders
 
     def backup_started(self, server: str) -> list[Order]:
-        """A backup was started: have it filled."""
+        """Return the order that fills a backup which was started."""
         for assignment in self.assignments:
-            if assignment.making == server:
-                assignment.making, assignment.backup, assignment.ready = None, server, False
+            if assignment.starting == server:
+                assignment.starting, assignment.backup, assignment.ready = None, server, False
                 assignment.term += 1
                 return [Fill(assignment.shard, assignment.primary, server, assignment.term)]
         return []
 
     def backup_filled(self, server: str, term: int) -> None:
-        """A primary says that the backup has all it has, and gets all that comes."""
+        """Record that the backup has all of the primary's state, and receives every update."""
         for assignment in self.assignments:
             if (assignment.backup, assignment.term) == (server, term):
                 assignment.ready = True
 
     def server_lost(self, server: str) -> list[Order]:
-        """A server died, or does not answer any more; told twice, it does nothing."""
+        """Return the orders after a server died or stopped answering; a repeat returns none."""
         for assignment in self.assignments:
             if server == assignment.primary:
                 return self._lose_primary(assignment)
@@ -272,11 +270,11 @@ class ServerGroup:
                 assignment.backup, assignment.ready = None, False
                 assignment.term += 1
                 alone = DropBackup(assignment.shard, assignment.primary, assignment.term)
-                return [alone, *self._make_again(assignment)]
-            if server == assignment.making:
-                assignment.making = None
+                return [alone, *self._restart_backup(assignment)]
+            if server == assignment.starting:
+                assignment.starting = None
                 if assignment.losses + 1 < MAX_LOSSES:
-                    return self._make_again(assignment)
+                    return self._restart_backup(assignment)
                 assignment.losses += 1
                 assignment.term += 1
                 return [DropBackup(assignment.shard, assignment.primary, assignment.term)]
@@ -291,22 +289,21 @@ class ServerGroup:
         self.version += 1
         return [
             Promote(assignment.shard, assignment.primary, assignment.term),
-            *self._make_again(assignment),
+            *self._restart_backup(assignment),
         ]
 
-    def _make_again(self, assignment: ShardAssignment) -> list[Order]:
+    def _restart_backup(self, assignment: ShardAssignment) -> list[Order]:
         assignment.losses += 1
-        return self._make(assignment) if assignment.losses < MAX_LOSSES else []
+        return self._start_backup(assignment) if assignment.losses < MAX_LOSSES else []
 
-    def _make(self, assignment: ShardAssignment) -> list[Order]:
-        assignment.making = f"{self.prefix}-{self._made}"
-        self._made += 1
-        return [MakeBackup(assignment.shard, assignment.making, assignment.primary)]
+    def _start_backup(self, assignment: ShardAssignment) -> list[Order]:
+        assignment.starting = f"{self.prefix}-{self._next_number}"
+        self._next_number += 1
+        return [MakeBackup(assignment.shard, assignment.starting, assignment.primary)]
 
 
-def _is_sure(primary: ServerReport, others: Sequence[ServerReport]) -> bool:
-    """Say whether no other server can have been made the primary instead."""
+def _is_certain(primary: ServerReport, others: Sequence[ServerReport]) -> bool:
+    """Return whether no other server can have been promoted instead."""
     if primary.role is not Role.PRIMARY:
         return True
-    here = [one for one in others if one.server == primary.backup]
-    return any(one.role is Role.BACKUP for one in here)
+    return any(report.server == primary.backup and report.role is Role.BACKUP for report in others)

@@ -1,9 +1,9 @@
 """
-Errors of the user's code before the first step, told once for all ranks that have them.
+Collects errors of the user's code before the first step, to report them once for all ranks.
 
-A path that one node lacks, or another version of a library there, fails the workers of that node
-alone. So the error names ranks and nodes, and who has made model and data. What fails on all ranks
-is no matter of a node, and is told as one error.
+A path or a library version that one node lacks fails only the workers of that node. So the error
+names ranks and nodes, and which ranks built their model and data. An error on all ranks does not
+depend on a node, and is reported once without nodes.
 """
 
 from collections.abc import Collection, Iterable
@@ -13,44 +13,44 @@ from distplat.platform.errors import DistplatError, SpecError, UserCodeError, ra
 
 
 class SetupErrors:
-    """What is known of the ranks of one attempt while they make their model and data."""
+    """Setup state of the ranks of one attempt."""
 
     def __init__(self) -> None:
         self._failed: dict[int, DistplatError] = {}
-        self._made: set[int] = set()  #: ranks that have their model and data
+        self._ready: set[int] = set()  #: ranks that have built their model and data
         self._nodes: dict[int, str] = {}
 
-    def made(self, rank: int, node: str) -> None:
+    def setup_done(self, rank: int, node: str) -> None:
         """
-        Note that a rank has made its model and data.
+        Record that a rank has built its model and data.
 
         Args:
-            rank: which.
-            node: where it is, for people to read; empty: not known.
+            rank: the rank.
+            node: node of the rank, for messages; empty: unknown.
         """
-        self._made.add(rank)
+        self._ready.add(rank)
         self._nodes[rank] = node
 
     def failed(self, rank: int, node: str, error: DistplatError) -> None:
-        """Note that a rank has failed to."""
+        """Record that a rank failed to build its model or data."""
         self._failed.setdefault(rank, error)
         self._nodes[rank] = node
 
     def has(self, error: DistplatError) -> bool:
-        """Say whether an error is one of these."""
+        """Return whether an error is one of the recorded errors."""
         return any(one is error for one in self._failed.values())
 
     def waits_for(self, ranks: Collection[int]) -> bool:
-        """Say whether some of these ranks may still fail alike."""
-        return not self._failed.keys() | self._made >= set(ranks)
+        """Return whether some of these ranks may still report the same error."""
+        return not self._failed.keys() | self._ready >= set(ranks)
 
     def with_ranks(self, error: DistplatError, ranks: Collection[int]) -> DistplatError:
         """
-        Give an error of a run with the ranks and nodes that have it; another error as it is.
+        Add the affected ranks and nodes to a recorded error; return other errors unchanged.
 
         Args:
-            error: what ends the run.
-            ranks: all that there are.
+            error: the error that ends the run.
+            ranks: all ranks of the run.
         """
         if not self.has(error) or len(ranks) == 1:
             return error
@@ -67,14 +67,14 @@ class SetupErrors:
         return ranks_text(ranks)
 
     def _remedy(self, failed: Collection[int]) -> str:
-        """Name the ranks without this error; empty: there are none, or on the same node."""
+        """Return a hint with the ranks without this error; empty: none, or on the same node."""
         nodes = self._nodes_of(failed)
-        there = {self._nodes[rank] for rank in self._made} - {""}
-        if not there or there & set(nodes):  # then it is not for the node
+        ready_nodes = {self._nodes[rank] for rank in self._ready} - {""}
+        if not ready_nodes or ready_nodes & set(nodes):  # then the node is not the cause
             return ""
-        others = "another node" if len(there) == 1 else "other nodes"
+        others = "another node" if len(ready_nodes) == 1 else "other nodes"
         return (
-            f"{ranks_text(sorted(self._made))} made model and data on {others}: put what the task "
+            f"{ranks_text(sorted(self._ready))} made model and data on {others}: put what the task "
             f"reads on {' and '.join(nodes)} too, under the same path, or on storage that all "
             "nodes share"
         )

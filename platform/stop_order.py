@@ -1,29 +1,28 @@
 """
-How the workers of a run are told to stop: all after the same step, or at once if something failed.
+How the workers of a run stop: all after the same step, or at once after a failure.
 
-    controller   RESIZE ─▶ each worker, at another moment
-    worker-0     step 118: not told yet │ step 119: told ──▶ control record │
-    worker-1     step 118: told ──▶ control record │ ◀── the sum says RESIZE: both stop after 118
+    controller   RESIZE ─▶ each worker, at different times
+    worker-0     step 118: no order yet   │ step 119: order ──▶ control record │
+    worker-1     step 118: order ──▶ control record │ ◀── the sum says RESIZE: both stop after 118
 
-Each worker puts what it was told into its control record of the next step. The sum of the records
-has the same bits on all ranks, so they stop after the same step, whoever was told first; and what
-reaches one of them reaches all. An attempt in which something failed is abandoned: nobody waits
-for a step's end.
+Each worker writes its order into its control record of the next step. The sum of the records has
+the same bits on all ranks, so all ranks stop after the same step, and an order that reaches one
+rank reaches all. After a failure an attempt is abandoned: no rank waits for the end of a step.
 """
 
 from enum import IntEnum
 
 
 class StopOrder(IntEnum):
-    """What a worker is told about an attempt; a larger one replaces a smaller one."""
+    """Order to stop an attempt; a larger value replaces a smaller one."""
 
     NONE = 0
-    """Go on."""
+    """Continue."""
     RESIZE = 1
-    """Stop after a step, and wait: the next attempt has another number of workers."""
+    """Stop after a step and wait: the next attempt has another number of workers."""
     END = 2
-    """Stop after a step: the run ends there, as after its last step."""
+    """Stop after a step, which becomes the last step of the run."""
     SAVE = 3
-    """Stop after a step, and take a checkpoint of it: the run was asked to stop, and ends there."""
+    """Stop after a step, save a checkpoint of it, and end the run: the user asked to stop."""
     ABANDON = 4
-    """Stop at once, wherever the worker waits."""
+    """Stop at once, also inside a wait."""

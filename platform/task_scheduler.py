@@ -1,22 +1,22 @@
 """
-Who makes which part of a run: the task scheduler's state machine.
+The task scheduler's state machine: leases the tasks of a run to workers.
 
-A task is one part of one step's batch; there are as many parts as the job has workers at its start,
-whoever makes them and however many workers there are later. Tasks are leased in order, a run of
-them at a time; what a lost worker held is leased again, before anything new.
+A task is one part of one step's batch. A step has as many parts as the job has workers at its
+start, regardless of the number of workers later. Tasks are leased in order, several at a time;
+tasks of a lost worker are leased again, before any new task.
 
     step              0         1         2         3
     task            0 1 2     3 4 5     6 7 8     9 ...       three parts
     worker-0        ═ ═ ═                         ═ ...
     worker-1              ═ ═ ═     ═ ═ ═
-    worker-2 (slow)                         ═ ═               fewer tasks, and nobody waits for it
+    worker-2 (slow)                         ═ ═               fewer tasks; no other worker waits
 
-A worker that asks is given a run of tasks, or a part of an evaluation, or nothing for now. With a
-bound, no task is leased that is more than so many steps ahead of the oldest one that is not done.
-Before an evaluation of step 0 is done no task is leased: its parameters are the initial ones.
+A worker that asks receives a range of tasks, a part of an evaluation, or nothing for now. With a
+bound, no task is leased that is more than `bound` steps ahead of the oldest unfinished task. No
+task is leased before an evaluation of step 0 is done, because it needs the initial parameters.
 
-The class reads no clock and talks to nobody. A worker numbers its questions: the same number gets
-the same answer, so that an answer that was lost on its way costs nothing.
+The class reads no clock and does no I/O. Workers number their requests: the same number gets the
+same answer, so a lost answer can be requested again.
 """
 
 from __future__ import annotations
@@ -30,54 +30,54 @@ from distplat.platform.errors import ProtocolError, StaleError
 from distplat.platform.ledger import IntervalSet
 
 LEASE_S = 0.5
-"""A lease is about so much work: a question to the scheduler costs a thousandth of it."""
+"""Target work per lease: a request to the scheduler costs a thousandth of it."""
 MAX_LEASE_TASKS = 256
-"""The most tasks of one lease."""
+"""Most tasks of one lease."""
 
 
 @dataclass(frozen=True)
 class TaskPlan:
-    """What there is to do in a run; the same on all workers."""
+    """The tasks and evaluations of a run; the same on all workers."""
 
     steps: int
     """Steps of the run."""
     parts: int
     """Tasks of a step."""
     first: int = 0
-    """Steps that were made before."""
+    """Steps that were done before this run."""
     evaluations: Sequence[int] = ()
-    """After how many steps there is one, ascending; 0: before any task is leased."""
+    """Steps after which to evaluate, ascending; 0: before any task is leased."""
 
     @property
     def tasks(self) -> int:
-        """Tasks of the run."""
+        """Number of tasks of the run."""
         return self.steps * self.parts
 
 
 @dataclass(frozen=True)
 class Lease:
-    """What a worker is given; `over` says that nothing more will come."""
+    """Work for one worker; `over`: no more work will follow."""
 
     number: int
-    """Number of the question that it answers."""
+    """Number of the request that this lease answers."""
     tasks: range = range(0)
-    """Tasks, to be made in this order."""
+    """Tasks, to be done in this order."""
     evaluations: tuple[tuple[int, int], ...] = ()
-    """(Steps, part): to be evaluated with the newest parameters, before the tasks."""
+    """(steps, part) of each evaluation to run with the newest parameters, before the tasks."""
     reach: int = 0
-    """Steps all of whose tasks have been leased."""
+    """Number of steps whose tasks are all leased."""
     trained: bool = False
-    """Every task is done: the parameters are the final ones."""
+    """Whether every task is done: the parameters are final."""
     steps: int = 0
-    """Steps of the run, once every task is done: fewer than planned where it ends early."""
+    """Steps of the run, once every task is done; fewer than planned if the run ends early."""
     over: bool = False
     saves: bool = False
-    """The run was asked to stop: once `trained`, a checkpoint is taken."""
+    """Whether a checkpoint is saved once `trained`, because the run was asked to stop."""
 
 
 @dataclass
 class _WorkerTasks:
-    """What one worker has."""
+    """Leased work of one worker."""
 
     tasks: set[int] = field(default_factory=set)
     evaluations: set[tuple[int, int]] = field(default_factory=set)
@@ -86,12 +86,13 @@ class _WorkerTasks:
 
 def lease_size(task_s: float | None, left: int, workers: int) -> int:
     """
-    Give how many tasks the next lease may have.
+    Return the number of tasks for the next lease.
 
     Args:
-        task_s: what a task takes this worker, in seconds; None: not known yet.
+        task_s: the worker's seconds per task; None: not known yet.
         left: tasks that are not leased.
-        workers: that share them: towards the end leases get short, or all would wait for the last.
+        workers: workers that share these tasks. Leases get shorter towards the end of the run, so
+            that no worker waits long for the last one.
     """
     wanted = 1 if task_s is None else int(LEASE_S / max(task_s, 1e-6))
     return max(1, min(wanted, MAX_LEASE_TASKS, left // (2 * max(1, workers))))
@@ -99,22 +100,23 @@ def lease_size(task_s: float | None, left: int, workers: int) -> int:
 
 class TaskScheduler:
     """
-    Leases of one run.
+    State of one run's leases.
 
     Args:
-        plan: what there is to do.
-        bound: steps that a lease may be ahead of the oldest task that is not done; None: any.
+        plan: the run's tasks and evaluations.
+        bound: most steps that a leased task may be ahead of the oldest unfinished task; None: no
+            limit.
     """
 
     def __init__(self, plan: TaskPlan, bound: int | None = None) -> None:
         self.plan, self._bound = plan, bound
         self.attempt = 0
         self.done = IntervalSet(plan.first * plan.parts)
-        self.duplicates = 0  #: tasks that were made once more, for nothing
-        self._next = self.done.low  #: everything from here on was never leased
-        self._again: list[int] = []  #: tasks to be leased once more, ascending
+        self.duplicates = 0  #: leased tasks that were already done
+        self._next = self.done.low  #: first task that was never leased
+        self._returned: list[int] = []  #: tasks to be leased again, ascending
         self._evaluations: list[tuple[int, int]] = []  #: to be leased, ascending
-        self._due = 0  #: evaluations of the plan whose steps are done
+        self._due = 0  #: number of planned evaluations whose steps are done
         self._evaluated: set[tuple[int, int]] = set()
         self._holdings: dict[int, _WorkerTasks] = {}
         self._leaving: set[int] = set()
@@ -127,29 +129,29 @@ class TaskScheduler:
 
     @property
     def over(self) -> bool:
-        """Whether everything is done."""
-        every = len(self.plan.evaluations) * self.plan.parts
-        return self.trained and (self._saves or len(self._evaluated) == every)
+        """Whether all tasks and evaluations are done."""
+        total = len(self.plan.evaluations) * self.plan.parts
+        return self.trained and (self._saves or len(self._evaluated) == total)
 
     @property
     def _has_baseline(self) -> bool:
-        """Whether the evaluation before the first step is done, if there is to be one."""
+        """Whether the evaluation before the first step is done, or not planned."""
         if 0 not in self.plan.evaluations[:1]:
             return True
         return all((0, part) in self._evaluated for part in range(self.plan.parts))
 
     @property
     def left(self) -> int:
-        """Tasks that no worker holds."""
-        return self.plan.tasks - self._next + len(self._again)
+        """Number of tasks that no worker holds and that are not done."""
+        return self.plan.tasks - self._next + len(self._returned)
 
     def held(self, worker: int) -> list[int]:
-        """Give the tasks that a worker has been given and has not yet done, ascending."""
+        """Return a worker's leased tasks that are not done, ascending."""
         holding = self._holdings.get(worker)
         return sorted(holding.tasks) if holding is not None else []
 
     def renew(self, attempt: int) -> None:
-        """Begin a later attempt: whatever anybody held is to be leased once more."""
+        """Start a later attempt: all leased, unfinished work is leased again."""
         if attempt > self.attempt:
             self.attempt = attempt
             for worker in list(self._holdings):
@@ -157,76 +159,78 @@ class TaskScheduler:
             self._holdings.clear()
 
     def lose(self, worker: int) -> None:
-        """Have all that a worker holds leased to others; should it come back, it gets more."""
+        """Return a worker's leased work to the queue; the worker may still ask for more."""
         holding = self._holdings.get(worker)
         if holding is None:
             return
         for task in holding.tasks:
             if task not in self.done:
-                bisect.insort(self._again, task)
+                bisect.insort(self._returned, task)
         self._evaluations = sorted(holding.evaluations) + self._evaluations
         holding.tasks.clear()
         holding.evaluations.clear()
 
     def dismiss(self, worker: int) -> None:
         """
-        Give a worker nothing more: it finishes what it has, tells so, and goes.
+        Give a worker no more work: it finishes its leases, reports them, and leaves.
 
-        It asks for more before it has finished (`actors/servers/leases.py`). Were it told at once
-        that nothing more will come, it would go, and nobody would hear of its last tasks.
+        A worker asks for more work before it has finished its lease (`actors/servers/leases.py`).
+        If it were told at once that no work follows, it would leave without reporting its last
+        tasks.
         """
         self._leaving.add(worker)
 
     def end_early(self, *, saves: bool = False) -> None:
         """
-        Lease no step of which no task was leased; the run ends after the others.
+        Lease no tasks of further steps; the run ends after the steps that are partly leased.
 
         Args:
-            saves: it ends with a checkpoint, and without the evaluations that are not begun.
+            saves: whether the run ends with a checkpoint, and without evaluations that have not
+                started.
         """
         self._saves = self._saves or saves
         plan = self.plan
         steps = max(plan.first, -(-self._next // plan.parts))
         if steps >= plan.steps:
             return
-        due = tuple(takewhile(lambda one: one < steps, plan.evaluations))
+        due = tuple(takewhile(lambda evaluated: evaluated < steps, plan.evaluations))
         if plan.evaluations and (steps or plan.evaluations[0] == 0):
             due = (*due, steps)
         self.plan = replace(plan, steps=steps, evaluations=due)
 
     def work(self, worker: int, number: int, most: int = 1) -> Lease | None:
         """
-        Answer a worker's question for work.
+        Answer a worker's request for work.
 
         Args:
             worker: its rank.
-            number: of the question, from 0 in each attempt.
-            most: tasks that it may be given.
+            number: of the request, from 0 in each attempt.
+            most: most tasks of the lease.
 
         Returns:
-            None: nothing for now; it asks again, with the same number.
+            The lease; None: nothing for now, and the worker asks again with the same number.
 
         Raises:
-            StaleError: it has had the answer to a later question.
+            StaleError: a later request was already answered.
         """
         holding = self._holdings.setdefault(worker, _WorkerTasks())
         last = holding.answer
         if last is not None and number == last.number:
             return last
         if last is not None and number < last.number:
-            raise StaleError(f"question {number} of rank {worker} refused: it has gone on since")
-        found = self._find(worker, number, most)
-        if found is not None:
-            holding.answer = found
-            holding.tasks.update(found.tasks)
-            holding.evaluations.update(found.evaluations)
-        return found
+            raise StaleError(f"request {number} of rank {worker} refused: a later one was answered")
+        lease = self._find_work(worker, number, most)
+        if lease is not None:
+            holding.answer = lease
+            holding.tasks.update(lease.tasks)
+            holding.evaluations.update(lease.evaluations)
+        return lease
 
     def finish(
         self, worker: int, tasks: tuple[int, ...], evaluations: tuple[tuple[int, int], ...] = ()
     ) -> None:
         """
-        Take what a worker has done; what it tells twice counts once.
+        Record a worker's finished work; repeated reports count once.
 
         Raises:
             ProtocolError: there is no such task.
@@ -234,12 +238,12 @@ class TaskScheduler:
         holding = self._holdings.setdefault(worker, _WorkerTasks())
         for task in tasks:
             if not self.plan.first * self.plan.parts <= task < self.plan.tasks:
-                raise ProtocolError(f"rank {worker} made task {task}: there is none of that number")
+                raise ProtocolError(f"rank {worker} reported task {task}, which does not exist")
             is_leased = task in holding.tasks
             holding.tasks.discard(task)
             if self.done.add(task):
-                if task in self._again:
-                    self._again.remove(task)
+                if task in self._returned:
+                    self._returned.remove(task)
             elif is_leased:
                 self.duplicates += 1
         for evaluation in evaluations:
@@ -248,14 +252,14 @@ class TaskScheduler:
             if evaluation in self._evaluations:
                 self._evaluations.remove(evaluation)
 
-    def _find(self, worker: int, number: int, most: int) -> Lease | None:
+    def _find_work(self, worker: int, number: int, most: int) -> Lease | None:
         reach, trained = self._next // self.plan.parts, self.trained
         steps, holding = self.plan.steps if trained else 0, self._holdings[worker]
         if worker in self._leaving and not self.over and (holding.tasks or holding.evaluations):
             return None
         if worker in self._leaving or self.over:
             return Lease(number, range(0), (), reach, trained, steps, True, self._saves)
-        self._note_due()
+        self._queue_due_evaluations()
         if self._evaluations and not self._saves and self._is_turn(self._evaluations[0][0]):
             evaluation = self._evaluations.pop(0)
             evaluations = (evaluation,)
@@ -266,25 +270,25 @@ class TaskScheduler:
         return Lease(number, tasks, reach=self._next // self.plan.parts)
 
     def _is_turn(self, steps: int) -> bool:
-        """Whether no part of an earlier evaluation is under way: they are told in their order."""
+        """Whether no part of an earlier evaluation is running: results are reported in order."""
         holdings = self._holdings.values()
         return all(held >= steps for holding in holdings for held, _ in holding.evaluations)
 
-    def _note_due(self) -> None:
-        """Have those evaluations leased whose steps are done."""
+    def _queue_due_evaluations(self) -> None:
+        """Queue the evaluations whose steps are done."""
         planned, parts = self.plan.evaluations, range(self.plan.parts)
         while self._due < len(planned) and planned[self._due] * len(parts) <= self.done.low:
-            found = [(planned[self._due], part) for part in parts]
-            self._evaluations += [one for one in found if one not in self._evaluated]
+            due = [(planned[self._due], part) for part in parts]
+            self._evaluations += [pair for pair in due if pair not in self._evaluated]
             self._due += 1
 
     def _lease(self, most: int) -> range:
-        """Take the lowest run of tasks that no worker holds, at most `most` of them."""
-        if self._again:
-            first, count = self._again[0], 1
-            while count < min(most, len(self._again)) and self._again[count] == first + count:
+        """Lease the lowest range of tasks that no worker holds, at most `most` of them."""
+        if self._returned:
+            first, count = self._returned[0], 1
+            while count < min(most, len(self._returned)) and self._returned[count] == first + count:
                 count += 1
-            del self._again[:count]
+            del self._returned[:count]
             return range(first, first + count)
         end = self.plan.tasks
         if self._bound is not None:

@@ -308,8 +308,8 @@ class ShardServing(Serving[ShardServer]):
         ledger = self._server.store.ledger
 
         def count() -> int:
-            ledger.left.add(rank)
-            return ledger.world - len(ledger.left)
+            ledger.finished_ranks.add(rank)
+            return ledger.world - len(ledger.finished_ranks)
 
         return self._server.exclusively(count)
 

@@ -23,7 +23,7 @@ from torch.nn.parameter import is_lazy
 from torch.utils.data import DataLoader, Dataset
 
 from distplat.platform.errors import Problem, SpecError
-from distplat.platform.evaluations import period_problems, watching
+from distplat.platform.evaluations import metric_fields, period_problems
 from distplat.platform.sampler import ENDLESS, Sampler
 from distplat.platform.spec import Job
 from distplat.platform.tensor_slices import ITEM_BYTES
@@ -213,10 +213,10 @@ def check_evaluations(job: Job, sampler: Sampler, eval_data: object) -> None:
             "it could be evaluated: it is after the last step, or give `evaluation.every_steps`"
         )
         text = "needs evaluations while the run goes on, and there is one at its end only"
-        if watching(job):
+        if metric_fields(job):
             advice = "give `evaluation.every_steps`"
-            raise SpecError(*(Problem(field, text, advice) for field, _ in watching(job)))
-    fields = [field for field, _ in watching(job)]
+            raise SpecError(*(Problem(field, text, advice) for field, _ in metric_fields(job)))
+    fields = [field for field, _ in metric_fields(job)]
     if job.data.persistent_workers:
         fields.append(("data", "persistent_workers"))
     if job.evaluation.before_first:

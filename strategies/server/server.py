@@ -246,7 +246,7 @@ class Server(Generic[S]):
         if self.store.commit(seq, norm):
             apply_s = time.perf_counter() - began
             for rank, queued in self._queued.items():
-                self._loads[rank] = apply_s, max(0.0, began - queued.at), queued.depth
+                self._loads[rank] = apply_s, max(0.0, began - queued.arrived_at), queued.depth
             self._queued.clear()
         self._confirm()
 
@@ -325,14 +325,16 @@ class Server(Generic[S]):
         attempt = ledger.attempt
 
         def over() -> bool:
-            gone = bool(ledger.left) and bool(ledger.left.intersection(missing()))
+            gone = bool(ledger.finished_ranks) and bool(
+                ledger.finished_ranks.intersection(missing())
+            )
             return gone or self._fenced_by is not None or ledger.attempt != attempt
 
         there = wait_awake(self._changed, lambda: over() or arrived(), limit_s)
         self._check_not_fenced()
         if ledger.attempt != attempt:
             raise FencedError(f"{what}: attempt {attempt} is over")
-        gone = sorted(ledger.left.intersection(missing()))
+        gone = sorted(ledger.finished_ranks.intersection(missing()))
         if gone and not arrived():
             who = ", ".join(self.store.worker(rank) for rank in gone)
             cause = f"the train function of {who} is over, after fewer backwards than others'"

@@ -111,8 +111,8 @@ def run(
                 seen(step + 1)
 
     def wait(writer: BackgroundWriter[Any], record: Any) -> None:
-        writer._waiting.maxsize = _AT_A_TIME  # steps come faster here than a disk takes them
-        writer._waiting.put(record)
+        writer._queue.maxsize = _AT_A_TIME  # steps come faster here than a disk takes them
+        writer._queue.put(record)
 
     patch.setattr("distplat.actors.trainer.train_on_ray", feed)
     patch.setattr(BackgroundWriter, "put", wait)

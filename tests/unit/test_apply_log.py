@@ -81,7 +81,7 @@ def test_a_good_log_has_no_flaw() -> None:
     [
         (GOOD[:-1], "1 tasks are missing, the first is 5"),
         ([*GOOD, (1, 6, 6)], "update 6 is task 6 of rank 1: the run has 6"),
-        ([*GOOD[:3], GOOD[2], *GOOD[3:]], "update 3 is task 2, which was made before"),
+        ([*GOOD[:3], GOOD[2], *GOOD[3:]], "update 3 is task 2, which was applied before"),
         ([*GOOD[:2], *GOOD[3:]], "update 2 was computed at version 3"),
         ([(-1, 0, 0)], "update 0 is task 0 of rank -1"),
         ([(0, 0, 1)], "computed at version 1"),

@@ -61,7 +61,7 @@ def test_without_a_wish_nothing_happens(requests: ScaleRequests) -> None:
 def test_a_wish_is_carried_out_once(requests: ScaleRequests) -> None:
     actor_group = FakeActorGroup(0, 1)
     change = made(actor_group, requests)
-    requests.ask(4)
+    requests.submit(4)
     assert requests.status().pending
     assert change.carry_out(0) == [10, 11]
     assert change.carry_out(0) == []
@@ -75,11 +75,11 @@ def test_the_highest_ranks_leave_and_those_that_are_leaving_do_not_count(
 ) -> None:
     actor_group = FakeActorGroup(0, 1, 4, 7)
     change = made(actor_group, requests)
-    requests.ask(2)
+    requests.submit(2)
     change.carry_out(0)
     assert actor_group.told == [("dismiss", (4, 7))]
     assert requests.status() == ScaleStatus(ScaleRequest(1, 2))
-    requests.ask(3)
+    requests.submit(3)
     assert change.carry_out(0) == [10], "4 and 7 go all the same"
     change.left(4)
     assert sorted(actor_group.workers) == [0, 1, 7, 10]
@@ -92,7 +92,7 @@ def test_what_the_cluster_lacks_is_told(short: list[str], requests: ScaleRequest
     change = made(actor_group, requests)
     assert change.refusal(4) == "2 more workers need 2 CPU"
     assert change.refusal(2) == ""
-    requests.ask(4)  # there was room when it was asked for
+    requests.submit(4)  # there was room when it was asked for
     assert change.carry_out(0) == []
     assert requests.status() == ScaleStatus(ScaleRequest(1, 4), "2 more workers need 2 CPU")
     assert sorted(actor_group.workers) == [0, 1]
@@ -101,10 +101,10 @@ def test_what_the_cluster_lacks_is_told(short: list[str], requests: ScaleRequest
 def test_when_all_begin_anew_nobody_is_leaving(requests: ScaleRequests) -> None:
     actor_group = FakeActorGroup(0, 1, 2)
     change = made(actor_group, requests)
-    requests.ask(1)
+    requests.submit(1)
     change.carry_out(0)
     change.all_restarted()
-    requests.ask(3)
+    requests.submit(3)
     assert change.carry_out(0) == []
 
 
@@ -126,7 +126,7 @@ def test_requests_that_no_cluster_could_grant(most: int, workers: int, said: str
 def test_a_new_task_scheduler_is_told_who_is_leaving(requests: ScaleRequests) -> None:
     actor_group = FakeActorGroup(0, 1, 2)
     change = made(actor_group, requests)
-    requests.ask(2)
+    requests.submit(2)
     change.carry_out(0)
     actor_group.told.clear()
     change.tell_again()

@@ -46,7 +46,7 @@ MOST_S = 60.0
 def test_which_figure_is_better(
     mode: Any, figure: float, than: float | None, by: float, better: bool
 ) -> None:
-    assert MetricRule(metric="loss", mode=mode).better(figure, than, by) is better
+    assert MetricRule(metric="loss", mode=mode).is_better(figure, than, by) is better
 
 
 def best_of(*events: tuple[str, int] | tuple[str, int, float]) -> BestCheckpoint:

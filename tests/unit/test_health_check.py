@@ -88,7 +88,7 @@ def test_a_watch_that_ends_by_a_fault_of_its_own_says_so(monkeypatch: pytest.Mon
 
 def test_a_replication_that_ends_by_a_fault_of_its_own_says_so() -> None:
     class Broken(ServerGroup):
-        def begin(self) -> list[Order]:
+        def start_backups(self) -> list[Order]:
             raise KeyError("server-7")
 
     cluster, actors = servers(1)

@@ -245,7 +245,7 @@ def test_of_a_leased_task_the_first_push_counts() -> None:
     assert offer(book, leased(9, 0, 7)) is COMMITTED
     assert offer(book, leased(9, 1, 5)) is Verdict.LATE  # made before the checkpoint
     assert offer(book, leased(9, 2, 6)) is NEW
-    assert (book.version, book.made.low, book.dropped) == (8, 8, {9: 2})
+    assert (book.version, book.applied.low, book.dropped) == (8, 8, {9: 2})
 
 
 @pytest.mark.parametrize(
@@ -268,7 +268,7 @@ def test_pushes_of_leased_tasks_that_are_refused(
         offer(book, leased(0, seq, seq))
     with pytest.raises(error):
         book.offer(offered)
-    assert (book.version, book.made.low) == (3, 3)
+    assert (book.version, book.applied.low) == (3, 3)
 
 
 def test_in_a_new_attempt_pushes_are_numbered_anew_and_tasks_stay_made() -> None:
@@ -313,7 +313,7 @@ def test_a_loops_push_passes_unless_it_is_too_far_ahead(
     missing: list[int],
 ) -> None:
     book = loop_ledger(pushes, bound)
-    book.left.update(left)
+    book.finished_ranks.update(left)
     assert book.passed(push(0, pushes[0] - 1)) is passed
     assert book.missing() == missing
     assert (book.updates, book.steps) == (sum(pushes), sum(pushes) // 3)

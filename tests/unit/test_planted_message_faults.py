@@ -73,7 +73,7 @@ FAULTS: dict[str, tuple[str, Callable[[Patch], None], str]] = {
     "a repeated push is another update": (
         "ps-async",
         count_each_push_of_a_task,
-        r"update \d+ is task \d+, which was made before",
+        r"update \d+ is task \d+, which was applied before",
     ),
 }
 

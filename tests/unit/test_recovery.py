@@ -6,8 +6,8 @@ import pytest
 
 from distplat.platform.errors import ActorLost
 from distplat.platform.recovery import (
-    FIRST_WAIT_S,
-    LONGEST_WAIT_S,
+    MAX_DELAY_S,
+    MIN_DELAY_S,
     SAME_STEP_LIMIT,
     Budget,
     Policy,
@@ -26,7 +26,7 @@ def test_progress_costs_no_waiting() -> None:
 
 def test_failures_at_one_step_wait_then_end_the_run() -> None:
     first, second, third = spend(Budget(Policy(max_failures=100)), 7, 7, 7)
-    assert (first, second) == (0.0, FIRST_WAIT_S)
+    assert (first, second) == (0.0, MIN_DELAY_S)
     assert SAME_STEP_LIMIT == 3
     assert isinstance(third, str)
     assert "after step 7" in third
@@ -34,8 +34,8 @@ def test_failures_at_one_step_wait_then_end_the_run() -> None:
 
 def test_a_step_between_forgives() -> None:
     answers = spend(Budget(Policy(max_failures=100)), 7, 7, 8, 8, 9, 9)
-    assert answers == [0.0, FIRST_WAIT_S] * 3
-    assert max(a for a in answers if isinstance(a, float)) <= LONGEST_WAIT_S
+    assert answers == [0.0, MIN_DELAY_S] * 3
+    assert max(a for a in answers if isinstance(a, float)) <= MAX_DELAY_S
 
 
 def test_the_budget_is_spent() -> None:
@@ -61,7 +61,7 @@ def test_preemption_has_a_budget_of_its_own() -> None:
 def test_what_follows_from_a_failure_is_paid_for_once() -> None:
     budget = Budget(Policy(max_failures=2))
     follow = partial(budget.spend, 7, "its state is gone", False, consequence=True)
-    assert spend(budget, 7, 7) == [0.0, FIRST_WAIT_S]
+    assert spend(budget, 7, 7) == [0.0, MIN_DELAY_S]
     assert follow() == 0.0
     assert follow() == "`failure.max_failures` is 2", "or a fault of ours would go on for ever"
     assert len(budget.failures) == 4, "all are told"
@@ -71,7 +71,7 @@ def test_a_node_dies_once_though_its_processes_are_missed_one_by_one() -> None:
     budget = Budget(Policy(max_failures=2))
     cause = "its node has died"
     assert budget.spend(7, "worker-1 does not answer", False) == 0.0
-    assert budget.spend(7, f"server-manager: {cause}", False, node="a1") == FIRST_WAIT_S
+    assert budget.spend(7, f"server-manager: {cause}", False, node="a1") == MIN_DELAY_S
     for role in ("server-0", "server-1", "worker-1/attempt-1"):
         assert budget.spend(7, f"{role}: {cause}", False, node="a1") == 0.0
     assert len(budget.failures) == 5, "all are told"

@@ -101,7 +101,7 @@ def test_a_synchronous_run_without_backups() -> None:
     ("backup", "shown"),
     [
         (ShardAssignment(0, "server-0"), "-"),
-        (ShardAssignment(0, "server-0", making="server-9"), "server-9 (starting)"),
+        (ShardAssignment(0, "server-0", starting="server-9"), "server-9 (starting)"),
     ],
 )
 def test_backups_that_are_not_there(backup: ShardAssignment, shown: str) -> None:

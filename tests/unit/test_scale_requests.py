@@ -18,7 +18,7 @@ from distplat.platform.scaling import (
 def test_a_request_is_taken_once_and_is_pending_until_it_is_answered() -> None:
     requests = ScaleRequests()
     assert (requests.take(), requests.status()) == (None, NO_SCALE_REQUEST)
-    request = requests.ask(3)
+    request = requests.submit(3)
     assert request == ScaleRequest(1, 3)
     assert [requests.take(), requests.take()] == [request, None]
     assert requests.status() == ScaleStatus(request, pending=True)
@@ -28,8 +28,8 @@ def test_a_request_is_taken_once_and_is_pending_until_it_is_answered() -> None:
 
 def test_the_answer_to_an_earlier_request_comes_too_late() -> None:
     requests = ScaleRequests()
-    requests.ask(3)
-    later = requests.ask(2)
+    requests.submit(3)
+    later = requests.submit(2)
     requests.answer(1, "no CPU is free")
     assert requests.status() == ScaleStatus(later, pending=True)
     assert requests.take() == later, "the one before counts no more"
@@ -44,8 +44,8 @@ def test_who_asks_is_no_rival_of_itself(meanwhile: int, monkeypatch: pytest.Monk
 
     def ask(run: RunName, role: str, method: str, *args: int) -> object:
         if method == "scale":
-            first = requests.ask(*args)
-            requests.answer(requests.ask(meanwhile or args[0]).number, refused)
+            first = requests.submit(*args)
+            requests.answer(requests.submit(meanwhile or args[0]).number, refused)
             return first
         return requests.status() if method == "scale_status" else object()
 
@@ -60,7 +60,7 @@ def test_requests_of_many_threads_have_numbers_of_their_own() -> None:
     numbers: list[int] = []
 
     def ask() -> None:
-        numbers.extend(requests.ask(2).number for _ in range(200))
+        numbers.extend(requests.submit(2).number for _ in range(200))
 
     threads = [threading.Thread(target=ask) for _ in range(4)]
     for thread in threads:

@@ -92,7 +92,7 @@ def actor_group(
 
 def made(actor_group: FakeActorGroup, workers: int) -> SyncScaler:
     resizer = SyncScaler(cast(ActorGroup, actor_group), actor_group.requests)
-    actor_group.requests.ask(workers)
+    actor_group.requests.submit(workers)
     assert resizer.look(0) is None
     return resizer
 
@@ -143,7 +143,7 @@ def test_when_one_cannot_come_all_are_let_go(
     assert said in refused.lower()
     assert "\n" not in refused
     assert resizer.look(0) is None
-    actor_group.requests.ask(3)
+    actor_group.requests.submit(3)
     resizer.look(0)
     assert actor_group.newcomers == {2: None}
 
@@ -165,7 +165,7 @@ def test_what_cannot_be_had_is_refused_and_the_wish_before_stands(
         resizer = SyncScaler(cast(ActorGroup, actor_group), actor_group.requests)
         actor_group.newcomers.clear()
     assert said in resizer.refusal(workers)
-    actor_group.requests.ask(workers)  # it could be had when it was asked for
+    actor_group.requests.submit(workers)  # it could be had when it was asked for
     assert resizer.look(0) is None
     status = actor_group.requests.status()
     assert status.request == ScaleRequest(2, workers)
@@ -180,7 +180,7 @@ def test_as_many_as_there_are_is_granted_at_once(actor_group: FakeActorGroup) ->
 
 def test_a_later_request_replaces_the_earlier(actor_group: FakeActorGroup) -> None:
     resizer = made(actor_group, 5)
-    actor_group.requests.ask(3)
+    actor_group.requests.submit(3)
     assert resizer.look(0) is None
     assert actor_group.newcomers == {2: None}
     actor_group.newcomers[2] = "ready"
@@ -194,6 +194,6 @@ def test_when_all_were_made_anew_newcomers_are_made_again(actor_group: FakeActor
     resizer.all_restarted()
     assert resizer.look(0) is None
     assert actor_group.newcomers == {2: None, 3: None}
-    actor_group.requests.ask(2)
+    actor_group.requests.submit(2)
     assert resizer.look(0) is None
     assert actor_group.newcomers == {}

@@ -42,7 +42,7 @@ def test_a_question_asked_again_gets_the_same_answer() -> None:
     first = scheduler.work(0, 0, 3)
     assert scheduler.work(0, 0, 3) is first
     assert tasks(scheduler.work(0, 1, 3)) == [3, 4, 5]
-    with pytest.raises(StaleError, match="question 0 of rank 0"):
+    with pytest.raises(StaleError, match="request 0 of rank 0"):
         scheduler.work(0, 0, 3)
 
 
