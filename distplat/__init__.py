@@ -1,9 +1,9 @@
 """
-Distributed training of PyTorch models on Ray: one job file, every architecture.
+Distributed training of PyTorch models on Ray: one job file, four architectures.
 
-The public names live here and are loaded on first use, so that `import distplat` costs nothing
-and a command-line call pays for torch and Ray only when it needs them. The code is in the four
-folders beside this one, reached as `distplat.platform`, `.strategies`, `.actors` and `.cli`.
+Public names are imported on first use. `import distplat` is therefore cheap, and the command line
+imports torch and Ray only when a command needs them. The code is in the four folders beside this
+file, imported as `distplat.platform`, `.strategies`, `.actors` and `.cli`.
 """
 
 from importlib import import_module
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 __version__ = "0.1.0"
 
-_HOMES = {
+_MODULES = {
     "Callback": "distplat.actors.callbacks",
     "Checkpoint": "distplat.strategies.directory_checkpoint",
     "Trainer": "distplat.actors.trainer",
@@ -81,9 +81,9 @@ if TYPE_CHECKING:
 
 
 def __getattr__(name: str) -> object:
-    """Load a public name from its home on first use (PEP 562)."""
-    if name == "nn":  # as `torch.nn` is there after `import torch`
+    """Import the module of a public name on first use (PEP 562)."""
+    if name == "nn":  # like `torch.nn`, available without an import of its own
         return import_module("distplat.nn")
-    if name not in _HOMES:
+    if name not in _MODULES:
         raise AttributeError(f"module 'distplat' has no attribute {name!r}")
-    return getattr(import_module(_HOMES[name]), name)
+    return getattr(import_module(_MODULES[name]), name)

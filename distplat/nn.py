@@ -1,4 +1,4 @@
-"""Modules for the models of tasks: embeddings whose rows live on servers (docs/embeddings.md)."""
+"""Modules for a task's model: embeddings whose rows are stored on servers (docs/embeddings.md)."""
 
 from distplat.strategies.sparse.modules import ShardedEmbedding, ShardedEmbeddingBag
 from distplat.strategies.sparse.saved import connect

@@ -1,14 +1,14 @@
 """
-What the author of a strategy imports (docs/own_strategies.md).
+The API for custom strategies (docs/own_strategies.md).
 
-Names are loaded on first use: those of the driver's half (`Strategy`, `Options`, `Roles`, ...) cost
-no torch, the others do.
+Names are imported on first use. The names of the driver's half (`Strategy`, `Options`, `Roles`,
+...) do not import torch, the others do.
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-_HOMES = {
+_MODULES = {
     "Consistency": "distplat.platform.spec",
     "Problem": "distplat.platform.errors",
     "StopOrder": "distplat.platform.stop_order",
@@ -82,7 +82,7 @@ if TYPE_CHECKING:
 
 
 def __getattr__(name: str) -> object:
-    """Load a name from its home on first use (PEP 562)."""
-    if name not in _HOMES:
+    """Import the module of a name on first use (PEP 562)."""
+    if name not in _MODULES:
         raise AttributeError(f"module 'distplat.strategy' has no attribute {name!r}")
-    return getattr(import_module(_HOMES[name]), name)
+    return getattr(import_module(_MODULES[name]), name)

@@ -1,6 +1,6 @@
 """
-What is computed and exchanged.
+Strategies: what workers compute and exchange.
 
-A strategy is two modules here: `ring.py` is what the driver knows of it, without torch, and
-`ring_worker.py` what a worker runs.
+Each strategy has two modules here: `ring.py` is the driver's half and does not import torch,
+`ring_worker.py` is the worker's half.
 """

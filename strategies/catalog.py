@@ -24,7 +24,7 @@ from distplat.platform.lr_schedules import ReduceLROnPlateau
 from distplat.platform.optimizers import TaskOptimizer
 from distplat.platform.spec import Job, StrategySpec
 from distplat.platform.spec_messages import problems_of
-from distplat.strategies.strategy_spec import NEW_WAY, Roles, Strategy
+from distplat.strategies.strategy_spec import MIGRATION_HINT, Roles, Strategy
 
 T = TypeVar("T")
 U = TypeVar("U")
@@ -125,7 +125,7 @@ def _discover() -> None:
 def _way_out(error: BaseException) -> str:
     """Give the hint for code that imports what there was when a strategy was one class."""
     old = isinstance(error, ImportError) and (error.name or "").startswith("distplat.strategies")
-    return NEW_WAY if old else ""
+    return MIGRATION_HINT if old else ""
 
 
 strategies: Registry[type[Strategy[Any]]] = Registry("strategy", _discover)

@@ -1,12 +1,12 @@
 """
-What a train function or an optimizer of the user's keeps, as tensors and JSON: never pickle.
+Convert the state of a train function or of a user's optimizer to tensors and JSON, without pickle.
 
     {"model": {"0.weight": tensor}, "epoch": 3}
     tree     {"dict": [["model", {"dict": [["0.weight", {"tensor": 0}]]}], ["epoch", 3]]}
     tensors  [tensor]
 
-A dict keeps its order and the types of its keys, so that `state_dict()` of a model, an optimizer, a
-scheduler and a scaler come back as they were.
+Dicts keep their order and the types of their keys, so the `state_dict()` of a model, an optimizer,
+a scheduler or a scaler is restored exactly.
 """
 
 from __future__ import annotations
@@ -24,67 +24,68 @@ from distplat.platform.tensor_slices import ITEM_BYTES
 from distplat.strategies.directory_checkpoint import Checkpoint
 from distplat.strategies.model.parameter_layout import dtype_name
 
-_NO = "which no checkpoint can hold"
+_UNSUPPORTED = "which no checkpoint can hold"
 
 
 def pack(tree: Any, where: str = "checkpoint") -> tuple[Any, list[Tensor]]:
     """
-    Take nested dicts, lists and tuples apart.
+    Convert nested dicts, lists and tuples to a JSON tree and a list of tensors.
 
     Args:
-        tree: of tensors, numpy's arrays, numbers, strings, None and directories (`Checkpoint`).
-        where: what it is called in messages.
+        tree: tensors, numpy arrays, numbers, strings, None and directories (`Checkpoint`), in any
+            nesting.
+        where: the name of the value in messages.
 
     Returns:
-        What JSON can hold, and the tensors that it counts.
+        The JSON tree, and the tensors that it refers to by index.
 
     Raises:
-        SpecError: it holds something else; says where.
+        SpecError: The tree contains another type; the message says where.
     """
     tensors: list[Tensor] = []
-    return _packed(tree, tensors, where), tensors
+    return _pack(tree, tensors, where), tensors
 
 
 def unpack(tree: Any, tensors: Sequence[Tensor]) -> Any:
-    """Put together what `pack` took apart."""
+    """Restore the value that `pack` converted."""
     if not isinstance(tree, Mapping):
         return tree
-    ((kind, held),) = tree.items()
-    if kind == "tensor":
-        return tensors[held]
-    if kind == "array":
-        return tensors[held].cpu().clone().numpy()
-    if kind == "files":
-        return Checkpoint({name: tensors[number] for name, number in held})
-    if kind == "dict":
-        return {key: unpack(value, tensors) for key, value in held}
-    items = [unpack(one, tensors) for one in held]
-    return tuple(items) if kind == "tuple" else items
+    ((tag, content),) = tree.items()
+    if tag == "tensor":
+        return tensors[content]
+    if tag == "array":
+        return tensors[content].cpu().clone().numpy()
+    if tag == "files":
+        return Checkpoint({name: tensors[index] for name, index in content})
+    if tag == "dict":
+        return {key: unpack(value, tensors) for key, value in content}
+    items = [unpack(item, tensors) for item in content]
+    return tuple(items) if tag == "tuple" else items
 
 
 def has_tensors(tree: Any) -> bool:
-    """Say whether what `pack` gave counts any tensors."""
+    """Return whether a tree that `pack` returned refers to any tensors."""
     if not isinstance(tree, Mapping):
         return False
-    ((kind, held),) = tree.items()
-    if kind in ("dict", "list", "tuple"):
-        return any(has_tensors(one[1] if kind == "dict" else one) for one in held)
+    ((tag, content),) = tree.items()
+    if tag in ("dict", "list", "tuple"):
+        return any(has_tensors(item[1] if tag == "dict" else item) for item in content)
     return True
 
 
-def _packed(tree: Any, tensors: list[Tensor], where: str) -> Any:
+def _pack(tree: Any, tensors: list[Tensor], where: str) -> Any:
     if isinstance(tree, Tensor):
         if dtype_name(tree) not in ITEM_BYTES or tree.layout is not torch.strided:
             sparse = "" if tree.layout is torch.strided else f" and {tree.layout}"
-            kind = f"a tensor of {dtype_name(tree)}{sparse}"
+            found = f"a tensor of {dtype_name(tree)}{sparse}"
             hint = "torch.view_as_real() of complex numbers, to_dense() of sparse ones"
-            raise SpecError(Problem(("checkpoint",), f"{where} is {kind}, {_NO}", hint))
+            raise SpecError(Problem(("checkpoint",), f"{where} is {found}, {_UNSUPPORTED}", hint))
         tensors.append(tree.detach().contiguous())
         return {"tensor": len(tensors) - 1}
     if tree is None or type(tree) in (bool, int, float, str):
         return tree
     if isinstance(tree, np.ndarray) and tree.shape:
-        return {"array": _packed(_as_tensor(tree, where), tensors, where)["tensor"]}
+        return {"array": _pack(_as_tensor(tree, where), tensors, where)["tensor"]}
     if isinstance(tree, Checkpoint):
         first = len(tensors)
         tensors.extend(tree.files.values())
@@ -92,31 +93,31 @@ def _packed(tree: Any, tensors: list[Tensor], where: str) -> Any:
     if isinstance(tree, Mapping):
         return {
             "dict": [
-                [_key(k, where), _packed(v, tensors, f"{where}[{k!r}]")] for k, v in tree.items()
+                [_key(k, where), _pack(v, tensors, f"{where}[{k!r}]")] for k, v in tree.items()
             ]
         }
     if isinstance(tree, list | tuple):
-        items = [_packed(one, tensors, f"{where}[{n}]") for n, one in enumerate(tree)]
+        items = [_pack(item, tensors, f"{where}[{n}]") for n, item in enumerate(tree)]
         return {"tuple" if isinstance(tree, tuple) else "list": items}
     if callable(getattr(tree, "item", None)) and getattr(tree, "shape", None) == ():
-        return _packed(tree.item(), tensors, where)  # a number of numpy
-    raise _refused(where, f"a {type(tree).__name__}")
+        return _pack(tree.item(), tensors, where)  # a numpy scalar
+    raise _unsupported(where, f"a {type(tree).__name__}")
 
 
 def _as_tensor(array: NDArray[Any], where: str) -> Tensor:
-    """Copy an array, such as those in the state of numpy's generators."""
+    """Copy an array, such as the ones in the state of numpy's generators."""
     try:
         return torch.from_numpy(array.copy())
-    except (TypeError, ValueError):  # texts, objects, records, another order of bytes
-        raise _refused(where, f"an array of {array.dtype}") from None
+    except (TypeError, ValueError):  # strings, objects, records, non-native byte order
+        raise _unsupported(where, f"an array of {array.dtype}") from None
 
 
-def _refused(where: str, what: str) -> SpecError:
+def _unsupported(where: str, what: str) -> SpecError:
     hint = (
         "tensors, arrays, numbers, strings and None, in dicts, lists and tuples: state_dict() of "
         "most"
     )
-    return SpecError(Problem(("checkpoint",), f"{where} is {what}, {_NO}", hint))
+    return SpecError(Problem(("checkpoint",), f"{where} is {what}, {_UNSUPPORTED}", hint))
 
 
 def _key(key: object, where: str) -> str | int:

@@ -1,10 +1,10 @@
 """
-What the driver knows of a strategy: its options, what it needs, and what it cannot do.
+The driver's half of a strategy: its options, requirements and limits.
 
-    driver    Strategy         options, roles, problems, the name of the worker's class   no torch
+    driver    Strategy         options, roles, problems, the worker class's name          no torch
     worker    WorkerStrategy   setup, exchange, update (`worker_strategy.py`)             torch
 
-Listing strategies and checking a job must be quick, so nothing here imports torch
+Listing strategies and checking a job must be fast, so this module does not import torch
 (docs/decisions/strategy_halves.md).
 """
 
@@ -23,194 +23,236 @@ from distplat.platform.spec import SYNCHRONOUS, Consistency, Job
 
 
 class Options(Spec):
-    """Base of a strategy's options: frozen, unknown names refused, one sentence per field."""
+    """Base class of a strategy's options: frozen, rejects unknown names."""
 
 
 Backend = Literal["auto", "shm", "gloo", "nccl", "hierarchical"]
-"""How the bytes of a collective travel: `auto` chooses by where the workers are."""
+"""Transport of a collective. `auto` chooses by the nodes and devices of the workers."""
 
 
 @dataclass(frozen=True)
 class GroupSpec:
-    """The collective group of all workers that a strategy asks for."""
+    """The collective group of all workers that a strategy requires."""
 
     backend: Backend = "auto"
     timeout_s: float = 60.0
-    """Deadline of one operation."""
+    """Timeout of one operation."""
     debug: bool = False
-    """Compare every operation between the ranks, not only the first ones."""
+    """Whether ranks compare every operation; by default they compare only the first ones."""
     setting: str = ""
-    """Field of the job that the deadline is from, for errors."""
+    """The job field that sets the timeout, for error messages."""
 
 
 @dataclass(frozen=True)
 class Roles:
-    """What a strategy needs besides the workers, and which of them have what of the model."""
+    """
+    The processes and groups that a strategy requires besides workers, and the ranks of each model
+    part.
+    """
 
     servers: int = 0
-    """Parameter-server nodes; with one or more, workers get the port `Shards`."""
+    """Number of parameter-server nodes. With at least one, workers get the port `Shards`."""
     server_resources: dict[str, float] | None = None
-    """Ray resources of one server node."""
+    """Ray resources of each server node."""
     consistency: Consistency = SYNCHRONOUS
     """When the servers apply gradients."""
     replication: int = 1
-    """How many servers keep each shard: one, or a primary and its backup."""
+    """Copies of each shard: 1, or 2 for a primary and a backup."""
     resizes: bool = False
-    """Whether there may be more or fewer workers from one attempt to the next: all state is the
-    servers', and every worker has the whole model."""
+    """
+    Whether the number of workers may change between attempts. Requires that servers hold all state
+    and every worker holds the whole model.
+    """
     wire: str | None = None
-    """Name in torch of the type that travels between workers and servers of two nodes."""
+    """Name of the torch dtype for transfers between workers and servers on different nodes."""
     split_by_load: bool = False
-    """Whether shards are cut by the servers' measured speed; else all have the same size."""
+    """
+    Whether shard sizes follow the servers' measured speed; otherwise all shards have the same size.
+    """
     collective: GroupSpec | None = None
-    """The group of all workers; None: workers get no port `Collective`."""
+    """The group of all workers; None: workers do not get the port `Collective`."""
     parts: tuple[tuple[int, ...], ...] = ()
-    """By part of a model that is cut, the ranks that have it: `servers` are shared out evenly to
-    the parts. Empty: all ranks have the whole."""
+    """
+    Ranks of each part of a split model. The `servers` are divided evenly among the parts. Empty:
+    all ranks hold the whole model.
+    """
     group_size: int = 1
-    """Workers that hold one copy of the model together, with consecutive ranks; they are placed on
-    one node if it has room for them."""
+    """
+    Workers of a worker group. They have consecutive ranks, and are placed on one node if the node
+    has enough resources.
+    """
 
     def replicas(self, world: int) -> int:
-        """Count the copies of the model; each takes its part of every batch."""
+        """
+        Return the number of replicas of the model. Each replica processes its own part of every
+        batch.
+        """
         return world // self.group_size
 
     def holders(self, world: int) -> tuple[tuple[int, ...], ...]:
-        """Give, for each part into which the model is cut, the ranks that have it."""
+        """Return the ranks that hold each part of the model."""
         return self.parts or (tuple(range(world)),)
 
     def division(self, world: int) -> Division:
-        """Say which ranks share which servers."""
+        """Return the assignment of ranks to servers."""
         return Division(self.holders(world), self.servers)
 
 
 OptionsT = TypeVar("OptionsT", bound=Options)
 
-_OF_A_WORKER = ("setup", "exchange", "update")
+_WORKER_METHODS = ("setup", "exchange", "update")
 
 
 class Strategy(Generic[OptionsT]):
     """
-    One architecture of distributed training, as the driver sees it.
+    The driver's half of a strategy.
 
-    A subclass is registered under a name. Only the name and the options travel: each process makes
-    the strategy anew, and a worker its `WorkerStrategy` from it.
+    Register a subclass under a name with `register`. Only the name and the options are sent to
+    other processes: each process creates its own instance, and a worker creates its
+    `WorkerStrategy` from that instance.
 
     Raises:
-        TypeError: by a subclass that has what belongs to its `WorkerStrategy`.
+        TypeError: A subclass defines methods that belong to its `WorkerStrategy`.
     """
 
     summary: ClassVar[str]
     """One line for `distplat strategies`."""
     options_type: ClassVar[type[Options]] = Options
     worker: ClassVar[str | type[Any]]
-    """The subclass of `WorkerStrategy`, or `"module:Class"` where it is in a module of its own."""
+    """The subclass of `WorkerStrategy`, or `"module:Class"` if another module defines it."""
     has_checkpoints: ClassVar[bool] = False
-    """Whether the worker's class has `checkpoint`; a job that wants some is refused elsewhere."""
+    """
+    Whether the worker class implements `checkpoint`. If not, jobs with checkpoints are rejected.
+    """
     gathers: ClassVar[bool] = False
-    """Whether all workers compute the same step at a time and gradients are sums over them, so that
-    a loss may use `all_gather`; it is refused elsewhere."""
+    """
+    Whether a loss may use `all_gather`; if not, jobs whose loss uses it are rejected. Requires that
+    all workers compute the same step at a time, and that gradients are sums over the workers.
+    """
     scales_loss: ClassVar[bool] = False
-    """Whether gradients may come multiplied by a loss scale, `precision: fp16`."""
+    """Whether gradients may be multiplied by a loss scale, as with `precision: fp16`."""
     averages: ClassVar[bool] = False
-    """Whether the worker's class has `average`; a job with an `ema` is refused elsewhere."""
+    """Whether the worker class implements `average`. If not, jobs with an `ema` are rejected."""
 
     updates_whole: ClassVar[bool] = False
-    """Whether each worker updates the whole model by `Context.local_optimizer`, so that it can be a
-    task's own; a job with `optimizer: {name: task}` is refused elsewhere."""
+    """
+    Whether each worker updates the whole model with `Context.local_optimizer`, so that a task's own
+    optimizer is possible. If not, jobs with `optimizer: {name: task}` are rejected.
+    """
 
     def __init_subclass__(cls, **more: Any) -> None:
-        """Refuse a class that was written when a strategy was one class."""
+        """Reject a class written for the earlier API, in which a strategy was a single class."""
         super().__init_subclass__(**more)
-        methods = [f"{name}()" for name in _OF_A_WORKER if name in vars(cls)]
+        methods = [f"{name}()" for name in _WORKER_METHODS if name in vars(cls)]
         if methods:
             text = f"{cls.__name__} is a Strategy and has {', '.join(methods)}"
-            raise TypeError(f"{text}: {NEW_WAY}")
-        refuse_old_names(cls, {"survivors_go_on": "survives_worker_loss"})
+            raise TypeError(f"{text}: {MIGRATION_HINT}")
+        reject_renamed_methods(cls, {"survivors_go_on": "survives_worker_loss"})
 
     def __init__(self, options: OptionsT) -> None:
         self.options = options
 
     @classmethod
     def complete(cls, job: Job) -> Job:
-        """Give the job with the options that follow from the rest of it, where it does not say."""
+        """Return the job with strategy options filled in that follow from the rest of the job."""
         return job
 
     def detail(self) -> str:
-        """Say what a user wants to know of it beside its name, as a run starts; may be empty."""
+        """Return details to log after the strategy's name at the start of a run; may be empty."""
         return ""
 
     def roles(self, job: Job) -> Roles:
-        """Say what the strategy needs besides workers."""
+        """Return the requirements of the strategy besides workers."""
         return Roles()
 
     def micro_batches(self, job: Job) -> int:
-        """Say into how many micro-batches a replica's part of a batch is cut."""
+        """Return the number of micro-batches into which a replica's part of a batch is split."""
         return job.gradient_accumulation
 
     def problems(self, job: Job) -> list[Problem]:
-        """Name what in this job the strategy cannot do; an option is never ignored."""
+        """
+        Return the job's settings that the strategy does not support. No option may be ignored
+        silently.
+        """
         return []
 
     def own_loop_problems(self, job: Job) -> list[Problem]:
-        """Name what it cannot do for a train function; unless it says more, it runs none."""
+        """
+        Return the settings that the strategy does not support for a train function.
+
+        By default a strategy does not run train functions at all.
+        """
         text = f"{job.strategy.name} does not run train functions, which have a loop of their own"
         hint = "use `ring`, `ps-sync` or `ps-async`, or write a distplat.Task"
         return [Problem(("strategy",), text, hint)]
 
     def survives_worker_loss(self) -> bool:
         """
-        Say whether, when workers are lost, the others can go on with the state that they have.
+        Return whether the remaining workers can continue with their own state after a loss of
+        workers.
 
-        Then they call `setup` again, beside new workers; else a restart begins at the first step.
+        If so, they call `setup` again, together with replacement workers. If not, all workers
+        restart, from the newest checkpoint or from the first step.
         """
         return False
 
 
-def refuse_old_names(cls: type, names: Mapping[str, str]) -> None:
-    """Refuse a class with a method that was renamed, or a base's: it would never be called."""
+def reject_renamed_methods(cls: type, names: Mapping[str, str]) -> None:
+    """Reject a class that has a method under its old name, which nothing would call."""
     for old in (name for name in names if hasattr(cls, name)):
-        raise TypeError(f"{cls.__name__}.{old}() is called {names[old]}() now")
+        raise TypeError(f"{cls.__name__}.{old}() was renamed to {names[old]}()")
 
 
-NEW_WAY = (
-    "what a worker runs goes into a subclass of `distplat.strategy.WorkerStrategy`, which the "
-    "attribute `worker` of the Strategy names (docs/own_strategies.md)"
+MIGRATION_HINT = (
+    "move the worker's methods to a subclass of `distplat.strategy.WorkerStrategy`, and name that "
+    "class in the attribute `worker` of the Strategy (docs/own_strategies.md)"
 )
-"""What is to be said to who has a strategy of one class."""
+"""Hint for strategies that are written as a single class."""
 
 
 WIRES: dict[str, str | None] = {"exact": None, "fp16": "float16", "bf16": "bfloat16"}
-"""What the servers' option `wire` may be, and the type in torch that it means."""
+"""Values of the servers' option `wire`, and the name of the torch dtype of each."""
 
 
 class ServerOptions(Options):
-    """Options of strategies whose parameters are kept by servers."""
+    """Options of strategies whose parameters are stored on servers."""
 
     removed_fields: ClassVar[Mapping[str, str]] = {
         "overlap": "it was removed: gradients go to the servers when backward is over"
     }
     num_servers: int = Field(1, ge=1, le=256, strict=True)
-    """Server nodes; each keeps an equal part of the parameters."""
+    """Server nodes; each stores an equal part of the parameters."""
     resources_per_server: Resources = Field(default_factory=lambda: {"CPU": 0.0})
-    """Ray resources of one server node; by default none, for it works while workers wait."""
+    """Ray resources of each server node. None by default: a server computes while workers wait."""
     replication: int = Field(1, ge=1, le=2, strict=True)
-    """2: each shard has a backup, which takes over when its server is lost."""
+    """2: each shard has a backup, which takes over if its server is lost."""
     wire: Literal["exact", "fp16", "bf16"] = "exact"
-    """Type in which gradients and parameters travel between nodes; on a node nothing travels."""
+    """Dtype of gradients and parameters between nodes; within a node nothing is copied."""
 
     def roles(self, consistency: Consistency, **more: Any) -> Roles:
-        """Ask for the server group, and for more fields of `Roles`."""
-        servers = self.num_servers, self.resources_per_server
-        how = {"replication": self.replication, "wire": WIRES[self.wire], **more}
-        return Roles(*servers, consistency, **how)
+        """
+        Return roles with a server group.
+
+        Args:
+            consistency: when servers apply gradients.
+            more: further fields of `Roles`.
+        """
+        return Roles(
+            servers=self.num_servers,
+            server_resources=self.resources_per_server,
+            consistency=consistency,
+            replication=self.replication,
+            wire=WIRES[self.wire],
+            **more,
+        )
 
 
 def rows_before_gradients(job: Job) -> bool:
     """
-    Say whether gradients of a synchronous strategy must not leave before the step's rows are in.
+    Return whether a synchronous strategy must push a step's embedding rows before its gradients.
 
-    Asynchronous tables take no step back. So when the others' step is made, all rows of it must be
-    on the servers; rows of a step that is not made are known there when they come once more.
+    Asynchronous tables cannot undo a push. When other ranks complete a step, all of its rows must
+    therefore already be on the servers. If the step is repeated instead, servers recognize rows
+    that they have already received.
     """
     return job.embeddings is not None and job.embeddings.asynchronous

@@ -1,9 +1,8 @@
 """
-The task: the user's side of a run, and all that a user must write.
+`Task`: the user's model, data and loss, and the only class that a user has to write.
 
-One class, unchanged under every strategy and any number of workers. It says what is trained, on
-what, and how well it does; it knows nothing of ranks, servers or Ray. This module needs no torch
-itself, so naming a task costs nothing.
+The same class works with every strategy and any number of workers. It does not deal with ranks,
+servers or Ray. This module does not import torch, so importing it is cheap.
 """
 
 from __future__ import annotations
@@ -21,63 +20,72 @@ if TYPE_CHECKING:
 
 class Task(ABC):
     """
-    What to train. Subclass it; constructor arguments come from `task_args` of the job file.
+    The model, data and loss of a run. Subclass it; the job file's `task_args` are the constructor's
+    arguments.
 
-    A task has `model`, `train_data`, and `loss` or `step`; the rest is up to it (docs/task.md).
+    A task defines `model`, `train_data`, and either `loss` or `step`. All other methods are
+    optional (docs/task.md).
 
-    Every method may be called once in every process of the run. The global generators of python,
-    numpy and torch are seeded from the job before the module is imported, before the class is
-    made, and before `model`, `train_data` and `eval_data`: all ranks build the same. Samples are
-    seeded one by one (docs/random_numbers.md).
+    Every process of the run may call each method once. The global generators of Python, numpy and
+    torch are seeded from the job before the module is imported, before the task is constructed, and
+    before `model`, `train_data` and `eval_data` are called, so all ranks build the same objects.
+    The random numbers of each sample are seeded separately (docs/random_numbers.md).
     """
 
     @abstractmethod
     def model(self) -> nn.Module:
-        """Build the model, on the CPU. Parameters that need no gradient stay as they are."""
+        """Build the model on the CPU. Parameters with `requires_grad=False` are not trained."""
 
     @abstractmethod
     def train_data(self) -> Dataset[Any]:
         """
-        Give the training samples: `len(data)` of them, `data[i]`, mostly (inputs, targets).
+        Return the training data set, map-style: `len(data)` samples `data[i]`, usually pairs
+        (inputs, targets).
 
-        Or a stream of them: an `IterableDataset`, or what can be gone through anew each time.
+        An `IterableDataset`, or any iterable that can be iterated again for each epoch, is also
+        allowed.
         """
 
     def sampler(self, data: Dataset[Any], epoch: int) -> Iterable[int]:
         """
-        Give the samples of an epoch in order; override it to weigh, balance or group them.
+        Return the order of an epoch's samples. Override it for weighted, balanced or grouped
+        sampling.
 
-        All workers ask for the same epoch and cut the same order, whatever their number, and so
-        does a run that goes on after a failure: it must depend on `data` and `epoch` alone. The
-        global generators are seeded by (seed, epoch) before each call. Unless it is overridden the
-        job's `data.shuffle` and `seed` say the order.
+        Every worker calls this for the same epoch and uses its own part of the same order. A run
+        that resumes after a failure calls it again, possibly with another number of workers. The
+        order must therefore depend only on `data` and `epoch`. The global generators are seeded by
+        (seed, epoch) before each call. By default the job's `data.shuffle` and `seed` determine the
+        order.
 
         Args:
-            data: what `train_data` gave.
+            data: the return value of `train_data`.
             epoch: from 0.
 
         Returns:
-            Numbers of samples: a list, a tensor, an array, or one of torch's samplers. A sample
-            may come several times or not at all; every epoch must have as many as the first.
+            Sample indices: a list, a tensor, an array, or a sampler of torch.utils.data. An index
+            may occur several times or not at all. Every epoch must have as many samples as the
+            first one.
         """
-        raise NotImplementedError(f"{type(self).__name__} leaves the order to the job")
+        raise NotImplementedError(f"{type(self).__name__} does not override sampler()")
 
     def forward(self, model: nn.Module, batch: Any) -> Any:
         """
-        Give what the model makes of a batch; override it for batches of another form.
+        Return the model's outputs for a batch. Override it for batches of another form.
 
-        Unless it is overridden: `model(inputs)` of a pair (inputs, targets), and `model(**batch)`
-        of a mapping, as Hugging Face's models are called.
+        The default calls `model(inputs)` for a pair (inputs, targets), and `model(**batch)` for a
+        mapping, as Hugging Face's models are called.
 
         Args:
-            model: what `model()` gave, in training or in evaluation mode. Call it as a whole.
-            batch: as `collate` gave it, on the model's device.
+            model: the return value of `model()`, in training or evaluation mode. Call the model
+                itself, not its submodules.
+            batch: the return value of `collate`, on the model's device.
 
         Returns:
-            The outputs: what `loss` and `metrics` get.
+            The outputs that `loss` and `metrics` receive.
 
         Raises:
-            ValueError: the batch is neither, and the task does not say how the model is called.
+            ValueError: The batch is neither a pair nor a mapping, and the task does not override
+                this method.
         """
         if isinstance(batch, Mapping):
             return model(**batch)
@@ -92,194 +100,206 @@ class Task(ABC):
 
     def loss(self, outputs: Any, targets: Any) -> Tensor | tuple[Tensor, Tensor | float]:
         """
-        Give the loss of one batch. A task has this or `step`.
+        Return the loss of one batch. A task defines either this method or `step`.
 
         Args:
-            outputs: what `forward` gave.
-            targets: of a pair the second; the batch, where it is a mapping, or where the task has a
-                `forward` of its own.
+            outputs: the return value of `forward`.
+            targets: the second item of a pair. The whole batch, if the batch is a mapping or if the
+                task overrides `forward`.
 
         Returns:
             A scalar: the **mean** over the samples of the batch. Or `(sum, weight)` for a mean over
-            something else, for example tokens: a scalar, and what the sum over all ranks and
-            micro-batches is divided by.
+            something else, such as tokens: a scalar, and this batch's part of the divisor. The sums
+            and the weights of all ranks and micro-batches are added up and then divided.
 
         Raises:
-            ValueError: by the caller, where it is neither; names what it got.
+            ValueError: Raised by the caller if the return value has neither form; the message
+                contains the value's type.
         """
         raise NotImplementedError(f"{type(self).__name__} has neither loss() nor step()")
 
     def weights(self, batch: Any) -> Mapping[str, Tensor | float]:
         """
-        Give what each term of the loss is divided by, for a loss of several terms that are means
-        over different things; override it with a `loss` or `step` that gives a sum for each.
+        Return the divisor of each term of the loss, for a loss of several terms that are means over
+        different things.
 
-        It is asked for all micro-batches of a step before their first forward, and added up over
-        all workers. Unless it is overridden a loss is one term.
+        Override it together with a `loss` or `step` that returns one sum per term. It is called for
+        all micro-batches of a step before the first forward, and the weights are added up over all
+        workers. By default a loss has one term.
 
         Args:
             batch: see `forward`.
 
         Returns:
-            By term: a number, 0 or more, that the batch alone says. The loss is then a mapping of
-            the same terms to sums, each a scalar.
+            A number >= 0 for each term's name, computed from the batch alone. The loss is then a
+            mapping of the same names to sums, each a scalar.
         """
-        raise NotImplementedError(f"{type(self).__name__} has a loss of one term")
+        raise NotImplementedError(f"{type(self).__name__} does not override weights()")
 
     def step(self, model: nn.Module, batch: Any) -> Any:
         """
-        Give the loss of one batch, from the model on: the general form, of which `loss` is the
-        short one. Override one of the two. Backward and update are not a part of it.
+        Return the loss of one batch, computed with the model: the general form of `loss`.
+
+        Override either this method or `loss`. distplat runs backward and the optimizer step itself.
 
         Args:
             model: see `forward`.
             batch: see `forward`.
 
         Returns:
-            What `loss` returns, or a mapping that has it as `"loss"`, such as the outputs of
-            Hugging Face's models. All of it is what `metrics` gets as its outputs.
+            The same values as `loss`, or a mapping with the loss as `"loss"`, such as the outputs
+            of Hugging Face's models. `metrics` receives the whole return value as its outputs.
         """
         return self.loss(self.forward(model, batch), targets_of(self, batch))
 
     def lr(self, step: int, total: int) -> float:
         """
-        Give the factor of the learning rate in a step, as for torch's `LambdaLR`; override it for a
-        schedule that the job file has no name for.
+        Return the factor of the learning rate in a step, as for torch's `LambdaLR`. Override it for
+        a schedule that the job file has no name for.
 
-        It multiplies `lr` of the optimizer, of each of its groups, and of `embeddings.optimizer`.
-        Every worker asks for all steps in their order before the first is made, and all must get
-        the same. Unless it is overridden the job's `lr_schedule` says the rates.
+        The factor multiplies `lr` of the optimizer, of each of its groups, and of
+        `embeddings.optimizer`. Every worker calls this for all steps in order before the first
+        step, and all workers must get the same factors. By default the job's `lr_schedule`
+        determines the learning rate.
 
         Args:
             step: from 0.
-            total: steps of the run.
+            total: number of steps in the run.
 
         Returns:
-            A number, 0 or more.
+            A number >= 0.
         """
-        raise NotImplementedError(f"{type(self).__name__} leaves the rates to the job")
+        raise NotImplementedError(f"{type(self).__name__} does not override lr()")
 
     def optimizer(
         self, named_parameters: list[tuple[str, nn.Parameter]]
     ) -> torch.optim.Optimizer | list[torch.optim.Optimizer]:
         """
-        Make the optimizer; override it for a class that a job file cannot name.
+        Build the optimizer. Override it for a class that a job file cannot name.
 
-        Only under `ring`, and in a job with `optimizer: {name: task}`. Every worker makes the same
-        and has it update the whole model from the gradient of the global batch, clipped. `lr` of
-        each param group is what the job's schedule, or `lr`, is applied to.
+        Only under `ring`, and only in a job with `optimizer: {name: task}`. Every worker builds the
+        same optimizer, which updates the whole model from the clipped gradient of the global batch.
+        The job's `lr_schedule` is applied to the `lr` of each param group.
 
         Args:
-            named_parameters: all of the model, frozen ones too; then those of the task, whose names
-                begin with `task:`.
+            named_parameters: all parameters of the model, frozen ones included, followed by the
+                task's own parameters, whose names start with `task:`.
 
         Returns:
-            One of torch's optimizers, or of a class derived from `torch.optim.Optimizer`; or a list
-            of several. Each trainable parameter is in one of them.
+            An instance of a subclass of `torch.optim.Optimizer`, or a list of several. Each
+            trainable parameter belongs to exactly one of them.
         """
-        raise NotImplementedError(f"{type(self).__name__} leaves the optimizer to the job")
+        raise NotImplementedError(f"{type(self).__name__} does not override optimizer()")
 
     def eval_data(self) -> Dataset[Any] | None:
-        """Give the samples for evaluation, or None for no evaluation."""
+        """Return the data set for evaluation, or None for no evaluation."""
         return None
 
     def collate(self, samples: list[Any]) -> Any:
         """
-        Put the samples of a micro-batch together; override it to pad them, for example.
+        Combine the samples of a micro-batch into a batch. Override it for padding, for example.
 
-        Unless it is overridden: as torch's `default_collate`, and dataclasses field by field. It
-        runs where samples are read, in a loader process too (`data.num_workers`), which has a copy
-        of the task. The global generators are seeded before each call.
+        The default works like torch's `default_collate`, and combines dataclasses field by field.
+        This method runs in the process that reads the samples; with `data.num_workers` that is a
+        loader process with a copy of the task. The global generators are seeded before each call.
 
         Args:
-            samples: of the training or the evaluation data, as the data set gave them.
+            samples: items of the training or evaluation data set.
 
         Returns:
-            The batch: `(inputs, targets)`, or whatever `forward` or `step` takes.
+            The batch: `(inputs, targets)`, or any other form that `forward` or `step` accepts.
         """
-        from distplat.strategies.loop.collate import collated  # here: it needs torch
+        from distplat.strategies.loop.collate import collated  # local import: it imports torch
 
         return collated(samples)
 
     def metrics(self, outputs: Any, targets: Any) -> Mapping[str, Any]:
         """
-        Give named figures of an evaluation batch, each a mean over it; `loss` is added. Or a metric
-        with state that the task keeps (`update`, `compute`, `reset` and `merge`, or one of
-        torchmetrics), once it has been updated with the batch.
+        Return named metrics of an evaluation batch, each a mean over the batch. `loss` is added
+        automatically.
+
+        A value may also be a metric object with state that the task keeps (`update`, `compute`,
+        `reset` and `merge`, or a metric of torchmetrics). Call its `update` with the batch before
+        returning it.
 
         Args:
-            outputs: what `forward` gave; of a task with a `step`, what that gave.
-            targets: as `loss` gets them; of a task with a `step`, the batch.
+            outputs: the return value of `forward`, or of `step` if the task defines `step`.
+            targets: the same as for `loss`. The whole batch, if the task defines `step`.
         """
         return {}
 
     def buffers(self, name: str) -> str | None:
         """
-        Say what ranks do with a buffer, or a frozen parameter, that a forward changes.
+        Return how ranks synchronize a buffer, or a frozen parameter, that a forward changes.
 
         Args:
-            name: of the model's `state_dict`.
+            name: a key of the model's `state_dict`.
 
         Returns:
-            `"rank0"`: all have rank 0's after each step. `"mean"`: the mean over the ranks,
-            weighted by their samples. `"local"`: each keeps its own, and rank 0's is saved. None:
-            `"mean"` for a batch norm's running mean and variance, else `"rank0"`.
+            `"rank0"`: after each step all ranks have rank 0's value. `"mean"`: the mean over the
+            ranks, weighted by their samples. `"local"`: each rank keeps its own value, and rank 0's
+            value is saved. None: `"mean"` for the running mean and variance of a batch norm, else
+            `"rank0"`.
         """
         return None
 
     def stages(self, model: nn.Module) -> list[nn.Module]:
         """
-        Cut the model into modules that follow each other, for strategies that split it by layers.
+        Split the model into modules that run one after the other, for strategies that split a model
+        by layers.
 
-        An `nn.Sequential` is cut into its children; override this for any other model.
+        The default returns the children of an `nn.Sequential`. Override it for any other model.
 
         Raises:
-            NotImplementedError: the model is no `nn.Sequential`, or has a `forward` of its own, and
-                the task does not say.
+            NotImplementedError: The model is not an `nn.Sequential`, or it overrides `forward`, and
+                the task does not override this method.
         """
-        from torch import nn  # here: naming a task costs no torch
+        from torch import nn  # local import: importing a task's base class must not import torch
 
         if isinstance(model, nn.Sequential) and type(model).forward is nn.Sequential.forward:
             return list(model)
-        raise NotImplementedError(f"{type(self).__name__} does not say how its model is cut")
+        raise NotImplementedError(f"{type(self).__name__} does not say how its model is split")
 
 
-def overrides(kind: type[Task], method: str) -> bool:
-    """Say whether a class has a method of its own; `lr = 0.1` is a number that it keeps."""
-    attribute = getattr(kind, method)
+def overrides(cls: type[Task], method: str) -> bool:
+    """
+    Return whether a class overrides a method of `Task`. A number such as `lr = 0.1` is not an
+    override.
+    """
+    attribute = getattr(cls, method)
     return callable(attribute) and attribute is not getattr(Task, method)
 
 
 def has_step(task: Task) -> bool:
-    """Say whether a task has a `step` of its own, and so no `loss`."""
+    """Return whether a task defines `step`, and therefore no `loss`."""
     return overrides(type(task), "step")
 
 
 def step_of(task: Task) -> Callable[[nn.Module, Any], Any]:
-    """Give a task's way from a batch to its loss; the task may keep a number as `self.step`."""
+    """Return the method that computes a batch's loss, even if `self.step` is a number."""
     return task.step if has_step(task) else MethodType(Task.step, task)
 
 
 def method_of(task: Task, name: str) -> Callable[..., Any]:
-    """Give a method of a task, which may keep something else under its name: `self.lr = 0.1`."""
-    kept = vars(task).get(name)
-    found: Callable[..., Any] = getattr(type(task), name)
-    return getattr(task, name) if kept is None else MethodType(found, task)
+    """Return a method of a task, even if an attribute (`self.lr = 0.1`) shadows it."""
+    attribute = vars(task).get(name)
+    method: Callable[..., Any] = getattr(type(task), name)
+    return getattr(task, name) if attribute is None else MethodType(method, task)
 
 
 def model_call_method(task: Task) -> str | None:
-    """Name the method by which a task calls the model itself; None: it leaves that to us."""
+    """Return the method in which a task calls the model itself; None: there is none."""
     if has_step(task):
         return "step"
     return "forward" if overrides(type(task), "forward") else None
 
 
 def targets_of(task: Task, batch: Any) -> Any:
-    """Give what `loss` and `metrics` get as targets."""
+    """Return the targets that `loss` and `metrics` receive."""
     return batch if model_call_method(task) or isinstance(batch, Mapping) else batch[1]
 
 
 def describe_value(batch: object) -> str:
-    """Name what a batch is."""
-    many = f" of {len(batch)}" if isinstance(batch, list | tuple) else ""
-    return f"a {type(batch).__name__}{many}"
+    """Return the type of a batch, and its length if it is a list or tuple."""
+    length = f" of {len(batch)}" if isinstance(batch, list | tuple) else ""
+    return f"a {type(batch).__name__}{length}"

@@ -1,14 +1,15 @@
 """
-Methods of a task that nobody calls: names of other libraries' hooks, and near misses of ours.
+Check a task's methods: near misses of its hooks, and hooks of other libraries.
 
     class Bert(Task):
-        def collate_fn(self, samples): ...    # PyTorch Lightning's and the DataLoader's, not ours
+        def collate_fn(self, samples): ...    # a name of PyTorch Lightning and DataLoader
         def metric(self, outputs, targets): ...    # did you mean metrics()?
 
-A helper of the user's own is silent: one with any other name, and one that the class itself uses.
-Here, too, is found whether a class says how its loss is made, and says it once, and whether its
-methods can be called: `check_methods`.
-This module needs no torch, and looks at a class only: the driver can ask it.
+Methods with any other name, and methods that the class itself calls, are helpers and are not
+reported. `check_methods` also checks that a class defines exactly one of `loss` and `step`, and
+that its hooks accept their arguments.
+
+The checks only inspect the class and do not import torch.
 """
 
 from __future__ import annotations
@@ -24,29 +25,29 @@ from distplat.platform.errors import Problem, SpecError
 from distplat.strategies.task import Task, overrides
 
 _MODEL = "build the module in model(), and what it computes in the module's own forward()"
-_CALL = "write forward(model, batch), which calls the model; loss() gets what it gives"
-_DATA = "give a data set in train_data(); batches are made of it by the job file's `data`"
-_EVAL = "give a data set in eval_data(), and figures in metrics(outputs, targets)"
+_CALL = "write forward(model, batch), which calls the model; loss() gets its return value"
+_DATA = "return a data set from train_data(); the job file's `data` says how it is batched"
+_EVAL = "return a data set from eval_data(), and metrics from metrics(outputs, targets)"
 _LOSS = "write loss(outputs, targets); the step around it is distplat's"
-_STEP = "write step(model, batch), which gives the loss; backward and update are distplat's"
-_SAMPLER = "write sampler(data, epoch), which gives numbers of samples or a sampler of torch"
-_COLLATE = "write collate(samples), which sees the samples of a micro-batch and gives the batch"
+_STEP = "write step(model, batch), which returns the loss; backward and update are distplat's"
+_SAMPLER = "write sampler(data, epoch), which returns sample indices or a sampler of torch"
+_COLLATE = "write collate(samples), which gets a micro-batch's samples and returns the batch"
 _OPTIMIZER = "name it in the job file's `optimizer`, or write optimizer(named_parameters)"
 _SCHEDULE = "name it in the job file's `lr_schedule`, or write lr(step, total)"
-_CLIP = "give the job file's `clip_norm`"
-_ARGUMENTS = "it gets what model() gave, and a batch; what the module computes is its own forward()"
-_ELSE = "call anything else by another name"
-_TAKES = {
+_CLIP = "set the job file's `clip_norm`"
+_ARGUMENTS = "its arguments are the return value of model() and a batch"
+_RENAME_HINT = "rename a method with another purpose"
+_HOOK_ARGUMENTS = {
     "forward": ("model, batch", _ARGUMENTS),
     "step": ("model, batch", _ARGUMENTS),
-    "lr": ("step, total", f"it gives the factor of `lr` in a step; {_ELSE}"),
-    "weights": ("batch", f"it gives the weights of the loss's terms; {_ELSE}"),
-    "optimizer": ("named_parameters", f"it makes the optimizer; {_ELSE}"),
+    "lr": ("step, total", f"it returns the factor of `lr` in a step; {_RENAME_HINT}"),
+    "weights": ("batch", f"it returns the weights of the loss's terms; {_RENAME_HINT}"),
+    "optimizer": ("named_parameters", f"it builds the optimizer; {_RENAME_HINT}"),
 }
-"""Methods whose arguments are looked at: what these are."""
+"""Hooks whose signature is checked: their arguments and a hint."""
 _BESIDE_STEP = "call it in step(model, batch), or write loss(outputs, targets) instead of step()"
 _EVENTS = "write it in a distplat.Callback, and hand that to `Trainer(..., callbacks=[...])`"
-_INSTEAD = {
+_FOREIGN_HOOKS = {
     _COLLATE: "collate_fn data_collator get_collate_fn",
     _SAMPLER: "train_sampler get_train_sampler get_sampler batch_sampler",
     _LOSS: "loss_fn loss_function criterion get_loss backward",
@@ -82,83 +83,85 @@ _INSTEAD = {
         on_save_checkpoint on_load_checkpoint on_train_begin
     """,
 }
-"""By what to write instead: hooks of Lightning, of Hugging Face's Trainer and of Keras."""
-_REMEDY = {name: remedy for remedy, names in _INSTEAD.items() for name in names.split()}
-_NEAR = 0.8
-"""`metric` and `train_dat` are near; `loss_weight` and `model_name` are not."""
-_LONGER = 3
-"""Letters by which a near miss may differ in length: `train_data_path` is a helper."""
+"""Hooks of Lightning, Hugging Face's Trainer and Keras, by the hint that replaces them."""
+_HINTS = {name: remedy for remedy, names in _FOREIGN_HOOKS.items() for name in names.split()}
+_MIN_SIMILARITY = 0.8
+"""
+Minimum similarity: `metric` and `train_dat` are near misses, `loss_weight` and `model_name` not.
+"""
+_MAX_LENGTH_DIFFERENCE = 3
+"""Maximum difference in length of a near miss: `train_data_path` is a helper."""
 
 
 def hook_names() -> list[str]:
-    """Give the names of a task's own hooks."""
+    """Return the names of `Task`'s public methods."""
     return [name for name in vars(Task) if not name.startswith("_")]
 
 
-def uncalled_hooks(kind: type[Task]) -> list[str]:
+def uncalled_hooks(cls: type[Task]) -> list[str]:
     """
-    Find methods that look like hooks and that nobody calls.
+    Return a message for each method that looks like a hook and is never called.
 
     Returns:
-        A sentence for each: where it is, and what to write instead.
+        Messages with file and line of the method, and the method to write instead.
 
     Raises:
         SpecError: see `check_methods`.
     """
-    check_methods(kind)
-    used = {name for _, member in _members(kind) for name in referenced_names(member)}
-    sentences = []
-    for name, member in _members(kind):
-        instead = _BESIDE_STEP if name == "forward" and overrides(kind, "step") else _instead(name)
-        if name not in used and instead:
+    check_methods(cls)
+    used = {name for _, member in _members(cls) for name in referenced_names(member)}
+    messages = []
+    for name, member in _members(cls):
+        hint = _BESIDE_STEP if name == "forward" and overrides(cls, "step") else _hint_for(name)
+        if name not in used and hint:
             location = source_location(member)
-            sentences.append(f"{location}{kind.__name__}.{name}() is never called: {instead}")
-    return sentences
+            messages.append(f"{location}{cls.__name__}.{name}() is never called: {hint}")
+    return messages
 
 
-def check_methods(kind: type[Task]) -> None:
+def check_methods(cls: type[Task]) -> None:
     """
-    See that a class has one of `loss` and `step`, and that methods take what they are given.
+    Check that a class defines one of `loss` and `step`, and that its hooks accept their arguments.
 
     Raises:
-        SpecError: it has none or both, or one of them takes something else.
+        SpecError: The class defines neither or both, or a hook has another signature.
     """
     problems = [
-        _problem(kind, name, f"{name}() must take ({arguments})", hint)
-        for name, (arguments, hint) in _TAKES.items()
-        if overrides(kind, name) and not _takes(kind, name, arguments.count(",") + 1)
+        _problem(cls, name, f"{name}() must take ({arguments})", hint)
+        for name, (arguments, hint) in _HOOK_ARGUMENTS.items()
+        if overrides(cls, name) and not _accepts(cls, name, arguments.count(",") + 1)
     ]
-    loss, step = overrides(kind, "loss"), overrides(kind, "step")
+    loss, step = overrides(cls, "loss"), overrides(cls, "step")
     if not loss and not step:
-        problems.append(_no_loss(kind))
+        problems.append(_no_loss(cls))
     if loss and step:
-        hint = "step() is the general form: keep it, and call what was loss() by another name"
-        problems.append(_problem(kind, "step", "step() and loss() both give the loss", hint))
+        hint = "step() is the general form: keep it, and rename loss()"
+        problems.append(_problem(cls, "step", "step() and loss() both define the loss", hint))
     if problems:
         raise SpecError(*problems)
 
 
-def _no_loss(kind: type[Task]) -> Problem:
-    """Say that a class does not say what its loss is."""
+def _no_loss(cls: type[Task]) -> Problem:
+    """Return the problem of a class without a loss, with the most likely reason as its hint."""
     hint = "write loss(outputs, targets), or step(model, batch) for all of a batch"
-    for name, _ in _members(kind):
+    for name, _ in _members(cls):
         if near_miss(name, {"loss", "step"}):
-            hint = f"did you mean {name}() to be it?"
-        elif _REMEDY.get(name) in (_LOSS, _STEP):
-            hint = f"{name}() is never called: {_REMEDY[name]}"
-    return Problem(("task",), f"{kind.__name__} has no loss() and no step()", hint)
+            hint = f"did you mean {name}()?"
+        elif _HINTS.get(name) in (_LOSS, _STEP):
+            hint = f"{name}() is never called: {_HINTS[name]}"
+    return Problem(("task",), f"{cls.__name__} has no loss() and no step()", hint)
 
 
-def _problem(kind: type[Task], method: str, what: str, hint: str) -> Problem:
-    location = source_location(inspect.unwrap(getattr(kind, method)))
-    return Problem(("task",), f"{location}{kind.__name__}: {what}", hint)
+def _problem(cls: type[Task], method: str, what: str, hint: str) -> Problem:
+    location = source_location(inspect.unwrap(getattr(cls, method)))
+    return Problem(("task",), f"{location}{cls.__name__}: {what}", hint)
 
 
-def _takes(kind: type[Task], method: str, count: int) -> bool:
-    """Say whether a method can be called with so many arguments."""
-    bound = isinstance(inspect.getattr_static(kind, method), staticmethod | classmethod)
+def _accepts(cls: type[Task], method: str, count: int) -> bool:
+    """Return whether a method can be called with `count` arguments."""
+    bound = isinstance(inspect.getattr_static(cls, method), staticmethod | classmethod)
     try:
-        inspect.signature(getattr(kind, method)).bind(*[None] * (count if bound else count + 1))
+        inspect.signature(getattr(cls, method)).bind(*[None] * (count if bound else count + 1))
     except TypeError:
         return False
     except ValueError:  # written in C
@@ -167,49 +170,55 @@ def _takes(kind: type[Task], method: str, count: int) -> bool:
 
 
 def near_miss(name: str, missing: set[str]) -> str | None:
-    """Give the hook that a method was probably meant to be, of these; None: none."""
-    near = [hook for hook in get_close_matches(name, sorted(missing), 3, _NEAR) if hook != name]
-    return next((hook for hook in near if abs(len(hook) - len(name)) <= _LONGER), None)
+    """Return the hook among `missing` that a name most likely means; None: no similar hook."""
+    near = [
+        hook
+        for hook in get_close_matches(name, sorted(missing), 3, _MIN_SIMILARITY)
+        if hook != name
+    ]
+    return next(
+        (hook for hook in near if abs(len(hook) - len(name)) <= _MAX_LENGTH_DIFFERENCE), None
+    )
 
 
-def _instead(name: str) -> str:
-    """Say what to write instead of a method; empty: it looks like no hook."""
+def _hint_for(name: str) -> str:
+    """Return the hint for a method that is never called; empty: the name is not like a hook's."""
     if name.startswith("_") or name in hook_names():
         return ""
-    meant = near_miss(name, set(hook_names()))
-    known = _REMEDY.get(name, "")
-    if meant is not None:
-        return f"did you mean {meant}()?" + (f" {known[0].upper()}{known[1:]}" if known else "")
-    return known
+    similar = near_miss(name, set(hook_names()))
+    hint = _HINTS.get(name, "")
+    if similar is not None:
+        return f"did you mean {similar}()?" + (f" {hint[0].upper()}{hint[1:]}" if hint else "")
+    return hint
 
 
-def _members(kind: type[Task]) -> Iterator[tuple[str, Callable[..., object]]]:
-    """Give the methods of a class and of its own bases, public ones and others, once each."""
+def _members(cls: type[Task]) -> Iterator[tuple[str, Callable[..., object]]]:
+    """Yield the methods of a class and of its bases below `Task`, each name once."""
     seen: set[str] = set()
-    for one in kind.__mro__:
-        if one in (Task, ABC, object):
+    for base in cls.__mro__:
+        if base in (Task, ABC, object):
             continue
-        for name, value in vars(one).items():
-            inner = value.__func__ if isinstance(value, staticmethod | classmethod) else value
-            inner = inner.fget if isinstance(inner, property) else inner
-            if name not in seen and callable(inner) and not isinstance(inner, type):
+        for name, value in vars(base).items():
+            function = value.__func__ if isinstance(value, staticmethod | classmethod) else value
+            function = function.fget if isinstance(function, property) else function
+            if name not in seen and callable(function) and not isinstance(function, type):
                 seen.add(name)
-                yield name, inner
+                yield name, function
 
 
 def referenced_names(member: Callable[..., object]) -> set[str]:
-    """Give the attributes and globals that a function names, itself and within."""
+    """Return the attributes and globals that a function refers to, nested functions included."""
     code = getattr(inspect.unwrap(member), "__code__", None)
     names: set[str] = set()
-    left = [code] if code is not None else []
-    while left:
-        one = left.pop()
-        names.update(one.co_names)
-        left += [const for const in one.co_consts if isinstance(const, CodeType)]
+    pending = [code] if code is not None else []
+    while pending:
+        code = pending.pop()
+        names.update(code.co_names)
+        pending += [const for const in code.co_consts if isinstance(const, CodeType)]
     return names
 
 
 def source_location(member: Callable[..., object]) -> str:
-    """Give file and line of a function, `task.py:12: `; empty where they are not known."""
+    """Return file and line of a function, such as `task.py:12: `; empty if unknown."""
     code = getattr(inspect.unwrap(member), "__code__", None)
     return f"{Path(code.co_filename).name}:{code.co_firstlineno}: " if code else ""

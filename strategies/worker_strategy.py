@@ -1,18 +1,18 @@
 """
-What a worker runs of a strategy, and the ports through which it reaches the others.
+The worker's half of a strategy, and its connections to other processes.
 
-A strategy says what is exchanged between gradients and update; how bytes travel is behind two
-ports, which `actors/` implements, over Ray and inside one process:
+A strategy decides what is exchanged between the computation of gradients and the update. The
+transport of bytes is behind two ports, which `actors/` implements over Ray and within one process:
 
-    worker loop          strategy                 port                         behind it
-    -----------          --------                 ----                         ---------
+    worker loop          strategy                 port                         remote side
+    -----------          --------                 ----                         -----------
     batch, forward,
     backward        ->   exchange(step, local) -> Collective.all_reduce   ->   other workers
                                             or    Shards.push             ->   server nodes
                          update(step, total)   -> the local optimizer
                                             or    Shards.commit           ->   server nodes
 
-What the driver knows of the same strategy is its `Strategy` (`strategies/strategy_spec.py`).
+The driver's half of the same strategy is its `Strategy` (`strategies/strategy_spec.py`).
 """
 
 from __future__ import annotations
@@ -40,13 +40,18 @@ from distplat.strategies.model.model_state import ModelState
 from distplat.strategies.model.optim import LocalOptimizer
 from distplat.strategies.model.task_optimizer import MadeOptimizers, TaskUpdate
 from distplat.strategies.ports import Shards
-from distplat.strategies.strategy_spec import NEW_WAY, OptionsT, Strategy, refuse_old_names
+from distplat.strategies.strategy_spec import (
+    MIGRATION_HINT,
+    OptionsT,
+    Strategy,
+    reject_renamed_methods,
+)
 from distplat.strategies.task import Task
 
 
 @dataclass
 class Context:
-    """What a strategy works with inside one worker, in one attempt."""
+    """The model, ports and settings of a strategy in one worker, for one attempt."""
 
     job: Job
     rank: int
@@ -56,52 +61,68 @@ class Context:
     _collective: Collective | None
     _shards: Shards | None
     alive: Callable[[], None] = lambda: None
-    """To be called now and then in a wait that may be long for a good reason."""
+    """
+    Call it regularly in a wait that may legitimately take long, so that the worker is not
+    considered stuck.
+    """
     saved: SavedState | None = None
-    """The checkpoint that `flat` was filled from, with the optimizer's state; None: from none."""
+    """
+    The checkpoint that `flat` was loaded from, with the optimizer's state; None: no checkpoint.
+    """
     checkpoint_step: int = 0
-    """Steps of the newest checkpoint: what has fewer behind it is no state to go on from."""
+    """
+    Step of the newest checkpoint. A rank's state of an earlier step must not be used to continue.
+    """
     table_steps: int | None = None
-    """Steps that every server of embedding tables has made, or one more; None: there are none.
-    They can all go back to as many."""
+    """
+    Steps that every embedding server has completed. Some servers may have completed one more, and
+    can all return to this step. None: the job has no tables.
+    """
     model_state: ModelState | None = None
     connect_peers: Callable[[], Collective] | None = None
-    """Makes a group of all workers; every rank calls it, or none. See `peers`."""
+    """Creates a group of all workers; either every rank calls it or none does. See `peers`."""
     report: Callable[[AnyReport], None] = lambda report: None
-    """Takes what the strategy reports beside the loop's own; quick, and of the loop's thread."""
+    """
+    Reports values in addition to the loop's own reports. Returns quickly; call it only from the
+    loop's thread.
+    """
 
     optimizers: MadeOptimizers = ()
-    """What the task's `optimizer` gave; empty: the job names one."""
+    """The optimizers that the task's `optimizer` returned; empty: the job names the optimizer."""
 
     @property
     def state(self) -> ModelState:
-        """The model's untrained state: buffers and frozen parameters."""
-        assert self.model_state is not None, "join() makes it"
+        """State of the model that is not trained: buffers and frozen parameters."""
+        assert self.model_state is not None, "join() sets it"
         return self.model_state
 
     def peers(self) -> Collective | None:
         """
-        Make a group of all workers, for a strategy whose `roles` asked for none.
+        Create a group of all workers, for a strategy whose `roles` do not include one.
 
-        For models that have more to agree on than gradients: all ranks must come to the same
-        answer, from the model alone, whether they call this. None: the ports have no such group.
+        A model may need it to exchange more than gradients. Either all ranks call this or none
+        does, so the decision must depend on the model alone. None: the ports do not offer such a
+        group.
         """
         return None if self.connect_peers is None else self.connect_peers()
 
     @property
     def collective(self) -> Collective:
-        """The group of all workers; only if the strategy's `roles` asked for it."""
-        assert self._collective is not None, "roles() did not ask for a collective group"
+        """
+        The group of all workers. Available only if the strategy's `roles` include a collective
+        group.
+        """
+        assert self._collective is not None, "roles() has no collective group"
         return self._collective
 
     @property
     def shards(self) -> Shards:
-        """The server group; only if the strategy's `roles` asked for it."""
-        assert self._shards is not None, "roles() did not ask for servers"
+        """The server group. Available only if the strategy's `roles` include servers."""
+        assert self._shards is not None, "roles() has no servers"
         return self._shards
 
     def local_optimizer(self) -> LocalOptimizer:
-        """Build the optimizer, schedule and clipping over this worker's parameters."""
+        """Build the optimizer, schedule and clipping for this worker's parameters."""
         if self.optimizers:
             return TaskUpdate(self.flat, self.job, self.total_steps, self.optimizers)
         return LocalOptimizer(self.flat, self.job, self.total_steps)
@@ -109,77 +130,86 @@ class Context:
 
 class WorkerStrategy(ABC, Generic[OptionsT]):
     """
-    One worker's part in a strategy.
+    The worker's half of a strategy.
 
-    The worker loop calls `setup`, then for every step `exchange` (the local gradient is ready:
-    that of this rank's losses, summed and divided by the global batch) and `update`.
+    The worker loop calls `setup` once, and then for every step `exchange` and `update`. When it
+    calls `exchange` the local gradient is complete: the gradient of this rank's losses, summed and
+    divided by the global batch.
 
-    After a failure the workers that are left keep this object and call `setup` again, with new
-    ports; new workers come to theirs with a new object (docs/architecture.md).
+    After a failure the remaining workers keep this object and call `setup` again with new ports.
+    Replacement workers create a new object (docs/architecture.md).
 
     Args:
-        strategy: what the driver knows of it, with the options.
+        strategy: the driver's half, with the options.
     """
 
     cuts_model: ClassVar[bool] = False
-    """Whether a rank has a part of the model only: then `cut_model` and `compute` are its own."""
+    """
+    Whether a rank holds only a part of the model. If so, the class overrides `cut_model` and
+    `compute`.
+    """
 
     replayed: Share | None = None
-    """What this rank computed of the step before the one that `setup` gave: it had not made that
-    step when the attempt before ended, and made it in `setup`. None: there is no such step."""
+    """
+    This rank's share of the step before the one that `setup` returned. The rank had not completed
+    that step when the previous attempt ended, and completed it in `setup`. None: no such step.
+    """
 
     pending_share: tuple[int, Share] | None = None
-    """A step, and what this rank has given to its exchange; None once it is reported. Where the
-    attempt ended in between, the others or the servers may have made the step."""
+    """
+    The number of a step, and what this rank contributed to its exchange; None after the step is
+    reported. If the attempt ends in between, other ranks or the servers may have completed the
+    step.
+    """
 
     def __init_subclass__(cls, **more: Any) -> None:
-        """Refuse names that the methods had before."""
+        """Reject methods that have been renamed."""
         super().__init_subclass__(**more)
-        refuse_old_names(cls, {"can_thaw": "can_unfreeze"})
+        reject_renamed_methods(cls, {"can_thaw": "can_unfreeze"})
 
     def __init__(self, strategy: Strategy[OptionsT]) -> None:
         self.strategy, self.options = strategy, strategy.options
 
     def can_unfreeze(self) -> bool:
-        """Say whether parameters that are frozen at first may take part in training later."""
+        """Return whether parameters that are frozen at the start may be trained later."""
         return False
 
     def build_model(self, task: Task) -> nn.Module:
-        """Build the model, whole; seeded before."""
+        """Build the whole model. The global generators are already seeded."""
         return task.model()
 
     def cut_model(
         self, prepared: Prepared, rank: int, collective: Collective | None
     ) -> tuple[FlatModel, Holding]:
         """
-        Give what this rank trains, and what of the whole model that is.
+        Return the parameters that this rank trains, and their position in the whole model.
 
-        Asked in every attempt, of all ranks, which may talk to each other about where; only with
-        `cuts_model`.
+        Called on all ranks in every attempt if `cuts_model` is set. Ranks may communicate to agree
+        on the split.
         """
-        raise NotImplementedError(f"{type(self).__name__} does not cut the model")
+        raise NotImplementedError(f"{type(self).__name__} does not split the model")
 
     @abstractmethod
     def setup(self, context: Context) -> int:
         """
-        Prepare this worker; its model is built, its ports are connected.
+        Prepare this worker. The model is built and the ports are connected.
 
         Returns:
-            Steps that `flat.params` now has behind it, the same on all ranks; 0 in a fresh run,
-            those of `context.saved` in one that begins from a checkpoint.
+            Steps completed by `flat.params`, the same number on all ranks: 0 in a new run, the step
+            of `context.saved` in a run that starts from a checkpoint.
         """
 
     def compute(self, prepared: Prepared, context: Context) -> Compute:
-        """Give what makes this rank's share of the gradients; asked after `setup`."""
+        """Return the object that computes this rank's gradients; called after `setup`."""
         return WholeModel(prepared, self.last_backward, context.rank, context.alive)
 
     def skips(self, step: int) -> bool:
-        """Say whether this rank leaves the step out; asked once before each step."""
+        """Return whether this rank skips a step; called once before each step."""
         return False
 
     def last_backward(self) -> None:
         """
-        Called when a step's last backward begins: gradients that it finishes are final.
+        Called when a step's last backward starts: the gradients that it produces are final.
 
         Not called on a rank that has no samples in this step.
         """
@@ -187,71 +217,73 @@ class WorkerStrategy(ABC, Generic[OptionsT]):
     @abstractmethod
     def exchange(self, step: int, local: StepControl) -> StepControl:
         """
-        Gradients are ready in `flat.grads`: combine them with the other ranks'.
+        Combine the gradients in `flat.grads` with those of the other ranks.
 
         Args:
-            step: the present one; where tasks are leased, the number of the task.
+            step: the current step; if tasks are leased, the number of the task.
             local: this rank's control record.
 
         Returns:
-            The records of all ranks, summed: what every rank decides by. One that was not summed
-            must have `StopOrder.NONE`, or ranks would stop after different steps.
+            The sum of all ranks' control records, by which every rank makes the same decisions. A
+            strategy that does not sum the records must return `StopOrder.NONE` in the record, or
+            ranks would stop after different steps.
         """
 
     @abstractmethod
     def update(self, step: int, total: StepControl) -> None:
         """
-        Bring `flat.params` from version `step` to version `step + 1`.
+        Update `flat.params` from version `step` to version `step + 1`.
 
         Args:
-            step: as for `exchange`.
-            total: what `exchange` gave; with `total.skip` parameters and optimizer stay as they
-                are.
+            step: the same as for `exchange`.
+            total: the return value of `exchange`. If `total.skip` is set, parameters and optimizer
+                must not change.
         """
 
     def checkpoint(self, version: int) -> CheckpointPart:
         """
-        Give what this rank is responsible for in a checkpoint; called between two steps.
+        Return this rank's part of a checkpoint; called between two steps.
 
         Args:
-            version: steps done, on every rank the same ones.
+            version: completed steps, the same number on every rank.
         """
         raise NotImplementedError(f"{type(self).__name__} has no checkpoints")
 
     def synchronize(self) -> None:
-        """Make all ranks' parameters equal; called before an evaluation and at the end."""
+        """Make the parameters of all ranks equal; called before an evaluation and at the end."""
 
     def average(self) -> Tensor:
         """
-        Give the average that the job's `ema` asks for, shape [n], as it is between two steps.
+        Return the averaged weights that the job's `ema` configures, shape [n]; called between two
+        steps.
 
-        Every rank calls this; where tasks are leased, who evaluates. Only where the driver's half
-        says that it `averages`.
+        Every rank calls this; if tasks are leased, only the rank that evaluates. Called only if the
+        driver's half sets `averages`.
         """
         raise NotImplementedError(f"{type(self).__name__} keeps no average of the weights")
 
     def figures(self) -> dict[str, float]:
-        """Give this rank's figures of the step just made, by name, for metrics and report."""
+        """Return this rank's metrics of the completed step by name."""
         return {}
 
     def trained(self, flat: FlatModel) -> dict[str, Tensor]:
         """
-        Give this rank's part of the trained model by name; the ports are still there.
+        Return this rank's part of the trained model by name; the ports are still connected.
 
-        An average of it stands beside it, see `with_average`.
+        Averaged weights are added with `with_average`.
 
-        A strategy whose ranks send to each other here, or in the last update, ends with a barrier:
-        who leaves may take with it what was not yet read.
+        A strategy whose ranks communicate here, or in the last update, must end with a barrier: a
+        rank that exits may free memory that others have not read yet.
         """
         return flat.state_dict()
 
 
 def worker_class(strategy: Strategy[Any]) -> type[WorkerStrategy[Any]]:
     """
-    Give the class that a worker runs.
+    Return the class of a strategy's worker half.
 
     Raises:
-        SpecError: the strategy names none.
+        SpecError: The strategy does not name one.
     """
     named = getattr(strategy, "worker", None)
     if isinstance(named, str):
@@ -259,13 +291,13 @@ def worker_class(strategy: Strategy[Any]) -> type[WorkerStrategy[Any]]:
         named = getattr(import_module(module), name, None)
     if isinstance(named, type) and issubclass(named, WorkerStrategy):
         return named
-    text = f"{type(strategy).__name__} names no WorkerStrategy: {NEW_WAY}"
+    text = f"{type(strategy).__name__} does not name a WorkerStrategy: {MIGRATION_HINT}"
     raise SpecError(Problem(("strategy",), text))
 
 
 def make_worker_strategy(job: Job) -> WorkerStrategy[Any]:
     """
-    Build what this worker runs of the job's strategy.
+    Build the worker's half of the job's strategy.
 
     Raises:
         SpecError: see `make_strategy`, `worker_class`.

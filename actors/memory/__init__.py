@@ -1,1 +1,1 @@
-"""Memory that processes of one node share, and how they wake each other."""
+"""Memory shared by the processes of a node, and signals between these processes."""

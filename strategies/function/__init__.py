@@ -1,1 +1,1 @@
-"""A train function: the user's own loop, with what `prepare` and `report` do for it."""
+"""Train functions: the session behind `prepare` and `report` in a user's own training loop."""

@@ -29,7 +29,7 @@ from distplat.strategies.checkpoint.checkpoint_reader import SavedState
 from distplat.strategies.checkpoint.checkpoint_types import Take
 from distplat.strategies.checkpoint.parts import tensors_part
 from distplat.strategies.collective import Collective
-from distplat.strategies.directory_checkpoint import Checkpoint, of_directory
+from distplat.strategies.directory_checkpoint import Checkpoint, from_ray_train
 from distplat.strategies.function.averages import Averages
 from distplat.strategies.function.batched_loader import BatchedLoader
 from distplat.strategies.function.data_comparison import DataComparison
@@ -288,7 +288,7 @@ class FunctionSession:
             text = f"report() got a {type(metrics).__name__}: it takes numbers by name"
             raise SpecError(Problem(("task",), text, 'report({"loss": loss})'))
         figures = {name: _number(name, value) for name, value in metrics.items()}
-        checkpoint = of_directory(checkpoint)
+        checkpoint = from_ray_train(checkpoint)
         self._report_watch.reported(figures, kept=checkpoint is not None)
         step = self._progress.step
         self._progress.step = step + 1

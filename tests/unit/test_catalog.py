@@ -326,10 +326,10 @@ class Halved(Strategy):
     ],
 )
 def test_a_method_that_was_renamed_is_refused_by_both_names(base: Any, old: str, new: str) -> None:
-    with pytest.raises(TypeError, match=rf"Mine\.{old}\(\) is called {new}\(\) now"):
+    with pytest.raises(TypeError, match=rf"Mine\.{old}\(\) was renamed to {new}\(\)"):
         type("Mine", (base,), {old: lambda self: True})
     mixin = type("Mixin", (), {old: lambda self: True})
-    with pytest.raises(TypeError, match=rf"Mine\.{old}\(\) is called {new}\(\) now"):
+    with pytest.raises(TypeError, match=rf"Mine\.{old}\(\) was renamed to {new}\(\)"):
         type("Mine", (mixin, base), {})
 
 
@@ -347,7 +347,7 @@ def test_a_strategy_without_a_worker_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "halved.py"
     path.write_text(NO_WORKER)
     load_strategy_file(path)
-    with pytest.raises(SpecError, match="Halved names no WorkerStrategy"):
+    with pytest.raises(SpecError, match="Halved does not name a WorkerStrategy"):
         make_worker_strategy(job("halved"))
 
 

@@ -85,7 +85,7 @@ def folder_of(name: str) -> str | None:
     first, *rest = name.split(".")
     if first != "distplat" or not rest:
         return None
-    home = distplat._HOMES.get(rest[0])
+    home = distplat._MODULES.get(rest[0])
     return home.split(".")[1] if home else rest[0] if rest[0] in FOLDERS else None
 
 

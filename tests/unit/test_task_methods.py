@@ -45,7 +45,7 @@ def with_method(name: str) -> type[Task]:
         ("on_train_end", "distplat.Callback"),
         ("metric", "did you mean metrics()?"),
         ("losses", "did you mean loss()?"),
-        ("eval_dataset", "did you mean eval_data()? Give a data set in eval_data()"),
+        ("eval_dataset", "did you mean eval_data()? Return a data set from eval_data()"),
         ("train_dat", "did you mean train_data()?"),
         ("val_data", "did you mean eval_data()?"),
         ("stage", "did you mean stages()?"),
@@ -124,16 +124,16 @@ def test_a_task_that_has_both_is_told_where() -> None:
 
     problem, line = refused(Both), Both.step.__code__.co_firstlineno
     place = f"test_task_methods.py:{line}: Both"
-    assert problem.message == f"{place}: step() and loss() both give the loss"
-    assert "keep it, and call what was loss() by another name" in problem.hint
+    assert problem.message == f"{place}: step() and loss() both define the loss"
+    assert "keep it, and rename loss()" in problem.hint
 
 
 @pytest.mark.parametrize(
     ("name", "way_out"),
     [
         ("", "write loss(outputs, targets), or step(model, batch)"),
-        ("losses", "did you mean losses() to be it?"),
-        ("steps", "did you mean steps() to be it?"),
+        ("losses", "did you mean losses()?"),
+        ("steps", "did you mean steps()?"),
         ("training_step", "training_step() is never called: write step(model, batch)"),
     ],
 )

@@ -450,7 +450,7 @@ def test_the_child_answers_for_each_strategy(tmp_path: Path, monkeypatch: Any) -
     child.main()
     ring, hybrid = torch.load(tmp_path / child.ANSWER, weights_only=False)
     assert len(ring.plain.losses) == 8 and ring.whole.switches.double
-    assert "does not say how its model is cut" in hybrid
+    assert "does not say how its model is split" in hybrid
 
 
 def test_a_task_that_calls_the_model_is_not_compared_under_hybrid() -> None:
