@@ -1,7 +1,8 @@
 """
-The strategy registry: our own strategies, other packages' entry points, a user's own file.
+The strategy registry: built-in strategies, entry points of other packages, and a user's own file.
 
-Only a strategy's name and options travel to other processes; each looks the name up for itself.
+Only a strategy's name and options are sent to other processes. Each process looks up the name in
+its own registry.
 """
 
 import importlib
@@ -32,73 +33,74 @@ U = TypeVar("U")
 
 class Registry(Generic[T]):
     """
-    Named things of one kind.
+    A registry of objects by name.
 
     Args:
-        kind: what is registered, for messages (`strategy`).
-        discover: registers everything there is; called before the first look-up.
+        kind: what the objects are, for messages (`strategy`).
+        discover: registers all objects; called before the first look-up.
     """
 
     def __init__(self, kind: str, discover: Callable[[], None] = lambda: None) -> None:
         self.kind = kind
         self._discover: Callable[[], None] | None = discover
-        self._discovering = threading.RLock()
-        self._things: dict[str, T] = {}
+        self._lock = threading.RLock()
+        self._items: dict[str, T] = {}
 
     def register(self, name: str) -> Callable[[U], U]:
         """
-        Register what is decorated under `name`; the same thing twice is fine.
+        Return a decorator that registers an object under `name`. Registering the same object twice
+        is allowed.
 
         Raises:
-            SpecError: another thing has the name already.
+            SpecError: Another object has this name.
         """
 
-        def add(thing: U) -> U:
-            present = self._things.get(name)
-            if present is not None and _origin(present) != _origin(thing):
+        def add(item: U) -> U:
+            present = self._items.get(name)
+            if present is not None and _origin(present) != _origin(item):
                 raise SpecError(
                     f"{self.kind} {name!r} is already {_origin(present)}; "
-                    f"give {_origin(thing)} another name"
+                    f"give {_origin(item)} another name"
                 )
-            self._things[name] = thing  # type: ignore[assignment]
-            return thing
+            self._items[name] = item  # type: ignore[assignment]
+            return item
 
         return add
 
     def get(self, name: str) -> T:
         """
-        Look a name up.
+        Return the object with a name.
 
         Raises:
-            SpecError: nobody registered it; says what is known and what is near.
+            SpecError: The name is unknown; the message suggests a similar one.
         """
         self._ensure_discovered()
-        if name not in self._things:
+        if name not in self._items:
             message = f"unknown {self.kind} {name!r}"
-            raise SpecError(Problem((self.kind,), message, hint(name, self._things)))
-        return self._things[name]
+            raise SpecError(Problem((self.kind,), message, hint(name, self._items)))
+        return self._items[name]
 
     def names(self) -> list[str]:
-        """Give all registered names in alphabetical order."""
+        """Return all registered names in alphabetical order."""
         self._ensure_discovered()
-        return sorted(self._things)
+        return sorted(self._items)
 
     def _ensure_discovered(self) -> None:
-        with self._discovering:  # threads of the controller look up at the same time
+        with self._lock:  # several threads of the controller may look up names
             if self._discover is None:
                 return
-            discover, self._discover = self._discover, None  # it may look names up itself
+            discover, self._discover = self._discover, None  # `discover` may look up names itself
             try:
                 discover()
             except BaseException:
-                self._discover = discover  # or the next look-up would find an empty registry
+                self._discover = discover  # else the next look-up would find an empty registry
                 raise
 
 
-def _origin(thing: object) -> str:
-    """Where a thing was defined: equal for one class reached through two imports."""
-    module = getattr(thing, "__module__", type(thing).__module__)
-    return f"{module}.{getattr(thing, '__qualname__', repr(thing))}"
+def _origin(item: object) -> str:
+    """Return the qualified name of an object's definition; equal for one class imported twice."""
+    module = getattr(item, "__module__", type(item).__module__)
+    return f"{module}.{getattr(item, '__qualname__', repr(item))}"
 
 
 logger = logging.getLogger(__name__)
@@ -107,11 +109,11 @@ logger = logging.getLogger(__name__)
 ENTRY_POINTS = "distplat.strategies"
 """Entry-point group under which other packages offer modules that register strategies."""
 BUILT_IN = ("hybrid", "ps_async", "ps_sync", "ring")
-"""Modules of this folder that register a strategy."""
+"""Modules of this package that register a strategy."""
 
 
 def _discover() -> None:
-    """Import our strategies, then every plug-in; a broken plug-in is only logged."""
+    """Import the built-in strategies and all plug-ins; a plug-in that fails is only logged."""
     for module in BUILT_IN:
         importlib.import_module(f"distplat.strategies.{module}")
     for plugin in entry_points(group=ENTRY_POINTS):
@@ -119,11 +121,11 @@ def _discover() -> None:
             plugin.load()
         except (Exception, SystemExit) as error:
             text = "strategy plug-in %r (%s) cannot be loaded; %s"
-            logger.exception(text, plugin.name, plugin.value, _way_out(error))
+            logger.exception(text, plugin.name, plugin.value, _migration_hint(error))
 
 
-def _way_out(error: BaseException) -> str:
-    """Give the hint for code that imports what there was when a strategy was one class."""
+def _migration_hint(error: BaseException) -> str:
+    """Return the hint for code of the earlier API, in which a strategy was one class."""
     old = isinstance(error, ImportError) and (error.name or "").startswith("distplat.strategies")
     return MIGRATION_HINT if old else ""
 
@@ -134,17 +136,17 @@ strategies: Registry[type[Strategy[Any]]] = Registry("strategy", _discover)
 
 def register(name: str) -> Callable[[U], U]:
     """
-    Register the strategy that is decorated.
+    Register the decorated strategy class under a name.
 
     Raises:
-        SpecError: another one has the name.
+        SpecError: Another strategy has this name.
     """
     return strategies.register(name)
 
 
 @dataclass(frozen=True)
 class LoadedStrategyFile:
-    """A user's own file that registers strategies; its text travels, for workers have no copy."""
+    """A user's file that registers strategies. Its text is sent to workers, which have no copy."""
 
     name: str
     text: str
@@ -154,27 +156,28 @@ class LoadedStrategyFile:
         Run the file, which registers strategies.
 
         Raises:
-            SpecError: it raises, or it registers a name that is taken.
+            SpecError: The file raises an exception, or registers a name that is already used.
         """
-        strategies.names()  # ours come first, so that a name taken twice is the user's to change
+        strategies.names()  # built-in names first, so that a conflict is reported for the file
         module = ModuleType(f"_distplat_user_{Path(self.name).stem}")
         module.__file__ = self.name
-        sys.modules[module.__name__] = module  # pydantic looks annotations up there
+        sys.modules[module.__name__] = module  # pydantic resolves annotations there
         try:
             exec(compile(self.text, self.name, "exec"), module.__dict__)
         except SpecError:
             raise
         except (Exception, SystemExit) as error:
             what = f"{self.name} raised {type(error).__name__}: {error}"
-            raise SpecError(Problem(("--strategy-file",), what, _way_out(error))) from error
+            raise SpecError(Problem(("--strategy-file",), what, _migration_hint(error))) from error
 
 
 def load_strategy_file(path: Path) -> LoadedStrategyFile:
     """
-    Read and run a user's own file.
+    Read and run a user's strategy file.
 
     Raises:
-        SpecError: it cannot be read, it raises, or it registers a name that is taken.
+        SpecError: The file cannot be read, raises an exception, or registers a name that is already
+            used.
     """
     try:
         if path.suffix != ".py":
@@ -193,19 +196,17 @@ def make_strategy(job: Job) -> Strategy[Any]:
     Build the job's strategy.
 
     Raises:
-        SpecError: unknown name, wrong options, or a job that the strategy cannot do.
+        SpecError: The name is unknown, an option is invalid, or the strategy does not support the
+            job.
     """
     strategy = _strategy_of(job.strategy)
-    kind = type(strategy)
-    problems = _kind_problems(job, kind)
+    problems = _feature_problems(job, type(strategy))
     if job.failure.spare_workers and (job.own_loop or not strategy.survives_worker_loss()):
-        text = (
-            "after a loss all workers of such a job are made anew, and none takes another's place"
-        )
+        text = "has no effect: after a loss all workers of such a job restart"
         problems.append(Problem(("failure", "spare_workers"), text, "remove it"))
     problems += strategy.own_loop_problems(job) if job.own_loop else strategy.problems(job)
     roles = strategy.roles(job)
-    if not job.own_loop:  # whose batches are its loaders'
+    if not job.own_loop:  # a train function's batches come from its own loaders
         problems += _batch_problems(job, roles)
     problems += [*_embedding_problems(job, roles), *_plateau_problems(job, roles)]
     if problems:
@@ -215,22 +216,22 @@ def make_strategy(job: Job) -> Strategy[Any]:
 
 def _strategy_of(chosen: StrategySpec) -> Strategy[Any]:
     """
-    Build a strategy, whatever the rest of the job is.
+    Build a strategy from its name and options, without checking the rest of the job.
 
     Raises:
-        SpecError: unknown name, or wrong options.
+        SpecError: The name is unknown, or an option is invalid.
     """
-    kind = strategies.get(chosen.name)
+    cls = strategies.get(chosen.name)
     try:
-        options = kind.options_type.model_validate(dict(chosen.options))
+        options = cls.options_type.model_validate(dict(chosen.options))
     except ValidationError as error:
-        problems = problems_of(error, kind.options_type, prefix=("strategy",))
-        raise SpecError(*(_of_another_strategy(one, kind) for one in problems)) from None
-    return kind(options)
+        problems = problems_of(error, cls.options_type, prefix=("strategy",))
+        raise SpecError(*(_hint_at_owners(problem, cls) for problem in problems)) from None
+    return cls(options)
 
 
 def _option_problems(chosen: StrategySpec) -> list[Problem]:
-    """List what is wrong with a strategy's name and options alone."""
+    """Return the problems of a strategy's name and options alone."""
     try:
         _strategy_of(chosen)
     except SpecError as error:
@@ -238,10 +239,10 @@ def _option_problems(chosen: StrategySpec) -> list[Problem]:
     return []
 
 
-def _of_another_strategy(problem: Problem, kind: type[Strategy[Any]]) -> Problem:
-    """Say which strategies have an option that this one has not, and never had."""
+def _hint_at_owners(problem: Problem, cls: type[Strategy[Any]]) -> Problem:
+    """If an unknown option belongs to other strategies, name these in the problem's hint."""
     name = str(problem.where[-1])
-    is_option = len(problem.where) == 2 and name not in kind.options_type.removed_fields
+    is_option = len(problem.where) == 2 and name not in cls.options_type.removed_fields
     if not (is_option and problem.message.startswith("unknown field")):
         return problem
     others = [n for n in strategies.names() if name in strategies.get(n).options_type.model_fields]
@@ -252,7 +253,7 @@ def _of_another_strategy(problem: Problem, kind: type[Strategy[Any]]) -> Problem
 
 
 def strategy_problems(job: Job) -> list[Problem]:
-    """List what is wrong with the strategy's part of a job; empty: `make_strategy` works."""
+    """Return the problems of a job's strategy; empty: `make_strategy` succeeds."""
     try:
         make_strategy(job)
     except SpecError as error:
@@ -260,20 +261,20 @@ def strategy_problems(job: Job) -> list[Problem]:
     return []
 
 
-def _kind_problems(job: Job, kind: type[Strategy[Any]]) -> list[Problem]:
-    """Name what in a job a strategy has not at all, whatever its options."""
+def _feature_problems(job: Job, cls: type[Strategy[Any]]) -> list[Problem]:
+    """Return the features that a job uses and its strategy class does not have."""
     problems: list[Problem] = []
-    if job.checkpoint.wanted and not kind.has_checkpoints:
+    if job.checkpoint.wanted and not cls.has_checkpoints:
         text = f"the strategy {job.strategy.name!r} has no checkpoints during the run"
         field = "every_steps" if job.checkpoint.every_steps else "every_epochs"
         problems.append(Problem(("checkpoint", field), text, "remove it"))
-    if job.precision == "fp16" and not kind.scales_loss:
+    if job.precision == "fp16" and not cls.scales_loss:
         text = f"fp16 has no loss scale under {job.strategy.name!r}"
         problems.append(Problem(("precision",), text, "use bf16, or `strategy: ring` or `ps-sync`"))
-    if job.ema is not None and not kind.averages:
+    if job.ema is not None and not cls.averages:
         text = f"the strategy {job.strategy.name!r} keeps no average of the weights"
         problems.append(Problem(("ema",), text, "use `strategy: ring` or `ps-sync`, or remove it"))
-    if isinstance(job.optimizer, TaskOptimizer) and not kind.updates_whole:
+    if isinstance(job.optimizer, TaskOptimizer) and not cls.updates_whole:
         text = f"under {job.strategy.name!r} no worker updates whole parameters of the whole model"
         hint = "use `strategy: ring`, or name it in the job, if it is one of torch.optim"
         problems.append(Problem(("optimizer", "name"), text, hint))
@@ -281,7 +282,11 @@ def _kind_problems(job: Job, kind: type[Strategy[Any]]) -> list[Problem]:
 
 
 def _batch_problems(job: Job, roles: Roles) -> list[Problem]:
-    """Workers that hold one copy of the model together have one part of a batch."""
+    """
+    Return a problem if the global batch has fewer samples than parts.
+
+    All workers of a worker group share one part of a batch.
+    """
     replicas, micro = roles.replicas(job.scaling.world), job.gradient_accumulation
     if job.global_batch_size >= replicas * micro:
         return []
@@ -294,7 +299,7 @@ def _batch_problems(job: Job, roles: Roles) -> list[Problem]:
 
 
 def _embedding_problems(job: Job, roles: Roles) -> list[Problem]:
-    """Tables make a step when every rank has pushed; some strategies' ranks do not keep step."""
+    """Return a problem if the strategy's ranks do not all push in each step, as tables require."""
     steps, name = roles.consistency, job.strategy.name
     if job.embeddings is None:
         return []
@@ -302,13 +307,16 @@ def _embedding_problems(job: Job, roles: Roles) -> list[Problem]:
         text = "cannot be combined with `backup_workers`: tables need every rank's push"
         return [Problem(("embeddings",), text, "remove one of the two")]
     if steps.asynchronous and not job.embeddings.asynchronous:
-        text = f"must be true under {name}: its ranks make steps of their own"
+        text = f"must be true under {name}: its ranks do not run the same steps"
         return [Problem(("embeddings", "asynchronous"), text)]
     return []
 
 
 def _plateau_problems(job: Job, roles: Roles) -> list[Problem]:
-    """Rates that go by evaluations need all ranks to evaluate the same parameters."""
+    """
+    Return a problem if ranks may evaluate different parameters, with a schedule that depends on the
+    result.
+    """
     steps, where = roles.consistency, ("lr_schedule",)
     if not isinstance(job.lr_schedule, ReduceLROnPlateau) or not steps.private:
         return []
@@ -317,19 +325,19 @@ def _plateau_problems(job: Job, roles: Roles) -> list[Problem]:
         text += " in one step evaluate different parameters"
         return [Problem(where, text, "remove one of the two")]
     text = (
-        f"ReduceLROnPlateau is not there under {job.strategy.name!r}: while it is evaluated others"
+        f"ReduceLROnPlateau is not supported by {job.strategy.name!r}: other workers train during "
+        "an evaluation, so no step is the first with the new rate"
     )
-    text += " train on, so no step is the first with the new rate"
     return [Problem(where, text, "use `strategy: ps-sync` or `ring`, or another schedule")]
 
 
 def complete(job: Job) -> Job:
-    """Give the job with the options that its strategy chooses by the rest of it."""
+    """Return the job with strategy options filled in that follow from the rest of the job."""
     try:
-        kind = strategies.get(job.strategy.name)
+        cls = strategies.get(job.strategy.name)
     except SpecError:
-        return job  # whoever checks it says so
-    return kind.complete(job)
+        return job  # checking the job reports the unknown name
+    return cls.complete(job)
 
 
 def _problems(job: Job) -> list[Problem]:
@@ -340,15 +348,15 @@ def load_job(
     path: str | Path, *, overrides: Sequence[str] = (), environ: Mapping[str, str] | None = None
 ) -> Job:
     """
-    Read a job file and check all of it, the strategy's options included.
+    Read and validate a job file, including the strategy's options.
 
     Args:
         path: the YAML file.
-        overrides: `a.b=c`, as `--set` takes them.
-        environ: variables that may hold `DISTPLAT_*` settings; None: none.
+        overrides: `a.b=c`, the same as `--set`.
+        environ: environment variables; `DISTPLAT_*` override settings. None: no variables.
 
     Raises:
-        SpecError: everything that is wrong, with file, line and column.
+        SpecError: All problems, with file, line and column.
     """
     given = environ or {}
     return complete(
@@ -364,9 +372,9 @@ def load_job(
 
 def make_job(data: Mapping[str, object]) -> Job:
     """
-    Build a job from a mapping, with the messages of a job file but without its lines.
+    Build a job from a mapping, with the messages of a job file but without line numbers.
 
     Raises:
-        SpecError: everything that is wrong.
+        SpecError: All problems.
     """
     return complete(job_of(data, check=_problems, check_strategy=_option_problems))

@@ -1,4 +1,4 @@
-"""The port between ranks; `strategies/worker_strategy.py` gives it out, and says what ports are."""
+"""The port `Collective` between ranks. `strategies/worker_strategy.py` describes the ports."""
 
 from __future__ import annotations
 
@@ -27,19 +27,21 @@ SENDABLE = (
 
 @dataclass
 class Traffic:
-    """What one rank's part in a group has cost so far; every figure only grows."""
+    """Cost counters of one rank's operations in a group; all values only increase."""
 
     sent_bytes: int = 0
-    """Payload that went from this rank to others."""
+    """Payload sent from this rank to others."""
     received_bytes: int = 0
     waiting_s: float = 0.0
-    """For ranks that had not come."""
+    """Time spent waiting for other ranks to start their operations."""
     working_s: float = 0.0
-    """Copying, adding, sending: operations' time without the waiting where that can be told."""
+    """
+    Time spent copying, adding and sending, without waiting if that can be measured separately.
+    """
 
 
 class ReduceOp(StrEnum):
-    """How a collective combines the ranks' values."""
+    """How a collective reduces the ranks' values."""
 
     SUM = "sum"
     AVG = "avg"
@@ -49,24 +51,25 @@ class ReduceOp(StrEnum):
 
 
 class Handle(Protocol):
-    """An operation under way."""
+    """An asynchronous operation."""
 
     def wait(self) -> None:
         """
-        Return when the result is there.
+        Wait until the operation is complete.
 
         Raises:
-            CollectiveError: it failed or ran out of time; names the missing ranks.
+            CollectiveError: The operation failed or timed out; the error names the missing ranks.
         """
 
 
 class Collective(Protocol):
     """
-    A group of ranks as one of them sees it. Every rank calls the same operations in the same order.
+    A group of ranks, as seen by one of them. Every rank calls the same operations in the same
+    order.
 
-    Tensors are contiguous and of equal shape and dtype on all ranks; results are written in place
-    and are the same bits on every rank. Every operation raises `CollectiveError`, also where ranks
-    are found to be in different operations, or in one with different shapes.
+    Tensors are contiguous and have the same shape and dtype on all ranks. Results are written in
+    place and are bitwise equal on every rank. Every operation may raise `CollectiveError`, also if
+    ranks call different operations, or the same operation with different shapes.
     """
 
     @property
@@ -75,94 +78,95 @@ class Collective(Protocol):
 
     @property
     def world(self) -> int:
-        """Ranks in the group."""
+        """Number of ranks in the group."""
 
     @property
     def traffic(self) -> Traffic:
-        """What this rank's operations have cost, sub-groups apart; updated as they end."""
+        """Cost of this rank's operations, sub-groups excluded; updated when operations end."""
 
     def share(self, like: Tensor) -> Tensor:
         """
-        Give a vector of zeros of the shape, dtype and device of `like`, for this group's use.
+        Return a zero vector with the shape, dtype and device of `like`, for use in this group.
 
-        Where ranks share memory, an operation on it, or on the same part of it on every rank,
-        copies nothing. Every rank calls this. It is the group's: when the group is closed, take
-        what is needed out of it and let it go.
+        If ranks share memory, operations on this vector, or on the same slice of it on every rank,
+        copy nothing. Every rank calls this. The group owns the vector: after the group is closed,
+        copy its values and drop all references to it.
         """
 
     def all_reduce(self, tensor: Tensor, op: ReduceOp = ReduceOp.SUM) -> None:
-        """Replace `tensor` by its combination over all ranks."""
+        """Reduce `tensor` over all ranks, in place."""
 
     def start_all_reduce(self, tensor: Tensor, op: ReduceOp = ReduceOp.SUM) -> Handle:
-        """Begin an all-reduce and go on; `tensor` is not to be touched until the handle is done."""
+        """Start an asynchronous all-reduce; do not access `tensor` before the handle is done."""
 
     @property
     def start_waits(self) -> bool:
         """
-        Whether the next operation's start may wait until the other ranks have started theirs.
+        Whether starting the next operation may block until the other ranks have started theirs.
 
-        Ranks may be told different things at a moment: it depends on what they have started so far.
+        Ranks may see different values at the same time: the value depends on the operations started
+        so far.
         """
 
     def reduce_scatter(
         self, output: Tensor, inputs: Sequence[Tensor], op: ReduceOp = ReduceOp.SUM
     ) -> None:
         """
-        Combine `inputs[r]` over all ranks into `output` of rank r; one input per rank.
+        Reduce `inputs[r]` over all ranks into `output` of rank r; one input per rank.
 
-        Inputs may be of uneven sizes, the r-th the same on all ranks; `output` may be this rank's
-        own input.
+        Inputs may have different sizes, but input r has the same size on all ranks. `output` may be
+        this rank's own input.
         """
 
     def all_gather(self, outputs: Sequence[Tensor], tensor: Tensor) -> None:
         """
-        Copy `tensor` of rank r into `outputs[r]` of every rank.
+        Copy `tensor` of rank r into `outputs[r]` on every rank.
 
-        The ranks' tensors may be of uneven sizes; `tensor` may be this rank's own output.
+        The ranks' tensors may have different sizes. `tensor` may be this rank's own output.
         """
 
     def broadcast(self, tensor: Tensor, source: int = 0) -> None:
-        """Replace `tensor` by that of rank `source`."""
+        """Replace `tensor` by the tensor of rank `source`."""
 
     def send(self, tensor: Tensor, to: int) -> None:
-        """Hand `tensor` to rank `to`, which calls `recv`."""
+        """Send `tensor` to rank `to`, which calls `recv`."""
 
     def start_send(self, tensor: Tensor, to: int) -> Handle:
         """
-        Begin to hand `tensor` over; it is not to be touched until the handle is done.
+        Start an asynchronous send; `tensor` must not be accessed before the handle is done.
 
-        It may wait for messages before to be taken, never for this one; and `wait` of the handle
-        may return before the message is taken.
+        The call may block until earlier messages are received, but not until this one is. `wait` of
+        the handle may return before the message is received.
         """
 
     def recv(self, tensor: Tensor, source: int) -> None:
-        """Fill `tensor` with what rank `source` sends."""
+        """Receive a message from rank `source` into `tensor`."""
 
     def barrier(self) -> None:
-        """Return when every rank has come here."""
+        """Wait until every rank has called this."""
 
     def subgroup(self, name: str, ranks: Sequence[int]) -> Collective:
         """
-        Make a group of some of these ranks, in that order; each of them calls this.
+        Create a group of some of these ranks, in the given order; each member calls this.
 
         Args:
-            name: one that no other group within this one has, members apart or not.
+            name: unique among the sub-groups of this group, whether or not their members overlap.
             ranks: numbers in this group.
         """
 
 
 def broadcast_value(value: Any, source: int, group: Collective, device: torch.device) -> Any:
     """
-    Give every rank the source's value, as JSON knows it: tuples become lists.
+    Return the source rank's value on every rank, converted by JSON: tuples become lists.
 
     Args:
-        value: looked at on rank `source` only.
+        value: used only on rank `source`.
         source: a rank.
         group: all ranks; each calls this.
-        device: of the tensors that carry it; the group's backend must take it.
+        device: device of the tensors that are sent; the group's backend must support it.
 
     Raises:
-        CollectiveError: a rank is missing.
+        CollectiveError: A rank is missing.
     """
     data = json.dumps(value).encode() if group.rank == source else b""
     length = torch.tensor([len(data)], device=device)
@@ -176,25 +180,25 @@ def broadcast_value(value: Any, source: int, group: Collective, device: torch.de
 
 def gather_tensors(tensor: Tensor, group: Collective) -> list[Tensor]:
     """
-    Give every rank the tensors of all, in rank order; all are of one shape and type.
+    Return the tensors of all ranks, in rank order; all have the same shape and dtype.
 
     Raises:
-        CollectiveError: a rank is missing.
+        CollectiveError: A rank is missing.
     """
-    every = [torch.zeros_like(tensor) for _ in range(group.world)]
-    group.all_gather(every, tensor)
-    return every
+    outputs = [torch.zeros_like(tensor) for _ in range(group.world)]
+    group.all_gather(outputs, tensor)
+    return outputs
 
 
 def gather_bytes(data: bytes, group: Collective, device: torch.device) -> list[bytes]:
     """
-    Give every rank the bytes of all, in rank order.
+    Return the bytes of all ranks, in rank order.
 
     Raises:
-        CollectiveError: a rank is missing.
+        CollectiveError: A rank is missing.
     """
     lengths = [length for (length,) in gather_numbers([len(data)], group, device)]
-    # Of one size, that of the longest: not every backend gathers uneven tensors quickly.
+    # Padded to the longest: not every backend gathers tensors of different sizes quickly.
     padded = torch.zeros(max(lengths), dtype=torch.uint8, device=device)
     padded[: len(data)].copy_(_tensor(data))
     pairs = zip(gather_tensors(padded, group), lengths, strict=True)
@@ -203,10 +207,10 @@ def gather_bytes(data: bytes, group: Collective, device: torch.device) -> list[b
 
 def gather_values(value: Any, group: Collective, device: torch.device) -> list[Any]:
     """
-    Give every rank what all ranks have, in rank order, as JSON knows it: tuples become lists.
+    Return the values of all ranks, in rank order, converted by JSON: tuples become lists.
 
     Raises:
-        CollectiveError: a rank is missing.
+        CollectiveError: A rank is missing.
     """
     texts = gather_bytes(json.dumps(value).encode(), group, device)
     return [json.loads(text) for text in texts]
@@ -216,23 +220,28 @@ def gather_numbers(
     numbers: Sequence[int], group: Collective, device: torch.device
 ) -> list[list[int]]:
     """
-    Give every rank the whole numbers of all, in rank order; all ranks have as many.
+    Return the integers of all ranks, in rank order; all ranks pass the same number of integers.
 
     Raises:
-        CollectiveError: a rank is missing.
+        CollectiveError: A rank is missing.
     """
     return [row.tolist() for row in gather_tensors(torch.tensor(numbers, device=device), group)]
 
 
-def mismatched_ranks(facts: Any, group: Collective, device: torch.device) -> list[int]:
+def mismatched_ranks(value: Any, group: Collective, device: torch.device) -> list[int]:
     """
-    Give the ranks that have other facts than rank 0, as `gather_values` takes them.
+    Return the ranks whose value differs from rank 0's, compared as JSON.
+
+    Args:
+        value: this rank's value, see `gather_values`.
+        group: all ranks; each calls this.
+        device: see `broadcast_value`.
 
     Raises:
-        CollectiveError: a rank is missing.
+        CollectiveError: A rank is missing.
     """
-    first, *others = gather_values(facts, group, device) if group.world > 1 else [facts]
-    return [rank for rank, numbers in enumerate(others, 1) if numbers != first]
+    first, *others = gather_values(value, group, device) if group.world > 1 else [value]
+    return [rank for rank, other in enumerate(others, 1) if other != first]
 
 
 def _tensor(data: bytes) -> torch.Tensor:

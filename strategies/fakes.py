@@ -1,11 +1,11 @@
 """
-The port `Collective` in memory: N ranks as threads of one process, with faults on request.
+The port `Collective` in memory: N ranks as threads of one process, with fault injection.
 
-For tests of strategies without Ray, for `num_workers: 0`, and for users who test their own
-strategy. They keep the contract of `strategies/collective.py`: sums in rank order, deadlines,
-errors that name the ranks that are missing, or in another operation. Servers of parameters and of
-tables and the task scheduler have no fake: the real ones run in this process as well
-(`actors/local_actors.py`).
+Used by tests of strategies without Ray, by `num_workers: 0`, and by users who test their own
+strategy. These classes keep the contract of `strategies/collective.py`: sums in rank order,
+timeouts, and errors that name the ranks that are missing or in another operation. Parameter
+servers, embedding servers and the task scheduler have no fake: the real ones also run within one
+process (`actors/local_actors.py`).
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ from distplat.strategies.collective import Collective, Handle, ReduceOp, Traffic
 from distplat.strategies.ports import RunStore
 
 _SLICE_S = 0.05
-"""How often who waits for a message looks round."""
+"""Interval at which a receiver checks whether the group was aborted."""
 
 
 class InMemoryRunStore(RunStore):
-    """One dictionary for all ranks."""
+    """A store in one dictionary shared by all ranks."""
 
     def __init__(self) -> None:
         self._values: dict[str, bytes] = {}
@@ -44,11 +44,12 @@ class InMemoryRunStore(RunStore):
 
 class Fabric:
     """
-    What connects the ranks of one in-memory world. Make one, hand each thread its `collective`.
+    The shared state of the ranks of one in-memory world. Create one, and pass each thread its
+    `collective`.
 
     Args:
         world: number of ranks.
-        timeout_s: deadline of every operation.
+        timeout_s: timeout of every operation.
     """
 
     def __init__(self, world: int, timeout_s: float = 10.0) -> None:
@@ -59,33 +60,36 @@ class Fabric:
         )
         self._mail: dict[tuple[str, int, int], queue.Queue[Tensor]] = defaultdict(queue.Queue)
         self._dead_after: dict[int, tuple[int, str]] = {}
-        self._given_up = threading.Event()
+        self._aborted = threading.Event()
 
     def collective(self, rank: int) -> InMemoryCollective:
-        """Give rank's end of the group of all ranks."""
+        """Return a rank's handle of the group of all ranks."""
         return InMemoryCollective(self, "world", list(range(self.world)), rank)
 
     def kill(self, rank: int, *, after: int, group: str = "") -> None:
         """
-        Inject a fault: `rank` never comes to its operation number `after` (from 0) of a group.
+        Inject a fault: `rank` never reaches its operation number `after` (from 0) of a group.
 
         Args:
-            rank: of the world.
-            after: operations are counted in each group.
-            group: what the group's name begins with; "": any group.
+            rank: rank in the world.
+            after: operation number, counted separately in each group.
+            group: prefix of the group's name; "": any group.
         """
         self._dead_after[rank] = after, group
 
-    def give_up(self) -> None:
-        """End all waits, as when an attempt is called off; what is complete stays so."""
-        self._given_up.set()
+    def abort(self) -> None:
+        """
+        End all waits, as when an attempt is aborted. Operations that all ranks have reached still
+        succeed.
+        """
+        self._aborted.set()
         with self._changed:
             self._changed.notify_all()
 
     def wait_for_mail(self, mailbox: queue.Queue[Tensor]) -> Tensor | None:
-        """Give the next message; None: it did not come in time, or the attempt was called off."""
+        """Return the next message; None: timeout, or the attempt was aborted."""
         deadline = time.monotonic() + self.timeout_s
-        while not self._given_up.is_set() and time.monotonic() < deadline:
+        while not self._aborted.is_set() and time.monotonic() < deadline:
             with suppress(queue.Empty):
                 return mailbox.get(timeout=min(_SLICE_S, self.timeout_s))
         return None
@@ -97,14 +101,16 @@ class Fabric:
         number: int,
         ranks: Sequence[int],
         me: int,
-        gift: Tensor | None,
+        contribution: Tensor | None,
     ) -> Callable[[], list[Tensor | None]]:
         """
-        Leave `gift`; give what waits for all ranks of the group, for their gifts in rank order.
+        Contribute a tensor to an operation, and return a function that waits for all ranks.
+
+        The function returns the tensors of all ranks in rank order.
 
         Raises:
-            CollectiveError: this rank was killed, or, when waited for, somebody is late.
-            MismatchError: when waited for: somebody came with another operation.
+            CollectiveError: This rank was killed. Raised by the function: a rank is late.
+            MismatchError: Raised by the function: a rank called another operation.
         """
         after, prefix = self._dead_after.get(me, (number + 1, ""))
         if after <= number and group.rpartition("/")[2].startswith(prefix):
@@ -112,9 +118,9 @@ class Fabric:
             raise CollectiveError(group, operation, number, killed, "this rank was killed")
         with self._changed:
             round_ = self._rounds[group, number]
-            round_[me] = operation, gift
+            round_[me] = operation, contribution
             if len(round_) == len(ranks):
-                del self._rounds[group, number]  # the others have `met` in hand
+                del self._rounds[group, number]  # the other ranks hold a reference to `round_`
             self._changed.notify_all()
         return partial(self._wait, group, operation, number, ranks, round_)
 
@@ -127,50 +133,55 @@ class Fabric:
         round_: dict[int, tuple[str, Tensor | None]],
     ) -> list[Tensor | None]:
         with self._changed:
-            complete_or_over = partial(self._over, round_, len(ranks))
-            self._changed.wait_for(complete_or_over, self.timeout_s)
+            is_over = partial(self._is_over, round_, len(ranks))
+            self._changed.wait_for(is_over, self.timeout_s)
             if len(round_) < len(ranks):
                 missing = tuple(index for index, rank in enumerate(ranks) if rank not in round_)
                 cause = f"waited {self.timeout_s:g} s"
                 raise CollectiveError(group, operation, number, missing, cause)
-        _check_alike(group, operation, number, [round_[rank][0] for rank in ranks])
+        _check_same_operation(group, operation, number, [round_[rank][0] for rank in ranks])
         return [round_[rank][1] for rank in ranks]
 
-    def _over(self, met: dict[int, tuple[str, Tensor | None]], ranks: int) -> bool:
-        return len(met) == ranks or self._given_up.is_set()
+    def _is_over(self, round_: dict[int, tuple[str, Tensor | None]], ranks: int) -> bool:
+        return len(round_) == ranks or self._aborted.is_set()
 
     def mailbox(self, group: str, source: int, to: int) -> queue.Queue[Tensor]:
-        """Give the queue of messages from one rank to another."""
+        """Return the queue of messages from one rank to another."""
         with self._changed:
             return self._mail[group, source, to]
 
 
-def _check_alike(group: str, operation: str, number: int, called: Sequence[str]) -> None:
-    """Raise `MismatchError` where ranks have called other operations than most."""
-    most = Counter(called).most_common(1)[0][0]
-    differ = tuple(index for index, one in enumerate(called) if one != most)
-    if differ:
-        indices = {one: [n for n, other in enumerate(called) if other == one] for one in called}
-        text = "; ".join(f"{ranks_text(who)} in {one}" for one, who in indices.items())
-        raise MismatchError(group, operation, number, differ, text)
+def _check_same_operation(
+    group: str, operation: str, number: int, operations: Sequence[str]
+) -> None:
+    """Raise `MismatchError` if some ranks called another operation than the majority."""
+    majority = Counter(operations).most_common(1)[0][0]
+    deviating = tuple(rank for rank, name in enumerate(operations) if name != majority)
+    if deviating:
+        ranks_of = {
+            name: [rank for rank, other in enumerate(operations) if other == name]
+            for name in operations
+        }
+        text = "; ".join(f"{ranks_text(ranks)} in {name}" for name, ranks in ranks_of.items())
+        raise MismatchError(group, operation, number, deviating, text)
 
 
 class _Done:
-    """A handle whose operation is over."""
+    """A handle of a completed operation."""
 
     def wait(self) -> None:
-        """Return at once."""
+        """Return immediately."""
 
 
 class _Started:
-    """A handle whose operation ends when it is waited for."""
+    """A handle of an operation that completes in `wait`."""
 
     def __init__(self, wait: Callable[[], None]) -> None:
         self.wait = wait
 
 
 class InMemoryCollective(Collective):
-    """One rank's end of a group (see `Collective`)."""
+    """One rank's handle of a group (see `Collective`)."""
 
     def __init__(self, fabric: Fabric, name: str, members: list[int], me: int) -> None:
         self._fabric, self._name, self._members, self._me = fabric, name, members, me
@@ -192,19 +203,19 @@ class InMemoryCollective(Collective):
         """Ranks in the group."""
         return len(self._members)
 
-    def _start(self, operation: str, gift: Tensor | None) -> Callable[[], list[Tensor]]:
+    def _start(self, operation: str, contribution: Tensor | None) -> Callable[[], list[Tensor]]:
         number, self._number = self._number, self._number + 1
-        # A copy: the giver may go on and write into its tensor while others still read.
-        copy = None if gift is None else gift.clone()
+        # A copy: this rank may overwrite its tensor while other ranks still read it.
+        copy = None if contribution is None else contribution.clone()
         wait = self._fabric.start(self._name, operation, number, self._members, self._me, copy)
-        return lambda: [gift for gift in wait() if gift is not None]
+        return lambda: [contribution for contribution in wait() if contribution is not None]
 
-    def _rendezvous(self, operation: str, gift: Tensor | None) -> list[Tensor]:
-        return self._start(operation, gift)()
+    def _rendezvous(self, operation: str, contribution: Tensor | None) -> list[Tensor]:
+        return self._start(operation, contribution)()
 
     @override
     def share(self, like: Tensor) -> Tensor:
-        """Here every vector is as near as any other."""
+        """Return an ordinary tensor: all memory of the process is shared."""
         return torch.zeros_like(like)
 
     def _count(self, sent: int, received: int) -> None:
@@ -213,7 +224,7 @@ class InMemoryCollective(Collective):
 
     @override
     def all_reduce(self, tensor: Tensor, op: ReduceOp = ReduceOp.SUM) -> None:
-        """Counted as the ring does it."""
+        """The traffic is counted as in a ring all-reduce."""
         self._start_all_reduce(tensor, op)()
 
     @property
@@ -223,14 +234,14 @@ class InMemoryCollective(Collective):
 
     @override
     def start_all_reduce(self, tensor: Tensor, op: ReduceOp = ReduceOp.SUM) -> Handle:
-        """Who waits for it adds."""
+        """The reduction runs in `wait`."""
         return _Started(self._start_all_reduce(tensor, op))
 
     def _start_all_reduce(self, tensor: Tensor, op: ReduceOp) -> Callable[[], None]:
-        gifts = self._start("all_reduce", tensor)
+        contributions = self._start("all_reduce", tensor)
 
         def wait() -> None:
-            _combine(gifts(), op, tensor)
+            _combine(contributions(), op, tensor)
             sent, received = traffic_elements(tensor.numel(), self.rank, self.world)
             self._count(sent * tensor.itemsize, received * tensor.itemsize)
 
@@ -244,13 +255,13 @@ class InMemoryCollective(Collective):
         start = sum(t.numel() for t in inputs[: self.rank])
         parts = [s[start : start + output.numel()].view(output.shape) for s in stacked]
         _combine(parts, op, output)
-        own_bytes, others = inputs[self.rank].nbytes, self.world - 1
-        self._count(sum(t.nbytes for t in inputs) - own_bytes, own_bytes * others)
+        own_bytes, peers = inputs[self.rank].nbytes, self.world - 1
+        self._count(sum(t.nbytes for t in inputs) - own_bytes, own_bytes * peers)
 
     @override
     def all_gather(self, outputs: Sequence[Tensor], tensor: Tensor) -> None:
-        for output, given in zip(outputs, self._rendezvous("all_gather", tensor), strict=True):
-            output.copy_(given)
+        for output, source in zip(outputs, self._rendezvous("all_gather", tensor), strict=True):
+            output.copy_(source)
         self._count(
             tensor.nbytes * (self.world - 1), sum(t.nbytes for t in outputs) - tensor.nbytes
         )
@@ -258,8 +269,8 @@ class InMemoryCollective(Collective):
     @override
     def broadcast(self, tensor: Tensor, source: int = 0) -> None:
         tensor.copy_(self._rendezvous("broadcast", tensor)[source])
-        here = self.rank == source
-        self._count(tensor.nbytes * (self.world - 1) * here, tensor.nbytes * (not here))
+        is_source = self.rank == source
+        self._count(tensor.nbytes * (self.world - 1) * is_source, tensor.nbytes * (not is_source))
 
     @override
     def send(self, tensor: Tensor, to: int) -> None:
@@ -270,7 +281,7 @@ class InMemoryCollective(Collective):
 
     @override
     def start_send(self, tensor: Tensor, to: int) -> Handle:
-        """Done when this returns."""
+        """The message is already sent when this returns."""
         self.send(tensor, to)
         return _Done()
 
@@ -295,7 +306,7 @@ class InMemoryCollective(Collective):
 
 
 def _combine(parts: list[Tensor], op: ReduceOp, out: Tensor) -> None:
-    """Combine in rank order into `out`."""
+    """Reduce tensors in rank order into `out`."""
     if op in (ReduceOp.SUM, ReduceOp.AVG):
         sum_in_order([p.reshape(-1) for p in parts], out.view(-1))
         if op is ReduceOp.AVG:

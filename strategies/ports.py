@@ -1,8 +1,8 @@
 """
-The ports to servers: to those of the parameters, and to those of embedding tables.
+The ports to parameter servers, embedding servers, the task scheduler and the run's store.
 
-`strategies/collective.py` has the port between workers, `strategies/worker_strategy.py` says what
-ports are.
+The port between workers is in `strategies/collective.py`. `strategies/worker_strategy.py` describes
+the ports.
 """
 
 from __future__ import annotations
@@ -30,322 +30,339 @@ from distplat.strategies.sparse.table import RowGradients
 
 @dataclass(frozen=True)
 class Pushed:
-    """The outcome of a push, over all shards."""
+    """The result of a push, over all shards."""
 
     norm: float | None = None
-    """2-norm of the summed gradient: `commit` must follow with it. None: the step is applied."""
+    """
+    2-norm of the summed gradient, with which `commit` must follow; None: the update is already
+    applied.
+    """
     grad_norm: float | None = None
-    """The same, whether the step is applied or not; None: nobody has computed it."""
+    """The same norm, whether or not the update is applied; None: the norm was not computed."""
     staleness: int = 0
-    """Updates that came between this rank's pull and its push, on the shard with the most."""
+    """Updates between this rank's pull and its push, on the shard with the most."""
     waiting_s: float = 0.0
-    """How long servers held this rank up for others."""
+    """Time for which servers blocked this rank to wait for others."""
     version: int = 0
-    """Updates that the parameters have behind them, on the shard with the fewest."""
+    """Updates applied to the parameters, on the shard with the fewest."""
     loads: tuple[ShardLoad, ...] = ()
-    """What it was to each shard."""
+    """Load statistics of each shard."""
     dropped: int = 0
-    """This rank's pushes so far that came too late for their step."""
+    """This rank's pushes so far that arrived too late for their step."""
     total: StepControl | None = None
-    """The control records of all ranks, without `present`; None: of a push that was too late."""
+    """The sum of all ranks' control records, without `present`; None: the push was too late."""
 
 
 class VectorSpec(NamedTuple):
-    """What one vector of a shard is."""
+    """Name, dtype and shape of one vector of a shard."""
 
     key: str
-    """Of a checkpoint: `model`, or `optimizer/` and torch's name."""
+    """Key in a checkpoint: `model`, or `optimizer/` and torch's name of the state."""
     dtype: str
     length: int | None
-    """None: a number for each parameter, by its index among all."""
+    """None: one number for each parameter of the model, by parameter index."""
     shape: tuple[int, ...] | None = None
-    """Of a tensor that is of one parameter, whose slot ends the key; None: it is of all."""
+    """
+    Shape of a state tensor of a single parameter, whose slot is the end of the key; None: the
+    vector covers all parameters.
+    """
 
 
 @dataclass(frozen=True)
 class ShardCopy:
-    """What a shard has kept for a checkpoint."""
+    """A shard's copy of its state for a checkpoint."""
 
     steps: int
-    """That the slowest rank has made at this shard."""
+    """Steps completed by the slowest rank at this shard."""
     start: int = 0
     """First element of the shard."""
     kinds: tuple[VectorSpec, ...] = ()
     ref: Any = None
-    """Refers to the vectors, in the order of `kinds`; None: they are not here."""
+    """Reference to the vectors, in the order of `kinds`; None: not available."""
     used: bytes = b""
-    """A byte for each parameter, 0: the optimizer remembers nothing of it."""
+    """One byte per parameter; 0: the optimizer has no state of the parameter."""
 
 
 @dataclass(frozen=True)
 class TablesCopy:
-    """What an embedding server has kept for a checkpoint."""
+    """An embedding server's copy of its tables for a checkpoint."""
 
     steps: int
-    """That the slowest rank has made at this server."""
+    """Steps completed by the slowest rank at this server."""
     entries: tuple[TensorEntry, ...] = ()
-    """What is in the arrays."""
+    """The contents of the arrays."""
     ref: Any = None
-    """Refers to the arrays; None: they are not here."""
+    """Reference to the arrays; None: not available."""
 
 
 class Vectors(Protocol):
-    """A worker's vectors, and what lies in them: a `FlatModel`, or what a train function sums."""
+    """
+    A worker's flat vectors and their layout: a `FlatModel`, or the summed gradients of a train
+    function.
+    """
 
     params: Tensor
-    """What servers give, shape [n]."""
+    """Values received from the servers, shape [n]."""
     grads: Tensor
-    """What is pushed, shape [n]."""
+    """Values to push, shape [n]."""
     version: int
-    """Updates that `params` has had."""
+    """Updates applied to `params`."""
 
     @property
     def size(self) -> int:
-        """Elements of each vector."""
+        """Number of elements of each vector."""
 
     @property
     def mixed(self) -> bool:
-        """Whether they hold several types, and are bytes."""
+        """Whether the vectors have several dtypes and are stored as bytes."""
 
     @property
     def layout(self) -> Layout:
-        """Which parameter lies where in the vector."""
+        """The position of each parameter in the vector."""
 
     def digest(self) -> str:
-        """Fingerprint of what lies in them."""
+        """Return a fingerprint of the layout."""
 
     def move(self, params: Tensor, grads: Tensor) -> None:
-        """Go on in other vectors; whoever hands them over has filled `params`."""
+        """Use other vectors from now on; the caller has already filled `params`."""
 
 
 @dataclass(frozen=True)
 class LoopOptimizer:
-    """Of a train function: what servers make of its gradients, and what there is already."""
+    """The servers' optimizer for a train function, and its initial state."""
 
     own_loop: OwnLoop
-    """What they make of them."""
+    """How the servers process gradients."""
     state: Mapping[str, Tensor] = field(default_factory=dict)
-    """What the optimizer remembers, see `FlatOptimizer.state`; rank 0's counts."""
+    """State of the optimizer, see `FlatOptimizer.state`; only rank 0's is used."""
 
 
 class Shards(Protocol):
     """
-    The server group as one worker sees it. Through it workers know servers, never each other.
+    The server group, as seen by one worker. Workers exchange parameters and gradients only through
+    it.
 
-    The worker's parameters and gradients live in buffers that the port gives out, so that where
-    both sides share a node nothing is copied.
+    The worker's parameters and gradients are in buffers that this port allocates, so that nothing
+    is copied between a worker and a server on the same node.
     """
 
     def connect(
         self, flat: FlatModel, saved: SavedState | None = None, holding: Holding | None = None
     ) -> None:
         """
-        Agree on the shard map, move the model's flat buffers to where the servers can reach them,
-        and take over the servers' parameters (rank 0's initial ones in a fresh run).
+        Agree on the shard map, move the model's flat buffers to memory that the servers can access,
+        and load the servers' parameters (in a new run, rank 0's initial ones).
 
         Args:
-            flat: the model; its `version` is that of its parameters.
-            saved: the checkpoint that they are of, with the optimizer's state; None: of none.
-            holding: what of the whole model it is; None: all of it.
+            flat: the model; `version` is the version of its parameters.
+            saved: the checkpoint that the parameters were loaded from, with the optimizer's state;
+                None: no checkpoint.
+            holding: the part of the whole model that `flat` is; None: all of it.
 
         Raises:
-            ProtocolError: this worker's model is not that of the others.
-            ActorLost: a server is gone.
-            DeadlineExceeded: somebody did not come.
+            ProtocolError: This worker's model differs from the other workers' model.
+            ActorLost: A server is lost.
+            DeadlineExceeded: A worker or server did not connect in time.
         """
 
     def step_back(self, version: int) -> None:
         """
-        Take the parameters of the version before the servers', where other parts of the model
-        have not come further; the servers keep theirs, and take the step's gradients again.
+        Load the parameters of the version before the servers' current one.
+
+        Used if other parts of the model have not reached the current version. The servers keep
+        their parameters, and accept the step's gradients again.
         """
 
     def one_memory(self) -> bool:
         """
-        Say whether `flat.params` is the memory that the servers update, after `connect`.
+        Return whether `flat.params` is the memory that the servers update, after `connect`.
 
-        Then it is also that of other workers, and what one of them writes there counts.
+        If so, it is also the memory of other workers, and a worker's write to it affects all of
+        them.
         """
 
     def push(self, step: int, control: StepControl, task: int | None = None) -> Pushed:
         """
-        Hand the gradients to all shards, one call to each, and wait for their answers.
+        Push the gradients to all shards, one call per shard, and wait for their answers.
 
-        Where tasks are leased, `step` counts this rank's pushes in the attempt, and `task` is what
-        the gradient is of.
+        If tasks are leased, `step` counts this rank's pushes in the attempt, and `task` is the
+        number of the gradient's task.
 
-        Synchronous servers answer when every rank's gradients are there, asynchronous ones when
-        this rank's are applied. Either way the new parameters are in place then, unless the answer
-        has a `norm`.
+        Synchronous servers answer when they have the gradients of all ranks, asynchronous servers
+        when they have applied this rank's gradients. In both cases the new parameters are in place
+        when this returns, unless the result has a `norm`.
         """
 
     def commit(self, step: int, norm: float) -> Pushed:
-        """Have all shards apply the update of `step`; return with the new parameters in place."""
+        """Apply the update of `step` on all shards, and load the new parameters."""
 
     def refresh(self) -> None:
-        """Bring the newest parameters here."""
+        """Load the newest parameters."""
 
     def seen(self) -> NDArray[np.bool_]:
         """
-        Say which parameters have had a gradient yet, on any rank.
+        Return which parameters have had a gradient so far, on any rank.
 
         Returns:
-            By slot of the flat vector.
+            One boolean per slot of the flat vector.
         """
 
     def settings(self) -> tuple[float, ...]:
         """
-        Give what came with the pushes of the last step that servers know of; empty: none did.
+        Return the settings sent with the pushes of the servers' last step; empty: there were none.
 
-        Only where the learning rate goes by evaluations, see `PlateauState`.
+        Only if the learning rate depends on evaluations, see `PlateauState`.
         """
 
     def left_out(self) -> bool:
-        """Say whether the last step that servers know of was left out, as one with NaN may be."""
+        """Return whether the servers skipped their last step, e.g. because of NaN gradients."""
 
     def average(self) -> Tensor:
         """
         Fetch the average of the parameters after the last update, shape [n], on their device.
 
-        Only where the job has an `ema`, and between two steps: no rank begins the next one before
-        all have what they want. Of asynchronous shards at any time, each by itself.
+        Only if the job has an `ema`, and between two steps: no rank starts the next step before all
+        ranks have their copy. From asynchronous shards at any time; each shard then returns its own
+        current average.
         """
 
     def copies(self, version: int) -> list[ShardCopy] | None:
         """
-        Fetch what the shards have kept of a version, for a checkpoint; from any thread.
+        Fetch the shards' copies of a version, for a checkpoint; may be called from any thread.
 
-        Waits while ranks are still behind that version. None: it is not there any more.
+        Waits while ranks have not reached that version. None: the copies no longer exist.
         """
 
 
 class LoopShards(Protocol):
-    """The server group as one worker's train function sees it."""
+    """The server group, as seen by one worker's train function."""
 
     def connect_loop(self, vectors: Vectors, loop: LoopOptimizer) -> None:
         """
-        See `Shards.connect`; what rank 0 has is what servers begin with.
+        Connect to the servers; see `Shards.connect`. The servers start with rank 0's values.
 
         Args:
-            vectors: are moved to where the servers reach them.
-            loop: what is made of them; the same on all ranks, but for its state.
+            vectors: moved to memory that the servers can access.
+            loop: the servers' optimizer; the same on all ranks, except for its state.
 
         Raises:
-            as `Shards.connect`.
+            See `Shards.connect`.
         """
 
     def push(self, step: int, control: StepControl) -> Pushed:
         """
-        Hand `grads` to all shards, and wait for their answers; what they give is in `params` then.
+        Push `grads` to all shards and wait for their answers, which are then in `params`.
 
         Args:
             step: number of this rank's push, from 0.
-            control: what the others are to know of it.
+            control: this rank's control record.
         """
 
     def refresh(self) -> None:
         """See `Shards`."""
 
     def optimizer_state(self) -> dict[str, Tensor]:
-        """Fetch what the servers' optimizer remembers, see `FlatOptimizer.state`."""
+        """Fetch the state of the servers' optimizer, see `FlatOptimizer.state`."""
 
     def leave(self) -> int:
         """
-        Push no more: this rank's train function is over, and nobody is to wait for it.
+        Announce that this rank's train function has returned: other ranks stop waiting for its
+        pushes.
 
         Returns:
-            How many ranks' functions go on. It may be asked again.
+            The number of ranks whose functions still run. May be called again.
         """
 
 
 class RunStore(Protocol):
-    """Where the ranks of a run leave small things for each other, whenever they come."""
+    """A store in which the ranks of a run leave small values for each other, at any time."""
 
     def first(self, name: str, value: bytes) -> bytes:
-        """Leave a value under a name, unless somebody has done so; give the one that is there."""
+        """Store a value under a name unless the name exists; return the stored value."""
 
 
 class Leases(Protocol):
-    """The task scheduler as one worker sees it: what to do next, and what is done."""
+    """The task scheduler, as seen by one worker."""
 
     def connect(self, plan: TaskPlan) -> None:
         """
-        Join the run's workers.
+        Register this worker with the task scheduler.
 
         Raises:
-            ProtocolError: this worker's data set is not that of the others.
-            ActorLost: the scheduler is gone.
+            ProtocolError: This worker's data set differs from the other workers' data set.
+            ActorLost: The scheduler is lost.
         """
 
     def next(self, alive: Callable[[], None]) -> Lease:
         """
-        Give what is to be done next; wait while there is nothing.
+        Return the next lease; wait until one is available.
 
         Args:
-            alive: called now and then in the wait.
+            alive: called regularly during the wait.
         """
 
     def finish(self, tasks: Sequence[int], evaluations: Sequence[tuple[int, int]] = ()) -> None:
-        """Tell what is done; returns at once."""
+        """Report completed tasks and evaluations; returns immediately."""
 
 
 class PendingPush(Protocol):
-    """A push to embedding tables under way."""
+    """An asynchronous push to embedding tables."""
 
     def wait(self) -> None:
         """
-        Return when every server has made the step.
+        Wait until every server has completed the step.
 
         Raises:
-            ActorLost: a server is gone.
-            DeadlineExceeded: somebody did not come.
+            ActorLost: A server is lost.
+            DeadlineExceeded: A rank or a server was too late.
         """
 
 
 class Tables(Protocol):
-    """The servers of embedding tables as one worker sees them (docs/embeddings.md)."""
+    """The embedding servers, as seen by one worker (docs/embeddings.md)."""
 
     def connect(
         self, tables: tuple[TableSpec, ...], total_steps: int, saved: SavedState | None = None
     ) -> tuple[TablePlan, int]:
         """
-        Join an attempt: from now on the servers take nothing of an earlier one.
+        Join an attempt: from now on the servers reject messages of earlier attempts.
 
         Args:
             tables: the same on all ranks.
-            total_steps: updates in the run; servers need it for the learning rate.
-            saved: the checkpoint to begin from; servers that have tables already keep theirs.
+            total_steps: updates in the run, from which servers compute the learning rate.
+            saved: the checkpoint to start from; servers that already have tables keep them.
 
         Returns:
-            What the servers were told, and the steps that each of them has behind it at least.
+            The servers' plan, and the number of steps that all servers have completed.
 
         Raises:
-            ProtocolError: this worker's tables are not those of the others.
-            ActorLost: a server is gone.
-            DeadlineExceeded: a server did not answer.
+            ProtocolError: This worker's tables differ from the other workers' tables.
+            ActorLost: A server is lost.
+            DeadlineExceeded: A server did not answer.
         """
 
     def begin(self, version: int) -> None:
         """
-        Have the tables at the step that all go on from; before anything is pulled or pushed.
+        Set the tables to the step from which all ranks continue; called before the first pull and
+        push.
 
-        Servers may have made one step more than is known of everybody, and take it back.
+        Servers may have completed one more step than all ranks know of, and undo it.
 
         Args:
-            version: steps that the ranks have behind them; the same on all of them.
+            version: steps that the ranks have completed; the same on all ranks.
 
         Raises:
-            ProtocolError: a server is at another step, and cannot come to this one.
+            ProtocolError: A server is at another step and cannot return to this one.
         """
 
     def pull(self, table: int, ids: Routed, *, keep: bool) -> NDArray[np.float32]:
         """
-        Give rows as the last step has left them, shape [n, width]; nothing is created.
+        Return the rows as of the last step, shape [n, width]; missing rows are not created.
 
         Args:
-            table: its number.
-            ids: which rows.
-            keep: whether the memory stays as it is until the next push, else until the next pull.
+            table: number of the table.
+            ids: the rows.
+            keep: whether the memory stays valid until the next push instead of the next pull.
         """
 
     def push(
@@ -356,22 +373,23 @@ class Tables(Protocol):
         skip: bool = False,
     ) -> PendingPush:
         """
-        Begin to hand gradients over, an entry for each table that was used; every rank, every step.
+        Start pushing gradients, with an entry for each table used; every rank calls this in every
+        step.
 
-        What was pulled before is gone. The gradients must not change, and nothing may be pulled,
-        before the handle is done. Then the gradients of all ranks are added in rank order and
-        applied, once; asynchronous tables apply this rank's alone.
+        The memory of earlier pulls becomes invalid. Before the handle is done, the gradients must
+        not change and nothing may be pulled. The servers add the gradients of all ranks in rank
+        order and apply the sum once. Asynchronous tables apply this rank's gradients alone.
 
-        Where tasks are leased, `step` counts this rank's pushes in the attempt, and `task` is what
-        the gradients are of.
+        If tasks are leased, `step` counts this rank's pushes in the attempt, and `task` is the
+        number of the gradients' task.
 
-        One rank's `skip` leaves the step out on all servers; beside asynchronous tables, its own
-        push. The step counts as made.
+        If one rank sets `skip`, all servers skip the step; asynchronous tables skip only that
+        rank's push. The step counts as completed.
         """
 
     def copies(self, version: int) -> list[TablesCopy] | None:
         """
-        Fetch what the servers have kept of a version, for a checkpoint; from any thread.
+        Fetch the servers' copies of a version, for a checkpoint; may be called from any thread.
 
-        Waits while ranks are still behind that version. None: it is not there any more.
+        Waits while ranks have not reached that version. None: the copies no longer exist.
         """

@@ -102,7 +102,7 @@ def run(folder: Path, tmp_path: Path, killer: Killer | None) -> Result:
 @pytest.mark.slow
 def test_kills_inside_an_all_reduce(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # The strategy file registers in this process, too; later tests must not find it.
-    monkeypatch.setattr(strategies, "_things", dict(strategies._things))
+    monkeypatch.setattr(strategies, "_items", dict(strategies._items))
     unfailed = run(tmp_path / "calm", tmp_path, None)
     killer = Killer(tmp_path / "marks", KILLS)
     exchange = sorted(s.seconds["exchange"] for s in unfailed.history)

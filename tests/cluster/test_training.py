@@ -115,7 +115,7 @@ def test_a_strategy_of_ones_own_reaches_the_workers(tmp_path: Path) -> None:
     try:
         result = train(spec, tmp_path, strategy_file=file)
     finally:
-        strategies._things.pop("local-sgd", None)
+        strategies._items.pop("local-sgd", None)
     assert len(result.history) == 15
     assert result.history[-1].loss < result.history[0].loss
 

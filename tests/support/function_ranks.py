@@ -80,7 +80,7 @@ def call_on_ranks(
         return trained
 
     def give_up() -> None:
-        fabric.give_up()
+        fabric.abort()
         if servers is not None:
             servers.renew(1)
 

@@ -227,7 +227,7 @@ class Attempt:
     def give_up(self) -> None:
         """Have all come out that wait for others, as the controller does when one is lost."""
         following = self.number + 1
-        self.fabric.give_up()
+        self.fabric.abort()
         self.run.servers.renew(following)
 
     def collective(self, rank: int) -> Collective:

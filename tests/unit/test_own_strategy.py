@@ -38,7 +38,7 @@ class Line(Task):
 def registered() -> Iterator[None]:
     load_strategy_file(FILE)
     yield
-    strategies._things.pop("local-sgd")
+    strategies._items.pop("local-sgd")
 
 
 def job(strategy: Any, momentum: float = 0.0, steps: int = 12) -> Job:

@@ -325,7 +325,7 @@ def test_a_task_without_evaluation_data() -> None:
 @pytest.mark.parametrize(
     ("strategy", "more", "message"),
     [
-        ("ps-async", {}, "ReduceLROnPlateau is not there under 'ps-async'.*\n.*: ps-sync`"),
+        ("ps-async", {}, "ReduceLROnPlateau is not supported by 'ps-async'.*\n.*: ps-sync`"),
         ({"name": "ps-sync", "backup_workers": 1}, {}, ".* be combined with `backup_workers`"),
         ("ring", {"evaluation": {"every_epochs": 0}}, "needs evaluations .*\n.*every_epochs`"),
         ("ring", {"lr_schedule": {**RULE, "factor": 1}}, "must be"),
