@@ -1,15 +1,15 @@
 """
-Hybrid: a model too large for one worker, cut into stages and slices, and replicas of the whole.
+Hybrid: pipeline and tensor parallelism within a worker group, data parallelism across groups.
 
     data 2, pipeline 2          stage 0      stage 1
-                  replica 0     rank 0  ──▶  rank 1     activations there, gradients back
+                  replica 0     rank 0  ──▶  rank 1     activations forward, gradients back
                   replica 1     rank 2  ──▶  rank 3
                                    │            │
-                              all-reduce   all-reduce   gradients of one stage, over its replicas
+                              all-reduce   all-reduce   gradients of a stage, over its replicas
 
-With `data_strategy: ps-sync` servers of each stage sum its gradients and make its updates.
-Pipelines as in GPipe (Huang et al. 2019) and PipeDream (Narayanan et al. 2019), slices as in
-Megatron-LM (Shoeybi et al. 2019), all three together as in Narayanan et al. 2021.
+With `data_strategy: ps-sync` each stage has servers that sum its gradients and apply its updates.
+Pipelines as in GPipe (Huang et al. 2019) and PipeDream (Narayanan et al. 2019), tensor slices as in
+Megatron-LM (Shoeybi et al. 2019), and their combination as in Narayanan et al. 2021.
 """
 
 from dataclasses import replace
@@ -24,7 +24,7 @@ from distplat.strategies.strategy_spec import WIRES, GroupSpec, Options, Roles, 
 
 @register("hybrid")
 class Hybrid(Strategy[HybridOptions]):
-    """Cut the model over the workers of a group, and reduce gradients over the groups."""
+    """Split the model over the workers of a group, and reduce gradients over the groups."""
 
     summary = "pipeline stages and tensor slices inside a worker group, data parallel across groups"
     options_type: ClassVar[type[Options]] = HybridOptions
@@ -37,48 +37,52 @@ class Hybrid(Strategy[HybridOptions]):
     @classmethod
     def complete(cls, job: Job) -> Job:
         """
-        Choose sizes that the job does not give.
+        Fill in the sizes that the job does not set.
 
-        Its accumulated parts are micro-batches here, and activations are those of whole stages.
+        `gradient_accumulation` becomes the number of micro-batches, and `activation_checkpointing`
+        becomes recomputation of whole stages.
         """
         options = complete(job.strategy.options, job.scaling.world)
-        parts = job.gradient_accumulation
-        if parts > 1 and "micro_batches" not in options:
-            options["micro_batches"], parts = parts, 1
+        accumulation = job.gradient_accumulation
+        if accumulation > 1 and "micro_batches" not in options:
+            options["micro_batches"], accumulation = accumulation, 1
         if job.activation_checkpointing is not None:
             options.setdefault("recompute", True)
         strategy = job.strategy.model_copy(update={"options": options})
-        return job.model_copy(update={"strategy": strategy, "gradient_accumulation": parts})
+        return job.model_copy(update={"strategy": strategy, "gradient_accumulation": accumulation})
 
     def detail(self) -> str:
-        """Give the three sizes."""
-        chosen = self.options
-        return f"pipeline {chosen.pipeline} x tensor {chosen.tensor} x data {chosen.data}"
+        """Return the sizes of the three dimensions."""
+        options = self.options
+        return f"pipeline {options.pipeline} x tensor {options.tensor} x data {options.data}"
 
     def roles(self, job: Job) -> Roles:
-        """Ask for one group of all workers, placed replica by replica; if wanted, for servers."""
-        chosen = self.options
-        spec = GroupSpec(chosen.backend, chosen.timeout_s, chosen.debug, "strategy.timeout_s")
-        grid = chosen.grid
+        """Return a group of all workers, placed replica by replica, and `ps-sync`'s servers."""
+        options = self.options
+        spec = GroupSpec(options.backend, options.timeout_s, options.debug, "strategy.timeout_s")
+        grid = options.grid
         roles = Roles(collective=spec, group_size=grid.group_size, parts=grid.parts())
-        if chosen.data_strategy == "ring":
+        if options.data_strategy == "ring":
             return roles
         return replace(
             roles,
-            servers=chosen.num_servers * len(roles.parts),
-            server_resources=chosen.resources_per_server,
-            replication=chosen.replication,
-            wire=WIRES[chosen.wire],
+            servers=options.num_servers * len(roles.parts),
+            server_resources=options.resources_per_server,
+            replication=options.replication,
+            wire=WIRES[options.wire],
         )
 
     def micro_batches(self, job: Job) -> int:
-        """Give the option's number."""
+        """Return the value of the option."""
         return self.options.micro(job)
 
     def problems(self, job: Job) -> list[Problem]:
-        """Refuse sizes that do not fit, and options that would have no effect."""
+        """Reject sizes that do not fit, and options without effect."""
         return problems(self.options, job)
 
     def survives_worker_loss(self) -> bool:
-        """Say whether every part of the model has a peer, which may take its place."""
+        """
+        Return whether every part of the model has data-parallel peers, from which it can be
+        restored.
+        """
         return self.options.data > 1

@@ -1,11 +1,12 @@
 """
-Asynchronous parameter server: every worker at its own pace (Dean et al., NIPS 2012).
+Asynchronous parameter server: workers do not wait for each other (Dean et al., NIPS 2012).
 
-A worker leases tasks, parts of a step's batch, and pushes the gradient of each; each shard applies
-it at once and gives its newest parameters back. Nobody waits for a slow worker, which gets fewer
-tasks, at the price of gradients that are old when their turn comes. `staleness` bounds how far
-workers run apart (stale synchronous parallel, Ho et al., NIPS 2013); two options correct for what
-is left. See docs/parameter_server.md.
+A worker leases tasks, which are parts of a step's batch, and pushes the gradient of each task. Each
+shard applies the gradient immediately and returns its newest parameters. No worker waits for a slow
+one, which gets fewer tasks. The price is staleness: a gradient may be applied to newer parameters
+than it was computed from. `staleness` bounds how far workers drift apart (stale synchronous
+parallel, Ho et al., NIPS 2013), and two options compensate for the remaining staleness. See
+docs/parameter_server.md.
 """
 
 from __future__ import annotations
@@ -27,16 +28,16 @@ class PsAsyncOptions(ServerOptions):
     """Options of `ps-async`."""
 
     staleness: Literal["unbounded"] | Bound = "unbounded"
-    """Steps that a leased task may be ahead of the oldest one that is not done."""
+    """Steps by which a leased task may be ahead of the oldest unfinished task."""
     staleness_lr: Flag = False
-    """Divide the learning rate by the number of updates that came between pull and push."""
+    """Divide the learning rate by the number of updates between pull and push."""
     delay_compensation: NonNegative = 0.0
-    """Lambda of DC-ASGD's correction for these updates; 0: none. Try 0.04 to 2."""
+    """Lambda of DC-ASGD's compensation for these updates; 0: none. Try 0.04 to 2."""
 
 
 @register("ps-async")
 class PsAsync(Strategy[PsAsyncOptions]):
-    """Push, have it applied, go on with the newest parameters."""
+    """Push gradients that servers apply immediately, and continue with the newest parameters."""
 
     summary = "asynchronous data parallel: sharded parameter server, workers at their own pace"
     worker: ClassVar[str | type] = "distplat.strategies.ps_async_worker:PsAsyncWorker"
@@ -46,26 +47,26 @@ class PsAsync(Strategy[PsAsyncOptions]):
     options_type = PsAsyncOptions
 
     def roles(self, job: Job) -> Roles:
-        """Ask for the server group."""
-        chosen = self.options
+        """Return the server group, and for a train function a collective group."""
+        options = self.options
         consistency = Consistency(
             asynchronous=True,
-            bound=None if chosen.staleness == "unbounded" else chosen.staleness,
-            staleness_lr=chosen.staleness_lr,
-            delay_compensation=chosen.delay_compensation,
+            bound=None if options.staleness == "unbounded" else options.staleness,
+            staleness_lr=options.staleness_lr,
+            delay_compensation=options.delay_compensation,
             own_loop=job.own_loop,
         )
         limit_s, setting = job.failure.step_timeout_s, "failure.step_timeout_s"
         group = GroupSpec(timeout_s=limit_s, setting=setting) if job.own_loop else None
-        return chosen.roles(consistency, collective=group)
+        return options.roles(consistency, collective=group)
 
     def own_loop_problems(self, job: Job) -> list[Problem]:
-        """Refuse backups: all of a train function begin anew when a server is lost."""
+        """Reject `replication`: a train function restarts on all workers when a server is lost."""
         if self.options.replication == 1:
             return []
-        text = "is for tasks: all workers of a train function begin anew when a server is lost"
+        text = "is for tasks: all workers of a train function restart when a server is lost"
         return [Problem(("strategy", "replication"), text, "remove it")]
 
     def survives_worker_loss(self) -> bool:
-        """All state is the servers': a worker that was lost takes none with it."""
+        """Return True: the servers hold all state."""
         return True

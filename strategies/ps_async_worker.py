@@ -1,4 +1,4 @@
-"""What a worker runs of `ps-async`: push, have it applied, go on with the newest parameters."""
+"""The worker's half of `ps-async`."""
 
 from __future__ import annotations
 
@@ -17,44 +17,46 @@ from distplat.strategies.worker_strategy import Context
 
 
 class PsAsyncWorker(PsWorker[PsAsyncOptions]):
-    """Push, have it applied, go on with the newest parameters."""
+    """Push gradients that servers apply immediately, and continue with the newest parameters."""
 
-    _state: ModelState  #: there after `setup`
-    _norm: float | None = None  #: of the gradient pushed last, before it was clipped
+    _state: ModelState  #: set by `setup`
+    _norm: float | None = None  #: norm of the last pushed gradient, before clipping
 
     def setup(self, context: Context) -> int:
         """
-        Take the servers' parameters.
+        Load the servers' parameters.
 
-        Tables may lack a task that the shards have, and the other way round: the run goes on with
-        the first step of which one of them lacks something, and who has it drops it.
+        Tables may lack a task that the shards have applied, and vice versa. The run continues with
+        the first step of which either of them lacks a task, and a server that already has the task
+        drops it.
         """
         self._context, self._shards, self._flat = context, context.shards, context.flat
         self._pushes = self._stale_sum = 0
         self._last = Pushed()
         flat = context.flat
         self._shards.connect(flat, context.saved)
-        why = "which waits for all ranks: here each goes at its own pace"
+        why = "which waits for all ranks: ps-async ranks do not run the same steps"
         refuse_sync_batch_norm(flat.model, why, "use nn.BatchNorm, or `ring` or `ps-sync`")
         self._state = context.state
         self._state.connect(None, served="use `strategy: ring`", shifting=True)
         if self._state.version is not None:
-            self._state.restore()  # what it broke off is made once more
+            self._state.restore()  # the interrupted task is repeated
         self._state.keep(flat.version)
         tables = context.table_steps
         return flat.version if tables is None else min(flat.version, tables)
 
     def exchange(self, step: int, local: StepControl) -> StepControl:
         """
-        Push; returns when it is applied and the newest parameters are here.
+        Push the gradient; return when it is applied and the newest parameters are loaded.
 
-        As it comes, a sample weighs 1/global batch. Times the world that is the mean over this
-        rank's samples where the batch is cut evenly; where it is not, every sample counts alike.
-        A weighted loss is divided by the weights of this push.
+        Each sample has a weight of 1/global batch. Multiplied by the world size this is the mean
+        over this rank's samples if the batch is split evenly; if not, all samples still have the
+        same weight. A weighted loss is divided by the weights of this push.
 
         Args:
             step: the number of the task.
-            local: see `Strategy`; the push is decided by itself.
+            local: this rank's control record. It is also the result, because records are not
+                summed.
         """
         self._state.synchronize(self._pushes)
         flat, job = self._flat, self._context.job
@@ -69,7 +71,7 @@ class PsAsyncWorker(PsWorker[PsAsyncOptions]):
         return local
 
     def update(self, step: int, total: StepControl) -> None:
-        """Count; the servers have made the update, or left it out."""
+        """Count the push: the servers have already applied or skipped the update."""
         self._pushes += 1
         if total.skip:
             self._norm = None
@@ -77,17 +79,17 @@ class PsAsyncWorker(PsWorker[PsAsyncOptions]):
         self._stale_sum += self._last.staleness
 
     def checkpoint(self, version: int) -> CheckpointPart:
-        """Rank 0 gives what the servers keep, and its buffers."""
+        """Return the servers' state and rank 0's buffers on rank 0, nothing on other ranks."""
         if self._context.rank != 0:
             return CheckpointPart()
         return server_part(self._context.flat, self._shards, version, may_skip=True)
 
     def synchronize(self) -> None:
-        """Take the newest parameters: at the end, once every task is done, the final ones."""
+        """Load the newest parameters, which are the final ones after the last task."""
         self._shards.refresh()
 
     def figures(self) -> dict[str, float]:
-        """Give the staleness of the push just made, its mean so far, and the wait for others."""
+        """Return staleness (last push, mean), waiting time, load and gradient norm."""
         return {
             "staleness": float(self._last.staleness),
             "staleness_mean": self._stale_sum / max(1, self._pushes),

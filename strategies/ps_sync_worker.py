@@ -1,4 +1,4 @@
-"""What a worker runs of `ps-sync`: push to all shards, commit, go on with the new version."""
+"""The worker's half of `ps-sync`."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from distplat.strategies.worker_strategy import Context
 
 
 class PsSyncWorker(PsWorker[PsSyncOptions]):
-    """Push gradients to all shards, commit, go on with the new version."""
+    """Push gradients to all shards, commit, and continue with the new version."""
 
-    _state: ModelState  #: there after `setup`
+    _state: ModelState  #: set by `setup`
 
     def can_unfreeze(self) -> bool:
-        """The servers keep frozen parameters behind the others."""
+        """Return True: servers store frozen parameters after the trained ones."""
         return True
 
     def setup(self, context: Context) -> int:
-        """Move the model to where the servers reach it; take their parameters."""
+        """Move the model to memory that servers can access, and load their parameters."""
         self._context, self._shards = context, context.shards
         self._pushed = Pushed()
         self._skipped = 0
@@ -42,7 +42,7 @@ class PsSyncWorker(PsWorker[PsSyncOptions]):
         return flat.version
 
     def _sync_state(self, context: Context) -> None:
-        """Have the state that goes with the servers' parameters, by a group where one is needed."""
+        """Set the untrained state of the servers' version, over a group if necessary."""
         state, flat, backup = context.state, context.flat, self.options.backup_workers
         if backup:
             why = "which waits for all ranks, and `backup_workers` does not"
@@ -51,33 +51,33 @@ class PsSyncWorker(PsWorker[PsSyncOptions]):
         served, shared = "use `strategy: ring`", context.shards.one_memory() and not backup
         state.connect(group, served=served, one_memory=shared, shifting=backup > 0)
         first = context.saved.step if context.saved is not None else 0
-        # Whoever was stopped before the servers answered does not know what became of the step.
+        # A rank that stopped before the servers answered does not know the result of the step.
         state.sync(flat.version, first, left_out=self._shards.left_out())
 
     def skips(self, step: int) -> bool:
-        """Say whether the others have made the step without this rank."""
-        late = self._pushed.version > step
-        self._skipped += late
-        if late:
+        """Return whether the other ranks have completed the step without this rank."""
+        is_late = self._pushed.version > step
+        self._skipped += is_late
+        if is_late:
             self._state.keep(step + 1)
-        return late
+        return is_late
 
     def exchange(self, step: int, local: StepControl) -> StepControl:
-        """Push; returns when the shards have the gradients that the step needs."""
+        """Push; return when the shards have the gradients that the step needs."""
         self._state.end_forwards(step)
         self._state.synchronize(step)
         if self._context.job.failure.non_finite != "ignore":
             local = local.looked_at(self._context.flat)
         self._pushed = self._shards.push(step, local)
         total = (self._pushed.total or local).named(local)
-        if self._pushed.version > step + 1:  # of a later step, which the others have made meanwhile
+        if self._pushed.version > step + 1:  # the others have already completed a later step
             total = replace(total, readers=0)
         if total.unfrozen:
             self._context.flat.activate_tail(self._shards.seen(), step)
         return total
 
     def update(self, step: int, total: StepControl) -> None:
-        """Commit, where the shards had to learn the norm over all of them first."""
+        """Commit the update, if the shards need the gradient's norm over all shards for it."""
         if self._pushed.norm is not None:
             norm = self._pushed.norm
             committed = self._shards.commit(step, norm)
@@ -87,7 +87,7 @@ class PsSyncWorker(PsWorker[PsSyncOptions]):
         self._state.finish(step + 1, skipped=total.skip)
 
     def checkpoint(self, version: int) -> CheckpointPart:
-        """Rank 0 gives what the servers keep, and its buffers."""
+        """Return the servers' state and rank 0's buffers on rank 0, nothing on other ranks."""
         if self._context.rank != 0:
             return CheckpointPart()
         return server_part(
@@ -95,13 +95,19 @@ class PsSyncWorker(PsWorker[PsSyncOptions]):
         )
 
     def synchronize(self) -> None:
-        """Take the newest parameters, where ranks may be apart; after the last step none are."""
-        apart = self._pushed.version < self._context.total_steps
-        if self.options.backup_workers and apart:
+        """
+        Load the newest parameters if ranks may have different versions, which ends with the last
+        step.
+        """
+        may_differ = self._pushed.version < self._context.total_steps
+        if self.options.backup_workers and may_differ:
             self._shards.refresh()
 
     def figures(self) -> dict[str, float]:
-        """Give how long servers held this rank up, what they did, and what gradients came to."""
+        """
+        Return waiting time, load, gradient norm and, with backup workers, dropped and skipped
+        steps.
+        """
         figures = {"waiting_s": self._pushed.waiting_s, **load_figures(self._pushed.loads)}
         figures |= norm_figures(self._pushed.grad_norm)
         if self.options.backup_workers:

@@ -1,4 +1,4 @@
-"""What workers of `ps-sync` and `ps-async` have in common: servers keep the average."""
+"""Base class of the workers of `ps-sync` and `ps-async`: servers compute the averaged weights."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from distplat.strategies.worker_strategy import Context, WorkerStrategy
 
 
 class PsWorker(WorkerStrategy[OptionsT]):
-    """A worker whose parameters are on servers."""
+    """A worker whose parameters are stored on servers."""
 
-    _context: Context  #: there after `setup`
-    _shards: Shards  #: as well
+    _context: Context  #: set by `setup`
+    _shards: Shards  #: set by `setup`
 
     def average(self) -> Tensor:
-        """Fetch what each shard has after its newest update; a step costs workers nothing."""
+        """Fetch each shard's average after its newest update."""
         return self._shards.average()
 
     def trained(self, flat: FlatModel) -> dict[str, Tensor]:
-        """Give the model and the average of its weights, which no other worker is needed for."""
+        """Return the model and its averaged weights; no other worker is needed."""
         if self._context.job.ema is None:
             return flat.state_dict()
         return with_average(flat, self.average())

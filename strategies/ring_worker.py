@@ -1,4 +1,4 @@
-"""What a worker runs of `ring`: reduce gradients over all ranks, then update everywhere alike."""
+"""The worker's half of `ring`."""
 
 from __future__ import annotations
 
@@ -27,17 +27,17 @@ from distplat.strategies.worker_strategy import Context, WorkerStrategy
 
 def sum_tail(flat: FlatModel, group: Collective, total: StepControl, step: int) -> None:
     """
-    Train from this step on what some rank has unfrozen in it, and sum the tail's gradients.
+    Activate the parameters that any rank has unfrozen in this step, and sum their gradients.
 
     Args:
         flat: the model.
         group: all ranks; each calls this.
-        total: their control records, summed.
+        total: the sum of all ranks' control records.
         step: for messages.
 
     Raises:
-        SpecError: this rank has computed something in the step, and with a parameter frozen that
-            others have unfrozen.
+        SpecError: This rank has computed gradients in the step while a parameter was frozen that
+            other ranks have unfrozen.
     """
     flat.activate_tail(total.present, step)
     if flat.active.any() and group.world > 1:
@@ -47,28 +47,28 @@ def sum_tail(flat: FlatModel, group: Collective, total: StepControl, step: int) 
 
 
 class RingWorker(WorkerStrategy[RingOptions]):
-    """Sum gradients over all workers, then update everywhere alike."""
+    """Sum gradients over all workers, then apply the same update on every worker."""
 
     _reducer: Reducer | None = None
-    _state: ModelState  #: there after `setup`
+    _state: ModelState  #: set by `setup`
     _optimizer: LocalOptimizer | ShardedUpdate
 
     def can_unfreeze(self) -> bool:
-        """Say whether ranks hold all of the optimizer; its parts are cut once for all."""
+        """Return whether each rank holds the whole optimizer: sharded parts are fixed."""
         return not self.options.shard_optimizer
 
     def setup(self, context: Context) -> int:
-        """Take over the newest parameters that a rank has; in a fresh run those of rank 0."""
+        """Load the newest parameters of any rank; in a new run those of rank 0."""
         flat, collective = context.flat, context.collective
         self._collective, self._flat = collective, flat
         self._averages = context.job.ema is not None
         self._state = context.state
         self._state.settle(flat.version)
         self._state.connect(collective)
-        old = self._reducer
-        before = self._optimizer.state() if old is not None and flat.version > 0 else {}
-        if old is not None:
-            old.close()
+        previous = self._reducer
+        state = self._optimizer.state() if previous is not None and flat.version > 0 else {}
+        if previous is not None:
+            previous.close()
         flat.move(flat.params, collective.share(flat.grads))
         if self.options.shard_optimizer:
             self._reducer = self._optimizer = sharded = ShardedUpdate(
@@ -77,26 +77,26 @@ class RingWorker(WorkerStrategy[RingOptions]):
             if context.saved is not None:
                 sharded.load(context.saved.optimizer(flat, *sharded.bounds))
         else:
-            early = self.options.overlap and not rows_before_gradients(context.job)
+            overlap = self.options.overlap and not rows_before_gradients(context.job)
             check_finite = context.job.failure.non_finite != "ignore"
-            self._reducer = _reducer(
-                self.options, flat, collective, overlap=early, check_finite=check_finite
+            self._reducer = reducer = _build_reducer(
+                self.options, flat, collective, overlap=overlap, check_finite=check_finite
             )
-            if isinstance(old, CompressedReducer) and isinstance(self._reducer, CompressedReducer):
-                self._reducer.inherit(old)  # what it still owes, if this rank was there before
+            if isinstance(previous, CompressedReducer) and isinstance(reducer, CompressedReducer):
+                reducer.inherit(previous)  # the compression errors of the steps so far
             self._optimizer = context.local_optimizer()
             saved = context.saved.optimizer(flat) if context.saved is not None else {}
-            self._optimizer.load(before or saved)
+            self._optimizer.load(state or saved)
         version = take_over_newest(flat, self._optimizer, collective, context.checkpoint_step)
         flat.fill_tail()
         self._state.keep(version)
         return version
 
     def last_backward(self) -> None:
-        """Let each bucket go as soon as its last gradient is there."""
+        """Allow each bucket to be sent as soon as its last gradient is computed."""
         assert self._reducer is not None, "setup() comes first"
-        # NCCL wants operations of several communicators in one order on all ranks, and ranks with
-        # fewer micro-batches come to the buckets after the others' last backward only.
+        # NCCL requires the same order of operations of several communicators on all ranks, but
+        # ranks with fewer micro-batches reach the buckets only after the others' last backward.
         if not self._state.ranks_wait:
             self._reducer.last_backward()
 
@@ -110,7 +110,7 @@ class RingWorker(WorkerStrategy[RingOptions]):
         return total
 
     def update(self, step: int, total: StepControl) -> None:
-        """Make the same update on every rank."""
+        """Apply the same update on every rank."""
         if total.skip:
             self._optimizer.grad_norm = None
         else:
@@ -118,7 +118,7 @@ class RingWorker(WorkerStrategy[RingOptions]):
         self._state.finish(step + 1, skipped=total.skip)
 
     def checkpoint(self, version: int) -> CheckpointPart:
-        """Rank 0 gives the model and the optimizer's state; a sharded one each rank for itself."""
+        """Return model and optimizer on rank 0; a sharded optimizer's parts on every rank."""
         model = model_part(self._flat) if self._collective.rank == 0 else CheckpointPart()
         if self.options.shard_optimizer or self._collective.rank == 0:
             start, _ = self._optimizer.bounds
@@ -126,11 +126,11 @@ class RingWorker(WorkerStrategy[RingOptions]):
         return model
 
     def average(self) -> Tensor:
-        """Give the optimizer's; of a sharded one the parts of all ranks."""
+        """Return the averaged weights; with a sharded optimizer, gathered from all ranks."""
         return self._optimizer.average()
 
     def trained(self, flat: FlatModel) -> dict[str, Tensor]:
-        """Give the model, and the average of its weights."""
+        """Return the model and its averaged weights."""
         if not self._averages:
             return flat.state_dict()
         state = with_average(flat, self.average())
@@ -138,14 +138,14 @@ class RingWorker(WorkerStrategy[RingOptions]):
         return state
 
     def figures(self) -> dict[str, float]:
-        """Give the exchange's figures and the optimizer's memory."""
+        """Return metrics of the exchange, the gradient norm and the optimizer's memory."""
         assert self._reducer is not None, "setup() comes first"
-        own = norm_figures(self._optimizer.grad_norm)
-        own["optimizer_state_bytes"] = float(self._optimizer.state_bytes)
-        return {**self._reducer.figures(), **own}
+        figures = {**self._reducer.figures(), **norm_figures(self._optimizer.grad_norm)}
+        figures["optimizer_state_bytes"] = float(self._optimizer.state_bytes)
+        return figures
 
 
-def _reducer(
+def _build_reducer(
     options: RingOptions,
     flat: FlatModel,
     collective: Collective,
@@ -153,7 +153,7 @@ def _reducer(
     overlap: bool,
     check_finite: bool,
 ) -> Reducer:
-    """Make what `compression` names."""
+    """Build the reducer of the option `compression`."""
     if options.compression == "topk":
         return TopKReducer(flat, collective, options.topk_density, check_finite=check_finite)
     if options.compression == "powersgd":

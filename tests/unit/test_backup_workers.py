@@ -186,7 +186,7 @@ def test_none_is_the_default_and_changes_nothing() -> None:
     [
         ({"backup_workers": 3}, "less than the 3 workers"),
         ({"backup_workers": 1, "num_servers": 2}, "needs `num_servers: 1`"),
-        ({"backup_workers": 1, "replication": 2}, "does not go together with `replication: 2`"),
+        ({"backup_workers": 1, "replication": 2}, "cannot be combined with `replication: 2`"),
         ({"replication": 3}, "must be <= 2"),
         ({"backup_workers": -1}, "backup_workers"),
     ],

@@ -277,7 +277,7 @@ def test_warm_up_is_of_the_decay() -> None:
 
 
 REFUSED: list[tuple[Any, dict[str, Any], str]] = [
-    ({"name": "ps-sync", "backup_workers": 1}, {}, "does not go together with `backup_workers`"),
+    ({"name": "ps-sync", "backup_workers": 1}, {}, "cannot be combined with `backup_workers`"),
     (
         "ring",
         {"embeddings": {"optimizer": {"name": "SGD", "lr": 0.1}}},

@@ -327,9 +327,9 @@ def test_the_scale_follows_what_came_of_the_steps(monkeypatch: pytest.MonkeyPatc
             {},
             "together with a `wire`",
         ),
-        ({"name": "ring", "compression": "powersgd"}, {}, "a loss scale has made larger"),
+        ({"name": "ring", "compression": "powersgd"}, {}, "gradients multiplied by a loss scale"),
         ({"name": "ps-sync", "wire": "fp16"}, {}, "nor with a `wire`"),
-        ({"name": "ps-sync", "backup_workers": 1}, {}, "together with `backup_workers`"),
+        ({"name": "ps-sync", "backup_workers": 1}, {}, "combined with `backup_workers`"),
         ("ring", {"failure": {"non_finite": "ignore"}}, "whose loss scale goes by it"),
     ],
 )
