@@ -1,13 +1,13 @@
 """
-Between a device and the memory that servers read: which copy begins when, and who waits for it.
+Copies between a device and the shared memory of the servers, and their synchronization.
 
-    computing stream   backward: part 2 ─┬─ part 1 ─┬─ ...       ┌─ forward of the next step
+    compute stream     backward: part 2 ─┬─ part 1 ─┬─ ...       ┌─ forward of the next step
     side stream                          └─ copy 2 ─┼─ copy 1 ─┐ │
-    thread                                          └ send 2   └ send 1 ... answers, copies back
+    thread                                          └ send 2   └ send 1 ... replies, copies back
 
-A part is sent when its copy has ended, never before: a server reads it at once. Copies need pinned
-memory on this side to go on beside the computing. Where the worker computes on the CPU its vectors
-are that memory, and there is nothing to copy (`DirectTransfer`).
+A part is sent only after its copy has ended, because a server reads it immediately. Copies overlap
+with computation only if the host memory is pinned. If the worker computes on the CPU, its vectors
+are in the shared memory already and nothing is copied (`DirectTransfer`).
 """
 
 import logging
@@ -26,32 +26,27 @@ logger = logging.getLogger(__name__)
 
 
 class DeviceEvent(Protocol):
-    """A moment of a stream."""
+    """An event recorded on a stream."""
 
     def synchronize(self) -> None:
-        """Wait until the stream has come there."""
+        """Wait until the stream has reached the event."""
 
 
 class SideStream(Protocol):
-    """A stream beside the one that computes, as far as it is needed here."""
+    """A stream for copies, next to the compute stream."""
 
     def copy(self, to: Tensor, source: Tensor) -> None:
-        """Copy when all is done that the computing stream was given so far; returns at once."""
+        """Enqueue a copy that runs after the compute stream's work so far; returns immediately."""
 
-    def mark(self) -> DeviceEvent:
-        """Give the moment when all copies so far have ended."""
+    def record_event(self) -> DeviceEvent:
+        """Record an event after all copies so far."""
 
     def join(self) -> None:
-        """Have the computing stream go on when all copies so far have ended."""
+        """Make the compute stream wait for all copies so far."""
 
 
 class CudaSideStream(SideStream):
-    """
-    A stream of a CUDA device.
-
-    Args:
-        device: of the model.
-    """
+    """A stream of a CUDA device."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -64,7 +59,7 @@ class CudaSideStream(SideStream):
             to.copy_(source, non_blocking=True)
 
     @override
-    def mark(self) -> DeviceEvent:
+    def record_event(self) -> DeviceEvent:
         event: DeviceEvent = self._stream.record_event()
         return event
 
@@ -74,46 +69,49 @@ class CudaSideStream(SideStream):
 
 
 class DirectTransfer:
-    """The worker computes where the servers read."""
+    """The worker computes in the servers' memory, so nothing is copied."""
 
     def to_host(self, shared: Tensor, start: int, then: Callable[[], object]) -> None:
         """
-        Have a part of the gradient in shared memory, then call `then`.
+        Copy a part of the gradient to shared memory, then call `then`.
 
         Args:
             shared: the part's memory, shape [m].
-            start: its first element in the whole vector.
-            then: hands it over.
+            start: index of the part's first element in the whole vector.
+            then: called after the copy; sends the part.
         """
         then()
 
     def wait(self, limit_s: float) -> None:
         """
-        Return when every `then` was called; raise what it raised.
+        Wait until every `then` has returned, and raise their first exception.
 
         Raises:
-            DeadlineExceeded: a copy does not end.
+            DeadlineExceeded: A copy does not end.
         """
 
     def to_device(self, shared: Tensor, start: int) -> None:
-        """Have a part of new parameters where the worker computes, after `join`; see `to_host`."""
+        """
+        Copy a part of the new parameters to the worker's device, complete after `join`; see
+        `to_host`.
+        """
 
     def join(self) -> None:
-        """Have what the worker computes next see what was copied to the device."""
+        """Make later computation see the parameters copied to the device."""
 
     def close(self) -> None:
-        """Let go of the memory."""
+        """Unpin the memory."""
 
 
 class DeviceTransfer(DirectTransfer):
     """
-    Copies between the vectors on a device and those in shared memory.
+    Copies between vectors on a device and vectors in shared memory.
 
     Args:
         gradients: on the device, shape [n].
-        parameters: the same.
-        side: the stream for the copies.
-        pinned: memory that was pinned for them.
+        parameters: on the device, shape [n].
+        side: the stream for copies.
+        pinned: memory that was pinned for the copies.
     """
 
     def __init__(
@@ -123,27 +121,27 @@ class DeviceTransfer(DirectTransfer):
         self._side, self._pinned = side, pinned
         self._pending: queue.SimpleQueue[tuple[DeviceEvent, Callable[[], object]] | None]
         self._pending = queue.SimpleQueue()
-        self._open = 0  #: parts of which `then` was not called yet
+        self._unsent = 0  #: parts whose `then` has not returned yet
         self._error: BaseException | None = None
         self._changed = threading.Condition()
         threading.Thread(target=self._send, daemon=True, name="device-copy").start()
 
     @override
     def to_host(self, shared: Tensor, start: int, then: Callable[[], object]) -> None:
-        """Returns at once, `then` is called on a thread of this object's."""
+        """Returns immediately; `then` is called on this object's thread."""
         with self._changed:
-            self._open += 1
+            self._unsent += 1
         self._side.copy(shared, self._gradients[start : start + len(shared)])
-        self._pending.put((self._side.mark(), then))
+        self._pending.put((self._side.record_event(), then))
 
     @override
     def wait(self, limit_s: float) -> None:
         with self._changed:
-            over = self._changed.wait_for(lambda: not self._open, limit_s)
+            completed = self._changed.wait_for(lambda: not self._unsent, limit_s)
             error, self._error = self._error, None
         if error is not None:
             raise error
-        if not over:
+        if not completed:
             late = ("this worker's device",)
             raise DeadlineExceeded("copied gradients", late, limit_s, "failure.step_timeout_s")
 
@@ -157,9 +155,9 @@ class DeviceTransfer(DirectTransfer):
 
     @override
     def close(self) -> None:
-        """End it; parts that were not sent yet are dropped."""
+        """End the thread; parts that were not sent are dropped."""
         self._pending.put(None)
-        self._side.mark().synchronize()
+        self._side.record_event().synchronize()
         for memory in self._pinned:
             unpin(memory)
         self._pinned = ()
@@ -174,7 +172,7 @@ class DeviceTransfer(DirectTransfer):
             except BaseException as raised:
                 error = raised
             with self._changed:
-                self._open -= 1
+                self._unsent -= 1
                 self._error = self._error or error
                 self._changed.notify_all()
 
@@ -182,13 +180,13 @@ class DeviceTransfer(DirectTransfer):
 def cuda_transfer(
     gradients: Tensor, parameters: Tensor, shared: Sequence[Tensor]
 ) -> DeviceTransfer:
-    """Make the transfer of a CUDA device's vectors, and pin the memory on the other side."""
+    """Create the transfer for vectors on a CUDA device, and pin the shared memory."""
     pinned = [memory for memory in shared if pin(memory)]
     return DeviceTransfer(gradients, parameters, CudaSideStream(gradients.device), pinned)
 
 
 def pin(memory: Tensor) -> bool:
-    """Tell CUDA that this memory stays where it is; say whether it took that."""
+    """Register memory with CUDA as pinned; return whether CUDA accepted it."""
     cudart: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
     code = int(cudart.cudaHostRegister(memory.data_ptr(), memory.numel() * memory.itemsize, 0))
     if code:
@@ -197,6 +195,6 @@ def pin(memory: Tensor) -> bool:
 
 
 def unpin(memory: Tensor) -> None:
-    """Take `pin` back."""
+    """Undo `pin`."""
     cudart: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
     cudart.cudaHostUnregister(memory.data_ptr())

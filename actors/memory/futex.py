@@ -1,14 +1,14 @@
 """
-Wait for, and post, 32-bit words in shared memory: Linux futexes, between processes.
+Wait and post on 32-bit words in shared memory: Linux futexes between processes.
 
-A post adds one to a word and wakes who sleeps on it; a wait sleeps until the word has reached a
-number. Words only grow, and wrap at 2^32, so two of them are compared by their distance.
+A post increments a word and wakes the threads that sleep on it. A wait sleeps until the word has
+reached a target. Words only increase and wrap at 2^32, so they are compared by their distance.
 
-Python has no atomic stores, so the kernel orders memory for us. A post is one `FUTEX_WAKE_OP`: the
-kernel adds to the word atomically, after all that this thread wrote before (release). A wait that
-found its number makes one more `FUTEX_WAIT`, which returns at once but is a full barrier, so what
-is read after it is what was written before the post (acquire). On x86-64 loads are never reordered
-with loads, and that call is left out.
+Python has no atomic stores, so the kernel provides the memory ordering. A post is a
+`FUTEX_WAKE_OP`: the kernel increments the word atomically, after all earlier writes of this thread
+(release). A wait that finds its target calls `FUTEX_WAIT` once more. That call returns immediately,
+but it is a full barrier, so later reads see all writes before the post (acquire). x86-64 never
+reorders loads with loads, so the additional call is omitted there.
 """
 
 import ctypes
@@ -17,20 +17,20 @@ import select
 import sys
 
 _WAIT, _WAKE, _WAKE_OP = 0, 1, 5
-_EVERYBODY = 2**31 - 1
+_ALL_WAITERS = 2**31 - 1
 _ADD_ONE = 1 << 28 | 1 << 12
-"""Operation of `FUTEX_WAKE_OP`: add 1; its comparison concerns a second word, which nobody uses."""
+"""Operation of `FUTEX_WAKE_OP`: add 1. Its comparison concerns a second word, which is not used."""
 _MACHINE = os.uname().machine
-_NUMBERS = {"x86_64": 202, "aarch64": 98, "riscv64": 98}
+_SYSCALL_NUMBERS = {"x86_64": 202, "aarch64": 98, "riscv64": 98}
 LOADS_IN_ORDER = _MACHINE == "x86_64"
-_NUMBER = _NUMBERS.get(_MACHINE, 0)
+_SYSCALL_NUMBER = _SYSCALL_NUMBERS.get(_MACHINE, 0)
 
 
 class _Time(ctypes.Structure):
     _fields_ = (("seconds", ctypes.c_long), ("nanoseconds", ctypes.c_long))
 
 
-# CDLL, not PyDLL: other threads of this process run while one sleeps.
+# CDLL, not PyDLL: it releases the GIL, so other threads run while one sleeps.
 _syscall = ctypes.CDLL(None, use_errno=True).syscall
 _syscall.restype = ctypes.c_long
 _syscall.argtypes = (
@@ -45,22 +45,22 @@ _syscall.argtypes = (
 
 
 def supported() -> bool:
-    """Whether this machine has futexes that we know how to call."""
-    return sys.platform == "linux" and _NUMBER > 0 and ctypes.sizeof(ctypes.c_void_p) == 8
+    """Return whether futexes are available on this platform and their syscall number is known."""
+    return sys.platform == "linux" and _SYSCALL_NUMBER > 0 and ctypes.sizeof(ctypes.c_void_p) == 8
 
 
 def reached(value: int, target: int) -> bool:
-    """Whether a word that shows `value` has come to `target`; they lie within 2^31."""
+    """Return whether a word with `value` has reached `target`; the two must lie within 2^31."""
     return (value - target) & 0xFFFFFFFF < 0x80000000
 
 
 class Word:
     """
-    A 32-bit number in shared memory.
+    A 32-bit counter in shared memory.
 
     Args:
-        memory: the shared memory, kept alive by this word.
-        offset: where the word lies, bytes; a multiple of 4.
+        memory: the shared memory; this object keeps it alive.
+        offset: position of the word in bytes; a multiple of 4.
     """
 
     __slots__ = ("_address", "_cell", "_memory")
@@ -72,26 +72,28 @@ class Word:
 
     @property
     def value(self) -> int:
-        """What the word shows now, 0 <= value < 2^32."""
+        """Current value, 0 <= value < 2^32."""
         return self._cell[0]
 
     def post(self) -> None:
-        """Add one, visible after all that this thread has written, and wake all waiters."""
+        """Increment the word after all earlier writes of this thread, and wake all waiters."""
         address = self._address
-        # val 2^31-1 wakes all on the first address; the second number of sleepers to wake is 0.
-        if _syscall(_NUMBER, address, _WAKE_OP, _EVERYBODY, None, address, _ADD_ONE) < 0:
+        # Wake up to 2^31-1 waiters of the first address, and none of the second address.
+        if _syscall(_SYSCALL_NUMBER, address, _WAKE_OP, _ALL_WAITERS, None, address, _ADD_ONE) < 0:
             raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
 
     def wake(self) -> None:
-        """Wake all waiters without a change: they check and sleep on."""
-        _syscall(_NUMBER, self._address, _WAKE, _EVERYBODY, None, None, 0)
+        """Wake all waiters without changing the word: they check it and sleep again."""
+        _syscall(_SYSCALL_NUMBER, self._address, _WAKE, _ALL_WAITERS, None, None, 0)
 
     def wait(self, target: int, slice_s: float) -> bool:
         """
-        Sleep until the word has reached `target`, somebody wakes it, or `slice_s` seconds passed.
+        Sleep until the word reaches `target`, another thread wakes this one, or `slice_s` seconds
+        pass.
 
         Returns:
-            Whether it has; who gets False looks after what else may have happened and comes again.
+            Whether the word has reached `target`. After False, check other conditions and call
+            again.
         """
         value = self._cell[0]
         if not reached(value, target):
@@ -99,22 +101,22 @@ class Word:
             if not reached(self._cell[0], target):
                 return False
         if not LOADS_IN_ORDER:
-            self._sleep(target - 1 & 0xFFFFFFFF, 0.0)  # the barrier; see above
+            self._sleep(target - 1 & 0xFFFFFFFF, 0.0)  # full barrier; see the module's docstring
         return True
 
     def _sleep(self, value: int, seconds: float) -> None:
-        """Sleep while the word shows `value`; interrupted, woken or too late: all return alike."""
+        """Sleep while the word has `value`; returns after interrupts, wake-ups and timeouts."""
         whole = int(seconds)
         limit = _Time(whole, int((seconds - whole) * 1e9))
-        _syscall(_NUMBER, self._address, _WAIT, value, ctypes.byref(limit), None, 0)
+        _syscall(_SYSCALL_NUMBER, self._address, _WAIT, value, ctypes.byref(limit), None, 0)
 
 
 def has_ended(descriptor: int) -> bool:
     """
-    Say whether a process has ended, whoever its parent is.
+    Return whether a process has ended; it need not be a child process.
 
     Args:
-        descriptor: as `os.pidfd_open` gives it; `select` would refuse one above 1023.
+        descriptor: from `os.pidfd_open`. Polled, because `select` rejects descriptors above 1023.
     """
     poll = select.poll()
     poll.register(descriptor, select.POLLIN)

@@ -1,15 +1,15 @@
 """
-Mailboxes between a worker and the server nodes of its node: a step's control without a call of Ray.
+Mailboxes between a worker and the servers on its node: control messages without Ray calls.
 
     worker                          shared memory                server node, a thread per worker
-    write the request, post   ──▶   asked    + 1   ──▶           wake, serve it as if by a call
-    wake, read the answer     ◀──   answered + 1   ◀──           write the answer, post
+    write the request, post   ──▶   requests + 1   ──▶           wake up, handle it like a call
+    wake up, read the reply   ◀──   replies  + 1   ◀──           write the reply, post
 
-    `listen`: a call that stays open as long as the mailbox is used. It ends with an exception when
-    the server dies, and when a request failed: that is where errors come from.
+    `listen`: a Ray call that stays open while the mailbox is in use. It raises an exception when
+    the server dies, or when a request fails; all errors are reported this way.
 
-A call of Ray costs about a millisecond on a busy machine, a futex a few hundredths of one. What a
-request does is the same either way, and so is what decides on it: the shard's ledger.
+A Ray call takes about a millisecond on a busy machine, a futex a few hundredths of one. The effect
+of a request is the same in both cases, and the shard's ledger checks both.
 (docs/decisions/mailboxes.md)
 """
 
@@ -36,103 +36,105 @@ from distplat.strategies.loop.control import HEAD_SIZE
 logger = logging.getLogger(__name__)
 
 SLOT_BYTES = 512
-"""Bytes of one mailbox; the two sides write to cache lines of their own."""
-_ASKED, _REQUEST, _CLOSED, _ANSWERED, _ANSWER = 0, 8, 64, 128, 136
+"""Size of one mailbox; worker and server write to separate cache lines."""
+_REQUESTS, _REQUEST, _CLOSED, _REPLIES, _REPLY = 0, 8, 64, 128, 136
 _REQUEST_LAYOUT = struct.Struct("<q?dq")
-_ANSWER_LAYOUT = struct.Struct(f"<??q?dqdddqqq?{HEAD_SIZE}d")
+_REPLY_LAYOUT = struct.Struct(f"<??q?dqdddqqq?{HEAD_SIZE}d")
 _NO_TOTAL = (0.0,) * HEAD_SIZE
-_ALL = (1 << 32) - 1
-_LOOK_S = 0.5
-"""How often a server looks whether the worker lives and is still to be listened to."""
+_WORD_MASK = (1 << 32) - 1
+_LISTENER_CHECK_S = 0.5
+"""
+Interval at which a server checks whether the worker is alive and this call is still the listener.
+"""
 
 _SLICE_S = 0.05
-"""How often who waits for an answer looks whether the server lives."""
+"""Interval at which a worker checks whether the server is alive."""
 _REASON_S = 5.0
-"""How long a standing call may take to say why a request failed."""
+"""Time limit for the open call to report why a request failed."""
 
-Look = Callable[[], object]
-"""Called twenty times a second while an answer is missing; what it raises ends the wait."""
+CheckAlive = Callable[[], object]
+"""Called twenty times a second while a reply is missing; its exceptions end the wait."""
 Listen = Callable[[int, MemoryAddress, int], Any]
-"""Makes the standing call to the server of a shard: shard, segment of mailboxes, slot."""
+"""Starts the open call to a shard's server: shard, segment of mailboxes, slot."""
 
 
 class MailboxRequest(NamedTuple):
-    """What a worker asks for: a push of its gradient, or the commit of a step."""
+    """A worker's request: a push of its gradient, or the commit of a step."""
 
     seq: int
     norm: float | None = None
-    """2-norm of the whole gradient, if this is a commit; None: this is a push."""
+    """2-norm of the whole gradient for a commit; None: a push."""
     task: int | None = None
-    """What a push is of, where tasks are leased."""
+    """Task of a push, if tasks are leased."""
 
 
-def control_of(segment: MemorySegment, size: int) -> NDArray[np.float64]:
-    """View the control record behind the mailboxes of a segment, shape [size]."""
+def control_view(segment: MemorySegment, size: int) -> NDArray[np.float64]:
+    """Return a view of the control record after the mailboxes of a segment, shape [size]."""
     record: NDArray[np.float64] = segment.tensor.numpy()[segment.address.elements - 8 * size :]
     return record.view(np.float64)
 
 
 class Mailbox:
     """
-    One mailbox, as either side sees it.
+    One mailbox, used by both worker and server.
 
     Args:
         segment: bytes in shared memory.
-        slot: which mailbox in it, from 0.
+        slot: index of the mailbox in the segment.
     """
 
     def __init__(self, segment: MemorySegment, slot: int) -> None:
         memory = segment.tensor.numpy().data.cast("B")
         self._memory = memory[slot * SLOT_BYTES : (slot + 1) * SLOT_BYTES]
-        self._asked = Word(self._memory, _ASKED)
-        self._answered = Word(self._memory, _ANSWERED)
+        self._requests = Word(self._memory, _REQUESTS)
+        self._replies = Word(self._memory, _REPLIES)
 
     def notify(self, request: MailboxRequest) -> None:
-        """Send a request; the answer to the request before has been read."""
+        """Send a request; the reply to the previous request must have been read."""
         is_commit = request.norm is not None  # a flag: the norm itself may be any float, NaN too
         norm = request.norm or 0.0
         task = -1 if request.task is None else request.task
         _REQUEST_LAYOUT.pack_into(self._memory, _REQUEST, request.seq, is_commit, norm, task)
-        self._asked.post()
+        self._requests.post()
 
     def close(self) -> None:
-        """Send no more; the other side ends its call."""
+        """Send no more requests; the server ends its call."""
         self._memory[_CLOSED] = 1
-        self._asked.wake()
+        self._requests.wake()
 
     @property
     def closed(self) -> bool:
-        """Whether the worker sends no more requests."""
+        """Whether the worker has closed the mailbox."""
         return bool(self._memory[_CLOSED])
 
-    def answered(self, slice_s: float) -> bool:
-        """Wait at most `slice_s` seconds for the answer; return whether it is there."""
-        return self._answered.wait(self._asked.value, slice_s)
+    def wait_reply(self, slice_s: float) -> bool:
+        """Wait up to `slice_s` seconds for the reply; return whether it has arrived."""
+        return self._replies.wait(self._requests.value, slice_s)
 
     def read(self) -> ServerReply | None:
-        """Give the answer that is there; None: the request failed, the standing call says why."""
-        values = _ANSWER_LAYOUT.unpack_from(self._memory, _ANSWER)
+        """Return the reply; None: the request failed, and the open call raises the reason."""
+        values = _REPLY_LAYOUT.unpack_from(self._memory, _REPLY)
         succeeded, committed, version, has_norm, squared, *rest, has_total = values[:-HEAD_SIZE]
         if not succeeded:
             return None
         norm, total = squared if has_norm else None, values[-HEAD_SIZE:] if has_total else ()
         return ServerReply(version, committed, norm, *(*rest, total))
 
-    def asked(self, slice_s: float) -> MailboxRequest | None:
-        """Wait at most `slice_s` seconds for a request that is not answered yet."""
-        if not self._asked.wait(self._answered.value + 1 & _ALL, slice_s):
+    def wait_request(self, slice_s: float) -> MailboxRequest | None:
+        """Wait up to `slice_s` seconds for a request without a reply; None: timeout."""
+        if not self._requests.wait(self._replies.value + 1 & _WORD_MASK, slice_s):
             return None
         seq, is_commit, norm, task = _REQUEST_LAYOUT.unpack_from(self._memory, _REQUEST)
         return MailboxRequest(seq, norm if is_commit else None, task if task >= 0 else None)
 
-    def answer(self, answer: ServerReply | None) -> None:
-        """Answer the present request; None: it failed."""
-        reply = answer or ServerReply(0)
+    def reply(self, result: ServerReply | None) -> None:
+        """Send the reply to the current request; None: the request failed."""
+        reply = result or ServerReply(0)
         norm = reply.squared_norm
-        _ANSWER_LAYOUT.pack_into(
+        _REPLY_LAYOUT.pack_into(
             self._memory,
-            _ANSWER,
-            answer is not None,
+            _REPLY,
+            result is not None,
             reply.committed,
             reply.version,
             norm is not None,
@@ -147,7 +149,7 @@ class Mailbox:
             bool(reply.total),
             *(reply.total or _NO_TOTAL),
         )
-        self._answered.post()
+        self._replies.post()
 
 
 class Listener:
@@ -156,21 +158,21 @@ class Listener:
 
     Args:
         address: the worker's segment of mailboxes.
-        slot: which of them is this server's.
-        control: values of the worker's control record, behind the mailboxes.
+        slot: index of this server's mailbox.
+        control: number of values in the worker's control record, which follows the mailboxes.
     """
 
     def __init__(self, address: MemoryAddress, slot: int, control: int) -> None:
         segment = MemorySegment.open(address)
-        self._mailbox, self._control = Mailbox(segment, slot), control_of(segment, control)
+        self._mailbox, self._control = Mailbox(segment, slot), control_view(segment, control)
         self._worker = os.pidfd_open(address.pid)
 
     def control(self) -> NDArray[np.float64]:
-        """Give a copy of the worker's control record, of the request that is being served."""
+        """Return a copy of the worker's control record of the current request."""
         return self._control.copy()
 
     def close(self) -> None:
-        """Let go of the worker's process."""
+        """Close the descriptor of the worker's process."""
         os.close(self._worker)
 
     def serve(
@@ -180,42 +182,43 @@ class Listener:
         wanted: Callable[[], bool],
     ) -> None:
         """
-        Answer requests until the worker closes it or ends, or another call listens to it.
+        Handle requests until the worker closes the mailbox or ends, or another call becomes the
+        listener.
 
-        A call whose message got lost is made again, and then two may be here: both may serve a
-        request, which is harmless, but only one answers.
+        If a call's message is lost, the worker repeats the call, and two calls may listen. Both may
+        handle a request, which is harmless, but only one of them replies.
 
         Args:
-            handle: serves one request; its exception ends the listening.
-            turn: held to answer, and by whoever changes what `wanted` says.
-            wanted: whether this is the call that listens.
+            handle: handles one request; its exceptions end the call.
+            turn: lock held while replying, and by code that changes the result of `wanted`.
+            wanted: returns whether this call is still the listener.
         """
         while wanted() and not self._mailbox.closed:
-            request = self._mailbox.asked(_LOOK_S)
+            request = self._mailbox.wait_request(_LISTENER_CHECK_S)
             if request is None:
                 if has_ended(self._worker):
                     return
                 continue
-            answer = None
+            reply = None
             try:
-                answer = handle(request)
+                reply = handle(request)
             finally:
                 with turn:
                     if wanted():
-                        self._mailbox.answer(answer)
+                        self._mailbox.reply(reply)
 
 
 class Mailboxes:
     """
-    A worker's mailboxes, one for each server node that shares memory with it.
+    A worker's mailboxes, one for each server that shares memory with it.
 
     Args:
-        transport: by which standing calls are made.
+        transport: starts the open calls.
         local_shards: shards whose servers share memory with this worker.
-        names: of all servers, by shard.
-        control: values of this worker's control record, which lies behind the mailboxes.
-        listen: makes a standing call.
-        look: see `Look`.
+        names: names of all servers, by shard.
+        control: number of values in this worker's control record, which follows the mailboxes.
+        listen: see `Listen`.
+        check_alive: see `CheckAlive`.
     """
 
     def __init__(
@@ -225,71 +228,71 @@ class Mailboxes:
         names: Sequence[str],
         control: int,
         listen: Listen,
-        look: Look,
+        check_alive: CheckAlive,
     ) -> None:
         self._transport = transport
         self.shards = sorted(local_shards) if futex.supported() else []
-        self._names, self._listen, self._look = names, listen, look
-        # Not sealed: a standing call that got lost is made again, and opens it again.
+        self._names, self._listen, self._check_alive = names, listen, check_alive
+        # Not sealed: if an open call is lost, it is repeated and opens the segment again.
         size = SLOT_BYTES * max(1, len(self.shards)) + 8 * control
         self._segment = MemorySegment.create(transport.node, size, "uint8")
-        self.control = control_of(self._segment, control)  #: written before a request is sent
+        self.control = control_view(self._segment, control)  #: write it before sending a request
         self._mailboxes = {s: Mailbox(self._segment, slot) for slot, s in enumerate(self.shards)}
-        self._standing = {shard: self._call(shard) for shard in self.shards}
+        self._open_calls = {shard: self._call(shard) for shard in self.shards}
 
     def close(self) -> None:
-        """Send no more, and give the memory back."""
+        """Send no more requests, and close the segment's descriptor."""
         for mailbox in self._mailboxes.values():
             mailbox.close()
         self._segment.seal()
 
     def notify(self, shard: int, request: MailboxRequest) -> None:
-        """Send one of them a request; its answer to the request before has been read."""
+        """Send a request to a server; the reply to its previous request must have been read."""
         self._mailboxes[shard].notify(request)
 
     def answers(
         self, notified: Sequence[int], what: str, limit_s: float, setting: str
     ) -> Iterator[tuple[int, ServerReply]]:
         """
-        Wait for answers, and give one after the other.
+        Wait for replies, and yield each with its shard.
 
         Args:
-            notified: shards that were asked.
-            what: was asked, for messages.
-            limit_s: deadline of all of them.
-            setting: the field of `failure` that changes it.
+            notified: shards to which a request was sent.
+            what: description of the request, for messages.
+            limit_s: timeout for all replies together.
+            setting: the field of `failure` that sets the timeout.
 
         Raises:
-            ActorLost, DeadlineExceeded: a server is gone, or frozen.
-            DistplatError: what a server raised.
+            ActorLost, DeadlineExceeded: A server is lost, or does not respond.
+            DistplatError: A server raised this error.
         """
         clock = AwakeClock()
         for shard in notified:
             mailbox = self._mailboxes[shard]
-            while not mailbox.answered(_SLICE_S):
-                self._look_after(shard)
-                self._look()
+            while not mailbox.wait_reply(_SLICE_S):
+                self._check_call(shard)
+                self._check_alive()
                 if clock.now() > limit_s:
-                    late = [one for one in notified if not self._mailboxes[one].answered(0.0)]
+                    late = [s for s in notified if not self._mailboxes[s].wait_reply(0.0)]
                     missing = tuple(self._names[s] for s in late)
                     raise DeadlineExceeded(what, missing, limit_s, f"failure.{setting}")
-            answer = mailbox.read()
-            if answer is None:
-                self._look_after(shard, _REASON_S)
-                raise ActorLost(self._names[shard], None, f"it could not say why {what} failed")
-            yield shard, answer
+            reply = mailbox.read()
+            if reply is None:
+                self._check_call(shard, _REASON_S)
+                raise ActorLost(self._names[shard], None, f"it did not report why {what} failed")
+            yield shard, reply
 
     def _call(self, shard: int) -> Any:
         return self._listen(shard, self._segment.address, self.shards.index(shard))
 
-    def _look_after(self, shard: int, wait_s: float = 0.0) -> None:
-        """Raise what the standing call says, if it has ended; make it again if it got lost."""
-        if not self._transport.wait([self._standing[shard]], wait_s):
+    def _check_call(self, shard: int, wait_s: float = 0.0) -> None:
+        """Raise the open call's exception if it has ended; repeat the call if it was lost."""
+        if not self._transport.wait([self._open_calls[shard]], wait_s):
             return
         try:
-            self._transport.get(self._standing[shard], _REASON_S)
+            self._transport.get(self._open_calls[shard], _REASON_S)
         except Unanswered:
-            logger.warning("no word from %s, asking it again to listen", self._names[shard])
+            logger.warning("the listen call to %s was lost, repeating it", self._names[shard])
         except ActorDied as error:
             raise ActorLost(self._names[shard], None, str(error)) from None
-        self._standing[shard] = self._call(shard)
+        self._open_calls[shard] = self._call(shard)

@@ -25,7 +25,7 @@ class Stream:
         self.events.append("copy")
         self._todo.append(lambda: to.copy_(source))
 
-    def mark(self) -> "Moment":
+    def record_event(self) -> "Moment":
         return Moment(self, len(self._todo))
 
     def join(self) -> None:

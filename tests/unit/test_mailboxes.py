@@ -73,7 +73,7 @@ def test_requests_and_answers_arrive_as_they_were(segment: MemorySegment) -> Non
     requests += [MailboxRequest(4, task=0), MailboxRequest(5, task=1 << 40)]
     for request in requests:
         mailbox.notify(request)
-        assert mailbox.answered(LIMIT_S)
+        assert mailbox.wait_reply(LIMIT_S)
         assert mailbox.read() == ServerReply(
             request.seq + 1, staleness=3, waiting_s=0.25, dropped=2
         )
@@ -86,17 +86,17 @@ def test_every_field_of_an_answer_travels(segment: MemorySegment, norm: float | 
     mailbox = Mailbox(segment, 0)
     answer = ServerReply(7, False, norm, 4, 0.5, 0.25, 0.125, 3, 6, 8)
     mailbox.notify(MailboxRequest(0))
-    assert mailbox.asked(0.0) == MailboxRequest(0)
-    mailbox.answer(answer)
+    assert mailbox.wait_request(0.0) == MailboxRequest(0)
+    mailbox.reply(answer)
     assert mailbox.read() == answer
 
 
 def test_a_norm_that_is_no_number_stays_a_commit(segment: MemorySegment) -> None:
     mailbox = Mailbox(segment, 0)
     mailbox.notify(MailboxRequest(5, math.nan))
-    asked = mailbox.asked(0.0)
+    asked = mailbox.wait_request(0.0)
     assert asked is not None and asked.norm is not None and math.isnan(asked.norm)
-    mailbox.answer(replace(ServerReply(1), squared_norm=math.nan))
+    mailbox.reply(replace(ServerReply(1), squared_norm=math.nan))
     answer = mailbox.read()
     assert answer is not None and answer.squared_norm is not None
     assert math.isnan(answer.squared_norm)
@@ -104,18 +104,18 @@ def test_a_norm_that_is_no_number_stays_a_commit(segment: MemorySegment) -> None
 
 def test_nothing_is_answered_twice_or_unasked(segment: MemorySegment) -> None:
     mailbox = Mailbox(segment, 0)
-    assert mailbox.asked(0.0) is None
+    assert mailbox.wait_request(0.0) is None
     mailbox.notify(MailboxRequest(0))
-    assert not mailbox.answered(0.0)
-    mailbox.answer(ServerReply(1))
-    assert mailbox.answered(0.0)
-    assert mailbox.asked(0.0) is None
+    assert not mailbox.wait_reply(0.0)
+    mailbox.reply(ServerReply(1))
+    assert mailbox.wait_reply(0.0)
+    assert mailbox.wait_request(0.0) is None
 
 
 def test_a_failed_request_ends_the_listening(segment: MemorySegment) -> None:
     listening, mailbox = Listening(segment), Mailbox(segment, 0)
     mailbox.notify(MailboxRequest(-1))
-    assert mailbox.answered(LIMIT_S)
+    assert mailbox.wait_reply(LIMIT_S)
     assert mailbox.read() is None
     listening.thread.join(LIMIT_S)
     assert isinstance(listening.error, GapError)
@@ -132,12 +132,12 @@ def test_of_two_listeners_the_later_answers_once(segment: MemorySegment) -> None
     with first.turn:
         first.wanted = False
     second = Listening(segment)
-    assert mailbox.answered(LIMIT_S)
+    assert mailbox.wait_reply(LIMIT_S)
     first.hold.set()
     first.end()
-    assert mailbox.asked(0.0) is None  # not answered once more
+    assert mailbox.wait_request(0.0) is None  # not answered once more
     mailbox.notify(MailboxRequest(1))
-    assert mailbox.answered(LIMIT_S)
+    assert mailbox.wait_reply(LIMIT_S)
     assert mailbox.read() == ServerReply(2, staleness=3, waiting_s=0.25, dropped=2)
     second.end()
 

@@ -129,7 +129,7 @@ def test_a_descriptor_of_other_memory_raises() -> None:
     new = MemorySegment.create("node", 3, "float32")
     assert new.address.fd == old.address.fd, "the lowest that is free"
     assert new.address != old.address
-    with pytest.raises(FileNotFoundError, match="this memory is gone"):
+    with pytest.raises(FileNotFoundError, match="the segment no longer exists"):
         MemorySegment.open(old.address)
 
 
@@ -196,7 +196,7 @@ def test_another_memory_of_ours_under_the_same_numbers_is_refused() -> None:
     segment = MemorySegment.create("node", 8, "uint8")  # as if of another rank
     theirs = segment.address
     SharedVectors().add(part, [offer, (theirs.pid, theirs.fd, theirs.inode)])
-    with pytest.raises(OSError, match="another is here"):
+    with pytest.raises(OSError, match="another file has its descriptor"):
         SharedVectors().add(part, [offer, (theirs.pid, theirs.fd, theirs.inode + 1)])
     channel = _P2PChannel(mine, 0, 1)
     head = header("send", [part.tensor], number=3)
