@@ -28,7 +28,7 @@ from distplat.actors.spawn import (
     spawn_spare,
     spawn_worker,
 )
-from distplat.actors.stopping import end_each
+from distplat.actors.stopping import call_all
 from distplat.actors.task_loading import TrainFunction
 from distplat.platform.checkpoints import StoredCheckpoint
 from distplat.platform.errors import DistplatError, FencedError, StorageError
@@ -304,7 +304,7 @@ class ActorGroup:
 
     def end(self) -> None:
         """End all actors."""
-        end_each([*([self._spares.end] if self._spares is not None else []), self._handles.end])
+        call_all([*([self._spares.end] if self._spares is not None else []), self._handles.end])
 
     def _give_orders(
         self, attempt: int, saved: StoredCheckpoint | None, checkpoint_step: int

@@ -36,7 +36,7 @@ from distplat.actors.model_pieces import ModelPiece, piece_of
 from distplat.actors.ray_errors import as_ours
 from distplat.actors.ray_transport import RayTransport
 from distplat.actors.retrying_calls import Outbox, ask
-from distplat.actors.stopping import end_each
+from distplat.actors.stopping import call_all
 from distplat.actors.transport import AnswerPending
 from distplat.platform.apply_log import FILE_NAME, pack_log
 from distplat.platform.errors import (
@@ -176,7 +176,7 @@ class ControllerActor:
             self._keep_files(actor_group)
         finally:
             # What is complete is worth keeping, however the run ends.
-            end_each([checkpoints.drain, actor_group.end])
+            call_all([checkpoints.drain, actor_group.end])
 
     def poll(self, number: int, hold_s: float) -> RunPollResult:
         """
@@ -187,7 +187,7 @@ class ControllerActor:
             hold_s: how long to wait for something to tell.
         """
         events = self._outbox.take(number, hold_s)
-        left_out = self._outbox.left_out()
+        left_out = self._outbox.pop_dropped()
         if left_out:
             logger.warning("%d steps and log lines are not told: the driver was away", left_out)
         over = self._outbox.drained  # after them: what is told again is not all there is

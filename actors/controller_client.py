@@ -26,7 +26,7 @@ from distplat.actors.controller import SAVE_S
 from distplat.actors.controller_actor import FileToKeep, ModelReady, RunEvent, RunPollResult
 from distplat.actors.model_pieces import ModelPiece, in_pieces
 from distplat.actors.ray_errors import UNREACHABLE
-from distplat.actors.retrying_calls import LOOK_S, Outbox, ask
+from distplat.actors.retrying_calls import POLL_S, Outbox, ask
 from distplat.actors.transport import Transport
 from distplat.platform.disk import run_in_thread
 from distplat.platform.errors import (
@@ -161,7 +161,7 @@ class ControllerClient:
             check()  # before each event: a callback may take its time for each of thousands
             if not self._untold:
                 self._number += 1
-                self._untold.extend(self._news.take(self._number, LOOK_S))
+                self._untold.extend(self._news.take(self._number, POLL_S))
                 self._warn_of_left_out()
             if self._untold:
                 _hand_on(self._untold.popleft(), handlers)
@@ -292,7 +292,7 @@ class ControllerClient:
         return "" if self._step is None else "there is no checkpoint to go on from"
 
     def _warn_of_left_out(self) -> None:
-        if left_out := self._news.left_out():
+        if left_out := self._news.pop_dropped():
             text = "%d steps and log lines are not told: a callback held the driver up"
             logger.warning(text, left_out)
 

@@ -72,11 +72,11 @@ def train_in_process(launch: Launch, handlers: RunHandlers, stopping: Stopping) 
             _report_finished(checkpoints, handlers)
 
     def save(model: bytes) -> None:
-        with stopping.not_at_once():
+        with stopping.not_immediate():
             handlers.on_model(model)
 
     try:
-        with stopping.at_once():
+        with stopping.immediate():
             _train(launch, report, progress, replace(handlers, on_model=save), checkpoints)
     except (DistplatError, KeyboardInterrupt):
         raise

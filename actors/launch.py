@@ -37,7 +37,7 @@ from distplat.actors.ray_token import check_token, secure_token, token_of
 from distplat.actors.ray_transport import RayTransport
 from distplat.actors.role_output import role_output
 from distplat.actors.spawn import spawn_controller
-from distplat.actors.stopping import Stopping, end_each
+from distplat.actors.stopping import Stopping, call_all
 from distplat.actors.task_check import TaskCheck, task_check
 from distplat.actors.task_pickling import check_pickles
 from distplat.platform.disk import reserve, with_deadline, write_atomically
@@ -150,7 +150,7 @@ def _follow(
         controller.follow(check, handlers, look)
     finally:
         # Without a head nothing of that can be done: all ends with this process.
-        end_each(_if_head_answers(head, ending) for ending in endings)
+        call_all(_if_head_answers(head, ending) for ending in endings)
 
 
 def _if_head_answers(head: HeadWatch, ending: Callable[[], object]) -> Callable[[], object]:

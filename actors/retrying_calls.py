@@ -1,21 +1,22 @@
 """
-Calls, orders and polls that may get lost on their way: made again until an answer comes.
+Calls, orders and polls that are retried until an answer arrives.
 
-A transport says `Unanswered` when it does not know whether a call was carried out. Every call
-that is made here may be made twice: pushes and pulls are numbered (`platform/ledger.py`), the rest
-gives the same answer again. `docs/decisions/asking_again.md` says why Ray's own retries do not do.
+A transport raises `Unanswered` when it does not know whether a call was executed. All calls of this
+module are idempotent, so that they can be repeated: pushes and pulls are numbered
+(`platform/ledger.py`), other calls return the same answer again. `docs/decisions/asking_again.md`
+explains why Ray's own retries are not enough.
 
-`Orders` does the same for orders to actors: an actor may get one twice, so it must not matter. An
-actor that is gone needs no orders: whoever asks how it is hears of that.
+`Orders` retries orders to actors: calls without an answer that matters. Orders to a dead actor are
+dropped, because the controller's polls report its death.
 
-`Outbox` is the other side: what an actor tells whoever polls it, each thing once, though questions
-and answers may be lost.
+`Outbox` is the sending side of a poll: each item is delivered exactly once, although polls and
+answers may be lost.
 
-    asks        poll 1 ──▶      poll 2 ──▶      poll 2 ──▶      poll 3 ──▶
-    is told     ◀── a, b        (lost) ── c     ◀── c           ◀── d
+    reader      poll 1 ──▶      poll 2 ──▶      poll 2 ──▶      poll 3 ──▶
+    outbox      ◀── a, b        (lost) ── c     ◀── c           ◀── d
 
-Questions are numbered by who asks. The same number gets the same answer; only the next one lets
-go of it.
+The reader numbers its polls. A repeated number gets the same answer again; the next number
+releases it.
 """
 
 from __future__ import annotations
@@ -35,27 +36,27 @@ from distplat.platform.errors import ActorLost, DeadlineExceeded, DistplatError
 
 logger = logging.getLogger(__name__)
 
-AGAIN_S = 0.05
-"""Pause before a call is made again."""
-LOOK_S = 0.1
-"""How often who waits looks round."""
+RETRY_PAUSE_S = 0.05
+"""Pause before a retry."""
+POLL_S = 0.1
+"""Interval of `check` while answers are missing."""
 Call = Callable[[], Any]
-"""Makes a call to an actor; gives the reply."""
+"""Calls an actor and returns the reply."""
 
 
 class PendingCall:
     """
-    Calls under way, made side by side, each of which may be made more than once.
+    Concurrent calls, each of which is retried until it is answered.
 
     Args:
-        transport: by which they are made.
-        what: is asked, for messages.
-        calls: to be made now, by the name of who is asked.
-        limit_s: deadline of all of them, from now.
-        setting: the field of `failure` that changes it, or an option, `--name`; empty: none does.
-        look: called ten times a second while an answer is missing; what it raises ends the wait.
-        made: told of each call that is made its number and its reply.
-        warn: is told of calls that are made again.
+        transport: transport of the calls.
+        what: description of the calls, for messages.
+        calls: by the name of the called actor; sent immediately.
+        limit_s: common deadline, in seconds from now.
+        setting: field of `failure`, or option `--name`, with the deadline; empty: fixed deadline.
+        look: called every `POLL_S` while an answer is missing; an exception ends the wait.
+        made: called with number and reply of each call that is sent.
+        warn: called with a message about each retry.
     """
 
     def __init__(
@@ -77,36 +78,37 @@ class PendingCall:
         self._open: list[Any] = []
         for name, call in calls.items():
             self.add(name, call)
-        self.start_again()
+        self.restart_deadline()
 
     def add(self, name: str, call: Call) -> None:
-        """Make one more call."""
+        """Send another call."""
         self._calls.append(call)
         self._names.append(name)
         self._open.append(self._make(len(self._open)))
 
-    def start_again(self) -> None:
-        """Restart the deadline: the wait begins now."""
+    def restart_deadline(self) -> None:
+        """Restart the deadline."""
         self._clock = AwakeClock()
 
     def wait(self) -> None:
-        """Return when all have answered; see `answers`."""
+        """Wait for all answers; see `answers`."""
         self.answers()
 
     def answers(self) -> list[Any]:
         """
-        Wait for the answers, and give them in the order of the calls.
+        Wait for all answers and return them in the order of the calls.
 
         Raises:
-            ActorLost, DeadlineExceeded: somebody is gone, or frozen.
-            DistplatError: what the other side or `look` raised.
+            ActorLost: an actor died.
+            DeadlineExceeded: an actor did not answer.
+            DistplatError: raised by an actor, or by `look`.
         """
         answers = dict(self.arrivals())
         return [answers[index] for index in range(len(self._calls))]
 
     def arrivals(self) -> Iterator[tuple[int, Any]]:
         """
-        Wait for the answers, and give each when it comes, with the number of its call.
+        Yield each answer as it arrives, with the number of its call.
 
         Raises:
             ActorLost, DeadlineExceeded, DistplatError: see `answers`.
@@ -115,19 +117,19 @@ class PendingCall:
         while missing:
             left = max(0.0, self._limit_s - self._clock.now())
             calls = [self._open[index] for index in missing]
-            arrived = self._transport.wait(calls, min(left, LOOK_S))
+            arrived = self._transport.wait(calls, min(left, POLL_S))
             if not arrived:
                 self._check(missing[0], left)
                 continue
             index = missing[calls.index(arrived[0])]
             try:
                 answer = self._transport.get(arrived[0], left)
-            except AnswerPending:  # large, still on its way: `get` has waited until the deadline
+            except AnswerPending:  # a large answer is in transfer: `get` waited until the deadline
                 self._check(index, 0.0)
             except Unanswered:
                 self._check(index, left)
                 self._warn(f"{self._what}: no answer from {self._names[index]}, asking again")
-                time.sleep(AGAIN_S)
+                time.sleep(RETRY_PAUSE_S)
                 self._open[index] = self._make(index)
             except ActorDied as error:
                 raise ActorLost(self._names[index], None, str(error)) from None
@@ -141,7 +143,7 @@ class PendingCall:
         return reply
 
     def _check(self, index: int, left: float) -> None:
-        """Raise where `look` ends the wait, or the deadline has passed."""
+        """Raise if `look` ends the wait or the deadline has passed."""
         if self._look is not None:
             self._look()
         if not left:
@@ -162,7 +164,7 @@ def ask(
     look: Callable[[], object] | None = None,
     warn: Callable[[str], object] = logger.warning,
 ) -> list[Any]:
-    """Make calls side by side, and wait for their answers; see `PendingCall`."""
+    """Send concurrent calls and wait for their answers; see `PendingCall`."""
     return PendingCall(transport, what, calls, limit_s, setting, look, warn=warn).answers()
 
 
@@ -171,61 +173,63 @@ Item = TypeVar("Item")
 
 class Outbox(Generic[Item]):
     """
-    Queue of items for one reader that polls; any thread may add to it.
+    Queue of items for one reader that polls; any thread may add items.
 
     Args:
-        most: while so many wait to be told, what `spare` says yes to is counted, not kept.
-        spare: whether a thing may be left out; by default none may.
+        max_items: from this length on, droppable items are counted instead of queued.
+        droppable: whether an item may be dropped; by default no item is.
     """
 
-    def __init__(self, most: int = 0, spare: Callable[[Item], bool] = lambda item: False) -> None:
-        self._most, self._spare, self._left_out = most, spare, 0
+    def __init__(
+        self, max_items: int = 0, droppable: Callable[[Item], bool] = lambda item: False
+    ) -> None:
+        self._max_items, self._droppable, self._dropped = max_items, droppable, 0
         self._changed = threading.Condition()
         self._fresh: deque[Item] = deque()
-        self._last: list[Item] = []  #: the answer to the last question
-        self._number = 0  #: of that
+        self._last: list[Item] = []  #: answer to the last poll
+        self._number = 0  #: number of the last poll
         self._closed = False
 
     def put(self, item: Item) -> None:
         """Queue an item for the reader."""
         with self._changed:
-            if len(self._fresh) >= self._most and self._spare(item):
-                self._left_out += 1
+            if len(self._fresh) >= self._max_items and self._droppable(item):
+                self._dropped += 1
                 return
             self._fresh.append(item)
             self._changed.notify_all()
 
-    def left_out(self) -> int:
-        """Give the number of items that were dropped since the last call."""
+    def pop_dropped(self) -> int:
+        """Return the number of items that were dropped since the last call."""
         with self._changed:
-            count, self._left_out = self._left_out, 0
+            count, self._dropped = self._dropped, 0
             return count
 
     def close(self) -> None:
-        """Say that no more items will come, and wake waiting polls."""
+        """Accept no more items, and wake waiting polls."""
         with self._changed:
             self._closed = True
             self._changed.notify_all()
 
     @property
     def drained(self) -> bool:
-        """Whether it is closed and every item was handed out."""
+        """Whether the outbox is closed and every item was delivered."""
         with self._changed:
             return self._closed and not self._fresh
 
     @property
     def waiting(self) -> bool:
-        """Whether there is something to tell that no answer has had so far."""
+        """Whether an item is queued that was in no answer yet."""
         with self._changed:
             return bool(self._fresh)
 
     def take(self, number: int, hold_s: float = 0.0) -> list[Item]:
         """
-        Answer a question; one that came late, after the next one, gets nothing.
+        Return the answer to a poll; a stale poll, older than the last one, gets an empty list.
 
         Args:
-            number: of the question, from 1.
-            hold_s: how long to wait for something to tell.
+            number: number of the poll, from 1.
+            hold_s: seconds to wait for an item.
         """
         answerable = lambda: self._fresh or self._closed or number <= self._number  # noqa: E731
         with self._changed:
@@ -237,7 +241,7 @@ class Outbox(Generic[Item]):
 
 
 _FETCH_S = 5.0
-"""How long an answer that is here may take to be read."""
+"""Timeout for reading an answer that has arrived."""
 
 
 @dataclass
@@ -249,10 +253,10 @@ class _Order:
 
 class Orders:
     """
-    Orders that were given and are not known to be carried out.
+    Orders that are sent but not confirmed yet.
 
     Args:
-        transport: by which they are given.
+        transport: transport of the orders.
     """
 
     def __init__(self, transport: Transport) -> None:
@@ -260,16 +264,16 @@ class Orders:
         self._open: list[_Order] = []
 
     def give(self, role: str, actor: Any, method: str, *args: Any) -> None:
-        """Call an actor's method, which answers when it is carried out."""
+        """Send an order: call a method of an actor, which answers once the order is executed."""
         call = partial(self._transport.call, actor, method, *args)
         self._open.append(_Order(role, call, call()))
 
     def look(self) -> list[tuple[str, DistplatError]]:
-        """Give those again that were lost; give the roles that could not carry one out, and why."""
+        """Repeat lost orders; return the roles whose orders failed, with the errors."""
         replies = [order.reply for order in self._open]
         arrived = self._transport.wait(replies, 0.0, everything=True) if replies else []
         failed: list[tuple[str, DistplatError]] = []
-        for order in [one for one in self._open if one.reply in arrived]:
+        for order in [order for order in self._open if order.reply in arrived]:
             try:
                 self._transport.get(order.reply, _FETCH_S)
             except (Unanswered, AnswerPending):

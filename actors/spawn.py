@@ -24,7 +24,7 @@ from distplat.actors.script_process import ScriptProcess
 from distplat.actors.servers.manager import ServerManager
 from distplat.actors.servers.node import ServerNode
 from distplat.actors.servers.scheduler import ROOM, Scheduler
-from distplat.actors.stopping import end_each
+from distplat.actors.stopping import call_all
 from distplat.actors.worker import Worker
 from distplat.platform.errors import Problem, SpecError
 from distplat.platform.spec import Job, Scaling
@@ -77,7 +77,7 @@ class ActorHandles:
         workers = [*self.workers.values(), *self.newcomers.values()]
         servers = [*self.servers.values(), *self.embedding_servers.values()]
         kills = [partial(ray.kill, actor) for actor in [*workers, *alone, *servers]]
-        end_each([*kills, *(partial(remove_placement_group, one) for one in self.placement_groups)])
+        call_all([*kills, *(partial(remove_placement_group, one) for one in self.placement_groups)])
 
     def replicated_tables(self, job: Job) -> dict[str, Any]:
         """Give the servers of embedding tables that the manager looks after."""
@@ -148,7 +148,7 @@ class ScriptActors:
     def end(self) -> None:
         """Kill all of them; the dead are passed over."""
         kills = [partial(ray.kill, actor) for actor in self.processes]
-        end_each([*kills, partial(remove_placement_group, self.placement_group)])
+        call_all([*kills, partial(remove_placement_group, self.placement_group)])
 
 
 def spawn_script(scaling: Scaling, run: str, attempt: int) -> ScriptActors:

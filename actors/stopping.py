@@ -1,9 +1,9 @@
 """
-Ctrl-C, SIGTERM and SIGHUP as an orderly end, and an end that nothing keeps from its end.
+Graceful shutdown on SIGINT, SIGTERM and SIGHUP.
 
-The first signal is noted, and the driver sees it at its tick. The second one ends what the driver
-waits for, at once; what is to be ended is ended all the same. When the actors are gone, an upload
-may go on for long: then signals count anew.
+The first signal is recorded, and the driver checks for it at every tick. The second signal
+interrupts the driver's wait immediately; the clean-up still runs to its end. Once all actors have
+exited, a long upload may remain: from then on signals are counted from zero.
 """
 
 from __future__ import annotations
@@ -25,67 +25,67 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 class Stopping:
     """
-    While entered, signals are noted; `check` raises them as `Interrupted`.
+    Context manager that records signals; `check` raises the first one as `Interrupted`.
 
-    A second signal raises `KeyboardInterrupt`, for who cannot wait, and the next ones get the
-    handlers that were there before. A signal that was ignored, as under `nohup`, stays so. Outside
-    the main thread, where Python takes no signals, it does nothing.
+    A second signal raises `KeyboardInterrupt` and restores the previous handlers. A signal that was
+    ignored before, as under `nohup`, stays ignored. Outside the main thread, where Python delivers
+    no signals, the context manager does nothing.
     """
 
     def __init__(self) -> None:
         self._seen: int | None = None
         self._before: dict[int, Any] = {}
-        self._again = False  #: there was a second one
-        self._at_once = False
+        self._forced = False  #: a second signal arrived
+        self._immediate = False
 
     def __enter__(self) -> Self:
-        """Put the handlers in place."""
+        """Install the signal handlers."""
         if threading.current_thread() is threading.main_thread():
             before = {number: signal.getsignal(number) for number in _SIGNALS}
-            # None: a program that Python runs in has set one, and could not get it back.
-            kept = (signal.SIG_IGN, None)
-            self._before = {n: one for n, one in before.items() if one not in kept}
+            # None: a handler that an embedding program installed, which Python cannot restore.
+            untouched = (signal.SIG_IGN, None)
+            self._before = {n: handler for n, handler in before.items() if handler not in untouched}
             for number in self._before:
-                signal.signal(number, self._note)
+                signal.signal(number, self._on_signal)
         return self
 
     def __exit__(self, *raised: object) -> None:
-        """Put the former handlers back."""
-        self._put_back()
+        """Restore the previous handlers."""
+        self._restore()
 
     def check(self) -> None:
         """
-        Return if no signal came.
+        Return if no signal arrived.
 
         Raises:
-            Interrupted: somebody did.
+            Interrupted: a signal arrived.
         """
         if self._seen is not None:
             raise Interrupted(self._seen)
 
     @property
-    def asked(self) -> bool:
-        """Whether a signal came."""
+    def is_requested(self) -> bool:
+        """Whether a signal arrived."""
         return self._seen is not None
 
-    def count_anew(self) -> None:
+    def reset(self) -> None:
         """
-        Take the next signal for a first one: what the last one ended has ended.
+        Treat the next signal as the first one: the work that the last signal stopped has ended.
 
-        After a second one nothing is waited for any more, and this does nothing.
+        After a second signal this method does nothing: the driver does not wait any more.
         """
-        if not self._again:
+        if not self._forced:
             self._seen = None
 
     @contextmanager
-    def at_once(self) -> Iterator[None]:
+    def immediate(self) -> Iterator[None]:
         """
-        Have the first signal break into what runs, as Ctrl-C does: nobody calls `check` there.
+        Interrupt the block at the first signal, for code that never calls `check`.
 
         Raises:
-            Interrupted: it came.
+            Interrupted: a signal arrived.
         """
-        self._at_once = True
+        self._immediate = True
         try:
             self.check()
             yield
@@ -93,49 +93,49 @@ class Stopping:
             self.check()
             raise
         finally:
-            self._at_once = False
+            self._immediate = False
 
     @contextmanager
-    def not_at_once(self) -> Iterator[None]:
+    def not_immediate(self) -> Iterator[None]:
         """
-        Let a part of an `at_once` block come to its end before the first signal breaks in.
+        Complete this part of an `immediate` block before a first signal interrupts it.
 
         Raises:
-            Interrupted: it came meanwhile.
+            Interrupted: a signal arrived during the block.
         """
-        before, self._at_once = self._at_once, False
+        before, self._immediate = self._immediate, False
         try:
             yield
         finally:
-            self._at_once = before
+            self._immediate = before
         self.check()
 
-    def _note(self, number: int, frame: FrameType | None) -> None:
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if self._seen is None:
             self._seen = number
-            if self._at_once:
+            if self._immediate:
                 raise KeyboardInterrupt
             return
-        self._again = True
-        self._put_back()
+        self._forced = True
+        self._restore()
         raise KeyboardInterrupt
 
-    def _put_back(self) -> None:
+    def _restore(self) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
 
-def end_each(endings: Iterable[Callable[[], object]]) -> None:
+def call_all(shutdowns: Iterable[Callable[[], object]]) -> None:
     """
-    End everything: what one of them raises keeps none of the others from its end.
+    Call all functions, even if some of them raise; exceptions are logged.
 
     Raises:
-        KeyboardInterrupt: there was one meanwhile; raised when all are ended.
+        KeyboardInterrupt: one was raised; re-raised after all functions were called.
     """
     interrupt: KeyboardInterrupt | None = None
-    for ending in endings:
+    for shut_down in shutdowns:
         try:
-            ending()
+            shut_down()
         except KeyboardInterrupt as raised:
             interrupt = raised
         except Exception as error:

@@ -1,14 +1,14 @@
 """
-The task's class, looked at before anything is started: is it there, and does it fit the job?
+Validation of the task's class in a child process, before any actor starts.
 
     driver                          child process
     ──────                          ─────────────
-    TaskCheck(...)     ──▶          imports the task's module, torch with it
-    starts Ray meanwhile            class there? a Task? methods? task_args?
-    poll(), result()   ◀── JSON ──  what is wrong, and what is no error but never called
+    TaskCheck(...)     ──▶          imports the task's module, and torch
+    starts Ray meanwhile            checks class, methods and task_args
+    poll(), result()   ◀── JSON ──  errors, and warnings about methods that nothing calls
 
-The driver stays without torch and without the user's code. Whoever has the class already asks
-`check_class` himself.
+The driver imports neither torch nor the user's code. A caller that has the class already, such as
+`Trainer`, calls `check_class` directly.
 """
 
 from __future__ import annotations
@@ -48,37 +48,37 @@ from distplat.actors.task_check import answer
 answer()
 """
 
-_LONGEST = 10_000
-"""Characters of a message, and of a traceback: they must fit into a pipe that nobody reads yet."""
-_LOOK_S = 0.2
-"""How often who waits for the answer looks whether the child has ended without one."""
-_REST_S = 5.0
-"""What a child is given that has ended, or was killed."""
+_MAX_CHARS = 10_000
+"""Maximum characters of a message and of a traceback: both must fit into the pipe's buffer."""
+_POLL_S = 0.2
+"""Interval between checks whether the child exited without an answer."""
+_EXIT_TIMEOUT_S = 5.0
+"""Timeout for reaping a child that exited or was killed."""
 
-TASKS = "the task's optimizer"
-"""Stands for `optimizer` in the list of a job with `optimizer: {name: task}`."""
+TASK_OPTIMIZER = "the task's optimizer"
+"""Replaces `optimizer` in `overlapping_fields` of a job with `optimizer: {name: task}`."""
 
 
-def said_by_job(job: Job) -> list[str]:
-    """Give the fields of a job that say what a method of the task may say instead; or `TASKS`."""
+def overlapping_fields(job: Job) -> list[str]:
+    """Return the fields of a job that methods of the task may define instead."""
     schedule = ["lr_schedule"] if job.lr_schedule != Schedule() else []
-    return [*schedule, TASKS if isinstance(job.optimizer, TaskOptimizer) else "optimizer"]
+    return [*schedule, TASK_OPTIMIZER if isinstance(job.optimizer, TaskOptimizer) else "optimizer"]
 
 
 def check_class(task: object, task_args: Iterable[str], fields: Iterable[str] = ()) -> list[str]:
     """
-    Look at a task's class.
+    Check that an object is a task class that fits the job.
 
     Args:
-        task: what should be a task's class.
-        task_args: names in `task_args`.
-        fields: see `said_by_job`.
+        task: the object under the name that the job gives.
+        task_args: names of the constructor arguments.
+        fields: see `overlapping_fields`.
 
     Returns:
-        What is no error, but probably not meant: a sentence each.
+        Warnings, one sentence each.
 
     Raises:
-        SpecError: it is no class of a task, lacks methods, or does not take these arguments.
+        SpecError: the object is not a task class, lacks methods, or does not accept the arguments.
     """
     if isinstance(task, Task):
         name = type(task).__name__
@@ -96,14 +96,17 @@ def check_class(task: object, task_args: Iterable[str], fields: Iterable[str] = 
 
 def check_function(function: object, task_args: Iterable[str]) -> list[str]:
     """
-    Look at a train function; gives nothing to say, as `check_class` does where all is meant.
+    Check that an object is a train function that accepts the job's arguments.
 
     Args:
-        function: what should be one.
-        task_args: names in `task_args`.
+        function: the object under the name that the job gives.
+        task_args: names of the function's arguments.
+
+    Returns:
+        No warnings; the signature matches `check_class`.
 
     Raises:
-        SpecError: it is no function, or one that does not take these arguments.
+        SpecError: the object is not a function, or does not accept the arguments.
     """
     if isinstance(function, type) or not callable(function):
         text = f"must be a train function, got a {type(function).__name__}"
@@ -123,14 +126,14 @@ def check_function(function: object, task_args: Iterable[str]) -> list[str]:
 
 
 def check_task(task: object, job: Job) -> list[str]:
-    """Look at a task's class, or at a train function, as the job says; see `check_class`."""
+    """Check the task class or the train function of a job; see `check_class`."""
     if job.own_loop:
         return check_function(task, job.task_args)
-    return check_class(task, job.task_args, said_by_job(job))
+    return check_class(task, job.task_args, overlapping_fields(job))
 
 
 def _missing_methods(task: type[Task]) -> list[Problem]:
-    """List the methods that a task must have and this one has not."""
+    """Return a problem for each abstract method that the task does not implement."""
     missing = set(getattr(task, "__abstractmethods__", ()))
     own_methods = [name for name in dir(task) if not name.startswith("_") and name not in dir(Task)]
     near_misses = {hook: name for name in own_methods if (hook := near_miss(name, missing))}
@@ -149,7 +152,7 @@ def _argument_problems(target: Callable[..., object], task_args: list[str]) -> l
     try:
         parameters = inspect.signature(target).parameters.values()
     except (TypeError, ValueError):
-        return []  # written in C, or with a signature of its own
+        return []  # a C function, or a class with an invalid `__signature__`
     named = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
     names = [p.name for p in named]
     called = getattr(target, "__name__", "the function")
@@ -169,7 +172,7 @@ def _argument_problems(target: Callable[..., object], task_args: list[str]) -> l
 
 
 def _conflicts(task: type[Task], fields: list[str]) -> list[Problem]:
-    """Compare what the job says with what the class says itself."""
+    """Return a problem for each setting that both the job and the class define."""
     problems, name = [], task.__name__
     if "lr_schedule" in fields and overrides(task, "lr"):
         text = f"{name} has lr(), which says the rates itself"
@@ -178,7 +181,7 @@ def _conflicts(task: type[Task], fields: list[str]) -> list[Problem]:
         text = f"{name} has optimizer(), which makes it itself"
         hint = "write `optimizer: {name: task}`, or remove the method"
         problems.append(Problem(("optimizer",), text, hint))
-    if TASKS in fields and not overrides(task, "optimizer"):
+    if TASK_OPTIMIZER in fields and not overrides(task, "optimizer"):
         text = f"{name} has no optimizer(named_parameters), and the job asks for it"
         hint = "write it, or name one of torch.optim"
         problems.append(Problem(("optimizer", "name"), text, hint))
@@ -187,32 +190,32 @@ def _conflicts(task: type[Task], fields: list[str]) -> list[Problem]:
 
 class TaskCheck:
     """
-    The check of a task that a job names, in a process of its own.
+    The check of a job's task in a child process.
 
     Args:
         entry: `module:Class`.
-        folder: of the task's module; the child's current directory.
-        given: names in `task_args`.
-        shown: whether what the module prints is shown, on stderr.
-        function: whether it is to be a train function.
-        said: see `said_by_job`.
+        folder: directory of the task's module, and working directory of the child.
+        task_args: names of the task's arguments.
+        shown: whether the module's output is forwarded to stderr.
+        function: whether `entry` names a train function.
+        fields: see `overlapping_fields`.
     """
 
     def __init__(
         self,
         entry: str,
         folder: str,
-        given: Iterable[str],
+        task_args: Iterable[str],
         *,
         shown: bool,
         function: bool = False,
-        said: Iterable[str] = (),
+        fields: Iterable[str] = (),
     ) -> None:
         self._entry = entry
         home = str(Path(distplat.__file__).resolve().parent.parent)
-        fields = {"entry": entry, "folder": folder, "given": [*given], "function": function}
-        request = json.dumps({**fields, "said": [*said]})
-        # -P: what lies in the task's folder must not stand in for the standard library.
+        target = {"entry": entry, "folder": folder, "function": function}
+        request = json.dumps({**target, "task_args": [*task_args], "fields": [*fields]})
+        # -P: a file in the task's folder must not shadow a module of the standard library.
         self._child = subprocess.Popen(
             [sys.executable, "-P", "-c", _CHILD, home, request],
             stdin=subprocess.DEVNULL,
@@ -224,7 +227,7 @@ class TaskCheck:
 
     def poll(self) -> list[str]:
         """
-        Give `result`, once, when it is there; nothing before and after.
+        Return the warnings once the child has exited; an empty list before and after.
 
         Raises:
             DistplatError: see `result`.
@@ -235,17 +238,17 @@ class TaskCheck:
 
     def result(self, limit_s: float | None) -> list[str]:
         """
-        Wait for the answer; see `check_class`.
+        Wait for the child's answer and return its warnings; see `check_class`.
 
         Args:
-            limit_s: seconds; None: it has ended.
+            limit_s: deadline in seconds; None: the child has exited.
 
         Raises:
-            SpecError: the task is not there, or does not fit the job.
-            UserCodeError: its module raised, or did not come to an end.
+            SpecError: the task is missing, or does not fit the job.
+            UserCodeError: the import of its module raised, or exceeded the deadline.
         """
         self._reported = True
-        text = self._line(_REST_S if limit_s is None else limit_s)
+        text = self._line(_EXIT_TIMEOUT_S if limit_s is None else limit_s)
         if text is None and self._child.poll() is None:
             self.end()
             what = f"the import of {self._entry!r} took longer than {limit_s:g} s"
@@ -254,27 +257,27 @@ class TaskCheck:
             answer = json.loads(text or b"")
         except ValueError:
             with suppress(subprocess.TimeoutExpired):
-                self._child.wait(_REST_S)
+                self._child.wait(_EXIT_TIMEOUT_S)
             what = f"the import of {self._entry!r} ended the process, exit code"
             raise UserCodeError(None, None, f"{what} {self._child.returncode}", "") from None
         return _parse_answer(answer)
 
     def _line(self, limit_s: float) -> bytes | None:
         """
-        Read what the child has answered; None: nothing in time.
+        Read the child's answer; None: no answer before the deadline.
 
-        The answer is one line, and not all until the pipe ends: processes that the module has
-        forked hold its other end for as long as they live.
+        The answer ends with a newline. Reading until EOF would block: processes that the module
+        forked keep the other end of the pipe open.
         """
-        received, until = b"", time.monotonic() + limit_s
+        received, deadline = b"", time.monotonic() + limit_s
         assert self._child.stdout is not None, "it is a pipe"
         with selectors.DefaultSelector() as selector:
             selector.register(self._child.stdout, selectors.EVENT_READ)
             while not received.endswith(b"\n"):
-                ended = self._child.poll() is not None
-                left_s = until - time.monotonic()
-                if not selector.select(min(_LOOK_S, max(0.0, left_s))):
-                    if ended or left_s <= 0:
+                exited = self._child.poll() is not None
+                left_s = deadline - time.monotonic()
+                if not selector.select(min(_POLL_S, max(0.0, left_s))):
+                    if exited or left_s <= 0:
                         return None
                     continue
                 chunk = os.read(self._child.stdout.fileno(), 2**16)
@@ -284,20 +287,21 @@ class TaskCheck:
         return received
 
     def end(self) -> None:
-        """End the child, if it goes on; one that hangs in a disk ends when that answers."""
+        """Kill the child if it runs; a child blocked in disk I/O dies when the disk answers."""
         if self._child.poll() is None:
             self._child.kill()
             with suppress(subprocess.TimeoutExpired):
-                self._child.wait(_REST_S)
+                self._child.wait(_EXIT_TIMEOUT_S)
         if self._child.stdout is not None:
             self._child.stdout.close()
 
 
 @contextmanager
 def task_check(job: Job, folder: str, *, shown: bool) -> Iterator[TaskCheck]:
-    """Have the task that a job names looked at, until the block ends; see `TaskCheck`."""
+    """Check the job's task in a child process, which is killed at the end of the block."""
     arguments = job.task or "", folder, job.task_args
-    check = TaskCheck(*arguments, shown=shown, function=job.own_loop, said=said_by_job(job))
+    fields = overlapping_fields(job)
+    check = TaskCheck(*arguments, shown=shown, function=job.own_loop, fields=fields)
     try:
         yield check
     finally:
@@ -305,38 +309,38 @@ def task_check(job: Job, folder: str, *, shown: bool) -> Iterator[TaskCheck]:
 
 
 def answer() -> None:
-    """Run as the child: answer on stdout, and let the user's module print on stderr."""
+    """Entry point of the child: write the answer to stdout; the user's module prints to stderr."""
     out = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     request = json.loads(sys.argv[2])
     result: dict[str, Any] = {}
     try:
-        where = request["entry"], request["folder"]
+        target = request["entry"], request["folder"]
         if request["function"]:
-            os.environ.update(ALONE)  # many a script reads them when it is imported
-            result["unheard"] = check_function(load_train_function(*where), request["given"])
+            os.environ.update(ALONE)  # scripts may read torchrun's variables at import
+            function = load_train_function(*target)
+            result["warnings"] = check_function(function, request["task_args"])
         else:
-            kind = load_task_class(*where)
-            result["unheard"] = check_class(kind, request["given"], request["said"])
+            task = load_task_class(*target)
+            result["warnings"] = check_class(task, request["task_args"], request["fields"])
     except SpecError as error:
         result["problems"] = [asdict(problem) for problem in error.problems]
     except (Exception, SystemExit) as error:
         from distplat.actors.user_errors import as_user_error
 
         user = as_user_error(error, None, None)
-        summary, frames = user.summary[:_LONGEST], user.traceback[-_LONGEST:]
+        summary, frames = user.summary[:_MAX_CHARS], user.traceback[-_MAX_CHARS:]
         result["user"] = {"summary": summary, "traceback": frames, "hint": user.remedy}
     sys.stdout.flush()
     out.write(json.dumps(result) + "\n")
     out.close()
-    os._exit(0)  # at once: torch takes its time to end, and the answer is out
+    os._exit(0)  # skips torch's slow shutdown: the answer is complete
 
 
 def _parse_answer(answer: dict[str, Any]) -> list[str]:
     if "problems" in answer:
-        problems = [Problem(**{**one, "where": tuple(one["where"])}) for one in answer["problems"]]
-        raise SpecError(*problems)
+        raise SpecError(*(Problem(**{**p, "where": tuple(p["where"])}) for p in answer["problems"]))
     if "user" in answer:
         user = answer["user"]
         raise UserCodeError(None, None, user["summary"], user["traceback"], user["hint"])
-    return [str(line) for line in answer["unheard"]]
+    return [str(line) for line in answer["warnings"]]

@@ -1,4 +1,4 @@
-"""Classes that the driver pickles for its workers: what in them does not go along, by name."""
+"""Check that a task class or train function can be pickled; name the part that cannot."""
 
 import inspect
 from collections.abc import Iterator
@@ -10,27 +10,27 @@ from distplat.platform.errors import Problem, SpecError
 from distplat.strategies.task import Task
 
 
-def check_pickles(kind: type[Task] | TrainFunction) -> None:
+def check_pickles(task: type[Task] | TrainFunction) -> None:
     """
-    See whether a task's class, or a train function, can be sent to the workers.
+    Check that a task class, or a train function, can be pickled for the workers.
 
     Raises:
-        SpecError: it cannot; names the attribute, or the variable that a method uses.
+        SpecError: pickling failed; names the attribute, or the variable that a method uses.
     """
     try:
-        ray.cloudpickle.dumps(kind)
-    except Exception as error:  # whatever an object's own way of being pickled raises
-        what = next(_unpicklable_parts(kind), f"{type(error).__name__}: {error}")
-        sort = "class" if isinstance(kind, type) else "function"
-        text = f"the {sort} {getattr(kind, '__name__', kind)} cannot be sent to the workers: {what}"
+        ray.cloudpickle.dumps(task)
+    except Exception as error:  # a custom `__reduce__` may raise any exception
+        what = next(_unpicklable_parts(task), f"{type(error).__name__}: {error}")
+        noun = "class" if isinstance(task, type) else "function"
+        text = f"the {noun} {getattr(task, '__name__', task)} cannot be sent to the workers: {what}"
         hint = "make such objects in model(), train_data() or __init__, on the worker"
         raise SpecError(Problem(("task",), text, hint)) from None
 
 
-def _unpicklable_parts(kind: type[Task] | TrainFunction) -> Iterator[str]:
-    """Say what does not go along, an attribute or something that a method uses."""
+def _unpicklable_parts(task: type[Task] | TrainFunction) -> Iterator[str]:
+    """Describe each attribute, and each variable that a method uses, that cannot be pickled."""
     members = (
-        vars(kind) if isinstance(kind, type) else {getattr(kind, "__name__", "function"): kind}
+        vars(task) if isinstance(task, type) else {getattr(task, "__name__", "function"): task}
     )
     for name, value in members.items():
         function = value.__func__ if isinstance(value, staticmethod | classmethod) else value
@@ -39,9 +39,9 @@ def _unpicklable_parts(kind: type[Task] | TrainFunction) -> Iterator[str]:
                 yield f"its attribute {name!r} is a {type(value).__name__}"
             continue
         used = inspect.getclosurevars(inspect.unwrap(function))
-        for variable, held in {**used.globals, **used.nonlocals}.items():
-            if held is not kind and not _is_picklable(held):
-                yield f"its {name}() uses {variable!r}, a {type(held).__name__}"
+        for variable, content in {**used.globals, **used.nonlocals}.items():
+            if content is not task and not _is_picklable(content):
+                yield f"its {name}() uses {variable!r}, a {type(content).__name__}"
 
 
 def _is_picklable(value: object) -> bool:

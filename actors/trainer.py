@@ -211,19 +211,19 @@ class Trainer:
             try:
                 upload = self._upload(directory.path, stopping.check)
                 result.url = upload.url if upload is not None else None
-                with stopping.at_once():  # a callback may wait for a network, or a password
+                with stopping.immediate():  # a callback may wait for a network, or a password
                     callbacks.start(self.job, run, directory.path)
                 self._train(run, directory.path, handlers, stopping)
                 _close(writers)
                 files.check()
             except BaseException as error:
-                stopping.count_anew()
+                stopping.reset()
                 _close(writers)
                 files.record(partial(_record_failure, directory, result, error))
                 if isinstance(error, Interrupted) and result.checkpoints:
                     step = result.checkpoints[-1].step
                     logger.warning("--resume %s goes on after step %d", directory.path, step)
-                if upload is not None and (missing := upload.close(lambda: stopping.asked)):
+                if upload is not None and (missing := upload.close(lambda: stopping.is_requested)):
                     logger.warning("%s", missing)
                 raise
             result.seconds = time.monotonic() - began
@@ -260,14 +260,14 @@ class Trainer:
             raise
         finally:  # where the local disk is full the model is to come there all the more
             if upload is not None:
-                missing = upload.close(lambda: stopping.asked)
+                missing = upload.close(lambda: stopping.is_requested)
         if missing:
             lost = incomplete_upload_error(missing, result.checkpoint)
-            if stopping.asked:
+            if stopping.is_requested:
                 logger.warning("%s", lost)
             facts |= {"error": str(lost), NOT_UPLOADED: missing}
             with suppress(StorageError):
-                directory.finish("STOPPED" if stopping.asked else "FAILED", facts)
+                directory.finish("STOPPED" if stopping.is_requested else "FAILED", facts)
             stopping.check()
             raise lost
 

@@ -1,11 +1,11 @@
 """
-The seam below the ports: calls to actors, and objects that are fetched by whoever needs them.
+The lowest seam of all communication: calls of actor methods, and references to stored objects.
 
     client ── call(server, "push", ...) ──▶ reply ── wait, get ──▶ answer, or an exception
 
-What a client does when an answer is late, got lost or will never come is the same over Ray
-(`ray_transport.py`) and between threads of one process (`local_transport.py`), where all of these
-can be made to happen.
+There are two implementations: over Ray (`ray_transport.py`) and between threads of one process
+(`local_transport.py`). Clients handle late, lost and missing answers in the same way over both, and
+tests inject these faults into the local one.
 """
 
 from __future__ import annotations
@@ -15,76 +15,76 @@ from typing import Any, Protocol
 
 
 class TransportError(Exception):
-    """Why there is no answer."""
+    """Base class of the reasons for a missing answer."""
 
 
 class AnswerPending(TransportError):
-    """The answer, or the object, has not come in time."""
+    """The answer, or the object, did not arrive before the deadline."""
 
 
 class Unanswered(TransportError):
-    """The call may have been carried out, or not: its answer got lost."""
+    """The answer is lost; the call may or may not have been executed."""
 
 
 class ActorDied(TransportError):
-    """The actor is gone, and what it kept with it; the text says why."""
+    """The actor died, and its state is lost; the message has the cause."""
 
 
 class Transport(Protocol):
-    """One process's way to the actors of its run. Handles, replies and references are opaque."""
+    """Calls from one process to the actors of its run. Handles and replies are opaque."""
 
     @property
     def node(self) -> str:
-        """Name of this process's node: processes of one node may share memory."""
+        """Name of this process's node. Processes on one node may share memory."""
 
     def call(self, actor: Any, method: str, *args: Any) -> Any:
         """
-        Call an actor's method; returns at once.
+        Call a method of an actor without waiting.
 
         Args:
-            actor: its handle.
-            method: its name.
-            args: are copied, so that the caller may write into its arrays afterwards.
+            actor: handle of the actor.
+            method: name of the method.
+            args: copied before the call returns, so that the caller may modify its arrays.
 
         Returns:
-            The reply, which will hold the answer.
+            The reply, a future of the answer.
         """
 
     def wait(
         self, replies: Sequence[Any], timeout_s: float, *, everything: bool = False
     ) -> list[Any]:
         """
-        Wait until one of some replies is here, whatever it holds.
+        Wait until a reply is ready, with an answer or with an error.
 
         Args:
-            replies: no two are the same.
-            timeout_s: how long.
-            everything: wait for all of them.
+            replies: distinct replies.
+            timeout_s: seconds to wait.
+            everything: wait for all replies, not for one.
 
         Returns:
-            Some of those that are here; empty: none is.
+            Ready replies, at least one; empty: the timeout expired.
         """
 
     def get(self, reference: Any, timeout_s: float) -> Any:
         """
-        Give the answer that a reply holds, or an object that somebody has put.
+        Return the answer of a reply, or the object of a reference that `put` returned.
 
         Raises:
-            TransportError: there is none.
-            DistplatError: what the method raised; `InfrastructureError` where that is none of ours.
+            TransportError: the answer is missing.
+            DistplatError: raised by the method; other exceptions become `InfrastructureError`.
         """
 
     def put(self, value: Any) -> Any:
-        """Keep a copy of an object for others; give the reference, to be sent to them in a list."""
+        """Store a copy of an object; return its reference, to be sent to other actors in a list."""
 
     def prefetch(self, reply: Any, find: Callable[[Any], Any]) -> None:
         """
-        Once a reply is here, have an object that it refers to come to this node.
+        Once a reply is ready, fetch an object that its answer refers to to this node.
 
         Args:
-            reply: of a call.
-            find: gives the object's reference of an answer; None: there is none.
+            reply: the reply.
+            find: returns the object's reference in an answer, or None.
         """
 
     def kill(self, actor: Any) -> None:
-        """End an actor, which may be dead already."""
+        """Kill an actor; an actor that is dead already is ignored."""

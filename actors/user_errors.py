@@ -1,8 +1,8 @@
 """
-The user's errors as the user should see them: his own frames, the place in the run, the remedy.
+Formatting of errors in user code: the user's stack frames, the place in the run, and a remedy.
 
-Frames of ours, and those of torch that only pass a call on, are left out, of causes too. An error
-of a loader process comes as text inside another one; what is shown is the error itself.
+Frames of distplat, and frames of torch that only forward a call, are removed, also from causes. An
+error of a loader process arrives as text inside another error; only the original error is shown.
 """
 
 import gc
@@ -20,33 +20,33 @@ import distplat
 from distplat.platform.errors import InfrastructureError, PeerLost, UserCodeError
 from distplat.platform.torchrun import ALONE
 
-_OURS = [
+_DISTPLAT_DIRS = [
     (Path(distplat.__file__).parent / part).resolve()
     for part in ("platform", "strategies", "actors", "cli")
 ]
-"""Where our code lies: behind the links of a clone, or in the package itself once installed."""
-_PASSES_ON = (
+"""Directories of distplat's code: link targets in a clone, package directories once installed."""
+_FORWARDING = (
     *("nn/modules/module.py", "utils/data/", "utils/_contextlib.py", "_utils.py"),
     *("storage.py", "multiprocessing/"),
 )
-"""What of torch stands between a caller and the user's code, below torch's own folder."""
-_LOADER = "Original Traceback (most recent call last):\n"
-"""Where torch puts the error of a loader process into the text of another one."""
+"""Files of torch, relative to its package, that only forward calls to the user's code."""
+_LOADER = "Original Traceback (max_chars recent call last):\n"
+"""Line before the error of a loader process in the message of the error that wraps it."""
 
-_SAMPLES = "of the data set: "
-"""See `strategies/loop/batches.py`, which imports torch."""
+_SAMPLE_NOTE = "of the data set: "
+"""Prefix of the note about sample ids, from `strategies/loop/batches.py`, which needs torch."""
 
 _CALLER = "call_train_function"
-"""Which frame's callee is the user's; of `task_loading.py`, which imports torch."""
+"""Function that calls the user's train function; in `task_loading.py`, which imports torch."""
 
 _DATACLASS = "<string>", "__init__"
-"""File and name of a frame in a constructor that `dataclass` has made: nobody wrote its lines."""
+"""File and function name of a frame in a constructor that `dataclass` generated."""
 
 _SHARED_MEMORY = (
     *("unable to allocate shared memory", "unable to write to file </torch_"),
     "unable to open shared memory object",
 )
-"""How torch says that a loader process found no room for a batch."""
+"""Messages of torch when /dev/shm is too small for a batch of a loader process."""
 
 _COLLATE = (
     "samples of a batch are put together by torch's default_collate: they must have one shape and "
@@ -78,7 +78,7 @@ _OF_OWN_LOOP = {
     _LOADER_ENDED: "a loader process ended: sys.exit() in the data set, or the system killed it "
     "for want of memory; `DataLoader(num_workers=0)` loads in the worker itself",
 }
-"""What a train function does instead: its job has no such fields."""
+"""Remedies for train functions, whose jobs lack the fields that the keys mention."""
 _GROUP = (
     "torch.distributed has no group in a worker, and needs none; a train function that wants one "
     "calls `torch.distributed.init_process_group()`. In a train function "
@@ -92,9 +92,9 @@ _SPAWN = (
     "get_world_rank() and get_world_size() of distplat.get_context(): docs/from/ddp.md"
 )
 _SPAWNED = "terminated with the following error"
-"""Of `mp.spawn`, before the traceback of its process."""
-_OF_A_RANK = "/torch/distributed/", "this is not the thread of a train function"
-"""What that traceback has where the process was to be a rank, and not to prepare data, say."""
+"""Message of `mp.spawn` before the traceback of the child process."""
+_RANK_TRACES = "/torch/distributed/", "this is not the thread of a train function"
+"""Parts of that traceback if the child process was meant to be a rank."""
 _COMMAND_LINE = (
     "a worker has the command line of a script in the job, `task: train.py --lr 0.1`, or none: "
     "a train function gets the job's `task_args` as `config`, a task as arguments"
@@ -103,7 +103,7 @@ _LOST_PEER = (
     *("closed by peer", "remote peer", "reset by peer", "broken pipe", "connection refused"),
     *("timed out waiting", "application timeout"),
 )
-"""How torch says, in an operation of a group, that another rank is gone or does not come."""
+"""Messages of torch's collective operations if another rank is lost or does not respond."""
 _REMEDIES = (
     ("Default process group has not been initialized", _GROUP),
     ("using env:// rendezvous", _GROUP),
@@ -135,11 +135,11 @@ _REMEDIES = (
     ("Found no NVIDIA driver", "set scaling.use_gpu: false, or run where there is a GPU"),
     ("No CUDA GPUs are available", "set scaling.use_gpu: false, or run where there is a GPU"),
 )
-"""What a message of torch means for a job."""
+"""Part of a torch message, and the remedy in terms of the job."""
 
 
-_LONGEST_SUMMARY, _LONGEST_TRACEBACK = 2_000, 50_000
-"""Characters of a user's error that are kept: it goes to the terminal and into `result.json`."""
+_MAX_SUMMARY, _MAX_TRACEBACK = 2_000, 50_000
+"""Maximum characters of a user's error, which is printed and written to `result.json`."""
 
 
 def as_user_error(
@@ -152,49 +152,49 @@ def as_user_error(
     own_loop: bool = False,
 ) -> UserCodeError:
     """
-    Wrap what user code raised.
+    Wrap an exception of user code.
 
     Args:
-        error: as it was caught.
-        rank: whose; None: nobody's, see `UserCodeError`.
+        error: the exception.
+        rank: rank that raised it, or None; see `UserCodeError`.
         step: see `UserCodeError`.
-        evaluating: whether it was in the evaluation after that step.
+        evaluating: whether it was raised in the evaluation after that step.
         on_ranks: see `UserCodeError`.
-        own_loop: whether it is a train function, or a script, and no task.
+        own_loop: whether the user code is a train function or a script, not a task.
     """
     try:
         summary, shown, remedy = _describe(error, own_loop=own_loop)
-    except Exception:  # its own code raises when it is looked at
+    except Exception:  # the exception's own __str__ or __repr__ raises
         summary = shown = f"{type(error).__name__}, which raises when it is shown"
         remedy = ""
     alone = shown.rstrip() == summary
-    summary = _shortened(summary, _LONGEST_SUMMARY)
-    shown = f"{summary}\n" if alone else _shortened(shown, _LONGEST_TRACEBACK)
+    summary = _truncate_middle(summary, _MAX_SUMMARY)
+    shown = f"{summary}\n" if alone else _truncate_middle(shown, _MAX_TRACEBACK)
     return UserCodeError(rank, step, summary, shown, remedy, evaluating, on_ranks)
 
 
-def _shortened(text: str, most: int) -> str:
-    """Leave out the middle of a text that is longer, such as a message with a whole batch."""
-    if len(text) <= most:
+def _truncate_middle(text: str, max_chars: int) -> str:
+    """Cut the middle out of a long text, such as a message that contains a whole batch."""
+    if len(text) <= max_chars:
         return text
-    half = most // 2
+    half = max_chars // 2
     return f"{text[:half]} [... {len(text) - 2 * half} characters ...] {text[-half:]}"
 
 
 def _describe(error: BaseException, *, own_loop: bool) -> tuple[str, str, str]:
-    """Give an exception's summary, its traceback with the user's frames, and the remedy."""
+    """Return an exception's summary, its traceback with the user's frames only, and the remedy."""
     exception = traceback.TracebackException.from_exception(error)
     for exc in _with_causes(exception):
         exc.stack = traceback.StackSummary.from_list(
             [
                 f
                 for f in exc.stack
-                if not _passes_on(f.filename) and (f.filename, f.name) != _DATACLASS
+                if not _is_internal(f.filename) and (f.filename, f.name) != _DATACLASS
             ]
         )
     text = "".join(exception.format())
     if not exception.stack:
-        text = text.replace("Traceback (most recent call last):\n", "", 1)
+        text = text.replace("Traceback (max_chars recent call last):\n", "", 1)
     exception.__notes__ = []
     summary = list(exception.format_exception_only())[-1].strip()
     of_loader = _LOADER in summary
@@ -209,17 +209,17 @@ def _describe(error: BaseException, *, own_loop: bool) -> tuple[str, str, str]:
 
 
 def _split_sample_notes(shown: str) -> tuple[str, str]:
-    """Take the note of samples out of a traceback's text; give it as the end of a sentence."""
+    """Remove the note about sample ids from a traceback; return both, the note as a suffix."""
     lines = shown.splitlines()
-    notes = [line.removeprefix(_SAMPLES) for line in lines if line.startswith(_SAMPLES)]
+    notes = [line.removeprefix(_SAMPLE_NOTE) for line in lines if line.startswith(_SAMPLE_NOTE)]
     if not notes:
         return shown, ""
-    text = "\n".join(line for line in lines if not line.startswith(_SAMPLES))
+    text = "\n".join(line for line in lines if not line.startswith(_SAMPLE_NOTE))
     return text.rstrip(), f" ({notes[0]} of the data set)"
 
 
-def _text(error: BaseException) -> str:
-    """Give an exception's message; empty: its class cannot say."""
+def _message_of(error: BaseException) -> str:
+    """Return an exception's message; empty if its `__str__` raises."""
     try:
         return str(error)
     except Exception:
@@ -228,77 +228,76 @@ def _text(error: BaseException) -> str:
 
 def traceback_of_call(error: BaseException) -> str:
     """
-    Give the traceback of an error of ours, or of torch's, down to where the user's code called it.
+    Return the traceback of an error of distplat or torch, up to the call in the user's code.
 
-    Empty: the user's code has not called what failed.
+    Empty: the error was not raised in a call from the user's code.
     """
     frames = _frames_to_call(traceback.extract_tb(error.__traceback__))
     return f"{frames}{type(error).__name__}: {error}\n" if frames else ""
 
 
-_looking = threading.Lock()
-"""Held while no garbage is collected: the one who came first knows whether it was before."""
+_gc_disabled = threading.Lock()
+"""Held while garbage collection is disabled, so that one thread at a time restores its state."""
 
 
 def frame_of(thread: threading.Thread) -> FrameType | None:
     """
-    Give what a thread is executing; None: it has ended.
+    Return the current frame of a thread; None: the thread has ended.
 
-    `sys._current_frames` of Python 3.11.7, for one, allocates while it holds a lock of the
-    interpreter. A collection that begins there may let another thread run, and one that starts a
-    thread waits for that lock with the GIL held: then nothing in the process goes on
-    (python/cpython#106883).
+    `sys._current_frames` of Python 3.11.7 allocates while it holds an interpreter lock. A garbage
+    collection that starts there may switch to another thread. If that thread starts a new thread,
+    it waits for the same lock with the GIL held, and the process deadlocks (python/cpython#106883).
     """
-    with _looking:
-        collects = gc.isenabled()
+    with _gc_disabled:
+        was_enabled = gc.isenabled()
         gc.disable()
         try:
             return sys._current_frames().get(thread.ident or 0)
         finally:
-            if collects:
+            if was_enabled:
                 gc.enable()
 
 
 def frames_of_wait(thread: threading.Thread) -> str:
-    """Give the user's frames of a thread in an operation of torch.distributed; empty: it is not."""
-    now = frame_of(thread)
-    stack = traceback.extract_stack(now) if now is not None else []
-    inside = (_in_torch(frame.filename) or "" for frame in stack)
-    return _frames_to_call(stack) if any(path.startswith("distributed/") for path in inside) else ""
+    """Return the user's frames of a thread that waits in torch.distributed; empty: it does not."""
+    current = frame_of(thread)
+    stack = traceback.extract_stack(current) if current is not None else []
+    paths = (_path_in_torch(frame.filename) or "" for frame in stack)
+    return _frames_to_call(stack) if any(path.startswith("distributed/") for path in paths) else ""
 
 
 def _frames_to_call(stack: Iterable[traceback.FrameSummary]) -> str:
-    """Show the frames of a train function down to where it calls ours or torch's; empty: none."""
+    """Format the frames of a train function up to its call of distplat or torch; empty: none."""
     frames: list[traceback.FrameSummary] = []
-    for frame in itertools.dropwhile(lambda one: one.name != _CALLER, stack):
-        if frames and _is_ours(frame.filename):
+    for frame in itertools.dropwhile(lambda frame: frame.name != _CALLER, stack):
+        if frames and _is_distplat(frame.filename):
             break
-        if not _passes_on(frame.filename):
+        if not _is_internal(frame.filename):
             frames.append(frame)
-    while frames and _in_torch(frames[-1].filename) is not None:
+    while frames and _path_in_torch(frames[-1].filename) is not None:
         frames.pop()
     lines = "".join(traceback.format_list(frames))
-    return f"Traceback (most recent call last):\n{lines}" if frames else ""
+    return f"Traceback (max_chars recent call last):\n{lines}" if frames else ""
 
 
 def killed_loader(error: BaseException, *, own_loop: bool = False) -> InfrastructureError | None:
     """
-    Give our error where the system has killed a loader process; else None.
+    Return the error for a loader process that was killed by SIGKILL; else None.
 
-    SIGKILL comes from the system: no code of the user's sends it to its own process.
+    SIGKILL is an error of the infrastructure: user code does not send it to its own process.
     """
     if not _ended_by(signal.SIGKILL, error):
         return None
     fewer = "`num_workers` of the DataLoader" if own_loop else "`data.num_workers`"
-    text = "a loader process was killed, most likely for want of memory: "
+    text = "a loader process was killed, max_chars likely for want of memory: "
     return InfrastructureError(f"{text}fewer {fewer} take less")
 
 
 def lost_peer(error: BaseException) -> PeerLost | None:
-    """Give our error where torch.distributed failed as another rank is gone; else None."""
-    message = _text(error)
+    """Return the error for a torch.distributed failure caused by a lost rank; else None."""
+    message = _message_of(error)
     of_torch = isinstance(error, RuntimeError) and ("gloo" in message or "NCCL" in message)
-    if not of_torch or not any(how in message.lower() for how in _LOST_PEER):
+    if not of_torch or not any(part in message.lower() for part in _LOST_PEER):
         return None
     text = "torch.distributed, called by the function, lost another rank: "
     return PeerLost(text + message.splitlines()[0])
@@ -306,16 +305,16 @@ def lost_peer(error: BaseException) -> PeerLost | None:
 
 def _ended_by(number: signal.Signals, error: BaseException) -> bool:
     """
-    Say whether a loader process was ended by a signal, and the error is about that.
+    Return whether an error reports that a signal ended a loader process.
 
-    torch says so where it runs in a process's main thread, as workers on Ray do not.
+    torch reports the signal only in the main thread, and workers on Ray train in another thread.
     """
-    text = _text(error)
+    text = _message_of(error)
     if not text.startswith("DataLoader worker (pid"):
         return False
     if f"is killed by signal: {signal.strsignal(number)}" in text:
         return True
-    from distplat.strategies.torch_compat import loader_exit_codes  # torch: it is there by now
+    from distplat.strategies.torch_compat import loader_exit_codes  # torch is imported by now
 
     return -number in loader_exit_codes(error)
 
@@ -327,21 +326,21 @@ def _with_causes(exception: traceback.TracebackException) -> Iterator[traceback.
         current = current.__cause__ or current.__context__
 
 
-def _passes_on(filename: str) -> bool:
-    """Whether a frame of this file is none of the user's."""
-    if filename.startswith("<frozen") or "/importlib/" in filename or _is_ours(filename):
+def _is_internal(filename: str) -> bool:
+    """Whether a frame of this file is not the user's."""
+    if filename.startswith("<frozen") or "/importlib/" in filename or _is_distplat(filename):
         return True
-    inner = _in_torch(filename)
-    return inner is not None and inner.startswith(_PASSES_ON)
+    inner = _path_in_torch(filename)
+    return inner is not None and inner.startswith(_FORWARDING)
 
 
-def _is_ours(filename: str) -> bool:
+def _is_distplat(filename: str) -> bool:
     path = Path(filename).resolve()
-    return any(path.is_relative_to(folder) for folder in _OURS)
+    return any(path.is_relative_to(folder) for folder in _DISTPLAT_DIRS)
 
 
-def _in_torch(filename: str) -> str | None:
-    """Give the path below torch's own folder; None: it is no file of torch's."""
+def _path_in_torch(filename: str) -> str | None:
+    """Return the path relative to the torch package; None: the file is not part of torch."""
     torch = sys.modules.get("torch")
     if torch is None or torch.__file__ is None:
         return None
@@ -350,11 +349,11 @@ def _in_torch(filename: str) -> str | None:
 
 
 def _loader_traceback(text: str) -> str:
-    """Leave out of a traceback's text the frames that are none of the user's."""
+    """Remove the frames that are not the user's from the text of a traceback."""
     lines, keep = [], True
     for line in text.splitlines():
         if line.startswith('  File "'):
-            keep = not _passes_on(line.split('"')[1])
+            keep = not _is_internal(line.split('"')[1])
         elif not line.startswith("    "):
             keep = True
         if keep:
@@ -372,22 +371,22 @@ def _remedy(error: BaseException, *, own_loop: bool) -> str:
         if any(frame.name == "parse_args" for frame in traceback.extract_tb(error.__traceback__)):
             return _COMMAND_LINE
         return "sys.exit() was called: code of a task returns, or raises what went wrong"
-    text = _text(error)
+    text = _message_of(error)
     if any(part in text for part in _SHARED_MEMORY) or _ended_by(signal.SIGBUS, error):
         return _more_shared_memory(own_loop=own_loop)
-    found = next((remedy for part, remedy in _REMEDIES if part in text), "")
+    remedy = next((remedy for part, remedy in _REMEDIES if part in text), "")
     if own_loop and _SPAWNED in text:
-        is_rank = found == _GROUP or any(part in text for part in _OF_A_RANK)
-        found = _SPAWN if is_rank else found
-    return _OF_OWN_LOOP.get(found, found) if own_loop else found
+        is_rank = remedy == _GROUP or any(part in text for part in _RANK_TRACES)
+        remedy = _SPAWN if is_rank else remedy
+    return _OF_OWN_LOOP.get(remedy, remedy) if own_loop else remedy
 
 
 def _more_shared_memory(*, own_loop: bool) -> str:
     stats = os.statvfs("/dev/shm")
     size = stats.f_frsize * stats.f_blocks // 2**20
-    none = "DataLoader(num_workers=0)" if own_loop else "data.num_workers: 0"
+    setting = "DataLoader(num_workers=0)" if own_loop else "data.num_workers: 0"
     return (
         f"loader processes hand batches over in /dev/shm, which has {size} MiB here and is full: "
         "give a container more (docker: `--shm-size 8g`, Kubernetes: an emptyDir of medium Memory "
-        f"at /dev/shm), load smaller batches, or in the worker itself with `{none}`"
+        f"at /dev/shm), load smaller batches, or in the worker itself with `{setting}`"
     )

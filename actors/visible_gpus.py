@@ -1,13 +1,13 @@
 """
-Which GPUs a train function sees: those of all workers of its node, as a script under torchrun.
+GPUs visible to a train function: those of all workers on its node, as under torchrun.
 
     worker                       0      1           both then see 3,5
-    Ray gives it                 3      5           LOCAL_RANK     0       1
-    CUDA_VISIBLE_DEVICES         3      5           its own GPU   cuda:0  cuda:1
+    assigned by Ray              3      5           LOCAL_RANK     0       1
+    CUDA_VISIBLE_DEVICES         3      5           worker's GPU  cuda:0  cuda:1
 
-So `torch.device(f"cuda:{LOCAL_RANK}")` is right, and so is the device of its context. CUDA reads
-the variable once in a process, at its first use. No machine with several GPUs was at hand: this
-was tested by the variable alone.
+So `torch.device(f"cuda:{LOCAL_RANK}")` is the worker's GPU, like the device of its context. CUDA
+reads the variable once per process, at its first use. This module was tested by the value of the
+variable only, not on a machine with several GPUs.
 """
 
 from __future__ import annotations
@@ -24,46 +24,46 @@ logger = logging.getLogger(__name__)
 
 _VISIBLE = "CUDA_VISIBLE_DEVICES"
 
-_own: list[int] = []
-"""The number of this process's GPU among those that it sees; empty: it sees its own alone."""
+_own_index: list[int] = []
+"""Index of this process's GPU among the visible ones; empty: only its own GPU is visible."""
 
 
 def ask_without_cuda() -> None:
-    """Have torch ask the driver's library whether there is a GPU: CUDA itself stays unused."""
+    """Let torch detect GPUs through NVML, which does not initialize CUDA."""
     os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
 
 
 def show_gpus(locations: Sequence[RankLocation], rank: int) -> None:
     """
-    Have this process see the GPUs of its node; in later attempts it sees what it saw.
+    Make all GPUs of the node visible to this process; later attempts cannot change them.
 
     Args:
-        locations: of all ranks, in their order.
-        rank: this one.
+        locations: locations of all ranks, by rank.
+        rank: rank of this process.
     """
     gpus = gpus_of_node(locations, rank)
     if not gpus:
         return
-    number = gpus.index(locations[rank].gpus[0])
-    if not _own and not torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+    index = gpus.index(locations[rank].gpus[0])
+    if not _own_index and not torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         os.environ[_VISIBLE] = ",".join(gpus)
-        _own.append(number)
-    if _own != [number]:
+        _own_index.append(index)
+    if _own_index != [index]:
         logger.warning(
             "LOCAL_RANK %d is not the number of this worker's GPU any more, as workers are "
             "elsewhere now: take the device from distplat.get_context().device",
-            number,
+            index,
         )
 
 
 def own_device() -> torch.device:
-    """Give the device of this worker, and make it the current one of this thread."""
-    if not _own:
+    """Return the device of this worker, and make it the current device of this thread."""
+    if not _own_index:
         return torch.device("cuda")
     visible = len(os.environ[_VISIBLE].split(","))
     if torch.cuda.device_count() != visible:
         logger.warning("CUDA was in use before: this worker sees its own GPU alone, cuda:0")
         return torch.device("cuda")
-    device = torch.device("cuda", _own[0])
+    device = torch.device("cuda", _own_index[0])
     torch.cuda.set_device(device)
     return device

@@ -90,7 +90,7 @@ class Worker:
         self._spare = self._last_attempt < 0
         self._run_first(order, lambda session, ready: session.import_task(order, ready))
 
-    def is_there(self) -> None:
+    def ping(self) -> None:
         """Answer."""
 
     def _run_first(self, order: WorkOrder, work: Callable[..., None]) -> None:

@@ -250,7 +250,7 @@ def run(args: list[str]) -> int:
         logging.lastResort.setFormatter(_Printable())
     try:
         # SIGTERM and SIGHUP interrupt a command like Ctrl-C, so that it leaves no process or file.
-        with Stopping() as stopping, stopping.at_once():
+        with Stopping() as stopping, stopping.immediate():
             # Not `app()`, which would exit with 1 for a closed pipe.
             with command.make_context("distplat", routed(args)) as context:
                 command.invoke(context)

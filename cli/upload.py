@@ -36,12 +36,12 @@ def upload(run: Run) -> None:
     try:
         with Stopping() as stopping:
             copy = upload_of(path, url, limit_s, lambda text: say(f"warning: {text}"))
-            missing = copy.close(lambda: stopping.asked)
+            missing = copy.close(lambda: stopping.is_requested)
             complete = not missing
     finally:
         if before is not None and not complete:
             _write_result(path, before)
-    if missing and stopping.asked:
+    if missing and stopping.is_requested:
         say(f"error: {missing}")
         stopping.check()
     if missing:

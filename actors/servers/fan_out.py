@@ -193,7 +193,7 @@ class FanOutCall:
             ActorLost, DeadlineExceeded: a server is gone, or frozen.
             DistplatError: what a server raised.
         """
-        self._asked.start_again()
+        self._asked.restart_deadline()
         replies: dict[int, ServerReply] = {}
         if self._mailboxes is not None:
             limit_s = self._fan_out.limit_s(self._setting)

@@ -17,7 +17,7 @@ from typing import Any
 from typing_extensions import override
 
 from distplat.actors.messages import WorkOrder
-from distplat.actors.retrying_calls import AGAIN_S, LOOK_S, ask
+from distplat.actors.retrying_calls import POLL_S, RETRY_PAUSE_S, ask
 from distplat.actors.servers.fan_out import ANSWER_GRACE_S
 from distplat.actors.servers.scheduler import HOLD_S
 from distplat.actors.transport import ActorDied, Transport, Unanswered
@@ -118,7 +118,7 @@ class RemoteLeases(Leases):
         """
         limit = self._order.job.failure.heartbeat_timeout_s + HOLD_S + ANSWER_GRACE_S
         clock = AwakeClock()
-        while not self._transport.wait([question], LOOK_S):
+        while not self._transport.wait([question], POLL_S):
             self._check()
             alive()
             if clock.now() > limit:
@@ -128,7 +128,7 @@ class RemoteLeases(Leases):
         try:
             work: Lease | None = self._transport.get(question, limit)
         except Unanswered:
-            time.sleep(AGAIN_S)  # the answer got lost; asked again, it is the same
+            time.sleep(RETRY_PAUSE_S)  # the answer got lost; asked again, it is the same
             return None
         except ActorDied as error:
             raise ActorLost(_NAME, None, str(error)) from None

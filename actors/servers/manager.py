@@ -33,7 +33,7 @@ from typing import TYPE_CHECKING, Any
 
 from distplat.actors.messages import Membership, MemoryAddress, ModelFacts, TableMap
 from distplat.actors.ray_transport import alone
-from distplat.actors.retrying_calls import AGAIN_S, Call, ask
+from distplat.actors.retrying_calls import RETRY_PAUSE_S, Call, ask
 from distplat.actors.servers.health_check import HealthCheck
 from distplat.actors.servers.replication_manager import ReplicationManager
 from distplat.actors.transport import Transport, TransportError
@@ -472,4 +472,4 @@ class ServerProvisioning:
             except NotReadyError:  # its process has just started
                 if time.monotonic() > until:
                     raise
-                time.sleep(AGAIN_S)
+                time.sleep(RETRY_PAUSE_S)

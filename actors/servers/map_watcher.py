@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any, Generic, TypeVar
 
 from distplat.actors.messages import Membership, TableMap
-from distplat.actors.retrying_calls import AGAIN_S, LOOK_S
+from distplat.actors.retrying_calls import POLL_S, RETRY_PAUSE_S
 from distplat.actors.transport import ActorDied, Transport, Unanswered
 from distplat.platform.awake_clock import AwakeClock
 from distplat.platform.errors import Abandoned, ActorLost, FencedError
@@ -123,7 +123,7 @@ class ServerWatch(Generic[Map]):
             self.check()
             if clock.now() > limit_s:
                 raise error
-            if self._transport.wait([self._question], LOOK_S):
+            if self._transport.wait([self._question], POLL_S):
                 self._take_answer()
         newest, self._newer = self._newer, None
         return newest
@@ -133,7 +133,7 @@ class ServerWatch(Generic[Map]):
         try:
             self._newer = self._transport.get(self._question, _GRACE_S)
         except Unanswered:
-            time.sleep(AGAIN_S)  # the answer got lost; ask again
+            time.sleep(RETRY_PAUSE_S)  # the answer got lost; ask again
         except ActorDied as error:
             raise ActorLost("server-manager", None, str(error)) from None
         if self._newer is not None:

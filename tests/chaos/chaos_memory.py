@@ -413,7 +413,7 @@ def main() -> int:
     args = parser.parse_args()
     folder = Path(args.folder or tempfile.mkdtemp(prefix="memory-"))
     print(f"first seed {args.seed}; what runs that go wrong leave is in {folder}", flush=True)
-    retrying_calls.AGAIN_S = 0.005
+    retrying_calls.RETRY_PAUSE_S = 0.005
     outcomes: list[Outcome] = []
     until = time.monotonic() + args.minutes * 60
     with InMemoryRay():  # who is late to come out must never meet the real one

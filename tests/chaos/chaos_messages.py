@@ -114,7 +114,7 @@ _undisturbed: dict[str, str] = {}
 
 def trial(strategy: str, seed: int) -> tuple[list[str], Counter[str]]:
     """Compare a run that loses messages with one that does not; give what is wrong."""
-    retrying_calls.AGAIN_S = 0.001
+    retrying_calls.RETRY_PAUSE_S = 0.001
     logging.getLogger(retrying_calls.__name__).setLevel(logging.ERROR)
     if strategy not in _undisturbed:
         _undisturbed[strategy] = run(strategy, None)[0]

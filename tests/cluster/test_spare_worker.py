@@ -46,7 +46,7 @@ class Replacing(BesideTraining):
                 ray.get_actor(name, namespace=self.run_name)
                 for name in ("small/spare-0", "small/worker-0")
             )
-            ray.get(spare.is_there.remote(), timeout=60)
+            ray.get(spare.ping.remote(), timeout=60)
             ray.kill(worker)
             assert self.recovered.wait(60)
             self.names = self._there()

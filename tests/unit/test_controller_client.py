@@ -101,7 +101,7 @@ class Stops(Run):
 
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(retrying_calls, "AGAIN_S", 0.001)
+    monkeypatch.setattr(retrying_calls, "RETRY_PAUSE_S", 0.001)
     monkeypatch.setattr(controller_actor, "_send_records", lambda outbox: None)
     logging.getLogger(retrying_calls.__name__).setLevel(logging.ERROR)
 
@@ -600,11 +600,11 @@ def test_an_outbox_answers_the_same_number_alike() -> None:
 
 
 def test_an_outbox_that_nobody_empties_leaves_out_what_may_be_missed() -> None:
-    box: Outbox[int] = Outbox(most=3, spare=lambda item: item > 0)
+    box: Outbox[int] = Outbox(max_items=3, droppable=lambda item: item > 0)
     for item in (1, 2, 3, 4, -1, 5, -2):
         box.put(item)
     assert box.take(1) == [1, 2, 3, -1, -2], "what may not be missed is there"
-    assert (box.left_out(), box.left_out()) == (2, 0)
+    assert (box.pop_dropped(), box.pop_dropped()) == (2, 0)
     box.put(6)
     assert box.take(2) == [6]
 

@@ -197,7 +197,7 @@ def test_every_gradient_counts_once(
     make: Made, monkeypatch: pytest.MonkeyPatch, strategy: str, method: str, fault: Fault
 ) -> None:
     """Whatever is lost, late or doubled; three of each call are hit."""
-    monkeypatch.setattr(retrying_calls, "AGAIN_S", 0.0)
+    monkeypatch.setattr(retrying_calls, "RETRY_PAUSE_S", 0.0)
     servers = make(1, 2, strategy=strategy)
     inject(servers.cluster, method, fault, times=3)
     shards, flat = connected(servers, 0, ELSEWHERE)

@@ -89,7 +89,7 @@ def wrong_in(strategy: str) -> str:
 @pytest.fixture
 def quick_calls(monkeypatch: Patch) -> Iterator[None]:
     """Restore what a trial sets."""
-    monkeypatch.setattr(retrying_calls, "AGAIN_S", 0.001)
+    monkeypatch.setattr(retrying_calls, "RETRY_PAUSE_S", 0.001)
     logger = logging.getLogger(retrying_calls.__name__)
     level = logger.level
     yield

@@ -26,7 +26,7 @@ from distplat.actors import model_pieces
 from distplat.actors.actor_group import ActorGroup
 from distplat.actors.controller_actor import ControllerActor
 from distplat.actors.result import Result
-from distplat.actors.retrying_calls import LOOK_S
+from distplat.actors.retrying_calls import POLL_S
 from distplat.platform.errors import ActorLost
 from distplat.platform.progress import Saved
 from distplat.platform.spec import Job
@@ -155,9 +155,9 @@ def test_who_is_frozen_answers_once_it_goes_on(cluster: InMemoryRay) -> None:
         process = cluster.processes["idle"]
         process.freeze()
         began = time.monotonic()
-        threading.Timer(2 * LOOK_S, process.go_on).start()
+        threading.Timer(2 * POLL_S, process.go_on).start()
         assert cluster.ask("idle", "name") == "idle"
-        assert time.monotonic() - began >= 2 * LOOK_S
+        assert time.monotonic() - began >= 2 * POLL_S
 
     cluster.as_driver(work)
 

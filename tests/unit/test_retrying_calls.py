@@ -62,7 +62,7 @@ def test_answers_come_in_the_order_of_the_calls() -> None:
 def test_a_lost_answer_is_asked_for_again(
     monkeypatch: pytest.MonkeyPatch, lost: Any, calls: int
 ) -> None:
-    monkeypatch.setattr(retrying_calls, "AGAIN_S", 0.0)
+    monkeypatch.setattr(retrying_calls, "RETRY_PAUSE_S", 0.0)
     servers = Servers(1, 2)
     inject(servers.cluster, "push", Fault(lose=lost), actor="server-1", times=2)
     assert servers.ask().answers() == [1, 2]
@@ -109,7 +109,7 @@ def test_who_was_stopped_itself_blames_nobody(monkeypatch: pytest.MonkeyPatch) -
     call = servers.ask(limit_s=5.0)
     fake = SimpleNamespace(monotonic=lambda: clock[0], sleep=time.sleep)
     monkeypatch.setattr(awake_clock, "time", fake)
-    call.start_again()
+    call.restart_deadline()
     transport, waits = call._transport, 0
     wait = transport.wait
 

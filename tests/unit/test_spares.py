@@ -22,7 +22,7 @@ class _Process:
             raise SpecError(Problem(("task",), "could not import 'train'"))
         self._ordered.append(order)
 
-    def is_there(self) -> None:
+    def ping(self) -> None:
         pass
 
 
@@ -96,7 +96,7 @@ def test_one_that_does_not_answer_is_ended(
     """It died with the worker, or is as frozen as the node is: a new process is made."""
     run.impatient()
     run.spares.keep(["a"])
-    inject(run.cluster, "is_there", fault)
+    inject(run.cluster, "ping", fault)
     assert run.spares.take("a") is None
     assert run.living == []
     (said,) = (record.getMessage() for record in caplog.records)
@@ -106,7 +106,7 @@ def test_one_that_does_not_answer_is_ended(
 def test_one_that_loads_a_library_is_taken_all_the_same(run: _Run) -> None:
     """Its answer is late, as the loader holds the GIL; a new process has all of it to load."""
     run.spares.keep(["a"])
-    inject(run.cluster, "is_there", Fault(delay_s=0.6))
+    inject(run.cluster, "ping", Fault(delay_s=0.6))
     assert run.spares.take("a") is run.made[0]
     run.cluster.transport().kill(run.made[0])
 

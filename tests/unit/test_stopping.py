@@ -13,7 +13,7 @@ from distplat.actors.stopping import Stopping
 
 SCRIPT = """
 import os, signal, sys
-from distplat.actors.stopping import Stopping, end_each
+from distplat.actors.stopping import Stopping, call_all
 from distplat.platform.errors import Interrupted
 
 signals = [getattr(signal, name) for name in sys.argv[1].split()]
@@ -34,7 +34,7 @@ try:
             stopping.check()
         finally:
             try:
-                end_each([wait, refuse, lambda: ended.append("killed")])
+                call_all([wait, refuse, lambda: ended.append("killed")])
             except KeyboardInterrupt:
                 ended.append("at once")
                 stopping.check()

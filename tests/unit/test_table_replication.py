@@ -233,7 +233,7 @@ def test_workers_follow_a_promoted_backup(
     method: str,
 ) -> None:
     """A primary dies in the middle of a call, or of an update that it has its backup make."""
-    monkeypatch.setattr(retrying_calls, "AGAIN_S", 0.0)
+    monkeypatch.setattr(retrying_calls, "RETRY_PAUSE_S", 0.0)
     world = 1 if asynchronous else WORLD
     servers = make(world=world, servers=2, asynchronous=asynchronous)
     if method == "begin":
@@ -251,7 +251,7 @@ def test_no_order_overtakes_a_promotion(
     make: Callable[..., TableServers], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The next backup is there, and to be filled, while the promotion is still on its way."""
-    monkeypatch.setattr(retrying_calls, "AGAIN_S", 0.0)
+    monkeypatch.setattr(retrying_calls, "RETRY_PAUSE_S", 0.0)
     servers = make(world=WORLD, servers=2)
     inject(servers.cluster, "promote", Fault(delay_s=1.0))
 

@@ -289,7 +289,7 @@ def test_a_run_on_a_cluster_that_is_there_leaves_the_look_to_the_workers(
     made: list[object] = []
 
     class Recorded:
-        def __init__(self, *args: object, shown: bool, function: bool, said: object) -> None:
+        def __init__(self, *args: object, shown: bool, function: bool, fields: object) -> None:
             made.append(args)
 
         def end(self) -> None: ...

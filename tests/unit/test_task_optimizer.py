@@ -18,7 +18,7 @@ from verify_rows import rows
 from words import ROWS, Words
 
 from distplat import Task, Trainer
-from distplat.actors.task_check import check_class, said_by_job
+from distplat.actors.task_check import check_class, overlapping_fields
 from distplat.platform.errors import SpecError
 from distplat.platform.job_file import read_job, render_job
 from distplat.platform.progress import StepReport
@@ -393,14 +393,14 @@ def test_strategies_that_cannot_do_it_are_refused(strategy: Any, world: int, sai
 
 def test_job_and_task_must_agree_who_makes_it() -> None:
     named, asked = job_of(), job_of(optimizer=TASKS)
-    check_class(Lambs, {}, said_by_job(asked))
-    check_class(Small, {}, said_by_job(named))
+    check_class(Lambs, {}, overlapping_fields(asked))
+    check_class(Small, {}, overlapping_fields(named))
     with pytest.raises(SpecError) as caught:
-        check_class(Lambs, {}, said_by_job(named))
+        check_class(Lambs, {}, overlapping_fields(named))
     said = "optimizer: Lambs has optimizer(), which makes it itself\n  hint: write `optimizer: "
     assert str(caught.value).startswith(said)
     with pytest.raises(SpecError) as caught:
-        check_class(Small, {}, said_by_job(asked))
+        check_class(Small, {}, overlapping_fields(asked))
     said = "optimizer.name: Small has no optimizer(named_parameters), and the job asks for it"
     assert str(caught.value).startswith(said)
 

@@ -14,7 +14,7 @@ from table_rows import table_rows
 from words import ROWS, Words
 
 from distplat import Task, Trainer
-from distplat.actors.task_check import check_class, said_by_job
+from distplat.actors.task_check import check_class, overlapping_fields
 from distplat.platform.errors import SpecError
 from distplat.platform.progress import StepReport
 from distplat.strategies.loop.session import prepare, resize
@@ -152,10 +152,10 @@ def test_ranks_with_other_factors_are_told() -> None:
 
 def test_job_and_task_must_not_both_say_the_rates() -> None:
     of = job_of(lr_schedule={"name": "cosine"})
-    check_class(Small, {}, said_by_job(of))
-    check_class(Rated, {}, said_by_job(job_of()))
+    check_class(Small, {}, overlapping_fields(of))
+    check_class(Rated, {}, overlapping_fields(job_of()))
     with pytest.raises(SpecError) as caught:
-        check_class(Rated, {}, said_by_job(of))
+        check_class(Rated, {}, overlapping_fields(of))
     said = "lr_schedule: Rated has lr(), which says the rates itself\n  hint: remove one of the two"
     assert str(caught.value) == said
 

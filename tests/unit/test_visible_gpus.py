@@ -17,7 +17,7 @@ HERE += [RankLocation("a", gpus=("5",))]
 def process(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """A process of rank 2, as Ray has started it; gives the devices that were made current."""
     current: list[int] = []
-    monkeypatch.setattr(visible_gpus, "_own", [])
+    monkeypatch.setattr(visible_gpus, "_own_index", [])
     monkeypatch.setenv(VISIBLE, "5")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: len(os.environ[VISIBLE].split(",")))
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: current.append(device.index))
