@@ -185,7 +185,7 @@ class Servers(_Actors):
 
     def logs(self) -> list[NDArray[np.int64]]:
         """Give each shard's order of updates, where there is one to tell; see `apply_log`."""
-        stores = [self.shard_server(shard).store for shard in range(self.division.each)]
+        stores = [self.shard_server(shard).store for shard in range(self.division.servers_per_part)]
         return [log for store in stores if (log := store.log()) is not None]
 
     @override

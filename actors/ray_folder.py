@@ -52,7 +52,7 @@ class RayFolder:
     def close(self) -> None:
         """Leave what Ray has written to whoever wants to know why it did not start."""
         if self.path.exists():
-            self._folder.leave()
+            self._folder.release()
         else:
             self._folder.remove()
 

@@ -292,7 +292,7 @@ class Trainer:
             policy_of(
                 self.job.failure,
                 self._survives_worker_loss and not self.job.own_loop,
-                self.job.checkpoint.wanted or self.job.own_loop,
+                self.job.checkpoint.enabled or self.job.own_loop,
                 self._roles.holders(self.job.scaling.world),
             ),
             self._task,
@@ -392,7 +392,7 @@ class _TrainedFiles:
 
 def _wants_model(job: Job) -> bool:
     """Say whether a run that is stopped takes a checkpoint: not of a loop that reports its own."""
-    return not job.own_loop and (job.checkpoint.wanted or job.checkpoint.save_final)
+    return not job.own_loop and (job.checkpoint.enabled or job.checkpoint.save_final)
 
 
 def _writers(directory: RunDirectory) -> list[BackgroundWriter[Summary]]:

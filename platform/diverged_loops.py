@@ -1,9 +1,9 @@
 """
-Why the ranks of a train function do not meet: one has returned, or is somewhere else in its loop.
+Detects that the loops of a train function diverged: a rank returned, or is at another operation.
 
-What such a rank leaves others with looks like a lost rank: an operation without an answer, or one
-that breaks as the other end is closed. But all processes live, and after a restart the loops would
-part at the same place. So it is told as the user's error: who has left and when, who waits where.
+To its peers such a rank looks lost: an operation gets no answer, or breaks when the other end
+closes. But all processes live, and after a restart the loops would diverge at the same place. So it
+is reported as the user's error: which ranks returned and when, and where the other ranks wait.
 """
 
 from __future__ import annotations
@@ -21,34 +21,30 @@ from distplat.platform.errors import (
 )
 
 _SAME_CALLS_HINT = (
-    "every rank must call backward(), barrier(), gather_for_metrics(), should_stop() and what it "
-    "calls of torch.distributed as often, in the same order, before its function ends: have all "
-    "ranks end alike, by should_stop() or a gathered value"
+    "every rank must make the same calls of backward(), barrier(), gather_for_metrics(), "
+    "should_stop() and torch.distributed, in the same order, before its function returns: let "
+    "all ranks return together, by should_stop() or a gathered value"
 )
 _LONGER_WAIT_HINT = (
-    "have all ranks end alike, by should_stop() or a gathered value; or, where a rank has more to "
-    "do than others at the end, have them wait longer: `strategy.timeout_s` under `ring`, else "
+    "let all ranks return together, by should_stop() or a gathered value; or, where a rank has "
+    "more work than others at the end, raise the deadline: `strategy.timeout_s` under `ring`, else "
     "`failure.step_timeout_s`"
 )
 
 
 @dataclass(frozen=True)
 class LoopState:
-    """Where the loop of a train function is on one rank, as its worker tells."""
+    """State of a train function's loop on one rank."""
 
     returned: str = ""
-    """After what the function has returned, for people to read; empty: it has not."""
+    """Where the function returned, for messages, for example `after step 2`; empty: it has not."""
     waits: str = ""
-    """The user's frames, while it stands in an operation of torch.distributed; empty: it does not.
-    Such an operation may wait longer than any deadline of ours."""
+    """The user's frames, while the rank is inside an operation of torch.distributed, which may wait
+    longer than any deadline of distplat; empty: it is not."""
 
 
 class LoopTracker:
-    """
-    The loops of all ranks, as far as they are known to part.
-
-    Of a task nobody tells anything: its loop is ours.
-    """
+    """States of all ranks' loops. Tasks report no state: their loop is distplat's own."""
 
     def __init__(self) -> None:
         self._returned: dict[int, str] = {}
@@ -57,48 +53,48 @@ class LoopTracker:
 
     @property
     def returned(self) -> Set[int]:
-        """Ranks that wait for the others at the end; that has a deadline of its own."""
+        """Ranks that have returned and wait for the others, with a deadline of their own."""
         return self._returned.keys()
 
     def observe(self, rank: int, state: LoopState) -> None:
-        """A rank tells where it is."""
+        """Record a rank's state."""
         for known, text in ((self._returned, state.returned), (self._waits, state.waits)):
             known.pop(rank, None)
             if text:
                 known[rank] = text
 
     def end(self, rank: int, error: DistplatError, traceback: str) -> None:
-        """A rank has stopped; `traceback`: the user's frames, empty: none called what failed."""
+        """Record that a rank stopped; `traceback`: the user's frames of the failed call, if any."""
         self._ended[rank] = error, traceback
 
     def divergence_error(self, steps: Mapping[int, int]) -> UserCodeError | None:
         """
-        Tell that loops have parted; None: they have not, as far as can be seen.
+        Return the error if the loops diverged; None: no sign of it.
 
         Args:
-            steps: done, by rank.
+            steps: finished steps by rank.
         """
         waits = {rank: text for rank, text in self._waits.items() if rank not in self._returned}
         for rank, (error, traceback) in self._ended.items():
-            if traceback and rank not in self._returned and self._is_others_fault(error):
+            if traceback and rank not in self._returned and self._is_caused_by_peer(error):
                 waits[rank] = traceback
         of_others = any(rank in waits for rank in self._ended)
         for rank, (error, _) in sorted(self._ended.items()):
-            if of_others or rank not in self._returned or not self._missed_at_end(error):
+            if of_others or rank not in self._returned or not self._missed_peers_at_end(error):
                 continue
             if not waits:
-                summary = f"others did not end beside {self._left()}: {error}"
+                summary = f"others did not end beside {self._returned_text()}: {error}"
                 return UserCodeError(rank, steps[rank] + 1, summary, summary, _LONGER_WAIT_HINT)
             of_others = True
         return self._error(waits, steps) if of_others else None
 
     def stalled(self, ranks: Iterable[int], steps: Mapping[int, int]) -> UserCodeError | None:
         """
-        Tell that ranks wait for one that has left; None: that is not why they stand still.
+        Return the error if ranks wait for a rank that has returned; None: another reason.
 
         Args:
-            ranks: that stand still.
-            steps: done, by rank.
+            ranks: ranks without progress.
+            steps: finished steps by rank.
         """
         waits = {r: self._waits[r] for r in ranks if r in self._waits and r not in self._returned}
         return self._error(waits, steps) if waits and self._returned else None
@@ -106,25 +102,29 @@ class LoopTracker:
     def _error(self, waits: Mapping[int, str], steps: Mapping[int, int]) -> UserCodeError:
         shown = "\n".join(dict.fromkeys(waits[rank] for rank in sorted(waits)))
         first = min(waits)
-        summary = f"waited for {self._left()}" if self._returned else "the ranks' loops have parted"
-        who = ranks_text(sorted(waits))
+        summary = (
+            f"waited for {self._returned_text()}"
+            if self._returned
+            else "the ranks' loops have diverged"
+        )
+        affected = ranks_text(sorted(waits))
         return UserCodeError(
-            first, steps[first] + 1, summary, shown, _SAME_CALLS_HINT, on_ranks=who
+            first, steps[first] + 1, summary, shown, _SAME_CALLS_HINT, on_ranks=affected
         )
 
-    def _is_others_fault(self, error: DistplatError) -> bool:
-        """Say whether an operation failed by what another rank's loop did, or left out."""
+    def _is_caused_by_peer(self, error: DistplatError) -> bool:
+        """Return whether an operation failed because of another rank's loop."""
         if isinstance(error, PeerLost):
             return bool(self._returned)
-        return isinstance(error, MismatchError) or _any(error, self._returned)
+        return isinstance(error, MismatchError) or _misses_any(error, self._returned)
 
-    def _missed_at_end(self, error: DistplatError) -> bool:
-        """Say whether a rank that has returned waited in vain for others to do so."""
+    def _missed_peers_at_end(self, error: DistplatError) -> bool:
+        """Return whether a returned rank waited in vain for other ranks to return."""
         others = isinstance(error, CollectiveError) and {*error.missing} - self._returned.keys()
         return bool(others) or isinstance(error, MismatchError)
 
-    def _left(self) -> str:
-        """`rank 1, whose function returned after step 2`."""
+    def _returned_text(self) -> str:
+        """Describe the returned ranks: `rank 1, whose function returned after step 2`."""
         by_line: dict[str, list[int]] = {}
         for rank, line in sorted(self._returned.items()):
             by_line.setdefault(line, []).append(rank)
@@ -134,6 +134,6 @@ class LoopTracker:
         )
 
 
-def _any(error: DistplatError, ranks: Collection[int]) -> bool:
-    """Say whether an operation missed one of these ranks."""
+def _misses_any(error: DistplatError, ranks: Collection[int]) -> bool:
+    """Return whether an operation missed one of these ranks."""
     return isinstance(error, CollectiveError) and not {*error.missing}.isdisjoint(ranks)

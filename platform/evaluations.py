@@ -228,7 +228,7 @@ def _keep_best_problems(job: Any) -> list[Problem]:
     chosen, evaluation = job.checkpoint, job.evaluation
     if chosen.keep_best is None:
         return []
-    if not chosen.wanted:
+    if not chosen.enabled:
         text = "has no effect without `every_steps` or `every_epochs`"
         return [Problem(("checkpoint", "keep_best"), text, "give one of them")]
     if chosen.every_steps is not None and evaluation.every_steps is not None:

@@ -1,10 +1,10 @@
 """
-The learning rate over the steps: shapes of our own, and schedulers of torch by name and arguments.
+Learning rate schedules: distplat's own shapes, and torch's schedulers by name and arguments.
 
-Each is a function of the step alone, where torch's compute a rate from the one before: so servers,
-leased tasks and a run that goes on have a step's rate without its history, with the same bits. The
-one that goes by evaluations is a function of what they came to (`plateau.py`). A unit test holds
-names, arguments and rates here against torch's.
+Each schedule is a function of the step alone, where torch computes a rate from the previous one. So
+servers, leased tasks and resumed runs get the same bits for a step without its history. The
+schedule that depends on evaluations is a function of its state (`plateau.py`). A unit test compares
+names, arguments and rates with torch's.
 """
 
 import math
@@ -24,37 +24,37 @@ from distplat.platform.fields import Count, Flag, Index, NonNegative, Number, Po
 UnitInterval = Annotated[Number, Field(ge=0, le=1)]
 """A number from 0 to 1."""
 
-WARMUP = "`warmup_steps` may stand beside all but CyclicLR"
+WARMUP = "`warmup_steps` can be combined with all but CyclicLR"
 METHOD = "write lr(step, total) in the task"
 REFUSED_SCHEDULES = {
     "LambdaLR": f"it needs a function, which a job file cannot hold; {METHOD}",
     "MultiplicativeLR": f"it needs a function, which a job file cannot hold; {METHOD}",
-    "ChainedScheduler": f"it multiplies others; SequentialLR has one after the other, {WARMUP}, or "
-    f"{METHOD}",
+    "ChainedScheduler": "it multiplies others; SequentialLR chains them one after the other, "
+    f"{WARMUP}, or {METHOD}",
     "ReduceLROnPlateau": "with a warm-up it is {name: ReduceLROnPlateau, warmup_steps: ...}",
 }
-"""Schedulers of torch that a job may not name, or not inside SequentialLR, and why."""
+"""torch schedulers that a job may not name, or not inside SequentialLR, and why."""
 
 
 class LRSchedule(Spec):
-    """Fields that all schedules have."""
+    """Fields of all schedules."""
 
     name: str
     warmup_steps: Index = 0
     """Steps in which the rate grows linearly from 1/warmup_steps of `lr` to `lr`; 0: no warm-up."""
 
     def unused_fields(self) -> set[str]:
-        """Give the fields that have no effect on a schedule of this name."""
+        """Return the fields without effect on this schedule."""
         return set()
 
     @property
     def needs_length(self) -> bool:
-        """Whether a rate depends on how many steps the run has."""
+        """Whether rates depend on the number of steps of the run."""
         return False
 
     def rate(self, base: float, step: int, total_steps: int) -> float:
         """
-        Give the learning rate of a step.
+        Return the learning rate of a step.
 
         Args:
             base: `lr` of the optimizer, or of one of its groups.
@@ -67,29 +67,29 @@ class LRSchedule(Spec):
 
     @abstractmethod
     def _after(self, base: float, step: int, steps: int) -> float:
-        """Give the rate of a step; it and their number are counted from the end of the warm-up."""
+        """Return the rate of a step; `step` and `steps` count from the end of the warm-up."""
 
 
 class Schedule(LRSchedule):
     """
-    Shapes over the whole run, after a linear warm-up.
+    A shape over the whole run, after a linear warm-up.
 
-    `linear` and `cosine` fall from the first step to the last, `wsd` (warm-up, stable, decay) in
+    `linear` and `cosine` decay from the first step to the last, `wsd` (warm-up, stable, decay) in
     its last steps.
     """
 
     name: Literal["constant", "linear", "cosine", "step", "wsd"] = "constant"
-    """A shape over the whole run, below, or a scheduler of torch with its own arguments."""
+    """One of the shapes below, or a scheduler of torch with its own arguments."""
     final_factor: UnitInterval = 0.0
-    """`linear`, `cosine`, `wsd`: what `lr` is multiplied by in the last step."""
+    """`linear`, `cosine`, `wsd`: factor on `lr` in the last step."""
     every_steps: Index = 0
-    """`step`: multiply by `gamma` once in so many steps."""
+    """`step`: interval in steps between multiplications by `gamma`."""
     gamma: Positive = 0.1
-    """`step`: what to multiply by."""
+    """`step`: factor on the rate."""
     decay_steps: Index = 0
-    """`wsd`: the last steps of the run, in which the rate falls; until then it is `lr`."""
+    """`wsd`: number of last steps in which the rate decays; until then it is `lr`."""
     decay: Literal["linear", "cosine", "sqrt"] = "linear"
-    """`wsd`: how it falls; `sqrt`: as 1 - sqrt (Hägele et al., NeurIPS 2024)."""
+    """`wsd`: shape of the decay; `sqrt`: as 1 - sqrt (Hägele et al., NeurIPS 2024)."""
 
     @override
     def unused_fields(self) -> set[str]:
@@ -115,20 +115,20 @@ class Schedule(LRSchedule):
                 return base * _power(self.gamma, step // self.every_steps)
             case "wsd":
                 decayed_steps = step + 1 - steps + self.decay_steps
-                return base * self._fallen(self.decay, decayed_steps, self.decay_steps)
+                return base * self._decay_factor(self.decay, decayed_steps, self.decay_steps)
             case "linear" | "cosine" as shape:
-                return base * self._fallen(shape, step, steps - 1)
+                return base * self._decay_factor(shape, step, steps - 1)
 
-    def _fallen(self, shape: str, step: int, steps: int) -> float:
-        """Give the factor after so many steps of those in which it falls."""
-        done, final = min(1.0, max(0.0, step / max(1, steps))), self.final_factor
+    def _decay_factor(self, shape: str, step: int, steps: int) -> float:
+        """Return the factor after `step` of the `steps` decay steps."""
+        progress, final = min(1.0, max(0.0, step / max(1, steps))), self.final_factor
         if shape == "cosine":
-            return _cosine(1.0, final, done)
-        return 1.0 - (1.0 - final) * (math.sqrt(done) if shape == "sqrt" else done)
+            return _cosine(1.0, final, progress)
+        return 1.0 - (1.0 - final) * (math.sqrt(progress) if shape == "sqrt" else progress)
 
 
 class ConstantLR(LRSchedule):
-    """A factor in the first steps."""
+    """A constant factor in the first steps."""
 
     name: Literal["ConstantLR"]
     factor: UnitInterval = 1.0 / 3
@@ -139,7 +139,7 @@ class ConstantLR(LRSchedule):
 
 
 class LinearLR(LRSchedule):
-    """From one factor to another."""
+    """From one factor to another, linearly."""
 
     name: Literal["LinearLR"]
     start_factor: Annotated[Number, Field(gt=0, le=1)] = 1.0 / 3
@@ -147,12 +147,12 @@ class LinearLR(LRSchedule):
     total_iters: Count = 5
 
     def _after(self, base: float, step: int, steps: int) -> float:
-        done = min(step, self.total_iters) / self.total_iters
-        return base * (self.start_factor + (self.end_factor - self.start_factor) * done)
+        progress = min(step, self.total_iters) / self.total_iters
+        return base * (self.start_factor + (self.end_factor - self.start_factor) * progress)
 
 
 class PolynomialLR(LRSchedule):
-    """To zero, by a power of what is left."""
+    """Decay to zero, by a power of the remaining fraction."""
 
     name: Literal["PolynomialLR"]
     total_iters: Count = 5
@@ -164,7 +164,7 @@ class PolynomialLR(LRSchedule):
 
 
 class StepLR(LRSchedule):
-    """Times `gamma` once in so many steps."""
+    """Multiply by `gamma` every `step_size` steps."""
 
     name: Literal["StepLR"]
     step_size: Count
@@ -175,7 +175,7 @@ class StepLR(LRSchedule):
 
 
 class MultiStepLR(LRSchedule):
-    """Times `gamma` at each of some steps."""
+    """Multiply by `gamma` at each milestone."""
 
     name: Literal["MultiStepLR"]
     milestones: tuple[Count, ...] = Field(min_length=1)
@@ -186,7 +186,7 @@ class MultiStepLR(LRSchedule):
 
 
 class ExponentialLR(LRSchedule):
-    """Times `gamma` in every step."""
+    """Multiply by `gamma` in every step."""
 
     name: Literal["ExponentialLR"]
     gamma: Positive
@@ -207,7 +207,7 @@ class CosineAnnealingLR(LRSchedule):
 
 
 class CosineAnnealingWarmRestarts(LRSchedule):
-    """Half a cosine again and again, each `T_mult` times as long (Loshchilov & Hutter, 2017)."""
+    """Repeated half cosines, each `T_mult` times as long (Loshchilov & Hutter, 2017)."""
 
     name: Literal["CosineAnnealingWarmRestarts"]
     T_0: Count
@@ -226,10 +226,10 @@ class CosineAnnealingWarmRestarts(LRSchedule):
 
 class OneCycleLR(LRSchedule):
     """
-    Up and down again over the run (Smith & Topin, 2018).
+    One cycle up and down over the run (Smith & Topin, 2018).
 
-    `max_lr` stands in place of the rates of optimizer and groups, as in torch; without it each
-    `lr` is the `max_lr` of its group.
+    `max_lr` replaces the rates of the optimizer and its groups, as in torch; without it, each `lr`
+    is the `max_lr` of its group.
     """
 
     name: Literal["OneCycleLR"]
@@ -261,14 +261,14 @@ class OneCycleLR(LRSchedule):
         index = next((at for at, (end, _, _) in enumerate(ends) if step <= end), len(ends) - 1)
         begin = ends[index - 1][0] if index else 0.0
         end, start_rate, end_rate = ends[index]
-        done = (step - begin) / (end - begin) if end > begin else 1.0
+        progress = (step - begin) / (end - begin) if end > begin else 1.0
         if self.anneal_strategy == "linear":
-            return (end_rate - start_rate) * done + start_rate
-        return _cosine(start_rate, end_rate, done)
+            return (end_rate - start_rate) * progress + start_rate
+        return _cosine(start_rate, end_rate, progress)
 
 
 class CyclicLR(LRSchedule):
-    """Up and down again and again (Smith, 2017), between rates that stand in place of `lr`."""
+    """Repeated cycles up and down (Smith, 2017), between rates that replace `lr`."""
 
     name: Literal["CyclicLR"]
     base_lr: NonNegative
@@ -282,8 +282,8 @@ class CyclicLR(LRSchedule):
     def _after(self, base: float, step: int, steps: int) -> float:
         length = self.step_size_up + (self.step_size_down or self.step_size_up)
         cycle, rising = math.floor(1 + step / length), self.step_size_up / length
-        done = 1.0 + step / length - cycle
-        height = done / rising if done <= rising else (done - 1.0) / (rising - 1.0)
+        progress = 1.0 + step / length - cycle
+        height = progress / rising if progress <= rising else (progress - 1.0) / (rising - 1.0)
         scale = 1.0 if self.mode == "triangular" else _power(0.5, cycle - 1)
         scale = _power(self.gamma, step) if self.mode == "exp_range" else scale
         return self.base_lr + (self.max_lr - self.base_lr) * height * scale
@@ -299,11 +299,11 @@ Chainable = (
     | CosineAnnealingLR
     | CosineAnnealingWarmRestarts
 )
-"""Schedulers that begin with the rates of optimizer and groups, and so may follow each other."""
+"""Schedulers that start from the rates of the optimizer and its groups, so they can be chained."""
 
 
 class SequentialLR(LRSchedule):
-    """One scheduler after the other; each begins anew at its milestone."""
+    """Schedulers one after the other; each starts at its milestone."""
 
     name: Literal["SequentialLR"]
     schedulers: tuple[Annotated[Chainable, Field(discriminator="name")], ...] = Field(min_length=1)
@@ -316,11 +316,14 @@ class SequentialLR(LRSchedule):
 
 
 class ReduceLROnPlateau(LRSchedule):
-    """Times `factor` once evaluations get no better; stepped after each behind the warm-up."""
+    """
+    Multiply by `factor` when evaluations stop improving; updated after each evaluation past the
+    warm-up.
+    """
 
     name: Literal["ReduceLROnPlateau"]
     metric: str = Field("loss", min_length=1)
-    """Figure of an evaluation: `loss`, or a name that the task's metrics() gives."""
+    """Metric of an evaluation: `loss`, or a name that the task's metrics() returns."""
     mode: Literal["min", "max"] = "min"
     factor: Annotated[Number, Field(ge=0, lt=1)] = 0.1
     patience: Index = 10
@@ -330,8 +333,8 @@ class ReduceLROnPlateau(LRSchedule):
     min_lr: NonNegative = 0.0
     eps: NonNegative = 1e-8
 
-    def better(self, figure: float, best: float) -> bool:
-        """Say whether a figure is better than the best so far; NaN is never."""
+    def is_better(self, figure: float, best: float) -> bool:
+        """Return whether a value is better than the best so far; NaN is never better."""
         relative, by = self.threshold_mode == "rel", self.threshold
         if self.mode == "min":
             return figure < (best * (1.0 - by) if relative else best - by)
@@ -339,7 +342,7 @@ class ReduceLROnPlateau(LRSchedule):
 
     def reduced(self, base: float, times: int) -> float:
         """
-        Give a rate that was reduced `times` times.
+        Return a rate after `times` reductions.
 
         Args:
             base: `lr` of the optimizer, or of one of its groups.
@@ -348,12 +351,12 @@ class ReduceLROnPlateau(LRSchedule):
         for _ in range(times):
             lower = max(base * self.factor, self.min_lr)
             if not base - lower > self.eps:
-                break  # nor will it be the next time
+                break  # further reductions have no effect either
             base = lower
         return base
 
     def _after(self, base: float, step: int, steps: int) -> float:
-        """Before any evaluation; see `Plateau` for later."""
+        """Return the rate before any evaluation; `Plateau` applies the reductions."""
         return base
 
 
@@ -361,7 +364,7 @@ AnySchedule = Schedule | Chainable | OneCycleLR | CyclicLR | SequentialLR | Redu
 
 
 def _with_name(value: object) -> object:
-    """Take a mapping without a name for a constant rate."""
+    """Accept a mapping without a name as a constant rate."""
     if isinstance(value, dict) and "name" not in value:
         return {"name": "constant", **value}
     return value
@@ -369,23 +372,23 @@ def _with_name(value: object) -> object:
 
 @dataclass(frozen=True)
 class TaskSchedule:
-    """What a task's `lr` gave; workers and servers have it in place of a schedule of the job's."""
+    """Rates returned by a task's `lr`; replaces the job's schedule on workers and servers."""
 
     factors: "array[float]"
-    """By step: what each `lr` of the job is multiplied by."""
+    """By step, the factor on each `lr` of the job."""
 
     def rate(self, base: float, step: int, total_steps: int) -> float:
-        """Give the learning rate of a step: `base` times the task's factor."""
+        """Return the learning rate of a step: `base` times the task's factor."""
         return base * self.factors[step]
 
 
 NamedSchedule = Annotated[AnySchedule, Field(discriminator="name"), BeforeValidator(_with_name)]
-"""As a job file has it."""
+"""Schedule field of a job file."""
 
 
 def schedule_problems(schedule: LRSchedule, steps: int | None) -> list[Problem]:
     """
-    Name what is wrong with a job's schedule. An option that it does not use is an error.
+    Check a job's schedule, including options without effect.
 
     Args:
         schedule: the job's.
@@ -395,7 +398,7 @@ def schedule_problems(schedule: LRSchedule, steps: int | None) -> list[Problem]:
         text = "must be false, which is not torch's default: momentum stays as the optimizer has it"
         return [Problem(("lr_schedule", "cycle_momentum"), text, "write cycle_momentum: false")]
     if isinstance(schedule, CyclicLR) and schedule.warmup_steps:
-        text = "cannot stand beside CyclicLR, which has rates of its own"
+        text = "cannot be combined with CyclicLR, which has its own rates"
         return [Problem(("lr_schedule", "warmup_steps"), text, "remove it")]
     if isinstance(schedule, SequentialLR):
         return _sequence_problems(schedule)
@@ -417,7 +420,7 @@ def schedule_problems(schedule: LRSchedule, steps: int | None) -> list[Problem]:
 
 
 def unbounded_problems(schedule: LRSchedule) -> list[Problem]:
-    """Name a schedule that needs to know how many steps a run has which only its time ends."""
+    """Check that the schedule of a run with only a time limit does not need the number of steps."""
     if not schedule.needs_length:
         return []
     text = f"{schedule.name!r} follows the number of steps, which `max_time_s` alone does not say"
@@ -427,7 +430,7 @@ def unbounded_problems(schedule: LRSchedule) -> list[Problem]:
 
 def length_problems(schedule: LRSchedule, steps: int) -> list[Problem]:
     """
-    Compare a schedule with the length of the run.
+    Check a schedule against the length of the run.
 
     Args:
         schedule: the job's.
@@ -458,9 +461,9 @@ def _sequence_problems(schedule: SequentialLR) -> list[Problem]:
     return []
 
 
-def _cosine(start: float, end: float, done: float) -> float:
-    """Go from one rate to another along half a cosine."""
-    return end + (start - end) * (1.0 + math.cos(math.pi * done)) / 2.0
+def _cosine(start: float, end: float, progress: float) -> float:
+    """Interpolate between two rates along half a cosine."""
+    return end + (start - end) * (1.0 + math.cos(math.pi * progress)) / 2.0
 
 
 def _power(base: float, exponent: int) -> float:

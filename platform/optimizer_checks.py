@@ -1,4 +1,4 @@
-"""What of a job's optimizer no single field can see, and what of it the model must agree to."""
+"""Checks of a job's optimizer across fields, and against the parameters of the model."""
 
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
@@ -7,7 +7,7 @@ from distplat.platform.errors import Problem, hint, nearest
 from distplat.platform.optimizers import SGD, Optimizer
 
 _STATE_ARGUMENTS = ("momentum", "amsgrad", "centered")
-"""Arguments that decide what an optimizer remembers: on for all parameters, or off for all."""
+"""Arguments that add optimizer state: they are on or off for all parameters alike."""
 
 
 def optimizer_problems(rule: Optimizer) -> list[Problem]:
@@ -59,17 +59,17 @@ def _argument_problems(rule: Optimizer, number: int) -> list[Problem]:
         if own is not None and name in arguments and bool(arguments[name]) != bool(own):
             text = (
                 f"is {'on' if arguments[name] else 'off'} here and {'on' if own else 'off'} in the "
-                f"optimizer: what is remembered of a parameter is the same in all groups"
+                f"optimizer: all groups must have the same optimizer state"
             )
             problems.append(Problem((*where, name), text))
-    if not arguments and not any(one.name for one in rule.groups[number + 1 :]):
+    if not arguments and not any(later.name for later in rule.groups[number + 1 :]):
         text = "changes nothing: give it an argument beside `match`"
         problems.append(Problem(where, text))
     return problems
 
 
 def _name_problems(rule: Optimizer, number: int) -> list[Problem]:
-    """Check a group that has an optimizer of its own."""
+    """Check a group that names its own optimizer."""
     where, group = ("optimizer", "groups", number), rule.groups[number]
     if group.name == rule.name:
         text, advice = f"is {group.name}, as the optimizer is", "a group without `name` has its own"
@@ -87,14 +87,13 @@ def match_problems(
     other_names: Mapping[str, str],
 ) -> list[Problem]:
     """
-    Compare the patterns of an optimizer's groups with the parameters of a model.
+    Check the patterns of an optimizer's groups against the parameters of a model.
 
     Args:
         rule: the optimizer.
-        names: of all parameters, frozen ones too; each has one name.
-        tables: embedding tables by path, whose rows other servers update: how each may be called.
-        other_names: of parameters that have several names, those not in `names`, with the one that
-            is.
+        names: of all parameters, including frozen ones; one name each.
+        tables: all names of each embedding table, by path; other servers update their rows.
+        other_names: further names of shared parameters, each with its name in `names`.
     """
     problems: list[Problem] = []
     remaining = [*names]
@@ -109,7 +108,9 @@ def match_problems(
                     Problem(where, text, "a parameter belongs to the first that matches")
                 )
             elif not any(
-                fnmatchcase(one, pattern) for table_names in tables.values() for one in table_names
+                fnmatchcase(name, pattern)
+                for table_names in tables.values()
+                for name in table_names
             ):
                 text = f"{pattern!r} matches no parameter"
                 problems.append(Problem(where, text, _advice(pattern, names, other_names)))
@@ -124,11 +125,11 @@ def match_problems(
 
 def shape_problems(rule: Optimizer, shapes: Mapping[str, Sequence[int]]) -> list[Problem]:
     """
-    Compare the parameters that are trained with what their optimizers take.
+    Check that the optimizers can update the shapes of the trained parameters.
 
     Args:
         rule: the optimizer.
-        shapes: of the parameters, by name.
+        shapes: by parameter name.
     """
     problems = []
     for number, optimizer in enumerate(rule.group_classes()):
@@ -141,9 +142,9 @@ def shape_problems(rule: Optimizer, shapes: Mapping[str, Sequence[int]]) -> list
             shape = [*shapes[wrong[0]]]
             text = f"{optimizer.__name__} takes matrices, and {wrong[0]!r} is {shape}{more}"
             names = ",".join(wrong[:4]) + (",..." if len(wrong) > 4 else "")
-            own = f'match: "{names}"'  # in no other group they have the job's optimizer
-            own = f"{{{own}, name: AdamW, lr: 3e-4}}" if rule.matrices else f"{{{own}}}"
-            problems.append(Problem(where, text, f"put them into an earlier group: {own}"))
+            entry = f'match: "{names}"'  # without another group they get the job's optimizer
+            entry = f"{{{entry}, name: AdamW, lr: 3e-4}}" if rule.matrices else f"{{{entry}}}"
+            problems.append(Problem(where, text, f"put them into an earlier group: {entry}"))
     return problems
 
 

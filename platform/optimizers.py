@@ -1,14 +1,14 @@
 """
-The optimizers a job file may name: those of `torch.optim`, with their own argument names.
+Optimizers that a job file may name: those of `torch.optim`, with their own argument names.
 
-They are written out, not looked up, so that a job file is checked without importing torch; a unit
-test holds every name and argument here against torch's signatures.
+They are declared explicitly, so that a job file is checked without importing torch; a unit test
+compares every name and argument with torch's signatures.
 
-Most act element by element: each element's update needs nothing but the element's own gradient and
-state, so a shard of the parameters can be updated alone and every strategy gives the same result.
-Others (`Optimizer.of_tensors`) look at a parameter as a whole: for them shards end where parameters
-do. A group of parameters may have another optimizer than the rest, as Muon needs it.
-`REFUSED_OPTIMIZERS` names those of torch that are neither.
+Most optimizers are element-wise: an element's update needs only its own gradient and state, so a
+shard of the parameters can be updated alone, and every strategy gives the same result. Others
+(`Optimizer.of_tensors`) need whole parameters: shards then end at parameter bounds. A group of
+parameters may have another optimizer than the rest, as Muon needs it. `REFUSED_OPTIMIZERS` lists
+torch's optimizers that are not supported.
 """
 
 from collections.abc import Mapping, Sequence
@@ -31,16 +31,16 @@ from distplat.platform.fields import (
 )
 
 _OF_THE_TASK = (
-    "write {name: task}, under ring, and make it in the task: "
+    "write {name: task}, under ring, and create it in the task: "
     "optimizer(named_parameters), docs/task.md"
 )
 REFUSED_OPTIMIZERS = {
     "ASGD": _OF_THE_TASK,
     "Rprop": _OF_THE_TASK,
-    "LBFGS": "it asks for the loss several times in a step",
+    "LBFGS": "it evaluates the loss several times per step",
     "SparseAdam": "it is for embedding tables: `embeddings.optimizer`",
 }
-"""Optimizers of torch that a job may not name, and why, or what to write."""
+"""torch optimizers that a job may not name, and why, or the alternative."""
 
 
 OptimizerName = Literal[
@@ -57,7 +57,7 @@ OptimizerName = Literal[
     "Muon",
     "LAMB",
 ]
-"""All that a group may name."""
+"""Optimizers that a group may name."""
 Coefficients = tuple[Number, Number, Number]
 NewtonSchulzSteps = Annotated[Count, Field(lt=100)]
 AdjustLr = Literal["original", "match_rms_adamw"]
@@ -65,17 +65,17 @@ AdjustLr = Literal["original", "match_rms_adamw"]
 
 class Group(Spec):
     """
-    Parameters that are updated with arguments of their own: a param group of torch.
+    Parameters with their own optimizer arguments: a param group of torch.
 
-    What is not given is the optimizer's. A group that names another one has nothing of the
-    optimizer's, but the defaults of its own. Which arguments an optimizer has,
-    `platform/optimizer_checks.py` knows. Not here is what torch ignores in a group.
+    Missing arguments are inherited from the optimizer. A group that names another optimizer
+    inherits nothing, but has that optimizer's defaults. `platform/optimizer_checks.py` checks which
+    arguments an optimizer has. Arguments that torch ignores in a group are not supported here.
     """
 
     match: str
-    """Patterns of parameters' names, separated by commas: `*`, `?`, `[...]`."""
+    """Comma-separated patterns of parameter names: `*`, `?`, `[...]`."""
     name: OptimizerName | None = None
-    """The optimizer of these parameters; None: the job's."""
+    """Optimizer of these parameters; None: the job's."""
     lr: Positive | None = None
     weight_decay: NonNegative | None = None
     maximize: Flag | None = None
@@ -97,72 +97,72 @@ class Group(Spec):
 
     @property
     def patterns(self) -> tuple[str, ...]:
-        """The patterns of `match`, in its order."""
+        """The patterns of `match`, in order."""
         return tuple(part.strip() for part in self.match.split(","))
 
     def matches(self, name: str) -> bool:
-        """Say whether a pattern matches the name of a parameter."""
+        """Return whether a pattern matches a parameter's name."""
         return any(fnmatchcase(name, pattern) for pattern in self.patterns)
 
     def arguments(self) -> dict[str, Any]:
-        """Give the arguments that are this group's own."""
+        """Return the group's own arguments."""
         return self.model_dump(exclude={"match", "name"})
 
     @model_serializer(mode="wrap")
-    def _given(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+    def _serialize_set_fields(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
         return {name: value for name, value in write(self).items() if value is not None}
 
 
 class Optimizer(Spec):
-    """Fields that all optimizers have. `lr` is the rate that the schedule scales."""
+    """Fields of all optimizers."""
 
     of_tensors: ClassVar[bool] = False
-    """Whether the update of an element needs more of its parameter than that element."""
+    """Whether an element's update depends on other elements of its parameter."""
     matrices: ClassVar[bool] = False
-    """Whether it takes parameters of two dimensions, and no others."""
+    """Whether it supports only two-dimensional parameters."""
     not_in_groups: ClassVar[frozenset[str]] = frozenset()
-    """Arguments that are the same in all groups."""
+    """Arguments that must be the same in all groups."""
 
     name: str
-    """The class in `torch.optim`."""
+    """Class in `torch.optim`."""
     lr: Positive
-    """Learning rate before the schedule's factor."""
+    """Learning rate, before the schedule's factor."""
     weight_decay: NonNegative = 0.0
-    """L2 penalty; in AdamW decoupled from the gradient."""
+    """L2 penalty; decoupled from the gradient in AdamW."""
     groups: tuple[Group, ...] = ()
-    """Parameters with arguments of their own; each belongs to the first group that matches it."""
+    """Parameters with their own arguments; each belongs to the first group that matches."""
 
     def arguments(self) -> dict[str, object]:
-        """Give the keyword arguments for the class in `torch.optim`."""
+        """Return the keyword arguments of the class in `torch.optim`."""
         return self.model_dump(exclude={"name", "groups"})
 
     def group_of(self, name: str) -> int:
-        """Give the number of the group of a parameter, from 1; 0: it is in none."""
+        """Return the number of a parameter's group, from 1; 0: none."""
         matches = (number for number, group in enumerate(self.groups, 1) if group.matches(name))
         return next(matches, 0)
 
     def group_classes(self) -> "list[type[Optimizer]]":
-        """Give the class of parameters that are in no group, then that of each group."""
+        """Return the optimizer class of parameters without a group, then that of each group."""
         own = type(self)
         return [own, *(options_of(group.name) if group.name else own for group in self.groups)]
 
     @property
     def whole(self) -> bool:
-        """Whether it needs whole tensors: one of its classes does, or there are several."""
+        """Whether it needs whole tensors: one of its classes does, or there are several classes."""
         return len({*self.group_classes()}) > 1 or any(
-            kind.of_tensors for kind in self.group_classes()
+            cls.of_tensors for cls in self.group_classes()
         )
 
     def takes(self, name: str, shape: Sequence[int]) -> bool:
-        """Say whether a parameter has a shape that its optimizer can update."""
+        """Return whether the parameter's optimizer can update a parameter of this shape."""
         return len(shape) == 2 or not self.group_classes()[self.group_of(name)].matrices
 
     def variants(self) -> "list[Optimizer]":
         """
-        Give the optimizer of parameters that are in no group, then that of each group.
+        Return the optimizer of parameters without a group, then that of each group.
 
         Raises:
-            ValidationError: a group has an argument that its optimizer has not.
+            ValidationError: a group has an argument that its optimizer does not have.
         """
         own = {"name": self.name, **self.arguments()}
         arguments = [own]
@@ -170,35 +170,35 @@ class Optimizer(Spec):
             base = own if group.name is None else {"name": group.name}
             arguments.append(base | group.arguments())
         return [
-            kind.model_validate(one)
-            for kind, one in zip(self.group_classes(), arguments, strict=True)
+            cls.model_validate(one)
+            for cls, one in zip(self.group_classes(), arguments, strict=True)
         ]
 
     def rates(self) -> tuple[float, ...]:
-        """Give `lr` of parameters that are in no group, then that of each group."""
+        """Return `lr` of parameters without a group, then that of each group."""
         return self.lr, *(self.lr if group.lr is None else group.lr for group in self.groups)
 
     def figures(self) -> tuple[str, ...]:
-        """Name each of `rates` as it is reported; empty: it is the first one."""
+        """Return the metric name of each of `rates`; empty: equal to the first rate."""
         own = enumerate(self.groups)
         return "lr", *("" if group.lr is None else f"lr_group_{n}" for n, group in own)
 
 
-class _Signed(Optimizer):
-    """Those that can go up, too."""
+class _WithMaximize(Optimizer):
+    """Optimizers with `maximize`."""
 
     maximize: Flag = False
 
 
-class _Adams(_Signed):
-    """Those with two moments of the gradient."""
+class _AdamFamily(_WithMaximize):
+    """Optimizers with two moments of the gradient."""
 
     betas: Pair = (0.9, 0.999)
     eps: NonNegative = 1e-8
 
 
-class SGD(_Signed):
-    """Stochastic gradient descent, with momentum if asked."""
+class SGD(_WithMaximize):
+    """Stochastic gradient descent, with optional momentum."""
 
     name: Literal["SGD"]
     momentum: NonNegative = 0.0
@@ -206,14 +206,14 @@ class SGD(_Signed):
     nesterov: Flag = False
 
 
-class Adam(_Adams):
+class Adam(_AdamFamily):
     """Adam, Kingma & Ba 2015."""
 
     name: Literal["Adam"]
     amsgrad: Flag = False
 
 
-class AdamW(_Adams):
+class AdamW(_AdamFamily):
     """Adam with decoupled weight decay, Loshchilov & Hutter 2019."""
 
     name: Literal["AdamW"]
@@ -221,7 +221,7 @@ class AdamW(_Adams):
     amsgrad: Flag = False
 
 
-class RMSprop(_Signed):
+class RMSprop(_WithMaximize):
     """RMSprop, Hinton's lecture 6."""
 
     name: Literal["RMSprop"]
@@ -231,7 +231,7 @@ class RMSprop(_Signed):
     centered: Flag = False
 
 
-class Adagrad(_Signed):
+class Adagrad(_WithMaximize):
     """Adagrad, Duchi et al. 2011."""
 
     name: Literal["Adagrad"]
@@ -240,7 +240,7 @@ class Adagrad(_Signed):
     eps: NonNegative = 1e-10
 
 
-class Adadelta(_Signed):
+class Adadelta(_WithMaximize):
     """Adadelta, Zeiler 2012."""
 
     name: Literal["Adadelta"]
@@ -248,13 +248,13 @@ class Adadelta(_Signed):
     eps: NonNegative = 1e-6
 
 
-class Adamax(_Adams):
+class Adamax(_AdamFamily):
     """Adam with the infinity norm, Kingma & Ba 2015."""
 
     name: Literal["Adamax"]
 
 
-class NAdam(_Adams):
+class NAdam(_AdamFamily):
     """Adam with Nesterov momentum, Dozat 2016."""
 
     name: Literal["NAdam"]
@@ -262,15 +262,15 @@ class NAdam(_Adams):
     decoupled_weight_decay: Flag = False
 
 
-class RAdam(_Adams):
+class RAdam(_AdamFamily):
     """Rectified Adam, Liu et al. 2020."""
 
     name: Literal["RAdam"]
     decoupled_weight_decay: Flag = False
 
 
-class Adafactor(_Signed):
-    """Adam's second moments by rows and columns, Shazeer & Stern 2018; torch's has no momentum."""
+class Adafactor(_WithMaximize):
+    """Adam's second moments by rows and columns, Shazeer & Stern 2018; no momentum, as in torch."""
 
     of_tensors: ClassVar[bool] = True
     not_in_groups: ClassVar[frozenset[str]] = frozenset({"eps", "beta2_decay", "d"})
@@ -282,7 +282,7 @@ class Adafactor(_Signed):
 
 
 class Muon(Optimizer):
-    """Momentum made orthogonal by Newton and Schulz, Jordan et al. 2024: for hidden matrices."""
+    """Momentum orthogonalized by Newton-Schulz, Jordan et al. 2024: for hidden matrices."""
 
     of_tensors: ClassVar[bool] = True
     matrices: ClassVar[bool] = True
@@ -298,7 +298,7 @@ class Muon(Optimizer):
 
 
 class LAMB(Optimizer):
-    """Adam with a rate by the norms of each parameter, You et al. 2020; not one of torch's."""
+    """Adam with layer-wise rates by parameter norms, You et al. 2020; not in torch."""
 
     of_tensors: ClassVar[bool] = True
 
@@ -309,18 +309,18 @@ class LAMB(Optimizer):
 
 
 class TaskOptimizer(Optimizer):
-    """Whatever the task's `optimizer` makes."""
+    """The optimizer that the task's `optimizer` creates."""
 
     name: Literal["task"]
     lr: Positive = 1.0
     of_groups: tuple[float, ...] = (1.0,)
-    """In a worker, which has asked the task: `lr` of each param group."""
+    """On a worker, `lr` of each param group of the task's optimizer."""
 
     @model_validator(mode="before")
     @classmethod
-    def _bare(cls, given: Any) -> Any:
+    def _refuse_arguments(cls, given: Any) -> Any:
         if isinstance(given, Mapping) and given.keys() - {"name"}:
-            text = "has no arguments beside `name: task`: the task's optimizer() says them"
+            text = "has no arguments beside `name: task`: the task's optimizer() sets them"
             raise PydanticCustomError("task_optimizer", text)
         return given
 
@@ -329,26 +329,26 @@ class TaskOptimizer(Optimizer):
         return {"name": self.name}
 
     def rates(self) -> tuple[float, ...]:
-        """Give `lr` of each param group."""
+        """Return `lr` of each param group."""
         return self.of_groups
 
     @override
     def figures(self) -> tuple[str, ...]:
-        """Groups are counted as torch does."""
+        """Param groups are numbered as in torch."""
         own = enumerate(self.of_groups[1:], 1)
         return "lr", *("" if lr == self.of_groups[0] else f"lr_group_{n}" for n, lr in own)
 
 
 _Named = SGD | Adam | AdamW | RMSprop | Adagrad | Adadelta | Adamax | NAdam | RAdam
 AnyOptimizer = Annotated[_Named, Field(discriminator="name")]
-"""Those that update element by element."""
+"""Element-wise optimizers."""
 _OfTensors = Adafactor | Muon | LAMB
 _Any = _Named | _OfTensors | TaskOptimizer
 JobOptimizer = Annotated[_Any, Field(discriminator="name")]
-"""As a job file has it."""
+"""Optimizer field of a job file."""
 OPTIMIZERS: tuple[type[Optimizer], ...] = get_args(_Any)
 
 
 def options_of(name: str) -> type[Optimizer]:
-    """Give the class of an optimizer that a job may name."""
-    return next(kind for kind in OPTIMIZERS if kind.__name__ == name)
+    """Return the class of an optimizer by its name."""
+    return next(cls for cls in OPTIMIZERS if cls.__name__ == name)

@@ -1,4 +1,4 @@
-"""The job of a train function, which has a loop of its own: what it does without."""
+"""Jobs of train functions, which have their own loop, and the fields that they do not use."""
 
 import shlex
 from collections.abc import Mapping
@@ -7,14 +7,15 @@ from typing import Any
 from distplat.platform.errors import Problem
 
 _LOOP = ("optimizer", "global_batch_size", "epochs", "steps")
-"""What every task needs, and a train function says itself: a job with none of them has one."""
+"""Fields that every task needs and a train function replaces; a job without them has its own
+loop."""
 
 _FILLED: dict[str, Any] = {
     "optimizer": {"name": "SGD", "lr": 1.0},
     "global_batch_size": 1,
     "steps": 1,
 }
-"""What stands in these fields then; nobody reads it."""
+"""Placeholders for these fields, which are never read."""
 
 OF_TASKS = (
     *_LOOP,
@@ -30,15 +31,15 @@ OF_TASKS = (
     "data",
     "evaluation",
 )
-"""Fields of what the loop of a task does, and a train function does itself."""
+"""Fields of a task's loop, which a train function replaces."""
 
 
 def script_of(entry: str | None) -> list[str]:
     """
-    Give a script and its arguments, where a job's `task` is one; else nothing.
+    Return the script and its arguments if a job's `task` is a script; else [].
 
     Args:
-        entry: as `train.py --lr 0.1`, or `module:function`.
+        entry: such as `train.py --lr 0.1`, or `module:function`.
     """
     head, _, rest = (entry or "").partition(" ")
     return [head, *shlex.split(rest)] if head.endswith(".py") else []
@@ -46,10 +47,10 @@ def script_of(entry: str | None) -> list[str]:
 
 def check_quotes(entry: str) -> str:
     """
-    Give a job's `task` back, whose arguments can be told apart.
+    Return a job's `task` if its arguments can be split.
 
     Raises:
-        ValueError: they cannot, as a quotation does not end.
+        ValueError: a quotation is not closed.
     """
     try:
         script_of(entry)
@@ -59,7 +60,7 @@ def check_quotes(entry: str) -> str:
 
 
 def script_problems(job: Any) -> list[Problem]:
-    """Name what a script, as the job's `task`, does not go with."""
+    """Check fields that cannot be combined with a script as the job's `task`."""
     if not script_of(job.task):
         return []
     if not job.own_loop:
@@ -72,10 +73,10 @@ def script_problems(job: Any) -> list[Problem]:
 
 def filled(fields: Mapping[str, Any]) -> Mapping[str, Any]:
     """
-    Have the fields of a job do without those of a loop, where it has none or its task is a script.
+    Fill in the fields of a loop, for a job without them or whose task is a script.
 
     Args:
-        fields: as they were written.
+        fields: the given fields.
     """
     task = fields.get("task")
     is_script = isinstance(task, str) and task.partition(" ")[0].endswith(".py")
@@ -87,11 +88,11 @@ def filled(fields: Mapping[str, Any]) -> Mapping[str, Any]:
 
 def problems(job: Any, bare: Any) -> list[Problem]:
     """
-    Name what would have no effect: an option that has none is an error.
+    Check for options without effect on a train function.
 
     Args:
         job: a job of a train function.
-        bare: another, with nothing but its name and strategy.
+        bare: the same job with only its name and strategy.
     """
     kind = "script" if script_of(job.task) else "train function"
     text, hint = f"has no effect on a {kind}, which has its own loop", "remove it"
@@ -102,11 +103,11 @@ def problems(job: Any, bare: Any) -> list[Problem]:
     ]
     for field in ("every_steps", "every_epochs"):
         if getattr(job.checkpoint, field) is not None:
-            how = f"a {kind} says when: report(metrics, checkpoint=...)"
-            ineffective.append(Problem(("checkpoint", field), how, hint))
+            reason = f"a {kind} says when: report(metrics, checkpoint=...)"
+            ineffective.append(Problem(("checkpoint", field), reason, hint))
     if job.checkpoint.trained_only:
         ineffective.append(Problem(("checkpoint", "trained_only"), text, hint))
     if job.failure.non_finite == "skip":
-        how = f"a {kind} cannot leave a step out"
-        ineffective.append(Problem(("failure", "non_finite"), how, "allowed: stop, ignore"))
+        reason = f"a {kind} cannot leave a step out"
+        ineffective.append(Problem(("failure", "non_finite"), reason, "allowed: stop, ignore"))
     return ineffective

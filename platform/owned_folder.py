@@ -1,13 +1,13 @@
 """
-Directories that a process makes for itself, and that the next one removes if it was killed.
+Temporary directories of a process, removed by the next process if their owner was killed.
 
     /tmp/ray-k2h8x0aa/
-        .distplat-owner     names this kernel; locked as long as the owner lives
+        .distplat-owner     id of this boot; locked while the owner lives
         ...                 the owner's files
 
-A process removes its directory when it ends. One that is killed leaves it. A lock ends with the
-process that held it, which neither the age of a directory nor a number of a process tells for
-certain.
+A process removes its directory when it ends; a killed process leaves it. A lock is released with
+its process. Neither the age of a directory nor a process id would show reliably whether the owner
+still lives.
 """
 
 from __future__ import annotations
@@ -30,45 +30,45 @@ _LOCK = ".distplat-owner"
 
 class OwnedFolder:
     """
-    Makes a directory that only this user can enter.
+    Create a directory that only this user can enter.
 
     Args:
-        base: where.
-        prefix: its name begins so.
+        base: parent directory.
+        prefix: of its name.
 
     Raises:
-        OSError: it cannot be made.
+        OSError: it cannot be created.
     """
 
     def __init__(self, base: Path, prefix: str) -> None:
         self.path = Path(tempfile.mkdtemp(prefix=prefix, dir=base))
-        # Under its name the file is locked from its first moment.
+        # The file is locked before it gets its final name.
         new = self.path / f"{_LOCK}.new"
         self._lock: IO[bytes] | None = None
-        with suppress(OSError):  # a full disk, or one without locks: what is left there stays
+        with suppress(OSError):  # a full disk, or one without locks: an orphan stays
             self._lock = new.open("xb", buffering=0)
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            self._lock.write(_kernel())
+            self._lock.write(_boot_id())
             new.rename(self.path / _LOCK)
 
     def remove(self) -> None:
-        """Remove it with all in it; what cannot be removed stays for the next process."""
+        """Remove the directory tree; files that cannot be removed stay for the next process."""
         _remove(self.path)
-        self.leave()
+        self.release()
 
-    def leave(self) -> None:
-        """Let the next process remove it."""
+    def release(self) -> None:
+        """Release the lock, so that the next process removes the directory."""
         if self._lock is not None:
             self._lock.close()
 
 
 def remove_orphans(base: Path, prefix: str) -> None:
     """
-    Remove what was left by processes that were killed since this machine started: this user's own.
+    Remove this user's directories whose owners were killed since this machine booted.
 
     Args:
-        base: where it lies; other users may write there.
-        prefix: its names begin so.
+        base: parent directory; may be writable by other users.
+        prefix: of their names.
     """
     with suppress(OSError):
         for entry in list(os.scandir(base)):
@@ -82,19 +82,19 @@ def _remove_if_left(folder: Path) -> None:
     if stat_result.st_uid != os.geteuid() or stat.S_IMODE(stat_result.st_mode) & 0o077:
         return
     with open_regular(folder / _LOCK) as file:
-        if file is not None and file.read(300) == _kernel() and _is_free(file):
+        if file is not None and file.read(300) == _boot_id() and _lock_if_free(file):
             _remove(folder)
 
 
-def _kernel() -> bytes:
-    """Name what knows a lock: where machines share a disk it may be one of them alone."""
+def _boot_id() -> bytes:
+    """Return an id of this boot: on a shared disk, only the locking machine knows a lock."""
     with suppress(OSError):
         return Path("/proc/sys/kernel/random/boot_id").read_bytes()
     return socket.gethostname().encode()
 
 
-def _is_free(file: IO[bytes]) -> bool:
-    """Take the lock of a process that is no more; False: it lives, or another one removes it."""
+def _lock_if_free(file: IO[bytes]) -> bool:
+    """Take the lock of an ended process; False: its owner lives, or another process removes it."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
@@ -103,7 +103,7 @@ def _is_free(file: IO[bytes]) -> bool:
 
 
 def _remove(folder: Path) -> None:
-    """Remove a directory, the lock last: what could not be removed is found again by it."""
+    """Remove a directory, the lock file last, so that a partly removed one is found again."""
     with suppress(OSError):
         for path in folder.iterdir():
             if path.is_dir() and not path.is_symlink():

@@ -1,15 +1,16 @@
 """
-Learning rates that go by evaluations: torch's `ReduceLROnPlateau`, over attempts and processes.
+Learning rates based on evaluations: torch's `ReduceLROnPlateau`, across attempts and processes.
 
-    each rank    evaluation after step 40 ── the figures of all ranks ──▶ the same state everywhere
+    each rank    evaluation after step 40 ── metrics of all ranks ──▶ the same state everywhere
     step 40      a rank's own optimizer: the rate from its state
                  servers: the state comes with the push, and is kept until the next one
 
-The state is a handful of numbers, and the rate a function of one of them: how many times it was
-reduced. A checkpoint has it. Workers that are left have it, and servers where none is left. It says
-which evaluation was the last that it has seen, so one that is made again counts once.
+The state is a few numbers, and the rate a function of one of them: the number of reductions. The
+state is saved in checkpoints; after a failure it is restored from surviving workers, or from
+servers if no worker survived. It contains the step of the last evaluation, so a repeated evaluation
+counts once.
 
-The classes read no clock and talk to nobody.
+The classes read no clock and do no I/O.
 """
 
 from __future__ import annotations
@@ -22,32 +23,32 @@ from distplat.platform.errors import Problem, SpecError, hint
 from distplat.platform.lr_schedules import ReduceLROnPlateau
 
 PLATEAU = "plateau"
-"""Fact of a checkpoint: see `Plateau.saved`."""
+"""Key of the state in a checkpoint: see `Plateau.saved`."""
 
 
 class PlateauState(NamedTuple):
-    """The scheduler's state after an evaluation."""
+    """State of the scheduler after an evaluation."""
 
     at: int
-    """Steps before the last one that is in it; 0: there was none."""
+    """Steps before the last evaluation; 0: none."""
     reductions: int
-    """How many times the rate was reduced."""
+    """Number of reductions of the rate."""
     best: float
-    """Best figure so far."""
+    """Best value so far."""
     bad: int = 0
-    """Evaluations since it, or since the last reduction."""
+    """Evaluations since the best value, or since the last reduction."""
     cooldown: int = 0
-    """Evaluations that do not count any more as bad ones."""
+    """Evaluations to come that do not count as bad."""
 
     @classmethod
     def of(cls, numbers: Iterable[float]) -> PlateauState:
-        """Read what `tuple` gives of one, as floats."""
+        """Build the state from a sequence of floats, as `tuple(state)` gives it."""
         at, reductions, best, bad, cooldown = numbers
         return cls(int(at), int(reductions), best, int(bad), int(cooldown))
 
 
 def first_state(rule: ReduceLROnPlateau) -> PlateauState:
-    """Give the state before any evaluation."""
+    """Return the state before any evaluation."""
     return PlateauState(0, 0, math.inf if rule.mode == "min" else -math.inf)
 
 
@@ -55,18 +56,18 @@ def after_evaluation(
     rule: ReduceLROnPlateau, state: PlateauState, step: int, figure: float
 ) -> PlateauState:
     """
-    Give the state after one more evaluation; the same if that is in it, or of the warm-up.
+    Return the state after an evaluation; unchanged if it is a repeat or within the warm-up.
 
     Args:
-        rule: of the job.
-        state: before.
-        step: steps that the evaluated parameters have behind them.
-        figure: what it gave.
+        rule: the job's rule.
+        state: before the evaluation.
+        step: steps done before the evaluation.
+        figure: value of the metric.
     """
     if step <= max(state.at, rule.warmup_steps):
         return state
     _, reductions, best, bad, cooldown = state
-    better = rule.better(figure, best)
+    better = rule.is_better(figure, best)
     best, bad = (figure, 0) if better else (best, bad + 1)
     if cooldown > 0:
         cooldown, bad = cooldown - 1, 0
@@ -77,37 +78,37 @@ def after_evaluation(
 
 class Plateau:
     """
-    The rates of one process; it has this in place of the job's schedule, through all attempts.
+    Learning rates of one process, in place of the job's schedule, through all attempts.
 
     Args:
-        rule: of the job.
+        rule: the job's rule.
     """
 
     def __init__(self, rule: ReduceLROnPlateau) -> None:
         self.rule = rule
         self.known: PlateauState | None = None
-        """None: this process has not been told yet."""
+        """None: unknown until `sync` or `load`."""
 
     @property
     def state(self) -> PlateauState:
-        """The scheduler's state after an evaluation."""
-        assert self.known is not None, "sync(), load() or an assignment comes first"
+        """State after the last evaluation."""
+        assert self.known is not None, "call sync() or load(), or assign `known` first"
         return self.known
 
     def rate(self, base: float, step: int, total_steps: int) -> float:
-        """Give the learning rate of the step under way; see `LRSchedule.rate`."""
+        """Return the learning rate of the present step; see `LRSchedule.rate`."""
         return self.rule.rate(self.rule.reduced(base, self.state.reductions), step, total_steps)
 
     def evaluated(self, step: int, metrics: Mapping[str, float]) -> None:
         """
-        Take an evaluation; every rank is given the same bits.
+        Update the state after an evaluation; all ranks pass the same bits.
 
         Args:
-            step: steps that the evaluated parameters have behind them.
+            step: steps done before the evaluation.
             metrics: of all ranks together.
 
         Raises:
-            SpecError: it does not give the figure.
+            SpecError: the metric is missing.
         """
         name = self.rule.metric
         if name not in metrics:
@@ -117,11 +118,11 @@ class Plateau:
 
     def sync(self, version: int, known: Iterable[PlateauState]) -> bool:
         """
-        Take the newest known state of a version when an attempt begins; False: there is none.
+        Adopt the newest state of a version at the start of an attempt; False: there is none.
 
         Args:
-            version: with which it begins.
-            known: what ranks and servers have.
+            version: with which the attempt starts.
+            known: states of ranks and servers.
         """
         usable = [state for state in known if state.at <= version]
         if not version:
@@ -130,24 +131,24 @@ class Plateau:
         return self.known is not None
 
     def saved(self) -> dict[str, Any]:
-        """Give what a checkpoint needs; JSON has no infinity, so the best figure is text."""
+        """Return the state for a checkpoint, with the best value as text: JSON has no infinity."""
         state = self.state._replace(best=0.0)
         best, rule = repr(self.state.best), self.rule
         return {"metric": rule.metric, "mode": rule.mode, "best": best, "state": [*state]}
 
     def load(self, saved: Mapping[str, Any] | None) -> None:
         """
-        Begin from a checkpoint.
+        Restore the state from a checkpoint.
 
         Args:
-            saved: what `saved` gave; of another figure it says only how low the rate is. None: the
-                run had another schedule.
+            saved: result of `saved`; with another metric only the number of reductions is used.
+                None: the run had another schedule.
         """
         self.known = first_state(self.rule)
         if saved is None:
             return
-        had = PlateauState.of(saved["state"])
+        saved_state = PlateauState.of(saved["state"])
         if (saved["metric"], saved["mode"]) == (self.rule.metric, self.rule.mode):
-            self.known = had._replace(best=float(saved["best"]))
+            self.known = saved_state._replace(best=float(saved["best"]))
         else:
-            self.known = self.known._replace(reductions=had.reductions)
+            self.known = self.known._replace(reductions=saved_state.reductions)

@@ -1,17 +1,16 @@
 """
-Files at a URL, through fsspec. No operation waits longer than its deadline.
+Files at a URL, through fsspec, with a deadline for each operation.
 
-An operation runs in a thread of its own. One that does not come back is left to its thread, and the
-next one gets another connection: libraries have deadlines of minutes, or none.
+An operation runs in its own thread. If it hangs, the thread is abandoned and the next operation
+opens a new connection: libraries have deadlines of minutes, or none.
 
-A `storage_path` or `--resume` may name such a URL beside a directory. Of such a run the local
-directory stays what it is, below `runs`; a copy of it is kept at the URL while the run goes on
-(`run_upload.py`).
+`storage_path` and `--resume` accept such a URL in place of a directory. The run directory stays
+local, below `runs`; a copy of it is uploaded to the URL during the run (`run_upload.py`).
 
-A checkpoint at a URL is brought to a local disk and read there like any other. One without a
-manifest was never whole, or is being deleted, and is passed over. One that does not go with its
-manifest is damaged, and the one before is taken. A storage that does not answer is an error: an
-older checkpoint would cost work.
+A checkpoint at a URL is downloaded to a local disk and read there. A checkpoint without a manifest
+is incomplete or being deleted, and is skipped. A checkpoint that does not match its manifest is
+damaged, and the previous one is used. A storage that does not respond is an error, because an older
+checkpoint would lose work.
 """
 
 from __future__ import annotations
@@ -50,32 +49,32 @@ from distplat.platform.total_memory import check_fits
 T = TypeVar("T")
 
 PART_BYTES = 8 * 2**20
-"""Bytes of one operation."""
-_MOST_PARTS = 9_000
-"""S3 takes 10 000 parts of one object."""
-_MOST_HANGING = 8
-"""Operations that may hang at a time; beyond that none is begun."""
-_TRIES = 4
-"""How often something is read that somebody waits for."""
-_MOST_TEXTS = 1000
-"""Log texts of a library that are remembered, to print each once."""
+"""Most bytes per operation."""
+_MAX_PARTS = 9_000
+"""Most parts of one object; S3's limit is 10 000."""
+_MAX_HANGING = 8
+"""Most operations that may hang at a time; further ones fail at once."""
+_ATTEMPTS = 4
+"""Attempts of an operation with retries."""
+_MAX_LOGGED = 1000
+"""Most log messages that are remembered, to print each once."""
 _USER = re.compile(r"//[^/@\s]+@")
 
 
-_logged: set[str] = set()  #: texts that were let through
+_logged: set[str] = set()  #: messages that were logged
 
 
-def _logs_once(record: logging.LogRecord) -> bool:
-    """Let each text through once: gcsfs warns in every operation of what it may not ask for."""
+def _log_once(record: logging.LogRecord) -> bool:
+    """Log each message once: gcsfs repeats its permission warnings in every operation."""
     text = record.getMessage()
     new = text not in _logged
-    if new and len(_logged) < _MOST_TEXTS:
+    if new and len(_logged) < _MAX_LOGGED:
         _logged.add(text)
     return new
 
 
 class NoAnswer(StorageError):
-    """The storage did not answer in time."""
+    """The storage did not respond in time."""
 
 
 class ObjectNotFound(StorageError):
@@ -83,28 +82,28 @@ class ObjectNotFound(StorageError):
 
 
 class AccessRefused(StorageError):
-    """The storage does not let us: to try again is of no use."""
+    """The storage denied access; a retry does not help."""
 
 
 _CREDENTIAL_ERRORS = ("NoCredentialsError", "PartialCredentialsError", "ProfileNotFound")
-"""Names of botocore's errors where it does not know as whom to ask."""
+"""Names of botocore's errors for missing credentials."""
 
 
 class RemoteStorage:
     """
-    All below one URL; names are relative to it, with `/`.
+    Files below one URL; names are relative to it, with `/`.
 
     Args:
-        url: where, for example `s3://bucket/prefix`.
-        limit_s: `failure.storage_timeout_s`; one operation has a quarter of it.
+        url: for example `s3://bucket/prefix`.
+        limit_s: `failure.storage_timeout_s`; the deadline of one operation is a quarter of it.
     """
 
     def __init__(self, url: str, limit_s: float) -> None:
         self.url = url.rstrip("/")
         self.limit_s = limit_s
-        self.answered_at = time.monotonic()  #: when it last did what it was asked
+        self.answered_at = time.monotonic()  #: time of the last completed operation
         self._hanging: list[Future[Any]] = []
-        self._opened: tuple[Any, str] | None = None  #: fsspec's file system, and our path in it
+        self._opened: tuple[Any, str] | None = None  #: fsspec's file system, path of the URL
 
     @property
     def _local(self) -> bool:
@@ -112,63 +111,63 @@ class RemoteStorage:
 
     def put(self, name: str, file: IO[bytes], size: int) -> None:
         """
-        Write a file, whole or not at all.
+        Write a file atomically.
 
         Args:
-            name: its name there.
-            file: is read from where it stands.
-            size: so many bytes of it are written.
+            name: of the file at the URL.
+            file: read from its current position.
+            size: number of bytes to write.
 
         Raises:
             StorageError: it could not be written.
             OSError: `file` could not be read.
         """
-        part = max(PART_BYTES, -(-size // _MOST_PARTS))
-        out = self._run(name, partial(self._begin, part, name), asked=False)
+        part = max(PART_BYTES, -(-size // _MAX_PARTS))
+        out = self._run(name, partial(self._begin, part, name), is_request=False)
         try:
             remaining = size
             while remaining:
                 data = file.read(min(part, remaining))
                 if not data:
                     raise OSError(f"{name} has become shorter")
-                self._run(name, partial(_write, out, data), asked=len(data) == part)
+                self._run(name, partial(_write, out, data), is_request=len(data) == part)
                 remaining -= len(data)
             self._run(name, partial(self._commit, out))
         except NoAnswer:
             raise
         except BaseException:
-            with suppress(StorageError):  # of what was never begun the storage hears nothing
-                self._run(name, partial(self._discard, out), asked=False)
+            with suppress(StorageError):  # the upload may not have started at the storage
+                self._run(name, partial(self._discard, out), is_request=False)
             raise
         if (stored := self.size(name)) != size:
             raise StorageError(f"{self.url}/{name} has {stored} bytes, {size} were written")
 
     def read(self, name: str, start: int, stop: int) -> bytes:
         """
-        Read a part of a file, at most `PART_BYTES`; fewer bytes where it ends.
+        Read a part of a file, at most `PART_BYTES`; fewer bytes at its end.
 
         Raises:
-            ObjectNotFound: there is no such file.
-            StorageError: it cannot be read.
+            ObjectNotFound: the file does not exist.
+            StorageError: it could not be read.
         """
         return bytes(self._run(name, lambda fs, path: fs.cat_file(path, start=start, end=stop)))
 
     def size(self, name: str) -> int:
         """
-        Give a file's size in bytes.
+        Return a file's size in bytes.
 
         Raises:
-            ObjectNotFound: there is no such file.
-            StorageError: the storage does not say.
+            ObjectNotFound: the file does not exist.
+            StorageError: the request failed.
         """
         return self._run(name, lambda fs, path: int(fs.info(path)["size"]))
 
     def names(self, folder: str) -> list[str]:
         """
-        Give the names of what is directly in a directory; none where there is no such directory.
+        Return the names of a directory's entries; [] if it does not exist.
 
         Raises:
-            StorageError: the storage does not say.
+            StorageError: the request failed.
         """
         with suppress(ObjectNotFound):
             paths = self._run(folder, lambda fs, path: fs.ls(path, detail=False))
@@ -177,23 +176,23 @@ class RemoteStorage:
 
     def remove(self, name: str) -> None:
         """
-        Remove a file, or a directory with all in it; nothing where there is none.
+        Remove a file or a directory tree, if it exists.
 
         Raises:
-            StorageError: it may be there still.
+            StorageError: the request failed; it may still exist.
         """
         with suppress(ObjectNotFound):
             self._run(name, lambda fs, path: fs.rm(path, recursive=True))
 
-    def patiently(self, work: Callable[[], T]) -> T:
+    def with_retries(self, work: Callable[[], T]) -> T:
         """
-        Retry something a few times, with pauses.
+        Retry an operation a few times, with pauses.
 
         Raises:
-            ObjectNotFound: see `work`; asked once.
-            StorageError: it failed every time.
+            ObjectNotFound: from `work`; not retried.
+            StorageError: every attempt failed.
         """
-        for n in range(_TRIES - 1):
+        for n in range(_ATTEMPTS - 1):
             try:
                 return work()
             except ObjectNotFound:
@@ -202,21 +201,21 @@ class RemoteStorage:
                 time.sleep(min(0.5 * 4**n, self.limit_s / 8))
         return work()
 
-    def _run(self, name: str, work: Callable[[Any, str], T], *, asked: bool = True) -> T:
+    def _run(self, name: str, work: Callable[[Any, str], T], *, is_request: bool = True) -> T:
         """
-        Have a thread do something with the file system, and wait for it within reason.
+        Run an operation in a thread, and wait for it up to the deadline.
 
         Args:
             name: of the file.
             work: called with fsspec's file system, and the file's path in it.
-            asked: whether that asks the storage itself, and no buffer alone.
+            is_request: whether the operation sends a request to the storage, not only to a buffer.
         """
         limit_s = self.limit_s / 4
-        self._hanging = [one for one in self._hanging if not one.done()]
-        if len(self._hanging) >= _MOST_HANGING:
-            text = f"{_MOST_HANGING} operations before it still hang"
+        self._hanging = [operation for operation in self._hanging if not operation.done()]
+        if len(self._hanging) >= _MAX_HANGING:
+            text = f"{_MAX_HANGING} earlier operations still hang"
             raise NoAnswer(f"{self.url}/{name}: {text}; `{SETTING}` changes their deadline")
-        self._load(name)
+        self._import_library(name)
         operation = run_in_thread("remote storage", lambda: work(*self._connected(name)))
         if not wait([operation], limit_s).done:
             self._hanging.append(operation)
@@ -225,22 +224,22 @@ class RemoteStorage:
             raise NoAnswer(str(late))
         if (error := operation.exception()) is not None:
             raise self._storage_error(name, error) from error
-        if asked:
+        if is_request:
             self.answered_at = time.monotonic()
         return operation.result()
 
-    def _load(self, name: str) -> None:
-        """Import the scheme's library, which takes a second and is not the storage's fault."""
+    def _import_library(self, name: str) -> None:
+        """Import the scheme's library outside of the deadline; this takes a second."""
         from fsspec import get_filesystem_class
 
         try:
             filesystem = get_filesystem_class(self.url.partition("://")[0])
-        except Exception as error:  # for example one that does not go with another that it needs
+        except Exception as error:  # for example incompatible versions of dependencies
             raise self._storage_error(name, error) from error
-        logging.getLogger(filesystem.__module__.partition(".")[0]).addFilter(_logs_once)
+        logging.getLogger(filesystem.__module__.partition(".")[0]).addFilter(_log_once)
 
     def _connected(self, name: str) -> tuple[Any, str]:
-        """Give the file system, and a file's path in it."""
+        """Return the file system, and a file's path in it."""
         if self._opened is None:
             from fsspec.core import url_to_fs
 
@@ -260,7 +259,7 @@ class RemoteStorage:
             return AccessRefused(text)
         return StorageError(text)
 
-    # Object stores show an object when it is complete; a directory shows every byte at once.
+    # Object stores show only complete objects; local directories need a rename.
 
     def _begin(self, part: int, name: str, fs: Any, path: str) -> Any:
         if self._local:
@@ -289,31 +288,31 @@ def _write(out: Any, data: bytes, fs: Any, path: str) -> None:
 
 
 LOCAL = "runs"
-"""Where the run directories of a `storage_path` that is a URL are made."""
+"""Directory of local run directories, if `storage_path` is a URL."""
 
 _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
 _EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs"}
-"""Which of our extras brings the library of a scheme."""
+"""distplat's extra with the library of a scheme."""
 
 
 def is_url(text: str) -> bool:
-    """Say whether a path is a URL."""
+    """Return whether a path is a URL."""
     return _URL.match(text) is not None
 
 
 def local_folder(storage_path: str) -> str:
-    """Give the folder of the local run directories."""
+    """Return the directory of local run directories."""
     return LOCAL if is_url(storage_path) else storage_path
 
 
 def url_problem(url: str) -> tuple[str, str]:
     """
-    Say why a URL is refused, and what to do; empty: it is not. The texts hold no part of it.
+    Return why a URL is refused, and a hint; empty if it is accepted. Neither contains the URL.
 
-    Secrets in a URL would come into `job.yaml`, logs and messages.
+    Secrets in a URL would be copied to `job.yaml`, logs and messages.
     """
     match = _URL.match(url)
-    assert match is not None, "is_url was asked"
+    assert match is not None, "only for URLs"
     scheme, location = match[1].lower(), url[match.end() :]
     if "@" in location.partition("/")[0]:
         hint = "leave it out: the library of the scheme reads its environment and files"
@@ -333,7 +332,7 @@ def url_problem(url: str) -> tuple[str, str]:
 
 
 def missing_library(url: str) -> tuple[str, str]:
-    """Say which library of a URL's scheme is not installed, and how to get it; empty: none."""
+    """Return which library a URL's scheme lacks, and a hint; empty if none."""
     from fsspec.registry import known_implementations, registry
 
     scheme = url.partition("://")[0]
@@ -353,7 +352,7 @@ def missing_library(url: str) -> tuple[str, str]:
 
 
 def _missing_dependency(scheme: str) -> tuple[str, str]:
-    """Say the same of a scheme that is fsspec's own, and may want another package all the same."""
+    """Return the same for a scheme that fsspec implements itself, perhaps with another package."""
     from fsspec import get_filesystem_class
 
     try:
@@ -365,11 +364,11 @@ def _missing_dependency(scheme: str) -> tuple[str, str]:
 
 def check_url(url: str, *where: str) -> None:
     """
-    See that a URL can be used here.
+    Check that a URL can be used on this machine.
 
     Args:
-        url: any.
-        where: the field or option that names it.
+        url: the URL.
+        where: field or option with the URL.
 
     Raises:
         SpecError: it is refused, or the library of its scheme is missing.
@@ -383,12 +382,12 @@ _MANIFEST_BYTES = PART_BYTES
 
 
 def _checkpoint_names(url: str, limit_s: float) -> tuple[RemoteStorage, list[str]]:
-    """Give the storage of checkpoints that a URL names, and their names, the newest first."""
+    """Return the storage of a URL's checkpoints, and their names, newest first."""
     base, _, last = url.rpartition("/")
     if step_of(last) is not None:
         return RemoteStorage(base, limit_s), [last]
     storage = RemoteStorage(url if last == FOLDER else f"{url}/{FOLDER}", limit_s)
-    names = storage.patiently(lambda: storage.names(""))
+    names = storage.with_retries(lambda: storage.names(""))
     steps = {step: name for name in names if (step := step_of(name)) is not None}
     return storage, [steps[step] for step in sorted(steps, reverse=True)]
 
@@ -397,18 +396,18 @@ def fetch(
     url: str, folder: Path, limit_s: float, warn: Callable[[str], object]
 ) -> StoredCheckpoint:
     """
-    Bring what `--resume URL` names: a checkpoint, or the newest whole one of a run.
+    Download the checkpoint that `--resume URL` names, or the newest intact one of a run.
 
     Args:
         url: of a run's copy, of its `checkpoints`, or of one of them.
-        folder: an empty one; the checkpoint is put into it.
+        folder: an empty directory for the checkpoint.
         limit_s: `failure.storage_timeout_s`.
-        warn: is told of each that is damaged.
+        warn: called with a message about each damaged checkpoint.
 
     Raises:
         SpecError: the URL is refused, its library is missing, or there is no checkpoint.
-        StorageError: all are damaged, the storage or the local disk does not answer, or that is
-            full.
+        StorageError: all checkpoints are damaged, the storage or the local disk does not respond,
+            or the disk is full.
     """
     check_url(url, "--resume")
     storage, names = _checkpoint_names(url.rstrip("/"), limit_s)
@@ -429,11 +428,11 @@ def fetch(
 
 def url_of(url: str, stored: StoredCheckpoint) -> str:
     """
-    Give the URL of a checkpoint.
+    Return the URL of a fetched checkpoint.
 
     Args:
-        url: what `fetch` was given.
-        stored: what it gave.
+        url: argument of `fetch`.
+        stored: result of `fetch`.
     """
     base, _, last = url.rstrip("/").rpartition("/")
     if step_of(last) is not None:
@@ -442,13 +441,13 @@ def url_of(url: str, stored: StoredCheckpoint) -> str:
 
 
 class _Damaged(Exception):
-    """A checkpoint does not go with its manifest."""
+    """A checkpoint that does not match its manifest."""
 
 
 def _download(storage: RemoteStorage, name: str, target: Path) -> StoredCheckpoint | None:
-    """Bring one and read it; None: it has no manifest."""
+    """Download and read one checkpoint; None: it has no manifest."""
     try:
-        size = storage.patiently(lambda: storage.size(f"{name}/{MANIFEST}"))
+        size = storage.with_retries(lambda: storage.size(f"{name}/{MANIFEST}"))
     except ObjectNotFound:
         return None
     if size > _MANIFEST_BYTES:
@@ -476,14 +475,14 @@ def _download(storage: RemoteStorage, name: str, target: Path) -> StoredCheckpoi
 
 
 def _on_disk(storage: RemoteStorage, where: Path, work: Callable[[], T]) -> T:
-    """Run something on the local disk, within the deadline of the storage."""
+    """Run work on the local disk, with the deadline of the storage."""
     return with_deadline(lambda on_progress: work(), where, storage.limit_s)
 
 
 def _download_file(storage: RemoteStorage, name: str, target: Path, size: object) -> None:
-    """Copy a file that must have `size` bytes."""
+    """Download a file that must have `size` bytes."""
     try:
-        actual_size = storage.patiently(lambda: storage.size(name))
+        actual_size = storage.with_retries(lambda: storage.size(name))
     except ObjectNotFound:
         raise _Damaged(f"there is no {name}") from None
     if actual_size != size:
@@ -492,7 +491,7 @@ def _download_file(storage: RemoteStorage, name: str, target: Path, size: object
     try:
         for start in range(0, actual_size, PART_BYTES):
             stop = min(start + PART_BYTES, actual_size)
-            chunk = storage.patiently(partial(storage.read, name, start, stop))
+            chunk = storage.with_retries(partial(storage.read, name, start, stop))
             _on_disk(storage, target, partial(file.write, chunk))
     finally:
         _on_disk(storage, target, file.close)

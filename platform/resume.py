@@ -1,8 +1,8 @@
 """
-What a checkpoint says of its run, and whether a job may go on from it.
+Entries of a checkpoint's `state.json`, and whether a job can resume from a checkpoint.
 
-What may change in the job file: strategy, workers, servers, learning rate, schedule, length. What
-must stay is what gives the tensors and the position in the data their meaning: the kind of
+A resumed job may change strategy, workers, servers, learning rate, schedule and length. It must
+keep the fields that define the meaning of the tensors and of the position in the data: class of the
 optimizer, batch size, seed, order of the data.
 """
 
@@ -18,42 +18,42 @@ from distplat.platform.remote_storage import check_url, fetch, is_url
 from distplat.platform.spec import Job
 from distplat.platform.trackers import missing_trackers
 
-_SAME = ("seed", "global_batch_size")
+_UNCHANGEABLE = ("seed", "global_batch_size")
 
 
 NOT_FINITE = "not_finite"
-"""Fact of a rank whose parameters hold NaN or infinity: the name of the first."""
+"""Entry of a rank whose parameters contain NaN or infinity: the name of the first parameter."""
 STREAM = "stream"
-"""Fact of a run whose data is a stream: where it is read on."""
+"""Entry of a run whose data is a stream: the position to continue from."""
 
 
 FROZEN = "frozen"
-"""Fact of a rank: what its part of a checkpoint leaves out, by name, and the checksum of each."""
+"""Entry of a rank: name -> checksum of each parameter that its part leaves out."""
 
 
-def joined_facts(every: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def joined_facts(rank_facts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """
-    Give the facts of a checkpoint: those of rank 0, and what any rank leaves out of its part.
+    Merge the entries of all ranks: those of rank 0, and the frozen parameters of every rank.
 
     Args:
-        every: of all ranks, in rank order.
+        rank_facts: entries of all ranks, in rank order.
     """
-    left_out = [facts[FROZEN] for facts in every if FROZEN in facts]
-    names = {name: sums for one in left_out for name, sums in one.items()}
-    return {**every[0], **({FROZEN: names} if left_out else {})}
+    left_out = [facts[FROZEN] for facts in rank_facts if FROZEN in facts]
+    names = {name: checksum for entry in left_out for name, checksum in entry.items()}
+    return {**rank_facts[0], **({FROZEN: names} if left_out else {})}
 
 
 FUNCTION = "function"
-"""Fact of a train function's checkpoint: what it gave, without the tensors."""
+"""Entry of a train function's checkpoint: its values, without the tensors."""
 
 
 def state_of(job: Job, run: str, facts: Mapping[str, Any]) -> dict[str, Any]:
     """
-    Give what `state.json` holds beside the step.
+    Return the contents of `state.json`, without the step.
 
     Args:
         job: the run's.
-        run: its name.
+        run: name of the run.
         facts: see `joined_facts`: `samples`, `steps_per_epoch`, `epoch`, `versions`, `tables`,
             `STREAM`, `FROZEN`.
     """
@@ -72,26 +72,26 @@ def state_of(job: Job, run: str, facts: Mapping[str, Any]) -> dict[str, Any]:
 
 def mismatches(state: Mapping[str, Any], job: Job) -> list[Problem]:
     """
-    Say why a job cannot go on from a checkpoint; empty: it can.
+    Return why a job cannot resume from a checkpoint; []: it can.
 
-    The model itself is compared in the workers, which have one.
+    Workers compare the model itself.
     """
     if job.own_loop or FUNCTION in state:
         return _function_mismatches(state, job)
     problems = []
-    for field in _SAME:
+    for field in _UNCHANGEABLE:
         if state.get(field) != getattr(job, field):
             problems.append(_mismatch((field,), state.get(field), getattr(job, field)))
     for field, value in _data_order(job).items():
-        had = state.get("data", {}).get(field)
-        if had != value:
-            problems.append(_mismatch(("data", field), had, value))
+        old = state.get("data", {}).get(field)
+        if old != value:
+            problems.append(_mismatch(("data", field), old, value))
     problems += _optimizer_mismatches(state.get("optimizer", {}), job)
     return problems + _embedding_mismatches(state, job) + _length_mismatch(state, job)
 
 
 def _function_mismatches(state: Mapping[str, Any], job: Job) -> list[Problem]:
-    """Compare for a train function: what it kept is its own, a task's checkpoint it cannot read."""
+    """Check that the checkpoint is of a train function if the job is, and of a task otherwise."""
     if job.own_loop and FUNCTION in state:
         return []
     made, now = ("a task", "a train function") if job.own_loop else ("a train function", "a task")
@@ -100,19 +100,19 @@ def _function_mismatches(state: Mapping[str, Any], job: Job) -> list[Problem]:
 
 def start_from(job: Job, path: Path, warn: Callable[[str], object]) -> StoredCheckpoint:
     """
-    Find the checkpoint that a job is to go on from, and compare the two.
+    Find the checkpoint to resume from, and check the job against it.
 
     Args:
         job: the job.
         path: a run directory, or one of its checkpoints.
-        warn: is told of each that is damaged.
+        warn: called with a message about each damaged checkpoint.
 
     Raises:
-        SpecError: there is none, or the job does not go with it.
-        StorageError: all are damaged, it was made by something else, or the disk does not answer.
+        SpecError: there is no checkpoint, or the job does not match it.
+        StorageError: all checkpoints are damaged or foreign, or the disk does not respond.
     """
     limit_s = job.failure.storage_timeout_s
-    return compared(
+    return _checked(
         job, with_deadline(lambda on_progress: find(path, warn, on_progress), path, limit_s)
     )
 
@@ -121,27 +121,27 @@ def start_from_url(
     job: Job, url: str, folder: Path, warn: Callable[[str], object]
 ) -> StoredCheckpoint:
     """
-    Bring the checkpoint that a job is to go on from, and compare the two.
+    Download the checkpoint to resume from, and check the job against it.
 
     Args:
         job: the job.
         url: see `remote_storage.fetch`.
-        folder: an empty one; the checkpoint is put into it.
-        warn: is told of each that is damaged.
+        folder: an empty directory for the checkpoint.
+        warn: called with a message about each damaged checkpoint.
 
     Raises:
-        SpecError: there is none, or the job does not go with it.
-        StorageError: it cannot be brought in time, or all are damaged.
+        SpecError: there is no checkpoint, or the job does not match it.
+        StorageError: the download failed or timed out, or all checkpoints are damaged.
     """
-    return compared(job, fetch(url, folder, job.failure.storage_timeout_s, warn))
+    return _checked(job, fetch(url, folder, job.failure.storage_timeout_s, warn))
 
 
 def check_libraries(job: Job) -> None:
     """
-    Look whether the libraries are installed that `storage_path` and trackers need.
+    Check that the libraries for `storage_path` and trackers are installed.
 
     Raises:
-        SpecError: one is not; says how to get it.
+        SpecError: a library is missing; hints how to install it.
     """
     if problems := missing_trackers(job):
         raise SpecError(*problems)
@@ -149,13 +149,13 @@ def check_libraries(job: Job) -> None:
         check_url(job.storage_path, "storage_path")
 
 
-def compared(job: Job, stored: StoredCheckpoint) -> StoredCheckpoint:
+def _checked(job: Job, stored: StoredCheckpoint) -> StoredCheckpoint:
     """
-    Give a checkpoint that the job may go on from.
+    Return the checkpoint, after checking the job against it.
 
     Raises:
-        SpecError: the job does not go with it.
-        StorageError: it was made by something else.
+        SpecError: the job does not match it.
+        StorageError: it is damaged or foreign.
     """
     if not _well_formed(stored.state):
         raise StorageError(f"{stored.path / STATE} is damaged, or of no run of distplat")
@@ -165,21 +165,21 @@ def compared(job: Job, stored: StoredCheckpoint) -> StoredCheckpoint:
 
 
 def _well_formed(state: Mapping[str, Any]) -> bool:
-    """Say whether what is compared with a job has the types that a run of ours writes."""
+    """Return whether the compared entries have the types that a run of distplat writes."""
     mappings = [state.get(name, {}) for name in ("data", "optimizer", EARLY_STOP)]
     if (tables := state.get("embeddings")) is not None:
         mappings += [tables, tables.get("optimizer") if isinstance(tables, dict) else None]
     numbers = [state.get(name, 0) for name in ("steps_per_epoch", "total_steps")]
     return (
-        all(isinstance(one, dict) for one in mappings)
-        and all(isinstance(one, int) for one in [*numbers, state.get("step")])
+        all(isinstance(entry, dict) for entry in mappings)
+        and all(isinstance(number, int) for number in [*numbers, state.get("step")])
         and isinstance(state.get("lr_factor", 0.0), float | int)
         and (tables is None or "name" in tables["optimizer"])
     )
 
 
 def name_differences(checkpoint_names: set[str], model_names: set[str]) -> list[str]:
-    """Say which of a checkpoint's names a model lacks, and the other way round."""
+    """Return messages about names that only the checkpoint or only the model has."""
     lines = []
     for name in sorted(model_names - checkpoint_names)[:5]:
         near = nearest(name, sorted(checkpoint_names - model_names))
@@ -209,12 +209,12 @@ def _embedding_fields(job: Job) -> dict[str, Any]:
 
 
 def _embedding_mismatches(state: Mapping[str, Any], job: Job) -> list[Problem]:
-    """Compare the rows' optimizers; number of servers and partition may change."""
+    """Compare the row optimizers; number of servers and partition may change."""
     old, new = state.get("embeddings"), _embedding_fields(job).get("embeddings")
     if (old is None) != (new is None):
         text = "the checkpoint has no embedding tables, the job has the field"
         if new is None:
-            text = "the checkpoint has embedding tables, the job has not the field"
+            text = "the checkpoint has embedding tables, the job does not have the field"
         return [Problem(("embeddings",), text, "set it as it was, or start without --resume")]
     if old is None or new is None or old["optimizer"]["name"] == new["optimizer"]["name"]:
         return []
@@ -223,21 +223,21 @@ def _embedding_mismatches(state: Mapping[str, Any], job: Job) -> list[Problem]:
 
 
 def _state_options(optimizer: Mapping[str, Any]) -> dict[str, Any]:
-    """Give what decides which tensors an optimizer remembers."""
+    """Return the fields that determine which state tensors an optimizer has."""
     fields = ("momentum", "amsgrad", "centered")
     options: dict[str, Any] = {f: bool(optimizer[f]) for f in fields if f in optimizer}
     groups = [(group.get("match"), group.get("name")) for group in optimizer.get("groups", ())]
     return options | {"groups": groups if any(name for _, name in groups) else []}
 
 
-def _mismatch(where: tuple[str, ...], had: Any, has: Any) -> Problem:
+def _mismatch(where: tuple[str, ...], old: Any, new: Any) -> Problem:
     hint = "set it as it was, or start without --resume"
-    return Problem(where, f"the checkpoint was made with {had!r}, the job has {has!r}", hint)
+    return Problem(where, f"the checkpoint was made with {old!r}, the job has {new!r}", hint)
 
 
 def _length_mismatch(state: Mapping[str, Any], job: Job) -> list[Problem]:
     if job.steps is None and job.epochs is None:
-        return []  # its time alone ends it
+        return []  # only a time limit
     field = "steps" if job.steps is not None else "epochs"
     per_epoch = int(state.get("steps_per_epoch", 0))
     steps = job.steps if job.steps is not None else (job.epochs or 0) * per_epoch

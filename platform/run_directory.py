@@ -1,23 +1,23 @@
 """
-The run directory: what a run leaves on disk.
+The run directory: the files that a run writes.
 
     <storage_path>/<job>-<UTC time>-<4 hex digits>/
-        job.yaml            the resolved job, every default visible
+        job.yaml            the resolved job, with all defaults
         metrics.jsonl       one line per step and per evaluation
         tensorboard/        the same for TensorBoard
         model.safetensors   the trained model
-        model_ema.safetensors   the average of its weights, where the job has `ema`
-        task.safetensors    parameters that the task keeps itself, if it has some
+        model_ema.safetensors   the average of its weights, if the job has `ema`
+        task.safetensors    the task's own parameters, if any
         task_ema.safetensors    their average
-        pipeline_trace.json     of pipelines: when each rank did what in one step
-        apply_log.safetensors   of asynchronous runs: in which order each shard applied gradients
+        pipeline_trace.json     pipelines: what each rank did when in one step
+        apply_log.safetensors   asynchronous runs: the order in which each shard applied gradients
         checkpoints/        step-000120/ and others: to resume from (platform/checkpoints.py)
-        ray.log             the ends of the logs of its own Ray, where that failed
-        result.json         how it ended: status, last figures, or the error
+        ray.log             the ends of the logs of its own Ray, if that failed
+        result.json         the outcome: status, last metrics, or the error
 
-Metrics are flushed with every line: they are there when the run is not any more. A disk that hangs
-costs a run `failure.storage_timeout_s`, once. Who may read all this says the umask, and others of
-the machine never may (`disk.FOLDER_MODE`).
+Metrics are flushed with every line, so they survive a crash. A hanging disk costs a run
+`failure.storage_timeout_s`, once. The umask decides who may read the directory; others on the
+machine never may (`disk.FOLDER_MODE`).
 """
 
 import contextlib
@@ -50,15 +50,15 @@ from distplat.platform.tensor_file import EMA_PREFIX, split_task_tensors
 from distplat.platform.trackers import points_of
 
 _RESULT_BYTES = 64 * 2**10
-"""Room on the disk that is kept for `result.json` from the start."""
+"""Disk space reserved for `result.json` from the start."""
 _RETRY_S = 2.0
-"""What a disk that was waited for in vain is given once more."""
+"""Deadline after the disk has already missed one."""
 
 MODEL_FILE = "model.safetensors"
 """The trained model."""
 
 TASK_FILE = "task.safetensors"
-"""Parameters that the task keeps itself."""
+"""The task's own parameters."""
 
 EMA_FILE = "model_ema.safetensors"
 """The average of the trained weights."""
@@ -69,22 +69,22 @@ _KIND_OF = {kind: name for name, kind in KINDS.items()}
 
 
 def new_run_name(name: str) -> str:
-    """Give a name that no other run has: `<name>-<UTC time>-<4 hex digits>`."""
+    """Return a unique run name: `<name>-<UTC time>-<4 hex digits>`."""
     stamp = datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
     return f"{name}-{stamp}-{secrets.token_hex(2)}"
 
 
 class RunDirectory:
     """
-    One run's directory.
+    Directory of one run.
 
     Args:
         job: the resolved job.
         run: the run's name.
-        base: what `storage_path`, or `runs` where that is a URL, is relative to.
+        base: directory to which `storage_path`, or `runs` if that is a URL, is relative.
 
     Raises:
-        StorageError: it cannot be made; of each method also: the disk does not answer.
+        StorageError: it cannot be created; from each method also: the disk does not respond.
     """
 
     def __init__(self, job: Job, run: str, base: Path) -> None:
@@ -92,10 +92,10 @@ class RunDirectory:
         self._limit_s, self._disk_hangs = job.failure.storage_timeout_s, False
         self._board: _TensorBoard | None = None
         self._with_deadline(
-            "make the run directory", self.path, lambda on_progress: self._make(job)
+            "make the run directory", self.path, lambda on_progress: self._create(job)
         )
 
-    def _make(self, job: Job) -> None:
+    def _create(self, job: Job) -> None:
         self.path = self.path.resolve()
         self.path.mkdir(parents=True, mode=FOLDER_MODE)
         write_atomically(self.path / "job.yaml", render_job(job).encode())
@@ -103,7 +103,7 @@ class RunDirectory:
         self._reserve = reserve(self.path, _RESULT_BYTES)
 
     def _with_deadline(self, what: str, path: Path, work: Callable[[OnProgress], object]) -> None:
-        """Do something with the disk; what it refuses is told with its path."""
+        """Run disk work with a deadline; errors name the path."""
         limit_s = min(self._limit_s, _RETRY_S) if self._disk_hangs else self._limit_s
         self._disk_hangs = True
         try:
@@ -115,7 +115,7 @@ class RunDirectory:
 
     def record(self, summary: Summary) -> None:
         """
-        Write one step, evaluation, trace or failure down.
+        Write a step, evaluation, trace or failure.
 
         Raises:
             StorageError: the disk is full, or the directory is gone.
@@ -131,7 +131,7 @@ class RunDirectory:
 
     def draw(self, summary: Summary) -> None:
         """
-        Add a step or an evaluation to TensorBoard's curves; of the rest there are none.
+        Add a step or an evaluation to TensorBoard's curves; ignore other events.
 
         Raises:
             StorageError: the disk is full, or the directory is gone.
@@ -148,15 +148,14 @@ class RunDirectory:
 
     def save_model(self, model: bytes, keep: Callable[[str, bytes], object] | None = None) -> Path:
         """
-        Write the trained model, whole or not at all; then what the task has trained beside it, and
-        the averages of both.
+        Write the trained model atomically, then the task's own parameters and the averages.
 
         Args:
-            model: in the safetensors format, with all of that.
-            keep: writes each file; None: `keep` of this class.
+            model: all of these, in the safetensors format.
+            keep: writes a file; None: this class's `keep`.
 
         Returns:
-            The model's file.
+            Path of the model's file.
 
         Raises:
             StorageError: the disk is full, or the directory is gone.
@@ -176,7 +175,7 @@ class RunDirectory:
 
     def keep(self, name: str, data: bytes) -> Path:
         """
-        Write a file of the run, whole or not at all.
+        Write a file of the run atomically.
 
         Raises:
             StorageError: the disk is full, or the directory is gone.
@@ -189,7 +188,7 @@ class RunDirectory:
 
     def finish(self, status: str, facts: Mapping[str, Any]) -> None:
         """
-        Write down how the run ended, and close the files.
+        Write the outcome of the run, and close the files.
 
         Raises:
             StorageError: the disk is full, or the directory is gone.
@@ -198,7 +197,7 @@ class RunDirectory:
         path = self.path / "result.json"
 
         def work(on_progress: OnProgress) -> None:
-            self._reserve.close()  # where the disk is full this makes room
+            self._reserve.close()  # frees space on a full disk
             try:
                 write_atomically(path, text.encode())
             finally:
@@ -207,7 +206,7 @@ class RunDirectory:
         self._with_deadline("write", path, work)
 
     def _close(self) -> None:
-        """Close metrics and curves; what they hold was written with every record."""
+        """Close metrics and curves; every record is already written."""
         for file in (self._board, self._metrics):
             if file is not None:
                 with contextlib.suppress(OSError):
@@ -215,20 +214,20 @@ class RunDirectory:
 
 
 def _storage_error(what: str, error: OSError) -> StorageError:
-    """Say what could not be done, why, and what helps where the disk is full."""
+    """Build the error for a failed operation, with a hint if the disk is full."""
     full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-    remedy = "; free some, or have `storage_path` lead to another disk" if full else ""
+    remedy = "; free some space, or set `storage_path` to another disk" if full else ""
     return StorageError(f"cannot {what}: {error.strerror or error}{remedy}")
 
 
 class _TensorBoard:
     """
-    TensorBoard's own format, without torch's wrapper: the driver does not import torch.
+    Writer of TensorBoard's format without torch's wrapper: the driver does not import torch.
 
-    Its `EventFileWriter` writes in a thread, where a full disk is told to nobody.
+    TensorBoard's `EventFileWriter` writes in a thread, and does not report a full disk.
 
     Raises:
-        OSError: the file cannot be made.
+        OSError: the file cannot be created.
     """
 
     def __init__(self, path: Path) -> None:
@@ -237,7 +236,7 @@ class _TensorBoard:
         from tensorboard.summary.writer.record_writer import RecordWriter
 
         self._event, self._summary = Event, Summary
-        # The disk may have been full when this was tried before.
+        # An earlier attempt may have failed on a full disk.
         path.mkdir(FOLDER_MODE, exist_ok=True)
         now = time.time()
         name = f"events.out.tfevents.{int(now):010d}.{socket.gethostname()}.{os.getpid()}.0"

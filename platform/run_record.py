@@ -1,8 +1,8 @@
 """
-A run directory read back, whatever state it is in.
+Reads a run directory, complete or not.
 
-The run may still go on, or may have been cut off in the middle of a line. What is missing or
-damaged is noted and left out; only a directory that holds no run at all is an error.
+The run may still be running, or may have been interrupted in the middle of a line. Missing or
+damaged files are noted and skipped; only a directory without any file of a run is an error.
 """
 
 from __future__ import annotations
@@ -37,45 +37,45 @@ T = TypeVar("T")
 S = TypeVar("S", StepSummary, EvalSummary)
 
 _DAMAGE = (ValueError, TypeError, KeyError, ArithmeticError, RecursionError)
-"""What reading a damaged line raises; the last two by numbers beyond all bounds and deep JSON."""
-_MOST = 2**53
-"""No step, count or size is larger; a float holds it exactly."""
+"""Exceptions from damaged lines; the last two from huge numbers and deeply nested JSON."""
+_MAX_NUMBER = 2**53
+"""Limit for steps, counts and sizes, which a float holds exactly."""
 _OLD_FAILURE_KIND = "setback"
-"""What a failure was called before 0.1.0 was released."""
-_NUMBERED = re.compile(r'\{"kind": "(step|evaluation)", "step": (\d{1,16}),')
-"""How a line of a step, and of an evaluation, begins."""
+"""`kind` of a failure before version 0.1.0."""
+_STEP_LINE = re.compile(r'\{"kind": "(step|evaluation)", "step": (\d{1,16}),')
+"""Start of a line of a step or an evaluation."""
 MAX_STEPS = 20_000
-"""Steps, and evaluations, that are held at a time; with more a page took minutes and gigabytes."""
+"""Most steps, and evaluations, in memory; more would take minutes and gigabytes."""
 MAX_LINE_BYTES = 2**22
-"""Bytes of a line that are held at a time."""
-_MOST_BYTES = 2**26
-"""Size of the largest file that is read whole: `metrics.jsonl` is read by lines."""
+"""Most bytes of a line in memory."""
+_MAX_FILE_BYTES = 2**26
+"""Size limit of files that are read at once; `metrics.jsonl` is read by lines."""
 
 
 @dataclass
 class RunRecord:
-    """What a run has left so far."""
+    """Contents of a run directory."""
 
     path: Path
     job: Mapping[str, Any] = field(default_factory=dict)
-    """As `job.yaml` has it, every default visible; empty: it cannot be read."""
+    """Contents of `job.yaml`, with all defaults; empty: not readable."""
     steps: list[StepSummary] = field(default_factory=list)
-    """In their order; of a step that was made twice, the second. Of a run of very many steps every
-    so-many-th (`every`), and the last."""
+    """Steps in order; of a repeated step, the second. Of a very long run, every `every`-th step and
+    the last."""
     every: int = 1
     evaluations: list[EvalSummary] = field(default_factory=list)
     failures: list[FailureEvent] = field(default_factory=list)
     recoveries: list[Recovery] = field(default_factory=list)
     resizes: list[Resized] = field(default_factory=list)
     saved: list[Saved] = field(default_factory=list)
-    """Checkpoints, in the order in which they were made; the oldest may be gone by now."""
+    """Checkpoints, in order; older ones may have been deleted."""
     result: Mapping[str, Any] | None = None
-    """None: the run has not ended, or could not say how."""
+    """Contents of `result.json`; None: the run has not ended, or could not write it."""
     trace: Trace | None = None
     last_sign_s: float | None = None
-    """When the metrics were written last, in seconds since 1970."""
+    """Time of the last write to the metrics, in seconds since 1970."""
     notes: list[str] = field(default_factory=list)
-    """What is missing or damaged."""
+    """Missing or damaged files."""
 
 
 def find_run(name: Path) -> Path:
@@ -83,7 +83,7 @@ def find_run(name: Path) -> Path:
     Find a run directory by its name below `runs/`, or by its path.
 
     Raises:
-        SpecError: there is none; names the nearest.
+        SpecError: it does not exist; suggests the nearest name.
     """
     with naming_path(name):
         for path in (Path("runs") / name, name):
@@ -101,13 +101,12 @@ def read_run(path: Path, *, steps: bool = True) -> RunRecord:
     Read a run directory.
 
     Args:
-        path: of it.
-        steps: whether what happened is wanted, too; else only what the run is, and how it ended:
-            ten million steps take minutes to read.
+        path: of the directory.
+        steps: whether to read the metrics and the trace; ten million steps take minutes.
 
     Raises:
-        SpecError: it holds no run.
-        StorageError: it may not be read.
+        SpecError: it is not a run directory.
+        StorageError: a file is not readable.
     """
     with naming_path(path):
         names = {file.name for file in path.iterdir()}
@@ -128,33 +127,33 @@ def read_run(path: Path, *, steps: bool = True) -> RunRecord:
 
 def _text(record: RunRecord, name: str) -> str | None:
     """
-    Read a file; None: it is not there.
+    Read a file; None: it does not exist.
 
     Raises:
-        StorageError: it may not be read, is a pipe or a device, or much larger than we write it.
+        StorageError: it is not readable, is a pipe or a device, or is too large.
     """
     path = record.path / name
     with open_regular(path) as file:
         if file is None:
             return None
         size = os.fstat(file.fileno()).st_size
-        if size > _MOST_BYTES:
+        if size > _MAX_FILE_BYTES:
             raise StorageError(f"cannot read {path}: it has {size} bytes")
         return file.read().decode("utf-8", errors="replace")
 
 
 def _lines(file: IO[bytes]) -> Iterator[str]:
-    """Give whole lines, one at a time; of one beyond all bounds its pieces, which are damaged."""
+    """Yield complete lines; an empty one for each piece of a line that is too long."""
     while line := file.readline(MAX_LINE_BYTES):
         if line.endswith(b"\n"):
             yield line.decode("utf-8", errors="replace")
         elif len(line) == MAX_LINE_BYTES:
             yield ""
-        # else it is being written
+        # else the line is being written
 
 
 def _read_file(record: RunRecord, name: str, parse: Callable[[str], T]) -> T | None:
-    """Read one file; None, with a note where it is damaged."""
+    """Read and parse one file; None, with a note, if it is damaged."""
     text = _text(record, name)
     if text is None:
         return None
@@ -162,7 +161,7 @@ def _read_file(record: RunRecord, name: str, parse: Callable[[str], T]) -> T | N
         return parse(text)
     except (*_DAMAGE, SpecError) as error:
         why = str(error).splitlines()[0] if str(error) else type(error).__name__
-        record.notes.append(f"{name} is damaged and left out: {why}")
+        record.notes.append(f"{name} is damaged and skipped: {why}")
         return None
 
 
@@ -200,26 +199,26 @@ def _read_lines(record: RunRecord, file: IO[bytes]) -> None:
     record.steps, record.every = steps.values(), steps.every
     record.evaluations = evaluations.values()
     if steps.every > 1:
-        record.notes.append(f"of so many steps one in {steps.every} is counted")
+        record.notes.append(f"long run: only one in {steps.every} steps is counted")
     if damaged:
-        record.notes.append(f"metrics.jsonl: {damaged} damaged lines are left out")
+        record.notes.append(f"metrics.jsonl: {damaged} damaged lines are skipped")
 
 
 def _skip_dropped(
     lines: Iterable[str], downsampled: Mapping[str, _Downsampled[Any]]
 ) -> Iterator[str]:
-    """Leave out, unread, what would be dropped: reading all of millions of steps takes minutes."""
+    """Skip lines that `_Downsampled` would drop, without parsing them, for speed."""
     dropped: dict[str, str] = {}
     for line in lines:
-        if (at := _NUMBERED.match(line)) and int(at[2]) % downsampled[at[1]].every:
+        if (at := _STEP_LINE.match(line)) and int(at[2]) % downsampled[at[1]].every:
             dropped[at[1]] = line
         else:
             yield line
-    yield from dropped.values()  # they may be the last ones
+    yield from dropped.values()  # each may be the last line of its kind
 
 
 class _Downsampled(Generic[S]):
-    """Values by step: all, or of too many every second, fourth, ... and the last."""
+    """Values by step: all, or every second, fourth, ... of too many, and the last."""
 
     def __init__(self) -> None:
         self.every = 1
@@ -227,7 +226,7 @@ class _Downsampled(Generic[S]):
         self._last: tuple[int, S] | None = None
 
     def put(self, step: int, value: S) -> None:
-        """Take one; of the same step the later one counts."""
+        """Add a value; it replaces an earlier one of the same step."""
         if self._last is None or step >= self._last[0]:
             self._last = step, value
         if step % self.every:
@@ -238,13 +237,13 @@ class _Downsampled(Generic[S]):
             self._by_step = {s: o for s, o in self._by_step.items() if s % self.every == 0}
 
     def values(self) -> list[S]:
-        """Give what is kept, in the order of steps."""
+        """Return the remaining values, in the order of steps."""
         kept = self._by_step | (dict([self._last]) if self._last is not None else {})
         return [kept[step] for step in sorted(kept)]
 
 
 def _parse_line(line: Any) -> object:
-    """Read one line; None for a kind that is not known here."""
+    """Parse one line; None: of an unknown kind."""
     fields = _mapping(line)
     name = fields["kind"]
     kind = KINDS.get("failure" if name == _OLD_FAILURE_KIND else name)
@@ -262,7 +261,7 @@ def _job(text: str) -> Mapping[str, Any]:
 
 
 def _trace(text: str) -> Trace:
-    fields = _checked_numbers(_mapping(json.loads(text)), least=-1)  # -1: none
+    fields = _checked_numbers(_mapping(json.loads(text)), least=-1)  # -1: no chunk or micro-batch
     trace: Trace = _adapter(Trace).validate_python(fields)
     for event in trace.events:
         if not -math.inf < event.start_s <= event.end_s < math.inf:
@@ -277,11 +276,11 @@ def _mapping(value: Any) -> Mapping[str, Any]:
 
 
 def _checked_numbers(value: Any, least: int = 0) -> Any:
-    """Refuse counts beyond all bounds; null stands for a number that was not finite."""
+    """Refuse implausible counts, and convert null to NaN."""
     if isinstance(value, dict):
-        return {name: _checked_numbers(one, least) for name, one in value.items()}
+        return {name: _checked_numbers(item, least) for name, item in value.items()}
     if isinstance(value, list):
-        return [_checked_numbers(one, least) for one in value]
-    if isinstance(value, int) and not least <= value < _MOST:
+        return [_checked_numbers(item, least) for item in value]
+    if isinstance(value, int) and not least <= value < _MAX_NUMBER:
         raise ValueError(f"{value:.3g} where a count belongs")
     return math.nan if value is None else value

@@ -1,5 +1,5 @@
 """
-What a run came to: the figures of a report, without a word of how they are drawn.
+Computes the figures of a run report, independent of their display.
 
     record (run_record.py)  ->  Report  ->  a page, a table, JSON (cli/)
 """
@@ -16,41 +16,42 @@ from distplat.platform.progress import EvalSummary, FailureEvent, Recovery, Step
 from distplat.platform.run_record import RunRecord
 
 SILENT_S = 120.0
-"""A run without a line for this long is reported as silent, unless its job gives a step longer."""
+"""A run without a new line for this long counts as silent, unless its job has a longer step
+timeout."""
 
 
 @dataclass(frozen=True)
 class Status:
-    """How a run stands."""
+    """Status of a run."""
 
     word: str
-    """`SUCCEEDED`, `FAILED`, ... of its result; `RUNNING` or `UNKNOWN` where there is none."""
+    """`SUCCEEDED`, `FAILED`, ... from its result; else `RUNNING` or `UNKNOWN`."""
     detail: str
-    """In a sentence; empty where the word says it."""
+    """Explanation in a sentence, if needed."""
     error: str = ""
-    """The error that ended it, as it was printed."""
+    """The error that ended the run, as printed."""
 
 
 @dataclass(frozen=True)
 class PhaseTime:
-    """One part of a step: `data`, `compute`, `exchange`, `update`."""
+    """Time of one phase of a step: `data`, `compute`, `exchange`, `update`."""
 
     name: str
     total_s: float
     share: float
-    """Share of the time of all parts, 0 to 1."""
+    """Share of the total time of all phases, 0 to 1."""
     median_s: float
-    """Median over the steps, without the first one."""
+    """Median over the steps, without the first step."""
     p95_s: float
 
 
 @dataclass(frozen=True)
 class FigureRow:
-    """One of a strategy's figures over the run."""
+    """Statistics of one of a strategy's metrics over the run."""
 
     name: str
     mean: float
-    """The first step apart, in which ranks meet."""
+    """Mean without the first step, in which ranks connect."""
     least: float
     most: float
     last: float
@@ -58,25 +59,25 @@ class FigureRow:
 
 @dataclass(frozen=True)
 class Metric:
-    """One figure of the evaluations."""
+    """Curve of one metric of the evaluations."""
 
     name: str
     points: tuple[tuple[int, float], ...]
-    """(steps done, value)."""
+    """(steps done, value) of each evaluation."""
 
 
 @dataclass(frozen=True)
 class RestartRecord:
-    """A failure that the run went on after, and how long that took."""
+    """A failure that the run recovered from, and the recovery."""
 
     failure: FailureEvent
     recovery: Recovery | None
-    """None: it did not come to that, or not yet."""
+    """None: it failed, or is not complete yet."""
 
 
 def status_of(record: RunRecord, now_s: float) -> Status:
     """
-    Say how a run stands.
+    Return the status of a run.
 
     Args:
         record: of the run.
@@ -88,13 +89,13 @@ def status_of(record: RunRecord, now_s: float) -> Status:
     silent_s = None if record.last_sign_s is None else now_s - record.last_sign_s
     if silent_s is None:
         return Status("UNKNOWN", "it has not ended by itself, and has written no metrics")
-    if silent_s < _patience(record):
+    if silent_s < _silence_limit(record):
         return Status("RUNNING", f"last line {silent_s:.0f} s ago")
     ago = f"{silent_s / 60:.0f} min" if silent_s < 7200 else f"{silent_s / 3600:.0f} h"
     return Status("UNKNOWN", f"no result; last line {ago} ago: stalled, or its driver was killed")
 
 
-def _patience(record: RunRecord) -> float:
+def _silence_limit(record: RunRecord) -> float:
     failure = record.job.get("failure")
     deadline = failure.get("step_timeout_s") if isinstance(failure, Mapping) else None
     return float(deadline) if isinstance(deadline, int | float) else SILENT_S
@@ -102,11 +103,11 @@ def _patience(record: RunRecord) -> float:
 
 def time_parts(steps: Sequence[StepSummary], every: int = 1) -> list[PhaseTime]:
     """
-    Give where the time went, in the order of a step; empty without steps.
+    Return the time per phase, in the order of a step; [] without steps.
 
     Args:
         steps: of the run.
-        every: which of them these are: 1 all, 2 every second.
+        every: sampling interval of the steps; 1: all steps.
     """
     names = list(dict.fromkeys(name for step in steps for name in step.seconds))
     series = {name: [_or_zero(step.seconds.get(name, 0.0)) for step in steps] for name in names}
@@ -128,13 +129,13 @@ def _p95(values: Sequence[float]) -> float:
 
 
 def samples_per_s(steps: Sequence[StepSummary]) -> float | None:
-    """Give samples by seconds of work; None where nothing was done."""
+    """Return samples per second of work; None without work."""
     busy = sum(_or_zero(s) for step in steps for s in step.seconds.values())
     return sum(step.samples for step in steps) / busy if busy else None
 
 
 def figure_rows(steps: Sequence[StepSummary]) -> list[FigureRow]:
-    """Give all figures that any step has; values that are not finite do not count."""
+    """Return statistics of all metrics of the steps; non-finite values are ignored."""
     series: dict[str, list[float]] = {}
     first = {name for step in steps[:1] for name in step.figures}
     for step in steps:
@@ -142,15 +143,15 @@ def figure_rows(steps: Sequence[StepSummary]) -> list[FigureRow]:
             series.setdefault(name, []).append(value)
     rows = []
     for name, values in series.items():
-        settled = values[1:] if name in first and len(values) > 1 else values
-        finite = [value for value in settled if math.isfinite(value)]
+        later_values = values[1:] if name in first and len(values) > 1 else values
+        finite = [value for value in later_values if math.isfinite(value)]
         if finite:
             rows.append(FigureRow(name, fmean(finite), min(finite), max(finite), values[-1]))
     return rows
 
 
 def metrics(evaluations: Sequence[EvalSummary]) -> list[Metric]:
-    """Give each figure of the evaluations as a curve."""
+    """Return each metric of the evaluations as a curve."""
     names = list(dict.fromkeys(name for evaluation in evaluations for name in evaluation.metrics))
     return [
         Metric(name, tuple((e.step, e.metrics[name]) for e in evaluations if name in e.metrics))
@@ -159,24 +160,24 @@ def metrics(evaluations: Sequence[EvalSummary]) -> list[Metric]:
 
 
 def restarts(record: RunRecord) -> list[RestartRecord]:
-    """Put each failure together with what became of it."""
+    """Match each failure with its recovery."""
     ended = {recovery.attempt: recovery for recovery in record.recoveries}
     return [RestartRecord(failure, ended.get(failure.attempt)) for failure in record.failures]
 
 
 def staleness(steps: Sequence[StepSummary]) -> Counter[int]:
-    """Count steps by the largest staleness of a gradient in them; empty where there is none."""
+    """Count the steps by their largest staleness; empty without staleness."""
     stale = [step.figures.get("staleness", math.nan) for step in steps]
     return Counter(int(value) for value in stale if math.isfinite(value))
 
 
 def smoothed(values: Sequence[float], reach: int) -> list[float]:
     """
-    Give means over each value and its neighbours, so that a curve neither lags nor jumps.
+    Return centered moving means.
 
     Args:
-        values: those that are not finite do not count, and stay what they are in the result.
-        reach: how many neighbours to either side; at the ends as many as there are on both.
+        values: non-finite values are not averaged, and are returned unchanged.
+        reach: neighbours on each side; near the ends fewer, the same number on both sides.
     """
     sums, counts = [0.0], [0]
     for value in values:
@@ -196,10 +197,10 @@ def binned(
     steps: Sequence[StepSummary], most: int, value: Callable[[StepSummary], float]
 ) -> list[tuple[int, int, float]]:
     """
-    Give means over runs of steps, so that a chart has no more columns than can be seen.
+    Return means over ranges of steps, so that a chart has at most `most` columns.
 
     Returns:
-        (first step, step behind the last, mean) of each run; not finite where no value is.
+        (first step, step after the last, mean) of each range; NaN where no value is finite.
     """
     size = max(1, math.ceil(len(steps) / most))
     bins = []
@@ -212,7 +213,7 @@ def binned(
 
 
 def axis_limit(values: Iterable[float]) -> float:
-    """Give where an axis may end: the largest value, unless a few are far above all others."""
+    """Return the upper limit of an axis: the largest value, unless a few outliers exceed it."""
     finite = sorted(value for value in values if math.isfinite(value))
     if not finite:
         return 0.0

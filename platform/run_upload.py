@@ -1,13 +1,13 @@
 """
-Keeps a copy of a run directory at a URL while the run goes on, in a thread.
+Uploads a run directory to a URL during the run, in a thread.
 
     <storage_path>/<run>/
-        job.yaml  metrics.jsonl  model.safetensors ...   whenever they have changed
+        job.yaml  metrics.jsonl  model.safetensors ...   after each change
         checkpoints/step-000120/    its files, then manifest.json
-        result.json                 last: with it all of the run is there
+        result.json                 last: the copy is complete
 
-Nobody waits for it before the run's end. What fails is warned of once and tried again; the end
-waits as long as the storage answers now and then, and takes something.
+The run does not wait for uploads before its end. Failures are reported once and retried; the end of
+the run waits while the storage responds and accepts data.
 """
 
 from __future__ import annotations
@@ -37,31 +37,31 @@ from distplat.platform.remote_storage import (
 
 JOB, RESULT = "job.yaml", "result.json"
 NOT_UPLOADED = "not_uploaded"
-"""Field of `result.json`: what is not there, of a run that has ended well otherwise."""
+"""Field of `result.json`: files missing at the URL after an otherwise successful run."""
 _POLL_S = 1.0
 _GROWING_S = 10.0
-"""How often a file that grows is written anew, at most."""
+"""Shortest interval between uploads of a growing file."""
 _SHARE = 20
-"""Nor more often than takes one part in so many of the time."""
+"""Uploads of a growing file take at most 1/20 of the time."""
 _LONGEST_PAUSE_S = 30.0
-_MOST_FAILED = 4
-"""Failed attempts in a row after which the end of a run gives up, where the storage answers."""
-_FIRST_S = 10.0
-"""How long the start of a run waits to hear whether the storage takes anything."""
+_MAX_FAILED_ATTEMPTS = 4
+"""Consecutive failed attempts at the end of a run before giving up, if the storage responds."""
+_FIRST_UPLOAD_S = 10.0
+"""How long the start of a run waits for the first upload."""
 _RETRY_S = 0.5
-"""Seconds after which a storage that refuses is asked once more."""
-_SAID_S = 5.0
-"""Seconds after which a warning says what the end of the run waits for."""
+"""Delay before a refused first upload is retried."""
+_WARN_AFTER_S = 5.0
+"""Delay before a warning that the end of the run waits for uploads."""
 _LIST_S = 5.0
-"""How long the local disk may take to say what is there."""
+"""Deadline for listing the local directory."""
 
 Signature = tuple[int, int, int]
-"""What tells a file from the one that had its name before: inode, size, time of the last change."""
+"""Identity of a file's content: inode, size, time of the last change."""
 
 
 @dataclass(frozen=True)
 class _Sent:
-    """A file that is there."""
+    """An uploaded file."""
 
     signature: Signature
     at: float
@@ -70,13 +70,13 @@ class _Sent:
 
 class RunUpload:
     """
-    The copy of one run directory.
+    Upload of one run directory.
 
     Args:
         folder: the run directory.
-        storage: what is below the run's URL.
-        warn: is told of failures, and that they are over.
-        poll_s: how often the directory is looked at.
+        storage: storage below the run's URL.
+        warn: called with messages about failures and recoveries.
+        poll_s: interval between checks of the directory.
     """
 
     def __init__(
@@ -90,8 +90,8 @@ class RunUpload:
         self._poll_s = poll_s
         self._sent: dict[str, _Sent] = {}
         self._checkpoints = _CheckpointUploads(folder / FOLDER, storage)
-        self._error = ""  #: of the last failure; empty: the last attempt brought all that was due
-        self._failed_attempts = 0  #: at the end of the run, since there was progress
+        self._error = ""  #: of the last attempt; empty: it uploaded all due files
+        self._failed_attempts = 0  #: at the end of the run, since the last progress
         self._progress_at = time.monotonic()
         self._closing, self._ended = threading.Event(), threading.Event()
         self._given_up = threading.Event()
@@ -103,23 +103,23 @@ class RunUpload:
         """URL of the copy."""
         return self._storage.url
 
-    def close(self, asked: Callable[[], bool] = lambda: False) -> str:
+    def close(self, is_canceled: Callable[[], bool] = lambda: False) -> str:
         """
-        Bring what is not there yet.
+        Upload all remaining files.
 
-        Gives up once the storage has not answered for `limit_s`, or has taken nothing in that time.
+        Gives up after `limit_s` without a response of the storage, or without progress.
 
         Args:
-            asked: whether somebody asked not to wait for it.
+            is_canceled: returns whether the user asked not to wait.
 
         Returns:
-            What is not there, and why; empty: all is.
+            The missing files, and why; empty: the copy is complete.
         """
         self._closing.set()
         try:
-            self._wait_for_it(asked)
+            self._wait_until_complete(is_canceled)
         except KeyboardInterrupt:
-            text = "the copy at %s is not complete: its upload was broken off; all is in %s, and %s"
+            text = "the copy at %s is incomplete: its upload was interrupted; all is in %s, and %s"
             self._warn(text % (self._storage.url, self._folder, upload_hint(self._folder)))
             raise
         finally:
@@ -127,8 +127,8 @@ class RunUpload:
         if self._ended.is_set():
             return ""
         cause = self._error or f"the storage does not answer (`{SETTING}`)"
-        if asked():
-            cause = "its upload was broken off"
+        if is_canceled():
+            cause = "its upload was interrupted"
         try:
             missing = with_deadline(lambda on_progress: self._missing(), self._folder, _LIST_S)
         except (OSError, StorageError) as error:
@@ -137,25 +137,25 @@ class RunUpload:
             f"{missing} not uploaded to {self._storage.url}: {cause}; {upload_hint(self._folder)}"
         )
 
-    def _wait_for_it(self, asked: Callable[[], bool]) -> None:
-        """Return when all is there, or nothing more can be hoped for."""
-        began, limit_s, warned = time.monotonic(), self._storage.limit_s, False
-        while not self._ended.wait(0.05) and not asked():
+    def _wait_until_complete(self, is_canceled: Callable[[], bool]) -> None:
+        """Wait until the copy is complete, or no progress is to be expected."""
+        start, limit_s, warned = time.monotonic(), self._storage.limit_s, False
+        while not self._ended.wait(0.05) and not is_canceled():
             now = time.monotonic()
-            if not warned and now - began > _SAID_S:
+            if not warned and now - start > _WARN_AFTER_S:
                 warned = True
-                text = "the end of the run waits for its copy at %s; `%s` says for how long in vain"
+                text = "the end of the run waits for its copy at %s; `%s` limits idle waits"
                 self._warn(text % (self._storage.url, SETTING))
-            hopeless = (
-                self._failed_attempts >= _MOST_FAILED
-                and now - max(began, self._progress_at) > limit_s
+            is_exhausted = (
+                self._failed_attempts >= _MAX_FAILED_ATTEMPTS
+                and now - max(start, self._progress_at) > limit_s
             )
-            if hopeless or now - max(began, self._storage.answered_at) > limit_s:
+            if is_exhausted or now - max(start, self._storage.answered_at) > limit_s:
                 return
 
     def _missing(self) -> str:
         names = [name for name, path in self._files() if self._changed(name, path)]
-        return ", ".join([*names, *(f"{FOLDER}/{one}" for one in self._checkpoints.missing())])
+        return ", ".join([*names, *(f"{FOLDER}/{name}" for name in self._checkpoints.missing())])
 
     def _work(self) -> None:
         failures = 0
@@ -163,10 +163,10 @@ class RunUpload:
             closing = self._closing.is_set()
             try:
                 reason = self._attempt(closing)
-            except OSError as error:  # of the local disk, which may be there again
+            except OSError as error:  # of the local disk, which may recover
                 reason = f"{self._folder}: {error}"
             if reason and not failures:
-                text = "cannot upload: %s; the run goes on, and it is tried again"
+                text = "cannot upload: %s; the run continues, and the upload is retried"
                 self._warn(text % reason)
             elif failures and not reason:
                 self._warn(f"{self._storage.url} answers again")
@@ -182,29 +182,29 @@ class RunUpload:
             (self._given_up if closing else self._closing).wait(pause_s)
 
     def _attempt(self, closing: bool) -> str:
-        """Bring all that is due; say why something is not there yet."""
+        """Upload all due files; return why some are missing, or an empty text."""
         reason = ""
         for upload in self._due(closing):
             if self._given_up.is_set() or (reason and upload == self._send_result):
                 return reason
             try:
                 upload()
-                if upload != self._checkpoints.retire:
+                if upload != self._checkpoints.delete_obsolete:
                     self._failed_attempts, self._progress_at = 0, time.monotonic()
             except NoAnswer as error:
-                return str(error)  # the others would hang as well
+                return str(error)  # other uploads would hang as well
             except Exception as error:
                 reason = str(error) or repr(error)
         return reason
 
     def _due(self, closing: bool) -> Iterator[Callable[[], object]]:
-        """Give what is to be done, in its order."""
+        """Yield the due uploads, in order."""
         for name, path in self._files():
             if name != RESULT and self._changed(name, path) and (closing or self._may_resend(name)):
                 yield partial(self._send, name, path)
         for _ in self._checkpoints.missing():
-            yield self._checkpoints.bring_newest
-        yield self._checkpoints.retire
+            yield self._checkpoints.upload_newest
+        yield self._checkpoints.delete_obsolete
         if closing:
             yield self._send_result
 
@@ -213,14 +213,14 @@ class RunUpload:
             self._send(RESULT, self._folder / RESULT)
 
     def _files(self) -> list[tuple[str, Path]]:
-        """Give all files but checkpoints, by the names that they have there; the model first."""
+        """Return all files except checkpoints, by their names at the URL, the model first."""
         files = []
         for folder, folders, names in os.walk(self._folder):
             top = Path(folder) == self._folder
-            folders[:] = [one for one in folders if not (top and one == FOLDER)]
+            folders[:] = [name for name in folders if not (top and name == FOLDER)]
             paths = [Path(folder, name) for name in names if not name.endswith(".partial")]
             files += [(str(path.relative_to(self._folder)), path) for path in paths]
-        return sorted(files, key=lambda one: (not one[0].startswith("model."), one[0]))
+        return sorted(files, key=lambda file: (not file[0].startswith("model."), file[0]))
 
     def _changed(self, name: str, path: Path) -> bool:
         signature, sent = signature_of(path), self._sent.get(name)
@@ -233,7 +233,7 @@ class RunUpload:
         return time.monotonic() - sent.at >= max(_GROWING_S, _SHARE * sent.took_s)
 
     def _send(self, name: str, path: Path) -> None:
-        began = time.monotonic()
+        start = time.monotonic()
         try:
             file = regular_file(path)
         except FileNotFoundError:
@@ -242,34 +242,34 @@ class RunUpload:
             stat_result = os.fstat(file.fileno())
             self._storage.put(name, file, stat_result.st_size)
         now = time.monotonic()
-        self._sent[name] = _Sent(_signature(stat_result), now, now - began)
+        self._sent[name] = _Sent(_signature(stat_result), now, now - start)
 
 
 class _CheckpointUploads:
     """
-    The checkpoints of a run directory: the newest is brought first, and what is deleted here is
-    deleted there once a newer one is there.
+    Uploads of checkpoints, the newest first. A checkpoint that was deleted locally is deleted at
+    the URL once a newer one is uploaded.
 
-    A checkpoint that is being brought is held open: it may be deleted here meanwhile.
+    The files of a checkpoint are kept open during its upload, because it may be deleted locally.
     """
 
     def __init__(self, folder: Path, storage: RemoteStorage) -> None:
         self._catalogue, self._storage = Catalogue(folder), storage
-        self._uploaded: dict[int, Signature] = {}  #: step -> manifest of a whole one
-        self._started_steps: set[int] = set()  #: steps of which there may be files
+        self._uploaded: dict[int, Signature] = {}  #: step -> signature of the manifest
+        self._started_steps: set[int] = set()  #: steps that may have files at the URL
         self._held: _OpenCheckpoint | None = None
 
     def missing(self) -> list[str]:
-        """Give the names of those that are here and not there."""
+        """Return the names of local checkpoints that are not uploaded."""
         local = self._local_checkpoints()
         return [self._catalogue.path(step).name for step in self._missing(local)]
 
-    def bring_newest(self) -> None:
+    def upload_newest(self) -> None:
         """
-        Bring the newest that is not there and can be read.
+        Upload the newest checkpoint that is missing and readable.
 
         Raises:
-            StorageError: all that are not there cannot be read.
+            StorageError: none of the missing checkpoints is readable.
         """
         local, unreadable = self._local_checkpoints(), None
         for step in sorted(self._missing(local), reverse=True):
@@ -287,7 +287,7 @@ class _CheckpointUploads:
             raise unreadable
 
     def _open(self, step: int, signature: Signature) -> _OpenCheckpoint | None:
-        """Hold a checkpoint open; None: it was deleted a moment ago."""
+        """Open a checkpoint's files; None: it was just deleted."""
         if self._held is not None and (self._held.step, self._held.signature) == (step, signature):
             return self._held
         self._release()
@@ -307,8 +307,8 @@ class _CheckpointUploads:
             self._held.close()
             self._held = None
 
-    def retire(self) -> None:
-        """Remove what is not here any more, and what was begun and left."""
+    def delete_obsolete(self) -> None:
+        """Delete checkpoints at the URL that were deleted locally, and partial uploads."""
         local = self._local_checkpoints()
         kept = [step for step, signature in self._uploaded.items() if local.get(step) == signature]
         for step in sorted(self._started_steps - local.keys()):
@@ -318,7 +318,7 @@ class _CheckpointUploads:
 
     def _upload(self, held: _OpenCheckpoint) -> None:
         folder = f"{FOLDER}/{self._catalogue.path(held.step).name}"
-        if self._uploaded.pop(held.step, None) is not None:  # made again, after a rollback
+        if self._uploaded.pop(held.step, None) is not None:  # written again after a rollback
             self._remove(held.step)
         self._started_steps.add(held.step)
         for name, file in held.files.items():
@@ -328,7 +328,7 @@ class _CheckpointUploads:
                 held.sent.add(name)
 
     def _remove(self, step: int) -> None:
-        """Remove the manifest first: what is half removed counts for nothing."""
+        """Remove a checkpoint, the manifest first: without it the checkpoint is ignored."""
         folder = f"{FOLDER}/{self._catalogue.path(step).name}"
         self._storage.remove(f"{folder}/{MANIFEST}")
         self._storage.remove(folder)
@@ -348,14 +348,14 @@ class _CheckpointUploads:
 
 class _OpenCheckpoint:
     """
-    A checkpoint whose files are open, the manifest as the last.
+    A checkpoint with open files, the manifest last.
 
-    Only what the manifest lists, and nothing behind a link: whoever gave the run to the user names
-    the URL in its `job.yaml`, too.
+    It opens only files in the manifest, and no links: a foreign run directory could name any file,
+    and its `job.yaml` names the URL.
 
     Raises:
-        FileNotFoundError: it is not there any more.
-        StorageError: its manifest is damaged, or it holds a link, a pipe or a device.
+        FileNotFoundError: it was deleted.
+        StorageError: its manifest is damaged, or it contains a link, a pipe or a device.
     """
 
     def __init__(self, path: Path, step: int, signature: Signature) -> None:
@@ -373,7 +373,7 @@ class _OpenCheckpoint:
 
 
 def signature_of(path: Path) -> Signature | None:
-    """Give what tells a file from others of its name; None: there is no regular file."""
+    """Return a file's signature; None: there is no regular file."""
     try:
         stat_result = path.lstat()
     except OSError:
@@ -386,7 +386,7 @@ def _signature(stat_result: os.stat_result) -> Signature:
 
 
 def upload_hint(folder: Path) -> str:
-    """Say how to complete a copy later."""
+    """Return the command that completes a copy later."""
     return f"`{shlex.join(['distplat', 'upload', str(folder)])}` uploads it"
 
 
@@ -394,13 +394,13 @@ def upload_of(
     folder: Path, storage_url: str, limit_s: float, warn: Callable[[str], object]
 ) -> RunUpload:
     """
-    Begin to keep a copy of a run directory.
+    Start to upload a run directory.
 
     Args:
         folder: the run directory; its name is the run's.
         storage_url: the `storage_path`; the copy is below it.
         limit_s: `failure.storage_timeout_s`.
-        warn: is told of failures.
+        warn: called with messages about failures.
     """
     return RunUpload(folder, _storage_of(folder, storage_url, limit_s), warn)
 
@@ -413,16 +413,16 @@ def check_access(
     folder: Path, storage_url: str, limit_s: float, check: Callable[[], object]
 ) -> None:
     """
-    See that a storage takes a run's first file; one that hangs, or is not there, may come back.
+    Check that a storage accepts a run's first file; a hanging storage is not an error yet.
 
     Args:
         folder: the run directory.
         storage_url: the `storage_path`.
         limit_s: `failure.storage_timeout_s`.
-        check: called while it is waited for; what it raises ends the wait.
+        check: called during the wait; an exception ends the wait.
 
     Raises:
-        StorageError: there is no such bucket or directory, or we may not write to it.
+        StorageError: the bucket or directory does not exist, or is not writable.
     """
     storage = _storage_of(folder, storage_url, limit_s)
 
@@ -433,33 +433,33 @@ def check_access(
     def put_again() -> None:
         try:
             put()
-        except (ObjectNotFound, AccessRefused):  # keys may be late
+        except (ObjectNotFound, AccessRefused):  # new credentials may take effect late
             time.sleep(_RETRY_S)
             put()
 
     upload = run_in_thread("first upload", put_again)
-    until = time.monotonic() + _FIRST_S
+    until = time.monotonic() + _FIRST_UPLOAD_S
     while not wait([upload], 0.05).done and time.monotonic() < until:
         check()
     if upload.done() and isinstance(error := upload.exception(), ObjectNotFound | AccessRefused):
-        hint = "make what `storage_path` names, or see that it may be written to"
+        hint = "create the bucket or directory of `storage_path`, or make it writable"
         raise StorageError(f"{error}; nothing was trained: {hint}") from error
 
 
 def incomplete_upload_error(missing: str, model: Path | None) -> StorageError:
     """
-    Say that a run has ended well and is not whole at its URL.
+    Build the error for a run that succeeded, but whose copy is incomplete.
 
     Args:
-        missing: what `RunUpload.close` gave.
-        model: where the trained model is.
+        missing: result of `RunUpload.close`.
+        model: path of the trained model.
     """
     where = f"; the trained model is in {model}" if model is not None else ""
     return StorageError(f"the run has ended, but {missing}{where}")
 
 
 def completed(result: Mapping[str, Any]) -> dict[str, Any]:
-    """Give what `result.json` is to say once a copy is complete: for some runs only that failed."""
+    """Return `result.json` for a complete copy: SUCCEEDED if only the upload had failed."""
     if NOT_UPLOADED not in result:
         return dict(result)
     facts = {

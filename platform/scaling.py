@@ -28,28 +28,28 @@ class Resizing:
 
     def __init__(self, world: int) -> None:
         self.world = world
-        self.wanted: int | None = None  #: requested number of ranks; None: no open request
+        self.target: int | None = None  #: requested number of ranks; None: no open request
         self.newcomers: dict[int, bool] = {}  #: rank -> whether it is ready
 
     def request(self, workers: int) -> None:
         """Request a change to `workers` ranks."""
-        self.wanted = workers
+        self.target = workers
 
     def cancel(self) -> None:
         """Cancel the request."""
-        self.wanted = None
+        self.target = None
 
     @property
     def ranks_to_start(self) -> list[int]:
         """Ranks of newcomers that are needed and not started."""
-        wanted = range(self.world, self.wanted or 0)
-        return [rank for rank in wanted if rank not in self.newcomers]
+        needed = range(self.world, self.target or 0)
+        return [rank for rank in needed if rank not in self.newcomers]
 
     @property
     def ranks_to_stop(self) -> list[int]:
         """Ranks of newcomers that are no longer needed."""
-        wanted = range(self.world, self.wanted or 0)
-        return [rank for rank in self.newcomers if rank not in wanted]
+        needed = range(self.world, self.target or 0)
+        return [rank for rank in self.newcomers if rank not in needed]
 
     def newcomer_started(self, rank: int) -> None:
         """Record that a newcomer is starting."""
@@ -66,15 +66,15 @@ class Resizing:
     @property
     def due(self) -> int | None:
         """New number of ranks, once all newcomers are ready; None: no change is due."""
-        if self.wanted is None or self.wanted == self.world:
+        if self.target is None or self.target == self.world:
             return None
-        wanted = range(self.world, self.wanted)
-        return self.wanted if all(self.newcomers.get(rank) for rank in wanted) else None
+        needed = range(self.world, self.target)
+        return self.target if all(self.newcomers.get(rank) for rank in needed) else None
 
     @property
     def granted(self) -> bool:
         """Whether the number of ranks is the requested one."""
-        return self.wanted == self.world
+        return self.target == self.world
 
     def resized(self, world: int) -> None:
         """Record the new number of ranks; newcomers among them become regular ranks."""

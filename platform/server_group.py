@@ -210,7 +210,7 @@ class ServerGroup:
         Take over the servers of a lost manager, before any other call.
 
         Every shard keeps its primary, which continues without a backup in a term of this manager,
-        so that late orders of the lost manager are refused. Backups are started anew.
+        so that late orders of the lost manager are refused. New backups are started.
 
         Args:
             reports: of the servers that answered.

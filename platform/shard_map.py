@@ -1,14 +1,14 @@
 """
-Which server node keeps which parameters: the metadata that the server manager owns.
+Which server node keeps which parameters: metadata of the server manager.
 
-Parameters lie one after another in one flat vector; a shard is a run of its elements. Cutting the
-vector, not the list of tensors, balances the shards by bytes whatever the sizes of the layers: one
-huge embedding does not make one server the slow one. Where servers differ they are cut by measured
-speed, on request: everybody waits for the slowest shard. An optimizer that looks at whole tensors
-has it cut where parameters end.
+Parameters lie one after another in one flat vector; a shard is a range of its elements. Splitting
+the vector, not the list of tensors, balances the shards by bytes for any layer sizes: one huge
+embedding does not slow down one server. On request the split follows measured server speeds,
+because every step waits for the slowest shard. For an optimizer of whole tensors, shards end at
+parameter bounds.
 
-Of embedding tables there are a plan, which their servers are told, and the names that the calls of
-their clients carry.
+Embedding tables have a plan, which is sent to their servers, and names for the calls of their
+clients.
 """
 
 from collections.abc import Sequence
@@ -23,15 +23,15 @@ from distplat.platform.spec import SYNCHRONOUS, Consistency, Job
 from distplat.platform.vector_layout import Layout
 
 _ALIGN = 16
-"""Elements: shard bounds fall on cache lines for 4-byte elements, where vector kernels like it."""
+"""Elements: shard bounds fall on cache lines for 4-byte elements, which vector kernels prefer."""
 
 EQUAL_SPEED_RATIO = 1.25
-"""Servers whose speeds differ less count as equal: so much two measurements of one may differ."""
+"""Servers with a lower speed ratio count as equally fast: measurements vary that much."""
 
 
 @dataclass(frozen=True)
 class Shard:
-    """A run of the flat parameter vector."""
+    """A range of the flat parameter vector."""
 
     index: int
     start: int
@@ -62,14 +62,14 @@ def cut_shards(
     boundaries: Sequence[int] = (),
 ) -> ShardMap:
     """
-    Cut `total` elements into one shard per server; for a tiny model some may be empty.
+    Split `total` elements into one shard per server; in a tiny model some may be empty.
 
     Args:
-        total: elements.
-        servers: how many.
-        speeds: elements that each server updates in a second; empty: as if all were alike.
-        tail: how many of the last elements are frozen; the last shard has them on top.
-        boundaries: where alone it may be cut; they rise. Empty: anywhere.
+        total: number of elements.
+        servers: number of servers.
+        speeds: elements per second of each server's updates; empty: equal speeds.
+        tail: number of frozen elements at the end, which the last shard gets in addition.
+        boundaries: allowed shard bounds, ascending. Empty: any.
     """
     whole, total = total, total - tail
     align = _ALIGN if total >= servers * _ALIGN else 1
@@ -85,7 +85,7 @@ def cut_shards(
 
 
 def _bounds_by_speed(total: int, speeds: Sequence[float], align: int) -> list[tuple[int, int]]:
-    """Give each server elements in proportion to its speed, so that all take the same time."""
+    """Split elements in proportion to the servers' speeds, for equal update times."""
     blocks, whole = -(-total // align), sum(speeds)
     inner = [round(blocks * part / whole) * align for part in accumulate(speeds[:-1])]
     ends = [*(min(end, total) for end in inner), total]
@@ -93,7 +93,7 @@ def _bounds_by_speed(total: int, speeds: Sequence[float], align: int) -> list[tu
 
 
 def clip_ranges(runs: Sequence[tuple[int, int]], shard: Shard) -> tuple[tuple[int, int], ...]:
-    """Give what of some runs of the flat vector is in a shard, counted from its beginning."""
+    """Intersect ranges of the flat vector with a shard; results are relative to the shard."""
     cut = [(max(start, shard.start), min(stop, shard.stop)) for start, stop in runs]
     return tuple((a - shard.start, b - shard.start) for a, b in cut if a < b)
 
@@ -101,90 +101,90 @@ def clip_ranges(runs: Sequence[tuple[int, int]], shard: Shard) -> tuple[tuple[in
 @dataclass(frozen=True)
 class Division:
     """
-    Which workers share which servers: of a model that is cut, each part has servers of its own.
+    Assignment of workers to servers; each part of a split model has its own servers.
 
         ranks     0, 2        1, 3            peers share servers, and push one vector;
-        servers   0, 1        2, 3            they count each other as worker 0 and worker 1
+        servers   0, 1        2, 3            within a part they are worker 0 and worker 1
     """
 
     parts: tuple[tuple[int, ...], ...]
-    """By part, the ranks that have it."""
+    """Ranks of each part."""
     servers: int
-    """In all; as many for each part."""
+    """Number of servers over all parts; the same for each part."""
 
     @property
-    def each(self) -> int:
-        """Servers of one part."""
+    def servers_per_part(self) -> int:
+        """Number of servers per part."""
         return self.servers // len(self.parts)
 
     def part_of(self, rank: int) -> int:
-        """Give a rank's part; of a model that is not cut, also that of a rank that came later."""
+        """Return a rank's part; 0 if the model is not split, also for ranks that joined later."""
         if len(self.parts) == 1:
             return 0
         return next(part for part, ranks in enumerate(self.parts) if rank in ranks)
 
     def part_rank_of(self, rank: int) -> int:
-        """Give a rank's number among those that share its servers."""
+        """Return a rank's index among the ranks that share its servers."""
         return rank if len(self.parts) == 1 else self.parts[self.part_of(rank)].index(rank)
 
     def servers_of(self, part: int) -> range:
-        """Give the numbers of a part's servers, in the order of its shards."""
-        return range(part * self.each, (part + 1) * self.each)
+        """Return the numbers of a part's servers, in the order of its shards."""
+        return range(part * self.servers_per_part, (part + 1) * self.servers_per_part)
 
     def shard_of(self, server: int) -> tuple[int, int]:
-        """Give the part, and which of its shards, that a server keeps."""
-        return divmod(server, self.each)
+        """Return a server's part, and its shard within the part."""
+        return divmod(server, self.servers_per_part)
 
 
 @dataclass(frozen=True)
 class OwnLoop:
-    """What servers make of the gradients of a train function."""
+    """How servers use the gradients of a train function."""
 
     optimizer: AnyOptimizer | None = None
-    """The function's, as far as it does not change; group 0 has no parameters. None: servers add
-    the ranks' gradients up, and the workers make the update."""
+    """The function's optimizer, without arguments that change; group 0 has no parameters. None:
+    servers only sum gradients, and the workers apply updates."""
     settings: tuple[tuple[str, ...], ...] = ()
-    """By group, from 1: the optimizer's numbers whose values come with each push."""
+    """By group, from 1: names of optimizer arguments whose values are sent with each push."""
 
 
 def settings_of(job: Job) -> int:
-    """Give how many values come with each push of a task: what its rates go by, if anything."""
+    """Return the number of values sent with each push of a task: its schedule's state."""
     of_evaluations = isinstance(job.lr_schedule, ReduceLROnPlateau) or job.plateau is not None
     return len(PlateauState._fields) if of_evaluations else 0
 
 
 @dataclass(frozen=True)
 class ShardPlan:
-    """What a shard must know to work on its own."""
+    """Configuration of one shard for one attempt."""
 
     job: Job
     run: str
-    """Name of the run; pushes of another are refused."""
+    """Name of the run; pushes of other runs are refused."""
     attempt: int
     world: int
-    """Workers whose pushes make up a step."""
+    """Number of workers whose pushes make up a step."""
     total_steps: int
     shards: int
-    """Shards of the model: the only one sees the norm of the whole gradient."""
+    """Number of shards of the model; a single shard knows the norm of the whole gradient."""
     consistency: Consistency = SYNCHRONOUS
     checkpoint_every: int = 0
-    """Steps between two checkpoints, for which shards keep copies; 0: there are none."""
+    """Steps between checkpoints, for which shards keep copies; 0: no checkpoints."""
     workers: tuple[int, ...] = ()
-    """Their ranks, where those are not 0 to `world - 1`."""
+    """Ranks of the workers, if not 0 to `world - 1`."""
     duplicate_ranges: tuple[tuple[int, int], ...] = ()
-    """Runs of the shard that another one has too, and counts in the norm of the gradient."""
+    """Ranges that another shard has too, and counts in the norm of the gradient."""
     wire: str | None = None
-    """Name in torch of the type that travels to other nodes; None: the parameters' own."""
+    """torch's name of the dtype for transfers between nodes; None: the parameters' own."""
     number: int = 0
-    """Number of the shard, among those of all parts of the model."""
+    """Number of the shard among those of all parts of the model."""
     layout: Layout | None = None
-    """What lies where in the shard; None: it is as if it were a single parameter."""
+    """Layout of the shard; None: a single parameter."""
     own_loop: OwnLoop | None = None
-    """What is made of gradients; None: the job says it."""
+    """How to use gradients of a train function; None: the job's optimizer updates."""
 
     @property
     def settings(self) -> int:
-        """Values that come with each push."""
+        """Number of values sent with each push."""
         return (
             settings_of(self.job)
             if self.own_loop is None
@@ -192,51 +192,51 @@ class ShardPlan:
         )
 
     def worker(self, part_rank: int) -> str:
-        """Name one of the workers, by its number among them."""
+        """Return a worker's role, by its index among this shard's workers."""
         return f"worker-{self.workers[part_rank] if self.workers else part_rank}"
 
 
 @dataclass(frozen=True)
 class TableSpec:
-    """One embedding table. Equal on all ranks that train one model."""
+    """One embedding table; equal on all ranks that train one model."""
 
     name: str
     """Path of its module in the model."""
     rows: int | None
-    """Ids go from 0 to `rows` - 1; None: any id that is not negative."""
+    """Ids are 0 to `rows` - 1; None: any non-negative id."""
     width: int
-    """Elements of a row, float32."""
+    """Elements per row, float32."""
     std: float
-    """Standard deviation of a row's first values; 0: zeros."""
+    """Standard deviation of initial values; 0: zeros."""
     whole: bool = False
-    """Whether all rows are there from the start; else a row comes with its first gradient."""
+    """Whether all rows exist from the start; else a row is created by its first gradient."""
 
 
 @dataclass(frozen=True)
 class TablePlan:
-    """What a server must know to serve one attempt."""
+    """Configuration of an embedding server for one attempt."""
 
     job: Job
     run: str
-    """Name of the run; pushes of another are refused."""
+    """Name of the run; pushes of other runs are refused."""
     attempt: int
     world: int
-    """Workers whose pushes make up a step."""
+    """Number of workers whose pushes make up a step."""
     total_steps: int
     servers: int
     tables: tuple[TableSpec, ...]
     rewinds: bool = False
-    """Keep what the last step has changed: a restart may have to make that step again."""
+    """Whether to keep the changes of the last step: a restart may repeat that step."""
     checkpoint_every: int = 0
-    """Steps between two checkpoints; 0: there are none."""
+    """Steps between checkpoints; 0: no checkpoints."""
 
 
 TABLES = "embeddings-"
-"""Begins the names of the files of embedding servers in a checkpoint."""
+"""Prefix of embedding servers' files in a checkpoint."""
 
 
 def file_of(server: int) -> str:
-    """Give the name of a server's file in a checkpoint, without its ending."""
+    """Return the name of a server's file in a checkpoint, without extension."""
     return f"{TABLES}{server}"
 
 
@@ -251,19 +251,19 @@ def plan_of(
     checkpoint_every: int = 0,
 ) -> TablePlan:
     """
-    Make the plan of one attempt.
+    Build the plan of one attempt.
 
     Args:
-        job: has the field `embeddings`.
-        run: its name.
+        job: a job with the field `embeddings`.
+        run: name of the run.
         attempt: its number.
         tables: the same on all ranks.
         total_steps: of the run.
-        rewinds: whether a step may have to be made again; asynchronous tables keep nothing for
-            that, their book knows what is in them.
-        checkpoint_every: steps between two checkpoints; 0: there are none.
+        rewinds: whether a step may be repeated. Asynchronous tables never rewind, because their
+            ledger knows the applied pushes.
+        checkpoint_every: steps between checkpoints; 0: no checkpoints.
     """
-    assert job.embeddings is not None, "only such jobs have servers of tables"
+    assert job.embeddings is not None, "only jobs with embeddings have table servers"
     servers, world = job.embeddings.servers, job.scaling.world
     rewinds = rewinds and not job.embeddings.asynchronous
     return TablePlan(

@@ -1,9 +1,9 @@
 """
-The job: everything a run needs to know, in one frozen value.
+The job: the complete configuration of a run, as one immutable value.
 
-Field names are Ray Train's and torch's where they have one. Reading a job from YAML, with file,
-line and column in every message, is `platform/job_file.py`; a strategy's own options are checked
-by the strategy (`strategies/catalog.py`), for only it knows them.
+Field names follow Ray Train and torch where these have one. `platform/job_file.py` reads a job from
+YAML, with file, line and column in every message. The strategy checks its own options
+(`strategies/catalog.py`).
 """
 
 import logging
@@ -55,37 +55,38 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Consistency:
-    """When a shard applies gradients, and what it makes of old ones."""
+    """When a shard applies gradients, and how it handles stale ones."""
 
     asynchronous: bool = False
-    """Apply each gradient when it comes; else one update of all workers' gradients."""
+    """Apply each gradient on arrival; else apply one update for all workers' gradients."""
     bound: int | None = None
-    """Asynchronous: steps that a task may be ahead of the oldest that is not done; None: any."""
+    """Asynchronous: most steps that a task may be ahead of the oldest unfinished task; None: no
+    limit."""
     staleness_lr: bool = False
     """Divide the learning rate by a gradient's staleness (Zhang et al., IJCAI 2016)."""
     delay_compensation: float = 0.0
-    """Lambda of the correction for what changed since the pull (Zheng et al., ICML 2017)."""
+    """Lambda of the correction for changes since the pull (Zheng et al., ICML 2017)."""
     backup_workers: int = 0
-    """Synchronous: a step goes on without so many of the gradients (Chen et al., 2016)."""
+    """Synchronous: gradients that a step does not wait for (Chen et al., 2016)."""
     own_loop: bool = False
-    """Gradients come from a train function, whose loop alone knows how many there will be."""
+    """Gradients come from a train function, whose loop determines how many there are."""
 
     @property
     def dynamic_tasks(self) -> bool:
         """
-        Whether tasks are leased to whoever asks (`task_scheduler.py`); else each worker has its
-        part of every step. Where nobody waits for others, nobody is to have a part of its own.
+        Whether tasks are leased to workers on request (`task_scheduler.py`). Else each worker has
+        its own part of every step.
         """
         return self.asynchronous and not self.own_loop
 
     @property
     def private(self) -> bool:
-        """Whether workers compute on copies of their own: shards change while they do."""
+        """Whether workers compute on copies of the parameters, because shards change meanwhile."""
         return self.asynchronous or self.backup_workers > 0
 
 
 SYNCHRONOUS = Consistency()
-"""One update for all workers' gradients of a step."""
+"""One update per step for the gradients of all workers."""
 
 
 NAME_PATTERN = r"^[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?$"
@@ -102,16 +103,16 @@ StrategyName = Annotated[str, StringConstraints(min_length=1, max_length=63)]
 
 
 class StrategySpec(Spec):
-    """Which strategy, and the options that it declares."""
+    """Name and options of a strategy."""
 
     name: StrategyName
-    """A name of `distplat strategies`."""
+    """Name, as listed by `distplat strategies`."""
     options: dict[str, Any] = Field(default_factory=dict)
-    """In a job file these stand beside `name`, not below a key of their own."""
+    """Options; in a job file they stand beside `name`, not below a key of their own."""
 
 
 def _strategy(value: object) -> object:
-    """Take `ring` and `{name: ring, timeout_s: 5}`: options stand beside the name."""
+    """Accept `ring` and `{name: ring, timeout_s: 5}`: options stand beside the name."""
     if isinstance(value, str):
         return {"name": value}
     if isinstance(value, dict):
@@ -125,27 +126,27 @@ def _strategy(value: object) -> object:
 
 
 StrategyField = Annotated[StrategySpec, BeforeValidator(_strategy)]
-"""`strategy` as it stands in a job file."""
+"""`strategy` field of a job file."""
 
 
 class Scaling(Spec):
-    """How many workers, and what each of them takes of the cluster (Ray Train's names)."""
+    """Number of workers, and the resources of each (Ray Train's names)."""
 
     num_workers: Index = Field(1, le=1024)
-    """Ranks; 0: train in the calling process, without Ray, for debugging."""
+    """Number of ranks; 0: train in the calling process, without Ray, for debugging."""
     use_gpu: Flag = False
-    """Each worker takes one GPU, or the part that `resources_per_worker` names."""
+    """Each worker uses one GPU, or the fraction in `resources_per_worker`."""
     resources_per_worker: Resources = Field(default_factory=dict)
     """Ray resources of one worker, for example {CPU: 2, GPU: 0.5}; default {CPU: 1}. `memory` is in
     bytes."""
 
     @property
     def world(self) -> int:
-        """Number of ranks: a run in the calling process has one."""
+        """Number of ranks; 1 for a run in the calling process."""
         return max(1, self.num_workers)
 
     def resources(self) -> dict[str, float]:
-        """Resources of one worker with the defaults filled in."""
+        """Return the resources of one worker, with defaults."""
         default = {"CPU": 1.0} | ({"GPU": 1.0} if self.use_gpu else {})
         return default | self.resources_per_worker
 
@@ -154,222 +155,222 @@ _OLD_WORKERS = "num_loaders"
 
 
 class Data(Spec):
-    """How batches are made of the task's data set; names as in torch's DataLoader."""
+    """How batches are built from the task's data set; names as in torch's DataLoader."""
 
     shuffle: Flag = True
-    """A new order each epoch, from the job's seed; without effect beside a task's `sampler`,
-    and for a stream."""
+    """Shuffle the data in each epoch, by the job's seed; no effect with a task's `sampler`, or on a
+    stream."""
     drop_last: Flag = False
-    """Leave out the last batch of an epoch where it is smaller than the others."""
+    """Drop an epoch's last batch if it is smaller than the others."""
     num_workers: Index = Field(0, le=256)
     """Loader processes per rank, as in torch's DataLoader; 0: load in the training thread."""
     prefetch_factor: Count = Field(2, le=1024)
-    """Batches that each loader process keeps ready; needs num_workers > 0."""
+    """Batches prefetched by each loader process; needs num_workers > 0."""
     persistent_workers: Flag = False
-    """Keep the loader processes of evaluations from one to the next; needs num_workers > 0. Those
-    of the training data live as long as the run in any case."""
+    """Keep the loader processes between evaluations; needs num_workers > 0. Loader processes of
+    training data live as long as the run in any case."""
     pin_memory: Flag | None = None
-    """Put batches into page-locked memory, from which copies to a GPU go on beside the computing;
-    None: with GPUs and loader processes. It needs GPUs."""
+    """Load batches into page-locked memory, so that copies to a GPU overlap with computation; None:
+    if there are GPUs and loader processes. Needs GPUs."""
 
     def unused_fields(self) -> set[str]:
-        """Name the fields that have no effect beside the others."""
+        """Return the fields without effect."""
         return set() if self.num_workers else {"prefetch_factor", "persistent_workers"}
 
     @model_validator(mode="before")
     @classmethod
     def _rename(cls, fields: Any) -> Any:
-        """Take the name that `num_workers` had before."""
+        """Accept the former name of `num_workers`."""
         if not isinstance(fields, Mapping) or _OLD_WORKERS not in fields:
             return fields
         if "num_workers" in fields:
             raise PydanticCustomError(
-                "renamed", f"{_OLD_WORKERS} is the old name of num_workers: give one"
+                "renamed", f"{_OLD_WORKERS} is the former name of num_workers: give only one"
             )
         logger.warning("data.%s is called data.num_workers now, as in torch", _OLD_WORKERS)
         return {"num_workers" if k == _OLD_WORKERS else k: v for k, v in fields.items()}
 
 
 class Evaluation(Spec):
-    """When `eval_data` is run through the model (only for tasks that have it)."""
+    """When the model is evaluated on `eval_data` (only for tasks with it)."""
 
     every_epochs: Index = 1
     """Evaluate every N epochs; 0: only after the last step."""
     every_steps: Count | None = None
     """Evaluate every N steps and after the last one, instead of by epochs."""
     before_first: Flag = False
-    """Evaluate before the first step, too, at step 0; `lr_schedule` does not go by that one."""
+    """Also evaluate before the first step, at step 0; `lr_schedule` ignores this evaluation."""
 
     def period(self, steps_per_epoch: int) -> int:
-        """Give the steps between two evaluations; 0: there is only that after the last step."""
+        """Return the steps between evaluations; 0: only one after the last step."""
         return self.every_steps or self.every_epochs * steps_per_epoch
 
     def unused_fields(self) -> set[str]:
-        """Name the fields that have no effect beside the others."""
+        """Return the fields without effect."""
         return set() if self.every_steps is None else {"every_epochs"}
 
 
 class CheckpointConfig(Spec):
-    """What is kept of the model, while it is trained and at the end (docs/checkpoints.md)."""
+    """Which states of the model are saved, during training and at its end (docs/checkpoints.md)."""
 
     every_steps: Count | None = None
     """Save every N steps and after the last step; None: no checkpoints by steps."""
     every_epochs: Count | None = None
-    """Save every N epochs and after the last step; give this or `every_steps`."""
+    """Save every N epochs and after the last step; set this or `every_steps`."""
     num_to_keep: Count = 2
-    """Checkpoints that stay on the disk, the newest; older ones are deleted."""
+    """Number of newest checkpoints to keep; older ones are deleted."""
     keep_best: KeepBest | None = None
-    """The best checkpoint, by a figure of the evaluation after its step, stays beside these."""
+    """Also keep the best checkpoint, by a metric of the evaluation after its step."""
     save_final: Flag = True
     """Write the trained parameters to `model.safetensors` in the run directory."""
     trained_only: Flag = False
-    """Leave frozen parameters out of checkpoints and of `model.safetensors`, as for LoRA; whoever
-    reads them needs the same base."""
+    """Leave frozen parameters out of checkpoints and of `model.safetensors`, as for LoRA; loading
+    them needs the same base model."""
 
     @property
-    def wanted(self) -> bool:
-        """Whether checkpoints are taken during the run."""
+    def enabled(self) -> bool:
+        """Whether checkpoints are saved during the run."""
         return self.every_steps is not None or self.every_epochs is not None
 
     def period(self, steps_per_epoch: int) -> int:
-        """Give the steps between two checkpoints; 0: there are none."""
+        """Return the steps between checkpoints; 0: none."""
         return self.every_steps or (self.every_epochs or 0) * steps_per_epoch
 
 
 class Failure(Spec):
-    """What is done about failures, and deadlines; an error that one causes names its field."""
+    """Recovery from failures, and deadlines; an error after a deadline names its field."""
 
     max_failures: Index | None = None
-    """Restarts after lost workers, servers or nodes, of which one is given back for each 100 steps
-    of progress, and for each new checkpoint that a train function reports; None: 3 where survivors
+    """Restarts after lost workers, servers or nodes. One is returned for each 100 steps of
+    progress, and for each new checkpoint that a train function reports. None: 3 where survivors
     keep their state (not with a sharded optimizer, nor without replicas) or there are checkpoints,
     else 0."""
     max_preemptions: Index | None = None
-    """Restarts after machines were taken away, counted apart and given back alike; None: 100 where
+    """Restarts after preempted machines, counted separately and returned alike. None: 100 where
     `max_failures` is 3 by default, else 0."""
 
     spare_workers: Flag = False
-    """Have a process on each node that has imported torch and the task, and takes a lost worker's
-    place in about a second. It takes memory for that, and no processor time; not with GPUs."""
+    """Keep a spare process on each node, with torch and the task imported, that replaces a lost
+    worker in about a second. It uses memory, but no CPU time; not with GPUs."""
 
     start_timeout_s: Seconds = 120.0
-    """From asking Ray for the actors to the first step. So long, too, each 64 MiB of the trained
-    model may take to come to the driver's node."""
+    """Time from the request for actors to the first step; also the time that each 64 MiB of the
+    trained model may take to arrive at the driver's node."""
     step_timeout_s: Seconds = 120.0
-    """How long a rank or a server node may be waited for inside a step; so long, too, a rank's part
-    of a checkpoint may take to leave its process, and to come to the driver's node."""
+    """How long to wait for a rank or a server node within a step; also how long a rank's part of a
+    checkpoint may take to leave its process, and to arrive at the driver's node."""
     heartbeat_timeout_s: Seconds = 30.0
     """Seconds without a heartbeat reply after which a live process counts as hung."""
     storage_timeout_s: Seconds = 120.0
-    """How long the end of a run goes on with uploads while the storage of a URL does not answer.
-    One operation, of 8 MiB at most, has a quarter of it. So long, too, a run that goes back waits
-    for a checkpoint to be written; who reads one, or ends, for the disk to give or take bytes. Once
-    a disk has taken nothing of a checkpoint for so long, those that do not come have failed."""
+    """How long the end of a run continues uploads while the storage of a URL does not respond. The
+    deadline of one operation, of at most 8 MiB, is a quarter of it. It is also the deadline for a
+    checkpoint to be written before a rollback, and for the disk to make progress while a checkpoint
+    is read or a run ends. After a disk has made no progress on a checkpoint for this time,
+    outstanding checkpoints count as failed."""
     non_finite: Literal["stop", "skip", "ignore"] = "stop"
-    """A step with a loss or gradient that is NaN or infinite: `stop` ends the run before it is
-    applied, `skip` leaves it out on all ranks, `ignore` applies it."""
+    """A step with a NaN or infinite loss or gradient: `stop` ends the run before the step is
+    applied, `skip` skips it on all ranks, `ignore` applies it."""
     max_skipped_steps: Index = 100
-    """Steps that `non_finite: skip` may leave out; one more ends the run."""
+    """Most steps that `non_finite: skip` may skip; one more ends the run."""
 
 
 class Job(Spec):
     """One training run."""
 
     name: Name
-    """1 to 63 of a-z, 0-9 and '-'; actors and the run directory are called after it."""
+    """1 to 63 of a-z, 0-9 and '-'; used in the names of actors and the run directory."""
     task: EntryPoint | None = None
     """`module:Class`, from the job's directory or installed, or `module:function` of a train
-    function, or a script with its arguments, `train.py --lr 0.1`; None: given to Trainer in
+    function, or a script with its arguments, `train.py --lr 0.1`; None: passed to Trainer in
     Python."""
     own_loop: Flag = False
-    """The task is a train function, with a loop of its own; so it is, too, where the job has none
-    of `optimizer`, `global_batch_size`, `epochs` and `steps`."""
+    """The task is a train function, with its own loop; default true if the job has none of
+    `optimizer`, `global_batch_size`, `epochs` and `steps`."""
     task_args: dict[str, Any] = Field(default_factory=dict)
-    """Keyword arguments of the task's constructor; of a train function its `config`."""
+    """Keyword arguments of the task's constructor; for a train function its `config`."""
     strategy: StrategyField
-    """The architecture: a name, or a mapping with the name and the strategy's options."""
+    """The strategy: a name, or a mapping with the name and the strategy's options."""
     scaling: Scaling = Scaling()
     optimizer: JobOptimizer
     lr_schedule: NamedSchedule = Schedule()
     embeddings: Embeddings | None = None
     """Servers of embedding tables, for models with `distplat.nn.ShardedEmbedding`."""
     initial_weights: Annotated[InitialWeights | None, BeforeValidator(initial_weights_of)] = None
-    """Weights to begin from: a path, or a mapping; None: those that the task's model() makes."""
+    """Weights to start from: a path, or a mapping; None: those of the task's model()."""
     epochs: Count | None = None
-    """Passes over the training data; give this or `steps`, or `max_time_s` alone."""
+    """Passes over the training data; set this or `steps`, or only `max_time_s`."""
     steps: Count | None = None
-    """Optimizer updates; give this or `epochs`, or `max_time_s` alone."""
+    """Optimizer updates; set this or `epochs`, or only `max_time_s`."""
     global_batch_size: Count = Field(le=2**30)
-    """Samples of one update, over all workers."""
+    """Samples per update, over all workers."""
     gradient_accumulation: Count = Field(1, le=2**20)
-    """Micro-batches into which each worker cuts its part of the batch."""
+    """Micro-batches into which each worker splits its part of the batch."""
     clip_norm: Limit | None = None
-    """Scale gradients down to this 2-norm over all parameters; `.inf`: never, but have the norm as
-    `grad_norm` in the metrics; None: neither."""
+    """Clip gradients to this 2-norm over all parameters; `.inf`: no clipping, but `grad_norm` in
+    the metrics; None: neither."""
     ema: EMA | None = None
-    """An average of the weights beside them, evaluated and saved too; None: there is none."""
+    """Exponential moving average of the weights, also evaluated and saved; None: disabled."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    """`bf16`: forward under autocast; parameters and updates stay as the model made them. `fp16`:
-    the same in float16, with a loss scale as torch's `GradScaler` has it."""
+    """`bf16`: forward under autocast; parameters and updates keep the model's dtype. `fp16`: the
+    same in float16, with loss scaling as in torch's `GradScaler`."""
     compile: Annotated[Compile | None, BeforeValidator(compile_of)] = None
-    """`true`, or a mapping: forward and backward are compiled by `torch.compile`."""
+    """`true`, or a mapping: compile forward and backward with `torch.compile`."""
     activation_checkpointing: str | None = Field(None, min_length=1)
-    """Modules that keep only their inputs, and compute again in backward, to save memory: patterns
-    of names with commas between, such as "blocks.*". Under `hybrid` whole stages do so."""
+    """Modules that keep only their inputs and recompute activations in backward, to save memory:
+    comma-separated patterns of names, such as "blocks.*". Under `hybrid`, whole stages."""
     seed: Index = 0
-    """Seeds model, data, their order and dropout; the same seed gives the same bits."""
+    """Seed of model, data, their order and dropout; runs with the same seed have the same bits."""
     data: Data = Data()
     evaluation: Evaluation = Evaluation()
     checkpoint: CheckpointConfig = CheckpointConfig()
     early_stop: EarlyStop | None = None
-    """When evaluations get no better the run ends; None: it makes all its steps."""
+    """End the run when evaluations stop improving; None: disabled."""
     max_time_s: Positive | None = None
-    """The run ends, as after its last step, once so many seconds have passed since it began; None:
-    it makes all its steps. It makes one at least. Without `epochs` and `steps` its time alone ends
-    it."""
+    """End the run, as after its last step, this many seconds after its start, but after one step at
+    least; None: no limit. Without `epochs` and `steps` it is the only limit."""
     failure: Failure = Failure()
     trackers: tuple[TrackerSpec, ...] = ()
-    """Experiment trackers beside TensorBoard: `mlflow`, `trackio`, `wandb`, or mappings with their
-    `name`."""
+    """Experiment trackers in addition to TensorBoard: `mlflow`, `trackio`, `wandb`, or mappings
+    with their `name`."""
     storage_path: Folder = "runs"
-    """Where run directories are made; relative to the directory `submit` was called in. Or a URL,
-    such as s3://bucket/prefix: they are made in `runs`, and a copy of each is kept at the URL."""
+    """Parent of run directories, relative to the directory in which `submit` was called. Or a URL,
+    such as s3://bucket/prefix: run directories are created in `runs`, and copied to the URL."""
 
     @model_validator(mode="before")
     @classmethod
     def _fill(cls, fields: Any) -> Any:
-        """Have a job of a train function do without the fields of a loop."""
+        """Fill in the fields of a loop for a train function."""
         return own_loop.filled(fields) if isinstance(fields, Mapping) else fields
 
     def with_workers(self, number: int) -> "Job":
-        """Give the same job with another number of workers; `problems` is to be asked of it."""
+        """Return the job with another number of workers; check `problems` of the result."""
         scaling = self.scaling.model_copy(update={"num_workers": number})
         return self.model_copy(update={"scaling": scaling})
 
     @property
     def task_schedule(self) -> TaskSchedule | None:
-        """The rates that the task says itself, once it has been asked; None: the job does."""
+        """Learning rates that the task returned; None: the job defines them."""
         schedule: Any = self.lr_schedule
         return schedule if isinstance(schedule, TaskSchedule) else None
 
     @property
     def plateau(self) -> Plateau | None:
-        """What evaluations have made of the rates, in a worker; None: nothing goes by them."""
+        """State of a schedule that depends on evaluations, on a worker; None: another schedule."""
         schedule: Any = self.lr_schedule
         return schedule if isinstance(schedule, Plateau) else None
 
     def with_plateau(self) -> "Job":
-        """Give a process's own job, if its rates go by evaluations; else the job as it is."""
+        """Return a process's own job if its rates depend on evaluations, else this job."""
         rule: Any = self.lr_schedule
         rule = rule.rule if isinstance(rule, Plateau) else rule
         return self.with_schedule(Plateau(rule)) if isinstance(rule, ReduceLROnPlateau) else self
 
     def with_schedule(self, schedule: TaskSchedule | Plateau | ReduceLROnPlateau) -> "Job":
-        """Give the same job with another schedule, which may be one that no job file can hold."""
+        """Return the job with another schedule, also one that a job file cannot contain."""
         return self.model_copy(update={"lr_schedule": schedule})
 
     def problems(self) -> list[Problem]:
-        """Check what no single field can see; empty: the job holds together."""
+        """Check dependencies between fields; []: the job is valid."""
         if self.own_loop:
             fields = {"name": self.name, "strategy": self.strategy, "own_loop": True}
             found = own_loop.problems(self, Job.model_validate(fields))
@@ -427,7 +428,7 @@ def _precision_problems(job: Job) -> list[Problem]:
 
 
 def _data_problems(job: Job) -> list[Problem]:
-    """What torch refuses in the workers, or passes over with a warning."""
+    """Check for settings that torch refuses on workers, or ignores with a warning."""
     data, fields_set = job.data, job.data.model_fields_set
     problems = [
         Problem(("data", field), "has no effect without loader processes", "give num_workers, too")
@@ -447,13 +448,13 @@ def _evaluation_problems(job: Job) -> list[Problem]:
 
 
 def _checkpoint_problems(job: Job) -> list[Problem]:
-    chosen = job.checkpoint
-    if chosen.every_steps is not None and chosen.every_epochs is not None:
+    config = job.checkpoint
+    if config.every_steps is not None and config.every_epochs is not None:
         return [Problem(("checkpoint",), "give `every_steps` or `every_epochs`, got both")]
-    if chosen.num_to_keep != CheckpointConfig().num_to_keep and not chosen.wanted:
+    if config.num_to_keep != CheckpointConfig().num_to_keep and not config.enabled:
         text = "has no effect without `every_steps` or `every_epochs`"
         return [Problem(("checkpoint", "num_to_keep"), text, "remove it")]
-    if chosen.trained_only and not chosen.wanted and not chosen.save_final:
+    if config.trained_only and not config.enabled and not config.save_final:
         text = "has no effect without checkpoints and without `save_final`"
         return [Problem(("checkpoint", "trained_only"), text, "remove it")]
     return evaluation_problems(job)
@@ -467,7 +468,7 @@ def _storage_problems(job: Job) -> list[Problem]:
 
 
 def _embedding_problems(job: Job) -> list[Problem]:
-    """What would hold for a part of the model only."""
+    """Check for fields that would apply to a part of the model only."""
     if job.embeddings is None:
         return []
     problems = []

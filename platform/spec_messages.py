@@ -1,8 +1,8 @@
 """
-What pydantic found wrong with a model, in the words of a job file.
+Translates pydantic's validation errors to messages for a job file.
 
-Pydantic gives the field's path, all errors at once and the offending value; what it lacks is a
-range in signs instead of prose, a did-you-mean, and the traps of YAML.
+Pydantic provides the path of the field, the value, and all errors at once. This module adds ranges
+in signs instead of prose, suggestions for typos, and hints about YAML's pitfalls.
 """
 
 import re
@@ -60,7 +60,7 @@ _PATTERNS: dict[FieldPath, str] = {
     ("storage_path",): "must be a path: not empty, no control characters",
 }
 _REFUSED = {**REFUSED_OPTIMIZERS, **REFUSED_SCHEDULES}
-"""Names that choose a model of a union elsewhere, and why not here."""
+"""Names that select a model of a union elsewhere, and why they are refused here."""
 _MUST_BE = re.compile(r"must be (.*) \(got (.*)\)")
 _YAML_BOOL = "YAML reads no, off, yes and on as true or false"
 
@@ -72,12 +72,12 @@ def problems_of(
     error: ValidationError, model: type[BaseModel], prefix: FieldPath = ()
 ) -> list[Problem]:
     """
-    Translate what validation against `model` found; at most `MAX_PROBLEMS`, then a count.
+    Convert a validation error to at most `MAX_PROBLEMS` problems, then a count.
 
     Args:
-        error: what pydantic raised.
-        model: the model that was validated.
-        prefix: where in the job it stands, for example `("strategy",)`.
+        error: pydantic's error.
+        model: the validated model.
+        prefix: its path in the job, for example `("strategy",)`.
     """
     details = error.errors(include_url=False)
     problems = _merged(_problem(detail, model, prefix) for detail in details[:MAX_PROBLEMS])
@@ -88,33 +88,37 @@ def problems_of(
 
 def _merged(problems: Iterable[Problem]) -> list[Problem]:
     """
-    Say once what a field of several types may be: pydantic has a complaint for each of them.
+    Merge the messages about a field of several types: pydantic reports an error for each type.
 
-    Where it complains of an item, too, the value is of that type, and only the item is wrong.
+    An error about an item of the value replaces them, because then the value's type is right.
     """
-    kept: list[Problem] = []
+    merged: list[Problem] = []
     for item in problems:
-        if kept and item.where[:-1] == kept[-1].where and _MUST_BE.fullmatch(kept[-1].message):
-            kept.pop()
-        previous = _MUST_BE.fullmatch(kept[-1].message) if kept else None
+        if (
+            merged
+            and item.where[:-1] == merged[-1].where
+            and _MUST_BE.fullmatch(merged[-1].message)
+        ):
+            merged.pop()
+        previous = _MUST_BE.fullmatch(merged[-1].message) if merged else None
         current = _MUST_BE.fullmatch(item.message)
-        if previous and current and kept[-1].where == item.where and previous[2] == current[2]:
+        if previous and current and merged[-1].where == item.where and previous[2] == current[2]:
             message = f"must be {previous[1]} or {current[1]} (got {current[2]})"
-            kept[-1] = replace(item, message=message, hint=kept[-1].hint or item.hint)
+            merged[-1] = replace(item, message=message, hint=merged[-1].hint or item.hint)
         else:
-            kept.append(item)
-    return kept
+            merged.append(item)
+    return merged
 
 
 def format_value(value: object) -> str:
-    """Write a value for a message: as YAML has it, on one line, shortened."""
+    """Format a value for a message: as YAML, on one line, shortened."""
     if value is None:
         return "null"
     if isinstance(value, bool):
         return "true" if value else "false"
     try:
         text = _repr.repr(value)
-    except ValueError:  # Python refuses to write an int of thousands of digits
+    except ValueError:  # Python refuses to format an int of thousands of digits
         text = "a number of thousands of digits"
     return text if len(text) <= MAX_SHOWN else f"{text[: MAX_SHOWN - 3]}..."
 
@@ -150,24 +154,26 @@ def _problem(detail: ErrorDetails, root: type[BaseModel], prefix: FieldPath) -> 
 
 
 def _tag_problem(where: FieldPath, value: Any, field: FieldInfo) -> tuple[FieldPath, str, str]:
-    """Say what is wrong with the name that chooses one model of a union."""
-    chooser, known = str(field.discriminator), _tags(field)
-    inner = (*where, chooser)
-    if chooser not in value:
+    """Describe a problem with the name that selects a model of a union."""
+    tag_field, known = str(field.discriminator), _tags(field)
+    inner = (*where, tag_field)
+    if tag_field not in value:
         return inner, "required, but missing", f"allowed: {', '.join(sorted(known))}"
-    name = value[chooser]
+    name = value[tag_field]
     if not isinstance(name, str):
         return inner, f"must be text (got {format_value(name)})", _quote_hint(name)
     kind = next(part for part in reversed(where) if isinstance(part, str))
     message = f"unknown {kind.removesuffix('s')} {format_value(name)}"
     if name in _REFUSED:
-        why = "" if where[0] == "embeddings" else f"{_REFUSED[name]}; "  # rows have others
+        why = (
+            "" if where[0] == "embeddings" else f"{_REFUSED[name]}; "
+        )  # rows have other optimizers
         return inner, message, f"{why}allowed: {', '.join(known)}"
     return inner, message, hint(name, known)
 
 
 def _wrong_value(where: FieldPath, detail: ErrorDetails) -> tuple[str, str]:
-    """Give message and hint for a value of the wrong type, size or form."""
+    """Return message and hint for a value of a wrong type, range or pattern."""
     error_type, value, context = detail["type"], detail["input"], detail.get("ctx", {})
     got = f" (got {format_value(value)})"
     if (where and detail["loc"][-1] == "[key]") or error_type == "invalid_key":
@@ -184,7 +190,7 @@ def _wrong_value(where: FieldPath, detail: ErrorDetails) -> tuple[str, str]:
         return f"must have {sign} {context[name]} {unit}{plural} (got {len(value)})", ""
     if error_type == "string_pattern_mismatch":
         return _PATTERNS.get(where, f"must match {context['pattern']}") + got, ""
-    if error_type in ("value_error", "assertion_error"):  # the model's own words
+    if error_type in ("value_error", "assertion_error"):  # message of the model's own validator
         return str(context["error"]), ""
     return detail["msg"] + got, _quote_hint(value)
 
@@ -203,11 +209,11 @@ def _locate(
     loc: tuple[str | int, ...], root: type[BaseModel]
 ) -> tuple[FieldPath, type[BaseModel] | None, FieldInfo | None]:
     """
-    Walk pydantic's location from `root` down.
+    Follow pydantic's location from `root`.
 
     Returns:
-        The path as it stands in the file, without the tags of unions; the model that holds its
-        last part; and that part's field, if there is one.
+        The path as in the file, without tags of unions; the model with its last part; and the field
+        of that part, if any.
     """
     where: list[str | int] = []
     holder: type[BaseModel] | None = None
@@ -219,33 +225,33 @@ def _locate(
         if field is not None and field.discriminator and part in _tags(field):
             model, field = _tags(field)[str(part)], None
             continue
-        if isinstance(part, str) and field is not None and _is_one_of_several(field):
-            continue  # says of which type the complaint is
+        if isinstance(part, str) and field is not None and _has_several_types(field):
+            continue  # names the type that was tried
         where.append(part)
-        if isinstance(part, int):  # an item of a list: of the model that the list's field names
-            field = _item_of(field)
+        if isinstance(part, int):  # an item of a list: its model is that of the list's field
+            field = _item_field(field)
             continue
         holder, field = model, model.model_fields.get(str(part)) if model else None
         model = _model_in(field.annotation) if field else None
     return tuple(where), holder, field
 
 
-def _item_of(field: FieldInfo | None) -> FieldInfo | None:
-    """Give an item of a list like a field, where a name in it chooses its model; else None."""
+def _item_field(field: FieldInfo | None) -> FieldInfo | None:
+    """Return a list's item as a field if a name in it selects its model, else None."""
     item: Any = next(iter(get_args(field.annotation)), None) if field is not None else None
     found = FieldInfo.from_annotation(item) if get_origin(item) is Annotated else None
     return found if found is not None and found.discriminator else None
 
 
-def _is_one_of_several(field: FieldInfo) -> bool:
-    """Say whether a field takes one of several plain types; one that may be left out has one."""
+def _has_several_types(field: FieldInfo) -> bool:
+    """Return whether a field accepts several plain types; `X | None` counts as one."""
     kinds = {*get_args(field.annotation)} - {type(None)}
     union = get_origin(field.annotation) in (Union, UnionType)
     return union and len(kinds) > 1 and _model_in(field.annotation) is None
 
 
 def _model_in(annotation: object) -> type[BaseModel] | None:
-    """Give the model that a field holds, also where it may be left out (`Model | None`)."""
+    """Return the model of a field, also of an optional one (`Model | None`)."""
     for candidate in get_args(annotation) or (annotation,):
         if isinstance(candidate, type) and issubclass(candidate, BaseModel):
             return candidate
@@ -253,11 +259,11 @@ def _model_in(annotation: object) -> type[BaseModel] | None:
 
 
 def _tags(field: FieldInfo) -> dict[str, type[BaseModel]]:
-    """Give the models of a union by the names that choose them, in alphabetical order."""
-    chooser = str(field.discriminator)
+    """Return the models of a union by the names that select them, in alphabetical order."""
+    tag_field = str(field.discriminator)
     models = {
         str(tag): model
         for model in get_args(field.annotation)
-        for tag in get_args(model.model_fields[chooser].annotation)
+        for tag in get_args(model.model_fields[tag_field].annotation)
     }
     return dict(sorted(models.items()))

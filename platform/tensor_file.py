@@ -1,7 +1,7 @@
 """
-The safetensors format, bytes in and bytes out, without torch: the driver has none.
+Reads and writes the safetensors format as bytes, without torch, which the driver does not import.
 
-Tensors are bytes here (`RawTensor`), so that bfloat16, which numpy lacks, needs no case of its own.
+Tensors are bytes here (`RawTensor`), so bfloat16, which numpy lacks, needs no special case.
 """
 
 import json
@@ -16,40 +16,40 @@ from safetensors import TensorSpec, serialize
 from distplat.platform.tensor_slices import ITEM_BYTES, Bytes, RawTensor
 
 TASK_PREFIX = "task:"
-"""Begins the names of parameters that a task keeps itself, where they stand beside the model's."""
+"""Prefix of the task's own parameters in a file with the model's."""
 
 EMA_PREFIX = "ema:"
-"""Begins the names of averaged weights, where they stand beside the weights."""
+"""Prefix of averaged weights in a file with the weights."""
 
 _PIECE_BYTES = 64 * 2**20
-"""What is copied at a time: other threads go on between two."""
+"""Bytes copied at a time; other threads run in between."""
 _LENGTH_BYTES = 8
-"""A file begins with the length of its header."""
+"""Size of the header's length at the start of a file."""
 _HEADER_BYTES = 100_000_000
-"""The longest header that the library reads."""
+"""Longest header that the safetensors library reads."""
 _METADATA = "__metadata__"
-"""Key of the header that names no tensor."""
+"""Key of the header that is not a tensor."""
 
 _EMPTY = {dtype: TensorSpec(dtype=dtype, shape=[0], data_ptr=0, data_len=0) for dtype in ITEM_BYTES}
 _ORDER = {dtype: number for number, dtype in enumerate(json.loads(serialize(_EMPTY)[8:]))}
-"""Which types the library writes first."""
+"""The library's order of dtypes in a file."""
 _FORMAT_NAMES = {dtype: spec.dtype for dtype, spec in _EMPTY.items()}
 _NAMES = {name: dtype for dtype, name in _FORMAT_NAMES.items()}
-"""torch's names of types by the format's."""
+"""torch's dtype names by the format's."""
 
 
 def encode(tensors: Mapping[str, RawTensor]) -> Iterator[bytes | memoryview]:
     """
-    Give a file's content in parts, which are made when they are asked for.
+    Yield a file's content in parts, which are built lazily.
 
-    The bytes are the library's. That makes all of a file in one call, in which no other thread of
-    the process runs (`docs/decisions/tensor_files.md`).
+    The bytes equal those of the safetensors library, which would build the file in one call that
+    blocks all other threads of the process (`docs/decisions/tensor_files.md`).
 
     Returns:
-        The header, then the elements of each tensor that has some, not copied.
+        The header, then the elements of each non-empty tensor, not copied.
 
     Raises:
-        ValueError: a tensor's bytes are not as many as its shape has.
+        ValueError: the size of a tensor's data does not match its shape.
     """
     names = sorted(tensors, key=lambda name: (_ORDER[tensors[name].dtype], name))
     header, end = dict[str, dict[str, object]](), 0
@@ -72,7 +72,7 @@ def encode(tensors: Mapping[str, RawTensor]) -> Iterator[bytes | memoryview]:
 
 
 def to_bytes(tensors: Mapping[str, RawTensor]) -> bytes:
-    """Give a file's content, see `encode`; other threads go on meanwhile."""
+    """Return a file's content, see `encode`, without blocking other threads."""
     file = BytesIO()
     for part in encode(tensors):
         for start in range(0, len(part), _PIECE_BYTES):
@@ -82,13 +82,13 @@ def to_bytes(tensors: Mapping[str, RawTensor]) -> bytes:
 
 def decode(content: bytes) -> dict[str, RawTensor]:
     """
-    Read a file's content.
+    Parse a file's content.
 
-    Tensors are not copied, and cannot be written to. The library copies all of them in one call, in
-    which no other thread of the process runs (`docs/decisions/tensor_files.md`).
+    Tensors are read-only views. The safetensors library would copy all of them in one call that
+    blocks all other threads of the process (`docs/decisions/tensor_files.md`).
 
     Raises:
-        ValueError: it is no such file, or has a type that torch has not.
+        ValueError: it is not a safetensors file, or has a dtype that torch lacks.
     """
     first = _LENGTH_BYTES + int.from_bytes(content[:_LENGTH_BYTES], "little")
     if not _LENGTH_BYTES < first <= min(len(content), _LENGTH_BYTES + _HEADER_BYTES):
@@ -107,7 +107,7 @@ def decode(content: bytes) -> dict[str, RawTensor]:
 def _views(
     header: Mapping[str, Any], bounds: Sequence[tuple[int, int, str]], data: Bytes
 ) -> dict[str, RawTensor]:
-    """Give each tensor its bytes, which lie one behind the other; see `decode`."""
+    """Return views of the consecutive tensors; see `decode`."""
     tensors, end = dict[str, RawTensor](), 0
     for start, stop, name in bounds:
         dtype, sizes = _NAMES[header[name]["dtype"]], header[name]["shape"]
@@ -128,16 +128,16 @@ def _views(
 
 def split_task_tensors(content: bytes, prefix: str = TASK_PREFIX) -> tuple[bytes, bytes | None]:
     """
-    Separate what stands beside a model: what its task has trained, or an average of it.
+    Separate the tensors with a prefix: the task's own parameters, or averages.
 
     Args:
-        content: a file's, with both.
-        prefix: begins the names of the second.
+        content: of a file with both.
+        prefix: of the names to separate.
 
     Returns:
-        The model's file, and the other's without the prefix; None: there is nothing.
+        The model's file, and the other file with names without prefix; None: no such tensors.
     """
-    if f'"{prefix}'.encode() not in content:  # which spares most files the reading
+    if f'"{prefix}'.encode() not in content:  # most files need no parsing
         return content, None
     tensors = decode(content)
     names = [name for name in tensors if name.startswith(prefix)]

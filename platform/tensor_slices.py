@@ -1,8 +1,8 @@
 """
-Tensors in pieces: who holds which part of a whole tensor, and how the parts are put together.
+Slices of tensors: the parts that ranks hold of a whole tensor, and their assembly.
 
-Ranks hold the state of a model in different ways, and a checkpoint holds it in one: whole tensors,
-by the model's own names. So every part says where it belongs.
+Ranks hold the state of a model in different ways, but a checkpoint holds whole tensors by the
+model's own names. So every part is described by its position:
 
     whole tensor [4, 6]        slab of dimension 1, 2..4      run 5..11 of all its elements
     . . . . . .                . . # # . .                    . . . . . #
@@ -10,10 +10,10 @@ by the model's own names. So every part says where it belongs.
     . . . . . .                . . # # . .                    . . . . . .
     . . . . . .                . . # # . .                    . . . . . .
 
-A slab is what tensor parallelism leaves on a rank; a run is a shard of a flat vector; a run of a
-slab is both. Where several matrices lie one behind the other in one tensor, as query, key and value
-do, a slab has the same range of each of these blocks. Values are bytes here: the process that
-writes files knows no tensors.
+A slab is a rank's part under tensor parallelism; a run is a shard of a flat vector; a run of a slab
+is both. Where a tensor stacks several matrices, such as query, key and value, a slab has the same
+range of each of these blocks. Data is bytes here: the process that writes files does not import
+torch.
 """
 
 from __future__ import annotations
@@ -48,25 +48,25 @@ ITEM_BYTES = {
     "float64": 8,
     "complex64": 8,
 }
-"""Bytes of one element, by torch's name of the type."""
+"""Bytes per element, by torch's dtype name."""
 
 
 @dataclass(frozen=True)
 class TensorSlice:
-    """Where a part lies in a whole tensor."""
+    """Position of a part in a whole tensor."""
 
     shape: tuple[int, ...]
     """Shape of the whole tensor."""
     slab: tuple[int, int, int] | None = None
-    """Dimension, first and last index (exclusive) within a block of it; None: all of the tensor."""
+    """Dimension, first and last index (exclusive) within a block; None: the whole tensor."""
     run: tuple[int, int] | None = None
-    """First and last element (exclusive) of the slab, row by row; None: all of it."""
+    """First and last element (exclusive) of the slab in row-major order; None: the whole slab."""
     blocks: int = 1
-    """Equal parts of the slab's dimension, which lie one behind the other."""
+    """Number of equal consecutive blocks in the slab's dimension."""
 
     @property
     def slab_shape(self) -> tuple[int, ...]:
-        """Shape of the slab; blocks are a dimension of their own, before the one that is cut."""
+        """Shape of the slab, with a dimension for blocks before the split one."""
         if self.slab is None:
             return self.shape
         dim, start, stop = self.slab
@@ -81,17 +81,17 @@ class TensorSlice:
 
 @dataclass(frozen=True)
 class TensorEntry:
-    """One part of one tensor, in one of the arrays that came together."""
+    """One part of one tensor, within a list of arrays."""
 
     key: str
     """`<file>/<name>`: `model/0.weight`, `optimizer/exp_avg/0.weight`."""
     tensor_slice: TensorSlice
     dtype: str
-    """torch's name, for example `float32`."""
+    """torch's dtype name, for example `float32`."""
     array: int
-    """Number of the array that holds it."""
+    """Index of the array."""
     offset: int = 0
-    """Its first element there."""
+    """First element within the array."""
 
 
 @dataclass(frozen=True)
@@ -101,21 +101,21 @@ class RawTensor:
     dtype: str
     shape: tuple[int, ...]
     data: Bytes
-    """Its elements row by row, shape [elements * bytes of one]."""
+    """Elements in row-major order, shape [elements * bytes per element]."""
 
 
 Bundle = tuple[list[Bytes], tuple[TensorEntry, ...]]
-"""Arrays, and what is in them."""
+"""Arrays, and their contents."""
 
 
 def assemble_tensors(bundles: Iterable[Bundle]) -> dict[str, RawTensor]:
     """
-    Make whole tensors of the parts that all ranks gave; a part that is all of one is not copied.
+    Assemble whole tensors from the parts of all ranks; a part that is a whole tensor is not copied.
 
-    A value without dimensions may be given by several; the first one counts.
+    Several ranks may have the same value without dimensions; the first one counts.
 
     Raises:
-        ProtocolError: parts are missing, overlap, or do not agree on the tensor.
+        ProtocolError: parts are missing, overlap, or belong to different tensors.
     """
     wholes: dict[str, RawTensor] = {}
     covered: dict[str, int] = {}
@@ -145,12 +145,12 @@ def assemble_tensors(bundles: Iterable[Bundle]) -> dict[str, RawTensor]:
 
 
 def extract_part(whole: RawTensor, tensor_slice: TensorSlice) -> Bytes:
-    """Copy a part out of a whole tensor, shape [its bytes]."""
+    """Copy a part of a whole tensor, shape [bytes of the part]."""
     return np.array(_part(whole, tensor_slice), copy=True).reshape(-1)
 
 
 def group_by_file(wholes: Mapping[str, RawTensor]) -> dict[str, dict[str, RawTensor]]:
-    """Sort tensors by the file that their key names: `model/0.weight` is `0.weight` of `model`."""
+    """Group tensors by the file in their key: `model/0.weight` is `0.weight` of `model`."""
     files: dict[str, dict[str, RawTensor]] = {}
     for key, tensor in wholes.items():
         file, _, name = key.partition("/")
@@ -169,7 +169,7 @@ def _put(whole: RawTensor, tensor_slice: TensorSlice, part: Bytes) -> None:
 
 
 def _part(whole: RawTensor, tensor_slice: TensorSlice) -> Bytes:
-    """Give a part's bytes: a view, or a copy of what is a run of a slab."""
+    """Return a part's bytes: a view, or a copy for a run of a slab."""
     if tensor_slice.run is None:
         return _slab(whole, tensor_slice)
     if tensor_slice.slab is None:
@@ -181,7 +181,7 @@ def _part(whole: RawTensor, tensor_slice: TensorSlice) -> Bytes:
 
 
 def _slab(whole: RawTensor, tensor_slice: TensorSlice) -> Bytes:
-    """View a slab, shape [*slab_shape, bytes of one element]."""
+    """Return a view of a slab, shape [*slab_shape, bytes per element]."""
     if tensor_slice.slab is None:
         return whole.data.reshape(*whole.shape, ITEM_BYTES[whole.dtype])
     dim, start, stop = tensor_slice.slab
@@ -192,6 +192,6 @@ def _slab(whole: RawTensor, tensor_slice: TensorSlice) -> Bytes:
 
 
 def _indices(tensor_slice: TensorSlice) -> tuple[NDArray[np.intp], ...]:
-    """Give where the elements of a run lie in its slab, by dimension."""
-    assert tensor_slice.run is not None, "only a run has them"
+    """Return the positions of a run's elements in its slab, by dimension."""
+    assert tensor_slice.run is not None, "only for runs"
     return np.unravel_index(np.arange(*tensor_slice.run), tensor_slice.slab_shape)

@@ -1,8 +1,8 @@
 """
-Where ranks are: the grid of workers under `hybrid`, and the backend that a collective group takes.
+Placement of ranks: the grid of workers under `hybrid`, and the backend of a collective group.
 
-The grid has replicas of the model, stages of a replica, slices of a stage. Ranks of one replica
-have consecutive numbers, so they are placed together:
+The grid has replicas of the model, stages of a replica, and slices of a stage. Ranks of one replica
+are consecutive, so they are placed together:
 
     pipeline 2, tensor 2, data 2          rank = (replica * stages + stage) * slices + slice
 
@@ -10,7 +10,7 @@ have consecutive numbers, so they are placed together:
     replica 0     0  1       2  3         a row is a worker group: it holds one copy of the model
     replica 1     4  5       6  7         a column: ranks 0 and 4 are peers, they hold the same part
 
-A group's backend is decided from the nodes of its ranks. No I/O, no clock:
+The backend of a group depends on the nodes of its ranks, without I/O and clocks:
 
     all on one node            several nodes              one rank per node
     +------------+             +-------+   +-------+      +---+  +---+  +---+
@@ -18,7 +18,7 @@ A group's backend is decided from the nodes of its ranks. No I/O, no clock:
     +------------+             +-------+   +-------+      +---+  +---+  +---+
       shm                        hierarchical               gloo
 
-Every rank decides for itself from the same table, so all come to the same choice.
+Every rank chooses from the same table, so all ranks choose the same backend.
 """
 
 from collections.abc import Sequence
@@ -29,7 +29,7 @@ from distplat.platform.errors import Problem, SpecError
 
 @dataclass(frozen=True)
 class Position:
-    """Where a rank is in the grid."""
+    """Coordinates of a rank in the grid."""
 
     replica: int
     stage: int
@@ -42,7 +42,7 @@ class Grid:
 
     stages: int
     slices: int
-    """Ranks that share one stage's layers (tensor parallel)."""
+    """Number of ranks that share one stage's layers (tensor parallel)."""
     replicas: int
 
     @property
@@ -52,62 +52,62 @@ class Grid:
 
     @property
     def group_size(self) -> int:
-        """Ranks of one replica."""
+        """Number of ranks of one replica."""
         return self.stages * self.slices
 
     def position(self, rank: int) -> Position:
-        """Give a rank's coordinates in the grid."""
+        """Return a rank's coordinates."""
         rest, part = divmod(rank, self.slices)
         replica, stage = divmod(rest, self.stages)
         return Position(replica, stage, part)
 
     def rank(self, at: Position) -> int:
-        """Give the rank at given coordinates."""
+        """Return the rank at the given coordinates."""
         return (at.replica * self.stages + at.stage) * self.slices + at.slice
 
     def group(self, replica: int) -> tuple[int, ...]:
-        """Give the ranks that together hold one copy of the model."""
+        """Return the ranks that together hold one copy of the model."""
         first = replica * self.group_size
         return tuple(range(first, first + self.group_size))
 
     def dp_ranks(self, stage: int, part: int) -> tuple[int, ...]:
-        """Give the ranks that hold the same part of the model, one of each replica."""
+        """Return the ranks that hold the same part of the model, one per replica."""
         return tuple(self.rank(Position(r, stage, part)) for r in range(self.replicas))
 
     def slices_of(self, replica: int, stage: int) -> tuple[int, ...]:
-        """Give the ranks that share the layers of one stage."""
+        """Return the ranks that share the layers of one stage."""
         return tuple(self.rank(Position(replica, stage, t)) for t in range(self.slices))
 
     def parts(self) -> tuple[tuple[int, ...], ...]:
-        """Give the peers of every part of the model, those of stage 0 first."""
+        """Return the peers of every part of the model, those of stage 0 first."""
         positions = [(s, t) for s in range(self.stages) for t in range(self.slices)]
         return tuple(self.dp_ranks(stage, part) for stage, part in positions)
 
 
 @dataclass(frozen=True)
 class RankLocation:
-    """What a rank tells the others of where it is."""
+    """Placement and capabilities of a rank, as sent to the other ranks."""
 
     node: str
     """Ray's id of the node."""
     gpu: bool = False
-    """Whether its tensors are on a whole GPU of its own that NCCL can use."""
+    """Whether its tensors are on a whole, exclusive GPU that NCCL supports."""
     shm: bool = True
-    """Whether the shared-memory backend works there."""
+    """Whether the shared-memory backend works on its node."""
     gpus: tuple[str, ...] = ()
-    """Ids of the GPUs that Ray has given to it."""
+    """Ids of the GPUs that Ray assigned to it."""
 
 
 @dataclass(frozen=True)
 class BackendChoice:
-    """A backend, and why it is the one."""
+    """A backend, and the reason for it."""
 
     backend: str
     why: str
 
 
 def by_node(locations: Sequence[RankLocation]) -> list[list[int]]:
-    """Give the ranks of each node in rising order; nodes in the order of their first rank."""
+    """Return the ranks of each node, ascending; nodes in the order of their first rank."""
     nodes: dict[str, list[int]] = {}
     for rank, location in enumerate(locations):
         nodes.setdefault(location.node, []).append(rank)
@@ -116,14 +116,14 @@ def by_node(locations: Sequence[RankLocation]) -> list[list[int]]:
 
 def gpus_of_node(locations: Sequence[RankLocation], rank: int) -> list[str]:
     """
-    Give the GPUs of all ranks of a rank's node: first one of each, in their order.
+    Return the GPUs of all ranks on a rank's node: the first GPU of each rank, then the others.
 
     Args:
-        locations: one per rank, in rank order.
-        rank: which one.
+        locations: in rank order.
+        rank: the rank.
 
     Returns:
-        Ids; none where ranks share a GPU, have none, or this one is alone.
+        Ids; [] if ranks share a GPU, have none, or this rank is alone.
     """
     node_gpus = [location.gpus for location in locations if location.node == locations[rank].node]
     first = [gpus[0] for gpus in node_gpus if gpus]
@@ -137,7 +137,7 @@ def choose_backend(locations: Sequence[RankLocation]) -> BackendChoice:
     Choose a backend.
 
     Args:
-        locations: one per rank, in rank order; at least one.
+        locations: in rank order; at least one.
     """
     world, nodes = len(locations), by_node(locations)
     if world > 1 and all(location.gpu for location in locations):
@@ -156,10 +156,10 @@ def choose_backend(locations: Sequence[RankLocation]) -> BackendChoice:
 
 def validate_backend(backend: str, locations: Sequence[RankLocation]) -> BackendChoice:
     """
-    Take the backend that a job names, if it can work.
+    Return the backend that a job names, if it can work.
 
     Raises:
-        SpecError: it cannot; says why and what to choose.
+        SpecError: it cannot; with the reason and alternatives.
     """
     nodes = by_node(locations)
     if backend == "shm" and len(nodes) > 1:
@@ -171,25 +171,25 @@ def validate_backend(backend: str, locations: Sequence[RankLocation]) -> Backend
             f"`shm` needs all workers on one node, but they are on {len(nodes)} ({where})",
             "choose `backend: hierarchical`, or `auto`",
         )
-    unable = _ranks(locations, "shm")
+    without_shm = _ranks_without(locations, "shm")
     needs_memory = backend == "shm" or (backend == "hierarchical" and len(nodes) < len(locations))
-    if needs_memory and unable:
+    if needs_memory and without_shm:
         raise _refused(
-            f"shared memory does not work where worker {unable} is (it needs Linux's futex)",
+            f"shared memory does not work where worker {without_shm} is (it needs Linux's futex)",
             "choose `backend: gloo`, or `auto`",
         )
-    without = _ranks(locations, "gpu")
-    if backend == "nccl" and without:
+    without_gpu = _ranks_without(locations, "gpu")
+    if backend == "nccl" and without_gpu:
         raise _refused(
             "`nccl` needs a whole GPU for each worker, and torch built with it; "
-            f"worker {without} has not both",
+            f"worker {without_gpu} lacks one of them",
             "set scaling.use_gpu: true, or choose `backend: auto`",
         )
     return BackendChoice(backend, "the job names it")
 
 
-def _ranks(locations: Sequence[RankLocation], quality: str) -> str:
-    """Give the ranks that lack a quality, for a sentence."""
+def _ranks_without(locations: Sequence[RankLocation], quality: str) -> str:
+    """Format the ranks that lack a capability."""
     return ", ".join(
         str(rank) for rank, location in enumerate(locations) if not getattr(location, quality)
     )

@@ -1,5 +1,5 @@
 """
-The environment that torchrun gives to each process of a script.
+The environment variables that torchrun sets for each process of a script.
 
 Names and meanings: https://docs.pytorch.org/docs/stable/elastic/run.html#environment-variables.
 """
@@ -13,35 +13,35 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class ProcessLocation:
-    """Where a process is to run."""
+    """Placement of a process."""
 
     node: str
     """The node's id."""
     host: str
-    """Address at which other nodes reach it."""
+    """Address of the node for other nodes."""
     gpus: tuple[str, ...] = ()
-    """Ids of the GPUs that are the process's own."""
+    """Ids of the process's own GPUs."""
 
 
 @dataclass(frozen=True)
 class TorchrunLaunch:
-    """What all processes of one attempt share."""
+    """Settings of one attempt, shared by all processes."""
 
     run: str
     """Name of the run."""
     port: int
-    """Free on the node of rank 0."""
+    """A free port on the node of rank 0."""
     restarts: int = 0
-    """Attempts before this one."""
+    """Number of earlier attempts."""
     max_restarts: int = 0
 
 
 def ranks_of(locations: Sequence[ProcessLocation]) -> list[int]:
     """
-    Number processes node by node, so that those of one node are neighbours.
+    Number processes node by node, so that the ranks of one node are consecutive.
 
     Returns:
-        The rank of each process. Nodes come in the order in which they first appear.
+        The rank of each process. Nodes are ordered by first appearance.
     """
     nodes = list(dict.fromkeys(location.node for location in locations))
     order = sorted(range(len(locations)), key=lambda index: nodes.index(locations[index].node))
@@ -54,7 +54,7 @@ def ranks_of(locations: Sequence[ProcessLocation]) -> list[int]:
 def environments(
     locations: Sequence[ProcessLocation], launch: TorchrunLaunch
 ) -> list[dict[str, str]]:
-    """Number processes by `ranks_of`; give the variables of each, in the order of the locations."""
+    """Return the variables of each process, in the order of the locations."""
     ranks = ranks_of(locations)
     by_rank = [locations[ranks.index(rank)] for rank in range(len(ranks))]
     return [variables_of(rank, by_rank, launch) for rank in ranks]
@@ -64,15 +64,15 @@ def variables_of(
     rank: int, locations: Sequence[ProcessLocation], launch: TorchrunLaunch
 ) -> dict[str, str]:
     """
-    Give the variables of a process.
+    Return the variables of one process.
 
-    On a node with GPUs each process sees those of all of them, so that
-    `torch.cuda.set_device(LOCAL_RANK)` is right.
+    On a node with GPUs each process sees the GPUs of all processes, so that
+    `torch.cuda.set_device(LOCAL_RANK)` works.
 
     Args:
         rank: of the process.
-        locations: of all ranks, in their order.
-        launch: what they share.
+        locations: in rank order.
+        launch: settings of the attempt.
     """
     nodes = list(dict.fromkeys(location.node for location in locations))
     node = locations[rank].node
@@ -101,7 +101,7 @@ def variables_of(
 
 
 def free_port() -> int:
-    """Find a port of this node that is free now."""
+    """Return a port of this node that is free now."""
     with socket.socket() as listener:
         listener.bind(("", 0))
         port: int = listener.getsockname()[1]
@@ -113,4 +113,4 @@ def _number(gpu: str) -> tuple[int, str]:
 
 
 ALONE = variables_of(0, [ProcessLocation("", "127.0.0.1")], TorchrunLaunch("check", 29500))
-"""What a process would have that is the only one: for code that reads them when it is imported."""
+"""Variables of a single process, for code that reads them at import."""

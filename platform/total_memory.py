@@ -1,8 +1,8 @@
 """
-Whether a file fits into memory, before it is read whole.
+Checks that a file fits into memory before it is read.
 
-A file may have a size and hold nothing: `truncate -s 1T` takes no room on a disk. Whoever reads it
-is killed by the kernel, without a word.
+A sparse file may be larger than its disk (`truncate -s 1T`). Reading it would make the kernel kill
+the process without a message.
 """
 
 import os
@@ -16,15 +16,14 @@ _MEMINFO, _CGROUP = Path("/proc/meminfo"), Path("/sys/fs/cgroup")
 
 
 class DoesNotFit(StorageError):
-    """It is larger than all memory."""
+    """A file is larger than all memory."""
 
 
 def check_fits(path: Path, size: int) -> None:
     """
-    See that a file, or a directory of files, can be read whole if nothing else takes memory.
+    Check that a file, or a directory of files, fits into all memory and swap.
 
-    What is free at the moment would refuse too much: caches that the kernel gives back, such as
-    ZFS's, are not in its figures.
+    Free memory would be too strict: it excludes reclaimable caches, such as ZFS's.
 
     Args:
         path: for the error.
@@ -41,10 +40,10 @@ def check_fits(path: Path, size: int) -> None:
 
 def check_whole_file(path: Path) -> None:
     """
-    See that a library may read a file of somebody else's run; one that is missing is left to it.
+    Check that a library may read a foreign file; a missing file is left to the library.
 
     Raises:
-        StorageError: it may not be read, is a link, a pipe or a device, or does not fit.
+        StorageError: it is not readable, is a link, a pipe or a device, or does not fit.
     """
     with open_regular(path) as file:
         size = 0 if file is None else os.fstat(file.fileno()).st_size
@@ -53,11 +52,11 @@ def check_whole_file(path: Path) -> None:
 
 def memory_and_swap(meminfo: Path = _MEMINFO, cgroup: Path = _CGROUP) -> int | None:
     """
-    Give the bytes of memory and swap that a process may have at most; None: nobody says.
+    Return the total bytes of memory and swap available to a process; None: unknown.
 
     Args:
-        meminfo: the kernel's figures of the machine.
-        cgroup: those of the container (version 2), which may be allowed less.
+        meminfo: the machine's values.
+        cgroup: the container's limits (version 2), which may be lower.
     """
     try:
         lines = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
@@ -68,7 +67,7 @@ def memory_and_swap(meminfo: Path = _MEMINFO, cgroup: Path = _CGROUP) -> int | N
 
 
 def _limited(size: int, path: Path) -> int:
-    """Apply the limit of a container: without one its file says "max", or is not there."""
+    """Apply a container's limit; without a limit its file contains "max" or does not exist."""
     with suppress(OSError, ValueError):
         return min(size, int(path.read_text()))
     return size

@@ -1,8 +1,8 @@
 """
-Experiment trackers: what a run is shown in beside its own files.
+Experiment trackers, which show a run in addition to its own files.
 
-Each library is an optional extra, imported when a run begins. Addresses and keys are the library's
-own environment variables: none of them is in a job file.
+Each library is an optional extra, imported when a run starts. Addresses and keys are in the
+library's own environment variables, never in a job file.
 """
 
 import json
@@ -28,37 +28,37 @@ from distplat.platform.redaction import redact
 Points = dict[str, float]
 
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,255}")
-"""Ids of MLflow and Weights & Biases, and names of our runs: no part of a path or URL."""
+"""Ids of MLflow and Weights & Biases, and run names: safe in paths and URLs."""
 _ID_BYTES = 4096
 
 
 class TrackerSpec(Spec):
-    """A tracker of experiments; in a job file a name will do."""
+    """An experiment tracker; a job file may contain only its name."""
 
     name: Literal["mlflow", "trackio", "wandb"]
-    """Which library; `pip install 'distplat[mlflow]'`, and so on."""
+    """Library; `pip install 'distplat[mlflow]'`, and so on."""
     project: str | None = Field(None, min_length=1)
     """Project of Trackio and Weights & Biases, experiment of MLflow; None: the job's name."""
 
     @model_validator(mode="before")
     @classmethod
     def _named(cls, given: Any) -> Any:
-        """Take `mlflow` for `{name: mlflow}`."""
+        """Accept `mlflow` for `{name: mlflow}`."""
         return {"name": given} if isinstance(given, str) else given
 
 
 def tracker_problems(job: Any) -> list[Problem]:
-    """Name trackers that a job has twice."""
+    """Check for duplicate trackers."""
     names = [tracker.name for tracker in job.trackers]
     return [
-        Problem(("trackers", number), f"{name!r} is there twice", "remove one")
+        Problem(("trackers", number), f"{name!r} is listed twice", "remove one")
         for number, name in enumerate(names)
         if name in names[:number]
     ]
 
 
 def missing_trackers(job: Any) -> list[Problem]:
-    """Name trackers whose library is not installed here."""
+    """Check that the trackers' libraries are installed."""
     return [
         Problem(
             ("trackers", number),
@@ -71,7 +71,7 @@ def missing_trackers(job: Any) -> list[Problem]:
 
 
 def points_of(summary: StepSummary | EvalSummary) -> Points:
-    """Give a step's or an evaluation's point on each curve, by name."""
+    """Return the values of a step or an evaluation by curve."""
     if isinstance(summary, EvalSummary):
         return {f"eval/{name}": value for name, value in summary.metrics.items()}
     values = {"train/loss": summary.loss, "train/samples": float(summary.samples)}
@@ -80,37 +80,37 @@ def points_of(summary: StepSummary | EvalSummary) -> Points:
 
 
 class Tracker(Protocol):
-    """A run as one tracker shows it."""
+    """A run in one tracker."""
 
     id: str
-    """Id by which the tracker knows the run."""
+    """The tracker's id of the run."""
 
     def write(self, step: int, points: Points) -> None:
-        """Show the points of a step."""
+        """Log the values of a step."""
 
     def close(self, failed: bool) -> None:
-        """The run is over."""
+        """Mark the run as ended."""
 
 
 def id_file(folder: Path, name: str) -> Path:
-    """Give where a run directory has a tracker's id of the run."""
+    """Return the path of the file with a tracker's run id."""
     return folder / f"tracker_{name}.json"
 
 
-def open_tracker(spec: TrackerSpec, job: Any, folder: Path, before: Path | None) -> Tracker:
+def open_tracker(spec: TrackerSpec, job: Any, folder: Path, resumed_folder: Path | None) -> Tracker:
     """
-    Begin a run at a tracker, or go on with it; its id is kept in the run directory.
+    Start or resume a run in a tracker; its id is written to the run directory.
 
     Args:
-        spec: which tracker.
+        spec: the tracker.
         job: of the run.
         folder: the run directory.
-        before: that of the run that this one goes on from.
+        resumed_folder: directory of the resumed run.
 
     Raises:
-        StorageError: that one has no id of the form that trackers give.
+        StorageError: the resumed run's id is malformed.
     """
-    known_id = None if before is None else _known_id(id_file(before, spec.name))
+    known_id = None if resumed_folder is None else _read_id(id_file(resumed_folder, spec.name))
     classes: dict[str, type[MLflow | Trackio | WandB]]
     classes = {"mlflow": MLflow, "trackio": Trackio, "wandb": WandB}
     tracker = classes[spec.name](spec.project or job.name, job, folder, known_id)
@@ -118,8 +118,8 @@ def open_tracker(spec: TrackerSpec, job: Any, folder: Path, before: Path | None)
     return tracker
 
 
-def _known_id(path: Path) -> str | None:
-    """Read what `open_tracker` wrote in a run that somebody else may have made; None: nothing."""
+def _read_id(path: Path) -> str | None:
+    """Read the id that `open_tracker` wrote, perhaps in a foreign run; None: there is none."""
     with open_regular(path) as file:
         text = None if file is None else file.read(_ID_BYTES)
     if text is None:
@@ -134,13 +134,13 @@ def _known_id(path: Path) -> str | None:
 
 
 def _public_fields(job: Any) -> dict[str, Any]:
-    """Give a job's fields without secrets, as trackers show them."""
+    """Return a job's fields with secrets redacted."""
     fields: dict[str, Any] = redact(job.model_dump(mode="json"))
     return fields
 
 
 def _flatten(fields: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Give `optimizer.lr` and the like for nested fields."""
+    """Return nested fields with dotted names, such as `optimizer.lr`."""
     flat: dict[str, Any] = {}
     for name, value in fields.items():
         inner = isinstance(value, Mapping) and bool(value)
@@ -150,13 +150,13 @@ def _flatten(fields: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 class MLflow(Tracker):
     """
-    See `Tracker`. Where its server is says `MLFLOW_TRACKING_URI`.
+    See `Tracker`. `MLFLOW_TRACKING_URI` has the address of its server.
 
     Args:
-        project: the experiment's name.
+        project: name of the experiment.
         job: of the run.
         folder: the run directory.
-        run_id: id of the run to go on with; None: there is none.
+        run_id: id of the run to resume; None: a new run.
     """
 
     def __init__(self, project: str, job: Any, folder: Path, run_id: str | None) -> None:
@@ -175,7 +175,7 @@ class MLflow(Tracker):
         self.id = str(self._client.create_run(experiment_id, run_name=folder.name).info.run_id)
         fields = _flatten(_public_fields(job))
         params = [Param(name, str(value)[:6000]) for name, value in fields.items()]
-        for start in range(0, len(params), 100):  # so many it takes at once
+        for start in range(0, len(params), 100):  # MLflow's limit per call
             self._client.log_batch(self.id, params=params[start : start + 100])
 
     @override
@@ -192,14 +192,14 @@ class MLflow(Tracker):
 
 class Trackio(Tracker):
     """
-    See `Tracker`. It writes on this machine, or to what `TRACKIO_SPACE_ID` or `TRACKIO_SERVER_URL`
-    names. It knows a run by its name, and not whether it failed.
+    See `Tracker`. Writes locally, or to `TRACKIO_SPACE_ID` or `TRACKIO_SERVER_URL`. Identifies a
+    run by its name, and does not record failures.
 
     Args:
         project: its name.
         job: of the run.
         folder: the run directory.
-        run_name: name of the run to go on with; None: there is none.
+        run_name: name of the run to resume; None: a new run.
     """
 
     def __init__(self, project: str, job: Any, folder: Path, run_name: str | None) -> None:
@@ -235,7 +235,7 @@ class WandB(Tracker):
         project: its name.
         job: of the run.
         folder: the run directory.
-        run_id: id of the run to go on with; None: there is none.
+        run_id: id of the run to resume; None: a new run.
     """
 
     def __init__(self, project: str, job: Any, folder: Path, run_id: str | None) -> None:
@@ -252,7 +252,7 @@ class WandB(Tracker):
             settings=quiet,
         )
         self.id = str(self._run.id)
-        # Steps that are made again after a resume are shown again; by its own count it drops them.
+        # W&B drops repeated steps after a resume, unless `step` is a metric of its own.
         self._run.define_metric("*", step_metric="step")
 
     @override

@@ -1,11 +1,11 @@
 """
-YAML text to plain values, with the position of each field, and nothing that could run or explode.
+Parses YAML text to plain values with positions, safely: no code execution, bounded size.
 
-PyYAML composes nodes with their marks, and this module makes the values of them: no constructor of
-PyYAML takes part, so no tag can name code. Numbers follow YAML 1.2's core schema, for 1.1 has traps
-in a job file: there `1e-3` is a text, `010` is eight, `1:30` is ninety and `2026-01-01` a date.
-Here they are a number, ten, and two texts. As in 1.1, yes, no, on and off are booleans: other tools
-that read the same file, PyYAML first of all, take them for that.
+PyYAML composes nodes with their marks, and this module converts them to values: no constructor of
+PyYAML is used, so no tag can name code. Numbers follow YAML 1.2's core schema, because 1.1 has
+pitfalls: `1e-3` is a string, `010` is eight, `1:30` is ninety and `2026-01-01` a date. Here these
+are a number, ten, and two strings. As in 1.1, yes, no, on and off are booleans, because other
+tools, PyYAML first of all, read them so.
 """
 
 import re
@@ -20,7 +20,7 @@ from distplat.platform.errors import Problem, SpecError
 
 MAX_BYTES = 1_000_000
 MAX_NODES = 10_000
-"""Keys and values, an alias counted as all that it stands for: this is what stops alias bombs."""
+"""Most keys and values, with aliases expanded: stops alias bombs."""
 MAX_DEPTH = 50
 MAX_DIGITS = 300
 
@@ -35,14 +35,14 @@ _WORDING = {
     "cannot start any token": ("a text cannot begin with this character", "quote it"),
     "undefined alias": ("an alias (*name) of nothing (&name) above", "quote a text with '*'"),
 }
-"""What PyYAML says, by a part of it, and what a user should read instead, with a hint."""
+"""Replacements for PyYAML's messages, by a part of them: (message, hint)."""
 
 _BREAK = re.compile(r"\r\n|[\r\n\x85\u2028\u2029]")
 _SURROGATE = re.compile(r"[\ud800-\udfff]")
 
 
 class _Reader(yaml.SafeLoader):
-    """Composes nodes within the limits, and makes values of them; each alias is made anew."""
+    """Composes nodes within the limits, and converts them to values; aliases are expanded."""
 
     yaml_implicit_resolvers = {}  # noqa: RUF012 - filled below, shared with the writer
 
@@ -56,10 +56,10 @@ class _Reader(yaml.SafeLoader):
 
     def compose_node(self, parent: Node | None, index: int) -> Node | None:
         """
-        Compose one node and all below it.
+        Compose a node and its children.
 
         Raises:
-            MarkedYAMLError: a tag, too many or too deep, or an alias to a node around itself.
+            MarkedYAMLError: a tag, too many nodes or levels, or an alias to a parent node.
         """
         event = self.peek_event()  # type: ignore[no-untyped-call]
         if getattr(event, "tag", None) is not None:
@@ -84,15 +84,15 @@ class _Reader(yaml.SafeLoader):
         return node
 
     def read(self) -> object:
-        """Give the value of the only document; None: it is empty."""
+        """Return the value of the only document; None: it is empty."""
         try:
             root = self.get_single_node()
-        except (ValueError, OverflowError):  # PyYAML lets chr() and int() raise
+        except (ValueError, OverflowError):  # PyYAML does not catch errors of chr() and int()
             _refuse("an escape or a number that cannot be", self.get_mark())
         return None if root is None else self._value(root, ())
 
     def _value(self, node: Node, path: FieldPath) -> object:
-        if len(path) > MAX_DEPTH:  # aliases in aliases get here
+        if len(path) > MAX_DEPTH:  # nested aliases
             _refuse(f"nested deeper than {MAX_DEPTH}", node.start_mark)
         if isinstance(node, MappingNode):
             return self._mapping(node, path)
@@ -120,7 +120,7 @@ class _Reader(yaml.SafeLoader):
         return fields
 
     def _key(self, node: Node, path: FieldPath) -> str | None:
-        """Give the key's text; None, and a problem, where it has none."""
+        """Return the key's text; None, with a problem, if it is not text."""
         kind = node.tag.removeprefix(_TAG)
         if kind == "str":
             return str(self._scalar(node, path))
@@ -156,12 +156,12 @@ class _Reader(yaml.SafeLoader):
 
 
 class _Writer(yaml.SafeDumper):
-    """Writes what the reader reads."""
+    """Writes YAML that `_Reader` reads."""
 
     yaml_implicit_resolvers = _Reader.yaml_implicit_resolvers
 
     def ignore_aliases(self, data: object) -> bool:
-        """Write a shared value twice: anchors would only puzzle the reader."""
+        """Write shared values twice, without anchors."""
         return True
 
     def text(self, data: str) -> ScalarNode:
@@ -172,7 +172,7 @@ class _Writer(yaml.SafeDumper):
 
 _Writer.add_representer(str, _Writer.text)
 
-for _kind, _pattern, _first in (  # which plain words are not text
+for _kind, _pattern, _first in (  # plain scalars that are not text
     ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
     ("bool", r"(?i:yes|no|true|false|on|off)", list("yYnNtTfFoO")),
     ("int", r"[-+]?[0-9][0-9_]*|0x[0-9a-fA-F]+|0o[0-7]+", list("-+0123456789")),
@@ -189,18 +189,18 @@ for _kind, _pattern, _first in (  # which plain words are not text
 
 def parse_yaml(text: str, file: str) -> tuple[object, Positions]:
     """
-    Read one YAML document.
+    Parse one YAML document.
 
     Args:
-        text: the document; an empty one reads as None.
-        file: what to call it in messages.
+        text: the document; None if it is empty.
+        file: its name in messages.
 
     Returns:
-        The value, made of None, bool, int, float, str, list and dict alone, and where each field
-        stands.
+        The value, of None, bool, int, float, str, list and dict only, and the position of each
+        field.
 
     Raises:
-        SpecError: it is not YAML, or over a limit, or has tags, keys twice, keys that are no text.
+        SpecError: it is not YAML, exceeds a limit, or has tags, duplicate keys or non-text keys.
     """
     if len(text) > MAX_BYTES:
         raise too_large(file)
@@ -217,12 +217,12 @@ def parse_yaml(text: str, file: str) -> tuple[object, Positions]:
 
 
 def dump_yaml(value: object) -> str:
-    """Write a value that `parse_yaml` could have made, in the order of its keys."""
+    """Serialize a value that `parse_yaml` could return, in the order of its keys."""
     return yaml.dump(value, Dumper=_Writer, sort_keys=False, allow_unicode=True)
 
 
 def too_large(file: str) -> SpecError:
-    """Make the error for a document over the limit; for who would not even read it."""
+    """Build the error for a document over the size limit."""
     return SpecError(Problem((), f"is larger than {MAX_BYTES // 1000} kB", file=file))
 
 
@@ -235,7 +235,7 @@ def _position(node: Node) -> tuple[int, int]:
 
 
 def _misread(error: MarkedYAMLError, file: str) -> SpecError:
-    """Say what PyYAML found, and where."""
+    """Convert PyYAML's error, with its position."""
     mark: Any = error.problem_mark or error.context_mark
     message, hint = error.problem or error.context or "is not YAML", ""
     wording = next((text for part, text in _WORDING.items() if part in message), None)
@@ -255,7 +255,7 @@ def _unprintable(error: ReaderError, text: str, file: str) -> SpecError:
 
 
 def _at(mark: Mark, message: str, hint: str, file: str) -> SpecError:
-    """Show the line of a mark with a caret below."""
+    """Build an error with the line of a mark and a caret below."""
     snippet = mark.get_snippet(indent=4, max_length=100) or ""
     printable_snippet = "".join(c if c.isprintable() or c == "\n" else " " for c in snippet)
     where = (file, mark.line + 1, mark.column + 1)

@@ -264,7 +264,7 @@ def strategy_problems(job: Job) -> list[Problem]:
 def _feature_problems(job: Job, cls: type[Strategy[Any]]) -> list[Problem]:
     """Return the features that a job uses and its strategy class does not have."""
     problems: list[Problem] = []
-    if job.checkpoint.wanted and not cls.has_checkpoints:
+    if job.checkpoint.enabled and not cls.has_checkpoints:
         text = f"the strategy {job.strategy.name!r} has no checkpoints during the run"
         field = "every_steps" if job.checkpoint.every_steps else "every_epochs"
         problems.append(Problem(("checkpoint", field), text, "remove it"))

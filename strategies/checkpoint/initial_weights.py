@@ -159,7 +159,7 @@ def _on_disk(path: str, folder: Path, limit_s: float) -> Path:
     if last.endswith(_SUFFIXES):
         return _copied(RemoteStorage(base, limit_s), last, folder)
     storage = RemoteStorage(path, limit_s)
-    there = storage.patiently(lambda: storage.names(""))
+    there = storage.with_retries(lambda: storage.names(""))
     for name in there:
         if name in _FILES or name.endswith((_SAFETENSORS, ".bin")):
             _copied(storage, name, folder)
@@ -168,13 +168,13 @@ def _on_disk(path: str, folder: Path, limit_s: float) -> Path:
 
 def _copied(storage: RemoteStorage, name: str, folder: Path) -> Path:
     try:
-        size = storage.patiently(lambda: storage.size(name))
+        size = storage.with_retries(lambda: storage.size(name))
     except ObjectNotFound:
         raise _problem(f"there is no {storage.url}/{name}") from None
     with (folder / name).open("xb") as file:
         for start in range(0, size, PART_BYTES):
             stop = min(start + PART_BYTES, size)
-            file.write(storage.patiently(partial(storage.read, name, start, stop)))
+            file.write(storage.with_retries(partial(storage.read, name, start, stop)))
     return folder / name
 
 

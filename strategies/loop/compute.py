@@ -311,7 +311,7 @@ class TaskModel(WholeModel, Compute):
     def _runs(self, tasks: range) -> Iterator[SampleRun]:
         for task in tasks:
             step, part = divmod(task, self.sampler.world)
-            micro, marked = self.job.gradient_accumulation, self.job.checkpoint.wanted
+            micro, marked = self.job.gradient_accumulation, self.job.checkpoint.enabled
             yield from sample_runs(self.sampler, step, part, micro, marked=marked)
 
     def close(self) -> None:

@@ -86,7 +86,7 @@ def judge(job: Job, known: References, engine: Engine) -> list[Row]:
         engine: runs it.
     """
     name = job.strategy.name
-    if job.checkpoint.wanted:
+    if job.checkpoint.enabled:
         kept = job.checkpoint.model_copy(update={"every_steps": known.every})
         job = job.model_copy(update={"checkpoint": kept})
     try:

@@ -218,7 +218,7 @@ class Servers(local_actors.Servers):
 
     def shard_servers(self, part: int = 0) -> list[ShardServer]:
         """Give those of all shards of a part of the model."""
-        return [self.shard_server(shard, part) for shard in range(self.division.each)]
+        return [self.shard_server(shard, part) for shard in range(self.division.servers_per_part)]
 
     def cuts(self, part: int = 0) -> list[Shard | None]:
         """Give which run of the vector each shard of a part is."""

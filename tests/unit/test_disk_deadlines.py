@@ -152,7 +152,7 @@ def test_a_run_directory_that_cannot_be_made_is_not_waited_for(hung: Hung, tmp_p
         Trainer(fields(tmp_path), Lin).fit()
 
 
-@pytest.mark.parametrize("operation", ["iterdir", "_bytes_of"])
+@pytest.mark.parametrize("operation", ["iterdir", "_read_file"])
 def test_a_run_goes_on_from_no_disk_that_hangs(
     operation: str, hung: Hung, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -178,7 +178,7 @@ def test_who_begins_from_a_disk_that_hangs_later_is_told(hung: Hung, tmp_path: P
     whole = Trainer(fields(tmp_path, **more), Lin).fit()
     trainer = Trainer(fields(tmp_path, **{**more, "steps": 8}), Lin, resume=whole.path)
     launch: Any = SimpleNamespace(job=trainer.job, resumed=trainer._resumed)
-    hung.patch(checkpoints, "_bytes_of")
+    hung.patch(checkpoints, "_read_file")
     hung.at.set()
     with pytest.raises(StorageError, match=r"no answer within 0\.5 s"):
         newest_checkpoint(launch)

@@ -105,7 +105,7 @@ def test_who_has_not_come_to_the_end_may_be_given_longer() -> None:
     state = play([*LEFT, failed(1, MISSED_AT_END, "")])
     assert state.phase is Phase.FAILED
     assert "others did not end beside rank 1, whose function returned" in str(state.error)
-    assert "wait longer: `strategy.timeout_s`" in str(state.error)
+    assert "raise the deadline: `strategy.timeout_s`" in str(state.error)
 
 
 @pytest.mark.parametrize("left", [True, False])
@@ -127,7 +127,7 @@ def test_loops_that_part_show_where_each_rank_is() -> None:
     other = "Traceback\n  train.py, line 9\n"
     state = play([heard(0), heard(1), failed(0, APART), failed(1, APART, other)])
     assert isinstance(state.error, UserCodeError)
-    assert "ranks 0, 1, in step 3: the ranks' loops have parted" in str(state.error)
+    assert "ranks 0, 1, in step 3: the ranks' loops have diverged" in str(state.error)
     assert state.error.frames == f"{FRAMES}\n{other}".rstrip()
 
 

@@ -46,8 +46,8 @@ def growth(leased: bool, folder: str) -> float:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(result, "KEPT", 50)
-        patch.setattr(evaluations, "_KEPT", 20)
-        patch.setattr(progress, "_GIVEN", 20)
+        patch.setattr(evaluations, "_MAX_KEPT", 20)
+        patch.setattr(progress, "_MAX_EMITTED", 20)
         tracemalloc.start()
         made = synthetic_run.run(Path(folder), STEPS, patch, seen, leased=leased)
     assert made.totals.steps == STEPS

@@ -81,7 +81,7 @@ def test_a_line_that_cannot_be_is_left_out(
     (path / "result.json").write_text("[" * 100_000)
     assert run(["report", str(path)]) == 0
     printed = capsys.readouterr().out
-    assert "metrics.jsonl: 1 damaged lines are left out" in printed
+    assert "metrics.jsonl: 1 damaged lines are skipped" in printed
     assert "result.json is damaged" in printed
 
 
@@ -237,4 +237,4 @@ def test_aliases_that_unfold_are_left_out(
     rows += [f"b{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]" for n in range(1, 9)]
     path = made_run(tmp_path, [step(0)], job="\n".join([*rows, "name: *a8"]))
     assert run(["report", str(path)]) == 0
-    assert "job.yaml is damaged and left out" in capsys.readouterr().out
+    assert "job.yaml is damaged and skipped" in capsys.readouterr().out

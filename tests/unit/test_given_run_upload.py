@@ -32,7 +32,7 @@ def bring(folder: Path) -> set[str]:
     uploads = _CheckpointUploads(folder / FOLDER, RemoteStorage(f"file://{there}", 240.0))
     try:
         for _ in uploads.missing():
-            uploads.bring_newest()
+            uploads.upload_newest()
     finally:
         files = [path for path in there.rglob("*") if path.is_file()]
         assert not any(KEY in path.read_bytes() for path in files)

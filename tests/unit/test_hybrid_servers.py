@@ -56,7 +56,7 @@ def test_servers_of_each_part_give_what_one_process_gives(name: str, clip: float
 @pytest.mark.parametrize(("servers", "each"), [(2, 1), (4, 2)])
 def test_who_shares_which_servers(servers: int, each: int) -> None:
     division = Division(((0, 2), (1, 3)), servers)
-    assert division.each == each
+    assert division.servers_per_part == each
     assert [division.part_of(rank) for rank in range(4)] == [0, 1, 0, 1]
     assert [division.part_rank_of(rank) for rank in range(4)] == [0, 0, 1, 1]
     of_parts = [[*division.servers_of(part)] for part in range(2)]

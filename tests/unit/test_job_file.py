@@ -94,7 +94,7 @@ def test_a_job_is_read() -> None:
             "name: SGD",
             "name: LBFGS",
             "job.yaml:7:3: optimizer.name: unknown optimizer 'LBFGS'\n"
-            f"  hint: it asks for the loss several times in a step; allowed: {LISTED}",
+            f"  hint: it evaluates the loss several times per step; allowed: {LISTED}",
         ),
         (
             "name: SGD",

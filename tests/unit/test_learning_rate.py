@@ -276,11 +276,11 @@ def test_a_rate_that_grows_without_end_is_infinite() -> None:
     ("schedule", "message"),
     [
         ({"name": "ChainedScheduler"}, "lr_schedule.name: unknown lr_schedule 'ChainedScheduler'"
-         "\n  hint: it multiplies others; SequentialLR has one after the other"),
+         "\n  hint: it multiplies others; SequentialLR chains them one after the other"),
         ({"name": "CyclicLR", "max_lr": 1}, "lr_schedule.base_lr: required, but missing"),
         (CYCLES, "lr_schedule.cycle_momentum: must be false, which is not"),
         ({**CYCLES, "cycle_momentum": False, "warmup_steps": 1}, "lr_schedule.warmup_steps: cannot "
-         "stand beside CyclicLR, which has rates of its own"),
+         "be combined with CyclicLR, which has its own rates"),
         ({"name": "SequentialLR", "schedulers": [{"name": "OneCycleLR"}], "milestones": []},
          "lr_schedule.schedulers.0.name: unknown scheduler 'OneCycleLR'\n  hint: allowed: "),
         ({"name": "SequentialLR", "schedulers": [{"name": "ReduceLROnPlateau"}], "milestones": []},

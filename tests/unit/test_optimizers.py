@@ -143,9 +143,7 @@ def test_a_job_that_names_one_of_torchs_has_it_or_is_told_what_to_do(name: str) 
 
 @pytest.mark.parametrize("name", ["ASGD", "Rprop"])
 def test_what_a_task_can_make_is_said(name: str) -> None:
-    told = (
-        r"write \{name: task\}, under ring, and make it in the task: optimizer\(named_parameters\)"
-    )
+    told = r"write \{name: task\}, under ring, and create it in the task: optimizer"
     group = {"match": "*", "name": name, "lr": 0.1}
     for optimizer in ({"name": name, "lr": 0.1}, {"name": "SGD", "lr": 0.1, "groups": [group]}):
         with pytest.raises(SpecError, match=told):

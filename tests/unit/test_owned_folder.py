@@ -47,7 +47,7 @@ def left(base: Path) -> Path:
     made = OwnedFolder(base, "ray-")
     (made.path / "r").mkdir()
     (made.path / "file").write_text("")
-    made.leave()
+    made.release()
     return made.path
 
 

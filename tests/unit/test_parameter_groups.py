@@ -150,7 +150,7 @@ optimizer:
             "lr: 1e-4",
             "amsgrad: true",
             "job.yaml:11:25: optimizer.groups.1.amsgrad: is on here and off in the optimizer: "
-            "what is remembered of a parameter is the same in all groups",
+            "all groups must have the same optimizer state",
         ),
         (
             'match: "head.*", ',

@@ -241,7 +241,7 @@ def test_a_result_prints_as_a_short_table() -> None:
 def test_evaluations_that_come_in_any_order_are_told_once_however_many(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("distplat.platform.progress._GIVEN", 5)
+    monkeypatch.setattr("distplat.platform.progress._MAX_EMITTED", 5)
     aggregator = ReportAggregator(1, 0)
     told = [
         one.step

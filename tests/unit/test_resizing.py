@@ -108,4 +108,4 @@ def test_only_who_is_wanted_is_made_and_only_who_is_ready_joins(
             alive.add(rank)
         ready &= alive
         assert set(resizing.newcomers) == alive
-        assert alive == set(range(resizing.world, resizing.wanted or 0))
+        assert alive == set(range(resizing.world, resizing.target or 0))

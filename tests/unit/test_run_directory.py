@@ -246,7 +246,9 @@ def test_a_full_disk_is_told_with_the_path_and_leaves_nothing_half_written(
     directory.record(STEPS[0])
     before = {path.name: path.stat().st_size for path in directory.path.iterdir()}
     fill_the_disk(monkeypatch)
-    told = rf"cannot write .*kept-1/{name}.*No space left on device; free some, or have `storage_"
+    told = (
+        rf"cannot write .*kept-1/{name}.*No space left on device; free some space, or set `storage_"
+    )
     with pytest.raises(StorageError, match=told) as caught:
         write(directory)
     assert caught.value.exit_code == 5

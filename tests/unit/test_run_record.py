@@ -51,10 +51,10 @@ def test_damage_is_noted_and_left_out(tmp_path: Path) -> None:
     record = read_run(path)
     assert [one.step for one in record.steps] == [0, 1]
     assert [note.split(":")[0] for note in record.notes] == [
-        "job.yaml is damaged and left out",
+        "job.yaml is damaged and skipped",
         "metrics.jsonl",
-        "result.json is damaged and left out",
-        "pipeline_trace.json is damaged and left out",
+        "result.json is damaged and skipped",
+        "pipeline_trace.json is damaged and skipped",
     ]
     assert "2 damaged lines" in record.notes[1]
 
@@ -67,7 +67,7 @@ def test_the_job_is_read_as_it_was_written(tmp_path: Path) -> None:
 def test_a_damaged_job_says_where(tmp_path: Path) -> None:
     path = made_run(tmp_path, job="name: a\nname: b\n")
     (note,) = read_run(path).notes
-    assert note == "job.yaml is damaged and left out: job.yaml:2:1: name: set twice: " + (
+    assert note == "job.yaml is damaged and skipped: job.yaml:2:1: name: set twice: " + (
         "in line 1 and in line 2"
     )
 
@@ -187,7 +187,7 @@ def test_a_run_of_very_many_steps_is_thinned_and_its_last_step_is_there(
     assert len(record.steps) <= 102
     assert record.every == 16
     assert [one.step for one in record.steps] == [*range(16, steps, 16), steps]
-    assert "of so many steps one in 16 is counted" in record.notes
-    assert "metrics.jsonl: 2 damaged lines are left out" in record.notes
+    assert "long run: only one in 16 steps is counted" in record.notes
+    assert "metrics.jsonl: 2 damaged lines are skipped" in record.notes
     (part,) = time_parts(record.steps, record.every)
     assert part.total_s == pytest.approx(0.5 * steps, rel=0.05)

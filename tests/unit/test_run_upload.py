@@ -42,7 +42,7 @@ from distplat.platform.total_memory import DoesNotFit
 
 @pytest.fixture(autouse=True)
 def _well(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr("distplat.platform.run_upload._SAID_S", 60.0)  # however busy we are
+    monkeypatch.setattr("distplat.platform.run_upload._WARN_AFTER_S", 60.0)  # however busy we are
     Odd.reset()
     yield
     Odd.reset()
@@ -86,7 +86,7 @@ def test_the_copy_is_the_run_directory_and_a_run_goes_on_from_it(tmp_path: Path)
     other = tmp_path / "empty"
     (other / "runs").mkdir(parents=True)
     left = OwnedFolder(other / "runs", ".resumed-")
-    left.leave()  # of a driver that was killed
+    left.release()  # of a driver that was killed
     step = f"{whole.url}/checkpoints/step-000015"
     resumed = fit(other, f"file://{there}", resume=step)
     assert resumed.checkpoint is not None and whole.checkpoint is not None
@@ -142,7 +142,7 @@ def test_a_storage_that_takes_nothing_is_told_before_anything_is_trained(
         raise error
 
     monkeypatch.setattr(Odd, "_open", refuse)
-    with pytest.raises(StorageError, match=f"{what}.*; nothing was trained: make what `storage"):
+    with pytest.raises(StorageError, match=f"{what}.*; nothing was trained: create the bucket"):
         fit(tmp_path, "odd://bucket/runs", failure={"storage_timeout_s": 4})
     (result,) = tmp_path.glob("runs/*/result.json")
     assert json.loads(result.read_text())["status"] == "FAILED" and len(tried) == 2
@@ -177,7 +177,7 @@ def test_a_storage_that_is_waited_for_in_vain_holds_up_no_signal(
 
     with pytest.raises(Interrupted):
         check_access(tmp_path, "odd://bucket/runs", 600.0, interrupted)
-    monkeypatch.setattr(run_upload, "_FIRST_S", 0.1)
+    monkeypatch.setattr(run_upload, "_FIRST_UPLOAD_S", 0.1)
     check_access(tmp_path, "odd://bucket/runs", 600.0, lambda: None)
 
 
@@ -202,11 +202,11 @@ def test_a_storage_that_takes_nothing_is_given_up_at_the_end(
     monkeypatch.setattr(Odd, flag, True)
     (tmp_path / "job.yaml").write_text("name: a")
     warnings: list[str] = []
-    monkeypatch.setattr("distplat.platform.run_upload._SAID_S", 0.2)
+    monkeypatch.setattr("distplat.platform.run_upload._WARN_AFTER_S", 0.2)
     missing = closed(copy_of(tmp_path, warnings, limit_s=0.8))
     assert missing.startswith("job.yaml not uploaded to odd://bucket/")
     assert missing.endswith(f"{why}; `distplat upload {tmp_path}` uploads it")
-    assert len(warnings) == 2 and "the run goes on" in warnings[0]
+    assert len(warnings) == 2 and "the run continues" in warnings[0]
     assert "the end of the run waits for its copy at odd://bucket/" in warnings[1]
 
 
@@ -221,12 +221,12 @@ def test_who_breaks_an_upload_off_is_told_what_is_where(
     def interrupt(asked: Callable[[], bool]) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(upload, "_wait_for_it", interrupt)
+    monkeypatch.setattr(upload, "_wait_until_complete", interrupt)
     with pytest.raises(KeyboardInterrupt):
         upload.close()
     upload._thread.join(30)
     assert not upload._thread.is_alive()
-    told = f"is not complete: its upload was broken off; all is in {tmp_path}, and `distplat upload"
+    told = f"is incomplete: its upload was interrupted; all is in {tmp_path}, and `distplat upload"
     assert [told in one for one in warnings].count(True) == 1  # its thread may warn, too
 
 
@@ -238,7 +238,7 @@ def test_a_failure_is_told_once_and_tried_again(tmp_path: Path) -> None:
     (tmp_path / "result.json").write_text("{}")
     assert upload.close() == ""
     assert len(warnings) == 2
-    assert "the run goes on" in warnings[0] and "user:secret" not in warnings[0]
+    assert "the run continues" in warnings[0] and "user:secret" not in warnings[0]
     assert warnings[1] == f"odd://bucket/{tmp_path.name} answers again"
     assert [path.rpartition("/")[2] for path in Odd.done] == ["job.yaml", "result.json"]
 
@@ -257,7 +257,7 @@ def test_a_local_disk_that_cannot_be_read_for_a_moment(
     monkeypatch.setattr(Catalogue, "steps", stale)
     upload = copy_of(tmp_path, warnings)
     assert upload.close() == ""
-    assert "Stale file handle; the run goes on" in warnings[0]
+    assert "Stale file handle; the run continues" in warnings[0]
     assert warnings[1].endswith(" answers again")
 
 
@@ -372,7 +372,7 @@ def test_a_storage_where_much_hangs_is_asked_no_more(tmp_path: Path) -> None:
     for _ in range(8):
         with pytest.raises(NoAnswer, match=r"missing: its storage; `failure\.storage_timeout_s`"):
             storage.names("a")
-    with pytest.raises(NoAnswer, match=r"8 operations before it still hang; `failure\.storage_t"):
+    with pytest.raises(NoAnswer, match=r"8 earlier operations still hang; `failure\.storage_t"):
         storage.names("a")
 
 

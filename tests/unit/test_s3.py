@@ -30,7 +30,9 @@ def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[ThreadedMotoServer
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "hush")
     monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")  # the library's own take seconds
-    monkeypatch.setattr("distplat.platform.run_upload._SAID_S", LIMIT_S)  # however busy we are
+    monkeypatch.setattr(
+        "distplat.platform.run_upload._WARN_AFTER_S", LIMIT_S
+    )  # however busy we are
     server, port = start()
     monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{port}")
     boto3.client("s3").create_bucket(Bucket="runs")
@@ -100,7 +102,7 @@ def test_a_server_that_is_gone_for_a_while(
     again, _ = start(port)
     try:
         assert upload.close() == ""
-        assert "the run goes on" in told[0] and told[1] == "s3://runs/run answers again"
+        assert "the run continues" in told[0] and told[1] == "s3://runs/run answers again"
         assert RemoteStorage("s3://runs/run", LIMIT_S).read("job.yaml", 0, 99) == b"name: a"
     finally:
         again.stop()

@@ -180,5 +180,5 @@ def test_the_old_name_of_num_workers_is_taken_with_a_warning(
 ) -> None:
     assert Data.model_validate({"num_loaders": 3, "shuffle": False}).num_workers == 3
     assert caplog.messages == ["data.num_loaders is called data.num_workers now, as in torch"]
-    with pytest.raises(ValidationError, match="num_loaders is the old name of num_workers"):
+    with pytest.raises(ValidationError, match="num_loaders is the former name of num_workers"):
         Data.model_validate({"num_loaders": 3, "num_workers": 3})

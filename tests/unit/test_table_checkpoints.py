@@ -138,7 +138,7 @@ def test_what_must_stay(more: dict[str, Any], said: str, tmp_path: Path) -> None
 def test_the_field_must_stay(tmp_path: Path) -> None:
     whole = in_process(tmp_path, steps=9).fit()
     spec = job(0).model_copy(update={"embeddings": None})
-    with pytest.raises(SpecError, match="the job has not the field"):
+    with pytest.raises(SpecError, match="the job does not have the field"):
         Trainer(spec, Words, resume=whole.path)
 
 

@@ -69,7 +69,7 @@ def test_what_a_job_names_is_taken(backend: str, locations: list[RankLocation]) 
         ("shm", at("aba"), ["on 2 (a: worker 0, 2; b: worker 1)", "hierarchical"]),
         ("shm", at("a") + at("a", shm=False), ["where worker 1 is", "backend: gloo"]),
         ("hierarchical", at("aab", shm=False), ["where worker 0, 1, 2 is", "backend: gloo"]),
-        ("nccl", at("a", gpu=True) + at("ab"), ["worker 1, 2 has not both", "backend: auto"]),
+        ("nccl", at("a", gpu=True) + at("ab"), ["worker 1, 2 lacks one of them", "backend: auto"]),
     ],
 )
 def test_what_cannot_work_is_refused(

@@ -198,7 +198,7 @@ def test_trackers_that_hang_are_waited_for_together_and_it_is_said(
 @pytest.mark.parametrize(
     "given, told",
     [
-        (["mlflow", "mlflow"], r"trackers\.1.*'mlflow' is there twice"),
+        (["mlflow", "mlflow"], r"trackers\.1.*'mlflow' is listed twice"),
         (["mflow"], r"did you mean 'mlflow'\?"),
         ([{"name": "wandb", "entity": "me"}], "unknown field"),
     ],

@@ -23,7 +23,7 @@ from distplat.platform.errors import DistplatError
 first, second, when = sys.argv[1:]
 logging.basicConfig(level=logging.WARNING, format="%(message)s")
 Odd.hold = threading.Event()
-run_upload._FIRST_S = 0.1
+run_upload._FIRST_UPLOAD_S = 0.1
 folder = Path.cwd()
 
 def strike():
@@ -82,7 +82,7 @@ def test_a_signal_while_the_end_uploads_is_told_with_what_is_left(
     (run,) = (tmp_path / "runs").iterdir()
     last = warned.strip().splitlines()[-1]
     assert last.startswith("the run has ended, but model.safetensors, ")
-    assert f"not uploaded to odd://bucket/runs/{run.name}: its upload was broken off" in last
+    assert f"not uploaded to odd://bucket/runs/{run.name}: its upload was interrupted" in last
     assert f"`distplat upload {run}` uploads it" in last
     assert last.endswith(f"the trained model is in {run / 'model.safetensors'}")
     assert result["status"] == "STOPPED" and "loss" in result["metrics"]  # type: ignore[operator]
@@ -93,5 +93,5 @@ def test_a_signal_while_the_end_uploads_is_told_with_what_is_left(
 def test_a_run_that_was_stopped_uploads_until_the_next_signal(tmp_path: Path) -> None:
     said, warned, result = struck(tmp_path, "SIGTERM", "SIGTERM", "training")
     assert said == "143", warned
-    assert "its upload was broken off; `distplat upload" in warned.splitlines()[-1]
+    assert "its upload was interrupted; `distplat upload" in warned.splitlines()[-1]
     assert result == {"status": "STOPPED", "error": "interrupted by SIGTERM"}
