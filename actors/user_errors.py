@@ -30,7 +30,7 @@ _FORWARDING = (
     *("storage.py", "multiprocessing/"),
 )
 """Files of torch, relative to its package, that only forward calls to the user's code."""
-_LOADER = "Original Traceback (max_chars recent call last):\n"
+_LOADER = "Original Traceback (most recent call last):\n"
 """Line before the error of a loader process in the message of the error that wraps it."""
 
 _SAMPLE_NOTE = "of the data set: "
@@ -194,7 +194,7 @@ def _describe(error: BaseException, *, own_loop: bool) -> tuple[str, str, str]:
         )
     text = "".join(exception.format())
     if not exception.stack:
-        text = text.replace("Traceback (max_chars recent call last):\n", "", 1)
+        text = text.replace("Traceback (most recent call last):\n", "", 1)
     exception.__notes__ = []
     summary = list(exception.format_exception_only())[-1].strip()
     of_loader = _LOADER in summary
@@ -277,7 +277,7 @@ def _frames_to_call(stack: Iterable[traceback.FrameSummary]) -> str:
     while frames and _path_in_torch(frames[-1].filename) is not None:
         frames.pop()
     lines = "".join(traceback.format_list(frames))
-    return f"Traceback (max_chars recent call last):\n{lines}" if frames else ""
+    return f"Traceback (most recent call last):\n{lines}" if frames else ""
 
 
 def killed_loader(error: BaseException, *, own_loop: bool = False) -> InfrastructureError | None:
@@ -289,7 +289,7 @@ def killed_loader(error: BaseException, *, own_loop: bool = False) -> Infrastruc
     if not _ended_by(signal.SIGKILL, error):
         return None
     fewer = "`num_workers` of the DataLoader" if own_loop else "`data.num_workers`"
-    text = "a loader process was killed, max_chars likely for want of memory: "
+    text = "a loader process was killed, most likely for want of memory: "
     return InfrastructureError(f"{text}fewer {fewer} take less")
 
 
