@@ -1,1 +1,1 @@
-"""The server group: its manager, its nodes, and a worker's way to them."""
+"""Server manager, server nodes, task scheduler, and a worker's clients of them."""

@@ -1,8 +1,8 @@
 """
-The port `Leases`, and the worker's heartbeat: twice a second it tells how it is doing.
+Implementation of the port `Leases`, and the worker's heartbeat, sent twice a second.
 
     training   ─ task ─ task ─ task ─ task ─ task ─ task ─ ...
-    questions        ─── ask ──▶ the next lease is here before this one is used up
+    requests         ── work ──▶ the next lease arrives before the current one is used up
     heartbeat  ──▶ made, busy ............ ──▶ made, busy
 """
 
@@ -29,19 +29,19 @@ from distplat.platform.worker_stats import WorkerHeartbeat
 from distplat.strategies.ports import Leases
 
 HEARTBEAT_S = 0.5
-"""Between two words of a worker about itself."""
+"""Period of a worker's heartbeats."""
 _NAME = "task-scheduler"
 
 
 class RemoteLeases(Leases):
     """
-    The task scheduler, seen by one worker.
+    A worker's client of the task scheduler.
 
     Args:
         transport: the worker's.
         order: the worker's orders, with the scheduler's handle.
-        eager: whether others may wait for what this worker does: it tells of every task at once,
-            and asks for more when it has none left.
+        eager: whether other workers may wait for this worker's tasks. If so, each finished task is
+            reported at once, and the next lease is requested only when no task is left.
         abandoned: once set, waits end.
     """
 
@@ -52,13 +52,13 @@ class RemoteLeases(Leases):
         self._rank, self._attempt = order.rank, order.attempt
         self._eager, self._abandoned = eager, abandoned
         self._lock = threading.Lock()
-        self._tasks: list[int] = []  #: done, and not known to be known
-        self._evaluations: list[tuple[int, int]] = []
+        self._tasks: list[int] = []  #: finished, not yet acknowledged by the scheduler
+        self._evaluations: list[tuple[int, int]] = []  #: finished, not yet acknowledged
         self._beat = WorkerHeartbeat(0, 0, 0.0)
-        self._number = 0  #: of the next question
-        self._question: Any = None  #: the answer to it is on its way
-        self._reported = 0, 0  #: tasks and evaluations that it told of
-        self._given = self._left = 0  #: tasks of the present lease, and those not done
+        self._number = 0  #: of the next request
+        self._request: Any = None  #: reply of the open request for work
+        self._reported = 0, 0  #: tasks and evaluations reported in the last request
+        self._lease_size = self._left = 0  #: tasks of the current lease, and its unfinished tasks
         self._closed = threading.Event()
 
     @override
@@ -66,8 +66,8 @@ class RemoteLeases(Leases):
         self._beat = WorkerHeartbeat(plan.first, 0, 0.0)
         limit = self._order.job.failure.start_timeout_s
 
-        who = self._rank, self._attempt
-        join = partial(self._transport.call, self._scheduler, "join", *who, plan)
+        identity = self._rank, self._attempt
+        join = partial(self._transport.call, self._scheduler, "join", *identity, plan)
         ask(self._transport, "join", {_NAME: join}, limit, "start_timeout_s", self._check)
         threading.Thread(target=self._send_heartbeats, name="heartbeat", daemon=True).start()
 
@@ -76,7 +76,7 @@ class RemoteLeases(Leases):
         self._closed.set()
 
     def count(self, report: StepReport) -> None:
-        """Take what a step, or task, of this worker took."""
+        """Add the times of a step, or task, to the next heartbeat."""
         busy_s = report.seconds.get("data", 0.0) + report.seconds.get("compute", 0.0)
         before = self._beat
         step = max(before.step, report.step + 1)
@@ -85,12 +85,12 @@ class RemoteLeases(Leases):
     @override
     def next(self, alive: Callable[[], None]) -> Lease:
         while True:
-            work = self._answer(self._question or self._ask(), alive)
-            self._question = None
-            if work is not None:
+            lease = self._wait_for_lease(self._request or self._send_request(), alive)
+            self._request = None
+            if lease is not None:
                 self._number += 1
-                self._given = self._left = len(work.tasks)
-                return work
+                self._lease_size = self._left = len(lease.tasks)
+                return lease
 
     @override
     def finish(self, tasks: Sequence[int], evaluations: Sequence[tuple[int, int]] = ()) -> None:
@@ -100,25 +100,25 @@ class RemoteLeases(Leases):
         self._left -= len(tasks)
         if self._eager:
             self._send_heartbeat()
-        elif self._question is None and 0 < self._left <= max(1, self._given // 4):
-            self._question = self._ask()
+        elif self._request is None and 0 < self._left <= max(1, self._lease_size // 4):
+            self._request = self._send_request()
 
-    def _ask(self) -> Any:
-        tasks, evaluations = self._done()
+    def _send_request(self) -> Any:
+        tasks, evaluations = self._finished()
         self._reported = len(tasks), len(evaluations)
-        where = self._rank, self._attempt, self._number
-        return self._transport.call(self._scheduler, "work", *where, tasks, evaluations)
+        identity = self._rank, self._attempt, self._number
+        return self._transport.call(self._scheduler, "work", *identity, tasks, evaluations)
 
-    def _answer(self, question: Any, alive: Callable[[], None]) -> Lease | None:
+    def _wait_for_lease(self, request: Any, alive: Callable[[], None]) -> Lease | None:
         """
-        Wait for an answer; None: ask again.
+        Wait for the reply to a request for work; None: send the request again.
 
         Raises:
-            ActorLost, DeadlineExceeded: the scheduler is gone, or frozen.
+            ActorLost, DeadlineExceeded: the scheduler is dead, or frozen.
         """
         limit = self._order.job.failure.heartbeat_timeout_s + HOLD_S + ANSWER_GRACE_S
         clock = AwakeClock()
-        while not self._transport.wait([question], POLL_S):
+        while not self._transport.wait([request], POLL_S):
             self._check()
             alive()
             if clock.now() > limit:
@@ -126,24 +126,23 @@ class RemoteLeases(Leases):
                 raise DeadlineExceeded("the next task", (_NAME,), limit, setting)
         alive()
         try:
-            work: Lease | None = self._transport.get(question, limit)
+            lease: Lease | None = self._transport.get(request, limit)
         except Unanswered:
-            time.sleep(RETRY_PAUSE_S)  # the answer got lost; asked again, it is the same
+            time.sleep(RETRY_PAUSE_S)  # the answer was lost; a repeated request gets the same lease
             return None
         except ActorDied as error:
             raise ActorLost(_NAME, None, str(error)) from None
-        with self._lock:  # it knows of these now
+        with self._lock:  # the scheduler has received these
             del self._tasks[: self._reported[0]], self._evaluations[: self._reported[1]]
-        return work
+        return lease
 
-    def _done(self) -> tuple[tuple[int, ...], tuple[tuple[int, int], ...]]:
+    def _finished(self) -> tuple[tuple[int, ...], tuple[tuple[int, int], ...]]:
         with self._lock:
             return tuple(self._tasks), tuple(self._evaluations)
 
     def _send_heartbeat(self) -> None:
-        done = self._done()
-        who = self._rank, self._attempt
-        self._transport.call(self._scheduler, "beat", *who, self._beat, *done)
+        identity = self._rank, self._attempt
+        self._transport.call(self._scheduler, "beat", *identity, self._beat, *self._finished())
 
     def _check(self) -> None:
         if self._abandoned.is_set():

@@ -1,24 +1,23 @@
 """
-What Ray sees of the server manager: it owns the maps of who keeps what, and watches the nodes.
+The actor class of the server manager: owns the server maps and watches the servers.
 
-Of the parameters it cuts the vector and gives out the shards. Of embedding tables that are kept
-twice it knows who keeps which part; which row is in which part follows from its id.
+The manager splits the parameter vector and assigns the shards. Of replicated embedding tables it
+maps parts to servers; the part of a row follows from the row's id.
 
-A model that is cut has servers of its own for each part (`Division`), which know nothing of the
-others; the manager watches all of them.
+A model that is split into parts has separate servers for each part (`Division`), which do not know
+of each other; the manager watches all of them.
 
-The class is plain; `spawn.py` makes an actor of it. Where every shard, or every part of
-the tables, is kept twice, a replication manager replaces lost servers (`replication_manager.py`);
-else the first loss of a shard's server ends the attempt, and of a table's the controller hears.
+The class is plain; `spawn.py` makes an actor of it. If shards, or parts of the tables, are
+replicated, a replication manager replaces lost servers (`replication_manager.py`). If not, the
+first loss of a shard's server ends the attempt, and the controller detects lost table servers.
 
-An actor ends with the process that made it. So the controller makes servers, not the manager: a
-manager that is lost takes none with it.
+An actor ends with the process that created it. So the controller creates servers, not the manager:
+they survive the loss of the manager.
 
     replication manager ── make ──▶ provisioning ── make_server ──▶ controller ── spawn ──▶ server-4
         ◀────── handle ──────┘ ◀───────── handle ───────┘
 
-A manager that follows a lost one asks the servers what they have: nothing
-that it must know is anywhere else.
+A restarted manager queries the servers for their shards and roles: it has no other state.
 """
 
 from __future__ import annotations
@@ -71,17 +70,17 @@ def adopt(
     limit_s: float,
 ) -> list[ServerReport]:
     """
-    Have a group take over from a manager that was lost; see `ServerGroup.adopt`.
+    Take over the servers of a lost manager, and kill the superfluous ones; see `ServerGroup.adopt`.
 
     Args:
         transport: the manager's.
         group: a new one.
-        servers: handles of all servers that were ever made, by name.
-        generation: number of managers before.
-        limit_s: how long a server may take to answer.
+        servers: handles of all servers created so far, by name.
+        generation: number of earlier managers.
+        limit_s: deadline of a server's answer.
 
     Returns:
-        What the servers say; those that are gone, or do not answer in time, are left out.
+        Reports of the servers that answered in time.
     """
     calls = {transport.call(server, "held"): name for name, server in servers.items()}
     reports = []
@@ -90,10 +89,10 @@ def adopt(
             reports.append(replace(transport.get(call, limit_s), server=calls[call]))
         except TransportError as error:
             logger.warning("%s: %s", calls[call], error)
-    reports.sort(key=lambda one: one.server)
-    for useless in group.adopt(reports, servers, generation):
-        logger.info("%s is not needed any more", useless)
-        transport.kill(servers[useless])
+    reports.sort(key=lambda report: report.server)
+    for superfluous in group.adopt(reports, servers, generation):
+        logger.info("%s is not needed any more", superfluous)
+        transport.kill(servers[superfluous])
     return reports
 
 
@@ -102,20 +101,20 @@ _SETTING = "start_timeout_s"
 
 class ServerManager:
     """
-    The server manager: gives out shards, and tells workers who keeps what.
+    Server manager: assigns shards, and sends workers the map of the servers.
 
     Args:
         name: of the actor.
         job: the run's job.
-        run: its name.
-        attempt: its generation.
-        servers: handles of the server nodes by name; at first `server-n` keeps shard n, and those
-            of part 0 come first.
-        roles: when they apply gradients, and how often each shard is kept.
-        tables: handles of the servers of embedding tables by name, where each part is kept twice;
-            at first `embedding-server-n` keeps part n.
-        adopts: whether they have had another manager before.
-        transport: its way to other actors; None: Ray's, in a process of its own.
+        run: name of the run.
+        attempt: of the run.
+        servers: handles of the server nodes by name; initially `server-n` has shard n, and the
+            servers of part 0 come first.
+        roles: consistency and replication of the servers.
+        tables: handles of the servers of embedding tables by name, if tables are replicated;
+            initially `embedding-server-n` has part n.
+        adopts: whether the servers belonged to an earlier manager.
+        transport: for calls to other actors; None: Ray's, for an actor with its own process.
     """
 
     def __init__(
@@ -137,20 +136,21 @@ class ServerManager:
         self._division = roles.division(job.scaling.world)
         self._joining = threading.Lock()
         self._facts: dict[int, ModelFacts] = {}  #: by part
-        self._first_maps: dict[int, Membership] = {}  #: by part, the map as it was at first
+        self._first_maps: dict[int, Membership] = {}  #: by part: the initial map
         self._cuts: dict[int, ShardMap] = {}  #: by part
         self._assigned = [threading.Event() for _ in self._division.parts]
         self._replication: ReplicationManager | None = None
         self._health: HealthCheck | None = None
-        self._losing = threading.Event()  #: a server is lost for good
+        self._losing = threading.Event()  #: set once a server is lost that no backup replaces
         limit = job.failure.start_timeout_s
         self._provisioning = ServerProvisioning(self._transport, attempt, limit)
         self._tables = self._replicate_tables(tables or {}, adopts=adopts)
         group, limit = ServerGroup(roles.servers), job.failure.heartbeat_timeout_s
-        held = adopt(self._transport, group, servers, attempt, limit) if adopts and servers else []
-        self._old_cuts = {one.shard: one.cut for one in held if one.cut is not None}
-        # As they were at first.
-        self._servers = [servers[assigned.primary] for assigned in group.assignments]
+        adopting = adopts and servers
+        reports = adopt(self._transport, group, servers, attempt, limit) if adopting else []
+        self._old_cuts = {report.shard: report.cut for report in reports if report.cut is not None}
+        #: by shard: the initial primary
+        self._servers = [servers[assignment.primary] for assignment in group.assignments]
         if roles.replication > 1:
             make, assign = self._provisioning.make, self._assign_backup
             self._replication = ReplicationManager(
@@ -162,19 +162,19 @@ class ServerManager:
     def _replicate_tables(
         self, servers: dict[str, Any], *, adopts: bool
     ) -> ReplicationManager | None:
-        """Keep the servers of embedding tables going; None: there are none, or without backups."""
+        """Start the replication of embedding tables; None: the job has no replicated tables."""
         if not servers:
             return None
-        assert self._job.embeddings is not None, "only such jobs have servers of tables"
+        assert self._job.embeddings is not None, "only jobs with embeddings have servers of tables"
         group = ServerGroup(self._job.embeddings.servers, "embedding-server")
         if adopts:
             limit = self._job.failure.heartbeat_timeout_s
             adopt(self._transport, group, servers, self._attempt, limit)
         make, limits = self._provisioning.make, self._job.failure
-        # What a backup is to have, its primary tells it.
-        nothing = lambda server, part: None  # noqa: E731
+        # A backup of tables needs no assignment: the primary's snapshot says which part it has.
+        assign = lambda server, part: None  # noqa: E731
         return ReplicationManager(
-            self._transport, group, servers, limits, make, nothing, self._losing
+            self._transport, group, servers, limits, make, assign, self._losing
         )
 
     def __repr__(self) -> str:
@@ -182,33 +182,33 @@ class ServerManager:
         return self._name
 
     def begin(self, controller: Any) -> None:
-        """Take the controller's handle, which makes new servers; idempotent."""
+        """Set the handle of the controller, which creates servers; idempotent."""
         self._provisioning.begin(controller)
 
     def poll(self, number: int, hold_s: float) -> DistplatError | None:
         """
-        Tell the controller which server was lost for good; None: none was.
+        Return the error of a lost server that no backup replaces; None: no such loss.
 
         Args:
-            number: see `Worker.poll`; a loss is told to every question.
-            hold_s: the same.
+            number: see `Worker.poll`; every poll gets the error.
+            hold_s: see `Worker.poll`.
         """
         self._losing.wait(hold_s)
-        watching = (self._replication, self._tables, self._health)
-        return next((one.lost for one in watching if one is not None and one.lost), None)
+        watchers = (self._replication, self._tables, self._health)
+        return next((w.lost for w in watchers if w is not None and w.lost), None)
 
     def table_servers(self, version: int, limit_s: float) -> TableMap | None:
         """
-        Wait for a newer map of the tables' servers than one has; None: there is none yet.
+        Wait for a map of the tables' servers newer than the caller's; None: none yet.
 
         Args:
-            version: of its map; 0: it has none.
+            version: of the caller's map; 0: it has none.
             limit_s: seconds to wait.
 
         Raises:
-            ActorLost: a server was lost with all that it kept.
+            ActorLost: a server was lost that no backup replaces.
         """
-        assert self._tables is not None, "only tables that are kept twice have a map"
+        assert self._tables is not None, "only replicated tables have a map"
         if not self._tables.wait_past(version, limit_s):
             return None
         if self._tables.lost is not None:
@@ -218,11 +218,11 @@ class ServerManager:
 
     def join(self, rank: int, facts: ModelFacts) -> Membership:
         """
-        Take a worker in. The first to come with a part of the model has its shards assigned.
+        Register a worker. The first worker of a part of the model triggers its shard assignment.
 
         Raises:
-            ProtocolError: the worker's model is not that of the others.
-            DeadlineExceeded: a server node did not take its shard.
+            ProtocolError: the worker's model differs from that of the other workers.
+            DeadlineExceeded: the assignment of a shard was not answered.
         """
         part = self._division.part_of(rank)
         with self._joining:
@@ -241,35 +241,35 @@ class ServerManager:
 
     def follow(self, part: int, part_rank: int, version: int, limit_s: float) -> Membership | None:
         """
-        Wait for a newer map than a worker has; None: there is none yet.
+        Wait for a map newer than the worker's; None: none yet.
 
         Args:
-            part: of the model, that the worker has.
+            part: the worker's part of the model.
             part_rank: see `Membership`.
-            version: of its map.
+            version: of the worker's map.
             limit_s: seconds to wait.
 
         Raises:
-            ActorLost: a server was lost with all that it kept.
+            ActorLost: a server was lost that no backup replaces.
         """
-        replicas = self._replication
-        assert replicas is not None, "only a group whose shards are kept twice has newer maps"
-        if not replicas.wait_past(version, limit_s):
+        replication = self._replication
+        assert replication is not None, "only replicated shards have newer maps"
+        if not replication.wait_past(version, limit_s):
             return None
-        if replicas.lost is not None:
-            raise replicas.lost
+        if replication.lost is not None:
+            raise replication.lost
         return self._membership(part, part_rank)
 
     def assignments(self) -> list[ShardAssignment]:
-        """List the servers of each shard; empty where no shard is replicated."""
+        """Return the servers of each shard; empty if shards are not replicated."""
         return [] if self._replication is None else self._replication.assignments()
 
     def table_assignments(self) -> list[ShardAssignment]:
-        """List the servers of each part of the tables; empty where none is replicated."""
+        """Return the servers of each part of the tables; empty if tables are not replicated."""
         return [] if self._tables is None else self._tables.assignments()
 
     def seen(self) -> ServerGroupStatus:
-        """Describe the server group, for `distplat status`."""
+        """Return the status of the server group, for `distplat status`."""
         count, replicated = len(self._servers), self._replication is not None
         tables = tuple(self.table_assignments())
         assignments = self.assignments() or [
@@ -278,48 +278,48 @@ class ServerManager:
         if len(self._first_maps) < len(self._division.parts):
             return ServerGroupStatus(0, (), tuple(assignments), replicated, tables)
         maps = [self._membership(part, 0).shard_map for part in range(len(self._first_maps))]
-        cuts = [cut for one in maps for cut in one.shards]
+        cuts = [cut for shard_map in maps for cut in shard_map.shards]
         shards = tuple(replace(cut, index=index) for index, cut in enumerate(cuts))
         return ServerGroupStatus(maps[0].version, shards, tuple(assignments), replicated, tables)
 
     def _membership(self, part: int, part_rank: int) -> Membership:
-        """Give the present shard map of a part, with which a worker has joined."""
+        """Return the current shard map of a part."""
         first = replace(self._first_maps[part], part_rank=part_rank)
-        replicas = self._replication
-        if replicas is None:
+        replication = self._replication
+        if replication is None:
             return first
-        version, everybody = replicas.primaries()
-        names = [everybody[server] for server in self._division.servers_of(part)]
+        version, primaries = replication.primaries()
+        names = [primaries[index] for index in self._division.servers_of(part)]
         cuts = ShardMap(version, first.shard_map.total, first.shard_map.shards)
         addresses = [
-            replicas.address(name) or first.parameters[index] for index, name in enumerate(names)
+            replication.address(name) or first.parameters[index] for index, name in enumerate(names)
         ]
-        handles = [replicas.handles[name] for name in names]
+        handles = [replication.handles[name] for name in names]
         return replace(first, shard_map=cuts, servers=handles, names=names, parameters=addresses)
 
     def _assign(self, part: int, facts: ModelFacts) -> Membership:
-        """Give out a part's shards; its first server on each node makes the node's segment."""
-        everybody = list(self._division.servers_of(part))
-        servers = [self._servers[i] for i in everybody]
-        self._cuts[part] = self._cut(facts, everybody)
-        nodes = self._ask(everybody, [self._call(server, "where") for server in servers])
-        # A shard that is kept twice has memory of its own, which lives as long as its server.
-        hosts = nodes if self._replication is None else everybody
-        first_at = {host: everybody[hosts.index(host)] for host in hosts}
-        assignments = self._assign_some(facts, list(first_at.values()), [None] * len(first_at))
-        segments = dict(zip(first_at, assignments, strict=True))
-        others = [
+        """Assign a part's shards; the first server on each node creates the node's segment."""
+        indices = list(self._division.servers_of(part))
+        servers = [self._servers[i] for i in indices]
+        self._cuts[part] = self._cut(facts, indices)
+        nodes = self._ask(indices, [self._call(server, "where") for server in servers])
+        # A replicated shard has its own segment, which lives as long as its server.
+        hosts = nodes if self._replication is None else indices
+        first_on = {host: indices[hosts.index(host)] for host in hosts}
+        addresses = self._assign_shards(facts, list(first_on.values()), [None] * len(first_on))
+        segments = dict(zip(first_on, addresses, strict=True))
+        rest = [
             (i, segments[host])
-            for i, host in zip(everybody, hosts, strict=True)
-            if i not in first_at.values()
+            for i, host in zip(indices, hosts, strict=True)
+            if i not in first_on.values()
         ]
-        self._assign_some(facts, [i for i, _ in others], [segment for _, segment in others])
+        self._assign_shards(facts, [i for i, _ in rest], [segment for _, segment in rest])
         return Membership(
             part,
             0,
             self._cuts[part],
             servers,
-            [f"server-{index}" for index in everybody],
+            [f"server-{index}" for index in indices],
             [segments[host] for host in hosts],
             self._roles.consistency.private,
             self._roles.wire,
@@ -327,26 +327,24 @@ class ServerManager:
             replicated=self._replication is not None,
         )
 
-    def _cut(self, facts: ModelFacts, everybody: list[int]) -> ShardMap:
-        """Cut the vector: evenly, or as fast as the servers are when all measure at once."""
-        adopted = [self._old_cuts[number] for number in everybody if number in self._old_cuts]
-        if len(adopted) == len(everybody):
+    def _cut(self, facts: ModelFacts, indices: list[int]) -> ShardMap:
+        """Split the vector evenly, or by the servers' speeds, measured on all at the same time."""
+        adopted = [self._old_cuts[index] for index in indices if index in self._old_cuts]
+        if len(adopted) == len(indices):
             return ShardMap(1, facts.size, tuple(adopted))
         speeds = []
-        if self._roles.split_by_load and adopted:  # they could not be cut in the same way again
+        if self._roles.split_by_load and adopted:  # a second measurement would give other shards
             cause = "its manager was lost before every server had its shard"
-            raise ActorLost(f"server-{everybody[0]}", None, cause)
+            raise ActorLost(f"server-{indices[0]}", None, cause)
         if self._roles.split_by_load:
             job, world = self._job, self._job.scaling.world
-            servers = [self._servers[i] for i in everybody]
+            servers = [self._servers[i] for i in indices]
             dtype = facts.layout.segments[0].dtype if facts.layout is not None else facts.dtype
             calls = [self._call(server, "speed", job, world, dtype) for server in servers]
-            speeds = self._ask(everybody, calls)
+            speeds = self._ask(indices, calls)
         tail = facts.layout.tail_size if facts.layout is not None else 0
         boundaries = facts.layout.starts if facts.layout and self._job.optimizer.whole else ()
-        cuts = cut_shards(
-            facts.size, len(everybody), speeds=speeds, tail=tail, boundaries=boundaries
-        )
+        cuts = cut_shards(facts.size, len(indices), speeds=speeds, tail=tail, boundaries=boundaries)
         if speeds:
             sizes = [
                 f"{speed / 1e6:.0f} M/s: {cut.size}"
@@ -355,7 +353,7 @@ class ServerManager:
             logger.info("elements by the servers' speed: %s", ", ".join(sizes))
         return cuts
 
-    def _assign_some(
+    def _assign_shards(
         self, facts: ModelFacts, indices: list[int], segments: list[Any]
     ) -> list[MemoryAddress]:
         role = Role.ALONE if self._replication is None else Role.WAITING
@@ -370,9 +368,9 @@ class ServerManager:
     ) -> Call:
         part, shard = self._division.shard_of(index)
         cut, ranks = self._cuts[part].shards[shard], self._division.parts[part]
-        own, job = facts.schedule, self._job
+        schedule, job = facts.schedule, self._job
         plan = ShardPlan(
-            job if own is None else job.with_schedule(own),
+            job if schedule is None else job.with_schedule(schedule),
             self._run,
             self._attempt,
             len(ranks),
@@ -390,9 +388,9 @@ class ServerManager:
         return self._call(server, "assign", plan, cut, facts.size, facts.dtype, segment, role)
 
     def _assign_backup(self, server: Any, shard: int) -> MemoryAddress:
-        """Assign a backup its shard, once a worker has described the model."""
+        """Assign a shard to a backup, once a worker has described the model."""
         part, _ = self._division.shard_of(shard)
-        self._assigned[part].wait()  # where nobody comes, `start_timeout_s` ends the run and this
+        self._assigned[part].wait()  # if no worker joins, `start_timeout_s` ends the run
         call = self._assignment(server, self._facts[part], shard, None, Role.BACKUP)
         limit = self._job.failure.start_timeout_s
         calls, what = {f"a backup of shard {shard}": call}, "assigning a backup"
@@ -408,15 +406,16 @@ class ServerManager:
         return ask(self._transport, "assigning shards", named, limit, _SETTING)
 
     def logs(self) -> list[NDArray[np.int64]]:
-        """Give the shards' orders of updates, where they are kept; none from a lost server."""
+        """Return the shards' logs of updates, if they are recorded; none of lost servers."""
         if not self._first_maps:
             return []
-        servers = self._membership(0, 0).servers  # a model that is cut keeps none
-        logs = self._ask(list(range(len(servers))), [self._call(one, "log") for one in servers])
+        servers = self._membership(0, 0).servers  # models of several parts record no logs
+        calls = [self._call(server, "log") for server in servers]
+        logs = self._ask(list(range(len(servers))), calls)
         return [log for log in logs if log is not None]
 
     def close(self) -> None:
-        """Look after the servers no more; a process's end does as much."""
+        """Stop watching the servers; the end of the process does the same."""
         if self._health is not None:
             self._health.close()
         for group in (self._replication, self._tables):
@@ -426,50 +425,56 @@ class ServerManager:
 
 class ServerProvisioning:
     """
-    The manager's way to new servers.
+    Client of the controller for new servers.
 
     Args:
         transport: the manager's.
-        attempt: for which the manager was made; the controller refuses those before.
-        limit_s: how long a server may take to come.
+        attempt: of the manager; the controller refuses earlier attempts.
+        limit_s: deadline for a new server.
     """
 
     def __init__(self, transport: Transport, attempt: int, limit_s: float) -> None:
         self._transport, self._attempt, self._limit_s = transport, attempt, limit_s
         self._controller: Any = None
-        self._begun = threading.Event()
-        self._asking = threading.Lock()  # many questions at once would take all its threads
+        self._has_controller = threading.Event()
+        self._calling = threading.Lock()  # concurrent calls would occupy the controller's threads
 
     def begin(self, controller: Any) -> None:
-        """Take the controller's handle, which exists after the first manager; idempotent."""
+        """Set the controller's handle; idempotent. The first manager starts before it."""
         self._controller = controller
-        self._begun.set()
+        self._has_controller.set()
 
     def make(self, server: str, beside: str) -> Any:
         """
-        Have a server made; give its handle.
+        Let the controller create a server, and return its handle.
 
         Args:
-            server: its name.
-            beside: the node on which it should rather not be.
+            server: name of the server.
+            beside: the node on which the server should preferably not run.
 
         Raises:
-            DeadlineExceeded: nobody made it.
-            ActorLost: the controller is gone.
+            DeadlineExceeded: the controller did not create the server.
+            ActorLost: the controller is dead.
             FencedError: there is a later manager.
-            NotReadyError: the controller has not begun.
+            NotReadyError: the controller has not started.
         """
-        if not self._begun.wait(self._limit_s):
+        if not self._has_controller.wait(self._limit_s):
             setting = f"failure.{_SETTING}"
             raise DeadlineExceeded("a new server", ("controller",), self._limit_s, setting)
-        who = self._attempt, server, beside
-        calls = {"controller": partial(self._transport.call, self._controller, "make_server", *who)}
+        args = self._attempt, server, beside
+        call = partial(self._transport.call, self._controller, "make_server", *args)
         until = time.monotonic() + self._limit_s
         while True:
             try:
-                with self._asking:
-                    return ask(self._transport, "a new server", calls, self._limit_s, _SETTING)[0]
-            except NotReadyError:  # its process has just started
+                with self._calling:
+                    return ask(
+                        self._transport,
+                        "a new server",
+                        {"controller": call},
+                        self._limit_s,
+                        _SETTING,
+                    )[0]
+            except NotReadyError:  # the controller's process has just started
                 if time.monotonic() > until:
                     raise
                 time.sleep(RETRY_PAUSE_S)

@@ -1,4 +1,4 @@
-"""How a worker learns that a store is served by others now: one question open to the manager."""
+"""Failover of a worker's calls: one open request to the manager returns newer server maps."""
 
 from __future__ import annotations
 
@@ -15,34 +15,34 @@ from distplat.platform.errors import Abandoned, ActorLost, FencedError
 from distplat.platform.spec import Failure
 
 _ASK_S = 10.0
-"""How long the manager keeps a question before it says that there is nothing new."""
+"""How long the manager holds a request before it answers that the map has not changed."""
 _GRACE_S = 10.0
-"""A lost server is noticed within the heartbeat's deadline, and its backup promoted soon after."""
+"""Time for a promotion, after the heartbeat timeout within which a lost server is detected."""
 
 
 Map = TypeVar("Map", Membership, TableMap)
 Result = TypeVar("Result")
 Ask = Callable[[int, float], Any]
-"""Asks the manager for a newer map than of this version, which it may wait for; gives the reply."""
+"""Requests a map newer than a version from the manager, with a time limit; returns the reply."""
 
 
 class MapChanged(Exception):
-    """A newer map of the servers is there."""
+    """The manager has sent a newer map of the servers."""
 
 
-_LOSSES = (ActorLost, FencedError, MapChanged)
-"""What is raised where somebody else may serve by now."""
+_FAILOVER_ERRORS = (ActorLost, FencedError, MapChanged)
+"""Errors after which another server may serve."""
 
 
 class ServerWatch(Generic[Map]):
     """
-    Whether a worker's waits for servers may still succeed, and which servers follow a loss.
+    Watch for newer server maps, end waits that cannot succeed, and repeat calls after a failover.
 
     Args:
         transport: the worker's.
         rank: the worker's.
         limits: the job's deadlines.
-        abandoned: once set, waits come to their end.
+        abandoned: once set, waits end.
     """
 
     def __init__(
@@ -51,91 +51,93 @@ class ServerWatch(Generic[Map]):
         self._transport, self._rank, self._limits = transport, rank, limits
         self._abandoned = abandoned
         self._ask: Ask | None = None
-        self._question: Any = None
-        self._version = 0  #: of the map that the worker has, or is about to take
+        self._request: Any = None
+        self._version = 0  #: of the newest map that has arrived
         self._newer: Map | None = None
 
     def begin(self, ask: Ask, version: int) -> None:
-        """Hear of newer maps than of this version: servers have backups."""
+        """Start to watch for maps newer than `version`: the servers have backups."""
         self._ask, self._version = ask, version
-        self._question = ask(version, _ASK_S)
+        self._request = ask(version, _ASK_S)
 
     @property
-    def begun(self) -> bool:
-        """Whether a lost server is followed by another one."""
+    def has_backups(self) -> bool:
+        """Whether a backup replaces a lost server."""
         return self._ask is not None
 
-    def check(self) -> None:
+    def check_attempt(self) -> None:
         """
-        See whether this attempt is still on.
+        Check that this attempt has not ended.
 
         Raises:
-            Abandoned: it is not.
+            Abandoned: the worker was told to stop waiting.
         """
         if self._abandoned.is_set():
             raise Abandoned(f"rank {self._rank} was told to wait no longer")
 
-    def look(self) -> None:
+    def check(self) -> None:
         """
-        Check whether a wait may still succeed; called repeatedly while a server is waited for.
+        Check whether a wait for a server may still succeed; called repeatedly during the wait.
 
         Raises:
-            Abandoned: the attempt is not on any more.
-            MapChanged: there is a newer map.
-            ActorLost: a server was lost with all that it kept, or the manager.
+            Abandoned: the attempt has ended.
+            MapChanged: a newer map has arrived.
+            ActorLost: the manager, or a server without a filled backup, was lost.
         """
-        self.check()
-        if self._question is not None and self._transport.wait([self._question], 0.0):
-            self._take_answer()
+        self.check_attempt()
+        if self._request is not None and self._transport.wait([self._request], 0.0):
+            self._receive_map()
         if self._newer is not None:
             raise MapChanged
 
-    def following(self, action: Callable[[], Result], go_over: Callable[[Map], object]) -> Result:
+    def with_failover(
+        self, action: Callable[[], Result], reconnect: Callable[[Map], object]
+    ) -> Result:
         """
-        Do something with servers; once more where a lost one has a backup.
+        Call the servers; repeat the call after a failover.
 
         Args:
-            action: what to do.
-            go_over: goes over to the servers of a newer map.
+            action: calls the servers.
+            reconnect: connects to the servers of a newer map.
         """
         while True:
             try:
-                self.look()
+                self.check()
                 return action()
-            except _LOSSES as error:
+            except _FAILOVER_ERRORS as error:
                 if self._ask is None:
                     raise
-                self._fail_over(error, go_over)
+                self._fail_over(error, reconnect)
 
-    def _fail_over(self, error: Exception, go_over: Callable[[Map], object]) -> None:
+    def _fail_over(self, error: Exception, reconnect: Callable[[Map], object]) -> None:
         while True:
             newest = self._next_map(error)
             try:
-                go_over(newest)
+                reconnect(newest)
                 return
-            except _LOSSES as again:
-                error = again
+            except _FAILOVER_ERRORS as next_error:
+                error = next_error
 
     def _next_map(self, error: Exception) -> Map:
-        """Give the newer map, once it is there; where none comes, raise why it is wanted."""
+        """Wait for a newer map and return it; raise `error` if none arrives in time."""
         clock, limit_s = AwakeClock(), self._limits.heartbeat_timeout_s + _GRACE_S
         while self._newer is None:
-            self.check()
+            self.check_attempt()
             if clock.now() > limit_s:
                 raise error
-            if self._transport.wait([self._question], POLL_S):
-                self._take_answer()
+            if self._transport.wait([self._request], POLL_S):
+                self._receive_map()
         newest, self._newer = self._newer, None
         return newest
 
-    def _take_answer(self) -> None:
-        assert self._ask is not None, "there is a question"
+    def _receive_map(self) -> None:
+        assert self._ask is not None, "a request is open"
         try:
-            self._newer = self._transport.get(self._question, _GRACE_S)
+            self._newer = self._transport.get(self._request, _GRACE_S)
         except Unanswered:
-            time.sleep(RETRY_PAUSE_S)  # the answer got lost; ask again
+            time.sleep(RETRY_PAUSE_S)  # the reply was lost: repeat the request
         except ActorDied as error:
             raise ActorLost("server-manager", None, str(error)) from None
         if self._newer is not None:
             self._version = self._newer.version
-        self._question = self._ask(self._version, _ASK_S)
+        self._request = self._ask(self._version, _ASK_S)

@@ -1,8 +1,8 @@
 """
-What Ray sees of a server node, of parameters or of embedding tables.
+The actor class of a server node, of parameters or of embedding tables.
 
-The class is plain; `spawn.py` makes an actor of it. It does not import torch here, so that the
-driver may name it; a server node imports it while it is constructed, in its own process.
+The class is plain; `spawn.py` makes an actor of it. The module does not import torch, so that the
+driver can import the class; the constructor imports torch in the actor's process.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from distplat.actors.transport import Transport
 if TYPE_CHECKING:
     from distplat.actors.servers.serving import Serving
 
-_OF_ALL = ("poll", "where", "kept", "pull", "push", "log", "close")
-_KEPT_TWICE = ("held", "replicate_to", "take_over", "update", "promote", "alone")
-_OF_SHARDS = (
+_COMMON = ("poll", "where", "kept", "pull", "push", "log", "close")
+_REPLICATION = ("held", "replicate_to", "take_over", "update", "promote", "alone")
+_SHARDS = (
     "speed",
     "assign",
     "attach",
@@ -35,26 +35,26 @@ _OF_SHARDS = (
     "leave",
     "optimizer_state",
 )
-_OF_TABLES = ("open", "begin", "sizes", "part")
+_TABLES = ("open", "begin", "sizes", "part")
 
 
 class ServerNode:
     """
-    Keeps one shard of the parameters, or a part of every embedding table.
+    Store one shard of the parameters, or a part of every embedding table.
 
-    Its methods are those of `ShardServing` or of `TableServing`; see there for what each call does.
+    Methods forward to those of `ShardServing` or `TableServing`, which document them.
 
     Args:
         name: of the actor.
-        transport: its way to other actors; None: Ray's, in a process of its own.
-        tables: which part of the tables it keeps; None: it keeps a shard.
+        transport: for calls to other actors; None: Ray's, for an actor with its own process.
+        tables: the part of the tables to store; None: a shard.
     """
 
     def __init__(
         self, name: str, transport: Transport | None = None, tables: TablePart | None = None
     ) -> None:
         self._name, transport = name, transport or alone()
-        with quick_imports():  # torch: here, not in the driver
+        with quick_imports():  # torch is imported in this process, not in the driver
             if tables is None:
                 from distplat.actors.servers.shard_serving import ShardServing
 
@@ -69,13 +69,13 @@ class ServerNode:
         return self._name
 
 
-def _passed_on(method: str) -> Callable[..., Any]:
+def _forward(method: str) -> Callable[..., Any]:
     def call(self: ServerNode, *args: Any) -> Any:
         return getattr(self.serving, method)(*args)
 
-    call.__name__, call.__doc__ = method, f"See `{method}` of what serves here."
+    call.__name__, call.__doc__ = method, f"See `{method}` of `ShardServing` or `TableServing`."
     return call
 
 
-for _method in _OF_ALL + _KEPT_TWICE + _OF_SHARDS + _OF_TABLES:
-    setattr(ServerNode, _method, _passed_on(_method))  # as methods, for Ray looks for these
+for _method in _COMMON + _REPLICATION + _SHARDS + _TABLES:
+    setattr(ServerNode, _method, _forward(_method))  # Ray finds only methods of the class

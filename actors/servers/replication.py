@@ -1,10 +1,10 @@
 """
-A server node's part in a store that is kept twice: as primary it sends, as backup it follows.
+A server node's side of replication: a primary sends its updates, a backup applies them.
 
-The manager says who is what, and `platform/server_group.py` refuses what comes from an earlier
-time. What is sent is numbered in each term, so that what arrives twice is done
-once. A shard's gradients go to a backup on the same node through shared memory, to another node as
-bytes in the call; rows of embedding tables, of which there may be any number, always in the call.
+The manager assigns the roles, and `platform/server_group.py` refuses messages of earlier terms.
+Updates are numbered within a term, so that an update that arrives twice is applied once. A shard's
+gradients go to a backup on the same node through shared memory, to another node as bytes in the
+call. Rows of embedding tables vary in number and always go in the call.
 """
 
 from __future__ import annotations
@@ -32,29 +32,29 @@ from distplat.platform.shard_map import Shard
 from distplat.strategies.server.store import BackupLink, Change, ReplicatedStore, StoreSnapshot
 
 _SLICE_S = 0.05
-"""How often who waits for a backup looks whether it is still to wait."""
+"""Period at which a wait for a backup checks whether to continue."""
 
 
 @dataclass
 class Backup:
-    """The other server, as a primary sees it."""
+    """A primary's backup."""
 
     name: str
     handle: Any
     inbox_memory: MemorySegment | None
-    """Gradients are laid here; None: it is on another node, or in another container."""
+    """Memory for gradients; None: the backup is on another node, or in another container."""
 
 
 class Replication(BackupLink):
     """
-    One server's side of a pair that keeps a store twice; it is the store's `BackupLink`.
+    One server's side of a primary and its backup; the store's `BackupLink`.
 
     Args:
         name: of this server.
-        transport: its way to other servers.
-        role: its first part.
-        store: what is kept twice.
-        limit_s: how long a backup may take.
+        transport: for calls to other servers.
+        role: initial role.
+        store: the replicated store.
+        limit_s: deadline of a backup's answer.
     """
 
     def __init__(
@@ -65,9 +65,9 @@ class Replication(BackupLink):
         self.state = ReplicaState(role)
         self._changing = threading.Lock()
         self._backup: Backup | None = None
-        self._inbox: Tensor | None = None  #: as a backup: where the primary lays gradients
-        self._count = 0  #: in this term: what was sent, or followed
-        self._sent: tuple[Callable[[], Any], Any] | None = None  #: the call under way, to repeat it
+        self._inbox: Tensor | None = None  #: of a backup: memory into which the primary writes
+        self._count = 0  #: updates sent or applied in this term
+        self._sent: tuple[Callable[[], Any], Any] | None = None  #: open call: to repeat it, reply
 
     @property
     @override
@@ -75,7 +75,7 @@ class Replication(BackupLink):
         return self.state.settled
 
     def held(self, number: int, cut: Shard | None = None) -> ServerReport:
-        """Say what this server keeps, and as what."""
+        """Return the shard, role, term and backup of this server."""
         backup = self._backup.name if self._backup is not None else None
         return ServerReport(self._name, number, self.state.role, self.state.term, backup, cut)
 
@@ -85,15 +85,15 @@ class Replication(BackupLink):
         if self.state.role is not Role.PRIMARY or backup is None:
             return
         self._count += 1
-        sent = gradient
+        payload = gradient
         if backup.inbox_memory is not None:
             backup.inbox_memory.tensor.copy_(gradient)
-            sent = None
+            payload = None
         elif isinstance(gradient, Tensor):
-            sent = gradient.detach().clone().view(torch.uint8).numpy()
+            payload = gradient.detach().clone().view(torch.uint8).numpy()
 
         def call() -> Any:
-            return self._transport.call(backup.handle, "update", term, number, change, sent)
+            return self._transport.call(backup.handle, "update", term, number, change, payload)
 
         self._sent = call, call()
 
@@ -101,8 +101,8 @@ class Replication(BackupLink):
     def confirm(self) -> None:
         clock = AwakeClock()
         while self._sent is not None and self.state.role is Role.PRIMARY:
-            call, answer = self._sent
-            if self._made(call, answer):
+            call, reply = self._sent
+            if self._is_acknowledged(call, reply):
                 break
             if clock.now() > self._limit_s:
                 missing = (self._backup.name,) if self._backup is not None else ()
@@ -110,22 +110,22 @@ class Replication(BackupLink):
                 raise DeadlineExceeded(what, missing, self._limit_s, "failure.step_timeout_s")
         self._sent = None
 
-    def _made(self, call: Callable[[], Any], answer: Any) -> bool:
-        """Look a moment whether the backup has made the update."""
-        if not self._transport.wait([answer], _SLICE_S):
+    def _is_acknowledged(self, call: Callable[[], Any], reply: Any) -> bool:
+        """Wait up to `_SLICE_S`; return whether the backup has applied the update."""
+        if not self._transport.wait([reply], _SLICE_S):
             return False
         try:
-            self._transport.get(answer, self._limit_s)
+            self._transport.get(reply, self._limit_s)
         except Unanswered:
-            self._sent = call, call()  # it may have made it: then it says so again
+            self._sent = call, call()  # the backup may have applied it; it answers again
             return False
         except ActorDied:
-            time.sleep(_SLICE_S)  # it died; only the manager says whether we go on alone
+            time.sleep(_SLICE_S)  # the backup died; the manager will call `alone`
             return False
         return True
 
     def alone(self, term: int) -> bool:
-        """Take the manager's word that there is no backup, or that this server is the primary."""
+        """Continue without a backup, by the manager's order; return whether `term` is current."""
         with self._changing:
             changed = self.state.change(Role.ALONE, term)
             if changed:
@@ -134,16 +134,16 @@ class Replication(BackupLink):
 
     def replicate_to(self, term: int, name: str, handle: Any, opened: bool) -> None:
         """
-        Fill a backup, and send it every update from now on; the store's lock is held.
+        Copy the store to a backup and start to send it updates; the store's lock is held.
 
         Args:
-            term: of the pair.
-            name: the backup's.
-            handle: the backup.
+            term: of the primary and its backup.
+            name: of the backup.
+            handle: of the backup.
             opened: whether the store holds values.
 
         Raises:
-            NotReadyError: there is nothing to fill it with yet.
+            NotReadyError: the store holds no values yet.
             FencedError: this server is not in this term.
         """
         if not opened:
@@ -171,16 +171,16 @@ class Replication(BackupLink):
 
     def take_over(self, term: int, snapshot: StoreSnapshot, inbox: MemoryAddress | None) -> bool:
         """
-        As a backup: become what the primary is; the store's lock is held.
+        Become a backup and load the primary's snapshot; the store's lock is held.
 
         Returns:
-            Whether the primary's memory was reached: it lays gradients there.
+            Whether the primary's memory was mapped: gradients are then written there.
 
         Raises:
             FencedError: this server is not in this term.
         """
         if not self.state.change(Role.BACKUP, term):
-            self.state.check_update(term)  # the same call once more, or one that came too late
+            self.state.check_update(term)  # a repeated call is answered, a late one refused
             return self._inbox is not None
         self._store.load_snapshot(snapshot)
         self._count, self._inbox = 0, None
@@ -192,29 +192,29 @@ class Replication(BackupLink):
         return self._inbox is not None
 
     def follow(
-        self, term: int, number: int, change: Change, sent: NDArray[np.uint8] | Any | None
+        self, term: int, number: int, change: Change, payload: NDArray[np.uint8] | Any | None
     ) -> None:
         """
-        As a backup: do what the primary does, once; the store's lock is held.
+        Apply an update of the primary, once; the store's lock is held.
 
         Args:
             term: of the primary.
-            number: of what it has sent in this term.
-            change: what to do.
-            sent: the gradient, a vector's as bytes; None: it is in the inbox, or there is none.
+            number: of the update in this term.
+            change: the update.
+            payload: gradient, a vector's as bytes; None: it is in the inbox, or there is none.
 
         Raises:
-            FencedError: from a server that is the primary no more.
-            GapError: something before it is missing.
+            FencedError: the sender is not the primary any more.
+            GapError: an earlier update is missing.
         """
         self.state.check_update(term)
         if number < self._count:
             return
         if number > self._count:
             raise GapError(f"update {number} refused: {self._name} is at {self._count}")
-        like, gradient = self._store.inbox, sent
+        like, gradient = self._store.inbox, payload
         if like is not None:
-            gradient = self._inbox if sent is None else from_bytes(sent, like.dtype)
-            assert gradient is not None, "the primary was told that it is not reached"
+            gradient = self._inbox if payload is None else from_bytes(payload, like.dtype)
+            assert gradient is not None, "without an inbox the primary sends bytes"
         self._store.follow(change, gradient)
         self._count += 1

@@ -1,10 +1,10 @@
 """
-Replication of a server group: carries out what `ServerGroup` decides.
+Replication of a server group: executes the orders of `ServerGroup`.
 
-    watch thread    a question open to every server; news ──▶ ServerGroup ──▶ orders
-    order threads   make, fill, promote, go alone; each ends with news of its own
+    watch thread    an open poll to every server; events ──▶ ServerGroup ──▶ orders
+    order threads   create, fill or drop a backup, promote; each ends with an event
 
-`platform/server_group.py` decides. One thread alone touches it, so news come in a queue.
+`platform/server_group.py` decides. Only the watch thread uses it, so events go through a queue.
 """
 
 from __future__ import annotations
@@ -38,26 +38,26 @@ logger = logging.getLogger(__name__)
 
 _FOR_GOOD = "no other server has what it kept: its backup was not there yet"
 _ANSWER_GRACE_S = 10.0
-"""A primary times out by itself and knows more; only a frozen one needs ours on top."""
+"""Added to a primary's own deadline, so that the primary's error, which says more, comes first."""
 
 MakeServer = Callable[[str, str], Any]
-"""Has a server node made: name, and the node on which it should rather not be."""
+"""Creates a server node, by name, preferably not on the given node; returns its handle."""
 Assign = Callable[[Any, int], Any]
-"""Gives a server its shard, as a backup; waits for the first worker, who knows the model."""
+"""Assigns a shard to a backup; waits until the first worker has described the model."""
 
 
 class ReplicationManager:
     """
-    Keeps a group of servers and their backups going.
+    Watch a group of servers, promote backups and replace lost servers.
 
     Args:
         transport: the manager's.
-        group: who keeps what.
+        group: servers of each shard.
         handles: of its servers, by name.
         limits: the job's deadlines.
         make: see `MakeServer`.
         assign: see `Assign`.
-        losing: set once there is something in `lost`.
+        losing: set once `lost` is set.
     """
 
     def __init__(
@@ -76,28 +76,28 @@ class ReplicationManager:
         self._heartbeats = Heartbeats(transport, limits.heartbeat_timeout_s)
         self._addresses: dict[str, MemoryAddress | None] = {}  #: of promoted servers' parameters
         self._events: queue.SimpleQueue[Callable[[], list[Order]]] = queue.SimpleQueue()
-        self._promotions: dict[str, threading.Event] = {}  #: of servers: set when they are over
+        self._promotions: dict[str, threading.Event] = {}  #: by server; set when the order ends
         self._map = group.version, [assignment.primary for assignment in group.assignments]
         self._changed = threading.Condition()
-        self.lost: DistplatError | None = None  #: why there is no going on
+        self.lost: DistplatError | None = None  #: why the group cannot continue
         self._closed = False
         threading.Thread(target=self._run, name="replication", daemon=True).start()
 
     def primaries(self) -> tuple[int, list[str]]:
-        """Give the map's version, and the primary of each shard."""
+        """Return the map's version, and the primary of each shard."""
         with self._changed:
             return self._map
 
     def assignments(self) -> list[ShardAssignment]:
-        """List the servers of each shard."""
+        """Return the servers of each shard."""
         return [replace(assignment) for assignment in self._group.assignments]
 
     def address(self, server: str) -> MemoryAddress | None:
-        """Give where a promoted server's parameters are; None: it was not promoted."""
+        """Return the address of a promoted server's parameters; None: it was not promoted."""
         return self._addresses.get(server)
 
     def wait_past(self, version: int, limit_s: float) -> bool:
-        """Wait until the map is newer than that, or no hope is left; False: neither came."""
+        """Wait for a map newer than `version`, or for `lost`; return whether either came."""
         with self._changed:
             self._changed.wait_for(lambda: self._closed or self._is_news(version), limit_s)
             return self._is_news(version)
@@ -112,22 +112,22 @@ class ReplicationManager:
             self._changed.notify_all()
 
     def _run(self) -> None:
-        """Look after the servers until one is lost for good, or this manager is of no use."""
+        """Watch the servers until a shard is lost or the manager is closed."""
         lost: DistplatError | None = None
         try:
-            self._look_after()
+            self._handle_events()
             if self._group.broken is not None:
                 lost = ActorLost(self._group.broken, None, _FOR_GOOD)
         except BaseException as error:
-            logger.exception("nobody looks after the servers any more")
-            lost = ActorLost("server-manager", None, f"its thread of replication ended: {error!r}")
+            logger.exception("the replication thread ended")
+            lost = ActorLost("server-manager", None, f"its replication thread ended: {error!r}")
         with self._changed:
             self.lost = lost
             self._changed.notify_all()
         if lost is not None:
             self._losing.set()
 
-    def _look_after(self) -> None:
+    def _handle_events(self) -> None:
         self._start_orders(self._group.start_backups())
         while self._group.broken is None and not self._closed:
             try:
@@ -142,37 +142,37 @@ class ReplicationManager:
             logger.info("%s", order)
             if isinstance(order, Promote):
                 self._promotions[order.server] = threading.Event()
-            threading.Thread(target=self._carry_out, args=(order,), daemon=True).start()
+            threading.Thread(target=self._execute, args=(order,), daemon=True).start()
 
-    def _carry_out(self, order: Order) -> None:
-        work: Callable[[], Callable[[], list[Order]]]
+    def _execute(self, order: Order) -> None:
+        action: Callable[[], Callable[[], list[Order]]]
         match order:
             case MakeBackup(server=suspect):
-                work = partial(self._make_one, order)
+                action = partial(self._make_backup, order)
             case Fill(backup=suspect):
-                work = partial(self._fill, order)
+                action = partial(self._fill, order)
             case Promote(server=suspect):
-                work = partial(self._promote, order)
+                action = partial(self._promote, order)
             case DropBackup(server=suspect):
-                work = partial(self._drop_backup, order)
+                action = partial(self._drop_backup, order)
         try:
-            self._events.put(work())
-        except Exception as error:  # of ours, or a fault of ours: the order has failed either way
+            self._events.put(action())
+        except Exception as error:  # also unexpected errors: the order has failed either way
             if self._closed:
                 return
-            foreseen = isinstance(error, DistplatError | TransportError)
-            logger.warning("%s failed: %s", order, error, exc_info=not foreseen)
+            expected = isinstance(error, DistplatError | TransportError)
+            logger.warning("%s failed: %s", order, error, exc_info=not expected)
             self._events.put(partial(self._on_lost, suspect))
         finally:
             if isinstance(order, Promote):
                 self._promotions[order.server].set()
 
     def _wait_for_promotion(self, server: str) -> None:
-        """Ask nothing else of a server before it is promoted, if it is to be."""
+        """Wait until a server's promotion has ended, if one was ordered."""
         if (promotion := self._promotions.get(server)) is not None:
-            promotion.wait()  # it ends at its deadline
+            promotion.wait()  # a promotion has a deadline
 
-    def _make_one(self, order: MakeBackup) -> Callable[[], list[Order]]:
+    def _make_backup(self, order: MakeBackup) -> Callable[[], list[Order]]:
         beside = self._ask(order.beside, "where", "where")
         handle = self._make(order.server, beside)
         self.handles[order.server] = handle
@@ -181,13 +181,13 @@ class ReplicationManager:
 
     def _fill(self, order: Fill) -> Callable[[], list[Order]]:
         self._wait_for_promotion(order.primary)
-        who = order.term, order.backup, self.handles[order.backup]
+        backup = order.term, order.backup, self.handles[order.backup]
         until = time.monotonic() + self._limits.start_timeout_s
         while True:
             try:
-                self._ask(order.primary, "filling a backup", "replicate_to", *who)
+                self._ask(order.primary, "filling a backup", "replicate_to", *backup)
                 break
-            except NotReadyError:  # no worker has brought parameters yet
+            except NotReadyError:  # the primary has no parameters yet
                 if time.monotonic() > until:
                     raise
                 time.sleep(TICK_S)
@@ -223,21 +223,21 @@ class ReplicationManager:
         return ask(self._transport, what, {server: call}, limit, "step_timeout_s")[0]
 
     def _watch(self) -> None:
-        """Find lost servers; one that has not answered yet is starting, and given time."""
+        """Detect lost servers; a server that has never answered is starting and may be silent."""
         handles = {name: self.handles[name] for name in self._group.servers if name in self.handles}
-        starting = [name for name in handles if not self._heartbeats.has_heard(name)]
-        for name, cause in self._heartbeats.look(handles, starting).items():
-            if self._closed:  # the run is over: its servers end
+        starting = [name for name in handles if not self._heartbeats.has_answered(name)]
+        for name, cause in self._heartbeats.find_lost(handles, starting).items():
+            if self._closed:  # the run has ended, and its servers end, too
                 return
             logger.warning("%s: %s", name, cause)
             self._start_orders(self._on_lost(name))
 
     def _on_lost(self, name: str) -> list[Order]:
-        if self._closed:  # the run is over: its servers end
+        if self._closed:  # the run has ended, and its servers end, too
             return []
         orders = self._group.server_lost(name)
         handle = self.handles.get(name)
         if handle is not None:
             logger.warning("%s is lost", name)
-            self._transport.kill(handle)  # it may only be frozen
+            self._transport.kill(handle)  # the process may be frozen, not dead
         return orders

@@ -1,12 +1,12 @@
 """
-What Ray sees of the task scheduler: leases work to the workers, and knows how each one is doing.
+The actor class of the task scheduler: leases tasks to workers and collects their heartbeats.
 
-The class is plain; `spawn.py` makes an actor of it. Its methods are coroutines, so any number of
-questions may be open, and no two of them run at once: what decides is in `platform/`
+The class is plain; `spawn.py` makes an actor of it. Its methods are coroutines: any number of calls
+may wait at once, and no two run at the same time. The decisions are made in `platform/`
 (`task_scheduler.py`, `worker_stats.py`).
 
-Workers of a synchronous run make their parts of every step without asking, and tell twice a second
-how they are doing; where tasks are leased they ask for half a second of work at a time.
+Workers of a synchronous run compute their parts of every step without a lease and only send
+heartbeats, twice a second. With leased tasks they request half a second of work at a time.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from distplat.platform.task_scheduler import Lease, TaskPlan, TaskScheduler, lea
 from distplat.platform.worker_stats import WorkerHeartbeat, WorkerStats, WorkerTable
 
 HOLD_S = 1.0
-"""How long a question for work is kept while there is none."""
+"""How long a request for work waits while no task is free."""
 ROOM = 16
-"""Number of workers that may join beyond those at the start; the servers have threads for them."""
+"""Number of workers that may join after the start; the servers have threads for them."""
 
 
 @dataclass(frozen=True)
@@ -33,31 +33,31 @@ class WorkerRow:
 
     stats: WorkerStats
     lease: tuple[int, int, int] | None
-    """First task, last task and number of tasks that it holds; None: it holds nothing."""
+    """First task, last task and number of tasks of the worker's lease; None: it has no lease."""
     leaving: bool
 
 
 @dataclass(frozen=True)
 class SchedulerStatus:
-    """How the workers of a run are doing."""
+    """Status of a run's workers."""
 
     attempt: int
     dynamic_tasks: bool
-    """Whether tasks are leased; else each worker makes its part of every step."""
+    """Whether tasks are leased; if not, each worker computes its part of every step."""
     steps: int
-    """Steps of the run; 0: no worker has joined yet, `UNBOUNDED`: its time alone ends it."""
+    """Steps of the run; 0: no worker has joined yet; `UNBOUNDED`: only its time limit ends it."""
     parts: int
     """Parts of a step."""
     done: int
-    """Steps that are made."""
+    """Steps completed."""
     duplicates: int
-    """Tasks that were made twice."""
+    """Tasks that were computed twice."""
     workers: tuple[WorkerRow, ...]
 
 
 class Scheduler:
     """
-    The task scheduler: leases tasks to workers, and collects their heartbeats.
+    Task scheduler: leases tasks to workers and collects their heartbeats.
 
     Args:
         name: of the actor.
@@ -66,30 +66,30 @@ class Scheduler:
     """
 
     def __init__(self, name: str, job: Job, consistency: Consistency) -> None:
-        self._name, self._job, self._how = name, job, consistency
+        self._name, self._job, self._consistency = name, job, consistency
         self._attempt = 0
         self._workers_table, self._clock = WorkerTable(), AwakeClock()
         self._scheduler: TaskScheduler | None = None
         self._plan: TaskPlan | None = None
         self._leaving: set[int] = set()
-        self._changed = asyncio.Event()  #: replaced by a new one whenever something is done
+        self._changed = asyncio.Event()  #: replaced by a new event at every change
 
     def __repr__(self) -> str:
         """Name in Ray's logs."""
         return self._name
 
     async def poll(self, number: int, hold_s: float) -> None:
-        """Let the controller see that this process lives; see `Worker.poll`."""
-        self._clock.now()  # it stands still while nobody reads it
+        """Answer a health check of the controller; see `Worker.poll`."""
+        self._clock.now()  # an `AwakeClock` stands still unless it is read
         await asyncio.sleep(hold_s)
 
     async def join(self, rank: int, attempt: int, plan: TaskPlan) -> None:
         """
-        Take a worker in; the first of a later attempt begins it.
+        Register a worker; the first worker of a later attempt starts that attempt.
 
         Raises:
-            FencedError: a later attempt has begun.
-            ProtocolError: this worker's data set is not that of the others.
+            FencedError: a later attempt has started.
+            ProtocolError: this worker's data set differs from that of the other workers.
         """
         self._check(attempt)
         if attempt > self._attempt:
@@ -97,14 +97,14 @@ class Scheduler:
             if self._scheduler is not None:
                 self._scheduler.renew(attempt)
             else:
-                self._plan = None  # there may be more or fewer parts now
+                self._plan = None  # the number of parts may have changed
                 self._workers_table.keep(range(plan.parts))
         if self._plan is None:
             self._plan = plan
-            if self._how.dynamic_tasks:
-                self._scheduler = TaskScheduler(plan, self._how.bound)
-                for leaving in self._leaving:
-                    self._scheduler.dismiss(leaving)
+            if self._consistency.dynamic_tasks:
+                self._scheduler = TaskScheduler(plan, self._consistency.bound)
+                for leaving_rank in self._leaving:
+                    self._scheduler.dismiss(leaving_rank)
         elif (plan.steps, plan.parts) != (self._plan.steps, self._plan.parts):
             raise ProtocolError(
                 f"rank {rank} built another data set than the first rank to come: {plan} against "
@@ -122,20 +122,20 @@ class Scheduler:
         evaluations: tuple[tuple[int, int], ...],
     ) -> Lease | None:
         """
-        Lease work, when there is some; None: not yet, ask again.
+        Lease tasks to a worker, waiting up to `HOLD_S`; None: no task is free, the worker retries.
 
         Args:
-            rank: who asks.
-            attempt: its generation.
-            number: of the question; the same number gets the same answer.
-            tasks: that it has done since.
-            evaluations: the same.
+            rank: of the worker.
+            attempt: the worker's.
+            number: of the request; a repeated number gets the same lease.
+            tasks: finished since the worker's last request.
+            evaluations: finished since then.
         """
         scheduler = self._finish(rank, attempt, tasks, evaluations)
         until = time.monotonic() + HOLD_S
         while True:
             self._check(attempt)
-            self._take_from_the_silent(scheduler)
+            self._reclaim_tasks(scheduler)
             lease = scheduler.work(rank, number, self.lease_size(rank, scheduler))
             left_s = until - time.monotonic()
             if lease is not None or left_s <= 0:
@@ -146,7 +146,7 @@ class Scheduler:
                 continue
 
     def lease_size(self, rank: int, scheduler: TaskScheduler) -> int:
-        """Give how many tasks a worker is leased at once."""
+        """Return the number of tasks of a worker's next lease."""
         workers = self._workers_table.ranks - self._leaving
         return lease_size(self._workers_table.wall_s(rank), scheduler.left, len(workers))
 
@@ -158,15 +158,15 @@ class Scheduler:
         tasks: tuple[int, ...],
         evaluations: tuple[tuple[int, int], ...],
     ) -> None:
-        """Hear how a worker is doing, and what it has done."""
+        """Record a worker's heartbeat, and the tasks and evaluations that it has finished."""
         if attempt < self._attempt:
-            return  # it does not know yet
+            return  # the worker does not know of the later attempt yet
         self._workers_table.heard(rank, beat, self._clock.now())
         if self._scheduler is not None:
             self._finish(rank, attempt, tasks, evaluations)
 
     async def dismiss(self, ranks: tuple[int, ...]) -> None:
-        """Have workers finish what they have, and go."""
+        """Lease no more tasks to these workers: they finish their leases and leave."""
         self._leaving.update(ranks)
         for rank in ranks:
             if self._scheduler is not None:
@@ -174,34 +174,34 @@ class Scheduler:
         self._wake()
 
     async def end_early(self, saves: bool = False) -> None:
-        """Lease no step that nobody has begun; `saves`: see `TaskScheduler.end_early`."""
+        """Lease no step that no worker has started; `saves`: see `TaskScheduler.end_early`."""
         if self._scheduler is not None:
             self._scheduler.end_early(saves=saves)
         self._wake()
 
     async def forget(self, rank: int) -> None:
-        """A worker that was dismissed has ended."""
+        """Remove a dismissed worker that has ended."""
         self._leaving.discard(rank)
         self._workers_table.forget(rank)
 
     async def status(self) -> SchedulerStatus:
-        """Tell how all are doing."""
+        """Return the status of all workers."""
         now, scheduler, plan = self._clock.now(), self._scheduler, self._plan
-        entries = tuple(self._entry(stats) for stats in self._workers_table.stats(now))
-        furthest = max((entry.stats.step for entry in entries), default=0)
+        rows = tuple(self._row(stats) for stats in self._workers_table.stats(now))
+        furthest = max((row.stats.step for row in rows), default=0)
         return SchedulerStatus(
             self._attempt,
-            self._how.dynamic_tasks,
+            self._consistency.dynamic_tasks,
             0 if plan is None else plan.steps,
             1 if plan is None else plan.parts,
             furthest if scheduler is None else scheduler.done.low // scheduler.plan.parts,
             0 if scheduler is None else scheduler.duplicates,
-            entries,
+            rows,
         )
 
-    def _entry(self, stats: WorkerStats) -> WorkerRow:
-        held = self._scheduler.held(stats.rank) if self._scheduler is not None else []
-        lease = (held[0], held[-1], len(held)) if held else None
+    def _row(self, stats: WorkerStats) -> WorkerRow:
+        tasks = self._scheduler.held(stats.rank) if self._scheduler is not None else []
+        lease = (tasks[0], tasks[-1], len(tasks)) if tasks else None
         return WorkerRow(stats, lease, stats.rank in self._leaving)
 
     def _check(self, attempt: int) -> None:
@@ -223,8 +223,8 @@ class Scheduler:
             self._wake()
         return self._scheduler
 
-    def _take_from_the_silent(self, scheduler: TaskScheduler) -> None:
-        """Lease again what workers hold that do not answer, before the controller ends them."""
+    def _reclaim_tasks(self, scheduler: TaskScheduler) -> None:
+        """Reclaim tasks of workers without heartbeats, before the controller kills them."""
         limit = self._job.failure.heartbeat_timeout_s
         for rank in self._workers_table.silent(self._clock.now(), limit):
             scheduler.lose(rank)

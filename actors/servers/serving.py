@@ -1,4 +1,4 @@
-"""What server nodes of parameters and of embedding tables have in common: being kept twice."""
+"""Base class of server nodes, of parameters and of embedding tables: replication and polls."""
 
 import time
 from abc import ABC, abstractmethod
@@ -19,11 +19,11 @@ AnyServer = TypeVar("AnyServer", bound=Server[Any])
 
 class Serving(ABC, Generic[AnyServer]):
     """
-    The body of a server node.
+    Implementation of a server node.
 
     Args:
         name: of the server, for messages.
-        transport: its way to other actors.
+        transport: for calls to other actors.
     """
 
     _server: AnyServer
@@ -34,31 +34,31 @@ class Serving(ABC, Generic[AnyServer]):
 
     @property
     def server(self) -> AnyServer | None:
-        """The store at work; None: there is none yet."""
+        """The server; None: no store was assigned yet."""
         return self._server
 
     @abstractmethod
     def held(self) -> ServerReport:
-        """Say what is kept here, and as what, to a manager that was not there before."""
+        """Return the shard and role of this server; called by a restarted manager."""
 
     def close(self) -> None:
-        """Let go of what a process's end would free, where there is such a thing."""
+        """Release resources that the end of the process would free as well."""
 
     def poll(self, number: int, hold_s: float) -> None:
-        """Answer a poll after `hold_s` seconds: this process lives."""
+        """Answer a health check after `hold_s` seconds."""
         time.sleep(hold_s)
 
     def where(self) -> str:
-        """Give the name of this server's node."""
+        """Return the ID of this server's node."""
         return self._node
 
     def log(self) -> NDArray[Any] | None:
-        """Give the order of updates, if it is kept; None too before a shard was assigned."""
+        """Return the log of updates; None if none is kept, or before a shard was assigned."""
         server = self.server
         return None if server is None else server.exclusively(server.store.log)
 
     def replicate_to(self, term: int, name: str, handle: Any) -> None:
-        """Fill a backup and keep it up to date; see `Replication.replicate_to`."""
+        """Copy the store to a backup and keep it up to date; see `Replication.replicate_to`."""
         store, replicate_to = self._server.store, self._replication.replicate_to
         self._server.exclusively(lambda: replicate_to(term, name, handle, store.opened))
 
@@ -68,12 +68,12 @@ class Serving(ABC, Generic[AnyServer]):
         return self._server.exclusively(lambda: take_over(term, snapshot, inbox))
 
     def update(self, term: int, number: int, change: Change, gradient: Any) -> None:
-        """Do what the primary does; see `Replication.follow`."""
+        """Apply an update of the primary; see `Replication.follow`."""
         follow = self._replication.follow
         self._server.exclusively(lambda: follow(term, number, change, gradient))
 
     def promote(self, term: int) -> MemoryAddress | None:
-        """Serve from now on; give the address of the parameters, if there is one."""
+        """Become the serving server; return the address of the parameters, if there is one."""
         if not self._server.exclusively(lambda: self._replication.alone(term)):
             raise FencedError(f"{self._name} is past term {term}")
         return self._promoted(term)
@@ -82,6 +82,10 @@ class Serving(ABC, Generic[AnyServer]):
         return None
 
     def alone(self, term: int) -> None:
-        """Go on without the backup; not under the lock: an update may hold it and wait for us."""
+        """
+        Continue without a backup.
+
+        The role changes without the server's lock: an update that waits for the backup may hold it.
+        """
         self._replication.alone(term)
-        self._server.exclusively(lambda: None)  # wake who waits to be settled
+        self._server.exclusively(lambda: None)  # wakes threads that wait for `settled`

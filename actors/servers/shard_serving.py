@@ -1,13 +1,13 @@
 """
-A server node at work: one shard, and the ways by which gradients come and parameters go.
+Implementation of a server node of one shard: transfer of gradients and parameters.
 
-Calls come in on one thread per worker; what they wait for, and what is applied when, is the
-server's (`strategies/server/server.py`). Payload goes by shared memory to and from workers of
-this node, as bytes to and from others.
+Each worker's calls run on a thread of their own. `strategies/server/server.py` decides what they
+wait for and when a gradient is applied. Gradients and parameters of workers on this node go through
+shared memory, those of other workers as bytes.
 
-How fast a node makes updates is measured when a run begins, to cut its shard accordingly. What
-takes a shard's time is adding up the ranks' gradients and the optimizer, both element by element,
-so a small vector tells of a large one. Only the proportion between servers counts.
+At the start of a run each node's update rate is measured, and shard sizes are chosen accordingly.
+An update sums the ranks' gradients and runs the optimizer, both element by element, so a small
+vector is representative of a large one. Only the ratio between servers matters.
 """
 
 import logging
@@ -50,51 +50,57 @@ logger = logging.getLogger(__name__)
 
 _ELEMENTS = 1 << 18
 _ROUNDS = 7
-_MOST_GRADIENTS = 8
+_MAX_GRADIENTS = 8
 
 
 def elements_per_s(
     job: Job, world: int, dtype: str, clock: Callable[[], float] = time.perf_counter
 ) -> float:
     """
-    Measure how many elements of a shard this process updates in a second.
+    Measure the number of elements that this process updates per second.
 
     Args:
         job: names the optimizer.
         world: gradients of a step.
         dtype: of the parameters, by torch's name.
-        clock: gives seconds.
+        clock: returns seconds.
     """
     params = torch.zeros(_ELEMENTS, dtype=getattr(torch, dtype))
     total = torch.zeros_like(params)
-    gradients = [torch.full_like(params, 0.5) for _ in range(min(world, _MOST_GRADIENTS))]
+    gradients = [torch.full_like(params, 0.5) for _ in range(min(world, _MAX_GRADIENTS))]
     optimizer = FlatOptimizer(job.optimizer, params, total)
-    seconds = []
+    durations = []
     for step in range(_ROUNDS):
-        began = clock()
+        start = clock()
         sum_in_order(gradients, total)
         optimizer.step(rate_of(job, step, _ROUNDS))
-        seconds.append(clock() - began)
-    return _ELEMENTS / max(1e-9, statistics.median(seconds[1:]))  # the first touches new memory
+        durations.append(clock() - start)
+    # The first round includes page faults.
+    return _ELEMENTS / max(1e-9, statistics.median(durations[1:]))
 
 
 class ShardServing(Serving[ShardServer]):
     """
-    The body of a server node that keeps a shard.
+    Implementation of a server node that stores a shard.
 
     Args:
         name: of the actor, for messages.
-        transport: its way to other actors.
+        transport: for calls to other actors.
     """
 
     def __init__(self, name: str, transport: Transport) -> None:
         super().__init__(name, transport)
-        self._gradients: dict[int, Tensor] = {}  #: rank -> its part of this shard, shared memory
-        self._parameters: dict[int, Tensor] = {}  #: the same of workers that compute on a copy
+        self._gradients: dict[
+            int, Tensor
+        ] = {}  #: rank -> its gradient of this shard, shared memory
+        self._parameters: dict[int, Tensor] = {}  #: rank -> its copy of the shard, shared memory
         self._segment: MemorySegment | None = None
-        self._published: tuple[int, Any] | None = None  #: version, and where its bytes are
-        self._attached: dict[int, tuple[tuple[int, int], bool]] = {}  #: rank -> its call, near
-        self._listening: dict[int, object] = {}  #: rank -> the call that answers its mailbox
+        self._published: tuple[int, Any] | None = None  #: version, and reference of its bytes
+        #: rank -> number of its last `attach`, and whether it shares memory
+        self._attached: dict[int, tuple[tuple[int, int], bool]] = {}
+        self._listening: dict[
+            int, object
+        ] = {}  #: rank -> token of the call that serves its mailbox
         self._turn = threading.Lock()  #: see `Listener.serve`
 
     def assign(
@@ -107,44 +113,42 @@ class ShardServing(Serving[ShardServer]):
         role: Role,
     ) -> MemoryAddress:
         """
-        Take over a shard, once; give the address of the node's segment, of `total` elements.
+        Assign this server its shard, once; return the address of its segment of `total` elements.
 
         Args:
             plan: the run's facts.
-            shard: which run of the flat vector.
+            shard: range of the flat vector.
             total: elements of the whole vector.
-            dtype: its type.
-            parameters: this node's parameter segment, if another server has made it.
-            role: whether it serves the shard, or keeps up with who does.
+            dtype: of the vector.
+            parameters: this node's parameter segment, if another server has created it.
+            role: whether this server serves the shard or is a backup.
         """
         if self._segment is not None:
             return self._segment.address
         if parameters is None:
-            # A shard that is kept twice has a segment of its own, of which the rest is not touched.
+            # A replicated shard has its own segment, in which only the shard's pages are touched.
             segment = MemorySegment.create(self._node, total, dtype, populate=role is Role.ALONE)
         else:
             segment = MemorySegment.open(parameters)
         self._plan, self._cut, self._settings = plan, shard, plan.settings
         limits = ServerLimits(plan.job.failure.start_timeout_s, plan.job.failure.step_timeout_s)
-        self._server = ShardServer(self._name, plan, limits, self._mine(segment))
+        self._server = ShardServer(self._name, plan, limits, self._shard_of(segment))
         store, transport = self._server.store, self._transport
         self._replication = Replication(self._name, transport, role, store, limits.step_s)
         if role is not Role.ALONE:
             store.backup_link = self._replication
         self._segment = segment
-        which = shard.index, shard.start, shard.stop, total
-        logger.info("shard %d: parameters %d..%d of %d", *which)
+        extent = shard.index, shard.start, shard.stop, total
+        logger.info("shard %d: parameters %d..%d of %d", *extent)
         return segment.address
 
     @property
     @override
     def server(self) -> ShardServer | None:
-        """None: no shard was assigned yet."""
         return self._server if self._segment is not None else None
 
     @override
     def held(self) -> ServerReport:
-        """The manager knows this server's name."""
         if self._segment is None:
             return ServerReport(self._name, None)
         return self._replication.held(self._plan.number, self._cut)
@@ -156,18 +160,18 @@ class ShardServing(Serving[ShardServer]):
         world: int,
         gradients: MemoryAddress | None,
         parameters: MemoryAddress | None,
-        held: tuple[int, NDArray[np.uint8]] | None,
+        base: tuple[int, NDArray[np.uint8]] | None,
     ) -> AttachReply:
         """
-        Map a worker's segments. The first one of a later attempt begins it at this shard.
+        Map a worker's segments. The first call of a later attempt starts it at this shard.
 
         Args:
             rank: of the worker.
-            number: attempt, and number of this call in it: what comes late does nothing.
+            number: attempt, and number of this call in the attempt; late calls have no effect.
             world: workers that share this shard in this attempt.
-            gradients: its segment; None: it cannot be reached, the worker knows.
-            parameters: the same, of a worker that computes on a copy.
-            held: version and bytes of this shard's values that it computes on, where that counts.
+            gradients: the worker's gradient segment; None: the worker is on another node.
+            parameters: the worker's parameter segment, if it computes on a copy.
+            base: after a failover: version and bytes of the shard on which the worker computes.
         """
         store = self._server.store
 
@@ -178,15 +182,15 @@ class ShardServing(Serving[ShardServer]):
                 self._attached[rank] = number, shares_memory
                 self._begin(number[0], world)
                 self._server.forget_push_reply(rank)
-                if held is not None:
-                    values = from_bytes(held[1], store.params.dtype)
-                    store.record_pull(rank, held[0], values)
+                if base is not None:
+                    values = from_bytes(base[1], store.params.dtype)
+                    store.record_pull(rank, base[0], values)
             return AttachReply(shares_memory, store.ledger.version)
 
         return self._server.exclusively(change)
 
     def _begin(self, attempt: int, world: int) -> None:
-        """Begin an attempt, unless it has begun; unmap the memory of workers that left."""
+        """Start an attempt unless it has started; unmap the memory of workers that have left."""
         if self._server.renew(attempt, world) and not self._plan.consistency.dynamic_tasks:
             self._gradients = {r: one for r, one in self._gradients.items() if r < world}
             self._parameters = {r: one for r, one in self._parameters.items() if r < world}
@@ -200,8 +204,8 @@ class ShardServing(Serving[ShardServer]):
             if gradients is None or gradients.node != self._node:
                 return False
             if parameters is not None:
-                self._parameters[rank] = self._mine(MemorySegment.open(parameters))
-            self._gradients[rank] = self._mine(MemorySegment.open(gradients))
+                self._parameters[rank] = self._shard_of(MemorySegment.open(parameters))
+            self._gradients[rank] = self._shard_of(MemorySegment.open(gradients))
         except OSError:
             self._parameters.pop(rank, None)
             return False
@@ -211,12 +215,12 @@ class ShardServing(Serving[ShardServer]):
         self, version: int, values: NDArray[np.uint8] | None, state: Mapping[str, RawTensor]
     ) -> None:
         """
-        Open for service.
+        Load parameters and optimizer state, and start to serve.
 
         Args:
-            version: steps that the parameters have behind them.
-            values: the parameters' bytes; None: they are in a segment, the node's or rank 0's.
-            state: what the optimizer remembers of them, by torch's names.
+            version: number of steps applied to the parameters.
+            values: the parameters' bytes; None: they are in the node's or rank 0's segment.
+            state: of the optimizer, by torch's names.
         """
 
         def fill(params: Tensor) -> None:
@@ -226,20 +230,20 @@ class ShardServing(Serving[ShardServer]):
                 params.copy_(self._parameters[0])
 
         tensors = {
-            name: tensor_of(one, TensorSlice(one.shape)).view(one.shape)
-            for name, one in state.items()
+            name: tensor_of(raw, TensorSlice(raw.shape)).view(raw.shape)
+            for name, raw in state.items()
         }
         self._server.restore(version, fill, tensors)
 
     def kept(self, version: int, limit_s: float) -> ShardCopy:
-        """Give what was kept of a version, as an object to be fetched. See `Server.kept`."""
+        """Return the checkpoint copy of a version, as an object reference. See `Server.kept`."""
         copy = shard_copy(self._cut.start, self._server, version, limit_s)
         if copy.ref is None:
             return copy
-        return replace(copy, ref=[self._transport.put([as_array(one) for one in copy.ref])])
+        return replace(copy, ref=[self._transport.put([as_array(tensor) for tensor in copy.ref])])
 
     def earlier(self, version: int) -> NDArray[np.uint8]:
-        """Give the bytes of the version before the present one; see `DenseStore.values`."""
+        """Return the parameters of the previous version, as bytes; see `DenseStore.values`."""
 
         def copy() -> NDArray[np.uint8]:
             return as_bytes(self._server.store.values(version).clone())
@@ -247,7 +251,7 @@ class ShardServing(Serving[ShardServer]):
         return self._server.exclusively(copy)
 
     def pull(self, pull: PullId) -> ServerReply:
-        """Give the newest parameters; see `Server.pull`."""
+        """Return the newest parameters; see `Server.pull`."""
         self._replication.state.check_serves()
         return self._server.pull(pull, self._deliver(pull.rank))
 
@@ -255,11 +259,11 @@ class ShardServing(Serving[ShardServer]):
         self, push: PushId, values: NDArray[np.uint8] | None, control: NDArray[np.float64]
     ) -> ServerReply:
         """
-        Take a gradient; see `Server.push`.
+        Receive a gradient; see `Server.push`.
 
         Args:
-            push: its identity.
-            values: its bytes; None: they are in the worker's segment.
+            push: identity of the push.
+            values: bytes of the gradient; None: it is in the worker's segment.
             control: the worker's control record.
         """
         self._replication.state.check_serves()
@@ -268,34 +272,34 @@ class ShardServing(Serving[ShardServer]):
         return self._server.push(push, gradient, record, self._deliver(push.rank))
 
     def speed(self, job: Job, world: int, dtype: str) -> float:
-        """Measure how many elements this server updates in a second."""
+        """Measure the number of elements that this server updates per second."""
         return elements_per_s(job, world, dtype)
 
     def seen(self) -> NDArray[np.bool_]:
-        """Say which parameters have had a gradient yet, on any rank; by slot of the shard."""
+        """Return which parameters have had a gradient on any rank, by slot of the shard."""
         store = self._server.store
         return self._server.exclusively(lambda: store.seen)
 
     def settings(self) -> tuple[float, ...]:
-        """Give what came with the pushes of the last step; see `Shards.settings`."""
+        """Return the settings sent with the pushes of the last step; see `Shards.settings`."""
         self._replication.state.check_serves()
         store = self._server.store
         return self._server.exclusively(lambda: store.settings)
 
     def left_out(self) -> bool:
-        """Say whether the last step was left out; see `Shards.left_out`."""
+        """Return whether the last step was skipped; see `Shards.left_out`."""
         self._replication.state.check_serves()
         store = self._server.store
         return self._server.exclusively(lambda: store.skipped)
 
     def average(self) -> NDArray[np.uint8]:
-        """Give the bytes of the parameters' average; see `Shards.average`."""
+        """Return the average of the parameters, as bytes; see `Shards.average`."""
         self._replication.state.check_serves()
         optimizer = self._server.store.optimizer
         return self._server.exclusively(lambda: as_bytes(optimizer.average.clone()))
 
     def optimizer_state(self) -> dict[str, RawTensor]:
-        """Give what the optimizer remembers of this shard; see `LoopShards`."""
+        """Return the optimizer state of this shard; see `LoopShards`."""
         optimizer = self._server.store.optimizer
 
         def copy() -> dict[str, RawTensor]:
@@ -304,7 +308,7 @@ class ShardServing(Serving[ShardServer]):
         return self._server.exclusively(copy)
 
     def leave(self, rank: int) -> int:
-        """Wait for no more pushes of a rank; see `LoopShards`."""
+        """Expect no more pushes of a rank; return the number of active ranks. See `LoopShards`."""
         ledger = self._server.store.ledger
 
         def count() -> int:
@@ -326,16 +330,16 @@ class ShardServing(Serving[ShardServer]):
     def listen(
         self, run: str, attempt: int, rank: int, mailboxes: MemoryAddress, slot: int, control: int
     ) -> None:
-        """Answer a worker's mailbox as long as it lives; its later call takes over from this."""
+        """Serve a worker's mailbox until the worker ends or calls this method again."""
         listener, token = Listener(mailboxes, slot, control), object()
         with self._turn:
             self._listening[rank] = token
 
-        def wanted() -> bool:
+        def is_current() -> bool:
             return self._listening.get(rank) is token
 
         def handle(request: MailboxRequest) -> ServerReply:
-            if not wanted():
+            if not is_current():
                 raise FencedError(f"{self._name} does not listen here any more")
             if request.norm is not None:
                 return self.commit(rank, request.seq, request.norm)
@@ -343,41 +347,41 @@ class ShardServing(Serving[ShardServer]):
             return self.push(push, None, listener.control())
 
         try:
-            listener.serve(handle, self._turn, wanted)
+            listener.serve(handle, self._turn, is_current)
         finally:
             listener.close()
 
     def close(self) -> None:
-        """Stop answering mailboxes, and seal the segment; a process's end does as much."""
+        """Stop serving mailboxes, and seal the segment; the end of the process does the same."""
         with self._turn:
             self._listening.clear()
         if self._segment is not None:
             self._segment.seal()
 
     def _deliver(self, rank: int) -> Deliver:
-        """Say how values get to a worker; called with the server's lock held."""
+        """Return the function that delivers values to a worker, with the server's lock held."""
 
         def deliver(values: Tensor, version: int) -> list[object] | None:
             if rank in self._parameters:
                 self._parameters[rank].copy_(values)
             if rank in self._gradients:
                 return None
-            return [self._publish(values, version)]  # in a list, or Ray would send the values
+            return [self._publish(values, version)]  # Ray resolves references outside of lists
 
         return deliver
 
     def _publish(self, values: Tensor, version: int) -> Any:
         """Put a version's bytes into the object store, once for all workers."""
         if self._published is None or self._published[0] != version:
-            # `put` copies, so the shard may go on and write into its vector.
+            # `put` copies, so the shard may update its vector afterwards.
             reference = self._transport.put(as_bytes(as_type(values, self._plan.wire)))
             self._published = version, reference
         return self._published[1]
 
-    def _mine(self, segment: MemorySegment) -> Tensor:
+    def _shard_of(self, segment: MemorySegment) -> Tensor:
         return segment.tensor[self._cut.start : self._cut.stop]
 
     def _received(self, values: NDArray[np.uint8]) -> Tensor:
-        """Give a gradient from another node as the optimizer takes it."""
-        own, wire = self._server.params.dtype, self._plan.wire
-        return from_bytes(values, own if wire is None else getattr(torch, wire)).to(own)
+        """Return a gradient from another node in the parameters' dtype."""
+        dtype, wire = self._server.params.dtype, self._plan.wire
+        return from_bytes(values, dtype if wire is None else getattr(torch, wire)).to(dtype)

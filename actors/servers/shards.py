@@ -1,4 +1,4 @@
-"""The port `Shards`: control goes by `fan_out.py`, bytes by `vector_transport.py`."""
+"""Implementation of the port `Shards`: calls by `fan_out.py`, bytes by `vector_transport.py`."""
 
 import logging
 import threading
@@ -22,9 +22,9 @@ from distplat.actors.servers.vector_transport import (
     CopyTransport,
     SharedMemoryTransport,
     as_bytes,
-    joined_state,
-    part,
-    run_of,
+    merge_states,
+    shard_state,
+    shard_view,
 )
 from distplat.actors.transport import Transport, TransportError
 from distplat.platform.errors import ActorLost
@@ -45,13 +45,13 @@ Result = TypeVar("Result")
 
 class RemoteShards(Shards, LoopShards):
     """
-    The server group, seen by one worker.
+    A worker's client of the server group.
 
     Args:
         transport: the worker's.
         order: the worker's orders, with the manager's handle.
         total_steps: updates in the run; servers need it for the learning rate.
-        checkpoint_every: steps between two checkpoints; 0: there are none.
+        checkpoint_every: steps between two checkpoints; 0: checkpoints are disabled.
         abandoned: once set, waits end.
     """
 
@@ -68,12 +68,14 @@ class RemoteShards(Shards, LoopShards):
         self._checkpoint_every = checkpoint_every
         self._limits = order.job.failure
         self._pulls = self._attachments = 0
-        self._reached: FanOut | None = None  #: None: not connected yet
+        self._connected: FanOut | None = None  #: None: not connected yet
         self._watch = ServerWatch[Membership](transport, order.rank, self._limits, abandoned)
-        self._versions: dict[int, int] = {}  #: shard -> version of its values that are here
+        self._versions: dict[int, int] = {}  #: shard -> version of this worker's values
         self._transfer = DirectTransfer()
-        self._setting = "start_timeout_s"  #: deadline of a push; the first belongs to the start
-        self._settings = 0  #: values that come with each push
+        self._setting = (
+            "start_timeout_s"  #: deadline of a push: the first push is part of the start
+        )
+        self._settings = 0  #: number of settings sent with each push
 
     @override
     def connect(
@@ -81,7 +83,7 @@ class RemoteShards(Shards, LoopShards):
     ) -> None:
         """
         Raises:
-            SpecError: another type is to travel, and the parameters are of several.
+            SpecError: the job sets a `wire` dtype, and the parameters have several dtypes.
         """
         holding = holding or ALL
         duplicate_ranges, schedule = holding.duplicate_ranges(flat), self._order.job.task_schedule
@@ -106,72 +108,71 @@ class RemoteShards(Shards, LoopShards):
             layout=flat.layout,
             **more,
         )
-        who = self._order.rank, self._facts
         manager = [self._order.manager], ["server-manager"]
-        calls = ServerCalls(self._transport, self._limits, *manager, self._watch.look)
-        join = calls.start("join", calls.each("join", *who), setting="start_timeout_s")
-        joined: Membership = join.answers()[0]
+        calls = ServerCalls(self._transport, self._limits, *manager, self._watch.check)
+        join = calls.each("join", self._order.rank, self._facts)
+        joined: Membership = calls.start("join", join, setting="start_timeout_s").answers()[0]
         if joined.wire is not None and flat.mixed:
             raise mixed_dtypes_error(flat.layout, "wire")
-        self._order = replace(self._order, rank=joined.part_rank)  # as its servers count
+        self._order = replace(self._order, rank=joined.part_rank)  # servers use part ranks
         if joined.replicated:
-            known = joined.part, joined.part_rank
-            ask_map = partial(self._transport.call, self._order.manager, "follow", *known)
-            self._watch.begin(ask_map, joined.version)
+            identity = joined.part, joined.part_rank
+            ask = partial(self._transport.call, self._order.manager, "follow", *identity)
+            self._watch.begin(ask, joined.version)
         self._load_parameters(self._attach(joined), joined.private, state)
 
     def close(self) -> None:
-        """Give up what this attempt needs and the next one does not."""
-        if self._reached is not None:
-            self._reached.close()
+        """Release the resources of this attempt."""
+        if self._connected is not None:
+            self._connected.close()
         self._transfer.close()
 
     @property
     def _fan_out(self) -> FanOut:
-        assert self._reached is not None, "connect() comes first"
-        return self._reached
+        assert self._connected is not None, "connect() comes first"
+        return self._connected
 
     def _attach(self, joined: Membership) -> list[int | None]:
-        """Lay out memory, attach it at all servers; give their versions, None of an empty one."""
-        self._reached = fan_out = FanOut(self._transport, self._order, joined, self._watch.look)
-        kind = CopyTransport if joined.private else SharedMemoryTransport
-        self._vectors = vectors = kind(self._transport, self._facts, joined)
+        """Allocate segments and attach them at all servers; return versions, None if empty."""
+        self._connected = fan_out = FanOut(self._transport, self._order, joined, self._watch.check)
+        cls = CopyTransport if joined.private else SharedMemoryTransport
+        self._vectors = vectors = cls(self._transport, self._facts, joined)
         world = joined.part_world or self._order.job.scaling.world
-        who = self._order.rank, (self._order.attempt, self._attachments), world
+        identity = self._order.rank, (self._order.attempt, self._attachments), world
         self._attachments += 1
         candidates = vectors.candidates()
 
         def attach(server: Any, cut: Shard) -> Any:
             gradients = vectors.gradient_address if cut.index in candidates else None
-            held = None
-            if joined.private and cut.index in self._versions:  # it has changed servers
-                values = part(self._flat.params, cut).cpu()
-                held = self._versions[cut.index], as_bytes(values.clone())
+            base = None
+            if joined.private and cut.index in self._versions:  # after a failover
+                values = shard_view(self._flat.params, cut).cpu()
+                base = self._versions[cut.index], as_bytes(values.clone())
             segments = gradients, vectors.parameter_address
-            return self._transport.call(server, "attach", *who, *segments, held)
+            return self._transport.call(server, "attach", *identity, *segments, base)
 
-        attached: list[AttachReply] = fan_out.ask("attach", attach)
-        vectors.open({index for index, answer in enumerate(attached) if answer.shares_memory})
+        answers: list[AttachReply] = fan_out.ask("attach", attach)
+        vectors.open({index for index, answer in enumerate(answers) if answer.shares_memory})
         parameters = self._flat.layout.parameters
         fan_out.open_mailboxes(vectors.local_shards, control_size(parameters, self._settings))
         if self._on_device:
-            shared = vectors.gradients, vectors.parameters
-            self._transfer = cuda_transfer(self._flat.grads, self._flat.params, shared)
+            on_host = vectors.gradients, vectors.parameters
+            self._transfer = cuda_transfer(self._flat.grads, self._flat.params, on_host)
         local = sorted(vectors.local_shards)
         remote = [cut.index for cut in fan_out.cuts if cut.index not in vectors.local_shards]
         logger.info("servers reached by shared memory: %s, in calls: %s", local, remote)
-        return [answer.version for answer in attached]
+        return [answer.version for answer in answers]
 
     def _load_parameters(
         self, versions: list[int | None], private: bool, state: Mapping[str, Tensor]
     ) -> None:
         """
-        Go on with the servers' parameters; rank 0 fills the servers that have none.
+        Load the servers' parameters; rank 0 initializes servers that have none.
 
         Args:
-            versions: what the servers have, by shard.
-            private: whether shards need not be of one version.
-            state: what the optimizer remembers, with which rank 0 began; empty: nothing.
+            versions: of the servers' parameters, by shard.
+            private: whether shards may be at different versions.
+            state: initial optimizer state; empty: none.
         """
         vectors = self._vectors
         empty = [cut for cut in self._fan_out.cuts if versions[cut.index] is None]
@@ -187,7 +188,7 @@ class RemoteShards(Shards, LoopShards):
                     "restore",
                     self._flat.version,
                     vectors.payload(cut, initial, exact=True),
-                    run_of(state, cut),
+                    shard_state(state, cut),
                 ),
                 empty,
             )
@@ -199,29 +200,29 @@ class RemoteShards(Shards, LoopShards):
 
     @override
     def step_back(self, version: int) -> None:
-        """Also where a loss has left some of this part's shards one ahead."""
+        """Also called if a lost server has left some shards of this part one version ahead."""
         self._flat.version = version
         ahead = [cut for cut in self._fan_out.cuts if self._versions[cut.index] > version]
         if not ahead:
             return
-        self._vectors.part_ways()
-        question = self._fan_out.each("earlier", version)
-        earlier = self._fan_out.ask("an earlier version", question, ahead)
-        for cut, values in zip(ahead, earlier, strict=True):
-            as_bytes(part(self._vectors.parameters, cut))[:] = values
+        self._vectors.detach()
+        call = self._fan_out.each("earlier", version)
+        answers = self._fan_out.ask("an earlier version", call, ahead)
+        for cut, values in zip(ahead, answers, strict=True):
+            as_bytes(shard_view(self._vectors.parameters, cut))[:] = values
         if self._on_device:
             self._flat.params.copy_(self._vectors.parameters)
         self._adopt_vectors()
 
     def _adopt_vectors(self) -> None:
-        """Move the model's parameters into these vectors."""
+        """Move the model's parameters and gradients into the transport's vectors."""
         if not self._on_device:
             self._flat.move(self._vectors.parameters, self._vectors.gradients)
 
     @override
     def one_memory(self) -> bool:
-        """A backup would not have what a worker writes."""
-        return self._vectors.one_copy and not self._on_device and not self._watch.begun
+        """False with backups: they would miss what a worker writes into shared memory."""
+        return self._vectors.one_copy and not self._on_device and not self._watch.has_backups
 
     @override
     def push(self, step: int, control: StepControl, task: int | None = None) -> Pushed:
@@ -237,17 +238,17 @@ class RemoteShards(Shards, LoopShards):
             fan_out.mailboxes.control[:] = record
         push = PushId(order.run, order.attempt, order.rank, step, task)
 
-        def question(server: Any, cut: Shard) -> Any:
+        def call(server: Any, cut: Shard) -> Any:
             gradient = vectors.payload(cut, vectors.gradients)
             return self._transport.call(server, "push", push, gradient, record)
 
         request = MailboxRequest(step, task=task)
-        call = FanOutCall(fan_out, f"push {step}", question, self._take, request, self._setting)
+        calls = FanOutCall(fan_out, f"push {step}", call, self._receive, request, self._setting)
         for cut in fan_out.cuts:
-            send = partial(call.send, [cut])
-            self._transfer.to_host(part(vectors.gradients, cut), cut.start, send)
+            send = partial(calls.send, [cut])
+            self._transfer.to_host(shard_view(vectors.gradients, cut), cut.start, send)
         self._transfer.wait(self._limits.step_timeout_s)
-        result = self._pushed(call)
+        result = self._merged_reply(calls)
         self._setting = "step_timeout_s"
         return result
 
@@ -256,38 +257,38 @@ class RemoteShards(Shards, LoopShards):
         before = self._attachments
 
         def commit() -> Pushed:
-            if self._attachments > before:  # what was staged on a lost server is staged nowhere
+            if self._attachments > before:  # the backup of a lost server has no staged step
                 self._push(step)
-            question = self._fan_out.each("commit", self._order.rank, step, norm)
+            call = self._fan_out.each("commit", self._order.rank, step, norm)
             what, request = f"commit {step}", MailboxRequest(step, norm)
-            asked = FanOutCall(self._fan_out, what, question, self._take, request)
-            asked.send(self._fan_out.cuts)
-            return self._pushed(asked)
+            calls = FanOutCall(self._fan_out, what, call, self._receive, request)
+            calls.send(self._fan_out.cuts)
+            return self._merged_reply(calls)
 
         return self._failover(commit)
 
-    def _pushed(self, asked: FanOutCall) -> Pushed:
-        answers = self._answers(asked)
+    def _merged_reply(self, calls: FanOutCall) -> Pushed:
+        answers = self._answers(calls)
         return merge_push_replies(
             answers, [self._vectors.traffic(cut) for cut in self._fan_out.cuts]
         )
 
-    def _answers(self, asked: FanOutCall) -> list[ServerReply]:
-        answers = asked.answers()
+    def _answers(self, calls: FanOutCall) -> list[ServerReply]:
+        answers = calls.answers()
         self._transfer.join()
         return answers
 
-    def _take(self, cut: Shard, answer: ServerReply) -> None:
-        """Bring a shard's values here, as far as they are not here already."""
+    def _receive(self, cut: Shard, answer: ServerReply) -> None:
+        """Copy a shard's new values to this worker's parameters, unless they are shared."""
         if not answer.committed:
             return
         self._versions[cut.index] = answer.version
         try:
-            self._vectors.take(cut, answer, self._limits.step_timeout_s)
-        except TransportError as error:  # with its owner an object is lost, too
+            self._vectors.receive(cut, answer, self._limits.step_timeout_s)
+        except TransportError as error:  # an object is lost with its owner
             cause = f"its answer could not be fetched: {error}"
             raise ActorLost(self._fan_out.names[cut.index], None, cause) from None
-        self._transfer.to_device(part(self._vectors.parameters, cut), cut.start)
+        self._transfer.to_device(shard_view(self._vectors.parameters, cut), cut.start)
 
     @override
     def refresh(self) -> None:
@@ -295,20 +296,20 @@ class RemoteShards(Shards, LoopShards):
 
     @override
     def seen(self) -> NDArray[np.bool_]:
-        mask: NDArray[np.bool_] = self._failover(partial(self._ask_first, "seen"))
+        mask: NDArray[np.bool_] = self._failover(partial(self._ask_first_server, "seen"))
         return mask
 
     @override
     def settings(self) -> tuple[float, ...]:
-        values: tuple[float, ...] = self._failover(partial(self._ask_first, "settings"))
+        values: tuple[float, ...] = self._failover(partial(self._ask_first_server, "settings"))
         return values
 
-    def _ask_first(self, what: str) -> Any:
-        return self._fan_out.ask(what, self._fan_out.each(what), self._fan_out.cuts[:1])[0]
+    def _ask_first_server(self, method: str) -> Any:
+        return self._fan_out.ask(method, self._fan_out.each(method), self._fan_out.cuts[:1])[0]
 
     @override
     def left_out(self) -> bool:
-        answer: bool = self._failover(partial(self._ask_first, "left_out"))
+        answer: bool = self._failover(partial(self._ask_first_server, "left_out"))
         return answer
 
     @override
@@ -316,49 +317,50 @@ class RemoteShards(Shards, LoopShards):
         parts = self._failover(lambda: self._fan_out.ask("average", self._fan_out.each("average")))
         vector = torch.zeros_like(self._flat.params, device="cpu")
         for cut, values in zip(self._fan_out.cuts, parts, strict=True):
-            as_bytes(part(vector, cut))[:] = values
+            as_bytes(shard_view(vector, cut))[:] = values
         return vector.to(self._flat.params.device)
 
     @override
     def leave(self) -> int:
-        question = self._fan_out.each("leave", self._order.rank)
-        active: list[int] = self._fan_out.ask("leave", question)
+        active: list[int] = self._fan_out.ask(
+            "leave", self._fan_out.each("leave", self._order.rank)
+        )
         return max(active)
 
     @override
     def optimizer_state(self) -> dict[str, Tensor]:
         states = self._fan_out.ask("the optimizer's state", self._fan_out.each("optimizer_state"))
-        return joined_state(states, self._fan_out.cuts, self._flat.layout)
+        return merge_states(states, self._fan_out.cuts, self._flat.layout)
 
     @override
     def copies(self, version: int) -> list[ShardCopy] | None:
-        def ask_one(cut: Shard, limit_s: float) -> ShardCopy:
-            what = f"what {version} steps have come to"
-            question = self._fan_out.each("kept", version, limit_s)
-            answer: ShardCopy = self._fan_out.ask(what, question, [cut])[0]
+        def fetch(cut: Shard, limit_s: float) -> ShardCopy:
+            what = f"shards after {version} steps"
+            kept = self._fan_out.each("kept", version, limit_s)
+            answer: ShardCopy = self._fan_out.ask(what, kept, [cut])[0]
             return answer
 
-        asks = [partial(ask_one, cut) for cut in self._fan_out.cuts]
-        return fetch_copies(asks, version, self._limits.step_timeout_s)
+        fetches = [partial(fetch, cut) for cut in self._fan_out.cuts]
+        return fetch_copies(fetches, version, self._limits.step_timeout_s)
 
     def _failover(self, action: Callable[[], Result]) -> Result:
-        """Do something with the servers that there are; see `ServerWatch`."""
-        return self._watch.following(action, self._reconnect)
+        """Call the servers, with failover; see `ServerWatch.with_failover`."""
+        return self._watch.with_failover(action, self._reconnect)
 
     def _reconnect(self, joined: Membership) -> None:
-        """Go over to the servers that keep the shards now; the step's gradient comes along."""
+        """Connect to the servers of a newer map; keep the step's gradient."""
         self.close()
-        # New memory: a server that was frozen and wakes up writes where nobody looks.
+        # New memory: a frozen server that wakes up writes only to the old segments.
         self._attach(joined)
         if not self._on_device:
             self._vectors.gradients.copy_(self._flat.grads)
         self._adopt_vectors()
 
     def _pull(self, setting: str) -> list[ServerReply]:
-        """Bring the newest parameters."""
+        """Pull the newest parameters from all servers."""
         pull = PullId(self._order.attempt, self._order.rank, self._pulls)
-        self._pulls += 1  # also where it fails: the next one is not this one again
-        what, question = f"pull {pull.number}", self._fan_out.each("pull", pull)
-        call = FanOutCall(self._fan_out, what, question, self._take, setting=setting)
-        call.send(self._fan_out.cuts)
-        return self._answers(call)
+        self._pulls += 1  # also if this pull fails: the next one must have another number
+        what, call = f"pull {pull.number}", self._fan_out.each("pull", pull)
+        calls = FanOutCall(self._fan_out, what, call, self._receive, setting=setting)
+        calls.send(self._fan_out.cuts)
+        return self._answers(calls)

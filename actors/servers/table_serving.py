@@ -1,9 +1,9 @@
 """
-A server node of embedding tables at work, and the ways by which ids and rows travel.
+Implementation of a server node of embedding tables, and the transfer of ids and rows.
 
-Workers of this node keep ids and rows in segments of their own, which the server maps when it first
-hears of them: rows are gathered straight into the worker's memory, and gradients are read from
-there. To and from other nodes both go as arrays in the call.
+Workers on this node keep ids and rows in their own segments, which the server maps at the first
+request that names them: rows are gathered directly into the worker's memory, and gradients are read
+from there. Ids and rows of workers on other nodes are arrays in the call.
 """
 
 from collections.abc import Sequence
@@ -31,11 +31,11 @@ from distplat.strategies.sparse.table import RowGradients
 
 class TableServing(Serving[TableServer], PartSource):
     """
-    The body of a server node that keeps tables.
+    Implementation of a server node that stores a part of every table.
 
     Args:
-        part: which part of every table.
-        transport: its way to other actors.
+        part: the part of every table.
+        transport: for calls to other actors.
     """
 
     def __init__(self, part: TablePart, transport: Transport) -> None:
@@ -46,7 +46,7 @@ class TableServing(Serving[TableServer], PartSource):
         if part.replicated:
             store.backup_link = self._replication
         self._plan: TablePlan | None = None
-        self._mapped: dict[tuple[int, str], MemorySegment] = {}  #: by rank and dtype: the last one
+        self._mapped: dict[tuple[int, str], MemorySegment] = {}  #: by rank and dtype; the newest
 
     @override
     def held(self) -> ServerReport:
@@ -63,24 +63,24 @@ class TableServing(Serving[TableServer], PartSource):
         saved_at: int = 0,
         saved: Sequence[list[Any]] = (),
     ) -> OpenReply:
-        """Join an attempt. See `TableServer.open`."""
+        """Connect a worker for an attempt. See `TableServer.open`."""
         self._replication.state.check_serves()
         limit_s = plan.job.failure.start_timeout_s
         files = (self._transport.get(ref[0], limit_s) for ref in saved)
         steps = self._server.open(plan, saved_at, files)
         if self._plan is None or plan.attempt > self._plan.attempt:
-            self._mapped = {}  # every worker has new memory; of one that was lost none is held
+            self._mapped = {}  # workers have new memory; unmap that of lost workers, too
         self._plan = plan
         self._server.exclusively(lambda: self._server.forget_push_reply(rank))
-        return OpenReply(self._reaches(rank, memory), steps)
+        return OpenReply(self._shares_memory(rank, memory), steps)
 
     def begin(self, attempt: int, version: int) -> None:
-        """Bring the tables to this version. See `TableServer.begin`."""
+        """Roll the tables back to a version, if needed. See `TableServer.begin`."""
         self._replication.state.check_serves()
         self._server.begin(attempt, version)
 
     def pull(self, pull: PullId, transfer: RowTransfer) -> NDArray[np.float32] | None:
-        """Put rows into the worker's memory; give them, where it is out of reach."""
+        """Write rows into the worker's memory; return them if it is not shared with this server."""
         self._replication.state.check_serves()
         ids, rows = self._ids(pull.rank, transfer), self._values(pull.rank, transfer)
         remote = rows is None
@@ -97,7 +97,7 @@ class TableServing(Serving[TableServer], PartSource):
         skip: bool = False,
         settings: tuple[float, ...] = (),
     ) -> int:
-        """Take gradients; return when the step is made. See `TableServer.add`."""
+        """Receive gradients; return when the step is complete. See `TableServer.add`."""
         self._replication.state.check_serves()
         gradients = []
         for transfer in transfers:
@@ -107,7 +107,7 @@ class TableServing(Serving[TableServer], PartSource):
         return self._server.add(push, gradients, skip, settings).version
 
     def kept(self, version: int, limit_s: float) -> TablesCopy:
-        """Give what was kept of a version, as an object to be fetched. See `Server.kept`."""
+        """Return the checkpoint copy of a version, as an object reference. See `Server.kept`."""
         copy = tables_copy(self._server, version, limit_s)
         return copy if copy.ref is None else replace(copy, ref=[self._transport.put(copy.ref)])
 
@@ -119,8 +119,8 @@ class TableServing(Serving[TableServer], PartSource):
     def part(self, table: int, first: int, count: int) -> bytes:
         return self._server.part(table, first, count)
 
-    def _reaches(self, rank: int, memory: MemoryAddress) -> bool:
-        """Map a worker's memory, where that can be done."""
+    def _shares_memory(self, rank: int, memory: MemoryAddress) -> bool:
+        """Map a worker's memory; return whether that is possible."""
         if memory.node != self._transport.node:
             return False
         try:
@@ -147,8 +147,8 @@ class TableServing(Serving[TableServer], PartSource):
         return values
 
     def _map(self, rank: int, address: MemoryAddress) -> Any:
-        """Give a worker's memory as an array; a worker has one segment of each dtype."""
-        held = self._mapped.get((rank, address.dtype))
-        if held is None or held.address != address:
-            held = self._mapped[rank, address.dtype] = MemorySegment.open(address)
-        return held.tensor.numpy()
+        """Return a worker's memory as an array; a worker has one segment of each dtype."""
+        segment = self._mapped.get((rank, address.dtype))
+        if segment is None or segment.address != address:
+            segment = self._mapped[rank, address.dtype] = MemorySegment.open(address)
+        return segment.tensor.numpy()

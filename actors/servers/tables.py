@@ -1,4 +1,4 @@
-"""The port `Tables`: control by actor calls, ids and rows through this worker's memory."""
+"""Implementation of the port `Tables`: actor calls, with ids and rows in the worker's memory."""
 
 import logging
 import threading
@@ -27,29 +27,29 @@ from distplat.strategies.sparse.table import RowGradients
 
 logger = logging.getLogger(__name__)
 
-_SMALLEST = 1 << 12
+_MIN_ELEMENTS = 1 << 12
 _START = "start_timeout_s"
 
 
 class _GrowingSegment:
-    """A segment that servers of this node map; another, larger one where it gets too small."""
+    """A segment that servers on this node map; a larger segment replaces it when it is full."""
 
     def __init__(self, node: str, dtype: str) -> None:
         self._node, self._dtype = node, dtype
-        self._segment = MemorySegment.create(self._node, _SMALLEST, dtype)
+        self._segment = MemorySegment.create(self._node, _MIN_ELEMENTS, dtype)
 
     @property
     def address(self) -> Any:
-        """Where servers find it."""
+        """Address of the current segment."""
         return self._segment.address
 
-    def room(self, elements: int, after: int = 0) -> tuple[Any, int]:
+    def allocate(self, elements: int, after: int = 0) -> tuple[Any, int]:
         """
-        Give an array of `elements` elements, and where it begins.
+        Allocate an array; return it and its offset in the current segment.
 
         Args:
-            elements: how many.
-            after: elements at the start that are in use; who has an array of them keeps it.
+            elements: of the array.
+            after: elements in use at the start of the segment; existing arrays of them stay valid.
         """
         if after + elements > self._segment.address.elements:
             self._segment.seal()
@@ -58,41 +58,41 @@ class _GrowingSegment:
         return self._segment.tensor.numpy()[after : after + elements], after
 
     def close(self) -> None:
-        """Seal the segment: no server can map it any more."""
+        """Seal the segment: no process can map it any more."""
         self._segment.seal()
 
 
 class _Push(PendingPush):
     """
-    A push under way. See `PendingPush`.
+    A push in flight. See `PendingPush`.
 
     Args:
-        send: hands the gradients over; again where a lost server is followed by another.
-        after_loss: does something once more with the servers that there are after a loss.
+        send: sends the gradients; called again after a failover.
+        with_resend: runs its first argument, and its second one after each failover.
     """
 
     def __init__(
         self,
         send: Callable[[], PendingCall],
-        after_loss: Callable[[Callable[[], None], Callable[[], None]], None],
+        with_resend: Callable[[Callable[[], None], Callable[[], None]], None],
     ) -> None:
-        self._send, self._after_loss = send, after_loss
-        self._sent = send()
+        self._send, self._with_resend = send, with_resend
+        self._calls = send()
 
     @override
     def wait(self) -> None:
-        self._after_loss(lambda: self._sent.wait(), lambda: self._send().wait())
+        self._with_resend(lambda: self._calls.wait(), lambda: self._send().wait())
 
 
 class RemoteTables(Tables):
     """
-    The servers of embedding tables, seen by one worker.
+    A worker's client of the servers of embedding tables.
 
     Args:
         transport: the worker's.
         order: the worker's orders, with the servers' handles.
-        every: steps between two checkpoints; 0: there are none.
-        abandoned: once set, waits come to their end.
+        every: steps between two checkpoints; 0: checkpoints are disabled.
+        abandoned: once set, waits end.
     """
 
     def __init__(
@@ -105,7 +105,7 @@ class RemoteTables(Tables):
         servers = list(order.embedding_servers)
         self._use(servers, [f"embedding-server-{k}" for k in range(len(servers))])
         self._saved: tuple[int, list[Any]] = 0, []
-        self._new_memory()
+        self._allocate_memory()
 
     @override
     def connect(
@@ -131,65 +131,67 @@ class RemoteTables(Tables):
         return self._plan, self._failover(self._open)
 
     def _use(self, servers: Sequence[Any], names: Sequence[str]) -> None:
-        self._calls = ServerCalls(self._transport, self._limits, servers, names, self._watch.look)
+        self._calls = ServerCalls(self._transport, self._limits, servers, names, self._watch.check)
 
     def _start_watching(self) -> None:
-        """Get the present map of the tables' servers, and watch for newer ones."""
+        """Get the current map of the tables' servers, and watch for newer maps."""
         manager, transport = self._order.manager, self._transport
         calls = ServerCalls(
-            transport, self._limits, [manager], ["server-manager"], self._watch.look
+            transport, self._limits, [manager], ["server-manager"], self._watch.check
         )
-        ask = calls.each("table_servers", 0, 0.0)
-        table_map: TableMap = calls.start("map of tables", ask, setting=_START).answers()[0]
+        get_map = calls.each("table_servers", 0, 0.0)
+        table_map: TableMap = calls.start("map of tables", get_map, setting=_START).answers()[0]
         self._use(table_map.servers, table_map.names)
         self._watch.begin(partial(transport.call, manager, "table_servers"), table_map.version)
 
-    def _new_memory(self) -> None:
+    def _allocate_memory(self) -> None:
         node = self._transport.node
         self._ids, self._values = _GrowingSegment(node, "int64"), _GrowingSegment(node, "float32")
         self._kept = 0
 
     def _open(self) -> int:
-        """Join the attempt at all servers; give the steps that each of them has at least."""
-        who = self._plan, self._order.rank, self._ids.address, *self._saved
-        question = self._calls.each("open", *who)
-        call = self._calls.start("connecting to tables", question, setting=_START)
-        opened: list[OpenReply] = call.answers()
-        self._shares_memory = [answer.shares_memory for answer in opened]
+        """Join the attempt at all servers; return the lowest step count among them."""
+        args = self._plan, self._order.rank, self._ids.address, *self._saved
+        open_call = self._calls.each("open", *args)
+        answers: list[OpenReply] = self._calls.start(
+            "connecting to tables", open_call, setting=_START
+        ).answers()
+        self._shares_memory = [answer.shares_memory for answer in answers]
         names = ", ".join(table.name for table in self._plan.tables)
         local = [k for k, shares in enumerate(self._shares_memory) if shares]
         remote = [k for k, shares in enumerate(self._shares_memory) if not shares]
         logger.info("tables %s; by shared memory: %s, in the call: %s", names, local, remote)
-        return min(answer.steps for answer in opened)
+        return min(answer.steps for answer in answers)
 
     def _failover(self, action: Callable[[], Result]) -> Result:
-        """Do something with the servers that there are; see `ServerWatch`."""
-        return self._watch.following(action, self._reconnect)
+        """Call the servers, with failover; see `ServerWatch.with_failover`."""
+        return self._watch.with_failover(action, self._reconnect)
 
     def _reconnect(self, newest: TableMap) -> None:
-        """Go over to the servers that keep the tables now."""
+        """Connect to the servers of a newer map."""
         self._use(newest.servers, newest.names)
-        # A server that was frozen and wakes up writes where nobody looks.
+        # New memory: a frozen server that wakes up writes only to the old segments.
         self.close()
-        self._new_memory()
+        self._allocate_memory()
         self._open()
 
-    def _after_loss(self, first: Callable[[], None], again: Callable[[], None]) -> None:
-        """Do something with the servers, and something else after each time that one is lost."""
-        turn = [first]
+    def _with_resend(self, wait: Callable[[], None], resend: Callable[[], None]) -> None:
+        """Run `wait` with failover: after each failover, `resend` runs instead."""
+        action = wait
 
-        def go_over(newest: TableMap) -> None:
-            turn[0] = again
+        def reconnect(newest: TableMap) -> None:
+            nonlocal action
+            action = resend
             self._reconnect(newest)
 
-        self._watch.following(lambda: turn[0](), go_over)
+        self._watch.with_failover(lambda: action(), reconnect)
 
     @override
     def begin(self, version: int) -> None:
         def begin() -> None:
-            question = self._calls.each("begin", self._plan.attempt, version)
-            what = f"going on after step {version}"
-            self._calls.start(what, question, setting=_START).wait()
+            call = self._calls.each("begin", self._plan.attempt, version)
+            what = f"continuing after step {version}"
+            self._calls.start(what, call, setting=_START).wait()
 
         self._failover(begin)
 
@@ -199,19 +201,19 @@ class RemoteTables(Tables):
 
     def _pull(self, table: int, ids: Routed, *, keep: bool) -> NDArray[np.float32]:
         count, width = len(ids.ids), self._plan.tables[table].width
-        self._ids.room(count)[0][:] = ids.ids
-        flat, start = self._values.room(count * width, self._kept)
+        self._ids.allocate(count)[0][:] = ids.ids
+        flat, start = self._values.allocate(count * width, self._kept)
         if keep:
             self._kept = start + flat.size
         pull = PullId(self._plan.attempt, self._order.rank, self._pulled)
         self._pulled += 1
         servers = [k for k in range(len(self._calls.servers)) if ids.cuts[k] < ids.cuts[k + 1]]
 
-        def question(server: Any, k: int) -> Any:
+        def call(server: Any, k: int) -> Any:
             transfer = self._transfer(k, table, ids, None, (0, start))
             return self._transport.call(server, "pull", pull, transfer)
 
-        answers = self._calls.start(f"pull {pull.number}", question, servers).answers()
+        answers = self._calls.start(f"pull {pull.number}", call, servers).answers()
         rows: NDArray[np.float32] = flat.reshape(count, width)
         for k, answer in zip(servers, answers, strict=True):
             if answer is not None:
@@ -228,7 +230,7 @@ class RemoteTables(Tables):
     ) -> _Push:
         push = PushId(self._order.run, self._order.attempt, self._order.rank, step, task)
         control = skip, () if self._plateau is None else tuple(self._plateau.state)
-        return _Push(lambda: self._push(push, gradients, control), self._after_loss)
+        return _Push(lambda: self._push(push, gradients, control), self._with_resend)
 
     def _push(
         self,
@@ -239,41 +241,40 @@ class RemoteTables(Tables):
         self._kept = 0
         offsets = self._write(gradients)
 
-        def question(server: Any, k: int) -> Any:
+        def call(server: Any, k: int) -> Any:
             transfers = [
-                self._transfer(k, grads.table, routed, grads.values, at)
-                for (routed, grads), at in zip(gradients, offsets, strict=True)
+                self._transfer(k, grads.table, routed, grads.values, offset)
+                for (routed, grads), offset in zip(gradients, offsets, strict=True)
             ]
             return self._transport.call(server, "push", push, transfers, *control)
 
-        return self._calls.start(f"push {push.seq} to tables", question)
+        return self._calls.start(f"push {push.seq} to tables", call)
 
     @override
     def copies(self, version: int) -> list[TablesCopy] | None:
-        def ask_one(k: int, limit_s: float) -> TablesCopy:
-            what, look = f"tables after {version} steps", self._watch.check
-            question = self._calls.each("kept", version, limit_s)
-            call = self._calls.start(what, question, [k], look=look)
-            answer: TablesCopy = call.answers()[0]
+        def fetch(k: int, limit_s: float) -> TablesCopy:
+            what, check = f"tables after {version} steps", self._watch.check_attempt
+            kept = self._calls.each("kept", version, limit_s)
+            answer: TablesCopy = self._calls.start(what, kept, [k], check=check).answers()[0]
             return answer
 
-        asks = [partial(ask_one, k) for k in range(len(self._calls.servers))]
+        fetches = [partial(fetch, k) for k in range(len(self._calls.servers))]
         try:
-            return fetch_copies(asks, version, self._limits.step_timeout_s)
+            return fetch_copies(fetches, version, self._limits.step_timeout_s)
         except ActorLost:
-            if not self._watch.begun:
+            if not self._watch.has_backups:
                 raise
-            return None  # its backup need not have kept them
+            return None  # the backup may have no copy of this version
 
     def close(self) -> None:
-        """Leave: no server maps this worker's memory from now on."""
+        """Seal this worker's memory: no server can map it any more."""
         self._ids.close()
         self._values.close()
 
     def _write(self, gradients: Sequence[tuple[Routed, RowGradients]]) -> list[tuple[int, int]]:
-        """Bring ids and gradients to where servers reach them; give where each table's begin."""
-        ids, _ = self._ids.room(sum(len(grads.ids) for _, grads in gradients))
-        values, _ = self._values.room(sum(grads.values.size for _, grads in gradients))
+        """Write ids and gradients to this worker's segments; return each table's two offsets."""
+        ids, _ = self._ids.allocate(sum(len(grads.ids) for _, grads in gradients))
+        values, _ = self._values.allocate(sum(grads.values.size for _, grads in gradients))
         offsets, first_id, first_value = [], 0, 0
         for _, grads in gradients:
             offsets.append((first_id, first_value))
@@ -291,7 +292,7 @@ class RemoteTables(Tables):
         values: NDArray[np.float32] | None,
         offsets: tuple[int, int],
     ) -> RowTransfer:
-        """Pack server k's part of what lies in this worker's memory, at `offsets`."""
+        """Build server k's transfer: addresses from `offsets` on, or copies if it is remote."""
         part = ids.part(k)
         count = part.stop - part.start
         if not self._shares_memory[k]:

@@ -1,15 +1,15 @@
 """
-Where a worker's parameters and gradients lie, and how they get to the servers and back.
+Placement of a worker's parameters and gradients, and their transfer to and from the servers.
 
-    server on this node    gradients: it maps this worker's segment
-                           parameters, shared: the worker maps the node's and computes on it
+    server on this node    gradients: the server maps the worker's segment
+                           parameters, shared: the worker maps the node's segment and computes on it
                            parameters, private: the server copies them into the worker's segment
     server elsewhere       gradients: bytes in the call
-                           parameters: an object that the server puts, and the worker gets
+                           parameters: the server puts an object in the store, the worker gets it
 
-Shared is for servers that change only while all workers wait: a node then holds one copy of the
-parameters for all of them, and a new version is there when the answer comes. Private is for servers
-that go on meanwhile.
+Shared memory is used if servers update only while all workers wait: a node then holds one copy of
+the parameters for all its workers, and the new version is visible when the answer arrives. Private
+memory is used if servers update while workers compute.
 """
 
 from abc import ABC, abstractmethod
@@ -34,20 +34,20 @@ from distplat.strategies.model.optimizer_state import PER_PARAMETER, USED, WHOLE
 
 class VectorTransport(ABC):
     """
-    One worker's vectors.
+    A worker's vectors of parameters and gradients.
 
     Args:
         transport: the worker's.
         facts: of the model.
-        joined: where the servers are.
+        joined: the servers and their addresses.
     """
 
     parameters: Tensor
-    """Shape [n], on the CPU; there after `open`."""
+    """Shape [n], on the CPU; set by `open`."""
     one_copy = False
     """Whether the worker computes on the servers' own memory."""
     parameter_address: MemoryAddress | None = None
-    """Where servers find it; None: they need not."""
+    """Segment into which servers copy parameters; None: they do not."""
 
     def __init__(self, transport: Transport, facts: ModelFacts, joined: Membership) -> None:
         self._transport, self._facts, self._joined = transport, facts, joined
@@ -59,53 +59,60 @@ class VectorTransport(ABC):
 
     @abstractmethod
     def candidates(self) -> list[int]:
-        """Give the shards whose servers may share memory with this worker."""
+        """Return the shards whose servers may share memory with this worker."""
 
     def open(self, local_shards: set[int]) -> None:
-        """Note which servers share memory: nobody else will map the segments."""
+        """Set the shards whose servers share memory, and seal the segments: all are mapped."""
         self.local_shards = local_shards
         self._gradient_segment.seal()
 
-    def part_ways(self) -> None:
-        """Have the worker compute on a vector of its own, whose content is that of `parameters`."""
+    def detach(self) -> None:
+        """Replace `parameters` by a copy if they are the servers' memory."""
         if self.one_copy:
             self.one_copy, self.parameters = False, self.parameters.clone()
 
     def put(self, cut: Shard, initial: Tensor) -> None:
-        """Lay initial parameters where a near server finds them."""
-        part(self.parameters, cut).copy_(part(initial, cut))
+        """Copy initial parameters to where a server on this node reads them."""
+        shard_view(self.parameters, cut).copy_(shard_view(initial, cut))
 
-    def take(self, cut: Shard, answer: ServerReply, limit_s: float) -> None:
+    def receive(self, cut: Shard, answer: ServerReply, limit_s: float) -> None:
         """Copy the values of an answer to `parameters`, unless a local server has done so."""
         if cut.index in self.local_shards:
             return
         values: NDArray[np.uint8] = self._transport.get(answer.payload[0], limit_s)
-        own_part = part(self.parameters, cut)
+        destination = shard_view(self.parameters, cut)
         if self._joined.wire is None:
-            as_bytes(own_part)[:] = values
+            as_bytes(destination)[:] = values
         else:
-            own_part.copy_(from_bytes(values, getattr(torch, self._joined.wire)))
+            destination.copy_(from_bytes(values, getattr(torch, self._joined.wire)))
 
     def traffic(self, cut: Shard) -> tuple[int, int]:
-        """Give the bytes of a step's gradient for a shard, and of the parameters it brings."""
+        """Return the bytes per step of a shard: of its gradient, and of its new parameters."""
         size = cut.size * self.gradients.itemsize
         if cut.index in self.local_shards:
             return size, 0 if self.one_copy else size
         wire = self._joined.wire
-        travels = size if wire is None else cut.size * getattr(torch, wire).itemsize
-        return travels, travels
+        wire_size = size if wire is None else cut.size * getattr(torch, wire).itemsize
+        return wire_size, wire_size
 
     def payload(
         self, cut: Shard, vector: Tensor, *, exact: bool = False
     ) -> NDArray[np.uint8] | None:
-        """Give what must travel in a call so that the server has its part of `vector`."""
+        """
+        Return a shard's part of `vector` as bytes for a call; None: its server shares memory.
+
+        Args:
+            cut: the shard.
+            vector: shape [n].
+            exact: keep the vector's dtype instead of the `wire` dtype.
+        """
         if cut.index in self.local_shards:
             return None
-        return as_bytes(as_type(part(vector, cut), None if exact else self._joined.wire))
+        return as_bytes(as_type(shard_view(vector, cut), None if exact else self._joined.wire))
 
 
 class SharedMemoryTransport(VectorTransport):
-    """Parameters in memory that servers and workers of a node share."""
+    """Vectors whose parameters lie in memory that servers and workers of a node share."""
 
     def __init__(self, transport: Transport, facts: ModelFacts, joined: Membership) -> None:
         super().__init__(transport, facts, joined)
@@ -114,7 +121,8 @@ class SharedMemoryTransport(VectorTransport):
     @override
     def candidates(self) -> list[int]:
         opened: dict[tuple[int, int], MemorySegment] = {}
-        # Of a server's own segment, whole in length, only its shard has memory.
+        # A replicated server's segment has the length of the whole vector, but memory only for its
+        # shard.
         populate = not self._joined.replicated
         for index, address in enumerate(self._joined.parameters):
             if address.node != self._node:
@@ -123,16 +131,16 @@ class SharedMemoryTransport(VectorTransport):
             try:
                 opened[key] = opened.get(key) or MemorySegment.open(address, populate=populate)
             except OSError:
-                continue  # another container on this node: its servers are reached as if far away
+                continue  # another container on this node: treat its servers as remote
             self._segments[index] = opened[key]
         return list(self._segments)
 
     @override
     def open(self, local_shards: set[int]) -> None:
-        """Where all servers are near, the model moves into their segment."""
+        """If all servers share one segment with this worker, compute on that segment."""
         super().open(local_shards)
-        everybody = range(len(self._joined.servers))
-        segments = [self._segments.get(i) if i in local_shards else None for i in everybody]
+        shards = range(len(self._joined.servers))
+        segments = [self._segments.get(i) if i in local_shards else None for i in shards]
         first = segments[0]
         self.one_copy = first is not None and all(s is first for s in segments)
         if first is not None and self.one_copy:
@@ -143,17 +151,18 @@ class SharedMemoryTransport(VectorTransport):
 
     @override
     def put(self, cut: Shard, initial: Tensor) -> None:
-        part(self._segments[cut.index].tensor, cut).copy_(part(initial, cut))
+        shard_view(self._segments[cut.index].tensor, cut).copy_(shard_view(initial, cut))
 
     @override
-    def take(self, cut: Shard, answer: ServerReply, limit_s: float) -> None:
-        super().take(cut, answer, limit_s)
+    def receive(self, cut: Shard, answer: ServerReply, limit_s: float) -> None:
+        super().receive(cut, answer, limit_s)
         if cut.index in self.local_shards and not self.one_copy:
-            part(self.parameters, cut).copy_(part(self._segments[cut.index].tensor, cut))
+            source = shard_view(self._segments[cut.index].tensor, cut)
+            shard_view(self.parameters, cut).copy_(source)
 
 
 class CopyTransport(VectorTransport):
-    """Parameters that each worker has a copy of, as servers change while it computes."""
+    """Vectors with a copy of the parameters per worker: servers update while workers compute."""
 
     def __init__(self, transport: Transport, facts: ModelFacts, joined: Membership) -> None:
         super().__init__(transport, facts, joined)
@@ -172,59 +181,68 @@ class CopyTransport(VectorTransport):
         self._segment.seal()
 
 
-def part(vector: Tensor, cut: Shard) -> Tensor:
-    """Give a shard's run of a vector."""
+def shard_view(vector: Tensor, cut: Shard) -> Tensor:
+    """Return a view of a shard's part of a vector."""
     return vector[cut.start : cut.stop]
 
 
-def run_of(state: Mapping[str, Tensor], cut: Shard) -> dict[str, RawTensor]:
-    """Give a shard's part of what an optimizer remembers of the flat vector; it takes its own."""
-    whole = (PER_PARAMETER, WHOLE)
+def shard_state(state: Mapping[str, Tensor], cut: Shard) -> dict[str, RawTensor]:
+    """
+    Return the optimizer state of a shard.
+
+    Entries per parameter, and those that are not split, are copied whole; the shard's optimizer
+    selects its own.
+
+    Args:
+        state: of the whole flat vector.
+        cut: the shard.
+    """
+    unsplit = (PER_PARAMETER, WHOLE)
     return {
-        name: whole_of(value if name.startswith(whole) else value[cut.start : cut.stop])
+        name: whole_of(value if name.startswith(unsplit) else value[cut.start : cut.stop])
         for name, value in state.items()
     }
 
 
-def joined_state(
+def merge_states(
     states: Sequence[Mapping[str, RawTensor]], cuts: Sequence[Shard], layout: Layout
 ) -> dict[str, Tensor]:
     """
-    Put together what the optimizers of all shards remember; see `FlatOptimizer.state`.
+    Merge the optimizer states of all shards; see `FlatOptimizer.state`.
 
     Args:
-        states: by shard; empty where nothing is remembered.
+        states: by shard; empty if an optimizer has no state.
         cuts: the shards.
         layout: of the whole vector.
     """
-    joined: dict[str, Tensor] = {}
+    merged: dict[str, Tensor] = {}
     for raws, cut in zip(states, cuts, strict=True):
         state = {
             name: from_bytes(raw.data, getattr(torch, raw.dtype)) for name, raw in raws.items()
         }
         for name, values in state.items():
             if name.startswith(PER_PARAMETER):
-                into = joined.setdefault(name, torch.zeros(layout.parameters, dtype=values.dtype))
-                into[state[USED]] = values[state[USED]]
+                total = merged.setdefault(name, torch.zeros(layout.parameters, dtype=values.dtype))
+                total[state[USED]] = values[state[USED]]
             else:
-                into = joined.setdefault(name, torch.zeros(layout.size, dtype=values.dtype))
-                into[cut.start : cut.stop] = values
-    return joined
+                total = merged.setdefault(name, torch.zeros(layout.size, dtype=values.dtype))
+                total[cut.start : cut.stop] = values
+    return merged
 
 
 def as_bytes(vector: Tensor) -> NDArray[np.uint8]:
-    """View a CPU tensor as bytes: every dtype travels, numpy's and others."""
+    """Return a CPU tensor as a view of bytes, also of dtypes that numpy lacks."""
     array: NDArray[np.uint8] = vector.view(torch.uint8).numpy()
     return array
 
 
 def from_bytes(values: NDArray[np.uint8], dtype: torch.dtype) -> Tensor:
-    """See bytes as a tensor of this type, shape [their number / its size]."""
-    # Ray's arrays are read-only maps of its store; torch has no read-only tensor and warns.
+    """Return bytes as a tensor of this dtype, shape [bytes / itemsize]; copies read-only bytes."""
+    # Arrays from Ray's object store are read-only; torch has no read-only tensors and warns.
     array = values if values.flags.writeable else np.array(values, copy=True)
     return torch.from_numpy(array).view(dtype)
 
 
 def as_type(vector: Tensor, wire: str | None) -> Tensor:
-    """Give a vector in the type that travels: itself, or a copy; what fp16 cannot hold is inf."""
+    """Return a vector in the `wire` dtype, copied if it differs; values out of range become inf."""
     return vector if wire is None else vector.to(getattr(torch, wire))

@@ -45,8 +45,8 @@ class Dealing(Scheduler):
         self._dead.add((rank, self._attempt))
         self._wake()
 
-    def _take_from_the_silent(self, scheduler: TaskScheduler) -> None:
-        super()._take_from_the_silent(scheduler)
+    def _reclaim_tasks(self, scheduler: TaskScheduler) -> None:
+        super()._reclaim_tasks(scheduler)
         for rank, attempt in self._dead:
             if attempt == self._attempt:
                 scheduler.lose(rank)

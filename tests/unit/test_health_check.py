@@ -32,14 +32,14 @@ def test_a_question_is_open_when_a_server_dies() -> None:
     cluster, actors = servers(1)
     beats, named = Heartbeats(cluster.transport(), 60.0), {"server-0": actors[0]}
     until = time.monotonic() + SOON_S
-    while not beats.has_heard("server-0"):
-        assert beats.look(named, ()) == {}
+    while not beats.has_answered("server-0"):
+        assert beats.find_lost(named, ()) == {}
         assert time.monotonic() < until
-    assert beats.look(named, ()) == {}
+    assert beats.find_lost(named, ()) == {}
     time.sleep(0.1)  # it would have been answered, if the server did not keep its answer back
     assert len(cluster.open_calls()) == 1
     actors[0].die("for a test")
-    assert list(beats.look(named, ())) == ["server-0"]
+    assert list(beats.find_lost(named, ())) == ["server-0"]
 
 
 @pytest.mark.parametrize(
@@ -64,7 +64,7 @@ def test_a_lost_answer_is_no_lost_server() -> None:
     watch = HealthCheck(cluster.transport(), actors, 60.0, losing)
     watch.begin()
     until = time.monotonic() + SOON_S
-    while not watch._heartbeats.has_heard("server-0"):  # it was asked again
+    while not watch._heartbeats.has_answered("server-0"):  # it was asked again
         assert time.monotonic() < until
         time.sleep(0.01)
     assert not losing.is_set()
@@ -78,7 +78,7 @@ def test_a_watch_that_ends_by_a_fault_of_its_own_says_so(monkeypatch: pytest.Mon
     def fail(*args: object) -> dict[str, str]:
         raise KeyError(0)
 
-    monkeypatch.setattr(Heartbeats, "look", fail)
+    monkeypatch.setattr(Heartbeats, "find_lost", fail)
     cluster, actors = servers(1)
     losing = threading.Event()
     watch = HealthCheck(cluster.transport(), actors, 60.0, losing)
@@ -101,4 +101,4 @@ def test_a_replication_that_ends_by_a_fault_of_its_own_says_so() -> None:
     )
     assert losing.wait(SOON_S)
     assert looked_after.wait_past(group.version, SOON_S)
-    assert "server-manager was lost: its thread of replication ended" in str(looked_after.lost)
+    assert "server-manager was lost: its replication thread ended" in str(looked_after.lost)

@@ -44,7 +44,7 @@ class Cluster:
             servers=self.servers,
             names=["server-0", "server-1", "server-2"],
             mailboxes=self if local_shards else None,
-            look=None,
+            check=None,
             limit_s=lambda setting: 5.0,
         )
 

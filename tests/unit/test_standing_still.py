@@ -141,13 +141,13 @@ def test_who_watches_servers_and_stood_still_waits_for_them(clock: Time) -> None
     inject(cluster, "poll", Fault(delay_s=0.2), times=2)
     named = {f"server-{number}": one for number, one in enumerate(actors)}
     beats = Heartbeats(cluster.transport(), 5.0)
-    assert beats.look(named, ()) == {}
+    assert beats.find_lost(named, ()) == {}
     clock.now += LONG_S
-    assert beats.look(named, ()) == {}, "their answers are on their way"
+    assert beats.find_lost(named, ()) == {}, "their answers are on their way"
     for _ in range(5):
         clock.now += MAX_GAP_S
         assert drain(cluster, 10.0)
-        assert beats.look(named, ()) == {}
+        assert beats.find_lost(named, ()) == {}
 
 
 def test_a_collective_that_was_stopped_goes_on(clock: Time) -> None:

@@ -373,7 +373,7 @@ def test_a_frozen_server_is_replaced(make: Callable[..., TableServers]) -> None:
     def freeze(rank: int) -> None:
         assert servers.manager is not None
         heartbeats, until = servers.manager.body._tables._heartbeats, time.monotonic() + 10
-        while not heartbeats.has_heard("embedding-server-0"):  # who starts is given time
+        while not heartbeats.has_answered("embedding-server-0"):  # who starts is given time
             assert time.monotonic() < until
             time.sleep(0.01)
         for method in ("poll", "pull", "push"):
