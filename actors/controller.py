@@ -304,7 +304,7 @@ class Controller:
     def _scale(self) -> None:
         """Carry out requests to scale; a failure is repaired first."""
         if self._async_scaler is None:
-            wanted = self._sync_scaler.look(self._checkpoints.step)
+            wanted = self._sync_scaler.advance(self._checkpoints.step)
             if wanted is not None:
                 self._state.handle(Resize(wanted), self._clock.now())
             return
@@ -346,7 +346,7 @@ class Controller:
         if restart.restarts_all:
             (self._async_scaler or self._sync_scaler).all_restarted()
         elif "task-scheduler" in restart.coordinators and self._async_scaler is not None:
-            self._async_scaler.tell_again()
+            self._async_scaler.resend()
         if self._async_scaler is not None:
             return
         world, before = self._actor_group.world, self._sync_scaler.world

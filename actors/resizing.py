@@ -1,23 +1,23 @@
 """
-Carries out `distplat scale`: more or fewer workers while a run goes on.
+Execution of `distplat scale`: adding and removing workers of a running job.
 
-Under `ps-sync`, where all workers make every step together:
+Synchronous strategies, where all workers train every step together:
 
-    newcomers    import, build model and data ──▶ ready
-    the others   train ─────────────────────────────────▶│ stop before one step   │ all go on
-    controller                                     Resize ┘ next attempt's orders ┘
+    new workers  import, build model and data ──▶ ready
+    workers      train ─────────────────────────────────▶│ stop before a step     │ all continue
+    controller                                     Resize ┘ orders of next attempt ┘
 
-What is to be done is decided in `platform/scaling.py` and `platform/job.py`; who leaves, and the
-orders, are the actor group's. A newcomer that is lost before it is ready disturbs nobody.
+`platform/scaling.py` and `platform/job.py` decide what to do. The actor group chooses the workers
+that leave, and sends the orders. Losing a new worker before it is ready does not affect the others.
 
-Under `ps-async`, whose workers have no step in common, others are not disturbed:
+`ps-async`, whose workers train independent tasks:
 
-    distplat scale ── request ──▶ controller    joins: make worker-4, worker-5
+    distplat scale ── request ──▶ controller    join: start worker-4, worker-5
                                       │
-                                      └─ dismiss ──▶ task scheduler    worker-3 finishes, is ended
+                                      └─ dismiss ──▶ task scheduler    worker-3 finishes and ends
 
-A newcomer asks the task scheduler for work like everybody else, and who leaves finishes what it
-holds. Rank 0 stays: it has the buffers that are saved.
+A new worker requests tasks from the task scheduler like the others. A leaving worker finishes the
+tasks that it holds. Rank 0 never leaves, because its buffers are saved.
 """
 
 from __future__ import annotations
@@ -40,41 +40,41 @@ from distplat.strategies.catalog import strategy_problems
 logger = logging.getLogger(__name__)
 
 _REASON_S = 10.0
-"""How long the reason may take to come of a call that has failed."""
+"""Timeout for fetching the error of a failed call."""
 
 
 @dataclass
 class _Newcomer:
-    """A newcomer that makes itself ready."""
+    """A new worker that is building its model and data."""
 
     call: Callable[[], Any]
-    """Asks it for that, again if need be."""
+    """Sends the order to get ready; idempotent."""
     reply: Any
-    until: float
+    deadline: float
 
 
 class SyncScaler:
     """
-    Carries out requests for another number of workers, one after the other.
+    Executes scale requests of synchronous runs, one after the other.
 
     Args:
-        actor_group: the run's actors.
-        requests: for another number.
+        actor_group: actors of the run.
+        requests: scale requests.
     """
 
     def __init__(self, actor_group: ActorGroup, requests: ScaleRequests) -> None:
         self._actors, self._requests = actor_group, requests
         self._resizing = Resizing(actor_group.world)
-        self._number = 0  #: of the request that is being carried out
-        self._calls: dict[int, _Newcomer] = {}  #: by the rank that the newcomer is to have
+        self._number = 0  #: of the request that is being executed
+        self._calls: dict[int, _Newcomer] = {}  #: by the future rank of the new worker
 
     @property
     def world(self) -> int:
-        """Workers that the run goes on with."""
+        """Number of workers of the current attempt."""
         return self._resizing.world
 
     def refusal(self, workers: int) -> str:
-        """Give the reason why there cannot be `workers` workers; empty: there can."""
+        """Return why the run cannot have `workers` workers; empty: it can."""
         more = workers - self._resizing.world - len(self._resizing.newcomers)
         job = self._actors.job.with_workers(workers)
         for problem in [*job.problems(), *strategy_problems(job)]:
@@ -82,26 +82,28 @@ class SyncScaler:
         return lacks(job, more) if more > 0 else ""
 
     def all_restarted(self) -> None:
-        """All actors were made anew; a request that is under way stands."""
+        """Reset after a restart of all actors; a request in progress stays in progress."""
         self._resizing.all_restarted(self._actors.world)
         self._calls.clear()
 
     def resized(self) -> None:
-        """The run goes on with as many workers as the actor group has now."""
+        """Adopt the actor group's present number of workers."""
         self._resizing.resized(self._actors.world)
         self._calls = {
-            rank: c for rank, c in self._calls.items() if rank in self._resizing.newcomers
+            rank: newcomer
+            for rank, newcomer in self._calls.items()
+            if rank in self._resizing.newcomers
         }
 
-    def look(self, checkpoint_step: int) -> int | None:
+    def advance(self, checkpoint_step: int) -> int | None:
         """
-        Carry on; called while all workers are at work.
+        Advance the current request; called at each tick while all workers train.
 
         Args:
-            checkpoint_step: steps of the newest checkpoint.
+            checkpoint_step: step of the newest checkpoint.
 
         Returns:
-            Workers to go on with from the next step; None: nothing is to change now.
+            Number of workers from the next step on; None: no change is due.
         """
         resizing = self._resizing
         request = self._requests.take()
@@ -115,7 +117,7 @@ class SyncScaler:
             self._calls[rank] = _Newcomer(call, call(), time.monotonic() + limit)
             resizing.newcomer_started(rank)
         for rank in list(self._calls):
-            if rank in self._calls:  # else it was let go with one that was lost
+            if rank in self._calls:  # not dropped with another lost newcomer
                 self._check_newcomer(rank)
         if resizing.granted:
             self._answer("")
@@ -130,18 +132,18 @@ class SyncScaler:
         self._resizing.request(request.workers)
 
     def _check_newcomer(self, rank: int) -> None:
-        coming = self._calls[rank]
-        if not ray.wait([coming.reply], timeout=0)[0]:
-            if time.monotonic() > coming.until:
+        newcomer = self._calls[rank]
+        if not ray.wait([newcomer.reply], timeout=0)[0]:
+            if time.monotonic() > newcomer.deadline:
                 limit = self._actors.job.failure.start_timeout_s
                 why = f"it was not ready within `failure.start_timeout_s`, {limit:g} s"
                 self._give_up(rank, why)
             return
         try:
-            ray.get(coming.reply, timeout=_REASON_S)
+            ray.get(newcomer.reply, timeout=_REASON_S)
         except ray.exceptions.RayError as error:
             if meaning(error) in (Meaning.UNANSWERED, Meaning.LATE):
-                coming.reply = coming.call()
+                newcomer.reply = newcomer.call()
                 return
             if meaning(error) is not Meaning.RAISED:
                 self._give_up(rank, cause_of(error))
@@ -155,7 +157,7 @@ class SyncScaler:
             self._resizing.newcomer_ready(rank)
 
     def _give_up(self, rank: int, why: str) -> None:
-        """A newcomer is lost: the run goes on as it was."""
+        """Cancel the request, because a new worker was lost; the run continues unchanged."""
         self._answer(f"worker-{rank} could not be started: {why}")
         for other in list(self._resizing.newcomers):
             self._drop(other)
@@ -172,7 +174,7 @@ class SyncScaler:
 
 def check_scalable(actor_group: ActorGroup, workers: int) -> None:
     """
-    Refuse what no cluster could give.
+    Refuse numbers of workers that the strategy does not support.
 
     Raises:
         SpecError: the strategy cannot change its number of workers, or not to this one.
@@ -190,11 +192,11 @@ def check_scalable(actor_group: ActorGroup, workers: int) -> None:
 
 class AsyncScaler:
     """
-    The workers of one run, as many as were asked for.
+    Executes scale requests of asynchronous runs.
 
     Args:
-        actor_group: its actors.
-        requests: for more or fewer.
+        actor_group: actors of the run.
+        requests: scale requests.
     """
 
     def __init__(self, actor_group: ActorGroup, requests: ScaleRequests) -> None:
@@ -202,40 +204,40 @@ class AsyncScaler:
         self._leaving: set[int] = set()
 
     def refusal(self, workers: int) -> str:
-        """Give the reason why there cannot be `workers` workers; empty: there can."""
+        """Return why the run cannot have `workers` workers; empty: it can."""
         more = workers - len(self._staying())
         return lacks(self._actors.job, more) if more > 0 else ""
 
     def all_restarted(self) -> None:
-        """All actors were restarted: no worker is leaving any more."""
+        """Reset after a restart of all actors: no worker is leaving."""
         self._leaving.clear()
 
-    def tell_again(self) -> None:
-        """Tell a new task scheduler which workers are leaving."""
+    def resend(self) -> None:
+        """Send the leaving workers to a new task scheduler."""
         self._actors.tell_scheduler("dismiss", tuple(self._leaving))
 
     def carry_out(self, checkpoint_step: int) -> list[int]:
         """
-        Have workers join or leave, if that is asked for.
+        Add or remove workers, if a request is pending.
 
         Args:
-            checkpoint_step: steps of the newest checkpoint.
+            checkpoint_step: step of the newest checkpoint.
 
         Returns:
-            Ranks that are starting.
+            Ranks of the new workers.
         """
         request = self._requests.take()
         if request is None:
             return []
         stay = self._staying()
-        more = request.workers - len(stay)
+        change = request.workers - len(stay)
         refused = self.refusal(request.workers)
         joined: list[int] = []
-        if more > 0 and not refused:
-            joined = self._actors.grow(more, checkpoint_step)
+        if change > 0 and not refused:
+            joined = self._actors.grow(change, checkpoint_step)
             logger.info("workers join: %s", joined)
-        elif more < 0:
-            leave = tuple(stay[more:])
+        elif change < 0:
+            leave = tuple(stay[change:])
             self._leaving.update(leave)
             self._actors.tell_scheduler("dismiss", leave)
             logger.info("workers leave: %s", leave)
@@ -246,7 +248,7 @@ class AsyncScaler:
         return sorted(set(self._actors.workers) - self._leaving)
 
     def left(self, rank: int) -> None:
-        """End a worker that has finished what it had."""
+        """Stop a worker that has finished its last tasks."""
         self._leaving.discard(rank)
         self._actors.end_worker(rank)
         self._actors.tell_scheduler("forget", rank)

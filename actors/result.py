@@ -1,4 +1,4 @@
-"""What a run came to: `Result`, which `Trainer.fit` gives."""
+"""`Result`, the return value of `Trainer.fit`."""
 
 from __future__ import annotations
 
@@ -22,41 +22,41 @@ from distplat.platform.progress import (
 T = TypeVar("T")
 
 KEPT = 10_000
-"""Steps, evaluations and others that a `Result` keeps at least."""
+"""Minimum number of most recent entries in each list of a `Result`."""
 
 
 @dataclass
 class Result:
-    """What a run came to."""
+    """Files, metrics and history of a finished run."""
 
     path: Path
     """The run directory."""
     checkpoint: Path | None
-    """The trained model as safetensors; None: the job did not ask for it."""
+    """The trained model as safetensors; None: the job does not save it."""
     history: list[StepSummary] = field(default_factory=list, repr=False)
-    """The last steps, at least ten thousand; `metrics.jsonl` has all. So of all lists here."""
+    """The last steps. Each list has at least the last 10,000 entries; `metrics.jsonl` has all."""
     totals: StepTotals = field(default_factory=StepTotals, repr=False)
     """Sums over every step."""
     evaluations: list[EvalSummary] = field(default_factory=list, repr=False)
     checkpoints: list[Saved] = field(default_factory=list, repr=False)
-    """Those that came to the disk, oldest first; older ones may be deleted by now."""
+    """Checkpoints that were written, oldest first; the older ones may be deleted by now."""
     best_checkpoint: Path | None = None
-    """The best one by `checkpoint.keep_best`, which is never deleted; None: there is none."""
+    """Best checkpoint by `checkpoint.keep_best`, which is never deleted; None: not configured."""
     stopped: str | None = None
-    """Why the run ended before its last step; None: it made all of them."""
+    """Why the run ended before its last step; None: all steps were trained."""
     failures: list[FailureEvent] = field(default_factory=list, repr=False)
-    """Failures after which the run went on."""
+    """Failures from which the run recovered."""
     resizes: list[Resized] = field(default_factory=list, repr=False)
-    """Changes of the number of workers, of a run whose workers make every step together."""
+    """Changes of the number of workers; synchronous strategies only."""
     reported: bool = False
-    """Whether the steps are what a train function reported, and their figures its own."""
+    """Whether the steps and their metrics were reported by a train function."""
     seconds: float = 0.0
-    """From `fit` to the trained model."""
+    """Seconds from the call of `fit` to the trained model."""
     url: str | None = None
-    """URL of the run directory's copy, where `storage_path` is a URL."""
+    """URL of the run directory's copy; None: `storage_path` is not a URL."""
 
     def add(self, summary: Summary) -> None:
-        """Take one more piece of the run's history."""
+        """Add an event of the run."""
         match summary:
             case StepSummary():
                 self.totals.add(summary)
@@ -74,26 +74,27 @@ class Result:
 
     @property
     def cut_short(self) -> bool:
-        """Whether the run's last step was not made, as far as is known."""
+        """Whether the last step of the run is missing, or its number is unknown."""
         last = self.history[-1] if self.history else None
         return last is None or last.of == 0 or last.step < last.of
 
     @property
     def metrics(self) -> dict[str, float]:
         """
-        The last figures: `loss` of the last step, and `eval_*` of the last evaluation; of a train
-        function all that it reported last.
+        The last metrics: `loss` of the last step and `eval_*` of the last evaluation.
+
+        A train function's last report is included with all its metrics.
         """
         last = {"loss": self.history[-1].loss} if self.history else {}
         if self.reported and self.history:
             last |= self.history[-1].figures
         if self.evaluations:
-            newest = max(self.evaluations, key=lambda one: one.step)  # they may come in any order
+            newest = max(self.evaluations, key=lambda evaluation: evaluation.step)  # in any order
             last |= {f"eval_{k}": v for k, v in newest.metrics.items()}
         return last
 
     def rows(self) -> list[tuple[str, str]]:
-        """Give names and values of the short table."""
+        """Return names and values of the summary table."""
         table = [("steps", steps_text(self.totals.steps))]
         if self.stopped is not None:
             table.append(("stopped early", self.stopped))
@@ -115,13 +116,13 @@ class Result:
         return table
 
     def __str__(self) -> str:
-        """Give the table as lines: a name and its value on each."""
+        """Return the table as text, a name and its value per line."""
         rows = self.rows()
         width = max(len(name) for name, _ in rows)
         return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
 
     def _repr_html_(self) -> str:
-        """Give the table for a notebook."""
+        """Return the table as HTML, for notebooks."""
         cells = (
             f"<tr><th style='text-align:left'>{html.escape(name)}</th>"
             f"<td style='text-align:left'>{html.escape(value)}</td></tr>"
@@ -131,7 +132,7 @@ class Result:
 
 
 def _append(items: list[T], item: T) -> None:
-    """Append to a bounded list; the oldest half goes when it is full."""
+    """Append to a bounded list, which drops its older half when it is full."""
     items.append(item)
     if len(items) >= 2 * KEPT:
         del items[:KEPT]

@@ -1,11 +1,11 @@
 """
-What the actors of a run print: to the terminal, and to a file for each role.
+Output of a run's actors: forwarded to the terminal, and written to one file per role.
 
     worker-0   print(...) ── Ray's log monitor ──▶ driver ──▶ (digits/worker-0 pid=17) ...
                                                         └──▶ logs/worker-0.log
 
-Ray leaves out lines that several actors print alike, numbers aside; of training that hides the
-losses of all ranks but one. Here each line appears once for each role that printed it.
+Ray deduplicates lines that differ in numbers only, which would hide the losses of all ranks but
+one. In this module, each line appears once for each role that printed it.
 """
 
 from __future__ import annotations
@@ -25,26 +25,26 @@ from distplat.platform.disk import CLOSE_S, FOLDER_MODE, BackgroundWriter, Recor
 FOLDER = "logs"
 RAYLET = "raylet"
 _LOSS = "A worker died or was killed"
-"""In what raylets print of a lost process: who was lost, and why, is told by the controller."""
-_QUIET_S, _LONGEST_S, _TICK_S = 0.2, 1.0, 0.02
-"""After the end: Ray looks for new lines ten times a second."""
-_LARGEST = 32 * 2**20
-"""Bytes of a file; then it becomes the role's `.log.1`, and what that had goes."""
-_MOST = 1000
-"""Batches of lines that may wait for the disk."""
+"""In a raylet's message about a lost process, which the controller reports with more detail."""
+_QUIET_S, _MAX_WAIT_S, _TICK_S = 0.2, 1.0, 0.02
+"""After the end of a run, Ray checks for new lines ten times a second."""
+_MAX_BYTES = 32 * 2**20
+"""Maximum bytes of a file, which is then renamed to `.log.1`; the previous `.log.1` is deleted."""
+_MAX_PENDING = 1000
+"""Maximum number of batches of lines that wait for the disk."""
 
 
 class _RoleFile:
     """
-    The file of one role, which is made with its first line.
+    Log file of one role, created with the first line.
 
     Args:
-        path: of the file.
-        largest: see `_LARGEST`; None: it grows.
+        path: path of the file.
+        max_bytes: see `_MAX_BYTES`; None: unlimited.
     """
 
-    def __init__(self, path: Path, largest: int | None) -> None:
-        self._path, self._largest = path, largest
+    def __init__(self, path: Path, max_bytes: int | None) -> None:
+        self._path, self._largest = path, max_bytes
         self._records: RecordFile | None = None
 
     def write(self, text: str) -> None:
@@ -52,7 +52,7 @@ class _RoleFile:
         Append lines.
 
         Raises:
-            OSError: the disk refuses.
+            OSError: the write failed.
         """
         record = text.encode(errors="replace")
         records = self._records
@@ -61,26 +61,26 @@ class _RoleFile:
             self._records = records = None
             self._path.replace(self._path.with_suffix(".log.1"))
         if records is None:
-            with suppress(FileExistsError):  # if that is no folder, the next line says so
+            with suppress(FileExistsError):  # the next line raises if this is not a folder
                 self._path.parent.mkdir(FOLDER_MODE)
             self._records = records = RecordFile(self._path)
         records.write(record)
 
     def close(self) -> None:
-        """Close it."""
+        """Close the file."""
         if self._records is not None:
             self._records.close()
 
 
 class RoleFiles:
     """
-    Log files of each role, written by a thread: a disk that hangs blocks no caller.
+    Log files of all roles, written by a background thread, so that a slow disk blocks no caller.
 
     Args:
-        folder: where they are made.
-        warn: told of lines that cannot be written.
-        largest: see `_RoleFile`.
-        most: calls of `write` that may wait for the disk.
+        folder: folder of the files.
+        warn: called with a message if lines cannot be written.
+        max_bytes: see `_RoleFile`.
+        max_pending: maximum number of `write` calls that wait for the disk.
     """
 
     def __init__(
@@ -88,15 +88,15 @@ class RoleFiles:
         folder: Path,
         warn: Callable[[str], object],
         *,
-        largest: int | None = None,
-        most: int = _MOST,
+        max_bytes: int | None = None,
+        max_pending: int = _MAX_PENDING,
     ) -> None:
-        self._folder, self._largest = folder, largest
+        self._folder, self._largest = folder, max_bytes
         self._files: dict[str, _RoleFile] = {}
-        self._writer = BackgroundWriter(self._append, warn, most, "printed lines")
+        self._writer = BackgroundWriter(self._append, warn, max_pending, "printed lines")
 
     def write(self, role: str, lines: Sequence[str]) -> None:
-        """Append what a role printed."""
+        """Append lines of a role."""
         self._writer.put((role, "".join(f"{line}\n" for line in lines)))
 
     def _append(self, printed: tuple[str, str]) -> None:
@@ -106,7 +106,7 @@ class RoleFiles:
         self._files[role].write(text)
 
     def close(self, limit_s: float = CLOSE_S) -> None:
-        """Wait for what is to be written, within reason, and close them."""
+        """Wait for pending lines up to a deadline, and close the files."""
         if self._writer.close(limit_s):
             for file in self._files.values():
                 file.close()
@@ -117,37 +117,37 @@ def role_output(
     job: str, folder: Path, warn: Callable[[str], object], *, shown: bool
 ) -> Iterator[None]:
     """
-    Take what a run's actors print, while this block runs and until they have no more to say.
+    Collect the output of a run's actors during this block, and until no more lines arrive.
 
     Args:
-        job: the run's; its actors' names begin with it.
+        job: prefix of the names of the run's actors.
         folder: the run directory.
-        warn: told of files that cannot be written.
-        shown: whether it is printed here as well.
+        warn: called with a message if a file cannot be written.
+        shown: whether the output is printed as well.
     """
-    files = RoleFiles(folder / FOLDER, warn, largest=_LARGEST)
-    # Who asks for it has Ray's own way, with its summary of lines that are alike.
-    alike = shown and os.environ.get("RAY_DEDUP_LOGS") == "1"
+    files = RoleFiles(folder / FOLDER, warn, max_bytes=_MAX_BYTES)
+    # On request, Ray's own deduplication prints the lines.
+    deduplicated = shown and os.environ.get("RAY_DEDUP_LOGS") == "1"
     last = 0.0
 
-    def take(batch: Mapping[str, Any]) -> bool:
+    def handle(batch: Mapping[str, Any]) -> bool:
         nonlocal last
         role = role_of(job, batch)
         if role is None:
             return False
         last = time.monotonic()
         files.write(role, batch["lines"])
-        if shown and not alike and role != RAYLET:
+        if shown and not deduplicated and role != RAYLET:
             ray_compat.print_batch(batch, colored=has_colors(sys.stdout, sys.stderr))
-        return not alike
+        return not deduplicated
 
     try:
-        with ray_compat.printed_by_actors(take):
+        with ray_compat.printed_by_actors(handle):
             try:
                 yield
-            finally:  # what a worker that failed has printed comes then, too
+            finally:  # the last lines of a failed worker arrive after its failure
                 ended = time.monotonic()
-                while time.monotonic() < min(max(last, ended) + _QUIET_S, ended + _LONGEST_S):
+                while time.monotonic() < min(max(last, ended) + _QUIET_S, ended + _MAX_WAIT_S):
                     time.sleep(_TICK_S)
     finally:
         files.close()
@@ -155,15 +155,15 @@ def role_output(
 
 def role_of(job: str, batch: Mapping[str, Any]) -> str | None:
     """
-    Say whose lines these are; None: they are of no actor of the run.
+    Return the role that printed a batch of lines; None: not an actor of the run.
 
     Args:
-        job: its name.
-        batch: as Ray's log monitor sends it.
+        job: prefix of the names of the run's actors.
+        batch: batch as sent by Ray's log monitor.
     """
     name = str(batch.get("actor_name") or "")
     if name.startswith(f"{job}/"):
-        return name.split("/")[1]  # an attempt may follow
+        return name.split("/")[1]  # a third part may name the attempt
     if batch.get("pid") == RAYLET and all(_LOSS in line for line in batch["lines"]):
         return RAYLET
     return None

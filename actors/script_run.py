@@ -319,7 +319,7 @@ class _Logs(Terminal):
 
     def __init__(self, path: Path, terminal: Terminal) -> None:
         self._terminal = terminal
-        self._files = RoleFiles(path, terminal.notice, most=_MOST_LINES)
+        self._files = RoleFiles(path, terminal.notice, max_pending=_MOST_LINES)
 
     @override
     def line(self, rank: int, text: str) -> None:

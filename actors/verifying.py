@@ -1,7 +1,7 @@
 """
-`distplat verify`: references in a process of their own, then runs of the engine, on one local Ray.
+`distplat verify`: plain references in a child process, then runs of the engine on a local Ray.
 
-What is compared, and how, is in `strategies/verification/`.
+The comparison itself is in `strategies/verification/`.
 """
 
 from __future__ import annotations
@@ -76,34 +76,34 @@ from distplat.strategies.verification.verdicts import (
 )
 
 DEFAULT = ("ring", "ps-sync", "hybrid")
-"""Strategies that are tried beside the job's own."""
+"""Strategies that are verified in addition to the job's own."""
 
 
 @dataclass(frozen=True)
 class VerifyRequest:
-    """What is to be verified."""
+    """Arguments of `distplat verify`."""
 
     job: Job
     folder: Path
-    """Where the task's module lies."""
+    """Folder of the task's module."""
     strategies: tuple[str, ...] = ()
-    """Names; empty: the job's own, and `DEFAULT` as far as they can."""
+    """Strategy names; empty: the job's own, and those of `DEFAULT` that support the job."""
     steps: int = 20
     workers: int = 2
     strategy_file: Path | None = None
 
 
-def verify(request: VerifyRequest, say: Callable[[str], object]) -> Iterator[Row]:
+def verify(request: VerifyRequest, on_progress: Callable[[str], object]) -> Iterator[Row]:
     """
-    Verify a job, strategy by strategy.
+    Verify a job, one strategy after the other.
 
     Args:
-        request: what.
-        say: told what is under way.
+        request: job and options.
+        on_progress: called with a line about each phase.
 
     Raises:
-        SpecError: the job cannot be run so.
-        UserCodeError: the task fails by itself.
+        SpecError: the job is invalid.
+        UserCodeError: the task fails without distplat, too.
     """
     names = request.strategies or tuple(dict.fromkeys([request.job.strategy.name, *DEFAULT]))
     jobs = {name: job_for(request, name) for name in names}
@@ -111,9 +111,9 @@ def verify(request: VerifyRequest, say: Callable[[str], object]) -> Iterator[Row
     with TemporaryDirectory(prefix="distplat-verify-") as temporary:
         folder = Path(temporary)
         runner = _TrainerEngine(request, folder)
-        for line in _checked(request):
-            say(line)
-        say("references: a plain loop")
+        for line in _check_task(request):
+            on_progress(line)
+        on_progress("references: a plain loop")
         reference_error: UserCodeError | None = None
         references: dict[str, ReferenceResult] = {}
         try:
@@ -125,15 +125,15 @@ def verify(request: VerifyRequest, say: Callable[[str], object]) -> Iterator[Row
         with _quiet_ray([job for job in jobs.values() if isinstance(job, Job)]):
             if reference_error is not None:
                 for short in exact.values():
-                    runner(short, Switches())  # says it better, where it fails too
+                    runner(short, Switches())  # fails as well, with a better message
                 raise reference_error
             for name, job in jobs.items():
-                say(f"{name}: runs")
+                on_progress(f"{name}: runs")
                 yield from _rows(name, job, references.get(name), request, runner)
 
 
-def _checked(request: VerifyRequest) -> list[str]:
-    """Look at the task's class: the runs see a subclass of it."""
+def _check_task(request: VerifyRequest) -> list[str]:
+    """Check the task's class itself, because the runs use a subclass of it."""
     job = request.job
     if job.own_loop:
         text = "verify compares a task with plain loops; a train function is such a loop itself"
@@ -144,14 +144,14 @@ def _checked(request: VerifyRequest) -> list[str]:
 
 @contextmanager
 def _quiet_ray(jobs: Sequence[Job]) -> Iterator[None]:
-    """Be connected to a Ray with room for each of the jobs; stdout is for the result alone."""
-    most = max(jobs, key=lambda job: job.scaling.num_workers, default=None)
+    """Connect to a Ray that fits each of the jobs; keep stdout for the result."""
+    largest = max(jobs, key=lambda job: job.scaling.num_workers, default=None)
     skipped = logging.getLogger(checkpointing.__name__)
     level = skipped.level
-    skipped.setLevel(logging.ERROR)  # that some steps leave no model is no news here
+    skipped.setLevel(logging.ERROR)  # skipped checkpoints are expected here
     try:
         with (
-            local_ray(most.scaling, logs=False) if most else nullcontext(),
+            local_ray(largest.scaling, logs=False) if largest else nullcontext(),
             redirect_stdout(sys.stderr),
         ):
             yield
@@ -176,13 +176,13 @@ def _rows(
     else:
         rows = judge(job, reference, runner)
     rows += not_compared(name, request.job) if isinstance(job, Job) else []
-    # Of strategies that nobody named a refusal is no failure.
+    # A default strategy that refuses the job is not a failure.
     unasked = [row for row in rows if row.verdict == REFUSED and not requested]
     return [Row(name, "run", NOT_COMPARED, reason=row.reason) for row in unasked] or rows
 
 
 def not_compared(name: str, job: Job) -> list[Row]:
-    """Say what of a job no run has, for none is evaluated."""
+    """Return rows for settings without effect in these runs, which are not evaluated."""
     if not isinstance(job.lr_schedule, ReduceLROnPlateau):
         return []
     why = "rates go by evaluations, which these runs leave out: none is reduced"
@@ -190,17 +190,19 @@ def not_compared(name: str, job: Job) -> list[Row]:
 
 
 def _without_evaluations(job: Job) -> dict[str, Any]:
-    """Give the fields of a short run that is not evaluated, so that nothing goes by evaluations."""
+    """Return the fields that turn off evaluations, and everything that depends on evaluations."""
     schedule: NamedSchedule = job.lr_schedule
     if isinstance(schedule, ReduceLROnPlateau):
-        schedule = Schedule(warmup_steps=schedule.warmup_steps)  # so it is until evaluations come
+        schedule = Schedule(warmup_steps=schedule.warmup_steps)  # equal before the first evaluation
     if isinstance(schedule, OneCycleLR):
-        schedule = schedule.model_copy(update={"total_steps": None})  # it is over these few steps
+        schedule = schedule.model_copy(
+            update={"total_steps": None}
+        )  # covers the few steps of this run
     return {"evaluation": Evaluation(every_epochs=0), "early_stop": None, "lr_schedule": schedule}
 
 
 def job_for(request: VerifyRequest, name: str) -> Job | SpecError:
-    """Give the short job of a strategy, or why there is none."""
+    """Return the short job of a strategy, or why the strategy refuses the job."""
     job, own = request.job, request.job.strategy.name == name
     spec = job.strategy if own else StrategySpec(name=name)
     workers, accumulation = request.workers, job.gradient_accumulation
@@ -237,18 +239,18 @@ def job_for(request: VerifyRequest, name: str) -> Job | SpecError:
 
 
 class _TrainerEngine:
-    """Runs jobs of the user's task (see `Engine`)."""
+    """Runs jobs of the user's task; implements `Engine`."""
 
     def __init__(self, request: VerifyRequest, folder: Path) -> None:
-        self._wanted, self._folder = request, folder
+        self._request, self._folder = request, folder
 
     def __call__(self, job: Job, switches: Switches) -> EngineRun:
         fields = task_fields(job.task or "", job.task_args, switches)
         trainer = Trainer(
             job.model_copy(update=fields),
-            working_dir=self._wanted.folder,
+            working_dir=self._request.folder,
             storage_dir=self._folder,
-            strategy_file=self._wanted.strategy_file,
+            strategy_file=self._request.strategy_file,
             progress=False,
         )
         result = trainer.fit()
@@ -270,28 +272,30 @@ def _trained(result: Result) -> Trained:
     return Trained(states, [step.loss for step in history])
 
 
-def _references(wanted: VerifyRequest, jobs: Sequence[Job], folder: Path) -> list[ReferenceResult]:
+def _references(
+    verify_request: VerifyRequest, jobs: Sequence[Job], folder: Path
+) -> list[ReferenceResult]:
     """
-    Ask a child for the references of jobs.
+    Compute the references of jobs in a child process.
 
     Raises:
-        UserCodeError: it failed; carries its traceback.
-        DeadlineExceeded: it took too long.
+        UserCodeError: the child failed; has its traceback.
+        DeadlineExceeded: the child took too long.
     """
     if not jobs:
         return []
-    job, own = wanted.job, wanted.strategy_file
-    file = str(own.resolve()) if own is not None else None
+    job, strategy_file = verify_request.job, verify_request.strategy_file
+    file = str(strategy_file.resolve()) if strategy_file is not None else None
     fields = [short.model_dump(mode="json") for short in jobs]
-    request = ChildRequest(fields, job.task or "", job.task_args, str(wanted.folder), file)
+    request = ChildRequest(fields, job.task or "", job.task_args, str(verify_request.folder), file)
     (folder / REQUEST).write_text(json.dumps(asdict(request)))
     home = str(Path(distplat.__file__).parent.parent.absolute())
     paths = os.pathsep.join([home, *filter(None, [os.environ.get("PYTHONPATH")])])
-    limit = job.failure.start_timeout_s + 10 * wanted.steps * job.failure.step_timeout_s
+    limit = job.failure.start_timeout_s + 10 * verify_request.steps * job.failure.step_timeout_s
     try:
         process = subprocess.run(
             [sys.executable, "-m", "distplat.strategies.verification.child", str(folder)],
-            cwd=wanted.folder,
+            cwd=verify_request.folder,
             env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", NAME: chosen()},
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
@@ -311,18 +315,18 @@ def _references(wanted: VerifyRequest, jobs: Sequence[Job], folder: Path) -> lis
 
 @dataclass(frozen=True)
 class Replayed:
-    """What came of it."""
+    """Result of a replay."""
 
     run: str
     updates: int
     """Number of updates of each shard."""
     shards: int
     staleness: list[Counter[int]]
-    """By rank: how often a gradient had which staleness, over all shards."""
+    """By rank: number of gradients per staleness, over all shards."""
     differing: str | None
-    """The first tensor that has other bits than the run's model; None: none has."""
+    """First tensor that is not bit-equal to the run's model; None: all tensors are."""
     difference: float
-    """The largest difference of an element."""
+    """Maximum absolute difference of an element."""
 
 
 def _check_replayable(job: Job, roles: Roles, log: Path) -> None:
@@ -341,15 +345,15 @@ def _check_replayable(job: Job, roles: Roles, log: Path) -> None:
 
 def replay_run(directory: Path, working_dir: Path) -> Replayed:
     """
-    Make a run again in this process.
+    Repeat a run in this process, with the updates in logged order.
 
     Args:
         directory: the run directory.
         working_dir: folder of the task's module.
 
     Raises:
-        SpecError: the run was not asynchronous, has embedding tables, or no task by name.
-        StorageError: files of it are missing or damaged, or do not belong together.
+        SpecError: the run was not asynchronous, has embedding tables, or has no named task.
+        StorageError: files of the run are missing, damaged or inconsistent.
         UserCodeError: the task cannot be loaded.
     """
     job = load_job(directory / "job.yaml")
@@ -364,14 +368,14 @@ def replay_run(directory: Path, working_dir: Path) -> Replayed:
 
     first = prepare_rank()
     world, steps = job.scaling.world, first.total_steps
-    made, result = steps, read_run(directory, steps=False).result or {}
+    logged_steps, result = steps, read_run(directory, steps=False).result or {}
     if logs and (steps == UNBOUNDED or "stopped" in result):
-        made = -(-len(logs[0]) // world)  # all tasks of the steps that were begun were made
-    flaws = [flaw for log in logs for flaw in log_flaws(log, world, made)]
+        logged_steps = -(-len(logs[0]) // world)  # all tasks of a started step were applied
+    flaws = [flaw for log in logs for flaw in log_flaws(log, world, logged_steps)]
     if flaws or len(logs) != roles.servers:
         raise StorageError(f"{directory / FILE_NAME}: {(flaws or ['shards are missing'])[0]}")
     plan = ShardPlan(first.job, "replay", 0, world, steps, len(logs), roles.consistency)
-    threads = torch.get_num_threads()  # a run in its driver's process leaves them as they are
+    threads = torch.get_num_threads()  # a run in the driver's process does not change it
     if job.scaling.num_workers:
         threads = max(1, int(job.scaling.resources()["CPU"]))
     model = replay(plan, logs, prepare_rank, threads)
@@ -386,7 +390,7 @@ def _compare(tensors: dict[str, Tensor], path: Path) -> tuple[str | None, float]
     check_whole_file(path)
     try:
         expected = load_file(path)
-    except Exception as error:  # safetensors has an error of its own, and raises OSError
+    except Exception as error:  # SafetensorError or OSError
         raise StorageError(f"cannot read {path}: {error}") from None
     if tensors.keys() != expected.keys():
         raise StorageError(f"{path} is not of this job: it has other tensors")

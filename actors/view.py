@@ -1,8 +1,8 @@
 """
-What a run looks like while it runs.
+Progress display of a run.
 
-On a terminal one line that lives; anywhere else plain lines, at most one every two seconds and one
-per evaluation, fit for a log file. Nothing here knows where the run runs.
+A terminal gets a progress bar. Other streams get plain lines, at most one every two seconds and one
+per evaluation, fit for a log file.
 """
 
 from __future__ import annotations
@@ -43,14 +43,14 @@ _WINDOW = 50
 
 
 def view_here() -> View | None:
-    """Give a view for who looks on: on a terminal, and in a notebook; None: nobody does."""
+    """Return a view for a terminal or a notebook; None: the process has neither."""
     if "ipykernel" in sys.modules:
-        return View(sys.stdout)  # stderr has the colour of errors there
+        return View(sys.stdout)  # notebooks show stderr in red
     return View(sys.stderr) if is_terminal(sys.stderr) else None
 
 
 def is_terminal(stream: TextIO | None) -> bool:
-    """Say whether a stream is a terminal; one that is closed, or cannot say, is none."""
+    """Return whether a stream is a terminal; False for closed streams."""
     try:
         return stream is not None and stream.isatty()
     except (AttributeError, OSError, ValueError):
@@ -59,34 +59,34 @@ def is_terminal(stream: TextIO | None) -> bool:
 
 def has_colors(*streams: TextIO | None) -> bool:
     """
-    Say whether what is printed has colours: NO_COLOR, then FORCE_COLOR, else all are terminals.
+    Return whether to print colours: NO_COLOR, then FORCE_COLOR, else all streams are terminals.
 
-    A variable that is empty says nothing.
+    An empty variable counts as unset.
     """
     if os.environ.get("NO_COLOR"):
         return False
-    return bool(os.environ.get("FORCE_COLOR")) or all(is_terminal(one) for one in streams)
+    return bool(os.environ.get("FORCE_COLOR")) or all(is_terminal(stream) for stream in streams)
 
 
 def terminal_console(stream: TextIO) -> Console:
-    """Give rich's console for a terminal; see `has_colors`."""
-    # For rich a FORCE_COLOR that is empty makes any stream no terminal.
+    """Return rich's console for a terminal; see `has_colors`."""
+    # rich treats an empty FORCE_COLOR as "not a terminal".
     return Console(file=stream, force_terminal=os.environ.get("FORCE_COLOR") == "" or None)
 
 
 class View(Callback):
     """
-    Draws a run as it goes, until its end.
+    Callback that shows the progress of a run.
 
     Args:
-        out: where to draw.
-        quiet: draw nothing.
+        out: stream to print to.
+        quiet: print nothing.
     """
 
     def __init__(self, out: TextIO | None = None, *, quiet: bool = False) -> None:
-        self._out: TextIO | None = out or sys.stderr  # None where a process began with it closed
+        self._out: TextIO | None = out or sys.stderr  # None if the process was started without it
         self.quiet = quiet or self._out is None
-        self._pace = _Throughput()
+        self._throughput = _Throughput()
         self._last_drawn = float("-inf")
         self._progress: Progress | None = None
         if not quiet and self._out is not None and is_terminal(self._out):
@@ -94,17 +94,17 @@ class View(Callback):
             self._bar = self._progress.add_task("starting", total=None, figures="")
 
     def on_start(self, job: Job, run: str, path: Path) -> None:
-        """Begin to draw; say what is about to run."""
+        """Start the display, and print a description of the run."""
         if self._progress is not None:
             self._progress.start()
-        self._say(f"run {run}: {_describe(job)}, starting")
+        self._print(f"run {run}: {_description(job)}, starting")
 
     def on_step(self, step: StepSummary) -> None:
-        """Show a step; those that come too fast to read are passed over."""
+        """Show a step; steps in quick succession are skipped."""
         if self.quiet:
             return
         now = time.monotonic()
-        self._pace.add(step, now)
+        self._throughput.add(step, now)
         every = _DRAW_EVERY_S if self._progress is not None else _LINE_EVERY_S
         is_last = step.step == step.of
         if now - self._last_drawn >= every or is_last:
@@ -115,36 +115,38 @@ class View(Callback):
         """Show an evaluation."""
         figures = [f"{name} {number_text(value)}" for name, value in evaluation.metrics.items()]
         when = f"after step {evaluation.step}" if evaluation.step else "before the first step"
-        self._say("  ".join([f"evaluation {when}", *figures]))
+        self._print("  ".join([f"evaluation {when}", *figures]))
 
     def on_failure(self, failure: FailureEvent) -> None:
-        """Say that workers were lost."""
+        """Print the failure and the replaced workers."""
         replaced = ", ".join(failure.replaced) or "nobody"
-        self._say(
+        self._print(
             f"failure: {first_line(failure.cause)}\n"
             f"attempt {failure.attempt}: replacing {replaced}, going on after step {failure.step}"
         )
 
     def on_recovery(self, recovery: Recovery) -> None:
-        """Say that all are at work again."""
+        """Print the time of the recovery."""
         seconds = f"{recovery.seconds:.1f} s"
-        self._say(f"attempt {recovery.attempt}: all workers are at work after {seconds}")
+        self._print(f"attempt {recovery.attempt}: all workers are at work after {seconds}")
 
     def on_resize(self, resized: Resized) -> None:
-        """Say how many workers there are."""
-        self._say(f"attempt {resized.attempt}: {resize_text(resized)}")
+        """Print the new number of workers."""
+        self._print(f"attempt {resized.attempt}: {resize_text(resized)}")
 
     def on_end(self, result: Result, error: BaseException | None) -> None:
-        """Leave the terminal as it was."""
+        """Restore the terminal."""
         if self._progress is not None:
-            with suppress(OSError, ValueError):  # it is gone
+            with suppress(OSError, ValueError):  # the stream is closed
                 self._progress.stop()
 
     def _draw(self, summary: StepSummary, now: float) -> None:
-        figures = f"epoch {summary.epoch + 1}  loss {summary.loss:.4g}  {self._pace.text(now)}"
+        figures = (
+            f"epoch {summary.epoch + 1}  loss {summary.loss:.4g}  {self._throughput.text(now)}"
+        )
         at = f"step {summary.step}/{summary.of}" if summary.of else f"step {summary.step}"
         if self._progress is None:
-            self._say(f"{at}  {figures}")
+            self._print(f"{at}  {figures}")
             return
         self._progress.update(
             self._bar,
@@ -154,21 +156,21 @@ class View(Callback):
             figures=figures,
         )
 
-    def _say(self, line: str) -> None:
+    def _print(self, line: str) -> None:
         if self.quiet:
             return
         try:
             if self._progress is not None:
                 self._progress.console.print(Text(printable(line)))
             else:
-                assert self._out is not None, "it is quiet then"
+                assert self._out is not None, "without a stream, quiet is set"
                 print(encodable(printable(line), self._out), file=self._out, flush=True)
-        except (OSError, ValueError):  # nobody reads any more, or the file was closed
+        except (OSError, ValueError):  # the reader has gone, or the file is closed
             self.quiet = True
 
 
 class _Throughput:
-    """Samples per second of the last steps, and how long the rest will take."""
+    """Samples per second of the last steps, and the remaining time."""
 
     def __init__(self) -> None:
         self._recent: deque[tuple[int, float]] = deque(maxlen=_WINDOW)
@@ -176,13 +178,13 @@ class _Throughput:
         self._last: StepSummary | None = None
 
     def add(self, summary: StepSummary, now: float) -> None:
-        """Take one more step."""
+        """Add a step."""
         self._recent.append((summary.samples, sum(summary.seconds.values())))
         self._first = self._first or (summary.step, now)
         self._last = summary
 
     def text(self, now: float) -> str:
-        """`1234 samples/s  eta 0:12`."""
+        """Return, for example, `1234 samples/s  eta 0:12`."""
         samples = sum(count for count, _ in self._recent)
         busy = sum(seconds for _, seconds in self._recent)
         rate = f"{samples / busy:.0f} samples/s" if busy else ""
@@ -206,7 +208,7 @@ def _progress(console: Console) -> Progress:
     )
 
 
-def _describe(job: Job) -> str:
+def _description(job: Job) -> str:
     count = job.scaling.num_workers
     workers = "1 worker" if count == 1 else f"{count} workers"
     detail = make_strategy(job).detail()

@@ -129,6 +129,6 @@ def test_a_new_task_scheduler_is_told_who_is_leaving(requests: ScaleRequests) ->
     requests.submit(2)
     change.carry_out(0)
     actor_group.told.clear()
-    change.tell_again()
+    change.resend()
     assert actor_group.told == [("dismiss", (2,))]
     assert not requests.status().pending, "the controller knows the request, whoever was lost"

@@ -61,8 +61,8 @@ def written(stream: io.TextIOWrapper) -> bytes:
 def test_a_view_in_another_program_goes_on_after_such_a_line() -> None:
     out = strict("latin-1")
     view = View(out)
-    view._say("50%\u2588")
-    view._say("next")
+    view._print("50%\u2588")
+    view._print("next")
     assert written(out) == b"50%\\u2588\nnext\n"
 
 

@@ -55,7 +55,7 @@ def test_tables_and_lines_are_clean_at_the_sink(capsys: pytest.CaptureFixture[st
     remote.say(ESCAPES)
     out = io.StringIO()
     View(out).on_recovery(Recovery(1, 2.0))
-    View(out)._say(ESCAPES)
+    View(out)._print(ESCAPES)
     printed = capsys.readouterr()
     assert is_harmless(printed.out + printed.err + out.getvalue())
     assert is_harmless("\n".join(render.table_lines([ESCAPES], [[ESCAPES]])))

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from distplat import Trainer
 from distplat.actors.task_check import TaskCheck, check_function
 from distplat.actors.task_loading import call_train_function
-from distplat.actors.verifying import VerifyRequest, _checked
+from distplat.actors.verifying import VerifyRequest, _check_task
 from distplat.platform.errors import SpecError, UserCodeError
 from distplat.platform.job_file import render_job
 from distplat.platform.own_loop import OF_TASKS
@@ -110,7 +110,7 @@ def test_some_of_the_fields_are_those_of_a_task_that_lacks_the_others() -> None:
         ),
         ({"strategy": "hybrid"}, "use `ring`, `ps-sync` or `ps-async`, or write"),
         ({"strategy": {"name": "ring", "shard_optimizer": True}}, "strategy.shard_optimizer"),
-        ({"strategy": {"name": "ring", "compression": "topk"}}, "none, fp16, bf16"),
+        ({"strategy": {"name": "ring", "compression": "topk"}}, "none, fp16 or bf16"),
     ],
 )
 def test_what_has_no_effect_is_refused(more: Mapping[str, Any], text: str) -> None:
@@ -250,7 +250,7 @@ def test_a_train_function_is_not_verified(tmp_path: Path) -> None:
     wanted = VerifyRequest.__new__(VerifyRequest)
     object.__setattr__(wanted, "job", make_job(FIELDS))
     with pytest.raises(SpecError, match="such a loop itself"):
-        _checked(wanted)
+        _check_task(wanted)
 
 
 @pytest.mark.parametrize("strategy", ["ring", "ps-sync", "ps-async"])

@@ -173,7 +173,7 @@ def test_what_cannot_be_written_is_warned_of_once(
 
 
 def test_files_do_not_grow_for_ever(tmp_path: Path) -> None:
-    files = RoleFiles(tmp_path, pytest.fail, largest=100)
+    files = RoleFiles(tmp_path, pytest.fail, max_bytes=100)
     for number in range(100):
         files.write("worker-0", [f"line {number}"])
     files.close()
@@ -199,7 +199,7 @@ def test_the_last_lines_come_after_the_end(
         ray_logging.global_worker_stdstream_dispatcher.emit(last)
 
     monkeypatch.setattr(role_output, "_QUIET_S", 2.0)
-    monkeypatch.setattr(role_output, "_LONGEST_S", 2.0)
+    monkeypatch.setattr(role_output, "_MAX_WAIT_S", 2.0)
     thread = threading.Thread(target=late)
     thread.start()
     with (

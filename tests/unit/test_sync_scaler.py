@@ -93,7 +93,7 @@ def actor_group(
 def made(actor_group: FakeActorGroup, workers: int) -> SyncScaler:
     resizer = SyncScaler(cast(ActorGroup, actor_group), actor_group.requests)
     actor_group.requests.submit(workers)
-    assert resizer.look(0) is None
+    assert resizer.advance(0) is None
     return resizer
 
 
@@ -101,16 +101,16 @@ def test_newcomers_are_ready_before_anything_is_due(actor_group: FakeActorGroup)
     resizer = made(actor_group, 4)
     assert actor_group.newcomers == {2: None, 3: None}
     actor_group.newcomers[3] = "ready"
-    assert resizer.look(0) is None
+    assert resizer.advance(0) is None
     actor_group.newcomers[2] = "ready"
-    assert resizer.look(0) == 4
-    assert resizer.look(0) == 4, "until it is so"
+    assert resizer.advance(0) == 4
+    assert resizer.advance(0) == 4, "until it is so"
     assert actor_group.requests.status().pending
     actor_group.resize(4)
     resizer.resized()
-    assert (resizer.look(0), resizer.world) == (None, 4)
+    assert (resizer.advance(0), resizer.world) == (None, 4)
     assert actor_group.requests.status() == ScaleStatus(ScaleRequest(1, 4))
-    assert resizer.look(0) is None
+    assert resizer.advance(0) is None
 
 
 @pytest.mark.parametrize("lost", [2, 3])
@@ -134,7 +134,7 @@ def test_when_one_cannot_come_all_are_let_go(
     resizer = made(actor_group, 4)
     actor_group.newcomers |= {lost: outcome, 5 - lost: "ready" if lost == 3 else None}
     clock.now = 7.1
-    assert resizer.look(0) is None
+    assert resizer.advance(0) is None
     assert actor_group.newcomers == {}
     status = actor_group.requests.status()
     assert (status.request, status.pending) == (ScaleRequest(1, 4), False)
@@ -142,9 +142,9 @@ def test_when_one_cannot_come_all_are_let_go(
     assert refused.startswith(f"worker-{lost} could not be started: ")
     assert said in refused.lower()
     assert "\n" not in refused
-    assert resizer.look(0) is None
+    assert resizer.advance(0) is None
     actor_group.requests.submit(3)
-    resizer.look(0)
+    resizer.advance(0)
     assert actor_group.newcomers == {2: None}
 
 
@@ -166,7 +166,7 @@ def test_what_cannot_be_had_is_refused_and_the_wish_before_stands(
         actor_group.newcomers.clear()
     assert said in resizer.refusal(workers)
     actor_group.requests.submit(workers)  # it could be had when it was asked for
-    assert resizer.look(0) is None
+    assert resizer.advance(0) is None
     status = actor_group.requests.status()
     assert status.request == ScaleRequest(2, workers)
     assert said in status.refused
@@ -181,10 +181,10 @@ def test_as_many_as_there_are_is_granted_at_once(actor_group: FakeActorGroup) ->
 def test_a_later_request_replaces_the_earlier(actor_group: FakeActorGroup) -> None:
     resizer = made(actor_group, 5)
     actor_group.requests.submit(3)
-    assert resizer.look(0) is None
+    assert resizer.advance(0) is None
     assert actor_group.newcomers == {2: None}
     actor_group.newcomers[2] = "ready"
-    assert resizer.look(0) == 3
+    assert resizer.advance(0) == 3
     assert actor_group.requests.status() == ScaleStatus(ScaleRequest(2, 3), pending=True)
 
 
@@ -192,8 +192,8 @@ def test_when_all_were_made_anew_newcomers_are_made_again(actor_group: FakeActor
     resizer = made(actor_group, 4)
     actor_group.newcomers.clear()  # they ended with all others
     resizer.all_restarted()
-    assert resizer.look(0) is None
+    assert resizer.advance(0) is None
     assert actor_group.newcomers == {2: None, 3: None}
     actor_group.requests.submit(2)
-    assert resizer.look(0) is None
+    assert resizer.advance(0) is None
     assert actor_group.newcomers == {}

@@ -380,7 +380,7 @@ REFUSED: list[tuple[Any, int, str]] = [
     ("ps-sync", 2, "optimizer.name: under 'ps-sync' no worker updates whole parameters of the "),
     ("ps-async", 2, "optimizer.name: under 'ps-async' no worker"),
     ({"name": "hybrid", "data": 2}, 2, "optimizer.name: under 'hybrid' no worker"),
-    ({"name": "ring", "shard_optimizer": True}, 2, "strategy.shard_optimizer: cuts parameters, "),
+    ({"name": "ring", "shard_optimizer": True}, 2, "strategy.shard_optimizer: splits parameters, "),
 ]
 
 
