@@ -311,7 +311,7 @@ class Checkpoints:
                 except OSError as error:
                     logger.warning("damaged checkpoints could not be renamed: %s", error)
                 with self._evaluating:
-                    self._best.left(self._catalogue.steps())
+                    self._best.retain(self._catalogue.steps())
                     self._report_best()
         return saved
 
@@ -404,7 +404,7 @@ class Checkpoints:
         job = self._job
         every = 1 if job.own_loop else job.evaluation.period(facts["steps_per_epoch"])
         with self._evaluating:
-            return {EARLY_STOP: self._stopping.saved(step, every)}
+            return {EARLY_STOP: self._stopping.state_dict(step, every)}
 
     def _prune(self, written: int) -> None:
         """Delete those that are too many."""
@@ -417,7 +417,7 @@ class Checkpoints:
             self._warned_of_undeleted = True
             logger.warning("old checkpoints could not be deleted, and take room: %s", why)
         with self._evaluating:
-            self._best.left(left)
+            self._best.retain(left)
 
     def _fail(
         self, step: int, why: str, *, refused: bool = False, lost_in: int | None = None

@@ -123,7 +123,7 @@ def _rows(record: RunRecord, now: float) -> list[tuple[str, str]]:
     if status.error.strip():
         rows.append(("error", status.error.strip().splitlines()[-1]))
     rows += facts(record)
-    parts = run_report.time_parts(record.steps, record.every)
+    parts = run_report.phase_times(record.steps, record.every)
     if parts:
         rows.append(("time", ", ".join(f"{part.name} {part.share:.0%}" for part in parts)))
     rows += figure_rows(mean_figures(record.steps))
@@ -160,7 +160,7 @@ def _facts(record: RunRecord, now: float, pipeline: "list[Gantt]") -> dict[str, 
         "loss": last.loss if last else None,
         "evaluations": {m.name: m.points[-1][1] for m in run_report.metrics(record.evaluations)},
         "time_s": {
-            part.name: part.total_s for part in run_report.time_parts(record.steps, record.every)
+            part.name: part.total_s for part in run_report.phase_times(record.steps, record.every)
         },
         "figures": {row.name: row.mean for row in run_report.figure_rows(record.steps)},
         "restarts": [

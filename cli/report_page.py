@@ -41,11 +41,11 @@ from distplat.platform.run_report import (
     axis_limit,
     binned,
     metrics,
+    phase_times,
     restarts,
     smoothed,
     staleness,
     status_of,
-    time_parts,
 )
 from distplat.platform.run_report import figure_rows as all_figures
 from distplat.platform.yaml_source import dump_yaml
@@ -63,7 +63,7 @@ def page(record: RunRecord, now_s: float, pipeline: Sequence[Gantt], problem: st
     )
     environment.globals["numeric"] = _numeric
     template = files("distplat.cli").joinpath("report.html.j2").read_text(encoding="utf-8")
-    parts, measured = time_parts(record.steps, record.every), metrics(record.evaluations)
+    parts, measured = phase_times(record.steps, record.every), metrics(record.evaluations)
     return environment.from_string(template).render(
         record=record,
         title=str(record.job.get("name", record.path.name)),

@@ -31,22 +31,22 @@ class AwakeClock:
         return self._now
 
 
-def wait_awake(changed: Condition, over: Callable[[], bool], limit_s: float) -> bool:
+def wait_awake(condition: Condition, predicate: Callable[[], bool], limit_s: float) -> bool:
     """
     Wait on a condition whose lock is held, like its `wait_for`, with a deadline on an `AwakeClock`.
 
     Args:
-        changed: the condition.
-        over: the predicate.
+        condition: the condition.
+        predicate: the predicate.
         limit_s: the deadline.
 
     Returns:
-        The last value of `over`.
+        The last value of `predicate`.
     """
-    if over():
+    if predicate():
         return True
     clock = AwakeClock()
-    while not changed.wait_for(over, min(_POLL_S, remaining_s := limit_s - clock.now())):
+    while not condition.wait_for(predicate, min(_POLL_S, remaining_s := limit_s - clock.now())):
         if remaining_s <= _POLL_S and clock.now() >= limit_s:
-            return over()
+            return predicate()
     return True

@@ -281,7 +281,7 @@ class Catalogue:
         warn: Callable[[str], object],
         on_progress: OnProgress = lambda: None,
         *,
-        given: bool = False,
+        foreign: bool = False,
     ) -> StoredCheckpoint | None:
         """
         Read the newest intact checkpoint; None: there are no checkpoints.
@@ -289,7 +289,7 @@ class Catalogue:
         Args:
             warn: called with a message about each damaged checkpoint.
             on_progress: see `with_deadline`.
-            given: see `read`.
+            foreign: see `read`.
 
         Raises:
             StorageError: there are checkpoints, but all are damaged.
@@ -301,7 +301,7 @@ class Catalogue:
             raise StorageError(f"cannot read {self.folder}: {error.strerror}") from error
         for step in reversed(steps):
             try:
-                return read(self.path(step), on_progress, given=given)
+                return read(self.path(step), on_progress, foreign=foreign)
             except DoesNotFit:
                 raise
             except StorageError as error:
@@ -339,7 +339,7 @@ class Catalogue:
 
 
 def read(
-    path: Path, on_progress: OnProgress = lambda: None, *, given: bool = False
+    path: Path, on_progress: OnProgress = lambda: None, *, foreign: bool = False
 ) -> StoredCheckpoint:
     """
     Read one checkpoint and verify every byte against its manifest.
@@ -347,15 +347,14 @@ def read(
     Args:
         path: its directory.
         on_progress: see `with_deadline`.
-        given: whether the checkpoint may be foreign, so that its size must be checked against
-            memory.
+        foreign: whether another user may have written it: its size is checked against memory.
 
     Raises:
         StorageError: it is damaged.
-        DoesNotFit: it was given, and is larger than memory and swap.
+        DoesNotFit: it is foreign, and larger than memory and swap.
     """
     manifest = read_manifest(path)
-    if given:
+    if foreign:
         check_fits(path, sum(facts["bytes"] for facts in manifest.values()))
     files = {
         name: _read_verified(path / name, facts, on_progress) for name, facts in manifest.items()
@@ -408,9 +407,9 @@ def find(
     if is_checkpoint or step_of(path.name) is not None:
         if not exists:
             raise SpecError(Problem(("--resume",), f"there is no {path}"))
-        return read(path, on_progress, given=True)
+        return read(path, on_progress, foreign=True)
     catalogue = Catalogue(path if path.name == FOLDER else path / FOLDER)
-    stored = catalogue.newest(warn, on_progress, given=True)
+    stored = catalogue.newest(warn, on_progress, foreign=True)
     if stored is not None:
         return stored
     what = f"no checkpoint in {path}" if exists else f"there is no directory {path}"

@@ -78,15 +78,15 @@ class LoopTracker:
         for rank, (error, traceback) in self._ended.items():
             if traceback and rank not in self._returned and self._is_caused_by_peer(error):
                 waits[rank] = traceback
-        of_others = any(rank in waits for rank in self._ended)
+        caused_by_peer = any(rank in waits for rank in self._ended)
         for rank, (error, _) in sorted(self._ended.items()):
-            if of_others or rank not in self._returned or not self._missed_peers_at_end(error):
+            if caused_by_peer or rank not in self._returned or not self._missed_peers_at_end(error):
                 continue
             if not waits:
                 summary = f"others did not end beside {self._returned_text()}: {error}"
                 return UserCodeError(rank, steps[rank] + 1, summary, summary, _LONGER_WAIT_HINT)
-            of_others = True
-        return self._error(waits, steps) if of_others else None
+            caused_by_peer = True
+        return self._error(waits, steps) if caused_by_peer else None
 
     def stalled(self, ranks: Iterable[int], steps: Mapping[int, int]) -> UserCodeError | None:
         """

@@ -419,18 +419,18 @@ def nearest(name: str, known: Iterable[str]) -> str | None:
     return by_folded[hits[0]] if hits else None
 
 
-def hint(name: str, known: Iterable[str], they_are: str = "allowed") -> str:
+def hint(name: str, known: Iterable[str], label: str = "allowed") -> str:
     """
     Return `did you mean 'ring'? allowed: ps-sync, ring`; without a close name only the list.
 
     Args:
         name: the given name.
         known: all valid names.
-        they_are: the word before the list.
+        label: the word before the list.
     """
     names = sorted(known)
     near = nearest(name, names)
-    allowed = f"{they_are}: {', '.join(names)}" if names else f"none is {they_are} here"
+    allowed = f"{label}: {', '.join(names)}" if names else f"none is {label} here"
     return f"did you mean {near!r}? {allowed}" if near else allowed
 
 

@@ -15,7 +15,7 @@ from distplat.platform.fields import Count, Spec
 from distplat.platform.lr_schedules import ReduceLROnPlateau
 
 EARLY_STOP = "early_stop"
-"""Key of early stopping's state in a checkpoint, see `EarlyStopping.saved`."""
+"""Key of early stopping's state in a checkpoint, see `EarlyStopping.state_dict`."""
 _MAX_KEPT = 1000
 """Most evaluations whose metric is kept."""
 
@@ -111,7 +111,7 @@ class BestCheckpoint:
         if self._rule is not None:
             self._saved.add(step)
 
-    def left(self, steps: Iterable[int]) -> None:
+    def retain(self, steps: Iterable[int]) -> None:
         """Record which checkpoints remain on disk."""
         self._saved &= set(steps)
 
@@ -124,17 +124,17 @@ class _Stagnation(NamedTuple):
     best: float | None = None
     """Best value so far; None: none, or only NaN."""
     best_step: int = 0
-    worse: int = 0
+    bad: int = 0
     """Evaluations since the best one."""
 
 
 def _parse_state(saved: Mapping[str, Any]) -> _Stagnation:
     try:
-        at, best_step, worse = map(int, saved["state"])
+        at, best_step, bad = map(int, saved["state"])
         best = None if saved["best"] is None else float(saved["best"])
     except (KeyError, TypeError, ValueError, OverflowError):
         raise StorageError(f"what the checkpoint says of {EARLY_STOP} is damaged") from None
-    return _Stagnation(at, best, best_step, worse)
+    return _Stagnation(at, best, best_step, bad)
 
 
 class EarlyStopping:
@@ -143,7 +143,7 @@ class EarlyStopping:
 
     Args:
         rule: the job's rule.
-        saved: result of `saved` from the checkpoint; None: none.
+        saved: result of `state_dict` from the checkpoint; None: none.
 
     Raises:
         StorageError: `saved` is damaged.
@@ -168,19 +168,19 @@ class EarlyStopping:
         """Record an evaluation; return the reason to stop, or None."""
         if step <= self._resumed_at:
             return None  # a repeat
-        (at, best, best_step, worse), rule = self._state, self._rule
+        (at, best, best_step, bad), rule = self._state, self._rule
         is_better = rule.is_better(figure := metrics[rule.metric], best, rule.min_delta)
-        after = (figure, step, 0) if is_better else (best, best_step, worse + 1)
+        after = (figure, step, 0) if is_better else (best, best_step, bad + 1)
         self._state = _Stagnation(max(at, step), *after)
         self._states[step] = self._state
         if len(self._states) > _MAX_KEPT:
             del self._states[next(iter(self._states))]
-        if is_better or self._state.worse < rule.patience:
+        if is_better or self._state.bad < rule.patience:
             return None
         since = f"since step {best_step}" if best is not None else "at all"
-        return f"{rule.metric} got no better {since}, in {self._state.worse} evaluations"
+        return f"{rule.metric} got no better {since}, in {self._state.bad} evaluations"
 
-    def saved(self, step: int, every: int) -> dict[str, Any]:
+    def state_dict(self, step: int, every: int) -> dict[str, Any]:
         """
         Return the state for a checkpoint; the best value is text, because JSON has no infinity.
 
@@ -194,7 +194,7 @@ class EarlyStopping:
             if at <= step and (at == self._resumed_at or at % max(1, every) == 0):
                 last = state
         best = None if last.best is None else repr(last.best)
-        numbers = [last.at, last.best_step, last.worse]
+        numbers = [last.at, last.best_step, last.bad]
         return {
             "metric": self._rule.metric,
             "mode": self._rule.mode,

@@ -91,7 +91,7 @@ class RankProgress:
         )
 
 
-def unresponsive(role: str, seconds: float, step: int | None) -> ActorLost:
+def unresponsive_error(role: str, seconds: float, step: int | None) -> ActorLost:
     """Build the error for a role that does not answer."""
     cause = f"it has not answered for {seconds:.0f} s (frozen or cut off)"
     return ActorLost(role, step, cause, "`failure.heartbeat_timeout_s` changes this deadline")
@@ -223,16 +223,16 @@ class JobState:
         self.attempt = 0
         self.error: DistplatError | None = None  #: the error that explains the failure best
         self.restart: Restart | None = None  #: the caller carries it out, then calls `restarted`
-        self.ending = StopOrder.NONE  #: whether to end before the last step, and how
+        self.requested_stop = StopOrder.NONE  #: whether to end before the last step, and how
         self._world, self._limits = world, limits
         self._members = set(range(world))
         self._policy = policy or Policy()
         self._budget = Budget(self._policy)
         self._steps = dict.fromkeys(range(world), step)
         self._restoring = step > 0  #: started from a checkpoint, and not all ranks have stepped
-        self._begin(now)
+        self._start_attempt(now)
 
-    def _begin(self, now: float) -> None:
+    def _start_attempt(self, now: float) -> None:
         self.phase, self.error, self.restart = Phase.STARTING, None, None
         self._started_at = now
         self._failed_at = 0.0
@@ -270,7 +270,7 @@ class JobState:
         """Stop order for all workers of this attempt."""
         if self.phase is Phase.SETTLING:
             return StopOrder.RESIZE if self._resizing else StopOrder.ABANDON
-        return self.ending if self.phase is Phase.RUNNING else StopOrder.NONE
+        return self.requested_stop if self.phase is Phase.RUNNING else StopOrder.NONE
 
     @property
     def resize_in_progress(self) -> bool:
@@ -311,7 +311,9 @@ class JobState:
             case Resize(world=world):
                 self._resize(world, now)
             case End(saves=saves):
-                self.ending = max(self.ending, StopOrder.SAVE if saves else StopOrder.END)
+                self.requested_stop = max(
+                    self.requested_stop, StopOrder.SAVE if saves else StopOrder.END
+                )
             case Tick():
                 self._on_tick(now)
 
@@ -329,7 +331,7 @@ class JobState:
             self._steps = {rank: self._steps.get(rank, max_step) for rank in self._members}
         if self.restart.world is not None:  # after a resize every rank holds the whole model
             self._policy = replace(self._policy, holders=())
-        self._begin(now)
+        self._start_attempt(now)
 
     def checkpoint_saved(self, step: int) -> None:
         """Record that a train function's checkpoint was written to disk."""
@@ -337,7 +339,7 @@ class JobState:
 
     def _resize(self, world: int, now: float) -> None:
         """Stop all workers for a resize; a failure and the end of the job take precedence."""
-        if self.phase is Phase.RUNNING and not self._finished and not self.ending:
+        if self.phase is Phase.RUNNING and not self._finished and not self.requested_stop:
             self.phase, self._failed_at, self._next_world = Phase.SETTLING, now, world
 
     def _remove_rank(self, rank: int) -> None:
@@ -388,7 +390,7 @@ class JobState:
             self._dead.add(role)
         elif seconds > self._limits.heartbeat_timeout_s:
             self._dead.add(role)
-            self._fail(unresponsive(role, seconds, self.steps_done or None), now)
+            self._fail(unresponsive_error(role, seconds, self.steps_done or None), now)
 
     def _fail(self, error: DistplatError, now: float) -> None:
         if self.error is None:
@@ -422,9 +424,9 @@ class JobState:
     def _fail_job(self, now: float) -> None:
         """Fail the job, unless a better explanation or other ranks with this error may follow."""
         assert self.error is not None, "only after a failure"
-        left = self._members - {rank_of(role) for role in self._dead}
+        alive = self._members - {rank_of(role) for role in self._dead}
         if self._setup.has(self.error):
-            waits = self._setup.waits_for(left)
+            waits = self._setup.waits_for(alive)
         else:
             waits = not isinstance(self.error, UserCodeError)
         if not waits or now - self._failed_at >= SETTLE_S:
@@ -458,14 +460,16 @@ class JobState:
             self.phase = Phase.FAILED
             return
         ranks = sorted(self._members) if self._next_world is None else [*range(self._next_world)]
-        gone = {rank_of(role) for role in self._dead}
-        survivors = {rank for rank in self._waiting | self._finished if rank not in gone}
+        dead_ranks = {rank_of(role) for role in self._dead}
+        survivors = {rank for rank in self._waiting | self._finished if rank not in dead_ranks}
         # While restoring, a rank may have the model but not yet its optimizer or server state.
         kept = self._policy.survives_worker_loss and not self._state_lost and not self._restoring
-        everything = self._servers_lost or not self._policy.has_all(survivors) or not kept
-        renew = tuple(rank for rank in ranks if everything or rank in self._members - survivors)
-        lost = () if everything else tuple(sorted(self._dead & COORDINATORS))
-        self.restart = Restart(self.attempt + 1, renew, everything, answer, lost, self._next_world)
+        restart_all = self._servers_lost or not self._policy.has_all(survivors) or not kept
+        replaced = tuple(rank for rank in ranks if restart_all or rank in self._members - survivors)
+        lost = () if restart_all else tuple(sorted(self._dead & COORDINATORS))
+        self.restart = Restart(
+            self.attempt + 1, replaced, restart_all, answer, lost, self._next_world
+        )
 
     def _check_start(self, now: float) -> None:
         limit = self._limits.start_timeout_s

@@ -30,13 +30,13 @@ from distplat.platform.fields import (
     Spec,
 )
 
-_OF_THE_TASK = (
+_USE_TASK_HINT = (
     "write {name: task}, under ring, and create it in the task: "
     "optimizer(named_parameters), docs/task.md"
 )
 REFUSED_OPTIMIZERS = {
-    "ASGD": _OF_THE_TASK,
-    "Rprop": _OF_THE_TASK,
+    "ASGD": _USE_TASK_HINT,
+    "Rprop": _USE_TASK_HINT,
     "LBFGS": "it evaluates the loss several times per step",
     "SparseAdam": "it is for embedding tables: `embeddings.optimizer`",
 }

@@ -10,7 +10,7 @@ _LOOP = ("optimizer", "global_batch_size", "epochs", "steps")
 """Fields that every task needs and a train function replaces; a job without them has its own
 loop."""
 
-_FILLED: dict[str, Any] = {
+_PLACEHOLDERS: dict[str, Any] = {
     "optimizer": {"name": "SGD", "lr": 1.0},
     "global_batch_size": 1,
     "steps": 1,
@@ -71,7 +71,7 @@ def script_problems(job: Any) -> list[Problem]:
     return [Problem(("task_args",), text, hint)] if job.task_args else []
 
 
-def filled(fields: Mapping[str, Any]) -> Mapping[str, Any]:
+def fill_loop_fields(fields: Mapping[str, Any]) -> Mapping[str, Any]:
     """
     Fill in the fields of a loop, for a job without them or whose task is a script.
 
@@ -82,7 +82,7 @@ def filled(fields: Mapping[str, Any]) -> Mapping[str, Any]:
     is_script = isinstance(task, str) and task.partition(" ")[0].endswith(".py")
     has_own_loop = is_script or (bool(task) and not fields.keys() & {*_LOOP})
     if fields.get("own_loop", has_own_loop) is True:
-        return {"own_loop": True, **_FILLED, **fields}
+        return {"own_loop": True, **_PLACEHOLDERS, **fields}
     return fields
 
 

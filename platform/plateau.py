@@ -23,7 +23,7 @@ from distplat.platform.errors import Problem, SpecError, hint
 from distplat.platform.lr_schedules import ReduceLROnPlateau
 
 PLATEAU = "plateau"
-"""Key of the state in a checkpoint: see `Plateau.saved`."""
+"""Key of the state in a checkpoint: see `Plateau.state_dict`."""
 
 
 class PlateauState(NamedTuple):
@@ -87,12 +87,12 @@ class Plateau:
     def __init__(self, rule: ReduceLROnPlateau) -> None:
         self.rule = rule
         self.known: PlateauState | None = None
-        """None: unknown until `sync` or `load`."""
+        """None: unknown until `sync` or `load_state_dict`."""
 
     @property
     def state(self) -> PlateauState:
         """State after the last evaluation."""
-        assert self.known is not None, "call sync() or load(), or assign `known` first"
+        assert self.known is not None, "call sync() or load_state_dict(), or assign `known` first"
         return self.known
 
     def rate(self, base: float, step: int, total_steps: int) -> float:
@@ -130,19 +130,19 @@ class Plateau:
         self.known = max(usable, key=lambda state: state.at, default=None)
         return self.known is not None
 
-    def saved(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, Any]:
         """Return the state for a checkpoint, with the best value as text: JSON has no infinity."""
         state = self.state._replace(best=0.0)
         best, rule = repr(self.state.best), self.rule
         return {"metric": rule.metric, "mode": rule.mode, "best": best, "state": [*state]}
 
-    def load(self, saved: Mapping[str, Any] | None) -> None:
+    def load_state_dict(self, saved: Mapping[str, Any] | None) -> None:
         """
         Restore the state from a checkpoint.
 
         Args:
-            saved: result of `saved`; with another metric only the number of reductions is used.
-                None: the run had another schedule.
+            saved: result of `state_dict`; with another metric, only the number of reductions is
+                used. None: the run had another schedule.
         """
         self.known = first_state(self.rule)
         if saved is None:

@@ -101,7 +101,7 @@ def _silence_limit(record: RunRecord) -> float:
     return float(deadline) if isinstance(deadline, int | float) else SILENT_S
 
 
-def time_parts(steps: Sequence[StepSummary], every: int = 1) -> list[PhaseTime]:
+def phase_times(steps: Sequence[StepSummary], every: int = 1) -> list[PhaseTime]:
     """
     Return the time per phase, in the order of a step; [] without steps.
 

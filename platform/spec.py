@@ -340,7 +340,7 @@ class Job(Spec):
     @classmethod
     def _fill(cls, fields: Any) -> Any:
         """Fill in the fields of a loop for a train function."""
-        return own_loop.filled(fields) if isinstance(fields, Mapping) else fields
+        return own_loop.fill_loop_fields(fields) if isinstance(fields, Mapping) else fields
 
     def with_workers(self, number: int) -> "Job":
         """Return the job with another number of workers; check `problems` of the result."""

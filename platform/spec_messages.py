@@ -165,9 +165,8 @@ def _tag_problem(where: FieldPath, value: Any, field: FieldInfo) -> tuple[FieldP
     kind = next(part for part in reversed(where) if isinstance(part, str))
     message = f"unknown {kind.removesuffix('s')} {format_value(name)}"
     if name in _REFUSED:
-        why = (
-            "" if where[0] == "embeddings" else f"{_REFUSED[name]}; "
-        )  # rows have other optimizers
+        is_row_optimizer = where[0] == "embeddings"  # the reasons are those of the model's
+        why = "" if is_row_optimizer else f"{_REFUSED[name]}; "
         return inner, message, f"{why}allowed: {', '.join(known)}"
     return inner, message, hint(name, known)
 

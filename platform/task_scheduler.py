@@ -94,8 +94,8 @@ def lease_size(task_s: float | None, left: int, workers: int) -> int:
         workers: workers that share these tasks. Leases get shorter towards the end of the run, so
             that no worker waits long for the last one.
     """
-    wanted = 1 if task_s is None else int(LEASE_S / max(task_s, 1e-6))
-    return max(1, min(wanted, MAX_LEASE_TASKS, left // (2 * max(1, workers))))
+    tasks_per_lease = 1 if task_s is None else int(LEASE_S / max(task_s, 1e-6))
+    return max(1, min(tasks_per_lease, MAX_LEASE_TASKS, left // (2 * max(1, workers))))
 
 
 class TaskScheduler:
@@ -155,10 +155,10 @@ class TaskScheduler:
         if attempt > self.attempt:
             self.attempt = attempt
             for worker in list(self._holdings):
-                self.lose(worker)
+                self.requeue(worker)
             self._holdings.clear()
 
-    def lose(self, worker: int) -> None:
+    def requeue(self, worker: int) -> None:
         """Return a worker's leased work to the queue; the worker may still ask for more."""
         holding = self._holdings.get(worker)
         if holding is None:

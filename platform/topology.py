@@ -188,10 +188,10 @@ def validate_backend(backend: str, locations: Sequence[RankLocation]) -> Backend
     return BackendChoice(backend, "the job names it")
 
 
-def _ranks_without(locations: Sequence[RankLocation], quality: str) -> str:
+def _ranks_without(locations: Sequence[RankLocation], capability: str) -> str:
     """Format the ranks that lack a capability."""
     return ", ".join(
-        str(rank) for rank, location in enumerate(locations) if not getattr(location, quality)
+        str(rank) for rank, location in enumerate(locations) if not getattr(location, capability)
     )
 
 

@@ -65,7 +65,7 @@ class WorkerTable:
         """All known ranks."""
         return set(self._beats)
 
-    def heard(self, rank: int, beat: WorkerHeartbeat, now: float) -> None:
+    def add_heartbeat(self, rank: int, beat: WorkerHeartbeat, now: float) -> None:
         """Add a heartbeat; one that arrives out of order is ignored."""
         beats = self._beats.setdefault(rank, deque())
         if beats and beat.made < beats[-1][1].made:
@@ -82,7 +82,7 @@ class WorkerTable:
         step = before[-1][1].step if before else 0
         self._beats[rank] = deque([(now, WorkerHeartbeat(step, 0, 0.0))])
 
-    def keep(self, ranks: range) -> None:
+    def keep_only(self, ranks: range) -> None:
         """Forget all other ranks, after the number of workers was reduced."""
         for rank in self.ranks - {*ranks}:
             self.forget(rank)

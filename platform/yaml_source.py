@@ -113,7 +113,9 @@ class _Reader(yaml.SafeLoader):
             where = (*path, key)
             if key in fields:
                 first, second = self.positions[where][0], _position(key_node)[0]
-                self._note(where, f"set twice: in line {first} and in line {second}", key_node)
+                self._add_problem(
+                    where, f"set twice: in line {first} and in line {second}", key_node
+                )
                 continue
             self.positions[where] = _position(key_node)
             fields[key] = self._value(value_node, where)
@@ -125,12 +127,12 @@ class _Reader(yaml.SafeLoader):
         if kind == "str":
             return str(self._scalar(node, path))
         if kind == "merge":
-            self._note(path, "merge keys (<<) are not read", node, "write the fields out")
+            self._add_problem(path, "merge keys (<<) are not read", node, "write the fields out")
         elif isinstance(node, ScalarNode):
             message = f"a key must be text, and {node.value[:40]!r} is read as {kind}"
-            self._note(path, message, node, "quote it")
+            self._add_problem(path, message, node, "quote it")
         else:
-            self._note(path, "a key must be text, not a mapping or a list", node)
+            self._add_problem(path, "a key must be text, not a mapping or a list", node)
         return None
 
     def _scalar(self, node: Node, path: FieldPath) -> object:
@@ -140,17 +142,19 @@ class _Reader(yaml.SafeLoader):
         if kind == "bool":
             return text.casefold() in ("yes", "true", "on")
         if kind in ("int", "float") and len(text) > MAX_DIGITS:
-            self._note(path, f"a number may have {MAX_DIGITS} digits, this has {len(text)}", node)
+            self._add_problem(
+                path, f"a number may have {MAX_DIGITS} digits, this has {len(text)}", node
+            )
             return None
         if kind == "int":
             return int(text, 0) if text[:2] in ("0x", "0o") else int(text.replace("_", ""))
         if kind == "float":
             return float(re.sub(r"_|\.(?=[in])", "", text.lower()))
         if _SURROGATE.search(text):
-            self._note(path, "half of a surrogate pair is no text", node)
+            self._add_problem(path, "half of a surrogate pair is no text", node)
         return text
 
-    def _note(self, where: FieldPath, message: str, node: Node, hint: str = "") -> None:
+    def _add_problem(self, where: FieldPath, message: str, node: Node, hint: str = "") -> None:
         line, column = _position(node)
         self.problems.append(Problem(where, message, hint, self._file, line, column))
 

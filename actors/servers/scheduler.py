@@ -98,7 +98,7 @@ class Scheduler:
                 self._scheduler.renew(attempt)
             else:
                 self._plan = None  # the number of parts may have changed
-                self._workers_table.keep(range(plan.parts))
+                self._workers_table.keep_only(range(plan.parts))
         if self._plan is None:
             self._plan = plan
             if self._consistency.dynamic_tasks:
@@ -161,7 +161,7 @@ class Scheduler:
         """Record a worker's heartbeat, and the tasks and evaluations that it has finished."""
         if attempt < self._attempt:
             return  # the worker does not know of the later attempt yet
-        self._workers_table.heard(rank, beat, self._clock.now())
+        self._workers_table.add_heartbeat(rank, beat, self._clock.now())
         if self._scheduler is not None:
             self._finish(rank, attempt, tasks, evaluations)
 
@@ -227,7 +227,7 @@ class Scheduler:
         """Reclaim tasks of workers without heartbeats, before the controller kills them."""
         limit = self._job.failure.heartbeat_timeout_s
         for rank in self._workers_table.silent(self._clock.now(), limit):
-            scheduler.lose(rank)
+            scheduler.requeue(rank)
 
     def _wake(self) -> None:
         """Wake the workers that wait for a lease."""

@@ -441,7 +441,7 @@ def _load(p: Prepared, saved: SavedState | None) -> None:
         scale, steps = saved.state[LOSS_SCALE]
         p.loss_scale.load(saved.step, (float(scale), int(steps)))
     if p.job.plateau is not None and saved is not None:
-        p.job.plateau.load(saved.state.get(PLATEAU))
+        p.job.plateau.load_state_dict(saved.state.get(PLATEAU))
     if p.job.checkpoint.trained_only and p.frozen is None:
         p.frozen = FrozenBase(p.flat, None if saved is None else saved.left_out)
     if p.state is None:
@@ -489,7 +489,7 @@ def _facts(p: Prepared, version: int) -> dict[str, Any]:
     if p.loss_scale is not None:
         facts[LOSS_SCALE] = p.loss_scale.saved(version)
     if p.job.plateau is not None:
-        facts[PLATEAU] = p.job.plateau.saved()
+        facts[PLATEAU] = p.job.plateau.state_dict()
     if p.lookups is not None:
         facts["tables"] = [asdict(spec) for spec in p.lookups.specs]
     return facts

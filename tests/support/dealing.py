@@ -33,7 +33,7 @@ class Dealing(Scheduler):
     async def lose(self, rank: int) -> None:
         """Lease what a rank holds to others, as if it had not been heard of for long."""
         assert self._scheduler is not None, "somebody has joined"
-        self._scheduler.lose(rank)
+        self._scheduler.requeue(rank)
         self._wake()
 
     async def die(self, rank: int) -> None:
@@ -49,7 +49,7 @@ class Dealing(Scheduler):
         super()._reclaim_tasks(scheduler)
         for rank, attempt in self._dead:
             if attempt == self._attempt:
-                scheduler.lose(rank)
+                scheduler.requeue(rank)
 
 
 def desk_of(job: Job, roles: Roles, most: int = 1) -> LocalTaskScheduler:

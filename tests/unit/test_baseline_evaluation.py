@@ -167,7 +167,7 @@ def test_a_fine_tune_that_is_no_better_than_its_base_stops(
     stopping = EarlyStopping(rule)
     told = [stopping.evaluated(2 * n, {"loss": one}) for n, one in enumerate(figures)]
     assert told == [None, None, reason]
-    resumed = EarlyStopping(rule, json.loads(json.dumps(stopping.saved(2, 2))))
+    resumed = EarlyStopping(rule, json.loads(json.dumps(stopping.state_dict(2, 2))))
     again = [resumed.evaluated(2 * n, {"loss": one}) for n, one in enumerate(figures)]
     assert again == told, "a checkpoint has what came before it, the baseline too"
 

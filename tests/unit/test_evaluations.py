@@ -85,7 +85,7 @@ def test_which_checkpoint_is_the_best(events: Any, best: int | None, protected: 
 
 def test_what_a_rollback_takes_away_is_the_best_no_more() -> None:
     found = best_of(("saved", 2), ("evaluated", 2, 0.5), ("saved", 4), ("evaluated", 4, 0.25))
-    found.left([2])
+    found.retain([2])
     assert (found.step, found.figure) == (2, 0.5)
     found.saved(4)  # written again; its evaluation is told once only
     assert (found.step, found.figure) == (4, 0.25)
@@ -261,7 +261,7 @@ def test_when_a_run_ends_early(
 )
 def test_what_a_checkpoint_says_may_be_damaged(damage: dict[str, Any]) -> None:
     rule = EarlyStop(metric="loss", mode="min")
-    saved = {**EarlyStopping(rule).saved(1, 1), **damage}
+    saved = {**EarlyStopping(rule).state_dict(1, 1), **damage}
     with pytest.raises(StorageError, match="early_stop is damaged"):
         EarlyStopping(rule, saved)
 
@@ -299,13 +299,13 @@ def test_patience_goes_on_with_a_resumed_run(mode: Any, figures: list[float]) ->
     for step, figure in enumerate(figures, 1):
         before.evaluated(step, {"loss": figure})
     for kept in range(len(figures)):
-        saved = json.loads(json.dumps(before.saved(kept, 1)))
+        saved = json.loads(json.dumps(before.state_dict(kept, 1)))
         after = EarlyStopping(rule, saved)
         again = [after.evaluated(n, {"loss": one}) for n, one in enumerate(figures, 1)]
         assert again == [None] * kept + answers[kept:]
-    other = EarlyStopping(EarlyStop(metric="loss", mode=mode, patience=1), before.saved(1, 1))
+    other = EarlyStopping(EarlyStop(metric="loss", mode=mode, patience=1), before.state_dict(1, 1))
     assert other.evaluated(2, {"loss": math.nan}) is not None
-    anew = EarlyStopping(EarlyStop(metric="acc", mode=mode, patience=2), before.saved(4, 1))
+    anew = EarlyStopping(EarlyStop(metric="acc", mode=mode, patience=2), before.state_dict(4, 1))
     assert anew.evaluated(1, {"acc": math.nan}) is None
 
 
@@ -314,7 +314,7 @@ def test_an_evaluation_at_the_end_alone_is_not_counted_by_a_longer_run() -> None
     stopping = EarlyStopping(rule)
     for step, figure in [(4, 1.0), (8, 2.0), (10, 3.0)]:
         stopping.evaluated(step, {"loss": figure})
-    longer = EarlyStopping(rule, stopping.saved(10, 4))
+    longer = EarlyStopping(rule, stopping.state_dict(10, 4))
     assert longer.evaluated(8, {"loss": 2.0}) is None  # made again
     assert (
         longer.evaluated(12, {"loss": 4.0}) == "loss got no better since step 4, in 2 evaluations"
@@ -325,8 +325,10 @@ def test_patience_goes_on_where_evaluations_come_at_other_steps_than_before() ->
     rule = EarlyStop(metric="loss", mode="min", patience=2)
     first = EarlyStopping(rule)
     first.evaluated(5, {"loss": 1.0})
-    second = EarlyStopping(rule, first.saved(5, 5))
-    third = EarlyStopping(rule, second.saved(7, 8))  # of a checkpoint before its first evaluation
+    second = EarlyStopping(rule, first.state_dict(5, 5))
+    third = EarlyStopping(
+        rule, second.state_dict(7, 8)
+    )  # of a checkpoint before its first evaluation
     told = [third.evaluated(step, {"loss": 1.0}) for step in (8, 16)]
     assert told == [None, "loss got no better since step 5, in 2 evaluations"]
 

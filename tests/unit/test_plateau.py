@@ -404,7 +404,7 @@ def test_the_same_state_and_rates_as_torchs(random: Random) -> None:
         counts = scheduler.best, scheduler.num_bad_epochs, scheduler.cooldown_counter
         assert ours.state[2:] == counts
         again = Plateau(rule)
-        again.load(ours.saved())
+        again.load_state_dict(ours.state_dict())
         assert again.state == ours.state == PlateauState.of(map(float, ours.state))
 
 

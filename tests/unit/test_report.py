@@ -14,12 +14,12 @@ from distplat.platform.run_report import (
     binned,
     figure_rows,
     metrics,
+    phase_times,
     restarts,
     samples_per_s,
     smoothed,
     staleness,
     status_of,
-    time_parts,
 )
 
 NAN = math.nan
@@ -53,13 +53,13 @@ def test_status(record: RunRecord, word: str, detail: str) -> None:
 
 
 def test_time_is_shared_out_to_parts() -> None:
-    data, compute = time_parts([made(0, compute=5.0), made(1), made(2, compute=0.5)])
+    data, compute = phase_times([made(0, compute=5.0), made(1), made(2, compute=0.5)])
     assert (data.name, compute.name) == ("data", "compute")
     assert data.total_s == pytest.approx(0.3)
     assert compute.share == pytest.approx(5.6 / 5.9)
     assert compute.median_s == pytest.approx(0.3)  # the first step apart
     assert compute.p95_s == pytest.approx(0.48)
-    assert time_parts([]) == []
+    assert phase_times([]) == []
 
 
 def test_speed() -> None:

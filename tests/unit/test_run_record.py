@@ -14,7 +14,7 @@ from distplat.platform.errors import SpecError, StorageError
 from distplat.platform.progress import EvalSummary, FailureEvent, Resized, StepSummary
 from distplat.platform.run_directory import RunDirectory
 from distplat.platform.run_record import find_run, read_run
-from distplat.platform.run_report import time_parts
+from distplat.platform.run_report import phase_times
 
 
 def test_what_a_run_has_written_is_read(tmp_path: Path) -> None:
@@ -189,5 +189,5 @@ def test_a_run_of_very_many_steps_is_thinned_and_its_last_step_is_there(
     assert [one.step for one in record.steps] == [*range(16, steps, 16), steps]
     assert "long run: only one in 16 steps is counted" in record.notes
     assert "metrics.jsonl: 2 damaged lines are skipped" in record.notes
-    (part,) = time_parts(record.steps, record.every)
+    (part,) = phase_times(record.steps, record.every)
     assert part.total_s == pytest.approx(0.5 * steps, rel=0.05)

@@ -51,8 +51,8 @@ def test_what_a_lost_worker_held_is_leased_before_anything_new() -> None:
     scheduler.work(0, 0, 4)
     scheduler.work(1, 0, 1)
     scheduler.finish(0, (0, 2))
-    scheduler.lose(0)
-    scheduler.lose(0)
+    scheduler.requeue(0)
+    scheduler.requeue(0)
     assert scheduler.held(0) == []
     assert tasks(scheduler.work(1, 1, 4)) == [1], "a lease is one run of tasks"
     assert tasks(scheduler.work(1, 2, 4)) == [3]
@@ -62,7 +62,7 @@ def test_what_a_lost_worker_held_is_leased_before_anything_new() -> None:
 def test_who_was_only_slow_is_heard_and_what_was_made_twice_is_counted() -> None:
     scheduler = TaskScheduler(TaskPlan(3, 1))
     scheduler.work(0, 0, 2)
-    scheduler.lose(0)
+    scheduler.requeue(0)
     assert tasks(scheduler.work(1, 0, 1)) == [0]
     scheduler.finish(0, (0, 1))  # it was frozen
     scheduler.finish(1, (0,))
@@ -73,10 +73,10 @@ def test_who_was_only_slow_is_heard_and_what_was_made_twice_is_counted() -> None
 def test_what_another_has_made_is_not_leased_again_when_its_holder_is_lost() -> None:
     scheduler = TaskScheduler(TaskPlan(3, 1))
     scheduler.work(0, 0, 2)
-    scheduler.lose(0)
+    scheduler.requeue(0)
     assert tasks(scheduler.work(1, 0, 2)) == [0, 1]
     scheduler.finish(0, (0,))  # it was frozen
-    scheduler.lose(1)
+    scheduler.requeue(1)
     assert scheduler.left == 2
     assert tasks(scheduler.work(2, 0, 9)) == [1]
 
@@ -91,7 +91,7 @@ def test_the_same_news_twice_counts_once() -> None:
 
 @pytest.mark.parametrize("task", [-1, 1, 6])
 def test_a_task_that_the_run_has_not_is_refused(task: int) -> None:
-    with pytest.raises(ProtocolError, match=f"made task {task}"):
+    with pytest.raises(ProtocolError, match=f"reported task {task}"):
         TaskScheduler(TaskPlan(3, 2, first=1)).finish(0, (task,))
 
 
@@ -139,7 +139,7 @@ def test_evaluations_are_leased_when_their_steps_are_done() -> None:
     scheduler.finish(0, (0, 1))
     found = scheduler.work(0, 1, 2)
     assert found is not None and (found.evaluations, found.tasks) == (((1, 0),), range(0))
-    scheduler.lose(0)
+    scheduler.requeue(0)
     parts = [scheduler.work(1, number, 2) for number in (1, 2)]
     assert [part.evaluations for part in parts if part] == [((1, 0),), ((1, 1),)]
     scheduler.finish(1, (2,), ((1, 0), (1, 1)))
@@ -166,13 +166,13 @@ def test_no_task_is_leased_before_the_evaluation_of_step_0_is_done() -> None:
     assert second is not None and second.evaluations == ((0, 1),)
     scheduler.finish(0, (), ((0, 0),))
     assert scheduler.work(0, 1, 9) is None, "the other part is not done"
-    scheduler.lose(1)
+    scheduler.requeue(1)
     again = scheduler.work(0, 1, 9)
     assert again is not None and again.evaluations == ((0, 1),)
     assert scheduler.work(1, 1, 9) is None
     scheduler.finish(0, (), ((0, 1),))
     assert tasks(scheduler.work(1, 1, 9)) == [0, 1, 2, 3]
-    scheduler.lose(1)
+    scheduler.requeue(1)
     scheduler.renew(1)
     assert tasks(scheduler.work(0, 0, 9)) == [0, 1, 2, 3], "it is not made again"
 
@@ -207,7 +207,7 @@ def test_a_worker_that_is_dismissed_and_not_heard_of_holds_nobody_up() -> None:
     scheduler = TaskScheduler(TaskPlan(4, 1), bound=0)
     scheduler.work(0, 0)
     scheduler.dismiss(0)
-    scheduler.lose(0)
+    scheduler.requeue(0)
     found = scheduler.work(0, 1)
     assert found is not None and found.over
     assert tasks(scheduler.work(1, 0)) == [0]
@@ -332,7 +332,7 @@ class Runs(RuleBasedStateMachine):
         rank = data.draw(self.workers())
         held = self.holds.pop(rank)
         self.evals.pop(rank)
-        self.scheduler.lose(rank)
+        self.scheduler.requeue(rank)
         if held and pushed and held[0] not in self.made:
             self.made.append(held[0])
         if comes_back:
@@ -364,7 +364,7 @@ class Runs(RuleBasedStateMachine):
         self.joins() if not self.holds else None
         rank = min(self.holds)
         for other in sorted(self.holds):
-            self.scheduler.lose(other) if other != rank else None
+            self.scheduler.requeue(other) if other != rank else None
         for _ in range(10 * self.plan.tasks):
             for task in self.holds[rank]:
                 self.made.append(task) if task not in self.made else None
@@ -498,7 +498,7 @@ def test_what_a_worker_holds_is_made_before_an_early_end() -> None:
     assert tasks(scheduler.work(0, 0, 3)) == [0, 1, 2]
     scheduler.end_early()
     assert tasks(scheduler.work(1, 0, 9)) == [3], "of a step that was begun"
-    scheduler.lose(0)
+    scheduler.requeue(0)
     scheduler.finish(1, (3,))
     assert tasks(scheduler.work(1, 1, 9)) == [0, 1, 2]
     scheduler.finish(1, (0, 1, 2))
