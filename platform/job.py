@@ -236,7 +236,7 @@ class JobState:
         self.phase, self.error, self.restart = Phase.STARTING, None, None
         self._started_at = now
         self._failed_at = 0.0
-        self._beats = RankProgress(self._members, now)
+        self._progress = RankProgress(self._members, now)
         self._finished: set[int] = set()
         self._dead: set[str] = set()  #: roles whose process has ended, or will be killed
         self._waiting: set[int] = set()  #: ranks that have stopped and wait for orders
@@ -256,9 +256,10 @@ class JobState:
         """Whether the policy allows a restart after the failures so far."""
         if self._resizing:
             return True
+        if not self._policy.allows_restart_from_scratch and self._servers_lost:
+            return False
         allowed = self._policy.max_failures or (self._preempted and self._policy.max_preemptions)
-        kept = self._policy.allows_restart_from_scratch or not self._servers_lost
-        return bool(allowed) and kept and (self.error is None or is_recoverable(self.error))
+        return bool(allowed) and (self.error is None or is_recoverable(self.error))
 
     @property
     def _resizing(self) -> bool:
@@ -305,7 +306,7 @@ class JobState:
             case Joined(rank=rank):
                 self._members.add(rank)
                 self._steps[rank] = self.steps_done
-                self._beats.join(rank, now)
+                self._progress.join(rank, now)
             case Left(rank=rank):
                 self._remove_rank(rank)
             case Resize(world=world):
@@ -346,7 +347,7 @@ class JobState:
         self._members.discard(rank)
         self._finished.discard(rank)
         self._steps.pop(rank, None)
-        self._beats.leave(rank)
+        self._progress.leave(rank)
         self._succeed_if_finished()
 
     def _succeed_if_finished(self) -> None:
@@ -357,14 +358,14 @@ class JobState:
     def _on_answer(self, answer: PollAnswered, now: float) -> None:
         if answer.rank not in self._members:
             return  # the rank was removed
-        self._beats.observe(answer.rank, answer.progress, now)
+        self._progress.observe(answer.rank, answer.progress, now)
         self._steps[answer.rank] = max(answer.step, self._steps[answer.rank])
         if answer.prepared:
             self._setup.setup_done(answer.rank, answer.node)
         if answer.finished:
             self._finished.add(answer.rank)
         self._loops.observe(answer.rank, answer.loop)
-        if self.phase is Phase.STARTING and not self._beats.without_progress:
+        if self.phase is Phase.STARTING and not self._progress.without_progress:
             self.phase, self._restoring = Phase.RUNNING, False
         self._succeed_if_finished()
 
@@ -463,8 +464,8 @@ class JobState:
         dead_ranks = {rank_of(role) for role in self._dead}
         survivors = {rank for rank in self._waiting | self._finished if rank not in dead_ranks}
         # While restoring, a rank may have the model but not yet its optimizer or server state.
-        kept = self._policy.survives_worker_loss and not self._state_lost and not self._restoring
-        restart_all = self._servers_lost or not self._policy.has_all(survivors) or not kept
+        keep_state = self._policy.survives_worker_loss and not (self._state_lost or self._restoring)
+        restart_all = self._servers_lost or not self._policy.has_all(survivors) or not keep_state
         replaced = tuple(rank for rank in ranks if restart_all or rank in self._members - survivors)
         lost = () if restart_all else tuple(sorted(self._dead & COORDINATORS))
         self.restart = Restart(
@@ -474,13 +475,13 @@ class JobState:
     def _check_start(self, now: float) -> None:
         limit = self._limits.start_timeout_s
         if now - self._started_at > limit:
-            late = tuple(f"worker-{rank}" for rank in self._beats.without_progress)
-            self._fail(DeadlineExceeded("start", late, limit, "failure.start_timeout_s"), now)
+            late_roles = tuple(f"worker-{rank}" for rank in self._progress.without_progress)
+            self._fail(DeadlineExceeded("start", late_roles, limit, "failure.start_timeout_s"), now)
 
     def _check_steps(self, now: float) -> None:
         working = self._members - self._finished - self._waiting - self._loops.returned
-        if late := self._beats.stalled(working, now, self._limits):
-            self._on_stalled(late, now)
+        if late_roles := self._progress.stalled(working, now, self._limits):
+            self._on_stalled(late_roles, now)
 
     def _on_stalled(self, ranks: Iterable[int], now: float) -> None:
         """Treat ranks without progress as lost."""
@@ -488,7 +489,7 @@ class JobState:
             self._fail(divergence, now)
             return
         what = f"step {self.steps_done + 1}"
-        late = tuple(f"worker-{rank}" for rank in sorted(ranks))
-        self._dead.update(late)
+        late_roles = tuple(f"worker-{rank}" for rank in sorted(ranks))
+        self._dead.update(late_roles)
         limit = self._limits.step_timeout_s
-        self._fail(DeadlineExceeded(what, late, limit, "failure.step_timeout_s"), now)
+        self._fail(DeadlineExceeded(what, late_roles, limit, "failure.step_timeout_s"), now)

@@ -80,14 +80,14 @@ class Policy:
     allows_restart_from_scratch: bool = True
     """Whether the job may restart without the state of a lost server."""
     holders: tuple[tuple[int, ...], ...] = ()
-    """For each part of the model, the ranks that hold it; one of each must survive. Empty: every
+    """For each part of the model, the ranks that hold it, of which one must survive. Empty: every
     rank holds the whole model."""
 
     def has_all(self, ranks: Set[int]) -> bool:
         """Return whether these ranks together hold the whole model."""
         if not self.holders:
             return bool(ranks)
-        return all(any(rank in ranks for rank in some) for some in self.holders)
+        return all(any(rank in ranks for rank in peers) for peers in self.holders)
 
 
 def policy_of(
@@ -132,7 +132,7 @@ class Restart:
 
 
 class Budget:
-    """Count failures against a policy."""
+    """Counts failures against a policy."""
 
     def __init__(self, policy: Policy) -> None:
         self._policy = policy

@@ -261,9 +261,7 @@ class TaskScheduler:
             return Lease(number, range(0), (), reach, trained, steps, True, self._saves)
         self._queue_due_evaluations()
         if self._evaluations and not self._saves and self._is_turn(self._evaluations[0][0]):
-            evaluation = self._evaluations.pop(0)
-            evaluations = (evaluation,)
-            return Lease(number, range(0), evaluations, reach, trained, steps)
+            return Lease(number, range(0), (self._evaluations.pop(0),), reach, trained, steps)
         tasks = self._lease(most) if self._has_baseline else range(0)
         if not tasks:
             return None
