@@ -290,9 +290,9 @@ def _batch_problems(job: Job, roles: Roles) -> list[Problem]:
     replicas, micro = roles.replicas(job.scaling.world), job.gradient_accumulation
     if job.global_batch_size >= replicas * micro:
         return []
-    who = "workers" if roles.group_size == 1 else "copies of the model"
+    unit = "workers" if roles.group_size == 1 else "copies of the model"
     text = (
-        f"{job.global_batch_size} samples cannot be cut into {replicas} {who} x "
+        f"{job.global_batch_size} samples cannot be cut into {replicas} {unit} x "
         f"{micro} micro-batches = {replicas * micro} parts"
     )
     return [Problem(("global_batch_size",), text, f"at least {replicas * micro}")]
@@ -358,12 +358,11 @@ def load_job(
     Raises:
         SpecError: All problems, with file, line and column.
     """
-    given = environ or {}
     return complete(
         read_job(
             Path(path),
             overrides=overrides,
-            environ=given,
+            environ=environ or {},
             check=_problems,
             check_strategy=_option_problems,
         )

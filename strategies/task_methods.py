@@ -24,7 +24,7 @@ from types import CodeType
 from distplat.platform.errors import Problem, SpecError
 from distplat.strategies.task import Task, overrides
 
-_MODEL = "build the module in model(), and what it computes in the module's own forward()"
+_MODEL = "build the module in model(), and write its computation in the module's forward()"
 _CALL = "write forward(model, batch), which calls the model; loss() gets its return value"
 _DATA = "return a data set from train_data(); the job file's `data` says how it is batched"
 _EVAL = "return a data set from eval_data(), and metrics from metrics(outputs, targets)"

@@ -106,8 +106,8 @@ class Word:
 
     def _sleep(self, value: int, seconds: float) -> None:
         """Sleep while the word has `value`; returns after interrupts, wake-ups and timeouts."""
-        whole = int(seconds)
-        limit = _Time(whole, int((seconds - whole) * 1e9))
+        whole_s = int(seconds)
+        limit = _Time(whole_s, int((seconds - whole_s) * 1e9))
         _syscall(_SYSCALL_NUMBER, self._address, _WAIT, value, ctypes.byref(limit), None, 0)
 
 

@@ -1,7 +1,7 @@
 """
-What `distplat` offers inside a train function; each asks the session of its thread.
+Functions of `distplat` for use in a train function; each calls the session of the current thread.
 
-`train` of docs/train_function.md shows all of them.
+docs/train_function.md shows an example with all of them.
 """
 
 from __future__ import annotations
@@ -14,106 +14,114 @@ from typing import Any
 from distplat.platform.errors import Problem, SpecError
 from distplat.strategies.function.function_session import FunctionSession, TrainContext
 
-_of_thread = threading.local()
+_local = threading.local()
 
 
 def prepare(*things: Any) -> Any:
     """
-    Make what a loop trains with ready for several workers.
+    Prepare models, optimizers, DataLoaders and schedulers for distributed training.
 
     Args:
         things: models, optimizers, DataLoaders and schedulers, in any order.
 
     Returns:
-        The same things, in the same order. A model is the same object: rank 0's parameters, on the
-        worker's device, with gradients that are averaged in each backward. A DataLoader gives this
-        rank's part of the data, on the device; its batch size is per worker. Optimizers and
-        schedulers are given back as they are.
+        The prepared objects, in the same order. A model is the same object, moved to the worker's
+        device, with rank 0's parameters and with gradients that are averaged in each backward. A
+        DataLoader is replaced by one that yields this rank's part of the data, on the device; its
+        batch size is per worker. Optimizers and schedulers are the same objects.
 
     Raises:
-        SpecError: something that cannot be prepared; says what to do.
+        SpecError: An object cannot be prepared; the message suggests a remedy.
     """
     return _session().prepare(*things)
 
 
 def report(metrics: Mapping[str, Any], checkpoint: Any = None) -> None:
     """
-    Tell the run's figures: a step of its history. Rank 0's count; `loss` is the one that is shown.
+    Report metrics, and optionally a checkpoint, as the next step of the run's history.
+
+    Only rank 0's values are used. `loss` is shown in the progress output.
 
     Args:
         metrics: numbers by name.
-        checkpoint: dicts, lists and tuples of tensors, numbers and strings, such as `state_dict()`
-            of model and optimizer; or a directory, as a `Checkpoint`, ours or Ray Train's. Rank 0's
-            is kept; after a restart `get_checkpoint` gives the last one.
+        checkpoint: dicts, lists and tuples of tensors, numbers and strings, such as the
+            `state_dict()` of model and optimizer; or a directory as a `Checkpoint` of distplat or
+            Ray Train. Rank 0's checkpoint is saved. After a restart `get_checkpoint` returns the
+            last one.
 
     Raises:
-        SpecError: it holds something else; says where.
+        SpecError: The checkpoint contains another type; the message says where.
     """
     _session().report(metrics, checkpoint)
 
 
 def get_checkpoint() -> Any:
-    """Give the checkpoint that the run goes on from, on all ranks; None: it begins."""
+    """Return the checkpoint from which the run resumes, on all ranks; None: a new run."""
     return _session().checkpoint()
 
 
 def get_context() -> TrainContext:
-    """Give rank, world size, local rank and device of this worker."""
+    """Return the rank, world size, local rank and device of this worker."""
     return _session().context
 
 
 def barrier() -> None:
-    """Return when every worker has come here."""
+    """Wait until every worker has called this."""
     _session().group.barrier()
 
 
 def gather_for_metrics(values: Any) -> Any:
     """
-    Give what all workers have computed of their batches, for metrics over all samples.
+    Gather values of each worker's batch, for metrics over all samples.
 
-    Every worker calls this. Samples that a loader repeated, so that all ranks have as many, are
-    left out of what is as long as the last batch of the pass under way.
+    Every worker calls this. A loader may repeat samples so that all ranks have the same number of
+    batches. A tensor as long as the current pass's last batch is gathered without the repeated
+    samples.
 
     Args:
         values: tensors and numbers, in dicts, lists and tuples.
 
     Returns:
-        The same form; the workers' tensors one behind the other, in the order of ranks.
+        The same structure, with the workers' tensors concatenated in rank order.
 
     Raises:
-        SpecError: something else is among them.
+        SpecError: The values contain another type.
     """
     return _session().gather(values)
 
 
 def should_stop() -> bool:
     """
-    Say whether a callback or `early_stop` wants the run to end: the loop is to be left then.
+    Return whether a callback or `early_stop` has requested the end of the run; if so, leave the
+    loop.
 
-    Under `ring` and `ps-sync` every worker asks as often, and all get the same answer. Under
-    `ps-async` each one asks for itself.
+    Under `ring` and `ps-sync` every worker must call this equally often, and all get the same
+    result. Under `ps-async` each worker gets its own result.
     """
     return _session().should_stop()
 
 
 def no_sync() -> AbstractContextManager[None]:
-    """Accumulate gradients without averaging: for all backwards of a step but the last."""
+    """
+    Context manager: accumulate gradients without averaging, for all but the last backward of a
+    step.
+    """
     return _session().no_sync()
 
 
 @contextmanager
 def running(session: FunctionSession) -> Iterator[None]:
-    """Have a session answer in this thread."""
-    _of_thread.session = session
+    """Context manager: use a session for the calls of this thread."""
+    _local.session = session
     try:
         with session.gathering():
             yield
     finally:
-        _of_thread.session = None
+        _local.session = None
 
 
 def _session() -> FunctionSession:
-    session: FunctionSession | None = getattr(_of_thread, "session", None)
+    session: FunctionSession | None = getattr(_local, "session", None)
     if session is None:
         text = "this is not the thread of a train function that distplat runs"
         hint = (

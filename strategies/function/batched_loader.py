@@ -1,9 +1,9 @@
 """
-A DataLoader with a `batch_sampler` of its own, of which each rank gets its part of the batches.
+Loaders with a custom `batch_sampler`: each rank gets a part of the batches.
 
     batch_sampler  [3 5] [0 1 4] [2] [6 7] [8]      2 ranks
     rank 0         [3 5]         [2]       [8]
-    rank 1               [0 1 4]     [6 7] [3 5]    the first ones again: all have as many
+    rank 1               [0 1 4]     [6 7] [3 5]    the first batch is repeated, to have 3 each
 """
 
 from __future__ import annotations
@@ -13,21 +13,22 @@ from typing import Any
 from torch.utils.data import DataLoader, DistributedSampler
 from typing_extensions import override
 
-from distplat.strategies.function.dealt_sampler import (
-    DealtBatches,
+from distplat.strategies.function.sharded_loader import MapStyleLoader
+from distplat.strategies.function.sharded_sampler import (
     RankSampler,
-    check_ends,
-    dealer_in,
+    ShardedBatches,
+    check_single_pass,
+    find_rank_sampler,
 )
-from distplat.strategies.function.sharded_loader import NumberedLoader
 from distplat.strategies.loop.streams import length_of
 
 
-class BatchedLoader(NumberedLoader):
+class BatchSamplerLoader(MapStyleLoader):
     """
-    Of a map-style data set whose batches a `batch_sampler` makes.
+    A loader of a map-style data set with a custom `batch_sampler`.
 
-    One that deals out by rank itself is taken as it is. See `NumberedLoader` for the arguments.
+    A `batch_sampler` that already yields this rank's part is used unchanged. See `MapStyleLoader`
+    for the arguments.
     """
 
     counted = "batches"
@@ -35,40 +36,40 @@ class BatchedLoader(NumberedLoader):
     @property
     @override
     def batch_sampler(self) -> DistributedSampler[Any]:
-        """What gives this rank's batches; has `set_epoch`, and so has its `sampler`."""
+        """The sampler of this rank's batches; it and its `sampler` have `set_epoch`."""
         return self.sampler
 
     @override
     def _sampler_of(self, loader: DataLoader[Any]) -> DistributedSampler[Any]:
-        given: Any = loader.sampler if loader.batch_sampler is None else loader.batch_sampler
-        rank, world, seed = self._cut
-        if (dealer := dealer_in(given, rank, world)) is not None:
-            return RankSampler(given, dealer)
+        wrapped: Any = loader.sampler if loader.batch_sampler is None else loader.batch_sampler
+        rank, world, seed = self._shard
+        if (rank_sampler := find_rank_sampler(wrapped, rank, world)) is not None:
+            return RankSampler(wrapped, rank_sampler)
         samples = length_of(self.dataset)
-        check_ends(given, samples, self.counted)
-        drops = bool(getattr(given, "drop_last", False))
-        return DealtBatches(given, samples, rank, world, seed, drop_last=drops)
+        check_single_pass(wrapped, samples, self.counted)
+        drops = bool(getattr(wrapped, "drop_last", False))
+        return ShardedBatches(wrapped, samples, rank, world, seed, drop_last=drops)
 
     @override
     def _batches_of(self, loader: DataLoader[Any]) -> Any:
         return self._order
 
     @override
-    def described(self) -> str:
-        return f"a batch of the batch_sampler on each of {self._cut.world} workers in a step"
+    def description(self) -> str:
+        return f"a batch of the batch_sampler on each of {self._shard.world} workers in a step"
 
     @property
     @override
-    def _of_a_step(self) -> int:
-        return self._cut.world
+    def _step_size(self) -> int:
+        return self._shard.world
 
     @override
-    def _parts(self, passed: int) -> str:
+    def _position_error(self, passed: int) -> str:
         return (
-            f"no step begins of {self._cut.world} workers with a batch each: take a number of "
-            f"workers of which {passed} is a multiple"
+            f"is not the start of a step of {self._shard.world} workers with a batch each: use a "
+            f"number of workers that divides {passed}"
         )
 
     @override
-    def _own(self, number: int, size: int, whole: int) -> int:
-        return size if number < whole else 0
+    def _unique(self, number: int, size: int, total: int) -> int:
+        return size if number < total else 0

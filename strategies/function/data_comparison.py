@@ -1,11 +1,13 @@
 """
-Whether all ranks have the data that `prepare` is to deal out.
+Check that all ranks pass the same data to `prepare`, which splits it between them.
 
-A part that each rank has cut for itself would be dealt out once more: most samples would come to
-nobody. And `random_split` behind `prepare(model)`, which seeds each rank differently, cuts on each
-rank elsewhere. No sample of the user's is read, which may be costly, or another one each time, or
-open a file that loader processes must open. What his data set keeps of each sample is compared,
-such as a list of files.
+If each rank had already taken its own part, the split would be applied twice, and most samples
+would never be used. Another cause of a difference is `random_split` after `prepare(model)`, which
+seeds each rank differently.
+
+The check reads no samples of a user's data set: reading may be expensive, may return another sample
+each time, or may open a file that loader processes must open themselves. Instead it compares
+attributes with one entry per sample, such as a list of files.
 """
 
 from __future__ import annotations
@@ -27,153 +29,161 @@ from distplat.strategies.collective import Collective, gather_values
 from distplat.strategies.loop.sample_hash import hash_of
 from distplat.strategies.loop.streams import length_of
 
-_ROWS = 16
-"""Samples that are compared, over all of the data's length."""
-_PLAIN = list.__getitem__, tuple.__getitem__
-_DEPTH = 8
-"""Of collections within each other."""
-_ITEMS = 64
-"""Of a list within one, over all of its length."""
-_ELEMENTS = 1 << 16
-"""Of an array or a tensor within one, or bytes."""
+_NUM_ROWS = 16
+"""Number of compared samples, spread over the data set."""
+_BUILTIN_GETITEM = list.__getitem__, tuple.__getitem__
+_MAX_DEPTH = 8
+"""Maximum nesting of collections that are hashed."""
+_MAX_ITEMS = 64
+"""Maximum number of hashed items of a nested list, spread over its length."""
+_MAX_ELEMENTS = 1 << 16
+"""Maximum number of hashed elements of an array, a tensor or bytes."""
 
 
 class DataComparison:
     """
-    Compares the data of each loader that is prepared; every rank calls it for each.
+    Compares the data of each prepared loader between the ranks; every rank calls `check`.
 
     Args:
         group: all ranks.
-        device: this rank's.
+        device: this rank's device.
     """
 
     def __init__(self, group: Collective, device: torch.device) -> None:
         self._group, self._device = group, device
-        #: by identity: in a later epoch it may hold what this rank alone has read
-        self._known: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
+        #: compared data sets by id; later, a data set may cache samples that only this rank read
+        self._compared: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
 
     def check(self, data: Any) -> None:
         """
-        See that all ranks have it alike.
+        Check that all ranks have the same data set.
 
         Raises:
-            SpecError: names a rank that has another one than rank 0.
+            SpecError: Another rank's data set differs from rank 0's; the message names the rank.
         """
         if self._group.world == 1:
             return
-        description = [length_of(data), self._described(data)]
-        every = gather_values(description, self._group, self._device)
-        size, samples = every[0]
-        for rank, other in enumerate(every):
-            text = f"{other[0]} samples on rank {rank}, {size} on rank 0"
-            if other[0] == size:
-                if not _differ(other[1], samples):
+        local = [length_of(data), self._describe(data)]
+        descriptions = gather_values(local, self._group, self._device)
+        expected_size, expected = descriptions[0]
+        for rank, (size, description) in enumerate(descriptions):
+            text = f"{size} samples on rank {rank}, {expected_size} on rank 0"
+            if size == expected_size:
+                if not _differ(description, expected):
                     continue
                 text = f"other samples on rank {rank} than on rank 0"
             advice = (
-                "it deals one data set out to all ranks, so give each of them the whole: do not "
-                "cut it by rank, sort the files of a directory, and draw what it keeps, and call "
-                "random_split, before prepare(model), or with a generator of a fixed seed; or "
-                "leave the loader out of prepare(), if each rank has samples of its own"
+                "it splits one data set between all ranks, so pass the whole data set on each "
+                "rank: do not split it by rank, and sort the files of a directory; draw random "
+                "samples, and call random_split, before prepare(model) or with a generator of a "
+                "fixed seed; or do not prepare the loader, if each rank has its own samples"
             )
             raise SpecError(Problem(("task",), f"prepare() got a DataLoader with {text}", advice))
 
-    def _described(self, data: Any) -> Any:
-        """Say which samples a data set has, without a call of the user's code."""
+    def _describe(self, data: Any) -> Any:
+        """Return a description of a data set's samples, without calling the user's code."""
         if isinstance(data, Subset):
-            return ["of", _numbers_of(data.indices), self._described(data.dataset)]
+            return ["of", _hash_indices(data.indices), self._describe(data.dataset)]
         if isinstance(data, ConcatDataset):
-            return ["and", *map(self._described, data.datasets)]
+            return ["and", *map(self._describe, data.datasets)]
         size = length_of(data)
         if not size:
             return []
-        rows = range(0, size, max(1, size // _ROWS))
+        rows = range(0, size, max(1, size // _NUM_ROWS))
         if type(data) in (TensorDataset, list, tuple):
-            return [size, [_hash_of(data[one]) for one in rows]]
-        if type(data).__module__ == "datasets.arrow_dataset":  # Hugging Face's
-            table = data.with_format("arrow")  # as it is stored: nothing is decoded
-            return [size, [_hash_of(table[one].to_pydict()) for one in rows]]
-        return self._kept(data, size, rows)
+            return [size, [_hash_sample(data[row]) for row in rows]]
+        if type(data).__module__ == "datasets.arrow_dataset":  # Hugging Face datasets
+            table = data.with_format("arrow")  # the stored format, without decoding
+            return [size, [_hash_sample(table[row].to_pydict()) for row in rows]]
+        return self._describe_attributes(data, size, rows)
 
-    def _kept(self, data: Any, size: int, rows: Iterable[int]) -> dict[str, list[str]]:
-        """Give hashes of what an object of the user's keeps of samples, the first time."""
-        if self._known.get(id(data)) is data:
+    def _describe_attributes(
+        self, data: Any, size: int, rows: Iterable[int]
+    ) -> dict[str, list[str]]:
+        """
+        Return hashes of an object's attributes with one entry per sample; empty after the first
+        call.
+        """
+        if self._compared.get(id(data)) is data:
             return {}
         try:
-            self._known[id(data)] = data
-        except TypeError:  # of a class that nobody can refer to weakly
+            self._compared[id(data)] = data
+        except TypeError:  # the class does not support weak references
             return {}
-        held = getattr(data, "__dict__", {}).items()
-        return {name: hashes for name, one in held if (hashes := _rows_of(one, size, rows))}
+        attributes = getattr(data, "__dict__", {}).items()
+        return {
+            name: hashes for name, value in attributes if (hashes := _hash_rows(value, size, rows))
+        }
 
 
-def _differ(one: Any, other: Any) -> bool:
-    """Compare two descriptions; of what objects keep the names that both have."""
-    if isinstance(one, dict) and isinstance(other, dict):
-        return any(one[name] != other[name] for name in one.keys() & other.keys())
-    if isinstance(one, list) and isinstance(other, list):
-        return len(one) != len(other) or any(map(_differ, one, other))
-    return bool(one != other)
+def _differ(a: Any, b: Any) -> bool:
+    """Return whether two descriptions differ; of attributes, only common names are compared."""
+    if isinstance(a, dict) and isinstance(b, dict):
+        return any(a[name] != b[name] for name in a.keys() & b.keys())
+    if isinstance(a, list) and isinstance(b, list):
+        return len(a) != len(b) or any(map(_differ, a, b))
+    return bool(a != b)
 
 
-def _numbers_of(indices: Any) -> str:
-    """Hash what a Subset has of samples: numbers, or keys of a data set that has such."""
+def _hash_indices(indices: Any) -> str:
+    """Hash the indices of a Subset: integers, or the keys of a data set with keys."""
     try:
         numbers = np.fromiter(map(int, indices), np.int64, len(indices))
     except (TypeError, ValueError):
-        return hash_of([_sketch(one) for one in indices])
+        return hash_of([_sample_value(index) for index in indices])
     return hashlib.sha256(numbers.tobytes()).hexdigest()[:16]
 
 
-def _rows_of(value: Any, size: int, rows: Iterable[int]) -> list[str]:
-    """Hash some of a sequence that has as many entries as the data has samples; else none."""
-    kind = type(value)
-    pandas = str(kind.__module__).partition(".")[0] == "pandas"
-    table = getattr(value, "iloc", None) if pandas else None
-    if table is None and not issubclass(kind, list | tuple | np.ndarray | Tensor):
+def _hash_rows(value: Any, size: int, rows: Iterable[int]) -> list[str]:
+    """Hash some entries of a sequence with one entry per sample; empty for other values."""
+    cls = type(value)
+    is_pandas = str(cls.__module__).partition(".")[0] == "pandas"
+    table = getattr(value, "iloc", None) if is_pandas else None
+    if table is None and not issubclass(cls, list | tuple | np.ndarray | Tensor):
         return []
-    if issubclass(kind, list | tuple) and kind.__getitem__ not in _PLAIN:  # it may read files
+    if issubclass(cls, list | tuple) and cls.__getitem__ not in _BUILTIN_GETITEM:  # may read files
         return []
     try:
         if getattr(value, "ndim", 1) == 0 or len(value) != size:
             return []
-        entries = [value[one] if table is None else [*np.ravel(table[one])] for one in rows]
-        if any(one is None for one in entries):  # samples that were read are put there
+        entries = [value[row] if table is None else [*np.ravel(table[row])] for row in rows]
+        if any(entry is None for entry in entries):  # a cache of samples that were read
             return []
-        return [_hash_of(one) for one in entries]
-    except Exception:  # of the user's, which may be of any kind: it is not compared
+        return [_hash_sample(entry) for entry in entries]
+    except Exception:  # user code may raise anything; the attribute is not compared
         return []
 
 
-def _hash_of(sample: Any) -> str:
-    """Hash what is kept of a sample, as far as it is text, numbers, arrays and tensors."""
-    return hash_of(_sketch(sample))
+def _hash_sample(sample: Any) -> str:
+    """Hash the text, numbers, arrays and tensors of a sample."""
+    return hash_of(_sample_value(sample))
 
 
-def _sketch(value: Any, depth: int = 0) -> Any:
-    """Give what is hashed of a value: little of a large one, and no address of an object."""
-    kind = type(value)
-    if issubclass(kind, str | PurePath):
-        return Path(value).name  # of a path the last part: nodes may have folders of their own
-    if issubclass(kind, np.ndarray | np.generic) and value.dtype.hasobject:
-        return _sketch(_middle(value).tolist(), depth + 1)  # a text of it would have addresses
-    if issubclass(kind, Tensor | np.ndarray):
+def _sample_value(value: Any, depth: int = 0) -> Any:
+    """Return a small sample of a value to hash, without object addresses."""
+    cls = type(value)
+    if issubclass(cls, str | PurePath):
+        return Path(value).name  # only the file name: the folders may differ between nodes
+    if issubclass(cls, np.ndarray | np.generic) and value.dtype.hasobject:
+        return _sample_value(_middle(value).tolist(), depth + 1)  # the bytes are addresses
+    if issubclass(cls, Tensor | np.ndarray):
         return [[*value.shape], _middle(value)]
-    if issubclass(kind, bytes):
-        return [len(value), value[:_ELEMENTS]]
-    if depth < _DEPTH and issubclass(kind, dict):
-        return [[_sketch(one, depth + 1) for one in pair] for pair in [*value.items()][:_ITEMS]]
-    if depth < _DEPTH and issubclass(kind, list | tuple):
-        every = max(1, len(value) // _ITEMS)
-        return [len(value), [_sketch(one, depth + 1) for one in value[::every]]]
-    known = bool, int, float, complex, type(None), np.generic
-    return value if issubclass(kind, known) else kind.__qualname__
+    if issubclass(cls, bytes):
+        return [len(value), value[:_MAX_ELEMENTS]]
+    if depth < _MAX_DEPTH and issubclass(cls, dict):
+        pairs = [*value.items()][:_MAX_ITEMS]
+        return [[_sample_value(item, depth + 1) for item in pair] for pair in pairs]
+    if depth < _MAX_DEPTH and issubclass(cls, list | tuple):
+        stride = max(1, len(value) // _MAX_ITEMS)
+        return [len(value), [_sample_value(item, depth + 1) for item in value[::stride]]]
+    plain = bool, int, float, complex, type(None), np.generic
+    return value if issubclass(cls, plain) else cls.__qualname__
 
 
 def _middle(array: Any) -> Any:
-    """Give a part of an array or a tensor, in one piece: it may lie in a file."""
-    while (total := math.prod(array.shape)) > _ELEMENTS:
+    """Return a contiguous part of a large array or tensor, which may be memory-mapped."""
+    while (total := math.prod(array.shape)) > _MAX_ELEMENTS:
         size = len(array)
-        kept = size * _ELEMENTS // total
-        array = array[size // 2 : size // 2 + kept] if kept else array[size // 2]
+        rows = size * _MAX_ELEMENTS // total
+        array = array[size // 2 : size // 2 + rows] if rows else array[size // 2]
     return array

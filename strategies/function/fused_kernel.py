@@ -1,9 +1,9 @@
 """
-torch's fused kernels on CPUs, for optimizers of a train function that leave it open.
+Use torch's fused CPU kernels for optimizers of a train function that do not set `fused`.
 
-By itself torch takes them on no CPU: it updates one parameter after the other, in several passes
-over memory each. A task's optimizer always has them (`strategies/model/optim.py`). The flag is
-there during a step alone, so that `state_dict()` is what it would be.
+By default torch does not use them on a CPU, and updates one parameter after another with several
+passes over memory. A task's optimizer always uses them (`strategies/model/optim.py`). The flag is
+set only during a step, so that `state_dict()` does not contain it.
 """
 
 from __future__ import annotations
@@ -22,60 +22,62 @@ from distplat.strategies.torch_compat import not_compiled
 
 class FusedSteps:
     """
-    Has an optimizer's steps made by the fused kernel of its class, where that can update all.
+    Run an optimizer's steps with the fused kernel of its class, if the kernel supports all
+    parameters.
 
     Args:
-        optimizer: of any class; one that has no such kernel stays as it is.
+        optimizer: of any class; optimizers without a fused kernel are not changed.
     """
 
     def __init__(self, optimizer: Optimizer) -> None:
-        self._switched = False
-        kind = type(optimizer)
-        if kind.__name__ in FUSED and kind.__module__.startswith("torch.optim."):
+        self._is_fused = False
+        cls = type(optimizer)
+        if cls.__name__ in FUSED and cls.__module__.startswith("torch.optim."):
             optimizer.register_step_pre_hook(self._before_step)
             optimizer.register_step_post_hook(self._after_step)
 
     @not_compiled
     def _before_step(self, optimizer: Optimizer, *_: Any) -> None:
         groups = optimizer.param_groups
-        # Of this type are the counters of steps that the kernels read.
+        # The kernels require step counters of this dtype.
         if torch.get_default_dtype() is torch.float32 and all(
-            _may_fuse(group) and _have_begun_alike(group, optimizer.state) for group in groups
+            _can_fuse(group) and _has_uniform_momentum(group, optimizer.state) for group in groups
         ):
-            self._switched = True
+            self._is_fused = True
             for group in groups:
                 group["fused"] = True
 
     @not_compiled
     def _after_step(self, optimizer: Optimizer, *_: Any) -> None:
-        if self._switched:
-            self._switched = False
+        if self._is_fused:
+            self._is_fused = False
             for group in optimizer.param_groups:
                 group["fused"] = None
 
 
-def _may_fuse(group: Mapping[str, Any]) -> bool:
-    """Say whether nothing in a group is chosen, or is such, that a fused kernel would not do it."""
-    chosen = group.get("foreach") is not None or group.get("fused", False) is not None
-    special = group.get("capturable") or group.get("differentiable")
-    plain = not isinstance(group["lr"], Tensor)
-    return plain and not chosen and not special and all(map(_is_plain, group["params"]))
+def _can_fuse(group: Mapping[str, Any]) -> bool:
+    """Return whether a group has only defaults and parameters that a fused kernel supports."""
+    is_explicit = group.get("foreach") is not None or group.get("fused", False) is not None
+    is_special = group.get("capturable") or group.get("differentiable")
+    if is_explicit or is_special or isinstance(group["lr"], Tensor):
+        return False
+    return all(map(_is_supported, group["params"]))
 
 
-def _have_begun_alike(group: Mapping[str, Any], state: Mapping[Tensor, Any]) -> bool:
+def _has_uniform_momentum(group: Mapping[str, Any], state: Mapping[Tensor, Any]) -> bool:
     """
-    Say whether all of a group have a momentum, or none has one yet.
+    Return whether all parameters of a group have a momentum buffer, or none has one.
 
-    torch's kernel of SGD raises a `TypeError` otherwise, as where layers were unfrozen, or the
-    first batches did not reach them.
+    Otherwise torch's SGD kernel raises a `TypeError`, for example after layers were unfrozen, or if
+    the first batches did not reach some parameters.
     """
     if not group.get("momentum"):
         return True
-    moved = [one for one in group["params"] if one.grad is not None]
-    return len({state.get(one, {}).get("momentum_buffer") is None for one in moved}) < 2
+    updated = [p for p in group["params"] if p.grad is not None]
+    return len({state.get(p, {}).get("momentum_buffer") is None for p in updated}) < 2
 
 
-def _is_plain(parameter: Tensor) -> bool:
+def _is_supported(parameter: Tensor) -> bool:
     grad = parameter.grad
-    dense = grad is None or (grad.layout is torch.strided and grad.dtype is parameter.dtype)
-    return dense and parameter.is_cpu and dtype_name(parameter) in FUSED_TYPES
+    is_dense = grad is None or (grad.layout is torch.strided and grad.dtype is parameter.dtype)
+    return is_dense and parameter.is_cpu and dtype_name(parameter) in FUSED_TYPES

@@ -1,11 +1,11 @@
 """
-What a train function could get wrong without a word, found: ranks that do not train one model, or
-do not have one data set; that an order, or a schedule of learning rates, is not what it seems.
+Detect silent mistakes of a train function.
 
-    optimizer.step()    of a parameter that prepare() never saw? Its gradients are this rank's own
-    now and then        the same parameters on all ranks? Only backward() averages
-
-And reports that lack what the job goes by: `checkpoint.keep_best`, `early_stop`.
+    optimizer.step()    on a parameter that prepare() did not get: its gradients are not averaged
+    now and then        different parameters on the ranks: only backward() averages gradients
+    loaders             the same order in every epoch
+    schedulers          built with the number of batches of all ranks instead of one
+    report()            without the metric of `checkpoint.keep_best` or `early_stop`
 """
 
 from __future__ import annotations
@@ -27,31 +27,36 @@ from torch.utils.data import DataLoader, DistributedSampler
 from distplat.platform.errors import Problem, SpecError, hint
 from distplat.platform.spec import Job
 from distplat.strategies.collective import Collective, gather_values
-from distplat.strategies.function.sharded_loader import LoaderUse, NumberedLoader, ShardedLoader
+from distplat.strategies.function.sharded_loader import LoaderUse, MapStyleLoader, ShardedLoader
 from distplat.strategies.torch_compat import not_compiled
 
 logger = logging.getLogger(__name__)
 
-_APART = 1e-3
-"""Relative difference of two ranks' parameters after a long run, or of coarse types."""
-_ROUNDINGS = 64
+_MAX_RELATIVE_DIFFERENCE = 1e-3
 """
-Roundings by which two ranks may differ in the first steps. All have the same gradients, but
-processors of two kinds may round updates differently. Ranks that train their own differ by much of
-an update, which of a small learning rate is below a thousandth of a parameter.
+Maximum relative difference of two ranks' parameters, after a long run or with a low-precision
+dtype.
 """
-_SHOWN = 3
+_MAX_ROUNDINGS = 64
+"""
+Maximum difference of two ranks in the first steps, as a multiple of the dtype's epsilon.
+
+All ranks have the same gradients, but different processors may round updates differently. If ranks
+train different models, their parameters differ by a large part of an update, which with a small
+learning rate is less than a thousandth of a parameter.
+"""
+_MAX_SHOWN = 3
 
 
 class OptimizerWatch:
     """
-    Looks at each optimizer that steps in this thread.
+    Checks each optimizer that steps in this thread.
 
     Args:
-        trained: gives the parameters that ranks train together.
-        alone: whether there is one rank, to whom all parameters belong.
-        check: is asked about one that moves something of them, before its first step.
-        before_step: is told of each step.
+        trained: returns the parameters that ranks train together.
+        check: called before the first step of an optimizer of such parameters.
+        before_step: called before each step.
+        is_single_rank: whether there is only one rank, which may train any parameter.
     """
 
     def __init__(
@@ -60,117 +65,117 @@ class OptimizerWatch:
         check: Callable[[Optimizer], None],
         before_step: Callable[[Optimizer], None],
         *,
-        alone: bool,
+        is_single_rank: bool,
     ) -> None:
-        self._trained, self._check, self._alone = trained, check, alone
+        self._trained, self._check, self._is_single_rank = trained, check, is_single_rank
         self._on_step = before_step
         self._thread = threading.get_ident()
-        #: how many parameters it had when it was looked at
-        self._seen: weakref.WeakKeyDictionary[Optimizer, int] = weakref.WeakKeyDictionary()
+        #: number of parameters of each checked optimizer, at the time of the check
+        self._checked: weakref.WeakKeyDictionary[Optimizer, int] = weakref.WeakKeyDictionary()
         self._hook = register_optimizer_step_pre_hook(self._before_step)
 
     def close(self) -> None:
-        """Look no more."""
+        """Stop checking."""
         self._hook.remove()
 
     @not_compiled
     def _before_step(self, optimizer: Optimizer, *_: Any) -> None:
         """
-        Be called before each step, of any thread.
+        Called before each step in any thread.
 
         Raises:
-            SpecError: it would move parameters whose gradients are those of this rank alone.
+            SpecError: The optimizer has parameters whose gradients are not averaged.
         """
         if threading.get_ident() != self._thread:
             return
         self._on_step(optimizer)
-        given = parameters_of(optimizer)
-        if self._seen.get(optimizer) == len(given):
+        parameters = parameters_of(optimizer)
+        if self._checked.get(optimizer) == len(parameters):
             return
-        known = {id(one) for one in self._trained()}
-        there = [one for one in given if one.requires_grad and one.numel()]
-        strange = [one for one in there if id(one) not in known]
-        if strange and not self._alone:
-            raise not_prepared(optimizer, strange)
-        if any(id(one) in known for one in given):
+        trained = {id(p) for p in self._trained()}
+        active = [p for p in parameters if p.requires_grad and p.numel()]
+        unprepared = [p for p in active if id(p) not in trained]
+        if unprepared and not self._is_single_rank:
+            raise unprepared_error(optimizer, unprepared)
+        if any(id(p) in trained for p in parameters):
             self._check(optimizer)
-        self._seen[optimizer] = len(given)
+        self._checked[optimizer] = len(parameters)
 
 
 def parameters_of(optimizer: Optimizer) -> list[Tensor]:
-    """Give the parameters of all of an optimizer's groups."""
-    return [one for group in optimizer.param_groups for one in group["params"]]
+    """Return the parameters of all param groups of an optimizer."""
+    return [p for group in optimizer.param_groups for p in group["params"]]
 
 
-def not_prepared(optimizer: Optimizer, strange: Sequence[Tensor]) -> SpecError:
-    """Say that an optimizer has parameters that no rank shares with the others."""
-    shapes = ", ".join(str([*one.shape]) for one in strange[:_SHOWN])
-    shapes += ", ..." if len(strange) > _SHOWN else ""
-    what = "a parameter" if len(strange) == 1 else f"{len(strange)} parameters"
+def unprepared_error(optimizer: Optimizer, parameters: Sequence[Tensor]) -> SpecError:
+    """Return the error for an optimizer with parameters that no rank shares."""
+    shapes = ", ".join(str([*p.shape]) for p in parameters[:_MAX_SHOWN])
+    shapes += ", ..." if len(parameters) > _MAX_SHOWN else ""
+    what = "a parameter" if len(parameters) == 1 else f"{len(parameters)} parameters"
     text = (
         f"{type(optimizer).__name__}.step() would move {what} of no model that prepare() got, of "
         f"shape {shapes}: each worker would train its own"
     )
     hint = (
-        "call distplat.prepare(model, optimizer) before the first step; a parameter by itself "
-        "belongs into a model, such as a ParameterList"
+        "call distplat.prepare(model, optimizer) before the first step; put a single parameter "
+        "into a module, such as a ParameterList"
     )
     return SpecError(Problem(("task",), text, hint))
 
 
 @torch.no_grad()
-def check_alike(model: nn.Module, group: Collective, when: str, steps: int = 0) -> None:
+def check_same_parameters(model: nn.Module, group: Collective, when: str, steps: int = 0) -> None:
     """
-    See whether all ranks have the same trained parameters; every rank calls this.
+    Check that all ranks have the same trained parameters; every rank calls this.
 
     Args:
-        model: whose gradients are averaged.
+        model: a model whose gradients are averaged.
         group: all ranks.
-        when: for the message.
-        steps: that were made; 0: nobody has counted them.
+        when: the time of the check, for the message.
+        steps: number of steps so far; 0: unknown.
 
     Raises:
-        ValueError: they are apart; names the first parameter, and a rank.
+        ValueError: The parameters differ; the message names the first parameter and a rank.
     """
     if group.world == 1:
         return
-    named = [(name, one) for name, one in model.named_parameters() if one.requires_grad]
-    mine = [_figures(one) for _, one in named]
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    local = [_checksums(p) for _, p in named]
     device = named[0][1].device if named else torch.device("cpu")
-    every = gather_values(mine, group, device)
-    for position, (name, one) in enumerate(named):
-        first, *others = (sums[position] for sums in every)
-        allowed = _allowed(one.dtype, steps) * first[-1]
-        for rank, its in enumerate(others, 1):
-            if max(abs(a - b) for a, b in zip(first, its, strict=True)) > allowed:
+    checksums = gather_values(local, group, device)
+    for index, (name, parameter) in enumerate(named):
+        first, *others = (sums[index] for sums in checksums)
+        tolerance = _relative_tolerance(parameter.dtype, steps) * first[-1]
+        for rank, other in enumerate(others, 1):
+            if max(abs(a - b) for a, b in zip(first, other, strict=True)) > tolerance:
                 raise ValueError(
-                    f"{when} {name!r} of rank {rank} is not that of rank 0: each trains its own. "
-                    "Gradients are averaged in backward(); what torch.autograd.grad gives is this "
-                    "rank's alone, and so is what a backward() in no_sync() leaves, what is "
-                    "written into a parameter otherwise, a step() that not all ranks make, and one "
-                    "that goes by a rank's own loss, as a line search does"
+                    f"{when} {name!r} of rank {rank} is not that of rank 0: each rank trains its "
+                    "own model. Only backward() averages gradients. Not averaged are: results of "
+                    "torch.autograd.grad, gradients of a backward() in no_sync(), direct writes "
+                    "to a parameter, a step() that not all ranks call, and a step() that depends "
+                    "on a rank's own loss, such as a line search"
                 )
 
 
-def _figures(parameter: Tensor) -> tuple[float, float, float]:
-    """Give the sum, one with signs that alternate, and the norm: an update changes one of them."""
+def _checksums(parameter: Tensor) -> tuple[float, float, float]:
+    """Return the sum, a sum with alternating signs, and the norm: updates change one."""
     flat = parameter.detach().double().reshape(-1)
-    whole, second = float(flat.sum()), float(flat[1::2].sum())
-    return whole, whole - 2 * second, float(flat.norm())
+    total, odd = float(flat.sum()), float(flat[1::2].sum())
+    return total, total - 2 * odd, float(flat.norm())
 
 
-def _allowed(dtype: torch.dtype, steps: int) -> float:
-    """Give the relative difference that roundings may come to."""
-    rounding = _ROUNDINGS * torch.finfo(dtype).eps * max(1.0, steps / 30)
-    return min(_APART, rounding) if steps else _APART
+def _relative_tolerance(dtype: torch.dtype, steps: int) -> float:
+    """Return the maximum relative difference that rounding may cause."""
+    rounding = _MAX_ROUNDINGS * torch.finfo(dtype).eps * max(1.0, steps / 30)
+    return min(_MAX_RELATIVE_DIFFERENCE, rounding) if steps else _MAX_RELATIVE_DIFFERENCE
 
 
 class EpochWatch:
     """
-    Looks at what counts epochs and steps, and says what trains otherwise than it seems to.
+    Checks epochs of loaders and lengths of schedulers, and warns of likely mistakes.
 
     Args:
-        world: ranks.
+        world: number of ranks.
     """
 
     def __init__(self, world: int) -> None:
@@ -179,116 +184,115 @@ class EpochWatch:
         self._loaders: list[_Lengths] = []
         self._schedulers: list[LRScheduler] = []
 
-    def loader(self, prepared: ShardedLoader, given: DataLoader[Any]) -> None:
-        """Be told of a loader that was prepared, and of what."""
-        if isinstance(prepared, NumberedLoader) and prepared.sampler.shuffle:
-            self._sampler(prepared.sampler)
-        with suppress(TypeError, ValueError, NotImplementedError):  # it has no length
-            lengths = prepared.batches_of_pass(), len(given)
+    def add_loader(self, prepared: ShardedLoader, original: DataLoader[Any]) -> None:
+        """Register a prepared loader and the user's loader."""
+        if isinstance(prepared, MapStyleLoader) and prepared.sampler.shuffle:
+            self._check_sampler(prepared.sampler)
+        with suppress(TypeError, ValueError, NotImplementedError):  # a loader without a length
+            lengths = prepared.batches_of_pass(), len(original)
             self._loaders.append(_Lengths(*lengths, prepared.use))
 
-    def _sampler(self, sampler: DistributedSampler[Any]) -> None:
-        """Look at the order of a loader; the third one in a row of the same data shows."""
-        before = [one for one in self._samplers if one.dataset is sampler.dataset]
-        alike = [one for one in before if one.epoch == 0 == sampler.epoch]
-        if len(alike) == self._samplers.maxlen and not self._warned:
+    def _check_sampler(self, sampler: DistributedSampler[Any]) -> None:
+        """Warn if this is the third loader in a row of the same data, all of them at epoch 0."""
+        same_data = [s for s in self._samplers if s.dataset is sampler.dataset]
+        same_order = [s for s in same_data if s.epoch == 0 == sampler.epoch]
+        if len(same_order) == self._samplers.maxlen and not self._warned:
             self._warned = True
             logger.warning(
-                "prepare() got a third loader of the same data: each begins with the order of "
+                "prepare() got a third loader of the same data: each starts with the order of "
                 "epoch 0. Prepare it once, before the epochs, or call its set_epoch(epoch)"
             )
         self._samplers.append(sampler)
 
-    def scheduler(self, scheduler: LRScheduler) -> None:
-        """Be told of a scheduler that was prepared."""
-        if not any(one.use.asked for one in self._loaders):  # else it is made by what is right
+    def add_scheduler(self, scheduler: LRScheduler) -> None:
+        """Register a prepared scheduler."""
+        if not any(lengths.use.called_len for lengths in self._loaders):  # else the length is right
             self._schedulers.append(scheduler)
 
-    def over(self) -> None:
-        """Be told that the function has returned."""
-        for one in self._schedulers:
-            steps: Any = getattr(one, "total_steps", None) or getattr(one, "T_max", None)
-            made = getattr(one, "last_epoch", 0)  # a ChainedScheduler counts nothing
-            if steps and 0 < made < steps and self._are_of_all_ranks(steps, made):
+    def on_return(self) -> None:
+        """Check the schedulers after the function has returned."""
+        for scheduler in self._schedulers:
+            steps: Any = getattr(scheduler, "total_steps", None)
+            steps = steps or getattr(scheduler, "T_max", None)
+            done = getattr(scheduler, "last_epoch", 0)  # a ChainedScheduler has no counter
+            if steps and 0 < done < steps and self._counts_all_ranks(steps, done):
                 logger.warning(
-                    "%s was made for %d steps, and made %d: with len(loader), make it of the "
-                    "loader that prepare() gives, which has the batches of one of %d workers",
-                    type(one).__name__,
+                    "%s was built for %d steps, and took %d: compute the number of steps from the "
+                    "loader that prepare() returns, whose len() is that of one of %d workers",
+                    type(scheduler).__name__,
                     steps,
-                    made,
+                    done,
                     self._world,
                 )
 
-    def _are_of_all_ranks(self, steps: int, made: int) -> bool:
+    def _counts_all_ranks(self, steps: int, done: int) -> bool:
         """
-        Whether so many steps are those of the batches of all ranks, of the passes that were made.
+        Return whether `steps` is the number of batches of all ranks in the completed passes.
 
-        Any other number is the loop's own: that of a run which has ended earlier, for example, or
-        of a schedule by epochs.
+        Any other number is intended, for example in a run that has ended early, or with a schedule
+        by epochs.
         """
-        if made <= max((one.use.passes for one in self._loaders), default=0):
+        if done <= max((lengths.use.passes for lengths in self._loaders), default=0):
             return False
         return any(
-            _are_of_all_ranks(some, steps, made)
-            for some in (*([one] for one in self._loaders), self._loaders)
+            _counts_all_ranks(loaders, steps, done)
+            for loaders in (*([lengths] for lengths in self._loaders), self._loaders)
         )
 
 
 class _Lengths(NamedTuple):
-    """Batches of a pass over a loader."""
+    """Numbers of batches in a pass over a loader."""
 
     own: int
-    """Of this rank."""
-    whole: int
-    """Of the loader that `prepare` got."""
+    """Batches of this rank."""
+    total: int
+    """Batches of the loader that `prepare` got."""
     use: LoaderUse
 
 
-def _are_of_all_ranks(loaders: Sequence[_Lengths], steps: int, made: int) -> bool:
-    """See `EpochWatch._are_of_all_ranks`; these were gone through side by side, or in turn."""
-    passes = sum(one.use.passes for one in loaders)
-    own = sum(one.use.passes * one.own for one in loaders)
-    whole = sum(one.use.passes * one.whole for one in loaders)
-    batches = max(1, round(own / made))  # of a step: it may accumulate gradients
-    return own < whole and abs(steps * batches - whole) <= passes * (batches - 1) + batches
+def _counts_all_ranks(loaders: Sequence[_Lengths], steps: int, done: int) -> bool:
+    """
+    See `EpochWatch._counts_all_ranks`; the loaders were iterated side by side, or one after the
+    other.
+    """
+    passes = sum(lengths.use.passes for lengths in loaders)
+    own = sum(lengths.use.passes * lengths.own for lengths in loaders)
+    total = sum(lengths.use.passes * lengths.total for lengths in loaders)
+    per_step = max(1, round(own / done))  # batches per step, with gradient accumulation
+    return own < total and abs(steps * per_step - total) <= passes * (per_step - 1) + per_step
 
 
 class ReportWatch:
-    """
-    Looks at one rank's reports.
-
-    Args:
-        job: the run.
-    """
+    """Checks one rank's reports."""
 
     def __init__(self, job: Job) -> None:
         self._best, self._stop = job.checkpoint.keep_best, job.early_stop
-        self._names: dict[str, None] = {}  #: of all figures so far
+        self._names: dict[str, None] = {}  #: names of all metrics reported so far
 
-    def reported(self, figures: Mapping[str, float], *, kept: bool) -> None:
+    def on_report(self, figures: Mapping[str, float], *, has_checkpoint: bool) -> None:
         """
-        Look at a report.
+        Check a report.
 
         Args:
-            figures: by name.
-            kept: whether it has a checkpoint.
+            figures: metrics by name.
+            has_checkpoint: whether the report has a checkpoint.
 
         Raises:
-            SpecError: nobody could say how good that is.
+            SpecError: The checkpoint has no metric for `checkpoint.keep_best`.
         """
         self._names.update(dict.fromkeys(figures))
-        if kept and self._best is not None and self._best.metric not in figures:
+        if has_checkpoint and self._best is not None and self._best.metric not in figures:
             name = self._best.metric
-            text = f"report() has a checkpoint, and no {name!r} to say how good it is"
+            text = f"report() has a checkpoint, but no {name!r} to compare checkpoints by"
             where = ("checkpoint", "keep_best", "metric")
             raise SpecError(Problem(where, text, hint(name, figures)))
 
-    def over(self) -> None:
+    def on_return(self) -> None:
         """
-        Be told that the function has returned.
+        Check the reports after the function has returned.
 
         Raises:
-            SpecError: it reported, and never what `early_stop` goes by.
+            SpecError: No report had the metric of `early_stop`.
         """
         if self._stop is not None and self._names and self._stop.metric not in self._names:
             text = f"no report() had a {self._stop.metric!r}"

@@ -1,4 +1,4 @@
-"""Gathers what ranks have computed of their batches, for metrics over all samples."""
+"""Gather values that ranks computed from their batches, for metrics over all samples."""
 
 from __future__ import annotations
 
@@ -19,49 +19,50 @@ def gather_for_metrics(
     values: Any, group: Collective, device: torch.device, batch: tuple[int, int]
 ) -> Any:
     """
-    Give the values of all ranks, in the form of this one's; every rank calls this.
+    Return the values of all ranks, in the structure of this rank's values; every rank calls this.
 
     Args:
         values: tensors, in dicts, lists, tuples and dataclasses; numbers count as tensors.
         group: all ranks.
-        device: this rank's.
-        batch: this rank's last batch: its samples, and how many of them are no repetition.
+        device: this rank's device.
+        batch: number of samples of this rank's last batch, and how many of them are not
+            repetitions.
 
     Returns:
-        Tensors of the ranks one behind the other along their first dimension. Those as long as the
-        batch are without the samples that were repeated to fill it.
+        The ranks' tensors, concatenated along the first dimension. Repeated samples are removed
+        from tensors that are as long as the batch.
 
     Raises:
-        SpecError: something else is among them.
+        SpecError: The values contain another type.
     """
-    size, own = batch
-    mine: list[Tensor] = []
+    size, unique = batch
+    local: list[Tensor] = []
 
     def take(tensor: Tensor) -> Tensor:
-        alone = tensor.ndim == 0
-        whole = tensor.detach().reshape(1) if alone else tensor.detach()
-        mine.append(whole[:own] if len(whole) == size and not alone else whole)
+        is_scalar = tensor.ndim == 0
+        vector = tensor.detach().reshape(1) if is_scalar else tensor.detach()
+        local.append(vector[:unique] if len(vector) == size and not is_scalar else vector)
         return tensor
 
-    _mapped(values, take)
+    _map_tensors(values, take)
     packed = io.BytesIO()
-    torch.save([one.to("cpu", copy=True) for one in mine], packed)  # a view would take all along
-    every = gather_bytes(packed.getvalue(), group, device)
-    ranks = [torch.load(io.BytesIO(one), weights_only=True) for one in every]
+    torch.save([t.to("cpu", copy=True) for t in local], packed)  # a view would save its storage
+    buffers = gather_bytes(packed.getvalue(), group, device)
+    ranks = [torch.load(io.BytesIO(buffer), weights_only=True) for buffer in buffers]
     joined = iter([torch.cat(parts).to(device) for parts in zip(*ranks, strict=True)])
-    return _mapped(values, lambda _: next(joined))
+    return _map_tensors(values, lambda _: next(joined))
 
 
-def _mapped(tree: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    """Give nested containers with each tensor changed, always in the same order."""
+def _map_tensors(tree: Any, function: Callable[[Tensor], Tensor]) -> Any:
+    """Apply a function to each tensor of nested containers, always in the same order."""
     if isinstance(tree, Tensor):
-        return change(tree)
+        return function(tree)
     if isinstance(tree, bool | int | float):
-        return change(torch.tensor(tree))
+        return function(torch.tensor(tree))
     if isinstance(tree, MutableMapping) and not isinstance(tree, dict | UserDict):
-        tree = dict(tree)  # a copy of another kind may share what it holds
+        tree = dict(tree)  # copying an unknown mapping class may share its items
     if (items := items_in(tree)) is not None:
-        return rebuilt(tree, [_mapped(one, change) for one in items])
+        return rebuilt(tree, [_map_tensors(item, function) for item in items])
     text = f"gather_for_metrics() got a {type(tree).__name__}"
     hint = "it takes tensors and numbers, in dicts, lists, tuples and dataclasses"
     raise SpecError(Problem(("task",), text, hint))

@@ -1,12 +1,12 @@
 """
-Averages gradients by the servers of `ps-sync`, in each backward.
+Average gradients with the servers of `ps-sync`, in each backward.
 
-    vector     | gradients of model 0 | of model 1 | who has one |
-    backward ─ push ─▶ servers add up in rank order ─▶ the sum ─▶ mean in `.grad` | returns
+    vector     | gradients of model 0 | of model 1 | which exist |
+    backward ─ push ─▶ servers sum in rank order ─▶ the sum ─▶ mean in `.grad` | returns
 
-Servers keep nothing of the model: they add up, as the summation service of BytePS does (Jiang et
-al., OSDI 2020), and each worker makes the update with its own optimizer. So what a loop does with
-`.grad` between backward and step is what it does in one process (docs/decisions/train_function.md).
+Servers store no part of the model. They only sum, like the summation service of BytePS (Jiang et
+al., OSDI 2020), and each worker runs its own optimizer. A loop may therefore use `.grad` between
+backward and step as in a single process (docs/decisions/train_function.md).
 """
 
 from __future__ import annotations
@@ -30,44 +30,44 @@ from distplat.strategies.model.parameter_layout import first_non_finite, is_fini
 from distplat.strategies.ports import LoopOptimizer, LoopShards
 from distplat.strategies.torch_compat import after_backward, not_compiled
 
-_LINE, _BLOCK = 64, 4096
-"""Bytes: models begin at multiples of a cache line; a vector of several types is one of a block."""
+_CACHE_LINE, _BLOCK_SIZE = 64, 4096
+"""In bytes: alignment of each model's gradients, and of the size of a vector of several dtypes."""
 
 
 class SummedVectors:
     """
-    What is summed, see `Vectors`: the gradients of all models, and who has one.
+    The vectors to sum, see `Vectors`: the gradients of all models, and which of them exist.
 
     Args:
         flats: the models.
     """
 
     def __init__(self, flats: Sequence[FlatModel]) -> None:
-        types = dict.fromkeys(s.dtype for one in flats for s in one.layout.segments)
-        self.mixed = len(types) > 1
-        kind = torch.uint8 if self.mixed else getattr(torch, next(iter(types)))
-        line = _LINE // kind.itemsize
+        dtypes = dict.fromkeys(s.dtype for flat in flats for s in flat.layout.segments)
+        self.mixed = len(dtypes) > 1
+        dtype = torch.uint8 if self.mixed else getattr(torch, next(iter(dtypes)))
+        line = _CACHE_LINE // dtype.itemsize
         segments: list[Segment] = []
         self.starts: list[int] = []
-        """Where each model's gradients begin."""
+        """First element of each model's gradients."""
         end = 0
-        for one in flats:
+        for flat in flats:
             self.starts.append(end)
-            item = one.grads.itemsize // kind.itemsize
-            for s in one.layout.segments:
+            item = flat.grads.itemsize // dtype.itemsize
+            for s in flat.layout.segments:
                 segments.append(Segment(end + s.start * item, end + s.stop * item, s.dtype))
-            end = -(-(end + one.size * item) // line) * line
-        count = sum(len(one.slots) for one in flats)
-        own = "float32" if self.mixed else next(iter(types))
-        stop = end + count * (getattr(torch, own).itemsize // kind.itemsize)
-        self._flags = Segment(end, stop, own)
-        size = -(-stop // _BLOCK) * _BLOCK if self.mixed else stop
-        pieces = tuple(Piece(0, one.start, one.stop) for one in [*segments, self._flags])
+            end = -(-(end + flat.size * item) // line) * line
+        count = sum(len(flat.slots) for flat in flats)
+        flags_dtype = "float32" if self.mixed else next(iter(dtypes))
+        stop = end + count * (getattr(torch, flags_dtype).itemsize // dtype.itemsize)
+        self._flags = Segment(end, stop, flags_dtype)
+        size = -(-stop // _BLOCK_SIZE) * _BLOCK_SIZE if self.mixed else stop
+        pieces = tuple(Piece(0, s.start, s.stop) for s in [*segments, self._flags])
         self.layout = Layout(size, (*segments, self._flags), pieces, 1, size)
-        self.params = torch.zeros(size, dtype=kind, device=flats[0].params.device)
+        self.params = torch.zeros(size, dtype=dtype, device=flats[0].params.device)
         self.grads = torch.zeros_like(self.params)
         self.version = 0
-        self._digest = hashlib.sha256(repr([one.digest() for one in flats]).encode())
+        self._digest = hashlib.sha256(repr([flat.digest() for flat in flats]).encode())
 
     @property
     def size(self) -> int:
@@ -84,76 +84,76 @@ class SummedVectors:
 
     @property
     def flags(self) -> Tensor:
-        """By slot of all models, whether this rank has a gradient."""
+        """Whether this rank has a gradient, for each slot of all models."""
         (flags,) = typed_views(self.grads, [self._flags])
         return flags
 
     @property
     def summed_flags(self) -> Tensor:
-        """By slot of all models, how many ranks have a gradient."""
+        """Number of ranks that have a gradient, for each slot of all models."""
         (flags,) = typed_views(self.params, [self._flags])
         return flags
 
     def of_model(self, vector: Tensor, number: int, flat: FlatModel) -> Tensor:
-        """Give a model's part of a vector, with the elements of the model's own."""
+        """Return a model's part of a vector, in the model's own dtype."""
         start = self.starts[number]
         length = flat.size * flat.grads.itemsize // vector.itemsize
         return vector[start : start + length].view(flat.grads.dtype)
 
     def finite(self) -> bool:
-        """Say whether all sums are finite, by their views in the vector."""
+        """Return whether all sums are finite."""
         return all(map(is_finite, typed_views(self.params, self.layout.segments)))
 
 
 class ServerSum:
     """
-    What all models of a session share: the servers.
+    The connection to the servers, shared by all models of a session.
 
     Args:
-        context: the run.
-        shards: the way to the servers; not connected yet.
+        context: settings shared by all models.
+        shards: the port to the servers; not connected yet.
     """
 
     def __init__(self, context: SessionContext, shards: LoopShards) -> None:
         self.context, self._shards = context, shards
         self.members: list[GradientAverage] = []
         self._vectors: SummedVectors | None = None
-        self._under_way = False
+        self._is_running = False
         self._pushes = 0
         self._policy = NonFiniteSteps.of(context.job)
 
     def add(self, member: GradientAverage) -> None:
         """
-        Take a model in.
+        Add a model.
 
         Raises:
-            SpecError: it comes too late.
+            SpecError: A backward has already run.
         """
         if self._vectors is not None:
-            text = "prepare() got a model after a backward, when the servers had all there is"
+            text = "prepare() got a model after a backward, when the servers were connected already"
             hint = "prepare all models before the first backward, or use `strategy: ring`"
             raise SpecError(Problem(("task",), text, hint))
         self.members.append(member)
 
     def begin(self) -> None:
-        """Called with each gradient; the first one of a backward begins the exchange at its end."""
-        if not self._under_way:
-            self._under_way = True
-            for one in self.members:
-                one.flat.gradients.copied.clear()
+        """Called with each gradient; a backward's first one schedules the exchange at its end."""
+        if not self._is_running:
+            self._is_running = True
+            for member in self.members:
+                member.flat.gradients.copied.clear()
             after_backward(self._exchange)
 
     def leave(self) -> None:
-        """Called when this rank's loop is over; who waits for its gradient is told so."""
+        """Called when this rank's loop has ended; ranks that wait for its gradient are informed."""
         if self.members:
             self._connect()
             self._shards.leave()
 
     def _connect(self) -> SummedVectors:
-        """Meet the servers, once; gradients that are there stay, and what a loop has written."""
+        """Connect to the servers on the first call, keeping existing gradients and parameters."""
         if self._vectors is not None:
             return self._vectors
-        flats = [one.flat for one in self.members]
+        flats = [member.flat for member in self.members]
         for flat in flats:
             flat.check_layout(self.context.step())
         self._vectors = vectors = SummedVectors(flats)
@@ -164,10 +164,10 @@ class ServerSum:
 
     @not_compiled
     def _exchange(self) -> None:
-        """Called after backward: the gradients of all models are averaged."""
-        self._under_way = False
+        """Called at the end of backward: average the gradients of all models."""
+        self._is_running = False
         vectors, context = self._connect(), self.context
-        present = [one.gather().present for one in self.members]
+        present = [member.gather().present for member in self.members]
         vectors.flags.copy_(torch.from_numpy(np.concatenate(present)))
         local = context.record(np.ones(1, np.bool_))
         if self._policy.looks and (slot := self._first_non_finite()) is not None:
@@ -183,41 +183,40 @@ class ServerSum:
             self._policy.decide(total, context.step(), self._name)
         except NonFiniteError as error:
             broken = error
-        now: NDArray[np.bool_] = (vectors.summed_flags > 0).cpu().numpy()
-        ends, scale = np.cumsum([len(one) for one in present])[:-1], 1.0 / context.group.world
-        for number, has in enumerate(np.split(now, ends)):
+        has_gradient: NDArray[np.bool_] = (vectors.summed_flags > 0).cpu().numpy()
+        ends, scale = np.cumsum([len(flags) for flags in present])[:-1], 1.0 / context.group.world
+        for number, mask in enumerate(np.split(has_gradient, ends)):
             member = self.members[number]
             flat = member.flat
             sums = vectors.of_model(vectors.params, number, flat)
-            looked = sums, flat.segments, flat.layout.pieces
-            whole = broken is None or first_non_finite(*looked) is None
-            member.note(None if whole else broken)
-            member.hand_out(np.flatnonzero(has).tolist(), scale, sums)
+            sum_views = sums, flat.segments, flat.layout.pieces
+            is_intact = broken is None or first_non_finite(*sum_views) is None
+            member.set_non_finite(None if is_intact else broken)
+            member.write_means(np.flatnonzero(mask).tolist(), scale, sums)
             member.finish()
 
     def _first_non_finite(self) -> int | None:
-        """Give the first slot of all models whose gradient is not finite; None: all are."""
+        """Return the first slot of all models with a non-finite gradient; None: all are finite."""
         first = 0
-        for one in self.members:
-            if (slot := one.flat.first_non_finite(unseen=True)) is not None:
+        for member in self.members:
+            if (slot := member.flat.first_non_finite(unseen=True)) is not None:
                 return first + slot
-            first += len(one.flat.slots)
+            first += len(member.flat.slots)
         return None
 
     def _name(self, slot: int) -> str:
-        names = [one.flat.name(n) for one in self.members for n in range(len(one.flat.slots))]
-        return names[slot]
+        return [m.flat.name(n) for m in self.members for n in range(len(m.flat.slots))][slot]
 
 
 class ServerAverage(GradientAverage):
     """
-    By servers that add gradients up.
+    Averages gradients with servers that sum them.
 
     Args:
         model: see `GradientAverage`.
-        servers: the way to them.
-        number: see there.
-        own_buffers: see there.
+        servers: the connection to the servers.
+        number: see `GradientAverage`.
+        local_buffers: see `GradientAverage`.
     """
 
     def __init__(
@@ -225,15 +224,15 @@ class ServerAverage(GradientAverage):
         model: nn.Module,
         servers: ServerSum,
         number: int,
-        own_buffers: Set[nn.Module],
+        local_buffers: Set[nn.Module],
     ) -> None:
-        super().__init__(model, servers.context, number, own_buffers)
+        super().__init__(model, servers.context, number, local_buffers)
         self._servers = servers
         servers.add(self)
 
         self.flat.copy_when_ready(True, looks=self._policy.looks)
 
     @override
-    def _begin(self, index: int) -> None:
+    def _start_exchange(self, index: int) -> None:
         self._servers.begin()
-        self.flat.gradients.ready(index)  # while it is in the processor's cache
+        self.flat.gradients.ready(index)  # while the gradient is in the processor's cache

@@ -1,13 +1,13 @@
 """
-A DataLoader over a stream, of which each rank gets its part: samples r, r + N, r + 2N, ...
+Loaders of a stream: each rank gets the samples r, r + N, r + 2N, ...
 
     stream     0 1 2 3 4 5 | 6 7 8 9 10 11 | 12 13 14      2 ranks, batches of 3
     rank 0     0   2   4   | 6   8   10    | 12    14
-    rank 1       1   3   5 |   7   9    11 |    13    0    the first ones again: all have as many
+    rank 1       1   3   5 |   7   9    11 |    13    0    sample 0 is repeated, to have 8 each
 
-So the batches are those of a `DistributedSampler` over the same samples by number. Every rank, and
-each of its loader processes, reads the whole stream, and all find its end at the same sample
-(docs/decisions/streams.md).
+The batches are those of a `DistributedSampler` over a map-style data set with the same samples.
+Every rank, and each of its loader processes, reads the whole stream, so all of them find the end at
+the same sample (docs/decisions/streams.md).
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from typing_extensions import override
 
 from distplat.platform.errors import Problem, SpecError
 from distplat.strategies.collective import Collective, mismatched_ranks
-from distplat.strategies.function.loader_kinds import batches_of, refused
+from distplat.strategies.function.loader_checks import batch_sampler_of, loader_error
 from distplat.strategies.function.sharded_loader import (
-    KEPT,
+    COPIED_ARGUMENTS,
     Collate,
     DataShard,
+    OnBatch,
     RankBatch,
-    Read,
     ShardedLoader,
 )
 from distplat.strategies.loop.sample_hash import fingerprint_of, hash_of
@@ -47,102 +47,103 @@ from distplat.strategies.loop.streams import (
 from distplat.strategies.torch_compat import without_worker_info
 
 _WHERE = "prepare() got a DataLoader whose data set"
-_HASHED = 2
-"""Samples after a position by which it is recognised: one is made before each batch."""
+_NUM_HASHED = 2
+"""Number of samples after a position that identify it. A position is recorded before each batch."""
 
 
 @dataclass
 class _Block:
-    """What all ranks' batches that come together are made of, as one rank reads it."""
+    """The samples of one step of all ranks, as read by one rank."""
 
-    mark: StreamPosition
-    """The position before it."""
-    mine: list[Any]
+    position: StreamPosition
+    """The position before the block."""
+    samples: list[Any]
     """Samples of this rank."""
     count: int = 0
-    """Samples of all ranks."""
+    """Number of samples of all ranks."""
     fingerprint: int = 0
-    """Of the first sample, their number, and whether another block follows."""
+    """Fingerprint of the first sample, of `count`, and of whether another block follows."""
 
 
 class StreamLoader(ShardedLoader):
     """
-    Of a stream, see the top of the file.
+    A loader of a stream, see the module's docstring.
 
     Args:
-        loader: the user's.
-        cut: see `ShardedLoader`.
-        device: see there.
-        read: see there.
+        loader: the user's loader.
+        shard: see `ShardedLoader`.
+        device: see `ShardedLoader`.
+        on_batch: see `ShardedLoader`.
         group: all ranks; each calls this.
 
     Raises:
-        SpecError: a loader that cannot be cut into parts, or ranks that have other streams.
-        ValueError: the stream has no samples, or is its own iterator.
+        SpecError: The loader cannot be split, or ranks have different streams.
+        ValueError: The stream has no samples, or is its own iterator.
     """
 
     def __init__(
         self,
         loader: DataLoader[Any],
-        cut: DataShard,
+        shard: DataShard,
         device: torch.device,
-        read: Read,
+        on_batch: OnBatch,
         group: Collective,
     ) -> None:
-        super().__init__(loader, cut, device, read)
+        super().__init__(loader, shard, device, on_batch)
         _check(loader)
-        stream = StreamSamples(loader.dataset, StreamSeeds(cut.seed), _WHERE)
+        stream = StreamSamples(loader.dataset, StreamSeeds(shard.seed), _WHERE)
         stream.survey(counts=False, limit_s=0.0)
-        if others := mismatched_ranks(stream.hashes, group, device):
-            names = ", ".join(f"worker-{rank}" for rank in others)
+        if ranks := mismatched_ranks(stream.hashes, group, device):
+            names = ", ".join(f"worker-{rank}" for rank in ranks)
             text = f"{_WHERE} gives {names} other samples than worker-0"
             hint = (
-                "every worker reads all of the stream and gets its part: do not cut it by rank "
-                "(leave split_dataset_by_node out; WebDataset: nodesplitter=None), and shuffle it "
-                "by the global generators or by a seed that all workers have. Leave the loader out "
-                "of prepare() if each worker is to read samples of its own"
+                "every worker reads the whole stream and uses its part: do not split it by rank "
+                "(do not call split_dataset_by_node; WebDataset: nodesplitter=None), and shuffle "
+                "it with the global generators or with the same seed on all workers. Do not "
+                "prepare the loader if each worker should read its own samples"
             )
             raise SpecError(Problem(("task",), text, hint))
-        self._part = _Part(stream, cut, self.batch_size, drops=batches_of(loader).drop_last)
-        self._kept = {name: getattr(loader, name) for name in KEPT}
+        self._part = _Part(stream, shard, self.batch_size, drops=batch_sampler_of(loader).drop_last)
+        self._arguments = {name: getattr(loader, name) for name in COPIED_ARGUMENTS}
         if loader.worker_init_fn is not None:
-            self._kept["worker_init_fn"] = partial(_without_sharding, loader.worker_init_fn)
+            self._arguments["worker_init_fn"] = partial(_without_sharding, loader.worker_init_fn)
         self._collate: Any = _Collate(loader)
-        self._loader = self._made()
-        self._mark: StreamPosition | None = None  #: before the last batch that was given
+        self._loader = self._build_loader()
+        self._position: StreamPosition | None = None  #: before the last yielded batch
 
-    def _made(self) -> DataLoader[Any]:
+    def _build_loader(self) -> DataLoader[Any]:
         part: Any = self._part
-        return DataLoader(part, batch_size=None, collate_fn=self._collate, **self._kept)
+        return DataLoader(part, batch_size=None, collate_fn=self._collate, **self._arguments)
 
     @override
     def batches_of_pass(self) -> int:
         size = length_of(self.dataset)
         if size is None:
             raise TypeError("a prepared DataLoader has no len() where its stream has none")
-        batch = int(self.batch_size) * self._cut.world
-        return size // batch if self._part.drops else -(-size // batch)
+        step_size = self._step_size
+        return size // step_size if self._part.drops else -(-size // step_size)
 
     @override
     def _batches(self, epoch: int, first: int) -> Iterator[RankBatch]:
         self._part.begin(epoch, first)
-        for rank_batch, mark in self._loader:
-            self._mark = mark
+        for rank_batch, position in self._loader:
+            self._position = position
             yield rank_batch
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        """With the position in the stream, of rank 0; all read the same one."""
+        """Also contains rank 0's position in the stream; all ranks read the same stream."""
         state = super().state_dict()
-        mark = self._mark if self._at is not None else self._part.mark
-        near = mark is not None and mark.turn == state["epoch"]
-        return {**state, "stream": mark.saved() if mark is not None and near else None}
+        position = self._position if self._at is not None else self._part.position
+        if position is None or position.turn != state["epoch"]:
+            return {**state, "stream": None}
+        return {**state, "stream": position.saved()}
 
     @override
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         super().load_state_dict(state)
-        self._part.mark = StreamPosition.read(state.get("stream"))
-        self._loader = self._made()  # loader processes that live on would know nothing of it
+        self._part.position = StreamPosition.read(state.get("stream"))
+        self._loader = self._build_loader()  # persistent loader processes keep the old position
 
 
 class _Part(IterableDataset[Any]):
@@ -150,24 +151,23 @@ class _Part(IterableDataset[Any]):
     One rank's blocks of each pass over a stream.
 
     Args:
-        stream: the whole.
-        cut: which rank.
-        batch: samples of a rank's batch.
-        drops: whether what is left for no whole batch of all ranks is left out.
+        stream: the whole stream.
+        shard: this rank's part.
+        batch: batch size of a rank.
+        drops: whether to drop a last block that does not fill all ranks' batches.
     """
 
-    def __init__(self, stream: StreamSamples, cut: DataShard, batch: int, *, drops: bool) -> None:
+    def __init__(self, stream: StreamSamples, shard: DataShard, batch: int, *, drops: bool) -> None:
         self.drops = drops
-        """See the arguments."""
-        self.mark: StreamPosition | None = None
-        """A position to begin at, where it is one of the pass."""
-        self._stream, self._cut, self._batch = stream, cut, batch
-        # Loader processes that live on through several passes see it change.
+        self.position: StreamPosition | None = None
+        """A position to start from, if it belongs to the pass."""
+        self._stream, self._shard, self._batch = stream, shard, batch
+        # In shared memory, so that persistent loader processes see changes.
         self._next = torch.zeros(2, dtype=torch.int64)
         self._next.share_memory_()  # type: ignore[no-untyped-call]
 
     def begin(self, epoch: int, first: int) -> None:
-        """Say which pass is the next one, and how many batches of it are passed over."""
+        """Set the epoch of the next pass, and the number of its batches to skip."""
         self._next[0], self._next[1] = epoch, first
 
     def __iter__(self) -> Iterator[tuple[list[Any], RankBatch, StreamPosition]]:
@@ -180,96 +180,96 @@ class _Part(IterableDataset[Any]):
                 yield self._filled(stream, block)
 
     def _blocks(self, stream: StreamSamples, turn: int, first: int) -> Iterator[_Block]:
-        """Give the blocks of a pass from one on, without a last one that is dropped."""
-        size = self._batch * self._cut.world
-        mark, leads = self.mark, self._cut.rank == 0
-        if mark is not None and (mark.turn != turn or mark.place > first * size):
-            mark = None
+        """Yield the blocks of a pass from `first` on, without a dropped last block."""
+        size = self._batch * self._shard.world
+        position, is_leader = self.position, self._shard.rank == 0
+        if position is not None and (position.turn != turn or position.place > first * size):
+            position = None
         with preserve_rng_state():
-            here = stream.begin_pass(turn, mark)
-            if here.place < first * size:
-                for _ in range(here.place, first * size):
+            current = stream.begin_pass(turn, position)
+            if current.place < first * size:
+                for _ in range(current.place, first * size):
                     stream.next_of_pass()
-                here = stream.here(stateful=leads)
+                current = stream.here(stateful=is_leader)
         while True:
             with preserve_rng_state():
-                block = self._block(stream, here, size)
-                whole = block.count == size
-                if whole:
-                    here = stream.here(stateful=leads)
-            if whole or (block.count and not self.drops):
+                block = self._block(stream, current, size)
+                is_full = block.count == size
+                if is_full:
+                    current = stream.here(stateful=is_leader)
+            if is_full or (block.count and not self.drops):
                 yield block
-            if not whole:
+            if not is_full:
                 return
 
-    def _block(self, stream: StreamSamples, here: StreamPosition, size: int) -> _Block:
-        """Read what all ranks' next batches are made of."""
-        block, hashes = _Block(here, []), []
+    def _block(self, stream: StreamSamples, current: StreamPosition, size: int) -> _Block:
+        """Read the samples of all ranks' next batches."""
+        block, hashes = _Block(current, []), []
         for place in range(size):
             sample = stream.next_of_pass()
             if sample is OVER:
                 break
-            if place < _HASHED and self._cut.rank == 0 and not here.hashes:
+            if place < _NUM_HASHED and self._shard.rank == 0 and not current.hashes:
                 hashes.append(hash_of(sample))
-            if not place and self._cut.world > 1:
+            if not place and self._shard.world > 1:
                 block.fingerprint = fingerprint_of(sample)
-            if place % self._cut.world == self._cut.rank:
-                block.mine.append(sample)
+            if place % self._shard.world == self._shard.rank:
+                block.samples.append(sample)
             block.count += 1
         if hashes:
-            block.mark = here._replace(hashes=tuple(hashes))
+            block.position = current._replace(hashes=tuple(hashes))
         return block
 
     def _filled(
         self, stream: StreamSamples, block: _Block
     ) -> tuple[list[Any], RankBatch, StreamPosition]:
-        """Have as many samples on all ranks; the first ones of the pass come once more."""
-        mine, own, world = block.mine, len(block.mine), self._cut.world
-        if own < -(-block.count // world):
-            place = block.mark.place + own * world + self._cut.rank
-            every = block.mark.place + block.count
+        """Add a first sample of the pass if this rank has fewer samples than others."""
+        samples, unique, world = block.samples, len(block.samples), self._shard.world
+        if unique < -(-block.count // world):
+            place = block.position.place + unique * world + self._shard.rank
+            total = block.position.place + block.count
             with preserve_rng_state():
-                stream.begin_pass(block.mark.turn)
-                for _ in range((place - every) % every):
+                stream.begin_pass(block.position.turn)
+                for _ in range((place - total) % total):
                     stream.next_of_pass()
-                mine = [*mine, stream.next_of_pass()]
-        return mine, RankBatch(None, len(mine), own, block.fingerprint), block.mark
+                samples = [*samples, stream.next_of_pass()]
+        return samples, RankBatch(None, len(samples), unique, block.fingerprint), block.position
 
 
 def _mark_last(blocks: Iterator[_Block]) -> Iterator[_Block]:
-    """Give each block once it is known whether another follows; its fingerprint says so, too."""
-    before: _Block | None = None
+    """Yield each block, with its fingerprint updated by whether another follows."""
+    previous: _Block | None = None
     for block in itertools.chain(blocks, [None]):
-        if before is not None:
-            parts = before.fingerprint, before.count, "ends" if block is None else "goes on"
-            before.fingerprint = fingerprint_of(parts)
-            yield before
-        before = block
+        if previous is not None:
+            parts = previous.fingerprint, previous.count, "ends" if block is None else "goes on"
+            previous.fingerprint = fingerprint_of(parts)
+            yield previous
+        previous = block
 
 
 class _Collate(Collate):
-    """Makes the batch of a rank's samples."""
+    """Collates the samples of one rank."""
 
     @override
     def __call__(
-        self, read: tuple[list[Any], RankBatch, StreamPosition]
+        self, item: tuple[list[Any], RankBatch, StreamPosition]
     ) -> tuple[RankBatch, StreamPosition]:
-        samples, rank_batch, mark = read
-        return rank_batch._replace(batch=super().__call__(samples)), mark
+        samples, rank_batch, position = item
+        return rank_batch._replace(batch=super().__call__(samples)), position
 
 
 def _without_sharding(init: Callable[[int], object], loader: int) -> None:
-    """Call a `worker_init_fn` that may want to cut the stream: every loader reads all of it."""
+    """Call a `worker_init_fn` so that it does not split the stream by loader."""
     with without_worker_info():
         init(loader)
 
 
 def _check(loader: DataLoader[Any]) -> None:
-    batches_of(loader)
-    kind = type(loader.dataset).__name__
+    batch_sampler_of(loader)
+    name = type(loader.dataset).__name__
     if not isinstance(loader.dataset, IterableDataset):
         if type(loader.sampler) is not SequentialSampler:
-            raise refused(f"shuffles a {kind}, a stream", "leave shuffle and sampler out")
+            raise loader_error(f"shuffles a {name}, a stream", "do not set shuffle or sampler")
         if is_ray_data(loader.dataset) and loader.num_workers:
-            text = "reads a Ray Dataset in loader processes, which are none of Ray's"
-            raise refused(text, "give num_workers=0: Ray's own tasks do the reading")
+            text = "reads a Ray Dataset in loader processes, which are not Ray workers"
+            raise loader_error(text, "set num_workers=0: Ray's own tasks read the data")

@@ -8,7 +8,7 @@ from torch.utils.data import DataLoader
 from distplat.strategies.fakes import Fabric
 from distplat.strategies.function.sharded_loader import (
     DataShard,
-    NumberedLoader,
+    MapStyleLoader,
     RankBatch,
     ShardedLoader,
 )
@@ -26,5 +26,5 @@ def loader_of(
     given: DataLoader[Any] = DataLoader(data, batch_size=batch, **options)
     cut, device = DataShard(rank, world, 5), torch.device("cpu")
     if isinstance(data, list):
-        return NumberedLoader(given, cut, device, read)
+        return MapStyleLoader(given, cut, device, read)
     return StreamLoader(given, cut, device, read, Fabric(1, 10.0).collective(0))

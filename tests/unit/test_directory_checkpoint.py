@@ -124,4 +124,4 @@ def test_files_of_another_rank_are_said_not_to_be_kept(caplog: pytest.LogCapture
     with caplog.at_level(logging.WARNING):
         call_on_ranks(train, 2)
     texts = [one.getMessage() for one in caplog.records if "files" in one.getMessage()]
-    assert texts == ["rank 1 reported files (of-1, ...), which are not kept: rank 0's are"]
+    assert texts == ["rank 1 reported files (of-1, ...), which are not saved: only rank 0's are"]

@@ -15,7 +15,7 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset, Sampler
 
 import distplat
 from distplat.platform.errors import SpecError
-from distplat.strategies.function.batched_loader import BatchedLoader
+from distplat.strategies.function.batched_loader import BatchSamplerLoader
 from distplat.strategies.function.sharded_loader import DataShard, RankBatch
 
 pytestmark = pytest.mark.usefixtures("loader_server")
@@ -115,17 +115,19 @@ class Odd(Dataset[int]):
         return index
 
 
-def prepared(rank: int = 0, world: int = 2, sampler: Any = None, **options: Any) -> BatchedLoader:
+def prepared(
+    rank: int = 0, world: int = 2, sampler: Any = None, **options: Any
+) -> BatchSamplerLoader:
     """Prepare a loader as a rank does, without the others."""
 
     def told(one: object, batch: RankBatch | None, waited_s: float, epoch: int) -> None:
         del one, batch, waited_s, epoch
 
     given = DataLoader(Odd(), batch_sampler=sampler or Buckets(), **options)
-    return BatchedLoader(given, DataShard(rank, world, 5), torch.device("cpu"), told)
+    return BatchSamplerLoader(given, DataShard(rank, world, 5), torch.device("cpu"), told)
 
 
-def a_pass(loader: BatchedLoader) -> list[list[int]]:
+def a_pass(loader: BatchSamplerLoader) -> list[list[int]]:
     return [batch.tolist() for batch in loader]
 
 
@@ -226,7 +228,9 @@ def test_a_loop_goes_on_where_its_checkpoint_was_taken(made: int) -> None:
 
 def test_a_place_between_the_steps_is_told() -> None:
     loader = prepared(0, 2)
-    with pytest.raises(ValueError, match=r"3 batches into epoch 1 no step begins of 2 workers"):
+    with pytest.raises(
+        ValueError, match=r"3 batches into epoch 1 is not the start of a step of 2 workers"
+    ):
         loader.load_state_dict({"epoch": 1, "batches": 3})
     with pytest.raises(ValueError, match=r"'epoch' and 'batches'; got a mapping of epoch, samples"):
         loader.load_state_dict({"epoch": 1, "samples": 4})
@@ -371,10 +375,10 @@ class Own(Buckets):
 REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "no end": (
         lambda: Given(lambda: unending(500), 5),
-        "a Given, which gives more than 500 batches in a pass.*have its __iter__ end",
+        "a Given, which yields more than 500 batches in a pass.*end its __iter__",
     ),
-    "no end, no length": (lambda: Given(lambda: unending(2300)), "gives more than 2300 batches"),
-    "draws": (Drawing, "a Drawing, which gives another order each time"),
+    "no end, no length": (lambda: Given(lambda: unending(2300)), "yields more than 2300 batches"),
+    "draws": (Drawing, "a Drawing, which yields another order in each"),
     "by rank": (Own, "another order on rank 1 than on rank 0.*attributes rank and num_replicas"),
     "too few, of a size": (
         lambda: Threes(range(5), 4, drop_last=True),

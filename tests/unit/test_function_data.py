@@ -350,10 +350,10 @@ class Sharded(DataLoader[Any]):
 
 
 CHANGING: dict[type[DataLoader[Any]], str] = {
-    Doubling: "whose __iter__ .*do in collate_fn",
-    Inner: "whose _get_iterator .*do in collate_fn",
-    Numbering: "whose _index_sampler .*do in collate_fn",
-    Sharded: "whose __iter__ .*the loader that Accelerate got",
+    Doubling: "whose __iter__ .*to collate_fn",
+    Inner: "whose _get_iterator .*to collate_fn",
+    Numbering: "whose _index_sampler .*to collate_fn",
+    Sharded: "whose __iter__ .*passed to Accelerate",
 }
 
 
@@ -373,7 +373,7 @@ def test_a_loader_of_torchdatas_is_taken_where_it_begins() -> None:
         assert len([*distplat.prepare(given)]) == 2
         given.next_iter_state = {"_num_yielded": 1}
         with pytest.raises(
-            SpecError, match=r"(?s)a Stateful at a position.*that prepare\(\) gives"
+            SpecError, match=r"(?s)a Stateful at a position.*that prepare\(\) returns"
         ):
             distplat.prepare(given)
 

@@ -90,7 +90,7 @@ LATE: dict[str, Callable[[nn.Module, Any], object]] = {
         (SYNC, "a model", "prepare all models before the first backward"),
         (ASYNC, "a model", "prepare all models and optimizers before the first step"),
         (ASYNC, "an optimizer", "prepare all models and optimizers before the first step"),
-        (ASYNC, "unprepared", "hand the optimizer to prepare"),
+        (ASYNC, "unprepared", "pass the optimizer to prepare"),
         (ASYNC, "written", "'0.weight' was written to after the first step"),
         (ASYNC, "replaced", "'0.weight' was written to after the first step"),
         (ASYNC, "clamped", "'2.weight' was written to after the first step"),
@@ -101,7 +101,7 @@ LATE: dict[str, Callable[[nn.Module, Any], object]] = {
         (ASYNC, "asked", "optimizer.state was used after the first step"),
         (ASYNC, "counted", "optimizer.state was used after the first step"),
         (ASYNC, "copied", "optimizer.state was used after the first step"),
-        (ASYNC, "read", r"read it by optimizer.state_dict\(\)"),
+        (ASYNC, "read", r"read it with optimizer.state_dict\(\)"),
         (ASYNC, "a flag", "nesterov of an optimizer has changed"),
         (ASYNC, "a group", "got parameters after the first step"),
     ],
@@ -134,8 +134,8 @@ def decoupled(parameters: Any) -> torch.optim.Optimizer:
 @pytest.mark.parametrize(
     ("makes", "text"),
     [
-        ([lambda p: Mine(p, lr=0.1)], "no updates of Mine"),
-        ([lambda p: torch.optim.LBFGS(p)], "no updates of LBFGS"),
+        ([lambda p: Mine(p, lr=0.1)], "not support Mine"),
+        ([lambda p: torch.optim.LBFGS(p)], "not support LBFGS"),
         ([decoupled], "decoupled_weight_decay=True"),
         ([adam, momentum], "one class of optimizer, and got AdamW, SGD"),
     ],

@@ -82,7 +82,7 @@ def read_twice(data: Any, rank: int, world: int, *, drop_last: bool) -> tuple[An
 
     def read(one: object, batch: RankBatch | None, waited_s: float, epoch: int) -> None:
         if batch is not None:
-            heard.append((epoch, batch.samples, batch.own))
+            heard.append((epoch, batch.samples, batch.unique))
 
     loader = loader_of(data, rank, world, read=read, drop_last=drop_last)
     return [a_pass(loader) for _ in range(2)], heard
@@ -223,7 +223,9 @@ def test_a_stream_with_a_state_is_not_read_from_its_start() -> None:
 @pytest.mark.parametrize("data", [Numbers(), [*range(COUNT)]])
 def test_places_that_no_batch_begins_at_are_told(data: Any) -> None:
     loader = loader_of(data, world=2, batch=4)
-    with pytest.raises(ValueError, match=r"18 samples into epoch 1 no batch begins, of 4 on each"):
+    with pytest.raises(
+        ValueError, match=r"18 samples into epoch 1 is not the start of a batch of 4 on each"
+    ):
         loader.load_state_dict({"epoch": 1, "samples": 18, "stream": None})
     with pytest.raises(ValueError, match=r"'epoch' and 'samples'; got a mapping of _snapshot"):
         loader.load_state_dict({"_snapshot": 3})

@@ -361,7 +361,7 @@ def test_gradients_of_one_rank_are_found_however_small_the_steps(
             way(model, loss_of(model, inputs, targets))
             optimizer.step()
 
-    with pytest.raises(ValueError, match=r"at (step|backward) 3.* each trains its own"):
+    with pytest.raises(ValueError, match=r"at (step|backward) 3.* each rank trains its own"):
         call_on_ranks(train, job=function_job(2, strategy=strategy))
 
 
@@ -433,7 +433,7 @@ def test_a_loader_that_is_prepared_anew_for_each_epoch_is_told(
             assert len([*loader])
 
     call_on_ranks(train, 2)
-    assert caplog.text.count("each begins with the order of epoch 0") == warned
+    assert caplog.text.count("each starts with the order of epoch 0") == warned
 
 
 SCHEDULES: dict[str, tuple[Callable[[Any, Any], int], int, bool]] = {
@@ -477,7 +477,7 @@ def test_a_schedule_for_the_batches_of_all_workers_is_told(
             assert len(loader) == 6  # what is asked now has made no schedule
 
     call_on_ranks(train, 2)
-    assert caplog.text.count(f"{kind} was made for") == told
+    assert caplog.text.count(f"{kind} was built for") == told
 
 
 def test_schedulers_of_every_kind_are_prepared() -> None:

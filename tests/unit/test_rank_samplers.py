@@ -10,7 +10,7 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset, DistributedSampl
 
 import distplat
 from distplat.platform.errors import SpecError
-from distplat.strategies.function.batched_loader import BatchedLoader
+from distplat.strategies.function.batched_loader import BatchSamplerLoader
 from distplat.strategies.function.sharded_loader import DataShard
 
 pytestmark = pytest.mark.usefixtures("loader_server")
@@ -209,7 +209,7 @@ def test_the_position_in_one_that_deals_out_itself_is_for_as_many_ranks(kind: st
         assert [batch.tolist() for batch in loader] == rest
         for other in ({"num_replicas": 4}, {}):
             earlier = {"epoch": 3, counted: 8, **other}
-            with pytest.raises(ValueError, match=r"to 2 workers than.*set_epoch\(3\)"):
+            with pytest.raises(ValueError, match=r"for 2 workers than.*set_epoch\(3\)"):
                 loader.load_state_dict(earlier)
             loader.load_state_dict({**earlier, counted: 0})  # no part has begun
 
@@ -228,7 +228,7 @@ class Passes(Mine):
 @pytest.mark.parametrize("loaders", [0, 1])
 def test_a_position_that_is_loaded_stays_where_a_sampler_counts_its_passes(loaders: int) -> None:
     given = DataLoader(Odd(), batch_sampler=Passes(0, batches=True), num_workers=loaders)
-    loader = BatchedLoader(given, DataShard(0, 2, 5), torch.device("cpu"), lambda *read: None)
+    loader = BatchSamplerLoader(given, DataShard(0, 2, 5), torch.device("cpu"), lambda *read: None)
 
     def a_pass() -> list[list[int]]:
         return [batch.tolist() for batch in loader]

@@ -140,7 +140,7 @@ def test_a_train_function_that_never_asks_is_warned(
             distplat.report({"loss": 1.0})
 
     Trainer({**OWN, "storage_path": str(tmp_path)}, train, callbacks=[Enough(1)]).fit()
-    assert caplog.text.count("never asks distplat.should_stop()") == 1
+    assert caplog.text.count("never calls distplat.should_stop()") == 1
 
 
 def test_the_best_checkpoint_of_a_train_function_is_that_of_the_best_report(
@@ -162,7 +162,7 @@ def test_the_best_checkpoint_of_a_train_function_is_that_of_the_best_report(
 @pytest.mark.parametrize(
     ("more", "text"),
     [
-        ({"checkpoint": {"keep_best": {"metric": "acc", "mode": "max"}}}, "no 'acc' to say how"),
+        ({"checkpoint": {"keep_best": {"metric": "acc", "mode": "max"}}}, "no 'acc' to compare"),
         ({"early_stop": {"metric": "acc", "mode": "max"}}, "no report.. had a 'acc'"),
     ],
 )

@@ -38,7 +38,7 @@ def with_method(name: str) -> type[Task]:
         ("configure_optimizers", "job file's `optimizer`"),
         ("lr_scheduler_step", "job file's `lr_schedule`"),
         ("forwards", "did you mean forward()?"),
-        ("build_model", "the module's own forward()"),
+        ("build_model", "the module's forward()"),
         ("validation_step", "metrics(outputs, targets)"),
         ("train_dataloader", "train_data()"),
         ("compute_metrics", "metrics(outputs, targets)"),

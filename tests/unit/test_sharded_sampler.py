@@ -22,7 +22,7 @@ from torch.utils.data import (
 
 import distplat
 from distplat.platform.errors import SpecError
-from distplat.strategies.function.dealt_sampler import DealtSampler
+from distplat.strategies.function.sharded_sampler import ShardedSampler
 
 SAMPLES = 22
 
@@ -61,9 +61,11 @@ MADE: list[Callable[[], Any]] = [
 @pytest.mark.parametrize("made", MADE)
 @pytest.mark.parametrize("drop_last", [False, True])
 def test_ranks_share_one_order(made: Callable[[], Any], drop_last: bool) -> None:
-    whole = DealtSampler(made(), 0, 1, 7, drop_last=drop_last)
+    whole = ShardedSampler(made(), 0, 1, 7, drop_last=drop_last)
     for world in (2, 3):
-        parts = [DealtSampler(made(), rank, world, 7, drop_last=drop_last) for rank in range(world)]
+        parts = [
+            ShardedSampler(made(), rank, world, 7, drop_last=drop_last) for rank in range(world)
+        ]
         for epoch in (0, 1, 0):
             dealt = []
             for number, one in enumerate((whole, *parts)):
@@ -81,7 +83,9 @@ def test_ranks_share_one_order(made: Callable[[], Any], drop_last: bool) -> None
 def test_each_epoch_and_seed_has_an_order_of_its_own() -> None:
     found = set()
     for seed in (1, 2):
-        one = DealtSampler(RandomSampler(range(30), replacement=True), 0, 1, seed, drop_last=False)
+        one = ShardedSampler(
+            RandomSampler(range(30), replacement=True), 0, 1, seed, drop_last=False
+        )
         for epoch in range(3):
             one.set_epoch(epoch)
             found.add((*one,))
@@ -187,12 +191,12 @@ def drawn() -> Any:
 @pytest.mark.parametrize(
     ("made", "message"),
     [
-        (drawn, "WeightedRandomSampler, which gives another order each time"),
+        (drawn, "WeightedRandomSampler, which yields another order in each"),
         (Endless, "Endless, which has no length"),
-        (lambda: Turning(7), "Turning, which gives 8 or more samples and whose length is 7"),
-        (lambda: Turning(30), "Turning, which gives 22 samples and whose length is 30"),
-        (Unending, "Unending, which gives 6 or more samples and whose length is 5"),
-        (Long, "Long, which gives 10000000000 samples in a pass over 22"),
+        (lambda: Turning(7), "Turning, which yields 8 or more samples and whose length is 7"),
+        (lambda: Turning(30), "Turning, which yields 22 samples and whose length is 30"),
+        (Unending, "Unending, which yields 6 or more samples and whose length is 5"),
+        (Long, "Long, which yields 10000000000 samples in a pass over 22"),
     ],
 )
 def test_what_gives_no_order_is_refused(made: Callable[[], Any], message: str) -> None:
@@ -217,19 +221,19 @@ class Unsized(Dataset[int]):
     [
         (
             lambda: DataLoader(data(), batch_sampler=OwnBatches(Long(), 2, drop_last=False)),
-            "OwnBatches, which gives 5000000000 batches in a pass over 22 samples",
+            "OwnBatches, which yields 5000000000 batches in a pass over 22 samples",
         ),
         (
             lambda: DataLoader(data(), None, sampler=OwnBatches(Long(), 2, drop_last=False)),
-            "OwnBatches, which gives 5000000000 batches in a pass over 22 samples",
+            "OwnBatches, which yields 5000000000 batches in a pass over 22 samples",
         ),
         (
             lambda: DataLoader(Unsized(), 2, sampler=Long()),
-            "Long, which gives 10000000000 samples in a pass\n",
+            "Long, which yields 10000000000 samples in a pass\n",
         ),
         (
             lambda: DataLoader(Unsized(), batch_sampler=OwnBatches(Long(), 2, drop_last=False)),
-            "OwnBatches, which gives 5000000000 batches in a pass\n",
+            "OwnBatches, which yields 5000000000 batches in a pass\n",
         ),
     ],
 )
@@ -265,7 +269,7 @@ class Apart(Turning):
 @pytest.mark.parametrize(
     ("since", "error", "message"),
     [
-        (0, SpecError, "sampler that gives another order on rank 1 than on rank 0"),
+        (0, SpecError, "sampler that yields another order on rank 1 than on rank 0"),
         (1, ValueError, "in step 4 worker-.*its sampler gave another order"),
     ],
 )
