@@ -76,9 +76,10 @@ class ShardCopy:
     """Steps completed by the slowest rank at this shard."""
     start: int = 0
     """First element of the shard."""
-    kinds: tuple[VectorSpec, ...] = ()
+    specs: tuple[VectorSpec, ...] = ()
+    """Descriptions of the shard's vectors."""
     ref: Any = None
-    """Reference to the vectors, in the order of `kinds`; None: not available."""
+    """Reference to the vectors, in the order of `specs`; None: not available."""
     used: bytes = b""
     """One byte per parameter; 0: the optimizer has no state of the parameter."""
 

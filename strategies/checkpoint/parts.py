@@ -38,7 +38,7 @@ def model_part(flat: FlatModel, holding: Holding = ALL) -> CheckpointPart:
         holding: what of the whole it is.
     """
     live = flat.trained_names()
-    entries = vector_entries(flat, [vector_kind_of("model", flat.params)], 0, b"", holding, live)
+    entries = vector_entries(flat, [vector_spec_of("model", flat.params)], 0, b"", holding, live)
     return CheckpointPart((flat.params,), tuple(entries)).plus(buffer_part(flat, holding))
 
 
@@ -86,7 +86,7 @@ def optimizer_part(
     """
     if TREE in state:
         return tensors_part("optimizer", state)
-    kinds, used = kinds_of(state)
+    kinds, used = vector_specs_of(state)
     tensors = tuple(value for name, value in state.items() if name != USED)
     entries = vector_entries(flat, kinds, start, used, holding, flat.trained_names())
     return CheckpointPart(tensors, tuple(entries))
@@ -112,20 +112,20 @@ def server_part(
         if copies is None:
             return None
         return [
-            (c.ref, tuple(vector_entries(flat, c.kinds, c.start, c.used, holding, live)))
+            (c.ref, tuple(vector_entries(flat, c.specs, c.start, c.used, holding, live)))
             for c in copies
         ]
 
     return replace(buffer_part(flat, holding), fetch=fetch, may_skip=may_skip)
 
 
-def kinds_of(state: Mapping[str, Tensor]) -> tuple[list[VectorSpec], bytes]:
+def vector_specs_of(state: Mapping[str, Tensor]) -> tuple[list[VectorSpec], bytes]:
     """Say what an optimizer's state is made of, and, a byte each, of which parameters it is."""
-    kinds = [vector_kind_of(f"optimizer/{k}", v) for k, v in state.items() if k != USED]
+    kinds = [vector_spec_of(f"optimizer/{k}", v) for k, v in state.items() if k != USED]
     return kinds, state[USED].numpy().tobytes() if USED in state else b""
 
 
-def vector_kind_of(key: str, tensor: Tensor) -> VectorSpec:
+def vector_spec_of(key: str, tensor: Tensor) -> VectorSpec:
     """Say what a vector, a number for each parameter, or a tensor of one parameter is."""
     if key.startswith(f"optimizer/{WHOLE}"):
         return VectorSpec(key, dtype_name(tensor), None, tuple(tensor.shape))

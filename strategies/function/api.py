@@ -17,12 +17,12 @@ from distplat.strategies.function.function_session import FunctionSession, Train
 _local = threading.local()
 
 
-def prepare(*things: Any) -> Any:
+def prepare(*objects: Any) -> Any:
     """
     Prepare models, optimizers, DataLoaders and schedulers for distributed training.
 
     Args:
-        things: models, optimizers, DataLoaders and schedulers, in any order.
+        objects: models, optimizers, DataLoaders and schedulers, in any order.
 
     Returns:
         The prepared objects, in the same order. A model is the same object, moved to the worker's
@@ -33,7 +33,7 @@ def prepare(*things: Any) -> Any:
     Raises:
         SpecError: An object cannot be prepared; the message suggests a remedy.
     """
-    return _session().prepare(*things)
+    return _session().prepare(*objects)
 
 
 def report(metrics: Mapping[str, Any], checkpoint: Any = None) -> None:

@@ -188,16 +188,14 @@ class FunctionSession:
         self._progress.begun = True
         self._progress.beat()
 
-    def prepare(self, *things: Any) -> Any:
+    def prepare(self, *objects: Any) -> Any:
         """See `api.prepare`."""
-        models = [thing for thing in things if isinstance(thing, nn.Module)]
+        models = [obj for obj in objects if isinstance(obj, nn.Module)]
         is_only_model = len(models) == 1
         prepared_models = {id(m): self._prepare_model(m, is_only_model) for m in models}
         prepared = tuple(
-            prepared_models[id(thing)]
-            if id(thing) in prepared_models
-            else self._prepare_other(thing)
-            for thing in things
+            prepared_models[id(obj)] if id(obj) in prepared_models else self._prepare_other(obj)
+            for obj in objects
         )
         if models and self.group.world > 1:  # until now all ranks had the same seed
             seed_rank(self.job.seed, self._progress.step, self.context.rank)
@@ -230,23 +228,23 @@ class FunctionSession:
         )
         return module
 
-    def _prepare_other(self, thing: Any) -> Any:
-        if isinstance(thing, DataLoader):
-            return self._prepare_loader(thing)
-        if isinstance(thing, torch.optim.Optimizer):
-            inner = getattr(thing, "optimizer", thing)  # unwrap Accelerate's and Lightning's class
-            optimizer = inner if isinstance(inner, torch.optim.Optimizer) else thing
+    def _prepare_other(self, obj: Any) -> Any:
+        if isinstance(obj, DataLoader):
+            return self._prepare_loader(obj)
+        if isinstance(obj, torch.optim.Optimizer):
+            inner = getattr(obj, "optimizer", obj)  # unwrap Accelerate's and Lightning's class
+            optimizer = inner if isinstance(inner, torch.optim.Optimizer) else obj
             self._exchange.add_optimizer(optimizer)
             FusedSteps(optimizer)
-            return thing
-        if isinstance(thing, torch.optim.lr_scheduler.LRScheduler):
-            self._epoch_watch.add_scheduler(thing)
-            return thing  # it changes the optimizer, which is checked when it steps
+            return obj
+        if isinstance(obj, torch.optim.lr_scheduler.LRScheduler):
+            self._epoch_watch.add_scheduler(obj)
+            return obj  # it changes the optimizer, which is checked when it steps
         hint = (
             "pass models, optimizers, DataLoaders and schedulers of torch.optim.lr_scheduler as "
             "separate arguments; unwrap objects that contain one, and do not pass anything else"
         )
-        raise _prepare_error(f"a {type(thing).__name__}", hint)
+        raise _prepare_error(f"a {type(obj).__name__}", hint)
 
     def _prepare_loader(self, loader: DataLoader[Any]) -> ShardedLoader:
         context = self.context

@@ -8,7 +8,7 @@ import numpy as np
 
 from distplat.platform.ledger import ServerReply
 from distplat.platform.load import ShardLoad
-from distplat.strategies.checkpoint.parts import kinds_of, vector_kind_of
+from distplat.strategies.checkpoint.parts import vector_spec_of, vector_specs_of
 from distplat.strategies.loop.control import StepControl
 from distplat.strategies.model.optimizer_state import USED
 from distplat.strategies.ports import Pushed, ShardCopy, TablesCopy
@@ -54,9 +54,9 @@ def shard_copy(start: int, server: ShardServer, version: int, limit_s: float) ->
     if kept is None:
         return ShardCopy(steps, start)
     state = {name: value for name, value in kept.items() if name}
-    kinds, used = kinds_of(state)
+    kinds, used = vector_specs_of(state)
     tensors = [kept[""], *(value for name, value in state.items() if name != USED)]
-    kinds = [vector_kind_of("model", tensors[0]), *kinds]
+    kinds = [vector_spec_of("model", tensors[0]), *kinds]
     return ShardCopy(steps, start, tuple(kinds), tensors, used)
 
 
