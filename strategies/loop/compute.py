@@ -1,4 +1,4 @@
-"""What a rank computes before anything is exchanged: its share of a step, or leased tasks."""
+"""Forward, backward and evaluation on one rank, before gradients are exchanged."""
 
 from __future__ import annotations
 
@@ -54,13 +54,13 @@ class Stopwatch:
         self._last = time.perf_counter()
 
     def lap(self, part: str) -> None:
-        """Count the time since the last lap towards `part`."""
+        """Add the time since the last lap to `part`."""
         now = time.perf_counter()
         self.seconds[part] += now - self._last
         self._last = now
 
     def move(self, part: str, to: str, seconds: float) -> None:
-        """Count some of a part's time towards another."""
+        """Move seconds from one part to another."""
         self.seconds[part] -= seconds
         self.seconds[to] += seconds
 
@@ -70,32 +70,32 @@ class Share:
     """One rank's share of a step: its loss, samples and weight."""
 
     loss_sum: float = 0.0
-    """Over the samples, or as loss() summed it."""
+    """Sum of the loss over the samples, or the sums that loss() returned."""
     samples: int = 0
-    """Each sample of a step is counted on one rank."""
+    """Number of samples; each sample of a step is counted on one rank."""
     weight: float = 0.0
-    """By which `loss_sum` is divided: the samples, unless loss() gave weights."""
+    """Divisor of `loss_sum`: number of samples, or sum of the weights that loss() returned."""
     weighted: bool = False
-    """Whether loss() gave them."""
+    """Whether loss() returned weights."""
     batch: int = 0
-    """Fingerprint of the batch, of a stream; 0: this rank has read nothing of it."""
+    """Fingerprint of a stream's batch; 0: this rank has read no samples of the batch."""
 
     def record(self, rank: int, flat: FlatModel) -> StepControl:
         """
-        Give the control record of the step, without a look at the gradient.
+        Return the control record of the step, without checking the gradient.
 
         Args:
-            rank: this one.
-            flat: what this rank trains, after the step's last backward.
+            rank: this rank.
+            flat: flat model of this rank, after the step's last backward.
         """
-        broken = not math.isfinite(self.loss_sum)
-        figures = self.samples, self.weight, int(broken), rank
-        record = StepControl(*figures, unfrozen=flat.unfreezes, present=flat.present)
+        non_finite = not math.isfinite(self.loss_sum)
+        fields = self.samples, self.weight, int(non_finite), rank
+        record = StepControl(*fields, unfrozen=flat.unfreezes, present=flat.present)
         return record.of_batch(self.batch)
 
     @property
     def loss(self) -> float:
-        """Mean loss; 0 where this rank had no samples."""
+        """Mean loss; 0 without samples."""
         return self.loss_sum / self.weight if self.weight else 0.0
 
     def plus(self, term: LossTerm, samples: int) -> Share:
@@ -103,29 +103,28 @@ class Share:
         loss = term.value.item() * term.factor
         weighted = self.weighted or term.weighted
         weight = self.weight + term.weight
-        figures = self.loss_sum + loss, self.samples + samples, weight, weighted
-        return Share(*figures, self.batch)
+        return Share(self.loss_sum + loss, self.samples + samples, weight, weighted, self.batch)
 
-    def of(self, data: Dataset[Any]) -> Share:
-        """Note the fingerprint of the batch that was read last, if this rank had samples."""
+    def with_fingerprint(self, data: Dataset[Any]) -> Share:
+        """Add the fingerprint of the last batch, if this rank had samples."""
         return replace(self, batch=fingerprint_of_batch(data)) if self.samples else self
 
 
 @dataclass
 class Sums:
-    """Figures of evaluation batches, added up."""
+    """Sums of the metrics of evaluation batches."""
 
     samples: int = 0
     sums: dict[str, float] = field(default_factory=dict)
     counts: dict[str, float] = field(default_factory=dict)
-    """Figure -> weight of the batches that gave it: not every batch need give each."""
+    """Total weight of the batches that have the metric, by name: a batch may lack a metric."""
     states: dict[str, MetricState] = field(default_factory=dict)
-    """Of metrics with state, by name."""
+    """States of metrics with state, by name."""
     kept: dict[str, Any] = field(default_factory=dict)
-    """These metrics, while the evaluation goes on."""
+    """Metric objects with state, by name, during the evaluation."""
 
     def add(self, batch: EvalBatch, size: int) -> None:
-        """Take the figures of a batch of so many samples."""
+        """Add the metrics of a batch of `size` samples."""
         self.samples += size
         self.kept.update(batch.kept)
         for name, (value, weight) in batch.figures.items():
@@ -133,41 +132,41 @@ class Sums:
             self.counts[name] = self.counts.get(name, 0.0) + weight
 
     def put(self, figures: Mapping[str, float]) -> None:
-        """Set figures, each of which is a mean over all samples already."""
+        """Set metrics that are means over all samples already."""
         self.sums |= figures
         self.counts |= dict.fromkeys(figures, 1.0)
 
     def merge(self, other: Sums, prefix: str) -> None:
-        """Take figures of the same samples, under names that begin with this."""
+        """Add metrics of the same samples, with a prefix to their names."""
         self.sums |= {prefix + name: value for name, value in other.sums.items()}
         self.counts |= {prefix + name: weight for name, weight in other.counts.items()}
         self.states |= {prefix + name: state for name, state in other.states.items()}
 
 
 class Compute(Protocol):
-    """Computes one rank's gradients and evaluations; where the model is cut, the strategy's own."""
+    """Computes one rank's gradients and evaluations; strategies may have their own."""
 
     def start(self, steps: range) -> None:
-        """Begin to read the data of these steps; once, before the first of them."""
+        """Start reading the data of these steps; called once, before the first step."""
 
     def gradients(self, step: int, clock: Stopwatch) -> Share:
-        """Fill `flat.grads`, which is zero, with this rank's share, and `flat.present`."""
+        """Accumulate this rank's gradients in `flat.grads` (zero before); set `flat.present`."""
 
     def skip(self, step: int) -> None:
-        """Pass over the data of a step."""
+        """Skip the data of a step."""
 
     def evaluate(self, data: Dataset[Any]) -> Sums:
-        """Run this rank's part of the evaluation data."""
+        """Evaluate this rank's part of the evaluation data."""
 
 
 class WholeModel(Compute):
     """
-    Forward and backward of the whole model, one micro-batch after the other.
+    Forward and backward of an unsharded model, one micro-batch after the other.
 
     Args:
         prepared: model and data.
-        last_backward: called when the last backward of a step begins.
-        rank: this one.
+        last_backward: called before the last backward of a step.
+        rank: this rank.
         alive: called after each micro-batch.
     """
 
@@ -202,17 +201,17 @@ class WholeModel(Compute):
         share, batch_scale = Share(), 1.0 / self.sampler.batch_size(step)
         batches, terms = self._batches, None
         if self._weights is not None:
-            batches, terms = self._weighed(step, sizes, self._weights)
+            batches, terms = self._read_weighted(step, sizes, self._weights)
         for number, size in enumerate(sizes, 1):
             batch, kept = unpack_batch(to_device(next(batches), self.flat.params.device), size)
-            kept = kept if terms is None else size  # weights of terms are the task's own
+            kept = kept if terms is None else size  # with `weights`, padding is the task's matter
             clock.lap("data")
             calls_before = calls()
             self._mean_check.begin(step)
             with precision(self.job, self.flat.params.device):
                 with self._mean_check.watching(step):
                     result = run_batch(self.task, self.flat.model, batch, kept, terms)
-                # Else it is no mean over samples, and the others wait.
+                # Calling a loss with all_gather again would block the other ranks.
                 if calls() == calls_before and terms is None:
                     self._mean_check.look(step, result, kept)
             term = result.term
@@ -225,12 +224,12 @@ class WholeModel(Compute):
             share = share.plus(term, size)
             self.alive()
             clock.lap("compute")
-        return share.of(self.data)
+        return share.with_fingerprint(self.data)
 
-    def _weighed(
+    def _read_weighted(
         self, step: int, sizes: Sequence[int], weights: TermWeights
     ) -> tuple[Iterator[Any], Terms]:
-        """Read the micro-batches of a step, and give them with the weights of all ranks'."""
+        """Read the micro-batches of a step, and sum the weights of their terms over all ranks."""
         device = self.flat.params.device
         batches = [unpack_batch(to_device(next(self._batches), device), size)[0] for size in sizes]
         samples = sum(sizes), self.sampler.batch_size(step)
@@ -250,11 +249,13 @@ class WholeModel(Compute):
         self.metrics.begin(self.flat.params.device)
         sums = Sums()
         for batch, size in self._eval_batches(data):
-            given, kept = unpack_batch(to_device(batch, self.flat.params.device), size)
+            content, kept = unpack_batch(to_device(batch, self.flat.params.device), size)
             with precision(self.job, self.flat.params.device):
-                terms = None if self._weights is None else Terms(weights_of(self.task, given), size)
+                terms = (
+                    None if self._weights is None else Terms(weights_of(self.task, content), size)
+                )
                 result = run_batch(
-                    self.task, self.flat.model, given, kept if terms is None else size, terms
+                    self.task, self.flat.model, content, kept if terms is None else size, terms
                 )
                 figures = evaluate_batch(self.task, result, kept)
                 sums.add(figures, size)
@@ -272,12 +273,12 @@ class WholeModel(Compute):
         return self._evaluated.batches(data, part, size)
 
     def _eval_part(self, samples: int) -> range:
-        """Give this rank's samples of the evaluation data."""
+        """Return the positions of this rank's evaluation samples."""
         return range(*split_evenly(samples, self.job.scaling.world)[self.rank])
 
 
 def precision(job: Job, device: torch.device) -> AbstractContextManager[object]:
-    """Give the context in which the job's forwards run."""
+    """Return the autocast context of the job's precision."""
     if job.precision == "fp32":
         return nullcontext()
     dtype = torch.float16 if job.precision == "fp16" else torch.bfloat16
@@ -286,11 +287,11 @@ def precision(job: Job, device: torch.device) -> AbstractContextManager[object]:
 
 class TaskModel(WholeModel, Compute):
     """
-    `WholeModel` for tasks: task t is part t % parts of step t // parts.
+    `WholeModel` for leased tasks: task t is part t % parts of step t // parts.
 
     Args:
-        prepared: model and data; its sampler's world is the number of parts.
-        last_backward: called when the last backward of a task begins.
+        prepared: model and data; the sampler's world is the number of parts.
+        last_backward: called before the last backward of a task.
         alive: called after each micro-batch.
     """
 
@@ -301,7 +302,7 @@ class TaskModel(WholeModel, Compute):
         self._loader: Loader | None = None
 
     def read(self, tasks: range) -> None:
-        """Begin to read the data of these tasks; all those before have been made."""
+        """Start reading the data of these tasks; all earlier tasks are done."""
         if not tasks:
             return
         if self._loader is None:
@@ -315,17 +316,17 @@ class TaskModel(WholeModel, Compute):
             yield from sample_runs(self.sampler, step, part, micro, marked=marked)
 
     def close(self) -> None:
-        """End the loader's processes: they would outlive this one if it is killed."""
+        """Stop the loader's processes, which would outlive this process if it is killed."""
         self._batches, self._loader = iter(()), None
 
     @override
     def gradients(self, step: int, clock: Stopwatch) -> Share:
-        """`step` is the number of a task."""
+        """Compute the gradients of a task; `step` is the task's number."""
         step, self.rank = divmod(step, self.sampler.world)
         return super().gradients(step, clock)
 
     def evaluate_part(self, data: Dataset[Any], part: int) -> Sums:
-        """Evaluate one part of the data, which is cut into as many parts as a step has."""
+        """Evaluate one part of the data, which is split into as many parts as a step has tasks."""
         self.rank = part
         sums = self.evaluate(data)
         sums.put(self.metrics.figures([sums.states]))
@@ -335,5 +336,5 @@ class TaskModel(WholeModel, Compute):
     def _eval_part(self, samples: int) -> range:
         if not self.metrics.found():
             return super()._eval_part(samples)
-        # Parts are made by whoever is free, so nobody could put the states of several together.
+        # Any worker may evaluate a part, so the states of several parts cannot be merged.
         return range(samples if self.rank == 0 else 0)

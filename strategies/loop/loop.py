@@ -1,4 +1,4 @@
-"""The step loops of one worker, the same under every strategy: a fixed share, or leased tasks."""
+"""The training loops of a worker: `Loop` over steps, `LeasedLoop` over leased tasks."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ from distplat.strategies.worker_strategy import WorkerStrategy
 
 class StepExchange:
     """
-    Exchanges gradients and rows, and decides what becomes of the step.
+    Exchanges gradients and embedding rows, and decides whether the step is applied.
 
     Args:
-        prepared: what this rank trains, its embedding tables and its loss scale, if it has some.
-        strategy: the job's.
-        rank: this one.
+        prepared: model, embedding tables and loss scale of this rank.
+        strategy: the job's strategy.
+        rank: this rank.
     """
 
     def __init__(self, prepared: Prepared, strategy: WorkerStrategy[Any], rank: int) -> None:
@@ -54,23 +54,26 @@ class StepExchange:
         stop: StopOrder = StopOrder.NONE,
     ) -> StepControl:
         """
-        Exchange a step; give the summed control record, which says whether the step is skipped.
+        Exchange the gradients of a step.
 
         Args:
-            step: from 0.
+            step: step, from 0.
             share: this rank's loss, samples and weight of the step.
-            number: of the push to embedding tables.
+            number: number of the push to embedding tables.
             task: number of the leased task; None: tasks are not leased.
             stop: this rank's stop order.
 
+        Returns:
+            Sum of all ranks' control records, which says whether the step is skipped.
+
         Raises:
-            NonFiniteError: the run ends here.
-            ValueError: ranks have read other batches of a stream.
+            NonFiniteError: the job ends at a step that is not finite.
+            ValueError: ranks have read different batches of a stream.
         """
         local = replace(share.record(self._rank, self._flat), stop=stop)
         index = step if task is None else task
         if self._lookups is None:
-            total = self._decided(index, step, local)
+            total = self._exchange_scaled(index, step, local)
         else:
             flat, slots = self._flat, len(self._flat.slots)
             rows = RowPush(self._lookups, self._steps, local, number, task, share.weighted, slots)
@@ -78,23 +81,23 @@ class StepExchange:
             total = self._strategy.exchange(index, rows.local)
             name = lambda slot: flat.name(slot) if slot < slots else rows.name(slot)  # noqa: E731
             total = self._steps.decide(total, step, name)
-            # Before the update, and before a task is told to be done: then the tables have it.
+            # Rows go before the update and the end of the task, so that none is lost.
             rows.after(total)
         total.check_batch(local, step)
         return total
 
-    def _decided(self, index: int, step: int, local: StepControl) -> StepControl:
-        """Exchange gradients; a step for which the loss scale was too large is left out."""
+    def _exchange_scaled(self, index: int, step: int, local: StepControl) -> StepControl:
+        """Exchange gradients; a step whose loss scale was too large is skipped."""
         scale = self._scale
         if scale is not None:
-            local = replace(local, weight=local.weight * scale.value)  # as large as its gradients
+            local = replace(local, weight=local.weight * scale.value)  # scaled like the gradients
         total = self._strategy.exchange(index, local)
         if scale is not None and scale.passed(step, total):
             return replace(total, skip=True)
         return self._steps.decide(total, step, self._flat.name)
 
     def figures(self) -> dict[str, float]:
-        """Give the figures of tables and skipped steps, and the loss scale of the next step."""
+        """Return metrics of tables and skipped steps, and the loss scale of the next step."""
         figures = self._steps.figures()
         if self._scale is not None:
             figures["loss_scale"] = self._scale.value
@@ -103,39 +106,39 @@ class StepExchange:
 
 @dataclass
 class Progress:
-    """Where a worker is; read by other threads, written by the loop alone."""
+    """Position of a worker in the run; written by the loop, read by other threads."""
 
     step: int = 0
-    """Steps done; the step under way has this number."""
+    """Number of finished steps, and index of the current step."""
     beats: int = 0
-    """Micro-batches and steps done: grows while the worker works, even on no samples."""
+    """Number of finished micro-batches and steps; grows as long as the worker makes progress."""
     left: bool = False
-    """The worker was told to leave before the run's end."""
+    """Whether the worker was dismissed before the end of the run."""
     begun: bool = False
-    """The loop has been entered."""
+    """Whether the loop has started."""
     evaluating: bool = False
-    """The evaluation after `step` is under way, not the next step."""
+    """Whether the evaluation after `step` is running."""
     returned: str = ""
-    """After what a train function has returned, for people to read; empty: it has not."""
+    """Description of where a train function returned; empty: it has not returned."""
 
     @property
     def at(self) -> int | None:
-        """The step under way, or the one whose evaluation is, from 1; None: none was begun."""
+        """Current step, or the step that is evaluated, from 1; None: the loop has not started."""
         if not self.begun:
             return None
         return self.step if self.evaluating else self.step + 1
 
     def beat(self) -> None:
-        """Show that the worker is at work."""
+        """Count progress, so that the worker does not count as stalled."""
         self.beats += 1
 
 
 @dataclass
 class _LoopBase:
     """
-    What `Loop` and `LeasedLoop` have in common.
+    Base class of `Loop` and `LeasedLoop`.
 
-    All reports go through `report`, which must be quick and may be called from this thread only.
+    All reports go through `report`, which must not block, and is called in this thread only.
     """
 
     prepared: Prepared
@@ -144,14 +147,14 @@ class _LoopBase:
     report: Callable[[AnyReport], None]
     progress: Progress
     start: int
-    """Steps that were made before."""
+    """Number of steps that were finished before this attempt."""
     checkpoint: Callable[[int, bool], object]
-    """Called with the number of steps done, and whether the run is asked to stop there; takes a
-    checkpoint if so, or if one is due."""
+    """Called with the number of finished steps and whether the run stops there; takes a checkpoint
+    if the run stops or a checkpoint is due."""
     gathering: Gathering
     """This rank's state of `distplat.all_gather`."""
     checkpoint_step: int
-    """Steps of the newest checkpoint, as known when the attempt began."""
+    """Step of the newest checkpoint at the start of the attempt."""
 
     def __post_init__(self) -> None:
         p = self.prepared
@@ -163,17 +166,18 @@ class _LoopBase:
     def _report_step(
         self, part: int, step: int, share: Share, clock: Stopwatch, more: Mapping[str, float]
     ) -> None:
-        """Report a part of a step."""
+        """Report one rank's or task's part of a step."""
         epoch, total = self.sampler.epoch_of(step), self.total_steps
-        of = 0 if total == UNBOUNDED else total
+        known_total = 0 if total == UNBOUNDED else total
         figures = {**self.strategy.figures(), **more, **self._exchange.figures()}
         figures |= rate_figures(self.prepared.job, step, total)
         mean, samples, weight = share.loss, share.samples, share.weight
         seconds = clock.seconds
-        self.report(StepReport(part, step, epoch, mean, samples, seconds, of, figures, weight))
+        counts = samples, seconds, known_total
+        self.report(StepReport(part, step, epoch, mean, *counts, figures, weight))
 
-    def _evaluated(self, evaluate: Callable[[], Sums]) -> Sums:
-        """Evaluate with the weights, and with their average if there is one; leave no trace."""
+    def _run_evaluation(self, evaluate: Callable[[], Sums]) -> Sums:
+        """Evaluate with the weights, and with their average under EMA; restore the model state."""
         with self.flat.process:
             sums = evaluate()
         self.state.discard()
@@ -187,13 +191,13 @@ class _LoopBase:
 
 @dataclass
 class Loop(_LoopBase):
-    """Trains one worker's model, or its part of one."""
+    """Trains one worker's model, or its shard of the model, step by step."""
 
     compute: Compute
     stop: Callable[[int], StopOrder]
-    """Gives this rank's stop order before each step; all ranks stop after the same step."""
+    """Returns this rank's stop order before a step; all ranks stop after the same step."""
     group: Collective | None
-    """All ranks: evaluation results are gathered over them, so that a lost rank loses none. None:
+    """Group of all ranks, which gathers evaluation results, so that a lost rank loses none; None:
     the ranks have no group."""
     metrics: TaskMetrics
     """The task's metrics with state."""
@@ -201,17 +205,17 @@ class Loop(_LoopBase):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.job = self.prepared.job
-        self._agreed = StopOrder.NONE  #: what all ranks do before the next step
+        self._agreed = StopOrder.NONE  #: stop order that all ranks obey before the next step
 
     def run(self) -> StopOrder:
         """
-        Train from the first step that is left to the last, with the evaluations between.
+        Train the remaining steps, with evaluations and checkpoints.
 
         Returns:
-            What all ranks stopped for; NONE: the last step was made.
+            Stop order that all ranks obeyed; NONE: the last step is done.
 
         Raises:
-            Abandoned: the attempt was called off.
+            Abandoned: the attempt was cancelled.
         """
         self.progress.step, self.progress.begun = self.start, True
         share = self._unreported_share()
@@ -232,18 +236,18 @@ class Loop(_LoopBase):
             saves = self._agreed is StopOrder.SAVE
             if step + 1 < self.total_steps:
                 self._take_checkpoint(step + 1, saves)
-            # The run has little time to stop: an evaluation that is due is the resumed run's.
+            # A stopping run has little time: the resumed run makes the evaluation that is due.
             if self.eval_data is not None and self._evaluates_after(step) and not saves:
                 self.strategy.synchronize()
                 self._evaluate(self.eval_data, step + 1)
         self.strategy.synchronize()
         if steps:
-            # Now no rank is behind, whatever the strategy.
+            # After `synchronize` no rank is behind, under any strategy.
             self.checkpoint(self.total_steps, False)
         return StopOrder.NONE
 
     def _unreported_share(self) -> Share | None:
-        """Give this rank's share of the step before `start`, if no attempt has reported it yet."""
+        """Return this rank's share of the step before `start`, if it is not reported yet."""
         computed, self.strategy.pending_share = self.strategy.pending_share, None
         if self.strategy.replayed is not None:
             return self.strategy.replayed
@@ -258,7 +262,7 @@ class Loop(_LoopBase):
         return stop_order
 
     def _stop(self, step: int) -> StopOrder:
-        """Stop before this step; a run that ends here ends as after a last one."""
+        """Stop before this step; if the run ends here, evaluate as after a last step."""
         if self._agreed is StopOrder.SAVE and step > self.checkpoint_step:
             self._take_checkpoint(step, True)
         if self._agreed is not StopOrder.RESIZE:
@@ -296,7 +300,7 @@ class Loop(_LoopBase):
         self.strategy.pending_share = None
 
     def _skip(self, step: int) -> None:
-        """Leave a step out: the others have made it."""
+        """Skip a step that the other ranks have already applied."""
         clock = Stopwatch()
         self.compute.skip(step)
         clock.lap("data")
@@ -304,21 +308,21 @@ class Loop(_LoopBase):
 
     def _evaluates_at_start(self) -> bool:
         if self.start:
-            return self._evaluates_after(self.start - 1)  # it may have been cut off
+            return self._evaluates_after(self.start - 1)  # it may have been interrupted
         return self.job.evaluation.before_first
 
     def _evaluates_after(self, step: int) -> bool:
         return step + 1 == self.total_steps or self._is_period(step + 1)
 
     def _is_period(self, steps: int) -> bool:
-        """Say whether the job's evaluation period ends after so many steps."""
+        """Return whether the job's evaluation period ends after this number of steps."""
         every = self.job.evaluation.period(self.sampler.steps_per_epoch)
         return every > 0 and steps % every == 0
 
     def _evaluate(self, data: Dataset[Any], step: int) -> None:
-        """Run this rank's part of the evaluation data; the controller puts the parts together."""
+        """Evaluate this rank's part of the data; the controller merges the parts."""
         self.progress.evaluating = True
-        sums = self._evaluated(partial(self.compute.evaluate, data))
+        sums = self._run_evaluation(partial(self.compute.evaluate, data))
         self._merge_states(sums)
         self.progress.evaluating = False
         report = EvalReport(self.rank, step, sums.samples, sums.sums, sums.counts)
@@ -328,12 +332,12 @@ class Loop(_LoopBase):
             parts = [EvalReport(**fields) for fields in every]
         for part in parts:
             self.report(part)
-        # One at the end alone is not there in a longer run, which this may become.
+        # An evaluation only at the end would not exist in a longer run, as which this may resume.
         if self.job.plateau is not None and self._is_period(step):
             self.job.plateau.evaluated(step, join_evals(parts).metrics)
 
     def _merge_states(self, sums: Sums) -> None:
-        """Compute metrics with state over all ranks' data; they are put into rank 0's sums."""
+        """Compute metrics with state over all ranks' data, and add them to the sums of rank 0."""
         if not self.metrics.found():
             return
         parts = self.metrics.gathered(sums.states, self.flat.params.device)
@@ -345,39 +349,39 @@ class Loop(_LoopBase):
 
 def task_plan(job: Job, sampler: Sampler, steps: int, first: int, evaluates: bool) -> TaskPlan:
     """
-    Give the task scheduler's plan of a run: steps, parts of a step, evaluations.
+    Return the task scheduler's plan of a run: steps, tasks per step, evaluations.
 
     Args:
-        job: the run.
-        sampler: the order of its data; its world is the number of parts of a step.
-        steps: of the run.
-        first: steps that were made before.
-        evaluates: whether there is evaluation data.
+        job: the job.
+        sampler: order of the data; its world is the number of tasks per step.
+        steps: number of steps of the run.
+        first: number of steps that are done.
+        evaluates: whether the task has evaluation data.
     """
     if not evaluates:
         return TaskPlan(steps, sampler.world, first)
     every = min(job.evaluation.period(sampler.steps_per_epoch) or steps, steps)
-    # One that falls on the first step may have been cut off.
+    # An evaluation at the first step may have been interrupted.
     begin = -(-max(1, first) // every) * every
     begin = 0 if job.evaluation.before_first and first == 0 else begin
-    if steps == UNBOUNDED:  # too many for a list; the run's end says which is the last
+    if steps == UNBOUNDED:  # too many for a list; the last one is known at the run's end
         return TaskPlan(steps, sampler.world, first, range(begin, steps + 1, every))
     return TaskPlan(steps, sampler.world, first, (*range(begin, steps, every), steps))
 
 
 @dataclass
 class LeasedLoop(_LoopBase):
-    """Trains one worker's model on the tasks that the task scheduler leases to it."""
+    """Trains one worker's model on tasks that the task scheduler leases to the worker."""
 
     compute: TaskModel
     leases: Leases
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._pushes = 0  #: of this attempt: the number of the next one
+        self._pushes = 0  #: number of the next push in this attempt
 
     def run(self) -> StopOrder:
-        """Train until the task scheduler says that the run is over."""
+        """Train leased tasks until the task scheduler ends the run."""
         try:
             self._work()
         finally:
@@ -388,7 +392,7 @@ class LeasedLoop(_LoopBase):
         self.progress.step = self._offered = self.start
         self.progress.begun = True
         self._final, self._idle_s = False, 0.0
-        while not (lease := self._next()).over:
+        while not (lease := self._next_lease()).over:
             self._take_final_parameters(lease)
             for version, part in lease.evaluations:
                 self._evaluate(version, part)
@@ -399,10 +403,10 @@ class LeasedLoop(_LoopBase):
         self._take_final_parameters(lease)
         self.progress.left = not lease.trained
 
-    def _next(self) -> Lease:
-        began = time.perf_counter()
+    def _next_lease(self) -> Lease:
+        start = time.perf_counter()
         lease = self.leases.next(self.progress.beat)
-        self._idle_s += time.perf_counter() - began
+        self._idle_s += time.perf_counter() - start
         return lease
 
     def _train_task(self, task: int) -> None:
@@ -425,7 +429,7 @@ class LeasedLoop(_LoopBase):
         self._report_step(part, step, share, clock, {"lease_s": idle_s})
 
     def _take_final_parameters(self, lease: Lease) -> None:
-        """Take over the final parameters once all tasks are done; offer the last checkpoints."""
+        """Fetch the final parameters once all tasks are done; offer the last checkpoints."""
         if not lease.trained or (self._final and not lease.saves):
             return
         if not self._final:
@@ -437,18 +441,18 @@ class LeasedLoop(_LoopBase):
             self.checkpoint(lease.steps, lease.saves)
 
     def _evaluate(self, version: int, part: int) -> None:
-        assert self.eval_data is not None, "evaluations are asked for only where there is data"
+        assert self.eval_data is not None, "the plan has evaluations only if there is data"
         if not self._final:
             self.strategy.synchronize()
         self.progress.evaluating = True
-        sums = self._evaluated(partial(self.compute.evaluate_part, self.eval_data, part))
+        sums = self._run_evaluation(partial(self.compute.evaluate_part, self.eval_data, part))
         self.progress.evaluating = False
         self.report(EvalReport(part, version, sums.samples, sums.sums, sums.counts))
         self.leases.finish((), ((version, part),))
         self.progress.beat()
 
     def _offer_checkpoints(self, reach: int) -> None:
-        """Rank 0 fetches copies as early as it can: shards keep those of the newest versions."""
+        """Fetch checkpoints early on rank 0: shards retain only the newest versions."""
         if self.rank == 0:
             for version in range(self._offered + 1, min(reach, self.total_steps - 1) + 1):
                 self.checkpoint(version, False)

@@ -1,4 +1,4 @@
-"""A worker's task, model and data: made before it meets other ranks, kept over all attempts."""
+"""A worker's task, model and data: built before ranks connect, kept over all attempts."""
 
 from __future__ import annotations
 
@@ -26,50 +26,50 @@ from distplat.strategies.task import Task
 
 @dataclass
 class Prepared:
-    """A worker's task, model and data, before it connects to the others."""
+    """A worker's task, model and data."""
 
     job: Job
     task: Task
     model: torch.nn.Module | None
-    """The whole model, where the strategy cuts it and has not yet done so."""
+    """The full model until the strategy shards it; None: sharded, or never sharded."""
     data: Dataset[Any]
     eval_data: Dataset[Any] | None
     sampler: Sampler
     total_steps: int
     device: str
     roles: Roles
-    """Of the strategy."""
+    """Roles of the strategy."""
     part: FlatModel | None = None
-    """The parameters that this worker trains; None: the strategy has not cut the model yet."""
+    """Parameters that this worker trains; None: the strategy has not sharded the model yet."""
     lookups: Lookups | None = None
-    """The model's embedding tables, if it has some."""
+    """Lookups in embedding tables; None: the model has no tables on servers."""
     state: ModelState | None = None
     """Buffers and frozen parameters of `part`; None before `join`."""
     facts: RankFacts | None = None
-    """Fingerprints of model, data and code, to be compared with other ranks'; see `describe`."""
+    """Fingerprints of model, data and code, compared between ranks; see `describe`."""
     made: MadeOptimizers = ()
-    """Optimizers that the task made; empty: the job names the optimizer."""
+    """Optimizers that the task built; empty: the job names the optimizer."""
     weights: TermWeights | None = None
-    """Weights of a loss of several terms, in the present attempt; None: the loss is one term."""
+    """Weights of a loss with several terms, in the present attempt; None: one term."""
     loss_scale: LossScale | None = None
-    """Of a run in float16."""
+    """Loss scale of a run in float16; None: another precision."""
     frozen: FrozenBase | None = None
-    """Frozen parameters that checkpoints and the trained model leave out, if the job says so."""
+    """Frozen parameters that are not saved with `trained_only`; None: everything is saved."""
     initial: Mapping[str, torch.Tensor] = field(default_factory=dict)
-    """Values of the job's `initial_weights`, as long as the model is on `meta`."""
+    """Values of the job's `initial_weights`, while the model is on the `meta` device."""
     holding: Holding | None = None
-    """Which part of the whole model `part` is; None: all of it."""
+    """Which shard of the model `part` is; None: the full model."""
     warnings: list[str] = field(default_factory=list)
     """Warnings that rank 0 logs."""
 
     @property
     def flat(self) -> FlatModel:
-        """The parameters that this worker trains, once the strategy has cut the model."""
-        assert self.part is not None, "join() comes first: the strategy cuts the model"
+        """Parameters that this worker trains; set once the strategy has sharded the model."""
+        assert self.part is not None, "join() comes first: the strategy shards the model"
         return self.part
 
     def not_finite(self) -> str | None:
-        """Give the name of the first parameter that holds NaN or infinity; None: none does."""
+        """Return the name of the first parameter with NaN or infinity; None: all are finite."""
         flat = self.flat
         slot = first_non_finite(flat.params, flat.segments, flat.layout.pieces)
         return None if slot is None else flat.name(slot)

@@ -1,9 +1,9 @@
 """
-From a job and a task to a loop that is ready to run, in steps that can wait between.
+Construction of a training loop from a job and a task, in separate phases.
 
     make_task    import the task's module
-    prepare      build model and data; talks to nobody
-    join         connect the ports, set the strategy up; waits for the others
+    prepare      build model and data; no communication
+    join         connect the ports and set up the strategy; waits for the other ranks
     Loop.run     train
 """
 
@@ -88,29 +88,29 @@ class Ports:
     """A worker's ports in one attempt; None: neither the job nor the strategy needs the port."""
 
     collective: Collective | None = None
-    """To the other ranks."""
+    """Group of all ranks."""
     shards: Shards | None = None
-    """To the parameter servers."""
+    """Client of the parameter servers."""
     tables: Tables | None = None
-    """To the servers of embedding tables."""
+    """Client of the embedding servers."""
     leases: Leases | None = None
-    """To the task scheduler."""
+    """Client of the task scheduler."""
     peers: Callable[[], Collective] | None = None
-    """Makes a group of all workers, for strategies without a group; see `Context.peers`."""
+    """Creates a group of all workers, for strategies without a group; see `Context.peers`."""
     run_store: RunStore | None = None
     """Store in which ranks compare their model, data and code."""
 
 
 @dataclass(frozen=True)
 class CheckpointPorts:
-    """The checkpoint that a worker begins from, and where its new ones go."""
+    """Checkpoint that a worker starts from, and destination of new checkpoints."""
 
     saved: SavedState | None = None
-    """The checkpoint to begin from; None: the model is as built, or as this worker has it."""
+    """Checkpoint to load; None: the worker keeps its model, as built or as trained so far."""
     checkpoint_step: int = 0
     """Step of the newest checkpoint."""
     take: Take | None = None
-    """Takes this rank's parts of new checkpoints; None: the job wants none."""
+    """Receives this rank's shards of new checkpoints; None: checkpoints are disabled."""
 
 
 FRESH = CheckpointPorts()
@@ -119,29 +119,29 @@ FRESH = CheckpointPorts()
 
 def make_task(job: Job, load: Callable[[], type[Task]]) -> Task:
     """
-    Make the task. Seeded before, so that whatever its module and class draw is the same for all.
+    Create the task; random numbers that its module and class draw are the same on all ranks.
 
     Args:
-        job: the run.
-        load: imports the module and gives the class.
+        job: the job.
+        load: imports the task's module and returns the class.
     """
     seed_all(job.seed)
-    kind = load()
+    task_class = load()
     seed_all(job.seed)
-    return kind(**job.task_args)
+    return task_class(**job.task_args)
 
 
 def prepare(
     job: Job, task: Task, device: str = "cpu", strategy: WorkerStrategy[Any] | None = None
 ) -> Prepared:
     """
-    Build model and data. Seeded before each call of the user's code, so that ranks agree.
+    Build model and data. Generators are seeded before each call of user code, so that ranks agree.
 
     Args:
-        job: the run.
-        task: the user's; what it raises comes through.
-        device: where the model trains.
-        strategy: the job's; None: one whose ranks have the whole model each.
+        job: the job.
+        task: the user's task; its exceptions propagate.
+        device: device of the model.
+        strategy: the job's strategy; None: a strategy that does not shard the model.
     """
     loaders_ready = ready_loaders(job)
     seed_all(job.seed)
@@ -154,28 +154,28 @@ def prepare(
     check_device(device)
     check_trained_only(job, model)
     lookups = lookups_of(model, job)
-    whole = strategy is None or not strategy.cuts_model
+    unsharded = strategy is None or not strategy.cuts_model
     unfreezes = strategy is not None and strategy.can_unfreeze()
     task_extra = task_parameters(task, model)
-    if task_extra and not whole:
+    if task_extra and not unsharded:
         raise SpecError(_kept_in_task(job, [*task_extra]))
-    extra = {TASK_PREFIX + name: one for name, one in task_extra.items()}
+    extra = {TASK_PREFIX + name: parameter for name, parameter in task_extra.items()}
     check_groups(job.optimizer, model, extra)
     initial = {} if job.initial_weights is None else initial_weights(job, model, extra)
     check_memory(model, {n: p for n, p in dense_parameters(model) if p.requires_grad} | extra, task)
-    part = _flat_model(job, model, extra, device, unfreezes=unfreezes) if whole else None
+    part = _flat_model(job, model, extra, device, unfreezes=unfreezes) if unsharded else None
     data, eval_data, sampler = _data(job, task, roles)
     steps = total_steps(job, sampler)
-    if problems := length_problems(job.lr_schedule, steps):  # `epochs` say it only now
+    if problems := length_problems(job.lr_schedule, steps):  # `epochs` are steps only now
         raise SpecError(*problems)
     check_evaluations(job, sampler, eval_data)
     loaders_ready()
-    uncut = None if whole else model
+    full_model = None if unsharded else model
     prepared = Prepared(
-        job, task, uncut, data, eval_data, sampler, steps, device, roles, part, lookups
+        job, task, full_model, data, eval_data, sampler, steps, device, roles, part, lookups
     )
-    prepared.initial = initial if any(one.is_meta for one in model.parameters()) else {}
-    prepared = _with_own_updates(prepared)
+    prepared.initial = initial if any(p.is_meta for p in model.parameters()) else {}
+    prepared = _with_task_updates(prepared)
     prepared.warnings = [*warnings, *job_warnings(prepared.job, sampler)]
     return prepared
 
@@ -183,16 +183,16 @@ def prepare(
 def _flat_model(
     job: Job, model: nn.Module, extra: Mapping[str, Tensor], device: str, *, unfreezes: bool
 ) -> FlatModel:
-    """Bring a whole model, and what the task keeps itself, to the device and into one vector."""
+    """Move the model and the task's own parameters to the device, into one flat vector."""
     apply_module_options(job, model)
     for tensor in extra.values():
         tensor.data = tensor.data.to(device)
-    fits, group_of = job.optimizer.takes, job.optimizer.group_of
-    return FlatModel(model.to(device), extra, unfreezes=unfreezes, takes=fits, group_of=group_of)
+    takes, group_of = job.optimizer.takes, job.optimizer.group_of
+    return FlatModel(model.to(device), extra, unfreezes=unfreezes, takes=takes, group_of=group_of)
 
 
 def _data(job: Job, task: Task, roles: Roles) -> tuple[Any, Any, Sampler]:
-    """Give training data, evaluation data or None, and the sampler of the training data."""
+    """Return training data, evaluation data or None, and the sampler of the training data."""
     seed_all(job.seed)
     data = checked_data(job, task, task.train_data(), "train_data")
     order = order_of(task, data, job.seed)
@@ -202,15 +202,15 @@ def _data(job: Job, task: Task, roles: Roles) -> tuple[Any, Any, Sampler]:
     if eval_data is not None:
         eval_data = checked_data(job, task, eval_data, "eval_data")
     for samples, method in ((data, "train_data"), (eval_data, "eval_data")):
-        if samples is None or isinstance(samples, StreamSamples):  # that is read twice, compared
+        if samples is None or isinstance(samples, StreamSamples):  # streams are checked when read
             continue
         if warning := warning_of(samples, method):
             logger.warning(warning)
     return data, eval_data, sampler
 
 
-def _with_own_updates(p: Prepared) -> Prepared:
-    """Ask the task for its learning rates and its optimizer, if it has its own."""
+def _with_task_updates(p: Prepared) -> Prepared:
+    """Apply the learning rates and the optimizer that the task defines, if any."""
     p.job = with_task_schedule(p.job, p.task, p.total_steps).with_plateau()
     if p.part is not None and isinstance(p.job.optimizer, TaskOptimizer):
         p.made, p.job = make_optimizers(p.job, p.task, p.part)
@@ -226,7 +226,7 @@ def _kept_in_task(job: Job, names: Sequence[str]) -> Problem:
 
 
 def describe(prepared: Prepared) -> None:
-    """Fingerprint this worker's model, data and code, for `join` to compare with other ranks'."""
+    """Fingerprint this worker's model, data and code, which `join` compares between ranks."""
     p = prepared
     model = p.model if p.model is not None else p.flat.model
     sent = not p.roles.consistency.dynamic_tasks
@@ -239,18 +239,21 @@ def describe(prepared: Prepared) -> None:
 
 
 def resize(prepared: Prepared, job: Job, strategy: WorkerStrategy[Any]) -> None:
-    """Take over the job of another attempt: the same but for the number of workers."""
-    prepared.job = prepared.job.with_workers(job.scaling.num_workers)  # with what the task says
+    """Adopt the number of workers of another attempt's job."""
+    # Not `job` itself, which lacks the task's learning rates and optimizer.
+    prepared.job = prepared.job.with_workers(job.scaling.num_workers)
     prepared.roles = strategy.strategy.roles(job)
     world = prepared.roles.replicas(job.scaling.world)
     prepared.sampler = replace(prepared.sampler, world=world)
 
 
-def _cut(p: Prepared, strategy: WorkerStrategy[Any], rank: int, group: Collective | None) -> None:
-    """Cut the model: keep this rank's part, and fill it with the initial weights."""
+def _shard_model(
+    p: Prepared, strategy: WorkerStrategy[Any], rank: int, group: Collective | None
+) -> None:
+    """Keep this rank's shard of the model, and load the initial weights into it."""
     p.part, p.holding = strategy.cut_model(p, rank, group)
     fill_part(p.part, p.initial, p.holding.slices)
-    p.initial = {}  # the first attempt's: later ones go on with what was trained
+    p.initial = {}  # only the first attempt loads them; later ones continue from trained weights
 
 
 def join(
@@ -265,21 +268,23 @@ def join(
     stop: Callable[[int], StopOrder] = lambda step: StopOrder.NONE,
 ) -> Loop | LeasedLoop:
     """
-    Set a rank's strategy up with its ports and give the loop.
+    Connect a rank's ports, set up its strategy, and return its loop.
 
-    `report` takes what is finished, `progress` says where the worker is; `stop`: see `Loop`.
+    `report` receives finished steps and evaluations, `progress` is updated by the loop; for `stop`
+    see `Loop`.
 
     Raises:
-        DistplatError: the checkpoint or another rank has another model or data set; a port failed.
+        DistplatError: the checkpoint or another rank has a different model or data set, or a port
+            failed.
     """
     p, leases = prepared, ports.leases
-    if ports.peers is not None:  # all who need a group of the workers get the same one
+    if ports.peers is not None:  # all users of the group share it
         ports = replace(ports, peers=cache(ports.peers))
     if ports.run_store is not None and p.facts is not None:
         agree(p.facts, rank, ports.run_store, partial(hash_samples, p.data))
     group = ports.collective if p.roles.collective is not None else None
     if strategy.cuts_model:
-        _cut(p, strategy, rank, group)
+        _shard_model(p, strategy, rank, group)
     _load(p, checkpoints.saved)
     if rank == 0 and checkpoints.saved is not None:
         if warning := length_warning(p.job, p.total_steps, checkpoints.saved.state):
@@ -308,10 +313,10 @@ def _sync_with_others(
     group: Collective | None,
     make_group: Callable[[], Collective | None],
 ) -> Collective | None:
-    """Agree with the other ranks on learning rate and loss scale; give the group."""
+    """Agree with the other ranks on learning rate and loss scale; return the group."""
     device = p.flat.params.device
     if (plateau := p.job.plateau) is not None:
-        group = make_group() if group is None else group  # its ranks gather evaluations
+        group = make_group() if group is None else group  # gathers evaluations
         settings = ports.shards.settings() if start and p.roles.servers and ports.shards else ()
         sync_plateau(plateau, start, group, settings, device)
     if p.loss_scale is not None:
@@ -320,13 +325,13 @@ def _sync_with_others(
 
 
 def _group_of_all(p: Prepared, context: Context) -> Callable[[], Collective | None]:
-    """Give a function that makes a group of all ranks, or gives the strategy's own."""
+    """Return a function that creates a group of all ranks, or returns the strategy's group."""
     has_group = p.roles.collective is not None
     return (lambda: context.collective) if has_group else context.peers
 
 
 def _gathering(p: Prepared, strategy: WorkerStrategy[Any], context: Context) -> Gathering:
-    """Give this rank's state of `all_gather`, with the reason if it is refused."""
+    """Return this rank's state of `all_gather`, with the reason if the job refuses it."""
     refused = None
     if apart := gathers_not_with(p.job, p.roles, gathers=strategy.strategy.gathers):
         text = f"all_gather() does not go together with {apart}"
@@ -346,10 +351,10 @@ def _term_weights(
     p: Prepared, strategy: WorkerStrategy[Any], context: Context
 ) -> TermWeights | None:
     """
-    Give what computes the weights of a loss of several terms; None: the loss is one term.
+    Return the weights of a loss with several terms; None: the loss is a single term.
 
     Raises:
-        SpecError: workers are not in one step, and do not push by themselves either.
+        SpecError: the strategy does not support `weights()`.
     """
     if not overrides(type(p.task), "weights"):
         return None
@@ -363,15 +368,15 @@ def _term_weights(
 
 
 def _shares_of(p: Prepared) -> Shares:
-    """Give the shares of a run, whose sampler may change from one attempt to the next."""
+    """Return the shares of a run, whose sampler may change between attempts."""
 
     def samples(step: int) -> list[int]:
         return [b - a for a, b in split_evenly(p.sampler.batch_size(step), p.sampler.world)]
 
-    most = make_strategy(p.job).micro_batches(p.job)
+    max_micro_batches = make_strategy(p.job).micro_batches(p.job)
 
     def micro_batches(step: int) -> list[int]:
-        return [min(size, most) for size in samples(step)]
+        return [min(size, max_micro_batches) for size in samples(step)]
 
     def checkpoint_due(version: int) -> bool:
         every = p.job.checkpoint.period(p.sampler.steps_per_epoch)
@@ -409,7 +414,7 @@ def _context(
 def _set_up(
     p: Prepared, strategy: WorkerStrategy[Any], context: Context, tables: Tables | None
 ) -> int:
-    """Set the strategy up, and embedding tables if there are any; give the step to go on from."""
+    """Set up the strategy and embedding tables; return the step to continue from."""
     if p.lookups is None or tables is None:
         return strategy.setup(context)
     steps = p.lookups.connect(tables, p.total_steps, context.saved)
@@ -419,17 +424,17 @@ def _set_up(
 
 
 def trained_model(p: Prepared, strategy: WorkerStrategy[Any], rank: int) -> dict[str, Tensor]:
-    """Give this rank's part of the trained model, without what the job leaves out."""
+    """Return this rank's shard of the trained model, without tensors that the job does not save."""
     state = strategy.trained(p.flat)
     if (rank == 0 or p.holding is not None) and (name := p.not_finite()) is not None:
         text = "the trained model holds NaN or infinity, in %r: its last step made it so"
         logger.warning(text, name)
-    left_out = p.frozen.unchanged() if p.frozen is not None else {}
-    return {n: one for n, one in state.items() if n.removeprefix(EMA_PREFIX) not in left_out}
+    unsaved = p.frozen.unchanged() if p.frozen is not None else {}
+    return {n: tensor for n, tensor in state.items() if n.removeprefix(EMA_PREFIX) not in unsaved}
 
 
 def _load(p: Prepared, saved: SavedState | None) -> None:
-    """Load the checkpoint, if there is one; make loss scale, frozen base and model state."""
+    """Load the checkpoint, if any; create loss scale, frozen base and model state."""
     if saved is not None:
         saved.check_data(p.sampler.size)
         mark = StreamPosition.read(saved.state.get(STREAM))
@@ -451,7 +456,7 @@ def _load(p: Prepared, saved: SavedState | None) -> None:
 def _checkpoints(
     p: Prepared, strategy: WorkerStrategy[Any], rank: int, take: Take | None
 ) -> Callable[[int, bool], None]:
-    """Give what takes this rank's part of a checkpoint, see `Loop.checkpoint`."""
+    """Return the function that takes this rank's shard of a checkpoint; see `Loop.checkpoint`."""
     if take is None:
         return lambda version, stops: None
     every = p.job.checkpoint.period(p.sampler.steps_per_epoch)
@@ -460,9 +465,11 @@ def _checkpoints(
         if stops or is_due(version, every, p.total_steps):
             facts = _facts(p, version)
             part = strategy.checkpoint(version)
-            if p.lookups is not None and rank == 0:  # one of them, for all
+            if p.lookups is not None and rank == 0:  # one rank copies the tables for all
                 part = part.also(partial(p.lookups.copies, version))
-            if stops or version == p.total_steps:  # waited for: all ranks have made their steps
+            if (
+                stops or version == p.total_steps
+            ):  # the run waits for it: all ranks have finished their steps
                 part = replace(part, may_skip=False)
             take(version, part, facts)
 
@@ -470,7 +477,7 @@ def _checkpoints(
 
 
 def _facts(p: Prepared, version: int) -> dict[str, Any]:
-    """Give the facts for a checkpoint's `state.json`; mark frozen parameters it leaves out."""
+    """Return the content of a checkpoint's `state.json`; mark the parameters that it omits."""
     facts: dict[str, Any] = {
         "epoch": p.sampler.epoch_of(version),
         "steps_per_epoch": p.sampler.steps_per_epoch,
@@ -478,7 +485,7 @@ def _facts(p: Prepared, version: int) -> dict[str, Any]:
         **schedule_facts(p.job, version, p.total_steps),
         "versions": {"torch": str(torch.__version__)},
     }
-    if isinstance(p.data, StreamSamples):  # where it is read on
+    if isinstance(p.data, StreamSamples):  # the position to resume reading from
         mark = p.data.mark_before(p.sampler.position(version))
         facts |= {} if mark is None else {STREAM: mark.saved()}
     if (name := p.not_finite()) is not None:

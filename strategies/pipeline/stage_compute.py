@@ -117,7 +117,7 @@ class Pipeline(Compute):
         if self.is_last and self._at.slice == 0:
             for term, size in zip(terms, sizes, strict=True):
                 self.share = self.share.plus(term, size)
-            self.share = self.share.of(p.data)
+            self.share = self.share.with_fingerprint(p.data)
         return self.share
 
     def _thorough(self, step: int) -> bool:
