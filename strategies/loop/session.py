@@ -240,8 +240,7 @@ def describe(prepared: Prepared) -> None:
 
 def resize(prepared: Prepared, job: Job, strategy: WorkerStrategy[Any]) -> None:
     """Adopt the number of workers of another attempt's job."""
-    # Not `job` itself, which lacks the task's learning rates and optimizer.
-    prepared.job = prepared.job.with_workers(job.scaling.num_workers)
+    prepared.job = prepared.job.with_workers(job.scaling.num_workers)  # keeps the task's settings
     prepared.roles = strategy.strategy.roles(job)
     world = prepared.roles.replicas(job.scaling.world)
     prepared.sampler = replace(prepared.sampler, world=world)
@@ -274,8 +273,7 @@ def join(
     see `Loop`.
 
     Raises:
-        DistplatError: the checkpoint or another rank has a different model or data set, or a port
-            failed.
+        DistplatError: the checkpoint or a rank has another model or data set, or a port failed.
     """
     p, leases = prepared, ports.leases
     if ports.peers is not None:  # all users of the group share it
