@@ -1,1 +1,1 @@
-"""Running a model that is cut into stages: its parts, their messages, a step of a schedule."""
+"""Pipeline parallelism: stages of a model, their messages, and execution of a schedule."""

@@ -1,8 +1,8 @@
 """
-One stage of one replica follows its list: computes, sends, receives, as the schedule says.
+Executes the plan of one stage of one replica: forwards, backwards, sends, receives.
 
-Deadlock is impossible by construction: the lists run to their ends with room for one message per
-channel (`algorithms/pipeline_schedule.py`), and every channel has room for one at least.
+Deadlock is impossible by construction: plans complete with capacity for one message per channel
+(`algorithms/pipeline_schedule.py`), and every channel has at least that capacity.
 """
 
 import time
@@ -36,41 +36,41 @@ from distplat.strategies.pipeline.forward_writes import ForwardWrites
 from distplat.strategies.pipeline.interfaces import BackwardListener, Source, TraceSpan
 from distplat.strategies.pipeline.limits import GradientReach
 from distplat.strategies.pipeline.rank_model import Chunk
-from distplat.strategies.pipeline.values import Packing, ValueLayout, copied, tensor_leaves
+from distplat.strategies.pipeline.values import Packing, ValueLayout, clone_tensors, tensor_leaves
 
 
 @lru_cache(maxsize=16)  # an epoch's last batch may have fewer micro-batches than the others
 def training_plan(name: str, stages: int, micro_batches: int, chunks: int) -> Plan:
     """
-    Give the plan of a step.
+    Return the plan of a training step.
 
-    `interleaved` takes multiples of its stages only; a short batch goes through all chunks forward,
-    then through all backward.
+    `interleaved` needs a multiple of its stages as number of micro-batches; a short last batch runs
+    in GPipe's order instead.
     """
     if name == "interleaved" and micro_batches % stages:
-        return with_communication(flushed(stages, micro_batches, chunks))
+        return with_communication(chunked_gpipe(stages, micro_batches, chunks))
     return with_communication(build(name, stages, micro_batches, chunks))
 
 
-def flushed(stages: int, micro_batches: int, chunks: int) -> PipelineSchedule:
+def chunked_gpipe(stages: int, micro_batches: int, chunks: int) -> PipelineSchedule:
     """
-    Give GPipe's order over several chunks; any number of micro-batches.
+    Build GPipe's schedule for several chunks per stage and any number of micro-batches.
 
         F0 F1 F2 .  F0' F1' F2' .  .   B0' B1' B2' .  B0 B1 B2
         .  F0 F1 F2 .   F0' F1' F2' B0' B1' B2' .  B0 B1 B2 .
     """
-    every = [(chunk, i) for chunk in range(chunks) for i in range(micro_batches)]
-    back = [(chunk, i) for chunk in reversed(range(chunks)) for i in range(micro_batches)]
+    forwards = [(chunk, i) for chunk in range(chunks) for i in range(micro_batches)]
+    backwards = [(chunk, i) for chunk in reversed(range(chunks)) for i in range(micro_batches)]
     order = (
-        *(Action(ActionKind.FORWARD, i, chunk) for chunk, i in every),
-        *(Action(ActionKind.BACKWARD, i, chunk) for chunk, i in back),
+        *(Action(ActionKind.FORWARD, i, chunk) for chunk, i in forwards),
+        *(Action(ActionKind.BACKWARD, i, chunk) for chunk, i in backwards),
     )
     return PipelineSchedule("flushed", micro_batches, chunks, False, (order,) * stages)
 
 
 @lru_cache(maxsize=16)
 def evaluation_plan(stages: int, micro_batches: int, chunks: int) -> Plan:
-    """Give the plan of forwards alone; in groups of as many as there are stages, to hold few."""
+    """Return a forward-only plan, in groups of `stages` micro-batches to limit memory."""
     order = [
         Action(ActionKind.FORWARD, i, chunk)
         for start in range(0, micro_batches, stages)
@@ -86,16 +86,16 @@ class StageContext:
     """One rank's position in its pipeline, its chunks and its channel."""
 
     chunks: dict[int, Chunk]
-    """This rank's, by virtual stage."""
+    """Chunks of this rank, by virtual stage."""
     stage: int
-    """This rank's."""
+    """Stage of this rank."""
     stages: int
     channel: Channel
-    """To the other stages."""
+    """Channel to the other stages."""
     autocast: Callable[[], AbstractContextManager[object]]
-    """Gives the context in which forwards run."""
+    """Returns the context manager for forwards."""
     alive: Callable[[], None]
-    """Called after each step of the plan."""
+    """Called after each step of the plan, as a heartbeat."""
     flat: FlatModel
     """The parameters and gradients of the chunks."""
 
@@ -105,27 +105,27 @@ class StageContext:
         return len(self.chunks) * self.stages
 
     def is_last(self, virtual_stage: int) -> bool:
-        """Whether what the virtual stage gives goes into the loss."""
+        """Return whether the virtual stage's outputs go into the loss."""
         return virtual_stage + 1 == self.depth
 
 
-class _Live(NamedTuple):
+class _InFlight(NamedTuple):
     """A micro-batch between forward and backward."""
 
     inputs: list[Tensor]
-    """Tensors whose gradients are sent to the virtual stage before."""
+    """Leaves whose gradients are sent to the previous virtual stage."""
     outputs: list[Tensor]
-    """Tensors whose gradients come from the next virtual stage; on the last one the loss."""
+    """Tensors whose gradients come from the next virtual stage; the loss on the last one."""
     buffer: Tensor | None
-    """The receive buffer that holds `inputs`, if it is to be given back."""
+    """Receive buffer with the storage of `inputs`, to be recycled."""
 
 
-class _Held(NamedTuple):
-    """The tensors of a message that is to be sent or used."""
+class _Payload(NamedTuple):
+    """The tensors of a message that is still to be sent or used."""
 
     tensors: list[Tensor]
     buffer: Tensor | None = None
-    """The receive buffer that holds them, if it is to be given back."""
+    """Receive buffer with the storage of `tensors`, to be recycled."""
 
 
 class ScheduleRun:
@@ -133,12 +133,12 @@ class ScheduleRun:
     One execution of a plan on one rank.
 
     Args:
-        context: where it is.
-        plan: what is to be done.
-        source: of micro-batches.
-        listener: told when gradients become final; None: forwards alone.
-        look: shown what each virtual stage gives, before it is differentiated.
-        writes: watches what forwards write that a backward follows.
+        context: the rank's chunks and channel.
+        plan: steps of all stages.
+        source: provides micro-batches and the loss.
+        listener: notified when gradients become final; None: forward only.
+        check_outputs: called with the outputs of each virtual stage before backward.
+        writes: detects in-place writes of forwards that would break a later backward.
     """
 
     def __init__(
@@ -147,25 +147,25 @@ class ScheduleRun:
         plan: Plan,
         source: Source,
         listener: BackwardListener | None,
-        look: Callable[[Sequence[Tensor]], None] = lambda outputs: None,
+        check_outputs: Callable[[Sequence[Tensor]], None] = lambda outputs: None,
         writes: ForwardWrites | None = None,
     ) -> None:
         self._context, self._plan, self._source, self._listener = context, plan, source, listener
-        self._look, self._writes = look, writes
+        self._check_outputs, self._writes = check_outputs, writes
         self._channel = context.channel
         self._schedule = plan.schedule
         self._final = plan.schedule.micro_batches - 1
         self._splits = plan.schedule.splits_backward
-        self._have: dict[Message, _Held] = {}
-        #: by virtual stage and micro-batch, if they vary
+        self._payloads: dict[Message, _Payload] = {}
+        #: by virtual stage and micro-batch, if shapes vary
         self._layouts: dict[tuple[int, int], ValueLayout] = {}
-        self._live: dict[tuple[int, int], _Live] = {}
-        self._deferred: dict[tuple[int, int], tuple[_Live, _Held]] = {}
+        self._in_flight: dict[tuple[int, int], _InFlight] = {}
+        self._deferred: dict[tuple[int, int], tuple[_InFlight, _Payload]] = {}
         self.spans: list[TraceSpan] = []
 
     def run(self) -> list[TraceSpan]:
         """
-        Follow the plan to its end; give what was done, and when.
+        Run the plan; return a span for each step.
 
         Raises:
             CollectiveError: a stage is missing.
@@ -180,7 +180,7 @@ class ScheduleRun:
             elif isinstance(step, Recv):
                 kind, chunk = "recv", step.message.target // stages
                 number = step.message.micro_batch
-                self._have[step.message] = self._received(step)
+                self._payloads[step.message] = self._receive(step)
             else:
                 kind, chunk, number = step.kind.value, step.chunk, step.micro_batch
                 self._compute(step)
@@ -190,29 +190,29 @@ class ScheduleRun:
         return self.spans
 
     def _send(self, step: Send) -> None:
-        message, tensors = step.message, self._have.pop(step.message).tensors
+        message, tensors = step.message, self._payloads.pop(step.message).tensors
         if self._carries_layout(message):
             layout = self._layout(message.target, message.micro_batch)
             self._channel.send_with_layout(message.target, layout, tensors, step.to)
         else:
             self._channel.send(self._packing(message), tensors, step.to)
 
-    def _received(self, step: Recv) -> _Held:
+    def _receive(self, step: Recv) -> _Payload:
         message = step.message
         if self._carries_layout(message):
             layout, tensors = self._channel.receive_with_layout(message.target, step.source)
             self._layouts[message.target, message.micro_batch] = layout
-            return _Held(tensors)
+            return _Payload(tensors)
         packing = self._packing(message)
         buffer = self._channel.receive(packing, step.source)
-        return _Held([] if buffer is None else packing.unpack(buffer), buffer)
+        return _Payload([] if buffer is None else packing.unpack(buffer), buffer)
 
     def _carries_layout(self, message: Message) -> bool:
-        """Whether a message comes with its layout; both ends know that of a gradient."""
+        """Whether a message includes its layout; both ends know the layout of a gradient."""
         return self._channel.varies and message.content is Content.ACTIVATION
 
     def _packing(self, message: Message) -> Packing:
-        """Give the layout of a message: gradients have the shapes of what they are of."""
+        """Return a message's packing; a gradient has the shape of its activation."""
         layout = self._layout(max(message.source, message.target), message.micro_batch)
         return layout.values if message.content is Content.ACTIVATION else layout.gradients
 
@@ -242,32 +242,34 @@ class ScheduleRun:
         inputs: list[Tensor] = []
         buffer: Tensor | None = None
         if virtual_stage == 0:
-            given = source.inputs(number)
+            value = source.inputs(number)
         else:
-            held = self._have.pop(_activation(number, virtual_stage))
-            buffer = held.buffer
+            payload = self._payloads.pop(_activation(number, virtual_stage))
+            buffer = payload.buffer
             layout, trains = self._layout(virtual_stage, number), self._listener is not None
-            given, inputs = chunk_inputs(layout, held.tensors, differentiated=trains)
-        with context.autocast(), self._watched(virtual_stage):
-            outputs = context.chunks[virtual_stage].run(given, source.seed(number))
+            value, inputs = chunk_inputs(layout, payload.tensors, requires_grad=trains)
+        with context.autocast(), self._check_writes(virtual_stage):
+            outputs = context.chunks[virtual_stage].run(value, source.seed(number))
         if buffer is not None and _share_memory(buffer, tensor_leaves(outputs)):
-            buffer = None  # a chunk that hands its input on: others still read it
-        differentiable = self._pass_on(number, virtual_stage, outputs)
+            buffer = None  # the chunk returns its input: the next message still reads the buffer
+        differentiable = self._store_outputs(number, virtual_stage, outputs)
         if self._listener is not None:
-            self._look(differentiable)
-            self._live[number, virtual_stage] = _Live(inputs, differentiable, buffer)
+            self._check_outputs(differentiable)
+            self._in_flight[number, virtual_stage] = _InFlight(inputs, differentiable, buffer)
         elif buffer is not None:
-            self._channel.give_back(buffer)
+            self._channel.recycle(buffer)
 
-    def _watched(self, virtual_stage: int) -> AbstractContextManager[object]:
-        """Give the context in which a forward must not change what micro-batches wait with."""
+    def _check_writes(self, virtual_stage: int) -> AbstractContextManager[object]:
+        """Return a context that checks a forward's writes if micro-batches wait for backward."""
         waiting = any(
-            at == virtual_stage for held in (self._live, self._deferred) for _, at in held
+            at == virtual_stage
+            for pending in (self._in_flight, self._deferred)
+            for _, at in pending
         )
         return self._writes.forward() if self._writes and waiting else nullcontext()
 
-    def _pass_on(self, number: int, virtual_stage: int, outputs: Any) -> list[Tensor]:
-        """Keep outputs to be sent, or compute the loss; give what is to be differentiated."""
+    def _store_outputs(self, number: int, virtual_stage: int, outputs: Any) -> list[Tensor]:
+        """Store the outputs for sending, or compute the loss; return the tensors for backward."""
         if self._context.is_last(virtual_stage):
             return [self._source.loss(number, outputs)]
         following = virtual_stage + 1
@@ -275,36 +277,39 @@ class ScheduleRun:
             self._layouts[following, number] = ValueLayout.read(following, outputs)
         layout = self._layout(following, number)
         tensors = layout.tensors(outputs)
-        self._have[_activation(number, following)] = _Held([one.detach() for one in tensors])
-        return [tensors[n] for n in layout.wanted]
+        detached = [tensor.detach() for tensor in tensors]
+        self._payloads[_activation(number, following)] = _Payload(detached)
+        return [tensors[n] for n in layout.gradient_indices]
 
     def _backward(self, number: int, virtual_stage: int) -> None:
-        """Compute gradients; where backward is split, those of the inputs alone."""
-        live = self._live.pop((number, virtual_stage))
-        last = self._context.is_last(virtual_stage)
-        held = _Held([]) if last else self._have.pop(_gradient(number, virtual_stage))
+        """Compute gradients; if the schedule splits backward, only those of the inputs."""
+        forward = self._in_flight.pop((number, virtual_stage))
+        is_last = self._context.is_last(virtual_stage)
+        received = _Payload([]) if is_last else self._payloads.pop(_gradient(number, virtual_stage))
         if not self._splits:
-            self._differentiate(live.outputs, held.tensors)
-        elif live.inputs:
-            self._differentiate(live.outputs, held.tensors, live.inputs, retain_graph=True)
+            self._run_backward(forward.outputs, received.tensors)
+        elif forward.inputs:
+            inputs = forward.inputs
+            self._run_backward(forward.outputs, received.tensors, inputs, retain_graph=True)
         if virtual_stage > 0:
-            gradients = [_taken_gradient(one) for one in live.inputs]
-            if held.buffer is not None and _share_memory(held.buffer, gradients):
-                held = _Held(held.tensors)
-            self._have[_gradient(number, virtual_stage - 1)] = _Held(gradients)
+            gradients = [_pop_gradient(tensor) for tensor in forward.inputs]
+            if received.buffer is not None and _share_memory(received.buffer, gradients):
+                received = _Payload(received.tensors)
+            self._payloads[_gradient(number, virtual_stage - 1)] = _Payload(gradients)
         if self._splits:
-            self._deferred[number, virtual_stage] = live, held
+            self._deferred[number, virtual_stage] = forward, received
         else:
-            self._give_back(live, held)
+            self._recycle(forward, received)
 
     def _weights(self, number: int, virtual_stage: int) -> None:
-        live, held = self._deferred.pop((number, virtual_stage))
-        own = [p for p in self._context.chunks[virtual_stage].parameters() if p.requires_grad]
-        if own:
-            self._differentiate(live.outputs, held.tensors, own)
-        self._give_back(live, held)
+        forward, received = self._deferred.pop((number, virtual_stage))
+        chunk = self._context.chunks[virtual_stage]
+        weights = [p for p in chunk.parameters() if p.requires_grad]
+        if weights:
+            self._run_backward(forward.outputs, received.tensors, weights)
+        self._recycle(forward, received)
 
-    def _differentiate(
+    def _run_backward(
         self,
         outputs: Sequence[Tensor],
         gradients: Sequence[Tensor],
@@ -313,75 +318,75 @@ class ScheduleRun:
         retain_graph: bool = False,
     ) -> None:
         """
-        Go backward once; all of a step's backwards are here.
+        Run one backward; all backwards of a step go through here.
 
         Args:
-            outputs: those that need no gradient are left out.
-            gradients: of the outputs; empty: these are the loss.
-            inputs: to which gradients are added; None: all.
-            retain_graph: another backward follows.
+            outputs: tensors that need no gradient are skipped.
+            gradients: of the outputs; empty: the outputs are the loss.
+            inputs: leaves to accumulate gradients into; None: all.
+            retain_graph: whether another backward of the same graph follows.
         """
-        of: Sequence[Tensor | None] = gradients or [None] * len(outputs)
-        pairs = [(o, g) for o, g in zip(outputs, of, strict=True) if o.requires_grad]
+        grads: Sequence[Tensor | None] = gradients or [None] * len(outputs)
+        pairs = [(o, g) for o, g in zip(outputs, grads, strict=True) if o.requires_grad]
         if not pairs:
             return
         self._context.flat.before_backward()
-        differentiable, known = zip(*pairs, strict=True)
+        differentiable, grads = zip(*pairs, strict=True)
         try:
-            torch.autograd.backward(differentiable, known, retain_graph, inputs=inputs)
+            torch.autograd.backward(differentiable, grads, retain_graph, inputs=inputs)
         except RuntimeError as error:
             raise (self._writes.explained(error) if self._writes else error) from error
         self._context.flat.collect()
 
-    def _give_back(self, *held: _Live | _Held) -> None:
-        for one in held:
-            if one.buffer is not None:
-                self._channel.give_back(one.buffer)
+    def _recycle(self, *payloads: _InFlight | _Payload) -> None:
+        for payload in payloads:
+            if payload.buffer is not None:
+                self._channel.recycle(payload.buffer)
 
 
 def chunk_inputs(
-    layout: ValueLayout, tensors: Sequence[Tensor], *, differentiated: bool
+    layout: ValueLayout, tensors: Sequence[Tensor], *, requires_grad: bool
 ) -> tuple[Any, list[Tensor]]:
     """
-    Give what a chunk is to be called with: the same memory, but no leaf of autograd.
+    Return the inputs of a chunk, which share memory with `tensors` but are not autograd leaves.
 
-    So a chunk may begin with a layer that works in place, and its inputs' gradients are still those
+    So a chunk may start with an in-place layer, and the gradients of its inputs are still those
     before that layer. Nothing is copied.
 
     Args:
-        layout: of what enters the virtual stage.
-        tensors: as they came.
-        differentiated: whether a backward follows.
+        layout: of the virtual stage's input.
+        tensors: as received.
+        requires_grad: whether a backward follows.
 
     Returns:
-        The value, and the leaves to which backward adds gradients, as `layout.wanted` says.
+        The value, and the leaves that accumulate the gradients of `layout.gradient_indices`.
     """
-    given = [tensor.data for tensor in tensors]  # no views: each has a version of its own
-    inputs: list[Tensor] = []
-    for n in layout.wanted if differentiated else ():
-        inputs.append(tensors[n].detach().requires_grad_())
-        given[n] = _NoLeaf.apply(inputs[-1])  # type: ignore[no-untyped-call]
-    return layout.value(given), inputs
+    inputs = [tensor.data for tensor in tensors]  # not views: each has its own version counter
+    leaves: list[Tensor] = []
+    for n in layout.gradient_indices if requires_grad else ():
+        leaves.append(tensors[n].detach().requires_grad_())
+        inputs[n] = _NonLeaf.apply(leaves[-1])  # type: ignore[no-untyped-call]
+    return layout.value(inputs), leaves
 
 
-class _NoLeaf(Function):
+class _NonLeaf(Function):
     @staticmethod
     def forward(ctx: Any, inputs: Tensor) -> Tensor:
-        return inputs.data  # no view: autograd refuses to write into one of a leaf
+        return inputs.data  # not a view: autograd forbids in-place writes to a view of a leaf
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Tensor:
         return gradients[0]
 
 
-def _taken_gradient(inputs: Tensor) -> Tensor:
+def _pop_gradient(inputs: Tensor) -> Tensor:
     gradient, inputs.grad = inputs.grad, None
     return torch.zeros_like(inputs) if gradient is None else gradient
 
 
 def _share_memory(buffer: Tensor, tensors: Sequence[Tensor]) -> bool:
     address = buffer.untyped_storage().data_ptr()
-    return any(address == one.untyped_storage().data_ptr() for one in tensors)
+    return any(address == tensor.untyped_storage().data_ptr() for tensor in tensors)
 
 
 def _activation(number: int, virtual_stage: int) -> Message:
@@ -389,7 +394,7 @@ def _activation(number: int, virtual_stage: int) -> Message:
 
 
 def _gradient(number: int, virtual_stage: int) -> Message:
-    """Name the gradient of what a virtual stage gives."""
+    """Return the message with the gradient of a virtual stage's output."""
     return Message(Content.GRADIENT, number, virtual_stage + 1, virtual_stage)
 
 
@@ -398,98 +403,99 @@ class Executor:
     Runs plans on one rank.
 
     Args:
-        context: where it is.
-        reached: watches what backward reaches.
+        context: the rank's chunks and channel.
+        reach: checks that backward reaches only parameters of this rank.
     """
 
-    def __init__(self, context: StageContext, reached: GradientReach) -> None:
-        self._context, self._reached = context, reached
+    def __init__(self, context: StageContext, reach: GradientReach) -> None:
+        self._context, self._reach = context, reach
         self._writes = ForwardWrites(context.flat.model)
-        self._stepped = False  #: a step was made
-        self._sizes: set[int] = set()  #: of micro-batches whose shapes are agreed
-        self.spans: list[TraceSpan] = []  #: of the plan that ran last
+        self._is_first_step = True
+        self._sizes: set[int] = set()  #: micro-batch sizes whose shapes are agreed
+        self.spans: list[TraceSpan] = []  #: of the last training plan
 
     def train(
         self, plan: Plan, source: Source, listener: BackwardListener, *, thorough: bool
     ) -> None:
         """
-        Run a step's forwards and backwards; gradients are added to what is there.
+        Run a step's forwards and backwards; gradients are accumulated.
 
-        `thorough`: look for writes that nothing shows; in the first step it is done anyway.
+        `thorough`: compare parameter values to detect in-place writes that autograd does not see;
+        the first step is always compared.
 
         Raises:
             CollectiveError: a stage is missing.
             SpecError: see `GradientReach` and `ForwardWrites`.
         """
         self._agree_on_shapes(source)
-        self._mode(training=True)
-        self._writes.begin_step(thorough=thorough or not self._stepped)
-        watches = self._reached.look, self._writes
-        self.spans = ScheduleRun(self._context, plan, source, listener, *watches).run()
-        self._reached.stepped()
-        self._stepped = True
+        self._set_mode(training=True)
+        self._writes.begin_step(thorough=thorough or self._is_first_step)
+        checks = self._reach.check, self._writes
+        self.spans = ScheduleRun(self._context, plan, source, listener, *checks).run()
+        self._reach.finish_step()
+        self._is_first_step = False
 
     @torch.no_grad()
     def evaluate(self, plan: Plan, source: Source) -> None:
         """
-        Run forwards alone; `source.loss` takes the outputs.
+        Run forwards only; outputs go to `source.loss`.
 
         Raises:
             CollectiveError: a stage is missing.
         """
         self._agree_on_shapes(source)
-        self._mode(training=False)
+        self._set_mode(training=False)
         ScheduleRun(self._context, plan, source, None).run()
 
-    def _mode(self, *, training: bool) -> None:
+    def _set_mode(self, *, training: bool) -> None:
         for chunk in self._context.chunks.values():
             chunk.set_mode(training=training)
 
     @torch.enable_grad()
     def _agree_on_shapes(self, source: Source) -> None:
-        """Pass one micro-batch of each new size through the model, stage after stage."""
+        """Run one micro-batch of each new size through all stages, to exchange layouts."""
         if self._context.depth == 1:
             return
         first = {size: number for number, size in reversed([*enumerate(source.sizes)])}
         for size in sorted(first.keys() - self._sizes):
             if self._context.channel.varies:
                 return
-            self._mode(training=False)
+            self._set_mode(training=False)
             with untouched(*self._context.chunks.values()):
                 self._pass_through(source, size, first[size])
             self._sizes.add(size)
 
     def _pass_through(self, source: Source, size: int, number: int) -> None:
         """
-        Compute with gradients, to see to what they come back.
+        Run a forward with autograd, to find out which tensors need a gradient.
 
-        Values travel behind their forms, for a layer may compute with what it finds in an input,
-        such as lengths.
+        Values are sent after their layouts: a layer may use the values of its inputs, such as
+        lengths.
         """
         context, channel = self._context, self._context.channel
-        arrived: list[Tensor] = []  # from a chunk of this rank
+        tensors: list[Tensor] = []  # inputs of the next chunk
         for virtual_stage, chunk in context.chunks.items():
             before, to = (virtual_stage - 1) % context.stages, (virtual_stage + 1) % context.stages
             if virtual_stage == 0:
-                inputs = copied(source.peek(number))  # a layer may work in place
+                inputs = clone_tensors(source.peek(number))  # a layer may work in place
                 channel.varies = source.varies or isinstance(inputs, Batch)
             else:
-                kind = (virtual_stage, size)
+                key = (virtual_stage, size)
                 if before == context.stage:
-                    layout = channel.layout(kind)
+                    layout = channel.layout(key)
                 else:
-                    layout = channel.receive_layout(kind, before)
+                    layout = channel.receive_layout(key, before)
                     buffer = channel.receive(layout.values, before)
                     assert buffer is not None, "a value has tensors"
-                    arrived = layout.values.unpack(buffer)
-                inputs, _ = chunk_inputs(layout, arrived, differentiated=True)
+                    tensors = layout.values.unpack(buffer)
+                inputs, _ = chunk_inputs(layout, tensors, requires_grad=True)
             if virtual_stage + 1 == context.depth:
                 continue
             with context.autocast():
                 outputs = chunk.seeded(inputs, 0)
-            layout = channel.learn((virtual_stage + 1, size), outputs)
-            arrived = [one.detach() for one in layout.tensors(outputs)]
+            layout = channel.add_layout((virtual_stage + 1, size), outputs)
+            tensors = [tensor.detach() for tensor in layout.tensors(outputs)]
             if to != context.stage:
                 channel.send_layout((virtual_stage + 1, size), to)
-                channel.send(layout.values, arrived, to)
+                channel.send(layout.values, tensors, to)
         channel.finish()

@@ -1,11 +1,11 @@
 """
-What a forward writes while earlier micro-batches wait for their backward.
+In-place writes of a forward while earlier micro-batches wait for their backward.
 
-    stage 0     F0  F1  B0  F2  B1  ..        F1 writes a weight: B0 would be with the new one
+    stage 0     F0  F1  B0  F2  B1  ..        F1 writes a weight: B0 would use the new value
 
-Backward needs what its forward computed with. A write that torch sees ends in an error of its own,
-without a name; one through `.data` it does not see. One process goes backward before the next
-forward writes.
+Backward needs the values that its forward computed with. If autograd sees the write, it raises an
+error that does not name the tensor; a write through `.data` it does not see. A single process does
+not have this problem: it runs each backward before the next forward.
 """
 
 import math
@@ -19,16 +19,16 @@ from distplat.platform.errors import Problem, SpecError
 from distplat.strategies.checkpoint.state_sync import slots_of
 from distplat.strategies.model.written_tensors import TensorValues
 
-_TORCHS = re.compile(r"Tensor \[([\d, ]*)\]\].* is at version (\d+); .*", re.DOTALL)
-"""What torch says of a tensor that backward needs as it was."""
+_TORCH_ERROR = re.compile(r"Tensor \[([\d, ]*)\]\].* is at version (\d+); .*", re.DOTALL)
+"""torch's error for a tensor that was modified in place before its backward."""
 
 
 class ForwardWrites:
     """
-    Watches what forwards write.
+    Detects in-place writes of forwards to parameters and buffers.
 
     Args:
-        module: what this rank has of the model.
+        module: this rank's part of the model.
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -37,34 +37,34 @@ class ForwardWrites:
         self._compares = False
 
     def begin_step(self, *, thorough: bool) -> None:
-        """Called when a step's forwards follow; `thorough`: whether values are compared."""
-        self._versions, self._compares = self._now(), thorough
+        """Start a step; `thorough`: compare values, not only version counters."""
+        self._versions, self._compares = self._current_versions(), thorough
 
     @contextmanager
     def forward(self) -> Iterator[None]:
         """
-        Make a forward while another micro-batch waits for its backward.
+        Return a context for a forward while another micro-batch waits for its backward.
 
         Raises:
-            SpecError: it changed a trained parameter.
+            SpecError: the forward changed a trained parameter.
         """
         trained = {
             number: slot
             for number, slot in self._slots.items()
-            if self._compares and (one := slot.tensor) is not None and one.requires_grad
+            if self._compares and (tensor := slot.tensor) is not None and tensor.requires_grad
         }
         before = TensorValues(trained)
         yield
         changed = before.differ()
         if changed:
-            raise _refused([self._slots[number].name for number in sorted(changed)])
+            raise _write_error([self._slots[number].name for number in sorted(changed)])
 
     def explained(self, error: RuntimeError) -> Exception:
-        """Give what a backward's error is told as: with names, where a write was its reason."""
-        match = _TORCHS.search(str(error))
+        """Return an error that names the written tensors, or `error` if no write caused it."""
+        match = _TORCH_ERROR.search(str(error))
         if match is None:
             return error
-        size = math.prod(int(one) for one in match[1].split(",") if one.strip())
+        size = math.prod(int(extent) for extent in match[1].split(",") if extent.strip())
         names = [
             slot.name
             for number, slot in self._slots.items()
@@ -72,14 +72,14 @@ class ForwardWrites:
             if tensor._version == int(match[2]) != self._versions.get(number)
             if tensor.numel() == size
         ]
-        return _refused(names) if names else error
+        return _write_error(names) if names else error
 
-    def _now(self) -> dict[int, int]:
+    def _current_versions(self) -> dict[int, int]:
         tensors = ((number, slot.tensor) for number, slot in self._slots.items())
-        return {number: -1 if one is None else one._version for number, one in tensors}
+        return {number: -1 if tensor is None else tensor._version for number, tensor in tensors}
 
 
-def _refused(names: list[str]) -> SpecError:
+def _write_error(names: list[str]) -> SpecError:
     text = (
         f"a forward writes {', '.join(names)} while an earlier micro-batch, which computed with "
         "the values before, waits for its backward"

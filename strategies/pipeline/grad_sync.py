@@ -1,4 +1,4 @@
-"""Data parallelism of a grid: the ranks that hold the same part of the model sum its gradients."""
+"""Data parallelism of a grid: gradient sync among the ranks that hold the same model part."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ from distplat.strategies.worker_strategy import Context
 
 
 class PartOptimizer(LocalOptimizer):
-    """Updates a part of a model; clips by the norm of the whole one's gradient."""
+    """Updates a part of a model; clips by the norm of the whole model's gradient."""
 
     norm = 0.0
-    """Of the gradient of all parts; to be set before each update of a job that clips."""
+    """2-norm of the gradient of all parts; set before each update if the job clips."""
 
     def _norm(self) -> float:
         return self.norm
@@ -36,13 +36,13 @@ class PartOptimizer(LocalOptimizer):
 
 class AllReduceGradSync(GradSync):
     """
-    One rank's dealings with its peers, over all attempts (see `GradSync`).
+    Gradient sync by all-reduce among data-parallel peers (see `GradSync`).
 
     Args:
         flat: the rank's part.
-        holding: what of the whole model it is.
-        bucket_bytes: about so much is sent at once.
-        overlap: send while the pipeline still drains.
+        holding: position of the part in the whole model.
+        bucket_bytes: approximate size of a bucket.
+        overlap: send buckets while the pipeline still drains.
     """
 
     def __init__(
@@ -51,19 +51,19 @@ class AllReduceGradSync(GradSync):
         self._flat, self._holding = flat, holding
         self._bucket_bytes, self._overlap = bucket_bytes, overlap
         self._reducer: BucketReducer | None = None
-        self._state: ModelState  #: there after `sync_state`
+        self._state: ModelState  #: set by `sync_state`
         self._optimizer: PartOptimizer | None = None
-        self._summed = False  #: the summed gradients of the step in flight are there
-        self._norm: float | None = None  #: of the whole model's gradient, if it is to be clipped
+        self._is_summed = False  #: whether the gradients of the step in flight are summed
+        self._norm: float | None = None  #: of the whole model's gradient, if the job clips
         self._total = StepControl()  #: of the step in flight
         self._check_finite = True
-        self.made: StepControl | None = None
+        self.completed: StepControl | None = None
 
     @override
     def sync_state(
         self, group: Collective | None, context: Context, versions: GatherVersions
     ) -> int:
-        """What the furthest peer has, all of them take over."""
+        """All peers take over the state of the peer with the newest version."""
         self._catch_up(versions)
         self._state = context.state
         self._state.settle(self._flat.version)
@@ -75,18 +75,17 @@ class AllReduceGradSync(GradSync):
         return version
 
     def _catch_up(self, versions: GatherVersions) -> None:
-        """Make the update that others have made, if all that it needs is here."""
+        """Apply the update that other ranks have applied, if the summed gradients are here."""
         flat = self._flat
         newest = max(versions(flat.version))
-        missed = self._summed and flat.version == newest - 1
-        self.made = self._total if missed else None
+        missed = self._is_summed and flat.version == newest - 1
+        self.completed = self._total if missed else None
         if missed:
-            skip = (
-                self._check_finite and not self._total.finite
-            )  # or the others would have ended the run
+            # If the job did not skip such steps, the other ranks would have ended the run.
+            skip = self._check_finite and not self._total.finite
             self.update(flat.version, replace(self._total, skip=skip))
             flat.version = newest
-        self._summed = False
+        self._is_summed = False
 
     def _take_over(self, group: Collective | None, context: Context) -> int:
         flat = self._flat
@@ -113,19 +112,19 @@ class AllReduceGradSync(GradSync):
         return take_over_newest(flat, self._optimizer, group, context.checkpoint_step)
 
     def last_backward(self) -> None:
-        """Let each bucket go as soon as its last gradient is there."""
+        """Send each bucket as soon as its last gradient is computed."""
         if self._reducer is not None:
             self._reducer.last_backward()
 
     def pause(self) -> None:
-        """Gradients are not final for a while."""
+        """Stop sending: following backwards do not make gradients final."""
         if self._reducer is not None:
             self._reducer.pause()
 
     @override
     def begin(self, step: int, local: StepControl) -> StepControl:
         """The sum is in `flat.grads`."""
-        # Without peers, too: evaluations put back what is known.
+        # Needed without peers, too: evaluations restore the recorded buffers.
         changed = self._state.changed(step)
         if self._reducer is None:
             record = local.looked_at(self._flat) if self._check_finite else local
@@ -138,23 +137,23 @@ class AllReduceGradSync(GradSync):
 
     @override
     def sum_gradients(self, step: int, total: StepControl) -> StepControl:
-        """`begin` has summed them."""
+        """`begin` has summed the gradients."""
         self._state.synchronize(step, self._total.state_changed)
         self._total = replace(total, present=self._total.present)
         return self._total
 
     @override
-    def squares(self) -> float:
+    def squared_norm(self) -> float:
         flat, duplicate_ranges = self._flat, self._holding.duplicate_ranges(self._flat)
         return squared_norm_of(flat.grads, flat.layout.segments, duplicate_ranges)
 
     @override
-    def ready(self, norm: float | None) -> None:
-        self._norm, self._summed = norm, True
+    def prepare_update(self, norm: float | None) -> None:
+        self._norm, self._is_summed = norm, True
 
     @override
     def update(self, step: int, total: StepControl) -> None:
-        """From `flat.grads`, and waits for nobody."""
+        """Updates from `flat.grads`, without communication."""
         assert self._optimizer is not None, "sync_state() comes first"
         if self._norm is not None:
             self._optimizer.norm = self._norm
@@ -162,7 +161,7 @@ class AllReduceGradSync(GradSync):
         if not total.skip:
             self._optimizer.step(step, total.present, total.scale)
         self._state.finish(step + 1, skipped=total.skip)
-        self._summed = False
+        self._is_summed = False
 
     @override
     def part(self, version: int) -> CheckpointPart:
@@ -177,7 +176,7 @@ class AllReduceGradSync(GradSync):
         return self._optimizer.average()
 
     def figures(self) -> dict[str, float]:
-        """Give the exchange's figures and the optimizer's memory."""
+        """Return figures of the all-reduce and the size of the optimizer state."""
         assert self._optimizer is not None, "sync_state() comes first"
         figures = {} if self._reducer is None else self._reducer.figures()
         figures |= norm_figures(self._optimizer.grad_norm)
@@ -186,34 +185,34 @@ class AllReduceGradSync(GradSync):
 
 class PsGradSync(GradSync):
     """
-    One rank's dealings with the servers of its part, over all attempts (see `GradSync`).
+    Gradient sync by the parameter servers of one part of the model (see `GradSync`).
 
     Args:
         flat: the rank's part.
-        holding: what of the whole model it is.
+        holding: position of the part in the whole model.
     """
 
     def __init__(self, flat: FlatModel, holding: Holding) -> None:
         self._flat, self._holding = flat, holding
-        self._shards: Shards  #: there after `sync_state`, as is `_state`
-        self._state: ModelState
-        self._new = True  #: this rank's buffers are of no version
+        self._shards: Shards  #: set by `sync_state`
+        self._state: ModelState  #: set by `sync_state`
+        self._is_new = True  #: this rank's buffers belong to no version
         self._check_finite, self._dp_world = True, 1
         self._pushed = Pushed()
         self._norm: float | None = None
-        self._grad_norm: float | None = None  #: of the step made last
-        self._at = 0  #: steps that this rank's buffers have behind them
-        #: what they were after one more, if that was made
+        self._grad_norm: float | None = None  #: of the last step
+        self._buffers_version = 0  #: completed steps of this rank's buffers
+        #: buffers after the next step, if the servers applied that step
         self._ahead: list[Tensor | None] | None = None
-        self._pushing = False  #: the step after them was pushed, or is about to be
-        self._total = StepControl()  #: of that step
-        self.made: StepControl | None = None
+        self._pushing = False  #: the next step was pushed, or is about to be
+        self._total = StepControl()  #: of the next step
+        self.completed: StepControl | None = None
 
     @override
     def sync_state(
         self, group: Collective | None, context: Context, versions: GatherVersions
     ) -> int:
-        """Parameters are the servers', buffers the peers'."""
+        """Parameters come from the servers, buffers from the peers."""
         flat = self._flat
         self._check_finite = context.job.failure.non_finite != "ignore"
         self._dp_world = 1 if group is None else group.world
@@ -225,60 +224,62 @@ class PsGradSync(GradSync):
         own_version, version = flat.version, min(all_versions)
         if max(all_versions) > version + 1:
             raise StateLost(f"some part of the model at step {version + 1}")
-        # Whoever filled the servers had not what the others began with.
+        # The rank that filled the servers had older values than the checkpoint.
         if version < context.checkpoint_step:
             raise StateLost(f"the state after step {context.checkpoint_step} and later")
         if own_version > version:
             shards.step_back(version)
-        self.made = self._total if self._pushing and version == self._at + 1 else None
-        self._settle_buffers(version, ahead=own_version > version)
+        completes = self._pushing and version == self._buffers_version + 1
+        self.completed = self._total if completes else None
+        self._restore_buffers(version, ahead=own_version > version)
         if group is not None:
             self._share_buffers(group, context)
         self._state.keep(version)
-        self._new = False
+        self._is_new = False
         return version
 
-    def _settle_buffers(self, version: int, *, ahead: bool) -> None:
+    def _restore_buffers(self, version: int, *, ahead: bool) -> None:
         """
-        Bring buffers to the parameters' version, if this rank has any.
+        Bring this rank's buffers, if it has any, to the parameters' version.
 
-        Stash the buffers as they were after the step: other stages may commit the step without
-        this rank's running it again.
+        The buffers after the step are stashed: other stages may commit the step without this rank
+        running it again.
 
         Args:
             version: of the parameters.
-            ahead: whether this part's servers have made one more step.
+            ahead: whether this part's servers have applied one more step.
         """
-        own = self._state
+        state = self._state
         if self._pushing and self._check_finite and not self._total.finite:
-            own.restore()  # it is left out
-        if not self._new and version > self._at:
-            self._go_ahead(own, version)
-        elif not self._new:
-            if version < self._at:
-                own.restore()
-            if version < self._at or (ahead and self._pushing):
-                self._ahead = own.snapshot()
-            if version < self._at:
-                own.step_back()
-            own.restore()  # this rank's forward of the step is made once more
-        self._at, self._pushing = version, False
+            state.restore()  # the step is skipped
+        if not self._is_new and version > self._buffers_version:
+            self._advance_buffers(version)
+        elif not self._is_new:
+            rolls_back = version < self._buffers_version
+            if rolls_back:
+                state.restore()
+            if rolls_back or (ahead and self._pushing):
+                self._ahead = state.snapshot()
+            if rolls_back:
+                state.step_back()
+            state.restore()  # this rank runs the forward of the step again
+        self._buffers_version, self._pushing = version, False
 
-    def _go_ahead(self, own: ModelState, version: int) -> None:
-        """The step in flight was made: take what this rank's buffers were after it."""
-        if self.made is None:
-            if self._ahead is None or version > self._at + 1:
-                self._new = True
+    def _advance_buffers(self, version: int) -> None:
+        """Load this rank's buffers after the step in flight, which was applied."""
+        if self.completed is None:
+            if self._ahead is None or version > self._buffers_version + 1:
+                self._is_new = True
                 return
-            own.load(self._ahead)
-        own.keep(version)
+            self._state.load(self._ahead)
+        self._state.keep(version)
 
     def _share_buffers(self, group: Collective, context: Context) -> None:
-        """Give new peers their buffers. Who has none counts as new until all of them are here."""
+        """Send buffers to new peers; a rank without buffers stays new until it has received all."""
         flat = self._flat
         device = flat.params.device
-        have = gather_numbers([int(not self._new)], group, device)
-        holders = [rank for rank, (one,) in enumerate(have) if one]
+        flags = gather_numbers([int(not self._is_new)], group, device)
+        holders = [rank for rank, (has_buffers,) in enumerate(flags) if has_buffers]
         first = context.saved.step if context.saved is not None else 0
         if not holders and flat.version != first and self._state.needs_group:
             raise StateLost("buffers of a part of the model")
@@ -287,38 +288,38 @@ class PsGradSync(GradSync):
 
     @override
     def begin(self, step: int, local: StepControl) -> StepControl:
-        """Servers decide by all parts' records, so nothing is pushed yet."""
+        """Nothing is pushed yet: servers need the records of all parts."""
         return local.looked_at(self._flat) if self._check_finite else local
 
     @override
     def sum_gradients(self, step: int, total: StepControl) -> StepControl:
-        """The servers have the sum, and without clipping they have used it."""
+        """Pushes to the servers, which apply the sum unless the job clips."""
         self._state.synchronize(step)
         self._pushing, self._total = True, total
-        share = 1.0 / self._dp_world  # the servers of this part add the peers' records up
+        share = 1.0 / self._dp_world  # the servers of this part sum the peers' records
         record = replace(total, samples=total.samples * share, weight=total.weight * share)
         self._pushed = self._shards.push(step, record)
         return total
 
     @override
-    def squares(self) -> float:
-        """0 where a single server clips by itself, and asks for nothing."""
+    def squared_norm(self) -> float:
+        """0 if a single server clips by itself."""
         return (self._pushed.norm or 0.0) ** 2
 
     @override
-    def ready(self, norm: float | None) -> None:
+    def prepare_update(self, norm: float | None) -> None:
         self._norm = norm
 
     @override
     def update(self, step: int, total: StepControl) -> None:
         if self._pushed.norm is not None:
-            assert self._norm is not None, "ready() comes first"
+            assert self._norm is not None, "prepare_update() comes first"
             self._shards.commit(step, self._norm)
         self._grad_norm = self._pushed.grad_norm if self._pushed.norm is None else self._norm
         if total.skip:
             self._grad_norm = None
         self._state.finish(step + 1, skipped=total.skip)
-        self._at, self._pushing, self._ahead = step + 1, False, None
+        self._buffers_version, self._pushing, self._ahead = step + 1, False, None
 
     @override
     def part(self, version: int) -> CheckpointPart:
@@ -329,7 +330,7 @@ class PsGradSync(GradSync):
         return self._shards.average()
 
     def figures(self) -> dict[str, float]:
-        """Give how long servers held this rank up, and what they did: all of its part together."""
+        """Return this rank's wait for servers and their load, summed over the part's servers."""
         figures = {"waiting_s": self._pushed.waiting_s, **load_figures(self._pushed.loads)}
         figures |= norm_figures(self._grad_norm)
         return {name: value for name, value in figures.items() if not name.startswith("shard_")}

@@ -1,4 +1,4 @@
-"""Protocols between a pipeline's executor, the micro-batches and the exchange of gradients."""
+"""Protocols between a pipeline's executor, its source of micro-batches and gradient sync."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
@@ -15,7 +15,7 @@ GatherVersions = Callable[[int], list[int]]
 
 
 class TraceSpan(NamedTuple):
-    """One action of a rank, and when it ran; seconds of the process's clock."""
+    """One action of a rank and its time span; seconds of the process's clock."""
 
     kind: str
     """`F`, `B`, `W`, `send`, `recv`."""
@@ -26,70 +26,69 @@ class TraceSpan(NamedTuple):
 
 
 class Source(Protocol):
-    """Gives the micro-batches of a plan, and the loss of the last stage's outputs."""
+    """Provides the micro-batches of a plan and computes the loss of the last stage's outputs."""
 
     sizes: Sequence[int]
     """Samples of each micro-batch."""
     varies: bool
-    """Whether micro-batches of one size may differ in shape; known on ranks that read data."""
+    """Whether micro-batches of one size may differ in shape; set on ranks that read data."""
 
     def inputs(self, micro_batch: int) -> Any:
-        """Give the inputs of a micro-batch, once; called on ranks of the first stage."""
+        """Return and release the inputs of a micro-batch; called on ranks of the first stage."""
 
     def peek(self, micro_batch: int) -> Any:
-        """Give the same inputs, before `inputs` gives them."""
+        """Return the same inputs without releasing them; called before `inputs`."""
 
     def loss(self, micro_batch: int, outputs: Any) -> Any:
-        """Give the loss, to be differentiated; called on ranks of the last stage."""
+        """Return the loss for backward; called on ranks of the last stage."""
 
     def seed(self, micro_batch: int) -> int:
-        """Give the seed of the micro-batch's dropout."""
+        """Return the seed of the micro-batch's dropout."""
 
 
 class BackwardListener(Protocol):
-    """Called when gradients become final."""
+    """Notified when gradients become final."""
 
     def last_backward(self) -> None:
-        """Called when a backward begins whose gradients are final; by default does nothing."""
+        """Called before a backward that makes gradients final; does nothing by default."""
         return
 
     def pause(self) -> None:
-        """Called when that backward is over; by default does nothing."""
+        """Called after that backward; does nothing by default."""
         return
 
 
 class GradSync(BackwardListener, Protocol):
-    """How the gradients of one part of the model become an update, over all attempts of a run."""
+    """Gradient sync and update of one part of the model, over all attempts of a run."""
 
-    made: StepControl | None
-    """The record of all ranks of the step in flight, if the last `sync_state` found it made, with
-    this rank's share."""
+    completed: StepControl | None
+    """Control record of the step in flight, if the last `sync_state` completed that step."""
 
     def sync_state(
         self, group: Collective | None, context: Context, versions: GatherVersions
     ) -> int:
         """
-        Meet in a new attempt, and bring the part to the version that all have.
+        Start a new attempt, and bring the part to the version that all ranks agree on.
 
         Args:
-            group: the peers; None: there are none.
+            group: the data-parallel peers; None: there are none.
             context: with the attempt's ports.
-            versions: to be asked as often by every rank.
+            versions: a collective operation: every rank calls it equally often.
 
         Returns:
-            Steps that the part has behind it.
+            Completed steps of the part.
 
         Raises:
             CollectiveError: a rank is missing.
-            StateLost: nobody that is left has what this part needs.
+            StateLost: no remaining rank or server has the state of this part.
         """
 
     def begin(self, step: int, local: StepControl) -> StepControl:
         """
-        Check this rank's gradients for NaN, and sum them if other parts need not agree first.
+        Check this rank's gradients for NaN, and sum them if that does not depend on other parts.
 
         Args:
-            step: the present one.
+            step: current step.
             local: this rank's control record.
 
         Returns:
@@ -101,33 +100,33 @@ class GradSync(BackwardListener, Protocol):
 
     def sum_gradients(self, step: int, total: StepControl) -> StepControl:
         """
-        Return when the peers' gradients of a step are summed.
+        Wait until the peers' gradients of a step are summed.
 
         Args:
-            step: the present one.
-            total: the control record of all ranks; `present` is this rank's own.
+            step: current step.
+            total: the control record of all ranks, with `present` of this rank.
 
         Returns:
-            The same, with `present` of all peers.
+            The same record with `present` of all peers.
 
         Raises:
             CollectiveError: a peer is missing.
         """
 
-    def squares(self) -> float:
-        """Give the squared 2-norm of the sum, without what another slice counts."""
+    def squared_norm(self) -> float:
+        """Return the squared 2-norm of the sum, without tensors that another slice counts."""
 
-    def ready(self, norm: float | None) -> None:
-        """Called with the norm of the whole gradient, where the job clips; `update` is next."""
+    def prepare_update(self, norm: float | None) -> None:
+        """Called before `update` with the whole gradient's norm; None: the job does not clip."""
 
     def update(self, step: int, total: StepControl) -> None:
-        """Make the update of a step, unless the record says that it is left out."""
+        """Apply the update of a step, unless the record says to skip it."""
 
     def part(self, version: int) -> CheckpointPart:
-        """Give the part for a checkpoint."""
+        """Return the part for a checkpoint."""
 
     def average(self) -> Tensor:
-        """Give the average of the part, shape [n]; see `WorkerStrategy.average`."""
+        """Return the average of the part, shape [n]; see `WorkerStrategy.average`."""
 
     def figures(self) -> dict[str, float]:
-        """Give the figures of the step just made."""
+        """Return the figures of the last step."""

@@ -1,5 +1,5 @@
 """
-Whether layers one after the other compute what the whole model does, before any is left out.
+Check, before the model is cut, that its layers in sequence compute what the whole model does.
 
 Outputs of a few samples are compared, and the gradients of small parameters.
 """
@@ -26,79 +26,79 @@ from distplat.strategies.model.trials import (
     stop_dropping,
     untouched,
 )
-from distplat.strategies.pipeline.limits import leaves, refused
-from distplat.strategies.pipeline.values import copied, on_device, tensor_leaves
+from distplat.strategies.pipeline.limits import leaves, pipeline_error
+from distplat.strategies.pipeline.values import clone_tensors, move_tensors, tensor_leaves
 from distplat.strategies.task import describe_value
 
 _SMALL = 1 << 20
-"""Elements of a parameter whose gradient is compared: not all those of a large model are held."""
-_CLOSE = 1e-3
-"""Outputs may differ by so much of their norm, in rounding: sums are of other parts."""
+"""Largest parameter, in elements, whose gradient is compared; limits the memory needed."""
+_TOLERANCE = 1e-3
+"""Relative difference of norms that counts as rounding: the order of sums may differ."""
 
 
 def check_layers(
     model: nn.Module, layers: Sequence[Layer], inputs: Callable[[], Any], call: ModelCall
 ) -> None:
     """
-    See whether layers one after the other give what the model gives.
+    Check that the layers in sequence compute the same as the model.
 
-    In evaluation mode outputs are compared, and which parameters a backward would reach. Models
-    that draw random numbers there, or cannot be called with the inputs, are not compared; where
-    nobody has said what their layers are, that is an error. In training mode, without dropout,
-    outputs are compared where the model repeats them.
+    In evaluation mode outputs are compared, and the parameters that backward would reach. A model
+    that draws random numbers in evaluation, or cannot be called with the inputs, is not compared;
+    if its layers are guessed rather than listed by the task, that is an error. In training mode,
+    without dropout, outputs are compared if the model is deterministic.
 
     Args:
-        model: with values.
-        layers: of it.
-        inputs: gives a few samples.
-        call: how the model is called.
+        model: the whole model, with values.
+        layers: of the model.
+        inputs: returns a few samples.
+        call: calls the model.
 
     Raises:
-        SpecError: they do not.
+        SpecError: the results differ.
     """
     device = next(model.parameters()).device
-    given = on_device(inputs(), device)
+    samples = move_tensors(inputs(), device)
     for training in (False, True):
-        trial = _Trial(model, layers, given, training=training)
+        trial = _Trial(model, layers, samples, training=training)
         try:
             again, whole = (trial.run(partial(call, model), seed) for seed in (0, 1))
-        except Exception as error:  # what is trained is what the layers say, if the model does not
+        except Exception as error:  # only the layers are trained, so the model itself may fail
             if not training:
                 _refuse_guess(layers, f"it cannot be called with the inputs: {error}")
             continue
-        if not alike(whole, again):
+        if not all_close(whole, again):
             if not training:
                 _refuse_guess(layers, "it draws random numbers in evaluation")
             continue
-        behind = trial.run(partial(_one_after_the_other, model, layers), 1)
-        _compare_outputs(model, layers, behind, whole, training=training)
-        _compare_gradients(trial, model, layers, call, behind)
+        chained = trial.run(partial(_run_layers, model, layers), 1)
+        _compare_outputs(model, layers, chained, whole, training=training)
+        _compare_gradients(trial, model, layers, call, chained)
 
 
 class _Trial:
     """
-    Runs a model, or its layers, as if nothing had been run before.
+    Runs a model or its layers without side effects.
 
     Args:
-        model: whole.
-        layers: of it.
-        given: what enters it.
-        training: whether in training mode; without dropout, which no other order would repeat.
+        model: the whole model.
+        layers: of the model.
+        inputs: of the model.
+        training: run in training mode, without dropout, which depends on the order of calls.
     """
 
     def __init__(
-        self, model: nn.Module, layers: Sequence[Layer], given: Any, *, training: bool
+        self, model: nn.Module, layers: Sequence[Layer], inputs: Any, *, training: bool
     ) -> None:
         self._modules = model, *(layer.module for layer in layers)
-        self._given, self._training = given, training
+        self._inputs, self._training = inputs, training
 
-    def run(self, work: Callable[[Any], Any], seed: int) -> Any:
+    def run(self, function: Callable[[Any], Any], seed: int) -> Any:
         """
-        Give what `work` makes of the inputs.
+        Return `function` of the inputs.
 
         Args:
-            work: may write into its inputs.
-            seed: what draws random numbers gives something else with another one.
+            function: may write into its inputs.
+            seed: for random numbers.
         """
         with untouched(*self._modules), preserve_rng_state(), torch.enable_grad():
             seed_quickly(seed)
@@ -107,63 +107,63 @@ class _Trial:
                     part.training = self._training
                 stop_dropping(module)
             with WithoutDropout() if self._training else nullcontext():
-                return work(copied(self._given))
+                return function(clone_tensors(self._inputs))
 
 
 def _compare_outputs(
-    model: nn.Module, layers: Sequence[Layer], behind: Any, whole: Any, *, training: bool
+    model: nn.Module, layers: Sequence[Layer], chained: Any, whole: Any, *, training: bool
 ) -> None:
-    """Compare what layers gave with what the model gave."""
-    if not _to_write(layers):
-        behind, whole = _of_both(behind, whole)
+    """Compare the outputs of the layers with those of the model."""
+    if not _stages_hint(layers):
+        chained, whole = _common_entries(chained, whole)
     elif not tensor_leaves(whole):
         _refuse_guess(layers, f"it gives {describe_value(whole)}, and no tensors that are seen")
-    if not alike(behind, whole):
+    if not all_close(chained, whole):
         mode = " in training" if training else ""
-        raise _layers_do(layers, f"compute otherwise than {type(model).__name__} does{mode}")
-    left, right = ({id(leaf) for leaf in leaves(tensor_leaves(one))} for one in (behind, whole))
+        raise _layers_error(layers, f"do not compute what {type(model).__name__} does{mode}")
+    left, right = ({id(leaf) for leaf in leaves(tensor_leaves(each))} for each in (chained, whole))
     differ = [name for name, p in model.named_parameters() if (id(p) in left) != (id(p) in right)]
     if differ:
         text = f"give other parameters gradients than {type(model).__name__} does: "
-        raise _layers_do(layers, text + ", ".join(differ))
+        raise _layers_error(layers, text + ", ".join(differ))
 
 
 def _compare_gradients(
-    trial: _Trial, model: nn.Module, layers: Sequence[Layer], call: ModelCall, behind: Any
+    trial: _Trial, model: nn.Module, layers: Sequence[Layer], call: ModelCall, chained: Any
 ) -> None:
     """
-    Compare gradients of small parameters, where there are some; `behind`: what layers gave.
+    Compare gradients of small parameters, if there are any; `chained`: outputs of the layers.
 
-    What layers leave out that changes no output, as a `detach()`, changes those of biases, too.
+    A missing operation that changes no output, such as `detach()`, changes the gradients.
     """
     named = model.named_parameters()
     small = {n: p for n, p in named if p.requires_grad and p.numel() <= _SMALL}
-    guessed = bool(_to_write(layers))
+    is_guess = bool(_stages_hint(layers))
 
-    def of_model(given: Any) -> NamedGradients:
-        whole = call(model, given)
-        return gradients_of(whole if guessed else _of_both(behind, whole)[1], small)
+    def of_model(inputs: Any) -> NamedGradients:
+        whole = call(model, inputs)
+        return gradients_of(whole if is_guess else _common_entries(chained, whole)[1], small)
 
-    def of_layers(given: Any) -> NamedGradients:
-        return gradients_of(_one_after_the_other(model, layers, given), small)
+    def of_layers(inputs: Any) -> NamedGradients:
+        return gradients_of(_run_layers(model, layers, inputs), small)
 
     try:
         whole_grads, again = (trial.run(of_model, 1) for _ in range(2))
         layer_grads = trial.run(of_layers, 1)
-    except Exception:  # a backward that fails comes again in training
+    except Exception:  # training will report a failing backward
         return
-    differ = (
-        [] if other_gradients(again, whole_grads) else other_gradients(layer_grads, whole_grads)
-    )
+    if different_gradients(again, whole_grads):  # the model is not deterministic
+        return
+    differ = different_gradients(layer_grads, whole_grads)
     if differ:
         text = f"give {', '.join(differ)} another gradient than {type(model).__name__} does"
-        raise _layers_do(layers, text)
+        raise _layers_error(layers, text)
 
 
-def _one_after_the_other(model: nn.Module, layers: Sequence[Layer], value: Any) -> Any:
+def _run_layers(model: nn.Module, layers: Sequence[Layer], value: Any) -> Any:
     try:
         for layer in layers:
-            # Stages have each a task of their own, which may count.
+            # Each stage has its own task object, which may hold state.
             beside = layer.module.beside() if isinstance(layer.module, Runner) else ()
             with preserve_attributes(*beside):
                 value = layer.module(value)
@@ -171,32 +171,34 @@ def _one_after_the_other(model: nn.Module, layers: Sequence[Layer], value: Any) 
         raise
     except Exception as error:
         text = f"fail where {type(model).__name__} does not: {error}"
-        raise _layers_do(layers, text) from error
+        raise _layers_error(layers, text) from error
     return value
 
 
-def _layers_do(layers: Sequence[Layer], what: str) -> SpecError:
-    hint = "have the task's `stages` say all that `forward` does, or set `pipeline: 1`"
-    text = f"the layers {', '.join(one.name for one in layers)} one after the other {what}"
-    return refused(text, _to_write(layers) or hint)
+def _layers_error(layers: Sequence[Layer], message: str) -> SpecError:
+    hint = "let the task's `stages` return all that `forward` does, or set `pipeline: 1`"
+    text = f"the layers {', '.join(layer.name for layer in layers)} in sequence {message}"
+    return pipeline_error(text, _stages_hint(layers) or hint)
 
 
-def _of_both(behind: Any, whole: Any) -> tuple[Any, Any]:
-    """Leave out entries that the task's own layers do not give: who asks for one has an error."""
-    if not (isinstance(behind, Mapping) and isinstance(whole, Mapping)):
-        return behind, whole
-    return {**behind}, {name: whole[name] for name in behind if name in whole}
+def _common_entries(chained: Any, whole: Any) -> tuple[Any, Any]:
+    """Drop entries that the listed layers do not return; a loss that uses one raises an error."""
+    if not (isinstance(chained, Mapping) and isinstance(whole, Mapping)):
+        return chained, whole
+    return {**chained}, {name: whole[name] for name in chained if name in whole}
 
 
-def _refuse_guess(layers: Sequence[Layer], why: str) -> None:
-    hint = _to_write(layers)
+def _refuse_guess(layers: Sequence[Layer], reason: str) -> None:
+    hint = _stages_hint(layers)
     if hint:
-        raise refused(f"the model's layers cannot be compared with the model: {why}", hint)
+        raise pipeline_error(
+            f"the model's layers cannot be compared with the model: {reason}", hint
+        )
 
 
-def _to_write(layers: Sequence[Layer]) -> str:
-    """Say what `stages` would be, where layers are guessed; empty: they are not."""
-    if not any(isinstance(one, BeforeBlocks) for one in layers[0].module.modules()):
+def _stages_hint(layers: Sequence[Layer]) -> str:
+    """Return how to write `stages` if the layers are guessed; empty: the task lists them."""
+    if not any(isinstance(module, BeforeBlocks) for module in layers[0].module.modules()):
         return ""
     blocks = layers[1].name.rpartition(".")[0]
     return (
@@ -208,55 +210,55 @@ def _to_write(layers: Sequence[Layer]) -> str:
 @torch.no_grad()
 def _close(one: Tensor, other: Tensor) -> bool:
     if one.shape != other.shape or one.dtype != other.dtype or one.is_meta != other.is_meta:
-        return False  # on `meta` is what comes of weights that another stage has
+        return False  # outputs on `meta` depend on weights of another stage
     if not one.is_floating_point():
         return torch.equal(one, other)
     known = ~(one.isnan() & other.isnan())
     first, second = one[known].double(), other[known].double()
     if not (first.isfinite().all() and second.isfinite().all()):
         return torch.equal(first, second)
-    close = max(_CLOSE, 8 * torch.finfo(one.dtype).eps)
+    close = max(_TOLERANCE, 8 * torch.finfo(one.dtype).eps)
     return bool((first - second).norm() <= close * second.norm())
 
 
-def alike(one: Any, other: Any) -> bool:
-    """Compare the tensors in two results."""
+def all_close(one: Any, other: Any) -> bool:
+    """Return whether all tensors of two results are close."""
     left, right = tensor_leaves(one), tensor_leaves(other)
     return len(left) == len(right) and all(map(_close, left, right))
 
 
 NamedGradients = Mapping[str, Tensor | None]
-"""By the names of parameters."""
+"""Gradients by name of parameter."""
 
 
 def gradients_of(outputs: Any, trained: Mapping[str, Tensor]) -> NamedGradients:
-    """Give those of some sum of the outputs."""
-    differentiable = [one for one in tensor_leaves(outputs) if one.requires_grad]
+    """Return the gradients of a fixed weighted sum of the outputs."""
+    differentiable = [tensor for tensor in tensor_leaves(outputs) if tensor.requires_grad]
     if not trained or not differentiable:
         return {}
-    total = torch.stack([_some_sum(one) for one in differentiable]).sum()
+    total = torch.stack([_weighted_sum(tensor) for tensor in differentiable]).sum()
     gradients = torch.autograd.grad(total, [*trained.values()], allow_unused=True)
     return dict(zip(trained, gradients, strict=True))
 
 
-def other_gradients(mine: NamedGradients, theirs: NamedGradients) -> list[str]:
-    """Name parameters whose gradients differ; one that should be 0 differs by rounding."""
-    both = {name: (mine[name], whole) for name, whole in theirs.items()}
-    norms = [float(whole.norm()) for whole in theirs.values() if whole is not None]
-    least = 1e-2 * max(norms, default=0.0)
+def different_gradients(gradients: NamedGradients, expected: NamedGradients) -> list[str]:
+    """Return the parameters whose gradients differ by more than rounding."""
+    norms = [float(gradient.norm()) for gradient in expected.values() if gradient is not None]
+    floor = 1e-2 * max(norms, default=0.0)  # a gradient that should be 0 is not exactly 0
     differ = []
-    for name, (one, whole) in both.items():
-        if one is None or whole is None:
-            if one is not whole:
+    for name, whole in expected.items():
+        gradient = gradients[name]
+        if gradient is None or whole is None:
+            if gradient is not whole:
                 differ.append(name)
             continue
-        close = max(_CLOSE, 8 * torch.finfo(whole.dtype).eps)
-        if not float((one - whole).norm()) <= close * max(float(whole.norm()), least):
+        close = max(_TOLERANCE, 8 * torch.finfo(whole.dtype).eps)
+        if not float((gradient - whole).norm()) <= close * max(float(whole.norm()), floor):
             differ.append(name)
     return differ
 
 
-def _some_sum(tensor: Tensor) -> Tensor:
-    """Weigh elements, which a norm would bring to the same sum whatever they are."""
+def _weighted_sum(tensor: Tensor) -> Tensor:
+    """Return a sum with varying weights: after a norm layer a plain sum would be constant."""
     weights = torch.arange(tensor.numel(), device=tensor.device).cos()
     return (tensor.double() * weights.view(tensor.shape)).sum()

@@ -1,4 +1,4 @@
-"""From a model to what one rank holds of it: layers, cut points, the chunks of its stage."""
+"""A rank's part of a model: its layers, hooks, and the chunks of its stage."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
@@ -33,7 +33,7 @@ from distplat.strategies.model.module_options import recomputed
 from distplat.strategies.model.trials import Runner
 from distplat.strategies.pipeline.limits import NamesById
 from distplat.strategies.pipeline.slicing_trial import SlicingTrial
-from distplat.strategies.pipeline.values import copied
+from distplat.strategies.pipeline.values import clone_tensors
 from distplat.strategies.task import Task, model_call_method, overrides
 from distplat.strategies.task_methods import referenced_names
 from distplat.strategies.tensor.parallel_layers import tensor_slice_of
@@ -48,11 +48,11 @@ Hook = Callable[..., Any]
 
 def with_hooks(model: nn.Module, layers: Sequence[Layer]) -> list[Layer]:
     """
-    Give the layers with the whole model's forward hooks around them.
+    Return the layers, wrapped in the whole model's forward hooks.
 
     Raises:
-        SpecError: the model, or a module between it and its layers, has something that a call of
-            the layers alone would leave out; names each.
+        SpecError: the model, or a module between it and its layers, has hooks or overrides that
+            calling the layers alone would skip; names each.
     """
     problems = [*_hooks_of_whole(model, layers), *_hooks_between(model, layers)]
     if has_global_hooks():
@@ -71,71 +71,71 @@ def with_hooks(model: nn.Module, layers: Sequence[Layer]) -> list[Layer]:
 
 
 def _hooks_of_whole(model: nn.Module, layers: Sequence[Layer]) -> list[Problem]:
-    kinds = [kind for kind in called_hooks(model) if kind not in _SUPPORTED_HOOKS]
-    kinds += [*saved_hooks(model), *_own_overrides(model, layers)]
-    others: Mapping[str, object] = {
+    found = [hook for hook in called_hooks(model) if hook not in _SUPPORTED_HOOKS]
+    found += [*saved_hooks(model), *_own_overrides(model, layers)]
+    unsupported: Mapping[str, object] = {
         "a hook `with_kwargs`": model._forward_pre_hooks_with_kwargs
         or model._forward_hooks_with_kwargs,
         "a hook with `always_call`": model._forward_hooks_always_called,
         "a `__call__` of its own": type(model).__call__ is not nn.Module.__call__,
     }
-    kinds += [kind for kind, there in others.items() if there]
+    found += [feature for feature, is_used in unsupported.items() if is_used]
     text = "the whole model ({}) has {}, and a pipeline calls its layers only"
     hint = "put it on a layer, or set `pipeline: 1`"
-    return [_problem(text.format(type(model).__name__, kind), hint) for kind in kinds]
+    return [_problem(text.format(type(model).__name__, feature), hint) for feature in found]
 
 
 def _own_overrides(module: nn.Module, layers: Sequence[Layer]) -> list[str]:
     """
-    Name what a module does for all its parts, where that is more than to do it for each.
+    Return the overridden methods of a module that calling its parts would skip.
 
-    Layers around a list of blocks are copies of the model with some of its parts, and are told the
-    mode by their own `train`. Hugging Face's models have one that does no more than torch's.
+    Layers around a list of blocks are copies of the model with some of its parts, so their `train`
+    is called. Hugging Face models override `train` with one that is equivalent to torch's.
     """
-    copies = isinstance(layers[0].module, BeforeBlocks)
-    usual: dict[str, object] = {"state_dict": nn.Module.state_dict}
-    usual |= {} if copies else {"train": nn.Module.train}
+    are_copies = isinstance(layers[0].module, BeforeBlocks)
+    defaults: dict[str, object] = {"state_dict": nn.Module.state_dict}
+    defaults |= {} if are_copies else {"train": nn.Module.train}
     return [
         f"a `{name}` of its own"
-        for name, method in usual.items()
+        for name, method in defaults.items()
         if getattr(type(module), name) is not method or name in vars(module)
         if name != "train" or not _sets_modes_only(module)
     ]
 
 
 def _sets_modes_only(module: nn.Module) -> bool:
-    """Whether `train` of a module sets the mode of all parts and changes no attribute beside."""
-    every = [*module.modules()]
-    modes = [one.training for one in every]
-    held = [{**vars(one), "training": None} for one in every]
-    trained = [one.requires_grad for one in module.parameters()]
-    as_usual = True
+    """Return whether `train` sets the mode of all submodules and changes nothing else."""
+    modules = [*module.modules()]
+    modes = [part.training for part in modules]
+    attributes = [{**vars(part), "training": None} for part in modules]
+    trained = [p.requires_grad for p in module.parameters()]
+    is_default = True
     for mode in (True, False):
         module.train(mode)
-        as_usual &= all(one.training is mode for one in every)
-        for one, before in zip(every, held, strict=True):
-            now = {**vars(one), "training": None}
-            as_usual &= now.keys() == before.keys()
-            as_usual &= all(now[name] is value for name, value in before.items() if name in now)
-    as_usual &= trained == [one.requires_grad for one in module.parameters()]
-    for one, mode in zip(every, modes, strict=True):
-        one.training = mode
-    return as_usual
+        is_default &= all(part.training is mode for part in modules)
+        for part, before in zip(modules, attributes, strict=True):
+            now = {**vars(part), "training": None}
+            is_default &= now.keys() == before.keys()
+            is_default &= all(now[name] is value for name, value in before.items() if name in now)
+    is_default &= trained == [p.requires_grad for p in module.parameters()]
+    for part, mode in zip(modules, modes, strict=True):
+        part.training = mode
+    return is_default
 
 
 def _hooks_between(model: nn.Module, layers: Sequence[Layer]) -> list[Problem]:
-    """Find what is on modules of which only the parts are called."""
+    """Return problems of modules that are not called themselves, only their parts."""
     inside = {id(module) for layer in layers for module in layer.module.modules()}
     problems = []
     for name, module in model.named_modules():
         if id(module) in inside or module is model:
             continue
         never_called = type(module).forward is nn.Module.forward
-        kinds = [*([] if never_called else called_hooks(module)), *saved_hooks(module)]
-        kinds += _own_overrides(module, layers)
+        found = [*([] if never_called else called_hooks(module)), *saved_hooks(module)]
+        found += _own_overrides(module, layers)
         text = f"{name} ({type(module).__name__}) has {{}}, and a pipeline calls its parts only"
-        hint = f"have the task's `stages` name {name} itself, or set `pipeline: 1`"
-        problems += [_problem(text.format(kind), hint) for kind in kinds]
+        hint = f"let the task's `stages` name {name} itself, or set `pipeline: 1`"
+        problems += [_problem(text.format(feature), hint) for feature in found]
     return problems
 
 
@@ -144,7 +144,7 @@ def _problem(message: str, hint: str) -> Problem:
 
 
 class _WithPreHooks(nn.Module):
-    """The model's first layer behind the whole model's forward pre-hooks."""
+    """The model's first layer, preceded by the whole model's forward pre-hooks."""
 
     def __init__(self, module: nn.Module, hooks: Sequence[Hook]) -> None:
         super().__init__()
@@ -153,22 +153,22 @@ class _WithPreHooks(nn.Module):
     def forward(self, inputs: Any) -> Any:
         if isinstance(inputs, Batch):
             text = "the whole model has a forward pre-hook, and is called with a whole batch"
-            raise SpecError(_problem(text, "hang it on a layer, or set `pipeline: 1`"))
+            raise SpecError(_problem(text, "put it on a layer, or set `pipeline: 1`"))
         for hook in self._hooks:
-            given = hook(_NotOnThisRank(self), (inputs,))
-            if isinstance(given, tuple):  # of arguments, as torch takes it
-                if len(given) != 1:
-                    text = f"a forward pre-hook of the model gives {len(given)} arguments"
-                    hint = "have it give one, in a tuple if that is a tuple itself"
+            result = hook(_NotOnThisRank(self), (inputs,))
+            if isinstance(result, tuple):  # as in torch, a tuple holds the arguments
+                if len(result) != 1:
+                    text = f"a forward pre-hook of the model returns {len(result)} arguments"
+                    hint = "let it return one, wrapped in a tuple if the argument is a tuple"
                     raise SpecError(_problem(f"{text}, and layers take one", hint))
-                inputs = given[0]
-            elif given is not None:
-                inputs = given
+                inputs = result[0]
+            elif result is not None:
+                inputs = result
         return self.module(inputs)
 
 
 class _WithForwardHooks(nn.Module):
-    """The model's last layer before the whole model's forward hooks."""
+    """The model's last layer, followed by the whole model's forward hooks."""
 
     def __init__(self, module: nn.Module, hooks: Sequence[Hook]) -> None:
         super().__init__()
@@ -177,33 +177,33 @@ class _WithForwardHooks(nn.Module):
     def forward(self, inputs: Any) -> Any:
         outputs = self.module(inputs)
         for hook in self._hooks:
-            given = hook(_NotOnThisRank(self), _NotOnThisRank(), outputs)
-            if given is not None:
-                outputs = given
+            result = hook(_NotOnThisRank(self), _NotOnThisRank(), outputs)
+            if result is not None:
+                outputs = result
         return outputs
 
 
 class _NotOnThisRank:
     """
-    Stands for the whole model, or its inputs, where a rank has a part of them.
+    Placeholder passed to hooks for the whole model or its inputs, which no rank has.
 
     Args:
-        here: the rank's part of the model, which knows the mode; None: these are the inputs.
+        part: the rank's part of the model, which knows the mode; None: a placeholder of inputs.
     """
 
-    def __init__(self, here: nn.Module | None = None) -> None:
-        self.__dict__["_here"] = here
+    def __init__(self, part: nn.Module | None = None) -> None:
+        self.__dict__["_part"] = part
 
     def __getattr__(self, name: str) -> Any:
-        if name == "training" and self._here is not None:
-            return self._here.training
-        self._refuse(f"`{name}` of the whole model" if self._here is not None else "inputs")
+        if name == "training" and self._part is not None:
+            return self._part.training
+        self._refuse(f"`{name}` of the whole model" if self._part is not None else "inputs")
 
     def __setattr__(self, name: str, value: object) -> None:
-        self._refuse(f"`{name}` of the whole model, to write it" if self._here else "inputs")
+        self._refuse(f"`{name}` of the whole model, to write it" if self._part else "inputs")
 
     def _refuse_items(self, *_: object) -> Any:
-        self._refuse("inputs" if self._here is None else "parts of the whole model")
+        self._refuse("inputs" if self._part is None else "parts of the whole model")
 
     __getitem__ = __iter__ = __len__ = _refuse_items
 
@@ -212,22 +212,22 @@ class _NotOnThisRank:
 
     def _refuse(self, what: str) -> NoReturn:
         text = f"a hook of the whole model asks for {what}, which no stage has"
-        raise SpecError(_problem(text, "hang it on a layer, or set `pipeline: 1`"))
+        raise SpecError(_problem(text, "put it on a layer, or set `pipeline: 1`"))
 
 
 class Chunk(nn.Module, ABC):
-    """What one virtual stage computes."""
+    """The layers of one virtual stage."""
 
     recompute = False
-    """Keep the input only, and compute again in backward."""
+    """Keep only the input, and recompute activations in backward."""
 
     def run(self, inputs: Any, seed: int) -> Any:
         """
-        Go forward on one micro-batch.
+        Run the forward of one micro-batch.
 
         Args:
             inputs: of the virtual stage.
-            seed: of the micro-batch; dropout and its like draw from generators seeded by it.
+            seed: of the micro-batch, for dropout and other random numbers.
         """
         if self.recompute:
             return recomputed(_Seeded(self, seed), inputs)
@@ -235,7 +235,7 @@ class Chunk(nn.Module, ABC):
 
     @abstractmethod
     def seeded(self, inputs: Any, seed: int) -> Any:
-        """Go forward as `run` does, whatever is kept for backward."""
+        """Run the forward as `run` does, but without recomputation in backward."""
 
     @abstractmethod
     def set_mode(self, *, training: bool) -> None:
@@ -244,11 +244,11 @@ class Chunk(nn.Module, ABC):
 
 class Layers(Stage, Chunk):
     """
-    Layers one behind the other that run on one rank.
+    Consecutive layers that run on one rank.
 
     Args:
         layers: of the model.
-        first: number of the first of them in the model.
+        first: number of the first layer within the model.
         recompute: see `Chunk`.
     """
 
@@ -258,7 +258,7 @@ class Layers(Stage, Chunk):
 
     @override
     def seeded(self, inputs: Any, seed: int) -> Any:
-        """Each layer draws from a generator of its own."""
+        """Each layer has its own seed."""
         for number, module in enumerate(self.in_order, start=self._first):
             seed_quickly(derive_seed(seed, number))
             inputs = module(inputs)
@@ -266,18 +266,18 @@ class Layers(Stage, Chunk):
 
     @override
     def set_mode(self, *, training: bool) -> None:
-        """Layers made around parts, too."""
+        """Includes the wrappers around layers."""
         for module in self.in_order:
             module.train(training)
 
 
 class WholeModelChunk(Runner, Chunk):
     """
-    The whole model, called as plain torch calls it: any inputs, any outputs, all of its hooks.
+    The whole model, called as in plain torch: any inputs, any outputs, all hooks.
 
     Args:
         model: with values.
-        call: how it is called.
+        call: calls the model.
         recompute: see `Chunk`.
     """
 
@@ -291,7 +291,7 @@ class WholeModelChunk(Runner, Chunk):
 
     @override
     def seeded(self, inputs: Any, seed: int) -> Any:
-        """The whole model draws from one generator."""
+        """The whole model has one seed."""
         seed_quickly(derive_seed(seed, 0))
         return self._call(self.model, inputs)
 
@@ -301,53 +301,53 @@ class WholeModelChunk(Runner, Chunk):
 
 
 class _Seeded(nn.Module):
-    """A chunk on one micro-batch: what is computed again must draw the same numbers."""
+    """A chunk with the seed of one micro-batch, so recomputation draws the same numbers."""
 
     def __init__(self, chunk: Chunk, seed: int) -> None:
         super().__init__()
         self.chunk, self._seed = chunk, seed
 
     def forward(self, inputs: Any) -> Any:
-        # Copies: a layer may work in place, and what is computed again begins with the same values.
-        return self.chunk.seeded(copied(inputs), self._seed)
+        # A layer may work in place, and recomputation needs the same inputs.
+        return self.chunk.seeded(clone_tensors(inputs), self._seed)
 
 
 @dataclass
 class ModelPart:
-    """What one rank holds."""
+    """One rank's part of the model."""
 
     points: list[int]
-    """Where the whole model is cut: numbers of the layers with which virtual stages begin."""
+    """Cut points of the whole model: the first layers of virtual stages 1, 2, ..."""
     chunks: dict[int, Chunk]
-    """By virtual stage."""
+    """Chunks of this rank, by virtual stage."""
     module: nn.Module
-    """All chunks' layers, with the names that they have in the model."""
+    """The layers of all chunks, with their names in the model."""
     order: CallOrder | None = None
-    """Of the whole model's parts; see `call_order.py`. None: nobody has asked."""
+    """Call order of the whole model's parts, see `call_order.py`; None: not needed."""
     specs: dict[str, ShardSpec] = field(default_factory=dict)
-    """Which slice of a tensor this rank has; what is not in it is whole."""
+    """This rank's slice of each sliced tensor, by name."""
     names: NamesById = field(default_factory=dict)
-    """Of the whole model's parameters, for errors."""
+    """Names of the whole model's parameters, for errors."""
     trial: SlicingTrial | None = None
-    """To be compared once, by all slices together; None: there is nothing to compare."""
+    """Trial to be compared once, by all slices together; None: nothing to compare."""
     flat: FlatModel = field(init=False)
-    """`module` on flat vectors; once it is sliced, for then no parameter is exchanged any more."""
+    """`module` on flat vectors; set after slicing, which replaces parameters."""
 
     def holding(self, part: int) -> Holding:
         """
-        Say what of the whole model this is.
+        Return the position of this part in the whole model.
 
-        What is not sliced is the same on all slices, and the first gives it; of a branch that is
-        elsewhere there are buffers here, which are not kept up.
+        The first slice holds the tensors that are not sliced. Buffers of branches on other slices
+        exist here too, but are not updated.
 
         Args:
             part: number of this rank's slice.
         """
-        here = self.flat.model.state_dict()
-        slices = {name: tensor_slice_of(t.shape, self.specs.get(name)) for name, t in here.items()}
+        state = self.flat.model.state_dict()
+        slices = {name: tensor_slice_of(t.shape, self.specs.get(name)) for name, t in state.items()}
         others = {
             name
-            for name in here
+            for name in state
             if (not self.specs[name].extent if name in self.specs else part > 0)
         }
         return Holding(slices, others)
@@ -355,16 +355,16 @@ class ModelPart:
 
 def layers_for(task: Task, model: nn.Module, order: CallOrder | None = None) -> list[Layer]:
     """
-    Give a model's layers, as the task names them or as a trace finds them.
+    Return a model's layers, as listed by the task or found by a trace.
 
     Args:
-        task: the user's.
-        model: whole.
-        order: of its parts; see `call_order.py`.
+        task: the user's task.
+        model: the whole model.
+        order: call order of its parts; see `call_order.py`.
 
     Raises:
-        SpecError: neither way works, a parameter of the model is in no layer, or the layers leave
-            out what the model does around them.
+        SpecError: no layers are listed or found, a parameter of the model is in no layer, or the
+            model does something around its layers.
     """
     find = _layers_of_own_call if model_call_method(task) else _listed_or_found
     layers = find(task, model, order)
@@ -373,12 +373,12 @@ def layers_for(task: Task, model: nn.Module, order: CallOrder | None = None) -> 
     outside = [name for name, tensor in model.named_parameters() if id(tensor) not in inside]
     if outside:
         text = f"parameters of the model are in no stage: {', '.join(outside)}"
-        raise SpecError(Problem((), text, "have the task's `stages` name all parts of the model"))
+        raise SpecError(Problem((), text, "let the task's `stages` name all parts of the model"))
     return with_hooks(model, with_unread_buffers(model, layers, inside))
 
 
 def _listed_or_found(task: Task, model: nn.Module, order: CallOrder | None) -> list[Layer]:
-    """Give layers whose first takes the inputs, or a batch that is a mapping."""
+    """Return layers of which the first takes the inputs, or a batch that is a mapping."""
     try:
         modules = task.stages(model)
     except NotImplementedError:
@@ -392,8 +392,8 @@ def _listed_or_found(task: Task, model: nn.Module, order: CallOrder | None) -> l
 
 
 def _layers_of_own_call(task: Task, model: nn.Module, order: CallOrder | None) -> list[Layer]:
-    """Give layers that do all that the task's own `forward` or `step` does."""
-    _refuse_other_draws(task)
+    """Return layers that together do what the task's own `forward` or `step` does."""
+    _refuse_foreign_rng(task)
     layers = None
     if not overrides(type(task), "stages") and not called_hooks(model):
         layers = layers_around_blocks(model, ModelCall(task), order)
@@ -401,15 +401,15 @@ def _layers_of_own_call(task: Task, model: nn.Module, order: CallOrder | None) -
         name = f"{type(task).__name__}.{model_call_method(task)}()"
         text = f"{name} calls the whole model, and only models of blocks without hooks are cut so"
         hint = (
-            "leave it out: give pairs (inputs, targets), or dicts of the model's arguments, and a "
-            "loss(outputs, targets); or set `pipeline: 1`"
+            "remove it: use pairs (inputs, targets) or dicts of the model's arguments as batches, "
+            "and a loss(outputs, targets); or set `pipeline: 1`"
         )
         raise SpecError(Problem(("task",), text, hint))
     return layers
 
 
-def _refuse_other_draws(task: Task) -> None:
-    """Refuse numbers of python's or numpy's: what torch draws is seen when it is drawn."""
+def _refuse_foreign_rng(task: Task) -> None:
+    """Raise if the task uses Python's or numpy's generators; torch's are checked at runtime."""
     method = model_call_method(task) or ""
     named = referenced_names(getattr(type(task), method)) & {"random", "default_rng"}
     if named:
@@ -418,7 +418,7 @@ def _refuse_other_draws(task: Task) -> None:
         raise SpecError(Problem(("task",), text, hint))
 
 
-def take_part(
+def build_part(
     layers: Sequence[Layer],
     points: Sequence[int],
     virtual_stages: Sequence[int],
@@ -428,18 +428,18 @@ def take_part(
     device: str,
 ) -> ModelPart:
     """
-    Make what one rank holds; the rest of the model is free to go.
+    Build one rank's part of a model.
 
     Args:
         layers: of the whole model.
-        points: where it is cut.
-        virtual_stages: which of the pieces are this rank's, rising.
+        points: cut points.
+        virtual_stages: of this rank, in ascending order.
         recompute: see `Chunk`.
-        seed: of the job, where layers are on `meta` and still to be given values.
-        device: where the rank computes.
+        seed: of the job, if layers are on the meta device and must be initialised; else None.
+        device: of the rank.
 
     Raises:
-        SpecError: a tensor would be on two ranks, or a virtual stage would have nothing to train.
+        SpecError: two ranks would hold the same tensor, or a virtual stage has nothing to train.
     """
     refuse_tied(layers, points)
     runs = bounds(points, len(layers))
@@ -448,24 +448,24 @@ def take_part(
     chunks: dict[int, Chunk] = {}
     for virtual_stage in virtual_stages:
         start, stop = runs[virtual_stage]
-        some = layers[start:stop]
+        chunk_layers = layers[start:stop]
         if seed is not None:
-            materialise(some, start, seed, device)
-        for layer in some:
+            materialise(chunk_layers, start, seed, device)
+        for layer in chunk_layers:
             layer.module.to(device)
-        chunks[virtual_stage] = Layers(some, start, recompute=recompute)
-        own_layers += some
+        chunks[virtual_stage] = Layers(chunk_layers, start, recompute=recompute)
+        own_layers += chunk_layers
     return ModelPart(list(points), chunks, Stage(own_layers))
 
 
-def take_whole(
+def build_whole(
     task: Task, model: nn.Module, *, recompute: bool, seed: int | None, device: str
 ) -> ModelPart:
     """
-    Make what a rank holds of a model that is not cut; see `take_part`.
+    Build the part of a rank for a model that is not cut; see `build_part`.
 
     Raises:
-        SpecError: values are wanted (`seed`), and the model's layers cannot be told.
+        SpecError: the model must be initialised (`seed`), and its layers are not found.
     """
     if seed is not None:
         materialise(layers_for(task, model), 0, seed, device)
@@ -474,9 +474,10 @@ def take_whole(
 
 
 def _refuse_untrained(layers: Sequence[Layer], runs: Sequence[tuple[int, int]]) -> None:
-    """All ranks say this alike: each rank of a stage needs something to exchange and update."""
+    """Check on all ranks that each virtual stage has parameters to sync and update."""
     for start, stop in runs:
-        some = layers[start:stop]
-        if not any(p.requires_grad for layer in some for p in layer.module.parameters()):
-            text = f"a stage would have nothing to train: {', '.join(one.name for one in some)}"
+        stage = layers[start:stop]
+        if not any(p.requires_grad for layer in stage for p in layer.module.parameters()):
+            names = ", ".join(layer.name for layer in stage)
+            text = f"a stage would have nothing to train: {names}"
             raise SpecError(Problem(("strategy", "cut"), text, "cut elsewhere, or by `cut: auto`"))

@@ -1,11 +1,11 @@
 """
-Slices of a pipeline's chunks, tried before the first step: they give what whole layers give.
+Check before the first step that sliced layers compute the same as whole layers.
 
-    whole      evaluation, training without dropout     outputs, gradients of what stays whole
+    whole      evaluation, training without dropout     outputs, gradients of unsliced parameters
     sliced     the same, all slices together            compared
 
-A parameter that stays whole and is used between split layers gets a part of its gradient on each
-slice. So does what looks at all columns in training alone.
+This detects an unsliced parameter between split layers, which gets only a part of its gradient on
+each slice, and layers that need all columns in training only.
 """
 
 from __future__ import annotations
@@ -21,24 +21,24 @@ from distplat.platform.errors import DistplatError, Problem, SpecError
 from distplat.strategies.model.trials import WithoutDropout, stop_dropping, untouched
 from distplat.strategies.pipeline.layer_check import (
     NamedGradients,
-    alike,
+    all_close,
+    different_gradients,
     gradients_of,
-    other_gradients,
 )
-from distplat.strategies.pipeline.values import copied
+from distplat.strategies.pipeline.values import clone_tensors
 from distplat.strategies.tensor.parallel_layers import lone_columns
 from distplat.strategies.torch_compat import tree_map
 
 
 class SlicingTrial:
     """
-    What chunks give while their layers are whole, and the gradients of what stays so.
+    Outputs of a rank's chunks before slicing, and the gradients of parameters that stay whole.
 
     Args:
-        module: what a rank has of the model.
-        chunks: of it, by virtual stage; each a `rank_model.Chunk`.
+        module: a rank's part of the model.
+        chunks: of the part, by virtual stage; each a `rank_model.Chunk`.
         inputs: by virtual stage, the same on all slices.
-        planned: names of the modules that are to be sliced.
+        planned: names of the modules to slice.
     """
 
     def __init__(
@@ -57,17 +57,17 @@ class SlicingTrial:
                 expected, again = (
                     self._run(virtual_stage, seed, training=training) for seed in (0, 1)
                 )
-            except Exception:  # such inputs are not for evaluation; in training it comes again
+            except Exception:  # the chunk rejects these inputs; training will report it
                 continue
-            if alike(expected[0], again[0]):
+            if all_close(expected[0], again[0]):
                 self._expected[virtual_stage, training] = expected
 
     def compare(self) -> None:
         """
-        Run the chunks again, sliced; every rank of the slices calls this.
+        Run the sliced chunks and compare; called by all slices.
 
         Raises:
-            SpecError: they give something else, or fail.
+            SpecError: results differ, or the sliced chunks fail.
             CollectiveError: a rank is missing.
         """
         for (virtual_stage, training), (outputs, gradients) in self._expected.items():
@@ -76,31 +76,31 @@ class SlicingTrial:
             except DistplatError:
                 raise
             except Exception as error:
-                raise self._sliced(f"fail where they do not whole: {error}") from error
-            if not alike(sliced_outputs, outputs):
-                raise self._sliced("compute otherwise than whole" + " in training" * training)
-            differ = other_gradients(sliced_gradients, gradients)
+                raise self._error(f"fail, and do not if whole: {error}") from error
+            if not all_close(sliced_outputs, outputs):
+                raise self._error("do not compute what whole ones do" + " in training" * training)
+            differ = different_gradients(sliced_gradients, gradients)
             if differ:
-                raise self._sliced(f"give {', '.join(differ)} another gradient than whole")
+                raise self._error(f"give {', '.join(differ)} another gradient than whole ones")
 
-    def _sliced(self, what: str) -> SpecError:
-        text = f"sliced as `tensor_plan` says, layers {what}"
+    def _error(self, message: str) -> SpecError:
+        text = f"sliced as `tensor_plan` says, layers {message}"
         lone = [f"{whole} as {split} is" for split, whole in lone_columns(self._module)]
         hint = f"split {', '.join(lone)}: they have the same inputs and sizes" if lone else ""
-        each = (
-            "between `colwise` and `rowwise` each element must be computed by itself, and nothing "
-            "be trained"
+        default = (
+            "between `colwise` and `rowwise` only element-wise operations without trained "
+            "parameters are possible"
         )
-        return SpecError(Problem(("strategy", "tensor_plan"), text, hint or each))
+        return SpecError(Problem(("strategy", "tensor_plan"), text, hint or default))
 
     @torch.enable_grad()
     def _run(self, virtual_stage: int, seed: int, *, training: bool) -> tuple[Any, NamedGradients]:
-        """Give outputs, and the gradients of some sum of them, of what is whole on all slices."""
+        """Return a chunk's outputs, and gradients of the parameters that stay whole."""
         chunk = self._chunks[virtual_stage]
         with untouched(chunk), WithoutDropout():
             chunk.set_mode(training=training)
             stop_dropping(chunk)
-            outputs = chunk.run(copied(self._inputs[virtual_stage]), seed)
+            outputs = chunk.run(clone_tensors(self._inputs[virtual_stage]), seed)
             named = dict(self._module.named_parameters())
             trained = {name: named[name] for name in self._whole if named[name].requires_grad}
             gradients = gradients_of(outputs, trained)

@@ -1,8 +1,8 @@
 """
-What a rank of a pipeline computes in a step (see `loop/compute.py`).
+The computation of a pipeline rank in a step (see `loop/compute.py`).
 
-The first stage's ranks read inputs, the last one's targets, those between no data at all. Losses
-are known on the last stage only; each sample is counted by one rank, its first slice.
+Ranks of the first stage read inputs, ranks of the last stage read targets, others read no data.
+Losses are known on the last stage only; each sample is counted once, by the first slice.
 """
 
 from __future__ import annotations
@@ -37,15 +37,15 @@ from distplat.strategies.loop.prepared import Prepared
 from distplat.strategies.pipeline.executor import Executor, evaluation_plan, training_plan
 from distplat.strategies.pipeline.hybrid_options import HybridOptions
 from distplat.strategies.pipeline.interfaces import BackwardListener, Source
-from distplat.strategies.pipeline.limits import as_pair, check_inputs
+from distplat.strategies.pipeline.limits import check_inputs, split_batch
 from distplat.strategies.task import overrides
 
 _WINDOW = 32
-"""Evaluation micro-batches of one plan."""
+"""Evaluation micro-batches per plan."""
 
 
 LossOf = Callable[[Any, Any, int, int], Any]
-"""Gives the loss of outputs, targets, samples whose mean it is, and samples that were read."""
+"""Computes the loss of outputs, targets, samples that it averages, and samples read."""
 
 
 class Pipeline(Compute):
@@ -55,41 +55,41 @@ class Pipeline(Compute):
     Args:
         prepared: data and task.
         options: of the strategy.
-        at: this rank's position in the grid.
-        executor: follows the lists.
-        listener: told when gradients become final.
+        position: of this rank in the grid.
+        executor: runs the plans.
+        listener: notified when gradients become final.
     """
 
     def __init__(
         self,
         prepared: Prepared,
         options: HybridOptions,
-        at: Position,
+        position: Position,
         executor: Executor,
         listener: BackwardListener,
     ) -> None:
-        self.prepared, self.options, self._at = prepared, options, at
+        self.prepared, self.options, self._position = prepared, options, position
         self._executor, self._listener = executor, listener
         self._micro_batches = options.micro(prepared.job)
         self.device = torch.device(prepared.device)
-        self._is_first, self.is_last = at.stage == 0, at.stage == options.pipeline - 1
+        self._is_first, self.is_last = position.stage == 0, position.stage == options.pipeline - 1
         self._batches: Iterator[Any] = iter(())
         self._mean_check = MeanCheck(prepared.task, prepared.flat.model)
         self._eval_loader = EvalLoader(prepared.job, prepared.task)
-        self._calls = 0  #: of `all_gather` before the step
+        self._calls = 0  #: calls of `all_gather` before the step
         self._metrics = TaskMetrics(prepared.task)
-        self.share = Share()  #: what this rank had of the last step
+        self.share = Share()  #: this rank's share of the last step
 
     @override
     def start(self, steps: range) -> None:
-        p, replica = self.prepared, self._at.replica
+        p, replica = self.prepared, self._position.replica
         if self._is_first or self.is_last:
             plan = p.sampler, replica, steps, self._micro_batches
             self._batches = micro_batches(p.job, p.data, *plan, collate_of(p.task))
 
     @override
     def gradients(self, step: int, clock: Stopwatch) -> Share:
-        p, options, replica = self.prepared, self.options, self._at.replica
+        p, options, replica = self.prepared, self.options, self._position.replica
         sizes = [len(ids) for ids in p.sampler.micro_batches(step, replica, self._micro_batches)]
         self._executor.spans = []
         self.share = Share()
@@ -97,7 +97,7 @@ class Pipeline(Compute):
             return self.share
         scale = 1.0 / p.sampler.batch_size(step)
         scale *= 1.0 if p.loss_scale is None else p.loss_scale.value
-        terms: list[LossTerm] = []  # in order: so micro-batches come to the last stage
+        terms: list[LossTerm] = []  # in order, as micro-batches reach the last stage
 
         def loss(outputs: Any, targets: Any, samples: int, size: int) -> Tensor:
             term = self._loss_term(step, outputs, targets, samples)
@@ -114,28 +114,28 @@ class Pipeline(Compute):
         self._executor.train(plan, source, self._listener, thorough=self._thorough(step))
         clock.lap("compute")
         clock.move("compute", "data", source.loading_s)
-        if self.is_last and self._at.slice == 0:
+        if self.is_last and self._position.slice == 0:
             for term, size in zip(terms, sizes, strict=True):
                 self.share = self.share.plus(term, size)
             self.share = self.share.with_fingerprint(p.data)
         return self.share
 
     def _thorough(self, step: int) -> bool:
-        """Say whether what a step trained is kept: then it is looked at."""
+        """Return whether the step's parameters are saved, so they are checked thoroughly."""
         state, last = self.prepared.state, self.prepared.total_steps
         return step + 1 == last or (state is not None and state.shares.checkpoint_due(step + 1))
 
     @override
     def skip(self, step: int) -> None:
-        """Pipelines leave no step out."""
+        """Pipelines skip no steps."""
         raise NotImplementedError
 
     @override
     def evaluate(self, data: Dataset[Any]) -> Sums:
-        """Micro-batches are as large as in training, so no more memory is held."""
+        """Micro-batches have the same size as in training, so no more memory is needed."""
         options, sums, replicas = self.options, Sums(), self.options.data
         self._metrics.begin(self.device)
-        start, stop = split_evenly(len(data), replicas)[self._at.replica]  # type: ignore[arg-type]
+        start, stop = split_evenly(len(data), replicas)[self._position.replica]  # type: ignore[arg-type]
         batch_size = self.prepared.job.global_batch_size
         size = max(1, batch_size // (replicas * self._micro_batches))
         sizes = [min(size, stop - first) for first in range(start, stop, size)]
@@ -150,42 +150,42 @@ class Pipeline(Compute):
 
         for first in range(0, len(sizes), _WINDOW):
             window = sizes[first : first + _WINDOW]
-            source = _MicroBatches(self, batches, window, add_figures, lambda _: 0)  # none is drawn
+            source = _MicroBatches(self, batches, window, add_figures, lambda _: 0)  # seed unused
             plan = evaluation_plan(options.pipeline, len(window), options.chunks)
             self._executor.evaluate(plan, source)
         sums.states = self._metrics.states(sums.kept)
-        return sums if self._at.slice == 0 else Sums()
+        return sums if self._position.slice == 0 else Sums()
 
     def _loss_term(self, step: int, outputs: Any, targets: Any, samples: int) -> LossTerm:
-        """Give the loss of a micro-batch."""
+        """Return the loss of a micro-batch."""
         with precision(self.prepared.job, self.device):
             term = loss_term(self.prepared.task, outputs, targets, samples)
-            # Else it is no mean over samples, and the others wait.
-            if self._at.slice == 0 and calls() == self._calls:
+            # A loss that calls `all_gather` is not a mean over samples and would block other ranks.
+            if self._position.slice == 0 and calls() == self._calls:
                 self._mean_check.look(step, BatchResult(outputs, targets, term), samples)
             return term
 
     def _figures(self, outputs: Any, targets: Any, samples: int) -> EvalBatch:
-        """Give the figures of an evaluation micro-batch."""
+        """Return the figures of an evaluation micro-batch."""
         with precision(self.prepared.job, self.device):
             term = loss_term(self.prepared.task, outputs, targets, samples)
             result = BatchResult(outputs, targets, term)
             figures = evaluate_batch(self.prepared.task, result, samples)
-            if self._at.slice == 0:
+            if self._position.slice == 0:
                 self._mean_check.look_at_metrics(result, figures, samples)
             return figures
 
 
 class _MicroBatches(Source):
     """
-    Micro-batches of a plan, read one after the other when they are first wanted.
+    Micro-batches of a plan, loaded in order and on demand.
 
     Args:
         pipeline: of this rank.
-        batches: as a loader gives them.
-        sizes: samples of each.
-        loss_of: what is made of outputs and targets.
-        seed_of: gives the seed of a micro-batch by its number.
+        batches: from a loader.
+        sizes: samples of each micro-batch.
+        loss_of: computes the loss.
+        seed_of: returns the seed of a micro-batch by its number.
     """
 
     def __init__(
@@ -199,10 +199,10 @@ class _MicroBatches(Source):
         self._pipeline, self._batches, self.sizes = pipeline, batches, sizes
         self._loss_of, self._seed_of = loss_of, seed_of
         self._task = pipeline.prepared.task
-        self.varies = overrides(type(self._task), "collate")  # which may pad
-        self._read = 0
-        self._pairs: dict[int, tuple[Any, Any]] = {}  #: inputs and targets
-        self._samples = [*sizes]  #: of each micro-batch that is read, see `unpack_batch`
+        self.varies = overrides(type(self._task), "collate")  # collate() may pad
+        self._loaded = 0
+        self._pairs: dict[int, tuple[Any, Any]] = {}  #: inputs and targets by micro-batch
+        self._samples = [*sizes]  #: samples that each loss averages, see `unpack_batch`
         self.loading_s = 0.0
 
     @override
@@ -214,14 +214,14 @@ class _MicroBatches(Source):
 
     @override
     def peek(self, micro_batch: int) -> Any:
-        """Of a model that is cut tensors and constants only."""
-        self._read_up_to(micro_batch)
+        """Checked to be tensors and constants if the model is cut."""
+        self._load_up_to(micro_batch)
         inputs = self._pairs[micro_batch][0]
         return check_inputs(inputs) if self._pipeline.options.pipeline > 1 else inputs
 
     @override
     def loss(self, micro_batch: int, outputs: Any) -> Any:
-        self._read_up_to(micro_batch)
+        self._load_up_to(micro_batch)
         _, targets = self._pairs.pop(micro_batch)
         counts = self._samples[micro_batch], self.sizes[micro_batch]
         return self._loss_of(outputs, targets, *counts)
@@ -230,10 +230,10 @@ class _MicroBatches(Source):
     def seed(self, micro_batch: int) -> int:
         return self._seed_of(micro_batch)
 
-    def _read_up_to(self, micro_batch: int) -> None:
-        while self._read <= micro_batch:
-            began, number = time.perf_counter(), self._read
+    def _load_up_to(self, micro_batch: int) -> None:
+        while self._loaded <= micro_batch:
+            began, number = time.perf_counter(), self._loaded
             batch, self._samples[number] = unpack_batch(next(self._batches), self.sizes[number])
-            self._pairs[number] = as_pair(self._task, to_device(batch, self._pipeline.device))
-            self._read += 1
+            self._pairs[number] = split_batch(self._task, to_device(batch, self._pipeline.device))
+            self._loaded += 1
             self.loading_s += time.perf_counter() - began

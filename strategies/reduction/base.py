@@ -1,4 +1,4 @@
-"""What `ring` asks of a way to sum gradients; one file per way beside this one."""
+"""The protocol of `ring`'s gradient reducers, and meters of their traffic and overlap."""
 
 from __future__ import annotations
 
@@ -17,37 +17,37 @@ from distplat.strategies.loop.control import StepControl, control_size
 
 
 def mixed_dtypes_error(layout: Layout, option: str = "compression") -> SpecError:
-    """Say that an option is for gradients of one type."""
-    types = sorted({segment.dtype for segment in layout.segments})
-    text = f"is for models of one type; the trainable parameters are {' and '.join(types)}"
+    """Return the error for an option that needs gradients of a single dtype."""
+    dtypes = sorted({segment.dtype for segment in layout.segments})
+    text = f"is for models of one type; the trainable parameters are {' and '.join(dtypes)}"
     return SpecError(Problem(("strategy", option), text, "remove it"))
 
 
 class Reducer(Protocol):
     """
-    Sums `flat.grads` over the group, in every step once.
+    Sums `flat.grads` over the group, once per step.
 
-    It works on the vectors that `flat` had when it was made; a model that moves needs another.
-    After an error it is of no more use, as is its group.
+    A reducer works on the vectors that `flat` has at construction; after `flat.move` a new reducer
+    is needed. After an error neither the reducer nor its group can be used again.
     """
 
     def last_backward(self) -> None:
         """
-        Called when the step's last backward begins; skipped on a rank without samples.
+        Called before the step's last backward; not called on a rank without samples.
 
-        Does nothing, unless gradients are sent while it goes on.
+        Does nothing, unless gradients are sent during backward.
         """
         return
 
     def finish(self, local: StepControl) -> StepControl:
         """
-        Return with the sum over all ranks in `flat.grads`; the local gradients are all there.
+        Sum the gradients of all ranks into `flat.grads`; called after backward.
 
         Args:
-            local: this rank's control record, without a look at the gradients.
+            local: this rank's control record, before the check for NaN and infinity.
 
         Returns:
-            The sum of all ranks' records. Where it is not finite the gradients may be anything.
+            The sum of all ranks' records. If it is not finite, `flat.grads` is undefined.
 
         Raises:
             CollectiveError: a rank is missing.
@@ -55,16 +55,16 @@ class Reducer(Protocol):
 
     def figures(self) -> dict[str, float]:
         """
-        Give the figures of the step just made, called once per step after its update.
+        Return the figures of the last step; called once per step, after the update.
 
-        Names and units are those of docs/metrics.md.
+        Names and units as in docs/metrics.md.
         """
 
     def close(self) -> None:
         """
-        Take the hooks off the model; waits for nothing.
+        Remove the hooks from the model, without waiting.
 
-        Either no operation is under way, or the group was given up: then its vectors are too.
+        Either no operation is in flight, or the group was aborted and its vectors are discarded.
         """
         return
 
@@ -74,7 +74,7 @@ _ROUNDS = 3
 
 class Meter:
     """
-    Gives the growth of a group's `Traffic` since it was last asked.
+    Measures the growth of a group's `Traffic` between laps.
 
     Args:
         collective: the group.
@@ -86,13 +86,13 @@ class Meter:
         self._is_new = True
 
     def begin(self) -> None:
-        """Called when a step begins: what setting up has cost before the first is no step's."""
+        """Called when a step starts; discards the traffic of setup before the first step."""
         if self._is_new:
             self._is_new = False
             self.lap()
 
     def lap(self) -> dict[str, float]:
-        """Give the figures since the last lap, or since the meter was made."""
+        """Return the figures since the last lap, or since construction."""
         now, last = self._collective.traffic, self._last
         self._last = replace(now)
         return {
@@ -105,11 +105,11 @@ class Meter:
 
 def time_all_reduce(gradients: Tensor, group: Collective) -> float:
     """
-    Give the seconds of an all-reduce of a whole vector, waiting for late ranks left out.
+    Return the median seconds of an all-reduce of a vector, without waiting for late ranks.
 
     Args:
         gradients: shape [n]; set to zero.
-        group: every rank calls this.
+        group: every rank calls this function.
     """
     gradients.zero_()
     group.barrier()
@@ -123,16 +123,16 @@ def time_all_reduce(gradients: Tensor, group: Collective) -> float:
 
 class OverlapMeter:
     """
-    Tells how much of a step's operations passed behind backward.
+    Measures how much of a step's communication is hidden behind backward.
 
         thread      backward ------------------------|finish() ------------| update
         group            [-- op 0 --]    [-- op 1 ---|----][---- op 2 ----]
                          hidden_s =  10  +  9        exposed_s = 20
 
-    Operations of a group run one after another, and a group counts what each took. What they took
-    in all, without what passed in `finish`, passed before it: nobody has to be asked when an
-    operation ended. Where a group counts more than passed, for it runs several at once, the time
-    from the first start to `finish` is the limit.
+    Operations of a group run one after another, and the group counts their total time. Total time
+    minus the time spent in `finish` was hidden, so no completion times are needed. A group that
+    runs several operations at once counts more than the elapsed time; hidden time is therefore
+    limited to the time from the first start to `finish`.
 
     Args:
         collective: the group.
@@ -143,25 +143,25 @@ class OverlapMeter:
         self._figures = {"exposed_s": 0.0, "hidden_s": 0.0, "hidden_fraction": 0.0}
 
     def begin(self) -> None:
-        """A step's first operation is still to come."""
+        """Called before a step's first operation."""
         self._before = self._busy()
         self._first = 0.0
         self._finish = 0.0
 
     def start(self) -> None:
-        """Another operation is about to be started."""
+        """Called before each operation is started."""
         self._first = self._first or time.perf_counter()
 
     def finish(self) -> None:
-        """Backward is over: from now on the step waits."""
+        """Called after backward: from here on communication is exposed."""
         self._finish = time.perf_counter()
 
     def end(self, casting_s: float = 0.0) -> None:
         """
-        All operations are over.
+        Called when all operations are complete.
 
         Args:
-            casting_s: time since `finish` in which this thread worked and did not wait.
+            casting_s: time since `finish` that this thread spent casting instead of waiting.
         """
         exposed = max(0.0, time.perf_counter() - self._finish - casting_s)
         behind = max(0.0, self._finish - self._first) if self._first else 0.0
@@ -170,7 +170,7 @@ class OverlapMeter:
         self._figures = {"exposed_s": exposed, "hidden_s": hidden, "hidden_fraction": fraction}
 
     def figures(self) -> dict[str, float]:
-        """Give the figures of the step that ended last."""
+        """Return the figures of the last step."""
         return dict(self._figures)
 
     def _busy(self) -> float:
@@ -183,9 +183,9 @@ class ControlSum:
     Sums the ranks' control records.
 
     Args:
-        group: all ranks; each makes this at the same time.
-        slots: of the flat vector.
-        device: where the group's tensors lie.
+        group: all ranks; construction is a collective operation.
+        slots: number of slots of the flat vector.
+        device: of the group's tensors.
     """
 
     def __init__(self, group: Collective, slots: int, device: torch.device) -> None:
@@ -197,7 +197,7 @@ class ControlSum:
         self._handle: Handle | None = None
 
     def start(self, local: StepControl) -> None:
-        """Begin to sum; the next operations of the group may be begun, too."""
+        """Start the sum; further operations of the group may be started before `wait`."""
         self._local = local
         if self._alone:
             return
@@ -206,7 +206,7 @@ class ControlSum:
 
     def wait(self) -> StepControl:
         """
-        Give the sum, the same on every rank but for the rank and parameter that it names.
+        Return the sum, equal on all ranks except for the rank and parameter that it names.
 
         Raises:
             CollectiveError: a rank is missing.

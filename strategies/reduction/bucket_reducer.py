@@ -1,18 +1,17 @@
 """
-Sum the gradient vector bucket by bucket, each as soon as backward has finished it.
+All-reduce of the gradient vector in buckets, overlapped with backward.
 
     backward     layer 3 | layer 2 | layer 1 | layer 0 |
     group                [ bucket 0 ][ bucket 1 ]      [ bucket 2 ]
-                                                       ^ finish(): starts the rest, waits for all
+                                                       ^ finish(): sends the rest, waits for all
 
-A bucket is a view of `flat.grads`, into which backward adds: nothing is packed.
+A bucket is a view of `flat.grads`, into which backward accumulates: nothing is packed.
 
-Why ranks cannot meet in different operations. In each step a rank starts every bucket once, in the
-agreed order: a bucket leaves in a hook only if all before it have left (`Release`), and `finish`
-starts the others in the same order, then waits for all. So the sequence of operations of a step is
-the order itself. It does not depend on autograd, on which parameters a rank used or whether it had
-samples; only the moments differ between ranks. The order changes once, by a broadcast between two
-steps, at the same position of every rank's sequence.
+All ranks start the same operations in the same order. In each step a rank sends every bucket once,
+in the agreed order: a hook sends a bucket only if all buckets before it were sent (`Release`), and
+`finish` sends the others in the same order. So the sequence does not depend on autograd, on the
+parameters that a rank used, or on whether it had samples; only the timing differs between ranks.
+The order changes once, by a broadcast between two steps, at the same position on every rank.
 """
 
 import time
@@ -53,10 +52,10 @@ def register_gradient_hooks(
     flat: FlatModel, on_gradient: Callable[[int, str], None]
 ) -> list[RemovableHandle]:
     """
-    Call `on_gradient` with index and name of each parameter whose gradient a backward has finished.
+    Call `on_gradient` with index and name of a parameter after its gradient is accumulated.
 
     Returns:
-        Hooks, to be removed when nobody listens any more.
+        Handles to remove the hooks.
     """
 
     def hook(index: int, name: str) -> Callable[[Tensor], None]:
@@ -70,58 +69,60 @@ def register_gradient_hooks(
     ]
 
 
-def came_again(name: str) -> SpecError:
-    """Say that a gradient changed after it was sent."""
+def gradient_changed_error(name: str) -> SpecError:
+    """Return the error for a gradient that changed after it was sent."""
     text = f"the gradient of {name!r} came again after it was sent: backward within backward"
     hint = "set `overlap: false`, or use checkpointing with use_reentrant=False"
     return SpecError(Problem(("strategy", "overlap"), text, hint))
 
 
 MEASURE_EVERY = 16
-"""Steps from one measured rounding error to the next: it costs a pass over the gradients."""
+"""Steps between measurements of the rounding error, each a pass over the gradients."""
 
 
 class Wire:
     """
-    A copy of the gradient vector in a smaller type, which is what the group reduces.
+    A copy of the gradient vector in a smaller dtype, which the group reduces.
 
-    Nothing is scaled. What float16 cannot hold becomes infinite (above 65504) or loses digits
-    (below 6e-5) or all of itself (below 3e-8), as in any use of float16; bfloat16 has the range of
-    float32, and eight bits. The ranks' terms are weighted by their share of the batch, so their sum
-    is no larger than a gradient of the whole batch.
+    Gradients are not scaled. In float16 values above 65504 become infinite, values below 6e-5 lose
+    precision, and values below 3e-8 become zero; bfloat16 has the range of float32 with eight bits
+    of precision. Each rank's gradient is weighted by its share of the batch, so the sum is no
+    larger than a gradient of the whole batch.
 
     Args:
         gradients: shape [n]; set to zero: an all-reduce of them is timed here, as a baseline.
-        dtype: name of the type that travels, `float16` or `bfloat16`.
-        collective: the group; every rank makes its wire.
+        dtype: dtype to send, `float16` or `bfloat16`.
+        collective: the group; construction is a collective operation.
 
     Raises:
-        SpecError: the gradients are as small already.
+        SpecError: the gradients' dtype is not larger.
     """
 
     def __init__(self, gradients: Tensor, dtype: str, collective: Collective) -> None:
-        kind: torch.dtype = getattr(torch, dtype)
-        if kind.itemsize >= gradients.itemsize:
+        wire_dtype: torch.dtype = getattr(torch, dtype)
+        if wire_dtype.itemsize >= gradients.itemsize:
             text = f"{dtype} is no smaller than the gradients, which are {dtype_name(gradients)}"
             raise SpecError(Problem(("strategy", "compression"), text, "remove it"))
         self._gradients = gradients
-        self._vector = collective.share(torch.empty_like(gradients, dtype=kind))
+        self._vector = collective.share(torch.empty_like(gradients, dtype=wire_dtype))
         sent, _ = traffic_elements(gradients.numel(), collective.rank, collective.world)
-        self._saved_bytes = float(sent * (gradients.itemsize - kind.itemsize))
+        self._saved_bytes = float(sent * (gradients.itemsize - wire_dtype.itemsize))
         self._baseline_s = time_all_reduce(gradients, collective)
         self._steps = -1
-        self.seconds = 0.0  #: spent in casting, in this step
-        self.overflows = kind is torch.float16  #: whether a finite gradient may become infinite
+        self.seconds = 0.0  #: spent on casting in this step
+        self.overflows = (
+            wire_dtype is torch.float16
+        )  #: whether a finite gradient may become infinite
 
     def begin(self) -> None:
-        """Another step comes."""
+        """Start a step."""
         self.seconds = 0.0
         self._error = self._whole = 0.0
         self._steps += 1
         self._measures = self._steps % MEASURE_EVERY == 0
 
     def pack(self, start: int, stop: int) -> Tensor:
-        """Give a part of the gradients as it travels; the group may write into it."""
+        """Return a part of the gradients in the sent dtype; the group reduces it in place."""
         began = time.perf_counter()
         grads, packed = self._gradients[start:stop], self._vector[start:stop]
         packed.copy_(grads)
@@ -132,17 +133,17 @@ class Wire:
         return packed
 
     def unpack(self, start: int, stop: int) -> None:
-        """Write a part that came back into the gradients."""
+        """Copy a reduced part back into the gradients."""
         began = time.perf_counter()
         self._gradients[start:stop].copy_(self._vector[start:stop])
         self.seconds += time.perf_counter() - began
 
     def figures(self, working_s: float) -> dict[str, float]:
         """
-        Give the figures of this step; the error only in steps in which it was measured.
+        Return the figures of this step, with the error if it was measured in this step.
 
         Args:
-            working_s: of the step's operations, waiting left out.
+            working_s: time of the step's operations without waiting.
         """
         figures = {
             "saved_bytes": self._saved_bytes,
@@ -159,20 +160,19 @@ class BucketReducer(Reducer):
     """
     Sums `flat.grads` over a group in buckets (see `Reducer`).
 
-    The first step sends nothing early: rank 0 watches in which order the buckets become complete,
-    and all ranks take that order over. Parameters that no backward uses have zero gradients, which
-    are summed as such.
+    The first step sends nothing during backward: rank 0 records the order in which buckets become
+    complete, and all ranks adopt it. Gradients of parameters that no backward uses are zeros.
 
     Args:
-        flat: the model, on the vectors it will stay on.
-        collective: the group; with one rank nothing is done.
-        bucket_bytes: about so much is sent at once; the first bucket is smaller.
-        overlap: send while backward goes on.
-        wire_dtype: `float16`, `bfloat16`, or None: gradients travel as they are.
-        check_finite: look for NaN and infinity in each bucket before it leaves.
+        flat: the model, on its final vectors.
+        collective: the group; with one rank nothing is sent.
+        bucket_bytes: approximate size of a bucket; the first bucket is smaller.
+        overlap: send buckets during backward.
+        wire_dtype: `float16`, `bfloat16`, or None: gradients are sent in their own dtype.
+        check_finite: check each bucket for NaN and infinity before it is sent.
 
     Raises:
-        SpecError: gradients that are as small as `wire_dtype` already, or of several types.
+        SpecError: `wire_dtype` is not smaller than the gradients' dtype, or gradients have several.
     """
 
     def __init__(
@@ -190,12 +190,12 @@ class BucketReducer(Reducer):
         if wire_dtype is not None and flat.mixed:
             raise mixed_dtypes_error(flat.layout)
         self._check_finite = check_finite
-        self._broken: int | None = None  #: first parameter so far that is not finite here
+        self._non_finite: int | None = None  #: first slot with a gradient that is not finite
         self.local = StepControl()
-        """This rank's record of the last step, with what was found in its gradients."""
+        """This rank's control record of the last step, after the check of its gradients."""
         self._control = ControlSum(collective, len(flat.slots), flat.grads.device)
         self._cuts = [*cut_segments(flat, bucket_bytes)]
-        self._types = [flat.layout.runs(cut.start, cut.stop)[0].dtype for cut in self._cuts]
+        self._dtypes = [flat.layout.runs(cut.start, cut.stop)[0].dtype for cut in self._cuts]
         self._layouts = [flat.layout.cut(cut.start, cut.stop) for cut in self._cuts]
         self._release = Release([cut.parameters for cut in self._cuts])
         self._handles: dict[int, Handle] = {}
@@ -203,7 +203,7 @@ class BucketReducer(Reducer):
         if wire_dtype is not None and not self._alone:
             self._wire = Wire(flat.grads[: flat.layout.tail], wire_dtype, collective)
         self._meter, self._overlap = Meter(collective), OverlapMeter(collective)
-        self._begun = self._listening = False
+        self._started = self._sending = False
         self._agreed = not overlap
         self._hooks = (
             register_gradient_hooks(flat, self._on_gradient) if overlap and not self._alone else []
@@ -212,46 +212,46 @@ class BucketReducer(Reducer):
 
     @override
     def last_backward(self) -> None:
-        """Called once for each part that has a last backward of its own."""
+        """Called once for each part of the model that has a last backward of its own."""
         if not self._alone:
-            if not self._begun:
-                self._begin()
-            # NCCL wants operations of several communicators in one order on all ranks, and ranks
-            # without samples come to the buckets after the last call of `all_gather` only.
-            self._listening = not idle_ranks_wait()
+            if not self._started:
+                self._start_step()
+            # NCCL needs operations of several communicators in the same order on all ranks, and
+            # ranks without samples reach the buckets only after the last `all_gather`.
+            self._sending = not idle_ranks_wait()
 
     def was_sent(self, index: int) -> bool:
-        """Say whether a slot's gradient of the backward under way was sent already."""
-        return self._begun and self._release.was_sent(index)
+        """Return whether a slot's gradient was already sent during the current backward."""
+        return self._started and self._release.was_sent(index)
 
     def pause(self) -> None:
-        """Called after a backward that is followed by another one, not the last."""
-        self._listening = False
+        """Stop sending until the next `last_backward`: another backward follows."""
+        self._sending = False
 
     @override
     def finish(
         self, local: StepControl, on_bucket: Callable[[range], None] = lambda parameters: None
     ) -> StepControl:
         """
-        The control record leaves behind the last bucket.
+        The control record is sent after the last bucket.
 
         Args:
             local: see `Reducer`.
-            on_bucket: called with the slots of each bucket that has been reduced.
+            on_bucket: called with the slots of each bucket once it is reduced.
         """
         if self._alone:
             self.local = local.looked_at(self._flat) if self._check_finite else local
             return self.local
-        if not self._begun:
-            self._begin()
-        self._begun = self._listening = False
+        if not self._started:
+            self._start_step()
+        self._started = self._sending = False
         cast_before = self._wire.seconds if self._wire else 0.0
         self._overlap.finish()
         self._flat.zero_missing()
         for number in self._release.rest():
-            self._start(number)
-        broken, self._broken = self._broken, None
-        self.local = local if broken is None else local.broken(broken)
+            self._send(number)
+        non_finite, self._non_finite = self._non_finite, None
+        self.local = local if non_finite is None else local.broken(non_finite)
         self._control.start(self.local)
         for number in self._release.order:
             self._handles.pop(number).wait()
@@ -261,7 +261,7 @@ class BucketReducer(Reducer):
         total = self._control.wait()
         self._overlap.end(self._wire.seconds - cast_before if self._wire else 0.0)
         if not self._agreed:
-            self._agree()
+            self._agree_on_order()
         overflows = self._grads.dtype is torch.float16
         if self._wire is not None:
             overflows = self._wire.overflows
@@ -276,75 +276,75 @@ class BucketReducer(Reducer):
 
     def close(self) -> None:
         """
-        Take the hooks off the model.
+        Remove the hooks from the model.
 
-        Waits for nothing: who closes in the middle of a step has given the group up, and its
+        Does not wait: a reducer is closed within a step only if its group was aborted, and then
         operations end by themselves.
         """
-        self._listening = False
+        self._sending = False
         self._flat.copy_when_ready(False)
         for hook in self._hooks:
             hook.remove()
         self._handles.clear()
 
-    def _begin(self) -> None:
+    def _start_step(self) -> None:
         self._meter.begin()
-        self._begun = True
-        # No hook may wait for the other ranks: one that does not reach a bucket's parameters sends
-        # it in `finish`, and may need this rank in the backward of a layer before.
+        self._started = True
+        # No hook may wait for other ranks: a rank whose backward does not reach a bucket's
+        # parameters sends the bucket in `finish`, and may before need this rank's backward.
         self._release.begin(early=not self._collective.start_waits)
         self._overlap.begin()
         if self._wire is not None:
             self._wire.begin()
 
     def _on_gradient(self, parameter: int, name: str) -> None:
-        """Send what may go now that one more gradient is there; autograd calls this."""
-        if self._listening and self._release.was_sent(parameter):
-            raise came_again(name)
+        """Send the buckets that one more gradient completes; called by autograd."""
+        if self._sending and self._release.was_sent(parameter):
+            raise gradient_changed_error(name)
         self._flat.gradients.ready(parameter)
-        if not self._listening:
+        if not self._sending:
             return
         for number in self._release.gradient(parameter):
-            self._start(number)
+            self._send(number)
 
-    def _start(self, number: int) -> None:
+    def _send(self, number: int) -> None:
         if self._check_finite:
-            self._look_at(number)
+            self._check_bucket(number)
         cut = self._cuts[number]
         if self._wire is None:
-            travels = typed(self._grads, cut.start, cut.stop, self._types[number])
+            bucket = typed(self._grads, cut.start, cut.stop, self._dtypes[number])
         else:
-            travels = self._wire.pack(cut.start, cut.stop)
+            bucket = self._wire.pack(cut.start, cut.stop)
         self._overlap.start()
-        self._handles[number] = self._collective.start_all_reduce(travels)
+        self._handles[number] = self._collective.start_all_reduce(bucket)
 
-    def _look_at(self, number: int) -> None:
+    def _check_bucket(self, number: int) -> None:
         """
-        Look for NaN and infinity in a bucket before it leaves: then others' gradients are in it.
+        Check a bucket for NaN and infinity while it still holds only this rank's gradients.
 
-        In one pass over it, or in those of its parameters that were not looked at in their hooks.
-        The view ends with this function: torch lets go of the GIL to free it, and once the
-        operation runs in its thread, that costs the backward a third of a millisecond a bucket.
+        One pass over the bucket, or only over parameters that were not checked in their hooks. The
+        view is freed with this function: torch releases the GIL to free it, and once the operation
+        runs in its thread, that costs backward a third of a millisecond per bucket.
         """
         cut, layout = self._cuts[number], self._layouts[number]
         run = self._grads[cut.start : cut.stop]
         if any(map(self._flat.gradients.finite, cut.parameters)):
-            slot = self._first_of_others(run, layout.pieces, self._types[number])
+            slot = self._first_non_finite(run, layout.pieces, self._dtypes[number])
         else:
             slot = first_non_finite(run, layout.segments, layout.pieces)
         if slot is not None:
-            self._broken = slot if self._broken is None else min(slot, self._broken)
+            self._non_finite = slot if self._non_finite is None else min(slot, self._non_finite)
 
-    def _first_of_others(self, run: Tensor, pieces: Sequence[Piece], dtype: str) -> int | None:
-        """Give the first slot that is not finite, of those that no hook has looked at."""
+    def _first_non_finite(self, run: Tensor, pieces: Sequence[Piece], dtype: str) -> int | None:
+        """Return the first slot that is not finite, of those not checked in their hooks."""
         for piece in pieces:
             if not self._flat.gradients.finite(piece.slot):
                 if not is_finite(typed(run, piece.start, piece.stop, dtype)):
                     return piece.slot
         return None
 
-    def _agree(self) -> None:
-        """Take over what rank 0 saw; where it had no samples, ask again after the next step."""
+    def _agree_on_order(self) -> None:
+        """Adopt rank 0's order of buckets; if it had no samples, try after the next step."""
         proposal = self._release.proposal()
         order, held = proposal or ([-1] * len(self._cuts), [False] * len(self._cuts))
         plan = torch.tensor([order, [int(h) for h in held]], device=self._grads.device)
@@ -356,11 +356,13 @@ class BucketReducer(Reducer):
 
 
 def cut_segments(flat: FlatModel, bucket_bytes: int) -> Iterator[Bucket]:
-    """Cut each segment into buckets, the last one first: what backward makes first is there."""
+    """Yield the buckets of each segment, the last first: backward computes its gradients first."""
     item = flat.grads.itemsize
     limit = first = bucket_bytes // item
     first = min(first, FIRST_BYTES // item)
-    for segment in reversed([one for one in flat.layout.segments if one.start < flat.layout.tail]):
+    for segment in reversed(flat.layout.segments):
+        if segment.start >= flat.layout.tail:
+            continue
         inside = [
             (index, slot.offset - segment.start)
             for index, slot in enumerate(flat.slots)

@@ -1,4 +1,4 @@
-"""Lossy ways to sum gradients, with error feedback: the largest entries, or low-rank factors."""
+"""Compressed all-reduce with error feedback: top-k entries or low-rank factors (PowerSGD)."""
 
 import time
 from abc import abstractmethod
@@ -28,17 +28,17 @@ from distplat.strategies.reduction.base import (
 
 class CompressedReducer(Reducer):
     """
-    A `Reducer` that sends less than the gradients, all at once when they are there.
+    A `Reducer` that sends compressed gradients, all at once after backward.
 
-    Takes two more vectors of the gradients' size. Alone in its group it does nothing at all.
+    Needs two more vectors of the gradients' size. With one rank nothing is compressed or sent.
 
     Args:
         flat: its gradients are set to zero: an all-reduce of them is timed here, as a baseline.
-        collective: the group; every rank makes its reducer at the same time.
-        check_finite: look for NaN and infinity in the gradients before they are exchanged.
+        collective: the group; construction is a collective operation.
+        check_finite: check the gradients for NaN and infinity before they are exchanged.
 
     Raises:
-        SpecError: the parameters are of several types.
+        SpecError: the parameters have several dtypes.
     """
 
     def __init__(
@@ -50,32 +50,32 @@ class CompressedReducer(Reducer):
         self._control = ControlSum(collective, len(flat.slots), flat.grads.device)
         self._grads = flat.grads[: flat.layout.tail]
         self.residual = torch.zeros_like(self._grads)
-        """What this rank has not sent yet: shape [n]."""
-        self._meant = torch.zeros_like(self._grads)
+        """Error feedback: the part of the gradients that this rank has not sent yet, shape [n]."""
+        self._target = torch.zeros_like(self._grads)
         self._alone = collective.world == 1
         sent, _ = traffic_elements(self._grads.numel(), collective.rank, collective.world)
         self._plain_bytes = sent * flat.grads.itemsize
-        self._travel_s = 0.0
+        self._exchange_s = 0.0
         self._baseline_s = 0.0 if self._alone else time_all_reduce(self._grads, collective)
         self._step, self._sending = Meter(collective), Meter(collective)
         self._figures: dict[str, float] = {}
 
     @abstractmethod
-    def _send(self, meant: Tensor) -> float:
+    def _send(self, target: Tensor) -> float:
         """
-        Write the sum over ranks of what is sent into `flat.grads`; take this rank's out of `meant`.
+        Write the sum of all ranks' compressed gradients into `flat.grads`.
 
         Args:
-            meant: shape [n]; left is what was not sent.
+            target: shape [n], gradient plus residual; the part that is sent is subtracted.
 
         Returns:
-            The squared 2-norm of what this rank sent.
+            The squared 2-norm of the part that this rank sent.
         """
 
     @override
     def finish(self, local: StepControl) -> StepControl:
-        """The control record goes first: of a step that is not finite nothing is sent, so residuals
-        stay as they are.
+        """The control record is summed first: nothing is sent in a step that is not finite, so
+        residuals stay unchanged.
         """
         local = local.looked_at(self._flat) if self._check_finite else local
         if self._alone:
@@ -86,14 +86,14 @@ class CompressedReducer(Reducer):
         if self._check_finite and not total.finite:
             return total
         self._sending.lap()
-        self._travel_s, began = 0.0, time.perf_counter()
+        self._exchange_s, began = 0.0, time.perf_counter()
         error_norm = self._exchange()
         seconds = time.perf_counter() - began
         lap = self._sending.lap()
         self._figures = {
-            "exposed_s": self._travel_s,
+            "exposed_s": self._exchange_s,
             "saved_bytes": self._plain_bytes - lap["sent_bytes"],
-            "compress_s": seconds - self._travel_s,
+            "compress_s": seconds - self._exchange_s,
             "baseline_s": self._baseline_s,
             "saved_s": self._baseline_s - (seconds - lap["waiting_s"]),
             "error_norm": error_norm,
@@ -106,32 +106,32 @@ class CompressedReducer(Reducer):
 
     def inherit(self, old: "CompressedReducer") -> None:
         """
-        Go on with the residual of a reducer of the same model that an earlier group had.
+        Take over the residual of an earlier group's reducer of the same model.
 
-        Ranks need not all do so: a new worker has none.
+        Not all ranks need to do so: a new worker has no residual.
         """
         self.residual.copy_(old.residual)
 
     def _exchange(self) -> float:
-        """Exchange with error feedback; give |not sent| / |meant|, 2-norms."""
-        torch.add(self.residual, self._grads, out=self._meant)
-        sent = self._send(self._meant)
-        self.residual, self._meant = self._meant, self.residual
+        """Exchange with error feedback; return |residual| / |target|, 2-norms."""
+        torch.add(self.residual, self._grads, out=self._target)
+        sent = self._send(self._target)
+        self.residual, self._target = self._target, self.residual
         left = squared_norm(self.residual)
-        # Both schemes send a part that is orthogonal to the rest, so the squares add up.
+        # Both schemes send a part that is orthogonal to the residual, so the squares add up.
         return float((left / (left + sent)) ** 0.5) if left else 0.0
 
     def _all_reduce(self, tensor: Tensor) -> None:
-        """Sum over the group, on the clock."""
+        """All-reduce, timed."""
         began = time.perf_counter()
         self._collective.all_reduce(tensor)
-        self._travel_s += time.perf_counter() - began
+        self._exchange_s += time.perf_counter() - began
 
     def _all_gather(self, outputs: Sequence[Tensor], tensor: Tensor) -> None:
-        """Collect from the group, on the clock."""
+        """All-gather, timed."""
         began = time.perf_counter()
         self._collective.all_gather(outputs, tensor)
-        self._travel_s += time.perf_counter() - began
+        self._exchange_s += time.perf_counter() - began
 
 
 _MOST_ELEMENTS = torch.iinfo(torch.int32).max
@@ -144,11 +144,11 @@ class TopKReducer(CompressedReducer):
     Args:
         flat: see `CompressedReducer`.
         collective: the group.
-        density: part of the entries that is sent, above 0 and up to 1; at least one entry is.
+        density: fraction of the entries to send, above 0 and up to 1; at least one entry.
         check_finite: see `CompressedReducer`.
 
     Raises:
-        ValueError: the model has more parameters than an int32 can number.
+        ValueError: the model has more parameters than int32 can index.
     """
 
     def __init__(
@@ -158,47 +158,47 @@ class TopKReducer(CompressedReducer):
             raise ValueError(f"topk sends indices as int32: at most {_MOST_ELEMENTS} parameters")
         super().__init__(flat, collective, check_finite=check_finite)
         self._count = entries_sent(density, flat.layout.tail)
-        # One message per rank, [values | indices], in words of 4 bytes whatever the values' dtype.
+        # One message per rank, [values | indices], as int32 words for any dtype of the values.
         words = _words(self._count, flat.grads.dtype) + self._count
-        self._wires = [
+        self._messages = [
             torch.zeros(words, dtype=torch.int32, device=flat.grads.device)
             for _ in range(collective.world)
         ]
 
     @override
-    def _send(self, meant: Tensor) -> float:
-        chosen = largest_indices(meant, self._count)
-        own_wire = self._wires[self._collective.rank]
-        self._values(own_wire).copy_(meant[chosen])
-        self._indices(own_wire).copy_(chosen)
-        sent = squared_norm(self._values(own_wire))
-        self._all_gather(self._wires, own_wire)
+    def _send(self, target: Tensor) -> float:
+        top = largest_indices(target, self._count)
+        message = self._messages[self._collective.rank]
+        self._values(message).copy_(target[top])
+        self._indices(message).copy_(top)
+        sent = squared_norm(self._values(message))
+        self._all_gather(self._messages, message)
         grads = self._grads.zero_()
-        indices = [self._indices(wire) for wire in self._wires]
-        add_sparse(grads, indices, [self._values(wire) for wire in self._wires])
-        meant.index_fill_(0, chosen, 0.0)
+        indices = [self._indices(message) for message in self._messages]
+        add_sparse(grads, indices, [self._values(message) for message in self._messages])
+        target.index_fill_(0, top, 0.0)
         return sent
 
-    def _values(self, wire: Tensor) -> Tensor:
+    def _values(self, message: Tensor) -> Tensor:
         dtype = self._grads.dtype
-        return wire[: _words(self._count, dtype)].view(dtype)[: self._count]
+        return message[: _words(self._count, dtype)].view(dtype)[: self._count]
 
-    def _indices(self, wire: Tensor) -> Tensor:
-        return wire[-self._count :]
+    def _indices(self, message: Tensor) -> Tensor:
+        return message[-self._count :]
 
 
 def _words(count: int, dtype: torch.dtype) -> int:
-    """Give the int32 words that so many values fill."""
+    """Return the number of int32 words that hold `count` values."""
     return -(-count * dtype.itemsize // 4)
 
 
 _SEED = 20190531
-"""Of the first directions: the same on every rank, whatever the job's seed is."""
+"""Seed of the initial factors: the same on every rank, independent of the job's seed."""
 
 
 @dataclass(frozen=True)
 class _Matrix:
-    """A parameter that is sent as factors."""
+    """A parameter whose gradient is sent as two factors."""
 
     slot: Slot
     shape: tuple[int, int]
@@ -208,18 +208,18 @@ class _Matrix:
     """View of `rights`: [r, cols]."""
 
     def view(self, vector: Tensor) -> Tensor:
-        """Give this parameter's part of a flat vector: [rows, cols]."""
+        """Return the view of this parameter in a flat vector: [rows, cols]."""
         return _part(vector, self.slot).view(self.shape)
 
 
 class PowerSGDReducer(CompressedReducer):
     """
-    Sums rank-r approximations of the gradient's matrices; all else is summed exactly.
+    Sums rank-r approximations of gradient matrices; other gradients are summed exactly.
 
     Args:
         flat: see `CompressedReducer`.
         collective: the group.
-        rank: of the factors. A matrix for which they would not be smaller is sent as it is.
+        rank: of the factors. A matrix that is not larger than its factors is sent as it is.
     """
 
     def __init__(
@@ -228,16 +228,16 @@ class PowerSGDReducer(CompressedReducer):
         super().__init__(flat, collective, check_finite=check_finite)
         shapes = [(slot, compression.matrix_shape(slot.shape, rank)) for slot in flat.trained_slots]
         large = [(slot, shape) for slot, shape in shapes if shape is not None]
-        self._others = [slot for slot, shape in shapes if shape is None]
+        self._plain_slots = [slot for slot, shape in shapes if shape is None]
         lefts = [rank * rows for _, (rows, _) in large]
         rights = [rank * cols for _, (_, cols) in large]
-        others = [slot.size for slot in self._others]
-        self._lefts = collective.share(flat.grads.new_empty(sum(lefts + others)))
+        plain = [slot.size for slot in self._plain_slots]
+        self._lefts = collective.share(flat.grads.new_empty(sum(lefts + plain)))
         self._rights = flat.grads.new_empty(sum(rights))
         if large:
             self._rights = collective.share(self._rights)
-        self._rest = self._lefts[sum(lefts) :]
-        self._rests = _cut(self._rest, others)
+        self._plain = self._lefts[sum(lefts) :]
+        self._plain_parts = _cut(self._plain, plain)
         self._matrices = [
             _Matrix(slot, shape, left.view(rank, -1), right.view(rank, -1))
             for (slot, shape), left, right in zip(
@@ -249,30 +249,32 @@ class PowerSGDReducer(CompressedReducer):
             m.right.copy_(compression.starting_factor(rank, m.shape[1], generator))
 
     @override
-    def _send(self, meant: Tensor) -> float:
+    def _send(self, target: Tensor) -> float:
         for m in self._matrices:
-            compression.left_factor(m.view(meant), m.right, out=m.left)
-        for slot, rest in zip(self._others, self._rests, strict=True):
-            rest.copy_(_part(meant, slot))
-            _part(meant, slot).zero_()
-        sent = squared_norm(self._rest)
+            compression.left_factor(m.view(target), m.right, out=m.left)
+        for slot, rest in zip(self._plain_slots, self._plain_parts, strict=True):
+            rest.copy_(_part(target, slot))
+            _part(target, slot).zero_()
+        sent = squared_norm(self._plain)
         self._all_reduce(self._lefts)
         for m in self._matrices:
             compression.orthonormalise(m.left)
-            compression.right_factor(m.view(meant), m.left, out=m.right)
-            compression.subtract_product(m.view(meant), m.left, m.right)
-        sent += squared_norm(self._rights)  # the lefts are orthonormal: the products' norm
+            compression.right_factor(m.view(target), m.left, out=m.right)
+            compression.subtract_product(m.view(target), m.left, m.right)
+        sent += squared_norm(
+            self._rights
+        )  # the norm of the products, as left factors are orthonormal
         if self._matrices:
             self._all_reduce(self._rights)
         self._write_sum()
         return sent
 
     def _write_sum(self) -> None:
-        """Fill `flat.grads` with what has come of all ranks."""
+        """Write the reduced gradients into `flat.grads`."""
         grads = self._grads
         for m in self._matrices:
             compression.write_product(m.left, m.right, out=m.view(grads))
-        for slot, rest in zip(self._others, self._rests, strict=True):
+        for slot, rest in zip(self._plain_slots, self._plain_parts, strict=True):
             _part(grads, slot).copy_(rest)
 
 
@@ -281,6 +283,6 @@ def _part(vector: Tensor, slot: Slot) -> Tensor:
 
 
 def _cut(vector: Tensor, sizes: list[int]) -> list[Tensor]:
-    """Give views of so many elements each, one after the other."""
+    """Return consecutive views of the given sizes."""
     stops = list(accumulate(sizes))
     return [vector[stop - size : stop] for size, stop in zip(sizes, stops, strict=True)]

@@ -1,7 +1,7 @@
 """
-ZeRO stage 1: every rank keeps the optimizer's state of one part (Rajbhandari et al., SC 2020).
+ZeRO stage 1: each rank holds the optimizer state of one part (Rajbhandari et al., SC 2020).
 
-    gradients   [ part 0 | part 1 | part 2 ]      of each rank its own term of the sum
+    gradients   [ part 0 | part 1 | part 2 ]      each rank's local gradients
                      | reduce-scatter
     rank 1                [ part 1 ]              summed
                      | clip by the norm over all parts, update with state of this part alone
@@ -9,10 +9,9 @@ ZeRO stage 1: every rank keeps the optimizer's state of one part (Rajbhandari et
                      | all-gather
     parameters  [ part 0 | part 1 | part 2 ]      the same on all ranks
 
-What travels is what an all-reduce sends, which is these two in a row; memory for the optimizer's
-state falls to 1/N. Most optimizers that a job may name act element by element, so a part by itself
-gets the update it would get in the whole vector. For those that look at whole tensors parts end
-where parameters do.
+Reduce-scatter plus all-gather send as much as one all-reduce; memory for optimizer state falls to
+1/N. Most optimizers act element by element, so a part gets the same update as within the whole
+vector. For optimizers that need whole tensors the vector is cut between parameters only.
 """
 
 import math
@@ -35,7 +34,7 @@ from distplat.strategies.model.parameter_layout import squared_norm_of, typed, t
 from distplat.strategies.reduction.base import ControlSum, Meter, Reducer
 
 _ALIGN = 16
-"""Elements: parts begin on a cache line, and where a vectorised loop over the whole would too."""
+"""Elements: parts start on a cache line, aligned as in a vectorised loop over the whole vector."""
 
 
 class ShardedUpdate(LocalOptimizer, Reducer):
@@ -43,22 +42,22 @@ class ShardedUpdate(LocalOptimizer, Reducer):
     Exchange and optimizer in one: `finish` sums gradients, `step` updates (see `Reducer`).
 
     Args:
-        flat: the model, on the vectors it will stay on.
+        flat: the model, on its final vectors.
         group: all ranks; with one rank nothing is exchanged.
-        job: its optimizer, schedule and clipping.
+        job: provides optimizer, schedule and clipping.
         total_steps: of the run, for the schedule.
     """
 
     def __init__(self, flat: FlatModel, group: Collective, job: Job, total_steps: int) -> None:
-        assert flat.layout.tail == flat.size, "parts are for all of a run: nothing may be unfrozen"
+        assert flat.layout.tail == flat.size, "parts are fixed for the run: no unfreezing"
         self._flat, self._job, self._total = flat, job, total_steps
         self._group, self._rank = group, group.rank
         bounds = split_evenly(flat.size, group.world, align=_ALIGN)
         if job.optimizer.whole:
             bounds = snap_to_boundaries(bounds, flat.layout.starts)
         self._gradients = [
-            [typed(flat.grads, a, b, one.dtype) for a, b in _cut_of(one, bounds)]
-            for one in flat.layout.segments
+            [typed(flat.grads, a, b, segment.dtype) for a, b in _cut_segment(segment, bounds)]
+            for segment in flat.layout.segments
         ]
         """By segment and rank."""
         self._parameters = [flat.params[start:stop] for start, stop in bounds]
@@ -77,7 +76,7 @@ class ShardedUpdate(LocalOptimizer, Reducer):
         """
         Sum the gradients of this rank's part over all ranks, in place; see `Reducer`.
 
-        Unlike with other reducers the rest of `flat.grads` stays this rank's own.
+        Unlike other reducers this leaves the rest of `flat.grads` with local gradients.
 
         Raises:
             CollectiveError: a rank is missing.
@@ -99,7 +98,7 @@ class ShardedUpdate(LocalOptimizer, Reducer):
     @override
     def _update(self, step: int, present: Presence) -> None:
         """
-        Update this rank's part, and take the other parts over from the other ranks.
+        Update this rank's part, then gather the parts of the other ranks.
 
         Raises:
             CollectiveError: a rank is missing.
@@ -112,7 +111,7 @@ class ShardedUpdate(LocalOptimizer, Reducer):
 
     @override
     def average(self) -> Tensor:
-        """Put together of all ranks' parts.
+        """Gathered from all ranks' parts.
 
         Raises:
             CollectiveError: a rank is missing.
@@ -129,12 +128,12 @@ class ShardedUpdate(LocalOptimizer, Reducer):
         return {**self._meter.lap(), "exposed_s": self._exchange_s}
 
     def state(self) -> dict[str, Tensor]:
-        """Give nothing: each rank has a part, and no rank can hand over what another needs."""
+        """Return nothing: no rank can send the part that another rank needs."""
         return {}
 
     @override
     def _norm(self) -> float:
-        """Give the 2-norm of the summed gradient over all parts, the same bits on every rank."""
+        """Return the 2-norm of the summed gradient over all parts, bitwise equal on all ranks."""
         square = torch.tensor(
             [squared_norm_of(self._gradient, self._layout.segments)],
             dtype=torch.float64,
@@ -145,7 +144,7 @@ class ShardedUpdate(LocalOptimizer, Reducer):
         return math.sqrt(float(square))
 
 
-def _cut_of(segment: Segment, bounds: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
-    """Give what of a segment each rank has; of some it may be nothing."""
+def _cut_segment(segment: Segment, bounds: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Return each rank's range of a segment, possibly empty."""
     cut = [(max(segment.start, a), min(segment.stop, b)) for a, b in bounds]
     return [(a, max(a, b)) for a, b in cut]

@@ -1,1 +1,1 @@
-"""Servers of parameters and of embedding tables: what each keeps, and how many workers call it."""
+"""Parameter servers and embedding servers: their stores, and the server that workers call."""

@@ -1,4 +1,4 @@
-"""What the answers of servers come to, for clients of parameters and of tables."""
+"""Merging of replies from several servers, for clients of shards and of embedding tables."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -16,7 +16,7 @@ from distplat.strategies.server.server import ShardServer
 from distplat.strategies.server.table_store import TableServer
 
 LOOK_S = 1.0
-"""How long one question waits for the other ranks."""
+"""How long one request waits for ranks that are behind."""
 
 Copy = TypeVar("Copy", ShardCopy, TablesCopy)
 
@@ -25,13 +25,13 @@ def merge_push_replies(
     answers: Sequence[ServerReply], traffic: Sequence[tuple[int, int]]
 ) -> Pushed:
     """
-    Put together what all shards answered to a push, or to a commit.
+    Merge the replies of all shards to a push or a commit.
 
     Args:
         answers: by shard.
-        traffic: by shard, bytes of gradients that it read and of parameters that it gave.
+        traffic: by shard, bytes of gradients received and of parameters sent.
     """
-    squares = [one.squared_norm for one in answers if one.squared_norm is not None]
+    squares = [answer.squared_norm for answer in answers if answer.squared_norm is not None]
     norm = sum(squares) ** 0.5
     return Pushed(
         None if all(answer.committed for answer in answers) else norm,
@@ -49,19 +49,19 @@ def merge_push_replies(
 
 
 def shard_copy(start: int, server: ShardServer, version: int, limit_s: float) -> ShardCopy:
-    """Give what a shard has kept of a version; its `ref` is the tensors themselves."""
-    steps, kept = server.take_copies(version, limit_s)
-    if kept is None:
+    """Return a shard's checkpoint copies of a version; `ref` holds the tensors themselves."""
+    steps, copies = server.take_copies(version, limit_s)
+    if copies is None:
         return ShardCopy(steps, start)
-    state = {name: value for name, value in kept.items() if name}
-    kinds, used = vector_specs_of(state)
-    tensors = [kept[""], *(value for name, value in state.items() if name != USED)]
-    kinds = [vector_spec_of("model", tensors[0]), *kinds]
-    return ShardCopy(steps, start, tuple(kinds), tensors, used)
+    state = {name: value for name, value in copies.items() if name}
+    specs, used = vector_specs_of(state)
+    tensors = [copies[""], *(value for name, value in state.items() if name != USED)]
+    specs = [vector_spec_of("model", tensors[0]), *specs]
+    return ShardCopy(steps, start, tuple(specs), tensors, used)
 
 
 def tables_copy(server: TableServer, version: int, limit_s: float) -> TablesCopy:
-    """Give what an embedding server has kept of a version; its `ref` is the arrays themselves."""
+    """Return an embedding server's checkpoint copies of a version; `ref` holds the arrays."""
     steps, bundle = server.take_copies(version, limit_s)
     if bundle is None:
         return TablesCopy(steps)
@@ -70,26 +70,26 @@ def tables_copy(server: TableServer, version: int, limit_s: float) -> TablesCopy
 
 
 def fetch_copies(
-    asks: Sequence[Callable[[float], Copy]], version: int, patience_s: float
+    requests: Sequence[Callable[[float], Copy]], version: int, patience_s: float
 ) -> list[Copy] | None:
     """
-    Fetch what all servers have kept of a version.
+    Fetch the checkpoint copies of a version from all servers.
 
     Args:
-        asks: by server; waits for ranks that are behind, at most so many seconds.
+        requests: by server; the argument is how many seconds to wait for ranks that are behind.
         version: steps.
-        patience_s: how long no rank may make a step.
+        patience_s: longest time without progress of any rank.
 
     Returns:
-        None: a shard has its copies no more, or nobody moves.
+        The copies; None if a server no longer has them, or no rank makes progress.
     """
     copies = []
-    for ask in asks:
-        before, until = -1, time.monotonic() + patience_s
-        while (copy := ask(min(LOOK_S, patience_s))).ref is None:
-            if copy.steps >= version or time.monotonic() > until:
+    for request in requests:
+        last_steps, deadline = -1, time.monotonic() + patience_s
+        while (copy := request(min(LOOK_S, patience_s))).ref is None:
+            if copy.steps >= version or time.monotonic() > deadline:
                 return None
-            if copy.steps > before:
-                before, until = copy.steps, time.monotonic() + patience_s
+            if copy.steps > last_steps:
+                last_steps, deadline = copy.steps, time.monotonic() + patience_s
         copies.append(copy)
     return copies

@@ -1,19 +1,19 @@
 """
-One parameter-server shard: parameters, optimizer state and the ledger of what was applied.
+One parameter-server shard: parameters, optimizer state, and the ledger of applied pushes.
 
-Plain: a shard waits for nobody. It says what it has; its server decides how to wait. A synchronous
-shard is one whose ledger wants every rank's gradient for an update, which is that of their sum; an
-asynchronous one makes an update of each (`staleness.py`).
+A shard never blocks: its server does the waiting. A synchronous shard sums the gradients of all
+ranks and applies one update per step; an asynchronous shard applies one update per push
+(`staleness.py`).
 
-Of several synchronous shards each commits by itself, so for a moment one may be a version ahead of
-another, or of the embedding tables beside it. It keeps the version before until the first push of
-the next step proves that all are past it:
+Synchronous shards commit independently, so one shard may briefly be a version ahead of another
+shard or of the embedding tables. Each shard keeps its previous version until the first push of the
+next step proves that all shards have committed:
 
-    shard 0   version 4   | commit: 5, keeps 4      | a push for 5: lets 4 go, keeps 5 ...
+    shard 0   version 4   | commit: 5, keeps 4      | push for 5: drops 4, keeps 5 ...
     shard 1   version 4              | commit: 5, keeps 4    |
                                      ^ both have 4 until here, both have 5 from here on
 
-So there is always a version that every shard can give, whoever dies at whatever moment (I3).
+So at any moment there is a version that every shard can return, whichever process dies (I3).
 """
 
 from collections.abc import Mapping, Sequence
@@ -55,7 +55,7 @@ _COPIED = (
     "_ledger",
     "staleness",
     "seen",
-    "_before_version",
+    "_previous_version",
     "_segments",
     "_unfreezing",
     "settings",
@@ -63,58 +63,60 @@ _COPIED = (
 )
 
 
-def _ledger_of(plan: ShardPlan) -> Ledger:
-    who, consistency = (plan.run, plan.attempt, plan.world), plan.consistency
+def _build_ledger(plan: ShardPlan) -> Ledger:
+    identity, consistency = (plan.run, plan.attempt, plan.world), plan.consistency
     if not consistency.asynchronous:
-        return StepLedger(*who, consistency.backup_workers)
-    return TaskLedger(*who) if plan.own_loop is None else LoopLedger(*who, consistency.bound)
+        return StepLedger(*identity, consistency.backup_workers)
+    if plan.own_loop is None:
+        return TaskLedger(*identity)
+    return LoopLedger(*identity, consistency.bound)
 
 
 class DenseStore(ServerStore, ReplicatedStore):
     """
-    A run of the flat parameter vector and all that belongs to it.
+    A contiguous range of the flat parameter vector, with its optimizer state and ledger.
 
     Args:
-        plan: the run's facts.
-        params: shape [m]; updated in place. Holds nothing of worth until `restore`.
+        plan: range, layout and job of the shard.
+        params: shape [m]; updated in place. Its values are undefined until `restore`.
     """
 
     def __init__(self, plan: ShardPlan, params: Tensor) -> None:
         self._plan, self.params = plan, params
-        self._job = plan.job.with_plateau()  #: with what evaluations make of its rates
+        self._job = plan.job.with_plateau()  #: its learning rates also depend on evaluations
         self._plateau = self._job.plateau
-        self.backup_link: BackupLink | None = None  #: the way to a backup
+        self.backup_link: BackupLink | None = None
         self._layout = layout_of(plan, params)
-        every, tail = self._layout.segments, self._layout.tail
-        self._segments = tuple(one for one in every if one.start < tail)
-        self._unfreezing = [one for one in self._layout.pieces if one.start >= tail]
-        self._ledger, own = _ledger_of(plan), plan.own_loop
+        segments, tail = self._layout.segments, self._layout.tail
+        self._segments = tuple(segment for segment in segments if segment.start < tail)
+        self._unfreezing = [piece for piece in self._layout.pieces if piece.start >= tail]
+        self._ledger, own_loop = _build_ledger(plan), plan.own_loop
         asynchronous = plan.consistency.asynchronous
-        self.staleness = Staleness(plan, params, every) if asynchronous else None
-        #: the parameters are sums of gradients, and nothing is updated
-        self._sums = own is not None and own.optimizer is None
+        self.staleness = Staleness(plan, params, segments) if asynchronous else None
+        #: the parameters are sums of gradients, and no optimizer updates them
+        self._sums_only = own_loop is not None and own_loop.optimizer is None
         self.settings: tuple[float, ...] = ()
-        """What came with the pushes of the staged update, or of the one that was applied last."""
+        """Settings sent with the pushes of the staged update, or else of the last one applied."""
         self.skipped = False
-        """Whether the last update moved nothing, because its step was left out."""
-        self._gradients: dict[int, Tensor] = {}  #: rank -> what it has pushed of this step
+        """Whether the last update changed nothing because its step was skipped."""
+        self._gradients: dict[int, Tensor] = {}  #: rank -> its gradient of this step
         self._controls: dict[int, StepControl] = {}  #: rank -> its control record of this step
-        self._pushed: PushId | None = None  #: asynchronous: whose gradient is staged
-        #: of all ranks, or as an asynchronous update takes it, where it is a worker's own vector
-        borrows = self._sums or self.staleness is not None
+        self._pushed: PushId | None = None  #: asynchronous: push whose gradient is staged
+        # An asynchronous update reads the worker's own vector: no vector is needed for the sum.
+        borrows = self._sums_only or self.staleness is not None
         self._sum = params if borrows else torch.zeros_like(params)
         vectors, ema = (params, self._sum, self._layout), plan.job.ema
-        chosen = own.optimizer if own is not None else None
-        self.optimizer = optimizer_of(chosen or plan.job.optimizer, *vectors, ema)
-        self.total = StepControl()  #: of the staged sum, or of the step applied last
+        loop_optimizer = own_loop.optimizer if own_loop is not None else None
+        self.optimizer = optimizer_of(loop_optimizer or plan.job.optimizer, *vectors, ema)
+        self.total = StepControl()  #: of the staged sum, or of the last step applied
         self.seen: NDArray[np.bool_] = np.zeros(self._layout.parameters, np.bool_)
-        """By parameter of the model, whether it has had a gradient yet, on any rank."""
-        self._present: bytes | None = None  #: of the staged sum: parameters that are updated
-        self._scale = 1.0  #: of the staged sum: what it is still to be multiplied by
-        self.squared_norm: float | None = None  #: of the staged sum, once complete and wanted
-        apart = plan.shards > 1 or plan.job.embeddings is not None
-        self._before = params.clone() if apart and not borrows else None
-        self._before_version: int | None = None  #: version of `_before`
+        """By parameter of the model, whether any rank has computed a gradient for it yet."""
+        self._present: bytes | None = None  #: of the staged sum: flags of updated parameters
+        self._scale = 1.0  #: factor that the staged sum is still to be multiplied by
+        self.squared_norm: float | None = None  #: of the staged sum, if complete and needed
+        commits_apart = plan.shards > 1 or plan.job.embeddings is not None
+        self._previous = params.clone() if commits_apart and not borrows else None
+        self._previous_version: int | None = None  #: version of `_previous`
         self._copies = CheckpointCopies[dict[str, Tensor]](plan.checkpoint_every, plan.total_steps)
 
     @property
@@ -129,7 +131,7 @@ class DenseStore(ServerStore, ReplicatedStore):
 
     @property
     def steps(self) -> int:
-        """Steps that every rank has made here, or of which every task is made."""
+        """Steps completed by every rank, or whose tasks are all applied."""
         return self._ledger.steps
 
     @property
@@ -155,15 +157,15 @@ class DenseStore(ServerStore, ReplicatedStore):
 
     def restore(self, version: int, state: Mapping[str, Tensor] | None = None) -> None:
         """
-        Declare `params` to be of this version; from now on the shard takes pushes.
+        Set the version of `params` and start accepting pushes.
 
         Args:
-            version: steps that they have behind them.
-            state: what the optimizer remembers of them; None: nothing.
+            version: number of completed steps.
+            state: optimizer state; None: a fresh optimizer.
         """
         self.optimizer.load(state or {})
         self._ledger.restore(version)
-        self._before_version = None
+        self._previous_version = None
         if self.staleness is not None:
             self.staleness.restore(self.version)
 
@@ -174,22 +176,22 @@ class DenseStore(ServerStore, ReplicatedStore):
 
     def values(self, version: int) -> Tensor:
         """
-        Give the parameters of a version, shape [m]: the present one, or the one before.
+        Return the parameters of the current or the previous version, shape [m].
 
         Raises:
-            StaleError, GapError: it is not here any more, or not yet.
+            StaleError, GapError: the shard has dropped this version, or not reached it.
         """
         if version == self.version:
             return self.params
-        if version == self._before_version and self._before is not None:
-            return self._before
-        kind = GapError if version > self.version else StaleError
-        raise kind(f"version {version} is not here: the shard is at {self.version}")
+        if version == self._previous_version and self._previous is not None:
+            return self._previous
+        error_cls = GapError if version > self.version else StaleError
+        raise error_cls(f"version {version} is not here: the shard is at {self.version}")
 
     @override
     def take_copies(self, version: int) -> dict[str, Tensor] | None:
-        """Those of an asynchronous shard were made when the last task of step
-        `version - 1` was applied, and later tasks may be in them, too.
+        """An asynchronous shard copies when the last task of step `version - 1` is applied, so
+        the copies may include later tasks.
         """
         return self._copies.take(version, self.steps, self._copy)
 
@@ -203,7 +205,7 @@ class DenseStore(ServerStore, ReplicatedStore):
 
     @override
     def head(self, control: StepControl | None) -> tuple[float, ...]:
-        """An asynchronous push is decided by itself."""
+        """An asynchronous update consists of a single push."""
         alone = control is not None and self.staleness is not None
         return control.head if alone and control is not None else self.total.head
 
@@ -218,40 +220,40 @@ class DenseStore(ServerStore, ReplicatedStore):
         return self.version
 
     def record_pull(self, rank: int, version: int, values: Tensor) -> None:
-        """Note what a worker computes on; a synchronous shard has nothing to note."""
+        """See `Staleness.record_pull`; does nothing on a synchronous shard."""
         if self.staleness is not None:
-            self.staleness.make_room(rank, self.version, self.params)
+            self.staleness.ensure_rank(rank, self.version, self.params)
             self.staleness.record_pull(rank, version, values)
 
     def push(self, push: PushId, gradient: Tensor, control: StepControl | None = None) -> Verdict:
         """
-        Stage a gradient, and the sum of all once they are complete.
+        Stage a gradient, and compute the sum once all ranks have pushed.
 
         Args:
-            push: its identity.
-            gradient: shape [m]; must not change until the step is committed. An asynchronous
-                shard's is of the mean loss over the worker's own samples.
+            push: identity of the push.
+            gradient: shape [m]; must not change until the step is committed. For an asynchronous
+                shard it is the gradient of the mean loss over the worker's own samples.
             control: the rank's control record; None: it has a gradient of every parameter.
 
         Raises:
-            ProtocolError: see `Ledger.offer`; nothing is changed.
+            ProtocolError: see `Ledger.offer`; the store is unchanged.
         """
         if gradient.shape != self.params.shape:
             raise ValueError(f"gradient has shape {gradient.shape}, shard {self.params.shape}")
         verdict = self._ledger.offer(push)
         if self.staleness is not None:
-            self.staleness.make_room(push.rank, self.version, self.params)
+            self.staleness.ensure_rank(push.rank, self.version, self.params)
         if verdict is Verdict.NEW:
-            self._keep_present()
+            self._save_previous()
             self._gradients[push.rank] = gradient
-            record = control or everything(self._layout)
+            record = control or full_control(self._layout)
             if record.settings is not None:
                 self.settings = tuple(record.settings.tolist())
                 record = replace(record, settings=None)
             self._controls[push.rank] = record
             self._pushed = push
             if self._ledger.complete:
-                self._add_up()
+                self._sum_gradients()
         return verdict
 
     @override
@@ -276,17 +278,17 @@ class DenseStore(ServerStore, ReplicatedStore):
 
     @override
     def follow(self, change: Change, gradient: Tensor) -> None:
-        """`gradient` is summed and clipped, or corrected, shape [m]."""
-        assert isinstance(change, Update), "a shard is told of updates alone"
+        """`gradient`, shape [m], is the clipped sum, or one rank's gradient after compensation."""
+        assert isinstance(change, Update), "shards replicate updates only"
         push, steps = change.push, self.steps
         if self.staleness is None:
-            self._keep_present()
+            self._save_previous()
             self.settings = change.settings
-            self._look_for_unfrozen(change.present)
+            self._note_present(change.present)
             self._sum.copy_(gradient)
             self._ledger.restore(change.version + 1)
         else:
-            assert push is not None, "an asynchronous update is one rank's"
+            assert push is not None, "an asynchronous update comes from one push"
             self.staleness.follow(change, push.rank, self.params)
             if push.attempt > self._ledger.attempt:
                 self.renew(push.attempt)
@@ -297,57 +299,58 @@ class DenseStore(ServerStore, ReplicatedStore):
 
     @override
     def snapshot(self) -> StoreSnapshot:
-        vectors = {"params": self.params, **({} if self._before is None else {"_": self._before})}
-        vectors |= {f"optimizer/{name}": one for name, one in self.optimizer.state().items()}
+        previous = {} if self._previous is None else {"_": self._previous}
+        vectors = {"params": self.params, **previous}
+        vectors |= {f"optimizer/{name}": state for name, state in self.optimizer.state().items()}
         attributes = {name: deepcopy(getattr(self, name)) for name in _COPIED}
-        return StoreSnapshot({name: one.clone() for name, one in vectors.items()}, attributes)
+        return StoreSnapshot({name: vector.clone() for name, vector in vectors.items()}, attributes)
 
     @override
     def load_snapshot(self, snapshot: StoreSnapshot) -> None:
         vectors: dict[str, Tensor] = dict(snapshot.vectors)
         self.params.copy_(vectors.pop("params"))
-        if self._before is not None:
-            self._before.copy_(vectors.pop("_"))
+        if self._previous is not None:
+            self._previous.copy_(vectors.pop("_"))
         for name, value in snapshot.attributes.items():
             setattr(self, name, value)
-        self.optimizer.load({k.removeprefix("optimizer/"): one for k, one in vectors.items()})
+        self.optimizer.load({k.removeprefix("optimizer/"): state for k, state in vectors.items()})
 
-    def _update(self, update: Update, before: int) -> None:
-        """Make the update of `_sum`, and copy what a checkpoint of a step just made wants."""
-        if self._sums:
+    def _update(self, update: Update, steps_before: int) -> None:
+        """Apply `_sum`, and copy the shard if a checkpoint of a completed step is due."""
+        if self._sums_only:
             return
         self.skipped = not update.applied
         schedule_step, scale = update.version, 1.0
         if self.staleness is not None:
             scale = self.staleness.applied(update)
-            # An update of each worker is one step.
+            # One update of each worker makes one step of the schedule.
             schedule_step = update.version // self._ledger.world
-            self.optimizer.use(self._sum)  # may be the worker's own vector: it is only read
-        rates = [rate * scale for rate in self._rates(schedule_step)]
+            self.optimizer.use(self._sum)  # may be the worker's own vector, which is only read
+        rates = [rate * scale for rate in self._learning_rates(schedule_step)]
         self.optimizer.step(rates, from_flags(update.present), applied=update.applied)
-        for steps in range(before + 1, self.steps + 1):  # several, after a slow rank
+        for steps in range(steps_before + 1, self.steps + 1):  # several steps after a slow rank
             self._copies.copy_if_due(steps, self._copy)
 
-    def _rates(self, schedule_step: int) -> Sequence[float]:
-        """Give the learning rates of an update, before they are scaled."""
+    def _learning_rates(self, schedule_step: int) -> Sequence[float]:
+        """Return the learning rates of an update, before scaling by staleness."""
         plan = self._plan
         if plan.own_loop is not None and self.settings:
-            assert isinstance(self.optimizer, FlatOptimizer), "others are refused"
+            assert isinstance(self.optimizer, FlatOptimizer), "other optimizers are refused"
             return self.optimizer.adjust(plan.own_loop.settings, np.array(self.settings))
         if self._plateau is not None:
             self._plateau.known = PlateauState.of(self.settings)
         return rate_of(self._job, schedule_step, plan.total_steps)
 
     def _copy(self) -> dict[str, Tensor]:
-        """Copy the shard: by torch's names, shape [m] or none; parameters under the empty name."""
+        """Copy the shard: torch's names -> shape [m] or scalar; parameters have the empty name."""
         vectors = {"": self.params, **self.optimizer.state()}
         return {name: value.detach().clone() for name, value in vectors.items()}
 
     def _typed(self, vector: Tensor) -> list[Tensor]:
         return typed_views(vector, self._segments)
 
-    def _look_for_unfrozen(self, flags: bytes | None) -> None:
-        """Have the tail take part once one of its parameters does."""
+    def _note_present(self, flags: bytes | None) -> None:
+        """Record which parameters have a gradient; include the tail once one of its has."""
         if flags is None:
             return
         self.seen = self.seen | np.frombuffer(flags, np.bool_)
@@ -358,14 +361,17 @@ class DenseStore(ServerStore, ReplicatedStore):
         self._gradients.clear()
         self._controls.clear()
 
-    def _keep_present(self) -> None:
-        """Every shard has the present version, or nobody could push a gradient made with it."""
-        if self._before is not None and self._before_version != self.version:
-            self._before.copy_(self.params)
-            self._before_version = self.version
+    def _save_previous(self) -> None:
+        """Copy the current version over the previous one.
 
-    def _add_up(self) -> None:
-        """Make of what is staged the gradient of an update, and let go of the ranks' vectors."""
+        A push was computed on the current version, so every shard has reached it.
+        """
+        if self._previous is not None and self._previous_version != self.version:
+            self._previous.copy_(self.params)
+            self._previous_version = self.version
+
+    def _sum_gradients(self) -> None:
+        """Compute the gradient of the update from the staged ones, and release the latter."""
         ranks = sorted(self._gradients)
         self.total = StepControl.total([self._controls[rank].pack() for rank in ranks])
         self._present = flags_of(self.total, self._plan.job.failure.non_finite)
@@ -374,15 +380,15 @@ class DenseStore(ServerStore, ReplicatedStore):
             staged = self._gradients[rank], self.params
             self._sum = self.staleness.compensated(rank, self.version, *staged)
         else:
-            self._look_for_unfrozen(self.total.present.tobytes())
-            self._add_in_order([self._typed(self._gradients[rank]) for rank in ranks])
+            self._note_present(self.total.present.tobytes())
+            self._sum_in_order([self._typed(self._gradients[rank]) for rank in ranks])
         self._forget_pushes()
 
-    def _add_in_order(self, parts: list[list[Tensor]]) -> None:
+    def _sum_in_order(self, parts: list[list[Tensor]]) -> None:
         """Sum in rank order (I2)."""
         plan, world = self._plan, self._ledger.world
         backup = plan.consistency.backup_workers
-        # With backup workers still a mean, over the samples that are there.
+        # With backup workers the gradient is a mean over the samples of the ranks in the step.
         self._scale = self.total.scale * (world / (world - backup) if backup else 1.0)
         for terms, out in zip(zip(*parts, strict=True), self._typed(self._sum), strict=True):
             sum_in_order(terms, out)
@@ -392,35 +398,32 @@ class DenseStore(ServerStore, ReplicatedStore):
 
 
 def layout_of(plan: ShardPlan, params: Tensor) -> Layout:
-    """Give what lies where in a shard; a plan without it has a single parameter."""
+    """Return the shard's layout; a plan without one has a single parameter."""
     return plan.layout or plain_layout(params.numel(), dtype_name(params))
 
 
-def everything(layout: Layout) -> StepControl:
-    """Give the record of a rank that has a gradient of every parameter."""
+def full_control(layout: Layout) -> StepControl:
+    """Return the control record of a rank that has a gradient of every parameter."""
     return StepControl(1.0, 1.0, present=np.ones(layout.parameters, np.bool_))
 
 
 def flags_of(total: StepControl, policy: NonFinitePolicy) -> bytes:
     """
-    Say which parameters an update moves: of a step that is left out, none.
+    Return a byte per parameter: whether the update changes it; all 0 for a skipped step.
 
     Args:
         total: the control record of the step.
         policy: `failure.non_finite` of the job.
-
-    Returns:
-        A byte for each parameter.
     """
     present = total.present
     return (present if applies(total, policy) else np.zeros_like(present)).tobytes()
 
 
 def applies(total: StepControl, policy: NonFinitePolicy) -> bool:
-    """Say whether a step is applied, and not left out; see `flags_of`."""
+    """Return whether a step is applied rather than skipped."""
     return total.finite or policy == "ignore"
 
 
 def from_flags(flags: bytes | None) -> NDArray[np.bool_] | None:
-    """Unpack what `flags_of` gave."""
+    """Unpack the result of `flags_of`."""
     return None if flags is None else np.frombuffer(flags, np.bool_)

@@ -1,18 +1,18 @@
 """
-A server that many workers call at once: locks, waits with deadlines, answers. One for all stores.
+A server for concurrent calls of many workers: locks, waits with deadlines, replies.
 
-    push ─▶ ledger ─ new ─▶ stage ─ complete? ─▶ update ─▶ backup has it ─▶ deliver, answer
+    push ─▶ ledger ─ new ─▶ stage ─ complete? ─▶ update ─▶ backup confirms ─▶ deliver, reply
                │                       │
                │                       └ no ─▶ wait for the other ranks
-               ├─── late ─────────────────────────────────────────────────▶ deliver, answer
-               └─── repeat ────────────────────────────────────────────────▶ the same answer
+               ├─── late ─────────────────────────────────────────────────▶ deliver, reply
+               └─── repeat ────────────────────────────────────────────────▶ the same reply
 
-A synchronous store is complete when every rank has pushed, so the thread that brings the last
-gradient applies them all; an asynchronous one with each push, so nobody waits. What a gradient is,
-and how it is applied, is the store's; how values reach a worker the server node's (`deliver`).
-Calls come in on one thread per worker; whoever has to wait sleeps on a condition. Values are
-delivered with the lock held and while their worker stands in the call, so that it never computes on
-a vector that is half of one version and half of another.
+A step of a synchronous store is complete when every rank has pushed: the thread of the last push
+applies the sum. An asynchronous store applies each push at once. The store defines what a gradient
+is and how it is applied; the server node defines how values reach a worker (`deliver`). Each worker
+calls on a thread of its own, and waiting threads sleep on a condition. Values are delivered under
+the lock, while the worker blocks in its call, so a worker never computes on a vector that mixes two
+versions.
 """
 
 import threading
@@ -40,12 +40,12 @@ from distplat.strategies.server.store import ServerStore
 
 Result = TypeVar("Result")
 Deliver = Callable[[Any, int], Any]
-"""Bring a store's values, of the given version, to a worker; what it gives goes into the answer."""
+"""Delivers a store's values of a version to a worker; the result becomes the reply's payload."""
 
 
 @dataclass(frozen=True)
 class ServerLimits:
-    """How long a server waits, in seconds."""
+    """Deadlines of a server, in seconds."""
 
     start_s: float
     step_s: float
@@ -56,37 +56,37 @@ S = TypeVar("S", bound=ServerStore)
 
 class Server(Generic[S]):
     """
-    A store at work.
+    Serves a store to many workers.
 
     Args:
         name: of the server node, for messages.
-        store: what it serves; to be touched with the lock held, see `exclusively`.
+        store: accessed with the lock held only, see `exclusively`.
         limits: deadlines.
     """
 
     def __init__(self, name: str, store: S, limits: ServerLimits) -> None:
         self._name, self.store, self._limits = name, store, limits
         self._changed = threading.Condition()
-        #: by rank: number and answer of its last pull, of its last push
+        #: by rank: number and reply of its last pull and of its last push
         self._pulls: dict[int, tuple[int, ServerReply | None]] = {}
         self._pushes: dict[int, tuple[int, ServerReply]] = {}
-        self._came: set[int] = set()  #: ranks that have pulled in this attempt
-        self._opened_at: int | None = None  #: the step with which an attempt began
+        self._pulled: set[int] = set()  #: ranks that have pulled in this attempt
+        self._opened_at: int | None = None  #: first step of the attempt
         self._queue = PushQueue()
-        self._queued: dict[int, QueuedPush] = {}  #: rank -> its push that is staged, as it came
+        self._queued: dict[int, QueuedPush] = {}  #: rank -> queue entry of its staged push
         self._loads: dict[int, tuple[float, float, int]] = {}  #: by rank: see `ServerReply.apply_s`
-        self._fenced_by: DistplatError | None = None  #: why this server may answer nothing more
+        self._fenced_by: DistplatError | None = None  #: why this server must not reply any more
 
     def take_copies(self, version: int, limit_s: float) -> tuple[int, Any]:
         """
-        Give the copies that were made of a version, once.
+        Return and drop the checkpoint copies of a version.
 
         Args:
             version: steps.
-            limit_s: how long to wait for ranks that are behind it.
+            limit_s: how long to wait for ranks that are behind.
 
         Returns:
-            Steps of the slowest rank, and the copies; None: they are not here.
+            Completed steps of the slowest rank, and the copies; None: there are none.
         """
         with self._changed:
             ledger = self.store.ledger
@@ -95,17 +95,17 @@ class Server(Generic[S]):
 
     def pull(self, pull: PullId, deliver: Deliver, *, again: bool = False) -> ServerReply:
         """
-        Give the newest values, once there are any.
+        Return the newest values, after waiting until the store is restored.
 
         Args:
-            pull: its name; one that comes late, or again, must not touch the worker's values.
-            deliver: brings them.
-            again: they may be brought a second time for one pull: not into the worker's memory.
+            pull: identity of the pull; a late or repeated pull must not touch the worker's values.
+            deliver: delivers the values.
+            again: the values may be delivered twice, since not into the worker's memory.
 
         Raises:
             StaleError: the worker is past this pull.
-            FencedError: it is one of another attempt.
-            DeadlineExceeded: nobody restored the store.
+            FencedError: the pull is of another attempt.
+            DeadlineExceeded: the store was not restored in time.
         """
         with self._changed:
             what, rank = f"parameters of {self._name}", pull.rank
@@ -116,47 +116,46 @@ class Server(Generic[S]):
             self._check_not_fenced()
             self.check_attempt(pull.attempt, "a pull")
             self._wait_for_ranks(rank, what)
-            last, answer = self._pulls.get(rank, (-1, None))
-            if pull.number < last or (pull.number == last and answer is None):
-                late = f"pull {pull.number} of rank {rank} refused: it has gone on since"
+            last, reply = self._pulls.get(rank, (-1, None))
+            if pull.number < last or (pull.number == last and reply is None):
+                late = f"pull {pull.number} of rank {rank} refused: the rank is past it"
                 raise StaleError(late)
-            if pull.number > last or answer is None or again:
-                answer = self._take(rank, deliver, 0.0, ())
-                self._pulls[rank] = pull.number, answer
-            return answer
+            if pull.number > last or reply is None or again:
+                reply = self._deliver(rank, deliver, 0.0, ())
+                self._pulls[rank] = pull.number, reply
+            return reply
 
     def _wait_for_ranks(self, rank: int, what: str) -> None:
         """
-        Have an attempt begin with all ranks, where steps are made without those that are late.
+        Wait until all ranks have pulled, where steps do not wait for late ranks.
 
-        One that came later would begin with the others' step, and have no part in the evaluations
-        before.
+        A rank that started later would join at the others' step and miss earlier evaluations.
         """
         ledger = self.store.ledger
         if not ledger.drops_late:
             return
 
         def missing() -> list[int]:
-            return [one for one in range(ledger.world) if one not in self._came]
+            return [rank for rank in range(ledger.world) if rank not in self._pulled]
 
-        self._came.add(rank)
+        self._pulled.add(rank)
         self._changed.notify_all()
         limit = self._limits.start_s, "start_timeout_s"
         self._wait(lambda: not missing(), what, missing, *limit)
 
     def push(self, push: PushId, gradient: Any, control: Any, deliver: Deliver) -> ServerReply:
         """
-        Take a worker's gradient; return when the worker may go on.
+        Stage a worker's gradient; return when its step is applied or waits for `commit`.
 
         Args:
-            push: its name.
+            push: identity of the push.
             gradient: see the store.
             control: of the push, see the store.
             deliver: see `pull`.
 
         Raises:
             ProtocolError: the push must not be applied.
-            DeadlineExceeded: somebody was waited for too long; names who.
+            DeadlineExceeded: ranks did not push in time; names them.
         """
         store, rank = self.store, push.rank
         with self._queue.enter() as queued, self._changed:
@@ -179,14 +178,14 @@ class Server(Generic[S]):
             )
             head = store.head(control)
             if store.commits_alone:
-                return self._once(push, lambda: self._take(rank, deliver, waited, head))
-            # Another rank may have committed by now: this one still wants the norm of all servers.
+                return self._reply_once(push, lambda: self._deliver(rank, deliver, waited, head))
+            # Even if another rank has committed by now, this rank needs the norm of this server.
             norm = store.squared_norm
             return ServerReply(ledger.updates, False, norm, waiting_s=waited, total=head)
 
     def commit(self, rank: int, seq: int, norm: float | None, deliver: Deliver) -> ServerReply:
         """
-        Apply a staged step, once; later calls get the same answer.
+        Apply a staged step once; repeated calls return the same result.
 
         Raises:
             ProtocolError: nothing is staged, or another step.
@@ -198,10 +197,10 @@ class Server(Generic[S]):
                 raise ProtocolError(text)
             self._apply(seq, norm, time.perf_counter())
             self._changed.notify_all()
-            return self._take(rank, deliver, 0.0, self.store.head(None))
+            return self._deliver(rank, deliver, 0.0, self.store.head(None))
 
     def exclusively(self, action: Callable[[], Result]) -> Result:
-        """Do something with the store while nobody else does; who waits looks again after it."""
+        """Run an action with the lock held, then wake all waiting threads."""
         with self._changed:
             try:
                 return action()
@@ -210,18 +209,18 @@ class Server(Generic[S]):
 
     def renew(self, attempt: int, world: int | None = None) -> bool:
         """
-        Begin a later attempt; False: it has begun. The lock is held.
+        Start a later attempt; return False if it has already started. The lock is held.
 
-        Who waits here for a rank that was lost is told so; it has its orders by now.
+        Calls of the earlier attempt that wait for a lost rank fail.
 
         Args:
-            attempt: its number.
-            world: its ranks; None: as many as before.
+            attempt: number of the attempt.
+            world: number of ranks; None: unchanged.
         """
         later = attempt > self.store.ledger.attempt
         if later:
             self._pulls.clear()
-            self._came.clear()
+            self._pulled.clear()
             self._changed.notify_all()
             self.store.renew(attempt, world)
             self._opened_at = self.store.ledger.steps
@@ -229,20 +228,20 @@ class Server(Generic[S]):
 
     def check_attempt(self, attempt: int, what: str) -> None:
         """
-        Refuse what is not of the present attempt; the lock is held.
+        Check that a call is of the current attempt; the lock is held.
 
         Raises:
-            FencedError: it is of another one.
+            FencedError: it is of another attempt.
         """
         if attempt != self.store.ledger.attempt:
             raise FencedError(f"{what} of attempt {attempt} refused by {self._name}")
 
     def forget_push_reply(self, rank: int) -> None:
-        """A worker has new vectors: deliver the answer to its last push once more when it asks."""
+        """Drop the reply to a rank's last push: the worker has new vectors, so deliver again."""
         self._pushes.pop(rank, None)
 
     def _apply(self, seq: int, norm: float | None, began: float) -> None:
-        """Apply what is staged, here and at the backup."""
+        """Apply the staged gradient, here and on the backup."""
         if self.store.commit(seq, norm):
             apply_s = time.perf_counter() - began
             for rank, queued in self._queued.items():
@@ -250,10 +249,10 @@ class Server(Generic[S]):
             self._queued.clear()
         self._confirm()
 
-    def _take(
+    def _deliver(
         self, rank: int, deliver: Deliver, waited: float, head: tuple[float, ...]
     ) -> ServerReply:
-        """Have the present values delivered; the condition is held."""
+        """Deliver the current values and build the reply; the condition is held."""
         store, ledger = self.store, self.store.ledger
         version = store.pull(rank)
         apply_s, queue_s, queue_depth = self._loads.get(rank, (0.0, 0.0, 0))
@@ -272,7 +271,7 @@ class Server(Generic[S]):
         )
 
     def _confirm(self) -> None:
-        """Return when the backup, if there is one, has done what was just done here."""
+        """Wait until the backup, if there is one, has applied the last change."""
         backup_link = self.store.backup_link
         if backup_link is None:
             return
@@ -285,28 +284,28 @@ class Server(Generic[S]):
 
     def _wait_for_backup(self) -> None:
         backup_link, limit = self.store.backup_link, self._limits.start_s
-        settled = lambda: backup_link is None or backup_link.settled  # noqa: E731
-        if not wait_awake(self._changed, settled, limit):
+        is_settled = lambda: backup_link is None or backup_link.settled  # noqa: E731
+        if not wait_awake(self._changed, is_settled, limit):
             late = (f"the backup of {self._name}",)
             raise DeadlineExceeded("the first copy", late, limit, "failure.start_timeout_s")
 
     def _check_not_fenced(self) -> None:
         if self._fenced_by is not None:
-            raise FencedError(f"{self._name} serves no more: {self._fenced_by}")
+            raise FencedError(f"{self._name} no longer serves: {self._fenced_by}")
 
-    def _once(self, push: PushId, make: Callable[[], ServerReply]) -> ServerReply:
-        """Give the answer that the push got, or make it: a repeat must not deliver again."""
+    def _reply_once(self, push: PushId, build_reply: Callable[[], ServerReply]) -> ServerReply:
+        """Return the reply to a push, built once: a repeated push must not deliver again."""
         if push.rank not in self._pushes or self._pushes[push.rank][0] < push.seq:
-            self._pushes[push.rank] = push.seq, make()
+            self._pushes[push.rank] = push.seq, build_reply()
         return self._pushes[push.rank][1]
 
     def _drop_pull_reply(self, rank: int) -> None:
-        """A push says that the worker has its last pull's answer: let go of that one's payload."""
+        """Release the reply to a rank's last pull: a push proves that the worker received it."""
         if rank in self._pulls:
             self._pulls[rank] = self._pulls[rank][0], None
 
     def _patience(self, step: int) -> tuple[float, str]:
-        """Give a step's deadline and its setting; the first step still belongs to the start."""
+        """Return a step's deadline and its setting; the first may take as long as the start."""
         if step == self._opened_at:
             return max(self._limits.start_s, self._limits.step_s), "start_timeout_s"
         return self._limits.step_s, "step_timeout_s"
@@ -319,27 +318,26 @@ class Server(Generic[S]):
         limit_s: float,
         setting: str,
     ) -> float:
-        """Wait on the condition, which is held; give the seconds."""
+        """Wait on the condition, which is held; return the seconds waited."""
         began = time.monotonic()
         ledger = self.store.ledger
         attempt = ledger.attempt
 
-        def over() -> bool:
-            gone = bool(ledger.finished_ranks) and bool(
-                ledger.finished_ranks.intersection(missing())
-            )
+        def is_over() -> bool:
+            finished = ledger.finished_ranks
+            gone = bool(finished) and bool(finished.intersection(missing()))
             return gone or self._fenced_by is not None or ledger.attempt != attempt
 
-        there = wait_awake(self._changed, lambda: over() or arrived(), limit_s)
+        in_time = wait_awake(self._changed, lambda: is_over() or arrived(), limit_s)
         self._check_not_fenced()
         if ledger.attempt != attempt:
             raise FencedError(f"{what}: attempt {attempt} is over")
         gone = sorted(ledger.finished_ranks.intersection(missing()))
         if gone and not arrived():
-            who = ", ".join(self.store.worker(rank) for rank in gone)
-            cause = f"the train function of {who} is over, after fewer backwards than others'"
+            names = ", ".join(self.store.worker(rank) for rank in gone)
+            cause = f"the train function of {names} is over, after fewer backwards than others'"
             raise MismatchError(self._name, "push", ledger.updates, tuple(gone), cause)
-        if not there:
+        if not in_time:
             late = tuple(self.store.worker(rank) for rank in missing())
             raise DeadlineExceeded(what, late, limit_s, f"failure.{setting}")
         return time.monotonic() - began
@@ -347,11 +345,11 @@ class Server(Generic[S]):
 
 class ShardServer(Server[DenseStore]):
     """
-    A shard at work.
+    Serves a parameter shard.
 
     Args:
         name: of the server node, for messages.
-        plan: the run's facts.
+        plan: the shard's plan.
         limits: deadlines.
         params: shape [m]; updated in place.
     """
@@ -371,12 +369,12 @@ class ShardServer(Server[DenseStore]):
         state: Mapping[str, Tensor] | None = None,
     ) -> None:
         """
-        Open for service; twice does nothing.
+        Restore the store and start serving; a second call does nothing.
 
         Args:
-            version: steps that the parameters have behind them.
-            fill: puts them in place.
-            state: what the optimizer remembers; None: nothing.
+            version: number of completed steps.
+            fill: writes the parameters into a tensor.
+            state: optimizer state; None: a fresh optimizer.
         """
         with self._changed:
             if not self.store.opened:

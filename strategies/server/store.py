@@ -1,14 +1,14 @@
 """
-What a server asks of its store, and how a store is kept twice.
+Protocols between a server and its store, and primary-backup replication of a store.
 
-    primary    sum, clip ── Update, the gradient ──▶ backup     the same update of the same bits
-               update                                update
-               wait for its word ◀──────────────────
+    primary    sum, clip ── Update, gradient ──▶ backup     the same update of the same bits
+               update                            update
+               wait for the ack ◀────────────────
                answer the workers
 
-What travels is the gradient as the optimizer takes it, not the state that comes of it: one vector
-of a shard, or the rows of a step, whatever the optimizer remembers and however many workers there
-are. Same gradient, same state, same arithmetic: the two stay equal to the bit.
+The primary sends the gradient that its optimizer applies, not the resulting state: one vector of a
+shard, or the rows of a step, whatever the optimizer and the number of workers. The backup has the
+same state and does the same arithmetic, so both stay bitwise equal.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from distplat.platform.ledger import Ledger, PushId, Verdict
 from distplat.platform.shard_map import TablePlan
 
 _VERSIONS = 2
-"""That copies are kept of."""
+"""Versions whose checkpoint copies are kept."""
 
 
 @dataclass(frozen=True)
@@ -34,160 +34,161 @@ class Update:
     """One update of a store, without its gradient."""
 
     version: int
-    """Updates that the store has behind it before this one."""
+    """Updates that the store applied before this one."""
     push: PushId | None = None
-    """Asynchronous: whose gradient it is; None: the sum of all ranks'."""
+    """Asynchronous: the push that is applied; None: the sum of all ranks' gradients."""
     pulls: tuple[int, ...] = ()
-    """Asynchronous shards: ranks that took the values of this version, in order."""
+    """Asynchronous shards: ranks that pulled this version, in order."""
     pulled: int = 0
-    """Asynchronous shards: the version at which the gradient was computed."""
+    """Asynchronous shards: the version that the gradient was computed on."""
     present: bytes | None = None
-    """A byte for each parameter of the model, 1: it has a gradient; None: all have."""
+    """A byte for each parameter of the model, 1: the parameter has a gradient; None: all have."""
     settings: tuple[float, ...] = ()
-    """What came with the pushes that it is of."""
+    """Settings sent with its pushes."""
     applied: bool = True
-    """Of a shard: the step is not left out, so that an average of the parameters moves, too."""
+    """Shards: False if the step is skipped, so that an average of the parameters stays, too."""
 
 
 @dataclass(frozen=True)
 class Renewal:
-    """An attempt that embedding tables have begun: how many ranks make a step may be another."""
+    """A new attempt of embedding tables, possibly with another number of ranks."""
 
     plan: TablePlan
 
 
 @dataclass(frozen=True)
 class StepBack:
-    """A step of embedding tables that is taken back."""
+    """The rollback of one step of embedding tables."""
 
     version: int
-    """Steps that they have behind them afterwards."""
+    """Completed steps after the rollback."""
 
 
 Change = Update | Renewal | StepBack
-"""What a backup does after its primary."""
+"""A change that a backup repeats after its primary."""
 
 
 class BackupLink(Protocol):
-    """The way from a primary to its backup. Both calls are made with the server's lock held."""
+    """Link from a primary to its backup. Both methods are called with the server's lock held."""
 
     @property
     def settled(self) -> bool:
-        """Whether it is known if there is a backup: nothing is served before."""
+        """Whether it is decided if there is a backup; the primary serves nothing before."""
 
     def send(self, change: Change, gradient: Any = None) -> None:
         """
-        Have the backup do what the primary does; returns before it is done.
+        Send a change to the backup, without waiting until the backup has applied it.
 
         Args:
-            change: what.
+            change: the change that the primary applies.
             gradient: of an update: the vector, or the rows of each table.
         """
 
     def confirm(self) -> None:
         """
-        Return when the backup has done what was sent, or is none any more.
+        Wait until the backup has applied all changes sent, or is no longer the backup.
 
         Raises:
-            DistplatError: this server may not acknowledge the update, nor any other.
+            DistplatError: this server must not acknowledge this update or any other.
         """
 
 
 @dataclass(frozen=True)
 class StoreSnapshot:
-    """A copy of all that a store is made of."""
+    """A copy of a store's whole state."""
 
     vectors: Mapping[str, Any]
-    """Large things by name: tensors, or all that a table holds."""
+    """Tensors or table contents by name."""
     attributes: Mapping[str, Any]
     """Plain values by name."""
 
 
 class ReplicatedStore(Protocol):
-    """A store that can be kept twice."""
+    """A store that can have a backup."""
 
     backup_link: BackupLink | None
-    """The way to a backup."""
+    """Link to the backup; None: there is none."""
 
     @property
     def inbox(self) -> Tensor | None:
         """
-        Give a vector like the gradients that travel to a backup, which are laid in memory that
-        both servers share, where there is some; None: they are of any size, and go in the call.
+        Return a vector with shape and dtype of the gradients sent to a backup, which go through
+        shared memory where both servers can map it; None: their sizes vary, and they go in the
+        call.
         """
 
     def snapshot(self) -> StoreSnapshot:
-        """Copy it; the server's lock is held."""
+        """Copy the state; the server's lock is held."""
 
     def load_snapshot(self, snapshot: StoreSnapshot) -> None:
-        """Take over the state of a copy of another store; the copy is used up."""
+        """Load the state of another store; its tensors may be reused."""
 
     def follow(self, change: Change, gradient: Any) -> None:
-        """As a backup, do what the primary does."""
+        """Apply a change of the primary, on the backup."""
 
 
 class ServerStore(ReplicatedStore, Protocol):
-    """What a server keeps; it waits for nobody, and is called with the server's lock held."""
+    """State behind a server; never blocks, and is called with the server's lock held."""
 
     squared_norm: float | None
-    """Of what is staged, where somebody needs it."""
+    """Squared norm of the staged gradient, where clipping needs it."""
 
     @property
     def ledger(self) -> Ledger:
-        """Which pushes are in it."""
+        """Ledger of the applied pushes."""
 
     @property
     def opened(self) -> bool:
-        """Whether it has values."""
+        """Whether the store has values."""
 
     @property
     def present(self) -> Any:
-        """Give the present values, as they are delivered."""
+        """Return the current values, as they are delivered."""
 
     @property
     def commits_alone(self) -> bool:
-        """Whether a complete step may be applied at once: nothing of other servers is needed."""
+        """Whether a complete step can be applied at once, without the norms of other servers."""
 
     def push(self, push: PushId, gradient: Any, control: Any) -> Verdict:
         """
         Stage a gradient.
 
         Raises:
-            ProtocolError: see `Ledger.offer`; nothing is changed.
+            ProtocolError: see `Ledger.offer`; the store is unchanged.
         """
 
     def commit(self, seq: int, norm: float | None) -> bool:
         """
-        Apply what is staged; False: it was applied before, nothing is done.
+        Apply the staged gradient; return False if it was already applied.
 
         Args:
-            seq: of the push that completed it.
-            norm: 2-norm of the gradient over all servers; only looked at where the job clips.
+            seq: sequence number of the push that completed the step.
+            norm: 2-norm of the gradient over all servers; used only if the job clips.
 
         Raises:
-            ProtocolError: see `Ledger.commit`; nothing is changed.
+            ProtocolError: see `Ledger.commit`; the store is unchanged.
         """
 
     def pull(self, rank: int) -> int:
-        """Note that a worker takes the present values; give their version."""
+        """Record that a worker pulls the current values; return their version."""
 
     def head(self, control: Any) -> tuple[float, ...]:
-        """Give the head of the control record of the update that a push became part of."""
+        """Return the head of the control record of the update that a push is part of."""
 
     def staleness_of(self, rank: int) -> int:
-        """Give the updates between a rank's pull and its last gradient's turn."""
+        """Return the staleness of a rank's last gradient: updates between its pull and its use."""
 
     def renew(self, attempt: int, world: int | None) -> None:
-        """Begin a new attempt; what is staged is forgotten."""
+        """Start a new attempt and discard the staged gradients."""
 
     def take_copies(self, version: int) -> Any:
-        """Hand over the copies for a checkpoint; None: they are not there, or not any more."""
+        """Return and drop the checkpoint copies of a version; None: there are none."""
 
     def worker(self, part_rank: int) -> str:
-        """Name one of the workers."""
+        """Return the name of a worker."""
 
     def log(self) -> NDArray[np.int64] | None:
-        """Give the order of updates, shape [updates, 3]; None: it follows from the job."""
+        """Return the order of updates, shape [updates, 3]; None: it follows from the job."""
 
 
 T = TypeVar("T")
@@ -198,38 +199,38 @@ class CheckpointCopies(Generic[T]):
     Copies a server's state when a checkpoint is due; holds the copies of the two newest versions.
 
         version   119       120                121   ...   140               ...   160
-        params    changes   changes | copied   changes     changes | copied        120's are gone
+        params    changes   changes | copied   changes     changes | copied        120 is dropped
                                       |
-                                      `- fetched while the training goes on
+                                      `- fetched while training continues
 
-    All servers copy at the same version, whoever asks when; so the parts fit together (I3).
+    All servers copy at the same version, so the parts of a checkpoint fit together (I3).
 
-    Two, for a synchronous rank waits for the copies of one checkpoint to leave when the next is
-    due: by then the server has copied again.
+    Two versions are held because a synchronous rank waits for the upload of one checkpoint only
+    when the next is due, and by then the server has copied again.
 
     Args:
-        every: steps between two checkpoints; 0: there are none.
+        every: steps between two checkpoints; 0: no checkpoints.
         total_steps: of the run.
     """
 
     def __init__(self, every: int, total_steps: int) -> None:
         self._every, self._total = every, total_steps
-        self._kept: dict[int, T] = {}  #: by version, the oldest first
+        self._copies: dict[int, T] = {}  #: by version, the oldest first
 
     def copy_if_due(self, version: int, copy: Callable[[], T]) -> None:
-        """Keep what `copy` gives if a checkpoint of this version is due."""
-        if version > max(self._kept, default=-1) and is_due(version, self._every, self._total):
-            self._kept[version] = copy()
-            while len(self._kept) > _VERSIONS:
-                del self._kept[min(self._kept)]
+        """Store the result of `copy` if a checkpoint of this version is due."""
+        if version > max(self._copies, default=-1) and is_due(version, self._every, self._total):
+            self._copies[version] = copy()
+            while len(self._copies) > _VERSIONS:
+                del self._copies[min(self._copies)]
 
-    def take(self, version: int, present: int, copy: Callable[[], T]) -> T | None:
+    def take(self, version: int, current: int, copy: Callable[[], T]) -> T | None:
         """
-        Give the copies of a version, and forget them; None: they are not here.
+        Return and drop the copies of a version; None: there are none.
 
-        A version of which none is due is copied now, if it is the `present` one: the run stops
-        there.
+        If no checkpoint of the version is due and it is the `current` one, the run stops there:
+        the state is copied now.
         """
-        if version == present and not is_due(version, self._every, self._total):
+        if version == current and not is_due(version, self._every, self._total):
             return copy()
-        return self._kept.pop(version, None)
+        return self._copies.pop(version, None)

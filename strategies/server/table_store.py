@@ -1,17 +1,17 @@
 """
-One server's part of all embedding tables, and the ledger of what was applied.
+One server's part of all embedding tables, and the ledger of applied pushes.
 
-Plain: it waits for nobody, and how ids and rows travel is the server node's. A step's gradients are
-applied together when the last rank has pushed; asynchronous tables apply each push when it comes,
+A store never blocks, and the server node defines how ids and rows are sent. The gradients of a step
+are applied together when the last rank has pushed; asynchronous tables apply each push on arrival,
 as one update.
 
-    push(seq=version)  ──▶  all ranks there  ──▶  rewind possible to `version`  ──▶  version + 1
-                                                  until the first push for `version + 1`
+    push(seq=version)  ──▶  all ranks pushed  ──▶  rollback possible to `version`  ──▶  version + 1
+                                                   until the first push for `version + 1`
 
-A worker that was lost may leave the servers a step ahead of the others: all gradients were in, the
-dense part was not. So an attempt begins in two calls. `open` ends the attempt before, from when on
-no step is made, and tells how far this server is; `begin` takes one step back where others have not
-come as far (I3). Between them the ranks learn how far everybody is.
+When a worker is lost, embedding servers may be a step ahead of the dense parameters: they had all
+gradients, the dense part had not. So an attempt starts with two calls. `open` ends the previous
+attempt, after which no step is applied, and returns this server's version. The ranks then agree on
+a common version, and `begin` rolls one step back where this server is ahead (I3).
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -56,26 +56,26 @@ from distplat.strategies.sparse.table import RowGradients, Table, make_rule
 _CREATED_AT_ONCE = 1 << 16
 
 TableRows = Sequence[Sequence[RowGradients]]
-"""Gradients of an update, by table: several are added in order; none: the table was not used."""
+"""Gradients of an update, by table: summed in order; empty: the table was not used."""
 
 
 class RowControl(NamedTuple):
-    """What comes with a rank's gradients."""
+    """Control data sent with a rank's gradients."""
 
     skip: bool
-    """Leave the step out, whatever other ranks push: it is counted as made, and rows, their
-    optimizer's states and its count of updates stay as they are."""
+    """Skip the step, whatever other ranks push: the step counts as completed, and rows, optimizer
+    states and the optimizer's count of updates stay unchanged."""
     settings: tuple[float, ...] = ()
-    """What the learning rate goes by, see `PlateauState`; empty: the job and the step say it."""
+    """State of the learning rate, see `PlateauState`; empty: it follows from job and step."""
 
 
 class TableStore(ServerStore, ReplicatedStore):
     """
-    The tables of one server. Empty until `open`, or until it becomes equal to another one.
+    The tables of one server. Empty until `open` or `load_snapshot`.
 
     Args:
         name: of the server, for messages.
-        index: its number.
+        index: number of the server.
     """
 
     commits_alone = True
@@ -84,14 +84,14 @@ class TableStore(ServerStore, ReplicatedStore):
 
     def __init__(self, name: str, index: int) -> None:
         self._name, self.index = name, index
-        self.backup_link: BackupLink | None = None  #: the way to a backup
-        self.plan: TablePlan | None = None  #: None: nobody has opened the tables
+        self.backup_link: BackupLink | None = None
+        self.plan: TablePlan | None = None  #: None: the tables are not opened
         self.tables: list[Table] = []
         self._ledger: Ledger | None = None
         self._staged: dict[int, Sequence[RowGradients]] = {}
-        self._skipped = False  #: whether some rank has the step under way left out
-        self._settings: tuple[float, ...] = ()  #: of the update that is staged
-        self._pushed: PushId | None = None  #: the last one that was staged
+        self._skipped = False  #: whether a rank asks to skip the staged step
+        self._settings: tuple[float, ...] = ()  #: of the staged update
+        self._pushed: PushId | None = None  #: last staged push
         self._copies = CheckpointCopies[Bundle](0, 0)
 
     @property
@@ -103,10 +103,10 @@ class TableStore(ServerStore, ReplicatedStore):
     @override
     def ledger(self) -> Ledger:
         """Raises:
-        FencedError: nobody has opened the tables.
+        FencedError: the tables are not opened.
         """
         if self._ledger is None:
-            raise FencedError(f"{self._name} refuses what comes before its tables are opened")
+            raise FencedError(f"{self._name} refuses calls before its tables are opened")
         return self._ledger
 
     @property
@@ -118,48 +118,48 @@ class TableStore(ServerStore, ReplicatedStore):
         self, plan: TablePlan, saved_at: int, saved: Sequence[Mapping[str, RawTensor]]
     ) -> None:
         """
-        Make the tables.
+        Create the tables.
 
         Args:
             plan: of the first attempt.
-            saved_at: steps behind the checkpoint.
-            saved: its files.
+            saved_at: version of the checkpoint, in steps.
+            saved: files of the checkpoint.
         """
-        self.tables = self._make_tables(plan, saved)
-        self._take_plan(plan)
-        self._ledger = self._make_ledger(plan)
+        self.tables = self._build_tables(plan, saved)
+        self._set_plan(plan)
+        self._ledger = self._build_ledger(plan)
         self._ledger.restore(saved_at)
 
     @override
     def renew(self, attempt: int, world: int | None = None) -> None:
         """Raises:
-        StateLost: ranks of another number are to make a step that is made in part.
+        StateLost: the number of ranks changes within a step that is partly applied.
         """
         ledger, steps = self.ledger, self.ledger.steps
         partial = isinstance(ledger, TaskLedger) and ledger.partial
-        cut = partial and world not in (None, ledger.world)
+        is_lost = partial and world not in (None, ledger.world)
         self._unstage()
-        ledger.renew(attempt, None if cut else world)
-        if cut:
+        ledger.renew(attempt, None if is_lost else world)
+        if is_lost:
             raise StateLost(f"the rest of step {steps} on {self._name}")
 
     def begin(self, version: int) -> None:
         """
-        Go on from a version.
+        Continue from a version.
 
         Args:
-            version: steps that the ranks have behind them.
+            version: completed steps of the ranks.
 
         Raises:
-            ProtocolError: the tables cannot be brought there.
+            ProtocolError: the tables cannot be rolled back to this version.
         """
         ledger, plan = self.ledger, self.plan
-        assert plan is not None, "nobody begins before `open`"
-        here = ledger.steps
-        if here == version or (ledger.asynchronous and here > version):
+        assert plan is not None, "`open` comes first"
+        steps = ledger.steps
+        if steps == version or (ledger.asynchronous and steps > version):
             return
-        if here != version + 1 or not plan.rewinds:
-            raise ProtocolError(f"{self._name} is at step {here}, the workers at {version}")
+        if steps != version + 1 or not plan.rewinds:
+            raise ProtocolError(f"{self._name} is at step {steps}, the workers at {version}")
         self._step_back(version)
         if self.backup_link is not None:
             self.backup_link.send(StepBack(version))
@@ -169,12 +169,12 @@ class TableStore(ServerStore, ReplicatedStore):
         Stage a rank's gradients.
 
         Args:
-            push: its name.
-            gradient: at most one of each table; they must not change until they are applied.
-            control: what comes with them.
+            push: identity of the push.
+            gradient: at most one for each table; must not change until applied.
+            control: sent with the gradients.
 
         Raises:
-            ProtocolError: see `Ledger.offer`; nothing is changed.
+            ProtocolError: see `Ledger.offer`; the store is unchanged.
         """
         ledger = self.ledger
         self._check_shapes(gradient)
@@ -191,21 +191,21 @@ class TableStore(ServerStore, ReplicatedStore):
     @override
     def commit(self, seq: int, norm: float | None) -> bool:
         ledger = self.ledger
-        version, schedule_step, before = ledger.updates, ledger.schedule_step, ledger.steps
+        version, schedule_step, steps_before = ledger.updates, ledger.schedule_step, ledger.steps
         if not ledger.commit(seq):
             return False
         staged = [] if self._skipped else sorted(self._staged.items())
         self._unstage()
-        parts = [part for _, some in staged for part in some]
+        parts = [part for _, gradients in staged for part in gradients]
         by_table: TableRows = [
             [part for part in parts if part.table == number] for number in range(len(self.tables))
         ]
         if self.backup_link is not None:
             pairs = zip(self.tables, by_table, strict=True)
-            by_table = [[table.summed(some)] if some else [] for table, some in pairs]
+            by_table = [[table.summed(grads)] if grads else [] for table, grads in pairs]
             push = self._pushed if ledger.asynchronous else None
             self.backup_link.send(Update(version, push, settings=self._settings), by_table)
-        self._update(by_table, schedule_step, before)
+        self._update(by_table, schedule_step, steps_before)
         return True
 
     @override
@@ -214,12 +214,12 @@ class TableStore(ServerStore, ReplicatedStore):
 
     @override
     def head(self, control: RowControl) -> tuple[float, ...]:
-        """The shards, or the ranks among themselves, decide on a step."""
+        """Empty: the shards, or the ranks among themselves, decide whether a step is applied."""
         return ()
 
     @override
     def staleness_of(self, rank: int) -> int:
-        """Of rows nobody counts it."""
+        """0: staleness is not tracked for rows."""
         return 0
 
     @override
@@ -232,7 +232,7 @@ class TableStore(ServerStore, ReplicatedStore):
 
     @override
     def log(self) -> None:
-        """Of asynchronous tables no order is kept."""
+        """None: the order of asynchronous updates is not recorded."""
 
     @override
     def snapshot(self) -> StoreSnapshot:
@@ -244,15 +244,15 @@ class TableStore(ServerStore, ReplicatedStore):
     def load_snapshot(self, snapshot: StoreSnapshot) -> None:
         for name, value in snapshot.attributes.items():
             setattr(self, name, value)
-        assert self.plan is not None, "only opened tables are copied"
-        self._take_plan(self.plan)
-        self.tables = [self._make_table(self.plan, spec) for spec in self.plan.tables]
+        assert self.plan is not None, "snapshots are of opened tables"
+        self._set_plan(self.plan)
+        self.tables = [self._build_table(self.plan, spec) for spec in self.plan.tables]
         for table in self.tables:
             table.load(snapshot.vectors[table.spec.name])
 
     @override
     def follow(self, change: Change, gradient: TableRows) -> None:
-        """`gradient` has the sum for each table that was used."""
+        """`gradient` holds the sum for each table that was used."""
         match change:
             case Renewal(plan=plan):
                 self.plan = plan
@@ -261,24 +261,24 @@ class TableStore(ServerStore, ReplicatedStore):
                 self._step_back(version)
             case Update(version=version, push=push, settings=settings):
                 ledger, self._settings = self.ledger, settings
-                schedule_step, before = ledger.schedule_step, ledger.steps
+                schedule_step, steps_before = ledger.schedule_step, ledger.steps
                 if push is None:
                     ledger.restore(version + 1)
                 else:
                     ledger.offer(push)
                     ledger.commit(push.seq)
-                self._update(gradient, schedule_step, before)
+                self._update(gradient, schedule_step, steps_before)
 
-    def _update(self, by_table: TableRows, schedule_step: int, before: int) -> None:
+    def _update(self, by_table: TableRows, schedule_step: int, steps_before: int) -> None:
         """
-        Update the rows, and copy what a checkpoint of the step just made wants.
+        Update the rows, and copy the tables if a checkpoint of a completed step is due.
 
         Args:
             by_table: gradients.
-            schedule_step: of the update in the learning rate's schedule.
-            before: steps that were made before it.
+            schedule_step: step of the learning rate's schedule.
+            steps_before: steps completed before the update.
         """
-        assert self.plan is not None and self.plan.job.embeddings is not None, "it was opened"
+        assert self.plan is not None and self.plan.job.embeddings is not None, "open() comes first"
         job, rule = self._job, self.plan.job.embeddings.optimizer
         if self._plateau is not None:
             self._plateau.known = PlateauState.of(self._settings)
@@ -288,7 +288,7 @@ class TableStore(ServerStore, ReplicatedStore):
                 table.apply(parts, rate)
             else:
                 table.forget()
-        for version in range(before + 1, self.ledger.steps + 1):  # several, after a slow rank
+        for version in range(steps_before + 1, self.ledger.steps + 1):  # several after a slow rank
             self._copies.copy_if_due(version, self._copy)
 
     def _copy(self) -> Bundle:
@@ -300,33 +300,33 @@ class TableStore(ServerStore, ReplicatedStore):
             table.rewind()
 
     def _check_shapes(self, gradients: Sequence[RowGradients]) -> None:
-        """Refuse before anything is booked: in the middle of an update it would be too late."""
+        """Check shapes before the ledger records the push: an update cannot be half applied."""
         for part in gradients:
-            wanted = (len(part.ids), self.tables[part.table].spec.width)
-            if part.values.shape != wanted:
-                raise ValueError(f"gradients have shape {part.values.shape}, not {wanted}")
+            expected = (len(part.ids), self.tables[part.table].spec.width)
+            if part.values.shape != expected:
+                raise ValueError(f"gradients have shape {part.values.shape}, not {expected}")
 
-    def _take_plan(self, plan: TablePlan) -> None:
+    def _set_plan(self, plan: TablePlan) -> None:
         self.plan, self._job = plan, plan.job.with_plateau()
         self._plateau = self._job.plateau
         self._copies = CheckpointCopies(plan.checkpoint_every, plan.total_steps)
 
-    def _make_ledger(self, plan: TablePlan) -> Ledger:
-        assert plan.job.embeddings is not None, "no servers without the field"
-        kind = TaskLedger if plan.job.embeddings.asynchronous else StepLedger
-        return kind(plan.run, plan.attempt, plan.world)
+    def _build_ledger(self, plan: TablePlan) -> Ledger:
+        assert plan.job.embeddings is not None, "embedding servers need the field"
+        ledger_cls = TaskLedger if plan.job.embeddings.asynchronous else StepLedger
+        return ledger_cls(plan.run, plan.attempt, plan.world)
 
-    def _make_table(self, plan: TablePlan, spec: TableSpec) -> Table:
-        assert plan.job.embeddings is not None, "no servers without the field"
+    def _build_table(self, plan: TablePlan, spec: TableSpec) -> Table:
+        assert plan.job.embeddings is not None, "embedding servers need the field"
         rule = make_rule(plan.job.embeddings.optimizer)
         return Table(spec, plan.job.seed, rule, rewinds=plan.rewinds)
 
-    def _make_tables(
+    def _build_tables(
         self, plan: TablePlan, files: Sequence[Mapping[str, RawTensor]]
     ) -> list[Table]:
         tables = []
         for spec in plan.tables:
-            table = self._make_table(plan, spec)
+            table = self._build_table(plan, spec)
             for first in range(0, (spec.rows or 0) if spec.whole else 0, _CREATED_AT_ONCE):
                 ids = np.arange(first, min(first + _CREATED_AT_ONCE, spec.rows or 0))
                 table.create(ids[server_of(plan, spec, ids) == self.index])
@@ -341,11 +341,11 @@ class TableStore(ServerStore, ReplicatedStore):
 
 class TableServer(Server[TableStore], PartSource):
     """
-    One server's part of all tables at work.
+    Serves one server's part of all embedding tables.
 
     Args:
         name: of the server, for messages.
-        index: its number.
+        index: number of the server.
     """
 
     def __init__(self, name: str, index: int) -> None:
@@ -355,18 +355,18 @@ class TableServer(Server[TableStore], PartSource):
         self, plan: TablePlan, saved_at: int = 0, saved: Iterable[Mapping[str, RawTensor]] = ()
     ) -> int:
         """
-        End the attempt before, and join this one; every rank calls this.
+        End the previous attempt and join this one; called by every rank.
 
         Args:
             plan: the same from all ranks.
-            saved_at: steps behind the checkpoint.
-            saved: its files; not looked at where tables are there.
+            saved_at: version of the checkpoint, in steps.
+            saved: files of the checkpoint; ignored if the tables exist.
 
         Returns:
-            Steps that the tables have behind them; without `begin` there will be no more.
+            Completed steps of the tables; no step is applied before `begin`.
 
         Raises:
-            FencedError: a later attempt has begun.
+            FencedError: a later attempt has started.
             ProtocolError: another rank's model has other tables.
             StateLost: see `TableStore.renew`.
         """
@@ -377,8 +377,8 @@ class TableServer(Server[TableStore], PartSource):
             if store.plan is None:
                 store.open(plan, saved_at, list(saved))
             elif plan.attempt < store.ledger.attempt:
-                began = store.ledger.attempt
-                raise FencedError(f"attempt {plan.attempt} refused: {began} began")
+                newer = store.ledger.attempt
+                raise FencedError(f"attempt {plan.attempt} refused: {newer} began")
             elif plan.tables != store.plan.tables:
                 raise ProtocolError(
                     f"the embedding tables are not those of the first rank to come: {plan.tables} "
@@ -394,15 +394,15 @@ class TableServer(Server[TableStore], PartSource):
 
     def begin(self, attempt: int, version: int) -> None:
         """
-        Have the tables at a version; every rank calls this, with the same one.
+        Set the version that the attempt continues from; called by every rank with the same one.
 
         Args:
-            attempt: that it joined.
-            version: steps that the ranks go on from.
+            attempt: the rank's attempt.
+            version: completed steps of the ranks.
 
         Raises:
-            FencedError: a later attempt has begun.
-            ProtocolError: the tables cannot be brought to this version.
+            FencedError: a later attempt has started.
+            ProtocolError: the tables cannot be rolled back to this version.
         """
         with self._changed:
             self._check_not_fenced()
@@ -420,15 +420,15 @@ class TableServer(Server[TableStore], PartSource):
         again: bool = False,
     ) -> None:
         """
-        Write rows.
+        Read rows of a table into `out`.
 
         Args:
-            pull: its name; see `Server.pull`.
+            pull: identity of the pull; see `Server.pull`.
             table: number of the table.
             ids: shape [n].
             out: shape [n, width].
-            again: `out` is not the worker's own memory, so it may be written a second time for
-                one pull; else nothing is written, for the worker may be using it.
+            again: `out` is not the worker's own memory, so a repeated pull may write it again;
+                otherwise a repeat writes nothing, since the worker may be using `out`.
 
         Raises:
             StaleError, FencedError: see `Server.pull`.
@@ -443,11 +443,11 @@ class TableServer(Server[TableStore], PartSource):
         settings: tuple[float, ...] = (),
     ) -> ServerReply:
         """
-        Take a rank's gradients; return when they are applied. See `TableStore.push`.
+        Push a rank's gradients; return when they are applied. See `TableStore.push`.
 
         Raises:
             ProtocolError: the push must not be applied.
-            DeadlineExceeded: ranks did not come; names them.
+            DeadlineExceeded: ranks did not push in time; names them.
         """
         control = RowControl(skip, settings)
         return self.push(push, gradients, control, lambda tables, version: None)
@@ -463,5 +463,5 @@ class TableServer(Server[TableStore], PartSource):
             return packed_part(self.store.tables[table], first, count)
 
     def _patience(self, step: int) -> tuple[float, str]:
-        """Give a step's deadline: tables have no values to bring before the first one."""
+        """Return a step's deadline; unlike a shard's, the first step has no longer one."""
         return self._limits.step_s, "step_timeout_s"

@@ -204,7 +204,7 @@ def test_a_server_that_may_not_acknowledge_serves_no_more() -> None:
         lambda: primary.commit(0, 0, None, nowhere),
     ]
     for call in calls:
-        with pytest.raises(FencedError, match="server serves no more"):
+        with pytest.raises(FencedError, match="server no longer serves"):
             call()
 
 

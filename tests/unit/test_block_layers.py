@@ -349,7 +349,7 @@ class Shrunk(Stepwise):
 
 @pytest.mark.parametrize(
     ("made", "words"),
-    [(Decayed, "otherwise than Lm does in training"), (Shrunk, "otherwise than Lm does")],
+    [(Decayed, "not compute what Lm does in training"), (Shrunk, "not compute what Lm does")],
 )
 def test_what_a_step_reads_of_other_stages_is_seen(made: type[Task], words: str) -> None:
     with pytest.raises(SpecError, match=words):
@@ -449,7 +449,7 @@ class Strange(Lm):
 REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "between": (Between, "computes something between blocks 0 and the next"),
     "skipped": (Skipped, "goes on before all blocks are called"),
-    "residual": (Residual, "compute otherwise than Residual does"),
+    "residual": (Residual, "do not compute what Residual does"),
     "keeping": (Keeping, "reads what they may have kept, `aux_loss`"),
     "filling": (Filling, "called with kept, an empty container, which they may fill"),
     "strange": (Strange, "called with scale, a Half, and stages hand on tensors"),

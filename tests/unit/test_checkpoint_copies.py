@@ -57,7 +57,7 @@ def test_copies_are_of_the_two_newest_due_versions_and_given_once() -> None:
     for version in range(1, 6):
         value.fill_(version)
         keeping.copy_if_due(version, lambda: {"": value.clone()})
-        seen.append([*keeping._kept])
+        seen.append([*keeping._copies])
     assert seen == [[], [2], [2], [2, 4], [4, 5]]
     value.fill_(9)
     late: Callable[[], dict[str, Tensor]] = lambda: pytest.fail("copied")  # noqa: E731

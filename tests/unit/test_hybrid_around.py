@@ -172,7 +172,7 @@ def test_a_plan_with_more_than_elements_between(grid: tuple[int, int, int]) -> N
     def made(model: nn.Sequential) -> nn.Module:
         return nn.Sequential(model[0], nn.Softmax(dim=1), *model[2:])  # type: ignore[misc]
 
-    with pytest.raises(SpecError, match="otherwise than whole"):
+    with pytest.raises(SpecError, match="do not compute what whole ones do"):
         more = {"cut": ["3"]} if grid[0] > 1 else {}
         trained(task_of(made), grid, tensor_plan=PLAN, **more)
 

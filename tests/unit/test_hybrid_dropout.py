@@ -63,7 +63,7 @@ def test_what_a_model_with_dropout_does_in_training_alone_is_seen(more: float) -
     if not more:
         train(job, kind)
         return
-    with pytest.raises(SpecError, match="compute otherwise than Attentive does in training"):
+    with pytest.raises(SpecError, match="do not compute what Attentive does in training"):
         train(job, kind)
 
 

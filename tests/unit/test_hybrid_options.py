@@ -25,8 +25,8 @@ WRONG: list[tuple[dict[str, Any], int, dict[str, Any], str, str, str]] = [
         2,
         {"gradient_accumulation": 2},
         "gradient_accumulation",
-        "cuts batches into `micro_batches` (got 2)",
-        "give one of the two",
+        "splits batches into `micro_batches` (got 2)",
+        "set only one of the two",
     ),
     (
         {"pipeline": 2, "micro_batches": 17},
@@ -50,8 +50,8 @@ WRONG: list[tuple[dict[str, Any], int, dict[str, Any], str, str, str]] = [
         3,
         {},
         "strategy.cut",
-        "3 pieces begin with 2 layers besides the first (got 1 names)",
-        "name as many",
+        "3 pieces need the names of 2 first layers (got 1 names)",
+        "name one for each piece but the first",
     ),
     ({"pack_weights": True}, 1, {}, "strategy.pack_weights", "unknown field", "was removed"),
     ({"pipeline": 3, "cut": ["2", "2"]}, 3, {}, "strategy.cut", "named twice", "once"),
@@ -106,7 +106,7 @@ WRONG: list[tuple[dict[str, Any], int, dict[str, Any], str, str, str]] = [
         2,
         {"activation_checkpointing": "1"},
         "strategy.recompute",
-        "`activation_checkpointing` asks for it",
+        "`activation_checkpointing` requires it",
         "one of the two",
     ),
     ({"data": 2, "backend": "nccl"}, 2, {}, "strategy.backend", "between GPUs", "use_gpu"),
@@ -251,5 +251,5 @@ def test_sizes_that_fit_no_number_of_workers_are_left_to_the_checks(given: dict[
 def test_accumulated_parts_are_micro_batches() -> None:
     job = make_job(hybrid_fields({"pipeline": 2}, 2, gradient_accumulation=4))
     assert (job.gradient_accumulation, job.strategy.options["micro_batches"]) == (1, 4)
-    with pytest.raises(SpecError, match="give one of the two"):
+    with pytest.raises(SpecError, match="set only one of the two"):
         make_job(hybrid_fields({"pipeline": 2, "micro_batches": 4}, 2, gradient_accumulation=4))

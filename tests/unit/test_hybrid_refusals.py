@@ -100,7 +100,7 @@ def test_layers_that_are_not_the_model() -> None:
     def stages(self: Task, model: Any) -> list[nn.Module]:
         return [*model.body[:3], model.head]
 
-    refused(task_of(Inside, stages=stages), "compute otherwise than Inside does", "`stages`")
+    refused(task_of(Inside, stages=stages), "do not compute what Inside does", "`stages`")
 
 
 class FrozenBody(Inside):

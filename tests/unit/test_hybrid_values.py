@@ -355,7 +355,9 @@ class Otherwise(Block):
 )
 def test_another_form_than_agreed_is_told(changed: dict[str, Any], told: str) -> None:
     block = type("Made", (Otherwise,), {"changed": changed})
-    with pytest.raises(SpecError, match="what enters virtual stage 1 is not as it was.*" + told):
+    with pytest.raises(
+        SpecError, match="the input of virtual stage 1 differs from the first.*" + told
+    ):
         run_of(type("Made", (Carrying,), {"block": block}), cut=["2"])
 
 
@@ -376,11 +378,11 @@ def test_a_gradient_that_would_be_lost_is_told() -> None:
         ([torch.eye(2).to_sparse()], r"virtual stage 3 has a tensor of torch.sparse_coo at \[0\]"),
         (
             {(1, 2): torch.ones(1)},
-            r"virtual stage 3 is of containers that cannot be told .*\{\(1, 2\): \*\}",
+            r"virtual stage 3 has containers that cannot be serialized .*\{\(1, 2\): \*\}",
         ),
         (
             (nn.utils.rnn.pack_sequence([torch.ones(2)]), None),
-            r"virtual stage 3 is of containers that cannot be told .*PackedSequence",
+            r"virtual stage 3 has containers that cannot be serialized .*PackedSequence",
         ),
     ],
     ids=["object", "constants", "uint16", "sparse", "keys", "packed"],
@@ -393,14 +395,17 @@ def test_values_that_no_message_takes_are_refused(value: Any, told: str) -> None
 def test_a_form_that_was_told_is_the_same() -> None:
     value = [torch.ones(2, 3, requires_grad=True), {"n": float("nan"), "i": torch.arange(5)}, None]
     layout = ValueLayout.from_bytes(2, ValueLayout.of(2, value).to_bytes())
-    assert layout.wanted == [0]
+    assert layout.gradient_indices == [0]
     tensors = layout.tensors(value)
     again = layout.value(tensors)
     assert again[0] is value[0] and again[1]["i"] is tensors[1] and again[2] is None
 
 
 def test_where_no_tensor_needs_a_gradient_all_floats_get_one() -> None:
-    assert ValueLayout.of(1, (torch.ones(1), torch.arange(2), torch.ones(3))).wanted == [0, 2]
+    assert ValueLayout.of(1, (torch.ones(1), torch.arange(2), torch.ones(3))).gradient_indices == [
+        0,
+        2,
+    ]
 
 
 @pytest.mark.parametrize(

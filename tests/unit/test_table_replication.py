@@ -177,7 +177,7 @@ def test_who_may_not_acknowledge_serves_no_more() -> None:
         lambda: primary.add(PushId("run", 0, 0, 1), gradients(0, 1)),
     ]
     for call in calls:
-        with pytest.raises(ProtocolError, match="primary serves no more"):
+        with pytest.raises(ProtocolError, match="primary no longer serves"):
             call()
 
 

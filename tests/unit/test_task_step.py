@@ -175,7 +175,7 @@ def test_a_batch_that_nobody_says_how_to_take_is_refused() -> None:
     told = r"it is a tuple of 3\. For any other batch Unsaid needs forward\(model, batch\) or step"
     with pytest.raises(ValueError, match=told):
         trained(Unsaid, "ring", 1)
-    with pytest.raises(SpecError, match="a batch is a tuple of 3, and nobody says how the model"):
+    with pytest.raises(SpecError, match="a batch is a tuple of 3, and the task does not say how"):
         trained(Unsaid, HYBRID, 2)
 
 

@@ -117,7 +117,7 @@ def test_a_layer_that_a_plan_leaves_out_is_named(split: str, left: str, pipeline
         train(hybrid_job(options, workers, steps=1), HalfSliced)
     [problem] = caught.value.problems
     assert problem.where == ("strategy", "tensor_plan")
-    assert "layers fail where they do not whole: The size of tensor" in problem.message
+    assert "layers fail, and do not if whole: The size of tensor" in problem.message
     assert f"split 1.{left} as 1.{split} is" in str(problem.hint)
 
 
@@ -143,8 +143,8 @@ class InTraining(nn.Module):
 @pytest.mark.parametrize(
     ("inside", "said"),
     [
-        (nn.PReLU, "layers give 1.inside.weight another gradient than whole"),
-        (InTraining, "layers compute otherwise than whole in training"),
+        (nn.PReLU, "layers give 1.inside.weight another gradient than whole ones"),
+        (InTraining, "layers do not compute what whole ones do in training"),
         (nn.GELU, ""),
         (lambda: nn.Dropout(0.5), ""),
     ],

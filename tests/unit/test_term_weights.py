@@ -191,7 +191,7 @@ def test_it_is_verified_with_the_whole_batch(strategy: Any) -> None:
 @pytest.mark.parametrize(
     ("strategy", "world", "said"),
     [
-        ({"name": "hybrid", "data": 2}, 2, "Mixture.weights() is asked before a step's first"),
+        ({"name": "hybrid", "data": 2}, 2, "Mixture.weights() is called before a step's first"),
         (
             {"name": "ps-sync", "backup_workers": 1},
             2,
