@@ -1,1 +1,1 @@
-"""Algorithms over plain ints, lists and tensors: no actor, no options object, no clock."""
+"""Pure algorithms over ints, lists and tensors: no actors, no options, no clocks."""

@@ -1,4 +1,4 @@
-"""What compressed gradients are made of: low-rank factors, and the entries of largest magnitude."""
+"""Gradient compression: low-rank factors (PowerSGD) and entries of largest magnitude (top-k)."""
 
 import math
 from collections.abc import Sequence
@@ -9,9 +9,9 @@ from torch import Tensor
 
 def matrix_shape(shape: tuple[int, ...], rank: int) -> tuple[int, int] | None:
     """
-    Give (rows, cols) of a parameter taken as a matrix, or None where factors would save nothing.
+    Return (rows, cols) of a parameter as a matrix, or None if factors are not smaller.
 
-    The first dimension makes the rows, all others the columns: a convolution's are its inputs.
+    The first dimension becomes the rows, all others the columns.
     """
     if len(shape) < 2:
         return None
@@ -20,7 +20,7 @@ def matrix_shape(shape: tuple[int, ...], rank: int) -> tuple[int, int] | None:
 
 
 def starting_factor(rank: int, cols: int, generator: torch.Generator) -> Tensor:
-    """Give random directions to begin with: [rank, cols], float32, normal."""
+    """Return an initial right factor: [rank, cols], float32, normal."""
     return torch.randn(rank, cols, generator=generator)
 
 
@@ -33,10 +33,10 @@ def orthonormalise(left: Tensor) -> None:
     """
     Replace the rows of `left` [r, m], r <= m, by orthonormal ones with the same span, in place.
 
-    By Householder reflections (QR): where rows depend on each other, or are zero, the missing ones
-    are made up. So a matrix that was zero in one step does not stay zero for ever.
+    QR by Householder reflections completes the basis if rows are dependent or zero, so a matrix
+    that was zero in one step does not stay zero.
     """
-    exact = left if left.itemsize >= 4 else left.float()  # there is no QR in half precision
+    exact = left if left.itemsize >= 4 else left.float()  # torch has no QR in half precision
     left.copy_(torch.linalg.qr(exact.t()).Q.t())
 
 
@@ -46,7 +46,7 @@ def right_factor(matrix: Tensor, left: Tensor, out: Tensor) -> None:
 
 
 def subtract_product(matrix: Tensor, left: Tensor, right: Tensor) -> None:
-    """Leave in `matrix` [rows, cols] what the factors do not hold of it."""
+    """Subtract left' right from `matrix` [rows, cols], in place."""
     matrix.addmm_(left.t(), right, alpha=-1)
 
 
@@ -57,20 +57,20 @@ def write_product(left: Tensor, right: Tensor, out: Tensor) -> None:
 
 _SAMPLE = 1 << 16
 _BLOCK_ELEMENTS = 1 << 17
-"""Passes on a CPU go in blocks that stay in a core's cache."""
+"""Block size of passes on a CPU: a block fits into a core's cache."""
 
 
 def entries_sent(density: float, size: int) -> int:
-    """Give the number of entries that `density` of a vector of `size` is; at least one."""
+    """Return the number of entries to send of a vector of `size`; at least one."""
     return max(1, round(density * size))
 
 
 def largest_indices(vector: Tensor, count: int) -> Tensor:
     """
-    Give the indices of the `count` entries of largest magnitude, in ascending order.
+    Return the indices of the `count` entries of largest magnitude, in ascending order.
 
-    Of equal magnitudes the first ones win. NaN counts as infinite: it must travel, so that
-    training fails in sight instead of one entry standing still.
+    Among equal magnitudes the first entries win. NaN counts as infinite, so that it is sent and
+    training fails visibly instead of one entry never being updated.
 
     Args:
         vector: shape [n].
@@ -82,37 +82,37 @@ def largest_indices(vector: Tensor, count: int) -> Tensor:
     if count == vector.numel():
         return torch.arange(count, device=vector.device)
     candidates = _candidates(vector, count)
-    sizes = vector[candidates].abs().nan_to_num_(nan=torch.inf, posinf=torch.inf)
-    least = sizes.topk(count, sorted=False).values.min()
-    chosen = sizes > least
-    ties = (sizes == least).nonzero().view(-1)
-    chosen[ties[: count - int(chosen.sum())]] = True
-    return candidates[chosen]
+    magnitudes = vector[candidates].abs().nan_to_num_(nan=torch.inf, posinf=torch.inf)
+    threshold = magnitudes.topk(count, sorted=False).values.min()
+    mask = magnitudes > threshold
+    ties = (magnitudes == threshold).nonzero().view(-1)
+    mask[ties[: count - int(mask.sum())]] = True
+    return candidates[mask]
 
 
 def add_sparse(out: Tensor, indices: Sequence[Tensor], values: Sequence[Tensor]) -> None:
     """
-    Add entries to `out`, part after part.
+    Add sparse entries to `out`, in rank order.
 
     Args:
         out: shape [n].
-        indices: one per rank, shape [k], int32 or int64, each without repetition: so the order of
-            every sum is that of the ranks.
+        indices: one per rank, shape [k], int32 or int64, without duplicates, so that every sum is
+            computed in rank order.
         values: one per rank, shape [k].
     """
-    for where, what in zip(indices, values, strict=True):
-        out.index_add_(0, where, what)
+    for rank_indices, rank_values in zip(indices, values, strict=True):
+        out.index_add_(0, rank_indices, rank_values)
 
 
 def _candidates(vector: Tensor, count: int) -> Tensor:
-    """Give, in ascending order, indices among which the `count` largest surely are."""
-    # An odd step walks through all columns of a matrix whose rows are a power of two long.
+    """Return, in ascending order, indices that include those of the `count` largest entries."""
+    # An odd step visits all columns of a matrix whose row length is a power of two.
     sample = vector[:: max(1, vector.numel() // _SAMPLE) | 1].abs()
     expected = count * sample.numel() / vector.numel()
     position = int(expected + 3 * expected**0.5 + 2)  # three standard deviations low
     while position < sample.numel():
-        guess = sample.topk(position, sorted=False).values.min()
-        found = _not_below(vector, guess)
+        threshold = sample.topk(position, sorted=False).values.min()
+        found = _not_below(vector, threshold)
         if found.numel() >= count:
             return found
         position *= 2
@@ -120,7 +120,7 @@ def _candidates(vector: Tensor, count: int) -> Tensor:
 
 
 def _not_below(vector: Tensor, limit: Tensor) -> Tensor:
-    """Give the indices whose magnitude is not less than `limit`; a NaN on either side is not."""
+    """Return the indices of magnitudes not less than `limit`, including comparisons with NaN."""
     block = _BLOCK_ELEMENTS if vector.device.type == "cpu" else vector.numel()
     found = []
     for start in range(0, vector.numel(), block):

@@ -1,11 +1,11 @@
 """
-A measured step of a pipeline beside the ideal one.
+Comparison of a measured pipeline step with the ideal one.
 
     measured   F0 F1 .. B0-- F2 . B1--      from `pipeline_trace.json`
     ideal      F0 F1 . B0-- F2 B1--         the same schedule, simulated with each stage's mean
-                                            times and messages that take none
+                                            times and free messages
 
-What the ideal step is shorter by is what messages, waits and uneven micro-batches cost.
+The difference in length is the cost of messages, waits and uneven micro-batches.
 """
 
 from collections.abc import Iterator, Sequence
@@ -35,13 +35,13 @@ _COMPUTING = {kind.value: kind for kind in ActionKind}
 
 @dataclass(frozen=True)
 class StageTimes:
-    """What one stage of one replica did in the step; seconds."""
+    """Times of one stage of one replica in the step, in seconds."""
 
     forward_s: float
-    """Mean of a micro-batch, over all its chunks of layers together."""
+    """Mean time of a micro-batch through all chunks of the stage."""
     backward_s: float
     weight_s: float
-    """Mean of a micro-batch, where the schedule splits backward, else 0."""
+    """Mean time of a micro-batch if the schedule splits backward, else 0."""
     busy_s: float
     send_s: float
     recv_s: float
@@ -50,37 +50,37 @@ class StageTimes:
 
 @dataclass(frozen=True)
 class Gantt:
-    """One replica's step."""
+    """Measured and ideal step of one replica."""
 
     replica: int
     measured: BarRows
-    """Of each stage, what it computed; of slices of a stage, the first one's."""
+    """Computations of each stage; of the first slice if layers are sliced."""
     communication: tuple[tuple[TraceEvent, ...], ...]
-    """Of each stage, sends, receives, packing and the reduction."""
+    """Sends, receives and gradient reduction of each stage."""
     times: tuple[StageTimes, ...]
     ideal: Simulation | None
-    """None: the schedule cannot be simulated; `why_not` says why."""
+    """None: the schedule cannot be simulated, for the reason in `why_not`."""
     why_not: str = ""
 
     @property
     def bubble(self) -> float:
-        """Measured part of the stages' time, 0 to 1, in which they did not compute."""
+        """Measured bubble: fraction of the stages' time without computation."""
         return bubble(self.measured)
 
     @property
     def least_bubble(self) -> float:
-        """The same of the busiest stage alone: stages of unequal cost do not count."""
-        busiest = max((one.busy_s for one in self.times), default=0.0)
+        """Bubble of the busiest stage alone, which excludes imbalance between stages."""
+        busiest = max((stage.busy_s for stage in self.times), default=0.0)
         return 1 - busiest / self.pipeline_s if self.pipeline_s else 0.0
 
     @property
     def pipeline_s(self) -> float:
-        """From the first start to the last end of what stages computed."""
+        """Time from the first start to the last end of all computations."""
         return makespan(self.measured)
 
     @property
     def step_s(self) -> float:
-        """The same with messages and the reduction."""
+        """Time of the step including messages and gradient reduction."""
         times = [(s.start, s.end) for row in self.measured for s in row]
         times += [(e.start_s, e.end_s) for row in self.communication for e in row]
         if not times:
@@ -90,14 +90,14 @@ class Gantt:
 
 def gantts(trace: Trace) -> list[Gantt]:
     """
-    Give the step of each replica.
+    Return the step of each replica.
 
     Raises:
-        ValueError: the trace does not hold together: a stage that it does not have, for one.
+        ValueError: the trace is inconsistent, such as an event of a stage that does not exist.
     """
-    wrong = [e for e in trace.events if not 0 <= e.stage < trace.stages]
-    if wrong:
-        raise ValueError(f"an event of stage {wrong[0].stage}, and there are {trace.stages}")
+    invalid = [e for e in trace.events if not 0 <= e.stage < trace.stages]
+    if invalid:
+        raise ValueError(f"an event of stage {invalid[0].stage}, and there are {trace.stages}")
     replicas = sorted({event.replica for event in trace.events})
     return [_gantt(trace, replica) for replica in replicas]
 
@@ -113,7 +113,7 @@ def _gantt(trace: Trace, replica: int) -> Gantt:
     try:
         schedule = _schedule(trace)
         times = tuple(map(_times, measured, communication, [schedule] * trace.stages))
-        costs = [Costs(one.forward_s, one.backward_s, one.weight_s) for one in times]
+        costs = [Costs(stage.forward_s, stage.backward_s, stage.weight_s) for stage in times]
         ideal = simulate(schedule, costs)
     except (ValueError, SpecError) as error:
         times = tuple(map(_times, measured, communication, [None] * trace.stages))
@@ -138,8 +138,8 @@ def _times(
     chunks = schedule.chunks if schedule else 1
 
     def mean(kind: ActionKind) -> float:
-        took = [s.end - s.start for s in row if s.action.kind is kind]
-        return sum(took) / len(took) * chunks if took else 0.0
+        durations = [s.end - s.start for s in row if s.action.kind is kind]
+        return sum(durations) / len(durations) * chunks if durations else 0.0
 
     def total(kind: str) -> float:
         return sum(e.end_s - e.start_s for e in communication if e.kind == kind)
@@ -158,25 +158,25 @@ def _times(
 ChromeEvent = dict[str, object]
 
 _THREADS = ("compute", "ideal", "recv", "send", "reduce")
-"""Of a rank's process; events of one thread do not overlap."""
+"""Threads of a rank's process; events of one thread do not overlap."""
 
 
 def chrome_trace(trace: Trace, replicas: Sequence[Gantt]) -> dict[str, object]:
     """
-    Give the step as one process per rank, with a thread for each kind of work.
+    Convert the step to Chrome's trace format: one process per rank, one thread per kind of work.
 
     Args:
         trace: the step.
-        replicas: of its replicas; the ideal step of each becomes a thread of its stages.
+        replicas: the ideal step of each replica becomes a thread of its stages.
 
     Returns:
-        What the JSON file holds; times are microseconds from the first event.
+        Content of the JSON file; times are microseconds from the first event.
     """
-    events = [*_names(trace)]
+    events = [*_metadata_events(trace)]
     for event in trace.events:
-        events.append(_drawn(event, event.kind if event.kind in _THREADS else "compute"))
-    for one in replicas:
-        events += [_drawn(event, "ideal") for event in _ideal(trace, one)]
+        events.append(_complete_event(event, event.kind if event.kind in _THREADS else "compute"))
+    for gantt in replicas:
+        events += [_complete_event(event, "ideal") for event in _ideal_events(trace, gantt)]
     return {
         "displayTimeUnit": "ms",
         "otherData": {
@@ -189,12 +189,12 @@ def chrome_trace(trace: Trace, replicas: Sequence[Gantt]) -> dict[str, object]:
     }
 
 
-def _names(trace: Trace) -> Iterator[ChromeEvent]:
-    places = {event.rank: event for event in trace.events}
-    sliced = any(event.tensor for event in trace.events)
-    for rank, at in sorted(places.items()):
-        name = f"replica {at.replica}, stage {at.stage}"
-        name += f", slice {at.tensor}" if sliced else ""
+def _metadata_events(trace: Trace) -> Iterator[ChromeEvent]:
+    positions = {event.rank: event for event in trace.events}
+    is_sliced = any(event.tensor for event in trace.events)
+    for rank, position in sorted(positions.items()):
+        name = f"replica {position.replica}, stage {position.stage}"
+        name += f", slice {position.tensor}" if is_sliced else ""
         yield _metadata("process_name", rank, 0, {"name": f"{name} (rank {rank})"})
         yield _metadata("process_sort_index", rank, 0, {"sort_index": rank})
         for thread, title in enumerate(_THREADS):
@@ -206,11 +206,11 @@ def _metadata(name: str, rank: int, thread: int, args: dict[str, object]) -> Chr
     return {"ph": "M", "name": name, "pid": rank, "tid": thread, "args": args}
 
 
-def _drawn(event: TraceEvent, thread: str) -> ChromeEvent:
-    """Give a complete event: one with a duration."""
+def _complete_event(event: TraceEvent, thread: str) -> ChromeEvent:
+    """Return a "complete" event of Chrome's format, which has a duration."""
     name = event.kind
     if event.micro_batch >= 0:
-        name += f"{event.micro_batch}{chr(39) * event.chunk}"  # as `Action` is written
+        name += f"{event.micro_batch}{chr(39) * event.chunk}"  # as in `Action.__str__`
     return {
         "ph": "X",
         "name": name,
@@ -223,15 +223,15 @@ def _drawn(event: TraceEvent, thread: str) -> ChromeEvent:
     }
 
 
-def _ideal(trace: Trace, one: Gantt) -> Iterator[TraceEvent]:
-    if one.ideal is None:
+def _ideal_events(trace: Trace, gantt: Gantt) -> Iterator[TraceEvent]:
+    if gantt.ideal is None:
         return
-    here = [event for event in trace.events if event.replica == one.replica]
-    first = min(event.tensor for event in here)
-    ranks = {event.stage: event.rank for event in here if event.tensor == first}
-    began = min((span.start for row in one.measured for span in row), default=0.0)
-    for stage, row in enumerate(one.ideal.spans):
+    events = [event for event in trace.events if event.replica == gantt.replica]
+    first = min(event.tensor for event in events)
+    ranks = {event.stage: event.rank for event in events if event.tensor == first}
+    began = min((span.start for row in gantt.measured for span in row), default=0.0)
+    for stage, row in enumerate(gantt.ideal.spans):
         for span in row if stage in ranks else ():
-            what = span.action.kind.value, span.action.chunk, span.action.micro_batch
+            action = span.action.kind.value, span.action.chunk, span.action.micro_batch
             times = began + span.start, began + span.end
-            yield TraceEvent(ranks[stage], one.replica, stage, first, *what, *times)
+            yield TraceEvent(ranks[stage], gantt.replica, stage, first, *action, *times)

@@ -1,16 +1,16 @@
 """
-Cut a row of layers into stages so that the most expensive stage is as cheap as can be.
+Partition a sequence of layers into stages so that the largest stage cost is minimal.
 
-    costs   3  1  4 | 1  5 | 9 | 2  6      4 stages: 8, 6, 9, 8; no cut has a cheaper dearest stage
+    costs   3  1  4 | 1  5 | 9 | 2  6      4 stages: 8, 6, 9, 8; no cut has a smaller maximum
 
 This is the block partition of Bárány & Grinberg (Israel J. Math. 206, 2015), which torchgpipe uses
-to balance stages (Kim et al. 2020). Their bound says that sizes need not differ by more than the
-dearest layer; here it is the exact optimum, by dynamic programming over the ends of the stages:
+to balance stages (Kim et al. 2020). They prove that stage costs need not differ by more than the
+largest layer cost; here the exact optimum is computed, by dynamic programming over stage ends:
 
     best(k, j) = min over i < j of max(best(k - 1, i), cost of layers i..j-1)       O(parts n^2)
 
-Many cuts share that optimum, for only its dearest stage counts. A second pass takes the most even
-one of them: the least sum of squares among the cuts in which no stage is dearer.
+Many cuts share that optimum, since it depends on the largest stage only. A second pass selects the
+most even of them: the smallest sum of squares among cuts with the same maximum.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,25 +18,25 @@ from itertools import accumulate, pairwise
 from math import inf, isfinite
 
 Fits = Callable[[int, int, int], bool]
-"""Whether stage k can hold the layers start..stop-1; asked as (k, start, stop)."""
+"""(k, start, stop) -> whether stage k can hold the layers start..stop-1."""
 
 _Merge = Callable[[float, float], float]
 
 
 def partition(costs: Sequence[float], parts: int, fits: Fits | None = None) -> list[int]:
     """
-    Cut layers into contiguous stages of one layer or more, minimising the dearest stage.
+    Partition layers into contiguous non-empty stages, minimising the largest stage cost.
 
     Args:
         costs: of each layer, >= 0, in any unit.
         parts: number of stages.
-        fits: refuses what a stage cannot hold, such as more than its memory; None: all fits.
+        fits: constraint on stages, such as memory; None: no constraint.
 
     Returns:
-        The cut points: parts - 1 numbers, rising; the stage k begins with layer points[k - 1].
+        The cut points: parts - 1 ascending numbers; stage k starts with layer points[k - 1].
 
     Raises:
-        ValueError: there is no such cut, or a cost is no number >= 0.
+        ValueError: no cut satisfies the constraint, or a cost is not a number >= 0.
     """
     check_costs(costs)
     if not 1 <= parts <= len(costs):
@@ -50,16 +50,16 @@ def partition(costs: Sequence[float], parts: int, fits: Fits | None = None) -> l
     def cost(k: int, start: int, stop: int) -> float:
         return sums[stop] - sums[start] if allowed(k, start, stop) else inf
 
-    dearest, _ = _best(cost, max, parts, len(costs))
-    if dearest == inf:
+    largest, _ = _best(cost, max, parts, len(costs))
+    if largest == inf:
         raise ValueError(
             f"no cut of {len(costs)} layers into {parts} stages fits: take more stages, smaller "
             "micro-batches, or activation recomputation"
         )
 
     def square(k: int, start: int, stop: int) -> float:
-        whole = cost(k, start, stop)
-        return inf if whole > dearest else whole * whole
+        stage_cost = cost(k, start, stop)
+        return inf if stage_cost > largest else stage_cost * stage_cost
 
     _, points = _best(square, lambda before, last: before + last, parts, len(costs))
     return points
@@ -68,28 +68,28 @@ def partition(costs: Sequence[float], parts: int, fits: Fits | None = None) -> l
 def _best(
     cost: Callable[[int, int, int], float], merge: _Merge, parts: int, layers: int
 ) -> tuple[float, list[int]]:
-    """Give the least merged cost of a cut, and its cut points."""
-    best = [0.0] + [inf] * layers  # of the stages so far, by the layer at which they end
-    begins: list[list[int]] = []
+    """Return the smallest merged cost of a cut, and its cut points."""
+    best = [0.0] + [inf] * layers  # cost of the stages so far, by their last layer's end
+    starts_by_stage: list[list[int]] = []
     for k in range(parts):
-        row, begin = [inf] * (layers + 1), [0] * (layers + 1)
+        row, starts = [inf] * (layers + 1), [0] * (layers + 1)
         for stop in range(k + 1, layers - (parts - 1 - k) + 1):
             for start in range(stop - 1, k - 1, -1):
                 value = merge(best[start], cost(k, start, stop)) if best[start] < inf else inf
                 if value < row[stop]:
-                    row[stop], begin[stop] = value, start
+                    row[stop], starts[stop] = value, start
         best = row
-        begins.append(begin)
+        starts_by_stage.append(starts)
     points, stop = [], layers
-    for begin in reversed(begins):
-        stop = begin[stop]
+    for starts in reversed(starts_by_stage):
+        stop = starts[stop]
         points.append(stop)
     return best[layers], points[-2::-1]
 
 
 def check_costs(costs: Sequence[float]) -> None:
     """
-    Refuse costs that cannot be compared or added.
+    Validate the costs of layers.
 
     Raises:
         ValueError: one is negative, infinite or not a number; names its layer.
@@ -101,10 +101,10 @@ def check_costs(costs: Sequence[float]) -> None:
 
 def bounds(points: Sequence[int], layers: int) -> list[tuple[int, int]]:
     """
-    Give the stages (start, stop) of cut points, whoever chose them.
+    Return the stages (start, stop) of cut points.
 
     Raises:
-        ValueError: the points do not rise, or leave a stage without layers.
+        ValueError: the points are not strictly ascending, or leave a stage without layers.
     """
     ends = [0, *points, layers]
     if any(left >= right for left, right in pairwise(ends)):

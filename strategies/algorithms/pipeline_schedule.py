@@ -1,10 +1,10 @@
 """
-Pipeline schedules: in which order a stage computes its micro-batches.
+Pipeline schedules: the order in which stages compute micro-batches.
 
-A model is cut into stages that follow each other, a batch into micro-batches. Each function below
-gives the order for every stage at once, drawn in its docstring: a row is a stage, a column a unit
-of time, `F2` the forward of micro-batch 2, `B2` its backward, `W2` the gradient of the weights
-where that is a step of its own, `F2'` the same on the stage's second chunk of layers, `.` waiting.
+A model is split into consecutive stages, a batch into micro-batches. Each function below returns
+the order of all stages, drawn in its docstring: a row is a stage, a column a unit of time, `F2` the
+forward of micro-batch 2, `B2` its backward, `W2` the gradient of the weights if backward is split,
+`F2'` the forward on the stage's second chunk, `.` waiting.
 
     schedule      bubble, of all time       live activations of stage s     source
     gpipe         (p-1) / (m + p-1)         m                               Huang et al. 2019
@@ -15,27 +15,27 @@ where that is a step of its own, `F2'` the same on the stage's second chunk of l
     p stages, m micro-batches, v chunks of layers per stage; stages of equal cost; for zb-h1 F, B
     and W of equal length and m >= p
 
-Under every schedule a chunk adds its weight gradients in the order of the micro-batches. So all
-schedules give the bits that one process gives which takes the micro-batches one after the other.
+Under every schedule a chunk accumulates weight gradients in the order of the micro-batches. So all
+schedules are bitwise equal to a single process that runs the micro-batches in sequence.
 
-**Messages between stages** are woven into a schedule by `with_communication`. Two stages are joined
-by one channel in each direction. A channel keeps the order, holds a fixed number of messages, and
-blocks: a send waits for room, a receive waits for a message. Activations and gradients may share a
-channel (`interleaved` on two stages), so receives must stand in the order of the sends, or a stage
-takes one tensor for another.
+**Messages between stages** are added to a schedule by `with_communication`. Two stages are
+connected by one channel in each direction. A channel is a FIFO queue of fixed capacity, and blocks:
+a send waits for space, a receive waits for a message. Activations and gradients may share a channel
+(`interleaved` on two stages), so receives must be in the order of the sends, or a stage confuses
+two tensors.
 
     stage 0   F0  send a0  F1  send a1          recv g0  B0           recv g1  B1
     stage 1       recv a0  F0  B0      send g0  recv a1  F1  B1  send g1
 
-A tensor is sent as soon as it is there and received right before it is used, so that nobody waits
-for what is not needed yet. That alone could stand still: all wait for room. Hence the lists come
-from an execution with room for one message. Where it stands still, the oldest message of a full
-channel is received on the spot, before its time, and kept.
+A tensor is sent as soon as it is computed and received right before it is used, so that no stage
+waits for a tensor before it needs it. That alone could deadlock, with all stages waiting for space.
+So plans are recorded from a simulation with a capacity of one message. If the simulation blocks,
+the oldest message of a full channel is received early and stored.
 
-The lists were executed once, in an order in which no step waits for a later one. Waiting for
-messages and for room, in lists that branch nowhere, ends the same way whatever the speeds (Kahn
-1974), and more room only removes waits. So with room for one message or more the lists never stand
-still, with any speeds. No torch here and no clock.
+The simulation executes the plan in an order in which no step waits for a later one. Plans do not
+branch and only wait for messages and space, so they complete at any relative speed of the stages
+(Kahn 1974), and a larger capacity only removes waits. So no plan deadlocks with a capacity of one
+message or more. This module uses no torch and no clock.
 """
 
 from collections import deque
@@ -47,13 +47,13 @@ from distplat.platform.errors import Problem, SpecError, hint
 
 
 class ActionKind(StrEnum):
-    """What a stage computes."""
+    """Kinds of computations."""
 
     FORWARD = "F"
     BACKWARD = "B"
-    """All of backward; where it is split, the gradient of the stage's input alone."""
+    """The whole backward; if it is split, only the gradient of the stage's input."""
     WEIGHT = "W"
-    """The gradient of the stage's weights, in schedules that split backward."""
+    """The gradient of the stage's weights, if backward is split."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,17 +63,17 @@ class Action:
     kind: ActionKind
     micro_batch: int
     chunk: int = 0
-    """Which of the stage's chunks of layers."""
+    """Index among the stage's chunks of layers."""
 
     def __str__(self) -> str:
-        """`F3`; one prime for each chunk before this one."""
+        """Such as `F3`, with one prime for each chunk before this one."""
         return f"{self.kind}{self.micro_batch}{chr(39) * self.chunk}"
 
 
 @dataclass(frozen=True)
 class PipelineSchedule:
     """
-    What every stage computes, in order.
+    The computations of every stage, in order.
 
     Chunks of layers are numbered along the model: chunk c of stage s is number c * stages + s.
     """
@@ -81,11 +81,11 @@ class PipelineSchedule:
     name: str
     micro_batches: int
     chunks: int
-    """Chunks of layers per stage ("virtual stages"); 1 save in `interleaved`."""
+    """Chunks of layers per stage; 1 except in `interleaved`."""
     splits_backward: bool
-    """Whether the gradient of the weights is an action of its own."""
+    """Whether the gradient of the weights is a separate action."""
     actions: tuple[tuple[Action, ...], ...]
-    """Of each stage."""
+    """Actions of each stage."""
 
     @property
     def stages(self) -> int:
@@ -94,23 +94,23 @@ class PipelineSchedule:
 
     @property
     def depth(self) -> int:
-        """Number of chunks of layers in the whole model."""
+        """Number of virtual stages of the model."""
         return self.stages * self.chunks
 
     def virtual_stage(self, stage: int, action: Action) -> int:
-        """Give the number, along the model, of the chunk that an action works on."""
+        """Return the virtual stage that an action of a stage computes."""
         return action.chunk * self.stages + stage
 
     def stage_of(self, virtual_stage: int) -> int:
-        """Give the stage that owns a chunk."""
+        """Return the stage that a virtual stage is on."""
         return virtual_stage % self.stages
 
     def peak_activations(self) -> list[int]:
         """
-        Give for each stage how many (micro-batch, chunk) it holds at once, at most.
+        Return for each stage the maximum number of (micro-batch, chunk) held at once.
 
-        Counted from forward until the last action that needs the activations. A chunk's are 1/v of
-        what a whole stage's would be.
+        Activations are held from forward to the last action that needs them. Those of a chunk are
+        1/v of a whole stage's.
         """
         last = ActionKind.WEIGHT if self.splits_backward else ActionKind.BACKWARD
         return [_peak(order, last) for order in self.actions]
@@ -133,8 +133,8 @@ def gpipe(stages: int, micro_batches: int) -> PipelineSchedule:
         .  .  F0 F1 F2 F3 .  .  B0 B1 B2 B3 .  .
         .  .  .  F0 F1 F2 F3 B0 B1 B2 B3 .  .  .
 
-    The paper goes backward from the last micro-batch to the first, which takes the same time; this
-    order adds the gradients up as all other schedules do.
+    The paper runs backward from the last micro-batch to the first, which takes the same time; this
+    order accumulates gradients as all other schedules do.
 
     Raises:
         ValueError: less than one stage or micro-batch.
@@ -147,15 +147,15 @@ def gpipe(stages: int, micro_batches: int) -> PipelineSchedule:
 
 def one_f_one_b(stages: int, micro_batches: int) -> PipelineSchedule:
     """
-    1F1B: as soon as a backward can run it runs, so that activations go early (Narayanan et al.
-    2019; in the form with a flush at the end of each step, Narayanan et al. 2021).
+    1F1B: a backward runs as soon as it can, to free activations early (Narayanan et al. 2019; the
+    variant with a flush at the end of each step, Narayanan et al. 2021).
 
         F0 F1 F2 F3 .  .  .  B0 F4 B1 F5 B2 .  B3 .  B4 .  B5
         .  F0 F1 F2 .  .  B0 F3 B1 F4 B2 F5 B3 .  B4 .  B5 .
         .  .  F0 F1 .  B0 F2 B1 F3 B2 F4 B3 F5 B4 .  B5 .  .
         .  .  .  F0 B0 F1 B1 F2 B2 F3 B3 F4 B4 F5 B5 .  .  .
 
-    Stage s runs p - s - 1 forwards ahead, then one forward and one backward in turn.
+    Stage s runs p - s - 1 warm-up forwards, then alternates one forward and one backward.
 
     Raises:
         ValueError: less than one stage or micro-batch.
@@ -164,21 +164,21 @@ def one_f_one_b(stages: int, micro_batches: int) -> PipelineSchedule:
     orders = []
     for stage in range(stages):
         forwards, backwards = _forwards_and_backwards(micro_batches)
-        ahead = min(stages - stage - 1, micro_batches)
-        orders.append(tuple(_in_turn(forwards, backwards, ahead)))
+        warm_up = min(stages - stage - 1, micro_batches)
+        orders.append(tuple(_alternate(forwards, backwards, warm_up)))
     return PipelineSchedule("1f1b", micro_batches, 1, False, tuple(orders))
 
 
 def interleaved(stages: int, micro_batches: int, chunks: int) -> PipelineSchedule:
     """
-    Interleaved 1F1B: a stage has several chunks of layers, so that the pipeline fills in shorter
-    strides (Narayanan et al. 2021; the numbers of forwards ahead are Megatron-LM's).
+    Interleaved 1F1B: a stage has several chunks of layers, so that the pipeline fills faster
+    (Narayanan et al. 2021; numbers of warm-up forwards as in Megatron-LM).
 
         F0  F1  F0' F1' F2  B0' F3  B1' F2' B0  F3' B1  .   B2' .   B3' B2  B3
         .   F0  F1  F0' B0' F1' B1' F2  B0  F3  B1  F2' B2' F3' B3' B2  B3  .
 
-    Micro-batches go in groups of p through chunk after chunk. Stage s runs
-    2 (p - s - 1) + (v - 1) p forwards ahead.
+    Micro-batches pass through the chunks in groups of p. Stage s runs 2 (p - s - 1) + (v - 1) p
+    warm-up forwards.
 
     Raises:
         ValueError: less than two chunks, or micro-batches that do not fill groups of p.
@@ -195,31 +195,31 @@ def interleaved(stages: int, micro_batches: int, chunks: int) -> PipelineSchedul
         )
     total, group = micro_batches * chunks, stages * chunks
 
-    def turn(kind: ActionKind, k: int) -> Action:
+    def nth_action(kind: ActionKind, k: int) -> Action:
         chunk = k % group // stages
         chunk = chunks - 1 - chunk if kind is ActionKind.BACKWARD else chunk
         return Action(kind, k // group * stages + k % stages, chunk)
 
     orders = []
     for stage in range(stages):
-        forwards = (turn(ActionKind.FORWARD, k) for k in range(total))
-        backwards = (turn(ActionKind.BACKWARD, k) for k in range(total))
-        ahead = min(2 * (stages - stage - 1) + (chunks - 1) * stages, total)
-        orders.append(tuple(_in_turn(forwards, backwards, ahead)))
+        forwards = (nth_action(ActionKind.FORWARD, k) for k in range(total))
+        backwards = (nth_action(ActionKind.BACKWARD, k) for k in range(total))
+        warm_up = min(2 * (stages - stage - 1) + (chunks - 1) * stages, total)
+        orders.append(tuple(_alternate(forwards, backwards, warm_up)))
     return PipelineSchedule("interleaved", micro_batches, chunks, False, tuple(orders))
 
 
 def zero_bubble_h1(stages: int, micro_batches: int) -> PipelineSchedule:
     """
-    ZB-H1: the gradient of the weights waits until there is nothing better to do (Qi et al. 2023).
+    ZB-H1: gradients of the weights fill the time that stages would wait (Qi et al. 2023).
 
         F0 F1 F2 .  .  B0 W0 F3 B1 W1 F4 B2 W2 B3 W3 B4 W4
         .  F0 F1 .  B0 F2 B1 W0 F3 B2 W1 F4 B3 W2 B4 W3 W4
         .  .  F0 B0 F1 B1 F2 B2 W0 F3 B3 W1 F4 B4 W2 W3 W4
 
-    The neighbour waits for the gradient of the input only, so backward is split. Stage s runs `W`
-    s micro-batches behind `B`: what would be its bubble at the start, it computes at the end. Each
-    stage then holds p micro-batches, as the first one does under 1F1B.
+    The previous stage waits only for the gradient of the input, so backward is split. Stage s runs
+    `W` s micro-batches after `B`, which fills its bubble. Each stage then holds p micro-batches, as
+    the first stage does under 1F1B.
 
     Raises:
         ValueError: less than one stage or micro-batch.
@@ -229,7 +229,7 @@ def zero_bubble_h1(stages: int, micro_batches: int) -> PipelineSchedule:
     for stage in range(stages):
         forwards, backwards = _forwards_and_backwards(micro_batches)
         order: list[Action] = []
-        for action in _in_turn(forwards, backwards, min(stages - stage - 1, micro_batches)):
+        for action in _alternate(forwards, backwards, min(stages - stage - 1, micro_batches)):
             order.append(action)
             late = action.micro_batch - stage
             if action.kind is ActionKind.BACKWARD and late >= 0:
@@ -244,11 +244,11 @@ def _forwards_and_backwards(micro_batches: int) -> tuple[Iterator[Action], Itera
     return forwards, (Action(ActionKind.BACKWARD, i) for i in range(micro_batches))
 
 
-def _in_turn(
-    forwards: Iterator[Action], backwards: Iterator[Action], ahead: int
+def _alternate(
+    forwards: Iterator[Action], backwards: Iterator[Action], warm_up: int
 ) -> Iterator[Action]:
-    """Give `ahead` forwards, then one forward and one backward in turn, then what is left."""
-    for _ in range(ahead):
+    """Yield `warm_up` forwards, then forwards and backwards alternately, then the rest."""
+    for _ in range(warm_up):
         yield next(forwards)
     for forward in forwards:
         yield forward
@@ -271,24 +271,24 @@ _SINGLE: dict[str, Callable[[int, int], PipelineSchedule]] = {
 }
 
 NAMES = (*_SINGLE, "interleaved")
-"""All schedules."""
+"""Names of all schedules."""
 
 
 def build(
     name: str, stages: int, micro_batches: int, chunks: int | None = None
 ) -> PipelineSchedule:
     """
-    Make a schedule by its name.
+    Build a schedule by name.
 
     Args:
         name: one of `NAMES`.
-        stages: how many.
-        micro_batches: how many.
-        chunks: of layers per stage; None: as few as the schedule can have.
+        stages: number of stages.
+        micro_batches: number of micro-batches.
+        chunks: chunks of layers per stage; None: the minimum of the schedule.
 
     Raises:
-        SpecError: there is no schedule of that name; says which is near.
-        ValueError: the schedule does not take these numbers; says which it takes.
+        SpecError: the name is unknown; suggests a similar one.
+        ValueError: the schedule does not support these numbers; names valid ones.
     """
     if name == "interleaved":
         return interleaved(stages, micro_batches, 2 if chunks is None else chunks)
@@ -300,17 +300,17 @@ def build(
 
 
 class Content(StrEnum):
-    """What a message holds."""
+    """Content of a message."""
 
     ACTIVATION = "activation"
     """A chunk's output, the next chunk's input."""
     GRADIENT = "gradient"
-    """Of the loss with respect to a chunk's input."""
+    """Gradient of the loss with respect to a chunk's input."""
 
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """One tensor on its way; source and target are virtual stages."""
+    """A message between chunks; source and target are virtual stages."""
 
     content: Content
     micro_batch: int
@@ -320,20 +320,20 @@ class Message:
 
 @dataclass(frozen=True, slots=True)
 class Send:
-    """Hand a message to another stage."""
+    """Send a message to another stage."""
 
     message: Message
     to: int
-    """The stage."""
+    """Receiving stage."""
 
 
 @dataclass(frozen=True, slots=True)
 class Recv:
-    """Take the next message of another stage; it is this one."""
+    """Receive the next message of another stage."""
 
     message: Message
     source: int
-    """The stage."""
+    """Sending stage."""
 
 
 Step = Action | Send | Recv
@@ -341,15 +341,15 @@ Step = Action | Send | Recv
 
 @dataclass(frozen=True)
 class Plan:
-    """A schedule with its messages: what each stage does, to be followed step by step."""
+    """A schedule with its messages."""
 
     schedule: PipelineSchedule
     steps: tuple[tuple[Step, ...], ...]
-    """Of each stage."""
+    """Steps of each stage, in order."""
 
 
 def input_of(schedule: PipelineSchedule, stage: int, action: Action) -> Message | None:
-    """Give what an action needs of another chunk; None: nothing."""
+    """Return the message that an action needs from another chunk; None: it needs none."""
     virtual_stage = schedule.virtual_stage(stage, action)
     if action.kind is ActionKind.FORWARD and virtual_stage > 0:
         return Message(Content.ACTIVATION, action.micro_batch, virtual_stage - 1, virtual_stage)
@@ -359,7 +359,7 @@ def input_of(schedule: PipelineSchedule, stage: int, action: Action) -> Message 
 
 
 def output_of(schedule: PipelineSchedule, stage: int, action: Action) -> Message | None:
-    """Give what an action makes for another chunk; None: nothing."""
+    """Return the message that an action produces for another chunk; None: it produces none."""
     virtual_stage = schedule.virtual_stage(stage, action)
     if action.kind is ActionKind.FORWARD and virtual_stage < schedule.depth - 1:
         return Message(Content.ACTIVATION, action.micro_batch, virtual_stage, virtual_stage + 1)
@@ -370,23 +370,23 @@ def output_of(schedule: PipelineSchedule, stage: int, action: Action) -> Message
 
 def with_communication(schedule: PipelineSchedule) -> Plan:
     """
-    Weave sends and receives into a schedule; between chunks of one stage nothing is sent.
+    Add sends and receives to a schedule; chunks of the same stage need none.
 
     Raises:
-        ValueError: the stages wait for each other whatever is sent when.
+        ValueError: the schedule deadlocks.
     """
     return _ScheduleSimulator(schedule).run()
 
 
 class _ScheduleSimulator:
-    """Executes the stages with room for one message per channel, and writes down what they did."""
+    """Simulates the stages with a capacity of one message per channel, and records their steps."""
 
     def __init__(self, schedule: PipelineSchedule) -> None:
         self._schedule = schedule
         stages = range(schedule.stages)
         self._todo = [deque(order) for order in schedule.actions]
         self._steps: list[list[Step]] = [[] for _ in stages]
-        self._have: list[set[Message]] = [set() for _ in stages]  #: inputs that are there
+        self._inputs: list[set[Message]] = [set() for _ in stages]  #: received inputs
         self._unsent: list[Message | None] = [None for _ in stages]
         self._channels: dict[tuple[int, int], deque[Message]] = {
             (source, target): deque() for source in stages for target in stages
@@ -394,22 +394,22 @@ class _ScheduleSimulator:
 
     def run(self) -> Plan:
         while any(self._todo) or any(self._unsent):
-            moves = [self._go(stage) for stage in range(self._schedule.stages)]
-            if not any(moves) and not self._make_room():
+            moves = [self._advance(stage) for stage in range(self._schedule.stages)]
+            if not any(moves) and not self._receive_early():
                 waits = ", ".join(
                     f"stage {stage} with {todo[0]}" for stage, todo in enumerate(self._todo) if todo
                 )
                 raise ValueError(f"{self._schedule.name} stands still: {waits}")
         return Plan(self._schedule, tuple(map(tuple, self._steps)))
 
-    def _go(self, stage: int) -> bool:
-        """Let a stage go as far as it can; say whether it moved at all."""
+    def _advance(self, stage: int) -> bool:
+        """Run a stage until it blocks; return whether it made any step."""
         moved = False
-        while self._move(stage):
+        while self._step(stage):
             moved = True
         return moved
 
-    def _move(self, stage: int) -> bool:
+    def _step(self, stage: int) -> bool:
         message = self._unsent[stage]
         if message is not None:
             return self._send(stage, message)
@@ -417,13 +417,13 @@ class _ScheduleSimulator:
             return False
         action = self._todo[stage][0]
         needed = input_of(self._schedule, stage, action)
-        if needed is not None and needed not in self._have[stage]:
+        if needed is not None and needed not in self._inputs[stage]:
             return self._receive(self._schedule.stage_of(needed.source), stage)
         self._todo[stage].popleft()
         self._steps[stage].append(action)
         output = output_of(self._schedule, stage, action)
         if output is not None and self._schedule.stage_of(output.target) == stage:
-            self._have[stage].add(output)
+            self._inputs[stage].add(output)
         else:
             self._unsent[stage] = output
         return True
@@ -444,11 +444,11 @@ class _ScheduleSimulator:
             return False
         message = channel.popleft()
         self._steps[stage].append(Recv(message, source))
-        self._have[stage].add(message)
+        self._inputs[stage].add(message)
         return True
 
-    def _make_room(self) -> bool:
-        """Have one stage receive before its time what keeps another from sending."""
+    def _receive_early(self) -> bool:
+        """Let a stage receive early the message that blocks another stage's send."""
         for stage, message in enumerate(self._unsent):
             if message is not None:
                 return self._receive(stage, self._schedule.stage_of(message.target))

@@ -1,18 +1,18 @@
-"""Seeds from several numbers, so that what is drawn depends on all of them and on nothing else."""
+"""Seeds derived from several numbers, such as seed, step and rank."""
 
 import numpy as np
 from numpy.typing import NDArray
 
 _MASK = (1 << 64) - 1
 _STEP, _TRAINING_DATA, _EVALUATION_DATA, _EVALUATION, _COLLATE, _ORDER, _UPDATE = range(1, 8)
-"""What a seed is for: equal numbers for another purpose give another seed."""
+"""Purposes of seeds: equal numbers with different purposes give different seeds."""
 
 
 def derive_seed(*numbers: int) -> int:
     """
-    Give a seed of 63 bits; any number that differs gives another one.
+    Return a seed of 63 bits that depends on all numbers and their order.
 
-    Each number goes through the finaliser of SplitMix64 (Steele et al., OOPSLA 2014).
+    Each number is mixed in with the finaliser of SplitMix64 (Steele et al., OOPSLA 2014).
     """
     state = 0x9E3779B97F4A7C15
     for number in numbers:
@@ -24,46 +24,46 @@ def derive_seed(*numbers: int) -> int:
 
 
 def step_seed(seed: int, step: int, rank: int) -> int:
-    """Seed dropout and its like by step and rank: a repeated step draws the same numbers."""
+    """Return the seed for dropout by step and rank: a repeated step draws the same numbers."""
     return derive_seed(_STEP, seed, step, rank)
 
 
 def update_seed(seed: int, step: int) -> int:
-    """Seed what an optimizer draws in a step: every rank draws the same."""
+    """Return the seed for an optimizer's random numbers in a step, the same on every rank."""
     return derive_seed(_UPDATE, seed, step)
 
 
 def evaluation_seed(seed: int, rank: int) -> int:
-    """Seed what a model draws in an evaluation: the same numbers in each."""
+    """Return the seed for a model's random numbers in every evaluation."""
     return derive_seed(_EVALUATION, seed, rank)
 
 
 def epoch_seed(seed: int, epoch: int) -> int:
-    """Seed the training samples of an epoch; a sample's own is mixed from it and its position."""
+    """Return the seed for an epoch's training samples, combined with each sample's position."""
     return derive_seed(_TRAINING_DATA, seed, epoch)
 
 
 def order_seed(seed: int, epoch: int) -> int:
-    """Seed what a task draws while it says which samples an epoch has, and in which order."""
+    """Return the seed for a task's own order of samples in an epoch."""
     return derive_seed(_ORDER, seed, epoch)
 
 
 def evaluation_data_seed(seed: int) -> int:
-    """Seed the evaluation samples: each draws the same numbers in every evaluation."""
+    """Return the seed for evaluation samples, the same in every evaluation."""
     return derive_seed(_EVALUATION_DATA, seed)
 
 
 def collate_seed(base: int, first: int) -> int:
-    """Seed what is drawn while a micro-batch is put together: by epoch, and its first sample."""
+    """Return the seed for collate() of a micro-batch, by epoch and first sample."""
     return derive_seed(_COLLATE, base, first)
 
 
 GOLDEN = np.uint64(0x9E3779B97F4A7C15)
-"""2^64 over the golden ratio: multiples of it are far from each other."""
+"""2^64 divided by the golden ratio, whose multiples are spread evenly."""
 
 
 def mix(numbers: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """Scatter numbers over all 64-bit numbers, different ones to different numbers; any shape."""
+    """Hash 64-bit numbers bijectively (SplitMix64); any shape."""
     x = numbers ^ (numbers >> np.uint64(30))
     x *= np.uint64(0xBF58476D1CE4E5B9)
     x ^= x >> np.uint64(27)

@@ -1,17 +1,17 @@
 """
-How long a pipeline schedule takes: its stages run against each other, on paper.
+Simulation of a pipeline schedule's duration.
 
     stage 0   |F0|F1|F2|        |B0====|          bubble = idle time / (stages x makespan)
     stage 1      |F0|F1|...|B0====|
               0              time ->   makespan
 
-A stage does one step after the other. A send costs it nothing but waits for room in the channel;
-the message is there `send` later, and takes up room until it is received. Messages do not slow each
-other down: links have a latency here, no bandwidth.
+A stage runs its steps in sequence. A send takes no time but waits for space in the channel; the
+message arrives `send` later, and occupies the channel until it is received. Links have a latency
+but unlimited bandwidth.
 
-Only two steps wait for another stage: the n-th send of a channel for the receive n - buffer, the
-n-th receive for the n-th send. So times follow from each other without an event queue, in any order
-in which the stages are visited.
+Only two kinds of steps wait for another stage: the n-th send of a channel waits for receive
+n - buffer, and the n-th receive waits for the n-th send. So no event queue is needed, and stages
+can be visited in any order.
 """
 
 from collections import defaultdict
@@ -34,43 +34,43 @@ from distplat.strategies.algorithms.pipeline_schedule import (
 
 
 class Deadlock(ValueError):
-    """Stages wait for each other for ever."""
+    """All unfinished stages wait for each other."""
 
 
 @dataclass(frozen=True)
 class Costs:
     """
-    Durations of one micro-batch on one whole stage, in any unit; a chunk takes 1/v of it.
+    Durations of one micro-batch on one whole stage, in any unit; a chunk takes 1/v of them.
 
     Raises:
-        ValueError: a negative one.
+        ValueError: a duration is negative.
     """
 
     forward: float = 1.0
     backward_input: float = 1.0
     backward_weight: float = 1.0
     send: float = 0.0
-    """From the end of a send to where the message can be received."""
+    """Latency from a send until the message can be received."""
 
     def __post_init__(self) -> None:
         if min(self.forward, self.backward_input, self.backward_weight, self.send) < 0:
             raise ValueError(f"durations must not be negative: {self}")
 
     def of(self, action: Action, schedule: PipelineSchedule) -> float:
-        """Give the duration of one action."""
+        """Return the duration of an action."""
         if action.kind is ActionKind.FORWARD:
-            whole = self.forward
+            duration = self.forward
         elif action.kind is ActionKind.WEIGHT:
-            whole = self.backward_weight
+            duration = self.backward_weight
         else:
-            whole = self.backward_input
-            whole += 0.0 if schedule.splits_backward else self.backward_weight
-        return whole / schedule.chunks
+            duration = self.backward_input
+            duration += 0.0 if schedule.splits_backward else self.backward_weight
+        return duration / schedule.chunks
 
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """When an action ran."""
+    """Time span of an action."""
 
     action: Action
     start: float
@@ -82,9 +82,9 @@ class Simulation:
     """The result of simulating a schedule."""
 
     spans: tuple[tuple[Span, ...], ...]
-    """Of each stage, in order."""
+    """Spans of each stage, in order."""
     peak_activations: tuple[int, ...]
-    """Of each stage: (micro-batch, chunk) held at once, at most."""
+    """Maximum number of (micro-batch, chunk) that each stage holds at once."""
 
     @property
     def makespan(self) -> float:
@@ -93,21 +93,21 @@ class Simulation:
 
     @property
     def bubble(self) -> float:
-        """Part of the stages' time, 0 to 1, in which they do not compute."""
+        """Fraction of the stages' time without computation."""
         return bubble(self.spans)
 
 
 def makespan(spans: Sequence[Sequence[Span]]) -> float:
-    """Give the time from the first start to the last end, 0 where nothing ran."""
-    every = [span for row in spans for span in row]
-    return max((s.end for s in every), default=0.0) - min((s.start for s in every), default=0.0)
+    """Return the time from the first start to the last end, or 0 without spans."""
+    flat = [span for row in spans for span in row]
+    return max((s.end for s in flat), default=0.0) - min((s.start for s in flat), default=0.0)
 
 
 def bubble(spans: Sequence[Sequence[Span]]) -> float:
-    """Give the part of the stages' time, 0 to 1, in which they do not compute."""
-    whole = makespan(spans) * len(spans)
+    """Return the fraction of the stages' time without computation."""
+    total = makespan(spans) * len(spans)
     busy = sum(span.end - span.start for row in spans for span in row)
-    return 1 - busy / whole if whole else 0.0
+    return 1 - busy / total if total else 0.0
 
 
 def simulate(
@@ -116,16 +116,16 @@ def simulate(
     buffer: int | None = None,
 ) -> Simulation:
     """
-    Run a schedule.
+    Simulate a schedule.
 
     Args:
-        schedule: with its messages or without; then they are woven in.
+        schedule: a plan, or a schedule to which messages are added.
         costs: of all stages, or one for each.
-        buffer: messages that a channel between two stages holds; None: any number.
+        buffer: capacity of a channel in messages; None: unlimited.
 
     Raises:
-        Deadlock: the stages wait for each other; says who waits for what.
-        ValueError: an action runs before what it needs, or the arguments make no sense.
+        Deadlock: the stages wait for each other; names what each waits for.
+        ValueError: an action runs before its inputs, or the arguments are invalid.
     """
     plan = schedule if isinstance(schedule, Plan) else with_communication(schedule)
     stages = plan.schedule.stages
@@ -139,7 +139,7 @@ def simulate(
 
 
 class _ChannelTimes:
-    """When each message was sent, and when received."""
+    """Arrival times of messages, and times of their receipt."""
 
     def __init__(self) -> None:
         self.sent: list[tuple[Message, float]] = []
@@ -147,7 +147,7 @@ class _ChannelTimes:
 
 
 class _Execution:
-    """One execution; every stage has a clock of its own."""
+    """One simulated execution; every stage has its own clock."""
 
     def __init__(self, plan: Plan, costs: list[Costs], buffer: int | None) -> None:
         self._plan, self._costs, self._buffer = plan, costs, buffer
@@ -155,21 +155,22 @@ class _Execution:
         self._clock = [0.0 for _ in stages]
         self._next = [0 for _ in stages]
         self._spans: list[list[Span]] = [[] for _ in stages]
-        self._have: list[set[Message | Action]] = [set() for _ in stages]
+        #: messages and completed actions
+        self._available: list[set[Message | Action]] = [set() for _ in stages]
         self._channels: defaultdict[tuple[int, int], _ChannelTimes] = defaultdict(_ChannelTimes)
 
     def run(self) -> tuple[tuple[Span, ...], ...]:
-        """Run all stages to their ends."""
+        """Run all stages to completion."""
         while self._unfinished():
-            if not any([self._go(stage) for stage in self._unfinished()]):
-                raise Deadlock("; ".join(map(self._wait, self._unfinished())))
+            if not any([self._advance(stage) for stage in self._unfinished()]):
+                raise Deadlock("; ".join(map(self._describe_wait, self._unfinished())))
         return tuple(map(tuple, self._spans))
 
     def _unfinished(self) -> list[int]:
         return [s for s, steps in enumerate(self._plan.steps) if self._next[s] < len(steps)]
 
-    def _go(self, stage: int) -> bool:
-        """Let a stage go as far as it can; say whether it moved at all."""
+    def _advance(self, stage: int) -> bool:
+        """Run a stage until it blocks; return whether it made any step."""
         steps, before = self._plan.steps[stage], self._next[stage]
         while self._next[stage] < len(steps) and self._try(stage, steps[self._next[stage]]):
             self._next[stage] += 1
@@ -184,7 +185,7 @@ class _Execution:
         return True
 
     def _send(self, stage: int, step: Send) -> bool:
-        if step.message not in self._have[stage]:
+        if step.message not in self._available[stage]:
             raise ValueError(f"stage {stage} sends {step.message} before it has it")
         channel = self._channels[stage, step.to]
         if self._buffer is not None and len(channel.sent) >= self._buffer:
@@ -200,36 +201,36 @@ class _Execution:
         number = len(channel.received)
         if number >= len(channel.sent):
             return False
-        message, there = channel.sent[number]
+        message, arrival = channel.sent[number]
         if message != step.message:
-            raise ValueError(f"stage {stage} expects {step.message}, what comes is {message}")
-        self._clock[stage] = max(self._clock[stage], there)
+            raise ValueError(f"stage {stage} expects {step.message}, but receives {message}")
+        self._clock[stage] = max(self._clock[stage], arrival)
         channel.received.append(self._clock[stage])
-        self._have[stage].add(message)
+        self._available[stage].add(message)
         return True
 
     def _compute(self, stage: int, action: Action) -> None:
-        schedule, have = self._plan.schedule, self._have[stage]
-        needed = [input_of(schedule, stage, action), _before(action)]
-        missing = [one for one in needed if one is not None and one not in have]
+        schedule, available = self._plan.schedule, self._available[stage]
+        needed = [input_of(schedule, stage, action), _prerequisite(action)]
+        missing = [item for item in needed if item is not None and item not in available]
         if missing:
             raise ValueError(f"stage {stage} computes {action} without {missing[0]}")
         start = self._clock[stage]
         self._clock[stage] = start + self._costs[stage].of(action, schedule)
         self._spans[stage].append(Span(action, start, self._clock[stage]))
         output = output_of(schedule, stage, action)
-        have.update({action} if output is None else {action, output})
+        available.update({action} if output is None else {action, output})
 
-    def _wait(self, stage: int) -> str:
+    def _describe_wait(self, stage: int) -> str:
         step = self._plan.steps[stage][self._next[stage]]
         if isinstance(step, Send):
             return f"stage {stage} waits for room to send {step.message} to stage {step.to}"
-        assert isinstance(step, Recv), "a computation waits for nobody"
+        assert isinstance(step, Recv), "a computation never waits"
         return f"stage {stage} waits for {step.message} from stage {step.source}"
 
 
-def _before(action: Action) -> Action | None:
-    """Give the action on the same chunk that must come first."""
+def _prerequisite(action: Action) -> Action | None:
+    """Return the action on the same chunk that must run first."""
     earlier = {ActionKind.BACKWARD: ActionKind.FORWARD, ActionKind.WEIGHT: ActionKind.BACKWARD}.get(
         action.kind
     )
