@@ -213,8 +213,8 @@ def _close(one: Tensor, other: Tensor) -> bool:
         return False  # outputs on `meta` depend on weights of another stage
     if not one.is_floating_point():
         return torch.equal(one, other)
-    known = ~(one.isnan() & other.isnan())
-    first, second = one[known].double(), other[known].double()
+    defined = ~(one.isnan() & other.isnan())
+    first, second = one[defined].double(), other[defined].double()
     if not (first.isfinite().all() and second.isfinite().all()):
         return torch.equal(first, second)
     close = max(_TOLERANCE, 8 * torch.finfo(one.dtype).eps)

@@ -1,1 +1,1 @@
-"""What `distplat verify` compares runs with, and how: references that owe nothing to the engine."""
+"""`distplat verify`: comparison of runs with independent plain torch loops."""

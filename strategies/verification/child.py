@@ -1,9 +1,9 @@
 """
-A process of its own for references: the user's modules are imported anew, from a known seed.
+A child process for references, which imports the user's modules afresh and with a known seed.
 
     python -m distplat.strategies.verification.child FOLDER
 
-reads FOLDER/request.json and leaves FOLDER/references.pt.
+reads FOLDER/request.json and writes FOLDER/references.pt.
 """
 
 import json
@@ -28,20 +28,20 @@ REQUEST, ANSWER = "request.json", "references.pt"
 
 @dataclass(frozen=True)
 class ChildRequest:
-    """What the child is asked for."""
+    """A request to the child process."""
 
     jobs: list[dict[str, Any]]
-    """One for each strategy."""
+    """One job for each strategy."""
     entry: str
     """The user's task, `module:Class`."""
     task_args: dict[str, Any]
     folder: str
-    """Where its module lies."""
+    """Folder of the task's module."""
     strategy_file: str | None = None
 
 
 ReferenceResult = References | str
-"""The references of a job, or why its strategy cannot cut the model."""
+"""The references of a job, or the reason why its strategy cannot cut the model."""
 
 
 def answer(request: ChildRequest) -> list[ReferenceResult]:
@@ -51,21 +51,22 @@ def answer(request: ChildRequest) -> list[ReferenceResult]:
         load_strategy_file(Path(request.strategy_file))
 
     def make(switches: Switches) -> Task:
-        kind: Any = Switched  # gives an object of another class
-        task: Task = kind(request.entry, request.task_args, asdict(switches))
+        cls: Any = Switched  # the constructor returns an object of another class
+        task: Task = cls(request.entry, request.task_args, asdict(switches))
         return task
 
     results: list[ReferenceResult] = []
     for fields in request.jobs:
         job = Job.model_validate(fields)
         seed_all(job.seed)
-        why = _uncut(job, make(Switches())) if isinstance(make_strategy(job), Hybrid) else ""
-        results.append(why or references(job, make))
+        is_hybrid = isinstance(make_strategy(job), Hybrid)
+        reason = _uncut_reason(job, make(Switches())) if is_hybrid else ""
+        results.append(reason or references(job, make))
     return results
 
 
-def _uncut(job: Job, task: Task) -> str:
-    """Say why a pipeline cannot cut the model; empty: it can."""
+def _uncut_reason(job: Job, task: Task) -> str:
+    """Return why a pipeline cannot cut the model; empty: it can."""
     if (own := model_call_method(task)) is not None:
         return f"the task calls the model itself, in {own}()"
     try:
@@ -76,7 +77,7 @@ def _uncut(job: Job, task: Task) -> str:
 
 
 def main() -> None:
-    """Answer the request in the folder that the command line names."""
+    """Answer the request in the folder given on the command line."""
     torch.set_num_threads(1)
     folder = Path(sys.argv[1])
     request = ChildRequest(**json.loads((folder / REQUEST).read_text()))

@@ -1,7 +1,6 @@
 """
-What a reference is told, and what it gives.
-
-Which samples a virtual rank has in which micro-batch, under which seeds, at which learning rate.
+Inputs and results of a reference: samples of each virtual rank and micro-batch, seeds, and learning
+rates.
 """
 
 from __future__ import annotations
@@ -44,8 +43,8 @@ from distplat.strategies.sparse.modules import RowSource, Sharded, tables_of
 from distplat.strategies.sparse.rows import initial_rows
 from distplat.strategies.task import Task, overrides
 
-KEPT = "_rows_of_reference"
-"""Attribute of the task that keeps the tables."""
+TABLES_ATTRIBUTE = "_rows_of_reference"
+"""Attribute of the task that holds the tables."""
 
 
 class TorchRowWiseAdagrad(torch.optim.Optimizer):
@@ -73,7 +72,7 @@ class TorchRowWiseAdagrad(torch.optim.Optimizer):
 
 
 def row_optimizer(spec: Embeddings) -> Callable[[Iterable[Tensor]], torch.optim.Optimizer]:
-    """Give what makes the optimizer of rows that a job names."""
+    """Return a factory for the job's optimizer of rows."""
     options = spec.optimizer.model_dump(exclude={"name"})
     if spec.optimizer.name == "RowWiseAdagrad":
         return partial(TorchRowWiseAdagrad, **options)
@@ -81,21 +80,21 @@ def row_optimizer(spec: Embeddings) -> Callable[[Iterable[Tensor]], torch.optim.
 
 
 def with_rows(task: Task, seed: int) -> Task:
-    """Have a task's model find its rows in tables that the task keeps."""
-    whole: Any = task
-    original = whole.model
+    """Patch a task so that its model looks up rows in tables held by the task."""
+    patched: Any = task
+    original = patched.model
 
     def model() -> nn.Module:
         built: nn.Module = original()
-        setattr(whole, KEPT, _PlainTables(built, seed))
+        setattr(patched, TABLES_ATTRIBUTE, _PlainTables(built, seed))
         return built
 
-    whole.model = model
+    patched.model = model
     return task
 
 
 class _PlainTables(nn.Module):
-    """All tables of a model, with the first values that servers give them."""
+    """All tables of a model, with the same initial values as on servers."""
 
     def __init__(self, model: nn.Module, seed: int) -> None:
         super().__init__()
@@ -129,11 +128,11 @@ class MicroBatch:
 
     ids: list[int]
     sample_seeds: list[int]
-    """What the generators are seeded with before each sample is read."""
+    """Seed set before each sample is loaded."""
     collate_seed: int
-    """What they are seeded with before the samples are put together."""
+    """Seed set before collate()."""
     seed: int | None = None
-    """What they are seeded with before the micro-batch; None: they go on."""
+    """Seed set before the forward; None: the generators continue."""
 
 
 class ReferenceSamples(NamedTuple):
@@ -141,119 +140,126 @@ class ReferenceSamples(NamedTuple):
 
     size: int
     order: TaskOrder | None = None
-    """The task's own; None: as the job says."""
+    """The task's own order; None: the job's."""
     stream: bool = False
-    """Whether it is read from its start, over and over."""
+    """Whether the data is a stream, read from its start in every pass."""
 
 
 Batches = Sequence[Sequence[Sequence[MicroBatch]]]
-"""By step, by rank: micro-batches."""
+"""Micro-batches by step and rank."""
 
 
 TermWeights = dict[str, float]
-"""By term of a loss."""
+"""Weights by term of a loss."""
 
 Tensors = dict[str, Tensor]
 """Tensors by name."""
 
-ROWS = f"task:{KEPT}."
-"""What names of embedding tables begin with."""
+ROWS = f"task:{TABLES_ATTRIBUTE}."
+"""Prefix of the names of embedding tables."""
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a model is trained."""
+    """Optimizers, learning rates and options of a training."""
 
     optimizer: Callable[[Task, Tensors], Sequence[torch.optim.Optimizer]]
-    """Makes the optimizers of such parameters."""
+    """Builds the optimizers of parameters by name."""
     rates: Sequence[Callable[[float], float]]
-    """By step: gives the learning rate, of that before the schedule."""
+    """By step: the scheduled learning rate as a function of the base learning rate."""
     rows: Callable[[Iterable[Tensor]], torch.optim.Optimizer]
-    """The same of embedding tables, whose gradients are sparse."""
+    """Builds the optimizer of embedding tables, whose gradients are sparse."""
     clip_norm: float | None = None
     autocast: bool = False
     """Forward under bfloat16 autocast."""
     seed: int = 0
     every: int = 1
-    """The model's state is kept after so many steps, and after the last."""
+    """Steps between recorded states; the last step is always recorded."""
 
 
 @dataclass
 class Trained:
-    """The result of a training; that of a run of the engine has the same form."""
+    """Result of a training, by a reference or by the engine."""
 
     states: dict[int, Tensors]
-    """The model's state by steps done; of a run some may be missing, not the last."""
+    """Model state by completed steps; of an engine run some may be missing, but not the last."""
     losses: list[float] = field(default_factory=list)
     used: list[set[str]] = field(default_factory=list)
-    """Of references, by step: parameters that had a gradient."""
+    """References only, by step: parameters with a gradient."""
     draws: bool = False
-    """Of references: whether a forward drew random numbers."""
+    """References only: whether a forward drew random numbers."""
 
 
 def recipe_of(job: Job, task: Task, every: int = 1) -> Recipe:
     """
-    Give the recipe of a job.
+    Return the recipe of a job.
 
     Args:
-        job: its field `steps` is set.
-        task: the user's.
+        job: with `steps` set.
+        task: the user's task.
         every: see `Recipe`.
 
     Raises:
-        SpecError: the job trains in a way that no plain loop here does.
+        SpecError: the plain loop does not support the job's training.
     """
     if job.precision == "fp16":
         text = "verify has no loop with a loss scale"
         raise SpecError(Problem(("precision",), text, "verify with `--set precision=bf16`"))
     spec, tables, rates = job.optimizer, job.embeddings, _rates(job, task)
     rows = torch.optim.SGD if tables is None else row_optimizer(tables)
-    own = isinstance(spec, TaskOptimizer)
-    optimizer, autocast = _tasks if own else partial(_optimizer, spec), job.precision == "bf16"
+    is_task_optimizer = isinstance(spec, TaskOptimizer)
+    optimizer = _build_task_optimizers if is_task_optimizer else partial(_build_optimizers, spec)
+    autocast = job.precision == "bf16"
     return Recipe(optimizer, rates, rows, job.clip_norm, autocast, job.seed, every)
 
 
 def _rates(job: Job, task: Task) -> list[Callable[[float], float]]:
-    """Give for each step what makes its rate of `lr`: the task, or else the job's schedule."""
+    """Return the scheduled rate of each step, by the task's `lr` or else the job's schedule."""
     steps, schedule = job.steps or 0, job.lr_schedule
     if overrides(type(task), "lr"):
         return [partial(mul, float(task.lr(step, steps))) for step in range(steps)]
     return [partial(schedule.rate, step=step, total_steps=steps) for step in range(steps)]
 
 
-def _tasks(task: Task, named: Tensors) -> Sequence[torch.optim.Optimizer]:
-    """Have the task make it; among the tensors are buffers."""
-    kinds = nn.Parameter
-    returned = task.optimizer([(n, p) for n, p in named.items() if isinstance(p, kinds)])
-    return returned if isinstance(returned, list | tuple) else [returned]
+def _build_task_optimizers(task: Task, named: Tensors) -> Sequence[torch.optim.Optimizer]:
+    """Build the task's own optimizers, for the parameters among the tensors."""
+    parameters = [(name, p) for name, p in named.items() if isinstance(p, nn.Parameter)]
+    optimizers = task.optimizer(parameters)
+    return optimizers if isinstance(optimizers, list | tuple) else [optimizers]
 
 
-def _optimizer(spec: Optimizer, task: Task, named: Tensors) -> Sequence[torch.optim.Optimizer]:
-    """Make torch's optimizers, of each class one, with a param group for each of the job's."""
-    patterns = [one.match.replace(" ", "").split(",") for one in spec.groups] + [["*"]]
-    more: list[dict[str, Any]] = [*(one.arguments() for one in spec.groups), {}]
-    kinds = [one.name or spec.name for one in spec.groups] + [spec.name]
-    sets: list[list[Tensor]] = [[] for _ in patterns]
+def _build_optimizers(
+    spec: Optimizer, task: Task, named: Tensors
+) -> Sequence[torch.optim.Optimizer]:
+    """Build one torch optimizer for each class, with a param group for each of the job's."""
+    patterns = [group.match.replace(" ", "").split(",") for group in spec.groups] + [["*"]]
+    arguments: list[dict[str, Any]] = [*(group.arguments() for group in spec.groups), {}]
+    class_names = [group.name or spec.name for group in spec.groups] + [spec.name]
+    params: list[list[Tensor]] = [[] for _ in patterns]
     for name, tensor in named.items():
-        positions = [at for at, some in enumerate(patterns) for p in some if fnmatchcase(name, p)]
-        sets[positions[0]].append(tensor)
+        matches = (n for n, group in enumerate(patterns) for p in group if fnmatchcase(name, p))
+        params[next(matches)].append(tensor)
     optimizers = []
-    for kind in dict.fromkeys(kinds):
-        every = zip(kinds, sets, more, strict=True)
-        groups = [{"params": some, **own} for one, some, own in every if some and one == kind]
-        own = spec.arguments() if kind == spec.name else {"lr": 0.0}
-        optimizers += [class_of(kind)(groups, **own)] if groups else []
+    for class_name in dict.fromkeys(class_names):
+        param_groups = [
+            {"params": tensors, **options}
+            for group_class, tensors, options in zip(class_names, params, arguments, strict=True)
+            if tensors and group_class == class_name
+        ]
+        defaults = spec.arguments() if class_name == spec.name else {"lr": 0.0}
+        if param_groups:
+            optimizers.append(class_of(class_name)(param_groups, **defaults))
     return optimizers
 
 
 def split_batches(job: Job, samples: ReferenceSamples, *, merged: bool = False) -> Batches:
     """
-    Cut the batches as the job's strategy does.
+    Split the batches as the job's strategy does.
 
     Args:
-        job: its field `steps` is set.
+        job: with `steps` set.
         samples: of the data set.
-        merged: join the ranks' micro-batches, for models that compute over all ranks at once.
+        merged: merge the ranks' micro-batches, for models that compute across ranks.
     """
     strategy = make_strategy(job)
     world = strategy.roles(job).replicas(job.scaling.world)
@@ -265,76 +271,78 @@ def split_batches(job: Job, samples: ReferenceSamples, *, merged: bool = False) 
     for step in range(job.steps or 0):
         ranks = []
         for rank in range(world):
-            cut = sample_runs(sampler, step, rank, micro)
+            runs = sample_runs(sampler, step, rank, micro)
             first = step_seed(job.seed, step, rank)
-            ranks.append([_forward(run, None if at else first) for at, run in enumerate(cut)])
-        schedule.append([_join(ranks)] if merged else ranks)
+            ranks.append([_micro_batch(run, None if n else first) for n, run in enumerate(runs)])
+        schedule.append([_merge(ranks)] if merged else ranks)
     return schedule
 
 
 def whole_batches(job: Job, samples: ReferenceSamples) -> Batches:
-    """Give whole batches, to one rank."""
+    """Return whole batches, for a single rank."""
     sampler, steps = _sampler(job, samples, 1), range(job.steps or 0)
-    return [[[_forward(run, None) for run in sample_runs(sampler, step, 0, 1)]] for step in steps]
+    return [
+        [[_micro_batch(run, None) for run in sample_runs(sampler, step, 0, 1)]] for step in steps
+    ]
 
 
-def _forward(run: SampleRun, seed: int | None) -> MicroBatch:
+def _micro_batch(run: SampleRun, seed: int | None) -> MicroBatch:
     positions = range(run.first, run.first + len(run.ids))
     seeds = [derive_seed(run.seed, position) for position in positions]
     return MicroBatch(run.ids, seeds, collate_seed(run.seed, run.first), seed)
 
 
-def _join(ranks: list[list[MicroBatch]]) -> list[MicroBatch]:
-    most = max(len(forwards) for forwards in ranks)
-    joined = []
-    for at in range(most):
-        group = [forward for forwards in ranks for forward in forwards[at : at + 1]]
+def _merge(ranks: list[list[MicroBatch]]) -> list[MicroBatch]:
+    count = max(len(forwards) for forwards in ranks)
+    merged = []
+    for number in range(count):
+        group = [forward for forwards in ranks for forward in forwards[number : number + 1]]
         ids = [index for forward in group for index in forward.ids]
         seeds = [seed for forward in group for seed in forward.sample_seeds]
-        joined.append(MicroBatch(ids, seeds, group[0].collate_seed, group[0].seed))
-    return joined
+        merged.append(MicroBatch(ids, seeds, group[0].collate_seed, group[0].seed))
+    return merged
 
 
 def _sampler(job: Job, samples: ReferenceSamples, world: int) -> Sampler:
-    data, given = job.data, (samples.size, job.global_batch_size, world, job.seed)
-    return Sampler(*given, data.shuffle, data.drop_last, samples.order, samples.stream)
+    data, sizes = job.data, (samples.size, job.global_batch_size, world, job.seed)
+    return Sampler(*sizes, data.shuffle, data.drop_last, samples.order, samples.stream)
 
 
-def numbered(data: Any, schedule: Batches, seed: int) -> Any:
-    """Read a stream as far as a schedule goes, pass after pass; give other data as it is."""
+def load_stream(data: Any, schedule: Batches, seed: int) -> Any:
+    """Load all samples of a stream that a schedule needs; return other data unchanged."""
     if not is_stream(data):
         return data
-    last = max(max(forward.ids) for ranks in schedule for one in ranks for forward in one)
-    samples_read: list[Any] = []
+    last = max(max(forward.ids) for ranks in schedule for rank in ranks for forward in rank)
+    loaded: list[Any] = []
     with preserve_rng_state():
-        for turn in itertools.count():
-            seed_all(order_seed(seed, turn))
+        for epoch in itertools.count():
+            seed_all(order_seed(seed, epoch))
             if hasattr(data, "set_epoch"):
-                data.set_epoch(turn)
+                data.set_epoch(epoch)
             samples = iter(rows_of(data))
             for position in itertools.count():
-                seed_all(derive_seed(epoch_seed(seed, turn), position))
+                seed_all(derive_seed(epoch_seed(seed, epoch), position))
                 try:
-                    samples_read.append(next(samples))
+                    loaded.append(next(samples))
                 except StopIteration:
                     break
-                if len(samples_read) > last:
-                    return samples_read
-    raise AssertionError("it goes on until all are read")
+                if len(loaded) > last:
+                    return loaded
+    raise AssertionError("unreachable: the loop returns when all samples are loaded")
 
 
-def read(task: Task, data: Any, forward: MicroBatch) -> tuple[Any, int]:
+def load_batch(task: Task, data: Any, forward: MicroBatch) -> tuple[Any, int]:
     """
-    Read the samples of a micro-batch and put them together; generators stay as they are.
+    Load and collate the samples of a micro-batch, without changing the random generators.
 
     Returns:
-        The batch, and how many samples it is of; see `samples_of`.
+        The batch, and its number of samples; see `samples_of`.
     """
-    many = None if isinstance(data, Subset) else getattr(data, "__getitems__", None)
+    getitems = None if isinstance(data, Subset) else getattr(data, "__getitems__", None)
     with preserve_rng_state():
-        if many is not None:
+        if getitems is not None:
             seed_all(forward.sample_seeds[0])
-            samples = many(forward.ids)
+            samples = getitems(forward.ids)
         else:
             samples = []
             for index, seed in zip(forward.ids, forward.sample_seeds, strict=True):
@@ -348,23 +356,23 @@ def read(task: Task, data: Any, forward: MicroBatch) -> tuple[Any, int]:
 def terms_of(
     task: Task, data: Any, step: Sequence[Sequence[MicroBatch]]
 ) -> tuple[TermWeights, int] | None:
-    """Give the weights of a step's terms, and its samples; None: a loss is one term."""
+    """Return the weights of a step's loss terms, and its samples; None: the loss is one term."""
     if not overrides(type(task), "weights"):
         return None
     forwards = [forward for forwards in step for forward in forwards]
     total: TermWeights = {}
     for forward in forwards:
-        for name, weight in task.weights(read(task, data, forward)[0]).items():
+        for name, weight in task.weights(load_batch(task, data, forward)[0]).items():
             total[name] = total.get(name, 0.0) + float(weight)
     return total, sum(len(forward.ids) for forward in forwards)
 
 
-def together(loss: Any, of: tuple[TermWeights, int] | None, samples: int) -> Any:
-    """Give a loss of several terms as a sum over samples, with its part of them as weight."""
-    if of is None:
+def merge_terms(loss: Any, step_terms: tuple[TermWeights, int] | None, samples: int) -> Any:
+    """Return a loss of several terms as (sum over samples, weight); see `terms_of`."""
+    if step_terms is None:
         return loss
-    weights, every = of
-    shares = {name: every / weight if weight else 0.0 for name, weight in weights.items()}
+    weights, step_samples = step_terms
+    shares = {name: step_samples / weight if weight else 0.0 for name, weight in weights.items()}
     return sum(loss[name] * share for name, share in shares.items()), samples
 
 

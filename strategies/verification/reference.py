@@ -1,8 +1,8 @@
 """
-The reference of `distplat verify`: what a plain torch loop makes of a task.
+The reference of `distplat verify`: a plain torch loop that trains a task.
 
-Of distplat there are the task and which samples come when (`recipes.py`). Virtual ranks compute one
-after the other, each on a model of its own, for models may count or remember.
+It uses only the task and the order of samples (`recipes.py`) of distplat. Virtual ranks compute in
+sequence, each with its own model, since models may hold state.
 """
 
 import math
@@ -32,7 +32,7 @@ class Rank:
         self.model = self.task.model()
 
     def named(self) -> Tensors:
-        """Give parameters and buffers by name, each once; those that the task keeps come last."""
+        """Return parameters and buffers by name, each once; tensors of the task come last."""
         tensors = [(name[1:], tensor) for name, tensor in tensors_of("", self.model)]
         for name, value in vars(self.task).items():
             tensors += tensors_of(f"task:{name}", value)
@@ -40,15 +40,15 @@ class Rank:
         return {name: tensor for name, tensor in tensors if names[tensor] == name}
 
     def snapshot(self) -> Tensors:
-        """Copy the model's state, and what the task trains beside it."""
+        """Copy the model's state, and trained tensors of the task."""
         named = [(n, t) for n, t in self.named().items() if not n.startswith(recipes.ROWS)]
-        kept = [(n, t) for n, t in named if n.startswith("task:") and t.requires_grad]
-        state = [*self.model.state_dict().items(), *kept]
+        task_tensors = [(n, t) for n, t in named if n.startswith("task:") and t.requires_grad]
+        state = [*self.model.state_dict().items(), *task_tensors]
         return {name: value.detach().clone() for name, value in state if isinstance(value, Tensor)}
 
 
 def tensors_of(name: str, value: Any) -> Iterator[tuple[str, Tensor]]:
-    """Find what may be trained or written in a model, or in an attribute of a task."""
+    """Yield the tensors of a model, or of a task's attribute, that may be trained or written."""
     if isinstance(value, nn.Module):
         tensors = [*value.named_parameters(), *value.named_buffers()]
         yield from ((f"{name}.{path}", tensor) for path, tensor in tensors)
@@ -60,16 +60,16 @@ def tensors_of(name: str, value: Any) -> Iterator[tuple[str, Tensor]]:
 
 
 def train(make: MakeTask, schedule: Batches, recipe: Recipe, *, reverse: bool = False) -> Trained:
-    """Train by the plain loop; `reverse`: sum backwards what is rounded otherwise."""
+    """Train by the plain loop; `reverse`: sum in reverse order, with other rounding."""
     ranks = [Rank(make, recipe.seed) for _ in schedule[0]]
     spread(ranks, ranks[0].named())
     recipes.seed_all(recipe.seed)
-    data = recipes.numbered(ranks[0].task.train_data(), schedule, recipe.seed)
-    parameters = ranks[0].named()  # with buffers: what has no gradient rests
+    data = recipes.load_stream(ranks[0].task.train_data(), schedule, recipe.seed)
+    parameters = ranks[0].named()  # includes buffers, which have no gradients
     rows = {name: parameters[name] for name in parameters if name.startswith(recipes.ROWS)}
-    dense = {name: one for name, one in parameters.items() if name not in rows}
-    made = recipe.optimizer(ranks[0].task, dense)
-    optimizers = [*made, *([recipe.rows([*rows.values()])] if rows else [])]
+    dense = {name: tensor for name, tensor in parameters.items() if name not in rows}
+    optimizers = [*recipe.optimizer(ranks[0].task, dense)]
+    optimizers += [recipe.rows([*rows.values()])] if rows else []
     trained, rounding = Trained({0: ranks[0].snapshot()}), 0.75 if reverse else 1.0
     for step, rate in zip(schedule, recipe.rates, strict=True):
         before = {name: tensor.detach().clone() for name, tensor in ranks[0].named().items()}
@@ -78,13 +78,15 @@ def train(make: MakeTask, schedule: Batches, recipe: Recipe, *, reverse: bool = 
         parts, terms = [], recipes.terms_of(ranks[0].task, data, step)
         for rank, forwards in zip(ranks, step, strict=True):
             rank.model.train()
-            parts += [compute(rank, data, each, recipe, scale, trained, terms) for each in forwards]
-        spread(ranks, settled(ranks, before, sizes))
+            parts += [
+                compute(rank, data, micro, recipe, scale, trained, terms) for micro in forwards
+            ]
+        spread(ranks, merge_writes(ranks, before, sizes))
         total = sum(weight for _, _, weight in parts)
         trained.losses.append(sum(loss for _, loss, _ in parts) / total if total else math.nan)
         for name, parameter in parameters.items():
-            given = [gradients[name] for gradients, _, _ in parts if name in gradients]
-            summed = reduce(torch.add, given[::-1] if reverse else given) if given else None
+            grads = [gradients[name] for gradients, _, _ in parts if name in gradients]
+            summed = reduce(torch.add, grads[::-1] if reverse else grads) if grads else None
             parameter.grad = None if summed is None else summed * (sum(sizes) / total / rounding)
         trained.used.append({name for name, p in parameters.items() if p.grad is not None})
         if recipe.clip_norm is not None:
@@ -101,19 +103,19 @@ def train(make: MakeTask, schedule: Batches, recipe: Recipe, *, reverse: bool = 
 
 
 def compute(
-    rank: Rank, data: Any, forward: MicroBatch, recipe: Recipe, scale: float, to: Trained, of: Any
+    rank: Rank, data: Any, micro: MicroBatch, recipe: Recipe, scale: float, to: Trained, terms: Any
 ) -> tuple[Tensors, float, float]:
-    """Give a micro-batch's gradients times `scale`, the sum of its loss, its weight."""
-    if forward.seed is not None:
-        recipes.seed_all(forward.seed)
-    batch, kept = recipes.read(rank.task, data, forward)
-    drawn = torch.get_rng_state()
+    """Return a micro-batch's gradients times `scale`, the sum of its loss, and its weight."""
+    if micro.seed is not None:
+        recipes.seed_all(micro.seed)
+    batch, samples = recipes.load_batch(rank.task, data, micro)
+    rng_state = torch.get_rng_state()
     with torch.autocast("cpu", torch.bfloat16) if recipe.autocast else nullcontext():
         loss: Any = step_of(rank.task)(rank.model, batch)
     loss = loss["loss"] if isinstance(loss, Mapping) and has_step(rank.task) else loss
-    loss = recipes.together(loss, of, len(forward.ids))
-    to.draws |= not torch.equal(drawn, torch.get_rng_state())
-    loss, weight = loss if isinstance(loss, tuple) else (loss * kept, kept)
+    loss = recipes.merge_terms(loss, terms, len(micro.ids))
+    to.draws |= not torch.equal(rng_state, torch.get_rng_state())
+    loss, weight = loss if isinstance(loss, tuple) else (loss * samples, samples)
     torch.autograd.backward(loss * scale)
     gradients = {}
     for name, tensor in rank.named().items():
@@ -124,25 +126,25 @@ def compute(
 
 
 @torch.no_grad()
-def settled(ranks: Sequence[Rank], before: Tensors, sizes: Sequence[int]) -> Tensors:
-    """Join what forwards wrote: the first rank's with samples; means of running statistics."""
+def merge_writes(ranks: Sequence[Rank], before: Tensors, sizes: Sequence[int]) -> Tensors:
+    """Merge writes of forwards: from the first rank with samples; running statistics averaged."""
     norms = [n for n, module in ranks[0].model.named_modules() if isinstance(module, _NormBase)]
-    each = [(rank.named(), size) for rank, size in zip(ranks, sizes, strict=True) if size]
-    joined = dict(each[0][0])
+    states = [(rank.named(), size) for rank, size in zip(ranks, sizes, strict=True) if size]
+    merged = dict(states[0][0])
     for name, old in before.items():
-        if joined[name].requires_grad:
-            joined[name] = old
-            for tensors, _ in reversed(each):
-                joined[name] = torch.where(tensors[name] != old, tensors[name], joined[name])
+        if merged[name].requires_grad:
+            merged[name] = old
+            for tensors, _ in reversed(states):
+                merged[name] = torch.where(tensors[name] != old, tensors[name], merged[name])
         elif name.startswith(tuple(norms)) and name.endswith(("running_mean", "running_var")):
-            means = [tensors[name] * (size / sum(sizes)) for tensors, size in each]
-            joined[name] = torch.stack(means).sum(0)
-    return joined
+            means = [tensors[name] * (size / sum(sizes)) for tensors, size in states]
+            merged[name] = torch.stack(means).sum(0)
+    return merged
 
 
 @torch.no_grad()
 def spread(ranks: Sequence[Rank], values: Tensors) -> None:
-    """Give all ranks the same tensors."""
+    """Copy the same values to all ranks."""
     for rank in ranks:
         for name, tensor in rank.named().items():
             tensor.copy_(values[name].clone())

@@ -1,8 +1,8 @@
 """
-The references of one strategy's runs: the same parts one after the other, and the whole batch.
+The references of one strategy's runs: the same parts of each batch, and the whole batch.
 
-What cannot be compared with the whole batch is found here too, by plain torch alone: a loss or a
-model that gives something else for parts of a batch than for all of it.
+Plain torch loops also detect tasks that cannot be compared with the whole batch: a loss or a model
+whose result for parts of a batch differs from that for the whole.
 """
 
 from __future__ import annotations
@@ -40,46 +40,46 @@ from distplat.strategies.verification.reference import Rank, train
 from distplat.strategies.verification.switched import Switches
 
 MEANING_STEPS = 6
-"""Steps that are compared with the whole batch."""
+"""Steps of the comparison with the whole batch."""
 MEANING_TOLERANCE = 1e-9
-"""In float64, relative to a tensor's largest element, or absolute where that is below 1."""
+"""In float64, relative to a tensor's largest element, or absolute if that is below 1."""
 
 _ROOM_BYTES = 1 << 29
-"""For the states of one training."""
+"""Memory for the recorded states of one training."""
 
 MakeSwitched = Callable[[Switches], Task]
-"""Makes the task anew, with such switches."""
+"""Builds a new task with the given switches."""
 
 
 @dataclass
 class WholeBatch:
-    """The whole batch."""
+    """Reference trained on whole batches."""
 
     switches: Switches
-    """With which it was computed."""
+    """Switches of the task."""
     union: Trained
     reversed_: Trained
     differs: str = ""
-    """Why parts of a batch do not come to the whole; empty: they do."""
+    """Why the parts of a batch do not add up to the whole; empty: they do."""
     drawn: bool = False
-    """Whether forwards draw random numbers all the same."""
+    """Whether forwards draw random numbers despite the switches."""
 
 
 @dataclass
 class References:
-    """What the runs of one strategy are compared with."""
+    """References for the runs of one strategy."""
 
     switches: Switches
-    """With which the same parts were computed."""
+    """Switches of the task for `plain` and `reversed_`."""
     plain: Trained
     reversed_: Trained
     trainable: list[str]
     every: int
-    """States are those after so many steps, and after the last."""
+    """Steps between recorded states; the last step is always recorded."""
     whole: WholeBatch | None = None
-    """The whole batch; None: it cannot be computed."""
+    """Reference on whole batches; None: it cannot be computed."""
     notes: list[tuple[str, str]] = field(default_factory=list)
-    """What is not compared: what, and why."""
+    """Checks that are not compared, and why."""
 
 
 def references(job: Job, make: MakeSwitched) -> References:
@@ -87,12 +87,12 @@ def references(job: Job, make: MakeSwitched) -> References:
     Compute the references of a job.
 
     Args:
-        job: names the strategy; its field `steps` is set.
-        make: makes the task.
+        job: names the strategy; with `steps` set.
+        make: builds the task.
     """
     if job.embeddings is not None:
-        without = make
-        make = lambda switches: with_rows(without(switches), job.seed)  # noqa: E731
+        make_task = make
+        make = lambda switches: with_rows(make_task(switches), job.seed)  # noqa: E731
     first = Rank(lambda: make(Switches()), job.seed)
     data = first.task.train_data()
     samples = _samples_of(first.task, data, job.seed)
@@ -100,33 +100,33 @@ def references(job: Job, make: MakeSwitched) -> References:
     merged = any(isinstance(module, nn.SyncBatchNorm) for module in norms)
     every = _every(first, job)
     switches, recipe = Switches(), recipe_of(job, first.task, every)
-    schedule, asked = split_batches(job, samples, merged=merged), calls()
+    schedule, calls_before = split_batches(job, samples, merged=merged), calls()
     plain = train(lambda: make(switches), schedule, recipe)
-    if calls() > asked and not merged:  # a loss gathers what all ranks have
+    if calls() > calls_before and not merged:  # the loss calls `all_gather`
         merged = True
         schedule = split_batches(job, samples, merged=True)
         plain = train(lambda: make(switches), schedule, recipe)
     whole = merged or isinstance(make_strategy(job), Hybrid)
-    if plain.draws and whole:  # dropout is drawn in another way there
+    if plain.draws and whole:  # these runs draw dropout in another order
         switches = Switches(dropout=False)
         plain = train(lambda: make(switches), schedule, recipe)
     reversed_ = train(lambda: make(switches), schedule, recipe, reverse=True)
     trainable = [name for name, p in first.named().items() if p.requires_grad]
-    found = References(
+    result = References(
         switches, plain, reversed_, sorted({*trainable, *set().union(*plain.used)}), every
     )
     if norms and not merged:
         text = "each worker normalises by its own samples; compared with it frozen"
-        found.notes.append(("batch norm", text))
+        result.notes.append(("batch norm", text))
     if switches != Switches():
-        found.notes.append(("dropout", "drawn in another way here; compared without it"))
+        result.notes.append(("dropout", "drawn in another way here; compared without it"))
     short = meaning_job(job)
-    _add_whole(found, short, recipe_of(short, first.task, every), make, samples, merged)
-    if found.whole is not None and found.whole.drawn:
-        found.whole = None
+    _add_whole(result, short, recipe_of(short, first.task, every), make, samples, merged)
+    if result.whole is not None and result.whole.drawn:
+        result.whole = None
         text = "forward draws random numbers, with dropout off too"
-        found.notes.append(("whole batch", text))
-    return found
+        result.notes.append(("whole batch", text))
+    return result
 
 
 def _samples_of(task: Task, data: Any, seed: int) -> ReferenceSamples:
@@ -138,13 +138,13 @@ def _samples_of(task: Task, data: Any, seed: int) -> ReferenceSamples:
 
 
 def _every(rank: Rank, job: Job) -> int:
-    """Say after how many steps a state is kept, so that there is room for all of them."""
+    """Return the steps between recorded states that fit all of them into memory."""
     size = sum(value.nbytes for value in rank.snapshot().values())
     return max(1, math.ceil((job.steps or 0) * size / _ROOM_BYTES))
 
 
 def meaning_job(job: Job) -> Job:
-    """Give the job whose run is compared with the whole batch."""
+    """Return the job whose run is compared with the whole batch."""
     return job.model_copy(update={"steps": MEANING_STEPS, "precision": "fp32"})
 
 
@@ -153,36 +153,37 @@ def _add_whole(
     job: Job,
     recipe: Recipe,
     make: MakeSwitched,
-    every: ReferenceSamples,
+    samples: ReferenceSamples,
     merged: bool,
 ) -> None:
-    """Compute the whole batch: in float64 and with a last batch of one sample, if that works."""
+    """Train on whole batches: in float64 and with a last batch of one sample, if possible."""
     batch = job.global_batch_size
     ragged = None
-    own = every.order is not None or every.stream
-    if every.size > batch and not job.data.drop_last and not merged and not own:
-        ragged = min(2, (every.size - 1) // batch) * batch + 1
+    has_own_order = samples.order is not None or samples.stream
+    if samples.size > batch and not job.data.drop_last and not merged and not has_own_order:
+        ragged = min(2, (samples.size - 1) // batch) * batch + 1
     for double in (True, False) if job.embeddings is None else (False,):  # rows are float32
-        for samples in dict.fromkeys((ragged, None)):
-            switches = Switches(double, dropout=False, frozen_norm=True, samples=samples)
+        for limit in dict.fromkeys((ragged, None)):
+            switches = Switches(double, dropout=False, frozen_norm=True, samples=limit)
             with contextlib.suppress(Exception):
-                whole = _whole(references, job, recipe, make, switches, every, merged)
-                if not whole.differs or samples is None:
+                whole = _train_whole(references, job, recipe, make, switches, samples, merged)
+                if not whole.differs or limit is None:
                     references.whole = whole
                     return
     references.notes.append(("whole batch", "the task cannot be computed on one"))
 
 
-def _whole(
+def _train_whole(
     references: References,
     job: Job,
     recipe: Recipe,
     make: MakeSwitched,
     switches: Switches,
-    every: ReferenceSamples,
+    samples: ReferenceSamples,
     merged: bool,
 ) -> WholeBatch:
-    samples = every if switches.samples is None else ReferenceSamples(switches.samples)
+    if switches.samples is not None:
+        samples = ReferenceSamples(switches.samples)
     schedule = split_batches(job, samples, merged=merged)
     outputs: list[list[Tensor]] = [[], []]
     whole = train(_recorded(make, switches, outputs[0]), whole_batches(job, samples), recipe)
@@ -201,50 +202,51 @@ def _whole(
 
 
 _LOSS = (
-    "the loss of a batch is not the mean of its parts' losses. Where it is a mean over something "
-    "else than samples, return (sum, weight); where samples look at each other (in-batch "
+    "the loss of a batch is not the mean of its parts' losses. If it is a mean over something "
+    "other than samples, return (sum, weight); if it compares samples with each other (in-batch "
     "negatives), gather those of all workers with distplat.all_gather(), without accumulation"
 )
 _MODEL = (
-    "the model gives a sample another output when the batch is cut: it looks over the batch, or "
-    "counts its calls"
+    "the model's output for a sample changes when the batch is split: it depends on the rest of "
+    "the batch, or on the number of calls"
 )
 
 
 def _recorded(make: MakeSwitched, switches: Switches, into: list[Tensor]) -> Callable[[], Task]:
-    """Have a task keep what its model gives of each batch."""
+    """Patch a task to record its model's output for each batch."""
 
-    def note(*given: Any) -> None:
+    def record(module: nn.Module, inputs: Any, outputs: Any) -> None:
         if not into[-1].numel():  # the first call in this batch
-            into[-1] = _first_tensor(given[2]).detach()
+            into[-1] = _first_tensor(outputs).detach()
 
-    def made() -> Task:
+    def make_recorded() -> Task:
         task: Any = make(switches)
         model, collate = task.model, task.collate
 
-        def watched() -> nn.Module:
+        def recorded_model() -> nn.Module:
             built: nn.Module = model()
-            built.register_forward_hook(note)
+            built.register_forward_hook(record)
             return built
 
-        def begun(samples: list[Any]) -> Any:
+        def recorded_collate(samples: list[Any]) -> Any:
             into.append(torch.zeros(0))
             return collate(samples)
 
-        task.model, task.collate = watched, begun
+        task.model, task.collate = recorded_model, recorded_collate
         return task  # type: ignore[no-any-return]
 
-    return made
+    return make_recorded
 
 
 def _first_tensor(tree: Any) -> Tensor:
-    """Give the first tensor by sample: a model may give its loss, too."""
-    own = getattr(tree, "__dict__", None)  # outputs may be an object of any class
-    return next((one for one in tensors_in((tree, own)) if one.ndim), torch.zeros(0))
+    """Return the first tensor that is not a scalar: outputs may include the loss."""
+    attributes = getattr(tree, "__dict__", None)  # outputs may be an object of any class
+    tensors = tensors_in((tree, attributes))
+    return next((tensor for tensor in tensors if tensor.ndim), torch.zeros(0))
 
 
 def _same(whole: Tensor, split: list[Tensor]) -> bool:
-    """Say whether outputs of parts, put together, are those of the whole batch."""
-    together = torch.cat([value.flatten() for value in split])
+    """Return whether the concatenated outputs of parts are those of the whole batch."""
+    outputs = torch.cat([value.flatten() for value in split])
     expected = whole.flatten()
-    return together.shape == expected.shape and torch.allclose(together, expected, 1e-6, 1e-9)
+    return outputs.shape == expected.shape and torch.allclose(outputs, expected, 1e-6, 1e-9)

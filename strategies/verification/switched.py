@@ -1,8 +1,8 @@
 """
-A task with some things switched off, so that two ways to train it can be compared.
+A task with some features switched off, so that two ways to train it are comparable.
 
-It is a subclass of the user's class: all that this says and the comparison does not touch stays.
-A job names it as any other task, with the user's own in `task_args`.
+It is a subclass of the user's class and overrides only what the comparison needs. A job names it
+like any other task, with the user's task in `task_args`.
 """
 
 from __future__ import annotations
@@ -24,31 +24,31 @@ from distplat.strategies.loop.streams import is_stream, rows_of
 from distplat.strategies.task import Task, overrides
 
 ENTRY = f"{__name__}:Switched"
-"""What a job names as its task."""
+"""Entry of the job's field `task`."""
 
 
 @dataclass(frozen=True)
 class Switches:
-    """What is switched off or changed in a task."""
+    """Features of a task that are switched off or changed."""
 
     double: bool = False
-    """Model and samples in float64."""
+    """Use float64 for model and samples."""
     dropout: bool = True
-    """Whether modules drop anything."""
+    """Whether dropout is active."""
     frozen_norm: bool = False
-    """Have batch norm use its running statistics, and leave them; `SyncBatchNorm` goes on."""
+    """Freeze the running statistics of batch norm, and use them; `SyncBatchNorm` is unchanged."""
     samples: int | None = None
-    """Train on so many samples, the first; None: all."""
+    """Number of leading samples to train on; None: all."""
 
 
 class Switched(Task):
-    """What the job names; the object is one of a subclass of the user's class."""
+    """Entry point of the job; constructs an object of a subclass of the user's class."""
 
     def __new__(  # type: ignore[misc]
         cls, entry: str, task_args: Mapping[str, Any], switches: Mapping[str, Any]
     ) -> Task:
         """
-        Import the user's class, and make one of the same with the switches set.
+        Import the user's class, and return an object of its subclass with the switches set.
 
         Args:
             entry: `module:Class`.
@@ -56,12 +56,12 @@ class Switched(Task):
             switches: fields of `Switches`.
         """
         module, _, name = entry.partition(":")
-        with preserve_rng_state():  # the constructor draws what it would after the import
-            kind = getattr(importlib.import_module(module), name)
-        return switched(kind, Switches(**switches))(**task_args)
+        with preserve_rng_state():  # the import must not change the constructor's random numbers
+            cls_ = getattr(importlib.import_module(module), name)
+        return switched(cls_, Switches(**switches))(**task_args)
 
     def model(self) -> nn.Module:
-        """See the user's class; so are the others."""
+        """Implemented by the user's class, like all methods here."""
         raise NotImplementedError
 
     @override
@@ -74,14 +74,14 @@ class Switched(Task):
 
 
 def task_fields(entry: str, task_args: Mapping[str, Any], switches: Switches) -> dict[str, Any]:
-    """Give the fields of a job that trains such a task."""
+    """Return the fields of a job that trains the switched task."""
     arguments = {"entry": entry, "task_args": dict(task_args), "switches": asdict(switches)}
     return {"task": ENTRY, "task_args": arguments}
 
 
-def switched(kind: type[Task], switches: Switches) -> type[Task]:
-    """Give a subclass of a task's class with the switches set, and no evaluation."""
-    base: Any = kind
+def switched(cls: type[Task], switches: Switches) -> type[Task]:
+    """Return a subclass of a task's class with the switches set and no evaluation."""
+    base: Any = cls
 
     def model(self: Any) -> nn.Module:
         if switches.double:
@@ -110,8 +110,8 @@ def switched(kind: type[Task], switches: Switches) -> type[Task]:
     body |= {"loss": loss} if base.step is Task.step else {"step": step}
     if overrides(base, "collate"):
         body["collate"] = collate
-    body |= {"eval_data": lambda self: None, "__module__": kind.__module__}
-    return type(kind.__name__, (kind,), body)
+    body |= {"eval_data": lambda self: None, "__module__": cls.__module__}
+    return type(cls.__name__, (cls,), body)
 
 
 def _data_of(data: Any, switches: Switches) -> Any:
@@ -121,7 +121,7 @@ def _data_of(data: Any, switches: Switches) -> Any:
 
 
 class _SwitchedData(Dataset[Any]):
-    """The first samples of a data set, in the wanted type."""
+    """The first samples of a data set, converted as the switches say."""
 
     def __init__(self, data: Any, switches: Switches) -> None:
         self._data, self._switches = data, switches
@@ -136,7 +136,7 @@ class _SwitchedData(Dataset[Any]):
 
 
 class _Stream(IterableDataset[Any]):
-    """The samples of a stream, in the wanted type."""
+    """The samples of a stream, converted as the switches say."""
 
     def __init__(self, data: Any, switches: Switches) -> None:
         self._data, self._switches = rows_of(data), switches
@@ -145,7 +145,7 @@ class _Stream(IterableDataset[Any]):
         return len(self._data)
 
     def set_epoch(self, epoch: int) -> None:
-        """Tell the stream, if it wants to know."""
+        """Set the stream's epoch, if it supports that."""
         if hasattr(self._data, "set_epoch"):
             self._data.set_epoch(epoch)
 
@@ -154,7 +154,7 @@ class _Stream(IterableDataset[Any]):
 
 
 def _converted(value: Any) -> Any:
-    """Give a sample with its floating tensors and arrays in float64."""
+    """Return a sample with its floating-point tensors and arrays in float64."""
     if isinstance(value, Tensor):
         return value.double() if value.is_floating_point() else value
     if isinstance(value, np.ndarray):
@@ -163,15 +163,15 @@ def _converted(value: Any) -> Any:
     return value if items is None else rebuilt(value, [*map(_converted, items)])
 
 
-def _convert_own(task: Any, *kinds: type) -> None:
-    """Bring what the task keeps, such as class weights of its loss, to float64."""
+def _convert_own(task: Any, *classes: type) -> None:
+    """Convert attributes of the task, such as class weights of its loss, to float64."""
     for name, value in [*vars(task).items()]:
-        if isinstance(value, nn.Module) and nn.Module in kinds:
+        if isinstance(value, nn.Module) and nn.Module in classes:
             value.double()
         elif isinstance(value, nn.Parameter):
-            if nn.Parameter in kinds:
+            if nn.Parameter in classes:
                 value.data = value.data.double()
-        elif isinstance(value, Tensor) and Tensor in kinds and value.is_floating_point():
+        elif isinstance(value, Tensor) and Tensor in classes and value.is_floating_point():
             setattr(task, name, value.double())
 
 
@@ -182,16 +182,16 @@ def _set(model: nn.Module, switches: Switches) -> nn.Module:
         if switches.frozen_norm and isinstance(module, _BatchNorm):
             if not isinstance(module, nn.SyncBatchNorm):
                 module.eval()
-                module.train = _stays(module)  # type: ignore[method-assign, assignment]
+                module.train = _no_train(module)  # type: ignore[method-assign, assignment]
     return model.double() if switches.double else model
 
 
-def _stays(module: nn.Module) -> Callable[..., nn.Module]:
+def _no_train(module: nn.Module) -> Callable[..., nn.Module]:
     return lambda mode=True: module
 
 
 def _stop_dropping(module: nn.Module) -> None:
-    """Set every rate to 0: `p` of torch's modules, and attributes that are called after it."""
+    """Set every dropout rate to 0: `p` of torch's modules, and attributes named after dropout."""
     if isinstance(module, nn.modules.dropout._DropoutNd):
         module.p = 0.0
     for name, value in vars(module).items():

@@ -1,4 +1,4 @@
-"""What is said of one strategy: runs of the engine against their references, row by row."""
+"""Verdicts on one strategy: rows that compare engine runs with their references."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from distplat.platform.errors import DistplatError, SpecError
 from distplat.platform.spec import Job
 from distplat.strategies.catalog import make_strategy
-from distplat.strategies.verification.compare import Comparison, compare, last
+from distplat.strategies.verification.compare import Comparison, compare, final_state
 from distplat.strategies.verification.recipes import Trained
 from distplat.strategies.verification.references import (
     MEANING_TOLERANCE,
@@ -22,7 +22,7 @@ from distplat.strategies.verification.references import (
 from distplat.strategies.verification.switched import Switches
 from distplat.strategies.worker_strategy import WorkerStrategy, worker_class
 
-EQUAL, PARTS, MEANING = "equal", "PARTS", "differs by meaning"
+EQUAL, DIFFERS, MEANING = "equal", "DIFFERS", "differs by meaning"
 NOT_COMPARED, REFUSED, FAILED = "not compared", "refused", "failed"
 
 
@@ -32,18 +32,18 @@ class Row:
 
     strategy: str
     check: str
-    """`plain loop` (the same parts), `whole batch`, `repeat`, or what is not compared."""
+    """`plain loop` (the same parts), `whole batch`, `repeat`, or a check that is not compared."""
     verdict: str
     failed: bool = False
     difference: float | None = None
     floor: float | None = None
     name: str = ""
-    """The first tensor that parts; `(loss)`: the loss."""
+    """The first tensor that diverges; `(loss)`: the loss."""
     step: int = 0
-    """In which step, from 1."""
+    """Step of `name`, from 1."""
     reason: str = ""
     error: DistplatError | None = field(default=None, compare=False)
-    """Why a run was refused."""
+    """Error of a run that was refused or failed."""
 
 
 @dataclass
@@ -52,23 +52,23 @@ class EngineRun:
 
     trained: Trained
     figures: dict[str, float] = field(default_factory=dict)
-    """The last step's."""
+    """Figures of the last step."""
 
 
 Engine = Callable[[Job, Switches], EngineRun]
-"""Trains a job with such switches in its task."""
+"""Trains a job with the given switches of its task."""
 
 
 def inexact_reason(job: Job) -> str:
-    """Say why a job's runs are not to equal a plain loop; empty: they are."""
+    """Return why a job's runs need not equal a plain loop; empty: they must."""
     strategy, options = make_strategy(job), job.strategy.options
-    roles, kind = strategy.roles(job), worker_class(strategy)
+    roles, worker_cls = strategy.roles(job), worker_class(strategy)
     if roles.consistency.asynchronous:
         return "asynchronous"
     if roles.consistency.backup_workers:
-        return "leaves late gradients out (backup_workers)"
-    apart = kind.synchronize is not WorkerStrategy.synchronize
-    if apart and not kind.__module__.startswith("distplat."):
+        return "drops late gradients (backup_workers)"
+    may_differ = worker_cls.synchronize is not WorkerStrategy.synchronize
+    if may_differ and not worker_cls.__module__.startswith("distplat."):
         return "its ranks differ between steps"
     for option, exact in (("compression", "none"), ("wire", "exact")):
         if options.get(option, exact) != exact:
@@ -76,35 +76,37 @@ def inexact_reason(job: Job) -> str:
     return ""
 
 
-def judge(job: Job, known: References, engine: Engine) -> list[Row]:
+def judge(job: Job, references: References, engine: Engine) -> list[Row]:
     """
-    Run a job as often as needed, and compare.
+    Run a job several times and compare the runs with its references.
 
     Args:
-        job: its field `steps` is set.
-        known: its references.
-        engine: runs it.
+        job: with `steps` set.
+        references: of the job.
+        engine: runs the job.
     """
     name = job.strategy.name
     if job.checkpoint.enabled:
-        kept = job.checkpoint.model_copy(update={"every_steps": known.every})
-        job = job.model_copy(update={"checkpoint": kept})
+        checkpoint = job.checkpoint.model_copy(update={"every_steps": references.every})
+        job = job.model_copy(update={"checkpoint": checkpoint})
     try:
-        run = engine(job, known.switches)
-        comparison = compare(run.trained, known.plain, known.reversed_, known.trainable)
+        run = engine(job, references.switches)
+        comparison = compare(
+            run.trained, references.plain, references.reversed_, references.trainable
+        )
         rows = [_row(name, "plain loop", comparison)]
-        rows.append(_repeat(name, run.trained, engine(job, known.switches).trained))
-        if known.whole is not None:
-            run = engine(meaning_job(job), known.whole.switches)
-            rows.append(_meaning(name, run, known.whole, known.trainable))
+        rows.append(_repeat(name, run.trained, engine(job, references.switches).trained))
+        if references.whole is not None:
+            run = engine(meaning_job(job), references.whole.switches)
+            rows.append(_meaning(name, run, references.whole, references.trainable))
     except DistplatError as error:
         return [refused(name, error)]
-    rows += [Row(name, what, NOT_COMPARED, reason=why) for what, why in known.notes]
+    rows += [Row(name, check, NOT_COMPARED, reason=why) for check, why in references.notes]
     return rows
 
 
 def watch_losses(job: Job, why: str, engine: Engine) -> list[Row]:
-    """Run a job that equals no plain loop, and tell what its loss did."""
+    """Run a job that need not equal a plain loop, and report its loss curve."""
     name = job.strategy.name
     try:
         run = engine(job, Switches())
@@ -118,11 +120,11 @@ def watch_losses(job: Job, why: str, engine: Engine) -> list[Row]:
 
 
 def refused(name: str, error: DistplatError) -> Row:
-    """Say that a run was refused, or ended before its time."""
+    """Return the row of a run that was refused or failed."""
     lines = [line.strip() for line in str(error).splitlines()]
-    last = [line for line in lines if line and not line.startswith("hint:")][-1]
+    message = [line for line in lines if line and not line.startswith("hint:")][-1]
     verdict = REFUSED if isinstance(error, SpecError) else FAILED
-    return Row(name, "run", verdict, failed=True, reason=last, error=error)
+    return Row(name, "run", verdict, failed=True, reason=message, error=error)
 
 
 def _meaning(name: str, run: EngineRun, whole: WholeBatch, trainable: list[str]) -> Row:
@@ -134,23 +136,24 @@ def _meaning(name: str, run: EngineRun, whole: WholeBatch, trainable: list[str])
     return row
 
 
-def _row(name: str, check: str, met: Comparison) -> Row:
-    verdict = PARTS if met.diverges else EQUAL
-    numbers = met.difference, met.floor
-    where = (met.name, met.step) if met.diverges else ("", 0)
-    return Row(name, check, verdict, met.diverges, *numbers, *where, met.reason)
+def _row(name: str, check: str, comparison: Comparison) -> Row:
+    diverges = comparison.diverges
+    numbers = comparison.difference, comparison.floor
+    where = (comparison.name, comparison.step) if diverges else ("", 0)
+    verdict = DIFFERS if diverges else EQUAL
+    return Row(name, check, verdict, diverges, *numbers, *where, comparison.reason)
 
 
 def _repeat(name: str, first: Trained, second: Trained) -> Row:
-    same = digest(first) == digest(second)
-    why = "" if same else "random numbers that the seed does not reach, or an order that changes"
-    return Row(name, "repeat", EQUAL if same else PARTS, not same, reason=why)
+    is_same = digest(first) == digest(second)
+    why = "" if is_same else "random numbers that the seed does not reach, or an order that changes"
+    return Row(name, "repeat", EQUAL if is_same else DIFFERS, not is_same, reason=why)
 
 
 def digest(trained: Trained) -> str:
-    """Give the hash of a trained model."""
+    """Return the hash of a trained model."""
     sha = hashlib.sha256()
-    for name, value in sorted(last(trained).items()):
+    for name, value in sorted(final_state(trained).items()):
         sha.update(name.encode())
         sha.update(value.detach().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return sha.hexdigest()

@@ -378,11 +378,11 @@ def test_a_gradient_that_would_be_lost_is_told() -> None:
         ([torch.eye(2).to_sparse()], r"virtual stage 3 has a tensor of torch.sparse_coo at \[0\]"),
         (
             {(1, 2): torch.ones(1)},
-            r"virtual stage 3 has containers that cannot be serialized .*\{\(1, 2\): \*\}",
+            r"virtual stage 3 has containers that cannot be serialized, .*\{\(1, 2\): \*\}",
         ),
         (
             (nn.utils.rnn.pack_sequence([torch.ones(2)]), None),
-            r"virtual stage 3 has containers that cannot be serialized .*PackedSequence",
+            r"virtual stage 3 has containers that cannot be serialized, .*PackedSequence",
         ),
     ],
     ids=["object", "constants", "uint16", "sparse", "keys", "packed"],

@@ -374,7 +374,7 @@ def infinite(step: int, state: dict[str, Tensor]) -> None:
 REASONS: dict[str, tuple[Callable[[int, dict[str, Tensor]], object], str]] = {
     "unused": (add("unused", -0.01), "without a gradient"),
     "buffer": (add("buffer", 0.01), "buffers"),
-    "stuck": (stuck, "stay as they are"),
+    "stuck": (stuck, "stay unchanged"),
     "doubled": (doubled, "2 times as large"),
     "lost": (lost, "lost or counts twice"),
     "infinite": (infinite, "NaN or infinity"),
@@ -454,8 +454,10 @@ def test_the_child_answers_for_each_strategy(tmp_path: Path, monkeypatch: Any) -
 
 
 def test_a_task_that_calls_the_model_is_not_compared_under_hybrid() -> None:
-    assert child._uncut(job("ring"), Stepped()) == "the task calls the model itself, in step()"
-    assert child._uncut(job("ring"), Classify()) == ""
+    assert (
+        child._uncut_reason(job("ring"), Stepped()) == "the task calls the model itself, in step()"
+    )
+    assert child._uncut_reason(job("ring"), Classify()) == ""
 
 
 def test_of_large_models_not_every_state_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
