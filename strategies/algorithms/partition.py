@@ -42,7 +42,7 @@ def partition(costs: Sequence[float], parts: int, fits: Fits | None = None) -> l
     if not 1 <= parts <= len(costs):
         raise ValueError(
             f"{len(costs)} layers cannot be cut into {parts} stages: "
-            f"take 1 to {len(costs)} stages, or split layers"
+            f"use 1 to {len(costs)} stages, or split layers"
         )
     sums = [0.0, *accumulate(costs)]
     allowed = fits or (lambda k, start, stop: True)
@@ -53,7 +53,7 @@ def partition(costs: Sequence[float], parts: int, fits: Fits | None = None) -> l
     largest, _ = _best(cost, max, parts, len(costs))
     if largest == inf:
         raise ValueError(
-            f"no cut of {len(costs)} layers into {parts} stages fits: take more stages, smaller "
+            f"no cut of {len(costs)} layers into {parts} stages fits: use more stages, smaller "
             "micro-batches, or activation recomputation"
         )
 

@@ -191,7 +191,7 @@ def interleaved(stages: int, micro_batches: int, chunks: int) -> PipelineSchedul
         near = f"{lower} or {lower + stages}" if lower else f"{stages}"
         raise ValueError(
             f"interleaved needs micro-batches in multiples of its {stages} stages, "
-            f"got {micro_batches}: take {near}, or 1f1b, which takes any number"
+            f"got {micro_batches}: use {near}, or 1f1b, which accepts any number"
         )
     total, group = micro_batches * chunks, stages * chunks
 
@@ -295,7 +295,7 @@ def build(
     if name not in _SINGLE:
         raise SpecError(Problem(("schedule",), f"unknown schedule {name!r}", hint(name, NAMES)))
     if chunks not in (None, 1):
-        raise ValueError(f"{name} has one virtual stage per stage, got {chunks}: take interleaved")
+        raise ValueError(f"{name} has one virtual stage per stage, got {chunks}: use interleaved")
     return _SINGLE[name](stages, micro_batches)
 
 

@@ -169,7 +169,7 @@ def _micro_batches(chosen: HybridOptions, job: Job) -> list[Problem]:
         lower = micro // chosen.pipeline * chosen.pipeline
         near = f"{lower} or {lower + chosen.pipeline}" if lower else f"{chosen.pipeline}"
         text = f"interleaved needs a multiple of its {chosen.pipeline} stages (got {micro})"
-        problems.append(_problem("micro_batches", text, f"take {near}, or `schedule: 1f1b`"))
+        problems.append(_problem("micro_batches", text, f"use {near}, or `schedule: 1f1b`"))
     return problems
 
 
@@ -207,12 +207,12 @@ def _combinations(chosen: HybridOptions, job: Job) -> list[Problem]:
     problems = []
     if chosen.schedule == "interleaved" and chosen.virtual == 1:
         text = "interleaved needs 2 or more pieces per stage (got 1)"
-        problems.append(_problem("virtual", text, "take 2, or `schedule: 1f1b`, which has one"))
+        problems.append(_problem("virtual", text, "use 2, or `schedule: 1f1b`, which has one"))
     checkpoints = job.activation_checkpointing is not None
     if chosen.recompute and chosen.schedule == "zb-h1":
         where = ("activation_checkpointing",) if checkpoints else ("strategy", "recompute")
         text = "cannot be combined with `schedule: zb-h1`, which would compute forward three times"
-        problems.append(Problem(where, text, "take `schedule: 1f1b`"))
+        problems.append(Problem(where, text, "use `schedule: 1f1b`"))
     if checkpoints and not chosen.recompute:
         text = "is false, but `activation_checkpointing` requires it"
         problems.append(_problem("recompute", text, "remove one of the two"))
@@ -221,13 +221,13 @@ def _combinations(chosen: HybridOptions, job: Job) -> list[Problem]:
         problems.append(Problem(("precision",), text, "remove it, or use bf16"))
     if job.embeddings is not None:
         text = "cannot be combined with `hybrid`: rows are looked up by whole models only"
-        problems.append(Problem(("embeddings",), text, "take `ring` or a parameter server"))
+        problems.append(Problem(("embeddings",), text, "use `ring` or a parameter server"))
     if job.checkpoint.trained_only and chosen.tensor > 1:
         text = f"identifies base tensors as a whole, and `tensor: {chosen.tensor}` cuts them"
         problems.append(Problem(("checkpoint", "trained_only"), text, "remove one of the two"))
     if job.compile is not None and chosen.grid.group_size > 1:
         text = "cannot be combined with stages, whose layers are called one by one, nor with slices"
-        problems.append(Problem(("compile",), text, "remove it, or take `ring`"))
+        problems.append(Problem(("compile",), text, "remove it, or use `ring`"))
     if chosen.backend == "nccl" and not job.scaling.use_gpu:
         hint_ = "set scaling.use_gpu: true, or `backend: auto`"
         problems.append(_problem("backend", "`nccl` runs between GPUs only", hint_))

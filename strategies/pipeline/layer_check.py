@@ -203,7 +203,7 @@ def _stages_hint(layers: Sequence[Layer]) -> str:
     blocks = layers[1].name.rpartition(".")[0]
     return (
         f"give the task a `stages(model)`, such as [First(model), *map(Block, model.{blocks}), "
-        "Last(model)], whose modules each take what the one before gives; or set `pipeline: 1`"
+        "Last(model)], where each module takes the output of the one before; or set `pipeline: 1`"
     )
 
 

@@ -211,7 +211,7 @@ class _NotOnThisRank:
         self._refuse("a call of the whole model")
 
     def _refuse(self, what: str) -> NoReturn:
-        text = f"a hook of the whole model asks for {what}, which no stage has"
+        text = f"a hook of the whole model uses {what}, which no stage has"
         raise SpecError(_problem(text, "put it on a layer, or set `pipeline: 1`"))
 
 

@@ -156,7 +156,7 @@ def test_an_svg_needs_the_extra(
     ("args", "message"),
     [
         (["1f2b", *ASK[2:]], "schedule: unknown schedule '1f2b'\n  hint: did you mean '1f1b'?"),
-        (["interleaved", *ASK[2:]], "multiples of its 2 stages, got 3: take 2 or 4, or 1f1b"),
+        (["interleaved", *ASK[2:]], "multiples of its 2 stages, got 3: use 2 or 4, or 1f1b"),
         ([*ASK[1:], "--virtual", "2"], "1f1b has one virtual stage per stage, got 2"),
         ([*ASK[1:], "--weight", "3"], "--weight 3 is a part of --backward 2, and larger"),
         ([*ASK[1:], "--forward", "0", "--backward", "0"], "there is nothing to draw"),

@@ -42,7 +42,7 @@ WRONG: list[tuple[dict[str, Any], int, dict[str, Any], str, str, str]] = [
         {},
         "strategy.micro_batches",
         "multiple of its 2 stages (got 5)",
-        "take 4 or 6",
+        "use 4 or 6",
     ),
     ({"pipeline": 2, "cut": "evn"}, 2, {}, "strategy.cut", "(got 'evn')", "did you mean 'even'?"),
     (

@@ -117,7 +117,7 @@ def test_the_first_stage_of_1f1b_holds_most_and_gets_less() -> None:
     assert live == [2, 1]
     assert cut(costs, 2) == [3]
     assert cut(costs, 2, Memory([40, 40], live)) == [2]
-    with pytest.raises(ValueError, match="take more stages, smaller micro-batches"):
+    with pytest.raises(ValueError, match="use more stages, smaller micro-batches"):
         cut(costs, 2, Memory([30, 30], live))
     with pytest.raises(ValueError, match="for each of 3 stages"):
         cut(costs, 3, Memory([30, 30], live))

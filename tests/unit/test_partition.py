@@ -56,7 +56,7 @@ def test_with_limits_no_cut_that_fits_is_better(costs: list[int], data: st.DataO
         if all(fits(k, *ends) for k, ends in enumerate(bounds(points, len(costs))))
     ]
     if not fitting:
-        with pytest.raises(ValueError, match=r"into . stages fits: take more stages"):
+        with pytest.raises(ValueError, match=r"into . stages fits: use more stages"):
             partition(costs, parts, fits)
         return
     points = partition(costs, parts, fits)
@@ -87,7 +87,7 @@ def test_layers_of_no_cost_still_fill_stages() -> None:
 
 @pytest.mark.parametrize("parts", [0, 4])
 def test_more_stages_than_layers(parts: int) -> None:
-    with pytest.raises(ValueError, match=f"3 layers cannot be cut into {parts} .*take 1 to 3"):
+    with pytest.raises(ValueError, match=f"3 layers cannot be cut into {parts} .*use 1 to 3"):
         partition([1, 2, 3], parts)
 
 

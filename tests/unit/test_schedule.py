@@ -137,10 +137,10 @@ def test_an_unknown_name_has_a_near_one() -> None:
     [
         ("gpipe", (0, 4, None), "one stage and one micro-batch at least"),
         ("1f1b", (4, 0, None), "one stage and one micro-batch at least"),
-        ("interleaved", (4, 10, 2), "multiples of its 4 stages, got 10: take 8 or 12, or 1f1b"),
-        ("interleaved", (4, 3, 2), "got 3: take 4, or 1f1b"),
+        ("interleaved", (4, 10, 2), "multiples of its 4 stages, got 10: use 8 or 12, or 1f1b"),
+        ("interleaved", (4, 3, 2), "got 3: use 4, or 1f1b"),
         ("interleaved", (4, 8, 1), "2 or more virtual stages, got 1; 1f1b has one"),
-        ("gpipe", (4, 8, 2), "one virtual stage per stage, got 2: take interleaved"),
+        ("gpipe", (4, 8, 2), "one virtual stage per stage, got 2: use interleaved"),
     ],
 )
 def test_what_cannot_be_says_what_can(
