@@ -261,12 +261,10 @@ class ScheduleRun:
 
     def _check_writes(self, virtual_stage: int) -> AbstractContextManager[object]:
         """Return a context that checks a forward's writes if micro-batches wait for backward."""
-        waiting = any(
-            at == virtual_stage
-            for pending in (self._in_flight, self._deferred)
-            for _, at in pending
-        )
-        return self._writes.forward() if self._writes and waiting else nullcontext()
+        waiting = {stage for _, stage in (*self._in_flight, *self._deferred)}
+        if self._writes is None or virtual_stage not in waiting:
+            return nullcontext()
+        return self._writes.forward()
 
     def _store_outputs(self, number: int, virtual_stage: int, outputs: Any) -> list[Tensor]:
         """Store the outputs for sending, or compute the loss; return the tensors for backward."""

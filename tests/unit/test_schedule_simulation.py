@@ -196,7 +196,7 @@ F0, B0 = Action(ActionKind.FORWARD, 0), Action(ActionKind.BACKWARD, 0)
         (((Recv(G0, 1), F0), (Recv(A0, 0), F0)), Deadlock, "stage 0 waits for .*; stage 1 waits"),
         (((F0, Send(A0, 1)), (F0,)), ValueError, "stage 1 computes F0 without Message"),
         (((Send(A0, 1),), ()), ValueError, "stage 0 sends .* before it has it"),
-        (((F0, Send(A0, 1)), (Recv(G0, 0),)), ValueError, "expects .*gradient.* what comes is"),
+        (((F0, Send(A0, 1)), (Recv(G0, 0),)), ValueError, "expects .*gradient.* but receives"),
         (((), (Recv(A0, 0), B0)), Deadlock, "stage 1 waits for"),
         (((F0, Send(A0, 1)), (Recv(A0, 0), B0)), ValueError, "stage 1 computes B0 without F0"),
     ],
