@@ -70,16 +70,20 @@ def clip_on_each_rank(patch: Patch) -> None:
 def forget_momentum(patch: Patch) -> None:
     original = FlatOptimizer.step
 
-    def step(self: Any, rates: Any, present: Any = None) -> None:
+    def step(self: Any, rates: Any, present: Any = None, **options: Any) -> None:
         self.load({})
-        original(self, rates, present)
+        original(self, rates, present, **options)
 
     patch.setattr(FlatOptimizer, "step", step)
 
 
 def take_all_for_present(patch: Patch) -> None:
     original = FlatOptimizer.step
-    patch.setattr(FlatOptimizer, "step", lambda self, rates, present=None: original(self, rates))
+
+    def step(self: Any, rates: Any, present: Any = None, **options: Any) -> None:
+        original(self, rates, **options)
+
+    patch.setattr(FlatOptimizer, "step", step)
 
 
 def count_steps_for_all(patch: Patch) -> None:
