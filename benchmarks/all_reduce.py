@@ -1,11 +1,11 @@
 """
-All-reduce between processes of one host: our shared memory against torch's gloo.
+All-reduce between processes of one host: distplat's shared memory and torch's gloo.
 
-Ranks are Ray actors with one thread each. Gloo is a plain `torch.distributed` group; ours is the
-backend as `ray.util.collective` calls it, on plain tensors (staged) and on shared vectors (shared).
-Sides take turns; an operation's time is the slowest rank's, from a barrier on; medians. The first
-operations of a turn are not timed: gloo tends to leave the ranks on one core, and the caches full
-of its buffers.
+Ranks are Ray actors with one thread each. Gloo is a plain `torch.distributed` group; distplat's
+backend is called through `ray.util.collective`, on plain tensors (staged) and on shared vectors
+(shared). Both alternate; the time of an operation is that of the slowest rank since a barrier;
+medians. The first operations after each switch are not timed, because gloo tends to leave the ranks
+on one core, and the caches filled with its buffers.
 """
 
 import argparse
@@ -44,7 +44,7 @@ class Rank:
         rayc.init_collective_group(self.world, self.rank, self.backend, GROUP)
 
     def all_reduce(self, size: int, dtype: str, rounds: int) -> dict[str, list[float]]:
-        """Give each side's seconds, by round."""
+        """Return each side's seconds, by round."""
         plain = torch.zeros(size // getattr(torch, dtype).itemsize, dtype=getattr(torch, dtype))
         shared = rayc.get_group_handle(GROUP).group.share(plain)
         return self._in_turn(
@@ -91,7 +91,7 @@ class Rank:
 
 
 def slowest(of_ranks: list[dict[str, list[float]]]) -> dict[str, float]:
-    """Give each side's median over the rounds of the slowest rank's milliseconds."""
+    """Return each side's median over the rounds of the slowest rank's milliseconds."""
     return {
         side: median_ms([max(took) for took in zip(*(r[side] for r in of_ranks), strict=True)])
         for side in of_ranks[0]

@@ -1,9 +1,9 @@
 """
-What checkpoints cost the training: an MLP of 10.5 M parameters under Adam, 126 MB every 10 steps.
+Cost of checkpoints for the training: an MLP of 10.5 M parameters under Adam, 126 MB every 10 steps.
 
-Ours: the mean step with checkpoints and without, in turn; the difference times 10 is what one
-checkpoint takes from the training, the copy and what the writing takes from the two cores together.
-Peer: `torch.save` of the same state between two steps, as most loops do it, with and without sync.
+distplat: the mean step with and without checkpoints, alternating; the difference times 10 is the
+cost of one checkpoint, including the copy and the CPU time of the write.
+Peer: `torch.save` of the same state between two steps, as in most loops, with and without sync.
 """
 
 import argparse
@@ -27,7 +27,7 @@ GOAL = 1.0
 
 
 class Written(Timed):
-    """Writes down all times, not their median: one step in ten is another."""
+    """Records all times instead of their median, since one step in ten has a checkpoint."""
 
     def loss(self, outputs: Any, targets: Any) -> Any:
         self.times.append(time.perf_counter())
@@ -39,7 +39,7 @@ class Written(Timed):
 
 
 def mean_step(strategy: str, steps: int, every: int | None) -> float:
-    """Train; give the slowest rank's mean milliseconds per step, the first ones left out."""
+    """Train; return the slowest rank's mean milliseconds per step, without the first steps."""
     with TemporaryDirectory() as folder, TemporaryDirectory() as runs:
         job = {
             "name": "bench",
@@ -60,7 +60,7 @@ def mean_step(strategy: str, steps: int, every: int | None) -> float:
 
 
 def saved(*, sync: bool) -> float:
-    """Save the same state with torch; give milliseconds."""
+    """Save the same state with torch; return milliseconds."""
     model = mlp()
     optimizer = torch.optim.Adam(model.parameters())
     for parameter in model.parameters():

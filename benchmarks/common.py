@@ -1,4 +1,4 @@
-"""What the benchmarks share: rows of figures with ratios, medians of repeated runs."""
+"""Shared code of the benchmarks: rows with ratios, medians of repeated runs."""
 
 import statistics
 from collections.abc import Callable, Sequence
@@ -7,12 +7,12 @@ WORKERS = 2
 
 
 def median_ms(seconds: Sequence[float]) -> float:
-    """Give the median in milliseconds."""
+    """Return the median in milliseconds."""
     return statistics.median(seconds) * 1e3
 
 
 def print_ratio(what: str, ours: float, peer: float, goal: float, unit: str = "ms") -> None:
-    """Print one comparison: ours, the peer's, their ratio, and the ratio to reach."""
+    """Print one comparison: distplat, the peer, their ratio, and the goal for the ratio."""
     verdict = "reached" if ours <= goal * peer else "missed"
     print(
         f"{what:<44} ours {ours:9.2f} {unit}   peer {peer:9.2f} {unit}   "
@@ -24,6 +24,6 @@ def print_ratio(what: str, ours: float, peer: float, goal: float, unit: str = "m
 def alternately(
     first: Callable[[], float], second: Callable[[], float], rounds: int
 ) -> tuple[float, float]:
-    """Measure two things in turn, so that a drifting machine hits both; give the medians."""
+    """Measure two functions alternately, so that drift affects both; return the medians."""
     pairs = [(first(), second()) for _ in range(rounds)]
     return statistics.median(a for a, _ in pairs), statistics.median(b for _, b in pairs)

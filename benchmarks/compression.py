@@ -1,13 +1,12 @@
 """
-What each `compression` of `ring` saves and costs: an MLP of 10.5 M parameters on 2 workers, gloo.
+Savings and cost of each `compression` of `ring`: an MLP of 10.5 M parameters on 2 workers, gloo.
 
-Every method trains a model of its own on the same samples, without overlap, and only the exchange
-is timed, from a barrier to its end, on the slower rank. The methods take turns, so that a drifting
-machine hits all. On one host bytes are nearly free, so most methods lose there.
+Every method trains a separate model on the same samples, without overlap, and only the exchange is
+timed, from a barrier to its end, on the slower rank. The methods alternate, so that drift affects
+all of them. On one host transfers are nearly free, so most methods are slower there.
 
-What they would do over a slower link is computed, not measured: seconds in compressing + bytes sent
-/ speed of the link, against the bytes of an uncompressed exchange. Latency, and what the network
-stack works, are left out.
+The times over slower links are computed, not measured: compression time + bytes sent / speed of the
+link, in comparison with an uncompressed exchange. Latency and the network stack are ignored.
 """
 
 import argparse
@@ -39,7 +38,7 @@ Row = dict[str, float]
 
 
 def make(method: str, flat: FlatModel, group: Collective) -> Reducer:
-    """Make what a job file would name."""
+    """Create the reducer of a `compression`."""
     match method.split():
         case ["topk", percent, _]:
             return TopKReducer(flat, group, float(percent) / 100)
@@ -50,7 +49,7 @@ def make(method: str, flat: FlatModel, group: Collective) -> Reducer:
 
 
 def fresh_mlp() -> nn.Module:
-    """Start where gradients reach the first layer (He et al. 2015)."""
+    """Initialize weights so that gradients reach the first layer (He et al. 2015)."""
     torch.manual_seed(0)
     model = mlp()
     for module in model.modules():
@@ -75,7 +74,7 @@ class Side:
             self.reducers[method] = make(method, flat, self.group)
 
     def run(self, method: str, steps: int) -> list[Row]:
-        """Train some steps; give each one's figures."""
+        """Train some steps; return the metrics of each step."""
         flat, reducer = self.flats[method], self.reducers[method]
         rows = []
         for _ in range(steps):
@@ -92,7 +91,7 @@ class Side:
         return rows
 
     def batch(self, method: str) -> tuple[Tensor, Tensor]:
-        """Give the next samples: noise around the centre of a class."""
+        """Return the next samples, which are noise around the centre of a class."""
         seed = self.steps[method] * WORKERS + self.group.rank
         self.steps[method] += 1
         generator = torch.Generator().manual_seed(seed)
@@ -122,14 +121,14 @@ def measure(steps: int, rounds: int) -> dict[str, Row]:
 
 
 def summary(rows: list[Row], steps: int) -> Row:
-    """Give medians over the steps that have a figure; the loss over the last `steps` alone."""
+    """Return medians over the steps that have a metric; the loss only over the last `steps`."""
     names = sorted({name for row in rows for name in row})
     found = {name: statistics.median(row[name] for row in rows if name in row) for name in names}
     return {**found, "loss": statistics.median(row["loss"] for row in rows[-steps:])}
 
 
 def print_measured(found: dict[str, Row], plain_bytes: float) -> None:
-    """Print what was measured."""
+    """Print the measurements."""
     print(f"{'method':<12} exchange  ratio   sent      saved  compress  error  loss")
     plain_s = found["none"]["exchange_s"]
     for method, row in found.items():
@@ -143,7 +142,7 @@ def print_measured(found: dict[str, Row], plain_bytes: float) -> None:
 
 
 def print_links(found: dict[str, Row], plain_bytes: float) -> None:
-    """Print what follows for links of other speeds; computed."""
+    """Print the computed times for links of other speeds."""
     header = "  ".join(f"{link:5g} Gbit/s" for link in LINKS_GBIT)
     print(f"\ncomputed     {header}   pays on links slower than")
     for method, row in found.items():

@@ -1,18 +1,17 @@
 """
-What sending gradients behind backward saves: our buckets with and without overlap, and torch DDP.
+Gain of overlapping communication with backward: buckets with and without overlap, and DDP.
 
 Two ranks on one host, each with one thread, run forward, backward and exchange without an update:
 
-- an MLP of 10.5 M parameters, of which the exchange is a large part, and
-- a small convolutional net, which mostly computes.
+- an MLP of 10.5 M parameters, where the exchange is a large part of the step, and
+- a small convolutional net, which is bound by compute.
 
-"alone" is the same step without any exchange, both ranks at once. DDP is torch's own reducer with
-`gradient_as_bucket_view`, always over torch's gloo. The variants take turns step by step, each with
-a model of its own, and a figure is the median over the steps of the slower rank.
+"alone" is the same step without any exchange, on both ranks at once. DDP is torch's own reducer
+with `gradient_as_bucket_view`, always over torch's gloo. The variants alternate step by step, each
+with a separate model, and a value is the median over the steps of the slower rank.
 
-With as many ranks as cores what the exchange works is taken from backward, so only waiting can be
-hidden; the fraction that was hidden says how much of it passed behind backward, not how much was
-saved.
+With as many ranks as cores, the exchange uses CPU time of backward, so only waiting can be
+overlapped; the hidden fraction is the part of the exchange during backward, not the time saved.
 """
 
 import argparse
@@ -58,7 +57,7 @@ class Variant:
 
 
 def variants() -> list[Variant]:
-    """Give what is compared; the second is what the ratios are against."""
+    """Return the variants; ratios are relative to the second one."""
     return [
         Variant("alone", "alone"),
         Variant("one all-reduce at the end", "ours", 1024, overlap=False),
@@ -71,13 +70,13 @@ def variants() -> list[Variant]:
 
 
 def mlp() -> tuple[nn.Module, Tensor]:
-    """Ten linear layers of 1024 and a rank's batch."""
+    """Return ten linear layers of 1024 and a rank's batch."""
     layers = [layer for _ in range(10) for layer in (nn.Linear(1024, 1024), nn.ReLU())]
     return nn.Sequential(*layers), torch.randn(64, 1024)
 
 
 def conv() -> tuple[nn.Module, Tensor]:
-    """Four convolutions of up to 64 channels, 0.1 M parameters, and a rank's batch."""
+    """Return four convolutions of up to 64 channels, 0.1 M parameters, and a rank's batch."""
     channels = [3, 32, 64, 64, 64]
     layers: list[nn.Module] = []
     for a, b in pairwise(channels):
@@ -90,7 +89,7 @@ MODELS = {"mlp": mlp, "conv": conv}
 
 
 class Stepper:
-    """A model of its own and one variant's way to make a step of it."""
+    """A separate model and the step of one variant."""
 
     def __init__(self, model: str, variant: Variant, group: CollectiveGroup) -> None:
         torch.manual_seed(0)
@@ -109,7 +108,7 @@ class Stepper:
             )
 
     def step(self) -> dict[str, float]:
-        """Go forward and backward once; give the seconds it took, and our figures."""
+        """Run forward and backward once; return the seconds, and distplat's metrics."""
         began = time.perf_counter()
         if self._reducer is None:
             self._network.zero_grad()
@@ -125,7 +124,7 @@ class Stepper:
         return {"step_s": seconds, **{name: figures[name] for name in FIGURES}}
 
     def close(self) -> None:
-        """Let go of the group's memory."""
+        """Release the group's memory."""
         if self._reducer is not None:
             self._reducer.close()
             self._flat.move(self._flat.params, torch.zeros_like(self._flat.params))
@@ -141,7 +140,7 @@ class Rank:
         dist.init_process_group("gloo", store=store, rank=rank, world_size=WORKERS)
 
     def run(self, model: str, backend: str, steps: int) -> list[list[dict[str, float]]]:
-        """Make steps of all variants in turn; give what each step of each variant took."""
+        """Run steps of all variants alternately; return the time of each step of each variant."""
         group = create_group(f"{model}-{backend}", backend, self._rank, WORKERS, GroupSettings())
         steppers = [Stepper(model, variant, group) for variant in variants()]
         seen: list[list[dict[str, float]]] = [[] for _ in steppers]
@@ -159,7 +158,7 @@ class Rank:
 def measure(
     actors: list[Any], model: str, steps: int, backend: str
 ) -> dict[Variant, dict[str, float]]:
-    """Give each variant's medians over the steps of what the slower rank took."""
+    """Return each variant's medians of the slower rank's times over the steps."""
     ranks = ray.get([a.run.remote(model, backend, WARM + steps) for a in actors], timeout=1800)
     medians = {}
     for variant, *seen in zip(variants(), *ranks, strict=True):
@@ -172,7 +171,7 @@ def measure(
 
 
 def show(model: str, backend: str, medians: dict[Variant, dict[str, float]]) -> None:
-    """Print one table: ratios are to one all-reduce at the end."""
+    """Print one table, with ratios relative to one all-reduce at the end."""
     plain = medians[variants()[1]]["step_s"]
     print(f"\n{model} over {backend}: ms per step, ratio to one all-reduce at the end")
     for variant, found in medians.items():

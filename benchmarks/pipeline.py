@@ -1,13 +1,13 @@
 """
 A pipeline of 2 stages on one host: 8 linear layers of 1024, batch 256, 1F1B.
 
-Ours: `hybrid` under Trainer. Peer: torch.distributed.pipelining over gloo, two plain processes.
-Same layers, loader, optimizer and threads (one for each stage); each side runs alone, in turn with
-the other. The last stage's time of a step is taken from first loss to first loss. The ideal is what
-one process computes in, shared by two stages, plus the schedule's bubble (p-1)/(m+p-1).
+distplat: `hybrid` under Trainer. Peer: torch.distributed.pipelining over gloo, two plain processes.
+Both have the same layers, loader, optimizer and threads (one for each stage), and run alternately.
+The time of a step is measured on the last stage, from first loss to first loss. The ideal is the
+time of a single process divided by two stages, plus the schedule's bubble (p-1)/(m+p-1).
 
-Then the bubble of the busiest stage, also where computing dominates, in micro-batches of 256 rows;
-and how activation memory grows with micro-batches of one size: under 1F1B it does not.
+Further measurements: the bubble of the busiest stage, also if compute dominates (micro-batches of
+256 rows); and activation memory by number of micro-batches, which is constant under 1F1B.
 """
 
 import argparse
@@ -37,25 +37,25 @@ sys.path.append(str(Path(__file__).parent.parent / "tests" / "support"))
 STAGES, LAYERS, WIDTH, BATCH = 2, 8, 1024, 256
 GOALS = {8: 0.9, 32: 0.75}
 LARGE = 256
-"""Rows of a micro-batch that computes for much longer than it travels."""
+"""Rows of a micro-batch whose compute time is much longer than its transfer."""
 ROWS = 8
-"""Of a micro-batch, where memory is measured."""
+"""Rows of a micro-batch in the memory measurement."""
 
 
 def model() -> nn.Sequential:
-    """Eight linear layers: 8.4 M parameters."""
+    """Return eight linear layers with 8.4 M parameters."""
     return nn.Sequential(*(nn.Linear(WIDTH, WIDTH) for _ in range(LAYERS)))
 
 
 def samples(steps: int, batch: int = BATCH) -> Dataset[Any]:
-    """Random inputs and targets; each step sees the same."""
+    """Random inputs and targets, the same in each step."""
     generator = torch.Generator().manual_seed(0)
     pair = (torch.randn(batch, WIDTH, generator=generator) for _ in range(2))
     return Repeated(TensorDataset(*pair), steps)
 
 
 class Timed(Task):
-    """Writes down when the first loss of each step was asked for."""
+    """Records the time of the first loss of each step."""
 
     def __init__(self, steps: int, micro_batches: int, folder: str, batch: int = BATCH) -> None:
         self.steps, self.micro_batches, self.folder = steps, micro_batches, folder
@@ -83,7 +83,7 @@ BUBBLES: dict[tuple[int, int], list[float]] = {}
 
 
 def ours(micro_batches: int, steps: int, batch: int = BATCH) -> float:
-    """Train under distplat; give milliseconds per step."""
+    """Train under distplat; return milliseconds per step."""
     with TemporaryDirectory() as folder, TemporaryDirectory() as runs:
         job = {
             "name": "bench",
@@ -116,7 +116,7 @@ def ours(micro_batches: int, steps: int, batch: int = BATCH) -> float:
 
 
 def peer_stage(rank: int, micro_batches: int, steps: int, folder: str, store: str) -> None:
-    """Run one stage as torch's tutorial writes it."""
+    """Run one stage as in torch's tutorial."""
     import torch.distributed as dist
     from torch.distributed.pipelining import PipelineStage, Schedule1F1B
 
@@ -151,7 +151,7 @@ def peer_stage(rank: int, micro_batches: int, steps: int, folder: str, store: st
 
 
 def peer(micro_batches: int, steps: int) -> float:
-    """Train under torch's pipelining; give milliseconds per step."""
+    """Train under torch's pipelining; return milliseconds per step."""
     with TemporaryDirectory() as folder, TemporaryDirectory() as place:
         store = os.path.join(place, "store")
         start = get_context("spawn").Process
@@ -169,7 +169,7 @@ def peer(micro_batches: int, steps: int) -> float:
 
 
 def ideal(micro_batches: int, repeats: int = 10) -> float:
-    """Give the milliseconds of a step without any cost of messages."""
+    """Return the milliseconds of a step without communication."""
     torch.set_num_threads(1)
     whole = model()
     parts = torch.randn(BATCH, WIDTH).chunk(micro_batches)
@@ -183,12 +183,12 @@ def ideal(micro_batches: int, repeats: int = 10) -> float:
 
 
 def bubble_factor(micro_batches: int) -> float:
-    """Give how much longer a step of 1F1B is than its computing."""
+    """Return the ratio of a 1F1B step to its compute time."""
     return (micro_batches + STAGES - 1) / micro_batches
 
 
 class Kept:
-    """Adds up what one thread's autograd keeps for backward, and remembers the most."""
+    """Counts the bytes that autograd saves for backward in one thread, and their maximum."""
 
     def __init__(self) -> None:
         self.now = self.most = 0
@@ -199,7 +199,7 @@ class Kept:
 
 
 class Held:
-    """A tensor that is kept."""
+    """A saved tensor."""
 
     def __init__(self, kept: Kept, tensor: Tensor) -> None:
         self.kept, self.tensor = kept, tensor
@@ -213,7 +213,7 @@ class Held:
 
 
 def peak_bytes(schedule: str, micro_batches: int) -> list[int]:
-    """Run a step in memory, stages as threads; give what each keeps for backward at most."""
+    """Run a step in memory, stages as threads; return each stage's maximum saved bytes."""
     from local_run import train
 
     from distplat.platform.spec import Job
@@ -252,7 +252,7 @@ def peak_bytes(schedule: str, micro_batches: int) -> list[int]:
 
 
 class Untimed(Timed):
-    """Keeps no times."""
+    """A task that records no times."""
 
     def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
         return nn.functional.mse_loss(outputs, targets)

@@ -1,11 +1,11 @@
 """
-One synchronous parameter-server step without any computing: gradients in, update, parameters out.
+One synchronous parameter-server step without compute: gradients in, update, parameters out.
 
-Ours: `ps-sync` as workers use it, over shared memory on one node. Peer: the synchronous flow of the
-parameter-server example in Ray's documentation, written for the same layers: one server actor,
-weights travel as a `state_dict` of tensors, gradients as a list of arrays, the driver passes
-references on. Both update by SGD with momentum. Second peer: torch's all-reduce over gloo, of as
-many bytes between the same workers, without any update.
+distplat: `ps-sync` as workers use it, over shared memory on one node. Peer: the synchronous version
+of the parameter-server example in Ray's documentation, written for the same layers: one server
+actor, weights are sent as a `state_dict` of tensors, gradients as a list of arrays, and the driver
+passes references. Both update by SGD with momentum. Second peer: torch's all-reduce over gloo, of
+the same number of bytes between the same workers, without an update.
 """
 
 import argparse
@@ -35,13 +35,13 @@ GOAL, GLOO_GOAL = 0.15, 1.0
 
 
 def layers(megabytes: int) -> nn.ParameterList:
-    """Make a model of so many MB of float32 in equal layers."""
+    """Create a model of the given size in MB of float32, in equal layers."""
     size = megabytes * (1 << 20) // 4 // LAYERS
     return nn.ParameterList(nn.Parameter(torch.zeros(size)) for _ in range(LAYERS))
 
 
 class OurWorker:
-    """A worker that has its gradients ready at once."""
+    """A worker whose gradients are ready at once."""
 
     def connect(self, order: WorkOrder, megabytes: int) -> None:
         from distplat.actors.ray_transport import RayTransport
@@ -68,7 +68,7 @@ class OurWorker:
 
 
 class PeerServer:
-    """Keeps the model whole."""
+    """Server actor with the whole model."""
 
     def __init__(self, megabytes: int) -> None:
         self.model = layers(megabytes)
@@ -86,7 +86,7 @@ class PeerServer:
 
 
 class PeerWorker:
-    """Loads the weights, gives its gradients."""
+    """Worker actor that loads the weights and returns its gradients."""
 
     def __init__(self, megabytes: int) -> None:
         torch.set_num_threads(1)
@@ -99,7 +99,7 @@ class PeerWorker:
 
 
 class GlooWorker:
-    """All-reduces a vector with torch's own group."""
+    """Worker actor that all-reduces a vector with a torch group."""
 
     def __init__(self, rank: int, file: str, megabytes: int) -> None:
         torch.set_num_threads(1)
@@ -118,7 +118,7 @@ class GlooWorker:
 
 
 def ours(megabytes: int, servers: int, replication: int) -> tuple[Any, list[Any]]:
-    """Start our side; give the cast and its workers."""
+    """Start distplat's actors; return them and the workers."""
     job = Job.model_validate(
         {
             "name": "bench",
@@ -148,7 +148,7 @@ def ours(megabytes: int, servers: int, replication: int) -> tuple[Any, list[Any]
 def measure(
     megabytes: int, servers: int, replication: int, steps: int, rounds: int
 ) -> tuple[float, float, float]:
-    """Give our, the peer's and gloo's milliseconds per step, each side in turn."""
+    """Return the milliseconds per step of distplat, the peer and gloo, measured alternately."""
     cast, workers = ours(megabytes, servers, replication)
     server = ray.remote(PeerServer).options(num_cpus=0).remote(megabytes)
     peers = [ray.remote(PeerWorker).options(num_cpus=1).remote(megabytes) for _ in range(WORKERS)]

@@ -1,11 +1,11 @@
 """
-How long training stands still when a worker is killed: from SIGKILL to the next step of all ranks.
+Recovery time after the kill of a worker: from SIGKILL to the next step of all ranks.
 
-Ours: `ring`, where survivors keep their state and one worker is made anew, or with
-`failure.spare_workers` a spare takes its place. Peer: TorchTrainer with
-`FailureConfig(max_failures=...)`, which ends all workers and starts them again from the last
-checkpoint; here it has none to load, so its time is that of the restart alone. Both train an MLP of
-10.5 M parameters; the killed worker leaves the time of its death, all write down their losses.
+distplat: `ring`, where survivors keep their state and one worker is replaced, or with
+`failure.spare_workers` by a spare. Peer: TorchTrainer with
+`FailureConfig(max_failures=...)`, which ends all workers and restarts them from the last
+checkpoint; here there is no checkpoint, so only the restart is measured. Both train an MLP of
+10.5 M parameters; the killed worker records the time of its death, all record their losses.
 """
 
 import argparse
@@ -27,13 +27,13 @@ from torch.utils.data import Dataset
 from distplat import Task, Trainer
 
 KILL_AT, AFTER = 150, 10
-"""Steps before: a spare is there by then, as it is in a run of hours."""
+"""Step of the kill, late enough for a spare to be ready, as in a long run."""
 GOALS = {"a new process": 2.5, "a spare": 1.0}
 """Seconds."""
 
 
 def note(folder: str, step: int) -> None:
-    """Die at `KILL_AT`, who comes first; else write down when each step was seen."""
+    """Kill the first process that reaches `KILL_AT`; otherwise record the time of the step."""
     if step == KILL_AT and not Path(folder, "death").exists():
         with suppress(FileExistsError), Path(folder, "chosen").open("x"):
             Path(folder, "death").write_text(str(time.time()))
@@ -43,7 +43,7 @@ def note(folder: str, step: int) -> None:
 
 
 def standstill(folder: str) -> float:
-    """Give the seconds from the death to the first step made on both ranks."""
+    """Return the seconds from the death to the first step on both ranks."""
     death = float(Path(folder, "death").read_text())
     seen = [[float(line) for line in path.read_text().split()] for path in _files(folder)]
     after = [sorted(t for t in times if t > death) for times in seen]
@@ -58,7 +58,7 @@ def _files(folder: str) -> list[Path]:
 
 
 class Dying(Task):
-    """Loses a worker once."""
+    """A task that kills a worker once."""
 
     def __init__(self, folder: str) -> None:
         self.folder, self.steps = folder, 0
@@ -76,7 +76,7 @@ class Dying(Task):
 
 
 def ours(spare: bool = False) -> float:
-    """Kill a worker of ours; give the seconds of standstill."""
+    """Kill a worker of distplat; return the recovery time in seconds."""
     with TemporaryDirectory() as folder, TemporaryDirectory() as runs:
         job = {
             "name": "bench",
@@ -95,7 +95,7 @@ def ours(spare: bool = False) -> float:
 
 
 def train_loop(config: dict[str, Any]) -> None:
-    """Train as Ray Train's users write it."""
+    """Train function for Ray Train."""
     import ray.train.torch
     import torch
     from torch.utils.data import DataLoader
@@ -114,7 +114,7 @@ def train_loop(config: dict[str, Any]) -> None:
 
 
 def peer() -> float:
-    """Kill a worker of Ray Train's; give the seconds of standstill."""
+    """Kill a worker of Ray Train; return the recovery time in seconds."""
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 

@@ -1,11 +1,11 @@
 """
-One whole training step on 2 workers, forward to update: an MLP of 10.5 M parameters, a conv net.
+One training step on 2 workers, forward to update: an MLP of 10.5 M parameters, a conv net.
 
-Ours: `ring` (each worker updates all, or its part) and `ps-sync` under Trainer. Peer: torch DDP
-over gloo under Ray Train's TorchTrainer. Same layers, batch, data, optimizer (SGD with momentum)
-and threads; each side runs alone, in turn with the other. A worker's time of a step is taken from
-loss to loss in its own process; the first steps are left out. The MLP is bound by its gradients,
-the conv net by compute.
+distplat: `ring` (each worker updates all parameters, or its part) and `ps-sync` under Trainer.
+Peer: torch DDP over gloo under Ray Train's TorchTrainer. Both have the same layers, batch, data,
+optimizer (SGD with momentum) and threads, and run alternately. The time of a step is measured from
+loss to loss in each worker, without the first steps. The MLP is bound by communication, the conv
+net by compute.
 """
 
 import argparse
@@ -43,7 +43,7 @@ QUIET: dict[str, Any] = {"progress": False} if "progress" in signature(Trainer).
 
 
 def mlp() -> nn.Module:
-    """Ten linear layers of 1024: 10.5 M parameters."""
+    """Return ten linear layers of 1024 with 10.5 M parameters."""
     parts: list[nn.Module] = []
     for _ in range(10):
         parts += [nn.Linear(WIDTH, WIDTH), nn.ReLU()]
@@ -51,7 +51,7 @@ def mlp() -> nn.Module:
 
 
 def conv() -> nn.Module:
-    """Four 3x3 convolutions on pictures of 32 x 32: 24 k parameters, 0.05 GFLOP a sample."""
+    """Return four 3x3 convolutions for images of 32 x 32: 24 k parameters, 0.05 GFLOP a sample."""
     channels = [3, 16, 32, 32, 32]
     parts: list[nn.Module] = []
     for inputs, outputs in pairwise(channels):
@@ -64,14 +64,14 @@ SHAPES = {"mlp": ((WIDTH,), (WIDTH,)), "conv": ((3, 32, 32), (10,))}
 
 
 def samples(steps: int, kind: str = "mlp") -> Dataset[Any]:
-    """Random inputs and targets; each step sees the same few."""
+    """A few random inputs and targets, repeated in each step."""
     generator = torch.Generator().manual_seed(0)
     inputs, targets = (torch.randn(BATCH, *s, generator=generator) for s in SHAPES[kind])
     return Repeated(TensorDataset(inputs, targets), steps)
 
 
 class Repeated(Dataset[Any]):
-    """A data set over and over, without a copy."""
+    """A data set repeated without a copy."""
 
     def __init__(self, data: TensorDataset, times: int) -> None:
         self.data, self.times = data, times
@@ -84,7 +84,7 @@ class Repeated(Dataset[Any]):
 
 
 class Timed(Task):
-    """Writes down when each loss was asked for."""
+    """Records the time of each loss."""
 
     def __init__(self, steps: int, folder: str, kind: str) -> None:
         self.steps, self.folder, self.kind = steps, folder, kind
@@ -104,18 +104,18 @@ class Timed(Task):
 
 
 def write_times(folder: str, times: list[float]) -> None:
-    """Leave one rank's median step where the driver finds it."""
+    """Write one rank's median step time to a file for the driver."""
     gaps = [b - a for a, b in zip(times[WARM:], times[WARM + 1 :], strict=False)]
     Path(folder, f"{time.monotonic_ns()}").write_text(str(statistics.median(gaps)))
 
 
 def read_times(folder: str) -> float:
-    """Give the slowest rank's milliseconds."""
+    """Return the slowest rank's milliseconds."""
     return max(float(p.read_text()) for p in Path(folder).iterdir() if p.is_file()) * 1e3
 
 
 def ours(strategy: object, steps: int, kind: str, **fields: Any) -> float:
-    """Train under distplat; give milliseconds per step. `fields` are more of the job's."""
+    """Train under distplat; return milliseconds per step. `fields` are further job fields."""
     with TemporaryDirectory() as folder, TemporaryDirectory() as runs:
         job = {
             "name": "bench",
@@ -134,7 +134,7 @@ def ours(strategy: object, steps: int, kind: str, **fields: Any) -> float:
 
 
 def train_loop(config: dict[str, Any]) -> None:
-    """Train as Ray Train's users write it."""
+    """Train function for Ray Train."""
     import ray.train.torch
     from torch.utils.data import DataLoader
 
@@ -156,7 +156,7 @@ def train_loop(config: dict[str, Any]) -> None:
 
 
 def peer(steps: int, kind: str) -> float:
-    """Train under Ray Train; give milliseconds per step."""
+    """Train under Ray Train; return milliseconds per step."""
     from ray.train import RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 

@@ -1,9 +1,9 @@
 """
-How long training stands still when a server node is killed: from SIGKILL to the next whole step.
+Recovery time after the kill of a server node: from SIGKILL to the next complete step.
 
-`ps-sync` with `replication: 2`, an MLP of 10.5 M parameters, two workers; the primary of the shard
-is killed from outside, and its backup takes over. No peer: Ray Train has no parameter server, and
-Ray's documented example ends with its server. Goal: 0.6 s.
+`ps-sync` with `replication: 2` trains an MLP of 10.5 M parameters on two workers; the primary of
+the shard is killed from outside, and its backup takes over. There is no peer: Ray Train has no
+parameter server, and Ray's documented example fails with its server. Goal: 0.6 s.
 """
 
 import argparse
@@ -32,7 +32,7 @@ KILL_AFTER = 5
 
 
 class Noting(Task):
-    """Writes down when each loss was computed."""
+    """Records the time of each loss."""
 
     def __init__(self, folder: str) -> None:
         name = str(ray.get_runtime_context().get_actor_name())
@@ -51,7 +51,7 @@ class Noting(Task):
 
 
 class Killer(Callback, threading.Thread):
-    """Kills the primary of shard 0 some steps later than it has a backup. A `Callback`."""
+    """Callback that kills the primary of shard 0 some steps after its backup is ready."""
 
     def __init__(self) -> None:
         super().__init__(daemon=True)
@@ -77,7 +77,7 @@ class Killer(Callback, threading.Thread):
 
 
 def standstill() -> float:
-    """Kill a server; give the seconds until both workers have made a step more."""
+    """Kill a server; return the seconds until both workers have completed another step."""
     killer = Killer()
     with TemporaryDirectory() as folder, TemporaryDirectory() as runs:
         job = {

@@ -1,12 +1,12 @@
 """
-Rows of an embedding table to a worker and their gradients back, without any computing between.
+Pull of rows of an embedding table and push of their gradients, without compute in between.
 
-Ours: a pull and a push of 100 000 of 1 000 000 rows of 64 floats, one worker, as a step does it,
-update by SGD included. Peers: the whole table pulled through Ray by one call to an actor, as the
-parameter-server example in Ray's documentation does it (`state_dict`, loaded into the worker's
-model), and as a bare array that nobody looks at (one copy into Ray's store, which the worker maps).
-Last, in one process and without any server: torch's `nn.Embedding(sparse=True)`, the same rows
-looked up, gradients made, SGD.
+distplat: a pull and a push of 100 000 of 1 000 000 rows of 64 floats by one worker, as in a step,
+including the update by SGD. Peers: the whole table pulled through Ray by one actor call, as in the
+parameter-server example in Ray's documentation (`state_dict`, loaded into the worker's model), and
+as a plain array that is not read (one copy into Ray's store, which the worker maps). Last, in one
+process without a server: torch's `nn.Embedding(sparse=True)`, with lookup, gradients and SGD for
+the same rows.
 """
 
 import argparse
@@ -45,7 +45,7 @@ def job(servers: int) -> Job:
 
 
 class OurWorker:
-    """A worker that has its gradients ready at once."""
+    """A worker whose gradients are ready at once."""
 
     def connect(self, order: WorkOrder) -> None:
         from distplat.actors.ray_transport import RayTransport
@@ -60,7 +60,7 @@ class OurWorker:
         self.gradient = np.ones((ASKED, WIDTH), np.float32)
 
     def run(self, steps: int) -> list[tuple[float, float]]:
-        """Give the seconds of each pull and push."""
+        """Return the seconds of each pull and push."""
         from distplat.strategies.sparse.routing import route
         from distplat.strategies.sparse.table import RowGradients
 
@@ -79,7 +79,7 @@ class OurWorker:
 
 
 class DenseServer:
-    """Keeps the table whole, and gives it away whole."""
+    """Server actor that returns the whole table."""
 
     def __init__(self) -> None:
         self.model = nn.Embedding(ROWS, WIDTH)
@@ -92,7 +92,7 @@ class DenseServer:
 
 
 class Puller:
-    """Pulls the whole table."""
+    """Worker actor that pulls the whole table."""
 
     def __init__(self) -> None:
         torch.set_num_threads(1)
@@ -117,7 +117,7 @@ class Puller:
 
 
 class LocalWorker:
-    """The same step with the table in this process."""
+    """A worker with the table in its own process, for the same step."""
 
     def __init__(self) -> None:
         torch.set_num_threads(1)
@@ -139,7 +139,7 @@ class LocalWorker:
 
 
 def start(servers: int) -> tuple[Any, list[Any]]:
-    """Start our side; give the worker and its servers."""
+    """Start distplat's actors; return the worker and its servers."""
     kind = ray.remote(ServerNode).options(num_cpus=0, max_concurrency=4)
     handles = [
         kind.remote(f"server-{i}", tables=TablePart(f"server-{i}", i)) for i in range(servers)
@@ -153,7 +153,7 @@ def start(servers: int) -> tuple[Any, list[Any]]:
 
 
 def measure(servers: int, steps: int, rounds: int) -> None:
-    """Print our figures and the peers', each side in turn."""
+    """Print the times of distplat and the peers, measured alternately."""
     worker, handles = start(servers)
     dense = ray.remote(DenseServer).options(num_cpus=0).remote()
     puller = ray.remote(Puller).options(num_cpus=1).remote()

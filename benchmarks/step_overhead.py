@@ -1,13 +1,13 @@
 """
-What a training step costs beside the computing: against the loop that a user would write.
+Overhead of a training step in comparison with a plain loop.
 
     gpt      nanoGPT's preset for the CPU (4 layers, 4 heads, 128 wide, block 64, batch 12) on one
-             worker under `ring`; peer: a plain torch loop. Also how far the loss curves are apart.
-    mlp      10.5 M parameters on 2 workers under `ring`; peer: an earlier figure, or checkout
+             worker under `ring`; peer: a plain torch loop. Also compares the loss curves.
+    mlp      10.5 M parameters on 2 workers under `ring`; peer: an earlier result, or checkout
     small    3000 tensors of 36 elements on 2 workers under `ring`; peer: torch DDP over gloo
 
-Each side runs alone, in turn with the other, with one thread a process; figures are medians of the
-rounds. A step is taken from loss to loss in the process that trains; the first ones are left out.
+Both sides run alternately, with one thread per process; results are medians of the rounds. The time
+of a step is measured from loss to loss in the training process, without the first steps.
 """
 
 import argparse
@@ -68,7 +68,7 @@ class Layer(nn.Module):
 
 
 class GPT(nn.Module):
-    """The model of nanoGPT; its head is the table of its characters."""
+    """The model of nanoGPT, with a tied head."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -92,7 +92,7 @@ class GPT(nn.Module):
 
 
 class Small(nn.Module):
-    """Many tensors of few elements, and one operation over all of them."""
+    """A model of many small tensors, with one operation over all of them."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -107,7 +107,7 @@ MODELS: dict[str, Any] = {"gpt": GPT, "small": Small, "mlp": mlp}
 
 
 class Text(Dataset[Any]):
-    """Windows of a random walk over the characters; a sample's place follows from its number."""
+    """Windows of a random walk over the characters; a sample's position depends on its index."""
 
     def __init__(self, samples: int) -> None:
         generator = torch.Generator().manual_seed(0)
@@ -123,7 +123,7 @@ class Text(Dataset[Any]):
 
 
 class Points(Dataset[Any]):
-    """Random points and targets, over and over."""
+    """Random points and targets, repeated."""
 
     def __init__(self, samples: int) -> None:
         generator = torch.Generator().manual_seed(0)
@@ -138,7 +138,7 @@ class Points(Dataset[Any]):
 
 
 class Wide(Dataset[Any]):
-    """Random points, over and over, which are their own targets."""
+    """Random points, repeated, which are also their targets."""
 
     def __init__(self, samples: int) -> None:
         self.points = torch.randn(64, MLP_WIDTH, generator=torch.Generator().manual_seed(0))
@@ -155,7 +155,7 @@ DATA: dict[str, Any] = {"gpt": Text, "small": Points, "mlp": Wide}
 
 
 def loss_of(kind: str, outputs: Tensor, targets: Tensor) -> Tensor:
-    """Give the mean over a batch."""
+    """Return the mean over a batch."""
     if kind == "gpt":
         return F.cross_entropy(outputs.flatten(0, 1), targets.flatten())
     return F.mse_loss(outputs, targets)
@@ -163,11 +163,11 @@ def loss_of(kind: str, outputs: Tensor, targets: Tensor) -> Tensor:
 
 class Record:
     """
-    When each loss was there, and what it was.
+    Records the time and value of each loss.
 
     Args:
-        steps: after so many it is written down.
-        folder: where to.
+        steps: number of steps after which the record is written.
+        folder: output folder.
     """
 
     def __init__(self, steps: int, folder: str) -> None:
@@ -175,7 +175,7 @@ class Record:
         self.times, self.losses = list[float](), list[Tensor]()
 
     def add(self, loss: Tensor) -> Tensor:
-        """Take a loss, and give it back."""
+        """Record a loss and return it."""
         self.times.append(time.perf_counter())
         self.losses.append(loss.detach())
         if len(self.times) == self.steps:
@@ -189,7 +189,7 @@ class Record:
 
 
 class Recorded(Task):
-    """One of the models here, timed."""
+    """A task with one of these models and a timer."""
 
     def __init__(self, kind: str, steps: int, folder: str) -> None:
         self.kind, self.steps, self.folder = kind, steps, folder
@@ -212,14 +212,14 @@ class Recorded(Task):
 
 
 def read(folder: str) -> tuple[float, list[float]]:
-    """Give the slowest rank's milliseconds, and the mean of the ranks' losses."""
+    """Return the slowest rank's milliseconds, and the mean of the ranks' losses."""
     ranks = [json.loads(path.read_text()) for path in Path(folder).glob("[0-9]*")]
     losses = [statistics.mean(step) for step in zip(*(r["losses"] for r in ranks), strict=True)]
     return max(rank["ms"] for rank in ranks), losses
 
 
 def ours(kind: str, workers: int, steps: int, curves: list[list[float]]) -> float:
-    """Train under `ring`; give milliseconds per step, and add the loss curve."""
+    """Train under `ring`; return milliseconds per step, and append the loss curve."""
     with TemporaryDirectory() as folder, TemporaryDirectory() as runs:
         job: dict[str, Any] = {
             "name": "bench",
@@ -242,7 +242,7 @@ def ours(kind: str, workers: int, steps: int, curves: list[list[float]]) -> floa
 
 
 def loop(kind: str, rank: int, world: int, steps: int, folder: str) -> None:
-    """Train as users of torch write it, with DDP where there are several processes."""
+    """Train with a plain torch loop, with DDP for several processes."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
     model = MODELS[kind]()
@@ -269,7 +269,7 @@ def loop(kind: str, rank: int, world: int, steps: int, folder: str) -> None:
 
 
 def peer(kind: str, workers: int, steps: int, curves: list[list[float]]) -> float:
-    """Train in as many processes; give milliseconds per step, and add the loss curve."""
+    """Train in `workers` processes; return milliseconds per step, and append the loss curve."""
     with TemporaryDirectory() as folder:
         run = ray.remote(num_cpus=1, max_calls=1)(loop)
         ranks = [run.remote(kind, rank, workers, steps, folder) for rank in range(workers)]
@@ -280,14 +280,14 @@ def peer(kind: str, workers: int, steps: int, curves: list[list[float]]) -> floa
 
 
 def show_curves(mine: list[list[float]], other: list[list[float]]) -> None:
-    """Print how far the loss curves are apart."""
+    """Print the difference of the loss curves."""
     pairs = [pair for a, b in zip(mine, other, strict=True) for pair in zip(a, b, strict=True)]
     largest = max(abs(a - b) for a, b in pairs)
     print(f"  loss {mine[-1][0]:.3f} to {mine[-1][-1]:.3f}, curves differ by {largest:.2g} at most")
 
 
 def baseline_of(text: str, steps: int) -> float:
-    """Give the earlier milliseconds: a figure, or what another checkout of this project takes."""
+    """Return the baseline in milliseconds: a number, or the time of another checkout."""
     try:
         return float(text)
     except ValueError:
@@ -311,7 +311,7 @@ def baseline_of(text: str, steps: int) -> float:
 
 
 def mlp_row(steps: int, rounds: int, baseline: str | None) -> None:
-    """Print what the MLP takes."""
+    """Print the times of the MLP."""
     what = "ring, 2 workers: MLP of 10.5 M parameters"
     if baseline is None:
         mine = partial(train_mlp, "ring", steps, "mlp")
@@ -323,7 +323,7 @@ def mlp_row(steps: int, rounds: int, baseline: str | None) -> None:
 
 
 def row(kind: str, steps: int, rounds: int) -> None:
-    """Print what one of the models here takes."""
+    """Print the times of one of these models."""
     workers, goal = (1, 1 / 0.98) if kind == "gpt" else (WORKERS, 0.7)
     mine, other = list[list[float]](), list[list[float]]()
     medians = alternately(

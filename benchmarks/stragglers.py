@@ -1,10 +1,11 @@
 """
-One worker slowed five times: what the others keep of their speed.
+Effect of one worker that is five times slower on the speed of the others.
 
-Three workers whose steps are pauses of fixed length, so that cores are not what is measured. Under
-each strategy once with equal workers and once with one that pauses five times as long; the figure
-is the speed of the fastest of the others in the second run, relative to the first. Synchronous
-workers drop to about a fifth, as they must; asynchronous ones are to keep at least 90 %.
+The steps of three workers are pauses of fixed length, so that the result does not depend on cores.
+Each strategy runs once with equal workers and once with one that pauses five times as long; the
+result is the speed of the fastest other worker in the second run, relative to the first.
+Synchronous workers drop to about a fifth by definition; asynchronous ones should keep at least 90
+%.
 """
 
 import argparse
@@ -32,7 +33,7 @@ GOALS = {"ps-async": 0.9}
 
 
 class Paced(Task):
-    """A step is a pause; the slow rank's is longer."""
+    """A task whose step is a pause, which is longer on the slow rank."""
 
     def __init__(self, pause_s: float, slowed: float, folder: str) -> None:
         name = str(ray.get_runtime_context().get_actor_name())
@@ -56,7 +57,7 @@ class Paced(Task):
 
 
 def step_s(strategy: dict[str, Any], pause_s: float, slowed: float, steps: int) -> float:
-    """Give the median step of the ranks that are not slowed."""
+    """Return the median step time of the other ranks."""
     with TemporaryDirectory() as folder:
         job = {
             "name": "stragglers",

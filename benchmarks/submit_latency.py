@@ -1,11 +1,11 @@
 """
-From typing `submit` to the first loss of the first step, on a cluster that is running.
+Latency from `submit` to the first loss of the first step, on a running cluster.
 
-Two ways to submit. Joined: the client process itself is the driver (`--address HOST:PORT` against
-`python script.py`). Job API: the client hands the job to the cluster over HTTP, with its folder
-(`--address http://...` against a script that is handed in the same way). The peer's script is a
-TorchTrainer. Both start 2 workers and train the same small model; the clock starts before the
-client process and stops when rank 0 asks for its first loss.
+Two ways to submit are measured. Joined: the client process itself is the driver (`--address
+HOST:PORT` and `python script.py`). Job API: the client submits the job to the cluster over HTTP,
+with its folder (`--address http://...` and a script submitted in the same way). The peer's script
+is a TorchTrainer. Both start 2 workers and train the same small model; the time is measured from
+the start of the client process to the first loss on rank 0.
 """
 
 import argparse
@@ -80,14 +80,14 @@ while client.get_job_status(job) not in ("SUCCEEDED", "FAILED"): time.sleep(0.2)
 
 
 def free_port() -> int:
-    """Find a port that nobody listens on."""
+    """Return a free port."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         return int(listener.getsockname()[1])
 
 
 @contextmanager
 def head() -> Iterator[tuple[str, str]]:
-    """Run a Ray head with its dashboard; give the addresses of its job API and of itself."""
+    """Run a Ray head with its dashboard; yield the addresses of its job API and its GCS."""
     port, gcs = free_port(), free_port()
     command = [
         *(str(Path(sys.executable).with_name("ray")), "start", "--head", "--block"),
@@ -122,7 +122,7 @@ def head() -> Iterator[tuple[str, str]]:
 
 
 def measure(command: list[str], stamp: Path) -> float:
-    """Run a client to its end; give the seconds until the stamp was made."""
+    """Run a client to its end; return the seconds until the first loss."""
     stamp.unlink(missing_ok=True)
     began = time.time()
     subprocess.run(command, check=True, capture_output=True, timeout=120)

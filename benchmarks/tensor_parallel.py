@@ -1,10 +1,10 @@
 """
-A block split over two processes of one host, against torch's DTensor over gloo and one process.
+A block split over two processes of one host, in comparison with DTensor over gloo and one process.
 
 The block is a transformer's MLP, `x + down(gelu(up(norm(x))))`, in float32; a step is forward,
-backward and a step of SGD. Ranks are Ray actors with one thread each. Ours goes over shared
-memory, DTensor's `parallelize_module` over gloo with the same plan. Sides take turns; a step's time
-is the slowest rank's, from a barrier on; medians.
+backward and an SGD update. Ranks are Ray actors with one thread each. distplat uses shared
+memory, DTensor's `parallelize_module` gloo with the same plan. Both alternate; the time of a step
+is that of the slowest rank since a barrier; medians.
 """
 
 import argparse
@@ -56,7 +56,7 @@ class Rank:
         self.group = create_group("bench", "shm", rank, WORKERS, settings)
 
     def steps(self, width: int, rows: int, rounds: int) -> dict[str, list[float]]:
-        """Give each side's seconds, by step; nothing for one process where it does not run."""
+        """Return each side's seconds, by step; nothing for one process where it does not run."""
         torch.manual_seed(0)
         alone = Block(width)
         ours, peer = copy.deepcopy(alone), copy.deepcopy(alone)
@@ -79,7 +79,7 @@ class Rank:
 
 
 def _step(model: nn.Module, inputs: Tensor) -> Callable[[], Any]:
-    """Give a step that leaves a gradient at the inputs, as inside a model."""
+    """Return a step that leaves a gradient at the inputs, as inside a model."""
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-4)
 
     def step() -> None:

@@ -1,13 +1,13 @@
 """
-What a step of a train function takes, against the same model as a task under the same strategy.
+Time of a step of a train function, in comparison with the same model as a task.
 
     gpt      nanoGPT's preset for the CPU on one worker, with clipping
     mlp      10.5 M parameters on two workers
 
-Both use torch's fused AdamW, one thread a process. The sides run in turn; figures are medians of
-the rounds, of a run the median from loss to loss in the slowest process, the first ones left out.
-Beside them the processor time of a step, of all workers and servers: it moves less than the step's
-when others use the machine.
+Both use the same strategy, torch's fused AdamW, and one thread per process, and run alternately.
+Results are medians of the rounds; the result of a run is the median time from loss to loss in the
+slowest process, without the first steps. The CPU time of a step, of all workers and servers, is
+printed as well: it varies less than the wall time if the machine has other work.
 """
 
 import argparse
@@ -35,10 +35,10 @@ ON = {"gpt": 1, "mlp": WORKERS}
 
 
 class Timed(Record):
-    """Also takes the processor time of this run's processes; see `Record`."""
+    """Also records the CPU time of this run's processes; see `Record`."""
 
     def add(self, loss: Tensor) -> Tensor:
-        """Take a loss, and give it back."""
+        """Record a loss and return it."""
         made = len(self.times)
         if made == WARM:
             self.began_ms = processor_ms()
@@ -49,7 +49,7 @@ class Timed(Record):
 
 
 def processor_ms() -> float:
-    """Give what workers and servers have used; they are children of one process of Ray."""
+    """Return the CPU time of workers and servers, which are children of one Ray process."""
     used, mine = 0, os.getppid()
     for one in Path("/proc").glob("[0-9]*"):
         with suppress(OSError):  # it has ended
@@ -61,7 +61,7 @@ def processor_ms() -> float:
 
 
 class TimedTask(Recorded):
-    """One of the models, timed."""
+    """A task with one of the models and a timer."""
 
     def __init__(self, kind: str, steps: int, folder: str) -> None:
         super().__init__(kind, steps, folder)
@@ -69,13 +69,13 @@ class TimedTask(Recorded):
 
 
 def figures_of(folder: str) -> tuple[float, float]:
-    """Give milliseconds of a step, and of processor time in it."""
+    """Return the milliseconds and the CPU milliseconds of a step."""
     found = [float(one.read_text()) for one in Path(folder).glob("processor-*")]
     return read(folder)[0], statistics.median(found)
 
 
 def job_of(kind: str, strategy: str, folder: str, runs: str, **more: Any) -> dict[str, Any]:
-    """Make what both sides' jobs have."""
+    """Return the common fields of both jobs."""
     return {
         "name": "bench",
         "strategy": strategy,
@@ -102,7 +102,7 @@ def as_task(kind: str, strategy: str) -> tuple[float, float]:
 
 
 def train(config: Mapping[str, Any]) -> None:
-    """Do the same in a loop."""
+    """Train function with the same training."""
     kind, steps = config["kind"], config["steps"]
     model = MODELS[kind]()
     optimizer = torch.optim.AdamW(model.parameters(), fused=True, **ADAMW)  # type: ignore[arg-type]

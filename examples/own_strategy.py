@@ -1,14 +1,14 @@
 """
-A strategy of your own in one file: local SGD (Stich 2019, arXiv:1805.09767).
+A custom strategy in one file: local SGD (Stich 2019, arXiv:1805.09767).
 
-Every worker steps alone; once in `period` steps all weights are replaced by their mean, so the
-network is used 1/period as often as with `ring`. Use it as it is:
+Every worker updates its own weights; once in `period` steps all weights are replaced by their mean,
+so that workers communicate 1/period as often as with `ring`. Usage:
 
     distplat submit examples/digits/job.yaml --strategy-file examples/own_strategy.py \
         --strategy local-sgd --set strategy.period=4
 
-With period 1 and SGD without momentum it is the same as `ring`, for the mean of the updated
-weights is the weights updated by the mean gradient; a test holds that.
+With period 1 and SGD without momentum the strategy equals `ring`, since the mean of the updated
+weights is equal to the weights updated by the mean gradient; a test checks this.
 """
 
 from dataclasses import replace
@@ -39,17 +39,17 @@ class LocalSgdOptions(Options):
 
 
 class LocalSgdWorker(WorkerStrategy[LocalSgdOptions]):
-    """What a worker runs: average weights, not gradients."""
+    """The worker's half: average weights instead of gradients."""
 
     def setup(self, context: Context) -> int:
-        """Start from rank 0's weights, with an optimizer of this rank's own."""
+        """Start from rank 0's weights, with a separate optimizer on each rank."""
         self.flat, self.collective = context.flat, context.collective
         self.collective.broadcast(self.flat.params)
         self.optimizer = context.local_optimizer()
         return 0
 
     def exchange(self, step: int, local: StepControl) -> StepControl:
-        """Keep the gradient here, as the mean of this rank's samples; stop only where all meet."""
+        """Scale the local gradient to a mean; stop only in steps that synchronize all ranks."""
         self.flat.grads.mul_(self.collective.world)
         local = local.looked_at(self.flat)
         if self._meets(step):
@@ -59,7 +59,7 @@ class LocalSgdWorker(WorkerStrategy[LocalSgdOptions]):
         return replace(local, stop=StopOrder.NONE)
 
     def update(self, step: int, total: StepControl) -> None:
-        """Step alone; now and then meet."""
+        """Update the local weights; average them at the end of each period."""
         if not total.skip:
             self.optimizer.step(step, total.present, total.scale)
         if self._meets(step):
@@ -75,12 +75,12 @@ class LocalSgdWorker(WorkerStrategy[LocalSgdOptions]):
 
 @register("local-sgd")
 class LocalSgd(Strategy[LocalSgdOptions]):
-    """What the driver knows: the options, and that workers need a group."""
+    """The driver's half: the options, and a group of all workers."""
 
-    summary = "local SGD: workers step alone, weights are averaged every `period` steps"
+    summary = "local SGD: workers update separately, weights are averaged every `period` steps"
     options_type = LocalSgdOptions
     worker = LocalSgdWorker
 
     def roles(self, job: Job) -> Roles:
-        """Ask for a group of all workers."""
+        """Request a group of all workers."""
         return Roles(collective=GroupSpec())

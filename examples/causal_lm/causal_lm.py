@@ -1,8 +1,8 @@
 """
-A causal language model as Hugging Face has them: batches are dicts, and the model has its loss.
+A causal language model like those of Hugging Face: batches are dicts, and the model returns a loss.
 
 The samples are lines of Python's standard library, of any length; they are padded to the longest of
-a micro-batch. Any model that is called so may stand in the place of `GPT`:
+a micro-batch. Any model with the same interface may replace `GPT`:
 
     transformers.GPT2LMHeadModel(transformers.GPT2Config(vocab_size=98, n_layer=2, ...))
 """
@@ -29,7 +29,7 @@ VOCABULARY = LAST - FIRST + 3
 """The printable characters, one for all others, and the end of a line."""
 END = VOCABULARY - 1
 IGNORED = -100
-"""Label of what is no character: Hugging Face's, and that of torch's cross entropy."""
+"""Label of padding, as in Hugging Face and torch's cross entropy."""
 
 
 class CausalLM(Task):
@@ -39,10 +39,10 @@ class CausalLM(Task):
         self, longest: int = 64, layers: int = 2, width: int = 64, heads: int = 4, lines: int = 4000
     ) -> None:
         """
-        Take what `task_args` of the job file says.
+        Initialize the task with the `task_args` of the job file.
 
         Args:
-            longest: characters of a line at most, its end among them.
+            longest: maximum number of characters of a line, including its end.
             layers: transformer blocks.
             width: features of a character inside the model.
             heads: attention heads of each block.
@@ -66,22 +66,24 @@ class CausalLM(Task):
         return {"input_ids": ids, "attention_mask": (labels != IGNORED).long(), "labels": labels}
 
     def loss(self, outputs: Any, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        predicted = (batch["labels"][:, 1:] != IGNORED).sum()  # the first of a line is only read
+        predicted = (
+            batch["labels"][:, 1:] != IGNORED
+        ).sum()  # the first character of a line is not predicted
         return outputs["loss"] * predicted, predicted
 
     def metrics(self, outputs: Any, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        guessed, labels = outputs["logits"][:, :-1].argmax(-1), batch["labels"][:, 1:]
-        right = (guessed == labels).sum(1) / (labels != IGNORED).sum(1).clamp(min=1)
-        return {"line_accuracy": right.mean()}
+        predicted, labels = outputs["logits"][:, :-1].argmax(-1), batch["labels"][:, 1:]
+        accuracies = (predicted == labels).sum(1) / (labels != IGNORED).sum(1).clamp(min=1)
+        return {"line_accuracy": accuracies.mean()}
 
     def _data(self, *, held_out: bool) -> Dataset[Any]:
         lines = Lines(self.longest, self.lines)
-        numbers = [i for i in range(len(lines)) if (i % 10 == 0) == held_out]
-        return Subset(lines, numbers)
+        indices = [i for i in range(len(lines)) if (i % 10 == 0) == held_out]
+        return Subset(lines, indices)
 
 
 class Lines(Dataset[Tensor]):
-    """Lines of source code, without those that are empty, as numbers of characters."""
+    """Non-empty lines of source code, as character ids."""
 
     def __init__(self, longest: int, count: int) -> None:
         folder = Path(sysconfig.get_paths()["stdlib"])
@@ -99,7 +101,7 @@ class Lines(Dataset[Tensor]):
 
 
 class GPT(nn.Module):
-    """A small decoder that is called, and answers, as `GPT2LMHeadModel`."""
+    """A small decoder with the interface of `GPT2LMHeadModel`."""
 
     def __init__(self, longest: int, layers: int, width: int, heads: int) -> None:
         super().__init__()
@@ -112,7 +114,7 @@ class GPT(nn.Module):
         )
         self.norm = nn.LayerNorm(width)
         self.head = nn.Linear(width, VOCABULARY, bias=False)
-        self.head.weight = self.token.weight  # tied, as GPT-2's are
+        self.head.weight = self.token.weight  # tied, as in GPT-2
         nn.init.normal_(self.token.weight, std=0.02)
 
     def forward(
@@ -120,13 +122,14 @@ class GPT(nn.Module):
     ) -> dict[str, Tensor]:
         """[batch, length] each -> logits of shape [batch, length, VOCABULARY], and the loss."""
         length = input_ids.shape[1]
-        later = torch.ones(length, length, dtype=torch.bool, device=input_ids.device).triu(1)
-        places = torch.arange(length, device=input_ids.device)
-        features = self.token(input_ids) + self.place(places)
+        causal = torch.ones(length, length, dtype=torch.bool, device=input_ids.device).triu(1)
+        positions = torch.arange(length, device=input_ids.device)
+        features = self.token(input_ids) + self.place(positions)
         for block in self.blocks:
-            features = block(features, src_mask=later, src_key_padding_mask=attention_mask == 0)
+            features = block(features, src_mask=causal, src_key_padding_mask=attention_mask == 0)
         logits = self.head(self.norm(features))
         if labels is None:
             return {"logits": logits}
-        told, meant = logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
-        return {"loss": F.cross_entropy(told, meant, ignore_index=IGNORED), "logits": logits}
+        predicted, targets = logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
+        loss = F.cross_entropy(predicted, targets, ignore_index=IGNORED)
+        return {"loss": loss, "logits": logits}

@@ -2,7 +2,7 @@
 A character language model: a small GPT that reads the Python standard library.
 
 The model is the pre-norm decoder of GPT-2 (Radford et al. 2019). The text is the source code of
-some of the modules that every Python brings along, so nothing is downloaded.
+some modules of the standard library, so no download is needed.
 """
 
 from __future__ import annotations
@@ -46,21 +46,21 @@ class CharLM(Task):
         tied_embeddings: bool = False,
     ) -> None:
         """
-        Take what `task_args` of the job file says.
+        Initialize the task with the `task_args` of the job file.
 
         Args:
-            block: characters that the model sees at once.
+            block: context length in characters.
             layers: transformer blocks.
             width: features of a character inside the model.
             heads: attention heads of each block.
-            dropout: part of the features that is dropped in training.
-            tied_embeddings: use one matrix for reading characters and for predicting them.
+            dropout: probability of dropping a feature in training.
+            tied_embeddings: use the same matrix for the embedding and the head.
 
         Raises:
-            ValueError: the width cannot be shared out to the heads.
+            ValueError: the width is not divisible by the number of heads.
         """
         if width % heads:
-            raise ValueError(f"width {width} cannot be shared out to {heads} heads")
+            raise ValueError(f"width {width} is not divisible by {heads} heads")
         self.block, self.layers, self.width, self.heads = block, layers, width, heads
         self.dropout, self.tied_embeddings = dropout, tied_embeddings
 
@@ -90,13 +90,13 @@ class CharLM(Task):
         return {"bits_per_char": self.loss(outputs, targets) / math.log(2)}
 
     def unigram_entropy(self) -> float:
-        """Give the loss, in nats, of knowing only how often each character occurs in training."""
+        """Return the entropy of the unigram distribution of the training text, in nats."""
         counts = torch.bincount(_text()[0], minlength=VOCABULARY).double()
         return float(torch.special.entr(counts / counts.sum()).sum())
 
 
 class Windows(Dataset[tuple[Tensor, Tensor]]):
-    """A text cut into windows of `block` characters; the targets are the characters one later."""
+    """A text split into windows of `block` characters; the targets are the next characters."""
 
     def __init__(self, text: Tensor, block: int) -> None:
         self.text, self.block = text, block
@@ -112,7 +112,7 @@ class Windows(Dataset[tuple[Tensor, Tensor]]):
 
 
 class Embedding(nn.Module):
-    """Characters to features: what the character is, plus where it stands."""
+    """Token embedding plus position embedding."""
 
     def __init__(self, block: int, width: int, dropout: float) -> None:
         super().__init__()
@@ -168,7 +168,7 @@ class Attention(nn.Module):
 
 
 def _text() -> tuple[Tensor, Tensor]:
-    """Give the modules' text as character numbers: the training part and the tail held out."""
+    """Return the modules' text as character ids: the training part and the held-out tail."""
     folder = Path(sysconfig.get_paths()["stdlib"])
     parts = [(folder / f"{name}.py").read_text(encoding="utf-8") for name in MODULES]
     code_points = np.frombuffer("".join(parts).encode("utf-32-le"), dtype="<u4")

@@ -1,10 +1,10 @@
 """
-A training script for torch's DistributedDataParallel, which knows nothing of distplat.
+A training script for torch's DistributedDataParallel, which does not use distplat.
 
     torchrun --nproc-per-node 2 train.py
     distplat submit --num-workers 2 -- python train.py
 
-The data are the scanned digits that come with scikit-learn, as in examples/digits.
+The data are the scanned digits of scikit-learn, as in examples/digits.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 
 def main() -> None:
-    """Join the other processes, train, and leave them."""
+    """Initialize the process group, train, and destroy the group."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--epochs", type=int, default=5)
     parser.add_argument("--lr", type=float, default=0.1)

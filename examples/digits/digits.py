@@ -1,8 +1,8 @@
 """
-Handwritten digits: the smallest real task, for a first run and for comparing strategies.
+Handwritten digits: a minimal real task, for a first run and for comparing strategies.
 
-The data are the 1797 scanned digits of 8 x 8 pixels that come with scikit-learn (Alpaydin & Kaynak
-1998, "Optical Recognition of Handwritten Digits"), so nothing is downloaded.
+The data are the 1797 scanned digits of 8 x 8 pixels of scikit-learn (Alpaydin & Kaynak
+1998, "Optical Recognition of Handwritten Digits"), so no download is needed.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ TEST_PART = 0.2
 
 
 class Digits(Task):
-    """Tell the ten digits apart, by an MLP or by a small CNN."""
+    """Classify the ten digits with an MLP or a small CNN."""
 
     def __init__(self, model: str = "mlp", hidden: int = 64) -> None:
         """
-        Take what `task_args` of the job file says.
+        Initialize the task with the `task_args` of the job file.
 
         Args:
             model: `mlp` (two hidden layers) or `cnn` (two convolutions, one hidden layer).
             hidden: units of each hidden layer.
 
         Raises:
-            ValueError: there is no model of that name.
+            ValueError: `model` is unknown.
         """
         if model not in ("mlp", "cnn"):
             raise ValueError(f"model is {model!r}, allowed: 'mlp', 'cnn'")
@@ -67,7 +67,7 @@ def _mlp(hidden: int) -> nn.Sequential:
 
 
 def _cnn(hidden: int) -> nn.Sequential:
-    """No batch norm: its statistics depend on how many workers share a batch."""
+    """Return a CNN without batch norm, whose statistics would depend on the number of workers."""
     return nn.Sequential(
         nn.Conv2d(1, 16, kernel_size=3, padding=1),
         nn.ReLU(),
@@ -82,8 +82,8 @@ def _cnn(hidden: int) -> nn.Sequential:
 
 
 def _split() -> tuple[TensorDataset, TensorDataset]:
-    """Give training and test data: each digit is cut 80 to 20, in every process the same."""
-    # Here, not above: this import takes a second, and who only builds the model need not wait.
+    """Return training and test data, split 80 to 20 for each digit, equally in every process."""
+    # A local import: it takes a second, which processes that only build the model can save.
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
 
@@ -93,7 +93,7 @@ def _split() -> tuple[TensorDataset, TensorDataset]:
         torch.tensor(labels, dtype=torch.int64),
         test_size=TEST_PART,
         stratify=labels,
-        random_state=0,  # a generator of its own: the split must not move with the job's seed
+        random_state=0,  # the split must not depend on the job's seed
     )
     train_images, test_images, train_labels, test_labels = parts
     return TensorDataset(train_images, train_labels), TensorDataset(test_images, test_labels)

@@ -1,8 +1,8 @@
 """
-A generative adversarial network: two models and two optimizers in one loop of one's own.
+A generative adversarial network: two models and two optimizers in a train function.
 
-The data are points around eight places on a circle. A generator that works comes to all eight; one
-that has collapsed knows a few of them.
+The data are points around eight centres on a circle. A good generator covers all eight centres; a
+collapsed generator covers only some of them.
 """
 
 from __future__ import annotations
@@ -19,64 +19,66 @@ import distplat
 
 PLACES, SPREAD = 8, 0.05
 NOISE = 8
-"""Numbers that the generator makes a point of."""
+"""Dimension of the generator's input noise."""
 
 
 def train(config: dict[str, Any]) -> None:
     """
-    Train both; every worker calls this.
+    Train generator and critic; every worker calls this function.
 
     Args:
-        config: `task_args` of the job file: `epochs`, `lr`, `width`, `samples`, and `batch_size` of
-            one worker.
+        config: `task_args` of the job file: `epochs`, `lr`, `width`, `samples`, and `batch_size`
+            per worker.
     """
     generator, critic = mlp(NOISE, 2, config["width"]), mlp(2, 1, config["width"])
-    moves = torch.optim.Adam(generator.parameters(), lr=config["lr"], betas=(0.5, 0.9))
-    judges = torch.optim.Adam(critic.parameters(), lr=config["lr"], betas=(0.5, 0.9))
+    lr, betas = config["lr"], (0.5, 0.9)
+    generator_optimizer = torch.optim.Adam(generator.parameters(), lr=lr, betas=betas)
+    critic_optimizer = torch.optim.Adam(critic.parameters(), lr=lr, betas=betas)
     loader = DataLoader(points(config["samples"]), batch_size=config["batch_size"], shuffle=True)
     generator, critic, loader = distplat.prepare(generator, critic, loader)
-    moves, judges = distplat.prepare(moves, judges)
+    optimizers = distplat.prepare(generator_optimizer, critic_optimizer)
+    generator_optimizer, critic_optimizer = optimizers
 
     for epoch in range(config["epochs"]):
         loader.set_epoch(epoch)
         for (real,) in loader:
-            made = generator(torch.randn(len(real), NOISE))
-            doubt = F.softplus(-critic(real)).mean() + F.softplus(critic(made.detach())).mean()
-            judges.zero_grad()
-            torch.autograd.backward(doubt)
-            judges.step()
+            fake = generator(torch.randn(len(real), NOISE))
+            critic_loss = F.softplus(-critic(real)).mean()
+            critic_loss = critic_loss + F.softplus(critic(fake.detach())).mean()
+            critic_optimizer.zero_grad()
+            torch.autograd.backward(critic_loss)
+            critic_optimizer.step()
 
-            loss = F.softplus(-critic(made)).mean()
-            moves.zero_grad()
-            torch.autograd.backward(
-                loss
-            )  # the critic gets gradients, too; its next step begins anew
-            moves.step()
+            loss = F.softplus(-critic(fake)).mean()
+            generator_optimizer.zero_grad()
+            # This also adds gradients to the critic, which its zero_grad removes.
+            torch.autograd.backward(loss)
+            generator_optimizer.step()
         with torch.no_grad():
-            found = covered(generator(torch.randn(1000, NOISE)))
-        distplat.report({"loss": loss.item(), "critic_loss": doubt.item(), "covered": found})
+            count = covered(generator(torch.randn(1000, NOISE)))
+        distplat.report({"loss": loss.item(), "critic_loss": critic_loss.item(), "covered": count})
 
 
 def mlp(inputs: int, outputs: int, width: int) -> nn.Module:
-    """Give two hidden layers: [batch, inputs] -> [batch, outputs]."""
+    """Return an MLP with two hidden layers: [batch, inputs] -> [batch, outputs]."""
     hidden = [nn.Linear(inputs, width), nn.LeakyReLU(0.2), nn.Linear(width, width)]
     return nn.Sequential(*hidden, nn.LeakyReLU(0.2), nn.Linear(width, outputs))
 
 
 def places() -> Tensor:
-    """Give the eight places, shape [8, 2]."""
+    """Return the eight centres, shape [8, 2]."""
     angles = torch.arange(PLACES) * (2 * math.pi / PLACES)
     return torch.stack([angles.cos(), angles.sin()], dim=1)
 
 
 def points(count: int) -> TensorDataset:
-    """Give so many points of the data, shape [2] each."""
-    draw = torch.Generator().manual_seed(0)
-    near = places()[torch.randint(PLACES, (count,), generator=draw)]
-    return TensorDataset(near + SPREAD * torch.randn(count, 2, generator=draw))
+    """Return `count` points of the data, shape [2] each."""
+    generator = torch.Generator().manual_seed(0)
+    near = places()[torch.randint(PLACES, (count,), generator=generator)]
+    return TensorDataset(near + SPREAD * torch.randn(count, 2, generator=generator))
 
 
-def covered(made: Tensor) -> int:
-    """Count the places to which one point of a hundred, or more, has come within three spreads."""
-    near = torch.cdist(made, places()) < 3 * SPREAD
+def covered(points: Tensor) -> int:
+    """Count the centres with at least 1 % of the points within three standard deviations."""
+    near = torch.cdist(points, places()) < 3 * SPREAD
     return int((near.float().mean(0) >= 0.01).sum())

@@ -1,11 +1,11 @@
 """
-Graphs of different sizes: a field is measured at some places, and a network fills in the rest.
+Graphs of different sizes: a field is measured at some nodes, and a network predicts the rest.
 
-    python field.py runs/RUN/model.safetensors field.png       draw what a run has learnt
+    python field.py runs/RUN/model.safetensors field.png       draw the predictions of a run
 
-Each graph is a handful of places, each joined to the nearest ones. The field is drawn from a
-Gaussian process, so it is known too how well it could be filled in at best: by the mean of the
-process given what is measured, as who knows the covariance computes it.
+The nodes of a graph are random points, with edges from their nearest neighbours. The field is drawn
+from a Gaussian process, so the optimal prediction is known: the mean of the process conditioned on
+the measurements.
 """
 
 from __future__ import annotations
@@ -24,18 +24,21 @@ from distplat import Task
 
 SMALLEST, LARGEST = 20, 60
 NEIGHBOURS = 5
-RANGE, NOISE = 0.25, 0.1  # of the field: how far it is alike, and how badly it is measured
+RANGE, NOISE = (
+    0.25,
+    0.1,
+)  # correlation length of the field, standard deviation of the measurement noise
 
 
 class Graph(NamedTuple):
     """
-    One graph, or several as one that is not connected.
+    One graph, or several graphs as one disconnected graph.
 
     Attributes:
-        nodes: [nodes, 2]: what is measured, or 0; and whether it is.
-        edges: [2, edges]: from which node to which.
-        offsets: [edges, 3]: how far that is to the right, upwards, and in all.
-        graph: [nodes]: the number of the graph of each node.
+        nodes: [nodes, 2]: the measurement, or 0; and whether the node is measured.
+        edges: [2, edges]: source and target node.
+        offsets: [edges, 3]: horizontal, vertical and total distance.
+        graph: [nodes]: graph index of each node.
     """
 
     nodes: Tensor
@@ -46,12 +49,12 @@ class Graph(NamedTuple):
 
 class Fields(Task):
     """
-    Fill a field in at the places where it is not measured.
+    Predict a field at the nodes without a measurement.
 
     Args:
-        graphs: for training.
-        width: of a node's vector.
-        rounds: of messages.
+        graphs: number of training graphs.
+        width: size of a node's vector.
+        rounds: number of message-passing rounds.
     """
 
     def __init__(self, graphs: int = 2_000, width: int = 32, rounds: int = 3) -> None:
@@ -68,35 +71,35 @@ class Fields(Task):
         return Drawn(range(10_000_000, 10_000_400), best=True)
 
     def collate(self, samples: Sequence[tuple[Graph, Tensor]]) -> tuple[Graph, Tensor]:
-        """Make one graph of all: numbers of nodes go on where those of the one before end."""
+        """Join graphs into one: node indices are offset by the number of nodes before."""
         graphs, targets = zip(*samples, strict=True)
-        sizes = torch.tensor([len(one.nodes) for one in graphs])
-        begins = sizes.cumsum(0) - sizes
+        sizes = torch.tensor([len(graph.nodes) for graph in graphs])
+        starts = sizes.cumsum(0) - sizes
         return Graph(
-            torch.cat([one.nodes for one in graphs]),
-            torch.cat([one.edges + begin for one, begin in zip(graphs, begins, strict=True)], 1),
-            torch.cat([one.offsets for one in graphs]),
+            torch.cat([graph.nodes for graph in graphs]),
+            torch.cat([g.edges + start for g, start in zip(graphs, starts, strict=True)], 1),
+            torch.cat([graph.offsets for graph in graphs]),
             torch.arange(len(graphs)).repeat_interleave(sizes),
         ), torch.cat(targets)
 
     def loss(self, outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """Give a mean over places without a measurement: workers have different numbers of them."""
+        """Return sum and weight, since workers have different numbers of hidden nodes."""
         hidden = targets[:, 1]
         return (hidden * (outputs - targets[:, 0]) ** 2).sum(), hidden.sum()
 
     def metrics(self, outputs: Tensor, targets: Tensor) -> Mapping[str, Any]:
-        """Give the loss of who knows the covariance, over the places of all workers."""
+        """Return the loss of the optimal prediction, over the hidden nodes of all workers."""
         self.best.update(*self.loss(targets[:, 2], targets))
         return {"best_loss": self.best}
 
 
 class MessagePassing(nn.Module):
     """
-    Nodes send messages along edges; what all nodes of a graph have in common goes round, too.
+    Message passing along edges, with the mean over the graph as an additional input.
 
     Args:
-        width: of a node's vector.
-        rounds: how far messages come.
+        width: size of a node's vector.
+        rounds: number of message-passing rounds.
     """
 
     def __init__(self, width: int, rounds: int) -> None:
@@ -107,17 +110,17 @@ class MessagePassing(nn.Module):
         self.leave = nn.Linear(width, 1)
 
     def forward(self, batch: Graph) -> Tensor:
-        """Give the field at each node, shape [nodes]."""
+        """Return the field at each node, shape [nodes]."""
         nodes, edges, offsets, graph = batch
         values = self.enter(nodes)
         graphs = int(graph[-1]) + 1
         for message, update in zip(self.messages, self.updates, strict=True):
-            sent = message(torch.cat([values[edges[0]], values[edges[1]], offsets], 1))
-            heard = _mean(sent, edges[1], len(nodes))
-            common = _mean(values, graph, graphs)[graph]
-            values = values + update(torch.cat([values, heard, common], 1))
-        found: Tensor = self.leave(values)
-        return found.squeeze(1)
+            messages = message(torch.cat([values[edges[0]], values[edges[1]], offsets], 1))
+            received = _mean(messages, edges[1], len(nodes))
+            graph_mean = _mean(values, graph, graphs)[graph]
+            values = values + update(torch.cat([values, received, graph_mean], 1))
+        field: Tensor = self.leave(values)
+        return field.squeeze(1)
 
 
 def _layers(inputs: int, width: int) -> nn.Module:
@@ -125,7 +128,7 @@ def _layers(inputs: int, width: int) -> nn.Module:
 
 
 def _mean(rows: Tensor, group: Tensor, groups: int) -> Tensor:
-    """Give the mean of the rows of each group."""
+    """Return the mean of the rows of each group."""
     total = rows.new_zeros(groups, rows.shape[1]).index_add(0, group, rows)
     return total / group.bincount(minlength=groups).clamp(min=1).unsqueeze(1)
 
@@ -151,11 +154,11 @@ class NodeMean:
 
 class Drawn(Dataset[tuple[Graph, Tensor]]):
     """
-    Graphs, each drawn from its number.
+    Random graphs, each seeded by its number.
 
     Args:
-        numbers: of the graphs.
-        best: whether targets say what who knows the covariance would say.
+        numbers: numbers of the graphs.
+        best: whether targets contain the optimal prediction.
     """
 
     def __init__(self, numbers: range, *, best: bool = False) -> None:
@@ -175,20 +178,20 @@ def drawn(number: int, *, best: bool = False) -> tuple[Tensor, Graph, Tensor]:
     Draw a graph.
 
     Returns:
-        Where its nodes are, [n, 2], from 0 to 1; the graph; and targets, [n, 3]: the field, whether
-        it is hidden, and the best guess where that is asked for, else 0.
+        Positions of the nodes, [n, 2], from 0 to 1; the graph; and targets, [n, 3]: the field,
+        whether the node is hidden, and the optimal prediction with `best`, otherwise 0.
     """
-    chance = torch.Generator().manual_seed(number)
-    size = int(torch.randint(SMALLEST, LARGEST + 1, (), generator=chance))
-    places = torch.rand(size, 2, generator=chance, dtype=torch.float64)
+    generator = torch.Generator().manual_seed(number)
+    size = int(torch.randint(SMALLEST, LARGEST + 1, (), generator=generator))
+    places = torch.rand(size, 2, generator=generator, dtype=torch.float64)
     distances = torch.cdist(places, places)
     covariance = torch.exp(-((distances / RANGE) ** 2) / 2)
     root = torch.linalg.cholesky(covariance + 1e-6 * torch.eye(size))
-    field = (root @ torch.randn(size, generator=chance, dtype=torch.float64)).float()
-    known = torch.rand(size, generator=chance) < 0.5
-    known[0], known[1] = True, False  # there is one of either
-    measured = (field + NOISE * torch.randn(size, generator=chance)) * known
-    nearest = distances.topk(NEIGHBOURS + 1, largest=False).indices[:, 1:]  # without itself
+    field = (root @ torch.randn(size, generator=generator, dtype=torch.float64)).float()
+    known = torch.rand(size, generator=generator) < 0.5
+    known[0], known[1] = True, False  # at least one measured and one hidden node
+    measured = (field + NOISE * torch.randn(size, generator=generator)) * known
+    nearest = distances.topk(NEIGHBOURS + 1, largest=False).indices[:, 1:]  # without the node
     edges = torch.stack([nearest.flatten(), torch.arange(size).repeat_interleave(NEIGHBOURS)])
     offsets = ((places[edges[0]] - places[edges[1]]) / RANGE).float()
     offsets = torch.cat([offsets, offsets.norm(dim=1, keepdim=True)], 1)
@@ -200,14 +203,14 @@ def drawn(number: int, *, best: bool = False) -> tuple[Tensor, Graph, Tensor]:
 
 
 def best_guess(covariance: Tensor, measured: Tensor, known: Tensor) -> Tensor:
-    """Give the mean of the process at all nodes, given what is measured at some."""
+    """Return the mean of the process at all nodes, conditioned on the measurements."""
     among = covariance[known][:, known] + NOISE**2 * torch.eye(int(known.sum()))
     weights: Tensor = torch.linalg.solve(among, measured[known].double())
     return (covariance[:, known] @ weights).float()
 
 
 def draw(model_file: Path, picture: Path) -> None:
-    """Draw the field of two graphs: as it is, as it is measured, and as a run fills it in."""
+    """Draw the field of two graphs: the true field, the measurements, and the predictions."""
     import matplotlib.pyplot as plt
     from safetensors.torch import load_file
 

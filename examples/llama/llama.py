@@ -1,8 +1,8 @@
 """
-A Llama of Hugging Face's, from a config, on Python's standard library: under every strategy.
+A Llama of Hugging Face, from a config, on Python's standard library: under every strategy.
 
-Samples are pieces of source text of one length, batches are pairs, and the model is taken as it is:
-`hybrid` cuts it between its blocks, though its head is tied to its embedding.
+Samples are parts of source text of equal length, batches are pairs, and the model is not changed:
+`hybrid` splits it between its blocks, although its head is tied to its embedding.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from distplat import Task
 MODULES = "argparse calendar configparser csv dataclasses inspect ipaddress".split()
 FIRST, LAST = ord(" "), ord("~")
 OTHER = LAST - FIRST + 1
-"""Of line ends and of what is not printable."""
+"""Id of line ends and other non-printable characters."""
 VOCABULARY = OTHER + 1
 
 
@@ -32,14 +32,14 @@ class Llama(Task):
         self, length: int = 64, layers: int = 4, width: int = 64, heads: int = 4, pieces: int = 2000
     ) -> None:
         """
-        Take what `task_args` of the job file says.
+        Initialize the task with the `task_args` of the job file.
 
         Args:
             length: characters of a sample.
-            layers: blocks.
+            layers: transformer blocks.
             width: features of a character inside the model.
             heads: attention heads of each block; half as many keys and values.
-            pieces: samples; every tenth is held out for evaluation.
+            pieces: number of samples; every tenth is held out for evaluation.
         """
         self.length, self.layers, self.width, self.heads = length, layers, width, heads
         self.pieces = pieces
@@ -74,12 +74,12 @@ class Llama(Task):
         return {"accuracy": (outputs.logits.argmax(-1) == targets).float().mean()}
 
     def _data(self, *, held_out: bool) -> Subset[Any]:
-        """Give pairs (characters, the next ones), both of shape [length]."""
+        """Return pairs (characters, next characters), both of shape [length]."""
         folder = Path(sysconfig.get_paths()["stdlib"])
         text = "".join((folder / f"{name}.py").read_text(encoding="utf-8") for name in MODULES)
-        codes = torch.tensor([ord(one) - FIRST for one in text])
+        codes = torch.tensor([ord(character) - FIRST for character in text])
         codes[(codes < 0) | (codes > LAST - FIRST)] = OTHER
         pieces = codes[: len(codes) // (self.length + 1) * (self.length + 1)]
         pieces = pieces.view(-1, self.length + 1)[: self.pieces]
-        numbers = [i for i in range(len(pieces)) if (i % 10 == 0) == held_out]
-        return Subset(TensorDataset(pieces[:, :-1], pieces[:, 1:]), numbers)
+        indices = [i for i in range(len(pieces)) if (i % 10 == 0) == held_out]
+        return Subset(TensorDataset(pieces[:, :-1], pieces[:, 1:]), indices)

@@ -1,8 +1,8 @@
 """
-LoRA over a GPT-2 of Hugging Face: a base in bfloat16 that is not trained, adapters that are.
+LoRA over a GPT-2 of Hugging Face: a frozen base in bfloat16, and trained adapters.
 
-`Base` trains the GPT-2 on Python's source code. `Lora` takes what that run has trained and gets it
-to continue English prose, Python's own documentation, by two thin matrices beside each of its
+`Base` trains the GPT-2 on Python's source code. `Lora` starts from the trained base and learns to
+continue English prose, Python's own documentation, with two low-rank matrices for each of its
 attention layers (Hu et al., LoRA: Low-Rank Adaptation of Large Language Models, 2021).
 """
 
@@ -28,7 +28,7 @@ VOCABULARY = LAST - FIRST + 3
 
 
 class Base(Task):
-    """Predict the next character of Python's source code; all of the model is trained."""
+    """Predict the next character of Python's source code, with all parameters trained."""
 
     modules: Iterable[str] = CODE
 
@@ -41,14 +41,14 @@ class Base(Task):
         samples: int = 4000,
     ) -> None:
         """
-        Take what `task_args` of the job file says.
+        Initialize the task with the `task_args` of the job file.
 
         Args:
             length: characters of a sample.
             layers: transformer blocks.
             width: features of a character inside the model.
             heads: attention heads of each block.
-            samples: at most; every tenth is held out for evaluation.
+            samples: maximum number of samples; every tenth is held out for evaluation.
         """
         self.length, self.layers, self.width, self.heads = length, layers, width, heads
         self.samples = samples
@@ -56,13 +56,13 @@ class Base(Task):
     def model(self) -> nn.Module:
         import transformers
 
-        made: Any = transformers  # which may not be there to be looked at
+        library: Any = transformers  # untyped: the package may not be installed
         size = {"n_embd": self.width, "n_layer": self.layers, "n_head": self.heads}
         size |= {"vocab_size": VOCABULARY, "n_positions": self.length}
-        none = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+        dropout = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
         ends = {"bos_token_id": None, "eos_token_id": None}
-        config = made.GPT2Config(use_cache=False, **size, **none, **ends)
-        model: nn.Module = made.GPT2LMHeadModel(config)
+        config = library.GPT2Config(use_cache=False, **size, **dropout, **ends)
+        model: nn.Module = library.GPT2LMHeadModel(config)
         return model
 
     def train_data(self) -> Dataset[Any]:
@@ -72,21 +72,21 @@ class Base(Task):
         return Text(self.modules, self.length, self.samples, held_out=True)
 
     def step(self, model: nn.Module, batch: Tensor) -> Any:
-        return model(input_ids=batch, labels=batch)  # a mean over samples: all are of one length
+        return model(input_ids=batch, labels=batch)  # a mean over samples, which have equal lengths
 
 
 class Lora(Base):
-    """Predict the next character of English prose; the adapters alone are trained."""
+    """Predict the next character of English prose, with only the adapters trained."""
 
     modules = PROSE
 
     def __init__(self, rank: int = 8, scale: float = 2.0, **base: int) -> None:
         """
-        Take what `task_args` of the job file says.
+        Initialize the task with the `task_args` of the job file.
 
         Args:
-            rank: of the adapters' product.
-            scale: what it counts by; alpha / rank of the paper.
+            rank: rank of the adapters' product.
+            scale: factor of the product; alpha / rank in the paper.
             base: see `Base`.
         """
         super().__init__(**base)
@@ -99,14 +99,16 @@ class Lora(Base):
 
 def adapted(model: nn.Module, patterns: list[str], rank: int, scale: float) -> nn.Module:
     """
-    Put adapters beside layers, in place: `lora_a` and `lora_b` of the layer itself, so that the
-    base's names stay as they are.
+    Add adapters to layers, in place.
+
+    The adapters are the parameters `lora_a` and `lora_b` of the layer itself, so that the names of
+    the base do not change.
 
     Args:
-        model: frozen.
-        patterns: of the names of layers, `nn.Linear` or GPT-2's `Conv1D`.
-        rank: of their product.
-        scale: what it counts by.
+        model: the frozen model.
+        patterns: patterns of layer names, `nn.Linear` or GPT-2's `Conv1D`.
+        rank: rank of the adapters' product.
+        scale: factor of the product.
     """
     layer: Any
     for name, layer in model.named_modules():
@@ -115,20 +117,22 @@ def adapted(model: nn.Module, patterns: list[str], rank: int, scale: float) -> n
             if isinstance(layer, nn.Linear):
                 inputs, outputs = outputs, inputs
             layer.lora_a = nn.Parameter(torch.randn(inputs, rank) / inputs**0.5)
-            layer.lora_b = nn.Parameter(torch.zeros(rank, outputs))  # at first it changes nothing
+            layer.lora_b = nn.Parameter(
+                torch.zeros(rank, outputs)
+            )  # zero: initially without effect
             layer.lora_scale = scale
             layer.register_forward_hook(_with_adapter)
     return model
 
 
 def _with_adapter(layer: Any, inputs: tuple[Any, ...], outputs: Tensor) -> Tensor:
-    """Add the adapter's part, computed in float32."""
+    """Add the adapter's output, computed in float32."""
     features: Tensor = inputs[0].float() @ layer.lora_a @ layer.lora_b * layer.lora_scale
     return outputs + features.to(outputs.dtype)
 
 
 class Text(Dataset[Tensor]):
-    """Runs of characters of Python's standard library, as numbers."""
+    """Parts of Python's standard library, as character ids."""
 
     def __init__(self, modules: Iterable[str], length: int, count: int, *, held_out: bool) -> None:
         folder = Path(sysconfig.get_paths()["stdlib"])

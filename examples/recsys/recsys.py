@@ -1,12 +1,11 @@
 """
-Recommendation: who clicks on what, among a million ids. A DLRM, its tables on servers.
+Click prediction with a million ids: a DLRM with its tables on servers.
 
-    python recsys.py runs/RUN auc.png       draw how well a run tells clicks, by how rare items are
+    python recsys.py runs/RUN auc.png       draw the AUC of a run by the frequency of items
 
-The clicks are made up, and how is known: every user and every item has a hidden vector, items of a
-category are alike, and a click depends on their product, on the item, and on four visible features.
-So it is known too how well the best model without ids could do, and the best of all: both are
-printed beside the model's.
+The clicks are generated from a known model: every user and every item has a hidden vector, items of
+a category are similar, and a click depends on the dot product, on the item, and on four visible
+features. So the optimal AUC with and without ids is known, and printed with that of the model.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ from distplat.nn import ShardedEmbedding, connect
 TABLES = {"user": 900_000, "item": 100_000, "category": 1_000}
 HIDDEN, FEATURES = 4, 4
 HEAD = 8.0  # popularity: half of the samples fall on 0.5 ** HEAD = 0.4 % of the ids
-ALIKE = 0.8  # what of an item is its category's
+ALIKE = 0.8  # correlation of an item with its category
 
 
 class Clicks(Task):
@@ -35,9 +34,9 @@ class Clicks(Task):
     Predict clicks from a user, an item, its category and four features.
 
     Args:
-        samples: for training.
-        width: of a row of a table.
-        ids: whether the model sees the ids; without them its job needs no `embeddings`.
+        samples: number of training samples.
+        width: size of a row of a table.
+        ids: whether the model uses the ids; without them its job needs no `embeddings`.
     """
 
     def __init__(self, samples: int = 1_000_000, width: int = 16, ids: bool = True) -> None:
@@ -58,21 +57,21 @@ class Clicks(Task):
         return nn.functional.binary_cross_entropy_with_logits(outputs, targets[:, 0])
 
     def metrics(self, outputs: Tensor, targets: Tensor) -> Mapping[str, Any]:
-        """Give the area under the ROC curve: of this model and of the two that know the truth."""
+        """Return the area under the ROC curve of this model and of the two optimal models."""
         clicks, without_ids, with_all = targets.unbind(1)
         scores = outputs, without_ids, with_all
-        for curve, given in zip(self.curves.values(), scores, strict=True):
-            curve.update(given, clicks)
+        for curve, curve_scores in zip(self.curves.values(), scores, strict=True):
+            curve.update(curve_scores, clicks)
         return self.curves
 
 
 class DLRM(nn.Module):
     """
-    Naumov et al. 2019: products of all pairs of vectors, between two small networks.
+    DLRM (Naumov et al. 2019): dot products of all pairs of vectors, between two small networks.
 
     Args:
-        width: of a row, and of what the bottom network makes of the features.
-        tables: number of ids, by name, in the order of the ids' columns.
+        width: size of a row, and of the bottom network's output.
+        tables: number of ids of each table, in the order of the ids' columns.
     """
 
     pairs: Tensor
@@ -90,7 +89,7 @@ class DLRM(nn.Module):
         self.register_buffer("pairs", torch.tril_indices(vectors, vectors, -1), persistent=False)
 
     def forward(self, inputs: tuple[Tensor, Tensor]) -> Tensor:
-        """Give a logit per sample: (ids [n, tables], features [n, 4]) -> [n]."""
+        """Return a logit per sample: (ids [n, tables], features [n, 4]) -> [n]."""
         ids, features = inputs
         dense: Tensor = self.bottom(features)
         rows = [table(ids[:, place]) for place, table in enumerate(self.tables.values())]
@@ -101,7 +100,7 @@ class DLRM(nn.Module):
 
 
 class Samples(Dataset[tuple[tuple[Tensor, Tensor], Tensor]]):
-    """Inputs are a pair: ids and features."""
+    """Samples whose inputs are a pair of ids and features."""
 
     def __init__(self, ids: Tensor, features: Tensor, targets: Tensor) -> None:
         self.ids, self.features, self.targets = ids, features, targets
@@ -114,7 +113,7 @@ class Samples(Dataset[tuple[tuple[Tensor, Tensor], Tensor]]):
 
 
 class AreaUnderCurve:
-    """The area under the ROC curve of all samples, whichever workers had them."""
+    """The area under the ROC curve of the samples of all workers."""
 
     def __init__(self) -> None:
         self.reset()
@@ -137,47 +136,48 @@ class AreaUnderCurve:
 
 def make_clicks(count: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
     """
-    Make samples up.
+    Generate samples.
 
     Returns:
         Ids of user, item and category, shape [count, 3]; features, [count, 4]; and [count, 3]:
-        whether it was clicked, its true logit as far as features tell, and its true logit.
+        the click, the true logit of the features only, and the true logit.
     """
-    nature = torch.Generator().manual_seed(0)
-    users = torch.randn(TABLES["user"], HIDDEN, generator=nature)
-    of_item = torch.randint(TABLES["category"], (TABLES["item"],), generator=nature)
-    shared = torch.randn(TABLES["category"], HIDDEN + 1, generator=nature)
-    own = torch.randn(TABLES["item"], HIDDEN + 1, generator=nature)
-    items = ALIKE * shared[of_item] + (1 - ALIKE**2) ** 0.5 * own  # the last one is its appeal
+    model = torch.Generator().manual_seed(0)
+    users = torch.randn(TABLES["user"], HIDDEN, generator=model)
+    category = torch.randint(TABLES["category"], (TABLES["item"],), generator=model)
+    shared = torch.randn(TABLES["category"], HIDDEN + 1, generator=model)
+    individual = torch.randn(TABLES["item"], HIDDEN + 1, generator=model)
+    # The last column of `items` is a bias.
+    items = ALIKE * shared[category] + (1 - ALIKE**2) ** 0.5 * individual
     slope = torch.tensor([0.5, -0.4, 0.3, 0.2])
 
-    chance = torch.Generator().manual_seed(seed)
-    popular = torch.rand(count, 2, generator=chance, dtype=torch.float64) ** HEAD
+    generator = torch.Generator().manual_seed(seed)
+    popular = torch.rand(count, 2, generator=generator, dtype=torch.float64) ** HEAD
     user, item = (popular * torch.tensor([TABLES["user"], TABLES["item"]])).long().unbind(1)
-    features = torch.randn(count, FEATURES, generator=chance)
+    features = torch.randn(count, FEATURES, generator=generator)
     from_features = features @ slope
     match = (users[user] * items[item, :HIDDEN]).sum(1)
     logits = from_features + items[item, HIDDEN] + match - 0.5
-    clicks = torch.rand(count, generator=chance) < torch.sigmoid(logits)
-    ids = torch.stack([user, item, of_item[item]], 1)
+    clicks = torch.rand(count, generator=generator) < torch.sigmoid(logits)
+    ids = torch.stack([user, item, category[item]], 1)
     return ids, features, torch.stack([clicks.float(), from_features, logits], 1)
 
 
 def area_under_curve(scores: Tensor, clicks: Tensor) -> float:
-    """Give the chance that a clicked sample scores higher than one that was not; shapes [n]."""
+    """Return the probability that a positive sample scores above a negative one; shapes [n]."""
     clicked = clicks > 0.5
     positive = int(clicked.sum())
     negative = len(clicks) - positive
     if positive == 0 or negative == 0:
         return 0.5
-    _, which, equal = torch.unique(scores, return_inverse=True, return_counts=True)
-    ranks = (equal.cumsum(0) - (equal - 1) / 2)[which].double()  # equal scores share their ranks
+    _, indices, counts = torch.unique(scores, return_inverse=True, return_counts=True)
+    ranks = (counts.cumsum(0) - (counts - 1) / 2)[indices].double()  # ties have their mean rank
     above = float(ranks[clicked].sum()) - positive * (positive + 1) / 2
     return above / (positive * negative)
 
 
 def draw(run: Path, picture: Path) -> None:
-    """Draw the area under the curve by how often an item comes in a run's training data."""
+    """Draw the area under the curve by the frequency of items in a run's training data."""
     import matplotlib.pyplot as plt
     from safetensors.torch import load_file
 
@@ -189,14 +189,14 @@ def draw(run: Path, picture: Path) -> None:
     with torch.no_grad():
         scores = model((ids, features))
     seen = make_clicks(task.samples, seed=1)[0][:, 1].bincount(minlength=TABLES["item"])
-    often, bounds = seen[ids[:, 1]], (0, 3, 10, 30, 100, 1000, 10**9)
+    frequency, bounds = seen[ids[:, 1]], (0, 3, 10, 30, 100, 1000, 10**9)
     names = [f"{low} to {high - 1}" for low, high in pairwise(bounds)]
     names[-1] = f"{bounds[-2]} or more"
     figure, axis = plt.subplots(figsize=(8, 3.2), layout="constrained")
     lines = {"best of all": targets[:, 2], "this run": scores, "best without ids": targets[:, 1]}
-    for (name, given), color in zip(lines.items(), ("0.6", "tab:blue", "0.8"), strict=True):
-        inside = [(often >= low) & (often < high) for low, high in pairwise(bounds)]
-        areas = [area_under_curve(given[one], targets[one, 0]) for one in inside]
+    masks = [(frequency >= low) & (frequency < high) for low, high in pairwise(bounds)]
+    for (name, values), color in zip(lines.items(), ("0.6", "tab:blue", "0.8"), strict=True):
+        areas = [area_under_curve(values[mask], targets[mask, 0]) for mask in masks]
         axis.plot(names, areas, "o-", color=color, label=name)
     axis.set(xlabel="times an item comes in training", ylabel="area under the curve")
     axis.set_ylim(0.5, 1.0)

@@ -1,8 +1,8 @@
 """
-A ResNet with augmentation: images that a loader process shifts, turns and erases anew each epoch.
+A ResNet with augmentation: loader processes randomly shift, rotate and erase images in each epoch.
 
-The data are the 1797 scanned digits of 8 x 8 pixels that come with scikit-learn, so nothing is
-downloaded. The network is that of He et al. 2016, small; its batch norms are over all workers.
+The data are the 1797 scanned digits of 8 x 8 pixels of scikit-learn, so no download is needed. The
+network is a small version of that of He et al. 2016, with batch norms over all workers.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ TEST_PART = 0.2
 
 
 class ResNetDigits(Task):
-    """Tell the ten digits apart."""
+    """Classify the ten digits."""
 
     def __init__(self, width: int = 16, blocks: int = 2, augment: bool = True) -> None:
         """
-        Take what `task_args` of the job file says.
+        Initialize the task with the `task_args` of the job file.
 
         Args:
-            width: channels of the first stage; each of the two after it has twice as many.
-            blocks: of each stage.
-            augment: whether training images are changed.
+            width: channels of the first stage; each of the next two stages doubles them.
+            blocks: number of blocks of each stage.
+            augment: whether training images are augmented.
         """
         self.width, self.blocks, self.augment = width, blocks, augment
 
@@ -56,13 +56,13 @@ class Images(Dataset[tuple[Tensor, Tensor]]):
     def __init__(self, *, held_out: bool, augment: bool) -> None:
         from sklearn.datasets import load_digits
 
-        found: Any = load_digits()
-        images = torch.tensor(found.images, dtype=torch.float32).unsqueeze(1) / DARKEST
-        targets = torch.tensor(found.target)
+        digits: Any = load_digits()
+        images = torch.tensor(digits.images, dtype=torch.float32).unsqueeze(1) / DARKEST
+        targets = torch.tensor(digits.target)
         order = torch.randperm(len(targets), generator=torch.Generator().manual_seed(0))
         first = int(len(order) * TEST_PART)
-        mine = order[:first] if held_out else order[first:]
-        self.images, self.targets, self.augment = images[mine], targets[mine], augment
+        indices = order[:first] if held_out else order[first:]
+        self.images, self.targets, self.augment = images[indices], targets[indices], augment
 
     def __len__(self) -> int:
         return len(self.targets)
@@ -74,23 +74,23 @@ class Images(Dataset[tuple[Tensor, Tensor]]):
 
 def augmented(image: Tensor) -> Tensor:
     """
-    Turn an image by up to 15 degrees, move it by up to a pixel, and erase a square of two pixels.
+    Rotate an image by up to 15 degrees, shift it by up to a pixel, and erase a square of 2 x 2.
 
-    What is drawn is a function of the job's seed, the epoch and the sample, whoever draws it.
+    The random numbers are a function of the job's seed, the epoch and the sample, in any process.
     """
     angle = (torch.rand(()) - 0.5) * torch.pi / 6
-    moved = (torch.rand(2) - 0.5) * 2 / 4
+    shift = (torch.rand(2) - 0.5) * 2 / 4
     cos, sin = angle.cos(), angle.sin()
-    matrix = torch.stack([torch.stack([cos, -sin, moved[0]]), torch.stack([sin, cos, moved[1]])])
+    matrix = torch.stack([torch.stack([cos, -sin, shift[0]]), torch.stack([sin, cos, shift[1]])])
     grid = F.affine_grid(matrix[None], [1, *image.shape], align_corners=False)
-    turned = F.grid_sample(image[None], grid, align_corners=False)[0]
+    result = F.grid_sample(image[None], grid, align_corners=False)[0]
     row, column = torch.randint(0, 7, (2,)).tolist()
-    turned[:, row : row + 2, column : column + 2] = 0.0
-    return turned
+    result[:, row : row + 2, column : column + 2] = 0.0
+    return result
 
 
 class Block(nn.Module):
-    """Two convolutions beside a way around them."""
+    """Two convolutions with a shortcut connection."""
 
     def __init__(self, inputs: int, outputs: int, stride: int) -> None:
         super().__init__()
@@ -109,7 +109,7 @@ class Block(nn.Module):
 
 
 def resnet(width: int, blocks: int) -> nn.Module:
-    """Give three stages of blocks, each but the first at half the size."""
+    """Return a ResNet of three stages; each except the first halves the resolution."""
     layers: list[nn.Module] = []
     inputs = 1
     for stage in range(3):

@@ -1,11 +1,11 @@
 """
-A stream: rides from bicycle stations, hour by hour, read from Parquet files from their start.
+A stream of hourly rides from bicycle stations, read from Parquet files.
 
     python rides.py data                       write the files
-    python rides.py data runs/RUN/model.safetensors rides.png       draw what a run has learnt
+    python rides.py data runs/RUN/model.safetensors rides.png       draw the predictions of a run
 
-How many people ride is made up, and how is known: a rate for each station, hour, weekday and
-temperature, and a Poisson draw. So it is known too how low the loss of the best model is.
+The numbers of rides are generated from a known model: a rate for each station, hour, weekday and
+temperature, and a Poisson draw. So the optimal loss is known.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ class Rides(Task):
     Predict the rides of an hour at a station.
 
     Args:
-        folder: with the files; relative to this file.
-        width: of the hidden layers.
+        folder: folder of the files, relative to this file.
+        width: size of the hidden layers.
     """
 
     def __init__(self, folder: str = "data", width: int = 64) -> None:
@@ -50,7 +50,7 @@ class Rides(Task):
         return Rows([self.folder / "held-out.parquet"])
 
     def collate(self, rows: Sequence[Mapping[str, Any]]) -> tuple[tuple[Tensor, Tensor], Tensor]:
-        """Decode a worker's own rows: the others' are read and not decoded."""
+        """Decode a worker's own rows; rows of other workers are read but not decoded."""
         stations = torch.tensor([row["station"] for row in rows])
         times = np.array([row["time"] for row in rows], "datetime64[h]").astype(np.int64)
         numbers = [*_features(times, np.array([row["celsius"] for row in rows]))]
@@ -65,7 +65,7 @@ class Rides(Task):
         return nn.functional.poisson_nll_loss(outputs, batch[1][:, 0])
 
     def metrics(self, outputs: Tensor, batch: Any) -> Mapping[str, float]:
-        """Give the loss of who knows the rates."""
+        """Return the loss with the true rates."""
         rides, rate = batch[1].unbind(1)
         return {"best_loss": float(nn.functional.poisson_nll_loss(rate.log(), rides))}
 
@@ -85,49 +85,49 @@ class Rate(nn.Module):
         )
 
     def forward(self, stations: Tensor, facts: Tensor) -> Tensor:
-        found: Tensor = self.layers(torch.cat([self.station(stations), facts], 1))
-        return found.squeeze(1)
+        log_rates: Tensor = self.layers(torch.cat([self.station(stations), facts], 1))
+        return log_rates.squeeze(1)
 
 
 class Rows(IterableDataset[dict[str, Any]]):
     """
-    The rows of some files, one after the other. It can go on from where it was.
+    The rows of several files in sequence, with a resumable position.
 
     Args:
-        files: in their order.
+        files: paths in the order of reading.
     """
 
     def __init__(self, files: Sequence[Path]) -> None:
         if not files:
             raise FileNotFoundError("no Parquet files: write them by `python rides.py data`")
         self.files = files
-        self._next = self._begin = (0, 0, 0)  #: file, row group, row
+        self._next = self._start = (0, 0, 0)  #: file, row group, row
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        begin, self._begin = self._begin, (0, 0, 0)
+        start, self._start = self._start, (0, 0, 0)
         for number, path in enumerate(self.files):
             file = pq.ParquetFile(path)
             for group in range(file.num_row_groups):
-                if (number, group) < begin[:2]:
+                if (number, group) < start[:2]:
                     continue
-                first = begin[2] if (number, group) == begin[:2] else 0
+                first = start[2] if (number, group) == start[:2] else 0
                 rows = file.read_row_group(group).to_pylist()
                 for place in range(first, len(rows)):
                     self._next = number, group, place + 1
                     yield rows[place]
 
     def state_dict(self) -> dict[str, Any]:
-        """Say where the next row is."""
+        """Return the position of the next row."""
         return {"next": list(self._next)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on there."""
+        """Continue at a saved position."""
         file, group, row = state["next"]
-        self._next = self._begin = (file, group, row)
+        self._next = self._start = (file, group, row)
 
 
 def _features(hours: Any, celsius: Any) -> Iterator[Any]:
-    """Time of day and of week as angles, whether it is a weekend, and the temperature."""
+    """Yield time of day and of week as sine and cosine, a weekend flag, and the temperature."""
     for period in (24, 168):
         angle = 2 * math.pi * (hours % period) / period
         yield np.sin(angle)
@@ -137,7 +137,7 @@ def _features(hours: Any, celsius: Any) -> Iterator[Any]:
 
 
 def rates(stations: Any, hours: Any, celsius: Any) -> Any:
-    """Give the expected rides: commuters on weekdays, strollers on weekends, fewer in the cold."""
+    """Return the expected rides: commuters on weekdays, leisure on weekends, fewer in the cold."""
     hour, weekend = hours % 24, (hours // 24 + 3) % 7 >= 5
     commuters = (1 + stations % 5) * (_bump(hour - 8, 1.5) + _bump(hour - 17.5, 2))
     strollers = (1 + stations % 3) * _bump(hour - 14, 4)
@@ -149,26 +149,26 @@ def _bump(distance: Any, width: float) -> Any:
 
 
 def write(folder: Path, rows: int = ROWS) -> None:
-    """Write files of so many rows each: the same ones every time."""
+    """Write files of `rows` rows each, with the same content every time."""
     folder.mkdir(parents=True, exist_ok=True)
-    for number, name in enumerate([*(f"train-{one}" for one in range(FILES)), "held-out"]):
-        drawn = np.random.default_rng(number)
-        stations, hours = drawn.integers(0, STATIONS, rows), drawn.integers(0, 8760, rows)
-        celsius = 12 - 10 * np.cos(hours / 8760 * 2 * math.pi) + drawn.normal(0, 4, rows)
+    for number, name in enumerate([*(f"train-{n}" for n in range(FILES)), "held-out"]):
+        rng = np.random.default_rng(number)
+        stations, hours = rng.integers(0, STATIONS, rows), rng.integers(0, 8760, rows)
+        celsius = 12 - 10 * np.cos(hours / 8760 * 2 * math.pi) + rng.normal(0, 4, rows)
         time = np.datetime64("2025-01-01T00", "h") + hours
         rate = rates(stations, time.astype(np.int64), celsius)
         columns = {
             "station": stations,
             "time": time.astype(str),
             "celsius": celsius.round(1),
-            "rides": drawn.poisson(rate),
+            "rides": rng.poisson(rate),
             "rate": rate,
         }
         pq.write_table(pa.table(columns), folder / f"{name}.parquet", row_group_size=GROUP)
 
 
 def draw(model_file: Path, picture: Path) -> None:
-    """Draw the rates of a week at two stations: as they are, and as a run has learnt them."""
+    """Draw the true and the learnt rates of a week at two stations."""
     import matplotlib.pyplot as plt
     from safetensors.torch import load_file
 

@@ -1,8 +1,7 @@
 """
-A training loop of one's own, on handwritten digits: what `prepare` and `report` ask of it.
+A train function on handwritten digits: a training loop with `prepare` and `report`.
 
-The data are the 1797 scanned digits of 8 x 8 pixels that come with scikit-learn, as in
-`examples/digits`.
+The data are the 1797 scanned digits of 8 x 8 pixels of scikit-learn, as in `examples/digits`.
 """
 
 from __future__ import annotations
@@ -19,10 +18,10 @@ import distplat
 
 def train(config: dict[str, Any]) -> None:
     """
-    Train an MLP; every worker calls this.
+    Train an MLP; every worker calls this function.
 
     Args:
-        config: `task_args` of the job file: `epochs`, `lr`, and `batch_size` of one worker.
+        config: `task_args` of the job file: `epochs`, `lr`, and `batch_size` per worker.
     """
     model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
     optimizer = torch.optim.AdamW(model.parameters(), lr=config["lr"])
@@ -56,12 +55,12 @@ def train(config: dict[str, Any]) -> None:
             "scheduler": scheduler.state_dict(),
             "epoch": epoch + 1,
         }
-        figures = {"loss": loss.item(), "accuracy": correct / total}
-        distplat.report(figures, checkpoint=state)
+        metrics = {"loss": loss.item(), "accuracy": correct / total}
+        distplat.report(metrics, checkpoint=state)
 
 
 def digits() -> TensorDataset:
-    """Give all images, shape [64] each, and their labels."""
+    """Return all images, shape [64] each, and their labels."""
     from sklearn.datasets import load_digits
 
     images, labels = load_digits(return_X_y=True)
