@@ -36,7 +36,7 @@ class PsSyncWorker(PsWorker[PsSyncOptions]):
         if context.table_steps is not None and context.table_steps < flat.version:
             self._shards.step_back(context.table_steps)
         if flat.active.size:
-            flat.take_over_tail(self._shards.seen()[-flat.active.size :])
+            flat.enable_tail(self._shards.seen()[-flat.active.size :])
         self._state = context.state
         self._sync_state(context)
         return flat.version

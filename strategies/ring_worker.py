@@ -63,7 +63,7 @@ class RingWorker(WorkerStrategy[RingOptions]):
         self._collective, self._flat = collective, flat
         self._averages = context.job.ema is not None
         self._state = context.state
-        self._state.settle(flat.version)
+        self._state.restore_version(flat.version)
         self._state.connect(collective)
         previous = self._reducer
         state = self._optimizer.state() if previous is not None and flat.version > 0 else {}

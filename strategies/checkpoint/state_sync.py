@@ -192,7 +192,7 @@ def _share_unfrozen(flat: FlatModel, source: int, group: Collective) -> None:
         active = torch.from_numpy(flat.active.astype("uint8")).to(flat.params.device)
         group.broadcast(active, source)
         if group.rank != source:
-            flat.take_over_tail(active.cpu().numpy().astype(bool))
+            flat.enable_tail(active.cpu().numpy().astype(bool))
 
 
 def _broadcast_state(

@@ -230,7 +230,7 @@ class ServerAverage(GradientAverage):
         self._servers = servers
         servers.add(self)
 
-        self.flat.copy_when_ready(True, looks=self._policy.looks)
+        self.flat.copy_when_ready(True, check_finite=self._policy.looks)
 
     @override
     def _start_exchange(self, index: int) -> None:

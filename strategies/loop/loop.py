@@ -281,7 +281,7 @@ class Loop(_LoopBase):
     def _step(self, step: int, stop_order: StopOrder) -> None:
         self.flat.begin_step()
         clock = Stopwatch()
-        with self.gathering.begin(step), self.state.on_a_copy(), self.flat.process:
+        with self.gathering.begin(step), self.state.compute_on_copy(), self.flat.process:
             share = self.compute.gradients(step, clock)
         self.gathering.finish(self.flat.params.device)
         self.flat.check_layout(step)
@@ -412,7 +412,7 @@ class LeasedLoop(_LoopBase):
     def _train_task(self, task: int) -> None:
         self.flat.begin_step()
         clock = Stopwatch()
-        with self.gathering, self.state.on_a_copy(), self.flat.process:
+        with self.gathering, self.state.compute_on_copy(), self.flat.process:
             share = self.compute.gradients(task, clock)
         step, part = divmod(task, self.sampler.world)
         self.flat.check_layout(step)

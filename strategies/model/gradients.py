@@ -1,21 +1,21 @@
 """
-The gradients of a step as views of one vector, and which parameters got one at all.
+The gradients of a step as views of one vector, and which parameters have a gradient.
 
-A parameter that no backward reached has no gradient, which is not the same as a gradient of zero:
-torch's optimizers let it rest, with its momentum and its weight decay. But a view of the vector is
-always there. So each `.grad` is `view.data`, which shares the vector's memory and counts its own
-changes: a backward has added to it if, and only if, its version has moved.
+A parameter that no backward reached has no gradient, which differs from a zero gradient: torch's
+optimizers skip the parameter, including momentum and weight decay. But its view of the vector
+always exists. So each `.grad` is `view.data`, which shares the vector's memory and has its own
+version counter: a backward has added to the gradient if and only if the version has changed.
 
-    begin        vector zero, nobody has a gradient
+    begin            the vector is zero, no parameter has a gradient
     forward, loss
-    before       what user code did to gradients so far is undone, or refused
+    before_backward  changes of gradients by user code are undone or refused
     backward
-    take_in      who has a gradient now; whatever torch or user code put elsewhere is in the vector
+    collect          `present` is updated; gradients outside of the vector are copied into it
 
-Setting a large gradient to zero and adding to it costs more memory traffic than copying the new
-one. Some parameters may therefore begin a step with `.grad = None`, as after torch's `zero_grad`:
-autograd hands over the tensor that it has made, a hook copies it (`ready`), and the view is set to
-zero only where no gradient came (`collect`, `zero_missing`).
+Zeroing a large gradient and adding to it costs more memory traffic than copying the new one. Some
+parameters therefore start a step with `.grad = None`, as after torch's `zero_grad`: autograd sets
+`.grad` to its own tensor, a hook copies that tensor (`ready`), and the view is zeroed only where no
+gradient arrived (`collect`, `zero_missing`).
 """
 
 from __future__ import annotations
@@ -37,14 +37,14 @@ _VERSION = attrgetter("_version")
 
 class Gradients:
     """
-    Keeps the `.grad` of some parameters in views of a vector.
+    Keeps the `.grad` of parameters in views of a vector.
 
     Args:
         names: of the parameters.
         parameters: in the same order.
-        present: written to: by slot, whether a backward of this step has given it a gradient.
-        indices: the parameters' slots; None: the first ones, in order.
-        owned: whether `.grad` is never put elsewhere, see the top of the file.
+        present: updated: by slot, whether a backward of this step produced a gradient.
+        indices: the parameters' slots; None: the first slots, in order.
+        owned: whether `.grad` stays autograd's own tensor and is never replaced by a view.
     """
 
     def __init__(
@@ -58,39 +58,41 @@ class Gradients:
     ) -> None:
         self._owned = owned
         self.copied: dict[int, tuple[Tensor | None, int]] = {}
-        """Of owned gradients: which one `ready` has copied, and its version then."""
+        """By index of an owned gradient: the tensor that `ready` copied, and its version."""
         self._names, self._parameters, self._present = names, parameters, present
         self._indices = np.arange(len(parameters)) if indices is None else np.array(indices)
         self._has = present[self._indices]
-        self._looks = False
-        self._finite: dict[int, int] = {}  #: versions of the views that `ready` saw to be finite
+        self._check_finite = False
+        self._finite: dict[int, int] = {}  #: versions of the views that `ready` found finite
 
-    def point(self, views: Sequence[Tensor], copied: Sequence[int], *, looks: bool) -> None:
+    def bind_views(
+        self, views: Sequence[Tensor], copied: Sequence[int], *, check_finite: bool
+    ) -> None:
         """
-        Go on in these views, one for each parameter and of its shape.
+        Use these views of the vector as gradients, one for each parameter and of its shape.
 
         Args:
             views: of the vector.
-            copied: which parameters begin a step without `.grad`, the n-th ones; a hook calls
+            copied: indices of the parameters that start a step without `.grad`; a hook calls
                 `ready` for each of them in every backward that reaches it.
-            looks: whether `ready` looks for NaN and infinity in those that it copies. It is quick
-                there: the copy has left the gradient in the processor's cache.
+            check_finite: whether `ready` checks copied gradients for NaN and infinity. The check is
+                cheap there: the copy has left the gradient in the processor's cache.
         """
-        self._looks = looks
+        self._check_finite = check_finite
         self._views = [view.data for view in views]  # a version counter of its own
-        self._first: list[Tensor | None] = [*self._views]  #: `.grad` as a step begins
+        self._first: list[Tensor | None] = [*self._views]  #: `.grad` at the start of a step
         self._copied = dict.fromkeys(copied)
         for index in copied:
             self._first[index] = None
         self._stale = False  #: whether the views of `_copied` hold an earlier step's gradients
-        self._versions = self._read()
+        self._versions = self._read_versions()
         if self._owned:
             return
         for parameter, view in zip(self._parameters, self._views, strict=True):
             parameter.grad = view
 
     def begin(self) -> None:
-        """Begin a step; the views are zero, but those of parameters without `.grad`."""
+        """Start a step; the caller has zeroed the views, except those of `copied` parameters."""
         self._has[:] = self._present[:] = False
         self._finite.clear()
         for index in self._copied:
@@ -102,46 +104,46 @@ class Gradients:
 
     def before_backward(self) -> None:
         """
-        Make sure that the backward to come adds to this step's gradients and to nothing else.
+        Ensure that the next backward adds to this step's gradients and to nothing else.
 
         Raises:
-            SpecError: there are gradients that no backward of the engine has made, or gradients of
-                earlier micro-batches are gone; names the parameter.
+            SpecError: user code ran a backward of its own, or removed gradients of earlier
+                micro-batches; names the parameter.
         """
         self._finite.clear()
-        wanted = self._first if self._stale else self._views
-        if not self._in_place(wanted):
+        expected = self._first if self._stale else self._views
+        if not self._in_place(expected):
             for index, grad in enumerate(map(_GRAD, self._parameters)):
-                if grad is not wanted[index]:
-                    if grad is not None and _any(grad):
-                        raise _own_backward(self._names[index])
-                    self._parameters[index].grad = wanted[index]
-        now = self._read()
-        if now != self._versions:
-            for index, (was, version) in enumerate(zip(self._versions, now, strict=True)):
-                if was != version:
+                if grad is not expected[index]:
+                    if grad is not None and _has_nonzero(grad):
+                        raise _nested_backward_error(self._names[index])
+                    self._parameters[index].grad = expected[index]
+        versions = self._read_versions()
+        if versions != self._versions:
+            for index, (old, new) in enumerate(zip(self._versions, versions, strict=True)):
+                if old != new:
                     self._check_untouched(index)
-            self._versions = now
+            self._versions = versions
 
     def collect(self) -> None:
         """
-        Note which parameters the backward just over gave a gradient.
+        Record which parameters the last backward gave a gradient.
 
         Raises:
-            SpecError: gradients of earlier micro-batches are gone; names the parameter.
+            SpecError: user code removed gradients of earlier micro-batches; names the parameter.
         """
         self.zero_missing()
         if not self._in_place(self._views):
             for index, grad in enumerate(map(_GRAD, self._parameters)):
                 if grad is not self._views[index]:
                     self._collect(index, grad)
-        now = self._read()
-        self._has |= np.fromiter(map(ne, now, self._versions), np.bool_, len(now))
+        versions = self._read_versions()
+        self._has |= np.fromiter(map(ne, versions, self._versions), np.bool_, len(versions))
         self._present[self._indices] = self._has
-        self._versions = now
+        self._versions = versions
 
     def zero_missing(self) -> None:
-        """Set views to zero that have no gradient of this step; nothing of this step is lost."""
+        """Zero the views that hold an earlier step's gradient; keep gradients of this step."""
         if not self._stale:
             return
         self._stale = False
@@ -149,14 +151,14 @@ class Gradients:
             parameter, view = self._parameters[index], self._views[index]
             if parameter.grad is None:
                 view.zero_()
-                self._versions[index] = view._version  # no gradient, as torch's None
+                self._versions[index] = view._version  # zeroing does not count as a gradient
                 parameter.grad = view
 
     def ready(self, index: int) -> None:
         """
-        Have one parameter's gradient in the vector, the n-th's; a backward has finished it.
+        Copy the n-th parameter's finished gradient into the vector.
 
-        Called in backward, for each parameter: `collect` notes later who has a gradient.
+        Hooks call this in backward; `collect` later records which parameters have a gradient.
         """
         grad, view = self._parameters[index].grad, self._views[index]
         if grad is view:
@@ -166,54 +168,53 @@ class Gradients:
             self.copied[index] = grad, -1 if grad is None else grad._version
         else:
             self._collect(index, grad)
-        # On a GPU the answer would be waited for in the middle of backward.
-        if self._looks and index in self._copied and grad is not None and grad.is_cpu:
+        # On a GPU, reading the result would synchronize in the middle of backward.
+        if self._check_finite and index in self._copied and grad is not None and grad.is_cpu:
             if grad.layout is torch.strided and is_finite(grad.detach()):
                 self._finite[index] = view._version
 
     def is_copied(self, index: int) -> bool:
-        """Say whether `ready` was called for an owned gradient and nobody has changed it since."""
+        """Return whether `ready` copied an owned gradient and it has not changed since."""
         grad = self._parameters[index].grad
         copied, version = self.copied.get(index, (grad, None))
         return version is not None and copied is grad and (grad is None or grad._version == version)
 
     def view(self, index: int) -> Tensor:
-        """Give the n-th parameter's view of the vector."""
+        """Return the n-th parameter's view of the vector."""
         return self._views[index]
 
     def finite(self, index: int) -> bool:
-        """Say whether `ready` has seen that the n-th's gradient is finite, and none came since."""
+        """Return whether `ready` found the n-th gradient finite and it has not changed since."""
         return self._finite.get(index, -1) == self._views[index]._version
 
     def _in_place(self, grads: Sequence[Tensor | None]) -> bool:
         return all(map(is_, map(_GRAD, self._parameters), grads))
 
-    def _read(self) -> list[int]:
+    def _read_versions(self) -> list[int]:
         return list(map(_VERSION, self._views))
 
     def _check_untouched(self, index: int) -> None:
-        """See whether a change of a gradient between two backwards does harm."""
-        any_left, had = _any(self._views[index]), self._has[index]
-        if any_left:
-            raise _own_backward(self._names[index])
-        if had:
-            raise _lost(self._names[index])
+        """Raise if a change of a gradient between two backwards makes the sum wrong."""
+        if _has_nonzero(self._views[index]):
+            raise _nested_backward_error(self._names[index])
+        if self._has[index]:
+            raise _lost_gradient_error(self._names[index])
 
     @torch.no_grad()
     def _collect(self, index: int, grad: Tensor | None) -> None:
         """
-        Put the gradient that is elsewhere now into the view, and the view in its place.
+        Copy a gradient that is outside of the vector into its view, and set `.grad` to the view.
 
-        Where torch puts one elsewhere, under `create_graph`, it is the whole sum so far.
+        Under `create_graph` torch replaces `.grad` by a new tensor that holds the whole sum.
         """
         view, name = self._views[index], self._names[index]
         if self._has[index] and (grad is None or not grad.requires_grad):
-            raise _lost(name)
+            raise _lost_gradient_error(name)
         if grad is None:
             old = self._stale and self._first[index] is None
             if old or view._version != self._versions[index]:
                 view.zero_()
-                self._versions[index] = view._version  # as torch: it has none
+                self._versions[index] = view._version  # zeroing does not count as a gradient
         else:
             _copy(view, grad)
         self._parameters[index].grad = view
@@ -228,19 +229,19 @@ def _copy(view: Tensor, grad: Tensor | None) -> None:
         view.copy_(grad.to_dense() if grad.layout is not torch.strided else grad)
 
 
-def _any(tensor: Tensor) -> bool:
-    """Say whether an element is not zero; NaN is not."""
+def _has_nonzero(tensor: Tensor) -> bool:
+    """Return whether an element is nonzero; NaN counts as nonzero."""
     dense = tensor.to_dense() if tensor.layout is not torch.strided else tensor
     return bool(dense.detach().count_nonzero())
 
 
-def _own_backward(name: str) -> SpecError:
+def _nested_backward_error(name: str) -> SpecError:
     text = f"{name!r} had a gradient before backward: loss() or forward() ran a backward of its own"
     hint = "use torch.autograd.grad there: a gradient in `.grad` would count once on every worker"
     return SpecError(Problem(("task",), text, hint))
 
 
-def _lost(name: str) -> SpecError:
+def _lost_gradient_error(name: str) -> SpecError:
     text = f"forward(), loss() or a hook took the gradient of {name!r} away between micro-batches"
     hint = "leave out the zero_grad(): each step begins with gradients of zero"
     return SpecError(Problem(("task",), text, hint))

@@ -1,4 +1,4 @@
-"""LAMB, which torch has not: Algorithm 2 of You et al. 2020, https://arxiv.org/abs/1904.00962."""
+"""LAMB, which torch lacks: Algorithm 2 of You et al. 2020, https://arxiv.org/abs/1904.00962."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from typing_extensions import override
 
 class LAMB(torch.optim.Optimizer):
     """
-    Adam with decoupled weight decay, each parameter's step as long as a share `lr` of its norm.
+    Adam with decoupled weight decay, whose step has `lr` times the norm of the parameter.
 
-    Where a parameter or its step is all zeros, the step is Adam's: the paper leaves that open, and
-    a parameter that begins at zero would stay there.
+    If a parameter or its step is all zeros, the step is not rescaled. The paper does not define
+    this case, and a parameter initialized with zeros would otherwise never change.
 
     Args:
-        params: as for any of torch's.
+        params: as for torch's optimizers.
         lr: learning rate.
-        betas: of the averages of gradient and square.
-        eps: added to the root of the square.
-        weight_decay: see above.
+        betas: decay rates of the averages of gradient and squared gradient.
+        eps: added to the root of the averaged square.
+        weight_decay: coefficient of the decoupled weight decay.
     """
 
     def __init__(
@@ -33,8 +33,8 @@ class LAMB(torch.optim.Optimizer):
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-6,
     ) -> None:
-        given = {"lr": lr, "weight_decay": weight_decay, "betas": betas, "eps": eps}
-        super().__init__(params, given)
+        defaults = {"lr": lr, "weight_decay": weight_decay, "betas": betas, "eps": eps}
+        super().__init__(params, defaults)
 
     @override
     @torch.no_grad()
@@ -55,8 +55,8 @@ class LAMB(torch.optim.Optimizer):
         state["exp_avg"].lerp_(gradient, 1 - beta1)
         state["exp_avg_sq"].mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
         mean, square = state["exp_avg"] / (1 - beta1**steps), state["exp_avg_sq"]
-        way = mean / ((square / (1 - beta2**steps)).sqrt() + group["eps"])
-        way += group["weight_decay"] * parameter
-        norm, length = parameter.norm(), way.norm()
-        trust = torch.where((norm > 0) & (length > 0), norm / length, 1.0)
-        parameter.sub_(way.mul_(trust), alpha=group["lr"])
+        update = mean / ((square / (1 - beta2**steps)).sqrt() + group["eps"])
+        update += group["weight_decay"] * parameter
+        norm, update_norm = parameter.norm(), update.norm()
+        trust = torch.where((norm > 0) & (update_norm > 0), norm / update_norm, 1.0)
+        parameter.sub_(update.mul_(trust), alpha=group["lr"])

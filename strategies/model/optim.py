@@ -1,4 +1,4 @@
-"""The job's optimizer over a flat vector: torch's own classes, our schedule and clipping."""
+"""The job's optimizer over a flat vector: torch's optimizer classes plus schedule and clipping."""
 
 from __future__ import annotations
 
@@ -37,15 +37,15 @@ from distplat.strategies.model.tensor_optimizer import TensorOptimizer, VectorOp
 from distplat.strategies.sparse.modules import dense_parameters, tables_of
 
 FUSED = {"SGD", "Adam", "AdamW", "Adagrad"}
-"""Classes that have a fused kernel on the CPU: one pass over memory in place of several."""
+"""Classes with a fused CPU kernel: one pass over memory instead of several."""
 
 FUSED_TYPES = {"float32", "float64"}
-"""Types that it updates: torch 2.13's does nothing to 16-bit types on the CPU."""
+"""Dtypes that the fused CPU kernel updates: torch 2.13's leaves 16-bit parameters unchanged."""
 
 
 @dataclass
 class _Range:
-    """Neighbouring pieces that are updated alike; for torch they are a single parameter."""
+    """Adjacent pieces with the same update; torch's optimizer sees them as one parameter."""
 
     pieces: slice
     """Indices in the list of pieces."""
@@ -56,49 +56,48 @@ class _Range:
     group: int
     """Number of the parameter group."""
     used: bool
-    """Whether torch has a state for it."""
+    """Whether torch's optimizer has state for the range."""
     parameter: nn.Parameter = field(init=False)
-    """Views of the vector, and of the gradient as its `.grad`."""
+    """View of the vector; its `.grad` is a view of the gradient."""
     optimizer: torch.optim.Optimizer = field(init=False)
-    """The one that has the parameter."""
+    """Optimizer that holds the parameter."""
 
     @property
     def state(self) -> dict[str, Any]:
-        """What torch remembers of it."""
+        """Torch's optimizer state of the parameter."""
         state: dict[str, Any] = self.optimizer.state.get(self.parameter, {})
         return state
 
-    def of(self, vector: Tensor) -> Tensor:
-        """Give the elements of a vector, in their type."""
+    def view(self, vector: Tensor) -> Tensor:
+        """Return the range's elements of a vector, in the range's dtype."""
         return typed(vector, self.start, self.stop, self.dtype)
 
 
 class FlatOptimizer(VectorOptimizer):
     """
-    One of torch's optimizers over a run of the flat vector, as if each parameter were its own.
+    A torch optimizer over a range of the flat vector, equivalent to separate parameters.
 
-    A parameter without a gradient is passed over: it does not decay, it does not move, and its step
-    is not counted. The others are updated in as few operations as possible. Neighbours are one
-    range if they have the same type, parameter group and history of gradients:
+    A parameter without a gradient is skipped: no weight decay, no update, no step count. The others
+    are updated in as few operations as possible. Adjacent parameters form one range if they have
+    the same dtype, parameter group and history of gradients:
 
         pieces      0.weight | 0.bias | 1.weight | 2.weight
         gradient      yes       yes       no         yes
         ranges      [               ]            [        ]
 
-    So where all parameters have a gradient in each step, and there are no groups, each segment of
-    the vector is one range. Ranges depend on the layout, on presence and on what is remembered, and
-    on nothing else.
+    If all parameters have a gradient in each step and there are no groups, each segment of the
+    vector is one range. Ranges depend only on the layout, on `present` and on the optimizer state.
 
-    What torch remembers is kept by its names. A vector, such as `exp_avg`, is laid out as the
-    parameters are, and torch updates views of it. A scalar, such as `step`, is kept for each piece,
-    and is read back from torch when it is wanted.
+    The state has torch's names. A vector, such as `exp_avg`, has the layout of the parameters, and
+    torch updates views of it. A scalar, such as `step`, is stored for each piece, and is copied
+    from torch before each use.
 
     Args:
         spec: name and arguments.
         vector: shape [n]; updated in place.
         gradient: shape [n].
-        layout: what lies where; None: a single parameter.
-        ema: the average of the vector that is kept beside it; None: there is none.
+        layout: of the vector; None: a single parameter.
+        ema: options of the moving average of the vector; None: no average.
     """
 
     def __init__(
@@ -114,20 +113,20 @@ class FlatOptimizer(VectorOptimizer):
         self._pieces = self._layout.pieces
         self._group_of = np.array([piece.group for piece in self._pieces], np.int64)
         self._segment_of = segments_of(self._layout)
-        kinds = [(fused, used) for fused in (True, False) for used in (True, False)]
-        # A fused kernel wants a state of all its parameters or of none; hence two of each.
-        self._optimizers = {(f, u): _torch_optimizer(spec, fused=f) for f, u in kinds}
-        self._used = np.zeros(len(self._pieces), np.bool_)  #: pieces that torch has a state for
+        keys = [(fused, used) for fused in (True, False) for used in (True, False)]
+        # A fused kernel needs state for all of its parameters or for none; hence two of each.
+        self._optimizers = {(f, u): _torch_optimizer(spec, fused=f) for f, u in keys}
+        self._used = np.zeros(len(self._pieces), np.bool_)  #: pieces for which torch has state
         self._vectors: dict[str, Tensor] = {}
         self._scalars: dict[str, Tensor] = {}  #: by piece
-        self._ranges: list[_Range] | None = None  #: of `_present`; None: to be found anew
+        self._ranges: list[_Range] | None = None  #: for `_present`; None: must be recomputed
         self._present: NDArray[np.bool_] | None = None  #: by piece; None: all
 
     @override
     def step(
         self, rates: Sequence[float], present: Presence = None, *, applied: bool = True
     ) -> None:
-        ranges = self._ranges_of(present)
+        ranges = self._update_ranges(present)
         with torch.no_grad():
             for optimizer in self._optimizers.values():
                 for group, rate in zip(optimizer.param_groups, rates, strict=True):
@@ -135,14 +134,14 @@ class FlatOptimizer(VectorOptimizer):
                 if any(group["params"] for group in optimizer.param_groups):
                     inspect.unwrap(type(optimizer).step)(optimizer)
             if self._average is not None and applied:
-                self._average.update(tail=any(one.start >= self._layout.tail for one in ranges))
-        if not all(one.used for one in ranges):
-            self._keep_new_states(ranges)
+                self._average.update(tail=any(part.start >= self._layout.tail for part in ranges))
+        if not all(part.used for part in ranges):
+            self._save_new_states(ranges)
 
     @override
     def state(self) -> dict[str, Tensor]:
-        """Give what it remembers, by torch's names (see `PER_PARAMETER`); vectors are no copies."""
-        average = self._averaged()
+        """Return the state by torch's names (see `PER_PARAMETER`); vectors are not copied."""
+        average = self._average_state()
         if not self._used.any() and not average:
             return {}
         self._read_scalars()
@@ -152,14 +151,14 @@ class FlatOptimizer(VectorOptimizer):
         indices = torch.from_numpy(self._slots)
         used[indices] = torch.from_numpy(self._used)
         for name, values in self._scalars.items():
-            of_all = torch.zeros(count, dtype=values.dtype)
-            of_all[indices] = values.cpu()
-            state[PER_PARAMETER + name] = of_all
+            scalars = torch.zeros(count, dtype=values.dtype)
+            scalars[indices] = values.cpu()
+            state[PER_PARAMETER + name] = scalars
         return {**state, **average, USED: used}
 
     @override
     def load(self, state: Mapping[str, Tensor]) -> None:
-        """Take over what `state` of an equal optimizer gave; copied. Nothing: as if it were new."""
+        """Load a copy of the `state` of an equal optimizer; an empty one resets the optimizer."""
         indices = torch.from_numpy(self._slots)
         used = state.get(USED)
         self._used[:] = used[indices].cpu().numpy() if used is not None else False
@@ -177,18 +176,18 @@ class FlatOptimizer(VectorOptimizer):
         self, names: Sequence[Sequence[str]], values: NDArray[np.float64]
     ) -> tuple[float, ...]:
         """
-        Have groups go on with other arguments.
+        Set arguments of parameter groups.
 
         Args:
-            names: by group, from 1, the arguments; `beta1` is the first of `betas`.
-            values: of all of them, one after the other.
+            names: argument names of each group, from group 1; `beta1` is the first of `betas`.
+            values: of all arguments, concatenated.
 
         Returns:
             Learning rates, as `step` takes them.
         """
-        rates, given = [0.0], iter(values.tolist())
-        for number, wanted in enumerate(names, 1):
-            arguments = dict(zip(wanted, given, strict=False))
+        rates, remaining = [0.0], iter(values.tolist())
+        for number, group_names in enumerate(names, 1):
+            arguments = dict(zip(group_names, remaining, strict=False))
             rates.append(arguments.pop("lr"))
             if "beta1" in arguments:
                 arguments["betas"] = arguments.pop("beta1"), arguments.pop("beta2")
@@ -198,18 +197,17 @@ class FlatOptimizer(VectorOptimizer):
 
     @override
     def use(self, gradient: Tensor) -> None:
-        """Take gradients from another vector from now on, shape [n]."""
         self.gradient = gradient
-        for one in self._ranges or ():
-            one.parameter.grad = one.of(gradient)
+        for part in self._ranges or ():
+            part.parameter.grad = part.view(gradient)
 
     @override
-    def _kept(self) -> Iterable[Tensor]:
+    def _state_tensors(self) -> Iterable[Tensor]:
         return [*self._vectors.values(), *self._scalars.values()]
 
-    def _ranges_of(self, present: Presence) -> list[_Range]:
-        """Give the ranges to be updated; torch's optimizers have them as parameters."""
-        updated: NDArray[np.bool_] | None = self._at_first
+    def _update_ranges(self, present: Presence) -> list[_Range]:
+        """Return the ranges to update, after adding them to torch's optimizers."""
+        updated: NDArray[np.bool_] | None = self._trained_from_start
         if present is not None:
             updated = np.asarray(present, np.bool_)[self._slots]
         if updated is not None and updated.all():
@@ -220,28 +218,28 @@ class FlatOptimizer(VectorOptimizer):
         self._present, self._ranges = updated, self._find_ranges(updated)
         for optimizer in self._optimizers.values():
             _forget_parameters(optimizer)
-        for one in self._ranges:
-            self._give_to_torch(one)
+        for part in self._ranges:
+            self._add_to_torch(part)
         return self._ranges
 
     def _find_ranges(self, present: NDArray[np.bool_] | None) -> list[_Range]:
-        """Put neighbours together that are updated alike."""
+        """Merge adjacent pieces that have the same update."""
         count = len(self._pieces)
         if not count:
             return []
-        facts = [self._segment_of, self._group_of, self._used]
-        facts += [] if present is None else [present]
-        facts += [values.cpu().numpy() for values in self._scalars.values()]
-        changes = np.logical_or.reduce([one[1:] != one[:-1] for one in facts])
+        keys = [self._segment_of, self._group_of, self._used]
+        keys += [] if present is None else [present]
+        keys += [values.cpu().numpy() for values in self._scalars.values()]
+        changes = np.logical_or.reduce([key[1:] != key[:-1] for key in keys])
         bounds = [0, *(np.flatnonzero(changes) + 1).tolist(), count]
         return [
-            self._range(slice(first, stop))
+            self._build_range(slice(first, stop))
             for first, stop in pairwise(bounds)
             if present is None or present[first]
         ]
 
-    def _range(self, pieces: slice) -> _Range:
-        """Make a range; it has the padding behind it, up to the next piece or the segment's end."""
+    def _build_range(self, pieces: slice) -> _Range:
+        """Build a range; it includes the padding up to the next piece or the segment's end."""
         segment = self._layout.segments[int(self._segment_of[pieces.start])]
         start, stop = self._pieces[pieces.start].start, segment.stop
         if pieces.stop < len(self._pieces):
@@ -249,68 +247,68 @@ class FlatOptimizer(VectorOptimizer):
         group, used = int(self._group_of[pieces.start]), bool(self._used[pieces.start])
         return _Range(pieces, start, stop, segment.dtype, group, used)
 
-    def _give_to_torch(self, one: _Range) -> None:
-        """Make a range a parameter of the torch optimizer that is right for its type."""
-        fused = one.dtype in FUSED_TYPES or self._vector.device.type != "cpu"
-        one.optimizer = self._optimizers[fused, one.used]
-        one.parameter = nn.Parameter(one.of(self._vector))
-        one.parameter.grad = one.of(self.gradient)
-        one.optimizer.param_groups[one.group]["params"].append(one.parameter)
-        if one.used:
-            on = self._vector.device if one.optimizer.defaults.get("fused") else None
-            one.optimizer.state[one.parameter] = {
-                **{name: one.of(vector) for name, vector in self._vectors.items()},
-                **{n: v[one.pieces.start].clone().to(on) for n, v in self._scalars.items()},
+    def _add_to_torch(self, part: _Range) -> None:
+        """Add a range as a parameter to the torch optimizer for its dtype."""
+        fused = part.dtype in FUSED_TYPES or self._vector.device.type != "cpu"
+        part.optimizer = self._optimizers[fused, part.used]
+        part.parameter = nn.Parameter(part.view(self._vector))
+        part.parameter.grad = part.view(self.gradient)
+        part.optimizer.param_groups[part.group]["params"].append(part.parameter)
+        if part.used:
+            device = self._vector.device if part.optimizer.defaults.get("fused") else None
+            part.optimizer.state[part.parameter] = {
+                **{name: part.view(vector) for name, vector in self._vectors.items()},
+                **{n: v[part.pieces.start].clone().to(device) for n, v in self._scalars.items()},
             }
 
-    def _keep_new_states(self, ranges: Sequence[_Range]) -> None:
-        """Copy what torch has begun to remember; ranges that have a state now are found anew."""
-        for one in ranges:
-            if one.used:
+    def _save_new_states(self, ranges: Sequence[_Range]) -> None:
+        """Copy state that torch created in this step; ranges are recomputed for the next one."""
+        for part in ranges:
+            if part.used:
                 continue
-            for name, value in one.state.items():
+            for name, value in part.state.items():
                 if value is None:
                     continue
                 if not value.ndim:
-                    self._keep_scalar(name, one, value)
+                    self._save_scalar(name, part, value)
                 else:
                     if name not in self._vectors:
                         self._vectors[name] = torch.zeros_like(self._vector)
-                    one.of(self._vectors[name]).copy_(value)
-                self._used[one.pieces] = True
+                    part.view(self._vectors[name]).copy_(value)
+                self._used[part.pieces] = True
         if self._used.any():
             self._read_scalars()
             self._ranges = None
 
-    def _keep_scalar(self, name: str, one: _Range, value: Tensor) -> None:
+    def _save_scalar(self, name: str, part: _Range, value: Tensor) -> None:
         if name not in self._scalars:
             count = len(self._pieces)
             self._scalars[name] = torch.zeros(count, dtype=value.dtype, device=value.device)
-        self._scalars[name][one.pieces] = value
+        self._scalars[name][part.pieces] = value
 
     def _read_scalars(self) -> None:
-        """Take over the scalars that torch has counted on meanwhile."""
-        for one in self._ranges or ():
-            for name, value in one.state.items() if one.used else ():
+        """Copy the scalars that torch has updated since the last call."""
+        for part in self._ranges or ():
+            for name, value in part.state.items() if part.used else ():
                 if name in self._scalars:
-                    self._keep_scalar(name, one, value)
+                    self._save_scalar(name, part, value)
 
 
-def _equal(one: NDArray[np.bool_] | None, other: NDArray[np.bool_] | None) -> bool:
-    if one is None or other is None:
-        return one is other
-    return bool((one == other).all())
+def _equal(first: NDArray[np.bool_] | None, second: NDArray[np.bool_] | None) -> bool:
+    if first is None or second is None:
+        return first is second
+    return bool((first == second).all())
 
 
 def _torch_optimizer(spec: Optimizer, *, fused: bool) -> torch.optim.Optimizer:
-    """Make a torch optimizer that has all groups, and no parameters yet."""
-    kind = getattr(torch.optim, spec.name)
-    more = {"fused": True} if fused and spec.name in FUSED else {}
+    """Build a torch optimizer with all parameter groups and no parameters."""
+    cls = getattr(torch.optim, spec.name)
+    fused_argument = {"fused": True} if fused and spec.name in FUSED else {}
     groups = [
         {"params": [nn.Parameter(torch.zeros(1))], **variant.arguments()}
         for variant in spec.variants()
     ]
-    optimizer: torch.optim.Optimizer = kind(groups, **spec.arguments(), **more)
+    optimizer: torch.optim.Optimizer = cls(groups, **spec.arguments(), **fused_argument)
     _forget_parameters(optimizer)
     return optimizer
 
@@ -324,26 +322,26 @@ def _forget_parameters(optimizer: torch.optim.Optimizer) -> None:
 def optimizer_of(
     spec: Optimizer, vector: Tensor, gradient: Tensor, layout: Layout | None, ema: EMA | None
 ) -> VectorOptimizer:
-    """Make the optimizer of a run of the flat vector; see both for the arguments."""
-    kind: type[TensorOptimizer | FlatOptimizer]
-    kind = TensorOptimizer if spec.whole else FlatOptimizer
-    return kind(spec, vector, gradient, layout, ema)
+    """Build the optimizer of a range of the flat vector; see its class for the arguments."""
+    cls: type[TensorOptimizer | FlatOptimizer]
+    cls = TensorOptimizer if spec.whole else FlatOptimizer
+    return cls(spec, vector, gradient, layout, ema)
 
 
 def rate_of(job: Job, step: int, total_steps: int) -> tuple[float, ...]:
-    """Give the learning rate of a step: of parameters in no group, then of each group."""
+    """Return the learning rates of a step: of ungrouped parameters, then of each group."""
     schedule = job.lr_schedule
     return tuple(schedule.rate(base, step, total_steps) for base in job.optimizer.rates())
 
 
 def rate_figures(job: Job, step: int, total_steps: int) -> dict[str, float]:
-    """Give the learning rates of a step by the names of docs/metrics.md."""
+    """Return the learning rates of a step by the names of docs/metrics.md."""
     named = zip(job.optimizer.figures(), rate_of(job, step, total_steps), strict=True)
     return {name: rate for name, rate in named if name}
 
 
 def norm_figures(norm: float | None) -> dict[str, float]:
-    """Give the gradient's norm by the name of docs/metrics.md; None: nobody has computed it."""
+    """Return the gradient norm by the name of docs/metrics.md; None: not computed."""
     return {} if norm is None else {"grad_norm": norm}
 
 
@@ -351,43 +349,43 @@ class LocalOptimizer:
     """Optimizer over a worker's own parameters, for strategies that update in the worker."""
 
     grad_norm: float | None = None
-    """2-norm of the gradient of the update made last, before it was clipped; None: not known."""
+    """2-norm of the last update's gradient before clipping; None: not computed."""
 
     def __init__(self, flat: FlatModel, job: Job, total_steps: int) -> None:
         self._flat, self._job, self._total = flat, job, total_steps
         vectors = flat.params, flat.grads, flat.layout
         self._optimizer = optimizer_of(job.optimizer, *vectors, job.ema)
-        self.bounds = (0, flat.size)  #: the run of the flat vector that it updates
+        self.bounds = (0, flat.size)  #: updated range of the flat vector
 
     def state(self) -> dict[str, Tensor]:
-        """Give what it can hand over to another rank: all of `memory`; not a copy."""
+        """Return the state that another rank can load: all of `memory`, not copied."""
         return self.memory()
 
     def memory(self) -> dict[str, Tensor]:
-        """Give what the optimizer remembers of its run, see `FlatOptimizer.state`."""
+        """Return the optimizer state of this rank's range, see `FlatOptimizer.state`."""
         return self._optimizer.state()
 
     def average(self) -> Tensor:
-        """Give the average of the whole flat vector; every rank calls this. Not a copy."""
+        """Return the average of the whole flat vector, not copied; every rank calls this."""
         return self._optimizer.average
 
     def load(self, state: Mapping[str, Tensor]) -> None:
-        """Take over what `state` of an equal optimizer gave; copied."""
+        """Load a copy of the `state` of an equal optimizer."""
         self._optimizer.load(state)
 
     @property
     def state_bytes(self) -> int:
-        """Memory that the optimizer's state takes."""
+        """Size of the optimizer's state in bytes."""
         return self._optimizer.state_bytes
 
     def step(self, step: int, present: Presence = None, scale: float = 1.0) -> None:
         """
-        Clip as the job says and update; `flat.grads` holds the gradient of the global batch.
+        Clip by the job's `clip_norm` and update; `flat.grads` holds the global batch's gradient.
 
         Args:
-            step: the step's number, from 0.
+            step: number of the step, from 0.
             present: which parameters have a gradient, see `Presence`.
-            scale: what the gradient is to be multiplied by, before it is clipped.
+            scale: factor of the gradient, applied before clipping.
         """
         if self._job.clip_norm is not None:
             self.grad_norm = self._norm() * scale
@@ -396,15 +394,15 @@ class LocalOptimizer:
         self._update(step, present)
 
     def _updated_gradients(self) -> list[Tensor]:
-        """Give what of the gradient this rank updates by, each segment in its own type."""
+        """Return the part of the gradient that this rank applies, each segment in its own dtype."""
         return self._flat.typed(self._flat.grads)
 
     def _update(self, step: int, present: Presence) -> None:
-        """Make the update of a gradient that is clipped."""
+        """Apply the clipped gradient."""
         self._optimizer.step(rate_of(self._job, step, self._total), present)
 
     def _norm(self) -> float:
-        """Give the 2-norm of the gradient of the whole model, before it is scaled."""
+        """Return the 2-norm of the whole model's gradient, before scaling."""
         return math.sqrt(squared_norm_of(self._flat.grads, self._flat.layout.segments))
 
 
@@ -416,49 +414,51 @@ def sync_plateau(
     device: torch.device,
 ) -> None:
     """
-    Have what the others have, and the servers; every rank calls this when an attempt begins.
+    Synchronize the plateau schedule with other ranks and servers, at the start of an attempt.
+
+    Every rank calls this.
 
     Args:
-        plateau: this rank's.
-        version: with which the attempt begins.
-        group: all ranks; None: there is one.
-        server_settings: what servers know of the rates; empty: nothing.
+        plateau: of this rank.
+        version: first version of the attempt.
+        group: all ranks; None: a single rank.
+        server_settings: state of the schedule on servers; empty: none.
         device: of the model.
 
     Raises:
-        StateLost: who knew the rates of this version is gone.
+        StateLost: no rank and no server has the schedule's state of this version.
     """
-    known = [] if plateau.known is None else [plateau.known]
+    states = [] if plateau.known is None else [plateau.known]
     if server_settings:
-        known.append(PlateauState.of(server_settings))
+        states.append(PlateauState.of(server_settings))
     if group is not None and group.world > 1:
-        every = gather_values(known, group, device)
-        known = [PlateauState.of(one) for some in every for one in some]
-    if not plateau.sync(version, known):
+        gathered = gather_values(states, group, device)
+        states = [PlateauState.of(values) for rank_values in gathered for values in rank_values]
+    if not plateau.sync(version, states):
         raise StateLost("what evaluations made of the learning rate")
 
 
 def check_groups(rule: Optimizer, model: nn.Module, extra: Mapping[str, Tensor]) -> None:
     """
-    See that each pattern of the groups has parameters, and each optimizer those that it takes.
+    Check that each group pattern matches parameters that the group's optimizer can update.
 
     Args:
         rule: the job's optimizer.
-        model: the whole one.
-        extra: trained parameters outside of it, by name.
+        model: the whole model.
+        extra: trained parameters outside the model, by name.
 
     Raises:
-        SpecError: names the groups.
+        SpecError: a pattern matches nothing, or unsuitable shapes; names the groups.
     """
     if not rule.groups and not rule.whole:
         return
     named = dict(dense_parameters(model))
-    first = {id(parameter): name for name, parameter in named.items()}
-    again = model.named_parameters(remove_duplicate=False)
-    others = {name: first[id(p)] for name, p in again if id(p) in first and name not in named}
+    names = {id(parameter): name for name, parameter in named.items()}
+    uses = model.named_parameters(remove_duplicate=False)
+    aliases = {name: names[id(p)] for name, p in uses if id(p) in names and name not in named}
     tables = {path: (path, f"{path}.table", f"{path}.weight") for path in tables_of(model)}
-    problems = match_problems(rule, [*named, *extra], tables, others)
-    every = {**named, **extra}.items()
-    shapes = {name: p.shape for name, p in every if p.requires_grad and p.numel()}
+    problems = match_problems(rule, [*named, *extra], tables, aliases)
+    parameters = {**named, **extra}.items()
+    shapes = {name: p.shape for name, p in parameters if p.requires_grad and p.numel()}
     if problems := problems or shape_problems(rule, shapes):
         raise SpecError(*problems)

@@ -1,4 +1,4 @@
-"""The tensors of a model that a forward may write: which were written, and copies of them."""
+"""The tensors of a model that a forward may write: detection of writes, and copies."""
 
 from __future__ import annotations
 
@@ -17,36 +17,36 @@ from distplat.strategies.torch_compat import has_running_statistics
 
 
 def is_capped(module: nn.Module) -> bool:
-    """Say whether a lookup in this module may scale rows of its table."""
+    """Return whether a lookup in this module may rescale rows of its table."""
     return isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.max_norm is not None
 
 
 class CappedTables:
     """
-    The tables of one worker's model.
+    Embedding tables with `max_norm`, whose lookups rescale rows in a copy.
 
     Args:
-        model: its embeddings with `max_norm` get another `forward` until `close`.
+        model: its embeddings with `max_norm` have their `forward` replaced until `close`.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self._layers = [layer for layer in model.modules() if is_capped(layer)]
-        self._values: dict[int, Tensor] = {}  #: by layer, the table as it should be
+        self._values: dict[int, Tensor] = {}  #: by layer, the table with rescaled rows
         for number, layer in enumerate(self._layers):
             layer.forward = partial(self._look_up, number, layer)
 
     def close(self) -> None:
-        """Give the layers their own `forward` back."""
+        """Restore the layers' own `forward`."""
         for layer in self._layers:
             layer.__dict__.pop("forward", None)
 
-    def forget(self) -> None:
-        """Take nothing of what was scaled for good."""
+    def clear(self) -> None:
+        """Discard the rescaled rows."""
         self._values.clear()
 
     def write(self, group: Collective | None) -> None:
         """
-        Have the tables as all ranks' lookups leave them; returns when they are.
+        Write the rows rescaled by all ranks into the tables, and wait until all ranks have done so.
 
         Raises:
             CollectiveError: a rank is missing.
@@ -55,7 +55,7 @@ class CappedTables:
             table = layer.get_parameter("weight").detach()
             values = self._values.get(number, table)
             if group is not None and group.world > 1:
-                values = first_written(values, table, group)
+                values = merge_first_written(values, table, group)
             if group is None or group.rank == 0:
                 table.copy_(values)
         self._values.clear()
@@ -77,27 +77,27 @@ class CappedTables:
         return outputs
 
 
-def first_written(now: Tensor, before: Tensor, group: Collective) -> Tensor:
+def merge_first_written(now: Tensor, before: Tensor, group: Collective) -> Tensor:
     """
-    Give each element as the first rank left it that changed it; the same on all ranks.
+    Return each element as written by the first rank that changed it; equal on all ranks.
 
     Args:
         now: this rank's values.
-        before: what all ranks had, of the same shape.
-        group: each of its ranks calls this.
+        before: previous values, equal on all ranks and of the same shape.
+        group: all of its ranks call this.
     """
     values, old = now.contiguous().view(-1), before.contiguous().view(-1)
-    return _merged(values, values != old, old, group).view(now.shape)
+    return _merge(values, values != old, old, group).view(now.shape)
 
 
-def first_writer(now: Tensor, group: Collective, *, wrote: bool) -> Tensor:
-    """Give the whole tensor of the first rank that `wrote` it; for want of what it was before."""
+def copy_first_writer(now: Tensor, group: Collective, *, wrote: bool) -> Tensor:
+    """Return the whole tensor of the first rank with `wrote`; needs no previous values."""
     values = now.contiguous().view(-1)
     changed = torch.full(values.shape, wrote, device=values.device)
-    return _merged(values, changed, values, group).view(now.shape)
+    return _merge(values, changed, values, group).view(now.shape)
 
 
-def _merged(values: Tensor, changed: Tensor, old: Tensor, group: Collective) -> Tensor:
+def _merge(values: Tensor, changed: Tensor, old: Tensor, group: Collective) -> Tensor:
     owner = torch.full(values.shape, group.world, dtype=torch.int32, device=values.device)
     owner[changed] = group.rank
     group.all_reduce(owner, ReduceOp.MIN)
@@ -107,24 +107,24 @@ def _merged(values: Tensor, changed: Tensor, old: Tensor, group: Collective) -> 
 
 
 BufferRule = Literal["rank0", "mean", "local", "written"]
-"""What ranks do with a tensor that a forward changed; `written`: see `model_state.py`."""
+"""How ranks synchronize a tensor that a forward wrote; `written`: see `model_state.py`."""
 _CHOICES = ("rank0", "mean", "local")
 _TINY_BYTES = 1 << 16
 _SMALL_BYTES = 1 << 20
-"""Frozen parameters up to this size have a copy from the start; larger ones once they change."""
+"""Maximum size of frozen parameters that are copied from the start, not only once they change."""
 
 
-class Watched:
+class WatchedTensor:
     """
-    One tensor of the model, and copies of it.
+    A tensor of the model, and copies of its values.
 
     Args:
-        slot: where it is.
-        rule: what ranks do with it while no gradient trains it.
-        copied: whether there is a copy from the start, for a step that is repeated.
+        slot: location of the tensor.
+        rule: how ranks synchronize the tensor while no gradient trains it.
+        copied: whether it is copied from the start, to repeat a step.
         capped: whether it is the table of an embedding with `max_norm`.
-        silent: whether its version counter does not tell: torch's batch norm writes without it.
-        chosen: whether the task said the rule.
+        silent: whether writes may skip its version counter, as torch's batch norm does.
+        chosen: whether the task chose the rule.
     """
 
     def __init__(
@@ -139,26 +139,26 @@ class Watched:
     ) -> None:
         self.slot, self._rule, self.chosen = slot, rule, chosen
         self.copied, self.capped, self.silent = copied, capped, silent
-        self.has_copy = False  #: `kept` is one, of a buffer that may be None
-        self.kept: Tensor | None = None
-        self.before: Tensor | None = None  #: what was kept before that
-        self.trained = False  #: whether gradients train it; see `refresh`
+        self.has_copy = False  #: whether `kept` is valid; the copy of a None buffer is None
+        self.kept: Tensor | None = None  #: last copy
+        self.before: Tensor | None = None  #: the copy before `kept`
+        self.trained = False  #: whether gradients train the tensor; see `refresh`
         self.refresh()
 
     def refresh(self) -> None:
-        """See whether gradients train it now."""
+        """Update `trained`."""
         now = self.slot.tensor
-        known = isinstance(now, nn.Parameter) or self._rule == "written"
-        self.trained = now is not None and now.requires_grad and known
+        trainable = isinstance(now, nn.Parameter) or self._rule == "written"
+        self.trained = now is not None and now.requires_grad and trainable
 
     @property
     def unfrozen(self) -> bool:
-        """Whether it was frozen at first, and gradients train it now."""
+        """Whether the tensor was frozen at first and is trained now."""
         return self.trained and self._rule != "written"
 
     @property
     def rule(self) -> BufferRule:
-        """What ranks do with it; of whole numbers, such as counters, there is no mean."""
+        """How ranks synchronize the tensor; integers, such as counters, are never averaged."""
         if self.capped or self.trained:
             return "written"
         now = self.slot.tensor
@@ -166,7 +166,7 @@ class Watched:
         return "rank0" if counts and self._rule == "mean" else self._rule
 
     def differs(self) -> bool:
-        """Say whether the values are others than those kept; False: there is no copy."""
+        """Return whether the values differ from the copy; False without a copy."""
         now = self.slot.tensor
         if now is None or not self.has_copy:
             return self.has_copy and self.kept is not None
@@ -177,61 +177,66 @@ class Watched:
         return True
 
     def keep(self, *, changed: bool) -> None:
-        """Remember it; `changed`: its values may be others than when it was kept last."""
+        """Copy the tensor; `changed`: its values may differ from the last copy."""
         if not changed and self.has_copy:
             self.before = self.kept
             return
         spare = self.before if self.before is not self.kept else None
         self.before = self.kept
-        self.kept, self.has_copy = copied_into(self.slot.tensor, spare), True
+        self.kept, self.has_copy = copy_into(self.slot.tensor, spare), True
 
     def drop_copy(self) -> None:
-        """Keep no copy any more: gradients train it, and whoever updates it need not say so."""
+        """Stop copying: gradients train the tensor now, and updates are not reported here."""
         self.copied = self.has_copy = False
         self.kept = self.before = None
 
     def restore(self) -> None:
-        """Put back what was kept."""
+        """Restore the last copy."""
         self.slot.take(self.kept)
 
 
-_LOOKS = 3
-"""Steps that write a tensor in which its values are compared."""
-_COMPARED = 1 << 20
-"""So many elements of each."""
+_COMPARED_STEPS = 3
+"""Number of steps in which a written tensor is compared between ranks."""
+_COMPARED_ELEMENTS = 1 << 20
+"""Maximum number of compared elements of a tensor."""
 _ROUNDINGS = 64
-"""By so many ranks may differ that compute the same on processors of two kinds."""
+"""Tolerance in units of eps: the same computation may differ between processor types."""
 
 
 class RankComparison:
-    """Whether ranks compute of their own samples what all then have as one rank left it."""
+    """Detects tensors that differ between ranks before one rank's values replace the others."""
 
     def __init__(self) -> None:
-        self._looks: Counter[str] = Counter()
-        self._own: list[tuple[Watched, Tensor]] = []
-        self._told = False
+        self._compared_steps: Counter[str] = Counter()
+        self._written: list[tuple[WatchedTensor, Tensor]] = []
+        self._warned = False
 
-    def note(self, written: Iterable[Watched]) -> None:
-        """Copy what this rank's forward has written in this step, before it is replaced."""
-        for one in written:
-            name, now = one.slot.name, one.slot.tensor
-            if not (self._told or one.chosen or now is None or self._looks[name] == _LOOKS):
-                self._looks[name] += 1
-                self._own.append((one, _beginning(now).clone()))
+    def note(self, written: Iterable[WatchedTensor]) -> None:
+        """Copy the tensors that this rank's forward wrote, before they are synchronized."""
+        if self._warned:
+            return
+        for watched in written:
+            name, now = watched.slot.name, watched.slot.tensor
+            if watched.chosen or now is None or self._compared_steps[name] == _COMPARED_STEPS:
+                continue
+            self._compared_steps[name] += 1
+            self._written.append((watched, _head(now).clone()))
 
-    def differing(self) -> str | None:
+    def mismatch_warning(self) -> str | None:
         """
-        Compare what was noted with what all ranks have from now on.
+        Compare the copies of `note` with the synchronized values.
 
         Returns:
-            A warning, once; None: they are the same, or nobody asks.
+            A warning, at most once; None: the values are equal.
         """
-        own, self._own = self._own, []
-        apart = (one.slot.name for one, values in own if _apart(values, one.slot.tensor))
-        name = next(apart, None)
+        written, self._written = self._written, []
+        differing = (
+            watched.slot.name for watched, values in written if _differ(values, watched.slot.tensor)
+        )
+        name = next(differing, None)
         if name is None:
             return None
-        self._told = True
+        self._warned = True
         return (
             f"each worker's forward writes other values into {name!r}, by its own samples or "
             "random numbers, and all go on with those of one worker, as under "
@@ -241,20 +246,20 @@ class RankComparison:
         )
 
 
-def _beginning(tensor: Tensor) -> Tensor:
-    """Give the first elements of a tensor, in one dimension."""
-    return tensor.detach().reshape(-1)[:_COMPARED]
+def _head(tensor: Tensor) -> Tensor:
+    """Return the first elements of a tensor, in one dimension."""
+    return tensor.detach().reshape(-1)[:_COMPARED_ELEMENTS]
 
 
-def _apart(values: Tensor, whole: Tensor | None) -> bool:
-    """Whether the first elements of a tensor were others, by more than roundings."""
+def _differ(values: Tensor, whole: Tensor | None) -> bool:
+    """Return whether the first elements of a tensor differ by more than rounding errors."""
     if whole is None:
         return True
-    others = _beginning(whole).to(values.device)
+    others = _head(whole).to(values.device)
     if (values.shape, values.dtype) != (others.shape, others.dtype):
         return True
     exact = not values.is_floating_point() and not values.is_complex()
-    if exact or values.itemsize < 2:  # torch does not compute with floats of a byte
+    if exact or values.itemsize < 2:  # torch has no arithmetic for one-byte floats
         return not torch.equal(bits_of(values), bits_of(others))
     allowed = _ROUNDINGS * torch.finfo(values.dtype).eps * others.abs().max() if len(others) else 0
     return bool(((values - others).abs() > allowed).any())
@@ -262,33 +267,33 @@ def _apart(values: Tensor, whole: Tensor | None) -> bool:
 
 class TensorValues:
     """
-    What tensors hold at one moment, to see writes that nothing else shows.
+    The values of tensors at one moment, to detect writes that version counters miss.
 
-    Small ones are copied together, of others there are checksums: thousands are quick to compare,
-    and a large model is not copied.
+    Small tensors are copied into one tensor, large ones get a checksum: so thousands of tensors are
+    compared quickly, and a large model is not copied.
 
     Args:
         slots: by number.
     """
 
     def __init__(self, slots: Mapping[int, ModuleSlot]) -> None:
-        there = {number: slot for number, slot in slots.items() if slot.tensor is not None}
-        self._small = {n: slot for n, slot in there.items() if _size(slot) <= _TINY_BYTES}
-        self._large = {n: slot for n, slot in there.items() if n not in self._small}
+        present = {number: slot for number, slot in slots.items() if slot.tensor is not None}
+        self._small = {n: slot for n, slot in present.items() if _size(slot) <= _TINY_BYTES}
+        self._large = {n: slot for n, slot in present.items() if n not in self._small}
         self._sums = {
             n: checksum(slot.tensor) for n, slot in self._large.items() if slot.tensor is not None
         }
         self._sizes = [_size(slot) for slot in self._small.values()]
-        self._copy = self._together()
+        self._copy = self._pack()
 
     def differ(self) -> set[int]:
-        """Give the numbers of those that hold something else now."""
+        """Return the numbers of tensors whose values have changed."""
         numbers = set()
         for number, slot in self._large.items():
             now = slot.tensor
             if now is None or checksum(now) != self._sums[number]:
                 numbers.add(number)
-        now_small = self._together()
+        now_small = self._pack()
         if now_small is None or self._copy is None:
             return numbers | {n for n in self._small if now_small is not self._copy}
         if torch.equal(now_small, self._copy):
@@ -299,16 +304,16 @@ class TensorValues:
             torch.split(self._copy, self._sizes),
             strict=True,
         )
-        return numbers | {number for number, one, other in pieces if not torch.equal(one, other)}
+        return numbers | {number for number, new, old in pieces if not torch.equal(new, old)}
 
-    def _together(self) -> Tensor | None:
-        """Give the small ones' bytes; None: one has another size now, or there is none."""
+    def _pack(self) -> Tensor | None:
+        """Return the small tensors' bytes; None: a size has changed, or there are no small ones."""
         slots = [*self._small.values()]
         if not slots or [_size(slot) for slot in slots] != self._sizes:
             return None
         tensors = [slot.tensor for slot in slots]
         first = tensors[0]
-        assert first is not None, "its size was looked at"
+        assert first is not None, "its size was checked"
         return cat_bytes(tensors, first.device)
 
 
@@ -317,57 +322,57 @@ def _size(slot: ModuleSlot) -> int:
 
 
 class VersionCounters:
-    """Which tensors were written since they were marked, as far as their counters tell."""
+    """Detects tensors written since the last `renew`, by version counters and addresses."""
 
     def __init__(self, slots: Sequence[ModuleSlot]) -> None:
         self._slots = slots
-        self._movable: list[int] = []
+        self._address_numbers: list[int] = []
         self._marked: tuple[list[int], list[int], list[int]] = [], [], []
 
-    def renew(self, movable: Sequence[int]) -> None:
-        """Take all for unwritten; `movable`: those whose address is to be looked at, too."""
-        self._movable = [*movable]
-        self._marked = self._now()
+    def renew(self, address_numbers: Sequence[int]) -> None:
+        """Reset the detection; `address_numbers`: tensors whose address is also compared."""
+        self._address_numbers = [*address_numbers]
+        self._marked = self._current()
 
-    def moved(self) -> set[int]:
-        """Give the numbers of those that were written."""
-        now, then = self._now(), self._marked
-        if now == then:
+    def written(self) -> set[int]:
+        """Return the numbers of written tensors."""
+        now, marked = self._current(), self._marked
+        if now == marked:
             return set()
         pairs = zip(
-            zip(now[0], now[1], strict=True), zip(then[0], then[1], strict=True), strict=True
+            zip(now[0], now[1], strict=True), zip(marked[0], marked[1], strict=True), strict=True
         )
-        moved = {number for number, (one, other) in enumerate(pairs) if one != other}
-        addresses = zip(self._movable, now[2], then[2], strict=True)
-        return moved | {number for number, one, other in addresses if one != other}
+        written = {number for number, (new, old) in enumerate(pairs) if new != old}
+        addresses = zip(self._address_numbers, now[2], marked[2], strict=True)
+        return written | {number for number, new, old in addresses if new != old}
 
-    def _now(self) -> tuple[list[int], list[int], list[int]]:
+    def _current(self) -> tuple[list[int], list[int], list[int]]:
         tensors = [slot.where.get(slot.key) for slot in self._slots]
         versions = [-1 if tensor is None else tensor._version for tensor in tensors]
-        chosen = (tensors[number] for number in self._movable)
+        chosen = (tensors[number] for number in self._address_numbers)
         addresses = [0 if tensor is None else tensor.data_ptr() for tensor in chosen]
         return [id(tensor) for tensor in tensors], versions, addresses
 
 
-def watch_tensor(
-    model: nn.Module, choose: Callable[[str], str | None], beside: MutableMapping[str, Tensor]
-) -> Iterator[Watched]:
+def watch_tensors(
+    model: nn.Module, choose: Callable[[str], str | None], extra: MutableMapping[str, Tensor]
+) -> Iterator[WatchedTensor]:
     """
-    Give all tensors of the model once, in an order that is the same on all ranks.
+    Yield all tensors of the model once, in the same order on all ranks.
 
     Args:
-        model: has buffers and parameters.
+        model: its parameters and buffers.
         choose: the task's `buffers`.
-        beside: what is trained beside the model, by name.
+        extra: trained tensors outside the model, by name.
     """
     capped, running, averaged = set(), set(), set()
     for module in model.modules():
         if is_capped(module):
             capped.add(id(module.weight))
         elif has_running_statistics(module):
-            own = {id(module.running_mean), id(module.running_var)} - {id(None)}
-            running |= own
-            averaged |= set() if isinstance(module, nn.SyncBatchNorm) else own
+            statistics = {id(module.running_mean), id(module.running_var)} - {id(None)}
+            running |= statistics
+            averaged |= set() if isinstance(module, nn.SyncBatchNorm) else statistics
     for slot in slots_of(model):
         tensor = slot.tensor
         parameter, key = isinstance(tensor, nn.Parameter), id(tensor)
@@ -378,10 +383,10 @@ def watch_tensor(
             rule = _rule_of(chosen, slot.name, averaged=key in averaged)
         small = rule != "written" and tensor is not None and tensor.nbytes <= _SMALL_BYTES
         copied, silent = not parameter or key in capped or small, key in running
-        how = {"copied": copied, "capped": key in capped, "silent": silent}
-        yield Watched(slot, rule, **how, chosen=chosen is not None)
-    for name in beside:
-        yield Watched(ModuleSlot(beside, name, name), "written", copied=False, capped=False)
+        flags = {"copied": copied, "capped": key in capped, "silent": silent}
+        yield WatchedTensor(slot, rule, **flags, chosen=chosen is not None)
+    for name in extra:
+        yield WatchedTensor(ModuleSlot(extra, name, name), "written", copied=False, capped=False)
 
 
 def _rule_of(chosen: str | None, name: str, *, averaged: bool) -> BufferRule:
@@ -393,8 +398,8 @@ def _rule_of(chosen: str | None, name: str, *, averaged: bool) -> BufferRule:
     raise ValueError(f"buffers({name!r}) must give one of {_CHOICES} or None, got {chosen!r}")
 
 
-def copied_into(value: Tensor | None, spare: Tensor | None) -> Tensor | None:
-    """Copy a tensor, into memory that is there if it fits."""
+def copy_into(value: Tensor | None, spare: Tensor | None) -> Tensor | None:
+    """Copy a tensor, into `spare` if its shape and dtype match."""
     if value is None:
         return None
     if spare is None or (spare.shape, spare.dtype) != (value.shape, value.dtype):
@@ -403,15 +408,15 @@ def copied_into(value: Tensor | None, spare: Tensor | None) -> Tensor | None:
 
 
 def checksum(tensor: Tensor) -> tuple[int, ...]:
-    """Sum a tensor's bytes up so that moved and changed elements show; for any dtype."""
+    """Return a checksum that detects changed and moved elements, for any dtype."""
     flat = tensor.detach().contiguous().view(-1)
     size = 4 if flat.itemsize % 4 == 0 else 1
     words = flat.view(torch.int32 if size == 4 else torch.uint8)
     width = 256
     whole = words.numel() // width * width
     rows = words[:whole].view(-1, width)
-    sums_by_kind = []
+    checksums = []
     for sums in (rows.sum(0, dtype=torch.int64), rows.sum(1, dtype=torch.int64), words[whole:]):
         weights = torch.arange(1, sums.numel() + 1, device=words.device)
-        sums_by_kind.append(int((sums.long() * weights).sum()))
-    return tuple(sums_by_kind)
+        checksums.append(int((sums.long() * weights).sum()))
+    return tuple(checksums)

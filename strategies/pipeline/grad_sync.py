@@ -66,7 +66,7 @@ class AllReduceGradSync(GradSync):
         """All peers take over the state of the peer with the newest version."""
         self._catch_up(versions)
         self._state = context.state
-        self._state.settle(self._flat.version)
+        self._state.restore_version(self._flat.version)
         self._state.connect(group)
         version = self._take_over(group, context)
         self._state.keep(version)
@@ -284,7 +284,7 @@ class PsGradSync(GradSync):
         if not holders and flat.version != first and self._state.needs_group:
             raise StateLost("buffers of a part of the model")
         if len(holders) < group.world:
-            self._state.take_from(holders[0] if holders else 0)
+            self._state.broadcast_from(holders[0] if holders else 0)
 
     @override
     def begin(self, step: int, local: StepControl) -> StepControl:

@@ -208,7 +208,7 @@ class BucketReducer(Reducer):
         self._hooks = (
             register_gradient_hooks(flat, self._on_gradient) if overlap and not self._alone else []
         )
-        flat.copy_when_ready(bool(self._hooks), looks=check_finite)
+        flat.copy_when_ready(bool(self._hooks), check_finite=check_finite)
 
     @override
     def last_backward(self) -> None:

@@ -253,7 +253,7 @@ def test_neighbours_of_one_group_are_one_operation() -> None:
     ours = Flat(with_groups({"name": "AdamW", "lr": 0.1}, "p0,p1", "p4"), TYPES["float32"])
     for step in range(2):
         ours.step(step, PATTERNS["always"])
-    runs = ours.optimizers[0]._ranges_of(None)
+    runs = ours.optimizers[0]._update_ranges(None)
     assert [(run.group, run.pieces) for run in runs] == [
         (1, slice(0, 2)),
         (0, slice(2, 4)),

@@ -108,7 +108,7 @@ def test_copied_gradients_are_looked_at_as_long_as_nothing_changes_them(
 ) -> None:
     monkeypatch.setattr(COPIED_BYTES, 6 * 4)
     rig = Rig()
-    rig.flat.copy_when_ready(rig.copies, looks=True)
+    rig.flat.copy_when_ready(rig.copies, check_finite=True)
     rig.flat.begin_step()
     indices = [index for index, slot in enumerate(rig.flat.slots) if slot.size == 6]
     a, b = indices
@@ -402,7 +402,7 @@ def test_what_hooks_have_seen_to_be_finite_is_left_out_until_it_changes(
 ) -> None:
     monkeypatch.setattr(COPIED_BYTES, 6 * 4)
     flat = FlatModel(nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 3)), owned=True)
-    flat.copy_when_ready(True, looks=True)
+    flat.copy_when_ready(True, check_finite=True)
     for index, one in enumerate(flat.parameters):
         one.grad = torch.ones_like(one)
         flat.gradients.ready(index)

@@ -346,7 +346,7 @@ def test_a_repeated_step_begins_with_the_state_before_it() -> None:
         before = copy.deepcopy(model.state_dict())
         for _ in range(2):  # the first time it is broken off
             model(torch.randn(2, 6, dtype=WIDE))
-            state.settle(step)
+            state.restore_version(step)
             for name, value in before.items():
                 assert torch.equal(model.state_dict()[name], value), name
         model(torch.randn(2, 6, dtype=WIDE))
@@ -364,7 +364,7 @@ def test_a_step_that_is_left_out_leaves_no_trace() -> None:
     state.synchronize(0)
     state.finish(1, skipped=True)
     assert all(torch.equal(model.state_dict()[name], value) for name, value in before.items())
-    assert state.settle(1)
+    assert state.restore_version(1)
 
 
 def test_what_has_no_copy_is_lost_with_the_step_that_wrote_it_first() -> None:
@@ -377,4 +377,4 @@ def test_what_has_no_copy_is_lost_with_the_step_that_wrote_it_first() -> None:
     state.keep(0)
     large.add_(1)
     with pytest.raises(StateLost, match="'large' as it was before the step in flight"):
-        state.settle(0)
+        state.restore_version(0)

@@ -87,13 +87,13 @@ def take_all_for_present(patch: Patch) -> None:
 
 
 def count_steps_for_all(patch: Patch) -> None:
-    original = FlatOptimizer._keep_scalar
+    original = FlatOptimizer._save_scalar
 
     def put(self: Any, name: str, run: Any, value: Any) -> None:
         original(self, name, run, value)
         self._scalars[name][:] = value
 
-    patch.setattr(FlatOptimizer, "_keep_scalar", put)
+    patch.setattr(FlatOptimizer, "_save_scalar", put)
 
 
 def fuse_every_type(patch: Patch) -> None:

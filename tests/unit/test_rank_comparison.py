@@ -17,7 +17,7 @@ from torch.utils.data import TensorDataset
 import distplat
 from distplat.platform.sampler import Sampler
 from distplat.platform.spec import Job
-from distplat.strategies.model.written_tensors import RankComparison, watch_tensor
+from distplat.strategies.model.written_tensors import RankComparison, watch_tensors
 
 SAMPLES, BATCH, STEPS = 17, 8, 6
 WIDE = torch.float64
@@ -129,13 +129,13 @@ def test_what_differs_by_more_than_roundings_is_told_once(
 ) -> None:
     module = nn.Module()
     module.register_buffer("centre", own)
-    (one,) = watch_tensor(module, lambda name: None, {})
+    (one,) = watch_tensors(module, lambda name: None, {})
     comparison = RankComparison()
     for expected in (told, False):
         one.slot.take(own)
         comparison.note([one])
         one.slot.take(others)
-        assert (comparison.differing() is not None) == expected
+        assert (comparison.mismatch_warning() is not None) == expected
 
 
 @pytest.mark.parametrize("rule", ["rank0", "mean", "local"])
