@@ -38,7 +38,7 @@ from distplat.strategies.loop.prepared import Prepared
 from distplat.strategies.model.flat import FlatModel
 from distplat.strategies.model.model_state import ModelState
 from distplat.strategies.model.optim import LocalOptimizer
-from distplat.strategies.model.task_optimizer import MadeOptimizers, TaskUpdate
+from distplat.strategies.model.task_optimizer import ResettableOptimizers, TaskUpdate
 from distplat.strategies.ports import Shards
 from distplat.strategies.strategy_spec import (
     MIGRATION_HINT,
@@ -87,7 +87,7 @@ class Context:
     loop's thread.
     """
 
-    optimizers: MadeOptimizers = ()
+    optimizers: ResettableOptimizers = ()
     """The optimizers that the task's `optimizer` returned; empty: the job names the optimizer."""
 
     @property

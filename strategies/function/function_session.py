@@ -60,9 +60,9 @@ from distplat.strategies.loop.loop import Progress
 from distplat.strategies.loop.seeding import seed_rank
 from distplat.strategies.loop.streams import is_stream
 from distplat.strategies.model.module_hooks import (
-    cut_elsewhere,
-    passing_on,
-    with_own_buffers,
+    disable_averaging,
+    modules_without_broadcast,
+    sharded_class_name,
     wrappers_in,
 )
 from distplat.strategies.model.parameter_layout import is_finite
@@ -209,8 +209,8 @@ class FunctionSession:
         if any(prepared is model for prepared in self._exchange.models):
             raise _prepare_error("a model that is already prepared", "prepare each model once")
         for wrapper in wrappers:
-            passing_on(wrapper, lambda on: self._exchange.enable(on, model))
-        if wrapper_name := cut_elsewhere(model):
+            disable_averaging(wrapper, lambda on: self._exchange.enable(on, model))
+        if wrapper_name := sharded_class_name(model):
             hint = "pass the whole model; `hybrid` splits the model of a Task"
             raise _prepare_error(f"a model of which each rank has a part, by {wrapper_name}", hint)
         if lazy := without_shape(model):
@@ -224,7 +224,7 @@ class FunctionSession:
             return module
         check_state(model, sent=False, named="a model that prepare() got")
         self._exchange.add_model(
-            model, is_only_model=is_only_model, local_buffers=with_own_buffers(wrappers)
+            model, is_only_model=is_only_model, local_buffers=modules_without_broadcast(wrappers)
         )
         return module
 

@@ -30,7 +30,7 @@ from distplat.platform.tensor_slices import ITEM_BYTES
 from distplat.strategies.collective import SENDABLE
 from distplat.strategies.loop.containers import items_in, tensors_in
 from distplat.strategies.loop.streams import StreamSamples, StreamSeeds, is_ray_data, is_stream
-from distplat.strategies.model.module_hooks import unwrapped
+from distplat.strategies.model.module_hooks import unwrap
 from distplat.strategies.model.parameter_layout import dtype_name
 from distplat.strategies.task import Task, overrides
 from distplat.strategies.task_methods import source_location
@@ -85,7 +85,7 @@ def checked_model(task: Task, model: object) -> nn.Module:
             "update reaches them all: give the module that it was made of, and for its speed set "
             "`compile: true`"
         )
-    return unwrapped(model)
+    return unwrap(model)
 
 
 def without_shape(model: nn.Module) -> str:

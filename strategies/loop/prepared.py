@@ -18,7 +18,7 @@ from distplat.strategies.loop.losses import LossScale, TermWeights
 from distplat.strategies.model.flat import FlatModel
 from distplat.strategies.model.model_state import ModelState
 from distplat.strategies.model.parameter_layout import first_non_finite
-from distplat.strategies.model.task_optimizer import MadeOptimizers
+from distplat.strategies.model.task_optimizer import ResettableOptimizers
 from distplat.strategies.sparse.lookups import Lookups
 from distplat.strategies.strategy_spec import Roles
 from distplat.strategies.task import Task
@@ -47,7 +47,7 @@ class Prepared:
     """Buffers and frozen parameters of `part`; None before `join`."""
     facts: RankFacts | None = None
     """Fingerprints of model, data and code, compared between ranks; see `describe`."""
-    made: MadeOptimizers = ()
+    made: ResettableOptimizers = ()
     """Optimizers that the task built; empty: the job names the optimizer."""
     weights: TermWeights | None = None
     """Weights of a loss with several terms, in the present attempt; None: one term."""

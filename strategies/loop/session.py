@@ -72,7 +72,7 @@ from distplat.strategies.model.model_state import ModelState, Shares
 from distplat.strategies.model.module_options import apply_module_options
 from distplat.strategies.model.optim import check_groups, sync_plateau
 from distplat.strategies.model.shared_memory import check_memory
-from distplat.strategies.model.task_optimizer import make_optimizers, optimizers_digest
+from distplat.strategies.model.task_optimizer import build_optimizers, optimizers_digest
 from distplat.strategies.ports import Leases, RunStore, Shards, Tables
 from distplat.strategies.sparse.lookups import lookups_of
 from distplat.strategies.sparse.modules import dense_parameters
@@ -213,7 +213,7 @@ def _with_task_updates(p: Prepared) -> Prepared:
     """Apply the learning rates and the optimizer that the task defines, if any."""
     p.job = with_task_schedule(p.job, p.task, p.total_steps).with_plateau()
     if p.part is not None and isinstance(p.job.optimizer, TaskOptimizer):
-        p.made, p.job = make_optimizers(p.job, p.task, p.part)
+        p.made, p.job = build_optimizers(p.job, p.task, p.part)
     return p
 
 

@@ -234,7 +234,7 @@ def traced_layers(model: nn.Module) -> list[Layer]:
     ]
 
 
-def found_layers(
+def find_layers(
     model: nn.Module, call: ModelCall | None = None, order: CallOrder | None = None
 ) -> list[Layer]:
     """

@@ -1,13 +1,14 @@
 """
-Models that no process ever holds whole: built without values, cut, then filled stage by stage.
+Meta-device initialization for models that do not fit into one process.
 
     on_meta(build)      shapes and names, no memory
     layers, cut
-    materialise(...)    values for the own stage's layers only
+    materialise(...)    initial values of this stage's layers only
 
-Each layer draws its values from a generator seeded by (seed, number of the layer), so they do not
-depend on where the model is cut. They are not those of a model built in one go, which draws all
-layers from one generator in turn. Values are drawn on the CPU: the same bits for every device.
+Each layer is initialized by a generator seeded with (seed, number of the layer), so its values do
+not depend on where the model is cut. The values differ from those of a model built without `meta`,
+which uses one generator for all layers. Initialization runs on the CPU: the same bits for every
+device.
 """
 
 import hashlib
@@ -21,38 +22,38 @@ from distplat.strategies.model.layers import Layer, named_tensors
 from distplat.strategies.model.module_hooks import tensor_hooks
 
 _RESET = ("reset_parameters", "_reset_parameters")
-"""The second is what some of torch's own modules have, `nn.MultiheadAttention` for one."""
+"""Some modules of torch, such as `nn.MultiheadAttention`, have the second name."""
 
 
 def on_meta(build: Callable[[], nn.Module]) -> nn.Module:
-    """Build a model without values: whatever it makes takes no memory."""
+    """Build a model on the meta device, without allocating memory."""
     with torch.device("meta"):
         return build()
 
 
 def materialise(layers: Sequence[Layer], first: int, seed: int, device: str = "cpu") -> None:
     """
-    Give values to the layers of one stage, in place, and move them to their device.
+    Initialize the layers of one stage, in place, and move them to their device.
 
-    Tensors that layers of the stage share stay shared: the first layer's values are taken.
+    Tensors shared by layers of the stage stay shared, with the first layer's values.
 
     Args:
         layers: of the stage, built on `meta`.
-        first: number of the first of them in the model.
+        first: number of the first of the layers in the model.
         seed: of the job.
         device: where the stage runs.
 
     Raises:
-        SpecError: a module with parameters or buffers does not say how they begin; names each.
+        SpecError: modules with parameters or buffers have no `reset_parameters`; names each.
     """
-    _check(layers)
-    groups = _shared(layers)
+    _check_initializers(layers)
+    groups = _shared_tensors(layers)
     for number, layer in enumerate(layers, start=first):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(_layer_seed(seed, number))
             layer.module.to_empty(device="cpu")
             for module in _children_first(layer.module):
-                if _own(module):
+                if _own_tensors(module):
                     next(getattr(module, name) for name in _RESET if hasattr(module, name))()
     for (home, name), *others in groups:
         for other, its_name in others:
@@ -67,20 +68,20 @@ def _layer_seed(seed: int, number: int) -> int:
 
 
 def _children_first(module: nn.Module) -> Iterator[nn.Module]:
-    """Give modules in the order in which constructors end: a parent may change its children."""
+    """Yield modules in the order in which constructors end: a parent may change its children."""
     seen: set[int] = set()
 
-    def walk(one: nn.Module) -> Iterator[nn.Module]:
-        if id(one) not in seen:
-            seen.add(id(one))
-            for child in one.children():
+    def walk(parent: nn.Module) -> Iterator[nn.Module]:
+        if id(parent) not in seen:
+            seen.add(id(parent))
+            for child in parent.children():
                 yield from walk(child)
-            yield one
+            yield parent
 
     return walk(module)
 
 
-def _check(layers: Sequence[Layer]) -> None:
+def _check_initializers(layers: Sequence[Layer]) -> None:
     problems = []
     for layer in layers:
         for name, part in layer.parts.items():
@@ -94,13 +95,13 @@ def _check(layers: Sequence[Layer]) -> None:
             text = f"{layer.name}.{path} has {' and '.join(hooks)}, and gets its values later"
             problems += [Problem((), text, "do not use `init: meta`")] if hooks else []
         for path, module in layer.module.named_modules():
-            if _own(module) and not any(hasattr(module, name) for name in _RESET):
+            if _own_tensors(module) and not any(hasattr(module, name) for name in _RESET):
                 name = ".".join(part for part in (layer.name, path) if part)
-                what = ", ".join(own for own, _ in _own(module))
+                tensors = ", ".join(own for own, _ in _own_tensors(module))
                 problems.append(
                     Problem(
                         (),
-                        f"{name} ({type(module).__name__}) has {what} and no reset_parameters()",
+                        f"{name} ({type(module).__name__}) has {tensors} and no reset_parameters()",
                         "give the class one that sets them, or do not use `init: meta`",
                     )
                 )
@@ -108,13 +109,13 @@ def _check(layers: Sequence[Layer]) -> None:
         raise SpecError(*problems)
 
 
-def _own(module: nn.Module) -> list[tuple[str, Tensor]]:
-    """Give parameters and buffers of a module, those of its children apart."""
+def _own_tensors(module: nn.Module) -> list[tuple[str, Tensor]]:
+    """Return a module's own parameters and buffers, without those of its children."""
     return [*named_tensors(module, recurse=False)]
 
 
-def _shared(layers: Sequence[Layer]) -> list[list[tuple[nn.Module, str]]]:
-    """Give the owners of each tensor that has several; `to_empty` makes a tensor for each."""
+def _shared_tensors(layers: Sequence[Layer]) -> list[list[tuple[nn.Module, str]]]:
+    """Return the owners of each shared tensor; `to_empty` creates a tensor for each owner."""
     owners: dict[int, list[tuple[nn.Module, str]]] = {}
     seen: set[int] = set()
     for layer in layers:
@@ -122,6 +123,6 @@ def _shared(layers: Sequence[Layer]) -> list[list[tuple[nn.Module, str]]]:
             if id(module) in seen:
                 continue
             seen.add(id(module))
-            for name, tensor in _own(module):
+            for name, tensor in _own_tensors(module):
                 owners.setdefault(id(tensor), []).append((module, name))
-    return [some for some in owners.values() if len(some) > 1]
+    return [group for group in owners.values() if len(group) > 1]

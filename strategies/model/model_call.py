@@ -1,9 +1,9 @@
 """
-How a model is called with what the data gives: `model(inputs)` of a pair, else as the task says.
+How a model is called on a batch: `model(inputs)` for a pair, else by a method of the task.
 
-The task's `forward`, or its `step`, gets the model and a whole batch. Where the model is cut, two
-parts that stand for it are each called so, in processes of their own: up to the model's call both
-are to compute the same.
+The task's `forward`, or its `step`, gets the model and a whole batch. If the model is split into
+stages, the first and the last stage each run this method in their own process. Up to the model's
+call both must compute the same.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ from distplat.strategies.torch_compat import RandomOpWatch
 
 
 class Batch(NamedTuple):
-    """What enters a model where that is a whole batch, and not the first of a pair."""
+    """A whole batch as a model's input, instead of the inputs of a pair."""
 
     batch: Any
 
 
 class ModelCall:
     """
-    Calls a model, or what stands for it.
+    Calls a model, or a stage that replaces it.
 
     Args:
-        task: says how a batch is handed over; None: there are inputs only.
+        task: its method defines the call; None: a model is called with inputs only.
     """
 
     def __init__(self, task: Task | None = None) -> None:
@@ -39,23 +39,24 @@ class ModelCall:
         self._method = "forward" if task is None else model_call_method(task) or "forward"
 
     def __call__(self, model: nn.Module, inputs: Any) -> Any:
-        """Call a model with what enters it."""
+        """Call a model with inputs, or with a `Batch` by the task's method."""
         if not isinstance(inputs, Batch):
             return model(inputs)
-        assert self._task is not None, "batches come of a task's data"
+        assert self._task is not None, "a batch comes from a task's data"
         return method_of(self._task, self._method)(model, inputs.batch)
 
     @property
     def holders(self) -> tuple[object, ...]:
-        """Give the task, whose attributes a call may change, where it calls the model itself."""
+        """The task, if its own method calls the model: the call may change its attributes."""
         return () if self._task is None or model_call_method(self._task) is None else (self._task,)
 
     def of_part(self, model: nn.Module, inputs: Any) -> Any:
         """
-        Call what stands for a part of the model, and has hooks of its own.
+        Call a stage of a split model.
 
         Raises:
-            SpecError: the task draws random numbers before: another part would draw others.
+            SpecError: the task draws random numbers before the model's call, and another stage
+                would draw different ones.
         """
         if (
             self._task is None
@@ -79,17 +80,17 @@ class ModelCall:
         raise SpecError(Problem(("task",), text, hint))
 
     def __deepcopy__(self, memo: object) -> ModelCall:
-        """Give itself: layers are copied to be measured, and a task may hold its data."""
+        """Return itself: profiling copies layers, and a task may hold its data."""
         return self
 
 
-class TakesBatch(nn.Module):
+class BatchInput(nn.Module):
     """
-    The model's first layer, which may be given a batch that is a mapping.
+    The model's first layer, which also accepts a batch that is a mapping.
 
     Args:
         module: of the layer.
-        model: whose one argument it takes; None: it takes the mapping itself.
+        model: its only argument is taken from the mapping; None: the layer gets the mapping.
     """
 
     def __init__(self, module: nn.Module, model: nn.Module | None) -> None:
@@ -100,7 +101,7 @@ class TakesBatch(nn.Module):
 
     def forward(self, inputs: Any) -> Any:
         """
-        Give what the layer gives.
+        Return the layer's outputs.
 
         Raises:
             SpecError: the mapping has other keys than the model's one argument.
@@ -116,7 +117,7 @@ class TakesBatch(nn.Module):
 
 
 def torch_modes() -> dict[str, object]:
-    """Give what contexts of torch change."""
+    """Return the state of torch's context managers: gradients, inference mode, autocast."""
     return {
         "torch.no_grad or its like": torch.is_grad_enabled(),
         "torch.inference_mode": torch.is_inference_mode_enabled(),
@@ -128,5 +129,5 @@ def torch_modes() -> dict[str, object]:
 
 
 def changed_modes(before: dict[str, object]) -> str:
-    """Say which contexts have been entered since; empty: none."""
-    return " and ".join(what for what, mode in torch_modes().items() if mode != before[what])
+    """Return the names of contexts entered since `torch_modes()`, joined; empty: none."""
+    return " and ".join(name for name, mode in torch_modes().items() if mode != before[name])

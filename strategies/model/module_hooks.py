@@ -84,7 +84,7 @@ def is_parametrized(module: nn.Module) -> bool:
     return bool(parametrize.is_parametrized(module))
 
 
-def unwrapped(model: nn.Module) -> nn.Module:
+def unwrap(model: nn.Module) -> nn.Module:
     """
     Take the wrappers off a model and, in place, off all modules in it.
 
@@ -96,11 +96,11 @@ def unwrapped(model: nn.Module) -> nn.Module:
     for module in list(model.modules()):
         for name, child in list(module.named_children()):
             if _inside(child) is not None:
-                module._modules[name] = unwrapped(child)
+                module._modules[name] = unwrap(child)
     return model
 
 
-def cut_elsewhere(model: nn.Module) -> str:
+def sharded_class_name(model: nn.Module) -> str:
     """Name the class by which a model has parts on each rank already; empty: it is whole."""
     every = [*model.modules(), *model.parameters()]
     names = (kind.__name__ for one in every for kind in type(one).__mro__)
@@ -176,7 +176,7 @@ class _DDPInterface(DistributedDataParallel):
         raise SpecError(Problem(("task",), text, hint))
 
 
-def passing_on(wrapper: DistributedDataParallel, enable: Callable[[bool], None]) -> None:
+def disable_averaging(wrapper: DistributedDataParallel, enable: Callable[[bool], None]) -> None:
     """
     Have a wrapper call its model and average nothing, as somebody else does.
 
@@ -205,7 +205,7 @@ def wrappers_in(model: nn.Module) -> list[DistributedDataParallel]:
     return [one for one in model.modules() if isinstance(one, DistributedDataParallel)]
 
 
-def with_own_buffers(wrappers: Sequence[DistributedDataParallel]) -> set[nn.Module]:
+def modules_without_broadcast(wrappers: Sequence[DistributedDataParallel]) -> set[nn.Module]:
     """Give the modules whose buffers no wrapper around them broadcasts."""
     own, broadcast = set[nn.Module](), set[nn.Module]()
     for one in wrappers:

@@ -1,4 +1,4 @@
-"""Which parameters go into a flat vector, and where; runs of it as tensors of their own types."""
+"""Layout of parameters in a flat vector, and views of its ranges in their own dtypes."""
 
 from __future__ import annotations
 
@@ -20,30 +20,30 @@ from distplat.strategies.sparse.modules import dense_parameters
 
 
 def dtype_name(tensor: Tensor) -> str:
-    """Give the name of a tensor's type, for example `float32`."""
+    """Return the name of a tensor's dtype, for example `float32`."""
     return str(tensor.dtype).removeprefix("torch.")
 
 
 def typed(vector: Tensor, start: int, stop: int, dtype: str) -> Tensor:
-    """View a run of a vector in its own type, shape [its elements]."""
-    run, kind = vector[start:stop], getattr(torch, dtype)
-    return run if run.dtype == kind else run.view(kind)
+    """View a range of a vector in its own dtype, with one dimension."""
+    run, torch_dtype = vector[start:stop], getattr(torch, dtype)
+    return run if run.dtype == torch_dtype else run.view(torch_dtype)
 
 
 def typed_views(vector: Tensor, segments: Sequence[Segment]) -> list[Tensor]:
-    """View some runs of a vector, each in its own type."""
-    return [typed(vector, one.start, one.stop, one.dtype) for one in segments]
+    """View segments of a vector, each in its own dtype."""
+    return [typed(vector, segment.start, segment.stop, segment.dtype) for segment in segments]
 
 
 def segments_of(layout: Layout) -> NDArray[np.int64]:
-    """Give the index of each piece's segment."""
+    """Return the index of each piece's segment."""
     ends = np.array([segment.stop for segment in layout.segments], np.int64)
     starts = np.array([piece.start for piece in layout.pieces], np.int64)
     return np.searchsorted(ends, starts, side="right")
 
 
 def scale_in_place(runs: Sequence[Tensor], scale: float) -> None:
-    """Multiply some vectors by a number; by 1 costs nothing."""
+    """Multiply vectors by a number, in place; a scale of 1 is a no-op."""
     if scale != 1.0:
         for run in runs:
             run.mul_(scale)
@@ -53,26 +53,26 @@ def squared_norm_of(
     vector: Tensor, segments: Sequence[Segment], duplicate_ranges: Sequence[tuple[int, int]] = ()
 ) -> float:
     """
-    Give the sum of squares of a vector, in float64.
+    Return the sum of squares of a vector, in float64.
 
     Args:
         vector: shape [n].
-        segments: of which types it is.
-        duplicate_ranges: runs to be left out, which rise.
+        segments: of the vector.
+        duplicate_ranges: ranges to skip, in ascending order.
     """
-    return sum(squared_norm(run) for run in _without(vector, segments, duplicate_ranges))
+    return sum(squared_norm(run) for run in _views_without(vector, segments, duplicate_ranges))
 
 
-def _without(
-    vector: Tensor, segments: Sequence[Segment], left_out: Sequence[tuple[int, int]]
+def _views_without(
+    vector: Tensor, segments: Sequence[Segment], skipped: Sequence[tuple[int, int]]
 ) -> Iterator[Tensor]:
-    """View a vector by segments, each in its own type, without some runs, which rise."""
-    for one in segments:
-        at = one.start
-        for start, stop in [*left_out, (one.stop, one.stop)]:
-            start, stop = min(max(start, at), one.stop), min(max(stop, at), one.stop)
+    """Yield views of a vector by segment, each in its own dtype, without ascending ranges."""
+    for segment in segments:
+        at, end = segment.start, segment.stop
+        for start, stop in [*skipped, (end, end)]:
+            start, stop = min(max(start, at), end), min(max(stop, at), end)
             if at < start:
-                yield typed(vector, at, start, one.dtype)
+                yield typed(vector, at, start, segment.dtype)
             at = max(at, stop)
 
 
@@ -80,20 +80,20 @@ def first_non_finite(
     vector: Tensor,
     segments: Sequence[Segment],
     pieces: Sequence[Piece],
-    seen: Sequence[tuple[int, int]] = (),
+    finite: Sequence[tuple[int, int]] = (),
 ) -> int | None:
     """
-    Give the slot of the first parameter that has an element which is not finite; None: all are.
+    Return the slot of the first parameter with a non-finite element, or None.
 
-    One pass over the vector; slots are looked for only where it found something.
+    One pass over the vector; only if it finds such an element are the slots searched.
 
     Args:
         vector: shape [n].
-        segments: of which types it is.
-        pieces: what lies where.
-        seen: runs that are known to be finite, which rise.
+        segments: of the vector.
+        pieces: of the vector's layout.
+        finite: ranges already found finite, in ascending order.
     """
-    if all(map(is_finite, _without(vector, segments, seen))):
+    if all(map(is_finite, _views_without(vector, segments, finite))):
         return None
     for segment in segments:
         for piece in pieces:
@@ -104,12 +104,12 @@ def first_non_finite(
 
 
 def bits_of(tensor: Tensor) -> Tensor:
-    """Give a tensor's bytes, to compare values of which some may be NaN."""
+    """Return a tensor's bytes, to compare values that may be NaN."""
     return tensor.detach().contiguous().view(-1).view(torch.uint8)
 
 
 def fill(tensor: Tensor, values: Tensor) -> None:
-    """Write values of its shape into a tensor, which may be expanded: each element once."""
+    """Copy values into a tensor of the same shape, which may be expanded."""
     for dim, stride in enumerate(tensor.stride()):
         if stride == 0 and tensor.shape[dim] > 1:
             tensor, values = tensor.narrow(dim, 0, 1), values.narrow(dim, 0, 1)
@@ -117,41 +117,41 @@ def fill(tensor: Tensor, values: Tensor) -> None:
 
 
 def is_finite(run: Tensor) -> bool:
-    """Say whether all elements are finite."""
+    """Return whether all elements are finite."""
     if not run.numel():
         return True
-    if math.isfinite(float(run.sum())):  # a quicker pass; only finite elements have a finite sum
+    if math.isfinite(float(run.sum())):  # fast check: a finite sum implies finite elements
         return True
-    low, high = run.aminmax()  # of large elements the sum may overflow; both NaN where one is
+    low, high = run.aminmax()  # the sum of large finite elements may overflow; NaN propagates here
     return math.isfinite(float(low)) and math.isfinite(float(high))
 
 
 _ALIGN = 16
-"""Elements: a multiple of a cache line for every dtype of 4 bytes and more."""
+"""Alignment in elements: a multiple of a cache line for every dtype of at least 4 bytes."""
 
 _LINE_BYTES = 64
 _BLOCK_BYTES = 4096
-"""Vectors of several types are a multiple of it: shards of them end between two elements."""
+"""Byte vectors are a multiple of this size, so that their shards end between two elements."""
 
 _TAIL_BYTES = 64 << 20
-"""So much may the tail take in any case; else no more than what is trained."""
+"""Maximum size of the tail, unless the trained parameters are larger."""
 
 NamedParams = list[tuple[str, nn.Parameter]]
 
 GroupOf = Callable[[str], int]
-"""Gives the number of a parameter's group by its name, see `Piece.group`."""
+"""Returns the number of a parameter's group by its name, see `Piece.group`."""
 
 
 @dataclass(frozen=True)
 class Slot:
-    """Where one parameter lies."""
+    """Location of one parameter."""
 
     name: str
     shape: tuple[int, ...]
     offset: int
     """First element in the flat vector."""
     stop: int
-    """Its last one, exclusive."""
+    """Last element, exclusive."""
     dtype: torch.dtype
 
     @property
@@ -160,25 +160,26 @@ class Slot:
         return int(torch.Size(self.shape).numel())
 
     def view(self, vector: Tensor) -> Tensor:
-        """Give this parameter's part of a flat vector, in its own type and shape."""
+        """Return this parameter's part of a flat vector, in its own dtype and shape."""
         run = vector[self.offset : self.stop]
         return (run if run.dtype == self.dtype else run.view(self.dtype)).view(self.shape)
 
 
 def trainable(model: nn.Module, extra: Mapping[str, Tensor]) -> NamedParams:
     """
-    Give the parameters to be trained; an empty one has nothing to train.
+    Return the trainable parameters that have elements, by name.
 
     Args:
-        model: of which.
-        extra: parameters outside of it, by name.
+        model: its parameters come first.
+        extra: parameters outside the model, by name.
 
     Raises:
         ValueError, SpecError: see `FlatModel`.
     """
-    twice = extra.keys() & model.state_dict().keys()
-    if twice:
-        text = f"the model has a tensor of the name {min(twice)!r}, which is that of the task's own"
+    duplicates = extra.keys() & model.state_dict().keys()
+    if duplicates:
+        name = min(duplicates)
+        text = f"the model has a tensor of the name {name!r}, which is that of the task's own"
         raise SpecError(Problem(("task",), text, "rename the submodule"))
     named = [(name, p) for name, p in dense_parameters(model) if p.requires_grad and p.numel()]
     known = {id(p) for _, p in named}
@@ -204,21 +205,22 @@ def trainable(model: nn.Module, extra: Mapping[str, Tensor]) -> NamedParams:
 
 
 def by_type(named: NamedParams) -> NamedParams:
-    """Sort parameters by type, in the order in which types first occur; else as they are."""
+    """Sort parameters by dtype, in the order in which dtypes first occur; the sort is stable."""
     order = list(dict.fromkeys(p.dtype for _, p in named))
-    return sorted(named, key=lambda one: order.index(one[1].dtype))
+    return sorted(named, key=lambda item: order.index(item[1].dtype))
 
 
 def room_for(frozen: NamedParams, trained: NamedParams, model: nn.Module) -> NamedParams:
     """
-    Give the frozen parameters that may take part in training later: the vector has room for them.
+    Return the frozen parameters for which the vector reserves space, to be trained later.
 
-    None where all of them are much larger than what is trained. A vector of one type stays so, and
-    what shares its memory with another tensor stays where it is.
+    The list is empty if they are much larger than the trained parameters. A parameter is excluded
+    if its dtype would turn the vector into a byte vector, or if it shares memory with another
+    tensor.
     """
     tensors = [*model.parameters(), *model.buffers()]
     holders = Counter(t.untyped_storage().data_ptr() for t in tensors if t.numel())
-    types = {p.dtype for _, p in trained}
+    dtypes = {p.dtype for _, p in trained}
     device = trained[0][1].device
     may_move = [
         (name, p)
@@ -226,7 +228,7 @@ def room_for(frozen: NamedParams, trained: NamedParams, model: nn.Module) -> Nam
         if p.numel()
         and p.is_floating_point()
         and p.device == device
-        and (len(types) > 1 or p.dtype in types)
+        and (len(dtypes) > 1 or p.dtype in dtypes)
         and holders[p.untyped_storage().data_ptr()] == 1
     ]
     limit = max(_TAIL_BYTES, sum(p.nbytes for _, p in trained))
@@ -236,7 +238,7 @@ def room_for(frozen: NamedParams, trained: NamedParams, model: nn.Module) -> Nam
 def lay_out(
     named: NamedParams, tail: NamedParams, group_of: GroupOf
 ) -> tuple[list[Slot], Layout, torch.dtype]:
-    """Give each parameter, sorted by type, its slot; what lies where; the vector's type."""
+    """Return the slots of parameters sorted by dtype, the layout, and the vector's dtype."""
     mixed = len({p.dtype for _, p in named}) > 1
     slots: list[Slot] = []
     segments: list[Segment] = []
@@ -256,37 +258,37 @@ def lay_out(
 def _append_slots(
     named: NamedParams, start: int, mixed: bool, slots: list[Slot], segments: list[Segment]
 ) -> int:
-    """Append a slot for each parameter, in segments of their own; give the first free element."""
+    """Append slots for the parameters, in new segments; return the first free element."""
     offset = stop = start
     for name, p in named:
         length, align = (p.nbytes, _LINE_BYTES) if mixed else (p.numel(), _ALIGN)
         stop = offset + length
         slots.append(Slot(name, tuple(p.shape), offset, stop, p.dtype))
         following = offset + -(-length // align) * align
-        goes_on = offset > start and segments[-1].dtype == dtype_name(p)
-        first = segments.pop().start if goes_on else offset
+        extends_segment = offset > start and segments[-1].dtype == dtype_name(p)
+        first = segments.pop().start if extends_segment else offset
         segments.append(Segment(first, following, dtype_name(p)))
         offset = following
     return -(-stop // _BLOCK_BYTES) * _BLOCK_BYTES if mixed else stop
 
 
 Owner = tuple[dict[str, nn.Parameter | None], str, str, nn.Parameter]
-"""A module's table of parameters, a key of it, the parameter's name, the parameter."""
+"""A module's `_parameters`, a key in it, the parameter's full name, the parameter."""
 
 
 def owners_of(model: nn.Module, parameters: Sequence[nn.Parameter]) -> list[Owner]:
-    """Give where the modules hold each parameter."""
-    wanted = {id(parameter) for parameter in parameters}
+    """Return the places in modules that hold the parameters."""
+    ids = {id(parameter) for parameter in parameters}
     owners: list[Owner] = []
     for prefix, module in model.named_modules():
         for key, parameter in module._parameters.items():
-            if parameter is not None and id(parameter) in wanted:
+            if parameter is not None and id(parameter) in ids:
                 name = f"{prefix}.{key}" if prefix else key
                 owners.append((module._parameters, key, name, parameter))
     return owners
 
 
 def unfreeze_error(step: int, what: str) -> SpecError:
-    """Say that a parameter takes part in training, or would, and cannot."""
+    """Return the error for a frozen parameter that cannot become trainable."""
     hint = "build it with requires_grad=True, and freeze it in the first step"
     return SpecError(Problem(("task",), f"step {step + 1}: {what}", hint))

@@ -18,7 +18,7 @@ from distplat.strategies.model.flat import FlatModel
 from distplat.strategies.model.layers import (
     Layer,
     Stage,
-    found_layers,
+    find_layers,
     layers_around_blocks,
     layers_of,
     named_tensors,
@@ -27,7 +27,7 @@ from distplat.strategies.model.layers import (
     with_unread_buffers,
 )
 from distplat.strategies.model.meta import materialise
-from distplat.strategies.model.model_call import Batch, ModelCall, TakesBatch
+from distplat.strategies.model.model_call import Batch, BatchInput, ModelCall
 from distplat.strategies.model.module_hooks import called_hooks, saved_hooks
 from distplat.strategies.model.module_options import recomputed
 from distplat.strategies.model.trials import Runner
@@ -382,13 +382,13 @@ def _listed_or_found(task: Task, model: nn.Module, order: CallOrder | None) -> l
     try:
         modules = task.stages(model)
     except NotImplementedError:
-        layers = found_layers(model, ModelCall(task), order)
+        layers = find_layers(model, ModelCall(task), order)
     else:
         layers = with_all_names(model, layers_of(model, modules))
     if isinstance(layers[0].module, BeforeBlocks):
         return layers
     of_one = None if overrides(type(task), "stages") else model
-    return [replace(layers[0], module=TakesBatch(layers[0].module, of_one)), *layers[1:]]
+    return [replace(layers[0], module=BatchInput(layers[0].module, of_one)), *layers[1:]]
 
 
 def _layers_of_own_call(task: Task, model: nn.Module, order: CallOrder | None) -> list[Layer]:

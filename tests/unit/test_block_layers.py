@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from distplat.platform.errors import SpecError
-from distplat.strategies.model.layers import found_layers, refuse_tied
+from distplat.strategies.model.layers import find_layers, refuse_tied
 from distplat.strategies.task import Task
 from distplat.strategies.torch_compat import tree_leaves
 
@@ -223,7 +223,7 @@ def test_a_tied_model_goes_on_under_another_strategy() -> None:
 
 
 def test_layers_have_the_names_of_the_parts_in_them() -> None:
-    layers = found_layers(Lm())
+    layers = find_layers(Lm())
     assert [one.name for one in layers] == ["place", *(f"blocks.{n}" for n in range(4)), "norm"]
     assert [*layers[0].parts] == ["place", "scale", "factor", "embed", "drop"]
     assert [*layers[-1].parts] == ["drop", "norm", "head"]
@@ -231,14 +231,14 @@ def test_layers_have_the_names_of_the_parts_in_them() -> None:
 
 def test_rotary_angles_are_on_both_sides_of_a_cut() -> None:
     """They are buffers that no checkpoint has, as they are computed."""
-    layers = found_layers(MODELS["llama"]())
+    layers = find_layers(MODELS["llama"]())
     refuse_tied(layers, [2])
     assert "model.rotary_emb" in layers[0].parts
     assert "model.rotary_emb" in layers[-1].parts
 
 
 def test_nothing_of_a_batch_is_kept() -> None:
-    layers, value = found_layers(Lm()), torch.zeros(2, LENGTH, dtype=torch.long)
+    layers, value = find_layers(Lm()), torch.zeros(2, LENGTH, dtype=torch.long)
     made = []
     for layer in layers:
         value = layer.module(value)
@@ -465,7 +465,7 @@ def test_what_they_leave_out_is_refused(name: str) -> None:
 
 
 def test_an_error_of_the_models_own_comes_out_as_it_is() -> None:
-    first = found_layers(Lm())[0].module
+    first = find_layers(Lm())[0].module
     with pytest.raises(IndexError, match="index out of range"):
         first(torch.full((2, LENGTH), WORDS))
     assert first(torch.zeros(2, LENGTH, dtype=torch.long))["features"].shape == (2, LENGTH, WIDTH)

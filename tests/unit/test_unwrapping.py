@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, TensorDataset
 
 from distplat import Result, Task, Trainer
-from distplat.strategies.model.module_hooks import unwrapped
+from distplat.strategies.model.module_hooks import unwrap
 
 
 def plain() -> nn.Sequential:
@@ -96,14 +96,14 @@ def test_a_compiled_model_stays_compiled() -> None:
         return graph.forward
 
     inner = plain()
-    model = unwrapped(torch.compile(inner, backend=backend))  # type: ignore[arg-type]
+    model = unwrap(torch.compile(inner, backend=backend))  # type: ignore[arg-type]
     assert model is inner
     model(torch.zeros(4, 3))
     assert len(calls) == 1
 
 
 def test_code_that_reaches_through_a_wrapper_goes_on_to_work() -> None:
-    model = unwrapped(nn.DataParallel(plain()))
+    model = unwrap(nn.DataParallel(plain()))
     assert model.module is model
     assert list(model.state_dict()) == list(plain().state_dict())
     assert [name for name, _ in model.named_modules()] == [n for n, _ in plain().named_modules()]
@@ -117,5 +117,5 @@ def test_a_model_of_ones_own_with_such_names_is_left_alone() -> None:
             self._orig_mod = nn.Linear(2, 2)
 
     model = Mine()
-    assert unwrapped(model) is model
+    assert unwrap(model) is model
     assert [*model.state_dict()][::2] == ["module.weight", "_orig_mod.weight"]
