@@ -365,7 +365,7 @@ class BucketAverage(GradientAverage):
         options: RingOptions,
     ) -> None:
         super().__init__(model, context, number, local_buffers)
-        self._is_running = False
+        self._is_scheduled = False
         self._reducer = BucketReducer(
             self.flat,
             self._group,
@@ -388,8 +388,8 @@ class BucketAverage(GradientAverage):
 
     @override
     def _start_exchange(self, index: int) -> None:
-        if not self._is_running:
-            self._is_running = True
+        if not self._is_scheduled:
+            self._is_scheduled = True
             self.flat.gradients.copied.clear()
             after_backward(self._average)
             self._reducer.last_backward()
@@ -401,7 +401,7 @@ class BucketAverage(GradientAverage):
     @not_compiled
     def _average(self) -> None:
         """Called at the end of backward: sum the gradients of all ranks, then divide."""
-        self._is_running = False
+        self._is_scheduled = False
         local = self.gather()
         present, scaled = local.present, (1.0 / self._group.world, self.flat.grads)
 

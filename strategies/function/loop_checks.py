@@ -113,7 +113,7 @@ def unprepared_error(optimizer: Optimizer, parameters: Sequence[Tensor]) -> Spec
     shapes += ", ..." if len(parameters) > _MAX_SHOWN else ""
     what = "a parameter" if len(parameters) == 1 else f"{len(parameters)} parameters"
     text = (
-        f"{type(optimizer).__name__}.step() would move {what} of no model that prepare() got, of "
+        f"{type(optimizer).__name__}.step() would update {what} of no model that prepare() got, of "
         f"shape {shapes}: each worker would train its own"
     )
     hint = (

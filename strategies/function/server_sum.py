@@ -118,7 +118,7 @@ class ServerSum:
         self.context, self._shards = context, shards
         self.members: list[GradientAverage] = []
         self._vectors: SummedVectors | None = None
-        self._is_running = False
+        self._is_scheduled = False
         self._pushes = 0
         self._policy = NonFiniteSteps.of(context.job)
 
@@ -137,8 +137,8 @@ class ServerSum:
 
     def begin(self) -> None:
         """Called with each gradient; a backward's first one schedules the exchange at its end."""
-        if not self._is_running:
-            self._is_running = True
+        if not self._is_scheduled:
+            self._is_scheduled = True
             for member in self.members:
                 member.flat.gradients.copied.clear()
             after_backward(self._exchange)
@@ -165,7 +165,7 @@ class ServerSum:
     @not_compiled
     def _exchange(self) -> None:
         """Called at the end of backward: average the gradients of all models."""
-        self._is_running = False
+        self._is_scheduled = False
         vectors, context = self._connect(), self.context
         present = [member.gather().present for member in self.members]
         vectors.flags.copy_(torch.from_numpy(np.concatenate(present)))

@@ -127,7 +127,9 @@ class ServerUpdates(Exchange):
             text = "an optimizer got parameters after the first step, which the servers do not have"
             raise SpecError(Problem(("task",), text, "add them before the first step"))
         if not any(prepared is optimizer for prepared in self._optimizers):
-            text = f"{type(optimizer).__name__}.step() would move parameters that the servers keep"
+            text = (
+                f"{type(optimizer).__name__}.step() would update parameters that the servers keep"
+            )
             raise SpecError(Problem(("task",), text, "pass the optimizer to prepare(), too"))
 
     @override

@@ -119,7 +119,7 @@ class StreamLoader(ShardedLoader):
     def batches_of_pass(self) -> int:
         size = length_of(self.dataset)
         if size is None:
-            raise TypeError("a prepared DataLoader has no len() where its stream has none")
+            raise TypeError("a prepared DataLoader has no len() if its stream has none")
         step_size = self._step_size
         return size // step_size if self._part.drops else -(-size // step_size)
 

@@ -168,5 +168,5 @@ def test_a_parameter_of_no_prepared_model_is_refused_on_one_rank_too() -> None:
         backward((loss_of(model, data_of()[:4]) * loose).sum())
         optimizer.step()
 
-    with pytest.raises(SpecError, match=r"would move a parameter of no model"):
+    with pytest.raises(SpecError, match=r"would update a parameter of no model"):
         under(ASYNC, train, 1)

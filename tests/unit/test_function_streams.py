@@ -140,7 +140,7 @@ def test_it_is_told_its_epoch_and_has_a_length_if_the_stream_has() -> None:
     assert a_pass(loader) == [[7]]
     assert len(loader) == 4
     assert len(loader_of(Long(), world=2, drop_last=True)) == 3
-    with pytest.raises(TypeError, match="where its stream has none"):
+    with pytest.raises(TypeError, match="if its stream has none"):
         len(loader_of(Plain()))
 
 

@@ -332,7 +332,7 @@ def test_a_layer_that_came_after_prepare_is_refused_where_it_would_be_trained(
             backward(loss_of(model, inputs, targets))
             optimizer.step()
 
-    with pytest.raises(SpecError, match="would move 2 parameters of no model that prepare"):
+    with pytest.raises(SpecError, match="would update 2 parameters of no model that prepare"):
         call_on_ranks(train, job=function_job(2, strategy=strategy))
 
 

@@ -209,9 +209,12 @@ def strange_updates(kind: str) -> Callable[[Any], None]:
 @pytest.mark.parametrize(
     ("kind", "text"),
     [
-        ("nothing prepared", r"would move 4 parameters .* \[6, 4\], \[6\], \[1, 6\], \.\.\.: each"),
-        ("a head", r"SGD\.step\(\) would move a parameter .* shape \[1, 1\]: each worker"),
-        ("a head later", r"SGD\.step\(\) would move a parameter .* shape \[1, 1\]: each worker"),
+        (
+            "nothing prepared",
+            r"would update 4 parameters .* \[6, 4\], \[6\], \[1, 6\], \.\.\.: each",
+        ),
+        ("a head", r"SGD\.step\(\) would update a parameter .* shape \[1, 1\]: each worker"),
+        ("a head later", r"SGD\.step\(\) would update a parameter .* shape \[1, 1\]: each worker"),
         ("autograd.grad", r"at the end '0\.weight' of rank 1 is not that of rank 0"),
         ("written", r"at backward 3 '0\.weight' of rank 1 is not that of rank 0"),
     ],
