@@ -1,1 +1,1 @@
-"""Groups of ranks that implement the port `Collective`: shared memory, gloo, NCCL, two levels."""
+"""Implementations of the port `Collective`: shared memory, gloo, NCCL and hierarchical groups."""

@@ -1,12 +1,12 @@
 """
-torch's default process group, for what a train function calls of `torch.distributed` itself.
+torch's default process group, for train functions that call `torch.distributed` themselves.
 
     init_process_group()  ->  rendezvous "env://"  ->  the attempt's store  ->  torch's gloo or NCCL
 
-torch finds the ranks by torchrun's variables, and rank 0 would open a store that answers everybody.
-Here the store is one of ours (`torch_store.py`), which answers ranks alone, and it is made when a
-function first asks for it. In all else the group is torch's own, its
-deadlines included. What is left of it when the function ends is destroyed.
+torch reads torchrun's environment variables, and rank 0 would open a TCPStore, which has no
+authentication. Here the store is `torch_store.py`'s, which only ranks can use; the first
+`init_process_group()` creates it. Otherwise the group is torch's own, including its deadlines. If
+it still exists when the train function ends, it is destroyed.
 """
 
 from __future__ import annotations
@@ -31,67 +31,67 @@ _SIOCGIFADDR = 0x8915  # of linux/sockios.h
 
 class DefaultGroup:
     """
-    One rank's way to the others, for torch's default process group, in one attempt.
+    One rank's rendezvous for torch's default process group, in one attempt.
 
     Args:
-        member: this worker's rank, among all; the name is the group's alone.
+        member: this worker's rank among all ranks, with a group name of its own.
     """
 
     def __init__(self, member: GroupMember) -> None:
         self._member = member
         self._store: Store | None = None
-        self._made = 0
+        self._groups = 0
 
     def rendezvous(self) -> Any:
         """
-        Give the store of the next group, once all ranks are here.
+        Wait for all ranks, and return the store of the next group.
 
         Raises:
-            DistplatError: a rank did not come, or this one was told to give up.
+            DistplatError: a rank did not join in time, or the attempt was abandoned.
         """
         if self._store is None:
             self._store = Store(self._member)
             if (interface := _interface_of(self._store.host)) is not None:
                 os.environ.setdefault(_INTERFACE, interface)
-        self._made += 1
-        return torch_compat.prefix_store(self._store.client, f"group-{self._made}")
+        self._groups += 1
+        return torch_compat.prefix_store(self._store.client, f"group-{self._groups}")
 
     def close(self) -> None:
-        """Serve the store no more."""
+        """Stop serving the store."""
         if self._store is not None:
-            self._store.close(troubled=False)
+            self._store.close(after_failure=False)
 
 
 @contextmanager
 def as_torchrun(context: TrainContext, rendezvous: Callable[[], Any]) -> Iterator[None]:
     """
-    Give the user's code what it has under torchrun: its variables and `init_process_group()`.
+    Provide the user's code with torchrun's variables and a working `init_process_group()`.
 
     Args:
         context: of this rank.
-        rendezvous: gives the store of each group that is made, once all ranks ask for it.
+        rendezvous: returns the store of each new group, once all ranks have called it.
     """
-    ours = not torch_compat.has_default_group()
+    had_group = torch_compat.has_default_group()
     with variables(context.variables, _INTERFACE):
         try:
             with torch_compat.env_rendezvous(rendezvous, context.rank, context.world):
                 yield
         finally:
-            if ours:
+            if not had_group:
                 torch_compat.destroy_default_group()
 
 
 def _interface_of(address: str) -> str | None:
     """
-    Give the network interface that has an address; None where there is none, or it is IPv6's.
+    Return the network interface with an IPv4 address; None if there is none, and for IPv6.
 
-    By itself gloo takes the one that the host's name leads to, which is often loopback.
+    By default gloo uses the interface of the host name's address, which is often loopback.
     """
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as any_socket:
         for _, name in socket.if_nameindex():
-            question = struct.pack("256s", name.encode()[:15])
-            with suppress(OSError):  # it has no address
-                answer = fcntl.ioctl(any_socket, _SIOCGIFADDR, question)
-                if socket.inet_ntoa(answer[20:24]) == address:
+            request = struct.pack("256s", name.encode()[:15])
+            with suppress(OSError):  # the interface has no address
+                response = fcntl.ioctl(any_socket, _SIOCGIFADDR, request)
+                if socket.inet_ntoa(response[20:24]) == address:
                     return name
     return None

@@ -1,4 +1,4 @@
-"""What all groups of ours have in common: averages, sub-groups, giving up, closing."""
+"""Base class of all collective groups: averages, sub-groups, abort and close."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -14,14 +14,14 @@ from distplat.strategies.collective import ReduceOp, Traffic
 
 class CollectiveGroup(ABC):
     """
-    One rank of a group (see `Collective`); `reduce`, `abort` and `close` are beside the port.
+    One rank of a group (see `Collective`); `reduce`, `abort` and `close` are not part of the port.
 
     Args:
-        member: which rank, of which group.
+        member: the rank and its group.
     """
 
-    choice = BackendChoice("", "it was made without `create_group`")
-    """Backend of the group, and why it is the one."""
+    choice = BackendChoice("", "the group was created without `create_group`")
+    """Backend of the group, and the reason for it."""
 
     def __init__(self, member: GroupMember) -> None:
         self.name, self.rank, self.world = member.name, member.rank, member.world
@@ -34,11 +34,11 @@ class CollectiveGroup(ABC):
         self.on_close: Callable[[], None] | None = None
 
     def share(self, like: Tensor) -> Tensor:
-        """Give zeros like `like`; in memory that the ranks share, where there is some."""
+        """Return zeros like `like`; in shared memory, if the group has any."""
         return torch.zeros_like(like)
 
     def all_reduce(self, tensor: Tensor, op: ReduceOp = ReduceOp.SUM) -> None:
-        """Combine in place."""
+        """Reduce in place."""
         self.start_all_reduce(tensor, op).wait()
 
     @property
@@ -48,76 +48,76 @@ class CollectiveGroup(ABC):
 
     @abstractmethod
     def start_all_reduce(self, tensor: Tensor, op: ReduceOp = ReduceOp.SUM) -> Work:
-        """Begin to combine in place; any number may be under way."""
+        """Start an all-reduce in place; any number of operations may be in flight."""
 
     @abstractmethod
     def reduce(self, tensor: Tensor, op: ReduceOp, root: int) -> None:
-        """Combine into the root's tensor; what the others' hold then is not defined."""
+        """Reduce into the root's tensor; the tensors of other ranks are undefined afterwards."""
 
     @abstractmethod
     def reduce_scatter(
         self, output: Tensor, inputs: Sequence[Tensor], op: ReduceOp = ReduceOp.SUM
     ) -> None:
-        """Combine everybody's r-th input into the output of rank r."""
+        """Reduce the r-th inputs of all ranks into the output of rank r."""
 
     @abstractmethod
     def all_gather(self, outputs: Sequence[Tensor], tensor: Tensor) -> None:
-        """Copy every rank's tensor to all."""
+        """Copy every rank's tensor to all ranks."""
 
     @abstractmethod
     def broadcast(self, tensor: Tensor, source: int = 0) -> None:
-        """Copy the source's tensor to all."""
+        """Copy the source's tensor to all ranks."""
 
     def send(self, tensor: Tensor, to: int) -> None:
-        """Hand a tensor to one rank."""
+        """Send a tensor to one rank."""
         self.start_send(tensor, to).wait()
 
     @abstractmethod
     def start_send(self, tensor: Tensor, to: int) -> Work:
-        """Begin to hand a tensor to one rank."""
+        """Start to send a tensor to one rank."""
 
     @abstractmethod
     def recv(self, tensor: Tensor, source: int) -> None:
-        """Fill a tensor with the next one of rank `source`."""
+        """Receive the next message of rank `source` into `tensor`."""
 
     @abstractmethod
     def barrier(self) -> None:
-        """Return when every rank has come here."""
+        """Wait until every rank has called this."""
 
     def subgroup(self, name: str, ranks: Sequence[int]) -> "CollectiveGroup":
         """
-        Make a group of some of these ranks; it ends with this group at the latest.
+        Create a group of some of these ranks; closing this group closes it, too.
 
         Raises:
-            ValueError: this group was not made by `create_group`, or is closed.
+            ValueError: this group was not created by `create_group`, or is closed.
         """
         if self.make_subgroup is None:
-            why = "it is closed" if self._closed else "Ray's own call made it"
-            raise ValueError(f"group {self.name!r} cannot be divided: {why}")
-        part = self.make_subgroup(name, ranks)
-        self._subgroups.append(part)
-        return part
+            why = "it is closed" if self._closed else "it was created by a call of Ray"
+            raise ValueError(f"group {self.name!r} cannot have sub-groups: {why}")
+        subgroup = self.make_subgroup(name, ranks)
+        self._subgroups.append(subgroup)
+        return subgroup
 
     def abort(self) -> None:
         """
         Make this rank's pending operations fail soon; may be called from any thread.
 
-        This ends all groups that have these settings: sub-groups, and the one this was cut from.
+        Aborts all groups with the same settings: the sub-groups, and the parent group.
         """
         self.settings.abandoned.set()
-        for part in self._subgroups:
-            part.abort()
+        for subgroup in self._subgroups:
+            subgroup.abort()
         self._abort()
 
     def close(self) -> None:
-        """Leave the group and those cut from it; peers in an operation fail soon."""
+        """Leave the group and its sub-groups; operations of its peers fail soon."""
         if self._closed:
             return
         self._closed = True
-        for part in self._subgroups:
-            part.close()
+        for subgroup in self._subgroups:
+            subgroup.close()
         on_close, self.on_close = self.on_close, None
-        self.make_subgroup = None  # it leads back here: without the circle memory goes at once
+        self.make_subgroup = None  # breaks a reference cycle, so that memory is freed at once
         self._subgroups.clear()
         try:
             self._leave()
@@ -131,14 +131,14 @@ class CollectiveGroup(ABC):
 
     @abstractmethod
     def _leave(self) -> None:
-        """Give connections and memory back."""
+        """Release connections and memory."""
 
     def _average(self, tensor: Tensor, op: ReduceOp) -> None:
-        """Divide what `summed` has had summed."""
+        """Divide a sum by the number of ranks if `op` is AVG."""
         if op is ReduceOp.AVG:
             tensor.div_(self.world)
 
 
-def summed(op: ReduceOp) -> ReduceOp:
-    """Give how the bytes are combined: an average is a sum that is divided in the end."""
+def sum_for_avg(op: ReduceOp) -> ReduceOp:
+    """Return SUM for AVG, whose sum is divided afterwards, and any other `op` unchanged."""
     return ReduceOp.SUM if op is ReduceOp.AVG else op

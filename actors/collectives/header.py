@@ -1,9 +1,9 @@
 """
-What a rank says of the operation it has called, so that ranks in different ones are found.
+Headers describe the operation that a rank has called; comparing them detects mismatched calls.
 
-gloo would kill the process of a rank that gets more bytes than it asked for, and in shared memory a
-rank would read values that are not there. So ranks exchange a few whole numbers first, and whoever
-differs from most is named.
+gloo kills the process of a rank that receives more bytes than expected, and in shared memory a rank
+would read values that were never written. So ranks first exchange a few integers; an error names
+the ranks that differ from the majority.
 """
 
 import struct
@@ -35,11 +35,11 @@ _DTYPE = {dtype: code for code, dtype in enumerate(SENDABLE)}
 _LAYOUT = struct.Struct("<8q")
 _VECTOR = 1 << 48
 LENGTH = 8
-"""Numbers in a header."""
+"""Integers in a header."""
 SIZE = _LAYOUT.size
 """Bytes of a packed header."""
 STAGED = -1
-"""`offset` of a tensor that lies in no shared vector."""
+"""`offset` of a tensor outside of the shared vectors."""
 
 
 class Header(NamedTuple):
@@ -49,16 +49,16 @@ class Header(NamedTuple):
     """Position in the sequence of the group's operations."""
     operation: int
     dtype: int
-    """-1: there are no values."""
+    """-1: no tensor."""
     op: int
-    """How values are combined; -1: they are not."""
+    """Code of the `ReduceOp`; -1: no reduction."""
     root: int
-    """The rank that gives or takes all; -1: none does."""
+    """Source or destination rank; -1: none."""
     elements: int
     digest: int
-    """CRC of the single tensors' sizes, and of their offsets; 0: there is one tensor at most."""
+    """CRC of the tensors' sizes and offsets; 0: at most one tensor."""
     offset: int
-    """Where in the shared vectors the tensor lies, see `offset_of`; or `STAGED`."""
+    """Position of the tensor in the shared vectors, see `offset_of`; or `STAGED`."""
 
     @property
     def name(self) -> str:
@@ -66,23 +66,23 @@ class Header(NamedTuple):
         return _OPERATIONS[self.operation]
 
     @property
-    def what(self) -> str:
-        """`7 float32`."""
+    def contents(self) -> str:
+        """Size and dtype, as in `7 float32`."""
         dtype = str(SENDABLE[self.dtype]).removeprefix("torch.") if self.dtype >= 0 else "values"
         return f"{self.elements} {dtype}"
 
     def pack(self, number: int) -> bytes:
-        """Give the `SIZE` bytes that lie in shared memory, with another number than its own."""
+        """Return the header as `SIZE` bytes for shared memory, with this number."""
         return _LAYOUT.pack(number, *self[1:])
 
     @classmethod
     def unpack(cls, data: bytes) -> "Header":
-        """Read what another rank has packed."""
+        """Read the bytes of `pack`."""
         return cls(*_LAYOUT.unpack(data))
 
     def __str__(self) -> str:
-        """`broadcast of 7 float32 from rank 0`."""
-        text = self.name if self.name == "barrier" else f"{self.name} of {self.what}"
+        """Describe the operation, as in `broadcast of 7 float32 from rank 0`."""
+        text = self.name if self.name == "barrier" else f"{self.name} of {self.contents}"
         if self.op >= 0:
             text += f" by {_REDUCTIONS[self.op].name}"
         if self.root >= 0:
@@ -104,16 +104,16 @@ def header(
     offsets: Sequence[int] = (),
 ) -> Header:
     """
-    Describe an operation.
+    Build the header of an operation.
 
     Args:
-        operation: its name.
-        tensors: of one dtype; several where ranks have a part each.
-        op: how values are combined.
-        root: the rank that gives or takes all.
+        operation: name of the operation.
+        tensors: of one dtype; several if each rank has a part.
+        op: the reduction.
+        root: source or destination rank.
         number: position in the sequence of the group's operations.
         offset: of one tensor in a shared vector.
-        offsets: of several tensors in a shared vector, empty tensors left out.
+        offsets: of several tensors in a shared vector, without empty tensors.
     """
     reduction = -1 if op is None else _REDUCTION[op]
     dtype, elements, digest = -1, 0, 0
@@ -129,17 +129,17 @@ def header(
 
 
 def supported(dtype: torch.dtype) -> bool:
-    """Whether headers have a code for this dtype."""
+    """Return whether headers have a code for this dtype."""
     return dtype in _DTYPE
 
 
 def offset_of(vector: int, byte: int) -> int:
-    """Give the `offset` of what begins at a byte of a shared vector."""
+    """Return the `offset` of a tensor that starts at a byte of a shared vector."""
     return vector * _VECTOR + byte
 
 
 def vector_of(offset: int) -> int:
-    """Give the number of the shared vector that an offset is in."""
+    """Return the number of the shared vector that contains an offset."""
     return offset // _VECTOR
 
 
@@ -148,36 +148,36 @@ def check_headers(group: str, rank: int, headers: Sequence[Header]) -> None:
     Check that all ranks have called the same operation.
 
     Args:
-        group: its name.
-        rank: who asks.
+        group: name of the group.
+        rank: this rank.
         headers: in rank order.
 
     Raises:
-        MismatchError: names the ranks that differ from most; in doubt, from the first rank.
+        MismatchError: names the ranks that differ from the majority; in a tie, from the first rank.
     """
-    counts = Counter(headers)  # keeps the order in which they come: the first wins a tie
+    counts = Counter(headers)  # keeps insertion order: in a tie, the first rank's header wins
     if len(counts) <= 1:
         return
     majority = counts.most_common(1)[0][0]
-    differing = tuple(peer for peer, head in enumerate(headers) if head != majority)
+    outliers = tuple(peer for peer, head in enumerate(headers) if head != majority)
     show_numbers = len({head.number for head in headers}) > 1
     parts = []
-    for kind in counts:
-        who = ranks_text([peer for peer, head in enumerate(headers) if head == kind])
-        parts.append(f"{who} in {kind}" + (f" (#{kind.number})" if show_numbers else ""))
+    for distinct in counts:
+        ranks = ranks_text([peer for peer, head in enumerate(headers) if head == distinct])
+        parts.append(f"{ranks} in {distinct}" + (f" (#{distinct.number})" if show_numbers else ""))
     if len({h.operation for h in counts}) == 1 and len({h.digest for h in counts}) > 1:
         parts.append("the sizes of the ranks' parts differ, or their offsets")
     own = headers[rank]
-    raise MismatchError(group, own.name, own.number, differing, "; ".join(parts))
+    raise MismatchError(group, own.name, own.number, outliers, "; ".join(parts))
 
 
 def check_message(group: str, source: int, rank: int, sent: Header, expected: Header) -> None:
     """
-    Check that a message that came is the one that is expected.
+    Check that a received message is the expected one.
 
     Raises:
-        MismatchError: it is of another size or dtype; names the sender.
+        MismatchError: the message has another size or dtype; names the sender.
     """
     if sent != expected:
-        text = f"rank {source} sends {sent.what}; rank {rank} expects {expected.what}"
+        text = f"rank {source} sends {sent.contents}; rank {rank} expects {expected.contents}"
         raise MismatchError(group, "recv", expected.number, (source,), text)

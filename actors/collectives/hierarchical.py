@@ -1,5 +1,5 @@
 """
-All-reduce in two levels: shared memory inside a node, a ring between the nodes' leaders.
+Hierarchical all-reduce: shared memory within a node, a gloo ring between the nodes' leaders.
 
     node a: ranks 0 1 2          node b: ranks 3 4
 
@@ -7,12 +7,12 @@ All-reduce in two levels: shared memory inside a node, a ring between the nodes'
     2  ring      0 <--------------> 3                    gloo, each node's sum once
     3  broadcast 0 -> 1, 2           3 -> 4              shared memory
 
-A node's sum crosses the network once, not once for each of its ranks. Large vectors go in blocks:
-the ring passes one while the next is summed. All ranks end with the bits that the ring's leaders
-have, and sums run in the same order in every run. The leader is the first rank of its node.
+A node's sum crosses the network once, not once for each of its ranks. Large vectors are split into
+blocks: the ring sends a block while the next one is summed. Results are bitwise equal on all ranks,
+and sums are computed in the same order in every run. The leader is the first rank of its node.
 
-What is no sum of all ranks' vectors goes over the gloo group of all ranks, which this class is; so
-do the comparison of operations and the search for missing ranks. (docs/decisions/backends.md)
+Operations other than all-reduce and broadcast use the base class's gloo group of all ranks, as do
+the comparison of headers and the search for missing ranks. (docs/decisions/backends.md)
 """
 
 import threading
@@ -22,13 +22,14 @@ from functools import partial
 from typing import Any
 
 from torch import Tensor
+from typing_extensions import override
 
-from distplat.actors.collectives.group import summed
+from distplat.actors.collectives.group import sum_for_avg
 from distplat.actors.collectives.header import Header, header
 from distplat.actors.collectives.rendezvous import GroupMember, delete_locations, exchange_locations
 from distplat.actors.collectives.shm.shm_group import ShmGroup
-from distplat.actors.collectives.torch_group import Fail, TorchGroup, nothing
-from distplat.actors.collectives.torch_store import run_unless_given_up
+from distplat.actors.collectives.torch_group import ConvertError, TorchGroup, do_nothing
+from distplat.actors.collectives.torch_store import run_until_abandoned
 from distplat.actors.collectives.work import OpQueue, Work
 from distplat.platform.errors import CollectiveError, DeadlineExceeded, MismatchError
 from distplat.platform.topology import by_node
@@ -45,29 +46,29 @@ class HierarchicalGroup(TorchGroup):
     One rank of a group over several nodes.
 
     Args:
-        member: which rank, of which group.
+        member: the rank and its group.
 
     Raises:
-        DeadlineExceeded: somebody did not come in `settings.rendezvous_s`.
-        CollectiveError: the group broke while it formed, or this rank was told to give up.
+        DeadlineExceeded: a rank did not join within `settings.rendezvous_s`.
+        CollectiveError: the group broke while it formed, or `settings.abandoned` was set.
     """
 
     def __init__(self, member: GroupMember) -> None:
         super().__init__(member)
-        self._node_group: ShmGroup | None = None  #: this node's ranks, if there are several
-        self._ring: Any = None  #: the leaders, if this rank is one of several
+        self._node_group: ShmGroup | None = None  #: the ranks of this node, if it has several
+        self._ring: Any = None  #: the leaders, if this rank is a leader and there are several
         self._queue = OpQueue(f"hierarchical {self.name}")
         self._counted = Traffic()
         self._lock = threading.Lock()
-        self._in_node = True
+        self._in_node_group = True
         try:
-            self._find_neighbours(member)
+            self._connect_levels(member)
         except BaseException:
             self.close()
             raise
 
-    def _find_neighbours(self, member: GroupMember) -> None:
-        asks = member.locations is None  # made by Ray's own call
+    def _connect_levels(self, member: GroupMember) -> None:
+        exchanges_locations = member.locations is None  # created by a call of Ray
         self._nodes = by_node(member.locations or exchange_locations(member))
         self._node = next(n for n, ranks in enumerate(self._nodes) if self.rank in ranks)
         self._local = self._nodes[self._node]
@@ -76,7 +77,7 @@ class HierarchicalGroup(TorchGroup):
         if len(self._nodes) > 1 and self.rank == self._local[0]:
             self._ring = self._connect_leaders()
         super().barrier()
-        if asks and self.rank == 0:
+        if exchanges_locations and self.rank == 0:
             delete_locations(self.name)
 
     def _join_node(self, name: str) -> ShmGroup:
@@ -84,166 +85,172 @@ class HierarchicalGroup(TorchGroup):
             local_rank = self._local.index(self.rank)
             return ShmGroup(GroupMember(name, local_rank, len(self._local), self.settings))
         except DeadlineExceeded as error:
-            named = {f"worker-{n}": f"worker-{rank}" for n, rank in enumerate(self._local)}
-            missing = tuple(named.get(who, who) for who in error.missing)
+            names = {f"worker-{n}": f"worker-{rank}" for n, rank in enumerate(self._local)}
+            missing = tuple(names.get(name, name) for name in error.missing)
             raise DeadlineExceeded(error.what, missing, error.seconds, error.setting) from None
 
     def _connect_leaders(self) -> Any:
         connect = partial(self._connect, self._store, "leaders", self._node, len(self._nodes))
-        ring = run_unless_given_up(connect, self.name, self.settings)
+        ring = run_until_abandoned(connect, self.name, self.settings)
         self._connections.append(ring)
         return ring[0]
 
+    @override
     def share(self, like: Tensor) -> Tensor:
-        """Give zeros like `like`, shared with the ranks of this node."""
+        """Return zeros like `like`, shared with the ranks of this node."""
         return super().share(like) if self._node_group is None else self._node_group.share(like)
 
+    @override
     def all_reduce(self, tensor: Tensor, op: ReduceOp = ReduceOp.SUM) -> None:
-        """Combine in place."""
         self._queue.run(partial(self._all_reduce, tensor, op))
 
     @property
+    @override
     def start_waits(self) -> bool:
-        """The group's thread waits, not the caller."""
+        """False: the group's thread waits, not the caller."""
         return False
 
+    @override
     def start_all_reduce(self, tensor: Tensor, op: ReduceOp = ReduceOp.SUM) -> Work:
-        """Begin to combine in place; the group's thread does it."""
         return self._queue.submit(partial(self._all_reduce, tensor, op))
 
+    @override
     def broadcast(self, tensor: Tensor, source: int = 0) -> None:
-        """Copy the source's tensor to all."""
         self._queue.run(partial(self._broadcast, tensor, source))
 
+    @override
     def _start(
         self,
         head: Header,
-        begin: Callable[[], Sequence[Any]],
-        moved: tuple[int, int] = (0, 0),
-        after: Callable[[], None] = nothing,
+        start: Callable[[], Sequence[Any]],
+        traffic: tuple[int, int] = (0, 0),
+        after: Callable[[], None] = do_nothing,
         *,
         overlaps: bool = False,
     ) -> Work:
-        """What goes over gloo alone has its turn among the others, and is over then."""
-        start = partial(super()._start, head, begin, moved, after)
-        self._queue.run(lambda: start().wait())
+        """Run a gloo operation in the group's queue, and wait for it."""
+        start_work = partial(super()._start, head, start, traffic, after)
+        self._queue.run(lambda: start_work().wait())
         return Work()
 
+    @override
     def start_send(self, tensor: Tensor, to: int) -> Work:
-        """Begin to send to one rank, by memory if it is near; then it is done at once."""
+        """Start to send to one rank; a send to a rank of this node is complete on return."""
         if self._node_group is None or to not in self._local:
             return super().start_send(tensor, to)
-        self._message(partial(self._node_group.send, tensor, self._local.index(to)))
+        self._run_message(partial(self._node_group.send, tensor, self._local.index(to)))
         return Work()
 
+    @override
     def recv(self, tensor: Tensor, source: int) -> None:
-        """Receive from one rank, by memory if it is near."""
         if self._node_group is None or source not in self._local:
             super().recv(tensor, source)
             return
-        self._message(partial(self._node_group.recv, tensor, self._local.index(source)))
+        self._run_message(partial(self._node_group.recv, tensor, self._local.index(source)))
 
     def _all_reduce(self, tensor: Tensor, op: ReduceOp) -> None:
-        step = max(1, BLOCK_BYTES // tensor.itemsize)
+        size = max(1, BLOCK_BYTES // tensor.itemsize)
         flat = tensor.view(-1)
-        blocks = [flat[at : at + step] for at in range(0, flat.numel(), step)]
+        blocks = [flat[start : start + size] for start in range(0, flat.numel(), size)]
         node_group = self._node_group
 
-        def work(fail: Fail) -> None:
-            rings = []
+        def operation(convert: ConvertError) -> None:
+            works = []
             for block in blocks:
                 if node_group is not None:
-                    node_group.reduce(block, summed(op), 0)
+                    node_group.reduce(block, sum_for_avg(op), 0)
                 if self._ring is not None:
-                    moved = traffic_elements(block.numel(), self._node, len(self._nodes))
-                    sent, received = (elements * block.itemsize for elements in moved)
-                    ring = torch_compat.all_reduce(self._ring, block, summed(op))
-                    rings.append(self._work([ring], fail, (sent, received)))
+                    elements = traffic_elements(block.numel(), self._node, len(self._nodes))
+                    sent, received = (count * block.itemsize for count in elements)
+                    work = torch_compat.all_reduce(self._ring, block, sum_for_avg(op))
+                    works.append(self._work([work], convert, (sent, received)))
             for number, block in enumerate(blocks):
-                if rings:
-                    rings[number].wait()
+                if works:
+                    works[number].wait()
                 if node_group is not None:
                     node_group.broadcast(block)
 
-        self._perform(header("all_reduce", [tensor], op), work)
+        self._perform(header("all_reduce", [tensor], op), operation)
         self._average(tensor, op)
 
     def _broadcast(self, tensor: Tensor, source: int) -> None:
         source_node = next(n for n, ranks in enumerate(self._nodes) if source in ranks)
         is_source_node, nodes = source_node == self._node, len(self._nodes)
-        first = self._local.index(source) if is_source_node else 0
+        local_source = self._local.index(source) if is_source_node else 0
 
-        def work(fail: Fail) -> None:
-            # Where the source is: first to the leader, and to all on the way.
+        def operation(convert: ConvertError) -> None:
+            # On the source's node the first broadcast also reaches the leader.
             if is_source_node and self._node_group is not None:
-                self._node_group.broadcast(tensor, first)
+                self._node_group.broadcast(tensor, local_source)
             if self._ring is not None and tensor.numel():
-                moved = (tensor.nbytes * (nodes - 1), 0) if is_source_node else (0, tensor.nbytes)
-                ring = torch_compat.broadcast(self._ring, tensor, source_node)
-                self._work([ring], fail, moved).wait()
+                traffic = (tensor.nbytes * (nodes - 1), 0) if is_source_node else (0, tensor.nbytes)
+                work = torch_compat.broadcast(self._ring, tensor, source_node)
+                self._work([work], convert, traffic).wait()
             if not is_source_node and self._node_group is not None:
-                self._node_group.broadcast(tensor, first)
+                self._node_group.broadcast(tensor, local_source)
 
-        self._perform(header("broadcast", [tensor], root=source), work)
+        self._perform(header("broadcast", [tensor], root=source), operation)
 
-    def _perform(self, head: Header, work: Callable[[Fail], None]) -> None:
-        """Do an operation that begins or ends inside the nodes; errors name ranks of all nodes."""
+    def _perform(self, head: Header, operation: Callable[[ConvertError], None]) -> None:
+        """Run an operation that uses the node group; errors name ranks of the whole group."""
         number = self._enter(head)
 
-        def fail(error: Exception) -> CollectiveError:
-            self._leave_node()  # before the search, which takes time: who is near shall not wait
+        def convert(error: Exception) -> CollectiveError:
+            self._leave_node_group()  # before the slow search: ends waits of ranks on this node
             return self._failed(head.name, error, number=number)
 
         try:
-            work(fail)
+            operation(convert)
         except MismatchError as error:
-            self._cut()  # the other nodes wait for this one
+            self._disconnect()  # the other nodes wait for this one
             raise self._with_group_ranks(error) from None
         except (CollectiveError, RuntimeError) as error:
-            raise fail(error) from None
+            raise convert(error) from None
         finally:
-            self._account()
+            self._count_node_traffic()
 
-    def _message(self, work: Callable[[], None]) -> None:
+    def _run_message(self, operation: Callable[[], None]) -> None:
         try:
-            work()
+            operation()
         except CollectiveError as error:
             raise self._with_group_ranks(error) from None
         finally:
-            self._account()
+            self._count_node_traffic()
 
     def _with_group_ranks(self, error: CollectiveError) -> CollectiveError:
-        """Name the ranks by their ranks in this group."""
+        """Convert the ranks of a node group's error to ranks of this group."""
         missing = tuple(self._local[local_rank] for local_rank in error.missing)
         cause = f"{error.cause} (on one node, where 0.. are ranks {self._local})"
         return type(error)(self.name, error.operation, error.number, missing, cause)
 
+    @override
     def _abort(self) -> None:
         if self._node_group is not None:
             self._node_group.abort()
         super()._abort()
 
+    @override
     def _leave(self) -> None:
-        self._leave_node()
+        self._leave_node_group()
         super()._leave()
         self._queue.close(_CLOSE_S)
 
-    def _leave_node(self) -> None:
+    def _leave_node_group(self) -> None:
         with self._lock:
-            stays, self._in_node = self._in_node, False
-        if stays and self._node_group is not None:
+            in_node_group, self._in_node_group = self._in_node_group, False
+        if in_node_group and self._node_group is not None:
             self._node_group.close()
 
-    def _account(self) -> None:
-        """Count what went through this node's memory."""
+    def _count_node_traffic(self) -> None:
+        """Add the node group's traffic since the last call."""
         if self._node_group is None:
             return
         with self._lock:
-            now, last = replace(self._node_group.traffic), self._counted
-            self._counted = now
+            new, old = replace(self._node_group.traffic), self._counted
+            self._counted = new
             self._meter.add(
-                now.sent_bytes - last.sent_bytes,
-                now.received_bytes - last.received_bytes,
-                now.waiting_s - last.waiting_s,
-                now.working_s - last.working_s,
+                new.sent_bytes - old.sent_bytes,
+                new.received_bytes - old.received_bytes,
+                new.waiting_s - old.waiting_s,
+                new.working_s - old.working_s,
             )

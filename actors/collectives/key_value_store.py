@@ -1,19 +1,19 @@
 """
-The store by which the ranks of a torch group find each other: rank 0 keeps it for ranks alone.
+Key-value store of a torch group with authentication, served by rank 0.
 
-torch's own TCPStore answers whoever connects, and lists its keys. Here both sides prove first that
-they know the group's secret, which they have from Ray's store.
+torch's own TCPStore accepts any connection, and lists its keys. Here both sides first prove that
+they know the group's secret, which they have read from Ray's store.
 
     rank r                                          rank 0
       connect                   ------------->
-                                <-------------      a nonce
-      a nonce, proof of "rank"  ------------->      wrong, or late: it hangs up without a word
+                                <-------------      nonce
+      nonce, proof of "rank"    ------------->      wrong or late: closes the connection
                                 <-------------      proof of "keeper"
-      request                   ------------->      JSON behind its length
+      request                   ------------->      JSON after its length
                                 <-------------      answer
 
-Nobody can connect any more once all ranks have. What goes over the connections is not secret.
-(docs/decisions/store_of_a_group.md)
+Once all ranks have connected, the port closes. The connections are not encrypted: they carry no
+secrets. (docs/decisions/store_of_a_group.md)
 """
 
 import asyncio
@@ -35,15 +35,15 @@ _NONCE_BYTES = _PROOF_BYTES = 32
 _LENGTH_BYTES = 4
 _HELLO_S = 5.0
 """Deadline for a new connection to prove that it is a rank."""
-_STRANGERS = 64
-"""Connections at a time, beside those of all ranks, that have not proved themselves; beyond them
-the oldest one ends."""
+_MAX_UNVERIFIED = 64
+"""Unverified connections at a time, in addition to those of all ranks; the oldest one is closed
+if there are more."""
 _SLICE_S = 0.25
-"""A wait leaves the connection to others so often."""
+"""Period at which a wait releases the connection to other threads."""
 
 
-def _proof(secret: str, side: str, keepers_nonce: bytes, ranks_nonce: bytes) -> bytes:
-    return hmac.digest(secret.encode(), side.encode() + keepers_nonce + ranks_nonce, "sha256")
+def _proof(secret: str, side: str, server_nonce: bytes, rank_nonce: bytes) -> bytes:
+    return hmac.digest(secret.encode(), side.encode() + server_nonce + rank_nonce, "sha256")
 
 
 def _frame(value: Any) -> bytes:
@@ -53,12 +53,12 @@ def _frame(value: Any) -> bytes:
 
 class StoreServer:
     """
-    Keeps a store on a port of its own, in a thread.
+    Serves a store on its own port, in a thread.
 
     Args:
         host: address to listen on.
         secret: of the group.
-        ranks: connections that there will be; the port closes with the last one.
+        ranks: number of connections to accept; then the port closes.
     """
 
     def __init__(self, host: str, secret: str, ranks: int) -> None:
@@ -66,9 +66,9 @@ class StoreServer:
         self.port: int = listener.getsockname()[1]
         self.values: dict[str, str] = {}
         self._secret, self._connections_left = secret, ranks
-        self._pending: dict[asyncio.StreamWriter, None] = {}  #: in the order in which they came
+        self._unverified: dict[asyncio.StreamWriter, None] = {}  #: oldest first
         self._connections: set[asyncio.Task[None]] = set()
-        self._more = asyncio.Condition()  #: there are new keys
+        self._key_added = asyncio.Condition()
         self._ended = asyncio.Event()
         self._runner = asyncio.Runner(loop_factory=asyncio.new_event_loop)
         self.loop = self._runner.get_loop()
@@ -78,13 +78,13 @@ class StoreServer:
         self._thread.start()
 
     def close(self, after_s: float = 0.0) -> None:
-        """Serve no more from then on; does not wait for it."""
+        """Stop serving after `after_s` seconds; returns at once."""
         end = self._ended.set
-        with suppress(RuntimeError):  # it is over already
+        with suppress(RuntimeError):  # the loop has ended already
             self.loop.call_soon_threadsafe(lambda: self.loop.call_later(after_s, end))
 
     def _run(self, listener: socket.socket) -> None:
-        with self._runner:  # ends the connections too
+        with self._runner:  # closes the connections, too
             self._runner.run(self._serve(listener))
 
     async def _serve(self, listener: socket.socket) -> None:
@@ -94,17 +94,18 @@ class StoreServer:
         self._server.close()
 
     def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        """Begin to talk: in a task of ours, as Python 3.11 complains of its own at the end."""
-        talk = self.loop.create_task(self._handle(reader, writer))
-        self._connections.add(talk)  # nobody else may hold it while it waits
-        talk.add_done_callback(self._connections.discard)
+        """Handle a connection in a new task: Python 3.11 logs errors for asyncio's own tasks."""
+        task = self.loop.create_task(self._handle(reader, writer))
+        self._connections.add(task)  # asyncio itself holds only weak references to tasks
+        task.add_done_callback(self._connections.discard)
 
     async def _handle(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        """Answer whoever has connected, once it has proved that it is a rank."""
-        self._pending[writer] = None
-        if len(self._pending) > _STRANGERS + self._connections_left:  # all ranks may come at once
-            oldest = next(iter(self._pending))
-            del self._pending[oldest]
+        """Verify a connection, then answer its requests until it ends."""
+        self._unverified[writer] = None
+        # All ranks may connect at the same time.
+        if len(self._unverified) > _MAX_UNVERIFIED + self._connections_left:
+            oldest = next(iter(self._unverified))
+            del self._unverified[oldest]
             oldest.transport.abort()
         try:
             async with asyncio.timeout(_HELLO_S):
@@ -113,25 +114,25 @@ class StoreServer:
                 length = int.from_bytes(await reader.readexactly(_LENGTH_BYTES), "big")
                 request = json.loads(await reader.readexactly(length))
                 writer.write(_frame(await self._answer(*request)))
-        except (OSError, EOFError):  # it is gone, or was no rank
+        except (OSError, EOFError):  # the connection is closed, or was not verified
             pass
         finally:
-            self._pending.pop(writer, None)
+            self._unverified.pop(writer, None)
             writer.transport.abort()
 
     async def _verify(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        """Compare what comes with what only a rank can send; answer in kind."""
-        keepers_nonce = secrets.token_bytes(_NONCE_BYTES)
-        writer.write(keepers_nonce)
+        """Check the proof of a rank, and send the server's proof."""
+        server_nonce = secrets.token_bytes(_NONCE_BYTES)
+        writer.write(server_nonce)
         nonce, proof = (
             await reader.readexactly(_NONCE_BYTES),
             await reader.readexactly(_PROOF_BYTES),
         )
-        right = hmac.compare_digest(proof, _proof(self._secret, "rank", keepers_nonce, nonce))
-        if not right or writer not in self._pending:  # or it has just been ended
+        valid = hmac.compare_digest(proof, _proof(self._secret, "rank", server_nonce, nonce))
+        if not valid or writer not in self._unverified:  # `_handle` may have closed it
             raise PermissionError
-        del self._pending[writer]
-        writer.write(_proof(self._secret, "keeper", keepers_nonce, nonce))
+        del self._unverified[writer]
+        writer.write(_proof(self._secret, "keeper", server_nonce, nonce))
         self._connections_left -= 1
         if self._connections_left == 0:
             self._server.close()
@@ -139,18 +140,18 @@ class StoreServer:
     async def _answer(self, operation: str, *arguments: Any) -> Any:
         if operation == "wait":
             return await self._wait(*arguments)
-        before = len(self.values)
+        count = len(self.values)
         answer = _OPERATIONS[operation](self.values, *arguments)
-        if len(self.values) > before:
-            async with self._more:
-                self._more.notify_all()
+        if len(self.values) > count:
+            async with self._key_added:
+                self._key_added.notify_all()
         return answer
 
     async def _wait(self, keys: list[str], limit_s: float) -> bool:
-        """Wait until all keys are there; say whether they are."""
+        """Wait until all keys exist; return whether they do."""
         try:
-            async with asyncio.timeout(limit_s), self._more:
-                return await self._more.wait_for(lambda: _check(self.values, keys))
+            async with asyncio.timeout(limit_s), self._key_added:
+                return await self._key_added.wait_for(lambda: _check(self.values, keys))
         except TimeoutError:
             return False
 
@@ -165,7 +166,7 @@ def _check(values: dict[str, str], keys: list[str]) -> bool:
 
 
 def _compare_set(values: dict[str, str], key: str, expected: str, desired: str) -> str:
-    """Set a value if it is the expected one; one that is not there, if none is expected."""
+    """Set a value if the current one is `expected`; an empty `expected` matches a missing key."""
     if values.get(key, "") != expected:
         return values.get(key, expected)
     values[key] = desired
@@ -191,10 +192,10 @@ class StoreConnection:
         host: the server's.
         port: the server's.
         secret: the group's.
-        answer_s: deadline of each answer, and of the beginning.
+        answer_s: deadline of each answer, and of the connection.
 
     Raises:
-        OSError: nobody is there, or nobody who knows the secret.
+        OSError: there is no server, or it does not know the secret.
     """
 
     def __init__(self, host: str, port: int, secret: str, answer_s: float) -> None:
@@ -203,11 +204,11 @@ class StoreConnection:
         self._socket = socket.create_connection((host, port), timeout=answer_s)
         try:
             self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            keepers_nonce, nonce = self._receive(_NONCE_BYTES), secrets.token_bytes(_NONCE_BYTES)
-            self._socket.sendall(nonce + _proof(secret, "rank", keepers_nonce, nonce))
-            expected = _proof(secret, "keeper", keepers_nonce, nonce)
+            server_nonce, nonce = self._receive(_NONCE_BYTES), secrets.token_bytes(_NONCE_BYTES)
+            self._socket.sendall(nonce + _proof(secret, "rank", server_nonce, nonce))
+            expected = _proof(secret, "keeper", server_nonce, nonce)
             if not hmac.compare_digest(self._receive(_PROOF_BYTES), expected):
-                raise ConnectionError("who listens there does not know the secret of the group")
+                raise ConnectionError("the server does not know the secret of the group")
         except OSError:
             self._socket.close()
             raise
@@ -218,10 +219,10 @@ class StoreConnection:
 
     def ask(self, operation: str, *arguments: Any) -> Any:
         """
-        Have the server do something.
+        Send a request to the server, and return the answer.
 
         Raises:
-            OSError: it did not answer in time, or is gone; so it is from then on.
+            OSError: the server did not answer in time, or is gone; all later requests fail, too.
         """
         with self._lock:
             try:
@@ -229,7 +230,7 @@ class StoreConnection:
                 length = int.from_bytes(self._receive(_LENGTH_BYTES), "big")
                 return json.loads(self._receive(length))
             except OSError:
-                self._socket.close()  # the answer to another question may still come
+                self._socket.close()  # a late answer would be read as that of the next request
                 raise
 
     def _receive(self, length: int) -> bytes:
@@ -237,24 +238,21 @@ class StoreConnection:
         while len(received) < length:
             part = self._socket.recv(length - len(received))
             if not part:
-                raise ConnectionError("it has closed the connection")
+                raise ConnectionError("the server has closed the connection")
             received += part
         return bytes(received)
 
 
 class StoreTimeout(DistStoreError):
-    """Keys did not come in time; the type is torch's, which expects it of a store."""
+    """Keys were not set in time; torch expects stores to raise its `DistStoreError`."""
 
 
 class KeyValueStore(Store):
     """
-    What torch wants of a store, over a connection; values are bytes there, and Latin-1 on the way.
+    Implementation of torch's `Store` over a connection; the byte values are sent as Latin-1.
 
-    torch calls these methods from threads of its own, by these names. It does not keep the object:
-    whoever makes a group with it does.
-
-    Args:
-        connection: to the server.
+    torch calls these methods by name from its own threads. It does not hold a reference to the
+    object: the code that creates a group with it must.
     """
 
     def __init__(self, connection: StoreConnection) -> None:
@@ -301,10 +299,10 @@ class KeyValueStore(Store):
     def num_keys(self) -> int:
         return int(self._ask("count"))
 
-    deleteKey, getNumKeys = delete_key, num_keys  # torch looks for these
+    deleteKey, getNumKeys = delete_key, num_keys  # the names that torch calls
 
     def clone(self) -> "KeyValueStore":
-        """Give what other threads may use beside this: the same, for they share the connection."""
+        """Return this store: it is thread-safe."""
         return self
 
     def _ask(self, operation: str, *arguments: Any) -> Any:

@@ -1,9 +1,10 @@
 """
-Groups of ours as groups of `ray.util.collective`.
+distplat's collective groups as groups of `ray.util.collective`.
 
-A group is formed first and registered with Ray afterwards, so it is Ray's group as any other. Its
-operations are called on the group itself: Ray's own functions look it up under a lock, and write
-their options into a class that all threads share. (docs/decisions/collective_groups.md)
+A group is first formed and then registered with Ray, so `ray.util.collective` can use it as any
+other group. distplat calls operations on the group itself: Ray's functions look the group up under
+a lock, and write their options into a class that all threads share.
+(docs/decisions/collective_groups.md)
 """
 
 import logging
@@ -34,13 +35,13 @@ from distplat.strategies.collective import ReduceOp
 
 logger = logging.getLogger(__name__)
 
-_KINDS = {
+_CLASSES = {
     "gloo": ("distplat.actors.collectives.torch_group", "TorchGroup"),
     "shm": ("distplat.actors.collectives.shm.shm_group", "ShmGroup"),
     "hierarchical": ("distplat.actors.collectives.hierarchical", "HierarchicalGroup"),
     "nccl": ("distplat.actors.collectives.torch_group", "NcclGroup"),
 }
-"""Module and class by name: only what is used is imported."""
+"""Module and class by backend; a module is imported on first use."""
 
 _OPS = {
     types.ReduceOp.SUM: ReduceOp.SUM,
@@ -49,8 +50,8 @@ _OPS = {
     types.ReduceOp.MAX: ReduceOp.MAX,
 }
 
-_formed: dict[str, CollectiveGroup] = {}
-_settings: dict[str, GroupSettings] = {}
+_formed: dict[str, CollectiveGroup] = {}  #: groups that are being registered with Ray
+_settings: dict[str, GroupSettings] = {}  #: of groups that a call of Ray will create
 
 
 def create_group(
@@ -62,23 +63,23 @@ def create_group(
     locations: tuple[RankLocation, ...] | None = None,
 ) -> CollectiveGroup:
     """
-    Form a group with the other ranks, which call this too.
+    Form a group; every rank calls this.
 
     Args:
         name: unique on the cluster.
         backend: `auto`, `gloo`, `shm`, `hierarchical` or `nccl`.
         rank: in the group.
         world: ranks in the group.
-        settings: deadlines, and how the group is given up.
-        locations: where the ranks are; None: they tell each other.
+        settings: deadlines and abort event.
+        locations: of the ranks; None: the ranks exchange them.
 
     Raises:
-        SpecError: the backend does not work where the ranks are.
-        DeadlineExceeded: somebody did not come in `settings.rendezvous_s`; names the workers.
+        SpecError: the backend does not work at the ranks' locations.
+        DeadlineExceeded: a rank did not join within `settings.rendezvous_s`; names the workers.
         CollectiveError: the group broke while it formed, or `settings.abandoned` was set.
     """
-    asks = locations is None and backend != "gloo"  # gloo works anywhere
-    if asks:
+    exchanges_locations = locations is None and backend != "gloo"  # gloo works anywhere
+    if exchanges_locations:
         locations = exchange_locations(GroupMember(name, rank, world, settings))
     if backend == "auto" and locations is not None:
         choice = choose_backend(locations)
@@ -86,63 +87,65 @@ def create_group(
         choice = validate_backend(backend, locations or ())
     if rank == 0:
         logger.info("collective %s: %s (%s)", name, choice.backend, choice.why)
-    group: CollectiveGroup = _kind(choice.backend)(
+    group: CollectiveGroup = _group_class(choice.backend)(
         GroupMember(name, rank, world, settings, locations)
     )
     group.choice = choice
     group.make_subgroup = partial(_subgroup, group, backend, locations)
     _register_with_ray(group)
-    if asks and rank == 0:
+    if exchanges_locations and rank == 0:
         delete_locations(name)
     return group
 
 
 def register(backend: str) -> str:
     """
-    Make a backend known to Ray in this process; a second time does nothing.
+    Register a backend with `ray.util.collective` in this process; idempotent.
 
     Returns:
-        The name under which `ray.util.collective` knows it.
+        Ray's name of the backend.
     """
     name = f"DISTPLAT_{backend.upper()}"
-    with suppress(ValueError):  # registered before: Ray has no public way to ask
-        kind = type(f"{backend.capitalize()}RayGroup", (RayGroup,), {"kind": backend})
-        register_collective_backend(name, kind)
+    with suppress(ValueError):  # already registered: Ray has no public way to check
+        cls = type(f"{backend.capitalize()}RayGroup", (RayGroup,), {"backend_name": backend})
+        register_collective_backend(name, cls)
     return name
 
 
 def prepare(group_name: str, settings: GroupSettings) -> None:
-    """Set the deadlines of a group that a function of Ray's is about to make in this process."""
+    """Set the deadlines of a group that `ray.util.collective` will create in this process."""
     _settings[group_name] = settings
 
 
 class RayGroup(BaseGroup):  # type: ignore[misc]  # Ray is not typed
-    """Turns the functions of `ray.util.collective` into operations of a group of ours."""
+    """Adapter from the group interface of `ray.util.collective` to `CollectiveGroup`."""
 
-    kind: ClassVar[str]
+    backend_name: ClassVar[str]
 
     def __init__(self, world_size: int, rank: int, group_name: str) -> None:
         super().__init__(world_size, rank, group_name)
-        formed = _formed.pop(group_name, None)
-        if formed is None:  # Ray's own function makes the group
+        group = _formed.pop(group_name, None)
+        if group is None:  # a call of Ray creates the group
             settings = _settings.pop(group_name, GroupSettings())
-            formed = _kind(self.kind)(GroupMember(group_name, rank, world_size, settings))
-        self.group: CollectiveGroup = formed
+            member = GroupMember(group_name, rank, world_size, settings)
+            group = _group_class(self.backend_name)(member)
+        self.group: CollectiveGroup = group
 
     @classmethod
     def backend(cls) -> str:
-        """Name under which Ray knows this backend."""
-        return f"DISTPLAT_{cls.kind.upper()}"
+        """Return Ray's name of this backend."""
+        return f"DISTPLAT_{cls.backend_name.upper()}"
 
     @classmethod
     def check_backend_availability(cls) -> bool:
-        """Whether the backend works on this machine."""
+        """Return whether the backend works on this machine."""
         gloo, memory = torch_compat.gloo_available, shared_memory_works
-        needs = {"gloo": [gloo], "shm": [memory], "hierarchical": [gloo, memory]}
-        return all(works() for works in needs.get(cls.kind, [torch_compat.nccl_available]))
+        checks = {"gloo": [gloo], "shm": [memory], "hierarchical": [gloo, memory]}
+        nccl = [torch_compat.nccl_available]
+        return all(works() for works in checks.get(cls.backend_name, nccl))
 
     def destroy_group(self) -> None:
-        """Leave; peers in an operation fail at once."""
+        """Leave the group; operations of its peers fail soon."""
         self.group.close()
 
     def allreduce(self, tensors: list[Tensor], allreduce_options: Any) -> None:
@@ -155,13 +158,13 @@ class RayGroup(BaseGroup):  # type: ignore[misc]  # Ray is not typed
         self.group.reduce(_tensor(tensors[0]), op, root)
 
     def broadcast(self, tensors: list[Tensor], broadcast_options: Any) -> None:
-        """Copy the root's tensor to all."""
+        """Copy the root's tensor to all ranks."""
         self.group.broadcast(_tensor(tensors[0]), broadcast_options.root_rank)
 
     def allgather(
         self, tensor_lists: list[list[Tensor]], tensors: list[Tensor], allgather_options: Any = None
     ) -> None:
-        """Copy every rank's tensor to all."""
+        """Copy every rank's tensor to all ranks."""
         self.group.all_gather([_tensor(t) for t in tensor_lists[0]], _tensor(tensors[0]))
 
     def reducescatter(
@@ -181,14 +184,14 @@ class RayGroup(BaseGroup):  # type: ignore[misc]  # Ray is not typed
         self.group.recv(_tensor(tensors[0]), recv_options.src_rank)
 
     def barrier(self, barrier_options: Any = None) -> None:
-        """Wait for all."""
+        """Wait for all ranks."""
         self.group.barrier()
 
 
-def _kind(backend: str) -> Any:
-    """Give the class of a backend's groups; called with a `GroupMember`."""
-    module, kind = _KINDS[backend]
-    return getattr(import_module(module), kind)
+def _group_class(backend: str) -> Any:
+    """Return the class of a backend's groups; its constructor takes a `GroupMember`."""
+    module, name = _CLASSES[backend]
+    return getattr(import_module(module), name)
 
 
 def _subgroup(
@@ -205,7 +208,7 @@ def _subgroup(
 
 
 def _register_with_ray(group: CollectiveGroup) -> None:
-    """Put a group that has formed into Ray's register, from which closing takes it out."""
+    """Register a formed group with Ray; closing the group removes it."""
     _formed[group.name] = group
     try:
         ray_name = register(group.choice.backend)
@@ -218,5 +221,5 @@ def _register_with_ray(group: CollectiveGroup) -> None:
 
 
 def _tensor(array: Any) -> Tensor:
-    """Ray's users may bring numpy arrays; a tensor shares their memory."""
+    """Return a tensor that shares the memory of a numpy array, or a tensor unchanged."""
     return array if isinstance(array, Tensor) else torch.from_numpy(array)

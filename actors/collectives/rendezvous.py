@@ -1,12 +1,12 @@
 """
-How the ranks of a group find each other: words that they leave in Ray's key-value store.
+Rendezvous of a group's ranks through entries of Ray's internal key-value store.
 
     rank r                    Ray's key-value store            rank 0
-    key "location/r" ----->  location/0 .. N-1     ------->   has all: writes the table,
-    waits for the table  <--  locations             <-------   takes the words back
+    puts "location/r"  ---->  location/0 .. N-1     ------->   reads all, writes the table,
+    waits for the table  <--  locations             <-------   deletes the single locations
 
-Rank 0 deletes the table once the group has formed: then everybody has read it. Who ends a run takes
-all words of it back.
+Rank 0 deletes the table once the group has formed: all ranks have read it by then. The end of a run
+deletes all remaining entries of the run.
 """
 
 import json
@@ -26,34 +26,34 @@ from distplat.platform.errors import CollectiveError, DeadlineExceeded, Distplat
 from distplat.platform.topology import RankLocation
 
 GIVEN_UP = "this rank was told to give up"
-_SHORTEST_LOOK_S, _LONGEST_LOOK_S = 0.001, 0.01
+_MIN_POLL_S, _MAX_POLL_S = 0.001, 0.01
 
 
 @dataclass(frozen=True)
 class GroupSettings:
-    """How the groups of one run behave; sub-groups have those of the group they are cut from."""
+    """Settings of a run's groups; sub-groups share those of their parent group."""
 
     operation_s: float = 60.0
     """Deadline of one operation."""
     rendezvous_s: float = 60.0
-    """For the last rank to come: it may still be reading its data."""
+    """Deadline for the last rank to join: it may still be reading its data."""
     debug: bool = False
     """Compare every operation between the ranks, not only the first ones."""
     abandoned: threading.Event = field(default_factory=threading.Event)
-    """Once set, whoever waits in one of the groups, or for one to form, gives up."""
+    """Once set, all waits in these groups, and for groups to form, fail."""
     setting: str = ""
-    """Field of the job that `operation_s` is from."""
+    """Field of the job that sets `operation_s`."""
 
     @property
     def deadline(self) -> str:
-        """Name the deadline of an operation, for errors."""
+        """The deadline of an operation, as text for errors."""
         changed = f" (`{self.setting}` changes it)" if self.setting else ""
         return f"deadline {self.operation_s:g} s{changed}"
 
 
 @dataclass(frozen=True)
 class GroupMember:
-    """A rank of a group, as it comes to meet the others."""
+    """A rank's parameters for the rendezvous of a group."""
 
     name: str
     """Name of the group: unique on the cluster."""
@@ -62,26 +62,26 @@ class GroupMember:
     """Ranks in the group."""
     settings: GroupSettings = field(default_factory=GroupSettings)
     locations: tuple[RankLocation, ...] | None = None
-    """Where the ranks are; None: they tell each other where that matters."""
+    """Locations of the ranks; None: the ranks exchange them if the backend needs them."""
 
 
 def publish_address(group_name: str, value: bytes) -> None:
-    """Leave what the other ranks need to find this group."""
+    """Publish rank 0's address to the other ranks of a group."""
     ray_compat.put(rendezvous_key(group_name), value)
 
 
 def withdraw_address(group_name: str) -> None:
-    """Delete what `publish_address` has left; once all have found it."""
+    """Delete the published address, once all ranks have read it."""
     ray_compat.delete(rendezvous_key(group_name))
 
 
 def find_address(group_name: str, settings: GroupSettings) -> bytes:
     """
-    Wait for the word of rank 0.
+    Wait for the address published by rank 0.
 
     Raises:
-        DeadlineExceeded: it did not come in `rendezvous_s`.
-        CollectiveError: this rank was told to give up.
+        DeadlineExceeded: rank 0 did not publish it within `rendezvous_s`.
+        CollectiveError: `settings.abandoned` was set.
     """
     return wait_for(
         lambda: ray_compat.get(rendezvous_key(group_name)), group_name, lambda: (0,), settings
@@ -89,25 +89,25 @@ def find_address(group_name: str, settings: GroupSettings) -> bytes:
 
 
 def wait_for(
-    look: Callable[[], bytes | None],
+    poll: Callable[[], bytes | None],
     group_name: str,
     missing: Callable[[], Sequence[int]],
     settings: GroupSettings,
 ) -> bytes:
     """
-    Look until there is something, and give it.
+    Call `poll` until it returns a value, and return the value.
 
     Raises:
-        DeadlineExceeded: nothing came in `rendezvous_s`; names the workers that are missing.
-        CollectiveError: this rank was told to give up.
+        DeadlineExceeded: no value within `rendezvous_s`; names the missing workers.
+        CollectiveError: `settings.abandoned` was set.
     """
     clock = AwakeClock()
     while (waited := clock.now()) < settings.rendezvous_s:
-        value = look()
+        value = poll()
         if value is not None:
             return value
-        # Where all are there it takes milliseconds; many long waits must not keep Ray's store busy.
-        if settings.abandoned.wait(min(max(waited / 20, _SHORTEST_LOOK_S), _LONGEST_LOOK_S)):
+        # A wait usually takes milliseconds; many long waits must not overload Ray's store.
+        if settings.abandoned.wait(min(max(waited / 20, _MIN_POLL_S), _MAX_POLL_S)):
             raise CollectiveError(group_name, "rendezvous", 0, tuple(missing()), GIVEN_UP)
     raise DeadlineExceeded(
         f"rendezvous of group {group_name!r}",
@@ -120,23 +120,22 @@ def wait_for(
 def wait_for_all(
     group_name: str, absent: Callable[[], Sequence[int]], settings: GroupSettings
 ) -> None:
-    """Wait until all ranks have come; raises as `wait_for`."""
+    """Wait until no rank is absent; raises as `wait_for`."""
     wait_for(lambda: None if absent() else b"", group_name, absent, settings)
 
 
 def exchange_locations(member: GroupMember) -> tuple[RankLocation, ...]:
     """
-    Tell the others where this rank is; give every rank's location.
+    Publish this rank's location, and return the locations of all ranks.
 
     Raises:
-        DeadlineExceeded: somebody did not come in `rendezvous_s`; names the workers.
-        CollectiveError: this rank was told to give up.
+        DeadlineExceeded: a rank did not join within `rendezvous_s`; names the workers.
+        CollectiveError: `settings.abandoned` was set.
     """
     if member.world == 1:
         return (location_of_this_process(),)
     key = _location_key(member.name, member.rank)
-    own_location = json.dumps(asdict(location_of_this_process())).encode()
-    ray_compat.put(key, own_location)
+    ray_compat.put(key, json.dumps(asdict(location_of_this_process())).encode())
     try:
         if member.rank == 0:
             _publish_table(member)
@@ -149,16 +148,16 @@ def exchange_locations(member: GroupMember) -> tuple[RankLocation, ...]:
     except DistplatError:
         ray_compat.delete(key)
         raise
-    return tuple(RankLocation(**{**one, "gpus": tuple(one["gpus"])}) for one in json.loads(table))
+    return tuple(RankLocation(**{**row, "gpus": tuple(row["gpus"])}) for row in json.loads(table))
 
 
 def delete_locations(group_name: str) -> None:
-    """Delete the table; for rank 0, once all have read it."""
+    """Delete the table of locations; called by rank 0 once all ranks have read it."""
     ray_compat.delete(_table_key(group_name))
 
 
 def location_of_this_process() -> RankLocation:
-    """Say where this process is, and what works there."""
+    """Return this process's node, its GPUs, and whether NCCL and shared memory work."""
     context = ray.get_runtime_context()
     whole_gpu = context.get_assigned_resources().get("GPU", 0) >= 1
     nccl = whole_gpu and torch.cuda.is_available() and torch.distributed.is_nccl_available()
@@ -173,9 +172,9 @@ def _publish_table(member: GroupMember) -> None:
     def table() -> bytes | None:
         if _absent_ranks(member):
             return None
-        entries = [ray_compat.get(key) for key in keys]
-        present = [key for key in entries if key is not None]
-        return b"[%s]" % b",".join(present) if len(present) == len(keys) else None
+        values = [ray_compat.get(key) for key in keys]
+        locations = [value for value in values if value is not None]
+        return b"[%s]" % b",".join(locations) if len(locations) == len(keys) else None
 
     complete = wait_for(table, member.name, lambda: _absent_ranks(member), member.settings)
     ray_compat.put(_table_key(member.name), complete)
@@ -184,7 +183,7 @@ def _publish_table(member: GroupMember) -> None:
 
 
 def _absent_ranks(member: GroupMember) -> tuple[int, ...]:
-    """Give the ranks that have not said where they are."""
+    """Return the ranks that have not published their location."""
     keys = set(ray_compat.keys(rendezvous_key(f"{member.name}#location/")))
     return tuple(
         rank for rank in range(member.world) if _location_key(member.name, rank) not in keys

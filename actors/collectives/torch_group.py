@@ -1,16 +1,16 @@
 """
-Groups over torch's process groups, each with a private store: gloo, and NCCL beside gloo.
+Groups over torch's process groups, each with a private store: gloo, and NCCL with gloo.
 
-Ray's own gloo backend makes the first group the process's torch world; later groups repeat its
-ranks, and an operation waits half an hour for a frozen peer. Here an operation ends after the
-group's deadline, and the error names the ranks that are missing (`Heartbeat`). A group in which
-an operation failed is broken: every later one fails at once.
-(docs/decisions/private_gloo_groups.md)
+Ray's own gloo backend makes the first group the process's default group; later groups have the same
+ranks, and an operation waits half an hour for a frozen peer. Here an operation fails after the
+group's deadline, and the error names the missing ranks (`Heartbeat`). After a failed operation the
+group is broken: all later operations fail at once. (docs/decisions/private_gloo_groups.md)
 
     start                                                         wait
-      count -> compare headers (the first ones) -> torch begins     torch ends -> account
+      count -> compare headers (first operations) -> torch starts   torch ends -> count traffic
                         |                                             |
-                        v differ: MismatchError                       v fails: cut, compare, name
+                        v differ: MismatchError                       v fails: disconnect, find
+                                                                        missing ranks, raise
 """
 
 import threading
@@ -22,11 +22,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
-from distplat.actors.collectives.group import CollectiveGroup, summed
+from distplat.actors.collectives.group import CollectiveGroup, sum_for_avg
 from distplat.actors.collectives.header import LENGTH, Header, check_headers, check_message, header
 from distplat.actors.collectives.rendezvous import GIVEN_UP, GroupMember
-from distplat.actors.collectives.torch_store import Heartbeat, Store, run_unless_given_up
+from distplat.actors.collectives.torch_store import Heartbeat, Store, run_until_abandoned
 from distplat.actors.collectives.work import Work
 from distplat.platform.errors import CollectiveError, MismatchError
 from distplat.strategies import torch_compat
@@ -34,16 +35,16 @@ from distplat.strategies.algorithms.reduce import traffic_elements
 from distplat.strategies.collective import ReduceOp
 
 COMPARED = 20
-"""Number of a group's first operations that are compared between the ranks without `debug`."""
+"""Number of a group's first operations whose headers are compared even without `debug`."""
 
-_PAYLOAD, _HEADER, _NOBODY = 0, 1, 2**31 - 1
-"""Tags of messages; nobody sends with the last one."""
+_PAYLOAD, _HEADER, _UNUSED = 0, 1, 2**31 - 1
+"""Tags of messages; no rank sends with the last one."""
 
-Fail = Callable[[Exception], CollectiveError]
-"""Makes the error to raise out of torch's."""
+ConvertError = Callable[[Exception], CollectiveError]
+"""Converts an error of torch to the error to raise."""
 
 
-def nothing() -> None:
+def do_nothing() -> None:
     """Do nothing after an operation."""
 
 
@@ -52,72 +53,73 @@ class TorchGroup(CollectiveGroup):
     One rank of a gloo group.
 
     Args:
-        member: which rank, of which group.
+        member: the rank and its group.
 
     Raises:
-        DeadlineExceeded: somebody did not come in `settings.rendezvous_s`.
-        CollectiveError: the group broke while it formed, or this rank was told to give up.
+        DeadlineExceeded: a rank did not join within `settings.rendezvous_s`.
+        CollectiveError: the group broke while it formed, or `settings.abandoned` was set.
     """
 
     def __init__(self, member: GroupMember) -> None:
         super().__init__(member)
-        self._begun = 0  #: operations of all ranks
+        self._started = 0  #: operations of all ranks that this rank has started
         self._message_count: dict[tuple[str, int], int] = {}
         self._failure: tuple[type[CollectiveError], tuple[int, ...], str] | None = None
         self._aborted = False
-        # Gloo matches operations by their order: a thread must count and begin in one go.
+        # Gloo matches operations by their order, so counting and starting must be atomic.
         self._order_lock, self._failing = threading.RLock(), threading.Lock()
         self._connections: list[tuple[Any, int, int]] = []
         form = partial(self._form, member)
-        self._store = run_unless_given_up(form, member.name, member.settings)
+        self._store = run_until_abandoned(form, member.name, member.settings)
         self._heartbeat = Heartbeat(
-            self._store.client, self.rank, self.world, lambda: self._begun, self._on_beat
+            self._store.client, self.rank, self.world, lambda: self._started, self._on_beat
         )
 
     @property
+    @override
     def start_waits(self) -> bool:
-        """The first operations wait for the others' headers."""
-        return self._is_compared(self._begun + 1)
+        """The first operations wait for the headers of all ranks."""
+        return self._is_compared(self._started + 1)
 
+    @override
     def start_all_reduce(self, tensor: Tensor, op: ReduceOp = ReduceOp.SUM) -> Work:
-        """Begin to combine in place; see `start_waits`."""
         sent, received = traffic_elements(tensor.numel(), self.rank, self.world)
         return self._start(
             header("all_reduce", [tensor], op),
-            self._moving(torch_compat.all_reduce, tensor, summed(op)),
+            self._starter(torch_compat.all_reduce, tensor, sum_for_avg(op)),
             (sent * tensor.itemsize, received * tensor.itemsize),
             partial(self._average, tensor, op),
             overlaps=True,
         )
 
+    @override
     def reduce(self, tensor: Tensor, op: ReduceOp, root: int) -> None:
-        """Combine into the root's tensor; the others' hold parts of sums then."""
         is_root = self.rank == root
-        others = tensor.nbytes * (self.world - 1)
+        peer_bytes = tensor.nbytes * (self.world - 1)
         self._start(
             header("reduce", [tensor], op, root=root),
-            self._moving(torch_compat.reduce, tensor, summed(op), root),
-            (0, others) if is_root else (tensor.nbytes, 0),
+            self._starter(torch_compat.reduce, tensor, sum_for_avg(op), root),
+            (0, peer_bytes) if is_root else (tensor.nbytes, 0),
         ).wait()
 
+    @override
     def broadcast(self, tensor: Tensor, source: int = 0) -> None:
-        """Copy the source's tensor to all."""
-        others = tensor.nbytes * (self.world - 1)
+        peer_bytes = tensor.nbytes * (self.world - 1)
         self._start(
             header("broadcast", [tensor], root=source),
-            self._moving(torch_compat.broadcast, tensor, source),
-            (others, 0) if self.rank == source else (0, tensor.nbytes),
+            self._starter(torch_compat.broadcast, tensor, source),
+            (peer_bytes, 0) if self.rank == source else (0, tensor.nbytes),
         ).wait()
 
+    @override
     def all_gather(self, outputs: Sequence[Tensor], tensor: Tensor) -> None:
-        """Copy every rank's tensor to all; sizes may be uneven."""
-        # Gloo takes even sizes only. Sizes that differ by one element are what happens.
+        # Gloo needs even sizes. Sizes usually differ by one element at most, so padding is cheap.
         longest = max(output.numel() for output in outputs)
         padded = tensor.new_empty(longest)
         padded[: tensor.numel()] = tensor.reshape(-1)
         table = tensor.new_empty(self.world, longest)
 
-        def spread() -> None:
+        def copy_rows() -> None:
             for row, output in zip(table, outputs, strict=True):
                 output.copy_(row[: output.numel()].view(output.shape))
 
@@ -126,62 +128,63 @@ class TorchGroup(CollectiveGroup):
             return [torch_compat.all_gather_even(self._gloo, flat, padded)] if longest else []
 
         self._start(
-            header("all_gather", self._sizes(outputs, tensor)),
+            header("all_gather", self._with_input(outputs, tensor)),
             gather,
-            self._gathered(outputs, tensor),
-            spread,
+            self._all_gather_bytes(outputs, tensor),
+            copy_rows,
         ).wait()
 
+    @override
     def reduce_scatter(
         self, output: Tensor, inputs: Sequence[Tensor], op: ReduceOp = ReduceOp.SUM
     ) -> None:
-        """Combine everybody's r-th input into the output of rank r; sizes may be uneven."""
-        # Gloo's own takes even sizes only and moves as much as an all-reduce. A reduce to each
-        # rank moves half of that; it writes into what it is given, so it is given copies.
+        # Gloo's reduce-scatter needs even sizes and sends as much as an all-reduce. A reduce to
+        # each rank sends half of that; it overwrites its input, hence the copies.
         copies = [part.clone() for part in inputs]
 
-        def begin() -> Sequence[Any]:
-            reduce, how = torch_compat.reduce, summed(op)
-            return [w for n, c in enumerate(copies) for w in self._moving(reduce, c, how, n)()]
+        def start() -> Sequence[Any]:
+            reduce, sum_op = torch_compat.reduce, sum_for_avg(op)
+            return [w for n, c in enumerate(copies) for w in self._starter(reduce, c, sum_op, n)()]
 
-        def keep() -> None:
+        def copy_result() -> None:
             output.copy_(copies[self.rank])
             self._average(output, op)
 
         head = header("reduce_scatter", inputs, op)
-        self._start(head, begin, self._scattered(inputs), keep).wait()
+        self._start(head, start, self._reduce_scatter_bytes(inputs), copy_result).wait()
 
+    @override
     def start_send(self, tensor: Tensor, to: int) -> Work:
-        """Begin to send to one rank; the handle is done when the other has come for it."""
+        """Start to send to one rank; the handle is done when the receiver has called `recv`."""
         number, compare = self._count_message("send", to)
-        fail = partial(self._failed, "send", number=number, partner=to)
+        convert = partial(self._failed, "send", number=number, partner=to)
         works = []
         try:
             if compare:
                 head = torch.tensor(header("send", [tensor], number=number))
                 works.append(self._gloo.send([head], to, _HEADER))
             if tensor.numel():
-                works.append(self._carrier(tensor).send([tensor], to, _PAYLOAD))
+                works.append(self._process_group(tensor).send([tensor], to, _PAYLOAD))
         except RuntimeError as error:
-            raise fail(error) from None
-        return self._work(works, fail, (tensor.nbytes, 0))
+            raise convert(error) from None
+        return self._work(works, convert, (tensor.nbytes, 0))
 
+    @override
     def recv(self, tensor: Tensor, source: int) -> None:
-        """Receive from one rank."""
         number, compare = self._count_message("recv", source)
-        fail = partial(self._failed, "recv", number=number, partner=source)
+        convert = partial(self._failed, "recv", number=number, partner=source)
         works = []
         try:
             if compare:
                 self._compare_message(tensor, source, number)
             if tensor.numel():
-                works.append(self._carrier(tensor).recv([tensor], source, _PAYLOAD))
+                works.append(self._process_group(tensor).recv([tensor], source, _PAYLOAD))
         except RuntimeError as error:
-            raise fail(error) from None
-        self._work(works, fail, (0, tensor.nbytes)).wait()
+            raise convert(error) from None
+        self._work(works, convert, (0, tensor.nbytes)).wait()
 
+    @override
     def barrier(self) -> None:
-        """Return when every rank has come here."""
         self._start(header("barrier"), lambda: [self._gloo.barrier()]).wait()
 
     def _form(self, member: GroupMember) -> Store:
@@ -190,12 +193,12 @@ class TorchGroup(CollectiveGroup):
         return store
 
     def _connect(self, store: Store, purpose: str, rank: int, world: int) -> tuple[Any, int, int]:
-        """Connect `world` of the ranks by gloo, of which this one has number `rank`."""
+        """Create a gloo process group of `world` ranks, with this process as rank `rank`."""
         limit = self.settings.operation_s
         try:
             group = torch_compat.gloo_group(store.client, purpose, rank, world, limit, store.host)
         except RuntimeError as error:
-            cause = f"gloo says: {torch_compat.error_reason(error)}"
+            cause = f"gloo: {torch_compat.error_reason(error)}"
             raise CollectiveError(self.name, "rendezvous", 0, (), cause) from None
         return group, rank, world
 
@@ -203,34 +206,36 @@ class TorchGroup(CollectiveGroup):
     def _gloo(self) -> Any:
         return self._connections[0][0]
 
-    def _carrier(self, tensor: Tensor) -> Any:
-        """Give the process group that moves such a tensor."""
+    def _process_group(self, tensor: Tensor) -> Any:
+        """Return torch's process group for a tensor's device."""
         return self._gloo
 
-    def _moving(
+    def _starter(
         self, operation: Callable[..., Any], tensor: Tensor, *args: Any
     ) -> Callable[[], list[Any]]:
-        """Give what begins one of torch's operations on a tensor; an empty one needs none."""
-        return lambda: [operation(self._carrier(tensor), tensor, *args)] if tensor.numel() else []
+        """Return a function that starts torch's operation; for an empty tensor it does nothing."""
+        return lambda: (
+            [operation(self._process_group(tensor), tensor, *args)] if tensor.numel() else []
+        )
 
     def _start(
         self,
         head: Header,
-        begin: Callable[[], Sequence[Any]],
-        moved: tuple[int, int] = (0, 0),
-        after: Callable[[], None] = nothing,
+        start: Callable[[], Sequence[Any]],
+        traffic: tuple[int, int] = (0, 0),
+        after: Callable[[], None] = do_nothing,
         *,
         overlaps: bool = False,
     ) -> Work:
         """
-        Begin an operation of all ranks.
+        Start an operation of all ranks.
 
         Args:
-            head: what it is.
-            begin: gives torch's works to wait for.
-            moved: bytes that this rank (sends, receives).
-            after: to be done when the works are over.
-            overlaps: the caller may do something else before it waits.
+            head: its header.
+            start: starts torch's operations, and returns their works.
+            traffic: bytes that this rank (sends, receives).
+            after: called when the works are complete.
+            overlaps: whether the caller may compute before it waits.
 
         Raises:
             CollectiveError: see `Collective`.
@@ -238,23 +243,23 @@ class TorchGroup(CollectiveGroup):
         with self._order_lock:
             number = self._enter(head)
             head = head._replace(number=number)
-            fail = partial(self._failed, head.name, number=number, head=head)
+            convert = partial(self._failed, head.name, number=number, head=head)
             try:
-                works = begin()
+                works = start()
             except RuntimeError as error:
-                raise fail(error) from None
-            return self._work(works, fail, moved, after, overlaps=overlaps)
+                raise convert(error) from None
+            return self._work(works, convert, traffic, after, overlaps=overlaps)
 
     def _work(
         self,
         works: Sequence[Any],
-        fail: Fail,
-        moved: tuple[int, int],
-        after: Callable[[], None] = nothing,
+        convert: ConvertError,
+        traffic: tuple[int, int],
+        after: Callable[[], None] = do_nothing,
         *,
         overlaps: bool = False,
     ) -> Work:
-        """Give the handle of torch's works; their time counts until torch is done."""
+        """Return a handle for torch's works; their time counts until torch has completed them."""
         stop = self._meter.begin()
         if overlaps and works:
             self._when_done(works[-1], stop)
@@ -264,33 +269,33 @@ class TorchGroup(CollectiveGroup):
                 for work in works:
                     self._wait(work)
             except RuntimeError as error:
-                raise fail(error) from None
+                raise convert(error) from None
             stop()
-            self._meter.end(*moved)
+            self._meter.end(*traffic)
             after()
 
         return Work(finish)
 
     def _wait(self, work: Any) -> None:
-        """Return when one of torch's works is over; `RuntimeError` if it failed or is late."""
+        """Wait for one of torch's works; raise `RuntimeError` if it failed or timed out."""
         work.wait()
 
     def _when_done(self, work: Any, callback: Callable[[], None]) -> None:
-        """Have a function called when one of torch's works is over, as far as torch tells."""
+        """Call a function when torch's work is complete, if torch reports it."""
         torch_compat.when_done(work, callback)
 
     def _enter(self, head: Header) -> int:
-        """Count an operation of all ranks, compare it with theirs if it is time; its number."""
+        """Count an operation of all ranks, and compare headers if needed; return its number."""
         with self._order_lock:
-            self._begun += 1
-            number = self._begun
-            self._refuse_if_broken(head.name, number)
+            self._started += 1
+            number = self._started
+            self._raise_if_broken(head.name, number)
             if self._is_compared(number):
                 self._compare(head._replace(number=number))
             return number
 
     def _is_compared(self, number: int) -> bool:
-        """Say whether an operation of all ranks begins by comparing headers."""
+        """Return whether an operation of all ranks starts by comparing headers."""
         return self.world > 1 and (self.settings.debug or number <= COMPARED)
 
     def _compare(self, head: Header) -> None:
@@ -306,7 +311,7 @@ class TorchGroup(CollectiveGroup):
     def _count_message(self, operation: str, partner: int) -> tuple[int, bool]:
         number = self._message_count.get((operation, partner), 0) + 1
         self._message_count[operation, partner] = number
-        self._refuse_if_broken(operation, number)
+        self._raise_if_broken(operation, number)
         return number, self.settings.debug or number <= COMPARED
 
     def _compare_message(self, tensor: Tensor, source: int, number: int) -> None:
@@ -317,7 +322,7 @@ class TorchGroup(CollectiveGroup):
         try:
             check_message(self.name, source, self.rank, sent, expected)
         except MismatchError:
-            self._cut()  # the sender waits for somebody to take its message
+            self._disconnect()  # the sender waits for the message to be received
             raise
 
     def _failed(
@@ -329,151 +334,164 @@ class TorchGroup(CollectiveGroup):
         partner: int | None = None,
         head: Header | None = None,
     ) -> CollectiveError:
-        """Find the missing ranks, once for all pending operations; give the error."""
+        """Find the missing ranks, once for all pending operations; return the error to raise."""
         with self._failing:
             if self._failure is None:
-                self._cut()  # nobody shall wait for this rank
-                still_s = self._heartbeat.stood_still_s()
-                says = "" if head is None else " ".join(map(str, head))
-                missing = self._heartbeat.missing(number, partner, lambda: self._given_up, says)
-                why = f"torch says: {torch_compat.error_reason(error)}"
+                self._disconnect()  # ends waits of other ranks for this rank
+                pause_s = self._heartbeat.stood_still_s()
+                fields = "" if head is None else " ".join(map(str, head))
+                missing = self._heartbeat.find_missing(
+                    number, partner, lambda: self._is_aborted, fields
+                )
+                why = f"torch: {torch_compat.error_reason(error)}"
                 if isinstance(error, CollectiveError):  # of a group inside this one
                     why = error.cause
                 cause = f"{self.settings.deadline}; {why}"
-                if still_s:
-                    was = f"this process stood still for {still_s:.0f} s"
-                    cause = f"{was} (stopped, or without a processor); {cause}"
+                if pause_s:
+                    pause = f"this process stood still for {pause_s:.0f} s"
+                    cause = f"{pause} (stopped, or without a processor); {cause}"
                 self._failure = self._header_mismatch() or (CollectiveError, missing, cause)
-                if self._given_up:
+                if self._is_aborted:
                     self._failure = CollectiveError, (), GIVEN_UP
-        kind, missing, cause = self._failure
-        return kind(self.name, operation, number, missing, cause)
+        return self._error(operation, number)
+
+    def _error(self, operation: str, number: int) -> CollectiveError:
+        assert self._failure is not None, "called only after a failure"
+        cls, missing, cause = self._failure
+        return cls(self.name, operation, number, missing, cause)
 
     def _header_mismatch(self) -> tuple[type[CollectiveError], tuple[int, ...], str] | None:
-        """Say that ranks were in different operations, which are compared only now."""
-        heads = [Header(*map(int, one.split())) for one in self._heartbeat.said]
-        if len({one.number for one in heads}) > 1:
-            return None  # some were done with what failed elsewhere
+        """Compare the ranks' headers of the failed operation; return the failure if they differ."""
+        headers = [Header(*map(int, text.split())) for text in self._heartbeat.headers]
+        if len({head.number for head in headers}) > 1:
+            return None  # some ranks had completed the operation that failed on others
         try:
-            check_headers(self.name, self.rank, heads)
+            check_headers(self.name, self.rank, headers)
         except MismatchError as error:
             return MismatchError, error.missing, error.cause
         return None
 
     @property
-    def _given_up(self) -> bool:
-        """Whether this rank's group was aborted, or the attempt abandoned."""
+    def _is_aborted(self) -> bool:
+        """Whether the group was aborted, or the attempt abandoned."""
         return self._aborted or self.settings.abandoned.is_set()
 
     def _abort(self) -> None:
         self._aborted = True
-        self._cut()
+        self._disconnect()
 
-    def _cut(self) -> None:
+    def _disconnect(self) -> None:
         """
-        Break all connections, so that this rank's operations and those of its peers end.
+        Break all connections, so that pending operations of this rank and of its peers fail.
 
-        `ProcessGroupGloo.abort` leaves them waiting. But gloo breaks all pairs of a context when
-        one operation in it times out, so one that nobody answers is given a millisecond.
+        `ProcessGroupGloo.abort` does not end them. But gloo breaks all pairs of a context when an
+        operation times out, so a receive that no rank answers is started with a timeout of 1 ms.
         """
         for group, rank, world in list(self._connections):
             for peer in (other for other in range(world) if other != rank):
                 with suppress(RuntimeError):
-                    group.recv([torch.empty(1)], peer, _NOBODY).wait(timedelta(milliseconds=1))
+                    group.recv([torch.empty(1)], peer, _UNUSED).wait(timedelta(milliseconds=1))
 
     def _leave(self) -> None:
-        """Close the connections; what is under way ends."""
-        troubled = bool(self._meter.under_way or self._failure or self._given_up)
-        if troubled:
-            self._cut()
+        """Close the connections; pending operations fail."""
+        failed = bool(self._meter.unfinished or self._failure or self._is_aborted)
+        if failed:
+            self._disconnect()
         self._heartbeat.stop()
         self._failure = self._failure or (CollectiveError, (), "this rank has left the group")
         self._connections.clear()
-        self._store.close(troubled=troubled)
+        self._store.close(after_failure=failed)
 
-    def _refuse_if_broken(self, operation: str, number: int) -> None:
-        if self._failure is None and self._given_up:
+    def _raise_if_broken(self, operation: str, number: int) -> None:
+        if self._failure is None and self._is_aborted:
             self._failure = CollectiveError, (), GIVEN_UP
         if self._failure is not None:
-            kind, missing, cause = self._failure
-            raise kind(self.name, operation, number, missing, cause)
+            raise self._error(operation, number)
 
     def _on_beat(self) -> None:
-        if self._given_up:
-            self._cut()
+        if self._is_aborted:
+            self._disconnect()
 
-    def _sizes(self, outputs: Sequence[Tensor], tensor: Tensor) -> list[Tensor]:
-        """Give one tensor per rank whose sizes all ranks must agree on."""
+    def _with_input(self, outputs: Sequence[Tensor], tensor: Tensor) -> list[Tensor]:
+        """Return the outputs with this rank's input in its place, for the header's sizes."""
         return [*outputs[: self.rank], tensor, *outputs[self.rank + 1 :]]
 
-    def _gathered(self, outputs: Sequence[Tensor], tensor: Tensor) -> tuple[int, int]:
-        """Give the bytes that an all-gather (sends, receives)."""
+    def _all_gather_bytes(self, outputs: Sequence[Tensor], tensor: Tensor) -> tuple[int, int]:
+        """Return the bytes that an all-gather (sends, receives)."""
         received = sum(output.nbytes for output in outputs) - tensor.nbytes
         return tensor.nbytes * (self.world - 1), received
 
-    def _scattered(self, inputs: Sequence[Tensor]) -> tuple[int, int]:
-        """Give the bytes that a reduce-scatter (sends, receives)."""
+    def _reduce_scatter_bytes(self, inputs: Sequence[Tensor]) -> tuple[int, int]:
+        """Return the bytes that a reduce-scatter (sends, receives)."""
         own_bytes = inputs[self.rank].nbytes
         return sum(part.nbytes for part in inputs) - own_bytes, own_bytes * (self.world - 1)
 
 
 class NcclGroup(TorchGroup):
     """
-    One rank of an NCCL group; each has a whole GPU.
+    One rank of an NCCL group; each rank has a whole GPU.
 
-    NCCL moves what is on the GPU. Gloo moves the rest, compares headers and finds who is missing.
-    It has not been run: no machine with several GPUs was at hand.
+    CUDA tensors use NCCL. Gloo is used for CPU tensors, and to compare headers.
+    This class has never run on several GPUs: no such machine was available.
     """
 
     _nccl: Any = None
 
+    @override
     def all_gather(self, outputs: Sequence[Tensor], tensor: Tensor) -> None:
-        """Copy every rank's tensor to all; sizes may be uneven."""
         if not tensor.is_cuda:
             super().all_gather(outputs, tensor)
             return
-        head = header("all_gather", self._sizes(outputs, tensor))
+        head = header("all_gather", self._with_input(outputs, tensor))
         flat = [output.view(-1) for output in outputs]
-        begin = partial(torch_compat.all_gather, self._nccl, flat, tensor.reshape(-1))
-        self._start(head, lambda: [begin()], self._gathered(outputs, tensor)).wait()
+        start = partial(torch_compat.all_gather, self._nccl, flat, tensor.reshape(-1))
+        traffic = self._all_gather_bytes(outputs, tensor)
+        self._start(head, lambda: [start()], traffic).wait()
 
+    @override
     def reduce_scatter(
         self, output: Tensor, inputs: Sequence[Tensor], op: ReduceOp = ReduceOp.SUM
     ) -> None:
-        """Combine everybody's r-th input into the output of rank r; sizes may be uneven."""
         if not output.is_cuda:
             super().reduce_scatter(output, inputs, op)
             return
         head, flat = header("reduce_scatter", inputs, op), [part.view(-1) for part in inputs]
-        begin = partial(torch_compat.reduce_scatter, self._nccl, output.view(-1), flat, summed(op))
-        after = partial(self._average, output, op)
-        self._start(head, lambda: [begin()], self._scattered(inputs), after).wait()
+        flat_output, sum_op = output.view(-1), sum_for_avg(op)
+        start = partial(torch_compat.reduce_scatter, self._nccl, flat_output, flat, sum_op)
+        traffic, after = self._reduce_scatter_bytes(inputs), partial(self._average, output, op)
+        self._start(head, lambda: [start()], traffic, after).wait()
 
+    @override
     def _form(self, member: GroupMember) -> Store:
         store, limit_s = super()._form(member), self.settings.operation_s
         client, rank, world = store.client, self.rank, self.world
         self._nccl = torch_compat.nccl_group(client, "nccl", rank, world, limit_s)
         return store
 
-    def _carrier(self, tensor: Tensor) -> Any:
+    @override
+    def _process_group(self, tensor: Tensor) -> Any:
         return self._nccl if tensor.is_cuda else self._gloo
 
+    @override
     def _wait(self, work: Any) -> None:
-        # With a deadline, wait blocks until the GPU is done; without, it only orders streams.
+        # With a timeout, `wait` blocks until the GPU is done; without, it only orders streams.
         work.wait(timedelta(seconds=self.settings.operation_s))
-        if self._given_up or self._failure is not None:
-            raise RuntimeError("the communicators were aborted")  # the values are not good
+        if self._is_aborted or self._failure is not None:
+            raise RuntimeError("the communicators were aborted")  # the values are undefined
 
+    @override
     def _when_done(self, work: Any, callback: Callable[[], None]) -> None:
-        """Do nothing: torch calls back when NCCL's operation is queued, not when it is over."""
+        """Do nothing: torch calls back when NCCL's operation is queued, not when it is complete."""
 
-    def _cut(self) -> None:
-        super()._cut()
+    @override
+    def _disconnect(self) -> None:
+        super()._disconnect()
         if self._nccl is not None:
             self._nccl.abort()
 
+    @override
     def _leave(self) -> None:
         super()._leave()
         nccl, self._nccl = self._nccl, None
-        if nccl is not None:  # after `_cut` this ends at once, else with what is under way
+        if nccl is not None:  # ends at once after `_disconnect`, else after pending operations
             nccl.shutdown()

@@ -1,9 +1,9 @@
 """
-The store of a torch group: rank 0 serves it, all connect to it, and through it to each other.
+The store of a torch group, served by rank 0: rendezvous, and heartbeats to find missing ranks.
 
-    rank 0: open a port -> leave the address with Ray -> serve the store
+    rank 0: open a port -> publish the address in Ray's store -> serve the store
     rank r: find the address ->  connect
-    all:    "here/r" in the store -> wait until everybody is here -> gloo connects all to all
+    all:    set "here/r" in the store -> wait for all ranks -> gloo connects all to all
 """
 
 import math
@@ -39,15 +39,15 @@ from distplat.platform.errors import CollectiveError, DeadlineExceeded
 
 INTERVAL_S = 0.5
 SILENT_S = 4 * INTERVAL_S
-"""A rank without a heartbeat for so long is missing."""
+"""A rank without a heartbeat for this long is missing."""
 
 _WAIT_SLICE_S = 0.1
-"""Seconds of one wait in the rendezvous; in between a rank sees whether it is to give up."""
-_FOUND = "missing"
+"""Length of one wait in the rendezvous; between waits a rank checks whether to abort."""
+_MISSING_KEY = "missing"
 
 
 class _LastBeat(NamedTuple):
-    """The last one of a rank."""
+    """Last heartbeat of a rank."""
 
     beats: str
     number: int
@@ -59,13 +59,13 @@ class _LastBeat(NamedTuple):
 
 class Heartbeat:
     """
-    Publishes that this rank lives and how far it is; finds the ranks that do not.
+    Publishes this rank's heartbeat and number of operations, and finds missing ranks.
 
     Args:
         store: a client of the group's store.
         rank: in the group.
         world: ranks in the group.
-        number: gives the operations that this rank has begun.
+        number: returns the number of operations that this rank has started.
         on_beat: called at each heartbeat.
     """
 
@@ -82,109 +82,114 @@ class Heartbeat:
         self._stopped = threading.Event()
         self._beats = 0
         self._waits_since: float | None = None
-        self._absence = (-math.inf, 0.0)  #: when it ended, and how long it was
-        self.said: list[str] = []
-        """What each rank has said of the operation that failed, where nobody is missing, in rank
-        order; empty: some have not."""
+        self._last_pause = (-math.inf, 0.0)  #: end and length of this process's last pause
+        self.headers: list[str] = []
+        """Headers of the failed operation, in rank order, if no rank is missing; empty: some ranks
+        have not published theirs."""
         self._publish(str(self._beats))
         self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
         self._thread.start()
 
     def stop(self) -> None:
-        """Publish no more, and that it is on purpose."""
+        """Stop the heartbeat, and publish that this rank has left."""
         self._stopped.set()
-        # Not for long: where rank 0 is frozen, a beat may be on its way for ever.
+        # With a deadline: if rank 0 is frozen, a heartbeat may block forever.
         self._thread.join(INTERVAL_S)
-        # They lead back to the group: without the circle its sockets close as soon as it goes.
+        # Breaks reference cycles with the group, so that its sockets close at once.
         self._on_beat, self._number = lambda: None, lambda: 0
 
     def stood_still_s(self) -> float:
-        """Say how long this process was stopped, or had no processor, just now; 0: it was not."""
+        """Return the length of this process's current or recent pause, stopped or without CPU."""
         now, since = time.monotonic(), self._waits_since
         if since is not None and now - since > SILENT_S:
             return now - since
-        ended, length = self._absence
+        ended, length = self._last_pause
         return length if now - ended < 2 * SILENT_S else 0.0
 
-    def missing(
-        self, number: int, partner: int | None, gave_up: Callable[[], bool], says: str = ""
+    def find_missing(
+        self, number: int, partner: int | None, is_aborted: Callable[[], bool], header: str = ""
     ) -> tuple[int, ...]:
         """
-        Find the ranks that made an operation fail; takes two seconds if no other rank has.
+        Find the ranks that made an operation fail; takes two seconds unless another rank has.
 
-        Rank 0 keeps the store: if that does not answer, rank 0 is missing. If this process stood
-        still, deadlines of its peers are over because of itself: only who is silent is missing.
+        Rank 0 serves the store: if the store does not answer, rank 0 is missing. After a pause of
+        this process, its peers may have missed deadlines because of it: then only silent ranks are
+        missing.
 
         Args:
-            number: the operation that failed, if all ranks take part in it.
-            partner: the other rank, if only two do.
-            gave_up: whether nobody wants the answer any more.
-            says: what the others are told of the operation; empty: nothing.
+            number: of the failed operation, if all ranks take part in it.
+            partner: the other rank, if only two take part.
+            is_aborted: whether to stop the search.
+            header: of the operation, published to the other ranks; empty: none.
         """
         awake = self.stood_still_s() == 0
-        # In a thread of its own: a frozen rank 0 leaves a question to its store open for ever.
-        look = run_in_thread("missing ranks", partial(self._search, number, partner, awake, says))
+        # In a separate thread: if rank 0 is frozen, a request to its store may block forever.
+        search = run_in_thread(
+            "missing ranks", partial(self._search, number, partner, awake, header)
+        )
         deadline = time.monotonic() + 2 * SILENT_S
-        while not wait([look], 0.05).done and time.monotonic() < deadline:
-            if gave_up():
+        while not wait([search], 0.05).done and time.monotonic() < deadline:
+            if is_aborted():
                 return ()
-        return look.result() if look.done() else (0,)
+        return search.result() if search.done() else (0,)
 
-    def _search(self, number: int, partner: int | None, awake: bool, says: str) -> tuple[int, ...]:
+    def _search(
+        self, number: int, partner: int | None, awake: bool, header: str
+    ) -> tuple[int, ...]:
         try:
-            if says:
-                self._store.set(f"says/{self._rank}", says)
+            if header:
+                self._store.set(f"says/{self._rank}", header)
             missing = self._found_by_others()
             if missing is None:
                 missing = self._compare(number, partner, awake)
                 if missing:
-                    self._store.set(_FOUND, " ".join(map(str, missing)))
+                    self._store.set(_MISSING_KEY, " ".join(map(str, missing)))
             keys = [f"says/{rank}" for rank in range(self._world)]
-            if says and not missing and self._store.check(keys):
-                self.said = [self._store.get(key).decode() for key in keys]
+            if header and not missing and self._store.check(keys):
+                self.headers = [self._store.get(key).decode() for key in keys]
         except (RuntimeError, ValueError):
             return (0,)
-        # The others gave up on this rank; it came late, and misses nobody.
+        # If the other ranks found this rank missing, it was late, and no other rank is missing.
         return () if self._rank in missing else missing
 
     def _found_by_others(self) -> tuple[int, ...] | None:
-        """Give what another rank found out."""
-        if not self._store.check([_FOUND]):
+        """Return the missing ranks that another rank has published; None: none has."""
+        if not self._store.check([_MISSING_KEY]):
             return None
-        return tuple(int(rank) for rank in self._store.get(_FOUND).decode().split())
+        return tuple(int(rank) for rank in self._store.get(_MISSING_KEY).decode().split())
 
     def _compare(self, number: int, partner: int | None, awake: bool) -> tuple[int, ...]:
         before = self._read()
         deadline = time.monotonic() + SILENT_S
-        while (left := deadline - time.monotonic()) > 0:
-            time.sleep(min(left, 0.1))
-            if (found := self._found_by_others()) is not None:
-                return found
+        while (remaining := deadline - time.monotonic()) > 0:
+            time.sleep(min(remaining, 0.1))
+            if (missing := self._found_by_others()) is not None:
+                return missing
         after = self._read()
         others = [rank for rank in range(self._world) if rank != self._rank]
         silent = [r for r in others if before[r] == after[r] and not after[r].left]
         if not awake:
             return tuple(silent)
-        late = [r for r in others if after[r].number < number and not after[r].left]
-        left_us = [r for r in others if after[r].left]
-        return tuple(silent or ([partner] if partner is not None else late) or left_us)
+        behind = [r for r in others if after[r].number < number and not after[r].left]
+        left = [r for r in others if after[r].left]
+        return tuple(silent or ([partner] if partner is not None else behind) or left)
 
     def _run(self) -> None:
         while not self._wait_for_next_beat():
             self._on_beat()
             self._beats += 1
             if not self._publish(str(self._beats)):
-                return  # rank 0 has closed the store: the group is over
+                return  # rank 0 has closed the store and thereby the group
         self._publish("left")
 
     def _wait_for_next_beat(self) -> bool:
-        """Wait until the next beat; say whether there is to be none."""
-        began = self._waits_since = time.monotonic()
-        over = self._stopped.wait(INTERVAL_S)
+        """Wait for the interval, and record a pause; return whether the heartbeat was stopped."""
+        start = self._waits_since = time.monotonic()
+        stopped = self._stopped.wait(INTERVAL_S)
         self._waits_since, now = None, time.monotonic()
-        if now - began > SILENT_S:
-            self._absence = now, now - began
-        return over
+        if now - start > SILENT_S:
+            self._last_pause = now, now - start
+        return stopped
 
     def _publish(self, beats: str) -> bool:
         try:
@@ -194,14 +199,14 @@ class Heartbeat:
         return True
 
     def _read(self) -> list[_LastBeat]:
-        """Give every rank's heartbeat; no beats and no operations for one that never came."""
-        beats_of = []
+        """Return the last heartbeats of all ranks; zeros for a rank without any."""
+        last_beats = []
         for rank in range(self._world):
             key = f"heartbeat/{rank}"
             value = self._store.get(key).decode() if self._store.check([key]) else "0 0"
             beats, number = value.split()
-            beats_of.append(_LastBeat(beats, int(number)))
-        return beats_of
+            last_beats.append(_LastBeat(beats, int(number)))
+        return last_beats
 
 
 T = TypeVar("T")
@@ -214,11 +219,11 @@ class Store:
     One rank's connection to the store of its group; rank 0 serves it.
 
     Args:
-        member: which rank, of which group.
+        member: the rank and its group.
 
     Raises:
-        DeadlineExceeded: somebody did not come in `rendezvous_s`.
-        CollectiveError: this rank was told to give up, or rank 0 is gone.
+        DeadlineExceeded: a rank did not join within `rendezvous_s`.
+        CollectiveError: `settings.abandoned` was set, or rank 0 is dead.
     """
 
     def __init__(self, member: GroupMember) -> None:
@@ -226,10 +231,10 @@ class Store:
         self._settings = member.settings
         self._server: StoreServer | None = None
         self.host = _listen_address()
-        """Address that this rank listens on."""
+        """Address on which this rank listens."""
         try:
             host, port, secret = self._serve() if self._rank == 0 else self._find()
-            # Nobody is waited for longer in here: who is late makes the others' operations fail.
+            # No answer takes longer: a late rank makes the other ranks' operations fail first.
             limit_s = self._settings.rendezvous_s + self._settings.operation_s
             self.client = KeyValueStore(StoreConnection(host, port, secret, limit_s))
             self._wait_for_all()
@@ -241,21 +246,21 @@ class Store:
                 withdraw_address(self._name)
 
     def __del__(self) -> None:
-        self.close(troubled=True)  # the group came to nothing
+        self.close(after_failure=True)  # the group failed to form
 
-    def close(self, *, troubled: bool) -> None:
+    def close(self, *, after_failure: bool) -> None:
         """
-        Serve no more.
+        Stop serving the store.
 
         Args:
-            troubled: the group broke; the others may still be asking whose fault it is.
+            after_failure: serve a little longer, as other ranks may still search for missing ranks.
         """
         if self._server is not None:
-            self._server.close(after_s=_LINGER_S if troubled else 0.0)
+            self._server.close(after_s=_LINGER_S if after_failure else 0.0)
         self._server = None
 
     def _serve(self) -> tuple[str, int, str]:
-        secret = secrets.token_hex(16)  # goes through Ray's store alone, which asks for a token
+        secret = secrets.token_hex(16)  # shared only through Ray's store, which requires a token
         self._server = StoreServer(self.host, secret, self._world)
         publish_address(self._name, f"{self.host} {self._server.port} {secret}".encode())
         return self.host, self._server.port, secret
@@ -265,43 +270,43 @@ class Store:
         return host, int(port), secret
 
     def _wait_for_all(self) -> None:
-        """Wait for all ranks before gloo does, whose deadline is that of one operation."""
+        """Wait for all ranks, before gloo waits with the shorter deadline of one operation."""
         self.client.set(f"here/{self._rank}", "")
-        everybody = [f"here/{rank}" for rank in range(self._world)]
+        keys = [f"here/{rank}" for rank in range(self._world)]
 
         def complete() -> bytes | None:
-            # The server tells: a hundred ranks that ask again and again keep it from answering.
+            # A wait in the server: polls of a hundred ranks would overload it.
             try:
-                self.client.wait(everybody, timedelta(seconds=_WAIT_SLICE_S))
+                self.client.wait(keys, timedelta(seconds=_WAIT_SLICE_S))
             except StoreTimeout:
                 return None
             return b""
 
         def absent() -> tuple[int, ...]:
-            return tuple(r for r in range(self._world) if not self.client.check([everybody[r]]))
+            return tuple(r for r in range(self._world) if not self.client.check([keys[r]]))
 
         wait_for(complete, self._name, absent, self._settings)
 
 
-def run_unless_given_up(make: Callable[[], T], group_name: str, settings: GroupSettings) -> T:
+def run_until_abandoned(connect: Callable[[], T], group_name: str, settings: GroupSettings) -> T:
     """
-    Run what may take long in a thread, and wait for it only as long as it is wanted.
+    Run a step of the rendezvous in a thread, and wait for it until `settings.abandoned` is set.
 
-    A thread that is left behind ends at its own deadlines, or with the peer that holds it up.
+    If the wait ends early, the thread ends at its own deadlines, or when its peer ends.
 
     Raises:
-        CollectiveError: this rank was told to give up.
+        CollectiveError: `settings.abandoned` was set.
         DeadlineExceeded: rank 0, which serves the store, does not answer.
-        Exception: what `make` raised.
+        Exception: raised by `connect`.
     """
-    store = run_in_thread("rendezvous", make)
+    connection = run_in_thread("rendezvous", connect)
     limit = settings.rendezvous_s + settings.operation_s
     clock = AwakeClock()
     while clock.now() < limit and not settings.abandoned.is_set():
-        if wait([store], 0.1).done:
+        if wait([connection], 0.1).done:
             break
-    if wait([store], 0.1).done:  # it looks at the event itself, and has the better error
-        return store.result()
+    if wait([connection], 0.1).done:  # the thread checks the event, too, with a better error
+        return connection.result()
     if settings.abandoned.is_set():
         raise CollectiveError(group_name, "rendezvous", 0, (), GIVEN_UP)
     what = f"rendezvous of group {group_name!r}"
@@ -309,6 +314,6 @@ def run_unless_given_up(make: Callable[[], T], group_name: str, settings: GroupS
 
 
 def _listen_address() -> str:
-    """Address to listen on: loopback where the cluster is one node, else this node's own."""
+    """Return the address to listen on: loopback on a one-node cluster, else the node's address."""
     alive = [node for node in ray.nodes() if node["Alive"]]
     return "127.0.0.1" if len(alive) == 1 else str(ray.util.get_node_ip_address())

@@ -218,7 +218,7 @@ def test_who_does_not_come_is_named(ranks: Ranks) -> None:
 def test_ranks_must_agree_on_their_number(ranks: Ranks) -> None:
     actors = ranks(2)
     first = actors[0].join.remote("count", 0, 2, 2.0)
-    with pytest.raises(CollectiveError, match="rank 0 says 2 ranks, rank 1 says 3"):
+    with pytest.raises(CollectiveError, match="rank 0 expects 2 ranks, rank 1 expects 3"):
         ray.get(actors[1].join.remote("count", 1, 3, 2.0), timeout=60)
     with pytest.raises(DeadlineExceeded):
         ray.get(first, timeout=60)

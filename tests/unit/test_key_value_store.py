@@ -180,7 +180,7 @@ def test_who_says_nothing_is_hung_up_on(
 
 
 def test_strangers_keep_no_rank_out(server: StoreServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(key_value_store, "_STRANGERS", 5)
+    monkeypatch.setattr(key_value_store, "_MAX_UNVERIFIED", 5)
     strangers = [stranger(server) for _ in range(20)]
     assert connected(server).num_keys() == 0
     assert all(all_of(one) for one in strangers[:12])  # ended: three ranks are still to come
@@ -239,7 +239,7 @@ def test_nothing_is_left_of_it() -> None:
 
 def test_a_hundred_ranks_may_come_at_once() -> None:
     """None of them is taken for one stranger too many."""
-    ranks = 2 * key_value_store._STRANGERS
+    ranks = 2 * key_value_store._MAX_UNVERIFIED
     server = StoreServer(HOST, SECRET, ranks)
     come = [stranger(server) for _ in range(ranks)]
     theirs = [one.recv(NONCE) for one in come]

@@ -189,8 +189,8 @@ def test_another_memory_of_ours_under_the_same_numbers_is_refused() -> None:
     mine = GroupSegment.create("node", layout)
     part = MemorySegment.create("node", 8, "uint8")
     mine.enter()
-    mine.offer(part.address)
-    offer, _ = mine.offers()
+    mine.publish_vector(part.address)
+    offer, _ = mine.read_vectors()
     assert offer == (os.getpid(), part.address.fd, part.address.inode)
     SharedVectors().add(part, [offer, offer])
     segment = MemorySegment.create("node", 8, "uint8")  # as if of another rank
@@ -201,6 +201,6 @@ def test_another_memory_of_ours_under_the_same_numbers_is_refused() -> None:
     channel = _P2PChannel(mine, 0, 1)
     head = header("send", [part.tensor], number=3)
     channel.announce(head, part)
-    where, sent = channel.announced(3)
+    where, sent = channel.read_announcement(3)
     assert where == (part.address.fd, 8, part.address.inode)
     assert sent == head._replace(number=3)

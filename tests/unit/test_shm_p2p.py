@@ -55,13 +55,13 @@ def test_a_message_in_memory_that_is_another_by_now_is_refused(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The descriptor's number may be used again: the inode tells."""
-    read = p2p._P2PChannel.announced
+    read = p2p._P2PChannel.read_announcement
 
-    def announced(channel: p2p._P2PChannel, number: int) -> object:
+    def changed(channel: p2p._P2PChannel, number: int) -> object:
         (fd, size, inode), head = read(channel, number)
         return (fd, size, inode + 1), head
 
-    monkeypatch.setattr(p2p._P2PChannel, "announced", announced)
+    monkeypatch.setattr(p2p._P2PChannel, "read_announcement", changed)
 
     def body(group: ShmGroup) -> None:
         if group.rank == 0:

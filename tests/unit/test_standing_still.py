@@ -234,7 +234,7 @@ def test_who_was_stopped_itself_calls_no_rank_of_gloos_late(
     ]
     rest(0.1)
     here.now += stop_s
-    assert beats[0].missing(5, None, lambda: False) == expected
+    assert beats[0].find_missing(5, None, lambda: False) == expected
     assert (beats[0].stood_still_s() > 0) == (stop_s > 0)
     for _ in range(50):
         rest(0.1)

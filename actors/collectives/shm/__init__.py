@@ -1,1 +1,1 @@
-"""Collective operations of the ranks of one node, through memory that they share."""
+"""Collective operations in shared memory, for ranks on one node."""

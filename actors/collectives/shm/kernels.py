@@ -1,4 +1,4 @@
-"""Combining the ranks' values, element by element, in rank order."""
+"""Element-wise reductions of the ranks' vectors, in rank order."""
 
 from collections.abc import Callable, Sequence
 
@@ -10,10 +10,10 @@ from distplat.strategies.collective import ReduceOp
 
 ALIGN = 128
 """
-Vectors are cut at multiples of so many elements.
+Vectors are split at multiples of this number of elements.
 
-A cache line is then written by one rank alone, and vectorised loops handle the same elements in
-the same way wherever a vector is cut: results are the same bits for any cut.
+So only one rank writes to a cache line, and vectorized loops treat each element in the same way
+wherever a vector is split: results are bitwise equal for any split.
 """
 
 _PAIRWISE: dict[ReduceOp, Callable[..., Tensor]] = {
@@ -25,26 +25,26 @@ _PAIRWISE: dict[ReduceOp, Callable[..., Tensor]] = {
 _HALF = (torch.float16, torch.bfloat16)
 
 
-def in_pieces(vector: Tensor, length: int) -> Sequence[Tensor]:
-    """Cut a vector into views of one length, the last one shorter; an empty one is one piece."""
+def split_by_length(vector: Tensor, length: int) -> Sequence[Tensor]:
+    """Split a vector into views of `length`, the last one shorter; an empty vector is one view."""
     whole, rest = divmod(vector.numel(), length)
     return torch.split_with_sizes(vector, [length] * whole + ([rest] if rest or not whole else []))
 
 
 def cut_evenly(vector: Tensor, parts: int) -> Sequence[Tensor]:
-    """Cut a vector into `parts` views of nearly one length, at `ALIGN`; some may be empty."""
+    """Split a vector into `parts` views of similar length, at `ALIGN`; views may be empty."""
     bounds = split_evenly(vector.numel(), parts, align=ALIGN)
     return torch.split_with_sizes(vector, [b - a for a, b in bounds])
 
 
 class Scratch:
-    """Memory for sums under way; grows to the longest vector combined."""
+    """Memory for intermediate sums; grows to the size of the longest vector."""
 
     def __init__(self) -> None:
         self._bytes = torch.empty(0, dtype=torch.uint8)
 
     def like(self, vector: Tensor, dtype: torch.dtype) -> Tensor:
-        """Give a vector as long as `vector`, with any values."""
+        """Return an uninitialized vector of the length of `vector`."""
         size = vector.numel() * dtype.itemsize
         if self._bytes.numel() < size:
             self._bytes = torch.empty(size, dtype=torch.uint8)
@@ -55,13 +55,13 @@ def combine(parts: Sequence[Tensor], out: Tensor, op: ReduceOp, scratch: Scratch
     """
     Write `parts[0] op parts[1] op ...` into `out`, always from left to right.
 
-    Sums and products of 16-bit floats are made in float32 and rounded once.
+    Sums and products of 16-bit floats are computed in float32 and rounded once.
 
     Args:
         parts: one vector per rank, shape [n], in rank order; at least one.
         out: shape [n], same dtype; may be one of the parts.
-        op: any but AVG, which is a sum that the caller divides.
-        scratch: for sums that cannot be made in place.
+        op: any but AVG: for AVG the caller divides a sum.
+        scratch: for sums that cannot be computed in place.
     """
     pairwise = _PAIRWISE[op]
     first, *rest = parts
@@ -69,7 +69,7 @@ def combine(parts: Sequence[Tensor], out: Tensor, op: ReduceOp, scratch: Scratch
         out.copy_(first)
         return
     second, *rest = rest
-    if not rest:  # two 16-bit floats are added as float32 and rounded once by torch as well
+    if not rest:  # torch, too, adds two 16-bit floats in float32 and rounds once
         pairwise(first, second, out=out)
         return
     if out.dtype in _HALF and op in (ReduceOp.SUM, ReduceOp.PRODUCT):

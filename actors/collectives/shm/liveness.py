@@ -1,4 +1,4 @@
-"""Waits for other ranks that end when one of them dies or leaves, and at a deadline."""
+"""Waits for other ranks that fail if one of them dies or leaves, or at a deadline."""
 
 import os
 import time
@@ -12,18 +12,18 @@ from distplat.platform.awake_clock import AwakeClock
 from distplat.platform.errors import CollectiveError
 
 SLICE_S = 0.1
-"""How often who waits checks the others."""
+"""Period at which a wait checks the other ranks."""
 
 
 class RunningOp:
-    """One operation of this rank, for errors and accounts."""
+    """A running operation of this rank, for errors and traffic counters."""
 
-    __slots__ = ("began", "clock", "name", "number", "waited")
+    __slots__ = ("clock", "name", "number", "start", "waiting_s")
 
     def __init__(self, name: str, number: int) -> None:
         self.name, self.number = name, number
-        self.began, self.waited = time.perf_counter(), 0.0
-        self.clock = AwakeClock()  #: for its deadline
+        self.start, self.waiting_s = time.perf_counter(), 0.0
+        self.clock = AwakeClock()  #: for the deadline
 
 
 class LivenessMonitor:
@@ -31,56 +31,57 @@ class LivenessMonitor:
     One rank's waits in a group.
 
     Args:
-        group: its name, for errors.
-        segment: what the ranks share.
-        settings: the deadline of an operation, and what ends waits once it is set.
+        group: name of the group, for errors.
+        segment: the ranks' shared memory.
+        settings: deadline of an operation, and abort event.
     """
 
     def __init__(self, group: str, segment: GroupSegment, settings: GroupSettings) -> None:
         self._group, self._segment, self._settings = group, segment, settings
         self._abandoned = settings.abandoned
-        self._given_up: tuple[str, tuple[int, ...]] | None = None
+        self._failure: tuple[str, tuple[int, ...]] | None = None  #: cause and missing ranks
         self._processes: dict[int, int] = {}
 
     def start(self) -> None:
-        """Open the other ranks' processes, to learn of their deaths; all have entered."""
+        """Open the other ranks' processes to detect their deaths; all ranks have entered."""
         for rank in range(self._segment.world):
             pid = self._segment.pid(rank)
             if pid != os.getpid():  # in tests, ranks are threads of one process
-                with suppress(PermissionError, AttributeError):  # then only the deadline tells
+                # Without permission, a death is detected only by the deadline.
+                with suppress(PermissionError, AttributeError):
                     self._processes[rank] = _open_process(pid)
 
     def close(self) -> None:
-        """Let go of the processes."""
+        """Close the processes' descriptors."""
         while self._processes:
             _, descriptor = self._processes.popitem()
             if descriptor >= 0:
                 os.close(descriptor)
 
-    def give_up(self, why: str, missing: tuple[int, ...] = ()) -> None:
+    def abort(self, cause: str, missing: tuple[int, ...] = ()) -> None:
         """Make waits of this rank fail soon, with this cause; from any thread."""
-        self._given_up = self._given_up or (why, missing)
+        self._failure = self._failure or (cause, missing)
         self._segment.wake()
 
     def check(self, op: RunningOp) -> None:
         """
-        Check whether this rank may go on at all.
+        Check whether this rank may continue.
 
         Raises:
-            CollectiveError: it gave up.
+            CollectiveError: the waits of this rank were aborted.
         """
-        if self._given_up is None and self._abandoned.is_set():
-            self._given_up = GIVEN_UP, ()
-        if self._given_up is not None:
-            why, missing = self._given_up
-            raise CollectiveError(self._group, op.name, op.number, missing, why)
+        if self._failure is None and self._abandoned.is_set():
+            self._failure = GIVEN_UP, ()
+        if self._failure is not None:
+            cause, missing = self._failure
+            raise CollectiveError(self._group, op.name, op.number, missing, cause)
 
     def wait_for(self, word: Word, target: int, peer: int, op: RunningOp) -> None:
         """
-        Sleep until a rank's word has come to `target`.
+        Sleep until a rank's word has reached `target`.
 
         Raises:
-            CollectiveError: the rank died or left, the deadline passed, or this rank gave up.
+            CollectiveError: the rank died or left, the deadline passed, or this rank was aborted.
         """
         self._wait(lambda slice_s: word.wait(target, slice_s), lambda: [peer], op)
 
@@ -89,7 +90,7 @@ class LivenessMonitor:
         Sleep until every rank has made `target` posts.
 
         Raises:
-            CollectiveError: as `wait_for`; `missing` are all who have made fewer.
+            CollectiveError: as `wait_for`; `missing` are all ranks with fewer posts.
         """
         words = self._segment.words
 
@@ -102,19 +103,19 @@ class LivenessMonitor:
     def _wait(
         self, wait: Callable[[float], bool], behind: Callable[[], list[int]], op: RunningOp
     ) -> None:
-        began = time.perf_counter()
+        start = time.perf_counter()
         try:
             while not wait(min(SLICE_S, max(0.0, self._settings.operation_s - op.clock.now()))):
                 self._check_peers(behind(), op, wait)
         finally:
-            op.waited += time.perf_counter() - began
+            op.waiting_s += time.perf_counter() - start
 
     def _check_peers(self, behind: list[int], op: RunningOp, wait: Callable[[float], bool]) -> None:
         self.check(op)
         dead = tuple(rank for rank in behind if self._is_dead(rank))
         left = tuple(rank for rank in behind if self._segment.has_left(rank))
         late = op.clock.now() >= self._settings.operation_s
-        # Who died or left may have posted before: look at the word once more.
+        # A rank may have posted before it died or left: check the word again.
         if not (dead or left or late) or wait(0.0):
             return
         cause = self._settings.deadline
@@ -131,7 +132,7 @@ class LivenessMonitor:
 
 
 def _open_process(pid: int) -> int:
-    """Give a descriptor that becomes readable when the process ends; -1: it has ended."""
+    """Return a descriptor that becomes readable when the process ends; -1: it has ended."""
     try:
         return os.pidfd_open(pid)
     except ProcessLookupError:

@@ -1,14 +1,14 @@
 """
-Messages from one rank to another through two slots that the sender makes when it first needs them.
+Point-to-point messages through two slots per direction, which the sender creates on first use.
 
     sender                                          receiver
     wait until message n-2 was taken
-    copy piece 0 into slot n%2, post `pieces`  ──▶  wait for `pieces`, compare what is announced
+    copy piece 0 into slot n%2, post `pieces`  ──▶  wait for `pieces`, compare the headers
     copy piece 1, post                         ──▶  copy piece 0 out ...
     return: does not wait for the receiver          copy the last piece out, post `taken`
 
-A slot is a segment of its own, so it can grow between two of its messages: it has room for any. A
-stage of a pipeline may therefore send before it receives, as its peer does.
+Each slot is a separate segment, which the sender can replace by a larger one between two messages:
+a message of any size fits. So two pipeline stages may both send before they receive.
 """
 
 import struct
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from distplat.actors.collectives.header import SIZE, Header, check_message, header
-from distplat.actors.collectives.shm.kernels import in_pieces
+from distplat.actors.collectives.shm.kernels import split_by_length
 from distplat.actors.collectives.shm.liveness import LivenessMonitor, RunningOp
 from distplat.actors.collectives.shm.segment import GroupSegment
 from distplat.actors.memory.futex import Word
@@ -28,39 +28,40 @@ from distplat.actors.messages import MemoryAddress
 from distplat.platform.errors import CollectiveError
 
 PIECE_BYTES = 256 * 1024
-_SHORTEST_SLOT = 64 * 1024
-_DOUBLED_TO = 32 * 2**20
-"""Bytes. Slots double up to here, so that they seldom grow; beyond they are as long as need be."""
-_WHERE = struct.Struct("<qqQ")  # descriptor, bytes and inode of the slot's segment
-_TAKEN, _SLOTS, _SLOT = 128, 192, _WHERE.size + SIZE
-"""In a channel's control words: offset of `taken`, of the announcements, and their size."""
+_MIN_SLOT = 64 * 1024
+_MAX_DOUBLED_SLOT = 32 * 2**20
+"""Bytes. Slot sizes double up to here, so that slots seldom grow; larger slots fit exactly."""
+_ADDRESS = struct.Struct("<qqQ")  # descriptor, bytes and inode of the slot's segment
+_TAKEN, _ANNOUNCEMENTS, _ANNOUNCEMENT = 128, 192, _ADDRESS.size + SIZE
+"""In a channel's control words: offsets of `taken` and of the two announcements; size of one."""
 _ALL = (1 << 32) - 1
 
 
 class _P2PChannel:
-    """What both ends keep of one direction between two ranks."""
+    """One end's state of the messages from one rank to another."""
 
     def __init__(self, segment: GroupSegment, source: int, to: int) -> None:
         start = segment.channel(source, to)
         self.pieces = Word(segment.bytes, start)
         self.taken = Word(segment.bytes, start + _TAKEN)
-        self._control = segment.bytes[start + _SLOTS : start + _SLOTS + 2 * _SLOT]
-        self.messages = 0  #: begun by this end
+        start += _ANNOUNCEMENTS
+        self._control = segment.bytes[start : start + 2 * _ANNOUNCEMENT]
+        self.messages = 0  #: sent or received by this end
         self.posted = 0  #: pieces sent or received by this end
         self.segments: list[MemorySegment | None] = [None, None]
 
     def announce(self, head: Header, segment: MemorySegment) -> None:
-        """Write, as the sender, what lies in the slot of message `head.number`."""
-        start = head.number % 2 * _SLOT
+        """Write the slot's address and the header of message `head.number`; by the sender."""
+        start = head.number % 2 * _ANNOUNCEMENT
         address = segment.address
-        _WHERE.pack_into(self._control, start, address.fd, address.elements, address.inode)
-        self._control[start + _WHERE.size : start + _SLOT] = head.pack(head.number)
+        _ADDRESS.pack_into(self._control, start, address.fd, address.elements, address.inode)
+        self._control[start + _ADDRESS.size : start + _ANNOUNCEMENT] = head.pack(head.number)
 
-    def announced(self, number: int) -> tuple[tuple[int, int, int], Header]:
-        """Read, as the receiver, ((descriptor, bytes, inode), header) of message `number`."""
-        start = number % 2 * _SLOT
-        fd, size, inode = _WHERE.unpack_from(self._control, start)
-        packed = bytes(self._control[start + _WHERE.size : start + _SLOT])
+    def read_announcement(self, number: int) -> tuple[tuple[int, int, int], Header]:
+        """Return ((descriptor, bytes, inode), header) of message `number`; by the receiver."""
+        start = number % 2 * _ANNOUNCEMENT
+        fd, size, inode = _ADDRESS.unpack_from(self._control, start)
+        packed = bytes(self._control[start + _ADDRESS.size : start + _ANNOUNCEMENT])
         return (fd, size, inode), Header.unpack(packed)
 
 
@@ -69,9 +70,9 @@ class PointToPoint:
     One rank's messages; each pair of ranks is independent of all others.
 
     Args:
-        group: its name, for errors.
-        segment: what the ranks share.
-        liveness: does the sleeping.
+        group: name of the group, for errors.
+        segment: the ranks' shared memory.
+        liveness: for waits.
     """
 
     def __init__(self, group: str, segment: GroupSegment, liveness: LivenessMonitor) -> None:
@@ -80,7 +81,7 @@ class PointToPoint:
         self._incoming: dict[int, _P2PChannel] = {}
 
     def send(self, flat: Tensor, to: int) -> RunningOp:
-        """Copy `flat`, shape [n], for rank `to`; waits only if two messages are untaken."""
+        """Send `flat`, shape [n], to rank `to`; waits only if it has not taken two messages."""
         channel = self._outgoing.get(to)
         channel = channel or self._channel(self._outgoing, to, self._segment.rank, to)
         op = RunningOp("send", channel.messages)
@@ -99,10 +100,10 @@ class PointToPoint:
 
     def receive(self, flat: Tensor, source: int) -> RunningOp:
         """
-        Fill `flat`, shape [n], with the next message of rank `source`.
+        Receive the next message of rank `source` into `flat`, shape [n].
 
         Raises:
-            MismatchError: the message is of another size or dtype.
+            MismatchError: the message has another size or dtype.
             CollectiveError: see `LivenessMonitor`.
         """
         channel = self._incoming.get(source)
@@ -122,9 +123,9 @@ class PointToPoint:
 
     def drain(self) -> None:
         """
-        Wait until all messages are taken: their slots are this process's.
+        Wait until all sent messages are taken: their slots are freed with this process.
 
-        Whoever died or left takes none; the deadline is that of an operation.
+        Skips ranks that died or left; the deadline is that of an operation.
         """
         for to, channel in self._outgoing.items():
             op = RunningOp("close", channel.messages)
@@ -140,29 +141,31 @@ class PointToPoint:
         self._outgoing.clear()
         self._incoming.clear()
 
-    def _channel(self, end: dict[int, _P2PChannel], peer: int, source: int, to: int) -> _P2PChannel:
-        return end.setdefault(peer, _P2PChannel(self._segment, source, to))
+    def _channel(
+        self, channels: dict[int, _P2PChannel], peer: int, source: int, to: int
+    ) -> _P2PChannel:
+        return channels.setdefault(peer, _P2PChannel(self._segment, source, to))
 
     def _slot(self, channel: _P2PChannel, number: int, size: int) -> MemorySegment:
-        """Give the free slot of message `number`, grown if need be."""
+        """Return the free slot of message `number`; replace it if it is too small."""
         segment = channel.segments[number % 2]
         if segment is None or segment.address.elements < size:
             if segment is not None:
                 segment.seal()
-            if size <= _DOUBLED_TO:
-                size = max(_SHORTEST_SLOT, 1 << (size - 1).bit_length())
+            if size <= _MAX_DOUBLED_SLOT:
+                size = max(_MIN_SLOT, 1 << (size - 1).bit_length())
             segment = MemorySegment.create(self._segment.segment.address.node, size, "uint8")
             channel.segments[number % 2] = segment
         return segment
 
     def _find_slot(self, channel: _P2PChannel, flat: Tensor, source: int, op: RunningOp) -> Tensor:
-        """Compare the message with what is wanted, and give its slot."""
+        """Compare the message's header with the expected one, and return its slot."""
         number = channel.messages
-        (fd, size, inode), sent = channel.announced(number)
+        (fd, size, inode), sent = channel.read_announcement(number)
         expected = header("send", [flat], number=number)
         check_message(self._group, source, self._segment.rank, sent, expected)
         segment = channel.segments[number % 2]
-        # A slot only grows, so another size tells that it is another segment.
+        # Slots only grow, so another size means another segment.
         if segment is None or segment.address.elements != size:
             address = MemoryAddress("", self._segment.pid(source), fd, size, "uint8", inode)
             try:
@@ -174,6 +177,6 @@ class PointToPoint:
 
 
 def _pieces(message: Tensor) -> Iterator[tuple[int, Tensor]]:
-    """Give (first byte, piece): the receiver copies one while the sender copies the next."""
-    for index, piece in enumerate(in_pieces(message, PIECE_BYTES)):
+    """Yield (first byte, piece): the receiver copies a piece while the sender copies the next."""
+    for index, piece in enumerate(split_by_length(message, PIECE_BYTES)):
         yield index * PIECE_BYTES, piece

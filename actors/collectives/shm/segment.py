@@ -1,5 +1,5 @@
 """
-The memory that the ranks of a group on one node share: a line of control words each, and slots.
+Shared memory of a group on one node: each rank has a line of control words, and slots.
 
     ┌ line of rank 0 ─┬─ ... ─┬ line N-1 ┬ channel 0->0 ┬─ ... ─┬ N-1->N-1 ┬ slots ──────────────┐
     │ posts   state   │       │          │   (p2p)      │       │          │ rank 0: 0 1 2 3     │
@@ -7,12 +7,12 @@ The memory that the ranks of a group on one node share: a line of control words 
     │ header header   │       │          │              │       │          │                     │
     └─────────────────┴───────┴──────────┴──────────────┴───────┴──────────┴─────────────────────┘
 
-A rank writes into its own line, the channels it sends or receives on, and its own slots. It counts
-its posts in `posts`, which the others wait for. It writes the header of its operation before it
-posts, by turns into one of two slots: who begins operation k+2 has seen every rank's first post
-of k+1, and a rank posts that after it has compared the headers of k.
+A rank writes only to its own line, to its own slots, and to the channels on which it sends or
+receives. It counts its posts in `posts`; other ranks wait for that word. Before its first post it
+writes the header of its operation, alternately to two places: a rank that starts operation k+2 has
+seen every rank's first post of k+1, and ranks post that after they have compared the headers of k.
 
-Shared vectors (`Collective.share`) are segments of their own, one per rank, which all ranks map.
+Shared vectors (`Collective.share`) are separate segments, one per rank, which all ranks map.
 """
 
 import os
@@ -31,34 +31,34 @@ from distplat.actors.memory.memfd import MemorySegment
 from distplat.actors.messages import MemoryAddress
 
 SLOTS = 4
-"""Number of slots of each rank; block_pipeline.py says why four."""
-_SLOT = 512 * 1024
-"""Measured: quickest are blocks that stay in the caches; smaller ones have too many waits."""
-_ROOM_PER_RANK = 16 * 1024
+"""Number of slots of each rank; block_pipeline.py explains why four."""
+_SLOT_BYTES = 512 * 1024
+"""Chosen by measurement: larger blocks do not stay in the caches, smaller ones need more waits."""
+_MIN_BYTES_PER_RANK = 16 * 1024
 _LINE = 384
 _STATE, _PID, _VECTOR, _INODE, _HEADERS = 4, 8, 12, 16, 128
 CHANNEL = 384
 _PAGE = 4096
 _FIELD = struct.Struct("<I")
 _LONG_FIELD = struct.Struct("<Q")
-_ABSENT, PRESENT, LEFT = 0, 1, 2
+_ABSENT, _PRESENT, _LEFT = 0, 1, 2
 
 
 def shared_memory_works() -> bool:
-    """Whether this machine has what it takes: Linux, and a processor whose calls we know."""
+    """Return whether this machine is supported: Linux, on a known processor architecture."""
     return futex.supported() and hasattr(os, "memfd_create")
 
 
 class SegmentLayout(NamedTuple):
-    """Where things lie, in bytes."""
+    """Offsets and sizes of the segment's parts, in bytes."""
 
     world: int
     slot_bytes: int
 
     @classmethod
     def of(cls, world: int) -> "SegmentLayout":
-        """Give the layout for `world` ranks; a slot has room for a piece of every rank's part."""
-        return cls(world, max(_SLOT, world * _ROOM_PER_RANK))
+        """Return the layout for `world` ranks; a slot holds a piece for every rank."""
+        return cls(world, max(_SLOT_BYTES, world * _MIN_BYTES_PER_RANK))
 
     @property
     def channels(self) -> int:
@@ -67,13 +67,13 @@ class SegmentLayout(NamedTuple):
 
     @property
     def slots(self) -> int:
-        """First byte of the slots; whole pages, so that any dtype can be viewed there."""
+        """First byte of the slots; page-aligned, so that slots can be viewed as any dtype."""
         end = self.channels + self.world**2 * CHANNEL
         return -(-end // _PAGE) * _PAGE
 
     @property
     def size(self) -> int:
-        """Bytes of all."""
+        """Bytes of the segment."""
         return self.slots + self.world * SLOTS * self.slot_bytes
 
 
@@ -98,31 +98,31 @@ class GroupSegment:
 
     @classmethod
     def create(cls, node: str, layout: SegmentLayout) -> "GroupSegment":
-        """Make the memory, as rank 0; pages come into being when they are first used."""
+        """Create the memory, on rank 0; pages are allocated on first use."""
         return cls(MemorySegment.create(node, layout.size, "uint8", populate=False), layout, 0)
 
     @classmethod
     def open(cls, address: MemoryAddress, layout: SegmentLayout, rank: int) -> "GroupSegment":
         """
-        Map what rank 0 has made.
+        Map the memory of rank 0.
 
         Raises:
-            OSError: it cannot be reached from this process.
+            OSError: this process cannot open it.
         """
         return cls(MemorySegment.open(address, populate=False), layout, rank)
 
     def enter(self) -> None:
-        """Say that this rank is here, and in which process; its first post follows."""
+        """Publish this rank's process, before its first post."""
         self._set(_PID, os.getpid())
-        self._set(_STATE, PRESENT)
+        self._set(_STATE, _PRESENT)
 
     def absent(self) -> list[int]:
-        """Give the ranks that have not made their first post."""
+        """Return the ranks that have not made their first post."""
         return [rank for rank, word in enumerate(self.words) if not word.wait(1, 0.0)]
 
     def leave(self) -> None:
-        """Announce that this rank posts no more, and wake the ranks that wait for it."""
-        self._set(_STATE, LEFT)
+        """Announce that this rank makes no more posts, and wake the ranks that wait for it."""
+        self._set(_STATE, _LEFT)
         self.wake()
 
     def wake(self) -> None:
@@ -131,45 +131,45 @@ class GroupSegment:
             word.wake()
 
     def has_left(self, rank: int) -> bool:
-        """Whether a rank said that it will post no more."""
-        return self._get(rank, _STATE) == LEFT
+        """Return whether a rank has called `leave`."""
+        return self._get(rank, _STATE) == _LEFT
 
     def pid(self, rank: int) -> int:
-        """Process of a rank that has entered."""
+        """Return the process ID of a rank that has entered."""
         return self._get(rank, _PID)
 
-    def offer(self, address: MemoryAddress) -> None:
-        """Lay down where this process's part of a new shared vector is."""
+    def publish_vector(self, address: MemoryAddress) -> None:
+        """Write the address of this rank's segment of a new shared vector."""
         self._set(_VECTOR, address.fd)
         _LONG_FIELD.pack_into(self.bytes, self.rank * _LINE + _INODE, address.inode)
 
-    def offers(self) -> list[tuple[int, int, int]]:
-        """Give (process, descriptor, inode) of every rank's part of a new shared vector."""
+    def read_vectors(self) -> list[tuple[int, int, int]]:
+        """Return (process, descriptor, inode) of every rank's segment of a new shared vector."""
         inodes = [
             _LONG_FIELD.unpack_from(self.bytes, r * _LINE + _INODE)[0] for r in range(self.world)
         ]
         return [(self.pid(r), self._get(r, _VECTOR), inode) for r, inode in enumerate(inodes)]
 
     def write_header(self, number: int, data: bytes) -> None:
-        """Lay down this rank's header of operation `number`."""
+        """Write this rank's header of operation `number`."""
         start = self.rank * _LINE + _HEADERS + number % 2 * SIZE
         self.bytes[start : start + SIZE] = data
 
     def read_header(self, rank: int, number: int) -> bytes:
-        """Give a rank's header of operation `number`, after its first post."""
+        """Return a rank's header of operation `number`, after its first post."""
         start = rank * _LINE + _HEADERS + number % 2 * SIZE
         return bytes(self.bytes[start : start + SIZE])
 
     def channel(self, source: int, to: int) -> int:
-        """First byte of the control words of messages from one rank to another."""
+        """Return the first byte of the control words of messages from `source` to `to`."""
         return self.layout.channels + (source * self.world + to) * CHANNEL
 
     def slots(self, dtype: torch.dtype) -> list[list[Tensor]]:
-        """Give `[slot][rank]`, each a vector that fills the slot."""
+        """Return `[slot][rank]`, each a vector that fills the slot."""
         if dtype not in self._typed:
-            every = self.segment.tensor[self.layout.slots :].view(dtype)
-            parts = every.view(self.world, SLOTS, -1).transpose(0, 1)
-            self._typed[dtype] = [list(slot.unbind()) for slot in parts.unbind()]
+            flat = self.segment.tensor[self.layout.slots :].view(dtype)
+            slots = flat.view(self.world, SLOTS, -1).transpose(0, 1)
+            self._typed[dtype] = [list(slot.unbind()) for slot in slots.unbind()]
         return self._typed[dtype]
 
     def _set(self, field: int, value: int) -> None:
@@ -180,31 +180,31 @@ class GroupSegment:
 
 
 class SharedVectors:
-    """The shared vectors of a group, in the order in which they were made."""
+    """Shared vectors of a group, in the order of their creation."""
 
     def __init__(self) -> None:
         self._ranges: list[tuple[int, int]] = []
         self._bytes: list[list[Tensor]] = []
 
-    def add(self, mine: MemorySegment, offers: list[tuple[int, int, int]]) -> None:
+    def add(self, segment: MemorySegment, addresses: list[tuple[int, int, int]]) -> None:
         """
-        Map the other ranks' parts of a new vector.
+        Map the other ranks' segments of a new vector.
 
         Args:
-            mine: this rank's, of bytes.
-            offers: (process, descriptor, inode) of every rank's.
+            segment: of this rank, in bytes.
+            addresses: (process, descriptor, inode) of every rank's segment.
 
         Raises:
-            OSError: a part cannot be reached any more.
+            OSError: a segment cannot be opened any more.
         """
-        own = mine.address
-        addresses = [replace(own, pid=pid, fd=fd, inode=inode) for pid, fd, inode in offers]
-        self._bytes.append([self._map(mine, address) for address in addresses])
-        start = mine.tensor.data_ptr()
-        self._ranges.append((start, start + mine.tensor.numel()))
+        own = segment.address
+        full = [replace(own, pid=pid, fd=fd, inode=inode) for pid, fd, inode in addresses]
+        self._bytes.append([self._map(segment, address) for address in full])
+        start = segment.tensor.data_ptr()
+        self._ranges.append((start, start + segment.tensor.numel()))
 
     def offset(self, tensor: Tensor) -> int:
-        """Give the place of a contiguous tensor, or `STAGED` if it lies in no shared vector."""
+        """Return the offset of a contiguous tensor; `STAGED` if it is in no shared vector."""
         if not self._ranges:
             return STAGED
         start = tensor.data_ptr()
@@ -216,33 +216,33 @@ class SharedVectors:
 
     def offsets(self, parts: Sequence[Tensor]) -> list[int]:
         """
-        Give the offsets of several tensors, but for empty ones, which lie nowhere.
+        Return the offsets of several tensors, without empty ones.
 
-        [] if one of them lies elsewhere than the others.
+        The list is empty unless all tensors are in the same shared vector.
         """
         positions = [self.offset(part) for part in parts if part.numel()]
         if STAGED in positions or len({vector_of(offset) for offset in positions}) != 1:
             return []
         return positions
 
-    def views(self, mine: Tensor) -> list[Tensor]:
-        """Give, in rank order, what lies in all ranks' vectors where `mine` lies in this rank's."""
-        start = mine.data_ptr()
-        for (first, end), parts in zip(self._ranges, self._bytes, strict=True):
+    def views(self, tensor: Tensor) -> list[Tensor]:
+        """Return the views of all ranks' vectors, in rank order, at the position of `tensor`."""
+        start = tensor.data_ptr()
+        for (first, end), vectors in zip(self._ranges, self._bytes, strict=True):
             if first <= start < end:
-                span = slice(start - first, start - first + mine.numel() * mine.itemsize)
-                return [part[span].view(mine.dtype) for part in parts]
+                span = slice(start - first, start - first + tensor.numel() * tensor.itemsize)
+                return [vector[span].view(tensor.dtype) for vector in vectors]
         raise ValueError("the tensor lies in no shared vector")
 
     @staticmethod
-    def _map(mine: MemorySegment, address: MemoryAddress) -> Tensor:
-        if (address.pid, address.fd) == (mine.address.pid, mine.address.fd):
-            return mine.tensor
+    def _map(own: MemorySegment, address: MemoryAddress) -> Tensor:
+        if (address.pid, address.fd) == (own.address.pid, own.address.fd):
+            return own.tensor
         return MemorySegment.open(address).tensor
 
 
 def create_vector(like: Tensor) -> tuple[MemorySegment, Tensor]:
-    """Give memory of this rank's own, and a tensor like `like` in it; all zeros."""
+    """Create a segment, and return it with a zero tensor like `like` in it."""
     size = like.numel() * like.itemsize
     segment = MemorySegment.create("", max(1, size), "uint8")
     return segment, segment.tensor[:size].view(like.dtype).view(like.shape)
